@@ -1,0 +1,1 @@
+"""aiosd: an operating system for LLM agents."""

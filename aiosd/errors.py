@@ -1,0 +1,28 @@
+"""The three kinds of error, as a tree.
+
+    AiosdError
+    ├── UsageError      the caller was wrong: a bad option, a missing model file. One line, exit code 1 or 2
+    ├── WorldError      the world failed: no memory, no disk, no permission. Keeps its __cause__
+    └── Bug             we are wrong: an invariant of ours does not hold. Stop loudly
+
+What an agent does wrong is none of these: it is an errno in a reply (`libaios.wire.Failure`), made where the
+argument is checked, and never travels through the kernel as an exception of its own class: it is an OSError.
+"""
+
+from __future__ import annotations
+
+
+class AiosdError(Exception):
+    """Base of all that aiosd raises on purpose."""
+
+
+class UsageError(AiosdError):
+    """What the user asked for cannot be done as asked."""
+
+
+class WorldError(AiosdError):
+    """The machine or the operating system refused."""
+
+
+class Bug(AiosdError):
+    """An invariant of aiosd does not hold."""

@@ -1,0 +1,293 @@
+"""Messages between aiosd's own processes: kernel ↔ supervisor and kernel ↔ llm core.
+
+They travel as msgpack frames: to the supervisor over a Unix stream socket (`libaios.stream`, because
+descriptors go with them), to a core over a channel (`libaios.channel`). Both ends are trusted; decoding still
+checks types, because a bug is found where it enters.
+
+A generation is known on the way kernel → core → kernel by its `Key`: the peer that asked and its call id. The
+key is stable over a restart of kernel and core, so a call that is submitted twice is run once.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+from msgspec import Struct, msgpack
+
+from libaios.wire import Detokenize, Embed, Generate, Limits, Tokenize, ToolCall, Usage
+
+Key = tuple[int, int]  # (peer: agent pid, or -client id; call id)
+
+
+# ── kernel → core ─────────────────────────────────────────────────────────────────────────────────────────
+
+
+class Submit(Struct, array_like=True, frozen=True, tag=True):
+    """Run a generation. A key that the core already knows is attached to, and its pieces sent from the start
+    of `request.given` on. `budget`: how many more tokens the agent may use (None: unlimited)."""
+
+    key: Key
+    request: Generate
+    nice: int = 0
+    group: str = ""
+    budget: int | None = None
+
+
+class SubmitEmbed(Struct, array_like=True, frozen=True, tag=True):
+    key: Key
+    request: Embed
+
+
+class SubmitTokenize(Struct, array_like=True, frozen=True, tag=True):
+    key: Key
+    request: Tokenize
+
+
+class SubmitDetokenize(Struct, array_like=True, frozen=True, tag=True):
+    key: Key
+    request: Detokenize
+
+
+class CancelCall(Struct, array_like=True, frozen=True, tag=True):
+    """Free whatever the call holds before the next step. No answer: the kernel has already replied."""
+
+    key: Key
+
+
+class Park(Struct, array_like=True, frozen=True, tag=True):
+    """Take the calls of this peer out of decoding (True) or let them go on (False)."""
+
+    peer: int
+    parked: bool
+
+
+class ParkCall(Struct, array_like=True, frozen=True, tag=True):
+    """The same for one call: its reader is slow."""
+
+    key: Key
+    parked: bool
+
+
+class Keep(Struct, array_like=True, frozen=True, tag=True):
+    """Sent by a new kernel after its predecessor died: cancel every call of a peer that is not in `peers`."""
+
+    peers: list[int]
+
+
+class GetStats(Struct, array_like=True, frozen=True, tag=True):
+    req: int
+
+
+class Quit(Struct, array_like=True, frozen=True, tag=True):
+    pass
+
+
+# ── core → kernel ─────────────────────────────────────────────────────────────────────────────────────────
+
+
+class Progress(Struct, array_like=True, frozen=True, tag=True):
+    """What a loading core is doing, `fraction` from 0 to 1."""
+
+    what: str
+    fraction: float
+
+
+class Loaded(Struct, array_like=True, frozen=True, tag=True):
+    """The core serves. `info` has the fields of `wire.ModelInfo` without name and default."""
+
+    info: dict[str, Any]
+
+
+class LoadFailed(Struct, array_like=True, frozen=True, tag=True):
+    """One line that says why; the core exits after it."""
+
+    message: str
+
+
+class Delta(Struct, array_like=True, frozen=True):
+    """New output of one generation. `offset`: tokens before it; `text`: whole characters, held back where a
+    stop string or a tool call may be under way."""
+
+    key: Key
+    offset: int
+    tokens: list[int]
+    text: str
+
+
+class Started(Struct, array_like=True, frozen=True):
+    """A call got its slot, with what its prompt cost."""
+
+    key: Key
+    prompt_tokens: int
+    cached_tokens: int
+
+
+class Step(Struct, array_like=True, frozen=True, tag=True):
+    """What one or several steps brought. Calls that stream are in every step's message, others now and then
+    (so that their tokens are known should the core die)."""
+
+    deltas: list[Delta] = []
+    started: list[Started] = []
+
+
+class Finished(Struct, array_like=True, frozen=True, tag=True):
+    """The one final word on a generation; `tokens` and `text` are those after the last delta."""
+
+    key: Key
+    offset: int
+    tokens: list[int]
+    text: str
+    finish_reason: str
+    usage: Usage
+    tool_calls: list[ToolCall] = []
+
+
+class Answered(Struct, array_like=True, frozen=True, tag=True):
+    """Final word on embed, tokenize, detokenize: `body` is the reply's, already encoded."""
+
+    key: Key
+    body: bytes
+    prompt_tokens: int = 0
+
+
+class Failed(Struct, array_like=True, frozen=True, tag=True):
+    """Final word on any call that could not be served."""
+
+    key: Key
+    errno: int
+    message: str
+
+
+class Stats(Struct, array_like=True, frozen=True, tag=True):
+    req: int
+    stats: dict[str, Any]
+
+
+ToCore = (
+    Submit | SubmitEmbed | SubmitTokenize | SubmitDetokenize | CancelCall | Park | ParkCall | Keep | GetStats | Quit
+)
+FromCore = Progress | Loaded | LoadFailed | Step | Finished | Answered | Failed | Stats
+
+
+# ── kernel → supervisor ───────────────────────────────────────────────────────────────────────────────────
+
+
+class Fork(Struct, array_like=True, frozen=True, tag=True):
+    """Fork an agent. The same `key` again names the same agent. Descriptors with the frame: stdin, stdout,
+    stderr; without them the agent inherits those of agent `ppid`, or gets /dev/null and its log."""
+
+    key: Key
+    ppid: int
+    pgid: int  # 0: a group of its own
+    uid: int
+    kind: str
+    target: str
+    args: list[str]
+    env: dict[str, str]
+    cwd: str
+    name: str
+    nice: int
+    group: str
+    limits: Limits
+    umask: int
+    detached: bool
+    attached: bool
+    tty: bool
+
+
+class SendSignal(Struct, array_like=True, frozen=True, tag=True):
+    """To the agent's process group, then to every descendant found outside it."""
+
+    pid: int
+    signal: int
+
+
+class Mark(Struct, array_like=True, frozen=True, tag=True):
+    """Remember about the agent what a successor of this kernel must know: a new nice value, a new parent, the
+    budget that ended it, that its exit status has been collected."""
+
+    pid: int
+    nice: int | None = None
+    ppid: int | None = None
+    budget: str | None = None
+    reason: str | None = None
+    reaped: bool = False
+
+
+class Ready(Struct, array_like=True, frozen=True, tag=True):
+    """All models are loaded: the system can serve. `line` is what the terminal shows."""
+
+    line: str
+
+
+class Shutdown(Struct, array_like=True, frozen=True, tag=True):
+    """Begin to stop the system (`aiosd stop`), or do not come up (`error` set)."""
+
+    error: str = ""
+
+
+# ── supervisor → kernel ───────────────────────────────────────────────────────────────────────────────────
+
+
+class Forked(Struct, array_like=True, frozen=True, tag=True):
+    """Descriptors with the frame: the agent's memfd and the kernel's end of its doorbell (none when the key
+    was known and the kernel has them already)."""
+
+    key: Key
+    pid: int
+    ospid: int
+    pgid: int
+    started: float
+    log: str
+
+
+class ForkFailed(Struct, array_like=True, frozen=True, tag=True):
+    key: Key
+    errno: int
+    message: str
+
+
+class ChildStopped(Struct, array_like=True, frozen=True, tag=True):
+    pid: int
+    stopped: bool
+
+
+class ChildExited(Struct, array_like=True, frozen=True, tag=True):
+    """`status` as from os.waitstatus_to_exitcode; `reason` set when the supervisor knows more."""
+
+    pid: int
+    status: int
+    reason: str = ""
+
+
+class CoreForked(Struct, array_like=True, frozen=True, tag=True):
+    """A core was forked (again). Descriptors: memfd and doorbell, only the first time that this kernel hears
+    of the core; a core forked again uses the same channel under a new epoch."""
+
+    name: str
+    pid: int
+    ospid: int
+    epoch: int
+    deaths: int
+
+
+class CoreDied(Struct, array_like=True, frozen=True, tag=True):
+    name: str
+    reason: str
+    retry_s: float  # when it is forked again; < 0: never
+
+
+class Stop(Struct, array_like=True, frozen=True, tag=True):
+    """The system goes down: refuse new calls. Agents are being ended."""
+
+    reason: str
+
+
+ToSupervisor = Fork | SendSignal | Mark | Ready | Shutdown
+FromSupervisor = Forked | ForkFailed | ChildStopped | ChildExited | CoreForked | CoreDied | Stop
+
+encode = msgpack.Encoder().encode
+decode_to_core = msgpack.Decoder(ToCore).decode
+decode_from_core = msgpack.Decoder(FromCore).decode
+decode_to_supervisor = msgpack.Decoder(ToSupervisor).decode
+decode_from_supervisor = msgpack.Decoder(FromSupervisor).decode

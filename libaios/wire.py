@@ -1,0 +1,412 @@
+"""The contract between agents and the kernel: system-call numbers, message structs, limits, errors.
+
+`libaios` and `aiosd` share this module (with `ring`, `channel` and `stream`, which carry what it describes)
+and nothing else, so a number or a field cannot drift between the two sides.
+
+A *frame* is one msgpack-encoded `Request` (agent → kernel) or `Reply` (kernel → agent). Every request has an
+id, unique within its process for as long as the system runs, and gets exactly one final reply; a stream gets
+any number of partial replies before it. Replies come in any order.
+
+The arguments and the body stay undecoded (`msgspec.Raw`) until the number of the system call says what they
+are; the kernel decodes them against the struct named in `ARGS`, which is the one place where types and ranges
+of what an agent sent are checked.
+"""
+
+from __future__ import annotations
+
+import enum
+import errno
+from typing import Annotated, Any
+
+from msgspec import Meta, Raw, Struct, msgpack
+
+#: Version of ring layout and messages together; both sides refuse a peer with another one.
+VERSION = 1
+
+#: Largest frame that one process may send to another (bytes).
+MAX_FRAME = 16 << 20
+
+#: Environment of an agent: `memfd:doorbell` as descriptor numbers, its pid, and the boot it belongs to.
+ENV_CHANNEL = "AIOS_CHANNEL"
+ENV_PID = "AIOS_PID"
+ENV_HOME = "AIOS_HOME"
+
+Uint = Annotated[int, Meta(ge=0, le=(1 << 63) - 1)]
+Pid = Annotated[int, Meta(ge=1, lt=1 << 53)]
+Seconds = Annotated[float, Meta(ge=0, le=1e9)]
+Nice = Annotated[int, Meta(ge=-20, le=19)]
+Signal = Annotated[int, Meta(ge=0, le=64)]
+Name = Annotated[str, Meta(min_length=1, max_length=64, pattern=r"^[^\x00-\x20\x7f/]+$")]
+TokenIds = Annotated[list[Annotated[int, Meta(ge=0, lt=1 << 31)]], Meta(max_length=1 << 20)]
+
+
+class Sys(enum.IntEnum):
+    """Numbers of the system calls. A number is never given a second meaning."""
+
+    # processes
+    GETPID = 1
+    GETPPID = 2
+    SPAWN = 3
+    WAIT = 4
+    KILL = 5
+    PS = 6
+    NICE = 7
+    INSPECT = 8
+    # messages
+    SEND = 16
+    RECV = 17
+    # language model
+    GENERATE = 32
+    EMBED = 33
+    TOKENIZE = 34
+    DETOKENIZE = 35
+    MODELS = 36
+    # calls about calls and about the system
+    CANCEL = 48
+    STATUS = 49
+    SHUTDOWN = 50
+    ATTACH = 51
+    # answered with ENOSYS until their managers exist
+    MEM = 64
+    STO = 65
+    TOOL = 66
+
+
+class Request(Struct, array_like=True, frozen=True):
+    """Agent → kernel."""
+
+    id: Uint
+    sys: Uint
+    args: Raw = Raw(b"\x90")  # an empty array: every argument at its default
+
+
+class Reply(Struct, array_like=True, frozen=True):
+    """Kernel → agent. `more` marks a partial reply; `errno` ≠ 0 a failed call, whose body is a `Failure`."""
+
+    id: int
+    errno: int = 0
+    more: bool = False
+    offset: int = 0  # streams: how many tokens were given out before this piece
+    body: Raw = Raw(b"\xc0")
+
+
+class Failure(Struct, array_like=True, frozen=True):
+    """The body of a reply whose errno is not 0."""
+
+    message: str
+
+
+# ── control socket ────────────────────────────────────────────────────────────────────────────────────────
+
+
+class Hello(Struct, array_like=True, frozen=True):
+    """First frame of a client on the control socket. `client` 0 asks for a new identity."""
+
+    version: int
+    client: Uint = 0
+    boot: str = ""
+
+
+class Welcome(Struct, array_like=True, frozen=True):
+    """The kernel's answer to `Hello`: who the client is from now on (and again after a reconnect)."""
+
+    version: int
+    boot: str
+    client: int
+    release: str
+
+
+# ── arguments, one struct per system call ─────────────────────────────────────────────────────────────────
+
+
+class NoArgs(Struct, array_like=True, frozen=True):
+    pass
+
+
+class Limits(Struct, array_like=True, frozen=True):
+    """Budgets of one agent; None: unlimited."""
+
+    tokens: Annotated[int, Meta(ge=0)] | None = None  # prompt tokens computed + completion tokens
+    time_s: Seconds | None = None  # wall seconds since the spawn
+    memory_bytes: Annotated[int, Meta(ge=1)] | None = None  # PSS of the agent and its descendants
+
+
+class Spawn(Struct, array_like=True, frozen=True):
+    """Start an agent.
+
+    `kind` is how `target` is run: "file" (a Python script), "module" (python -m) or "exec" (a program).
+    A client passes 3 descriptors with the frame (stdin, stdout, stderr) unless `detached`; an agent's child
+    gets the agent's own. `attached` ties the agent to the caller's connection: it gets HUP when that ends.
+    """
+
+    kind: Annotated[str, Meta(pattern="^(file|module|exec)$")]
+    target: Annotated[str, Meta(min_length=1, max_length=4096)]
+    args: Annotated[list[str], Meta(max_length=4096)] = []
+    env: dict[str, str] = {}
+    cwd: str = "/"
+    name: Name | None = None
+    nice: Nice | None = None
+    group: Name | None = None
+    limits: Limits = Limits()
+    umask: Annotated[int, Meta(ge=0, le=0o777)] = 0o022
+    detached: bool = False
+    attached: bool = False
+    tty: bool = False  # stdin is a terminal of the agent's own: make it the controlling one
+
+
+class Wait(Struct, array_like=True, frozen=True):
+    """Wait for a child (`pid` 0: any) — or, from the control socket, for any agent — to end."""
+
+    pid: Uint = 0
+    block: bool = True
+    timeout_s: Seconds | None = None
+
+
+class Kill(Struct, array_like=True, frozen=True):
+    """Send `signal` to `pid` (negative: the process group). STOP replies when the agent has stopped."""
+
+    pid: int
+    signal: Signal = 15
+    timeout_s: Seconds | None = None  # KILL when the agent is still alive after that long; then reply
+
+
+class Ps(Struct, array_like=True, frozen=True):
+    """List agents: the caller's live ones, or `all` (zombies and aiosd's own processes too)."""
+
+    all: bool = False
+    pids: list[Uint] | None = None
+    name: str | None = None
+
+
+class NiceArgs(Struct, array_like=True, frozen=True):
+    pid: Uint = 0  # 0: the caller
+    value: Nice | None = None  # None: read only
+    relative: bool = False
+
+
+class PidArgs(Struct, array_like=True, frozen=True):
+    pid: Uint
+
+
+class Send(Struct, array_like=True, frozen=True):
+    pid: Pid
+    obj: Raw
+
+
+class Recv(Struct, array_like=True, frozen=True):
+    timeout_s: Seconds | None = None
+
+
+class Sampling(Struct, array_like=True, frozen=True):
+    max_tokens: Annotated[int, Meta(ge=0, le=1 << 24)] | None = None  # None: to the end of the context
+    temperature: Annotated[float, Meta(ge=0, le=100)] = 0.8
+    top_p: Annotated[float, Meta(gt=0, le=1)] = 0.95
+    top_k: Annotated[int, Meta(ge=0, le=1 << 24)] = 40  # 0: off
+    min_p: Annotated[float, Meta(ge=0, le=1)] = 0.05
+    repeat_penalty: Annotated[float, Meta(gt=0, le=10)] = 1.0
+    seed: Annotated[int, Meta(ge=0, le=(1 << 63) - 1)] = 0  # the SDK draws one where the caller gave none
+    ignore_eos: bool = False
+    stop: Annotated[list[Annotated[str, Meta(min_length=1, max_length=1024)]], Meta(max_length=64)] = []
+
+
+class Generate(Struct, array_like=True, frozen=True):
+    """One generation: a chat (`messages`) or a completion (`prompt`: text, or token ids taken verbatim).
+
+    `given` are tokens this very call has already been given before its kernel or core died; they are forced,
+    never sampled again, and replies start after them.
+    """
+
+    messages: Annotated[list[dict[str, Any]], Meta(max_length=1 << 16)] | None = None
+    prompt: str | TokenIds | None = None
+    model: str | None = None
+    sampling: Sampling = Sampling()
+    tools: Annotated[list[dict[str, Any]], Meta(max_length=1024)] | None = None
+    schema: dict[str, Any] | bool | None = None
+    stream: bool = False
+    timeout_s: Seconds | None = None
+    given: TokenIds = []
+
+
+class Embed(Struct, array_like=True, frozen=True):
+    texts: Annotated[list[str], Meta(max_length=65536)]
+    model: str | None = None
+    timeout_s: Seconds | None = None
+
+
+class Tokenize(Struct, array_like=True, frozen=True):
+    text: str
+    model: str | None = None
+    special: bool = False  # read special tokens such as <|im_end|> as such
+
+
+class Detokenize(Struct, array_like=True, frozen=True):
+    tokens: TokenIds
+    model: str | None = None
+
+
+class Cancel(Struct, array_like=True, frozen=True):
+    id: Uint
+
+
+class Status(Struct, array_like=True, frozen=True):
+    check: bool = False
+
+
+class Attach(Struct, array_like=True, frozen=True):
+    """A client that lost its kernel claims the agents it had attached to."""
+
+    pid: Pid
+
+
+ARGS: dict[int, type[Struct]] = {
+    Sys.GETPID: NoArgs,
+    Sys.GETPPID: NoArgs,
+    Sys.SPAWN: Spawn,
+    Sys.WAIT: Wait,
+    Sys.KILL: Kill,
+    Sys.PS: Ps,
+    Sys.NICE: NiceArgs,
+    Sys.INSPECT: PidArgs,
+    Sys.SEND: Send,
+    Sys.RECV: Recv,
+    Sys.GENERATE: Generate,
+    Sys.EMBED: Embed,
+    Sys.TOKENIZE: Tokenize,
+    Sys.DETOKENIZE: Detokenize,
+    Sys.MODELS: NoArgs,
+    Sys.CANCEL: Cancel,
+    Sys.STATUS: Status,
+    Sys.SHUTDOWN: NoArgs,
+    Sys.ATTACH: Attach,
+}
+
+
+# ── bodies of replies ─────────────────────────────────────────────────────────────────────────────────────
+
+
+class Usage(Struct, frozen=True):
+    """What one generation cost. Times in seconds."""
+
+    prompt_tokens: int = 0
+    cached_tokens: int = 0
+    completion_tokens: int = 0
+    queue_s: float = 0.0
+    prefill_s: float = 0.0
+    decode_s: float = 0.0
+    preemptions: int = 0
+
+
+class ToolCall(Struct, frozen=True):
+    """A call the model wants made; `arguments` is valid against the tool's schema."""
+
+    id: str
+    name: str
+    arguments: dict[str, Any]
+
+
+class Piece(Struct, array_like=True, frozen=True):
+    """Body of a partial reply of a stream: whole characters only, and the tokens they came from."""
+
+    text: str
+    tokens: list[int]
+
+
+class Generated(Struct, array_like=True, frozen=True):
+    """Body of the final reply to GENERATE. In a stream `text` and `tokens` hold what no piece has carried."""
+
+    text: str
+    tokens: list[int]
+    finish_reason: str  # "stop" | "length" | "tool_calls" | "limit"
+    usage: Usage
+    tool_calls: list[ToolCall] = []
+
+
+class Embedded(Struct, array_like=True, frozen=True):
+    """n vectors of d float32 each, unit length, row after row."""
+
+    n: int
+    d: int
+    data: bytes
+    prompt_tokens: int = 0
+
+
+class ModelInfo(Struct, frozen=True):
+    name: str
+    path: str
+    default: bool
+    description: str
+    n_params: int
+    n_ctx: int  # tokens per slot
+    n_slots: int
+    n_vocab: int
+    n_embd: int
+    gpu_layers: int
+    chat: bool  # has a chat template
+    tools: bool  # whose template takes tools
+
+
+class ProcInfo(Struct, frozen=True):
+    """One line of aios-ps. `exit` is None while alive, else as in a shell: 0–255, 128+n for signal n."""
+
+    pid: int
+    ppid: int
+    pgid: int
+    ospid: int
+    uid: int
+    stat: str
+    nice: int
+    name: str
+    command: str
+    group: str
+    calls: int
+    prompt_tokens: int
+    cached_tokens: int
+    completion_tokens: int
+    ctx_tokens: int
+    mem_bytes: int
+    cpu_s: float
+    started: float  # Unix time
+    exit: int | None = None
+    system: bool = False
+
+
+class Waited(Struct, array_like=True, frozen=True):
+    """`status` as from os.waitstatus_to_exitcode: the exit code, or -n for signal n. pid 0: none yet."""
+
+    pid: int
+    status: int
+    budget: str = ""  # which budget ended it: "", "tokens", "time", "memory"
+    reason: str = ""  # what the kernel or supervisor had to say about the end
+
+
+class Spawned(Struct, array_like=True, frozen=True):
+    pid: int
+    log: str = ""  # path of the agent's log when detached
+
+
+class Received(Struct, array_like=True, frozen=True):
+    sender: int
+    obj: Raw
+
+
+# ── codec ─────────────────────────────────────────────────────────────────────────────────────────────────
+
+_encoder = msgpack.Encoder()
+encode = _encoder.encode
+decode_request = msgpack.Decoder(Request).decode
+decode_reply = msgpack.Decoder(Reply).decode
+decode_args = {number: msgpack.Decoder(struct).decode for number, struct in ARGS.items()}
+
+
+def raw(obj: Any) -> Raw:
+    """Encode `obj` to be embedded in a Request or a Reply."""
+    return Raw(_encoder.encode(obj))
+
+
+def error(code: int, message: str) -> OSError:
+    """An OSError that prints as `[Errno N] message`; Python picks the subclass by the number."""
+    return OSError(code, message)
+
+
+def errno_name(code: int) -> str:
+    return errno.errorcode.get(code, str(code))
