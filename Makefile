@@ -1,0 +1,46 @@
+# `make help` lists the targets. Nothing has to be installed by hand: each target sets up what it needs in
+# .venv, once; a stamp in there remembers it until one of the files it was made from changes.
+#
+#   make demo PYTHON=python3.12      another interpreter (3.11 or later)
+#   make test ARGS="-k ring -x"      arguments for pytest
+
+PYTHON ?= python3
+VENV   := .venv
+BIN    := $(VENV)/bin
+ARGS   ?=
+
+RECIPE := tools/bootstrap.py constraints.txt setup.cfg pyproject.toml $(wildcard bin/*)
+
+.PHONY: help demo test lint nano install clean distclean
+.DEFAULT_GOAL := help
+
+help: ## this list
+	@sed -n 's/^\([a-z]*\):.*## \(.*\)/  make \1|\2/p' $(MAKEFILE_LIST) | awk -F'|' '{ printf "%-16s %s\n", $$1, $$2 }'
+
+demo: $(VENV)/.base ## boots the system, runs three agents, shows and kills one, shuts down
+	@$(BIN)/python demo/demo.py
+
+test: $(VENV)/.dev ## all tests
+	$(BIN)/python -m pytest $(ARGS)
+
+lint: $(VENV)/.dev ## ruff and mypy --strict
+	$(BIN)/python -m ruff check . $(wildcard bin/*)
+	$(BIN)/python -m mypy
+
+nano: $(VENV)/.nano ## trains the embedded model again from its seeds
+	$(BIN)/python -m aiosd.nano.train $(ARGS)
+
+install: $(VENV)/.base ## only the set-up: .venv with the package and its commands
+
+# bootstrap.py takes a lock, so that `make -j` may build several of these at a time.
+$(VENV)/.base: $(RECIPE)
+	@$(PYTHON) tools/bootstrap.py $(VENV) base
+$(VENV)/.dev $(VENV)/.nano: $(VENV)/.%: $(VENV)/.base
+	@$(PYTHON) tools/bootstrap.py $(VENV) $*
+
+clean: ## removes what builds and tests left, keeps .venv
+	rm -rf build dist *.egg-info .mypy_cache .ruff_cache .pytest_cache .hypothesis
+	find aiosd libaios tests benchmarks demo tools -name __pycache__ -type d -prune -exec rm -rf {} +
+
+distclean: clean ## clean, and removes .venv too
+	rm -rf $(VENV)

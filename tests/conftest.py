@@ -1,0 +1,343 @@
+"""What every test stands on: a deadline, leak counters, and a real aiosd to talk to.
+
+    aiosd         one system on the embedded model for the whole run. Tests that use it must leave it as they
+                  found it: after each, every slot is free again and no agent is alive
+    fresh_aiosd   a factory of systems for one test, which may do to them what it likes
+
+A test that leaves a process, a descriptor or a mapped segment behind fails, and so does one that runs for more
+than two minutes (`@pytest.mark.deadline(seconds)` allows more). Whatever is waited for here is waited for with
+a deadline, and what does not end in time is killed: nothing in here can hang a run.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import gc
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from types import FrameType
+from typing import Any
+
+import hypothesis
+import psutil
+import pytest
+
+# The machine is shared: how long one example takes says nothing about the code.
+hypothesis.settings.register_profile("aiosd", deadline=None, print_blob=True)
+hypothesis.settings.load_profile("aiosd")
+
+DEADLINE_S = 120.0
+PATIENCE_S = 5.0  # for what may take a moment to go away after a test
+BOOT_S = 60.0
+STOP_S = 20.0
+
+#: In the environment of all that a test starts, so that it is found wherever it went.
+MARK = "AIOSD_TESTS"
+os.environ[MARK] = str(os.getpid())
+
+
+# ── deadlines ─────────────────────────────────────────────────────────────────────────────────────────────
+
+
+@pytest.fixture(autouse=True)
+def deadline(request: pytest.FixtureRequest) -> Iterator[None]:
+    """Fail a test that takes too long. Where a signal cannot get through, faulthandler ends the run later."""
+    marker = request.node.get_closest_marker("deadline")
+    seconds = marker.args[0] if marker else DEADLINE_S
+
+    def late(number: int, frame: FrameType | None) -> None:
+        pytest.fail(f"not done after {seconds:.0f} s")
+
+    old = signal.signal(signal.SIGALRM, late)
+    signal.setitimer(signal.ITIMER_REAL, seconds)
+    yield
+    signal.setitimer(signal.ITIMER_REAL, 0)
+    signal.signal(signal.SIGALRM, old)
+
+
+def eventually(holds: Callable[[], Any], timeout: float = PATIENCE_S, every: float = 0.02) -> Any:
+    """The first true value that `holds` returns, or its last one when the time is up."""
+    end = time.monotonic() + timeout
+    while not (value := holds()) and time.monotonic() < end:
+        time.sleep(every)
+    return value
+
+
+# ── leaks ─────────────────────────────────────────────────────────────────────────────────────────────────
+
+
+def offspring() -> set[psutil.Process]:
+    """Every process that comes from this test run: what descends from it, and what bears its mark."""
+    mark = f"{MARK}={os.getpid()}".encode()
+    found = set(psutil.Process().children(recursive=True))
+    for pid in psutil.pids():
+        with contextlib.suppress(OSError, psutil.Error):
+            if pid != os.getpid() and mark in Path(f"/proc/{pid}/environ").read_bytes().split(b"\0"):
+                found.add(psutil.Process(pid))
+    return found
+
+
+def descriptors() -> set[str]:
+    found = set()
+    for fd in os.listdir("/proc/self/fd"):
+        with contextlib.suppress(OSError):  # the one that listed them
+            found.add(f"descriptor {fd} → {os.readlink(f'/proc/self/fd/{fd}')}")
+    return found
+
+
+def segments() -> set[str]:
+    lines = Path("/proc/self/maps").read_text().splitlines()
+    return {f"mapping {line.split()[0]} {line.split()[5]}" for line in lines if "/memfd:aios" in line}
+
+
+def describe(process: psutil.Process) -> str:
+    with contextlib.suppress(psutil.Error):
+        return f"process {process.pid} ({process.status()}) {' '.join(process.cmdline()) or process.name()}"
+    return f"process {process.pid}"
+
+
+@pytest.fixture(autouse=True)
+def nothing_left_behind(request: pytest.FixtureRequest) -> Iterator[None]:
+    processes, held = offspring(), descriptors() | segments()
+    yield
+
+    def left() -> tuple[set[psutil.Process], set[str]]:
+        if drift := (descriptors() | segments()) - held:
+            gc.collect()  # what is only waiting for the collector is not lost
+            drift = (descriptors() | segments()) - held
+        return offspring() - processes, drift
+
+    eventually(lambda: left() == (set(), set()))
+    alive, drift = left()
+    complaints = sorted(map(describe, alive)) + sorted(drift)
+    for process in alive:
+        with contextlib.suppress(psutil.Error):
+            process.kill()
+    if complaints:
+        pytest.fail("left behind:\n  " + "\n  ".join(complaints))
+
+
+# ── a real system ─────────────────────────────────────────────────────────────────────────────────────────
+
+SYSTEMS: list[System] = []  # running ones, whose logs are shown when a test fails
+
+
+class System:
+    """One aiosd in a home of its own, and the commands that talk to it."""
+
+    def __init__(self, *options: str, home: Path | None = None, env: dict[str, str] | None = None) -> None:
+        self.options = options
+        self.own_home = home is None
+        self.home = home or Path(tempfile.mkdtemp(prefix="aios-", dir="/tmp"))  # short: it holds a socket
+        self.env = {name: value for name, value in os.environ.items() if not name.startswith("AIOS_")}
+        self.env |= {"AIOS_HOME": str(self.home), **(env or {})}
+        self.env["PATH"] = os.pathsep.join([str(Path(sys.executable).parent), self.env.get("PATH", os.defpath)])
+        self.daemon: subprocess.Popen[bytes] | None = None
+        self.stderr = Path(tempfile.mkstemp(prefix="aios-", suffix=".log", dir="/tmp")[1])
+        self.started: list[subprocess.Popen[Any]] = []
+
+    # the daemon
+
+    def start(self, timeout: float = BOOT_S) -> System:
+        """Boot, and return when the system serves."""
+        SYSTEMS.append(self)
+        began = len(self.log())
+        with open(self.stderr, "ab") as log:
+            self.daemon = subprocess.Popen(
+                ["aiosd", *self.options],
+                env=self.env,
+                stdin=subprocess.DEVNULL,
+                stdout=log,
+                stderr=log,
+                start_new_session=True,
+            )
+        eventually(lambda: "aiosd: ready" in self.log()[began:] or self.daemon.poll() is not None, timeout)
+        if "aiosd: ready" not in self.log()[began:]:
+            code = self.daemon.poll()
+            self.destroy()
+            pytest.fail(f"aiosd did not come up in {timeout:.0f} s (exit code {code}):\n{self.log()}")
+        return self
+
+    @property
+    def alive(self) -> bool:
+        return self.daemon is not None and self.daemon.poll() is None
+
+    def log(self) -> str:
+        """All that aiosd has written to its stderr."""
+        return self.stderr.read_text(errors="replace")
+
+    def processes(self) -> list[psutil.Process]:
+        """Every process of this system: aiosd's own and all that was started in it."""
+        home = f"AIOS_HOME={self.home}".encode()
+        found = []
+        for process in offspring():
+            with contextlib.suppress(OSError, psutil.Error):
+                if home in Path(f"/proc/{process.pid}/environ").read_bytes().split(b"\0"):
+                    found.append(process)
+        return found
+
+    def stop(self, timeout: float = STOP_S) -> int:
+        """End it as a user would; returns aiosd's exit code."""
+        assert self.daemon is not None
+        self.daemon.terminate()
+        return self.daemon.wait(timeout)
+
+    def destroy(self) -> list[str]:
+        """End it whatever it takes; returns what should not have been left by then."""
+        left = []
+        tree = set(self.processes())
+        if self.alive:
+            tree |= set(psutil.Process(self.daemon.pid).children(recursive=True))
+            try:
+                self.stop()
+            except subprocess.TimeoutExpired:
+                left.append(f"aiosd, {STOP_S:.0f} s after SIGTERM")
+        self._end_clients()
+        eventually(lambda: not _running(tree | set(self.processes())), timeout=3.0)
+        for process in _running(tree | set(self.processes())):
+            left.append(describe(process))
+            with contextlib.suppress(psutil.Error):
+                process.kill()
+        if self.daemon is not None:
+            with contextlib.suppress(subprocess.TimeoutExpired):
+                self.daemon.wait(PATIENCE_S)
+        if self in SYSTEMS:
+            SYSTEMS.remove(self)
+        return left
+
+    def _end_clients(self) -> None:
+        for client in self.started:
+            if client.poll() is None:
+                client.kill()
+            with contextlib.suppress(subprocess.TimeoutExpired):
+                client.wait(PATIENCE_S)
+            for pipe in (client.stdin, client.stdout, client.stderr):
+                if pipe is not None:
+                    with contextlib.suppress(OSError):  # what was still to be written
+                        pipe.close()
+        self.started.clear()
+
+    def remove(self) -> None:
+        """Forget the home and the log."""
+        self.stderr.unlink(missing_ok=True)
+        if self.own_home:
+            shutil.rmtree(self.home, ignore_errors=True)
+
+    # commands
+
+    def run(
+        self, *argv: str | Path, input: str | None = None, timeout: float = 60, check: bool = False, **options: Any
+    ) -> subprocess.CompletedProcess[str]:
+        """Run a command of `bin/` (or any other) in this system's environment; stdin is empty unless given."""
+        if input is None:
+            options.setdefault("stdin", subprocess.DEVNULL)
+        else:
+            options["input"] = input
+        options.setdefault("stdout", subprocess.PIPE)
+        options.setdefault("stderr", subprocess.PIPE)
+        command = [os.fspath(part) for part in argv]
+        env = self.env | options.pop("env", {})
+        done = subprocess.run(command, env=env, timeout=timeout, encoding="utf-8", errors="replace", **options)
+        if check:
+            assert done.returncode == 0, f"{command} exited {done.returncode}\n{done.stdout}{done.stderr}"
+        return done
+
+    def popen(self, *argv: str | Path, **options: Any) -> subprocess.Popen[str]:
+        """Start a command; it is ended with the test at the latest."""
+        for stream in ("stdin", "stdout", "stderr"):
+            options.setdefault(stream, subprocess.PIPE)
+        env = self.env | options.pop("env", {})
+        client = subprocess.Popen([os.fspath(part) for part in argv], env=env, encoding="utf-8", **options)
+        self.started.append(client)
+        return client
+
+    def status(self) -> dict[str, Any]:
+        return json.loads(self.run("aiosd", "status", "--json", check=True).stdout)
+
+    def ps(self, *options: str) -> list[dict[str, Any]]:
+        return json.loads(self.run("aios-ps", "--json", *(options or ["-e"]), check=True).stdout)
+
+    def agents(self) -> list[dict[str, Any]]:
+        """Live agents."""
+        return [entry for entry in self.ps() if not entry["system"] and entry["exit"] is None]
+
+    def unrest(self) -> list[str]:
+        """What a test that is over must have ended: agents and calls. Empty when all is as it should be."""
+        busy = [f"agent {entry['pid']} ({entry['name']}, {entry['stat']})" for entry in self.agents()]
+        for model in self.status()["models"]:
+            if model["slots_free"] != model["slots"]:
+                busy.append(f"{model['slots'] - model['slots_free']} slots of {model['name']} in use")
+        return busy
+
+    def calm_down(self) -> list[str]:
+        """Wait for the system to be idle; what is still there after a while is killed, and named."""
+        self._end_clients()
+        eventually(lambda: not self.unrest(), every=0.1)
+        if left := self.unrest():
+            for agent in self.agents():
+                self.run("aios-kill", "-KILL", str(agent["pid"]))
+        return left
+
+
+def _running(processes: set[psutil.Process]) -> list[psutil.Process]:
+    return [process for process in processes if process.is_running()]
+
+
+@pytest.fixture(scope="session")
+def aiosd() -> Iterator[System]:
+    system = System("--threads", "2").start()
+    yield system
+    left = system.destroy()
+    code = system.daemon.returncode
+    log = system.log()
+    system.remove()
+    assert (code, left) == (0, []), f"aiosd exited {code} and left {left}\n{log}"
+
+
+@pytest.fixture(autouse=True)
+def calm_aiosd(request: pytest.FixtureRequest, nothing_left_behind: None) -> Iterator[None]:
+    """Around each test that uses `aiosd`: it stands before, and is idle again afterwards."""
+    if "aiosd" not in request.fixturenames:
+        yield
+        return
+    system: System = request.getfixturevalue("aiosd")
+    if not system.alive:
+        system.start()
+    yield
+    assert system.alive, "the test ended the common aiosd"
+    left = system.calm_down()
+    assert left == [], f"still there after the test: {left}"
+
+
+@pytest.fixture
+def fresh_aiosd() -> Iterator[Callable[..., System]]:
+    """`fresh_aiosd("--slots", "2", home=…, env=…, start=True)` makes a system for this test alone."""
+    made: list[System] = []
+
+    def make(*options: str, start: bool = True, **where: Any) -> System:
+        system = System(*options, **where)
+        made.append(system)
+        return system.start() if start else system
+
+    yield make
+    left = [line for system in made for line in system.destroy()]
+    for system in made:
+        system.remove()
+    assert left == [], f"left behind by aiosd: {left}"
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_runtest_makereport(item: pytest.Item, call: pytest.CallInfo[None]) -> Any:
+    report = yield
+    if report.failed:
+        for system in SYSTEMS:
+            report.sections.append((f"log of aiosd in {system.home}", "\n".join(system.log().splitlines()[-60:])))
+    return report

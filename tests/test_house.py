@@ -1,0 +1,164 @@
+"""The house stands on floors and imports run downwards only; light rooms stay light."""
+
+from __future__ import annotations
+
+import ast
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from aiosd.commands import MODULES
+
+ROOT = Path(__file__).parent.parent
+
+# Each name stands for itself and all below it; the longest that fits a module says where it lives. A module may
+# import from its own entry and from lower floors, not from a neighbour on its floor.
+FLOORS: list[list[str]] = [
+    ["aiosd.cli", "aiosd.commands"],
+    ["aiosd.guardian"],
+    ["aiosd.supervisor"],
+    ["aiosd.spawn"],
+    ["aiosd.kernel", "aiosd.llm", "aiosd.store", "aiosd.tools"],
+    ["aiosd"],  # config, link, errors and the other small things that any part may use
+    ["libaios"],
+]
+#: Rooms outside the house: run by hand, imported by no part of the system.
+OUTSIDE = ["aiosd.nano"]
+SOURCES = sorted(path for package in ("aiosd", "libaios") for path in (ROOT / package).rglob("*.py"))
+
+
+def module_of(path: Path) -> str:
+    parts = path.relative_to(ROOT).with_suffix("").parts
+    return ".".join(parts[:-1] if parts[-1] == "__init__" else parts)
+
+
+def imports(path: Path) -> Iterator[tuple[str, bool]]:
+    """Every module that a file imports, and whether only for the type checker."""
+    tree = ast.parse(path.read_text())
+    typing_only = {
+        id(inner)
+        for node in ast.walk(tree)
+        if isinstance(node, ast.If) and "TYPE_CHECKING" in ast.dump(node.test)
+        for child in node.body
+        for inner in ast.walk(child)
+    }
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Import):
+            for alias in node.names:
+                yield alias.name, id(node) in typing_only
+        elif isinstance(node, ast.ImportFrom):
+            base = absolute(node, path)
+            for alias in node.names:
+                full = f"{base}.{alias.name}"
+                yield (full if exists(full) else base), id(node) in typing_only
+
+
+def absolute(node: ast.ImportFrom, path: Path) -> str:
+    if not node.level:
+        return node.module or ""
+    package = list(path.relative_to(ROOT).parent.parts)
+    package = package[: len(package) - node.level + 1]
+    return ".".join([*package, *([node.module] if node.module else [])])
+
+
+def exists(module: str) -> bool:
+    path = ROOT.joinpath(*module.split("."))
+    return path.with_suffix(".py").is_file() or (path / "__init__.py").is_file()
+
+
+def within(module: str, room: str) -> bool:
+    return module == room or module.startswith(room + ".")
+
+
+def floor_and_room(module: str) -> tuple[int, str]:
+    rooms = [(len(room), floor, room) for floor, rooms in enumerate(FLOORS) for room in rooms if within(module, room)]
+    _, floor, room = max(rooms)
+    return floor, room
+
+
+def house_imports() -> Iterator[tuple[str, str]]:
+    for path in SOURCES:
+        importer = module_of(path)
+        for imported, typing_only in imports(path):
+            if not typing_only and imported.split(".")[0] in ("aiosd", "libaios"):
+                yield importer, imported
+
+
+def test_imports_run_downwards_only() -> None:
+    wrong = []
+    for importer, imported in house_imports():
+        if any(within(importer, room) for room in OUTSIDE):
+            continue
+        floor, room = floor_and_room(importer)
+        its_floor, its_room = floor_and_room(imported)
+        if its_floor < floor or (its_floor == floor and its_room != room):
+            wrong.append(f"{importer} imports {imported}")
+    assert wrong == []
+
+
+def test_libaios_imports_nothing_of_aiosd() -> None:
+    assert [pair for pair in house_imports() if within(pair[0], "libaios") and within(pair[1], "aiosd")] == []
+
+
+def test_llm_llama_alone_touches_llama_cpp() -> None:
+    users = {module_of(path) for path in SOURCES for imported, _ in imports(path) if within(imported, "llama_cpp")}
+    assert users <= {"aiosd.llm.llama"}
+
+
+@pytest.mark.parametrize("pure", ["aiosd.llm.policy", "aiosd.llm.prefix"])
+def test_pure_parts_know_no_model(pure: str) -> None:
+    path = ROOT.joinpath(*pure.split(".")).with_suffix(".py")
+    heavy = {name for name, _ in imports(path) if name.split(".")[0] in ("llama_cpp", "ctypes", "gguf")}
+    assert heavy == set()
+
+
+@pytest.mark.parametrize("module", sorted(set(MODULES.values()) - {"aiosd.cli"}))
+def test_a_command_imports_nothing_heavy(module: str) -> None:
+    heavy = ["numpy", "llama_cpp", "faiss", "rich", "psutil", "jinja2", "aiosd.kernel", "aiosd.llm"]
+    assert loaded_by(module, heavy) == []
+
+
+def test_the_sdk_imports_nothing_heavy() -> None:
+    assert loaded_by("libaios", ["numpy", "llama_cpp", "faiss", "psutil", "click", "aiosd"]) == []
+
+
+@pytest.mark.parametrize("module", ["aiosd.supervisor", "aiosd.guardian"])
+def test_what_forks_maps_no_model(module: str) -> None:
+    """Fork only from a process that has loaded neither llama.cpp nor FAISS."""
+    assert loaded_by(module, ["numpy", "llama_cpp", "faiss"]) == []
+
+
+def loaded_by(module: str, names: list[str]) -> list[str]:
+    """Which of `names` a fresh interpreter has imported after `import module`."""
+    code = f"import sys, {module}; print([name for name in {names!r} if name in sys.modules])"
+    done = subprocess.run(
+        [sys.executable, "-c", code], capture_output=True, text=True, timeout=30, check=False, cwd=ROOT
+    )
+    assert done.returncode == 0, done.stderr
+    return ast.literal_eval(done.stdout)
+
+
+def test_importing_starts_nothing() -> None:
+    """No thread, no descriptor, no environment variable, no handler comes from importing a module."""
+    modules = [module_of(path) for path in SOURCES if not any(within(module_of(path), room) for room in OUTSIDE)]
+    code = f"""
+import importlib, logging, os, signal, sys, threading
+importlib.import_module("msgspec")
+state = lambda: (threading.active_count(), sorted(os.listdir("/proc/self/fd")), dict(os.environ),
+                 list(logging.getLogger().handlers), [signal.getsignal(n) for n in sorted(signal.valid_signals())])
+for name in {modules!r}:
+    if name.endswith("__main__"):
+        continue
+    before = state()
+    importlib.import_module(name)
+    after = state()
+    if before != after:
+        print(name, [(a, b) for a, b in zip(before, after) if a != b])
+"""
+    done = subprocess.run(
+        [sys.executable, "-c", code], capture_output=True, text=True, timeout=60, check=False, cwd=ROOT
+    )
+    assert (done.returncode, done.stdout) == (0, ""), done.stdout + done.stderr

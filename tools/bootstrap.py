@@ -1,0 +1,182 @@
+"""Sets up the virtual environment that the Makefile works in: `bootstrap.py .venv base|dev|nano`.
+
+Runs under whatever `python3` is, so it uses nothing but the standard library and no syntax that an old Python
+cannot parse. Building llama.cpp takes minutes; meanwhile one line on the terminal says what is being done,
+how far it is and for how long it has been going on. Without a terminal there is a plain line now and then.
+The whole of pip's output is in `.venv/setup.log`, its end is shown when something fails.
+"""
+
+import fcntl
+import os
+import re
+import shutil
+import subprocess
+import sys
+import time
+
+ROOT = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
+CONSTRAINTS = os.path.join(ROOT, "constraints.txt")
+OLDEST = (3, 11)
+SLOW = "llama-cpp-python"  # has no binary packages: pip compiles it
+EXTRAS = {"base": "", "dev": "[dev]", "nano": "[nano]"}
+
+#: What a line of pip's output says about the phase; the first match wins, the words may use its groups.
+PHASES = [
+    (re.compile(r"^\s*\[(\d+)/(\d+)\] "), "compiling llama.cpp, step {0} of {1}"),  # ninja
+    (re.compile(r"^\s*\[ *(\d+)%\] "), "compiling llama.cpp, {0} %"),  # make
+    (re.compile(r"^\s*Building wheel for (\S+)"), "building {0}"),
+    (re.compile(r"^\s*Downloading (\S+)"), "downloading {0}"),
+    (re.compile(r"^\s*Collecting (\S+)"), "looking for {0}"),
+    (re.compile(r"^\s*Installing collected packages"), "installing"),
+]
+
+
+def main():
+    venv, stage = sys.argv[1], sys.argv[2]
+    if sys.version_info < OLDEST:
+        have = "{}.{}".format(*sys.version_info[:2])
+        stop(f"Python {have} is too old, 3.11 or later is needed: make PYTHON=/path/to/python3.11 …")
+    os.makedirs(venv, exist_ok=True)
+    with open(os.path.join(venv, ".lock"), "w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)  # `make -j` may want two stages at once
+        python = os.path.join(venv, "bin", "python")
+        log = os.path.join(venv, "setup.log")
+        open(log, "w").close()
+        make_venv(venv, python, log)
+        check_compiler(python)
+        install(python, stage, log)
+        with open(os.path.join(venv, "." + stage), "w"):
+            pass  # the stamp
+
+
+def make_venv(venv, python, log):
+    if works(python, "-c", "import sys, pip; sys.exit(sys.version_info < (3, 11))"):
+        return
+    if not works(sys.executable, "-c", "import ensurepip, venv"):
+        stop("this Python has no venv module: install it (Debian, Ubuntu: apt install python3-venv)")
+    watch([sys.executable, "-m", "venv", "--clear", venv], log, f"creating {venv}")
+
+
+def check_compiler(python):
+    """Before minutes of downloading and building, see that the build can work, if there has to be one."""
+    if shutil.which(os.environ.get("CXX", "").split(" ")[0] or "c++") and shutil.which("cc"):
+        return
+    wanted = pinned(SLOW)
+    have = "import importlib.metadata as m, sys; sys.exit(m.version(sys.argv[1]) != sys.argv[2])"
+    if works(python, "-c", have, SLOW, wanted):
+        return
+    pip = [python, "-m", "pip"]
+    built_before = f"-{wanted}-" in output(*pip, "cache", "list", SLOW.replace("-", "_"))
+    binary = ["install", "--dry-run", "--no-deps", "--only-binary", ":all:", f"{SLOW}=={wanted}"]
+    if not built_before and not works(*pip, *binary):
+        stop("llama.cpp has to be built, but there is no C++ compiler: apt install g++ (or dnf install gcc-c++)")
+
+
+def install(python, stage, log):
+    # An editable install in its old form: a path in a .pth file instead of an import hook, which would cost
+    # every command milliseconds at its start.
+    target = ROOT + EXTRAS[stage]
+    command = [python, "-m", "pip", "install", "-v", "--no-input", "--disable-pip-version-check"]
+    command += ["-c", CONSTRAINTS, "-C", "editable_mode=compat", "-e", target]
+    watch(command, log, "installing aiosd" + EXTRAS[stage])
+
+
+def watch(command, log, what):
+    """Run `command` with its output in `log`, showing on the terminal that it is alive."""
+    began = time.monotonic()
+    with open(log, "ab") as out, open(log, "rb") as read:
+        read.seek(0, os.SEEK_END)
+        child = subprocess.Popen(command, stdin=subprocess.DEVNULL, stdout=out, stderr=subprocess.STDOUT, cwd=ROOT)
+        line = TerminalLine(what, began) if sys.stderr.isatty() else PlainLines(what, began)
+        phase = ""
+        try:
+            while child.poll() is None:
+                phase = phase_in(read.read(), phase)
+                line.show(phase)
+                time.sleep(0.2)
+        except KeyboardInterrupt:
+            child.terminate()
+            child.wait()
+            line.end("interrupted")
+            sys.exit(130)
+    if child.returncode:
+        line.end("failed")
+        with open(log, errors="replace") as read:
+            sys.stderr.write("".join(["  | " + text for text in read.readlines()[-25:]]))
+        stop(f"{what} failed; the whole log is {log}")
+    line.end("done")
+
+
+def phase_in(text, phase):
+    """The newest phase that `text`, new output of pip, tells of."""
+    for line in reversed(text.decode(errors="replace").splitlines()):
+        for pattern, words in PHASES:
+            found = pattern.match(line)
+            if found:
+                return words.format(*found.groups())
+    return phase
+
+
+class TerminalLine:
+    """One line that is written over and over."""
+
+    def __init__(self, what, began):
+        self.what, self.began, self.turns = what, began, 0
+
+    def show(self, phase):
+        self.turns += 1
+        wheel = "⠋⠙⠹⠸⠼⠴⠦⠧⠇⠏"[self.turns % 10]
+        text = f"{wheel} {self.what} {elapsed(self.began)}  {phase}"
+        sys.stderr.write("\r\x1b[K" + text[: shutil.get_terminal_size().columns - 1])
+        sys.stderr.flush()
+
+    def end(self, word):
+        sys.stderr.write(f"\r\x1b[K  {self.what}: {word}, {elapsed(self.began)}\n")
+
+
+class PlainLines:
+    """A new line when half a minute has passed: for logs."""
+
+    PERIOD_S = 30.0
+
+    def __init__(self, what, began):
+        self.what, self.began, self.last = what, began, time.monotonic()
+        sys.stderr.write(f"  {what} …\n")
+
+    def show(self, phase):
+        if time.monotonic() - self.last >= self.PERIOD_S:
+            self.last = time.monotonic()
+            sys.stderr.write(f"  {self.what}, {elapsed(self.began)}: {phase}\n")
+            sys.stderr.flush()
+
+    def end(self, word):
+        sys.stderr.write(f"  {self.what}: {word}, {elapsed(self.began)}\n")
+
+
+def elapsed(began):
+    return "{}:{:02}".format(*divmod(int(time.monotonic() - began), 60))
+
+
+def pinned(package):
+    with open(CONSTRAINTS) as file:
+        return re.search(rf"^{package}==(\S+)", file.read(), re.M).group(1)
+
+
+def works(*command):
+    try:
+        return subprocess.call(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL) == 0
+    except OSError:
+        return False
+
+
+def output(*command):
+    return subprocess.run(command, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL).stdout.decode()
+
+
+def stop(message):
+    sys.stderr.write(f"make: {message}\n")
+    sys.exit(1)
+
+
+if __name__ == "__main__":
+    main()
