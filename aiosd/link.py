@@ -105,8 +105,9 @@ class LoadFailed(Struct, array_like=True, frozen=True, tag=True):
 
 
 class Delta(Struct, array_like=True, frozen=True):
-    """New output of one generation. `offset`: tokens before it; `text`: whole characters, held back where a
-    stop string or a tool call may be under way."""
+    """New output of one generation. `offset`: tokens before it. `text` is exactly the text of `tokens`: where
+    text is held back (half a character, a stop string or a tool call that may be under way), so are its
+    tokens. So what was given out is always a list of whole tokens, and can be forced back after a death."""
 
     key: Key
     offset: int
@@ -214,6 +215,12 @@ class Mark(Struct, array_like=True, frozen=True, tag=True):
     reaped: bool = False
 
 
+class Forget(Struct, array_like=True, frozen=True, tag=True):
+    """The dead agent has left the history: drop its record and its log."""
+
+    pid: int
+
+
 class Ready(Struct, array_like=True, frozen=True, tag=True):
     """All models are loaded: the system can serve. `line` is what the terminal shows."""
 
@@ -261,13 +268,11 @@ class ChildExited(Struct, array_like=True, frozen=True, tag=True):
 
 
 class CoreForked(Struct, array_like=True, frozen=True, tag=True):
-    """A core was forked (again). Descriptors: memfd and doorbell, only the first time that this kernel hears
-    of the core; a core forked again uses the same channel under a new epoch."""
+    """A core was forked (again). Descriptors: memfd and the kernel's end of the doorbell of its new channel."""
 
     name: str
     pid: int
     ospid: int
-    epoch: int
     deaths: int
 
 
@@ -283,7 +288,7 @@ class Stop(Struct, array_like=True, frozen=True, tag=True):
     reason: str
 
 
-ToSupervisor = Fork | SendSignal | Mark | Ready | Shutdown
+ToSupervisor = Fork | SendSignal | Mark | Forget | Ready | Shutdown
 FromSupervisor = Forked | ForkFailed | ChildStopped | ChildExited | CoreForked | CoreDied | Stop
 
 encode = msgpack.Encoder().encode

@@ -26,7 +26,8 @@ VERSION = 1
 #: Largest frame that one process may send to another (bytes).
 MAX_FRAME = 16 << 20
 
-#: Environment of an agent: `memfd:doorbell` as descriptor numbers, its pid, and the boot it belongs to.
+#: Environment of an agent: `memfd:doorbell:ospid` (two descriptor numbers and the process they belong to: in
+#: any other process, a child that inherited them say, the channel must not be touched), its pid, its system.
 ENV_CHANNEL = "AIOS_CHANNEL"
 ENV_PID = "AIOS_PID"
 ENV_HOME = "AIOS_HOME"

@@ -1,0 +1,160 @@
+"""The guardian: the process that the user started. It waits, forwards signals and sweeps up; nothing else.
+
+It takes the home (a lock that a second aiosd runs into), binds the control socket and forks the supervisor.
+Guardian and supervisor are both child subreapers, and each ends everything when the other dies: the supervisor
+on its parent-death signal, the guardian when `wait` or a missing heartbeat says so. Nothing outlives aiosd as
+long as one of the two is left for a moment.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import fcntl
+import logging
+import os
+import resource
+import signal
+import socket
+import time
+from typing import TYPE_CHECKING
+
+from aiosd import log, spawn
+from aiosd.errors import UsageError, WorldError
+
+if TYPE_CHECKING:
+    from libaios.home import Home
+
+    from aiosd.config import Settings
+
+logger = logging.getLogger("guardian")
+
+FORWARDED = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP)
+HANG_S = 10.0  # a supervisor that has not been heard of for so long is taken for hung
+TICK_S = 1.0
+
+
+def main(settings: Settings) -> int:
+    """Run the whole system in the foreground; returns its exit code."""
+    home = settings.home
+    prepare(home)
+    lock = take_lock(home)
+    listener = bind(home)
+    _raise_nofile()
+    spawn.prctl(spawn.PR_SET_CHILD_SUBREAPER, 1)
+    log.setup("guardian", settings.log_level)
+    signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGCHLD, *FORWARDED})
+    heard, heartbeat = os.pipe2(os.O_NONBLOCK | os.O_CLOEXEC)
+    supervisor = _fork_supervisor(settings, listener, heartbeat)
+    os.close(heartbeat)
+    if settings.ready_fd is not None:
+        os.close(settings.ready_fd)  # the supervisor's alone, so that its death ends the wait of the starter
+    try:
+        return _watch(supervisor, heard)
+    finally:
+        spawn.sweep()
+        with contextlib.suppress(OSError):
+            os.unlink(home.socket)
+        os.close(lock)
+
+
+def prepare(home: Home) -> None:
+    """Make the folders of a home, private to this user."""
+    for folder in (home.root, home.socket.parent, home.data, home.logs):
+        try:
+            folder.mkdir(mode=0o700, parents=True, exist_ok=True)
+        except OSError as err:
+            raise WorldError(f"{folder}: {err.strerror}") from err
+    owner = home.socket.parent.stat()
+    if owner.st_uid != os.getuid() and os.getuid() != 0:
+        raise UsageError(f"{home.socket.parent} belongs to another user")
+
+
+def take_lock(home: Home) -> int:
+    """The home is ours as long as the returned descriptor is open, here and in the supervisor."""
+    fd = os.open(home.data / "lock", os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
+    try:
+        fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError as err:
+        holder = os.read(fd, 32).decode(errors="replace").strip()
+        os.close(fd)
+        raise UsageError(f"already running in {home.root} (pid {holder or 'unknown'})") from err
+    os.ftruncate(fd, 0)
+    os.write(fd, f"{os.getpid()}\n".encode())
+    return fd
+
+
+def bind(home: Home) -> socket.socket:
+    """Listen on the control socket. What lies there is of a dead aiosd: we hold the lock.
+
+    The folder is reached through /proc/self/fd, because a socket's path is limited to 107 bytes.
+    """
+    listener = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM | socket.SOCK_CLOEXEC | socket.SOCK_NONBLOCK)
+    with contextlib.suppress(FileNotFoundError):
+        os.unlink(home.socket)
+    folder = os.open(home.socket.parent, os.O_PATH | os.O_DIRECTORY | os.O_CLOEXEC)
+    try:
+        listener.bind(f"/proc/self/fd/{folder}/{home.socket.name}")
+    finally:
+        os.close(folder)
+    os.chmod(home.socket, 0o600)
+    listener.listen(1024)
+    return listener
+
+
+def _raise_nofile() -> None:
+    _, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))
+
+
+def _fork_supervisor(settings: Settings, listener: socket.socket, heartbeat: int) -> int:
+    guardian = os.getpid()
+
+    def child() -> int:
+        from aiosd.supervisor import main
+
+        return main(settings, listener, guardian, heartbeat)
+
+    return spawn.fork(child)
+
+
+def _watch(supervisor: int, heard: int) -> int:
+    """Wait for the supervisor's end; returns its exit code."""
+    last_beat = time.monotonic()
+    while True:
+        before = time.monotonic()
+        info = signal.sigtimedwait({signal.SIGCHLD, *FORWARDED}, TICK_S)
+        now = time.monotonic()
+        if info is not None and info.si_signo in FORWARDED:
+            os.kill(supervisor, info.si_signo)
+        code = _reap(supervisor)
+        if code is not None:
+            return code
+        # A guardian that was stopped itself (Ctrl-Z) has heard nothing meanwhile, which proves nothing.
+        if _drain(heard) or now - before > 2 * TICK_S:
+            last_beat = now
+        if now - last_beat > HANG_S:
+            logger.critical("the supervisor hangs (no heartbeat for %.0f s); ending everything", HANG_S)
+            os.kill(supervisor, signal.SIGKILL)
+
+
+def _reap(supervisor: int) -> int | None:
+    """Collect dead children; the exit code for our user when the supervisor was among them."""
+    while True:
+        try:
+            ospid, status = os.waitpid(-1, os.WNOHANG)
+        except ChildProcessError:
+            return 1
+        if ospid == 0:
+            return None
+        if ospid == supervisor:
+            code = os.waitstatus_to_exitcode(status)
+            if code < 0:
+                logger.critical("the supervisor died (%s)", spawn.describe(code))
+            return code if code >= 0 else 1
+
+
+def _drain(heard: int) -> bool:
+    try:
+        return bool(os.read(heard, 4096))
+    except BlockingIOError:
+        return False

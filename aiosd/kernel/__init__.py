@@ -1,0 +1,1 @@
+"""The kernel process: system calls, process table, access checks, queues. A router that waits for nobody."""

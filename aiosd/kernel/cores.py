@@ -1,0 +1,191 @@
+"""The kernel's side of the llm cores: which calls lie with which core, and what comes back.
+
+A generation that was accepted stays in `Core.calls` until its final word. If the core dies, its calls stay
+there and go to its successor with the tokens that were already given out, which are then forced, never sampled
+again. A call that was running at two deaths is taken for their cause and ends with EIO.
+
+This module moves messages; it decides nothing about agents. What a message means for a caller is decided by
+the `Listener` (the kernel).
+"""
+
+from __future__ import annotations
+
+import errno
+import logging
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from typing import Any, Protocol
+
+import msgspec
+from libaios.channel import Channel
+
+from aiosd import link
+from aiosd.kernel.peer import Call
+from libaios import wire
+
+logger = logging.getLogger("kernel.cores")
+
+POISON_DEATHS = 2
+
+
+class Listener(Protocol):
+    """What the kernel does with a core's messages."""
+
+    def on_loading(self, core: Core, message: link.Progress) -> None: ...
+    def on_loaded(self, core: Core) -> None: ...
+    def on_load_failed(self, core: Core, message: str) -> None: ...
+    def on_started(self, call: Call, started: link.Started) -> None: ...
+    def on_delta(self, call: Call, delta: link.Delta) -> None: ...
+    def on_finished(self, call: Call, finished: link.Finished) -> None: ...
+    def on_answered(self, call: Call, answered: link.Answered) -> None: ...
+    def on_stats(self, req: int) -> None: ...
+    def fail(self, call: Call, code: int, message: str) -> None: ...
+    def call_budget(self, call: Call) -> tuple[int, str, int | None]: ...
+
+
+@dataclass(slots=True, eq=False)
+class Core:
+    """One llm core as the kernel sees it."""
+
+    name: str
+    path: str
+    default: bool
+    pid: int
+    state: str = "starting"  # starting → loading → ready; down between a death and the next fork
+    ospid: int = 0
+    deaths: int = 0
+    last_death: str = ""
+    channel: Channel | None = None
+    info: wire.ModelInfo | None = None
+    stats: dict[str, Any] = field(default_factory=dict)
+    calls: dict[link.Key, tuple[Call, link.ToCore]] = field(default_factory=dict)
+    parked: set[int] = field(default_factory=set)  # peers whose generations are parked
+
+    def send(self, message: link.ToCore) -> None:
+        """To the core, if it serves; else it will get what matters when it does (`_resubmit`)."""
+        if self.state == "ready" and self.channel is not None:
+            self.channel.send(link.encode(message))
+
+    def submit(self, call: Call, message: link.ToCore) -> None:
+        self.calls[call.key] = (call, message)
+        call.core = self.name
+        self.send(message)
+
+    def cancel(self, call: Call) -> None:
+        if self.calls.pop(call.key, None) is not None:
+            self.send(link.CancelCall(call.key))
+
+    def park(self, peer: int, parked: bool) -> None:
+        if parked:
+            self.parked.add(peer)
+        else:
+            self.parked.discard(peer)
+        self.send(link.Park(peer, parked))
+
+    def pause(self, call: Call, paused: bool) -> None:
+        self.send(link.ParkCall(call.key, paused))
+
+
+class Cores:
+    """All cores of the system, in the order of the command line; the first is the default."""
+
+    def __init__(self, listener: Listener) -> None:
+        self.listener = listener
+        self.by_name: dict[str, Core] = {}
+
+    def __iter__(self) -> Iterator[Core]:
+        return iter(self.by_name.values())
+
+    def find(self, name: str | None) -> Core | None:
+        if name is None:
+            return next(iter(self.by_name.values()))
+        return self.by_name.get(name)
+
+    # ── life of a core ────────────────────────────────────────────────────────────────────────────────────
+
+    def forked(self, core: Core, ospid: int, deaths: int, channel: Channel) -> None:
+        core.ospid, core.deaths, core.channel, core.state = ospid, deaths, channel, "loading"
+
+    def adopted(self, core: Core, live_peers: list[int]) -> None:
+        """A new kernel takes over a core that has been serving its predecessor."""
+        core.state = "ready"
+        core.send(link.Keep(live_peers))
+
+    def died(self, core: Core, reason: str) -> None:
+        """Keep its calls for the successor, but those that look like the cause of the death."""
+        core.state, core.last_death, core.ospid = "down", reason, 0
+        if core.channel is not None:
+            core.channel.close()
+            core.channel = None
+        for call, _ in list(core.calls.values()):
+            generation = call.generation
+            if generation is None or not generation.started:
+                continue
+            generation.started = False
+            generation.deaths += 1
+            if generation.deaths >= POISON_DEATHS:
+                message = f"the llm core died twice while this call was running (last: {reason})"
+                del core.calls[call.key]
+                self.listener.fail(call, errno.EIO, message)
+
+    def _resubmit(self, core: Core) -> None:
+        for peer in core.parked:
+            core.send(link.Park(peer, True))
+        for call, message in list(core.calls.values()):
+            core.send(self.fresh(call, message))
+            if call.generation is not None and call.generation.paused:
+                core.pause(call, True)
+
+    def fresh(self, call: Call, message: link.ToCore) -> link.ToCore:
+        """The message as it must be now: with the tokens given out so far and what is left of the budget."""
+        if call.generation is None:
+            return message
+        nice, group, budget = self.listener.call_budget(call)
+        request = msgspec.structs.replace(call.generation.request, given=list(call.generation.tokens))
+        return link.Submit(call.key, request, nice, group, budget)
+
+    # ── messages ──────────────────────────────────────────────────────────────────────────────────────────
+
+    def receive(self, core: Core, limit: int = 64) -> bool:
+        """Handle what the core sent; True when there is more."""
+        if core.channel is None:
+            return False
+        core.channel.pump()
+        for payload in core.channel.receive(limit):
+            self._on_message(core, link.decode_from_core(payload))
+            if core.channel is None:
+                return False
+        return core.channel.more
+
+    def _on_message(self, core: Core, message: link.FromCore) -> None:
+        listener = self.listener
+        match message:
+            case link.Step():
+                # A key that is not in `calls` was cancelled, and the core had not heard of it when it sent this.
+                for started in message.started:
+                    if started.key in core.calls:
+                        listener.on_started(core.calls[started.key][0], started)
+                for delta in message.deltas:
+                    if delta.key in core.calls:
+                        listener.on_delta(core.calls[delta.key][0], delta)
+            case link.Finished(key=key):
+                if key in core.calls:
+                    listener.on_finished(core.calls.pop(key)[0], message)
+            case link.Answered(key=key):
+                if key in core.calls:
+                    listener.on_answered(core.calls.pop(key)[0], message)
+            case link.Failed(key=key):
+                if key in core.calls:
+                    listener.fail(core.calls.pop(key)[0], message.errno, message.message)
+            case link.Stats():
+                core.stats = message.stats
+                listener.on_stats(message.req)
+            case link.Progress():
+                listener.on_loading(core, message)
+            case link.Loaded():
+                core.state = "ready"
+                core.info = wire.ModelInfo(name=core.name, default=core.default, **message.info)
+                self._resubmit(core)
+                listener.on_loaded(core)
+            case link.LoadFailed():
+                listener.on_load_failed(core, message.message)

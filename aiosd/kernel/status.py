@@ -1,0 +1,149 @@
+"""What `aiosd status` shows: the figures of the kernel and of its cores, and a check of the books.
+
+A core answers between two steps, so the reply waits for all cores, but not longer than `WAIT_S`; a core that
+was too busy is shown with its last known figures.
+"""
+
+from __future__ import annotations
+
+import itertools
+import os
+import resource
+import time
+from collections import Counter
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+from aiosd import link, procfs
+from aiosd.kernel.peer import Call
+from aiosd.kernel.proc import describe
+
+if TYPE_CHECKING:
+    from aiosd.kernel.cores import Core
+    from aiosd.kernel.loop import Kernel
+
+WAIT_S = 1.0
+FDS_PER_AGENT = 2  # in kernel and supervisor: its memfd and its doorbell
+FDS_SPARE = 64
+
+
+@dataclass(slots=True)
+class _Request:
+    call: Call
+    check: bool
+    missing: int
+
+
+class StatusRequests:
+    def __init__(self, kernel: Kernel) -> None:
+        self.kernel = kernel
+        self._open: dict[int, _Request] = {}
+        self._numbers = itertools.count(1)
+
+    def ask(self, call: Call, check: bool) -> None:
+        number = next(self._numbers)
+        asked = [core for core in self.kernel.cores if core.state == "ready"]
+        self._open[number] = _Request(call, check, len(asked))
+        for core in asked:
+            core.send(link.GetStats(number))
+        self.kernel.timers.after(WAIT_S if asked else 0.0, lambda: self._answer(number))
+
+    def part(self, number: int) -> None:
+        """One core has answered."""
+        request = self._open.get(number)
+        if request is not None:
+            request.missing -= 1
+            if request.missing == 0:
+                self._answer(number)
+
+    def _answer(self, number: int) -> None:
+        request = self._open.pop(number, None)
+        if request is not None:
+            self.kernel.finish(request.call, self.describe(request.check))
+
+    def describe(self, check: bool) -> dict[str, Any]:
+        kernel, born = self.kernel, self.kernel.born
+        from aiosd import __version__
+
+        status: dict[str, Any] = {
+            "version": __version__,
+            "boot": kernel.boot,
+            "state": "stopping" if kernel.stopping else "ready" if kernel.ready else "loading",
+            "pid": born.guardian,
+            "uptime_s": round(time.time() - born.started, 1),
+            "home": str(kernel.settings.home.root),
+            "logs": str(kernel.settings.home.logs),
+            "policy": kernel.settings.policy,
+            "agents": dict(Counter(describe(proc).stat for proc in kernel.table)),
+            "dead_remembered": len(kernel.table.history),
+            "max_agents": max_agents(),
+            "memory_limits_by": f"sampling PSS every {0.5} s",
+            "kernel": {
+                "epoch": born.epoch,
+                **kernel.counters,
+                "clients_now": len(kernel.clients),
+                "open_calls": sum(len(peer.calls) for peer in self._peers()),
+            },
+            "models": [self._model(core) for core in kernel.cores],
+        }
+        if check:
+            status["check"] = self.check()
+        return status
+
+    def _model(self, core: Core) -> dict[str, Any]:
+        info = core.info
+        return {
+            "name": core.name,
+            "path": core.path,
+            "default": core.default,
+            "state": core.state,
+            "pid": core.pid,
+            "ospid": core.ospid,
+            "deaths": core.deaths,
+            "last_death": core.last_death,
+            "open_calls": len(core.calls),
+            "info": {} if info is None else {field: getattr(info, field) for field in info.__struct_fields__},
+            "stats": core.stats,
+        }
+
+    def _peers(self) -> list[Any]:
+        agents = [proc.peer for proc in self.kernel.table if proc.peer is not None]
+        return [*agents, *self.kernel.clients.values()]
+
+    def system_processes(self) -> dict[str, tuple[int, int]]:
+        """name → (pid, Linux pid) of aiosd's own processes."""
+        kernel = self.kernel
+        pids = kernel.born.pids
+        found = {"supervisor": (pids["supervisor"], os.getppid()), "kernel": (pids["kernel"], os.getpid())}
+        cores = list(kernel.cores)
+        for core in cores:
+            found["llm" if len(cores) == 1 else f"llm:{core.name}"] = (core.pid, core.ospid)
+        return found
+
+    def check(self) -> list[str]:
+        """Discrepancies between the books and the world; empty when all is well."""
+        kernel = self.kernel
+        wrong = []
+        for proc in kernel.table.live():
+            stat = procfs.read_stat(proc.ospid)
+            if stat is None:
+                wrong.append(f"agent {proc.pid}: process {proc.ospid} does not exist")
+        for pid, children in kernel.table.children.items():
+            for child in children.values():
+                if child.ppid != pid or kernel.table.get(child.pid) is not child:
+                    wrong.append(f"agent {child.pid}: filed under parent {pid}, says {child.ppid}")
+        open_keys = {call.key for peer in self._peers() for call in peer.calls.values()}
+        for core in kernel.cores:
+            for key in core.calls:
+                if key not in open_keys:
+                    wrong.append(f"core {core.name}: call {key} belongs to nobody")
+            slots = core.stats.get("slots")
+            if isinstance(slots, dict) and slots.get("free", 0) + slots.get("used", 0) != slots.get("total", 0):
+                wrong.append(f"core {core.name}: slots do not add up: {slots}")
+        return wrong
+
+
+def max_agents() -> int:
+    """How many agents the limit on open files allows."""
+    soft, _ = resource.getrlimit(resource.RLIMIT_NOFILE)
+    return max(0, (soft - FDS_SPARE) // FDS_PER_AGENT)

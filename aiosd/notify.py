@@ -1,0 +1,44 @@
+"""Telling whoever started aiosd how it stands: a waiting `aiosd -d`, and systemd (sd_notify(3))."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import socket
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from aiosd.config import Settings
+
+
+def ready(settings: Settings, line: str) -> None:
+    _tell_starter(settings, f"ready {line}\n")
+    _sd_notify(f"READY=1\nSTATUS={line}\n")
+
+
+def failed(settings: Settings, error: str) -> None:
+    _tell_starter(settings, f"error {error}\n")
+    _sd_notify(f"STATUS={error}\n")
+
+
+def stopping(settings: Settings) -> None:
+    _sd_notify("STOPPING=1\n")
+
+
+def _tell_starter(settings: Settings, line: str) -> None:
+    """One line into the descriptor that `aiosd -d` reads, then close it."""
+    if settings.ready_fd is None:
+        return
+    with contextlib.suppress(OSError):  # it went away, or has been told already
+        os.write(settings.ready_fd, line.encode())
+        os.close(settings.ready_fd)
+
+
+def _sd_notify(message: str) -> None:
+    address = os.environ.get("NOTIFY_SOCKET", "")
+    if not address:
+        return
+    if address[0] == "@":
+        address = "\0" + address[1:]
+    with contextlib.suppress(OSError), socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM) as sock:
+        sock.sendto(message.encode(), address)

@@ -1,0 +1,73 @@
+"""What Linux knows about processes, read from /proc.
+
+Processes vanish while one looks at them; every function here answers that with "nothing" (None, an empty
+list, 0) instead of an exception, because to its callers a process that is gone is not an error.
+"""
+
+from __future__ import annotations
+
+import os
+from typing import NamedTuple
+
+_TICKS = os.sysconf("SC_CLK_TCK")
+
+
+class Stat(NamedTuple):
+    """The part of /proc/PID/stat that aiosd uses."""
+
+    state: str  # R, S, D, T, Z, …
+    ppid: int
+    pgid: int
+    cpu_s: float  # user + system seconds, waited-for children not included
+
+
+def read_stat(ospid: int) -> Stat | None:
+    try:
+        with open(f"/proc/{ospid}/stat", "rb") as file:
+            data = file.read()
+    except OSError:
+        return None
+    # The name in parentheses may hold anything, so fields count from its end.
+    fields = data[data.rindex(b")") + 2 :].split()
+    ticks = int(fields[11]) + int(fields[12])
+    return Stat(fields[0].decode(), int(fields[1]), int(fields[2]), ticks / _TICKS)
+
+
+def children(ospid: int) -> list[int]:
+    """Children of all threads of a process."""
+    found: list[int] = []
+    try:
+        tasks = os.listdir(f"/proc/{ospid}/task")
+    except OSError:
+        return found
+    for task in tasks:
+        try:
+            with open(f"/proc/{ospid}/task/{task}/children", "rb") as file:
+                found.extend(map(int, file.read().split()))
+        except OSError:
+            continue
+    return found
+
+
+def descendants(ospid: int) -> list[int]:
+    """All descendants, parents before children."""
+    found = children(ospid)
+    for pid in found:  # grows while we walk it: breadth first
+        found.extend(children(pid))
+    return found
+
+
+def pss_bytes(ospid: int) -> int:
+    """Proportional set size: private memory plus a fair share of what is shared."""
+    try:
+        with open(f"/proc/{ospid}/smaps_rollup", "rb") as file:
+            for line in file:
+                if line.startswith(b"Pss:"):
+                    return int(line.split()[1]) * 1024
+    except OSError:
+        pass
+    return 0
+
+
+def tree_pss_bytes(ospid: int) -> int:
+    return pss_bytes(ospid) + sum(map(pss_bytes, descendants(ospid)))

@@ -1,0 +1,348 @@
+"""Forking, and what happens in a child before its own code runs.
+
+Only the supervisor forks. Every child of it leaves through `fork()` below, whose child branch ends in
+`os._exit`, so that neither the supervisor's `finally` blocks nor its `atexit` handlers ever run in a child.
+A child keeps exactly the descriptors it is told to keep, and starts with default signal handlers, a session
+of its own, and a parent-death signal.
+
+An agent is made in this order: fork → session, subreaper, death signal → descriptors → environment, folder,
+umask, limits → `run_file`, `run_module` or `exec`. It is a child subreaper, so that whatever it starts, however
+often that forks, stays below it in the process tree as long as it lives, and falls to the supervisor (which
+ends it) when it dies: ownership of every process is certain without asking its environment.
+"""
+
+from __future__ import annotations
+
+import atexit
+import contextlib
+import ctypes
+import gc
+import importlib.util
+import os
+import random
+import resource
+import signal
+import sys
+import traceback
+from collections.abc import Callable, Iterable
+from types import CodeType, ModuleType
+from typing import NoReturn
+
+from aiosd import link, procfs
+from libaios import wire
+
+PR_SET_PDEATHSIG = 1
+PR_SET_CHILD_SUBREAPER = 36
+
+_libc = ctypes.CDLL(None, use_errno=True)
+SYS_PIDFD_GETFD = 438
+
+#: Exit codes of an agent that could not be started, as in a shell.
+CANNOT_EXECUTE = 126
+NOT_FOUND = 127
+
+
+def prctl(option: int, argument: int) -> None:
+    if _libc.prctl(option, argument, 0, 0, 0) != 0:
+        raise OSError(ctypes.get_errno(), "prctl")
+
+
+def pidfd_getfd(ospid: int, number: int) -> int:
+    """A duplicate of descriptor `number` of another process; OSError where Linux forbids it."""
+    pidfd = os.pidfd_open(ospid)
+    try:
+        copy = _libc.syscall(SYS_PIDFD_GETFD, pidfd, number, 0)
+        if copy < 0:
+            raise OSError(ctypes.get_errno(), "pidfd_getfd")
+        return int(copy)
+    finally:
+        os.close(pidfd)
+
+
+def fork(child: Callable[[], int]) -> int:
+    """Fork; the child runs `child` and exits with what it returns. Returns the child's pid in the parent."""
+    parent = os.getpid()
+    # Signals that come between the fork and the reset of the handlers must not run the parent's handlers.
+    old = signal.pthread_sigmask(signal.SIG_BLOCK, signal.valid_signals())
+    try:
+        ospid = os.fork()
+        if ospid == 0:
+            _in_child(child, parent)
+        return ospid
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, old)
+
+
+def _in_child(child: Callable[[], int], parent: int) -> NoReturn:
+    code = 70  # EX_SOFTWARE: what a child leaves with when even its own error handling fails
+    try:
+        atexit._clear()
+        signal.set_wakeup_fd(-1)
+        reset_signals()
+        die_with_parent(parent, signal.SIGKILL)
+        signal.pthread_sigmask(signal.SIG_SETMASK, ())
+        code = child()
+    except BaseException:
+        traceback.print_exc()
+    finally:
+        with contextlib.suppress(Exception):  # a broken stderr must not keep the child from leaving
+            sys.stdout.flush()
+            sys.stderr.flush()
+        os._exit(code)
+
+
+def die_with_parent(parent: int, number: int) -> None:
+    """Ask for a signal at the parent's death, and notice a parent that is dead already."""
+    prctl(PR_SET_PDEATHSIG, number)
+    if os.getppid() != parent:
+        os.kill(os.getpid(), number)
+
+
+def reset_signals() -> None:
+    for number in signal.valid_signals() - {signal.SIGKILL, signal.SIGSTOP}:
+        with contextlib.suppress(OSError, ValueError):  # numbers that the C library keeps for itself
+            signal.signal(number, signal.SIG_DFL)
+    signal.signal(signal.SIGINT, signal.default_int_handler)
+    signal.signal(signal.SIGPIPE, signal.SIG_IGN)  # as Python starts: EPIPE becomes an exception
+
+
+def describe(status: int) -> str:
+    """An exit status (as of os.waitstatus_to_exitcode) in words."""
+    if status >= 0:
+        return f"exit code {status}"
+    try:
+        return f"signal {signal.Signals(-status).name}"
+    except ValueError:  # a real-time signal
+        return f"signal {-status}"
+
+
+def sweep() -> None:
+    """KILL everything below this process until nothing is left, and collect it. What is killed may have forked
+    meanwhile, and what that made falls to us as subreaper: hence the loop."""
+    while True:
+        for victim in procfs.descendants(os.getpid()):
+            with contextlib.suppress(ProcessLookupError, PermissionError):
+                os.kill(victim, signal.SIGKILL)
+        try:
+            os.waitpid(-1, 0)
+        except ChildProcessError:
+            return
+
+
+def keep_only(keep: Iterable[int]) -> None:
+    """Close every descriptor from 3 up that is not in `keep`."""
+    low = 3
+    for fd in sorted({fd for fd in keep if fd >= 3}):
+        if fd > low:
+            os.closerange(low, fd)
+        low = fd + 1
+    os.closerange(low, 1 << 30)
+
+
+# ── agents ────────────────────────────────────────────────────────────────────────────────────────────────
+
+
+def become_agent(spec: link.Fork, pid: int, home: str, stdio: tuple[int, int, int], memfd: int, bell: int) -> int:
+    """In the forked child: turn into the agent, run its code, return its exit code."""
+    os.setsid()
+    prctl(PR_SET_CHILD_SUBREAPER, 1)
+    stdio, memfd, bell = _above_stdio(stdio, memfd, bell)
+    for number, fd in enumerate(stdio):
+        os.dup2(fd, number, inheritable=True)
+    keep_only((memfd, bell))
+    for fd in (memfd, bell):
+        os.set_inheritable(fd, True)  # they survive exec; ENV_CHANNEL says whose they are
+    if spec.tty:
+        _take_terminal()
+    os.umask(spec.umask)
+    _restore_nofile()
+    _reopen_streams()
+    _set_environment(spec, pid, home, memfd, bell)
+    try:
+        os.chdir(spec.cwd)
+    except OSError as err:
+        return _cannot(spec, f"{spec.cwd}: {err.strerror}", CANNOT_EXECUTE)
+    _lower_oom_protection()
+    random.seed()
+    gc.enable()
+    _register_exit_functions()
+    return _RUN[spec.kind](spec)
+
+
+def _above_stdio(stdio: tuple[int, int, int], memfd: int, bell: int) -> tuple[tuple[int, int, int], int, int]:
+    """Move descriptors that lie at 0–2 (the supervisor may have been started without stdio) out of the way."""
+
+    def up(fd: int) -> int:
+        while fd < 3:
+            fd = os.dup(fd)
+        return fd
+
+    return (up(stdio[0]), up(stdio[1]), up(stdio[2])), up(memfd), up(bell)
+
+
+def _take_terminal() -> None:
+    import fcntl
+    import termios
+
+    with contextlib.suppress(OSError):  # stdin is no terminal after all: the agent has none then
+        fcntl.ioctl(0, termios.TIOCSCTTY, 0)
+
+
+def _restore_nofile() -> None:
+    """Python and aiosd raise the soft limit; programs that use select() need the usual one."""
+    _, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    resource.setrlimit(resource.RLIMIT_NOFILE, (min(1024, hard), hard))
+
+
+def _lower_oom_protection() -> None:
+    """When memory runs out an agent goes before the system does."""
+    with contextlib.suppress(OSError), open("/proc/self/oom_score_adj", "w") as file:
+        file.write("500")
+
+
+def _reopen_streams() -> None:
+    """Fresh sys.std* on the agent's own descriptors: those inherited hold the supervisor's buffers."""
+    streams = {  # they live as long as the process: no context manager
+        "stdin": open(0, encoding="utf-8", errors="surrogateescape", closefd=False),  # noqa: SIM115
+        "stdout": open(  # noqa: SIM115
+            1,
+            "w",
+            encoding="utf-8",
+            errors="surrogateescape",
+            buffering=1 if os.isatty(1) else -1,
+            closefd=False,
+        ),
+        "stderr": open(2, "w", encoding="utf-8", errors="backslashreplace", buffering=1, closefd=False),  # noqa: SIM115
+    }
+    for name, stream in streams.items():
+        setattr(sys, name, stream)
+        setattr(sys, f"__{name}__", stream)
+
+
+def _set_environment(spec: link.Fork, pid: int, home: str, memfd: int, bell: int) -> None:
+    os.environ.clear()
+    os.environ.update(spec.env)
+    os.environ[wire.ENV_HOME] = home
+    os.environ[wire.ENV_PID] = str(pid)
+    os.environ[wire.ENV_CHANNEL] = f"{memfd}:{bell}:{os.getpid()}"
+    if spec.env.get("PYTHONUNBUFFERED"):
+        sys.stdout.reconfigure(write_through=True)  # type: ignore[union-attr] # a TextIOWrapper, made above
+
+
+def _register_exit_functions() -> None:
+    """What the standard library had registered in the supervisor and an agent expects: `fork` cleared it."""
+    for module, name in (("logging", "shutdown"), ("multiprocessing.util", "_exit_function")):
+        if module in sys.modules:
+            atexit.register(getattr(sys.modules[module], name))
+
+
+def _cannot(spec: link.Fork, why: str, code: int) -> int:
+    print(f"aios-run: {spec.target}: {why}" if not why.startswith(spec.cwd) else f"aios-run: {why}", file=sys.stderr)
+    return code
+
+
+def _exec(spec: link.Fork) -> int:
+    # What Python ignores or has changed must be as a program expects it.
+    signal.signal(signal.SIGPIPE, signal.SIG_DFL)
+    signal.signal(signal.SIGINT, signal.SIG_DFL)
+    try:
+        os.execvpe(spec.target, [spec.target, *spec.args], os.environ)
+    except FileNotFoundError:
+        return _cannot(spec, "not found", NOT_FOUND)
+    except OSError as err:
+        return _cannot(spec, err.strerror or str(err), CANNOT_EXECUTE)
+
+
+def _run_file(spec: link.Fork) -> int:
+    path = os.path.join(spec.cwd, spec.target)
+    try:
+        with open(path, "rb") as file:
+            source = file.read()
+    except OSError as err:
+        return _cannot(spec, err.strerror or str(err), NOT_FOUND if isinstance(err, FileNotFoundError) else 126)
+    main = _new_main(spec.target, [spec.target, *spec.args], os.path.dirname(os.path.realpath(path)))
+    main.__file__ = spec.target
+    return _run(lambda: compile(source, spec.target, "exec", dont_inherit=True), main)
+
+
+def _run_module(spec: link.Fork) -> int:
+    main = _new_main(spec.target, [spec.target, *spec.args], spec.cwd)
+    try:
+        found = importlib.util.find_spec(spec.target)
+        if found is not None and found.submodule_search_locations is not None:
+            found = importlib.util.find_spec(spec.target + ".__main__")
+    except (ImportError, ValueError, AttributeError) as err:
+        return _cannot(spec, str(err), NOT_FOUND)
+    if found is None or found.loader is None or not hasattr(found.loader, "get_code"):
+        return _cannot(spec, f"No module named {spec.target}", NOT_FOUND)
+    sys.argv[0] = main.__file__ = found.origin or spec.target
+    main.__spec__, main.__loader__, main.__package__ = found, found.loader, found.parent
+    return _run(lambda: found.loader.get_code(found.name), main)  # type: ignore[union-attr]
+
+
+_RUN: dict[str, Callable[[link.Fork], int]] = {"file": _run_file, "module": _run_module, "exec": _exec}
+
+
+def _new_main(target: str, argv: list[str], first_path: str) -> ModuleType:
+    """A fresh `__main__`, with sys.argv and sys.path as `python TARGET` would have them."""
+    main = ModuleType("__main__")
+    main.__dict__.update(__builtins__=__builtins__, __spec__=None, __annotations__={})
+    sys.modules["__main__"] = main
+    sys.argv = argv
+    python_path = [entry for entry in os.environ.get("PYTHONPATH", "").split(os.pathsep) if entry]
+    sys.path[:0] = [first_path, *(entry for entry in python_path if entry not in sys.path)]
+    return main
+
+
+def _run(code: Callable[[], CodeType], main: ModuleType) -> int:
+    """Run code as `__main__` the way the interpreter does: exit codes, traceback, threads, atexit, flush."""
+    try:
+        exec(code(), main.__dict__)
+        status = 0
+    except SystemExit as err:
+        status = _exit_code(err.code)
+    except KeyboardInterrupt:
+        _print_exception()
+        status = -signal.SIGINT
+    except BaseException:
+        _print_exception()
+        status = 1
+    status = _finalize(status)
+    if status < 0:  # die of the signal, so that whoever waits sees it as such
+        signal.signal(signal.SIGINT, signal.SIG_DFL)
+        os.kill(os.getpid(), signal.SIGINT)
+    return status
+
+
+def _exit_code(code: object) -> int:
+    if code is None:
+        return 0
+    if isinstance(code, int):
+        return code & 0xFF
+    print(code, file=sys.stderr)
+    return 1
+
+
+def _print_exception() -> None:
+    """Show the traceback without the frames of this module and of the supervisor below them."""
+    kind, value, trace = sys.exc_info()
+    assert kind is not None
+    assert value is not None
+    while trace is not None and trace.tb_frame.f_globals is globals():
+        trace = trace.tb_next
+    sys.excepthook(kind, value.with_traceback(trace), trace)
+
+
+def _finalize(status: int) -> int:
+    threading = sys.modules.get("threading")
+    try:
+        if threading is not None:
+            threading._shutdown()
+        atexit._run_exitfuncs()
+    except BaseException:
+        _print_exception()
+    try:
+        sys.stdout.flush()
+    except OSError:
+        status = status or 120  # as the interpreter does
+    return status

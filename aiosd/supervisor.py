@@ -1,0 +1,618 @@
+"""The supervisor: init of the system. It forks everything, reaps everything, and owns every channel.
+
+One thread, few imports, no rings mapped, no model: so that a fork is cheap and nothing in here is likely to
+die. All that must survive the kernel lies in its records: `Agent` (who it is, its channel, its exit status
+until that is collected) and `Core`. A new kernel is forked with copies of them and needs no other source.
+
+It answers two kinds of events: messages from the kernel (`link.ToSupervisor`) and signals.
+
+    SIGCHLD           reap: an agent, the kernel, a core; whatever else falls to us is the orphan of a dead
+                      agent and is killed (see `spawn`: a live agent keeps its descendants)
+    SIGTERM, SIGINT   stop the system: TERM to agents, KILL after a while, then kernel and cores, exit 0
+    SIGHUP            read the settings again
+    SIGUSR1           the guardian died (our parent-death signal): end everything at once
+
+The guardian hears a heartbeat from here; the supervisor in its turn never waits for anybody.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import gc
+import logging
+import os
+import select
+import shutil
+import signal
+import socket
+import sys
+import time
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, ClassVar
+
+import msgspec
+from libaios.channel import make_channel, raise_epoch
+from libaios.stream import FrameSocket
+
+from aiosd import link, log, notify, procfs, spawn
+from aiosd.errors import Bug
+from aiosd.pids import PidCounter
+from aiosd.timers import Timers
+
+if TYPE_CHECKING:
+    from aiosd.config import Settings
+    from aiosd.llm.spec import ModelSpec
+
+logger = logging.getLogger("supervisor")
+
+RING_BYTES = 1 << 16  # of each direction between an agent and the kernel
+CORE_RING_BYTES = 1 << 20  # between kernel and core: a step of 256 sequences is one frame
+HEARTBEAT_S = 1.0
+CORE_BACKOFF_S = (0.1, 5.0)  # first and longest wait before a dead core or kernel is forked again
+BOOT_TRIES = 3  # deaths of a kernel that has never been ready
+QUIET_S = 30.0  # a life this long makes the next death count as the first
+LAST_WAIT_S = 2.0  # for kernel and cores at the end
+GUARDIAN_DIED = signal.SIGUSR1
+
+
+@dataclass(slots=True)
+class Agent:
+    """What the supervisor knows of one agent, and a new kernel is told."""
+
+    # fixed at spawn
+    pid: int
+    ospid: int
+    spec: link.Fork  # without its environment
+    pgid: int
+    started: float  # Unix time
+    log: str
+    memfd: int
+    bell: int  # the kernel's end
+    # changed by the kernel through link.Mark
+    ppid: int
+    nice: int
+    budget: str = ""
+    reason: str = ""
+    reaped: bool = False  # its exit status has been collected
+    # changed by waitid
+    stopped: bool = False
+    status: int | None = None  # exit code or -signal; None while alive
+
+
+@dataclass(slots=True)
+class Core:
+    """One llm core. A core forked again gets a new channel: nothing of its predecessor's lies in it."""
+
+    model: ModelSpec
+    pid: int
+    ospid: int = 0  # 0: not running; then it has no channel either
+    memfd: int = -1
+    kernel_bell: int = -1
+    core_bell: int = -1
+    deaths: int = 0
+    forked_at: float = 0.0
+    backoff_s: float = CORE_BACKOFF_S[0]
+
+
+@dataclass(slots=True)
+class Inheritance:
+    """All that a kernel is born with."""
+
+    boot: str
+    settings: Settings
+    listener: int
+    link: int
+    epoch: int
+    pids: dict[str, int]  # of aiosd's own processes, by name
+    guardian: int
+    started: float
+    agents: list[Agent] = field(default_factory=list)
+    cores: list[Core] = field(default_factory=list)
+
+
+class Supervisor:
+    def __init__(self, settings: Settings, listener: socket.socket, guardian: int, heartbeat: int) -> None:
+        self.settings = settings
+        self.home = settings.home
+        self.listener = listener
+        self.guardian = guardian
+        self.heartbeat = heartbeat
+        self.boot = os.urandom(8).hex()
+        self.started = time.time()
+        self.timers = Timers()
+        self.epoll = select.epoll()
+        self.pids = PidCounter(self.home.data / "last-pid")
+        # processes
+        self.agents: dict[int, Agent] = {}  # by pid, live and dead until forgotten
+        self.by_ospid: dict[int, Agent] = {}  # live ones
+        self.served: dict[link.Key, int] = {}  # spawn requests by key: the same request names the same agent
+        self.cores: dict[str, Core] = {}
+        self.kernel_pid = 0
+        self.kernel_ospid = 0
+        self.kernel_deaths = 0
+        self.kernel_forked_at = 0.0
+        self.kernel_backoff_s = CORE_BACKOFF_S[0]
+        self.kernel: FrameSocket | None = None
+        self.served_once = False  # the system has been ready
+        self.epoch = 0
+        # the end
+        self.stopping = ""
+        self.exit_code: int | None = None
+        self.wakeup = _signal_pipe()
+
+    # ── life ──────────────────────────────────────────────────────────────────────────────────────────────
+
+    def run(self) -> int:
+        """Boot, serve until told to stop, leave nothing behind. Returns aiosd's exit code."""
+        self.epoll.register(self.wakeup, select.EPOLLIN)
+        self._make_cores()
+        self.kernel_pid = self.pids.next()
+        _preload()
+        self._fork_kernel()
+        for core in self.cores.values():
+            self._fork_core(core)
+        self._beat()
+        while self.exit_code is None:
+            self._turn()
+        spawn.sweep()
+        return self.exit_code
+
+    def _turn(self) -> None:
+        for fd, _ in self.epoll.poll(self.timers.until_next()):
+            if fd == self.wakeup:
+                self._on_signals()
+            elif self.kernel is not None and fd == self.kernel.fileno():
+                self._on_kernel(self.kernel)
+        self.timers.run_due()
+
+    def _beat(self) -> None:
+        with contextlib.suppress(BlockingIOError, BrokenPipeError):
+            os.write(self.heartbeat, b".")
+        self.timers.after(HEARTBEAT_S, self._beat)
+
+    def _on_signals(self) -> None:
+        with contextlib.suppress(BlockingIOError):
+            received = set(os.read(self.wakeup, 4096))
+            if GUARDIAN_DIED in received:
+                logger.critical("the guardian died; ending everything")
+                self.exit_code = 1
+                return
+            if signal.SIGCHLD in received:
+                self._reap()
+            if signal.SIGHUP in received:
+                self._reload()
+            if received & {signal.SIGTERM, signal.SIGINT}:
+                self.stop("signal")
+
+    def _reload(self) -> None:
+        """SIGHUP: what can change in a running system is the log level; the rest is said to need a restart."""
+        from aiosd.config import reload
+
+        try:
+            self.settings, needs_restart = reload(self.settings)
+        except Exception as err:  # a broken file must not take a running system down
+            logger.error("settings not read again: %s", err)
+            return
+        log.set_level(self.settings.log_level)
+        logger.info("settings read again%s", f"; after a restart: {', '.join(needs_restart)}" if needs_restart else "")
+
+    # ── kernel and cores ──────────────────────────────────────────────────────────────────────────────────
+
+    def _make_cores(self) -> None:
+        for model in self.settings.models:
+            self.cores[model.name] = Core(model, self.pids.next())
+
+    def _fork_kernel(self) -> None:
+        ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_STREAM)
+        self.epoch += 1
+        inheritance = Inheritance(
+            boot=self.boot,
+            settings=self.settings,
+            listener=self.listener.fileno(),
+            link=theirs.fileno(),
+            epoch=self.epoch,
+            pids={"supervisor": 1, "kernel": self.kernel_pid},
+            guardian=self.guardian,
+            started=self.started,
+            agents=list(self.agents.values()),
+            cores=[core for core in self.cores.values() if core.ospid],
+        )
+        keep = [self.listener.fileno(), theirs.fileno()]
+        keep += [fd for agent in self.agents.values() if agent.status is None for fd in (agent.memfd, agent.bell)]
+        keep += [fd for core in inheritance.cores for fd in (core.memfd, core.kernel_bell)]
+
+        def child() -> int:
+            os.setsid()
+            spawn.keep_only(keep)
+            from aiosd.kernel.loop import main
+
+            return main(inheritance)
+
+        self.kernel_ospid = spawn.fork(child)
+        self.kernel_forked_at = time.monotonic()
+        theirs.close()
+        ours.setblocking(False)
+        self.kernel = FrameSocket(ours)
+        self.epoll.register(ours.fileno(), select.EPOLLIN)
+
+    def _fork_core(self, core: Core) -> None:
+        if self.stopping or core.ospid:
+            return
+
+        def child() -> int:
+            os.setsid()
+            spawn.keep_only((core.memfd, core.core_bell))
+            log.setup(_core_name(self.cores, core.model.name), self.settings.log_level)
+            from libaios.channel import Channel, Side
+
+            from aiosd.llm.core import main
+
+            return main(Channel(core.memfd, core.core_bell, Side.KERNEL), core.model)
+
+        # The core serves the channel and the kernel submits, as an agent does to the kernel.
+        core.memfd, core.core_bell, core.kernel_bell = make_channel(CORE_RING_BYTES, CORE_RING_BYTES)
+        core.ospid = spawn.fork(child)
+        core.forked_at = time.monotonic()
+        forked = link.CoreForked(core.model.name, core.pid, core.ospid, core.deaths)
+        self._tell(forked, (core.memfd, core.kernel_bell))
+
+    def _kernel_died(self, status: int) -> None:
+        self._close_kernel_link()
+        self.kernel_ospid = 0
+        if self.stopping:
+            return
+        self.kernel_deaths += 1
+        logger.error("kernel died (%s)", spawn.describe(status))
+        if not self.served_once and self.kernel_deaths >= BOOT_TRIES:
+            self._on_shutdown(link.Shutdown(error="the kernel does not start; its log above says why"), [])
+            return
+        self.kernel_backoff_s = _backoff(self.kernel_backoff_s, self.kernel_forked_at)
+        self.timers.after(self.kernel_backoff_s, self._refork_kernel)
+
+    def _refork_kernel(self) -> None:
+        """A new kernel inherits every channel; the raised epoch tells each peer to submit its open calls again."""
+        if self.stopping:
+            return
+        for agent in self.by_ospid.values():
+            raise_epoch(agent.memfd)
+        for core in self.cores.values():
+            if core.ospid:
+                raise_epoch(core.memfd)
+        self._fork_kernel()
+        logger.warning("kernel forked again (death %d)", self.kernel_deaths)
+
+    def _core_died(self, core: Core, status: int) -> None:
+        core.ospid = 0
+        core.deaths += 1
+        for fd in (core.memfd, core.kernel_bell, core.core_bell):
+            os.close(fd)
+        if self.stopping:
+            return
+        core.backoff_s = _backoff(core.backoff_s, core.forked_at)
+        reason = spawn.describe(status)
+        logger.error("llm core %s died (%s); forked again in %.1f s", core.model.name, reason, core.backoff_s)
+        self._tell(link.CoreDied(core.model.name, reason, core.backoff_s))
+        self.timers.after(core.backoff_s, lambda: self._fork_core(core))
+
+    def _tell(self, message: link.FromSupervisor, fds: tuple[int, ...] = ()) -> None:
+        """To the kernel. Without one the message is not lost: the next is born with the records."""
+        if self.kernel is None:
+            return
+        try:
+            self.kernel.send(link.encode(message), fds)
+        except OSError:
+            self._close_kernel_link()
+            return
+        self._watch_kernel()
+
+    def _watch_kernel(self) -> None:
+        if self.kernel is not None:
+            events = select.EPOLLIN | (select.EPOLLOUT if self.kernel.pending else 0)
+            self.epoll.modify(self.kernel.fileno(), events)
+
+    def _close_kernel_link(self) -> None:
+        if self.kernel is not None:
+            self.epoll.unregister(self.kernel.fileno())
+            self.kernel.close()
+            self.kernel = None
+
+    # ── messages from the kernel ──────────────────────────────────────────────────────────────────────────
+
+    def _on_kernel(self, kernel: FrameSocket) -> None:
+        try:
+            kernel.flush()
+            frames = kernel.receive()
+        except (OSError, EOFError):
+            self._close_kernel_link()
+            return
+        for payload, fds in frames:
+            try:
+                message = link.decode_to_supervisor(payload)
+                self._ON_MESSAGE[type(message)](self, message, fds)
+            finally:
+                for fd in fds:
+                    os.close(fd)
+        self._watch_kernel()
+
+    def _on_fork(self, message: link.Fork, fds: list[int]) -> None:
+        known = self.agents.get(self.served.get(message.key, 0))
+        if known is not None:
+            self._tell(link.Forked(message.key, known.pid, known.ospid, known.pgid, known.started, known.log))
+            return
+        try:
+            if self.stopping:
+                raise OSError(errno.EAGAIN, "aiosd is shutting down")
+            agent = self._spawn(message, fds)
+        except OSError as err:
+            self._tell(link.ForkFailed(message.key, err.errno or 5, err.strerror or str(err)))
+            return
+        forked = link.Forked(message.key, agent.pid, agent.ospid, agent.pgid, agent.started, agent.log)
+        self._tell(forked, (agent.memfd, agent.bell))
+
+    def _spawn(self, spec: link.Fork, fds: list[int]) -> Agent:
+        _check_target(spec)
+        pid = self.pids.next()
+        log_path = str(self.home.logs / f"{pid}.log") if spec.detached else ""
+        stdio, opened = self._stdio(spec, fds, log_path)
+        try:
+            memfd, bell, agent_bell = make_channel(RING_BYTES, RING_BYTES)
+            opened.append(agent_bell)
+            try:
+                ospid = spawn.fork(
+                    lambda: spawn.become_agent(spec, pid, str(self.home.root), stdio, memfd, agent_bell)
+                )
+            except OSError:
+                opened += (memfd, bell)
+                raise
+        finally:
+            for fd in opened:
+                os.close(fd)
+        agent = Agent(
+            pid=pid,
+            ospid=ospid,
+            spec=msgspec.structs.replace(spec, env={}),
+            pgid=spec.pgid or pid,
+            started=time.time(),
+            log=log_path,
+            memfd=memfd,
+            bell=bell,
+            ppid=spec.ppid,
+            nice=spec.nice,
+        )
+        self.agents[pid] = self.by_ospid[ospid] = agent
+        self.served[spec.key] = pid
+        return agent
+
+    def _stdio(self, spec: link.Fork, fds: list[int], log_path: str) -> tuple[tuple[int, int, int], list[int]]:
+        """stdin, stdout, stderr of a new agent, and those of them that we opened and must close."""
+        if len(fds) >= 3 and not spec.detached:
+            return (fds[0], fds[1], fds[2]), []
+        opened: list[int] = []
+        try:
+            parent = self.agents.get(spec.ppid)
+            if parent is not None and parent.status is None and not spec.detached:
+                with contextlib.suppress(OSError):  # it closed its own: like a detached one then
+                    for number in range(3):
+                        opened.append(spawn.pidfd_getfd(parent.ospid, number))
+                    return (opened[0], opened[1], opened[2]), opened
+            opened.append(os.open(os.devnull, os.O_RDWR))
+            flags = os.O_WRONLY | os.O_CREAT | os.O_APPEND | os.O_CLOEXEC
+            opened.append(os.open(log_path or os.devnull, flags, 0o600))
+        except OSError:
+            for fd in opened:
+                os.close(fd)
+            raise
+        return (opened[-2], opened[-1], opened[-1]), opened
+
+    def _on_signal(self, message: link.SendSignal, fds: list[int]) -> None:
+        agent = self.agents.get(message.pid)
+        if agent is not None and agent.status is None:
+            _signal_tree(agent.ospid, message.signal)
+
+    def _on_mark(self, message: link.Mark, fds: list[int]) -> None:
+        agent = self.agents.get(message.pid)
+        if agent is None:
+            return
+        if message.nice is not None:
+            agent.nice = message.nice
+        if message.ppid is not None:
+            agent.ppid = message.ppid
+        agent.budget = message.budget or agent.budget
+        agent.reason = message.reason or agent.reason
+        agent.reaped = agent.reaped or message.reaped
+
+    def _on_forget(self, message: link.Forget, fds: list[int]) -> None:
+        agent = self.agents.pop(message.pid, None)
+        if agent is None:
+            return
+        if agent.status is None:
+            raise Bug(f"agent {agent.pid} forgotten while alive")
+        self.served.pop(agent.spec.key, None)
+        if agent.log:
+            with contextlib.suppress(OSError):
+                os.unlink(agent.log)
+
+    def _on_ready(self, message: link.Ready, fds: list[int]) -> None:
+        if self.stopping:
+            return
+        if not self.served_once:
+            self.served_once = True
+            print(message.line, file=sys.stderr, flush=True)
+            notify.ready(self.settings, message.line)
+
+    def _on_shutdown(self, message: link.Shutdown, fds: list[int]) -> None:
+        if message.error:
+            print(f"aiosd: {message.error}", file=sys.stderr, flush=True)
+            notify.failed(self.settings, message.error)
+            self.exit_code = 1
+        else:
+            self.stop("asked to")
+
+    _ON_MESSAGE: ClassVar[dict[type, Callable[..., None]]] = {
+        link.Fork: _on_fork,
+        link.SendSignal: _on_signal,
+        link.Mark: _on_mark,
+        link.Forget: _on_forget,
+        link.Ready: _on_ready,
+        link.Shutdown: _on_shutdown,
+    }
+
+    # ── children ──────────────────────────────────────────────────────────────────────────────────────────
+
+    def _reap(self) -> None:
+        ended = False
+        options = os.WEXITED | os.WSTOPPED | os.WCONTINUED | os.WNOHANG
+        while True:
+            try:
+                child = os.waitid(os.P_ALL, 0, options)
+            except ChildProcessError:
+                break
+            if child is None:
+                break
+            if child.si_code in (os.CLD_STOPPED, os.CLD_TRAPPED, os.CLD_CONTINUED):
+                self._child_stopped(child.si_pid, child.si_code != os.CLD_CONTINUED)
+                continue
+            ended = True
+            self._child_ended(child.si_pid, child.si_status if child.si_code == os.CLD_EXITED else -child.si_status)
+        if ended:
+            self._kill_orphans()
+        if self.stopping:
+            self._continue_stop()
+
+    def _child_stopped(self, ospid: int, stopped: bool) -> None:
+        agent = self.by_ospid.get(ospid)
+        if agent is not None:
+            agent.stopped = stopped
+            self._tell(link.ChildStopped(agent.pid, stopped))
+
+    def _child_ended(self, ospid: int, status: int) -> None:
+        if ospid == self.kernel_ospid:
+            self._kernel_died(status)
+            return
+        for core in self.cores.values():
+            if core.ospid == ospid:
+                self._core_died(core, status)
+                return
+        agent = self.by_ospid.pop(ospid, None)
+        if agent is not None:
+            agent.status = status
+            agent.stopped = False
+            os.close(agent.memfd)
+            os.close(agent.bell)
+            self._tell(link.ChildExited(agent.pid, status))
+
+    def _kill_orphans(self) -> None:
+        """Whatever is our child and none of our records is what a dead agent left behind."""
+        known = {self.kernel_ospid, *self.by_ospid, *(core.ospid for core in self.cores.values())}
+        for ospid in set(procfs.children(os.getpid())) - known:
+            for victim in (ospid, *procfs.descendants(ospid)):
+                with contextlib.suppress(ProcessLookupError, PermissionError):
+                    os.kill(victim, signal.SIGKILL)
+
+    # ── the end ───────────────────────────────────────────────────────────────────────────────────────────
+
+    def stop(self, why: str) -> None:
+        """Begin to stop; a second call ends the patience with agents."""
+        if self.stopping:
+            self._kill_agents()
+            return
+        self.stopping = why
+        logger.info("stopping (%s)", why)
+        notify.stopping(self.settings)
+        self._tell(link.Stop(why))
+        for agent in list(self.by_ospid.values()):
+            _signal_tree(agent.ospid, signal.SIGTERM)
+            _signal_tree(agent.ospid, signal.SIGCONT)  # a stopped agent must get its TERM, too
+        self.timers.after(self.settings.stop_timeout_s, self._kill_agents)
+        self._continue_stop()
+
+    def _kill_agents(self) -> None:
+        for agent in list(self.by_ospid.values()):
+            _signal_tree(agent.ospid, signal.SIGKILL)
+
+    def _continue_stop(self) -> None:
+        """Agents first, so that the kernel can tell who waits for them; then the system's own processes."""
+        if self.by_ospid or self.exit_code is not None:
+            return
+        system = [core.ospid for core in self.cores.values()] + [self.kernel_ospid]
+        if not any(system):
+            self.exit_code = 0 if self.exit_code is None else self.exit_code
+            return
+        if self.stopping != "last":
+            self.stopping = "last"
+            for ospid in filter(None, system):
+                os.kill(ospid, signal.SIGTERM)
+            self.timers.after(LAST_WAIT_S, self._give_up)
+
+    def _give_up(self) -> None:
+        logger.warning("kernel or core did not end in time; killed")
+        self.exit_code = 0
+
+
+def _core_name(cores: dict[str, Core], name: str) -> str:
+    return "llm" if len(cores) == 1 else f"llm:{name}"
+
+
+def _backoff(last_s: float, forked_at: float) -> float:
+    """Twice the last wait, up to a bound; the first one again after a quiet life."""
+    first, longest = CORE_BACKOFF_S
+    return first if time.monotonic() - forked_at > QUIET_S else min(2 * last_s, longest)
+
+
+def _signal_tree(ospid: int, number: int) -> None:
+    """The agent's process group (its pid cannot be reused: we have not reaped it), then every descendant
+    that has left the group."""
+    with contextlib.suppress(ProcessLookupError, PermissionError):
+        os.killpg(ospid, number)
+    for victim in procfs.descendants(ospid):
+        stat = procfs.read_stat(victim)
+        if stat is not None and stat.pgid != ospid:
+            with contextlib.suppress(ProcessLookupError, PermissionError):
+                os.kill(victim, number)
+
+
+def _check_target(spec: link.Fork) -> None:
+    """Refuse what cannot run, before a process is made for it."""
+    if spec.kind == "module":
+        return
+    path: str | None = os.path.join(spec.cwd, spec.target)
+    if spec.kind == "exec" and "/" not in spec.target:
+        path = shutil.which(spec.target, path=spec.env.get("PATH", os.defpath))
+    if path is None or not os.path.exists(path):
+        raise OSError(errno.ENOENT, f"{spec.target}: not found")
+    if os.path.isdir(path):
+        raise OSError(errno.EACCES, f"{spec.target}: is a directory")
+    if not os.access(path, os.X_OK if spec.kind == "exec" else os.R_OK):
+        raise OSError(errno.EACCES, f"{spec.target}: permission denied")
+
+
+def _signal_pipe() -> int:
+    """A descriptor that delivers the numbers of the signals that came."""
+    read, write = os.pipe2(os.O_NONBLOCK | os.O_CLOEXEC)
+    signal.set_wakeup_fd(write, warn_on_full_buffer=False)
+    for number in (signal.SIGCHLD, signal.SIGTERM, signal.SIGINT, signal.SIGHUP, GUARDIAN_DIED):
+        signal.signal(number, lambda *_: None)
+    return read
+
+
+def _preload() -> None:
+    """Import what agents import, once, before they are forked; then keep the collector off those pages."""
+    import asyncio  # noqa: F401
+    import runpy  # noqa: F401
+
+    import libaios.aio  # noqa: F401
+
+    gc.collect()
+    gc.freeze()
+
+
+def main(settings: Settings, listener: socket.socket, guardian: int, heartbeat: int) -> int:
+    """Entry of the supervisor process, forked by the guardian."""
+    os.setsid()  # the terminal's signals go to the guardian alone
+    spawn.prctl(spawn.PR_SET_CHILD_SUBREAPER, 1)
+    log.setup("supervisor", settings.log_level)
+    supervisor = Supervisor(settings, listener, guardian, heartbeat)
+    spawn.die_with_parent(guardian, GUARDIAN_DIED)
+    return supervisor.run()
