@@ -270,11 +270,14 @@ class System:
         return [entry for entry in self.ps() if not entry["system"] and entry["exit"] is None]
 
     def unrest(self) -> list[str]:
-        """What a test that is over must have ended: agents and calls. Empty when all is as it should be."""
+        """What a test that is over must have ended: agents, calls, slots. Empty when all is as it should be."""
         busy = [f"agent {entry['pid']} ({entry['name']}, {entry['stat']})" for entry in self.agents()]
-        for model in self.status()["models"]:
-            if model["slots_free"] != model["slots"]:
-                busy.append(f"{model['slots'] - model['slots_free']} slots of {model['name']} in use")
+        status = json.loads(self.run("aiosd", "status", "--json", "--check", check=True).stdout)
+        busy += status["check"]
+        for model in status["models"]:
+            slots = model["stats"]["slots"]
+            if slots["free"] != slots["total"] or model["open_calls"]:
+                busy.append(f"model {model['name']}: slots {slots}, {model['open_calls']} open calls")
         return busy
 
     def calm_down(self) -> list[str]:
