@@ -1,0 +1,361 @@
+"""A ReAct agent: it thinks, acts with a tool, observes what came of it, and goes on until it can answer.
+
+    $ aios-run -m libaios.agents.react "What is 37 * 91?"
+    The answer is 3367.
+
+`react()` is the whole loop. It knows a `chat` callable (`aios.llm.chat`, or a script in a test) and a `Toolkit`,
+and any chat model that can call tools will do. The tools are plain functions inside this process: arithmetic,
+notes, and files of one folder. What a model sends to them is untrusted, so arithmetic is bounded in size, never
+`eval`, and no path leaves the folder. A tool that fails tells the model so, and the model decides what to do;
+the loop itself ends with an answer or with an `AgentError`.
+"""
+
+import ast
+import math
+import operator
+import re
+import sys
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any, Protocol
+
+import click
+
+SYSTEM = "You are a helpful agent. Think, use a tool when you need one, and then answer briefly."
+
+Message = dict[str, Any]
+
+
+class AgentError(Exception):
+    """The agent cannot answer; the text says why, for a person."""
+
+
+class ToolError(Exception):
+    """A tool cannot do what the model asked for; the text is for the model."""
+
+
+# --- calc -----------------------------------------------------------------------------------------
+
+MAX_EXPRESSION = 500  # characters
+MAX_BITS = 4096  # of any number on the way
+
+_BINARY: dict[type[ast.operator], Callable[[Any, Any], Any]] = {
+    ast.Add: operator.add,
+    ast.Sub: operator.sub,
+    ast.Mult: operator.mul,
+    ast.Div: lambda a, b: a // b if isinstance(a, int) and isinstance(b, int) and a % b == 0 else a / b,
+    ast.FloorDiv: operator.floordiv,
+    ast.Mod: operator.mod,
+    ast.Pow: lambda a, b: _power(a, b),
+}
+_UNARY: dict[type[ast.unaryop], Callable[[Any], Any]] = {ast.UAdd: operator.pos, ast.USub: operator.neg}
+_FUNCTIONS: dict[str, Callable[..., Any]] = {"sqrt": math.sqrt, "abs": abs, "round": round, "min": min, "max": max}
+
+# How people write arithmetic, and how Python does.
+_SPELLINGS = [
+    (re.compile(r"(?<=\d),(?=\d{3}(?!\d))"), ""),
+    (re.compile(r"[$€£]|\s*[=?]\s*$"), ""),
+    (re.compile("[×·]"), "*"),
+    (re.compile("[÷:]"), "/"),
+    (re.compile("[−–]"), "-"),
+    (re.compile(r"\^"), "**"),
+    (re.compile(r"(\d)\s*[xX]\s*(?=\d)"), r"\1 * "),
+    (re.compile(r"(\d)\s*(?:%|percent)\s*of\b"), r"\1 / 100 *"),
+]
+
+
+def calc(expression: str) -> str:
+    """The value of an arithmetic expression, rounded to six decimals. Accepts `1,250 × 3` and `15% of 80`."""
+    if len(expression) > MAX_EXPRESSION:
+        raise ToolError(f"expression longer than {MAX_EXPRESSION} characters")
+    text = expression
+    for pattern, replacement in _SPELLINGS:
+        text = pattern.sub(replacement, text)
+    try:
+        value = _value(ast.parse(text.strip(), mode="eval").body)
+        return _written(value)
+    except ZeroDivisionError:
+        raise ToolError("division by zero") from None
+    except (SyntaxError, TypeError, ValueError, MemoryError, RecursionError):
+        raise ToolError(f"not arithmetic: {expression}") from None
+    except OverflowError:
+        raise ToolError("number too large") from None
+
+
+def _value(node: ast.expr) -> int | float:
+    """Evaluates one node. Only numbers, operators and a few functions exist here."""
+    match node:
+        case ast.Constant(value=value) if type(value) in (int, float):
+            result = value
+        case ast.BinOp(left=left, op=op, right=right) if type(op) in _BINARY:
+            result = _BINARY[type(op)](_value(left), _value(right))
+        case ast.UnaryOp(op=unary, operand=operand) if type(unary) in _UNARY:
+            result = _UNARY[type(unary)](_value(operand))
+        case ast.Call(func=ast.Name(id=name), args=args, keywords=[]) if name in _FUNCTIONS:
+            result = _FUNCTIONS[name](*map(_value, args))
+        case _:
+            raise ValueError("not arithmetic")
+    if isinstance(result, complex):
+        raise ValueError("not a real number")
+    if isinstance(result, int) and result.bit_length() > MAX_BITS:
+        raise OverflowError
+    return result
+
+
+def _power(base: int | float, exponent: int | float) -> Any:
+    """Refuses before computing: 9 ** 9 ** 9 must not be tried."""
+    if isinstance(base, int) and isinstance(exponent, int) and base.bit_length() * abs(exponent) > MAX_BITS:
+        raise OverflowError
+    return base**exponent
+
+
+def _written(value: int | float) -> str:
+    if isinstance(value, int):
+        return str(value)
+    if not math.isfinite(value):
+        raise OverflowError
+    if value and abs(value) < 1e-4:
+        return f"{value:.6g}"
+    text = f"{value:.6f}".rstrip("0").rstrip(".")
+    return "0" if text == "-0" else text
+
+
+# --- notes ----------------------------------------------------------------------------------------
+
+_SMALL_WORDS = frozenset(
+    ["a", "an", "the", "is", "are", "was", "were", "am", "be", "of", "to", "in", "on", "at", "for", "and", "or", "do", "does", "did", "what", "which", "who", "whose", "when", "where", "why", "how", "i", "my", "me", "mine", "you", "your", "we", "our", "us", "it", "its", "that", "this", "about", "note", "notes", "tell", "told", "know", "remember", "recall", "have", "has", "had", "please", "many", "much", "there"]
+)
+_VAGUE_WORDS = frozenset(["name", "named", "called", "all", "everything", "anything"])
+
+
+def _words(text: str) -> list[str]:
+    return [w.removesuffix("'s") for w in re.findall(r"[^\W_]+(?:'\w+)?", text.lower().replace("’", "'"))]
+
+
+def _alike(a: str, b: str) -> bool:
+    """`park` and `parked`, `ticket` and `tickets`."""
+    return a == b or (min(len(a), len(b)) >= 4 and (a.startswith(b) or b.startswith(a)))
+
+
+def search(notes: Sequence[str], query: str) -> list[str]:
+    """The note that shares most with the query, at least half of its telling words; rare words weigh more.
+    A query without any, such as "everything", finds all notes. Of equals the newest wins."""
+    words = [w for w in _words(query) if w not in _SMALL_WORDS]
+    telling = [w for w in words if w not in _VAGUE_WORDS] or [w for w in words if w.startswith("name")]
+    if not telling:
+        return list(notes)
+    contents = [_words(note) for note in notes]
+    hits = [{w for w in telling if any(_alike(w, c) for c in content)} for content in contents]
+    spread = {w: sum(w in h for h in hits) for w in telling}
+    best = max(range(len(notes)), default=None, key=lambda i: (sum(1 / spread[w] for w in hits[i]), i))
+    if best is None or 2 * len(hits[best]) < len(set(telling)):
+        return []
+    return [notes[best]]
+
+
+# --- the five tools -------------------------------------------------------------------------------
+
+MAX_FILE = 100_000  # bytes
+
+
+class Toolkit:
+    """The tools over one folder and one list of notes. Every tool takes and returns text or raises ToolError."""
+
+    def __init__(self, folder: Path, notes_file: Path | None = None) -> None:
+        self.folder = folder.resolve()
+        self.notes_file = notes_file
+        self.notes: list[str] = []
+        if notes_file is not None and notes_file.exists():
+            self.notes = [line for line in notes_file.read_text("utf-8").splitlines() if line.strip()]
+
+    def call(self, name: str, arguments: dict[str, Any]) -> str:
+        """One tool call as the model wrote it, and the observation it gets; a failure reads `error: …`."""
+        tools: dict[str, Callable[..., str]] = {
+            "calc": calc,
+            "remember": self.remember,
+            "recall": self.recall,
+            "read_file": self.read_file,
+            "write_file": self.write_file,
+        }
+        try:
+            if name not in tools:
+                raise ToolError(f"no such tool: {name}")
+            wanted = PARAMETERS[name]
+            if set(arguments) != set(wanted) or not all(isinstance(v, str) for v in arguments.values()):
+                raise ToolError(f"{name} takes {' and '.join(wanted)}, as text")
+            return tools[name](**arguments)
+        except ToolError as e:
+            return f"error: {e}"
+
+    def remember(self, text: str) -> str:
+        note = " ".join(text.split())
+        if not note:
+            raise ToolError("nothing to remember")
+        if self.notes_file is not None:
+            try:
+                with self.notes_file.open("a", encoding="utf-8") as f:
+                    f.write(note + "\n")
+            except OSError as e:
+                raise ToolError(f"cannot keep notes: {e.strerror}") from e
+        self.notes.append(note)
+        return "ok"
+
+    def recall(self, query: str) -> str:
+        return "\n".join(search(self.notes, query)) or "nothing found"
+
+    def read_file(self, path: str) -> str:
+        try:
+            with self._inside(path).open("rb") as f:
+                data = f.read(MAX_FILE + 1)
+        except OSError as e:
+            raise _file_error(path, e) from e
+        if len(data) > MAX_FILE:
+            raise ToolError(f"file too large: {path}")
+        try:
+            return data.decode().rstrip("\n")
+        except UnicodeDecodeError:
+            raise ToolError(f"not a text file: {path}") from None
+
+    def write_file(self, path: str, content: str) -> str:
+        target = self._inside(path)
+        if len(content.encode()) > MAX_FILE:
+            raise ToolError("content too large")
+        try:
+            target.parent.mkdir(parents=True, exist_ok=True)
+            target.write_text(content + "\n", "utf-8")
+        except OSError as e:
+            raise _file_error(path, e) from e
+        return "ok"
+
+    def _inside(self, path: str) -> Path:
+        """The file meant, links followed; it must lie in the folder."""
+        try:
+            target = (self.folder / path).resolve()
+        except (OSError, ValueError, RuntimeError):  # a NUL, a loop of links
+            raise ToolError(f"not a path: {path!r}") from None
+        if not target.is_relative_to(self.folder):
+            raise ToolError(f"outside the working folder: {path}")
+        return target
+
+
+def _file_error(path: str, error: OSError) -> ToolError:
+    if isinstance(error, FileNotFoundError):
+        return ToolError(f"no such file: {path}")
+    return ToolError(f"{(error.strerror or 'failed').lower()}: {path}")
+
+
+def _tool(name: str, description: str, **parameters: str) -> dict[str, Any]:
+    properties = {p: {"type": "string", "description": d} for p, d in parameters.items()}
+    schema = {
+        "type": "object",
+        "properties": properties,
+        "required": list(parameters),
+        "additionalProperties": False,
+    }
+    return {"type": "function", "function": {"name": name, "description": description, "parameters": schema}}
+
+
+TOOLS = [
+    _tool("calc", "Computes arithmetic.", expression="for example (3 + 4) * 2.5"),
+    _tool("remember", "Keeps a note.", text="the fact to keep, as a sentence"),
+    _tool("recall", "Finds a note.", query="what the note is about"),
+    _tool("read_file", "Reads a text file of the working folder.", path="the file's name"),
+    _tool("write_file", "Writes a text file.", path="the file's name", content="the whole text"),
+]
+PARAMETERS = {t["function"]["name"]: t["function"]["parameters"]["required"] for t in TOOLS}
+
+
+# --- the loop -------------------------------------------------------------------------------------
+
+
+class ToolCall(Protocol):
+    id: str
+    name: str
+    arguments: dict[str, Any]
+
+
+class Reply(Protocol):
+    """What `chat` returns; `aios.llm.chat` does."""
+
+    text: str
+    tool_calls: Sequence[Any]  # of ToolCall
+    finish_reason: str
+
+
+Chat = Callable[..., Any]  # (messages, tools=…, temperature=…, max_tokens=…) -> Reply
+
+
+def react(
+    question: str,
+    chat: Chat,
+    toolkit: Toolkit,
+    max_steps: int = 8,
+    max_tokens: int = 512,
+    watch: Callable[[str], None] = lambda line: None,
+) -> str:
+    """Answers a question. `watch` is told every thought, call and observation. Raises AgentError when the model
+    finds no answer in `max_steps` turns or is cut off; what `chat` raises goes through."""
+    messages: list[Message] = [{"role": "system", "content": SYSTEM}, {"role": "user", "content": question}]
+    for _ in range(max_steps):
+        reply: Reply = chat(messages, tools=TOOLS, temperature=0.0, max_tokens=max_tokens)
+        if not reply.tool_calls:
+            if reply.finish_reason == "length":
+                raise AgentError(f"the model was cut off after {max_tokens} tokens")
+            return reply.text.strip()
+        if reply.text.strip():
+            watch(f"thought: {reply.text.strip()}")
+        messages.append(_as_message(reply))
+        for call in reply.tool_calls:
+            watch(f"call: {call.name} {call.arguments}")
+            observation = toolkit.call(call.name, call.arguments)
+            watch(f"observation: {observation}")
+            messages.append({"role": "tool", "tool_call_id": call.id, "name": call.name, "content": observation})
+    raise AgentError(f"no answer after {max_steps} steps")
+
+
+def _as_message(reply: Reply) -> Message:
+    calls = [
+        {"type": "function", "id": c.id, "function": {"name": c.name, "arguments": c.arguments}}
+        for c in reply.tool_calls
+    ]
+    return {"role": "assistant", "content": reply.text.strip(), "tool_calls": calls}
+
+
+@click.command(context_settings={"help_option_names": ["-h", "--help"]})
+@click.argument("question", nargs=-1)
+@click.option("-v", "--verbose", is_flag=True, help="Show thoughts, calls and observations on stderr.")
+@click.option("--max-steps", default=8, show_default=True, type=click.IntRange(1), help="Turns of the model at most.")
+@click.option("--max-tokens", default=512, show_default=True, type=click.IntRange(1), help="Tokens of one turn.")
+@click.option("--notes", type=click.Path(dir_okay=False, path_type=Path), help="Keep notes in this file.")
+@click.option("--model", default=None, help="Which model to ask; the first one loaded by default.")
+def main(
+    question: tuple[str, ...], verbose: bool, max_steps: int, max_tokens: int, notes: Path | None, model: str | None
+) -> None:
+    """Answer QUESTION (or what stands on stdin) with the tools calc, remember, recall, read_file and write_file.
+
+    Files are those of the working folder.
+
+    \b
+    aios-run -m libaios.agents.react "What is 37 * 91?"
+    aios-run -m libaios.agents.react --notes notes.txt "Remember that the rent is 850."
+    aios-run -m libaios.agents.react -v "Read a.txt, double the number in it and write it to b.txt"
+    """
+    import libaios as aios  # here: the loop and the tools are of use without a kernel
+
+    def chat(messages: list[Message], **options: Any) -> Any:
+        return aios.llm.chat(messages, model=model, **options)
+
+    text = " ".join(question).strip() or sys.stdin.read().strip()
+    if not text:
+        raise click.UsageError("no question")
+    try:
+        toolkit = Toolkit(Path.cwd(), notes)
+        watch = (lambda line: print(line, file=sys.stderr, flush=True)) if verbose else (lambda line: None)
+        print(react(text, chat, toolkit, max_steps, max_tokens, watch))
+    except (AgentError, OSError, UnicodeDecodeError) as e:
+        print(f"react: {e}", file=sys.stderr)
+        sys.exit(1)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,147 @@
+"""The same names as coroutines: `import libaios.aio as aios; r = await aios.llm.chat(…)`.
+
+Calls go over the process's one connection, together with those of other threads; the event loop's reader takes part in
+reading it. Cancelling a task cancels its call. A stream is iterated with `async for piece in aios.llm.chat(…,
+stream=True)`.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import errno
+from collections.abc import AsyncIterator, Callable, Coroutine, Mapping, Sequence
+from typing import Any, ParamSpec, TypeVar
+
+from libaios import llm as _llm
+from libaios import msg as _msg
+from libaios import proc as _proc
+from libaios import wire
+from libaios.agent import SLACK_S, Call, Connection, connection, decode_body
+from libaios.plan import Plan, plan_of
+from libaios.wire import Sys
+
+P = ParamSpec("P")
+T = TypeVar("T")
+
+
+async def _run(plan: Plan[T]) -> T:
+    conn = connection()
+    call, replied = _submit(conn, plan.sys, plan.args)
+    await _final(conn, call, replied, plan.timeout)
+    assert call.final is not None
+    return plan.finish(decode_body(call.final, plan.body))
+
+
+def _submit(conn: Connection, sys: int, args: Any, stream: bool = False) -> tuple[Call, asyncio.Event]:
+    """Send; the event is set at every reply. (Sending blocks while the ring is full: back-pressure.)"""
+    loop = asyncio.get_running_loop()
+    conn.attach_loop(loop)
+    replied = asyncio.Event()
+
+    def notify() -> None:
+        loop.call_soon_threadsafe(replied.set)
+
+    return conn.submit(sys, args, stream=stream, notify=notify), replied
+
+
+async def _final(conn: Connection, call: Call, replied: asyncio.Event, timeout: float | None) -> None:
+    try:
+        async with asyncio.timeout(None if timeout is None else timeout + SLACK_S):
+            while call.final is None:
+                await _reply(conn, replied)
+    except TimeoutError:
+        raise TimeoutError(errno.ETIMEDOUT, "no answer in time") from None
+    finally:
+        if call.final is None:
+            conn.abandon(call)
+
+
+async def _reply(conn: Connection, replied: asyncio.Event) -> None:
+    """Until the next reply; looks for itself now and then, as everybody does who sleeps on a doorbell."""
+    try:
+        async with asyncio.timeout(1.0):
+            await replied.wait()
+    except TimeoutError:
+        conn.pump()
+    replied.clear()
+
+
+def twin(function: Callable[P, T]) -> Callable[P, Coroutine[Any, Any, T]]:
+    """The coroutine of a function made by `plan.syscall`."""
+    plan = plan_of(function)
+
+    async def make(*args: P.args, **kwargs: P.kwargs) -> T:
+        return await _run(plan(*args, **kwargs))
+
+    make.__name__ = make.__qualname__ = function.__name__
+    make.__doc__ = function.__doc__
+    return make
+
+
+class Generation:
+    """What `chat` and `complete` return: `await` it for a `Result`, or iterate a stream with `async for`."""
+
+    def __init__(self, args: wire.Generate) -> None:
+        self._args = args
+
+    def __await__(self) -> Any:
+        return self._result().__await__()
+
+    async def _result(self) -> _llm.Result | AsyncIterator[_llm.Piece]:
+        if self._args.stream:
+            return self.__aiter__()
+        return await _run(Plan(Sys.GENERATE, self._args, wire.Generated, _llm.Result, self._args.timeout_s))
+
+    async def __aiter__(self) -> AsyncIterator[_llm.Piece]:
+        conn = connection()
+        call, replied = _submit(conn, Sys.GENERATE, self._args, stream=True)
+        try:
+            while call.pieces or call.final is None:
+                if call.pieces:
+                    piece = call.pieces.popleft()
+                    yield _llm.Piece(piece.text, piece.tokens)
+                else:
+                    await _reply(conn, replied)
+            end = decode_body(call.final, wire.Generated)
+            yield _llm.Piece(end.text, end.tokens, end)
+        finally:
+            if call.final is None:
+                conn.abandon(call)
+
+
+class llm:
+    """`libaios.llm` for coroutines."""
+
+    embed = staticmethod(twin(_llm.embed))
+    tokenize = staticmethod(twin(_llm.tokenize))
+    detokenize = staticmethod(twin(_llm.detokenize))
+    models = staticmethod(twin(_llm.models))
+
+    @staticmethod
+    def chat(messages: Sequence[Mapping[str, Any]], **options: Any) -> Generation:
+        """As `libaios.llm.chat`."""
+        return Generation(_llm.generate_args(messages, None, **options))
+
+    @staticmethod
+    def complete(prompt: str | Sequence[int], **options: Any) -> Generation:
+        """As `libaios.llm.complete`."""
+        return Generation(_llm.generate_args(None, prompt, **options))
+
+
+class proc:
+    """`libaios.proc` for coroutines."""
+
+    getpid = staticmethod(twin(_proc.getpid))
+    getppid = staticmethod(twin(_proc.getppid))
+    spawn = staticmethod(twin(_proc.spawn))
+    wait = staticmethod(twin(_proc.wait))
+    kill = staticmethod(twin(_proc.kill))
+    ps = staticmethod(twin(_proc.ps))
+    nice = staticmethod(twin(_proc.nice))
+
+
+class msg:
+    """`libaios.msg` for coroutines."""
+
+    send = staticmethod(twin(_msg.send))
+    recv = staticmethod(twin(_msg.recv))

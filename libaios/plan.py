@@ -1,0 +1,51 @@
+"""One description of a call, two ways to make it: now (`libaios`), or awaited (`libaios.aio`).
+
+A family file (`proc`, `msg`, `llm`, …) writes for each call a function that checks the arguments and returns a `Plan`;
+`@syscall` turns it into a function that runs the plan, and `aio.twin` makes the coroutine from the same plan.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any, Generic, ParamSpec, TypeVar
+
+from libaios.agent import connection
+
+P = ParamSpec("P")
+T = TypeVar("T")
+
+
+@dataclass(slots=True)
+class Plan(Generic[T]):
+    """A system call that has not been made: number, arguments, type of the body, and what makes of the body what the
+    caller gets. `timeout` in seconds guards the wait for the answer; the kernel's own comes first."""
+
+    sys: int
+    args: Any
+    body: Any
+    convert: Callable[[Any], T] | None = None
+    timeout: float | None = None
+
+    def finish(self, body: Any) -> T:
+        return self.convert(body) if self.convert is not None else body
+
+
+def run(plan: Plan[T]) -> T:
+    return plan.finish(connection().call(plan.sys, plan.args, plan.body, timeout=plan.timeout))
+
+
+def syscall(plan: Callable[P, Plan[T]]) -> Callable[P, T]:
+    """The function that makes the planned call and waits for it."""
+
+    @functools.wraps(plan)
+    def make(*args: P.args, **kwargs: P.kwargs) -> T:
+        return run(plan(*args, **kwargs))
+
+    return make
+
+
+def plan_of(function: Callable[P, T]) -> Callable[P, Plan[T]]:
+    """The plan behind a function made by `syscall`."""
+    return function.__wrapped__  # type: ignore[attr-defined, no-any-return] # functools.wraps put it there

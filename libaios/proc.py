@@ -1,0 +1,121 @@
+"""Processes: who am I, start others, wait for them, signal them, list them.
+
+Pids are aiosd's own, not Linux's. Signals are numbers or `signal.Signals`. An agent may act on itself and on its
+descendants; a notebook or script outside any agent acts for its user.
+"""
+
+from __future__ import annotations
+
+import os
+import signal as _signal
+import sys as _sys
+from collections.abc import Mapping
+
+from libaios import wire
+from libaios.plan import Plan, syscall
+from libaios.wire import Limits, ProcInfo, Sys
+
+__all__ = ["Limits", "ProcInfo", "getpid", "getppid", "kill", "nice", "ps", "spawn", "wait"]
+
+
+@syscall
+def getpid() -> Plan[int]:
+    """The caller's pid; 0 outside an agent."""
+    return Plan(Sys.GETPID, wire.NoArgs(), int)
+
+
+@syscall
+def getppid() -> Plan[int]:
+    """The pid of the agent that started the caller; 1 for one started from outside, or whose parent is dead."""
+    return Plan(Sys.GETPPID, wire.NoArgs(), int)
+
+
+@syscall
+def spawn(
+    target: str | os.PathLike[str],
+    *args: str,
+    kind: str | None = None,
+    name: str | None = None,
+    nice: int | None = None,
+    group: str | None = None,
+    limits: Limits | None = None,
+    env: Mapping[str, str] | None = None,
+    cwd: str | os.PathLike[str] | None = None,
+    detached: bool | None = None,
+) -> Plan[int]:
+    """Start an agent and return its pid.
+
+    `target` is a Python script, a module (`kind="module"`) or a program (`kind="exec"`); without `kind`, a name that
+    ends in .py is a script and anything else a program. The child has the caller's environment, working directory,
+    stdin, stdout and stderr, its nice value and its budgets; outside an agent, or with `detached=True`, its output
+    goes to its log. `limits` gives it a budget of its own.
+
+    Raises FileNotFoundError, PermissionError (not executable; or a nice value below the caller's), OSError(EAGAIN).
+    """
+    target = os.fspath(target)
+    if kind is None:
+        kind = "file" if target.endswith(".py") else "exec"
+    if detached is None:
+        detached = wire.ENV_CHANNEL not in os.environ
+    spec = wire.Spawn(
+        kind=kind,
+        target=target,
+        args=[str(arg) for arg in args],
+        env=dict(os.environ if env is None else env),
+        cwd=os.path.abspath(os.getcwd() if cwd is None else cwd),
+        name=name,
+        nice=nice,
+        group=group,
+        limits=limits if limits is not None else Limits(),
+        umask=_umask(),
+        detached=detached,
+    )
+    _sys.stdout.flush()  # what we have printed comes before what the child prints
+    return Plan(Sys.SPAWN, spec, wire.Spawned, lambda spawned: int(spawned.pid))
+
+
+def _umask() -> int:
+    with open("/proc/self/status", encoding="ascii", errors="replace") as file:
+        for line in file:
+            if line.startswith("Umask:"):
+                return int(line.split()[1], 8)
+    return 0o022
+
+
+@syscall
+def wait(pid: int = 0, block: bool = True, timeout: float | None = None) -> Plan[tuple[int, int]]:
+    """Wait for a child to end (`pid` 0: any) and collect its exit status.
+
+    Returns (pid, status): the exit code, or -n for death by signal n; (0, 0) with `block=False` while none has ended.
+    Raises ChildProcessError without such a child, TimeoutError after `timeout` seconds. Outside an agent `pid` may be
+    any agent's, and nothing is collected.
+    """
+    args = wire.Wait(pid, block, timeout)
+    return Plan(Sys.WAIT, args, wire.Waited, lambda waited: (waited.pid, waited.status), timeout)
+
+
+@syscall
+def kill(pid: int, sig: int = _signal.SIGTERM, timeout: float | None = None) -> Plan[None]:
+    """Send a signal to an agent, or with a negative pid to a process group; 0 only asks whether it may be sent.
+
+    SIGSTOP parks the agent, all that it started and its running generations, and returns when they are stopped;
+    SIGCONT lets them go on. With `timeout` the call returns when the agent has ended, by SIGKILL after so many seconds.
+    Raises ProcessLookupError, PermissionError.
+    """
+    return Plan(Sys.KILL, wire.Kill(pid, int(sig), timeout), None)
+
+
+@syscall
+def ps(all: bool = False) -> Plan[list[ProcInfo]]:
+    """The live agents that are the caller's (an agent's: itself and its descendants), or `all` processes of the
+    system, zombies and aiosd's own included."""
+    return Plan(Sys.PS, wire.Ps(all=all), list[ProcInfo])
+
+
+@syscall
+def nice(increment: int = 0, pid: int = 0) -> Plan[int]:
+    """Add to the nice value of the caller (or of `pid`) and return the new one, -20 to 19; higher yields to others.
+
+    Raises PermissionError when an agent tries to lower one.
+    """
+    return Plan(Sys.NICE, wire.NiceArgs(pid, increment, relative=True), int)

@@ -1,0 +1,327 @@
+"""Two rings of bytes in one shared segment: how a frame gets from one process into another.
+
+A segment is a memfd, sealed against every change of its size, mapped by both sides. One page of header, then two
+data areas; every number in it is a native, aligned 8-byte integer.
+
+    offset   field                      written by
+         0   magic                      creator, once
+         8   version                    creator, once
+        16   bytes of submissions       creator, once; a power of two
+        24   bytes of completions       creator, once; a power of two
+        64   epoch                      supervisor (pwrite), one more for each new kernel
+       128   next call id               agent; here because they must survive its exec
+       136   lowest open call id        agent
+       192   submissions: written       producer (agent)
+       256     read                     consumer (kernel)
+       320     consumer sleeps          consumer sets; whoever rings the bell clears
+       384     producer waits           producer sets, consumer clears and rings
+       448   completions: the same four, producer kernel, consumer agent
+      4096   data of submissions, then data of completions
+
+`written` and `read` only grow; `0 <= written - read <= size` always, and the byte with number n lies at n modulo
+size. Each side keeps its own counter privately and only publishes it, so a peer that overwrites it harms itself.
+
+A *fragment* in the ring is 8 bytes of head, payload, and padding to a multiple of 8:
+
+    u32   length of the payload | FIRST | LAST
+    u32   epoch of its producer
+
+A frame is one fragment (FIRST and LAST) or several. Fragments make a frame larger than the ring possible without a
+second shared object; the consumer puts it together, up to `wire.MAX_FRAME` bytes.
+
+Epochs keep what was meant for the dead from the living. A consumer drops fragments that are older than the epoch at
+which it attached, and a frame of which it has not seen the first fragment. So a new kernel needs to know nothing
+about how its predecessor left a ring: the agent submits its open calls again under the new epoch, and what it had
+submitted under the old one is skipped.
+
+What comes from the other side is hostile: counters and lengths are read once, checked, and then used. Nonsense
+raises ProtocolError; there is no other way in which a peer can disturb this side, because the size is sealed.
+"""
+
+from __future__ import annotations
+
+import fcntl
+import mmap
+import os
+import struct
+import threading
+
+from libaios import wire
+
+MAGIC = int.from_bytes(b"aiosring", "little")
+HEADER = 4096
+MIN_RING, MAX_RING = 1 << 12, 1 << 26
+
+_HEAD = struct.Struct("=II")
+HEAD_BYTES = _HEAD.size
+FIRST, LAST = 1 << 31, 1 << 30
+_LENGTH = LAST - 1
+
+# Indices of 8-byte items.
+_MAGIC, _VERSION, _SUB_SIZE, _COMP_SIZE = 0, 1, 2, 3
+_EPOCH = 64 // 8
+_NEXT_ID, _LOWEST_OPEN = 128 // 8, 136 // 8
+_SUB, _COMP = 192 // 8, 448 // 8
+_WRITTEN, _READ, _SLEEPS, _WAITS = 0, 8, 16, 24  # relative to a ring's first item
+
+_SEALS = fcntl.F_SEAL_SHRINK | fcntl.F_SEAL_GROW | fcntl.F_SEAL_SEAL
+
+_fence_lock = threading.Lock()
+
+
+class ProtocolError(Exception):
+    """The other side broke the protocol; the message says how."""
+
+
+def fence() -> None:
+    """A full memory barrier: what was written before is seen by others before what is read after.
+
+    Between publishing a counter and reading the other side's flag the processor may otherwise swap the two, and a
+    wake-up is lost. Python has no barrier of its own; taking a lock is one.
+    """
+    _fence_lock.acquire()
+    _fence_lock.release()
+
+
+def create(sub_size: int, comp_size: int) -> int:
+    """A new sealed segment; returns its memfd (close-on-exec). Sizes in bytes, powers of two."""
+    for size in (sub_size, comp_size):
+        if not MIN_RING <= size <= MAX_RING or size & (size - 1):
+            raise ValueError(f"a ring of {size} bytes")
+    memfd = os.memfd_create("aios-channel", os.MFD_CLOEXEC | os.MFD_ALLOW_SEALING)
+    try:
+        os.ftruncate(memfd, HEADER + sub_size + comp_size)
+        os.pwrite(memfd, struct.pack("=4Q", MAGIC, wire.VERSION, sub_size, comp_size), 0)
+        os.pwrite(memfd, struct.pack("=Q", 1), _EPOCH * 8)
+        os.pwrite(memfd, struct.pack("=2Q", 1, 1), _NEXT_ID * 8)
+        for ring in (_SUB, _COMP):  # nobody listens yet: the first frame rings the bell
+            os.pwrite(memfd, struct.pack("=Q", 1), (ring + _SLEEPS) * 8)
+        fcntl.fcntl(memfd, fcntl.F_ADD_SEALS, _SEALS)
+    except BaseException:
+        os.close(memfd)
+        raise
+    return memfd
+
+
+def raise_epoch(memfd: int) -> None:
+    """Begin the life of a new kernel on this segment, without mapping it."""
+    (epoch,) = struct.unpack("=Q", os.pread(memfd, 8, _EPOCH * 8))
+    os.pwrite(memfd, struct.pack("=Q", (epoch + 1) & 0xFFFFFFFF), _EPOCH * 8)
+
+
+class Segment:
+    """One side's mapping of a segment. Raises ProtocolError when it is not one, or of another version."""
+
+    __slots__ = ("_map", "items", "memory", "sizes")
+
+    def __init__(self, memfd: int) -> None:
+        if fcntl.fcntl(memfd, fcntl.F_GET_SEALS) & _SEALS != _SEALS:
+            raise ProtocolError("the segment is not sealed")
+        length = os.fstat(memfd).st_size
+        if length < HEADER:
+            raise ProtocolError(f"a segment of {length} bytes")
+        self._map = mmap.mmap(memfd, length)
+        self.memory = memoryview(self._map)
+        self.items = self.memory.cast("Q")
+        try:
+            self.sizes = self._check(length)
+        except ProtocolError:
+            self.close()
+            raise
+
+    def _check(self, length: int) -> tuple[int, int]:
+        items = self.items
+        if items[_MAGIC] != MAGIC:
+            raise ProtocolError("not a channel of aiosd")
+        if items[_VERSION] != wire.VERSION:
+            raise ProtocolError(f"a channel of version {items[_VERSION]}; this is version {wire.VERSION}")
+        sizes = (items[_SUB_SIZE], items[_COMP_SIZE])
+        for size in sizes:
+            if not MIN_RING <= size <= MAX_RING or size & (size - 1):
+                raise ProtocolError(f"a ring of {size} bytes")
+        if HEADER + sum(sizes) != length:
+            raise ProtocolError(f"a segment of {length} bytes for rings of {sizes}")
+        return sizes
+
+    @property
+    def epoch(self) -> int:
+        return self.items[_EPOCH] & 0xFFFFFFFF
+
+    def close(self) -> None:
+        self.items.release()
+        self.memory.release()
+        self._map.close()
+
+
+class CallIds:
+    """The agent's call ids, in the header so that they go on after an exec."""
+
+    __slots__ = ("_items",)
+
+    def __init__(self, segment: Segment) -> None:
+        self._items = segment.items
+
+    def next(self) -> int:
+        number = self._items[_NEXT_ID]
+        self._items[_NEXT_ID] = number + 1
+        return number
+
+    def note_lowest(self, number: int) -> None:
+        self._items[_LOWEST_OPEN] = number
+
+
+class Producer:
+    """The writing end of one ring. One thread at a time."""
+
+    __slots__ = ("_base", "_data", "_items", "_written", "epoch", "size")
+
+    def __init__(self, segment: Segment, submissions: bool, epoch: int) -> None:
+        self._base, self._data, self.size = _place(segment, submissions)
+        self._items = segment.items
+        self._written = self._items[self._base + _WRITTEN]
+        self.epoch = epoch
+        self._free()
+
+    def _free(self) -> int:
+        used = self._written - self._items[self._base + _READ]
+        if not 0 <= used <= self.size:
+            raise ProtocolError(f"the reader's counter is off by {used - self.size if used > 0 else -used}")
+        return self.size - used
+
+    def put(self, payload: bytes, offset: int = 0) -> int:
+        """Write `payload` from `offset` on, as much as there is room for; returns the new offset, which is
+        `len(payload)` when all is in the ring. An empty payload is a frame, too: -1 when it found no room."""
+        total = len(payload)
+        while True:
+            free = self._free()
+            whole = (HEAD_BYTES + total - offset + 7) & ~7
+            if whole <= free:
+                self._fragment(payload[offset:] if offset else payload, FIRST * (not offset) | LAST)
+                return total
+            # A frame that fits into half the ring waits for its room; a larger one goes in pieces.
+            room = free - HEAD_BYTES
+            if whole <= self.size // 2 or room < self.size // 4:
+                return offset if total else -1
+            self._fragment(payload[offset : offset + room], FIRST * (not offset))
+            offset += room
+
+    def _fragment(self, piece: bytes, flags: int) -> None:
+        written, size, data = self._written, self.size, self._data
+        length = len(piece)
+        at = written & (size - 1)
+        _HEAD.pack_into(data, at, length | flags, self.epoch)  # heads are aligned: they never wrap
+        at = (at + HEAD_BYTES) & (size - 1)
+        end = at + length
+        if end <= size:
+            data[at:end] = piece
+        else:
+            data[at:size] = piece[: size - at]
+            data[: end - size] = piece[size - at :]
+        self._written = written = written + ((HEAD_BYTES + length + 7) & ~7)
+        self._items[self._base + _WRITTEN] = written
+
+    def must_ring(self) -> bool:
+        """After publishing: whether the consumer sleeps and is to be woken (once)."""
+        fence()
+        flag = self._base + _SLEEPS
+        if self._items[flag]:
+            self._items[flag] = 0
+            return True
+        return False
+
+    def wait_for_room(self) -> bool:
+        """Ask to be woken when there is room; False when there is some now, so that nobody need sleep."""
+        self._items[self._base + _WAITS] = 1
+        fence()
+        return self._free() < self.size // 2
+
+
+class Consumer:
+    """The reading end of one ring. One thread at a time."""
+
+    __slots__ = ("_base", "_data", "_items", "_partial", "_partial_bytes", "_read", "born", "max_frame", "size")
+
+    def __init__(self, segment: Segment, submissions: bool, born: int, max_frame: int = wire.MAX_FRAME) -> None:
+        self._base, self._data, self.size = _place(segment, submissions)
+        self._items = segment.items
+        self._read = self._items[self._base + _READ]
+        self.born = born  # fragments of older epochs are dropped
+        self.max_frame = max_frame
+        self._partial: list[bytes] | None = None
+        self._partial_bytes = 0
+        self._available()
+
+    def _available(self) -> int:
+        available = self._items[self._base + _WRITTEN] - self._read
+        if not 0 <= available <= self.size or available & 7:
+            raise ProtocolError(f"the writer's counter claims {available} bytes of {self.size}")
+        return available
+
+    def get(self) -> bytes | None:
+        """The next whole frame, or None when the ring is empty."""
+        while True:
+            available = self._available()
+            if not available:
+                return None
+            frame = self._take(available)
+            if frame is not None:
+                return frame
+
+    def _take(self, available: int) -> bytes | None:
+        """Consume one fragment; the frame if it completed one."""
+        size, data = self.size, self._data
+        at = self._read & (size - 1)
+        head, epoch = _HEAD.unpack_from(data, at)
+        length = head & _LENGTH
+        padded = (HEAD_BYTES + length + 7) & ~7
+        if padded > available:
+            raise ProtocolError(f"a fragment of {length} bytes where {available} are written")
+        at = (at + HEAD_BYTES) & (size - 1)
+        end = at + length
+        piece = bytes(data[at:end]) if end <= size else bytes(data[at:size]) + bytes(data[: end - size])
+        self._read += padded
+        self._items[self._base + _READ] = self._read
+        if epoch < self.born:
+            return None
+        if head & FIRST:
+            if head & LAST and self._partial is None:
+                return piece
+            self._partial, self._partial_bytes = [], 0  # whoever began an unfinished frame is dead
+        if self._partial is None:
+            return None
+        self._partial.append(piece)
+        self._partial_bytes += length
+        if self._partial_bytes > self.max_frame:
+            raise ProtocolError(f"a frame of more than {self.max_frame} bytes")
+        if not head & LAST:
+            return None
+        frame, self._partial = b"".join(self._partial), None
+        return frame
+
+    def must_ring(self) -> bool:
+        """After reading: whether the producer waits for room and is to be woken (once)."""
+        flag = self._base + _WAITS
+        if self._items[flag]:
+            self._items[flag] = 0
+            return True
+        return False
+
+    def empty(self) -> bool:
+        return self._available() == 0
+
+    def sleep(self) -> bool:
+        """Announce sleep; False when something came meanwhile, so that one must look again first."""
+        self._items[self._base + _SLEEPS] = 1
+        fence()
+        return self._available() == 0
+
+    def awake(self) -> None:
+        self._items[self._base + _SLEEPS] = 0
+
+
+def _place(segment: Segment, submissions: bool) -> tuple[int, memoryview, int]:
+    """First item of the ring's counters, its data area, its size."""
+    sub, comp = segment.sizes
+    if submissions:
+        return _SUB, segment.memory[HEADER : HEADER + sub], sub
+    return _COMP, segment.memory[HEADER + sub : HEADER + sub + comp], comp

@@ -1,0 +1,172 @@
+"""Length-prefixed frames, with descriptors, over a Unix stream socket.
+
+    frame = u32 little-endian length, payload
+
+Used by the control socket and between kernel and supervisor. Descriptors travel with the first byte of the frame they
+belong to, at most `MAX_FDS` of them; Linux never merges bytes that carry descriptors with those of another message, so
+where the received bytes were in the stream says whose they are. Nothing here blocks but `recv_blocking`: what the
+socket does not take waits in an outbox. Descriptors handed out by `receive` are the caller's to close; those of frames
+that nobody will see are closed here.
+"""
+
+from __future__ import annotations
+
+import array
+import os
+import select
+import socket
+import struct
+import time
+from collections import deque
+from collections.abc import Sequence
+
+from libaios import wire
+from libaios.ring import ProtocolError
+
+__all__ = ["MAX_FDS", "FrameSocket", "ProtocolError"]
+
+MAX_FDS = 8
+MAX_OUTBOX = 128 << 20
+_LENGTH = struct.Struct("<I")
+_CHUNK = 1 << 16
+_ANCILLARY = socket.CMSG_SPACE(MAX_FDS * 4)
+_RECV_FLAGS = socket.MSG_CMSG_CLOEXEC | socket.MSG_DONTWAIT
+
+
+class FrameSocket:
+    """One connected socket; owns it. One thread at a time."""
+
+    def __init__(self, sock: socket.socket, max_frame: int = wire.MAX_FRAME, max_outbox: int = MAX_OUTBOX) -> None:
+        self._sock = sock
+        self._max_frame = max_frame
+        self._max_outbox = max_outbox
+        self._in = bytearray()
+        self._consumed = 0  # bytes of the stream before those in `_in`
+        self._in_fds: deque[tuple[int, list[int]]] = deque()  # and where in the stream they came
+        self._out: deque[tuple[memoryview, list[int]]] = deque()
+        self._eof = False
+        self.pending = 0  # bytes in the outbox
+
+    def fileno(self) -> int:
+        return self._sock.fileno()
+
+    def close(self) -> None:
+        """Close the socket and every descriptor that was on its way. Twice is once."""
+        self._sock.close()
+        for _, fds in [*self._out, *self._in_fds]:
+            _close(fds)
+        self._out.clear()
+        self._in_fds.clear()
+        self.pending = 0
+
+    # ── sending ───────────────────────────────────────────────────────────────────────────────────────────
+
+    def send(self, payload: bytes, fds: Sequence[int] = ()) -> None:
+        """Send a frame, or queue what does not go at once; `fds` are duplicated, the caller may close its own.
+
+        Raises BufferError when the outbox would grow beyond its limit, OSError when the peer is gone.
+        """
+        if self.pending + len(payload) > self._max_outbox:
+            raise BufferError(f"{self.pending} bytes wait to be sent already")
+        data = memoryview(_LENGTH.pack(len(payload)) + payload)
+        self._out.append((data, [os.dup(fd) for fd in fds]))
+        self.pending += len(data)
+        self.flush()
+
+    def flush(self) -> bool:
+        """Send what the socket takes; True when the outbox is empty."""
+        while self._out:
+            data, fds = self._out[0]
+            rights = [(socket.SOL_SOCKET, socket.SCM_RIGHTS, array.array("i", fds))] if fds else []
+            try:
+                sent = self._sock.sendmsg([data], rights, socket.MSG_NOSIGNAL | socket.MSG_DONTWAIT)
+            except (BlockingIOError, InterruptedError):
+                return False
+            _close(fds)
+            self.pending -= sent
+            if sent == len(data):
+                self._out.popleft()
+            else:
+                self._out[0] = (data[sent:], [])
+        return True
+
+    # ── receiving ─────────────────────────────────────────────────────────────────────────────────────────
+
+    def receive(self, limit: int = 64) -> list[tuple[bytes, list[int]]]:
+        """Up to `limit` complete frames that are here now, with their descriptors.
+
+        Raises EOFError when the peer has hung up and all it sent was delivered, ProtocolError for a frame or a number
+        of descriptors beyond the limits.
+        """
+        frames: list[tuple[bytes, list[int]]] = []
+        while True:
+            self._split(frames, limit)
+            if len(frames) >= limit or (self._eof and frames):
+                return frames
+            if self._eof:
+                raise EOFError("the peer hung up")
+            if not self._fill():
+                return frames
+
+    def _fill(self) -> bool:
+        """Read what is there; False when there is nothing."""
+        try:
+            data, ancillary, flags, _ = self._sock.recvmsg(_CHUNK, _ANCILLARY, _RECV_FLAGS)
+        except (BlockingIOError, InterruptedError):
+            return False
+        except ConnectionError:
+            self._eof = True
+            return True
+        fds: list[int] = []
+        for level, kind, content in ancillary:
+            if level == socket.SOL_SOCKET and kind == socket.SCM_RIGHTS:
+                fds.extend(array.array("i", content[: len(content) & ~3]))
+        if flags & socket.MSG_CTRUNC:
+            _close(fds)
+            raise ProtocolError(f"more than {MAX_FDS} descriptors with a frame")
+        if fds:
+            self._in_fds.append((self._consumed + len(self._in), fds))
+        self._in += data
+        self._eof = not data
+        return True
+
+    def _split(self, frames: list[tuple[bytes, list[int]]], limit: int) -> None:
+        """Cut complete frames off what was read."""
+        buffer = self._in
+        while len(frames) < limit and len(buffer) >= _LENGTH.size:
+            (length,) = _LENGTH.unpack_from(buffer)
+            if length > self._max_frame:
+                raise ProtocolError(f"a frame of {length} bytes; the limit is {self._max_frame}")
+            end = _LENGTH.size + length
+            if len(buffer) < end:
+                return
+            payload = bytes(buffer[_LENGTH.size : end])
+            del buffer[:end]
+            self._consumed += end
+            fds: list[int] = []
+            while self._in_fds and self._in_fds[0][0] < self._consumed:
+                fds += self._in_fds.popleft()[1]
+            if len(fds) > MAX_FDS:
+                _close(fds)
+                raise ProtocolError(f"more than {MAX_FDS} descriptors with a frame")
+            frames.append((payload, fds))
+
+    def recv_blocking(self, timeout: float | None = None) -> tuple[bytes, list[int]]:
+        """The next frame; TimeoutError after `timeout` seconds, EOFError and ProtocolError as `receive`."""
+        deadline = None if timeout is None else time.monotonic() + timeout
+        poll = select.poll()
+        poll.register(self.fileno(), select.POLLIN)
+        while True:
+            frames = self.receive(1)
+            if frames:
+                return frames[0]
+            left = None if deadline is None else deadline - time.monotonic()
+            if left is not None and left <= 0:
+                raise TimeoutError("no frame in time")
+            poll.poll(None if left is None else left * 1000)
+
+
+def _close(fds: list[int]) -> None:
+    for fd in fds:
+        os.close(fd)
+    fds.clear()
