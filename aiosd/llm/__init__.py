@@ -1,0 +1,24 @@
+"""The LLM core: one llama.cpp model that many sequences share, one batch at a time.
+
+Files, from the bottom up:
+
+    spec.py        what a core is told at its start (light: the supervisor and the CLI import it)
+    modelfile.py   what a GGUF says about itself, read before llama.cpp touches it
+    llama.py       the only file that touches llama_cpp: Model, Context, Batch, Grammar
+    sampling.py    one token from one row of logits
+    text.py        bytes to characters to pieces: split UTF-8, stop strings, triggers
+    schema.py      JSON Schema to grammar
+    chat.py        messages to prompt, and the tool-call dialects
+    structured.py  keeps a generation inside a grammar: check first, constrain on refusal
+    request.py     a submitted call to a Sequence, or an errno with a sentence
+    sequence.py    the record of one generation
+    policy.py      who runs next (pure)
+    prefix.py      which cached tokens a prompt can reuse (pure)
+    slots.py       which sequence lies where in the KV cache; counts
+    engine.py      plan → decode → settle
+    embed.py       vectors, in a context of their own
+    loading.py     from a ModelSpec to a calibrated engine, or one line that says why not
+    core.py        the process: kernel's messages in, the engine's messages out
+
+Nothing here knows agents: a call is a key, a peer and a request.
+"""

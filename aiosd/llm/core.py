@@ -1,0 +1,207 @@
+"""The process: the kernel's messages in, the engine's steps, messages back.
+
+`main` runs in a fork of the supervisor. It ends with 0 on `link.Quit` or when the kernel's end of the channel
+is gone for good, with 1 after a `link.LoadFailed`. An exception is a bug: its trace goes to stderr and the
+supervisor forks a new core. SIGINT is for the foreground, not for a core.
+
+The loop never waits while a call can go on; then it looks at its messages between any two steps, which costs a
+read of shared memory. Without work it sleeps on the channel.
+"""
+
+from __future__ import annotations
+
+import faulthandler
+import os
+import signal
+import sys
+import time
+from collections.abc import Callable
+from typing import Any, Protocol
+
+from aiosd import link
+from aiosd.errors import AiosdError
+from aiosd.llm.spec import ModelSpec
+from libaios import wire
+
+#: The kernel reads slowly when so much waits for it: streams are gathered meanwhile.
+CONGESTED = 256 << 10
+
+_MESSAGES_AT_ONCE = 64
+_SLEEP = 5.0  # a back-stop: any message wakes the core at once
+_LOOK_EVERY = 0.05  # seconds between two looks at the bell while busy
+
+
+class Channel(Protocol):
+    """What the core needs of `libaios.channel.Channel`."""
+
+    def receive(self, limit: int) -> list[bytes]: ...
+    def send(self, payload: bytes) -> None: ...
+    def pump(self) -> bool: ...
+    def renew(self) -> None: ...
+    @property
+    def reborn(self) -> bool: ...
+    def wait(self, timeout: float) -> Any: ...
+    @property
+    def outbox_bytes(self) -> int: ...
+    @property
+    def hung_up(self) -> bool: ...
+
+
+def main(channel: Channel, spec: ModelSpec) -> int:
+    """Load, serve, return the exit code."""
+    faulthandler.enable(sys.stderr)
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    from aiosd.llm import llama, loading  # llama.cpp and numpy, only in this process
+
+    llama.start(spec.verbose)
+    send = _sender(channel)
+    try:
+        loaded = loading.load(spec, lambda what, fraction: send(link.Progress(what, fraction)))
+    except AiosdError as error:
+        send(link.LoadFailed(f"{spec.name}: {error}".replace("\n", " ")))
+        _drain(channel)
+        return 1
+    core = Core(channel, spec, loaded)
+    send(link.Loaded(core.info))
+    return core.run()
+
+
+def _sender(channel: Channel) -> Callable[[link.FromCore], None]:
+    def send(message: link.FromCore) -> None:
+        channel.send(link.encode(message))
+
+    return send
+
+
+def _drain(channel: Channel) -> None:
+    """Let the last words out before the process ends."""
+    deadline = time.monotonic() + 2.0
+    while channel.outbox_bytes and not channel.hung_up and time.monotonic() < deadline:
+        channel.wait(0.05)
+        channel.pump()
+
+
+class Core:
+    """One engine and the channel to its kernel."""
+
+    def __init__(self, channel: Channel, spec: ModelSpec, loaded: Any) -> None:
+        from aiosd.llm.embed import Embedder
+        from aiosd.llm.engine import Engine
+
+        self._channel = channel
+        self._spec = spec
+        self._loaded = loaded
+        self._send = _sender(channel)
+        self.engine = Engine(
+            loaded.model,
+            loaded.context,
+            ctx=loaded.ctx,
+            slots=loaded.slots,
+            exact=spec.exact,
+            emit=self._send,
+            congested=lambda: channel.outbox_bytes > CONGESTED,
+        )
+        self._embedder = Embedder(loaded.model, loaded.threads)
+        self.info = loaded.info(
+            chat=self.engine.requests.template.given, tools=self.engine.requests.template.takes_tools
+        )
+        self._quit = False
+        self._handlers: dict[type, Callable[[Any], None]] = {
+            link.Submit: self.engine.submit,
+            link.SubmitEmbed: self._embed,
+            link.SubmitTokenize: self._tokenize,
+            link.SubmitDetokenize: self._detokenize,
+            link.CancelCall: lambda message: self.engine.cancel(message.key),
+            link.Park: lambda message: self.engine.park(message.peer, message.parked),
+            link.ParkCall: lambda message: self.engine.park_call(message.key, message.parked),
+            link.Keep: lambda message: self.engine.keep(message.peers),
+            link.GetStats: lambda message: self._send(link.Stats(message.req, self.stats())),
+            link.Quit: lambda message: setattr(self, "_quit", True),
+        }
+
+    def run(self) -> int:
+        channel, engine = self._channel, self.engine
+        looked = 0.0
+        while not self._quit and not channel.hung_up:
+            now = time.monotonic()
+            if channel.ready() or now - looked > _LOOK_EVERY:  # the second also finds out about a hang-up
+                looked = now
+                self._receive()
+            if channel.outbox_bytes:
+                channel.pump()
+            if engine.has_work:
+                engine.step()
+            elif not channel.more:
+                channel.wait(_SLEEP)
+                looked = 0.0
+        _drain(channel)
+        return 0
+
+    def _receive(self) -> None:
+        for payload in self._channel.receive(_MESSAGES_AT_ONCE):
+            self.handle(payload)
+
+    def handle(self, payload: bytes) -> None:
+        message = link.decode_to_core(payload)
+        self._handlers[type(message)](message)
+
+    # ── calls that are answered at once ──
+
+    def _tokenize(self, message: link.SubmitTokenize) -> None:
+        request = message.request
+        self._answer(message.key, self._loaded.model.tokenize(request.text, bos=False, special=request.special))
+
+    def _detokenize(self, message: link.SubmitDetokenize) -> None:
+        try:
+            self.engine.requests.check_ids(message.request.tokens, "tokens")
+        except OSError as error:
+            self._refuse(message.key, error)
+            return
+        self._answer(message.key, self._loaded.model.detokenize(message.request.tokens).decode(errors="replace"))
+
+    def _embed(self, message: link.SubmitEmbed) -> None:
+        try:
+            embedded = self._embedder.embed(message.request.texts)
+        except OSError as error:
+            self._refuse(message.key, error)
+            return
+        self._answer(message.key, embedded, embedded.prompt_tokens)
+
+    def _answer(self, key: link.Key, body: object, prompt_tokens: int = 0) -> None:
+        self._send(link.Answered(key, wire.encode(body), prompt_tokens))
+
+    def _refuse(self, key: link.Key, error: OSError) -> None:
+        self._send(link.Failed(key, error.errno or 22, error.strerror or str(error)))
+
+    # ── what is going on ──
+
+    def stats(self) -> dict[str, Any]:
+        from aiosd.llm import llama
+
+        loaded = self._loaded
+        return {
+            "name": self._spec.name,
+            "path": loaded.path,
+            "pid": os.getpid(),
+            "model": loaded.model.description,
+            "n_params": loaded.model.n_params,
+            "n_ctx": loaded.ctx,
+            "model_bytes": loaded.model.size,
+            "kv_bytes": loaded.kv_bytes,
+            "rss_bytes": _rss(),
+            "threads": loaded.threads,
+            "gpu_layers": loaded.gpu_layers,
+            "device": f"{loaded.gpu_layers} of {loaded.model.n_layer + 1} layers on the GPU"
+            if loaded.gpu_layers
+            else "CPU",
+            "flash_attention": False,
+            "exact": self._spec.exact,
+            "chat_template": "the model's" if self.engine.requests.template.given else "ChatML (the model has none)",
+            "llama_cpp": llama.version(),
+            **self.engine.stats(),
+        }
+
+
+def _rss() -> int:
+    with open("/proc/self/statm") as file:
+        return int(file.read().split()[1]) * os.sysconf("SC_PAGESIZE")

@@ -1,0 +1,632 @@
+"""One step: plan → decode → settle.
+
+- *plan*: waiting calls get slots (the policy says who), parked ones lose theirs if others need them.
+- *decode*: prompts first, in batches of their own, of calls with equally many tokens to go (llama.cpp cuts a
+  batch at its shortest run), under a token budget, so that the others' next token does not wait for a long
+  prompt. Then one token for every call whose prompt is in place, in one batch, ascending by slot.
+- *settle*: a token from each row of logits; ends; text; what the kernel must hear.
+
+The loop is Python, and it is the processor's inner loop: the batch arrays are numpy views that are moved on in
+place while the same calls run, the arg max of all rows is one call, and a call without stop strings, stream or
+grammar costs a few list operations per token. Text is made when it is sent.
+
+Invariants: a sequence is in `_waiting` (QUEUED) or owns a slot (PREFILL, DECODE), never both; `length` tokens of
+it lie in its slot; after a step that leaves no call, all slots are free, or `Bug`.
+
+In exact mode no batch ever runs a single sequence with a single token (llama.cpp multiplies a vector by other
+code than a matrix): a dummy token runs along in the next slot and is forgotten at once. Tokens that were
+decoded one by one are replayed one by one, and only prefilled tokens are shared between calls.
+"""
+
+from __future__ import annotations
+
+import errno
+import time
+from collections import OrderedDict
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+from itertools import pairwise
+
+import numpy as np
+
+from aiosd.errors import Bug
+from aiosd.link import Delta, Failed, Finished, Key, Started, Step, Submit
+from aiosd.llm import llama
+from aiosd.llm.policy import Fifo, Policy
+from aiosd.llm.request import Requests
+from aiosd.llm.sequence import Phase, Sequence
+from aiosd.llm.slots import Slots
+from aiosd.llm.stats import Meter
+from aiosd.llm.structured import END
+from aiosd.llm.text import TextStream
+from libaios.wire import ToolCall, Usage
+
+#: Calls that do not stream are reported this often (seconds).
+REPORT_EVERY = 0.1
+
+#: Finished calls are remembered this long, and this many, for a kernel that asks again after it died.
+REMEMBER_S, REMEMBER = 60.0, 256
+
+#: While others decode, prompts get so many seconds of a step.
+PREFILL_SLICE = 0.25
+
+#: A batch in several pieces for so many steps is made whole by swapping slots.
+PATIENCE = 32
+
+
+@dataclass(slots=True)
+class _Past:
+    sequence: Sequence
+    reason: str
+    usage: Usage
+    calls: list[ToolCall]
+    at: float
+
+
+class Engine:
+    def __init__(
+        self,
+        model: llama.Model,
+        context: llama.Context,
+        *,
+        ctx: int,
+        slots: int,
+        exact: bool = False,
+        emit: Callable[[Step | Finished | Failed], None],
+        congested: Callable[[], bool] = lambda: False,
+        policy: Policy | None = None,
+        clock: Callable[[], float] = time.monotonic,
+    ) -> None:
+        self.model = model
+        self.requests = Requests(model, ctx)
+        self.slots = Slots(slots)
+        self.policy: Policy = policy or Fifo()
+        self.meter = Meter(clock)
+        self._context = context
+        self._ctx = ctx
+        self._exact = exact
+        self._emit = emit
+        self._congested = congested
+        self._clock = clock
+        self._ends = model.end_tokens
+        self._pieces = model.pieces
+
+        self._calls: dict[Key, Sequence] = {}
+        self._waiting: dict[Key, Sequence] = {}
+        self._past: OrderedDict[Key, _Past] = OrderedDict()
+        self._parked_peers: set[int] = set()
+        self._arrivals = 0
+
+        self._prompts = llama.Batch(context.ubatch)
+        self._batch = llama.Batch(2 * slots + 1)
+        self._rows: list[Sequence] = []  # the calls of the decode batch, row by row
+        self._dummies: list[tuple[int, int]] = []  # (slot, position) to forget after the step
+        self._stale = False  # the rows no longer fit the calls
+        self._num_pieces = 0  # runs of consecutive slots in it
+        self._pieces_for = 0  # steps for which there has been more than one
+        self._streams: dict[Key, Sequence] = {}  # calls that report in every step
+        self._started: list[Started] = []
+        self._reported = 0.0
+
+    # ── what may be asked of it ───────────────────────────────────────────────────────────────────────────
+
+    def submit(self, submit: Submit) -> None:
+        """Queue a call, or attach to it when its key is known. Refusals are reported, not raised."""
+        now = self._clock()
+        if self._attach(submit):
+            return
+        self._arrivals += 1
+        try:
+            sequence = self.requests.sequence(submit, self._arrivals, now)
+        except OSError as error:
+            self._emit(Failed(submit.key, error.errno or errno.EINVAL, error.strerror or str(error)))
+            return
+        sequence.parked_peer = sequence.peer in self._parked_peers
+        self._calls[sequence.key] = self._waiting[sequence.key] = sequence
+        if sequence.stream:
+            self._streams[sequence.key] = sequence
+        self._limit(sequence)
+        reason = self._over(sequence)
+        if reason:
+            self._finish(sequence, reason)
+
+    def cancel(self, key: Key) -> None:
+        """Free whatever the call holds; nothing more is heard of it."""
+        sequence = self._calls.get(key)
+        if sequence is not None:
+            self._leave(sequence)
+        self._past.pop(key, None)
+
+    def park(self, peer: int, parked: bool) -> None:
+        if parked:
+            self._parked_peers.add(peer)
+        else:
+            self._parked_peers.discard(peer)
+        for sequence in self._calls.values():
+            if sequence.peer == peer:
+                sequence.parked_peer = parked
+                self._stale = True
+
+    def park_call(self, key: Key, parked: bool) -> None:
+        sequence = self._calls.get(key)
+        if sequence is not None:
+            sequence.parked_call = parked
+            self._stale = True
+
+    def keep(self, peers: Iterable[int]) -> None:
+        """Cancel every call of any other peer."""
+        kept = set(peers)
+        for key in [key for key in (*self._calls, *self._past) if key[0] not in kept]:
+            self.cancel(key)
+        self._parked_peers &= kept
+
+    @property
+    def has_work(self) -> bool:
+        """Would a step do anything?"""
+        return any(not sequence.parked for sequence in self._calls.values()) or bool(self._started)
+
+    @property
+    def num_calls(self) -> int:
+        return len(self._calls)
+
+    @property
+    def num_waiting(self) -> int:
+        return len(self._waiting)
+
+    def step(self) -> None:
+        """Let every call that can go on do so by one token, and prompts by their share."""
+        self.meter.begin()
+        if self._waiting:
+            self._plan()
+        self._prefill()
+        if self._stale:
+            self._arrange()
+        if self._rows:
+            self._decode()
+        self._report()
+        self.meter.end(len(self._rows))
+        if not self._calls:
+            self._count()
+
+    # ── plan ──────────────────────────────────────────────────────────────────────────────────────────────
+
+    def _plan(self) -> None:
+        now = self._clock()
+        waiting = [sequence for sequence in self._waiting.values() if not sequence.parked]
+        if not waiting:
+            return
+        running = list(self.slots.owners())
+        for sequence in self.policy.evict(waiting, running, self.slots.num_free, now):
+            self._take_off(sequence)
+        lacking = len(waiting) - self.slots.num_free
+        if lacking > 0:  # a stopped agent does not block a slot
+            for sequence in [sequence for sequence in running if sequence.parked][:lacking]:
+                self._take_off(sequence)
+        for sequence in self.policy.admit(waiting, list(self.slots.owners()), self.slots.num_free, now):
+            self._put_on(sequence, now)
+
+    def _put_on(self, sequence: Sequence, now: float) -> None:
+        """Into a slot: from its snapshot, or on top of what a free slot holds."""
+        reusable = len(sequence.prompt) - (2 if self._exact else 1)
+        if sequence.out and not self._exact:
+            reusable += 1
+        match = self.slots.match(sequence, 0 if sequence.snapshot is not None else max(reusable, 0))
+        if match is None:
+            raise Bug("a call was admitted, but no slot is free")
+        del self._waiting[sequence.key]
+        self.slots.take(match.slot, sequence)
+        if sequence.snapshot is None or not self._context.restore(match.slot, sequence.snapshot):
+            kept = match.length if self._context.cut(match.slot, match.length) else 0
+            if kept != match.length:  # this kind of model forgets all or nothing
+                self._context.cut(match.slot, 0)
+            sequence.length = sequence.prefilled = kept
+            sequence.cached = max(sequence.cached, kept)
+        sequence.snapshot = None
+        if not sequence.started_told:
+            sequence.slot_at, sequence.started_told = now, True
+            self._started.append(Started(sequence.key, len(sequence.prompt), sequence.cached))
+            self._limit(sequence)
+            reason = self._over(sequence)
+            if reason:
+                self._finish(sequence, reason)
+                return
+        self._place(sequence)
+
+    def _place(self, sequence: Sequence) -> None:
+        """The phase that fits what is in the cache."""
+        sequence.phase = Phase.PREFILL if self._pending(sequence) else Phase.DECODE
+        self._stale = True
+
+    def _pending(self, sequence: Sequence) -> int:
+        """Tokens to prefill. In exact mode generated tokens are decoded again, one by one."""
+        target = len(sequence.prompt) if self._exact else sequence.target
+        return max(target - sequence.length, 0)
+
+    def _take_off(self, sequence: Sequence) -> None:
+        """Back to the queue, its state saved: it goes on bit for bit where it stopped."""
+        slot = sequence.slot
+        if sequence.length:
+            sequence.snapshot = self._context.save(slot)
+        self._context.cut(slot, 0)
+        self.slots.release(sequence, self._clock(), keep=False)
+        sequence.phase = Phase.QUEUED
+        sequence.preemptions += 1
+        self._waiting[sequence.key] = sequence
+        self._stale = True
+
+    def _limit(self, sequence: Sequence) -> None:
+        """How many tokens `out` may come to hold, and what it means to reach that."""
+        full = self._ctx - len(sequence.prompt)
+        sequence.limit, sequence.limit_reason = min(sequence.max_tokens, full), "length"
+        if sequence.budget is not None:
+            computed = len(sequence.prompt) - sequence.cached
+            allowed = sequence.forced + sequence.budget - computed
+            if allowed < sequence.limit:
+                sequence.limit, sequence.limit_reason = max(allowed, 0), "limit"
+
+    def _over(self, sequence: Sequence) -> str:
+        """Why a call is at its end before its next step, or ''."""
+        if sequence.text.stopped:
+            return "stop"
+        return sequence.limit_reason if len(sequence.out) >= sequence.limit else ""
+
+    # ── prompts ───────────────────────────────────────────────────────────────────────────────────────────
+
+    def _prefill(self) -> None:
+        pending = [s for s in self.slots.owners() if s.phase is Phase.PREFILL and not s.parked]
+        if not pending:
+            return
+        pending = self.policy.order(pending, self._clock())
+        budget = self.meter.tokens_in(PREFILL_SLICE, least=32) if self._rows else self._context.ubatch
+        while pending and budget > 0:
+            group, size = self._group(pending, min(budget, self._context.ubatch))
+            budget -= size * len(group)
+            self._prefill_group(group, size)
+            pending = [s for s in pending if s.phase is Phase.PREFILL and s.slot >= 0]
+
+    def _group(self, pending: list[Sequence], budget: int) -> tuple[list[Sequence], int]:
+        """The first call and those with as many tokens to go, as far as they fit; a long prompt alone, in part.
+        Never one ubatch more than asked for, and never a last part of one token (see the head of the file)."""
+        first = self._pending(pending[0])
+        if first > budget:
+            return pending[:1], budget - 1 if first - budget == 1 and budget > 2 else budget
+        same = [sequence for sequence in pending if self._pending(sequence) == first][: budget // first]
+        return sorted(same, key=lambda sequence: sequence.slot), first
+
+    def _prefill_group(self, group: list[Sequence], size: int) -> None:
+        batch = self._prompts
+        batch.size = total = size * len(group)
+        batch.wanted[:total] = 0
+        last: list[Sequence] = []  # those whose prompt ends with this batch, and whose next token is not known
+        for i, sequence in enumerate(group):
+            part = slice(i * size, (i + 1) * size)
+            start = sequence.length
+            batch.tokens[part] = self._tokens(sequence, start, start + size)
+            batch.positions[part] = np.arange(start, start + size)
+            batch.sequences[part] = sequence.slot
+            if not sequence.out and start + size == len(sequence.prompt):
+                batch.wanted[part.stop - 1] = 1
+                last.append(sequence)
+        lone = self._exact and total == 1
+        if lone:
+            self._pad_prompt(group[0].slot)
+        began = self._clock()
+        if not self._decoded(batch, group):
+            return
+        if lone:
+            self._context.cut(self._dummies.pop()[0], batch.positions[1])
+        self.meter.prefilled(total, self._clock() - began)
+        logits = self._context.logits(len(last)) if last else None
+        for sequence in group:
+            sequence.length += size
+            sequence.computed += size
+            sequence.prefilled = sequence.length
+            if not self._pending(sequence):
+                self._place(sequence)
+        for row, sequence in enumerate(last):
+            assert logits is not None
+            sequence.first_at = self._clock()
+            self._next(sequence, logits[row])
+            self._stale = True
+
+    def _tokens(self, sequence: Sequence, start: int, stop: int) -> llama.Ints:
+        prompt = sequence.prompt
+        if stop <= len(prompt):
+            return prompt[start:stop]
+        return sequence.tokens()[start:stop]
+
+    def _pad_prompt(self, slot: int) -> None:
+        batch = self._prompts
+        position = self._context.last_position(slot + 1) + 1
+        batch.size = 2
+        batch.tokens[1], batch.positions[1], batch.sequences[1], batch.wanted[1] = 0, position, slot + 1, 0
+        self._dummies.append((slot + 1, position))
+
+    # ── one token each ────────────────────────────────────────────────────────────────────────────────────
+
+    def _arrange(self) -> None:
+        """Fill the decode batch anew: the calls changed."""
+        rows = [s for s in self.slots.owners() if s.phase is Phase.DECODE and not s.parked]
+        self._rows = rows
+        self._stale = False
+        slots = [sequence.slot for sequence in rows]
+        self._num_pieces = sum(b != a + 1 for a, b in pairwise(slots)) + 1
+        if self._num_pieces == 1:
+            self._pieces_for = 0
+        for sequence in rows:
+            sequence.plain = sequence.sampler.plain and sequence.constraint is None and not sequence.replaying
+        batch = self._batch
+        entries = [(s.slot, s.upcoming, s.length, 1) for s in rows]
+        self._dummies = self._lone_neighbours(slots) if self._exact else []
+        if self._dummies:
+            entries = sorted([*entries, *((slot, 0, position, 0) for slot, position in self._dummies)])
+        batch.size = n = len(entries)
+        if n:
+            batch.sequences[:n], batch.tokens[:n], batch.positions[:n], batch.wanted[:n] = np.array(entries).T
+
+    def _lone_neighbours(self, slots: list[int]) -> list[tuple[int, int]]:
+        """A dummy next to every slot that has no neighbour in the batch."""
+        taken = set(slots)
+        dummies = []
+        for slot in slots:
+            if slot - 1 not in taken and slot + 1 not in taken:
+                taken.add(slot + 1)
+                dummies.append((slot + 1, self._context.last_position(slot + 1) + 1))
+        return dummies
+
+    def _decode(self) -> None:
+        rows, batch = self._rows, self._batch
+        if not self._decoded(batch, rows):
+            return
+        n = len(rows)
+        logits = self._context.logits(n)
+        picks = logits.argmax(axis=1).tolist()
+        ends, pieces, tokens = self._ends, self._pieces, batch.tokens
+        for i, sequence in enumerate(rows):
+            sequence.length += 1
+            if not sequence.plain:
+                self._next(sequence, logits[i])
+                if sequence.phase is Phase.DECODE:
+                    tokens[i] = sequence.upcoming
+                continue
+            token = picks[i]
+            if token in ends and not sequence.ignore_eos:
+                self._finish(sequence, "stop")
+                continue
+            out = sequence.out
+            out.append(token)
+            tokens[i] = token
+            if sequence.watched:
+                sequence.fed += 1
+                sequence.text.feed(pieces[token])
+                if sequence.text.stopped:
+                    self._finish(sequence, "stop")
+                    continue
+            if len(out) >= sequence.limit:
+                self._finish(sequence, sequence.limit_reason)
+        if self._dummies:
+            self._forget_dummies()
+        elif not self._stale:
+            batch.positions[:n] += 1
+            if self._num_pieces > 1:
+                self._close_gap()
+
+    def _next(self, sequence: Sequence, row: llama.Floats) -> None:
+        """The token after this row, for a call of any kind: append it, or finish."""
+        if sequence.length - len(sequence.prompt) < len(sequence.out):
+            return  # it is being replayed: the next token is known
+        sampler, index, constraint = sequence.sampler, len(sequence.out), sequence.constraint
+        row = sampler.prepare(row, sequence.recent())
+        token = sampler.draw(row, index)
+        if constraint is not None:
+            try:
+                token = constraint.settle(sequence.text, row, token, lambda logits: sampler.draw(logits, index))
+            except OSError as error:
+                self._fail(sequence, error.errno or errno.EIO, error.strerror or str(error))
+                return
+        if token == END or (token in self._ends and not (sequence.ignore_eos and constraint is None)):
+            self._finish(sequence, "stop")
+            return
+        sequence.out.append(token)
+        if sequence.watched:
+            sequence.fed += 1
+            sequence.text.feed(self._pieces[token])
+        reason = self._over(sequence)
+        if reason:
+            self._finish(sequence, reason)
+
+    def _forget_dummies(self) -> None:
+        for slot, position in self._dummies:
+            self._context.cut(slot, position)
+        self._dummies = []
+        self._stale = True
+
+    def _close_gap(self) -> None:
+        """A batch whose slots are not consecutive runs in several pieces, each reading all the weights. If that
+        lasts, the highest call changes places with what the lowest hole holds. (At once would be wasteful: the
+        hole often belongs to an agent whose next call is on its way and will find its prompt there.)"""
+        self._pieces_for += 1
+        if self._pieces_for < PATIENCE:
+            return
+        self._pieces_for = PATIENCE // 2
+        last = self._rows[-1]
+        taken = {sequence.slot for sequence in self._rows}
+        holes = (slot for slot in range(self._rows[0].slot, last.slot) if slot not in taken)
+        hole = next((slot for slot in holes if self.slots.owner(slot) is None), None)
+        if hole is None:
+            return
+        mine, there = self._context.save(last.slot), last.slot
+        held = self._context.save(hole) if self.slots.holds(hole) else None
+        if not self._context.restore(hole, mine):
+            raise Bug("a state that was just saved is refused")
+        if held is None:
+            self._context.cut(there, 0)
+        elif not self._context.restore(there, held):
+            self.slots.forget(hole)
+        self.slots.swap(last, hole)
+        self._stale = True
+
+    # ── llama_decode and what may come of it ──────────────────────────────────────────────────────────────
+
+    def _decoded(self, batch: llama.Batch, sequences: list[Sequence]) -> bool:
+        """Run a batch. False: it did not work out, and everything that follows from that is done."""
+        result = self._context.decode(batch)
+        if result == llama.OK:
+            return True
+        self._stale = True
+        self._dummies = []
+        if result == llama.ABORTED:  # what has been computed stays: go on from there
+            for sequence in sequences:
+                sequence.length = self._context.last_position(sequence.slot) + 1
+            return False
+        why = "; ".join(llama.take_errors()) or "no reason given"
+        sentence = f"llama.cpp could not decode the batch (result {result}): {why}"
+        for sequence in list(sequences):
+            slot = sequence.slot
+            self._fail(sequence, errno.ENOSPC if result == llama.NO_ROOM else errno.EIO, sentence)
+            self.slots.forget(slot)
+            self._context.cut(slot, 0)
+        return False
+
+    # ── ends ──────────────────────────────────────────────────────────────────────────────────────────────
+
+    def _finish(self, sequence: Sequence, reason: str) -> None:
+        """The one place where a call comes to its good end."""
+        now = self._clock()
+        self._feed(sequence)
+        sequence.text.finish()
+        calls: list[ToolCall] = []
+        if sequence.dialect is not None and sequence.text.triggered:
+            calls = sequence.dialect.read(sequence.text.rest, sequence.key)
+            if calls and reason == "stop":
+                reason = "tool_calls"
+        first, slot_at = sequence.first_at or now, sequence.slot_at or now
+        usage = Usage(
+            prompt_tokens=len(sequence.prompt),
+            cached_tokens=sequence.cached,
+            completion_tokens=len(sequence.out),
+            queue_s=slot_at - sequence.arrived,
+            prefill_s=max(first - slot_at, 0.0),
+            decode_s=now - first,
+            preemptions=sequence.preemptions,
+        )
+        past = _Past(sequence, reason, usage, calls, now)
+        self.meter.calls += 1
+        self.meter.cached += sequence.cached
+        self._leave(sequence)
+        self._remember(past)
+        self._say_finished(past)
+
+    def _fail(self, sequence: Sequence, code: int, sentence: str) -> None:
+        self._leave(sequence)
+        self._say_started()
+        self._emit(Failed(sequence.key, code, sentence))
+
+    def _leave(self, sequence: Sequence) -> None:
+        """Whatever the end: the call holds nothing any more. What lies in its slot stays usable as a prefix."""
+        self._calls.pop(sequence.key, None)
+        self._waiting.pop(sequence.key, None)
+        self._streams.pop(sequence.key, None)
+        if sequence.slot >= 0:
+            self.slots.release(sequence, self._clock(), keep=True, exact=self._exact)
+        if sequence.constraint is not None:
+            sequence.constraint.close()
+            sequence.constraint = None
+        sequence.snapshot = None
+        sequence.phase = Phase.DONE
+        self._stale = True
+
+    def _remember(self, past: _Past) -> None:
+        self._past[past.sequence.key] = past
+        while len(self._past) > REMEMBER or past.at - next(iter(self._past.values())).at > REMEMBER_S:
+            self._past.popitem(last=False)
+
+    def _attach(self, submit: Submit) -> bool:
+        """A call that is known already, asked for again by a kernel that lost its memory: tell it the rest."""
+        past, sequence = self._past.get(submit.key), self._calls.get(submit.key)
+        if past is not None:
+            self._rewind(past.sequence, len(submit.request.given))
+            self._say_finished(past)
+        elif sequence is not None:
+            self._rewind(sequence, len(submit.request.given))
+            if sequence.slot >= 0 or sequence.snapshot is not None:
+                self._started.append(Started(sequence.key, len(sequence.prompt), sequence.cached))
+        return past is not None or sequence is not None
+
+    def _rewind(self, sequence: Sequence, count: int) -> None:
+        """Let the next report begin after the first `count` tokens."""
+        self._feed(sequence)
+        text = TextStream(sequence.stops, sequence.dialect.trigger if sequence.dialect else None)
+        sequence.sent = count = min(count, len(sequence.out))
+        for token in sequence.out[:count]:
+            text.feed(self._pieces[token])
+        sequence.text.skip(min(text.shown, sequence.text.shown))
+
+    # ── what the kernel hears ─────────────────────────────────────────────────────────────────────────────
+
+    def _feed(self, sequence: Sequence) -> None:
+        """Make the text of tokens that nobody has looked at yet."""
+        if sequence.fed < len(sequence.out):
+            sequence.text.feed(self.model.detokenize(sequence.out[sequence.fed :]))
+            sequence.fed = len(sequence.out)
+
+    def _report(self) -> None:
+        now = self._clock()
+        due = now - self._reported >= REPORT_EVERY
+        if not (due or self._started or self._streams):
+            return
+        if self._congested():
+            return
+        deltas = [self._delta(s) for s in (self._calls if due else self._streams).values() if s.sent < len(s.out)]
+        if due:
+            self._reported = now
+        if deltas or self._started:
+            started, self._started = self._started, []
+            self._emit(Step(deltas, started))
+
+    def _delta(self, sequence: Sequence) -> Delta:
+        self._feed(sequence)
+        offset, sequence.sent = sequence.sent, len(sequence.out)
+        return Delta(sequence.key, offset, sequence.out[offset:], sequence.text.take())
+
+    def _say_started(self) -> None:
+        """A call's end must not overtake its beginning."""
+        if self._started:
+            started, self._started = self._started, []
+            self._emit(Step([], started))
+
+    def _say_finished(self, past: _Past) -> None:
+        self._say_started()
+        sequence = past.sequence
+        offset, sequence.sent = sequence.sent, len(sequence.out)
+        self._emit(
+            Finished(
+                sequence.key,
+                offset,
+                sequence.out[offset:],
+                sequence.text.take(),
+                past.reason,
+                past.usage,
+                past.calls,
+            )
+        )
+
+    # ── counts ────────────────────────────────────────────────────────────────────────────────────────────
+
+    def _count(self) -> None:
+        """Nothing is running: everything must be free."""
+        self.slots.check()
+        if self._waiting or self._streams or self.slots.num_free != self.slots.total:
+            raise Bug(f"idle, but {self.slots.total - self.slots.num_free} slots are in use")
+
+    def stats(self) -> dict[str, object]:
+        free = self.slots.num_free
+        return {
+            "slots": self.slots.total,
+            "slots_free": free,
+            "slots_used": self.slots.total - free,
+            "calls": len(self._calls),
+            "waiting": len(self._waiting),
+            "policy": self.policy.name,
+            **self.meter.stats(),
+        }

@@ -1,0 +1,391 @@
+"""The only file that touches llama_cpp: thin, typed owners of its objects.
+
+A `Model` holds weights and vocabulary, a `Context` the KV cache of one model, a `Batch` the arrays that a
+decode step reads, a `Grammar` the state of one constrained generation. Each frees what it owns in `close`;
+a context is closed before its model. Nothing here is thread-safe: one thread decodes.
+
+llama.cpp ends the process (GGML_ABORT, or a C++ exception that ctypes cannot carry) on arguments it calls
+impossible. Every method here says which, and its callers check first.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import sys
+from collections import deque
+from collections.abc import Callable
+from typing import Any
+
+import llama_cpp.llama_cpp
+import numpy as np
+import numpy.typing as npt
+
+from aiosd.errors import Bug, WorldError
+
+C: Any = llama_cpp.llama_cpp  # its hints are for type checkers of callers who use no numpy
+
+Floats = npt.NDArray[np.float32]
+Ints = npt.NDArray[np.int32]
+
+POOLING_NONE, POOLING_MEAN = 0, 1
+
+OK, NO_ROOM, ABORTED = 0, 1, 2  # what Context.decode returns; below 0: an error
+
+_ERROR_LEVEL, _CONTINUED = 4, 5
+
+
+# ── the library and its log ───────────────────────────────────────────────────────────────────────────────
+
+_last_errors: deque[str] = deque(maxlen=8)
+_verbose = False
+
+
+@C.llama_log_callback  # type: ignore[untyped-decorator]
+def _log(level: int, text: bytes, _data: object) -> None:
+    line = text.decode(errors="replace")
+    if level == _ERROR_LEVEL and line.strip():
+        _last_errors.append(line.strip())
+    if _verbose:
+        sys.stderr.write(line)
+
+
+def start(verbose: bool = False) -> None:
+    """Initialise llama.cpp in this process. Its log is kept, not shown, unless `verbose`."""
+    global _verbose
+    _verbose = verbose
+    C.llama_log_set(_log, ctypes.c_void_p(0))
+    C.llama_backend_init()
+
+
+def take_errors() -> list[str]:
+    """What llama.cpp complained about since the last call, oldest first."""
+    errors = list(_last_errors)
+    _last_errors.clear()
+    return errors
+
+
+def version() -> str:
+    return str(C.llama_version().decode()) if hasattr(C, "llama_version") else ""
+
+
+def system_info() -> str:
+    """Instruction sets and backends that this build uses."""
+    return str(C.llama_print_system_info().decode())
+
+
+def supports_gpu() -> bool:
+    return bool(C.llama_supports_gpu_offload())
+
+
+# ── weights and vocabulary ────────────────────────────────────────────────────────────────────────────────
+
+
+class Model:
+    """Weights and vocabulary of one GGUF.
+
+    Loading raises WorldError with llama.cpp's own words. The vocabulary is copied into Python once, so that
+    turning tokens into bytes never crosses into C.
+    """
+
+    def __init__(self, path: str, gpu_layers: int, progress: Callable[[float], None]) -> None:
+        params = C.llama_model_default_params()
+        params.n_gpu_layers = gpu_layers
+        last = -1.0
+
+        @C.llama_progress_callback  # type: ignore[untyped-decorator]
+        def report(fraction: float, _data: object) -> bool:
+            nonlocal last
+            if fraction - last >= 0.01 or fraction == 1:
+                last = fraction
+                progress(fraction)
+            return True
+
+        params.progress_callback = report
+        take_errors()
+        self._model = C.llama_model_load_from_file(path.encode(), params)
+        if not self._model:
+            raise WorldError("; ".join(_reasons(take_errors())) or "llama.cpp gave no reason")
+        self._vocab = C.llama_model_get_vocab(self._model)
+        self._facts()
+        self._vocabulary()
+
+    def _facts(self) -> None:
+        model = self._model
+        self.n_params = int(C.llama_model_n_params(model))
+        self.size = int(C.llama_model_size(model))
+        self.n_embd = int(C.llama_model_n_embd(model))
+        self.n_embd_out = int(C.llama_model_n_embd_out(model))
+        self.n_layer = int(C.llama_model_n_layer(model))
+        self.n_ctx_train = int(C.llama_model_n_ctx_train(model))
+        self.n_swa = int(C.llama_model_n_swa(model))
+        self.has_encoder = bool(C.llama_model_has_encoder(model))
+        self.has_decoder = bool(C.llama_model_has_decoder(model))
+        self.recurrent = bool(C.llama_model_is_recurrent(model) or C.llama_model_is_hybrid(model))
+        buffer = ctypes.create_string_buffer(256)
+        C.llama_model_desc(model, buffer, len(buffer))
+        self.description = buffer.value.decode(errors="replace")
+
+    def _vocabulary(self) -> None:
+        vocab = self._vocab
+        self.n_vocab = n = int(C.llama_vocab_n_tokens(vocab))
+        self.has_tokenizer = int(C.llama_vocab_type(vocab)) != 0
+        self.bos, self.eos = int(C.llama_vocab_bos(vocab)), int(C.llama_vocab_eos(vocab))
+        self.adds_bos = bool(C.llama_vocab_get_add_bos(vocab))
+        self.end_tokens = frozenset(t for t in range(n) if C.llama_vocab_is_eog(vocab, t))
+        self.control = np.array([C.llama_vocab_is_control(vocab, t) for t in range(n)], dtype=bool)
+        self._buffer = ctypes.create_string_buffer(1024)
+        #: Bytes of every token as shown to a reader: control tokens are empty.
+        self.pieces = [self._piece(t, False) for t in range(n)]
+
+    def _piece(self, token: int, special: bool) -> bytes:
+        n = C.llama_token_to_piece(self._vocab, token, self._buffer, len(self._buffer), 0, special)
+        if n < 0:
+            self._buffer = ctypes.create_string_buffer(-n)
+            n = C.llama_token_to_piece(self._vocab, token, self._buffer, -n, 0, special)
+        return self._buffer.raw[: max(n, 0)]
+
+    def token_text(self, token: int) -> str:
+        """How a token is written in the template language: control tokens show."""
+        return "" if token < 0 else self._piece(token, True).decode(errors="replace")
+
+    def tokenize(self, text: str, *, bos: bool, special: bool) -> list[int]:
+        """`bos`: add what the model wants at the beginning. `special`: read control tokens as such."""
+        data = text.encode(errors="replace")
+        room = len(data) + 8
+        while True:
+            out = (C.llama_token * room)()
+            n = int(C.llama_tokenize(self._vocab, data, len(data), out, room, bos, special))
+            if n >= 0:
+                return list(out[:n])
+            room = -n
+
+    def detokenize(self, tokens: list[int]) -> bytes:
+        """The bytes that the tokens stand for, control tokens left out."""
+        pieces = self.pieces
+        return b"".join([pieces[token] for token in tokens])
+
+    def meta(self, key: str) -> str | None:
+        """A string of the GGUF's metadata; numbers come as text."""
+        size = C.llama_model_meta_val_str(self._model, key.encode(), None, 0)
+        if size < 0:
+            return None
+        buffer = ctypes.create_string_buffer(size + 1)
+        C.llama_model_meta_val_str(self._model, key.encode(), buffer, size + 1)
+        return buffer.value.decode(errors="replace")
+
+    def close(self) -> None:
+        if self._model:
+            C.llama_model_free(self._model)
+            self._model = None
+
+
+def _reasons(errors: list[str]) -> list[str]:
+    """llama.cpp's error lines without function names, the general ones last."""
+    lines = [line.split(": ", 1)[1] if ": " in line and " " not in line.split(": ", 1)[0] else line for line in errors]
+    return [line for line in dict.fromkeys(lines) if line != "failed to load model"]
+
+
+# ── batch ─────────────────────────────────────────────────────────────────────────────────────────────────
+
+
+class Batch:
+    """The arrays that `Context.decode` reads, as numpy views that are written in place: nothing is allocated
+    and no ctypes object made in a step. Each token belongs to one sequence. Set `size`, fill the first `size`
+    places of `tokens`, `positions`, `sequences`, `wanted` (1: the logits of this token are wanted)."""
+
+    def __init__(self, capacity: int) -> None:
+        self.capacity = capacity
+        self.tokens: Ints = np.zeros(capacity, np.int32)
+        self.positions: Ints = np.zeros(capacity, np.int32)
+        self.sequences: Ints = np.zeros(capacity, np.int32)
+        self.wanted: npt.NDArray[np.int8] = np.zeros(capacity, np.int8)
+        self._ones: Ints = np.ones(capacity, np.int32)
+        self._pointers = self.sequences.ctypes.data + 4 * np.arange(capacity, dtype=np.uint64)
+        self.struct = C.llama_batch()
+        self.struct.token = self.tokens.ctypes.data_as(type(self.struct.token))
+        self.struct.pos = self.positions.ctypes.data_as(type(self.struct.pos))
+        self.struct.n_seq_id = self._ones.ctypes.data_as(type(self.struct.n_seq_id))
+        self.struct.seq_id = self._pointers.ctypes.data_as(type(self.struct.seq_id))
+        self.struct.logits = self.wanted.ctypes.data_as(type(self.struct.logits))
+
+    @property
+    def size(self) -> int:
+        return int(self.struct.n_tokens)
+
+    @size.setter
+    def size(self, size: int) -> None:
+        if not 0 <= size <= self.capacity:
+            raise Bug(f"a batch of {size} tokens, capacity {self.capacity}")
+        self.struct.n_tokens = size
+
+
+# ── KV cache ──────────────────────────────────────────────────────────────────────────────────────────────
+
+_get_logits = ctypes.CFUNCTYPE(ctypes.c_void_p, ctypes.c_void_p)(("llama_get_logits", C._lib))
+_get_embeddings_seq = ctypes.CFUNCTYPE(ctypes.c_void_p, ctypes.c_void_p, ctypes.c_int32)(
+    ("llama_get_embeddings_seq", C._lib)
+)
+_state_seq_get = ctypes.CFUNCTYPE(ctypes.c_size_t, ctypes.c_void_p, ctypes.c_void_p, ctypes.c_size_t, ctypes.c_int32)(
+    ("llama_state_seq_get_data", C._lib)
+)
+_state_seq_set = ctypes.CFUNCTYPE(ctypes.c_size_t, ctypes.c_void_p, ctypes.c_void_p, ctypes.c_size_t, ctypes.c_int32)(
+    ("llama_state_seq_set_data", C._lib)
+)
+
+
+class Context:
+    """The KV cache of one model: `slots` streams of `ctx` tokens each (rounded up to 256 by llama.cpp)."""
+
+    def __init__(
+        self,
+        model: Model,
+        *,
+        slots: int,
+        ctx: int,
+        ubatch: int,
+        threads: int,
+        flash_attention: bool,
+        embeddings: bool = False,
+        pooling: int | None = None,
+    ) -> None:
+        params = C.llama_context_default_params()
+        padded = -(-ctx // 256) * 256
+        params.n_ctx = padded * slots
+        params.n_seq_max = slots
+        params.n_batch = params.n_ubatch = ubatch
+        params.n_outputs_max = 0 if embeddings else min(slots, ubatch)
+        params.n_threads = params.n_threads_batch = threads
+        params.flash_attn_type = 1 if flash_attention else 0
+        params.kv_unified = False
+        params.embeddings = embeddings
+        params.no_perf = True
+        if pooling is not None:
+            params.pooling_type = pooling
+        take_errors()
+        self._ctx = C.llama_init_from_model(model._model, params)
+        if not self._ctx:
+            raise WorldError("; ".join(_reasons(take_errors())) or "llama.cpp could not make a context")
+        self._memory = C.llama_get_memory(self._ctx)
+        self.n_vocab = model.n_vocab
+        self.n_embd_out = model.n_embd_out
+        self.ubatch = int(C.llama_n_ubatch(self._ctx))
+        self.pooling = int(C.llama_pooling_type(self._ctx))
+        self._rows = min(slots, ubatch)
+        self._logits_at = 0
+        self._logits: Floats = np.zeros((0, model.n_vocab), np.float32)
+        self._decode: Callable[[Any, Any], int] = C.llama_decode
+
+    def decode(self, batch: Batch) -> int:
+        """OK; NO_ROOM: nothing changed; ABORTED: a part stays, ask `last_position`; below 0: an error (-1:
+        nothing changed). At most `ubatch` tokens, and logits of at most `slots` of them."""
+        return self._decode(self._ctx, batch.struct)
+
+    def logits(self, rows: int) -> Floats:
+        """The wanted logits of the last decode, one row each in the order of the batch. A view: it changes with
+        the next decode. It may be written to."""
+        address = _get_logits(self._ctx)
+        if address != self._logits_at:
+            if not address:
+                raise Bug("logits asked for, none computed")
+            pointer = ctypes.cast(address, ctypes.POINTER(ctypes.c_float))
+            self._logits = np.ctypeslib.as_array(pointer, (self._rows, self.n_vocab))
+            self._logits_at = address
+        return self._logits[:rows]
+
+    def embedding(self, sequence: int) -> Floats:
+        """The pooled vector of one sequence of the last decode (a copy)."""
+        address = _get_embeddings_seq(self._ctx, sequence)
+        if not address:
+            raise Bug(f"no embedding for sequence {sequence}")
+        return np.ctypeslib.as_array(ctypes.cast(address, ctypes.POINTER(ctypes.c_float)), (self.n_embd_out,)).copy()
+
+    def cut(self, sequence: int, length: int) -> bool:
+        """Forget what a sequence holds from position `length` on. False: this model cannot forget a part."""
+        return self._memory is None or bool(C.llama_memory_seq_rm(self._memory, sequence, length, -1))
+
+    def last_position(self, sequence: int) -> int:
+        """-1 when it is empty."""
+        return int(C.llama_memory_seq_pos_max(self._memory, sequence))
+
+    def copy(self, source: int, target: int) -> None:
+        """Make `target` hold all that `source` holds; it must be empty. (A part of a stream aborts the process.)"""
+        C.llama_memory_seq_cp(self._memory, source, target, -1, -1)
+
+    def save(self, sequence: int) -> npt.NDArray[np.uint8]:
+        """The state of one sequence, for `restore` into any slot of a context of this model with as many slots."""
+        size = int(C.llama_state_seq_get_size(self._ctx, sequence))
+        blob = np.empty(size, np.uint8)
+        done = int(_state_seq_get(self._ctx, blob.ctypes.data, size, sequence))
+        if done != size:
+            raise Bug(f"saved {done} of {size} bytes of sequence {sequence}")
+        return blob
+
+    def restore(self, sequence: int, blob: npt.NDArray[np.uint8]) -> bool:
+        """Replace what the sequence holds. False: refused, it is empty now."""
+        if int(_state_seq_set(self._ctx, blob.ctypes.data, len(blob), sequence)) == len(blob):
+            return True
+        self.cut(sequence, 0)
+        return False
+
+    def set_threads(self, threads: int) -> None:
+        C.llama_set_n_threads(self._ctx, threads, threads)
+
+    def clear(self) -> None:
+        if self._memory is not None:
+            C.llama_memory_clear(self._memory, False)
+
+    def close(self) -> None:
+        if self._ctx:
+            C.llama_free(self._ctx)
+            self._ctx = None
+
+
+# ── grammar ───────────────────────────────────────────────────────────────────────────────────────────────
+
+_CANDIDATE = np.dtype([("id", np.int32), ("logit", np.float32), ("p", np.float32)])
+
+
+class Grammar:
+    """The state of one constrained generation.
+
+    The text of a grammar must come from `schema.py`, which bounds its size and depth: llama.cpp recurses over
+    it. `accept` must only be given tokens that `allows` or `mask` let through: any other ends the process.
+    """
+
+    def __init__(self, model: Model, gbnf: str) -> None:
+        self._sampler = C.llama_sampler_init_grammar(model._vocab, gbnf.encode(), b"root")
+        if not self._sampler:
+            raise Bug(f"llama.cpp refuses our grammar: {'; '.join(take_errors())}")
+        self._one = np.zeros(1, _CANDIDATE)
+        self._array = C.llama_token_data_array()
+
+    def allows(self, token: int) -> bool:
+        """May this token come next? An end token may when the grammar can end here."""
+        one = self._one
+        one["id"] = token
+        one["logit"] = 0.0
+        self._apply(one)
+        return bool(one["logit"][0] == 0.0)
+
+    def mask(self, ids: npt.NDArray[np.int64]) -> npt.NDArray[np.bool_]:
+        """Which of these tokens may come next?"""
+        candidates = np.zeros(len(ids), _CANDIDATE)
+        candidates["id"] = ids
+        self._apply(candidates)
+        return np.asarray(candidates["logit"] == 0.0)
+
+    def _apply(self, candidates: npt.NDArray[Any]) -> None:
+        array = self._array
+        array.data = candidates.ctypes.data_as(type(array.data))
+        array.size = len(candidates)
+        array.selected = -1
+        array.sorted = False
+        C.llama_sampler_apply(self._sampler, ctypes.byref(array))
+
+    def accept(self, token: int) -> None:
+        C.llama_sampler_accept(self._sampler, token)
+
+    def close(self) -> None:
+        if self._sampler:
+            C.llama_sampler_free(self._sampler)
+            self._sampler = None

@@ -1,0 +1,157 @@
+"""What a GGUF says about itself, read before llama.cpp touches it.
+
+llama.cpp explains some damaged files badly, and some only by the end of the process (a length field of 2^60 is
+allocated first and doubted later). So the head is read here, with every length checked against the size of
+the file: a file that is not there, no GGUF, cut off or nonsense is refused with one line. The head also tells
+how large the KV cache will be.
+"""
+
+from __future__ import annotations
+
+import mmap
+import os
+import re
+import struct
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from aiosd.errors import UsageError
+
+_SCALARS = {0: "<B", 1: "<b", 2: "<H", 3: "<h", 4: "<I", 5: "<i", 6: "<f", 7: "<?", 10: "<Q", 11: "<q", 12: "<d"}
+_STRING, _ARRAY = 8, 9
+_MAX_ENTRIES = 1 << 20
+_SPLIT = re.compile(r"-(\d{5})-of-(\d{5})\.gguf\Z")
+
+
+@dataclass
+class ModelFile:
+    path: str
+    size: int  # bytes, all parts of a split model together
+    meta: dict[str, Any] = field(default_factory=dict)  # scalars and strings; of arrays the length
+    num_tensors: int = 0
+
+    @property
+    def architecture(self) -> str:
+        return str(self.meta.get("general.architecture", ""))
+
+    def number(self, key: str, default: int = 0) -> int:
+        """A number of the architecture's own, such as block_count."""
+        value = self.meta.get(f"{self.architecture}.{key}", default)
+        return value if isinstance(value, int) else default
+
+    def kv_bytes_per_token(self) -> int:
+        """Keys and values of one token over all layers, as f16. An upper estimate where heads differ by layer."""
+        heads = self.number("attention.head_count") or 1
+        kv_heads = self.number("attention.head_count_kv") or heads
+        width = self.number("embedding_length") // heads
+        keys = self.number("attention.key_length", width)
+        values = self.number("attention.value_length", width)
+        return 2 * self.number("block_count") * kv_heads * (keys + values)
+
+
+class _Reader:
+    def __init__(self, data: mmap.mmap, path: str) -> None:
+        self._data, self._path, self.at = data, path, 0
+
+    def take(self, form: str) -> Any:
+        size = struct.calcsize(form)
+        self._check(size)
+        (value,) = struct.unpack_from(form, self._data, self.at)
+        self.at += size
+        return value
+
+    def string(self) -> str:
+        return self.raw(self.take("<Q")).decode(errors="replace")
+
+    def raw(self, size: int) -> bytes:
+        self._check(size)
+        self.at += size
+        return self._data[self.at - size : self.at]
+
+    def skip(self, size: int) -> None:
+        self._check(size)
+        self.at += size
+
+    def _check(self, size: int) -> None:
+        if size > len(self._data) - self.at:
+            raise UsageError(f"{self._path}: damaged or cut off: its head points past the end of the file")
+
+    def value(self, kind: int) -> Any:
+        if kind == _STRING:
+            return self.string()
+        if kind == _ARRAY:
+            return self._array()
+        form = _SCALARS.get(kind)
+        if form is None:
+            raise UsageError(f"{self._path}: damaged: a field of unknown type {kind}")
+        return self.take(form)
+
+    def _array(self) -> int:
+        kind, count = self.take("<I"), self.take("<Q")
+        if kind in _SCALARS:
+            self.skip(count * struct.calcsize(_SCALARS[kind]))
+        elif kind == _STRING:
+            if count > len(self._data) // 8:
+                raise UsageError(f"{self._path}: damaged: an array of {count} strings")
+            for _ in range(count):
+                self.skip(self.take("<Q"))
+        else:
+            raise UsageError(f"{self._path}: damaged: an array of type {kind}")
+        return int(count)
+
+
+def read(path: str) -> ModelFile:
+    """Raises UsageError with one line that says why the file is no model."""
+    try:
+        size = os.stat(path).st_size
+        with open(path, "rb") as file:
+            if os.path.isdir(path) or size < 24:
+                raise UsageError(f"{path}: not a GGUF model (only {size} bytes)")
+            with mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as data:
+                model = _read(data, path)
+    except IsADirectoryError:
+        raise UsageError(f"{path}: is a directory, not a GGUF model") from None
+    except FileNotFoundError:
+        raise UsageError(f"{path}: no such file") from None
+    except OSError as error:
+        raise UsageError(f"{path}: {error.strerror}") from error
+    model.size = sum(os.stat(part).st_size for part in _parts(path))
+    return model
+
+
+def _read(data: mmap.mmap, path: str) -> ModelFile:
+    reader = _Reader(data, path)
+    if reader.raw(4) != b"GGUF":
+        raise UsageError(f"{path}: not a GGUF model")
+    version = reader.take("<I")
+    if not 2 <= version <= 3:
+        raise UsageError(f"{path}: GGUF version {version} is not supported (2 and 3 are)")
+    tensors, entries = reader.take("<Q"), reader.take("<Q")
+    if entries > _MAX_ENTRIES or tensors > _MAX_ENTRIES:
+        raise UsageError(f"{path}: damaged: {entries} fields and {tensors} tensors")
+    model = ModelFile(path, len(data), num_tensors=tensors)
+    for _ in range(entries):
+        key = reader.string()
+        model.meta[key] = reader.value(reader.take("<I"))
+    if not model.architecture:
+        raise UsageError(f"{path}: no model: it names no architecture")
+    for _ in range(tensors):
+        reader.string()
+        dimensions = reader.take("<I")
+        if dimensions > 4:
+            raise UsageError(f"{path}: damaged: a tensor of {dimensions} dimensions")
+        reader.skip(8 * dimensions + 12)
+    return model
+
+
+def _parts(path: str) -> list[Path]:
+    """All files of a model that is split into several."""
+    match = _SPLIT.search(path)
+    if match is None:
+        return [Path(path)]
+    parts = [Path(f"{path[: match.start()]}-{i:05d}-of-{match[2]}.gguf") for i in range(1, int(match[2]) + 1)]
+    for part in parts:
+        if not part.exists():
+            raise UsageError(f"{part}: no such file (the model is split into {len(parts)})")
+    return parts

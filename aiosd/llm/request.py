@@ -1,0 +1,134 @@
+"""A submitted call becomes a Sequence, or an OSError with the sentence that its caller shall read.
+
+Everything that depends on the model and on nothing else is done here, once: rendering, tokenising, limits,
+grammars. The engine gets a record that can only fail by what happens to it later.
+"""
+
+from __future__ import annotations
+
+import errno
+
+import numpy as np
+
+from aiosd.link import Submit
+from aiosd.llm import llama
+from aiosd.llm.chat import ChatTemplate, Tool, normal_messages, normal_tools, refuse
+from aiosd.llm.sampling import Sampler
+from aiosd.llm.sequence import Sequence
+from aiosd.llm.structured import Constraint, SchemaConstraint, ToolConstraint
+from aiosd.llm.text import TextStream
+from libaios.wire import Generate, Sampling
+
+_UNLIMITED = 1 << 30
+
+
+class Requests:
+    """Makes sequences for one model with `ctx` tokens per slot."""
+
+    def __init__(self, model: llama.Model, ctx: int) -> None:
+        self._model = model
+        self._ctx = ctx
+        self.template = ChatTemplate(
+            model.meta("tokenizer.chat_template"), model.token_text(model.bos), model.token_text(model.eos)
+        )
+
+    def sequence(self, submit: Submit, order: int, now: float) -> Sequence:
+        request = submit.request
+        tools = normal_tools(request.tools)
+        prompt = self._prompt(request, tools)
+        sampling = request.sampling
+        dialect = self.template.dialect if tools else None
+        trigger = dialect.trigger if dialect else None
+        sequence = Sequence(
+            key=submit.key,
+            group=submit.group,
+            nice=submit.nice,
+            order=order,
+            arrived=now,
+            prompt=np.asarray(prompt, np.int32),
+            max_tokens=_UNLIMITED if sampling.max_tokens is None else sampling.max_tokens,
+            sampler=_sampler(sampling),
+            ignore_eos=sampling.ignore_eos,
+            stream=request.stream,
+            text=TextStream(sampling.stop, trigger),
+            constraint=self._constraint(request, tools),
+            dialect=dialect,
+            budget=submit.budget,
+            stops=list(sampling.stop),
+        )
+        self._force(sequence, request.given)
+        return sequence
+
+    def _prompt(self, request: Generate, tools: list[Tool]) -> list[int]:
+        if (request.messages is None) == (request.prompt is None):
+            raise refuse("give either messages or a prompt")
+        if request.messages is not None:
+            text = self.template.render(normal_messages(request.messages), tools)
+            return self._measured(self._tokens(text, special=True))
+        if tools:
+            raise refuse("tools: they need a chat, a completion has no place for them")
+        if isinstance(request.prompt, str):
+            return self._measured(self._tokens(request.prompt, special=False) if request.prompt else [])
+        assert request.prompt is not None
+        self.check_ids(request.prompt, "prompt")
+        return self._measured(request.prompt)
+
+    def _tokens(self, text: str, *, special: bool) -> list[int]:
+        """With the model's BOS in front, but never twice: many templates write it themselves."""
+        if not self._model.has_tokenizer:
+            raise refuse("this model has no tokenizer: give token ids")
+        tokens = self._model.tokenize(text, bos=True, special=special)
+        bos = self._model.bos
+        if special and len(tokens) > 1 and tokens[0] == tokens[1] == bos and self._model.adds_bos:
+            return tokens[1:]
+        return tokens
+
+    def _measured(self, tokens: list[int]) -> list[int]:
+        if not tokens:
+            raise refuse("prompt: it is empty")
+        if len(tokens) >= self._ctx:
+            raise refuse(
+                f"prompt: {len(tokens)} tokens, but the context holds {self._ctx} (and one must be left to generate)",
+                errno.EMSGSIZE,
+            )
+        return tokens
+
+    def check_ids(self, tokens: list[int], argument: str) -> None:
+        n = self._model.n_vocab
+        bad = next((i for i, token in enumerate(tokens) if not 0 <= token < n), None)
+        if bad is not None:
+            raise refuse(f"{argument}[{bad}]: token {tokens[bad]}, but the vocabulary has ids 0 to {n - 1}")
+
+    def _constraint(self, request: Generate, tools: list[Tool]) -> Constraint | None:
+        if request.schema is not None:
+            if tools:
+                raise refuse("schema: not together with tools")
+            return SchemaConstraint(self._model, request.schema)
+        if tools:
+            assert self.template.dialect is not None
+            return ToolConstraint(self._model, self.template.dialect, tools)
+        return None
+
+    def _force(self, sequence: Sequence, given: list[int]) -> None:
+        """Take over tokens that the caller has already: text and grammar go through them, nothing is sent."""
+        self.check_ids(given, "given")
+        if len(sequence.prompt) + len(given) > self._ctx:
+            raise refuse("given: more tokens than the context holds", errno.EMSGSIZE)
+        for token in given:
+            if sequence.constraint is not None:
+                sequence.constraint.replay(sequence.text, token)
+            sequence.text.feed(self._model.pieces[token])
+        sequence.out = list(given)
+        sequence.forced = sequence.sent = sequence.fed = len(given)
+        sequence.text.take()
+
+
+def _sampler(sampling: Sampling) -> Sampler:
+    return Sampler(
+        temperature=sampling.temperature,
+        top_k=sampling.top_k,
+        top_p=sampling.top_p,
+        min_p=sampling.min_p,
+        repeat_penalty=sampling.repeat_penalty,
+        seed=sampling.seed,
+    )

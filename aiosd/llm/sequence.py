@@ -1,0 +1,128 @@
+"""The record of one generation, from its arrival in the core to its final word.
+
+    QUEUED ──slot──▶ PREFILL ──prompt in place──▶ DECODE ──▶ DONE
+       ▲                │                            │
+       └───── evicted ──┴────────── evicted ─────────┘          any ──cancel, error──▶ DONE
+
+Parking is not a state but a flag: a parked sequence is where it is and takes no part in steps. (It is taken
+off its slot when others wait for one; then it is QUEUED, with a snapshot, and not admitted while parked.)
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from enum import Enum
+from typing import TYPE_CHECKING
+
+import numpy as np
+import numpy.typing as npt
+
+from aiosd.link import Key
+from aiosd.llm.sampling import PENALTY_WINDOW, Sampler
+
+if TYPE_CHECKING:
+    from aiosd.llm.chat import ToolDialect
+    from aiosd.llm.structured import Constraint
+    from aiosd.llm.text import TextStream
+
+
+class Phase(Enum):
+    QUEUED = "queued"
+    PREFILL = "prefill"
+    DECODE = "decode"
+    DONE = "done"
+
+
+@dataclass(slots=True, eq=False)
+class Sequence:
+    # fixed at arrival
+    key: Key
+    group: str
+    nice: int
+    order: int
+    arrived: float
+    prompt: npt.NDArray[np.int32]
+    max_tokens: int  # counted over the whole generation, `given` included
+    sampler: Sampler
+    ignore_eos: bool
+    stream: bool
+    text: TextStream
+    constraint: Constraint | None = None
+    dialect: ToolDialect | None = None
+    budget: int | None = None  # tokens this call may still charge, prompt included
+    stops: list[str] = field(default_factory=list)
+
+    # owned by the engine
+    phase: Phase = Phase.QUEUED
+    parked_peer: bool = False
+    parked_call: bool = False
+    slot: int = -1
+    length: int = 0  # tokens of prompt + out that are in the cache
+    prefilled: int = 0  # how many of those came by prefill, from the start (exact mode shares only these)
+    out: list[int] = field(default_factory=list)
+    forced: int = 0  # leading tokens of `out` that were given, not sampled here
+    limit: int = 0  # how many tokens `out` may come to hold
+    limit_reason: str = "length"
+    plain: bool = False  # the next token is the arg max, and nothing else looks at the row
+    fed: int = 0  # tokens of `out` whose bytes `text` has seen
+    snapshot: npt.NDArray[np.uint8] | None = None
+
+    # what the kernel has been told
+    sent: int = 0  # tokens of `out`
+    started_told: bool = False
+
+    # counters
+    cached: int = 0
+    computed: int = 0  # prompt tokens computed by this core
+    preemptions: int = 0
+    slot_at: float = 0.0
+    first_at: float = 0.0
+
+    @property
+    def peer(self) -> int:
+        return self.key[0]
+
+    @property
+    def parked(self) -> bool:
+        return self.parked_peer or self.parked_call
+
+    @property
+    def num_generated(self) -> int:
+        return len(self.out)
+
+    @property
+    def target(self) -> int:
+        """How many tokens must be in the cache before the next one can be sampled: all but the last generated,
+        which goes through a decode step; without any, the whole prompt."""
+        return len(self.prompt) + max(len(self.out) - 1, 0)
+
+    @property
+    def num_pending(self) -> int:
+        return self.target - self.length
+
+    @property
+    def upcoming(self) -> int:
+        """The generated token that the next decode step puts into the cache."""
+        return self.out[self.length - len(self.prompt)]
+
+    @property
+    def replaying(self) -> bool:
+        """Are there generated tokens left that must go through decode steps again?"""
+        return self.length - len(self.prompt) < len(self.out) - 1
+
+    @property
+    def watched(self) -> bool:
+        """Must every token's text be looked at as it comes?"""
+        return self.stream or bool(self.stops) or self.dialect is not None
+
+    def recent(self) -> list[int]:
+        """The last tokens, for the repeat penalty."""
+        if self.sampler.repeat_penalty == 1:
+            return []
+        out = self.out[-PENALTY_WINDOW:]
+        missing = PENALTY_WINDOW - len(out)
+        return [*self.prompt[-missing:].tolist(), *out] if missing else out
+
+    def tokens(self) -> npt.NDArray[np.int32]:
+        """Prompt and output so far."""
+        return np.concatenate([self.prompt, np.asarray(self.out, np.int32)])

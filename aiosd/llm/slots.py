@@ -1,0 +1,91 @@
+"""Which sequence lies where in the KV cache, and what lies in the free slots.
+
+Invariants: a slot is free or owned by exactly one sequence; free + owned = total. A free slot may still hold
+the tokens of its last owner (`Held`), which a later prompt of the same group can reuse. Slots in use are kept
+low and close together by always giving out the lowest (see `prefix.best_slot`), because a step over scattered
+ids is split into several passes over the weights.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import replace
+
+import numpy as np
+
+from aiosd.errors import Bug
+from aiosd.llm.prefix import Held, Match, best_slot
+from aiosd.llm.sequence import Sequence
+
+_NOTHING = np.zeros(0, np.int32)
+
+
+class Slots:
+    def __init__(self, total: int) -> None:
+        self.total = total
+        self._owner: list[Sequence | None] = [None] * total
+        self._held = [Held(i, "", _NOTHING, 0, 0.0) for i in range(total)]
+
+    @property
+    def num_free(self) -> int:
+        return self._owner.count(None)
+
+    def owners(self) -> Iterator[Sequence]:
+        """In ascending order of slots."""
+        return (owner for owner in self._owner if owner is not None)
+
+    def owner(self, slot: int) -> Sequence | None:
+        return self._owner[slot]
+
+    def free_slots(self) -> list[Held]:
+        return [held for held in self._held if self._owner[held.slot] is None]
+
+    def match(self, sequence: Sequence, most: int) -> Match | None:
+        """The best free slot for this sequence, and how many tokens of it can be reused."""
+        return best_slot(sequence.prompt, sequence.group, self.free_slots(), most)
+
+    def take(self, slot: int, sequence: Sequence) -> None:
+        if self._owner[slot] is not None or sequence.slot >= 0:
+            raise Bug(f"slot {slot} given to {sequence.key}, which has {sequence.slot}")
+        self._owner[slot] = sequence
+        self._held[slot] = Held(slot, "", _NOTHING, 0, 0.0)
+        sequence.slot = slot
+
+    def release(self, sequence: Sequence, now: float, *, keep: bool, exact: bool = False) -> int:
+        """Free the sequence's slot. `keep`: what lies there stays usable as a prefix, in exact mode as far as it
+        was prefilled."""
+        slot = sequence.slot
+        if slot < 0 or self._owner[slot] is not sequence:
+            raise Bug(f"slot {slot} is not {sequence.key}'s")
+        self._owner[slot] = None
+        sequence.slot = -1
+        if keep:
+            tokens = sequence.tokens()[: sequence.length]
+            self._held[slot] = Held(slot, sequence.group, tokens, sequence.prefilled if exact else len(tokens), now)
+        return slot
+
+    def holds(self, slot: int) -> bool:
+        """Does this free slot hold anything that could be reused?"""
+        return len(self._held[slot].tokens) > 0
+
+    def swap(self, sequence: Sequence, slot: int) -> None:
+        """The sequence into a free slot, and what that one held into the sequence's old one."""
+        old = sequence.slot
+        if self._owner[slot] is not None or self._owner[old] is not sequence:
+            raise Bug(f"cannot move {sequence.key} from {old} to {slot}")
+        self._owner[old], self._owner[slot] = None, sequence
+        self._held[old] = replace(self._held[slot], slot=old)
+        self._held[slot] = Held(slot, "", _NOTHING, 0, 0.0)
+        sequence.slot = slot
+
+    def forget(self, slot: int) -> None:
+        """What a free slot held is no longer to be relied on."""
+        self._held[slot] = Held(slot, "", _NOTHING, 0, 0.0)
+
+    def check(self) -> None:
+        """Count: every owner knows its slot, no sequence owns two."""
+        owned = [(slot, owner) for slot, owner in enumerate(self._owner) if owner is not None]
+        if any(owner.slot != slot for slot, owner in owned):
+            raise Bug("a slot's owner lies elsewhere")
+        if len(owned) + self.num_free != self.total:
+            raise Bug(f"{len(owned)} slots in use + {self.num_free} free ≠ {self.total}")

@@ -1,0 +1,29 @@
+"""What a core is told at its start. Imports nothing heavy: supervisor, configuration and CLI use it too."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+#: Tokens per slot when the user says nothing.
+DEFAULT_CTX = 2048
+
+#: llama.cpp's own limit on sequences in one context.
+MAX_SLOTS = 256
+
+
+@dataclass(frozen=True, slots=True)
+class ModelSpec:
+    """One `--model` of the command line with the options that go with it.
+
+    `ctx` and `slots` are honoured as given or refused with the reason; None leaves the choice to the core.
+    """
+
+    name: str
+    path: str
+    ctx: int | None = None  # tokens per slot; None: DEFAULT_CTX
+    slots: int | None = None  # None: as many as fit into kv_memory, at most 64
+    threads: int | None = None  # None: measured at the start
+    gpu_layers: int = 0  # -1: all
+    exact: bool = False  # same logits bit for bit whatever else is in the batch; CPU only
+    kv_memory: int | None = None  # bytes for the KV cache; None: a quarter of the memory that is free
+    verbose: bool = False  # llama.cpp's own log to stderr

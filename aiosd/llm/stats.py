@@ -1,0 +1,75 @@
+"""Counts and times of the engine: cheap enough for every step, readable at any time.
+
+`busy_since` is the heartbeat: the clock at which the step under way began, 0.0 between steps. Who watches the
+core takes a long step for a hang only if it exceeds what the last ones needed by far.
+"""
+
+from __future__ import annotations
+
+from collections import deque
+from collections.abc import Callable
+from typing import Any
+
+#: Tokens per second are those of the last seconds, so many.
+WINDOW = 10.0
+
+_SMOOTH = 0.1
+
+
+class Meter:
+    def __init__(self, clock: Callable[[], float]) -> None:
+        self._clock = clock
+        self.busy_since = 0.0
+        self.steps = 0
+        self.generated = 0  # tokens, since the start
+        self.computed = 0  # prompt tokens computed
+        self.cached = 0  # prompt tokens found in the cache
+        self.calls = 0  # finished
+        self.step_s = 0.0  # smoothed
+        self.longest_step_s = 0.0
+        self._prefill_rate = 0.0  # tokens per second, smoothed
+        self._marks: deque[tuple[float, int]] = deque([(clock(), 0)])
+
+    def begin(self) -> None:
+        self.busy_since = self._clock()
+
+    def end(self, generated: int) -> None:
+        now = self._clock()
+        took = now - self.busy_since
+        self.busy_since = 0.0
+        self.steps += 1
+        self.generated += generated
+        self.step_s += _SMOOTH * (took - self.step_s)
+        if took > self.longest_step_s:
+            self.longest_step_s = took
+        if now - self._marks[-1][0] >= 1.0:
+            self._marks.append((now, self.generated))
+            while len(self._marks) > WINDOW + 1:
+                self._marks.popleft()
+
+    def prefilled(self, tokens: int, seconds: float) -> None:
+        self.computed += tokens
+        if seconds > 0 and tokens >= 16:  # a few tokens tell nothing about many
+            rate = tokens / seconds
+            self._prefill_rate += (0.3 if self._prefill_rate else 1.0) * (rate - self._prefill_rate)
+
+    def tokens_in(self, seconds: float, least: int, unknown: int = 256) -> int:
+        """How many prompt tokens are computed in so much time."""
+        return max(least, int(self._prefill_rate * seconds)) if self._prefill_rate else unknown
+
+    def stats(self) -> dict[str, Any]:
+        now = self._clock()
+        marks = [mark for mark in self._marks if now - mark[0] <= WINDOW + 1] or [self._marks[-1]]
+        first, count = marks[0]
+        return {
+            "steps": self.steps,
+            "calls": self.calls,
+            "tokens_generated": self.generated,
+            "tokens_prefilled": self.computed,
+            "tokens_cached": self.cached,
+            "tokens_per_s": round((self.generated - count) / max(now - first, 1e-9), 1),
+            "prefill_tokens_per_s": round(self._prefill_rate, 1),
+            "step_s": self.step_s,
+            "longest_step_s": self.longest_step_s,
+            "busy_s": now - self.busy_since if self.busy_since else 0.0,
+        }

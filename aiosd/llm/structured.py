@@ -1,0 +1,199 @@
+"""Keeps a generation inside a grammar: check the token that was drawn first, constrain only on refusal.
+
+Checking one token against the grammar costs some microseconds, masking a whole vocabulary milliseconds. So
+the token is drawn as if there were no grammar; if it is refused, the likeliest tokens are masked and drawn
+from, and the whole vocabulary only if none of these fits. When the grammar may end and the model wants
+something that does not fit, the generation ends.
+
+A constraint keeps state of its own, moved on only by `settle` and `replay`, one call per token.
+"""
+
+from __future__ import annotations
+
+import codecs
+import errno
+from collections.abc import Callable
+from typing import Protocol
+
+import numpy as np
+import numpy.typing as npt
+
+from aiosd.llm import llama
+from aiosd.llm.chat import Tool, ToolDialect, call_rules, refuse
+from aiosd.llm.schema import Converter, Schema, grammar_of
+from aiosd.llm.text import TextStream
+
+#: What `settle` returns when the generation ends without another token.
+END = -1
+
+#: How many of the likeliest tokens are tried before the whole vocabulary is.
+_LIKELIEST = 256
+
+Row = npt.NDArray[np.float32]
+Draw = Callable[[Row], int]  # from logits of candidates to the index of one of them
+
+
+class Constraint(Protocol):
+    def settle(self, text: TextStream, row: Row, token: int, draw: Draw) -> int:
+        """The token that comes next instead of `token`, or `token` itself, or END."""
+        ...
+
+    def replay(self, text: TextStream, token: int) -> None:
+        """A token that has been given out before; OSError if it cannot have been."""
+        ...
+
+    def close(self) -> None: ...
+
+
+class _Guide:
+    """A grammar, plus what it does not look at: control tokens, and bytes that are no UTF-8."""
+
+    def __init__(self, model: llama.Model, gbnf: str) -> None:
+        self._model = model
+        self._grammar = llama.Grammar(model, gbnf)
+        self._utf8 = codecs.getincrementaldecoder("utf-8")("strict")
+
+    def allows(self, token: int) -> bool:
+        if token in self._model.end_tokens:
+            return self._grammar.allows(token)
+        return not self._model.control[token] and self._is_utf8(token) and self._grammar.allows(token)
+
+    @property
+    def can_end(self) -> bool:
+        return any(self._grammar.allows(token) for token in list(self._model.end_tokens)[:1])
+
+    def accept(self, token: int) -> None:
+        if token not in self._model.end_tokens:
+            self._utf8.decode(self._model.pieces[token])
+            self._grammar.accept(token)
+
+    def _is_utf8(self, token: int) -> bool:
+        state = self._utf8.getstate()
+        try:
+            self._utf8.decode(self._model.pieces[token])
+        except UnicodeDecodeError:
+            return False
+        finally:
+            self._utf8.setstate(state)
+        return True
+
+    def choose(self, row: Row, token: int, draw: Draw) -> int:
+        """`token` if it fits, else END if the text may end here, else the draw among those that fit."""
+        if self.allows(token):
+            self.accept(token)
+            return token
+        if self.can_end:
+            return END
+        chosen = self._constrained(row, draw)
+        self.accept(chosen)
+        return chosen
+
+    def _constrained(self, row: Row, draw: Draw) -> int:
+        for count in (_LIKELIEST, len(row)):
+            if count < len(row):
+                ids = np.argpartition(row, -count)[-count:]
+                ids.sort()
+            else:
+                ids = np.arange(len(row))
+            control = self._model.control[ids]
+            ids = ids[~control]
+            ids = ids[self._grammar.mask(ids)]
+            while len(ids):
+                place = draw(row[ids])
+                if self._is_utf8(int(ids[place])):
+                    return int(ids[place])
+                ids = np.delete(ids, place)
+        raise OSError(errno.EIO, "no token of the model's vocabulary fits the grammar at this place")
+
+    def close(self) -> None:
+        self._grammar.close()
+
+
+class SchemaConstraint:
+    """The whole text is JSON valid against a schema."""
+
+    def __init__(self, model: llama.Model, schema: Schema) -> None:
+        try:
+            self._guide = _Guide(model, grammar_of(schema))
+        except OSError as error:
+            raise refuse(f"schema: {error.strerror}") from None
+
+    def settle(self, text: TextStream, row: Row, token: int, draw: Draw) -> int:
+        return self._guide.choose(row, token, draw)
+
+    def replay(self, text: TextStream, token: int) -> None:
+        if not self._guide.allows(token):
+            raise refuse("given: these tokens do not fit the schema")
+        self._guide.accept(token)
+
+    def close(self) -> None:
+        self._guide.close()
+
+
+class ToolConstraint:
+    """Free text until a tool call begins, from there on calls that are valid for one of the tools."""
+
+    def __init__(self, model: llama.Model, dialect: ToolDialect, tools: list[Tool]) -> None:
+        self._model = model
+        self._dialect = dialect
+        converter = Converter()
+        calls = call_rules(dialect, tools, converter.convert)
+        self._gbnf = f"{converter.text()}{calls}\n{dialect.rules}\n"
+        self._guide: _Guide | None = None
+        self._blank = True  # nothing but white space so far
+
+    def settle(self, text: TextStream, row: Row, token: int, draw: Draw) -> int:
+        if self._guide is not None:
+            return self._guide.choose(row, token, draw)
+        refused: list[int] = []
+        while not self._step(text, token):
+            # The trigger with something behind it that is not white space: the grammar could not read it.
+            refused.append(token)
+            rest = row.copy()
+            rest[refused] = -np.inf
+            token = draw(rest)
+        if self._guide is not None and self._entered_with_token:
+            return self._guide.choose(row, token, draw)
+        return token
+
+    def replay(self, text: TextStream, token: int) -> None:
+        if self._guide is None:
+            if not self._step(text, token):
+                raise refuse("given: these tokens do not fit the tools")
+            if self._guide is None or not self._entered_with_token:
+                return
+        if not self._guide.allows(token):
+            raise refuse("given: these tokens do not fit the tools")
+        self._guide.accept(token)
+
+    def _step(self, text: TextStream, token: int) -> bool:
+        """Look at a token of free text; enter the grammar if it begins a call. False: refused."""
+        self._entered_with_token = False
+        if self._model.control[token]:
+            if token not in self._model.end_tokens and self._model.token_text(token) == self._dialect.trigger:
+                text.pull_trigger()
+                self._enter()
+            return True
+        piece = self._model.pieces[token].decode(errors="replace")
+        if self._dialect.at_start and self._blank and piece.lstrip().startswith("{"):
+            text.pull_trigger()
+            self._enter()
+            self._entered_with_token = True
+            return True
+        assert text.trigger is not None
+        end = text.trigger.completes(piece)
+        if end and piece[end:].strip():
+            return False
+        if end:
+            self._enter()
+        self._blank = self._blank and not piece.strip()
+        return True
+
+    def _enter(self) -> None:
+        self._guide = _Guide(self._model, self._gbnf)
+
+    _entered_with_token = False
+
+    def close(self) -> None:
+        if self._guide is not None:
+            self._guide.close()
