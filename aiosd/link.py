@@ -283,9 +283,10 @@ class CoreDied(Struct, array_like=True, frozen=True, tag=True):
 
 
 class Stop(Struct, array_like=True, frozen=True, tag=True):
-    """The system goes down: refuse new calls. Agents are being ended."""
+    """The system goes down: refuse new calls. Agents are being ended; when they are, `last` is the kernel's turn."""
 
     reason: str
+    last: bool = False
 
 
 ToSupervisor = Fork | SendSignal | Mark | Forget | Ready | Shutdown

@@ -541,9 +541,11 @@ class Supervisor:
             self.exit_code = 0 if self.exit_code is None else self.exit_code
             return
         if self.stopping != "last":
+            self._tell(link.Stop(self.stopping, last=True))
             self.stopping = "last"
-            for ospid in filter(None, system):
-                os.kill(ospid, signal.SIGTERM)
+            for core in self.cores.values():
+                if core.ospid:
+                    os.kill(core.ospid, signal.SIGTERM)
             self.timers.after(LAST_WAIT_S, self._give_up)
 
     def _give_up(self) -> None:

@@ -90,6 +90,7 @@ class Kernel:
         self.cores = Cores(self.generations)
         self.log_index = LogIndex()
         self.stopping = ""
+        self.over = False
         self.ready = False
         self.counters = {"calls": 0, "refused": 0, "offenders": 0, "clients": 0, "agents": 0}
         self.status = StatusRequests(self)
@@ -105,7 +106,7 @@ class Kernel:
     def run(self) -> int:
         self.timers.after(LOG_INDEX_S, self._index_logs)
         self.timers.after(budgets.SAMPLE_S, self._sample_memory)
-        while not self.generations.load_error:
+        while not self.generations.load_error and not self.over:
             timeout = 0.0 if self.hungry else self.timers.until_next()
             for fd, mask in self.epoll.poll(timeout):
                 act = self.on_event.get(fd)
@@ -115,8 +116,9 @@ class Kernel:
                 del self.hungry[fd]
                 act(select.EPOLLIN)
             self.timers.run_due()
-        self.to_supervisor(link.Shutdown(error=self.generations.load_error))
-        return 1
+        if self.generations.load_error:
+            self.to_supervisor(link.Shutdown(error=self.generations.load_error))
+        return 0
 
     def _watch(self, fd: int, act: Callable[[int], None]) -> None:
         self.on_event[fd] = act
@@ -492,6 +494,7 @@ class Kernel:
                 self._core_died(self.cores.by_name[message.name], message.reason)
             case link.Stop():
                 self.stopping = message.reason
+                self.over = message.last
 
     def fork(self, call: Call, spec: link.Fork, fds: tuple[int, ...]) -> None:
         self.forks[call.key] = (call, spec)
@@ -639,8 +642,8 @@ def _explain(err: msgspec.MsgspecError, args: type[msgspec.Struct]) -> str:
 def main(born: Inheritance) -> int:
     """Entry of the kernel process, forked by the supervisor."""
     log.setup("kernel", born.settings.log_level)
-    signal.signal(signal.SIGTERM, lambda *_: os._exit(0))
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    for number in (signal.SIGINT, signal.SIGTERM):  # it ends when the supervisor says so, or is gone
+        signal.signal(number, signal.SIG_IGN)
     kernel = Kernel(born)
     code = kernel.run()
     sys.stderr.flush()
