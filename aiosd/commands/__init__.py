@@ -1,0 +1,57 @@
+"""The commands of `bin/`, one file each.
+
+A command talks to a running aiosd through `libaios.client` and knows nothing else of the system. This file is
+the edge that all of them pass: it turns what went wrong into one line on stderr and an exit code.
+
+    0 done · 1 failed, or no aiosd · 2 used wrongly · 130 Ctrl-C · 141 the reader of the output went away
+
+Start-up time is part of the contract (`benchmarks/startup.py`): a command imports click, msgspec and the
+client, and nothing that is not needed to answer.
+"""
+
+from __future__ import annotations
+
+import os
+import sys
+from typing import NoReturn
+
+MODULES = {
+    "aiosd": "aiosd.cli",
+    "aios-run": "aiosd.commands.run",
+    "aios-ps": "aiosd.commands.ps",
+    "aios-kill": "aiosd.commands.kill",
+    "aios-logs": "aiosd.commands.logs",
+    "aios-wait": "aiosd.commands.wait",
+    "aios-inspect": "aiosd.commands.inspect",
+    "aios-renice": "aiosd.commands.renice",
+}
+
+
+def main(program: str) -> NoReturn:
+    """Run the command `program` with the arguments of this process, and end the process."""
+    try:
+        _open_standard_descriptors()
+        from aiosd.edge import run
+
+        code = run(program, MODULES[program], sys.argv[1:])
+    except KeyboardInterrupt:
+        code = 130
+    try:
+        sys.stdout.flush()
+        sys.stderr.flush()
+    except OSError:
+        code = code or 141
+    os._exit(code)  # nothing is left to tidy up; tearing the interpreter down would cost a tenth of the time
+
+
+def _open_standard_descriptors() -> None:
+    """Started with a closed descriptor 0, 1 or 2, a command would find its first socket there."""
+    for fd in range(3):
+        try:
+            os.fstat(fd)
+        except OSError:
+            os.open("/dev/null", os.O_RDWR)
+    # Python has given up on such streams; the commands have not.
+    sys.stdin = sys.stdin or os.fdopen(0, closefd=False)
+    sys.stdout = sys.stdout or os.fdopen(1, "w", closefd=False)
+    sys.stderr = sys.stderr or os.fdopen(2, "w", closefd=False)

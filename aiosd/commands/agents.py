@@ -1,0 +1,55 @@
+"""Which agents a user means by a PID or a NAME.
+
+A word of digits is a pid. A name stands for every live agent that has it, or, where one agent is wanted, for
+the newest. A name that only one of aiosd's own processes has stands for that process.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from aiosd.edge import Failed
+from libaios.client import Client, NoKernel
+from libaios.wire import ProcInfo, Ps, Sys
+
+if TYPE_CHECKING:
+    import click
+    from click.shell_completion import CompletionItem
+
+
+def named(client: Client, name: str) -> list[ProcInfo]:
+    """Agents of that name, live and zombies, the oldest first; aiosd's own process if no agent has it."""
+    found: list[ProcInfo] = client.call(Sys.PS, Ps(all=True, name=name), list[ProcInfo])
+    agents = [p for p in found if not p.system]
+    return sorted(agents or found, key=lambda p: p.pid)
+
+
+def live(client: Client, word: str) -> list[int]:
+    """The pids that `word` stands for in kill and renice; empty when no live agent has that name."""
+    if word.isascii() and word.isdigit():
+        return [int(word)]
+    return [p.pid for p in named(client, word) if p.exit is None]
+
+
+def newest(client: Client, word: str) -> int:
+    """The pid that `word` stands for where one agent is wanted."""
+    if word.isascii() and word.isdigit():
+        return int(word)
+    found = named(client, word)
+    if not found:
+        raise Failed(f"{word}: no such agent")
+    return max(found, key=lambda p: (p.exit is None, p.pid)).pid
+
+
+def complete(context: click.Context, parameter: click.Parameter, incomplete: str) -> list[CompletionItem]:
+    """Pids and names of live agents, for the shell's completion."""
+    from click.shell_completion import CompletionItem
+
+    try:
+        with Client() as client:
+            agents = client.call(Sys.PS, Ps(all=True), list[ProcInfo])
+    except (NoKernel, OSError):
+        return []
+    live_ones = [p for p in agents if p.exit is None and not p.system]
+    words = {str(p.pid): p.name for p in live_ones} | {p.name: f"pid {p.pid}" for p in live_ones}
+    return [CompletionItem(word, help=text) for word, text in words.items() if word.startswith(incomplete)]

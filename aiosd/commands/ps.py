@@ -1,0 +1,110 @@
+"""aios-ps: the agents of a running system, as ps shows processes.
+
+$ aios-ps -e
+PID PPID STAT NI CALLS TOKENS CTX   MEM    TIME NAME
+  1    0 S     0     0      0   0 24.1M 0:00.40 supervisor
+  3    1 S     0     0      0   0 31.6M 0:00.92 kernel
+  2    1 S     0     0      0   0 52.0M 0:03.18 llm
+  7    1 R     0     3    412 380  9.1M 0:00.31 planner
+"""
+
+from __future__ import annotations
+
+import os
+import sys
+
+import click
+
+from aiosd import edge
+from aiosd.commands import agents, table
+from libaios.client import Client
+from libaios.wire import ProcInfo, Ps, Sys
+
+EXAMPLES = """
+  aios-ps                       your live agents
+  aios-ps -e --forest           everything, children below their parents
+  aios-ps -f -p 7,8             agents 7 and 8, with more columns
+  aios-ps -C planner -o pid=    the pids of the agents named planner
+  aios-ps -e --sort -tokens     the one that used most tokens first
+  aios-ps --json                for programs
+"""
+
+
+@edge.new(
+    click.Command,
+    "List agents: the caller's live ones, unless -e, -p or -C say otherwise.\n\n"
+    f"Columns for -o and --sort: {' '.join(table.COLUMNS)}.\n\n"
+    "STAT: R on the LLM or computing, Q waiting for the LLM, S sleeping, D waiting for tool or store, T stopped, "
+    "Z dead and not yet waited for. TOKENS: prompt tokens computed and tokens generated. MEM: memory that would be "
+    "free without the agent (PSS), sampled. Exits with 1 when nothing was found for -p or -C.",
+    "[OPTIONS]",
+    EXAMPLES,
+)
+@click.option("-e", "-A", "--all", "everything", is_flag=True, help="All agents, zombies and aiosd's own processes.")
+@click.option("-f", "--full", is_flag=True, help="More columns.")
+@click.option("-p", "--pid", "pids", multiple=True, metavar="PIDS", help="These pids: 7,8 or '7 8'.")
+@click.option(
+    "-C", "--name", "names", multiple=True, metavar="NAME", help="Agents of this name.", shell_complete=agents.complete
+)
+@click.option("-o", "--format", "columns", multiple=True, metavar="COLS", help="pid,stat=STATE; pid= drops the header.")
+@click.option("--sort", "keys", multiple=True, metavar="[-]COL", help="Sort by a column, - for the largest first.")
+@click.option("--no-headers", is_flag=True, help="No line of headers.")
+@click.option("--json", "as_json", is_flag=True, help="A list of objects with everything known, for programs.")
+@click.option("--forest", is_flag=True, help="Children below their parents.")
+def command(
+    everything: bool,
+    full: bool,
+    pids: tuple[str, ...],
+    names: tuple[str, ...],
+    columns: tuple[str, ...],
+    keys: tuple[str, ...],
+    no_headers: bool,
+    as_json: bool,
+    forest: bool,
+) -> int:
+    wanted = _pids(pids)
+    try:
+        chosen = table.layout(columns or [table.FULL if full else table.SHORT])
+        order = table.sort_keys(keys)
+    except ValueError as err:
+        raise click.UsageError(str(err)) from None
+    with edge.connect() as client:
+        found = _find(client, everything, wanted, names)
+    table.sort(found, order)
+    branches: list[str] = []
+    if forest:
+        found, branches = table.forest(found)
+    if as_json:
+        _print_json(found)
+    else:
+        width = os.get_terminal_size(1).columns if sys.stdout.isatty() else None
+        for line in table.render(found, chosen, branches=branches, headers=not no_headers, width=width):
+            print(line)
+    return 1 if (pids or names) and not found else 0
+
+
+def _find(client: Client, everything: bool, pids: set[int], names: tuple[str, ...]) -> list[ProcInfo]:
+    """What was asked for, by pid; -p and -C add to each other, as in ps."""
+    asked = [Ps(all=True, name=name) for name in names]
+    if pids:
+        asked.append(Ps(all=True, pids=sorted(pids)))
+    found: dict[int, ProcInfo] = {}
+    for args in asked or [Ps(all=everything)]:
+        found |= {p.pid: p for p in client.call(Sys.PS, args, list[ProcInfo])}
+    return [found[pid] for pid in sorted(found)]
+
+
+def _pids(arguments: tuple[str, ...]) -> set[int]:
+    words = [word for argument in arguments for word in argument.replace(",", " ").split()]
+    for word in words:
+        if not (word.isascii() and word.isdigit()):
+            raise click.UsageError(f"-p: {word!r} is not a pid (names go with -C)")
+    if arguments and not words:
+        raise click.UsageError("-p: a pid is missing")
+    return {int(word) for word in words}
+
+
+def _print_json(found: list[ProcInfo]) -> None:
+    from msgspec import json
+
+    print(json.format(json.encode(found)).decode())

@@ -1,0 +1,417 @@
+"""aios-run: start an agent, be its face to the terminal, exit as it does.
+
+    $ aios-run --name planner planner.py "plan my day"
+    $ aios-run -d -m libaios.agents.react "What is 37 * 91?"
+    7
+
+Attached, this process is one loop over the connection to the kernel, the signals it receives and, where a
+terminal is involved, the relays of `terminal`. It asks the kernel for a spawn, then for the agent's end, and
+meanwhile turns signals into system calls:
+
+    INT QUIT TERM HUP   sent on to the agent (with -t Ctrl-C is a key like any other, and the pty makes a signal)
+    WINCH               sent on, or with -t the new size given to the pty
+    TSTP                agent stopped, then this process
+    CONT                agent continued
+
+If the kernel dies and comes back the client reconnects and submits its open calls again: still one spawn, still
+one exit code.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import os
+import select
+import signal
+import time
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any
+
+import click
+
+from aiosd import edge
+from aiosd.commands.wait import exit_code
+from aiosd.units import parse_size
+from libaios import wire
+from libaios.agent import Call, decode_body
+from libaios.client import Client, NoKernel
+from libaios.wire import Kill, Limits, Spawn, Spawned, Sys, Wait, Waited
+
+if TYPE_CHECKING:
+    from click.shell_completion import CompletionItem
+
+    from aiosd.commands.terminal import RawMode, Relay
+
+NOT_STARTED = 125
+CANNOT_EXECUTE = 126
+NOT_FOUND = 127
+
+FORWARDED = (signal.SIGINT, signal.SIGQUIT, signal.SIGTERM, signal.SIGHUP, signal.SIGWINCH)
+JOB_CONTROL = (signal.SIGTSTP, signal.SIGCONT)
+FOREGROUND_POLL_S = 0.2  # no signal says that a running job was brought to the foreground
+STOP_PATIENCE_S = 5.0
+LAST_OUTPUT_S = 2.0  # for a reader of our stdout that is slow when the agent has ended
+
+EXAMPLES = """
+  aios-run agent.py "some task"            a Python script, with its arguments
+  aios-run -m libaios.agents.react -v "What is 37 * 91?"
+  aios-run -t -- bash                      any program; -t: on a terminal of its own
+  aios-run -d --name crawler crawl.py      in the background: prints the pid
+  aios-run -n 5 --time 60 --tokens 10000 --memory 512M agent.py
+"""
+
+
+# ── arguments ─────────────────────────────────────────────────────────────────────────────────────────────
+
+
+class RunCommand(click.Command):
+    """Options end at FILE.py, at `-m MODULE` or at `--`; what follows belongs to the agent."""
+
+    def parse_args(self, ctx: click.Context, args: list[str]) -> list[str]:
+        takes_value = {word for p in self.params if isinstance(p, click.Option) and not p.is_flag for word in p.opts}
+        options, kind, target = split(args, takes_value)
+        ctx.meta["kind"] = kind
+        return super().parse_args(ctx, [*options, "--", *target])
+
+
+def split(args: Sequence[str], takes_value: set[str]) -> tuple[list[str], str, list[str]]:
+    """Options for us; "file", "module" or "exec"; what to run with its arguments."""
+    i = 0
+    while i < len(args):
+        arg = args[i]
+        if arg == "--":
+            return list(args[:i]), "exec", list(args[i + 1 :])
+        if arg[:1] != "-" or arg == "-":
+            return list(args[:i]), "file", list(args[i:])
+        i += 1
+        if arg.startswith("--"):
+            i += arg in takes_value
+            continue
+        for at, letter in enumerate(arg[1:], 1):
+            if letter == "m":  # `-m MODULE`, `-mMODULE`, `-dm MODULE`
+                before = [arg[:at]] if at > 1 else []
+                module = [arg[at + 1 :]] if arg[at + 1 :] else []
+                return [*args[: i - 1], *before], "module", [*module, *args[i:]]
+            if f"-{letter}" in takes_value:
+                i += at == len(arg) - 1  # else the value is the rest of this word
+                break
+    return list(args), "file", []
+
+
+class Size(click.ParamType[int]):
+    """Bytes, with a suffix of K, M, G or T."""
+
+    name = "size"
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> int:
+        try:
+            return value if isinstance(value, int) else parse_size(value)
+        except ValueError as err:
+            self.fail(str(err), param, ctx)
+
+
+def _complete_file(context: click.Context, parameter: click.Parameter, incomplete: str) -> list[CompletionItem]:
+    from click.shell_completion import CompletionItem
+
+    return [CompletionItem(incomplete, type="file")]
+
+
+@edge.new(
+    RunCommand,
+    "Start an agent and wait for it: a Python script, a Python module or any program. It gets this command's "
+    "stdin, stdout and stderr, environment and working directory.\n\n"
+    "Exits with the agent's exit code; 128+n when signal n ended it; 124 when a budget did; 125 when there is no "
+    "aiosd or it refused; 126 when the program cannot be executed; 127 when it was not found.",
+    "[OPTIONS]",
+    EXAMPLES,
+)
+@click.option("-d", "--detach", is_flag=True, help="Print the pid and return; output goes to the log (aios-logs).")
+@click.option("-t", "--tty", "terminal", is_flag=True, help="Give the agent a terminal of its own.")
+@click.option("--name", metavar="NAME", help="Name in aios-ps; else that of the script.")
+@click.option("-n", "--nice", type=click.IntRange(-20, 19), metavar="NICE", help="From -20 (goes first) to 19.")
+@click.option("-e", "--env", "variables", multiple=True, metavar="K=V", help="Set a variable in its environment.")
+@click.option("-g", "--group", metavar="GROUP", help="Privilege group.")
+@click.option("--tokens", type=click.IntRange(min=0), metavar="N", help="Budget of tokens, computed and generated.")
+@click.option("--time", "seconds", type=click.FloatRange(min=0), metavar="S", help="Budget of wall seconds.")
+@click.option("--memory", type=Size(), metavar="SIZE", help="Budget of memory, such as 512M.")
+@click.argument(
+    "target",
+    nargs=-1,
+    type=click.UNPROCESSED,
+    metavar="FILE.py|-m MODULE|-- PROGRAM [ARG]...",
+    shell_complete=_complete_file,
+)
+@click.pass_context
+def command(
+    context: click.Context,
+    detach: bool,
+    terminal: bool,
+    name: str | None,
+    nice: int | None,
+    variables: tuple[str, ...],
+    group: str | None,
+    tokens: int | None,
+    seconds: float | None,
+    memory: int | None,
+    target: tuple[str, ...],
+) -> int:
+    if not target or not target[0]:
+        raise click.UsageError("nothing to run: give FILE.py, -m MODULE or -- PROGRAM")
+    if detach and terminal:
+        raise click.UsageError("-d and -t exclude each other")
+    try:
+        spawn = Spawn(
+            kind=context.meta["kind"],
+            target=target[0],
+            args=list(target[1:]),
+            env=_environment(variables),
+            cwd=_working_directory(),
+            name=name,
+            nice=nice,
+            group=group,
+            limits=Limits(tokens, seconds, memory),
+            umask=_umask(),
+            detached=detach,
+            attached=not detach,
+            tty=terminal,
+        )
+        with edge.connect() as client:
+            if detach:
+                print(client.call(Sys.SPAWN, spawn, Spawned).pid)
+                return 0
+            return Attachment(client, spawn).run()
+    except NoKernel as err:
+        raise edge.Failed(str(err), NOT_STARTED) from None
+    except UnicodeEncodeError:
+        raise edge.Failed("an argument is not valid UTF-8", NOT_STARTED) from None
+    except OSError as err:
+        raise _failure(target[0], err) from None
+
+
+def _environment(variables: Sequence[str]) -> dict[str, str]:
+    """Ours and what -e adds. The channel of an agent that runs us is its own; a value that is no UTF-8 has no
+    place in a message."""
+    environment = {key: value for key, value in os.environ.items() if _is_utf8(key) and _is_utf8(value)}
+    for word in variables:
+        key, equals, value = word.partition("=")
+        if not key or not equals:
+            raise click.UsageError(f"-e {word}: must be NAME=VALUE")
+        environment[key] = value
+    environment.pop(wire.ENV_CHANNEL, None)
+    environment.pop(wire.ENV_PID, None)
+    return environment
+
+
+def _is_utf8(text: str) -> bool:
+    return not any("\ud800" <= c <= "\udfff" for c in text) if not text.isascii() else True
+
+
+def _working_directory() -> str:
+    try:
+        return os.getcwd()
+    except FileNotFoundError:
+        raise edge.Failed("the working directory is gone", NOT_STARTED) from None
+
+
+def _umask() -> int:
+    old = os.umask(0o077)
+    os.umask(old)
+    return old
+
+
+def _failure(target: str, err: OSError) -> edge.Failed:
+    codes = {
+        errno.ENOENT: NOT_FOUND,
+        errno.EACCES: CANNOT_EXECUTE,
+        errno.ENOEXEC: CANNOT_EXECUTE,
+        errno.EISDIR: CANNOT_EXECUTE,
+        errno.ENOTDIR: NOT_FOUND,
+    }
+    words = edge.reason(err)
+    if err.errno in codes and not words.startswith(target):
+        words = f"{target}: {words}"
+    return edge.Failed(words, codes.get(err.errno or 0, NOT_STARTED))
+
+
+# ── an attached agent ─────────────────────────────────────────────────────────────────────────────────────
+
+
+class Attachment:
+    """One agent in the foreground of this command."""
+
+    def __init__(self, client: Client, spawn: Spawn) -> None:
+        self.client = client
+        self.spawn = spawn
+        self.pid = 0  # 0: not spawned yet
+        self.signals: list[int] = []  # received, not yet acted upon
+        self.early: list[int] = []  # received before there was an agent
+        self.relays: list[Relay] = []
+        self.given: list[int] = []  # descriptors for the agent; ours until it has them
+        self.master = -1  # of the pty
+        self.raw: RawMode | None = None
+        self.wakeup = -1
+
+    def run(self) -> int:
+        """From spawn to end; the exit code."""
+        self._catch_signals()
+        try:
+            self._connect_stdio()
+            spawned: Spawned = self._await(self.client.submit(Sys.SPAWN, self.spawn, self.given_fds), Spawned)
+            self._agent_lives(spawned.pid)
+            waited: Waited = self._await(self.client.submit(Sys.WAIT, Wait(self.pid)), Waited)
+            for relay in self.relays:
+                if relay.source == self.master:
+                    relay.drain(LAST_OUTPUT_S)
+        finally:
+            if self.raw is not None:
+                self.raw.leave()
+        self._explain(waited)
+        return exit_code(waited)
+
+    def _agent_lives(self, pid: int) -> None:
+        self.pid = pid
+        for fd in self.given:
+            os.close(fd)
+        for number in self.early:
+            self._send(number)
+
+    def _explain(self, waited: Waited) -> None:
+        limits = self.spawn.limits
+        words = waited.reason
+        if waited.budget and not words:
+            amounts = {"tokens": limits.tokens, "time": limits.time_s, "memory": limits.memory_bytes}
+            words = f"{waited.budget} budget of {amounts.get(waited.budget)} used up"
+        if words:
+            edge.complain("aios-run", f"agent {self.pid}: {words}")
+
+    # ── descriptors ───────────────────────────────────────────────────────────────────────────────────────
+
+    def _connect_stdio(self) -> None:
+        """Decide what the agent gets as 0, 1 and 2. The code for terminals is loaded where there is one."""
+        self.given_fds = [0, 1, 2]
+        if not self.spawn.tty and not os.isatty(0):
+            return
+        from aiosd.commands import terminal
+        from aiosd.commands.terminal import EOT, RawMode, Relay
+
+        # To be told by an error, not stopped, where a read comes too late to be one from the foreground.
+        signal.signal(signal.SIGTTIN, signal.SIG_IGN)
+
+        def foreground() -> bool:
+            return terminal.in_foreground(0)
+
+        if not self.spawn.tty:
+            reading, writing = os.pipe2(os.O_CLOEXEC)
+            os.set_blocking(writing, False)
+            self.relays = [Relay(0, writing, foreground, at_end=lambda: os.close(writing))]
+            self.given, self.given_fds = [reading], [reading, 1, 2]
+            return
+        ours = next((fd for fd in (0, 1, 2) if os.isatty(fd)), None)
+        self.master, slave = terminal.open_pty(ours)
+        self.given, self.given_fds = [slave], [slave, slave, slave]
+        self.relays = [Relay(0, self.master, foreground, last_words=EOT), Relay(self.master, 1)]
+        if os.isatty(0):
+            self.raw = RawMode(0)
+            self.raw.enter()
+
+    # ── loop ──────────────────────────────────────────────────────────────────────────────────────────────
+
+    def _await(self, call: Call, result: Any) -> Any:
+        """Serve signals and relays until `call` has its final reply; that, or its error."""
+        while True:
+            self._pump()
+            if call.final is not None:
+                return decode_body(call.final, result)
+            self._turn()
+
+    def _pump(self) -> None:
+        """Take what the kernel sent. A kernel born again is told at once what we still wait for: nothing would
+        arrive before that."""
+        self.client.pump()
+        if self.client.socket.reborn:
+            self.client.pump()
+
+    def _turn(self) -> None:
+        poll = select.poll()
+        poll.register(self.wakeup, select.POLLIN)
+        poll.register(self.client.fileno(), select.POLLIN)
+        interests: dict[int, int] = {}
+        hidden = False
+        for relay in self.relays:
+            hidden = hidden or not (relay.done or relay.allowed())
+            for fd, mask in relay.interests() if self.pid else []:
+                interests[fd] = interests.get(fd, 0) | mask
+        for fd, mask in interests.items():
+            poll.register(fd, mask)
+        ready = dict(poll.poll(FOREGROUND_POLL_S * 1000 if hidden else None))
+        for relay in self.relays:
+            relay.step({fd: mask for fd, mask in ready.items() if fd in interests})
+        self._read_signals()
+        while self.signals:
+            self._on_signal(self.signals.pop(0))
+
+    # ── signals ───────────────────────────────────────────────────────────────────────────────────────────
+
+    def _catch_signals(self) -> None:
+        """From here on signals are bytes in a pipe. One that we were told to ignore (nohup) stays ignored."""
+        self.wakeup, writing = os.pipe2(os.O_NONBLOCK | os.O_CLOEXEC)
+        signal.set_wakeup_fd(writing, warn_on_full_buffer=False)
+        for number in (*FORWARDED, *JOB_CONTROL):
+            if signal.getsignal(number) is not signal.SIG_IGN:
+                signal.signal(number, _noted)
+
+    def _read_signals(self) -> None:
+        with contextlib.suppress(BlockingIOError):
+            self.signals.extend(os.read(self.wakeup, 4096))
+
+    def _on_signal(self, number: int) -> None:
+        if number == signal.SIGTSTP:
+            self._stop()
+        elif number == signal.SIGCONT:
+            self._send(signal.SIGCONT)
+        elif number == signal.SIGWINCH and self.master >= 0:
+            from aiosd.commands import terminal
+
+            ours = next((fd for fd in (0, 1, 2) if os.isatty(fd)), None)
+            if ours is not None:
+                terminal.copy_size(ours, self.master)
+        else:
+            self._send(number)
+
+    def _send(self, number: int) -> Call | None:
+        """A signal for the agent; the answer is nobody's business. Before there is an agent it is kept, but who
+        insists is let go."""
+        if self.pid:
+            return self.client.submit(Sys.KILL, Kill(self.pid, number))
+        ending = (signal.SIGINT, signal.SIGQUIT, signal.SIGTERM, signal.SIGHUP)
+        if number in ending and any(known in ending for known in self.early):
+            raise edge.Failed("interrupted before the agent was started", 128 + number)
+        if number in ending:
+            self.early.append(number)
+        return None
+
+    def _stop(self) -> None:
+        """Ctrl-Z: the agent stops, then we do, and both go on together."""
+        stopping = self._send(signal.SIGSTOP)
+        deadline = time.monotonic() + STOP_PATIENCE_S
+        while stopping is not None and stopping.final is None and (left := deadline - time.monotonic()) > 0:
+            poll = select.poll()
+            poll.register(self.client.fileno(), select.POLLIN)
+            poll.poll(left * 1000)
+            self._pump()
+        if self.raw is not None:
+            self.raw.leave()
+        handler = signal.signal(signal.SIGTSTP, signal.SIG_DFL)
+        os.kill(os.getpid(), signal.SIGTSTP)
+        # Here we stand still until CONT — or not at all: Linux stops no process of an orphaned group.
+        signal.signal(signal.SIGTSTP, handler)
+        if self.raw is not None:
+            self.raw.enter()
+        self._read_signals()
+        self.signals = [number for number in self.signals if number not in JOB_CONTROL]
+        self._send(signal.SIGCONT)
+
+
+def _noted(number: int, frame: object) -> None:
+    """The wakeup descriptor has it; Python wants a function."""

@@ -1,0 +1,205 @@
+"""Tables of agents: which columns there are, how `-o` names them, and how they are lined up.
+
+    PID PPID STAT NI CALLS TOKENS  CTX   MEM    TIME NAME
+      7    1 R     0     3    412  380  9.1M 0:00.31 planner
+      8    7 S     5     1    120    0  8.7M 0:00.05  \\_ worker
+
+A column has a header, a value to sort by and a text to show. The last column of a row is neither padded nor,
+except on a terminal, cut.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass
+
+from aiosd.units import format_size
+from libaios.wire import ProcInfo
+
+Value = int | float | str
+
+
+@dataclass(frozen=True, slots=True)
+class Column:
+    header: str
+    value: Callable[[ProcInfo], Value]
+    text: Callable[[ProcInfo], str]
+    left: bool = False  # words to the left, figures to the right
+
+
+def cpu_time(seconds: float) -> str:
+    """As in top: 0:01.23, and 12:34:56 from an hour on."""
+    if seconds < 3600:
+        hundredths = int(seconds * 100)
+        return f"{hundredths // 6000}:{hundredths // 100 % 60:02}.{hundredths % 100:02}"
+    whole = int(seconds)
+    return f"{whole // 3600}:{whole // 60 % 60:02}:{whole % 60:02}"
+
+
+def elapsed(seconds: float) -> str:
+    """As etime of ps: [[D-]HH:]MM:SS."""
+    whole = max(0, int(seconds))
+    text = f"{whole // 60 % 60:02}:{whole % 60:02}"
+    if whole >= 3600:
+        text = f"{whole // 3600 % 24:02}:{text}"
+    return f"{whole // 86400}-{text}" if whole >= 86400 else text
+
+
+def start_time(when: float) -> str:
+    """14:05 today, Nov23 before, 2025 in another year."""
+    now, then = time.localtime(), time.localtime(when)
+    if then[:3] == now[:3]:
+        return time.strftime("%H:%M", then)
+    return time.strftime("%b%d" if then.tm_year == now.tm_year else "%Y", then)
+
+
+def printable(text: str) -> str:
+    """`text` without anything that could move a terminal's cursor."""
+    return text if text.isprintable() else "".join(c if c.isprintable() else "?" for c in text)
+
+
+def tokens(p: ProcInfo) -> int:
+    """Tokens computed for the agent: what its budget counts."""
+    return p.prompt_tokens - p.cached_tokens + p.completion_tokens
+
+
+def _exit(p: ProcInfo) -> int:
+    return -1 if p.exit is None else p.exit
+
+
+def _number(header: str, value: Callable[[ProcInfo], Value]) -> Column:
+    return Column(header, value, lambda p: str(value(p)))
+
+
+def _word(header: str, value: Callable[[ProcInfo], str]) -> Column:
+    return Column(header, value, lambda p: printable(value(p)), left=True)
+
+
+COLUMNS: dict[str, Column] = {
+    "pid": _number("PID", lambda p: p.pid),
+    "ppid": _number("PPID", lambda p: p.ppid),
+    "pgid": _number("PGID", lambda p: p.pgid),
+    "ospid": _number("OSPID", lambda p: p.ospid),
+    "uid": _number("UID", lambda p: p.uid),
+    "stat": _word("STAT", lambda p: p.stat),
+    "ni": _number("NI", lambda p: p.nice),
+    "group": _word("GROUP", lambda p: p.group or "-"),
+    "calls": _number("CALLS", lambda p: p.calls),
+    "tokens": _number("TOKENS", tokens),
+    "prompt": _number("PROMPT", lambda p: p.prompt_tokens),
+    "cached": _number("CACHED", lambda p: p.cached_tokens),
+    "completion": _number("COMPLETION", lambda p: p.completion_tokens),
+    "ctx": _number("CTX", lambda p: p.ctx_tokens),
+    "mem": Column("MEM", lambda p: p.mem_bytes, lambda p: format_size(p.mem_bytes)),
+    "mem_bytes": _number("MEM_BYTES", lambda p: p.mem_bytes),
+    "time": Column("TIME", lambda p: p.cpu_s, lambda p: cpu_time(p.cpu_s)),
+    "stime": Column("STIME", lambda p: p.started, lambda p: start_time(p.started)),
+    "started": Column("STARTED", lambda p: p.started, lambda p: f"{p.started:.3f}"),
+    "etime": Column("ELAPSED", lambda p: -p.started, lambda p: elapsed(time.time() - p.started)),
+    "exit": Column("EXIT", _exit, lambda p: "-" if p.exit is None else str(p.exit)),
+    "name": _word("NAME", lambda p: p.name),
+    "command": _word("COMMAND", lambda p: p.command or f"[{p.name}]"),
+}
+
+#: Other words for the same columns: those of ps, and the keys of --json.
+ALIASES = {
+    "pgrp": "pgid",
+    "state": "stat",
+    "s": "stat",
+    "nice": "ni",
+    "prompt_tokens": "prompt",
+    "cached_tokens": "cached",
+    "completion_tokens": "completion",
+    "ctx_tokens": "ctx",
+    "cpu_s": "time",
+    "cputime": "time",
+    "start": "stime",
+    "comm": "name",
+    "cmd": "command",
+    "args": "command",
+}
+
+SHORT = "pid ppid stat ni calls tokens ctx mem time name"
+FULL = "uid pid ppid pgid ospid stat ni calls tokens ctx mem stime time command"
+
+
+def column(word: str) -> Column:
+    """The column that `word` names; ValueError listing the known ones when there is none."""
+    key = word.lower()
+    found = COLUMNS.get(ALIASES.get(key, key))
+    if found is None:
+        raise ValueError(f"unknown column {word!r}; there are: {' '.join(COLUMNS)}")
+    return found
+
+
+def layout(words: Iterable[str]) -> list[tuple[str, Column]]:
+    """Read `-o` arguments (`pid,stat=STATE`, `pid=`) as headers and columns."""
+    chosen = []
+    for word in (w for argument in words for w in argument.replace(",", " ").split()):
+        name, equals, header = word.partition("=")
+        found = column(name)
+        chosen.append((header if equals else found.header, found))
+    if not chosen:
+        raise ValueError(f"no column given; there are: {' '.join(COLUMNS)}")
+    return chosen
+
+
+def sort_keys(arguments: Iterable[str]) -> list[tuple[Column, bool]]:
+    """Read `--sort` arguments (`-tokens,pid`) as columns, each with whether the largest comes first."""
+    keys = [key for argument in arguments for key in argument.replace(",", " ").split()]
+    return [(column(key.lstrip("+-")), key.startswith("-")) for key in keys]
+
+
+def sort(processes: list[ProcInfo], keys: Sequence[tuple[Column, bool]]) -> None:
+    """Sort in place, by the first key first; equal ones keep their order."""
+    for key, descending in reversed(keys):
+        processes.sort(key=key.value, reverse=descending)
+
+
+def forest(processes: Sequence[ProcInfo]) -> tuple[list[ProcInfo], list[str]]:
+    """Children after their parents, with the branches to draw before each one's name."""
+    present = {p.pid for p in processes}
+    children: dict[int, list[ProcInfo]] = {}
+    for p in processes:
+        children.setdefault(p.ppid if p.ppid in present else 0, []).append(p)
+    order: list[ProcInfo] = []
+    branches: list[str] = []
+    pending = [(p, "", "") for p in reversed(children.get(0, []))]  # a process, its branch, what stands below it
+    while pending:
+        p, branch, below = pending.pop()
+        order.append(p)
+        branches.append(branch)
+        family = children.get(p.pid, [])
+        for child in reversed(family):
+            pending.append((child, below + " \\_ ", below + ("    " if child is family[-1] else " |  ")))
+    return order, branches
+
+
+def render(
+    processes: Sequence[ProcInfo],
+    chosen: Sequence[tuple[str, Column]],
+    *,
+    branches: Sequence[str] = (),
+    headers: bool = True,
+    width: int | None = None,
+) -> list[str]:
+    """The lines of the table; no line of headers where all of them are empty. `width` cuts each line."""
+    cells = [[c.text(p) for _, c in chosen] for p in processes]
+    if branches:
+        drawn = next((i for i, (_, c) in enumerate(chosen) if c in (COLUMNS["name"], COLUMNS["command"])), None)
+        if drawn is not None:
+            for row, branch in zip(cells, branches, strict=True):
+                row[drawn] = branch + row[drawn]
+    if headers and any(header for header, _ in chosen):
+        cells.insert(0, [printable(header) for header, _ in chosen])
+    widths = [max((len(row[i]) for row in cells), default=0) for i in range(len(chosen))]
+    lines = []
+    for row in cells:
+        padded = [
+            cell.ljust(w) if c.left else cell.rjust(w) for cell, w, (_, c) in zip(row, widths, chosen, strict=True)
+        ]
+        if chosen[-1][1].left:
+            padded[-1] = row[-1]
+        lines.append(" ".join(padded)[:width])
+    return lines

@@ -1,0 +1,163 @@
+"""What stands between a terminal and an attached agent: relays, raw mode, window size.
+
+An agent lives in a session of its own, so the terminal's job control does not reach it: nothing would stop it
+from reading what is typed for somebody else. Therefore a terminal is never handed over as stdin. What is typed
+goes through a pipe, or with `-t` through a pseudo-terminal, and only while this process is in the foreground.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import fcntl
+import os
+import select
+import struct
+import termios
+import tty
+from collections.abc import Callable
+
+LIMIT = 1 << 16  # a reader this far behind: read no more
+CHUNK = 4096  # PIPE_BUF: after POLLOUT a write of this size never blocks, whoever else uses the pipe
+EOT = b"\x04"
+
+
+class Relay:
+    """Bytes from one descriptor to another, as fast as the slower one goes.
+
+    Owned by the loop of `aios-run`: `interests` says what to poll for, `step` acts on what poll found. At the
+    end of the input, or when nobody reads the output, it calls `at_end` once and is `done`.
+    """
+
+    def __init__(
+        self,
+        source: int,
+        sink: int,
+        allowed: Callable[[], bool] = lambda: True,
+        at_end: Callable[[], None] = lambda: None,
+        last_words: bytes = b"",
+    ) -> None:
+        self.source = source
+        self.sink = sink
+        self.allowed = allowed  # asked before each read
+        self.done = False
+        self._at_end = at_end
+        self._last_words = last_words  # written after the end of the input
+        self._buffer = bytearray()
+        self._source_ended = False
+
+    def interests(self) -> list[tuple[int, int]]:
+        wanted = []
+        if not self.done and not self._source_ended and len(self._buffer) < LIMIT and self.allowed():
+            wanted.append((self.source, select.POLLIN))
+        if not self.done and self._buffer:
+            wanted.append((self.sink, select.POLLOUT))
+        return wanted
+
+    def step(self, ready: dict[int, int]) -> None:
+        if self.done:
+            return
+        if ready.get(self.source) and not self._source_ended and len(self._buffer) < LIMIT and self.allowed():
+            self._read()
+        if self._buffer and (ready.get(self.sink) or not self._source_ended):
+            self._write()
+        if self._source_ended and not self._buffer:
+            self._end()
+
+    def drain(self, timeout_s: float) -> None:
+        """Pass on what lies there already and what comes within no time: the end of an agent's output."""
+        while not self.done:
+            poll = select.poll()
+            for fd, mask in self.interests():
+                poll.register(fd, mask)
+            ready = dict(poll.poll(timeout_s * 1000 if self._buffer else 0))
+            if not ready:
+                return
+            self.step(ready)
+
+    def _read(self) -> None:
+        try:
+            data = os.read(self.source, CHUNK)
+        except (BlockingIOError, InterruptedError):
+            return
+        except OSError as err:
+            if err.errno == errno.EIO and not self.allowed():
+                return  # sent to the background between the question and the read
+            data = b""  # EIO: the other side of a pty, or the terminal itself, is gone
+        if data:
+            self._buffer += data
+        else:
+            self._source_ended = True
+            self._buffer += self._last_words
+
+    def _write(self) -> None:
+        try:
+            n = os.write(self.sink, self._buffer[:CHUNK])
+        except (BlockingIOError, InterruptedError):
+            return
+        except OSError:  # EPIPE, EIO: nobody reads
+            self._buffer.clear()
+            self._end()
+        else:
+            del self._buffer[:n]
+
+    def _end(self) -> None:
+        if not self.done:
+            self.done = True
+            self._at_end()
+
+
+def in_foreground(fd: int) -> bool:
+    """Whether what is typed at terminal `fd` is meant for this process. True where the terminal is not ours to
+    share: it has no job control then."""
+    try:
+        return os.tcgetpgrp(fd) == os.getpgrp()
+    except OSError:
+        return True
+
+
+class RawMode:
+    """A terminal that passes every key on unchanged, until `leave`. Entering twice is entering once."""
+
+    def __init__(self, fd: int) -> None:
+        self.fd = fd
+        self._saved: list[object] | None = None
+
+    def enter(self) -> None:
+        if self._saved is None:
+            saved = termios.tcgetattr(self.fd)
+            _retry(lambda: tty.setraw(self.fd, termios.TCSADRAIN))
+            self._saved = saved
+
+    def leave(self) -> None:
+        if self._saved is not None:
+            saved, self._saved = self._saved, None
+            with contextlib.suppress(termios.error):  # the terminal is gone
+                _retry(lambda: termios.tcsetattr(self.fd, termios.TCSADRAIN, saved))  # type: ignore[arg-type]
+
+
+def _retry(act: Callable[[], object]) -> None:
+    """Python repeats system calls that a signal interrupted, but not these."""
+    while True:
+        try:
+            act()
+            return
+        except termios.error as err:
+            if err.args[0] != errno.EINTR:
+                raise
+
+
+def open_pty(like: int | None) -> tuple[int, int]:
+    """A pseudo-terminal with the modes and the size of the terminal `like`."""
+    master, slave = os.openpty()
+    os.set_blocking(master, False)
+    if like is not None:
+        termios.tcsetattr(slave, termios.TCSANOW, termios.tcgetattr(like))
+        copy_size(like, master)
+    return master, slave
+
+
+def copy_size(source: int, target: int) -> None:
+    with contextlib.suppress(OSError):
+        size = fcntl.ioctl(source, termios.TIOCGWINSZ, struct.pack("4H", 0, 0, 0, 0))
+        fcntl.ioctl(target, termios.TIOCSWINSZ, size)

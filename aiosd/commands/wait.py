@@ -1,0 +1,65 @@
+"""aios-wait: wait for agents to end, whoever's children they are.
+
+$ aios-run -d worker.py
+7
+$ aios-wait 7; echo $?
+3
+"""
+
+from __future__ import annotations
+
+import click
+
+from aiosd import edge
+from aiosd.commands import agents
+from libaios.wire import Sys, Wait, Waited
+
+EXAMPLES = """
+  aios-wait 7                   exits with the status of agent 7
+  aios-wait 7 8 planner         waits for all, exits with the status of the last
+  aios-wait --timeout 10 7      exits with 1 when it still lives 10 seconds later
+"""
+
+UNKNOWN = 127  # as wait of the shell
+BUDGET = 124  # as aios-run
+
+
+def exit_code(waited: Waited) -> int:
+    """An agent's end as a command's exit code."""
+    if waited.budget:
+        return BUDGET
+    return waited.status if waited.status >= 0 else 128 - waited.status
+
+
+@edge.new(
+    click.Command,
+    "Wait until all of the agents have ended, and exit with the status of the last one: its exit code, 128+n "
+    "when signal n ended it, 124 when a budget did, 127 when there is no such agent. A NAME stands for the "
+    "newest agent of that name.",
+    "[--timeout S]",
+    EXAMPLES,
+)
+@click.option("--timeout", type=click.FloatRange(min=0), metavar="S", help="Give up after S seconds.")
+@click.argument("words", nargs=-1, required=True, metavar="PID|NAME...", shell_complete=agents.complete)
+def command(timeout: float | None, words: tuple[str, ...]) -> int:
+    code = 0
+    with edge.connect() as client:
+        pids: list[int | None] = []
+        for word in words:
+            try:
+                pids.append(agents.newest(client, word))
+            except edge.Failed:
+                pids.append(None)
+        calls = [None if pid is None else client.submit(Sys.WAIT, Wait(pid, True, timeout)) for pid in pids]
+        for word, call in zip(words, calls, strict=True):
+            try:
+                if call is None:
+                    raise ProcessLookupError(3, "no such agent")
+                code = exit_code(client.result(call, Waited))
+            except TimeoutError:
+                edge.complain("aios-wait", f"{word}: still running after {timeout:g} s")
+                return 1
+            except (ProcessLookupError, ChildProcessError, PermissionError) as err:
+                edge.complain("aios-wait", edge.reason_about(word, err))
+                code = UNKNOWN
+    return code

@@ -1,0 +1,320 @@
+"""Settings of one system: flags over environment over file over defaults.
+
+    # aiosd.toml                            environment, flag
+    policy = "fifo"                         AIOSD_POLICY, --policy
+    ctx = 4096                              AIOSD_CTX, --ctx
+    slots = 16
+    kv_memory = "2G"
+
+    [[model]]                               AIOSD_MODEL (several: with ':' between), --model
+    name = "writer"
+    path = "models/writer.gguf"             as seen from the folder of the file
+    slots = 4                               for this model alone
+
+`KEYS` is the one list of what there is; file, environment and command line are all read by it. A key that it
+does not have is an error with its place, not a silent default.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import os
+import re
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from aiosd.errors import UsageError, WorldError
+from aiosd.llm.spec import MAX_SLOTS, ModelSpec
+from aiosd.nano import model_path
+from aiosd.units import parse_size
+from libaios.home import Home
+
+NANO = "nano"
+POLICIES = ("fifo",)
+LOG_LEVELS = ("debug", "info", "warning", "error", "critical")
+ENV_PREFIX = "AIOSD_"
+
+
+# ── what there is to set ──────────────────────────────────────────────────────────────────────────────────
+
+
+@dataclass(frozen=True, slots=True)
+class Key:
+    """One setting. `read` makes its value of a string or of what TOML gave, or raises ValueError."""
+
+    name: str
+    read: Callable[[Any], Any]
+    metavar: str
+    help: str
+    default: Any = None
+    per_model: bool = False  # belongs to a ModelSpec; may stand in [[model]]
+
+    @property
+    def env(self) -> str:
+        return ENV_PREFIX + self.name.upper()
+
+    @property
+    def flag(self) -> str:
+        return "--" + self.name.replace("_", "-")
+
+
+def _whole(low: int, high: int = 1 << 31) -> Callable[[Any], int]:
+    def read(value: Any) -> int:
+        if isinstance(value, str) and re.fullmatch(r"-?[0-9]+", value.strip()):
+            value = int(value)
+        if not isinstance(value, int) or isinstance(value, bool):
+            raise ValueError(f"{value!r} is no whole number")
+        if not low <= value <= high:
+            limits = f"at least {low}" if high == 1 << 31 else f"from {low} to {high}"
+            raise ValueError(f"{value} is out of range ({limits})")
+        return value
+
+    return read
+
+
+def _seconds(value: Any) -> float:
+    try:
+        seconds = float(value)
+    except (TypeError, ValueError):
+        raise ValueError(f"{value!r} is no number of seconds") from None
+    if not 0 <= seconds <= 1e9:
+        raise ValueError(f"{value} is out of range (from 0 on)")
+    return seconds
+
+
+def _one_of(words: Sequence[str]) -> Callable[[Any], str]:
+    def read(value: Any) -> str:
+        if not isinstance(value, str) or value.lower() not in words:
+            raise ValueError(f"{value!r} is none of {', '.join(words)}")
+        return value.lower()
+
+    return read
+
+
+def _switch(value: Any) -> bool:
+    if isinstance(value, bool):
+        return value
+    known = {"1": True, "true": True, "yes": True, "on": True, "0": False, "false": False, "no": False, "off": False}
+    if not isinstance(value, str) or value.lower() not in known:
+        raise ValueError(f"{value!r} is neither true nor false")
+    return known[value.lower()]
+
+
+def _size(value: Any) -> int:
+    if isinstance(value, bool) or not isinstance(value, int | str):
+        raise ValueError(f"{value!r} is no size (such as 512M or 2G)")
+    return parse_size(str(value))
+
+
+KEYS = (
+    Key("policy", _one_of(POLICIES), "|".join(POLICIES), "Who runs next on the model.", "fifo"),
+    Key("ctx", _whole(1), "N", "Tokens per slot (2048).", per_model=True),
+    Key("slots", _whole(1, MAX_SLOTS), "N", "Sequences that run at a time (as many as fit).", per_model=True),
+    Key("threads", _whole(1, 4096), "N", "Threads of a model (measured at the start).", per_model=True),
+    Key("gpu_layers", _whole(-1, 1 << 16), "N", "Layers on the GPU; -1: all (0).", 0, per_model=True),
+    Key("exact", _switch, "", "Same output bit for bit, whatever else runs. CPU only, slower.", False, per_model=True),
+    Key("kv_memory", _size, "SIZE", "Memory for contexts, such as 2G (a quarter of what is free).", per_model=True),
+    Key("verbose", _switch, "", "Show what llama.cpp says.", False, per_model=True),
+    Key("log_level", _one_of(LOG_LEVELS), "LEVEL", f"One of {', '.join(LOG_LEVELS)} (info).", "info"),
+    Key("keep_dead", _whole(0, 1_000_000), "N", "How many dead agents are remembered, with their logs (1000).", 1000),
+    Key("stop_timeout", _seconds, "S", "At the end agents get TERM, and KILL after S seconds (5).", 5.0),
+)
+_BY_NAME = {key.name: key for key in KEYS}
+_PER_MODEL = {key.name for key in KEYS if key.per_model}
+
+#: What SIGHUP can change in a running system.
+LIVE = ("log_level", "stop_timeout_s")
+
+
+@dataclass(frozen=True, slots=True)
+class Settings:
+    """How one system runs. Fixed for its life, but for the fields in LIVE."""
+
+    home: Home
+    models: tuple[ModelSpec, ...]
+    policy: str = "fifo"
+    log_level: str = "info"
+    keep_dead: int = 1000
+    stop_timeout_s: float = 5.0
+    ready_fd: int | None = None  # where to write one line, `ready …` or `error …`, for a starter that waits
+    flags: Mapping[str, Any] = field(default_factory=dict)  # what the command line said, for `reload`
+    config: Path | None = None  # a file named on the command line
+    cwd: str = "/"  # where relative paths on the command line start
+
+
+# ── reading ───────────────────────────────────────────────────────────────────────────────────────────────
+
+
+def load(
+    flags: Mapping[str, Any],
+    home: Home,
+    config: Path | None = None,
+    environ: Mapping[str, str] | None = None,
+    cwd: str | None = None,
+) -> Settings:
+    """Settings from everywhere. `flags` holds what was given on the command line, by key, and `model`: a list of
+    `[NAME=]PATH|nano`. Raises UsageError that names the place of what is wrong."""
+    environ = os.environ if environ is None else environ
+    cwd = _working_directory() if cwd is None else cwd
+    path = config or home.config
+    file = _read_file(path, must_exist=config is not None)
+    values = {key.name: key.default for key in KEYS}
+    values |= file.values | _from_environment(environ) | {name: flags[name] for name in _BY_NAME if name in flags}
+    given = {name for name in _PER_MODEL if name in flags or environ.get(_BY_NAME[name].env)}
+    words = flags.get("model") or [word for word in environ.get(ENV_PREFIX + "MODEL", "").split(os.pathsep) if word]
+    if words:
+        models = [_model(word, {}, values, given, cwd) for word in words]
+    elif file.models:
+        models = [_model(table["path"], table, values, given, str(path.parent)) for table in file.models]
+    else:
+        models = [_model(NANO, {}, values, given, cwd)]
+    _refuse_doubles(models)
+    return Settings(
+        home=home,
+        models=tuple(models),
+        policy=values["policy"],
+        log_level=values["log_level"],
+        keep_dead=values["keep_dead"],
+        stop_timeout_s=values["stop_timeout"],
+        flags=dict(flags),
+        config=config,
+        cwd=cwd,
+    )
+
+
+def reload(settings: Settings) -> tuple[Settings, list[str]]:
+    """Read everything again: the settings that are in force now, and the names of those that have changed but
+    wait for a restart."""
+    new = load(settings.flags, settings.home, settings.config, cwd=settings.cwd)
+    changed = [f.name for f in dataclasses.fields(Settings) if getattr(new, f.name) != getattr(settings, f.name)]
+    waiting = [name for name in changed if name not in LIVE and name not in ("ready_fd", "home")]
+    return dataclasses.replace(settings, **{name: getattr(new, name) for name in LIVE}), waiting
+
+
+def _model(word: str, table: Mapping[str, Any], values: Mapping[str, Any], given: set[str], folder: str) -> ModelSpec:
+    """A model with its options: those given by flag or environment, else its own in the file, else the general
+    ones of the file, else the defaults."""
+    options = {name: values[name] for name in _PER_MODEL}
+    options |= {name: value for name, value in table.items() if name in _PER_MODEL and name not in given}
+    name, equals, path = word.partition("=")
+    if not equals or "/" in name:
+        name, path = "", word
+    if not path:
+        raise UsageError(f"model {word!r}: a path is missing")
+    found = model_path() if path == NANO else Path(os.path.abspath(os.path.join(folder, os.path.expanduser(path))))
+    name = table.get("name") or name or (NANO if path == NANO else found.stem)
+    name = re.sub(r"[\x00-\x20\x7f/]", "_", name)[:64]
+    return ModelSpec(name=name, path=str(found), **options)
+
+
+def _refuse_doubles(models: Sequence[ModelSpec]) -> None:
+    names: set[str] = set()
+    for model in models:
+        if model.name in names:
+            raise UsageError(f"two models named {model.name!r}; give one another name: --model NAME={model.path}")
+        names.add(model.name)
+
+
+def _from_environment(environ: Mapping[str, str]) -> dict[str, Any]:
+    values = {}
+    for key in KEYS:
+        if environ.get(key.env):
+            try:
+                values[key.name] = key.read(environ[key.env])
+            except ValueError as err:
+                raise UsageError(f"{key.env}: {err}") from None
+    return values
+
+
+def _working_directory() -> str:
+    try:
+        return os.getcwd()
+    except FileNotFoundError:
+        return "/"
+
+
+# ── the file ──────────────────────────────────────────────────────────────────────────────────────────────
+
+
+@dataclass(slots=True)
+class _File:
+    values: dict[str, Any] = field(default_factory=dict)
+    models: list[dict[str, Any]] = field(default_factory=list)
+
+
+def _read_file(path: Path, must_exist: bool) -> _File:
+    import tomllib
+
+    try:
+        text = path.read_text(encoding="utf-8")
+    except FileNotFoundError:
+        if must_exist:
+            raise UsageError(f"{path}: there is no such file") from None
+        return _File()
+    except UnicodeDecodeError:
+        raise UsageError(f"{path}: is not UTF-8") from None
+    except NotADirectoryError:
+        return _File()  # a home that is a file; whoever makes the folders says so
+    except OSError as err:
+        raise WorldError(f"{path}: {err.strerror}") from err
+    try:
+        data = tomllib.loads(text)
+    except tomllib.TOMLDecodeError as err:
+        raise UsageError(f"{path}: {err}") from None
+    file = _File()
+    tables = data.pop("model", [])
+    if not isinstance(tables, list) or not all(isinstance(table, dict) for table in tables):
+        raise UsageError(f"{path}, line {_line(text, 'model')}: models are written as [[model]]")
+    file.values = _read_table(path, text, data, set(_BY_NAME), 0)
+    for number, table in enumerate(tables, 1):
+        first = _line_of_model(text, number)
+        model = _read_table(path, text, table, {"name", "path", *_PER_MODEL}, first)
+        if "path" not in model:
+            raise UsageError(f"{path}, line {first}: a model without path")
+        file.models.append(model)
+    return file
+
+
+def _read_table(path: Path, text: str, table: Mapping[str, Any], known: set[str], first: int) -> dict[str, Any]:
+    """Check one table that begins at line `first`."""
+    values = {}
+    for name, value in table.items():
+        place = f"{path}, line {_line(text, name, first)}"
+        if name not in known:
+            raise UsageError(f"{place}: unknown key {name!r}{_meant(name, known)}")
+        try:
+            values[name] = _BY_NAME[name].read(value) if name in _BY_NAME else _text(value)
+        except ValueError as err:
+            raise UsageError(f"{place}: {name}: {err}") from None
+    return values
+
+
+def _text(value: Any) -> str:
+    if not isinstance(value, str) or not value:
+        raise ValueError(f"{value!r} is no text")
+    return value
+
+
+def _meant(name: str, known: set[str]) -> str:
+    import difflib
+
+    close = difflib.get_close_matches(name, known, 1)
+    return f" (did you mean {close[0]!r}?)" if close else f"; there are: {', '.join(sorted(known))}"
+
+
+def _line(text: str, name: str, first: int = 0) -> int:
+    """The number of the line at or after `first` that sets `name`. tomllib does not tell where a key stood."""
+    lines = text.splitlines()
+    pattern = re.compile(rf"""\s*\[*\s*["']?{re.escape(name)}["']?\s*[]=.]""")
+    for number in range(max(first, 1), len(lines) + 1):
+        if pattern.match(lines[number - 1]):
+            return number
+    return max(first, 1)
+
+
+def _line_of_model(text: str, number: int) -> int:
+    """Where the `number`th [[model]] begins."""
+    starts = [n for n, line in enumerate(text.splitlines(), 1) if re.match(r"\s*\[\[\s*model\s*\]\]", line)]
+    return starts[number - 1] if number <= len(starts) else 1

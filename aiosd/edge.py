@@ -1,0 +1,139 @@
+"""How every command speaks to its user: the error line, --help, --version, and the exit code.
+
+$ aios-kill 42
+aios-kill: 42: no such agent
+"""
+
+from __future__ import annotations
+
+import errno
+import os
+import sys
+from collections.abc import Callable
+from importlib import import_module
+from typing import Any, TypeVar
+
+import click
+
+from libaios.client import Client, NoKernel
+
+SETTINGS: dict[str, Any] = {"help_option_names": ["-h", "--help"], "max_content_width": 100}
+
+
+class Failed(Exception):
+    """The command cannot do what it was asked; `code` is its exit code, the message its error line."""
+
+    def __init__(self, message: str, code: int = 1) -> None:
+        super().__init__(message)
+        self.code = code
+
+
+def run(program: str, module: str, args: list[str]) -> int:
+    """Run the click command `command` of `module`; its exit code."""
+    sys.stdout.reconfigure(errors="backslashreplace")  # type: ignore[union-attr] # a TextIOWrapper, never a pipe object
+    command: click.Command = import_module(module).command
+    variable = completion_variable(program)
+    try:
+        if variable in os.environ:
+            command.main(args, prog_name=program, complete_var=variable)
+        with command.make_context(program, args) as context:
+            return command.invoke(context) or 0
+    except click.exceptions.Exit as end:
+        return end.exit_code
+    except click.ClickException as err:
+        hint = f" (see {program} --help)" if isinstance(err, click.UsageError) else ""
+        complain(program, _lower_first(err.format_message()).rstrip(".") + hint)
+        return err.exit_code
+    except Failed as err:
+        complain(program, str(err))
+        return err.code
+    except NoKernel as err:
+        complain(program, str(err))
+        return 1
+    except BrokenPipeError:
+        _discard_output()
+        return 141
+    except OSError as err:
+        complain(program, reason(err))
+        return 1
+    except (KeyboardInterrupt, click.Abort):
+        return 130
+
+
+def completion_variable(program: str) -> str:
+    """Set by the shell when it wants to know how a line may go on."""
+    return f"_{program.replace('-', '_').upper()}_COMPLETE"
+
+
+def complain(program: str, message: str) -> None:
+    """One line on stderr."""
+    print(f"{program}: {message}", file=sys.stderr)
+
+
+def reason(err: OSError) -> str:
+    """What the kernel, or Linux, said."""
+    words = err.strerror or str(err)
+    return f"{err.filename}: {words}" if err.filename else words
+
+
+def reason_about(subject: str, err: OSError) -> str:
+    """`42: no such agent`: the subject once, then what is wrong with it."""
+    words = reason(err)
+    if err.errno == errno.ESRCH:
+        words = "no such agent"
+    elif words.startswith(f"{subject}: "):
+        words = words[len(subject) + 2 :]
+    return f"{subject}: {words}"
+
+
+def connect() -> Client:
+    """The running system; NoKernel says that there is none."""
+    return Client()
+
+
+C = TypeVar("C", bound=click.Command)
+
+
+def new(kind: type[C], summary: str, usage: str, examples: str, **extra: Any) -> Callable[[Callable[..., Any]], C]:
+    """Decorator: make a function a command with the options that all have."""
+
+    def decorate(function: Callable[..., Any]) -> C:
+        version = click.Option(
+            ["--version"],
+            is_flag=True,
+            is_eager=True,
+            expose_value=False,
+            callback=_show_version,
+            help="Print the version and exit.",
+        )
+        make = click.command(
+            cls=kind,
+            context_settings=SETTINGS,
+            help=summary,
+            options_metavar=usage,
+            epilog="\b\nExamples:\n" + examples.strip("\n"),
+            **extra,
+        )
+        made = make(function)
+        made.params.append(version)
+        return made
+
+    return decorate
+
+
+def _show_version(context: click.Context, _: click.Parameter, wanted: bool) -> None:
+    if wanted:
+        from aiosd import __version__
+
+        click.echo(f"{context.find_root().info_name} {__version__}")
+        context.exit()
+
+
+def _lower_first(text: str) -> str:
+    """Sentences of click begin with a capital letter, error lines do not; names such as AIOS_HOME keep theirs."""
+    return text[:1].lower() + text[1:] if text[1:2].islower() else text
+
+
+def _discard_output() -> None:
+    """Whatever still lies in stdout's buffer has no reader any more."""
+    os.dup2(os.open(os.devnull, os.O_WRONLY), 1)

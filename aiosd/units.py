@@ -1,0 +1,47 @@
+"""Sizes and lengths of time as people write and read them."""
+
+from __future__ import annotations
+
+import re
+
+_SECONDS = {"s": 1.0, "m": 60.0, "h": 3600.0, "d": 86400.0}
+
+
+def parse_size(text: str) -> int:
+    """Bytes: `1048576`, `512M`, `1.5G`, `2GiB` (suffixes are of 1024). ValueError for anything else, and for 0."""
+    match = re.fullmatch(r"([0-9]+(?:\.[0-9]+)?)\s*([KMGT]?)(?:i?B)?", text.strip(), re.IGNORECASE)
+    size = int(float(match[1]) * 1024 ** " KMGT".index(match[2].upper() or " ")) if match else 0
+    if size < 1:
+        raise ValueError(f"{text!r} is no size (such as 512M or 2G)")
+    return size
+
+
+def format_size(n: float) -> str:
+    """`512`, `9.1M`, `120M`, `2.0G`."""
+    if n < 1024:
+        return str(int(n))
+    for unit in "KMGT":
+        n /= 1024
+        if n < 1000 or unit == "T":
+            break
+    return f"{n:.1f}{unit}" if n < 100 else f"{n:.0f}{unit}"
+
+
+def parse_duration(text: str) -> float:
+    """Seconds: `42s`, `10m`, `1h30m`, `1.5d`. ValueError for anything else."""
+    parts = re.findall(r"([0-9]+(?:\.[0-9]+)?)([smhd])", text)
+    if not parts or "".join(number + unit for number, unit in parts) != text:
+        raise ValueError(f"{text!r} is no length of time (such as 42s or 10m)")
+    return sum(float(number) * _SECONDS[unit] for number, unit in parts)
+
+
+def format_duration(seconds: float) -> str:
+    """`12 s`, `3 min 4 s`, `5 h 12 min`, `2 d 3 h`."""
+    whole = max(0, int(seconds))
+    if whole < 60:
+        return f"{whole} s"
+    if whole < 3600:
+        return f"{whole // 60} min {whole % 60} s"
+    if whole < 86400:
+        return f"{whole // 3600} h {whole // 60 % 60} min"
+    return f"{whole // 86400} d {whole // 3600 % 24} h"
