@@ -1,16 +1,15 @@
 """GGUF files for tests, made in a fraction of a second from a seed: random weights, a real tokenizer.
 
 A tiny model speaks nonsense, but deterministic nonsense: what the engine does with it (batching, parking,
-grammars, stop strings) can be checked token by token. `bytes` is the vocabulary: the 256 bytes, a few words
-and the special tokens a template needs.
+grammars, stop strings) can be checked token by token.
 """
 
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
-import gguf
-import numpy as np
+from benchmarks.models import write_llama
 
 CHATML = (
     "{%- if tools %}{{- '<|im_start|>system\\nTools: ' + (tools | tojson) + '<|im_end|>\\n' }}{%- endif %}"
@@ -23,102 +22,7 @@ CHATML = (
     "{%- if add_generation_prompt %}{{- '<|im_start|>assistant\\n' }}{%- endif %}"
 )
 
-CONTROL = ["<|endoftext|>", "<|im_start|>", "<|im_end|>"]
-DEFINED = ["<tool_call>", "</tool_call>"]
 
-
-def byte_to_char() -> dict[int, str]:
-    """GPT-2's printable stand-in for every byte."""
-    plain = [*range(33, 127), *range(161, 173), *range(174, 256)]
-    table = {b: chr(b) for b in plain}
-    rest = (b for b in range(256) if b not in table)
-    table.update({b: chr(256 + i) for i, b in enumerate(rest)})
-    return table
-
-
-def write(
-    path: Path,
-    *,
-    seed: int = 0,
-    d: int = 64,
-    layers: int = 2,
-    heads: int = 4,
-    kv_heads: int = 2,
-    ff: int = 128,
-    vocab: int = 0,
-    ctx: int = 4096,
-    template: str | None = CHATML,
-    control: list[str] | None = None,
-    f16: bool = False,
-    scale: float = 1.0,
-    end_bias: float = 0.0,
-) -> Path:
-    """A Llama of random weights. `vocab`: pad the vocabulary with made-up words to that size. `scale` sharpens
-    the logits. `end_bias` > 0 makes <|im_end|> likelier."""
-    rng = np.random.default_rng(seed)
-    names = byte_to_char()
-    control = CONTROL if control is None else control
-    tokens = [*control, *DEFINED, *(names[b] for b in range(256))]
-    types = [gguf.TokenType.CONTROL] * len(control) + [gguf.TokenType.USER_DEFINED] * len(DEFINED)
-    types += [gguf.TokenType.NORMAL] * 256
-    merges: list[str] = []
-    words = ["he", "th", "in", "er", "an", "re", "on", "at", "en", "nd"]
-    for word in words:
-        merges.append(f"{word[0]} {word[1]}")
-        tokens.append(word)
-        types.append(gguf.TokenType.NORMAL)
-    for i in range(vocab - len(tokens)):
-        tokens.append(f"{names[ord(' ')]}w{i:05d}")
-        types.append(gguf.TokenType.NORMAL)
-
-    writer = gguf.GGUFWriter(path, "llama")
-    writer.add_name("tiny")
-    writer.add_context_length(ctx)
-    writer.add_embedding_length(d)
-    writer.add_block_count(layers)
-    writer.add_feed_forward_length(ff)
-    writer.add_head_count(heads)
-    writer.add_head_count_kv(kv_heads)
-    writer.add_layer_norm_rms_eps(1e-5)
-    writer.add_rope_dimension_count(d // heads)
-    writer.add_rope_freq_base(10000.0)
-    writer.add_vocab_size(len(tokens))
-    writer.add_tokenizer_model("gpt2")
-    writer.add_tokenizer_pre("gpt-2")
-    writer.add_token_list(tokens)
-    writer.add_token_types(types)
-    writer.add_token_merges(merges)
-    writer.add_bos_token_id(0)
-    writer.add_eos_token_id(control.index("<|im_end|>") if "<|im_end|>" in control else 0)
-    writer.add_add_bos_token(False)
-    if template is not None:
-        writer.add_chat_template(template)
-
-    kind = np.float16 if f16 else np.float32
-
-    def matrix(rows: int, columns: int, gain: float = 1.0) -> np.ndarray:
-        return (rng.standard_normal((rows, columns)) * gain / np.sqrt(columns)).astype(kind)
-
-    kv = d * kv_heads // heads
-    embedding = matrix(len(tokens), d, np.sqrt(d))
-    writer.add_tensor("token_embd.weight", embedding)
-    writer.add_tensor("output_norm.weight", np.ones(d, np.float32))
-    output = matrix(len(tokens), d, 3.0 * scale)
-    if end_bias:
-        output[control.index("<|im_end|>")] *= end_bias
-    writer.add_tensor("output.weight", output)
-    for i in range(layers):
-        writer.add_tensor(f"blk.{i}.attn_norm.weight", np.ones(d, np.float32))
-        writer.add_tensor(f"blk.{i}.attn_q.weight", matrix(d, d))
-        writer.add_tensor(f"blk.{i}.attn_k.weight", matrix(kv, d))
-        writer.add_tensor(f"blk.{i}.attn_v.weight", matrix(kv, d))
-        writer.add_tensor(f"blk.{i}.attn_output.weight", matrix(d, d))
-        writer.add_tensor(f"blk.{i}.ffn_norm.weight", np.ones(d, np.float32))
-        writer.add_tensor(f"blk.{i}.ffn_gate.weight", matrix(ff, d))
-        writer.add_tensor(f"blk.{i}.ffn_up.weight", matrix(ff, d))
-        writer.add_tensor(f"blk.{i}.ffn_down.weight", matrix(d, ff))
-    writer.write_header_to_file()
-    writer.write_kv_data_to_file()
-    writer.write_tensors_to_file()
-    writer.close()
-    return path
+def write(path: Path, *, template: str | None = CHATML, **shape: Any) -> Path:
+    """A model of some 100,000 parameters (see `benchmarks.models.write_llama` for what `shape` may say)."""
+    return write_llama(path, template=template, **shape)

@@ -34,17 +34,15 @@ _LOOK_EVERY = 0.05  # seconds between two looks at the bell while busy
 class Channel(Protocol):
     """What the core needs of `libaios.channel.Channel`."""
 
+    outbox_bytes: int
+    hung_up: bool
+    more: bool
+
+    def ready(self) -> bool: ...
     def receive(self, limit: int) -> list[bytes]: ...
     def send(self, payload: bytes) -> None: ...
     def pump(self) -> bool: ...
-    def renew(self) -> None: ...
-    @property
-    def reborn(self) -> bool: ...
-    def wait(self, timeout: float) -> Any: ...
-    @property
-    def outbox_bytes(self) -> int: ...
-    @property
-    def hung_up(self) -> bool: ...
+    def wait(self, timeout: float | None) -> bool: ...
 
 
 def main(channel: Channel, spec: ModelSpec) -> int:
@@ -157,7 +155,7 @@ class Core:
         except OSError as error:
             self._refuse(message.key, error)
             return
-        self._answer(message.key, self._loaded.model.detokenize(message.request.tokens).decode(errors="replace"))
+        self._answer(message.key, self._loaded.model.text(message.request.tokens))
 
     def _embed(self, message: link.SubmitEmbed) -> None:
         try:
@@ -180,12 +178,6 @@ class Core:
 
         loaded = self._loaded
         return {
-            "name": self._spec.name,
-            "path": loaded.path,
-            "pid": os.getpid(),
-            "model": loaded.model.description,
-            "n_params": loaded.model.n_params,
-            "n_ctx": loaded.ctx,
             "model_bytes": loaded.model.size,
             "kv_bytes": loaded.kv_bytes,
             "rss_bytes": _rss(),

@@ -50,6 +50,9 @@ REMEMBER_S, REMEMBER = 60.0, 256
 #: While others decode, prompts get so many seconds of a step.
 PREFILL_SLICE = 0.25
 
+#: … and never less than twice this many tokens of a prompt in one batch, unless it has no more.
+LEAST_PROMPT = 16
+
 #: A batch in several pieces for so many steps is made whole by swapping slots.
 PATIENCE = 32
 
@@ -125,7 +128,7 @@ class Engine:
         self._calls[sequence.key] = self._waiting[sequence.key] = sequence
         if sequence.stream:
             self._streams[sequence.key] = sequence
-        self._limit(sequence)
+        self._limit(sequence, computed=0)
         reason = self._over(sequence)
         if reason:
             self._finish(sequence, reason)
@@ -225,7 +228,7 @@ class Engine:
         if not sequence.started_told:
             sequence.slot_at, sequence.started_told = now, True
             self._started.append(Started(sequence.key, len(sequence.prompt), sequence.cached))
-            self._limit(sequence)
+            self._limit(sequence, computed=len(sequence.prompt) - sequence.cached)
             reason = self._over(sequence)
             if reason:
                 self._finish(sequence, reason)
@@ -254,12 +257,12 @@ class Engine:
         self._waiting[sequence.key] = sequence
         self._stale = True
 
-    def _limit(self, sequence: Sequence) -> None:
-        """How many tokens `out` may come to hold, and what it means to reach that."""
+    def _limit(self, sequence: Sequence, computed: int) -> None:
+        """How many tokens `out` may come to hold, and what it means to reach that, when the prompt costs so many
+        computed tokens."""
         full = self._ctx - len(sequence.prompt)
         sequence.limit, sequence.limit_reason = min(sequence.max_tokens, full), "length"
         if sequence.budget is not None:
-            computed = len(sequence.prompt) - sequence.cached
             allowed = sequence.forced + sequence.budget - computed
             if allowed < sequence.limit:
                 sequence.limit, sequence.limit_reason = max(allowed, 0), "limit"
@@ -277,8 +280,8 @@ class Engine:
         if not pending:
             return
         pending = self.policy.order(pending, self._clock())
-        budget = self.meter.tokens_in(PREFILL_SLICE, least=32) if self._rows else self._context.ubatch
-        while pending and budget > 0:
+        budget = self.meter.tokens_in(PREFILL_SLICE, least=2 * LEAST_PROMPT) if self._rows else self._context.ubatch
+        while pending and budget >= LEAST_PROMPT:
             group, size = self._group(pending, min(budget, self._context.ubatch))
             budget -= size * len(group)
             self._prefill_group(group, size)
@@ -289,7 +292,9 @@ class Engine:
         Never one ubatch more than asked for, and never a last part of one token (see the head of the file)."""
         first = self._pending(pending[0])
         if first > budget:
-            return pending[:1], budget - 1 if first - budget == 1 and budget > 2 else budget
+            return pending[:1], budget - 1 if first - budget == 1 else budget
+        if first == 1 and self._exact:
+            return pending[:1], 1
         same = [sequence for sequence in pending if self._pending(sequence) == first][: budget // first]
         return sorted(same, key=lambda sequence: sequence.slot), first
 
@@ -327,7 +332,7 @@ class Engine:
             assert logits is not None
             sequence.first_at = self._clock()
             self._next(sequence, logits[row])
-            self._stale = True
+        self.meter.generated += len(last)
 
     def _tokens(self, sequence: Sequence, start: int, stop: int) -> llama.Ints:
         prompt = sequence.prompt
@@ -622,10 +627,8 @@ class Engine:
     def stats(self) -> dict[str, object]:
         free = self.slots.num_free
         return {
-            "slots": self.slots.total,
-            "slots_free": free,
-            "slots_used": self.slots.total - free,
-            "calls": len(self._calls),
+            "slots": {"total": self.slots.total, "free": free, "used": self.slots.total - free},
+            "running": len(self._calls) - len(self._waiting),
             "waiting": len(self._waiting),
             "policy": self.policy.name,
             **self.meter.stats(),

@@ -144,6 +144,11 @@ class Model:
             n = C.llama_token_to_piece(self._vocab, token, self._buffer, -n, 0, special)
         return self._buffer.raw[: max(n, 0)]
 
+    def control_texts(self) -> list[str]:
+        """How the control tokens are written, the longest first."""
+        texts = {self.token_text(int(token)) for token in np.flatnonzero(self.control)} - {""}
+        return sorted(texts, key=len, reverse=True)
+
     def token_text(self, token: int) -> str:
         """How a token is written in the template language: control tokens show."""
         return "" if token < 0 else self._piece(token, True).decode(errors="replace")
@@ -163,6 +168,17 @@ class Model:
         """The bytes that the tokens stand for, control tokens left out."""
         pieces = self.pieces
         return b"".join([pieces[token] for token in tokens])
+
+    def text(self, tokens: list[int]) -> str:
+        """Tokens as text of their own, as `tokenize` reads it: control tokens show, an added space is gone."""
+        ids = (C.llama_token * len(tokens))(*tokens)
+        room = sum(len(self.pieces[token]) for token in tokens) + 64 * len(tokens) + 8
+        while True:
+            buffer = ctypes.create_string_buffer(room)
+            n = int(C.llama_detokenize(self._vocab, ids, len(tokens), buffer, room, False, True))
+            if n >= 0:
+                return buffer.raw[:n].decode(errors="replace")
+            room = -n
 
     def meta(self, key: str) -> str | None:
         """A string of the GGUF's metadata; numbers come as text."""

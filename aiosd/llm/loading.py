@@ -29,6 +29,9 @@ AUTO_SLOTS = 64
 #: Largest batch that llama.cpp computes at once.
 UBATCH = 512
 
+#: The measurement of threads takes about this long at most.
+MEASURE_S = 0.8
+
 Report = Callable[[str, float], None]
 
 
@@ -240,22 +243,23 @@ def _context(spec: ModelSpec, model: llama.Model, ctx: int, slots: int, report: 
 
 
 def _measure_threads(context: llama.Context, rows: int, report: Report) -> int:
-    """The fastest number of threads for a decode step of some rows. In doubt the fewer."""
+    """The fastest number of threads for a decode step of some rows; more of them only for a clear gain, because
+    the agents need the cores too, and threads that wait for each other waste them."""
     cores = len(os.sched_getaffinity(0))
+    candidates = sorted({1, *(2**i for i in range(1, 9) if 2**i < cores), cores})
     if cores == 1:
         return 1
-    candidates = sorted({1, 2, *(2**i for i in range(2, 8) if 2**i <= cores), cores})
     batch = llama.Batch(rows)
     batch.size = rows
     batch.sequences[:] = np.arange(rows)
     batch.wanted[:] = 1
     best, fastest = 1, float("inf")
-    deadline = time.monotonic() + 0.8
+    deadline = time.monotonic() + MEASURE_S
     for i, threads in enumerate(candidates):
         report("measuring threads", i / len(candidates))
         context.set_threads(threads)
         took = _median_step(context, batch, deadline)
-        if took < 0.95 * fastest:
+        if took < 0.8 * fastest:
             best, fastest = threads, took
     for row in range(rows):
         context.cut(row, 0)
@@ -263,8 +267,9 @@ def _measure_threads(context: llama.Context, rows: int, report: Report) -> int:
 
 
 def _median_step(context: llama.Context, batch: llama.Batch, deadline: float) -> float:
+    """Seconds; the first step, which finds everything cold, does not count."""
     times: list[float] = []
-    for _ in range(9):
+    for _ in range(8):
         began = time.perf_counter()
         if context.decode(batch) != llama.OK:
             raise WorldError("llama.cpp could not decode a first step")
@@ -273,4 +278,4 @@ def _median_step(context: llama.Context, batch: llama.Batch, deadline: float) ->
         batch.positions[:] += 1
         if time.monotonic() > deadline and len(times) > 1:
             break
-    return sorted(times)[(len(times) - 1) // 2]
+    return sorted(times[1:])[(len(times) - 1) // 2]

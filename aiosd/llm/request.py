@@ -7,12 +7,13 @@ grammars. The engine gets a record that can only fail by what happens to it late
 from __future__ import annotations
 
 import errno
+import re
 
 import numpy as np
 
 from aiosd.link import Submit
 from aiosd.llm import llama
-from aiosd.llm.chat import ChatTemplate, Tool, normal_messages, normal_tools, refuse
+from aiosd.llm.chat import ChatTemplate, Message, Tool, normal_messages, normal_tools, refuse
 from aiosd.llm.sampling import Sampler
 from aiosd.llm.sequence import Sequence
 from aiosd.llm.structured import Constraint, SchemaConstraint, ToolConstraint
@@ -20,6 +21,7 @@ from aiosd.llm.text import TextStream
 from libaios.wire import Generate, Sampling
 
 _UNLIMITED = 1 << 30
+_MARK = "\U0010fffe"  # no character; never in a text that means something
 
 
 class Requests:
@@ -28,6 +30,8 @@ class Requests:
     def __init__(self, model: llama.Model, ctx: int) -> None:
         self._model = model
         self._ctx = ctx
+        controls = model.control_texts()
+        self._control = re.compile("|".join(map(re.escape, controls))) if controls else None
         self.template = ChatTemplate(
             model.meta("tokenizer.chat_template"), model.token_text(model.bos), model.token_text(model.eos)
         )
@@ -55,6 +59,7 @@ class Requests:
             dialect=dialect,
             budget=submit.budget,
             stops=list(sampling.stop),
+            watched=request.stream or bool(sampling.stop) or dialect is not None,
         )
         self._force(sequence, request.given)
         return sequence
@@ -63,23 +68,41 @@ class Requests:
         if (request.messages is None) == (request.prompt is None):
             raise refuse("give either messages or a prompt")
         if request.messages is not None:
-            text = self.template.render(normal_messages(request.messages), tools)
-            return self._measured(self._tokens(text, special=True))
+            messages = normal_messages(request.messages)
+            return self._measured(self._chat_tokens(self.template.render(self._disarmed(messages), tools)))
         if tools:
             raise refuse("tools: they need a chat, a completion has no place for them")
         if isinstance(request.prompt, str):
-            return self._measured(self._tokens(request.prompt, special=False) if request.prompt else [])
+            return self._measured(self._tokens(request.prompt) if request.prompt else [])
         assert request.prompt is not None
         self.check_ids(request.prompt, "prompt")
         return self._measured(request.prompt)
 
-    def _tokens(self, text: str, *, special: bool) -> list[int]:
+    def _disarmed(self, messages: list[Message]) -> list[Message]:
+        """Control tokens that a message merely quotes (a tool's output may) must not become control tokens: a
+        mark goes into the middle of them, at which `_chat_tokens` cuts."""
+        pattern = self._control
+        if pattern is None or not any(pattern.search(message["content"]) for message in messages):
+            return messages
+        return [
+            {**message, "content": pattern.sub(lambda match: match[0][0] + _MARK + match[0][1:], message["content"])}
+            for message in messages
+        ]
+
+    def _chat_tokens(self, text: str) -> list[int]:
+        first, *rest = text.split(_MARK)
+        tokens = self._tokens(first)
+        for part in rest:
+            tokens += self._model.tokenize(part, bos=False, special=True)
+        return tokens
+
+    def _tokens(self, text: str) -> list[int]:
         """With the model's BOS in front, but never twice: many templates write it themselves."""
         if not self._model.has_tokenizer:
             raise refuse("this model has no tokenizer: give token ids")
-        tokens = self._model.tokenize(text, bos=True, special=special)
+        tokens = self._model.tokenize(text, bos=True, special=True)
         bos = self._model.bos
-        if special and len(tokens) > 1 and tokens[0] == tokens[1] == bos and self._model.adds_bos:
+        if self._model.adds_bos and len(tokens) > 1 and tokens[0] == tokens[1] == bos:
             return tokens[1:]
         return tokens
 

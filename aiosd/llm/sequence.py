@@ -51,6 +51,7 @@ class Sequence:
     dialect: ToolDialect | None = None
     budget: int | None = None  # tokens this call may still charge, prompt included
     stops: list[str] = field(default_factory=list)
+    watched: bool = False  # every token's text must be looked at as it comes
 
     # owned by the engine
     phase: Phase = Phase.QUEUED
@@ -109,11 +110,6 @@ class Sequence:
     def replaying(self) -> bool:
         """Are there generated tokens left that must go through decode steps again?"""
         return self.length - len(self.prompt) < len(self.out) - 1
-
-    @property
-    def watched(self) -> bool:
-        """Must every token's text be looked at as it comes?"""
-        return self.stream or bool(self.stops) or self.dialect is not None
 
     def recent(self) -> list[int]:
         """The last tokens, for the repeat penalty."""

@@ -53,7 +53,7 @@ class Meter:
             rate = tokens / seconds
             self._prefill_rate += (0.3 if self._prefill_rate else 1.0) * (rate - self._prefill_rate)
 
-    def tokens_in(self, seconds: float, least: int, unknown: int = 256) -> int:
+    def tokens_in(self, seconds: float, least: int, unknown: int = 128) -> int:
         """How many prompt tokens are computed in so much time."""
         return max(least, int(self._prefill_rate * seconds)) if self._prefill_rate else unknown
 
@@ -63,7 +63,7 @@ class Meter:
         first, count = marks[0]
         return {
             "steps": self.steps,
-            "calls": self.calls,
+            "calls_finished": self.calls,
             "tokens_generated": self.generated,
             "tokens_prefilled": self.computed,
             "tokens_cached": self.cached,

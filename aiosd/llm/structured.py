@@ -85,7 +85,8 @@ class _Guide:
         if self.can_end:
             return END
         chosen = self._constrained(row, draw)
-        self.accept(chosen)
+        if chosen != END:
+            self.accept(chosen)
         return chosen
 
     def _constrained(self, row: Row, draw: Draw) -> int:
@@ -103,6 +104,8 @@ class _Guide:
                 if self._is_utf8(int(ids[place])):
                     return int(ids[place])
                 ids = np.delete(ids, place)
+        if not self._model.end_tokens:  # nothing can follow, and the model has no way to say so
+            return END
         raise OSError(errno.EIO, "no token of the model's vocabulary fits the grammar at this place")
 
     def close(self) -> None:
