@@ -111,7 +111,11 @@ class Converter:
     def convert(self, name: str, schema: Schema) -> str:
         """Add the rules of a schema; the name of its first rule."""
         self._root = schema
-        rule = self._visit(schema, name, 0)
+        try:
+            rule = self._visit(schema, name, 0)
+        except (TypeError, ValueError, KeyError, AttributeError, OverflowError, RecursionError) as error:
+            # Nonsense has more forms than there are checks below.
+            raise refuse(f"the schema is malformed: {error}") from error
         self._check_beginnings()
         return rule
 
@@ -397,12 +401,12 @@ class Converter:
     def _members(self, pairs: list[tuple[str, bool]], name: str) -> str:
         """The members in their order, the optional ones left out or not, commas only between members. From the
         back: what may follow when nothing was written yet, and when something was."""
-        first = rest = ""
+        first = rest = '""'
         for i in range(len(pairs) - 1, -1, -1):
             pair, needed = pairs[i]
-            after = f" {rest}" if rest else ""
-            first_body = f"{pair}{after}" if needed else f"{pair}{after} | {first}"
-            rest_body = f'"," ws {pair}{after}' if needed else f'"," ws {pair}{after} | {rest}'
+            first_body, rest_body = f"{pair} {rest}", f'"," ws {pair} {rest}'
+            if not needed:
+                first_body, rest_body = f"{first_body} | {first}", f"{rest_body} | {rest}"
             first, rest = self.add(f"{name}-f{i}", first_body), self.add(f"{name}-r{i}", rest_body)
         return first
 
@@ -560,7 +564,7 @@ def _common_head(texts: list[str]) -> str:
 def _bounds(schema: dict[str, Any], least: str, most: str) -> tuple[int, int | None]:
     low, high = schema.get(least, 0), schema.get(most)
     for key, value in ((least, low), (most, high)):
-        if value is None:
+        if key not in schema:
             continue
         if isinstance(value, bool) or not isinstance(value, int | float) or value < 0 or value != int(value):
             raise refuse(f"{key} must be a whole number")

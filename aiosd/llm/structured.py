@@ -45,7 +45,7 @@ class Constraint(Protocol):
     def close(self) -> None: ...
 
 
-class _Guide:
+class Guide:
     """A grammar, plus what it does not look at: control tokens, and bytes that are no UTF-8."""
 
     def __init__(self, model: llama.Model, gbnf: str) -> None:
@@ -96,9 +96,7 @@ class _Guide:
                 ids.sort()
             else:
                 ids = np.arange(len(row))
-            control = self._model.control[ids]
-            ids = ids[~control]
-            ids = ids[self._grammar.mask(ids)]
+            ids = self.fitting(ids)
             while len(ids):
                 place = draw(row[ids])
                 if self._is_utf8(int(ids[place])):
@@ -107,6 +105,11 @@ class _Guide:
         if not self._model.end_tokens:  # nothing can follow, and the model has no way to say so
             return END
         raise OSError(errno.EIO, "no token of the model's vocabulary fits the grammar at this place")
+
+    def fitting(self, ids: npt.NDArray[np.int64]) -> npt.NDArray[np.int64]:
+        """Those of the tokens that the grammar lets through; `allows` may still refuse some as no UTF-8."""
+        ids = ids[~self._model.control[ids]]
+        return ids[self._grammar.mask(ids)]
 
     def close(self) -> None:
         self._grammar.close()
@@ -117,7 +120,7 @@ class SchemaConstraint:
 
     def __init__(self, model: llama.Model, schema: Schema) -> None:
         try:
-            self._guide = _Guide(model, grammar_of(schema))
+            self._guide = Guide(model, grammar_of(schema))
         except OSError as error:
             raise refuse(f"schema: {error.strerror}") from None
 
@@ -142,7 +145,7 @@ class ToolConstraint:
         converter = Converter()
         calls = call_rules(dialect, tools, converter.convert)
         self._gbnf = f"{converter.text()}{calls}\n{dialect.rules}\n"
-        self._guide: _Guide | None = None
+        self._guide: Guide | None = None
         self._blank = True  # nothing but white space so far
 
     def settle(self, text: TextStream, row: Row, token: int, draw: Draw) -> int:
@@ -193,7 +196,7 @@ class ToolConstraint:
         return True
 
     def _enter(self) -> None:
-        self._guide = _Guide(self._model, self._gbnf)
+        self._guide = Guide(self._model, self._gbnf)
 
     _entered_with_token = False
 

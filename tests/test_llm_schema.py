@@ -1,0 +1,290 @@
+"""Every text of a grammar is JSON and valid against its schema; what no grammar can keep is refused with a sentence.
+
+The texts are drawn by random walks through llama.cpp's own grammar, byte by byte, and judged by a validator of
+the tests' own (`minischema`).
+"""
+
+from __future__ import annotations
+
+import errno
+import json
+import random
+import re
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+
+from aiosd.llm import llama
+from aiosd.llm.schema import Schema, grammar_of
+from aiosd.llm.structured import Guide
+from tests import tinymodels
+from tests.minischema import valid
+
+#: Drawn more often, so that walks come to an end.
+CLOSING = {bytes([byte]) for byte in b'"}],:0'}
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory: pytest.TempPathFactory) -> Iterator[llama.Model]:
+    llama.start()
+    path: Path = tinymodels.write(
+        tmp_path_factory.mktemp("gguf") / "tiny.gguf", d=8, layers=1, heads=1, kv_heads=1, ff=8
+    )
+    model = llama.Model(str(path), 0, lambda fraction: None)
+    yield model
+    model.close()
+
+
+def walk(model: llama.Model, gbnf: str, rng: random.Random, most: int) -> bytes | None:
+    """A text of the grammar, drawn byte by byte; None when it got longer than `most`."""
+    single = np.array([token for token in range(model.n_vocab) if len(model.pieces[token]) == 1])
+    guide, text = Guide(model, gbnf), b""
+    try:
+        while len(text) <= most:
+            if guide.can_end and rng.random() < 0.5:
+                return text
+            allowed = [int(token) for token in guide.fitting(single) if guide.allows(int(token))]
+            if not allowed:
+                assert guide.can_end, f"a dead end after {text!r}"
+                return text
+            closing = [token for token in allowed if model.pieces[token] in CLOSING]
+            token = rng.choice(closing if closing and rng.random() < 0.75 else allowed)
+            guide.accept(token)
+            text += model.pieces[token]
+        return None
+    finally:
+        guide.close()
+
+
+def check_walks(model: llama.Model, schema: Schema, walks: int = 6, most: int = 300) -> list[Any]:
+    gbnf = grammar_of(schema)
+    values = []
+    for seed in range(walks):
+        text = walk(model, gbnf, random.Random(seed), most)
+        if text is not None:
+            value = json.loads(text.decode())
+            assert valid(value, schema), f"{value!r} is not valid against {schema}"
+            values.append(value)
+    return values
+
+
+SCHEMAS: list[Schema] = [
+    True,
+    {},
+    {"type": "null"},
+    {"type": "boolean"},
+    {"type": ["integer", "null"]},
+    {"type": "integer", "minimum": -12, "maximum": 1305},
+    {"type": "integer", "exclusiveMinimum": 0},
+    {"type": "integer", "maximum": -7},
+    {"type": "number", "minimum": 0, "maximum": 1},
+    {"type": "number", "exclusiveMinimum": -2, "exclusiveMaximum": 3},
+    {"type": "number", "minimum": 0.5},
+    {"type": "string", "minLength": 2, "maxLength": 5},
+    {"type": "string", "maxLength": 300},
+    {"type": "string", "pattern": "^[a-c]{2,3}\\d+(x|\"y\\\\)?$"},
+    {"type": "string", "pattern": "[^a-z\"]\\w\\s\\S\\D?."},
+    {"type": "string", "format": "date-time"},
+    {"type": "string", "format": "uuid"},
+    {"enum": ["a", "é\n\"", 1, None, True, [1, {"k": "v"}]]},
+    {"enum": [f"value-{i:04d}" for i in range(0, 3000, 7)]},
+    {"const": {"a": [1, 2.5, "x"]}},
+    {"type": "array", "items": {"type": "boolean"}, "minItems": 2, "maxItems": 3},
+    {"type": "array", "items": False},
+    {"type": "array", "prefixItems": [{"type": "integer"}, {"const": "x"}], "items": {"type": "null"}, "minItems": 3},
+    {"type": "object"},
+    {"type": "object", "additionalProperties": False},
+    {"type": "object", "additionalProperties": {"type": "integer"}, "minProperties": 1, "maxProperties": 2},
+    {
+        "type": "object",
+        "properties": {"a": {"type": "integer"}, "b\"q": {"type": "boolean"}, "é": {"enum": [1]}, "d": {}},
+        "required": ["b\"q", "d"],
+        "additionalProperties": False,
+    },
+    {"type": "object", "properties": {"x": {"type": "integer"}, "y": {"type": "null"}}},
+    {"type": "object", "required": ["only"]},
+    {"anyOf": [{"type": "integer"}, {"type": "string", "maxLength": 1}]},
+    {"oneOf": [{"type": "integer"}, {"type": "string", "maxLength": 1}]},
+    {
+        "oneOf": [
+            {"type": "object", "properties": {"kind": {"const": "a"}, "n": {"type": "integer"}}, "required": ["kind"]},
+            {"type": "object", "properties": {"kind": {"const": "b"}}, "required": ["kind"]},
+        ]
+    },
+    {"allOf": [{"type": "object", "properties": {"a": {"type": "null"}}}, {"required": ["a"]}]},
+    {"type": "object", "properties": {"a": {"type": "null"}}, "anyOf": [{"required": ["a"]}, {"type": "object"}]},
+    {
+        "$defs": {"node": {"required": ["next"], "properties": {"next": {"anyOf": [{"$ref": "#/$defs/node"},
+                                                                                {"type": "null"}]}}}},
+        "$ref": "#/$defs/node",
+    },
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("schema", SCHEMAS, ids=lambda schema: json.dumps(schema)[:50])
+def test_every_drawn_text_is_valid(model: llama.Model, schema: Schema) -> None:
+    assert check_walks(model, schema), "no walk came to an end"
+
+
+numbers = st.integers(-2000, 2000) | st.floats(-100, 100).map(lambda x: round(x, 2))
+scalars = st.one_of(
+    st.just({"type": "boolean"}),
+    st.builds(
+        lambda a, b: {"type": "integer", "minimum": min(a, b), "maximum": max(a, b)},
+        st.integers(-(10**6), 10**6),
+        st.integers(-(10**6), 10**6),
+    ),
+    st.builds(
+        lambda a, b: {"type": "number", "minimum": min(a, b), "exclusiveMaximum": max(a, b) + 1}, numbers, numbers
+    ),
+    st.builds(
+        lambda a, b: {"type": "string", "minLength": a, "maxLength": a + b}, st.integers(0, 130), st.integers(0, 130)
+    ),
+    st.lists(st.text(max_size=6) | st.integers() | st.none(), min_size=1, max_size=20).map(lambda v: {"enum": v}),
+)
+
+
+def containers(inner: st.SearchStrategy[Any]) -> st.SearchStrategy[Any]:
+    return st.one_of(
+        st.builds(
+            lambda item, a, b: {"type": "array", "items": item, "minItems": a, "maxItems": a + b},
+            inner,
+            st.integers(0, 3),
+            st.integers(0, 3),
+        ),
+        st.builds(
+            lambda properties, n: {"type": "object", "properties": properties, "required": sorted(properties)[:n]},
+            st.dictionaries(st.text(max_size=5), inner, max_size=4),
+            st.integers(0, 4),
+        ),
+        st.lists(inner, min_size=1, max_size=3).map(lambda branches: {"anyOf": branches}),
+    )
+
+
+@settings(max_examples=60, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(st.recursive(scalars, containers, max_leaves=6))
+def test_drawn_texts_of_drawn_schemas_are_valid(model: llama.Model, schema: Schema) -> None:
+    check_walks(model, schema, walks=2)
+
+
+def nested(depth: int) -> Schema:
+    schema: Schema = {"type": "null"}
+    for _ in range(depth):
+        schema = {"type": "array", "items": schema}
+    return schema
+
+
+#: Every definition can begin with two others: 2^40 ways to begin.
+DOUBLING = {
+    "$defs": {
+        f"{side}{i}": {"anyOf": [{"$ref": f"#/$defs/a{i + 1}"}, {"$ref": f"#/$defs/b{i + 1}"}, {"const": f"{side}{i}"}]}
+        for i in range(15)
+        for side in "ab"
+    }
+    | {"a15": {"type": "null"}, "b15": {"type": "integer"}},
+    "$ref": "#/$defs/a0",
+}
+
+REFUSED: list[tuple[Any, str]] = [
+    (False, "no value"),
+    ({"not": {}}, "not:"),
+    ({"if": {}, "then": {}}, "if:"),
+    ({"type": "array", "uniqueItems": True}, "uniqueItems"),
+    ({"type": "integer", "multipleOf": 3}, "multipleOf"),
+    ({"patternProperties": {"a": {}}}, "patternProperties"),
+    ({"$ref": "http://example.com/schema"}, "within the schema"),
+    ({"$ref": "#/$defs/missing"}, "points to nothing"),
+    ({"$ref": "#"}, "refers to itself"),
+    ({"anyOf": [{"$ref": "#"}, {"type": "null"}]}, "refers to itself"),
+    ({"$defs": {"a": {"allOf": [{"$ref": "#/$defs/a"}]}}, "$ref": "#/$defs/a"}, "circle"),
+    ({"type": "whatever"}, "must be one of"),
+    ({"type": {}}, "must be one of"),
+    ({"type": "integer", "minimum": 5, "maximum": 4}, "no whole number"),
+    ({"type": "number", "minimum": 0.2, "maximum": 0.8}, "too close"),
+    ({"type": "string", "pattern": "(?=a)b"}, "pattern"),
+    ({"type": "string", "pattern": "(a"}, "pattern"),
+    ({"type": "string", "pattern": "a" * 5000}, "2000 characters"),
+    ({"type": "string", "minLength": -1}, "whole number"),
+    ({"type": "string", "minLength": 5, "maxLength": 2}, "larger than its maximum"),
+    ({"type": "array", "minItems": 10**9}, "can repeat"),
+    ({"enum": []}, "list of values"),
+    ({"enum": ["\ud800"]}, "not JSON"),
+    ({"type": "string", "enum": [1]}, "type"),
+    ({"anyOf": []}, "list of schemas"),
+    ({"anyOf": "x"}, "list of schemas"),
+    ({"properties": []}, "properties"),
+    ({"type": "object", "properties": {"a": 1}}, "object or a boolean"),
+    ({"oneOf": [{"type": "number"}, {"type": "integer"}]}, "oneOf"),
+    ({"oneOf": [{"minimum": 1}, {"maximum": 1}]}, "oneOf"),
+    ({"required": ["a"], "properties": {"b": {}}, "additionalProperties": False}, "'a'"),
+    (nested(500), "nested"),
+    ({"type": "object", "properties": {f"p{i}": {} for i in range(2000)}}, "properties"),
+    ({"enum": [f"{i}" * 30_000 for i in range(20)]}, "too large"),
+    (DOUBLING, "too many"),
+]
+
+
+@pytest.mark.parametrize(("schema", "why"), REFUSED, ids=lambda value: json.dumps(value)[:40])
+def test_what_no_grammar_can_keep_is_refused_with_a_sentence(schema: Any, why: str) -> None:
+    began = time.monotonic()
+    with pytest.raises(OSError, match=re.escape(why)) as caught:
+        grammar_of(schema)
+    assert caught.value.errno == errno.EINVAL
+    assert time.monotonic() - began < 2
+
+
+@pytest.mark.parametrize(
+    "schema",
+    [
+        {"type": "array", "items": {"type": "array", "minItems": 900_000}, "minItems": 900_000},
+        {"type": "string", "minLength": 1_000_000, "maxLength": 10**12},
+        {"type": "object", "properties": {f"p{i}": {"type": "string"} for i in range(500)}},
+        {"enum": [f"{i:x}" * 3 for i in range(5000)]},
+        {"anyOf": [{"const": i} for i in range(1500)]},
+        {"type": "string", "pattern": "((a{50}){50}){50}"},
+        nested(60),
+    ],
+    ids=lambda schema: json.dumps(schema)[:40],
+)
+def test_large_but_bounded_schemas_work_and_quickly(model: llama.Model, schema: Schema) -> None:
+    began = time.monotonic()
+    grammar = llama.Grammar(model, grammar_of(schema))
+    for token in range(model.n_vocab):
+        grammar.allows(token)
+    grammar.close()
+    assert time.monotonic() - began < 3
+
+
+@settings(max_examples=150, deadline=None)
+@given(
+    st.recursive(
+        st.none() | st.booleans() | st.integers() | st.floats() | st.text(max_size=8),
+        lambda inner: st.lists(inner, max_size=3)
+        | st.dictionaries(
+            st.sampled_from(
+                ["type", "enum", "const", "items", "prefixItems", "properties", "required", "minItems", "maxLength",
+                 "minimum", "maximum", "pattern", "anyOf", "oneOf", "allOf", "$ref", "$defs", "format",
+                 "additionalProperties", "exclusiveMinimum", "minProperties"]
+            ),
+            inner | st.sampled_from(["object", "array", "string", "#", "#/$defs/a", "integer"]),
+            max_size=4,
+        ),
+        max_leaves=12,
+    ).filter(lambda value: isinstance(value, dict))
+)  # fmt: skip
+def test_any_nonsense_gives_a_grammar_or_a_sentence(model: llama.Model, schema: Any) -> None:
+    try:
+        gbnf = grammar_of(schema)
+    except OSError as refusal:
+        code, sentence = refusal.errno, refusal.strerror
+    else:
+        llama.Grammar(model, gbnf).close()
+        return
+    assert code == errno.EINVAL
+    assert sentence
