@@ -11,6 +11,7 @@ import json
 import os
 import shlex
 import shutil
+import signal
 import subprocess
 import sys
 import tempfile
@@ -83,8 +84,9 @@ def main() -> int:
         print(f"demo: {err or 'interrupted'}", file=sys.stderr)
         return 1
     finally:
-        if terminal.left_over():
-            subprocess.call(["aiosd", "stop"], env=terminal.env, stderr=subprocess.DEVNULL, timeout=30)
+        for process in terminal.left_over():  # only when something went wrong
+            with contextlib.suppress(OSError):
+                os.kill(process, signal.SIGKILL)
         shutil.rmtree(home, ignore_errors=True)
 
 

@@ -141,14 +141,17 @@ class System:
         self.env |= {"AIOS_HOME": str(self.home), **(env or {})}
         self.env["PATH"] = os.pathsep.join([str(Path(sys.executable).parent), self.env.get("PATH", os.defpath)])
         self.daemon: subprocess.Popen[bytes] | None = None
-        self.stderr = Path(tempfile.mkstemp(prefix="aios-", suffix=".log", dir="/tmp")[1])
+        fd, path = tempfile.mkstemp(prefix="aios-", suffix=".log", dir="/tmp")
+        os.close(fd)
+        self.stderr = Path(path)
         self.started: list[subprocess.Popen[Any]] = []
 
     # the daemon
 
     def start(self, timeout: float = BOOT_S) -> System:
         """Boot, and return when the system serves."""
-        SYSTEMS.append(self)
+        if self not in SYSTEMS:
+            SYSTEMS.append(self)
         began = len(self.log())
         with open(self.stderr, "ab") as log:
             self.daemon = subprocess.Popen(
@@ -172,7 +175,9 @@ class System:
 
     def log(self) -> str:
         """All that aiosd has written to its stderr."""
-        return self.stderr.read_text(errors="replace")
+        with contextlib.suppress(FileNotFoundError):
+            return self.stderr.read_text(errors="replace")
+        return ""
 
     def processes(self) -> list[psutil.Process]:
         """Every process of this system: aiosd's own and all that was started in it."""
@@ -209,8 +214,6 @@ class System:
         if self.daemon is not None:
             with contextlib.suppress(subprocess.TimeoutExpired):
                 self.daemon.wait(PATIENCE_S)
-        if self in SYSTEMS:
-            SYSTEMS.remove(self)
         return left
 
     def _end_clients(self) -> None:
@@ -227,6 +230,8 @@ class System:
 
     def remove(self) -> None:
         """Forget the home and the log."""
+        if self in SYSTEMS:
+            SYSTEMS.remove(self)
         self.stderr.unlink(missing_ok=True)
         if self.own_home:
             shutil.rmtree(self.home, ignore_errors=True)
@@ -272,7 +277,7 @@ class System:
     def unrest(self) -> list[str]:
         """What a test that is over must have ended: agents, calls, slots. Empty when all is as it should be."""
         busy = [f"agent {entry['pid']} ({entry['name']}, {entry['stat']})" for entry in self.agents()]
-        status = json.loads(self.run("aiosd", "status", "--json", "--check", check=True).stdout)
+        status = json.loads(self.run("aiosd", "status", "--json", "--check").stdout)
         busy += status["check"]
         for model in status["models"]:
             slots = model["stats"]["slots"]

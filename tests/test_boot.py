@@ -167,7 +167,7 @@ def test_second_aiosd_on_the_same_home(aiosd: System) -> None:
         (["aios-renice", "5", "1"], 1),
         (["aios-run", "--", "true"], 125),
     ],
-    ids=" ".join,
+    ids=lambda value: " ".join(value) if isinstance(value, list) else str(value),
 )
 def test_without_a_kernel_each_command_says_so(fresh_aiosd: Fresh, command: list[str], code: int) -> None:
     done = fresh_aiosd(start=False).run(*command)

@@ -14,6 +14,7 @@ from pathlib import Path
 
 import pytest
 
+import aiosd
 from tests.test_house import ROOT, SOURCES, imports, module_of
 from tools import bootstrap
 
@@ -79,7 +80,7 @@ def test_installed_command_tells_its_version(command: str) -> None:
     path = Path(sys.executable).parent / command
     done = subprocess.run([path, "--version"], capture_output=True, text=True, timeout=30, check=False, cwd="/")
     assert (done.returncode, done.stderr) == (0, "")
-    assert CONFIG["metadata"]["version"] in done.stdout
+    assert aiosd.__version__ in done.stdout
 
 
 def requirements(text: str) -> set[str]:
