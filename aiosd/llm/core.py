@@ -138,6 +138,8 @@ class Core:
     def _receive(self) -> None:
         for payload in self._channel.receive(_MESSAGES_AT_ONCE):
             self.handle(payload)
+        if self._channel.reborn:  # a new kernel: it says what to keep, and submits again what is open
+            self._channel.renew()
 
     def handle(self, payload: bytes) -> None:
         message = link.decode_to_core(payload)
