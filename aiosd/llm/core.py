@@ -129,7 +129,7 @@ class Core:
                 channel.pump()
             if engine.has_work:
                 engine.step()
-            elif not channel.more:
+            elif not channel.more and not self._quit:
                 channel.wait(_SLEEP)
                 looked = 0.0
         _drain(channel)

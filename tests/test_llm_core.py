@@ -1,0 +1,172 @@
+"""The core as a process: the kernel's messages in, the engine's out, over a real channel."""
+
+from __future__ import annotations
+
+import errno
+import os
+import signal
+import subprocess
+import sys
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import msgspec
+import numpy as np
+import pytest
+
+from aiosd import link
+from libaios import wire
+from libaios.channel import Channel, Side, make_channel
+from libaios.wire import Detokenize, Embed, Generate, Sampling, Tokenize
+from tests import tinymodels
+
+MAIN = """
+import sys
+from aiosd.llm.core import main
+from aiosd.llm.spec import ModelSpec
+from libaios.channel import Channel, Side
+memfd, bell, path = int(sys.argv[1]), int(sys.argv[2]), sys.argv[3]
+spec = ModelSpec("m", path, slots=4, ctx=512, threads=1)
+sys.exit(main(Channel(memfd, bell, Side.KERNEL), spec))
+"""
+
+
+class Kernel:
+    """The other end of a core's channel."""
+
+    def __init__(self, path: Path) -> None:
+        memfd, core_bell, kernel_bell = make_channel(1 << 16, 1 << 16)
+        self.process = subprocess.Popen(
+            [sys.executable, "-c", MAIN, str(memfd), str(core_bell), str(path)],
+            pass_fds=(memfd, core_bell),
+            stderr=subprocess.PIPE,
+        )
+        os.close(core_bell)
+        self.channel = Channel(memfd, kernel_bell, Side.AGENT)
+        self.seen: list[Any] = []
+        self.closed = False
+
+    def send(self, message: link.ToCore) -> None:
+        self.channel.send(link.encode(message))
+
+    def until(self, wanted: Callable[[Any], bool]) -> Any:
+        """The next message that is wanted; all are kept in `seen`."""
+        while True:
+            for payload in self.channel.receive():
+                self.seen.append(link.decode_from_core(payload))
+            found = next((message for message in self.seen if wanted(message)), None)
+            if found is not None:
+                self.seen.remove(found)
+                return found
+            assert not self.channel.hung_up, f"the core is gone; seen: {self.seen[-3:]}"
+            assert self.channel.wait(20), "no word from the core"
+            self.channel.pump()
+
+    def of(self, kind: type) -> Any:
+        return self.until(lambda message: isinstance(message, kind))
+
+    def close(self) -> int:
+        """Hang up; the exit code."""
+        self.closed = True
+        self.channel.close()
+        code = self.process.wait(10)
+        assert self.process.stderr is not None
+        self.errors = self.process.stderr.read().decode()
+        self.process.stderr.close()
+        return code
+
+
+@pytest.fixture(scope="module")
+def path(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return tinymodels.write(tmp_path_factory.mktemp("gguf") / "tiny.gguf")
+
+
+@pytest.fixture
+def kernel(path: Path) -> Iterator[Kernel]:
+    kernel = Kernel(path)
+    yield kernel
+    if not kernel.closed:
+        assert kernel.close() == 0
+        assert kernel.errors == ""
+
+
+def generate(kernel: Kernel, key: link.Key, **sampling: Any) -> None:
+    options = Sampling(**{"temperature": 0.0, "max_tokens": 8, "ignore_eos": True, **sampling})
+    kernel.send(link.Submit(key, Generate(prompt="hello", sampling=options)))
+
+
+def test_life_of_a_core(kernel: Kernel) -> None:
+    loaded = kernel.of(link.Loaded)
+    assert any(isinstance(message, link.Progress) for message in kernel.seen)
+    wire.ModelInfo(name="m", default=True, **loaded.info)
+    generate(kernel, (1, 1))
+    finished = kernel.of(link.Finished)
+    assert finished.key == (1, 1)
+    assert finished.usage.completion_tokens == 8
+    kernel.send(link.SubmitTokenize((1, 2), Tokenize("hi<|im_end|>", special=True)))
+    tokens = msgspec.msgpack.decode(kernel.of(link.Answered).body)
+    kernel.send(link.SubmitDetokenize((1, 3), Detokenize(tokens)))
+    assert msgspec.msgpack.decode(kernel.of(link.Answered).body) == "hi<|im_end|>"
+    kernel.send(link.SubmitEmbed((1, 4), Embed(["a", "b"])))
+    answer = kernel.of(link.Answered)
+    body = msgspec.msgpack.decode(answer.body, type=wire.Embedded)
+    vectors = np.frombuffer(body.data, "<f4").reshape(body.n, body.d)
+    assert np.allclose(np.linalg.norm(vectors, axis=1), 1, atol=1e-6)
+    assert answer.prompt_tokens == 2
+    kernel.send(link.GetStats(7))
+    stats = kernel.of(link.Stats)
+    assert stats.req == 7
+    assert stats.stats["calls_finished"] == 1
+    assert stats.stats["device"] == "CPU"
+    kernel.send(link.Quit())
+    assert kernel.process.wait(10) == 0
+
+
+def test_errors_have_errno_and_sentence(kernel: Kernel) -> None:
+    kernel.send(link.SubmitDetokenize((1, 1), Detokenize([1 << 30])))
+    failed = kernel.of(link.Failed)
+    assert failed.errno == errno.EINVAL
+    assert "vocabulary" in failed.message
+    kernel.send(link.SubmitEmbed((1, 2), Embed([""])))
+    assert "texts[0]" in kernel.of(link.Failed).message
+
+
+def test_hang_up_ends_a_busy_core(kernel: Kernel) -> None:
+    generate(kernel, (1, 1), max_tokens=None)
+    kernel.of(link.Step)
+    assert kernel.close() == 0
+
+
+def test_interrupt_from_the_terminal_is_not_for_a_core(kernel: Kernel) -> None:
+    kernel.of(link.Loaded)
+    kernel.process.send_signal(signal.SIGINT)
+    generate(kernel, (1, 1))
+    assert kernel.of(link.Finished)
+
+
+def test_more_output_than_the_ring_holds_arrives_whole(kernel: Kernel) -> None:
+    """The kernel does not look for a while: the core goes on, and nothing is lost or out of order."""
+    kernel.of(link.Loaded)
+    keys = [(1, i) for i in range(200)]
+    for key in keys:
+        kernel.send(link.Submit(key, Generate(prompt="hello", stream=True, sampling=Sampling(max_tokens=40, seed=1))))
+    ends = {}
+    while len(ends) < len(keys):
+        finished = kernel.of(link.Finished)
+        ends[finished.key] = finished.offset + len(finished.tokens)
+    assert list(ends) == keys or set(ends) == set(keys)
+
+
+def test_model_that_cannot_be_loaded_is_one_line_and_exit_code_1(tmp_path: Path) -> None:
+    kernel = Kernel(tmp_path / "missing.gguf")
+    message = kernel.of(link.LoadFailed).message
+    assert message == f"m: {tmp_path / 'missing.gguf'}: no such file"
+    assert kernel.close() == 1
+
+
+def test_killed_core_leaves_its_trace(kernel: Kernel) -> None:
+    kernel.of(link.Loaded)
+    kernel.process.send_signal(signal.SIGABRT)
+    assert kernel.close() == -signal.SIGABRT
+    assert "Fatal Python error: Aborted" in kernel.errors

@@ -1,0 +1,774 @@
+"""The engine on a tiny random model: the same tokens whoever else is in the batch, and nothing left behind.
+
+A random model is deterministic nonsense: what greedy decoding gives alone is what it must give in company, after
+parking, after a restart from given tokens. The tests drive the engine directly; no processes.
+"""
+
+from __future__ import annotations
+
+import errno
+import json
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import msgspec
+import numpy as np
+import pytest
+
+from aiosd.errors import Bug
+from aiosd.link import Failed, Finished, Step, Submit
+from aiosd.llm import engine as engine_module
+from aiosd.llm import llama, loading
+from aiosd.llm.chat import call_id
+from aiosd.llm.engine import Engine
+from aiosd.llm.sequence import Phase
+from aiosd.llm.spec import ModelSpec
+from aiosd.llm.text import TextStream
+from libaios.wire import Generate, Sampling
+from tests import tinymodels
+from tests.minischema import valid
+
+SLOTS, CTX = 4, 512
+
+TOOLS = [
+    {
+        "type": "function",
+        "function": {
+            "name": "weather",
+            "parameters": {
+                "type": "object",
+                "properties": {"city": {"type": "string", "maxLength": 8}, "unit": {"enum": ["C", "F"]}},
+                "required": ["city", "unit"],
+            },
+        },
+    },
+    {"name": "stop", "parameters": {"type": "object", "properties": {}}},
+]
+
+
+class Clock:
+    """Time goes on by itself, a millisecond a look: no test waits."""
+
+    def __init__(self) -> None:
+        self.now = 0.0
+
+    def __call__(self) -> float:
+        self.now += 0.001
+        return self.now
+
+
+class Bench:
+    """An engine, and what it says: final words by key, and the streams put together."""
+
+    def __init__(self, loaded: loading.Loaded, slots: int = SLOTS) -> None:
+        self.loaded = loaded
+        self.clock = Clock()
+        self.said: list[Step | Finished | Failed] = []
+        self.engine = Engine(
+            loaded.model,
+            loaded.context,
+            ctx=loaded.ctx,
+            slots=slots,
+            exact=loaded.spec.exact,
+            emit=self.said.append,
+            clock=self.clock,
+        )
+        self._next = 0
+
+    def submit(
+        self, prompt: str | list[int] | None = None, *, peer: int = 1, key: int | None = None, **more: Any
+    ) -> Any:
+        """Queue a call; greedy, 24 tokens unless told otherwise. Returns its key."""
+        self._next += 1
+        fields = {name: more.pop(name) for name in ("nice", "group", "budget") if name in more}
+        request = {name: more.pop(name) for name in ("messages", "tools", "schema", "stream", "given") if name in more}
+        sampling = Sampling(**{"temperature": 0.0, "max_tokens": 24, "ignore_eos": True, **more})
+        call = (peer, self._next if key is None else key)
+        self.engine.submit(Submit(call, Generate(prompt=prompt, sampling=sampling, **request), **fields))
+        return call
+
+    def run(self, steps: int = 10_000) -> None:
+        while steps and self.engine.has_work:
+            self.engine.step()
+            steps -= 1
+
+    def end(self, key: Any) -> Finished:
+        ends = [message for message in self.said if isinstance(message, Finished | Failed) and message.key == key]
+        assert len(ends) == 1, f"{len(ends)} final words on {key}: {ends}"
+        assert isinstance(ends[0], Finished), ends[0]
+        return ends[0]
+
+    def failure(self, key: Any) -> Failed:
+        ends = [message for message in self.said if isinstance(message, Finished | Failed) and message.key == key]
+        assert len(ends) == 1
+        assert isinstance(ends[0], Failed), ends[0]
+        return ends[0]
+
+    def whole(self, key: Any, given: int = 0) -> tuple[list[int], str]:
+        """Tokens and text from all deltas and the final word, after those given; offsets must fit."""
+        tokens: list[int] = []
+        text = ""
+        for message in self.said:
+            parts = message.deltas if isinstance(message, Step) else [message] if isinstance(message, Finished) else []
+            for part in parts:
+                if part.key == key:
+                    assert part.offset == given + len(tokens)
+                    tokens += part.tokens
+                    text += part.text
+        return tokens, text
+
+    def alone(self, prompt: str | list[int], **more: Any) -> list[int]:
+        """What the call gives with nobody else, on an empty cache."""
+        self.forget()
+        key = self.submit(prompt, **more)
+        self.run()
+        return self.whole(key)[0]
+
+    def forget(self) -> None:
+        for slot in range(self.engine.slots.total):
+            self.engine.slots.forget(slot)
+
+
+def load(path: Path, **changes: Any) -> loading.Loaded:
+    spec = ModelSpec("tiny", str(path), **{"ctx": CTX, "slots": SLOTS, "threads": 1, **changes})
+    return loading.load(spec, lambda what, fraction: None)
+
+
+@pytest.fixture(scope="module")
+def model_path(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    llama.start()
+    return tinymodels.write(tmp_path_factory.mktemp("gguf") / "tiny.gguf", f16=True)
+
+
+@pytest.fixture(scope="module")
+def loaded(model_path: Path) -> Iterator[loading.Loaded]:
+    loaded = load(model_path)
+    yield loaded
+    loaded.close()
+
+
+@pytest.fixture(scope="module")
+def exact_loaded(model_path: Path) -> Iterator[loading.Loaded]:
+    loaded = load(model_path, exact=True)
+    yield loaded
+    loaded.close()
+
+
+@pytest.fixture
+def bench(loaded: loading.Loaded) -> Iterator[Bench]:
+    loaded.context.clear()
+    bench = Bench(loaded)
+    yield bench
+    bench.run()
+    assert bench.engine.num_calls == 0 or any(s.parked for s in bench.engine._calls.values())
+    bench.engine.keep([])
+    bench.engine._count()
+
+
+@pytest.fixture
+def exact(exact_loaded: loading.Loaded) -> Iterator[Bench]:
+    exact_loaded.context.clear()
+    bench = Bench(exact_loaded)
+    yield bench
+    bench.run()
+    bench.engine.keep([])
+    bench.engine._count()
+
+
+# ── one call ──────────────────────────────────────────────────────────────────────────────────────────────
+
+
+def test_greedy_text_is_that_of_a_bare_loop(bench: Bench) -> None:
+    model, context = bench.loaded.model, bench.loaded.context
+    prompt = model.tokenize("hello there", bos=True, special=True)
+    batch = llama.Batch(64)
+    batch.size = n = len(prompt)
+    batch.tokens[:n], batch.positions[:n], batch.sequences[:n], batch.wanted[:n] = prompt, range(n), 0, 0
+    batch.wanted[n - 1] = 1
+    expected = []
+    for i in range(10):
+        assert context.decode(batch) == llama.OK
+        expected.append(int(context.logits(1)[0].argmax()))
+        batch.size = 1
+        batch.tokens[0], batch.positions[0], batch.wanted[0] = expected[-1], n + i, 1
+    context.clear()
+    key = bench.submit("hello there", max_tokens=10)
+    bench.run()
+    end = bench.end(key)
+    assert end.tokens == expected
+    assert end.finish_reason == "length"
+    assert (end.usage.prompt_tokens, end.usage.completion_tokens, end.usage.cached_tokens) == (n, 10, 0)
+    assert end.text == b"".join(model.pieces[token] for token in expected).decode(errors="replace")
+
+
+def test_a_call_has_times_and_a_beginning_before_its_end(bench: Bench) -> None:
+    key = bench.submit("x", max_tokens=1)
+    bench.run()
+    kinds = [type(message) for message in bench.said]
+    assert kinds == [Step, Finished]
+    assert isinstance(bench.said[0], Step)
+    assert bench.said[0].started[0].key == key
+    usage = bench.end(key).usage
+    assert usage.queue_s > 0
+    assert usage.prefill_s > 0
+    assert usage.decode_s >= 0
+
+
+def test_no_tokens_asked_for_is_an_end_at_once(bench: Bench) -> None:
+    key = bench.submit("hello", max_tokens=0)
+    assert not bench.engine.has_work
+    assert bench.end(key).finish_reason == "length"
+    assert bench.end(key).usage.prompt_tokens > 0
+
+
+def test_full_context_ends_a_call_without_a_limit(bench: Bench) -> None:
+    key = bench.submit([7] * 500, max_tokens=None)
+    bench.run()
+    end = bench.end(key)
+    assert end.finish_reason == "length"
+    assert end.usage.completion_tokens == CTX - 500
+
+
+@pytest.mark.parametrize(
+    ("request_", "code", "why"),
+    [
+        ({"prompt": ""}, errno.EINVAL, "empty"),
+        ({"prompt": []}, errno.EINVAL, "empty"),
+        ({"prompt": [5] * CTX}, errno.EMSGSIZE, f"{CTX} tokens, but the context holds {CTX}"),
+        ({"prompt": [10**6]}, errno.EINVAL, "vocabulary has ids 0 to"),
+        ({}, errno.EINVAL, "either messages or a prompt"),
+        ({"prompt": "x", "messages": []}, errno.EINVAL, "either messages or a prompt"),
+        ({"messages": []}, errno.EINVAL, "list is empty"),
+        ({"messages": [{"content": "x"}]}, errno.EINVAL, "messages[0].role"),
+        ({"messages": [{"role": "user", "content": 5}]}, errno.EINVAL, "messages[0].content"),
+        ({"messages": [{"role": "bad", "content": "x"}]}, errno.EINVAL, "Roles must be user or assistant"),
+        ({"prompt": "x", "tools": [{"name": "f"}]}, errno.EINVAL, "need a chat"),
+        ({"messages": [{"role": "user", "content": "x"}], "tools": [{}]}, errno.EINVAL, "tools[0] has no name"),
+        (
+            {"messages": [{"role": "user", "content": "x"}], "tools": [{"name": "f", "parameters": {"not": {}}}]},
+            errno.EINVAL,
+            "tools[0].parameters: not:",
+        ),
+        ({"prompt": "x", "schema": {"not": {}}}, errno.EINVAL, "schema: not:"),
+        ({"prompt": "x", "given": [10**6]}, errno.EINVAL, "given[0]"),
+        ({"prompt": "x", "given": [5] * CTX}, errno.EMSGSIZE, "given"),
+    ],
+)
+def test_what_cannot_be_served_is_refused_with_a_sentence(
+    bench: Bench, request_: dict[str, Any], code: int, why: str
+) -> None:
+    key = bench.submit(request_.pop("prompt", None), **request_)
+    failure = bench.failure(key)
+    assert failure.errno == code
+    assert why in failure.message
+    assert not bench.engine.has_work
+
+
+# ── many calls ────────────────────────────────────────────────────────────────────────────────────────────
+
+
+def prompts(n: int) -> list[list[int]]:
+    rng = np.random.default_rng(5)
+    return [rng.integers(5, 260, size).tolist() for size in rng.integers(2, 120, n)]
+
+
+def test_more_calls_than_slots_all_end_and_in_the_order_of_arrival(bench: Bench) -> None:
+    keys = [bench.submit(prompt, max_tokens=5 + i % 7) for i, prompt in enumerate(prompts(17))]
+    assert bench.engine.num_waiting == 17
+    bench.engine.step()
+    assert bench.engine.slots.num_free == 0
+    bench.run()
+    for i, key in enumerate(keys):
+        assert bench.end(key).usage.completion_tokens == 5 + i % 7
+    started = [s.key for message in bench.said if isinstance(message, Step) for s in message.started]
+    assert started == keys
+
+
+def test_exact_text_is_the_same_alone_and_among_neighbours(exact: Bench) -> None:
+    texts = prompts(9)
+    expected = [exact.alone(prompt, max_tokens=12 + i) for i, prompt in enumerate(texts)]
+    exact.forget()
+    keys = [exact.submit(prompt, max_tokens=12 + i) for i, prompt in enumerate(texts)]
+    exact.run()
+    assert [exact.whole(key)[0] for key in keys] == expected
+
+
+def test_exact_logits_are_the_same_bit_for_bit(exact: Bench, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Not only the same token: the whole row, for every token of a call alone and in changing company."""
+    rows: dict[Any, list[bytes]] = {}
+    original = Engine._next
+
+    def recording(self: Engine, sequence: Any, row: Any) -> None:
+        rows.setdefault(sequence.key, []).append(row.tobytes())
+        original(self, sequence, row)
+
+    monkeypatch.setattr(Engine, "_next", recording)
+    # A repeat penalty of almost nothing sends every row through `_next`.
+    options = {"max_tokens": 30, "repeat_penalty": 1.0001}
+    texts = prompts(8)
+    exact.forget()
+    alone = exact.submit(texts[0], **options)
+    exact.run()
+    exact.forget()
+    for prompt in texts[4:7]:
+        exact.submit(prompt, **{**options, "max_tokens": 11})
+    among = exact.submit(texts[0], **options)
+    exact.run(5)
+    for prompt in texts[1:4]:
+        exact.submit(prompt, **options)
+    exact.run()
+    assert len(rows[alone]) == 30
+    assert rows[alone] == rows[among]
+
+
+def test_seeded_sampling_repeats_itself_among_neighbours(exact: Bench) -> None:
+    options = {"temperature": 1.0, "seed": 11, "top_k": 0, "top_p": 1.0, "min_p": 0.0, "max_tokens": 20}
+    expected = exact.alone([9, 8, 7], **options)
+    exact.forget()
+    keys = [exact.submit(prompt) for prompt in prompts(3)]
+    key = exact.submit([9, 8, 7], **options)
+    other = exact.submit([9, 8, 7], **{**options, "seed": 12})
+    exact.run()
+    assert exact.whole(key)[0] == expected
+    assert exact.whole(other)[0] != expected
+    assert all(exact.end(k) for k in keys)
+
+
+def test_long_prompt_does_not_stop_the_others(bench: Bench) -> None:
+    """While a prompt of many steps is computed, a running call gets a token in every step."""
+    bench.engine.meter._prefill_rate = 16 / engine_module.PREFILL_SLICE
+    running = bench.submit([5, 6], max_tokens=40)
+    bench.run(2)
+    long = bench.submit([7] * 400, max_tokens=1)
+    sequence = bench.engine._calls[running]
+    for _ in range(8):
+        before = len(sequence.out)
+        bench.engine.meter._prefill_rate = 16 / engine_module.PREFILL_SLICE
+        bench.engine.step()
+        assert len(sequence.out) == before + 1
+    assert 0 < bench.engine._calls[long].length < 400
+    bench.run()
+    assert bench.end(long)
+
+
+def test_scattered_slots_come_together_and_nobody_notices(exact: Bench) -> None:
+    long = {"max_tokens": 3 * engine_module.PATIENCE}
+    expected = exact.alone([1, 2, 3, 4], **long)
+    exact.forget()
+    first = exact.submit([5, 6, 7], **long)
+    short = [exact.submit(prompt, max_tokens=3) for prompt in ([8, 9], [10, 11])]
+    last = exact.submit([1, 2, 3, 4], **long)
+    exact.run()
+    assert exact.whole(last)[0] == expected
+    assert exact.end(first)
+    assert all(exact.end(key) for key in short)
+
+
+def test_batch_in_pieces_is_made_whole(bench: Bench) -> None:
+    long = {"max_tokens": 3 * engine_module.PATIENCE}
+    bench.submit([5, 6, 7], **long)
+    for prompt in ([8, 9], [10, 11]):
+        bench.submit(prompt, max_tokens=3)
+    last = bench.submit([1, 2, 3, 4], **long)
+    bench.run(6)
+    assert bench.engine._calls[last].slot == 3
+    bench.run(engine_module.PATIENCE + 5)
+    assert bench.engine._calls[last].slot == 1
+    assert bench.engine.slots.holds(3), "what lay in the hole must still serve as a prefix"
+    bench.run()
+    assert bench.end(last)
+
+
+# ── prefixes ──────────────────────────────────────────────────────────────────────────────────────────────
+
+
+def test_second_turn_computes_only_what_is_new(bench: Bench) -> None:
+    first = bench.submit([5] * 50 + [6], max_tokens=4)
+    bench.run()
+    out = bench.whole(first)[0]
+    second = bench.submit([5] * 50 + [6] + out + [9, 9], max_tokens=4)
+    bench.run()
+    assert bench.end(second).usage.cached_tokens == 51 + 3  # the last token of `out` was never put into the cache
+    assert bench.end(second).usage.prompt_tokens == 57
+
+
+def test_the_same_prompt_again_computes_its_last_token_only(bench: Bench) -> None:
+    expected = bench.alone([5, 6, 7, 8])
+    again = bench.submit([5, 6, 7, 8])
+    bench.run()
+    assert bench.end(again).usage.cached_tokens == 3
+    assert bench.whole(again)[0] == expected
+
+
+def test_prefixes_are_not_shared_between_groups(bench: Bench) -> None:
+    bench.submit([5] * 40, group="a")
+    bench.run()
+    other = bench.submit([5] * 40, group="b")
+    bench.run()
+    assert bench.end(other).usage.cached_tokens == 0
+    same = bench.submit([5] * 40, group="a")
+    bench.run()
+    assert bench.end(same).usage.cached_tokens == 39
+
+
+def test_exact_mode_shares_prefilled_tokens_only(exact: Bench) -> None:
+    expected = exact.alone([5] * 30, max_tokens=8)
+    second = exact.alone([5] * 30 + expected, max_tokens=8)
+    exact.forget()
+    exact.alone([5] * 30, max_tokens=8)
+    key = exact.submit([5] * 30 + expected, max_tokens=8)
+    exact.run()
+    assert exact.end(key).usage.cached_tokens == 30
+    assert exact.whole(key)[0] == second
+
+
+# ── parking, cancelling, attaching ────────────────────────────────────────────────────────────────────────
+
+
+def test_parked_call_goes_on_as_if_nothing_had_happened(exact: Bench) -> None:
+    expected = exact.alone([5, 6, 7], max_tokens=40)
+    exact.forget()
+    key = exact.submit([5, 6, 7], peer=3, max_tokens=40)
+    other = exact.submit([9, 9], peer=4, max_tokens=100)
+    exact.run(6)
+    exact.engine.park(3, True)
+    held = len(exact.engine._calls[key].out)
+    exact.run(20)
+    assert len(exact.engine._calls[key].out) == held
+    exact.engine.park(3, False)
+    exact.run()
+    assert exact.whole(key)[0] == expected
+    assert exact.end(other)
+
+
+def test_parked_calls_do_not_block_slots_and_their_state_returns(exact: Bench) -> None:
+    expected = [exact.alone([i, i + 1, i + 2], max_tokens=30) for i in range(5, 5 + SLOTS)]
+    exact.forget()
+    stopped = [exact.submit([i, i + 1, i + 2], peer=3, max_tokens=30) for i in range(5, 5 + SLOTS)]
+    exact.run(7)
+    exact.engine.park(3, True)
+    assert not exact.engine.has_work
+    others = [exact.submit([50 + i] * 9, peer=4) for i in range(2 * SLOTS)]
+    exact.run()
+    assert all(exact.end(key) for key in others)
+    exact.engine.park(3, False)
+    exact.run()
+    for key, tokens in zip(stopped, expected, strict=True):
+        assert exact.whole(key)[0] == tokens
+    assert sum(exact.end(key).usage.preemptions for key in stopped) == SLOTS
+
+
+def test_call_of_a_stopped_agent_waits(bench: Bench) -> None:
+    bench.engine.park(3, True)
+    key = bench.submit([5, 6], peer=3)
+    assert not bench.engine.has_work
+    bench.engine.park(3, False)
+    bench.run()
+    assert bench.end(key)
+
+
+def test_parked_twice_by_agent_and_reader_needs_both_to_go_on(bench: Bench) -> None:
+    key = bench.submit([5, 6], peer=3)
+    bench.engine.park(3, True)
+    bench.engine.park_call(key, True)
+    bench.engine.park(3, False)
+    assert not bench.engine.has_work
+    bench.engine.park_call(key, False)
+    bench.run()
+    assert bench.end(key)
+
+
+@pytest.mark.parametrize("steps", [0, 1, 5])
+def test_cancelled_call_frees_its_slot_and_is_not_heard_of(bench: Bench, steps: int) -> None:
+    bench.engine.meter._prefill_rate = 16 / engine_module.PREFILL_SLICE
+    other = bench.submit([9, 9], max_tokens=60)
+    bench.run(2)
+    key = bench.submit([5] * 300, max_tokens=100)
+    bench.run(steps)
+    bench.engine.cancel(key)
+    assert bench.engine.slots.num_free == SLOTS - 1
+    said = len(bench.said)
+    bench.run()
+    assert bench.end(other)
+    assert all(getattr(message, "key", None) != key for message in bench.said[said:])
+    bench.engine.cancel(key)
+    bench.engine.cancel((77, 77))
+
+
+def test_new_kernel_keeps_the_calls_of_live_peers_only(bench: Bench) -> None:
+    keys = [bench.submit([5, 6 + i], peer=i) for i in range(6)]
+    bench.run(2)
+    bench.engine.keep([1, 4, 5])
+    assert bench.engine.num_calls == 3
+    bench.run()
+    ended = {message.key for message in bench.said if isinstance(message, Finished)}
+    assert ended == {keys[1], keys[4], keys[5]}
+
+
+@pytest.mark.parametrize("known", [0, 3, 24])
+@pytest.mark.parametrize("steps", [4, 10_000])
+def test_same_key_again_attaches_and_sends_the_rest(bench: Bench, known: int, steps: int) -> None:
+    key = bench.submit("attach to me", stream=True)
+    bench.run(steps)
+    tokens = bench.whole(key)[0] if steps > 100 else None
+    given = bench.whole(key)[0][:known]
+    bench.said.clear()
+    assert bench.submit("attach to me", stream=True, key=key[1], given=given) == key
+    bench.run()
+    rest, text = bench.whole(key, len(given))
+    assert len(given + rest) == 24
+    assert tokens is None or given + rest == tokens
+    known_text, whole_text = TextStream(), TextStream()
+    known_text.feed(bench.loaded.model.detokenize(given))
+    whole_text.feed(bench.loaded.model.detokenize(given + rest))
+    whole_text.finish()
+    assert known_text.take() + text == whole_text.take()
+
+
+@pytest.mark.parametrize("cut", [1, 2, 9, 24])
+def test_given_tokens_are_forced_and_the_rest_follows(exact: Bench, cut: int) -> None:
+    """What a core's death leaves: the tokens already given out. In exact mode the text goes on bit for bit."""
+    options = {"temperature": 0.9, "seed": 3, "max_tokens": 24}
+    expected = exact.alone([5, 6, 7, 8, 9], **options)
+    exact.forget()
+    key = exact.submit([5, 6, 7, 8, 9], given=expected[:cut], **options)
+    exact.run()
+    end = exact.end(key)
+    assert end.offset >= cut or end.offset == cut
+    rest = [
+        t for m in exact.said if isinstance(m, Step) for d in m.deltas if d.key == key for t in d.tokens
+    ] + end.tokens
+    assert expected[:cut] + rest == expected
+    assert end.usage.completion_tokens == 24
+
+
+def test_given_tokens_that_were_all_is_an_end_at_once(bench: Bench) -> None:
+    key = bench.submit([5, 6], given=[7] * 24)
+    assert bench.end(key).finish_reason == "length"
+    assert bench.end(key).tokens == []
+
+
+# ── ends ──────────────────────────────────────────────────────────────────────────────────────────────────
+
+
+def test_end_token_is_not_among_the_tokens(bench: Bench) -> None:
+    key = bench.submit("hello", ignore_eos=False, max_tokens=400, temperature=1.5, seed=2, top_k=0, top_p=1.0)
+    bench.run()
+    end = bench.end(key)
+    assert end.finish_reason == "stop"
+    assert not set(bench.whole(key)[0]) & bench.loaded.model.end_tokens
+
+
+@pytest.mark.parametrize("stream", [False, True])
+def test_stop_string_ends_the_text_before_it(bench: Bench, stream: bool) -> None:
+    tokens = bench.alone("hello there", max_tokens=40)
+    text = bench.loaded.model.detokenize(tokens).decode(errors="replace")
+    stop = next(text[i : i + 2] for i in range(6, len(text)) if text[i : i + 2].isascii())
+    bench.forget()
+    key = bench.submit("hello there", max_tokens=40, stop=[stop, "never to be seen"], stream=stream)
+    bench.run()
+    assert bench.end(key).finish_reason == "stop"
+    assert bench.whole(key)[1] == text[: text.index(stop)]
+
+
+def test_streams_report_in_every_step_and_add_up(bench: Bench) -> None:
+    key = bench.submit("hello there", stream=True)
+    bench.run()
+    deltas = [delta for m in bench.said if isinstance(m, Step) for delta in m.deltas]
+    assert len(deltas) == 22  # the first two tokens come in one step, the last with the final word
+    tokens, text = bench.whole(key)
+    assert text == bench.loaded.model.detokenize(tokens).decode(errors="replace")
+
+
+def test_calls_that_do_not_stream_report_now_and_then(bench: Bench) -> None:
+    key = bench.submit("hello there", max_tokens=300)
+    bench.run()
+    deltas = [delta for m in bench.said if isinstance(m, Step) for delta in m.deltas]
+    assert 3 < len(deltas) < 60
+    assert len(bench.whole(key)[0]) == 300
+
+
+def test_slow_kernel_gets_fewer_and_larger_pieces(bench: Bench) -> None:
+    congested = True
+    bench.engine._congested = lambda: congested
+    key = bench.submit("hello there", stream=True)
+    bench.run(10)
+    assert not bench.said
+    congested = False
+    bench.run()
+    assert len(bench.whole(key)[0]) == 24
+
+
+def test_token_budget_is_a_limit(bench: Bench) -> None:
+    key = bench.submit([5] * 10, budget=15)
+    none = bench.submit([6] * 10, budget=7)
+    zero = bench.submit([7] * 10, budget=0)
+    bench.run()
+    assert bench.end(key).finish_reason == "limit"
+    assert bench.end(key).usage.completion_tokens == 5
+    assert bench.end(none).finish_reason == "limit"
+    assert bench.end(none).usage.completion_tokens == 0
+    assert bench.end(zero).finish_reason == "limit"
+
+
+# ── structured output ─────────────────────────────────────────────────────────────────────────────────────
+
+PERSON = {
+    "type": "object",
+    "properties": {
+        "name": {"type": "string", "maxLength": 12},
+        "age": {"type": "integer", "minimum": 0, "maximum": 120},
+        "tags": {"type": "array", "items": {"enum": ["a", "b"]}, "maxItems": 3},
+    },
+    "required": ["name", "age", "tags"],
+}
+
+
+@pytest.mark.parametrize("seed", range(6))
+def test_text_under_a_schema_is_valid(bench: Bench, seed: int) -> None:
+    options = {"temperature": 1.2, "top_p": 1.0, "min_p": 0.0} if seed else {}
+    key = bench.submit("x", schema=PERSON, max_tokens=300, seed=seed, stream=seed % 2 == 0, **options)
+    bench.run()
+    assert bench.end(key).finish_reason == "stop"
+    assert valid(json.loads(bench.whole(key)[1]), PERSON)
+
+
+def test_schema_does_not_depend_on_neighbours_or_restarts(exact: Bench) -> None:
+    options = {"schema": PERSON, "max_tokens": 300, "temperature": 1.0, "seed": 5}
+    expected = exact.alone([5, 6, 7], **options)
+    exact.forget()
+    exact.submit([8, 9], max_tokens=200)
+    key = exact.submit([5, 6, 7], given=expected[:11], **options)
+    exact.run()
+    assert expected[:11] + exact.whole(key, 11)[0] == expected
+
+
+def test_given_tokens_outside_of_the_schema_are_refused(bench: Bench) -> None:
+    key = bench.submit("x", schema=PERSON, given=bench.loaded.model.tokenize("hello", bos=False, special=False))
+    assert "do not fit" in bench.failure(key).message
+
+
+def call_text(bench: Bench, text: str) -> list[int]:
+    return bench.loaded.model.tokenize(text, bos=False, special=True)
+
+
+def test_tool_call_is_valid_and_the_text_before_it_is_kept(bench: Bench) -> None:
+    given = call_text(bench, "Let me see.<tool_call>")
+    key = bench.submit(messages=[{"role": "user", "content": "?"}], tools=TOOLS, given=given, max_tokens=400, seed=4,
+                       temperature=1.0)  # fmt: skip
+    bench.run()
+    end = bench.end(key)
+    assert end.finish_reason == "tool_calls"
+    assert end.tool_calls
+    for call in end.tool_calls:
+        parameters = {"weather": TOOLS[0]["function"]["parameters"], "stop": TOOLS[1]["parameters"]}[call.name]  # type: ignore[index]
+        assert valid(call.arguments, parameters)
+    assert len({call.id for call in end.tool_calls}) == len(end.tool_calls)
+    assert bench.whole(key, len(given))[1] == "", "the text was given out before"
+    msgspec.msgpack.encode(end)
+
+
+def test_tool_call_ids_do_not_change_over_a_restart(bench: Bench) -> None:
+    tokens = call_text(bench, '<tool_call>\n{"name": "stop", "arguments": {}}\n</tool_call>')
+    messages = [{"role": "user", "content": "?"}]
+    for given in (tokens, tokens[:-1]):
+        bench.engine.keep([])
+        bench.said.clear()
+        key = bench.submit(messages=messages, tools=TOOLS[1:], given=given, key=900, max_tokens=len(tokens))
+        bench.run()
+        assert [(call.id, call.name, call.arguments) for call in bench.end(key).tool_calls] == [
+            (call_id((1, 900), 0), "stop", {})
+        ]
+
+
+def test_call_that_breaks_off_is_no_call(bench: Bench) -> None:
+    given = call_text(bench, 'Now<tool_call>\n{"name": "weather", "arguments": {"ci')
+    key = bench.submit(messages=[{"role": "user", "content": "?"}], tools=TOOLS, given=given, max_tokens=len(given) + 1)
+    bench.run()
+    assert bench.end(key).finish_reason == "length"
+    assert bench.end(key).tool_calls == []
+
+
+def test_without_a_call_tools_do_not_touch_the_text(bench: Bench) -> None:
+    messages = [{"role": "user", "content": "?"}]
+    key = bench.submit(messages=messages, tools=TOOLS, max_tokens=6)
+    bench.run()
+    assert bench.end(key).finish_reason in ("length", "tool_calls")
+
+
+# ── when llama.cpp fails ──────────────────────────────────────────────────────────────────────────────────
+
+
+class Broken:
+    """A context whose next decode gives this result instead."""
+
+    def __init__(self, context: llama.Context, result: int) -> None:
+        self._context, self._result = context, result
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._context, name)
+
+    def decode(self, batch: llama.Batch) -> int:
+        result, self._result = self._result, llama.OK
+        return result or self._context.decode(batch)
+
+
+@pytest.mark.parametrize(("result", "code"), [(llama.NO_ROOM, errno.ENOSPC), (-1, errno.EIO), (-3, errno.EIO)])
+@pytest.mark.parametrize("steps", [0, 3])
+def test_failed_decode_ends_the_calls_of_the_batch_and_no_others(
+    bench: Bench, result: int, code: int, steps: int
+) -> None:
+    key = bench.submit([5, 6, 7])
+    bench.run(steps)
+    bench.engine._context = Broken(bench.loaded.context, result)  # type: ignore[assignment]
+    bench.engine.step()
+    assert bench.failure(key).errno == code
+    assert f"result {result}" in bench.failure(key).message
+    later = bench.submit([5, 6, 7])
+    bench.run()
+    assert bench.end(later).usage.cached_tokens == 0
+
+
+@pytest.mark.parametrize("steps", [0, 3])
+def test_aborted_decode_goes_on_from_what_is_there(bench: Bench, steps: int) -> None:
+    expected = bench.alone([5, 6, 7])
+    bench.forget()
+    key = bench.submit([5, 6, 7])
+    bench.run(steps)
+    bench.engine._context = Broken(bench.loaded.context, llama.ABORTED)  # type: ignore[assignment]
+    bench.run()
+    assert bench.whole(key)[0] == expected
+
+
+def test_leaked_slot_is_a_bug_that_shows_when_idle(loaded: loading.Loaded) -> None:
+    bench = Bench(loaded)
+    key = bench.submit([5, 6], max_tokens=3)
+    bench.engine.step()
+    bench.engine._calls.pop(key).phase = Phase.DONE
+    bench.engine._stale = True
+    with pytest.raises(Bug, match="slots are in use"):
+        bench.engine.step()
+    loaded.context.clear()
+
+
+def test_stats_add_up(bench: Bench) -> None:
+    for prompt in prompts(6):
+        bench.submit(prompt, max_tokens=10)
+    bench.run()
+    stats = bench.engine.stats()
+    assert stats["slots"] == {"total": SLOTS, "free": SLOTS, "used": 0}
+    assert stats["tokens_generated"] == 60
+    assert stats["tokens_prefilled"] == sum(map(len, prompts(6)))
+    assert stats["calls_finished"] == 6
+    assert stats["waiting"] == stats["running"] == 0
+
+
+def test_sequence_phases_are_what_the_engine_says(bench: Bench) -> None:
+    key = bench.submit([5] * 20, max_tokens=5)
+    sequence = bench.engine._calls[key]
+    assert sequence.phase is Phase.QUEUED
+    bench.engine.step()
+    assert sequence.phase is Phase.DECODE
+    bench.run()
+    assert sequence.phase is Phase.DONE

@@ -1,0 +1,207 @@
+"""A model that cannot be served is refused with one line, whatever is wrong with it; what is asked for is kept."""
+
+from __future__ import annotations
+
+import os
+import struct
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+
+from aiosd.errors import AiosdError, UsageError
+from aiosd.llm import llama, loading, modelfile
+from aiosd.llm.embed import Embedder
+from aiosd.llm.spec import ModelSpec
+from tests import tinymodels
+
+
+@pytest.fixture(scope="module")
+def path(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    llama.start()
+    return tinymodels.write(tmp_path_factory.mktemp("gguf") / "tiny.gguf", d=32, layers=1, heads=2, kv_heads=1, ff=32)
+
+
+def spec(path: Path, **options: Any) -> ModelSpec:
+    return ModelSpec("m", str(path), **{"threads": 1, "slots": 2, "ctx": 256, **options})
+
+
+def load(path: Path, **options: Any) -> loading.Loaded:
+    return loading.load(spec(path, **options), lambda what, fraction: None)
+
+
+def refusal(path: Path, **options: Any) -> str:
+    with pytest.raises(AiosdError) as caught:
+        load(path, **options).close()
+    message = str(caught.value)
+    assert "\n" not in message
+    return message
+
+
+def damaged(path: Path, tmp_path: Path, data: bytes) -> Path:
+    other = tmp_path / "damaged.gguf"
+    other.write_bytes(data)
+    return other
+
+
+def test_progress_reaches_one(path: Path) -> None:
+    seen: list[tuple[str, float]] = []
+    loaded = loading.load(spec(path, threads=None), lambda what, fraction: seen.append((what, fraction)))
+    loaded.close()
+    assert ("loading", 1.0) in seen
+    assert all(0 <= fraction <= 1 for _, fraction in seen)
+    assert 1 <= loaded.threads <= len(os.sched_getaffinity(0))
+
+
+def test_info_has_the_fields_of_the_contract(path: Path) -> None:
+    from libaios.wire import ModelInfo
+
+    loaded = load(path)
+    info = ModelInfo(name="m", default=True, **loaded.info(chat=True, tools=True))
+    loaded.close()
+    assert (info.n_ctx, info.n_slots, info.gpu_layers) == (256, 2, 0)
+    assert loaded.device == "CPU"
+
+
+def test_missing_file(tmp_path: Path) -> None:
+    assert "no such file" in refusal(tmp_path / "missing.gguf")
+
+
+def test_folder_and_unreadable(tmp_path: Path) -> None:
+    assert "directory" in refusal(tmp_path)
+
+
+def test_file_that_is_no_gguf(tmp_path: Path) -> None:
+    assert "not a GGUF model" in refusal(damaged(tmp_path, tmp_path, b"PK\x03\x04" + bytes(100)))
+    assert "not a GGUF model" in refusal(damaged(tmp_path, tmp_path, b""))
+
+
+def test_future_version(path: Path, tmp_path: Path) -> None:
+    data = bytearray(path.read_bytes())
+    data[4:8] = struct.pack("<I", 9)
+    assert "version 9" in refusal(damaged(path, tmp_path, bytes(data)))
+
+
+@pytest.mark.parametrize("share", [0.001, 0.05, 0.5, 0.99])
+def test_cut_off_file(path: Path, tmp_path: Path, share: float) -> None:
+    data = path.read_bytes()
+    message = refusal(damaged(path, tmp_path, data[: int(len(data) * share)]))
+    assert "cut off" in message or "corrupted or incomplete" in message or "not a GGUF" in message
+
+
+def test_unknown_architecture(path: Path, tmp_path: Path) -> None:
+    data = path.read_bytes().replace(b"llama", b"lamma")
+    assert "lamma" in refusal(damaged(path, tmp_path, data))
+
+
+def test_larger_than_the_memory(path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(loading, "available_memory", lambda: 1000)
+    assert "too large for the memory" in refusal(path)
+
+
+def test_kv_cache_larger_than_the_memory(path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(loading, "available_memory", lambda: path.stat().st_size + 10_000)
+    assert "use a smaller --ctx or --slots" in refusal(path)
+
+
+@pytest.mark.parametrize(
+    ("options", "why"),
+    [
+        ({"ctx": 100_000}, "--ctx 100000: the model was trained for 4096"),
+        ({"ctx": 3}, "--ctx 3"),
+        ({"slots": 0}, "--slots 0"),
+        ({"slots": 257}, "between 1 and 256"),
+        ({"slots": 256, "exact": True}, "between 1 and 255"),
+        ({"threads": 0}, "--threads 0"),
+        ({"exact": True, "gpu_layers": -1}, "--exact"),
+        ({"kv_memory": 1000}, "more than the 0 MiB allowed"),
+        ({"kv_memory": 1000, "slots": None}, "one slot needs"),
+    ],
+)
+def test_what_is_asked_for_is_kept_or_refused(path: Path, options: dict[str, Any], why: str) -> None:
+    assert why in refusal(path, **options)
+
+
+def test_slots_follow_from_the_memory(path: Path) -> None:
+    per_slot = modelfile.read(str(path)).kv_bytes_per_token() * 256
+    loaded = load(path, slots=None, kv_memory=5 * per_slot + 1)
+    loaded.close()
+    assert loaded.slots == 5
+    assert loaded.kv_bytes == 5 * per_slot
+
+
+def test_kv_estimate_is_what_llama_cpp_takes(path: Path) -> None:
+    file = modelfile.read(str(path))
+    loaded = load(path)
+    empty = len(loaded.context.save(0))
+    batch = llama.Batch(64)
+    batch.size = 64
+    batch.positions[:64] = np.arange(64)
+    loaded.context.decode(batch)
+    taken = len(loaded.context.save(0)) - empty
+    loaded.close()
+    assert 0.9 < taken / (64 * file.kv_bytes_per_token()) < 1.3
+
+
+def test_cgroup_limit_counts(tmp_path: Path) -> None:
+    assert 0 < loading.available_memory() < 1 << 62
+
+
+@settings(max_examples=60, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(st.lists(st.tuples(st.integers(0, 9000), st.integers(0, 255)), min_size=1, max_size=4))
+def test_flipped_bytes_in_the_head_never_break_the_reader(
+    path: Path, tmp_path_factory: pytest.TempPathFactory, flips: list[tuple[int, int]]
+) -> None:
+    data = bytearray(path.read_bytes())
+    for at, value in flips:
+        data[at % len(data)] = value
+    other = tmp_path_factory.mktemp("flip") / "flipped.gguf"
+    other.write_bytes(bytes(data))
+    try:
+        file = modelfile.read(str(other))
+    except UsageError as refused:
+        message = str(refused)
+    else:
+        message = "fine"
+        file.kv_bytes_per_token()
+    assert message
+
+
+# ── embeddings ────────────────────────────────────────────────────────────────────────────────────────────
+
+
+@pytest.fixture(scope="module")
+def embedder(path: Path) -> Iterator[Embedder]:
+    loaded = load(path)
+    embedder = Embedder(loaded.model, threads=1)
+    yield embedder
+    embedder.close()
+    loaded.close()
+
+
+def vectors(embedder: Embedder, texts: list[str]) -> np.ndarray:
+    embedded = embedder.embed(texts)
+    return np.frombuffer(embedded.data, "<f4").reshape(embedded.n, embedded.d)
+
+
+def test_vectors_have_unit_length_and_do_not_depend_on_company(embedder: Embedder) -> None:
+    together = vectors(embedder, ["hello", "another text", "hello"])
+    assert together.shape == (3, 32)
+    assert np.allclose(np.linalg.norm(together, axis=1), 1, atol=1e-6)
+    assert np.array_equal(together[0], together[2])
+    assert not np.allclose(together[0], together[1])
+    assert np.array_equal(vectors(embedder, ["hello"])[0], together[0])
+
+
+def test_no_texts_no_vectors(embedder: Embedder) -> None:
+    assert vectors(embedder, []).shape == (0, 32)
+
+
+@pytest.mark.parametrize(("text", "why"), [("", "empty"), ("x" * 600, "600 tokens, at most 512")])
+def test_texts_that_cannot_be_embedded(embedder: Embedder, text: str, why: str) -> None:
+    with pytest.raises(OSError, match=why):
+        embedder.embed(["fine", text])
