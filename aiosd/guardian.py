@@ -52,8 +52,9 @@ def main(settings: Settings) -> int:
         return _watch(supervisor, heard)
     finally:
         spawn.sweep()
-        with contextlib.suppress(OSError):
-            os.unlink(home.socket)
+        for path in {home.socket, home.root / home.socket.name}:
+            with contextlib.suppress(OSError):
+                os.unlink(path)
         os.close(lock)
 
 
@@ -98,7 +99,18 @@ def bind(home: Home) -> socket.socket:
         os.close(folder)
     os.chmod(home.socket, 0o600)
     listener.listen(1024)
+    _link_socket(home)
     return listener
+
+
+def _link_socket(home: Home) -> None:
+    """Agents are told AIOS_HOME, whatever their environment would make of the XDG variables; so the socket must be
+    found in the home's root also where its place is the runtime folder."""
+    link = home.root / home.socket.name
+    if link != home.socket:
+        with contextlib.suppress(FileNotFoundError):
+            os.unlink(link)
+        os.symlink(home.socket, link)
 
 
 def _raise_nofile() -> None:

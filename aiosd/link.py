@@ -197,10 +197,11 @@ class Fork(Struct, array_like=True, frozen=True, tag=True):
 
 
 class SendSignal(Struct, array_like=True, frozen=True, tag=True):
-    """To the agent's process group, then to every descendant found outside it."""
+    """To the agent's process group, then to every descendant found outside it. A `key` is served once."""
 
     pid: int
     signal: int
+    key: Key | None = None
 
 
 class Mark(Struct, array_like=True, frozen=True, tag=True):
@@ -213,6 +214,7 @@ class Mark(Struct, array_like=True, frozen=True, tag=True):
     budget: str | None = None
     reason: str | None = None
     reaped: bool = False
+    reaped_by: Key | None = None  # the WAIT that got it: submitted again, it gets the same
 
 
 class Forget(Struct, array_like=True, frozen=True, tag=True):

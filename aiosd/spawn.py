@@ -18,6 +18,7 @@ import contextlib
 import ctypes
 import gc
 import importlib.util
+import logging
 import os
 import random
 import resource
@@ -165,6 +166,7 @@ def become_agent(spec: link.Fork, pid: int, home: str, stdio: tuple[int, int, in
     _lower_oom_protection()
     random.seed()
     gc.enable()
+    _reset_logging()
     _register_exit_functions()
     return _RUN[spec.kind](spec)
 
@@ -229,6 +231,13 @@ def _set_environment(spec: link.Fork, pid: int, home: str, memfd: int, bell: int
         sys.stdout.reconfigure(write_through=True)  # type: ignore[union-attr] # a TextIOWrapper, made above
 
 
+def _reset_logging() -> None:
+    """Logging as at the start of an interpreter, without the supervisor's handler."""
+    logging.root.handlers.clear()
+    logging.root.setLevel(logging.WARNING)
+    logging.raiseExceptions = True
+
+
 def _register_exit_functions() -> None:
     """What the standard library had registered in the supervisor and an agent expects: `fork` cleared it."""
     for module, name in (("logging", "shutdown"), ("multiprocessing.util", "_exit_function")):
@@ -261,8 +270,8 @@ def _run_file(spec: link.Fork) -> int:
     except OSError as err:
         return _cannot(spec, err.strerror or str(err), NOT_FOUND if isinstance(err, FileNotFoundError) else 126)
     main = _new_main(spec.target, [spec.target, *spec.args], os.path.dirname(os.path.realpath(path)))
-    main.__file__ = spec.target
-    return _run(lambda: compile(source, spec.target, "exec", dont_inherit=True), main)
+    main.__file__ = os.path.abspath(path)
+    return _run(lambda: compile(source, main.__file__ or "", "exec", dont_inherit=True), main)
 
 
 def _run_module(spec: link.Fork) -> int:

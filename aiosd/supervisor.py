@@ -28,18 +28,19 @@ import signal
 import socket
 import sys
 import time
+from collections import OrderedDict
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, ClassVar
 
 import msgspec
-from libaios.channel import make_channel, raise_epoch
-from libaios.stream import FrameSocket
 
 from aiosd import link, log, notify, procfs, spawn
 from aiosd.errors import Bug
 from aiosd.pids import PidCounter
 from aiosd.timers import Timers
+from libaios.channel import make_channel, raise_epoch
+from libaios.stream import FrameSocket
 
 if TYPE_CHECKING:
     from aiosd.config import Settings
@@ -54,6 +55,7 @@ CORE_BACKOFF_S = (0.1, 5.0)  # first and longest wait before a dead core or kern
 BOOT_TRIES = 3  # deaths of a kernel that has never been ready
 QUIET_S = 30.0  # a life this long makes the next death count as the first
 LAST_WAIT_S = 2.0  # for kernel and cores at the end
+SIGNALS_REMEMBERED = 4096
 GUARDIAN_DIED = signal.SIGUSR1
 
 
@@ -75,7 +77,8 @@ class Agent:
     nice: int
     budget: str = ""
     reason: str = ""
-    reaped: bool = False  # its exit status has been collected
+    reaped: bool = False  # its exit status has been collected,
+    reaped_by: link.Key | None = None  # … by this call
     # changed by waitid
     stopped: bool = False
     status: int | None = None  # exit code or -signal; None while alive
@@ -128,6 +131,7 @@ class Supervisor:
         self.agents: dict[int, Agent] = {}  # by pid, live and dead until forgotten
         self.by_ospid: dict[int, Agent] = {}  # live ones
         self.served: dict[link.Key, int] = {}  # spawn requests by key: the same request names the same agent
+        self.signalled: OrderedDict[tuple[link.Key, int], None] = OrderedDict()  # KILL calls served, and on whom
         self.cores: dict[str, Core] = {}
         self.kernel_pid = 0
         self.kernel_ospid = 0
@@ -157,6 +161,8 @@ class Supervisor:
         while self.exit_code is None:
             self._turn()
         spawn.sweep()
+        with contextlib.suppress(OSError):  # a full disk: numbers are wasted, none is repeated
+            self.pids.release()
         return self.exit_code
 
     def _turn(self) -> None:
@@ -245,9 +251,8 @@ class Supervisor:
             os.setsid()
             spawn.keep_only((core.memfd, core.core_bell))
             log.setup(_core_name(self.cores, core.model.name), self.settings.log_level)
-            from libaios.channel import Channel, Side
-
             from aiosd.llm.core import main
+            from libaios.channel import Channel, Side
 
             return main(Channel(core.memfd, core.core_bell, Side.KERNEL), core.model)
 
@@ -259,8 +264,9 @@ class Supervisor:
         self._tell(forked, (core.memfd, core.kernel_bell))
 
     def _kernel_died(self, status: int) -> None:
-        self._close_kernel_link()
         self.kernel_ospid = 0
+        while self.kernel is not None:  # what it had decided and sent counts
+            self._on_kernel(self.kernel)
         if self.stopping:
             return
         self.kernel_deaths += 1
@@ -298,7 +304,7 @@ class Supervisor:
 
     def _tell(self, message: link.FromSupervisor, fds: tuple[int, ...] = ()) -> None:
         """To the kernel. Without one the message is not lost: the next is born with the records."""
-        if self.kernel is None:
+        if self.kernel is None or not self.kernel_ospid:
             return
         try:
             self.kernel.send(link.encode(message), fds)
@@ -322,7 +328,8 @@ class Supervisor:
 
     def _on_kernel(self, kernel: FrameSocket) -> None:
         try:
-            kernel.flush()
+            if self.kernel_ospid:
+                kernel.flush()
             frames = kernel.receive()
         except (OSError, EOFError):
             self._close_kernel_link()
@@ -408,8 +415,14 @@ class Supervisor:
 
     def _on_signal(self, message: link.SendSignal, fds: list[int]) -> None:
         agent = self.agents.get(message.pid)
-        if agent is not None and agent.status is None:
-            _signal_tree(agent.ospid, message.signal)
+        served = message.key is not None and (message.key, message.pid) in self.signalled
+        if agent is None or agent.status is not None or served:
+            return
+        if message.key is not None:
+            self.signalled[message.key, message.pid] = None
+            if len(self.signalled) > SIGNALS_REMEMBERED:
+                self.signalled.popitem(last=False)
+        _signal_tree(agent.ospid, message.signal)
 
     def _on_mark(self, message: link.Mark, fds: list[int]) -> None:
         agent = self.agents.get(message.pid)
@@ -422,6 +435,7 @@ class Supervisor:
         agent.budget = message.budget or agent.budget
         agent.reason = message.reason or agent.reason
         agent.reaped = agent.reaped or message.reaped
+        agent.reaped_by = agent.reaped_by or message.reaped_by
 
     def _on_forget(self, message: link.Forget, fds: list[int]) -> None:
         agent = self.agents.pop(message.pid, None)

@@ -26,12 +26,15 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger("kernel.generations")
 
+PROGRESS_S = 2.0  # between two lines about the loading of a model
+
 
 class Generations:
     def __init__(self, kernel: Kernel) -> None:
         self.kernel = kernel
         self.load_error = ""  # a model could not be loaded at boot: the system does not come up
-        self._progress: dict[str, int] = {}
+        self._progress: dict[str, int] = {}  # percent shown last, by core
+        self._said = kernel.timers.clock()
 
     # ── submitting ────────────────────────────────────────────────────────────────────────────────────────
 
@@ -87,7 +90,7 @@ class Generations:
     # ── what a core says ──────────────────────────────────────────────────────────────────────────────────
 
     def on_loading(self, core: Core, message: link.Progress) -> None:
-        """A line that moves on a terminal, and one line per tenth elsewhere."""
+        """A line that moves on a terminal, elsewhere a new line now and then when it takes long."""
         percent = int(message.fraction * 100)
         if percent == self._progress.get(core.name):
             return
@@ -95,7 +98,8 @@ class Generations:
             print(f"\r\x1b[Kaiosd: {core.name}: {message.what} {percent} %", end="", file=sys.stderr, flush=True)
             if percent >= 100:
                 print("\r\x1b[K", end="", file=sys.stderr, flush=True)
-        elif percent // 10 != self._progress.get(core.name, 0) // 10:
+        elif self.kernel.timers.clock() - self._said >= PROGRESS_S:
+            self._said = self.kernel.timers.clock()
             logger.info("%s: %s %d %%", core.name, message.what, percent)
         self._progress[core.name] = percent
 
@@ -127,8 +131,7 @@ class Generations:
         generation = call.generation
         assert generation is not None
         if delta.offset != len(generation.tokens):
-            logger.error("call %s: piece at %d, expected %d", call.key, delta.offset, len(generation.tokens))
-            return
+            return  # sent before the core knew how far its caller is; it is told again from there
         generation.tokens.extend(delta.tokens)
         if generation.request.stream:
             self.kernel.send_piece(call, delta.offset, wire.Piece(delta.text, delta.tokens))

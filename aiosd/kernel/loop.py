@@ -33,9 +33,6 @@ from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
 import msgspec
-from libaios.channel import Channel, Side
-from libaios.ring import ProtocolError
-from libaios.stream import FrameSocket
 
 from aiosd import link, log, procfs
 from aiosd.kernel import budget as budgets
@@ -59,6 +56,9 @@ from aiosd.kernel.status import StatusRequests
 from aiosd.kernel.waiters import Waiters
 from aiosd.timers import Timers
 from libaios import wire
+from libaios.channel import Channel, Side
+from libaios.ring import ProtocolError
+from libaios.stream import FrameSocket
 
 if TYPE_CHECKING:
     from aiosd.supervisor import Agent, Inheritance
@@ -156,6 +156,7 @@ class Kernel:
     def _adopt_agent(self, agent: Agent) -> None:
         proc = self._new_proc(agent.spec, agent.pid, agent.ospid, agent.pgid, agent.started, agent.log)
         proc.ppid, proc.nice, proc.budget, proc.reason = agent.ppid, agent.nice, agent.budget, agent.reason
+        proc.reaped_by = agent.reaped_by
         self.table.add(proc)
         if agent.status is None:
             self._connect_agent(proc, agent.memfd, agent.bell)
@@ -359,13 +360,11 @@ class Kernel:
             proc.reason = reason
             self.to_supervisor(link.Mark(proc.pid, reason=reason))
 
-    def deliver(self, proc: Proc, number: int) -> None:
+    def deliver(self, proc: Proc, number: int, key: link.Key | None = None) -> None:
         """Deliver a signal. STOP and CONT act on the running generations as well, before and after."""
         if number == signal.SIGSTOP:
             self.generations.park(proc, True)
-        self.to_supervisor(link.SendSignal(proc.pid, number))
-        if number in (signal.SIGTERM, signal.SIGHUP, signal.SIGINT, signal.SIGQUIT) and proc.state is State.STOPPED:
-            logger.debug("pid %d is stopped; signal %d waits for CONT", proc.pid, number)
+        self.to_supervisor(link.SendSignal(proc.pid, number, key))
 
     def _exited(self, proc: Proc, status: int, reason: str) -> None:
         if proc.peer is not None:
@@ -386,13 +385,14 @@ class Kernel:
 
     def _reap(self, proc: Proc) -> None:
         forgotten = self.table.reap(proc)
-        self.to_supervisor(link.Mark(proc.pid, reaped=True))
+        self.to_supervisor(link.Mark(proc.pid, reaped=True, reaped_by=proc.reaped_by))
         for pid in forgotten:
             self.to_supervisor(link.Forget(pid))
 
-    def collect(self, proc: Proc) -> None:
-        """The parent has got the exit status."""
+    def collect(self, proc: Proc, by: link.Key) -> None:
+        """The parent gets the exit status with this call."""
         if proc.state is State.ZOMBIE:
+            proc.reaped_by = by
             self._reap(proc)
 
     # ── budgets ───────────────────────────────────────────────────────────────────────────────────────────

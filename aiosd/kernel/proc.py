@@ -37,6 +37,7 @@ from libaios import wire
 if TYPE_CHECKING:
     from aiosd.kernel.budget import Budget
     from aiosd.kernel.peer import AgentPeer, Call
+    from aiosd.link import Key
 
 INIT = 1  # the pid of aiosd itself
 
@@ -91,6 +92,7 @@ class Proc:
     budget: str = ""  # which budget ended it
     reason: str = ""  # what the kernel or the supervisor had to say about the end
     ended: float = 0.0  # Unix time
+    reaped_by: Key | None = None  # the WAIT call that collected its status
 
     # its connection; None once it is dead or has hung up
     peer: AgentPeer | None = None

@@ -120,7 +120,7 @@ def sys_kill(kernel: Kernel, call: Call, args: wire.Kill) -> Any:
         trees = {proc.pid: proc for target in alive for proc in kernel.table.subtree(target) if proc.alive}
         alive = list(trees.values())
     for proc in alive:
-        kernel.deliver(proc, args.signal)
+        kernel.deliver(proc, args.signal, call.key)
     if args.signal == signal.SIGSTOP:
         done = kernel.waiters.until(call, lambda: all(p.state is not State.RUNNING for p in alive))
         return None if done else PENDING

@@ -34,6 +34,10 @@ class Waiters:
 
     def wait(self, call: Call, args: wire.Wait) -> wire.Waited | None:
         """The result when there is one already; None when the call now waits."""
+        if self.kernel.born.epoch > 1:  # a kernel that died may have served this very call
+            for proc in self.kernel.table.history.values():
+                if proc.reaped_by == call.key:
+                    return waited(proc)
         found = self._dead(call, args.pid)
         if found is not None:
             return self._take(call, found)
@@ -62,7 +66,7 @@ class Waiters:
 
     def _take(self, call: Call, proc: Proc) -> wire.Waited:
         if access.reaps(call.peer, proc):
-            self.kernel.collect(proc)
+            self.kernel.collect(proc, call.key)
         return waited(proc)
 
     def on_exit(self, proc: Proc) -> None:

@@ -1,0 +1,154 @@
+"""Parts that die while agents work: what they see of it."""
+
+from __future__ import annotations
+
+import os
+import signal
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import psutil
+import pytest
+
+from tests.conftest import System, eventually
+
+Fresh = Callable[..., System]
+
+STREAM = """
+import sys
+import libaios as aios
+for piece in aios.llm.complete("Once", max_tokens=400, temperature=0.0, ignore_eos=True, stream=True):
+    sys.stdout.write(piece.text)
+    sys.stdout.flush()
+print("|", piece.finish_reason, piece.usage.completion_tokens)
+"""
+
+
+@pytest.fixture
+def stream(tmp_path: Path) -> Path:
+    path = tmp_path / "stream.py"
+    path.write_text(STREAM)
+    return path
+
+
+def ospid(system: System, name: str) -> int:
+    return next(entry["ospid"] for entry in system.ps() if entry["name"] == name)
+
+
+def kill(system: System, name: str) -> None:
+    """kill -9 one of aiosd's processes, and wait until its successor is there."""
+    old = ospid(system, name)
+    os.kill(old, signal.SIGKILL)
+    assert eventually(lambda: not psutil.pid_exists(old))
+
+
+def test_a_dead_core_costs_a_pause(fresh_aiosd: Fresh, stream: Path) -> None:
+    system = fresh_aiosd("--threads", "1", "--exact")
+    expected = system.run("aios-run", stream, check=True).stdout
+    job = system.popen("aios-run", stream)
+    assert job.stdout is not None
+    begun = job.stdout.read(10)
+    kill(system, "llm")
+    rest, errors = job.communicate(timeout=60)
+    assert (job.returncode, errors) == (0, "")
+    assert begun + rest == expected
+    (model,) = system.status()["models"]
+    assert model["deaths"] == 1
+    assert "SIGKILL" in model["last_death"]
+
+
+def test_a_dead_kernel_costs_a_pause(fresh_aiosd: Fresh, stream: Path) -> None:
+    """Agents, pids and names are there afterwards; an open stream goes on; aios-run gets its exit code."""
+    system = fresh_aiosd("--threads", "1", "--exact")
+    expected = system.run("aios-run", stream, check=True).stdout
+    detached = system.run("aios-run", "-d", "--name", "sleeper", "-n", "3", "--", "sleep", "1000", check=True)
+    sleeper = detached.stdout.strip()
+    job = system.popen("aios-run", stream)
+    assert job.stdout is not None
+    begun = job.stdout.read(10)
+    kill(system, "kernel")
+    rest, errors = job.communicate(timeout=60)
+    assert (job.returncode, errors) == (0, "")
+    assert begun + rest == expected
+    entry = next(entry for entry in system.ps() if entry["name"] == "sleeper")
+    assert (str(entry["pid"]), entry["nice"], entry["stat"]) == (sleeper, 3, "S")
+    assert system.run("aios-kill", "--timeout", "5", "sleeper").returncode == 0
+    assert system.run("aios-wait", sleeper).returncode == 143
+
+
+def test_a_child_is_not_spawned_twice_and_its_status_not_lost(fresh_aiosd: Fresh, tmp_path: Path) -> None:
+    script = tmp_path / "parent.py"
+    script.write_text(
+        "import libaios as aios\n"
+        "pids = [aios.proc.spawn('sh', '-c', 'read x; exit 5') for _ in range(3)]\n"
+        "print(len(set(pids)), flush=True)\n"
+        "print(sorted(aios.proc.wait() for _ in pids) == [(pid, 5) for pid in sorted(pids)])\n"
+    )
+    system = fresh_aiosd("--threads", "1")
+    job = system.popen("aios-run", script)
+    assert job.stdout is not None
+    assert job.stdin is not None
+    assert job.stdout.readline() == "3\n"
+    kill(system, "kernel")
+    job.stdin.close()  # the children end while there is no kernel, or soon after
+    assert job.stdout.read() == "True\n"
+    assert job.wait(20) == 0
+    assert len([entry for entry in system.ps() if entry["name"] == "sh"]) == 0
+
+
+def test_the_system_dies_with_its_supervisor(fresh_aiosd: Fresh) -> None:
+    check_death(fresh_aiosd(), lambda system: ospid(system, "supervisor"))
+
+
+def test_the_system_dies_with_its_guardian(fresh_aiosd: Fresh) -> None:
+    check_death(fresh_aiosd(), lambda system: system.daemon.pid)  # type: ignore[union-attr]
+
+
+def check_death(system: System, victim: Callable[[System], int]) -> None:
+    """Two seconds later nothing is left, detached and TERM-ignoring descendants included."""
+    deaf = "trap '' TERM HUP; (setsid sh -c 'trap \"\" TERM HUP; sleep 1000' &); sleep 1000"
+    for _ in range(3):
+        system.run("aios-run", "-d", "--", "sh", "-c", deaf, check=True)
+    assert eventually(lambda: len(system.processes()) >= 9)
+    os.kill(victim(system), signal.SIGKILL)
+    began = time.monotonic()
+    assert eventually(lambda: not system.processes(), timeout=5)
+    assert time.monotonic() - began < 2 + 1  # a second of grace for a busy machine
+    system.daemon.wait(5)  # type: ignore[union-attr]
+    system.start()
+    assert system.run("aios-run", "--", "true").returncode == 0
+
+
+def test_an_agent_gets_hup_when_its_aios_run_is_killed(aiosd: System) -> None:
+    job = aiosd.popen("aios-run", "--name", "orphaned", "--", "sleep", "1000")
+    assert eventually(lambda: aiosd.agents())
+    (entry,) = aiosd.agents()
+    job.kill()
+    job.wait()
+    assert eventually(lambda: not aiosd.agents())
+    assert aiosd.run("aios-wait", str(entry["pid"])).returncode == 128 + signal.SIGHUP
+
+
+def test_a_parked_generation_goes_on_as_if_nothing_had_happened(aiosd: System, stream: Path) -> None:
+    aiosd.run("aios-run", stream, check=True)  # from now on its prompt is cached, which may change a last bit
+    expected = aiosd.run("aios-run", stream, check=True).stdout
+    job = aiosd.popen("aios-run", "--name", "parked", stream)
+    assert job.stdout is not None
+    begun = job.stdout.read(10)
+    for _ in range(3):
+        aiosd.run("aios-kill", "-STOP", "parked", check=True)
+        (entry,) = aiosd.agents()
+        assert entry["stat"] == "T"
+        aiosd.run("aios-kill", "-CONT", "parked", check=True)
+    rest, _ = job.communicate(timeout=60)
+    assert begun + rest == expected
+
+
+def test_a_killed_agent_frees_its_slot(aiosd: System, stream: Path) -> None:
+    job = aiosd.popen("aios-run", "--name", "victim", stream)
+    assert job.stdout is not None
+    job.stdout.read(10)
+    aiosd.run("aios-kill", "-KILL", "victim", check=True)
+    assert job.wait(10) == 137
+    assert eventually(lambda: aiosd.status()["models"][0]["stats"]["slots"]["used"] == 0)
