@@ -15,22 +15,19 @@ import os
 import resource
 import signal
 import socket
-import time
 from typing import TYPE_CHECKING
 
 from aiosd import log, spawn
 from aiosd.errors import UsageError, WorldError
+from aiosd.heartbeat import BEAT_S, HANG_S, Heart
 
 if TYPE_CHECKING:
-    from libaios.home import Home
-
     from aiosd.config import Settings
+    from libaios.home import Home
 
 logger = logging.getLogger("guardian")
 
 FORWARDED = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP)
-HANG_S = 10.0  # a supervisor that has not been heard of for so long is taken for hung
-TICK_S = 1.0
 
 
 def main(settings: Settings) -> int:
@@ -43,13 +40,13 @@ def main(settings: Settings) -> int:
     spawn.prctl(spawn.PR_SET_CHILD_SUBREAPER, 1)
     log.setup("guardian", settings.log_level)
     signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGCHLD, *FORWARDED})
-    heard, heartbeat = os.pipe2(os.O_NONBLOCK | os.O_CLOEXEC)
-    supervisor = _fork_supervisor(settings, listener, heartbeat)
-    os.close(heartbeat)
+    heart = Heart()
+    supervisor = _fork_supervisor(settings, listener, heart.write)
+    heart.forked()
     if settings.ready_fd is not None:
         os.close(settings.ready_fd)  # the supervisor's alone, so that its death ends the wait of the starter
     try:
-        return _watch(supervisor, heard)
+        return _watch(supervisor, heart)
     finally:
         spawn.sweep()
         for path in {home.socket, home.root / home.socket.name}:
@@ -129,22 +126,16 @@ def _fork_supervisor(settings: Settings, listener: socket.socket, heartbeat: int
     return spawn.fork(child)
 
 
-def _watch(supervisor: int, heard: int) -> int:
+def _watch(supervisor: int, heart: Heart) -> int:
     """Wait for the supervisor's end; returns its exit code."""
-    last_beat = time.monotonic()
     while True:
-        before = time.monotonic()
-        info = signal.sigtimedwait({signal.SIGCHLD, *FORWARDED}, TICK_S)
-        now = time.monotonic()
+        info = signal.sigtimedwait({signal.SIGCHLD, *FORWARDED}, BEAT_S)
         if info is not None and info.si_signo in FORWARDED:
             os.kill(supervisor, info.si_signo)
         code = _reap(supervisor)
         if code is not None:
             return code
-        # A guardian that was stopped itself (Ctrl-Z) has heard nothing meanwhile, which proves nothing.
-        if _drain(heard) or now - before > 2 * TICK_S:
-            last_beat = now
-        if now - last_beat > HANG_S:
+        if heart.hangs():
             logger.critical("the supervisor hangs (no heartbeat for %.0f s); ending everything", HANG_S)
             os.kill(supervisor, signal.SIGKILL)
 
@@ -163,10 +154,3 @@ def _reap(supervisor: int) -> int | None:
             if code < 0:
                 logger.critical("the supervisor died (%s)", spawn.describe(code))
             return code if code >= 0 else 1
-
-
-def _drain(heard: int) -> bool:
-    try:
-        return bool(os.read(heard, 4096))
-    except BlockingIOError:
-        return False

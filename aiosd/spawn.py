@@ -92,6 +92,12 @@ def _in_child(child: Callable[[], int], parent: int) -> NoReturn:
         os._exit(code)
 
 
+def name_process(name: str) -> None:
+    """What top and `ps -e` show; 15 bytes at most."""
+    with contextlib.suppress(OSError), open("/proc/self/comm", "w", encoding="utf-8") as file:
+        file.write(name[:15])
+
+
 def die_with_parent(parent: int, number: int) -> None:
     """Ask for a signal at the parent's death, and notice a parent that is dead already."""
     prctl(PR_SET_PDEATHSIG, number)
@@ -153,6 +159,7 @@ def become_agent(spec: link.Fork, pid: int, home: str, stdio: tuple[int, int, in
     keep_only((memfd, bell))
     for fd in (memfd, bell):
         os.set_inheritable(fd, True)  # they survive exec; ENV_CHANNEL says whose they are
+    name_process(spec.name)
     if spec.tty:
         _take_terminal()
     os.umask(spec.umask)

@@ -37,6 +37,7 @@ import msgspec
 
 from aiosd import link, log, notify, procfs, spawn
 from aiosd.errors import Bug
+from aiosd.heartbeat import BEAT_S, HANG_S, Heart, beat, beat_in_background
 from aiosd.pids import PidCounter
 from aiosd.timers import Timers
 from libaios.channel import make_channel, raise_epoch
@@ -50,7 +51,6 @@ logger = logging.getLogger("supervisor")
 
 RING_BYTES = 1 << 16  # of each direction between an agent and the kernel
 CORE_RING_BYTES = 1 << 20  # between kernel and core: a step of 256 sequences is one frame
-HEARTBEAT_S = 1.0
 CORE_BACKOFF_S = (0.1, 5.0)  # first and longest wait before a dead core or kernel is forked again
 BOOT_TRIES = 3  # deaths of a kernel that has never been ready
 QUIET_S = 30.0  # a life this long makes the next death count as the first
@@ -94,6 +94,7 @@ class Core:
     memfd: int = -1
     kernel_bell: int = -1
     core_bell: int = -1
+    heart: Heart | None = None
     deaths: int = 0
     forked_at: float = 0.0
     backoff_s: float = CORE_BACKOFF_S[0]
@@ -107,6 +108,7 @@ class Inheritance:
     settings: Settings
     listener: int
     link: int
+    heartbeat: int
     epoch: int
     pids: dict[str, int]  # of aiosd's own processes, by name
     guardian: int
@@ -135,6 +137,7 @@ class Supervisor:
         self.cores: dict[str, Core] = {}
         self.kernel_pid = 0
         self.kernel_ospid = 0
+        self.kernel_heart: Heart | None = None
         self.kernel_deaths = 0
         self.kernel_forked_at = 0.0
         self.kernel_backoff_s = CORE_BACKOFF_S[0]
@@ -174,9 +177,15 @@ class Supervisor:
         self.timers.run_due()
 
     def _beat(self) -> None:
-        with contextlib.suppress(BlockingIOError, BrokenPipeError):
-            os.write(self.heartbeat, b".")
-        self.timers.after(HEARTBEAT_S, self._beat)
+        """Once a second: say that we live, and listen whether the others do."""
+        self.timers.after(BEAT_S, self._beat)
+        beat(self.heartbeat)
+        watched = [(self.kernel_ospid, self.kernel_heart, "kernel")]
+        watched += [(core.ospid, core.heart, f"llm core {core.model.name}") for core in self.cores.values()]
+        for ospid, heart, name in watched:
+            if ospid and heart is not None and heart.hangs():
+                logger.error("%s hangs (no heartbeat for %.0f s); killed", name, HANG_S)
+                os.kill(ospid, signal.SIGKILL)
 
     def _on_signals(self) -> None:
         with contextlib.suppress(BlockingIOError):
@@ -213,11 +222,13 @@ class Supervisor:
     def _fork_kernel(self) -> None:
         ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_STREAM)
         self.epoch += 1
+        heart = self.kernel_heart = Heart()
         inheritance = Inheritance(
             boot=self.boot,
             settings=self.settings,
             listener=self.listener.fileno(),
             link=theirs.fileno(),
+            heartbeat=heart.write,
             epoch=self.epoch,
             pids={"supervisor": 1, "kernel": self.kernel_pid},
             guardian=self.guardian,
@@ -225,12 +236,13 @@ class Supervisor:
             agents=list(self.agents.values()),
             cores=[core for core in self.cores.values() if core.ospid],
         )
-        keep = [self.listener.fileno(), theirs.fileno()]
+        keep = [self.listener.fileno(), theirs.fileno(), heart.write]
         keep += [fd for agent in self.agents.values() if agent.status is None for fd in (agent.memfd, agent.bell)]
         keep += [fd for core in inheritance.cores for fd in (core.memfd, core.kernel_bell)]
 
         def child() -> int:
             os.setsid()
+            spawn.name_process("aios:kernel")
             spawn.keep_only(keep)
             from aiosd.kernel.loop import main
 
@@ -238,6 +250,7 @@ class Supervisor:
 
         self.kernel_ospid = spawn.fork(child)
         self.kernel_forked_at = time.monotonic()
+        heart.forked()
         theirs.close()
         ours.setblocking(False)
         self.kernel = FrameSocket(ours)
@@ -247,9 +260,13 @@ class Supervisor:
         if self.stopping or core.ospid:
             return
 
+        heart = Heart()
+
         def child() -> int:
             os.setsid()
-            spawn.keep_only((core.memfd, core.core_bell))
+            spawn.name_process(f"aios:{_core_name(self.cores, core.model.name)}")
+            spawn.keep_only((core.memfd, core.core_bell, heart.write))
+            beat_in_background(heart.write)
             log.setup(_core_name(self.cores, core.model.name), self.settings.log_level)
             from aiosd.llm.core import main
             from libaios.channel import Channel, Side
@@ -259,12 +276,17 @@ class Supervisor:
         # The core serves the channel and the kernel submits, as an agent does to the kernel.
         core.memfd, core.core_bell, core.kernel_bell = make_channel(CORE_RING_BYTES, CORE_RING_BYTES)
         core.ospid = spawn.fork(child)
+        core.heart = heart
+        heart.forked()
         core.forked_at = time.monotonic()
         forked = link.CoreForked(core.model.name, core.pid, core.ospid, core.deaths)
         self._tell(forked, (core.memfd, core.kernel_bell))
 
     def _kernel_died(self, status: int) -> None:
         self.kernel_ospid = 0
+        if self.kernel_heart is not None:
+            self.kernel_heart.close()
+            self.kernel_heart = None
         while self.kernel is not None:  # what it had decided and sent counts
             self._on_kernel(self.kernel)
         if self.stopping:
@@ -294,6 +316,9 @@ class Supervisor:
         core.deaths += 1
         for fd in (core.memfd, core.kernel_bell, core.core_bell):
             os.close(fd)
+        if core.heart is not None:
+            core.heart.close()
+            core.heart = None
         if self.stopping:
             return
         core.backoff_s = _backoff(core.backoff_s, core.forked_at)
@@ -627,6 +652,7 @@ def _preload() -> None:
 def main(settings: Settings, listener: socket.socket, guardian: int, heartbeat: int) -> int:
     """Entry of the supervisor process, forked by the guardian."""
     os.setsid()  # the terminal's signals go to the guardian alone
+    spawn.name_process("aios:supervisor")
     spawn.prctl(spawn.PR_SET_CHILD_SUBREAPER, 1)
     log.setup("supervisor", settings.log_level)
     supervisor = Supervisor(settings, listener, guardian, heartbeat)

@@ -302,7 +302,7 @@ def _running(processes: set[psutil.Process]) -> list[psutil.Process]:
 
 @pytest.fixture(scope="session")
 def aiosd() -> Iterator[System]:
-    system = System("--threads", "2").start()
+    system = System("--threads", "1").start()
     yield system
     left = system.destroy()
     code = system.daemon.returncode

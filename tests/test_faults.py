@@ -152,3 +152,25 @@ def test_a_killed_agent_frees_its_slot(aiosd: System, stream: Path) -> None:
     aiosd.run("aios-kill", "-KILL", "victim", check=True)
     assert job.wait(10) == 137
     assert eventually(lambda: aiosd.status()["models"][0]["stats"]["slots"]["used"] == 0)
+
+
+@pytest.mark.parametrize("name", ["kernel", "llm"])
+def test_a_part_that_hangs_is_replaced(fresh_aiosd: Fresh, stream: Path, name: str) -> None:
+    system = fresh_aiosd("--threads", "1", "--exact")
+    expected = system.run("aios-run", stream, check=True).stdout
+    job = system.popen("aios-run", stream)
+    assert job.stdout is not None
+    begun = job.stdout.read(10)
+    os.kill(ospid(system, name), signal.SIGSTOP)
+    rest, errors = job.communicate(timeout=60)
+    assert (job.returncode, errors) == (0, "")
+    assert begun + rest == expected
+    assert "hangs (no heartbeat for 5 s)" in system.log()
+
+
+def test_a_supervisor_that_hangs_ends_the_system(fresh_aiosd: Fresh) -> None:
+    system = fresh_aiosd()
+    os.kill(ospid(system, "supervisor"), signal.SIGSTOP)
+    assert system.daemon is not None
+    assert system.daemon.wait(20) == 1
+    assert eventually(lambda: not system.processes())

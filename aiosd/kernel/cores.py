@@ -17,11 +17,11 @@ from dataclasses import dataclass, field
 from typing import Any, Protocol
 
 import msgspec
-from libaios.channel import Channel
 
 from aiosd import link
 from aiosd.kernel.peer import Call
 from libaios import wire
+from libaios.channel import Channel
 
 logger = logging.getLogger("kernel.cores")
 

@@ -35,6 +35,7 @@ from typing import TYPE_CHECKING, Any
 import msgspec
 
 from aiosd import link, log, procfs
+from aiosd.heartbeat import BEAT_S, beat
 from aiosd.kernel import budget as budgets
 from aiosd.kernel import syscalls
 from aiosd.kernel.budget import Budget
@@ -104,6 +105,7 @@ class Kernel:
     # ── loop ──────────────────────────────────────────────────────────────────────────────────────────────
 
     def run(self) -> int:
+        self._beat()
         self.timers.after(LOG_INDEX_S, self._index_logs)
         self.timers.after(budgets.SAMPLE_S, self._sample_memory)
         while not self.generations.load_error and not self.over:
@@ -119,6 +121,10 @@ class Kernel:
         if self.generations.load_error:
             self.to_supervisor(link.Shutdown(error=self.generations.load_error))
         return 0
+
+    def _beat(self) -> None:
+        self.timers.after(BEAT_S, self._beat)
+        beat(self.born.heartbeat)
 
     def _watch(self, fd: int, act: Callable[[int], None]) -> None:
         self.on_event[fd] = act

@@ -13,13 +13,12 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass, field
 
-from libaios.channel import Channel
-from libaios.stream import FrameSocket
-
 from aiosd.kernel.proc import Proc
 from aiosd.link import Key
 from aiosd.timers import Timer
 from libaios import wire
+from libaios.channel import Channel
+from libaios.stream import FrameSocket
 
 MAX_OPEN_CALLS = 1024  # of one peer
 OUTBOX_PAUSE = 256 << 10  # bytes a peer has not read before its streams are paused at their source,
