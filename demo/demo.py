@@ -39,7 +39,18 @@ class Terminal:
     def type(self, line: str) -> int:
         """Run one command in the foreground."""
         print(f"{BOLD}$ {line}{PLAIN}", flush=True)
-        return subprocess.call(shlex.split(line), env=self.env, cwd=self.desk, timeout=PATIENCE_S)
+        return subprocess.call(
+            shlex.split(line), env=self.env, cwd=self.desk, stderr=subprocess.STDOUT, timeout=PATIENCE_S
+        )
+
+    def type_and_read(self, line: str) -> str:
+        """Run one command in the foreground; returns what it printed, too."""
+        print(f"{BOLD}$ {line}{PLAIN}", flush=True)
+        done = subprocess.run(
+            shlex.split(line), env=self.env, cwd=self.desk, stdout=subprocess.PIPE, text=True, timeout=PATIENCE_S
+        )
+        print(done.stdout, end="", flush=True)
+        return done.stdout.strip()
 
     def type_in_background(self, line: str) -> None:
         """Run `command < file &`; what it prints is shown by `wait`, so that three do not talk at once."""
@@ -100,7 +111,7 @@ def show(terminal: Terminal) -> int:
         return 1
 
     terminal.say("three at once, each with its own list of questions, and one that never ends")
-    terminal.type("aios-run -d --name endless endless.py")
+    endless = terminal.type_and_read("aios-run -d --name endless endless.py")
     for name in CLERKS:
         terminal.type_in_background(f"aios-run --name {name} clerk.py < {name}.txt")
     wait_for(terminal, {"endless", *CLERKS})
@@ -108,7 +119,7 @@ def show(terminal: Terminal) -> int:
 
     terminal.say("the one that never ends is ended; 143 is 128 + SIGTERM")
     terminal.type("aios-kill endless")
-    print(f"exit code {terminal.type('aios-wait endless')}")
+    print(f"exit code {terminal.type(f'aios-wait {endless}')}")
 
     terminal.say("the others did not notice")
     terminal.wait()
