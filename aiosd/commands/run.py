@@ -50,7 +50,7 @@ NOT_FOUND = 127
 FORWARDED = (signal.SIGINT, signal.SIGQUIT, signal.SIGTERM, signal.SIGHUP, signal.SIGWINCH)
 JOB_CONTROL = (signal.SIGTSTP, signal.SIGCONT)
 FOREGROUND_POLL_S = 0.2  # no signal says that a running job was brought to the foreground
-STOP_PATIENCE_S = 5.0
+STOP_PATIENCE_S = 1.0  # a shell that forks just now (vfork) cannot stop before its child goes on
 LAST_OUTPUT_S = 2.0  # for a reader of our stdout that is slow when the agent has ended
 
 EXAMPLES = """

@@ -1,0 +1,333 @@
+"""aiosd's own command line: settings from flags, environment and file; status, completion, the background."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+from aiosd import cli, config
+from aiosd.commands import MODULES
+from aiosd.errors import UsageError
+from libaios.home import Home
+from tests.conftest import System, eventually
+
+Fresh = Callable[..., System]
+
+
+@pytest.fixture
+def load(tmp_path: Path) -> Callable[..., config.Settings]:
+    """Settings of a home whose aiosd.toml says `toml`, as read in the folder /work."""
+
+    def do(toml: str = "", environ: dict[str, str] | None = None, **flags: object) -> config.Settings:
+        (tmp_path / "aiosd.toml").write_text(toml)
+        return config.load(flags, Home(tmp_path), None, environ or {}, "/work")
+
+    return do
+
+
+Load = Callable[..., config.Settings]
+
+# ── where a value comes from ──────────────────────────────────────────────────────────────────────────────
+
+
+def test_nothing_said_is_the_embedded_model(load: Load) -> None:
+    settings = load()
+    (model,) = settings.models
+    assert model.name == "nano"
+    assert model.path.endswith("nano.gguf")
+    assert (model.ctx, model.slots, model.gpu_layers, model.exact) == (None, None, 0, False)
+    assert (settings.policy, settings.log_level, settings.keep_dead) == ("fifo", "info", 1000)
+
+
+def test_no_file_is_no_error(tmp_path: Path) -> None:
+    assert config.load({}, Home(tmp_path / "nowhere"), None, {}, "/").models[0].name == "nano"
+
+
+def test_flag_over_environment_over_file(load: Load) -> None:
+    toml = "ctx = 1000\nslots = 1\nthreads = 1\n"
+    environ = {"AIOSD_SLOTS": "2", "AIOSD_THREADS": "2"}
+    (model,) = load(toml, environ, threads=3).models
+    assert (model.ctx, model.slots, model.threads) == (1000, 2, 3)
+
+
+def test_an_empty_variable_is_none(load: Load) -> None:
+    assert load("slots = 3", {"AIOSD_SLOTS": ""}).models[0].slots == 3
+
+
+@pytest.mark.parametrize(
+    ("word", "name", "path"),
+    [
+        ("big.gguf", "big", "/work/big.gguf"),
+        ("/models/big.gguf", "big", "/models/big.gguf"),
+        ("writer=big.gguf", "writer", "/work/big.gguf"),
+        ("writer=/models/a=b.gguf", "writer", "/models/a=b.gguf"),
+        ("./a=b.gguf", "a=b", "/work/a=b.gguf"),
+        ("../big model.gguf", "big_model", "/big model.gguf"),
+    ],
+)
+def test_model_names_and_paths(load: Load, word: str, name: str, path: str) -> None:
+    (model,) = load(model=[word]).models
+    assert (model.name, model.path) == (name, path)
+
+
+def test_nano_by_another_name_and_a_file_called_nano(load: Load) -> None:
+    models = load(model=["nano", "second=nano", "third=./nano"]).models
+    assert [model.name for model in models] == ["nano", "second", "third"]
+    assert models[0].path == models[1].path
+    assert models[2].path == "/work/nano"
+
+
+def test_models_of_the_environment(load: Load) -> None:
+    models = load(environ={"AIOSD_MODEL": "a.gguf:b=c.gguf"}).models
+    assert [(model.name, model.path) for model in models] == [("a", "/work/a.gguf"), ("b", "/work/c.gguf")]
+
+
+def test_models_of_the_file(load: Load, tmp_path: Path) -> None:
+    toml = """
+slots = 8
+ctx = 4096
+[[model]]
+path = "sub/a.gguf"
+[[model]]
+name = "b"
+path = "nano"
+slots = 2
+kv_memory = "1G"
+"""
+    first, second = load(toml).models
+    assert (first.name, first.path, first.slots, first.ctx) == ("a", str(tmp_path / "sub/a.gguf"), 8, 4096)
+    assert (second.name, second.slots, second.ctx, second.kv_memory) == ("b", 2, 4096, 1 << 30)
+    assert [model.slots for model in load(toml, slots=5).models] == [5, 5]
+    assert [model.name for model in load(toml, model=["x.gguf"]).models] == ["x"]
+
+
+def test_two_models_of_one_name(load: Load) -> None:
+    with pytest.raises(UsageError, match="two models named 'a'"):
+        load(model=["a.gguf", "x/a.gguf"])
+
+
+@pytest.mark.parametrize(
+    ("toml", "words"),
+    [
+        ("polcy = 'fifo'", "line 1: unknown key 'polcy' (did you mean 'policy'?)"),
+        ("# slots = 1\n\nslots = 0", "line 3: slots: 0 is out of range (from 1 to 256)"),
+        ("slots = 'many'", "line 1: slots: 'many' is no whole number"),
+        ("slots = true", "line 1: slots: True is no whole number"),
+        ("slots = 2.5", "line 1: slots: 2.5 is no whole number"),
+        ("exact = 'perhaps'", "line 1: exact: 'perhaps' is neither true nor false"),
+        ("policy = 'lottery'", "line 1: policy: 'lottery' is none of fifo"),
+        ("kv_memory = 'big'", "line 1: kv_memory: 'big' is no size"),
+        ("ctx = 1\n[[model]]\npath = 'a'\n\n[[model]]\nname = 'b'\n", "line 5: a model without path"),
+        ("ctx = 1\n[[model]]\npath = 'a'\npolicy = 'fifo'\n", "line 4: unknown key 'policy'"),
+        ("[[model]]\npath = 'a'\n[[model]]\npath = 'b'\nctx = 0\n", "line 5: ctx: 0 is out of range"),
+        ("[model]\npath = 'a'\n", "line 1: models are written as [[model]]"),
+        ("[colours]\nred = 1\n", "line 1: unknown key 'colours'"),
+        ("slots = = 1", "at line 1"),
+    ],
+)
+def test_an_error_in_the_file_tells_its_place(load: Load, tmp_path: Path, toml: str, words: str) -> None:
+    with pytest.raises(UsageError) as told:
+        load(toml)
+    assert str(tmp_path / "aiosd.toml") in str(told.value)
+    assert words in str(told.value)
+    assert "\n" not in str(told.value)
+
+
+def test_an_error_in_the_environment_tells_the_variable(load: Load) -> None:
+    with pytest.raises(UsageError, match="AIOSD_SLOTS: 'x' is no whole number"):
+        load(environ={"AIOSD_SLOTS": "x"})
+
+
+def test_a_file_named_on_the_command_line_must_be_there(tmp_path: Path) -> None:
+    with pytest.raises(UsageError, match="there is no such file"):
+        config.load({}, Home(tmp_path), tmp_path / "mine.toml", {}, "/")
+
+
+def test_reload_changes_what_can_change_and_names_the_rest(
+    load: Load, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for key in ("MODEL", *(key.name.upper() for key in config.KEYS)):
+        monkeypatch.delenv(config.ENV_PREFIX + key, raising=False)
+    settings = load("log_level = 'info'")
+    assert config.reload(settings) == (settings, [])
+    (tmp_path / "aiosd.toml").write_text("log_level = 'debug'\nstop_timeout = 9\nslots = 3\nkeep_dead = 7\n")
+    new, waiting = config.reload(settings)
+    assert (new.log_level, new.stop_timeout_s) == ("debug", 9)
+    assert (new.models, new.keep_dead) == (settings.models, 1000)
+    assert sorted(waiting) == ["keep_dead", "models"]
+
+
+# ── real ──────────────────────────────────────────────────────────────────────────────────────────────────
+
+
+def test_file_and_environment_reach_the_core(fresh_aiosd: Fresh) -> None:
+    system = fresh_aiosd(start=False, env={"AIOSD_CTX": "1200"})
+    (system.home / "aiosd.toml").write_text("slots = 3\nctx = 1500\n")
+    (model,) = system.start().status()["models"]
+    assert (model["info"]["n_slots"], model["info"]["n_ctx"]) == (3, 1200)
+
+
+def test_error_in_the_file_is_one_line(fresh_aiosd: Fresh) -> None:
+    system = fresh_aiosd(start=False)
+    (system.home / "aiosd.toml").write_text("slots = 3\n\nsolts = 4\n")
+    for options in ([], ["-d"]):
+        done = system.run("aiosd", *options)
+        assert done.returncode == 1
+        assert done.stderr == f"aiosd: {system.home}/aiosd.toml, line 3: unknown key 'solts' (did you mean 'slots'?)\n"
+
+
+def test_broken_settings_leave_a_running_system_alone(fresh_aiosd: Fresh) -> None:
+    system = fresh_aiosd()
+    (system.home / "aiosd.toml").write_text("solts = 4\n")
+    system.daemon.send_signal(signal.SIGHUP)
+    assert eventually(lambda: "unknown key 'solts'" in system.log())
+    assert system.status()["state"] == "ready"
+
+
+def test_home_as_an_option(aiosd: System) -> None:
+    env = {"AIOS_HOME": "/nonexistent"}
+    done = aiosd.run("aiosd", "--home", str(aiosd.home), "status", "--json", env=env, check=True)
+    assert json.loads(done.stdout)["home"] == str(aiosd.home)
+
+
+@pytest.mark.parametrize(
+    "args",
+    [
+        ["--ctx", "0"],
+        ["--slots", "257"],
+        ["--slots", "x"],
+        ["--policy", "lottery"],
+        ["--kv-memory", "big"],
+        ["nosuch"],
+        ["status", "x"],
+    ],
+)
+def test_wrong_use_is_exit_2_and_one_line(fresh_aiosd: Fresh, args: list[str]) -> None:
+    done = fresh_aiosd(start=False).run("aiosd", *args)
+    assert (done.returncode, done.stdout, done.stderr.count("\n")) == (2, "", 1), done.stderr
+    assert done.stderr.startswith("aiosd: ")
+
+
+def test_background_starter_that_is_interrupted_takes_the_system_down(fresh_aiosd: Fresh) -> None:
+    system = fresh_aiosd(start=False)
+    starter = system.popen("aiosd", "-d")
+    lock = system.home / "data" / "lock"
+    assert eventually(lambda: lock.exists() and lock.read_text())
+    starter.send_signal(signal.SIGINT)
+    assert starter.wait(20) in (130, 0)  # 0: it was ready before the signal came
+    if starter.returncode == 0:
+        system.run("aiosd", "stop", check=True)
+    assert eventually(lambda: not system.processes(), timeout=10)
+
+
+def test_background_writes_a_log(fresh_aiosd: Fresh) -> None:
+    system = fresh_aiosd(start=False)
+    started = system.run("aiosd", "-d", cwd="/", check=True)
+    assert started.stderr.startswith("aiosd: ready")
+    log = system.home / "data" / "aiosd.log"
+    assert "aiosd: ready" in log.read_text()
+    assert log.stat().st_mode & 0o077 == 0
+    system.run("aiosd", "stop", check=True)
+
+
+def test_stop_ends_a_system_whose_kernel_does_not_answer(fresh_aiosd: Fresh) -> None:
+    system = fresh_aiosd()
+    for process in system.ps():
+        if process["name"] == "kernel":
+            os.kill(process["ospid"], signal.SIGSTOP)
+    done = system.run("aiosd", "stop", "--timeout", "30")
+    assert (done.returncode, done.stderr) == (0, "")
+    assert system.daemon.wait(5) == 0
+
+
+def test_an_agent_may_not_stop_the_system(aiosd: System) -> None:
+    done = aiosd.run("aios-run", "--", "aiosd", "stop")
+    assert done.returncode == 1
+    assert "an agent may not stop the system" in done.stderr
+
+
+def test_check_balances(aiosd: System) -> None:
+    assert aiosd.run("aiosd", "status", "--check", check=True).stdout.endswith("check: all books balance\n")
+
+
+def test_status_shows_what_it_does_not_know() -> None:
+    lines = cli.describe(
+        {
+            "version": "1", "state": "ready", "pid": 7, "uptime_s": 3700.2, "home": "/h", "agents": {"S": 2, "R": 1},
+            "max_agents": 99, "new_thing": {"a_bytes": 2048, "b": [1, 2]}, "check": ["books are wrong"],
+            "models": [{"name": "m", "state": "loading", "info": {}, "stats": {"new_figure": 0.5}}, {}],
+        }
+    )  # fmt: skip
+    assert lines[0] == "aiosd 1, ready, up 1 h 1 min, pid 7"
+    text = "\n".join(lines)
+    for words in (
+        "3 (1 R, 2 S), at most 99",
+        "a bytes 2.0K, b 1, 2",
+        "model m, loading",
+        "new figure",
+        "check: books are wrong",
+    ):
+        assert words in text
+
+
+def test_status_of_an_empty_reply_is_no_error() -> None:
+    assert cli.describe({})
+
+
+# ── completion ────────────────────────────────────────────────────────────────────────────────────────────
+
+
+@pytest.mark.parametrize("shell", cli.SHELLS)
+def test_completion_has_every_command(fresh_aiosd: Fresh, shell: str) -> None:
+    done = fresh_aiosd(start=False).run("aiosd", "completion", shell)
+    assert (done.returncode, done.stderr) == (0, "")
+    for program in MODULES:
+        assert f"_{program.replace('-', '_').upper()}_COMPLETE" in done.stdout
+
+
+def complete(aiosd: System, line: str) -> list[str]:
+    """What bash would offer after `line`."""
+    words = line.split(" ")
+    script = (
+        'eval "$(aiosd completion bash)"\n'
+        f"COMP_WORDS=({' '.join(repr(word) for word in words)}); COMP_CWORD={len(words) - 1}\n"
+        f'name=$(complete -p {words[0]} | sed "s/.*-F \\([^ ]*\\) .*/\\1/")\n'
+        f'$name {words[0]}; printf "%s\\n" "${{COMPREPLY[@]}}"'
+    )
+    done = subprocess.run(["bash", "-c", script], env=aiosd.env, capture_output=True, text=True, timeout=60)
+    assert done.stderr == ""
+    return done.stdout.split()
+
+
+def test_completion_knows_options_pids_and_names(aiosd: System) -> None:
+    pid = aiosd.run("aios-run", "-d", "--name", "completed", "--", "sleep", "300", check=True).stdout.strip()
+    assert complete(aiosd, "aios-kill comp") == ["completed"]
+    assert pid in complete(aiosd, "aios-wait ")
+    assert complete(aiosd, "aios-ps --fo") == ["--format", "--forest"]
+    assert complete(aiosd, "aiosd sta") == ["status"]
+    assert complete(aiosd, "aios-run --memo") == ["--memory"]
+    aiosd.run("aios-kill", pid, check=True)
+
+
+def test_completion_without_a_system_is_quiet(fresh_aiosd: Fresh) -> None:
+    assert complete(fresh_aiosd(start=False), "aios-kill x") == []
+
+
+# ── every command ─────────────────────────────────────────────────────────────────────────────────────────
+
+
+@pytest.mark.parametrize("program", MODULES)
+def test_version(fresh_aiosd: Fresh, program: str) -> None:
+    done = fresh_aiosd(start=False).run(program, "--version")
+    assert (done.returncode, done.stderr) == (0, "")
+    assert done.stdout.startswith(f"{program} ")
+
+
+def test_commands_of_bin_are_those_of_the_package() -> None:
+    assert {path.name for path in (Path(__file__).parent.parent / "bin").iterdir()} == set(MODULES)

@@ -1,0 +1,339 @@
+"""aios-run without a terminal: arguments, what the agent gets, exit codes, and a kernel that dies meanwhile."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from aiosd.commands.run import command, split
+from aiosd.units import format_duration, format_size, parse_duration, parse_size
+from tests.conftest import System, eventually
+
+Fresh = Callable[..., System]
+
+VALUED = {word for p in command.params if not getattr(p, "is_flag", True) for word in p.opts}
+
+# ── arguments ─────────────────────────────────────────────────────────────────────────────────────────────
+
+
+@pytest.mark.parametrize(
+    ("args", "options", "kind", "target"),
+    [
+        ("a.py", "", "file", "a.py"),
+        ("a.py -d -- x", "", "file", "a.py -d -- x"),
+        ("-d a.py -t", "-d", "file", "a.py -t"),
+        ("-n 5 a.py", "-n 5", "file", "a.py"),
+        ("-n5 a.py", "-n5", "file", "a.py"),
+        ("-dn 5 a.py", "-dn 5", "file", "a.py"),
+        ("-n -5 a.py", "-n -5", "file", "a.py"),
+        ("--name x a.py", "--name x", "file", "a.py"),
+        ("--name=x a.py", "--name=x", "file", "a.py"),
+        ("--name -m a.py", "--name -m", "file", "a.py"),
+        ("-m mod", "", "module", "mod"),
+        ("-m mod -m -d -- x", "", "module", "mod -m -d -- x"),
+        ("-mmod x", "", "module", "mod x"),
+        ("-dm mod x", "-d", "module", "mod x"),
+        ("-d -m mod", "-d", "module", "mod"),
+        ("-e A=1 -e B=2 -m mod", "-e A=1 -e B=2", "module", "mod"),
+        ("-- prog -x -- y", "", "exec", "prog -x -- y"),
+        ("-t -- prog", "-t", "exec", "prog"),
+        ("--memory 1G --time 3 -- prog", "--memory 1G --time 3", "exec", "prog"),
+        ("-d", "-d", "file", ""),
+        ("", "", "file", ""),
+        ("-m", "", "module", ""),
+        ("--", "", "exec", ""),
+    ],
+)
+def test_split(args: str, options: str, kind: str, target: str) -> None:
+    assert split(args.split(), VALUED) == (options.split(), kind, target.split())
+
+
+@given(st.lists(st.text(max_size=5)))
+def test_nothing_after_the_target_is_touched(args: list[str]) -> None:
+    for start, kind in ((["x.py"], "file"), (["--", "x"], "exec"), (["-m", "x"], "module")):
+        assert split([*start, *args], VALUED) == ([], kind, [start[-1], *args])
+
+
+@pytest.mark.parametrize(
+    ("text", "size"),
+    [
+        ("1", 1),
+        ("1k", 1024),
+        ("1.5M", 3 << 19),
+        ("2G", 2 << 30),
+        ("2GiB", 2 << 30),
+        ("2GB", 2 << 30),
+        ("1T", 1 << 40),
+        ("7b", 7),
+    ],
+)
+def test_sizes(text: str, size: int) -> None:
+    assert parse_size(text) == size
+
+
+@pytest.mark.parametrize("text", ["", "0", "-1", "x", "1X", "1e3", "M", "1 2", "0.0001"])
+def test_no_sizes(text: str) -> None:
+    with pytest.raises(ValueError, match="is no size"):
+        parse_size(text)
+
+
+@given(st.integers(0, 1 << 50))
+def test_a_size_reads_as_about_what_it_was(size: int) -> None:
+    text = format_size(size)
+    assert len(text) <= 6
+    if size >= 1024:
+        assert abs(parse_size(text) - size) <= size * 0.06
+
+
+@pytest.mark.parametrize(("text", "seconds"), [("42s", 42), ("10m", 600), ("1h30m", 5400), ("1.5d", 129600)])
+def test_durations(text: str, seconds: float) -> None:
+    assert parse_duration(text) == seconds
+
+
+@pytest.mark.parametrize("text", ["", "10", "m", "10x", "1h 30m", "-1s"])
+def test_no_durations(text: str) -> None:
+    with pytest.raises(ValueError, match="no length of time"):
+        parse_duration(text)
+
+
+def test_durations_for_people() -> None:
+    assert [format_duration(s) for s in (0, 61, 3661, 90000)] == ["0 s", "1 min 1 s", "1 h 1 min", "1 d 1 h"]
+
+
+@pytest.mark.parametrize(
+    "args",
+    [
+        [],
+        ["-d"],
+        ["-m"],
+        ["--"],
+        ["-d", "-t", "x.py"],
+        ["--nosuch", "x.py"],
+        ["-n", "99", "x.py"],
+        ["-e", "NOVALUE", "x.py"],
+        ["-e", "=v", "x.py"],
+        ["--memory", "lots", "x.py"],
+        ["--time", "-1", "x.py"],
+        ["--tokens", "x", "x.py"],
+    ],
+    ids=" ".join,
+)
+def test_wrong_use_is_exit_2_and_one_line(fresh_aiosd: Fresh, args: list[str]) -> None:
+    done = fresh_aiosd(start=False).run("aios-run", *args)
+    assert (done.returncode, done.stdout, done.stderr.count("\n")) == (2, "", 1), done.stderr
+    assert done.stderr.startswith("aios-run: ")
+
+
+# ── what the agent gets ───────────────────────────────────────────────────────────────────────────────────
+
+
+def test_arguments_environment_folder_umask_streams(aiosd: System, tmp_path: Path) -> None:
+    (tmp_path / "here").mkdir()
+    script = tmp_path / "agent.py"
+    script.write_text(
+        "import json, os, sys\n"
+        "mask = os.umask(0)\n"
+        "env = {k: os.environ.get(k) for k in ('FROM_CALLER', 'EXTRA', 'AIOS_HOME')}\n"
+        "print(json.dumps([sys.argv[1:], os.getcwd(), mask, env, sys.stdin.read()]))\n"
+        "print('to stderr', file=sys.stderr)\n"
+    )
+    odd = ["-x", "--", "", "a b", "ü", "*", "-m"]
+    done = subprocess.run(
+        ["sh", "-c", 'umask 027; exec aios-run -e EXTRA=a=b "$@"', "sh", script, *odd],
+        env=aiosd.env | {"FROM_CALLER": "yes"},
+        cwd=tmp_path / "here",
+        input="typed\n",
+        capture_output=True,
+        text=True,
+        timeout=30,
+    )
+    assert done.returncode == 0, done.stderr
+    env = {"FROM_CALLER": "yes", "EXTRA": "a=b", "AIOS_HOME": str(aiosd.home)}
+    assert json.loads(done.stdout) == [odd, str(tmp_path / "here"), 0o027, env, "typed\n"]
+    assert done.stderr == "to stderr\n"
+
+
+def test_its_very_descriptors_are_passed(aiosd: System, tmp_path: Path) -> None:
+    """A file stays a file: the agent can seek in it, and appends where the shell said so."""
+    (tmp_path / "in").write_text("0123456789")
+    (tmp_path / "out").write_text("before\n")
+    script = "import os; os.lseek(0, 5, 0); os.write(1, os.read(0, 9) + b'\\n')"
+    line = f'aios-run -- python3 -c "{script}" <{tmp_path}/in >>{tmp_path}/out'
+    assert aiosd.run("sh", "-c", line).returncode == 0
+    assert (tmp_path / "out").read_text() == "before\n56789\n"
+
+
+def test_closed_descriptors(aiosd: System) -> None:
+    done = aiosd.run("sh", "-c", "aios-run -- sh -c 'cat; echo out' <&-")
+    assert (done.returncode, done.stdout) == (0, "out\n")
+    assert aiosd.run("sh", "-c", "aios-run -- true >&- 2>&-").returncode == 0
+
+
+def test_a_reader_that_goes_away_ends_the_agent_as_in_a_shell(aiosd: System) -> None:
+    done = aiosd.run("sh", "-c", "aios-run -- yes | head -n 1")
+    assert done.stdout == "y\n"
+    assert eventually(lambda: aiosd.agents() == [])
+
+
+def test_environment_that_is_not_utf8(aiosd: System) -> None:
+    done = subprocess.run(
+        ["aios-run", "--", "sh", "-c", "echo ok"],
+        env={os.fsencode(k): os.fsencode(v) for k, v in aiosd.env.items()} | {b"ODD": b"\xff\xfe"},
+        stdin=subprocess.DEVNULL,
+        capture_output=True,
+        timeout=30,
+    )
+    assert (done.returncode, done.stdout) == (0, b"ok\n"), done.stderr
+
+
+def test_argument_that_is_not_utf8_is_refused_in_one_line(aiosd: System) -> None:
+    done = subprocess.run(
+        [b"aios-run", b"--", b"echo", b"\xff"],
+        env=aiosd.env,
+        stdin=subprocess.DEVNULL,
+        capture_output=True,
+        timeout=30,
+    )
+    assert (done.returncode, done.stderr.count(b"\n")) == (125, 1)
+
+
+@pytest.mark.parametrize(
+    ("args", "name"),
+    [(["--name", "given", "dir/script.py"], "given"), (["dir/script.py"], "script"), (["-m", "pack.mod"], "mod")],
+    ids=["given", "file", "module"],
+)
+def test_names(aiosd: System, tmp_path: Path, args: list[str], name: str) -> None:
+    for path in ("dir/script.py", "pack/mod.py"):
+        (tmp_path / path).parent.mkdir()
+        (tmp_path / path).write_text("print('up', flush=True); input()")
+    run = aiosd.popen("aios-run", *args, cwd=tmp_path)
+    assert run.stdout.readline() == "up\n"
+    assert [entry["name"] for entry in aiosd.agents()] == [name]
+    run.stdin.write("\n")
+    run.stdin.close()
+    assert run.wait(10) == 0
+
+
+def test_a_name_that_cannot_be_one_is_refused(aiosd: System) -> None:
+    done = aiosd.run("aios-run", "--name", "a b", "--", "true")
+    assert (done.returncode, done.stderr.count("\n")) == (125, 1)
+    assert "name" in done.stderr
+
+
+# ── exit codes ────────────────────────────────────────────────────────────────────────────────────────────
+
+
+@pytest.mark.parametrize(
+    ("program", "code"),
+    [
+        ("exit 0", 0),
+        ("exit 3", 3),
+        ("exit 255", 255),
+        ("kill -TERM $$", 143),
+        ("kill -KILL $$", 137),
+        ("kill -USR1 $$", 138),
+    ],
+)
+def test_exits_as_the_agent_does(aiosd: System, program: str, code: int) -> None:
+    done = aiosd.run("aios-run", "--", "sh", "-c", program)
+    assert (done.returncode, done.stderr) == (code, "")
+
+
+def test_a_budget_is_told_on_stderr(aiosd: System) -> None:
+    done = aiosd.run("aios-run", "--time", "0.3", "--", "sleep", "300")
+    assert done.returncode == 124
+    assert done.stderr.startswith("aios-run: agent ")
+    assert done.stderr.endswith(": time budget of 0.3 s used up\n")
+
+
+def test_detached_prints_the_pid_and_is_gone(aiosd: System) -> None:
+    done = aiosd.run("aios-run", "-d", "--", "sh", "-c", "echo hidden; sleep 300", check=True)
+    pid = done.stdout.strip()
+    assert pid.isdigit()
+    assert done.stderr == ""
+    assert eventually(lambda: aiosd.run("aios-logs", pid).stdout == "hidden\n")
+    aiosd.run("aios-kill", pid, check=True)
+
+
+def test_detached_has_no_stdin_of_ours(aiosd: System) -> None:
+    pid = aiosd.run("aios-run", "-d", "--", "cat", input="not for it", check=True).stdout.strip()
+    assert aiosd.run("aios-wait", pid).returncode == 0
+    assert aiosd.run("aios-logs", pid, check=True).stdout == ""
+
+
+def test_inside_an_agent_it_starts_a_child(aiosd: System) -> None:
+    script = "aios-run -- sh -c 'aios-ps -e -o name=,ppid= ; exit 5'; echo code $?"
+    done = aiosd.run("aios-run", "--name", "outer", "--", "sh", "-c", script)
+    lines = [line.split() for line in done.stdout.splitlines()]
+    assert lines[-1] == ["code", "5"]
+    outer = next(line for line in lines if line[0] == "outer")
+    assert outer[1] == "1"
+    assert any(line[0] == "sh" and line[1] != "1" for line in lines)
+
+
+def test_fast_agents_one_after_the_other(aiosd: System) -> None:
+    """An agent that has ended before anybody waits for it."""
+    assert [aiosd.run("aios-run", "--", "sh", "-c", f"exit {n}").returncode for n in range(10)] == list(range(10))
+
+
+# ── the kernel dies ───────────────────────────────────────────────────────────────────────────────────────
+
+
+def kill_kernel(system: System) -> None:
+    os.kill(
+        next(entry["ospid"] for entry in system.ps() if entry["system"] and entry["name"] == "kernel"), signal.SIGKILL
+    )
+
+
+def test_the_kernel_dies_while_attached(fresh_aiosd: Fresh) -> None:
+    system = fresh_aiosd()
+    run = system.popen("aios-run", "--name", "survivor", "--", "sh", "-c", "echo up; read line; echo got $line; exit 9")
+    assert run.stdout.readline() == "up\n"
+    (before,) = system.agents()
+    for _ in range(2):
+        kill_kernel(system)
+        assert eventually(lambda: system.run("aios-ps").returncode == 0)
+        assert [(entry["pid"], entry["ospid"]) for entry in system.agents()] == [(before["pid"], before["ospid"])]
+    run.stdin.write("word\n")
+    run.stdin.flush()
+    assert run.stdout.readline() == "got word\n"
+    assert run.wait(20) == 9
+
+
+def test_signals_are_forwarded_after_the_kernel_died(fresh_aiosd: Fresh) -> None:
+    system = fresh_aiosd()
+    run = system.popen("aios-run", "--", "sh", "-c", "trap 'exit 9' TERM; echo up; while :; do sleep 0.05; done")
+    assert run.stdout.readline() == "up\n"
+    kill_kernel(system)
+    run.send_signal(signal.SIGTERM)
+    assert run.wait(20) == 9
+
+
+def test_aios_wait_and_logs_survive_the_kernel_too(fresh_aiosd: Fresh) -> None:
+    system = fresh_aiosd()
+    script = "echo one; while [ ! -e $AIOS_HOME/go ]; do sleep 0.05; done; echo two; exit 4"
+    pid = system.run("aios-run", "-d", "--", "sh", "-c", script, check=True).stdout.strip()
+    wait, logs = system.popen("aios-wait", pid), system.popen("aios-logs", "-f", pid)
+    assert logs.stdout.readline() == "one\n"
+    kill_kernel(system)
+    assert eventually(lambda: system.run("aios-ps").returncode == 0)
+    (system.home / "go").touch()
+    assert logs.stdout.readline() == "two\n"
+    assert (wait.wait(20), logs.wait(20)) == (4, 0)
+
+
+def test_aiosd_gone_for_good_is_125(fresh_aiosd: Fresh) -> None:
+    system = fresh_aiosd()
+    run = system.popen("aios-run", "--", "sh", "-c", "echo up; exec sleep 300")
+    assert run.stdout.readline() == "up\n"
+    system.daemon.kill()
+    assert run.wait(20) == 125
+    assert run.stderr.read() == "aios-run: aiosd is gone\n"
