@@ -66,7 +66,6 @@ class Sys(enum.IntEnum):
     CANCEL = 48
     STATUS = 49
     SHUTDOWN = 50
-    ATTACH = 51
     # answered with ENOSYS until their managers exist
     MEM = 64
     STO = 65
@@ -253,12 +252,6 @@ class Status(Struct, array_like=True, frozen=True):
     check: bool = False
 
 
-class Attach(Struct, array_like=True, frozen=True):
-    """A client that lost its kernel claims the agents it had attached to."""
-
-    pid: Pid
-
-
 ARGS: dict[int, type[Struct]] = {
     Sys.GETPID: NoArgs,
     Sys.GETPPID: NoArgs,
@@ -278,7 +271,6 @@ ARGS: dict[int, type[Struct]] = {
     Sys.CANCEL: Cancel,
     Sys.STATUS: Status,
     Sys.SHUTDOWN: NoArgs,
-    Sys.ATTACH: Attach,
 }
 
 

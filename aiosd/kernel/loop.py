@@ -22,7 +22,6 @@ from __future__ import annotations
 import errno
 import logging
 import os
-import re
 import select
 import signal
 import socket
@@ -40,6 +39,7 @@ from aiosd.kernel import budget as budgets
 from aiosd.kernel import syscalls
 from aiosd.kernel.budget import Budget
 from aiosd.kernel.cores import Core, Cores
+from aiosd.kernel.explain import explain
 from aiosd.kernel.generations import Generations
 from aiosd.kernel.logindex import LogIndex
 from aiosd.kernel.peer import (
@@ -234,7 +234,7 @@ class Kernel:
         try:
             args = decode(request.args)
         except msgspec.MsgspecError as err:
-            raise wire.error(errno.EINVAL, _explain(err, wire.ARGS[request.sys])) from None
+            raise wire.error(errno.EINVAL, explain(err, wire.ARGS[request.sys])) from None
         return handler(self, call, args)
 
     def _refuse(self, peer: Peer, call_id: int, code: int, message: str) -> None:
@@ -632,17 +632,6 @@ def _socket_of(fd: int) -> socket.socket:
     sock = socket.socket(fileno=fd)
     sock.setblocking(False)
     return sock
-
-
-def _explain(err: msgspec.MsgspecError, args: type[msgspec.Struct]) -> str:
-    """msgspec says `$[3]` for the fourth field; say its name instead."""
-
-    def name(match: re.Match[str]) -> str:
-        index = int(match[1])
-        fields = args.__struct_fields__
-        return f"`{fields[index]}" if index < len(fields) else match[0]
-
-    return re.sub(r"`\$\[(\d+)\]", name, str(err))
 
 
 def main(born: Inheritance) -> int:

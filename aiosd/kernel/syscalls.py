@@ -320,7 +320,12 @@ def sys_models(kernel: Kernel, call: Call, args: wire.NoArgs) -> list[wire.Model
 def sys_cancel(kernel: Kernel, call: Call, args: wire.Cancel) -> bool:
     """Whether there was something to cancel. The cancelled call gets ECANCELED as its final reply."""
     victim = call.peer.calls.get(args.id)
-    if victim is None or victim is call:
+    if victim is None:
+        # A call of the last kernel's time that was not submitted again, perhaps: a core may have it still.
+        for core in kernel.cores:
+            core.send(link.CancelCall((call.peer.id, args.id)))
+        return False
+    if victim is call:
         return False
     kernel.fail(victim, errno.ECANCELED, "cancelled")
     return True

@@ -1,0 +1,43 @@
+"""What was wrong with which argument, in the words of whoever made the call.
+
+msgspec names a place by positions, `$[5][1]`, because arguments travel as arrays; callers know names.
+"""
+
+from __future__ import annotations
+
+import re
+import typing
+
+import msgspec
+
+
+def explain(err: msgspec.MsgspecError, args: type[msgspec.Struct]) -> str:
+    """The message of a failed decoding with the name of the argument in front: `top_p: expected …`."""
+    message = str(err)
+    match = re.search(r" - at `\$((?:\[[^\]]*\]|\.\w+)*)`", message)
+    if match is None:
+        return message
+    said = message[: match.start()]
+    return f"{_name(match[1], args)}: {said[:1].lower()}{said[1:]}"
+
+
+def _name(path: str, args: type[msgspec.Struct]) -> str:
+    """The innermost field on the way, with what follows it: `[8][0]` of Sampling is `stop[0]`."""
+    kind: type[msgspec.Struct] | None = args
+    name, rest = "arguments", ""
+    for step in re.findall(r"\[[^\]]*\]|\.\w+", path):
+        index = int(step[1:-1]) if step[1:-1].isdigit() else None
+        if kind is None or index is None or index >= len(kind.__struct_fields__):
+            rest += step
+            continue
+        name, rest = kind.__struct_fields__[index], ""
+        kind = _struct_in(typing.get_type_hints(kind)[name])
+    return name + rest
+
+
+def _struct_in(hint: object) -> type[msgspec.Struct] | None:
+    """The struct that a field of this type holds, if it holds one directly."""
+    for option in (hint, *typing.get_args(hint)):
+        if isinstance(option, type) and issubclass(option, msgspec.Struct):
+            return option
+    return None
