@@ -2,10 +2,17 @@
 
 Every call has an id and waits for its one final reply; many may be open, and replies come in any order. There is no
 thread in the background. Of the threads that wait, one is the *leader*: it reads the connection, hands every reply to
-the call it belongs to, and wakes whoever waits for that; when its own reply is there it passes the lead on. An event
-loop takes part in the same way: its reader callback leads for a moment whenever the connection becomes readable.
+the call it belongs to, and wakes whoever waits for that; when its own reply is there it passes the lead on. Who finds
+no room for a call waits for it in the same way. An event loop takes part as well: its reader callback leads for a
+moment whenever the connection becomes readable.
 
-    invariant: if any call is open and waited for, somebody leads, or is about to (a follower that was woken)
+    invariant: if any call is waited for, somebody leads, or is about to: a follower that was woken. Whoever stops
+    waiting, for whatever reason, wakes another, because the wake-up that it got may have been the lead
+
+Sending is one thread's at a time and never waits for a reply. Whoever only wants to be rid of a call (`abandon`: a
+finalizer, in any thread, at any moment) must not wait for that either: cancels go into a queue, which is emptied by
+who holds the right to send. Signal handlers may make calls of their own, and may raise: nothing that arrived is lost.
+Only one that breaks into a send, or into the handing out of replies, gets EDEADLK for its call.
 
 After a fork the child has no connection (its parent's ring must have one writer); calls raise ENOTCONN there.
 When the kernel was replaced (`reborn`) every open call is submitted again under its id, a stream with the tokens that
@@ -43,29 +50,52 @@ class Transport(Protocol):
     def hung_up(self) -> bool: ...
     @property
     def reborn(self) -> bool: ...
+    @property
+    def pending(self) -> int: ...  # bytes that were sent here and have not left yet
+    @property
+    def why(self) -> str: ...  # it hung up
     def fileno(self) -> int: ...
     def next_id(self) -> int: ...
-    def send_wait(self, payload: bytes, fds: Sequence[int] = ()) -> None: ...
+    def send(self, payload: bytes, fds: Sequence[int] = ()) -> None: ...
+    def pump(self) -> bool: ...
     def receive(self) -> list[bytes]: ...
     def wait(self, timeout: float | None = None) -> bool: ...
+    def nudge(self) -> None: ...
     def renew(self) -> None: ...
+    def shutdown(self) -> None: ...  # from any thread: wakes the one in `wait`
     def close(self) -> None: ...
 
 
 class AgentTransport:
     """An agent's channel as a transport."""
 
+    why = "aiosd is gone"
+
     def __init__(self, memfd: int, bell: int) -> None:
         self._channel = channel = Channel(memfd, bell, Side.AGENT)
         # Bound here: these are on the way of every call.
         self.wait = channel.wait
+        self.pump = channel.pump
         self.fileno = channel.fileno
         self.next_id = channel.ids.next
+        self.nudge = channel.nudge
         self.renew = channel.renew
+        self.shutdown = channel.shutdown
         self.close = channel.close
 
+    def send(self, payload: bytes, fds: Sequence[int] = ()) -> None:
+        self._channel.send(payload)
+
     def receive(self) -> list[bytes]:
-        return self._channel.receive(1 << 30)  # all: what is left in the ring would ring no bell
+        channel = self._channel
+        frames = channel.receive(1 << 30)
+        while channel.unread:  # all: what is left in the ring would ring no bell
+            frames += channel.receive(1 << 30)
+        return frames
+
+    @property
+    def pending(self) -> int:
+        return self._channel.outbox_bytes
 
     @property
     def reborn(self) -> bool:
@@ -74,9 +104,6 @@ class AgentTransport:
     @property
     def hung_up(self) -> bool:
         return self._channel.hung_up
-
-    def send_wait(self, payload: bytes, fds: Sequence[int] = ()) -> None:
-        self._channel.send_wait(payload)
 
 
 class _Outgoing(Struct, array_like=True):
@@ -90,10 +117,11 @@ class _Outgoing(Struct, array_like=True):
 class Call:
     """One open call. `pieces` and `final` are set by the leader; `final` last."""
 
-    __slots__ = ("args", "fds", "final", "gate", "id", "notify", "pieces", "sys", "tokens")
+    __slots__ = ("args", "fds", "final", "gate", "id", "life", "notify", "pieces", "sys", "tokens")
 
     def __init__(self, number: int, sys: int, args: Any, fds: Sequence[int]) -> None:
         self.id = number
+        self.life = 0  # of the kernel that it was sent to
         self.sys = sys
         self.args = args
         self.fds = fds
@@ -128,53 +156,92 @@ def decode_body(reply: wire.Reply, result: Any) -> Any:
 
 
 class Connection:
-    """Calls over one transport; safe for threads."""
+    """Calls over one transport; safe for threads, finalizers and signal handlers."""
 
     def __init__(self, transport: Transport) -> None:
         self.transport = transport
         self._open: dict[int, Call] = {}
-        self._sending = threading.Lock()
-        self._leading = threading.Lock()
+        self._dead = ""  # why there is no connection any more
+        self._closing = False
+        # sending
+        self._sending = threading.RLock()
+        self._busy = False  # somebody is in the middle of a send; guarded by `_sending`
+        self._blocked: Call | None = None  # whose sender waits for room
+        self._cancels: deque[int] = deque()  # ids of calls whose end is still to be told to the kernel
+        self._life = 0  # how often the kernel was replaced
+        self._renewing = False
+        # receiving. `_leader` holds at 0 who reads: (thread, …). A dict, because `setdefault` takes the lead in one
+        # step that no signal handler can break into, and the owner can see afterwards whether it has it.
+        self._leader: dict[int, tuple[int, object]] = {}
+        self._polling = False  # the leader sleeps: a signal handler in its thread may take its place
+        self._arrived: deque[bytes] = deque()
         self._followers: dict[int, Call] = {}
         self._loops: set[asyncio.AbstractEventLoop] = set()
-        self._dead = ""
 
     # ── for callers ───────────────────────────────────────────────────────────────────────────────────────
 
-    def call(
-        self, sys: int, args: Any, result: Any, fds: Sequence[int] = (), timeout: float | None = None
-    ) -> Any:
+    def call(self, sys: int, args: Any, result: Any, fds: Sequence[int] = (), timeout: float | None = None) -> Any:
         """Make a call and wait for its result, decoded as `result`. Raises OSError as the kernel answered,
         TimeoutError when no answer came within `timeout` seconds (and some slack: the kernel's word comes first)."""
         call = self.submit(sys, args, fds)
         return self.result(call, result, timeout)
 
     def submit(
-        self, sys: int, args: Any, fds: Sequence[int] = (), stream: bool = False, notify: Callable[[], None] | None = None
+        self,
+        sys: int,
+        args: Any,
+        fds: Sequence[int] = (),
+        stream: bool = False,
+        notify: Callable[[], None] | None = None,
     ) -> Call:
-        """Send a call without waiting. The caller must take its `result`, or `abandon` it."""
-        if self._dead:
-            raise wire.error(errno.ENOTCONN, self._dead)
-        with self._sending:
-            call = Call(self.transport.next_id(), sys, args, fds)
-            if stream:
-                call.tokens = []
-            call.notify = notify
-            payload = call.payload()
-            if len(payload) > wire.MAX_FRAME:
-                raise wire.error(errno.EMSGSIZE, f"a call of {len(payload)} bytes; the limit is {wire.MAX_FRAME}")
-            self._open[call.id] = call
-            try:
-                self.transport.send_wait(payload, fds)
-            except BaseException:
-                self._open.pop(call.id, None)
-                raise
+        """Send a call without waiting for its reply; with a full ring, wait for room. The caller must take its
+        `result`, or `abandon` it."""
+        call = Call(0, sys, args, fds)
+        call.notify = notify
+        if stream:
+            call.tokens = []
+        try:
+            with self._sending:
+                if self._busy:
+                    raise wire.error(errno.EDEADLK, "a signal handler made a call in the middle of another one's send")
+                if self._dead:
+                    raise wire.error(errno.ENOTCONN, self._dead)
+                try:
+                    self._busy = True
+                    self._send(call)
+                finally:
+                    self._busy = False
+                if self.transport.pending:
+                    self._wait_for_room(call)
+        except BaseException:
+            self.abandon(call)
+            raise
+        if self._cancels:
+            self._send_cancels()
         return call
+
+    def _send(self, call: Call) -> None:
+        call.id = self.transport.next_id()
+        payload = call.payload()
+        if len(payload) > wire.MAX_FRAME:
+            raise wire.error(errno.EMSGSIZE, f"a call of {len(payload)} bytes; the limit is {wire.MAX_FRAME}")
+        call.life = self._life
+        self._open[call.id] = call
+        self.transport.send(payload, call.fds)
+
+    def _wait_for_room(self, call: Call) -> None:
+        """Until what was sent has left, or the kernel that it was for is dead: then it will be sent again."""
+        transport = self.transport
+        try:
+            self._blocked = call
+            self._wait(lambda: bool(self._dead) or transport.reborn or transport.pump(), call, None)
+        finally:
+            self._blocked = None
 
     def result(self, call: Call, result: Any, timeout: float | None = None) -> Any:
         """Wait for the final reply of a submitted call."""
-        deadline = None if timeout is None else time.monotonic() + timeout + SLACK_S
         try:
+            deadline = None if timeout is None else time.monotonic() + timeout + SLACK_S
             self._wait(lambda: call.final is not None, call, deadline)
         except BaseException:
             self.abandon(call)
@@ -187,23 +254,25 @@ class Connection:
         deadline = None if timeout is None else time.monotonic() + timeout + SLACK_S
         try:
             while True:
-                if not call.pieces:
-                    if call.final is not None:
-                        return
+                if call.pieces:
+                    yield call.pieces.popleft()
+                elif call.final is not None:
+                    return
+                else:
                     self._wait(lambda: bool(call.pieces) or call.final is not None, call, deadline)
-                    continue
-                yield call.pieces.popleft()
         finally:
-            if call.final is None:
-                self.abandon(call)
+            self.abandon(call)
 
     def abandon(self, call: Call) -> None:
-        """Nobody waits for the call any more: forget it, and have the kernel stop it."""
-        if self._open.pop(call.id, None) is None or self._dead:
+        """Nobody wants the call any more: forget it, and have the kernel stop it. Does nothing when it is over. Who
+        still waits for it in another thread gets ECANCELED. Never blocks."""
+        if self._open.pop(call.id, None) is None:
             return
-        with contextlib.suppress(OSError, ProtocolError), self._sending:
-            number = self.transport.next_id()  # its reply finds nobody, and is dropped
-            self.transport.send_wait(wire.encode(_Outgoing(number, wire.Sys.CANCEL, wire.Cancel(call.id))))
+        call.final = wire.Reply(call.id, errno.ECANCELED, body=_CANCELED)
+        self._wake(call)
+        if not self._dead:
+            self._cancels.append(call.id)
+            self._send_cancels()
 
     @property
     def open_calls(self) -> int:
@@ -214,53 +283,73 @@ class Connection:
 
     def pump(self) -> None:
         """Handle whatever has arrived, without waiting: for callers with a loop of their own."""
-        if self._leading.acquire(blocking=False):
-            try:
-                self._read()
-            finally:
-                self._leading.release()
-            self._pass_lead()
+        me = (threading.get_ident(), None)
+        try:
+            if self._leader.setdefault(0, me) is me:
+                while self._read() and not self._dead:
+                    pass
+        finally:
+            self._leave(me)
 
     def close(self, why: str = "the connection was closed") -> None:
-        """End it here; whoever still waits gets ENOTCONN."""
-        if self._dead and self._dead != why:
+        """End it here, from any thread; whoever still waits gets ENOTCONN."""
+        if self._closing:
             return
-        self._fail_all(why)
-        for loop in list(self._loops):
-            with contextlib.suppress(RuntimeError, OSError):
-                loop.remove_reader(self.transport.fileno())
-        self.transport.close()
+        self._closing = True
+        self._fail_all(self._dead or why)
+        self.transport.shutdown()
+        self._close_transport()
 
     # ── waiting ───────────────────────────────────────────────────────────────────────────────────────────
 
     def _wait(self, ready: Callable[[], bool], call: Call, deadline: float | None) -> None:
         """Until `ready`: lead, or follow whoever leads."""
-        while not ready():
-            if self._leading.acquire(blocking=False):
-                try:
+        me = (threading.get_ident(), call)
+        try:
+            while not ready():
+                leader = self._leader.setdefault(0, me)
+                if leader is me or (leader[0] == me[0] and self._polling):
                     self._lead(ready, deadline)
-                finally:
-                    self._leading.release()
-                self._pass_lead()
-            else:
-                self._follow(ready, call, deadline)
+                elif leader[0] == me[0]:
+                    raise wire.error(errno.EDEADLK, "a signal handler made a call while replies were handed out")
+                else:
+                    self._follow(ready, call, deadline)
+        finally:
+            self._leave(me)
+
+    def _leave(self, me: tuple[int, object]) -> None:
+        """Give up the lead, if it is ours, and see that somebody has it."""
+        if self._leader.get(0) is me:
+            del self._leader[0]
+        if self._followers and not self._leader:
+            self._pass_lead()
+        if self._closing:
+            self._close_transport()
 
     def _lead(self, ready: Callable[[], bool], deadline: float | None) -> None:
+        transport = self.transport
         while not ready():
-            if self._read():
-                continue
+            # The sleep first: it ends at once if something is there. It was announced when last all was read.
             left = None if deadline is None else deadline - time.monotonic()
             if left is not None and left <= 0:
                 raise TimeoutError(errno.ETIMEDOUT, "no answer in time")
-            self.transport.wait(left)
+            if not (self._dead or self._arrived or self._renewing):
+                before = self._polling
+                try:
+                    self._polling = True
+                    transport.wait(left)
+                finally:
+                    self._polling = before
+            self._read()
 
     def _follow(self, ready: Callable[[], bool], call: Call, deadline: float | None) -> None:
-        gate = call.gate = threading.Lock()
+        gate = threading.Lock()
         gate.acquire()
+        call.gate = gate
         self._followers[call.id] = call
         try:
             # The leader may have left before it could see us; then the lead is ours to take.
-            if ready() or not self._leading.locked():
+            if ready() or not self._leader:
                 return
             left = -1 if deadline is None else deadline - time.monotonic()
             if (deadline is not None and left <= 0) or not gate.acquire(timeout=left):
@@ -270,9 +359,11 @@ class Connection:
             call.gate = None
 
     def _pass_lead(self) -> None:
-        for call in list(self._followers.values()):
-            if call.final is None and self._wake(call):
-                return
+        """Wake one follower. One that has its reply already was woken for that; but if only such are left, them."""
+        followers = list(self._followers.values())
+        if not any(call.final is None and self._wake(call) for call in followers):
+            for call in followers:
+                self._wake(call)
 
     @staticmethod
     def _wake(call: Call) -> bool:
@@ -287,25 +378,40 @@ class Connection:
 
     def _read(self) -> bool:
         """Hand out what has arrived; False when there was nothing."""
-        transport = self.transport
+        transport, arrived = self.transport, self._arrived
         if self._dead:
+            self._fail_all(self._dead)  # those that were being submitted when it died
             return True
         try:
-            frames = transport.receive()
-        except ProtocolError as err:
+            reborn = transport.reborn or self._renewing  # before reading: so all that the dead kernel said is read
+            arrived.extend(transport.receive())
+            if transport.pending:
+                self._pump_out()
+            if not arrived and not reborn:
+                if transport.hung_up:
+                    self._fail_all(transport.why or "aiosd is gone")
+                    return True
+                return transport.reborn
+            while arrived:
+                self._hand_out(wire.decode_reply(arrived.popleft()))
+            if reborn:
+                self._submit_again()
+        except (ProtocolError, msgspec.MsgspecError) as err:
             self._fail_all(f"the kernel sent nonsense: {err}")
-            return True
-        for payload in frames:
-            self._hand_out(wire.decode_reply(payload))
-        if frames:
-            return True
-        if transport.reborn:
-            self._submit_again()
-            return True
-        if transport.hung_up:
-            self._fail_all(getattr(transport, "why", "") or "aiosd is gone")
-            return True
-        return False
+        return True
+
+    def _pump_out(self) -> None:
+        """There may be room now for what waits in the outbox: tell the sender that waits, or send what nobody waits
+        for (cancels, calls submitted again)."""
+        blocked = self._blocked
+        if blocked is not None:
+            self._wake(blocked)
+        if self._sending.acquire(blocking=False):
+            try:
+                if not self._busy:
+                    self.transport.pump()
+            finally:
+                self._sending.release()
 
     def _hand_out(self, reply: wire.Reply) -> None:
         call = self._open.get(reply.id)
@@ -319,52 +425,132 @@ class Connection:
                 call.tokens.extend(piece.tokens)
             call.pieces.append(piece)
         else:
-            del self._open[reply.id]
+            if self._open.pop(reply.id, None) is None:
+                return  # abandoned just now
             call.final = reply
+        self._tell(call)
+
+    def _tell(self, call: Call) -> None:
+        """Something has come for this call."""
         self._wake(call)
         if call.notify is not None:
-            call.notify()
+            with contextlib.suppress(RuntimeError):  # its event loop is closed
+                call.notify()
 
     def _submit_again(self) -> None:
         """A new kernel: it knows nothing of our open calls but what they did."""
+        blocked = self._blocked
+        if blocked is not None:
+            self._wake(blocked)  # it holds the right to send, and lets go now that the kernel is reborn
         with self._sending:
-            self.transport.renew()
-            for call in sorted(self._open.values(), key=lambda call: call.id):
-                self.transport.send_wait(call.payload(), call.fds)
+            if self._busy:
+                raise wire.error(errno.EDEADLK, "a signal handler waits for a call in the middle of another one's send")
+            try:
+                self._busy = True
+                if self.transport.reborn:
+                    self._renewing = True  # until all is sent, even if a signal handler raises
+                    self.transport.renew()
+                    self._life += 1
+                for call in sorted(self._open.values(), key=lambda call: call.id):
+                    if call.life != self._life:
+                        self.transport.send(call.payload(), call.fds)
+                        call.life = self._life
+                self._renewing = False
+            finally:
+                self._busy = False
+        self._send_cancels()
+
+    def _send_cancels(self) -> None:
+        """Tell the kernel which calls are over. If another is sending it will do this when it is done."""
+        while self._cancels and self._sending.acquire(blocking=False):
+            try:
+                if self._busy:
+                    return  # by this very thread, further up
+                try:
+                    self._busy = True
+                    while self._cancels:
+                        # The answer finds nobody, and is dropped.
+                        args = wire.Cancel(self._cancels.popleft())
+                        self.transport.send(wire.encode(_Outgoing(self.transport.next_id(), wire.Sys.CANCEL, args)))
+                finally:
+                    self._busy = False
+            except (OSError, ProtocolError):
+                return  # the reader will find out
+            finally:
+                self._sending.release()
 
     def _fail_all(self, why: str) -> None:
+        """The connection is over: end every call."""
         self._dead = why
         reply = wire.Reply(0, errno.ENOTCONN, body=wire.raw(wire.Failure(why)))
         for call in list(self._open.values()):
-            self._open.pop(call.id, None)
-            call.final = reply
-            self._wake(call)
-            if call.notify is not None:
-                call.notify()
+            if self._open.pop(call.id, None) is not None:
+                call.final = reply
+                self._tell(call)
+        if self._loops:
+            self._detach_loops()
+
+    def _close_transport(self) -> None:
+        """The last one out closes: nobody reads (else it is done when that one leaves), nobody sends."""
+        me = (threading.get_ident(), None)
+        try:
+            if self._leader.setdefault(0, me) is me:
+                with self._sending:
+                    self.transport.close()
+        finally:
+            if self._leader.get(0) is me:
+                del self._leader[0]
 
     # ── asyncio ───────────────────────────────────────────────────────────────────────────────────────────
 
     def attach_loop(self, loop: asyncio.AbstractEventLoop) -> None:
         """Let an event loop take part in leading, from its own thread, as long as it lives."""
-        if loop in self._loops:
+        if loop in self._loops or self._dead:
             return
-        self._loops = {known for known in self._loops if not known.is_closed()}
-        self._loops.add(loop)
+        self._loops = {known for known in self._loops if not known.is_closed()} | {loop}
         loop.add_reader(self.transport.fileno(), self.pump)
         self.pump()  # announces sleep: from now on the bell rings
+
+    def _detach_loops(self) -> None:
+        """A connection that has ended stays readable: the loops must not look any more."""
+        loops, self._loops = self._loops, set()
+        fd = self.transport.fileno()
+        for loop in loops:
+            with contextlib.suppress(RuntimeError, OSError, ValueError):  # it is closed, or ends now
+                if loop.is_running() and not _runs_here(loop):
+                    loop.call_soon_threadsafe(loop.remove_reader, fd)
+                else:
+                    loop.remove_reader(fd)
 
     def disconnect_after_fork(self) -> None:
         """In a forked child: the connection is the parent's."""
         self._dead = "this process was forked from an agent; the connection to the kernel is its parent's"
+        self._loops.clear()
+        reply = wire.Reply(0, errno.ENOTCONN, body=wire.raw(wire.Failure(self._dead)))
+        for call in list(self._open.values()):
+            call.final = reply  # without telling: who waited for it is in the parent
         self._open.clear()
-        self._sending, self._leading = threading.Lock(), threading.Lock()
+        # No lock is used any more: another thread of the parent may have held it.
         with contextlib.suppress(OSError):
             self.transport.close()
+
+
+def _runs_here(loop: asyncio.AbstractEventLoop) -> bool:
+    import asyncio
+
+    try:
+        return asyncio.get_running_loop() is loop
+    except RuntimeError:
+        return False
+
+
+_CANCELED = wire.raw(wire.Failure("the call was canceled"))
 
 
 # ── the process's one connection ──────────────────────────────────────────────────────────────────────────
 
 _connection: Connection | None = None
+_channel_used = False
 _making = threading.Lock()
 
 
@@ -380,7 +566,7 @@ def connection() -> Connection:
 
 
 def reset() -> None:
-    """Close the process's connection; the next use makes a new one."""
+    """Close the process's connection; the next use makes a new one. (An agent's channel is closed for good.)"""
     global _connection
     with _making:
         if _connection is not None:
@@ -389,21 +575,31 @@ def reset() -> None:
 
 
 def _connect() -> Connection:
-    channel = _own_channel()
-    if channel is not None:
+    global _channel_used
+    channel = own_channel()
+    if channel is None:
+        from libaios.client import Client
+
+        return Client()
+    _channel_used = True
+    try:
         return Connection(AgentTransport(*channel))
-    from libaios.client import Client
+    except ProtocolError as err:
+        raise wire.error(errno.EPROTO, f"{wire.ENV_CHANNEL}: {err}") from None
 
-    return Client()
+
+def is_agent() -> bool:
+    """Whether this process is an agent: it has a channel, and is not the child of one that has."""
+    return _channel_used or own_channel() is not None
 
 
-def _own_channel() -> tuple[int, int] | None:
-    """memfd and bell of this process, if it is an agent and not the child of one."""
+def own_channel() -> tuple[int, int] | None:
+    """memfd and bell of this process, if it is an agent that has not opened (and perhaps closed) them before."""
     try:
         memfd, bell, owner = map(int, os.environ.get(wire.ENV_CHANNEL, "").split(":"))
     except ValueError:
         return None
-    if owner != os.getpid():
+    if owner != os.getpid() or _channel_used:
         return None
     try:
         os.fstat(memfd)
@@ -414,8 +610,9 @@ def _own_channel() -> tuple[int, int] | None:
 
 
 def _after_fork() -> None:
-    global _making
+    global _making, _channel_used
     _making = threading.Lock()
+    _channel_used = False
     if _connection is not None:
         _connection.disconnect_after_fork()
 

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import asyncio
 import errno
+import time
 from collections.abc import AsyncIterator, Callable, Coroutine, Mapping, Sequence
 from typing import Any, ParamSpec, TypeVar
 
@@ -52,8 +53,7 @@ async def _final(conn: Connection, call: Call, replied: asyncio.Event, timeout: 
     except TimeoutError:
         raise TimeoutError(errno.ETIMEDOUT, "no answer in time") from None
     finally:
-        if call.final is None:
-            conn.abandon(call)
+        conn.abandon(call)
 
 
 async def _reply(conn: Connection, replied: asyncio.Event) -> None:
@@ -63,6 +63,7 @@ async def _reply(conn: Connection, replied: asyncio.Event) -> None:
             await replied.wait()
     except TimeoutError:
         conn.pump()
+        conn.transport.nudge()
     replied.clear()
 
 
@@ -95,18 +96,21 @@ class Generation:
     async def __aiter__(self) -> AsyncIterator[_llm.Piece]:
         conn = connection()
         call, replied = _submit(conn, Sys.GENERATE, self._args, stream=True)
+        timeout = self._args.timeout_s
+        deadline = None if timeout is None else time.monotonic() + timeout + SLACK_S
         try:
             while call.pieces or call.final is None:
                 if call.pieces:
                     piece = call.pieces.popleft()
                     yield _llm.Piece(piece.text, piece.tokens)
+                elif deadline is not None and time.monotonic() > deadline:
+                    raise TimeoutError(errno.ETIMEDOUT, "no answer in time")
                 else:
                     await _reply(conn, replied)
             end = decode_body(call.final, wire.Generated)
             yield _llm.Piece(end.text, end.tokens, end)
         finally:
-            if call.final is None:
-                conn.abandon(call)
+            conn.abandon(call)
 
 
 class llm:

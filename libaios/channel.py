@@ -5,23 +5,30 @@ side is gone. A bell is rung only when the other side has announced that it slee
 pair talks without a system call.
 
 `send` never blocks: what finds no room waits in an outbox here, whose size the owner watches (`outbox_bytes`).
-`receive` never blocks either and returns whole frames. When it returns fewer than asked for, sleep has been announced
-and the bell (`fileno`) becomes readable with the next frame. `wait` sleeps on the bell, with a back-stop, because a
-side that died in the middle of ringing must not be waited for in vain.
+`receive` never blocks either and returns whole frames. Unless it says that there is `more` to do, sleep has been
+announced, and the bell (`fileno`) becomes readable with the next frame, and when there is room for the outbox. `more`
+is also said when the bell that `receive` has drained was about room: so pump, receive, look at `more`, sleep. `wait`
+sleeps on the bell, with a back-stop, because a side that died in the middle of ringing must not be waited for in vain.
+Who waits at the back-stop rings again if what it sent still lies in the ring: its own ring may have been lost to an
+exception from a signal handler.
 
 A raised epoch (a new kernel) makes `reborn` true; the owner first receives what the dead kernel had published, then
-calls `renew`, which drops the outbox, and submits its open calls again under the new epoch.
+calls `renew`, which drops the outbox, and submits its open calls again under the new epoch. A side that attaches to
+a channel on which others have lived before rings, so that nobody sleeps on without noticing.
 
 One thread at a time may send (`send`, `pump`, `renew`) and one may receive; the SDK holds locks for that, the kernel
-has but one thread.
+has but one thread. Signal handlers may raise anywhere in here (KeyboardInterrupt): each step leaves the channel in
+order, and at worst a frame that is sent in several fragments is begun anew.
 """
 
 from __future__ import annotations
 
+import contextlib
 import enum
 import multiprocessing
 import os
 import select
+import socket
 import time
 from collections import deque
 
@@ -57,11 +64,13 @@ def make_channel(sub_size: int = 1 << 16, comp_size: int = 1 << 16) -> tuple[int
 
 
 class Channel:
-    """One side of a channel; owns both descriptors from now on. Raises ProtocolError for a bad segment."""
+    """One side of a channel; owns both descriptors from now on, and has closed them when it raises ProtocolError for a
+    bad segment."""
 
     __slots__ = (
         "_bell",
         "_consumer",
+        "_frames",
         "_memfd",
         "_outbox",
         "_producer",
@@ -71,45 +80,62 @@ class Channel:
         "ids",
         "more",
         "outbox_bytes",
+        "unread",
     )
 
     def __init__(self, memfd: int, bell: int, side: Side) -> None:
         self._memfd, self._bell = memfd, bell
-        self._segment = ring.Segment(memfd)
-        agent = side is Side.AGENT
-        self.epoch = self._segment.epoch
-        self._producer = ring.Producer(self._segment, agent, self.epoch)
-        self._consumer = ring.Consumer(self._segment, not agent, self.epoch)
-        self.ids = ring.CallIds(self._segment)
         self._outbox: deque[tuple[bytes, int]] = deque()  # frames, and how much of each is in the ring
+        self._frames: list[bytes] = []  # received by a `receive` that was interrupted
         self.outbox_bytes = 0
-        self.more = False  # the last receive stopped at its limit
+        self.unread = False  # the last receive left something in the ring
+        self.more = False  # … or there may be room for the outbox: come back before sleeping
         self.hung_up = False  # the other side closed its end of the bell
+        agent = side is Side.AGENT
+        try:
+            self._segment = ring.Segment(memfd)
+            self.epoch = self._segment.epoch
+            self._producer = ring.Producer(self._segment, agent, self.epoch)
+            self._consumer = ring.Consumer(self._segment, not agent, self.epoch)
+            self.ids = ring.CallIds(self._segment)
+        except BaseException:
+            os.close(memfd)
+            os.close(bell)
+            self._bell = -1
+            raise
+        if self.epoch > 1:
+            self._write_bell()
 
     def fileno(self) -> int:
         return self._bell
 
     def close(self) -> None:
         """Unmap, and close both descriptors. Twice is once."""
-        if self._bell < 0:
+        bell, self._bell = self._bell, -1
+        if bell < 0:
             return
+        os.close(bell)
+        os.close(self._memfd)
         del self._producer, self._consumer, self.ids
         self._segment.close()
-        os.close(self._memfd)
-        os.close(self._bell)
-        self._bell = self._memfd = -1
+
+    def shutdown(self) -> None:
+        """Hang up: both sides wake from their sleep. Any thread may call this, also while another is in `wait`."""
+        with contextlib.suppress(OSError), socket.socket(fileno=os.dup(self._bell)) as bell:
+            bell.shutdown(socket.SHUT_RDWR)
 
     # ── sending ───────────────────────────────────────────────────────────────────────────────────────────
 
     def send(self, payload: bytes) -> None:
         """Put a frame into the ring, or into the outbox behind those that wait there."""
-        small = len(payload) <= self._producer.size // 4  # goes in whole or not at all
-        if small and not self._outbox and self._producer.put(payload) == len(payload):
-            if self._producer.must_ring():
-                self._ring()
+        total, producer = len(payload), self._producer
+        small = total <= producer.size // 4  # goes in whole or not at all
+        if small and not self._outbox and producer.put(payload) == total:
+            ring.fence()
+            self._ring(producer.sleeps)
             return
         self._outbox.append((payload, 0))
-        self.outbox_bytes += len(payload)
+        self.outbox_bytes += total
         self.pump()
 
     def pump(self) -> bool:
@@ -118,48 +144,75 @@ class Channel:
         moved = False
         while outbox:
             payload, offset = outbox[0]
-            done = producer.put(payload, offset)
-            if done == len(payload):
+            total = len(payload)
+            try:
+                done = producer.put(payload, offset)
+            except BaseException:
+                outbox[0] = (payload, 0)  # unknown how far it came; the consumer takes a first fragment as a new start
+                raise
+            if done == total:
                 outbox.popleft()
-                self.outbox_bytes -= len(payload)
+                self.outbox_bytes -= total
                 moved = True
             elif done > offset:
                 outbox[0] = (payload, done)
                 moved = True
             elif producer.wait_for_room():
                 break
-        if moved and producer.must_ring():
-            self._ring()
+        if moved:
+            ring.fence()
+            self._ring(producer.sleeps)
         return not outbox
 
-    def _ring(self) -> None:
+    def _ring(self, flag: int) -> None:
+        """Ring if the other side has set this flag, once. No call stands between clearing it and ringing: there an
+        interrupt could come in between, and nobody would ever ring again."""
+        items = self._segment.items
+        if items[flag]:
+            try:
+                items[flag] = 0
+                os.write(self._bell, b"\0")
+            except BlockingIOError:
+                pass  # the pipe is full of rings: it is awake
+            except OSError:
+                self.hung_up = True
+
+    def _write_bell(self) -> None:
         try:
             os.write(self._bell, b"\0")
         except BlockingIOError:
-            pass  # the pipe is full of rings: it is awake
+            pass
         except OSError:
             self.hung_up = True
+
+    def nudge(self) -> None:
+        """Ring for what the other side has not taken, whatever its flag says: the way out of a ring that was lost."""
+        if self._producer.unread():
+            self._write_bell()
 
     # ── receiving ─────────────────────────────────────────────────────────────────────────────────────────
 
     def receive(self, limit: int = 64) -> list[bytes]:
-        """Up to `limit` whole frames. ProtocolError when the other side wrote nonsense."""
+        """Up to `limit` whole frames, and no more than one ring of bytes: a peer that writes as fast as we read must
+        not hold us here. `more`: do not sleep yet. ProtocolError when the other side wrote nonsense."""
         self._drain_bell()
-        consumer = self._consumer
-        frames: list[bytes] = []
+        consumer, frames = self._consumer, self._frames
+        stop = consumer.read + consumer.size
         while True:
-            while len(frames) < limit:
+            while len(frames) < limit and consumer.read < stop:
                 frame = consumer.get()
                 if frame is None:
                     break
                 frames.append(frame)
-            self.more = not consumer.empty()
-            if self.more and len(frames) >= limit:
+            self.unread = not consumer.empty()
+            if self.unread:
+                if len(frames) >= limit or consumer.read >= stop:
+                    break  # without having announced sleep: the owner comes back by itself
+            elif consumer.sleep():
                 break
-            if not self.more and consumer.sleep():
-                break
-        if consumer.must_ring():
-            self._ring()
+        self._ring(consumer.waits)
+        self.more = self.unread or (bool(self._outbox) and not self._segment.items[self._producer.waits])
+        self._frames = []
         return frames
 
     def _drain_bell(self) -> None:
@@ -184,33 +237,18 @@ class Channel:
 
     def ready(self) -> bool:
         """Whether `receive` would bring something new, without looking at the bell."""
-        return not self._consumer.empty() or self.reborn
+        return not self._consumer.empty() or self.reborn or bool(self._frames)
 
     def wait(self, timeout: float | None = None) -> bool:
         """Sleep until there is something to receive, to pump, or the other side is gone; False: timeout (s)."""
         deadline = None if timeout is None else time.monotonic() + timeout
-        poll = select.poll()
+        poll = select.poll()  # not kept: a signal handler may come here while another `wait` of this thread sleeps
         poll.register(self._bell, select.POLLIN)
-        while not self.ready() and not self.hung_up:
+        while not self.ready() and not self.hung_up and self._consumer.sleep():
             left = BACKSTOP_S if deadline is None else min(BACKSTOP_S, deadline - time.monotonic())
             if left <= 0:
                 return False
             if poll.poll(left * 1000):
                 return True
+            self.nudge()
         return True
-
-    def send_wait(self, payload: bytes, timeout: float | None = None) -> None:
-        """As `send`, but wait for room: back-pressure. TimeoutError after `timeout` seconds, BrokenPipeError when
-        the other side is gone; a frame that was begun stays in the outbox then and is not torn."""
-        deadline = None if timeout is None else time.monotonic() + timeout
-        self.send(payload)
-        poll = select.poll()
-        poll.register(self._bell, select.POLLIN)
-        while self._outbox and not self.pump():
-            if self.hung_up:
-                raise BrokenPipeError("the other side is gone")
-            left = BACKSTOP_S if deadline is None else min(BACKSTOP_S, deadline - time.monotonic())
-            if left <= 0:
-                raise TimeoutError("no room in the ring")
-            poll.poll(left * 1000)
-            self._drain_bell()

@@ -7,6 +7,7 @@ identity, and the connection submits its open calls once more under their ids.
 
 from __future__ import annotations
 
+import contextlib
 import errno
 import itertools
 import os
@@ -26,6 +27,7 @@ from libaios.stream import FrameSocket
 
 RECONNECT_S = 15.0  # for how long a kernel that died is waited for
 GREETING_S = 10.0
+_GONE = (errno.EPIPE, errno.ECONNRESET, errno.EBADF, errno.ENOTCONN)  # what sending to a dead kernel brings
 
 
 class NoKernel(ConnectionError):
@@ -34,26 +36,38 @@ class NoKernel(ConnectionError):
 
 def connect(home: Home, timeout: float = GREETING_S) -> socket.socket:
     """Connect to the control socket, however long its path is. Raises NoKernel."""
-    sock = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM | socket.SOCK_CLOEXEC)
-    sock.settimeout(timeout)
+    sock = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM | socket.SOCK_CLOEXEC | socket.SOCK_NONBLOCK)
+    deadline, pause = time.monotonic() + timeout, 0.001
     try:
         folder = os.open(home.socket.parent, os.O_PATH | os.O_DIRECTORY | os.O_CLOEXEC)
         try:
-            # A socket's path is limited to 107 bytes; through /proc any folder is short enough.
-            sock.connect(f"/proc/self/fd/{folder}/{home.socket.name}")
+            if not home.explicit and os.fstat(folder).st_uid not in (os.getuid(), 0):
+                raise NoKernel(f"{home.socket.parent} belongs to another user")
+            while True:
+                try:
+                    # A socket's path is limited to 107 bytes; through /proc any folder is short enough.
+                    sock.connect(f"/proc/self/fd/{folder}/{home.socket.name}")
+                    return sock
+                except BlockingIOError:  # so many connect at this moment that the queue is full
+                    if time.monotonic() > deadline:
+                        raise
+                    time.sleep(pause)
+                    pause = min(2 * pause, 0.1)
         finally:
             os.close(folder)
-    except OSError as err:
+    except BaseException as err:
         sock.close()
+        if not isinstance(err, OSError) or isinstance(err, NoKernel):
+            raise
         if err.errno in (errno.ENOENT, errno.ECONNREFUSED, errno.ENOTDIR):
             raise NoKernel(f"no aiosd is running (no socket at {home.socket}); start one with: aiosd") from None
         raise NoKernel(f"{home.socket}: {err.strerror or err}") from None
-    sock.settimeout(None)
-    return sock
 
 
 class ControlSocket:
-    """A connection to the control socket that survives the kernel."""
+    """A connection to the control socket that survives the kernel. One thread may send (`send`, `pump`, `renew`) while
+    another receives; `shutdown` is for any. `fileno` is an epoll around the socket, and so the same after a reconnect.
+    """
 
     def __init__(self, home: Home) -> None:
         self.home = home
@@ -65,9 +79,13 @@ class ControlSocket:
         self.why = ""  # the sentence for callers once it has hung up
         self._ids = itertools.count(1)
         self._frames = self._greet()
+        self._next: FrameSocket | None = None  # connected to the new kernel; in use from `renew` on
+        self._ended = False
+        self._epoll = select.epoll()
+        self._epoll.register(self._frames.fileno(), select.EPOLLIN)
 
     def _greet(self) -> FrameSocket:
-        frames = FrameSocket(connect(self.home))
+        frames = FrameSocket(connect(self.home), max_outbox=1 << 62)
         try:
             frames.send(wire.encode(wire.Hello(wire.VERSION, self.client, self.boot)))
             payload, _ = frames.recv_blocking(GREETING_S)
@@ -78,6 +96,9 @@ class ControlSocket:
         except msgspec.MsgspecError:
             frames.close()
             raise NoKernel(_refusal(payload, self.home)) from None
+        except BaseException:
+            frames.close()
+            raise
         if self.boot and welcome.boot != self.boot:
             frames.close()
             raise NoKernel("aiosd was started anew meanwhile; what ran in the old one is gone")
@@ -90,53 +111,95 @@ class ControlSocket:
         return next(self._ids)
 
     def fileno(self) -> int:
-        return self._frames.fileno()
+        return self._epoll.fileno()
 
-    def send_wait(self, payload: bytes, fds: Sequence[int] = ()) -> None:
+    @property
+    def pending(self) -> int:
+        return self._frames.pending
+
+    def send(self, payload: bytes, fds: Sequence[int] = ()) -> None:
         try:
             self._frames.send(payload, fds)
-            while not self._frames.flush():
-                select.select([], [self._frames.fileno()], [])
+        except OSError as err:
+            if err.errno not in _GONE:
+                raise
+            return  # who receives finds out, and what was sent is sent again
+        if self._frames.pending:
+            self._watch(self._frames, select.EPOLLIN | select.EPOLLOUT)
+
+    def pump(self) -> bool:
+        if not self._frames.pending:
+            return True
+        try:
+            if not self._frames.flush():
+                return False
         except OSError:
-            self._lost()
+            return True
+        self._watch(self._frames, select.EPOLLIN)
+        return True
+
+    def _watch(self, frames: FrameSocket, events: int) -> None:
+        with contextlib.suppress(OSError, ValueError):  # it was closed
+            self._epoll.modify(frames.fileno(), events)
 
     def receive(self) -> list[bytes]:
         try:
-            return [payload for payload, _ in self._frames.receive()]
+            frames = self._frames.receive()
         except (EOFError, OSError, ProtocolError):
             self._lost()
             return []
+        for _, fds in frames:
+            for fd in fds:
+                os.close(fd)
+        return [payload for payload, _ in frames]
 
     def wait(self, timeout: float | None = None) -> bool:
         if self.reborn or self.hung_up:
             return True
-        poll = select.poll()
-        poll.register(self._frames.fileno(), select.POLLIN)
-        return bool(poll.poll(None if timeout is None else max(0.0, timeout) * 1000))
+        return bool(self._epoll.poll(timeout))
+
+    def nudge(self) -> None:
+        """A socket loses nothing."""
 
     def renew(self) -> None:
+        old, new, self._next = self._frames, self._next, None
         self.reborn = False
+        if new is not None:
+            self._frames = new
+            self._epoll.register(new.fileno(), select.EPOLLIN)
+            old.close()
+
+    def shutdown(self) -> None:
+        self._ended = True
+        for frames in (self._frames, self._next):
+            if frames is not None:
+                frames.shutdown()
 
     def close(self) -> None:
         self._frames.close()
+        if self._next is not None:
+            self._next.close()
+        self._epoll.close()
 
     def _lost(self) -> None:
         """The kernel hung up: wait for its successor, or give up for good."""
-        old, deadline, pause = self._frames, time.monotonic() + RECONNECT_S, 0.01
+        if self.reborn:
+            return
+        deadline, pause = time.monotonic() + RECONNECT_S, 0.01
         while not self.hung_up:
             try:
-                self._frames = self._greet()
+                self._next = self._greet()
             except NoKernel as err:
                 # Without a listener there is no supervisor that could fork a new kernel.
                 gone = "no aiosd is running" in str(err) or "started anew" in str(err)
-                if gone or time.monotonic() > deadline:
-                    self.hung_up, self.why = True, "aiosd is gone" if gone else str(err)
+                if gone or self._ended or time.monotonic() > deadline:
+                    self.why = "aiosd is gone" if gone else str(err)
+                    self.hung_up = True
                     return
                 time.sleep(pause)
                 pause = min(2 * pause, 0.5)
             else:
                 self.reborn = True
-                old.close()
                 return
 
 

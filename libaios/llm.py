@@ -85,30 +85,23 @@ class Piece:
 
 
 class Stream:
-    """Iterate for `Piece`s. Leaving the loop early, `close()`, or losing the last reference ends the generation."""
+    """Iterate for `Piece`s. Leaving the loop early, `close()` (from any thread), or losing the last reference ends the
+    generation; whoever iterates in another thread gets ECANCELED."""
 
     def __init__(self, connection: Connection, args: wire.Generate) -> None:
-        self._call: Call = connection.submit(Sys.GENERATE, args, stream=True)
         self._connection = connection
-        self._pieces = self._run(args.timeout_s)
+        self._call: Call = connection.submit(Sys.GENERATE, args, stream=True)
+        # A function, not a method: what it holds must not hold the stream, or no last reference would ever go.
+        self._pieces = _pieces(connection, self._call, args.timeout_s)
 
-    def _run(self, timeout: float | None) -> Iterator[Piece]:
-        for piece in self._connection.pieces(self._call, timeout):
-            yield Piece(piece.text, piece.tokens)
-        assert self._call.final is not None
-        end = decode_body(self._call.final, wire.Generated)
-        yield Piece(end.text, end.tokens, end)
-
-    def __iter__(self) -> Iterator[Piece]:
-        return self._pieces
+    def __iter__(self) -> Stream:
+        return self
 
     def __next__(self) -> Piece:
         return next(self._pieces)
 
     def close(self) -> None:
-        self._pieces.close()  # type: ignore[attr-defined] # a generator
-        if self._call.final is None:
-            self._connection.abandon(self._call)
+        self._connection.abandon(self._call)
 
     def __enter__(self) -> Stream:
         return self
@@ -118,8 +111,16 @@ class Stream:
 
     def __del__(self) -> None:
         call = getattr(self, "_call", None)
-        if call is not None and call.final is None:
+        if call is not None:
             self._connection.abandon(call)
+
+
+def _pieces(connection: Connection, call: Call, timeout: float | None) -> Iterator[Piece]:
+    for piece in connection.pieces(call, timeout):
+        yield Piece(piece.text, piece.tokens)
+    assert call.final is not None
+    end = decode_body(call.final, wire.Generated)
+    yield Piece(end.text, end.tokens, end)
 
 
 def generate_args(

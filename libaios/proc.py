@@ -6,12 +6,14 @@ descendants; a notebook or script outside any agent acts for its user.
 
 from __future__ import annotations
 
+import contextlib
 import os
 import signal as _signal
 import sys as _sys
 from collections.abc import Mapping
 
 from libaios import wire
+from libaios.agent import is_agent
 from libaios.plan import Plan, syscall
 from libaios.wire import Limits, ProcInfo, Sys
 
@@ -56,7 +58,7 @@ def spawn(
     if kind is None:
         kind = "file" if target.endswith(".py") else "exec"
     if detached is None:
-        detached = wire.ENV_CHANNEL not in os.environ
+        detached = not is_agent()
     spec = wire.Spawn(
         kind=kind,
         target=target,
@@ -70,7 +72,8 @@ def spawn(
         umask=_umask(),
         detached=detached,
     )
-    _sys.stdout.flush()  # what we have printed comes before what the child prints
+    with contextlib.suppress(AttributeError, ValueError, OSError):  # there is none, it is closed, nobody reads it
+        _sys.stdout.flush()  # what we have printed comes before what the child prints
     return Plan(Sys.SPAWN, spec, wire.Spawned, lambda spawned: int(spawned.pid))
 
 

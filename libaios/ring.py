@@ -34,17 +34,20 @@ which it attached, and a frame of which it has not seen the first fragment. So a
 about how its predecessor left a ring: the agent submits its open calls again under the new epoch, and what it had
 submitted under the old one is skipped.
 
-What comes from the other side is hostile: counters and lengths are read once, checked, and then used. Nonsense
-raises ProtocolError; there is no other way in which a peer can disturb this side, because the size is sealed.
+What comes from the other side is hostile: counters and lengths are read once, checked, and then used. That goes for
+our own counter too when we attach, since the peer may have written it meanwhile. Nonsense raises ProtocolError; there
+is no other way in which a peer can disturb this side, because the size is sealed. Only the last fragment of a frame may
+be short (less than a quarter of the ring), so that a peer cannot make us keep a million crumbs.
 """
 
 from __future__ import annotations
 
+import contextlib
 import fcntl
 import mmap
 import os
 import struct
-import threading
+from _thread import allocate_lock
 
 from libaios import wire
 
@@ -64,9 +67,9 @@ _NEXT_ID, _LOWEST_OPEN = 128 // 8, 136 // 8
 _SUB, _COMP = 192 // 8, 448 // 8
 _WRITTEN, _READ, _SLEEPS, _WAITS = 0, 8, 16, 24  # relative to a ring's first item
 
-_SEALS = fcntl.F_SEAL_SHRINK | fcntl.F_SEAL_GROW | fcntl.F_SEAL_SEAL
+_MAX_COUNT = 1 << 62  # no honest counter gets there
 
-_fence_lock = threading.Lock()
+_SEALS = fcntl.F_SEAL_SHRINK | fcntl.F_SEAL_GROW | fcntl.F_SEAL_SEAL
 
 
 class ProtocolError(Exception):
@@ -77,10 +80,10 @@ def fence() -> None:
     """A full memory barrier: what was written before is seen by others before what is read after.
 
     Between publishing a counter and reading the other side's flag the processor may otherwise swap the two, and a
-    wake-up is lost. Python has no barrier of its own; taking a lock is one.
+    wake-up is lost. Python has no barrier of its own; taking a lock is one. It is a new lock each time: a common one
+    would stay locked for ever if a signal handler raised, or a finalizer sent, between acquire and release.
     """
-    _fence_lock.acquire()
-    _fence_lock.release()
+    allocate_lock().acquire()
 
 
 def create(sub_size: int, comp_size: int) -> int:
@@ -115,10 +118,14 @@ class Segment:
     __slots__ = ("_map", "items", "memory", "sizes")
 
     def __init__(self, memfd: int) -> None:
-        if fcntl.fcntl(memfd, fcntl.F_GET_SEALS) & _SEALS != _SEALS:
+        try:
+            seals = fcntl.fcntl(memfd, fcntl.F_GET_SEALS)
+        except OSError as err:
+            raise ProtocolError(f"no shared segment: {err.strerror}") from None
+        if seals & _SEALS != _SEALS:
             raise ProtocolError("the segment is not sealed")
         length = os.fstat(memfd).st_size
-        if length < HEADER:
+        if not HEADER <= length <= HEADER + 2 * MAX_RING:
             raise ProtocolError(f"a segment of {length} bytes")
         self._map = mmap.mmap(memfd, length)
         self.memory = memoryview(self._map)
@@ -148,9 +155,11 @@ class Segment:
         return self.items[_EPOCH] & 0xFFFFFFFF
 
     def close(self) -> None:
+        """Unmap. Where a thread is in the middle of the ring (after a fork: was), its last slice keeps the mapping."""
         self.items.release()
         self.memory.release()
-        self._map.close()
+        with contextlib.suppress(BufferError):
+            self._map.close()
 
 
 class CallIds:
@@ -173,19 +182,21 @@ class CallIds:
 class Producer:
     """The writing end of one ring. One thread at a time."""
 
-    __slots__ = ("_base", "_data", "_items", "_written", "epoch", "size")
+    __slots__ = ("_base", "_data", "_items", "_written", "epoch", "size", "sleeps", "waits")
 
     def __init__(self, segment: Segment, submissions: bool, epoch: int) -> None:
         self._base, self._data, self.size = _place(segment, submissions)
         self._items = segment.items
-        self._written = self._items[self._base + _WRITTEN]
+        self.sleeps = self._base + _SLEEPS  # item: set when the consumer is to be woken
+        self.waits = self._base + _WAITS  # item: set by us, cleared by a consumer that rings for room
+        self._written = _own_counter(self._items[self._base + _WRITTEN])
         self.epoch = epoch
         self._free()
 
     def _free(self) -> int:
         used = self._written - self._items[self._base + _READ]
-        if not 0 <= used <= self.size:
-            raise ProtocolError(f"the reader's counter is off by {used - self.size if used > 0 else -used}")
+        if not 0 <= used <= self.size or used & 7:
+            raise ProtocolError(f"the reader's counter claims that {used} bytes of {self.size} are unread")
         return self.size - used
 
     def put(self, payload: bytes, offset: int = 0) -> int:
@@ -220,18 +231,13 @@ class Producer:
         self._written = written = written + ((HEAD_BYTES + length + 7) & ~7)
         self._items[self._base + _WRITTEN] = written
 
-    def must_ring(self) -> bool:
-        """After publishing: whether the consumer sleeps and is to be woken (once)."""
-        fence()
-        flag = self._base + _SLEEPS
-        if self._items[flag]:
-            self._items[flag] = 0
-            return True
-        return False
+    def unread(self) -> bool:
+        """Whether the consumer has not taken all yet."""
+        return self._free() < self.size
 
     def wait_for_room(self) -> bool:
         """Ask to be woken when there is room; False when there is some now, so that nobody need sleep."""
-        self._items[self._base + _WAITS] = 1
+        self._items[self.waits] = 1
         fence()
         return self._free() < self.size // 2
 
@@ -239,12 +245,24 @@ class Producer:
 class Consumer:
     """The reading end of one ring. One thread at a time."""
 
-    __slots__ = ("_base", "_data", "_items", "_partial", "_partial_bytes", "_read", "born", "max_frame", "size")
+    __slots__ = (
+        "_base",
+        "_data",
+        "_items",
+        "_partial",
+        "_partial_bytes",
+        "born",
+        "max_frame",
+        "read",
+        "size",
+        "waits",
+    )
 
     def __init__(self, segment: Segment, submissions: bool, born: int, max_frame: int = wire.MAX_FRAME) -> None:
         self._base, self._data, self.size = _place(segment, submissions)
         self._items = segment.items
-        self._read = self._items[self._base + _READ]
+        self.waits = self._base + _WAITS  # item: set when the producer is to be told of room
+        self.read = _own_counter(self._items[self._base + _READ])
         self.born = born  # fragments of older epochs are dropped
         self.max_frame = max_frame
         self._partial: list[bytes] | None = None
@@ -252,59 +270,57 @@ class Consumer:
         self._available()
 
     def _available(self) -> int:
-        available = self._items[self._base + _WRITTEN] - self._read
+        available = self._items[self._base + _WRITTEN] - self.read
         if not 0 <= available <= self.size or available & 7:
             raise ProtocolError(f"the writer's counter claims {available} bytes of {self.size}")
         return available
 
     def get(self) -> bytes | None:
-        """The next whole frame, or None when the ring is empty."""
-        while True:
+        """The next whole frame. None: the ring is empty, or a whole ring of fragments has completed no frame; the
+        caller, who has others to serve, decides whether to go on."""
+        stop = self.read + self.size
+        while self.read < stop:
             available = self._available()
             if not available:
                 return None
             frame = self._take(available)
             if frame is not None:
                 return frame
+        return None
 
     def _take(self, available: int) -> bytes | None:
         """Consume one fragment; the frame if it completed one."""
         size, data = self.size, self._data
-        at = self._read & (size - 1)
+        at = self.read & (size - 1)
         head, epoch = _HEAD.unpack_from(data, at)
         length = head & _LENGTH
         padded = (HEAD_BYTES + length + 7) & ~7
         if padded > available:
             raise ProtocolError(f"a fragment of {length} bytes where {available} are written")
+        if length < size // 4 and not head & LAST:
+            raise ProtocolError(f"a fragment of {length} bytes that does not end its frame")
         at = (at + HEAD_BYTES) & (size - 1)
         end = at + length
         piece = bytes(data[at:end]) if end <= size else bytes(data[at:size]) + bytes(data[: end - size])
-        self._read += padded
-        self._items[self._base + _READ] = self._read
+        self.read += padded
+        self._items[self._base + _READ] = self.read
         if epoch < self.born:
             return None
         if head & FIRST:
-            if head & LAST and self._partial is None:
-                return piece
             self._partial, self._partial_bytes = [], 0  # whoever began an unfinished frame is dead
         if self._partial is None:
             return None
-        self._partial.append(piece)
         self._partial_bytes += length
         if self._partial_bytes > self.max_frame:
             raise ProtocolError(f"a frame of more than {self.max_frame} bytes")
+        if head & FIRST and head & LAST:
+            self._partial = None
+            return piece
+        self._partial.append(piece)
         if not head & LAST:
             return None
         frame, self._partial = b"".join(self._partial), None
         return frame
-
-    def must_ring(self) -> bool:
-        """After reading: whether the producer waits for room and is to be woken (once)."""
-        flag = self._base + _WAITS
-        if self._items[flag]:
-            self._items[flag] = 0
-            return True
-        return False
 
     def empty(self) -> bool:
         return self._available() == 0
@@ -315,8 +331,12 @@ class Consumer:
         fence()
         return self._available() == 0
 
-    def awake(self) -> None:
-        self._items[self._base + _SLEEPS] = 0
+
+def _own_counter(value: int) -> int:
+    """Our own counter as we find it when we attach."""
+    if value & 7 or value > _MAX_COUNT:
+        raise ProtocolError(f"a counter of {value}")
+    return value
 
 
 def _place(segment: Segment, submissions: bool) -> tuple[int, memoryview, int]:

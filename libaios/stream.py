@@ -2,16 +2,19 @@
 
     frame = u32 little-endian length, payload
 
-Used by the control socket and between kernel and supervisor. Descriptors travel with the first byte of the frame they
-belong to, at most `MAX_FDS` of them; Linux never merges bytes that carry descriptors with those of another message, so
-where the received bytes were in the stream says whose they are. Nothing here blocks but `recv_blocking`: what the
-socket does not take waits in an outbox. Descriptors handed out by `receive` are the caller's to close; those of frames
-that nobody will see are closed here.
+Used by the control socket and between kernel and supervisor. Descriptors travel with the first bytes of the frame they
+belong to, at most `MAX_FDS` of them. What one recvmsg returns may begin with the ends of messages without descriptors,
+but Linux ends it with the message that carried some: so they belong to the frame in which the last byte received lies.
+
+Nothing here blocks but `recv_blocking`: what the socket does not take waits in an outbox. Descriptors handed out by
+`receive` are the caller's to close; those of frames that nobody will see are closed here.
 """
 
 from __future__ import annotations
 
 import array
+import contextlib
+import errno
 import os
 import select
 import socket
@@ -28,7 +31,9 @@ __all__ = ["MAX_FDS", "FrameSocket", "ProtocolError"]
 MAX_FDS = 8
 MAX_OUTBOX = 128 << 20
 _LENGTH = struct.Struct("<I")
-_CHUNK = 1 << 16
+_CHUNK = 1 << 12  # what is read at a time: few frames of the small kind,
+_CHUNK_MAX = 1 << 18  # … and much of a large one
+_TURN = 1 << 20  # bytes read in one `receive`, so that nobody who writes as fast as we read can hold us
 _ANCILLARY = socket.CMSG_SPACE(MAX_FDS * 4)
 _RECV_FLAGS = socket.MSG_CMSG_CLOEXEC | socket.MSG_DONTWAIT
 
@@ -42,9 +47,10 @@ class FrameSocket:
         self._max_outbox = max_outbox
         self._in = bytearray()
         self._consumed = 0  # bytes of the stream before those in `_in`
-        self._in_fds: deque[tuple[int, list[int]]] = deque()  # and where in the stream they came
+        self._in_fds: deque[tuple[int, list[int]]] = deque()  # and where in the stream the last byte before them was
         self._out: deque[tuple[memoryview, list[int]]] = deque()
         self._eof = False
+        self._broken = ""  # how the peer broke the protocol
         self.pending = 0  # bytes in the outbox
 
     def fileno(self) -> int:
@@ -59,6 +65,11 @@ class FrameSocket:
         self._in_fds.clear()
         self.pending = 0
 
+    def shutdown(self) -> None:
+        """Hang up, from any thread; whoever waits for the socket wakes."""
+        with contextlib.suppress(OSError):
+            self._sock.shutdown(socket.SHUT_RDWR)
+
     # ── sending ───────────────────────────────────────────────────────────────────────────────────────────
 
     def send(self, payload: bytes, fds: Sequence[int] = ()) -> None:
@@ -69,7 +80,14 @@ class FrameSocket:
         if self.pending + len(payload) > self._max_outbox:
             raise BufferError(f"{self.pending} bytes wait to be sent already")
         data = memoryview(_LENGTH.pack(len(payload)) + payload)
-        self._out.append((data, [os.dup(fd) for fd in fds]))
+        copies: list[int] = []
+        try:
+            for fd in fds:
+                copies.append(os.dup(fd))
+        except OSError:
+            _close(copies)
+            raise
+        self._out.append((data, copies))
         self.pending += len(data)
         self.flush()
 
@@ -92,26 +110,34 @@ class FrameSocket:
 
     # ── receiving ─────────────────────────────────────────────────────────────────────────────────────────
 
-    def receive(self, limit: int = 64) -> list[tuple[bytes, list[int]]]:
-        """Up to `limit` complete frames that are here now, with their descriptors.
+    def receive(self, limit: int | None = None) -> list[tuple[bytes, list[int]]]:
+        """The complete frames that are here now, with their descriptors. Not more than `limit`: then ask again, the
+        socket will not tell of those that have been read already.
 
         Raises EOFError when the peer has hung up and all it sent was delivered, ProtocolError for a frame or a number
-        of descriptors beyond the limits.
+        of descriptors beyond the limits, OSError (EMFILE) when there is no room for descriptors.
         """
         frames: list[tuple[bytes, list[int]]] = []
+        stop = self._consumed + len(self._in) + _TURN
         while True:
             self._split(frames, limit)
-            if len(frames) >= limit or (self._eof and frames):
+            full = limit is not None and len(frames) >= limit
+            if full or (frames and (self._eof or self._broken)):
                 return frames
+            if self._broken:
+                raise ProtocolError(self._broken)
             if self._eof:
                 raise EOFError("the peer hung up")
-            if not self._fill():
+            if self._consumed + len(self._in) >= stop or not self._fill():
                 return frames
 
     def _fill(self) -> bool:
         """Read what is there; False when there is nothing."""
+        wanted = _LENGTH.unpack_from(self._in)[0] - len(self._in) if len(self._in) >= _LENGTH.size else 0
         try:
-            data, ancillary, flags, _ = self._sock.recvmsg(_CHUNK, _ANCILLARY, _RECV_FLAGS)
+            data, ancillary, flags, _ = self._sock.recvmsg(
+                max(_CHUNK, min(wanted + _LENGTH.size, _CHUNK_MAX)), _ANCILLARY, _RECV_FLAGS
+            )
         except (BlockingIOError, InterruptedError):
             return False
         except ConnectionError:
@@ -122,25 +148,33 @@ class FrameSocket:
             if level == socket.SOL_SOCKET and kind == socket.SCM_RIGHTS:
                 fds.extend(array.array("i", content[: len(content) & ~3]))
         if flags & socket.MSG_CTRUNC:
+            few = len(fds) < MAX_FDS
             _close(fds)
-            raise ProtocolError(f"more than {MAX_FDS} descriptors with a frame")
-        if fds:
-            self._in_fds.append((self._consumed + len(self._in), fds))
+            if few:
+                raise OSError(errno.EMFILE, "no room for the descriptors that came with a frame")
+            self._broken = f"more than {MAX_FDS} descriptors with a frame"
+            return True
         self._in += data
+        if fds:
+            # Before this all frames were split off, so what was in the queue belongs to one unfinished frame.
+            self._in_fds.append((self._consumed + len(self._in) - 1, fds))
+            if sum(len(some) for _, some in self._in_fds) > 2 * MAX_FDS:
+                self._broken = f"more than {MAX_FDS} descriptors with a frame"
         self._eof = not data
         return True
 
-    def _split(self, frames: list[tuple[bytes, list[int]]], limit: int) -> None:
+    def _split(self, frames: list[tuple[bytes, list[int]]], limit: int | None) -> None:
         """Cut complete frames off what was read."""
         buffer = self._in
-        while len(frames) < limit and len(buffer) >= _LENGTH.size:
+        while not self._broken and len(buffer) >= _LENGTH.size and (limit is None or len(frames) < limit):
             (length,) = _LENGTH.unpack_from(buffer)
             if length > self._max_frame:
-                raise ProtocolError(f"a frame of {length} bytes; the limit is {self._max_frame}")
+                self._broken = f"a frame of {length} bytes; the limit is {self._max_frame}"
+                return
             end = _LENGTH.size + length
             if len(buffer) < end:
                 return
-            payload = bytes(buffer[_LENGTH.size : end])
+            payload = bytes(memoryview(buffer)[_LENGTH.size : end])
             del buffer[:end]
             self._consumed += end
             fds: list[int] = []
@@ -148,7 +182,8 @@ class FrameSocket:
                 fds += self._in_fds.popleft()[1]
             if len(fds) > MAX_FDS:
                 _close(fds)
-                raise ProtocolError(f"more than {MAX_FDS} descriptors with a frame")
+                self._broken = f"more than {MAX_FDS} descriptors with a frame"
+                return
             frames.append((payload, fds))
 
     def recv_blocking(self, timeout: float | None = None) -> tuple[bytes, list[int]]:
