@@ -165,6 +165,15 @@ def test_model_that_cannot_be_loaded_is_one_line_and_exit_code_1(tmp_path: Path)
     assert kernel.close() == 1
 
 
+def test_twice_the_same_token_is_an_assertion_of_llama_cpp(path: Path, tmp_path: Path) -> None:
+    damaged = tmp_path / "damaged.gguf"
+    damaged.write_bytes(path.read_bytes().replace(b"</tool_call>", b"<|im_start|>", 1))
+    kernel = Kernel(damaged)
+    assert "damaged: GGML_ASSERT" in kernel.of(link.LoadFailed).message
+    assert kernel.close() == 1
+    assert len(kernel.errors.splitlines()) == 1
+
+
 def test_killed_core_leaves_its_trace(kernel: Kernel) -> None:
     kernel.of(link.Loaded)
     kernel.process.send_signal(signal.SIGABRT)

@@ -56,12 +56,19 @@ def main(channel: Channel, spec: ModelSpec) -> int:
 
     llama.start(spec.verbose)
     send = _sender(channel)
+
+    def refuse(why: str) -> int:
+        send(link.LoadFailed(f"{spec.name}: {why}".replace("\n", " ")))
+        _drain(channel)
+        return 1
+
+    # Some damaged files are found out only by an assertion within llama.cpp, which ends the process.
+    llama.on_abort(lambda why: os._exit(refuse(f"{spec.path}: damaged: {why}")))
     try:
         loaded = loading.load(spec, lambda what, fraction: send(link.Progress(what, fraction)))
     except AiosdError as error:
-        send(link.LoadFailed(f"{spec.name}: {error}".replace("\n", " ")))
-        _drain(channel)
-        return 1
+        return refuse(str(error))
+    llama.on_abort(None)
     core = Core(channel, spec, loaded)
     send(link.Loaded(core.info))
     return core.run()
@@ -143,6 +150,7 @@ class Core:
             self.handle(payload)
         if self._channel.reborn:  # a new kernel: it says what to keep, and submits again what is open
             self._channel.renew()
+            self._send(link.Loaded(self.info))
 
     def handle(self, payload: bytes) -> None:
         message = link.decode_to_core(payload)

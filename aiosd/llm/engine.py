@@ -47,8 +47,9 @@ REPORT_EVERY = 0.1
 #: Finished calls are remembered this long, and this many, for a kernel that asks again after it died.
 REMEMBER_S, REMEMBER = 60.0, 256
 
-#: While others decode, prompts get so many seconds of a step.
-PREFILL_SLICE = 0.25
+#: While others decode, prompts get so many seconds of a step; without others more, but a cancel or a new call
+#: must not wait long for the step to end.
+PREFILL_SLICE, PREFILL_ALONE = 0.25, 1.0
 
 #: … and never less than twice this many tokens of a prompt in one batch, unless it has no more.
 LEAST_PROMPT = 16
@@ -280,7 +281,8 @@ class Engine:
         if not pending:
             return
         pending = self.policy.order(pending, self._clock())
-        budget = self.meter.tokens_in(PREFILL_SLICE, least=2 * LEAST_PROMPT) if self._rows else self._context.ubatch
+        seconds = PREFILL_SLICE if self._rows else PREFILL_ALONE
+        budget = min(self.meter.tokens_in(seconds, least=2 * LEAST_PROMPT), self._context.ubatch)
         while pending and budget >= LEAST_PROMPT:
             group, size = self._group(pending, min(budget, self._context.ubatch))
             budget -= size * len(group)

@@ -11,6 +11,7 @@ impossible. Every method here says which, and its callers check first.
 from __future__ import annotations
 
 import ctypes
+import os
 import sys
 from collections import deque
 from collections.abc import Callable
@@ -49,10 +50,32 @@ def _log(level: int, text: bytes, _data: object) -> None:
         sys.stderr.write(line)
 
 
+_abort_type = ctypes.CFUNCTYPE(None, ctypes.c_char_p)
+_set_abort = ctypes.CFUNCTYPE(ctypes.c_void_p, _abort_type)(("ggml_set_abort_callback", C._lib))
+_last_words: Callable[[str], None] | None = None
+
+
+@_abort_type  # type: ignore[untyped-decorator]
+def _abort(text: bytes) -> None:
+    """llama.cpp found an assertion of its own broken and ends the process when this returns."""
+    line = text.decode(errors="replace").strip()
+    sys.stderr.write(f"llama.cpp: {line}\n")
+    if _last_words is not None:
+        _last_words(line.split(": ", 1)[-1])
+
+
+def on_abort(last_words: Callable[[str], None] | None) -> None:
+    """Who hears the reason when llama.cpp ends the process."""
+    global _last_words
+    _last_words = last_words
+
+
 def start(verbose: bool = False) -> None:
     """Initialise llama.cpp in this process. Its log is kept, not shown, unless `verbose`."""
     global _verbose
     _verbose = verbose
+    os.environ["GGML_NO_BACKTRACE"] = "1"  # it would start gdb on this process; faulthandler tells more, faster
+    _set_abort(_abort)
     C.llama_log_set(_log, ctypes.c_void_p(0))
     C.llama_backend_init()
 
@@ -260,7 +283,7 @@ class Context:
         ctx: int,
         ubatch: int,
         threads: int,
-        flash_attention: bool,
+        flash_attention: bool | None,
         embeddings: bool = False,
         pooling: int | None = None,
     ) -> None:
@@ -271,7 +294,7 @@ class Context:
         params.n_batch = params.n_ubatch = ubatch
         params.n_outputs_max = 0 if embeddings else min(slots, ubatch)
         params.n_threads = params.n_threads_batch = threads
-        params.flash_attn_type = 1 if flash_attention else 0
+        params.flash_attn_type = -1 if flash_attention is None else int(flash_attention)  # -1: llama.cpp decides
         params.kv_unified = False
         params.embeddings = embeddings
         params.no_perf = True

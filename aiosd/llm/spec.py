@@ -21,7 +21,7 @@ class ModelSpec:
     name: str
     path: str
     ctx: int | None = None  # tokens per slot; None: DEFAULT_CTX
-    slots: int | None = None  # None: as many as fit into kv_memory, at most 64
+    slots: int | None = None  # None: as many as fit into kv_memory, at most 32
     threads: int | None = None  # None: measured at the start
     gpu_layers: int = 0  # -1: all
     exact: bool = False  # same logits bit for bit whatever else is in the batch; CPU only

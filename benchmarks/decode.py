@@ -1,0 +1,348 @@
+#!/usr/bin/env python
+"""Tokens per second through the whole system against the same batch in a bare llama.cpp loop.
+
+Both sides run in this one call, interleaved (system, bare, bare, system), with the same model file, threads, context
+and prompts, greedy. The system: an aiosd in a temporary home, agents as real processes, all connected before the
+clock starts, each asking for one completion of N tokens. Bare: one process that does `llama_decode` and arg max and
+nothing else, the prompts in one batch. What counts is the median of the ratios of neighbouring runs.
+
+    $ python benchmarks/decode.py
+    model   agents    bare tok/s   system tok/s   ratio    bar
+    nano         1        2764.1         2395.0   0.866   0.60
+    …
+
+`--engine` leaves out everything but the engine: it runs in the process of the bare loop, to see what Python's share
+of a step is.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import platform
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any
+
+ROOT = Path(__file__).resolve().parents[1]
+sys.path.insert(0, str(ROOT))
+
+AGENTS = (1, 8, 32)
+CTX = 2048
+PROMPT = 16  # tokens
+BARS = {"nano": (0.6, 0.8, 0.85), "small": (0.95, 0.95, 0.95)}
+TOKENS = {"nano": 512, "small": 128}
+
+AGENT = """
+import json, sys, time
+import libaios as aios
+aios.proc.getpid()
+print("connected", flush=True)
+for line in sys.stdin:
+    order = json.loads(line)
+    began = time.monotonic()
+    result = aios.llm.complete(order["prompt"], max_tokens=order["tokens"], temperature=0.0, ignore_eos=True)
+    print(json.dumps([began, time.monotonic(), len(result.tokens)]), flush=True)
+"""
+
+
+def prompts(count: int, salt: int) -> list[list[int]]:
+    """Different for every agent and every run: no prefix is there to be reused."""
+    return [[20 + (salt * 7919 + agent * 131 + place * 17) % 400 for place in range(PROMPT)] for agent in range(count)]
+
+
+# ── the bare loop, in a process of its own ────────────────────────────────────────────────────────────────
+
+
+class Bare:
+    """llama.cpp and nothing else. `engine`: the project's engine in the same process instead."""
+
+    def __init__(self, path: str, threads: int, engine: bool = False) -> None:
+        from aiosd.llm import llama
+        from aiosd.llm.engine import Engine
+
+        llama.start()
+        self.llama = llama
+        self.model = llama.Model(path, 0, lambda fraction: None)
+        self.context = llama.Context(
+            self.model, slots=max(AGENTS), ctx=CTX, ubatch=512, threads=threads, flash_attention=False
+        )
+        self.prefill, self.batch = llama.Batch(512), llama.Batch(max(AGENTS))
+        said: list[Any] = []
+        self.engine = Engine(self.model, self.context, ctx=CTX, slots=max(AGENTS), emit=said.append)
+        self.run = self._engine if engine else self._bare
+        self.calls = 0
+
+    def _bare(self, count: int, tokens: int, salt: int) -> float:
+        import numpy as np
+
+        context, first, batch = self.context, self.prefill, self.batch
+        for sequence in range(max(AGENTS)):
+            context.cut(sequence, 0)
+        began = time.perf_counter()
+        first.size = size = count * PROMPT
+        first.tokens[:size] = np.array(prompts(count, salt)).ravel()
+        first.positions[:size] = np.tile(np.arange(PROMPT), count)
+        first.sequences[:size] = np.repeat(np.arange(count), PROMPT)
+        first.wanted[:size] = 0
+        first.wanted[PROMPT - 1 : size : PROMPT] = 1
+        assert context.decode(first) == self.llama.OK
+        ids = context.logits(count).argmax(axis=1)
+        batch.size = count
+        batch.positions[:count] = PROMPT
+        batch.sequences[:count] = np.arange(count)
+        batch.wanted[:count] = 1
+        generated = [ids]
+        for _ in range(tokens - 1):
+            batch.tokens[:count] = ids
+            assert context.decode(batch) == self.llama.OK
+            ids = context.logits(count).argmax(axis=1)
+            generated.append(ids)
+            batch.positions[:count] += 1
+        return count * tokens / (time.perf_counter() - began)
+
+    def _engine(self, count: int, tokens: int, salt: int) -> float:
+        from aiosd.link import Submit
+        from libaios.wire import Generate, Sampling
+
+        sampling = Sampling(temperature=0.0, max_tokens=tokens, ignore_eos=True)
+        began = time.perf_counter()
+        for prompt in prompts(count, salt):
+            self.calls += 1
+            self.engine.submit(Submit((1, self.calls), Generate(prompt=prompt, sampling=sampling)))
+        while self.engine.has_work:
+            self.engine.step()
+        return count * tokens / (time.perf_counter() - began)
+
+
+def serve_bare(path: str, threads: int, engine: bool) -> None:
+    bare = Bare(path, threads, engine)
+    print("ready", flush=True)
+    for line in sys.stdin:
+        print(json.dumps(bare.run(*json.loads(line))), flush=True)
+
+
+class Child:
+    """A process that answers a line with a line."""
+
+    def __init__(self, command: list[str], env: dict[str, str] | None = None) -> None:
+        self.process = subprocess.Popen(
+            command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, env=env, bufsize=1
+        )
+        self.answer_line()
+
+    def ask(self, value: object) -> None:
+        assert self.process.stdin is not None
+        self.process.stdin.write(json.dumps(value) + "\n")
+        self.process.stdin.flush()
+
+    def answer_line(self) -> str:
+        assert self.process.stdout is not None
+        line = self.process.stdout.readline()
+        if not line:
+            sys.exit(f"{self.process.args!r} ended early, exit status {self.process.wait()}")
+        return line
+
+    def answer(self) -> Any:
+        return json.loads(self.answer_line())
+
+    def close(self) -> None:
+        assert self.process.stdin is not None
+        assert self.process.stdout is not None
+        self.process.stdin.close()
+        self.process.wait(30)
+        self.process.stdout.close()
+
+
+def bare_child(path: Path, threads: int, *flags: str) -> Child:
+    return Child([sys.executable, __file__, "--serve-bare", str(path), "--threads", str(threads), *flags])
+
+
+# ── the whole system ──────────────────────────────────────────────────────────────────────────────────────
+
+
+def command(name: str) -> list[str]:
+    return [sys.executable, str(ROOT / "bin" / name)]
+
+
+class System:
+    """An aiosd with agents that are connected and wait."""
+
+    def __init__(self, home: str, model: Path, threads: int | None) -> None:
+        self.env = {**os.environ, "AIOS_HOME": home, "PYTHONPATH": str(ROOT)}
+        options = ["--slots", str(max(AGENTS)), "--ctx", str(CTX)]
+        if threads is not None:
+            options += ["--threads", str(threads)]
+        self.daemon = subprocess.Popen(
+            [*command("aiosd"), "--model", f"bench={model}", *options],
+            env=self.env, stderr=subprocess.PIPE, text=True,
+        )  # fmt: skip
+        assert self.daemon.stderr is not None
+        said = []
+        for line in self.daemon.stderr:
+            said.append(line)
+            if line.startswith("aiosd: ready"):
+                break
+        else:
+            sys.exit("aiosd did not start:\n" + "".join(said))
+        script = Path(home, "agent.py")
+        script.write_text(AGENT)
+        self.agents = [Child([*command("aios-run"), str(script)], self.env) for _ in range(max(AGENTS))]
+
+    def threads(self) -> int:
+        status = subprocess.run(
+            [*command("aiosd"), "status", "--json"], env=self.env, stdout=subprocess.PIPE, check=True
+        )
+        return int(json.loads(status.stdout)["models"][0]["stats"]["threads"])
+
+    def run(self, count: int, tokens: int, salt: int) -> float:
+        for agent, prompt in zip(self.agents, prompts(count, salt), strict=False):
+            agent.ask({"prompt": prompt, "tokens": tokens})
+        times = [agent.answer() for agent in self.agents[:count]]
+        assert all(got == tokens for _, _, got in times)
+        return count * tokens / (max(end for _, end, _ in times) - min(began for began, _, _ in times))
+
+    def close(self) -> None:
+        for agent in self.agents:
+            agent.close()
+        self.daemon.terminate()
+        self.daemon.wait(30)
+        assert self.daemon.stderr is not None
+        self.daemon.stderr.close()
+
+
+@contextmanager
+def system(model: Path, threads: int | None) -> Iterator[System]:
+    with tempfile.TemporaryDirectory(prefix="aios-bench-") as home:
+        running = System(home, model, threads)
+        try:
+            yield running
+        finally:
+            running.close()
+
+
+# ── both ──────────────────────────────────────────────────────────────────────────────────────────────────
+
+
+def model_path(name: str) -> Path:
+    if name == "nano":
+        return ROOT / "aiosd" / "nano" / "nano.gguf"
+    if name.endswith(".gguf"):
+        return Path(name)
+    from benchmarks.models import path_of
+
+    return path_of(name)
+
+
+def compare(side: Any, bare: Child, rounds: int, tokens: int) -> dict[int, list[tuple[float, float]]]:
+    """Pairs (system, bare) of tokens per second by number of agents."""
+
+    def ask_bare(count: int, salt: int) -> float:
+        bare.ask([count, tokens, salt])
+        return float(bare.answer())
+
+    pairs: dict[int, list[tuple[float, float]]] = {count: [] for count in AGENTS}
+    for count in AGENTS:
+        side(count, tokens, 1)
+        ask_bare(count, 1)  # warm
+    salt = 2
+    for _ in range(rounds):
+        for count in AGENTS:
+            salt += 4
+            first, second = side(count, tokens, salt), ask_bare(count, salt + 1)
+            fourth, third = ask_bare(count, salt + 2), side(count, tokens, salt + 3)
+            pairs[count] += [(first, second), (third, fourth)]
+    return pairs
+
+
+def report(name: str, pairs: dict[int, list[tuple[float, float]]]) -> list[dict[str, Any]]:
+    rows = []
+    for i, (count, measured) in enumerate(pairs.items()):
+        ours, bare = zip(*measured, strict=True)
+        ratio = statistics.median(a / b for a, b in measured)
+        bar = BARS[name][i] if name in BARS else None
+        rows.append(
+            {
+                "model": name,
+                "agents": count,
+                "bare_tokens_per_s": statistics.median(bare),
+                "system_tokens_per_s": statistics.median(ours),
+                "ratio": ratio,
+                "ratios": [a / b for a, b in measured],
+                "bar": bar,
+            }
+        )
+        shown = f"{bar:.2f}" if bar is not None else "–"
+        print(
+            f"{name:<8}{count:>6}{statistics.median(bare):>14.1f}{statistics.median(ours):>15.1f}{ratio:>8.3f}{shown:>7}",
+            flush=True,
+        )
+    return rows
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
+    parser.add_argument("--model", action="append", help="nano, small, another shape of models.py, or a GGUF")
+    parser.add_argument("--rounds", type=int, default=3, help="of four runs each")
+    parser.add_argument("--tokens", type=int, help="generated per agent and run")
+    parser.add_argument("--threads", type=int, help="of both sides; default: what the core measures")
+    parser.add_argument("--engine", action="store_true", help="the engine alone instead of the whole system")
+    parser.add_argument("--out", type=Path, default=ROOT / "benchmarks" / "results" / "decode.json")
+    parser.add_argument("--serve-bare", help=argparse.SUPPRESS)
+    options = parser.parse_args()
+    if options.serve_bare:
+        serve_bare(options.serve_bare, options.threads, options.engine)
+        return
+    print("model   agents    bare tok/s   system tok/s   ratio    bar")
+    rows: list[dict[str, Any]] = []
+    for name in options.model or ["nano", "small"]:
+        path, tokens = model_path(name), options.tokens or TOKENS.get(name, 128)
+        if options.engine:
+            threads = options.threads or 1
+            ours, bare = bare_child(path, threads, "--engine"), bare_child(path, threads)
+
+            def side(count: int, tokens: int, salt: int, ours: Child = ours) -> float:
+                ours.ask([count, tokens, salt])
+                return float(ours.answer())
+
+            rows += report(name, compare(side, bare, options.rounds, tokens))
+            ours.close()
+        else:
+            with system(path, options.threads) as whole:
+                threads = whole.threads()
+                bare = bare_child(path, threads)
+                rows += report(name, compare(whole.run, bare, options.rounds, tokens))
+        bare.close()
+        for row in rows:
+            row.setdefault("threads", threads)
+            row.setdefault("tokens", tokens)
+    result = {
+        "benchmark": "decode",
+        "date": datetime.now(UTC).date().isoformat(),
+        "side": "engine" if options.engine else "system",
+        "ctx": CTX,
+        "prompt_tokens": PROMPT,
+        "hardware": {"machine": platform.processor() or platform.machine(), "cores": os.cpu_count(), "cpu": cpu_name()},
+        "rows": rows,
+    }
+    options.out.parent.mkdir(parents=True, exist_ok=True)
+    options.out.write_text(json.dumps(result, indent=1) + "\n")
+
+
+def cpu_name() -> str:
+    for line in Path("/proc/cpuinfo").read_text().splitlines():
+        if line.startswith("model name"):
+            return line.split(":", 1)[1].strip()
+    return ""
+
+
+if __name__ == "__main__":
+    main()
