@@ -69,7 +69,7 @@ class ParkCall(Struct, array_like=True, frozen=True, tag=True):
 
 
 class Keep(Struct, array_like=True, frozen=True, tag=True):
-    """Sent by a new kernel after its predecessor died: cancel every call of a peer that is not in `peers`."""
+    """Cancel every call of a peer that is not in `peers`: said to a core that has loaded or got a new kernel."""
 
     peers: list[int]
 
@@ -93,7 +93,8 @@ class Progress(Struct, array_like=True, frozen=True, tag=True):
 
 
 class Loaded(Struct, array_like=True, frozen=True, tag=True):
-    """The core serves. `info` has the fields of `wire.ModelInfo` without name and default."""
+    """The core serves: said when it has loaded, and again to every new kernel. `info` has the fields of
+    `wire.ModelInfo` without name and default."""
 
     info: dict[str, Any]
 

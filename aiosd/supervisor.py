@@ -30,7 +30,6 @@ import sys
 import time
 from collections import OrderedDict
 from collections.abc import Callable
-from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, ClassVar
 
 import msgspec
@@ -39,82 +38,23 @@ from aiosd import link, log, notify, procfs, spawn
 from aiosd.errors import Bug
 from aiosd.heartbeat import BEAT_S, HANG_S, Heart, beat, beat_in_background
 from aiosd.pids import PidCounter
+from aiosd.records import BACKOFF_S, Agent, Core, Inheritance
 from aiosd.timers import Timers
 from libaios.channel import make_channel, raise_epoch
 from libaios.stream import FrameSocket
 
 if TYPE_CHECKING:
     from aiosd.config import Settings
-    from aiosd.llm.spec import ModelSpec
 
 logger = logging.getLogger("supervisor")
 
 RING_BYTES = 1 << 16  # of each direction between an agent and the kernel
 CORE_RING_BYTES = 1 << 20  # between kernel and core: a step of 256 sequences is one frame
-CORE_BACKOFF_S = (0.1, 5.0)  # first and longest wait before a dead core or kernel is forked again
 BOOT_TRIES = 3  # deaths of a kernel that has never been ready
 QUIET_S = 30.0  # a life this long makes the next death count as the first
 LAST_WAIT_S = 2.0  # for kernel and cores at the end
 SIGNALS_REMEMBERED = 4096
 GUARDIAN_DIED = signal.SIGUSR1
-
-
-@dataclass(slots=True)
-class Agent:
-    """What the supervisor knows of one agent, and a new kernel is told."""
-
-    # fixed at spawn
-    pid: int
-    ospid: int
-    spec: link.Fork  # without its environment
-    pgid: int
-    started: float  # Unix time
-    log: str
-    memfd: int
-    bell: int  # the kernel's end
-    # changed by the kernel through link.Mark
-    ppid: int
-    nice: int
-    budget: str = ""
-    reason: str = ""
-    reaped: bool = False  # its exit status has been collected,
-    reaped_by: link.Key | None = None  # … by this call
-    # changed by waitid
-    stopped: bool = False
-    status: int | None = None  # exit code or -signal; None while alive
-
-
-@dataclass(slots=True)
-class Core:
-    """One llm core. A core forked again gets a new channel: nothing of its predecessor's lies in it."""
-
-    model: ModelSpec
-    pid: int
-    ospid: int = 0  # 0: not running; then it has no channel either
-    memfd: int = -1
-    kernel_bell: int = -1
-    core_bell: int = -1
-    heart: Heart | None = None
-    deaths: int = 0
-    forked_at: float = 0.0
-    backoff_s: float = CORE_BACKOFF_S[0]
-
-
-@dataclass(slots=True)
-class Inheritance:
-    """All that a kernel is born with."""
-
-    boot: str
-    settings: Settings
-    listener: int
-    link: int
-    heartbeat: int
-    epoch: int
-    pids: dict[str, int]  # of aiosd's own processes, by name
-    guardian: int
-    started: float
-    agents: list[Agent] = field(default_factory=list)
-    cores: list[Core] = field(default_factory=list)
 
 
 class Supervisor:
@@ -140,7 +80,7 @@ class Supervisor:
         self.kernel_heart: Heart | None = None
         self.kernel_deaths = 0
         self.kernel_forked_at = 0.0
-        self.kernel_backoff_s = CORE_BACKOFF_S[0]
+        self.kernel_backoff_s = BACKOFF_S[0]
         self.kernel: FrameSocket | None = None
         self.served_once = False  # the system has been ready
         self.epoch = 0
@@ -233,6 +173,7 @@ class Supervisor:
             pids={"supervisor": 1, "kernel": self.kernel_pid},
             guardian=self.guardian,
             started=self.started,
+            ready=self.served_once,
             agents=list(self.agents.values()),
             cores=[core for core in self.cores.values() if core.ospid],
         )
@@ -309,6 +250,11 @@ class Supervisor:
             if core.ospid:
                 raise_epoch(core.memfd)
         self._fork_kernel()
+        for agent in self.by_ospid.values():
+            _ring(agent.bell)
+        for core in self.cores.values():
+            if core.ospid:
+                _ring(core.kernel_bell)
         logger.warning("kernel forked again (death %d)", self.kernel_deaths)
 
     def _core_died(self, core: Core, status: int) -> None:
@@ -596,9 +542,14 @@ def _core_name(cores: dict[str, Core], name: str) -> str:
     return "llm" if len(cores) == 1 else f"llm:{name}"
 
 
+def _ring(bell: int) -> None:
+    with contextlib.suppress(OSError):  # full: it is awake; broken: it is about to be reaped
+        os.write(bell, b"\0")
+
+
 def _backoff(last_s: float, forked_at: float) -> float:
     """Twice the last wait, up to a bound; the first one again after a quiet life."""
-    first, longest = CORE_BACKOFF_S
+    first, longest = BACKOFF_S
     return first if time.monotonic() - forked_at > QUIET_S else min(2 * last_s, longest)
 
 

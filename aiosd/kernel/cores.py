@@ -38,6 +38,7 @@ class Listener(Protocol):
     def on_delta(self, call: Call, delta: link.Delta) -> None: ...
     def on_finished(self, call: Call, finished: link.Finished) -> None: ...
     def on_answered(self, call: Call, answered: link.Answered) -> None: ...
+    def live_peers(self) -> list[int]: ...
     def on_stats(self, req: int) -> None: ...
     def fail(self, call: Call, code: int, message: str) -> None: ...
     def call_budget(self, call: Call) -> tuple[int, str, int | None]: ...
@@ -106,11 +107,6 @@ class Cores:
     def forked(self, core: Core, ospid: int, deaths: int, channel: Channel) -> None:
         core.ospid, core.deaths, core.channel, core.state = ospid, deaths, channel, "loading"
 
-    def adopted(self, core: Core, live_peers: list[int]) -> None:
-        """A new kernel takes over a core that has been serving its predecessor."""
-        core.state = "ready"
-        core.send(link.Keep(live_peers))
-
     def died(self, core: Core, reason: str) -> None:
         """Keep its calls for the successor, but those that look like the cause of the death."""
         core.state, core.last_death, core.ospid = "down", reason, 0
@@ -135,6 +131,14 @@ class Cores:
             core.send(self.fresh(call, message))
             if call.generation is not None and call.generation.paused:
                 core.pause(call, True)
+
+    def resynchronise(self, call: Call) -> None:
+        """What the core said does not join what we have: have it told again from there."""
+        core = self.by_name[call.core]
+        if call.generation is not None and not call.generation.resyncing:
+            call.generation.resyncing = True
+            call_and_message = core.calls.setdefault(call.key, (call, link.Submit(call.key, call.generation.request)))
+            core.send(self.fresh(*call_and_message))
 
     def fresh(self, call: Call, message: link.ToCore) -> link.ToCore:
         """The message as it must be now: with the tokens given out so far and what is left of the budget."""
@@ -183,7 +187,9 @@ class Cores:
             case link.Progress():
                 listener.on_loading(core, message)
             case link.Loaded():
+                # A core says this when it has loaded, and again to every new kernel.
                 core.state = "ready"
+                core.send(link.Keep(listener.live_peers()))
                 core.info = wire.ModelInfo(name=core.name, default=core.default, **message.info)
                 self._resubmit(core)
                 listener.on_loaded(core)

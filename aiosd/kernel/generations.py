@@ -78,8 +78,8 @@ class Generations:
         budget = next(budget for budget in proc.budgets if budget.tokens_left == 0)
         if not budget.ending:
             budget.ending = True
-            self.kernel.reached(budget, "tokens")
-            self.kernel.timers.after(budgets.GRACE_S, lambda: self.kernel.end_budget(budget))
+            self.kernel.agents.reached(budget, "tokens")
+            self.kernel.timers.after(budgets.GRACE_S, lambda: self.kernel.agents.end_budget(budget))
         raise wire.error(errno.EDQUOT, budgets.describe(budget))
 
     def _closed(self, core: Core, call: Call) -> None:
@@ -131,7 +131,10 @@ class Generations:
         generation = call.generation
         assert generation is not None
         if delta.offset != len(generation.tokens):
-            return  # sent before the core knew how far its caller is; it is told again from there
+            # Between a kernel's death and the calls' new submission a core does not know how far its callers are.
+            self.kernel.cores.resynchronise(call)
+            return
+        generation.resyncing = False
         generation.tokens.extend(delta.tokens)
         if generation.request.stream:
             self.kernel.send_piece(call, delta.offset, wire.Piece(delta.text, delta.tokens))
@@ -143,6 +146,10 @@ class Generations:
     def on_finished(self, call: Call, finished: link.Finished) -> None:
         generation = call.generation
         assert generation is not None
+        if finished.offset != len(generation.tokens):
+            generation.resyncing = False
+            self.kernel.cores.resynchronise(call)
+            return
         generation.tokens.extend(finished.tokens)
         if not generation.started:  # over within its first step
             self.on_started(
@@ -153,7 +160,7 @@ class Generations:
         if finished.finish_reason == "limit" and call.peer.proc is not None:
             for budget in call.peer.proc.budgets:
                 if budget.tokens_left == 0:
-                    self.kernel.reached(budget, "tokens")
+                    self.kernel.agents.reached(budget, "tokens")
         self._answer(call, finished.tokens, finished.text, finished.finish_reason, finished)
 
     def on_answered(self, call: Call, answered: link.Answered) -> None:
@@ -162,6 +169,9 @@ class Generations:
             proc.prompt_tokens += answered.prompt_tokens
             budgets.charge(proc.budgets, answered.prompt_tokens)
         self.kernel.finish(call, Raw(answered.body))
+
+    def live_peers(self) -> list[int]:
+        return [proc.pid for proc in self.kernel.table.live()] + list(self.kernel.control.clients)
 
     def on_stats(self, req: int) -> None:
         self.kernel.status.part(req)
@@ -212,7 +222,7 @@ class Generations:
         A generation that has used up all it was submitted with is ended by the core itself, which knows its
         figures; the others are ended here.
         """
-        self.kernel.reached(empty, "tokens")
+        self.kernel.agents.reached(empty, "tokens")
         for proc in self.kernel.table.live():
             if empty not in proc.budgets or proc.peer is None:
                 continue

@@ -25,23 +25,20 @@ import os
 import select
 import signal
 import socket
-import struct
 import sys
-import time
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
 import msgspec
 
-from aiosd import link, log, procfs
+from aiosd import link, log
 from aiosd.heartbeat import BEAT_S, beat
-from aiosd.kernel import budget as budgets
 from aiosd.kernel import syscalls
-from aiosd.kernel.budget import Budget
+from aiosd.kernel.agents import Agents
+from aiosd.kernel.control import Control
 from aiosd.kernel.cores import Core, Cores
 from aiosd.kernel.explain import explain
 from aiosd.kernel.generations import Generations
-from aiosd.kernel.logindex import LogIndex
 from aiosd.kernel.peer import (
     MAX_OPEN_CALLS,
     OUTBOX_MAX,
@@ -52,7 +49,7 @@ from aiosd.kernel.peer import (
     failure,
     reply,
 )
-from aiosd.kernel.proc import INIT, Event, Proc, ProcTable, State
+from aiosd.kernel.proc import ProcTable
 from aiosd.kernel.status import StatusRequests
 from aiosd.kernel.waiters import Waiters
 from aiosd.timers import Timers
@@ -62,7 +59,7 @@ from libaios.ring import ProtocolError
 from libaios.stream import FrameSocket
 
 if TYPE_CHECKING:
-    from aiosd.supervisor import Agent, Inheritance
+    from aiosd.records import Inheritance
 
 logger = logging.getLogger("kernel")
 
@@ -83,13 +80,10 @@ class Kernel:
         self.hungry: dict[int, Callable[[int], None]] = {}  # has more to read; by descriptor
         # who is there
         self.table = ProcTable(self.settings.keep_dead)
-        self.clients: dict[int, ClientPeer] = {}  # by id, once they have said Hello
-        self.by_ospid: dict[int, Proc] = {}
-        self.forks: dict[link.Key, tuple[Call, link.Fork]] = {}  # spawns under way
+        self.agents = Agents(self)
         self.waiters = Waiters(self)
         self.generations = Generations(self)
         self.cores = Cores(self.generations)
-        self.log_index = LogIndex()
         self.stopping = ""
         self.over = False
         self.ready = False
@@ -97,17 +91,15 @@ class Kernel:
         self.status = StatusRequests(self)
         # to the outside
         self.supervisor = FrameSocket(_socket_of(born.link))
-        self.listener = _socket_of(born.listener)
-        self._watch(self.supervisor.fileno(), self._on_supervisor)
-        self._watch(self.listener.fileno(), self._on_connect)
+        self.watch(self.supervisor.fileno(), self._on_supervisor)
+        self.control = Control(self, _socket_of(born.listener))
         self._adopt()
 
     # ── loop ──────────────────────────────────────────────────────────────────────────────────────────────
 
     def run(self) -> int:
         self._beat()
-        self.timers.after(LOG_INDEX_S, self._index_logs)
-        self.timers.after(budgets.SAMPLE_S, self._sample_memory)
+        self.agents.start_measuring()
         while not self.generations.load_error and not self.over:
             timeout = 0.0 if self.hungry else self.timers.until_next()
             for fd, mask in self.epoll.poll(timeout):
@@ -126,7 +118,7 @@ class Kernel:
         self.timers.after(BEAT_S, self._beat)
         beat(self.born.heartbeat)
 
-    def _watch(self, fd: int, act: Callable[[int], None]) -> None:
+    def watch(self, fd: int, act: Callable[[int], None]) -> None:
         self.on_event[fd] = act
         self.epoll.register(fd, select.EPOLLIN)
 
@@ -135,7 +127,7 @@ class Kernel:
             self.epoll.unregister(fd)
         self.hungry.pop(fd, None)
 
-    def _watch_output(self, sock: FrameSocket) -> None:
+    def watch_output(self, sock: FrameSocket) -> None:
         self.epoll.modify(sock.fileno(), select.EPOLLIN | (select.EPOLLOUT if sock.pending else 0))
 
     # ── birth of a successor ──────────────────────────────────────────────────────────────────────────────
@@ -150,33 +142,10 @@ class Kernel:
                 core.pid = known.pid
                 self._connect_core(core, known.ospid, known.deaths, known.memfd, known.kernel_bell)
         for agent in self.born.agents:
-            self._adopt_agent(agent)
-        live = [proc.pid for proc in self.table.live()]
-        if self.born.cores:
-            self.ready = True
-            for core in self.cores:
-                if core.channel is not None:
-                    self.cores.adopted(core, live)
-            self.timers.after(REATTACH_S, self._hang_up_unclaimed)
-
-    def _adopt_agent(self, agent: Agent) -> None:
-        proc = self._new_proc(agent.spec, agent.pid, agent.ospid, agent.pgid, agent.started, agent.log)
-        proc.ppid, proc.nice, proc.budget, proc.reason = agent.ppid, agent.nice, agent.budget, agent.reason
-        proc.reaped_by = agent.reaped_by
-        self.table.add(proc)
-        if agent.status is None:
-            self._connect_agent(proc, agent.memfd, agent.bell)
-            if agent.stopped:
-                self.table.advance(proc, Event.STOP)
-            return
-        self.table.exit(proc, agent.status)
-        if agent.reaped:
-            self._reap(proc)
-
-    def _hang_up_unclaimed(self) -> None:
-        for proc in self.table.live():
-            if proc.attached_to and proc.attached_to not in self.clients:
-                self.deliver(proc, signal.SIGHUP)
+            self.agents.adopt(agent)
+        if self.born.epoch > 1:
+            self.ready = self.born.ready
+            self.timers.after(REATTACH_S, self.agents.hang_up_unclaimed)
 
     # ── requests ──────────────────────────────────────────────────────────────────────────────────────────
 
@@ -186,7 +155,7 @@ class Kernel:
             if channel.outbox_bytes and channel.pump():
                 self.generations.resume_streams(peer)
             for payload in channel.receive(FRAMES_PER_TURN):
-                self._dispatch(peer, payload)
+                self.dispatch(peer, payload)
         except ProtocolError as err:
             self.offend(peer, str(err))
             return
@@ -197,7 +166,7 @@ class Kernel:
         elif channel.hung_up:
             self.drop_peer(peer)
 
-    def _dispatch(self, peer: Peer, payload: bytes) -> None:
+    def dispatch(self, peer: Peer, payload: bytes) -> None:
         try:
             request = wire.decode_request(payload)
         except msgspec.MsgspecError as err:
@@ -285,44 +254,13 @@ class Kernel:
             self.drop_peer(peer)
         else:
             if isinstance(peer, ClientPeer) and peer.socket.pending:
-                self._watch_output(peer.socket)
+                self.watch_output(peer.socket)
 
-    # ── agents ────────────────────────────────────────────────────────────────────────────────────────────
+    # ── peers ────────────────────────────────────────────────────────────────────────────────────────────
 
-    def _new_proc(
-        self, spec: link.Fork, pid: int, ospid: int, pgid: int, started: float, log_path: str
-    ) -> Proc:
-        parent = self.table.get(spec.ppid)
-        proc = Proc(
-            pid=pid,
-            ospid=ospid,
-            pgid=pgid,
-            uid=spec.uid,
-            name=spec.name,
-            command=" ".join([spec.target, *spec.args]),
-            group=spec.group,
-            log=log_path,
-            started=started,
-            attached_to=spec.key[0] if spec.attached else 0,
-            ppid=spec.ppid if parent is not None and parent.alive else INIT,
-            nice=spec.nice,
-        )
-        if parent is not None:
-            proc.budgets.extend(parent.budgets)
-        if spec.limits != wire.Limits():
-            proc.budgets.append(Budget(pid, spec.limits))
-            if spec.limits.time_s is not None:
-                left_s = started + spec.limits.time_s - time.time()
-                self.timers.after(max(0.0, left_s), lambda: self._time_is_up(proc))
-        self.counters["agents"] += 1
-        return proc
-
-    def _connect_agent(self, proc: Proc, memfd: int, bell: int) -> None:
-        peer = AgentPeer(proc, Channel(memfd, bell, Side.KERNEL))
-        proc.peer = peer
-        self.by_ospid[proc.ospid] = proc
-        self._watch(peer.fileno(), lambda mask: self._on_agent(peer, mask))
-        # It may have rung before we listened.
+    def serve(self, peer: AgentPeer) -> None:
+        """Listen to an agent from now on; it may have rung before."""
+        self.watch(peer.fileno(), lambda mask: self._on_agent(peer, mask))
         self.hungry[peer.fileno()] = self.on_event[peer.fileno()]
 
     def offend(self, peer: Peer, why: str) -> None:
@@ -330,7 +268,7 @@ class Kernel:
         self.counters["offenders"] += 1
         logger.warning("%s %d: EPROTO: %s", "agent" if isinstance(peer, AgentPeer) else "client", peer.id, why)
         if isinstance(peer, AgentPeer) and peer.proc is not None and peer.proc.alive:
-            self.set_reason(peer.proc, f"EPROTO: {why}")
+            self.agents.set_reason(peer.proc, f"EPROTO: {why}")
             self.to_supervisor(link.SendSignal(peer.proc.pid, signal.SIGKILL))
         self.drop_peer(peer)
 
@@ -345,129 +283,15 @@ class Kernel:
         if isinstance(peer, AgentPeer):
             if peer.proc is not None and peer.proc.peer is peer:
                 peer.proc.peer = None
-        elif self.clients.get(peer.id) is peer:
-            del self.clients[peer.id]
-            self._hang_up(peer.id)
-
-    def _hang_up(self, client: int) -> None:
-        """A terminal's command ended: the agents it was attached to get HUP, as a shell's jobs would."""
-        if self.stopping:
-            return
-        for proc in self.table.live():
-            if proc.attached_to == client:
-                self.deliver(proc, signal.SIGHUP)
-
-    def renice(self, proc: Proc, nice: int) -> None:
-        proc.nice = nice
-        self.to_supervisor(link.Mark(proc.pid, nice=nice))
-
-    def set_reason(self, proc: Proc, reason: str) -> None:
-        if not proc.reason:
-            proc.reason = reason
-            self.to_supervisor(link.Mark(proc.pid, reason=reason))
-
-    def deliver(self, proc: Proc, number: int, key: link.Key | None = None) -> None:
-        """Deliver a signal. STOP and CONT act on the running generations as well, before and after."""
-        if number == signal.SIGSTOP:
-            self.generations.park(proc, True)
-        self.to_supervisor(link.SendSignal(proc.pid, number, key))
-
-    def _exited(self, proc: Proc, status: int, reason: str) -> None:
-        if proc.peer is not None:
-            self.drop_peer(proc.peer)
-        self.by_ospid.pop(proc.ospid, None)
-        self.generations.unpark_dead(proc)
-        proc.mailbox.clear()
-        proc.mailbox_bytes = 0
-        if reason:
-            self.set_reason(proc, reason)
-        for child in self.table.exit(proc, status):
-            self.to_supervisor(link.Mark(child.pid, ppid=INIT))
-            if child.state is State.ZOMBIE:
-                self._reap(child)
-        self.waiters.on_exit(proc)
-        if proc.ppid == INIT and proc.state is State.ZOMBIE:
-            self._reap(proc)
-
-    def _reap(self, proc: Proc) -> None:
-        forgotten = self.table.reap(proc)
-        self.to_supervisor(link.Mark(proc.pid, reaped=True, reaped_by=proc.reaped_by))
-        for pid in forgotten:
-            self.to_supervisor(link.Forget(pid))
-
-    def collect(self, proc: Proc, by: link.Key) -> None:
-        """The parent gets the exit status with this call."""
-        if proc.state is State.ZOMBIE:
-            proc.reaped_by = by
-            self._reap(proc)
-
-    # ── budgets ───────────────────────────────────────────────────────────────────────────────────────────
-
-    def reached(self, budget: Budget, which: str) -> None:
-        """Note that a budget was reached; its owner's exit status will say so."""
-        if budget.reached:
-            return
-        budget.reached = which
-        owner = self.table.get(budget.owner)
-        if owner is not None and not owner.budget:
-            owner.budget = which
-            self.to_supervisor(link.Mark(owner.pid, budget=which))
-            self.set_reason(owner, budgets.describe(budget))
-
-    def end_budget(self, budget: Budget, number: int = signal.SIGTERM) -> None:
-        """End the owner and all that share its budget: TERM, and KILL after a grace."""
-        victims = [proc for proc in self.table.live() if budget in proc.budgets]
-        for proc in victims:
-            self.deliver(proc, number)
-            if number == signal.SIGTERM:
-                self.deliver(proc, signal.SIGCONT)
-        if victims and number != signal.SIGKILL:
-            self.timers.after(budgets.GRACE_S, lambda: self.end_budget(budget, signal.SIGKILL))
-
-    def _time_is_up(self, proc: Proc) -> None:
-        if proc.alive:
-            budget = next(budget for budget in proc.budgets if budget.owner == proc.pid)
-            self.reached(budget, "time")
-            self.end_budget(budget)
-
-    def _sample_memory(self) -> None:
-        """PSS of agents: of all with a memory budget each time, of a few others in turn."""
-        self.timers.after(budgets.SAMPLE_S, self._sample_memory)
-        live = self.table.live()
-        limited = [proc for proc in live if any(b.limits.memory_bytes is not None for b in proc.budgets)]
-        others = sorted((proc for proc in live if proc not in limited), key=lambda proc: proc.sampled)[:16]
-        used: dict[int, int] = {}
-        for proc in limited + others:
-            self._sample(proc)
-            for budget in proc.budgets:
-                used[budget.owner] = used.get(budget.owner, 0) + proc.mem_bytes
-        for budget in {budget for proc in limited for budget in proc.budgets}:
-            limit = budget.limits.memory_bytes
-            if limit is not None and used[budget.owner] > limit:
-                self.reached(budget, "memory")
-                self.end_budget(budget, signal.SIGKILL)
-
-    def _sample(self, proc: Proc) -> None:
-        proc.mem_bytes = procfs.tree_pss_bytes(proc.ospid)
-        proc.sampled = time.monotonic()
-
-    def sample_new(self, procs: list[Proc]) -> None:
-        """Agents too young to have been sampled, a few of them, so that a listing shows no zeros."""
-        for proc in [proc for proc in procs if proc.alive and not proc.sampled][:16]:
-            self._sample(proc)
-
-    def _index_logs(self) -> None:
-        self.timers.after(LOG_INDEX_S, self._index_logs)
-        for proc in self.table.live():
-            if proc.log:
-                self.log_index.sample(proc.log)
+        elif isinstance(peer, ClientPeer):
+            self.control.forget(peer)
 
     # ── supervisor ────────────────────────────────────────────────────────────────────────────────────────
 
     def to_supervisor(self, message: link.ToSupervisor, fds: tuple[int, ...] = ()) -> None:
         self.supervisor.send(link.encode(message), fds)
         if self.supervisor.pending:
-            self._watch_output(self.supervisor)
+            self.watch_output(self.supervisor)
 
     def _on_supervisor(self, mask: int) -> None:
         try:
@@ -477,21 +301,20 @@ class Kernel:
             os._exit(1)  # the supervisor is gone, and with it the system
         for payload, fds in frames:
             self._on_supervisor_message(link.decode_from_supervisor(payload), fds)
-        self._watch_output(self.supervisor)
+        self.watch_output(self.supervisor)
 
     def _on_supervisor_message(self, message: link.FromSupervisor, fds: list[int]) -> None:
         match message:
             case link.Forked():
-                self._forked(message, fds)
+                self.agents.forked(message, fds)
             case link.ForkFailed():
-                call, _ = self.forks.pop(message.key)
-                self.fail(call, message.errno, message.message)
+                self.agents.fork_failed(message)
             case link.ChildStopped():
-                self._child_stopped(message)
+                self.agents.stopped(message)
             case link.ChildExited():
                 proc = self.table.get(message.pid)
                 if proc is not None:
-                    self._exited(proc, message.status, message.reason)
+                    self.agents.exited(proc, message.status, message.reason)
             case link.CoreForked():
                 core = self.cores.by_name[message.name]
                 core.pid = message.pid
@@ -502,36 +325,13 @@ class Kernel:
                 self.stopping = message.reason
                 self.over = message.last
 
-    def fork(self, call: Call, spec: link.Fork, fds: tuple[int, ...]) -> None:
-        self.forks[call.key] = (call, spec)
-        self.to_supervisor(spec, fds)
-
-    def _forked(self, message: link.Forked, fds: list[int]) -> None:
-        call, spec = self.forks.pop(message.key)
-        proc = self.table.find(message.pid)
-        if proc is None:
-            proc = self._new_proc(spec, message.pid, message.ospid, message.pgid, message.started, message.log)
-            self.table.add(proc)
-            self._connect_agent(proc, *fds)
-        self.finish(call, wire.Spawned(proc.pid, proc.log))
-        if proc.attached_to and proc.attached_to not in self.clients:
-            self.deliver(proc, signal.SIGHUP)  # the client went while we forked
-
-    def _child_stopped(self, message: link.ChildStopped) -> None:
-        proc = self.table.get(message.pid)
-        if proc is None or not proc.alive:
-            return
-        self.table.advance(proc, Event.STOP if message.stopped else Event.CONT)
-        self.generations.park(proc, message.stopped)
-        self.waiters.on_stop(proc)
-
     # ── cores ─────────────────────────────────────────────────────────────────────────────────────────────
 
     def _connect_core(self, core: Core, ospid: int, deaths: int, memfd: int, bell: int) -> None:
         channel = Channel(memfd, bell, Side.AGENT)
         self.cores.forked(core, ospid, deaths, channel)
         fd = channel.fileno()
-        self._watch(fd, lambda mask: self._on_core(core, channel))
+        self.watch(fd, lambda mask: self._on_core(core, channel))
         self.hungry[fd] = self.on_event[fd]
 
     def _on_core(self, core: Core, channel: Channel) -> None:
@@ -550,83 +350,6 @@ class Kernel:
             self.ready = True
             names = ", ".join(core.name for core in self.cores)
             self.to_supervisor(link.Ready(f"aiosd: ready ({names}; {self.settings.home.root})"))
-
-    # ── clients ───────────────────────────────────────────────────────────────────────────────────────────
-
-    def _on_connect(self, mask: int) -> None:
-        try:
-            sock, _ = self.listener.accept()
-        except OSError as err:  # out of descriptors, or it left before we came
-            logger.warning("control socket: %s", err)
-            return
-        sock.setblocking(False)
-        ospid, uid, _ = struct.unpack("3i", sock.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, 12))
-        if uid not in (os.getuid(), 0):
-            logger.warning("control socket: uid %d refused", uid)
-            sock.close()
-            return
-        peer = ClientPeer(FrameSocket(sock), uid, ospid, self._agent_above(ospid))
-        self.counters["clients"] += 1
-        self._watch(peer.fileno(), lambda mask: self._on_client(peer, mask))
-
-    def _agent_above(self, ospid: int) -> Proc | None:
-        """The agent that a client descends from, if any: its rights are the client's."""
-        for _ in range(64):
-            if ospid in self.by_ospid:
-                return self.by_ospid[ospid]
-            stat = procfs.read_stat(ospid)
-            if stat is None or stat.ppid <= 1:
-                return None
-            ospid = stat.ppid
-        return None
-
-    def _on_client(self, peer: ClientPeer, mask: int) -> None:
-        try:
-            if peer.socket.flush():
-                self.generations.resume_streams(peer)
-            for payload, fds in peer.socket.receive():
-                peer.fds = fds
-                try:
-                    if peer.welcome:
-                        self._dispatch(peer, payload)
-                    else:
-                        self._greet(peer, payload)
-                finally:
-                    for fd in fds:
-                        os.close(fd)
-                    peer.fds = []
-        except ProtocolError as err:
-            self.offend(peer, str(err))
-        except (EOFError, OSError):
-            self.drop_peer(peer)
-        else:
-            if peer.fileno() in self.on_event:
-                self._watch_output(peer.socket)
-
-    def _greet(self, peer: ClientPeer, payload: bytes) -> None:
-        try:
-            hello = msgspec.msgpack.decode(payload, type=wire.Hello)
-        except msgspec.MsgspecError as err:
-            raise ProtocolError(f"no Hello: {err}") from None
-        if hello.version != wire.VERSION:
-            message = f"version {hello.version} of the protocol; this aiosd speaks {wire.VERSION}"
-            peer.send(failure(0, errno.EPROTONOSUPPORT, message))
-            raise ProtocolError(message)
-        ident = hello.client if hello.boot == self.boot and hello.client else _new_client_id()
-        if -ident in self.clients:
-            raise ProtocolError("an identity that is in use")
-        peer.id = -ident
-        peer.welcome = True
-        self.clients[peer.id] = peer
-        from aiosd import __version__
-
-        peer.send(wire.encode(wire.Welcome(wire.VERSION, self.boot, ident, __version__)))
-
-
-def _new_client_id() -> int:
-    """Random, so that nobody can claim the identity of a client that is about to reconnect."""
-    return int.from_bytes(os.urandom(6), "little") + 1
-
 
 def _socket_of(fd: int) -> socket.socket:
     sock = socket.socket(fileno=fd)

@@ -44,6 +44,7 @@ class Generation:
     ctx_tokens: int = 0
     deaths: int = 0  # of cores while it was running
     paused: bool = False  # its reader is slow
+    resyncing: bool = False  # the core was asked to tell again what we have not got
 
 
 @dataclass(slots=True, eq=False)

@@ -81,7 +81,7 @@ class StatusRequests:
             "kernel": {
                 "epoch": born.epoch,
                 **kernel.counters,
-                "clients_now": len(kernel.clients),
+                "clients_now": len(kernel.control.clients),
                 "open_calls": sum(len(peer.calls) for peer in self._peers()),
             },
             "models": [self._model(core) for core in kernel.cores],
@@ -108,7 +108,7 @@ class StatusRequests:
 
     def _peers(self) -> list[Any]:
         agents = [proc.peer for proc in self.kernel.table if proc.peer is not None]
-        return [*agents, *self.kernel.clients.values()]
+        return [*agents, *self.kernel.control.clients.values()]
 
     def system_processes(self) -> dict[str, tuple[int, int]]:
         """name → (pid, Linux pid) of aiosd's own processes."""

@@ -80,7 +80,7 @@ def sys_spawn(kernel: Kernel, call: Call, args: wire.Spawn) -> Any:
         attached=args.attached and isinstance(peer, ClientPeer) and not args.detached,
         tty=args.tty,
     )
-    kernel.fork(call, spec, fds)
+    kernel.agents.fork(call, spec, fds)
     return PENDING
 
 
@@ -120,7 +120,7 @@ def sys_kill(kernel: Kernel, call: Call, args: wire.Kill) -> Any:
         trees = {proc.pid: proc for target in alive for proc in kernel.table.subtree(target) if proc.alive}
         alive = list(trees.values())
     for proc in alive:
-        kernel.deliver(proc, args.signal, call.key)
+        kernel.agents.deliver(proc, args.signal, call.key)
     if args.signal == signal.SIGSTOP:
         done = kernel.waiters.until(call, lambda: all(p.state is not State.RUNNING for p in alive))
         return None if done else PENDING
@@ -161,7 +161,7 @@ def sys_ps(kernel: Kernel, call: Call, args: wire.Ps) -> list[wire.ProcInfo]:
         procs = [proc for proc in procs if proc.pid in args.pids]
     if args.name is not None:
         procs = [proc for proc in procs if proc.name == args.name]
-    kernel.sample_new(procs)
+    kernel.agents.sample_new(procs)
     lines = _system_lines(kernel, args) if args.all or args.pids is not None else []
     return lines + [describe(proc) for proc in procs]
 
@@ -209,7 +209,7 @@ def sys_nice(kernel: Kernel, call: Call, args: wire.NiceArgs) -> int:
     new = max(-20, min(19, proc.nice + args.value if args.relative else args.value))
     if new < proc.nice and call.peer.proc is not None:
         raise wire.error(errno.EACCES, f"nice: an agent may not lower it (from {proc.nice} to {new})")
-    kernel.renice(proc, new)
+    kernel.agents.renice(proc, new)
     return new
 
 

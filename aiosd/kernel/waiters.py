@@ -66,7 +66,7 @@ class Waiters:
 
     def _take(self, call: Call, proc: Proc) -> wire.Waited:
         if access.reaps(call.peer, proc):
-            self.kernel.collect(proc, call.key)
+            self.kernel.agents.collect(proc, call.key)
         return waited(proc)
 
     def on_exit(self, proc: Proc) -> None:
@@ -93,7 +93,7 @@ class Waiters:
         def kill() -> None:
             for proc in procs:
                 if proc.alive:
-                    self.kernel.deliver(proc, signal.SIGKILL)
+                    self.kernel.agents.deliver(proc, signal.SIGKILL)
 
         if self.until(call, lambda: not any(proc.alive for proc in procs)):
             return True
