@@ -59,7 +59,7 @@ _SPELLINGS = [
     (re.compile("[÷:]"), "/"),
     (re.compile("[−–]"), "-"),
     (re.compile(r"\^"), "**"),
-    (re.compile(r"(\d)\s*[xX]\s*(?=\d)"), r"\1 * "),
+    (re.compile(r"(?<=[\d)])\s*[xX]\s*(?=[\d(])"), " * "),
     (re.compile(r"(\d)\s*(?:%|percent)\s*of\b"), r"\1 / 100 *"),
 ]
 
@@ -84,8 +84,9 @@ def calc(expression: str) -> str:
 
 def _value(node: ast.expr) -> int | float:
     """Evaluates one node. Only numbers, operators and a few functions exist here."""
+    result: int | float
     match node:
-        case ast.Constant(value=value) if type(value) in (int, float):
+        case ast.Constant(value=int() | float() as value) if not isinstance(value, bool):
             result = value
         case ast.BinOp(left=left, op=op, right=right) if type(op) in _BINARY:
             result = _BINARY[type(op)](_value(left), _value(right))
@@ -122,10 +123,13 @@ def _written(value: int | float) -> str:
 
 # --- notes ----------------------------------------------------------------------------------------
 
-_SMALL_WORDS = frozenset(
-    ["a", "an", "the", "is", "are", "was", "were", "am", "be", "of", "to", "in", "on", "at", "for", "and", "or", "do", "does", "did", "what", "which", "who", "whose", "when", "where", "why", "how", "i", "my", "me", "mine", "you", "your", "we", "our", "us", "it", "its", "that", "this", "about", "note", "notes", "tell", "told", "know", "remember", "recall", "have", "has", "had", "please", "many", "much", "there"]
-)
-_VAGUE_WORDS = frozenset(["name", "named", "called", "all", "everything", "anything"])
+_SMALL_WORDS = frozenset((
+    "a", "an", "the", "is", "are", "was", "were", "am", "be", "of", "to", "in", "on", "at", "for", "and", "or",
+    "do", "does", "did", "what", "which", "who", "whose", "when", "where", "why", "how", "i", "my", "me", "mine",
+    "you", "your", "we", "our", "us", "it", "its", "that", "this", "about", "note", "notes", "tell", "told",
+    "know", "much", "remember", "recall", "have", "has", "had", "please", "many", "there",
+))  # fmt: skip
+_VAGUE_WORDS = frozenset(("name", "named", "called", "all", "everything", "anything"))
 
 
 def _words(text: str) -> list[str]:
