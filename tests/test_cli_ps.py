@@ -250,4 +250,4 @@ def test_reader_that_goes_away_is_no_error(aiosd: System) -> None:
 def test_output_that_cannot_be_written_is_an_error(aiosd: System) -> None:
     with open("/dev/full", "w") as full:
         done = aiosd.run("aios-ps", "-e", stdout=full)
-    assert done.returncode != 0
+    assert (done.returncode, done.stderr) == (1, "aios-ps: No space left on device\n")

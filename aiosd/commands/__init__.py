@@ -38,9 +38,11 @@ def main(program: str) -> NoReturn:
         code = 130
     try:
         sys.stdout.flush()
-        sys.stderr.flush()
-    except OSError:
+    except BrokenPipeError:
         code = code or 141
+    except OSError as err:  # a full disk
+        print(f"{program}: {err.strerror}", file=sys.stderr)
+        code = code or 1
     os._exit(code)  # nothing is left to tidy up; tearing the interpreter down would cost a tenth of the time
 
 

@@ -273,8 +273,7 @@ class Attachment:
         self.pid = pid
         for fd in self.given:
             os.close(fd)
-        for number in self.early:
-            self._send(number)
+        self.signals = self.early + self.signals
 
     def _explain(self, waited: Waited) -> None:
         limits = self.spawn.limits
@@ -320,6 +319,8 @@ class Attachment:
     def _await(self, call: Call, result: Any) -> Any:
         """Serve signals and relays until `call` has its final reply; that, or its error."""
         while True:
+            while self.signals:
+                self._on_signal(self.signals.pop(0))
             self._pump()
             if call.final is not None:
                 return decode_body(call.final, result)
@@ -348,8 +349,6 @@ class Attachment:
         for relay in self.relays:
             relay.step({fd: mask for fd, mask in ready.items() if fd in interests})
         self._read_signals()
-        while self.signals:
-            self._on_signal(self.signals.pop(0))
 
     # ── signals ───────────────────────────────────────────────────────────────────────────────────────────
 
@@ -380,19 +379,21 @@ class Attachment:
             self._send(number)
 
     def _send(self, number: int) -> Call | None:
-        """A signal for the agent; the answer is nobody's business. Before there is an agent it is kept, but who
-        insists is let go."""
+        """A signal for the agent; the answer is nobody's business. One that comes before there is an agent (or
+        before we know its pid: it may have said something already) waits for it, but who insists is let go."""
         if self.pid:
             return self.client.submit(Sys.KILL, Kill(self.pid, number))
         ending = (signal.SIGINT, signal.SIGQUIT, signal.SIGTERM, signal.SIGHUP)
         if number in ending and any(known in ending for known in self.early):
             raise edge.Failed("interrupted before the agent was started", 128 + number)
-        if number in ending:
-            self.early.append(number)
+        self.early.append(number)
         return None
 
     def _stop(self) -> None:
         """Ctrl-Z: the agent stops, then we do, and both go on together."""
+        if not self.pid:
+            self.early.append(signal.SIGTSTP)
+            return
         stopping = self._send(signal.SIGSTOP)
         deadline = time.monotonic() + STOP_PATIENCE_S
         while stopping is not None and stopping.final is None and (left := deadline - time.monotonic()) > 0:
