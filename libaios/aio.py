@@ -14,8 +14,11 @@ from collections.abc import AsyncIterator, Callable, Coroutine, Mapping, Sequenc
 from typing import Any, ParamSpec, TypeVar
 
 from libaios import llm as _llm
+from libaios import mem as _mem
 from libaios import msg as _msg
 from libaios import proc as _proc
+from libaios import sto as _sto
+from libaios import tool as _tool
 from libaios import wire
 from libaios.agent import SLACK_S, Call, Connection, connection, decode_body
 from libaios.plan import Plan, plan_of
@@ -127,6 +130,16 @@ class llm:
         return Generation(_llm.generate_args(messages, None, **options))
 
     @staticmethod
+    async def context(messages: Sequence[Mapping[str, Any]] = ()) -> Any:
+        """As `libaios.llm.context`."""
+        return _llm.context(messages)
+
+    @staticmethod
+    async def restore(name: str) -> Any:
+        """As `libaios.llm.restore`."""
+        return _llm.restore(name)
+
+    @staticmethod
     def complete(prompt: str | Sequence[int], **options: Any) -> Generation:
         """As `libaios.llm.complete`."""
         return Generation(_llm.generate_args(None, prompt, **options))
@@ -149,3 +162,21 @@ class msg:
 
     send = staticmethod(twin(_msg.send))
     recv = staticmethod(twin(_msg.recv))
+
+
+class mem:
+    """`libaios.mem` for coroutines."""
+
+    add = get = update = remove = search = stats = staticmethod(twin(_mem.add))
+
+
+class sto:
+    """`libaios.sto` for coroutines."""
+
+    write = read = list = history = rollback = share = remove = search = mount = staticmethod(twin(_sto.read))
+
+
+class tool:
+    """`libaios.tool` for coroutines."""
+
+    list = call = staticmethod(twin(_tool.call))

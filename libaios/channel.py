@@ -29,7 +29,6 @@ import multiprocessing
 import os
 import select
 import socket
-import time
 from collections import deque
 
 from libaios import ring
@@ -240,15 +239,14 @@ class Channel:
         return not self._consumer.empty() or self.reborn or bool(self._frames)
 
     def wait(self, timeout: float | None = None) -> bool:
-        """Sleep until there is something to receive, to pump, or the other side is gone; False: timeout (s)."""
-        deadline = None if timeout is None else time.monotonic() + timeout
+        """Sleep until there may be something to receive or to pump, or the other side is gone; at most `timeout`
+        seconds and at most the back-stop, so call it in a loop. False: nothing of the kind."""
+        if self.ready() or self.hung_up or not self._consumer.sleep():
+            return True
         poll = select.poll()  # not kept: a signal handler may come here while another `wait` of this thread sleeps
         poll.register(self._bell, select.POLLIN)
-        while not self.ready() and not self.hung_up and self._consumer.sleep():
-            left = BACKSTOP_S if deadline is None else min(BACKSTOP_S, deadline - time.monotonic())
-            if left <= 0:
-                return False
-            if poll.poll(left * 1000):
-                return True
-            self.nudge()
-        return True
+        left = BACKSTOP_S if timeout is None else max(0.0, min(BACKSTOP_S, timeout))
+        if poll.poll(left * 1000):
+            return True
+        self.nudge()
+        return False

@@ -21,6 +21,7 @@ import msgspec
 
 from libaios import wire
 from libaios.agent import Call, Connection
+from libaios.channel import BACKSTOP_S
 from libaios.home import Home
 from libaios.ring import ProtocolError
 from libaios.stream import FrameSocket
@@ -156,7 +157,7 @@ class ControlSocket:
     def wait(self, timeout: float | None = None) -> bool:
         if self.reborn or self.hung_up:
             return True
-        return bool(self._epoll.poll(timeout))
+        return bool(self._epoll.poll(BACKSTOP_S if timeout is None else min(BACKSTOP_S, timeout)))
 
     def nudge(self) -> None:
         """A socket loses nothing."""

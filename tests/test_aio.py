@@ -1,0 +1,203 @@
+"""The SDK in event loops: together with threads, canceled, and over the death of a kernel."""
+
+from __future__ import annotations
+
+import asyncio
+import errno
+from collections.abc import Iterator
+
+import pytest
+
+import libaios as aios
+import libaios.aio as aio
+from libaios import wire
+from libaios.wire import Sys
+from tests.fakekernel import PATIENCE_S, ChannelKernel, args_of, as_process_connection, aside
+
+pytestmark = pytest.mark.deadline(60)
+
+
+@pytest.fixture
+def kernel() -> Iterator[ChannelKernel]:
+    made = ChannelKernel()
+    with as_process_connection(made.connection):
+        yield made
+    made.close()
+
+
+def test_many_calls_at_once(kernel: ChannelKernel) -> None:
+    end = kernel.serve(lambda request: args_of(request).text)
+
+    async def main() -> list[object]:
+        return await asyncio.gather(*(aio._run(plan(str(number))) for number in range(300)))
+
+    try:
+        assert asyncio.run(main()) == [str(number) for number in range(300)]
+    finally:
+        end()
+
+
+def plan(text: str) -> aio.Plan[str]:
+    return aio.Plan(Sys.TOKENIZE, wire.Tokenize(text), str)
+
+
+def test_threads_and_two_loops_share_the_connection(kernel: ChannelKernel) -> None:
+    end = kernel.serve(lambda request: args_of(request).text)
+
+    def in_thread(name: str) -> None:
+        for turn in range(200):
+            call = kernel.connection.call(Sys.TOKENIZE, wire.Tokenize(f"{name}{turn}"), str)
+            assert call == f"{name}{turn}"
+
+    async def in_loop(name: str) -> None:
+        for turn in range(100):
+            texts = [f"{name}{turn}.{part}" for part in range(3)]
+            assert await asyncio.gather(*(aio._run(plan(text)) for text in texts)) == texts
+
+    try:
+        others = [aside(in_thread, "a"), aside(in_thread, "b"), aside(asyncio.run, in_loop("c"))]
+        asyncio.run(in_loop("d"))
+        for other in others:
+            other.result(30)
+    finally:
+        end()
+    assert kernel.connection.open_calls == 0
+
+
+def test_one_loop_after_another(kernel: ChannelKernel) -> None:
+    end = kernel.serve(lambda request: 4)
+    try:
+        for _ in range(5):
+            assert asyncio.run(aio.proc.getpid()) == 4
+    finally:
+        end()
+
+
+def test_canceling_a_task_cancels_its_call(kernel: ChannelKernel) -> None:
+    async def main() -> None:
+        task = asyncio.create_task(aio.msg.recv())
+        request = await asyncio.to_thread(kernel.take, Sys.RECV)
+        task.cancel()
+        with pytest.raises(asyncio.CancelledError):
+            await task
+        assert args_of(await asyncio.to_thread(kernel.take, Sys.CANCEL)).id == request.id
+
+    asyncio.run(main())
+    assert kernel.connection.open_calls == 0
+
+
+def test_a_call_that_gets_no_answer_in_time(kernel: ChannelKernel, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(aio, "SLACK_S", 0.0)
+    with pytest.raises(TimeoutError, match="no answer"):
+        asyncio.run(aio.msg.recv(timeout=0.01))
+    request = kernel.take(Sys.RECV)
+    assert args_of(kernel.take(Sys.CANCEL)).id == request.id
+
+
+def test_an_error_is_raised_in_the_task(kernel: ChannelKernel) -> None:
+    async def main() -> None:
+        task = asyncio.create_task(aio.proc.kill(99))
+        kernel.fail(await asyncio.to_thread(kernel.take, Sys.KILL), errno.ESRCH, "99: no such agent")
+        with pytest.raises(ProcessLookupError, match="no such agent"):
+            await task
+
+    asyncio.run(main())
+
+
+def test_a_stream(kernel: ChannelKernel) -> None:
+    async def main() -> list[str]:
+        texts = []
+        reading = asyncio.create_task(collect(texts))
+        request = await asyncio.to_thread(kernel.take, Sys.GENERATE)
+        for offset, letter in enumerate("abc"):
+            kernel.piece(request, offset, letter, [offset])
+        kernel.end(request, "d", [9])
+        await reading
+        return texts
+
+    async def collect(texts: list[str]) -> None:
+        async for piece in aio.llm.complete("x", stream=True):
+            texts.append(piece.text)
+
+    assert asyncio.run(main()) == ["a", "b", "c", "d"]
+
+
+def test_leaving_a_stream_cancels_it(kernel: ChannelKernel) -> None:
+    async def main() -> None:
+        async def first() -> str:
+            pieces = aio.llm.complete("x", stream=True).__aiter__()
+            async for piece in pieces:
+                await pieces.aclose()  # type: ignore[attr-defined]
+                return piece.text
+            raise AssertionError
+
+        reading = asyncio.create_task(first())
+        request = await asyncio.to_thread(kernel.take, Sys.GENERATE)
+        kernel.piece(request, 0, "a", [1])
+        assert await reading == "a"
+        assert args_of(await asyncio.to_thread(kernel.take, Sys.CANCEL)).id == request.id
+
+    asyncio.run(main())
+
+
+def test_a_new_kernel_in_the_middle_of_a_call(kernel: ChannelKernel) -> None:
+    async def main() -> int:
+        task = asyncio.create_task(aio.proc.getpid())
+        before = await asyncio.to_thread(kernel.take, Sys.GETPID)
+        kernel.die()
+        kernel.rise()
+        again = await asyncio.to_thread(kernel.take, Sys.GETPID)
+        assert again.id == before.id
+        kernel.reply(again, 6)
+        return await asyncio.wait_for(task, PATIENCE_S)
+
+    assert asyncio.run(main()) == 6
+
+
+def test_when_aiosd_is_gone_the_loop_rests(kernel: ChannelKernel) -> None:
+    """A connection that has ended stays readable: the loop must not be woken for it for ever."""
+
+    async def main() -> int:
+        task = asyncio.create_task(aio.proc.getpid())
+        await asyncio.to_thread(kernel.take)
+        kernel.hang_up()
+        with pytest.raises(OSError, match="aiosd is gone"):
+            await asyncio.wait_for(task, PATIENCE_S)
+        turns = 0
+        original = kernel.connection._read
+
+        def read() -> bool:
+            nonlocal turns
+            turns += 1
+            return original()
+
+        kernel.connection._read = read  # type: ignore[method-assign]
+        await asyncio.sleep(0.02)  # the loop's turns are what is counted here
+        return turns
+
+    assert asyncio.run(main()) <= 1
+
+
+def test_a_reply_for_a_loop_that_is_closed_harms_nobody(kernel: ChannelKernel) -> None:
+    """The task is gone with its loop; the thread that reads its reply goes on."""
+    loop = asyncio.new_event_loop()
+
+    async def begin() -> None:
+        aio._submit(kernel.connection, Sys.GETPID, wire.NoArgs())
+
+    loop.run_until_complete(begin())
+    loop.close()
+    orphan = kernel.take(Sys.GETPID)
+    call = aside(aios.proc.getppid)
+    request = kernel.take(Sys.GETPPID)
+    kernel.reply(orphan, 1)
+    kernel.reply(request, 2)
+    assert call.result(PATIENCE_S) == 2
+
+
+def test_the_same_names_as_coroutines() -> None:
+    for family in ("proc", "msg", "llm", "mem", "sto", "tool"):
+        twins = getattr(aio, family)
+        functions = [name for name in getattr(aios, family).__all__ if name[0].islower()]
+        missing = [name for name in functions if not hasattr(twins, name)]
+        assert missing == [], family

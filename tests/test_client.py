@@ -1,0 +1,282 @@
+"""The control socket: found or not, said in one sentence; and one identity over the death of a kernel."""
+
+from __future__ import annotations
+
+import os
+import socket
+import struct
+import threading
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from libaios import client as clients
+from libaios import wire
+from libaios.client import Client, Home, NoKernel
+from libaios.wire import NoArgs, Sys
+from tests.fakekernel import PATIENCE_S, SocketKernel, args_of, aside
+
+pytestmark = pytest.mark.deadline(60)
+
+
+@pytest.fixture
+def kernel(tmp_path: Path) -> Iterator[SocketKernel]:
+    made = SocketKernel(tmp_path / "aiosd.sock")
+    yield made
+    made.close()
+
+
+@pytest.fixture
+def client(kernel: SocketKernel) -> Iterator[Client]:
+    made = aside(Client, Home(kernel.path.parent))
+    kernel.welcome()
+    connected: Client = made.result(PATIENCE_S)
+    yield connected
+    connected.close()
+
+
+# ── connecting ────────────────────────────────────────────────────────────────────────────────────────────
+
+
+def test_no_socket_is_said_in_a_sentence(tmp_path: Path) -> None:
+    with pytest.raises(NoKernel, match=f"no aiosd is running .no socket at {tmp_path}/aiosd.sock.; start one with"):
+        Client(Home(tmp_path))
+
+
+def test_no_folder_is_said_in_a_sentence(tmp_path: Path) -> None:
+    with pytest.raises(NoKernel, match="no aiosd is running"):
+        Client(Home(tmp_path / "nowhere"))
+
+
+def test_a_socket_that_nobody_listens_on(tmp_path: Path) -> None:
+    SocketKernel(tmp_path / "aiosd.sock").listener.close()
+    with pytest.raises(NoKernel, match="no aiosd is running"):
+        Client(Home(tmp_path))
+
+
+def test_no_kernel_is_a_connection_error(tmp_path: Path) -> None:
+    assert issubclass(NoKernel, ConnectionError)
+
+
+def test_a_path_too_long_for_a_socket_is_reached(tmp_path: Path) -> None:
+    folder = tmp_path / ("x" * 100) / ("y" * 100)
+    folder.mkdir(parents=True)
+    kernel = SocketKernel(folder / "aiosd.sock")
+    made = aside(Client, Home(folder))
+    kernel.welcome()
+    made.result(PATIENCE_S).close()
+    kernel.close()
+
+
+def test_something_else_answers(kernel: SocketKernel) -> None:
+    made = aside(Client, Home(kernel.path.parent))
+    kernel.accept()
+    kernel.send(b"HTTP/1.1 400 Bad Request")
+    with pytest.raises(NoKernel, match="no aiosd answers"):
+        made.result(PATIENCE_S)
+
+
+def test_another_release_is_refused_with_its_sentence(kernel: SocketKernel) -> None:
+    made = aside(Client, Home(kernel.path.parent))
+    hello = kernel.accept()
+    assert hello.version == wire.VERSION
+    kernel.send(wire.encode(wire.Reply(0, 93, body=wire.raw(wire.Failure("version 1; this aiosd speaks 2")))))
+    with pytest.raises(NoKernel, match="this aiosd speaks 2"):
+        made.result(PATIENCE_S)
+
+
+def test_a_kernel_that_hangs_up_at_the_greeting(kernel: SocketKernel) -> None:
+    made = aside(Client, Home(kernel.path.parent))
+    kernel.accept()
+    kernel.die()
+    with pytest.raises(NoKernel, match="does not answer"):
+        made.result(PATIENCE_S)
+
+
+def test_a_kernel_that_never_greets(kernel: SocketKernel, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(clients, "GREETING_S", 0.02)
+    with pytest.raises(NoKernel, match="does not answer"):
+        Client(Home(kernel.path.parent))
+
+
+def test_a_default_folder_of_another_user_is_not_trusted(kernel: SocketKernel, monkeypatch: pytest.MonkeyPatch) -> None:
+    home = Home(kernel.path.parent)
+    home.explicit = False
+    monkeypatch.setattr(os, "getuid", lambda: 12345)
+    if kernel.path.parent.stat().st_uid == 0:
+        os.chown(kernel.path.parent, 54321, -1)
+    with pytest.raises(NoKernel, match="belongs to another user"):
+        Client(home)
+
+
+def test_so_many_connect_that_the_queue_is_full(tmp_path: Path) -> None:
+    kernel = SocketKernel(tmp_path / "aiosd.sock")
+    kernel.listener.listen(0)
+    waiting = []
+    while True:
+        sock = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
+        sock.setblocking(False)
+        waiting.append(sock)
+        try:
+            sock.connect(str(kernel.path))
+        except BlockingIOError:
+            break
+    made = aside(Client, Home(tmp_path))
+    for sock in waiting[:-1]:
+        kernel.listener.accept()[0].close()
+        sock.close()
+    waiting[-1].close()
+    kernel.welcome()
+    made.result(PATIENCE_S).close()
+    kernel.close()
+
+
+# ── calls ─────────────────────────────────────────────────────────────────────────────────────────────────
+
+
+def test_calls_and_their_descriptors(kernel: SocketKernel, client: Client) -> None:
+    call = aside(client.call, Sys.GETPID, NoArgs(), int, (0, 1, 2))
+    kernel.reply(kernel.take(Sys.GETPID), 0)
+    assert call.result(PATIENCE_S) == 0
+    assert client.release == "9.9"
+
+
+def test_a_kernel_that_reads_slowly_makes_callers_wait(kernel: SocketKernel, client: Client) -> None:
+    text = "x" * (4 << 20)
+    calls = [aside(client.call, Sys.TOKENIZE, wire.Tokenize(text), int) for _ in range(3)]
+    for _ in calls:
+        request = kernel.take(Sys.TOKENIZE)
+        kernel.reply(request, len(args_of(request).text))
+    assert [call.result(PATIENCE_S) for call in calls] == [len(text)] * 3
+
+
+def test_descriptors_that_a_kernel_sends_are_not_kept(kernel: SocketKernel, client: Client) -> None:
+    call = aside(client.call, Sys.GETPID, NoArgs(), int)
+    request = kernel.take()
+    assert kernel.frames is not None
+    kernel.frames.send(wire.encode(wire.Reply(request.id, body=wire.raw(1))), [0, 1])
+    assert call.result(PATIENCE_S) == 1
+
+
+# ── a new kernel ──────────────────────────────────────────────────────────────────────────────────────────
+
+
+def test_open_calls_survive_the_kernel_under_one_identity(kernel: SocketKernel, client: Client) -> None:
+    fd = client.fileno()
+    calls = [aside(client.call, Sys.TOKENIZE, wire.Tokenize(str(number)), str) for number in range(3)]
+    before = {request.id for request in (kernel.take(Sys.TOKENIZE) for _ in calls)}
+    kernel.die()
+    kernel.welcome()
+    assert kernel.hello == wire.Hello(wire.VERSION, 7, "boot")
+    again = [kernel.take(Sys.TOKENIZE) for _ in calls]
+    assert {request.id for request in again} == before
+    for request in again:
+        kernel.reply(request, args_of(request).text)
+    assert sorted(call.result(PATIENCE_S) for call in calls) == ["0", "1", "2"]
+    assert client.fileno() == fd  # a loop that watches it need not know
+
+
+def test_a_loop_of_the_callers_own_sees_the_reconnect(kernel: SocketKernel, client: Client) -> None:
+    call = client.submit(Sys.GETPID, NoArgs())
+    kernel.take(Sys.GETPID)
+    kernel.die()
+    pumping = aside(client.pump)
+    kernel.welcome()
+    pumping.result(PATIENCE_S)
+    kernel.reply(kernel.take(Sys.GETPID), 5)
+    import select
+
+    poll = select.poll()
+    poll.register(client.fileno(), select.POLLIN)
+    assert poll.poll(PATIENCE_S * 1000)
+    client.pump()
+    assert client.result(call, int) == 5
+
+
+def test_a_kernel_that_dies_again_while_it_greets(kernel: SocketKernel, client: Client) -> None:
+    call = aside(client.call, Sys.GETPID, NoArgs(), int)
+    kernel.take()
+    kernel.die()
+    for _ in range(3):
+        kernel.accept()
+        kernel.die()
+    kernel.welcome()
+    kernel.reply(kernel.take(Sys.GETPID), 1)
+    assert call.result(PATIENCE_S) == 1
+
+
+def test_the_kernel_dies_while_a_large_call_is_sent(kernel: SocketKernel, client: Client) -> None:
+    text = "x" * (4 << 20)
+    call = aside(client.call, Sys.TOKENIZE, wire.Tokenize(text), int)
+    while not client.transport.pending:
+        threading.Event().wait(0.002)
+    kernel.die()
+    kernel.welcome()
+    request = kernel.take(Sys.TOKENIZE)
+    assert args_of(request).text == text
+    kernel.reply(request, 1)
+    assert call.result(PATIENCE_S) == 1
+
+
+def test_aiosd_that_was_started_anew_is_another_one(kernel: SocketKernel, client: Client) -> None:
+    call = aside(client.call, Sys.GETPID, NoArgs(), int)
+    kernel.take()
+    kernel.boot = "another boot"
+    kernel.die()
+    kernel.welcome()
+    with pytest.raises(OSError, match="aiosd is gone"):
+        call.result(PATIENCE_S)
+
+
+def test_when_nobody_listens_any_more_calls_fail_at_once(kernel: SocketKernel, client: Client) -> None:
+    call = aside(client.call, Sys.GETPID, NoArgs(), int)
+    kernel.take()
+    kernel.listener.close()
+    kernel.die()
+    with pytest.raises(OSError, match="aiosd is gone"):
+        call.result(PATIENCE_S)
+
+
+def test_closing_from_another_thread_ends_a_call(kernel: SocketKernel, client: Client) -> None:
+    call = aside(client.call, Sys.GETPID, NoArgs(), int)
+    kernel.take()
+    client.close()
+    with pytest.raises(OSError, match="closed"):
+        call.result(0.9)
+
+
+def test_kernel_sends_a_frame_that_is_too_long(kernel: SocketKernel, client: Client) -> None:
+    """No kernel of ours does: connect again."""
+    call = aside(client.call, Sys.GETPID, NoArgs(), int)
+    kernel.take()
+    assert kernel.frames is not None
+    kernel.frames._sock.sendall(struct.pack("<I", 1 << 31))
+    kernel.die()
+    kernel.welcome()
+    kernel.reply(kernel.take(), 1)
+    assert call.result(PATIENCE_S) == 1
+
+
+# ── homes ─────────────────────────────────────────────────────────────────────────────────────────────────
+
+
+def test_aios_home_puts_everything_under_one_folder(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setenv("AIOS_HOME", "relative")
+    monkeypatch.chdir(tmp_path)
+    home = Home()
+    root = tmp_path / "relative"
+    assert (home.socket, home.data, home.config) == (root / "aiosd.sock", root / "data", root / "aiosd.toml")
+
+
+def test_without_aios_home_the_xdg_folders(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.delenv("AIOS_HOME", raising=False)
+    for name in ("RUNTIME_DIR", "STATE_HOME", "CONFIG_HOME"):
+        monkeypatch.setenv(f"XDG_{name}", str(tmp_path / name))
+    home = Home()
+    assert home.socket == tmp_path / "RUNTIME_DIR" / "aios" / "aiosd.sock"
+    assert home.data == tmp_path / "STATE_HOME" / "aios"
+    assert home.config == tmp_path / "CONFIG_HOME" / "aios" / "aiosd.toml"
+    monkeypatch.delenv("XDG_RUNTIME_DIR")
+    monkeypatch.setenv("TMPDIR", str(tmp_path))
+    assert Home().socket == tmp_path / f"aios-{os.getuid()}" / "aiosd.sock"

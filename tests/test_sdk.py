@@ -1,0 +1,613 @@
+"""The connection of an agent: replies in any order to any thread, streams, and all that may go wrong in between."""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import gc
+import multiprocessing
+import os
+import random
+import signal
+import threading
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+
+import pytest
+
+import libaios as aios
+from libaios import agent, llm, wire
+from libaios.agent import Connection
+from libaios.llm import Stream
+from libaios.wire import NoArgs, Sys
+from tests.fakekernel import PATIENCE_S, ChannelKernel, args_of, as_process_connection, aside
+
+pytestmark = pytest.mark.deadline(60)
+
+
+@pytest.fixture
+def kernel() -> Iterator[ChannelKernel]:
+    made = ChannelKernel()
+    yield made
+    made.close()
+
+
+@pytest.fixture
+def connection(kernel: ChannelKernel) -> Connection:
+    return kernel.connection
+
+
+def generate(stream: bool = True, timeout: float | None = None) -> wire.Generate:
+    return llm.generate_args(None, "text", stream=stream, timeout=timeout)
+
+
+# ── calls ─────────────────────────────────────────────────────────────────────────────────────────────────
+
+
+def test_replies_in_any_order_find_their_calls(kernel: ChannelKernel, connection: Connection) -> None:
+    results = [aside(connection.call, Sys.TOKENIZE, wire.Tokenize(str(number)), str) for number in range(8)]
+    requests = [kernel.take() for _ in results]
+    random.Random(3).shuffle(requests)
+    for request in requests:
+        kernel.reply(request, args_of(request).text)
+    assert [future.result(PATIENCE_S) for future in results] == [str(number) for number in range(8)]
+    assert connection.open_calls == 0
+
+
+def test_many_threads_make_many_calls(kernel: ChannelKernel, connection: Connection) -> None:
+    """Leaders and followers change all the time; nobody is forgotten."""
+    end = kernel.serve(lambda request: args_of(request).text)
+    try:
+
+        def work(number: int) -> None:
+            for turn in range(300):
+                assert connection.call(Sys.TOKENIZE, wire.Tokenize(f"{number}.{turn}"), str) == f"{number}.{turn}"
+
+        with ThreadPoolExecutor(8) as pool:
+            for done in [pool.submit(work, number) for number in range(8)]:
+                done.result(30)
+    finally:
+        end()
+
+
+@pytest.mark.parametrize(
+    ("code", "kind"),
+    [
+        (errno.ENOENT, FileNotFoundError),
+        (errno.EPERM, PermissionError),
+        (errno.EACCES, PermissionError),
+        (errno.ESRCH, ProcessLookupError),
+        (errno.ETIMEDOUT, TimeoutError),
+        (errno.EAGAIN, BlockingIOError),
+        (errno.ECHILD, ChildProcessError),
+        (errno.EINTR, InterruptedError),
+        (errno.EDQUOT, OSError),
+        (errno.ENOSYS, OSError),
+    ],
+)
+def test_an_error_is_the_os_error_of_its_number(
+    kernel: ChannelKernel, connection: Connection, code: int, kind: type[OSError]
+) -> None:
+    call = aside(connection.call, Sys.GETPID, NoArgs(), int)
+    kernel.fail(kernel.take(), code, "a sentence")
+    with pytest.raises(kind, match="a sentence") as caught:
+        call.result(PATIENCE_S)
+    assert caught.value.errno == code
+
+
+def test_a_call_that_gets_no_answer_in_time_is_canceled(
+    kernel: ChannelKernel, connection: Connection, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(agent, "SLACK_S", 0.0)
+    with pytest.raises(TimeoutError):
+        connection.call(Sys.RECV, wire.Recv(0.01), None, timeout=0.01)
+    request = kernel.take(Sys.RECV)
+    assert args_of(kernel.take(Sys.CANCEL)).id == request.id
+
+
+def test_a_follower_that_gets_no_answer_in_time_is_canceled(
+    kernel: ChannelKernel, connection: Connection, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(agent, "SLACK_S", 0.0)
+    leader = aside(connection.call, Sys.GETPID, NoArgs(), int)
+    first = kernel.take(Sys.GETPID)
+    with pytest.raises(TimeoutError):
+        connection.call(Sys.RECV, wire.Recv(0.01), None, timeout=0.01)
+    request = kernel.take(Sys.RECV)
+    assert args_of(kernel.take(Sys.CANCEL)).id == request.id
+    kernel.reply(first, 1)
+    assert leader.result(PATIENCE_S) == 1
+
+
+def test_a_call_larger_than_the_limit_is_refused_here(kernel: ChannelKernel, connection: Connection) -> None:
+    with pytest.raises(OSError, match="limit") as caught:
+        connection.call(Sys.TOKENIZE, wire.Tokenize("x" * wire.MAX_FRAME), None)
+    assert caught.value.errno == errno.EMSGSIZE
+    assert kernel.quiet()
+    assert connection.open_calls == 0
+
+
+def test_a_full_ring_makes_callers_wait_and_loses_nothing() -> None:
+    """Large calls of several threads through a small ring, while others get replies."""
+    kernel = ChannelKernel(1 << 12)
+    end = kernel.serve(lambda request: len(args_of(request).text))
+    try:
+
+        def work(number: int) -> None:
+            for turn in range(30):
+                length = (number * 7919 + turn * 1009) % 20_000
+                call = (Sys.TOKENIZE, wire.Tokenize("x" * length), int)
+                assert kernel.connection.call(*call) == length
+
+        with ThreadPoolExecutor(6) as pool:
+            for done in [pool.submit(work, number) for number in range(6)]:
+                done.result(30)
+    finally:
+        end()
+        kernel.close()
+
+
+# ── the lead ──────────────────────────────────────────────────────────────────────────────────────────────
+
+
+def test_the_lead_does_not_stay_with_one_who_has_stopped_waiting(kernel: ChannelKernel, connection: Connection) -> None:
+    """A stream's reader gets a piece and the lead in the same moment, and goes to work on the piece: somebody else
+    must read on."""
+    leader = aside(connection.call, Sys.GETPID, NoArgs(), int)
+    first = kernel.take(Sys.GETPID)
+    stream = Stream(connection, generate())
+    opened = kernel.take(Sys.GENERATE)
+    piece = aside(next, stream)
+    follower = aside(connection.call, Sys.GETPPID, NoArgs(), int)
+    second = kernel.take(Sys.GETPPID)
+    until_followed(connection, 2)
+    with kernel.one_bell():  # the leader wakes the stream's reader for its piece, and leaves
+        kernel.piece(opened, 0, "a", [1])
+        kernel.reply(first, 1)
+    assert leader.result(PATIENCE_S) == 1
+    assert piece.result(PATIENCE_S).text == "a"
+    kernel.reply(second, 2)
+    assert follower.result(PATIENCE_S) == 2
+    stream.close()
+
+
+def until_followed(connection: Connection, number: int) -> None:
+    """Until so many wait behind a leader."""
+    patience = threading.Event()
+    for _ in range(500):
+        if len(connection._followers) >= number:
+            return
+        patience.wait(0.01)
+    raise AssertionError(f"{len(connection._followers)} followers")
+
+
+def test_interrupting_the_leader_passes_the_lead_on(kernel: ChannelKernel, connection: Connection) -> None:
+    with interrupted_when(lambda: bool(connection._followers)):
+        other = aside(follow, connection, Sys.GETPPID)
+        with pytest.raises(KeyboardInterrupt):
+            connection.call(Sys.RECV, wire.Recv(), None)
+    requests = {request.sys: request for request in (kernel.take() for _ in range(3))}
+    assert args_of(requests[Sys.CANCEL]).id == requests[Sys.RECV].id
+    kernel.reply(requests[Sys.GETPPID], 5)
+    assert other.result(PATIENCE_S) == 5
+
+
+def follow(connection: Connection, number: int) -> object:
+    """Make a call once somebody leads."""
+    patience = threading.Event()
+    while not connection._leader:
+        patience.wait(0.005)
+    return connection.call(number, NoArgs(), int)
+
+
+@contextlib.contextmanager
+def interrupted_when(holds: object) -> Iterator[None]:
+    """The main thread gets one SIGINT as soon as this holds."""
+    patience = threading.Event()
+    main = threading.main_thread().ident
+    assert main is not None
+
+    def fire() -> None:
+        for _ in range(1000):
+            if holds():  # type: ignore[operator]
+                signal.pthread_kill(main, signal.SIGINT)
+                return
+            patience.wait(0.005)
+
+    old = signal.signal(signal.SIGINT, signal.default_int_handler)
+    firing = threading.Thread(target=fire)
+    firing.start()
+    try:
+        yield
+    finally:
+        firing.join()
+        signal.signal(signal.SIGINT, old)
+
+
+def test_interrupting_a_follower_cancels_its_call_alone(kernel: ChannelKernel, connection: Connection) -> None:
+    leader = aside(connection.call, Sys.GETPID, NoArgs(), int)
+    first = kernel.take(Sys.GETPID)
+    with interrupted_when(lambda: bool(connection._followers)), pytest.raises(KeyboardInterrupt):
+        connection.call(Sys.RECV, wire.Recv(), None)
+    request = kernel.take(Sys.RECV)
+    assert args_of(kernel.take(Sys.CANCEL)).id == request.id
+    kernel.reply(first, 1)
+    assert leader.result(PATIENCE_S) == 1
+    assert connection.open_calls == 0
+
+
+def test_interrupting_one_who_waits_for_room_cancels_its_call() -> None:
+    kernel = ChannelKernel(1 << 12)
+    connection = kernel.connection
+    try:
+        with interrupted_when(lambda: connection.transport.pending), pytest.raises(KeyboardInterrupt):
+            connection.call(Sys.TOKENIZE, wire.Tokenize("x" * 20_000), None)
+        other = aside(connection.call, Sys.GETPID, NoArgs(), int)
+        request = kernel.take(Sys.TOKENIZE)  # it had been begun; it came whole
+        assert args_of(request).text == "x" * 20_000
+        assert args_of(kernel.take(Sys.CANCEL)).id == request.id
+        kernel.reply(kernel.take(Sys.GETPID), 3)
+        assert other.result(PATIENCE_S) == 3
+    finally:
+        kernel.close()
+
+
+def test_a_signal_handler_may_make_a_call_while_its_thread_leads(kernel: ChannelKernel, connection: Connection) -> None:
+    """As an agent does that says goodbye on SIGTERM."""
+    answers: list[object] = []
+    end = threading.Event()
+
+    def handler(*_: object) -> None:
+        answers.append(connection.call(Sys.GETPID, NoArgs(), int))
+
+    def serve() -> None:
+        first = kernel.take(Sys.RECV)
+        main = threading.main_thread().ident
+        assert main is not None
+        while not connection._polling:
+            end.wait(0.005)
+        signal.pthread_kill(main, signal.SIGUSR1)
+        kernel.reply(kernel.take(Sys.GETPID), 42)
+        kernel.reply(first, wire.Received(0, wire.raw("x")))
+
+    old = signal.signal(signal.SIGUSR1, handler)
+    serving = aside(serve)
+    try:
+        received = connection.call(Sys.RECV, wire.Recv(), wire.Received)
+    finally:
+        signal.signal(signal.SIGUSR1, old)
+    serving.result(PATIENCE_S)
+    assert answers == [42]
+    assert received.sender == 0
+
+
+# ── streams ───────────────────────────────────────────────────────────────────────────────────────────────
+
+
+def test_a_stream_brings_its_pieces_in_order_and_its_end(kernel: ChannelKernel, connection: Connection) -> None:
+    stream = Stream(connection, generate())
+    request = kernel.take(Sys.GENERATE)
+    kernel.piece(request, 0, "a", [1])
+    kernel.piece(request, 1, "b", [2, 3])
+    kernel.end(request, "c", [4])
+    pieces = list(stream)
+    assert [(piece.text, piece.tokens) for piece in pieces] == [("a", [1]), ("b", [2, 3]), ("c", [4])]
+    assert [piece.finish_reason for piece in pieces] == [None, None, "stop"]
+    assert kernel.quiet()  # nothing to cancel
+
+
+def test_leaving_the_loop_cancels_at_once(kernel: ChannelKernel, connection: Connection) -> None:
+    """By losing the last reference, not by the collector, who may come much later: a slot is waiting."""
+    gc.disable()
+    try:
+        stream = Stream(connection, generate())
+        request = kernel.take(Sys.GENERATE)
+        kernel.piece(request, 0, "a", [1])
+        for _ in stream:
+            break
+        del stream
+        assert args_of(kernel.take(Sys.CANCEL)).id == request.id
+    finally:
+        gc.enable()
+
+
+def test_a_loop_over_an_unnamed_stream_keeps_it_alive(kernel: ChannelKernel, connection: Connection) -> None:
+    def read() -> str:
+        return "".join(piece.text for piece in Stream(connection, generate()))
+
+    text = aside(read)
+    request = kernel.take(Sys.GENERATE)
+    for offset, letter in enumerate("abc"):
+        kernel.piece(request, offset, letter, [offset])
+    kernel.end(request)
+    assert text.result(PATIENCE_S) == "abc"
+    assert kernel.quiet()
+
+
+def test_closing_a_stream_in_another_thread_ends_its_reader(kernel: ChannelKernel, connection: Connection) -> None:
+    stream = Stream(connection, generate())
+    request = kernel.take(Sys.GENERATE)
+    reading = aside(next, stream)
+    while not connection._leader:
+        threading.Event().wait(0.005)
+    stream.close()
+    stream.close()
+    assert args_of(kernel.take(Sys.CANCEL)).id == request.id
+    kernel.reply(kernel_request_for_pump(connection, kernel), 1)
+    with pytest.raises(OSError, match="canceled") as caught:
+        reading.result(PATIENCE_S)
+    assert caught.value.errno == errno.ECANCELED
+    assert kernel.quiet()
+
+
+def kernel_request_for_pump(connection: Connection, kernel: ChannelKernel) -> wire.Request:
+    """Something that makes the leader look."""
+    call = connection.submit(Sys.GETPID, NoArgs())
+    request = kernel.take(Sys.GETPID)
+    connection._open.pop(call.id)
+    return request
+
+
+def test_a_stream_is_finalized_in_the_middle_of_a_send(
+    kernel: ChannelKernel, connection: Connection, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The collector runs finalizers in any thread at any moment, also in one that holds the right to send."""
+    stream = [Stream(connection, generate())]
+    first = kernel.take(Sys.GENERATE)
+    original = agent.Call.payload
+
+    def payload(self: agent.Call) -> bytes:
+        stream.clear()  # here and now
+        return original(self)
+
+    monkeypatch.setattr(agent.Call, "payload", payload)
+    call = connection.submit(Sys.GETPID, NoArgs())
+    monkeypatch.undo()
+    assert kernel.take().sys == Sys.GETPID
+    assert args_of(kernel.take(Sys.CANCEL)).id == first.id
+    connection.abandon(call)
+    kernel.take(Sys.CANCEL)
+
+
+def test_streams_abandoned_while_another_thread_leads(kernel: ChannelKernel, connection: Connection) -> None:
+    """Replies to them come at the same moment."""
+    leader = aside(connection.call, Sys.GETPID, NoArgs(), int)
+    first = kernel.take(Sys.GETPID)
+    for _ in range(200):
+        stream = Stream(connection, generate())
+        request = kernel.take(Sys.GENERATE)
+        kernel.piece(request, 0, "a", [1])
+        kernel.end(request)
+        stream.close()
+        while not kernel.quiet():
+            kernel.take(Sys.CANCEL)
+    kernel.reply(first, 1)
+    assert leader.result(PATIENCE_S) == 1
+    assert connection.open_calls == 0
+
+
+# ── a new kernel ──────────────────────────────────────────────────────────────────────────────────────────
+
+
+def test_open_calls_go_to_the_new_kernel_under_their_ids(kernel: ChannelKernel, connection: Connection) -> None:
+    calls = [aside(connection.call, Sys.TOKENIZE, wire.Tokenize(str(number)), str) for number in range(3)]
+    before = {request.id: args_of(request).text for request in (kernel.take() for _ in calls)}
+    kernel.die()
+    kernel.rise()
+    again = [kernel.take(Sys.TOKENIZE) for _ in calls]
+    assert [request.id for request in again] == sorted(before)
+    for request in again:
+        assert args_of(request).text == before[request.id]
+        kernel.reply(request, before[request.id])
+    assert sorted(call.result(PATIENCE_S) for call in calls) == ["0", "1", "2"]
+    assert kernel.quiet()
+
+
+def test_a_reply_of_the_dead_kernel_counts_and_its_call_is_not_made_again(
+    kernel: ChannelKernel, connection: Connection
+) -> None:
+    answered, open_ = connection.submit(Sys.GETPID, NoArgs()), connection.submit(Sys.GETPPID, NoArgs())
+    kernel.reply(kernel.take(Sys.GETPID), 1)
+    kernel.take(Sys.GETPPID)
+    kernel.die()
+    kernel.rise()
+    connection.pump()
+    request = kernel.take(Sys.GETPPID)
+    assert kernel.quiet()
+    assert connection.result(answered, int) == 1
+    kernel.reply(request, 2)
+    assert connection.result(open_, int) == 2
+
+
+def test_a_call_sent_between_the_raise_and_the_notice(kernel: ChannelKernel, connection: Connection) -> None:
+    kernel.die()
+    kernel.rise()
+    call = aside(connection.call, Sys.GETPID, NoArgs(), int)
+    request = kernel.take(Sys.GETPID)
+    kernel.reply(request, 1)
+    assert call.result(PATIENCE_S) == 1
+    assert kernel.quiet()
+
+
+def test_a_call_whose_frame_was_half_sent_when_the_kernel_died() -> None:
+    kernel = ChannelKernel(1 << 12)
+    try:
+        text = "x" * 20_000
+        call = aside(kernel.connection.call, Sys.TOKENIZE, wire.Tokenize(text), int)
+        while not kernel.connection._leader:
+            threading.Event().wait(0.005)
+        other = aside(kernel.connection.call, Sys.GETPID, NoArgs(), int)
+        kernel.die()
+        kernel.rise()
+        for _ in range(2):
+            request = kernel.take()
+            kernel.reply(request, len(args_of(request).text) if request.sys == Sys.TOKENIZE else 3)
+        assert call.result(PATIENCE_S) == len(text)
+        assert other.result(PATIENCE_S) == 3
+        assert kernel.quiet()
+    finally:
+        kernel.close()
+
+
+def test_a_stream_goes_on_from_its_tokens(kernel: ChannelKernel, connection: Connection) -> None:
+    stream = Stream(connection, generate())
+    request = kernel.take(Sys.GENERATE)
+    kernel.piece(request, 0, "a", [1])
+    kernel.piece(request, 1, "b", [2])
+    assert next(stream).text == "a"
+    kernel.die()
+    kernel.rise()
+    assert next(stream).text == "b"
+    third = aside(next, stream)
+    again = kernel.take(Sys.GENERATE)
+    assert (again.id, args_of(again).given) == (request.id, [1, 2])
+    kernel.piece(again, 1, "b", [2])  # what the agent has already
+    kernel.piece(again, 2, "c", [3])
+    assert third.result(PATIENCE_S).text == "c"
+    kernel.end(again)
+    assert [piece.text for piece in stream] == [""]
+
+
+def test_a_kernel_that_dies_again_and_again(kernel: ChannelKernel, connection: Connection) -> None:
+    calls = [aside(connection.call, Sys.TOKENIZE, wire.Tokenize(str(number)), str) for number in range(4)]
+    chance = random.Random(5)
+    answered = 0
+    while answered < 4:
+        request = kernel.take(Sys.TOKENIZE)
+        if chance.random() < 0.5:
+            kernel.reply(request, args_of(request).text)
+            answered += 1
+        kernel.die()
+        kernel.rise()
+    assert sorted(call.result(PATIENCE_S) for call in calls) == ["0", "1", "2", "3"]
+
+
+# ── the end ───────────────────────────────────────────────────────────────────────────────────────────────
+
+
+def test_when_aiosd_is_gone_every_call_says_so(kernel: ChannelKernel, connection: Connection) -> None:
+    calls = [aside(connection.call, Sys.RECV, wire.Recv(), None) for _ in range(3)]
+    for _ in calls:
+        kernel.take(Sys.RECV)
+    kernel.hang_up()
+    for call in calls:
+        with pytest.raises(OSError, match="aiosd is gone") as caught:
+            call.result(PATIENCE_S)
+        assert caught.value.errno == errno.ENOTCONN
+    with pytest.raises(OSError, match="aiosd is gone"):
+        connection.call(Sys.GETPID, NoArgs(), int)
+
+
+def test_closing_while_others_wait_ends_their_calls_at_once(kernel: ChannelKernel, connection: Connection) -> None:
+    calls = [aside(connection.call, Sys.RECV, wire.Recv(), None) for _ in range(3)]
+    for _ in calls:
+        kernel.take(Sys.RECV)
+    until_followed(connection, 2)
+    connection.close()
+    for call in calls:
+        with pytest.raises(OSError, match="closed"):
+            call.result(0.9)  # sooner than any back-stop
+    connection.close()
+
+
+def test_a_kernel_that_sends_nonsense_ends_the_connection(kernel: ChannelKernel, connection: Connection) -> None:
+    call = aside(connection.call, Sys.GETPID, NoArgs(), int)
+    kernel.take(Sys.GETPID)
+    kernel.send(b"\xc1nonsense")
+    with pytest.raises(OSError, match="nonsense"):
+        call.result(PATIENCE_S)
+
+
+# ── fork ──────────────────────────────────────────────────────────────────────────────────────────────────
+
+
+def in_child(act: object) -> int:
+    """Fork, run `act` in the child, its exit code."""
+    child = os.fork()
+    if child == 0:
+        code = 99
+        try:
+            signal.signal(signal.SIGALRM, signal.SIG_DFL)
+            signal.setitimer(signal.ITIMER_REAL, PATIENCE_S)
+            code = act()  # type: ignore[operator]
+        finally:
+            os._exit(code)
+    return os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
+
+
+def test_a_forked_child_has_no_connection_and_does_not_disturb(kernel: ChannelKernel, connection: Connection) -> None:
+    """Another thread leads at the moment of the fork."""
+    call = aside(connection.call, Sys.GETPID, NoArgs(), int)
+    request = kernel.take(Sys.GETPID)
+    stream = Stream(connection, generate())
+    kernel.take(Sys.GENERATE)
+    bell = connection.fileno()
+
+    def act() -> int:
+        nonlocal stream
+        try:
+            os.fstat(bell)
+            return 1  # it would keep the kernel from seeing the agent's end
+        except OSError:
+            pass
+        del stream  # no CANCEL
+        try:
+            aios.proc.getpid()
+        except OSError as err:
+            return 0 if err.errno == errno.ENOTCONN and "forked" in str(err) else 2
+        return 3
+
+    with as_process_connection(connection):
+        assert in_child(act) == 0
+    assert kernel.quiet()
+    kernel.reply(request, 1)
+    assert call.result(PATIENCE_S) == 1
+    stream.close()
+    kernel.take(Sys.CANCEL)
+
+
+def test_multiprocessing_works_in_an_agent(kernel: ChannelKernel, connection: Connection) -> None:
+    with as_process_connection(connection):
+        process = multiprocessing.get_context("fork").Process(target=os.getpid)
+        process.start()
+        process.join(PATIENCE_S)
+        assert process.exitcode == 0
+        call = aside(aios.proc.getpid)
+        kernel.reply(kernel.take(Sys.GETPID), 12)
+        assert call.result(PATIENCE_S) == 12
+
+
+# ── the process's connection ──────────────────────────────────────────────────────────────────────────────
+
+
+def test_a_channel_is_only_its_owners(monkeypatch: pytest.MonkeyPatch) -> None:
+    memfd, bell = os.memfd_create("a"), os.memfd_create("b")
+    try:
+        monkeypatch.setenv(wire.ENV_CHANNEL, f"{memfd}:{bell}:{os.getpid()}")
+        assert agent.own_channel() == (memfd, bell)
+        monkeypatch.setenv(wire.ENV_CHANNEL, f"{memfd}:{bell}:{os.getppid()}")
+        assert agent.own_channel() is None
+        for nonsense in ("", "1:2", "a:b:c", f"{1 << 20}:{1 << 20}:{os.getpid()}"):
+            monkeypatch.setenv(wire.ENV_CHANNEL, nonsense)
+            assert agent.own_channel() is None
+    finally:
+        os.close(memfd)
+        os.close(bell)
+
+
+@pytest.mark.parametrize("name", ["add", "get", "search", "stats"])
+def test_what_is_not_there_yet_says_so(kernel: ChannelKernel, connection: Connection, name: str) -> None:
+    with as_process_connection(connection):
+        call = aside(getattr(aios.mem, name))
+        kernel.fail(kernel.take(Sys.MEM), errno.ENOSYS, "comes with a later release")
+        with pytest.raises(OSError, match="later release"):
+            call.result(PATIENCE_S)
+
+
+def test_arguments_are_checked_before_anything_is_sent(kernel: ChannelKernel, connection: Connection) -> None:
+    with as_process_connection(connection):
+        with pytest.raises(TypeError, match="message cannot hold"):
+            aios.msg.send(1, object())
+        with pytest.raises(TypeError):
+            aios.llm.chat([], no_such_option=1)
+    assert kernel.quiet()
