@@ -74,6 +74,8 @@ class Inheritance:
     pids: dict[str, int]  # of aiosd's own processes, by name
     guardian: int
     started: float
+    journal: tuple[int, int]  # two memfds, see kernel.journal
+    ledger: int  # a memfd, see kernel.ledger
     ready: bool = False  # the system has been ready to serve
     agents: list[Agent] = field(default_factory=list)
     cores: list[Core] = field(default_factory=list)

@@ -88,6 +88,8 @@ class Supervisor:
         self.stopping = ""
         self.exit_code: int | None = None
         self.wakeup = _signal_pipe()
+        self.journal = (os.memfd_create("aios-journal"), os.memfd_create("aios-journal"))
+        self.ledger = os.memfd_create("aios-ledger")
 
     # ── life ──────────────────────────────────────────────────────────────────────────────────────────────
 
@@ -173,11 +175,13 @@ class Supervisor:
             pids={"supervisor": 1, "kernel": self.kernel_pid},
             guardian=self.guardian,
             started=self.started,
+            journal=self.journal,
+            ledger=self.ledger,
             ready=self.served_once,
             agents=list(self.agents.values()),
             cores=[core for core in self.cores.values() if core.ospid],
         )
-        keep = [self.listener.fileno(), theirs.fileno(), heart.write]
+        keep = [self.listener.fileno(), theirs.fileno(), heart.write, *self.journal, self.ledger]
         keep += [fd for agent in self.agents.values() if agent.status is None for fd in (agent.memfd, agent.bell)]
         keep += [fd for core in inheritance.cores for fd in (core.memfd, core.kernel_bell)]
 
@@ -393,7 +397,12 @@ class Supervisor:
             self.signalled[message.key, message.pid] = None
             if len(self.signalled) > SIGNALS_REMEMBERED:
                 self.signalled.popitem(last=False)
-        _signal_tree(agent.ospid, message.signal)
+        if message.signal == signal.SIGSTOP:
+            # The agent itself first, the rest when it has stopped (see `_child_stopped`): a process between vfork and
+            # its child's exec cannot stop while that child is stopped.
+            os.kill(agent.ospid, signal.SIGSTOP)
+        else:
+            _signal_tree(agent.ospid, message.signal)
 
     def _on_mark(self, message: link.Mark, fds: list[int]) -> None:
         agent = self.agents.get(message.pid)
@@ -467,9 +476,11 @@ class Supervisor:
             self._continue_stop()
 
     def _child_stopped(self, ospid: int, stopped: bool) -> None:
+        """An agent stops and goes on with all that it started, also when somebody else's signal made it."""
         agent = self.by_ospid.get(ospid)
         if agent is not None:
             agent.stopped = stopped
+            _signal_tree(ospid, signal.SIGSTOP if stopped else signal.SIGCONT)
             self._tell(link.ChildStopped(agent.pid, stopped))
 
     def _child_ended(self, ospid: int, status: int) -> None:

@@ -171,11 +171,13 @@ class Kill(Struct, array_like=True, frozen=True):
 
 
 class Ps(Struct, array_like=True, frozen=True):
-    """List agents: the caller's live ones, or `all` (zombies and aiosd's own processes too)."""
+    """List agents: the caller's live ones, or `all` (zombies and aiosd's own processes too); `dead`: those that are
+    remembered as well."""
 
     all: bool = False
     pids: list[Uint] | None = None
     name: str | None = None
+    dead: bool = False
 
 
 class NiceArgs(Struct, array_like=True, frozen=True):

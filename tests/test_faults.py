@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import signal
 import subprocess
@@ -77,10 +78,13 @@ def test_a_dead_kernel_costs_a_pause(fresh_aiosd: Fresh, stream: Path) -> None:
     job = system.popen("aios-run", stream)
     assert job.stdout is not None
     begun = job.stdout.read(10)
+    pid = next(entry["pid"] for entry in system.ps() if entry["name"] == "stream")
     kill(system, "kernel")
     rest, errors = finish(job)
     assert (job.returncode, errors) == (0, "")
     assert begun + rest == expected
+    (found,) = json.loads(system.run("aios-inspect", str(pid), check=True).stdout)
+    assert found["completion_tokens"] == 400  # none counted twice, none lost
     entry = next(entry for entry in system.ps() if entry["name"] == "sleeper")
     assert (str(entry["pid"]), entry["nice"], entry["stat"]) == (sleeper, 3, "S")
     assert system.run("aios-kill", "--timeout", "5", "sleeper").returncode == 0
@@ -184,3 +188,33 @@ def test_a_supervisor_that_hangs_ends_the_system(fresh_aiosd: Fresh) -> None:
     assert system.daemon is not None
     assert system.daemon.wait(20) == 1
     assert eventually(lambda: not system.processes())
+
+
+def test_messages_are_delivered_once_and_in_order_over_kernel_deaths(fresh_aiosd: Fresh, tmp_path: Path) -> None:
+    (tmp_path / "sink.py").write_text(
+        "import libaios as aios\n"
+        "parent = aios.proc.getppid()\n"
+        "for n in range(3000):\n"
+        "    sender, obj = aios.msg.recv()\n"
+        "    assert (sender, obj) == (parent, n), (sender, obj, n)\n"
+        "print('all', flush=True)\n"
+    )
+    (tmp_path / "source.py").write_text(
+        "import libaios as aios, sys\n"
+        "pid = aios.proc.spawn('sink.py')\n"
+        "n = 0\n"
+        "while n < 3000:\n"
+        "    try: aios.msg.send(pid, n)\n"
+        "    except BlockingIOError: continue\n"
+        "    n += 1\n"
+        "    if n == 100: print('going', flush=True)\n"
+        "print(aios.proc.wait(pid)[1])\n"
+    )
+    system = fresh_aiosd("--threads", "1")
+    job = system.popen("aios-run", "source.py", cwd=tmp_path)
+    assert job.stdout is not None
+    assert job.stdout.readline() == "going\n"
+    for _ in range(3):
+        kill(system, "kernel")
+    out, errors = finish(job)
+    assert (out, errors, job.returncode) == ("all\n0\n", "", 0)

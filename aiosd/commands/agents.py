@@ -17,9 +17,10 @@ if TYPE_CHECKING:
     from click.shell_completion import CompletionItem
 
 
-def named(client: Client, name: str) -> list[ProcInfo]:
-    """Agents of that name, live and zombies, the oldest first; aiosd's own process if no agent has it."""
-    found: list[ProcInfo] = client.call(Sys.PS, Ps(all=True, name=name), list[ProcInfo])
+def named(client: Client, name: str, dead: bool = False) -> list[ProcInfo]:
+    """Agents of that name, live and zombies (with `dead` also those that are only remembered), the oldest first;
+    aiosd's own process if no agent has it."""
+    found: list[ProcInfo] = client.call(Sys.PS, Ps(all=True, name=name, dead=dead), list[ProcInfo])
     agents = [p for p in found if not p.system]
     return sorted(agents or found, key=lambda p: p.pid)
 
@@ -35,7 +36,7 @@ def newest(client: Client, word: str) -> int:
     """The pid that `word` stands for where one agent is wanted."""
     if word.isascii() and word.isdigit():
         return int(word)
-    found = named(client, word)
+    found = named(client, word, dead=True)
     if not found:
         raise Failed(f"{word}: no such agent")
     return max(found, key=lambda p: (p.exit is None, p.pid)).pid

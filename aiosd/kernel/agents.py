@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING
 
 from aiosd import link, procfs
 from aiosd.kernel import budget as budgets
+from aiosd.kernel import ledger
 from aiosd.kernel.budget import Budget
 from aiosd.kernel.logindex import LogIndex
 from aiosd.kernel.peer import AgentPeer, Call
@@ -109,11 +110,16 @@ class Agents:
             attached_to=spec.key[0] if spec.attached else 0,
             ppid=spec.ppid if parent is not None and parent.alive else INIT,
             nice=spec.nice,
+            row=(row := self.kernel.ledger.row(pid)),
+            calls=row[ledger.CALLS],
+            prompt_tokens=row[ledger.PROMPT],
+            cached_tokens=row[ledger.CACHED],
+            completion_tokens=row[ledger.COMPLETION],
         )
         if parent is not None:
             proc.budgets.extend(parent.budgets)
         if spec.limits != wire.Limits():
-            proc.budgets.append(Budget(pid, spec.limits))
+            proc.budgets.append(Budget(pid, spec.limits, tokens_used=row[ledger.CHARGED], row=row))
             if spec.limits.time_s is not None:
                 left_s = started + spec.limits.time_s - time.time()
                 self.kernel.timers.after(max(0.0, left_s), lambda: self._time_is_up(proc))
@@ -150,6 +156,7 @@ class Agents:
             self.kernel.drop_peer(proc.peer)
         self.by_ospid.pop(proc.ospid, None)
         self.kernel.generations.unpark_dead(proc)
+        self.kernel.journal.forget(proc.pid, [message.seq for message in proc.mailbox])
         proc.mailbox.clear()
         proc.mailbox_bytes = 0
         if proc.log:
@@ -169,6 +176,7 @@ class Agents:
         self.kernel.to_supervisor(link.Mark(proc.pid, reaped=True, reaped_by=proc.reaped_by))
         for pid in forgotten:
             self.kernel.to_supervisor(link.Forget(pid))
+            self.kernel.ledger.forget(pid)
 
     def collect(self, proc: Proc, by: link.Key) -> None:
         """The parent gets the exit status with this call."""

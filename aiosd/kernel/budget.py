@@ -15,6 +15,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+from aiosd.kernel.ledger import CHARGED, Row
 from libaios.wire import Limits
 
 GRACE_S = 5.0
@@ -28,6 +29,7 @@ class Budget:
     tokens_used: int = 0
     reached: str = ""  # the first one that was: "tokens", "time", "memory"
     ending: bool = False  # those that share it are on notice
+    row: Row | None = None  # its owner's, in the ledger
 
     @property
     def tokens_left(self) -> int | None:
@@ -48,6 +50,13 @@ def charge(budgets: list[Budget], tokens: int) -> Budget | None:
         if budget.tokens_left == 0:
             empty = budget
     return empty
+
+
+def settle(budgets: list[Budget], tokens: int) -> None:
+    """A call that used so many tokens is closed: they are on the books now."""
+    for budget in budgets:
+        if budget.row is not None:
+            budget.row[CHARGED] += tokens
 
 
 def describe(budget: Budget) -> str:

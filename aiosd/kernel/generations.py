@@ -16,6 +16,7 @@ from msgspec import Raw
 
 from aiosd import link
 from aiosd.kernel import budget as budgets
+from aiosd.kernel import ledger
 from aiosd.kernel.cores import Core
 from aiosd.kernel.peer import OUTBOX_PAUSE, OUTBOX_RESUME, Call, Generation, Peer
 from aiosd.kernel.proc import Proc
@@ -53,10 +54,14 @@ class Generations:
         if proc is not None and budgets.tokens_left(proc.budgets) == 0:
             self._over_budget(proc)
         call.generation = Generation(args, core.name, list(args.given), new_from=len(args.given))
-        nice, group, left = self.call_budget(call)
-        call.generation.budget = left
         call.forget = lambda: self._closed(core, call)
         self.kernel.set_timeout(call, args.timeout_s, "answer")
+        if args.given:  # generated, and charged, by a call whose kernel died
+            self._count_completion(call, len(args.given))
+            if call.peer.calls.get(call.id) is not call:
+                return  # they were the last of the budget
+        nice, group, left = self.call_budget(call)
+        call.generation.budget = None if left is None else left + call.generation.used
         core.submit(call, link.Submit(call.key, args, nice, group, left))
 
     def forward(self, call: Call, model: str | None, message: link.ToCore, timeout_s: float | None) -> None:
@@ -84,8 +89,13 @@ class Generations:
 
     def _closed(self, core: Core, call: Call) -> None:
         core.cancel(call)
-        if call.generation is not None and call.peer.proc is not None:
-            call.peer.proc.ctx_tokens -= call.generation.ctx_tokens
+        generation, proc = call.generation, call.peer.proc
+        if generation is not None and proc is not None:
+            proc.ctx_tokens -= generation.ctx_tokens
+            proc.row[ledger.PROMPT] += generation.prompt_tokens
+            proc.row[ledger.CACHED] += generation.cached_tokens
+            proc.row[ledger.COMPLETION] += len(generation.tokens)
+            budgets.settle(proc.budgets, generation.used)
 
     # ── what a core says ──────────────────────────────────────────────────────────────────────────────────
 
@@ -167,7 +177,9 @@ class Generations:
         proc = call.peer.proc
         if proc is not None and answered.prompt_tokens:
             proc.prompt_tokens += answered.prompt_tokens
+            proc.row[ledger.PROMPT] += answered.prompt_tokens
             budgets.charge(proc.budgets, answered.prompt_tokens)
+            budgets.settle(proc.budgets, answered.prompt_tokens)
         self.kernel.finish(call, Raw(answered.body))
 
     def live_peers(self) -> list[int]:

@@ -39,6 +39,8 @@ from aiosd.kernel.control import Control
 from aiosd.kernel.cores import Core, Cores
 from aiosd.kernel.explain import explain
 from aiosd.kernel.generations import Generations
+from aiosd.kernel.journal import Journal
+from aiosd.kernel.ledger import CALLS, Ledger
 from aiosd.kernel.peer import (
     MAX_OPEN_CALLS,
     OUTBOX_MAX,
@@ -49,7 +51,7 @@ from aiosd.kernel.peer import (
     failure,
     reply,
 )
-from aiosd.kernel.proc import ProcTable
+from aiosd.kernel.proc import Message, ProcTable
 from aiosd.kernel.status import StatusRequests
 from aiosd.kernel.waiters import Waiters
 from aiosd.timers import Timers
@@ -89,6 +91,8 @@ class Kernel:
         self.ready = False
         self.counters = {"calls": 0, "refused": 0, "offenders": 0, "clients": 0, "agents": 0}
         self.status = StatusRequests(self)
+        self.ledger = Ledger(born.ledger)
+        self.journal = Journal(born.journal, self._is_alive)
         # to the outside
         self.supervisor = FrameSocket(_socket_of(born.link))
         self.watch(self.supervisor.fileno(), self._on_supervisor)
@@ -143,9 +147,18 @@ class Kernel:
                 self._connect_core(core, known.ospid, known.deaths, known.memfd, known.kernel_bell)
         for agent in self.born.agents:
             self.agents.adopt(agent)
+        for message in self.journal.waiting():
+            proc = self.table.get(message.to)
+            if proc is not None and proc.alive:
+                proc.mailbox.append(Message(message.seq, message.sender, message.obj))
+                proc.mailbox_bytes += len(memoryview(message.obj))
         if self.born.epoch > 1:
             self.ready = self.born.ready
             self.timers.after(REATTACH_S, self.agents.hang_up_unclaimed)
+
+    def _is_alive(self, pid: int) -> bool:
+        proc = self.table.get(pid)
+        return proc is not None and proc.alive
 
     # ── requests ──────────────────────────────────────────────────────────────────────────────────────────
 
@@ -177,6 +190,7 @@ class Kernel:
         self.counters["calls"] += 1
         if peer.proc is not None:
             peer.proc.calls += 1
+            peer.proc.row[CALLS] = peer.proc.calls
         call = Call(peer, request.id, request.sys)
         peer.calls[request.id] = call
         try:

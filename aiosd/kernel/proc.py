@@ -28,10 +28,13 @@ import time
 from collections import OrderedDict, deque
 from collections.abc import Iterator
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, NamedTuple
+
+from msgspec import Raw
 
 from aiosd import procfs
 from aiosd.errors import Bug
+from aiosd.kernel.ledger import Row
 from libaios import wire
 
 if TYPE_CHECKING:
@@ -67,6 +70,14 @@ TRANSITIONS: dict[tuple[State, Event], State] = {
 }
 
 
+class Message(NamedTuple):
+    """One message in a mailbox; `seq` is its number in the journal."""
+
+    seq: int
+    sender: int
+    obj: Raw
+
+
 @dataclass(slots=True, eq=False)
 class Proc:
     """One agent."""
@@ -82,6 +93,7 @@ class Proc:
     log: str  # "" unless detached
     started: float  # Unix time
     attached_to: int  # id of the client that gets its exit code and whose end hangs it up; 0: none
+    row: Row = field(default_factory=lambda: memoryview(bytearray(64)).cast("Q"))  # in the ledger
     budgets: list[Budget] = field(default_factory=list)  # its own and those of its ancestors
 
     # life
@@ -96,7 +108,7 @@ class Proc:
 
     # its connection; None once it is dead or has hung up
     peer: AgentPeer | None = None
-    mailbox: deque[wire.Received] = field(default_factory=deque)
+    mailbox: deque[Message] = field(default_factory=deque)
     mailbox_bytes: int = 0
     receivers: deque[Call] = field(default_factory=deque)  # open RECV calls, first come first served
 

@@ -20,7 +20,7 @@ from msgspec import Raw
 from aiosd import link, procfs
 from aiosd.kernel import access
 from aiosd.kernel.peer import Call, ClientPeer
-from aiosd.kernel.proc import Proc, State, describe, shell_status
+from aiosd.kernel.proc import Message, Proc, State, describe, shell_status
 from libaios import wire
 from libaios.wire import Sys
 
@@ -155,6 +155,8 @@ def _targets(kernel: Kernel, call: Call, pid: int) -> list[Proc]:
 def sys_ps(kernel: Kernel, call: Call, args: wire.Ps) -> list[wire.ProcInfo]:
     me = call.peer.proc
     procs = [proc for proc in kernel.table if proc.alive or args.all or args.pids is not None]
+    if args.dead:
+        procs += kernel.table.history.values()
     if me is not None and not args.all and args.pids is None:
         procs = [proc for proc in procs if kernel.table.is_ancestor(me.pid, proc)]
     if args.pids is not None:
@@ -260,31 +262,41 @@ def _call_name(number: int) -> str:
 
 
 def sys_send(kernel: Kernel, call: Call, args: wire.Send) -> None:
+    if call.key in kernel.journal.served:
+        return  # by a kernel that died
     target = kernel.table.get(args.pid)
     if target is None or not target.alive:
         raise wire.error(errno.ESRCH, f"{args.pid}: no such agent")
     sender = call.peer.proc.pid if call.peer.proc is not None else 0
-    size = len(memoryview(args.obj))
-    message = wire.Received(sender, Raw(bytes(args.obj)))
-    if target.receivers:
-        kernel.finish(target.receivers[0], message)
-        return
+    obj = Raw(bytes(args.obj))
+    size = len(memoryview(obj))
     if len(target.mailbox) >= MAILBOX_MESSAGES or target.mailbox_bytes + size > MAILBOX_BYTES:
         raise wire.error(errno.EAGAIN, f"{args.pid}: mailbox is full ({len(target.mailbox)} messages)")
-    target.mailbox.append(message)
+    target.mailbox.append(Message(kernel.journal.sent(call.key, target.pid, sender, obj), sender, obj))
     target.mailbox_bytes += size
+    if target.receivers:
+        receiver = target.receivers[0]
+        kernel.finish(receiver, _take_message(kernel, receiver, target))
 
 
 def sys_recv(kernel: Kernel, call: Call, args: wire.Recv) -> Any:
     me = access.require_agent(call.peer, "has a mailbox")
+    served = kernel.journal.served.get(call.key)
+    if served is not None:
+        return served
     if me.mailbox:
-        message = me.mailbox.popleft()
-        me.mailbox_bytes -= len(memoryview(message.obj))
-        return message
+        return _take_message(kernel, call, me)
     me.receivers.append(call)
     call.forget = lambda: me.receivers.remove(call)
     kernel.set_timeout(call, args.timeout_s, "message")
     return PENDING
+
+
+def _take_message(kernel: Kernel, call: Call, proc: Proc) -> wire.Received:
+    message = proc.mailbox.popleft()
+    proc.mailbox_bytes -= len(memoryview(message.obj))
+    kernel.journal.taken(call.key, message.seq)
+    return wire.Received(message.sender, message.obj)
 
 
 # ── language model ────────────────────────────────────────────────────────────────────────────────────────

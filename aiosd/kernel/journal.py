@@ -1,0 +1,158 @@
+"""What a kernel has promised about messages, kept where its death does not reach.
+
+A message that was accepted must be delivered once, also when the kernel dies between any two instructions; and a call
+that is submitted again after that must find what its first submission did. So before SEND and RECV are answered, a
+record of them goes into the journal: a memfd that the supervisor made and every kernel inherits. A new kernel replays
+it. Nothing of it outlives aiosd: agents do not, either.
+
+    memfd    u64 generation, u64 bytes of records, records
+    record   u32 length, msgpack: Sent or Taken
+
+A record counts when the byte count includes it, and that is written after it: a death in between leaves no half record.
+There are two memfds. When the one in use has grown beyond `COMPACT_BYTES`, what is still of use is written to the other
+one, whose generation is set last; the higher generation counts.
+"""
+
+from __future__ import annotations
+
+import os
+import struct
+from collections import OrderedDict, deque
+from collections.abc import Callable, Iterable
+
+from msgspec import Raw, Struct, msgpack
+
+from aiosd.link import Key
+from libaios import wire
+
+COMPACT_BYTES = 16 << 20
+REMEMBER = 4096  # served calls: as many as may be open when a kernel dies, in practice by far
+
+_HEADER = struct.Struct("=QQ")
+_LENGTH = struct.Struct("=I")
+
+
+class Sent(Struct, array_like=True, frozen=True, tag=True):
+    """A message was accepted from call `key` for the mailbox of `to`."""
+
+    key: Key
+    seq: int
+    to: int
+    sender: int
+    obj: Raw
+
+
+class Taken(Struct, array_like=True, frozen=True, tag=True):
+    """Message `seq` was given to call `key`."""
+
+    key: Key
+    seq: int
+
+
+_decode = msgpack.Decoder(Sent | Taken).decode
+
+
+class Journal:
+    """One kernel's journal. `served` are calls of a dead kernel's time with what they got: None for a SEND, the
+    message for a RECV."""
+
+    def __init__(self, fds: tuple[int, int], is_alive: Callable[[int], bool], compact_at: int = COMPACT_BYTES) -> None:
+        self._fds = fds
+        self._is_alive = is_alive
+        self._compact_at = self._limit = compact_at
+        self._next_seq = 1
+        self._waiting: OrderedDict[int, Sent] = OrderedDict()  # by seq: accepted, not taken
+        self._recent: deque[tuple[Sent, Key | None]] = deque(maxlen=REMEMBER)  # taken lately, and by which call
+        self.served: dict[Key, wire.Received | None] = {}
+        generation = max(self._generation(fd) for fd in fds)
+        self._at = 0 if self._generation(fds[0]) == generation else 1
+        self._generation_now = generation
+        self._size = 0
+        self._replay()
+
+    # ── writing ───────────────────────────────────────────────────────────────────────────────────────────
+
+    def sent(self, key: Key, to: int, sender: int, obj: Raw) -> int:
+        """Record that a message was accepted; returns its number."""
+        message = Sent(key, self._next_seq, to, sender, obj)
+        self._next_seq += 1
+        self._waiting[message.seq] = message
+        self._append(message)
+        return message.seq
+
+    def taken(self, key: Key, seq: int) -> None:
+        """Record that a message goes to the RECV call `key`."""
+        message = self._waiting.pop(seq)
+        self._recent.append((message, key))
+        self._append(Taken(key, seq))
+        if self._size > self._limit:
+            self._compact()
+
+    def forget(self, pid: int, seqs: Iterable[int]) -> None:
+        """The agent is dead, and its mailbox with it."""
+        for seq in seqs:
+            self._waiting.pop(seq, None)
+
+    def waiting(self) -> list[Sent]:
+        """Messages accepted and not taken, in the order in which they came: what a new kernel puts in mailboxes."""
+        return list(self._waiting.values())
+
+    def _append(self, record: Sent | Taken) -> None:
+        payload = wire.encode(record)
+        data = _LENGTH.pack(len(payload)) + payload
+        fd = self._fds[self._at]
+        os.pwrite(fd, data, _HEADER.size + self._size)
+        self._size += len(data)
+        os.pwrite(fd, struct.pack("=Q", self._size), 8)
+
+    # ── reading and compacting ────────────────────────────────────────────────────────────────────────────
+
+    @staticmethod
+    def _generation(fd: int) -> int:
+        head = os.pread(fd, _HEADER.size, 0)
+        return _HEADER.unpack(head)[0] if len(head) == _HEADER.size else 0
+
+    def _replay(self) -> None:
+        fd = self._fds[self._at]
+        head = os.pread(fd, _HEADER.size, 0)
+        if len(head) < _HEADER.size:
+            os.pwrite(fd, _HEADER.pack(1, 0), 0)
+            self._generation_now = 1
+            return
+        self._size = _HEADER.unpack(head)[1]
+        data = os.pread(fd, self._size, _HEADER.size)
+        at = 0
+        while at < len(data):
+            (length,) = _LENGTH.unpack_from(data, at)
+            at += _LENGTH.size + length
+            self._apply(_decode(data[at - length : at]))
+
+    def _apply(self, record: Sent | Taken) -> None:
+        if isinstance(record, Sent):
+            self._next_seq = max(self._next_seq, record.seq + 1)
+            self._waiting[record.seq] = Sent(record.key, record.seq, record.to, record.sender, Raw(bytes(record.obj)))
+            self.served[record.key] = None
+            return
+        message = self._waiting.pop(record.seq, None)
+        if message is not None:
+            self._recent.append((message, record.key))
+            self.served[record.key] = wire.Received(message.sender, message.obj)
+
+    def _compact(self) -> None:
+        """Write what is still of use to the other memfd and go on there."""
+        self._waiting = OrderedDict((seq, m) for seq, m in self._waiting.items() if self._is_alive(m.to))
+        self._at = 1 - self._at
+        fd = self._fds[self._at]
+        os.ftruncate(fd, 0)
+        self._size = 0
+        os.pwrite(fd, _HEADER.pack(0, 0), 0)
+        for message, key in self._recent:
+            if self._is_alive(message.to) or self._is_alive(message.sender):
+                self._append(message)
+                if key is not None:
+                    self._append(Taken(key, message.seq))
+        for message in self._waiting.values():
+            self._append(message)
+        self._generation_now += 1
+        os.pwrite(fd, struct.pack("=Q", self._generation_now), 0)
+        self._limit = max(self._compact_at, 2 * self._size)  # what is of use may be more than that already

@@ -1,0 +1,53 @@
+"""What each agent has used, kept where a kernel's death does not reach.
+
+A memfd of rows, one per agent, made by the supervisor and mapped by every kernel; eight 8-byte numbers a row:
+
+    pid, calls, prompt tokens, cached tokens, completion tokens, tokens charged to its budget, –, –
+
+A row holds what *closed* calls have used. What open calls have used so far is only in the kernel's memory: after its
+death they are submitted again, and what they had used is counted again from their tokens. So nothing is counted twice
+and nothing is lost, without a record per token.
+"""
+
+from __future__ import annotations
+
+import mmap
+import os
+
+ROWS = 16384
+ITEMS = 8
+PID, CALLS, PROMPT, CACHED, COMPLETION, CHARGED = range(6)
+BYTES = ROWS * ITEMS * 8
+
+Row = memoryview  # of ITEMS unsigned 8-byte numbers
+
+
+class Ledger:
+    def __init__(self, memfd: int) -> None:
+        os.ftruncate(memfd, BYTES)  # nothing the second time; pages that no agent has used cost nothing
+        self._items = memoryview(mmap.mmap(memfd, BYTES)).cast("Q")
+        self._rows: dict[int, int] = {}
+        self._free: list[int] = []
+        for number in reversed(range(ROWS)):
+            pid = self._items[number * ITEMS + PID]
+            if pid:
+                self._rows[pid] = number
+            else:
+                self._free.append(number)
+
+    def row(self, pid: int) -> Row:
+        """The agent's row, new or as a dead kernel left it. Beyond `ROWS` agents: one that does not survive."""
+        number = self._rows.get(pid)
+        if number is None:
+            if not self._free:
+                return memoryview(bytearray(ITEMS * 8)).cast("Q")
+            number = self._rows[pid] = self._free.pop()
+            self._items[number * ITEMS + PID] = pid
+        return self._items[number * ITEMS : (number + 1) * ITEMS]
+
+    def forget(self, pid: int) -> None:
+        number = self._rows.pop(pid, None)
+        if number is not None:
+            for item in range(ITEMS):
+                self._items[number * ITEMS + item] = 0
+            self._free.append(number)
