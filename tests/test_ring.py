@@ -116,6 +116,22 @@ def test_a_frame_of_half_the_ring_waits_for_its_room_and_is_not_torn(pair: Pair)
     assert consumer.get() == second
 
 
+def test_who_wants_to_wait_for_room_looks_again(pair: Pair) -> None:
+    producer, consumer = pair.producer(), pair.consumer()
+    while producer.put(bytes(500)) == 500:
+        pass
+    while consumer.get():  # between the failed put and the wait
+        pass
+    assert not producer.wait_for_room()
+
+
+def test_who_wants_to_sleep_looks_again(pair: Pair) -> None:
+    producer, consumer = pair.producer(), pair.consumer()
+    assert consumer.get() is None
+    producer.put(b"between")
+    assert not consumer.sleep()
+
+
 def test_a_new_consumer_drops_what_was_for_the_dead_one(pair: Pair) -> None:
     producer = pair.producer()
     producer.put(b"for the dead")

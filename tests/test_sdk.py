@@ -369,6 +369,21 @@ def test_a_stream_is_finalized_in_the_middle_of_a_send(
     kernel.take(Sys.CANCEL)
 
 
+def test_a_stream_is_abandoned_while_its_reply_is_handed_out(kernel: ChannelKernel, connection: Connection) -> None:
+    class Racing(dict[int, agent.Call]):
+        def get(self, key: int, default: object = None) -> agent.Call | None:  # type: ignore[override]
+            call = super().get(key)
+            if call is not None:
+                connection.abandon(call)
+            return call
+
+    connection._open = Racing(connection._open)
+    connection.submit(Sys.GETPID, NoArgs())
+    kernel.reply(kernel.take(Sys.GETPID), 1)
+    connection.pump()
+    kernel.take(Sys.CANCEL)
+
+
 def test_streams_abandoned_while_another_thread_leads(kernel: ChannelKernel, connection: Connection) -> None:
     """Replies to them come at the same moment."""
     leader = aside(connection.call, Sys.GETPID, NoArgs(), int)
