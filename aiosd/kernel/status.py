@@ -23,7 +23,7 @@ if TYPE_CHECKING:
     from aiosd.kernel.loop import Kernel
 
 WAIT_S = 1.0
-FDS_PER_AGENT = 2  # in kernel and supervisor: its memfd and its doorbell
+FDS_PER_AGENT = 3  # in the kernel: its memfd, the mapping of that, its doorbell
 FDS_SPARE = 64
 
 
