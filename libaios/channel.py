@@ -203,11 +203,11 @@ class Channel:
                 if frame is None:
                     break
                 frames.append(frame)
-            self.unread = not consumer.empty()
-            if self.unread:
-                if len(frames) >= limit or consumer.read >= stop:
-                    break  # without having announced sleep: the owner comes back by itself
-            elif consumer.sleep():
+            if (len(frames) >= limit or consumer.read >= stop) and not consumer.empty():
+                self.unread = True  # without having announced sleep: the owner comes back by itself
+                break
+            if consumer.sleep():
+                self.unread = False
                 break
         self._ring(consumer.waits)
         self.more = self.unread or (bool(self._outbox) and not self._segment.items[self._producer.waits])
@@ -226,7 +226,7 @@ class Channel:
     @property
     def reborn(self) -> bool:
         """Whether the epoch was raised since the channel was made or renewed."""
-        return self._segment.epoch != self.epoch
+        return self._segment.items[ring.EPOCH] & 0xFFFFFFFF != self.epoch
 
     def renew(self) -> None:
         """From now on what is sent is for the new kernel; what waited in the outbox was for the dead one."""
@@ -241,7 +241,7 @@ class Channel:
     def wait(self, timeout: float | None = None) -> bool:
         """Sleep until there may be something to receive or to pump, or the other side is gone; at most `timeout`
         seconds and at most the back-stop, so call it in a loop. False: nothing of the kind."""
-        if self.ready() or self.hung_up or not self._consumer.sleep():
+        if not self._consumer.sleep() or self.reborn or self._frames or self.hung_up:
             return True
         poll = select.poll()  # not kept: a signal handler may come here while another `wait` of this thread sleeps
         poll.register(self._bell, select.POLLIN)

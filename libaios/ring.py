@@ -62,7 +62,7 @@ _LENGTH = LAST - 1
 
 # Indices of 8-byte items.
 _MAGIC, _VERSION, _SUB_SIZE, _COMP_SIZE = 0, 1, 2, 3
-_EPOCH = 64 // 8
+EPOCH = 64 // 8
 _NEXT_ID, _LOWEST_OPEN = 128 // 8, 136 // 8
 _SUB, _COMP = 192 // 8, 448 // 8
 _WRITTEN, _READ, _SLEEPS, _WAITS = 0, 8, 16, 24  # relative to a ring's first item
@@ -95,7 +95,7 @@ def create(sub_size: int, comp_size: int) -> int:
     try:
         os.ftruncate(memfd, HEADER + sub_size + comp_size)
         os.pwrite(memfd, struct.pack("=4Q", MAGIC, wire.VERSION, sub_size, comp_size), 0)
-        os.pwrite(memfd, struct.pack("=Q", 1), _EPOCH * 8)
+        os.pwrite(memfd, struct.pack("=Q", 1), EPOCH * 8)
         os.pwrite(memfd, struct.pack("=2Q", 1, 1), _NEXT_ID * 8)
         for ring in (_SUB, _COMP):  # nobody listens yet: the first frame rings the bell
             os.pwrite(memfd, struct.pack("=Q", 1), (ring + _SLEEPS) * 8)
@@ -108,8 +108,8 @@ def create(sub_size: int, comp_size: int) -> int:
 
 def raise_epoch(memfd: int) -> None:
     """Begin the life of a new kernel on this segment, without mapping it."""
-    (epoch,) = struct.unpack("=Q", os.pread(memfd, 8, _EPOCH * 8))
-    os.pwrite(memfd, struct.pack("=Q", (epoch + 1) & 0xFFFFFFFF), _EPOCH * 8)
+    (epoch,) = struct.unpack("=Q", os.pread(memfd, 8, EPOCH * 8))
+    os.pwrite(memfd, struct.pack("=Q", (epoch + 1) & 0xFFFFFFFF), EPOCH * 8)
 
 
 class Segment:
@@ -152,7 +152,7 @@ class Segment:
 
     @property
     def epoch(self) -> int:
-        return self.items[_EPOCH] & 0xFFFFFFFF
+        return self.items[EPOCH] & 0xFFFFFFFF
 
     def close(self) -> None:
         """Unmap. Where a thread is in the middle of the ring (after a fork: was), its last slice keeps the mapping."""

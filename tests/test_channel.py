@@ -147,21 +147,19 @@ def test_wait_ends_after_its_time(ends: Ends) -> None:
     assert 0.02 <= time.monotonic() - before < 1
 
 
-def test_a_frame_that_comes_while_sleep_is_announced_is_received(
-    ends: Ends, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_frame_that_comes_while_sleep_is_announced_is_received(ends: Ends, monkeypatch: pytest.MonkeyPatch) -> None:
     """Its sender did not see us asleep, and has not rung."""
     ends.kernel.receive()
     ends.kernel._segment.items[ends.agent._producer.sleeps] = 0
-    original = ring.Consumer.empty
+    original = ring.Consumer.get
 
-    def empty(self: ring.Consumer) -> bool:
+    def get(self: ring.Consumer) -> bytes | None:
         found = original(self)
         monkeypatch.undo()
         ends.agent.send(b"just now")
         return found
 
-    monkeypatch.setattr(ring.Consumer, "empty", empty)
+    monkeypatch.setattr(ring.Consumer, "get", get)
     assert ends.kernel.receive() == [b"just now"]
 
 
