@@ -285,6 +285,12 @@ class CoreDied(Struct, array_like=True, frozen=True, tag=True):
     retry_s: float  # when it is forked again; < 0: never
 
 
+class LogLevel(Struct, array_like=True, frozen=True, tag=True):
+    """The settings were read again."""
+
+    level: str
+
+
 class Stop(Struct, array_like=True, frozen=True, tag=True):
     """The system goes down: refuse new calls. Agents are being ended; when they are, `last` is the kernel's turn."""
 
@@ -293,7 +299,7 @@ class Stop(Struct, array_like=True, frozen=True, tag=True):
 
 
 ToSupervisor = Fork | SendSignal | Mark | Forget | Ready | Shutdown
-FromSupervisor = Forked | ForkFailed | ChildStopped | ChildExited | CoreForked | CoreDied | Stop
+FromSupervisor = Forked | ForkFailed | ChildStopped | ChildExited | CoreForked | CoreDied | LogLevel | Stop
 
 encode = msgpack.Encoder().encode
 decode_to_core = msgpack.Decoder(ToCore).decode

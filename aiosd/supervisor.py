@@ -153,6 +153,7 @@ class Supervisor:
             logger.error("settings not read again: %s", err)
             return
         log.set_level(self.settings.log_level)
+        self._tell(link.LogLevel(self.settings.log_level))
         logger.info("settings read again%s", f"; after a restart: {', '.join(needs_restart)}" if needs_restart else "")
 
     # ── kernel and cores ──────────────────────────────────────────────────────────────────────────────────
@@ -273,7 +274,9 @@ class Supervisor:
             return
         core.backoff_s = _backoff(core.backoff_s, core.forked_at)
         reason = spawn.describe(status)
-        logger.error("llm core %s died (%s); forked again in %.1f s", core.model.name, reason, core.backoff_s)
+        # At boot the kernel says in one line what that means.
+        level = logging.ERROR if self.served_once else logging.DEBUG
+        logger.log(level, "llm core %s died (%s); forked again in %.1f s", core.model.name, reason, core.backoff_s)
         self._tell(link.CoreDied(core.model.name, reason, core.backoff_s))
         self.timers.after(core.backoff_s, lambda: self._fork_core(core))
 

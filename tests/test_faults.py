@@ -218,3 +218,24 @@ def test_messages_are_delivered_once_and_in_order_over_kernel_deaths(fresh_aiosd
         kill(system, "kernel")
     out, errors = finish(job)
     assert (out, errors, job.returncode) == ("all\n0\n", "", 0)
+
+
+def test_an_agent_that_ruins_its_header_ends_alone(fresh_aiosd: Fresh, tmp_path: Path) -> None:
+    """While it runs, and when only the next kernel gets to see it."""
+    script = tmp_path / "vandal.py"
+    script.write_text(
+        "import os, sys\n"
+        "memfd = int(os.environ['AIOS_CHANNEL'].split(':')[0])\n"
+        "os.pwrite(memfd, b'\\xff' * 4096, 0)\n"
+        "print('ruined', flush=True)\n"
+        "sys.stdin.read()\n"
+    )
+    system = fresh_aiosd("--threads", "1")
+    system.run("aios-run", "-d", "--name", "bystander", "--", "sleep", "1000", check=True)
+    job = system.popen("aios-run", script)
+    assert job.stdout is not None
+    assert job.stdout.readline() == "ruined\n"
+    kill(system, "kernel")
+    assert eventually(lambda: job.poll() == 137, timeout=20)
+    assert [entry["name"] for entry in system.agents()] == ["bystander"]
+    assert system.status()["kernel"]["epoch"] == 2

@@ -19,6 +19,7 @@ from aiosd.kernel.peer import AgentPeer, Call
 from aiosd.kernel.proc import INIT, Event, Proc, State
 from libaios import wire
 from libaios.channel import Channel, Side
+from libaios.ring import ProtocolError
 
 if TYPE_CHECKING:
     from aiosd.kernel.loop import Kernel
@@ -77,8 +78,16 @@ class Agents:
         self.kernel.fail(call, message.errno, message.message)
 
     def connect(self, proc: Proc, memfd: int, bell: int) -> None:
-        proc.peer = AgentPeer(proc, Channel(memfd, bell, Side.KERNEL))
+        """Serve an agent's channel; one whose header it has ruined already ends it here."""
         self.by_ospid[proc.ospid] = proc
+        try:
+            channel = Channel(memfd, bell, Side.KERNEL)
+        except ProtocolError as err:
+            self.kernel.counters["offenders"] += 1
+            self.set_reason(proc, f"EPROTO: {err}")
+            self.deliver(proc, signal.SIGKILL)
+            return
+        proc.peer = AgentPeer(proc, channel)
         self.kernel.serve(proc.peer)
 
     def hang_up(self, client: int) -> None:

@@ -28,6 +28,7 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger("kernel.control")
 
+PAUSE_S = 0.2  # before new clients are accepted again when there was no descriptor for one
 MAX_GENERATIONS = 64  # steps up the process tree in search of an agent
 
 
@@ -36,7 +37,10 @@ class Control:
         self.kernel = kernel
         self.clients: dict[int, ClientPeer] = {}  # by id, once they have said Hello
         self._listener = listener
-        kernel.watch(listener.fileno(), self._on_connect)
+        self._listen()
+
+    def _listen(self) -> None:
+        self.kernel.watch(self._listener.fileno(), self._on_connect)
 
     def knows(self, client: int) -> bool:
         return client in self.clients
@@ -51,8 +55,12 @@ class Control:
     def _on_connect(self, mask: int) -> None:
         try:
             sock, _ = self._listener.accept()
-        except OSError as err:  # out of descriptors, or it left before we came
+        except BlockingIOError:
+            return  # it left before we came
+        except OSError as err:  # out of descriptors: those who wait keep waiting, and we do not spin meanwhile
             logger.warning("control socket: %s", err)
+            self.kernel.unwatch(self._listener.fileno())
+            self.kernel.timers.after(PAUSE_S, self._listen)
             return
         sock.setblocking(False)
         ospid, uid, _ = struct.unpack("3i", sock.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, 12))
@@ -80,17 +88,7 @@ class Control:
         try:
             if peer.socket.flush():
                 self.kernel.generations.resume_streams(peer)
-            for payload, fds in peer.socket.receive():
-                peer.fds = fds
-                try:
-                    if peer.welcome:
-                        self.kernel.dispatch(peer, payload)
-                    else:
-                        self._greet(peer, payload)
-                finally:
-                    for fd in fds:
-                        os.close(fd)
-                    peer.fds = []
+            self._handle(peer, peer.socket.receive())
         except ProtocolError as err:
             self.kernel.offend(peer, str(err))
         except (EOFError, OSError):
@@ -98,6 +96,20 @@ class Control:
         else:
             if peer.fileno() in self.kernel.on_event:
                 self.kernel.watch_output(peer.socket)
+
+    def _handle(self, peer: ClientPeer, frames: list[tuple[bytes, list[int]]]) -> None:
+        try:
+            for payload, fds in frames:
+                peer.fds = fds
+                if peer.welcome:
+                    self.kernel.dispatch(peer, payload)
+                else:
+                    self._greet(peer, payload)
+        finally:
+            peer.fds = []
+            for _, fds in frames:  # whoever wanted to keep one has a duplicate
+                for fd in fds:
+                    os.close(fd)
 
     def _greet(self, peer: ClientPeer, payload: bytes) -> None:
         try:

@@ -126,7 +126,7 @@ class Kernel:
         self.on_event[fd] = act
         self.epoll.register(fd, select.EPOLLIN)
 
-    def _unwatch(self, fd: int) -> None:
+    def unwatch(self, fd: int) -> None:
         if self.on_event.pop(fd, None) is not None:
             self.epoll.unregister(fd)
         self.hungry.pop(fd, None)
@@ -292,7 +292,7 @@ class Kernel:
             self._close_call(call)
         fd = peer.fileno()
         if fd in self.on_event:
-            self._unwatch(fd)
+            self.unwatch(fd)
             peer.close()
         if isinstance(peer, AgentPeer):
             if peer.proc is not None and peer.proc.peer is peer:
@@ -335,6 +335,8 @@ class Kernel:
                 self._connect_core(core, message.ospid, message.deaths, *fds)
             case link.CoreDied():
                 self._core_died(self.cores.by_name[message.name], message.reason)
+            case link.LogLevel():
+                log.set_level(message.level)
             case link.Stop():
                 self.stopping = message.reason
                 self.over = message.last
@@ -355,8 +357,10 @@ class Kernel:
     def _core_died(self, core: Core, reason: str) -> None:
         if core.channel is not None:
             self._on_core(core, core.channel)  # its last words
-            self._unwatch(core.channel.fileno())
+            self.unwatch(core.channel.fileno())
         self.cores.died(core, reason)
+        if not self.ready and not self.generations.load_error:
+            self.generations.load_error = f"{core.name}: the llm core died while it was loading ({reason})"
 
     def core_loaded(self) -> None:
         """Every time a core is ready; the first time that all are, the system is."""
