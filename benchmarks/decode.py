@@ -4,11 +4,13 @@
 Both sides run in this one call, interleaved (system, bare, bare, system), with the same model file, threads, context
 and prompts, greedy. The system: an aiosd in a temporary home, agents as real processes, all connected before the
 clock starts, each asking for one completion of N tokens. Bare: one process that does `llama_decode` and arg max and
-nothing else, the prompts in one batch. What counts is the median of the ratios of neighbouring runs.
+nothing else, the prompts in one batch. What counts is the median of the ratios of neighbouring runs. Beside it stands
+the same ratio in CPU seconds of the two processes that compute: it tells the core's own share of the difference,
+also on a machine that others use.
 
     $ python benchmarks/decode.py
-    model   agents    bare tok/s   system tok/s   ratio    bar
-    nano         1        2764.1         2395.0   0.866   0.60
+    model   agents    bare tok/s   system tok/s   ratio    bar   cpu ratio
+    nano         1        2764.1         2395.0   0.866   0.60       0.970
     …
 
 `--engine` leaves out everything but the engine: it runs in the process of the bare loop, to see what Python's share
@@ -26,8 +28,9 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from dataclasses import dataclass
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
@@ -39,7 +42,7 @@ AGENTS = (1, 8, 32)
 CTX = 2048
 PROMPT = 16  # tokens
 BARS = {"nano": (0.6, 0.8, 0.85), "small": (0.95, 0.95, 0.95)}
-TOKENS = {"nano": 512, "small": 128}
+TOKENS = {"nano": 256, "small": 96}
 
 AGENT = """
 import json, sys, time
@@ -203,6 +206,12 @@ class System:
         )
         return int(json.loads(status.stdout)["models"][0]["stats"]["threads"])
 
+    def core(self) -> int:
+        """Linux's pid of the llm core."""
+        show = [*command("aios-ps"), "-e", "--json"]
+        processes = subprocess.run(show, env=self.env, stdout=subprocess.PIPE, check=True)
+        return next(int(process["ospid"]) for process in json.loads(processes.stdout) if process["name"] == "llm")
+
     def run(self, count: int, tokens: int, salt: int) -> float:
         for agent, prompt in zip(self.agents, prompts(count, salt), strict=False):
             agent.ask({"prompt": prompt, "tokens": tokens})
@@ -232,6 +241,11 @@ def system(model: Path, threads: int | None) -> Iterator[System]:
 # ── both ──────────────────────────────────────────────────────────────────────────────────────────────────
 
 
+def cpu_seconds(pid: int) -> float:
+    """Of all threads, so far."""
+    return sum(int(file.read_text().split()[0]) for file in Path(f"/proc/{pid}/task").glob("*/schedstat")) / 1e9
+
+
 def model_path(name: str) -> Path:
     if name == "nano":
         return ROOT / "aiosd" / "nano" / "nano.gguf"
@@ -242,47 +256,62 @@ def model_path(name: str) -> Path:
     return path_of(name)
 
 
-def compare(side: Any, bare: Child, rounds: int, tokens: int) -> dict[int, list[tuple[float, float]]]:
-    """Pairs (system, bare) of tokens per second by number of agents."""
+@dataclass
+class Run:
+    tokens_per_s: float
+    cpu_s: float
 
-    def ask_bare(count: int, salt: int) -> float:
+
+Pairs = dict[int, list[tuple[Run, Run]]]
+
+
+def compare(side: Callable[[int, int, int], float], core: int, bare: Child, rounds: int, tokens: int) -> Pairs:
+    """Pairs (ours, bare) by number of agents. `core`: the process that computes on our side."""
+
+    def ours(count: int, salt: int) -> Run:
+        before = cpu_seconds(core)
+        return Run(side(count, tokens, salt), cpu_seconds(core) - before)
+
+    def theirs(count: int, salt: int) -> Run:
+        before = cpu_seconds(bare.process.pid)
         bare.ask([count, tokens, salt])
-        return float(bare.answer())
+        return Run(float(bare.answer()), cpu_seconds(bare.process.pid) - before)
 
-    pairs: dict[int, list[tuple[float, float]]] = {count: [] for count in AGENTS}
     for count in AGENTS:
-        side(count, tokens, 1)
-        ask_bare(count, 1)  # warm
+        side(count, 16, 1)
+        bare.ask([count, 16, 1])  # warm
+        bare.answer()
+    pairs: Pairs = {count: [] for count in AGENTS}
     salt = 2
     for _ in range(rounds):
         for count in AGENTS:
             salt += 4
-            first, second = side(count, tokens, salt), ask_bare(count, salt + 1)
-            fourth, third = ask_bare(count, salt + 2), side(count, tokens, salt + 3)
+            first, second = ours(count, salt), theirs(count, salt + 1)
+            fourth, third = theirs(count, salt + 2), ours(count, salt + 3)
             pairs[count] += [(first, second), (third, fourth)]
     return pairs
 
 
-def report(name: str, pairs: dict[int, list[tuple[float, float]]]) -> list[dict[str, Any]]:
+def report(name: str, pairs: Pairs, **also: Any) -> list[dict[str, Any]]:
     rows = []
     for i, (count, measured) in enumerate(pairs.items()):
-        ours, bare = zip(*measured, strict=True)
-        ratio = statistics.median(a / b for a, b in measured)
-        bar = BARS[name][i] if name in BARS else None
-        rows.append(
-            {
-                "model": name,
-                "agents": count,
-                "bare_tokens_per_s": statistics.median(bare),
-                "system_tokens_per_s": statistics.median(ours),
-                "ratio": ratio,
-                "ratios": [a / b for a, b in measured],
-                "bar": bar,
-            }
-        )
-        shown = f"{bar:.2f}" if bar is not None else "–"
+        ratios = [ours.tokens_per_s / bare.tokens_per_s for ours, bare in measured]
+        row = {
+            "model": name,
+            "agents": count,
+            "bare_tokens_per_s": statistics.median(bare.tokens_per_s for _, bare in measured),
+            "system_tokens_per_s": statistics.median(ours.tokens_per_s for ours, _ in measured),
+            "ratio": statistics.median(ratios),
+            "ratios": ratios,
+            "cpu_ratio": statistics.median(bare.cpu_s / ours.cpu_s for ours, bare in measured),
+            "bar": BARS[name][i] if name in BARS else None,
+            **also,
+        }
+        rows.append(row)
+        bar = "–" if row["bar"] is None else f"{row['bar']:.2f}"
         print(
-            f"{name:<8}{count:>6}{statistics.median(bare):>14.1f}{statistics.median(ours):>15.1f}{ratio:>8.3f}{shown:>7}",
+            f"{name:<8}{count:>6}{row['bare_tokens_per_s']:>14.1f}{row['system_tokens_per_s']:>15.1f}"
+            f"{row['ratio']:>8.3f}{bar:>7}{row['cpu_ratio']:>12.3f}",
             flush=True,
         )
     return rows
@@ -301,7 +330,7 @@ def main() -> None:
     if options.serve_bare:
         serve_bare(options.serve_bare, options.threads, options.engine)
         return
-    print("model   agents    bare tok/s   system tok/s   ratio    bar")
+    print("model   agents    bare tok/s   system tok/s   ratio    bar   cpu ratio")
     rows: list[dict[str, Any]] = []
     for name in options.model or ["nano", "small"]:
         path, tokens = model_path(name), options.tokens or TOKENS.get(name, 128)
@@ -313,17 +342,15 @@ def main() -> None:
                 ours.ask([count, tokens, salt])
                 return float(ours.answer())
 
-            rows += report(name, compare(side, bare, options.rounds, tokens))
+            pairs = compare(side, ours.process.pid, bare, options.rounds, tokens)
             ours.close()
         else:
             with system(path, options.threads) as whole:
                 threads = whole.threads()
                 bare = bare_child(path, threads)
-                rows += report(name, compare(whole.run, bare, options.rounds, tokens))
+                pairs = compare(whole.run, whole.core(), bare, options.rounds, tokens)
         bare.close()
-        for row in rows:
-            row.setdefault("threads", threads)
-            row.setdefault("tokens", tokens)
+        rows += report(name, pairs, threads=threads, tokens=tokens)
     result = {
         "benchmark": "decode",
         "date": datetime.now(UTC).date().isoformat(),
