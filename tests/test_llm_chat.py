@@ -9,6 +9,8 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 
 from aiosd.link import Submit
 from aiosd.llm import llama
@@ -26,6 +28,7 @@ from aiosd.llm.chat import (
 )
 from aiosd.llm.request import Requests
 from aiosd.llm.schema import Converter
+from aiosd.llm.tokens import Tokens
 from libaios.wire import Generate
 from tests import tinymodels
 
@@ -180,6 +183,15 @@ def test_bos_is_not_doubled(tmp_path: Path) -> None:
     assert chat[1] != model.bos
     assert ids == [5, 6], "ids are taken verbatim"
     model.close()
+
+
+@given(st.text(max_size=30), st.lists(st.sampled_from(["<|im_end|>", "<|im_start|>", " ", "\n", "<tool_call>", "the"])))
+def test_tokens_from_segments_are_those_of_the_whole(model: llama.Model, text: str, parts: list[str]) -> None:
+    whole = text.join(parts) + text
+    tokens = Tokens(model)
+    expected = model.tokenize(whole, bos=False, special=True)
+    assert tokens.of(whole) == expected
+    assert tokens.of(whole) == expected, "the second time from memory"
 
 
 # ── dialects ──────────────────────────────────────────────────────────────────────────────────────────────

@@ -6,6 +6,7 @@ Files, from the bottom up:
     modelfile.py   what a GGUF says about itself, read before llama.cpp touches it
     llama.py       the only file that touches llama_cpp: Model, Context, Batch, Grammar
     sampling.py    one token from one row of logits
+    tokens.py      text to token ids, recent segments remembered
     text.py        bytes to characters to pieces: split UTF-8, stop strings, triggers
     schema.py      JSON Schema to grammar
     chat.py        messages to prompt, and the tool-call dialects
@@ -15,6 +16,7 @@ Files, from the bottom up:
     policy.py      who runs next (pure)
     prefix.py      which cached tokens a prompt can reuse (pure)
     slots.py       which sequence lies where in the KV cache; counts
+    stats.py       counts and times
     engine.py      plan → decode → settle
     embed.py       vectors, in a context of their own
     loading.py     from a ModelSpec to a calibrated engine, or one line that says why not

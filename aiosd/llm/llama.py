@@ -103,6 +103,10 @@ def supports_gpu() -> bool:
 # ── weights and vocabulary ────────────────────────────────────────────────────────────────────────────────
 
 
+_CUTTING = (C.LLAMA_VOCAB_TYPE_SPM, C.LLAMA_VOCAB_TYPE_BPE)
+_STRIPS = C.LLAMA_TOKEN_ATTR_LSTRIP | C.LLAMA_TOKEN_ATTR_RSTRIP
+
+
 class Model:
     """Weights and vocabulary of one GGUF.
 
@@ -151,7 +155,8 @@ class Model:
     def _vocabulary(self) -> None:
         vocab = self._vocab
         self.n_vocab = n = int(C.llama_vocab_n_tokens(vocab))
-        self.has_tokenizer = int(C.llama_vocab_type(vocab)) != 0
+        self._kind = int(C.llama_vocab_type(vocab))
+        self.has_tokenizer = self._kind != C.LLAMA_VOCAB_TYPE_NONE
         self.bos, self.eos = int(C.llama_vocab_bos(vocab)), int(C.llama_vocab_eos(vocab))
         self.adds_bos = bool(C.llama_vocab_get_add_bos(vocab))
         self.end_tokens = frozenset(t for t in range(n) if C.llama_vocab_is_eog(vocab, t))
@@ -167,10 +172,14 @@ class Model:
             n = C.llama_token_to_piece(self._vocab, token, self._buffer, -n, 0, special)
         return self._buffer.raw[: max(n, 0)]
 
-    def control_texts(self) -> list[str]:
-        """How the control tokens are written, the longest first."""
-        texts = {self.token_text(int(token)) for token in np.flatnonzero(self.control)} - {""}
-        return sorted(texts, key=len, reverse=True)
+    def control_tokens(self) -> list[int]:
+        return [int(token) for token in np.flatnonzero(self.control)]
+
+    @property
+    def cuts_at_controls(self) -> bool:
+        """Is the text on both sides of a control token tokenised as if it stood alone?"""
+        strips = any(C.llama_vocab_get_attr(self._vocab, token) & _STRIPS for token in self.control_tokens())
+        return self._kind in _CUTTING and not strips
 
     def token_text(self, token: int) -> str:
         """How a token is written in the template language: control tokens show."""

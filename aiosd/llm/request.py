@@ -7,7 +7,6 @@ grammars. The engine gets a record that can only fail by what happens to it late
 from __future__ import annotations
 
 import errno
-import re
 
 import numpy as np
 
@@ -18,6 +17,7 @@ from aiosd.llm.sampling import Sampler
 from aiosd.llm.sequence import Sequence
 from aiosd.llm.structured import Constraint, SchemaConstraint, ToolConstraint
 from aiosd.llm.text import TextStream
+from aiosd.llm.tokens import Tokens
 from libaios.wire import Generate, Sampling
 
 _UNLIMITED = 1 << 30
@@ -30,8 +30,7 @@ class Requests:
     def __init__(self, model: llama.Model, ctx: int) -> None:
         self._model = model
         self._ctx = ctx
-        controls = model.control_texts()
-        self._control = re.compile("|".join(map(re.escape, controls))) if controls else None
+        self._tokenizer = Tokens(model)
         self.template = ChatTemplate(
             model.meta("tokenizer.chat_template"), model.token_text(model.bos), model.token_text(model.eos)
         )
@@ -81,7 +80,7 @@ class Requests:
     def _disarmed(self, messages: list[Message]) -> list[Message]:
         """Control tokens that a message merely quotes (a tool's output may) must not become control tokens: a
         mark goes into the middle of them, at which `_chat_tokens` cuts."""
-        pattern = self._control
+        pattern = self._tokenizer.pattern
         if pattern is None or not any(pattern.search(message["content"]) for message in messages):
             return messages
         return [
@@ -93,17 +92,16 @@ class Requests:
         first, *rest = text.split(_MARK)
         tokens = self._tokens(first)
         for part in rest:
-            tokens += self._model.tokenize(part, bos=False, special=True)
+            tokens += self._tokenizer.of(part)
         return tokens
 
     def _tokens(self, text: str) -> list[int]:
         """With the model's BOS in front, but never twice: many templates write it themselves."""
         if not self._model.has_tokenizer:
             raise refuse("this model has no tokenizer: give token ids")
-        tokens = self._model.tokenize(text, bos=True, special=True)
-        bos = self._model.bos
-        if self._model.adds_bos and len(tokens) > 1 and tokens[0] == tokens[1] == bos:
-            return tokens[1:]
+        tokens, bos = self._tokenizer.of(text), self._model.bos
+        if self._model.adds_bos and tokens[:1] != [bos]:
+            return [bos, *tokens]
         return tokens
 
     def _measured(self, tokens: list[int]) -> list[int]:
