@@ -43,6 +43,10 @@ PATIENCE_S = 5.0  # for what may take a moment to go away after a test
 BOOT_S = 60.0
 STOP_S = 20.0
 
+# A shell that runs something in the background has it ignore these, and children inherit that.
+signal.signal(signal.SIGINT, signal.default_int_handler)
+signal.signal(signal.SIGQUIT, signal.SIG_DFL)
+
 #: In the environment of all that a test starts, so that it is found wherever it went.
 MARK = "AIOSD_TESTS"
 os.environ[MARK] = str(os.getpid())

@@ -205,7 +205,7 @@ def test_a_stop_from_outside_aiosd_is_noticed(aiosd: System) -> None:
 def test_what_an_agent_leaves_behind_dies_with_it(aiosd: System, agent: Write) -> None:
     """Detached, in sessions of their own, deaf to TERM: all of it."""
     script = agent("""
-        code = "import os, signal; signal.signal(signal.SIGTERM, signal.SIG_IGN); os.write(1, b'%d\\n' % os.getpid())"
+        code = "import os, signal; signal.signal(signal.SIGTERM, signal.SIG_IGN); os.write(1, b'%d\\\\n' % os.getpid())"
         code += "; signal.pause()"
         for _ in range(3):
             if os.fork() == 0:
