@@ -353,7 +353,7 @@ def test_long_prompt_does_not_stop_the_others(bench: Bench) -> None:
 
 
 def test_scattered_slots_come_together_and_nobody_notices(exact: Bench) -> None:
-    long = {"max_tokens": 3 * engine_module.PATIENCE}
+    long = {"max_tokens": 40}
     expected = exact.alone([1, 2, 3, 4], **long)
     exact.forget()
     first = exact.submit([5, 6, 7], **long)
@@ -366,18 +366,20 @@ def test_scattered_slots_come_together_and_nobody_notices(exact: Bench) -> None:
 
 
 def test_batch_in_pieces_is_made_whole(bench: Bench) -> None:
-    long = {"max_tokens": 3 * engine_module.PATIENCE}
+    long = {"max_tokens": 40}
     bench.submit([5, 6, 7], **long)
-    for prompt in ([8, 9], [10, 11]):
-        bench.submit(prompt, max_tokens=3)
+    short = [bench.submit(prompt, max_tokens=3) for prompt in ([8, 9], [10, 11])]
     last = bench.submit([1, 2, 3, 4], **long)
-    bench.run(6)
+    bench.run(3)
+    assert all(bench.end(key) for key in short)
     assert bench.engine._calls[last].slot == 3
-    bench.run(engine_module.PATIENCE + 5)
+    bench.run(engine_module.PATIENCE)
     assert bench.engine._calls[last].slot == 1
     assert bench.engine.slots.holds(3), "what lay in the hole must still serve as a prefix"
+    again = bench.submit([8, 9, 9], max_tokens=3)
     bench.run()
     assert bench.end(last)
+    assert bench.end(again).usage.cached_tokens == 2
 
 
 # ── prefixes ──────────────────────────────────────────────────────────────────────────────────────────────

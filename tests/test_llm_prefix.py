@@ -1,12 +1,15 @@
-"""Which free slot serves a prompt best."""
+"""Which free slot serves a prompt best, and how scattered slots come together."""
 
 from __future__ import annotations
+
+from dataclasses import dataclass
 
 import numpy as np
 from hypothesis import given
 from hypothesis import strategies as st
 
 from aiosd.llm.prefix import Held, best_slot, common_prefix
+from aiosd.llm.slots import Slots
 
 ids = st.lists(st.integers(0, 3), max_size=12)
 
@@ -55,3 +58,38 @@ def test_only_the_reusable_part_counts() -> None:
     match = best_slot(array([1, 2, 3, 4]), "", [held(0, [1, 2, 3, 4], reusable=2)], 10)
     assert match is not None
     assert match.length == 2
+
+
+# ── slots that are scattered ──────────────────────────────────────────────────────────────────────────────
+
+
+@dataclass
+class Row:
+    key: tuple[int, int]
+    slot: int = -1
+
+
+@given(st.sets(st.integers(0, 15), min_size=1), st.sets(st.integers(0, 15)))
+def test_scattered_rows_come_together_in_the_fewest_moves(taken: set[int], blocked: set[int]) -> None:
+    slots = Slots(16)
+    rows = [Row((1, slot)) for slot in sorted(taken)]
+    for row in rows:
+        slots.take(row.key[1], row)  # type: ignore[arg-type]
+    for slot in blocked - taken:
+        slots.take(slot, Row((2, slot)))  # type: ignore[arg-type]
+    n = len(rows)
+    windows = [set(range(start, start + n)) for start in range(16 - n + 1)]
+    fewest = min((len(window - taken) for window in windows if not window & (blocked - taken)), default=None)
+    moves = 0
+    while True:
+        rows.sort(key=lambda row: row.slot)
+        move = slots.closing_move(rows)  # type: ignore[arg-type]
+        if move is None:
+            break
+        slots.swap(*move)
+        slots.check()
+        moves += 1
+    together = rows[-1].slot - rows[0].slot == n - 1
+    assert together == (fewest is not None) or moves == 0
+    if fewest is not None:
+        assert moves == fewest

@@ -54,8 +54,8 @@ PREFILL_SLICE, PREFILL_ALONE = 0.25, 1.0
 #: … and never less than twice this many tokens of a prompt in one batch, unless it has no more.
 LEAST_PROMPT = 16
 
-#: A batch in several pieces for so many steps is made whole by swapping slots.
-PATIENCE = 32
+#: A batch that was in several pieces for so many steps is made whole.
+PATIENCE = 4
 
 
 @dataclass(slots=True)
@@ -413,10 +413,10 @@ class Engine:
                 self._finish(sequence, sequence.limit_reason)
         if self._dummies:
             self._forget_dummies()
-        elif not self._stale:
+        if self._num_pieces > 1:
+            self._close_gap()
+        if not self._stale:
             batch.positions[:n] += 1
-            if self._num_pieces > 1:
-                self._close_gap()
 
     def _next(self, sequence: Sequence, row: llama.Floats) -> None:
         """The token after this row, for a call of any kind: append it, or finish."""
@@ -450,27 +450,18 @@ class Engine:
 
     def _close_gap(self) -> None:
         """A batch whose slots are not consecutive runs in several pieces, each reading all the weights. If that
-        lasts, the highest call changes places with what the lowest hole holds. (At once would be wasteful: the
-        hole often belongs to an agent whose next call is on its way and will find its prompt there.)"""
+        lasts for a few steps, calls change places with what free slots hold, one in a step: what lies there is
+        often the prompt of an agent whose next call is on its way."""
         self._pieces_for += 1
         if self._pieces_for < PATIENCE:
             return
-        self._pieces_for = PATIENCE // 2
-        last = self._rows[-1]
-        taken = {sequence.slot for sequence in self._rows}
-        holes = (slot for slot in range(self._rows[0].slot, last.slot) if slot not in taken)
-        hole = next((slot for slot in holes if self.slots.owner(slot) is None), None)
-        if hole is None:
+        rows = [sequence for sequence in self._rows if sequence.phase is Phase.DECODE]
+        move = self.slots.closing_move(rows) if rows else None
+        if move is None:
             return
-        mine, there = self._context.save(last.slot), last.slot
-        held = self._context.save(hole) if self.slots.holds(hole) else None
-        if not self._context.restore(hole, mine):
-            raise Bug("a state that was just saved is refused")
-        if held is None:
-            self._context.cut(there, 0)
-        elif not self._context.restore(there, held):
-            self.slots.forget(hole)
-        self.slots.swap(last, hole)
+        sequence, hole = move
+        self._context.exchange(sequence.slot, hole)
+        self.slots.swap(sequence, hole)
         self._stale = True
 
     # ── llama_decode and what may come of it ──────────────────────────────────────────────────────────────

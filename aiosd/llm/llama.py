@@ -322,6 +322,7 @@ class Context:
         self._logits_at = 0
         self._logits: Floats = np.zeros((0, model.n_vocab), np.float32)
         self._decode: Callable[[Any, Any], int] = C.llama_decode
+        self._scratch = [np.empty(0, np.uint8), np.empty(0, np.uint8)]
 
     def decode(self, batch: Batch) -> int:
         """OK; NO_ROOM: nothing changed; ABORTED: a part stays, ask `last_position`; below 0: an error (-1:
@@ -374,6 +375,23 @@ class Context:
             return True
         self.cut(sequence, 0)
         return False
+
+    def exchange(self, a: int, b: int) -> None:
+        """Two sequences change places. The buffers stay: fresh ones cost more than the copying."""
+        sizes = [self._into_scratch(sequence, i) for i, sequence in enumerate((a, b))]
+        for i, target in ((0, b), (1, a)):
+            self.cut(target, 0)
+            size = sizes[i]
+            if size and int(_state_seq_set(self._ctx, self._scratch[i].ctypes.data, size, target)) != size:
+                raise Bug(f"llama.cpp refuses the state it just gave, for sequence {target}")
+
+    def _into_scratch(self, sequence: int, i: int) -> int:
+        if self.last_position(sequence) < 0:
+            return 0
+        size = int(C.llama_state_seq_get_size(self._ctx, sequence))
+        if len(self._scratch[i]) < size:
+            self._scratch[i] = np.empty(size * 5 // 4, np.uint8)
+        return int(_state_seq_get(self._ctx, self._scratch[i].ctypes.data, size, sequence))
 
     def set_threads(self, threads: int) -> None:
         C.llama_set_n_threads(self._ctx, threads, threads)

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import replace
+from itertools import accumulate
 
 import numpy as np
 
@@ -77,6 +78,27 @@ class Slots:
         self._held[old] = replace(self._held[slot], slot=old)
         self._held[slot] = Held(slot, "", _NOTHING, 0, 0.0)
         sequence.slot = slot
+
+    def closing_move(self, rows: list[Sequence]) -> tuple[Sequence, int] | None:
+        """The next of the fewest exchanges after which `rows` (ascending) lie in consecutive slots: which of them
+        goes into which free slot. None when they do, or when slots that cannot be had stand in the way."""
+        n, slots = len(rows), {sequence.slot for sequence in rows}
+        if rows[-1].slot - rows[0].slot == n - 1:
+            return None
+        blocked = [owner is not None and slot not in slots for slot, owner in enumerate(self._owner)]
+        rows_before = [0, *accumulate(slot in slots for slot in range(self.total))]
+        blocked_before = [0, *accumulate(blocked)]
+        windows = (
+            (rows_before[start + n] - rows_before[start], -start)
+            for start in range(self.total - n + 1)
+            if blocked_before[start + n] == blocked_before[start]
+        )
+        best = max(windows, default=None)  # the one with most of the rows inside, the lowest of those
+        if best is None:
+            return None
+        window = range(-best[1], -best[1] + n)
+        outside = next(sequence for sequence in reversed(rows) if sequence.slot not in window)
+        return outside, next(slot for slot in window if slot not in slots)
 
     def forget(self, slot: int) -> None:
         """What a free slot held is no longer to be relied on."""
