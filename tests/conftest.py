@@ -46,6 +46,7 @@ STOP_S = 20.0
 # A shell that runs something in the background has it ignore these, and children inherit that.
 signal.signal(signal.SIGINT, signal.default_int_handler)
 signal.signal(signal.SIGQUIT, signal.SIG_DFL)
+signal.signal(signal.SIGHUP, signal.SIG_DFL)  # and nohup this one
 
 #: In the environment of all that a test starts, so that it is found wherever it went.
 MARK = "AIOSD_TESTS"
