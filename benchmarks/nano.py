@@ -65,16 +65,16 @@ def judge(task: Task, solve: Solve) -> str | None:
 # --- through the whole system ---------------------------------------------------------------------
 
 
-def command(name: str) -> str:
-    """The checkout's command, or the installed one."""
+def command(name: str) -> list[str]:
+    """The checkout's command under this Python, or the installed one."""
     here = ROOT / "bin" / name
-    return str(here) if here.exists() else shutil.which(name) or name
+    return [sys.executable, str(here)] if here.exists() else [shutil.which(name) or name]
 
 
 def solve_by_agent(prompt: str, folder: Path, notes_file: Path) -> str:
     react_args = ["-m", "libaios.agents.react", "--notes", str(notes_file), "--", prompt]
     run = subprocess.run(
-        [command("aios-run"), *react_args], cwd=folder, capture_output=True, text=True, timeout=300, check=False
+        [*command("aios-run"), *react_args], cwd=folder, capture_output=True, text=True, timeout=300, check=False
     )
     if run.returncode:
         raise AgentError(f"exit {run.returncode}: {run.stderr.strip()[-300:]}")
@@ -87,7 +87,7 @@ class System:
     def __enter__(self) -> None:
         self.home = tempfile.TemporaryDirectory()
         os.environ["AIOS_HOME"] = self.home.name
-        self.process = subprocess.Popen([command("aiosd")], stderr=subprocess.PIPE, text=True)
+        self.process = subprocess.Popen(command("aiosd"), stderr=subprocess.PIPE, text=True)
         assert self.process.stderr is not None
         for line in self.process.stderr:
             if line.startswith("aiosd: ready"):

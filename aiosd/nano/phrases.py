@@ -186,6 +186,7 @@ SENTENCES_HELD = [
 ]  # fmt: skip
 
 REMEMBER = [
+    "bear this in mind: {x}", "commit this to memory: {x}", "hold on to this: {x}", "put down that {x}", "{X}. [You must not forget it|You must remember it|Keep a note|Keep it in mind].", "take note that {x}", "I'd be glad if you could remember that {x}", "Please take a note of this: {x}",
     "{any} that {x}", "{any} that {x}", "{any} in [your memory|your notes] that {x}", "[save|store|file|log] that {x}", "register that {x}", "I {any} you to remember that {x}.", "Remember for {any}: {x}", "{any}: remember that {x}", "Keep this in your head: {x}", "for the record: {x}", "You need to know that {x}.", "Please [be aware|know] that {x}.", "store in memory: {x}", "remember that [today |now |]{x}", "{X}. [Keep that|Store that|Save that|Note that|Remember it for me|Learn this]!", "I [told|tell] you: {x}. Remember it.", "let it be noted that {x}", "make a mental note: {x}", "make sure not to forget that {x}", "{X} - [remember that|make a note|note it|don't forget it].", "put on record that {x}", "save as a note: {x}", "new note: {x}", "keep hold of this: {x}",
     "remember that {x}", "remember that {x}", "remember that {x}", "remember this: {x}", "remember: {x}", "note that {x}",
     "make a note that {x}", "make a note: {x}", "keep in mind that {x}", "don't forget that {x}", "do not forget: {x}",
@@ -210,6 +211,7 @@ REMEMBER_HELD = [
 
 # {q} is what the question is about; {wh} begins a question ("Where did"), {wi} the same as an indirect question.
 RECALL = [
+    "I wonder about {q}.", "I am wondering {wi} {q}{tail}.", "refresh my memory: {wh} {q}?", "Could you have noted {q}?", "Could it be that I told you {wi} {q}{tail}?", "go through your notes for {q}", "What was it that I said about {q}?", "bring up what I said about {q}", "tell me about {q}", "Quick: {wh} {q}?", "go and find {q} in your notes", "refresh my memory on {q}",
     "{any} me about {q}", "I {any} {wi} {q}{tail}.", "{any} what you know about {q}", "{any} the note about {q}", "{any} my memory [of|on] {q}", "{wh} {q}, [please|again|do you know|by the way]?", "[Please say|say|tell] {wi} {q}{tail}", "I [don't know|don't remember|have no idea|want to know|would like to know|am not sure] {wi} {q}{tail}.", "Have I told you {wi} {q}{tail}?", "Have I mentioned {q}?", "Did you note {q}?", "Do you have {q}?", "read me the note about {q}", "What note do you have about {q}?", "Do you remember {q}?", "Do you remember what I said about {q}?", "Didn't I tell you {wi} {q}{tail}?", "I told you {wi} {q}{tail}. [Tell me|What was it|Say it again].", "show me the note [on|about] {q}", "Hm, {wh} {q}?", "retrieve {q}", "get {q} from your [notes|memory]", "[let me know|say] {wi} {q}{tail}", "What's the story with {q}?", "What can you tell me about {q}?", "Information about {q}?", "look for {q} in your notes", "Was there [something|anything] about {q}?", "{wi} {q}{tail}?", "What did I note about {q}?", "[Which|What] notes mention {q}?",
     "{wh} {q}?", "{wh} {q}?", "{wh} {q}?", "tell me {wi} {q}{tail}", "Do you [remember|know|recall] {wi} {q}{tail}?",
     "Did I tell you {wi} {q}{tail}?", "[I forgot|I have forgotten|I can't remember] {wi} {q}{tail}.", "remind me {wi} {q}{tail}",
@@ -226,12 +228,14 @@ RECALL_HELD = [
     "Quick question: {wh} {q}?", "What was it I told you about {q}?", "bring up the note on {q}",
 ]  # fmt: skip
 RECALL_ALL = [
+    "read all notes", "What's in your memory?", "list what is in your notes", "read your notes to me",
     "What do you remember?", "list [all|] your notes", "tell me everything [you remember|I told you]", "show me all [your|the|my] notes",
     "What have you noted so far?", "What notes do you have?", "What [did|have] I [tell|told] you so far?", "recall everything",
 ]  # fmt: skip
 RECALL_ALL_HELD = ["read me all your notes", "What is in your notes?"]
 
 READ = [
+    "recite what {f} says", "let me see {f}", "show what {f} holds", "What can I find in {f}?", "take a look at {f}", "I am curious what {f} says.", "present {f}", "show the text stored in {f}", "let me see the text of {f}", "take a look at {f} and tell me what it says", "What text is stored in {f}?",
     "{any} {f}", "{any} the file {f}", "{any} me {f}", "{any} the [text|content|contents] of {f}", "{any} out what is in {f}", "[scan|inspect|go through|examine|study|review|peek into|retrieve|access|browse|preview|type out] [the file|] {f}", "I need the [text|contents|content] of {f}.", "I [wonder|need to know] what {f} says.", "What text does {f} [have|hold]?", "{f}: what does it say?", "What's written inside {f}?", "Do you know what {f} says?", "say what is in {f}", "have a look at {f}", "have a look into {f} and tell me what is there", "What does it say in {f}?", "How does {f} read?", "Which words are in {f}?", "{f}?", "let me know what {f} [says|contains]", "bring me the [text|content] of {f}", "What has been saved in {f}?", "Tell me, what is inside {f}?", "show the file {f}", "read me {f}", "I forgot what is in {f}.", "repeat what {f} says",
     "read {f}", "read the file {f}", "show me {f}", "show me the [contents|content|text] of {f}", "What does {f} say?", "open {f}",
     "open {f} and tell me what it says", "What is in {f}?", "What's in the file {f}?", "What's inside {f}?", "print {f}",
@@ -250,6 +254,7 @@ READ_HELD = [
 ]  # fmt: skip
 
 WRITE = [
+    "make a file {f} which holds {x}", "drop the text {x} in {f}", "enter the words {x} into {f}", "let {f} say {x}", "have {f} contain {x}", "leave {x} in {f}", "I would like {x} in {f}.", "I would like to write {x} [to|into] {f}.", "create a new file {f} that [says|contains|holds] {x}", "enter {x} into {f}", "drop {x} in {f}", "let the file {f} contain {x}",
     "{any} {x} [into|to|in] {f}", "{any} {x} [into|to|in] the file {f}", "{any} a file {f} [with|that says|containing|with the text] {x}", "{any} {f} with [the text|] {x}", "{any} the [text|words|line] {x} [into|in|to] {f}", "[insert|place|type|log|record|stick|export|set|leave|deposit] {x} [in|into|to] {f}", "{any} a file [called|named] {f} [with|containing|that says] {x}", "[generate|start|build|prepare|compose|set up] a file [called|named|] {f} [with|containing|that says|that reads] {x}", "write {x} and [save|store] it [as|in|to] {f}", "save a file {f} [that says|with|containing] {x}", "[have|get] {x} written [to|into] {f}", "I'd like {f} to [say|contain] {x}.", "{f} should [say|contain|hold] {x}.", "Make sure {f} [says|contains] {x}.", "Write this: {x}. [Save it|Put it|Store it] in {f}.", "The text {x} [belongs|goes] in[to|] {f}.", "The words {x} [must|should] [go|be written] [to|into|in] {f}.", "new file {f}: {x}", "file {f}, text: {x}", "note down {x} in {f}", "Add {x} to {f}", "write in {f} that {x}", "write down in {f}: {x}", "Please [make|create] {f}. It should say {x}.", "[save|write] to the file {f} the text {x}", "[save|write] in {f} the words {x}", "I want {x} in {f}.", "I need {x} [saved|stored|written] in {f}.", "send {x} to the file {f}",
     "write {x} [to|into|in] {f}", "write {x} to the file {f}", "save {x} [to|in|into|as] {f}", "put {x} [in|into] {f}", "store {x} in {f}",
     "create [a file|the file|] {f} with the [text|content|words] {x}", "create a file [called|named] {f} [containing|that says|that contains] {x}",
@@ -264,12 +269,13 @@ WRITE = [
     "jot {x} down in {f}", "put this into {f}: {x}", "Please have {f} contain {x}.",
 ]  # fmt: skip
 WRITE_HELD = [
-    "produce a file {f} that holds {x}", "drop {x} into {f}", "enter {x} in the file {f}", "let {f} contain {x}",
-    "lay down the text {x} in {f}", "I would like {x} to be in {f}.",
+    "make a new file {f} that holds {x}", "drop {x} into {f}", "enter {x} in the file {f}", "let {f} contain {x}",
+    "leave the text {x} in {f}", "I would like to have {x} in {f}.",
 ]  # fmt: skip
 
 # {e} is an expression in signs or in words.
 CALC = [
+    "I wonder how much {e} is.", "state {e}", "state the result of {e}", "Which number is {e}?", "reckon what {e} is", "What does {e} result in?", "Any idea what {e} is?", "obtain the result of {e}", "What is the number for {e}?", "What's the value of {e}?",
     "{any} {e}", "{any} me {e}", "{any} the value of {e}", "{any} what {e} is", "{any} how much {e} is", "I {any} what {e} is.", "the value of {e}", "What's the [result|answer|value] of {e}?", "Can {e} be calculated?", "give me {e}", "How much does {e} make?", "What {any} is {e}?", "What do I get for {e}?", "If I compute {e}, what do I get?", "{E} is how much?", "math: {e}", "Let me know what {e} is.", "I'd like to know {e}.", "Please, what is {e}?", "show me [the result of|] {e}", "and {e}?", "What about {e}?", "[name|show|print] the [result|answer] of {e}", "What comes out of {e}?", "What is {e} [exactly|equal to|then|please]?", "I need {e}.", "[hey |]how much would {e} make?",
     "What is {e}?", "What is {e}?", "What's {e}?", "whats {e}", "calculate {e}", "compute {e}", "work out {e}", "evaluate {e}", "{E}?", "{E} =", "{E} = ?",
     "{E}", "How much is {e}?", "tell me {e}", "tell me what {e} is", "find {e}", "What does {e} [equal|come to|give|make|evaluate to]?", "solve {e}",
@@ -285,6 +291,7 @@ CALC_HELD = [
 
 # Arithmetic in words, and the expression for calc. The order of numbers is the reader's: what comes first is a.
 WORDED = [
+    ("{a} decreased by {b}", "{a} - {b}"), ("{a} lowered by {b}", "{a} - {b}"), ("{a} raised by {b}", "{a} + {b}"), ("{a} enlarged by {b}", "{a} + {b}"), ("the total of {a}, {b} and {c}", "{a} + {b} + {c}"), ("{a} times {b} and then times {c}", "{a} * {b} * {c}"), ("{a} multiplied by {b} and by {c}", "{a} * {b} * {c}"), ("{a} less {b} plus {c}", "{a} - {b} + {c}"), ("{a} over {b} minus {c}", "{a} / {b} - {c}"), ("the product of {a} and {b}, plus {c}", "{a} * {b} + {c}"), ("the product of {a} and {b} minus {c}", "{a} * {b} - {c}"), ("the sum of {a} and {b}, minus {c}", "{a} + {b} - {c}"), ("a half of {a}", "{a} / 2"), ("one third of {a}", "{a} / 3"), ("one tenth of {a}", "{a} / 10"),
     ("{a} plus {b}", "{a} + {b}"), ("{a} plus {b}", "{a} + {b}"), ("{a} and {b} [added together|added up|together]", "{a} + {b}"), ("the sum of {a} and {b}", "{a} + {b}"),
     ("{a} minus {b}", "{a} - {b}"), ("{a} minus {b}", "{a} - {b}"), ("{a} less {b}", "{a} - {b}"), ("the difference [between|of] {a} and {b}", "{a} - {b}"), ("{b} subtracted from {a}", "{a} - {b}"),
     ("{a} times {b}", "{a} * {b}"), ("{a} times {b}", "{a} * {b}"), ("{a} multiplied [by|with] {b}", "{a} * {b}"), ("the product of {a} and {b}", "{a} * {b}"), ("{a} x {b}", "{a} * {b}"),
@@ -304,6 +311,7 @@ WORDED_HELD = [
 ]  # fmt: skip
 # Orders that are arithmetic.
 ORDERS = [
+    ("increase {a} by {b}", "{a} + {b}"), ("reduce {a} by {b}", "{a} - {b}"), ("decrease {a} by {b}", "{a} - {b}"), ("raise {a} by {b}", "{a} + {b}"), ("lower {a} by {b}", "{a} - {b}"), ("multiply {a} by {b} and take away {c}", "{a} * {b} - {c}"), ("take {b} from {a} and add {c}", "{a} - {b} + {c}"), ("divide {a} by {b} and take away {c}", "{a} / {b} - {c}"), ("multiply the numbers {a}, {b} and {c}", "{a} * {b} * {c}"), ("add the numbers {a} and {b}", "{a} + {b}"), ("take {a} and multiply it by {b}", "{a} * {b}"), ("take {a} and subtract {b}", "{a} - {b}"), ("take {a} and divide it by {b}", "{a} / {b}"), ("subtract {b} from {a}, then add {c}", "{a} - {b} + {c}"),
     ("add {a} and {b}", "{a} + {b}"), ("add {a} to {b}", "{a} + {b}"), ("add [up|together] {a} and {b}", "{a} + {b}"), ("add up {a}, {b} and {c}", "{a} + {b} + {c}"), ("sum {a}, {b} and {c}", "{a} + {b} + {c}"), ("sum up {a} and {b}", "{a} + {b}"), ("subtract {b} from {a}", "{a} - {b}"), ("subtract {b} from {a}", "{a} - {b}"), ("take {b} [away|off|] from {a}", "{a} - {b}"), ("take {b} off {a}", "{a} - {b}"), ("deduct {b} from {a}", "{a} - {b}"),
     ("multiply {a} [by|with|and] {b}", "{a} * {b}"), ("multiply {a}, {b} and {c}", "{a} * {b} * {c}"), ("divide {a} by {b}", "{a} / {b}"), ("divide {a} by {b}", "{a} / {b}"), ("split {a} by {b}", "{a} / {b}"), ("double {a}", "{a} * 2"), ("triple {a}", "{a} * 3"), ("halve {a}", "{a} / 2"), ("square {a}", "{a} ** 2"),
     ("add {a} and {b}[,| and] [then|] multiply [by|the result by|it by] {c}", "({a} + {b}) * {c}"), ("add {a} to {b} and divide [by|the result by] {c}", "({a} + {b}) / {c}"), ("multiply {a} by {b}[,| and] [then|] add {c}", "{a} * {b} + {c}"), ("multiply {a} by {b} and subtract {c}", "{a} * {b} - {c}"),
@@ -311,11 +319,12 @@ ORDERS = [
     ("start with {a}, add {b}, then multiply by {c}", "({a} + {b}) * {c}"), ("convert {a} hours to minutes", "{a} * 60"), ("convert {a} minutes to seconds", "{a} * 60"), ("convert {a} km to metres", "{a} * 1000"), ("convert {a} weeks to days", "{a} * 7"), ("convert {a} days to hours", "{a} * 24"), ("convert {a} minutes to hours", "{a} / 60"), ("convert {a} years to months", "{a} * 12"), ("convert {a} kilograms to grams", "{a} * 1000"), ("convert {a} metres to centimetres", "{a} * 100"),
 ]  # fmt: skip
 ORDERS_HELD = [
-    ("tot up {a} and {b}", "{a} + {b}"), ("multiply {a} by {b}, then take away {c}", "{a} * {b} - {c}"), ("subtract {b} from {a} and add {c}", "{a} - {b} + {c}"), ("divide {a} by {b} and subtract {c}", "{a} / {b} - {c}"), ("multiply the numbers {a} and {b}", "{a} * {b}"), ("add the numbers {a}, {b} and {c}", "{a} + {b} + {c}"), ("take {a} and add {b} to it", "{a} + {b}"),
+    ("add up the numbers {a} and {b}", "{a} + {b}"), ("multiply {a} by {b}, then take away {c}", "{a} * {b} - {c}"), ("subtract {b} from {a} and add {c}", "{a} - {b} + {c}"), ("divide {a} by {b} and subtract {c}", "{a} / {b} - {c}"), ("multiply the numbers {a} and {b}", "{a} * {b}"), ("add the numbers {a}, {b} and {c}", "{a} + {b} + {c}"), ("take {a} and add {b} to it", "{a} + {b}"),
 ]  # fmt: skip
 
 # Word problems. a ≥ b where they are subtracted; {n} {o} names, {t} {s} things, {C} a container, {m} money.
 PROBLEMS = [
+    ("{n} sells {a} {t} in the morning and {b} in the [evening|afternoon]. How many {t} is that [in total|]?", "{a} + {b}"), ("{n} [finds|collects|gathers] {a} {t} in the morning and {b} at night. How many is that altogether?", "{a} + {b}"), ("A shop had {a} {t} and sold {b}. How many [are left|{t} are left]?", "{a} - {b}"), ("A [baker|farmer|store] has {a} {t} and sells {b} of them. How many are left?", "{a} - {b}"), ("{n} owns {a} {C}s and every one holds {b} {t}. How many {t} is that?", "{a} * {b}"), ("{n} owns {a} {t} and buys {b} more. How many {t} does {n} own?", "{a} + {b}"), ("{a} {t} are put into {C}s of {b}. How many {C}s are needed?", "{a} / {b}"), ("{a} {t} are packed into {C}s with {b} each. How many {C}s are there?", "{a} / {b}"), ("A worker paints {b} {t} [per|a] day. How many [is that|are there] after {a} days?", "{b} * {a}"), ("{n} makes {b} {t} per day. How many are there after {a} days?", "{b} * {a}"), ("{n} buys {a} {t} for {b} {m} each and pays {c} {m} for shipping. How much is that?", "{a} * {b} + {c}"), ("{n} orders {a} {t} at {b} {m} each, and the delivery costs {c} {m}. What is the total?", "{a} * {b} + {c}"), ("{n} has {a} {t}, gets {b} more and loses {c}. How many are left?", "{a} + {b} - {c}"), ("{n} has {a} {t}. {o} gives {n} {b} more, but {n} loses {c}. How many does {n} have?", "{a} + {b} - {c}"), ("Three [people|friends] share a bill of {a} {m}. How much does each pay?", "{a} / 3"), ("Four friends share {a} {t}. How many does each get?", "{a} / 4"), ("Five people share {a} {m}. How much does each get?", "{a} / 5"), ("Two [friends|sisters|brothers] split {a} {m}. How much does each get?", "{a} / 2"), ("I have {a} {m} in my pocket and {b} {m} at home. How much is that altogether?", "{a} + {b}"), ("I have {a} {m} in cash and {b} {m} on my card. How much do I have?", "{a} + {b}"), ("A trip of {a} km takes {b} hours. How many km is that per hour?", "{a} / {b}"), ("A walk of {a} km takes {b} days. How many km is that a day?", "{a} / {b}"), ("{n} had {a} {m} and [spent|paid] {b} {m} on {t}. How much is left?", "{a} - {b}"), ("How much do {a} {t} cost if one is {b} {m}?", "{a} * {b}"),
     ("A baker makes {a} {t} [an hour|per hour|each hour] for {b} hours. How many [{t} |]is that?", "{a} * {b}"),
     ("{n} works {a} hours [a|per|each] day. How many hours [is that|does {n} work] in {b} days?", "{a} * {b}"),
     ("{n} runs {a} km every [morning|evening|week]. How far is that in {b} [days|weeks]?", "{a} * {b}"),
@@ -442,6 +451,7 @@ PROBLEMS_HELD = [
 
 # An operation on a value that has to be fetched first. {v} is how the value is called.
 ON_VALUE = [
+    ("What would {v} minus {k} be?", "{N} - {k}"), ("How much would {v} plus {k} be?", "{N} + {k}"), ("How much would {v} times {k} be?", "{N} * {k}"), ("lower {v} by {k}", "{N} - {k}"), ("raise {v} by {k}", "{N} + {k}"), ("What does {v} times {k} give?", "{N} * {k}"), ("What does {v} minus {k} give?", "{N} - {k}"), ("How much does {v} divided by {k} give?", "{N} / {k}"), ("give me {v} plus {k}", "{N} + {k}"), ("give me {v} minus {k}", "{N} - {k}"), ("give me {v} divided by {k}", "{N} / {k}"), ("What would half of {v} be?", "{N} / 2"),
     ("{any} {v} plus {k}", "{N} + {k}"), ("{any} {v} times {k}", "{N} * {k}"), ("{any} {v} minus {k}", "{N} - {k}"), ("{any} {v} divided by {k}", "{N} / {k}"), ("What {any} {v} plus {k}?", "{N} + {k}"), ("What {any} {v} times {k}?", "{N} * {k}"), ("What {any} {v} minus {k}?", "{N} - {k}"), ("{v} times {k}", "{N} * {k}"), ("{v} plus {k}", "{N} + {k}"), ("{v} minus {k}", "{N} - {k}"), ("{v} divided by {k}", "{N} / {k}"), ("{any} {v} by adding {k}", "{N} + {k}"), ("What does {v} plus {k} make?", "{N} + {k}"), ("What is {k} less than {v}?", "{N} - {k}"), ("What is {k} more than {v}?", "{N} + {k}"), ("I need {v} times {k}.", "{N} * {k}"), ("What do I get if I add {k} to {v}?", "{N} + {k}"), ("What do I get if I multiply {v} by {k}?", "{N} * {k}"), ("If I double {v}, what do I get?", "{N} * 2"), ("deduct {k} from {v}", "{N} - {k}"),
     ("multiply {v} by {k}", "{N} * {k}"), ("double {v}", "{N} * 2"), ("triple {v}", "{N} * 3"), ("halve {v}", "{N} / 2"), ("add {k} to {v}", "{N} + {k}"), ("subtract {k} from {v}", "{N} - {k}"), ("divide {v} by {k}", "{N} / {k}"), ("take {k} away from {v}", "{N} - {k}"), ("square {v}", "{N} ** 2"), ("increase {v} by {k}", "{N} + {k}"), ("[reduce|decrease] {v} by {k}", "{N} - {k}"), ("subtract {v} from {k}", "{k} - {N}"), ("multiply {k} by {v}", "{k} * {N}"), ("multiply {v} with {k}", "{N} * {k}"),
     ("[compute|calculate|work out|find|tell me] {v} [times|multiplied by] {k}", "{N} * {k}"), ("[compute|calculate|work out|find|tell me] {v} plus {k}", "{N} + {k}"), ("[compute|calculate|work out|find|tell me] {v} minus {k}", "{N} - {k}"), ("[compute|calculate|work out|find|tell me] {v} divided by {k}", "{N} / {k}"), ("[compute|calculate|work out|find|tell me] {k}% of {v}", "{k}% of {N}"), ("[compute|calculate|find|tell me] [twice|double] {v}", "{N} * 2"), ("[compute|calculate|find|tell me] half of {v}", "{N} / 2"),
@@ -450,13 +460,14 @@ ON_VALUE = [
 ]  # fmt: skip
 ON_VALUE = [pair for pair in ON_VALUE if pair[1]]
 ON_VALUE_HELD = [
-    ("What would {v} plus {k} be?", "{N} + {k}"), ("What would {v} times {k} be?", "{N} * {k}"), ("lower {v} by {k}", "{N} - {k}"), ("What does {v} divided by {k} give?", "{N} / {k}"), ("raise {v} by {k}", "{N} + {k}"), ("give me {v} times {k}", "{N} * {k}"),
+    ("What would {v} plus {k} be?", "{N} + {k}"), ("What would {v} times {k} be?", "{N} * {k}"), ("take {v} and lower it by {k}", "{N} - {k}"), ("What does {v} divided by {k} give?", "{N} / {k}"), ("take {v} and raise it by {k}", "{N} + {k}"), ("give me {v} times {k}", "{N} * {k}"),
 ]  # fmt: skip
 ON_VALUE += [
     ("add {k}% to {v}", "{N} * (100 + {k}) / 100"), ("[reduce|decrease|lower] {v} by {k}%", "{N} * (100 - {k}) / 100"), ("increase {v} by {k}%", "{N} * (100 + {k}) / 100"), ("take {k}% off {v}", "{N} * (100 - {k}) / 100"), ("subtract {k}% from {v}", "{N} * (100 - {k}) / 100"), ("take {v}, add {k}", "{N} + {k}"), ("take {v} and multiply it by {k}", "{N} * {k}"), ("take {v}[,| and] double it", "{N} * 2"), ("take {v} and divide it by {k}", "{N} / {k}"), ("take {v} and subtract {k}", "{N} - {k}"), ("What is {v} plus {k}, divided by {j}?", "({N} + {k}) / {j}"), ("multiply {v} by {k} and add {j}", "{N} * {k} + {j}"), ("add {k} to {v} and multiply [the result|] by {j}", "({N} + {k}) * {j}"), ("What is {v} times {k} plus {j}?", "{N} * {k} + {j}"), ("subtract {k} from {v} and divide by {j}", "({N} - {k}) / {j}"), ("How much do I pay if I pay {v} {k} times?", "{N} * {k}"), ("How much is {v} for {k} [months|days|weeks|people|years]?", "{N} * {k}"), ("How much is {v} [a year|per year|in a year]?", "{N} * 12"), ("How much is {v} if it [rises|goes up|grows] by {k}?", "{N} + {k}"), ("How much is left of {v} if I spend {k}?", "{N} - {k}"), ("split {v} [between|among] {k} people", "{N} / {k}"), ("[calculate|compute|find|tell me] {v} squared", "{N} ** 2"), ("[calculate|compute|find|tell me] the square root of {v}", "sqrt({N})"), ("What is the square root of {v}?", "sqrt({N})"), ("[calculate|compute|find|tell me] a third of {v}", "{N} / 3"), ("[calculate|compute|find] how much {v} times {k} is", "{N} * {k}"), ("[calculate|compute|find] what {v} plus {k} is", "{N} + {k}"),
 ]  # fmt: skip
 # Two values fetched first.
 ON_TWO = [
+    ("How much are {v} and {w} in total?", "{N} + {M}"), ("How much is {v} and {w}?", "{N} + {M}"), ("add {v} and {w} together", "{N} + {M}"), ("give me {v} plus {w}", "{N} + {M}"), ("give me {v} minus {w}", "{N} - {M}"), ("What do you get for {v} plus {w}?", "{N} + {M}"), ("What do you get for {v} times {w}?", "{N} * {M}"), ("give me the product of {v} and {w}", "{N} * {M}"),
     ("{any} {v} and {w} together", "{N} + {M}"), ("{any} {v} plus {w}", "{N} + {M}"), ("{any} {v} times {w}", "{N} * {M}"), ("{any} {v} minus {w}", "{N} - {M}"), ("{v} plus {w}", "{N} + {M}"), ("{v} times {w}", "{N} * {M}"), ("{v} minus {w}", "{N} - {M}"), ("subtract {w} from {v}", "{N} - {M}"), ("What is the total of {v} and {w}?", "{N} + {M}"), ("total {v} and {w}", "{N} + {M}"), ("How much more is {v} than {w}?", "{N} - {M}"), ("What is left of {v} after {w}?", "{N} - {M}"), ("What do {v} and {w} make [together|in total]?", "{N} + {M}"), ("[combine|join] {v} and {w}", "{N} + {M}"), ("What is the average of {v} and {w}?", "({N} + {M}) / 2"), ("How much is {v} times {w}?", "{N} * {M}"), ("How much is {v} minus {w}?", "{N} - {M}"), ("What do I get if I add {v} and {w}?", "{N} + {M}"),
     ("add {v} and {w}", "{N} + {M}"), ("add {v} to {w}", "{N} + {M}"), ("What is {v} plus {w}?", "{N} + {M}"), ("What is {v} minus {w}?", "{N} - {M}"), ("What is {v} times {w}?", "{N} * {M}"), ("multiply {v} by {w}", "{N} * {M}"), ("multiply {v} and {w}", "{N} * {M}"), ("What is the sum of {v} and {w}?", "{N} + {M}"), ("What is the product of {v} and {w}?", "{N} * {M}"), ("What is the difference between {v} and {w}?", "{N} - {M}"), ("How much are {v} and {w} together?", "{N} + {M}"), ("What do {v} and {w} add up to?", "{N} + {M}"),
     ("[compute|calculate|work out|find|tell me] {v} plus {w}", "{N} + {M}"), ("[compute|calculate|work out|find] {v} minus {w}", "{N} - {M}"), ("[compute|calculate|work out|find] {v} times {w}", "{N} * {M}"), ("divide {v} by {w}", "{N} / {M}"), ("What is {v} divided by {w}?", "{N} / {M}"), ("sum up {v} and {w}", "{N} + {M}"), ("How much is {v} plus {w}?", "{N} + {M}"), ("[compute|calculate|find] the sum of {v} and {w}", "{N} + {M}"), ("[compute|calculate|find] the product of {v} and {w}", "{N} * {M}"), ("[compute|calculate|find] the difference between {v} and {w}", "{N} - {M}"),
@@ -466,12 +477,14 @@ ON_TWO_HELD = [
 ]  # fmt: skip
 
 BOTH = [
+    ("give me the sum of {v}", "+"), ("What do {v} make together?", "+"), ("add together {v}", "+"), ("How much do {v} add up to?", "+"), ("tell me the product of {v}", "*"),
     ("{any} the sum of {v}", "+"), ("{any} the product of {v}", "*"), ("open {f} and {g} and add the numbers", "+"), ("take {v} and add them", "+"), ("take {v} and multiply them", "*"), ("What do {v} add up to?", "+"), ("What is the total of {v}?", "+"),
     ("add {v}", "+"), ("add up {v}", "+"), ("What is the sum of {v}?", "+"), ("multiply {v}", "*"), ("sum {v}", "+"), ("What is the product of {v}?", "*"), ("compute the sum of {v}", "+"), ("calculate the sum of {v}", "+"), ("read {f} and {g} and add the numbers", "+"), ("read {f} and {g} and multiply the numbers", "*"), ("read {f} and {g} and add them [up|together]", "+"), ("read the numbers in {f} and {g} and add them", "+"), ("tell me the sum of {v}", "+"), ("add {v} together", "+"), ("compute the product of {v}", "*"),
 ]  # fmt: skip
 BOTH_HELD = [("sum together {v}", "+"), ("give me the product of {v}", "*"), ("How much do {v} make together?", "+")]
 
 FILE_VALUE = [
+    "the value kept in {f}", "the value inside {f}", "the value that is in {f}", "the number that is kept in {f}", "the number that is inside {f}", "the number found in {f}",
     "the {any} in {f}", "the {any} [stored|saved|written] in {f}", "the number that {f} [contains|holds]", "the price in {f}", "the total in {f}", "{f}", "the figure from {f}", "the amount [stored|saved] in {f}", "what {f} says", "the number you find in {f}", "the sum in {f}", "the result in {f}",
     "the number in {f}", "the number in {f}", "the value in {f}", "the number [stored|saved|written] in {f}", "the number from {f}", "what is in {f}", "the content of {f}", "the value [stored|saved] in {f}", "the amount in {f}", "the number in the file {f}", "the figure in {f}", "the number {f} contains", "the number that is in {f}", "the contents of {f}", "the value from {f}",
 ]  # fmt: skip
@@ -479,6 +492,7 @@ FILE_VALUE_HELD = ["the number kept in {f}", "the number inside {f}", "the value
 THEN_IT = ["it", "the number", "that number", "the value", "the number in it", "the value in it"]
 
 LISTS = [
+    ("What do the numbers in {f} make together?", "+"), ("How much do the values in {f} add up to?", "+"), ("sum the values from {f}", "+"), ("read {f} and add its numbers", "+"), ("add together the numbers from {f}", "+"),
     ("{any} the sum of the [numbers|values] in {f}", "+"), ("{any} the product of the [numbers|values] in {f}", "*"), ("There are numbers in {f}. [Add them up|Sum them|What is their sum]?", "+"), ("What is the total of the [numbers|values|amounts] in {f}?", "+"), ("sum {f}", "+"), ("add up [all the|all|the] [values|amounts|figures|prices] in {f}", "+"), ("read {f} and tell me the [sum|total] of the numbers", "+"), ("open {f} and add up the numbers", "+"), ("take the numbers in {f} and add them", "+"), ("take the numbers in {f} and multiply them", "*"), ("How much is everything in {f} together?", "+"),
     ("[add up|sum up|sum|total] the numbers in {f}", "+"), ("[compute|calculate|find|work out|tell me] the [sum|total] of the numbers in {f}", "+"), ("What is the [sum|total] of the numbers in {f}?", "+"), ("read {f} and [add up|sum|sum up] the numbers[ in it|]", "+"), ("What do the numbers in {f} add up to?", "+"), ("add the numbers [from|in] {f} together", "+"), ("[compute|calculate|find|tell me] the product of the numbers in {f}", "*"), ("multiply the numbers in {f}", "*"), ("What is the product of the numbers in {f}?", "*"), ("add all [the|] numbers in {f}", "+"), ("What is the sum of all values in {f}?", "+"),
 ]  # fmt: skip
@@ -489,6 +503,10 @@ LISTS_HELD = [
 ]
 
 AVERAGES = [
+    "show me the average of the numbers in {f}",
+    "give me the mean of the values in {f}",
+    "read {f} and average the numbers",
+    "work out the average of the values in {f}",
     "[compute|calculate|find|tell me] the [average|mean] of the numbers in {f}",
     "What is the [average|mean] of the [numbers|values] in {f}?",
     "average the numbers in {f}",
@@ -497,11 +515,13 @@ AVERAGES_HELD = ["give me the average of the numbers in {f}"]
 
 # What to do with a result; {f} a file, {l} a label.
 SAVE = [
+    "place it in {f}", "place the answer in {f}", "keep the result in {f}", "keep it in the file {f}", "record the answer in {f}", "record it in {f}", "keep the answer in {f}", "place the number in the file {f}",
     "{any} the result [in|into|to] {f}", "{any} it [in|into|to] {f}", "{any} the answer [in|into|to] the file {f}", "[save|write|store] your [result|answer] [to|in] {f}", "[export|log|note] the [result|answer] [to|in] {f}", "the [result|answer] [should go|goes] [to|into] {f}", "[save|store] what you get in {f}", "[create|make] a file [called|named] {f} with the [result|answer]", "write the [outcome|sum|value|solution] to {f}",
     "[write|save|store|put] [the result|the answer|it|the number|that] [to|in|into] {f}", "[write|save|store|put] the result [to|in|into] {f}", "[write|save] it [to|in] {f}", "save the [result|answer] as {f}", "[write|save|store|put] the [result|answer|total|number] [to|in|into] the file {f}", "create {f} with the [result|answer]", "make a file {f} with the [result|answer]", "write what you get to {f}", "put what you get into {f}", "save it in a file [called|named] {f}", "write the [result|answer] [down in|into] {f}", "write the [result|answer] into a file [called|named|] {f}", "store what comes out in {f}", "write that [to|into] {f}",
 ]  # fmt: skip
 SAVE_HELD = ["place the result in {f}", "keep the answer in the file {f}", "record the result in {f}"]
 KEEP = [
+    ("note what comes out", "the result is {R}"), ("remember what you get", "the result is {R}"), ("keep a note of it", "the result is {R}"), ("keep a note of the answer", "the result is {R}"), ("memorize it", "the result is {R}"), ("memorize the result as {l}", "{l} is {R}"), ("keep a note of it as {l}", "{l} is {R}"), ("memorise that as {l}", "{l} is {R}"),
     ("{any} the result", "the result is {R}"), ("{any} the answer", "the result is {R}"), ("{any} it as {l}", "{l} is {R}"), ("remember that {l} is [that|that number|the result]", "{l} is {R}"), ("save it [in your notes|in memory] as {l}", "{l} is {R}"), ("store it as {l}", "{l} is {R}"), ("keep that as {l}", "{l} is {R}"), ("remember the [result|answer|number|sum|total]", "the result is {R}"), ("make a note of it", "the result is {R}"), ("note it", "the result is {R}"), ("keep it in mind", "the result is {R}"), ("note that {l} is [that|the result]", "{l} is {R}"), ("call it {l} and remember it", "{l} is {R}"), ("learn the result", "the result is {R}"), ("remember that", "the result is {R}"), ("note it down as {l}", "{l} is {R}"), ("remember this as {l}", "{l} is {R}"), ("remember this number", "the result is {R}"),
     ("remember the [result|answer] as {l}", "{l} is {R}"), ("remember it as {l}", "{l} is {R}"), ("remember that as {l}", "{l} is {R}"), ("remember the [result|answer]", "the result is {R}"), ("remember it", "the result is {R}"), ("note the [result|answer] as {l}", "{l} is {R}"), ("keep the [result|answer] in mind", "the result is {R}"), ("make a note of the [result|answer]", "the result is {R}"), ("note it as {l}", "{l} is {R}"), ("don't forget the [result|answer]", "the result is {R}"), ("remember that {l} is the result", "{l} is {R}"), ("note down the [result|answer]", "the result is {R}"), ("memorize the [result|answer]", "the result is {R}"), ("store the result in your [notes|memory]", "the result is {R}"), ("remember that number", "the result is {R}"), ("note that as {l}", "{l} is {R}"), ("keep it in your notes as {l}", "{l} is {R}"),
 ]  # fmt: skip
@@ -511,6 +531,10 @@ KEEP_HELD = [
     ("memorize it as {l}", "{l} is {R}"),
 ]
 JOIN = [
+    ", afterwards ",
+    ". When you are done, ",
+    ". Afterwards ",
+    ". When that is done, ",
     " and finally ",
     ". Finally, ",
     ", after that ",
@@ -536,6 +560,7 @@ JOIN = [
 JOIN_HELD = [", and afterwards ", ". When done, "]
 
 COPY = [
+    "reproduce {f} as {g}", "The text in {f} should be in {g} as well.", "read {f} and write the same to {g}", "{g} should also hold the text of {f}.", "read {f} and then write it to {g}",
     "{any} {f} [to|into|as] {g}", "{any} the [text|contents|content] of {f} [to|into|in] {g}", "clone {f} [to|as|into] {g}", "transfer the [text|contents] of {f} to {g}", "save a copy of {f} [as|in|to] {g}", "make {g} a copy of {f}", "{g} should be a copy of {f}.", "{g} should [say|contain] the same as {f}.", "open {f} and copy [it|the text|what it says] [to|into] {g}", "I want the contents of {f} in {g}.", "store the [text|contents] of {f} in {g}", "take what is in {f} and [save|put|write] it [to|in|into] {g}", "create a copy of {f} [named|called] {g}",
     "copy {f} to {g}", "copy the [contents|content|text] of {f} [to|into] {g}", "read {f} and write [it|the text|its contents|the content] [to|into] {g}", "make a copy of {f} [called|named|as] {g}", "duplicate {f} as {g}", "copy the file {f} to {g}", "read {f} and save it [as|to|in] {g}", "write the [contents|content|text] of {f} [to|into] {g}", "save the [contents|content] of {f} [to|in|as] {g}", "put the [contents|text] of {f} into {g}", "I need a copy of {f} in {g}.", "back up {f} to {g}", "read what is in {f} and put it into {g}", "take the text from {f} and write it to {g}", "create {g} with the [contents|content|text] of {f}",
 ]  # fmt: skip
@@ -545,58 +570,66 @@ COPY_HELD = [
     "read {f}, then write the same text to {g}",
 ]
 READ_KEEP = [
+    "learn the text of {f}", "learn what is in {f}", "open {f} and remember what it says", "keep in mind what {f} says", "keep in your notes what is in {f}", "read {f} and remember the text",
     "{any} {f} and remember it", "{any} what {f} says and remember it", "read {f} and make a note of it", "read {f} and keep [it|the text] in mind", "open {f} and remember [it|what is there]", "read {f} and don't forget it", "read {f}. Remember what it says.", "look at {f} and remember the contents", "store the text of {f} in your memory", "note down the contents of {f}", "remember the text in {f}",
     "read {f} and remember [it|what it says|the contents|the text|what is in it]", "remember what {f} says", "remember the [contents|content|text] of {f}", "remember what is in {f}", "look into {f} and remember what it says", "open {f} and make a note of what it says", "make a note of what is in {f}", "memorize the [contents|content|text] of {f}", "note what {f} says", "read {f}, then note what it says", "take what is in {f} and remember it", "keep the content of {f} in mind",
 ]  # fmt: skip
 READ_KEEP_HELD = ["learn what {f} says", "open {f} and remember the text", "keep in your notes what {f} says"]
 RECALL_SAVE = [
+    "bring the note about {q} to {f}", "look in your notes for {q} and save it in {f}", "look in your notes for {q} and put it in the file {f}", "find the note about {q} and put it into the file {f}",
     "{any} {q} and write it to {f}", "{any} what you know about {q} to {f}", "What do you know about {q}? Write it to {f}.", "[export|transfer] the note about {q} to {f}", "copy the note about {q} into {f}", "take the note about {q} and [save|write] it [to|in] {f}", "put the note about {q} into {f}",
     "[write|save|put] what you [know|remember] about {q} [to|into|in] {f}", "look up {q} and [write|save|put] it [to|into|in] {f}", "recall {q} and [write|save|store] it [to|in|into] {f}", "write {q} from your notes [to|into] {f}", "find {q} in your notes and [write|save] it [to|in] {f}", "[write|save|put] what I told you about {q} [to|into|in] {f}", "remember {q}? Write it to {f}.", "save the note about {q} in {f}", "check your notes for {q} and write it [to|into] {f}", "search your notes for {q} and save [it|what you find] in {f}", "[write|save] the note on {q} [to|in] {f}",
 ]  # fmt: skip
 RECALL_SAVE_HELD = ["bring the note about {q} into the file {f}", "look in your notes for {q} and then put it into {f}"]
 TWO_READS = [
+    "let me see {f} and {g}", "show me {f} and also {g}", "What is in the files {f} and {g}?", "What is written in {f} and in {g}?", "let me see both {f} and {g}",
     "{any} {f} and {g}", "{any} me {f} and {g}", "What is written in {f} and {g}?", "first read {f}, then {g}", "show me what {f} and {g} say", "read me {f} and {g}", "What do the files {f} and {g} say?", "display {f} and {g}", "tell me the contents of {f} and {g}", "What's in {f} and what's in {g}?", "What does {f} say and what does {g} say?", "read {f} and also {g}",
     "read {f} and {g}", "What do {f} and {g} say?", "show me {f} and {g}", "What is in {f} and in {g}?", "tell me what is in {f} and {g}", "read {f}, then {g}", "read both {f} and {g}", "What are the contents of {f} and {g}?", "open {f} and {g} and tell me what they say", "read the files {f} and {g}", "print {f} and [then|] {g}",
 ]  # fmt: skip
 TWO_READS_HELD = ["let me see {f} and also {g}", "What is written in the files {f} and {g}?"]
 TWO_RECALLS = [
+    "tell me both {q} and {p}", "Do you have {q} and {p}?", "Do your notes say something about {q} and {p}?", "give me {q} and also {p}",
     "{any} me {q} and {p}", "What do your notes say about {q} and {p}?", "tell me about {q} and about {p}", "give me {q} and {p}", "I forgot {q} and {p}.", "find {q} and {p} in your notes", "look for {q} and {p}", "What was {q} and {p}?", "say what {q} is and what {p} is", "Both {q} and {p}, please.",
     "What is {q} and what is {p}?", "tell me {q} and {p}", "What are {q} and {p}?", "recall {q} and {p}", "I need {q} and {p}.", "look up {q} and {p}", "What do you know about {q} and about {p}?", "Do you remember {q} and {p}?", "remind me of {q} and {p}", "What did I tell you about {q} and {p}?",
 ]  # fmt: skip
 TWO_RECALLS_HELD = ["give me both {q} and {p}", "Do your notes have {q} and {p}?"]
 TWO_CALCS = [
+    "How much is {e} and what is {g}?", "compute both {e} and {g}", "find {e} and {g}", "What's {e} and what's {g}?", "tell me {e} and {g}", "give me both {e} and {g}",
     "What is {e} and what is {g}?", "compute {e} and {g}", "calculate {e} and then {g}", "What are {e} and {g}?", "[work out|compute|calculate|tell me] {e} and also {g}", "What is {e}? And {g}?", "How much is {e}, and how much is {g}?", "first [compute|calculate] {e}, then {g}",
 ]  # fmt: skip
 TWO_CALCS_HELD = ["What's {e} and how much is {g}?", "find both {e} and {g}"]
 WRITE_READ = [
+    "{wr}{j}read out {f}", "{wr}{j}show me it", "{wr}{j}tell me what it says", "{wr}{j}show me {f}", "{wr}{j}read out what it says", "{wr}{j}show me what is in it",
     "{wr}{j}read it back", "{wr}{j}read it", "{wr}{j}show me the file", "{wr}{j}tell me what the file says", "{wr}{j}read the file", "{wr}{j}check what it says", "{wr}{j}read {f}", "{wr}{j}print it", "{wr}{j}check the file", "{wr}{j}read the file back to me",
 ]  # fmt: skip
 WRITE_READ_HELD = ["{wr}{j}read out the file", "{wr}{j}show me what it says"]
 
 GREETINGS = [
+    "hi hi", "hello hello", "Hello once more", "good morning everyone", "hi again", "hey you",
     "hi", "hello", "hey", "Hello!", "Hi there", "Good morning", "good evening", "Hey nano", "Hello there!", "Hi!", "greetings", "Good afternoon!", "Hi nano, good to see you", "hello nano", "howdy", "yo", "Good day", "hello, anyone there?", "Hey there!", "Hi, nice to meet you",
 ]  # fmt: skip
 GREETINGS_HELD = ["Hello again!", "hey hey", "Good morning, nano!", "hiya"]
 SMALL_TALK = {
     "Hello! How can I help you?": (GREETINGS, GREETINGS_HELD),
     "I am fine, thank you. How can I help you?": (
-        ["How are you?", "how are you doing", "How's it going?", "Are you ok?", "How do you do?", "how are you today?", "Hi, how are you?", "hey how is it going", "Hello, how are you doing?", "How are things?", "Are you well?", "What's up?", "how do you feel"],
+        ["How are you?", "how do you feel today?", "are you feeling well?", "Hi nano, how are you?", "how are you doing", "How's it going?", "Are you ok?", "How do you do?", "how are you today?", "Hi, how are you?", "hey how is it going", "Hello, how are you doing?", "How are things?", "Are you well?", "What's up?", "how do you feel"],
         ["How are you feeling today?", "Hello nano, how are you?"],
     ),
     "You are welcome.": (
-        ["thanks", "Thank you!", "thank you very much", "Thanks a lot", "thx", "Great, thanks", "Thanks for your help", "many thanks", "perfect, thank you", "ok thanks", "cheers", "Good job!", "well done", "That was helpful", "Thank you so much for the help", "nice work"],
+        ["thanks", "Thank you!", "that helped, thanks", "I thank you", "thanks nano", "great work", "thank you, well done", "thank you very much", "Thanks a lot", "thx", "Great, thanks", "Thanks for your help", "many thanks", "perfect, thank you", "ok thanks", "cheers", "Good job!", "well done", "That was helpful", "Thank you so much for the help", "nice work"],
         ["Thanks, nano!", "thank you, that helped", "great job"],
     ),
     "Goodbye!": (
-        ["bye", "Goodbye", "see you", "See you later", "good night", "bye bye", "That's all, bye", "Farewell", "See you tomorrow!", "ok bye", "have a nice day", "good bye nano"],
+        ["bye", "Goodbye", "good night everyone", "bye nano", "Bye, see you", "see you next week", "bye for today", "see you", "See you later", "good night", "bye bye", "That's all, bye", "Farewell", "See you tomorrow!", "ok bye", "have a nice day", "good bye nano"],
         ["Bye for now", "see you soon", "Good night, nano"],
     ),
     "I am nano, a small agent. I can calculate, remember and recall facts, and read and write files.": (
-        ["Who are you?", "What is your name?", "what are you", "Are you a robot?", "Tell me about yourself", "introduce yourself", "What's your name?", "who am I talking to?", "Are you human?", "Are you an AI?", "What kind of model are you?", "do you have a name", "Who made you?", "What can you do?", "what can you do for me", "How can you help me?", "help", "What are you able to do?", "list your skills", "What tools do you have?", "what do you do?", "Can you help me?", "I need help", "What are your abilities?", "Tell me what you can do", "What can I ask you?", "which tools can you use", "how do I use you?", "What are you good at?", "Which things can you do?", "What else can you do?", "which tasks can you handle?"],
+        ["Who are you?", "What is your name?", "tell me who you are", "say your name", "May I know your name?", "what is it you do?", "What skills do you have?", "how can you help", "what is it that you do?", "could you help me?", "what are you", "Are you a robot?", "Tell me about yourself", "introduce yourself", "What's your name?", "who am I talking to?", "Are you human?", "Are you an AI?", "What kind of model are you?", "do you have a name", "Who made you?", "What can you do?", "what can you do for me", "How can you help me?", "help", "What are you able to do?", "list your skills", "What tools do you have?", "what do you do?", "Can you help me?", "I need help", "What are your abilities?", "Tell me what you can do", "What can I ask you?", "which tools can you use", "how do I use you?", "What are you good at?", "Which things can you do?", "What else can you do?", "which tasks can you handle?"],
         ["Say who you are", "May I ask your name?", "what is it that you can do?", "What are your skills?", "how could you help me"],
     ),
 }  # fmt: skip
 CANNOT = [
+    "write a {any} about {w}", "mail {n}", "mail a {w} to {n}", "send a letter to {n}", "search for {w} on the web", "search the web for {n}", "dim the {w}", "buy a ticket for {n}", "buy a {w}", "buy a {w} to {c}", "tell me a funny story", "tell me a joke about {w}", "tell me something funny", "play a song", "play a song about {w}", "play something by {n}", "ring up {n}", "look for {n} online", "turn down the lights",
     "{any} a {w}", "{any} the {w}", "{any} {n}", "{any} my {w}", "{any} a {w} for {n}", "{any} to {c}", "{any} {w} {any2}", "{any} a {w} about {any2}", "{any} {any2} on the {w}", "play a game", "play the radio", "tell me a fairy tale", "write me a letter to {n} about {w}", "compose a song", "write a speech", "check my [mail|email|messages]", "order [a|some] {w}", "find a {w} shop", "look up {w} on the internet", "show me the way to {c}", "ring {n}", "email {n} that I am ill", "turn off the {w}", "switch on the {w}", "book me a {w}", "buy me a {w}", "wash my {w}", "bring me a {w}", "translate {w} to German", "explain {w} to me", "describe a {w}", "summarise the book", "start the {w}", "reboot", "format the disk", "take me to {c}", "delete everything", "delete the folder", "compress {f}", "upload {f}", "move to {c}", "give me a {w} tip", "draw a picture of {n}", "make a phone call", "water the {w}", "feed the {w}", "lock the {w}", "paint my {w} red", "sing for {n}", "write a novel", "tweet {w}", "connect to the {w}", "watch the {w}",
     "send an email to {n}", "book a flight to {c}", "play some music", "translate {w} into French", "write a poem about {w}", "tell me a joke", "call {n}", "order a pizza", "turn on the lights", "set an alarm for {t}", "draw a {w}", "sing a song", "book a table for {day}", "open the browser", "search the internet for {w}", "google {w}", "delete {f}", "remove the file {f}", "buy {w} online", "send a message to {n}", "text {n} that I am late", "set a timer for {d} minutes", "make me a coffee", "restart the computer", "install {w}", "write an essay about {w}", "summarise the news", "download {w}", "translate this: {x}", "post a tweet about {w}", "take a picture", "clean my room", "drive me to {c}", "print a photo of my {w}", "give me directions to {c}", "run the program {w}", "invite {n} to dinner", "rename {f} to {g}", "wake me up at {t}", "tell me a story about a {w}", "transfer {d} {m} to {n}", "write code for a {w}", "write a song about {n}", "paint a {w}", "hack the {w}", "call a taxi", "schedule a meeting with {n}", "show me a video of a {w}", "cook dinner", "close the window", "recommend a good {w}", "write a story about {n}", "erase {f}", "stream a film", "fix my {w}", "teach me French", "reserve a room in {c}", "send {f} to {n}", "pay the bill", "browse the web for {w}", "record a video", "convert {f} to pdf", "plan my trip to {c}",
 ]  # fmt: skip
@@ -629,7 +662,7 @@ POLITE_HELD = [
     "Would you be so kind and {o}?",
     "Be so good and {o}.",
     "It would be great if you could {o}.",
-    "{o}, if you can.",
+    "{o}, thank you very much.",
     "Dear nano, {o}.",
     "May I ask you to {o}?",
 ]

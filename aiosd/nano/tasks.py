@@ -169,8 +169,11 @@ class Source:
     # --- choices
 
     def pick(self, train: Any, held: Any) -> Any:
-        """An item of the split's own list."""
-        return self.rng.choice(held if self.held else train)
+        """An item of the split's own list. Phrases with a word that could be any other come up more rarely."""
+        if self.held:
+            return self.rng.choice(held)
+        item = self.rng.choice(train)
+        return self.rng.choice(train) if "{any" in str(item) and self.chance(0.6) else item
 
     def chance(self, p: float) -> bool:
         return self.rng.random() < p
@@ -212,7 +215,7 @@ class Source:
     # --- words
 
     def word(self) -> str:
-        return self.made_up() if self.chance(0.35) else self.rng.choice(ph.COMMON)
+        return self.made_up() if self.chance(0.22) else self.rng.choice(ph.COMMON)
 
     def made_up(self) -> str:
         syllables = self.pick(ph.SYLLABLES, ph.SYLLABLES_HELD)
@@ -220,7 +223,7 @@ class Source:
         return "".join(parts)
 
     def name(self) -> str:
-        return self.made_up().capitalize() if self.chance(0.35) else str(self.pick(ph.NAMES, ph.NAMES_HELD))
+        return self.made_up().capitalize() if self.chance(0.25) else str(self.pick(ph.NAMES, ph.NAMES_HELD))
 
     def city(self) -> str:
         return self.made_up().capitalize() if self.chance(0.3) else str(self.pick(ph.CITIES, ph.CITIES_HELD))
@@ -238,13 +241,13 @@ class Source:
 
     def file(self) -> str:
         stem = self.pick(ph.STEMS, ph.STEMS_HELD)
-        if self.chance(0.3):
-            stem = self.made_up()
         if self.chance(0.2):
+            stem = self.made_up()
+        if self.chance(0.15):
             stem += self.rng.choice(["_", "-", ""]) + self.rng.choice([self.word(), str(self.rng.randint(1, 99))])
         if self.chance(0.05):
             stem = stem.upper() if self.chance(0.3) else stem.capitalize()
-        name = f"{stem}.{self.rng.choice(ph.SUFFIXES)}" if self.chance(0.95) else stem + "file"
+        name = f"{stem}.{self.rng.choice(ph.SUFFIXES)}" if self.held or self.chance(0.95) else stem + "file"
         if self.chance(0.1):
             name = f"{self.pick(ph.FOLDERS, ph.FOLDERS_HELD)}/{name}"
         return str(name)
@@ -269,10 +272,10 @@ class Source:
     def amount(self) -> str:
         """A number as it stands in an expression: often whole, sometimes with decimals."""
         style = self.rng.random()
-        if style < 0.86:
+        if style < 0.9:
             return self.number()
-        if style < 0.94:
-            return f"{self.number(9999)}.{self.rng.choice(['5', '25', '75', '99', '50', '1', '2', '05', '125'])}"
+        if style < 0.97:
+            return f"{self.number(999)}.{self.rng.choice(['5', '25', '75', '99', '50', '1', '2', '05', '125'])}"
         return f"0.{self.rng.randint(1, 99):02d}"
 
     # --- facts
@@ -381,7 +384,7 @@ class Source:
         if style < 0.25:
             text = self.words(1, 3)
         elif style < 0.5:
-            text = self.words(3, 9)
+            text = self.words(3, 7)
         elif style < 0.62:
             text = self.fact()[0]
         elif style < 0.7:
@@ -402,7 +405,7 @@ class Source:
 
     def contents(self) -> str:
         """What stands in a file: a text, sometimes of some lines."""
-        lines = self.rng.choices([1, 2, 3, 4], [70, 15, 10, 5])[0]
+        lines = self.rng.choices([1, 2, 3, 4], [82, 10, 6, 2])[0]
         texts = [self.text() + self.rng.choice(["", "", "."]) for _ in range(lines)]
         return "\n".join(f"- {t}" if lines > 1 and self.chance(0.2) else t for t in texts)
 
@@ -429,7 +432,7 @@ class Source:
         said, formula = self.pick(train, held)
         if "**" in formula:
             numbers = {"a": self.number(999), "k": str(self.rng.randint(2, 9))}
-        if not self.held and self.chance(0.06):
+        if not self.held and self.chance(0.03):
             numbers |= {k: NUMBER_WORDS[int(v) % 12 + 1] if v.isdigit() else v for k, v in numbers.items()}
         spelled = self.say(said, polite=False, slots=numbers)
         digits = {k: str(NUMBER_WORDS.index(v)) if v in NUMBER_WORDS else v for k, v in numbers.items()}
@@ -463,7 +466,7 @@ class Source:
         numbers = {"a": str(a), "b": str(b), "c": str(c), "d": str(d), "z": str(a * b + c), "k": self.number(60)}
         if "{m}" in said and self.chance(0.2):
             numbers["b"] += r.choice([".50", ".25", ".99", ".5"])
-        small = {k: int(v) for k, v in numbers.items() if v.isdigit() and int(v) <= 12 and self.chance(0.3)}
+        small = {k: int(v) for k, v in numbers.items() if v.isdigit() and int(v) <= 12 and self.chance(0.2)}
         words = {k: NUMBER_WORDS[v] for k, v in small.items()}
         slots = numbers | words
         slots |= {"B": slots["b"].capitalize(), "n": self.name(), "o": self.name(), "p": self.name()}
@@ -485,7 +488,7 @@ class Source:
 
 
 SIGNS = {
-    "{a} {o} {b}": 60,
+    "{a} {o} {b}": 80,
     "{a} {o} {b} {p} {c}": 10,
     "({a} {o} {b}) {p} {c}": 7,
     "{a} {o} ({b} {p} {c})": 7,
@@ -500,6 +503,7 @@ SIGNS = {
     "sqrt({a})": 1,
 }
 HELD_RANGES = [(40, 44), (80, 84), (300, 349), (7200, 7499), (61_000, 61_999), (500_000, 509_999)]
+ORDERS_TO_REMEMBER = [p for p in ph.REMEMBER if p[0].islower()]
 CLAUSES = [c for c in ph.CALC if "{e}" in c]
 NUMBER_WORDS = "zero one two three four five six seven eight nine ten eleven twelve".split()
 
@@ -698,7 +702,7 @@ def value_step(s: Source, kinds: str) -> tuple[str, str, Callable[[Do], str], di
     if kind == "list":
         template, sign = s.pick(ph.LISTS, ph.LISTS_HELD)
         path = s.file()
-        numbers = [s.number(9999) for _ in range(s.rng.randint(2, 5))]
+        numbers = [s.number(9999) for _ in range(s.rng.randint(2, 4))]
         files[path] = s.rng.choice([", ", "\n", " ", ","]).join(numbers) + "\n"
         formula = f" {sign} ".join(numbers)
         if s.chance(0.15):
@@ -846,7 +850,7 @@ def move(s: Source) -> Task:
     if kind == "keep_save":
         order = s.spell_out("[[write|save|put] it [to|in|into] {f}".replace("[[", s.rng.choice(["[", "also ["])))
         order += s.rng.choice(["", "", " too", " as well"])
-        said = s.say(s.pick(ph.REMEMBER[:12], ph.REMEMBER_HELD[:3]), polite=False, x=note)
+        said = s.say(s.pick(ORDERS_TO_REMEMBER, ph.REMEMBER_HELD[:3]), polite=False, x=note)
         prompt = _wrapped(s, _join(s, [said, order.replace("{f}", s.quoted(f))]))
 
         def keep_save(do: Do) -> tuple[str, list[str]]:
@@ -909,8 +913,8 @@ FAMILIES: dict[str, tuple[Callable[[Source], Task], float]] = {
     "recall": (recall, 10),
     "read": (read, 8),
     "write": (write, 11),
-    "talk": (talk, 3),
-    "cannot": (cannot, 4),
+    "talk": (talk, 4),
+    "cannot": (cannot, 5),
     "calc, then": (chain("calc, then", "calc", ["save keep save"]), 7),
     "fetch, calc": (chain("fetch, calc", "read recall list", []), 8),
     "move": (move, 9),

@@ -1,11 +1,11 @@
 """Trains nano from seeds and writes nano.gguf: `make nano`, or `python -m aiosd.nano.train`.
 
 First come some batches of pure copying, because an agent of this size lives by it; then the conversations of
-`tasks.py`, never the same one twice, in batches of about the same length, in two cycles. Loss is taken on the
-assistant's turns alone. Matrices of the blocks learn with Muon (momentum, made orthogonal by a few steps of Newton
-and Schulz; Jordan et al. 2024), embeddings and norms with AdamW. The rates are low on purpose: three times as much
-destroys the copying circuit that `model.py` wires before the first step. One thread, one seed: the same machine
-gives the same model.
+`tasks.py`, never the same one twice, in batches of about the same length, in four cycles; after the first the
+network grows from four blocks to six. Loss is taken on the assistant's turns alone. Matrices of the blocks learn with
+Muon (momentum, made orthogonal by a few steps of Newton and Schulz; Jordan et al. 2024), embeddings and norms with
+AdamW. The rates are low on purpose: three times as much destroys the copying circuit that `model.py` wires before the
+first step. One thread, one seed: the same machine gives the same model.
 """
 
 import argparse
@@ -46,8 +46,10 @@ class Cycle:
 
 
 CYCLES = (
-    Cycle(steps=2500, muon=0.006, adam=1e-3, first_seed=10_000, drills=120, drill_every=6),
-    Cycle(steps=3000, muon=0.005, adam=8e-4, first_seed=20_000_000, drills=0, drill_every=30, grow_after=(1, 2)),
+    Cycle(steps=2200, muon=0.006, adam=1e-3, first_seed=10_000, drills=120, drill_every=6),
+    Cycle(steps=1800, muon=0.005, adam=8e-4, first_seed=20_000_000, drills=0, drill_every=30, grow_after=(1, 2)),
+    Cycle(steps=1850, muon=0.0025, adam=4e-4, first_seed=40_000_000, drills=0, drill_every=30),
+    Cycle(steps=600, muon=0.0015, adam=2.5e-4, first_seed=60_000_000, drills=0, drill_every=60),
 )
 
 
@@ -199,21 +201,26 @@ def main() -> None:
     parser.add_argument("--out", type=Path, default=model_path())
     parser.add_argument("--minutes", type=float, default=0, help="length of a cycle, instead of its number of steps")
     parser.add_argument("--state", type=Path, help="also save the weights as a PyTorch file after every cycle")
-    parser.add_argument("--resume", type=Path, help="start with these weights, at the second cycle")
+    parser.add_argument("--resume", type=Path, help="go on from such a file")
     options = parser.parse_args()
 
     torch.manual_seed(SEED)
     torch.set_num_threads(1)
     tokenizer = load()
     model = Nano(Shape(vocab=len(tokenizer.tokens)), plain_twins(tokenizer))
+    finished = 0
     if options.resume:
-        model.load_state_dict(torch.load(options.resume))
+        saved = torch.load(options.resume)
+        finished = saved["cycles"]
+        for cycle in CYCLES[:finished]:
+            model.grow(cycle.grow_after)
+        model.load_state_dict(saved["weights"])
     print(f"{sum(p.numel() for p in model.parameters()):,} parameters, {len(tokenizer.tokens)} tokens", flush=True)
-    for cycle in CYCLES[1 if options.resume else 0 :]:
+    for number, cycle in enumerate(CYCLES[finished:], finished + 1):
         model.grow(cycle.grow_after)
         run(cycle, model, tokenizer, options.out, options.minutes)
         if options.state:
-            torch.save(model.state_dict(), options.state)
+            torch.save({"cycles": number, "weights": model.state_dict()}, options.state)
 
 
 if __name__ == "__main__":
