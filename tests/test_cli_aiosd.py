@@ -22,11 +22,11 @@ Fresh = Callable[..., System]
 
 @pytest.fixture
 def load(tmp_path: Path) -> Callable[..., config.Settings]:
-    """Settings of a home whose aiosd.toml says `toml`, as read in the folder /work."""
+    """Settings of a home whose aiosd.toml says `toml`, as read in the folder /models."""
 
     def do(toml: str = "", environ: dict[str, str] | None = None, **flags: object) -> config.Settings:
         (tmp_path / "aiosd.toml").write_text(toml)
-        return config.load(flags, Home(tmp_path), None, environ or {}, "/work")
+        return config.load(flags, Home(tmp_path), None, environ or {}, "/models")
 
     return do
 
@@ -63,11 +63,11 @@ def test_an_empty_variable_is_none(load: Load) -> None:
 @pytest.mark.parametrize(
     ("word", "name", "path"),
     [
-        ("big.gguf", "big", "/work/big.gguf"),
+        ("big.gguf", "big", "/models/big.gguf"),
         ("/models/big.gguf", "big", "/models/big.gguf"),
-        ("writer=big.gguf", "writer", "/work/big.gguf"),
+        ("writer=big.gguf", "writer", "/models/big.gguf"),
         ("writer=/models/a=b.gguf", "writer", "/models/a=b.gguf"),
-        ("./a=b.gguf", "a=b", "/work/a=b.gguf"),
+        ("./a=b.gguf", "a=b", "/models/a=b.gguf"),
         ("../big model.gguf", "big_model", "/big model.gguf"),
     ],
 )
@@ -80,12 +80,12 @@ def test_nano_by_another_name_and_a_file_called_nano(load: Load) -> None:
     models = load(model=["nano", "second=nano", "third=./nano"]).models
     assert [model.name for model in models] == ["nano", "second", "third"]
     assert models[0].path == models[1].path
-    assert models[2].path == "/work/nano"
+    assert models[2].path == "/models/nano"
 
 
 def test_models_of_the_environment(load: Load) -> None:
     models = load(environ={"AIOSD_MODEL": "a.gguf:b=c.gguf"}).models
-    assert [(model.name, model.path) for model in models] == [("a", "/work/a.gguf"), ("b", "/work/c.gguf")]
+    assert [(model.name, model.path) for model in models] == [("a", "/models/a.gguf"), ("b", "/models/c.gguf")]
 
 
 def test_models_of_the_file(load: Load, tmp_path: Path) -> None:

@@ -15,6 +15,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from aiosd import link, procfs
+from aiosd.kernel.budget import SAMPLE_S
 from aiosd.kernel.peer import Call
 from aiosd.kernel.proc import describe
 
@@ -77,7 +78,7 @@ class StatusRequests:
             "agents": dict(Counter(describe(proc).stat for proc in kernel.table)),
             "dead_remembered": len(kernel.table.history),
             "max_agents": max_agents(),
-            "memory_limits_by": f"sampling PSS every {0.5} s",
+            "memory_limits_by": f"sampling PSS every {SAMPLE_S} s",
             "kernel": {
                 "epoch": born.epoch,
                 **kernel.counters,
