@@ -115,7 +115,9 @@ KEYS = (
     Key("threads", _whole(1, 4096), "N", "Threads of a model (measured at the start).", per_model=True),
     Key("gpu_layers", _whole(-1, 1 << 16), "N", "Layers on the GPU; -1: all (0).", 0, per_model=True),
     Key("exact", _switch, "", "Same output bit for bit, whatever else runs. CPU only, slower.", False, per_model=True),
-    Key("kv_memory", _size, "SIZE", "Memory for contexts, such as 2G (a quarter of what is free).", per_model=True),
+    Key("kv_memory", _size, "SIZE", "Memory for slots, such as 2G (a quarter of what is free).", per_model=True),
+    Key("context_ram", _size, "SIZE", "Memory for contexts without a slot (1/8 of what is free).", per_model=True),
+    Key("context_disk", _size, "SIZE", "Disk for contexts that do not fit there (2G).", 2 << 30, per_model=True),
     Key("verbose", _switch, "", "Show what llama.cpp says.", False, per_model=True),
     Key("log_level", _one_of(LOG_LEVELS), "LEVEL", f"One of {', '.join(LOG_LEVELS)} (info).", "info"),
     Key("keep_dead", _whole(0, 1_000_000), "N", "How many dead agents are remembered, with their logs (1000).", 1000),
@@ -165,11 +167,11 @@ def load(
     given = {name for name in _PER_MODEL if name in flags or environ.get(_BY_NAME[name].env)}
     words = flags.get("model") or [word for word in environ.get(ENV_PREFIX + "MODEL", "").split(os.pathsep) if word]
     if words:
-        models = [_model(word, {}, values, given, cwd) for word in words]
+        models = [_model(word, {}, values, given, cwd, home) for word in words]
     elif file.models:
-        models = [_model(table["path"], table, values, given, str(path.parent)) for table in file.models]
+        models = [_model(table["path"], table, values, given, str(path.parent), home) for table in file.models]
     else:
-        models = [_model(NANO, {}, values, given, cwd)]
+        models = [_model(NANO, {}, values, given, cwd, home)]
     _refuse_doubles(models)
     return Settings(
         home=home,
@@ -193,7 +195,9 @@ def reload(settings: Settings) -> tuple[Settings, list[str]]:
     return dataclasses.replace(settings, **{name: getattr(new, name) for name in LIVE}), waiting
 
 
-def _model(word: str, table: Mapping[str, Any], values: Mapping[str, Any], given: set[str], folder: str) -> ModelSpec:
+def _model(
+    word: str, table: Mapping[str, Any], values: Mapping[str, Any], given: set[str], folder: str, home: Home
+) -> ModelSpec:
     """A model with its options: those given by flag or environment, else its own in the file, else the general
     ones of the file, else the defaults."""
     options = {name: values[name] for name in _PER_MODEL}
@@ -206,7 +210,7 @@ def _model(word: str, table: Mapping[str, Any], values: Mapping[str, Any], given
     found = model_path() if path == NANO else Path(os.path.abspath(os.path.join(folder, os.path.expanduser(path))))
     name = table.get("name") or name or (NANO if path == NANO else found.stem)
     name = re.sub(r"[\x00-\x20\x7f/]", "_", name)[:64]
-    return ModelSpec(name=name, path=str(found), **options)
+    return ModelSpec(name=name, path=str(found), folder=str(home.data / "contexts"), **options)
 
 
 def _refuse_doubles(models: Sequence[ModelSpec]) -> None:

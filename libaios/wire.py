@@ -227,6 +227,7 @@ class Generate(Struct, array_like=True, frozen=True):
     stream: bool = False
     timeout_s: Seconds | None = None
     given: TokenIds = []
+    public: bool = False  # others may find out, by timing, that this prompt was sent before
 
 
 class Embed(Struct, array_like=True, frozen=True):

@@ -8,8 +8,8 @@ import numpy as np
 from hypothesis import given
 from hypothesis import strategies as st
 
-from aiosd.llm.prefix import Held, best_slot, common_prefix
-from aiosd.llm.slots import Slots
+from aiosd.llm.prefix import common_prefix
+from aiosd.llm.slots import Held, Slots, best_slot
 
 ids = st.lists(st.integers(0, 3), max_size=12)
 

@@ -26,6 +26,9 @@ from libaios import wire
 #: The kernel reads slowly when so much waits for it: streams are gathered meanwhile.
 CONGESTED = 256 << 10
 
+#: Memory for contexts without a slot, when the user says nothing, is never more than this.
+MOST_CONTEXT_RAM = 4 << 30
+
 _MESSAGES_AT_ONCE = 64
 _SLEEP = 5.0  # a back-stop: any message wakes the core at once
 _LOOK_EVERY = 0.05  # seconds between two looks at the bell while busy
@@ -108,6 +111,9 @@ class Core:
             exact=spec.exact,
             emit=self._send,
             congested=lambda: channel.outbox_bytes > CONGESTED,
+            ram=context_ram(spec),
+            disk=spec.context_disk,
+            folder=spec.folder,
         )
         self._embedder = Embedder(loaded.model, loaded.threads)
         self.info = loaded.info(
@@ -205,6 +211,13 @@ class Core:
             "llama_cpp": llama.version(),
             **self.engine.stats(),
         }
+
+
+def context_ram(spec: ModelSpec) -> int:
+    """Bytes for contexts that have no slot."""
+    from aiosd.llm.loading import available_memory
+
+    return spec.context_ram if spec.context_ram is not None else min(available_memory() // 8, MOST_CONTEXT_RAM)
 
 
 def _rss() -> int:

@@ -32,6 +32,7 @@ import numpy as np
 from aiosd.errors import Bug
 from aiosd.link import Delta, Failed, Finished, Key, Started, Step, Submit
 from aiosd.llm import llama
+from aiosd.llm.cache import Cache
 from aiosd.llm.policy import Fifo, Policy
 from aiosd.llm.request import Requests
 from aiosd.llm.sequence import Phase, Sequence
@@ -80,12 +81,16 @@ class Engine:
         congested: Callable[[], bool] = lambda: False,
         policy: Policy | None = None,
         clock: Callable[[], float] = time.monotonic,
+        ram: int = 0,
+        disk: int = 0,
+        folder: str = "",
     ) -> None:
         self.model = model
         self.requests = Requests(model, ctx)
         self.slots = Slots(slots)
         self.policy: Policy = policy or Fifo()
         self.meter = Meter(clock)
+        self.cache = Cache(context, self.slots, exact=exact, ram=ram, disk=disk, folder=folder, clock=clock)
         self._context = context
         self._ctx = ctx
         self._exact = exact
@@ -103,7 +108,9 @@ class Engine:
 
         self._prompts = llama.Batch(context.ubatch)
         self._batch = llama.Batch(2 * slots + 1)
+        self._ready: list[Sequence] = []  # calls that can decode, ascending by slot
         self._rows: list[Sequence] = []  # the calls of the decode batch, row by row
+        self._chosen: list[Sequence] = self._rows  # what the policy said of those that are ready
         self._dummies: list[tuple[int, int]] = []  # (slot, position) to forget after the step
         self._stale = False  # the rows no longer fit the calls
         self._num_pieces = 0  # runs of consecutive slots in it
@@ -127,6 +134,7 @@ class Engine:
             return
         sequence.parked_peer = sequence.peer in self._parked_peers
         self._calls[sequence.key] = self._waiting[sequence.key] = sequence
+        self.policy.arrive(sequence, now)
         if sequence.stream:
             self._streams[sequence.key] = sequence
         self._limit(sequence, computed=0)
@@ -177,14 +185,25 @@ class Engine:
     def num_waiting(self) -> int:
         return len(self._waiting)
 
+    def set_policy(self, policy: Policy) -> None:
+        """Another policy from the next step on; it hears of all calls as if they came now."""
+        self.policy, now = policy, self._clock()
+        for sequence in self._calls.values():
+            policy.arrive(sequence, now)
+        self._stale = True
+
+    def renice(self, peer: int, nice: int) -> None:
+        for sequence in self._calls.values():
+            if sequence.peer == peer:
+                sequence.nice = nice
+
     def step(self) -> None:
         """Let every call that can go on do so by one token, and prompts by their share."""
         self.meter.begin()
         if self._waiting:
             self._plan()
         self._prefill()
-        if self._stale:
-            self._arrange()
+        self._choose()
         if self._rows:
             self._decode()
         self._report()
@@ -196,45 +215,66 @@ class Engine:
 
     def _plan(self) -> None:
         now = self._clock()
-        waiting = [sequence for sequence in self._waiting.values() if not sequence.parked]
+        waiting = [s for s in self._waiting.values() if not s.parked and not self._follows(s)]
         if not waiting:
             return
         running = list(self.slots.owners())
-        for sequence in self.policy.evict(waiting, running, self.slots.num_free, now):
-            self._take_off(sequence)
         lacking = len(waiting) - self.slots.num_free
         if lacking > 0:  # a stopped agent does not block a slot
-            for sequence in [sequence for sequence in running if sequence.parked][:lacking]:
+            parked = [sequence for sequence in running if sequence.parked]
+            for sequence in parked[:lacking]:
                 self._take_off(sequence)
-        for sequence in self.policy.admit(waiting, list(self.slots.owners()), self.slots.num_free, now):
-            self._put_on(sequence, now)
+            running = [sequence for sequence in running if not sequence.parked]
+        for sequence in self.policy.evict(waiting, running, self.slots.num_free, now):
+            self._take_off(sequence)
+        while waiting and self.slots.num_free:
+            running = [sequence for sequence in self.slots.owners() if not sequence.parked]
+            admitted = self.policy.admit(waiting, running, self.slots.num_free, now)
+            followers = [sequence for sequence in admitted if not self._put_on(sequence, now)]
+            if not followers:
+                return
+            out = set(map(id, admitted))
+            waiting = [sequence for sequence in waiting if id(sequence) not in out]
 
-    def _put_on(self, sequence: Sequence, now: float) -> None:
-        """Into a slot: from its snapshot, or on top of what a free slot holds."""
-        reusable = len(sequence.prompt) - (2 if self._exact else 1)
-        if sequence.out and not self._exact:
-            reusable += 1
-        match = self.slots.match(sequence, 0 if sequence.snapshot is not None else max(reusable, 0))
-        if match is None:
-            raise Bug("a call was admitted, but no slot is free")
+    def _follows(self, sequence: Sequence) -> bool:
+        """Is the beginning of this prompt being computed for another call, so that waiting is better?"""
+        leader = sequence.leader
+        if leader is None:
+            return False
+        if leader.phase is Phase.PREFILL and not leader.parked and leader.length < sequence.leader_stop:
+            return True
+        sequence.leader = None
+        return False
+
+    def _put_on(self, sequence: Sequence, now: float) -> bool:
+        """Into a slot, with whatever of its tokens is to be had. False: it waits for another's prefill."""
+        led = self.cache.leader(sequence)
+        if led is not None:
+            sequence.leader, sequence.leader_stop = led
+            self._cut_at(*led)
+            return False
         del self._waiting[sequence.key]
-        self.slots.take(match.slot, sequence)
-        if sequence.snapshot is None or not self._context.restore(match.slot, sequence.snapshot):
-            kept = match.length if self._context.cut(match.slot, match.length) else 0
-            if kept != match.length:  # this kind of model forgets all or nothing
-                self._context.cut(match.slot, 0)
-            sequence.length = sequence.prefilled = kept
-            sequence.cached = max(sequence.cached, kept)
-        sequence.snapshot = None
+        self.cache.seat(sequence, now)
         if not sequence.started_told:
+            sequence.cached = sequence.length
+            self.cache.count(sequence.cached)
             sequence.slot_at, sequence.started_told = now, True
             self._started.append(Started(sequence.key, len(sequence.prompt), sequence.cached))
             self._limit(sequence, computed=len(sequence.prompt) - sequence.cached)
             reason = self._over(sequence)
             if reason:
                 self._finish(sequence, reason)
-                return
+                return True
         self._place(sequence)
+        return True
+
+    def _cut_at(self, leader: Sequence, stop: int) -> None:
+        """Let a batch of the leader's prompt end where others go on; never before or after a single token (see the
+        head of the file)."""
+        if stop - leader.length < 2 or len(leader.prompt) - stop < 2:
+            return
+        if not leader.length < leader.cut_at <= stop:
+            leader.cut_at = stop
 
     def _place(self, sequence: Sequence) -> None:
         """The phase that fits what is in the cache."""
@@ -248,13 +288,10 @@ class Engine:
 
     def _take_off(self, sequence: Sequence) -> None:
         """Back to the queue, its state saved: it goes on bit for bit where it stopped."""
-        slot = sequence.slot
-        if sequence.length:
-            sequence.snapshot = self._context.save(slot)
-        self._context.cut(slot, 0)
-        self.slots.release(sequence, self._clock(), keep=False)
+        self.cache.unseat(sequence, self._clock())
         sequence.phase = Phase.QUEUED
         sequence.preemptions += 1
+        self.meter.preemptions += 1
         self._waiting[sequence.key] = sequence
         self._stale = True
 
@@ -280,8 +317,9 @@ class Engine:
         pending = [s for s in self.slots.owners() if s.phase is Phase.PREFILL and not s.parked]
         if not pending:
             return
+        # A few that decode must not wait long for many prompts; many that wait are not held up by a few.
+        seconds = PREFILL_SLICE if len(self._rows) >= len(pending) else PREFILL_ALONE
         pending = self.policy.order(pending, self._clock())
-        seconds = PREFILL_SLICE if self._rows else PREFILL_ALONE
         budget = min(self.meter.tokens_in(seconds, least=2 * LEAST_PROMPT), self._context.ubatch)
         while pending and budget >= LEAST_PROMPT:
             group, size = self._group(pending, min(budget, self._context.ubatch))
@@ -292,13 +330,19 @@ class Engine:
     def _group(self, pending: list[Sequence], budget: int) -> tuple[list[Sequence], int]:
         """The first call and those with as many tokens to go, as far as they fit; a long prompt alone, in part.
         Never one ubatch more than asked for, and never a last part of one token (see the head of the file)."""
-        first = self._pending(pending[0])
+        first = self._due(pending[0])
         if first > budget:
             return pending[:1], budget - 1 if first - budget == 1 else budget
         if first == 1 and self._exact:
             return pending[:1], 1
-        same = [sequence for sequence in pending if self._pending(sequence) == first][: budget // first]
+        same = [sequence for sequence in pending if self._due(sequence) == first][: budget // first]
         return sorted(same, key=lambda sequence: sequence.slot), first
+
+    def _due(self, sequence: Sequence) -> int:
+        """Tokens to prefill up to the place where others wait for it, or to the end."""
+        if sequence.length < sequence.cut_at:
+            return sequence.cut_at - sequence.length
+        return self._pending(sequence)
 
     def _prefill_group(self, group: list[Sequence], size: int) -> None:
         batch = self._prompts
@@ -322,17 +366,19 @@ class Engine:
             return
         if lone:
             self._context.cut(self._dummies.pop()[0], batch.positions[1])
-        self.meter.prefilled(total, self._clock() - began)
+        now = self._clock()
+        self.meter.prefilled(total, now - began)
         logits = self._context.logits(len(last)) if last else None
         for sequence in group:
             sequence.length += size
             sequence.computed += size
             sequence.prefilled = sequence.length
+            self.policy.charge_prompt(sequence, size, now)
             if not self._pending(sequence):
                 self._place(sequence)
         for row, sequence in enumerate(last):
             assert logits is not None
-            sequence.first_at = self._clock()
+            sequence.first_at = now
             self._next(sequence, logits[row])
         self.meter.generated += len(last)
 
@@ -351,9 +397,18 @@ class Engine:
 
     # ── one token each ────────────────────────────────────────────────────────────────────────────────────
 
-    def _arrange(self) -> None:
-        """Fill the decode batch anew: the calls changed."""
-        rows = [s for s in self.slots.owners() if s.phase is Phase.DECODE and not s.parked]
+    def _choose(self) -> None:
+        """Who takes part in this decode step; the batch is filled anew when that has changed."""
+        stale = self._stale
+        if stale:
+            self._ready = [s for s in self.slots.owners() if s.phase is Phase.DECODE and not s.parked]
+        chosen = self.policy.select(self._ready, self._clock()) if self._ready else self._ready
+        if stale or chosen != self._chosen:
+            self._chosen = chosen
+            self._arrange(chosen)
+
+    def _arrange(self, chosen: list[Sequence]) -> None:
+        rows = chosen if chosen is self._ready else sorted(chosen, key=lambda sequence: sequence.slot)
         self._rows = rows
         self._stale = False
         slots = [sequence.slot for sequence in rows]
@@ -386,6 +441,7 @@ class Engine:
         if not self._decoded(batch, rows):
             return
         n = len(rows)
+        self.policy.charge(rows, 1, self._clock())
         logits = self._context.logits(n)
         picks = logits.argmax(axis=1).tolist()
         ends, pieces, tokens = self._ends, self._pieces, batch.tokens
@@ -522,15 +578,16 @@ class Engine:
 
     def _leave(self, sequence: Sequence) -> None:
         """Whatever the end: the call holds nothing any more. What lies in its slot stays usable as a prefix."""
+        now = self._clock()
         self._calls.pop(sequence.key, None)
         self._waiting.pop(sequence.key, None)
         self._streams.pop(sequence.key, None)
-        if sequence.slot >= 0:
-            self.slots.release(sequence, self._clock(), keep=True, exact=self._exact)
+        self.cache.leave(sequence, now)
+        self.policy.leave(sequence, now)
         if sequence.constraint is not None:
             sequence.constraint.close()
             sequence.constraint = None
-        sequence.snapshot = None
+        sequence.leader = None
         sequence.phase = Phase.DONE
         self._stale = True
 
@@ -624,5 +681,6 @@ class Engine:
             "running": len(self._calls) - len(self._waiting),
             "waiting": len(self._waiting),
             "policy": self.policy.name,
+            **self.cache.stats(),
             **self.meter.stats(),
         }

@@ -70,6 +70,18 @@ def on_abort(last_words: Callable[[str], None] | None) -> None:
     _last_words = last_words
 
 
+_M_TRIM_THRESHOLD, _M_MMAP_THRESHOLD = -1, -3
+
+
+def _pool_buffers() -> None:
+    """Blocks of some megabytes come and go with every context switch. By default each gets fresh pages from the
+    system, whose faults cost more than the copying; now freed ones are used again."""
+    libc = ctypes.CDLL(None)
+    if hasattr(libc, "mallopt"):  # glibc
+        libc.mallopt(_M_MMAP_THRESHOLD, 32 << 20)
+        libc.mallopt(_M_TRIM_THRESHOLD, 256 << 20)
+
+
 def start(verbose: bool = False) -> None:
     """Initialise llama.cpp in this process. Its log is kept, not shown, unless `verbose`."""
     global _verbose
@@ -78,6 +90,7 @@ def start(verbose: bool = False) -> None:
     _set_abort(_abort)
     C.llama_log_set(_log, ctypes.c_void_p(0))
     C.llama_backend_init()
+    _pool_buffers()
 
 
 def take_errors() -> list[str]:
@@ -323,6 +336,7 @@ class Context:
         self._logits: Floats = np.zeros((0, model.n_vocab), np.float32)
         self._decode: Callable[[Any, Any], int] = C.llama_decode
         self._scratch = [np.empty(0, np.uint8), np.empty(0, np.uint8)]
+        self._abort: Any = None
 
     def decode(self, batch: Batch) -> int:
         """OK; NO_ROOM: nothing changed; ABORTED: a part stays, ask `last_position`; below 0: an error (-1:
@@ -360,14 +374,10 @@ class Context:
         """Make `target` hold all that `source` holds; it must be empty. (A part of a stream aborts the process.)"""
         C.llama_memory_seq_cp(self._memory, source, target, -1, -1)
 
-    def save(self, sequence: int) -> npt.NDArray[np.uint8]:
-        """The state of one sequence, for `restore` into any slot of a context of this model with as many slots."""
-        size = int(C.llama_state_seq_get_size(self._ctx, sequence))
-        blob = np.empty(size, np.uint8)
-        done = int(_state_seq_get(self._ctx, blob.ctypes.data, size, sequence))
-        if done != size:
-            raise Bug(f"saved {done} of {size} bytes of sequence {sequence}")
-        return blob
+    def read(self, sequence: int) -> npt.NDArray[np.uint8]:
+        """The state of one sequence, for `restore` into any slot of a context of this model with as many slots: a
+        view that the next `read` overwrites."""
+        return self._scratch[0][: self._into_scratch(sequence, 0)]
 
     def restore(self, sequence: int, blob: npt.NDArray[np.uint8]) -> bool:
         """Replace what the sequence holds. False: refused, it is empty now."""
@@ -392,6 +402,20 @@ class Context:
         if len(self._scratch[i]) < size:
             self._scratch[i] = np.empty(size * 5 // 4, np.uint8)
         return int(_state_seq_get(self._ctx, self._scratch[i].ctypes.data, size, sequence))
+
+    def abort_when(self, wanted: Callable[[], bool] | None) -> None:
+        """Ask between two operations of a decode whether to give it up (ABORTED); None: never."""
+        if wanted is None:
+            self._abort = None
+            C.llama_set_abort_callback(self._ctx, C.ggml_abort_callback(0), None)
+            return
+
+        @C.ggml_abort_callback  # type: ignore[untyped-decorator]
+        def ask(_data: object) -> bool:
+            return wanted()
+
+        self._abort = ask  # llama.cpp keeps a bare pointer
+        C.llama_set_abort_callback(self._ctx, ask, None)
 
     def set_threads(self, threads: int) -> None:
         C.llama_set_n_threads(self._ctx, threads, threads)

@@ -1,68 +1,166 @@
-"""Which tokens that lie in the cache already a prompt can reuse: pure, over token ids; no tensors.
+"""The radix tree of everything that is kept outside the slots, by tokens: pure, no tensors.
 
-Today: the longest common prefix with what a free slot still holds, if it came from the same group. (Reuse
-across groups would tell one of them, by timing, what the other has sent.) A tree over everything that is
-cached, live and finished, takes this file's place when prefixes travel between slots.
+An edge is a run of tokens with a payload (the state of these tokens: in memory or on disk, the tree does not
+care), and a path from the root is a prompt, or the beginning of many. Every node has its payload: what loses it
+leaves the tree, with all below it.
+
+There is one root per *scope*. Reuse across scopes would tell one of them, by timing, what the other has sent: a
+scope is a privilege group, or the one that all share for prompts marked public.
+
+A *private* node hangs below the tree and is never found by its tokens: what one preempted call has decoded, of
+use to that call alone.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+from typing import Generic, TypeVar
 
 import numpy as np
 import numpy.typing as npt
 
 Tokens = npt.NDArray[np.int32]
+P = TypeVar("P")
+
+#: How many last uses a node remembers (the K of LRU-K).
+K = 2
 
 
 def common_prefix(a: Tokens, b: Tokens) -> int:
     """How many leading tokens are the same."""
     n = min(len(a), len(b))
-    differ = np.flatnonzero(a[:n] != b[:n])
-    return int(differ[0]) if len(differ) else n
+    differ = (a[:n] != b[:n]).argmax() if n else 0
+    return int(differ) if n and a[differ] != b[differ] else n
 
 
-@dataclass(frozen=True, slots=True)
-class Held:
-    """What a free slot still holds. `reusable`: how many of its tokens may serve another call (in exact mode
-    only those that were prefilled: the same tokens decoded one by one differ in their last bits)."""
+@dataclass(slots=True, eq=False)
+class Node(Generic[P]):
+    parent: Node[P] | None
+    scope: str
+    tokens: Tokens  # of the edge from the parent
+    start: int  # tokens before them
+    payload: P | None
+    peer: int = 0  # who needed it last
+    children: dict[int, Node[P]] = field(default_factory=dict)  # by their first token
+    privates: list[Node[P]] = field(default_factory=list)
+    private: bool = False
+    pins: int = 0  # somebody is certain to come back for it
+    uses: list[float] = field(default_factory=list)  # clock of the last K uses, the latest first
 
-    slot: int
-    group: str
-    tokens: Tokens
-    reusable: int
-    used: float  # clock when it was last in use
+    @property
+    def stop(self) -> int:
+        return self.start + len(self.tokens)
 
+    @property
+    def leaf(self) -> bool:
+        return not self.children and not self.privates
 
-@dataclass(frozen=True, slots=True)
-class Match:
-    slot: int
-    length: int
+    def below(self) -> Iterator[Node[P]]:
+        yield from self.children.values()
+        yield from self.privates
 
-
-def best_slot(prompt: Tokens, group: str, held: Iterable[Held], most: int) -> Match | None:
-    """The free slot that saves the most prompt tokens, never more than `most`; None when there is no free slot.
-
-    Without anything to save an empty slot is better than one that holds something, then the one unused for
-    longest; at the end the lowest number, because slots in use should lie close together.
-    """
-
-    def saved(slot: Held) -> int:
-        if slot.group != group:
-            return 0
-        return min(common_prefix(prompt, slot.tokens), slot.reusable, most)
-
-    best = max(
-        ((saved(slot), not len(slot.tokens), -slot.used, -slot.slot) for slot in held),
-        default=None,
-    )
-    return None if best is None else Match(slot=-best[3], length=best[0])
+    def touch(self, now: float) -> None:
+        self.uses = [now, *self.uses[: K - 1]]
 
 
-def equal_runs(lengths: Sequence[int]) -> list[list[int]]:
-    """Indices grouped by equal value, groups in order of their first member."""
-    groups: dict[int, list[int]] = {}
-    for index, length in enumerate(lengths):
-        groups.setdefault(length, []).append(index)
-    return list(groups.values())
+class Tree(Generic[P]):
+    """`split(payload, count)` cuts a payload into its first `count` tokens and the rest."""
+
+    def __init__(self, split: Callable[[P, int], tuple[P, P]]) -> None:
+        self._split = split
+        self._roots: dict[str, Node[P]] = {}
+
+    def root(self, scope: str) -> Node[P]:
+        node = self._roots.get(scope)
+        if node is None:
+            node = self._roots[scope] = Node(None, scope, np.zeros(0, np.int32), 0, None)
+        return node
+
+    def walk(self, scope: str, tokens: Tokens, most: int) -> tuple[list[Node[P]], int]:
+        """The nodes along the longest prefix of `tokens[:most]` that is kept, and its length; the last node may
+        reach beyond it."""
+        path: list[Node[P]] = []
+        node = self._roots.get(scope)
+        at = 0
+        while node is not None and at < most:
+            node = node.children.get(int(tokens[at]))
+            if node is None:
+                break
+            path.append(node)
+            shared = common_prefix(node.tokens, tokens[at:most])
+            at += shared
+            if shared < len(node.tokens):
+                break
+        return path, at
+
+    def add(self, scope: str, tokens: Tokens, stop: int, make: Callable[[int], P], now: float) -> Node[P]:
+        """The node that ends at `stop`; what is missing of `tokens[:stop]` is added, its payload (for the tokens
+        from a start that it is told up to `stop`) from `make`. Every node on the way is used."""
+        path, at = self.walk(scope, tokens, stop)
+        node = path[-1] if path else self.root(scope)
+        if node.stop > at:
+            node = self._divide(node, at - node.start)
+            path[-1] = node
+        for used in path:
+            used.touch(now)
+        if at < stop:
+            child = Node(node, scope, tokens[at:stop].copy(), at, make(at), uses=[now])
+            node.children[int(tokens[at])] = child
+            node = child
+        return node
+
+    def add_private(self, parent: Node[P], tokens: Tokens, payload: P, now: float) -> Node[P]:
+        node = Node(parent, parent.scope, tokens.copy(), parent.stop, payload, private=True, uses=[now])
+        parent.privates.append(node)
+        return node
+
+    def _divide(self, node: Node[P], count: int) -> Node[P]:
+        """Cut an edge after `count` tokens; the new upper half. The node itself stays the lower one, so what
+        hangs below it, and whoever knows it, need not be told."""
+        parent = node.parent
+        assert parent is not None
+        assert node.payload is not None
+        head, rest = self._split(node.payload, count)
+        upper = Node(parent, node.scope, node.tokens[:count], node.start, head, node.peer, uses=list(node.uses))
+        parent.children[int(node.tokens[0])] = upper
+        node.parent, node.tokens, node.start, node.payload = upper, node.tokens[count:], node.start + count, rest
+        upper.children[int(node.tokens[0])] = node
+        return upper
+
+    def remove(self, node: Node[P]) -> list[Node[P]]:
+        """Take a node and all below it out; they come back, each without a parent, payloads still in place."""
+        parent = node.parent
+        assert parent is not None
+        if node.private:
+            parent.privates.remove(node)
+        else:
+            del parent.children[int(node.tokens[0])]
+        if parent.parent is None and parent.leaf:
+            self._roots.pop(parent.scope, None)
+        gone, queue = [], [node]
+        while queue:
+            one = queue.pop()
+            queue.extend(one.below())
+            one.parent = None
+            gone.append(one)
+        return gone
+
+    def nodes(self) -> Iterator[Node[P]]:
+        """All nodes but the roots, parents before their children."""
+        queue = list(self._roots.values())
+        while queue:
+            node = queue.pop()
+            if node.parent is not None:
+                yield node
+            queue.extend(node.below())
+
+
+def path_to(node: Node[P]) -> list[Node[P]]:
+    """From the first node below the root to this one."""
+    path: list[Node[P]] = []
+    at: Node[P] | None = node
+    while at is not None and at.parent is not None:
+        path.append(at)
+        at = at.parent
+    return path[::-1]

@@ -21,6 +21,9 @@ from aiosd.llm.tokens import Tokens
 from libaios.wire import Generate, Sampling
 
 _UNLIMITED = 1 << 30
+
+#: The scope of prompts marked public; no group has this name.
+PUBLIC = "*"
 _MARK = "\U0010fffe"  # no character; never in a text that means something
 
 
@@ -45,6 +48,7 @@ class Requests:
         sequence = Sequence(
             key=submit.key,
             group=submit.group,
+            scope=PUBLIC if request.public else submit.group,
             nice=submit.nice,
             order=order,
             arrived=now,

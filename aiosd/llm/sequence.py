@@ -12,7 +12,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 from enum import Enum
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import numpy.typing as npt
@@ -22,6 +22,7 @@ from aiosd.llm.sampling import PENALTY_WINDOW, Sampler
 
 if TYPE_CHECKING:
     from aiosd.llm.chat import ToolDialect
+    from aiosd.llm.prefix import Node
     from aiosd.llm.structured import Constraint
     from aiosd.llm.text import TextStream
 
@@ -38,6 +39,7 @@ class Sequence:
     # fixed at arrival
     key: Key
     group: str
+    scope: str  # who shares computed prompts with it: its group, or all where the prompt is marked public
     nice: int
     order: int
     arrived: float
@@ -66,7 +68,10 @@ class Sequence:
     limit_reason: str = "length"
     plain: bool = False  # the next token is the arg max, and nothing else looks at the row
     fed: int = 0  # tokens of `out` whose bytes `text` has seen
-    snapshot: npt.NDArray[np.uint8] | None = None
+    snapshot: Node[Any] | npt.NDArray[np.uint8] | None = None  # its state while it has no slot
+    leader: Sequence | None = None  # computes the beginning of this prompt just now …
+    leader_stop: int = 0  # … up to here
+    cut_at: int = 0  # others wait for this prompt up to here: a batch ends there
 
     # what the kernel has been told
     sent: int = 0  # tokens of `out`

@@ -1,35 +1,71 @@
 """Which sequence lies where in the KV cache, and what lies in the free slots.
 
 Invariants: a slot is free or owned by exactly one sequence; free + owned = total. A free slot may still hold
-the tokens of its last owner (`Held`), which a later prompt of the same group can reuse. Slots in use are kept
-low and close together by always giving out the lowest (see `prefix.best_slot`), because a step over scattered
-ids is split into several passes over the weights.
+the tokens of its last owner (`Held`), which a later prompt of the same scope can reuse. Slots in use are kept
+low and close together by always giving out the lowest (see `best_slot`), because a step over scattered ids is
+split into several passes over the weights.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from dataclasses import replace
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass, field, replace
 from itertools import accumulate
 
 import numpy as np
 
 from aiosd.errors import Bug
-from aiosd.llm.prefix import Held, Match, best_slot
+from aiosd.llm.prefix import Tokens, common_prefix
 from aiosd.llm.sequence import Sequence
 
 _NOTHING = np.zeros(0, np.int32)
 
 
+@dataclass(frozen=True, slots=True)
+class Held:
+    """What a free slot still holds. `reusable`: how many of its tokens may serve another call (in exact mode
+    only those that were prefilled: the same tokens decoded one by one differ in their last bits)."""
+
+    slot: int
+    scope: str = ""
+    tokens: Tokens = field(default_factory=lambda: _NOTHING)
+    reusable: int = 0
+    used: float = 0.0  # clock when it was last in use
+    peer: int = 0  # whose call left it
+    kept: bool = False  # the store has all that is reusable
+
+
+@dataclass(frozen=True, slots=True)
+class Match:
+    slot: int
+    length: int
+
+
+def best_slot(prompt: Tokens, scope: str, held: Iterable[Held], most: int) -> Match | None:
+    """The free slot that saves the most prompt tokens, never more than `most`; None when there is no free slot.
+
+    Without anything to save an empty slot is better than one that holds something, then the one unused for
+    longest; at the end the lowest number, because slots in use should lie close together.
+    """
+
+    def saved(slot: Held) -> int:
+        if slot.scope != scope or not slot.reusable:
+            return 0
+        return min(common_prefix(prompt, slot.tokens), slot.reusable, most)
+
+    best = max(
+        ((saved(slot), not len(slot.tokens), -slot.used, -slot.slot) for slot in held),
+        default=None,
+    )
+    return None if best is None else Match(slot=-best[3], length=best[0])
+
+
 class Slots:
     def __init__(self, total: int) -> None:
         self.total = total
+        self.num_free = total
         self._owner: list[Sequence | None] = [None] * total
-        self._held = [Held(i, "", _NOTHING, 0, 0.0) for i in range(total)]
-
-    @property
-    def num_free(self) -> int:
-        return self._owner.count(None)
+        self._held = [Held(i) for i in range(total)]
 
     def owners(self) -> Iterator[Sequence]:
         """In ascending order of slots."""
@@ -38,18 +74,28 @@ class Slots:
     def owner(self, slot: int) -> Sequence | None:
         return self._owner[slot]
 
+    def held(self, slot: int) -> Held:
+        """What lies in a free slot."""
+        return self._held[slot]
+
     def free_slots(self) -> list[Held]:
         return [held for held in self._held if self._owner[held.slot] is None]
 
-    def match(self, sequence: Sequence, most: int) -> Match | None:
-        """The best free slot for this sequence, and how many tokens of it can be reused."""
-        return best_slot(sequence.prompt, sequence.group, self.free_slots(), most)
+    def match(self, sequence: Sequence, tokens: Tokens, most: int) -> Match | None:
+        """The best free slot for this sequence, and how many of its tokens can be reused there."""
+        return best_slot(tokens, sequence.scope, self.free_slots(), most)
+
+    def cheapest(self) -> Held:
+        """The free slot with the least to lose: empty, or kept elsewhere too, or unused for longest."""
+        free = self.free_slots()
+        return min(free, key=lambda held: (len(held.tokens) > 0, not held.kept, held.used, held.slot))
 
     def take(self, slot: int, sequence: Sequence) -> None:
         if self._owner[slot] is not None or sequence.slot >= 0:
             raise Bug(f"slot {slot} given to {sequence.key}, which has {sequence.slot}")
         self._owner[slot] = sequence
-        self._held[slot] = Held(slot, "", _NOTHING, 0, 0.0)
+        self._held[slot] = Held(slot)
+        self.num_free -= 1
         sequence.slot = slot
 
     def release(self, sequence: Sequence, now: float, *, keep: bool, exact: bool = False) -> int:
@@ -59,11 +105,17 @@ class Slots:
         if slot < 0 or self._owner[slot] is not sequence:
             raise Bug(f"slot {slot} is not {sequence.key}'s")
         self._owner[slot] = None
+        self.num_free += 1
         sequence.slot = -1
         if keep:
             tokens = sequence.tokens()[: sequence.length]
-            self._held[slot] = Held(slot, sequence.group, tokens, sequence.prefilled if exact else len(tokens), now)
+            reusable = sequence.prefilled if exact else len(tokens)
+            self._held[slot] = Held(slot, sequence.scope, tokens, reusable, now, sequence.peer)
         return slot
+
+    def mark_kept(self, slot: int) -> None:
+        """The store has what this free slot holds."""
+        self._held[slot] = replace(self._held[slot], kept=True)
 
     def holds(self, slot: int) -> bool:
         """Does this free slot hold anything that could be reused?"""
@@ -76,7 +128,7 @@ class Slots:
             raise Bug(f"cannot move {sequence.key} from {old} to {slot}")
         self._owner[old], self._owner[slot] = None, sequence
         self._held[old] = replace(self._held[slot], slot=old)
-        self._held[slot] = Held(slot, "", _NOTHING, 0, 0.0)
+        self._held[slot] = Held(slot)
         sequence.slot = slot
 
     def closing_move(self, rows: list[Sequence]) -> tuple[Sequence, int] | None:
@@ -102,7 +154,7 @@ class Slots:
 
     def forget(self, slot: int) -> None:
         """What a free slot held is no longer to be relied on."""
-        self._held[slot] = Held(slot, "", _NOTHING, 0, 0.0)
+        self._held[slot] = Held(slot)
 
     def check(self) -> None:
         """Count: every owner knows its slot, no sequence owns two."""

@@ -26,4 +26,7 @@ class ModelSpec:
     gpu_layers: int = 0  # -1: all
     exact: bool = False  # same logits bit for bit whatever else is in the batch; CPU only
     kv_memory: int | None = None  # bytes for the KV cache; None: a quarter of the memory that is free
+    context_ram: int | None = None  # bytes for contexts that have no slot; None: an eighth of the free memory
+    context_disk: int = 2 << 30  # bytes of disk for those that do not fit there either
+    folder: str = ""  # where contexts on disk lie; '': nowhere
     verbose: bool = False  # llama.cpp's own log to stderr

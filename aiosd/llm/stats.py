@@ -25,6 +25,7 @@ class Meter:
         self.computed = 0  # prompt tokens computed
         self.cached = 0  # prompt tokens found in the cache
         self.calls = 0  # finished
+        self.preemptions = 0
         self.step_s = 0.0  # smoothed
         self.longest_step_s = 0.0
         self._prefill_rate = 0.0  # tokens per second, smoothed
@@ -64,6 +65,7 @@ class Meter:
         return {
             "steps": self.steps,
             "calls_finished": self.calls,
+            "preemptions": self.preemptions,
             "tokens_generated": self.generated,
             "tokens_prefilled": self.computed,
             "tokens_cached": self.cached,

@@ -1,0 +1,330 @@
+"""Where every context lies, and every movement between the places: slots, memory, disk.
+
+The engine says who gets a slot and who gives one up; the cache fills the slot with as much of the sequence's tokens
+as is to be had anywhere, and sees to it that nothing of use is lost when a slot is given to another:
+
+- what a free slot still holds is used in place when it is the caller's own context, or nobody else would miss it;
+- else the longest prefix in the store, or in any slot, of a running call or a finished one, is copied;
+- what lies in a slot that is taken goes to the store first.
+
+Copying the state of some hundred tokens costs what decoding one token costs; computing them again, a hundred times
+that. In exact mode only prefilled tokens are shared (see `engine.py`).
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import numpy as np
+
+from aiosd.llm import llama
+from aiosd.llm.blob import Bytes, Layout, Piece
+from aiosd.llm.contexts import Store, Swap
+from aiosd.llm.prefix import Node, Tokens, common_prefix
+from aiosd.llm.sequence import Phase, Sequence
+from aiosd.llm.slots import Held, Slots
+
+#: To copy so many tokens more, or to keep so many from being lost, is worth a movement.
+WORTH = 16
+
+
+class Cache:
+    """The slots of one context and the store behind them. `ram`, `disk`: budgets in bytes."""
+
+    def __init__(
+        self,
+        context: llama.Context,
+        slots: Slots,
+        *,
+        exact: bool = False,
+        ram: int = 0,
+        disk: int = 0,
+        folder: str = "",
+        clock: Callable[[], float] = time.monotonic,
+    ) -> None:
+        self.slots = slots
+        self.store: Store | None = None  # once the layout of a block is known
+        self.why_not = "" if ram else "no memory is set aside for it"
+        self.copy_s = 0.0
+        self.copied = {"saved": 0, "restored": 0}  # bytes
+        self.hits = self.misses = 0  # calls that found a beginning of their prompt, or none
+        self._context = context
+        self._exact = exact
+        self._budgets = (ram, disk, folder)
+        self._clock = clock
+        self._room: Bytes = np.empty(0, np.uint8)  # blocks are put together here
+
+    # ── into a slot ───────────────────────────────────────────────────────────────────────────────────────
+
+    def seat(self, sequence: Sequence, now: float) -> None:
+        """Give the sequence a free slot (there is one), with as much of its tokens in place as can be had:
+        sets `slot`, `length`, `prefilled`."""
+        if sequence.snapshot is not None and self._resume(sequence):
+            return
+        sequence.length = sequence.prefilled = 0
+        tokens, most = self._wanted(sequence)
+        here = self.slots.match(sequence, tokens, most)
+        assert here is not None, "a call was admitted, but no slot is free"
+        held = self.slots.held(here.slot)
+        target = self.slots.cheapest()
+        move = here.length and not self._may_use_up(held, here.length, sequence) and not len(target.tokens)
+        length, source = self._elsewhere(sequence, tokens, most)
+        if length >= here.length + WORTH or (move and length >= here.length):
+            if source is not None:
+                self._keep(source, tokens, length, sequence.scope)
+            if self._copy(sequence, target, tokens, length):
+                return
+        self._in_place(sequence, held, here.length)
+
+    def reusable(self, sequence: Sequence) -> int:
+        """How many tokens of the sequence need not be computed if it got a slot now."""
+        if sequence.snapshot is not None:
+            return len(sequence.prompt)
+        tokens, most = self._wanted(sequence)
+        here = self.slots.match(sequence, tokens, most)
+        return max(here.length if here else 0, self._elsewhere(sequence, tokens, most)[0])
+
+    def leader(self, sequence: Sequence) -> tuple[Sequence, int] | None:
+        """The running prefill that is worth waiting for, and up to which token."""
+        if sequence.snapshot is not None or self.store_impossible:
+            return None
+        tokens, most = self._wanted(sequence)
+        best: tuple[int, int, Sequence] | None = None
+        for owner in self.slots.owners():
+            if owner.phase is not Phase.PREFILL or owner.parked or owner.scope != sequence.scope:
+                continue
+            length = min(common_prefix(tokens, owner.prompt), most)
+            if length > owner.length and (best is None or (length, owner.length) > best[:2]):
+                best = (length, owner.length, owner)
+        if best is None or best[0] < self.reusable(sequence) + WORTH:
+            return None
+        return best[2], best[0]
+
+    @property
+    def store_impossible(self) -> bool:
+        return bool(self.why_not)
+
+    def _wanted(self, sequence: Sequence) -> tuple[Tokens, int]:
+        """The tokens to look for, and how many of them may come from elsewhere: the last of a prompt is always
+        computed, because its logits are needed; in exact mode two, because one alone is computed otherwise."""
+        if sequence.out and not self._exact:
+            return sequence.tokens(), sequence.target
+        return sequence.prompt, max(len(sequence.prompt) - (2 if self._exact else 1), 0)
+
+    def _may_use_up(self, held: Held, length: int, sequence: Sequence) -> bool:
+        """Is what lies behind the first `length` tokens of a free slot of no use to anyone else?"""
+        return held.kept or held.peer == sequence.peer or held.reusable - length < WORTH
+
+    def _elsewhere(self, sequence: Sequence, tokens: Tokens, most: int) -> tuple[int, int | None]:
+        """The longest beginning that can be copied, and the slot it must be taken from (None: the store has it)."""
+        if self.store_impossible:
+            return 0, None
+        length, source = self.store.length(sequence.scope, tokens, most) if self.store else 0, None
+        least = length + WORTH  # what a slot must offer to be worth reading
+        for slot, content, available in self._contents(sequence.scope):
+            if min(available, most) > max(length, least - 1):
+                there = min(common_prefix(tokens, content), available, most)
+                if there > length and there >= least:
+                    length, source = there, slot
+        return length, source
+
+    def _contents(self, scope: str) -> Iterator[tuple[int, Tokens, int]]:
+        """What lies in the slots of a scope: slot, tokens, and how many of them others may have."""
+        for owner in self.slots.owners():
+            if owner.scope == scope:
+                yield owner.slot, owner.prompt, self._shareable(owner)
+        for held in self.slots.free_slots():
+            if held.scope == scope:
+                yield held.slot, held.tokens, held.reusable
+
+    def _shareable(self, sequence: Sequence) -> int:
+        """Tokens of a running call that others may have."""
+        return min(sequence.prefilled if self._exact else sequence.length, len(sequence.prompt))
+
+    def _in_place(self, sequence: Sequence, held: Held, length: int) -> None:
+        slot = held.slot
+        if not self._may_use_up(held, length, sequence):
+            self._keep(slot, held.tokens, held.reusable, held.scope)
+        self.slots.take(slot, sequence)
+        if not self._context.cut(slot, length):  # this kind of model forgets all or nothing
+            self._context.cut(slot, 0)
+            length = 0
+        sequence.length = sequence.prefilled = length
+
+    def _copy(self, sequence: Sequence, target: Held, tokens: Tokens, length: int) -> bool:
+        """From the store into a slot. False: it is not there after all, and no slot is taken."""
+        if self.store is None:
+            return False
+        began = self._clock()
+        pieces, length = self.store.find(sequence.scope, tokens, length, sequence.peer)
+        if not length:
+            return False
+        if not target.kept and target.reusable >= WORTH:
+            self._keep(target.slot, target.tokens, target.reusable, target.scope)
+        self.slots.take(target.slot, sequence)
+        self._fill(sequence, pieces, length)
+        sequence.prefilled = sequence.length
+        self.copy_s += self._clock() - began
+        return True
+
+    def _fill(self, sequence: Sequence, pieces: list[Piece], length: int) -> None:
+        assert self.store is not None
+        layout = self.store.layout
+        if len(self._room) < layout.size(length):
+            self._room = np.empty(layout.size(length) * 5 // 4, np.uint8)
+        block = layout.join(pieces, sequence.slot, length, self._room)
+        self._context.cut(sequence.slot, 0)
+        sequence.length = length if self._context.restore(sequence.slot, block) else 0
+        self.copied["restored"] += block.nbytes
+
+    def _resume(self, sequence: Sequence) -> bool:
+        """Back from where `unseat` put it. False: that is gone."""
+        snapshot, sequence.snapshot = sequence.snapshot, None
+        began = self._clock()
+        if isinstance(snapshot, Node):
+            assert self.store is not None
+            pieces = self.store.whole(snapshot, sequence.peer)
+            if pieces is None:
+                return False
+            target = self.slots.cheapest()
+            if not target.kept and target.reusable >= WORTH:
+                self._keep(target.slot, target.tokens, target.reusable, target.scope)
+                pieces = self.store.whole(snapshot, sequence.peer)  # keeping that may have cost this
+                if pieces is None:
+                    return False
+            self.slots.take(target.slot, sequence)
+            prefilled = sequence.prefilled
+            self._fill(sequence, pieces, snapshot.stop)
+            sequence.prefilled = min(prefilled, sequence.length)
+            if snapshot.private:
+                self.store.drop(snapshot)
+        else:
+            assert snapshot is not None
+            target = self.slots.cheapest()
+            self.slots.take(target.slot, sequence)
+            if not self._context.restore(target.slot, snapshot):
+                sequence.length = sequence.prefilled = 0
+        self.copy_s += self._clock() - began
+        return True
+
+    # ── out of a slot ─────────────────────────────────────────────────────────────────────────────────────
+
+    def unseat(self, sequence: Sequence, now: float) -> None:
+        """Preempt: the slot is free, and the sequence's state lies where `seat` finds it."""
+        slot, length = sequence.slot, sequence.length
+        if length:
+            began = self._clock()
+            sequence.snapshot = self._save(sequence, length)
+            self.copy_s += self._clock() - began
+        self._context.cut(slot, 0)
+        self.slots.release(sequence, now, keep=False)
+
+    def leave(self, sequence: Sequence, now: float) -> None:
+        """The call is over. What lies in its slot stays there until the slot is needed."""
+        if sequence.slot >= 0:
+            self.slots.release(sequence, now, keep=True, exact=self._exact)
+        snapshot, sequence.snapshot = sequence.snapshot, None
+        if isinstance(snapshot, Node) and snapshot.private and self.store is not None:
+            self.store.drop(snapshot)
+
+    def _save(self, sequence: Sequence, length: int) -> Node[Any] | Bytes | None:
+        slot = sequence.slot
+        block = self._context.read(slot)
+        self.copied["saved"] += block.nbytes
+        if not self._learn(block):
+            return block.copy()
+        store = self.store
+        assert store is not None
+        layout, tokens = store.layout, sequence.tokens()
+        shared = min(sequence.prefilled if self._exact else length, len(sequence.prompt), length)
+        node = store.add(
+            sequence.scope, tokens, shared, lambda a, b: layout.cut(block, slot, length, a, b), sequence.peer
+        )
+        if node is None or shared == length:
+            return node
+        own = layout.cut(block, slot, length, shared, length)
+        return store.add_private(node, tokens[shared:length], own, sequence.peer) or node
+
+    def _keep(self, slot: int, tokens: Tokens, stop: int, scope: str) -> None:
+        """Copy the first `stop` tokens that lie in a slot to the store, as far as it has not got them."""
+        if self.store_impossible or (self.store and self.store.length(scope, tokens, stop) >= stop):
+            return
+        began = self._clock()
+        block = self._context.read(slot)
+        length = self._context.last_position(slot) + 1
+        if length >= stop and self._learn(block):
+            assert self.store is not None
+            layout = self.store.layout
+            owner = self.slots.owner(slot)
+            peer = owner.peer if owner is not None else self.slots.held(slot).peer
+            node = self.store.add(scope, tokens, stop, lambda a, b: layout.cut(block, slot, length, a, b), peer)
+            if node is not None and owner is None and stop >= self.slots.held(slot).reusable:
+                self.slots.mark_kept(slot)
+            self.copied["saved"] += block.nbytes
+        self.copy_s += self._clock() - began
+
+    def _learn(self, block: Bytes) -> bool:
+        """Is there a store? The first block tells how blocks are laid out, or that they cannot be cut."""
+        if self.store is None and not self.why_not:
+            layout = Layout.of(block)
+            if layout is None:
+                self.why_not = "the state of this kind of model cannot be cut by tokens"
+                return False
+            ram, disk, folder = self._budgets
+            self.store = Store(layout, ram, Swap(folder, disk) if disk and folder else None, self._clock)
+        return self.store is not None
+
+    # ── counts ────────────────────────────────────────────────────────────────────────────────────────────
+
+    def count(self, cached: int) -> None:
+        """A call has begun with so many cached tokens."""
+        if cached:
+            self.hits += 1
+        else:
+            self.misses += 1
+
+    def stats(self) -> dict[str, Any]:
+        slots = self.slots
+        held = [held for held in slots.free_slots() if len(held.tokens)]
+        resident = sum(owner.length for owner in slots.owners()) + sum(len(held.tokens) for held in held)
+        below: dict[str, Any] = self.store.stats() if self.store else {}
+        ram, disk, folder = self._budgets
+        per_token = self.store.layout.bytes_per_token if self.store else 0
+        asked = self.hits + self.misses
+        return {
+            "tiers": {
+                "slot": {
+                    "contexts": slots.total - slots.num_free + len(held),
+                    "tokens": resident,
+                    "bytes": resident * per_token,
+                },
+                "ram": below.get("ram", {"contexts": 0, "bytes": 0, "budget": ram}),
+                "disk": below.get("disk", {"contexts": 0, "bytes": 0, "budget": disk if folder else 0}),
+            },
+            "prefix": {
+                "hits": self.hits,
+                "misses": self.misses,
+                "hit_rate": round(self.hits / asked, 3) if asked else 0.0,
+                "entries": below.get("entries", 0),
+                "sharing": self.why_not or "on",
+            },
+            "evictions": below.get("evictions", {"disk": 0, "dropped": 0}),
+            "copy_s": round(self.copy_s, 4),
+            "copied_bytes": dict(self.copied),
+        }
+
+    def by_peer(self) -> dict[int, tuple[str, int]]:
+        """Where the context of each peer lies (slot, ram or disk), and how many tokens it has."""
+        found = self.store.by_peer() if self.store else {}
+        for held in self.slots.free_slots():
+            if len(held.tokens) >= found.get(held.peer, ("", 0))[1]:
+                found[held.peer] = ("slot", len(held.tokens))
+        for owner in self.slots.owners():
+            found[owner.peer] = ("slot", owner.length)
+        return found
+
+    def close(self) -> None:
+        if self.store is not None:
+            self.store.close()

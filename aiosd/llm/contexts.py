@@ -1,0 +1,359 @@
+"""What is kept of contexts outside the slots: a radix tree of state pieces in memory and on disk, each under a budget.
+
+    slot → RAM → disk → tokens (to be computed again)
+
+Under pressure a piece moves down. The one that goes first is the cheapest to lose: recompute cost per byte,
+divided by the age of its K-th last use (LRU-K: a system prompt that many use outlives a conversation that was used
+once). A parent is needed by all below it, so leaves go first. Pieces that somebody is certain to come back for
+(the state of a preempted call) go last.
+
+A piece that comes back from disk damaged is dropped and computed again. Nothing here can lose an answer: the
+worst that can happen to a context is that its tokens are computed again.
+"""
+
+from __future__ import annotations
+
+import os
+import tempfile
+import time
+import zlib
+from bisect import insort
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+
+from aiosd.llm.blob import Bytes, Layout, Piece
+from aiosd.llm.prefix import K, Node, Tokens, Tree, path_to
+
+#: A piece that was used only once counts as one whose K-th last use is so long ago (seconds).
+ONCE = 600.0
+
+#: Attention makes a token this much dearer with every so many before it.
+DEARER = 4096.0
+
+#: So much of a budget is freed at once, so that making room costs little per piece.
+SLACK = 1 / 16
+
+
+@dataclass(frozen=True, slots=True)
+class Extent:
+    """Where a piece lies in the swap file."""
+
+    offset: int
+    size: int
+    length: int  # tokens
+    checksum: int
+
+
+Payload = Piece | Extent
+
+
+class Swap:
+    """An unnamed file of at most `budget` bytes: nothing of it is left whatever becomes of the process."""
+
+    def __init__(self, folder: str, budget: int) -> None:
+        self.budget = budget
+        self.used = 0
+        self.failed = ""  # why the disk takes no more, '' if it does
+        self._folder = folder
+        self._file: Any = None
+        self._free: list[tuple[int, int]] = [(0, budget)]  # (offset, size), ascending, never touching
+
+    def put(self, piece: Piece) -> Extent | None:
+        """None: no room, in the budget or on the disk."""
+        place = next((i for i, (_, size) in enumerate(self._free) if size >= piece.size), None)
+        if place is None or not piece.size:
+            return None
+        offset, size = self._free[place]
+        try:
+            if self._file is None:
+                os.makedirs(self._folder, exist_ok=True)
+                self._file = tempfile.TemporaryFile(dir=self._folder, buffering=0)  # noqa: SIM115
+            if _write_all(self._file.fileno(), piece.data, offset) != piece.size:
+                return None
+        except OSError as error:
+            self.failed = error.strerror or str(error)
+            return None
+        self.failed = ""
+        self._free[place : place + 1] = [(offset + piece.size, size - piece.size)] if size > piece.size else []
+        self.used += piece.size
+        return Extent(offset, piece.size, piece.length, zlib.crc32(piece.data.data))
+
+    def get(self, extent: Extent) -> Piece | None:
+        """None: it is damaged, or cannot be read."""
+        data = np.empty(extent.size, np.uint8)
+        try:
+            done = os.preadv(self._file.fileno(), [data.data], extent.offset)
+        except OSError:
+            return None
+        if done != extent.size or zlib.crc32(data.data) != extent.checksum:
+            return None
+        return Piece(data, extent.length)
+
+    def free(self, extent: Extent) -> None:
+        self.used -= extent.size
+        insort(self._free, (extent.offset, extent.size))
+        merged: list[tuple[int, int]] = []
+        for offset, size in self._free:
+            if merged and sum(merged[-1]) == offset:
+                merged[-1] = (merged[-1][0], merged[-1][1] + size)
+            else:
+                merged.append((offset, size))
+        self._free = merged
+
+    def close(self) -> None:
+        if self._file is not None:
+            self._file.close()
+            self._file = None
+
+
+def _write_all(fd: int, data: Bytes, offset: int) -> int:
+    view, done = data.data, 0
+    while done < len(view):
+        done += os.pwrite(fd, view[done:], offset + done)
+    return done
+
+
+class Store:
+    """The tree of pieces. `ram` and `swap.budget`: bytes."""
+
+    def __init__(
+        self, layout: Layout, ram: int, swap: Swap | None = None, clock: Callable[[], float] = time.monotonic
+    ) -> None:
+        self.layout = layout
+        self.ram_budget = ram
+        self.ram = 0  # bytes in memory
+        self.swap = swap
+        self.evictions = {"disk": 0, "dropped": 0}
+        self._clock = clock
+        self._tree: Tree[Payload] = Tree(self._split)
+
+    # ── finding ───────────────────────────────────────────────────────────────────────────────────────────
+
+    def length(self, scope: str, tokens: Tokens, most: int) -> int:
+        """How many leading tokens of `tokens[:most]` are kept."""
+        return self._tree.walk(scope, tokens, most)[1]
+
+    def find(self, scope: str, tokens: Tokens, most: int, peer: int = 0) -> tuple[list[Piece], int]:
+        """The pieces of the longest kept prefix of `tokens[:most]`, all in memory, and its length."""
+        path, length = self._tree.walk(scope, tokens, most)
+        pieces = self._gather(path, peer)
+        return pieces, min(length, sum(piece.length for piece in pieces))
+
+    def whole(self, node: Node[Payload], peer: int = 0) -> list[Piece] | None:
+        """The pieces from the start up to the end of a node. None: something of it is gone."""
+        if node.parent is None:
+            return None
+        path = path_to(node)
+        pieces = self._gather(path, peer)
+        return pieces if len(pieces) == len(path) else None
+
+    def _gather(self, path: list[Node[Payload]], peer: int) -> list[Piece]:
+        now, pieces = self._clock(), []
+        for node in path:
+            node.pins += 1  # bringing one in must not push out another
+        for node in path:
+            piece = self._fetch(node)
+            if piece is None:
+                break
+            node.touch(now)
+            node.peer = peer
+            pieces.append(piece)
+        for node in path:
+            node.pins -= 1
+        return pieces
+
+    def _fetch(self, node: Node[Payload]) -> Piece | None:
+        payload = node.payload
+        if isinstance(payload, Piece) or payload is None:
+            return payload
+        assert self.swap is not None
+        piece = self.swap.get(payload)
+        if piece is None:
+            self.drop(node)
+        elif self._make_room(piece.size):
+            self.swap.free(payload)
+            node.payload = piece
+            self.ram += piece.size
+        return piece
+
+    # ── adding ────────────────────────────────────────────────────────────────────────────────────────────
+
+    def add(
+        self, scope: str, tokens: Tokens, stop: int, cut: Callable[[int, int], Piece], peer: int = 0
+    ) -> Node[Payload] | None:
+        """Keep the state of `tokens[:stop]`: `cut(a, b)` gives the piece of the tokens [a, b) that is missing.
+        None: there is no room."""
+        path, start = self._tree.walk(scope, tokens, stop)
+        last = path[-1] if path else None
+        if last is not None and last.stop > start and isinstance(last.payload, Extent):
+            self._fetch(last)  # an edge is only cut in memory
+            if isinstance(last.payload, Extent):
+                return None
+        if not self._room_beside(last, (stop - start) * self.layout.bytes_per_token):
+            return None
+        node = self._tree.add(scope, tokens, stop, lambda at: self._counted(cut(at, stop)), self._clock())
+        node.peer = peer
+        return node if node.parent is not None else None
+
+    def add_private(self, parent: Node[Payload], tokens: Tokens, piece: Piece, peer: int = 0) -> Node[Payload] | None:
+        """Keep what follows `parent` for one call alone, until `drop`."""
+        if not self._room_beside(parent, piece.size):
+            return None
+        node = self._tree.add_private(parent, tokens, self._counted(piece), self._clock())
+        node.peer = peer
+        return node
+
+    def _room_beside(self, node: Node[Payload] | None, need: int) -> bool:
+        """Room for what will hang below `node`, which must not go for it."""
+        if node is None:
+            return self._make_room(need)
+        node.pins += 1
+        try:
+            return self._make_room(need)
+        finally:
+            node.pins -= 1
+
+    def _counted(self, piece: Piece) -> Piece:
+        self.ram += piece.size
+        return piece
+
+    def _split(self, payload: Payload, count: int) -> tuple[Payload, Payload]:
+        assert isinstance(payload, Piece)
+        return self.layout.part_of(payload, 0, count), self.layout.part_of(payload, count, payload.length)
+
+    # ── losing ────────────────────────────────────────────────────────────────────────────────────────────
+
+    def drop(self, node: Node[Payload]) -> None:
+        """Forget a node and all below it."""
+        if node.parent is None:
+            return
+        for gone in self._tree.remove(node):
+            payload, gone.payload = gone.payload, None
+            if isinstance(payload, Extent):
+                assert self.swap is not None
+                self.swap.free(payload)
+            elif payload is not None:
+                self.ram -= payload.size
+
+    def _make_room(self, need: int) -> bool:
+        """Free memory for `need` bytes more; False: it cannot be."""
+        if need > self.ram_budget:
+            return False
+        if self.ram + need <= self.ram_budget:
+            return True
+        target = self.ram_budget - need - int(self.ram_budget * SLACK)
+        while self.ram > max(target, 0):
+            candidates = self._candidates()
+            if not candidates:
+                break
+            for node in candidates:
+                self._move_down(node)
+                if self.ram <= target:
+                    break
+        return self.ram + need <= self.ram_budget
+
+    def _candidates(self) -> list[Node[Payload]]:
+        """Nodes in memory with nothing in memory below them, the cheapest to lose first."""
+        now = self._clock()
+        found = [
+            node
+            for node in self._tree.nodes()
+            if isinstance(node.payload, Piece)
+            and not node.pins
+            and not any(isinstance(below.payload, Piece) for below in node.below())
+        ]
+        return sorted(found, key=lambda node: (node.private, self._worth(node, now)))
+
+    def _worth(self, node: Node[Payload], now: float) -> float:
+        """Seconds of computing saved per byte and second, relative: tokens cost more the more are before them."""
+        kth = node.uses[K - 1] if len(node.uses) >= K else node.uses[0] - ONCE
+        return (1 + node.stop / DEARER) / max(now - kth, 1e-3)
+
+    def _move_down(self, node: Node[Payload]) -> None:
+        piece = node.payload
+        if not isinstance(piece, Piece):
+            return
+        extent = self._to_disk(node, piece)
+        if extent is None:
+            self.evictions["dropped"] += 1
+            self.drop(node)
+            return
+        self.evictions["disk"] += 1
+        node.payload = extent
+        self.ram -= piece.size
+
+    def _to_disk(self, node: Node[Payload], piece: Piece) -> Extent | None:
+        swap = self.swap
+        if swap is None or piece.size > swap.budget:
+            return None
+        extent = swap.put(piece)
+        if extent is None and not swap.failed:
+            self._clear_disk(piece.size, node)
+            extent = swap.put(piece)
+        return extent
+
+    def _clear_disk(self, need: int, spare: Node[Payload]) -> None:
+        """Drop what is cheapest to lose on the disk; never what hangs below `spare`."""
+        assert self.swap is not None
+        now = self._clock()
+        leaves = [n for n in self._tree.nodes() if isinstance(n.payload, Extent) and n.leaf and n.parent is not spare]
+        leaves.sort(key=lambda node: (node.private, self._worth(node, now)))
+        goal = max(need, int(self.swap.budget * SLACK))
+        for node in leaves:
+            if goal <= 0:
+                return
+            goal -= node.payload.size if isinstance(node.payload, Extent) else 0
+            self.evictions["dropped"] += 1
+            self.drop(node)
+
+    # ── counts ────────────────────────────────────────────────────────────────────────────────────────────
+
+    def stats(self) -> dict[str, Any]:
+        """Contexts are counted by their last piece."""
+        ram = disk = entries = 0
+        for node in self._tree.nodes():
+            entries += 1
+            if node.leaf:
+                ram += isinstance(node.payload, Piece)
+                disk += isinstance(node.payload, Extent)
+        swap = self.swap
+        return {
+            "ram": {"contexts": ram, "bytes": self.ram, "budget": self.ram_budget},
+            "disk": {
+                "contexts": disk,
+                "bytes": swap.used if swap else 0,
+                "budget": swap.budget if swap else 0,
+                **({"failed": swap.failed} if swap and swap.failed else {}),
+            },
+            "entries": entries,
+            "evictions": dict(self.evictions),
+        }
+
+    def by_peer(self) -> dict[int, tuple[str, int]]:
+        """Where the longest kept context of each peer lies, and how many tokens it has."""
+        found: dict[int, tuple[str, int]] = {}
+        for node in self._tree.nodes():
+            if node.leaf and node.stop > found.get(node.peer, ("", 0))[1]:
+                found[node.peer] = ("ram" if isinstance(node.payload, Piece) else "disk", node.stop)
+        return found
+
+    def check(self) -> None:
+        """Bytes counted = bytes kept; every node is whole."""
+        ram = disk = 0
+        for node in self._tree.nodes():
+            payload = node.payload
+            assert payload is not None
+            assert payload.length == len(node.tokens), "a node without the state of all its tokens"
+            if isinstance(payload, Piece):
+                ram += payload.size
+            else:
+                disk += payload.size
+        assert ram == self.ram, f"{self.ram} bytes counted in memory, {ram} kept"
+        assert self.swap is None or disk == self.swap.used, "bytes on disk"
+
+    def close(self) -> None:
+        if self.swap is not None:
+            self.swap.close()
