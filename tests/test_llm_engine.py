@@ -30,6 +30,7 @@ from tests import tinymodels
 from tests.minischema import valid
 
 SLOTS, CTX = 4, 512
+REQUEST = ("messages", "tools", "schema", "stream", "given", "public")
 
 TOOLS = [
     {
@@ -82,7 +83,7 @@ class Bench:
         """Queue a call; greedy, 24 tokens unless told otherwise. Returns its key."""
         self._next += 1
         fields = {name: more.pop(name) for name in ("nice", "group", "budget") if name in more}
-        request = {name: more.pop(name) for name in ("messages", "tools", "schema", "stream", "given") if name in more}
+        request = {name: more.pop(name) for name in REQUEST if name in more}
         sampling = Sampling(**{"temperature": 0.0, "max_tokens": 24, "ignore_eos": True, **more})
         call = (peer, self._next if key is None else key)
         self.engine.submit(Submit(call, Generate(prompt=prompt, sampling=sampling, **request), **fields))

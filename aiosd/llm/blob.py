@@ -205,9 +205,9 @@ def _takes(pieces: Sequence[Piece], length: int) -> list[tuple[Piece, int, int]]
     """(piece, its first token's place, how many of its tokens) until there are `length`."""
     takes, place = [], 0
     for piece in pieces:
-        count = min(piece.length, length - place)
-        if count <= 0:
+        if place == length:
             break
+        count = min(piece.length, length - place)
         takes.append((piece, place, count))
         place += count
     if place != length:

@@ -173,7 +173,7 @@ class Store:
         piece = self.swap.get(payload)
         if piece is None:
             self.drop(node)
-        elif self._make_room(piece.size):
+        elif self._room_beside(node, piece.size):
             self.swap.free(payload)
             node.payload = piece
             self.ram += piece.size
@@ -200,7 +200,7 @@ class Store:
 
     def add_private(self, parent: Node[Payload], tokens: Tokens, piece: Piece, peer: int = 0) -> Node[Payload] | None:
         """Keep what follows `parent` for one call alone, until `drop`."""
-        if not self._room_beside(parent, piece.size):
+        if not self._room_beside(parent, piece.size) or parent.parent is None:
             return None
         node = self._tree.add_private(parent, tokens, self._counted(piece), self._clock())
         node.peer = peer
@@ -299,7 +299,11 @@ class Store:
         """Drop what is cheapest to lose on the disk; never what hangs below `spare`."""
         assert self.swap is not None
         now = self._clock()
-        leaves = [n for n in self._tree.nodes() if isinstance(n.payload, Extent) and n.leaf and n.parent is not spare]
+        leaves = [
+            n
+            for n in self._tree.nodes()
+            if isinstance(n.payload, Extent) and n.leaf and not n.pins and n.parent is not spare
+        ]
         leaves.sort(key=lambda node: (node.private, self._worth(node, now)))
         goal = max(need, int(self.swap.budget * SLACK))
         for node in leaves:

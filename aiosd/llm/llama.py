@@ -377,7 +377,8 @@ class Context:
     def read(self, sequence: int) -> npt.NDArray[np.uint8]:
         """The state of one sequence, for `restore` into any slot of a context of this model with as many slots: a
         view that the next `read` overwrites."""
-        return self._scratch[0][: self._into_scratch(sequence, 0)]
+        size = self._into_scratch(sequence, 0)
+        return self._scratch[0][:size]
 
     def restore(self, sequence: int, blob: npt.NDArray[np.uint8]) -> bool:
         """Replace what the sequence holds. False: refused, it is empty now."""

@@ -1,0 +1,373 @@
+"""Contexts outside the slots: nothing is mixed up, budgets hold, and exact text stays exact wherever it has been.
+
+The pure part runs on states that are their own tokens, so every piece that comes back can be checked. The rest runs
+the engine on a tiny random model under a policy that takes slots away at random.
+"""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from aiosd.llm import llama, loading
+from aiosd.llm.blob import Layout, Part, Piece
+from aiosd.llm.cache import Cache
+from aiosd.llm.contexts import Extent, Store, Swap
+from aiosd.llm.engine import Engine
+from aiosd.llm.policy import Fifo
+from aiosd.llm.prefix import Tree
+from tests import tinymodels
+from tests.test_llm_engine import SLOTS, Bench, Clock, load
+
+# ── pieces ────────────────────────────────────────────────────────────────────────────────────────────────
+
+#: K as rows and V transposed; both hold the tokens themselves.
+TOY = Layout(1, 4, 1, 1, [Part(b"k" * 12, 4, 0), Part(b"v" * 12, 4, 1)])
+
+
+def toy(tokens: Sequence[int]) -> Piece:
+    row = np.asarray(tokens, np.int32).view(np.uint8)
+    return Piece(np.concatenate([row, row]), len(tokens))
+
+
+def read(pieces: list[Piece], length: int) -> list[int]:
+    """The tokens that a block of these pieces is the state of."""
+    block = TOY.join(pieces, 2, length, np.empty(TOY.size(length), np.uint8))
+    whole = TOY.cut(block, 2, length, 0, length).data.view(np.int32).tolist()
+    assert whole[:length] == whole[length:]
+    return whole[:length]
+
+
+def store(ram: int, swap: Swap | None = None) -> Store:
+    return Store(TOY, ram * TOY.bytes_per_token, swap, Clock())
+
+
+def add(where: Store, tokens: list[int], scope: str = "", peer: int = 1) -> Any:
+    array = np.asarray(tokens, np.int32)
+    return where.add(scope, array, len(tokens), lambda a, b: toy(tokens[a:b]), peer)
+
+
+def find(where: Store, tokens: list[int], scope: str = "") -> list[int]:
+    pieces, length = where.find(scope, np.asarray(tokens, np.int32), len(tokens))
+    return read(pieces, length) if length else []
+
+
+texts = st.lists(st.integers(0, 2), min_size=1, max_size=12)
+
+
+@given(texts, st.integers(0, 12), st.integers(0, 12))
+def test_a_block_cut_and_joined_is_the_same_block(tokens: list[int], a: int, b: int) -> None:
+    a, b = sorted((min(a, len(tokens)), min(b, len(tokens))))
+    whole = toy(tokens)
+    pieces = [TOY.part_of(whole, x, y) for x, y in ((0, a), (a, b), (b, len(tokens)))]
+    for length in range(1, len(tokens) + 1):
+        assert read(pieces, length) == tokens[:length]
+
+
+@settings(deadline=None)
+@given(
+    st.lists(st.tuples(texts, st.sampled_from(["", "g"]), st.sampled_from(["add", "find", "private"])), max_size=30),
+    st.integers(0, 60),
+    st.sampled_from([0, 10, 1000]),
+)
+def test_what_is_found_is_what_was_kept_and_budgets_hold(
+    steps: list[tuple[list[int], str, str]], ram: int, disk: int
+) -> None:
+    swap = Swap("/tmp", disk * TOY.bytes_per_token) if disk else None
+    where = store(ram, swap)
+    kept: dict[str, list[list[int]]] = {"": [], "g": []}
+    privates: list[tuple[Any, list[int]]] = []
+    try:
+        for tokens, scope, what in steps:
+            if what == "find":
+                found = find(where, tokens, scope)
+                assert found == tokens[: len(found)]
+                assert not found or any(other[: len(found)] == found for other in kept[scope]), "from nowhere"
+                continue
+            kept[scope].append(tokens)
+            node = add(where, tokens, scope)
+            if node is not None and what == "private":
+                tail = [9] * 3
+                private = where.add_private(node, np.asarray(tail, np.int32), toy(tail))
+                if private is not None:
+                    privates.append((private, tokens + tail))
+            where.check()
+            assert where.ram <= where.ram_budget
+            assert swap is None or swap.used <= swap.budget
+        for private, tokens in privates:
+            pieces = where.whole(private)
+            assert pieces is None or read(pieces, len(tokens)) == tokens
+            where.drop(private)
+        where.check()
+    finally:
+        where.close()
+
+
+@given(st.lists(texts, min_size=1, max_size=12))
+def test_with_room_for_everything_the_longest_prefix_is_found(kept: list[list[int]]) -> None:
+    where = store(10_000)
+    for tokens in kept:
+        add(where, tokens)
+    for tokens in kept:
+        assert find(where, tokens) == tokens
+        probe = [*tokens, 7]
+        assert find(where, probe) == tokens
+    distinct = {tuple(tokens[:n]) for tokens in kept for n in range(1, len(tokens) + 1)}
+    assert where.ram == len(distinct) * TOY.bytes_per_token, "a shared token is kept once"
+
+
+def test_what_many_use_outlives_what_was_used_once() -> None:
+    where = store(40)
+    system = [1] * 10
+    add(where, system)
+    add(where, [*system, 2, 2])
+    for i in range(3, 30):
+        add(where, [i] * 8)
+        if i % 4 == 0:
+            find(where, system)
+    assert find(where, system) == system
+
+
+def test_under_pressure_contexts_go_to_disk_and_come_back(tmp_path: Path) -> None:
+    where = store(30, Swap(str(tmp_path / "new"), 1000 * TOY.bytes_per_token))
+    for i in range(20):
+        add(where, [i] * 10)
+    stats = where.stats()
+    assert stats["disk"]["contexts"] >= 17
+    assert stats["ram"]["bytes"] <= stats["ram"]["budget"]
+    assert list((tmp_path / "new").iterdir()) == [], "the swap file has no name"
+    for i in range(20):
+        assert find(where, [i] * 10) == [i] * 10
+    where.check()
+    where.close()
+
+
+def test_a_piece_damaged_on_disk_is_computed_again(tmp_path: Path) -> None:
+    swap = Swap(str(tmp_path), 1000 * TOY.bytes_per_token)
+    where = store(20, swap)
+    node = add(where, [1] * 10)
+    add(where, [2] * 20)
+    assert isinstance(node.payload, Extent)
+    import os
+
+    os.pwrite(swap._file.fileno(), b"\xff", node.payload.offset + 3)
+    assert find(where, [1] * 10) == []
+    where.check()
+    assert add(where, [1] * 10) is not None
+    where.close()
+
+
+def test_a_full_disk_costs_contexts_and_nothing_else(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def full(*_: Any) -> int:
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr("os.pwrite", full)
+    where = store(20, Swap(str(tmp_path), 1000 * TOY.bytes_per_token))
+    for i in range(10):
+        assert add(where, [i] * 10) is not None
+    assert where.stats()["disk"]["failed"] == "No space left on device"
+    assert where.evictions["dropped"] > 0
+    where.check()
+    where.close()
+
+
+def test_an_emptied_tree_keeps_no_roots() -> None:
+    tree: Tree[int] = Tree(lambda payload, count: (payload, payload))
+    nodes = [tree.add(f"group {i}", np.array([1, 2], np.int32), 2, lambda at: 0, 0.0) for i in range(5)]
+    for node in nodes:
+        tree.remove(node)
+    assert not tree._roots
+
+
+# ── the engine ────────────────────────────────────────────────────────────────────────────────────────────
+
+
+class Restless(Fifo):
+    """Takes slots away, gives them and lets calls take part at random."""
+
+    name = "restless"
+
+    def __init__(self, seed: int) -> None:
+        self.random = random.Random(seed)
+
+    def admit(self, waiting: Sequence[Any], running: Sequence[Any], free: int, now: float) -> list[Any]:
+        return self.random.sample(list(waiting), min(free, len(waiting)))
+
+    def evict(self, waiting: Sequence[Any], running: Sequence[Any], free: int, now: float) -> list[Any]:
+        return [call for call in running if self.random.random() < 0.15]
+
+    def select(self, decoding: list[Any], now: float) -> list[Any]:
+        return [call for call in decoding if self.random.random() < 0.8] or decoding
+
+
+@pytest.fixture(scope="module")
+def model_path(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    llama.start()
+    return tinymodels.write(tmp_path_factory.mktemp("gguf") / "tiny.gguf", f16=True)
+
+
+@pytest.fixture(scope="module", params=[True, False], ids=["exact", "plain"])
+def any_loaded(request: pytest.FixtureRequest, model_path: Path) -> Iterator[loading.Loaded]:
+    loaded = load(model_path, exact=request.param)
+    yield loaded
+    loaded.close()
+
+
+def engine(loaded: loading.Loaded, folder: Path, *, ram: int, disk: int = 0, policy: Any = None) -> Bench:
+    loaded.context.clear()
+    bench = Bench(loaded)
+    bench.engine = Engine(
+        loaded.model,
+        loaded.context,
+        ctx=loaded.ctx,
+        slots=SLOTS,
+        exact=loaded.spec.exact,
+        emit=bench.said.append,
+        clock=bench.clock,
+        policy=policy,
+        ram=ram,
+        disk=disk,
+        folder=str(folder),
+    )
+    return bench
+
+
+def check(bench: Bench) -> None:
+    bench.engine._count()
+    cache: Cache = bench.engine.cache
+    if cache.store is not None:
+        cache.store.check()
+        assert not any(node.private or node.pins for node in cache.store._tree.nodes()), "left behind by a call"
+    cache.close()
+
+
+def crowd(n: int) -> list[list[int]]:
+    """Prompts with common beginnings of several lengths."""
+    rng = np.random.default_rng(3)
+    systems = [rng.integers(5, 260, size).tolist() for size in (90, 40)]
+    return [systems[i % 2][: 40 + 10 * (i % 5)] + rng.integers(5, 260, 3 + 7 * i % 20).tolist() for i in range(n)]
+
+
+@pytest.mark.parametrize(("ram", "disk"), [(1 << 24, 0), (60_000, 1 << 22), (60_000, 0), (0, 0)])
+def test_calls_that_lose_their_slot_again_and_again_end_as_if_they_had_not(
+    any_loaded: loading.Loaded, tmp_path: Path, ram: int, disk: int
+) -> None:
+    prompts = crowd(12)
+    options: dict[str, Any] = {"max_tokens": 25, "temperature": 1.0, "seed": 4, "top_k": 0}
+    alone = engine(any_loaded, tmp_path, ram=0)
+    expected = [alone.alone(prompt, **options) for prompt in prompts]
+    bench = engine(any_loaded, tmp_path, ram=ram, disk=disk, policy=Restless(1))
+    keys = [bench.submit(prompt, peer=1 + i, **options) for i, prompt in enumerate(prompts)]
+    bench.run(5000)
+    told = [bench.whole(key)[0] for key in keys]
+    assert sum(bench.end(key).usage.preemptions for key in keys) > 20
+    if any_loaded.spec.exact:
+        assert told == expected
+    assert [len(tokens) for tokens in told] == [25] * 12
+    check(bench)
+
+
+def test_a_crowd_with_one_prompt_computes_it_once(any_loaded: loading.Loaded, tmp_path: Path) -> None:
+    bench = engine(any_loaded, tmp_path, ram=1 << 24)
+    system = list(range(5, 205))
+    keys = [bench.submit([*system, 230 + i, 7, 8], peer=1 + i) for i in range(12)]
+    bench.run()
+    computed = bench.engine.meter.computed
+    assert computed <= 203 + 11 * 4, f"{computed} tokens computed"
+    assert [bench.end(key).usage.cached_tokens for key in keys[1:]] == [200] * 11
+    assert bench.engine.cache.hits == 11
+    check(bench)
+
+
+def test_the_prompt_of_a_running_call_is_shared_before_it_ends(any_loaded: loading.Loaded, tmp_path: Path) -> None:
+    bench = engine(any_loaded, tmp_path, ram=1 << 24)
+    system = list(range(5, 105))
+    long = bench.submit([*system, 1, 2], peer=1, max_tokens=200)
+    bench.run(20)
+    short = bench.submit([*system, 3, 4], peer=2, max_tokens=2)
+    bench.run(20)
+    assert bench.end(short).usage.cached_tokens == 100
+    assert any(sequence.key == long for sequence in bench.engine.slots.owners()), "the first call still runs"
+    bench.run()
+    check(bench)
+
+
+def test_nothing_is_shared_between_groups_but_what_is_public(any_loaded: loading.Loaded, tmp_path: Path) -> None:
+    bench = engine(any_loaded, tmp_path, ram=1 << 24)
+    prompt = list(range(5, 105))
+    cached = []
+    for group, public in (("a", False), ("b", False), ("a", True), ("b", True), ("a", False)):
+        key = bench.submit(prompt, group=group, public=public, max_tokens=1)
+        bench.run()
+        cached.append(bench.end(key).usage.cached_tokens)
+    most = 98 if any_loaded.spec.exact else 99
+    assert cached == [0, 0, 0, most, most]
+    check(bench)
+
+
+def test_a_conversation_finds_its_context_though_others_had_its_slot(
+    any_loaded: loading.Loaded, tmp_path: Path
+) -> None:
+    bench = engine(any_loaded, tmp_path, ram=1 << 24)
+    talks: list[list[int]] = [[5 + i, *range(20, 80), 6, 5 + i] for i in range(3 * SLOTS)]
+    for turn in range(3):
+        for i, talk in enumerate(talks):
+            key = bench.submit(talk, peer=i + 1, max_tokens=8)
+            bench.run()
+            end = bench.end(key)
+            if turn and not any_loaded.spec.exact:
+                assert end.usage.cached_tokens >= len(talk) - 5, "all but the last answer's end and what is new"
+            elif turn:
+                assert end.usage.cached_tokens >= 60, "all that was prefilled"
+            talk += [*bench.whole(key)[0], 9, 9, 9]
+    check(bench)
+
+
+def test_a_leader_that_is_cancelled_leaves_its_followers_running(any_loaded: loading.Loaded, tmp_path: Path) -> None:
+    bench = engine(any_loaded, tmp_path, ram=1 << 24)
+    system = [5 + i % 200 for i in range(400)]
+    first = bench.submit([*system, 1], peer=1)
+    rest = [bench.submit([*system, 2 + i], peer=2 + i, max_tokens=3) for i in range(3)]
+    bench.run(1)
+    bench.engine.cancel(first)
+    bench.run()
+    assert [len(bench.whole(key)[0]) for key in rest] == [3, 3, 3]
+    check(bench)
+
+
+def test_a_parked_leader_does_not_hold_up_others(any_loaded: loading.Loaded, tmp_path: Path) -> None:
+    bench = engine(any_loaded, tmp_path, ram=1 << 24)
+    system = [5 + i % 200 for i in range(400)]
+    bench.submit([*system, 1], peer=1, max_tokens=2)
+    follower = bench.submit([*system, 2], peer=2, max_tokens=3)
+    bench.run(1)
+    bench.engine.park(1, True)
+    bench.run()
+    assert len(bench.whole(follower)[0]) == 3
+    bench.engine.park(1, False)
+    bench.run()
+    check(bench)
+
+
+def test_a_layout_is_learnt_from_llama_and_joins_to_the_same_bytes(any_loaded: loading.Loaded) -> None:
+    context = any_loaded.context
+    context.clear()
+    batch = llama.Batch(64)
+    batch.size = n = 40
+    batch.tokens[:n], batch.positions[:n], batch.sequences[:n], batch.wanted[:n] = range(5, 45), range(n), 1, 0
+    batch.wanted[n - 1] = 1
+    assert context.decode(batch) == llama.OK
+    block = context.read(1).copy()
+    layout = Layout.of(block)
+    assert layout is not None
+    pieces = [layout.cut(block, 1, n, a, b) for a, b in ((0, 7), (7, 30), (30, 40))]
+    assert (layout.join(pieces, 1, n, np.empty(layout.size(n), np.uint8)) == block).all()
+    context.clear()
+    assert Layout.of(context.read(0)) is None
