@@ -1,0 +1,303 @@
+"""Shares by nice value and by group; a sleeper who wakes may run ahead.
+
+Virtual token counters (VTC, OSDI 2024): an agent's `rank` grows with each token it is given, the slower the greater
+its weight, and whoever has the least rank comes first: to a slot, to the computation of its prompt, and, where ranks
+have drifted apart, to the next step. Weights are those of Linux for nice values. One *virtual token* is a token of an
+agent of nice 0.
+
+- **Slots.** A waiting call gets the slot of a running one whose agent is ahead by more than a quantum (in tokens of
+  its own), or by anything at all after quantum.seconds. The 2nd, 3rd … call of one agent counts as so many times two
+  quanta further on, so that agents with one call do not wait for those with ten; of an agent's calls the one that
+  has had least comes first.
+- **Steps.** All that is ready is decoded together, as batch size is throughput: in a crowd of equals nobody is ever
+  held out. Calls whose agents are ahead of the hindmost by more than a quantum are held out if they are at least half
+  of the batch, so that it is worth it; those ahead by more than FAR quanta are held out in any case.
+- **Newcomers** begin at the *line*, the least rank of the active: nothing is owed to who was not there.
+- **Sleepers.** While an agent has no call it earns an allowance, by which its rank begins before its line: so an
+  agent that asks something small now and then runs ahead of a crowd that generates without end, though it takes
+  more than its share while it does. What is given on allowance is not counted. Such gifts must end somewhere: when
+  agents on allowance have kept others waiting for RATION_S, and from then on for more than half of the time, all
+  allowances are void until the ration has grown again.
+- **Groups** with a share are as heavy as so many agents of nice 0, however many they are: their members divide it.
+"""
+
+from __future__ import annotations
+
+from collections import OrderedDict
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+
+from aiosd.llm.policy.contract import PROMPT_WEIGHT, Base, E, Entry, Quantum
+
+# fmt: off
+#: Linux's sched_prio_to_weight, from nice -20 to 19: a step changes the share by a quarter.
+WEIGHTS = (
+    88761, 71755, 56483, 46273, 36291, 29154, 23254, 18705, 14949, 11916,
+    9548, 7620, 6100, 4904, 3906, 3121, 2501, 1991, 1586, 1277,
+    1024, 820, 655, 526, 423, 335, 272, 215, 172, 137,
+    110, 87, 70, 56, 45, 36, 29, 23, 18, 15,
+)
+# fmt: on
+NICE_0 = 1024
+
+#: An idle agent earns so many virtual tokens a second, up to so many.
+ALLOWANCE_RATE, ALLOWANCE = 256.0, 512.0
+
+#: Seconds for which agents on allowance may keep others waiting, saved up one for one while they do not.
+RATION_S = 4.0
+
+#: Who is ahead by so many quanta is held out of steps even if that makes the batch hardly smaller.
+FAR = 8
+
+#: Idle agents are remembered (with rank and allowance) so many, and so long.
+REMEMBER, REMEMBER_S = 4096, 3600.0
+
+
+@dataclass(slots=True, eq=False)
+class _Agent:
+    peer: int
+    weight: int = NICE_0
+    group: _Group | None = None
+    cost: float = 1.0  # virtual tokens that a token costs
+    rank: float = 0.0
+    line: float = 0.0  # while rank < line, it lives on its allowance
+    calls: dict[int, Entry] = field(default_factory=dict)
+    idle_since: float = 0.0
+
+
+@dataclass(slots=True, eq=False)
+class _Group:
+    """The active agents of a group with a share."""
+
+    share: float
+    members: dict[int, _Agent] = field(default_factory=dict)
+
+
+class Fair(Base):
+    """Promise: of two agents that have calls open all the time, neither is ever ahead of the other by more than
+    `reach` of the one ahead; so in any stretch of time their service, in tokens by weight, differs by no more than
+    the two reaches together. And no agent is kept waiting by those on allowance for more than RATION_S at a
+    stretch, nor for more than half of the time in the long run."""
+
+    name = "fair"
+
+    def __init__(self, quantum: Quantum, shares: Mapping[str, float] | None = None) -> None:
+        self._quantum = quantum
+        self._tokens = float(quantum.tokens)
+        self._groups = {name: _Group(share) for name, share in (shares or {}).items()}
+        self._stale: set[str] = set()  # groups whose members must be weighed again
+        self._of: dict[int, _Agent] = {}  # open call → its agent
+        self._active: dict[int, _Agent] = {}  # agents with open calls
+        self._idle: OrderedDict[int, _Agent] = OrderedDict()  # others, the longest idle first
+        self._line = 0.0
+        self._seated: dict[int, float] = {}  # call → when it got its slot
+        self._ahead: float | None = None  # the rank of whom others were held out for in the last step
+        self._ration = _Ration()
+
+    def reach(self, nice: int, batch: int = 1, prompt: int = 0) -> float:
+        """How far, in virtual tokens, an agent of this nice value and no group can get ahead of another: FAR quanta, or
+        an allowance; and what one step gives it, with `batch` calls open and `prompt` tokens computed at once."""
+        cost = NICE_0 / WEIGHTS[nice + 20]
+        return ALLOWANCE + FAR * self._tokens * max(cost, 1.0) + cost * (batch + PROMPT_WEIGHT * prompt)
+
+    # ── who is there ──────────────────────────────────────────────────────────────────────────────────────
+
+    def arrive(self, call: Entry, now: float) -> None:
+        if call.order in self._of:
+            return
+        agent = self._active.get(call.peer)
+        if agent is None:
+            agent = self._wake(call, now)
+        agent.calls[call.order] = call
+        self._of[call.order] = agent
+        self.renice(call, now)
+
+    def _wake(self, call: Entry, now: float) -> _Agent:
+        """An agent becomes active: at the line, or where it was if that is further on, less its allowance."""
+        agent = self._idle.pop(call.peer, None)
+        earned = 0.0
+        if agent is None:
+            agent = _Agent(call.peer, group=self._groups.get(call.group))
+        else:
+            earned = max(agent.line - agent.rank, 0.0) + (now - agent.idle_since) * ALLOWANCE_RATE
+        self._advance()
+        agent.line = max(agent.line, agent.rank, self._line)
+        agent.rank = agent.line - (min(earned, ALLOWANCE) if self._ration.open else 0.0)
+        self._active[agent.peer] = agent
+        if agent.group is not None:
+            agent.group.members[agent.peer] = agent
+        return agent
+
+    def _advance(self) -> None:
+        """The line is the least rank of the active, allowances aside, and never falls back."""
+        if self._active:
+            self._line = max(self._line, min(max(agent.rank, agent.line) for agent in self._active.values()))
+
+    def leave(self, call: Entry, now: float) -> None:
+        agent = self._of.pop(call.order, None)
+        if agent is None:
+            return
+        self._seated.pop(call.order, None)
+        self._spend(now, False)
+        self._ahead = None
+        del agent.calls[call.order]
+        if agent.calls:
+            return
+        self._advance()
+        del self._active[agent.peer]
+        if agent.group is not None:
+            del agent.group.members[agent.peer]
+            self._stale.add(call.group)
+        agent.idle_since = now
+        self._idle[agent.peer] = agent
+        self._forget(now)
+
+    def _forget(self, now: float) -> None:
+        while self._idle:
+            oldest = next(iter(self._idle.values()))
+            if len(self._idle) <= REMEMBER and now - oldest.idle_since <= REMEMBER_S:
+                return
+            del self._idle[oldest.peer]
+
+    def renice(self, call: Entry, now: float) -> None:
+        agent = self._of.get(call.order)
+        if agent is None:
+            return
+        agent.weight = WEIGHTS[min(max(call.nice, -20), 19) + 20]
+        if agent.group is None:
+            agent.cost = NICE_0 / agent.weight
+        else:
+            self._weigh(agent.group)
+
+    def _weigh(self, group: _Group) -> None:
+        """Divide the group's weight among its active members."""
+        total = sum(member.weight for member in group.members.values())
+        for member in group.members.values():
+            member.cost = total / (group.share * member.weight)
+
+    # ── what they have had ────────────────────────────────────────────────────────────────────────────────
+
+    def charge(self, calls: Sequence[Entry], tokens: int, now: float) -> None:
+        of = self._of
+        for call in calls:
+            agent = of[call.order]
+            agent.rank += agent.cost * tokens
+
+    def charge_prompt(self, call: Entry, tokens: int, now: float) -> None:
+        agent = self._of[call.order]
+        agent.rank += agent.cost * tokens * PROMPT_WEIGHT
+
+    # ── slots ─────────────────────────────────────────────────────────────────────────────────────────────
+
+    def _key(self, call: Entry) -> tuple[float, int]:
+        """The rank of a call: that of its agent, and two quanta for each call of it that comes before this one."""
+        agent = self._of[call.order]
+        if len(agent.calls) == 1:
+            return agent.rank, call.order
+        mine = self._had(call)
+        before = sum(self._had(other) < mine for other in agent.calls.values())
+        return agent.rank + 2 * before * self._tokens * agent.cost, call.order
+
+    def _had(self, call: Entry) -> tuple[int, int]:
+        return call.num_generated // self._quantum.tokens, call.order
+
+    def _patience(self, call: Entry, now: float) -> float:
+        """How far ahead of a waiting call this running one may be, in virtual tokens."""
+        cost = self._of[call.order].cost
+        if now - self._seated.setdefault(call.order, now) >= self._quantum.seconds:
+            return cost
+        return self._tokens * cost
+
+    def evict(self, waiting: Sequence[E], running: Sequence[E], free: int, now: float) -> list[E]:
+        if len(waiting) <= free or not running:
+            return []
+        first = sorted(((*self._key(call), call) for call in waiting), key=lambda entry: entry[:2])[free:]
+        seats = [(self._key(call)[0], self._patience(call, now), call) for call in running]
+        victims: list[E] = []
+        for rank, _, call in first:
+            most = self._tokens if self._on_allowance(call) else float("inf")
+            best = max(range(len(seats)), key=lambda i: seats[i][0] - min(seats[i][1], most), default=-1)
+            if best < 0 or seats[best][0] - min(seats[best][1], most) <= rank:
+                break
+            victims.append(seats.pop(best)[2])
+        return victims
+
+    def _on_allowance(self, call: Entry) -> bool:
+        agent = self._of[call.order]
+        return agent.rank < agent.line
+
+    def admit(self, waiting: Sequence[E], running: Sequence[E], free: int, now: float) -> list[E]:
+        if free <= 0:
+            return []
+        admitted = sorted(waiting, key=self._key)[:free]
+        for call in admitted:
+            self._seated[call.order] = now
+        return admitted
+
+    # ── steps ─────────────────────────────────────────────────────────────────────────────────────────────
+
+    def order(self, pending: Sequence[E], now: float) -> list[E]:
+        """While others are held out of steps for the sake of one on allowance, their prompts wait as well."""
+        ahead, self._ahead = self._ahead, None
+        ordered = sorted(pending, key=self._key)
+        if ahead is None:
+            return ordered
+        return [call for call in ordered if self._of[call.order].rank <= ahead + self._tokens]
+
+    def select(self, decoding: list[E], now: float) -> list[E]:
+        if self._stale:
+            for name in self._stale:
+                self._weigh(self._groups[name])
+            self._stale.clear()
+        of = self._of
+        agents = [of[call.order] for call in decoding]
+        ranks = [agent.rank for agent in agents]
+        least = min(ranks)
+        first = agents[ranks.index(least)]
+        gift = first.rank < first.line
+        kept = decoding
+        if max(ranks) - least > self._tokens:
+            kept = self._near(decoding, agents, least, gift)
+        self._spend(now, gift and len(kept) < len(of))
+        self._ahead = least if gift and len(kept) < len(decoding) else None
+        return kept
+
+    def _near(self, decoding: list[E], agents: list[_Agent], least: float, gift: bool) -> list[E]:
+        """Those not ahead by more than a quantum, if they are at most half; else those not ahead by FAR quanta. A
+        quantum is one in tokens of its own, but for who is in the way of one on allowance."""
+        heaviest = 1.0 if gift else float("inf")
+        slack = [self._tokens * min(max(agent.cost, 1.0), heaviest) for agent in agents]
+        lead = [agent.rank - least for agent in agents]
+        near = [call for call, by, most in zip(decoding, lead, slack, strict=True) if by <= most]
+        if 2 * len(near) <= len(decoding):
+            return near
+        far = [call for call, by, most in zip(decoding, lead, slack, strict=True) if by <= FAR * most]
+        return far if len(far) < len(decoding) else decoding
+
+    def _spend(self, now: float, waiting: bool) -> None:
+        if self._ration.spend(now, waiting):
+            return
+        for agent in self._active.values():
+            agent.rank = max(agent.rank, agent.line)
+
+
+class _Ration:
+    """The time that agents on allowance may keep others waiting."""
+
+    def __init__(self) -> None:
+        self.open = True
+        self._left_s = RATION_S
+        self._last: float | None = None
+        self._used = False  # from the last look on
+
+    def spend(self, now: float, used: bool) -> bool:
+        """Count the time since the last look; `used`: is it being used from now on? False: it has just run out."""
+        passed = now - self._last if self._last is not None else 0.0
+        self._left_s = min(self._left_s + (-passed if self._used else passed), RATION_S)
+        self._last, self._used = now, used and self.open
+        if self.open and self._left_s <= 0.0:
+            self.open = self._used = False
+            return False
+        if self._left_s >= RATION_S / 2:
+            self.open = True
+        return True
