@@ -1,15 +1,14 @@
 """Round robin: every agent has its turn.
 
-Calls stand in one queue. Who has had its turn and is wanted elsewhere goes to the end of it. Turns go round the
-*agents*: of those that wait, one whose agent holds fewer slots comes first, so that an agent with ten calls open does
-not get ten turns in a round, as long as there are agents enough to fill the slots.
+Calls stand in one queue. Whose turn is over goes to the end of it, and keeps its slot only if its turn comes up again
+at once. Turns go round the *agents*: the first calls of all agents come before all second ones, so that an agent with
+ten calls open does not get ten turns in a round, as long as there are agents enough to fill the slots.
 """
 
 from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Sequence
-from heapq import heapify, heappop, heappush
 from itertools import count
 
 from aiosd.llm.policy.contract import Base, E, Entry, Quantum, Turns
@@ -37,53 +36,38 @@ class RoundRobin(Base):
     def evict(self, waiting: Sequence[E], running: Sequence[E], free: int, now: float) -> list[E]:
         if len(waiting) <= free:
             return []
-        over = [call for call in running if self._turns.is_over(call, now)]
+        over = sorted((call for call in running if self._turns.is_over(call, now)), key=self._place)
         if not over:
             return []
-        held = Counter(call.peer for call in running)
-        victims: list[E] = []
-        for number, call in enumerate(self._queue(waiting, held, free + len(over))):
-            victim = self._victim(call, over, held) if number >= free else None
-            if victim is not None:
-                over.remove(victim)
-                held[victim.peer] -= 1
-                victims.append(victim)
-            elif number >= free:
-                continue
-            held[call.peer] += 1
-        for victim in victims:
-            self._places[victim.order] = next(self._end)
-        return victims
-
-    def _victim(self, call: E, over: list[E], held: Counter[int]) -> E | None:
-        """Who makes room for `call`: one whose turn is over, of an agent that will still hold as many slots as the
-        agent of `call`, or of that agent itself; the one whose turn began first."""
-        fits = [v for v in over if v.peer == call.peer or held[v.peer] > held[call.peer]]
-        return min(fits, key=lambda v: (-held[v.peer], self._places[v.order]), default=None)
+        for call in over:
+            self._places[call.order] = next(self._end)
+            self._turns.begin(call, now)
+        rest = {call.order for call in running} - {call.order for call in over}
+        queue = [call for call in self._queue([*waiting, *running]) if call.order not in rest]
+        out = {call.order for call in queue[free + len(over) :]}
+        return [call for call in over if call.order in out]
 
     def admit(self, waiting: Sequence[E], running: Sequence[E], free: int, now: float) -> list[E]:
         if free <= 0:
             return []
-        admitted = self._queue(waiting, Counter(call.peer for call in running), free)
+        have = {call.order for call in running}
+        admitted = [call for call in self._queue([*waiting, *running]) if call.order not in have][:free]
         for call in admitted:
             self._turns.begin(call, now)
         return admitted
 
-    def _queue(self, waiting: Sequence[E], held: Counter[int], most: int) -> list[E]:
-        """The first of `waiting`: by the slots that their agents hold, with those they got just now, then by place."""
-        held = Counter(held)
-        heap = [(held[call.peer], self._places[call.order], number) for number, call in enumerate(waiting)]
-        heapify(heap)
-        queue: list[E] = []
-        while heap and len(queue) < most:
-            slots, place, number = heappop(heap)
-            call = waiting[number]
-            if slots < held[call.peer]:  # its agent has got one since
-                heappush(heap, (held[call.peer], place, number))
-                continue
-            held[call.peer] += 1
-            queue.append(call)
-        return queue
+    def _place(self, call: Entry) -> int:
+        return self._places[call.order]
+
+    def _queue(self, calls: Sequence[E]) -> list[E]:
+        """All first calls of their agents by place, then all second ones, and so on."""
+        seen: Counter[int] = Counter()
+        rows: list[tuple[int, E]] = []
+        for call in sorted(calls, key=self._place):
+            rows.append((seen[call.peer], call))
+            seen[call.peer] += 1
+        rows.sort(key=lambda row: row[0])  # stable: places keep their order within a row
+        return [call for _, call in rows]
 
     def order(self, pending: Sequence[E], now: float) -> list[E]:
-        return sorted(pending, key=lambda call: self._places[call.order])
+        return sorted(pending, key=self._place)
