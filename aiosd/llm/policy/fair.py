@@ -12,7 +12,9 @@ agent of nice 0.
 - **Steps.** All that is ready is decoded together, as batch size is throughput: in a crowd of equals nobody is ever
   held out. Calls whose agents are ahead of the hindmost by more than a quantum are held out if they are at least half
   of the batch, so that it is worth it; those ahead by more than FAR quanta are held out in any case.
-- **Newcomers** begin at the *line*, the least rank of the active: nothing is owed to who was not there.
+- **Newcomers** begin at the *line*, the least rank of the active: nothing is owed to who was not there. An agent that
+  comes back begins where it was, but not further back than a quantum behind the line: so far may the hindmost have run
+  ahead of it before it came to its turn.
 - **Sleepers.** While an agent has no call it earns an allowance, by which its rank begins before its line: so an
   agent that asks something small now and then runs ahead of a crowd that generates without end, though it takes
   more than its share while it does. What is given on allowance is not counted. Such gifts must end somewhere: when
@@ -89,7 +91,7 @@ class Fair(Base):
         self._of: dict[int, _Agent] = {}  # open call → its agent
         self._active: dict[int, _Agent] = {}  # agents with open calls
         self._idle: OrderedDict[int, _Agent] = OrderedDict()  # others, the longest idle first
-        self._line = 0.0
+        self._line, self._slack = 0.0, self._tokens
         self._seated: dict[int, float] = {}  # call → when it got its slot
         self._ahead: float | None = None  # the rank of whom others were held out for in the last step
         self._ration = _Ration()
@@ -113,15 +115,15 @@ class Fair(Base):
         self.renice(call, now)
 
     def _wake(self, call: Entry, now: float) -> _Agent:
-        """An agent becomes active: at the line, or where it was if that is further on, less its allowance."""
+        """An agent becomes active: at the line, or near where it was, less its allowance."""
         agent = self._idle.pop(call.peer, None)
+        self._advance()
         earned = 0.0
         if agent is None:
-            agent = _Agent(call.peer, group=self._groups.get(call.group))
+            agent = _Agent(call.peer, group=self._groups.get(call.group), line=self._line)
         else:
             earned = max(agent.line - agent.rank, 0.0) + (now - agent.idle_since) * ALLOWANCE_RATE
-        self._advance()
-        agent.line = max(agent.line, agent.rank, self._line)
+            agent.line = max(agent.line, agent.rank, self._line - self._slack)
         agent.rank = agent.line - (min(earned, ALLOWANCE) if self._ration.open else 0.0)
         self._active[agent.peer] = agent
         if agent.group is not None:
@@ -131,7 +133,8 @@ class Fair(Base):
     def _advance(self) -> None:
         """The line is the least rank of the active, allowances aside, and never falls back."""
         if self._active:
-            self._line = max(self._line, min(max(agent.rank, agent.line) for agent in self._active.values()))
+            rank, cost = min((max(agent.rank, agent.line), agent.cost) for agent in self._active.values())
+            self._line, self._slack = max(self._line, rank), self._tokens * max(cost, 1.0)
 
     def leave(self, call: Entry, now: float) -> None:
         agent = self._of.pop(call.order, None)

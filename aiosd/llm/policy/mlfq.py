@@ -103,6 +103,9 @@ class Mlfq(Base):
             victims.append(victim)
         for victim in victims:
             self._places[victim.order] = next(self._end)
+        for _, over, call in lowest[len(victims) :]:
+            if over:  # nobody is there who would get the slot: else who went just now would come back for it
+                self._turns.begin(call, now)
         return victims
 
     def _worth(self, call: E, now: float) -> tuple[int, bool, E]:
