@@ -215,19 +215,18 @@ class Fair(Base):
         if len(waiting) <= free or not running:
             return []
         first = sorted(((*self._key(call), call) for call in waiting), key=lambda entry: entry[:2])[free:]
-        seats = [(self._key(call)[0], self._patience(call, now), call) for call in running]
+        seats = sorted(((self._key(call), self._patience(call, now), call) for call in running), key=lambda s: s[0])
         victims: list[E] = []
+        least = float("inf")  # of the victims' ranks: admit must choose all those for whom they go before any of them
         for rank, _, call in first:
-            most = self._tokens if self._on_allowance(call) else float("inf")
-            best = max(range(len(seats)), key=lambda i: seats[i][0] - min(seats[i][1], most), default=-1)
-            if best < 0 or seats[best][0] - min(seats[best][1], most) <= rank:
+            most = self._tokens if rank < self._of[call.order].line else float("inf")
+            ahead = [i for i, ((own, _), patience, _) in enumerate(seats) if own > rank + min(patience, most)]
+            if not ahead or least <= rank:
                 break
-            victims.append(seats.pop(best)[2])
+            (own, _), _, victim = seats.pop(ahead[-1])
+            least = min(least, own)
+            victims.append(victim)
         return victims
-
-    def _on_allowance(self, call: Entry) -> bool:
-        agent = self._of[call.order]
-        return agent.rank < agent.line
 
     def admit(self, waiting: Sequence[E], running: Sequence[E], free: int, now: float) -> list[E]:
         if free <= 0:
