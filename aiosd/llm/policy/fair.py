@@ -12,14 +12,16 @@ agent of nice 0.
 - **Steps.** All that is ready is decoded together, as batch size is throughput: in a crowd of equals nobody is ever
   held out. Calls whose agents are ahead of the hindmost by more than a quantum are held out if they are at least half
   of the batch, so that it is worth it; those ahead by more than FAR quanta are held out in any case.
-- **Newcomers** begin at the *line*, the least rank of the active: nothing is owed to who was not there. An agent that
-  comes back begins where it was, but not further back than a quantum behind the line: so far may the hindmost have run
-  ahead of it before it came to its turn.
+- **Newcomers** begin at the *line*: nothing is owed to who was not there, and nothing is to be made up for. The line
+  moves on by what the active agents are given on the average, and is never further on than the hindmost of them.
+  Who comes back begins where it was, if that is further on.
 - **Sleepers.** While an agent has no call it earns an allowance, by which its rank begins before its line: so an
   agent that asks something small now and then runs ahead of a crowd that generates without end, though it takes
-  more than its share while it does. What is given on allowance is not counted. Such gifts must end somewhere: when
-  agents on allowance have kept others waiting for RATION_S, and from then on for more than half of the time, all
-  allowances are void until the ration has grown again.
+  more than its share while it does. It passes only those who have had more than a quantum since they came: short
+  calls do not hold up each other. What is given on allowance is not counted. Such gifts are for few: when more
+  than FEW of the active have slept (a crowd whose agents all use tools, and pause meanwhile), all allowances are void.
+  And they end somewhere: when agents on allowance have kept others waiting for RATION_S, and from then on for more
+  than half of the time, they are void until the ration has grown again.
 - **Groups** with a share are as heavy as so many agents of nice 0, however many they are: their members divide it.
 """
 
@@ -45,6 +47,9 @@ NICE_0 = 1024
 #: An idle agent earns so many virtual tokens a second, up to so many.
 ALLOWANCE_RATE, ALLOWANCE = 256.0, 512.0
 
+#: Who was idle for so many seconds has slept; allowances count while at most this part of the active has.
+NAP_S, FEW = 0.25, 1 / 4
+
 #: Seconds for which agents on allowance may keep others waiting, saved up one for one while they do not.
 RATION_S = 4.0
 
@@ -65,6 +70,7 @@ class _Agent:
     line: float = 0.0  # while rank < line, it lives on its allowance
     calls: dict[int, Entry] = field(default_factory=dict)
     idle_since: float = 0.0
+    slept: bool = False  # before its oldest call came
 
 
 @dataclass(slots=True, eq=False)
@@ -91,7 +97,8 @@ class Fair(Base):
         self._of: dict[int, _Agent] = {}  # open call → its agent
         self._active: dict[int, _Agent] = {}  # agents with open calls
         self._idle: OrderedDict[int, _Agent] = OrderedDict()  # others, the longest idle first
-        self._line, self._slack = 0.0, self._tokens
+        self._line = 0.0
+        self._given = 0.0  # virtual tokens, to all, since the line last moved
         self._seated: dict[int, float] = {}  # call → when it got its slot
         self._ahead: float | None = None  # the rank of whom others were held out for in the last step
         self._ration = _Ration()
@@ -115,7 +122,7 @@ class Fair(Base):
         self.renice(call, now)
 
     def _wake(self, call: Entry, now: float) -> _Agent:
-        """An agent becomes active: at the line, or near where it was, less its allowance."""
+        """An agent becomes active: at the line, or where it was, less its allowance."""
         agent = self._idle.pop(call.peer, None)
         self._advance()
         earned = 0.0
@@ -123,18 +130,32 @@ class Fair(Base):
             agent = _Agent(call.peer, group=self._groups.get(call.group), line=self._line)
         else:
             earned = max(agent.line - agent.rank, 0.0) + (now - agent.idle_since) * ALLOWANCE_RATE
-            agent.line = max(agent.line, agent.rank, self._line - self._slack)
-        agent.rank = agent.line - (min(earned, ALLOWANCE) if self._ration.open else 0.0)
+            agent.line = max(agent.line, agent.rank, self._line)
+            agent.slept = now - agent.idle_since >= NAP_S
+        agent.rank = agent.line - min(earned, ALLOWANCE)
         self._active[agent.peer] = agent
         if agent.group is not None:
             agent.group.members[agent.peer] = agent
+        if not self._ration.open or not self._few_slept():
+            self._void()
         return agent
 
+    def _few_slept(self) -> bool:
+        """Of those that have slept, not only those who still have something left count."""
+        sleepers = sum(agent.slept and agent.rank < agent.line + ALLOWANCE for agent in self._active.values())
+        return sleepers <= FEW * len(self._active)
+
+    def _void(self) -> None:
+        """Nobody runs ahead any more."""
+        for agent in self._active.values():
+            agent.rank = max(agent.rank, agent.line)
+
     def _advance(self) -> None:
-        """The line is the least rank of the active, allowances aside, and never falls back."""
+        """Move the line. It must not simply be the least rank: if the hindmost leaves for a moment, that jumps."""
+        given, self._given = self._given, 0.0
         if self._active:
-            rank, cost = min((max(agent.rank, agent.line), agent.cost) for agent in self._active.values())
-            self._line, self._slack = max(self._line, rank), self._tokens * max(cost, 1.0)
+            hindmost = min(max(agent.rank, agent.line) for agent in self._active.values())
+            self._line = max(self._line, min(hindmost, self._line + given / len(self._active)))
 
     def leave(self, call: Entry, now: float) -> None:
         agent = self._of.pop(call.order, None)
@@ -181,14 +202,19 @@ class Fair(Base):
     # ── what they have had ────────────────────────────────────────────────────────────────────────────────
 
     def charge(self, calls: Sequence[Entry], tokens: int, now: float) -> None:
-        of = self._of
+        of, given = self._of, 0.0
         for call in calls:
             agent = of[call.order]
-            agent.rank += agent.cost * tokens
+            cost = agent.cost * tokens
+            agent.rank += cost
+            given += cost
+        self._given += given
 
     def charge_prompt(self, call: Entry, tokens: int, now: float) -> None:
         agent = self._of[call.order]
-        agent.rank += agent.cost * tokens * PROMPT_WEIGHT
+        cost = agent.cost * tokens * PROMPT_WEIGHT
+        agent.rank += cost
+        self._given += cost
 
     # ── slots ─────────────────────────────────────────────────────────────────────────────────────────────
 
@@ -219,14 +245,24 @@ class Fair(Base):
         victims: list[E] = []
         least = float("inf")  # of the victims' ranks: admit must choose all those for whom they go before any of them
         for rank, _, call in first:
-            most = self._tokens if rank < self._of[call.order].line else float("inf")
-            ahead = [i for i, ((own, _), patience, _) in enumerate(seats) if own > rank + min(patience, most)]
+            line = self._of[call.order].line
+            ahead = [i for i, seat in enumerate(seats) if self._gives_way(seat[0][0], seat[1], seat[2], rank, line)]
             if not ahead or least <= rank:
                 break
             (own, _), _, victim = seats.pop(ahead[-1])
             least = min(least, own)
             victims.append(victim)
         return victims
+
+    def _gives_way(self, own: float, patience: float, call: Entry, rank: float, line: float) -> bool:
+        """Does this running call to a waiting one? Only a long one does for an allowance."""
+        if rank < line and self._is_long(self._of[call.order]):
+            return own > rank + min(patience, self._tokens)
+        return own > max(rank, line) + patience
+
+    def _is_long(self, agent: _Agent) -> bool:
+        """Has it had more than a quantum since it came?"""
+        return agent.rank > agent.line + self._tokens
 
     def admit(self, waiting: Sequence[E], running: Sequence[E], free: int, now: float) -> list[E]:
         if free <= 0:
@@ -244,7 +280,11 @@ class Fair(Base):
         ordered = sorted(pending, key=self._key)
         if ahead is None:
             return ordered
-        return [call for call in ordered if self._of[call.order].rank <= ahead + self._tokens]
+
+        def may(agent: _Agent) -> bool:
+            return not self._is_long(agent) or agent.rank <= ahead + self._tokens
+
+        return [call for call in ordered if may(self._of[call.order])]
 
     def select(self, decoding: list[E], now: float) -> list[E]:
         if self._stale:
@@ -255,32 +295,44 @@ class Fair(Base):
         agents = [of[call.order] for call in decoding]
         ranks = [agent.rank for agent in agents]
         least = min(ranks)
-        first = agents[ranks.index(least)]
-        gift = first.rank < first.line
+        hindmost = agents[ranks.index(least)]
+        gift = hindmost.rank < hindmost.line
         kept = decoding
         if max(ranks) - least > self._tokens:
-            kept = self._near(decoding, agents, least, gift)
+            kept = self._behind(agents, ranks, least, decoding) if gift else decoding
+            if 2 * len(kept) > len(decoding):
+                kept = self._near(agents, decoding)
         self._spend(now, gift and len(kept) < len(of))
         self._ahead = least if gift and len(kept) < len(decoding) else None
         return kept
 
-    def _near(self, decoding: list[E], agents: list[_Agent], least: float, gift: bool) -> list[E]:
-        """Those not ahead by more than a quantum, if they are at most half; else those not ahead by FAR quanta. A
-        quantum is one in tokens of its own, but for who is in the way of one on allowance."""
-        heaviest = 1.0 if gift else float("inf")
-        slack = [self._tokens * min(max(agent.cost, 1.0), heaviest) for agent in agents]
-        lead = [agent.rank - least for agent in agents]
-        near = [call for call, by, most in zip(decoding, lead, slack, strict=True) if by <= most]
+    def _behind(self, agents: list[_Agent], ranks: list[float], least: float, decoding: list[E]) -> list[E]:
+        """Those as far behind as one on allowance, and those who are not long."""
+        most = least + self._tokens
+        return [
+            call
+            for call, agent, rank in zip(decoding, agents, ranks, strict=True)
+            if rank <= most or not self._is_long(agent)
+        ]
+
+    def _near(self, agents: list[_Agent], decoding: list[E]) -> list[E]:
+        """Those not ahead by more than a quantum, if they are at most half; else those not ahead by FAR quanta: in
+        tokens of their own, allowances aside."""
+        ranks = [max(agent.rank, agent.line) for agent in agents]
+        least = min(ranks)
+        quanta = [
+            (rank - least) / (self._tokens * max(agent.cost, 1.0)) for agent, rank in zip(agents, ranks, strict=True)
+        ]
+        near = [call for call, ahead in zip(decoding, quanta, strict=True) if ahead <= 1]
         if 2 * len(near) <= len(decoding):
             return near
-        far = [call for call, by, most in zip(decoding, lead, slack, strict=True) if by <= FAR * most]
-        return far if len(far) < len(decoding) else decoding
+        if max(quanta) <= FAR:
+            return decoding
+        return [call for call, ahead in zip(decoding, quanta, strict=True) if ahead <= FAR]
 
     def _spend(self, now: float, waiting: bool) -> None:
-        if self._ration.spend(now, waiting):
-            return
-        for agent in self._active.values():
-            agent.rank = max(agent.rank, agent.line)
+        if not self._ration.spend(now, waiting):
+            self._void()
 
 
 class _Ration:

@@ -18,8 +18,8 @@ class Priority(Base):
     """Promise: the most urgent call gets the slot; at once, if who has it is less urgent by a step. A call that
     waits gains one step of nice per AGEING_S, so a call of nice n is overtaken only by calls of nice m < n that began
     to wait less than (n - m) × AGEING_S after it: its wait is bounded, whatever the others do. What it has gained it
-    keeps for a quantum. Of equals, who came first; and who has run for a quantum gives way to an equal who has waited
-    for AGEING_S."""
+    keeps until it has run for a quantum, also if it must wait again before. Of equals, who came first; and who has
+    run for a quantum gives way to an equal who has waited for AGEING_S."""
 
     name = "priority"
 
