@@ -265,6 +265,20 @@ def test_priority_of_equals_the_first_come_runs_and_gives_way_in_time() -> None:
     assert abs(engine.agents[1].service - engine.agents[2].service) <= 2 * AGEING_S / (STEP_S + ROW_S)
 
 
+def test_priority_what_was_gained_by_waiting_outlasts_an_interruption() -> None:
+    engine = FakeEngine(Priority(Q), 1)
+    engine.agent(1, [Turn(0.0, 0, ENDLESS)], nice=0)
+    aged = engine.agent(2, [Turn(0.0, 0, ENDLESS)], nice=3)
+    engine.step()
+    while not aged.calls[0].num_generated:
+        engine.step()
+    engine.agent(3, [Turn(0.0, 0, 5)], nice=-20)
+    while not engine.agents[3].calls or engine.agents[3].calls[0].finished is None:
+        engine.step()
+    engine.step()
+    assert aged.calls[0] in engine.running
+
+
 # ── mlfq ──────────────────────────────────────────────────────────────────────────────────────────────────
 
 
@@ -320,6 +334,19 @@ def test_mlfq_nobody_starves(count: int, slots: int, newcomers: float) -> None:
         still = [engine.now - call.since] if call in engine.waiting else []
         assert max(ended + still) <= bound
     assert all(agent.service > 0 for agent in engine.agents.values() if agent.peer <= count)
+
+
+def test_mlfq_the_boost_reaches_one_that_newcomers_keep_down() -> None:
+    """New agents, always more than the slot can serve, who all begin above a long call."""
+    engine = FakeEngine(Mlfq(Q), 1)
+    long = engine.agent(1, [Turn(0.0, 0, ENDLESS)])
+    engine.run(5.0)
+    for number in range(1000):
+        engine.agent(100 + number, [Turn(number * 0.1, 0, 30)])
+    for _ in range(3):
+        before = long.service
+        engine.run(mlfq.BOOST_S)
+        assert long.service > before
 
 
 # ── fair ──────────────────────────────────────────────────────────────────────────────────────────────────
