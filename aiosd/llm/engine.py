@@ -134,7 +134,8 @@ class Engine:
             return
         sequence.parked_peer = sequence.peer in self._parked_peers
         self._calls[sequence.key] = self._waiting[sequence.key] = sequence
-        self.policy.arrive(sequence, now)
+        if not sequence.parked:
+            self.policy.arrive(sequence, now)
         if sequence.stream:
             self._streams[sequence.key] = sequence
         self._limit(sequence, computed=0)
@@ -156,13 +157,19 @@ class Engine:
             self._parked_peers.discard(peer)
         for sequence in self._calls.values():
             if sequence.peer == peer:
-                sequence.parked_peer = parked
-                self._stale = True
+                self._park(sequence, parked, sequence.parked_call)
 
     def park_call(self, key: Key, parked: bool) -> None:
         sequence = self._calls.get(key)
         if sequence is not None:
-            sequence.parked_call = parked
+            self._park(sequence, sequence.parked_peer, parked)
+
+    def _park(self, sequence: Sequence, by_peer: bool, by_call: bool) -> None:
+        """For the policy a parked call is gone: what stands still must not save up service."""
+        before = sequence.parked
+        sequence.parked_peer, sequence.parked_call = by_peer, by_call
+        if sequence.parked != before:
+            (self.policy.leave if sequence.parked else self.policy.arrive)(sequence, self._clock())
             self._stale = True
 
     def keep(self, peers: Iterable[int]) -> None:
@@ -189,13 +196,16 @@ class Engine:
         """Another policy from the next step on; it hears of all calls as if they came now."""
         self.policy, now = policy, self._clock()
         for sequence in self._calls.values():
-            policy.arrive(sequence, now)
+            if not sequence.parked:
+                policy.arrive(sequence, now)
         self._stale = True
 
     def renice(self, peer: int, nice: int) -> None:
+        now = self._clock()
         for sequence in self._calls.values():
             if sequence.peer == peer:
                 sequence.nice = nice
+                self.policy.renice(sequence, now)
 
     def step(self) -> None:
         """Let every call that can go on do so by one token, and prompts by their share."""
