@@ -30,6 +30,20 @@ THOUGHTS = {
 }
 
 
+#: Words that decide what is asked: never replaced.
+MEANING = frozenset(
+    """a add after all an and any are area as average away be both bring but by bye calculate called can cannot compute
+    copy cost cut decrease delete difference divide divided do does double each equals every fetch file files find first
+    five forget four from get give goes half halve hello hi hour how i in increase into is it its keep left less letter
+    list load look lost made make many me memory minus minutes more much multiplied multiply my named no not note noted
+    notes number numbers of off on one open out over per percent place plus power product put quarter raise raised
+    read recall remainder remember remind result root same save saved say says second seven share shared show six
+    square squared store sum subtract take tell ten text thank thanks that the them then there third this three times
+    to total triple twice two up us value was were what when where which who whose why will with work write written you
+    your zero""".split()
+)
+
+
 class World(Toolkit):
     """The agent's tools over files in a dict."""
 
@@ -197,8 +211,19 @@ class Source:
             elif self.chance(0.12):
                 text = self.pick(ph.LEAD, ph.LEAD_HELD) + text
             text = self._sloppy(text)
+        if not self.held and self.chance(0.35):
+            text = self._strange(text)
         filled = {"any": self.word(), "any2": self.word()} | (slots or {}) | more  # a word that could be any other
         return re.sub(r"\{(\w+)\}", lambda m: filled[m[1]], text)
+
+    def _strange(self, text: str) -> str:
+        """Puts other words in place of some that carry no meaning of their own, so that the model finds where a text or
+        a name begins and ends among words it has never seen there."""
+        words = text.split(" ")
+        for i, word in enumerate(words):
+            if word.isalpha() and word.lower() not in MEANING and self.chance(0.1):
+                words[i] = self.word()
+        return " ".join(words)
 
     def _sloppy(self, text: str) -> str:
         style = self.rng.random()
@@ -215,9 +240,12 @@ class Source:
     # --- words
 
     def word(self) -> str:
-        return self.made_up() if self.chance(0.22) else self.rng.choice(ph.COMMON)
+        return self.made_up() if self.chance(0.22 if self.held else 0.33) else self.rng.choice(ph.COMMON)
 
     def made_up(self) -> str:
+        if not self.held and self.chance(0.35):  # of any letters, so that no piece of a word is a stranger to copying
+            pairs = [self.rng.choice("bcdfghjklmnpqrstvwxyz") + self.rng.choice("aeiouy") for _ in range(4)]
+            return "".join(pairs)[self.rng.randint(0, 1) : self.rng.randint(4, 8)]
         syllables = self.pick(ph.SYLLABLES, ph.SYLLABLES_HELD)
         parts = [syllables] + [self.rng.choice(ph.SYLLABLES) for _ in range(self.rng.randint(1, 3))]
         return "".join(parts)
@@ -241,7 +269,7 @@ class Source:
 
     def file(self) -> str:
         stem = self.pick(ph.STEMS, ph.STEMS_HELD)
-        if self.chance(0.2):
+        if self.chance(0.2 if self.held else 0.4):
             stem = self.made_up()
         if self.chance(0.15):
             stem += self.rng.choice(["_", "-", ""]) + self.rng.choice([self.word(), str(self.rng.randint(1, 99))])
@@ -911,16 +939,16 @@ FAMILIES: dict[str, tuple[Callable[[Source], Task], float]] = {
     "calc": (calc, 20),
     "remember": (remember, 9),
     "recall": (recall, 10),
-    "read": (read, 8),
+    "read": (read, 10),
     "write": (write, 11),
     "talk": (talk, 4),
     "cannot": (cannot, 5),
     "calc, then": (chain("calc, then", "calc", ["save keep save"]), 7),
     "fetch, calc": (chain("fetch, calc", "read recall list", []), 8),
-    "move": (move, 9),
-    "twice": (twice, 4),
+    "move": (move, 11),
+    "twice": (twice, 7),
     "fetch, calc, then": (chain("fetch, calc, then", "read recall list", ["save keep"]), 8),
     "calc, keep, save": (keep_and_save, 3),
     "fetch two, calc": (chain("fetch two, calc", "read2 recall2 mixed", []), 6),
-    "fetch two, calc, then": (chain("fetch two, calc, then", "read2 recall2 mixed", ["save keep"]), 2),
+    "fetch two, calc, then": (chain("fetch two, calc, then", "read2 recall2 mixed", ["save keep"]), 4),
 }
