@@ -27,7 +27,7 @@ from aiosd import config, edge
 from aiosd.errors import AiosdError
 from aiosd.units import format_duration, format_size
 from libaios.client import Home, NoKernel
-from libaios.wire import ENV_HOME, NoArgs, Status, Sys
+from libaios.wire import ENV_HOME, NoArgs, Set, Status, Sys
 
 if TYPE_CHECKING:
     from aiosd.config import Settings
@@ -37,6 +37,7 @@ EXAMPLES = """
   aiosd -d --model llama.gguf --ctx 8192  in the background; returns when it serves
   aiosd --model big.gguf --model small=tiny.gguf --slots 16
   aiosd status                            what runs where
+  aiosd set policy rr                     change it while it runs
   aiosd stop                              end it, and everything in it
   eval "$(aiosd completion bash)"         complete commands, options, pids and names
 """
@@ -243,6 +244,30 @@ def _value(name: str, value: Any) -> str:
     if isinstance(value, int) and name.endswith("bytes"):
         return format_size(value)
     return f"{value:g}" if isinstance(value, float) else str(value)
+
+
+# ── set ──────────────────────────────────────────────────────────────────────────────────────────────────
+
+
+@command.command("set", context_settings=edge.SETTINGS, short_help="Change a setting of the running system.")
+@click.argument("name", metavar="NAME", type=click.Choice([*config.LIVE]))
+@click.argument("value")
+def change(name: str, value: str) -> int:
+    """Change a setting of the running system.
+
+    \b
+      aiosd set policy fair            fifo, rr, priority, mlfq or fair; open calls go on under it
+      aiosd set quantum 64,10          tokens and seconds, whichever is first
+      aiosd set shares web=4,batch=1   what groups get under fair, in agents of nice 0
+      aiosd set log_level debug
+      aiosd set stop_timeout 30
+
+    It holds until aiosd ends or reads its settings again (SIGHUP); what is to last belongs into aiosd.toml.
+    """
+    with edge.connect() as client:
+        old, new = client.call(Sys.SET, Set(name, value), tuple[str, str])
+    print(f"{name} {new or '-'} (was {old or '-'})")
+    return 0
 
 
 # ── stop ──────────────────────────────────────────────────────────────────────────────────────────────────

@@ -1,7 +1,9 @@
 """Settings of one system: flags over environment over file over defaults.
 
     # aiosd.toml                            environment, flag
-    policy = "fifo"                         AIOSD_POLICY, --policy
+    policy = "fair"                         AIOSD_POLICY, --policy
+    quantum = "64,10"                       tokens, and seconds
+    shares = { web = 4, batch = 0.5 }       AIOSD_SHARES="web=4,batch=0.5"
     ctx = 4096                              AIOSD_CTX, --ctx
     slots = 16
     kv_memory = "2G"
@@ -26,13 +28,14 @@ from pathlib import Path
 from typing import Any
 
 from aiosd.errors import UsageError, WorldError
+from aiosd.link import Schedule
 from aiosd.llm.spec import MAX_SLOTS, ModelSpec
 from aiosd.nano import model_path
 from aiosd.units import parse_size
 from libaios.home import Home
 
 NANO = "nano"
-POLICIES = ("fifo",)
+POLICIES = ("fifo", "rr", "priority", "mlfq", "fair")
 LOG_LEVELS = ("debug", "info", "warning", "error", "critical")
 ENV_PREFIX = "AIOSD_"
 
@@ -108,8 +111,43 @@ def _size(value: Any) -> int:
     return parse_size(str(value))
 
 
+def _quantum(value: Any) -> tuple[int, float]:
+    """64 · "64,10" · [64, 10]"""
+    parts = value.split(",") if isinstance(value, str) else value if isinstance(value, list) else [value]
+    if not 1 <= len(parts) <= 2:
+        raise ValueError(f"{value!r} is no quantum (such as 64, or 64,10: tokens and seconds)")
+    tokens = _whole(1, 1_000_000)(parts[0])
+    seconds = _seconds(parts[1]) if len(parts) == 2 else DEFAULT_QUANTUM[1]
+    if seconds < 0.001:
+        raise ValueError(f"{parts[1]} is out of range (from 0.001 seconds on)")
+    return tokens, seconds
+
+
+def _shares(value: Any) -> dict[str, float]:
+    """ "web=4,batch=0.5" · {web = 4, batch = 0.5}"""
+    if isinstance(value, str):
+        value = dict(part.partition("=")[::2] for part in value.split(",") if part.strip())
+    if not isinstance(value, dict):
+        raise ValueError(f"{value!r} is no list of shares (such as web=4,batch=0.5)")
+    return {name.strip(): _share(name.strip(), share) for name, share in value.items()}
+
+
+def _share(name: str, value: Any) -> float:
+    try:
+        share = float(value)
+    except (TypeError, ValueError):
+        share = 0.0
+    if not name or not 0.001 <= share <= 1e6 or isinstance(value, bool):
+        raise ValueError(f"{name}={value} is no share of a group (from 0.001 to 1000000)")
+    return share
+
+
+DEFAULT_QUANTUM = (64, 10.0)
+
 KEYS = (
-    Key("policy", _one_of(POLICIES), "|".join(POLICIES), "Who runs next on the model.", "fifo"),
+    Key("policy", _one_of(POLICIES), "|".join(POLICIES), "Who runs next on the model (fair).", "fair"),
+    Key("quantum", _quantum, "TOKENS[,S]", "How long a call runs on while others wait (64,10).", DEFAULT_QUANTUM),
+    Key("shares", _shares, "GROUP=N,…", "What groups get under fair, in agents of nice 0.", {}),
     Key("ctx", _whole(1), "N", "Tokens per slot (2048).", per_model=True),
     Key("slots", _whole(1, MAX_SLOTS), "N", "Sequences that run at a time (as many as fit).", per_model=True),
     Key("threads", _whole(1, 4096), "N", "Threads of a model (measured at the start).", per_model=True),
@@ -126,8 +164,14 @@ KEYS = (
 _BY_NAME = {key.name: key for key in KEYS}
 _PER_MODEL = {key.name for key in KEYS if key.per_model}
 
-#: What SIGHUP can change in a running system.
-LIVE = ("log_level", "stop_timeout_s")
+#: What SIGHUP and `aiosd set` can change in a running system: keys, and the fields of Settings.
+LIVE = {
+    "policy": "policy",
+    "quantum": "quantum",
+    "shares": "shares",
+    "log_level": "log_level",
+    "stop_timeout": "stop_timeout_s",
+}
 
 
 @dataclass(frozen=True, slots=True)
@@ -136,7 +180,9 @@ class Settings:
 
     home: Home
     models: tuple[ModelSpec, ...]
-    policy: str = "fifo"
+    policy: str = "fair"
+    quantum: tuple[int, float] = DEFAULT_QUANTUM  # tokens, seconds
+    shares: Mapping[str, float] = field(default_factory=dict)  # of groups, in agents of nice 0
     log_level: str = "info"
     keep_dead: int = 1000
     stop_timeout_s: float = 5.0
@@ -144,6 +190,10 @@ class Settings:
     flags: Mapping[str, Any] = field(default_factory=dict)  # what the command line said, for `reload`
     config: Path | None = None  # a file named on the command line
     cwd: str = "/"  # where relative paths on the command line start
+
+    def schedule(self) -> Schedule:
+        """What cores are told."""
+        return Schedule(self.policy, *self.quantum, dict(self.shares))
 
 
 # ── reading ───────────────────────────────────────────────────────────────────────────────────────────────
@@ -177,6 +227,8 @@ def load(
         home=home,
         models=tuple(models),
         policy=values["policy"],
+        quantum=values["quantum"],
+        shares=values["shares"],
         log_level=values["log_level"],
         keep_dead=values["keep_dead"],
         stop_timeout_s=values["stop_timeout"],
@@ -191,8 +243,32 @@ def reload(settings: Settings) -> tuple[Settings, list[str]]:
     wait for a restart."""
     new = load(settings.flags, settings.home, settings.config, cwd=settings.cwd)
     changed = [f.name for f in dataclasses.fields(Settings) if getattr(new, f.name) != getattr(settings, f.name)]
-    waiting = [name for name in changed if name not in LIVE and name not in ("ready_fd", "home")]
-    return dataclasses.replace(settings, **{name: getattr(new, name) for name in LIVE}), waiting
+    live = set(LIVE.values())
+    waiting = [name for name in changed if name not in live and name not in ("ready_fd", "home")]
+    return dataclasses.replace(settings, **{name: getattr(new, name) for name in live}), waiting
+
+
+def change(settings: Settings, name: str, text: str) -> Settings:
+    """With one of LIVE set anew, as the command line would. Raises ValueError with a sentence."""
+    name = name.replace("-", "_")
+    if name not in LIVE:
+        why = "cannot change in a running system" if name in _BY_NAME else f"is no setting{_meant(name, set(LIVE))}"
+        raise ValueError(f"{name} {why}")
+    try:
+        value = _BY_NAME[name].read(text)
+    except ValueError as err:
+        raise ValueError(f"{name}: {err}") from None
+    return dataclasses.replace(settings, **{LIVE[name]: value})
+
+
+def show(settings: Settings, name: str) -> str:
+    """One of LIVE, as on the command line."""
+    value = getattr(settings, LIVE[name.replace("-", "_")])
+    if isinstance(value, tuple):
+        return ",".join(f"{part:g}" for part in value)
+    if isinstance(value, Mapping):
+        return ",".join(f"{key}={part:g}" for key, part in value.items())
+    return f"{value:g}" if isinstance(value, float) else str(value)
 
 
 def _model(

@@ -74,6 +74,23 @@ class Keep(Struct, array_like=True, frozen=True, tag=True):
     peers: list[int]
 
 
+class Schedule(Struct, array_like=True, frozen=True, tag=True):
+    """Who runs next from now on; all calls are kept. A quantum ends with the first of tokens and seconds. `shares`:
+    what groups get as a whole, in agents of nice 0. Said to every core that has loaded, and when it changes."""
+
+    policy: str
+    tokens: int
+    seconds: float
+    shares: dict[str, float] = {}
+
+
+class Renice(Struct, array_like=True, frozen=True, tag=True):
+    """The nice value of all calls of this peer."""
+
+    peer: int
+    nice: int
+
+
 class GetStats(Struct, array_like=True, frozen=True, tag=True):
     req: int
 
@@ -166,7 +183,18 @@ class Stats(Struct, array_like=True, frozen=True, tag=True):
 
 
 ToCore = (
-    Submit | SubmitEmbed | SubmitTokenize | SubmitDetokenize | CancelCall | Park | ParkCall | Keep | GetStats | Quit
+    Submit
+    | SubmitEmbed
+    | SubmitTokenize
+    | SubmitDetokenize
+    | CancelCall
+    | Park
+    | ParkCall
+    | Keep
+    | Schedule
+    | Renice
+    | GetStats
+    | Quit
 )
 FromCore = Progress | Loaded | LoadFailed | Step | Finished | Answered | Failed | Stats
 
@@ -236,6 +264,13 @@ class Shutdown(Struct, array_like=True, frozen=True, tag=True):
     error: str = ""
 
 
+class Set(Struct, array_like=True, frozen=True, tag=True):
+    """A setting was changed at run time: what is forked from now on must know."""
+
+    name: str
+    value: str
+
+
 # ── supervisor → kernel ───────────────────────────────────────────────────────────────────────────────────
 
 
@@ -285,10 +320,11 @@ class CoreDied(Struct, array_like=True, frozen=True, tag=True):
     retry_s: float  # when it is forked again; < 0: never
 
 
-class LogLevel(Struct, array_like=True, frozen=True, tag=True):
-    """The settings were read again."""
+class Reread(Struct, array_like=True, frozen=True, tag=True):
+    """The settings were read again: those that can change in a running system."""
 
-    level: str
+    log_level: str
+    schedule: Schedule
 
 
 class Stop(Struct, array_like=True, frozen=True, tag=True):
@@ -298,8 +334,8 @@ class Stop(Struct, array_like=True, frozen=True, tag=True):
     last: bool = False
 
 
-ToSupervisor = Fork | SendSignal | Mark | Forget | Ready | Shutdown
-FromSupervisor = Forked | ForkFailed | ChildStopped | ChildExited | CoreForked | CoreDied | LogLevel | Stop
+ToSupervisor = Fork | SendSignal | Mark | Forget | Ready | Shutdown | Set
+FromSupervisor = Forked | ForkFailed | ChildStopped | ChildExited | CoreForked | CoreDied | Reread | Stop
 
 encode = msgpack.Encoder().encode
 decode_to_core = msgpack.Decoder(ToCore).decode

@@ -144,7 +144,7 @@ class Supervisor:
                 self.stop("signal")
 
     def _reload(self) -> None:
-        """SIGHUP: what can change in a running system is the log level; the rest is said to need a restart."""
+        """SIGHUP: some settings can change in a running system (`config.LIVE`); the rest is said to need a restart."""
         from aiosd.config import reload
 
         try:
@@ -153,7 +153,7 @@ class Supervisor:
             logger.error("settings not read again: %s", err)
             return
         log.set_level(self.settings.log_level)
-        self._tell(link.LogLevel(self.settings.log_level))
+        self._tell(link.Reread(self.settings.log_level, self.settings.schedule()))
         logger.info("settings read again%s", f"; after a restart: {', '.join(needs_restart)}" if needs_restart else "")
 
     # ── kernel and cores ──────────────────────────────────────────────────────────────────────────────────
@@ -447,6 +447,12 @@ class Supervisor:
         else:
             self.stop("asked to")
 
+    def _on_set(self, message: link.Set, fds: list[int]) -> None:
+        from aiosd.config import change
+
+        self.settings = change(self.settings, message.name, message.value)
+        log.set_level(self.settings.log_level)
+
     _ON_MESSAGE: ClassVar[dict[type, Callable[..., None]]] = {
         link.Fork: _on_fork,
         link.SendSignal: _on_signal,
@@ -454,6 +460,7 @@ class Supervisor:
         link.Forget: _on_forget,
         link.Ready: _on_ready,
         link.Shutdown: _on_shutdown,
+        link.Set: _on_set,
     }
 
     # ── children ──────────────────────────────────────────────────────────────────────────────────────────

@@ -66,6 +66,7 @@ class Sys(enum.IntEnum):
     CANCEL = 48
     STATUS = 49
     SHUTDOWN = 50
+    SET = 51
     # answered with ENOSYS until their managers exist
     MEM = 64
     STO = 65
@@ -255,6 +256,13 @@ class Status(Struct, array_like=True, frozen=True):
     check: bool = False
 
 
+class Set(Struct, array_like=True, frozen=True):
+    """Change a setting of the running system; both as on the command line. The reply is the old and the new value."""
+
+    name: str
+    value: str
+
+
 ARGS: dict[int, type[Struct]] = {
     Sys.GETPID: NoArgs,
     Sys.GETPPID: NoArgs,
@@ -274,6 +282,7 @@ ARGS: dict[int, type[Struct]] = {
     Sys.CANCEL: Cancel,
     Sys.STATUS: Status,
     Sys.SHUTDOWN: NoArgs,
+    Sys.SET: Set,
 }
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import signal
 import subprocess
 from collections.abc import Callable
@@ -14,6 +15,7 @@ import pytest
 from aiosd import cli, config
 from aiosd.commands import MODULES
 from aiosd.errors import UsageError
+from aiosd.llm import policy
 from libaios.home import Home
 from tests.conftest import System, eventually
 
@@ -42,7 +44,8 @@ def test_nothing_said_is_the_embedded_model(load: Load) -> None:
     assert model.name == "nano"
     assert model.path.endswith("nano.gguf")
     assert (model.ctx, model.slots, model.gpu_layers, model.exact) == (None, None, 0, False)
-    assert (settings.policy, settings.log_level, settings.keep_dead) == ("fifo", "info", 1000)
+    assert (settings.policy, settings.log_level, settings.keep_dead) == ("fair", "info", 1000)
+    assert (settings.quantum, settings.shares) == ((64, 10.0), {})
 
 
 def test_no_file_is_no_error(tmp_path: Path) -> None:
@@ -122,6 +125,11 @@ def test_two_models_of_one_name(load: Load) -> None:
         ("slots = 2.5", "line 1: slots: 2.5 is no whole number"),
         ("exact = 'perhaps'", "line 1: exact: 'perhaps' is neither true nor false"),
         ("policy = 'lottery'", "line 1: policy: 'lottery' is none of fifo"),
+        ("quantum = 0", "line 1: quantum: 0 is out of range (from 1 to 1000000)"),
+        ("quantum = '64,'", "line 1: quantum: '' is no number of seconds"),
+        ("quantum = '1,2,3'", "line 1: quantum: '1,2,3' is no quantum (such as 64, or 64,10: tokens and seconds)"),
+        ("slots = 1\nshares = 3", "line 2: shares: 3 is no list of shares (such as web=4,batch=0.5)"),
+        ("slots = 1\n[shares]\nweb = 0\n", "line 2: shares: web=0 is no share of a group"),
         ("kv_memory = 'big'", "line 1: kv_memory: 'big' is no size"),
         ("ctx = 1\n[[model]]\npath = 'a'\n\n[[model]]\nname = 'b'\n", "line 5: a model without path"),
         ("ctx = 1\n[[model]]\npath = 'a'\npolicy = 'fifo'\n", "line 4: unknown key 'policy'"),
@@ -161,6 +169,52 @@ def test_reload_changes_what_can_change_and_names_the_rest(
     assert (new.log_level, new.stop_timeout_s) == ("debug", 9)
     assert (new.models, new.keep_dead) == (settings.models, 1000)
     assert sorted(waiting) == ["keep_dead", "models"]
+
+
+@pytest.mark.parametrize(
+    ("toml", "quantum"),
+    [("32", (32, 10.0)), ("'32'", (32, 10.0)), ("'32,0.5'", (32, 0.5)), ("[32, 2]", (32, 2.0))],
+)
+def test_a_quantum_is_tokens_and_seconds(load: Load, toml: str, quantum: tuple[int, float]) -> None:
+    assert load(f"quantum = {toml}").quantum == quantum
+
+
+@pytest.mark.parametrize("toml", ["shares = 'web=4, batch = 0.5'", "[shares]\nweb = 4\nbatch = 0.5"])
+def test_shares_of_groups(load: Load, toml: str) -> None:
+    assert load(toml).shares == {"web": 4.0, "batch": 0.5}
+    assert load(toml, {"AIOSD_SHARES": "web=1"}).shares == {"web": 1.0}
+
+
+def test_the_settings_know_the_policies_that_there_are() -> None:
+    assert policy.NAMES == config.POLICIES
+
+
+@pytest.mark.parametrize(
+    ("name", "value", "shown"),
+    [
+        ("policy", "RR", "rr"),
+        ("quantum", "32,0.5", "32,0.5"),
+        ("shares", "web=4,batch=0.5", "web=4,batch=0.5"),
+        ("shares", "", ""),
+        ("log-level", "debug", "debug"),
+        ("stop_timeout", "2", "2"),
+    ],
+)
+def test_what_can_be_changed_at_run_time_and_how_it_is_shown(load: Load, name: str, value: str, shown: str) -> None:
+    assert config.show(config.change(load(), name, value), name) == shown
+
+
+@pytest.mark.parametrize(
+    ("name", "value", "words"),
+    [
+        ("slots", "3", "slots cannot change in a running system"),
+        ("polcy", "fair", "polcy is no setting (did you mean 'policy'?)"),
+        ("policy", "lottery", "policy: 'lottery' is none of fifo, rr, priority, mlfq, fair"),
+    ],
+)
+def test_what_cannot_be_changed_at_run_time(load: Load, name: str, value: str, words: str) -> None:
+    with pytest.raises(ValueError, match="^" + re.escape(words)):
+        config.change(load(), name, value)
 
 
 # ── real ──────────────────────────────────────────────────────────────────────────────────────────────────
@@ -204,6 +258,10 @@ def test_home_as_an_option(aiosd: System) -> None:
         ["--slots", "x"],
         ["--policy", "lottery"],
         ["--kv-memory", "big"],
+        ["--quantum", "0"],
+        ["--shares", "web=none"],
+        ["set", "slots", "3"],
+        ["set", "policy"],
         ["nosuch"],
         ["status", "x"],
     ],

@@ -138,8 +138,12 @@ class Agents:
     # ── life and death ────────────────────────────────────────────────────────────────────────────────────
 
     def renice(self, proc: Proc, nice: int) -> None:
+        """Its open calls get the new value too, and those of clients that it has started."""
         proc.nice = nice
         self.kernel.to_supervisor(link.Mark(proc.pid, nice=nice))
+        clients = [client.id for client in self.kernel.control.clients.values() if client.proc is proc]
+        for peer in (proc.pid, *clients):
+            self.kernel.cores.renice(peer, nice)
 
     def set_reason(self, proc: Proc, reason: str) -> None:
         if not proc.reason:

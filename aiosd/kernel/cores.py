@@ -93,6 +93,7 @@ class Cores:
     def __init__(self, listener: Listener) -> None:
         self.listener = listener
         self.by_name: dict[str, Core] = {}
+        self.schedule: link.Schedule | None = None  # what every core is told when it has loaded
 
     def __iter__(self) -> Iterator[Core]:
         return iter(self.by_name.values())
@@ -101,6 +102,15 @@ class Cores:
         if name is None:
             return next(iter(self.by_name.values()))
         return self.by_name.get(name)
+
+    def reschedule(self, schedule: link.Schedule) -> None:
+        self.schedule = schedule
+        for core in self:
+            core.send(schedule)
+
+    def renice(self, peer: int, nice: int) -> None:
+        for core in self:
+            core.send(link.Renice(peer, nice))
 
     # ── life of a core ────────────────────────────────────────────────────────────────────────────────────
 
@@ -189,6 +199,8 @@ class Cores:
             case link.Loaded():
                 # A core says this when it has loaded, and again to every new kernel.
                 core.state = "ready"
+                if self.schedule is not None:
+                    core.send(self.schedule)
                 core.send(link.Keep(listener.live_peers()))
                 core.info = wire.ModelInfo(name=core.name, default=core.default, **message.info)
                 self._resubmit(core)

@@ -33,7 +33,7 @@ import msgspec
 
 from aiosd import link, log
 from aiosd.heartbeat import BEAT_S, beat
-from aiosd.kernel import syscalls
+from aiosd.kernel import live, syscalls
 from aiosd.kernel.agents import Agents
 from aiosd.kernel.control import Control
 from aiosd.kernel.cores import Core, Cores
@@ -86,6 +86,7 @@ class Kernel:
         self.waiters = Waiters(self)
         self.generations = Generations(self)
         self.cores = Cores(self.generations)
+        self.cores.schedule = self.settings.schedule()
         self.stopping = ""
         self.over = False
         self.ready = False
@@ -335,8 +336,8 @@ class Kernel:
                 self._connect_core(core, message.ospid, message.deaths, *fds)
             case link.CoreDied():
                 self._core_died(self.cores.by_name[message.name], message.reason)
-            case link.LogLevel():
-                log.set_level(message.level)
+            case link.Reread():
+                live.reread(self, message)
             case link.Stop():
                 self.stopping = message.reason
                 self.over = message.last

@@ -75,6 +75,8 @@ class StatusRequests:
             "home": str(kernel.settings.home.root),
             "logs": str(kernel.settings.home.logs),
             "policy": kernel.settings.policy,
+            "quantum": dict(zip(("tokens", "seconds"), kernel.settings.quantum, strict=True)),
+            "group_shares": dict(kernel.settings.shares),
             "agents": dict(Counter(describe(proc).stat for proc in kernel.table)),
             "dead_remembered": len(kernel.table.history),
             "max_agents": max_agents(),

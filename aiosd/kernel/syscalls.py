@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING, Any, Final
 from msgspec import Raw
 
 from aiosd import link, procfs
-from aiosd.kernel import access
+from aiosd.kernel import access, live
 from aiosd.kernel.peer import Call, ClientPeer
 from aiosd.kernel.proc import Message, Proc, State, describe, shell_status
 from libaios import wire
@@ -353,6 +353,11 @@ def sys_shutdown(kernel: Kernel, call: Call, args: wire.NoArgs) -> None:
     kernel.to_supervisor(link.Shutdown())
 
 
+def sys_set(kernel: Kernel, call: Call, args: wire.Set) -> tuple[str, str]:
+    access.require_person(call.peer, "change settings")
+    return live.change(kernel, args.name, args.value)
+
+
 def sys_not_here(kernel: Kernel, call: Call, args: None) -> Any:
     manager = {Sys.MEM: "the memory manager", Sys.STO: "the storage manager", Sys.TOOL: "the tool manager"}
     raise wire.error(errno.ENOSYS, f"{manager[Sys(call.sys)]} is not part of this release")
@@ -377,6 +382,7 @@ SYSCALLS: dict[int, Handler] = {
     Sys.CANCEL: sys_cancel,
     Sys.STATUS: sys_status,
     Sys.SHUTDOWN: sys_shutdown,
+    Sys.SET: sys_set,
     Sys.MEM: sys_not_here,
     Sys.STO: sys_not_here,
     Sys.TOOL: sys_not_here,

@@ -20,6 +20,7 @@ from typing import Any, Protocol
 
 from aiosd import link
 from aiosd.errors import AiosdError
+from aiosd.llm import policy
 from aiosd.llm.spec import ModelSpec
 from libaios import wire
 
@@ -120,6 +121,7 @@ class Core:
             chat=self.engine.requests.template.given, tools=self.engine.requests.template.takes_tools
         )
         self._quit = False
+        self._schedule: link.Schedule | None = None
         self._handlers: dict[type, Callable[[Any], None]] = {
             link.Submit: self.engine.submit,
             link.SubmitEmbed: self._embed,
@@ -129,6 +131,8 @@ class Core:
             link.Park: lambda message: self.engine.park(message.peer, message.parked),
             link.ParkCall: lambda message: self.engine.park_call(message.key, message.parked),
             link.Keep: lambda message: self.engine.keep(message.peers),
+            link.Schedule: self._reschedule,
+            link.Renice: lambda message: self.engine.renice(message.peer, message.nice),
             link.GetStats: lambda message: self._send(link.Stats(message.req, self.stats())),
             link.Quit: lambda message: setattr(self, "_quit", True),
         }
@@ -161,6 +165,13 @@ class Core:
     def handle(self, payload: bytes) -> None:
         message = link.decode_to_core(payload)
         self._handlers[type(message)](message)
+
+    def _reschedule(self, message: link.Schedule) -> None:
+        """Another policy, or another quantum. A new kernel says again what is in force: that forgets nothing."""
+        if message != self._schedule:
+            self._schedule = message
+            quantum = policy.Quantum(message.tokens, message.seconds)
+            self.engine.set_policy(policy.make(message.policy, quantum, message.shares))
 
     # ── calls that are answered at once ──
 

@@ -1,0 +1,166 @@
+"""Who runs next, as a person sets it: at the start, at run time, by nice values; and what outlives a death."""
+
+from __future__ import annotations
+
+import os
+import signal
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import psutil
+import pytest
+
+from tests.conftest import System, eventually
+
+Fresh = Callable[..., System]
+
+ENDLESS = """
+import libaios as aios
+while True:
+    for _ in aios.llm.complete("Once", max_tokens=100000, ignore_eos=True, stream=True):
+        pass
+"""
+
+#: One call for good, until the context is full: 300 tokens a second would take a minute.
+LONG = """
+import sys
+import libaios as aios
+for piece in aios.llm.complete("Once", max_tokens=1500, ignore_eos=True, stream=True):
+    sys.stdout.write(".")
+    sys.stdout.flush()
+print("|", piece.usage.completion_tokens, piece.finish_reason)
+"""
+
+
+@pytest.fixture
+def script(tmp_path: Path) -> Callable[[str], Path]:
+    def make(text: str) -> Path:
+        path = tmp_path / f"agent{len(list(tmp_path.iterdir()))}.py"
+        path.write_text(text)
+        return path
+
+    return make
+
+
+def core(system: System) -> dict[str, Any]:
+    (model,) = system.status()["models"]
+    return model["stats"]
+
+
+def start(system: System, path: Path, *options: str) -> str:
+    return system.run("aios-run", "-d", *options, path, check=True).stdout.strip()
+
+
+def tokens(system: System, pid: str) -> int:
+    (agent,) = system.ps("-p", pid)
+    return agent["completion_tokens"]
+
+
+def end(system: System, *pids: str) -> None:
+    system.run("aios-kill", "-KILL", *pids, check=True)
+    assert eventually(lambda: not system.agents())
+
+
+def test_fair_is_in_force_unless_told_otherwise(aiosd: System) -> None:
+    status = aiosd.status()
+    assert (status["policy"], core(aiosd)["policy"]) == ("fair", "fair")
+    assert status["quantum"] == {"tokens": 64, "seconds": 10.0}
+
+
+def test_set_at_the_start(fresh_aiosd: Fresh) -> None:
+    system = fresh_aiosd("--policy", "mlfq", "--quantum", "32,2", "--shares", "web=4")
+    status = system.status()
+    assert (status["policy"], core(system)["policy"]) == ("mlfq", "mlfq")
+    assert status["quantum"] == {"tokens": 32, "seconds": 2.0}
+    assert status["group_shares"] == {"web": 4.0}
+
+
+def test_changed_at_run_time_it_outlives_the_kernel_and_the_core(fresh_aiosd: Fresh) -> None:
+    system = fresh_aiosd()
+    done = system.run("aiosd", "set", "policy", "rr", check=True)
+    assert done.stdout == "policy rr (was fair)\n"
+    assert system.run("aiosd", "set", "quantum", "16", check=True).stdout == "quantum 16,10 (was 64,10)\n"
+    assert core(system)["policy"] == "rr"
+    for name in ("kernel", "llm"):
+        victim = next(entry["ospid"] for entry in system.ps() if entry["name"] == name)
+        os.kill(victim, signal.SIGKILL)
+        assert eventually(lambda pid=victim: not psutil.pid_exists(pid))  # type: ignore[misc]
+        assert eventually(lambda: core(system).get("policy") == "rr", timeout=30)
+        assert system.status()["quantum"] == {"tokens": 16, "seconds": 10.0}
+
+
+def test_sighup_applies_what_the_file_says(fresh_aiosd: Fresh) -> None:
+    system = fresh_aiosd()
+    (system.home / "aiosd.toml").write_text("policy = 'priority'\nquantum = 8\n[shares]\nweb = 2\n")
+    system.daemon.send_signal(signal.SIGHUP)
+    assert eventually(lambda: core(system)["policy"] == "priority")
+    status = system.status()
+    assert (status["quantum"]["tokens"], status["group_shares"]) == (8, {"web": 2.0})
+    assert "after a restart" not in system.log()
+
+
+def test_a_change_keeps_every_call(fresh_aiosd: Fresh, script: Callable[[str], Path]) -> None:
+    system = fresh_aiosd("--slots", "2", "--threads", "1")
+    jobs = [system.popen("aios-run", script(LONG)) for _ in range(4)]
+    assert eventually(lambda: core(system)["running"] == 2 and core(system)["waiting"] == 2, timeout=10)
+    for name in ("fifo", "rr", "priority", "mlfq", "fair", "rr"):
+        system.run("aiosd", "set", "policy", name, check=True)
+        system.run("aiosd", "set", "quantum", "8", check=True)
+    for job in jobs:
+        out, err = job.communicate(timeout=60)
+        assert (job.returncode, err) == (0, "")
+        assert out.endswith("| 1500 length\n")
+        assert out.count(".") >= 1
+
+
+def test_who_may_not_and_what_cannot_be_changed(aiosd: System) -> None:
+    done = aiosd.run("aios-run", "--", "aiosd", "set", "policy", "fifo")
+    assert (done.returncode, done.stderr) == (1, "aiosd: an agent may not change settings\n")
+    done = aiosd.run("aiosd", "set", "policy", "lottery")
+    assert (done.returncode, done.stdout) == (1, "")
+    assert done.stderr == "aiosd: policy: 'lottery' is none of fifo, rr, priority, mlfq, fair\n"
+    assert aiosd.status()["policy"] == "fair"
+
+
+def test_renice_reaches_a_call_that_runs(fresh_aiosd: Fresh, script: Callable[[str], Path]) -> None:
+    """One slot, and the policy that lets the more urgent pass at once."""
+    system = fresh_aiosd("--slots", "1", "--policy", "priority", "--quantum", "1000000,1000", "--threads", "1")
+    path = script(ENDLESS)
+    first = start(system, path, "-n", "-10")
+    assert eventually(lambda: tokens(system, first) > 0)
+    second = start(system, path, "-n", "0")
+    assert eventually(lambda: core(system)["waiting"] == 1)
+    assert tokens(system, second) == 0
+    system.run("aios-renice", "15", first, check=True)
+    assert eventually(lambda: tokens(system, second) > 0, timeout=10)
+    assert core(system)["preemptions"] >= 1
+    end(system, first, second)
+
+
+def test_nice_values_share_out_the_model(fresh_aiosd: Fresh, script: Callable[[str], Path]) -> None:
+    """Two and two on two slots: tokens in the ratio of the weights, roughly, after a few turns."""
+    system = fresh_aiosd("--slots", "2", "--quantum", "16", "--threads", "1")
+    path = script(ENDLESS)
+    urgent = [start(system, path) for _ in range(2)]
+    patient = [start(system, path, "-n", "10") for _ in range(2)]
+    assert eventually(lambda: sum(tokens(system, pid) for pid in patient) > 300, timeout=60)
+    ratio = sum(tokens(system, pid) for pid in urgent) / sum(tokens(system, pid) for pid in patient)
+    end(system, *urgent, *patient)
+    assert 5 < ratio < 15, "1024 to 110"
+
+
+def test_who_was_stopped_has_saved_up_nothing(fresh_aiosd: Fresh, script: Callable[[str], Path]) -> None:
+    system = fresh_aiosd("--slots", "1", "--quantum", "16", "--threads", "1")
+    path = script(ENDLESS)
+    stopped, other = start(system, path), start(system, path)
+    assert eventually(lambda: tokens(system, stopped) > 0 and tokens(system, other) > 0, timeout=10)
+    system.run("aios-kill", "-STOP", stopped, check=True)
+    base = tokens(system, other)
+    assert eventually(lambda: tokens(system, other) > base + 1000, timeout=60)
+    system.run("aios-kill", "-CONT", stopped, check=True)
+    before, had = tokens(system, stopped), tokens(system, other)
+    assert eventually(lambda: tokens(system, stopped) > before + 200, timeout=30)
+    gained = tokens(system, other) - had
+    end(system, stopped, other)
+    assert gained > 60, "the other one had to wait until the first had caught up"
