@@ -12,7 +12,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from msgspec import Struct, msgpack
+from msgspec import Raw, Struct, msgpack
 
 from libaios.wire import Detokenize, Embed, Generate, Limits, Tokenize, ToolCall, Usage
 
@@ -48,6 +48,15 @@ class SubmitDetokenize(Struct, array_like=True, frozen=True, tag=True):
     request: Detokenize
 
 
+class SubmitContext(Struct, array_like=True, frozen=True, tag=True):
+    """One of the CTX_ calls; `args` as in the request, checked by the kernel."""
+
+    key: Key
+    group: str
+    sys: int
+    args: Raw
+
+
 class CancelCall(Struct, array_like=True, frozen=True, tag=True):
     """Free whatever the call holds before the next step. No answer: the kernel has already replied."""
 
@@ -72,6 +81,12 @@ class Keep(Struct, array_like=True, frozen=True, tag=True):
     """Cancel every call of a peer that is not in `peers`: said to a core that has loaded or got a new kernel."""
 
     peers: list[int]
+
+
+class Gone(Struct, array_like=True, frozen=True, tag=True):
+    """This peer is dead: what is kept for it alone is of no more use."""
+
+    peer: int
 
 
 class Schedule(Struct, array_like=True, frozen=True, tag=True):
@@ -177,6 +192,13 @@ class Failed(Struct, array_like=True, frozen=True, tag=True):
     message: str
 
 
+class Contexts(Struct, array_like=True, frozen=True, tag=True):
+    """Where the contexts of peers lie that have one: "slot", "ram" or "disk", and how many tokens they have.
+    Said now and then while calls run."""
+
+    places: dict[int, tuple[str, int]]
+
+
 class Stats(Struct, array_like=True, frozen=True, tag=True):
     req: int
     stats: dict[str, Any]
@@ -187,16 +209,18 @@ ToCore = (
     | SubmitEmbed
     | SubmitTokenize
     | SubmitDetokenize
+    | SubmitContext
     | CancelCall
     | Park
     | ParkCall
     | Keep
+    | Gone
     | Schedule
     | Renice
     | GetStats
     | Quit
 )
-FromCore = Progress | Loaded | LoadFailed | Step | Finished | Answered | Failed | Stats
+FromCore = Progress | Loaded | LoadFailed | Step | Finished | Answered | Failed | Contexts | Stats
 
 
 # ── kernel → supervisor ───────────────────────────────────────────────────────────────────────────────────

@@ -13,6 +13,7 @@ ends it) when it dies: ownership of every process is certain without asking its 
 
 from __future__ import annotations
 
+import _signal  # type: ignore[import-not-found] # C, without stubs; see SIGNALS
 import atexit
 import contextlib
 import ctypes
@@ -20,7 +21,6 @@ import gc
 import importlib.util
 import logging
 import os
-import random
 import resource
 import signal
 import sys
@@ -34,6 +34,10 @@ from libaios import wire
 
 PR_SET_PDEATHSIG = 1
 PR_SET_CHILD_SUBREAPER = 36
+
+#: All of them, as plain numbers. The functions of `signal` make enum members of every number and handler they see,
+#: which would write to half a megabyte of memory that a new agent shares with the supervisor; `_signal` does not.
+SIGNALS = tuple(map(int, signal.valid_signals()))
 
 _libc = ctypes.CDLL(None, use_errno=True)
 SYS_PIDFD_GETFD = 438
@@ -64,24 +68,25 @@ def fork(child: Callable[[], int]) -> int:
     """Fork; the child runs `child` and exits with what it returns. Returns the child's pid in the parent."""
     parent = os.getpid()
     # Signals that come between the fork and the reset of the handlers must not run the parent's handlers.
-    old = signal.pthread_sigmask(signal.SIG_BLOCK, signal.valid_signals())
+    old = _signal.pthread_sigmask(signal.SIG_BLOCK, SIGNALS)
     try:
         ospid = os.fork()
         if ospid == 0:
             _in_child(child, parent)
         return ospid
     finally:
-        signal.pthread_sigmask(signal.SIG_SETMASK, old)
+        _signal.pthread_sigmask(signal.SIG_SETMASK, old)
 
 
 def _in_child(child: Callable[[], int], parent: int) -> NoReturn:
     code = 70  # EX_SOFTWARE: what a child leaves with when even its own error handling fails
     try:
+        gc.freeze()  # what it has inherited is not this process's to collect
         atexit._clear()
         signal.set_wakeup_fd(-1)
         reset_signals()
         die_with_parent(parent, signal.SIGKILL)
-        signal.pthread_sigmask(signal.SIG_SETMASK, ())
+        _signal.pthread_sigmask(signal.SIG_SETMASK, ())
         code = child()
     except BaseException:
         traceback.print_exc()
@@ -94,8 +99,21 @@ def _in_child(child: Callable[[], int], parent: int) -> NoReturn:
 
 def name_process(name: str) -> None:
     """What top and `ps -e` show; 15 bytes at most."""
-    with contextlib.suppress(OSError), open("/proc/self/comm", "w", encoding="utf-8") as file:
-        file.write(name[:15])
+    _write("/proc/self/comm", name.encode("utf-8", "surrogateescape")[:15])
+
+
+def _write(path: str, data: bytes) -> None:
+    """Into a file of /proc, if Linux lets us."""
+    try:
+        fd = os.open(path, os.O_WRONLY | os.O_CLOEXEC)
+    except OSError:
+        return
+    try:
+        os.write(fd, data)
+    except OSError:
+        pass
+    finally:
+        os.close(fd)
 
 
 def die_with_parent(parent: int, number: int) -> None:
@@ -106,11 +124,11 @@ def die_with_parent(parent: int, number: int) -> None:
 
 
 def reset_signals() -> None:
-    for number in signal.valid_signals() - {signal.SIGKILL, signal.SIGSTOP}:
-        with contextlib.suppress(OSError, ValueError):  # numbers that the C library keeps for itself
-            signal.signal(number, signal.SIG_DFL)
-    signal.signal(signal.SIGINT, signal.default_int_handler)
-    signal.signal(signal.SIGPIPE, signal.SIG_IGN)  # as Python starts: EPIPE becomes an exception
+    for number in SIGNALS:
+        if number not in (signal.SIGKILL, signal.SIGSTOP):
+            _signal.signal(number, _signal.SIG_DFL)
+    _signal.signal(signal.SIGINT, signal.default_int_handler)
+    _signal.signal(signal.SIGPIPE, _signal.SIG_IGN)  # as Python starts: EPIPE becomes an exception
 
 
 def describe(status: int) -> str:
@@ -134,6 +152,16 @@ def sweep() -> None:
             os.waitpid(-1, 0)
         except ChildProcessError:
             return
+
+
+def tidy_heap() -> None:
+    """Before many forks: have the C library merge and sort its free blocks once here, instead of in every child."""
+    _libc.malloc_trim(0)
+    _libc.free(ctypes.c_void_p(_malloc(1 << 16)))
+
+
+_malloc = _libc.malloc
+_malloc.restype = ctypes.c_void_p
 
 
 def keep_only(keep: Iterable[int]) -> None:
@@ -171,7 +199,6 @@ def become_agent(spec: link.Fork, pid: int, home: str, stdio: tuple[int, int, in
     except OSError as err:
         return _cannot(spec, f"{spec.cwd}: {err.strerror}", CANNOT_EXECUTE)
     _lower_oom_protection()
-    random.seed()
     gc.enable()
     _reset_logging()
     _register_exit_functions()
@@ -205,8 +232,7 @@ def _restore_nofile() -> None:
 
 def _lower_oom_protection() -> None:
     """When memory runs out an agent goes before the system does."""
-    with contextlib.suppress(OSError), open("/proc/self/oom_score_adj", "w") as file:
-        file.write("500")
+    _write("/proc/self/oom_score_adj", b"500")
 
 
 def _reopen_streams() -> None:
@@ -229,19 +255,42 @@ def _reopen_streams() -> None:
 
 
 def _set_environment(spec: link.Fork, pid: int, home: str, memfd: int, bell: int) -> None:
-    os.environ.clear()
-    os.environ.update(spec.env)
-    os.environ[wire.ENV_HOME] = home
-    os.environ[wire.ENV_PID] = str(pid)
-    os.environ[wire.ENV_CHANNEL] = f"{memfd}:{bell}:{os.getpid()}"
+    environment = dict(spec.env)
+    environment[wire.ENV_HOME] = home
+    environment[wire.ENV_PID] = str(pid)
+    environment[wire.ENV_CHANNEL] = f"{memfd}:{bell}:{os.getpid()}"
+    _replace_environment(environment)
     if spec.env.get("PYTHONUNBUFFERED"):
         sys.stdout.reconfigure(write_through=True)  # type: ignore[union-attr] # a TextIOWrapper, made above
 
 
+def _replace_environment(new: dict[str, str]) -> None:
+    """As `os.environ.clear()` and `update()`, but the C library's array is made in one piece, and nothing is freed: the
+    old strings lie on a hundred pages that all agents share."""
+    encoded: dict[bytes, bytes] = {}
+    block, places = bytearray(), []
+    for key in new:
+        name, value = key.encode("utf-8", "surrogateescape"), new[key].encode("utf-8", "surrogateescape")
+        encoded[name] = value
+        places.append(len(block))
+        block += name + b"=" + value + b"\0"
+    strings = (ctypes.c_char * len(block)).from_buffer(block)
+    start = ctypes.addressof(strings)
+    array = (ctypes.c_void_p * (len(places) + 1))(*[start + place for place in places])
+    _kept.extend((os.environ._data, strings, array))  # type: ignore[attr-defined]
+    os.environ._data = encoded  # type: ignore[attr-defined]
+    ctypes.c_void_p.in_dll(_libc, "environ").value = ctypes.addressof(array)
+
+
+_kept: list[object] = []
+
+
 def _reset_logging() -> None:
     """Logging as at the start of an interpreter, without the supervisor's handler."""
-    logging.root.handlers.clear()
-    logging.root.setLevel(logging.WARNING)
+    _kept.append(logging.root.handlers)
+    logging.root.handlers = []
+    logging.root.level = logging.WARNING  # not `setLevel`: that clears the caches of all loggers
+    logging.root._cache.clear()  # type: ignore[attr-defined]
     logging.raiseExceptions = True
 
 
@@ -274,15 +323,16 @@ def _run_file(spec: link.Fork) -> int:
     try:
         with open(path, "rb") as file:
             source = file.read()
+            folder = os.path.dirname(os.readlink(f"/proc/self/fd/{file.fileno()}"))  # links resolved, at no cost
     except OSError as err:
         return _cannot(spec, err.strerror or str(err), NOT_FOUND if isinstance(err, FileNotFoundError) else 126)
-    main = _new_main(spec.target, [spec.target, *spec.args], os.path.dirname(os.path.realpath(path)))
-    main.__file__ = os.path.abspath(path)
+    main = _new_main(spec, folder)
+    main.__file__ = path if os.path.isabs(spec.target) else os.path.normpath(path)
     return _run(lambda: compile(source, main.__file__ or "", "exec", dont_inherit=True), main)
 
 
 def _run_module(spec: link.Fork) -> int:
-    main = _new_main(spec.target, [spec.target, *spec.args], spec.cwd)
+    main = _new_main(spec, spec.cwd)
     try:
         found = importlib.util.find_spec(spec.target)
         if found is not None and found.submodule_search_locations is not None:
@@ -299,14 +349,16 @@ def _run_module(spec: link.Fork) -> int:
 _RUN: dict[str, Callable[[link.Fork], int]] = {"file": _run_file, "module": _run_module, "exec": _exec}
 
 
-def _new_main(target: str, argv: list[str], first_path: str) -> ModuleType:
+def _new_main(spec: link.Fork, first_path: str) -> ModuleType:
     """A fresh `__main__`, with sys.argv and sys.path as `python TARGET` would have them."""
     main = ModuleType("__main__")
     main.__dict__.update(__builtins__=__builtins__, __spec__=None, __annotations__={})
     sys.modules["__main__"] = main
-    sys.argv = argv
-    python_path = [entry for entry in os.environ.get("PYTHONPATH", "").split(os.pathsep) if entry]
-    sys.path[:0] = [first_path, *(entry for entry in python_path if entry not in sys.path)]
+    sys.argv = [spec.target, *spec.args]
+    python_path = spec.env.get("PYTHONPATH", "")
+    if python_path:
+        sys.path[:0] = [entry for entry in python_path.split(os.pathsep) if entry and entry not in sys.path]
+    sys.path.insert(0, first_path)
     return main
 
 

@@ -39,6 +39,7 @@ from aiosd.errors import Bug
 from aiosd.heartbeat import BEAT_S, HANG_S, Heart, beat, beat_in_background
 from aiosd.pids import PidCounter
 from aiosd.records import BACKOFF_S, Agent, Core, Inheritance
+from aiosd.spares import Spares
 from aiosd.timers import Timers
 from libaios.channel import make_channel, raise_epoch
 from libaios.stream import FrameSocket
@@ -72,6 +73,7 @@ class Supervisor:
         # processes
         self.agents: dict[int, Agent] = {}  # by pid, live and dead until forgotten
         self.by_ospid: dict[int, Agent] = {}  # live ones
+        self.spares = Spares(self.timers)
         self.served: dict[link.Key, int] = {}  # spawn requests by key: the same request names the same agent
         self.signalled: OrderedDict[tuple[link.Key, int], None] = OrderedDict()  # KILL calls served, and on whom
         self.cores: dict[str, Core] = {}
@@ -345,9 +347,7 @@ class Supervisor:
             memfd, bell, agent_bell = make_channel(RING_BYTES, RING_BYTES)
             opened.append(agent_bell)
             try:
-                ospid = spawn.fork(
-                    lambda: spawn.become_agent(spec, pid, str(self.home.root), stdio, memfd, agent_bell)
-                )
+                ospid = self.spares.start(spec, pid, str(self.home.root), stdio, memfd, agent_bell)
             except OSError:
                 opened += (memfd, bell)
                 raise
@@ -512,6 +512,7 @@ class Supervisor:
     def _kill_orphans(self) -> None:
         """Whatever is our child and none of our records is what a dead agent left behind."""
         known = {self.kernel_ospid, *self.by_ospid, *(core.ospid for core in self.cores.values())}
+        known.update(self.spares.ospids())
         for ospid in set(procfs.children(os.getpid())) - known:
             for victim in (ospid, *procfs.descendants(ospid)):
                 with contextlib.suppress(ProcessLookupError, PermissionError):
@@ -525,6 +526,7 @@ class Supervisor:
             self._kill_agents()
             return
         self.stopping = why
+        self.spares.dismiss()
         logger.info("stopping (%s)", why)
         notify.stopping(self.settings)
         self._tell(link.Stop(why))
@@ -611,12 +613,14 @@ def _signal_pipe() -> int:
 
 
 def _preload() -> None:
-    """Import what agents import, once, before they are forked; then keep the collector off those pages."""
+    """Import what agents import, once, before they are forked, and run it; then keep the collector off those pages."""
     import asyncio  # noqa: F401
     import runpy  # noqa: F401
 
     import libaios.aio  # noqa: F401
+    from aiosd.rehearsal import rehearse
 
+    rehearse()
     gc.collect()
     gc.freeze()
 

@@ -13,6 +13,7 @@ import time
 from collections.abc import AsyncIterator, Callable, Coroutine, Mapping, Sequence
 from typing import Any, ParamSpec, TypeVar
 
+from libaios import context as _context
 from libaios import llm as _llm
 from libaios import mem as _mem
 from libaios import msg as _msg
@@ -116,6 +117,31 @@ class Generation:
             conn.abandon(call)
 
 
+class Context(_context.Conversation):
+    """`libaios.context.Context` for coroutines."""
+
+    async def chat(self, more: str | Sequence[Mapping[str, Any]] = (), **options: Any) -> _llm.Result:
+        """As `Context.chat`, without streams."""
+        messages = self._with(more)
+        args = _llm.generate_args(messages, None, **self._options(options))
+        result = await _run(Plan(Sys.GENERATE, args, wire.Generated, _llm.Result, args.timeout_s))
+        self._keep(messages, result.text, result.tool_calls)
+        return result
+
+    def fork(self) -> Context:
+        """As `Context.fork`."""
+        return Context(self.messages, tools=self.tools, model=self.model)
+
+    async def save(self, name: str) -> wire.SavedContext:
+        """As `Context.save`."""
+        return await _run(self._save(name))
+
+    async def close(self) -> None:
+        """As `Context.close`."""
+        if self.messages:
+            await _run(self._close())
+
+
 class llm:
     """`libaios.llm` for coroutines."""
 
@@ -129,15 +155,18 @@ class llm:
         """As `libaios.llm.chat`."""
         return Generation(_llm.generate_args(messages, None, **options))
 
-    @staticmethod
-    async def context(messages: Sequence[Mapping[str, Any]] = ()) -> Any:
-        """As `libaios.llm.context`."""
-        return _llm.context(messages)
+    saved = staticmethod(twin(_context.saved))
+    forget = staticmethod(twin(_context.forget))
 
     @staticmethod
-    async def restore(name: str) -> Any:
+    def context(messages: Sequence[Mapping[str, Any]] = (), **options: Any) -> Context:
+        """As `libaios.llm.context`; its `chat`, `save` and `close` are to be awaited."""
+        return Context(messages, **options)
+
+    @staticmethod
+    async def restore(name: str, model: str | None = None) -> Context:
         """As `libaios.llm.restore`."""
-        return _llm.restore(name)
+        return Context((await _run(_context.restored(name, model))).messages, model=model)
 
     @staticmethod
     def complete(prompt: str | Sequence[int], **options: Any) -> Generation:

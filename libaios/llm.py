@@ -7,7 +7,8 @@
 Sampling: `temperature` 0 always takes the likeliest token; `seed` makes a sampled text repeatable (None: a new one each
 time). `stop` strings end the text and are not part of it. `max_tokens` None: up to the end of the context. A `schema`
 (JSON Schema) or `tools` (a list of {"type": "function", "function": {"name", "description", "parameters"}}) constrain
-what can be generated.
+what can be generated. What has been computed of a prompt is shared within the agent's group; a `public` prompt with
+everyone's public prompts (who asks can tell by the time it takes whether someone sent its beginning before).
 
 `finish_reason`: "stop" (the model or a stop string ended it), "length" (max_tokens or the context), "tool_calls",
 "limit" (the agent's token budget). Errors are OSErrors: EINVAL with what was wrong with which argument, EMSGSIZE for a
@@ -17,7 +18,6 @@ under a call.
 
 from __future__ import annotations
 
-import errno
 import random
 from collections.abc import Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING, Any, Literal, overload
@@ -31,6 +31,8 @@ if TYPE_CHECKING:
     import numpy as np
     import numpy.typing as npt
 
+    from libaios.context import Context
+
 __all__ = [
     "ModelInfo",
     "Piece",
@@ -43,8 +45,10 @@ __all__ = [
     "context",
     "detokenize",
     "embed",
+    "forget",
     "models",
     "restore",
+    "saved",
     "tokenize",
 ]
 
@@ -141,6 +145,7 @@ def generate_args(
     stream: bool = False,
     timeout: float | None = None,
     model: str | None = None,
+    public: bool = False,
 ) -> wire.Generate:
     """The arguments as the kernel wants them; it checks types and ranges."""
     sampling = wire.Sampling(
@@ -164,6 +169,7 @@ def generate_args(
         schema=dict(schema) if isinstance(schema, Mapping) else schema,
         stream=stream,
         timeout_s=timeout,
+        public=public,
     )
 
 
@@ -181,8 +187,8 @@ def chat(messages: Sequence[Mapping[str, Any]], **options: Any) -> Result | Stre
     """Answer a conversation: messages {"role": "system" | "user" | "assistant" | "tool", "content": "…"}.
 
     Options: max_tokens, temperature (0.8), top_p (0.95), top_k (40), min_p (0.05), repeat_penalty (1.0), seed, stop,
-    ignore_eos, tools, schema, stream, timeout (seconds), model; see the top of this module. Returns a `Result`, or a
-    `Stream` of `Piece`s. Tool calls are in `.tool_calls`, valid against the tool's schema. Raises OSError.
+    ignore_eos, tools, schema, stream, timeout (seconds), model, public; see the top of this module. Returns a `Result`,
+    or a `Stream` of `Piece`s. Tool calls are in `.tool_calls`, valid against the tool's schema. Raises OSError.
     """
     return _generate(generate_args(messages, None, **options))
 
@@ -229,11 +235,36 @@ def models() -> Plan[list[ModelInfo]]:
     return Plan(Sys.MODELS, wire.NoArgs(), list[ModelInfo])
 
 
-def context(messages: Sequence[Mapping[str, Any]] = ()) -> Any:
-    """A context that stays with the model between calls: not part of this release (raises ENOSYS)."""
-    raise wire.error(errno.ENOSYS, "explicit contexts are not part of this release")
+def context(
+    messages: Sequence[Mapping[str, Any]] = (),
+    *,
+    tools: Sequence[Mapping[str, Any]] | None = None,
+    model: str | None = None,
+) -> Context:
+    """A conversation that stays with the model between calls: `.chat()`, `.fork()`, `.save(name)`, `.close()`; see
+    `libaios.context`."""
+    from libaios.context import Context
+
+    return Context(messages, tools=tools, model=model)
 
 
-def restore(name: str) -> Any:
-    """A saved context: not part of this release (raises ENOSYS)."""
-    raise wire.error(errno.ENOSYS, "saved contexts are not part of this release")
+def restore(name: str, model: str | None = None) -> Context:
+    """A context saved by an agent of this group, also before aiosd was started again. Raises FileNotFoundError; EIO
+    when the file is damaged. State that does not fit the model any more is computed again."""
+    from libaios.context import Context, restored
+
+    return Context(run(restored(name, model)).messages, model=model)
+
+
+def saved(model: str | None = None) -> list[wire.SavedContext]:
+    """The saved contexts of the caller's group: name, tokens, bytes, created (Unix time)."""
+    from libaios.context import saved
+
+    return saved(model)
+
+
+def forget(name: str, model: str | None = None) -> bool:
+    """Remove a saved context. Was there one?"""
+    from libaios.context import forget
+
+    return forget(name, model)

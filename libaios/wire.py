@@ -62,6 +62,11 @@ class Sys(enum.IntEnum):
     TOKENIZE = 34
     DETOKENIZE = 35
     MODELS = 36
+    CTX_SAVE = 37
+    CTX_RESTORE = 38
+    CTX_CLOSE = 39
+    CTX_LIST = 40
+    CTX_REMOVE = 41
     # calls about calls and about the system
     CANCEL = 48
     STATUS = 49
@@ -248,6 +253,32 @@ class Detokenize(Struct, array_like=True, frozen=True):
     model: str | None = None
 
 
+class SaveContext(Struct, array_like=True, frozen=True):
+    """Keep a conversation under a name, with what the model has computed of it."""
+
+    name: Name
+    messages: Annotated[list[dict[str, Any]], Meta(max_length=1 << 16)]
+    tools: Annotated[list[dict[str, Any]], Meta(max_length=1024)] | None = None
+    model: str | None = None
+
+
+class NamedContext(Struct, array_like=True, frozen=True):
+    name: Name
+    model: str | None = None
+
+
+class CloseContext(Struct, array_like=True, frozen=True):
+    """The caller will not go on with this conversation: what is kept of it can go first."""
+
+    messages: Annotated[list[dict[str, Any]], Meta(max_length=1 << 16)]
+    tools: Annotated[list[dict[str, Any]], Meta(max_length=1024)] | None = None
+    model: str | None = None
+
+
+class ListContexts(Struct, array_like=True, frozen=True):
+    model: str | None = None
+
+
 class Cancel(Struct, array_like=True, frozen=True):
     id: Uint
 
@@ -279,6 +310,11 @@ ARGS: dict[int, type[Struct]] = {
     Sys.TOKENIZE: Tokenize,
     Sys.DETOKENIZE: Detokenize,
     Sys.MODELS: NoArgs,
+    Sys.CTX_SAVE: SaveContext,
+    Sys.CTX_RESTORE: NamedContext,
+    Sys.CTX_CLOSE: CloseContext,
+    Sys.CTX_LIST: ListContexts,
+    Sys.CTX_REMOVE: NamedContext,
     Sys.CANCEL: Cancel,
     Sys.STATUS: Status,
     Sys.SHUTDOWN: NoArgs,
@@ -333,6 +369,24 @@ class Embedded(Struct, array_like=True, frozen=True):
     d: int
     data: bytes
     prompt_tokens: int = 0
+
+
+class SavedContext(Struct, frozen=True):
+    """A context that lies on disk under a name."""
+
+    name: str
+    tokens: int
+    bytes: int
+    created: float  # Unix time
+
+
+class RestoredContext(Struct, array_like=True, frozen=True):
+    """`cached`: tokens whose state came back; `refused`: why that is not all, ''."""
+
+    messages: list[dict[str, Any]]
+    tokens: int
+    cached: int
+    refused: str = ""
 
 
 class ModelInfo(Struct, frozen=True):

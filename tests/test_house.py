@@ -21,6 +21,7 @@ FLOORS: list[list[str]] = [
     ["aiosd.commands"],
     ["aiosd.guardian"],
     ["aiosd.supervisor"],
+    ["aiosd.spares"],
     ["aiosd.spawn"],
     ["aiosd.kernel", "aiosd.llm", "aiosd.store", "aiosd.tools"],
     ["aiosd"],  # config, link, errors and the other small things that any part may use

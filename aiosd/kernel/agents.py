@@ -168,7 +168,7 @@ class Agents:
         if proc.peer is not None:
             self.kernel.drop_peer(proc.peer)
         self.by_ospid.pop(proc.ospid, None)
-        self.kernel.generations.unpark_dead(proc)
+        self.kernel.generations.forget(proc)
         self.kernel.journal.forget(proc.pid, [message.seq for message in proc.mailbox])
         proc.mailbox.clear()
         proc.mailbox_bytes = 0

@@ -61,6 +61,7 @@ class Core:
     stats: dict[str, Any] = field(default_factory=dict)
     calls: dict[link.Key, tuple[Call, link.ToCore]] = field(default_factory=dict)
     parked: set[int] = field(default_factory=set)  # peers whose generations are parked
+    contexts: dict[int, tuple[str, int]] = field(default_factory=dict)  # peer → place, tokens
 
     def send(self, message: link.ToCore) -> None:
         """To the core, if it serves; else it will get what matters when it does (`_resubmit`)."""
@@ -120,6 +121,7 @@ class Cores:
     def died(self, core: Core, reason: str) -> None:
         """Keep its calls for the successor, but those that look like the cause of the death."""
         core.state, core.last_death, core.ospid = "down", reason, 0
+        core.contexts = {}
         if core.channel is not None:
             core.channel.close()
             core.channel = None
@@ -191,6 +193,8 @@ class Cores:
             case link.Failed(key=key):
                 if key in core.calls:
                     listener.fail(core.calls.pop(key)[0], message.errno, message.message)
+            case link.Contexts():
+                core.contexts = message.places
             case link.Stats():
                 core.stats = message.stats
                 listener.on_stats(message.req)

@@ -268,7 +268,10 @@ class Generations:
             if parked != (proc.pid in core.parked):
                 core.park(proc.pid, parked)
 
-    def unpark_dead(self, proc: Proc) -> None:
+    def forget(self, proc: Proc) -> None:
+        """The agent is dead."""
         for core in self.kernel.cores:
             if proc.pid in core.parked:
                 core.park(proc.pid, False)
+            if core.contexts.pop(proc.pid, None) is not None or proc.prompt_tokens:
+                core.send(link.Gone(proc.pid))

@@ -322,6 +322,14 @@ def sys_detokenize(kernel: Kernel, call: Call, args: wire.Detokenize) -> Any:
     return PENDING
 
 
+def sys_context(kernel: Kernel, call: Call, args: Any) -> Any:
+    """All calls about contexts: the core that has the model does them."""
+    group = kernel.generations.call_budget(call)[1]
+    message = link.SubmitContext(call.key, group, call.sys, wire.raw(args))
+    kernel.generations.forward(call, args.model, message, None)
+    return PENDING
+
+
 def sys_models(kernel: Kernel, call: Call, args: wire.NoArgs) -> list[wire.ModelInfo]:
     return [core.info for core in kernel.cores if core.info is not None]
 
@@ -379,6 +387,11 @@ SYSCALLS: dict[int, Handler] = {
     Sys.TOKENIZE: sys_tokenize,
     Sys.DETOKENIZE: sys_detokenize,
     Sys.MODELS: sys_models,
+    Sys.CTX_SAVE: sys_context,
+    Sys.CTX_RESTORE: sys_context,
+    Sys.CTX_CLOSE: sys_context,
+    Sys.CTX_LIST: sys_context,
+    Sys.CTX_REMOVE: sys_context,
     Sys.CANCEL: sys_cancel,
     Sys.STATUS: sys_status,
     Sys.SHUTDOWN: sys_shutdown,

@@ -162,6 +162,17 @@ class Layout:
             to += kept
         return Piece(data, count)
 
+    def merge(self, pieces: Sequence[Piece], length: int) -> Piece:
+        """One piece of the first `length` tokens of several."""
+        data = np.empty(length * self.bytes_per_token, np.uint8)
+        to = offset = 0
+        for part in self._parts:
+            size = length * part.per_token
+            self._gather(part, offset, _takes(pieces, length), data[to : to + size], length)
+            to += size
+            offset += part.per_token
+        return Piece(data, length)
+
     def join(self, pieces: Sequence[Piece], sequence: int, length: int, out: Bytes) -> Bytes:
         """A block of the first `length` tokens of the pieces, for `sequence`, written into `out` (at least
         `size(length)` bytes); the part of `out` that it fills."""
@@ -174,18 +185,23 @@ class Layout:
             block[at : at + len(part.header)] = np.frombuffer(part.header, np.uint8)
             at += len(part.header)
             target = block[at : at + length * part.per_token]
-            for piece, position, count in takes:
-                begin = piece.length * offset
-                source = piece.data[begin : begin + piece.length * part.per_token]
-                if part.rows:
-                    into = _items(target, part, length)[:, position : position + count]
-                    into[:] = _items(source, part, piece.length)[:, :count]
-                else:
-                    target[position * part.item : (position + count) * part.item] = source[: count * part.item]
+            self._gather(part, offset, takes, target, length)
             at += target.nbytes
             offset += part.per_token
         block[at:] = 0  # streams after this one: no cells
         return block
+
+    @staticmethod
+    def _gather(part: Part, offset: int, takes: list[tuple[Piece, int, int]], target: Bytes, length: int) -> None:
+        """One part of `length` tokens from several pieces; `offset`: where it lies in them, in bytes per token."""
+        for piece, position, count in takes:
+            begin = piece.length * offset
+            source = piece.data[begin : begin + piece.length * part.per_token]
+            if part.rows:
+                into = _items(target, part, length)[:, position : position + count]
+                into[:] = _items(source, part, piece.length)[:, :count]
+            else:
+                target[position * part.item : (position + count) * part.item] = source[: count * part.item]
 
     def _write_head(self, block: Bytes, sequence: int, length: int) -> None:
         counts = [0] * (sequence + 1)

@@ -28,6 +28,7 @@ from aiosd.llm.slots import Held, Slots
 
 #: To copy so many tokens more, or to keep so many from being lost, is worth a movement.
 WORTH = 16
+WORTH_NOTHING = 1
 
 
 class Cache:
@@ -45,8 +46,8 @@ class Cache:
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
         self.slots = slots
-        self.store: Store | None = None  # once the layout of a block is known
-        self.why_not = "" if ram else "no memory is set aside for it"
+        self.store: Store | None = None
+        self.why_not = ""  # contexts stay in their slots, because …
         self.copy_s = 0.0
         self.copied = {"saved": 0, "restored": 0}  # bytes
         self.hits = self.misses = 0  # calls that found a beginning of their prompt, or none
@@ -55,6 +56,19 @@ class Cache:
         self._budgets = (ram, disk, folder)
         self._clock = clock
         self._room: Bytes = np.empty(0, np.uint8)  # blocks are put together here
+        self._open_store()
+
+    def _open_store(self) -> None:
+        """A first block tells how blocks are laid out, or that they cannot be cut."""
+        ram, disk, folder = self._budgets
+        if not ram:
+            self.why_not = "no memory is set aside for contexts"
+            return
+        layout = Layout.of(self._context.sample())
+        if layout is None:
+            self.why_not = "the state of this kind of model cannot be cut by tokens"
+            return
+        self.store = Store(layout, ram, Swap(folder, disk) if disk and folder else None, self._clock)
 
     # ── into a slot ───────────────────────────────────────────────────────────────────────────────────────
 
@@ -70,7 +84,7 @@ class Cache:
         held = self.slots.held(here.slot)
         target = self.slots.cheapest()
         move = here.length and not self._may_use_up(held, here.length, sequence) and not len(target.tokens)
-        length, source = self._elsewhere(sequence, tokens, most)
+        length, source = self._elsewhere(sequence.scope, tokens, most)
         if length >= here.length + WORTH or (move and length >= here.length):
             if source is not None:
                 self._keep(source, tokens, length, sequence.scope)
@@ -84,11 +98,11 @@ class Cache:
             return len(sequence.prompt)
         tokens, most = self._wanted(sequence)
         here = self.slots.match(sequence, tokens, most)
-        return max(here.length if here else 0, self._elsewhere(sequence, tokens, most)[0])
+        return max(here.length if here else 0, self._elsewhere(sequence.scope, tokens, most)[0])
 
     def leader(self, sequence: Sequence) -> tuple[Sequence, int] | None:
         """The running prefill that is worth waiting for, and up to which token."""
-        if sequence.snapshot is not None or self.store_impossible:
+        if sequence.snapshot is not None or self.store is None:
             return None
         tokens, most = self._wanted(sequence)
         best: tuple[int, int, Sequence] | None = None
@@ -102,10 +116,6 @@ class Cache:
             return None
         return best[2], best[0]
 
-    @property
-    def store_impossible(self) -> bool:
-        return bool(self.why_not)
-
     def _wanted(self, sequence: Sequence) -> tuple[Tokens, int]:
         """The tokens to look for, and how many of them may come from elsewhere: the last of a prompt is always
         computed, because its logits are needed; in exact mode two, because one alone is computed otherwise."""
@@ -117,13 +127,13 @@ class Cache:
         """Is what lies behind the first `length` tokens of a free slot of no use to anyone else?"""
         return held.kept or held.peer == sequence.peer or held.reusable - length < WORTH
 
-    def _elsewhere(self, sequence: Sequence, tokens: Tokens, most: int) -> tuple[int, int | None]:
+    def _elsewhere(self, scope: str, tokens: Tokens, most: int, worth: int = WORTH) -> tuple[int, int | None]:
         """The longest beginning that can be copied, and the slot it must be taken from (None: the store has it)."""
-        if self.store_impossible:
+        if self.store is None:
             return 0, None
-        length, source = self.store.length(sequence.scope, tokens, most) if self.store else 0, None
-        least = length + WORTH  # what a slot must offer to be worth reading
-        for slot, content, available in self._contents(sequence.scope):
+        length, source = self.store.length(scope, tokens, most), None
+        least = length + worth  # what a slot must offer to be worth reading
+        for slot, content, available in self._contents(scope):
             if min(available, most) > max(length, least - 1):
                 there = min(common_prefix(tokens, content), available, most)
                 if there > length and there >= least:
@@ -233,10 +243,9 @@ class Cache:
         slot = sequence.slot
         block = self._context.read(slot)
         self.copied["saved"] += block.nbytes
-        if not self._learn(block):
-            return block.copy()
         store = self.store
-        assert store is not None
+        if store is None:
+            return block.copy()
         layout, tokens = store.layout, sequence.tokens()
         shared = min(sequence.prefilled if self._exact else length, len(sequence.prompt), length)
         node = store.add(
@@ -249,32 +258,60 @@ class Cache:
 
     def _keep(self, slot: int, tokens: Tokens, stop: int, scope: str) -> None:
         """Copy the first `stop` tokens that lie in a slot to the store, as far as it has not got them."""
-        if self.store_impossible or (self.store and self.store.length(scope, tokens, stop) >= stop):
+        store = self.store
+        if store is None or store.length(scope, tokens, stop) >= stop:
             return
         began = self._clock()
         block = self._context.read(slot)
         length = self._context.last_position(slot) + 1
-        if length >= stop and self._learn(block):
-            assert self.store is not None
-            layout = self.store.layout
+        if length >= stop:
+            layout = store.layout
             owner = self.slots.owner(slot)
             peer = owner.peer if owner is not None else self.slots.held(slot).peer
-            node = self.store.add(scope, tokens, stop, lambda a, b: layout.cut(block, slot, length, a, b), peer)
+            node = store.add(scope, tokens, stop, lambda a, b: layout.cut(block, slot, length, a, b), peer)
             if node is not None and owner is None and stop >= self.slots.held(slot).reusable:
                 self.slots.mark_kept(slot)
             self.copied["saved"] += block.nbytes
         self.copy_s += self._clock() - began
 
-    def _learn(self, block: Bytes) -> bool:
-        """Is there a store? The first block tells how blocks are laid out, or that they cannot be cut."""
-        if self.store is None and not self.why_not:
-            layout = Layout.of(block)
-            if layout is None:
-                self.why_not = "the state of this kind of model cannot be cut by tokens"
-                return False
-            ram, disk, folder = self._budgets
-            self.store = Store(layout, ram, Swap(folder, disk) if disk and folder else None, self._clock)
-        return self.store is not None
+    # ── contexts by name ──────────────────────────────────────────────────────────────────────────────────
+
+    def export(self, scope: str, tokens: Tokens, peer: int) -> Piece | None:
+        """The state of as many leading tokens as there is state of, as one piece."""
+        if self.store is None:
+            return None
+        length, source = self._elsewhere(scope, tokens, len(tokens), WORTH_NOTHING)
+        if source is not None:
+            self._keep(source, tokens, length, scope)
+        pieces, length = self.store.find(scope, tokens, length, peer)
+        return self.store.layout.merge(pieces, length) if length else None
+
+    def take_in(self, scope: str, tokens: Tokens, piece: Piece, peer: int) -> int:
+        """Keep a state that comes from elsewhere; how many tokens of it are there now."""
+        store = self.store
+        if store is None:
+            return 0
+        layout = store.layout
+        store.add(scope, tokens, piece.length, lambda a, b: layout.part_of(piece, a, b), peer)
+        return store.length(scope, tokens, piece.length)
+
+    def release(self, scope: str, tokens: Tokens, peer: int) -> None:
+        """This peer does not go on with these tokens: what is kept of them for it alone goes."""
+        for held in self.slots.free_slots():
+            if (
+                held.peer == peer
+                and held.scope == scope
+                and common_prefix(tokens, held.tokens) >= held.reusable - WORTH
+            ):
+                self._context.cut(held.slot, 0)
+                self.slots.forget(held.slot)
+        if self.store is not None:
+            self.store.release(scope, tokens, peer)
+
+    def gone(self, peer: int) -> None:
+        """The peer is dead: what it alone used goes first when room is needed."""
+        if self.store is not None:
+            self.store.gone(peer)
 
     # ── counts ────────────────────────────────────────────────────────────────────────────────────────────
 

@@ -238,6 +238,20 @@ class Store:
             elif payload is not None:
                 self.ram -= payload.size
 
+    def release(self, scope: str, tokens: Tokens, peer: int) -> None:
+        """Drop the end of the path of these tokens as far as `peer` alone used it."""
+        path, _ = self._tree.walk(scope, tokens, len(tokens))
+        for node in reversed(path):
+            if not node.leaf or node.peer != peer or node.pins:
+                return
+            self.drop(node)
+
+    def gone(self, peer: int) -> None:
+        """Nobody comes back for what this peer alone used: it goes first."""
+        for node in self._tree.nodes():
+            if node.leaf and node.peer == peer:
+                node.uses = [-ONCE]
+
     def _make_room(self, need: int) -> bool:
         """Free memory for `need` bytes more; False: it cannot be."""
         if need > self.ram_budget:

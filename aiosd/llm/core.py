@@ -31,6 +31,8 @@ CONGESTED = 256 << 10
 MOST_CONTEXT_RAM = 4 << 30
 
 _MESSAGES_AT_ONCE = 64
+PLACES_EVERY = 1.0  # seconds between two words on where contexts lie, while calls run
+_POLL = 0.005  # while a file is written or read
 _SLEEP = 5.0  # a back-stop: any message wakes the core at once
 _LOOK_EVERY = 0.05  # seconds between two looks at the bell while busy
 
@@ -99,6 +101,7 @@ class Core:
     def __init__(self, channel: Channel, spec: ModelSpec, loaded: Any) -> None:
         from aiosd.llm.embed import Embedder
         from aiosd.llm.engine import Engine
+        from aiosd.llm.library import Library
 
         self._channel = channel
         self._spec = spec
@@ -120,6 +123,17 @@ class Core:
         self.info = loaded.info(
             chat=self.engine.requests.template.given, tools=self.engine.requests.template.takes_tools
         )
+        self._library = Library(
+            spec.folder,
+            loaded.path,
+            self.engine.cache,
+            self.engine.requests,
+            self._answer,
+            self._refuse,
+            exact=spec.exact,
+        )
+        self._told_places = 0.0
+        self._places: dict[int, tuple[str, int]] = {}
         self._quit = False
         self._schedule: link.Schedule | None = None
         self._handlers: dict[type, Callable[[Any], None]] = {
@@ -127,12 +141,14 @@ class Core:
             link.SubmitEmbed: self._embed,
             link.SubmitTokenize: self._tokenize,
             link.SubmitDetokenize: self._detokenize,
+            link.SubmitContext: self._library.handle,
             link.CancelCall: lambda message: self.engine.cancel(message.key),
             link.Park: lambda message: self.engine.park(message.peer, message.parked),
             link.ParkCall: lambda message: self.engine.park_call(message.key, message.parked),
             link.Keep: lambda message: self.engine.keep(message.peers),
             link.Schedule: self._reschedule,
             link.Renice: lambda message: self.engine.renice(message.peer, message.nice),
+            link.Gone: lambda message: self.engine.gone(message.peer),
             link.GetStats: lambda message: self._send(link.Stats(message.req, self.stats())),
             link.Quit: lambda message: setattr(self, "_quit", True),
         }
@@ -147,11 +163,17 @@ class Core:
                 self._receive()
             if channel.outbox_bytes:
                 channel.pump()
+            if self._library.busy:
+                self._library.poll()
             if engine.has_work:
                 engine.step()
+                if now - self._told_places > PLACES_EVERY:
+                    self._tell_places(now)
             elif not channel.more and not self._quit:
-                channel.wait(_SLEEP)
+                self._tell_places(now)
+                channel.wait(_POLL if self._library.busy else _SLEEP)
                 looked = 0.0
+        self._library.close()
         _drain(channel)
         return 0
 
@@ -194,6 +216,13 @@ class Core:
             self._refuse(message.key, error)
             return
         self._answer(message.key, embedded, embedded.prompt_tokens)
+
+    def _tell_places(self, now: float) -> None:
+        self._told_places = now
+        places = {peer: place for peer, place in self.engine.cache.by_peer().items() if peer > 0}
+        if places != self._places:
+            self._places = places
+            self._send(link.Contexts(places))
 
     def _answer(self, key: link.Key, body: object, prompt_tokens: int = 0) -> None:
         self._send(link.Answered(key, wire.encode(body), prompt_tokens))

@@ -172,6 +172,10 @@ class Engine:
             (self.policy.leave if sequence.parked else self.policy.arrive)(sequence, self._clock())
             self._stale = True
 
+    def gone(self, peer: int) -> None:
+        """The peer is dead, and its calls have been cancelled."""
+        self.cache.gone(peer)
+
     def keep(self, peers: Iterable[int]) -> None:
         """Cancel every call of any other peer."""
         kept = set(peers)

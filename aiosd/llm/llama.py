@@ -380,6 +380,17 @@ class Context:
         size = self._into_scratch(sequence, 0)
         return self._scratch[0][:size]
 
+    def sample(self) -> npt.NDArray[np.uint8]:
+        """The state of two tokens in an empty context, to see how states are laid out; empty when it has none."""
+        batch = Batch(2)
+        batch.size = 2
+        batch.positions[:] = (0, 1)
+        if self._memory is None or self.decode(batch) != OK:
+            return self._scratch[0][:0]
+        block = self.read(0).copy()
+        self.clear()
+        return block
+
     def restore(self, sequence: int, blob: npt.NDArray[np.uint8]) -> bool:
         """Replace what the sequence holds. False: refused, it is empty now."""
         if int(_state_seq_set(self._ctx, blob.ctypes.data, len(blob), sequence)) == len(blob):

@@ -7,6 +7,7 @@ grammars. The engine gets a record that can only fail by what happens to it late
 from __future__ import annotations
 
 import errno
+from typing import Any
 
 import numpy as np
 
@@ -66,6 +67,11 @@ class Requests:
         )
         self._force(sequence, request.given)
         return sequence
+
+    def conversation(self, messages: list[dict[str, Any]], tools: list[dict[str, Any]] | None) -> list[int]:
+        """The tokens of a conversation as the next call about it begins."""
+        normal, offered = normal_messages(messages), normal_tools(tools)
+        return self._chat_tokens(self.template.render(self._disarmed(normal), offered))
 
     def _prompt(self, request: Generate, tools: list[Tool]) -> list[int]:
         if (request.messages is None) == (request.prompt is None):

@@ -1,0 +1,115 @@
+"""The calls about contexts: save, restore, close, list, remove.
+
+Files are written and read on a thread of their own, so that no generation waits for a disk; what is written are
+pieces that nobody changes. The thread also takes the model's fingerprint, which for a large file takes seconds.
+"""
+
+from __future__ import annotations
+
+import errno
+from collections.abc import Callable
+from concurrent.futures import Future, ThreadPoolExecutor
+from typing import Any
+
+import numpy as np
+
+from aiosd import link
+from aiosd.llm import llama
+from aiosd.llm.cache import Cache
+from aiosd.llm.chat import refuse
+from aiosd.llm.prefix import Tokens
+from aiosd.llm.request import Requests
+from aiosd.llm.saved import Opened, Saved, file_sha256
+from libaios import wire
+from libaios.wire import Sys
+
+Answer = Callable[[link.Key, object], None]
+Refuse = Callable[[link.Key, OSError], None]
+
+
+class Library:
+    """Contexts by name, for one core. `folder` '': there is nowhere to save them."""
+
+    def __init__(
+        self, folder: str, model: str, cache: Cache, requests: Requests, answer: Answer, fail: Refuse, **fits: Any
+    ) -> None:
+        self._folder, self._model, self._fits = folder, model, fits
+        self._cache, self._requests = cache, requests
+        self._answer, self._fail = answer, fail
+        self._thread = ThreadPoolExecutor(1, "saved-contexts")
+        self._saved: Saved | None = None
+        self._pending: list[tuple[Future[Any], Callable[[Any], object], link.Key]] = []
+
+    @property
+    def busy(self) -> bool:
+        return bool(self._pending)
+
+    def handle(self, message: link.SubmitContext) -> None:
+        args: Any = wire.decode_args[message.sys](message.args)
+        try:
+            match message.sys:
+                case Sys.CTX_SAVE:
+                    self._save(message, args)
+                case Sys.CTX_RESTORE:
+                    self._restore(message, args)
+                case Sys.CTX_CLOSE:
+                    self._cache.release(message.group, self._tokens(args), message.key[0])
+                    self._answer(message.key, None)
+                case Sys.CTX_LIST:
+                    self._later(message.key, lambda: self._files().list(message.group), lambda found: found)
+                case Sys.CTX_REMOVE:
+                    self._later(message.key, lambda: self._files().remove(message.group, args.name), lambda was: was)
+        except OSError as error:
+            self._fail(message.key, error)
+
+    def poll(self) -> None:
+        """Answer what the thread has finished."""
+        done = [item for item in self._pending if item[0].done()]
+        self._pending = [item for item in self._pending if not item[0].done()]
+        for future, finish, key in done:
+            try:
+                self._answer(key, finish(future.result()))
+            except OSError as error:
+                self._fail(key, error)
+
+    def close(self) -> None:
+        self._thread.shutdown(wait=True)
+
+    def _later(self, key: link.Key, work: Callable[[], Any], finish: Callable[[Any], object]) -> None:
+        self._pending.append((self._thread.submit(work), finish, key))
+
+    def _files(self) -> Saved:
+        if not self._folder:
+            raise wire.error(errno.ENOSYS, "this core has no folder for saved contexts")
+        if self._saved is None:
+            fits = {"model": file_sha256(self._model), "llama.cpp": llama.version(), **self._fits}
+            store = self._cache.store
+            if store is not None:
+                fits["layout of the state"] = store.layout.description
+            self._saved = Saved(self._folder, fits)
+        return self._saved
+
+    def _tokens(self, args: wire.SaveContext | wire.CloseContext) -> Tokens:
+        """The conversation so far, as a call that goes on with it will have it at its beginning."""
+        if not args.messages:
+            raise refuse("messages: there are none")
+        return np.asarray(self._requests.conversation(args.messages, args.tools), np.int32)
+
+    def _save(self, message: link.SubmitContext, args: wire.SaveContext) -> None:
+        tokens = self._tokens(args)
+        piece = self._cache.export(message.group, tokens, message.key[0])
+
+        def write() -> wire.SavedContext:
+            size = self._files().write(message.group, args.name, args.messages, tokens, piece)
+            return wire.SavedContext(args.name, len(tokens), size, 0.0)
+
+        self._later(message.key, write, lambda saved: saved)
+
+    def _restore(self, message: link.SubmitContext, args: wire.NamedContext) -> None:
+        def taken(opened: Opened) -> wire.RestoredContext:
+            cached = 0
+            if opened.piece is not None:
+                cached = self._cache.take_in(message.group, opened.tokens, opened.piece, message.key[0])
+            return wire.RestoredContext(opened.messages, len(opened.tokens), cached, opened.refused)
+
+        self._later(message.key, lambda: self._files().read(message.group, args.name), taken)

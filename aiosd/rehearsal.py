@@ -1,0 +1,90 @@
+"""The first calls of an agent's life, made once in the supervisor, before any agent is forked.
+
+What the interpreter does when code runs for the first time (specialise it, fill caches of attributes and types, build
+decoders) it would do in every agent anew, on copies of pages that all agents share. So it is done here, with a kernel
+in the same process that answers everything with nothing. It saves each agent a few milliseconds and a good part of
+its memory (benchmarks/spawn.py measures both).
+"""
+
+from __future__ import annotations
+
+import os
+from typing import Any
+
+from msgspec import msgpack
+
+import libaios as aios
+from libaios import agent, wire
+from libaios.channel import Channel, Side, make_channel
+from libaios.wire import Sys
+
+ROUNDS = 20  # the interpreter specialises code that has run a few times
+
+_GENERATED = wire.Generated("x", [1], "stop", wire.Usage(), [])
+ANSWERS: dict[int, Any] = {
+    Sys.GETPID: 1,
+    Sys.GETPPID: 1,
+    Sys.NICE: 0,
+    Sys.SPAWN: wire.Spawned(1),
+    Sys.WAIT: wire.Waited(1, 0),
+    Sys.RECV: wire.Received(1, wire.raw("x")),
+    Sys.GENERATE: _GENERATED,
+    Sys.TOKENIZE: [1],
+}
+_decode = msgpack.Decoder(wire.Generate).decode
+
+
+class _Stage(agent.AgentTransport):
+    """An agent's transport whose other end is in this process: before it sleeps, what it has sent is answered."""
+
+    def __init__(self) -> None:
+        memfd, kernel_bell, agent_bell = make_channel()
+        super().__init__(memfd, agent_bell)
+        self._kernel = Channel(os.dup(memfd), kernel_bell, Side.KERNEL)
+        sleep = self.wait
+
+        def wait(timeout: float | None = None) -> bool:
+            self._answer()
+            return sleep(timeout)
+
+        self.wait = wait
+
+    def _answer(self) -> None:
+        for payload in self._kernel.receive():
+            request = wire.decode_request(payload)
+            if request.sys == Sys.GENERATE and _decode(request.args).stream:
+                piece = wire.Reply(request.id, 0, True, 0, wire.raw(wire.Piece("x", [1])))
+                self._kernel.send(wire.encode(piece))
+            self._kernel.send(wire.encode(wire.Reply(request.id, body=wire.raw(ANSWERS.get(request.sys)))))
+
+    def leave(self) -> None:
+        self._kernel.close()
+
+
+def rehearse() -> None:
+    """Leaves nothing behind but warm code."""
+    stage = _Stage()
+    agent._connection = connection = agent.Connection(stage)
+    try:
+        for _ in range(ROUNDS):
+            _play()
+    finally:
+        agent._connection = None
+        connection.close()
+        stage.leave()
+
+
+def _play() -> None:
+    aios.proc.getpid()
+    aios.proc.getppid()
+    aios.proc.nice()
+    aios.proc.wait(aios.proc.spawn("x.py", cwd="/", detached=True))
+    aios.msg.send(1, {"x": [1, "y", None, 0.5]})
+    aios.msg.recv(timeout=1.0)
+    messages = [{"role": "user", "content": "x"}]
+    aios.llm.chat(messages, max_tokens=1, temperature=0.0)
+    for _ in aios.llm.chat(messages, stream=True):
+        pass
+    aios.llm.tokenize("x")
+    exec(compile("import libaios\nlibaios.proc.getppid()", "x.py", "exec", dont_inherit=True), {})
+    os.path.realpath("/usr/lib"), os.path.abspath("x.py"), os.fsencode("x")

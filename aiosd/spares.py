@@ -1,0 +1,97 @@
+"""Processes forked ahead of need while agents are started in numbers.
+
+An agent shares its memory with the supervisor until one of them writes to it. What the supervisor writes between two
+forks (about 0.8 MB of pages: reference counts, mostly) therefore costs every agent a copy of its own. Forked in a
+batch, with nothing done in between, the agents of that batch share those pages; and the fork is off the way of the
+next spawns.
+
+A spare waits on a socket for what it is to become, and holds nothing else. The first of many spawns is forked alone,
+the second one makes a batch; spares that nobody has asked for in a while leave.
+"""
+
+from __future__ import annotations
+
+import array
+import socket
+from collections import deque
+
+from msgspec import msgpack
+
+from aiosd import link, spawn
+from aiosd.timers import Timers
+
+BATCH = 64
+HURRY_S = 0.1  # two spawns so close to each other have others behind them
+IDLE_S = 2.0
+LARGEST = 64 << 10  # bytes of a message that a new socket certainly takes at once
+
+_decode = msgpack.Decoder(tuple[link.Fork, int, str]).decode
+
+
+class Spares:
+    def __init__(self, timers: Timers) -> None:
+        self._timers = timers
+        self._waiting: deque[tuple[int, socket.socket]] = deque()
+        self._last = float("-inf")  # when an agent was started
+
+    def ospids(self) -> list[int]:
+        return [ospid for ospid, _ in self._waiting]
+
+    def start(self, spec: link.Fork, pid: int, home: str, stdio: tuple[int, int, int], memfd: int, bell: int) -> int:
+        """Make a process the agent `spec`; its Linux pid. Raises OSError when Linux has no process to give."""
+        now = self._timers.clock()
+        hurry, self._last = now - self._last < HURRY_S, now
+        payload = msgpack.encode((spec, pid, home))
+        if len(payload) <= LARGEST:
+            if hurry and not self._waiting:
+                self._fork_batch()
+            while self._waiting:
+                ospid, sock = self._waiting.popleft()
+                try:
+                    rights = array.array("i", (*stdio, memfd, bell))
+                    sock.sendmsg([payload], [(socket.SOL_SOCKET, socket.SCM_RIGHTS, rights)], socket.MSG_DONTWAIT)
+                    return ospid
+                except OSError:
+                    continue  # it was killed, or there is no descriptor left: what follows finds out which
+                finally:
+                    sock.close()
+        return spawn.fork(lambda: spawn.become_agent(spec, pid, home, stdio, memfd, bell))
+
+    def _fork_batch(self) -> None:
+        self._timers.after(IDLE_S, self._look)
+        pairs = []
+        spawn.tidy_heap()
+        try:
+            for _ in range(BATCH):
+                pairs.append(socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET))
+            for ours, theirs in pairs:
+                self._waiting.append((spawn.fork(lambda theirs=theirs: _wait(theirs)), ours))  # type: ignore[misc]
+        except OSError:  # fewer then, or none: the spawn will say what is missing
+            for ours, _ in pairs[len(self._waiting) :]:
+                ours.close()
+        finally:
+            for _, theirs in pairs:
+                theirs.close()
+
+    def _look(self) -> None:
+        if self._timers.clock() - self._last >= IDLE_S:
+            self.dismiss()
+        elif self._waiting:
+            self._timers.after(IDLE_S, self._look)
+
+    def dismiss(self) -> None:
+        """They see the end of their socket and leave."""
+        while self._waiting:
+            self._waiting.popleft()[1].close()
+
+
+def _wait(sock: socket.socket) -> int:
+    """In the spare: until it is told what to be."""
+    spawn.keep_only((sock.fileno(),))
+    spawn.name_process("aios:spare")
+    payload, ancillary, _, _ = sock.recvmsg(LARGEST, socket.CMSG_SPACE(5 * 4))
+    if not payload:
+        return 0
+    stdin, stdout, stderr, memfd, bell = array.array("i", ancillary[0][2])
+    spec, pid, home = _decode(payload)
+    return spawn.become_agent(spec, pid, home, (stdin, stdout, stderr), memfd, bell)

@@ -1,0 +1,131 @@
+"""Conversations whose state stays with the model between calls, can be forked, and saved under a name.
+
+    ctx = aios.llm.context([{"role": "system", "content": "…"}])
+    r = ctx.chat("What is 37 * 91?")            # appends the question and the answer
+    twins = [ctx.fork() for _ in range(64)]     # each goes on by itself; what they share is computed once
+    ctx.save("research")                        # survives a restart of aiosd
+    ctx = aios.llm.restore("research")
+
+A context is its messages: whatever happens to the model's process or to what it keeps, nothing is lost but time.
+What the model has computed of them lies in its cache, in memory or on disk, and is found again by its tokens.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any
+
+from libaios import llm, wire
+from libaios.plan import Plan, run, syscall
+from libaios.wire import SavedContext, Sys
+
+__all__ = ["Context", "Conversation", "SavedContext", "forget", "restored", "saved"]
+
+
+class Conversation:
+    """Messages, and what is asked along with each of them (tools, model)."""
+
+    def __init__(
+        self,
+        messages: Sequence[Mapping[str, Any]] = (),
+        *,
+        tools: Sequence[Mapping[str, Any]] | None = None,
+        model: str | None = None,
+    ) -> None:
+        self.messages: list[dict[str, Any]] = [dict(message) for message in messages]
+        self.tools = None if tools is None else [dict(tool) for tool in tools]
+        self.model = model
+
+    def __len__(self) -> int:
+        return len(self.messages)
+
+    def _with(self, more: str | Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
+        """The messages with what is said now; they are kept when the answer is there."""
+        new = [{"role": "user", "content": more}] if isinstance(more, str) else [dict(message) for message in more]
+        return [*self.messages, *new]
+
+    def _options(self, options: dict[str, Any]) -> dict[str, Any]:
+        return {"tools": self.tools, "model": self.model, **options}
+
+    def _keep(self, messages: list[dict[str, Any]], text: str, calls: Sequence[wire.ToolCall]) -> None:
+        answer: dict[str, Any] = {"role": "assistant", "content": text}
+        if calls:
+            answer["tool_calls"] = [
+                {"type": "function", "id": call.id, "function": {"name": call.name, "arguments": call.arguments}}
+                for call in calls
+            ]
+        self.messages = [*messages, answer]
+
+    def _save(self, name: str) -> Plan[SavedContext]:
+        return Plan(Sys.CTX_SAVE, wire.SaveContext(name, self.messages, self.tools, self.model), SavedContext)
+
+    def _close(self) -> Plan[None]:
+        return Plan(Sys.CTX_CLOSE, wire.CloseContext(self.messages, self.tools, self.model), None)
+
+
+class Context(Conversation):
+    """A conversation in plain calls; see the top of this module. Not for several threads at a time."""
+
+    def chat(self, more: str | Sequence[Mapping[str, Any]] = (), **options: Any) -> llm.Result | llm.Stream:
+        """Say something (a text is a user's message; messages may be tools' results), get the answer; both are part of
+        the context from then on. Options as for `llm.chat`. A stream's answer is kept when it has been read to its
+        end. When the call fails the context is as it was."""
+        messages = self._with(more)
+        result: llm.Result | llm.Stream = llm.chat(messages, **self._options(options))
+        if isinstance(result, llm.Stream):
+            return _KeptStream(result, lambda text, calls: self._keep(messages, text, calls))
+        self._keep(messages, result.text, result.tool_calls)
+        return result
+
+    def fork(self) -> Context:
+        """Another context that begins as this one. Costs nothing until it is used, and then a copy, not a prefill."""
+        return Context(self.messages, tools=self.tools, model=self.model)
+
+    def save(self, name: str) -> SavedContext:
+        """Keep it on disk under a name, of which the agent's group has one each; replaces what has it. Raises OSError:
+        ENOSPC when the disk is full (what the name stood for is still there), EINVAL for a name that cannot be."""
+        return run(self._save(name))
+
+    def close(self) -> None:
+        """What the model keeps for this context alone can go. The messages stay, so using it again only costs time."""
+        if self.messages:
+            run(self._close())
+
+    def __enter__(self) -> Context:
+        return self
+
+    def __exit__(self, *exc: object) -> None:
+        self.close()
+
+
+class _KeptStream(llm.Stream):
+    """A stream that hands over its whole text when it ends."""
+
+    def __init__(self, stream: llm.Stream, keep: Any) -> None:
+        self._connection, self._call = stream._connection, stream._call
+        self._pieces = _keeping(stream, keep)
+
+
+def _keeping(stream: llm.Stream, keep: Any) -> Iterator[llm.Piece]:
+    text = ""
+    for piece in stream:
+        text += piece.text
+        if piece.finish_reason is not None:
+            keep(text, piece.tool_calls)
+        yield piece
+
+
+def restored(name: str, model: str | None = None) -> Plan[wire.RestoredContext]:
+    return Plan(Sys.CTX_RESTORE, wire.NamedContext(name, model), wire.RestoredContext)
+
+
+@syscall
+def saved(model: str | None = None) -> Plan[list[SavedContext]]:
+    """The saved contexts of the caller's group: name, tokens, bytes, created (Unix time)."""
+    return Plan(Sys.CTX_LIST, wire.ListContexts(model), list[SavedContext])
+
+
+@syscall
+def forget(name: str, model: str | None = None) -> Plan[bool]:
+    """Remove a saved context. Was there one?"""
+    return Plan(Sys.CTX_REMOVE, wire.NamedContext(name, model), bool)
