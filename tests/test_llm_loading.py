@@ -137,12 +137,15 @@ def test_slots_follow_from_the_memory(path: Path) -> None:
 def test_kv_estimate_is_what_llama_cpp_takes(path: Path) -> None:
     file = modelfile.read(str(path))
     loaded = load(path)
-    empty = len(loaded.context.save(0))
-    batch = llama.Batch(64)
-    batch.size = 64
-    batch.positions[:64] = np.arange(64)
+    batch = llama.Batch(65)
+    batch.size = 1
+    batch.positions[:65] = np.arange(65)
     loaded.context.decode(batch)
-    taken = len(loaded.context.save(0)) - empty
+    one = loaded.context.read(0).nbytes
+    batch.size = 64
+    batch.positions[:64] += 1
+    loaded.context.decode(batch)
+    taken = loaded.context.read(0).nbytes - one
     loaded.close()
     assert 0.9 < taken / (64 * file.kv_bytes_per_token()) < 1.3
 
@@ -205,3 +208,20 @@ def test_no_texts_no_vectors(embedder: Embedder) -> None:
 def test_texts_that_cannot_be_embedded(embedder: Embedder, text: str, why: str) -> None:
     with pytest.raises(OSError, match=why):
         embedder.embed(["fine", text])
+
+
+@pytest.mark.parametrize(
+    "text", ["x" * 300_000, " " * 300_000, "0" * 100_000, "x y " + "é" * 100_000 + " z", "\n" * 100_000]
+)
+def test_a_text_that_is_one_long_run_is_tokenised_and_not_the_end_of_the_core(nano: llama.Model, text: str) -> None:
+    tokens = nano.tokenize(text, bos=False, special=True)
+    assert nano.detokenize(tokens).decode() == text
+
+
+@pytest.fixture(scope="module")
+def nano() -> Iterator[llama.Model]:
+    from aiosd.nano import model_path
+
+    model = llama.Model(str(model_path()), 0, lambda fraction: None)
+    yield model
+    model.close()

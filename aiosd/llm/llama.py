@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import ctypes
 import os
+import re
 import sys
 from collections import deque
 from collections.abc import Callable
@@ -116,6 +117,11 @@ def supports_gpu() -> bool:
 # ── weights and vocabulary ────────────────────────────────────────────────────────────────────────────────
 
 
+#: llama.cpp finds words with a regex that recurses once per character: a run longer than some ten thousand overflows
+#: the stack, and that ends the process. Such a text (it is none) is tokenised in parts.
+_RUN = 2048
+_LONG_RUN = re.compile(rf"\S{{{_RUN},}}|\s{{{_RUN},}}")
+
 _CUTTING = (C.LLAMA_VOCAB_TYPE_SPM, C.LLAMA_VOCAB_TYPE_BPE)
 _STRIPS = C.LLAMA_TOKEN_ATTR_LSTRIP | C.LLAMA_TOKEN_ATTR_RSTRIP
 
@@ -177,6 +183,7 @@ class Model:
         self._buffer = ctypes.create_string_buffer(1024)
         #: Bytes of every token as shown to a reader: control tokens are empty.
         self.pieces = [self._piece(t, False) for t in range(n)]
+        self.longest_piece = max(map(len, self.pieces), default=0)
 
     def _piece(self, token: int, special: bool) -> bytes:
         n = C.llama_token_to_piece(self._vocab, token, self._buffer, len(self._buffer), 0, special)
@@ -200,6 +207,13 @@ class Model:
 
     def tokenize(self, text: str, *, bos: bool, special: bool) -> list[int]:
         """`bos`: add what the model wants at the beginning. `special`: read control tokens as such."""
+        if _LONG_RUN.search(text):
+            parts = [text[i : i + _RUN] for i in range(0, len(text), _RUN)]
+            first, *rest = (self._tokenize(part, bos and i == 0, special) for i, part in enumerate(parts))
+            return first + [token for tokens in rest for token in tokens]
+        return self._tokenize(text, bos, special)
+
+    def _tokenize(self, text: str, bos: bool, special: bool) -> list[int]:
         data = text.encode(errors="replace")
         room = len(data) + 8
         while True:

@@ -109,6 +109,8 @@ class Requests:
         """With the model's BOS in front, but never twice: many templates write it themselves."""
         if not self._model.has_tokenizer:
             raise refuse("this model has no tokenizer: give token ids")
+        if len(text) > self._ctx * max(self._model.longest_piece, 64):  # however it is cut: not worth the time
+            raise refuse(f"prompt: {len(text)} characters, but the context holds {self._ctx} tokens", errno.EMSGSIZE)
         tokens, bos = self._tokenizer.of(text), self._model.bos
         if self._model.adds_bos and tokens[:1] != [bos]:
             return [bos, *tokens]
