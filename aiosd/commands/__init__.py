@@ -24,6 +24,7 @@ MODULES = {
     "aios-wait": "aiosd.commands.wait",
     "aios-inspect": "aiosd.commands.inspect",
     "aios-renice": "aiosd.commands.renice",
+    "aios-top": "aiosd.commands.top",
 }
 
 

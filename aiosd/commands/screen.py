@@ -1,0 +1,330 @@
+"""The live screen of aios-top: draws pictures, listens to keys.
+
+One thread waits for three things at once: keys, answers of the system, and signals (through a pipe). A busy model
+answers after a second, and meanwhile keys work and the last picture stands. Whatever ends the program, curses puts
+the terminal back: the end of `run`, an exception, Ctrl-C, TERM and HUP all pass through `curses.wrapper`.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import curses
+import os
+import select
+import signal
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from typing import Any
+
+from aiosd import edge
+from aiosd.commands import picture, signals
+from aiosd.commands.picture import Sample, View
+from libaios.agent import Call
+from libaios.client import Client
+from libaios.wire import Kill, NiceArgs, ProcInfo, Ps, Status, Sys
+
+ESCAPE, ENTER, BACKSPACE = 27, (10, 13, curses.KEY_ENTER), (8, 127, curses.KEY_BACKSPACE)
+NOTE_S = 4.0  # how long the outcome of a key is shown
+
+KEYS = """\
+up, down, PgUp, PgDn, Home, End   choose an agent
+k        send it a signal         r        renice it
+< >      sort by another column   R        the other way round
+T M C P N  sort by tokens, memory, context, pid, name;  U by tokens/s
+e        aiosd's own processes    d        seconds between two pictures
+space    a new picture now        q        quit
+h ?      this page; any key leaves it"""
+
+SORT_KEYS = {"T": "tokens", "M": "mem", "C": "ctx", "P": "pid", "N": "name", "U": "rate"}
+FOOT = "q quit  h help  k signal  r renice  < > sort"
+
+
+def run(client: Client, view: View, delay: float, iterations: int | None) -> int:
+    """Until the person, a signal or `iterations` end it; the exit code. Raises Failed on a terminal that cannot."""
+    try:
+        curses.setupterm()
+    except curses.error as err:
+        raise edge.Failed(f"{os.environ.get('TERM', 'this terminal')}: {err}; for plain pictures use -b") from None
+    if curses.tigetstr("cup") is None:
+        raise edge.Failed(f"terminal {os.environ.get('TERM')!r} cannot move its cursor; for plain pictures use -b")
+    os.environ.setdefault("ESCDELAY", "25")
+    with _signals() as caught:
+        return curses.wrapper(lambda window: _Screen(window, client, view, delay, caught).loop(iterations))
+
+
+class _Ended(Exception):
+    """By a signal."""
+
+
+@contextlib.contextmanager
+def _signals() -> Iterator[int]:
+    """A descriptor that tells of signals. TERM and HUP end the program in order, WINCH draws anew."""
+    reading, writing = os.pipe2(os.O_NONBLOCK | os.O_CLOEXEC)
+
+    def end(number: int, frame: object) -> None:
+        raise _Ended(number)
+
+    old = {number: signal.signal(number, end) for number in (signal.SIGTERM, signal.SIGHUP)}
+    old[signal.SIGWINCH] = signal.signal(signal.SIGWINCH, lambda number, frame: None)
+    wakeup = signal.set_wakeup_fd(writing, warn_on_full_buffer=False)
+    try:
+        yield reading
+    finally:
+        signal.set_wakeup_fd(wakeup)
+        for number, handler in old.items():
+            signal.signal(number, handler)
+        os.close(reading)
+        os.close(writing)
+
+
+@dataclass(slots=True)
+class _Question:
+    """Something that is being typed."""
+
+    text: str
+    act: Callable[[str], str]  # what is to be done with the answer; what to show then. ValueError: what was wrong
+    typed: str = ""
+
+
+class _Screen:
+    def __init__(self, window: Any, client: Client, view: View, delay: float, caught: int) -> None:
+        self.window, self.client, self.view, self.delay = window, client, view, delay
+        self.caught = caught
+        self.old: Sample | None = None
+        self.new: Sample | None = None
+        self.asked: tuple[Call, Call] | None = None  # STATUS and PS
+        self.open: list[tuple[Call, str]] = []  # kills and renices, and what to say when they are done
+        self.next_at = 0.0
+        self.chosen: int | None = None  # a pid
+        self.first = 0  # the first agent on the screen
+        self.pids: list[int] = []  # as they are listed
+        self.question: _Question | None = None
+        self.note, self.note_until = "", 0.0
+        self.help = False
+        self.over = False
+
+    # ── what happens ──────────────────────────────────────────────────────────────────────────────────────
+
+    def loop(self, iterations: int | None) -> int:
+        self._set_up()
+        poll = select.poll()
+        for fd in (0, self.caught, self.client.fileno()):
+            poll.register(fd, select.POLLIN)
+        drawn = 0
+        try:
+            while not self.over:
+                if self._refresh():
+                    drawn += 1
+                    self.over = drawn == iterations
+                self.draw()
+                ready = dict(poll.poll(max(0.0, self._wake_in()) * 1000))
+                if self.caught in ready:
+                    self._resized()
+                if 0 in ready and not self._keys(ready[0]):
+                    return 1
+        except _Ended as end:
+            return 128 + int(end.args[0])
+        return 0
+
+    def _set_up(self) -> None:
+        self.window.nodelay(True)
+        self.window.keypad(True)
+        with contextlib.suppress(curses.error):  # not every terminal can
+            curses.curs_set(0)
+        with contextlib.suppress(curses.error):
+            curses.use_default_colors()
+
+    def _wake_in(self) -> float:
+        now = time.monotonic()
+        ends = [now + 1.0 if self.asked or self.open else self.next_at]
+        if self.note:
+            ends.append(self.note_until)
+        return min(ends) - now
+
+    def _refresh(self) -> bool:
+        """Ask when it is time, take what has come; True for a new picture."""
+        self.client.pump()
+        for call, text in [entry for entry in self.open if entry[0].final is not None]:
+            self.open.remove((call, text))
+            self._take(call, text)
+        now = time.monotonic()
+        if self.asked is None and now >= self.next_at:
+            self.asked = (self.client.submit(Sys.STATUS, Status()), self.client.submit(Sys.PS, Ps(all=True)))
+            self.client.pump()
+        if self.asked is None or any(call.final is None for call in self.asked):
+            return False
+        (status, ps), self.asked = self.asked, None
+        self.old = self.new
+        self.new = Sample(now, self.client.result(status, dict), self.client.result(ps, list[ProcInfo]))
+        self.next_at = now + self.delay
+        return True
+
+    def _take(self, call: Call, text: str) -> None:
+        try:
+            self.client.result(call, None)
+        except OSError as err:
+            self._say(edge.reason(err))
+        else:
+            self._say(text)
+
+    def _say(self, text: str) -> None:
+        self.note, self.note_until = text, time.monotonic() + NOTE_S
+
+    def _resized(self) -> None:
+        with contextlib.suppress(BlockingIOError):
+            os.read(self.caught, 4096)
+        size = os.get_terminal_size(1)
+        curses.resizeterm(size.lines, size.columns)
+        self.window.clear()
+
+    # ── keys ──────────────────────────────────────────────────────────────────────────────────────────────
+
+    def _keys(self, events: int) -> bool:
+        """Whatever has been typed; False when the terminal is gone."""
+        key = self.window.getch()
+        if key == -1 and events & (select.POLLHUP | select.POLLERR):
+            return False
+        while key != -1:
+            if self.question is not None:
+                self._type(self.question, key)
+            elif self.help:
+                self.help = False
+            else:
+                self._press(key)
+            key = self.window.getch()
+        return True
+
+    def _press(self, key: int) -> None:
+        name = chr(key) if 0 < key < 256 else ""
+        if name == "q":
+            self.over = True
+        elif name in ("h", "?"):
+            self.help = True
+        elif name == " ":
+            self.next_at = 0.0
+        elif name == "e":
+            self.view.system = not self.view.system
+        elif name in SORT_KEYS:
+            self.view.sort = SORT_KEYS[name]
+        elif name in ("<", ">"):
+            place = picture.ORDER.index(self.view.sort) + (1 if name == ">" else -1)
+            self.view.sort = picture.ORDER[place % len(picture.ORDER)]
+        elif name == "R":
+            self.view.reverse = not self.view.reverse
+        elif name in ("k", "r", "d"):
+            self._ask(name)
+        elif key in _MOVES and self.pids:
+            self._move(_MOVES[key])
+
+    def _ask(self, name: str) -> None:
+        if name == "d":
+            self.question = _Question(f"seconds between two pictures [{self.delay:g}]: ", self._set_delay)
+        elif self.chosen is None:
+            self._say("choose an agent first, with the arrow keys")
+        else:
+            agent = next((p for p in self.new.agents if p.pid == self.chosen), None) if self.new else None
+            label = f"{self.chosen} {agent.name}" if agent else str(self.chosen)
+            pid = self.chosen
+            if name == "k":
+                self.question = _Question(f"signal to {label} [TERM]: ", lambda word: self._kill(pid, word))
+            else:
+                self.question = _Question(f"nice value of {label}: ", lambda word: self._renice(pid, word))
+
+    def _type(self, question: _Question, key: int) -> None:
+        if key == ESCAPE:
+            self.question = None
+        elif key in BACKSPACE:
+            question.typed = question.typed[:-1]
+        elif key in ENTER:
+            self.question = None
+            try:
+                self._say(question.act(question.typed.strip()))
+            except ValueError as err:
+                self._say(str(err))
+        elif 32 <= key < 127:
+            question.typed += chr(key)
+
+    def _set_delay(self, word: str) -> str:
+        try:
+            seconds = float(word or self.delay)
+        except ValueError:
+            raise ValueError(f"{word!r} is no number of seconds") from None
+        if not 0.1 <= seconds <= 3600:
+            raise ValueError(f"{word} is out of range (from 0.1 to 3600)")
+        self.delay = seconds
+        self.next_at = time.monotonic() + seconds
+        return f"every {seconds:g} s"
+
+    def _kill(self, pid: int, word: str) -> str:
+        number = signals.number_of(word or "TERM")
+        self.open.append((self.client.submit(Sys.KILL, Kill(pid, number)), f"{signals.name_of(number)} sent to {pid}"))
+        return ""
+
+    def _renice(self, pid: int, word: str) -> str:
+        if not word.lstrip("+-").isdigit() or not -20 <= int(word) <= 19:
+            raise ValueError(f"{word!r} is no nice value (from -20 to 19)")
+        call = self.client.submit(Sys.NICE, NiceArgs(pid, int(word)))
+        self.open.append((call, f"nice value of {pid} is {int(word)}"))
+        self.next_at = 0.0
+        return ""
+
+    def _move(self, step: int) -> None:
+        place = self.pids.index(self.chosen) if self.chosen in self.pids else -1 if step > 0 else len(self.pids)
+        self.chosen = self.pids[min(max(place + step, 0), len(self.pids) - 1)]
+
+    # ── the screen ────────────────────────────────────────────────────────────────────────────────────────
+
+    def draw(self) -> None:
+        height, width = self.window.getmaxyx()
+        self.window.erase()
+        if self.help:
+            for y, line in enumerate(KEYS.splitlines()):
+                self._put(y, line, width, height)
+        elif self.new is None:
+            self._put(0, "aios-top: waiting for aiosd", width, height)
+        else:
+            self._draw_sample(self.new, height, width)
+        self._put(height - 1, self._foot(), width, height, curses.A_DIM)
+        self.window.refresh()
+
+    def _draw_sample(self, sample: Sample, height: int, width: int) -> None:
+        top = picture.head(sample.status, width, time.time())
+        most = max(2, height - 8)  # some agents are always to be seen
+        for y, line in enumerate(top[:most]):
+            self._put(y, line, width, height)
+        y = min(len(top), most) + 1
+        title, self.pids, lines = picture.rows(sample, picture.rates(self.old, sample), self.view, width - 1)
+        self._put(y, " " + title.ljust(width), width, height, curses.A_REVERSE)
+        room = max(height - y - 2, 0)
+        if self.chosen not in self.pids:
+            self.chosen = None
+        place = self.pids.index(self.chosen) if self.chosen is not None else 0
+        self.first = min(max(self.first, place - room + 1), place, max(len(lines) - room, 0))
+        for pid, line in zip(self.pids[self.first :][:room], lines[self.first :][:room], strict=True):
+            y += 1
+            chosen = pid == self.chosen
+            self._put(y, (">" if chosen else " ") + line, width, height, curses.A_BOLD if chosen else curses.A_NORMAL)
+
+    def _foot(self) -> str:
+        if self.question is not None:
+            return f"{self.question.text}{self.question.typed}_"
+        if self.note and time.monotonic() >= self.note_until:
+            self.note = ""
+        more = len(self.pids)
+        return self.note or f"{FOOT}  ({more} agents by {self.view.sort})"
+
+    def _put(self, y: int, text: str, width: int, height: int, how: int = 0) -> None:
+        if 0 <= y < height and width > 1:
+            with contextlib.suppress(curses.error):  # the last cell of the screen: the cursor has nowhere to go
+                self.window.addnstr(y, 0, text, width, how)
+
+
+_MOVES = {
+    curses.KEY_UP: -1,
+    curses.KEY_DOWN: 1,
+    curses.KEY_PPAGE: -10,
+    curses.KEY_NPAGE: 10,
+    curses.KEY_HOME: -(1 << 30),
+    curses.KEY_END: 1 << 30,
+}
