@@ -278,7 +278,7 @@ def _replace_environment(new: dict[str, str]) -> None:
     start = ctypes.addressof(strings)
     array = (ctypes.c_void_p * (len(places) + 1))(*[start + place for place in places])
     _kept.extend((os.environ._data, strings, array))  # type: ignore[attr-defined]
-    os.environ._data = encoded  # type: ignore[attr-defined]
+    os.environ._data = os.environb._data = encoded  # type: ignore[attr-defined]
     ctypes.c_void_p.in_dll(_libc, "environ").value = ctypes.addressof(array)
 
 

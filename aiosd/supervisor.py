@@ -52,7 +52,7 @@ logger = logging.getLogger("supervisor")
 RING_BYTES = 1 << 16  # of each direction between an agent and the kernel
 CORE_RING_BYTES = 1 << 20  # between kernel and core: a step of 256 sequences is one frame
 BOOT_TRIES = 3  # deaths of a kernel that has never been ready
-QUIET_S = 30.0  # a life this long makes the next death count as the first
+PAYS_OFF = 0.2  # a second of life takes so many seconds off the wait after it
 LAST_WAIT_S = 2.0  # for kernel and cores at the end
 SIGNALS_REMEMBERED = 4096
 GUARDIAN_DIED = signal.SIGUSR1
@@ -240,11 +240,12 @@ class Supervisor:
         if self.stopping:
             return
         self.kernel_deaths += 1
-        logger.error("kernel died (%s)", spawn.describe(status))
+        reason = spawn.describe(status)
         if not self.served_once and self.kernel_deaths >= BOOT_TRIES:
             self._on_shutdown(link.Shutdown(error="the kernel does not start; its log above says why"), [])
             return
-        self.kernel_backoff_s = _backoff(self.kernel_backoff_s, self.kernel_forked_at)
+        self.kernel_backoff_s = _backoff(self.kernel_backoff_s, time.monotonic() - self.kernel_forked_at)
+        logger.error("kernel died (%s); forked again in %.1f s", reason, self.kernel_backoff_s)
         self.timers.after(self.kernel_backoff_s, self._refork_kernel)
 
     def _refork_kernel(self) -> None:
@@ -274,7 +275,7 @@ class Supervisor:
             core.heart = None
         if self.stopping:
             return
-        core.backoff_s = _backoff(core.backoff_s, core.forked_at)
+        core.backoff_s = _backoff(core.backoff_s, time.monotonic() - core.forked_at)
         reason = spawn.describe(status)
         # At boot the kernel says in one line what that means.
         level = logging.ERROR if self.served_once else logging.DEBUG
@@ -570,10 +571,11 @@ def _ring(bell: int) -> None:
         os.write(bell, b"\0")
 
 
-def _backoff(last_s: float, forked_at: float) -> float:
-    """Twice the last wait, up to a bound; the first one again after a quiet life."""
+def _backoff(last_s: float, lived_s: float) -> float:
+    """Twice the last wait, less what its life has paid off, within bounds. So a part that is killed now and then is
+    back at once, and one that cannot live costs little."""
     first, longest = BACKOFF_S
-    return first if time.monotonic() - forked_at > QUIET_S else min(2 * last_s, longest)
+    return max(first, min(2 * last_s - PAYS_OFF * lived_s, longest))
 
 
 def _signal_tree(ospid: int, number: int) -> None:

@@ -25,7 +25,7 @@ from msgspec import Raw, Struct, msgpack
 from aiosd.link import Key
 from libaios import wire
 
-COMPACT_BYTES = 16 << 20
+COMPACT_BYTES = 2 << 20  # read again by a new kernel, in about 0.1 s
 REMEMBER = 4096  # served calls: as many as may be open when a kernel dies, in practice by far
 
 _HEADER = struct.Struct("=QQ")
