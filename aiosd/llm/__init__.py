@@ -13,7 +13,7 @@ Files, from the bottom up:
     structured.py  keeps a generation inside a grammar: check first, constrain on refusal
     request.py     a submitted call to a Sequence, or an errno with a sentence
     sequence.py    the record of one generation
-    policy.py      who runs next (pure)
+    policy/        who runs next (pure)
     prefix.py      which cached tokens a prompt can reuse (pure)
     slots.py       which sequence lies where in the KV cache; counts
     stats.py       counts and times
