@@ -408,8 +408,10 @@ def test_fair_an_interactive_agent_among_32_that_generate_without_end(slots: int
     busy = FakeEngine(Fair(Quantum()), slots)
     for peer in range(1, 33):
         busy.agent(peer, [Turn(0.0, 64, ENDLESS)])
+    busy.run(20.0)
     among = latencies(busy, script)
-    assert p90(among[1:]) <= 2.5 * p90(alone)
+    assert p90(among) <= 2.5 * p90(alone)
+    assert among[0] <= 2.5 * alone[0], "the first one too"
     others = [agent.service for agent in busy.agents.values() if agent.peer <= 32]
     assert max(others) - min(others) <= 2 * 64 + 8
     assert statistics.mean(chosen for _, chosen in busy.steps) > 0, "and they do get on"

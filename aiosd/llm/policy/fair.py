@@ -15,13 +15,14 @@ agent of nice 0.
 - **Newcomers** begin at the *line*: nothing is owed to who was not there, and nothing is to be made up for. The line
   moves on by what the active agents are given on the average, and is never further on than the hindmost of them.
   Who comes back begins where it was, if that is further on.
-- **Sleepers.** While an agent has no call it earns an allowance, by which its rank begins before its line: so an
-  agent that asks something small now and then runs ahead of a crowd that generates without end, though it takes
-  more than its share while it does. It passes only those who have had more than a quantum since they came: short
-  calls do not hold up each other. What is given on allowance is not counted. Such gifts are for few: when more
-  than FEW of the active have slept (a crowd whose agents all use tools, and pause meanwhile), all allowances are void.
-  And they end somewhere: when agents on allowance have kept others waiting for RATION_S, and from then on for more
-  than half of the time, they are void until the ration has grown again.
+- **Sleepers.** While an agent has no call it earns an allowance (and has a small one when it comes for the first
+  time), by which its rank begins before its line: so an agent that asks something small now and then runs ahead of a
+  crowd that generates without end, though it takes more than its share while it does. It passes only those who have
+  had more than a quantum since they came: short calls do not hold up each other. What is given on allowance is not
+  counted. Such gifts are for few: when more than FEW of the active have slept (a crowd whose agents all use tools,
+  and pause meanwhile), all allowances are void. And they end somewhere: when agents on allowance have kept others
+  waiting for RATION_S, and from then on for more than half of the time, they are void until the ration has grown
+  again.
 - **Groups** with a share are as heavy as so many agents of nice 0, however many they are: their members divide it.
 """
 
@@ -46,6 +47,9 @@ NICE_0 = 1024
 
 #: An idle agent earns so many virtual tokens a second, up to so many.
 ALLOWANCE_RATE, ALLOWANCE = 256.0, 512.0
+
+#: … and who was never seen before has so many: the first question of a person must not wait for a crowd either.
+WELCOME = 128.0
 
 #: Who was idle for so many seconds has slept; allowances count while at most this part of the active has.
 NAP_S, FEW = 0.25, 1 / 4
@@ -125,7 +129,7 @@ class Fair(Base):
         """An agent becomes active: at the line, or where it was, less its allowance."""
         agent = self._idle.pop(call.peer, None)
         self._advance()
-        earned = 0.0
+        earned = WELCOME
         if agent is None:
             agent = _Agent(call.peer, group=self._groups.get(call.group), line=self._line)
         else:
