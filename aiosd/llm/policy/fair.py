@@ -74,7 +74,6 @@ class _Agent:
     line: float = 0.0  # while rank < line, it lives on its allowance
     calls: dict[int, Entry] = field(default_factory=dict)
     idle_since: float = 0.0
-    slept: bool = False  # before its oldest call came
 
 
 @dataclass(slots=True, eq=False)
@@ -83,6 +82,15 @@ class _Group:
 
     share: float
     members: dict[int, _Agent] = field(default_factory=dict)
+
+
+@dataclass(frozen=True, slots=True)
+class _Quiet:
+    """All slots are taken, and nobody had to give way to these."""
+
+    waiting: int  # how many
+    rank: float  # the least of theirs
+    gifts: bool  # is one on allowance among them?
 
 
 class Fair(Base):
@@ -101,9 +109,12 @@ class Fair(Base):
         self._of: dict[int, _Agent] = {}  # open call → its agent
         self._active: dict[int, _Agent] = {}  # agents with open calls
         self._idle: OrderedDict[int, _Agent] = OrderedDict()  # others, the longest idle first
+        self._sleepers: set[_Agent] = set()  # active ones that slept before, and have not had much since
+        self._gifted: set[_Agent] = set()  # active ones that came with an allowance
         self._line = 0.0
         self._given = 0.0  # virtual tokens, to all, since the line last moved
         self._seated: dict[int, float] = {}  # call → when it got its slot
+        self._quiet: _Quiet | None = None  # what is known of those that wait
         self._ahead: float | None = None  # the rank of whom others were held out for in the last step
         self._ration = _Ration()
 
@@ -118,6 +129,7 @@ class Fair(Base):
     def arrive(self, call: Entry, now: float) -> None:
         if call.order in self._of:
             return
+        self._quiet = None
         agent = self._active.get(call.peer)
         if agent is None:
             agent = self._wake(call, now)
@@ -135,29 +147,31 @@ class Fair(Base):
         else:
             earned = max(agent.line - agent.rank, 0.0) + (now - agent.idle_since) * ALLOWANCE_RATE
             agent.line = max(agent.line, agent.rank, self._line)
-            agent.slept = now - agent.idle_since >= NAP_S
+            if now - agent.idle_since >= NAP_S:
+                self._sleepers.add(agent)
         agent.rank = agent.line - min(earned, ALLOWANCE)
         self._active[agent.peer] = agent
         if agent.group is not None:
             agent.group.members[agent.peer] = agent
-        if not self._ration.open or not self._few_slept():
+        if agent.rank < agent.line:
+            self._gifted.add(agent)
+        if not self._ration.open or len(self._sleepers) > FEW * len(self._active):
             self._void()
         return agent
 
-    def _few_slept(self) -> bool:
-        """Of those that have slept, not only those who still have something left count."""
-        sleepers = sum(agent.slept and agent.rank < agent.line + ALLOWANCE for agent in self._active.values())
-        return sleepers <= FEW * len(self._active)
-
     def _void(self) -> None:
         """Nobody runs ahead any more."""
-        for agent in self._active.values():
+        self._quiet = None
+        for agent in self._gifted:
             agent.rank = max(agent.rank, agent.line)
+        self._gifted.clear()
 
     def _advance(self) -> None:
-        """Move the line. It must not simply be the least rank: if the hindmost leaves for a moment, that jumps."""
+        """Move the line. It must not simply be the least rank: if the hindmost leaves for a moment, that jumps. Those
+        who have slept, but have had more than any allowance since, are like others."""
         given, self._given = self._given, 0.0
-        if self._active:
+        if given and self._active:
+            self._sleepers -= {agent for agent in self._sleepers if agent.rank >= agent.line + ALLOWANCE}
             hindmost = min(max(agent.rank, agent.line) for agent in self._active.values())
             self._line = max(self._line, min(hindmost, self._line + given / len(self._active)))
 
@@ -165,6 +179,7 @@ class Fair(Base):
         agent = self._of.pop(call.order, None)
         if agent is None:
             return
+        self._quiet = None
         self._seated.pop(call.order, None)
         self._spend(now, False)
         self._ahead = None
@@ -173,6 +188,8 @@ class Fair(Base):
             return
         self._advance()
         del self._active[agent.peer]
+        self._sleepers.discard(agent)
+        self._gifted.discard(agent)
         if agent.group is not None:
             del agent.group.members[agent.peer]
             self._stale.add(call.group)
@@ -242,8 +259,9 @@ class Fair(Base):
         return self._tokens * cost
 
     def evict(self, waiting: Sequence[E], running: Sequence[E], free: int, now: float) -> list[E]:
-        if len(waiting) <= free or not running:
+        if len(waiting) <= free or not running or self._nobody_gives_way(waiting, running, now):
             return []
+        self._quiet = None
         first = sorted(((*self._key(call), call) for call in waiting), key=lambda entry: entry[:2])[free:]
         seats = sorted(((self._key(call), self._patience(call, now), call) for call in running), key=lambda s: s[0])
         victims: list[E] = []
@@ -256,7 +274,19 @@ class Fair(Base):
             (own, _), _, victim = seats.pop(ahead[-1])
             least = min(least, own)
             victims.append(victim)
+        if not victims and not free:
+            gifts = any(rank < self._of[call.order].line for rank, _, call in first)
+            self._quiet = _Quiet(len(waiting), first[0][0], gifts)
         return victims
+
+    def _nobody_gives_way(self, waiting: Sequence[E], running: Sequence[E], now: float) -> bool:
+        """The short answer for nearly every step: who waits is the same as before, with the same ranks; has anybody who
+        runs got far enough ahead of the least of these? Two thousand may wait, for whom this asks nothing."""
+        quiet = self._quiet
+        if quiet is None or quiet.waiting != len(waiting):
+            return False
+        most = self._tokens if quiet.gifts else float("inf")
+        return all(self._key(call)[0] <= quiet.rank + min(self._patience(call, now), most) for call in running)
 
     def _gives_way(self, own: float, patience: float, call: Entry, rank: float, line: float) -> bool:
         """Does this running call to a waiting one? Only a long one does for an allowance."""
@@ -271,6 +301,7 @@ class Fair(Base):
     def admit(self, waiting: Sequence[E], running: Sequence[E], free: int, now: float) -> list[E]:
         if free <= 0:
             return []
+        self._quiet = None
         admitted = sorted(waiting, key=self._key)[:free]
         for call in admitted:
             self._seated[call.order] = now
