@@ -26,7 +26,7 @@ from typing import Any
 
 ROOT = Path(__file__).resolve().parents[1]
 PASS = "python -c pass"
-BARS = {"aios-ps": 7.0, "aios-kill": 7.0, "aios-run": 20.0}
+BARS = {"aios-ps": 7.0, "aios-top -b": 7.0, "aios-kill": 7.0, "aios-run": 20.0}
 
 
 def sides(folder: Path) -> dict[str, list[str]]:
@@ -43,6 +43,7 @@ def sides(folder: Path) -> dict[str, list[str]]:
         "click and msgspec": [python, "-c", "import click, msgspec"],
         "aios-ps": script("aios-ps"),
         "aios-ps -e": script("aios-ps", "-e"),
+        "aios-top -b": script("aios-top", "-b"),
         "aios-kill": script("aios-kill", "-0", "1"),  # refused, after the way there and back
         "aios-run": script("aios-run", str(empty)),
         "aios-run -d": script("aios-run", "-d", str(empty)),
