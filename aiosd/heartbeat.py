@@ -4,13 +4,16 @@
 
 The supervisor and the kernel beat in their loops, so a loop that hangs falls silent. A core beats from a thread of
 its own, because one step of a big model may take long and is no hang: a core falls silent when it is stopped, or stuck
-with the interpreter's lock held. Whoever has been silent for `HANG_S` is killed by its watcher, and replaced.
+with the interpreter's lock held; and its thread stops beating when the loop has not come round for too long (`Rounds`
+says how long that is). Whoever has been silent for `HANG_S` is killed by its watcher, and replaced.
 """
 
 from __future__ import annotations
 
 import contextlib
+import faulthandler
 import os
+import sys
 import threading
 import time
 from collections.abc import Callable
@@ -58,12 +61,55 @@ def beat(write: int) -> None:
         os.write(write, b".")
 
 
-def beat_in_background(write: int) -> None:
-    """Beat from a thread for the rest of this process's life."""
+class Rounds:
+    """What the loop of a core tells its heart: that it comes round.
+
+    How long a round may take follows from the rounds before it: ten times the longest, and never less than half a
+    minute; the first ones, of which nothing is known, five minutes. While it loads (before the first round) and while
+    it sleeps without work nothing is asked of it. A round that exceeds this is a hang.
+    """
+
+    FACTOR, LEAST_S = 10.0, 30.0
+    FIRST, FIRST_S = 20, 300.0
+
+    __slots__ = ("_clock", "_longest", "_number", "_since")
+
+    def __init__(self, clock: Callable[[], float] = time.monotonic) -> None:
+        self._clock = clock
+        self._since: float | None = None  # when the round under way began
+        self._longest = 0.0
+        self._number = 0
+
+    def begin(self) -> None:
+        """Another round; the one before it, if any, is over."""
+        self.end()
+        self._since = self._clock()
+
+    def end(self) -> None:
+        """It sleeps."""
+        since, self._since = self._since, None
+        if since is not None:
+            self._number += 1
+            self._longest = max(self._longest, self._clock() - since)
+
+    @property
+    def longest_allowed_s(self) -> float:
+        return self.FIRST_S if self._number < self.FIRST else max(self.LEAST_S, self.FACTOR * self._longest)
+
+    def stuck(self) -> bool:
+        """Asked by another thread."""
+        since = self._since
+        return since is not None and self._clock() - since > self.longest_allowed_s
+
+
+def beat_in_background(write: int, rounds: Rounds) -> None:
+    """Beat from a thread for the rest of this process's life, or until the loop is stuck; then its stack goes to
+    stderr, for whoever reads the log."""
 
     def run() -> None:
-        while True:
+        while not rounds.stuck():
             beat(write)
             time.sleep(BEAT_S)
+        faulthandler.dump_traceback(sys.stderr)
 
     threading.Thread(target=run, name="heartbeat", daemon=True).start()

@@ -306,7 +306,8 @@ class Forked(Struct, array_like=True, frozen=True, tag=True):
     pid: int
     ospid: int
     pgid: int
-    started: float
+    started: float  # Unix time, for people
+    since: float  # monotonic, for deadlines; the same clock in all processes of one machine
     log: str
 
 

@@ -33,6 +33,15 @@ def read_stat(ospid: int) -> Stat | None:
     return Stat(fields[0].decode(), int(fields[1]), int(fields[2]), ticks / _TICKS)
 
 
+def name(ospid: int) -> str:
+    """Its name of at most 15 bytes."""
+    try:
+        with open(f"/proc/{ospid}/comm", encoding="utf-8", errors="replace") as file:
+            return file.read().rstrip("\n")
+    except OSError:
+        return ""
+
+
 def children(ospid: int) -> list[int]:
     """Children of all threads of a process."""
     found: list[int] = []

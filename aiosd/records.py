@@ -30,6 +30,7 @@ class Agent:
     spec: link.Fork  # without its environment
     pgid: int
     started: float  # Unix time
+    since: float  # the same moment on the monotonic clock: what deadlines count from
     log: str
     memfd: int
     bell: int  # the kernel's end
@@ -74,6 +75,7 @@ class Inheritance:
     pids: dict[str, int]  # of aiosd's own processes, by name
     guardian: int
     started: float
+    since: float
     journal: tuple[int, int]  # two memfds, see kernel.journal
     ledger: int  # a memfd, see kernel.ledger
     ready: bool = False  # the system has been ready to serve

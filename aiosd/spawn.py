@@ -231,8 +231,8 @@ def _restore_nofile() -> None:
 
 
 def _lower_oom_protection() -> None:
-    """When memory runs out an agent goes before the system does."""
-    _write("/proc/self/oom_score_adj", b"500")
+    """When memory runs out agents go before the system does, the largest first: also where a model holds most of it."""
+    _write("/proc/self/oom_score_adj", b"1000")
 
 
 def _reopen_streams() -> None:

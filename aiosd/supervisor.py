@@ -36,7 +36,7 @@ import msgspec
 
 from aiosd import link, log, notify, procfs, spawn
 from aiosd.errors import Bug
-from aiosd.heartbeat import BEAT_S, HANG_S, Heart, beat, beat_in_background
+from aiosd.heartbeat import BEAT_S, HANG_S, Heart, Rounds, beat, beat_in_background
 from aiosd.pids import PidCounter
 from aiosd.records import BACKOFF_S, Agent, Core, Inheritance
 from aiosd.spares import Spares
@@ -66,7 +66,7 @@ class Supervisor:
         self.guardian = guardian
         self.heartbeat = heartbeat
         self.boot = os.urandom(8).hex()
-        self.started = time.time()
+        self.started, self.since = time.time(), time.monotonic()
         self.timers = Timers()
         self.epoll = select.epoll()
         self.pids = PidCounter(self.home.data / "last-pid")
@@ -165,9 +165,25 @@ class Supervisor:
             self.cores[model.name] = Core(model, self.pids.next())
 
     def _fork_kernel(self) -> None:
-        ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_STREAM)
-        self.epoch += 1
-        heart = self.kernel_heart = Heart()
+        """Raises OSError, and leaves nothing behind, when Linux has no process or descriptor to give."""
+        with contextlib.ExitStack() as undo:
+            heart = Heart()
+            undo.callback(heart.close)
+            ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_STREAM)
+            undo.callback(ours.close)
+            undo.callback(theirs.close)
+            self.epoch += 1
+            self.kernel_ospid = self._fork_kernel_with(heart, theirs)
+            undo.pop_all()
+        self.kernel_heart = heart
+        self.kernel_forked_at = time.monotonic()
+        heart.forked()
+        theirs.close()
+        ours.setblocking(False)
+        self.kernel = FrameSocket(ours)
+        self.epoll.register(ours.fileno(), select.EPOLLIN)
+
+    def _fork_kernel_with(self, heart: Heart, theirs: socket.socket) -> int:
         inheritance = Inheritance(
             boot=self.boot,
             settings=self.settings,
@@ -178,6 +194,7 @@ class Supervisor:
             pids={"supervisor": 1, "kernel": self.kernel_pid},
             guardian=self.guardian,
             started=self.started,
+            since=self.since,
             journal=self.journal,
             ledger=self.ledger,
             ready=self.served_once,
@@ -196,39 +213,46 @@ class Supervisor:
 
             return main(inheritance)
 
-        self.kernel_ospid = spawn.fork(child)
-        self.kernel_forked_at = time.monotonic()
-        heart.forked()
-        theirs.close()
-        ours.setblocking(False)
-        self.kernel = FrameSocket(ours)
-        self.epoll.register(ours.fileno(), select.EPOLLIN)
+        return spawn.fork(child)
 
     def _fork_core(self, core: Core) -> None:
         if self.stopping or core.ospid:
             return
-
-        heart = Heart()
-
-        def child() -> int:
-            os.setsid()
-            spawn.name_process(f"aios:{_core_name(self.cores, core.model.name)}")
-            spawn.keep_only((core.memfd, core.core_bell, heart.write))
-            beat_in_background(heart.write)
-            log.setup(_core_name(self.cores, core.model.name), self.settings.log_level)
-            from aiosd.llm.core import main
-            from libaios.channel import Channel, Side
-
-            return main(Channel(core.memfd, core.core_bell, Side.KERNEL), core.model)
-
-        # The core serves the channel and the kernel submits, as an agent does to the kernel.
-        core.memfd, core.core_bell, core.kernel_bell = make_channel(CORE_RING_BYTES, CORE_RING_BYTES)
-        core.ospid = spawn.fork(child)
+        try:
+            with contextlib.ExitStack() as undo:
+                heart = Heart()
+                undo.callback(heart.close)
+                # The core serves the channel and the kernel submits, as an agent does to the kernel.
+                core.memfd, core.core_bell, core.kernel_bell = make_channel(CORE_RING_BYTES, CORE_RING_BYTES)
+                for fd in (core.memfd, core.core_bell, core.kernel_bell):
+                    undo.callback(os.close, fd)
+                core.ospid = self._fork_core_with(core, heart)
+                undo.pop_all()
+        except OSError as err:
+            name, wait_s = core.model.name, BACKOFF_S[1]
+            logger.error("llm core %s cannot be forked: %s; tried again in %.1f s", name, err.strerror, wait_s)
+            self.timers.after(wait_s, lambda: self._fork_core(core))
+            return
         core.heart = heart
         heart.forked()
         core.forked_at = time.monotonic()
         forked = link.CoreForked(core.model.name, core.pid, core.ospid, core.deaths)
         self._tell(forked, (core.memfd, core.kernel_bell))
+
+    def _fork_core_with(self, core: Core, heart: Heart) -> int:
+        def child() -> int:
+            os.setsid()
+            spawn.name_process(f"aios:{_core_name(self.cores, core.model.name)}")
+            spawn.keep_only((core.memfd, core.core_bell, heart.write))
+            rounds = Rounds()
+            beat_in_background(heart.write, rounds)
+            log.setup(_core_name(self.cores, core.model.name), self.settings.log_level)
+            from aiosd.llm.core import main
+            from libaios.channel import Channel, Side
+
+            return main(Channel(core.memfd, core.core_bell, Side.KERNEL), core.model, rounds)
+
+        return spawn.fork(child)
 
     def _kernel_died(self, status: int) -> None:
         self.kernel_ospid = 0
@@ -257,7 +281,12 @@ class Supervisor:
         for core in self.cores.values():
             if core.ospid:
                 raise_epoch(core.memfd)
-        self._fork_kernel()
+        try:
+            self._fork_kernel()
+        except OSError as err:  # no process or descriptor left: it is tried until there is
+            logger.error("kernel cannot be forked: %s; tried again in %.1f s", err.strerror, BACKOFF_S[1])
+            self.timers.after(BACKOFF_S[1], self._refork_kernel)
+            return
         for agent in self.by_ospid.values():
             _ring(agent.bell)
         for core in self.cores.values():
@@ -327,7 +356,7 @@ class Supervisor:
     def _on_fork(self, message: link.Fork, fds: list[int]) -> None:
         known = self.agents.get(self.served.get(message.key, 0))
         if known is not None:
-            self._tell(link.Forked(message.key, known.pid, known.ospid, known.pgid, known.started, known.log))
+            self._tell(_forked(message.key, known))
             return
         try:
             if self.stopping:
@@ -336,8 +365,7 @@ class Supervisor:
         except OSError as err:
             self._tell(link.ForkFailed(message.key, err.errno or 5, err.strerror or str(err)))
             return
-        forked = link.Forked(message.key, agent.pid, agent.ospid, agent.pgid, agent.started, agent.log)
-        self._tell(forked, (agent.memfd, agent.bell))
+        self._tell(_forked(message.key, agent), (agent.memfd, agent.bell))
 
     def _spawn(self, spec: link.Fork, fds: list[int]) -> Agent:
         _check_target(spec)
@@ -361,6 +389,7 @@ class Supervisor:
             spec=msgspec.structs.replace(spec, env={}),
             pgid=spec.pgid or pid,
             started=time.time(),
+            since=time.monotonic(),
             log=log_path,
             memfd=memfd,
             bell=bell,
@@ -437,7 +466,8 @@ class Supervisor:
             return
         if not self.served_once:
             self.served_once = True
-            print(message.line, file=sys.stderr, flush=True)
+            with contextlib.suppress(OSError):  # where the log goes there is no room: no reason not to serve
+                print(message.line, file=sys.stderr, flush=True)
             notify.ready(self.settings, message.line)
 
     def _on_shutdown(self, message: link.Shutdown, fds: list[int]) -> None:
@@ -564,6 +594,10 @@ class Supervisor:
 
 def _core_name(cores: dict[str, Core], name: str) -> str:
     return "llm" if len(cores) == 1 else f"llm:{name}"
+
+
+def _forked(key: link.Key, agent: Agent) -> link.Forked:
+    return link.Forked(key, agent.pid, agent.ospid, agent.pgid, agent.started, agent.since, agent.log)
 
 
 def _ring(bell: int) -> None:

@@ -124,18 +124,36 @@ class Call:
         self.life = 0  # of the kernel that it was sent to
         self.sys = sys
         self.args = args
-        self.fds = fds
+        self.fds = _duplicates(fds)  # the caller may close its own; a new kernel gets these
         self.pieces: deque[wire.Piece] = deque()
         self.tokens: list[int] | None = None  # of a stream: all that it has brought
         self.final: wire.Reply | None = None
         self.gate: threading.Lock | None = None  # a follower sleeps on it
         self.notify: Callable[[], None] | None = None  # called by the leader after every reply
 
+    def release(self) -> None:
+        """It is over: nobody will be sent its descriptors any more."""
+        fds, self.fds = self.fds, []
+        for fd in fds:
+            os.close(fd)
+
     def payload(self) -> bytes:
         args = self.args
         if self.tokens:
             args = msgspec.structs.replace(args, given=[*args.given, *self.tokens])
         return wire.encode(_Outgoing(self.id, self.sys, args))
+
+
+def _duplicates(fds: Sequence[int]) -> list[int]:
+    copies: list[int] = []
+    try:
+        for fd in fds:
+            copies.append(os.dup(fd))
+    except OSError:
+        for fd in copies:
+            os.close(fd)
+        raise
+    return copies
 
 
 _decode_piece = msgpack.Decoder(wire.Piece).decode
@@ -267,7 +285,9 @@ class Connection:
         """Nobody wants the call any more: forget it, and have the kernel stop it. Does nothing when it is over. Who
         still waits for it in another thread gets ECANCELED. Never blocks."""
         if self._open.pop(call.id, None) is None:
+            call.release()  # it was never sent
             return
+        call.release()
         call.final = wire.Reply(call.id, errno.ECANCELED, body=_CANCELED)
         self._wake(call)
         if not self._dead:
@@ -427,6 +447,7 @@ class Connection:
         else:
             if self._open.pop(reply.id, None) is None:
                 return  # abandoned just now
+            call.release()
             call.final = reply
         self._tell(call)
 
@@ -485,6 +506,7 @@ class Connection:
         reply = wire.Reply(0, errno.ENOTCONN, body=wire.raw(wire.Failure(why)))
         for call in list(self._open.values()):
             if self._open.pop(call.id, None) is not None:
+                call.release()
                 call.final = reply
                 self._tell(call)
         if self._loops:
@@ -528,6 +550,7 @@ class Connection:
         self._loops.clear()
         reply = wire.Reply(0, errno.ENOTCONN, body=wire.raw(wire.Failure(self._dead)))
         for call in list(self._open.values()):
+            call.release()
             call.final = reply  # without telling: who waited for it is in the parent
         self._open.clear()
         # No lock is used any more: another thread of the parent may have held it.

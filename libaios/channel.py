@@ -163,6 +163,18 @@ class Channel:
             self._ring(producer.sleeps)
         return not outbox
 
+    def unbalanced(self) -> str:
+        """What does not add up in rings and outbox; "" when all does."""
+        waiting = sum(len(payload) for payload, _ in self._outbox)
+        if waiting != self.outbox_bytes:
+            return f"{waiting} bytes in the outbox, {self.outbox_bytes} in the books"
+        try:
+            self._producer.unread()
+            self._consumer.empty()
+        except ProtocolError as err:
+            return str(err)
+        return ""
+
     def _ring(self, flag: int) -> None:
         """Ring if the other side has set this flag, once. No call stands between clearing it and ringing: there an
         interrupt could come in between, and nobody would ever ring again."""

@@ -13,6 +13,9 @@ from pathlib import Path
 import psutil
 import pytest
 
+from libaios import wire
+from libaios.client import Client
+from libaios.home import Home
 from tests.conftest import System, eventually
 
 Fresh = Callable[..., System]
@@ -109,6 +112,22 @@ def test_a_child_is_not_spawned_twice_and_its_status_not_lost(fresh_aiosd: Fresh
     assert job.stdout.read() == "True\n"
     assert job.wait(20) == 0
     assert len([entry for entry in system.ps() if entry["name"] == "sh"]) == 0
+
+
+def test_a_spawn_that_is_submitted_again_has_its_descriptors(fresh_aiosd: Fresh) -> None:
+    """Also when the caller has closed its own by then."""
+    system = fresh_aiosd("--threads", "1")
+    kernel = ospid(system, "kernel")
+    reading, writing = os.pipe()
+    with Client(Home(system.home)) as client:
+        os.kill(kernel, signal.SIGSTOP)
+        spawn = wire.Spawn("exec", "sh", args=["-c", "echo here"], env={"PATH": os.environ["PATH"]})
+        call = client.submit(wire.Sys.SPAWN, spawn, (writing, writing, writing))
+        os.close(writing)
+        os.kill(kernel, signal.SIGKILL)
+        client.result(call, wire.Spawned, 20.0)
+        with open(reading) as output:
+            assert output.read() == "here\n"
 
 
 def test_the_system_dies_with_its_supervisor(fresh_aiosd: Fresh) -> None:

@@ -23,12 +23,13 @@ from tests import tinymodels
 
 MAIN = """
 import sys
+from aiosd.heartbeat import Rounds
 from aiosd.llm.core import main
 from aiosd.llm.spec import ModelSpec
 from libaios.channel import Channel, Side
 memfd, bell, path = int(sys.argv[1]), int(sys.argv[2]), sys.argv[3]
 spec = ModelSpec("m", path, slots=4, ctx=512, threads=1)
-sys.exit(main(Channel(memfd, bell, Side.KERNEL), spec))
+sys.exit(main(Channel(memfd, bell, Side.KERNEL), spec, Rounds()))
 """
 
 

@@ -44,7 +44,7 @@ class Agents:
 
     def adopt(self, agent: Agent) -> None:
         """Take over an agent, dead or alive, from a kernel that died."""
-        proc = self.make(agent.spec, agent.pid, agent.ospid, agent.pgid, agent.started, agent.log)
+        proc = self.make(agent.spec, agent.pid, agent.ospid, agent.pgid, (agent.started, agent.since), agent.log)
         proc.ppid, proc.nice, proc.budget, proc.reason = agent.ppid, agent.nice, agent.budget, agent.reason
         proc.reaped_by = agent.reaped_by
         self.kernel.table.add(proc)
@@ -66,7 +66,8 @@ class Agents:
         call, spec = self.forks.pop(message.key)
         proc = self.kernel.table.find(message.pid)
         if proc is None:
-            proc = self.make(spec, message.pid, message.ospid, message.pgid, message.started, message.log)
+            started = (message.started, message.since)
+            proc = self.make(spec, message.pid, message.ospid, message.pgid, started, message.log)
             self.kernel.table.add(proc)
             self.connect(proc, *fds)
         self.kernel.finish(call, wire.Spawned(proc.pid, proc.log))
@@ -103,7 +104,7 @@ class Agents:
                 self.deliver(proc, signal.SIGHUP)
 
     def make(
-        self, spec: link.Fork, pid: int, ospid: int, pgid: int, started: float, log_path: str
+        self, spec: link.Fork, pid: int, ospid: int, pgid: int, started: tuple[float, float], log_path: str
     ) -> Proc:
         parent = self.kernel.table.get(spec.ppid)
         proc = Proc(
@@ -115,7 +116,7 @@ class Agents:
             command=" ".join([spec.target, *spec.args]),
             group=spec.group,
             log=log_path,
-            started=started,
+            started=started[0],
             attached_to=spec.key[0] if spec.attached else 0,
             ppid=spec.ppid if parent is not None and parent.alive else INIT,
             nice=spec.nice,
@@ -130,8 +131,7 @@ class Agents:
         if spec.limits != wire.Limits():
             proc.budgets.append(Budget(pid, spec.limits, tokens_used=row[ledger.CHARGED], row=row))
             if spec.limits.time_s is not None:
-                left_s = started + spec.limits.time_s - time.time()
-                self.kernel.timers.after(max(0.0, left_s), lambda: self._time_is_up(proc))
+                self.kernel.timers.at(started[1] + spec.limits.time_s, lambda: self._time_is_up(proc))
         self.kernel.counters["agents"] += 1
         return proc
 

@@ -19,6 +19,7 @@ import msgspec
 from aiosd import __version__, procfs
 from aiosd.kernel.peer import ClientPeer, failure
 from aiosd.kernel.proc import Proc
+from aiosd.kernel.status import FDS_CLIENTS, descriptors_left
 from libaios import wire
 from libaios.ring import ProtocolError
 from libaios.stream import FrameSocket
@@ -54,6 +55,8 @@ class Control:
 
     def _on_connect(self, mask: int) -> None:
         try:
+            if len(self.clients) >= FDS_CLIENTS and descriptors_left(self.kernel) < 1:
+                raise OSError(errno.EMFILE, f"{len(self.clients)} clients, and no descriptor for another")
             sock, _ = self._listener.accept()
         except BlockingIOError:
             return  # it left before we came

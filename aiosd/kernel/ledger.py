@@ -45,6 +45,9 @@ class Ledger:
             self._items[number * ITEMS + PID] = pid
         return self._items[number * ITEMS : (number + 1) * ITEMS]
 
+    def pids(self) -> set[int]:
+        return set(self._rows)
+
     def forget(self, pid: int) -> None:
         number = self._rows.pop(pid, None)
         if number is not None:

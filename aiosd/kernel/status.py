@@ -14,7 +14,8 @@ from collections import Counter
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-from aiosd import link, procfs
+from aiosd import link
+from aiosd.kernel import books
 from aiosd.kernel.budget import SAMPLE_S
 from aiosd.kernel.peer import Call
 from aiosd.kernel.proc import describe
@@ -24,8 +25,10 @@ if TYPE_CHECKING:
     from aiosd.kernel.loop import Kernel
 
 WAIT_S = 1.0
+SETTLE_S = 0.3  # between two looks at books that do not balance
 FDS_PER_AGENT = 3  # in the kernel: its memfd, the mapping of that, its doorbell
-FDS_SPARE = 64
+FDS_SPARE = 64  # for itself, and
+FDS_CLIENTS = 32  # of these for clients
 
 
 @dataclass(slots=True)
@@ -59,10 +62,21 @@ class StatusRequests:
 
     def _answer(self, number: int) -> None:
         request = self._open.pop(number, None)
-        if request is not None:
-            self.kernel.finish(request.call, self.describe(request.check))
+        if request is None:
+            return
+        wrong = books.check(self.kernel) if request.check else None
+        if not wrong:
+            self.kernel.finish(request.call, self.describe(wrong))
+            return
 
-    def describe(self, check: bool) -> dict[str, Any]:
+        def look_again() -> None:
+            """What was only on its way has arrived by now."""
+            still = set(books.check(self.kernel))
+            self.kernel.finish(request.call, self.describe([line for line in wrong if line in still]))
+
+        self.kernel.timers.after(SETTLE_S, look_again)
+
+    def describe(self, wrong: list[str] | None) -> dict[str, Any]:
         kernel, born = self.kernel, self.kernel.born
         from aiosd import __version__
 
@@ -71,7 +85,7 @@ class StatusRequests:
             "boot": kernel.boot,
             "state": "stopping" if kernel.stopping else "ready" if kernel.ready else "loading",
             "pid": born.guardian,
-            "uptime_s": round(time.time() - born.started, 1),
+            "uptime_s": round(time.monotonic() - born.since, 1),
             "home": str(kernel.settings.home.root),
             "logs": str(kernel.settings.home.logs),
             "policy": kernel.settings.policy,
@@ -85,12 +99,12 @@ class StatusRequests:
                 "epoch": born.epoch,
                 **kernel.counters,
                 "clients_now": len(kernel.control.clients),
-                "open_calls": sum(len(peer.calls) for peer in self._peers()),
+                "open_calls": sum(len(peer.calls) for peer in books.peers(kernel)),
             },
             "models": [self._model(core) for core in kernel.cores],
         }
-        if check:
-            status["check"] = self.check()
+        if wrong is not None:
+            status["check"] = wrong
         return status
 
     def _model(self, core: Core) -> dict[str, Any]:
@@ -109,10 +123,6 @@ class StatusRequests:
             "stats": core.stats,
         }
 
-    def _peers(self) -> list[Any]:
-        agents = [proc.peer for proc in self.kernel.table if proc.peer is not None]
-        return [*agents, *self.kernel.control.clients.values()]
-
     def system_processes(self) -> dict[str, tuple[int, int]]:
         """name → (pid, Linux pid) of aiosd's own processes."""
         kernel = self.kernel
@@ -123,30 +133,15 @@ class StatusRequests:
             found["llm" if len(cores) == 1 else f"llm:{core.name}"] = (core.pid, core.ospid)
         return found
 
-    def check(self) -> list[str]:
-        """Discrepancies between the books and the world; empty when all is well."""
-        kernel = self.kernel
-        wrong = []
-        for proc in kernel.table.live():
-            stat = procfs.read_stat(proc.ospid)
-            if stat is None:
-                wrong.append(f"agent {proc.pid}: process {proc.ospid} does not exist")
-        for pid, children in kernel.table.children.items():
-            for child in children.values():
-                if child.ppid != pid or kernel.table.get(child.pid) is not child:
-                    wrong.append(f"agent {child.pid}: filed under parent {pid}, says {child.ppid}")
-        open_keys = {call.key for peer in self._peers() for call in peer.calls.values()}
-        for core in kernel.cores:
-            for key in core.calls:
-                if key not in open_keys:
-                    wrong.append(f"core {core.name}: call {key} belongs to nobody")
-            slots = core.stats.get("slots")
-            if isinstance(slots, dict) and slots.get("free", 0) + slots.get("used", 0) != slots.get("total", 0):
-                wrong.append(f"core {core.name}: slots do not add up: {slots}")
-        return wrong
-
 
 def max_agents() -> int:
     """How many agents the limit on open files allows."""
     soft, _ = resource.getrlimit(resource.RLIMIT_NOFILE)
     return max(0, (soft - FDS_SPARE) // FDS_PER_AGENT)
+
+
+def descriptors_left(kernel: Kernel) -> int:
+    """How many more the kernel may open before it eats into what it needs itself."""
+    soft, _ = resource.getrlimit(resource.RLIMIT_NOFILE)
+    agents = len(kernel.agents.by_ospid) + len(kernel.agents.forks)
+    return soft - FDS_SPARE - FDS_PER_AGENT * agents - max(0, len(kernel.control.clients) - FDS_CLIENTS)

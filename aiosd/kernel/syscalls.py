@@ -21,6 +21,7 @@ from aiosd import link, procfs
 from aiosd.kernel import access, live
 from aiosd.kernel.peer import Call, ClientPeer
 from aiosd.kernel.proc import Message, Proc, State, describe, shell_status
+from aiosd.kernel.status import FDS_PER_AGENT, descriptors_left, max_agents
 from libaios import wire
 from libaios.wire import Sys
 
@@ -51,6 +52,9 @@ def sys_spawn(kernel: Kernel, call: Call, args: wire.Spawn) -> Any:
     peer, parent = call.peer, call.peer.proc
     if kernel.stopping:
         raise wire.error(errno.EAGAIN, "aiosd is shutting down")
+    if descriptors_left(kernel) < FDS_PER_AGENT:
+        message = f"no descriptors for another agent: the limit on open files allows {max_agents()} (ulimit -n)"
+        raise wire.error(errno.EMFILE, message)
     fds = tuple(peer.fds[:3]) if isinstance(peer, ClientPeer) else ()
     if isinstance(peer, ClientPeer) and not args.detached and len(fds) < 3:
         raise wire.error(errno.EINVAL, "stdin, stdout and stderr must come with an attached spawn")

@@ -30,6 +30,9 @@ class Waiters:
         self._for_exit: dict[Call, int] = {}  # WAIT calls, oldest first, and the pid they wait for (0: any child)
         self._for_state: dict[Call, Callable[[], bool]] = {}  # KILL calls: done when this is true
 
+    def calls(self) -> list[Call]:
+        return [*self._for_exit, *self._for_state]
+
     # ── WAIT ──────────────────────────────────────────────────────────────────────────────────────────────
 
     def wait(self, call: Call, args: wire.Wait) -> wire.Waited | None:

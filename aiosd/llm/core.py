@@ -20,6 +20,7 @@ from typing import Any, Protocol
 
 from aiosd import link
 from aiosd.errors import AiosdError
+from aiosd.heartbeat import Rounds
 from aiosd.llm import policy
 from aiosd.llm.spec import ModelSpec
 from libaios import wire
@@ -54,8 +55,8 @@ class Channel(Protocol):
     def wait(self, timeout: float | None) -> bool: ...
 
 
-def main(channel: Channel, spec: ModelSpec) -> int:
-    """Load, serve, return the exit code."""
+def main(channel: Channel, spec: ModelSpec, rounds: Rounds) -> int:
+    """Load, serve, return the exit code. `rounds` hears how the loop goes on."""
     faulthandler.enable(sys.stderr)
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     from aiosd.llm import llama, loading  # llama.cpp and numpy, only in this process
@@ -77,7 +78,7 @@ def main(channel: Channel, spec: ModelSpec) -> int:
     llama.on_abort(None)
     core = Core(channel, spec, loaded)
     send(link.Loaded(core.info))
-    return core.run()
+    return core.run(rounds)
 
 
 def _sender(channel: Channel) -> Callable[[link.FromCore], None]:
@@ -153,10 +154,11 @@ class Core:
             link.Quit: lambda message: setattr(self, "_quit", True),
         }
 
-    def run(self) -> int:
+    def run(self, rounds: Rounds) -> int:
         channel, engine = self._channel, self.engine
         looked = 0.0
         while not self._quit and not channel.hung_up:
+            rounds.begin()
             now = time.monotonic()
             if channel.ready() or now - looked > _LOOK_EVERY:  # the second also finds out about a hang-up
                 looked = now
@@ -171,6 +173,7 @@ class Core:
                     self._tell_places(now)
             elif not channel.more and not self._quit:
                 self._tell_places(now)
+                rounds.end()
                 channel.wait(_POLL if self._library.busy else _SLEEP)
                 looked = 0.0
         self._library.close()
