@@ -22,7 +22,7 @@ from aiosd.timers import Timers
 
 BATCH = 64
 HURRY_S = 0.1  # two spawns so close to each other have others behind them
-IDLE_S = 2.0
+IDLE_S = 0.5
 LARGEST = 64 << 10  # bytes of a message that a new socket certainly takes at once
 
 _decode = msgpack.Decoder(tuple[link.Fork, int, str]).decode
@@ -74,10 +74,11 @@ class Spares:
                 theirs.close()
 
     def _look(self) -> None:
-        if self._timers.clock() - self._last >= IDLE_S:
+        left_s = self._last + IDLE_S - self._timers.clock()
+        if left_s <= 0:
             self.dismiss()
         elif self._waiting:
-            self._timers.after(IDLE_S, self._look)
+            self._timers.after(left_s, self._look)
 
     def dismiss(self) -> None:
         """They see the end of their socket and leave."""

@@ -1,0 +1,100 @@
+"""Many agents at once: forked in batches, ahead of need; and none of it to be seen."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import signal
+import textwrap
+from pathlib import Path
+
+import psutil
+
+from aiosd.rehearsal import rehearse
+from aiosd.supervisor import _backoff
+from tests.conftest import System, descriptors, eventually, segments
+
+PARENT = """
+import json, os, sys
+import libaios as aios
+os.environ["COLOUR"] = "green"
+pids = [aios.proc.spawn("child.py", str(n), name=f"child{n}") for n in range(int(sys.argv[1]))]
+assert len(set(pids)) == len(pids)
+print([aios.proc.wait(pid)[1] for pid in pids])
+"""
+
+CHILD = """
+import os, random, sys
+import libaios as aios
+line = [os.environ["COLOUR"], os.getcwd(), str(aios.proc.getppid() > 1), str(os.getsid(0) == os.getpid())]
+line += [open("/proc/self/comm").read().strip(), str(random.getrandbits(64)), str(len(os.listdir("/proc/self/fd")))]
+os.write(1, (" ".join(line) + "\\n").encode())
+sys.exit(int(sys.argv[1]))
+"""
+
+
+def spares(system: System) -> list[psutil.Process]:
+    found = []
+    supervisor = psutil.Process(next(entry["ospid"] for entry in system.ps() if entry["name"] == "supervisor"))
+    for process in supervisor.children():
+        with contextlib.suppress(psutil.Error):
+            if process.name() == "aios:spare":
+                found.append(process)
+    return found
+
+
+def crowd(system: System, folder: Path, number: int) -> list[list[str]]:
+    (folder / "parent.py").write_text(textwrap.dedent(PARENT))
+    (folder / "child.py").write_text(textwrap.dedent(CHILD))
+    done = system.run("aios-run", "parent.py", str(number), cwd=folder)
+    assert (done.returncode, done.stderr) == (0, "")
+    *lines, statuses = done.stdout.splitlines()
+    assert statuses == str(list(range(number)))
+    return [line.split() for line in lines]
+
+
+def test_each_of_a_crowd_is_the_agent_it_should_be(aiosd: System, tmp_path: Path) -> None:
+    lines = crowd(aiosd, tmp_path, 80)
+    assert len(lines) == 80
+    assert {tuple(line[:4]) for line in lines} == {("green", str(tmp_path), "True", "True")}
+    assert {line[4] for line in lines} == {f"child{n}" for n in range(80)}
+    assert len({line[5] for line in lines}) == 80  # no two draw the same numbers
+    assert {line[6] for line in lines} == {"7"}  # three, bell, channel and its mapping, the folder being listed
+
+
+def test_spares_leave_when_nobody_asks_for_them(aiosd: System, tmp_path: Path) -> None:
+    crowd(aiosd, tmp_path, 3)
+    assert spares(aiosd)
+    assert aiosd.run("aiosd", "status", "--check").returncode == 0
+    assert eventually(lambda: not spares(aiosd), 10)
+
+
+def test_spares_that_were_killed_are_missed_by_nobody(aiosd: System, tmp_path: Path) -> None:
+    crowd(aiosd, tmp_path, 3)
+    for process in spares(aiosd)[::2]:
+        os.kill(process.pid, signal.SIGKILL)
+    assert len(crowd(aiosd, tmp_path, 50)) == 50
+
+
+def test_one_agent_makes_no_spares(aiosd: System) -> None:
+    assert eventually(lambda: not spares(aiosd), 10)
+    aiosd.run("aios-run", "--", "true", check=True)
+    assert not spares(aiosd)
+
+
+def test_the_rehearsal_leaves_nothing_behind() -> None:
+    before = descriptors() | segments()
+    rehearse()
+    assert descriptors() | segments() == before
+
+
+def test_restarts_back_off_in_a_crash_loop_only() -> None:
+    wait, waits = 0.1, []
+    for _ in range(8):
+        wait = _backoff(wait, lived_s=0.1)
+        waits.append(wait)
+    assert waits == sorted(waits)
+    assert waits[0] < 0.2
+    assert waits[-1] == 5.0
+    assert _backoff(5.0, lived_s=60.0) == 0.1  # a quiet life
+    assert _backoff(0.1, lived_s=1.0) == 0.1  # killed now and then
