@@ -6,7 +6,7 @@ batch, with nothing done in between, the agents of that batch share those pages;
 next spawns.
 
 A spare waits on a socket for what it is to become, and holds nothing else. The first of many spawns is forked alone,
-the second one makes a batch; spares that nobody has asked for in a while leave.
+the second one makes a small batch, and each batch a larger one; spares that nobody has asked for in a while leave.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from msgspec import msgpack
 from aiosd import link, spawn
 from aiosd.timers import Timers
 
-BATCH = 64
+BATCH = (4, 64)  # the first one and the largest; each is twice the one before
 HURRY_S = 0.1  # two spawns so close to each other have others behind them
 IDLE_S = 0.5
 LARGEST = 64 << 10  # bytes of a message that a new socket certainly takes at once
@@ -33,6 +33,7 @@ class Spares:
         self._timers = timers
         self._waiting: deque[tuple[int, socket.socket]] = deque()
         self._last = float("-inf")  # when an agent was started
+        self._batch = BATCH[0]
 
     def ospids(self) -> list[int]:
         return [ospid for ospid, _ in self._waiting]
@@ -58,11 +59,13 @@ class Spares:
         return spawn.fork(lambda: spawn.become_agent(spec, pid, home, stdio, memfd, bell))
 
     def _fork_batch(self) -> None:
-        self._timers.after(IDLE_S, self._look)
+        if self._batch == BATCH[0]:
+            self._timers.after(IDLE_S, self._look)
+        size, self._batch = self._batch, min(2 * self._batch, BATCH[1])
         pairs = []
         spawn.tidy_heap()
         try:
-            for _ in range(BATCH):
+            for _ in range(size):
                 pairs.append(socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET))
             for ours, theirs in pairs:
                 self._waiting.append((spawn.fork(lambda theirs=theirs: _wait(theirs)), ours))  # type: ignore[misc]
@@ -77,11 +80,12 @@ class Spares:
         left_s = self._last + IDLE_S - self._timers.clock()
         if left_s <= 0:
             self.dismiss()
-        elif self._waiting:
+        else:
             self._timers.after(left_s, self._look)
 
     def dismiss(self) -> None:
         """They see the end of their socket and leave."""
+        self._batch = BATCH[0]
         while self._waiting:
             self._waiting.popleft()[1].close()
 
