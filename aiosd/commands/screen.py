@@ -57,19 +57,30 @@ class _Ended(Exception):
     """By a signal."""
 
 
+class _Caught:
+    """Signals that wait for the loop, and a descriptor that wakes it. (ncurses would handle TSTP and WINCH itself, but
+    in the middle of whatever it is writing.)"""
+
+    def __init__(self, fd: int) -> None:
+        self.fd = fd
+        self.numbers: set[int] = set()
+
+
 @contextlib.contextmanager
-def _signals() -> Iterator[int]:
-    """A descriptor that tells of signals. TERM and HUP end the program in order, WINCH draws anew."""
+def _signals() -> Iterator[_Caught]:
+    """TERM and HUP end the program in order, WINCH and TSTP are for the loop."""
     reading, writing = os.pipe2(os.O_NONBLOCK | os.O_CLOEXEC)
+    caught = _Caught(reading)
 
     def end(number: int, frame: object) -> None:
         raise _Ended(number)
 
     old = {number: signal.signal(number, end) for number in (signal.SIGTERM, signal.SIGHUP)}
-    old[signal.SIGWINCH] = signal.signal(signal.SIGWINCH, lambda number, frame: None)
+    for number in (signal.SIGWINCH, signal.SIGTSTP):
+        old[number] = signal.signal(number, lambda number, frame: caught.numbers.add(number))
     wakeup = signal.set_wakeup_fd(writing, warn_on_full_buffer=False)
     try:
-        yield reading
+        yield caught
     finally:
         signal.set_wakeup_fd(wakeup)
         for number, handler in old.items():
@@ -88,7 +99,7 @@ class _Question:
 
 
 class _Screen:
-    def __init__(self, window: Any, client: Client, view: View, delay: float, caught: int) -> None:
+    def __init__(self, window: Any, client: Client, view: View, delay: float, caught: _Caught) -> None:
         self.window, self.client, self.view, self.delay = window, client, view, delay
         self.caught = caught
         self.old: Sample | None = None
@@ -109,7 +120,7 @@ class _Screen:
     def loop(self, iterations: int | None) -> int:
         self._set_up()
         poll = select.poll()
-        for fd in (0, self.caught, self.client.fileno()):
+        for fd in (0, self.caught.fd, self.client.fileno()):
             poll.register(fd, select.POLLIN)
         drawn = 0
         try:
@@ -119,8 +130,8 @@ class _Screen:
                     self.over = drawn == iterations
                 self.draw()
                 ready = dict(poll.poll(max(0.0, self._wake_in()) * 1000))
-                if self.caught in ready:
-                    self._resized()
+                if self.caught.fd in ready:
+                    self._on_signals()
                 if 0 in ready and not self._keys(ready[0]):
                     return 1
         except _Ended as end:
@@ -171,9 +182,26 @@ class _Screen:
     def _say(self, text: str) -> None:
         self.note, self.note_until = text, time.monotonic() + NOTE_S
 
-    def _resized(self) -> None:
+    def _on_signals(self) -> None:
         with contextlib.suppress(BlockingIOError):
-            os.read(self.caught, 4096)
+            os.read(self.caught.fd, 4096)
+        numbers = set(self.caught.numbers)
+        self.caught.numbers -= numbers
+        if signal.SIGTSTP in numbers:
+            self._stop()
+        if numbers:
+            self._resize()
+
+    def _stop(self) -> None:
+        """Give the terminal back, stop as the shell expects it, and take it again."""
+        curses.def_prog_mode()
+        curses.endwin()
+        handler = signal.signal(signal.SIGTSTP, signal.SIG_DFL)
+        os.kill(os.getpid(), signal.SIGTSTP)
+        signal.signal(signal.SIGTSTP, handler)
+        curses.reset_prog_mode()
+
+    def _resize(self) -> None:
         size = os.get_terminal_size(1)
         curses.resizeterm(size.lines, size.columns)
         self.window.clear()
