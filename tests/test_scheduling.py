@@ -150,6 +150,23 @@ def test_nice_values_share_out_the_model(fresh_aiosd: Fresh, script: Callable[[s
     assert 5 < ratio < 15, "1024 to 110"
 
 
+def test_a_group_gets_its_share_however_many_they_are(fresh_aiosd: Fresh, script: Callable[[str], Path]) -> None:
+    """Two of a group that is worth three agents, against one that belongs to none."""
+    system = fresh_aiosd("--slots", "1", "--quantum", "16", "--threads", "1", "--shares", "web=3")
+    path = script(ENDLESS)
+    web = [start(system, path, "-g", "web") for _ in range(2)]
+    other = start(system, path)
+    assert eventually(lambda: tokens(system, other) > 400, timeout=60)
+    ratio = sum(tokens(system, pid) for pid in web) / tokens(system, other)
+    system.run("aiosd", "set", "shares", "web=0.1", check=True)
+    before = sum(tokens(system, pid) for pid in web), tokens(system, other)
+    assert eventually(lambda: tokens(system, other) > before[1] + 600, timeout=60)
+    less = (sum(tokens(system, pid) for pid in web) - before[0]) / (tokens(system, other) - before[1])
+    end(system, *web, other)
+    assert 2 < ratio < 4.5
+    assert less < 0.4
+
+
 def test_who_was_stopped_has_saved_up_nothing(fresh_aiosd: Fresh, script: Callable[[str], Path]) -> None:
     system = fresh_aiosd("--slots", "1", "--quantum", "16", "--threads", "1")
     path = script(ENDLESS)
