@@ -43,6 +43,7 @@ from aiosd import procfs  # noqa: E402
 
 PATIENCE_S = 120.0
 KEEP_DEAD = 1000
+SETTLE_S = 1.5  # until processes forked ahead of need are gone, with which the supervisor shares pages
 
 MEMBER = """
 import libaios as aios
@@ -278,8 +279,9 @@ def soak(running: System, folder: Path, agents: int, flying: int, samples: int) 
     began = time.monotonic()
     for done in range(agents // samples, agents + 1, agents // samples):
         asyncio.run(live_and_die(mayfly, agents // samples, flying))
+        time.sleep(SETTLE_S)
         taken.append({"agents": done, **{name: size_of(pid) for name, pid in watched.items()}})
-    took = time.monotonic() - began
+    took = time.monotonic() - began - samples * SETTLE_S
     full = next(sample for sample in taken if sample["agents"] >= 2 * KEEP_DEAD)
     return {
         "agents": agents,

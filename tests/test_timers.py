@@ -70,3 +70,19 @@ def test_everything_not_cancelled_runs_once(spec: list[tuple[float, bool]]) -> N
         clock.now += wait + 1e-9
         timers.run_due()
     assert sorted(ran) == [number for number, (_, cancel) in enumerate(spec) if not cancel]
+
+
+def test_cancelled_timers_do_not_pile_up() -> None:
+    clock = Clock()
+    timers = Timers(clock)
+    ran: list[int] = []
+    kept = [timers.after(1e6, lambda n=n: ran.append(n)) for n in range(10)]
+    for _ in range(10_000):
+        timers.after(1e6, lambda: None).cancel()
+    assert len(timers) < 200
+    kept[0].cancel()
+    kept[0].cancel()
+    clock.now += 1e6
+    timers.run_due()
+    assert ran == list(range(1, 10))
+    assert len(timers) == 0

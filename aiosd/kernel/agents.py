@@ -131,7 +131,8 @@ class Agents:
         if spec.limits != wire.Limits():
             proc.budgets.append(Budget(pid, spec.limits, tokens_used=row[ledger.CHARGED], row=row))
             if spec.limits.time_s is not None:
-                self.kernel.timers.at(started[1] + spec.limits.time_s, lambda: self._time_is_up(proc))
+                when = started[1] + spec.limits.time_s
+                proc.budgets[-1].timer = self.kernel.timers.at(when, lambda: self._time_is_up(proc))
         self.kernel.counters["agents"] += 1
         return proc
 
@@ -172,6 +173,9 @@ class Agents:
         self.kernel.journal.forget(proc.pid, [message.seq for message in proc.mailbox])
         proc.mailbox.clear()
         proc.mailbox_bytes = 0
+        for budget in proc.budgets:
+            if budget.owner == proc.pid and budget.timer is not None:
+                budget.timer.cancel()
         if proc.log:
             self.log_index.close(proc.log)
         if reason:

@@ -16,6 +16,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from aiosd.kernel.ledger import CHARGED, Row
+from aiosd.timers import Timer
 from libaios.wire import Limits
 
 GRACE_S = 5.0
@@ -30,6 +31,7 @@ class Budget:
     reached: str = ""  # the first one that was: "tokens", "time", "memory"
     ending: bool = False  # those that share it are on notice
     row: Row | None = None  # its owner's, in the ledger
+    timer: Timer | None = None  # of its seconds
 
     @property
     def tokens_left(self) -> int | None:
