@@ -62,6 +62,7 @@ def find(where: Store, tokens: list[int], scope: str = "") -> list[int]:
 texts = st.lists(st.integers(0, 2), min_size=1, max_size=12)
 
 
+@settings(deadline=None)
 @given(texts, st.integers(0, 12), st.integers(0, 12))
 def test_a_block_cut_and_joined_is_the_same_block(tokens: list[int], a: int, b: int) -> None:
     a, b = sorted((min(a, len(tokens)), min(b, len(tokens))))
@@ -110,6 +111,7 @@ def test_what_is_found_is_what_was_kept_and_budgets_hold(
         where.close()
 
 
+@settings(deadline=None)
 @given(st.lists(texts, min_size=1, max_size=12))
 def test_with_room_for_everything_the_longest_prefix_is_found(kept: list[list[int]]) -> None:
     where = store(10_000)

@@ -7,6 +7,7 @@ import os
 import signal
 import subprocess
 import sys
+import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -53,6 +54,7 @@ class Kernel:
 
     def until(self, wanted: Callable[[Any], bool]) -> Any:
         """The next message that is wanted; all are kept in `seen`."""
+        deadline = time.monotonic() + 30
         while True:
             for payload in self.channel.receive():
                 self.seen.append(link.decode_from_core(payload))
@@ -61,7 +63,7 @@ class Kernel:
                 self.seen.remove(found)
                 return found
             assert not self.channel.hung_up, f"the core is gone; seen: {self.seen[-3:]}"
-            assert self.channel.wait(20), "no word from the core"
+            assert self.channel.wait(1) or time.monotonic() < deadline, "no word from the core"
             self.channel.pump()
 
     def of(self, kind: type) -> Any:

@@ -775,3 +775,26 @@ def test_sequence_phases_are_what_the_engine_says(bench: Bench) -> None:
     assert sequence.phase is Phase.DECODE
     bench.run()
     assert sequence.phase is Phase.DONE
+
+
+def test_a_long_prompt_is_given_up_in_the_middle_of_its_batch(loaded: loading.Loaded) -> None:
+    """Told while llama.cpp computes; the slot is free before the next step, and nobody else notices."""
+    loaded.context.clear()
+    bench = Bench(loaded)
+    gone: set[Any] = set()
+    bench.engine._cancelled = lambda: gone  # what the core does by looking at its messages
+    other = bench.submit("hello", max_tokens=40)
+    bench.run(3)
+    long = bench.submit([7] * 400, peer=2)
+    gone.add(long)
+    bench.run(1)
+    sequence = bench.engine._calls[long]
+    assert sequence.computed == 0, "its batch was not given up"
+    bench.engine.cancel(long)
+    assert bench.engine.slots.num_free == SLOTS - 1
+    bench.run()
+    assert len(bench.whole(other)[0]) == 40
+    gone.clear()
+    again = bench.submit([7] * 400, peer=2, max_tokens=2)
+    bench.run()
+    assert len(bench.whole(again)[0]) == 2

@@ -108,6 +108,8 @@ class Core:
         self._spec = spec
         self._loaded = loaded
         self._send = _sender(channel)
+        self._inbox: list[link.ToCore] = []  # messages that came in the middle of a batch
+        self._cancelled: set[link.Key] = set()  # the calls that some of these cancel
         self.engine = Engine(
             loaded.model,
             loaded.context,
@@ -119,6 +121,7 @@ class Core:
             ram=context_ram(spec),
             disk=spec.context_disk,
             folder=spec.folder,
+            cancelled=self._look_ahead,
         )
         self._embedder = Embedder(loaded.model, loaded.threads)
         self.info = loaded.info(
@@ -160,7 +163,9 @@ class Core:
         while not self._quit and not channel.hung_up:
             rounds.begin()
             now = time.monotonic()
-            if channel.ready() or now - looked > _LOOK_EVERY:  # the second also finds out about a hang-up
+            if (
+                self._inbox or channel.ready() or now - looked > _LOOK_EVERY
+            ):  # the second also finds out about a hang-up
                 looked = now
                 self._receive()
             if channel.outbox_bytes:
@@ -181,6 +186,10 @@ class Core:
         return 0
 
     def _receive(self) -> None:
+        inbox, self._inbox = self._inbox, []
+        self._cancelled.clear()
+        for message in inbox:
+            self._handlers[type(message)](message)
         for payload in self._channel.receive(_MESSAGES_AT_ONCE):
             self.handle(payload)
         if self._channel.reborn:  # a new kernel: it says what to keep, and submits again what is open
@@ -190,6 +199,16 @@ class Core:
     def handle(self, payload: bytes) -> None:
         message = link.decode_to_core(payload)
         self._handlers[type(message)](message)
+
+    def _look_ahead(self) -> set[link.Key]:
+        """Calls that were cancelled while a batch is being computed. The messages are handled when it is over."""
+        if self._channel.ready() and len(self._inbox) < _MESSAGES_AT_ONCE:
+            for payload in self._channel.receive(_MESSAGES_AT_ONCE):
+                message = link.decode_to_core(payload)
+                self._inbox.append(message)
+                if isinstance(message, link.CancelCall):
+                    self._cancelled.add(message.key)
+        return self._cancelled
 
     def _reschedule(self, message: link.Schedule) -> None:
         """Another policy, or another quantum. A new kernel says again what is in force: that forgets nothing."""

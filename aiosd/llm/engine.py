@@ -23,7 +23,8 @@ from __future__ import annotations
 import errno
 import time
 from collections import OrderedDict
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from itertools import pairwise
 
@@ -55,6 +56,9 @@ PREFILL_SLICE, PREFILL_ALONE = 0.25, 1.0
 #: … and never less than twice this many tokens of a prompt in one batch, unless it has no more.
 LEAST_PROMPT = 16
 
+#: A batch of prompts that takes so long (seconds) is looked after: a cancel need not wait for its end.
+LONG_BATCH, LOOK_EVERY = 0.02, 0.002
+
 #: A batch that was in several pieces for so many steps is made whole.
 PATIENCE = 4
 
@@ -84,6 +88,7 @@ class Engine:
         ram: int = 0,
         disk: int = 0,
         folder: str = "",
+        cancelled: Callable[[], set[Key]] = set,
     ) -> None:
         self.model = model
         self.requests = Requests(model, ctx)
@@ -96,6 +101,7 @@ class Engine:
         self._exact = exact
         self._emit = emit
         self._congested = congested
+        self._cancelled = cancelled
         self._clock = clock
         self._ends = model.end_tokens
         self._pieces = model.pieces
@@ -376,7 +382,9 @@ class Engine:
         if lone:
             self._pad_prompt(group[0].slot)
         began = self._clock()
-        if not self._decoded(batch, group):
+        with self._abortable(group, total):
+            went = self._decoded(batch, group)
+        if not went:
             return
         if lone:
             self._context.cut(self._dummies.pop()[0], batch.positions[1])
@@ -395,6 +403,29 @@ class Engine:
             sequence.first_at = now
             self._next(sequence, logits[row])
         self.meter.generated += len(last)
+
+    @contextmanager
+    def _abortable(self, group: list[Sequence], tokens: int) -> Iterator[None]:
+        """A long batch is given up as soon as every call in it has been cancelled."""
+        if tokens < self.meter.tokens_in(LONG_BATCH, least=1, unknown=1):
+            yield
+            return
+        keys = {sequence.key for sequence in group}
+        looked = self._clock()
+
+        def all_cancelled() -> bool:
+            nonlocal looked
+            now = self._clock()
+            if now - looked < LOOK_EVERY:
+                return False
+            looked = now
+            return keys <= self._cancelled()
+
+        self._context.abort_when(all_cancelled)
+        try:
+            yield
+        finally:
+            self._context.abort_when(None)
 
     def _tokens(self, sequence: Sequence, start: int, stop: int) -> llama.Ints:
         prompt = sequence.prompt
