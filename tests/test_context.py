@@ -207,13 +207,13 @@ def test_no_damage_goes_unseen(tmp_path: Path, place: int) -> None:
     try:
         opened = files.read("g", "n")
     except OSError as error:
-        assert error.errno == 5
-        assert "n: " in str(error)
-        assert place >= 0
+        said = str(error)
     else:
+        said = f"[Errno 5] n: {opened.refused}"
         assert opened.messages == MESSAGES
         assert opened.piece is None
-        assert "damaged" in opened.refused
+    assert said.startswith("[Errno 5] n: ")
+    assert "damaged" in said or "another release" in said
 
 
 def test_a_short_file_is_damaged_and_a_newer_format_is_another_release(tmp_path: Path) -> None:
