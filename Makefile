@@ -11,7 +11,7 @@ ARGS   ?=
 
 RECIPE := tools/bootstrap.py constraints.txt setup.cfg pyproject.toml $(wildcard bin/*)
 
-.PHONY: help demo test lint nano install clean distclean
+.PHONY: help demo test lint nano peers install clean distclean
 .DEFAULT_GOAL := help
 
 help: ## this list
@@ -30,12 +30,15 @@ lint: $(VENV)/.dev ## ruff and mypy --strict
 nano: $(VENV)/.nano ## trains the embedded model again from its seeds
 	$(BIN)/python -m aiosd.nano.train $(ARGS)
 
+peers: $(VENV)/.bench ## llama-server and its benchmarks, natively built, for benchmarks/ to compare with
+	@$(PYTHON) tools/peers.py $(VENV)
+
 install: $(VENV)/.base ## only the set-up: .venv with the package and its commands
 
 # bootstrap.py takes a lock, so that `make -j` may build several of these at a time.
 $(VENV)/.base: $(RECIPE)
 	@$(PYTHON) tools/bootstrap.py $(VENV) base
-$(VENV)/.dev $(VENV)/.nano: $(VENV)/.%: $(VENV)/.base
+$(VENV)/.dev $(VENV)/.nano $(VENV)/.bench: $(VENV)/.%: $(VENV)/.base
 	@$(PYTHON) tools/bootstrap.py $(VENV) $*
 
 clean: ## removes what builds and tests left, keeps .venv

@@ -1,4 +1,4 @@
-"""Sets up the virtual environment that the Makefile works in: `bootstrap.py .venv base|dev|nano`.
+"""Sets up the virtual environment that the Makefile works in: `bootstrap.py .venv base|dev|nano|bench`.
 
 Runs under whatever `python3` is, so it uses nothing but the standard library and no syntax that an old Python
 cannot parse. Building llama.cpp takes minutes; meanwhile one line on the terminal says what is being done,
@@ -18,7 +18,7 @@ ROOT = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
 CONSTRAINTS = os.path.join(ROOT, "constraints.txt")
 OLDEST = (3, 11)
 SLOW = "llama-cpp-python"  # has no binary packages: pip compiles it
-EXTRAS = {"base": "", "dev": "[dev]", "nano": "[nano]"}
+EXTRAS = {"base": "", "dev": "[dev]", "nano": "[nano]", "bench": "[bench]"}
 
 #: What a line of pip's output says about the phase; the first match wins, the words may use its groups.
 PHASES = [
