@@ -1,0 +1,343 @@
+"""What the benchmarks share: an aiosd in a temporary home, agents and clients as processes, peers, results.
+
+A client speaks a line of JSON for a line of JSON. `race` hands every client its order first, waits until each says
+that it is armed, and only then lets all go at once, so neither starting a process nor reading an order is measured.
+"""
+
+from __future__ import annotations
+
+import http.client
+import json
+import os
+import platform
+import signal
+import socket
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Sequence
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any
+
+ROOT = Path(__file__).resolve().parents[1]
+RESULTS = ROOT / "benchmarks" / "results"
+PEERS = ROOT / "build" / "peers" / "bin"
+
+#: How every client begins: the order, "armed", the word to go, then whatever `run` says.
+LOOP = """
+import json, sys, time
+def serve(run):
+    print("connected", flush=True)
+    for line in sys.stdin:
+        order = json.loads(line)
+        print("armed", flush=True)
+        if not sys.stdin.readline():
+            break
+        began = time.monotonic()
+        said = run(order)
+        print(json.dumps({"began": began, "ended": time.monotonic(), **said}), flush=True)
+"""
+
+AGENT = LOOP + "import libaios as aios\naios.proc.getpid()\n"
+
+
+# ── the machine and its models ────────────────────────────────────────────────────────────────────────────
+
+
+def model_path(name: str) -> Path:
+    """nano, a shape of models.py, or a GGUF."""
+    if name == "nano":
+        return ROOT / "aiosd" / "nano" / "nano.gguf"
+    if name.endswith(".gguf"):
+        return Path(name)
+    from benchmarks.models import path_of
+
+    return path_of(name)
+
+
+def vocabulary(model: Path) -> int:
+    import gguf
+
+    field = gguf.GGUFReader(model).get_field("tokenizer.ggml.tokens")
+    assert field is not None
+    return len(field.data)
+
+
+def cpu_name() -> str:
+    for line in Path("/proc/cpuinfo").read_text().splitlines():
+        if line.startswith("model name"):
+            return line.split(":", 1)[1].strip()
+    return ""
+
+
+def cpu_seconds(pid: int) -> float:
+    """Of all threads of a process, so far."""
+    return sum(int(file.read_text().split()[0]) for file in Path(f"/proc/{pid}/task").glob("*/schedstat")) / 1e9
+
+
+def peer(name: str) -> Path:
+    path = PEERS / name
+    if not path.exists():
+        sys.exit(f"{name} is not built; `make peers` does it")
+    return path
+
+
+def write(name: str, rows: Sequence[dict[str, Any]], out: Path | None = None, **also: Any) -> Path:
+    """The results as JSON, with the machine they come from."""
+    path = out or RESULTS / f"{name}.json"
+    path.parent.mkdir(parents=True, exist_ok=True)
+    about = {
+        "benchmark": name,
+        "date": datetime.now(UTC).isoformat(timespec="seconds"),
+        "hardware": {
+            "cpu": cpu_name() or platform.machine(),
+            "cores": len(os.sched_getaffinity(0)),
+            "system": f"{platform.system()} {platform.release()}",
+            "load": os.getloadavg()[0],
+        },
+        "python": platform.python_version(),
+        **also,
+    }
+    path.write_text(json.dumps(about | {"rows": list(rows)}, indent=1) + "\n")
+    return path
+
+
+def pyplot() -> Any:
+    """matplotlib's pyplot without a screen; None when it is not installed."""
+    try:
+        import matplotlib
+    except ImportError:
+        print("no plot: matplotlib is not installed (pip install 'aiosd[bench]')", file=sys.stderr)
+        return None
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+
+    return plt
+
+
+def verdict(value: float, bar: float | None, at_least: bool = False) -> str:
+    if bar is None:
+        return ""
+    return "kept" if (value >= bar if at_least else value <= bar) else "MISSED"
+
+
+def percentile(values: Sequence[float], share: float) -> float:
+    ordered = sorted(values)
+    return ordered[min(len(ordered) - 1, int(share * len(ordered)))]
+
+
+def jain(values: Sequence[float]) -> float:
+    """Jain's index of fairness: 1 when all have the same, 1/n when one has everything."""
+    total = sum(values)
+    return total * total / (len(values) * sum(value * value for value in values)) if total else 0.0
+
+
+# ── clients ───────────────────────────────────────────────────────────────────────────────────────────────
+
+
+class Client:
+    """A process that answers a line with a line."""
+
+    def __init__(self, argv: Sequence[str], env: dict[str, str] | None = None) -> None:
+        self.process = subprocess.Popen(argv, env=env, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
+
+    def line(self) -> str:
+        assert self.process.stdout is not None
+        line = self.process.stdout.readline()
+        if not line:
+            sys.exit(f"a client ended early, exit status {self.process.wait()}: {self.process.args!r}")
+        return line.strip()
+
+    def expect(self, word: str) -> None:
+        line = self.line()
+        if line != word:
+            sys.exit(f"a client said {line!r} instead of {word!r}")
+
+    def tell(self, text: str) -> None:
+        assert self.process.stdin is not None
+        self.process.stdin.write(text + "\n")
+        self.process.stdin.flush()
+
+    def close(self) -> None:
+        assert self.process.stdin is not None
+        assert self.process.stdout is not None
+        self.process.stdin.close()
+        try:
+            self.process.wait(10)
+        except subprocess.TimeoutExpired:
+            self.process.kill()
+            self.process.wait()
+        self.process.stdout.close()
+
+
+def race(clients: Sequence[Client], orders: Sequence[Any]) -> list[dict[str, Any]]:
+    """What every client says of its order, all having begun at once."""
+    for client, order in zip(clients, orders, strict=True):
+        client.tell(json.dumps(order))
+    for client in clients:
+        client.expect("armed")
+    for client in clients:
+        client.tell("go")
+    return [json.loads(client.line()) for client in clients]
+
+
+def makespan(said: Sequence[dict[str, Any]]) -> float:
+    return float(max(one["ended"] for one in said) - min(one["began"] for one in said))
+
+
+# ── aiosd ─────────────────────────────────────────────────────────────────────────────────────────────────
+
+
+def command(name: str) -> list[str]:
+    return [sys.executable, str(ROOT / "bin" / name)]
+
+
+class Aiosd:
+    """A system in a home of its own, with agents that are connected and wait. Close it."""
+
+    def __init__(self, model: Path, *options: str) -> None:
+        self._home = tempfile.TemporaryDirectory(prefix="aios-bench-")
+        self.home = Path(self._home.name)
+        self.env = {name: value for name, value in os.environ.items() if not name.startswith("AIOS")}
+        self.env |= {"AIOS_HOME": str(self.home), "PYTHONPATH": str(ROOT)}
+        self.agents: list[Client] = []
+        self.log = self.home / "stderr"
+        with open(self.log, "wb") as log:
+            argv = [*command("aiosd"), "--model", f"bench={model}", *options]
+            self.daemon = subprocess.Popen(argv, env=self.env, stderr=log)
+        while not any(line.startswith("aiosd: ready") for line in self.log.read_text().splitlines()):
+            if self.daemon.poll() is not None:
+                said = self.log.read_text()
+                self._home.cleanup()
+                sys.exit(f"aiosd did not start:\n{said}")
+            time.sleep(0.02)
+
+    def start(self, count: int, script: str, *args: str, options: Sequence[str] = ()) -> list[Client]:
+        """Agents that have said that they are connected."""
+        path = self.home / f"agent{len(self.agents)}.py"
+        path.write_text(script)
+        argv = [*command("aios-run"), *options, str(path), *args]
+        new = [Client(argv, self.env) for _ in range(count)]
+        self.agents += new
+        for agent in new:
+            agent.expect("connected")
+        return new
+
+    def call(self, *argv: str) -> str:
+        done = subprocess.run([*command(argv[0]), *argv[1:]], env=self.env, stdout=subprocess.PIPE, check=True)
+        return done.stdout.decode()
+
+    def status(self) -> dict[str, Any]:
+        return dict(json.loads(self.call("aiosd", "status", "--json")))
+
+    def stats(self) -> dict[str, Any]:
+        """Of the core, once its last step is in them."""
+        return dict(self.status()["models"][0]["stats"])
+
+    def processes(self) -> list[dict[str, Any]]:
+        return list(json.loads(self.call("aios-ps", "-e", "--json")))
+
+    def core(self) -> int:
+        """Linux's pid of the llm core."""
+        return next(int(process["ospid"]) for process in self.processes() if process["name"] == "llm")
+
+    def set(self, name: str, value: str) -> None:
+        self.call("aiosd", "set", name, value)
+
+    def close(self) -> None:
+        for agent in self.agents:
+            agent.close()
+        self.daemon.send_signal(signal.SIGTERM)
+        self.daemon.wait(60)
+        self._home.cleanup()
+
+    def __enter__(self) -> Aiosd:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+
+# ── llama-server ──────────────────────────────────────────────────────────────────────────────────────────
+
+
+class Server:
+    """llama-server with a slot for each client, each on a connection that is kept. Close it."""
+
+    def __init__(self, model: Path, slots: int, ctx: int, threads: int, *options: str) -> None:
+        self.port = free_port()
+        argv = [str(peer("llama-server")), "-m", str(model), "-c", str(ctx * slots), "-np", str(slots)]
+        argv += ["-t", str(threads), "-tb", str(threads), "--no-kv-unified", "--no-ui", "--port", str(self.port)]
+        self.clients: list[Client] = []
+        self.process = subprocess.Popen([*argv, *options], stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+        while not self._healthy():
+            if self.process.poll() is not None:
+                sys.exit(f"llama-server ended with {self.process.returncode}: {' '.join([*argv, *options])}")
+            time.sleep(0.1)
+
+    def start(self, count: int, script: str) -> list[Client]:
+        """Clients, the i-th bound to slot i modulo slots; `script` gets port and number as arguments."""
+        new = [Client([sys.executable, "-c", script, str(self.port), str(i)]) for i in range(count)]
+        self.clients += new
+        for client in new:
+            client.expect("connected")
+        return new
+
+    def _healthy(self) -> bool:
+        connection = http.client.HTTPConnection("127.0.0.1", self.port, timeout=5)
+        try:
+            connection.request("GET", "/health")
+            return connection.getresponse().status == 200
+        except OSError:
+            return False
+        finally:
+            connection.close()
+
+    def close(self) -> None:
+        for client in self.clients:
+            client.close()
+        self.process.terminate()
+        self.process.wait(30)
+
+    def __enter__(self) -> Server:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+
+#: A client of llama-server: `complete(tokens, number)` gives the generated ids. The server closes connections that were
+#: idle for some seconds: then once more on a new one.
+HTTP = (
+    LOOP
+    + """
+import http.client
+port, me = int(sys.argv[1]), int(sys.argv[2])
+connection = http.client.HTTPConnection("127.0.0.1", port)
+connection.connect()
+def complete(tokens, number, **also):
+    body = json.dumps({"prompt": tokens, "n_predict": number, "temperature": 0.0, "ignore_eos": True,
+                       "cache_prompt": True, "return_tokens": True, **also})
+    for last in (False, True):
+        try:
+            connection.request("POST", "/completion", body, {"Content-Type": "application/json"})
+            return json.loads(connection.getresponse().read())["tokens"]
+        except (ConnectionError, http.client.HTTPException):
+            if last:
+                raise
+            connection.close()
+"""
+)
+
+
+def free_port() -> int:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return int(probe.getsockname()[1])
+
+
+def median_ratio(pairs: Sequence[tuple[float, float]]) -> float:
+    return statistics.median(ours / theirs for ours, theirs in pairs)
