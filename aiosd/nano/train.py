@@ -1,7 +1,7 @@
 """Trains nano from seeds and writes nano.gguf: `make nano`, or `python -m aiosd.nano.train`.
 
 First come some batches of pure copying, because an agent of this size lives by it; then the conversations of
-`tasks.py`, never the same one twice, in batches of about the same length, in four cycles; after the first the
+`tasks.py`, never the same one twice, in batches of about the same length, in five cycles; after the first the
 network grows from four blocks to six. Loss is taken on the assistant's turns alone. Matrices of the blocks learn with
 Muon (momentum, made orthogonal by a few steps of Newton and Schulz; Jordan et al. 2024), embeddings and norms with
 AdamW. The rates are low on purpose: three times as much destroys the copying circuit that `model.py` wires before the
@@ -50,6 +50,7 @@ CYCLES = (
     Cycle(steps=1800, muon=0.005, adam=8e-4, first_seed=20_000_000, drills=0, drill_every=30, grow_after=(1, 2)),
     Cycle(steps=1850, muon=0.0025, adam=4e-4, first_seed=40_000_000, drills=0, drill_every=30),
     Cycle(steps=600, muon=0.0015, adam=2.5e-4, first_seed=60_000_000, drills=0, drill_every=60),
+    Cycle(steps=2150, muon=0.004, adam=6e-4, first_seed=90_000_000, drills=0, drill_every=40),
 )
 
 
