@@ -313,15 +313,13 @@ class Supervisor:
         self.timers.after(core.backoff_s, lambda: self._fork_core(core))
 
     def _tell(self, message: link.FromSupervisor, fds: tuple[int, ...] = ()) -> None:
-        """To the kernel. Without one the message is not lost: the next is born with the records."""
+        """To the kernel. Without one the message is not lost: the next is born with the records. One that has just died
+        may have left messages of its own, so the link stays until all of it is read."""
         if self.kernel is None or not self.kernel_ospid:
             return
-        try:
+        with contextlib.suppress(OSError):
             self.kernel.send(link.encode(message), fds)
-        except OSError:
-            self._close_kernel_link()
-            return
-        self._watch_kernel()
+            self._watch_kernel()
 
     def _watch_kernel(self) -> None:
         if self.kernel is not None:
@@ -337,9 +335,10 @@ class Supervisor:
     # ── messages from the kernel ──────────────────────────────────────────────────────────────────────────
 
     def _on_kernel(self, kernel: FrameSocket) -> None:
-        try:
+        with contextlib.suppress(OSError):  # it died; what it has said still counts
             if self.kernel_ospid:
                 kernel.flush()
+        try:
             frames = kernel.receive()
         except (OSError, EOFError):
             self._close_kernel_link()
