@@ -427,6 +427,8 @@ class ProcInfo(Struct, frozen=True):
     started: float  # Unix time
     exit: int | None = None
     system: bool = False
+    ctx_kept: int = 0  # tokens of the context that the core keeps for it …
+    ctx_place: str = ""  # … and where: "slot", "ram" or "disk"
 
 
 class Waited(Struct, array_like=True, frozen=True):

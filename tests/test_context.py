@@ -12,7 +12,7 @@ import pytest
 
 from aiosd.llm.blob import Piece
 from aiosd.llm.saved import MAGIC, Saved
-from tests.conftest import System
+from tests.conftest import System, eventually
 
 HEADER = """
 import errno, sys, time
@@ -163,6 +163,22 @@ def test_a_full_disk_is_said_and_the_old_one_stays(fresh_aiosd: Callable[..., Sy
         assert system.stop() == 0
     finally:
         system.run("umount", where)
+
+
+def test_ps_tells_where_a_context_lies(fresh_aiosd: Callable[..., System], tmp_path: Path) -> None:
+    system = fresh_aiosd("--threads", "1", "--slots", "1")
+    path = tmp_path / "keep.py"
+    path.write_text(
+        HEADER + 'llm.chat([{"role": "user", "content": sys.argv[1] * 40}], max_tokens=2)\n'
+        'print("said", flush=True)\naios.msg.recv()\n'
+    )
+    for word in ("one ", "two "):
+        agent = system.popen("aios-run", "--name", word.strip(), path, word)
+        assert agent.stdout is not None
+        assert agent.stdout.readline() == "said\n"
+    assert eventually(lambda: [p["ctx_place"] for p in system.agents()] == ["ram", "slot"])
+    assert all(p["ctx_kept"] > 40 for p in system.agents())
+    assert "/ram" in system.run("aios-ps").stdout
 
 
 # ── files ─────────────────────────────────────────────────────────────────────────────────────────────────

@@ -1,11 +1,13 @@
 """aios-ps: the agents of a running system, as ps shows processes.
 
 $ aios-ps -e
-PID PPID STAT NI CALLS TOKENS CTX   MEM    TIME NAME
-  1    0 S     0     0      0   0 24.1M 0:00.40 supervisor
-  3    1 S     0     0      0   0 31.6M 0:00.92 kernel
-  2    1 S     0     0      0   0 52.0M 0:03.18 llm
-  7    1 R     0     3    412 380  9.1M 0:00.31 planner
+PID PPID STAT NI CALLS TOKENS      CTX   MEM    TIME NAME
+  1    0 S     0     0      0        0 24.1M 0:00.40 supervisor
+  3    1 S     0     0      0        0 31.6M 0:00.92 kernel
+  2    1 S     0     0      0        0 52.0M 0:03.18 llm
+  7    1 R     0     3    412 380/slot  9.1M 0:00.31 planner
+
+CTX is how many tokens of context the model keeps for the agent, and where: in a slot, in memory (ram) or on disk.
 """
 
 from __future__ import annotations

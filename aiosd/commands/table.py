@@ -64,6 +64,11 @@ def tokens(p: ProcInfo) -> int:
     return p.prompt_tokens - p.cached_tokens + p.completion_tokens
 
 
+def context(p: ProcInfo) -> int:
+    """Tokens of the generations under way, or else of the context that is kept."""
+    return p.ctx_tokens or p.ctx_kept
+
+
 def _exit(p: ProcInfo) -> int:
     return -1 if p.exit is None else p.exit
 
@@ -90,7 +95,7 @@ COLUMNS: dict[str, Column] = {
     "prompt": _number("PROMPT", lambda p: p.prompt_tokens),
     "cached": _number("CACHED", lambda p: p.cached_tokens),
     "completion": _number("COMPLETION", lambda p: p.completion_tokens),
-    "ctx": _number("CTX", lambda p: p.ctx_tokens),
+    "ctx": Column("CTX", context, lambda p: f"{context(p)}/{p.ctx_place}" if p.ctx_place else str(context(p))),
     "mem": Column("MEM", lambda p: p.mem_bytes, lambda p: format_size(p.mem_bytes)),
     "mem_bytes": _number("MEM_BYTES", lambda p: p.mem_bytes),
     "time": Column("TIME", lambda p: p.cpu_s, lambda p: cpu_time(p.cpu_s)),

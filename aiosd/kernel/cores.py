@@ -113,6 +113,11 @@ class Cores:
         for core in self:
             core.send(link.Renice(peer, nice))
 
+    def context_of(self, peer: int) -> tuple[str, int]:
+        """Where the longest context of a peer lies, and its tokens."""
+        found = [core.contexts[peer] for core in self if peer in core.contexts]
+        return max(found, key=lambda place: place[1], default=("", 0))
+
     # ── life of a core ────────────────────────────────────────────────────────────────────────────────────
 
     def forked(self, core: Core, ospid: int, deaths: int, channel: Channel) -> None:

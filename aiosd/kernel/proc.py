@@ -238,8 +238,9 @@ def stat_letter(proc: Proc, os_state: str) -> str:
     return "R" if os_state == "R" else "S"
 
 
-def describe(proc: Proc) -> wire.ProcInfo:
-    """The line of aios-ps; live figures are read from /proc now, memory was sampled."""
+def describe(proc: Proc, context: tuple[str, int] = ("", 0)) -> wire.ProcInfo:
+    """The line of aios-ps; live figures are read from /proc now, memory was sampled. `context`: where the core keeps
+    the agent's context, and its tokens."""
     stat = procfs.read_stat(proc.ospid) if proc.alive else None
     if stat is not None:
         proc.cpu_s = stat.cpu_s
@@ -263,4 +264,6 @@ def describe(proc: Proc) -> wire.ProcInfo:
         cpu_s=round(proc.cpu_s, 3),
         started=proc.started,
         exit=None if proc.status is None else shell_status(proc.status),
+        ctx_kept=context[1],
+        ctx_place=context[0],
     )

@@ -169,7 +169,7 @@ def sys_ps(kernel: Kernel, call: Call, args: wire.Ps) -> list[wire.ProcInfo]:
         procs = [proc for proc in procs if proc.name == args.name]
     kernel.agents.sample_new(procs)
     lines = _system_lines(kernel, args) if args.all or args.pids is not None else []
-    return lines + [describe(proc) for proc in procs]
+    return lines + [describe(proc, kernel.cores.context_of(proc.pid)) for proc in procs]
 
 
 def _system_lines(kernel: Kernel, args: wire.Ps) -> list[wire.ProcInfo]:
@@ -228,7 +228,7 @@ def sys_inspect(kernel: Kernel, call: Call, args: wire.PidArgs) -> dict[str, Any
 
 
 def _inspection(kernel: Kernel, proc: Proc) -> dict[str, Any]:
-    info = describe(proc)
+    info = describe(proc, kernel.cores.context_of(proc.pid))
     open_calls = list(proc.peer.calls.values()) if proc.peer is not None else []
     return {
         **{field: getattr(info, field) for field in info.__struct_fields__},
