@@ -2,9 +2,9 @@
 """How far the whole system is from what this machine could do at best with this model and workload.
 
 The floor: every distinct prompt token computed once, at the speed of a long prompt, and every generated token at the
-speed of llama-batched-bench with as many sequences of the workload's mean length: no processes, no sampling, no waiting,
-no moving of contexts. Both speeds are measured in this run, before and after the system's, each with flash attention on
-and off, and the better one counts. The workload is crowd.py's.
+speed of llama-batched-bench with as many sequences of the workload's mean length: no processes, no sampling, no
+waiting, no moving of contexts. Both speeds are measured in this run, before and after the system's, each with flash
+attention on and off, and the better one counts. The workload is crowd.py's.
 
     $ make peers && taskset -c 0,1 python benchmarks/floor.py
     model    n  prefix  prefill/s  decode/s  floor s  aiosd s  floor/aiosd   bar

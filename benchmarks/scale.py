@@ -4,8 +4,8 @@
 Every agent is a process of its own that keeps its conversation: a shared system prompt of 128 tokens, 16 tokens of its
 own, two calls of 24 generated tokens with 8 tokens of a tool's answer between them, greedy. All are up before the clock
 starts. There are 64 slots; with a quantum of 16 tokens every call gives its slot up before its end when others wait,
-and the contexts of the rest lie in memory and on disk, within the budgets given. Wait: from a call's arrival to its slot.
-Jain's index: of the agents' tokens per second, each from the common start to its own end.
+and the contexts of the rest lie in memory and on disk, within the budgets given. Wait: from a call's arrival to its
+slot. Jain's index: of the agents' tokens per second, each from the common start to its own end.
 
     $ taskset -c 0,1 python benchmarks/scale.py
     policy  agents  finished  tokens/s  ÷ 64   wait p50    p90    p99   Jain  copy %  RAM MB  disk MB

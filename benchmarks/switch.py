@@ -6,8 +6,8 @@ Restore: the pieces joined to a block and given to another slot. Fork: save once
 Recompute: the prompt in batches of 512. Medians of alternating runs, the ratio is recompute over restore.
 
 The system: an agent calls `ctx.save`, `ctx.fork`, `aios.llm.restore`; the time of a call of one token after it, over
-the time of the same call when nothing is cached. There the call itself (one step, processes) is in the time. And a tree: 64
-children of one context, each with one token, all at once.
+the time of the same call when nothing is cached. There the call itself (one step, processes) is in the time. And a
+tree: 64 children of one context, each with one token, all at once.
 
     $ taskset -c 0,1 python benchmarks/switch.py
     tokens      MB  recompute ms  save ms  restore ms  fork ms  recompute/restore   bar

@@ -1,0 +1,171 @@
+"""The cheap parts of the benchmarks: options, workloads, arithmetic, tables, plots, and one tiny run of each that needs
+nothing but aiosd."""
+
+import json
+import subprocess
+import sys
+
+import pytest
+
+from benchmarks import crowd, exactness, fairness, floor, harness, scale, switch
+from tests.tinymodels import write
+
+ONE = ["--threads", "1"]
+
+
+# ── workloads ─────────────────────────────────────────────────────────────────────────────────────────────
+
+
+def test_the_prefix_is_shared_and_nothing_else():
+    orders = crowd.workload(5, 96, seed=3, vocab=1000)
+    prompts = [order["prompt"] for order in orders]
+    assert {len(prompt) for prompt in prompts} == {96 + crowd.PRIVATE}
+    assert {tuple(prompt[:96]) for prompt in prompts} == {tuple(prompts[0][:96])}
+    assert len({tuple(prompt[96:100]) for prompt in prompts}) == 5
+    assert all(len(order["tools"]) == crowd.TURNS for order in orders)
+    assert max(max(prompt) for prompt in prompts) < 1000
+
+
+def test_a_seed_gives_the_same_workload_and_another_another():
+    assert crowd.workload(2, 16, 1, 500) == crowd.workload(2, 16, 1, 500)
+    assert crowd.workload(2, 16, 1, 500)[0]["prompt"][:16] != crowd.workload(2, 16, 2, 500)[0]["prompt"][:16]
+
+
+def test_distinct_tokens_are_those_that_somebody_must_compute():
+    orders = crowd.workload(3, 32, 1, 500)
+    beginnings = {tuple(order["prompt"][:i]) for order in orders for i in range(1, len(order["prompt"]) + 1)}
+    answers = sum(len(tool) for order in orders for tool in order["tools"][:-1])
+    assert crowd.distinct_tokens(3, 32) == (len(beginnings) + answers, 3 * crowd.TURNS * crowd.GENERATED)
+
+
+def test_a_conversation_fits_its_context():
+    for prefix in crowd.PREFIXES:
+        longest = prefix + crowd.PRIVATE + crowd.TURNS * (crowd.GENERATED + crowd.TOOL)
+        assert longest <= crowd.context_of(prefix) < longest + 256
+
+
+# ── arithmetic ────────────────────────────────────────────────────────────────────────────────────────────
+
+
+def test_jains_index():
+    assert harness.jain([3.0, 3.0, 3.0]) == pytest.approx(1)
+    assert harness.jain([1.0, 0.0, 0.0, 0.0]) == pytest.approx(0.25)
+
+
+def test_percentiles_are_values_that_were_measured():
+    assert harness.percentile([5.0, 1.0, 3.0], 0.5) == 3.0
+    assert harness.percentile(list(range(100)), 0.9) == 90
+    assert harness.percentile([7.0], 0.99) == 7.0
+
+
+def test_bleu():
+    text = list(range(20))
+    assert exactness.bleu(text, text) == pytest.approx(1)
+    assert exactness.bleu(list(range(50, 70)), text) == 0
+    half = exactness.bleu(text[:10], text)  # all of it right, half as long
+    assert half == pytest.approx(2.718281828 ** (1 - 20 / 10))
+    assert 0 < exactness.bleu([*text[:15], 90, 91, 92, 93, 94], text) < 1
+    assert exactness.bleu([1], [1]) == pytest.approx(1)
+    assert exactness.bleu([], [1]) == 0
+
+
+def test_tokens_in_common_end_at_the_first_difference():
+    assert exactness.common([1, 2, 9, 4], [1, 2, 3, 4]) == 2
+    assert exactness.common([1, 2], [1, 2, 3]) == 2
+
+
+# ── options, tables, plots ────────────────────────────────────────────────────────────────────────────────
+
+
+@pytest.mark.parametrize("script", [crowd, exactness, fairness, floor, scale, switch])
+def test_options(script):
+    assert script.parse([]).threads == 2
+    assert script.parse(["--threads", "1", "--model", "tiny"]).threads == 1
+    with pytest.raises(SystemExit):
+        script.parse(["--no-such-option"])
+
+
+def test_single_cells_and_quick():
+    options = crowd.parse(["--n", "64", "--prefix", "512"])
+    assert (options.n, options.prefix) == ([64], [512])
+    assert crowd.parse(["--quick"]).model == ["small"]
+
+
+ROW = {
+    "model": "small", "agents": 64, "prefix": 512, "aiosd_s": [18.0, 19.0], "server_s": [40.0, 42.0], "ratio": 0.45,
+    "cpu_ratio": 0.46, "bar": 0.5, "lock_s": 50.0, "lock_ratio": 0.37, "lock_bar": 0.45,
+}  # fmt: skip
+
+
+def test_the_table_names_what_missed_its_bar():
+    assert "MISSED" not in crowd.line(ROW)
+    assert "MISSED" in crowd.line(ROW | {"ratio": 0.51})
+    assert "MISSED" in crowd.line(ROW | {"lock_ratio": 0.46})
+    without = {key: value for key, value in ROW.items() if not key.startswith("lock")}
+    assert "MISSED" not in crowd.line(without | {"bar": None, "ratio": 2.0})
+
+
+def test_results_carry_their_machine(tmp_path):
+    path = harness.write("crowd", [ROW], tmp_path / "results" / "crowd.json", seed=7)
+    written = json.loads(path.read_text())
+    assert written["rows"] == [ROW]
+    assert written["seed"] == 7
+    assert written["hardware"]["cores"] >= 1
+
+
+def test_a_plot_is_a_png(tmp_path):
+    pytest.importorskip("matplotlib")
+    rows = [ROW, ROW | {"agents": 16, "bar": None}]  # in a process of its own: matplotlib keeps its fonts open
+    path = str(tmp_path / "crowd.png")
+    script = f"from pathlib import Path\nfrom benchmarks import crowd\ncrowd.plot({rows!r}, Path({path!r}))"
+    subprocess.run([sys.executable, "-c", script], cwd=harness.ROOT, check=True)
+    assert (tmp_path / "crowd.png").read_bytes().startswith(b"\x89PNG")
+
+
+# ── tiny runs ─────────────────────────────────────────────────────────────────────────────────────────────
+
+
+def test_clients_begin_at_once_and_answer():
+    script = harness.LOOP + "serve(lambda order: {'twice': 2 * order['n']})"
+    clients = [harness.Client([sys.executable, "-c", script]) for _ in range(3)]
+    try:
+        for client in clients:
+            client.expect("connected")
+        for _ in range(2):
+            said = harness.race(clients, [{"n": i} for i in range(3)])
+            assert [one["twice"] for one in said] == [0, 2, 4]
+            assert harness.makespan(said) >= 0
+    finally:
+        for client in clients:
+            client.close()
+
+
+def test_a_client_that_dies_is_not_waited_for():
+    client = harness.Client([sys.executable, "-c", "raise SystemExit(3)"])
+    try:
+        with pytest.raises(SystemExit, match="exit status 3"):
+            client.expect("connected")
+    finally:
+        client.process.stdin.close()
+        client.process.stdout.close()
+
+
+def test_interrupted_texts_are_compared_through_the_whole_system(tmp_path):
+    options = exactness.parse([*ONE, "--texts", "4", "--tokens", "12"])
+    row = exactness.compare(str(write(tmp_path / "m.gguf", vocab=512)), True, options)
+    assert (row["texts"], row["tokens"], row["same_texts"], row["bleu"]) == (4, 48, 1.0, pytest.approx(1))
+    assert row["preemptions"] > 0
+    assert row["preemptions_alone"] == 0
+    assert "MISSED" not in exactness.line(row)
+    assert "MISSED" in exactness.line(row | {"same_texts": 0.75})
+
+
+def test_a_crowd_scales_through_the_whole_system(tmp_path):
+    options = scale.parse([*ONE, "--slots", "2", "--ram", "64M", "--disk", "64M", "--quantum", "8"])
+    row = scale.run("rr", 5, write(tmp_path / "m.gguf", vocab=512), options)
+    assert row["finished"] == 5
+    assert row["preemptions"] > 0
+    assert row["within_budget"]
+    assert 0 < row["jain"] <= 1
+    assert row["computed_tokens"] < 5 * (scale.SHARED + 100)  # the shared prompt was computed once
+    assert "unfinished" in scale.line(row | {"finished": 4})
