@@ -14,17 +14,17 @@ from hypothesis import strategies as st
 
 from aiosd.link import Submit
 from aiosd.llm import llama
-from aiosd.llm.chat import (
+from aiosd.llm.chat import ChatTemplate, normal_messages, normal_tools
+from aiosd.llm.dialects import (
+    FENCED,
     HERMES,
     LLAMA3,
     MISTRAL,
-    ChatTemplate,
+    MISTRAL_ARGS,
     ToolDialect,
     call_id,
     call_rules,
     dialect_of,
-    normal_messages,
-    normal_tools,
 )
 from aiosd.llm.request import Requests
 from aiosd.llm.schema import Converter
@@ -108,9 +108,9 @@ def test_broken_and_hostile_templates_are_refused(source: str) -> None:
     assert caught.value.errno == errno.EINVAL
 
 
-def test_tools_need_a_template_that_takes_them() -> None:
-    with pytest.raises(OSError, match="takes no tools"):
-        ChatTemplate("{{ messages }}", "", "").render(user("x"), normal_tools([TOOL]))
+def test_a_template_that_marks_what_was_generated_and_one_that_wants_a_list_of_tools() -> None:
+    source = "{% for m in messages %}{% generation %}{{ m.content }}{% endgeneration %}{% endfor %}{{ tools | length }}"
+    assert ChatTemplate(source, "", "").render(normal_messages(user("x")), None) == "x0"
 
 
 def test_content_in_parts_is_joined_and_other_media_refused() -> None:
@@ -199,11 +199,22 @@ def test_tokens_from_segments_are_those_of_the_whole(model: llama.Model, text: s
 CALL = '{"name": "f", "%s": {"x": 1, "s": "}{<"}}'
 
 
-def test_dialects_are_known_by_what_templates_write() -> None:
-    assert dialect_of("… '<tool_call>\\n' + tool_call | tojson …") is HERMES
-    assert dialect_of("{%- if builtin_tools %}<|python_tag|>{% endif %}{{ '\"parameters\": ' }}") is LLAMA3
-    assert dialect_of("[TOOL_CALLS] [AVAILABLE_TOOLS]") is MISTRAL
-    assert dialect_of("{{ tools }}") is HERMES
+@pytest.mark.parametrize(
+    ("written", "dialect"),
+    [
+        ('…<tool_call>\n{"name": "f", "arguments": {"x": 1}}\n</tool_call>', HERMES),
+        ('…assistant:\n\n{"name": "f", "parameters": {"x": 1}}', LLAMA3),
+        ('[TOOL_CALLS] [{"name": "f", "arguments": {"x": 1}, "id": "123456789"}]', MISTRAL),
+        ('[TOOL_CALLS]f[ARGS]{"x": 1}', MISTRAL_ARGS),
+        ('[TOOL_CALLS]f[CALL_ID]123456789[ARGS]{"x": 1}', MISTRAL_ARGS),
+        ("<tool_call>\n<function=f>\n<parameter=x>1</parameter>", None),
+        ("<|tool_call>call:f{x:1}<tool_call|>", None),
+        ('<tool_calls>\n{"name": "f", "arguments": {}}', None),
+        ("nothing", None),
+    ],
+)
+def test_dialects_are_known_by_what_templates_write(written: str, dialect: ToolDialect | None) -> None:
+    assert dialect_of(written, "f", "…assistant:\n") == dialect
 
 
 @pytest.mark.parametrize(
@@ -213,6 +224,11 @@ def test_dialects_are_known_by_what_templates_write() -> None:
         (HERMES, f'\n{CALL % "arguments"}\n</tool_call>\n<tool_call>\n{{"name": "f', 1),
         (LLAMA3, f"{CALL % 'parameters'}; {CALL % 'parameters'}", 2),
         (MISTRAL, f" [{CALL % 'arguments'}, {CALL % 'arguments'}]", 2),
+        (MISTRAL_ARGS, 'f[ARGS]{"x": 1, "s": "}{<"}[TOOL_CALLS]f[ARGS]{"x": 1, "s": "}{<"}', 2),
+        (MISTRAL_ARGS, 'f{"x": 1, "s": "}{<"}f{"x": 1, "s": "}{<"}', 2),
+        (MISTRAL_ARGS, '{"x": 1}', 0),
+        (FENCED, f"\n{CALL % 'parameters'}\n```\n```tool_call\n{CALL % 'parameters'}\n```", 2),
+        (FENCED, CALL % "parameters", 1),
         (HERMES, "\n{", 0),
         (HERMES, "", 0),
         (HERMES, '{"something": "else"}', 0),
@@ -224,13 +240,27 @@ def test_calls_are_read_back(dialect: ToolDialect, text: str, count: int) -> Non
     assert all((call.name, call.arguments) == ("f", {"x": 1, "s": "}{<"}) for call in calls)
 
 
-@pytest.mark.parametrize("dialect", [HERMES, LLAMA3, MISTRAL], ids=lambda dialect: dialect.name)
+def test_an_id_that_the_model_wrote_is_kept_if_it_can_be() -> None:
+    call = '{"name": "f", "arguments": {}, "id": "%s"}'
+    ids = [c.id for c in MISTRAL.read(f"[{', '.join(call % i for i in ('aB3456789', 'aB3456789', 'short'))}]", (3, 4))]
+    assert ids == ["aB3456789", call_id((3, 4), 1), call_id((3, 4), 2)]
+
+
+@pytest.mark.parametrize("dialect", [HERMES, LLAMA3, MISTRAL, MISTRAL_ARGS, FENCED], ids=lambda dialect: dialect.name)
 def test_grammars_of_the_dialects_take_their_own_calls_and_no_others(model: llama.Model, dialect: ToolDialect) -> None:
     converter = Converter()
     calls = call_rules(dialect, normal_tools([TOOL]), converter.convert)
     gbnf = f"{converter.text()}{calls}\n{dialect.rules}\n"
     good = json.dumps({"name": "f", dialect.arguments_key: {"x": 1}})
-    wrap = {"hermes": "\n%s\n</tool_call>", "llama3": "%s", "mistral": " [%s]"}[dialect.name]
+    wrap = {
+        "hermes": "\n%s\n</tool_call>",
+        "llama3": "%s",
+        "mistral": " [%s]",
+        "mistral-args": "%s",
+        "fenced": "\n%s\n```",
+    }[dialect.name]
+    if dialect is MISTRAL_ARGS:
+        good = 'f[ARGS]{"x": 1}'
 
     def accepted(text: str) -> bool:
         grammar = llama.Grammar(model, gbnf)
@@ -245,6 +275,8 @@ def test_grammars_of_the_dialects_take_their_own_calls_and_no_others(model: llam
             grammar.close()
 
     assert accepted(wrap % good)
-    assert not accepted(wrap % good.replace('"f"', '"g"'))
+    if dialect is not MISTRAL_ARGS:
+        assert accepted(wrap % good.replace("}}", '}, "id": "aB3456789"}')) == (dialect is MISTRAL)
+    assert not accepted(wrap % good.replace('"f"', '"g"').replace("f[", "g["))
     assert not accepted(wrap % good.replace("1", '"1"'))
     assert not accepted((wrap % good)[:-1])

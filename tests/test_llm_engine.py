@@ -20,7 +20,7 @@ from aiosd.errors import Bug
 from aiosd.link import Failed, Finished, Step, Submit
 from aiosd.llm import engine as engine_module
 from aiosd.llm import llama, loading
-from aiosd.llm.chat import call_id
+from aiosd.llm.dialects import call_id
 from aiosd.llm.engine import Engine
 from aiosd.llm.sequence import Phase
 from aiosd.llm.spec import ModelSpec

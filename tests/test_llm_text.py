@@ -4,10 +4,11 @@ from __future__ import annotations
 
 from itertools import pairwise
 
+import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from aiosd.llm.text import Matcher, TextStream
+from aiosd.llm.text import TextStream
 
 texts = st.text(alphabet=st.sampled_from("ab<é€🙂"), max_size=40)
 stops = st.lists(st.text(alphabet=st.sampled_from("ab<é"), min_size=1, max_size=5), max_size=4)
@@ -84,15 +85,58 @@ def test_beginning_of_a_trigger_that_comes_to_nothing_is_shown() -> None:
     assert stream.take() == "<toolbox>"
 
 
-@given(st.text(alphabet="ab", max_size=12), st.text(alphabet="ab", max_size=12), st.text("ab", min_size=1, max_size=4))
-def test_completes_foretells_feed(before: str, text: str, needle: str) -> None:
-    matcher = Matcher(needle)
-    for char in before:
-        if matcher.feed(char):
-            return
-    found = matcher.completes(text)
-    really = next((i for i, char in enumerate(text, 1) if matcher.feed(char)), 0)
-    assert found == really
+LETTERS = st.text(alphabet="ab<>", max_size=12)
+
+
+@given(LETTERS, LETTERS, st.text("ab<", min_size=1, max_size=4), st.booleans())
+def test_triggers_foretells_feed(before: str, text: str, needle: str, inside: bool) -> None:
+    stream = TextStream(["bbb"], needle, ("<", ">"), inside)
+    stream.feed(before.encode())
+    if stream.stopped or stream.triggered:
+        return
+    found = stream.triggers(text)
+    assert stream.triggers(text) == found, "asking changes nothing"
+    stream.feed(text.encode())
+    if not stream.stopped:
+        assert bool(found) == stream.triggered
+        assert not found or stream.rest == text[found:]
+
+
+@pytest.mark.parametrize(
+    ("text", "inside", "shown"),
+    [
+        ("<think>a <call> b</think> c <call>d", False, "<think>a <call> b</think> c "),
+        ("a <call> b</think><call>d", True, "a <call> b</think>"),
+        ("a <call> b", True, "a <call> b"),
+        ("</think>a<call>", False, "</think>a"),
+        ("<think>x</think><think><call></think><call>", False, "<think>x</think><think><call></think>"),
+        ("<thi<call>nk>", False, "<thi"),
+    ],
+)
+def test_no_call_begins_within_thoughts(text: str, inside: bool, shown: str) -> None:
+    stream = TextStream([], "<call>", ("<think>", "</think>"), inside)
+    stream.feed(text.encode())
+    stream.finish()
+    assert stream.take() == shown
+    assert stream.triggered == text.startswith(shown + "<call>")
+
+
+def test_thoughts_may_begin_and_end_with_control_tokens() -> None:
+    stream = TextStream([], "<call>", ("<think>", "</think>"))
+    stream.mark("</think>")
+    assert not stream.inside
+    stream.mark("<think>")
+    stream.feed(b"<call>")
+    stream.mark("</think>")
+    stream.feed(b"a<call>b")
+    assert (stream.take(), stream.rest) == ("<call>a", "b")
+
+
+def test_a_stop_string_counts_within_thoughts_too() -> None:
+    stream = TextStream(["stop"], "<call>", ("<think>", "</think>"), True)
+    stream.feed(b"a stop b")
+    assert stream.stopped
+    assert stream.take() == "a "
 
 
 @given(texts, st.integers(min_value=0, max_value=50))

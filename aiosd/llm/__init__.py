@@ -9,7 +9,8 @@ Files, from the bottom up:
     tokens.py      text to token ids, recent segments remembered
     text.py        bytes to characters to pieces: split UTF-8, stop strings, triggers
     schema.py      JSON Schema to grammar
-    chat.py        messages to prompt, and the tool-call dialects
+    chat.py        messages to prompt: what the template cannot do is done for it
+    dialects.py    how families of models write tool calls, and how they are read
     structured.py  keeps a generation inside a grammar: check first, constrain on refusal
     request.py     a submitted call to a Sequence, or an errno with a sentence
     sequence.py    the record of one generation

@@ -1,35 +1,41 @@
-"""From messages to a prompt, by the chat template that the model carries; and the dialects of tool calls.
+"""From messages to a prompt, by the chat template that the model carries.
 
 The template is Jinja text from the GGUF: rendered in a sandbox, as it may come from anywhere. What agents send
 is brought into the form that templates expect (the one of Hugging Face): content is a string, tools are
 {"type": "function", "function": {…}}, the arguments of past calls are objects.
 
-A model without a template gets ChatML with tools in the Hermes dialect, and its info says so.
+Templates differ in what they can do, and most say it only by failing. So every template is tried once, on a few
+short conversations (`Abilities`), and what it cannot do is done for it (`_fitted`):
 
-A `ToolDialect` says how a model's family writes tool calls: what begins one, the grammar that follows, and how
-to read them back.
+- no system role (Gemma, Mistral 7B): what the system says goes before the first user message;
+- no tools (Gemma, Mistral v0.1), or calls written in a way that no grammar here knows: the tools are described in the
+  system message, calls and results are written out as text, in the `fenced` dialect;
+- one call per message (Llama 3.1): several become several messages, each followed by its result;
+- ids of nine characters (Mistral): other ids are replaced, the same by the same.
+
+What is left is the template's own refusal (roles that must alternate, …): EINVAL with its sentence.
+
+A model without a template gets ChatML with tools in the Hermes dialect, and its info says so.
 """
 
 from __future__ import annotations
 
 import errno
-import hashlib
 import json
 import re
-from collections.abc import Callable, Iterable
+from collections.abc import Iterator
 from dataclasses import dataclass
 from datetime import datetime
 from typing import Any
 
-from jinja2 import TemplateError
-from jinja2.ext import loopcontrols
+from jinja2 import TemplateError, nodes
+from jinja2.ext import Extension, loopcontrols
+from jinja2.parser import Parser
 from jinja2.sandbox import ImmutableSandboxedEnvironment
 
-from aiosd.link import Key
-from libaios.wire import ToolCall
+from aiosd.llm.dialects import FENCED, Tool, ToolDialect, dialect_of, nine_characters
 
 Message = dict[str, Any]
-Tool = dict[str, Any]
 
 DEFAULT_TEMPLATE = """\
 {%- if tools %}
@@ -155,12 +161,36 @@ def _tojson(value: Any, indent: int | None = None, **_: Any) -> str:
     return json.dumps(value, ensure_ascii=False, indent=indent)
 
 
+class _Generation(Extension):
+    """`{% generation %}…{% endgeneration %}` marks for trainers what a model wrote. Here: what stands between."""
+
+    tags = {"generation"}  # noqa: RUF012 (Jinja wants a plain attribute)
+
+    def parse(self, parser: Parser) -> list[nodes.Node]:
+        next(parser.stream)
+        return parser.parse_statements(("name:endgeneration",), drop_needle=True)
+
+
 def _environment() -> ImmutableSandboxedEnvironment:
-    environment = ImmutableSandboxedEnvironment(trim_blocks=True, lstrip_blocks=True, extensions=[loopcontrols])
+    environment = ImmutableSandboxedEnvironment(
+        trim_blocks=True, lstrip_blocks=True, extensions=[loopcontrols, _Generation]
+    )
     environment.filters["tojson"] = _tojson
     environment.globals["raise_exception"] = _raise
     environment.globals["strftime_now"] = lambda form: datetime.now().strftime(form)
     return environment
+
+
+@dataclass(frozen=True, slots=True)
+class Abilities:
+    """What a template can do. The defaults are those of one that was not tried."""
+
+    system: bool = True  # takes a system message
+    tools: bool = False  # lists tools, calls and their results
+    dialect: ToolDialect = FENCED
+    several: bool = True  # several calls in one message
+    objects: bool = True  # takes arguments as an object; else as JSON text
+    no_tools: list[Tool] | None = None  # what it takes for a conversation without tools
 
 
 class ChatTemplate:
@@ -176,105 +206,234 @@ class ChatTemplate:
             self._template = _environment().from_string(self.source)
         except TemplateError as error:
             self._error = str(error)
-        self.takes_tools = re.search(r"\btools\b", self.source) is not None
-        self.dialect = dialect_of(self.source) if self.takes_tools else None
+        self.can = Abilities() if self._error else _tried(self)
+        self.thinks = THINK[0] in self.source
+        self._nine = "[TOOL_CALLS]" in self.source
 
-    def render(self, messages: list[Message], tools: list[Tool] | None) -> str:
+    @property
+    def takes_tools(self) -> bool:
+        """Does the template list tools itself? If not, they are described in the system message."""
+        return self.can.tools
+
+    @property
+    def dialect(self) -> ToolDialect:
+        return self.can.dialect
+
+    def render(self, messages: list[Message], tools: list[Tool] | None, *, thinking: bool = True) -> str:
+        """The prompt. Raises OSError (EINVAL) with a sentence where the template refuses. `thinking` False: where
+        the template knows how, the model is told to answer at once."""
         if self._error:
             raise refuse(f"the model's chat template is broken: {self._error}")
-        if tools and not self.takes_tools:
-            raise refuse("tools: this model's chat template takes no tools")
+        fitted = _fitted(messages, tools or [], self.can, self._nine)
+        text = self.raw(fitted, (tools if self.can.tools else None) or self.can.no_tools, thinking=thinking)
+        if not thinking and text.rstrip().endswith(THINK[0]):
+            text += f"\n{THINK[1]}\n\n"
+        return text
+
+    def raw(self, messages: list[Message], tools: list[Tool] | None, *, thinking: bool = True) -> str:
+        """What the template itself makes of these messages."""
+        settings = {} if thinking else {"enable_thinking": False}
         try:
             return self._template.render(
-                messages=messages, tools=tools or None, add_generation_prompt=True, **self._tokens
+                messages=messages, tools=tools, add_generation_prompt=True, **settings, **self._tokens
             )
         except TemplateError as error:
             raise refuse(f"the model's chat template refuses the messages: {error}") from None
-        except (TypeError, ValueError, KeyError, AttributeError, RecursionError, ArithmeticError) as error:
+        except (
+            TypeError,
+            ValueError,
+            LookupError,
+            AttributeError,
+            RecursionError,
+            ArithmeticError,
+            MemoryError,
+        ) as error:
             raise refuse(f"the model's chat template cannot render the messages: {error}") from None
 
 
-# ── dialects of tool calls ────────────────────────────────────────────────────────────────────────────────
+#: What a thinking model writes around its thoughts.
+THINK = ("<think>", "</think>")
 
 
-@dataclass(frozen=True)
-class ToolDialect:
-    """How one family of models writes tool calls.
+# ── what a template can do ────────────────────────────────────────────────────────────────────────────────
 
-    A generation is free text until `trigger` is complete (or, with `at_start`, until its first visible
-    character is '{'); from there on the grammar `rules` holds. In it `call` stands for one call of any tool.
-    """
-
-    name: str
-    trigger: str
-    at_start: bool
-    arguments_key: str
-    rules: str
-
-    def read(self, text: str, key: Key) -> list[ToolCall]:
-        """The calls in what follows the trigger; one that breaks off in the middle is none."""
-        calls: list[ToolCall] = []
-        decoder = json.JSONDecoder()
-        at = text.find("{")
-        while at >= 0:
-            try:
-                value, end = decoder.raw_decode(text, at)
-                name, arguments = value["name"], value[self.arguments_key]
-            except (ValueError, KeyError, TypeError):
-                break
-            calls.append(ToolCall(id=call_id(key, len(calls)), name=name, arguments=arguments))
-            at = text.find("{", end)
-        return calls
+_SYSTEM = {"role": "system", "content": "probe-system"}
+_USER = {"role": "user", "content": "probe-user"}
+_ANSWER = {"role": "assistant", "content": "probe-answer"}
+_TOOL = {
+    "type": "function",
+    "function": {
+        "name": "probe_tool",
+        "description": "probe-description",
+        "parameters": {"type": "object", "properties": {"probe": {"type": "string", "description": "probe"}}},
+    },
+}
 
 
-def call_id(key: Key, index: int) -> str:
-    """Stable: the same call gets the same id after any restart."""
-    return "call_" + hashlib.blake2s(f"{key[0]}:{key[1]}:{index}".encode(), digest_size=9).hexdigest()
-
-
-HERMES = ToolDialect(
-    "hermes",
-    trigger="<tool_call>",
-    at_start=False,
-    arguments_key="arguments",
-    rules='root ::= ws call ws "</tool_call>" (ws "<tool_call>" ws call ws "</tool_call>")*',
-)
-LLAMA3 = ToolDialect(
-    "llama3",
-    trigger="<|python_tag|>",
-    at_start=True,
-    arguments_key="parameters",
-    rules='root ::= ws call (ws ";" ws call)*',
-)
-MISTRAL = ToolDialect(
-    "mistral",
-    trigger="[TOOL_CALLS]",
-    at_start=False,
-    arguments_key="arguments",
-    rules='root ::= ws "[" ws call (ws "," ws call)* ws "]"',
-)
-
-
-def dialect_of(template: str) -> ToolDialect:
-    """By what the template writes for past calls; Hermes, the most common, when nothing tells."""
-    if "[TOOL_CALLS]" in template:
-        return MISTRAL
-    if "<tool_call>" not in template and ("<|python_tag|>" in template or '"parameters": ' in template):
-        return LLAMA3
-    return HERMES
-
-
-def call_rules(dialect: ToolDialect, tools: Iterable[Tool], convert: Callable[[str, dict[str, Any]], str]) -> str:
-    """The rule `call`: any of the tools by name, with arguments by its schema. `convert` adds a schema's rules
-    and returns the name of its first one."""
-    alternatives = []
-    for i, tool in enumerate(tools):
-        function = tool["function"]
+def _tried(template: ChatTemplate) -> Abilities:
+    def attempt(messages: list[Message], tools: list[Tool] | None, refused: str = "") -> str:
         try:
-            arguments = convert(f"tool{i}", function["parameters"])
-        except OSError as error:
-            raise refuse(f"tools[{i}].parameters: {error.strerror}", error.errno or errno.EINVAL) from None
-        name = json.dumps(json.dumps(function["name"]))
-        key = f'"\\"{dialect.arguments_key}\\""'
-        alternatives.append(f'"{{" ws "\\"name\\"" ":" ws {name} "," ws {key} ":" ws {arguments} ws "}}"')
-    return "call ::= " + " | ".join(alternatives)
+            return template.raw(messages, tools)
+        except OSError:
+            return refused
+
+    none: list[Tool] | None = None if "probe-user" in attempt([_USER], None) else []
+    if "probe-user" not in attempt([_USER], none):
+        return Abilities()
+    # One that loses the system message somewhere without a word (Mistral v0.3 after a tool's result) does not take it.
+    longer: tuple[list[Message], ...] = ([], [_USER, _ANSWER, _USER], [_USER, *_exchange(1, True)])
+    system = "probe-system" in attempt([_SYSTEM, _USER], none) and all(
+        "probe-system" in attempt([_SYSTEM, *rest], [_TOOL] if rest else none, "probe-system") for rest in longer
+    )
+    opening = attempt([_USER], [_TOOL])
+    if "probe_tool" not in opening:
+        return Abilities(system, no_tools=none)
+    for objects in (True, False):
+        text = attempt([_USER, *_exchange(1, objects)], [_TOOL])
+        dialect = dialect_of(text, "probe_call_0", opening)
+        if dialect is not None and "probe-result-0" in text:
+            several = "probe_call_1" in attempt([_USER, *_exchange(2, objects)], [_TOOL])
+            return Abilities(system, True, dialect, several, objects, none)
+    return Abilities(system, no_tools=none)
+
+
+def _exchange(count: int, objects: bool) -> list[Message]:
+    """So many calls in one message, and their results."""
+    arguments: Any = {"probe": "x"} if objects else '{"probe": "x"}'
+    ids = [f"00000000{i}" for i in range(count)]
+    names = [f"probe_call_{i}" for i in range(count)]
+    calls = [
+        {"id": id_, "type": "function", "function": {"name": name, "arguments": arguments}}
+        for id_, name in zip(ids, names, strict=True)
+    ]
+    results = [
+        {"role": "tool", "tool_call_id": id_, "name": name, "content": f"probe-result-{i}"}
+        for i, (id_, name) in enumerate(zip(ids, names, strict=True))
+    ]
+    return [{"role": "assistant", "content": "", "tool_calls": calls}, *results]
+
+
+# ── and what it cannot, done for it ───────────────────────────────────────────────────────────────────────
+
+
+def _fitted(messages: list[Message], tools: list[Tool], can: Abilities, nine: bool) -> list[Message]:
+    """The same conversation in a form that the template takes."""
+    messages = _identified(messages, nine)
+    if not can.tools:
+        messages = _described(messages, tools)
+    elif not can.several:
+        messages = list(_one_by_one(messages))
+    if not can.objects:
+        messages = [_with_calls(message, _as_text) for message in messages]
+    if not can.system:
+        messages = _without_system(messages)
+    return messages
+
+
+def _with_calls(message: Message, change: Any) -> Message:
+    if not message.get("tool_calls"):
+        return message
+    return {**message, "tool_calls": [change(call) for call in message["tool_calls"]]}
+
+
+def _as_text(call: dict[str, Any]) -> dict[str, Any]:
+    function = call["function"]
+    return {**call, "function": {**function, "arguments": _tojson(function["arguments"])}}
+
+
+def _identified(messages: list[Message], nine: bool) -> list[Message]:
+    """Every call has an id, and every result says whose it is: by its `tool_call_id`, else in the order of calls."""
+    out: list[Message] = []
+    open_: dict[str, str] = {}  # calls without a result so far: id → name
+    for i, message in enumerate(messages):
+        calls = []
+        for j, call in enumerate(message.get("tool_calls") or []):
+            id_ = str(call.get("id") or f"call_{i}_{j}")
+            id_ = nine_characters(id_) if nine else id_
+            open_[id_] = call["function"]["name"]
+            calls.append({**call, "id": id_})
+        if calls:
+            message = {**message, "tool_calls": calls}
+        elif message["role"] == "tool":
+            given = message.get("tool_call_id")
+            id_ = nine_characters(str(given)) if given and nine else str(given or next(iter(open_), f"call_{i}_0"))
+            if not given and nine:
+                id_ = nine_characters(id_)
+            named = {"name": open_[id_]} if id_ in open_ and not message.get("name") else {}
+            open_.pop(id_, None)
+            message = {**message, **named, "tool_call_id": id_}
+        out.append(message)
+    return out
+
+
+def _one_by_one(messages: list[Message]) -> Iterator[Message]:
+    """Several calls of one message as messages of their own, each followed by its results."""
+    at = 0
+    while at < len(messages):
+        message = messages[at]
+        at += 1
+        calls = message.get("tool_calls") or []
+        if len(calls) < 2:
+            yield message
+            continue
+        stop = next((i for i in range(at, len(messages)) if messages[i]["role"] != "tool"), len(messages))
+        results = messages[at:stop]
+        known = {call["id"] for call in calls}
+        for i, call in enumerate(calls):
+            yield {**message, "content": "" if i else message["content"], "tool_calls": [call]}
+            yield from (result for result in results if result["tool_call_id"] == call["id"])
+        yield from (result for result in results if result["tool_call_id"] not in known)
+        at = stop
+
+
+_CALL = '```tool_call\n{"name": %s, "parameters": %s}\n```'
+_HOW = (
+    "You can call functions. To call one, write a block such as\n"
+    + _CALL % ("<its name>", "<an object of arguments>")
+    + "\nand nothing after it; for several calls, several blocks. You are given the results then. Without a need for a "
+    "function, answer plainly. The functions, with the JSON Schema of their parameters:"
+)
+
+
+def _described(messages: list[Message], tools: list[Tool]) -> list[Message]:
+    """Tools in the system message; calls and results as text."""
+    out: list[Message] = []
+    ours = False  # is the last of `out` a user message made of results? What the user says next belongs to it
+    for message in messages:
+        if message.get("tool_calls"):
+            parts = [message["content"]] if message["content"] else []
+            parts += [_call_as_text(call["function"]) for call in message["tool_calls"]]
+            message = {**message, "content": "\n".join(parts)}
+            del message["tool_calls"]
+        elif message["role"] == "tool":
+            head = f"Result of {message['name']}:" if message.get("name") else "Result:"
+            message = {"role": "user", "content": f"{head}\n{message['content']}"}
+            if ours:
+                message["content"] = f"{out.pop()['content']}\n\n{message['content']}"
+            out.append(message)
+            ours = True
+            continue
+        elif ours and message["role"] == "user":
+            message = {**message, "content": f"{out.pop()['content']}\n\n{message['content']}"}
+        ours = False
+        out.append(message)
+    if not tools:
+        return out
+    how = "\n".join([_HOW, *(_tojson(tool["function"]) for tool in tools)])
+    if out[0]["role"] == "system":
+        return [{**out[0], "content": f"{out[0]['content']}\n\n{how}"}, *out[1:]]
+    return [{"role": "system", "content": how}, *out]
+
+
+def _call_as_text(function: dict[str, Any]) -> str:
+    return _CALL % (_tojson(function["name"]), _tojson(function["arguments"]))
+
+
+def _without_system(messages: list[Message]) -> list[Message]:
+    """What the system says at the beginning goes before what the user says first."""
+    if messages[0]["role"] != "system":
+        return messages
+    said, rest = messages[0]["content"], messages[1:]
+    if rest and rest[0]["role"] == "user":
+        return [{**rest[0], "content": f"{said}\n\n{rest[0]['content']}"}, *rest[1:]]
+    return [{"role": "user", "content": said}, *rest]

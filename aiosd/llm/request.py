@@ -13,7 +13,8 @@ import numpy as np
 
 from aiosd.link import Submit
 from aiosd.llm import llama
-from aiosd.llm.chat import ChatTemplate, Message, Tool, normal_messages, normal_tools, refuse
+from aiosd.llm.chat import THINK, ChatTemplate, Message, normal_messages, normal_tools, refuse
+from aiosd.llm.dialects import Tool
 from aiosd.llm.sampling import Sampler
 from aiosd.llm.sequence import Sequence
 from aiosd.llm.structured import Constraint, SchemaConstraint, ToolConstraint
@@ -42,7 +43,7 @@ class Requests:
     def sequence(self, submit: Submit, order: int, now: float) -> Sequence:
         request = submit.request
         tools = normal_tools(request.tools)
-        prompt = self._prompt(request, tools)
+        prompt, thinking = self._prompt(request, tools)
         sampling = request.sampling
         dialect = self.template.dialect if tools else None
         trigger = dialect.trigger if dialect else None
@@ -58,7 +59,7 @@ class Requests:
             sampler=_sampler(sampling),
             ignore_eos=sampling.ignore_eos,
             stream=request.stream,
-            text=TextStream(sampling.stop, trigger),
+            text=TextStream(sampling.stop, trigger, THINK if self.template.thinks else None, thinking),
             constraint=self._constraint(request, tools),
             dialect=dialect,
             budget=submit.budget,
@@ -70,33 +71,45 @@ class Requests:
 
     def conversation(self, messages: list[dict[str, Any]], tools: list[dict[str, Any]] | None) -> list[int]:
         """The tokens of a conversation as the next call about it begins."""
-        normal, offered = normal_messages(messages), normal_tools(tools)
-        return self._chat_tokens(self.template.render(self._disarmed(normal), offered))
+        return self._chat_tokens(self._rendered(messages, normal_tools(tools)))
 
-    def _prompt(self, request: Generate, tools: list[Tool]) -> list[int]:
+    def _prompt(self, request: Generate, tools: list[Tool]) -> tuple[list[int], bool]:
+        """The tokens, and whether they end in the middle of the model's thoughts."""
         if (request.messages is None) == (request.prompt is None):
             raise refuse("give either messages or a prompt")
         if request.messages is not None:
-            messages = normal_messages(request.messages)
-            return self._measured(self._chat_tokens(self.template.render(self._disarmed(messages), tools)))
+            text = self._rendered(request.messages, tools, thinking=request.schema is None)
+            return self._measured(self._chat_tokens(text)), text.rstrip().endswith(THINK[0])
         if tools:
             raise refuse("tools: they need a chat, a completion has no place for them")
         if isinstance(request.prompt, str):
-            return self._measured(self._tokens(request.prompt) if request.prompt else [])
+            return self._measured(self._tokens(request.prompt) if request.prompt else []), False
         assert request.prompt is not None
         self.check_ids(request.prompt, "prompt")
-        return self._measured(request.prompt)
+        return self._measured(request.prompt), False
 
-    def _disarmed(self, messages: list[Message]) -> list[Message]:
-        """Control tokens that a message merely quotes (a tool's output may) must not become control tokens: a
-        mark goes into the middle of them, at which `_chat_tokens` cuts."""
+    def _rendered(self, messages: list[Message], tools: list[Tool], *, thinking: bool = True) -> str:
+        """The prompt as text, with a mark in what must not become a control token. A schema leaves no room for
+        thoughts: the template is told so."""
+        return self.template.render(
+            [self._disarmed(message) for message in normal_messages(messages)],
+            [self._disarmed(tool) for tool in tools],
+            thinking=thinking,
+        )
+
+    def _disarmed(self, value: Any) -> Any:
+        """Control tokens that a message merely quotes (a tool's output may, and then the arguments of the next call)
+        must not become control tokens: a mark goes into the middle of them, at which `_chat_tokens` cuts."""
         pattern = self._tokenizer.pattern
-        if pattern is None or not any(pattern.search(message["content"]) for message in messages):
-            return messages
-        return [
-            {**message, "content": pattern.sub(lambda match: match[0][0] + _MARK + match[0][1:], message["content"])}
-            for message in messages
-        ]
+        if pattern is None:
+            return value
+        if isinstance(value, str):
+            return pattern.sub(lambda match: match[0][0] + _MARK + match[0][1:], value)
+        if isinstance(value, list):
+            return [self._disarmed(item) for item in value]
+        if isinstance(value, dict):
+            return {self._disarmed(key): self._disarmed(item) for key, item in value.items()}
+        return value
 
     def _chat_tokens(self, text: str) -> list[int]:
         first, *rest = text.split(_MARK)

@@ -21,7 +21,7 @@ from aiosd.link import Key
 from aiosd.llm.sampling import PENALTY_WINDOW, Sampler
 
 if TYPE_CHECKING:
-    from aiosd.llm.chat import ToolDialect
+    from aiosd.llm.dialects import ToolDialect
     from aiosd.llm.prefix import Node
     from aiosd.llm.structured import Constraint
     from aiosd.llm.text import TextStream

@@ -12,14 +12,15 @@ from __future__ import annotations
 
 import codecs
 import errno
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from typing import Protocol
 
 import numpy as np
 import numpy.typing as npt
 
 from aiosd.llm import llama
-from aiosd.llm.chat import Tool, ToolDialect, call_rules, refuse
+from aiosd.llm.chat import refuse
+from aiosd.llm.dialects import Tool, ToolDialect, call_rules
 from aiosd.llm.schema import Converter, Schema, grammar_of
 from aiosd.llm.text import TextStream
 
@@ -46,17 +47,23 @@ class Constraint(Protocol):
 
 
 class Guide:
-    """A grammar, plus what it does not look at: control tokens, and bytes that are no UTF-8."""
+    """A grammar, plus what it does not look at: control tokens, and bytes that are no UTF-8. `controls`: texts of
+    control tokens that may be part of what the grammar describes."""
 
-    def __init__(self, model: llama.Model, gbnf: str) -> None:
+    def __init__(self, model: llama.Model, gbnf: str, controls: Iterable[str] = ()) -> None:
         self._model = model
+        self._refused = model.control
+        wanted = set(controls)
+        if wanted:
+            self._refused = model.control.copy()
+            self._refused[[token for token in model.control_tokens() if model.token_text(token) in wanted]] = False
         self._grammar = llama.Grammar(model, gbnf)
         self._utf8 = codecs.getincrementaldecoder("utf-8")("strict")
 
     def allows(self, token: int) -> bool:
         if token in self._model.end_tokens:
             return self._grammar.allows(token)
-        return not self._model.control[token] and self._is_utf8(token) and self._grammar.allows(token)
+        return not self._refused[token] and self._is_utf8(token) and self._grammar.allows(token)
 
     @property
     def can_end(self) -> bool:
@@ -108,7 +115,7 @@ class Guide:
 
     def fitting(self, ids: npt.NDArray[np.int64]) -> npt.NDArray[np.int64]:
         """Those of the tokens that the grammar lets through; `allows` may still refuse some as no UTF-8."""
-        ids = ids[~self._model.control[ids]]
+        ids = ids[~self._refused[ids]]
         return ids[self._grammar.mask(ids)]
 
     def close(self) -> None:
@@ -176,27 +183,33 @@ class ToolConstraint:
         """Look at a token of free text; enter the grammar if it begins a call. False: refused."""
         self._entered_with_token = False
         if self._model.control[token]:
-            if token not in self._model.end_tokens and self._model.token_text(token) == self._dialect.trigger:
-                text.pull_trigger()
-                self._enter()
+            self._step_control(text, token)
             return True
         piece = self._model.pieces[token].decode(errors="replace")
-        if self._dialect.at_start and self._blank and piece.lstrip().startswith("{"):
+        if self._dialect.at_start and self._blank and not text.inside and piece.lstrip().startswith("{"):
             text.pull_trigger()
             self._enter()
             self._entered_with_token = True
             return True
-        assert text.trigger is not None
-        end = text.trigger.completes(piece)
+        end = text.triggers(piece)
         if end and piece[end:].strip():
             return False
         if end:
             self._enter()
-        self._blank = self._blank and not piece.strip()
+        self._blank = text.inside or (self._blank and not piece.strip())  # after thoughts a text begins anew
         return True
 
+    def _step_control(self, text: TextStream, token: int) -> None:
+        written = self._model.token_text(token)
+        if token in self._model.end_tokens:
+            return
+        text.mark(written)
+        if written == self._dialect.trigger and not text.inside:
+            text.pull_trigger()
+            self._enter()
+
     def _enter(self) -> None:
-        self._guide = Guide(self._model, self._gbnf)
+        self._guide = Guide(self._model, self._gbnf, self._dialect.controls)
 
     _entered_with_token = False
 

@@ -32,20 +32,16 @@ class Matcher:
             self._fail[i] = k
 
     def feed(self, char: str) -> bool:
-        """Does the stream end with the needle now? Not to be fed again after it did."""
+        """Does the stream end with the needle now? Not to be fed again after it did, unless `restart`ed."""
         needle, k = self.needle, self.matched
         while k and char != needle[k]:
             k = self._fail[k - 1]
         self.matched = k = k + 1 if char == needle[k] else k
         return k == len(needle)
 
-    def completes(self, text: str) -> int:
-        """Where in `text`, fed after what was fed before, the needle is complete: characters up to and with
-        its end, 0 if it is not. Changes nothing."""
-        before = self.matched
-        found = next((i for i, char in enumerate(text, 1) if self.feed(char)), 0)
-        self.matched = before
-        return found
+    def restart(self) -> None:
+        """Forget what was fed."""
+        self.matched = 0
 
 
 class TextStream:
@@ -54,17 +50,31 @@ class TextStream:
     After a stop string (`stopped`) or the trigger of a tool call (`triggered`) nothing more is shown; what
     follows the trigger gathers in `rest`. The first needle to be complete counts; of two that are complete
     with the same character, the longer one.
+
+    `aside`: what a thinking model writes before and after its thoughts. There no tool call begins, whatever it
+    quotes. `inside`: the text begins in the middle of one.
     """
 
-    __slots__ = ("_decoder", "_held", "_needles", "_parts", "_taken", "rest", "stopped", "trigger", "triggered")
+    __slots__ = (
+        "_aside", "_decoder", "_held", "_needles", "_parts", "_taken",
+        "inside", "rest", "stopped", "trigger", "triggered",
+    )  # fmt: skip
 
-    def __init__(self, stops: Iterable[str] = (), trigger: str | None = None) -> None:
+    def __init__(
+        self,
+        stops: Iterable[str] = (),
+        trigger: str | None = None,
+        aside: tuple[str, str] | None = None,
+        inside: bool = False,
+    ) -> None:
         self._decoder = _utf8("replace")
         self.trigger = Matcher(trigger) if trigger else None
         self._needles = [Matcher(stop) for stop in set(stops)]
         if self.trigger:
             self._needles.append(self.trigger)
         self._needles.sort(key=lambda matcher: len(matcher.needle), reverse=True)
+        self._aside = (Matcher(aside[0]), Matcher(aside[1])) if aside and trigger else None
+        self.inside = inside and self._aside is not None  # the thoughts of the model
         self._held = ""  # decoded, not shown: what some needle has matched so far
         self._parts: list[str] = []  # shown
         self._taken = 0  # parts that `take` has given out
@@ -88,6 +98,21 @@ class TextStream:
             self._parts.append(self._held)
             self._held = ""
         self.triggered = True
+
+    def mark(self, control: str) -> None:
+        """A control token, which is no text, may begin or end an aside too."""
+        if self._aside is not None and control == self._aside[self.inside].needle:
+            self._turn()
+
+    def triggers(self, text: str) -> int:
+        """Where in `text`, if it were fed now, the trigger would be complete: characters up to and with its end, 0
+        if it would not. Changes nothing."""
+        before = self.inside, [(matcher, matcher.matched) for matcher in (*self._needles, *(self._aside or ()))]
+        first = next(((i, hits[0]) for i, char in enumerate(text, 1) if (hits := self._hits(char))), (0, None))
+        self.inside = before[0]
+        for matcher, matched in before[1]:
+            matcher.matched = matched
+        return first[0] if first[1] is self.trigger else 0
 
     def take(self) -> str:
         """What may be shown and was not yet taken."""
@@ -120,7 +145,7 @@ class TextStream:
         buffer = self._held + text
         start = len(self._held)
         for end, char in enumerate(text, start + 1):
-            hits = [needle for needle in self._needles if needle.feed(char)]  # every needle sees every character
+            hits = self._hits(char)
             if hits:
                 self._held = ""
                 self._parts.append(buffer[: end - len(hits[0].needle)])
@@ -129,6 +154,23 @@ class TextStream:
                 if self.triggered:
                     self.rest = buffer[end:]
                 return
-        hold = max(needle.matched for needle in self._needles)
+        hold = max(needle.matched for needle in self._needles)  # (0 for a trigger within an aside)
         self._parts.append(buffer[: len(buffer) - hold])
         self._held = buffer[len(buffer) - hold :]
+
+    def _hits(self, char: str) -> list[Matcher]:
+        """The needles that end with this character, the longest first. Every needle sees every character, but the
+        trigger sees none of an aside."""
+        hits = [
+            needle for needle in self._needles if not (self.inside and needle is self.trigger) and needle.feed(char)
+        ]
+        if self._aside is not None and self._aside[self.inside].feed(char):
+            self._turn()
+        return hits
+
+    def _turn(self) -> None:
+        self.inside = not self.inside
+        assert self._aside is not None
+        assert self.trigger is not None
+        for matcher in (*self._aside, self.trigger):
+            matcher.restart()
