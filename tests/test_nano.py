@@ -2,6 +2,7 @@
 
 import importlib.util
 import json
+import random
 import re
 import sys
 from pathlib import Path
@@ -10,7 +11,19 @@ from typing import Any
 import pytest
 
 from aiosd.nano import model_path, phrases
-from aiosd.nano.tasks import FAMILIES, HELD, HELD_RANGES, TRAIN, Task, check, conversation, make
+from aiosd.nano.tasks import (
+    FAMILIES,
+    FRESH,
+    HELD,
+    HELD_RANGES,
+    TRAIN,
+    Source,
+    Task,
+    check,
+    conversation,
+    kept_back,
+    make,
+)
 from aiosd.nano.template import CHAT_TEMPLATE, render
 from aiosd.nano.tokenizer import CONTROL, SPECIAL, USER_DEFINED, learn, load
 from libaios.agents.react import TOOLS
@@ -44,7 +57,7 @@ def test_a_task_does_not_change_when_it_is_solved() -> None:
         assert (task.files, task.notes) == before
 
 
-@pytest.mark.parametrize("split", [TRAIN, HELD])
+@pytest.mark.parametrize("split", [TRAIN, HELD, FRESH])
 def test_reference_solutions_pass_the_checker(split: str) -> None:
     for seed in range(MANY):
         task = make(seed, split)
@@ -57,17 +70,30 @@ def test_all_families_come_up_with_chains_of_three_calls() -> None:
     assert {t.calls() for t in tasks} >= {0, 1, 2, 3, 4}
 
 
-def test_splits_share_no_phrase_and_no_listed_word() -> None:
+def test_splits_share_no_listed_word() -> None:
     lists = {name: value for name, value in vars(phrases).items() if isinstance(value, list) and name.isupper()}
     pairs = [name for name in lists if name.endswith("_HELD")]
-    assert len(pairs) > 30
+    assert len(pairs) > 8
     for name in pairs:
         train = {str(item) for item in lists[name.removesuffix("_HELD")]}
         held = {str(item) for item in lists[name]}
         assert held
         assert not train & held, name
-    for train, held in phrases.SMALL_TALK.values():
-        assert not {t.lower() for t in train} & {t.lower() for t in held}
+
+
+def test_phrases_that_are_kept_back_are_never_used_but_in_fresh_tasks() -> None:
+    lists = [phrases.READ, phrases.WRITE, phrases.CALC, phrases.PROBLEMS, phrases.ON_VALUE, phrases.POLITE]
+    for phrase_list in lists:
+        taught, kept = kept_back(phrase_list)
+        assert len(kept) >= 4
+        assert not set(taught) & set(kept)
+        assert set(taught) | set(kept) == set(phrase_list)
+        for split, among in ((TRAIN, taught), (HELD, taught), (FRESH, kept)):
+            source = Source(random.Random(1), split)
+            assert {source.choose(phrase_list) for _ in range(300)} <= set(among)
+    for phrase_list in (phrases.PROBLEMS, phrases.WORDED):  # what a kept phrase means is taught by another
+        taught, kept = kept_back(phrase_list)
+        assert {formula for _, formula in kept} <= {formula for _, formula in taught}
 
 
 def test_splits_share_no_number() -> None:
@@ -88,7 +114,7 @@ def test_splits_share_no_number() -> None:
 
 
 def test_no_held_out_prompt_is_trained_on() -> None:
-    held = {make(seed, HELD).prompt for seed in range(MANY)}
+    held = {make(seed, split).prompt for seed in range(MANY) for split in (HELD, FRESH)}
     trained = {m["content"] for seed in range(MANY) for m in conversation(seed)[0] if m["role"] == "user"}
     assert not held & trained
 

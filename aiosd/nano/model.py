@@ -1,7 +1,6 @@
 """nano's network: a plain Llama (RMSNorm, rotary positions, grouped-query attention, SwiGLU, tied embeddings)."""
 
-from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 import torch
 import torch.nn.functional as F
@@ -13,11 +12,11 @@ BACK, SHARP, GIVE = 3.0, 3.5, 0.4  # how firmly copying is wired before training
 @dataclass(frozen=True)
 class Shape:
     vocab: int = 1597
-    width: int = 192
-    layers: int = 4
-    heads: int = 6
-    kv_heads: int = 3
-    hidden: int = 512
+    width: int = 256
+    layers: int = 6
+    heads: int = 8
+    kv_heads: int = 4
+    hidden: int = 640
     context: int = 2048
     eps: float = 1e-5
     rope_base: float = 500_000.0
@@ -109,7 +108,7 @@ class Nano(nn.Module):
         give = nn.init.orthogonal_(torch.empty(s.kv_heads * s.head, s.width))
         give[:, 0] = give[:, -told:] = 0
         match.attn_v.weight[:] = give
-        for kv in range(s.kv_heads):  # each carries a third of what stands there
+        for kv in range(s.kv_heads):  # each carries its share of what stands there
             key, query = kv * s.head, kv * group * s.head
             match.attn_q.weight[query : query + s.head] = match.attn_k.weight[key : key + s.head] = 0
             match.attn_q.weight[query + s.head - told : query + s.head] = SHARP * look
@@ -129,17 +128,6 @@ class Nano(nn.Module):
     def embedding(self) -> Tensor:
         spaced = self.plain != torch.arange(len(self.plain))
         return self.token_embd.weight[self.plain] + spaced[:, None] * self.space
-
-    def grow(self, after: Sequence[int]) -> None:
-        """Adds a block behind each of these; it does nothing yet, so that the network computes what it did."""
-        for place in sorted(after, reverse=True):
-            block = Block(self.s)
-            for name, p in block.named_parameters():
-                if p.dim() == 2:
-                    last = name.startswith(("attn_output", "ffn_down"))
-                    nn.init.zeros_(p) if last else nn.init.normal_(p, std=0.05)
-            self.blk.insert(place + 1, block)
-        self.s = replace(self.s, layers=len(self.blk))
 
     def _frequencies(self) -> Tensor:
         return self.s.rope_base ** (-torch.arange(0, self.s.head, 2) / self.s.head)

@@ -1,8 +1,8 @@
 """The words that nano's tasks are made of: vocabulary, facts, word problems and phrases.
 
 Phrases are templates: `[a|b]` is a choice, `{x}` a slot. One that begins with a small letter is an order and
-may be wrapped in politeness; any other stands for itself. Every TRAIN list has a HELD twin, seen only by the tests
-and the benchmark.
+may be wrapped in politeness; any other stands for itself. Lists of words have a HELD twin, seen only by the tests and
+the benchmarks; of the phrases `tasks.py` keeps some back by their checksum.
 """
 
 # a phrase is easier to read and to compare on one line
@@ -154,12 +154,8 @@ the piano lesson fee
 # Notes with a number in them, and what they are about.
 VALUED = [
     ("{q} costs {d} {m}", "{q}"), ("{q} costs {d}", "{q}"), ("{q} is {d} {m} [a|per] month", "{q}"), ("{q} is now {d}", "{q}"), ("{q} was {d}", "{q}"), ("{q} = {d}", "{q}"), ("{q}: {d}", "{q}"), ("{n} owes me {d} {m}", "what {n} owes me"), ("{n} is {d} years old", "{n}'s age"), ("I have {d} {w}", "{w}"), ("the {w} weighs {d} kg", "the {w}"), ("there are {d} {w}", "{w}"), ("we have {d} {w}", "{w}"), ("one {w} costs {d} {m}", "one {w}"), ("a {w} costs {d} {m}", "a {w}"), ("{n} earns {d} {m}", "what {n} earns"),
+    ("{q} amounts to {d}", "{q}"), ("{n} gave me {d} {m}", "what {n} gave me"), ("the {w} measures {d} cm", "the {w}"),
 ]  # fmt: skip
-VALUED_HELD = [
-    ("{q} amounts to {d}", "{q}"),
-    ("{n} gave me {d} {m}", "what {n} gave me"),
-    ("the {w} measures {d} cm", "the {w}"),
-]
 
 # Facts that are sentences: the note, then what follows "what/who/where/when (do|does|did|is)" in a question.
 SENTENCES = [
@@ -178,11 +174,7 @@ SENTENCES = [
     ("the {w} belongs to {n}", "Who does", "the {w} belong to"), ("I feed the {w} at {t}", "When do", "I feed the {w}"),
     ("{n} is [my|our] {w}", "Who is", "{n}"), ("I promised {n} a {w}", "What did", "I promise {n}"),
     ("{n} sits next to {o}", "Who does", "{n} sit next to"), ("we meet {n} at the {w}", "Where do", "we meet {n}"),
-]  # fmt: skip
-SENTENCES_HELD = [
-    ("{n} collects {w}", "What does", "{n} collect"), ("I buried the {w} near the {v}", "Where did", "I bury the {w}"),
-    ("{n} arrives at {t}", "When does", "{n} arrive"), ("I owe {n} {d} {m}", "How much do", "I owe {n}"),
-    ("{n} sold me a {w}", "What did", "{n} sell me"), ("the {w} was built in {c}", "Where was", "the {w} built"),
+    ("{n} collects {w}", "What does", "{n} collect"), ("I buried the {w} near the {v}", "Where did", "I bury the {w}"), ("{n} arrives at {t}", "When does", "{n} arrive"), ("I owe {n} {d} {m}", "How much do", "I owe {n}"), ("{n} sold me a {w}", "What did", "{n} sell me"), ("the {w} was built in {c}", "Where was", "the {w} built"),
 ]  # fmt: skip
 
 REMEMBER = [
@@ -203,10 +195,7 @@ REMEMBER = [
     "I [want|need] you to [remember|know|note] that {x}.", "[One thing to remember|Something to remember|Note to self]: {x}",
     "It is important that you remember that {x}.", "Here is [something|a fact] to [keep|remember]: {x}",
     "I will need this later: {x}", "Let me tell you something to remember: {x}",
-]  # fmt: skip
-REMEMBER_HELD = [
-    "bear in mind that {x}", "commit to memory that {x}", "hold on to this fact: {x}", "put down a note that {x}",
-    "{X}. [You must remember that|Keep a note of that].", "Please take note: {x}", "I'd be glad if you remembered that {x}.",
+    "bear in mind that {x}", "commit to memory that {x}", "hold on to this fact: {x}", "put down a note that {x}", "{X}. [You must remember that|Keep a note of that].", "Please take note: {x}", "I'd be glad if you remembered that {x}.",
 ]  # fmt: skip
 
 # {q} is what the question is about; {wh} begins a question ("Where did"), {wi} the same as an indirect question.
@@ -222,17 +211,14 @@ RECALL = [
     "tell me what [I said|you know|you remember] about {q}", "give me {q}", "Do you have a note [about|on] {q}?",
     "I need {q}.", "I need to know {wi} {q}{tail}.", "{Q}?", "Any idea {wi} {q}{tail}?", "What was {q}?", "find out {wi} {q}{tail}",
     "According to your notes, {wh} {q}?", "Hey, {wh} {q}?", "tell me what was noted about {q}", "Is there [a note|anything] about {q}?",
-]  # fmt: skip
-RECALL_HELD = [
-    "I wonder {wi} {q}{tail}.", "refresh my memory about {q}", "Could it be that you noted {q}?", "go through your notes and tell me about {q}",
-    "Quick question: {wh} {q}?", "What was it I told you about {q}?", "bring up the note on {q}",
+    "I wonder {wi} {q}{tail}.", "refresh my memory about {q}", "Could it be that you noted {q}?", "go through your notes and tell me about {q}", "Quick question: {wh} {q}?", "What was it I told you about {q}?", "bring up the note on {q}",
 ]  # fmt: skip
 RECALL_ALL = [
     "read all notes", "What's in your memory?", "list what is in your notes", "read your notes to me",
     "What do you remember?", "list [all|] your notes", "tell me everything [you remember|I told you]", "show me all [your|the|my] notes",
     "What have you noted so far?", "What notes do you have?", "What [did|have] I [tell|told] you so far?", "recall everything",
+    "read me all your notes", "What is in your notes?",
 ]  # fmt: skip
-RECALL_ALL_HELD = ["read me all your notes", "What is in your notes?"]
 
 READ = [
     "recite what {f} says", "let me see {f}", "show what {f} holds", "What can I find in {f}?", "take a look at {f}", "I am curious what {f} says.", "present {f}", "show the text stored in {f}", "let me see the text of {f}", "take a look at {f} and tell me what it says", "What text is stored in {f}?",
@@ -247,10 +233,7 @@ READ = [
     "[load|fetch] {f} and show it", "Could I see what {f} says?", "[output|dump|list] the [contents|content] of {f}", "Contents of {f}?",
     "open the file [called|named] {f}", "read the file [called|named] {f}", "find out what {f} says", "view {f}", "quote {f}",
     "There is a file [called|named|] {f}. What does it say?", "I have a file {f}, read it [to me|please|].",
-]  # fmt: skip
-READ_HELD = [
-    "recite the file {f}", "let me see what {f} holds", "What would I find in {f}?", "take a look at {f} and tell me the text",
-    "I am curious about the contents of {f}.", "present the text stored in {f}",
+    "recite the file {f}", "let me see what {f} holds", "What would I find in {f}?", "take a look at {f} and tell me the text", "I am curious about the contents of {f}.", "present the text stored in {f}",
 ]  # fmt: skip
 
 WRITE = [
@@ -267,10 +250,7 @@ WRITE = [
     "[overwrite|replace] {f} with {x}", "keep {x} in the file {f}", "make a new file [called|named] {f} and [write|put] {x} [in|into] it",
     "create {f} and write {x} [in|into|to] it", "open a new file {f} and write {x}", "Text for {f}: {x}", "write down {x} in {f}", "output {x} to {f}",
     "jot {x} down in {f}", "put this into {f}: {x}", "Please have {f} contain {x}.",
-]  # fmt: skip
-WRITE_HELD = [
-    "make a new file {f} that holds {x}", "drop {x} into {f}", "enter {x} in the file {f}", "let {f} contain {x}",
-    "leave the text {x} in {f}", "I would like to have {x} in {f}.",
+    "make a new file {f} that holds {x}", "drop {x} into {f}", "enter {x} in the file {f}", "let {f} contain {x}", "leave the text {x} in {f}", "I would like to have {x} in {f}.",
 ]  # fmt: skip
 
 # {e} is an expression in signs or in words.
@@ -283,10 +263,7 @@ CALC = [
     "[do|run] the [math|calculation|sum]: {e}", "Do you know what {e} is?", "What would {e} be?", "determine {e}", "How much would {e} be?", "get {e}", "calc {e}",
     "use the calculator[ to work out|:| for] {e}", "Quick: {e}?", "[work|find] out [what|how much] {e} is", "{E} equals what?", "I have to [compute|calculate] {e}.", "help me with {e}",
     "{E} is what?", "say what {e} is", "How many is {e}?", "return {e}",
-]  # fmt: skip
-CALC_HELD = [
-    "I wonder what {e} is.", "state the value of {e}", "What number is {e}?", "reckon {e}", "What results from {e}?", "Any idea how much {e} is?",
-    "obtain {e}",
+    "I wonder what {e} is.", "state the value of {e}", "What number is {e}?", "reckon {e}", "What results from {e}?", "Any idea how much {e} is?", "obtain {e}",
 ]  # fmt: skip
 
 # Arithmetic in words, and the expression for calc. The order of numbers is the reader's: what comes first is a.
@@ -304,10 +281,7 @@ WORDED = [
     ("the sum of {a} and {b}[,|] times {c}", "({a} + {b}) * {c}"), ("the sum of {a} and {b}[,|] divided by {c}", "({a} + {b}) / {c}"), ("{a} times the sum of {b} and {c}", "{a} * ({b} + {c})"), ("{a} minus {b} minus {c}", "{a} - {b} - {c}"),
     ("{a} times {b} times {c}", "{a} * {b} * {c}"), ("{a} times {b} divided by {c}", "{a} * {b} / {c}"), ("the remainder of {a} divided by {b}", "{a} % {b}"), ("{a} modulo {b}", "{a} % {b}"), ("{a} mod {b}", "{a} % {b}"), ("the larger of {a} and {b}", "max({a}, {b})"), ("the smaller of {a} and {b}", "min({a}, {b})"),
     ("the difference between {a} and {b}[,|] times {c}", "({a} - {b}) * {c}"), ("{a} divided by {b} plus {c}", "{a} / {b} + {c}"),
-]  # fmt: skip
-WORDED_HELD = [
-    ("{a} increased by {b}", "{a} + {b}"), ("{a} reduced by {b}", "{a} - {b}"), ("the total of {a} and {b}", "{a} + {b}"), ("{a} multiplied by {b} and then by {c}", "{a} * {b} * {c}"), ("{a} plus {b}, plus {c}", "{a} + {b} + {c}"),
-    ("{a} minus {b} plus {c}", "{a} - {b} + {c}"), ("{a} divided by {b} minus {c}", "{a} / {b} - {c}"), ("the product of {a} and {b}, minus {c}", "{a} * {b} - {c}"), ("the sum of {a} and {b} minus {c}", "{a} + {b} - {c}"), ("one half of {a}", "{a} / 2"),
+    ("{a} increased by {b}", "{a} + {b}"), ("{a} reduced by {b}", "{a} - {b}"), ("the total of {a} and {b}", "{a} + {b}"), ("{a} multiplied by {b} and then by {c}", "{a} * {b} * {c}"), ("{a} plus {b}, plus {c}", "{a} + {b} + {c}"), ("{a} minus {b} plus {c}", "{a} - {b} + {c}"), ("{a} divided by {b} minus {c}", "{a} / {b} - {c}"), ("the product of {a} and {b}, minus {c}", "{a} * {b} - {c}"), ("the sum of {a} and {b} minus {c}", "{a} + {b} - {c}"), ("one half of {a}", "{a} / 2"),
 ]  # fmt: skip
 # Orders that are arithmetic.
 ORDERS = [
@@ -317,8 +291,6 @@ ORDERS = [
     ("add {a} and {b}[,| and] [then|] multiply [by|the result by|it by] {c}", "({a} + {b}) * {c}"), ("add {a} to {b} and divide [by|the result by] {c}", "({a} + {b}) / {c}"), ("multiply {a} by {b}[,| and] [then|] add {c}", "{a} * {b} + {c}"), ("multiply {a} by {b} and subtract {c}", "{a} * {b} - {c}"),
     ("divide {a} by {b} and add {c}", "{a} / {b} + {c}"), ("subtract {b} from {a} and multiply [by|the result by] {c}", "({a} - {b}) * {c}"), ("raise {a} to the power of {k}", "{a} ** {k}"), ("take {a}, add {b} and subtract {c}", "{a} + {b} - {c}"), ("take {a}, multiply it by {b} and add {c}", "{a} * {b} + {c}"), ("increase {a} by {k}%", "{a} * (100 + {k}) / 100"), ("[reduce|decrease] {a} by {k}%", "{a} * (100 - {k}) / 100"), ("average {a} and {b}", "({a} + {b}) / 2"),
     ("start with {a}, add {b}, then multiply by {c}", "({a} + {b}) * {c}"), ("convert {a} hours to minutes", "{a} * 60"), ("convert {a} minutes to seconds", "{a} * 60"), ("convert {a} km to metres", "{a} * 1000"), ("convert {a} weeks to days", "{a} * 7"), ("convert {a} days to hours", "{a} * 24"), ("convert {a} minutes to hours", "{a} / 60"), ("convert {a} years to months", "{a} * 12"), ("convert {a} kilograms to grams", "{a} * 1000"), ("convert {a} metres to centimetres", "{a} * 100"),
-]  # fmt: skip
-ORDERS_HELD = [
     ("add up the numbers {a} and {b}", "{a} + {b}"), ("multiply {a} by {b}, then take away {c}", "{a} * {b} - {c}"), ("subtract {b} from {a} and add {c}", "{a} - {b} + {c}"), ("divide {a} by {b} and subtract {c}", "{a} / {b} - {c}"), ("multiply the numbers {a} and {b}", "{a} * {b}"), ("add the numbers {a}, {b} and {c}", "{a} + {b} + {c}"), ("take {a} and add {b} to it", "{a} + {b}"),
 ]  # fmt: skip
 
@@ -433,20 +405,7 @@ PROBLEMS = [
     ("{n} has {b} times as many {t} as {o}, who has {a}. How many does {n} have?", "{b} * {a}"),
     ("{a} [teams|groups|tables] have {b} [players|people|seats] each. How many [players|people|seats] are [there|there in total|that]?", "{a} * {b}"),
     ("A [theatre|hall|cinema] has {a} rows of {b} seats. How many seats [are there|is that|does it have]?", "{a} * {b}"),
-]  # fmt: skip
-PROBLEMS_HELD = [
-    ("{n} picks {a} {t} in the morning and {b} in the afternoon. How many {t} is that altogether?", "{a} + {b}"),
-    ("A shop has {a} {t} and sells {b}. How many {t} are left?", "{a} - {b}"),
-    ("{n} owns {a} {C}s and each one has {b} {t}. How many {t} are there?", "{a} * {b}"),
-    ("{a} {t} are packed in {C}s of {b}. How many {C}s is that?", "{a} / {b}"),
-    ("A worker makes {b} {t} per day. How many are there after {a} days?", "{b} * {a}"),
-    ("{n} buys {a} {t} for {b} {m} each and pays {c} {m} for the delivery. How much is that in total?", "{a} * {b} + {c}"),
-    ("{n} has {a} {t}, {o} gives {n} {b} more and {n} loses {c}. How many are left?", "{a} + {b} - {c}"),
-    ("Five friends share a bill of {a} {m}. How much does each pay?", "{a} / 5"),
-    ("I have {a} {m} in cash and {b} {m} at the bank. How much do I have altogether?", "{a} + {b}"),
-    ("A trip of {a} km needs {b} days. How many km is that per day?", "{a} / {b}"),
-    ("How much are {a} {t} if one costs {b} {m}?", "{a} * {b}"),
-    ("{n} had {a} {m} and paid {b} {m} for {t}. How much is left?", "{a} - {b}"),
+    ("{n} picks {a} {t} in the morning and {b} in the afternoon. How many {t} is that altogether?", "{a} + {b}"), ("A shop has {a} {t} and sells {b}. How many {t} are left?", "{a} - {b}"), ("{n} owns {a} {C}s and each one has {b} {t}. How many {t} are there?", "{a} * {b}"), ("{a} {t} are packed in {C}s of {b}. How many {C}s is that?", "{a} / {b}"), ("A worker makes {b} {t} per day. How many are there after {a} days?", "{b} * {a}"), ("{n} buys {a} {t} for {b} {m} each and pays {c} {m} for the delivery. How much is that in total?", "{a} * {b} + {c}"), ("{n} has {a} {t}, {o} gives {n} {b} more and {n} loses {c}. How many are left?", "{a} + {b} - {c}"), ("Five friends share a bill of {a} {m}. How much does each pay?", "{a} / 5"), ("I have {a} {m} in cash and {b} {m} at the bank. How much do I have altogether?", "{a} + {b}"), ("A trip of {a} km needs {b} days. How many km is that per day?", "{a} / {b}"), ("How much are {a} {t} if one costs {b} {m}?", "{a} * {b}"), ("{n} had {a} {m} and paid {b} {m} for {t}. How much is left?", "{a} - {b}"),
 ]  # fmt: skip
 
 # An operation on a value that has to be fetched first. {v} is how the value is called.
@@ -459,10 +418,8 @@ ON_VALUE = [
     ("What is {v} [doubled|times two]?", "{N} * 2"), ("What is the square of {v}?", "{N} ** 2"), ("How much is {v} divided by {k}?", "{N} / {k}"), ("How much is {v} minus {k}?", "{N} - {k}"),
 ]  # fmt: skip
 ON_VALUE = [pair for pair in ON_VALUE if pair[1]]
-ON_VALUE_HELD = [
-    ("What would {v} plus {k} be?", "{N} + {k}"), ("What would {v} times {k} be?", "{N} * {k}"), ("take {v} and lower it by {k}", "{N} - {k}"), ("What does {v} divided by {k} give?", "{N} / {k}"), ("take {v} and raise it by {k}", "{N} + {k}"), ("give me {v} times {k}", "{N} * {k}"),
-]  # fmt: skip
 ON_VALUE += [
+    ("What would {v} plus {k} be?", "{N} + {k}"), ("What would {v} times {k} be?", "{N} * {k}"), ("take {v} and lower it by {k}", "{N} - {k}"), ("What does {v} divided by {k} give?", "{N} / {k}"), ("take {v} and raise it by {k}", "{N} + {k}"), ("give me {v} times {k}", "{N} * {k}"),
     ("add {k}% to {v}", "{N} * (100 + {k}) / 100"), ("[reduce|decrease|lower] {v} by {k}%", "{N} * (100 - {k}) / 100"), ("increase {v} by {k}%", "{N} * (100 + {k}) / 100"), ("take {k}% off {v}", "{N} * (100 - {k}) / 100"), ("subtract {k}% from {v}", "{N} * (100 - {k}) / 100"), ("take {v}, add {k}", "{N} + {k}"), ("take {v} and multiply it by {k}", "{N} * {k}"), ("take {v}[,| and] double it", "{N} * 2"), ("take {v} and divide it by {k}", "{N} / {k}"), ("take {v} and subtract {k}", "{N} - {k}"), ("What is {v} plus {k}, divided by {j}?", "({N} + {k}) / {j}"), ("multiply {v} by {k} and add {j}", "{N} * {k} + {j}"), ("add {k} to {v} and multiply [the result|] by {j}", "({N} + {k}) * {j}"), ("What is {v} times {k} plus {j}?", "{N} * {k} + {j}"), ("subtract {k} from {v} and divide by {j}", "({N} - {k}) / {j}"), ("How much do I pay if I pay {v} {k} times?", "{N} * {k}"), ("How much is {v} for {k} [months|days|weeks|people|years]?", "{N} * {k}"), ("How much is {v} [a year|per year|in a year]?", "{N} * 12"), ("How much is {v} if it [rises|goes up|grows] by {k}?", "{N} + {k}"), ("How much is left of {v} if I spend {k}?", "{N} - {k}"), ("split {v} [between|among] {k} people", "{N} / {k}"), ("[calculate|compute|find|tell me] {v} squared", "{N} ** 2"), ("[calculate|compute|find|tell me] the square root of {v}", "sqrt({N})"), ("What is the square root of {v}?", "sqrt({N})"), ("[calculate|compute|find|tell me] a third of {v}", "{N} / 3"), ("[calculate|compute|find] how much {v} times {k} is", "{N} * {k}"), ("[calculate|compute|find] what {v} plus {k} is", "{N} + {k}"),
 ]  # fmt: skip
 # Two values fetched first.
@@ -471,8 +428,6 @@ ON_TWO = [
     ("{any} {v} and {w} together", "{N} + {M}"), ("{any} {v} plus {w}", "{N} + {M}"), ("{any} {v} times {w}", "{N} * {M}"), ("{any} {v} minus {w}", "{N} - {M}"), ("{v} plus {w}", "{N} + {M}"), ("{v} times {w}", "{N} * {M}"), ("{v} minus {w}", "{N} - {M}"), ("subtract {w} from {v}", "{N} - {M}"), ("What is the total of {v} and {w}?", "{N} + {M}"), ("total {v} and {w}", "{N} + {M}"), ("How much more is {v} than {w}?", "{N} - {M}"), ("What is left of {v} after {w}?", "{N} - {M}"), ("What do {v} and {w} make [together|in total]?", "{N} + {M}"), ("[combine|join] {v} and {w}", "{N} + {M}"), ("What is the average of {v} and {w}?", "({N} + {M}) / 2"), ("How much is {v} times {w}?", "{N} * {M}"), ("How much is {v} minus {w}?", "{N} - {M}"), ("What do I get if I add {v} and {w}?", "{N} + {M}"),
     ("add {v} and {w}", "{N} + {M}"), ("add {v} to {w}", "{N} + {M}"), ("What is {v} plus {w}?", "{N} + {M}"), ("What is {v} minus {w}?", "{N} - {M}"), ("What is {v} times {w}?", "{N} * {M}"), ("multiply {v} by {w}", "{N} * {M}"), ("multiply {v} and {w}", "{N} * {M}"), ("What is the sum of {v} and {w}?", "{N} + {M}"), ("What is the product of {v} and {w}?", "{N} * {M}"), ("What is the difference between {v} and {w}?", "{N} - {M}"), ("How much are {v} and {w} together?", "{N} + {M}"), ("What do {v} and {w} add up to?", "{N} + {M}"),
     ("[compute|calculate|work out|find|tell me] {v} plus {w}", "{N} + {M}"), ("[compute|calculate|work out|find] {v} minus {w}", "{N} - {M}"), ("[compute|calculate|work out|find] {v} times {w}", "{N} * {M}"), ("divide {v} by {w}", "{N} / {M}"), ("What is {v} divided by {w}?", "{N} / {M}"), ("sum up {v} and {w}", "{N} + {M}"), ("How much is {v} plus {w}?", "{N} + {M}"), ("[compute|calculate|find] the sum of {v} and {w}", "{N} + {M}"), ("[compute|calculate|find] the product of {v} and {w}", "{N} * {M}"), ("[compute|calculate|find] the difference between {v} and {w}", "{N} - {M}"),
-]  # fmt: skip
-ON_TWO_HELD = [
     ("How much is {v} and {w} in total?", "{N} + {M}"), ("add together {v} and {w}", "{N} + {M}"), ("give me {v} times {w}", "{N} * {M}"), ("What do you get for {v} minus {w}?", "{N} - {M}"),
 ]  # fmt: skip
 
@@ -480,27 +435,23 @@ BOTH = [
     ("give me the sum of {v}", "+"), ("What do {v} make together?", "+"), ("add together {v}", "+"), ("How much do {v} add up to?", "+"), ("tell me the product of {v}", "*"),
     ("{any} the sum of {v}", "+"), ("{any} the product of {v}", "*"), ("open {f} and {g} and add the numbers", "+"), ("take {v} and add them", "+"), ("take {v} and multiply them", "*"), ("What do {v} add up to?", "+"), ("What is the total of {v}?", "+"),
     ("add {v}", "+"), ("add up {v}", "+"), ("What is the sum of {v}?", "+"), ("multiply {v}", "*"), ("sum {v}", "+"), ("What is the product of {v}?", "*"), ("compute the sum of {v}", "+"), ("calculate the sum of {v}", "+"), ("read {f} and {g} and add the numbers", "+"), ("read {f} and {g} and multiply the numbers", "*"), ("read {f} and {g} and add them [up|together]", "+"), ("read the numbers in {f} and {g} and add them", "+"), ("tell me the sum of {v}", "+"), ("add {v} together", "+"), ("compute the product of {v}", "*"),
+    ("sum together {v}", "+"), ("give me the product of {v}", "*"), ("How much do {v} make together?", "+"),
 ]  # fmt: skip
-BOTH_HELD = [("sum together {v}", "+"), ("give me the product of {v}", "*"), ("How much do {v} make together?", "+")]
 
 FILE_VALUE = [
     "the value kept in {f}", "the value inside {f}", "the value that is in {f}", "the number that is kept in {f}", "the number that is inside {f}", "the number found in {f}",
     "the {any} in {f}", "the {any} [stored|saved|written] in {f}", "the number that {f} [contains|holds]", "the price in {f}", "the total in {f}", "{f}", "the figure from {f}", "the amount [stored|saved] in {f}", "what {f} says", "the number you find in {f}", "the sum in {f}", "the result in {f}",
     "the number in {f}", "the number in {f}", "the value in {f}", "the number [stored|saved|written] in {f}", "the number from {f}", "what is in {f}", "the content of {f}", "the value [stored|saved] in {f}", "the amount in {f}", "the number in the file {f}", "the figure in {f}", "the number {f} contains", "the number that is in {f}", "the contents of {f}", "the value from {f}",
+    "the number kept in {f}", "the number inside {f}", "the value of {f}",
 ]  # fmt: skip
-FILE_VALUE_HELD = ["the number kept in {f}", "the number inside {f}", "the value of {f}"]
 THEN_IT = ["it", "the number", "that number", "the value", "the number in it", "the value in it"]
 
 LISTS = [
     ("What do the numbers in {f} make together?", "+"), ("How much do the values in {f} add up to?", "+"), ("sum the values from {f}", "+"), ("read {f} and add its numbers", "+"), ("add together the numbers from {f}", "+"),
     ("{any} the sum of the [numbers|values] in {f}", "+"), ("{any} the product of the [numbers|values] in {f}", "*"), ("There are numbers in {f}. [Add them up|Sum them|What is their sum]?", "+"), ("What is the total of the [numbers|values|amounts] in {f}?", "+"), ("sum {f}", "+"), ("add up [all the|all|the] [values|amounts|figures|prices] in {f}", "+"), ("read {f} and tell me the [sum|total] of the numbers", "+"), ("open {f} and add up the numbers", "+"), ("take the numbers in {f} and add them", "+"), ("take the numbers in {f} and multiply them", "*"), ("How much is everything in {f} together?", "+"),
     ("[add up|sum up|sum|total] the numbers in {f}", "+"), ("[compute|calculate|find|work out|tell me] the [sum|total] of the numbers in {f}", "+"), ("What is the [sum|total] of the numbers in {f}?", "+"), ("read {f} and [add up|sum|sum up] the numbers[ in it|]", "+"), ("What do the numbers in {f} add up to?", "+"), ("add the numbers [from|in] {f} together", "+"), ("[compute|calculate|find|tell me] the product of the numbers in {f}", "*"), ("multiply the numbers in {f}", "*"), ("What is the product of the numbers in {f}?", "*"), ("add all [the|] numbers in {f}", "+"), ("What is the sum of all values in {f}?", "+"),
+    ("How much do the numbers in {f} make together?", "+"), ("sum together the values from {f}", "+"), ("read {f} and multiply its numbers", "*"),
 ]  # fmt: skip
-LISTS_HELD = [
-    ("How much do the numbers in {f} make together?", "+"),
-    ("sum together the values from {f}", "+"),
-    ("read {f} and multiply its numbers", "*"),
-]
 
 AVERAGES = [
     "show me the average of the numbers in {f}",
@@ -510,26 +461,22 @@ AVERAGES = [
     "[compute|calculate|find|tell me] the [average|mean] of the numbers in {f}",
     "What is the [average|mean] of the [numbers|values] in {f}?",
     "average the numbers in {f}",
+    "give me the average of the numbers in {f}",
 ]
-AVERAGES_HELD = ["give me the average of the numbers in {f}"]
 
 # What to do with a result; {f} a file, {l} a label.
 SAVE = [
     "place it in {f}", "place the answer in {f}", "keep the result in {f}", "keep it in the file {f}", "record the answer in {f}", "record it in {f}", "keep the answer in {f}", "place the number in the file {f}",
     "{any} the result [in|into|to] {f}", "{any} it [in|into|to] {f}", "{any} the answer [in|into|to] the file {f}", "[save|write|store] your [result|answer] [to|in] {f}", "[export|log|note] the [result|answer] [to|in] {f}", "the [result|answer] [should go|goes] [to|into] {f}", "[save|store] what you get in {f}", "[create|make] a file [called|named] {f} with the [result|answer]", "write the [outcome|sum|value|solution] to {f}",
     "[write|save|store|put] [the result|the answer|it|the number|that] [to|in|into] {f}", "[write|save|store|put] the result [to|in|into] {f}", "[write|save] it [to|in] {f}", "save the [result|answer] as {f}", "[write|save|store|put] the [result|answer|total|number] [to|in|into] the file {f}", "create {f} with the [result|answer]", "make a file {f} with the [result|answer]", "write what you get to {f}", "put what you get into {f}", "save it in a file [called|named] {f}", "write the [result|answer] [down in|into] {f}", "write the [result|answer] into a file [called|named|] {f}", "store what comes out in {f}", "write that [to|into] {f}",
+    "place the result in {f}", "keep the answer in the file {f}", "record the result in {f}",
 ]  # fmt: skip
-SAVE_HELD = ["place the result in {f}", "keep the answer in the file {f}", "record the result in {f}"]
 KEEP = [
     ("note what comes out", "the result is {R}"), ("remember what you get", "the result is {R}"), ("keep a note of it", "the result is {R}"), ("keep a note of the answer", "the result is {R}"), ("memorize it", "the result is {R}"), ("memorize the result as {l}", "{l} is {R}"), ("keep a note of it as {l}", "{l} is {R}"), ("memorise that as {l}", "{l} is {R}"),
     ("{any} the result", "the result is {R}"), ("{any} the answer", "the result is {R}"), ("{any} it as {l}", "{l} is {R}"), ("remember that {l} is [that|that number|the result]", "{l} is {R}"), ("save it [in your notes|in memory] as {l}", "{l} is {R}"), ("store it as {l}", "{l} is {R}"), ("keep that as {l}", "{l} is {R}"), ("remember the [result|answer|number|sum|total]", "the result is {R}"), ("make a note of it", "the result is {R}"), ("note it", "the result is {R}"), ("keep it in mind", "the result is {R}"), ("note that {l} is [that|the result]", "{l} is {R}"), ("call it {l} and remember it", "{l} is {R}"), ("learn the result", "the result is {R}"), ("remember that", "the result is {R}"), ("note it down as {l}", "{l} is {R}"), ("remember this as {l}", "{l} is {R}"), ("remember this number", "the result is {R}"),
     ("remember the [result|answer] as {l}", "{l} is {R}"), ("remember it as {l}", "{l} is {R}"), ("remember that as {l}", "{l} is {R}"), ("remember the [result|answer]", "the result is {R}"), ("remember it", "the result is {R}"), ("note the [result|answer] as {l}", "{l} is {R}"), ("keep the [result|answer] in mind", "the result is {R}"), ("make a note of the [result|answer]", "the result is {R}"), ("note it as {l}", "{l} is {R}"), ("don't forget the [result|answer]", "the result is {R}"), ("remember that {l} is the result", "{l} is {R}"), ("note down the [result|answer]", "the result is {R}"), ("memorize the [result|answer]", "the result is {R}"), ("store the result in your [notes|memory]", "the result is {R}"), ("remember that number", "the result is {R}"), ("note that as {l}", "{l} is {R}"), ("keep it in your notes as {l}", "{l} is {R}"),
+    ("remember what comes out", "the result is {R}"), ("keep a note of the result", "the result is {R}"), ("memorize it as {l}", "{l} is {R}"),
 ]  # fmt: skip
-KEEP_HELD = [
-    ("remember what comes out", "the result is {R}"),
-    ("keep a note of the result", "the result is {R}"),
-    ("memorize it as {l}", "{l} is {R}"),
-]
 JOIN = [
     ", afterwards ",
     ". When you are done, ",
@@ -556,116 +503,80 @@ JOIN = [
     ". Also ",
     ". Next ",
     ", and then ",
+    ", and afterwards ",
+    ". When done, ",
 ]
-JOIN_HELD = [", and afterwards ", ". When done, "]
 
 COPY = [
     "reproduce {f} as {g}", "The text in {f} should be in {g} as well.", "read {f} and write the same to {g}", "{g} should also hold the text of {f}.", "read {f} and then write it to {g}",
     "{any} {f} [to|into|as] {g}", "{any} the [text|contents|content] of {f} [to|into|in] {g}", "clone {f} [to|as|into] {g}", "transfer the [text|contents] of {f} to {g}", "save a copy of {f} [as|in|to] {g}", "make {g} a copy of {f}", "{g} should be a copy of {f}.", "{g} should [say|contain] the same as {f}.", "open {f} and copy [it|the text|what it says] [to|into] {g}", "I want the contents of {f} in {g}.", "store the [text|contents] of {f} in {g}", "take what is in {f} and [save|put|write] it [to|in|into] {g}", "create a copy of {f} [named|called] {g}",
     "copy {f} to {g}", "copy the [contents|content|text] of {f} [to|into] {g}", "read {f} and write [it|the text|its contents|the content] [to|into] {g}", "make a copy of {f} [called|named|as] {g}", "duplicate {f} as {g}", "copy the file {f} to {g}", "read {f} and save it [as|to|in] {g}", "write the [contents|content|text] of {f} [to|into] {g}", "save the [contents|content] of {f} [to|in|as] {g}", "put the [contents|text] of {f} into {g}", "I need a copy of {f} in {g}.", "back up {f} to {g}", "read what is in {f} and put it into {g}", "take the text from {f} and write it to {g}", "create {g} with the [contents|content|text] of {f}",
+    "reproduce {f} in {g}", "The text of {f} should also be in {g}.", "read {f}, then write the same text to {g}",
 ]  # fmt: skip
-COPY_HELD = [
-    "reproduce {f} in {g}",
-    "The text of {f} should also be in {g}.",
-    "read {f}, then write the same text to {g}",
-]
 READ_KEEP = [
     "learn the text of {f}", "learn what is in {f}", "open {f} and remember what it says", "keep in mind what {f} says", "keep in your notes what is in {f}", "read {f} and remember the text",
     "{any} {f} and remember it", "{any} what {f} says and remember it", "read {f} and make a note of it", "read {f} and keep [it|the text] in mind", "open {f} and remember [it|what is there]", "read {f} and don't forget it", "read {f}. Remember what it says.", "look at {f} and remember the contents", "store the text of {f} in your memory", "note down the contents of {f}", "remember the text in {f}",
     "read {f} and remember [it|what it says|the contents|the text|what is in it]", "remember what {f} says", "remember the [contents|content|text] of {f}", "remember what is in {f}", "look into {f} and remember what it says", "open {f} and make a note of what it says", "make a note of what is in {f}", "memorize the [contents|content|text] of {f}", "note what {f} says", "read {f}, then note what it says", "take what is in {f} and remember it", "keep the content of {f} in mind",
+    "learn what {f} says", "open {f} and remember the text", "keep in your notes what {f} says",
 ]  # fmt: skip
-READ_KEEP_HELD = ["learn what {f} says", "open {f} and remember the text", "keep in your notes what {f} says"]
 RECALL_SAVE = [
     "bring the note about {q} to {f}", "look in your notes for {q} and save it in {f}", "look in your notes for {q} and put it in the file {f}", "find the note about {q} and put it into the file {f}",
     "{any} {q} and write it to {f}", "{any} what you know about {q} to {f}", "What do you know about {q}? Write it to {f}.", "[export|transfer] the note about {q} to {f}", "copy the note about {q} into {f}", "take the note about {q} and [save|write] it [to|in] {f}", "put the note about {q} into {f}",
     "[write|save|put] what you [know|remember] about {q} [to|into|in] {f}", "look up {q} and [write|save|put] it [to|into|in] {f}", "recall {q} and [write|save|store] it [to|in|into] {f}", "write {q} from your notes [to|into] {f}", "find {q} in your notes and [write|save] it [to|in] {f}", "[write|save|put] what I told you about {q} [to|into|in] {f}", "remember {q}? Write it to {f}.", "save the note about {q} in {f}", "check your notes for {q} and write it [to|into] {f}", "search your notes for {q} and save [it|what you find] in {f}", "[write|save] the note on {q} [to|in] {f}",
+    "bring the note about {q} into the file {f}", "look in your notes for {q} and then put it into {f}",
 ]  # fmt: skip
-RECALL_SAVE_HELD = ["bring the note about {q} into the file {f}", "look in your notes for {q} and then put it into {f}"]
 TWO_READS = [
     "let me see {f} and {g}", "show me {f} and also {g}", "What is in the files {f} and {g}?", "What is written in {f} and in {g}?", "let me see both {f} and {g}",
     "{any} {f} and {g}", "{any} me {f} and {g}", "What is written in {f} and {g}?", "first read {f}, then {g}", "show me what {f} and {g} say", "read me {f} and {g}", "What do the files {f} and {g} say?", "display {f} and {g}", "tell me the contents of {f} and {g}", "What's in {f} and what's in {g}?", "What does {f} say and what does {g} say?", "read {f} and also {g}",
     "read {f} and {g}", "What do {f} and {g} say?", "show me {f} and {g}", "What is in {f} and in {g}?", "tell me what is in {f} and {g}", "read {f}, then {g}", "read both {f} and {g}", "What are the contents of {f} and {g}?", "open {f} and {g} and tell me what they say", "read the files {f} and {g}", "print {f} and [then|] {g}",
+    "let me see {f} and also {g}", "What is written in the files {f} and {g}?",
 ]  # fmt: skip
-TWO_READS_HELD = ["let me see {f} and also {g}", "What is written in the files {f} and {g}?"]
 TWO_RECALLS = [
     "tell me both {q} and {p}", "Do you have {q} and {p}?", "Do your notes say something about {q} and {p}?", "give me {q} and also {p}",
     "{any} me {q} and {p}", "What do your notes say about {q} and {p}?", "tell me about {q} and about {p}", "give me {q} and {p}", "I forgot {q} and {p}.", "find {q} and {p} in your notes", "look for {q} and {p}", "What was {q} and {p}?", "say what {q} is and what {p} is", "Both {q} and {p}, please.",
     "What is {q} and what is {p}?", "tell me {q} and {p}", "What are {q} and {p}?", "recall {q} and {p}", "I need {q} and {p}.", "look up {q} and {p}", "What do you know about {q} and about {p}?", "Do you remember {q} and {p}?", "remind me of {q} and {p}", "What did I tell you about {q} and {p}?",
+    "give me both {q} and {p}", "Do your notes have {q} and {p}?",
 ]  # fmt: skip
-TWO_RECALLS_HELD = ["give me both {q} and {p}", "Do your notes have {q} and {p}?"]
 TWO_CALCS = [
     "How much is {e} and what is {g}?", "compute both {e} and {g}", "find {e} and {g}", "What's {e} and what's {g}?", "tell me {e} and {g}", "give me both {e} and {g}",
     "What is {e} and what is {g}?", "compute {e} and {g}", "calculate {e} and then {g}", "What are {e} and {g}?", "[work out|compute|calculate|tell me] {e} and also {g}", "What is {e}? And {g}?", "How much is {e}, and how much is {g}?", "first [compute|calculate] {e}, then {g}",
+    "What's {e} and how much is {g}?", "find both {e} and {g}",
 ]  # fmt: skip
-TWO_CALCS_HELD = ["What's {e} and how much is {g}?", "find both {e} and {g}"]
 WRITE_READ = [
     "{wr}{j}read out {f}", "{wr}{j}show me it", "{wr}{j}tell me what it says", "{wr}{j}show me {f}", "{wr}{j}read out what it says", "{wr}{j}show me what is in it",
     "{wr}{j}read it back", "{wr}{j}read it", "{wr}{j}show me the file", "{wr}{j}tell me what the file says", "{wr}{j}read the file", "{wr}{j}check what it says", "{wr}{j}read {f}", "{wr}{j}print it", "{wr}{j}check the file", "{wr}{j}read the file back to me",
+    "{wr}{j}read out the file", "{wr}{j}show me what it says",
 ]  # fmt: skip
-WRITE_READ_HELD = ["{wr}{j}read out the file", "{wr}{j}show me what it says"]
 
 GREETINGS = [
     "hi hi", "hello hello", "Hello once more", "good morning everyone", "hi again", "hey you",
     "hi", "hello", "hey", "Hello!", "Hi there", "Good morning", "good evening", "Hey nano", "Hello there!", "Hi!", "greetings", "Good afternoon!", "Hi nano, good to see you", "hello nano", "howdy", "yo", "Good day", "hello, anyone there?", "Hey there!", "Hi, nice to meet you",
+    "Hello again!", "hey hey", "Good morning, nano!", "hiya",
 ]  # fmt: skip
-GREETINGS_HELD = ["Hello again!", "hey hey", "Good morning, nano!", "hiya"]
 SMALL_TALK = {
-    "Hello! How can I help you?": (GREETINGS, GREETINGS_HELD),
-    "I am fine, thank you. How can I help you?": (
-        ["How are you?", "how do you feel today?", "are you feeling well?", "Hi nano, how are you?", "how are you doing", "How's it going?", "Are you ok?", "How do you do?", "how are you today?", "Hi, how are you?", "hey how is it going", "Hello, how are you doing?", "How are things?", "Are you well?", "What's up?", "how do you feel"],
-        ["How are you feeling today?", "Hello nano, how are you?"],
-    ),
-    "You are welcome.": (
-        ["thanks", "Thank you!", "that helped, thanks", "I thank you", "thanks nano", "great work", "thank you, well done", "thank you very much", "Thanks a lot", "thx", "Great, thanks", "Thanks for your help", "many thanks", "perfect, thank you", "ok thanks", "cheers", "Good job!", "well done", "That was helpful", "Thank you so much for the help", "nice work"],
-        ["Thanks, nano!", "thank you, that helped", "great job"],
-    ),
-    "Goodbye!": (
-        ["bye", "Goodbye", "good night everyone", "bye nano", "Bye, see you", "see you next week", "bye for today", "see you", "See you later", "good night", "bye bye", "That's all, bye", "Farewell", "See you tomorrow!", "ok bye", "have a nice day", "good bye nano"],
-        ["Bye for now", "see you soon", "Good night, nano"],
-    ),
-    "I am nano, a small agent. I can calculate, remember and recall facts, and read and write files.": (
-        ["Who are you?", "What is your name?", "tell me who you are", "say your name", "May I know your name?", "what is it you do?", "What skills do you have?", "how can you help", "what is it that you do?", "could you help me?", "what are you", "Are you a robot?", "Tell me about yourself", "introduce yourself", "What's your name?", "who am I talking to?", "Are you human?", "Are you an AI?", "What kind of model are you?", "do you have a name", "Who made you?", "What can you do?", "what can you do for me", "How can you help me?", "help", "What are you able to do?", "list your skills", "What tools do you have?", "what do you do?", "Can you help me?", "I need help", "What are your abilities?", "Tell me what you can do", "What can I ask you?", "which tools can you use", "how do I use you?", "What are you good at?", "Which things can you do?", "What else can you do?", "which tasks can you handle?"],
-        ["Say who you are", "May I ask your name?", "what is it that you can do?", "What are your skills?", "how could you help me"],
-    ),
+    "Hello! How can I help you?": GREETINGS,
+    "I am fine, thank you. How can I help you?": ["How are you?", "how do you feel today?", "are you feeling well?", "Hi nano, how are you?", "how are you doing", "How's it going?", "Are you ok?", "How do you do?", "how are you today?", "Hi, how are you?", "hey how is it going", "Hello, how are you doing?", "How are things?", "Are you well?", "What's up?", "how do you feel", "How are you feeling today?", "Hello nano, how are you?"],
+    "You are welcome.": ["thanks", "Thank you!", "that helped, thanks", "I thank you", "thanks nano", "great work", "thank you, well done", "thank you very much", "Thanks a lot", "thx", "Great, thanks", "Thanks for your help", "many thanks", "perfect, thank you", "ok thanks", "cheers", "Good job!", "well done", "That was helpful", "Thank you so much for the help", "nice work", "Thanks, nano!", "thank you, that helped", "great job"],
+    "Goodbye!": ["bye", "Goodbye", "good night everyone", "bye nano", "Bye, see you", "see you next week", "bye for today", "see you", "See you later", "good night", "bye bye", "That's all, bye", "Farewell", "See you tomorrow!", "ok bye", "have a nice day", "good bye nano", "Bye for now", "see you soon", "Good night, nano"],
+    "I am nano, a small agent. I can calculate, remember and recall facts, and read and write files.": ["Who are you?", "What is your name?", "tell me who you are", "say your name", "May I know your name?", "what is it you do?", "What skills do you have?", "how can you help", "what is it that you do?", "could you help me?", "what are you", "Are you a robot?", "Tell me about yourself", "introduce yourself", "What's your name?", "who am I talking to?", "Are you human?", "Are you an AI?", "What kind of model are you?", "do you have a name", "Who made you?", "What can you do?", "what can you do for me", "How can you help me?", "help", "What are you able to do?", "list your skills", "What tools do you have?", "what do you do?", "Can you help me?", "I need help", "What are your abilities?", "Tell me what you can do", "What can I ask you?", "which tools can you use", "how do I use you?", "What are you good at?", "Which things can you do?", "What else can you do?", "which tasks can you handle?", "Say who you are", "May I ask your name?", "what is it that you can do?", "What are your skills?", "how could you help me"],
 }  # fmt: skip
 CANNOT = [
     "write a {any} about {w}", "mail {n}", "mail a {w} to {n}", "send a letter to {n}", "search for {w} on the web", "search the web for {n}", "dim the {w}", "buy a ticket for {n}", "buy a {w}", "buy a {w} to {c}", "tell me a funny story", "tell me a joke about {w}", "tell me something funny", "play a song", "play a song about {w}", "play something by {n}", "ring up {n}", "look for {n} online", "turn down the lights",
     "{any} a {w}", "{any} the {w}", "{any} {n}", "{any} my {w}", "{any} a {w} for {n}", "{any} to {c}", "{any} {w} {any2}", "{any} a {w} about {any2}", "{any} {any2} on the {w}", "play a game", "play the radio", "tell me a fairy tale", "write me a letter to {n} about {w}", "compose a song", "write a speech", "check my [mail|email|messages]", "order [a|some] {w}", "find a {w} shop", "look up {w} on the internet", "show me the way to {c}", "ring {n}", "email {n} that I am ill", "turn off the {w}", "switch on the {w}", "book me a {w}", "buy me a {w}", "wash my {w}", "bring me a {w}", "translate {w} to German", "explain {w} to me", "describe a {w}", "summarise the book", "start the {w}", "reboot", "format the disk", "take me to {c}", "delete everything", "delete the folder", "compress {f}", "upload {f}", "move to {c}", "give me a {w} tip", "draw a picture of {n}", "make a phone call", "water the {w}", "feed the {w}", "lock the {w}", "paint my {w} red", "sing for {n}", "write a novel", "tweet {w}", "connect to the {w}", "watch the {w}",
     "send an email to {n}", "book a flight to {c}", "play some music", "translate {w} into French", "write a poem about {w}", "tell me a joke", "call {n}", "order a pizza", "turn on the lights", "set an alarm for {t}", "draw a {w}", "sing a song", "book a table for {day}", "open the browser", "search the internet for {w}", "google {w}", "delete {f}", "remove the file {f}", "buy {w} online", "send a message to {n}", "text {n} that I am late", "set a timer for {d} minutes", "make me a coffee", "restart the computer", "install {w}", "write an essay about {w}", "summarise the news", "download {w}", "translate this: {x}", "post a tweet about {w}", "take a picture", "clean my room", "drive me to {c}", "print a photo of my {w}", "give me directions to {c}", "run the program {w}", "invite {n} to dinner", "rename {f} to {g}", "wake me up at {t}", "tell me a story about a {w}", "transfer {d} {m} to {n}", "write code for a {w}", "write a song about {n}", "paint a {w}", "hack the {w}", "call a taxi", "schedule a meeting with {n}", "show me a video of a {w}", "cook dinner", "close the window", "recommend a good {w}", "write a story about {n}", "erase {f}", "stream a film", "fix my {w}", "teach me French", "reserve a room in {c}", "send {f} to {n}", "pay the bill", "browse the web for {w}", "record a video", "convert {f} to pdf", "plan my trip to {c}",
+    "phone {n}", "write a limerick about {w}", "mail a letter to {n}", "look for {w} on the web", "dim the lights", "buy a ticket to {c}", "tell me a funny joke about a {w}", "play a song by {n}",
 ]  # fmt: skip
-CANNOT_HELD = [
-    "phone {n}",
-    "write a limerick about {w}",
-    "mail a letter to {n}",
-    "look for {w} on the web",
-    "dim the lights",
-    "buy a ticket to {c}",
-    "tell me a funny joke about a {w}",
-    "play a song by {n}",
-]
 CANNOT_ANSWER = "I cannot do that. I can calculate, remember and recall facts, and read and write files."
 UNKNOWN = [
     "What is the capital of {c}?", "Who is {n}?", "What is the weather in {c}?", "When is {n}'s birthday?", "Where is my {w}?", "Who wrote {W}?", "What is my {w}?", "How old is {n}?", "What does {n} like?", "Where does {n} live?", "What is the name of my {w}?", "Who invented the {w}?", "When does the {w} close?", "What's the {w} of {n}?", "Why is the {w} {v}?", "Where did I leave my {w}?", "What is a {w}?",
+    "Who discovered the {w}?", "Where can I find my {w}?", "What is {n}'s favourite {w}?", "When did {n} leave?",
 ]  # fmt: skip
-UNKNOWN_HELD = [
-    "Who discovered the {w}?",
-    "Where can I find my {w}?",
-    "What is {n}'s favourite {w}?",
-    "When did {n} leave?",
-]
 
 POLITE = [
     "{any} {any2}, {o}.", "It would be {any} if you {any2} {o}.", "Be {any} and {o}.", "{any}, {o}", "I {any} you to {o}.", "{any} me, can you {o}?", "Would it be [possible|ok] to {o}?", "Is it possible to {o}?", "I was wondering if you could {o}.", "If possible, {o}.", "Do me a favour and {o}.", "Can I ask you to {o}?", "It would be nice if you [would|could] {o}.", "You can {o}.", "Time to {o}.", "Your job is to {o}.", "I wish you would {o}.", "Let me ask you to {o}.", "{o}, would you?", "{o} now", "{o} quickly, please.", "{o}, ok?", "{o}. Thank you.", "Hey nano, {o}, please!", "Dear assistant, {o}.", "Good morning! {o}.", "I need your help. Please {o}.", "So {o}.", "First of all, {o}.", "Could you kindly {o}?", "I'd appreciate it if you could {o}.", "As a next step, {o}.", "Will you please {o}?", "Please try to {o}.", "I have to ask you to {o}.", "Then {o}.", "And now {o}.", "The task is to {o}.", "Would you be able to {o}?", "Are you able to {o}?",
     "{o}", "{o}", "{o}", "{o}", "{o}.", "{o}.", "{o}.", "{o}!", "Please {o}.", "please {o}", "{o} please", "{o}, please.", "Can you {o}?", "Could you {o}?", "Could you please {o}?", "Can you please {o}?", "Would you {o}?", "Will you {o}?", "I want you to {o}.", "I need you to {o}.", "I would like you to {o}.", "I'd like you to {o}", "Hey, {o}.", "Hi! {o}.", "Hello, can you {o}?", "Now {o}.", "Ok, {o}.", "{o}, thanks.", "{o}. Thanks!", "{o} for me", "{o} for me, please.", "Hi nano, please {o}", "nano, {o}", "Would you mind: {o}", "Your task: {o}.", "Task: {o}", "Next, {o}.", "Just {o}.", "Quickly {o}.", "I need your help: {o}.", "Go ahead and {o}.", "Would you please {o}?", "Let's {o}.", "Help me {o}.", "You should {o}.", "Kindly {o}.",
+    "Would you be so kind and {o}?", "Be so good and {o}.", "It would be great if you could {o}.", "{o}, thank you very much.", "Dear nano, {o}.", "May I ask you to {o}?",
 ]  # fmt: skip
-POLITE_HELD = [
-    "Would you be so kind and {o}?",
-    "Be so good and {o}.",
-    "It would be great if you could {o}.",
-    "{o}, thank you very much.",
-    "Dear nano, {o}.",
-    "May I ask you to {o}?",
-]
 LEAD = [
     "{any}, ",
     "{any} {any2}. ",
@@ -702,5 +613,6 @@ LEAD = [
     "So, ",
     "Well, ",
     "Hi nano! ",
+    "Excuse me, ",
+    "One more thing: ",
 ]
-LEAD_HELD = ["Excuse me, ", "One more thing: "]

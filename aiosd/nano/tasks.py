@@ -1,8 +1,9 @@
 """Tasks for nano, made from seeds: what is asked, the world it is asked in, how it is solved, what counts.
 
-`make(seed, split)` is one task. Its split, TRAIN or HELD, decides which phrases, words and numbers it is made of;
-the two share no phrase, no listed word and no number, so a held-out task asks something new in new words. Pure:
-the same arguments give the same task on every machine.
+`make(seed, split)` is one task. Its split decides what it is made of: HELD tasks are about names, words and numbers
+that TRAIN tasks never have; FRESH ones, moreover, are asked in phrases that TRAIN tasks never use, as HELD ones are if
+there is nothing to fill in. Which phrases those are is decided by a checksum, so that nobody chooses them. Pure: the
+same arguments give the same task anywhere.
 
 A task is solved by a small program that calls tools. It runs against a `World`, which is the ReAct agent's own toolkit
 over a dict instead of a folder, and gives both the dialogue to learn from and what `check` compares an agent's
@@ -12,14 +13,16 @@ work with: the answer must say certain things, and files and notes must end up t
 import posixpath
 import random
 import re
-from collections.abc import Callable
+import zlib
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
 from aiosd.nano import phrases as ph
 from libaios.agents.react import SYSTEM, TOOLS, Message, ToolError, Toolkit
 
-TRAIN, HELD = "train", "held"
+TRAIN, HELD, FRESH = "train", "held", "fresh"
+KEEP_BACK = 12  # one phrase of so many is never trained on
 
 THOUGHTS = {
     "calc": "I will calculate it.",
@@ -138,6 +141,21 @@ def check(task: Task, answer: str, files: dict[str, str], notes: list[str]) -> s
     return None
 
 
+def kept_back(phrases: list[Any]) -> tuple[list[Any], list[Any]]:
+    """The phrases of a list that may be trained on, and those that may not. Of phrases that come with a formula (or any
+    other meaning in words of its own) one is kept back only if another teaches the same."""
+    known = _KEPT_BACK.get(id(phrases))
+    if known is None:
+        kept = [p for p in phrases if "{any" not in str(p) and zlib.crc32(f"kept back: {p}".encode()) % KEEP_BACK == 0]
+        meanings = {p[1] for p in phrases if isinstance(p, tuple) and len(p) == 2 and p not in kept}
+        kept = [p for p in kept if not (isinstance(p, tuple) and len(p) == 2) or p[1] in meanings]
+        known = _KEPT_BACK[id(phrases)] = ([p for p in phrases if p not in kept], kept)
+    return known
+
+
+_KEPT_BACK: dict[int, tuple[list[Any], list[Any]]] = {}  # by identity: the lists are constants of a module
+
+
 def _plain(text: str) -> str:
     return " ".join(text.casefold().split()).strip(" .!\"'")
 
@@ -152,7 +170,7 @@ def make(seed: int, split: str = TRAIN, family: str | None = None) -> Task:
 def conversation(seed: int, split: str = TRAIN) -> tuple[list[Message], list[dict[str, Any]] | None]:
     """A dialogue to train on: some tasks one after the other, in one world, and the tools that are listed."""
     rng = random.Random(f"nano conversation {split} {seed}")
-    tasks = [make(rng.getrandbits(48), split) for _ in range(rng.choices([1, 2, 3, 6], [50, 30, 15, 5])[0])]
+    tasks = [make(rng.getrandbits(48), split) for _ in range(rng.choices([1, 2, 3], [80, 15, 5])[0])]
     tools: list[dict[str, Any]] | None = list(TOOLS)
     style = rng.random()
     if style < 0.03:
@@ -178,16 +196,25 @@ class Source:
 
     def __init__(self, rng: random.Random, split: str) -> None:
         self.rng = rng
-        self.held = split == HELD
+        self.held = split != TRAIN
+        self.fresh = split == FRESH
 
     # --- choices
 
-    def pick(self, train: Any, held: Any) -> Any:
-        """An item of the split's own list. Phrases with a word that could be any other come up more rarely."""
-        if self.held:
-            return self.rng.choice(held)
-        item = self.rng.choice(train)
-        return self.rng.choice(train) if "{any" in str(item) and self.chance(0.6) else item
+    def pick(self, train: Sequence[Any], held: Sequence[Any]) -> Any:
+        """A word of the split's own list."""
+        return self.rng.choice(held if self.held else train)
+
+    def choose(self, phrases: list[Any]) -> Any:
+        """A phrase that the split may use. One with a word that could be any other comes up more rarely."""
+        taught, kept = kept_back(phrases)
+        among = taught
+        if self.fresh:
+            among = kept or taught
+        elif self.held:  # nothing but the phrase would make a task new where there is nothing to fill in
+            among = [p for p in phrases if ("{" in str(p)) == (p in taught)] or taught
+        item = self.rng.choice(among)
+        return self.rng.choice(among) if "{any" in str(item) and self.chance(0.6) else item
 
     def chance(self, p: float) -> bool:
         return self.rng.random() < p
@@ -196,22 +223,22 @@ class Source:
         """Takes the choices `[a|b]`."""
         return re.sub(r"\[([^\]]*)\]", lambda m: self.rng.choice(m[1].split("|")), template)
 
-    def phrase(self, train: list[str], held: list[str]) -> str:
+    def phrase(self, phrases: list[str]) -> str:
         """A phrase whose choices are taken, and whose slots are for the caller to fill."""
-        return self.spell_out(self.pick(train, held)).replace("{any}", self.word())
+        return self.spell_out(self.choose(phrases)).replace("{any}", self.word())
 
     def say(self, template: str, /, *, polite: bool = True, slots: dict[str, str] | None = None, **more: str) -> str:
         """Turns a phrase into a request: choices, politeness, sloppiness, and at last the slots."""
         text = self.spell_out(template)
         if polite:
             if text[0].islower():
-                text = self.spell_out(self.pick(ph.POLITE, ph.POLITE_HELD)).replace("{o}", text)
+                text = self.spell_out(self.choose(ph.POLITE)).replace("{o}", text)
                 if text.endswith(("?.", "..")):
                     text = text[:-1]
             elif self.chance(0.12):
-                text = self.pick(ph.LEAD, ph.LEAD_HELD) + text
+                text = self.choose(ph.LEAD) + text
             text = self._sloppy(text)
-        if not self.held and self.chance(0.35):
+        if not self.held and self.chance(0.2):
             text = self._strange(text)
         filled = {"any": self.word(), "any2": self.word()} | (slots or {}) | more  # a word that could be any other
         return re.sub(r"\{(\w+)\}", lambda m: filled[m[1]], text)
@@ -361,7 +388,7 @@ class Source:
             if self.chance(0.2):
                 subject, kind = f"the {self.words(1, 2)}", self.rng.choice(["word", "where", "when", "code", "words"])
         else:
-            form, begin, topic = self.pick(ph.SENTENCES, ph.SENTENCES_HELD)
+            form, begin, topic = self.choose(ph.SENTENCES)
             w, day = self.word(), self.rng.choice(ph.DAYS)
             slots = {"n": self.name(), "o": self.name(), "w": w, "v": self.word(), "W": self.word().capitalize()}
             slots |= {"c": self.city(), "d": self.number(999), "m": self.rng.choice(ph.CURRENCY), "day": day}
@@ -400,7 +427,7 @@ class Source:
         number = self.number(99_999)
         if self.chance(0.3):
             slots = {"q": topic, "d": number, "m": self.rng.choice(ph.CURRENCY), "n": self.name(), "w": self.word()}
-            note, about = self.pick(ph.VALUED, ph.VALUED_HELD)
+            note, about = self.choose(ph.VALUED)
             return self.say(note, polite=False, slots=slots), self.say(about, polite=False, slots=slots), number
         unit = f" {self.rng.choice([*ph.CURRENCY, 'km', 'kg', 'metres', 'hours'])}" if self.chance(0.35) else ""
         return f"{topic} is {number}{unit}", topic, number
@@ -456,8 +483,7 @@ class Source:
             formula = self._signs()
             return formula, formula, False
         order = style > 0.85 and not short
-        train, held = (ph.ORDERS, ph.ORDERS_HELD) if order else (ph.WORDED, ph.WORDED_HELD)
-        said, formula = self.pick(train, held)
+        said, formula = self.choose(ph.ORDERS if order else ph.WORDED)
         if "**" in formula:
             numbers = {"a": self.number(999), "k": str(self.rng.randint(2, 9))}
         if not self.held and self.chance(0.03):
@@ -483,7 +509,7 @@ class Source:
     def problem(self) -> tuple[str, str]:
         """A word problem and its expression."""
         r = self.rng
-        said, formula = self.pick(ph.PROBLEMS, ph.PROBLEMS_HELD)
+        said, formula = self.choose(ph.PROBLEMS)
         big = 10 ** r.choice([2, 2, 3, 3, 4])
         a, b, c, d = (int(self.number(big)) for _ in range(4))
         if "{a} - {b}" in formula:
@@ -512,7 +538,7 @@ class Source:
         return self.made_up() + "s" if self.chance(0.12) else str(self.pick(ph.THINGS, ph.THINGS_HELD))
 
     def joint(self) -> str:
-        return self.phrase(ph.JOIN, ph.JOIN_HELD)
+        return self.phrase(ph.JOIN)
 
 
 SIGNS = {
@@ -548,7 +574,7 @@ def calc(s: Source) -> Task:
         said, formula = s.problem()
         return Task("calc", said, lambda do: result(do("calc", expression=formula)))
     said, formula, order = s.expression()
-    form = s.pick(ph.CALC, ph.CALC_HELD)
+    form = s.choose(ph.CALC)
     prompt = _wrapped(s, said) if order else s.say(form, e=said, E=said[0].upper() + said[1:])
     return Task("calc", prompt, lambda do: result(do("calc", expression=formula)))
 
@@ -557,7 +583,7 @@ def remember(s: Source) -> Task:
     note = s.fact()[0] if s.chance(0.8) else s.valued_fact()[0]
     if s.chance(0.07):
         note += s.rng.choice([" and ", ", "]) + s.fact()[0]
-    prompt = s.say(s.pick(ph.REMEMBER, ph.REMEMBER_HELD), x=note, X=note)
+    prompt = s.say(s.choose(ph.REMEMBER), x=note, X=note)
 
     def solution(do: Do) -> tuple[str, list[str]]:
         do("remember", text=note)
@@ -568,14 +594,14 @@ def remember(s: Source) -> Task:
 
 def question(s: Source, note: str, begin: str, topic: str) -> tuple[str, str]:
     """A question about a note, and the query for it."""
-    template = s.pick(ph.RECALL, ph.RECALL_HELD)
+    template = s.choose(ph.RECALL)
     if (
         not note.startswith(topic) and "{wh}" not in template and "{wi}" not in template
     ):  # a sentence: ask about its subject
         subject = re.match(r"the \w+|[A-Z]\w+", note)
         topic = subject[0] if subject else topic
         while not subject and "{wh}" not in template and "{wi}" not in template:
-            template = s.pick(ph.RECALL, ph.RECALL_HELD)
+            template = s.choose(ph.RECALL)
     wh, _, auxiliary = begin.partition(" ")
     if "'s" in begin:
         wh, auxiliary = begin.split("'")[0], "is"
@@ -591,11 +617,11 @@ def recall(s: Source) -> Task:
     style = s.rng.random()
     if style < 0.08:
         notes = [s.fact()[0] for _ in range(s.rng.randint(0, 4))]
-        prompt = s.say(s.pick(ph.RECALL_ALL, ph.RECALL_ALL_HELD))
+        prompt = s.say(s.choose(ph.RECALL_ALL))
         query = "everything"
     elif style < 0.2:
         slots = {"n": s.name(), "c": s.city(), "w": s.word(), "v": s.word(), "W": s.made_up().capitalize()}
-        template = s.pick(ph.UNKNOWN, ph.UNKNOWN_HELD)
+        template = s.choose(ph.UNKNOWN)
         prompt, notes = s.say(template, slots=slots), []
         topic = re.sub(r"^(?:Where can|\w+('s| old is| is| does| did|)) ", "", template).rstrip("?")
         query = s.say(topic, polite=False, slots=slots)
@@ -618,7 +644,7 @@ def recall(s: Source) -> Task:
 
 def read(s: Source) -> Task:
     path = s.file()
-    prompt = s.say(s.pick(ph.READ, ph.READ_HELD), f=s.quoted(path))
+    prompt = s.say(s.choose(ph.READ), f=s.quoted(path))
     if s.chance(0.08):
         bad = s.rng.choice(["../", "../../", "/etc/"]) + path if s.chance(0.2) else path
         prompt = prompt.replace(path, bad)
@@ -641,7 +667,7 @@ def write_request(s: Source) -> tuple[str, str, str]:
             said = quote + text + {"“": "”"}.get(quote, quote)
     elif said.endswith(("?", "!")):
         text = said = text[:-1]
-    template = s.phrase(ph.WRITE, ph.WRITE_HELD)
+    template = s.phrase(ph.WRITE)
     return template.replace("{x}", said).replace("{f}", s.quoted(path)), path, text
 
 
@@ -665,8 +691,7 @@ def _wrapped(s: Source, said: str) -> str:
 
 def talk(s: Source) -> Task:
     answer = s.rng.choices(list(ph.SMALL_TALK), [3, 2, 2, 2, 4])[0]
-    train, held = ph.SMALL_TALK[answer]
-    prompt = s._sloppy(s.pick(train, held))
+    prompt = s._sloppy(s.choose(ph.SMALL_TALK[answer]))
     musts = ["help" if "help" in answer else "calculate" if "calculate" in answer else answer.split()[-1]]
     return Task("talk", prompt, lambda do: (answer, musts))
 
@@ -675,7 +700,7 @@ def cannot(s: Source) -> Task:
     slots = {"n": s.name(), "c": s.city(), "w": s.word(), "t": s.time(), "d": s.number(99)}
     slots |= {"day": s.rng.choice(ph.DAYS)}
     slots |= {"f": s.file(), "g": s.file(), "x": s.words(2, 4), "m": s.rng.choice(ph.CURRENCY)}
-    prompt = s.say(s.pick(ph.CANNOT, ph.CANNOT_HELD), slots=slots)
+    prompt = s.say(s.choose(ph.CANNOT), slots=slots)
     return Task("cannot", prompt, lambda do: (ph.CANNOT_ANSWER, ["cannot"]))
 
 
@@ -693,18 +718,18 @@ def value_step(s: Source, kinds: str) -> tuple[str, str, Callable[[Do], str], di
             return said.strip(), kind, lambda do: do("calc", expression=formula), files, notes
         said, formula, order = s.expression(short=s.chance(0.7))
         if not order:
-            said = s.say(s.pick(CLAUSES, ph.CALC_HELD), polite=False, e=said)
+            said = s.say(s.choose(CLAUSES), polite=False, e=said)
         return said, kind, lambda do: do("calc", expression=formula), files, notes
 
     if kind in ("read", "recall"):
-        template, formula = s.pick(ph.ON_VALUE, ph.ON_VALUE_HELD)
+        template, formula = s.choose(ph.ON_VALUE)
         k = s.number(999) if s.chance(0.8) else s.amount()
         j = s.number(99)
         if kind == "read":
             path = s.file()
             contents, number = s.numbered()
             files[path] = contents + "\n"
-            value = s.phrase(ph.FILE_VALUE, ph.FILE_VALUE_HELD).replace("{f}", s.quoted(path))
+            value = s.phrase(ph.FILE_VALUE).replace("{f}", s.quoted(path))
             if template[0].islower() and "[" not in template and s.chance(0.4):
                 reader = s.spell_out(f"[read|open|look into|check|take] {s.quoted(path)}[ and|, then|,]")
                 template, value = f"{reader} {template}", s.rng.choice(ph.THEN_IT)
@@ -728,13 +753,13 @@ def value_step(s: Source, kinds: str) -> tuple[str, str, Callable[[Do], str], di
         return said, kind, one, files, notes
 
     if kind == "list":
-        template, sign = s.pick(ph.LISTS, ph.LISTS_HELD)
+        template, sign = s.choose(ph.LISTS)
         path = s.file()
         numbers = [s.number(9999) for _ in range(s.rng.randint(2, 4))]
         files[path] = s.rng.choice([", ", "\n", " ", ","]).join(numbers) + "\n"
         formula = f" {sign} ".join(numbers)
         if s.chance(0.15):
-            template, formula = s.pick(ph.AVERAGES, ph.AVERAGES_HELD), f"({' + '.join(numbers)}) / {len(numbers)}"
+            template, formula = s.choose(ph.AVERAGES), f"({' + '.join(numbers)}) / {len(numbers)}"
 
         def listed(do: Do) -> str:
             do("read_file", path=path)
@@ -749,7 +774,7 @@ def value_step(s: Source, kinds: str) -> tuple[str, str, Callable[[Do], str], di
             path = s.file()
             contents, number = s.numbered()
             files[path] = contents + "\n"
-            values.append(s.phrase(ph.FILE_VALUE, ph.FILE_VALUE_HELD).replace("{f}", s.quoted(path)))
+            values.append(s.phrase(ph.FILE_VALUE).replace("{f}", s.quoted(path)))
             steps.append(("read_file", {"path": path}))
         else:
             note, topic, number = s.valued_fact()
@@ -766,12 +791,12 @@ def value_step(s: Source, kinds: str) -> tuple[str, str, Callable[[Do], str], di
     if kind == "read2" and s.chance(0.4):
         paths = [arguments["path"] for _, arguments in steps]
         many = s.spell_out("[the numbers|the values|both numbers] [in|from] {f} and {g}")
-        template, sign = s.pick(ph.BOTH, ph.BOTH_HELD)
+        template, sign = s.choose(ph.BOTH)
         template = s.spell_out(template).replace("{any}", s.word())
         said = template.replace("{v}", many).replace("{f}", s.quoted(paths[0])).replace("{g}", s.quoted(paths[1]))
         formula = f"{numbers[0]} {sign} {numbers[1]}"
     else:
-        template, formula = s.pick(ph.ON_TWO, ph.ON_TWO_HELD)
+        template, formula = s.choose(ph.ON_TWO)
         said = s.say(template, polite=False, v=values[0], w=values[1])
         formula = s.say(formula, polite=False, N=numbers[0], M=numbers[1])
 
@@ -792,8 +817,8 @@ def follow_up(s: Source, kinds: str) -> tuple[str, Callable[[Do, str], str]]:
             do("write_file", path=path, content=value)
             return f"I wrote it to {path}."
 
-        return s.say(s.pick(ph.SAVE, ph.SAVE_HELD), polite=False, f=s.quoted(path)), save
-    template, note = s.pick(ph.KEEP, ph.KEEP_HELD)
+        return s.say(s.choose(ph.SAVE), polite=False, f=s.quoted(path)), save
+    template, note = s.choose(ph.KEEP)
     label = s.rng.choice([*ph.AMOUNTS[:-20], *["the total", "the sum", "my share", "the price"] * 8])
     if s.chance(0.3):
         label = f"{s.rng.choice(['the', 'my'])} {s.words(1, 2)}"
@@ -847,7 +872,7 @@ def move(s: Source) -> Task:
     kind = s.rng.choice(["copy", "copy", "read_keep", "recall_save", "keep_save", "write_read"])
     f, g, contents = s.file(), s.file(), s.contents() if s.chance(0.3) else s.text()
     if kind == "copy":
-        prompt = s.say(s.pick(ph.COPY, ph.COPY_HELD), f=s.quoted(f), g=s.quoted(g))
+        prompt = s.say(s.choose(ph.COPY), f=s.quoted(f), g=s.quoted(g))
         if s.chance(0.1):
             return Task("move", prompt, lambda do: (do("read_file", path=f), []))
 
@@ -858,7 +883,7 @@ def move(s: Source) -> Task:
         return Task("move", prompt, copy, {f: contents + "\n"})
     if kind == "read_keep":
         contents = contents.split("\n")[0]
-        prompt = s.say(s.pick(ph.READ_KEEP, ph.READ_KEEP_HELD), f=s.quoted(f))
+        prompt = s.say(s.choose(ph.READ_KEEP), f=s.quoted(f))
 
         def read_keep(do: Do) -> tuple[str, list[str]]:
             do("remember", text=do("read_file", path=f))
@@ -868,7 +893,7 @@ def move(s: Source) -> Task:
     note = s.fact()[0]
     if kind == "recall_save":
         note, topic = s.named_fact()
-        prompt = s.say(s.pick(ph.RECALL_SAVE, ph.RECALL_SAVE_HELD), q=topic, f=s.quoted(f))
+        prompt = s.say(s.choose(ph.RECALL_SAVE), q=topic, f=s.quoted(f))
 
         def recall_save(do: Do) -> tuple[str, list[str]]:
             do("write_file", path=f, content=do("recall", query=topic))
@@ -878,7 +903,7 @@ def move(s: Source) -> Task:
     if kind == "keep_save":
         order = s.spell_out("[[write|save|put] it [to|in|into] {f}".replace("[[", s.rng.choice(["[", "also ["])))
         order += s.rng.choice(["", "", " too", " as well"])
-        said = s.say(s.pick(ORDERS_TO_REMEMBER, ph.REMEMBER_HELD[:3]), polite=False, x=note)
+        said = s.say(s.choose(ORDERS_TO_REMEMBER), polite=False, x=note)
         prompt = _wrapped(s, _join(s, [said, order.replace("{f}", s.quoted(f))]))
 
         def keep_save(do: Do) -> tuple[str, list[str]]:
@@ -888,7 +913,7 @@ def move(s: Source) -> Task:
 
         return Task("move", prompt, keep_save)
     said, f, text = write_request(s)
-    template = s.pick(ph.WRITE_READ, ph.WRITE_READ_HELD)
+    template = s.choose(ph.WRITE_READ)
     said = said.rstrip(".")
     said = template.replace("{wr}", said).replace("{j}", s.joint()).replace("{f}", f)
     prompt = _wrapped(s, said)
@@ -906,7 +931,7 @@ def twice(s: Source) -> Task:
     kind = s.rng.choice(["reads", "recalls", "calcs"])
     if kind == "reads":
         f, g, one, two = s.file(), s.file(), s.text(), s.text()
-        prompt = s.say(s.pick(ph.TWO_READS, ph.TWO_READS_HELD), f=s.quoted(f), g=s.quoted(g))
+        prompt = s.say(s.choose(ph.TWO_READS), f=s.quoted(f), g=s.quoted(g))
 
         def reads(do: Do) -> tuple[str, list[str]]:
             first, second = do("read_file", path=f), do("read_file", path=g)
@@ -918,7 +943,7 @@ def twice(s: Source) -> Task:
         other, p = s.named_fact()
         while set(re.findall(r"\w{3,}", q.lower())) & set(re.findall(r"\w{3,}", p.lower())) - {"the"}:
             note, q = s.named_fact()
-        prompt = s.say(s.pick(ph.TWO_RECALLS, ph.TWO_RECALLS_HELD), q=q, p=p)
+        prompt = s.say(s.choose(ph.TWO_RECALLS), q=q, p=p)
 
         def recalls(do: Do) -> tuple[str, list[str]]:
             first, second = do("recall", query=q), do("recall", query=p)
@@ -926,7 +951,7 @@ def twice(s: Source) -> Task:
 
         return Task("twice", prompt, recalls, notes=[note, other] if s.chance(0.5) else [other, note])
     (e, x, _), (g, y, _) = s.expression(short=True), s.expression(short=True)
-    prompt = s.say(s.pick(ph.TWO_CALCS, ph.TWO_CALCS_HELD), e=e, g=g)
+    prompt = s.say(s.choose(ph.TWO_CALCS), e=e, g=g)
 
     def calcs(do: Do) -> tuple[str, list[str]]:
         first, second = do("calc", expression=x), do("calc", expression=y)

@@ -1,15 +1,17 @@
 """Trains nano from seeds and writes nano.gguf: `make nano`, or `python -m aiosd.nano.train`.
 
-First come some batches of pure copying, because an agent of this size lives by it; then the conversations of
-`tasks.py`, never the same one twice, in batches of about the same length, in five cycles; after the first the
-network grows from four blocks to six. Loss is taken on the assistant's turns alone. Matrices of the blocks learn with
-Muon (momentum, made orthogonal by a few steps of Newton and Schulz; Jordan et al. 2024), embeddings and norms with
-AdamW. The rates are low on purpose: three times as much destroys the copying circuit that `model.py` wires before the
-first step. One thread, one seed: the same machine gives the same model.
+Batches of pure copying come first and now and then, because an agent of this size lives by it; the rest are the
+conversations of `tasks.py`, never the same one twice, in batches of about the same length. Loss is taken on the
+assistant's turns alone. Matrices of the blocks learn with Muon (momentum, made orthogonal by a few steps of Newton
+and Schulz; Jordan et al. 2024), embeddings and norms with AdamW. The rates are low on purpose: three times as much
+destroys the copying circuit that `model.py` wires before the first step.
+
+Three processes of one thread each work on batches of their own and average their gradients: matrices of this size
+gain little from threads. The same number of processes on the same machine gives the same model.
 """
 
 import argparse
-import math
+import tempfile
 import time
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -17,6 +19,8 @@ from itertools import count
 from pathlib import Path
 
 import torch
+import torch.distributed as dist
+import torch.multiprocessing as mp
 import torch.nn.functional as F
 from torch import Tensor
 
@@ -30,28 +34,27 @@ from aiosd.nano.tokenizer import IM_END, IM_START, SPECIAL, Tokenizer, load
 SEED = 1
 BATCH_TOKENS = 3072
 LONGEST = 1024  # tokens of a conversation
+WORKERS = 3
+SEEDS_APART = 100_000_000  # of two processes' conversations
 
 
 @dataclass(frozen=True)
-class Cycle:
-    """One warm start: how long, how fast, on what."""
+class Recipe:
+    """How long, how fast, on what."""
 
-    steps: int
-    muon: float  # peak learning rates
-    adam: float
-    first_seed: int  # of the conversations; the next ones follow
-    drills: int  # batches of pure copying before the first conversation
-    drill_every: int
-    grow_after: tuple[int, ...] = ()  # blocks behind which a new one is put first
+    steps: int = 8000
+    minutes: float = 0.0  # a length in time instead, if it is not 0
+    muon: float = 0.007  # peak learning rates
+    adam: float = 1.2e-3
+    warm: int = 100  # steps to the peak
+    fall: float = 0.35  # the last part of the way, on which the rates fall to nothing
+    first_seed: int = 1_000_000_000  # of the conversations; the next ones follow
+    drills: int = 100  # batches of pure copying before the first conversation
+    drill_every: int = 25
 
-
-CYCLES = (
-    Cycle(steps=2200, muon=0.006, adam=1e-3, first_seed=10_000, drills=120, drill_every=6),
-    Cycle(steps=1800, muon=0.005, adam=8e-4, first_seed=20_000_000, drills=0, drill_every=30, grow_after=(1, 2)),
-    Cycle(steps=1850, muon=0.0025, adam=4e-4, first_seed=40_000_000, drills=0, drill_every=30),
-    Cycle(steps=600, muon=0.0015, adam=2.5e-4, first_seed=60_000_000, drills=0, drill_every=60),
-    Cycle(steps=2150, muon=0.004, adam=6e-4, first_seed=90_000_000, drills=0, drill_every=40),
-)
+    def rate(self, step: int, done: float) -> float:
+        """Share of the peak rates at a step, `done` of the way behind it."""
+        return min(1.0, (step + 1) / self.warm, max(0.0, 1 - done) / self.fall)
 
 
 def plain_twins(tokenizer: Tokenizer) -> Tensor:
@@ -99,10 +102,10 @@ def batches(tokenizer: Tokenizer, first_seed: int) -> Iterator[tuple[Tensor, Ten
             yield ids[:, :-1], wanted, ids[:, 1:][wanted]
 
 
-def drills(vocab: int) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
+def drills(vocab: int, seed: int) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
     """Pure copying: noise, a mark, random tokens, the mark's end, noise, the mark again, and the same tokens to be
     said. Some rows use few kinds of tokens, so that more than one token back must be looked at, as in numbers."""
-    order = torch.Generator().manual_seed(SEED)
+    order = torch.Generator().manual_seed(seed)
 
     def number(low: int, high: int) -> int:
         return int(torch.randint(low, high, (), generator=order))
@@ -124,13 +127,12 @@ def drills(vocab: int) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
         yield ids[:, :-1], wanted, ids[:, 1:][wanted]
 
 
-def lessons(tokenizer: Tokenizer, cycle: Cycle) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
-    """What a cycle teaches in turn: copying, then conversations with a drill now and then."""
-    drill, talk = drills(len(tokenizer.tokens)), batches(tokenizer, cycle.first_seed)
-    for _ in range(cycle.drills):
-        yield next(drill)
+def lessons(tokenizer: Tokenizer, recipe: Recipe, rank: int) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
+    """What one of the processes teaches in turn: copying, then conversations with a drill now and then."""
+    drill = drills(len(tokenizer.tokens), SEED + rank)
+    talk = batches(tokenizer, recipe.first_seed + rank * SEEDS_APART)
     for step in count():
-        yield next(drill) if step % cycle.drill_every == 0 else next(talk)
+        yield next(drill) if step < recipe.drills or step % recipe.drill_every == 0 else next(talk)
 
 
 class Muon(torch.optim.Optimizer):
@@ -166,62 +168,95 @@ def _orthogonal(g: Tensor) -> Tensor:
     return (x.mT if g.shape[1] > g.shape[2] else x).float()
 
 
-def run(cycle: Cycle, model: Nano, tokenizer: Tokenizer, out: Path, minutes: float) -> None:
-    """One cycle: rates rise for 60 steps and fall along a cosine, over `cycle.steps` or, if given, over `minutes`."""
+def average(model: Nano) -> None:
+    """Makes the gradients of all processes their mean."""
+    grads = [p.grad for p in model.parameters() if p.grad is not None]
+    flat = torch.cat([g.flatten() for g in grads])
+    dist.all_reduce(flat)
+    flat /= dist.get_world_size()
+    for grad, mean in zip(grads, flat.split([g.numel() for g in grads]), strict=True):
+        grad.copy_(mean.view_as(grad))
+
+
+def progress(recipe: Recipe, step: int, begin: float) -> float:
+    """The share of the way that is done; the same in all processes."""
+    if not recipe.minutes:
+        return step / recipe.steps
+    done = torch.tensor((time.time() - begin) / (60 * recipe.minutes))
+    dist.broadcast(done, 0)
+    return done.item()
+
+
+def learn(recipe: Recipe, model: Nano, tokenizer: Tokenizer, out: Path) -> None:
+    """Trains; the first process tells and writes, also every 500 steps, so that a look at the model can be had."""
+    rank, size = dist.get_rank(), dist.get_world_size()
     matrices = [p for p in model.blk.parameters() if p.dim() == 2]
     others = [p for name, p in model.named_parameters() if p.dim() == 1 or name.startswith("token_embd")]
-    muon, adam = Muon(matrices, cycle.muon), torch.optim.AdamW(others, cycle.adam, (0.9, 0.95), weight_decay=0.0)
+    muon, adam = Muon(matrices, recipe.muon), torch.optim.AdamW(others, recipe.adam, (0.9, 0.95), weight_decay=0.0)
     begin, seen, losses = time.time(), 0, [0.0]
-    for step, (ids, wanted, targets) in enumerate(lessons(tokenizer, cycle)):
-        done = (time.time() - begin) / (60 * minutes) if minutes else step / cycle.steps
+    for step, (ids, wanted, targets) in enumerate(lessons(tokenizer, recipe, rank)):
+        done = progress(recipe, step, begin)
         if done >= 1:
             break
-        scale = min(1.0, (step + 1) / 60) * (0.02 + 0.98 * 0.5 * (1 + math.cos(math.pi * done)))
-        muon.param_groups[0]["lr"], adam.param_groups[0]["lr"] = cycle.muon * scale, cycle.adam * scale
+        rate = recipe.rate(step, done)
+        muon.param_groups[0]["lr"], adam.param_groups[0]["lr"] = recipe.muon * rate, recipe.adam * rate
         with torch.autocast("cpu", torch.bfloat16):
             logits = model(ids, wanted)
         loss = F.cross_entropy(logits.float(), targets)
         loss.backward()
+        average(model)
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
         for optimizer in (muon, adam):
             optimizer.step()
             optimizer.zero_grad(set_to_none=True)
-        seen += ids.numel()
+        seen += ids.numel() * size
         losses.append(loss.item())
-        if step % 100 == 99:
+        if rank == 0 and step % 100 == 99:
             speed, mean = seen / (time.time() - begin), sum(losses[-100:]) / 100
             print(f"{done:6.1%}  step {step + 1}  {seen:,} tokens  {speed:,.0f}/s  loss {mean:.4f}", flush=True)
-        if step % 500 == 499:
+        if rank == 0 and step % 500 == 499:
             export(model, tokenizer, out)
-    export(model, tokenizer, out)
-    print(f"wrote {out}, {out.stat().st_size:,} bytes, after {(time.time() - begin) / 60:.1f} minutes", flush=True)
+    if rank == 0:
+        export(model, tokenizer, out)
+        minutes = (time.time() - begin) / 60
+        print(f"wrote {out}, {out.stat().st_size:,} bytes, after {step:,} steps and {minutes:.1f} minutes", flush=True)
+
+
+def worker(rank: int, size: int, meet: str, recipe: Recipe, out: Path, resume: Path | None, state: Path | None) -> None:
+    """One of the processes; they meet at the file `meet`."""
+    torch.manual_seed(SEED)
+    torch.set_num_threads(1)
+    dist.init_process_group("gloo", init_method=f"file://{meet}", rank=rank, world_size=size)
+    tokenizer = load()
+    model = Nano(Shape(vocab=len(tokenizer.tokens)), plain_twins(tokenizer))
+    if resume:
+        model.load_state_dict(torch.load(resume))
+    if rank == 0:
+        print(f"{sum(p.numel() for p in model.parameters()):,} parameters, {len(tokenizer.tokens)} tokens", flush=True)
+    learn(recipe, model, tokenizer, out)
+    if rank == 0 and state:
+        torch.save(model.state_dict(), state)
+    dist.destroy_process_group()
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--out", type=Path, default=model_path())
-    parser.add_argument("--minutes", type=float, default=0, help="length of a cycle, instead of its number of steps")
-    parser.add_argument("--state", type=Path, help="also save the weights as a PyTorch file after every cycle")
-    parser.add_argument("--resume", type=Path, help="go on from such a file")
+    parser.add_argument("--steps", type=int, default=Recipe.steps)
+    parser.add_argument("--minutes", type=float, default=0, help="how long to train, instead of a number of steps")
+    parser.add_argument("--workers", type=int, default=WORKERS, help="processes of one thread each")
+    parser.add_argument("--state", type=Path, help="also save the weights as a PyTorch file at the end")
+    parser.add_argument("--resume", type=Path, help="begin with the weights of such a file")
+    parser.add_argument("--first-seed", type=int, default=Recipe.first_seed, help="of the conversations")
     options = parser.parse_args()
-
-    torch.manual_seed(SEED)
-    torch.set_num_threads(1)
-    tokenizer = load()
-    model = Nano(Shape(vocab=len(tokenizer.tokens)), plain_twins(tokenizer))
-    finished = 0
-    if options.resume:
-        saved = torch.load(options.resume)
-        finished = saved["cycles"]
-        for cycle in CYCLES[:finished]:
-            model.grow(cycle.grow_after)
-        model.load_state_dict(saved["weights"])
-    print(f"{sum(p.numel() for p in model.parameters()):,} parameters, {len(tokenizer.tokens)} tokens", flush=True)
-    for number, cycle in enumerate(CYCLES[finished:], finished + 1):
-        model.grow(cycle.grow_after)
-        run(cycle, model, tokenizer, options.out, options.minutes)
-        if options.state:
-            torch.save({"cycles": number, "weights": model.state_dict()}, options.state)
+    recipe = Recipe(steps=options.steps, minutes=options.minutes, first_seed=options.first_seed)
+    with tempfile.TemporaryDirectory() as folder:
+        meet = str(Path(folder, "meet"))
+        mp.spawn(
+            worker,
+            (options.workers, meet, recipe, options.out, options.resume, options.state),
+            nprocs=options.workers,
+        )
 
 
 if __name__ == "__main__":
