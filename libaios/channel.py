@@ -175,6 +175,11 @@ class Channel:
             return str(err)
         return ""
 
+    @property
+    def assembling(self) -> int:
+        """Bytes held here of a large frame that is not complete yet."""
+        return self._consumer.assembling
+
     def _ring(self, flag: int) -> None:
         """Ring if the other side has set this flag, once. No call stands between clearing it and ringing: there an
         interrupt could come in between, and nobody would ever ring again."""
@@ -206,7 +211,7 @@ class Channel:
     def receive(self, limit: int = 64) -> list[bytes]:
         """Up to `limit` whole frames, and no more than one ring of bytes: a peer that writes as fast as we read must
         not hold us here. `more`: do not sleep yet. ProtocolError when the other side wrote nonsense."""
-        self._drain_bell()
+        self.drain_bell()
         consumer, frames = self._consumer, self._frames
         stop = consumer.read + consumer.size
         while True:
@@ -226,7 +231,8 @@ class Channel:
         self._frames = []
         return frames
 
-    def _drain_bell(self) -> None:
+    def drain_bell(self) -> None:
+        """Take the rings that have come. What they were about must be looked at afterwards."""
         try:
             if not os.read(self._bell, 4096):
                 self.hung_up = True

@@ -322,6 +322,11 @@ class Consumer:
         frame, self._partial = b"".join(self._partial), None
         return frame
 
+    @property
+    def assembling(self) -> int:
+        """Bytes kept of a frame of which the last fragment has not come."""
+        return 0 if self._partial is None else self._partial_bytes
+
     def empty(self) -> bool:
         return self._available() == 0
 

@@ -43,7 +43,8 @@ class FrameSocket:
 
     def __init__(self, sock: socket.socket, max_frame: int = wire.MAX_FRAME, max_outbox: int = MAX_OUTBOX) -> None:
         self._sock = sock
-        self._max_frame = max_frame
+        self.max_frame = max_frame
+        self.max_fds = MAX_FDS
         self._max_outbox = max_outbox
         self._in = bytearray()
         self._consumed = 0  # bytes of the stream before those in `_in`
@@ -110,6 +111,16 @@ class FrameSocket:
 
     # ── receiving ─────────────────────────────────────────────────────────────────────────────────────────
 
+    @property
+    def assembling(self) -> int:
+        """Bytes held here of a frame that is not complete yet, and of those behind a `limit`."""
+        return len(self._in)
+
+    @property
+    def held_fds(self) -> int:
+        """Descriptors that came with it."""
+        return sum(len(fds) for _, fds in self._in_fds)
+
     def receive(self, limit: int | None = None) -> list[tuple[bytes, list[int]]]:
         """The complete frames that are here now, with their descriptors. Not more than `limit`: then ask again, the
         socket will not tell of those that have been read already.
@@ -128,8 +139,13 @@ class FrameSocket:
                 raise ProtocolError(self._broken)
             if self._eof:
                 raise EOFError("the peer hung up")
-            if self._consumed + len(self._in) >= stop or not self._fill():
-                return frames
+            try:
+                if self._consumed + len(self._in) >= stop or not self._fill():
+                    return frames
+            except OSError:
+                for _, fds in frames:
+                    _close(fds)
+                raise
 
     def _fill(self) -> bool:
         """Read what is there; False when there is nothing."""
@@ -158,8 +174,8 @@ class FrameSocket:
         if fds:
             # Before this all frames were split off, so what was in the queue belongs to one unfinished frame.
             self._in_fds.append((self._consumed + len(self._in) - 1, fds))
-            if sum(len(some) for _, some in self._in_fds) > 2 * MAX_FDS:
-                self._broken = f"more than {MAX_FDS} descriptors with a frame"
+            if sum(len(some) for _, some in self._in_fds) > 2 * self.max_fds:
+                self._broken = f"more than {self.max_fds} descriptors with a frame"
         self._eof = not data
         return True
 
@@ -168,8 +184,8 @@ class FrameSocket:
         buffer = self._in
         while not self._broken and len(buffer) >= _LENGTH.size and (limit is None or len(frames) < limit):
             (length,) = _LENGTH.unpack_from(buffer)
-            if length > self._max_frame:
-                self._broken = f"a frame of {length} bytes; the limit is {self._max_frame}"
+            if length > self.max_frame:
+                self._broken = f"a frame of {length} bytes; the limit is {self.max_frame}"
                 return
             end = _LENGTH.size + length
             if len(buffer) < end:

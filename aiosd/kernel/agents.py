@@ -6,6 +6,7 @@ whoever waits. Budgets are enforced here (`budget` says what they are).
 
 from __future__ import annotations
 
+import errno
 import signal
 import time
 from typing import TYPE_CHECKING
@@ -26,6 +27,8 @@ if TYPE_CHECKING:
     from aiosd.records import Agent
 
 LOG_INDEX_S = 1.0
+FORKS_BYTES = 16 << 20  # of spawns that the supervisor has not read
+COMMAND_SHOWN = 4096  # characters of an agent's command in listings
 SAMPLE_FEW = 16  # agents without a memory budget that are measured in one turn
 
 
@@ -59,6 +62,8 @@ class Agents:
 
     def fork(self, call: Call, spec: link.Fork, fds: tuple[int, ...]) -> None:
         """Have the supervisor fork an agent; the call is finished when it has."""
+        if self.kernel.supervisor.pending > FORKS_BYTES:
+            raise wire.error(errno.EAGAIN, "so many are being started that the supervisor does not keep up")
         self.forks[call.key] = (call, spec)
         self.kernel.to_supervisor(spec, fds)
 
@@ -113,7 +118,7 @@ class Agents:
             pgid=pgid,
             uid=spec.uid,
             name=spec.name,
-            command=" ".join([spec.target, *spec.args]),
+            command=" ".join([spec.target, *spec.args])[:COMMAND_SHOWN],
             group=spec.group,
             log=log_path,
             started=started[0],

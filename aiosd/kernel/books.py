@@ -23,7 +23,7 @@ if TYPE_CHECKING:
 
 def check(kernel: Kernel) -> list[str]:
     """One line for each discrepancy; empty when all is well."""
-    parts = (_processes, _families, _calls, _slots, _mailboxes, _tokens, _rings)
+    parts = (_processes, _families, _calls, _slots, _mailboxes, _tokens, _rings, _assembly)
     return [line for part in parts for line in part(kernel)]
 
 
@@ -116,6 +116,12 @@ def _tokens(kernel: Kernel) -> Iterator[str]:
 def _generations(proc: Proc) -> list[Generation]:
     calls = proc.peer.calls.values() if proc.peer is not None else ()
     return [call.generation for call in calls if call.generation is not None]
+
+
+def _assembly(kernel: Kernel) -> Iterator[str]:
+    held = sum(peer.assembling for peer in [*peers(kernel), *kernel.control.strangers])
+    if held != kernel.assembly.total:
+        yield f"unfinished frames: {held} bytes with peers, {kernel.assembly.total} in the books"
 
 
 def _rings(kernel: Kernel) -> Iterator[str]:

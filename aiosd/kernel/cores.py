@@ -26,6 +26,7 @@ from libaios.channel import Channel
 logger = logging.getLogger("kernel.cores")
 
 POISON_DEATHS = 2
+MAX_SUBMIT = 8 << 20  # bytes; submitted again it has its tokens with it, and still fits a frame
 
 
 class Listener(Protocol):
@@ -69,9 +70,13 @@ class Core:
             self.channel.send(link.encode(message))
 
     def submit(self, call: Call, message: link.ToCore) -> None:
+        payload = link.encode(message)
+        if len(payload) > MAX_SUBMIT:
+            raise wire.error(errno.EMSGSIZE, f"{len(payload)} bytes for a model; the limit is {MAX_SUBMIT}")
         self.calls[call.key] = (call, message)
         call.core = self.name
-        self.send(message)
+        if self.state == "ready" and self.channel is not None:
+            self.channel.send(payload)
 
     def cancel(self, call: Call) -> None:
         if self.calls.pop(call.key, None) is not None:

@@ -162,9 +162,7 @@ class Generations:
             return
         generation.tokens.extend(finished.tokens)
         if not generation.started:  # over within its first step
-            self.on_started(
-                call, link.Started(call.key, finished.usage.prompt_tokens, finished.usage.cached_tokens)
-            )
+            self.on_started(call, link.Started(call.key, finished.usage.prompt_tokens, finished.usage.cached_tokens))
         generation.ending = True  # by itself: a budget that is reached now need not end it
         self._count_completion(call, len(finished.tokens))
         if finished.finish_reason == "limit" and call.peer.proc is not None:

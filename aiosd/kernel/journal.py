@@ -28,6 +28,8 @@ from libaios import wire
 COMPACT_BYTES = 2 << 20  # read again by a new kernel, in about 0.1 s
 REMEMBER = 4096  # served calls: as many as may be open when a kernel dies, in practice by far
 
+REMEMBER_BYTES = 16 << 20  # … and no more than that of what they brought
+
 _HEADER = struct.Struct("=QQ")
 _LENGTH = struct.Struct("=I")
 
@@ -52,6 +54,10 @@ class Taken(Struct, array_like=True, frozen=True, tag=True):
 _decode = msgpack.Decoder(Sent | Taken).decode
 
 
+def _size(message: Sent) -> int:
+    return len(memoryview(message.obj))
+
+
 class Journal:
     """One kernel's journal. `served` are calls of a dead kernel's time with what they got: None for a SEND, the
     message for a RECV."""
@@ -62,7 +68,8 @@ class Journal:
         self._compact_at = self._limit = compact_at
         self._next_seq = 1
         self._waiting: OrderedDict[int, Sent] = OrderedDict()  # by seq: accepted, not taken
-        self._recent: deque[tuple[Sent, Key | None]] = deque(maxlen=REMEMBER)  # taken lately, and by which call
+        self._recent: deque[tuple[Sent, Key]] = deque()  # taken lately, and by which call
+        self._recent_bytes = 0
         self.served: dict[Key, wire.Received | None] = {}
         generation = max(self._generation(fd) for fd in fds)
         self._at = 0 if self._generation(fds[0]) == generation else 1
@@ -78,13 +85,23 @@ class Journal:
         self._next_seq += 1
         self._waiting[message.seq] = message
         self._append(message)
+        self._keep_small()
         return message.seq
 
     def taken(self, key: Key, seq: int) -> None:
         """Record that a message goes to the RECV call `key`."""
         message = self._waiting.pop(seq)
-        self._recent.append((message, key))
+        self._remember(message, key)
         self._append(Taken(key, seq))
+        self._keep_small()
+
+    def _remember(self, message: Sent, key: Key) -> None:
+        self._recent.append((message, key))
+        self._recent_bytes += _size(message)
+        while len(self._recent) > REMEMBER or self._recent_bytes > max(REMEMBER_BYTES, _size(message)):
+            self._recent_bytes -= _size(self._recent.popleft()[0])
+
+    def _keep_small(self) -> None:
         if self._size > self._limit:
             self._compact()
 
@@ -135,7 +152,7 @@ class Journal:
             return
         message = self._waiting.pop(record.seq, None)
         if message is not None:
-            self._recent.append((message, record.key))
+            self._remember(message, record.key)
             self.served[record.key] = wire.Received(message.sender, message.obj)
 
     def _compact(self) -> None:
@@ -149,8 +166,7 @@ class Journal:
         for message, key in self._recent:
             if self._is_alive(message.to) or self._is_alive(message.sender):
                 self._append(message)
-                if key is not None:
-                    self._append(Taken(key, message.seq))
+                self._append(Taken(key, message.seq))
         for message in self._waiting.values():
             self._append(message)
         self._generation_now += 1

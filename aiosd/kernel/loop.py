@@ -29,26 +29,27 @@ import sys
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
-import msgspec
-
 from aiosd import link, log
 from aiosd.heartbeat import BEAT_S, beat
 from aiosd.kernel import live, syscalls
 from aiosd.kernel.agents import Agents
 from aiosd.kernel.control import Control
 from aiosd.kernel.cores import Core, Cores
-from aiosd.kernel.explain import explain
 from aiosd.kernel.generations import Generations
 from aiosd.kernel.journal import Journal
 from aiosd.kernel.ledger import CALLS, Ledger
 from aiosd.kernel.peer import (
     MAX_OPEN_CALLS,
     OUTBOX_MAX,
+    OUTBOX_PAUSE,
     AgentPeer,
+    Assembly,
     Call,
     ClientPeer,
     Peer,
     failure,
+    read_args,
+    read_request,
     reply,
 )
 from aiosd.kernel.proc import Message, ProcTable
@@ -84,6 +85,7 @@ class Kernel:
         self.table = ProcTable(self.settings.keep_dead)
         self.agents = Agents(self)
         self.waiters = Waiters(self)
+        self.assembly = Assembly()
         self.generations = Generations(self)
         self.cores = Cores(self.generations)
         self.cores.schedule = self.settings.schedule()
@@ -95,7 +97,7 @@ class Kernel:
         self.ledger = Ledger(born.ledger)
         self.journal = Journal(born.journal, self._is_alive)
         # to the outside
-        self.supervisor = FrameSocket(_socket_of(born.link))
+        self.supervisor = FrameSocket(_socket_of(born.link), max_outbox=1 << 62)  # `Agents.fork` keeps it small
         self.watch(self.supervisor.fileno(), self._on_supervisor)
         self.control = Control(self, _socket_of(born.listener))
         self._adopt()
@@ -111,9 +113,10 @@ class Kernel:
                 act = self.on_event.get(fd)
                 if act is not None:  # else: closed by an earlier event of this turn
                     act(mask)
-            for fd, act in list(self.hungry.items()):
-                del self.hungry[fd]
-                act(select.EPOLLIN)
+            for fd in list(self.hungry):
+                act = self.hungry.pop(fd, None)
+                if act is not None:  # else: dropped while another's requests were handled
+                    act(select.EPOLLIN)
             self.timers.run_due()
         if self.generations.load_error:
             self.to_supervisor(link.Shutdown(error=self.generations.load_error))
@@ -166,25 +169,45 @@ class Kernel:
     def _on_agent(self, peer: AgentPeer, mask: int) -> None:
         channel = peer.channel
         try:
-            if channel.outbox_bytes and channel.pump():
-                self.generations.resume_streams(peer)
+            if channel.outbox_bytes and not self._unload(peer):
+                return
             for payload in channel.receive(FRAMES_PER_TURN):
                 self.dispatch(peer, payload)
+                if peer.gone:  # dropped while its requests were handled
+                    return
         except ProtocolError as err:
             self.offend(peer, str(err))
             return
-        if peer.proc is None or peer.proc.peer is not peer:
-            return  # dropped while its requests were handled
+        if channel.assembling or peer.assembling:
+            self.note_assembling(peer, channel.assembling)
+            if peer.gone:
+                return
         if channel.more:
             self.hungry[channel.fileno()] = self.on_event[channel.fileno()]
         elif channel.hung_up:
             self.drop_peer(peer)
 
+    def _unload(self, peer: AgentPeer) -> bool:
+        """Send what waits. False while so much still waits that the peer's next requests must wait as well, until it
+        has read its replies: then it rings."""
+        channel = peer.channel
+        channel.drain_bell()
+        if channel.pump():
+            self.generations.resume_streams(peer)
+        if channel.outbox_bytes <= OUTBOX_PAUSE:
+            return True
+        if channel.hung_up:
+            self.drop_peer(peer)
+        return False
+
+    def note_assembling(self, peer: Peer, size: int) -> None:
+        """Of all that is being put together; `size` bytes of it are this peer's."""
+        offender = self.assembly.note(peer, size)
+        if offender is not None:
+            self.offend(offender, f"a frame of {offender.assembling} bytes and no end, when there was no room for more")
+
     def dispatch(self, peer: Peer, payload: bytes) -> None:
-        try:
-            request = wire.decode_request(payload)
-        except msgspec.MsgspecError as err:
-            raise ProtocolError(f"a frame that is no request: {err}") from None
+        request = read_request(payload)
         if request.id in peer.calls:
             self._refuse(peer, request.id, errno.EINVAL, f"call id {request.id} is in use")
             return
@@ -208,18 +231,13 @@ class Kernel:
     def _execute(self, call: Call, request: wire.Request) -> Any:
         handler = syscalls.SYSCALLS.get(request.sys)
         if handler is None:
-            logger.warning("pid %d: unknown system call %d", call.peer.id, request.sys)
+            if not call.peer.strange:
+                call.peer.strange = True
+                logger.warning("pid %d: unknown system call %d", call.peer.id, request.sys)
             raise wire.error(errno.ENOSYS, f"there is no system call {request.sys}")
         if len(call.peer.calls) > MAX_OPEN_CALLS:
             raise wire.error(errno.EAGAIN, f"more than {MAX_OPEN_CALLS} calls open")
-        decode = wire.decode_args.get(request.sys)
-        if decode is None:
-            return handler(self, call, None)
-        try:
-            args = decode(request.args)
-        except msgspec.MsgspecError as err:
-            raise wire.error(errno.EINVAL, explain(err, wire.ARGS[request.sys])) from None
-        return handler(self, call, args)
+        return handler(self, call, read_args(request))
 
     def _refuse(self, peer: Peer, call_id: int, code: int, message: str) -> None:
         self.counters["refused"] += 1
@@ -259,6 +277,8 @@ class Kernel:
         self._send(call.peer, wire.encode(wire.Reply(call.id, 0, True, offset, wire.raw(piece))))
 
     def _send(self, peer: Peer, payload: bytes) -> None:
+        if peer.gone:
+            return
         try:
             peer.send(payload)
             if peer.outbox_bytes > OUTBOX_MAX:
@@ -269,7 +289,7 @@ class Kernel:
             self.drop_peer(peer)
         else:
             if isinstance(peer, ClientPeer) and peer.socket.pending:
-                self.watch_output(peer.socket)
+                self.control.watch(peer)
 
     # ── peers ────────────────────────────────────────────────────────────────────────────────────────────
 
@@ -289,6 +309,8 @@ class Kernel:
 
     def drop_peer(self, peer: Peer) -> None:
         """The connection is gone: close whatever it had open, without replies."""
+        peer.gone = True
+        self.assembly.note(peer, 0)
         for call in list(peer.calls.values()):
             self._close_call(call)
         fd = peer.fileno()
@@ -369,6 +391,7 @@ class Kernel:
             self.ready = True
             names = ", ".join(core.name for core in self.cores)
             self.to_supervisor(link.Ready(f"aiosd: ready ({names}; {self.settings.home.root})"))
+
 
 def _socket_of(fd: int) -> socket.socket:
     sock = socket.socket(fileno=fd)

@@ -10,17 +10,25 @@ and `Kernel.fail` alone close it.
 
 from __future__ import annotations
 
+import errno
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from typing import Any
 
+import msgspec
+
+from aiosd.kernel.explain import explain
 from aiosd.kernel.proc import Proc
 from aiosd.link import Key
 from aiosd.timers import Timer
 from libaios import wire
 from libaios.channel import Channel
+from libaios.ring import ProtocolError
 from libaios.stream import FrameSocket
 
 MAX_OPEN_CALLS = 1024  # of one peer
+ASSEMBLY_MAX = 256 << 20  # bytes of unfinished frames, of all peers together
+DEEP = 400  # levels of nesting in arguments that the next reader must be able to put under its own
 OUTBOX_PAUSE = 256 << 10  # bytes a peer has not read before its streams are paused at their source,
 OUTBOX_RESUME = 64 << 10  # … and go on,
 OUTBOX_MAX = 64 << 20  # … and before it is taken for dead
@@ -67,9 +75,12 @@ class Call:
 class Peer:
     """Common part. `id`: an agent's pid, or a negative number for a client."""
 
-    __slots__ = ("calls", "id", "proc")
+    __slots__ = ("assembling", "calls", "gone", "id", "proc", "strange")
 
     def __init__(self, ident: int, proc: Proc | None) -> None:
+        self.assembling = 0  # bytes of its unfinished frame, in the books of `Assembly`
+        self.gone = False  # dropped: nothing it has sent is looked at any more
+        self.strange = False  # has made a call that does not exist, and the log knows
         self.id = ident
         self.proc = proc  # whose rights it has; None: a client of aiosd's own user
         self.calls: dict[int, Call] = {}
@@ -138,9 +149,65 @@ class ClientPeer(Peer):
         self.socket.close()
 
 
+class Assembly:
+    """How much of all peers' unfinished frames lies here: each peer alone may have one of `wire.MAX_FRAME` bytes, all
+    together no more than `limit`. Whoever began first is in the way then: an honest frame is complete in a moment."""
+
+    def __init__(self, limit: int = ASSEMBLY_MAX) -> None:
+        self.limit = limit
+        self.total = 0
+        self._peers: dict[Peer, None] = {}  # who has an unfinished frame, oldest first
+
+    def note(self, peer: Peer, size: int) -> Peer | None:
+        """The peer holds `size` bytes now. Returns who must go, when that is too much for all."""
+        if size < peer.assembling or not size:  # that frame is complete; this is another one
+            self._peers.pop(peer, None)
+        if size:
+            self._peers.setdefault(peer)
+        self.total += size - peer.assembling
+        peer.assembling = size
+        return next(iter(self._peers)) if self.total > self.limit else None
+
+
 def reply(call_id: int, body: object) -> bytes:
     return wire.encode(wire.Reply(call_id, body=wire.raw(body)))
 
 
 def failure(call_id: int, errno: int, message: str) -> bytes:
     return wire.encode(wire.Reply(call_id, errno, body=wire.raw(wire.Failure(message))))
+
+
+# ── reading ───────────────────────────────────────────────────────────────────────────────────────────────
+
+_skip = msgspec.msgpack.Decoder(msgspec.Raw).decode
+
+
+def read_request(payload: bytes) -> wire.Request:
+    """What a peer sent. Raises ProtocolError when it is no request at all."""
+    try:
+        return wire.decode_request(payload)
+    except msgspec.MsgspecError as err:
+        raise ProtocolError(f"a frame that is no request: {err}") from None
+    except RecursionError:
+        raise ProtocolError("a frame that is no request: it is nested too deeply") from None
+
+
+def read_args(request: wire.Request) -> Any:
+    """The arguments of a call, None where it has none. Raises OSError (EINVAL) that says what is wrong with which.
+
+    What is nested almost too deeply for us would be too deep for a core, or for the agent that a message is for.
+    """
+    decode = wire.decode_args.get(request.sys)
+    if decode is None:
+        return None
+    args = request.args
+    try:
+        if len(memoryview(args)) > DEEP:  # a level costs a byte at least
+            _skip(b"\x91" * DEEP + bytes(args))
+        return decode(args)
+    except msgspec.MsgspecError as err:
+        raise wire.error(errno.EINVAL, explain(err, wire.ARGS[request.sys])) from None
+    except UnicodeDecodeError as err:
+        raise wire.error(errno.EINVAL, f"a string that is not UTF-8: {err.reason}") from None
+    except RecursionError:
+        raise wire.error(errno.EINVAL, "arguments are nested too deeply") from None

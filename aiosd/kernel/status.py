@@ -144,4 +144,4 @@ def descriptors_left(kernel: Kernel) -> int:
     """How many more the kernel may open before it eats into what it needs itself."""
     soft, _ = resource.getrlimit(resource.RLIMIT_NOFILE)
     agents = len(kernel.agents.by_ospid) + len(kernel.agents.forks)
-    return soft - FDS_SPARE - FDS_PER_AGENT * agents - max(0, len(kernel.control.clients) - FDS_CLIENTS)
+    return soft - FDS_SPARE - FDS_PER_AGENT * agents - max(0, kernel.control.descriptors() - FDS_CLIENTS)

@@ -31,6 +31,7 @@ if TYPE_CHECKING:
 #: "The reply comes later."
 PENDING: Final = object()
 
+SPAWN_CHARS = 1 << 20
 MAILBOX_MESSAGES = 1000
 MAILBOX_BYTES = 4 << 20
 
@@ -60,9 +61,11 @@ def sys_spawn(kernel: Kernel, call: Call, args: wire.Spawn) -> Any:
         raise wire.error(errno.EINVAL, "stdin, stdout and stderr must come with an attached spawn")
     if not os.path.isabs(args.cwd):
         raise wire.error(errno.EINVAL, "cwd must be an absolute path")
-    for text in (args.target, args.cwd, *args.args, *args.env, *args.env.values()):
-        if "\0" in text:
-            raise wire.error(errno.EINVAL, "a string with a null byte")
+    texts = (args.target, args.cwd, *args.args, *args.env, *args.env.values())
+    if any("\0" in text for text in texts):
+        raise wire.error(errno.EINVAL, "a string with a null byte")
+    if sum(map(len, texts)) > SPAWN_CHARS:
+        raise wire.error(errno.E2BIG, f"arguments and environment have more than {SPAWN_CHARS} characters")
     if any(not key or "=" in key for key in args.env):
         raise wire.error(errno.EINVAL, "env: a name is empty or holds '='")
     spec = link.Fork(
@@ -158,25 +161,26 @@ def _targets(kernel: Kernel, call: Call, pid: int) -> list[Proc]:
 
 def sys_ps(kernel: Kernel, call: Call, args: wire.Ps) -> list[wire.ProcInfo]:
     me = call.peer.proc
-    procs = [proc for proc in kernel.table if proc.alive or args.all or args.pids is not None]
+    pids = None if args.pids is None else set(args.pids)  # as many as somebody may send
+    procs = [proc for proc in kernel.table if proc.alive or args.all or pids is not None]
     if args.dead:
         procs += kernel.table.history.values()
-    if me is not None and not args.all and args.pids is None:
+    if me is not None and not args.all and pids is None:
         procs = [proc for proc in procs if kernel.table.is_ancestor(me.pid, proc)]
-    if args.pids is not None:
-        procs = [proc for proc in procs if proc.pid in args.pids]
+    if pids is not None:
+        procs = [proc for proc in procs if proc.pid in pids]
     if args.name is not None:
         procs = [proc for proc in procs if proc.name == args.name]
     kernel.agents.sample_new(procs)
-    lines = _system_lines(kernel, args) if args.all or args.pids is not None else []
+    lines = _system_lines(kernel, pids, args.name) if args.all or pids is not None else []
     return lines + [describe(proc, kernel.cores.context_of(proc.pid)) for proc in procs]
 
 
-def _system_lines(kernel: Kernel, args: wire.Ps) -> list[wire.ProcInfo]:
+def _system_lines(kernel: Kernel, pids: set[int] | None, wanted: str | None) -> list[wire.ProcInfo]:
     """aiosd's own processes as lines of aios-ps."""
     lines = []
     for name, (pid, ospid) in kernel.status.system_processes().items():
-        if (args.pids is not None and pid not in args.pids) or (args.name is not None and name != args.name):
+        if (pids is not None and pid not in pids) or (wanted is not None and name != wanted):
             continue
         stat = procfs.read_stat(ospid)
         lines.append(
@@ -346,8 +350,9 @@ def sys_cancel(kernel: Kernel, call: Call, args: wire.Cancel) -> bool:
     victim = call.peer.calls.get(args.id)
     if victim is None:
         # A call of the last kernel's time that was not submitted again, perhaps: a core may have it still.
-        for core in kernel.cores:
-            core.send(link.CancelCall((call.peer.id, args.id)))
+        if kernel.born.epoch > 1:
+            for core in kernel.cores:
+                core.send(link.CancelCall((call.peer.id, args.id)))
         return False
     if victim is call:
         return False

@@ -10,6 +10,7 @@ read of shared memory. Without work it sleeps on the channel.
 
 from __future__ import annotations
 
+import errno
 import faulthandler
 import os
 import signal
@@ -30,6 +31,9 @@ CONGESTED = 256 << 10
 
 #: Memory for contexts without a slot, when the user says nothing, is never more than this.
 MOST_CONTEXT_RAM = 4 << 30
+
+#: What the kernel and the caller can take in one frame.
+MAX_ANSWER = wire.MAX_FRAME - 1024
 
 _MESSAGES_AT_ONCE = 64
 PLACES_EVERY = 1.0  # seconds between two words on where contexts lie, while calls run
@@ -247,7 +251,11 @@ class Core:
             self._send(link.Contexts(places))
 
     def _answer(self, key: link.Key, body: object, prompt_tokens: int = 0) -> None:
-        self._send(link.Answered(key, wire.encode(body), prompt_tokens))
+        encoded = wire.encode(body)
+        if len(encoded) > MAX_ANSWER:
+            self._refuse(key, wire.error(errno.EMSGSIZE, f"an answer of {len(encoded)} bytes; ask for less at a time"))
+        else:
+            self._send(link.Answered(key, encoded, prompt_tokens))
 
     def _refuse(self, key: link.Key, error: OSError) -> None:
         self._send(link.Failed(key, error.errno or 22, error.strerror or str(error)))
