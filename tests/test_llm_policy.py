@@ -417,6 +417,18 @@ def test_fair_an_interactive_agent_among_32_that_generate_without_end(slots: int
     assert statistics.mean(chosen for _, chosen in busy.steps) > 0, "and they do get on"
 
 
+@pytest.mark.parametrize("slots", [33, 8])
+def test_fair_a_crowd_that_catches_its_breath_has_not_slept(slots: int) -> None:
+    """All of them end a long answer at about the same time and ask again after a moment."""
+    script = [Turn(1.0, 64, 32)] * 40
+    alone = latencies(FakeEngine(Fair(Quantum()), slots), script)
+    busy = FakeEngine(Fair(Quantum()), slots)
+    for peer in range(1, 33):
+        busy.agent(peer, [Turn(0.3, 64, 300) for _ in range(200)])
+    busy.run(10.0)
+    assert p90(latencies(busy, script)) <= 2.5 * p90(alone)
+
+
 def latencies(engine: FakeEngine, script: list[Turn]) -> list[float]:
     asker = engine.agent(1000, script)
     while len(asker.calls) < len(script) or asker.calls[-1].finished is None:

@@ -15,10 +15,11 @@ agent of nice 0.
 - **Newcomers** begin at the *line*: nothing is owed to who was not there, and nothing is to be made up for. The line
   moves on by what the active agents are given on the average, and is never further on than the hindmost of them.
   Who comes back begins where it was, if that is further on.
-- **Sleepers.** While an agent has no call it earns an allowance (and has a small one when it comes for the first
-  time), by which its rank begins before its line: so an agent that asks something small now and then runs ahead of a
-  crowd that generates without end, though it takes more than its share while it does. It passes only those who have
-  had more than a quantum since they came: short calls do not hold up each other. What is given on allowance is not
+- **Sleepers.** An agent that sleeps, which is to have no call for NAP_S and for an eighth of the time that it had
+  one, earns an allowance (and has a small one when it comes for the first time), by which its rank begins before its
+  line: so an agent that asks something small now and then runs ahead of a crowd that generates without end, though it
+  takes more than its share while it does. It passes only those who have had more than a quantum since they last
+  slept: short calls do not hold up each other. What is given on allowance is not
   counted. Such gifts are for few: when more than FEW of the active have slept (a crowd whose agents all use tools,
   and pause meanwhile), all allowances are void. And they end somewhere: when agents on allowance have kept others
   waiting for RATION_S, and from then on for more than half of the time, they are void until the ration has grown
@@ -51,8 +52,9 @@ ALLOWANCE_RATE, ALLOWANCE = 256.0, 512.0
 #: … and who was never seen before has so many: the first question of a person must not wait for a crowd either.
 WELCOME = 128.0
 
-#: Who was idle for so many seconds has slept; allowances count while at most this part of the active has.
-NAP_S, FEW = 0.25, 1 / 4
+#: Who was idle for so many seconds, and for this part of the time it was active before, has slept; allowances count
+#: while at most FEW of the active have.
+NAP_S, NAP_PART, FEW = 0.25, 1 / 8, 1 / 4
 
 #: Seconds for which agents on allowance may keep others waiting, saved up one for one while they do not.
 RATION_S = 4.0
@@ -73,7 +75,11 @@ class _Agent:
     rank: float = 0.0
     line: float = 0.0  # while rank < line, it lives on its allowance
     calls: dict[int, Entry] = field(default_factory=dict)
+    active_since: float = 0.0
     idle_since: float = 0.0
+
+    def slept(self, now: float) -> bool:
+        return now - self.idle_since >= max(NAP_S, NAP_PART * (self.idle_since - self.active_since))
 
 
 @dataclass(slots=True, eq=False)
@@ -141,15 +147,21 @@ class Fair(Base):
         """An agent becomes active: at the line, or where it was, less its allowance."""
         agent = self._idle.pop(call.peer, None)
         self._advance()
-        earned = WELCOME
         if agent is None:
-            agent = _Agent(call.peer, group=self._groups.get(call.group), line=self._line)
-        else:
+            agent = _Agent(call.peer, group=self._groups.get(call.group), line=self._line, active_since=now)
+            agent.rank = agent.line - WELCOME
+        elif agent.slept(now):
             earned = max(agent.line - agent.rank, 0.0) + (now - agent.idle_since) * ALLOWANCE_RATE
             agent.line = max(agent.line, agent.rank, self._line)
-            if now - agent.idle_since >= NAP_S:
-                self._sleepers.add(agent)
-        agent.rank = agent.line - min(earned, ALLOWANCE)
+            agent.rank = agent.line - min(earned, ALLOWANCE)
+            agent.active_since = now
+            self._sleepers.add(agent)
+        elif agent.rank < agent.line:
+            left = agent.line - agent.rank
+            agent.line = max(agent.line, self._line)
+            agent.rank = agent.line - left
+        else:  # it goes on: `line` still says when it last slept
+            agent.rank = max(agent.rank, self._line)
         self._active[agent.peer] = agent
         if agent.group is not None:
             agent.group.members[agent.peer] = agent
