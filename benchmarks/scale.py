@@ -2,10 +2,10 @@
 """From 64 to 2,000 agents with live contexts on one model: all finish, and none of them slows the others down.
 
 Every agent is a process of its own that keeps its conversation: a shared system prompt of 128 tokens, 16 tokens of its
-own, two calls of 24 generated tokens with 8 tokens of a tool's answer between them, greedy. All are up before the clock
-starts. There are 64 slots; with a quantum of 16 tokens every call gives its slot up before its end when others wait,
-and the contexts of the rest lie in memory and on disk, within the budgets given. Wait: from a call's arrival to its
-slot. Jain's index: of the agents' tokens per second, each from the common start to its own end.
+own, two calls of 80 generated tokens with 8 tokens of a tool's answer between them, greedy. All are up before the clock
+starts. There are 64 slots; with the default quantum of 64 tokens every call gives its slot up before its end when
+others wait, and the contexts of the rest lie in memory and on disk, within the budgets given. Wait: from a call's
+arrival to its slot. Jain's index: of the agents' tokens per second, each from the common start to its own end.
 
     $ taskset -c 0,1 python benchmarks/scale.py
     policy  agents  finished  tokens/s  ÷ 64   wait p50    p90    p99   Jain  copy %  RAM MB  disk MB
@@ -29,7 +29,7 @@ from benchmarks import harness  # noqa: E402  the checkout comes first
 
 AGENTS = (64, 250, 500, 1000, 2000)
 POLICIES = ("rr", "fair")
-SHARED, PRIVATE, TURNS, GENERATED, TOOL = 128, 16, 2, 24, 8
+SHARED, PRIVATE, TURNS, GENERATED, TOOL = 128, 16, 2, 80, 8
 LEAST_RATE, MOST_COPYING = 0.9, 0.05
 PATIENCE_S = 3600.0
 
@@ -100,7 +100,7 @@ print("home", flush=True)
 
 
 def run(policy: str, agents: int, model: Path, options: argparse.Namespace) -> dict[str, Any]:
-    flags = ["--policy", policy, "--quantum", str(options.quantum), "--slots", str(options.slots), "--ctx", "256"]
+    flags = ["--policy", policy, "--quantum", options.quantum, "--slots", str(options.slots), "--ctx", "512"]
     flags += ["--threads", str(options.threads), "--context-ram", options.ram, "--context-disk", options.disk]
     order = {
         "seed": options.seed, "vocab": harness.vocabulary(model), "shared": SHARED, "private": PRIVATE, "turns": TURNS,
@@ -226,8 +226,8 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--agents", type=int, action="append", help=f"{AGENTS}")
     parser.add_argument("--policy", action="append", help=f"{POLICIES}")
     parser.add_argument("--slots", type=int, default=64)
-    parser.add_argument("--quantum", type=int, default=16, help="tokens")
-    parser.add_argument("--ram", default="512M", help="budget for contexts in memory")
+    parser.add_argument("--quantum", default="64,10", help="tokens, and seconds")
+    parser.add_argument("--ram", default="1G", help="budget for contexts in memory")
     parser.add_argument("--disk", default="4G", help="budget for contexts on disk")
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--seed", type=int, default=1)
