@@ -36,6 +36,7 @@ logger = logging.getLogger("kernel.control")
 
 PAUSE_S = 0.2  # before new clients are accepted again when there was no descriptor for one
 MAX_GENERATIONS = 64  # steps up the process tree in search of an agent
+ACCEPT_PER_TURN = 16
 MAX_STRANGERS = 64
 HELLO_S = 10.0  # how long a stranger has to say Hello,
 HELLO_BYTES = 1024  # … and how long that may be
@@ -75,30 +76,38 @@ class Control:
                 self.kernel.agents.hang_up(peer.id)
 
     def _on_connect(self, mask: int) -> None:
+        """Some of those who wait; each turn of a busy kernel takes its time."""
+        for _ in range(ACCEPT_PER_TURN):
+            if not self._accept():
+                return
+
+    def _accept(self) -> bool:
+        """One of them; False when there is none, or no room."""
         try:
             if self.descriptors() >= FDS_CLIENTS and descriptors_left(self.kernel) < 1:
                 raise OSError(errno.EMFILE, f"{len(self.clients)} clients, and no descriptor for another")
             sock, _ = self._listener.accept()
         except BlockingIOError:
-            return  # it left before we came
+            return False
         except OSError as err:  # out of descriptors: those who wait keep waiting, and we do not spin meanwhile
             logger.warning("control socket: %s", err)
             self.kernel.unwatch(self._listener.fileno())
             self.kernel.timers.after(PAUSE_S, self._listen)
-            return
+            return False
         sock.setblocking(False)
         ospid, uid, _ = struct.unpack("3i", sock.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, 12))
         if uid not in (os.getuid(), 0):
             logger.warning("control socket: uid %d refused", uid)
             sock.close()
-            return
+            return True
         proc = self._agent_above(ospid)
         if proc is not None and sum(other.proc is proc for other in self._everybody()) >= CLIENTS_OF_AGENT:
             sock.close()  # without a word in the log: there may be many
-            return
+            return True
         frames = FrameSocket(sock, HELLO_BYTES)
         frames.max_fds = 0
         self._meet(ClientPeer(frames, uid, ospid, proc))
+        return True
 
     def _everybody(self) -> list[ClientPeer]:
         return [*self.clients.values(), *self.strangers]
