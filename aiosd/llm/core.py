@@ -272,10 +272,8 @@ class Core:
             "rss_bytes": _rss(),
             "threads": loaded.threads,
             "gpu_layers": loaded.gpu_layers,
-            "device": f"{loaded.gpu_layers} of {loaded.model.n_layer + 1} layers on the GPU"
-            if loaded.gpu_layers
-            else "CPU",
-            "flash_attention": False,
+            "device": loaded.device,
+            "flash_attention": "auto" if loaded.flash_attention is None else loaded.flash_attention,
             "exact": self._spec.exact,
             "chat_template": "the model's" if self.engine.requests.template.given else "ChatML (the model has none)",
             "llama_cpp": llama.version(),

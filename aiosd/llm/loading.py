@@ -47,6 +47,7 @@ class Loaded:
     threads: int
     gpu_layers: int
     kv_bytes: int
+    flash_attention: bool | None  # None: llama.cpp decides
     path: str
 
     def info(self, chat: bool, tools: bool) -> dict[str, Any]:
@@ -90,7 +91,11 @@ def load(spec: ModelSpec, report: Report) -> Loaded:
         if trained and ctx > trained and spec.ctx is not None:
             raise UsageError(f"--ctx {ctx}: the model was trained for {trained} tokens")
         ctx = min(ctx, trained) if trained else ctx
-        context, threads = _context(spec, model, ctx, slots, report)
+        if spec.exact and model.recurrent:
+            raise UsageError("--exact: not for a model with a recurrent state, of which no part can be taken back")
+        # On a CPU it wins with short contexts and loses with long ones (docs/benchmarks.md); exact mode needs it off.
+        flash_attention = None if spec.gpu_layers and llama.supports_gpu() else False
+        context, threads = _context(spec, model, ctx, slots, flash_attention, report)
     except BaseException:
         model.close()
         raise
@@ -102,7 +107,8 @@ def load(spec: ModelSpec, report: Report) -> Loaded:
         slots,
         threads,
         gpu_layers=_offloaded(spec, model),
-        kv_bytes=slots * ctx * file.kv_bytes_per_token(),
+        kv_bytes=slots * file.kv_bytes_per_slot(ctx),
+        flash_attention=flash_attention,
         path=os.path.abspath(spec.path),
     )
 
@@ -172,7 +178,7 @@ def _cache(cgroup: Path) -> int:
 
 
 def _slots(spec: ModelSpec, file: modelfile.ModelFile, ctx: int) -> int:
-    per_slot = max(file.kv_bytes_per_token() * ctx, 1)
+    per_slot = max(file.kv_bytes_per_slot(ctx), 1)
     if spec.slots is not None:
         if spec.kv_memory is not None and spec.slots * per_slot > spec.kv_memory:
             raise UsageError(
@@ -190,7 +196,7 @@ def _slots(spec: ModelSpec, file: modelfile.ModelFile, ctx: int) -> int:
 
 def _check_memory(spec: ModelSpec, file: modelfile.ModelFile, ctx: int, slots: int) -> None:
     """Refuse what would be killed halfway. Weights are mapped, not copied, but must be in memory to be used."""
-    kv = file.kv_bytes_per_token() * ctx * slots
+    kv = file.kv_bytes_per_slot(ctx) * slots
     room = available_memory()
     weights = 0 if spec.gpu_layers and llama.supports_gpu() else file.size
     if weights > room:
@@ -223,7 +229,9 @@ def _weights(spec: ModelSpec, report: Report) -> llama.Model:
     return model
 
 
-def _context(spec: ModelSpec, model: llama.Model, ctx: int, slots: int, report: Report) -> tuple[llama.Context, int]:
+def _context(
+    spec: ModelSpec, model: llama.Model, ctx: int, slots: int, flash_attention: bool | None, report: Report
+) -> tuple[llama.Context, int]:
     try:
         context = llama.Context(
             model,
@@ -231,8 +239,7 @@ def _context(spec: ModelSpec, model: llama.Model, ctx: int, slots: int, report: 
             ctx=ctx + spec.exact,
             ubatch=UBATCH,
             threads=spec.threads or 1,
-            # On a CPU it wins with short contexts and loses with long ones (facts); exact mode needs it off.
-            flash_attention=None if spec.gpu_layers and llama.supports_gpu() else False,
+            flash_attention=flash_attention,
         )
     except WorldError as error:
         raise UsageError(f"{spec.path}: {slots} slots of {ctx} tokens: {error}") from error

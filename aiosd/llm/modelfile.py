@@ -21,6 +21,7 @@ from aiosd.errors import UsageError
 _SCALARS = {0: "<B", 1: "<b", 2: "<H", 3: "<h", 4: "<I", 5: "<i", 6: "<f", 7: "<?", 10: "<Q", 11: "<q", 12: "<d"}
 _STRING, _ARRAY = 8, 9
 _MAX_ENTRIES = 1 << 20
+_SHORT = 1024  # numbers in a list that is read, not skipped
 _SPLIT = re.compile(r"-(\d{5})-of-(\d{5})\.gguf\Z")
 
 
@@ -28,7 +29,7 @@ _SPLIT = re.compile(r"-(\d{5})-of-(\d{5})\.gguf\Z")
 class ModelFile:
     path: str
     size: int  # bytes, all parts of a split model together
-    meta: dict[str, Any] = field(default_factory=dict)  # scalars and strings; of arrays the length
+    meta: dict[str, Any] = field(default_factory=dict)  # scalars and strings; lists of numbers if short, else None
     num_tensors: int = 0
 
     @property
@@ -40,14 +41,40 @@ class ModelFile:
         value = self.meta.get(f"{self.architecture}.{key}", default)
         return value if isinstance(value, int) else default
 
+    def _kv_heads(self) -> list[int]:
+        """For every layer; 0 where it has no attention but a recurrent state."""
+        layers = self.number("block_count")
+        heads = self.number("attention.head_count")
+        per_layer = self.meta.get(f"{self.architecture}.attention.head_count_kv")
+        if isinstance(per_layer, list):
+            return [*per_layer, *[0] * layers][:layers]
+        if self._state_per_layer() and not per_layer:
+            return [0] * layers
+        return [per_layer or heads or 1] * layers
+
     def kv_bytes_per_token(self) -> int:
-        """Keys and values of one token over all layers, as f16. An upper estimate where heads differ by layer."""
-        heads = self.number("attention.head_count") or 1
-        kv_heads = self.number("attention.head_count_kv") or heads
-        width = self.number("embedding_length") // heads
+        """Keys and values of one token over all layers, as f16. An upper estimate where layers share them."""
+        width = self.number("embedding_length") // (self.number("attention.head_count") or 1)
         keys = self.number("attention.key_length", width)
         values = self.number("attention.value_length", width)
-        return 2 * self.number("block_count") * kv_heads * (keys + values)
+        return 2 * sum(self._kv_heads()) * (keys + values)
+
+    def state_bytes(self) -> int:
+        """What a recurrent model keeps of a sequence, however long it is: all layers, as f32."""
+        return 4 * self._state_per_layer() * sum(not heads for heads in self._kv_heads())
+
+    def _state_per_layer(self) -> int:
+        """Numbers, in a layer without attention."""
+        inner, state = self.number("ssm.inner_size"), self.number("ssm.state_size")
+        width, groups = self.number("embedding_length"), self.number("ssm.group_count")
+        mamba = (self.number("ssm.conv_kernel", 1) - 1) * (inner + 2 * groups * state) + state * inner
+        head = self.number("wkv.head_size")
+        rwkv = (self.number("token_shift_count", 2) + head) * width if head else 0
+        return mamba + rwkv + max(self.number("shortconv.l_cache") - 1, 0) * width
+
+    def kv_bytes_per_slot(self, ctx: int) -> int:
+        """What llama.cpp takes for one slot of so many tokens: it makes room for a multiple of 256."""
+        return -(-ctx // 256) * 256 * self.kv_bytes_per_token() + self.state_bytes()
 
 
 class _Reader:
@@ -87,9 +114,11 @@ class _Reader:
             raise UsageError(f"{self._path}: damaged: a field of unknown type {kind}")
         return self.take(form)
 
-    def _array(self) -> int:
+    def _array(self) -> list[Any] | None:
         kind, count = self.take("<I"), self.take("<Q")
         if kind in _SCALARS:
+            if count <= _SHORT:
+                return [self.take(_SCALARS[kind]) for _ in range(count)]
             self.skip(count * struct.calcsize(_SCALARS[kind]))
         elif kind == _STRING:
             if count > len(self._data) // 8:
@@ -98,7 +127,7 @@ class _Reader:
                 self.skip(self.take("<Q"))
         else:
             raise UsageError(f"{self._path}: damaged: an array of type {kind}")
-        return int(count)
+        return None
 
 
 def read(path: str) -> ModelFile:

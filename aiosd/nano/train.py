@@ -184,7 +184,7 @@ def progress(recipe: Recipe, step: int, begin: float) -> float:
         return step / recipe.steps
     done = torch.tensor((time.time() - begin) / (60 * recipe.minutes))
     dist.broadcast(done, 0)
-    return done.item()
+    return float(done)
 
 
 def learn(recipe: Recipe, model: Nano, tokenizer: Tokenizer, out: Path) -> None:

@@ -1,0 +1,188 @@
+"""Models that are no plain transformer: sliding windows (Gemma 2 and 3) and recurrent state (Mamba). They serve a crowd
+like any other, with the same texts; what they cannot do is switched off, and said."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from aiosd.errors import UsageError
+from aiosd.llm import llama, loading, policy
+from aiosd.llm.engine import Engine
+from aiosd.llm.policy.contract import Quantum
+from tests.test_llm_engine import Bench, load
+from tests.tinymodels import write_like
+
+KINDS = ["gemma2", "gemma3", "mamba"]
+WINDOW = 32
+
+
+@pytest.fixture(scope="module", params=KINDS)
+def loaded(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Iterator[loading.Loaded]:
+    llama.start()
+    path = write_like(tmp_path_factory.mktemp("gguf") / f"{request.param}.gguf", request.param, window=WINDOW)
+    loaded = load(path)
+    yield loaded
+    loaded.close()
+
+
+@pytest.fixture
+def bench(loaded: loading.Loaded) -> Iterator[Bench]:
+    loaded.context.clear()
+    bench = Bench(loaded)
+    bench.engine = Engine(
+        loaded.model,
+        loaded.context,
+        ctx=loaded.ctx,
+        slots=loaded.slots,
+        emit=bench.said.append,
+        clock=bench.clock,
+        ram=1 << 24,
+        policy=policy.make("rr", Quantum(8, 1000.0)),
+    )
+    yield bench
+    bench.run()
+    bench.engine.keep([])
+    bench.engine._count()
+
+
+def alone(bench: Bench, prompt: list[int], count: int, most: int = 512) -> list[int]:
+    """Greedy tokens from a bare loop: one sequence, an empty cache, `most` tokens of the prompt at a time."""
+    context = bench.loaded.context
+    context.clear()
+    batch = llama.Batch(most)
+    tokens: list[int] = []
+    for start in range(0, len(prompt), most):
+        part = prompt[start : start + most]
+        batch.size = n = len(part)
+        batch.tokens[:n], batch.positions[:n] = part, range(start, start + n)
+        batch.sequences[:n] = batch.wanted[:n] = 0
+        batch.wanted[n - 1] = 1
+        assert context.decode(batch) == llama.OK
+    for position in range(len(prompt), len(prompt) + count):
+        tokens.append(int(context.logits(1)[0].argmax()))
+        batch.size = 1
+        batch.tokens[0], batch.positions[0], batch.wanted[0] = tokens[-1], position, 1
+        assert context.decode(batch) == llama.OK
+    context.clear()
+    return tokens
+
+
+def words(seed: int, count: int) -> list[int]:
+    return [20 + (seed * 7919 + i * 104729 + i * i) % 200 for i in range(count)]
+
+
+def test_a_crowd_gets_the_texts_that_each_gets_alone(bench: Bench) -> None:
+    """Three times as many calls as slots, of different lengths, each interrupted several times."""
+    prompts = [words(i, 20 + 13 * i) for i in range(12)]
+    expected = [alone(bench, prompt, 40) for prompt in prompts]
+    keys = [bench.submit(prompt, peer=i + 1, max_tokens=40) for i, prompt in enumerate(prompts)]
+    bench.run()
+    assert [bench.whole(key)[0] for key in keys] == expected
+    assert sum(bench.end(key).usage.preemptions for key in keys) > 12
+
+
+def test_a_conversation_goes_on_in_its_slot(bench: Bench) -> None:
+    turns, expected = [words(1, 100)], []
+    for turn in range(3):
+        expected.append(alone(bench, turns[-1], 30))
+        turns.append(turns[-1] + expected[-1] + words(turn + 2, 10))
+    for tokens, text in zip(turns, expected, strict=False):
+        for again in range(2):
+            key = bench.submit(tokens, peer=1, max_tokens=30)
+            bench.run()
+            assert bench.whole(key)[0] == text, again
+
+
+def test_a_long_prompt_that_turns_off_far_behind_the_window(tmp_path: Path) -> None:
+    """A cache of windows is smaller than the context: what lies behind them is gone."""
+    path = write_like(tmp_path / "gemma3.gguf", "gemma3", window=WINDOW, layers=6, ctx=4096)
+    loaded = load(path, ctx=1024, slots=2)
+    try:
+        bench = Bench(loaded, slots=2)
+        tokens = words(1, 900)
+        for at in (100, 880):
+            other = tokens[:at] + words(at, 5)
+            expected = alone(bench, other, 10, loaded.context.ubatch)
+            bench.forget()
+            bench.submit(tokens, peer=1, max_tokens=5)
+            bench.run()
+            key = bench.submit(other, peer=1, max_tokens=10)
+            bench.run()
+            assert bench.whole(key)[0] == expected, at
+    finally:
+        loaded.close()
+
+
+def test_a_turn_that_follows_another_is_not_computed_again(bench: Bench) -> None:
+    tokens = words(1, 100)
+    first = bench.submit(tokens, peer=1, max_tokens=30)
+    bench.run()
+    more = tokens + bench.whole(first)[0] + words(2, 10)
+    second = bench.submit(more, peer=1, max_tokens=30)
+    bench.run()
+    usage = bench.end(second).usage
+    assert usage.cached_tokens >= 100, "what lies in the slot is what the prompt begins with"
+    assert bench.whole(second)[0] == alone(bench, more, 30)
+
+
+def test_a_prompt_that_turns_off_in_the_middle(bench: Bench) -> None:
+    """What the window or the state has lost cannot be had back; it must be computed again, not made up."""
+    tokens = words(1, 150)
+    others = {at: tokens[:at] + words(at, 40) for at in (10, 60, 110, 149)}
+    expected = {at: alone(bench, other, 20) for at, other in others.items()}
+    assert len({tuple(text) for text in expected.values()}) == len(expected), "they differ at all"
+    for at, other in others.items():
+        bench.submit(tokens, peer=1, max_tokens=30)
+        bench.run()
+        key = bench.submit(other, peer=1, max_tokens=20)
+        bench.run()
+        assert bench.whole(key)[0] == expected[at], at
+
+
+def test_a_prompt_shared_by_several(bench: Bench) -> None:
+    shared = words(9, 120)
+    prompts = [shared + words(i, 10) for i in range(8)]
+    keys = [bench.submit(prompt, peer=i + 1, max_tokens=20) for i, prompt in enumerate(prompts)]
+    bench.run()
+    texts = [bench.whole(key)[0] for key in keys]
+    assert texts == [alone(bench, prompt, 20) for prompt in prompts]
+
+
+def test_status_says_what_is_switched_off(bench: Bench) -> None:
+    stats = bench.engine.stats()
+    assert "cannot be cut by tokens" in str(stats)
+
+
+def test_a_recurrent_state_is_not_estimated_as_a_cache(tmp_path: Path) -> None:
+    """It is small however long the context: an estimate by tokens would leave a large model no slot."""
+    llama.start()
+    path = write_like(tmp_path / "mamba.gguf", "mamba", d=128, layers=4)
+    loaded = load(path, slots=4, ctx=512)
+    per_token, constant = growth(loaded)
+    loaded.close()
+    assert per_token < 16
+    assert loaded.kv_bytes == pytest.approx(4 * constant, rel=0.15)
+
+
+def growth(loaded: loading.Loaded) -> tuple[float, float]:
+    """Bytes of state per token, and besides, as the blocks have them that llama.cpp writes."""
+    sizes = []
+    batch = llama.Batch(256)
+    for count in (128, 256):
+        loaded.context.clear()
+        batch.size = count
+        batch.tokens[:count], batch.positions[:count] = 20, range(count)
+        batch.sequences[:count] = batch.wanted[:count] = 0
+        assert loaded.context.decode(batch) == llama.OK
+        sizes.append(len(loaded.context.read(0)))
+    per_token = (sizes[1] - sizes[0]) / 128
+    return per_token, sizes[0] - 128 * per_token
+
+
+def test_a_recurrent_model_in_exact_mode_is_refused(tmp_path: Path) -> None:
+    llama.start()
+    with pytest.raises(UsageError, match="recurrent state"):
+        load(write_like(tmp_path / "mamba.gguf", "mamba"), exact=True)
