@@ -1,0 +1,611 @@
+"""Hostile bytes: whatever an agent or a client writes, the kernel lives on and others are served.
+
+The pure parts are driven hard here, and some offences done to a real system; benchmarks/fuzz.py does many more, and a
+small slice of it is run here.
+"""
+
+from __future__ import annotations
+
+import array
+import contextlib
+import errno
+import json
+import os
+import random
+import socket
+import struct
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from msgspec import msgpack
+
+from aiosd.kernel import control
+from aiosd.kernel.journal import COMPACT_BYTES, REMEMBER_BYTES, Journal
+from aiosd.kernel.peer import ASSEMBLY_MAX, Assembly, Peer, read_args, read_request
+from benchmarks import fuzz
+from libaios import ring, wire
+from libaios.channel import Channel, ProtocolError, Side, make_channel
+from libaios.client import Client
+from libaios.home import Home
+from libaios.stream import FrameSocket
+from libaios.wire import Sys
+from tests.conftest import System, eventually
+
+SLICE = 3000  # frames of each kind
+HELLO = msgpack.encode([wire.VERSION, 0, ""])
+
+
+# ── reading requests ──────────────────────────────────────────────────────────────────────────────────────
+
+
+def understood(frame: bytes) -> bool:
+    """Read as the kernel does; False when it ends its sender or brings an errno."""
+    said: OSError | ProtocolError | None = None
+    try:
+        read_args(read_request(frame))
+    except (OSError, ProtocolError) as err:
+        said = err
+    assert said is None or str(said)
+    assert not isinstance(said, OSError) or said.errno == errno.EINVAL
+    return said is None
+
+
+@pytest.mark.parametrize("kind", ["mutated", "structured", "reused"])
+def test_garbage_is_refused_with_a_sentence(kind: str) -> None:
+    maker = fuzz.Maker(f"test {kind}")
+    found = [understood(getattr(maker, kind)()) for _ in range(SLICE)]
+    assert True in found
+    assert kind == "reused" or False in found
+
+
+@given(st.binary(max_size=200))
+def test_any_bytes(data: bytes) -> None:
+    understood(data)
+    understood(b"\x93\x01" + data)
+
+
+NUMBERS = st.integers(-(1 << 63), (1 << 64) - 1) | st.floats()
+ANYTHING = st.recursive(
+    st.none() | NUMBERS | st.text(max_size=5) | st.binary(max_size=5),
+    lambda inner: st.lists(inner, max_size=6) | st.dictionaries(st.text(max_size=3), inner, max_size=3),
+    max_leaves=12,
+)
+
+
+@given(st.sampled_from(sorted(wire.ARGS)), ANYTHING)
+@settings(max_examples=300)
+def test_any_arguments(number: int, args: object) -> None:
+    understood(msgpack.encode([1, number, args]))
+
+
+@pytest.mark.parametrize("deep", [b"\x91", b"\x81\x01", b"\x81\xa1a", b"\x92\x01"])
+def test_nesting_without_end(deep: bytes) -> None:
+    for sys_ in (Sys.SEND, Sys.GENERATE, Sys.GETPID, 9):
+        for depth in (300, 450, 700, 900, 990, 5000, 100_000):
+            understood(msgpack.encode([1, sys_]).replace(b"\x92", b"\x93", 1) + deep * depth + b"\xc0")
+
+
+def test_what_the_kernel_takes_a_core_can_read() -> None:
+    """A call that is nested as deeply as we can read would be too deep where it lies deeper by some levels."""
+    from aiosd import link
+
+    for depth in range(100, 1000, 5):
+        frame = msgpack.encode([1, Sys.GENERATE]).replace(b"\x92", b"\x93", 1)
+        frame += b"\x91\x91\x81\xa1a" + b"\x91" * depth + b"\xc0"
+        try:
+            args = read_args(read_request(frame))
+        except (OSError, ProtocolError):
+            return
+        link.decode_to_core(link.encode(link.Submit((1, 1), args)))
+    pytest.fail("any depth is taken")
+
+
+# ── rings ─────────────────────────────────────────────────────────────────────────────────────────────────
+
+
+@contextlib.contextmanager
+def channel_of_kernel(size: int = ring.MIN_RING) -> Iterator[Channel]:
+    memfd, bell, agent_bell = make_channel(size, size)
+    channel = Channel(memfd, bell, Side.KERNEL)
+    try:
+        yield channel
+    finally:
+        channel.close()
+        os.close(agent_bell)
+
+
+HEADS = st.builds(
+    lambda length, flags, epoch: struct.pack("=II", length | flags, epoch),
+    st.sampled_from([0, 1, 8, 100, 1024, 2040, 4088, 1 << 20, (1 << 30) - 1]),
+    st.sampled_from([0, 1 << 30, 1 << 31, 3 << 30]),
+    st.sampled_from([0, 1, 2, 1 << 31]),
+)
+
+
+@given(st.lists(HEADS | st.binary(min_size=8, max_size=300), max_size=12), st.lists(st.integers(0, 6000), max_size=6))
+@settings(max_examples=200)
+def test_any_bytes_in_a_ring(pieces: list[bytes], steps: list[int]) -> None:
+    content = b"".join(pieces)[: ring.MIN_RING]
+    with channel_of_kernel() as channel:
+        items, memory = channel._segment.items, channel._segment.memory
+        memory[ring.HEADER : ring.HEADER + len(content)] = content
+        written = 0
+        with contextlib.suppress(ProtocolError):
+            for step in steps:
+                written += step & ~7
+                items[192 // 8] = written
+                for frame in channel.receive():
+                    assert len(frame) <= wire.MAX_FRAME
+                assert channel.assembling <= wire.MAX_FRAME
+
+
+@given(st.integers(0, (1 << 64) - 1), st.sampled_from([192 // 8, 256 // 8, 448 // 8, 512 // 8]))
+def test_any_counter(value: int, item: int) -> None:
+    with channel_of_kernel() as channel, contextlib.suppress(ProtocolError):
+        channel._segment.items[item] = value
+        channel.receive()
+        channel.send(b"reply" * 100)
+
+
+def test_a_frame_without_an_end() -> None:
+    """Never more than MAX_FRAME of it is kept."""
+    size = 1 << 16
+    piece = size // 2 - 8
+    with channel_of_kernel(size) as channel:
+        items, memory = channel._segment.items, channel._segment.memory
+        most = 0
+
+        def write_it() -> None:
+            nonlocal most
+            for number in range(2 * wire.MAX_FRAME // piece):
+                most = max(most, channel.assembling)
+                at = ring.HEADER + (number * (piece + 8) & (size - 1))
+                memory[at : at + 8] = struct.pack("=II", piece | (0 if number else 1 << 31), 1)
+                items[192 // 8] = (number + 1) * (piece + 8)
+                channel.receive()
+
+        with pytest.raises(ProtocolError, match="a frame of more than"):
+            write_it()
+        assert wire.MAX_FRAME - size < most <= wire.MAX_FRAME
+
+
+# ── bounds for all together ───────────────────────────────────────────────────────────────────────────────
+
+
+@given(st.lists(st.tuples(st.integers(0, 5), st.integers(0, 60)), max_size=40))
+def test_unfinished_frames_of_all_have_a_bound(steps: list[tuple[int, int]]) -> None:
+    assembly, peers = Assembly(limit=100), [Peer(number, None) for number in range(6)]
+    for number, size in steps:
+        victim = assembly.note(peers[number], size)
+        while victim is not None:
+            assert victim.assembling > 0
+            victim = assembly.note(victim, 0)
+        assert assembly.total == sum(peer.assembling for peer in peers) <= 100
+
+
+def test_who_began_first_is_in_the_way() -> None:
+    assembly, (slow, quick, third) = Assembly(limit=100), [Peer(number, None) for number in range(3)]
+    assert assembly.note(slow, 40) is None
+    assert assembly.note(quick, 40) is None
+    assert assembly.note(quick, 10) is None  # the next frame
+    assert assembly.note(third, 49) is None
+    assert assembly.note(slow, 42) is slow
+
+
+def journal(alive: set[int]) -> Iterator[Journal]:
+    fds = os.memfd_create("a"), os.memfd_create("b")
+    try:
+        yield Journal(fds, lambda pid: pid in alive)
+    finally:
+        for fd in fds:
+            os.close(fd)
+
+
+def test_messages_to_those_who_die_do_not_fill_the_journal() -> None:
+    alive: set[int] = set()
+    for made in journal(alive):
+        obj = wire.raw(bytes(1 << 20))
+        for number in range(40):
+            alive.add(number)
+            seq = made.sent((1, number), number, 1, obj)
+            alive.discard(number)
+            made.forget(number, [seq])
+        assert sum(os.fstat(fd).st_size for fd in made._fds) < 4 * COMPACT_BYTES
+
+
+def test_messages_that_were_taken_are_not_remembered_without_end() -> None:
+    for made in journal({1}):
+        obj = wire.raw(bytes(1 << 20))
+        for number in range(40):
+            made.taken((1, 100 + number), made.sent((1, number), 1, 1, obj))
+        assert sum(len(memoryview(message.obj)) for message, _ in made._recent) <= REMEMBER_BYTES
+        assert sum(os.fstat(fd).st_size for fd in made._fds) < 6 * REMEMBER_BYTES
+
+
+# ── sockets ───────────────────────────────────────────────────────────────────────────────────────────────
+
+
+@given(st.lists(st.binary(max_size=60), max_size=8))
+def test_any_bytes_on_a_socket(chunks: list[bytes]) -> None:
+    ours, theirs = socket.socketpair()
+    frames = FrameSocket(ours, max_frame=100)
+    try:
+        with contextlib.suppress(ProtocolError, EOFError):
+            for chunk in chunks:
+                theirs.sendall(chunk)
+                for payload, _ in frames.receive(3):
+                    assert len(payload) <= 100
+    finally:
+        frames.close()
+        theirs.close()
+
+
+def test_descriptors_without_end_leave_none_behind() -> None:
+    """Frames that were complete when the process ran out of descriptors take theirs with them."""
+    ours, theirs = socket.socketpair()
+    frames = FrameSocket(ours)
+    before = len(os.listdir("/proc/self/fd"))
+    import resource
+
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    try:
+        rights = [(socket.SOL_SOCKET, socket.SCM_RIGHTS, array.array("i", [0] * 8))]
+        for _ in range(10):
+            theirs.sendmsg([struct.pack("<I", 1) + b"x"], rights)
+        resource.setrlimit(resource.RLIMIT_NOFILE, (before + 30, hard))
+        with pytest.raises(OSError, match="no room"):
+            frames.receive()
+    finally:
+        resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))
+        frames.close()
+        theirs.close()
+    assert len(os.listdir("/proc/self/fd")) <= before
+
+
+# ── the real system ───────────────────────────────────────────────────────────────────────────────────────
+
+OFFENDER = """
+import os, struct, sys, time
+from msgspec import msgpack
+from libaios import wire
+from libaios.agent import own_channel
+from libaios.channel import Channel, Side
+channel = Channel(*own_channel(), Side.AGENT)
+items, memory = channel._segment.items, channel._segment.memory
+size = items[2]
+def request(number, call, *args):
+    return msgpack.encode([number, call, list(args)])
+def replies(count):
+    found = {}
+    while len(found) < count:
+        channel.pump()
+        for frame in channel.receive():
+            reply = wire.decode_reply(frame)
+            found[reply.id] = reply
+        if not channel.more and len(found) < count:
+            channel.wait(1.0)
+        if channel.hung_up:
+            sys.exit("the kernel hung up")
+    return found
+def errors(count):
+    return {number: (reply.errno, msgpack.decode(reply.body)) for number, reply in replies(count).items()}
+"""
+
+
+@pytest.fixture
+def system(aiosd: System) -> Iterator[System]:
+    """The common one, whose kernel and core must not have died in between."""
+
+    def lives() -> tuple[int, list[int]]:
+        status = aiosd.status()
+        return status["kernel"]["epoch"], [model["deaths"] for model in status["models"]]
+
+    before = lives()
+    yield aiosd
+    assert lives() == before
+
+
+@pytest.fixture
+def client(system: System) -> Iterator[Client]:
+    with Client(Home(system.home)) as made:
+        yield made
+
+
+def start(client: Client, folder: Path, code: str, *args: str) -> int:
+    path = folder / f"offender{len(os.listdir(folder))}.py"
+    path.write_text(OFFENDER + code)
+    spec = wire.Spawn("file", str(path), list(args), dict(os.environ), str(folder), name="offender", detached=True)
+    return client.call(Sys.SPAWN, spec, wire.Spawned, timeout=20).pid
+
+
+def end(client: Client, pid: int) -> tuple[int, str]:
+    """Exit status, and the reason that aios-inspect shows."""
+    status = client.call(Sys.WAIT, wire.Wait(pid), wire.Waited, timeout=60).status
+    return status, client.call(Sys.INSPECT, wire.PidArgs(pid), dict[str, Any], timeout=20)["reason"]
+
+
+def output(client: Client, pid: int) -> str:
+    log = client.call(Sys.INSPECT, wire.PidArgs(pid), dict[str, Any], timeout=20)["log"]
+    return Path(log).read_text()
+
+
+@pytest.mark.parametrize(
+    ("code", "reason"),
+    [
+        ("channel.send(b'')", "no request"),
+        ("channel.send(b'\\xc1')", "no request"),
+        ("channel.send(b'\\x93\\x01\\x01' + b'\\x91' * 60000)", "nested too deeply"),
+        ("memory[4096:4104] = struct.pack('=II', (1 << 30) - 1 | 3 << 30, 1); items[24] = 64", "a fragment of 107374"),
+        ("memory[4096:4104] = struct.pack('=II', 8 | 1 << 31, 1); items[24] = 64", "does not end its frame"),
+        ("items[24] = 1 << 63", "the writer's counter claims"),
+        ("items[24] = 4", "the writer's counter claims"),
+        # Its reply finds no way, and the other requests are of one who is gone.
+        ("items[64] = 1 << 40; [channel.send(request(n, 1)) for n in range(60)]", "the reader's counter claims"),
+        ("channel.send(bytes(17 << 20))\nwhile not channel.pump(): channel.wait(1.0)", "a frame of more than"),
+    ],
+)
+def test_who_breaks_the_protocol_is_ended(client: Client, tmp_path: Path, code: str, reason: str) -> None:
+    pid = start(client, tmp_path, f"{code}\nos.write(channel.fileno(), b'!')\ntime.sleep(60)")
+    status, why = end(client, pid)
+    assert status == -9
+    assert why.startswith("EPROTO: ")
+    assert reason in why
+
+
+def test_wrong_arguments_get_an_errno(client: Client, tmp_path: Path) -> None:
+    code = """
+channel.send(b"\\x93\\x01" + bytes([wire.Sys.TOKENIZE]) + b"\\x91\\xa2\\xff\\xfe")
+channel.send(b"\\x93\\x02" + bytes([wire.Sys.SEND]) + b"\\x92\\x05" + b"\\x91" * 700 + b"\\xc0")
+channel.send(request(3, 77))
+channel.send(request(4, wire.Sys.SPAWN, "file", "x.py", ["y" * 2_000_000]))
+channel.send(request(5, wire.Sys.GENERATE, None, "x" * 9_000_000))
+channel.send(request(6, wire.Sys.RECV, float("nan")))
+channel.send(request(7, wire.Sys.EMBED, ["x"] * 70_000))
+for number, (code, why) in sorted(errors(7).items()):
+    print(number, code, why[0][:60])
+"""
+    pid = start(client, tmp_path, code)
+    assert end(client, pid) == (0, "")
+    lines = [line.split(maxsplit=2) for line in output(client, pid).splitlines()]
+    assert [int(line[1]) for line in lines] == [
+        errno.EINVAL,
+        errno.EINVAL,
+        errno.ENOSYS,
+        errno.E2BIG,
+        errno.EMSGSIZE,
+        errno.EINVAL,
+        errno.EINVAL,
+    ]
+    assert "UTF-8" in lines[0][2]
+    assert "nested" in lines[1][2]
+
+
+def test_who_does_not_read_waits(client: Client, tmp_path: Path) -> None:
+    """100,000 requests and no reply read: the requests stay where they are, and all are served in the end."""
+    code = """
+sent = 0
+while channel.outbox_bytes < 1 << 20:
+    sent += 1
+    channel.send(request(sent, 1))
+end = time.monotonic() + 1.0
+while time.monotonic() < end:
+    channel.pump()
+    time.sleep(0.01)
+print("stuck" if channel.outbox_bytes > 1 << 19 else "swallowed", flush=True)
+print(set(range(1, sent + 1)) == set(replies(sent)))
+"""
+    pid = start(client, tmp_path, code)
+    for _ in range(20):
+        client.call(Sys.GETPID, wire.NoArgs(), int, timeout=5)
+    assert end(client, pid) == (0, "")
+    assert output(client, pid) == "stuck\nTrue\n"
+
+
+def test_unfinished_frames_of_many_agents(client: Client, tmp_path: Path) -> None:
+    """Each within its own bound, together beyond the common one: the first to begin goes, and a large frame of an
+    honest agent comes through."""
+    held = 15 << 20
+    code = f"""
+piece, written = size // 2 - 8, 0
+for number in range({held} // piece):
+    while size - (written - items[32]) < piece + 8:
+        items[48] = 1
+        channel.wait(0.05)
+        channel.receive()
+        if channel.hung_up:
+            sys.exit(1)
+    at = 4096 + (written & (size - 1))
+    memory[at:at + 8] = struct.pack("=II", piece | (0 if number else 1 << 31), 1)
+    written += piece + 8
+    items[24] = written
+    os.write(channel.fileno(), b"!")
+while items[32] != written:
+    time.sleep(0.01)
+print("held", flush=True)
+time.sleep(60)
+"""
+    pids = [start(client, tmp_path, code)]
+    assert eventually(lambda: output(client, pids[0]) == "held\n", 20)
+    pids += [start(client, tmp_path, code) for _ in range(ASSEMBLY_MAX // held)]
+    status, why = end(client, pids[0])
+    assert status == -9
+    assert "no room for more" in why
+    honest = start(client, tmp_path, "channel.send(request(1, wire.Sys.SEND, 1 << 40, 'x' * (8 << 20)))\nreplies(1)")
+    assert end(client, honest) == (0, "")
+    for pid in pids[1:]:
+        with contextlib.suppress(ProcessLookupError):
+            client.call(Sys.KILL, wire.Kill(pid, 9, 5.0), None, timeout=20)
+
+
+def test_a_listing_of_a_million_pids(client: Client, tmp_path: Path) -> None:
+    code = "channel.send(request(1, wire.Sys.PS, False, list(range(3_000_000))))\nprint(replies(1)[1].errno)"
+    pid = start(client, tmp_path, code)
+    assert end(client, pid) == (0, "")
+    assert output(client, pid) == "0\n"
+
+
+def test_the_segment_keeps_its_size(client: Client, tmp_path: Path) -> None:
+    code = """
+import fcntl
+memfd = channel._memfd
+for attempt in (lambda: os.ftruncate(memfd, 0), lambda: os.ftruncate(memfd, 1 << 24),
+                lambda: fcntl.fcntl(memfd, fcntl.F_ADD_SEALS, 8)):
+    try:
+        attempt()
+    except OSError as err:
+        print(err.errno)
+"""
+    pid = start(client, tmp_path, code)
+    assert end(client, pid) == (0, "")
+    assert output(client, pid) == f"{errno.EPERM}\n" * 3
+
+
+# ── the control socket ────────────────────────────────────────────────────────────────────────────────────
+
+
+def connected(system: System) -> socket.socket:
+    sock = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
+    sock.settimeout(10.0)
+    sock.connect(str(system.home / "aiosd.sock"))
+    return sock
+
+
+def kernel_descriptors(system: System) -> int:
+    ospid = next(entry["ospid"] for entry in system.ps() if entry["name"] == "kernel")
+    return len(os.listdir(f"/proc/{ospid}/fd"))
+
+
+@pytest.mark.parametrize(
+    "message",
+    [
+        b"\xff\xff\xff\xff" + bytes(100),
+        struct.pack("<I", 2 << 20) + bytes(100),
+        fuzz.framed(b"\x93\x01\x00\xa2\xff\xfe"),
+        fuzz.framed(b"\x93\x01" + b"\x91" * 1000),
+        fuzz.framed(b"\x91" * 1000),
+        fuzz.framed(b""),
+        fuzz.framed(msgpack.encode([99, 0, ""])),
+        fuzz.framed(HELLO) + fuzz.framed(b"\x93\x01\x01" + b"\x91" * 900),
+    ],
+)
+def test_garbage_from_a_client_ends_it_alone(system: System, client: Client, message: bytes) -> None:
+    with connected(system) as sock:
+        sock.sendall(message)
+        while sock.recv(1 << 12):
+            pass
+    assert client.call(Sys.GETPID, wire.NoArgs(), int, timeout=10) == 0
+
+
+def test_half_messages_keep_nobody_waiting(system: System, client: Client) -> None:
+    with contextlib.ExitStack() as stack:
+        for cut in range(len(fuzz.framed(HELLO))):
+            stack.enter_context(connected(system)).sendall(fuzz.framed(HELLO)[:cut])
+        assert client.call(Sys.GETPID, wire.NoArgs(), int, timeout=10) == 0
+        # the rest comes late
+        sock = stack.enter_context(connected(system))
+        for byte in fuzz.framed(HELLO) + fuzz.framed(msgpack.encode([1, Sys.GETPID])):
+            sock.sendall(bytes([byte]))
+        frames = FrameSocket(sock.dup())
+        try:
+            assert len([frames.recv_blocking(10.0) for _ in range(2)]) == 2
+        finally:
+            frames.close()
+
+
+def test_a_thousand_silent_connections_keep_nobody_out(system: System) -> None:
+    before = kernel_descriptors(system)
+    with contextlib.ExitStack() as stack:
+        for _ in range(1000):
+            stack.enter_context(connected(system))
+        began = time.monotonic()
+        assert system.ps("-e")
+        assert time.monotonic() - began < 10
+        assert kernel_descriptors(system) <= before + control.MAX_STRANGERS + 1
+    assert eventually(lambda: kernel_descriptors(system) <= before)
+
+
+def test_a_thousand_clients_are_served(system: System) -> None:
+    with contextlib.ExitStack() as stack:
+        socks = []
+        for _ in range(1000):
+            sock = stack.enter_context(connected(system))
+            sock.sendall(fuzz.framed(HELLO) + fuzz.framed(msgpack.encode([1, Sys.GETPID])))
+            socks.append(sock)
+        for sock in socks:
+            assert sock.recv(1 << 12)
+        assert system.status()["kernel"]["clients_now"] > 1000
+
+
+def test_an_agents_children_do_not_take_all_connections(system: System, client: Client, tmp_path: Path) -> None:
+    code = f"""
+import socket
+socks = []
+for number in range(300):
+    sock = socket.socket(socket.AF_UNIX)
+    sock.settimeout(10)
+    sock.connect({str(system.home / "aiosd.sock")!r})
+    try:
+        sock.sendall({fuzz.framed(HELLO)!r})
+        said = sock.recv(1000)
+    except OSError:
+        said = b""
+    if said:
+        socks.append(sock)
+print(len(socks))
+"""
+    pid = start(client, tmp_path, code)
+    assert end(client, pid) == (0, "")
+    assert output(client, pid) == f"{control.CLIENTS_OF_AGENT}\n"
+
+
+def test_descriptors_that_a_client_sends_are_closed(system: System, client: Client) -> None:
+    before = kernel_descriptors(system)
+    rights = [(socket.SOL_SOCKET, socket.SCM_RIGHTS, array.array("i", [0] * 8))]
+    with connected(system) as silent, connected(system) as sock:
+        silent.sendmsg([b"\x10"], rights)  # of no use before a Hello
+        sock.sendall(fuzz.framed(HELLO))
+        sock.recv(1 << 12)
+        for number in range(200):
+            sock.sendmsg([fuzz.framed(msgpack.encode([number, Sys.GETPID]))], rights)
+        client.call(Sys.GETPID, wire.NoArgs(), int, timeout=10)
+        sock.sendmsg([b"\x10"], rights)  # a frame without an end
+        assert eventually(lambda: kernel_descriptors(system) <= before + 2 + 8)
+    assert eventually(lambda: kernel_descriptors(system) <= before)
+
+
+@pytest.mark.skipif(os.getuid() != 0, reason="needs root to be somebody else")
+def test_another_user_is_refused(system: System) -> None:
+    from benchmarks.harness import Aiosd
+
+    bare = Aiosd.__new__(Aiosd)
+    bare.home = system.home
+    assert fuzz.another_uid(bare) == "refused"
+
+
+# ── a slice of the benchmark ──────────────────────────────────────────────────────────────────────────────
+
+
+@pytest.mark.deadline(180)
+def test_offenders_of_all_kinds_beside_honest_agents(tmp_path: Path) -> None:
+    out = tmp_path / "fuzz.json"
+    argv = ["--frames", "15000", "--seed", str(random.Random(4).randrange(100)), "--phase", "2", "--corpora", "1"]
+    done = subprocess.run(
+        [sys.executable, Path(fuzz.__file__), *argv, "--clients", "100", "--out", out],
+        capture_output=True,
+        text=True,
+        timeout=170,
+        env={name: value for name, value in os.environ.items() if not name.startswith("AIOS_")},
+    )
+    assert done.returncode == 0, done.stdout + done.stderr
+    (found,) = json.loads(out.read_text())["rows"]
+    assert found["hostile"] >= 15000
+    assert (found["kernel_deaths"], found["unbalanced"], found["harmed"]) == (0, [], [])
+    assert found["replies"]["EINVAL"] > 100
+    assert any("EPROTO" in reason for reason in found["reasons"])
