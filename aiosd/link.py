@@ -161,7 +161,8 @@ class Step(Struct, array_like=True, frozen=True, tag=True):
     (so that their tokens are known should the core die)."""
 
     deltas: list[Delta] = []
-    started: list[Started] = []
+    started: list[Started] = []  # they have a slot: the first time, or again
+    preempted: list[Key] = []  # they have none any more, and wait
 
 
 class Finished(Struct, array_like=True, frozen=True, tag=True):

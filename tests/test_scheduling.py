@@ -181,3 +181,18 @@ def test_who_was_stopped_has_saved_up_nothing(fresh_aiosd: Fresh, script: Callab
     gained = tokens(system, other) - had
     end(system, stopped, other)
     assert gained > 60, "the other one had to wait until the first had caught up"
+
+
+def test_a_call_that_lost_its_slot_is_shown_waiting(fresh_aiosd: Fresh, script: Callable[[str], Path]) -> None:
+    system = fresh_aiosd("--slots", "1", "--policy", "rr", "--quantum", "16")
+    path = script(ENDLESS)
+    pids = [start(system, path) for _ in range(2)]
+
+    def seen() -> list[str]:
+        return sorted(agent["stat"] for agent in system.ps("-p", ",".join(pids)))
+
+    assert eventually(lambda: core(system)["preemptions"] > 4)
+    found = [seen() for _ in range(12)]
+    assert ["Q", "R"] in found
+    assert ["R", "R"] not in found
+    end(system, *pids)

@@ -137,6 +137,11 @@ class Generations:
             proc.cached_tokens += started.cached_tokens
         self._count(call, started.prompt_tokens - started.cached_tokens, started.prompt_tokens)
 
+    def on_preempted(self, call: Call) -> None:
+        """It waits again: another has its slot."""
+        assert call.generation is not None
+        call.generation.started = False
+
     def on_delta(self, call: Call, delta: link.Delta) -> None:
         generation = call.generation
         assert generation is not None

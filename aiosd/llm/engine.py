@@ -123,6 +123,7 @@ class Engine:
         self._pieces_for = 0  # steps for which there has been more than one
         self._streams: dict[Key, Sequence] = {}  # calls that report in every step
         self._started: list[Started] = []
+        self._preempted: list[Key] = []
         self._reported = 0.0
 
     # ── what may be asked of it ───────────────────────────────────────────────────────────────────────────
@@ -285,6 +286,10 @@ class Engine:
             if reason:
                 self._finish(sequence, reason)
                 return True
+        elif sequence.key in self._preempted:  # the kernel has not heard of it yet
+            self._preempted.remove(sequence.key)
+        else:
+            self._started.append(Started(sequence.key, len(sequence.prompt), sequence.cached))
         self._place(sequence)
         return True
 
@@ -312,6 +317,7 @@ class Engine:
         sequence.phase = Phase.QUEUED
         sequence.preemptions += 1
         self.meter.preemptions += 1
+        self._preempted.append(sequence.key)
         self._waiting[sequence.key] = sequence
         self._stale = True
 
@@ -680,9 +686,8 @@ class Engine:
         deltas = [self._delta(s) for s in (self._calls if due else self._streams).values() if s.sent < len(s.out)]
         if due:
             self._reported = now
-        if deltas or self._started:
-            started, self._started = self._started, []
-            self._emit(Step(deltas, started))
+        if deltas or self._started or self._preempted:
+            self._emit(Step(deltas, *self._moves()))
 
     def _delta(self, sequence: Sequence) -> Delta:
         self._feed(sequence)
@@ -692,8 +697,13 @@ class Engine:
     def _say_started(self) -> None:
         """A call's end must not overtake its beginning."""
         if self._started:
-            started, self._started = self._started, []
-            self._emit(Step([], started))
+            self._emit(Step([], *self._moves()))
+
+    def _moves(self) -> tuple[list[Started], list[Key]]:
+        """Who got a slot and who lost it since the kernel heard of that last."""
+        moves = self._started, self._preempted
+        self._started, self._preempted = [], []
+        return moves
 
     def _say_finished(self, past: _Past) -> None:
         self._say_started()
