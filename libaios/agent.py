@@ -27,7 +27,7 @@ import os
 import threading
 import time
 from collections import deque
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, MutableSequence, Sequence
 from typing import TYPE_CHECKING, Any, Protocol
 
 import msgspec
@@ -58,7 +58,8 @@ class Transport(Protocol):
     def next_id(self) -> int: ...
     def send(self, payload: bytes, fds: Sequence[int] = ()) -> None: ...
     def pump(self) -> bool: ...
-    def receive(self) -> list[bytes]: ...
+    def receive(self) -> list[bytes]: ...  # all that is here; from now on `fileno` tells of more
+    def take(self, frames: MutableSequence[bytes]) -> None: ...  # the same, but only `wait` tells of more
     def wait(self, timeout: float | None = None) -> bool: ...
     def nudge(self) -> None: ...
     def renew(self) -> None: ...
@@ -75,6 +76,7 @@ class AgentTransport:
         self._channel = channel = Channel(memfd, bell, Side.AGENT)
         # Bound here: these are on the way of every call.
         self.wait = channel.wait
+        self.take = channel.take
         self.pump = channel.pump
         self.fileno = channel.fileno
         self.next_id = channel.ids.next
@@ -106,30 +108,19 @@ class AgentTransport:
         return self._channel.hung_up
 
 
-class _Outgoing(Struct, array_like=True):
-    """`wire.Request` with its arguments not yet encoded: one pass instead of two."""
-
-    id: int
-    sys: int
-    args: Any
-
-
-class Call:
+class Call(Struct, eq=False):
     """One open call. `pieces` and `final` are set by the leader; `final` last."""
 
-    __slots__ = ("args", "fds", "final", "gate", "id", "life", "notify", "pieces", "sys", "tokens")
-
-    def __init__(self, number: int, sys: int, args: Any, fds: Sequence[int]) -> None:
-        self.id = number
-        self.life = 0  # of the kernel that it was sent to
-        self.sys = sys
-        self.args = args
-        self.fds = _duplicates(fds)  # the caller may close its own; a new kernel gets these
-        self.pieces: deque[wire.Piece] = deque()
-        self.tokens: list[int] | None = None  # of a stream: all that it has brought
-        self.final: wire.Reply | None = None
-        self.gate: threading.Lock | None = None  # a follower sleeps on it
-        self.notify: Callable[[], None] | None = None  # called by the leader after every reply
+    sys: int
+    args: Any
+    notify: Callable[[], None] | None = None  # called by the leader after every reply
+    id: int = 0
+    life: int = 0  # of the kernel that it was sent to
+    fds: list[int] = []  # ours: the caller may close its own, and a new kernel gets these
+    pieces: deque[wire.Piece] = msgspec.field(default_factory=deque)
+    tokens: list[int] | None = None  # of a stream: all that it has brought
+    final: wire.Reply | None = None
+    gate: threading.Lock | None = None  # a follower sleeps on it
 
     def release(self) -> None:
         """It is over: nobody will be sent its descriptors any more."""
@@ -141,7 +132,12 @@ class Call:
         args = self.args
         if self.tokens:
             args = msgspec.structs.replace(args, given=[*args.given, *self.tokens])
-        return wire.encode(_Outgoing(self.id, self.sys, args))
+        return _request(self.id, self.sys, args)
+
+
+def _request(number: int, sys: int, args: Any) -> bytes:
+    """A `wire.Request` with its arguments not yet encoded: one pass instead of two."""
+    return wire.encode((number, sys, args))
 
 
 def _duplicates(fds: Sequence[int]) -> list[int]:
@@ -195,6 +191,8 @@ class Connection:
         self._arrived: deque[bytes] = deque()
         self._followers: dict[int, Call] = {}
         self._loops: set[asyncio.AbstractEventLoop] = set()
+        self._watched = False  # somebody polls the descriptor, so the bell must ring also while nobody waits here
+        self._deaf = False  # what was read last was read without asking for the bell
 
     # ── for callers ───────────────────────────────────────────────────────────────────────────────────────
 
@@ -214,8 +212,9 @@ class Connection:
     ) -> Call:
         """Send a call without waiting for its reply; with a full ring, wait for room. The caller must take its
         `result`, or `abandon` it."""
-        call = Call(0, sys, args, fds)
-        call.notify = notify
+        call = Call(sys, args, notify)
+        if fds:
+            call.fds = _duplicates(fds)
         if stream:
             call.tokens = []
         try:
@@ -258,12 +257,13 @@ class Connection:
 
     def result(self, call: Call, result: Any, timeout: float | None = None) -> Any:
         """Wait for the final reply of a submitted call."""
-        try:
-            deadline = None if timeout is None else time.monotonic() + timeout + SLACK_S
-            self._wait(lambda: call.final is not None, call, deadline)
-        except BaseException:
-            self.abandon(call)
-            raise
+        if call.final is None:
+            try:
+                deadline = None if timeout is None else time.monotonic() + timeout + SLACK_S
+                self._wait(lambda: call.final is not None, call, deadline)
+            except BaseException:
+                self.abandon(call)
+                raise
         assert call.final is not None
         return decode_body(call.final, result)
 
@@ -299,6 +299,9 @@ class Connection:
         return len(self._open)
 
     def fileno(self) -> int:
+        """Becomes readable when there is something for `pump`."""
+        self._watched = True
+        self.pump()
         return self.transport.fileno()
 
     def pump(self) -> None:
@@ -339,12 +342,15 @@ class Connection:
 
     def _leave(self, me: tuple[int, object]) -> None:
         """Give up the lead, if it is ours, and see that somebody has it."""
-        if self._leader.get(0) is me:
+        led = self._leader.get(0) is me
+        if led:
             del self._leader[0]
         if self._followers and not self._leader:
             self._pass_lead()
         if self._closing:
             self._close_transport()
+        elif led and self._watched and self._deaf:
+            self.pump()  # who polls came when we had read already, and would not be told
 
     def _lead(self, ready: Callable[[], bool], deadline: float | None) -> None:
         transport = self.transport
@@ -404,7 +410,11 @@ class Connection:
             return True
         try:
             reborn = transport.reborn or self._renewing  # before reading: so all that the dead kernel said is read
-            arrived.extend(transport.receive())
+            self._deaf = not self._watched
+            if self._deaf:
+                transport.take(arrived)
+            else:
+                arrived.extend(transport.receive())
             if transport.pending:
                 self._pump_out()
             if not arrived and not reborn:
@@ -447,13 +457,15 @@ class Connection:
         else:
             if self._open.pop(reply.id, None) is None:
                 return  # abandoned just now
-            call.release()
+            if call.fds:
+                call.release()
             call.final = reply
         self._tell(call)
 
     def _tell(self, call: Call) -> None:
         """Something has come for this call."""
-        self._wake(call)
+        if call.gate is not None:
+            self._wake(call)
         if call.notify is not None:
             with contextlib.suppress(RuntimeError):  # its event loop is closed
                 call.notify()
@@ -492,7 +504,7 @@ class Connection:
                     while self._cancels:
                         # The answer finds nobody, and is dropped.
                         args = wire.Cancel(self._cancels.popleft())
-                        self.transport.send(wire.encode(_Outgoing(self.transport.next_id(), wire.Sys.CANCEL, args)))
+                        self.transport.send(_request(self.transport.next_id(), wire.Sys.CANCEL, args))
                 finally:
                     self._busy = False
             except (OSError, ProtocolError):
@@ -531,6 +543,7 @@ class Connection:
             return
         self._loops = {known for known in self._loops if not known.is_closed()} | {loop}
         loop.add_reader(self.transport.fileno(), self.pump)
+        self._watched = True
         self.pump()  # announces sleep: from now on the bell rings
 
     def _detach_loops(self) -> None:

@@ -12,6 +12,10 @@ sleeps on the bell, with a back-stop, because a side that died in the middle of 
 Who waits at the back-stop rings again if what it sent still lies in the ring: its own ring may have been lost to an
 exception from a signal handler.
 
+Who has more to do than to listen takes `receive` apart, and saves the other side its rings: `take` reads, `filled`
+looks, and neither announces anything; sleep is announced in `wait`, or for many channels at once with `announce`, one
+`ring.fence`, and `settled`. In the same way `post` and one `ring_for_sent` make one ring of many frames.
+
 A raised epoch (a new kernel) makes `reborn` true; the owner first receives what the dead kernel had published, then
 calls `renew`, which drops the outbox, and submits its open calls again under the new epoch. A side that attaches to
 a channel on which others have lived before rings, so that nobody sleeps on without noticing.
@@ -30,6 +34,7 @@ import os
 import select
 import socket
 from collections import deque
+from collections.abc import MutableSequence
 
 from libaios import ring
 from libaios.ring import ProtocolError, raise_epoch
@@ -127,15 +132,24 @@ class Channel:
 
     def send(self, payload: bytes) -> None:
         """Put a frame into the ring, or into the outbox behind those that wait there."""
-        total, producer = len(payload), self._producer
-        small = total <= producer.size // 4  # goes in whole or not at all
-        if small and not self._outbox and producer.put(payload) == total:
+        if self.post(payload):
             ring.fence()
-            self._ring(producer.sleeps)
-            return
+            self._ring(self._producer.sleeps)
+
+    def post(self, payload: bytes) -> bool:
+        """As `send`, but True when the other side must still be told (`ring_for_sent`)."""
+        producer = self._producer
+        if not self._outbox and len(payload) <= producer.small and producer.put_whole(payload):
+            return True
         self._outbox.append((payload, 0))
-        self.outbox_bytes += total
+        self.outbox_bytes += len(payload)
         self.pump()
+        return False
+
+    def ring_for_sent(self) -> None:
+        """After all that was posted, once."""
+        ring.fence()
+        self._ring(self._producer.sleeps)
 
     def pump(self) -> bool:
         """Move the outbox into the ring; True when it is empty. Else the bell will ring when there is room."""
@@ -212,14 +226,10 @@ class Channel:
         """Up to `limit` whole frames, and no more than one ring of bytes: a peer that writes as fast as we read must
         not hold us here. `more`: do not sleep yet. ProtocolError when the other side wrote nonsense."""
         self.drain_bell()
-        consumer, frames = self._consumer, self._frames
+        consumer, frames, items = self._consumer, self._frames, self._segment.items
         stop = consumer.read + consumer.size
         while True:
-            while len(frames) < limit and consumer.read < stop:
-                frame = consumer.get()
-                if frame is None:
-                    break
-                frames.append(frame)
+            consumer.gather(frames, limit, stop)
             if (len(frames) >= limit or consumer.read >= stop) and not consumer.empty():
                 self.unread = True  # without having announced sleep: the owner comes back by itself
                 break
@@ -227,9 +237,32 @@ class Channel:
                 self.unread = False
                 break
         self._ring(consumer.waits)
-        self.more = self.unread or (bool(self._outbox) and not self._segment.items[self._producer.waits])
+        self.more = self.unread or (bool(self._outbox) and not items[self._producer.waits])
         self._frames = []
         return frames
+
+    def take(self, frames: MutableSequence[bytes], limit: int = 1 << 30) -> None:
+        """Append what is here to `frames`, until there are `limit` of them, and at most one ring of bytes."""
+        consumer = self._consumer
+        if self._frames:
+            frames += self._frames
+            self._frames = []
+        consumer.gather(frames, limit, consumer.read + consumer.size)
+        if self._segment.items[consumer.waits]:  # without a fence: `settled` looks again
+            self._ring(consumer.waits)
+
+    def filled(self) -> bool:
+        """Whether there may be something to take."""
+        return self._consumer.filled()
+
+    def announce(self) -> None:
+        """From now on the other side rings for what it sends; it may have sent something just now, see `settled`."""
+        self._segment.items[self._consumer.sleeps] = 1
+
+    def settled(self) -> bool:
+        """After `announce` and a fence: True when there is nothing to take nor to pump, and the bell will tell."""
+        self._ring(self._consumer.waits)
+        return self._consumer.empty() and (not self._outbox or bool(self._segment.items[self._producer.waits]))
 
     def drain_bell(self) -> None:
         """Take the rings that have come. What they were about must be looked at afterwards."""
@@ -259,12 +292,17 @@ class Channel:
     def wait(self, timeout: float | None = None) -> bool:
         """Sleep until there may be something to receive or to pump, or the other side is gone; at most `timeout`
         seconds and at most the back-stop, so call it in a loop. False: nothing of the kind."""
-        if not self._consumer.sleep() or self.reborn or self._frames or self.hung_up:
+        consumer = self._consumer
+        if consumer.filled() or self._frames or self.hung_up:
             return True
+        if not consumer.sleep() or self.reborn:
+            return True
+        self._ring(consumer.waits)
         poll = select.poll()  # not kept: a signal handler may come here while another `wait` of this thread sleeps
         poll.register(self._bell, select.POLLIN)
         left = BACKSTOP_S if timeout is None else max(0.0, min(BACKSTOP_S, timeout))
         if poll.poll(left * 1000):
+            self.drain_bell()
             return True
         self.nudge()
         return False

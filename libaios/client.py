@@ -14,7 +14,7 @@ import os
 import select
 import socket
 import time
-from collections.abc import Sequence
+from collections.abc import MutableSequence, Sequence
 from typing import Any
 
 import msgspec
@@ -153,6 +153,9 @@ class ControlSocket:
             for fd in fds:
                 os.close(fd)
         return [payload for payload, _ in frames]
+
+    def take(self, frames: MutableSequence[bytes]) -> None:
+        frames.extend(self.receive())
 
     def wait(self, timeout: float | None = None) -> bool:
         if self.reborn or self.hung_up:

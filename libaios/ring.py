@@ -48,6 +48,7 @@ import mmap
 import os
 import struct
 from _thread import allocate_lock
+from collections.abc import MutableSequence
 
 from libaios import wire
 
@@ -57,7 +58,9 @@ MIN_RING, MAX_RING = 1 << 12, 1 << 26
 
 _HEAD = struct.Struct("=II")
 HEAD_BYTES = _HEAD.size
+_pack_head, _unpack_head = _HEAD.pack_into, _HEAD.unpack_from
 FIRST, LAST = 1 << 31, 1 << 30
+_WHOLE = FIRST | LAST
 _LENGTH = LAST - 1
 
 # Indices of 8-byte items.
@@ -182,22 +185,59 @@ class CallIds:
 class Producer:
     """The writing end of one ring. One thread at a time."""
 
-    __slots__ = ("_base", "_data", "_items", "_written", "epoch", "size", "sleeps", "waits")
+    __slots__ = (
+        "_data",
+        "_items",
+        "_read_item",
+        "_written",
+        "_written_item",
+        "epoch",
+        "size",
+        "sleeps",
+        "small",
+        "waits",
+    )
 
     def __init__(self, segment: Segment, submissions: bool, epoch: int) -> None:
-        self._base, self._data, self.size = _place(segment, submissions)
+        base, self._data, self.size = _place(segment, submissions)
+        self.small = self.size // 4  # bytes of payload up to which a frame goes in whole or not at all
         self._items = segment.items
-        self.sleeps = self._base + _SLEEPS  # item: set when the consumer is to be woken
-        self.waits = self._base + _WAITS  # item: set by us, cleared by a consumer that rings for room
-        self._written = _own_counter(self._items[self._base + _WRITTEN])
+        self._written_item, self._read_item = base + _WRITTEN, base + _READ
+        self.sleeps = base + _SLEEPS  # item: set when the consumer is to be woken
+        self.waits = base + _WAITS  # item: set by us, cleared by a consumer that rings for room
+        self._written = _own_counter(self._items[self._written_item])
         self.epoch = epoch
         self._free()
 
     def _free(self) -> int:
-        used = self._written - self._items[self._base + _READ]
+        used = self._written - self._items[self._read_item]
         if not 0 <= used <= self.size or used & 7:
             raise ProtocolError(f"the reader's counter claims that {used} bytes of {self.size} are unread")
         return self.size - used
+
+    def put_whole(self, payload: bytes) -> bool:
+        """Write `payload` as one fragment; False, and nothing is written, when there is no room for that now. This is
+        the way of nearly all frames, so it calls nobody."""
+        items, size, data = self._items, self.size, self._data
+        written, length = self._written, len(payload)
+        used = written - items[self._read_item]
+        if not 0 <= used <= size or used & 7:
+            self._free()  # says what is wrong
+        padded = (HEAD_BYTES + length + 7) & ~7
+        if padded > size - used:
+            return False
+        at = written & (size - 1)
+        _pack_head(data, at, length | _WHOLE, self.epoch)  # heads are aligned: they never wrap
+        at += HEAD_BYTES
+        end = at + length
+        if end <= size:
+            data[at:end] = payload
+        else:
+            data[at:size] = payload[: size - at]
+            data[: end - size] = payload[size - at :]
+        self._written = written = written + padded
+        items[self._written_item] = written
+        return True
 
     def put(self, payload: bytes, offset: int = 0) -> int:
         """Write `payload` from `offset` on, as much as there is room for; returns the new offset, which is
@@ -220,7 +260,7 @@ class Producer:
         written, size, data = self._written, self.size, self._data
         length = len(piece)
         at = written & (size - 1)
-        _HEAD.pack_into(data, at, length | flags, self.epoch)  # heads are aligned: they never wrap
+        _pack_head(data, at, length | flags, self.epoch)
         at = (at + HEAD_BYTES) & (size - 1)
         end = at + length
         if end <= size:
@@ -229,7 +269,7 @@ class Producer:
             data[at:size] = piece[: size - at]
             data[: end - size] = piece[size - at :]
         self._written = written = written + ((HEAD_BYTES + length + 7) & ~7)
-        self._items[self._base + _WRITTEN] = written
+        self._items[self._written_item] = written
 
     def unread(self) -> bool:
         """Whether the consumer has not taken all yet."""
@@ -246,23 +286,27 @@ class Consumer:
     """The reading end of one ring. One thread at a time."""
 
     __slots__ = (
-        "_base",
         "_data",
         "_items",
         "_partial",
         "_partial_bytes",
+        "_read_item",
+        "_written_item",
         "born",
         "max_frame",
         "read",
         "size",
+        "sleeps",
         "waits",
     )
 
     def __init__(self, segment: Segment, submissions: bool, born: int, max_frame: int = wire.MAX_FRAME) -> None:
-        self._base, self._data, self.size = _place(segment, submissions)
+        base, self._data, self.size = _place(segment, submissions)
         self._items = segment.items
-        self.waits = self._base + _WAITS  # item: set when the producer is to be told of room
-        self.read = _own_counter(self._items[self._base + _READ])
+        self._written_item, self._read_item = base + _WRITTEN, base + _READ
+        self.sleeps = base + _SLEEPS  # item: set by us, cleared by a producer that rings
+        self.waits = base + _WAITS  # item: set when the producer is to be told of room
+        self.read = _own_counter(self._items[self._read_item])
         self.born = born  # fragments of older epochs are dropped
         self.max_frame = max_frame
         self._partial: list[bytes] | None = None
@@ -270,7 +314,7 @@ class Consumer:
         self._available()
 
     def _available(self) -> int:
-        available = self._items[self._base + _WRITTEN] - self.read
+        available = self._items[self._written_item] - self.read
         if not 0 <= available <= self.size or available & 7:
             raise ProtocolError(f"the writer's counter claims {available} bytes of {self.size}")
         return available
@@ -278,21 +322,48 @@ class Consumer:
     def get(self) -> bytes | None:
         """The next whole frame. None: the ring is empty, or a whole ring of fragments has completed no frame; the
         caller, who has others to serve, decides whether to go on."""
-        stop = self.read + self.size
-        while self.read < stop:
-            available = self._available()
+        frames: list[bytes] = []
+        self.gather(frames, 1, self.read + self.size)
+        return frames[0] if frames else None
+
+    def gather(self, frames: MutableSequence[bytes], limit: int, stop: int) -> None:
+        """Append whole frames to `frames` until it has `limit`, or the ring is empty, or `read` has come to `stop`.
+        Whatever raises in between (a signal handler, say), each frame is either in `frames` or still to be taken."""
+        size, data = self.size, self._data
+        read = self.read
+        available = self._available()
+        while available and read < stop and len(frames) < limit:
+            at = read & (size - 1)
+            head, epoch = _unpack_head(data, at)
+            length = head & _LENGTH
+            padded = (HEAD_BYTES + length + 7) & ~7
+            end = at + HEAD_BYTES + length
+            if (
+                head >= _WHOLE
+                and padded <= available
+                and end <= size
+                and epoch >= self.born
+                and self._partial is None
+                and length <= self.max_frame
+            ):
+                # Nearly every frame. No call stands between keeping it and counting it as read.
+                frames += (bytes(data[at + HEAD_BYTES : end]),)
+                self.read = read = read + padded
+            else:
+                frame = self._take(available)
+                if frame is not None:
+                    frames += (frame,)
+                read = self.read
+            available -= padded
             if not available:
-                return None
-            frame = self._take(available)
-            if frame is not None:
-                return frame
-        return None
+                available = self._available()
+        self._items[self._read_item] = read
 
     def _take(self, available: int) -> bytes | None:
         """Consume one fragment; the frame if it completed one."""
         size, data = self.size, self._data
         at = self.read & (size - 1)
-        head, epoch = _HEAD.unpack_from(data, at)
+        head, epoch = _unpack_head(data, at)
         length = head & _LENGTH
         padded = (HEAD_BYTES + length + 7) & ~7
         if padded > available:
@@ -303,7 +374,6 @@ class Consumer:
         end = at + length
         piece = bytes(data[at:end]) if end <= size else bytes(data[at:size]) + bytes(data[: end - size])
         self.read += padded
-        self._items[self._base + _READ] = self.read
         if epoch < self.born:
             return None
         if head & FIRST:
@@ -330,9 +400,13 @@ class Consumer:
     def empty(self) -> bool:
         return self._available() == 0
 
+    def filled(self) -> bool:
+        """Whether there may be something: no more than a look."""
+        return self._items[self._written_item] != self.read
+
     def sleep(self) -> bool:
         """Announce sleep; False when something came meanwhile, so that one must look again first."""
-        self._items[self._base + _SLEEPS] = 1
+        self._items[self.sleeps] = 1
         fence()
         return self._available() == 0
 

@@ -12,6 +12,7 @@ import threading
 import time
 from collections.abc import Iterator
 from types import FrameType
+from typing import Any
 
 import pytest
 from hypothesis import given, settings
@@ -151,15 +152,14 @@ def test_a_frame_that_comes_while_sleep_is_announced_is_received(ends: Ends, mon
     """Its sender did not see us asleep, and has not rung."""
     ends.kernel.receive()
     ends.kernel._segment.items[ends.agent._producer.sleeps] = 0
-    original = ring.Consumer.get
+    original = ring.Consumer.gather
 
-    def get(self: ring.Consumer) -> bytes | None:
-        found = original(self)
+    def gather(self: ring.Consumer, *args: Any) -> None:
+        original(self, *args)
         monkeypatch.undo()
         ends.agent.send(b"just now")
-        return found
 
-    monkeypatch.setattr(ring.Consumer, "get", get)
+    monkeypatch.setattr(ring.Consumer, "gather", gather)
     assert ends.kernel.receive() == [b"just now"]
 
 
@@ -341,14 +341,14 @@ def test_a_new_kernel_finds_the_ring_full(ends: Ends) -> None:
 
 def test_agent_keeps_writing_while_the_kernel_reads(ends: Ends, monkeypatch: pytest.MonkeyPatch) -> None:
     """The kernel takes at most one ring of bytes and goes on to others, whatever limit it gave."""
-    original = ring.Consumer.get
+    original = ring.Consumer._available
 
-    def get(self: ring.Consumer) -> bytes | None:
+    def available(self: ring.Consumer) -> int:
         ends.agent.send(b"flood")
         return original(self)
 
     ends.agent.send(b"flood")
-    monkeypatch.setattr(ring.Consumer, "get", get)
+    monkeypatch.setattr(ring.Consumer, "_available", available)
     assert len(ends.kernel.receive(1 << 30)) <= SMALL // 16
     assert ends.kernel.more
 

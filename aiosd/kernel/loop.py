@@ -56,7 +56,7 @@ from aiosd.kernel.proc import Message, ProcTable
 from aiosd.kernel.status import StatusRequests
 from aiosd.kernel.waiters import Waiters
 from aiosd.timers import Timers
-from libaios import wire
+from libaios import ring, wire
 from libaios.channel import Channel, Side
 from libaios.ring import ProtocolError
 from libaios.stream import FrameSocket
@@ -67,9 +67,12 @@ if TYPE_CHECKING:
 logger = logging.getLogger("kernel")
 
 FRAMES_PER_TURN = 64  # of one peer, before the others have their turn
+REPLIES_PER_RING = 16  # to one peer in its turn: the first of them should not wait for the last
+EVENTS_PER_TURN = 256
 LOG_INDEX_S = 1.0
 REATTACH_S = 10.0  # how long clients have to come back to a new kernel before their agents get HUP
 PENDING = syscalls.PENDING
+SYSCALLS = syscalls.SYSCALLS
 
 
 class Kernel:
@@ -81,6 +84,8 @@ class Kernel:
         self.epoll = select.epoll()
         self.on_event: dict[int, Callable[[int], None]] = {}  # by descriptor
         self.hungry: dict[int, Callable[[int], None]] = {}  # has more to read; by descriptor
+        self.awake: dict[int, AgentPeer] = {}  # served just now, and not told to ring; by descriptor
+        self.quiet: dict[int, AgentPeer] = {}  # those of them that had sent nothing when we looked last
         # who is there
         self.table = ProcTable(self.settings.keep_dead)
         self.agents = Agents(self)
@@ -108,8 +113,10 @@ class Kernel:
         self._beat()
         self.agents.start_measuring()
         while not self.generations.load_error and not self.over:
+            if self.awake or self.quiet:
+                self._look()
             timeout = 0.0 if self.hungry else self.timers.until_next()
-            for fd, mask in self.epoll.poll(timeout):
+            for fd, mask in self.epoll.poll(timeout, EVENTS_PER_TURN):
                 act = self.on_event.get(fd)
                 if act is not None:  # else: closed by an earlier event of this turn
                     act(mask)
@@ -121,6 +128,30 @@ class Kernel:
         if self.generations.load_error:
             self.to_supervisor(link.Shutdown(error=self.generations.load_error))
         return 0
+
+    def _look(self) -> None:
+        """At agents that were served and have not been told to ring: who has sent something meanwhile is hungry. Before
+        we sleep all of them are told, and those in whose rings nothing was found twice."""
+        hungry, quiet, awake = self.hungry, self.quiet, self.awake
+        self.awake, self.quiet = {}, awake
+        for peers in (awake, quiet):
+            for fd, peer in list(peers.items()):
+                if peer.channel.filled():
+                    hungry[fd] = peer.serve
+                    del peers[fd]
+        if not hungry:
+            quiet.update(awake)
+            self.quiet = {}
+        if quiet:
+            for peer in quiet.values():
+                peer.channel.announce()
+            ring.fence()
+            for fd, peer in quiet.items():
+                try:
+                    if not peer.channel.settled():
+                        hungry[fd] = peer.serve
+                except ProtocolError:
+                    hungry[fd] = peer.serve  # which finds it again, and has it answer for it
 
     def _beat(self) -> None:
         self.timers.after(BEAT_S, self._beat)
@@ -134,6 +165,8 @@ class Kernel:
         if self.on_event.pop(fd, None) is not None:
             self.epoll.unregister(fd)
         self.hungry.pop(fd, None)
+        self.awake.pop(fd, None)
+        self.quiet.pop(fd, None)
 
     def watch_output(self, sock: FrameSocket) -> None:
         self.epoll.modify(sock.fileno(), select.EPOLLIN | (select.EPOLLOUT if sock.pending else 0))
@@ -166,32 +199,56 @@ class Kernel:
 
     # ── requests ──────────────────────────────────────────────────────────────────────────────────────────
 
+    def _on_bell(self, peer: AgentPeer, mask: int) -> None:
+        peer.channel.drain_bell()
+        self._on_agent(peer, mask)
+
     def _on_agent(self, peer: AgentPeer, mask: int) -> None:
         channel = peer.channel
+        fd = channel.fileno()
+        requests: list[bytes] = []
         try:
             if channel.outbox_bytes and not self._unload(peer):
                 return
-            for payload in channel.receive(FRAMES_PER_TURN):
-                self.dispatch(peer, payload)
-                if peer.gone:  # dropped while its requests were handled
-                    return
+            channel.take(requests, FRAMES_PER_TURN)
+            self._serve(peer, requests)
         except ProtocolError as err:
             self.offend(peer, str(err))
+        if peer.gone:  # dropped while its requests were handled
             return
         if channel.assembling or peer.assembling:
             self.note_assembling(peer, channel.assembling)
             if peer.gone:
                 return
-        if channel.more:
-            self.hungry[channel.fileno()] = self.on_event[channel.fileno()]
-        elif channel.hung_up:
+        if len(requests) == FRAMES_PER_TURN:
+            self.hungry[fd] = peer.serve
+        elif channel.hung_up and not channel.filled():
             self.drop_peer(peer)
+        else:
+            self.awake[fd] = peer
+
+    def _serve(self, peer: AgentPeer, requests: list[bytes]) -> None:
+        """Execute them. What is answered at once is told with one ring for several."""
+        channel = peer.channel
+        untold = 0
+        for payload in requests:
+            answer = self._answer(peer, payload)
+            if peer.gone:
+                return
+            if answer is not None:
+                channel.post(answer)
+                untold += 1
+                if untold == REPLIES_PER_RING:
+                    channel.ring_for_sent()
+                    untold = 0
+        if untold:
+            channel.ring_for_sent()
+        self._check_outbox(peer)
 
     def _unload(self, peer: AgentPeer) -> bool:
         """Send what waits. False while so much still waits that the peer's next requests must wait as well, until it
         has read its replies: then it rings."""
         channel = peer.channel
-        channel.drain_bell()
         if channel.pump():
             self.generations.resume_streams(peer)
         if channel.outbox_bytes <= OUTBOX_PAUSE:
@@ -207,16 +264,23 @@ class Kernel:
             self.offend(offender, f"a frame of {offender.assembling} bytes and no end, when there was no room for more")
 
     def dispatch(self, peer: Peer, payload: bytes) -> None:
+        """Do what a request asks for, and answer."""
+        answer = self._answer(peer, payload)
+        if answer is not None:
+            self._send(peer, answer)
+
+    def _answer(self, peer: Peer, payload: bytes) -> bytes | None:
+        """Do what a request asks for. Returns its final reply, or None: it was sent, or will be."""
         request = read_request(payload)
-        if request.id in peer.calls:
+        calls = peer.calls
+        if request.id in calls:
             self._refuse(peer, request.id, errno.EINVAL, f"call id {request.id} is in use")
-            return
+            return None
         self.counters["calls"] += 1
-        if peer.proc is not None:
-            peer.proc.calls += 1
-            peer.proc.row[CALLS] = peer.proc.calls
-        call = Call(peer, request.id, request.sys)
-        peer.calls[request.id] = call
+        proc = peer.proc
+        if proc is not None:
+            proc.row[CALLS] = proc.calls = proc.calls + 1
+        call = calls[request.id] = Call(peer, request.id, request.sys)
         try:
             body = self._execute(call, request)
         except OSError as err:
@@ -225,17 +289,19 @@ class Kernel:
             logger.exception("system call %d of %d: a bug of the kernel", request.sys, peer.id)
             self.fail(call, errno.EIO, "the kernel made a mistake; its log has the details")
         else:
-            if body is not PENDING:
-                self.finish(call, body)
+            if body is not PENDING and self._close_call(call):
+                return reply(call.id, body)
+        return None
 
     def _execute(self, call: Call, request: wire.Request) -> Any:
-        handler = syscalls.SYSCALLS.get(request.sys)
+        peer = call.peer
+        handler = SYSCALLS.get(request.sys)
         if handler is None:
-            if not call.peer.strange:
-                call.peer.strange = True
-                logger.warning("pid %d: unknown system call %d", call.peer.id, request.sys)
+            if not peer.strange:
+                peer.strange = True
+                logger.warning("pid %d: unknown system call %d", peer.id, request.sys)
             raise wire.error(errno.ENOSYS, f"there is no system call {request.sys}")
-        if len(call.peer.calls) > MAX_OPEN_CALLS:
+        if len(peer.calls) > MAX_OPEN_CALLS:
             raise wire.error(errno.EAGAIN, f"more than {MAX_OPEN_CALLS} calls open")
         return handler(self, call, read_args(request))
 
@@ -258,9 +324,10 @@ class Kernel:
 
     def _close_call(self, call: Call) -> bool:
         """Take a call off all lists; False when it was closed before."""
-        if call.peer.calls.get(call.id) is not call:
+        calls = call.peer.calls
+        if calls.get(call.id) is not call:
             return False
-        del call.peer.calls[call.id]
+        del calls[call.id]
         if call.timer is not None:
             call.timer.cancel()
         if call.forget is not None:
@@ -281,8 +348,7 @@ class Kernel:
             return
         try:
             peer.send(payload)
-            if peer.outbox_bytes > OUTBOX_MAX:
-                raise ProtocolError(f"does not read its replies ({peer.outbox_bytes} bytes wait)")
+            self._check_outbox(peer)
         except ProtocolError as err:
             self.offend(peer, str(err))
         except OSError:
@@ -291,12 +357,18 @@ class Kernel:
             if isinstance(peer, ClientPeer) and peer.socket.pending:
                 self.control.watch(peer)
 
+    @staticmethod
+    def _check_outbox(peer: Peer) -> None:
+        if peer.outbox_bytes > OUTBOX_MAX:
+            raise ProtocolError(f"does not read its replies ({peer.outbox_bytes} bytes wait)")
+
     # ── peers ────────────────────────────────────────────────────────────────────────────────────────────
 
     def serve(self, peer: AgentPeer) -> None:
         """Listen to an agent from now on; it may have rung before."""
-        self.watch(peer.fileno(), lambda mask: self._on_agent(peer, mask))
-        self.hungry[peer.fileno()] = self.on_event[peer.fileno()]
+        peer.serve = lambda mask: self._on_agent(peer, mask)
+        self.watch(peer.fileno(), lambda mask: self._on_bell(peer, mask))
+        self.hungry[peer.fileno()] = peer.serve
 
     def offend(self, peer: Peer, why: str) -> None:
         """The peer broke the protocol: end it, and say why where aios-inspect shows it."""

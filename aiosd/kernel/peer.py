@@ -102,11 +102,12 @@ class Peer:
 class AgentPeer(Peer):
     """An agent on its rings."""
 
-    __slots__ = ("channel",)
+    __slots__ = ("channel", "serve")
 
     def __init__(self, proc: Proc, channel: Channel) -> None:
         super().__init__(proc.pid, proc)
         self.channel = channel
+        self.serve: Callable[[int], None]  # set by `Kernel.serve`: looks at its ring
 
     def send(self, payload: bytes) -> None:
         self.channel.send(payload)
@@ -170,7 +171,8 @@ class Assembly:
 
 
 def reply(call_id: int, body: object) -> bytes:
-    return wire.encode(wire.Reply(call_id, body=wire.raw(body)))
+    """A `wire.Reply` with its body not yet encoded: one pass instead of two."""
+    return wire.encode((call_id, 0, False, 0, body))
 
 
 def failure(call_id: int, errno: int, message: str) -> bytes:
