@@ -32,6 +32,8 @@ class Conversation:
         tools: Sequence[Mapping[str, Any]] | None = None,
         model: str | None = None,
     ) -> None:
+        if isinstance(messages, str):
+            raise TypeError('messages: a list of {"role": …, "content": …}, not a text')
         self.messages: list[dict[str, Any]] = [dict(message) for message in messages]
         self.tools = None if tools is None else [dict(tool) for tool in tools]
         self.model = model

@@ -66,7 +66,7 @@ class Cache:
             return
         layout = Layout.of(self._context.sample())
         if layout is None:
-            self.why_not = "the state of this kind of model cannot be cut by tokens"
+            self.why_not = "within a slot only: the state of this kind of model cannot be cut by tokens"
             return
         self.store = Store(layout, ram, Swap(folder, disk) if disk and folder else None, self._clock)
 
