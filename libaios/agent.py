@@ -14,6 +14,11 @@ finalizer, in any thread, at any moment) must not wait for that either: cancels 
 who holds the right to send. Signal handlers may make calls of their own, and may raise: nothing that arrived is lost.
 Only one that breaks into a send, or into the handing out of replies, gets EDEADLK for its call.
 
+What a RECV takes from the mailbox is the caller's, also when the caller has given up (an interrupt, a task cancelled)
+while it was on its way. So a RECV that was abandoned is remembered until its final reply is here: ECANCELED, or a
+message, which then goes to whoever waits for one, or asks next. A new kernel gets it again with the other open calls,
+and its cancel too.
+
 After a fork the child has no connection (its parent's ring must have one writer); calls raise ENOTCONN there.
 When the kernel was replaced (`reborn`) every open call is submitted again under its id, a stream with the tokens that
 it has brought so far.
@@ -121,6 +126,7 @@ class Call(Struct, eq=False):
     tokens: list[int] | None = None  # of a stream: all that it has brought
     final: wire.Reply | None = None
     gate: threading.Lock | None = None  # a follower sleeps on it
+    abandoned: bool = False  # a RECV that nobody waits for any more
 
     def release(self) -> None:
         """It is over: nobody will be sent its descriptors any more."""
@@ -181,6 +187,8 @@ class Connection:
         self._sending = threading.RLock()
         self._busy = False  # somebody is in the middle of a send; guarded by `_sending`
         self._blocked: Call | None = None  # whose sender waits for room
+        self._given_up: dict[int, Call] = {}  # RECVs that were abandoned and have no final reply yet
+        self._returned: deque[wire.Reply] = deque()  # messages that came for such
         self._cancels: deque[int] = deque()  # ids of calls whose end is still to be told to the kernel
         self._life = 0  # how often the kernel was replaced
         self._renewing = False
@@ -217,6 +225,8 @@ class Connection:
             call.fds = _duplicates(fds)
         if stream:
             call.tokens = []
+        if sys == wire.Sys.RECV and self._serve(call):
+            return call
         try:
             with self._sending:
                 if self._busy:
@@ -233,6 +243,8 @@ class Connection:
         except BaseException:
             self.abandon(call)
             raise
+        if self._returned:
+            self._match()
         if self._cancels:
             self._send_cancels()
         return call
@@ -284,8 +296,14 @@ class Connection:
     def abandon(self, call: Call) -> None:
         """Nobody wants the call any more: forget it, and have the kernel stop it. Does nothing when it is over. Who
         still waits for it in another thread gets ECANCELED. Never blocks."""
+        takes = call.sys == wire.Sys.RECV and call.id and not call.abandoned
+        if takes:
+            call.abandoned = True
+            self._given_up[call.id] = call  # before it leaves `_open`: its reply must find it in one of the two
         if self._open.pop(call.id, None) is None:
-            call.release()  # it was never sent
+            call.release()  # it was never sent, or is over
+            if takes:
+                self._take_back(call)
             return
         call.release()
         call.final = wire.Reply(call.id, errno.ECANCELED, body=_CANCELED)
@@ -293,6 +311,58 @@ class Connection:
         if not self._dead:
             self._cancels.append(call.id)
             self._send_cancels()
+
+    # ── messages whose receiver has given up ──────────────────────────────────────────────────────────────
+
+    def _take_back(self, call: Call) -> None:
+        """The call was abandoned and has its reply: whoever of the two threads comes second finds both."""
+        final = call.final
+        if final is not None and self._given_up.pop(call.id, None) is not None:
+            self._return(final)
+
+    def _came_late(self, reply: wire.Reply) -> None:
+        """A final reply for a call that is not open."""
+        if not reply.more and self._given_up.pop(reply.id, None) is not None:
+            self._return(reply)
+
+    def _return(self, reply: wire.Reply) -> None:
+        if not reply.errno:
+            self._returned.append(reply)
+            self._match()
+
+    def _serve(self, call: Call) -> bool:
+        """Let the call have a message that was returned, if there is one."""
+        try:
+            reply = self._returned.popleft()
+        except IndexError:
+            return False
+        self._give(call, reply)
+        return True
+
+    def _give(self, call: Call, reply: wire.Reply) -> None:
+        """The call takes the id of the one whose reply it gets: given up as well, it is found under that."""
+        call.id, call.final = reply.id, reply
+        call.release()
+        self._tell(call)
+
+    def _match(self) -> None:
+        """Messages that were returned are for those who wait, oldest first. The kernel's half of such a call is
+        cancelled under a stand-in, and may bring a message in its turn."""
+        waiting = [call for call in list(self._open.values()) if call.sys == wire.Sys.RECV]
+        for call in sorted(waiting, key=lambda call: call.id):
+            try:
+                reply = self._returned.popleft()
+            except IndexError:
+                break
+            stand_in = Call(call.sys, call.args, id=call.id, life=call.life, abandoned=True)
+            self._given_up[stand_in.id] = stand_in
+            if self._open.pop(stand_in.id, None) is None:  # its own reply has come meanwhile
+                self._given_up.pop(stand_in.id, None)
+                self._returned.appendleft(reply)
+            else:
+                self._cancels.append(stand_in.id)
+                self._give(call, reply)
+        self._send_cancels()
 
     @property
     def open_calls(self) -> int:
@@ -372,7 +442,8 @@ class Connection:
         gate = threading.Lock()
         gate.acquire()
         call.gate = gate
-        self._followers[call.id] = call
+        number = call.id
+        self._followers[number] = call
         try:
             # The leader may have left before it could see us; then the lead is ours to take.
             if ready() or not self._leader:
@@ -381,7 +452,7 @@ class Connection:
             if (deadline is not None and left <= 0) or not gate.acquire(timeout=left):
                 raise TimeoutError(errno.ETIMEDOUT, "no answer in time")
         finally:
-            self._followers.pop(call.id, None)
+            self._followers.pop(number, None)
             call.gate = None
 
     def _pass_lead(self) -> None:
@@ -446,7 +517,8 @@ class Connection:
     def _hand_out(self, reply: wire.Reply) -> None:
         call = self._open.get(reply.id)
         if call is None:
-            return  # abandoned, or the answer to a CANCEL
+            self._came_late(reply)  # abandoned, or the answer to a CANCEL
+            return
         if reply.more:
             piece = _decode_piece(reply.body)
             if call.tokens is not None:
@@ -456,10 +528,13 @@ class Connection:
             call.pieces.append(piece)
         else:
             if self._open.pop(reply.id, None) is None:
-                return  # abandoned just now
+                self._came_late(reply)  # abandoned just now
+                return
             if call.fds:
                 call.release()
             call.final = reply
+            if call.abandoned:
+                self._take_back(call)
         self._tell(call)
 
     def _tell(self, call: Call) -> None:
@@ -484,10 +559,13 @@ class Connection:
                     self._renewing = True  # until all is sent, even if a signal handler raises
                     self.transport.renew()
                     self._life += 1
-                for call in sorted(self._open.values(), key=lambda call: call.id):
+                calls = [*self._open.values(), *self._given_up.values()]
+                for call in sorted(calls, key=lambda call: call.id):
                     if call.life != self._life:
                         self.transport.send(call.payload(), call.fds)
                         call.life = self._life
+                        if call.abandoned:
+                            self._cancels.append(call.id)
                 self._renewing = False
             finally:
                 self._busy = False
@@ -515,6 +593,7 @@ class Connection:
     def _fail_all(self, why: str) -> None:
         """The connection is over: end every call."""
         self._dead = why
+        self._given_up.clear()
         reply = wire.Reply(0, errno.ENOTCONN, body=wire.raw(wire.Failure(why)))
         for call in list(self._open.values()):
             if self._open.pop(call.id, None) is not None:
@@ -561,6 +640,8 @@ class Connection:
         """In a forked child: the connection is the parent's."""
         self._dead = "this process was forked from an agent; the connection to the kernel is its parent's"
         self._loops.clear()
+        self._given_up.clear()
+        self._returned.clear()
         reply = wire.Reply(0, errno.ENOTCONN, body=wire.raw(wire.Failure(self._dead)))
         for call in list(self._open.values()):
             call.release()

@@ -54,10 +54,11 @@ async def _final(conn: Connection, call: Call, replied: asyncio.Event, timeout: 
         async with asyncio.timeout(None if timeout is None else timeout + SLACK_S):
             while call.final is None:
                 await _reply(conn, replied)
-    except TimeoutError:
-        raise TimeoutError(errno.ETIMEDOUT, "no answer in time") from None
-    finally:
+    except BaseException as err:
         conn.abandon(call)
+        if isinstance(err, TimeoutError):
+            raise TimeoutError(errno.ETIMEDOUT, "no answer in time") from None
+        raise
 
 
 async def _reply(conn: Connection, replied: asyncio.Event) -> None:

@@ -1,0 +1,203 @@
+"""A message whose receiver gave up while it was on its way is not lost: whoever asks next gets it."""
+
+from __future__ import annotations
+
+import asyncio
+import errno
+import os
+import signal
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import psutil
+import pytest
+
+import libaios as aios
+from libaios import aio, wire
+from libaios.agent import Call, Connection
+from libaios.client import Client
+from libaios.home import Home
+from libaios.wire import Sys
+from tests.conftest import System, eventually
+from tests.fakekernel import PATIENCE_S, ChannelKernel, args_of, as_process_connection, aside
+
+
+@pytest.fixture
+def kernel() -> Iterator[ChannelKernel]:
+    made = ChannelKernel()
+    with as_process_connection(made.connection):
+        yield made
+    made.close()
+
+
+@pytest.fixture
+def connection(kernel: ChannelKernel) -> Connection:
+    return kernel.connection
+
+
+def message(obj: object) -> wire.Received:
+    return wire.Received(5, wire.raw(obj))
+
+
+def ask(connection: Connection) -> Call:
+    return connection.submit(Sys.RECV, wire.Recv(None))
+
+
+def test_a_reply_that_lies_in_the_ring(kernel: ChannelKernel, connection: Connection) -> None:
+    call = ask(connection)
+    kernel.reply(kernel.take(Sys.RECV), message("kept"))
+    connection.abandon(call)
+    assert aios.msg.recv() == (5, "kept")
+
+
+def test_a_reply_that_was_handed_out(kernel: ChannelKernel, connection: Connection) -> None:
+    call = ask(connection)
+    kernel.reply(kernel.take(Sys.RECV), message("kept"))
+    connection.pump()
+    connection.abandon(call)
+    connection.abandon(call)
+    assert aios.msg.recv(timeout=0) == (5, "kept")
+    assert kernel.quiet()  # nobody had to be asked
+
+
+def test_an_interrupt_at_the_last_moment(
+    kernel: ChannelKernel, connection: Connection, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    wait = connection._wait
+
+    def interrupted(ready: Callable[[], bool], call: Call, deadline: float | None) -> None:
+        kernel.reply(kernel.take(Sys.RECV), message("kept"))
+        wait(ready, call, deadline)
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(connection, "_wait", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        aios.msg.recv()
+    monkeypatch.undo()
+    assert aios.msg.recv() == (5, "kept")
+
+
+def test_a_reply_that_comes_later(kernel: ChannelKernel, connection: Connection) -> None:
+    call = ask(connection)
+    first = kernel.take(Sys.RECV)
+    connection.abandon(call)
+    assert args_of(kernel.take(Sys.CANCEL)).id == first.id
+    kernel.reply(first, message("kept"))
+    connection.pump()
+    assert aios.msg.recv() == (5, "kept")
+    assert not connection._given_up
+
+
+def test_a_reply_that_comes_later_goes_to_who_waits(kernel: ChannelKernel, connection: Connection) -> None:
+    """And what the kernel has of that one's call may bring another message, which is not lost either."""
+    call = ask(connection)
+    first = kernel.take(Sys.RECV)
+    connection.abandon(call)
+    kernel.take(Sys.CANCEL)
+    waiting = aside(aios.msg.recv)
+    second = kernel.take(Sys.RECV)
+    kernel.reply(first, message("one"))
+    assert waiting.result(PATIENCE_S) == (5, "one")
+    assert args_of(kernel.take(Sys.CANCEL)).id == second.id
+    kernel.reply(second, message("two"))
+    connection.pump()
+    assert aios.msg.recv(timeout=0) == (5, "two")
+
+
+def test_messages_keep_their_order(kernel: ChannelKernel, connection: Connection) -> None:
+    calls = [ask(connection) for _ in range(5)]
+    requests = [kernel.take(Sys.RECV) for _ in calls]
+    for call in calls:
+        connection.abandon(call)
+    for number, request in enumerate(requests):
+        kernel.reply(request, message(number))
+    connection.pump()
+    assert [aios.msg.recv(timeout=0)[1] for _ in calls] == [0, 1, 2, 3, 4]
+
+
+@pytest.mark.parametrize("code", [errno.ECANCELED, errno.ETIMEDOUT])
+def test_a_call_that_brought_nothing_is_forgotten(kernel: ChannelKernel, connection: Connection, code: int) -> None:
+    call = ask(connection)
+    request = kernel.take(Sys.RECV)
+    connection.abandon(call)
+    kernel.fail(request, code, "nothing")
+    connection.pump()
+    assert not connection._given_up
+    assert not connection._returned
+
+
+def test_the_kernel_dies_before_its_reply(kernel: ChannelKernel, connection: Connection) -> None:
+    """Its journal says that the call has the message: so the successor is asked again, and told that it is over."""
+    call = ask(connection)
+    request = kernel.take(Sys.RECV)
+    connection.abandon(call)
+    kernel.take(Sys.CANCEL)
+    kernel.die()
+    kernel.rise()
+    connection.pump()
+    again = kernel.take(Sys.RECV)
+    assert again.id == request.id
+    assert args_of(kernel.take(Sys.CANCEL)).id == request.id
+    kernel.reply(again, message("kept"))
+    connection.pump()
+    assert aios.msg.recv(timeout=0) == (5, "kept")
+
+
+def test_the_kernel_dies_after_its_reply(kernel: ChannelKernel, connection: Connection) -> None:
+    call = ask(connection)
+    kernel.reply(kernel.take(Sys.RECV), message("kept"))
+    connection.abandon(call)
+    kernel.die()
+    kernel.rise()
+    connection.pump()
+    assert aios.msg.recv(timeout=0) == (5, "kept")
+    assert kernel.quiet()  # it is not asked for again
+
+
+def test_a_task_that_is_cancelled_when_its_reply_is_there(kernel: ChannelKernel, connection: Connection) -> None:
+    async def main() -> tuple[int, object]:
+        task = asyncio.create_task(aio.msg.recv())
+        await asyncio.sleep(0)  # it sends
+        kernel.reply(kernel.take(Sys.RECV), message("kept"))
+        connection.pump()  # its reply is there; the task has not run since
+        task.cancel()
+        with pytest.raises(asyncio.CancelledError):
+            await task
+        return await aio.msg.recv(timeout=0)
+
+    assert asyncio.run(main()) == (5, "kept")
+    assert kernel.quiet()
+
+
+AGENT = """
+import libaios as aios
+from libaios import wire
+from libaios.agent import connection
+call = connection().submit(wire.Sys.RECV, wire.Recv(None))
+print(aios.proc.getpid(), flush=True)
+input()
+connection().abandon(call)
+print(aios.msg.recv(timeout=10), flush=True)
+"""
+
+
+@pytest.mark.parametrize("killed", [False, True])
+def test_through_the_system(fresh_aiosd: Callable[..., System], tmp_path: Path, killed: bool) -> None:
+    """The message is in the agent's ring, unread, when it gives up."""
+    script = tmp_path / "receiver.py"
+    script.write_text(AGENT)
+    system = fresh_aiosd("--threads", "1")
+    job = system.popen("aios-run", script)
+    assert job.stdout is not None
+    assert job.stdin is not None
+    pid = int(job.stdout.readline())
+    with Client(Home(system.home)) as client:
+        client.call(Sys.SEND, wire.Send(pid, wire.raw("kept")), None, timeout=10)
+    if killed:
+        old = next(entry["ospid"] for entry in system.ps() if entry["name"] == "kernel")
+        os.kill(old, signal.SIGKILL)
+        assert eventually(lambda: not psutil.pid_exists(old))
+    job.stdin.write("\n")
+    job.stdin.flush()
+    assert job.stdout.read() == "(0, 'kept')\n"
+    assert job.wait(20) == 0
