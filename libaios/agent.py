@@ -79,6 +79,7 @@ class AgentTransport:
 
     def __init__(self, memfd: int, bell: int) -> None:
         self._channel = channel = Channel(memfd, bell, Side.AGENT)
+        channel.sleep_in_read()
         # Bound here: these are on the way of every call.
         self.wait = channel.wait
         self.take = channel.take

@@ -33,6 +33,7 @@ import multiprocessing
 import os
 import select
 import socket
+import struct
 from collections import deque
 from collections.abc import MutableSequence
 
@@ -42,6 +43,7 @@ from libaios.ring import ProtocolError, raise_epoch
 __all__ = ["Channel", "ProtocolError", "Side", "make_channel", "raise_epoch"]
 
 BACKSTOP_S = 1.0
+RINGS_LEFT = 32  # in a bell, before they are drained; it holds some 270
 
 
 class Side(enum.Enum):
@@ -73,11 +75,13 @@ class Channel:
 
     __slots__ = (
         "_bell",
+        "_blocking",
         "_consumer",
         "_frames",
         "_memfd",
         "_outbox",
         "_producer",
+        "_rings",
         "_segment",
         "epoch",
         "hung_up",
@@ -89,6 +93,8 @@ class Channel:
 
     def __init__(self, memfd: int, bell: int, side: Side) -> None:
         self._memfd, self._bell = memfd, bell
+        self._blocking = False  # the bell was made for `wait`
+        self._rings = 0  # heard and left in the bell
         self._outbox: deque[tuple[bytes, int]] = deque()  # frames, and how much of each is in the ring
         self._frames: list[bytes] = []  # received by a `receive` that was interrupted
         self.outbox_bytes = 0
@@ -122,6 +128,17 @@ class Channel:
         os.close(self._memfd)
         del self._producer, self._consumer, self.ids
         self._segment.close()
+
+    def sleep_in_read(self) -> None:
+        """Have `wait` sleep in a read of the bell, one system call instead of two. For an owner that waits for nothing
+        else: the bell is no longer non-blocking."""
+        with socket.socket(fileno=os.dup(self._bell)) as bell:
+            bell.setsockopt(socket.SOL_SOCKET, socket.SO_RCVTIMEO, _timeval(BACKSTOP_S))
+            bell.setsockopt(
+                socket.SOL_SOCKET, socket.SO_SNDTIMEO, _timeval(1e-6)
+            )  # a bell full of rings is no reason to sleep
+        os.set_blocking(self._bell, True)
+        self._blocking = True
 
     def shutdown(self) -> None:
         """Hang up: both sides wake from their sleep. Any thread may call this, also while another is in `wait`."""
@@ -266,13 +283,28 @@ class Channel:
 
     def drain_bell(self) -> None:
         """Take the rings that have come. What they were about must be looked at afterwards."""
+        self._rings = 0
+        if self._blocking and not _readable(self._bell, 0):
+            return
+        self._read_bell()
+
+    def heard(self) -> None:
+        """As `drain_bell`, for an owner who is told of every ring even if older ones are still in the bell (EPOLLET):
+        they are drained now and then, long before there are so many that a new one finds no room."""
+        self._rings += 1
+        if self._rings >= RINGS_LEFT:
+            self.drain_bell()
+
+    def _read_bell(self) -> bool:
+        """False: there was nothing to read."""
         try:
             if not os.read(self._bell, 4096):
                 self.hung_up = True
         except BlockingIOError:
-            pass
+            return False
         except OSError:
             self.hung_up = True
+        return True
 
     @property
     def reborn(self) -> bool:
@@ -298,11 +330,21 @@ class Channel:
         if not consumer.sleep() or self.reborn:
             return True
         self._ring(consumer.waits)
-        poll = select.poll()  # not kept: a signal handler may come here while another `wait` of this thread sleeps
-        poll.register(self._bell, select.POLLIN)
-        left = BACKSTOP_S if timeout is None else max(0.0, min(BACKSTOP_S, timeout))
-        if poll.poll(left * 1000):
-            self.drain_bell()
+        if self._blocking and (timeout is None or timeout >= BACKSTOP_S):
+            if self._read_bell():
+                return True
+        elif _readable(self._bell, BACKSTOP_S if timeout is None else max(0.0, min(BACKSTOP_S, timeout))):
+            self._read_bell()
             return True
         self.nudge()
         return False
+
+
+def _readable(fd: int, seconds: float) -> bool:
+    poll = select.poll()  # not kept: a signal handler may come here while another `wait` of this thread sleeps
+    poll.register(fd, select.POLLIN)
+    return bool(poll.poll(seconds * 1000))
+
+
+def _timeval(seconds: float) -> bytes:
+    return struct.pack("@ll", int(seconds), int(seconds % 1 * 1e6))

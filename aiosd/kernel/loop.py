@@ -86,6 +86,7 @@ class Kernel:
         self.hungry: dict[int, Callable[[int], None]] = {}  # has more to read; by descriptor
         self.awake: dict[int, AgentPeer] = {}  # served just now, and not told to ring; by descriptor
         self.quiet: dict[int, AgentPeer] = {}  # those of them that had sent nothing when we looked last
+        self.rung: dict[int, AgentPeer] = {}  # whose bells were heard since the last beat
         # who is there
         self.table = ProcTable(self.settings.keep_dead)
         self.agents = Agents(self)
@@ -155,11 +156,15 @@ class Kernel:
 
     def _beat(self) -> None:
         self.timers.after(BEAT_S, self._beat)
+        rung, self.rung = self.rung, {}
+        for fd, peer in rung.items():  # a bell that somebody has filled would be mute for ever
+            peer.channel.drain_bell()
+            self.hungry[fd] = peer.serve
         beat(self.born.heartbeat)
 
-    def watch(self, fd: int, act: Callable[[int], None]) -> None:
+    def watch(self, fd: int, act: Callable[[int], None], events: int = select.EPOLLIN) -> None:
         self.on_event[fd] = act
-        self.epoll.register(fd, select.EPOLLIN)
+        self.epoll.register(fd, events)
 
     def unwatch(self, fd: int) -> None:
         if self.on_event.pop(fd, None) is not None:
@@ -167,6 +172,7 @@ class Kernel:
         self.hungry.pop(fd, None)
         self.awake.pop(fd, None)
         self.quiet.pop(fd, None)
+        self.rung.pop(fd, None)
 
     def watch_output(self, sock: FrameSocket) -> None:
         self.epoll.modify(sock.fileno(), select.EPOLLIN | (select.EPOLLOUT if sock.pending else 0))
@@ -200,7 +206,11 @@ class Kernel:
     # ── requests ──────────────────────────────────────────────────────────────────────────────────────────
 
     def _on_bell(self, peer: AgentPeer, mask: int) -> None:
-        peer.channel.drain_bell()
+        if mask == select.EPOLLIN:
+            peer.channel.heard()
+            self.rung[peer.fileno()] = peer
+        else:
+            peer.channel.drain_bell()  # the end of the bell, perhaps
         self._on_agent(peer, mask)
 
     def _on_agent(self, peer: AgentPeer, mask: int) -> None:
@@ -367,7 +377,9 @@ class Kernel:
     def serve(self, peer: AgentPeer) -> None:
         """Listen to an agent from now on; it may have rung before."""
         peer.serve = lambda mask: self._on_agent(peer, mask)
-        self.watch(peer.fileno(), lambda mask: self._on_bell(peer, mask))
+        # Each ring is an event, whether or not older ones were drained: so they need not be, each time.
+        events = select.EPOLLIN | select.EPOLLRDHUP | select.EPOLLET
+        self.watch(peer.fileno(), lambda mask: self._on_bell(peer, mask), events)
         self.hungry[peer.fileno()] = peer.serve
 
     def offend(self, peer: Peer, why: str) -> None:
