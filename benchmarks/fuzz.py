@@ -101,7 +101,6 @@ def recorded() -> list[tuple[int, bytes]]:
         plan = plan_of(function)(*args)
         plans.append((plan.sys, plan.args))
     plans += [
-        (Sys.PS, wire.Ps(pids=[1, 2, 3])),
         (Sys.KILL, wire.Kill(1 << 40, 0)),
         (Sys.INSPECT, wire.PidArgs(1 << 40)),
         (Sys.WAIT, wire.Wait(0, False)),
@@ -114,6 +113,7 @@ def recorded() -> list[tuple[int, bytes]]:
         (Sys.GENERATE, wire.Generate(prompt="Once", sampling=wire.Sampling(max_tokens=1))),
         (Sys.GENERATE, wire.Generate(messages=[{"role": "user", "content": "hi"}], sampling=wire.Sampling(1))),
         (Sys.STATUS, wire.Status()),
+        (Sys.PS, wire.Ps(pids=[1, 2, 3])),
     ]
     frames = [(int(sys), encode([0, sys, args])) for sys, args in plans]
     return frames * 40 + [(int(sys), encode([0, sys, args])) for sys, args in rare]

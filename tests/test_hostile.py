@@ -19,6 +19,7 @@ import sys
 import time
 from collections.abc import Iterator
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -28,7 +29,8 @@ from msgspec import msgpack
 
 from aiosd.kernel import control
 from aiosd.kernel.journal import COMPACT_BYTES, REMEMBER_BYTES, Journal
-from aiosd.kernel.peer import ASSEMBLY_MAX, Assembly, Peer, read_args, read_request
+from aiosd.kernel.loop import TURN_S, Kernel
+from aiosd.kernel.peer import ASSEMBLY_MAX, FRAMES_PER_TURN, Assembly, Peer, read_args, read_request
 from benchmarks import fuzz
 from libaios import ring, wire
 from libaios.channel import Channel, ProtocolError, Side, make_channel
@@ -267,6 +269,31 @@ def test_descriptors_without_end_leave_none_behind() -> None:
         frames.close()
         theirs.close()
     assert len(os.listdir("/proc/self/fd")) <= before
+
+
+# ── turns ─────────────────────────────────────────────────────────────────────────────────────────────────
+
+
+def test_who_asks_for_what_takes_long_gets_short_turns() -> None:
+    """And long ones again when it does not: the time of a turn is bounded, whatever is asked for."""
+    now = 0.0
+
+    def serve(peer: Any, requests: list[bytes]) -> None:
+        nonlocal now
+        now += len(requests) * cost
+
+    kernel: Any = SimpleNamespace(timers=SimpleNamespace(clock=lambda: now), _serve=serve)
+    peer: Any = SimpleNamespace(turn=FRAMES_PER_TURN)
+    cost = 1e-3
+    for _ in range(10):
+        Kernel._serve_a_turn(kernel, peer, [b""] * peer.turn)
+    before = now
+    Kernel._serve_a_turn(kernel, peer, [b""] * peer.turn)
+    assert now - before <= 2 * TURN_S
+    cost = 1e-5
+    for _ in range(10):
+        Kernel._serve_a_turn(kernel, peer, [b""] * peer.turn)
+    assert peer.turn == FRAMES_PER_TURN
 
 
 # ── the real system ───────────────────────────────────────────────────────────────────────────────────────

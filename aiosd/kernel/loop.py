@@ -39,6 +39,7 @@ from aiosd.kernel.generations import Generations
 from aiosd.kernel.journal import Journal
 from aiosd.kernel.ledger import CALLS, Ledger
 from aiosd.kernel.peer import (
+    FRAMES_PER_TURN,
     MAX_OPEN_CALLS,
     OUTBOX_MAX,
     OUTBOX_PAUSE,
@@ -66,7 +67,7 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger("kernel")
 
-FRAMES_PER_TURN = 64  # of one peer, before the others have their turn
+TURN_S = 0.002  # of one agent, if it can be helped, before the others have their turn
 REPLIES_PER_RING = 16  # to one peer in its turn: the first of them should not wait for the last
 EVENTS_PER_TURN = 256
 LOG_INDEX_S = 1.0
@@ -217,11 +218,16 @@ class Kernel:
         channel = peer.channel
         fd = channel.fileno()
         requests: list[bytes] = []
+        more = False
         try:
             if channel.outbox_bytes and not self._unload(peer):
                 return
-            channel.take(requests, FRAMES_PER_TURN)
-            self._serve(peer, requests)
+            channel.take(requests, peer.turn)
+            more = len(requests) == peer.turn
+            if more:
+                self._serve_a_turn(peer, requests)
+            else:
+                self._serve(peer, requests)
         except ProtocolError as err:
             self.offend(peer, str(err))
         if peer.gone:  # dropped while its requests were handled
@@ -230,12 +236,19 @@ class Kernel:
             self.note_assembling(peer, channel.assembling)
             if peer.gone:
                 return
-        if len(requests) == FRAMES_PER_TURN:
+        if more:
             self.hungry[fd] = peer.serve
         elif channel.hung_up and not channel.filled():
             self.drop_peer(peer)
         else:
             self.awake[fd] = peer
+
+    def _serve_a_turn(self, peer: AgentPeer, requests: list[bytes]) -> None:
+        """As `_serve`; whoever sends much that takes long gets shorter turns."""
+        began = self.timers.clock()
+        self._serve(peer, requests)
+        long = self.timers.clock() - began > TURN_S
+        peer.turn = max(1, peer.turn // 2) if long else min(FRAMES_PER_TURN, 2 * peer.turn)
 
     def _serve(self, peer: AgentPeer, requests: list[bytes]) -> None:
         """Execute them. What is answered at once is told with one ring for several."""

@@ -27,6 +27,7 @@ from libaios.ring import ProtocolError
 from libaios.stream import FrameSocket
 
 MAX_OPEN_CALLS = 1024  # of one peer
+FRAMES_PER_TURN = 64  # of one agent, before the others have their turn
 ASSEMBLY_MAX = 256 << 20  # bytes of unfinished frames, of all peers together
 DEEP = 400  # levels of nesting in arguments that the next reader must be able to put under its own
 OUTBOX_PAUSE = 256 << 10  # bytes a peer has not read before its streams are paused at their source,
@@ -102,11 +103,12 @@ class Peer:
 class AgentPeer(Peer):
     """An agent on its rings."""
 
-    __slots__ = ("channel", "serve")
+    __slots__ = ("channel", "serve", "turn")
 
     def __init__(self, proc: Proc, channel: Channel) -> None:
         super().__init__(proc.pid, proc)
         self.channel = channel
+        self.turn = FRAMES_PER_TURN  # fewer when they take long
         self.serve: Callable[[int], None]  # set by `Kernel.serve`: looks at its ring
 
     def send(self, payload: bytes) -> None:

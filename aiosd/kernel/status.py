@@ -14,7 +14,7 @@ from collections import Counter
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-from aiosd import link
+from aiosd import link, procfs
 from aiosd.kernel import books
 from aiosd.kernel.budget import SAMPLE_S
 from aiosd.kernel.peer import Call
@@ -43,6 +43,8 @@ class StatusRequests:
         self.kernel = kernel
         self._open: dict[int, _Request] = {}
         self._numbers = itertools.count(1)
+        self._pss: dict[int, int] = {}  # by Linux pid, read since `_sampled`
+        self._sampled = 0.0
 
     def ask(self, call: Call, check: bool) -> None:
         number = next(self._numbers)
@@ -122,6 +124,15 @@ class StatusRequests:
             "info": {} if info is None else {field: getattr(info, field) for field in info.__struct_fields__},
             "stats": core.stats,
         }
+
+    def pss_bytes(self, ospid: int) -> int:
+        """Of one of aiosd's own processes; not read anew within half a second, since it takes milliseconds."""
+        now = self.kernel.timers.clock()
+        if now - self._sampled > SAMPLE_S:
+            self._sampled, self._pss = now, {}
+        if ospid not in self._pss:
+            self._pss[ospid] = procfs.pss_bytes(ospid)
+        return self._pss[ospid]
 
     def system_processes(self) -> dict[str, tuple[int, int]]:
         """name → (pid, Linux pid) of aiosd's own processes."""

@@ -200,7 +200,7 @@ def _system_lines(kernel: Kernel, pids: set[int] | None, wanted: str | None) -> 
                 cached_tokens=0,
                 completion_tokens=0,
                 ctx_tokens=0,
-                mem_bytes=procfs.pss_bytes(ospid),
+                mem_bytes=kernel.status.pss_bytes(ospid),
                 cpu_s=stat.cpu_s if stat is not None else 0.0,
                 started=kernel.born.started,
                 system=True,
