@@ -72,46 +72,27 @@ class Transport(Protocol):
     def close(self) -> None: ...
 
 
-class AgentTransport:
+class AgentTransport(Channel):
     """An agent's channel as a transport."""
+
+    __slots__ = ("next_id",)
 
     why = "aiosd is gone"
 
     def __init__(self, memfd: int, bell: int) -> None:
-        self._channel = channel = Channel(memfd, bell, Side.AGENT)
-        channel.sleep_in_read()
-        # Bound here: these are on the way of every call.
-        self.wait = channel.wait
-        self.take = channel.take
-        self.pump = channel.pump
-        self.fileno = channel.fileno
-        self.next_id = channel.ids.next
-        self.nudge = channel.nudge
-        self.renew = channel.renew
-        self.shutdown = channel.shutdown
-        self.close = channel.close
+        super().__init__(memfd, bell, Side.AGENT)
+        self.sleep_in_read()
+        self.next_id = self.ids.next
 
-    def send(self, payload: bytes, fds: Sequence[int] = ()) -> None:
-        self._channel.send(payload)
-
-    def receive(self) -> list[bytes]:
-        channel = self._channel
-        frames = channel.receive(1 << 30)
-        while channel.unread:  # all: what is left in the ring would ring no bell
-            frames += channel.receive(1 << 30)
+    def receive(self, limit: int = 1 << 30) -> list[bytes]:
+        frames = super().receive(limit)
+        while self.unread:  # all: what is left in the ring would ring no bell
+            frames += super().receive(limit)
         return frames
 
     @property
     def pending(self) -> int:
-        return self._channel.outbox_bytes
-
-    @property
-    def reborn(self) -> bool:
-        return self._channel.reborn
-
-    @property
-    def hung_up(self) -> bool:
-        return self._channel.hung_up
+        return self.outbox_bytes
 
 
 class Call(Struct, eq=False):
@@ -236,7 +217,14 @@ class Connection:
                     raise wire.error(errno.ENOTCONN, self._dead)
                 try:
                     self._busy = True
-                    self._send(call)
+                    call.id = self.transport.next_id()
+                    payload = call.payload()
+                    if len(payload) > wire.MAX_FRAME:
+                        message = f"a call of {len(payload)} bytes; the limit is {wire.MAX_FRAME}"
+                        raise wire.error(errno.EMSGSIZE, message)
+                    call.life = self._life
+                    self._open[call.id] = call
+                    self.transport.send(payload, call.fds)
                 finally:
                     self._busy = False
                 if self.transport.pending:
@@ -249,15 +237,6 @@ class Connection:
         if self._cancels:
             self._send_cancels()
         return call
-
-    def _send(self, call: Call) -> None:
-        call.id = self.transport.next_id()
-        payload = call.payload()
-        if len(payload) > wire.MAX_FRAME:
-            raise wire.error(errno.EMSGSIZE, f"a call of {len(payload)} bytes; the limit is {wire.MAX_FRAME}")
-        call.life = self._life
-        self._open[call.id] = call
-        self.transport.send(payload, call.fds)
 
     def _wait_for_room(self, call: Call) -> None:
         """Until what was sent has left, or the kernel that it was for is dead: then it will be sent again."""

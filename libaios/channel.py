@@ -35,7 +35,7 @@ import select
 import socket
 import struct
 from collections import deque
-from collections.abc import MutableSequence
+from collections.abc import MutableSequence, Sequence
 
 from libaios import ring
 from libaios.ring import ProtocolError, raise_epoch
@@ -78,6 +78,7 @@ class Channel:
         "_blocking",
         "_consumer",
         "_frames",
+        "_items",
         "_memfd",
         "_outbox",
         "_producer",
@@ -104,6 +105,7 @@ class Channel:
         agent = side is Side.AGENT
         try:
             self._segment = ring.Segment(memfd)
+            self._items = self._segment.items
             self.epoch = self._segment.epoch
             self._producer = ring.Producer(self._segment, agent, self.epoch)
             self._consumer = ring.Consumer(self._segment, not agent, self.epoch)
@@ -147,21 +149,29 @@ class Channel:
 
     # ── sending ───────────────────────────────────────────────────────────────────────────────────────────
 
-    def send(self, payload: bytes) -> None:
-        """Put a frame into the ring, or into the outbox behind those that wait there."""
-        if self.post(payload):
+    def send(self, payload: bytes, fds: Sequence[int] = ()) -> None:
+        """Put a frame into the ring, or into the outbox behind those that wait there. (`fds`: a channel carries no
+        descriptors, they are ignored.)"""
+        producer = self._producer
+        if not self._outbox and len(payload) <= producer.small and producer.put_whole(payload):
             ring.fence()
-            self._ring(self._producer.sleeps)
+            if self._items[producer.sleeps]:
+                self._ring(producer.sleeps)
+        else:
+            self._queue(payload)
 
     def post(self, payload: bytes) -> bool:
         """As `send`, but True when the other side must still be told (`ring_for_sent`)."""
         producer = self._producer
         if not self._outbox and len(payload) <= producer.small and producer.put_whole(payload):
             return True
+        self._queue(payload)
+        return False
+
+    def _queue(self, payload: bytes) -> None:
         self._outbox.append((payload, 0))
         self.outbox_bytes += len(payload)
         self.pump()
-        return False
 
     def ring_for_sent(self) -> None:
         """After all that was posted, once."""
@@ -214,7 +224,7 @@ class Channel:
     def _ring(self, flag: int) -> None:
         """Ring if the other side has set this flag, once. No call stands between clearing it and ringing: there an
         interrupt could come in between, and nobody would ever ring again."""
-        items = self._segment.items
+        items = self._items
         if items[flag]:
             try:
                 items[flag] = 0
@@ -243,7 +253,7 @@ class Channel:
         """Up to `limit` whole frames, and no more than one ring of bytes: a peer that writes as fast as we read must
         not hold us here. `more`: do not sleep yet. ProtocolError when the other side wrote nonsense."""
         self.drain_bell()
-        consumer, frames, items = self._consumer, self._frames, self._segment.items
+        consumer, frames, items = self._consumer, self._frames, self._items
         stop = consumer.read + consumer.size
         while True:
             consumer.gather(frames, limit, stop)
@@ -265,7 +275,7 @@ class Channel:
             frames += self._frames
             self._frames = []
         consumer.gather(frames, limit, consumer.read + consumer.size)
-        if self._segment.items[consumer.waits]:  # without a fence: `settled` looks again
+        if self._items[consumer.waits]:  # without a fence: `settled` looks again
             self._ring(consumer.waits)
 
     def filled(self) -> bool:
@@ -274,12 +284,12 @@ class Channel:
 
     def announce(self) -> None:
         """From now on the other side rings for what it sends; it may have sent something just now, see `settled`."""
-        self._segment.items[self._consumer.sleeps] = 1
+        self._items[self._consumer.sleeps] = 1
 
     def settled(self) -> bool:
         """After `announce` and a fence: True when there is nothing to take nor to pump, and the bell will tell."""
         self._ring(self._consumer.waits)
-        return self._consumer.empty() and (not self._outbox or bool(self._segment.items[self._producer.waits]))
+        return self._consumer.empty() and (not self._outbox or bool(self._items[self._producer.waits]))
 
     def drain_bell(self) -> None:
         """Take the rings that have come. What they were about must be looked at afterwards."""
@@ -309,7 +319,7 @@ class Channel:
     @property
     def reborn(self) -> bool:
         """Whether the epoch was raised since the channel was made or renewed."""
-        return self._segment.items[ring.EPOCH] & 0xFFFFFFFF != self.epoch
+        return self._items[ring.EPOCH] & 0xFFFFFFFF != self.epoch
 
     def renew(self) -> None:
         """From now on what is sent is for the new kernel; what waited in the outbox was for the dead one."""
