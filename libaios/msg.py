@@ -6,6 +6,7 @@ mailbox; messages of one sender arrive in the order in which they were sent.
 
 from __future__ import annotations
 
+import errno
 from typing import Any
 
 import msgspec
@@ -35,10 +36,14 @@ def send(pid: int, obj: Any) -> Plan[None]:
 def recv(timeout: float | None = None) -> Plan[tuple[int, Any]]:
     """Take the oldest message from the mailbox, waiting for one: (pid of the sender, object).
 
-    A sender outside any agent has pid 0. Raises TimeoutError after `timeout` seconds.
+    A sender outside any agent has pid 0. Raises TimeoutError after `timeout` seconds, OSError (EBADMSG) for bytes that
+    are no message: another SDK, or none, has sent them.
     """
     return Plan(Sys.RECV, wire.Recv(timeout), wire.Received, _open, timeout)
 
 
 def _open(received: wire.Received) -> tuple[int, Any]:
-    return received.sender, msgspec.msgpack.decode(received.obj)
+    try:
+        return received.sender, msgspec.msgpack.decode(received.obj)
+    except (ValueError, RecursionError) as err:
+        raise wire.error(errno.EBADMSG, f"agent {received.sender} sent what cannot be read: {err}") from None

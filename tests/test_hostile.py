@@ -25,14 +25,14 @@ from typing import Any
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from msgspec import msgpack
+from msgspec import Raw, msgpack
 
 from aiosd.kernel import control
 from aiosd.kernel.journal import COMPACT_BYTES, REMEMBER_BYTES, Journal
 from aiosd.kernel.loop import TURN_S, Kernel
 from aiosd.kernel.peer import ASSEMBLY_MAX, FRAMES_PER_TURN, Assembly, Peer, read_args, read_request
 from benchmarks import fuzz
-from libaios import ring, wire
+from libaios import msg, ring, wire
 from libaios.channel import Channel, ProtocolError, Side, make_channel
 from libaios.client import Client
 from libaios.home import Home
@@ -107,6 +107,13 @@ def test_what_the_kernel_takes_others_can_read() -> None:
         deepest = frame
     assert deepest
     msgpack.decode(b"\x91" * 300 + deepest)
+
+
+@pytest.mark.parametrize("data", [b"\xa2\xff\xfe", b"\x91" * 5000 + b"\xc0", b"\xc1", b"\x82\x90\x01\x91\xc0"])
+def test_a_message_that_is_none_is_an_error_of_its_receiver(data: bytes) -> None:
+    with pytest.raises(OSError, match="agent 5 sent what cannot be read") as caught:
+        msg._open(wire.Received(5, Raw(data)))
+    assert caught.value.errno == errno.EBADMSG
 
 
 # ── rings ─────────────────────────────────────────────────────────────────────────────────────────────────
@@ -300,7 +307,7 @@ def test_who_asks_for_what_takes_long_gets_short_turns() -> None:
 
 OFFENDER = """
 import os, struct, sys, time
-from msgspec import msgpack
+from msgspec import Raw, msgpack
 from libaios import wire
 from libaios.agent import own_channel
 from libaios.channel import Channel, Side
