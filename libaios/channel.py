@@ -280,7 +280,8 @@ class Channel:
 
     def filled(self) -> bool:
         """Whether there may be something to take."""
-        return self._consumer.filled()
+        consumer = self._consumer
+        return self._items[consumer.written_item] != consumer.read
 
     def announce(self) -> None:
         """From now on the other side rings for what it sends; it may have sent something just now, see `settled`."""
@@ -288,8 +289,10 @@ class Channel:
 
     def settled(self) -> bool:
         """After `announce` and a fence: True when there is nothing to take nor to pump, and the bell will tell."""
-        self._ring(self._consumer.waits)
-        return self._consumer.empty() and (not self._outbox or bool(self._items[self._producer.waits]))
+        consumer = self._consumer
+        if self._items[consumer.waits]:
+            self._ring(consumer.waits)
+        return consumer.empty() and (not self._outbox or bool(self._items[self._producer.waits]))
 
     def drain_bell(self) -> None:
         """Take the rings that have come. What they were about must be looked at afterwards."""
@@ -298,12 +301,14 @@ class Channel:
             return
         self._read_bell()
 
-    def heard(self) -> None:
+    def heard(self) -> bool:
         """As `drain_bell`, for an owner who is told of every ring even if older ones are still in the bell (EPOLLET):
-        they are drained now and then, long before there are so many that a new one finds no room."""
-        self._rings += 1
-        if self._rings >= RINGS_LEFT:
+        they are drained now and then, long before there are so many that a new one finds no room. True for the first
+        that is left there."""
+        self._rings = rings = self._rings + 1
+        if rings >= RINGS_LEFT:
             self.drain_bell()
+        return rings == 1
 
     def _read_bell(self) -> bool:
         """False: there was nothing to read."""
@@ -334,12 +339,13 @@ class Channel:
     def wait(self, timeout: float | None = None) -> bool:
         """Sleep until there may be something to receive or to pump, or the other side is gone; at most `timeout`
         seconds and at most the back-stop, so call it in a loop. False: nothing of the kind."""
-        consumer = self._consumer
-        if consumer.filled() or self._frames or self.hung_up:
+        consumer, items = self._consumer, self._items
+        if items[consumer.written_item] != consumer.read or self._frames or self.hung_up:
             return True
         if not consumer.sleep() or self.reborn:
             return True
-        self._ring(consumer.waits)
+        if items[consumer.waits]:
+            self._ring(consumer.waits)
         if self._blocking and (timeout is None or timeout >= BACKSTOP_S):
             if self._read_bell():
                 return True

@@ -291,19 +291,20 @@ class Consumer:
         "_partial",
         "_partial_bytes",
         "_read_item",
-        "_written_item",
         "born",
         "max_frame",
         "read",
         "size",
         "sleeps",
         "waits",
+        "written_item",
     )
 
     def __init__(self, segment: Segment, submissions: bool, born: int, max_frame: int = wire.MAX_FRAME) -> None:
         base, self._data, self.size = _place(segment, submissions)
         self._items = segment.items
-        self._written_item, self._read_item = base + _WRITTEN, base + _READ
+        self.written_item = base + _WRITTEN  # item: differs from `read` when there is something
+        self._read_item = base + _READ
         self.sleeps = base + _SLEEPS  # item: set by us, cleared by a producer that rings
         self.waits = base + _WAITS  # item: set when the producer is to be told of room
         self.read = _own_counter(self._items[self._read_item])
@@ -314,7 +315,7 @@ class Consumer:
         self._available()
 
     def _available(self) -> int:
-        available = self._items[self._written_item] - self.read
+        available = self._items[self.written_item] - self.read
         if not 0 <= available <= self.size or available & 7:
             raise ProtocolError(f"the writer's counter claims {available} bytes of {self.size}")
         return available
@@ -399,10 +400,6 @@ class Consumer:
 
     def empty(self) -> bool:
         return self._available() == 0
-
-    def filled(self) -> bool:
-        """Whether there may be something: no more than a look."""
-        return self._items[self._written_item] != self.read
 
     def sleep(self) -> bool:
         """Announce sleep; False when something came meanwhile, so that one must look again first."""

@@ -122,38 +122,44 @@ class Kernel:
                 act = self.on_event.get(fd)
                 if act is not None:  # else: closed by an earlier event of this turn
                     act(mask)
-            for fd in list(self.hungry):
-                act = self.hungry.pop(fd, None)
-                if act is not None:  # else: dropped while another's requests were handled
-                    act(select.EPOLLIN)
+            if self.hungry:
+                self._feed()
             self.timers.run_due()
         if self.generations.load_error:
             self.to_supervisor(link.Shutdown(error=self.generations.load_error))
         return 0
 
+    def _feed(self) -> None:
+        """Let those go on who had more, once each."""
+        for fd in list(self.hungry):
+            act = self.hungry.pop(fd, None)
+            if act is not None:  # else: dropped while another's requests were handled
+                act(select.EPOLLIN)
+
     def _look(self) -> None:
         """At agents that were served and have not been told to ring: who has sent something meanwhile is hungry. Before
         we sleep all of them are told, and those in whose rings nothing was found twice."""
-        hungry, quiet, awake = self.hungry, self.quiet, self.awake
-        self.awake, self.quiet = {}, awake
+        hungry, awake, quiet = self.hungry, self.awake, self.quiet
         for peers in (awake, quiet):
-            for fd, peer in list(peers.items()):
+            for fd, peer in peers.items():
                 if peer.channel.filled():
                     hungry[fd] = peer.serve
-                    del peers[fd]
-        if not hungry:
-            quiet.update(awake)
+        if hungry:
+            tell = {fd: peer for fd, peer in quiet.items() if fd not in hungry}
+            self.quiet = {fd: peer for fd, peer in awake.items() if fd not in hungry}
+        else:
+            tell = awake | quiet if quiet else awake
             self.quiet = {}
-        if quiet:
-            for peer in quiet.values():
-                peer.channel.announce()
-            ring.fence()
-            for fd, peer in quiet.items():
-                try:
-                    if not peer.channel.settled():
-                        hungry[fd] = peer.serve
-                except ProtocolError:
-                    hungry[fd] = peer.serve  # which finds it again, and has it answer for it
+        self.awake = {}
+        for peer in tell.values():
+            peer.channel.announce()
+        ring.fence()
+        for fd, peer in tell.items():
+            try:
+                if not peer.channel.settled():
+                    hungry[fd] = peer.serve
+            except ProtocolError:
+                hungry[fd] = peer.serve  # which finds it again, and has it answer for it
 
     def _beat(self) -> None:
         self.timers.after(BEAT_S, self._beat)
@@ -208,8 +214,8 @@ class Kernel:
 
     def _on_bell(self, peer: AgentPeer, mask: int) -> None:
         if mask == select.EPOLLIN:
-            peer.channel.heard()
-            self.rung[peer.fileno()] = peer
+            if peer.channel.heard():
+                self.rung[peer.channel.fileno()] = peer
         else:
             peer.channel.drain_bell()  # the end of the bell, perhaps
         self._on_agent(peer, mask)
