@@ -132,6 +132,14 @@ def is_request(frame: bytes) -> bool:
     return True
 
 
+def acts_for_the_user(frame: bytes) -> bool:
+    """Whether a client may do harm with it by right: stop the system, change it, signal agents."""
+    try:
+        return wire.decode_request(frame).sys in (Sys.SHUTDOWN, Sys.SET, Sys.SPAWN, Sys.KILL, Sys.NICE, Sys.CTX_REMOVE)
+    except (msgspec.MsgspecError, RecursionError):
+        return False
+
+
 class Maker:
     """Frames of each kind from one seed."""
 
@@ -648,6 +656,7 @@ class Crew:
                 sock.recv(1 << 12)
                 return sock
             chance, maker = self.chance, self.fuzz.maker
+            wild = [frame for frame in (maker.mutated(), maker.structured()) if not acts_for_the_user(frame)]
             message = chance.choice(
                 [
                     b"",
@@ -655,7 +664,7 @@ class Crew:
                     hello[: chance.randrange(len(hello))],
                     hello + ask[: chance.randrange(len(ask))],
                     hello + hello,
-                    hello + framed(maker.mutated()) + framed(maker.structured()) * 3,
+                    hello + b"".join(map(framed, wild)) * 3,
                     hello + struct.pack("<I", 1 << 30) + bytes(100),
                     struct.pack("<I", 12 << 20) + bytes(100),
                     framed(b"\x93\x01\x00\xa2\xff\xfe"),
@@ -800,6 +809,8 @@ class Fuzz:
         pids = [self.spawn(script, "neighbour", str(path), "0.002") for path in paths]
         sides: Iterator[str] = iter(())
         while self.hostile() < self.options.frames:
+            if self.system.daemon.poll() is not None:
+                raise SystemExit(f"aiosd ended:\n{self.system.log.read_text(errors='replace')[-3000:]}")
             side = next(sides, "")
             if not side:
                 sides = iter(["hostile", "hostile", "honest"])
