@@ -41,13 +41,10 @@ class _Stage(agent.AgentTransport):
         memfd, kernel_bell, agent_bell = make_channel()
         super().__init__(memfd, agent_bell)
         self._kernel = Channel(os.dup(memfd), kernel_bell, Side.KERNEL)
-        sleep = self.wait
 
-        def wait(timeout: float | None = None) -> bool:
-            self._answer()
-            return sleep(timeout)
-
-        self.wait = wait
+    def wait(self, timeout: float | None = None) -> bool:
+        self._answer()
+        return super().wait(timeout)
 
     def _answer(self) -> None:
         for payload in self._kernel.receive():

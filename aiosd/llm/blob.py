@@ -123,11 +123,15 @@ class Layout:
         """Bytes of a block of so many tokens."""
         return self._fixed + length * (_CELL.itemsize + self.bytes_per_token)
 
-    def cut(self, block: Bytes, sequence: int, length: int, start: int, stop: int) -> Piece:
-        """The piece for the tokens [start, stop) of a block of `length` tokens that lay in `sequence`."""
+    def cut(self, block: Bytes, sequence: int, length: int, start: int, stop: int, first: int = 0) -> Piece:
+        """The piece for the tokens [start, stop) of a block that lay in `sequence`, where it held the tokens
+        [first, length). Raises LookupError when some of them are not in it."""
+        if start < first:
+            raise LookupError(f"tokens from {start} on, but the block begins with {first}")
+        length, start, stop = length - first, start - first, stop - first
         at = _HEAD.size + 4 * (sequence + 1)
         cells = block[at : at + length * _CELL.itemsize].view(_CELL)
-        order = cells["position"]
+        order = cells["position"] - first
         sorted_already = bool((order == np.arange(length, dtype=np.int32)).all())
         pick: slice | npt.NDArray[np.int64] = slice(start, stop) if sorted_already else np.argsort(order)[start:stop]
         at += cells.nbytes + 8

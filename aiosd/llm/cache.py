@@ -13,6 +13,7 @@ that. In exact mode only prefilled tokens are shared (see `engine.py`).
 
 from __future__ import annotations
 
+import contextlib
 import time
 from collections.abc import Callable, Iterator
 from typing import Any
@@ -171,8 +172,7 @@ class Cache:
         pieces, length = self.store.find(sequence.scope, tokens, length, sequence.peer)
         if not length:
             return False
-        if not target.kept and target.reusable >= WORTH:
-            self._keep(target.slot, target.tokens, target.reusable, target.scope)
+        self._clear(target)
         self.slots.take(target.slot, sequence)
         self._fill(sequence, pieces, length)
         sequence.prefilled = sequence.length
@@ -195,15 +195,11 @@ class Cache:
         began = self._clock()
         if isinstance(snapshot, Node):
             assert self.store is not None
+            target = self.slots.cheapest()
+            self._clear(target)  # first, as room for that may cost what is sought
             pieces = self.store.whole(snapshot, sequence.peer)
             if pieces is None:
                 return False
-            target = self.slots.cheapest()
-            if not target.kept and target.reusable >= WORTH:
-                self._keep(target.slot, target.tokens, target.reusable, target.scope)
-                pieces = self.store.whole(snapshot, sequence.peer)  # keeping that may have cost this
-                if pieces is None:
-                    return False
             self.slots.take(target.slot, sequence)
             prefilled = sequence.prefilled
             self._fill(sequence, pieces, snapshot.stop)
@@ -240,21 +236,36 @@ class Cache:
             self.store.drop(snapshot)
 
     def _save(self, sequence: Sequence, length: int) -> Node[Any] | Bytes | None:
-        slot = sequence.slot
-        block = self._context.read(slot)
-        self.copied["saved"] += block.nbytes
-        store = self.store
+        """The slot is empty afterwards but for what `cut` leaves to be done."""
+        slot, store = sequence.slot, self.store
         if store is None:
-            return block.copy()
+            return self._read(slot).copy()
         layout, tokens = store.layout, sequence.tokens()
         shared = min(sequence.prefilled if self._exact else length, len(sequence.prompt), length)
-        node = store.add(
-            sequence.scope, tokens, shared, lambda a, b: layout.cut(block, slot, length, a, b), sequence.peer
-        )
+        first = store.length(sequence.scope, tokens, shared)
+        block = self._read(slot, first)
+        node = self._add(sequence.scope, tokens, shared, (block, slot, length, first), sequence.peer)
         if node is None or shared == length:
             return node
-        own = layout.cut(block, slot, length, shared, length)
+        own = layout.cut(block, slot, length, shared, length, first)
         return store.add_private(node, tokens[shared:length], own, sequence.peer) or node
+
+    def _read(self, slot: int, first: int = 0) -> Bytes:
+        """The state in a slot from a token on; what is before it is lost to the slot."""
+        block = self._context.read(slot, first)
+        self.copied["saved"] += block.nbytes
+        return block
+
+    def _add(
+        self, scope: str, tokens: Tokens, stop: int, where: tuple[Bytes, int, int, int], peer: int
+    ) -> Node[Any] | None:
+        """To the store, from a block that lay in a slot and holds the tokens from one number up to another. None: there
+        is no room, or it would need what the store had when the block was read."""
+        store, (block, slot, length, first) = self.store, where
+        assert store is not None
+        with contextlib.suppress(LookupError):
+            return store.add(scope, tokens, stop, lambda a, b: store.layout.cut(block, slot, length, a, b, first), peer)
+        return None
 
     def _keep(self, slot: int, tokens: Tokens, stop: int, scope: str) -> None:
         """Copy the first `stop` tokens that lie in a slot to the store, as far as it has not got them."""
@@ -262,16 +273,29 @@ class Cache:
         if store is None or store.length(scope, tokens, stop) >= stop:
             return
         began = self._clock()
-        block = self._context.read(slot)
         length = self._context.last_position(slot) + 1
         if length >= stop:
-            layout = store.layout
             owner = self.slots.owner(slot)
             peer = owner.peer if owner is not None else self.slots.held(slot).peer
-            node = store.add(scope, tokens, stop, lambda a, b: layout.cut(block, slot, length, a, b), peer)
+            node = self._add(scope, tokens, stop, (self._read(slot), slot, length, 0), peer)
             if node is not None and owner is None and stop >= self.slots.held(slot).reusable:
                 self.slots.mark_kept(slot)
-            self.copied["saved"] += block.nbytes
+        self.copy_s += self._clock() - began
+
+    def _clear(self, held: Held) -> None:
+        """Before a free slot is given to another: what only lies there goes to the store."""
+        store, slot, stop = self.store, held.slot, held.reusable
+        if store is None or held.kept or stop < WORTH:
+            return
+        first = store.length(held.scope, held.tokens, stop)
+        if first >= stop:
+            return
+        began = self._clock()
+        length = self._context.last_position(slot) + 1
+        if length >= stop:
+            self.slots.forget(slot)
+            self._add(held.scope, held.tokens, stop, (self._read(slot, first), slot, length, first), held.peer)
+            self._context.cut(slot, 0)
         self.copy_s += self._clock() - began
 
     # ── contexts by name ──────────────────────────────────────────────────────────────────────────────────

@@ -388,9 +388,12 @@ class Context:
         """Make `target` hold all that `source` holds; it must be empty. (A part of a stream aborts the process.)"""
         C.llama_memory_seq_cp(self._memory, source, target, -1, -1)
 
-    def read(self, sequence: int) -> npt.NDArray[np.uint8]:
+    def read(self, sequence: int, start: int = 0) -> npt.NDArray[np.uint8]:
         """The state of one sequence, for `restore` into any slot of a context of this model with as many slots: a
-        view that the next `read` overwrites."""
+        view that the next `read` overwrites. llama.cpp writes whole sequences only; with `start` what is before that
+        position is forgotten first, so that less is copied: for a sequence that is to be forgotten anyway."""
+        if start:
+            C.llama_memory_seq_rm(self._memory, sequence, 0, start)
         size = self._into_scratch(sequence, 0)
         return self._scratch[0][:size]
 
