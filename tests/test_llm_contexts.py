@@ -332,6 +332,29 @@ def test_a_conversation_finds_its_context_though_others_had_its_slot(
     check(bench)
 
 
+class Turns(Fifo):
+    """A call gives its slot up after three tokens if others wait."""
+
+    name = "turns"
+
+    def evict(self, waiting: Sequence[Any], running: Sequence[Any], free: int, now: float) -> list[Any]:
+        return [call for call in running if call.num_generated % 3 == 2] if len(waiting) > free else []
+
+
+def test_only_what_is_new_of_a_context_is_read_from_its_slot(any_loaded: loading.Loaded, tmp_path: Path) -> None:
+    bench = engine(any_loaded, tmp_path, ram=1 << 24, policy=Turns())
+    system = [5 + i % 200 for i in range(300)]
+    keys = [bench.submit([*system, 210 + i, 7, 8], peer=1 + i, max_tokens=6) for i in range(3 * SLOTS)]
+    bench.run()
+    cache, preemptions = bench.engine.cache, sum(bench.end(key).usage.preemptions for key in keys)
+    assert cache.store is not None
+    assert preemptions > 2 * SLOTS
+    whole, own = cache.store.layout.size(300), cache.store.layout.size(10)
+    assert cache.copied["restored"] > preemptions * whole
+    assert cache.copied["saved"] < 2 * whole + preemptions * own, "the prompt, and of each its own"
+    check(bench)
+
+
 def test_a_leader_that_is_cancelled_leaves_its_followers_running(any_loaded: loading.Loaded, tmp_path: Path) -> None:
     bench = engine(any_loaded, tmp_path, ram=1 << 24)
     system = [5 + i % 200 for i in range(400)]
