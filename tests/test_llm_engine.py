@@ -336,6 +336,15 @@ def test_seeded_sampling_repeats_itself_among_neighbours(exact: Bench) -> None:
     assert all(exact.end(k) for k in keys)
 
 
+def test_a_crowd_begins_to_decode_together(bench: Bench) -> None:
+    bench.engine.meter._prefill_rate = 4 * CTX / engine_module.PREFILL_ALONE
+    keys = [bench.submit([5 + i, *range(10, 250)], peer=1 + i) for i in range(SLOTS)]  # more than one batch can take
+    bench.run(1)
+    assert [len(s.out) for s in bench.engine.slots.owners()] == [2] * SLOTS, "none waits for another's prompt any more"
+    bench.run()
+    assert [len(bench.whole(key)[0]) for key in keys] == [24] * SLOTS
+
+
 def test_long_prompt_does_not_stop_the_others(bench: Bench) -> None:
     """While a prompt of many steps is computed, a running call gets a token in every step."""
     bench.engine.meter._prefill_rate = 16 / engine_module.PREFILL_SLICE

@@ -343,15 +343,17 @@ class Engine:
         pending = [s for s in self.slots.owners() if s.phase is Phase.PREFILL and not s.parked]
         if not pending:
             return
-        # A few that decode must not wait long for many prompts; many that wait are not held up by a few.
+        # A few that decode must not wait long for many prompts; many that wait are not held up by a few, and begin to
+        # decode together, as steps for a part of a crowd cost nearly as much as those for all of it.
         seconds = PREFILL_SLICE if len(self._rows) >= len(pending) else PREFILL_ALONE
         pending = self.policy.order(pending, self._clock())
-        budget = min(self.meter.tokens_in(seconds, least=2 * LEAST_PROMPT), self._context.ubatch)
+        budget = self.meter.tokens_in(seconds, least=2 * LEAST_PROMPT)
         while pending and budget >= LEAST_PROMPT:
             group, size = self._group(pending, min(budget, self._context.ubatch))
             budget -= size * len(group)
             self._prefill_group(group, size)
-            pending = [s for s in pending if s.phase is Phase.PREFILL and s.slot >= 0]
+            gone = self._cancelled()
+            pending = [s for s in pending if s.phase is Phase.PREFILL and s.slot >= 0 and s.key not in gone]
 
     def _group(self, pending: list[Sequence], budget: int) -> tuple[list[Sequence], int]:
         """The first call and those with as many tokens to go, as far as they fit; a long prompt alone, in part.
