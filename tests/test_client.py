@@ -184,11 +184,11 @@ def test_a_loop_of_the_callers_own_sees_the_reconnect(kernel: SocketKernel, clie
     pumping = aside(client.pump)
     kernel.welcome()
     pumping.result(PATIENCE_S)
-    kernel.reply(kernel.take(Sys.GETPID), 5)
     import select
 
     poll = select.poll()
     poll.register(client.fileno(), select.POLLIN)
+    kernel.reply(kernel.take(Sys.GETPID), 5)
     assert poll.poll(PATIENCE_S * 1000)
     client.pump()
     assert client.result(call, int) == 5
