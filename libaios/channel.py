@@ -39,6 +39,7 @@ import socket
 import struct
 from collections import deque
 from collections.abc import MutableSequence, Sequence
+from typing import Protocol
 
 from libaios import ring
 from libaios.ring import ProtocolError, raise_epoch
@@ -74,6 +75,10 @@ def make_channel(sub_size: int = 1 << 16, comp_size: int = 1 << 16) -> tuple[int
     return memfd, bells[0], bells[1]
 
 
+class Items(Protocol):
+    def __getitem__(self, item: int, /) -> int: ...
+
+
 class Patience:
     """Whether it pays to look a little longer before going to sleep.
 
@@ -89,7 +94,7 @@ class Patience:
         self._rest = 0  # sleeps to begin at once
         self._failed = 0
 
-    def look(self, items: memoryview, item: int, value: int, looks: int) -> bool:
+    def look(self, items: Items, item: int, value: int, looks: int) -> bool:
         """Whether the item changes from `value` while we look."""
         if self._rest:
             self._rest -= 1

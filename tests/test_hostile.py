@@ -402,7 +402,8 @@ channel.send(request(4, wire.Sys.SPAWN, "file", "x.py", ["y" * 2_000_000]))
 channel.send(request(5, wire.Sys.GENERATE, None, "x" * (wire.MAX_FRAME - 20)))
 channel.send(request(6, wire.Sys.RECV, float("nan")))
 channel.send(request(7, wire.Sys.EMBED, ["x"] * 70_000))
-for number, (code, why) in sorted(errors(7).items()):
+channel.send(b"\\x93\\x08" + bytes([wire.Sys.GETPID]) + b"\\xc3")
+for number, (code, why) in sorted(errors(8).items()):
     print(number, code, why[0][:60])
 """
     pid = start(client, tmp_path, code)
@@ -414,6 +415,7 @@ for number, (code, why) in sorted(errors(7).items()):
         errno.ENOSYS,
         errno.E2BIG,
         errno.EMSGSIZE,
+        errno.EINVAL,
         errno.EINVAL,
         errno.EINVAL,
     ]

@@ -144,6 +144,23 @@ def test_a_new_consumer_drops_what_was_for_the_dead_one(pair: Pair) -> None:
     assert consumer.get() == b"for the living"
 
 
+def test_a_consumer_hears_producers_that_come_after_it_and_not_those_before(pair: Pair) -> None:
+    consumer = Consumer(pair.ours, True, 5)
+    for epoch in (5, 9, 9, 4, 6, 5, 9):
+        pair.epoch = epoch
+        assert pair.producer().put_whole((b"%d" % epoch,)) == 1
+        assert consumer.get() == (b"%d" % epoch if epoch >= 5 else None)
+
+
+def test_frames_published_together_are_those_that_found_room(pair: Pair) -> None:
+    producer, consumer = pair.producer(), pair.consumer()
+    small = [bytes_of(number, SIZE // 4 - 8) for number in range(5)]
+    assert producer.put_whole(small) == 4
+    assert [consumer.get() for _ in range(5)] == [*small[:4], None]
+    assert producer.put_whole([b"x", bytes(SIZE // 4 + 1), b"y"]) == 1  # the second one may have to go in pieces
+    assert [consumer.get(), consumer.get()] == [b"x", None]
+
+
 def test_a_new_producer_begins_anew_after_half_a_frame(pair: Pair) -> None:
     """The producer died, or executed another program, in the middle of a frame."""
     consumer = pair.consumer()

@@ -240,7 +240,7 @@ def test_interrupting_one_who_waits_for_room_cancels_its_call() -> None:
     kernel = ChannelKernel(1 << 12)
     connection = kernel.connection
     try:
-        with interrupted_when(lambda: connection.transport.pending), pytest.raises(KeyboardInterrupt):
+        with interrupted_when(lambda: connection.transport.outbox_bytes), pytest.raises(KeyboardInterrupt):
             connection.call(Sys.TOKENIZE, wire.Tokenize("x" * 20_000), None)
         other = aside(connection.call, Sys.GETPID, NoArgs(), int)
         request = kernel.take(Sys.TOKENIZE)  # it had been begun; it came whole
