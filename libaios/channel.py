@@ -30,6 +30,7 @@ order, and at worst a frame that is sent in several fragments is begun anew.
 
 from __future__ import annotations
 
+import _socket
 import contextlib
 import enum
 import multiprocessing
@@ -178,11 +179,13 @@ class Channel:
     def sleep_in_read(self) -> None:
         """Have `wait` sleep in a read of the bell, one system call instead of two. For an owner that waits for nothing
         else: the bell is no longer non-blocking."""
-        with socket.socket(fileno=os.dup(self._bell)) as bell:
-            bell.setsockopt(socket.SOL_SOCKET, socket.SO_RCVTIMEO, _timeval(BACKSTOP_S))
-            bell.setsockopt(
-                socket.SOL_SOCKET, socket.SO_SNDTIMEO, _timeval(1e-6)
-            )  # a bell full of rings is no reason to sleep
+        bell = _socket.socket(fileno=os.dup(self._bell))  # without enums: no agent should write to theirs
+        try:
+            bell.setsockopt(_socket.SOL_SOCKET, _socket.SO_RCVTIMEO, _timeval(BACKSTOP_S))
+            # A bell full of rings is no reason to sleep.
+            bell.setsockopt(_socket.SOL_SOCKET, _socket.SO_SNDTIMEO, _timeval(1e-6))
+        finally:
+            bell.close()
         os.set_blocking(self._bell, True)
         self._blocking = True
 
