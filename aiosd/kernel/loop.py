@@ -31,6 +31,7 @@ from functools import partial
 from typing import TYPE_CHECKING, Any
 
 from aiosd import link, log
+from aiosd.errors import WorldError
 from aiosd.heartbeat import BEAT_S, beat
 from aiosd.kernel import live, syscalls
 from aiosd.kernel.agents import Agents
@@ -513,7 +514,12 @@ def main(born: Inheritance) -> int:
     log.setup("kernel", born.settings.log_level)
     for number in (signal.SIGINT, signal.SIGTERM):  # it ends when the supervisor says so, or is gone
         signal.signal(number, signal.SIG_IGN)
-    kernel = Kernel(born)
+    try:
+        kernel = Kernel(born)
+    except WorldError as err:  # what a dead kernel left cannot be read: no successor could go on
+        shutdown = link.Shutdown(error=f"the kernel cannot start: {err}")
+        FrameSocket(_socket_of(born.link)).send(link.encode(shutdown))
+        return 1
     code = kernel.run()
     sys.stderr.flush()
     return code
