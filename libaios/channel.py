@@ -50,6 +50,8 @@ __all__ = ["Channel", "ProtocolError", "Side", "make_channel", "raise_epoch"]
 _EPOCH = ring.EPOCH
 BACKSTOP_S = 1.0
 RINGS_LEFT = 32  # in a bell, before they are drained; it holds some 270
+LOOKS = 1500  # before sleep, some 40 µs: one who has to be woken on a core of its own, and answers at once
+RESTS = 255  # sleeps that begin without them, at most
 BELL_BYTES = 448  # all rings that a bell can hold, in an object that Python takes from its small ones
 
 
@@ -77,6 +79,8 @@ def make_channel(sub_size: int = 1 << 16, comp_size: int = 1 << 16) -> tuple[int
 
 
 class Items(Protocol):
+    """The numbers of a segment's header."""
+
     def __getitem__(self, item: int, /) -> int: ...
 
 
@@ -106,10 +110,6 @@ class Patience:
                 return True
         self._rest = self._failed = min(2 * self._failed + 1, RESTS)
         return False
-
-
-RESTS = 255
-LOOKS = 1500  # some 40 µs: one who has to be woken on a core of its own, and answers at once
 
 
 class Channel:
