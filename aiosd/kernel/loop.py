@@ -88,7 +88,9 @@ class Kernel:
         self.timers = Timers()
         self.epoll = select.epoll()
         self.on_event: dict[int, Callable[[int], None]] = {}  # by descriptor
+        self.clients: set[int] = set()  # descriptors of clients, and the one over which they come
         self.hungry: dict[int, Callable[[int], None]] = {}  # has more to read; by descriptor
+        self.found: dict[int, Callable[[int], None]] = {}  # had sent all and has sent again; by descriptor
         self.awake: dict[int, AgentPeer] = {}  # served just now, and not told to ring; by descriptor
         self.quiet: dict[int, AgentPeer] = {}  # those of them that had sent nothing when we looked last
         self.rung: dict[int, AgentPeer] = {}  # whose bells were heard since the last beat
@@ -121,49 +123,75 @@ class Kernel:
         while not self.generations.load_error and not self.over:
             if self.awake or self.quiet:
                 self._look()
-            timeout = 0.0 if self.hungry else self.timers.until_next()
+            timeout = 0.0 if self.hungry or self.found else self.timers.until_next()
+            clients = []
             for fd, mask in self.epoll.poll(timeout, EVENTS_PER_TURN):
                 act = self.on_event.get(fd)
-                if act is not None:  # else: closed by an earlier event of this turn
+                if fd in self.clients:
+                    clients.append((fd, mask))
+                elif act is not None:  # else: closed by an earlier event of this turn
                     act(mask)
-            if self.hungry:
-                self._feed()
+            until = self.timers.clock() + TURN_S
+            if self.hungry or self.found:
+                self._feed(until)
+            if clients:
+                self._receive_clients(clients, until)
             self.timers.run_due()
         if self.generations.load_error:
             self.to_supervisor(link.Shutdown(error=self.generations.load_error))
         return 0
 
-    def _feed(self) -> None:
-        """Let those go on who had more, once each."""
-        for fd in list(self.hungry):
-            act = self.hungry.pop(fd, None)
+    # Whoever sends little must not wait long behind those who send much, however many they are: in each round all who
+    # had nothing left have their turn, and all others together, agents and clients, about as much time as one turn.
+
+    def _feed(self, until: float) -> None:
+        """Let those agents go on who had been through with what they had sent, and then in turn, while there is time,
+        those who send more than is done in a turn; at least one."""
+        for fd in list(self.found):
+            act = self.found.pop(fd, None)
             if act is not None:  # else: dropped while another's requests were handled
                 act(select.EPOLLIN)
+        for fd in list(self.hungry):
+            act = self.hungry.pop(fd, None)
+            if act is not None:
+                act(select.EPOLLIN)
+                if self.timers.clock() >= until:
+                    break
+
+    def _receive_clients(self, events: list[tuple[int, int]], until: float) -> None:
+        """What clients have sent, and new ones, while there is time; at least one. Of those who are left epoll tells
+        again, before those who had their turn."""
+        for fd, mask in events:
+            act = self.on_event.get(fd)
+            if act is not None:
+                act(mask)
+                if self.timers.clock() >= until:
+                    break
 
     def _look(self) -> None:
-        """At agents that were served and have not been told to ring: who has sent something meanwhile is hungry. Before
+        """At agents that were served and have not been told to ring: who has sent something meanwhile is found. Before
         we sleep all of them are told, and those in whose rings nothing was found twice."""
-        hungry, awake, quiet = self.hungry, self.awake, self.quiet
-        if len(awake) == 1 and not quiet and not hungry:
+        found, awake, quiet = self.found, self.awake, self.quiet
+        if len(awake) == 1 and not quiet and not self.hungry:
             # Nobody else talks: where that has paid, a moment's patience saves both of us their bells.
             fd, peer = awake.popitem()
             if not peer.channel.fall_asleep(LOOKS):
-                hungry[fd] = peer.serve
+                found[fd] = peer.serve
             return
         for peers in (awake, quiet):
             for fd, peer in peers.items():
                 if peer.channel.filled():
-                    hungry[fd] = peer.serve
-        if hungry:
-            tell = {fd: peer for fd, peer in quiet.items() if fd not in hungry}
-            self.quiet = {fd: peer for fd, peer in awake.items() if fd not in hungry}
+                    found[fd] = peer.serve
+        if found or self.hungry:
+            tell = {fd: peer for fd, peer in quiet.items() if fd not in found}
+            self.quiet = {fd: peer for fd, peer in awake.items() if fd not in found}
         else:
             tell = awake | quiet if quiet else awake
             self.quiet = {}
         self.awake = {}
         for channel in restless([peer.channel for peer in tell.values()]):
             fd = channel.fileno()
-            hungry[fd] = tell[fd].serve
+            found[fd] = tell[fd].serve
 
     def _beat(self) -> None:
         self.timers.after(BEAT_S, self._beat)
@@ -173,14 +201,20 @@ class Kernel:
             self.hungry[fd] = peer.serve
         beat(self.born.heartbeat)
 
-    def watch(self, fd: int, act: Callable[[int], None], events: int = select.EPOLLIN) -> None:
+    def watch(
+        self, fd: int, act: Callable[[int], None], events: int = select.EPOLLIN, of_clients: bool = False
+    ) -> None:
         self.on_event[fd] = act
+        if of_clients:
+            self.clients.add(fd)
         self.epoll.register(fd, events)
 
     def unwatch(self, fd: int) -> None:
         if self.on_event.pop(fd, None) is not None:
             self.epoll.unregister(fd)
+        self.clients.discard(fd)
         self.hungry.pop(fd, None)
+        self.found.pop(fd, None)
         self.awake.pop(fd, None)
         self.quiet.pop(fd, None)
         self.rung.pop(fd, None)
@@ -220,6 +254,8 @@ class Kernel:
         if mask == select.EPOLLIN:
             if peer.channel.heard():
                 self.rung[peer.channel.fileno()] = peer
+            if peer.channel.fileno() in self.hungry:
+                return  # it stands in line, however often it rings
         else:
             peer.channel.drain_bell()  # the end of the bell, perhaps
         self._on_agent(peer, mask)
