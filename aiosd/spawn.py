@@ -19,11 +19,13 @@ import contextlib
 import ctypes
 import gc
 import importlib.util
+import itertools
 import logging
 import os
 import resource
 import signal
 import sys
+import threading
 import traceback
 from collections.abc import Callable, Iterable
 from types import CodeType, ModuleType
@@ -70,12 +72,31 @@ def fork(child: Callable[[], int]) -> int:
     # Signals that come between the fork and the reset of the handlers must not run the parent's handlers.
     old = _signal.pthread_sigmask(signal.SIG_BLOCK, SIGNALS)
     try:
-        ospid = os.fork()
+        ospid = _fork()
         if ospid == 0:
             _in_child(child, parent)
         return ospid
     finally:
         _signal.pthread_sigmask(signal.SIG_SETMASK, old)
+
+
+def _fork() -> int:
+    """`os.fork` without what `threading` does in the child after it. That repairs the books and locks of a process
+    whose other threads are gone. Where there was but one thread they are in order, and it would write to memory that
+    all agents share (0.1 to 0.4 MB each). Whoever has threads keeps the repair, and so do the child's own forks."""
+    repair = getattr(threading, "_after_fork", None)
+    if repair is None or len(threading._active) > 1:  # type: ignore[attr-defined]
+        return os.fork()
+    code = repair.__code__
+    repair.__code__ = _nothing.__code__
+    try:
+        return os.fork()
+    finally:
+        repair.__code__ = code
+
+
+def _nothing() -> None:
+    pass
 
 
 def _in_child(child: Callable[[], int], parent: int) -> NoReturn:
@@ -249,6 +270,7 @@ def _reopen_streams() -> None:
         ),
         "stderr": open(2, "w", encoding="utf-8", errors="backslashreplace", buffering=1, closefd=False),  # noqa: SIM115
     }
+    _kept.append((sys.stdin, sys.stdout, sys.stderr))  # freeing them would write to what all agents share
     for name, stream in streams.items():
         setattr(sys, name, stream)
         setattr(sys, f"__{name}__", stream)
@@ -267,21 +289,25 @@ def _set_environment(spec: link.Fork, pid: int, home: str, memfd: int, bell: int
 def _replace_environment(new: dict[str, str]) -> None:
     """As `os.environ.clear()` and `update()`, but the C library's array is made in one piece, and nothing is freed: the
     old strings lie on a hundred pages that all agents share."""
-    encoded: dict[bytes, bytes] = {}
-    block, places = bytearray(), []
-    for key in new:
-        name, value = key.encode("utf-8", "surrogateescape"), new[key].encode("utf-8", "surrogateescape")
-        encoded[name] = value
-        places.append(len(block))
-        block += name + b"=" + value + b"\0"
-    strings = (ctypes.c_char * len(block)).from_buffer(block)
-    start = ctypes.addressof(strings)
-    array = (ctypes.c_void_p * (len(places) + 1))(*[start + place for place in places])
-    _kept.extend((os.environ._data, strings, array))  # type: ignore[attr-defined]
+    encoded = {
+        key.encode("utf-8", "surrogateescape"): value.encode("utf-8", "surrogateescape") for key, value in new.items()
+    }
+    strings = [name + b"=" + value + b"\0" for name, value in encoded.items()]
+    # Plain bytes in plain memory: an array of ctypes would be a new type for each size.
+    array_bytes = (len(strings) + 1) * POINTER_BYTES
+    start = _malloc(array_bytes + sum(map(len, strings)))
+    places = itertools.accumulate(map(len, strings), initial=start + array_bytes)
+    pointers = [place.to_bytes(POINTER_BYTES, sys.byteorder) for place in places]
+    pointers[-1] = bytes(POINTER_BYTES)  # where the next string would begin: the array's end
+    block = b"".join((*pointers, *strings))
+    ctypes.memmove(start, block, len(block))
+    _kept.append(os.environ._data)  # type: ignore[attr-defined]
     os.environ._data = os.environb._data = encoded  # type: ignore[attr-defined]
-    ctypes.c_void_p.in_dll(_libc, "environ").value = ctypes.addressof(array)
+    _environ.value = start
 
 
+POINTER_BYTES = ctypes.sizeof(ctypes.c_void_p)
+_environ = ctypes.c_void_p.in_dll(_libc, "environ")
 _kept: list[object] = []
 
 

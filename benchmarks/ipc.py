@@ -42,6 +42,8 @@ from typing import Any
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 
+from benchmarks.harness import cpu_seconds  # noqa: E402
+
 MESSAGE = b"x" * 20  # about the size of a getpid request
 IN_FLIGHT = 8
 BOOT_S = 120.0
@@ -65,13 +67,14 @@ def agent_throughput(calls: int, result: Path) -> None:
     conn.call(Sys.GETPID, args, int)
     result.with_suffix(".ready").touch()
     aios.msg.recv()  # go
-    began = time.monotonic()
+    began, cpu = time.monotonic(), time.process_time()
     flying = deque(conn.submit(Sys.GETPID, args) for _ in range(IN_FLIGHT))
     for left in range(calls, 0, -1):
         conn.result(flying.popleft(), int)
         if left > IN_FLIGHT:
             flying.append(conn.submit(Sys.GETPID, args))
-    result.write_text(json.dumps([began, time.monotonic()]))
+    ended, used = time.monotonic(), time.process_time() - cpu
+    result.write_text(json.dumps([began, ended, used]))
 
 
 def timed(call: Callable[[], object], calls: int) -> list[float]:
@@ -127,7 +130,7 @@ def finished(pid: int) -> None:
         raise SystemExit(f"agent {pid} ended with {status}; see aios-logs {pid}")
 
 
-def many_through_aiosd(agents: int, calls: int, folder: Path) -> float:
+def many_through_aiosd(agents: int, calls: int, folder: Path) -> dict[str, float]:
     import libaios as aios
 
     results = [folder / f"agent-{number}" for number in range(agents)]
@@ -139,16 +142,24 @@ def many_through_aiosd(agents: int, calls: int, folder: Path) -> float:
         if time.monotonic() > deadline:
             raise SystemExit("agents did not start")
         time.sleep(0.05)
+    kernel = next(process.ospid for process in aios.proc.ps(all=True) if process.name == "kernel")
+    before = cpu_seconds(kernel)
     for pid in pids:
         aios.msg.send(pid, "go")
     for pid in pids:
         finished(pid)
-    return rate([json.loads(result.read_text()) for result in results], calls)
+    return summary([json.loads(result.read_text()) for result in results], calls, cpu_seconds(kernel) - before)
 
 
-def rate(spans: list[list[float]], calls: int) -> float:
-    """Calls per second of all, from the first start to the last end."""
-    return len(spans) * calls / (max(end for _, end in spans) - min(began for began, _ in spans))
+def summary(spans: list[list[float]], calls: int, server_cpu_s: float) -> dict[str, float]:
+    """Calls per second of all, from the first start to the last end; CPU time of a call on both sides."""
+    began, ended, cpu = zip(*spans, strict=True)
+    total = len(spans) * calls
+    return {
+        "calls_per_s": total / (max(ended) - min(began)),
+        "client_cpu_us": sum(cpu) / total * 1e6,
+        "server_cpu_us": server_cpu_s / total * 1e6,
+    }
 
 
 # ── bare pipes ────────────────────────────────────────────────────────────────────────────────────────────
@@ -182,7 +193,7 @@ def _echo_alone(end: multiprocessing.connection.Connection, others: multiprocess
     echo(end)
 
 
-def many_through_pipes(clients: int, calls: int, in_flight: int) -> float:
+def many_through_pipes(clients: int, calls: int, in_flight: int) -> dict[str, float]:
     fork = multiprocessing.get_context("fork")
     pipes = [fork.Pipe() for _ in range(clients)]
     gates = [fork.Pipe() for _ in range(clients)]
@@ -203,12 +214,14 @@ def many_through_pipes(clients: int, calls: int, in_flight: int) -> float:
     for gate, _ in gates:
         gate.send_bytes(b"go")
     got = [spans.get() for _ in workers]
+    assert server.pid is not None
+    server_cpu_s = cpu_seconds(server.pid)
     for process in [*workers, server]:
         process.join()
     for pair in gates:
         for end in pair:
             end.close()
-    return rate(got, calls)
+    return summary(got, calls, server_cpu_s)
 
 
 def _client(number: int, pipes: Any, gates: Any, spans: Any, calls: int, in_flight: int) -> None:
@@ -218,14 +231,14 @@ def _client(number: int, pipes: Any, gates: Any, spans: Any, calls: int, in_flig
     end, gate = pipes[number][0], gates[number][1]
     gate.send_bytes(b"ready")
     gate.recv_bytes()
-    began = time.monotonic()
+    began, cpu = time.monotonic(), time.process_time()
     for _ in range(in_flight):
         end.send_bytes(MESSAGE)
     for left in range(calls, 0, -1):
         end.recv_bytes()
         if left > in_flight:
             end.send_bytes(MESSAGE)
-    spans.put([began, time.monotonic()])
+    spans.put([began, time.monotonic(), time.process_time() - cpu])
     end.close()
 
 
@@ -335,11 +348,15 @@ def measure(options: argparse.Namespace) -> dict[str, Any]:
         }
         for name, rounds in took.items()
     }
-    throughput = {name: statistics.median(values) for name, values in rates.items()}
+    many_callers = {
+        name: {key: statistics.median(found[key] for found in rounds) for key in rounds[0]}
+        for name, rounds in rates.items()
+    }
+    throughput = {name: figures["calls_per_s"] for name, figures in many_callers.items()}
     return {
         "latency": latency,
         "latency_ratio": latency["aiosd"]["p50_us"] / latency["pipe"]["p50_us"],
-        "calls_per_s": throughput,
+        "many_callers": many_callers,
         "throughput_ratio": throughput["aiosd"] / throughput["pipe"],
         "throughput_ratio_8_in_flight": throughput["aiosd"] / throughput["pipe, 8 in flight"],
     }
@@ -361,9 +378,10 @@ def show(found: dict[str, Any], options: argparse.Namespace) -> None:
     if "http" not in found["latency"]:
         print("(no HTTP echo: uvicorn is not installed)")
     print()
-    print(f"{options.agents} callers".ljust(42) + f"{'calls/s':>9}")
-    for name, value in found["calls_per_s"].items():
-        print(f"{NAMES[name] + (', 8 in flight' if name == 'aiosd' else ''):42}{value:9.0f}")
+    print(f"{options.agents} callers".ljust(42) + f"{'calls/s':>9}{'CPU of a call, µs: client':>27}{'server':>8}")
+    for name, figures in found["many_callers"].items():
+        print(f"{NAMES[name] + (', 8 in flight' if name == 'aiosd' else ''):42}{figures['calls_per_s']:9.0f}", end="")
+        print(f"{figures['client_cpu_us']:27.1f}{figures['server_cpu_us']:8.1f}")
     print(f"{'ratio to Pipe echo (at least 2)':42}{found['throughput_ratio']:9.2f}")
     print(f"{'ratio to Pipe echo with 8 in flight':42}{found['throughput_ratio_8_in_flight']:9.2f}")
 
@@ -383,7 +401,7 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--calls", type=int, default=5000, help="of the one caller, per round")
     parser.add_argument("--agents", type=int, default=64)
-    parser.add_argument("--many-calls", type=int, default=400, help="of each of many callers, per round")
+    parser.add_argument("--many-calls", type=int, default=2000, help="of each of many callers, per round")
     parser.add_argument("--seed", type=int, default=1, help="of the order in which the sides take turns")
     parser.add_argument("--out", type=Path, default=ROOT / "benchmarks" / "results" / "ipc.json")
     parser.add_argument("--agent", nargs=3, help=argparse.SUPPRESS)

@@ -45,6 +45,7 @@ from libaios.ring import ProtocolError
 if TYPE_CHECKING:
     import asyncio
 
+_RECV = int(wire.Sys.RECV)
 SLACK_S = 5.0  # how much longer than the kernel we wait for an answer that has a time limit
 
 
@@ -56,7 +57,7 @@ class Transport(Protocol):
     @property
     def reborn(self) -> bool: ...
     @property
-    def pending(self) -> int: ...  # bytes that were sent here and have not left yet
+    def outbox_bytes(self) -> int: ...  # bytes that were sent here and have not left yet
     @property
     def why(self) -> str: ...  # it hung up
     def fileno(self) -> int: ...
@@ -64,7 +65,7 @@ class Transport(Protocol):
     def send(self, payload: bytes, fds: Sequence[int] = ()) -> None: ...
     def pump(self) -> bool: ...
     def receive(self) -> list[bytes]: ...  # all that is here; from now on `fileno` tells of more
-    def take(self, frames: MutableSequence[bytes]) -> None: ...  # the same, but only `wait` tells of more
+    def take(self, frames: MutableSequence[bytes]) -> object: ...  # the same, but only `wait` tells of more
     def wait(self, timeout: float | None = None) -> bool: ...
     def nudge(self) -> None: ...
     def renew(self) -> None: ...
@@ -89,10 +90,6 @@ class AgentTransport(Channel):
         while self.unread:  # all: what is left in the ring would ring no bell
             frames += super().receive(limit)
         return frames
-
-    @property
-    def pending(self) -> int:
-        return self.outbox_bytes
 
 
 class Call(Struct, eq=False):
@@ -207,8 +204,9 @@ class Connection:
             call.fds = _duplicates(fds)
         if stream:
             call.tokens = []
-        if sys == wire.Sys.RECV and self._serve(call):
+        if sys == _RECV and self._serve(call):
             return call
+        transport = self.transport
         try:
             with self._sending:
                 if self._busy:
@@ -217,17 +215,17 @@ class Connection:
                     raise wire.error(errno.ENOTCONN, self._dead)
                 try:
                     self._busy = True
-                    call.id = self.transport.next_id()
-                    payload = call.payload()
+                    call.id = number = transport.next_id()
+                    payload = wire.encode((number, sys, args))
                     if len(payload) > wire.MAX_FRAME:
                         message = f"a call of {len(payload)} bytes; the limit is {wire.MAX_FRAME}"
                         raise wire.error(errno.EMSGSIZE, message)
                     call.life = self._life
-                    self._open[call.id] = call
-                    self.transport.send(payload, call.fds)
+                    self._open[number] = call
+                    transport.send(payload, call.fds)
                 finally:
                     self._busy = False
-                if self.transport.pending:
+                if transport.outbox_bytes:
                     self._wait_for_room(call)
         except BaseException:
             self.abandon(call)
@@ -276,7 +274,7 @@ class Connection:
     def abandon(self, call: Call) -> None:
         """Nobody wants the call any more: forget it, and have the kernel stop it. Does nothing when it is over. Who
         still waits for it in another thread gets ECANCELED. Never blocks."""
-        takes = call.sys == wire.Sys.RECV and call.id and not call.abandoned
+        takes = call.sys == _RECV and call.id and not call.abandoned
         if takes:
             call.abandoned = True
             self._given_up[call.id] = call  # before it leaves `_open`: its reply must find it in one of the two
@@ -383,10 +381,10 @@ class Connection:
                 leader = self._leader.setdefault(0, me)
                 if leader is me or (leader[0] == me[0] and self._polling):
                     self._lead(ready, deadline)
-                elif leader[0] == me[0]:
+                    break
+                if leader[0] == me[0]:
                     raise wire.error(errno.EDEADLK, "a signal handler made a call while replies were handed out")
-                else:
-                    self._follow(ready, call, deadline)
+                self._follow(ready, call, deadline)
         finally:
             self._leave(me)
 
@@ -404,7 +402,7 @@ class Connection:
 
     def _lead(self, ready: Callable[[], bool], deadline: float | None) -> None:
         transport = self.transport
-        while not ready():
+        while True:
             # The sleep first: it ends at once if something is there. It was announced when last all was read.
             left = None if deadline is None else deadline - time.monotonic()
             if left is not None and left <= 0:
@@ -417,6 +415,8 @@ class Connection:
                 finally:
                     self._polling = before
             self._read()
+            if ready():
+                return
 
     def _follow(self, ready: Callable[[], bool], call: Call, deadline: float | None) -> None:
         gate = threading.Lock()
@@ -466,7 +466,7 @@ class Connection:
                 transport.take(arrived)
             else:
                 arrived.extend(transport.receive())
-            if transport.pending:
+            if transport.outbox_bytes:
                 self._pump_out()
             if not arrived and not reborn:
                 if transport.hung_up:
@@ -495,26 +495,31 @@ class Connection:
                 self._sending.release()
 
     def _hand_out(self, reply: wire.Reply) -> None:
-        call = self._open.get(reply.id)
+        if reply.more:
+            self._hand_piece(reply)
+            return
+        call = self._open.pop(reply.id, None)
         if call is None:
             self._came_late(reply)  # abandoned, or the answer to a CANCEL
             return
-        if reply.more:
-            piece = _decode_piece(reply.body)
-            if call.tokens is not None:
-                if reply.offset != len(call.args.given) + len(call.tokens):
-                    return  # sent by a dead kernel after what its successor has given us already
-                call.tokens.extend(piece.tokens)
-            call.pieces.append(piece)
-        else:
-            if self._open.pop(reply.id, None) is None:
-                self._came_late(reply)  # abandoned just now
-                return
-            if call.fds:
-                call.release()
-            call.final = reply
-            if call.abandoned:
-                self._take_back(call)
+        if call.fds:
+            call.release()
+        call.final = reply
+        if call.abandoned:
+            self._take_back(call)
+        if call.gate is not None or call.notify is not None:
+            self._tell(call)
+
+    def _hand_piece(self, reply: wire.Reply) -> None:
+        call = self._open.get(reply.id)
+        if call is None:
+            return  # abandoned
+        piece = _decode_piece(reply.body)
+        if call.tokens is not None:
+            if reply.offset != len(call.args.given) + len(call.tokens):
+                return  # sent by a dead kernel after what its successor has given us already
+            call.tokens.extend(piece.tokens)
+        call.pieces.append(piece)
         self._tell(call)
 
     def _tell(self, call: Call) -> None:

@@ -115,7 +115,7 @@ class ControlSocket:
         return self._epoll.fileno()
 
     @property
-    def pending(self) -> int:
+    def outbox_bytes(self) -> int:
         return self._frames.pending
 
     def send(self, payload: bytes, fds: Sequence[int] = ()) -> None:

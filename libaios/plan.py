@@ -8,8 +8,9 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable
-from dataclasses import dataclass
 from typing import Any, Generic, ParamSpec, TypeVar
+
+from msgspec import Struct
 
 from libaios.agent import connection
 
@@ -17,8 +18,7 @@ P = ParamSpec("P")
 T = TypeVar("T")
 
 
-@dataclass(slots=True)
-class Plan(Generic[T]):
+class Plan(Struct, Generic[T]):
     """A system call that has not been made: number, arguments, type of the body, and what makes of the body what the
     caller gets. `timeout` in seconds guards the wait for the answer; the kernel's own comes first."""
 

@@ -21,10 +21,12 @@ data areas; every number in it is a native, aligned 8-byte integer.
 `written` and `read` only grow; `0 <= written - read <= size` always, and the byte with number n lies at n modulo
 size. Each side keeps its own counter privately and only publishes it, so a peer that overwrites it harms itself.
 
-A *fragment* in the ring is 8 bytes of head, payload, and padding to a multiple of 8:
+A *fragment* in the ring is a head, payload, and padding to a multiple of 8. The head is one number as all others:
 
-    u32   length of the payload | FIRST | LAST
-    u32   epoch of its producer
+    bits  0 – 29   length of the payload
+              30   LAST
+              31   FIRST
+         32 – 63   epoch of its producer
 
 A frame is one fragment (FIRST and LAST) or several. Fragments make a frame larger than the ring possible without a
 second shared object; the consumer puts it together, up to `wire.MAX_FRAME` bytes.
@@ -48,7 +50,7 @@ import mmap
 import os
 import struct
 from _thread import allocate_lock
-from collections.abc import MutableSequence
+from collections.abc import MutableSequence, Sequence
 
 from libaios import wire
 
@@ -56,12 +58,11 @@ MAGIC = int.from_bytes(b"aiosring", "little")
 HEADER = 4096
 MIN_RING, MAX_RING = 1 << 12, 1 << 26
 
-_HEAD = struct.Struct("=II")
-HEAD_BYTES = _HEAD.size
-_pack_head, _unpack_head = _HEAD.pack_into, _HEAD.unpack_from
+HEAD_BYTES = 8
 FIRST, LAST = 1 << 31, 1 << 30
 _WHOLE = FIRST | LAST
 _LENGTH = LAST - 1
+_EPOCH_SHIFT = 32
 
 # Indices of 8-byte items.
 _MAGIC, _VERSION, _SUB_SIZE, _COMP_SIZE = 0, 1, 2, 3
@@ -118,7 +119,7 @@ def raise_epoch(memfd: int) -> None:
 class Segment:
     """One side's mapping of a segment. Raises ProtocolError when it is not one, or of another version."""
 
-    __slots__ = ("_map", "items", "memory", "sizes")
+    __slots__ = ("items", "map", "memory", "sizes")
 
     def __init__(self, memfd: int) -> None:
         try:
@@ -130,8 +131,8 @@ class Segment:
         length = os.fstat(memfd).st_size
         if not HEADER <= length <= HEADER + 2 * MAX_RING:
             raise ProtocolError(f"a segment of {length} bytes")
-        self._map = mmap.mmap(memfd, length)
-        self.memory = memoryview(self._map)
+        self.map = mmap.mmap(memfd, length)  # for slices: they are copies at once, and cheaper than those of a view
+        self.memory = memoryview(self.map)
         self.items = self.memory.cast("Q")
         try:
             self.sizes = self._check(length)
@@ -162,7 +163,7 @@ class Segment:
         self.items.release()
         self.memory.release()
         with contextlib.suppress(BufferError):
-            self._map.close()
+            self.map.close()
 
 
 class CallIds:
@@ -186,12 +187,14 @@ class Producer:
     """The writing end of one ring. One thread at a time."""
 
     __slots__ = (
-        "_data",
+        "_end",
+        "_head",
         "_items",
+        "_map",
         "_read_item",
+        "_start",
         "_written",
         "_written_item",
-        "epoch",
         "size",
         "sleeps",
         "small",
@@ -199,15 +202,20 @@ class Producer:
     )
 
     def __init__(self, segment: Segment, submissions: bool, epoch: int) -> None:
-        base, self._data, self.size = _place(segment, submissions)
+        base, self._start, self.size = _place(segment, submissions)
+        self._end = self._start + self.size
         self.small = self.size // 4  # bytes of payload up to which a frame goes in whole or not at all
-        self._items = segment.items
+        self._map, self._items = segment.map, segment.items
         self._written_item, self._read_item = base + _WRITTEN, base + _READ
         self.sleeps = base + _SLEEPS  # item: set when the consumer is to be woken
         self.waits = base + _WAITS  # item: set by us, cleared by a consumer that rings for room
         self._written = _own_counter(self._items[self._written_item])
-        self.epoch = epoch
+        self.enter(epoch)
         self._free()
+
+    def enter(self, epoch: int) -> None:
+        """What is written from now on belongs to this epoch."""
+        self._head = epoch << _EPOCH_SHIFT
 
     def _free(self) -> int:
         used = self._written - self._items[self._read_item]
@@ -215,29 +223,37 @@ class Producer:
             raise ProtocolError(f"the reader's counter claims that {used} bytes of {self.size} are unread")
         return self.size - used
 
-    def put_whole(self, payload: bytes) -> bool:
-        """Write `payload` as one fragment; False, and nothing is written, when there is no room for that now. This is
-        the way of nearly all frames, so it calls nobody."""
-        items, size, data = self._items, self.size, self._data
-        written, length = self._written, len(payload)
-        used = written - items[self._read_item]
-        if not 0 <= used <= size or used & 7:
-            self._free()  # says what is wrong
-        padded = (HEAD_BYTES + length + 7) & ~7
-        if padded > size - used:
-            return False
-        at = written & (size - 1)
-        _pack_head(data, at, length | _WHOLE, self.epoch)  # heads are aligned: they never wrap
-        at += HEAD_BYTES
-        end = at + length
-        if end <= size:
-            data[at:end] = payload
-        else:
-            data[at:size] = payload[: size - at]
-            data[: end - size] = payload[size - at :]
-        self._written = written = written + padded
-        items[self._written_item] = written
-        return True
+    def put_whole(self, payloads: Sequence[bytes]) -> int:
+        """Write one fragment for each of `payloads`, and publish them together. Stops at one that finds no room now or
+        is larger than `small`, and returns how many were written. This is the way of nearly all frames, so it calls
+        nobody."""
+        items, data, size = self._items, self._map, self.size
+        start, last, small = self._start, self._end, self.small
+        mask, head = size - 1, self._head | _WHOLE
+        written = self._written
+        free = size - written + items[self._read_item]
+        if not 0 <= free <= size or free & 7:
+            free = self._free()  # says what is wrong
+        done = 0
+        for payload in payloads:
+            length = len(payload)
+            padded = (HEAD_BYTES + length + 7) & ~7
+            if padded > free or length > small:
+                break
+            at = start + (written & mask)
+            items[at >> 3] = head | length  # heads are aligned: they never wrap
+            at += HEAD_BYTES
+            end = at + length
+            if end <= last:
+                data[at:end] = payload
+            else:
+                data[at:last] = payload[: last - at]
+                data[start : start + end - last] = payload[last - at :]
+            written += padded
+            free -= padded
+            done += 1
+        self._written = items[self._written_item] = written
+        return done
 
     def put(self, payload: bytes, offset: int = 0) -> int:
         """Write `payload` from `offset` on, as much as there is room for; returns the new offset, which is
@@ -257,18 +273,18 @@ class Producer:
             offset += room
 
     def _fragment(self, piece: bytes, flags: int) -> None:
-        written, size, data = self._written, self.size, self._data
+        start, last, data = self._start, self._end, self._map
         length = len(piece)
-        at = written & (size - 1)
-        _pack_head(data, at, length | flags, self.epoch)
-        at = (at + HEAD_BYTES) & (size - 1)
+        at = start + (self._written & (self.size - 1))
+        self._items[at >> 3] = self._head | length | flags
+        at += HEAD_BYTES
         end = at + length
-        if end <= size:
+        if end <= last:
             data[at:end] = piece
         else:
-            data[at:size] = piece[: size - at]
-            data[: end - size] = piece[size - at :]
-        self._written = written = written + ((HEAD_BYTES + length + 7) & ~7)
+            data[at:last] = piece[: last - at]
+            data[start : start + end - last] = piece[last - at :]
+        self._written = written = self._written + ((HEAD_BYTES + length + 7) & ~7)
         self._items[self._written_item] = written
 
     def unread(self) -> bool:
@@ -286,11 +302,14 @@ class Consumer:
     """The reading end of one ring. One thread at a time."""
 
     __slots__ = (
-        "_data",
+        "_end",
+        "_head",
         "_items",
+        "_map",
         "_partial",
-        "_partial_bytes",
         "_read_item",
+        "_start",
+        "assembling",
         "born",
         "max_frame",
         "read",
@@ -301,17 +320,19 @@ class Consumer:
     )
 
     def __init__(self, segment: Segment, submissions: bool, born: int, max_frame: int = wire.MAX_FRAME) -> None:
-        base, self._data, self.size = _place(segment, submissions)
-        self._items = segment.items
+        base, self._start, self.size = _place(segment, submissions)
+        self._end = self._start + self.size
+        self._map, self._items = segment.map, segment.items
         self.written_item = base + _WRITTEN  # item: differs from `read` when there is something
         self._read_item = base + _READ
         self.sleeps = base + _SLEEPS  # item: set by us, cleared by a producer that rings
         self.waits = base + _WAITS  # item: set when the producer is to be told of room
         self.read = _own_counter(self._items[self._read_item])
         self.born = born  # fragments of older epochs are dropped
+        self._head = born << _EPOCH_SHIFT | _WHOLE  # of a whole frame as they come now, but for its length
         self.max_frame = max_frame
-        self._partial: list[bytes] | None = None
-        self._partial_bytes = 0
+        self._partial: list[bytes] | None = None  # fragments of a frame of which the last one has not come,
+        self.assembling = 0  # … and how many bytes they are
         self._available()
 
     def _available(self) -> int:
@@ -321,82 +342,71 @@ class Consumer:
         return available
 
     def get(self) -> bytes | None:
-        """The next whole frame. None: the ring is empty, or a whole ring of fragments has completed no frame; the
-        caller, who has others to serve, decides whether to go on."""
+        """The next whole frame. None: the ring is empty, or what is here now completes no frame; the caller, who has
+        others to serve, decides whether to go on."""
         frames: list[bytes] = []
-        self.gather(frames, 1, self.read + self.size)
+        self.gather(frames, 1)
         return frames[0] if frames else None
 
-    def gather(self, frames: MutableSequence[bytes], limit: int, stop: int) -> None:
-        """Append whole frames to `frames` until it has `limit`, or the ring is empty, or `read` has come to `stop`.
-        Whatever raises in between (a signal handler, say), each frame is either in `frames` or still to be taken."""
-        size, data = self.size, self._data
-        read = self.read
+    def gather(self, frames: MutableSequence[bytes], limit: int) -> None:
+        """Append the whole frames that are here now to `frames`, until it has `limit`. Whatever raises in between (a
+        signal handler, say), each frame is either in `frames` or still to be taken."""
+        items, data, head = self._items, self._map, self._head
+        start, last = self._start, self._end
+        mask, longest = self.size - 1, self.max_frame
+        read, whole = self.read, self._partial is None
         available = self._available()
-        while available and read < stop and len(frames) < limit:
-            at = read & (size - 1)
-            head, epoch = _unpack_head(data, at)
-            length = head & _LENGTH
+        while available and len(frames) < limit:
+            at = start + (read & mask)
+            # Read once. What is left is the length, or larger than any ring: another epoch, not FIRST, not LAST.
+            length = items[at >> 3] ^ head
+            at += HEAD_BYTES
+            end = at + length
             padded = (HEAD_BYTES + length + 7) & ~7
-            end = at + HEAD_BYTES + length
-            if (
-                head >= _WHOLE
-                and padded <= available
-                and end <= size
-                and epoch >= self.born
-                and self._partial is None
-                and length <= self.max_frame
-            ):
+            if whole and padded <= available and length <= longest and end <= last:
                 # Nearly every frame. No call stands between keeping it and counting it as read.
-                frames += (bytes(data[at + HEAD_BYTES : end]),)
+                frames += (data[at:end],)
                 self.read = read = read + padded
+                available -= padded
             else:
                 frame = self._take(available)
                 if frame is not None:
                     frames += (frame,)
-                read = self.read
-            available -= padded
-            if not available:
-                available = self._available()
-        self._items[self._read_item] = read
+                available -= self.read - read
+                read, whole, head = self.read, self._partial is None, self._head
+        items[self._read_item] = read
 
     def _take(self, available: int) -> bytes | None:
         """Consume one fragment; the frame if it completed one."""
-        size, data = self.size, self._data
-        at = self.read & (size - 1)
-        head, epoch = _unpack_head(data, at)
-        length = head & _LENGTH
+        start, last, data = self._start, self._end, self._map
+        at = start + (self.read & (self.size - 1))
+        head = self._items[at >> 3]
+        length, epoch = head & _LENGTH, head >> _EPOCH_SHIFT
         padded = (HEAD_BYTES + length + 7) & ~7
         if padded > available:
             raise ProtocolError(f"a fragment of {length} bytes where {available} are written")
-        if length < size // 4 and not head & LAST:
+        if length < self.size // 4 and not head & LAST:
             raise ProtocolError(f"a fragment of {length} bytes that does not end its frame")
-        at = (at + HEAD_BYTES) & (size - 1)
+        at += HEAD_BYTES
         end = at + length
-        piece = bytes(data[at:end]) if end <= size else bytes(data[at:size]) + bytes(data[: end - size])
+        piece = data[at:end] if end <= last else data[at:last] + data[start : start + end - last]
         self.read += padded
         if epoch < self.born:
             return None
+        self._head = epoch << _EPOCH_SHIFT | _WHOLE  # the next ones will be of this epoch, too
         if head & FIRST:
-            self._partial, self._partial_bytes = [], 0  # whoever began an unfinished frame is dead
+            self._partial, self.assembling = [], 0  # whoever began an unfinished frame is dead
         if self._partial is None:
             return None
-        self._partial_bytes += length
-        if self._partial_bytes > self.max_frame:
+        self.assembling += length
+        if self.assembling > self.max_frame:
             raise ProtocolError(f"a frame of more than {self.max_frame} bytes")
-        if head & FIRST and head & LAST:
-            self._partial = None
-            return piece
         self._partial.append(piece)
         if not head & LAST:
             return None
-        frame, self._partial = b"".join(self._partial), None
+        frame = piece if head & FIRST else b"".join(self._partial)
+        self._partial, self.assembling = None, 0
         return frame
-
-    @property
-    def assembling(self) -> int:
-        """Bytes kept of a frame of which the last fragment has not come."""
-        return 0 if self._partial is None else self._partial_bytes
 
     def empty(self) -> bool:
         return self._available() == 0
@@ -415,9 +425,7 @@ def _own_counter(value: int) -> int:
     return value
 
 
-def _place(segment: Segment, submissions: bool) -> tuple[int, memoryview, int]:
-    """First item of the ring's counters, its data area, its size."""
+def _place(segment: Segment, submissions: bool) -> tuple[int, int, int]:
+    """First item of the ring's counters, where its data begins, its size."""
     sub, comp = segment.sizes
-    if submissions:
-        return _SUB, segment.memory[HEADER : HEADER + sub], sub
-    return _COMP, segment.memory[HEADER + sub : HEADER + sub + comp], comp
+    return (_SUB, HEADER, sub) if submissions else (_COMP, HEADER + sub, comp)

@@ -47,6 +47,13 @@ SCRIPTS = {
     "signal.getsignal(signal.SIGPIPE).name, signal.pthread_sigmask(0, []))",
     "umask and folder": "import os; print(oct(os.umask(0)), os.getcwd())",
     "environment": "import os; print(os.environ['COLOUR'], os.environb[b'COLOUR'])",
+    "environment of children": "import os, subprocess\nos.environ['NEW'] = 'x'; del os.environ['COLOUR']\n"
+    "subprocess.run('echo $NEW $COLOUR $LANG $HOME', shell=True); os.putenv('NEW', 'y'); os.system('echo $NEW')",
+    "fork beside a thread": "import os, threading\ngo = threading.Event()\n"
+    "t = threading.Thread(target=go.wait); t.start()\n"
+    "if os.fork() == 0:\n    print(threading.active_count(), t.is_alive(), threading.main_thread().ident == "
+    "threading.get_ident(), flush=True)\n    os._exit(0)\n"
+    "os.wait(); go.set(); t.join(); print(threading.active_count(), threading.main_thread().is_alive())",
     "descriptors": "import os; print(sorted(int(f) for f in os.listdir('/proc/self/fd'))[:3])",
     "resource warning": "import warnings; warnings.warn('old', DeprecationWarning)",
     "annotations": "x: int = 1\nprint(__annotations__)",

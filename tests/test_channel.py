@@ -61,6 +61,73 @@ def rung(side: Channel) -> bool:
     return bool(select.select([side.fileno()], [], [], 0)[0])
 
 
+# ── patience ──────────────────────────────────────────────────────────────────────────────────────────────
+
+
+class Item:
+    """What is looked at: changes after some looks, which are counted."""
+
+    def __init__(self, after: int) -> None:
+        self.looks, self.after = 0, after
+
+    def __getitem__(self, item: int) -> int:
+        self.looks += 1
+        return int(self.looks > self.after)
+
+
+def test_patience_is_kept_while_it_pays() -> None:
+    patience = channels.Patience()
+    for _ in range(100):
+        assert patience.look(Item(after=9), 0, 0, 10)
+
+
+def test_patience_that_does_not_pay_is_lost_and_comes_back() -> None:
+    patience, looks = channels.Patience(), 0
+    for _ in range(10_000):
+        item = Item(after=10**9)
+        assert not patience.look(item, 0, 0, 100)
+        looks += item.looks
+    assert looks < 10_000  # less than one of a hundred
+    found = sum(patience.look(Item(after=9), 0, 0, 10) for _ in range(4 * channels.RESTS))
+    assert found > 3 * channels.RESTS - 10
+
+
+def test_all_that_fall_asleep_are_told_of_what_came_meanwhile(ends: Ends, monkeypatch: pytest.MonkeyPatch) -> None:
+    other = Ends()
+    try:
+        both = [ends.kernel, other.kernel]
+        for side in both:
+            side.receive()
+            side._items[side._consumer.sleeps] = 0  # as it is while they are looked after
+        original = ring.fence
+
+        def fence() -> None:
+            monkeypatch.undo()
+            other.agent.send(b"between the look and the sleep")
+            original()
+
+        monkeypatch.setattr(ring, "fence", fence)
+        assert channels.restless(both) == [other.kernel]
+        assert channels.restless([ends.kernel]) == []
+        ends.agent.send(b"rings")
+        assert rung(ends.kernel)
+        assert not ends.kernel.fall_asleep(0)
+    finally:
+        other.close()
+
+
+def test_posted_frames_come_in_order_whatever_their_size(ends: Ends) -> None:
+    frames = [b"a", bytes(3 * SMALL), b"b", b"", bytes(SMALL // 2)]
+    ends.agent.post(frames)
+    ends.agent.post([b"last"])
+    got: list[bytes] = []
+    while len(got) < 6:
+        got += ends.kernel.receive()
+        ends.agent.pump()
+    assert got == [*frames, b"last"]
+    assert ends.agent.unbalanced() == ""
+
+
 # ── bells ─────────────────────────────────────────────────────────────────────────────────────────────────
 
 

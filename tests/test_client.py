@@ -184,11 +184,11 @@ def test_a_loop_of_the_callers_own_sees_the_reconnect(kernel: SocketKernel, clie
     pumping = aside(client.pump)
     kernel.welcome()
     pumping.result(PATIENCE_S)
-    kernel.reply(kernel.take(Sys.GETPID), 5)
     import select
 
     poll = select.poll()
     poll.register(client.fileno(), select.POLLIN)
+    kernel.reply(kernel.take(Sys.GETPID), 5)
     assert poll.poll(PATIENCE_S * 1000)
     client.pump()
     assert client.result(call, int) == 5
@@ -209,7 +209,7 @@ def test_a_kernel_that_dies_again_while_it_greets(kernel: SocketKernel, client: 
 def test_the_kernel_dies_while_a_large_call_is_sent(kernel: SocketKernel, client: Client) -> None:
     text = "x" * (4 << 20)
     call = aside(client.call, Sys.TOKENIZE, wire.Tokenize(text), int)
-    while not client.transport.pending:
+    while not client.transport.outbox_bytes:
         threading.Event().wait(0.002)
     kernel.die()
     kernel.welcome()

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import signal
+import struct
 import subprocess
 import time
 from collections.abc import Callable
@@ -13,6 +14,7 @@ from pathlib import Path
 import psutil
 import pytest
 
+from aiosd.kernel.journal import MAGIC, VERSION
 from libaios import wire
 from libaios.client import Client
 from libaios.home import Home
@@ -258,3 +260,16 @@ def test_an_agent_that_ruins_its_header_ends_alone(fresh_aiosd: Fresh, tmp_path:
     assert eventually(lambda: job.poll() == 137, timeout=20)
     assert [entry["name"] for entry in system.agents()] == ["bystander"]
     assert system.status()["kernel"]["epoch"] == 2
+
+
+def test_a_journal_of_another_release_ends_the_system_with_a_sentence(fresh_aiosd: Fresh) -> None:
+    system = fresh_aiosd("--threads", "1")
+    files = Path(f"/proc/{ospid(system, 'supervisor')}/fd")
+    for number in os.listdir(files):
+        if "aios-journal" in os.readlink(files / number):
+            with open(files / number, "r+b") as journal:
+                journal.write(struct.pack("=2Q", MAGIC, VERSION + 1))
+    assert system.daemon is not None
+    os.kill(ospid(system, "kernel"), signal.SIGKILL)
+    assert system.daemon.wait(30) == 1
+    assert f"a journal of version {VERSION + 1}; this is version {VERSION}" in system.log()

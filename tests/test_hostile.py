@@ -27,10 +27,21 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from msgspec import Raw, msgpack
 
+from aiosd import link
 from aiosd.kernel import control
+from aiosd.kernel.cores import Core, Cores
 from aiosd.kernel.journal import COMPACT_BYTES, REMEMBER_BYTES, Journal
 from aiosd.kernel.loop import TURN_S, Kernel
-from aiosd.kernel.peer import ASSEMBLY_MAX, FRAMES_PER_TURN, Assembly, Peer, read_args, read_request
+from aiosd.kernel.peer import (
+    ASSEMBLY_MAX,
+    FRAMES_PER_TURN,
+    Assembly,
+    Call,
+    Generation,
+    Peer,
+    read_args,
+    read_request,
+)
 from benchmarks import fuzz
 from libaios import msg, ring, wire
 from libaios.channel import Channel, ProtocolError, Side, make_channel
@@ -278,6 +289,39 @@ def test_descriptors_without_end_leave_none_behind() -> None:
     assert len(os.listdir("/proc/self/fd")) <= before
 
 
+# ── cores ─────────────────────────────────────────────────────────────────────────────────────────────────
+
+
+def test_what_a_core_says_of_an_id_that_is_in_use_again_is_for_calls_of_its_kind() -> None:
+    """The agent cancelled a call and used its id for another, and the core had not heard of it."""
+    heard: list[str] = []
+
+    class Listener:
+        def __getattr__(self, name: str) -> Any:
+            return lambda call, *_: heard.append(f"{name} {call.sys}")
+
+    listener: Any = Listener()
+    cores = Cores(listener)
+    core = Core("nano", "", default=True, pid=2, state="ready")
+    step = link.Step([link.Delta((7, 1), 0, [1], "x")], [link.Started((7, 1), 5, 0)], [(7, 1)])
+    finished = link.Finished((7, 1), 0, [], "", "stop", wire.Usage())
+    answered = link.Answered((7, 1), b"\xc0")
+
+    def said(call: Call, *messages: Any) -> list[str]:
+        heard.clear()
+        core.calls[7, 1] = (call, link.CancelCall((7, 1)))  # what was submitted does not matter here
+        for message in messages:
+            cores._on_message(core, message)
+        return list(heard)
+
+    tokenize = Call(Peer(7, None), 1, Sys.TOKENIZE)
+    assert said(tokenize, step, finished, answered) == [f"on_answered {Sys.TOKENIZE}"]
+    generate = Call(Peer(7, None), 1, Sys.GENERATE, Generation(wire.Generate(), "nano", []))
+    assert said(generate, answered, finished) == [f"on_finished {Sys.GENERATE}"]
+    assert (7, 1) not in core.calls
+    cores._on_message(core, step)
+
+
 # ── turns ─────────────────────────────────────────────────────────────────────────────────────────────────
 
 
@@ -402,7 +446,8 @@ channel.send(request(4, wire.Sys.SPAWN, "file", "x.py", ["y" * 2_000_000]))
 channel.send(request(5, wire.Sys.GENERATE, None, "x" * (wire.MAX_FRAME - 20)))
 channel.send(request(6, wire.Sys.RECV, float("nan")))
 channel.send(request(7, wire.Sys.EMBED, ["x"] * 70_000))
-for number, (code, why) in sorted(errors(7).items()):
+channel.send(b"\\x93\\x08" + bytes([wire.Sys.GETPID]) + b"\\xc3")
+for number, (code, why) in sorted(errors(8).items()):
     print(number, code, why[0][:60])
 """
     pid = start(client, tmp_path, code)
@@ -414,6 +459,7 @@ for number, (code, why) in sorted(errors(7).items()):
         errno.ENOSYS,
         errno.E2BIG,
         errno.EMSGSIZE,
+        errno.EINVAL,
         errno.EINVAL,
         errno.EINVAL,
     ]

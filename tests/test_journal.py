@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import struct
 from collections.abc import Callable, Iterator
 
 import msgspec
@@ -10,7 +11,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from aiosd.kernel.journal import Journal
+from aiosd.errors import WorldError
+from aiosd.kernel.journal import MAGIC, VERSION, Journal
 from libaios import wire
 
 Make = Callable[..., Journal]
@@ -62,7 +64,7 @@ def test_half_a_record_does_not_count(make: Make) -> None:
     journal = make()
     journal.sent((7, 1), 8, 7, obj("whole"))
     fd = journal._fds[journal._at]
-    os.pwrite(fd, b"\x40\x00\x00\x00torn", 16 + journal._size)  # died before the count was written
+    os.pwrite(fd, b"\x40\x00\x00\x00torn", 32 + journal._size)  # died before the count was written
     successor = make()
     assert content(successor) == [(8, 7, "whole")]
     successor.sent((7, 2), 8, 7, obj("next"))
@@ -91,8 +93,25 @@ def test_a_death_while_compacting_leaves_the_old_one(make: Make) -> None:
     journal = make()
     journal.sent((7, 1), 8, 7, obj("a"))
     other = journal._fds[1 - journal._at]
-    os.pwrite(other, b"\0" * 16 + b"garbage of a compaction that did not finish", 0)
+    os.pwrite(other, struct.pack("=4Q", MAGIC, VERSION, 0, 99) + b"garbage of a compaction that did not finish", 0)
     assert content(make()) == [(8, 7, "a")]
+
+
+def test_a_journal_of_another_release_is_refused_with_a_sentence(make: Make) -> None:
+    journal = make()
+    journal.sent((7, 1), 8, 7, obj("a"))
+    os.pwrite(journal._fds[journal._at], struct.pack("=Q", VERSION + 1), 8)
+    with pytest.raises(WorldError, match=f"a journal of version {VERSION + 1}; this is version {VERSION}"):
+        make()
+
+
+@pytest.mark.parametrize("head", [b"x", b"\0" * 32, b"aiosring" + b"\1" + b"\0" * 23])
+def test_what_is_no_journal_is_refused(make: Make, head: bytes) -> None:
+    journal = make()
+    os.ftruncate(journal._fds[0], 0)
+    os.pwrite(journal._fds[0], head, 0)
+    with pytest.raises(WorldError, match="journal"):
+        make()
 
 
 EVENTS = st.tuples(st.sampled_from(["send", "take", "die"]), st.integers(2, 4), st.binary(max_size=60))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import numpy as np
+import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -91,3 +92,18 @@ def test_penalty_makes_recent_tokens_less_likely_whatever_their_sign() -> None:
     logits = np.array([2.0, -2.0, 1.0], np.float32)
     assert list(penalise(logits, [0, 1, 1], 2.0)) == [1.0, -4.0, 1.0]
     assert list(logits) == [2.0, -2.0, 1.0]
+
+
+@pytest.mark.parametrize("penalty", [5e-324, 1e-40, 0.5, 10.0])
+@pytest.mark.parametrize("temperature", [0.0, 5e-324, 1.0, 100.0])
+@pytest.mark.parametrize("recent", [[0], [1], [0, 1, 2], [3]])
+def test_any_penalty_and_temperature_draw_a_token(penalty: float, temperature: float, recent: list[int]) -> None:
+    logits = np.array([50.0, -50.0, 1.0, -np.inf], dtype=np.float32)
+    extreme = sampler(temperature=temperature, repeat_penalty=penalty, top_p=1e-300)
+    assert extreme.draw(extreme.prepare(logits, recent), 0) in (0, 1, 2)
+
+
+def test_a_penalty_of_next_to_nothing_makes_a_recent_token_certain() -> None:
+    logits = np.array([5.0, -5.0, 1.0], dtype=np.float32)
+    extreme = sampler(repeat_penalty=5e-324)
+    assert {extreme.draw(extreme.prepare(logits, [2]), index) for index in range(100)} == {2}

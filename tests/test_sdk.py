@@ -240,7 +240,7 @@ def test_interrupting_one_who_waits_for_room_cancels_its_call() -> None:
     kernel = ChannelKernel(1 << 12)
     connection = kernel.connection
     try:
-        with interrupted_when(lambda: connection.transport.pending), pytest.raises(KeyboardInterrupt):
+        with interrupted_when(lambda: connection.transport.outbox_bytes), pytest.raises(KeyboardInterrupt):
             connection.call(Sys.TOKENIZE, wire.Tokenize("x" * 20_000), None)
         other = aside(connection.call, Sys.GETPID, NoArgs(), int)
         request = kernel.take(Sys.TOKENIZE)  # it had been begun; it came whole
@@ -354,13 +354,13 @@ def test_a_stream_is_finalized_in_the_middle_of_a_send(
     """The collector runs finalizers in any thread at any moment, also in one that holds the right to send."""
     stream = [Stream(connection, generate())]
     first = kernel.take(Sys.GENERATE)
-    original = agent.Call.payload
+    original = connection.transport.next_id
 
-    def payload(self: agent.Call) -> bytes:
+    def next_id() -> int:
         stream.clear()  # here and now
-        return original(self)
+        return original()
 
-    monkeypatch.setattr(agent.Call, "payload", payload)
+    monkeypatch.setattr(connection.transport, "next_id", next_id)
     call = connection.submit(Sys.GETPID, NoArgs())
     monkeypatch.undo()
     assert kernel.take().sys == Sys.GETPID
@@ -378,10 +378,11 @@ def test_a_stream_is_abandoned_while_its_reply_is_handed_out(kernel: ChannelKern
             return call
 
     connection._open = Racing(connection._open)
-    connection.submit(Sys.GETPID, NoArgs())
-    kernel.reply(kernel.take(Sys.GETPID), 1)
+    call = connection.submit(Sys.GENERATE, generate(), stream=True)
+    kernel.piece(kernel.take(Sys.GENERATE), 0, "a", [1])
     connection.pump()
-    kernel.take(Sys.CANCEL)
+    assert args_of(kernel.take(Sys.CANCEL)).id == call.id
+    assert call.final is not None
 
 
 def test_streams_abandoned_while_another_thread_leads(kernel: ChannelKernel, connection: Connection) -> None:

@@ -34,6 +34,7 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger("kernel.control")
 
+ACCEPT_S = 0.001  # of a turn, for new clients
 PAUSE_S = 0.2  # before new clients are accepted again when there was no descriptor for one
 MAX_GENERATIONS = 64  # steps up the process tree in search of an agent
 ACCEPT_PER_TURN = 16
@@ -55,7 +56,7 @@ class Control:
         self._listen()
 
     def _listen(self) -> None:
-        self.kernel.watch(self._listener.fileno(), self._on_connect)
+        self.kernel.watch(self._listener.fileno(), self._on_connect, of_clients=True)
 
     def knows(self, client: int) -> bool:
         return client in self.clients
@@ -76,9 +77,10 @@ class Control:
                 self.kernel.agents.hang_up(peer.id)
 
     def _on_connect(self, mask: int) -> None:
-        """Some of those who wait; each turn of a busy kernel takes its time."""
+        """Some of those who wait; each turn of a busy kernel takes its time. But not all of ours."""
+        until = self.kernel.timers.clock() + ACCEPT_S
         for _ in range(ACCEPT_PER_TURN):
-            if not self._accept():
+            if not self._accept() or self.kernel.timers.clock() >= until:
                 return
 
     def _accept(self) -> bool:
@@ -119,7 +121,7 @@ class Control:
             kernel.drop_peer(next(iter(self.strangers)))
         kernel.counters["clients"] += 1
         self.strangers[peer] = kernel.timers.after(HELLO_S, lambda: kernel.drop_peer(peer))
-        kernel.watch(peer.fileno(), lambda mask: self._on_client(peer, mask))
+        kernel.watch(peer.fileno(), lambda mask: self._on_client(peer, mask), of_clients=True)
         self._on_client(peer, select.EPOLLIN)
 
     def watch(self, peer: ClientPeer) -> None:

@@ -83,6 +83,12 @@ class Core:
         if self.calls.pop(call.key, None) is not None:
             self.send(link.CancelCall(call.key))
 
+    def generation(self, key: link.Key) -> Call | None:
+        """The generation that a word of the core is about. None: it was cancelled, and the core had not heard of that
+        when it said this. An agent that uses an id again may have a call of another kind under it by now."""
+        call, _ = self.calls.get(key, (None, None))
+        return call if call is not None and call.generation is not None else None
+
     def park(self, peer: int, parked: bool) -> None:
         if parked:
             self.parked.add(peer)
@@ -188,21 +194,21 @@ class Cores:
         listener = self.listener
         match message:
             case link.Step():
-                # A key that is not in `calls` was cancelled, and the core had not heard of it when it sent this.
                 for started in message.started:
-                    if started.key in core.calls:
-                        listener.on_started(core.calls[started.key][0], started)
+                    if (call := core.generation(started.key)) is not None:
+                        listener.on_started(call, started)
                 for key in message.preempted:
-                    if key in core.calls:
-                        listener.on_preempted(core.calls[key][0])
+                    if (call := core.generation(key)) is not None:
+                        listener.on_preempted(call)
                 for delta in message.deltas:
-                    if delta.key in core.calls:
-                        listener.on_delta(core.calls[delta.key][0], delta)
+                    if (call := core.generation(delta.key)) is not None:
+                        listener.on_delta(call, delta)
             case link.Finished(key=key):
-                if key in core.calls:
-                    listener.on_finished(core.calls.pop(key)[0], message)
+                if (call := core.generation(key)) is not None:
+                    del core.calls[key]
+                    listener.on_finished(call, message)
             case link.Answered(key=key):
-                if key in core.calls:
+                if key in core.calls and core.generation(key) is None:
                     listener.on_answered(core.calls.pop(key)[0], message)
             case link.Failed(key=key):
                 if key in core.calls:

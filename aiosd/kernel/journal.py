@@ -5,12 +5,12 @@ that is submitted again after that must find what its first submission did. So b
 record of them goes into the journal: a memfd that the supervisor made and every kernel inherits. A new kernel replays
 it. Nothing of it outlives aiosd: agents do not, either.
 
-    memfd    u64 generation, u64 bytes of records, records
+    memfd    u64 magic, u64 version, u64 generation, u64 bytes of records, records
     record   u32 length, msgpack: Sent or Taken
 
 A record counts when the byte count includes it, and that is written after it: a death in between leaves no half record.
 There are two memfds. When the one in use has grown beyond `COMPACT_BYTES`, what is still of use is written to the other
-one, whose generation is set last; the higher generation counts.
+one, whose generation is set last; the higher generation counts. A journal of another version is refused.
 """
 
 from __future__ import annotations
@@ -22,6 +22,7 @@ from collections.abc import Callable, Iterable
 
 from msgspec import Raw, Struct, msgpack
 
+from aiosd.errors import WorldError
 from aiosd.link import Key
 from libaios import wire
 
@@ -30,7 +31,11 @@ REMEMBER = 4096  # served calls: as many as may be open when a kernel dies, in p
 
 REMEMBER_BYTES = 16 << 20  # … and no more than that of what they brought
 
-_HEADER = struct.Struct("=QQ")
+MAGIC = int.from_bytes(b"aiosjrnl", "little")
+VERSION = 1  # of the layout and of the records
+
+_HEADER = struct.Struct("=4Q")
+_GENERATION, _SIZE = 16, 24  # offsets
 _LENGTH = struct.Struct("=I")
 
 
@@ -60,7 +65,7 @@ def _size(message: Sent) -> int:
 
 class Journal:
     """One kernel's journal. `served` are calls of a dead kernel's time with what they got: None for a SEND, the
-    message for a RECV."""
+    message for a RECV. Raises WorldError when it is of another version, or no journal."""
 
     def __init__(self, fds: tuple[int, int], is_alive: Callable[[int], bool], compact_at: int = COMPACT_BYTES) -> None:
         self._fds = fds
@@ -120,23 +125,32 @@ class Journal:
         fd = self._fds[self._at]
         os.pwrite(fd, data, _HEADER.size + self._size)
         self._size += len(data)
-        os.pwrite(fd, struct.pack("=Q", self._size), 8)
+        os.pwrite(fd, struct.pack("=Q", self._size), _SIZE)
 
     # ── reading and compacting ────────────────────────────────────────────────────────────────────────────
 
     @staticmethod
     def _generation(fd: int) -> int:
+        """0: nothing has been written to it."""
         head = os.pread(fd, _HEADER.size, 0)
-        return _HEADER.unpack(head)[0] if len(head) == _HEADER.size else 0
+        if not head:
+            return 0
+        if len(head) < _HEADER.size:
+            raise WorldError(f"a journal of {len(head)} bytes")
+        magic, version, generation, _ = _HEADER.unpack(head)
+        if magic != MAGIC:
+            raise WorldError("what should be a journal of messages is none")
+        if version != VERSION:
+            raise WorldError(f"a journal of version {version}; this is version {VERSION}")
+        return int(generation)
 
     def _replay(self) -> None:
         fd = self._fds[self._at]
-        head = os.pread(fd, _HEADER.size, 0)
-        if len(head) < _HEADER.size:
-            os.pwrite(fd, _HEADER.pack(1, 0), 0)
+        if not self._generation_now:
+            os.pwrite(fd, _HEADER.pack(MAGIC, VERSION, 1, 0), 0)
             self._generation_now = 1
             return
-        self._size = _HEADER.unpack(head)[1]
+        self._size = _HEADER.unpack(os.pread(fd, _HEADER.size, 0))[3]
         data = os.pread(fd, self._size, _HEADER.size)
         at = 0
         while at < len(data):
@@ -162,7 +176,7 @@ class Journal:
         fd = self._fds[self._at]
         os.ftruncate(fd, 0)
         self._size = 0
-        os.pwrite(fd, _HEADER.pack(0, 0), 0)
+        os.pwrite(fd, _HEADER.pack(MAGIC, VERSION, 0, 0), 0)
         for message, key in self._recent:
             if self._is_alive(message.to) or self._is_alive(message.sender):
                 self._append(message)
@@ -170,5 +184,5 @@ class Journal:
         for message in self._waiting.values():
             self._append(message)
         self._generation_now += 1
-        os.pwrite(fd, struct.pack("=Q", self._generation_now), 0)
+        os.pwrite(fd, struct.pack("=Q", self._generation_now), _GENERATION)
         self._limit = max(self._compact_at, 2 * self._size)  # what is of use may be more than that already

@@ -27,9 +27,11 @@ import signal
 import socket
 import sys
 from collections.abc import Callable
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 from aiosd import link, log
+from aiosd.errors import WorldError
 from aiosd.heartbeat import BEAT_S, beat
 from aiosd.kernel import live, syscalls
 from aiosd.kernel.agents import Agents
@@ -57,8 +59,8 @@ from aiosd.kernel.proc import Message, ProcTable
 from aiosd.kernel.status import StatusRequests
 from aiosd.kernel.waiters import Waiters
 from aiosd.timers import Timers
-from libaios import ring, wire
-from libaios.channel import Channel, Side
+from libaios import wire
+from libaios.channel import Channel, Side, restless
 from libaios.ring import ProtocolError
 from libaios.stream import FrameSocket
 
@@ -70,10 +72,12 @@ logger = logging.getLogger("kernel")
 TURN_S = 0.002  # of one agent, if it can be helped, before the others have their turn
 REPLIES_PER_RING = 16  # to one peer in its turn: the first of them should not wait for the last
 EVENTS_PER_TURN = 256
+LOOKS = 700  # some 20 µs, for which everybody else waits: one who goes on calling as soon as it has its reply
 LOG_INDEX_S = 1.0
 REATTACH_S = 10.0  # how long clients have to come back to a new kernel before their agents get HUP
 PENDING = syscalls.PENDING
-SYSCALLS = syscalls.SYSCALLS
+SYSCALLS, KNOWN = syscalls.SYSCALLS, syscalls.KNOWN
+NO_ARGS = wire.raw(wire.NoArgs())
 
 
 class Kernel:
@@ -84,7 +88,9 @@ class Kernel:
         self.timers = Timers()
         self.epoll = select.epoll()
         self.on_event: dict[int, Callable[[int], None]] = {}  # by descriptor
+        self.clients: set[int] = set()  # descriptors of clients, and the one over which they come
         self.hungry: dict[int, Callable[[int], None]] = {}  # has more to read; by descriptor
+        self.found: dict[int, Callable[[int], None]] = {}  # had sent all and has sent again; by descriptor
         self.awake: dict[int, AgentPeer] = {}  # served just now, and not told to ring; by descriptor
         self.quiet: dict[int, AgentPeer] = {}  # those of them that had sent nothing when we looked last
         self.rung: dict[int, AgentPeer] = {}  # whose bells were heard since the last beat
@@ -117,49 +123,75 @@ class Kernel:
         while not self.generations.load_error and not self.over:
             if self.awake or self.quiet:
                 self._look()
-            timeout = 0.0 if self.hungry else self.timers.until_next()
+            timeout = 0.0 if self.hungry or self.found else self.timers.until_next()
+            clients = []
             for fd, mask in self.epoll.poll(timeout, EVENTS_PER_TURN):
                 act = self.on_event.get(fd)
-                if act is not None:  # else: closed by an earlier event of this turn
+                if fd in self.clients:
+                    clients.append((fd, mask))
+                elif act is not None:  # else: closed by an earlier event of this turn
                     act(mask)
-            if self.hungry:
-                self._feed()
+            until = self.timers.clock() + TURN_S
+            if self.hungry or self.found:
+                self._feed(until)
+            if clients:
+                self._receive_clients(clients, until)
             self.timers.run_due()
         if self.generations.load_error:
             self.to_supervisor(link.Shutdown(error=self.generations.load_error))
         return 0
 
-    def _feed(self) -> None:
-        """Let those go on who had more, once each."""
-        for fd in list(self.hungry):
-            act = self.hungry.pop(fd, None)
+    # Whoever sends little must not wait long behind those who send much, however many they are: in each round all who
+    # had nothing left have their turn, and all others together, agents and clients, about as much time as one turn.
+
+    def _feed(self, until: float) -> None:
+        """Let those agents go on who had been through with what they had sent, and then in turn, while there is time,
+        those who send more than is done in a turn; at least one."""
+        for fd in list(self.found):
+            act = self.found.pop(fd, None)
             if act is not None:  # else: dropped while another's requests were handled
                 act(select.EPOLLIN)
+        for fd in list(self.hungry):
+            act = self.hungry.pop(fd, None)
+            if act is not None:
+                act(select.EPOLLIN)
+                if self.timers.clock() >= until:
+                    break
+
+    def _receive_clients(self, events: list[tuple[int, int]], until: float) -> None:
+        """What clients have sent, and new ones, while there is time; at least one. Of those who are left epoll tells
+        again, before those who had their turn."""
+        for fd, mask in events:
+            act = self.on_event.get(fd)
+            if act is not None:
+                act(mask)
+                if self.timers.clock() >= until:
+                    break
 
     def _look(self) -> None:
-        """At agents that were served and have not been told to ring: who has sent something meanwhile is hungry. Before
+        """At agents that were served and have not been told to ring: who has sent something meanwhile is found. Before
         we sleep all of them are told, and those in whose rings nothing was found twice."""
-        hungry, awake, quiet = self.hungry, self.awake, self.quiet
+        found, awake, quiet = self.found, self.awake, self.quiet
+        if len(awake) == 1 and not quiet and not self.hungry:
+            # Nobody else talks: where that has paid, a moment's patience saves both of us their bells.
+            fd, peer = awake.popitem()
+            if not peer.channel.fall_asleep(LOOKS):
+                found[fd] = peer.serve
+            return
         for peers in (awake, quiet):
             for fd, peer in peers.items():
                 if peer.channel.filled():
-                    hungry[fd] = peer.serve
-        if hungry:
-            tell = {fd: peer for fd, peer in quiet.items() if fd not in hungry}
-            self.quiet = {fd: peer for fd, peer in awake.items() if fd not in hungry}
+                    found[fd] = peer.serve
+        if found or self.hungry:
+            tell = {fd: peer for fd, peer in quiet.items() if fd not in found}
+            self.quiet = {fd: peer for fd, peer in awake.items() if fd not in found}
         else:
             tell = awake | quiet if quiet else awake
             self.quiet = {}
         self.awake = {}
-        for peer in tell.values():
-            peer.channel.announce()
-        ring.fence()
-        for fd, peer in tell.items():
-            try:
-                if not peer.channel.settled():
-                    hungry[fd] = peer.serve
-            except ProtocolError:
-                hungry[fd] = peer.serve  # which finds it again, and has it answer for it
+        for channel in restless([peer.channel for peer in tell.values()]):
+            fd = channel.fileno()
+            found[fd] = tell[fd].serve
 
     def _beat(self) -> None:
         self.timers.after(BEAT_S, self._beat)
@@ -169,14 +201,20 @@ class Kernel:
             self.hungry[fd] = peer.serve
         beat(self.born.heartbeat)
 
-    def watch(self, fd: int, act: Callable[[int], None], events: int = select.EPOLLIN) -> None:
+    def watch(
+        self, fd: int, act: Callable[[int], None], events: int = select.EPOLLIN, of_clients: bool = False
+    ) -> None:
         self.on_event[fd] = act
+        if of_clients:
+            self.clients.add(fd)
         self.epoll.register(fd, events)
 
     def unwatch(self, fd: int) -> None:
         if self.on_event.pop(fd, None) is not None:
             self.epoll.unregister(fd)
+        self.clients.discard(fd)
         self.hungry.pop(fd, None)
+        self.found.pop(fd, None)
         self.awake.pop(fd, None)
         self.quiet.pop(fd, None)
         self.rung.pop(fd, None)
@@ -216,6 +254,8 @@ class Kernel:
         if mask == select.EPOLLIN:
             if peer.channel.heard():
                 self.rung[peer.channel.fileno()] = peer
+            if peer.channel.fileno() in self.hungry:
+                return  # it stands in line, however often it rings
         else:
             peer.channel.drain_bell()  # the end of the bell, perhaps
         self._on_agent(peer, mask)
@@ -224,11 +264,11 @@ class Kernel:
         channel = peer.channel
         fd = channel.fileno()
         requests: list[bytes] = []
-        more = False
+        more, assembling = False, 0
         try:
             if channel.outbox_bytes and not self._unload(peer):
                 return
-            channel.take(requests, peer.turn)
+            assembling = channel.take(requests, peer.turn)
             more = len(requests) == peer.turn
             if more:
                 self._serve_a_turn(peer, requests)
@@ -238,8 +278,8 @@ class Kernel:
             self.offend(peer, str(err))
         if peer.gone:  # dropped while its requests were handled
             return
-        if channel.assembling or peer.assembling:
-            self.note_assembling(peer, channel.assembling)
+        if assembling or peer.assembling:
+            self.note_assembling(peer, assembling)
             if peer.gone:
                 return
         if more:
@@ -259,20 +299,20 @@ class Kernel:
     def _serve(self, peer: AgentPeer, requests: list[bytes]) -> None:
         """Execute them. What is answered at once is told with one ring for several."""
         channel = peer.channel
-        untold = 0
+        answers: list[bytes] = []
         for payload in requests:
             answer = self._answer(peer, payload)
             if peer.gone:
                 return
             if answer is not None:
-                channel.post(answer)
-                untold += 1
-                if untold == REPLIES_PER_RING:
-                    channel.ring_for_sent()
-                    untold = 0
-        if untold:
-            channel.ring_for_sent()
-        self._check_outbox(peer)
+                answers.append(answer)
+                if len(answers) == REPLIES_PER_RING:
+                    channel.post(answers)
+                    answers.clear()
+        if answers:
+            channel.post(answers)
+        if channel.outbox_bytes:
+            self._check_outbox(peer)
 
     def _unload(self, peer: AgentPeer) -> bool:
         """Send what waits. False while so much still waits that the peer's next requests must wait as well, until it
@@ -309,6 +349,9 @@ class Kernel:
         proc = peer.proc
         if proc is not None:
             proc.row[CALLS] = proc.calls = proc.calls + 1
+        known = KNOWN.get(request.sys)
+        if known is not None and request.args == NO_ARGS:
+            return reply(request.id, known(peer))
         call = calls[request.id] = Call(peer, request.id, request.sys)
         try:
             body = self._execute(call, request)
@@ -395,10 +438,10 @@ class Kernel:
 
     def serve(self, peer: AgentPeer) -> None:
         """Listen to an agent from now on; it may have rung before."""
-        peer.serve = lambda mask: self._on_agent(peer, mask)
+        peer.serve = partial(self._on_agent, peer)
         # Each ring is an event, whether or not older ones were drained: so they need not be, each time.
         events = select.EPOLLIN | select.EPOLLRDHUP | select.EPOLLET
-        self.watch(peer.fileno(), lambda mask: self._on_bell(peer, mask), events)
+        self.watch(peer.fileno(), partial(self._on_bell, peer), events)
         self.hungry[peer.fileno()] = peer.serve
 
     def offend(self, peer: Peer, why: str) -> None:
@@ -507,7 +550,12 @@ def main(born: Inheritance) -> int:
     log.setup("kernel", born.settings.log_level)
     for number in (signal.SIGINT, signal.SIGTERM):  # it ends when the supervisor says so, or is gone
         signal.signal(number, signal.SIG_IGN)
-    kernel = Kernel(born)
+    try:
+        kernel = Kernel(born)
+    except WorldError as err:  # what a dead kernel left cannot be read: no successor could go on
+        shutdown = link.Shutdown(error=f"the kernel cannot start: {err}")
+        FrameSocket(_socket_of(born.link)).send(link.encode(shutdown))
+        return 1
     code = kernel.run()
     sys.stderr.flush()
     return code

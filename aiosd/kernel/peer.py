@@ -27,7 +27,7 @@ from libaios.ring import ProtocolError
 from libaios.stream import FrameSocket
 
 MAX_OPEN_CALLS = 1024  # of one peer
-FRAMES_PER_TURN = 64  # of one agent, before the others have their turn
+FRAMES_PER_TURN = 32  # of one agent, before the others have their turn
 ASSEMBLY_MAX = 256 << 20  # bytes of unfinished frames, of all peers together
 DEEP = 400  # levels of nesting in arguments that the next reader must be able to put under its own
 OUTBOX_PAUSE = 256 << 10  # bytes a peer has not read before its streams are paused at their source,

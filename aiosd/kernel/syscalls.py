@@ -19,7 +19,7 @@ from msgspec import Raw
 
 from aiosd import link, procfs
 from aiosd.kernel import access, live
-from aiosd.kernel.peer import Call, ClientPeer
+from aiosd.kernel.peer import Call, ClientPeer, Peer
 from aiosd.kernel.proc import Message, Proc, State, describe, shell_status
 from aiosd.kernel.status import FDS_PER_AGENT, descriptors_left, max_agents
 from libaios import wire
@@ -41,12 +41,16 @@ Handler = Callable[["Kernel", Call, Any], Any]
 # ── processes ─────────────────────────────────────────────────────────────────────────────────────────────
 
 
-def sys_getpid(kernel: Kernel, call: Call, args: wire.NoArgs) -> int:
-    return call.peer.proc.pid if call.peer.proc is not None else 0
+def pid_of(peer: Peer) -> int:
+    return peer.proc.pid if peer.proc is not None else 0
 
 
-def sys_getppid(kernel: Kernel, call: Call, args: wire.NoArgs) -> int:
-    return call.peer.proc.ppid if call.peer.proc is not None else 0
+def ppid_of(peer: Peer) -> int:
+    return peer.proc.ppid if peer.proc is not None else 0
+
+
+def sys_known(kernel: Kernel, call: Call, args: wire.NoArgs) -> int:
+    return KNOWN[call.sys](call.peer)
 
 
 def sys_spawn(kernel: Kernel, call: Call, args: wire.Spawn) -> Any:
@@ -380,9 +384,15 @@ def sys_not_here(kernel: Kernel, call: Call, args: None) -> Any:
     raise wire.error(errno.ENOSYS, f"{manager[Sys(call.sys)]} is not part of this release")
 
 
+#: Calls without arguments whose answer is known of every caller: they cannot fail and need not be opened.
+KNOWN: dict[int, Callable[[Peer], int]] = {
+    Sys.GETPID: pid_of,
+    Sys.GETPPID: ppid_of,
+}
+
 SYSCALLS: dict[int, Handler] = {
-    Sys.GETPID: sys_getpid,
-    Sys.GETPPID: sys_getppid,
+    Sys.GETPID: sys_known,
+    Sys.GETPPID: sys_known,
     Sys.SPAWN: sys_spawn,
     Sys.WAIT: sys_wait,
     Sys.KILL: sys_kill,

@@ -31,8 +31,12 @@ def uniform(seed: int, index: int) -> float:
     return (x >> 11) * 2.0**-53
 
 
+SMALLEST_PENALTY = 1e-6  # makes a recent token certain; much less would make its logit infinite
+
+
 def penalise(row: Row, recent: Sequence[int], penalty: float) -> Row:
-    """A copy of `row` in which every token of `recent` is less likely (penalty > 1)."""
+    """A copy of `row` in which every token of `recent` is less likely (penalty > 1), or more (penalty < 1)."""
+    penalty = max(penalty, SMALLEST_PENALTY)
     row = row.copy()
     ids = np.unique(np.asarray(recent, dtype=np.int64))
     values = row[ids]
@@ -83,7 +87,8 @@ class Sampler:
         if self.top_p < 1:
             enough = int(np.searchsorted(np.cumsum(weights), self.top_p * total)) + 1
             ids, logits = ids[:enough], logits[:enough]
-        heated = np.exp((logits - logits[0]) / self.temperature)
+        with np.errstate(over="ignore"):  # next to no temperature: what is not the likeliest is impossible
+            heated = np.exp((logits - logits[0]) / self.temperature)
         return ids, heated / heated.sum()
 
     def _top_k(self, row: Row) -> npt.NDArray[np.int64]:
