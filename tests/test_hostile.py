@@ -347,6 +347,28 @@ def test_who_asks_for_what_takes_long_gets_short_turns() -> None:
     assert peer.turn == FRAMES_PER_TURN
 
 
+def test_all_who_send_much_have_one_turn_together() -> None:
+    """Each comes up again and again, and whoever had nothing left goes before them every time."""
+    now, served = 0.0, []
+
+    def act(fd: int, cost: float) -> Any:
+        def serve(mask: int) -> None:
+            nonlocal now
+            now += cost
+            served.append(fd)
+            if fd < 10:
+                kernel.hungry[fd] = serve  # it has more
+
+        return serve
+
+    kernel: Any = SimpleNamespace(timers=SimpleNamespace(clock=lambda: now), hungry={}, found={})
+    kernel.hungry = {fd: act(fd, TURN_S * 0.7) for fd in range(4)}
+    for _ in range(6):
+        kernel.found = {fd: act(fd, 0.0) for fd in (10, 11)}
+        Kernel._feed(kernel, now + TURN_S)
+    assert served == [10, 11, 0, 1, 10, 11, 2, 3] * 3
+
+
 # ── the real system ───────────────────────────────────────────────────────────────────────────────────────
 
 OFFENDER = """
