@@ -11,12 +11,12 @@ BACK, TELL, SHARP, GIVE = 5.0, 0.15, 2.5, 0.8  # how firmly copying is wired bef
 
 @dataclass(frozen=True)
 class Shape:
-    vocab: int = 1597
-    width: int = 256
+    vocab: int = 1600
+    width: int = 192
     layers: int = 6
-    heads: int = 8
-    kv_heads: int = 4
-    hidden: int = 640
+    heads: int = 6
+    kv_heads: int = 3
+    hidden: int = 512
     context: int = 2048
     eps: float = 1e-5
     rope_base: float = 500_000.0

@@ -24,6 +24,7 @@ import torch
 import torch.distributed as dist
 import torch.multiprocessing as mp
 import torch.nn.functional as F
+from gguf import GGUFReader
 from torch import Tensor
 
 from aiosd.nano import model_path
@@ -51,13 +52,13 @@ class Recipe:
 
     steps: int = 8000
     minutes: float = 0.0  # a length in time instead, if it is not 0
-    muon: float = 0.007  # peak learning rates
-    adam: float = 1.2e-3
-    warm: int = 100  # steps to the peak
-    fall: float = 0.35  # the last part of the way, on which the rates fall to nothing
+    muon: float = 0.003  # peak learning rates
+    adam: float = 1e-3
+    warm: int = 60  # steps to the peak
+    fall: float = 0.9  # the last part of the way, on which the rates fall to nothing
     first_seed: int = 1_000_000_000  # of the conversations; the next ones follow
-    drills: int = 40  # batches of pure copying before the first conversation
-    drill_every: int = 25
+    drills: int = 0  # batches of pure copying before the first conversation
+    drill_every: int = 10
 
     def rate(self, step: int, done: float) -> float:
         """Share of the peak rates at a step, `done` of the way behind it."""
@@ -131,7 +132,7 @@ def drills(vocab: int, seed: int) -> Iterator[Batch]:
         length, before, between = number(5, 30), number(0, 30), number(0, 40)
         rows = []
         for _ in range(16):
-            variety = number(10, 40) if number(0, 3) == 0 else vocab
+            variety = number(4, 40) if number(0, 2) == 0 else vocab
             kinds = torch.randint(len(SPECIAL), vocab, (variety,), generator=order)
             noise = kinds[torch.randint(0, len(kinds), (before + between + length,), generator=order)]
             text, rest = noise[:length], noise[length:]
@@ -219,7 +220,19 @@ def progress(recipe: Recipe, step: int, begin: float) -> float:
     return float(done)
 
 
-def learn(recipe: Recipe, model: Nano, tokenizer: Tokenizer, out: Path, state: Path | None) -> None:
+@torch.no_grad()
+def take_up(model: Nano, path: Path) -> None:
+    """Takes the weights out of a GGUF that `export` wrote."""
+    weights = {t.name: torch.from_numpy(t.data.astype("float32")) for t in GGUFReader(path).tensors}
+    embedding = weights["token_embd.weight"]
+    spaced = model.plain != torch.arange(len(embedding))
+    weights["space"] = (embedding - embedding[model.plain])[spaced].mean(0)
+    model.load_state_dict(weights)
+
+
+def learn(
+    recipe: Recipe, model: Nano, tokenizer: Tokenizer, out: Path, state: Path | None, begin_with: Path | None
+) -> None:
     """Trains; the first process tells and writes, also every 250 steps, so that a look at the model can be had."""
     rank, size = dist.get_rank(), dist.get_world_size()
     matrices: list[Tensor] = [p for p in model.blk.parameters() if p.dim() == 2]
@@ -229,6 +242,8 @@ def learn(recipe: Recipe, model: Nano, tokenizer: Tokenizer, out: Path, state: P
         torch.optim.AdamW(others, recipe.adam, (0.9, 0.95), weight_decay=0.0),
     )
     begin, seen, first, losses = time.time(), 0, 0, [0.0]
+    if begin_with:
+        take_up(model, begin_with)
     mine = state and state.with_suffix(f".{rank}")
     if mine and mine.exists():
         saved = torch.load(mine)
@@ -254,8 +269,8 @@ def learn(recipe: Recipe, model: Nano, tokenizer: Tokenizer, out: Path, state: P
         exchange(matrices, rank, size)
         seen += (ids.numel() + len(shared) * len(ids)) * size
         losses.append(loss.item())
-        if rank == 0 and step % 50 == 49:
-            mean = sum(losses[-50:]) / 50
+        if rank == 0 and step % 25 == 24:
+            mean = sum(losses[-25:]) / 25
             passed = (time.time() - begin) / 60
             print(f"{done:6.1%}  step {step + 1}  {passed:.1f} min  {seen:,} tokens  loss {mean:.4f}", flush=True)
         if step % 250 == 249:
@@ -272,7 +287,9 @@ def learn(recipe: Recipe, model: Nano, tokenizer: Tokenizer, out: Path, state: P
         print(f"wrote {out}, {out.stat().st_size:,} bytes: {step:,} steps, {seen:,} tokens, {minutes:.1f} minutes")
 
 
-def worker(rank: int, size: int, meet: str, recipe: Recipe, out: Path, state: Path | None) -> None:
+def worker(
+    rank: int, size: int, meet: str, recipe: Recipe, out: Path, state: Path | None, begin_with: Path | None
+) -> None:
     """One of the processes; they meet at the file `meet`."""
     torch.manual_seed(SEED)
     torch.set_num_threads(1)
@@ -281,7 +298,7 @@ def worker(rank: int, size: int, meet: str, recipe: Recipe, out: Path, state: Pa
     model = Nano(Shape(vocab=len(tokenizer.tokens)), plain_twins(tokenizer))
     if rank == 0:
         print(f"{sum(p.numel() for p in model.parameters()):,} parameters, {len(tokenizer.tokens)} tokens", flush=True)
-    learn(recipe, model, tokenizer, out, state)
+    learn(recipe, model, tokenizer, out, state, begin_with)
     dist.destroy_process_group()
 
 
@@ -292,6 +309,7 @@ def main() -> None:
     parser.add_argument("--minutes", type=float, default=0, help="how long to train, instead of a number of steps")
     parser.add_argument("--workers", type=int, default=WORKERS, help="processes of one thread each")
     parser.add_argument("--state", type=Path, help="keep what is needed to go on in files of this name, and go on")
+    parser.add_argument("--begin-with", type=Path, metavar="GGUF", help="begin with the weights of such a file")
     parser.add_argument("--first-seed", type=int, default=Recipe.first_seed, help="of the conversations")
     options = parser.parse_args()
     recipe = Recipe(steps=options.steps, minutes=options.minutes, first_seed=options.first_seed)
@@ -299,7 +317,7 @@ def main() -> None:
         meet = str(Path(folder, "meet"))
         mp.spawn(
             worker,
-            (options.workers, meet, recipe, options.out, options.state),
+            (options.workers, meet, recipe, options.out, options.state, options.begin_with),
             nprocs=options.workers,
         )
 
