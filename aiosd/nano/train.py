@@ -52,13 +52,13 @@ class Recipe:
 
     steps: int = 8000
     minutes: float = 0.0  # a length in time instead, if it is not 0
-    muon: float = 0.003  # peak learning rates
-    adam: float = 1e-3
-    warm: int = 60  # steps to the peak
+    muon: float = 0.001  # peak learning rates
+    adam: float = 4e-4
+    warm: int = 20  # steps to the peak
     fall: float = 0.9  # the last part of the way, on which the rates fall to nothing
     first_seed: int = 1_000_000_000  # of the conversations; the next ones follow
     drills: int = 0  # batches of pure copying before the first conversation
-    drill_every: int = 10
+    drill_every: int = 20
 
     def rate(self, step: int, done: float) -> float:
         """Share of the peak rates at a step, `done` of the way behind it."""
@@ -233,7 +233,7 @@ def take_up(model: Nano, path: Path) -> None:
 def learn(
     recipe: Recipe, model: Nano, tokenizer: Tokenizer, out: Path, state: Path | None, begin_with: Path | None
 ) -> None:
-    """Trains; the first process tells and writes, also every 250 steps, so that a look at the model can be had."""
+    """Trains; the first process tells and writes, also every 100 steps, so that a look at the model can be had."""
     rank, size = dist.get_rank(), dist.get_world_size()
     matrices: list[Tensor] = [p for p in model.blk.parameters() if p.dim() == 2]
     others = [p for name, p in model.named_parameters() if p.dim() == 1 or name.startswith("token_embd")]
@@ -268,12 +268,13 @@ def learn(
         model.zero_grad(set_to_none=True)
         exchange(matrices, rank, size)
         seen += (ids.numel() + len(shared) * len(ids)) * size
-        losses.append(loss.item())
+        if len(shared):  # no drill
+            losses.append(loss.item())
         if rank == 0 and step % 25 == 24:
             mean = sum(losses[-25:]) / 25
             passed = (time.time() - begin) / 60
             print(f"{done:6.1%}  step {step + 1}  {passed:.1f} min  {seen:,} tokens  loss {mean:.4f}", flush=True)
-        if step % 250 == 249:
+        if step % 100 == 99:
             if rank == 0:
                 export(model, tokenizer, out)
             if mine:
