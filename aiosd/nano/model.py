@@ -159,7 +159,7 @@ class Nano(nn.Module):
     def forward(self, shared: Tensor, ids: Tensor, wanted: Tensor) -> Tensor:
         """Logits of the token after each place where `wanted` is true. shared: (time), the beginning of all
         conversations; ids, wanted: (batch, time), what comes then."""
-        layout = Layout(len(shared), *ids.shape, self._frequencies())
+        layout = Layout(len(shared), len(ids), ids.shape[1], self._frequencies())
         embedding = self.embedding()
         x = F.embedding(torch.cat([shared, ids.flatten()]), embedding)
         said = len(shared) + wanted.flatten().nonzero()[:, 0]

@@ -171,7 +171,7 @@ def make(seed: int, split: str = TRAIN, family: str | None = None) -> Task:
 def conversation(seed: int, split: str = TRAIN) -> tuple[list[Message], list[dict[str, Any]] | None]:
     """A dialogue to train on: some tasks one after the other, in one world, and the tools that are listed."""
     rng = random.Random(f"nano conversation {split} {seed}")
-    tasks = [make(rng.getrandbits(48), split) for _ in range(rng.choices([1, 2, 3], [80, 15, 5])[0])]
+    tasks = [make(rng.getrandbits(48), split) for _ in range(rng.choices([1, 2, 3], [90, 8, 2])[0])]
     tools: list[dict[str, Any]] | None = list(TOOLS)
     style = rng.random()
     if style < 0.03:
@@ -443,7 +443,11 @@ class Source:
         if self.chance(0.3):
             slots = {"q": topic, "d": number, "m": self.rng.choice(ph.CURRENCY), "n": self.name(), "w": self.word()}
             note, about = self.choose(ph.VALUED)
-            return self.say(note, polite=False, strange=False, slots=slots), self.say(about, polite=False, strange=False, slots=slots), number
+            return (
+                self.say(note, polite=False, strange=False, slots=slots),
+                self.say(about, polite=False, strange=False, slots=slots),
+                number,
+            )
         unit = f" {self.rng.choice([*ph.CURRENCY, 'km', 'kg', 'metres', 'hours'])}" if self.chance(0.35) else ""
         return f"{topic} is {number}{unit}", topic, number
 
@@ -466,7 +470,8 @@ class Source:
         elif style < 0.9:
             text = f"{self.words(1, 3)}{r.choice([': ', ' = ', ' - ', ' '])}{self.number(99999)}"
         elif style < 0.95:
-            text = f"{self.words(2, 5)} {r.choice(['at', 'for', 'to', 'in', 'and', 'with', 'or', '&', '+'])} {self.words(1, 4)}"
+            joint = r.choice(["at", "for", "to", "in", "and", "with", "or", "&", "+"])
+            text = f"{self.words(2, 5)} {joint} {self.words(1, 4)}"
         else:
             text = f"{self.name()} {r.choice(['was here', 'says hi', 'loves', 'and', 'is'])} {self.name()}"
         if self.chance(0.25):
@@ -984,19 +989,19 @@ def twice(s: Source) -> Task:
 
 
 FAMILIES: dict[str, tuple[Callable[[Source], Task], float]] = {
-    "calc": (calc, 20),
-    "remember": (remember, 9),
-    "recall": (recall, 10),
-    "read": (read, 10),
-    "write": (write, 11),
-    "talk": (talk, 4),
-    "cannot": (cannot, 5),
-    "calc, then": (chain("calc, then", "calc", ["save keep save"]), 7),
+    "calc": (calc, 16),
+    "remember": (remember, 6),
+    "recall": (recall, 7),
+    "read": (read, 7),
+    "write": (write, 12),
+    "talk": (talk, 3),
+    "cannot": (cannot, 6),
+    "calc, then": (chain("calc, then", "calc", ["save keep save"]), 9),
     "fetch, calc": (chain("fetch, calc", "read recall list", []), 8),
-    "move": (move, 11),
-    "twice": (twice, 7),
-    "fetch, calc, then": (chain("fetch, calc, then", "read recall list", ["save keep"]), 8),
-    "calc, keep, save": (keep_and_save, 3),
-    "fetch two, calc": (chain("fetch two, calc", "read2 recall2 mixed", []), 6),
-    "fetch two, calc, then": (chain("fetch two, calc, then", "read2 recall2 mixed", ["save keep"]), 4),
+    "move": (move, 12),
+    "twice": (twice, 10),
+    "fetch, calc, then": (chain("fetch, calc, then", "read recall list", ["save keep"]), 10),
+    "calc, keep, save": (keep_and_save, 7),
+    "fetch two, calc": (chain("fetch two, calc", "read2 recall2 mixed", []), 8),
+    "fetch two, calc, then": (chain("fetch two, calc, then", "read2 recall2 mixed", ["save keep"]), 8),
 }

@@ -3,8 +3,8 @@
 Batches of pure copying come first and now and then, because an agent of this size lives by it; the rest are the
 conversations of `tasks.py`, never the same one twice, in batches of about the same length. Loss is taken on the
 assistant's turns alone. Matrices of the blocks learn with Muon (momentum, made orthogonal by a few steps of Newton
-and Schulz; Jordan et al. 2024), embeddings and norms with AdamW. The rates are low on purpose: three times as much
-destroys the copying circuit that `model.py` wires before the first step.
+and Schulz; Jordan et al. 2024), embeddings and norms with AdamW. The rates are low on purpose: twice as much undoes
+the copying circuit that `model.py` wires before the first step, and weights that are trained already want a third.
 
 Two processes of one thread each work on batches of their own and average their gradients: matrices of this size
 gain little from threads. Each makes the updates of its share of the matrices. The same number of processes on the
@@ -52,12 +52,12 @@ class Recipe:
 
     steps: int = 8000
     minutes: float = 0.0  # a length in time instead, if it is not 0
-    muon: float = 0.001  # peak learning rates
-    adam: float = 4e-4
-    warm: int = 20  # steps to the peak
+    muon: float = 0.003  # peak learning rates
+    adam: float = 1e-3
+    warm: int = 100  # steps to the peak
     fall: float = 0.9  # the last part of the way, on which the rates fall to nothing
     first_seed: int = 1_000_000_000  # of the conversations; the next ones follow
-    drills: int = 0  # batches of pure copying before the first conversation
+    drills: int = 40  # batches of pure copying before the first conversation
     drill_every: int = 20
 
     def rate(self, step: int, done: float) -> float:
@@ -312,8 +312,16 @@ def main() -> None:
     parser.add_argument("--state", type=Path, help="keep what is needed to go on in files of this name, and go on")
     parser.add_argument("--begin-with", type=Path, metavar="GGUF", help="begin with the weights of such a file")
     parser.add_argument("--first-seed", type=int, default=Recipe.first_seed, help="of the conversations")
+    parser.add_argument("--rates", type=float, default=1.0, help="a factor on the learning rates")
     options = parser.parse_args()
-    recipe = Recipe(steps=options.steps, minutes=options.minutes, first_seed=options.first_seed)
+    recipe = Recipe(
+        steps=options.steps,
+        minutes=options.minutes,
+        muon=Recipe.muon * options.rates,
+        adam=Recipe.adam * options.rates,
+        drills=0 if options.begin_with else Recipe.drills,
+        first_seed=options.first_seed,
+    )
     with tempfile.TemporaryDirectory() as folder:
         meet = str(Path(folder, "meet"))
         mp.spawn(
