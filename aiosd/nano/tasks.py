@@ -282,10 +282,10 @@ class Source:
 
     def made_up(self) -> str:
         style = 1.0 if self.held else self.rng.random()
-        if style < 0.25:  # of any letters
+        if style < 0.2:  # of any letters
             pairs = [self.rng.choice("bcdfghjklmnpqrstvwxyz") + self.rng.choice("aeiouy") for _ in range(4)]
             return "".join(pairs)[self.rng.randint(0, 1) : self.rng.randint(4, 8)]
-        if style < 0.6:  # of any pieces that the tokenizer knows, so that none is a stranger to copying
+        if style < 0.7:  # of any pieces that the tokenizer knows, so that none is a stranger to copying
             made = "".join(self.rng.choice(PIECES) for _ in range(self.rng.choice([1, 2, 2, 2, 3])))
             return made if made not in HELD_WORDS else made[:-1]
         syllables = self.pick(ph.SYLLABLES, ph.SYLLABLES_HELD)
@@ -311,7 +311,7 @@ class Source:
 
     def file(self) -> str:
         stem = self.pick(ph.STEMS, ph.STEMS_HELD)
-        if self.chance(0.2 if self.held else 0.4):
+        if self.chance(0.2 if self.held else 0.55):
             stem = self.made_up()
         if self.chance(0.15):
             stem += self.rng.choice(["_", "-", ""]) + self.rng.choice([self.word(), str(self.rng.randint(1, 99))])
