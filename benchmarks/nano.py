@@ -79,7 +79,12 @@ def solve_by_agent(prompt: str, folder: Path, notes_file: Path) -> str:
     react_args = ["-m", "libaios.agents.react", "--notes", str(notes_file), "--", prompt]
     try:
         run = subprocess.run(
-            [*command("aios-run"), *react_args], cwd=folder, capture_output=True, text=True, timeout=PATIENCE, check=False
+            [*command("aios-run"), *react_args],
+            cwd=folder,
+            capture_output=True,
+            text=True,
+            timeout=PATIENCE,
+            check=False,
         )
     except subprocess.TimeoutExpired:
         raise AgentError(f"no end after {PATIENCE} s") from None
