@@ -37,6 +37,8 @@ sys.path.insert(0, str(ROOT))
 from aiosd.nano.tasks import FAMILIES, FRESH, HELD, Task, check, make  # noqa: E402  the checkout comes first
 from libaios.agents.react import AgentError, Toolkit, react  # noqa: E402
 
+PATIENCE = 60  # seconds for one task; one that hangs is one that failed
+
 Solve = Callable[[str, Path, Path], str]  # (prompt, folder, notes file) -> answer
 
 
@@ -75,9 +77,17 @@ def command(name: str) -> list[str]:
 
 def solve_by_agent(prompt: str, folder: Path, notes_file: Path) -> str:
     react_args = ["-m", "libaios.agents.react", "--notes", str(notes_file), "--", prompt]
-    run = subprocess.run(
-        [*command("aios-run"), *react_args], cwd=folder, capture_output=True, text=True, timeout=300, check=False
-    )
+    try:
+        run = subprocess.run(
+            [*command("aios-run"), *react_args],
+            cwd=folder,
+            capture_output=True,
+            text=True,
+            timeout=PATIENCE,
+            check=False,
+        )
+    except subprocess.TimeoutExpired:
+        raise AgentError(f"no end after {PATIENCE} s") from None
     if run.returncode:
         raise AgentError(f"exit {run.returncode}: {run.stderr.strip()[-300:]}")
     return run.stdout.strip()

@@ -257,4 +257,4 @@ def test_shipped_model_solves_held_out_tasks(bare: Any, tmp_path: Path) -> None:
     """A floor under what the shipped model is known to do; benchmarks/nano.py measures, the card tells."""
     judge, held_out = sys.modules["benchmark_nano"].judge, sys.modules["benchmark_nano"].held_out
     problems = [judge(task, bare.solve) for task in held_out(7, 60)]
-    assert sum(p is None for p in problems) >= 44, [p for p in problems if p]
+    assert sum(p is None for p in problems) >= 50, [p for p in problems if p]

@@ -6,17 +6,17 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-BACK, SHARP, GIVE = 3.0, 3.5, 0.4  # how firmly copying is wired before training
+BACK, TELL, SHARP, GIVE = 5.0, 0.15, 2.5, 0.8  # how firmly copying is wired before training
 
 
 @dataclass(frozen=True)
 class Shape:
-    vocab: int = 1597
-    width: int = 256
+    vocab: int = 1600
+    width: int = 192
     layers: int = 6
-    heads: int = 8
-    kv_heads: int = 4
-    hidden: int = 640
+    heads: int = 6
+    kv_heads: int = 3
+    hidden: int = 512
     context: int = 2048
     eps: float = 1e-5
     rope_base: float = 500_000.0
@@ -40,18 +40,57 @@ class Block(nn.Module):
         self.ffn_up = nn.Linear(s.width, s.hidden, bias=False)
         self.ffn_down = nn.Linear(s.hidden, s.width, bias=False)
 
-    def forward(self, x: Tensor, turn: tuple[Tensor, Tensor]) -> Tensor:
-        """x: (batch, time, width)."""
-        batch, time, _ = x.shape
-        y = self.attn_norm(x)
-        q = _rotate(self.attn_q(y).view(batch, time, self.s.heads, -1).transpose(1, 2), turn)
-        k = _rotate(self.attn_k(y).view(batch, time, self.s.kv_heads, -1).transpose(1, 2), turn)
-        v = self.attn_v(y).view(batch, time, self.s.kv_heads, -1).transpose(1, 2)
-        with torch.autocast("cpu", enabled=False):  # faster than in bfloat16 here, and copying wants precision
-            y = F.scaled_dot_product_attention(q, k, v.float(), is_causal=True, enable_gqa=True)
-        x = x + self.attn_output(y.transpose(1, 2).reshape(batch, time, -1))
-        y = self.ffn_norm(x)
-        return x + self.ffn_down(F.silu(self.ffn_gate(y)) * self.ffn_up(y))
+    def forward(self, x: Tensor, layout: "Layout", wanted: Tensor | None = None) -> Tensor:
+        """x: (tokens, width), a beginning that all conversations share and then the rest of each. Of `wanted` tokens
+        alone the whole block is computed, if they are given."""
+        s = self.s
+        weight = torch.cat([self.attn_q.weight, self.attn_k.weight, self.attn_v.weight])
+        y = F.linear(self.attn_norm(x), weight).view(len(x), -1, s.head)
+        turned, v = _rotate(y[:, : s.heads + s.kv_heads], layout.turn).to(y.dtype), y[:, s.heads + s.kv_heads :]
+        y = layout.attend(turned[:, : s.heads], turned[:, s.heads :], v)
+        if wanted is not None:
+            x, y = x[wanted], y[wanted]
+        x = x + self.attn_output(y)
+        y = F.linear(self.ffn_norm(x), torch.cat([self.ffn_gate.weight, self.ffn_up.weight]))
+        gate, up = y.chunk(2, -1)
+        return x + self.ffn_down(F.silu(gate) * up)
+
+
+class Layout:
+    """Where the tokens of a batch stand: `shared` ones at the beginning of every conversation, kept once, and `rows`
+    conversations with `length` more. What is shared is computed once, which is a third of all work."""
+
+    def __init__(self, shared: int, rows: int, length: int, frequencies: Tensor) -> None:
+        self.shared, self.rows, self.length = shared, rows, length
+        rest = torch.arange(shared, shared + length).repeat(rows)
+        angle = torch.outer(torch.cat([torch.arange(shared), rest]), frequencies)
+        self.turn = torch.polar(torch.ones_like(angle), angle)[:, None]
+        self.later = torch.full((shared + length, shared + length), -1e4, dtype=torch.bfloat16).triu(1)
+
+    def attend(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        """Causal attention. q, k, v: (tokens, heads, head); what comes back: (tokens, heads * head)."""
+        p, heads = self.shared, k.shape[1]
+
+        def whole(x: Tensor) -> Tensor:  # every conversation with its beginning
+            first = x[:p].expand(self.rows, -1, -1, -1)
+            x = torch.cat([first, x[p:].view(self.rows, self.length, heads, -1)], 1)
+            return x.transpose(1, 2).flatten(0, 1)
+
+        begin = _attention(q[None, :p], k[:p].transpose(0, 1), v[:p].transpose(0, 1), self.later[:p, :p])
+        rest = q[p:].view(self.rows, self.length, *q.shape[1:])
+        return torch.cat([begin, _attention(rest, whole(k), whole(v), self.later[p:])])
+
+
+def _attention(q: Tensor, k: Tensor, v: Tensor, later: Tensor) -> Tensor:
+    """q: (rows, time, heads, head); k, v: (rows * their heads, longer time, head). Written out, because PyTorch's own
+    is half as fast on a CPU for short texts."""
+    rows, time, heads, head = q.shape
+    of_keys = len(k) // rows
+    group = heads // of_keys
+    q = q.view(rows, time, of_keys, group, head).permute(0, 2, 3, 1, 4).reshape(len(k), group * time, head)
+    scores = torch.baddbmm(later.repeat(group, 1).to(q.dtype), q, k.transpose(1, 2), alpha=head**-0.5)
+    y = scores.softmax(-1, dtype=torch.float32).to(v.dtype) @ v
+    return y.view(rows, of_keys, group, time, head).permute(0, 3, 1, 2, 4).reshape(rows * time, heads * head)
 
 
 class Nano(nn.Module):
@@ -66,7 +105,7 @@ class Nano(nn.Module):
         super().__init__()
         self.s = s
         self.register_buffer("plain", plain, persistent=False)
-        self.space = nn.Parameter(torch.randn(s.width) * 0.04)
+        self.space = nn.Parameter(torch.randn(s.width) * 0.03)
         self.token_embd = nn.Embedding(s.vocab, s.width)
         self.blk = nn.ModuleList(Block(s) for _ in range(s.layers))
         self.output_norm = nn.RMSNorm(s.width, s.eps)
@@ -86,11 +125,12 @@ class Nano(nn.Module):
         is copying. Everything stays free to change.
         """
         s, pairs = self.s, self.s.head // 2
-        near, far = pairs * 3 // 8, pairs * 7 // 16  # pairs that turn fast, and the first that hardly turns
+        near, far = pairs * 3 // 16, pairs * 7 // 16  # pairs that turn fast, and the first that hardly turns
         told = 2 * (pairs - far)  # width of the message from block 0 to block 1
         embd = self.token_embd.weight
+        embd.mul_(0.08 * s.width**0.5 / embd.norm(dim=1, keepdim=True))  # else a long one draws the look to itself
         embd[:, 0] = 3 * embd.std()  # the same for all tokens: something for the look back to hold on to
-        embd[:, -told:] = 0  # room for the message
+        embd[:, -told:] = self.space[-told:] = self.space[0] = 0  # room for the message
         look = nn.init.orthogonal_(torch.empty(told, s.width))
         look[:, 0] = look[:, -told:] = 0
 
@@ -102,7 +142,8 @@ class Nano(nn.Module):
         back.attn_k.weight[1 : 2 * near : 2, 0] = BACK * phase.sin()
         back.attn_v.weight[:told] = look
         back.attn_output.weight[:, : s.head] = 0
-        back.attn_output.weight[-told:, :told] = 0.04 * torch.eye(told)
+        back.attn_output.weight[-told:] = back.ffn_down.weight[-told:] = 0  # nobody else speaks there yet
+        back.attn_output.weight[-told:, :told] = TELL * torch.eye(told)
 
         group = s.heads // s.kv_heads
         give = nn.init.orthogonal_(torch.empty(s.kv_heads * s.head, s.width))
@@ -115,15 +156,16 @@ class Nano(nn.Module):
             match.attn_k.weight[key + s.head - told : key + s.head, -told:] = SHARP * torch.eye(told)
             match.attn_output.weight[:, query : query + s.head] = GIVE * give[key : key + s.head].T
 
-    def forward(self, ids: Tensor, wanted: Tensor) -> Tensor:
-        """Logits of the token after each place where `wanted` is true. ids, wanted: (batch, time)."""
-        angle = torch.outer(torch.arange(ids.shape[1]), self._frequencies())
-        turn = angle.cos(), angle.sin()
+    def forward(self, shared: Tensor, ids: Tensor, wanted: Tensor) -> Tensor:
+        """Logits of the token after each place where `wanted` is true. shared: (time), the beginning of all
+        conversations; ids, wanted: (batch, time), what comes then."""
+        layout = Layout(len(shared), len(ids), ids.shape[1], self._frequencies())
         embedding = self.embedding()
-        x = F.embedding(ids, embedding)
-        for block in self.blk:
-            x = block(x, turn)
-        return F.linear(self.output_norm(x[wanted]), embedding)
+        x = F.embedding(torch.cat([shared, ids.flatten()]), embedding)
+        said = len(shared) + wanted.flatten().nonzero()[:, 0]
+        for block in self.blk[:-1]:
+            x = block(x, layout)
+        return F.linear(self.output_norm(self.blk[-1](x, layout, said)), embedding)
 
     def embedding(self) -> Tensor:
         spaced = self.plain != torch.arange(len(self.plain))
@@ -133,8 +175,6 @@ class Nano(nn.Module):
         return self.s.rope_base ** (-torch.arange(0, self.s.head, 2) / self.s.head)
 
 
-def _rotate(x: Tensor, turn: tuple[Tensor, Tensor]) -> Tensor:
+def _rotate(x: Tensor, turn: Tensor) -> Tensor:
     """Rotary positions on neighbouring pairs, llama.cpp's way for the architecture `llama`."""
-    a, b = x[..., 0::2], x[..., 1::2]
-    cos, sin = turn
-    return torch.stack((a * cos - b * sin, a * sin + b * cos), -1).flatten(-2)
+    return torch.view_as_real(torch.view_as_complex(x.float().unflatten(-1, (-1, 2))) * turn).flatten(-2)

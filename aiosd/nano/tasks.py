@@ -19,6 +19,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from aiosd.nano import phrases as ph
+from aiosd.nano.tokenizer import load
 from libaios.agents.react import SYSTEM, TOOLS, Message, ToolError, Toolkit
 
 TRAIN, HELD, FRESH = "train", "held", "fresh"
@@ -170,7 +171,7 @@ def make(seed: int, split: str = TRAIN, family: str | None = None) -> Task:
 def conversation(seed: int, split: str = TRAIN) -> tuple[list[Message], list[dict[str, Any]] | None]:
     """A dialogue to train on: some tasks one after the other, in one world, and the tools that are listed."""
     rng = random.Random(f"nano conversation {split} {seed}")
-    tasks = [make(rng.getrandbits(48), split) for _ in range(rng.choices([1, 2, 3], [80, 15, 5])[0])]
+    tasks = [make(rng.getrandbits(48), split) for _ in range(rng.choices([1, 2, 3], [90, 8, 2])[0])]
     tools: list[dict[str, Any]] | None = list(TOOLS)
     style = rng.random()
     if style < 0.03:
@@ -227,8 +228,18 @@ class Source:
         """A phrase whose choices are taken, and whose slots are for the caller to fill."""
         return self.spell_out(self.choose(phrases)).replace("{any}", self.word())
 
-    def say(self, template: str, /, *, polite: bool = True, slots: dict[str, str] | None = None, **more: str) -> str:
-        """Turns a phrase into a request: choices, politeness, sloppiness, and at last the slots."""
+    def say(
+        self,
+        template: str,
+        /,
+        *,
+        polite: bool = True,
+        strange: bool = True,
+        slots: dict[str, str] | None = None,
+        **more: str,
+    ) -> str:
+        """Turns a phrase into a request: choices, politeness, sloppiness, strange words (not where another word might
+        mean another sum), and at last the slots."""
         text = self.spell_out(template)
         if polite:
             if text[0].islower():
@@ -238,7 +249,7 @@ class Source:
             elif self.chance(0.12):
                 text = self.choose(ph.LEAD) + text
             text = self._sloppy(text)
-        if not self.held and self.chance(0.2):
+        if strange and not self.held and self.chance(0.2):
             text = self._strange(text)
         filled = {"any": self.word(), "any2": self.word()} | (slots or {}) | more  # a word that could be any other
         return re.sub(r"\{(\w+)\}", lambda m: filled[m[1]], text)
@@ -270,9 +281,13 @@ class Source:
         return self.made_up() if self.chance(0.22 if self.held else 0.33) else self.rng.choice(ph.COMMON)
 
     def made_up(self) -> str:
-        if not self.held and self.chance(0.35):  # of any letters, so that no piece of a word is a stranger to copying
+        style = 1.0 if self.held else self.rng.random()
+        if style < 0.2:  # of any letters
             pairs = [self.rng.choice("bcdfghjklmnpqrstvwxyz") + self.rng.choice("aeiouy") for _ in range(4)]
             return "".join(pairs)[self.rng.randint(0, 1) : self.rng.randint(4, 8)]
+        if style < 0.7:  # of any pieces that the tokenizer knows, so that none is a stranger to copying
+            made = "".join(self.rng.choice(PIECES) for _ in range(self.rng.choice([1, 2, 2, 2, 3])))
+            return made if made not in HELD_WORDS else made[:-1]
         syllables = self.pick(ph.SYLLABLES, ph.SYLLABLES_HELD)
         parts = [syllables] + [self.rng.choice(ph.SYLLABLES) for _ in range(self.rng.randint(1, 3))]
         return "".join(parts)
@@ -296,7 +311,7 @@ class Source:
 
     def file(self) -> str:
         stem = self.pick(ph.STEMS, ph.STEMS_HELD)
-        if self.chance(0.2 if self.held else 0.4):
+        if self.chance(0.2 if self.held else 0.55):
             stem = self.made_up()
         if self.chance(0.15):
             stem += self.rng.choice(["_", "-", ""]) + self.rng.choice([self.word(), str(self.rng.randint(1, 99))])
@@ -393,8 +408,8 @@ class Source:
             slots = {"n": self.name(), "o": self.name(), "w": w, "v": self.word(), "W": self.word().capitalize()}
             slots |= {"c": self.city(), "d": self.number(999), "m": self.rng.choice(ph.CURRENCY), "day": day}
             slots |= {"t": self.time()}
-            note = self.say(form, polite=False, slots=slots)
-            return note, begin, self.say(topic, polite=False, slots=slots)
+            note = self.say(form, polite=False, strange=False, slots=slots)
+            return note, begin, self.say(topic, polite=False, strange=False, slots=slots)
         verb = "is"
         if self.chance(0.05):
             verb = "was"
@@ -428,7 +443,11 @@ class Source:
         if self.chance(0.3):
             slots = {"q": topic, "d": number, "m": self.rng.choice(ph.CURRENCY), "n": self.name(), "w": self.word()}
             note, about = self.choose(ph.VALUED)
-            return self.say(note, polite=False, slots=slots), self.say(about, polite=False, slots=slots), number
+            return (
+                self.say(note, polite=False, strange=False, slots=slots),
+                self.say(about, polite=False, strange=False, slots=slots),
+                number,
+            )
         unit = f" {self.rng.choice([*ph.CURRENCY, 'km', 'kg', 'metres', 'hours'])}" if self.chance(0.35) else ""
         return f"{topic} is {number}{unit}", topic, number
 
@@ -451,7 +470,8 @@ class Source:
         elif style < 0.9:
             text = f"{self.words(1, 3)}{r.choice([': ', ' = ', ' - ', ' '])}{self.number(99999)}"
         elif style < 0.95:
-            text = f"{self.words(2, 5)} {r.choice(['at', 'for', 'to', 'in', 'and', 'with'])} {self.words(1, 4)}"
+            joint = r.choice(["at", "for", "to", "in", "and", "with", "or", "&", "+"])
+            text = f"{self.words(2, 5)} {joint} {self.words(1, 4)}"
         else:
             text = f"{self.name()} {r.choice(['was here', 'says hi', 'loves', 'and', 'is'])} {self.name()}"
         if self.chance(0.25):
@@ -488,9 +508,9 @@ class Source:
             numbers = {"a": self.number(999), "k": str(self.rng.randint(2, 9))}
         if not self.held and self.chance(0.03):
             numbers |= {k: NUMBER_WORDS[int(v) % 12 + 1] if v.isdigit() else v for k, v in numbers.items()}
-        spelled = self.say(said, polite=False, slots=numbers)
+        spelled = self.say(said, polite=False, strange=False, slots=numbers)
         digits = {k: str(NUMBER_WORDS.index(v)) if v in NUMBER_WORDS else v for k, v in numbers.items()}
-        return spelled, self.say(formula, polite=False, slots=digits), order
+        return spelled, self.say(formula, polite=False, strange=False, slots=digits), order
 
     def _signs(self) -> str:
         """An expression in signs, copied as it stands."""
@@ -526,7 +546,7 @@ class Source:
         slots |= {"B": slots["b"].capitalize(), "n": self.name(), "o": self.name(), "p": self.name()}
         slots |= {"t": self.thing(), "s": self.thing(), "C": self.pick(ph.CONTAINERS, ph.CONTAINERS_HELD)}
         slots |= {"m": r.choice(ph.CURRENCY), "day": r.choice(ph.DAYS)}
-        return self.say(said, slots=slots), self.say(formula, polite=False, slots=numbers)
+        return self.say(said, strange=False, slots=slots), self.say(formula, polite=False, strange=False, slots=numbers)
 
     @staticmethod
     def _whole(n: int) -> int:
@@ -555,6 +575,14 @@ SIGNS = {
     "{a} ** {k}": 1,
     "{a}**{k}": 1,
     "sqrt({a})": 1,
+}
+PIECES = [p for p in (token.decode("latin-1") for token in load().tokens) if re.fullmatch("[a-z]{2,6}", p)]
+HELD_WORDS = {
+    word
+    for name, words in vars(ph).items()
+    if name.endswith("_HELD")
+    for item in words
+    for word in re.findall("[a-z]+", str(item).lower())
 }
 HELD_RANGES = [(40, 44), (80, 84), (300, 349), (7200, 7499), (61_000, 61_999), (500_000, 509_999)]
 ORDERS_TO_REMEMBER = [p for p in ph.REMEMBER if p[0].islower()]
@@ -624,7 +652,7 @@ def recall(s: Source) -> Task:
         template = s.choose(ph.UNKNOWN)
         prompt, notes = s.say(template, slots=slots), []
         topic = re.sub(r"^(?:Where can|\w+('s| old is| is| does| did|)) ", "", template).rstrip("?")
-        query = s.say(topic, polite=False, slots=slots)
+        query = s.say(topic, polite=False, strange=False, slots=slots)
     else:
         note, begin, topic = s.fact()
         if s.chance(0.2):
@@ -743,8 +771,8 @@ def value_step(s: Source, kinds: str) -> tuple[str, str, Callable[[Do], str], di
                 reader = s.spell_out(f"[look up|recall|find|remember|check] {topic}[ in your notes|][ and|, then|,]")
                 template, value = f"{reader} {template}", s.rng.choice(ph.THEN_IT[:4])
             first = ("recall", {"query": topic})
-        said = s.say(template, polite=False, v=value, k=k, j=j)
-        formula = s.say(formula, polite=False, N=number, k=k, j=j)
+        said = s.say(template, polite=False, strange=False, v=value, k=k, j=j)
+        formula = s.say(formula, polite=False, strange=False, N=number, k=k, j=j)
 
         def one(do: Do) -> str:
             do(first[0], **first[1])
@@ -765,7 +793,7 @@ def value_step(s: Source, kinds: str) -> tuple[str, str, Callable[[Do], str], di
             do("read_file", path=path)
             return do("calc", expression=formula)
 
-        return s.say(template, polite=False, f=s.quoted(path)), kind, listed, files, notes
+        return s.say(template, polite=False, strange=False, f=s.quoted(path)), kind, listed, files, notes
 
     assert kind in ("read2", "recall2", "mixed")
     values, steps, numbers = [], [], []
@@ -797,8 +825,8 @@ def value_step(s: Source, kinds: str) -> tuple[str, str, Callable[[Do], str], di
         formula = f"{numbers[0]} {sign} {numbers[1]}"
     else:
         template, formula = s.choose(ph.ON_TWO)
-        said = s.say(template, polite=False, v=values[0], w=values[1])
-        formula = s.say(formula, polite=False, N=numbers[0], M=numbers[1])
+        said = s.say(template, polite=False, strange=False, v=values[0], w=values[1])
+        formula = s.say(formula, polite=False, strange=False, N=numbers[0], M=numbers[1])
 
     def two(do: Do) -> str:
         for tool, arguments in steps:
@@ -961,19 +989,19 @@ def twice(s: Source) -> Task:
 
 
 FAMILIES: dict[str, tuple[Callable[[Source], Task], float]] = {
-    "calc": (calc, 20),
-    "remember": (remember, 9),
-    "recall": (recall, 10),
-    "read": (read, 10),
-    "write": (write, 11),
-    "talk": (talk, 4),
-    "cannot": (cannot, 5),
-    "calc, then": (chain("calc, then", "calc", ["save keep save"]), 7),
+    "calc": (calc, 16),
+    "remember": (remember, 6),
+    "recall": (recall, 7),
+    "read": (read, 7),
+    "write": (write, 12),
+    "talk": (talk, 3),
+    "cannot": (cannot, 6),
+    "calc, then": (chain("calc, then", "calc", ["save keep save"]), 9),
     "fetch, calc": (chain("fetch, calc", "read recall list", []), 8),
-    "move": (move, 11),
-    "twice": (twice, 7),
-    "fetch, calc, then": (chain("fetch, calc, then", "read recall list", ["save keep"]), 8),
-    "calc, keep, save": (keep_and_save, 3),
-    "fetch two, calc": (chain("fetch two, calc", "read2 recall2 mixed", []), 6),
-    "fetch two, calc, then": (chain("fetch two, calc, then", "read2 recall2 mixed", ["save keep"]), 4),
+    "move": (move, 12),
+    "twice": (twice, 10),
+    "fetch, calc, then": (chain("fetch, calc, then", "read recall list", ["save keep"]), 10),
+    "calc, keep, save": (keep_and_save, 7),
+    "fetch two, calc": (chain("fetch two, calc", "read2 recall2 mixed", []), 8),
+    "fetch two, calc, then": (chain("fetch two, calc, then", "read2 recall2 mixed", ["save keep"]), 8),
 }

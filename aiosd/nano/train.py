@@ -3,11 +3,12 @@
 Batches of pure copying come first and now and then, because an agent of this size lives by it; the rest are the
 conversations of `tasks.py`, never the same one twice, in batches of about the same length. Loss is taken on the
 assistant's turns alone. Matrices of the blocks learn with Muon (momentum, made orthogonal by a few steps of Newton
-and Schulz; Jordan et al. 2024), embeddings and norms with AdamW. The rates are low on purpose: three times as much
-destroys the copying circuit that `model.py` wires before the first step.
+and Schulz; Jordan et al. 2024), embeddings and norms with AdamW. The rates are low on purpose: twice as much undoes
+the copying circuit that `model.py` wires before the first step, and weights that are trained already want a third.
 
-Three processes of one thread each work on batches of their own and average their gradients: matrices of this size
-gain little from threads. The same number of processes on the same machine gives the same model.
+Two processes of one thread each work on batches of their own and average their gradients: matrices of this size
+gain little from threads. Each makes the updates of its share of the matrices. The same number of processes on the
+same machine gives the same model.
 """
 
 import argparse
@@ -15,6 +16,7 @@ import tempfile
 import time
 from collections.abc import Iterator
 from dataclasses import dataclass
+from datetime import timedelta
 from itertools import count
 from pathlib import Path
 
@@ -22,6 +24,7 @@ import torch
 import torch.distributed as dist
 import torch.multiprocessing as mp
 import torch.nn.functional as F
+from gguf import GGUFReader
 from torch import Tensor
 
 from aiosd.nano import model_path
@@ -32,10 +35,15 @@ from aiosd.nano.template import render
 from aiosd.nano.tokenizer import IM_END, IM_START, SPECIAL, Tokenizer, load
 
 SEED = 1
-BATCH_TOKENS = 3072
+BATCH_TOKENS = 3600  # of a process at a time
 LONGEST = 1024  # tokens of a conversation
-WORKERS = 3
+WORKERS = 2
 SEEDS_APART = 100_000_000  # of two processes' conversations
+PATIENCE = timedelta(hours=12)  # of one process with another that was stopped for a while
+
+#: What all conversations of a batch begin with, the rest of each, the places there that count, and the tokens after
+#: those places.
+Batch = tuple[Tensor, Tensor, Tensor, Tensor]
 
 
 @dataclass(frozen=True)
@@ -44,13 +52,13 @@ class Recipe:
 
     steps: int = 8000
     minutes: float = 0.0  # a length in time instead, if it is not 0
-    muon: float = 0.007  # peak learning rates
-    adam: float = 1.2e-3
+    muon: float = 0.003  # peak learning rates
+    adam: float = 1e-3
     warm: int = 100  # steps to the peak
-    fall: float = 0.35  # the last part of the way, on which the rates fall to nothing
+    fall: float = 0.9  # the last part of the way, on which the rates fall to nothing
     first_seed: int = 1_000_000_000  # of the conversations; the next ones follow
-    drills: int = 100  # batches of pure copying before the first conversation
-    drill_every: int = 25
+    drills: int = 40  # batches of pure copying before the first conversation
+    drill_every: int = 20
 
     def rate(self, step: int, done: float) -> float:
         """Share of the peak rates at a step, `done` of the way behind it."""
@@ -81,28 +89,37 @@ def examples(tokenizer: Tokenizer, first_seed: int) -> Iterator[tuple[list[int],
         yield ids[:-1], wanted[:-1]
 
 
-def batches(tokenizer: Tokenizer, first_seed: int) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
-    """Inputs, places that count, and the tokens after those places. Neighbours in length share a batch."""
+def batches(tokenizer: Tokenizer, first_seed: int) -> Iterator[Batch]:
+    """Conversations of the same beginning and about the same length share a batch."""
     source = examples(tokenizer, first_seed)
+    start = tokenizer.special[IM_START]
     order = torch.Generator().manual_seed(first_seed)
     while True:
-        pool = sorted((next(source) for _ in range(400)), key=lambda e: len(e[0]))
-        groups: list[list[tuple[list[int], list[bool]]]] = [[]]
-        for example in pool:
-            if groups[-1] and (len(groups[-1]) + 1) * len(example[0]) > BATCH_TOKENS:
-                groups.append([])
-            groups[-1].append(example)
+        alike: dict[tuple[int, ...], list[tuple[list[int], list[bool]]]] = {}
+        for ids, flags in (next(source) for _ in range(800)):
+            shared = ids.index(start, 1)  # the system's turn
+            alike.setdefault(tuple(ids[:shared]), []).append((ids[shared:], flags[shared:]))
+        groups = []
+        for beginning, rests in alike.items():
+            group: list[tuple[list[int], list[bool]]] = []
+            for rest in sorted(rests, key=lambda r: len(r[0])):
+                if group and (len(group) + 1) * len(rest[0]) > BATCH_TOKENS:
+                    groups.append((beginning, group))
+                    group = []
+                group.append(rest)
+            groups.append((beginning, group))
         for g in torch.randperm(len(groups), generator=order).tolist():
-            longest = len(groups[g][-1][0])
-            ids = torch.zeros(len(groups[g]), longest + 1, dtype=torch.long)
-            wanted = torch.zeros(len(groups[g]), longest, dtype=torch.bool)
-            for row, (tokens, flags) in enumerate(groups[g]):
-                ids[row, : len(tokens)] = torch.tensor(tokens)
+            beginning, rows = groups[g]
+            longest = len(rows[-1][0])
+            inputs = torch.zeros(len(rows), longest + 1, dtype=torch.long)
+            wanted = torch.zeros(len(rows), longest, dtype=torch.bool)
+            for row, (tokens, flags) in enumerate(rows):
+                inputs[row, : len(tokens)] = torch.tensor(tokens)
                 wanted[row, : len(flags)] = torch.tensor(flags)
-            yield ids[:, :-1], wanted, ids[:, 1:][wanted]
+            yield torch.tensor(beginning), inputs[:, :-1], wanted, inputs[:, 1:][wanted]
 
 
-def drills(vocab: int, seed: int) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
+def drills(vocab: int, seed: int) -> Iterator[Batch]:
     """Pure copying: noise, a mark, random tokens, the mark's end, noise, the mark again, and the same tokens to be
     said. Some rows use few kinds of tokens, so that more than one token back must be looked at, as in numbers."""
     order = torch.Generator().manual_seed(seed)
@@ -115,7 +132,7 @@ def drills(vocab: int, seed: int) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
         length, before, between = number(5, 30), number(0, 30), number(0, 40)
         rows = []
         for _ in range(16):
-            variety = number(10, 40) if number(0, 3) == 0 else vocab
+            variety = number(4, 40) if number(0, 2) == 0 else vocab
             kinds = torch.randint(len(SPECIAL), vocab, (variety,), generator=order)
             noise = kinds[torch.randint(0, len(kinds), (before + between + length,), generator=order)]
             text, rest = noise[:length], noise[length:]
@@ -124,14 +141,14 @@ def drills(vocab: int, seed: int) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
         ids = torch.stack(rows)
         wanted = torch.zeros(ids.shape[0], ids.shape[1] - 1, dtype=torch.bool)
         wanted[:, -length - 1 :] = True
-        yield ids[:, :-1], wanted, ids[:, 1:][wanted]
+        yield ids[0, :0], ids[:, :-1], wanted, ids[:, 1:][wanted]
 
 
-def lessons(tokenizer: Tokenizer, recipe: Recipe, rank: int) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
+def lessons(tokenizer: Tokenizer, recipe: Recipe, rank: int, first: int) -> Iterator[Batch]:
     """What one of the processes teaches in turn: copying, then conversations with a drill now and then."""
-    drill = drills(len(tokenizer.tokens), SEED + rank)
-    talk = batches(tokenizer, recipe.first_seed + rank * SEEDS_APART)
-    for step in count():
+    drill = drills(len(tokenizer.tokens), SEED + rank + first)
+    talk = batches(tokenizer, recipe.first_seed + rank * SEEDS_APART + first * 100)
+    for step in count(first):
         yield next(drill) if step < recipe.drills or step % recipe.drill_every == 0 else next(talk)
 
 
@@ -168,14 +185,30 @@ def _orthogonal(g: Tensor) -> Tensor:
     return (x.mT if g.shape[1] > g.shape[2] else x).float()
 
 
+def _one(tensors: list[Tensor]) -> Tensor:
+    return torch.cat([t.flatten() for t in tensors])
+
+
+def _back(whole: Tensor, tensors: list[Tensor]) -> None:
+    for tensor, part in zip(tensors, whole.split([t.numel() for t in tensors]), strict=True):
+        tensor.copy_(part.view_as(tensor))
+
+
+@torch.no_grad()
 def average(model: Nano) -> None:
     """Makes the gradients of all processes their mean."""
     grads = [p.grad for p in model.parameters() if p.grad is not None]
-    flat = torch.cat([g.flatten() for g in grads])
-    dist.all_reduce(flat)
-    flat /= dist.get_world_size()
-    for grad, mean in zip(grads, flat.split([g.numel() for g in grads]), strict=True):
-        grad.copy_(mean.view_as(grad))
+    whole = _one(grads)
+    dist.all_reduce(whole)
+    _back(whole / dist.get_world_size(), grads)
+
+
+@torch.no_grad()
+def exchange(matrices: list[Tensor], rank: int, size: int) -> None:
+    """Gives every process the matrices that the others have made a step with."""
+    whole = _one([m if i % size == rank else torch.zeros_like(m) for i, m in enumerate(matrices)])
+    dist.all_reduce(whole)
+    _back(whole, matrices)
 
 
 def progress(recipe: Recipe, step: int, begin: float) -> float:
@@ -187,55 +220,86 @@ def progress(recipe: Recipe, step: int, begin: float) -> float:
     return float(done)
 
 
-def learn(recipe: Recipe, model: Nano, tokenizer: Tokenizer, out: Path) -> None:
-    """Trains; the first process tells and writes, also every 500 steps, so that a look at the model can be had."""
+@torch.no_grad()
+def take_up(model: Nano, path: Path) -> None:
+    """Takes the weights out of a GGUF that `export` wrote."""
+    weights = {t.name: torch.from_numpy(t.data.astype("float32")) for t in GGUFReader(path).tensors}
+    embedding = weights["token_embd.weight"]
+    spaced = model.plain != torch.arange(len(embedding))
+    weights["space"] = (embedding - embedding[model.plain])[spaced].mean(0)
+    model.load_state_dict(weights)
+
+
+def learn(
+    recipe: Recipe, model: Nano, tokenizer: Tokenizer, out: Path, state: Path | None, begin_with: Path | None
+) -> None:
+    """Trains; the first process tells and writes, also every 100 steps, so that a look at the model can be had."""
     rank, size = dist.get_rank(), dist.get_world_size()
-    matrices = [p for p in model.blk.parameters() if p.dim() == 2]
+    matrices: list[Tensor] = [p for p in model.blk.parameters() if p.dim() == 2]
     others = [p for name, p in model.named_parameters() if p.dim() == 1 or name.startswith("token_embd")]
-    muon, adam = Muon(matrices, recipe.muon), torch.optim.AdamW(others, recipe.adam, (0.9, 0.95), weight_decay=0.0)
-    begin, seen, losses = time.time(), 0, [0.0]
-    for step, (ids, wanted, targets) in enumerate(lessons(tokenizer, recipe, rank)):
+    optimizers = (
+        Muon(matrices[rank::size], recipe.muon),
+        torch.optim.AdamW(others, recipe.adam, (0.9, 0.95), weight_decay=0.0),
+    )
+    begin, seen, first, losses = time.time(), 0, 0, [0.0]
+    if begin_with:
+        take_up(model, begin_with)
+    mine = state and state.with_suffix(f".{rank}")
+    if mine and mine.exists():
+        saved = torch.load(mine)
+        model.load_state_dict(saved["model"])
+        for optimizer, memory in zip(optimizers, saved["optimizers"], strict=True):
+            optimizer.load_state_dict(memory)
+        seen, first, begin = saved["seen"], saved["step"], time.time() - saved["seconds"]
+    for step, (shared, ids, wanted, targets) in enumerate(lessons(tokenizer, recipe, rank, first), first):
         done = progress(recipe, step, begin)
         if done >= 1:
             break
-        rate = recipe.rate(step, done)
-        muon.param_groups[0]["lr"], adam.param_groups[0]["lr"] = recipe.muon * rate, recipe.adam * rate
+        for optimizer, peak in zip(optimizers, (recipe.muon, recipe.adam), strict=True):
+            optimizer.param_groups[0]["lr"] = peak * recipe.rate(step, done)
         with torch.autocast("cpu", torch.bfloat16):
-            logits = model(ids, wanted)
+            logits = model(shared, ids, wanted)
         loss = F.cross_entropy(logits.float(), targets)
         loss.backward()
         average(model)
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
-        for optimizer in (muon, adam):
+        for optimizer in optimizers:
             optimizer.step()
-            optimizer.zero_grad(set_to_none=True)
-        seen += ids.numel() * size
-        losses.append(loss.item())
-        if rank == 0 and step % 100 == 99:
-            speed, mean = seen / (time.time() - begin), sum(losses[-100:]) / 100
-            print(f"{done:6.1%}  step {step + 1}  {seen:,} tokens  {speed:,.0f}/s  loss {mean:.4f}", flush=True)
-        if rank == 0 and step % 500 == 499:
-            export(model, tokenizer, out)
+        model.zero_grad(set_to_none=True)
+        exchange(matrices, rank, size)
+        seen += (ids.numel() + len(shared) * len(ids)) * size
+        if len(shared):  # no drill
+            losses.append(loss.item())
+        if rank == 0 and step % 25 == 24:
+            mean = sum(losses[-25:]) / 25
+            passed = (time.time() - begin) / 60
+            print(f"{done:6.1%}  step {step + 1}  {passed:.1f} min  {seen:,} tokens  loss {mean:.4f}", flush=True)
+        if step % 100 == 99:
+            if rank == 0:
+                export(model, tokenizer, out)
+            if mine:
+                memory = [o.state_dict() for o in optimizers]
+                passed = time.time() - begin
+                saved = {"model": model.state_dict(), "optimizers": memory, "seen": seen, "step": step + 1}
+                torch.save(saved | {"seconds": passed}, mine)
     if rank == 0:
         export(model, tokenizer, out)
         minutes = (time.time() - begin) / 60
-        print(f"wrote {out}, {out.stat().st_size:,} bytes, after {step:,} steps and {minutes:.1f} minutes", flush=True)
+        print(f"wrote {out}, {out.stat().st_size:,} bytes: {step:,} steps, {seen:,} tokens, {minutes:.1f} minutes")
 
 
-def worker(rank: int, size: int, meet: str, recipe: Recipe, out: Path, resume: Path | None, state: Path | None) -> None:
+def worker(
+    rank: int, size: int, meet: str, recipe: Recipe, out: Path, state: Path | None, begin_with: Path | None
+) -> None:
     """One of the processes; they meet at the file `meet`."""
     torch.manual_seed(SEED)
     torch.set_num_threads(1)
-    dist.init_process_group("gloo", init_method=f"file://{meet}", rank=rank, world_size=size)
+    dist.init_process_group("gloo", init_method=f"file://{meet}", rank=rank, world_size=size, timeout=PATIENCE)
     tokenizer = load()
     model = Nano(Shape(vocab=len(tokenizer.tokens)), plain_twins(tokenizer))
-    if resume:
-        model.load_state_dict(torch.load(resume))
     if rank == 0:
         print(f"{sum(p.numel() for p in model.parameters()):,} parameters, {len(tokenizer.tokens)} tokens", flush=True)
-    learn(recipe, model, tokenizer, out)
-    if rank == 0 and state:
-        torch.save(model.state_dict(), state)
+    learn(recipe, model, tokenizer, out, state, begin_with)
     dist.destroy_process_group()
 
 
@@ -245,16 +309,24 @@ def main() -> None:
     parser.add_argument("--steps", type=int, default=Recipe.steps)
     parser.add_argument("--minutes", type=float, default=0, help="how long to train, instead of a number of steps")
     parser.add_argument("--workers", type=int, default=WORKERS, help="processes of one thread each")
-    parser.add_argument("--state", type=Path, help="also save the weights as a PyTorch file at the end")
-    parser.add_argument("--resume", type=Path, help="begin with the weights of such a file")
+    parser.add_argument("--state", type=Path, help="keep what is needed to go on in files of this name, and go on")
+    parser.add_argument("--begin-with", type=Path, metavar="GGUF", help="begin with the weights of such a file")
     parser.add_argument("--first-seed", type=int, default=Recipe.first_seed, help="of the conversations")
+    parser.add_argument("--rates", type=float, default=1.0, help="a factor on the learning rates")
     options = parser.parse_args()
-    recipe = Recipe(steps=options.steps, minutes=options.minutes, first_seed=options.first_seed)
+    recipe = Recipe(
+        steps=options.steps,
+        minutes=options.minutes,
+        muon=Recipe.muon * options.rates,
+        adam=Recipe.adam * options.rates,
+        drills=0 if options.begin_with else Recipe.drills,
+        first_seed=options.first_seed,
+    )
     with tempfile.TemporaryDirectory() as folder:
         meet = str(Path(folder, "meet"))
         mp.spawn(
             worker,
-            (options.workers, meet, recipe, options.out, options.resume, options.state),
+            (options.workers, meet, recipe, options.out, options.state, options.begin_with),
             nprocs=options.workers,
         )
 
