@@ -215,9 +215,13 @@ def model_path(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return tinymodels.write(tmp_path_factory.mktemp("gguf") / "tiny.gguf", f16=True)
 
 
-@pytest.fixture(scope="module", params=[True, False], ids=["exact", "plain"])
+KINDS: dict[str, dict[str, Any]] = {"exact": {"exact": True}, "plain": {}, "flash": {"flash_attention": "on"}}
+
+
+@pytest.fixture(scope="module", params=KINDS)
 def any_loaded(request: pytest.FixtureRequest, model_path: Path) -> Iterator[loading.Loaded]:
-    loaded = load(model_path, exact=request.param)
+    loaded = load(model_path, **KINDS[request.param])
+    assert loaded.flash_attention == (request.param == "flash")
     yield loaded
     loaded.close()
 

@@ -118,6 +118,7 @@ def test_kv_cache_larger_than_the_memory(path: Path, monkeypatch: pytest.MonkeyP
         ({"slots": 256, "exact": True}, "between 1 and 255"),
         ({"threads": 0}, "--threads 0"),
         ({"exact": True, "gpu_layers": -1}, "--exact"),
+        ({"exact": True, "flash_attention": "on"}, "--flash-attention on"),
         ({"kv_memory": 1000}, "more than the 0 MiB allowed"),
         ({"kv_memory": 1000, "slots": None}, "one slot needs"),
     ],
@@ -154,6 +155,13 @@ def test_cgroup_limit_counts(tmp_path: Path) -> None:
     assert 0 < loading.available_memory() < 1 << 62
 
 
+def test_a_head_that_claims_a_billion_layers(path: Path) -> None:
+    file = modelfile.read(str(path))
+    file.meta["llama.block_count"] = 3_000_000_000
+    with pytest.raises(UsageError, match="3000000000 layers"):
+        file.kv_bytes_per_slot(256)
+
+
 @settings(max_examples=60, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(st.lists(st.tuples(st.integers(0, 9000), st.integers(0, 255)), min_size=1, max_size=4))
 def test_flipped_bytes_in_the_head_never_break_the_reader(
@@ -165,12 +173,10 @@ def test_flipped_bytes_in_the_head_never_break_the_reader(
     other = tmp_path_factory.mktemp("flip") / "flipped.gguf"
     other.write_bytes(bytes(data))
     try:
-        file = modelfile.read(str(other))
+        modelfile.read(str(other)).kv_bytes_per_token()
+        message = "fine"
     except UsageError as refused:
         message = str(refused)
-    else:
-        message = "fine"
-        file.kv_bytes_per_token()
     assert message
 
 

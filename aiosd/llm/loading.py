@@ -93,8 +93,7 @@ def load(spec: ModelSpec, report: Report) -> Loaded:
         ctx = min(ctx, trained) if trained else ctx
         if spec.exact and model.recurrent:
             raise UsageError("--exact: not for a model with a recurrent state, of which no part can be taken back")
-        # On a CPU it wins with short contexts and loses with long ones (docs/benchmarks.md); exact mode needs it off.
-        flash_attention = None if spec.gpu_layers and llama.supports_gpu() else False
+        flash_attention = _flash_attention(spec)
         context, threads = _context(spec, model, ctx, slots, flash_attention, report)
     except BaseException:
         model.close()
@@ -122,8 +121,18 @@ def _check_options(spec: ModelSpec, file: modelfile.ModelFile, ctx: int) -> None
         raise UsageError(f"--threads {spec.threads}: must be between 1 and 512")
     if spec.exact and spec.gpu_layers:
         raise UsageError("--exact: on the CPU only, not together with --gpu-layers")
+    if spec.exact and spec.flash_attention == "on":
+        raise UsageError("--exact: not together with --flash-attention on, which rounds as the batch is cut")
     if file.meta.get("general.type") not in (None, "model"):
         raise UsageError(f"{spec.path}: this is no model but a part for one ({file.meta['general.type']})")
+
+
+def _flash_attention(spec: ModelSpec) -> bool | None:
+    """None: llama.cpp decides. On a CPU it makes decoding faster and prompts slower; by how much depends on the model,
+    the processor and the lengths (docs/benchmarks.md)."""
+    if spec.flash_attention == "auto":
+        return None if spec.gpu_layers and llama.supports_gpu() else False
+    return spec.flash_attention == "on"
 
 
 def _offloaded(spec: ModelSpec, model: llama.Model) -> int:

@@ -22,6 +22,7 @@ _SCALARS = {0: "<B", 1: "<b", 2: "<H", 3: "<h", 4: "<I", 5: "<i", 6: "<f", 7: "<
 _STRING, _ARRAY = 8, 9
 _MAX_ENTRIES = 1 << 20
 _SHORT = 1024  # numbers in a list that is read, not skipped
+MOST_LAYERS = 4096  # llama.cpp takes 512
 _SPLIT = re.compile(r"-(\d{5})-of-(\d{5})\.gguf\Z")
 
 
@@ -44,6 +45,8 @@ class ModelFile:
     def _kv_heads(self) -> list[int]:
         """For every layer; 0 where it has no attention but a recurrent state."""
         layers = self.number("block_count")
+        if not 0 <= layers <= MOST_LAYERS:
+            raise UsageError(f"{self.path}: damaged, or no model for llama.cpp: {layers} layers")
         heads = self.number("attention.head_count")
         per_layer = self.meta.get(f"{self.architecture}.attention.head_count_kv")
         if isinstance(per_layer, list):
