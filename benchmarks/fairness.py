@@ -2,9 +2,10 @@
 """What one who types gets beside a crowd that computes; and whether shares are what was asked for.
 
 Latency: one interactive agent talks (a growing conversation, calls of 64 new prompt tokens and 32 generated, a second
-between them) on an idle system, then among 32 agents that generate without end. Its p90 over its own on the idle system
-counts, on the same running system. With a slot for everybody (33) and with 8; under the default policy, under fifo, and
-with llama-server.
+between them) on an idle system, then among 32 agents that generate without end, and have done so for a while: in their
+first seconds, until each has had a quantum, they are newcomers with the same rights as it has. Its p90 over its own on
+the idle system counts, on the same running system. With a slot for everybody (33) and with 8; under the default policy,
+under fifo, and with llama-server.
 
 Shares: 16 agents that generate without end on 8 slots, half of them with nice 5; tokens of the classes in a minute,
 over the ratio of Linux's weights for these nice values, 1024 : 335.
@@ -89,7 +90,7 @@ def latency(talker: Client, crowd: list[Client], vocab: int, options: argparse.N
     talk(1, 0.0)  # warm
     idle = talk(2, options.idle)
     race(crowd, [order(100 + i, vocab, ctx=CTX) for i in range(len(crowd))])
-    time.sleep(2.0)  # all of them have begun
+    time.sleep(options.settle)
     busy = talk(3, options.seconds)
     p90 = [harness.percentile(values, 0.9) for values in (idle, busy)]
     return {
@@ -167,7 +168,7 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--side", action="append", help="fair, fifo, another policy, llama-server, shares")
     parser.add_argument("--seconds", type=float, default=45.0, help="among the crowd")
     parser.add_argument("--idle", type=float, default=15.0, help="seconds alone")
-    parser.add_argument("--settle", type=float, default=10.0, help="seconds before shares are counted")
+    parser.add_argument("--settle", type=float, default=10.0, help="seconds of the crowd before anything is counted")
     parser.add_argument("--share-seconds", type=float, default=60.0)
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--out", type=Path, default=harness.RESULTS / "fairness.json")
