@@ -347,9 +347,12 @@ class Connection:
         return len(self._open)
 
     def fileno(self) -> int:
-        """Becomes readable when there is something for `pump`."""
-        self._watched = True
-        self.pump()
+        """Becomes readable when there is something for `pump`; the same descriptor as long as the connection lives.
+        Take it before the first call: it may handle what has arrived, and who looks at its calls, then takes it,
+        then polls, would wait for what was handled in between."""
+        if not self._watched:
+            self._watched = True
+            self.pump()  # announces sleep: from now on the bell rings
         return self.transport.fileno()
 
     def pump(self) -> None:

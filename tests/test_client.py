@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import select
 import socket
 import struct
 import threading
@@ -11,6 +12,7 @@ from pathlib import Path
 
 import pytest
 
+from aiosd.commands.run import Attachment
 from libaios import client as clients
 from libaios import wire
 from libaios.client import Client, Home, NoKernel
@@ -159,6 +161,49 @@ def test_descriptors_that_a_kernel_sends_are_not_kept(kernel: SocketKernel, clie
     assert call.result(PATIENCE_S) == 1
 
 
+# ── loops of the caller's own ─────────────────────────────────────────────────────────────────────────────
+
+
+def readable(fd: int) -> bool:
+    return bool(select.select([fd], [], [], PATIENCE_S)[0])
+
+
+def test_asking_for_the_descriptor_again_takes_nothing(kernel: SocketKernel, client: Client) -> None:
+    """Else a loop would sleep on what it took with that."""
+    fd = client.fileno()
+    call = client.submit(Sys.GETPID, NoArgs())
+    kernel.reply(kernel.take(), 5)
+    assert readable(fd)
+    assert client.fileno() == fd
+    assert call.final is None
+    client.pump()
+    assert client.result(call, int) == 5
+
+
+def test_aios_run_sees_a_reply_that_comes_just_before_it_sleeps(
+    kernel: SocketKernel, client: Client, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    attachment = Attachment(client, wire.Spawn(kind="exec", target="true"))
+    attachment.wakeup, writing = os.pipe2(os.O_NONBLOCK)
+    call = client.submit(Sys.GETPID, NoArgs())
+    kernel.reply(kernel.take(), 5)
+    looked: list[bool] = []
+
+    def pump() -> None:
+        """The first time as if the reply came right after the look."""
+        if looked:
+            client.pump()
+        else:
+            looked.append(readable(client.socket.fileno()))
+
+    monkeypatch.setattr(attachment, "_pump", pump)
+    try:
+        assert attachment._await(call, int) == 5
+    finally:
+        os.close(attachment.wakeup)
+        os.close(writing)
+
+
 # ── a new kernel ──────────────────────────────────────────────────────────────────────────────────────────
 
 
@@ -184,8 +229,6 @@ def test_a_loop_of_the_callers_own_sees_the_reconnect(kernel: SocketKernel, clie
     pumping = aside(client.pump)
     kernel.welcome()
     pumping.result(PATIENCE_S)
-    import select
-
     poll = select.poll()
     poll.register(client.fileno(), select.POLLIN)
     kernel.reply(kernel.take(Sys.GETPID), 5)

@@ -242,6 +242,7 @@ class Attachment:
 
     def __init__(self, client: Client, spawn: Spawn) -> None:
         self.client = client
+        self.readable = client.fileno()  # when the kernel has sent something
         self.spawn = spawn
         self.pid = 0  # 0: not spawned yet
         self.signals: list[int] = []  # received, not yet acted upon
@@ -336,7 +337,7 @@ class Attachment:
     def _turn(self) -> None:
         poll = select.poll()
         poll.register(self.wakeup, select.POLLIN)
-        poll.register(self.client.fileno(), select.POLLIN)
+        poll.register(self.readable, select.POLLIN)
         interests: dict[int, int] = {}
         hidden = False
         for relay in self.relays:
@@ -398,7 +399,7 @@ class Attachment:
         deadline = time.monotonic() + STOP_PATIENCE_S
         while stopping is not None and stopping.final is None and (left := deadline - time.monotonic()) > 0:
             poll = select.poll()
-            poll.register(self.client.fileno(), select.POLLIN)
+            poll.register(self.readable, select.POLLIN)
             poll.poll(left * 1000)
             self._pump()
         if self.raw is not None:
