@@ -14,7 +14,7 @@ also on a machine that others use.
     …
 
 `--engine` leaves out everything but the engine: it runs in the process of the bare loop, to see what Python's share
-of a step is.
+of a step is. `--null` has the bare loop on both sides: how far from 1 that comes out is what the measurement is worth.
 """
 
 from __future__ import annotations
@@ -324,6 +324,7 @@ def main() -> None:
     parser.add_argument("--tokens", type=int, help="generated per agent and run")
     parser.add_argument("--threads", type=int, help="of both sides; default: what the core measures")
     parser.add_argument("--engine", action="store_true", help="the engine alone instead of the whole system")
+    parser.add_argument("--null", action="store_true", help="a second bare loop instead of the whole system")
     parser.add_argument("--out", type=Path, default=ROOT / "benchmarks" / "results" / "decode.json")
     parser.add_argument("--serve-bare", help=argparse.SUPPRESS)
     options = parser.parse_args()
@@ -334,9 +335,10 @@ def main() -> None:
     rows: list[dict[str, Any]] = []
     for name in options.model or ["nano", "small"]:
         path, tokens = model_path(name), options.tokens or TOKENS.get(name, 128)
-        if options.engine:
+        if options.engine or options.null:
             threads = options.threads or 1
-            ours, bare = bare_child(path, threads, "--engine"), bare_child(path, threads)
+            ours = bare_child(path, threads, *["--engine"] * options.engine)
+            bare = bare_child(path, threads)
 
             def side(count: int, tokens: int, salt: int, ours: Child = ours) -> float:
                 ours.ask([count, tokens, salt])
@@ -354,7 +356,7 @@ def main() -> None:
     result = {
         "benchmark": "decode",
         "date": datetime.now(UTC).date().isoformat(),
-        "side": "engine" if options.engine else "system",
+        "side": "bare loop" if options.null else "engine" if options.engine else "system",
         "ctx": CTX,
         "prompt_tokens": PROMPT,
         "hardware": {"machine": platform.processor() or platform.machine(), "cores": os.cpu_count(), "cpu": cpu_name()},

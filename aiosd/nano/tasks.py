@@ -199,6 +199,7 @@ class Source:
         self.rng = rng
         self.held = split != TRAIN
         self.fresh = split == FRESH
+        self.ranges = HELD_RANGES if self.held else self._alike() if self.chance(0.4) else []
 
     # --- choices
 
@@ -330,14 +331,27 @@ class Source:
 
     def number(self, most: int = 9_999_999) -> str:
         """An integer up to `most`, any number of digits as likely as another. Held-out numbers lie in ranges of
-        their own: 40-44, 80-84, 300-349, 7200-7499, 61000-61999, 500000-509999."""
-        ranges = [r for r in HELD_RANGES if r[1] <= most]
-        if self.held and ranges:
-            return str(self.rng.randint(*self.rng.choices(ranges, [4, 4, 4, 2, 1, 1][: len(ranges)])[0]))
+        their own: 40-44, 80-84, 300-349, 7200-7499, 61000-61999, 500000-509999. So they look alike, or are the same
+        ones twice, and are harder to copy; some of the tasks to learn from have narrow ranges, too."""
+        ranges = [r for r in self.ranges if r[1] <= most]
         while True:
-            n = self.rng.randint(1, min(most, 10 ** self.rng.choice([1, 1, 1, 2, 2, 2, 2, 3, 3, 3, 4, 4, 5, 6])))
-            if not any(low <= n <= high for low, high in HELD_RANGES):
+            if ranges:
+                n = self.rng.randint(*self.rng.choices(ranges, [4, 4, 4, 2, 1, 1][: len(ranges)])[0])
+            else:
+                n = self.rng.randint(1, min(most, 10 ** self.rng.choice([1, 1, 1, 2, 2, 2, 2, 3, 3, 3, 4, 4, 5, 6])))
+            if self.held or not _is_held(n):
                 return str(n)
+
+    def _alike(self) -> list[tuple[int, int]]:
+        """Ranges as narrow as the held-out ones, elsewhere."""
+        ranges = []
+        for width, least in ((4, 1), (4, 10), (49, 100), (299, 1_000), (999, 10_000), (9_999, 100_000)):
+            while True:
+                low = self.rng.randint(least, 10 * max(least, 10) - 1 - width)
+                if not _is_held(low) and not _is_held(low + width):
+                    ranges.append((low, low + width))
+                    break
+        return ranges
 
     def amount(self) -> str:
         """A number as it stands in an expression: often whole, sometimes with decimals."""
@@ -588,6 +602,10 @@ HELD_RANGES = [(40, 44), (80, 84), (300, 349), (7200, 7499), (61_000, 61_999), (
 ORDERS_TO_REMEMBER = [p for p in ph.REMEMBER if p[0].islower()]
 CLAUSES = [c for c in ph.CALC if "{e}" in c]
 NUMBER_WORDS = "zero one two three four five six seven eight nine ten eleven twelve".split()
+
+
+def _is_held(number: int) -> bool:
+    return any(low <= number <= high for low, high in HELD_RANGES)
 
 
 # --- one function per family ----------------------------------------------------------------------
@@ -992,16 +1010,16 @@ FAMILIES: dict[str, tuple[Callable[[Source], Task], float]] = {
     "calc": (calc, 16),
     "remember": (remember, 6),
     "recall": (recall, 7),
-    "read": (read, 7),
+    "read": (read, 9),
     "write": (write, 12),
     "talk": (talk, 3),
     "cannot": (cannot, 6),
     "calc, then": (chain("calc, then", "calc", ["save keep save"]), 9),
     "fetch, calc": (chain("fetch, calc", "read recall list", []), 8),
     "move": (move, 12),
-    "twice": (twice, 10),
+    "twice": (twice, 13),
     "fetch, calc, then": (chain("fetch, calc, then", "read recall list", ["save keep"]), 10),
     "calc, keep, save": (keep_and_save, 7),
-    "fetch two, calc": (chain("fetch two, calc", "read2 recall2 mixed", []), 8),
-    "fetch two, calc, then": (chain("fetch two, calc, then", "read2 recall2 mixed", ["save keep"]), 8),
+    "fetch two, calc": (chain("fetch two, calc", "read2 recall2 mixed", []), 10),
+    "fetch two, calc, then": (chain("fetch two, calc, then", "read2 recall2 mixed", ["save keep"]), 10),
 }
