@@ -6,6 +6,7 @@ the engine on a tiny random model under a policy that takes slots away at random
 
 from __future__ import annotations
 
+import contextlib
 import random
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -19,7 +20,7 @@ from hypothesis import strategies as st
 from aiosd.llm import llama, loading
 from aiosd.llm.blob import Layout, Part, Piece
 from aiosd.llm.cache import Cache
-from aiosd.llm.contexts import Extent, Store, Swap
+from aiosd.llm.contexts import GONE, Extent, Store, Swap
 from aiosd.llm.engine import Engine
 from aiosd.llm.policy import Fifo
 from aiosd.llm.prefix import Tree
@@ -149,6 +150,40 @@ def test_under_pressure_contexts_go_to_disk_and_come_back(tmp_path: Path) -> Non
         assert find(where, [i] * 10) == [i] * 10
     where.check()
     where.close()
+
+
+@settings(deadline=None)
+@given(st.lists(st.integers(1, 40), max_size=30), st.randoms(use_true_random=False))
+def test_room_in_the_swap_file_comes_back_whole(lengths: list[int], rng: Any) -> None:
+    with contextlib.closing(Swap("/tmp", 300 * TOY.bytes_per_token)) as swap:
+        kept: list[Extent] = []
+        for length in lengths:
+            extent = swap.put(toy([0] * length))
+            if extent is not None:
+                kept.append(extent)
+            if kept and rng.random() < 0.4:
+                swap.free(kept.pop(rng.randrange(len(kept))))
+            places = sorted([(e.offset, e.size) for e in kept] + swap._free)
+            assert [0, *(offset + size for offset, size in places)] == [*(offset for offset, _ in places), swap.budget]
+        for extent in rng.sample(kept, len(kept)):
+            swap.free(extent)
+        assert swap._free == [(0, swap.budget)]
+        assert swap.used == 0
+
+
+@pytest.mark.parametrize("others", [0, GONE + 1])
+def test_what_only_the_dead_used_goes_first(others: int) -> None:
+    where = store(40)
+    add(where, [1] * 10, peer=1)
+    add(where, [2] * 10, peer=2)
+    where.gone(2)
+    for peer in range(10, 10 + others):
+        where.gone(peer)
+    add(where, [1] * 10 + [3] * 10, peer=3)  # 2's was used later than 1's
+    add(where, [4] * 15, peer=4)
+    assert find(where, [2] * 10) == []
+    assert find(where, [1] * 10) == [1] * 10
+    assert len(where._gone) <= GONE
 
 
 def test_a_piece_damaged_on_disk_is_computed_again(tmp_path: Path) -> None:

@@ -17,7 +17,7 @@ import os
 import tempfile
 import time
 import zlib
-from bisect import insort
+from bisect import bisect
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
@@ -35,6 +35,9 @@ DEARER = 4096.0
 
 #: So much of a budget is freed at once, so that making room costs little per piece.
 SLACK = 1 / 16
+
+#: So many dead are remembered before what they used is looked for.
+GONE = 1024
 
 
 @dataclass(frozen=True, slots=True)
@@ -94,14 +97,15 @@ class Swap:
 
     def free(self, extent: Extent) -> None:
         self.used -= extent.size
-        insort(self._free, (extent.offset, extent.size))
-        merged: list[tuple[int, int]] = []
-        for offset, size in self._free:
-            if merged and sum(merged[-1]) == offset:
-                merged[-1] = (merged[-1][0], merged[-1][1] + size)
-            else:
-                merged.append((offset, size))
-        self._free = merged
+        free, offset, size = self._free, extent.offset, extent.size
+        place = bisect(free, (offset, size))
+        if place < len(free) and free[place][0] == offset + size:
+            size += free.pop(place)[1]
+        if place and sum(free[place - 1]) == offset:
+            place -= 1
+            before = free.pop(place)
+            offset, size = before[0], before[1] + size
+        free.insert(place, (offset, size))
 
     def close(self) -> None:
         if self._file is not None:
@@ -127,6 +131,7 @@ class Store:
         self.ram = 0  # bytes in memory
         self.swap = swap
         self.evictions = {"disk": 0, "dropped": 0}
+        self._gone: set[int] = set()  # dead, and what they used is not yet written off
         self._clock = clock
         self._tree: Tree[Payload] = Tree(self._split)
 
@@ -173,7 +178,7 @@ class Store:
         piece = self.swap.get(payload)
         if piece is None:
             self.drop(node)
-        elif self._room_beside(node, piece.size):
+        elif not node.private and self._room_beside(node, piece.size):  # what is private is dropped when it was read
             self.swap.free(payload)
             node.payload = piece
             self.ram += piece.size
@@ -248,9 +253,17 @@ class Store:
 
     def gone(self, peer: int) -> None:
         """Nobody comes back for what this peer alone used: it goes first."""
+        self._gone.add(peer)
+        if len(self._gone) > GONE:  # a look at every node for each of the dead would be a look too many
+            self._write_off()
+
+    def _write_off(self) -> None:
+        if not self._gone:
+            return
         for node in self._tree.nodes():
-            if node.leaf and node.peer == peer:
+            if node.leaf and node.peer in self._gone:
                 node.uses = [-ONCE]
+        self._gone.clear()
 
     def _make_room(self, need: int) -> bool:
         """Free memory for `need` bytes more; False: it cannot be."""
@@ -271,6 +284,7 @@ class Store:
 
     def _candidates(self) -> list[Node[Payload]]:
         """Nodes in memory with nothing in memory below them, the cheapest to lose first."""
+        self._write_off()
         now = self._clock()
         found = [
             node
@@ -312,6 +326,7 @@ class Store:
     def _clear_disk(self, need: int, spare: Node[Payload]) -> None:
         """Drop what is cheapest to lose on the disk; never what hangs below `spare`."""
         assert self.swap is not None
+        self._write_off()
         now = self._clock()
         leaves = [
             n

@@ -36,7 +36,8 @@ MOST_CONTEXT_RAM = 4 << 30
 MAX_ANSWER = wire.MAX_FRAME - 1024
 
 _MESSAGES_AT_ONCE = 64
-PLACES_EVERY = 1.0  # seconds between two words on where contexts lie, while calls run
+PLACES_EVERY = 1.0  # seconds between two words on where contexts lie, while calls run; more where it takes long
+PLACES_SHARE = 0.005  # of the time, at most
 _POLL = 0.005  # while a file is written or read
 _SLEEP = 5.0  # a back-stop: any message wakes the core at once
 _LOOK_EVERY = 0.05  # seconds between two looks at the bell while busy
@@ -140,7 +141,7 @@ class Core:
             self._refuse,
             exact=spec.exact,
         )
-        self._told_places = 0.0
+        self._places_due = 0.0
         self._places: dict[int, tuple[str, int]] = {}
         self._quit = False
         self._schedule: link.Schedule | None = None
@@ -178,10 +179,10 @@ class Core:
                 self._library.poll()
             if engine.has_work:
                 engine.step()
-                if now - self._told_places > PLACES_EVERY:
-                    self._tell_places(now)
+                if now > self._places_due:
+                    self._tell_places()
             elif not channel.more and not self._quit:
-                self._tell_places(now)
+                self._tell_places()
                 rounds.end()
                 channel.wait(_POLL if self._library.busy else _SLEEP)
                 looked = 0.0
@@ -243,12 +244,14 @@ class Core:
             return
         self._answer(message.key, embedded, embedded.prompt_tokens)
 
-    def _tell_places(self, now: float) -> None:
-        self._told_places = now
+    def _tell_places(self) -> None:
+        began = time.monotonic()
         places = {peer: place for peer, place in self.engine.cache.by_peer().items() if peer > 0}
         if places != self._places:
             self._places = places
             self._send(link.Contexts(places))
+        now = time.monotonic()
+        self._places_due = now + max(PLACES_EVERY, (now - began) / PLACES_SHARE)
 
     def _answer(self, key: link.Key, body: object, prompt_tokens: int = 0) -> None:
         encoded = wire.encode(body)
