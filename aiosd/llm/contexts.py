@@ -291,7 +291,7 @@ class Store:
             for node in self._tree.nodes()
             if isinstance(node.payload, Piece)
             and not node.pins
-            and not any(isinstance(below.payload, Piece) for below in node.below())
+            and (node.leaf or not any(isinstance(below.payload, Piece) for below in node.below()))
         ]
         return sorted(found, key=lambda node: (node.private, self._worth(node, now)))
 

@@ -236,7 +236,7 @@ class Engine:
 
     def _plan(self) -> None:
         now = self._clock()
-        waiting = [s for s in self._waiting.values() if not s.parked and not self._follows(s)]
+        waiting = [s for s in self._waiting.values() if not s.parked and (s.leader is None or not self._follows(s))]
         if not waiting:
             return
         running = list(self.slots.owners())
@@ -260,8 +260,7 @@ class Engine:
     def _follows(self, sequence: Sequence) -> bool:
         """Is the beginning of this prompt being computed for another call, so that waiting is better?"""
         leader = sequence.leader
-        if leader is None:
-            return False
+        assert leader is not None
         if leader.phase is Phase.PREFILL and not leader.parked and leader.length < sequence.leader_stop:
             return True
         sequence.leader = None

@@ -153,7 +153,8 @@ class Tree(Generic[P]):
             node = queue.pop()
             if node.parent is not None:
                 yield node
-            queue.extend(node.below())
+            if node.children or node.privates:  # most have none
+                queue.extend(node.below())
 
 
 def path_to(node: Node[P]) -> list[Node[P]]:
