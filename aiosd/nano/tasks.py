@@ -737,7 +737,10 @@ def _wrapped(s: Source, said: str) -> str:
 
 def talk(s: Source) -> Task:
     answer = s.rng.choices(list(ph.SMALL_TALK), [3, 2, 2, 2, 4])[0]
-    prompt = s._sloppy(s.choose(ph.SMALL_TALK[answer]))
+    said = s.choose(ph.SMALL_TALK[answer])
+    if not s.held and "I am" not in answer and s.chance(0.25):  # "hello", and words that do not matter
+        said = f"{said.rstrip('!.?')} {s.words(1, 2)}"
+    prompt = s._sloppy(said)
     musts = ["help" if "help" in answer else "calculate" if "calculate" in answer else answer.split()[-1]]
     return Task("talk", prompt, lambda do: (answer, musts))
 
@@ -1012,8 +1015,8 @@ FAMILIES: dict[str, tuple[Callable[[Source], Task], float]] = {
     "recall": (recall, 7),
     "read": (read, 9),
     "write": (write, 12),
-    "talk": (talk, 3),
-    "cannot": (cannot, 6),
+    "talk": (talk, 6),
+    "cannot": (cannot, 7),
     "calc, then": (chain("calc, then", "calc", ["save keep save"]), 9),
     "fetch, calc": (chain("fetch, calc", "read recall list", []), 8),
     "move": (move, 12),
