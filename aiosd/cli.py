@@ -249,8 +249,18 @@ def _value(name: str, value: Any) -> str:
 # ── set ──────────────────────────────────────────────────────────────────────────────────────────────────
 
 
+class _Setting(click.Choice[str]):
+    """As in aiosd.toml, or as an option is written: log-level."""
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> str:
+        word = str(value).replace("-", "_")
+        if word not in self.choices:
+            self.fail(f"{value!r} is none of {', '.join(self.choices)}", param, ctx)
+        return word
+
+
 @command.command("set", context_settings=edge.SETTINGS, short_help="Change a setting of the running system.")
-@click.argument("name", metavar="NAME", type=click.Choice([*config.LIVE]))
+@click.argument("name", metavar="NAME", type=_Setting([*config.LIVE]))
 @click.argument("value")
 def change(name: str, value: str) -> int:
     """Change a setting of the running system.

@@ -9,7 +9,9 @@ import sys
 def setup(process: str, level: str) -> None:
     """To be called once in each process, after the fork."""
     handler = logging.StreamHandler(sys.stderr)
-    handler.setFormatter(logging.Formatter(f"%(asctime)s aiosd[{process}] %(levelname)s %(message)s", "%H:%M:%S"))
+    handler.setFormatter(
+        logging.Formatter(f"%(asctime)s aiosd[{process}] %(levelname)s %(message)s", "%Y-%m-%d %H:%M:%S")
+    )
     root = logging.getLogger()
     root.handlers[:] = [handler]
     logging.raiseExceptions = False  # a full disk under stderr must not hurt

@@ -61,7 +61,7 @@ def connect(home: Home, timeout: float = GREETING_S) -> socket.socket:
         if not isinstance(err, OSError) or isinstance(err, NoKernel):
             raise
         if err.errno in (errno.ENOENT, errno.ECONNREFUSED, errno.ENOTDIR):
-            raise NoKernel(f"no aiosd is running (no socket at {home.socket}); start one with: aiosd") from None
+            raise NoKernel(f"no aiosd is running (no socket at {home.socket}); start one with: aiosd -d") from None
         raise NoKernel(f"{home.socket}: {err.strerror or err}") from None
 
 

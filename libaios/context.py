@@ -32,18 +32,19 @@ class Conversation:
         tools: Sequence[Mapping[str, Any]] | None = None,
         model: str | None = None,
     ) -> None:
-        if isinstance(messages, str):
-            raise TypeError('messages: a list of {"role": …, "content": …}, not a text')
-        self.messages: list[dict[str, Any]] = [dict(message) for message in messages]
-        self.tools = None if tools is None else [dict(tool) for tool in tools]
+        self.messages = llm.objects(messages, "messages")
+        self.tools = None if tools is None else llm.objects(tools, "tools")
         self.model = model
+
+    def __repr__(self) -> str:
+        return f"<{type(self).__name__} of {len(self.messages)} messages>"
 
     def __len__(self) -> int:
         return len(self.messages)
 
     def _with(self, more: str | Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
         """The messages with what is said now; they are kept when the answer is there."""
-        new = [{"role": "user", "content": more}] if isinstance(more, str) else [dict(message) for message in more]
+        new = [{"role": "user", "content": more}] if isinstance(more, str) else llm.objects(more, "messages")
         return [*self.messages, *new]
 
     def _options(self, options: dict[str, Any]) -> dict[str, Any]:

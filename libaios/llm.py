@@ -18,8 +18,9 @@ under a call.
 
 from __future__ import annotations
 
+import errno
 import random
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING, Any, Literal, overload
 
 from libaios import wire
@@ -158,19 +159,34 @@ def generate_args(
         # Drawn here, so that a call that has to be submitted again is the same call.
         seed=_seeds.getrandbits(62) if seed is None else seed,
         ignore_eos=ignore_eos,
-        stop=[stop] if isinstance(stop, str) else list(stop),
+        stop=[stop] if isinstance(stop, str) else _list(stop, "stop", "texts"),
     )
     return wire.Generate(
-        messages=None if messages is None else [dict(message) for message in messages],
+        messages=None if messages is None else objects(messages, "messages"),
         prompt=prompt if prompt is None or isinstance(prompt, str) else [int(token) for token in prompt],
         model=model,
         sampling=sampling,
-        tools=None if tools is None else [dict(tool) for tool in tools],
+        tools=None if tools is None else objects(tools, "tools"),
         schema=dict(schema) if isinstance(schema, Mapping) else schema,
         stream=stream,
         timeout_s=timeout,
         public=public,
     )
+
+
+def objects(value: Sequence[Mapping[str, Any]], what: str) -> list[dict[str, Any]]:
+    """The list of dicts that this is to be. Raises OSError EINVAL."""
+    items = _list(value, what, "dicts")
+    for i, item in enumerate(items):
+        if not isinstance(item, Mapping):
+            raise wire.error(errno.EINVAL, f"{what}[{i}]: a dict, not {item!r:.60}")
+    return [dict(item) for item in items]
+
+
+def _list(value: Any, what: str, of: str) -> list[Any]:
+    if isinstance(value, (str, bytes, Mapping)) or not isinstance(value, Iterable):
+        raise wire.error(errno.EINVAL, f"{what}: a list of {of}, not {value!r:.60}")
+    return list(value)
 
 
 def _generate(args: wire.Generate) -> Result | Stream:

@@ -37,7 +37,8 @@ Pid = Annotated[int, Meta(ge=1, lt=1 << 53)]
 Seconds = Annotated[float, Meta(ge=0, le=1e9)]
 Nice = Annotated[int, Meta(ge=-20, le=19)]
 Signal = Annotated[int, Meta(ge=0, le=64)]
-Name = Annotated[str, Meta(min_length=1, max_length=64, pattern=r"^[^\x00-\x20\x7f/]+$")]
+NAME_PATTERN = r"^[^\x00-\x20\x7f/]+$"
+Name = Annotated[str, Meta(min_length=1, max_length=64, pattern=NAME_PATTERN)]
 TokenIds = Annotated[list[Annotated[int, Meta(ge=0, lt=1 << 31)]], Meta(max_length=1 << 20)]
 
 

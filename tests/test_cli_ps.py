@@ -102,6 +102,20 @@ def test_forest_shows_everyone_once_and_parents_first(parents: list[int]) -> Non
     assert len(branches) == len(order)
 
 
+@given(st.text(), st.integers(0, 30))
+def test_what_is_cut_fits_and_nothing_more_would(text: str, width: int) -> None:
+    kept = table.cut(text, width)
+    assert text.startswith(kept)
+    assert table.cells(kept) <= width
+    assert kept == text or table.cells(text[: len(kept) + 1]) > width
+
+
+def test_wide_characters_take_two_cells() -> None:
+    rows = table.render([proc(1, name="日本語"), proc(22, name="e\u0301a")], table.layout(["name,pid"]))
+    assert [table.cells(row) for row in rows] == [10, 10, 10]
+    assert table.render([proc(1, name="日本語")], table.layout(["name="]), width=5) == ["日本"]
+
+
 def test_command_cannot_move_the_cursor() -> None:
     line = table.render([proc(7, command="\x1b[2Jevil\n\x9b31m")], table.layout(["command="]))[0]
     assert line == "?[2Jevil??31m"

@@ -222,10 +222,18 @@ def test_names(aiosd: System, tmp_path: Path, args: list[str], name: str) -> Non
     assert run.wait(10) == 0
 
 
-def test_a_name_that_cannot_be_one_is_refused(aiosd: System) -> None:
-    done = aiosd.run("aios-run", "--name", "a b", "--", "true")
+@pytest.mark.parametrize("name", ["a b", "12", "-x", ""])
+def test_a_name_that_cannot_be_one_is_refused(aiosd: System, name: str) -> None:
+    done = aiosd.run("aios-run", "--name", name, "--", "true")
     assert (done.returncode, done.stderr.count("\n")) == (125, 1)
-    assert "name" in done.stderr
+    assert "name: " in done.stderr
+    assert "regex" not in done.stderr
+
+
+def test_a_script_whose_name_is_a_number(aiosd: System, tmp_path: Path) -> None:
+    script = tmp_path / "12.py"
+    script.write_text("import libaios as aios; print([p.name for p in aios.proc.ps() if p.pid == aios.proc.getpid()])")
+    assert aiosd.run("aios-run", script, check=True).stdout == "['_12']\n"
 
 
 # ── exit codes ────────────────────────────────────────────────────────────────────────────────────────────

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import textwrap
+import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -193,7 +194,7 @@ def piece() -> Piece:
 
 def test_what_is_written_is_read(tmp_path: Path) -> None:
     files = Saved(str(tmp_path), {"model": "a"})
-    size = files.write("g", "../x y", MESSAGES, TOKENS, piece())
+    written = files.write("g", "../x y", MESSAGES, TOKENS, piece())
     assert [path.parent.parent for path in tmp_path.rglob("*.ctx")] == [tmp_path], "a name stays in its folder"
     opened = files.read("g", "../x y")
     assert opened.messages == MESSAGES
@@ -201,7 +202,9 @@ def test_what_is_written_is_read(tmp_path: Path) -> None:
     assert opened.piece is not None
     assert opened.piece.data.tolist() == piece().data.tolist()
     listed = files.list("g")
-    assert [(one.name, one.tokens, one.bytes) for one in listed] == [("../x y", 10, size)]
+    assert listed == [written]
+    assert (written.name, written.tokens) == ("../x y", 10)
+    assert abs(written.created - time.time()) < 60
     assert files.list("h") == []
 
 

@@ -128,6 +128,23 @@ def test_arguments_of_past_calls_may_be_json_text() -> None:
 
 
 @pytest.mark.parametrize(
+    ("message", "said"),
+    [
+        ({"role": "bogus", "content": "x"}, "role must be one of system, .*, not 'bogus'"),
+        ({"role": 7, "content": "x"}, "not 7"),
+        ({"role": ["user"], "content": "x"}, "role must be"),
+        ({"content": "x"}, "not None"),
+        ({"role": "user"}, "has no content"),
+        ({"role": "assistant", "content": None}, "has no content"),
+    ],
+)
+def test_messages_that_make_no_sense_are_refused(message: dict[str, Any], said: str) -> None:
+    with pytest.raises(OSError, match=rf"messages\[1\].*{said}") as caught:
+        normal_messages([*user("hi"), message])
+    assert caught.value.errno == errno.EINVAL
+
+
+@pytest.mark.parametrize(
     "tools",
     [
         [{"name": ""}],

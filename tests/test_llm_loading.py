@@ -67,6 +67,13 @@ def test_info_has_the_fields_of_the_contract(path: Path) -> None:
     assert loaded.device == "CPU"
 
 
+@pytest.mark.skipif(llama.supports_gpu(), reason="this llama.cpp has one")
+def test_gpu_layers_without_a_gpu_are_said(path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    loaded = load(path, gpu_layers=5)
+    loaded.close()
+    assert "--gpu-layers 5: this llama.cpp was built without a GPU" in caplog.text
+
+
 def test_missing_file(tmp_path: Path) -> None:
     assert "no such file" in refusal(tmp_path / "missing.gguf")
 

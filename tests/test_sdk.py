@@ -626,4 +626,14 @@ def test_arguments_are_checked_before_anything_is_sent(kernel: ChannelKernel, co
             aios.msg.send(1, object())
         with pytest.raises(TypeError):
             aios.llm.chat([], no_such_option=1)
+        for call, said in (
+            (lambda: aios.llm.chat("hello"), "messages: a list of dicts, not 'hello'"),
+            (lambda: aios.llm.chat(["hello"]), r"messages\[0\]: a dict, not 'hello'"),
+            (lambda: aios.llm.chat([], tools="calc"), "tools: a list of dicts"),
+            (lambda: aios.llm.chat([], stop=5), "stop: a list of texts, not 5"),
+            (lambda: aios.llm.context("hello"), "messages: a list"),
+        ):
+            with pytest.raises(OSError, match=said) as caught:
+                call()
+            assert caught.value.errno == errno.EINVAL
     assert kernel.quiet()

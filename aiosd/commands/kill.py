@@ -84,6 +84,8 @@ def _next(rest: Any) -> list[str]:
 def command(word: str, timeout: float | None, listing: bool, targets: tuple[str, ...]) -> int:
     if listing:
         return _list(targets)
+    if word == "--":  # what `untangle` puts behind the options
+        raise click.UsageError("-s: a signal is missing")
     try:
         number = signals.number_of(word)
     except ValueError as err:

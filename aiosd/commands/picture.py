@@ -75,7 +75,7 @@ def head(status: dict[str, Any], width: int, clock: float) -> list[str]:
     indent = max((len(table.printable(model.get("name", "?"))) for model in models), default=0)
     for model in models:
         lines += _model(model, min(indent, 12))
-    return [line[:width] for line in lines]
+    return [table.cut(line, width) for line in lines]
 
 
 def _quantum(quantum: Any) -> str:

@@ -12,9 +12,6 @@ CTX is how many tokens of context the model keeps for the agent, and where: in a
 
 from __future__ import annotations
 
-import os
-import sys
-
 import click
 
 from aiosd import edge
@@ -37,8 +34,9 @@ EXAMPLES = """
     "List agents: the caller's live ones, unless -e, -p or -C say otherwise.\n\n"
     f"Columns for -o and --sort: {' '.join(table.COLUMNS)}.\n\n"
     "STAT: R on the LLM or computing, Q waiting for the LLM, S sleeping, D waiting for tool or store, T stopped, "
-    "Z dead and not yet waited for. TOKENS: prompt tokens computed and tokens generated. MEM: memory that would be "
-    "free without the agent (PSS), sampled. Exits with 1 when nothing was found for -p or -C.",
+    "Z dead and not yet waited for. TOKENS: prompt tokens computed and tokens generated. CTX: tokens of context that "
+    "the model keeps for the agent, and where they lie: slot, ram or disk. MEM: memory, where several share a page "
+    "each its part (PSS), sampled. Exits with 1 when nothing was found for -p or -C.",
     "[OPTIONS]",
     EXAMPLES,
 )
@@ -46,7 +44,13 @@ EXAMPLES = """
 @click.option("-f", "--full", is_flag=True, help="More columns.")
 @click.option("-p", "--pid", "pids", multiple=True, metavar="PIDS", help="These pids: 7,8 or '7 8'.")
 @click.option(
-    "-C", "--name", "names", multiple=True, metavar="NAME", help="Agents of this name.", shell_complete=agents.complete
+    "-C",
+    "--name",
+    "names",
+    multiple=True,
+    metavar="NAMES",
+    help="Of these names: a,b.",
+    shell_complete=agents.complete,
 )
 @click.option("-o", "--format", "columns", multiple=True, metavar="COLS", help="pid,stat=STATE; pid= drops the header.")
 @click.option("--sort", "keys", multiple=True, metavar="[-]COL", help="Sort by a column, - for the largest first.")
@@ -79,15 +83,14 @@ def command(
     if as_json:
         _print_json(found)
     else:
-        width = os.get_terminal_size(1).columns if sys.stdout.isatty() else None
-        for line in table.render(found, chosen, branches=branches, headers=not no_headers, width=width):
+        for line in table.render(found, chosen, branches=branches, headers=not no_headers, width=table.line_width()):
             print(line)
     return 1 if (pids or names) and not found else 0
 
 
 def _find(client: Client, everything: bool, pids: set[int], names: tuple[str, ...]) -> list[ProcInfo]:
     """What was asked for, by pid; -p and -C add to each other, as in ps."""
-    asked = [Ps(all=True, name=name) for name in names]
+    asked = [Ps(all=True, name=name) for argument in names for name in argument.split(",") if name]
     if pids:
         asked.append(Ps(all=True, pids=sorted(pids)))
     found: dict[int, ProcInfo] = {}

@@ -120,7 +120,8 @@ def _complete_file(context: click.Context, parameter: click.Parameter, incomplet
 @edge.new(
     RunCommand,
     "Start an agent and wait for it: a Python script, a Python module or any program. It gets this command's "
-    "stdin, stdout and stderr, environment and working directory.\n\n"
+    "stdin, stdout and stderr, environment and working directory. Where stdin is a terminal, what is typed is "
+    "passed on through a pipe while in the foreground; what wants a terminal of its own gets one with -t.\n\n"
     "Exits with the agent's exit code; 128+n when signal n ended it; 124 when a budget did; 125 when there is no "
     "aiosd or it refused; 126 when the program cannot be executed; 127 when it was not found.",
     "[OPTIONS]",
@@ -157,7 +158,8 @@ def command(
     target: tuple[str, ...],
 ) -> int:
     if not target or not target[0]:
-        raise click.UsageError("nothing to run: give FILE.py, -m MODULE or -- PROGRAM")
+        what = "-m needs a module" if context.meta["kind"] == "module" else "give FILE.py, -m MODULE or -- PROGRAM"
+        raise click.UsageError(f"nothing to run: {what}")
     if detach and terminal:
         raise click.UsageError("-d and -t exclude each other")
     try:

@@ -18,7 +18,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from aiosd import edge
-from aiosd.commands import picture, signals
+from aiosd.commands import picture, signals, table
 from aiosd.commands.picture import Sample, View
 from libaios.agent import Call
 from libaios.client import Client
@@ -340,12 +340,12 @@ class _Screen:
         if self.note and time.monotonic() >= self.note_until:
             self.note = ""
         more = len(self.pids)
-        return self.note or f"{FOOT}  ({more} agents by {self.view.sort})"
+        return self.note or f"{FOOT}  ({more} agent{'s' * (more != 1)} by {self.view.sort})"
 
     def _put(self, y: int, text: str, width: int, height: int, how: int = 0) -> None:
         if 0 <= y < height and width > 1:
             with contextlib.suppress(curses.error):  # the last cell of the screen: the cursor has nowhere to go
-                self.window.addnstr(y, 0, text, width, how)
+                self.window.addstr(y, 0, table.cut(text, width), how)
 
 
 _MOVES = {

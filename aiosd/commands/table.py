@@ -10,7 +10,10 @@ except on a terminal, cut.
 
 from __future__ import annotations
 
+import os
+import sys
 import time
+import unicodedata
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 
@@ -54,9 +57,45 @@ def start_time(when: float) -> str:
     return time.strftime("%b%d" if then.tm_year == now.tm_year else "%Y", then)
 
 
+def date(when: float) -> str:
+    return time.strftime("%Y-%m-%d %H:%M:%S", time.localtime(when))
+
+
 def printable(text: str) -> str:
     """`text` without anything that could move a terminal's cursor."""
     return text if text.isprintable() else "".join(c if c.isprintable() else "?" for c in text)
+
+
+def cells(text: str) -> int:
+    """How many cells of a terminal a text takes: some characters take two, accents of their own none."""
+    if text.isascii():
+        return len(text)
+    return sum(map(_cells_of, text))
+
+
+def _cells_of(character: str) -> int:
+    if unicodedata.combining(character) or unicodedata.category(character) in ("Mn", "Me", "Cf"):
+        return 0
+    return 2 if unicodedata.east_asian_width(character) in "WF" else 1
+
+
+def cut(text: str, width: int | None) -> str:
+    """As much of the beginning as fits into so many cells."""
+    if width is None or cells(text) <= width:
+        return text
+    for end, character in enumerate(text):
+        width -= _cells_of(character)
+        if width < 0:
+            return text[:end]
+    return text
+
+
+def line_width() -> int | None:
+    """Cells in a line, where stdout is a terminal: COLUMNS, if somebody has set that, or what the terminal has."""
+    if not sys.stdout.isatty():
+        return None
+    columns = os.environ.get("COLUMNS", "")
+    return int(columns) if columns.isdecimal() and int(columns) else os.get_terminal_size(1).columns
 
 
 def tokens(p: ProcInfo) -> int:
@@ -100,7 +139,7 @@ COLUMNS: dict[str, Column] = {
     "mem_bytes": _number("MEM_BYTES", lambda p: p.mem_bytes),
     "time": Column("TIME", lambda p: p.cpu_s, lambda p: cpu_time(p.cpu_s)),
     "stime": Column("STIME", lambda p: p.started, lambda p: start_time(p.started)),
-    "started": Column("STARTED", lambda p: p.started, lambda p: f"{p.started:.3f}"),
+    "started": Column("STARTED", lambda p: p.started, lambda p: date(p.started)),
     "etime": Column("ELAPSED", lambda p: -p.started, lambda p: elapsed(time.time() - p.started)),
     "exit": Column("EXIT", _exit, lambda p: "-" if p.exit is None else str(p.exit)),
     "name": _word("NAME", lambda p: p.name),
@@ -190,21 +229,24 @@ def render(
     width: int | None = None,
 ) -> list[str]:
     """The lines of the table; no line of headers where all of them are empty. `width` cuts each line."""
-    cells = [[c.text(p) for _, c in chosen] for p in processes]
+    texts = [[c.text(p) for _, c in chosen] for p in processes]
     if branches:
         drawn = next((i for i, (_, c) in enumerate(chosen) if c in (COLUMNS["name"], COLUMNS["command"])), None)
         if drawn is not None:
-            for row, branch in zip(cells, branches, strict=True):
+            for row, branch in zip(texts, branches, strict=True):
                 row[drawn] = branch + row[drawn]
     if headers and any(header for header, _ in chosen):
-        cells.insert(0, [printable(header) for header, _ in chosen])
-    widths = [max((len(row[i]) for row in cells), default=0) for i in range(len(chosen))]
+        texts.insert(0, [printable(header) for header, _ in chosen])
+    widths = [max((cells(row[i]) for row in texts), default=0) for i in range(len(chosen))]
     lines = []
-    for row in cells:
-        padded = [
-            cell.ljust(w) if c.left else cell.rjust(w) for cell, w, (_, c) in zip(row, widths, chosen, strict=True)
-        ]
+    for row in texts:
+        padded = [_pad(text, w, c.left) for text, w, (_, c) in zip(row, widths, chosen, strict=True)]
         if chosen[-1][1].left:
             padded[-1] = row[-1]
-        lines.append(" ".join(padded)[:width])
+        lines.append(cut(" ".join(padded), width))
     return lines
+
+
+def _pad(text: str, width: int, left: bool) -> str:
+    blanks = " " * (width - cells(text))
+    return text + blanks if left else blanks + text

@@ -15,14 +15,13 @@ PID STAT NI TOK/S TOKENS CACHED CTX  MEM %CPU    TIME NAME
 
 from __future__ import annotations
 
-import os
 import sys
 import time
 
 import click
 
 from aiosd import edge
-from aiosd.commands import agents, picture
+from aiosd.commands import agents, picture, table
 from aiosd.commands.picture import Sample, View
 from libaios.client import Client
 from libaios.wire import ProcInfo, Ps, Status, Sys
@@ -40,8 +39,8 @@ EXAMPLES = """
     click.Command,
     "Show a running system: what the models do, where contexts lie, and the agents, sorted by what they use.\n\n"
     "TOK/S: tokens generated per second since the last picture. TOKENS: prompt tokens computed and tokens generated. "
-    "CACHED: prompt tokens that were not computed again. MEM: PSS, sampled. While it is live the keys h or ? show "
-    "the others, and q ends it.",
+    "CACHED: prompt tokens that were not computed again. MEM: PSS, sampled. A model's tokens/s are those of ten "
+    "seconds. While it is live the keys h or ? show the others, and q ends it.",
     "[OPTIONS]",
     EXAMPLES,
 )
@@ -68,7 +67,7 @@ def command(batch: bool, iterations: int | None, delay: float, system: bool, sor
 
 
 def _batch(client: Client, view: View, iterations: int, delay: float) -> None:
-    width = os.get_terminal_size(1).columns if sys.stdout.isatty() else 1 << 16
+    width = table.line_width() or 1 << 16
     old: Sample | None = None
     for number in range(iterations):
         if number:

@@ -10,6 +10,14 @@ import typing
 
 import msgspec
 
+from libaios import wire
+
+#: What the words of patterns and lengths mean to people.
+PLAIN = {
+    f"Expected `str` matching regex {wire.NAME_PATTERN!r}": "no blanks, control characters or '/' are allowed",
+    "Expected `str` of length >= 1": "it is empty",
+}
+
 
 def explain(err: msgspec.MsgspecError, args: type[msgspec.Struct]) -> str:
     """The message of a failed decoding with the name of the argument in front: `top_p: expected …`."""
@@ -18,6 +26,8 @@ def explain(err: msgspec.MsgspecError, args: type[msgspec.Struct]) -> str:
     if match is None:
         return message
     said = message[: match.start()]
+    for raw, words in PLAIN.items():
+        said = said.replace(raw, words)
     return f"{_name(match[1], args)}: {said[:1].lower()}{said[1:]}"
 
 

@@ -65,6 +65,8 @@ def sys_spawn(kernel: Kernel, call: Call, args: wire.Spawn) -> Any:
         raise wire.error(errno.EINVAL, "stdin, stdout and stderr must come with an attached spawn")
     if not os.path.isabs(args.cwd):
         raise wire.error(errno.EINVAL, "cwd must be an absolute path")
+    if args.name is not None and (args.name.isdecimal() or args.name.startswith("-")):
+        raise wire.error(errno.EINVAL, f"name: {args.name!r} would be taken for a pid or an option")
     texts = (args.target, args.cwd, *args.args, *args.env, *args.env.values())
     if any("\0" in text for text in texts):
         raise wire.error(errno.EINVAL, "a string with a null byte")
@@ -97,7 +99,8 @@ def sys_spawn(kernel: Kernel, call: Call, args: wire.Spawn) -> Any:
 
 def _default_name(args: wire.Spawn) -> str:
     stem = args.target.rpartition(".")[2] if args.kind == "module" else PurePath(args.target).stem
-    return re.sub(r"[\x00-\x20\x7f/]+", "_", stem)[:64] or "agent"
+    name = re.sub(r"[\x00-\x20\x7f/]+", "_", stem)[:64] or "agent"
+    return f"_{name}"[:64] if name.isdecimal() or name.startswith("-") else name
 
 
 def _nice_of_child(parent: Proc | None, nice: int | None) -> int:

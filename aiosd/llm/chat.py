@@ -108,15 +108,22 @@ def _call(value: Any, where: str) -> dict[str, Any]:
     return {"id": value["id"], **call} if "id" in value else call
 
 
+#: What templates know; "ipython" is Llama's word for "tool".
+ROLES = ("system", "developer", "user", "assistant", "tool", "function", "ipython")
+
+
 def normal_messages(messages: list[Message]) -> list[Message]:
     if not messages:
         raise refuse("messages: the list is empty")
     normal = []
     for i, message in enumerate(messages):
         where = f"messages[{i}]"
-        if not isinstance(message.get("role"), str):
-            raise refuse(f"{where}.role must be a string such as 'user'")
+        role = message.get("role")
+        if role not in ROLES:
+            raise refuse(f"{where}.role must be one of {', '.join(ROLES)}, not {role!r}"[:200])
         calls = message.get("tool_calls")
+        if message.get("content") is None and not calls:
+            raise refuse(f"{where} has no content")
         new = {**message, "content": _content(message.get("content"), where)}
         if calls:
             if not isinstance(calls, list):

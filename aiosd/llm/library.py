@@ -100,8 +100,7 @@ class Library:
         piece = self._cache.export(message.group, tokens, message.key[0])
 
         def write() -> wire.SavedContext:
-            size = self._files().write(message.group, args.name, args.messages, tokens, piece)
-            return wire.SavedContext(args.name, len(tokens), size, 0.0)
+            return self._files().write(message.group, args.name, args.messages, tokens, piece)
 
         self._later(message.key, write, lambda saved: saved)
 

@@ -10,6 +10,7 @@ the others. The measurement is a few decode steps, well under a second in all.
 
 from __future__ import annotations
 
+import logging
 import os
 import time
 from collections.abc import Callable
@@ -22,6 +23,8 @@ import numpy as np
 from aiosd.errors import UsageError, WorldError
 from aiosd.llm import llama, modelfile
 from aiosd.llm.spec import DEFAULT_CTX, MAX_SLOTS, ModelSpec
+
+logger = logging.getLogger("llm")
 
 #: Slots when nothing is asked for: 64 give a twentieth more throughput for twice the memory.
 AUTO_SLOTS = 32
@@ -119,6 +122,8 @@ def _check_options(spec: ModelSpec, file: modelfile.ModelFile, ctx: int) -> None
         raise UsageError(f"--slots {spec.slots}: must be between 1 and {MAX_SLOTS - spec.exact}")
     if spec.threads is not None and not 1 <= spec.threads <= 512:
         raise UsageError(f"--threads {spec.threads}: must be between 1 and 512")
+    if spec.gpu_layers and not llama.supports_gpu():
+        logger.warning("--gpu-layers %d: this llama.cpp was built without a GPU; all runs on the CPU", spec.gpu_layers)
     if spec.exact and spec.gpu_layers:
         raise UsageError("--exact: on the CPU only, not together with --gpu-layers")
     if spec.exact and spec.flash_attention == "on":

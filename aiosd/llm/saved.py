@@ -64,10 +64,13 @@ class Saved:
     def path(self, scope: str, name: str) -> Path:
         return self._folder / (quote(scope, safe="") or "_") / (quote(name, safe=" ") + _SUFFIX)
 
-    def write(self, scope: str, name: str, messages: list[dict[str, Any]], tokens: Tokens, piece: Piece | None) -> int:
-        """Bytes written. Raises OSError (ENOSPC, EDQUOT, …); nothing is left of the attempt then."""
+    def write(
+        self, scope: str, name: str, messages: list[dict[str, Any]], tokens: Tokens, piece: Piece | None
+    ) -> wire.SavedContext:
+        """Raises OSError (ENOSPC, EDQUOT, …); nothing is left of the attempt then."""
         path = self.path(scope, name)
         path.parent.mkdir(parents=True, exist_ok=True, mode=0o700)
+        created = time.time()
         state = piece.data.data if piece is not None else memoryview(b"")
         ids = np.ascontiguousarray(tokens, np.int32).data.cast("B")
         header = msgspec.msgpack.encode(
@@ -79,7 +82,7 @@ class Saved:
                 piece.length if piece is not None else 0,
                 len(state),
                 zlib.crc32(state),
-                time.time(),
+                created,
             )
         )
         partial = path.with_name(f".{path.name}.{os.getpid()}")
@@ -95,7 +98,7 @@ class Saved:
             partial.unlink(missing_ok=True)
             raise
         _sync_folder(path.parent)
-        return size
+        return wire.SavedContext(name, len(tokens), size, created)
 
     def read(self, scope: str, name: str) -> Opened:
         """Raises FileNotFoundError; OSError EIO with a sentence when the file is damaged."""
