@@ -107,7 +107,7 @@ class Supervisor:
         self._beat()
         while self.exit_code is None:
             self._turn()
-        spawn.sweep()
+        spawn.sweep(meanwhile=lambda: beat(self.heartbeat))
         with contextlib.suppress(OSError):  # a full disk: numbers are wasted, none is repeated
             self.pids.release()
         return self.exit_code
@@ -423,7 +423,11 @@ class Supervisor:
     def _on_signal(self, message: link.SendSignal, fds: list[int]) -> None:
         agent = self.agents.get(message.pid)
         served = message.key is not None and (message.key, message.pid) in self.signalled
-        if agent is None or agent.status is not None or served:
+        if agent is None or agent.status is not None:
+            return
+        if served:
+            if message.signal in (signal.SIGSTOP, signal.SIGCONT):  # what it led to may have been told to a dead kernel
+                self._tell(link.ChildStopped(agent.pid, agent.stopped))
             return
         if message.key is not None:
             self.signalled[message.key, message.pid] = None
@@ -432,7 +436,8 @@ class Supervisor:
         if message.signal == signal.SIGSTOP:
             # The agent itself first, the rest when it has stopped (see `_child_stopped`): a process between vfork and
             # its child's exec cannot stop while that child is stopped.
-            os.kill(agent.ospid, signal.SIGSTOP)
+            with contextlib.suppress(PermissionError):  # it has become another user's
+                os.kill(agent.ospid, signal.SIGSTOP)
         else:
             _signal_tree(agent.ospid, message.signal)
 
@@ -569,6 +574,7 @@ class Supervisor:
     def _kill_agents(self) -> None:
         for agent in list(self.by_ospid.values()):
             _signal_tree(agent.ospid, signal.SIGKILL)
+        self.timers.after(LAST_WAIT_S, self._give_up)  # one that has become another user's cannot be killed
 
     def _continue_stop(self) -> None:
         """Agents first, so that the kernel can tell who waits for them; then the system's own processes."""
@@ -587,7 +593,7 @@ class Supervisor:
             self.timers.after(LAST_WAIT_S, self._give_up)
 
     def _give_up(self) -> None:
-        logger.warning("kernel or core did not end in time; killed")
+        logger.warning("not all has ended in time; killed")
         self.exit_code = 0
 
 
@@ -615,7 +621,10 @@ def _signal_tree(ospid: int, number: int) -> None:
     """The agent's process group (its pid cannot be reused: we have not reaped it), then every descendant
     that has left the group."""
     with contextlib.suppress(ProcessLookupError, PermissionError):
-        os.killpg(ospid, number)
+        try:
+            os.killpg(ospid, number)
+        except ProcessLookupError:  # just forked: it has no group yet
+            os.kill(ospid, number)
     for victim in procfs.descendants(ospid):
         stat = procfs.read_stat(victim)
         if stat is not None and stat.pgid != ospid:

@@ -180,6 +180,22 @@ def test_a_parked_generation_goes_on_as_if_nothing_had_happened(aiosd: System, s
     assert begun + finish(job)[0] == expected
 
 
+def test_what_was_parked_when_the_kernel_died_goes_on_at_cont(fresh_aiosd: Fresh, stream: Path) -> None:
+    stream.write_text(STREAM.replace("400", "1900"))
+    system = fresh_aiosd("--threads", "1")
+    job = system.popen("aios-run", "--name", "parked", stream)
+    assert job.stdout is not None
+    begun = job.stdout.read(10)
+    system.run("aios-kill", "-STOP", "parked", check=True)
+    kill(system, "kernel")
+    assert eventually(lambda: system.status()["models"][0]["state"] == "ready")
+    assert system.agents()[0]["stat"] == "T"
+    system.run("aios-kill", "-CONT", "parked", check=True)
+    rest, errors = finish(job)
+    assert (job.returncode, errors) == (0, "")
+    assert len(begun + rest) > 1000
+
+
 def test_a_killed_agent_frees_its_slot(aiosd: System, stream: Path) -> None:
     job = aiosd.popen("aios-run", "--name", "victim", stream)
     assert job.stdout is not None

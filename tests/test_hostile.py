@@ -322,6 +322,43 @@ def test_what_a_core_says_of_an_id_that_is_in_use_again_is_for_calls_of_its_kind
     cores._on_message(core, step)
 
 
+def test_a_call_that_costs_core_after_core_is_given_up() -> None:
+    """A generation that was running twice; another call, of which nobody knows when it runs, a few times more."""
+    failed: list[int] = []
+    listener: Any = SimpleNamespace(fail=lambda call, code, why: failed.append(call.id))
+    cores = Cores(listener)
+    core = Core("nano", "", default=True, pid=2, state="ready")
+    running = Call(Peer(7, None), 1, Sys.GENERATE, Generation(wire.Generate(), "nano", [], started=True))
+    waiting = Call(Peer(7, None), 2, Sys.GENERATE, Generation(wire.Generate(), "nano", []))
+    embed = Call(Peer(7, None), 3, Sys.EMBED)
+    for call in (running, waiting, embed):
+        core.calls[call.key] = (call, link.CancelCall(call.key))
+    gone = []
+    for _ in range(6):
+        assert running.generation is not None
+        running.generation.started = True
+        cores.died(core, "SIGSEGV")
+        gone.append(list(failed))
+    assert gone == [[], [1], [1], [1, 3], [1, 3], [1, 3]]
+    assert list(core.calls) == [waiting.key]
+
+
+# ── streams that stand still ──────────────────────────────────────────────────────────────────────────────
+
+
+def test_a_paused_stream_goes_on_though_another_reply_emptied_the_outbox() -> None:
+    resumed: list[Any] = []
+    channel = SimpleNamespace(
+        outbox_bytes=0, fileno=lambda: 9, pump=lambda: True, take=lambda into, limit: 0, hung_up=False
+    )
+    peer: Any = SimpleNamespace(channel=channel, paused=True, turn=8, gone=False, assembling=0, serve=None)
+    kernel: Any = SimpleNamespace(generations=SimpleNamespace(resume_streams=resumed.append), awake={})
+    kernel._unload = lambda peer: Kernel._unload(kernel, peer)
+    kernel._serve = lambda peer, requests: None
+    Kernel._on_agent(kernel, peer, 1)
+    assert resumed == [peer]
+
+
 # ── turns ─────────────────────────────────────────────────────────────────────────────────────────────────
 
 
@@ -457,6 +494,27 @@ def test_who_breaks_the_protocol_is_ended(client: Client, tmp_path: Path, code: 
     assert status == -9
     assert why.startswith("EPROTO: ")
     assert reason in why
+
+
+def test_a_spawn_that_is_cancelled_and_asked_for_again_is_one_process(client: Client, tmp_path: Path) -> None:
+    """Both answers of the supervisor would be for the same call."""
+    before = client.call(Sys.STATUS, wire.Status(), dict)["kernel"]["epoch"]
+    code = """
+spawn = request(5, wire.Sys.SPAWN, "exec", "true", [], dict(os.environ), "/")
+for _ in range(20):
+    channel.post([spawn, request(6, wire.Sys.CANCEL, 5), spawn])
+    found = {}
+    while 5 not in found or not found[5]:
+        for frame in channel.receive():
+            reply = wire.decode_reply(frame)
+            found[reply.id] = reply.errno == 0
+        channel.more or channel.wait(1.0)
+print("done")
+"""
+    pid = start(client, tmp_path, code)
+    assert end(client, pid)[0] == 0
+    assert output(client, pid) == "done\n"
+    assert client.call(Sys.STATUS, wire.Status(), dict)["kernel"]["epoch"] == before
 
 
 def test_wrong_arguments_get_an_errno(client: Client, tmp_path: Path) -> None:

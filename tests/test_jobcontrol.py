@@ -376,10 +376,25 @@ def test_t_all_output_arrives(shell: Terminal) -> None:
     shell.expect("20000\r?\n")
 
 
-def test_t_without_a_terminal_on_stdin(aiosd: System) -> None:
-    done = aiosd.run("aios-run", "-t", "--", "cat", input="one\ntwo\n")
+@pytest.mark.parametrize("text", ["one\ntwo\n", "one\ntwo", ""], ids=["lines", "unfinished line", "nothing"])
+def test_t_without_a_terminal_on_stdin(aiosd: System, text: str) -> None:
+    done = aiosd.run("aios-run", "-t", "--", "cat", input=text, timeout=PATIENCE_S)
     assert done.returncode == 0
-    assert done.stdout.replace("\r\n", "\n").endswith("one\ntwo\n")
+    assert done.stdout.count("two") == 2 * text.count("two")  # the echo, and what cat says
+
+
+def test_t_signals_are_passed_on_while_the_reader_stands_still(aiosd: System) -> None:
+    output, printing = os.pipe()
+    try:
+        run = aiosd.popen("aios-run", "-t", "--name", "loud", "--", "yes", stdout=printing)
+        room = select.poll()
+        room.register(printing, select.POLLOUT)
+        assert eventually(lambda: not room.poll(0), timeout=PATIENCE_S)
+        run.send_signal(signal.SIGTERM)
+        assert run.wait(PATIENCE_S) == 128 + signal.SIGTERM
+    finally:
+        os.close(output)
+        os.close(printing)
 
 
 # ── signals without a terminal ────────────────────────────────────────────────────────────────────────────

@@ -243,7 +243,7 @@ def test_full_context_ends_a_call_without_a_limit(bench: Bench) -> None:
         ({"messages": []}, errno.EINVAL, "list is empty"),
         ({"messages": [{"content": "x"}]}, errno.EINVAL, "messages[0].role"),
         ({"messages": [{"role": "user", "content": 5}]}, errno.EINVAL, "messages[0].content"),
-        ({"messages": [{"role": "bad", "content": "x"}]}, errno.EINVAL, "Roles must be user or assistant"),
+        ({"messages": [{"role": "ipython", "content": "x"}]}, errno.EINVAL, "Roles must be user or assistant"),
         ({"prompt": "x", "tools": [{"name": "f"}]}, errno.EINVAL, "need a chat"),
         ({"messages": [{"role": "user", "content": "x"}], "tools": [{}]}, errno.EINVAL, "tools[0] has no name"),
         (
@@ -606,7 +606,7 @@ def test_slow_kernel_gets_fewer_and_larger_pieces(bench: Bench) -> None:
     bench.engine._congested = lambda: congested
     key = bench.submit("hello there", stream=True)
     bench.run(10)
-    assert not bench.said
+    assert [delta for m in bench.said if isinstance(m, Step) for delta in m.deltas] == []
     congested = False
     bench.run()
     assert len(bench.whole(key)[0]) == 24
@@ -807,3 +807,46 @@ def test_a_long_prompt_is_given_up_in_the_middle_of_its_batch(loaded: loading.Lo
     again = bench.submit([7] * 400, peer=2, max_tokens=2)
     bench.run()
     assert len(bench.whole(again)[0]) == 2
+
+
+# ── a new kernel ──────────────────────────────────────────────────────────────────────────────────────────
+
+
+def test_nothing_stays_parked_that_a_new_kernel_does_not_park_again(bench: Bench) -> None:
+    """It may be that all goes on by now: who stands still it says itself, after it has said whom to keep."""
+    key = bench.submit("hello there", peer=7, max_tokens=20, stream=True)
+    bench.run(3)
+    bench.engine.park(7, True)
+    bench.engine.park_call(key, True)
+    bench.engine.keep([7])
+    bench.said.clear()
+    bench.engine.submit(Submit(key, Generate(prompt="hello there", stream=True)))
+    bench.run()
+    assert len(bench.whole(key)[0]) == 20
+    later = bench.submit("another", peer=7, max_tokens=2)
+    bench.run()
+    assert len(bench.whole(later)[0]) == 2
+
+
+def test_who_runs_is_told_before_anything_is_computed(bench: Bench, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Else a call of which the process dies in its first batch would be given to one successor after the other."""
+
+    def die(batch: object) -> int:
+        raise SystemExit
+
+    monkeypatch.setattr(bench.engine._context, "decode", die)
+    key = bench.submit("hello there")
+    with pytest.raises(SystemExit):
+        bench.engine.step()
+    assert [started.key for m in bench.said if isinstance(m, Step) for started in m.started] == [key]
+    monkeypatch.undo()
+    bench.run()
+
+
+def test_a_call_that_cannot_be_read_for_a_mistake_of_ours_ends_alone(
+    bench: Bench, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setattr(bench.engine.requests, "_prompt", lambda *_: 1 // 0)
+    key = bench.submit("hello there")
+    assert bench.failure(key).errno == errno.EIO
+    assert "ZeroDivisionError" in caplog.text

@@ -98,6 +98,86 @@ def test_wait_for_any_takes_each_child_once(aiosd: System, agent: Write) -> None
     assert run(aiosd, parent) == "all\n"
 
 
+def test_of_two_waits_for_one_child_one_gets_it_and_the_other_an_error(aiosd: System, agent: Write) -> None:
+    parent = agent("""
+        import errno, threading
+        child = aios.proc.spawn("sh", "-c", "read x")
+        got, up = [], threading.Barrier(4)
+        def wait(pid):
+            up.wait()
+            try:
+                got.append(aios.proc.wait(pid))
+            except OSError as error:
+                got.append(error.errno)
+        threads = [threading.Thread(target=wait, args=(pid,)) for pid in (child, child, 0)]
+        [thread.start() for thread in threads]
+        up.wait()
+        print("up", flush=True)
+        [thread.join() for thread in threads]
+        assert sorted(got, key=str) == sorted([(child, 0), errno.ECHILD, errno.ECHILD], key=str), got
+    """)
+    job = aiosd.popen("aios-run", parent)
+    assert job.stdout is not None
+    assert job.stdin is not None
+    assert job.stdout.readline() == "up\n"
+    job.stdin.write("\n")
+    job.stdin.close()
+    assert job.wait(20) == 0, job.stderr
+
+
+def test_a_child_can_be_killed_as_soon_as_it_is_there(aiosd: System, agent: Write) -> None:
+    """It has no session of its own in its first microseconds."""
+    parent = agent("""
+        for number in 40 * (signal.SIGKILL, signal.SIGTERM):
+            pid = aios.proc.spawn("sleep", "1000")
+            aios.proc.kill(pid, number)
+            assert aios.proc.wait(pid, timeout=20) == (pid, -number)
+    """)
+    run(aiosd, parent)
+
+
+def test_a_child_that_is_stopped_as_soon_as_it_is_there_goes_on(aiosd: System, agent: Write) -> None:
+    parent = agent("""
+        for _ in range(20):
+            pid = aios.proc.spawn("sh", "-c", "exit 3")
+            aios.proc.kill(pid, signal.SIGSTOP)
+            aios.proc.kill(pid, signal.SIGCONT)
+            assert aios.proc.wait(pid, timeout=20) == (pid, 3)
+    """)
+    run(aiosd, parent)
+
+
+def test_stop_and_cont_at_once_leave_nobody_waiting(aiosd: System, agent: Write) -> None:
+    """Linux may tell of neither."""
+    child = agent(
+        """
+        while True:
+            aios.llm.complete([5] * 8, max_tokens=4, ignore_eos=True)
+            aios.msg.send(aios.proc.getppid(), "on")
+    """,
+        "busy.py",
+    )
+    parent = agent(f"""
+        import asyncio
+        from libaios import aio
+        pid = aios.proc.spawn({str(child)!r})
+        async def main():
+            for _ in range(40):
+                both = aio.proc.kill(pid, signal.SIGSTOP), aio.proc.kill(pid, signal.SIGCONT)
+                await asyncio.wait_for(asyncio.gather(*both), 20)
+        asyncio.run(main())
+        while True:  # what it said before all this is of no interest
+            try:
+                aios.msg.recv(timeout=0)
+            except TimeoutError:
+                break
+        assert aios.msg.recv(timeout=20)[1] == "on"
+        aios.proc.kill(pid, signal.SIGKILL)
+        assert aios.proc.wait(pid) == (pid, -signal.SIGKILL)
+    """)
+    run(aiosd, parent)
+
+
 def test_orphans_go_to_pid_1_which_collects_them(aiosd: System, agent: Write) -> None:
     parent = agent("print(aios.proc.spawn('sleep', '1000', detached=True))")
     pid = int(run(aiosd, parent))

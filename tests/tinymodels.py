@@ -23,7 +23,7 @@ from benchmarks.models import byte_to_char, write_llama
 CHATML = (
     "{%- if tools %}{{- '<|im_start|>system\\nTools: ' + (tools | tojson) + '<|im_end|>\\n' }}{%- endif %}"
     "{%- for message in messages %}"
-    "{%- if message.role == 'bad' %}{{- raise_exception('Roles must be user or assistant.') }}{%- endif %}"
+    "{%- if message.role == 'ipython' %}{{- raise_exception('Roles must be user or assistant.') }}{%- endif %}"
     "{{- '<|im_start|>' + message.role + '\\n' + (message.content or '') }}"
     "{%- for call in message.tool_calls or [] %}"
     "{{- '<tool_call>\\n' + (call.function | tojson) + '\\n</tool_call>' }}{%- endfor %}"

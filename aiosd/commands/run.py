@@ -312,10 +312,15 @@ class Attachment:
         ours = next((fd for fd in (0, 1, 2) if os.isatty(fd)), None)
         self.master, slave = terminal.open_pty(ours)
         self.given, self.given_fds = [slave], [slave, slave, slave]
-        self.relays = [Relay(0, self.master, foreground, last_words=EOT), Relay(self.master, 1)]
+        self.relays = [Relay(0, self.master, foreground, last_words=EOT), Relay(self.master, 1, at_end=self._hang_up)]
         if os.isatty(0):
             self.raw = RawMode(0)
             self.raw.enter()
+
+    def _hang_up(self) -> None:
+        """Nobody reads what comes from the pty any more: its terminal is gone."""
+        if self.pid:
+            self._send(signal.SIGHUP)
 
     # ── loop ──────────────────────────────────────────────────────────────────────────────────────────────
 

@@ -18,7 +18,8 @@ import tty
 from collections.abc import Callable
 
 LIMIT = 1 << 16  # a reader this far behind: read no more
-CHUNK = 4096  # PIPE_BUF: after POLLOUT a write of this size never blocks, whoever else uses the pipe
+CHUNK = select.PIPE_BUF  # after POLLOUT a write of this size does not block, though the pipe is a blocking one
+LAST_BYTES = 1 << 20  # more than a pseudo-terminal holds
 EOT = b"\x04"
 
 
@@ -42,7 +43,11 @@ class Relay:
         self.allowed = allowed  # asked before each read
         self.done = False
         self._at_end = at_end
-        self._last_words = last_words  # written after the end of the input
+        # Written after the end of the input, and twice after an unfinished line: a terminal takes the first EOT after
+        # such a line for "pass on what you have", and only one at the beginning of a line for the end.
+        self._last_words = last_words
+        self._in_line = False
+        self._read_bytes = 0
         self._buffer = bytearray()
         self._source_ended = False
 
@@ -59,14 +64,17 @@ class Relay:
             return
         if ready.get(self.source) and not self._source_ended and len(self._buffer) < LIMIT and self.allowed():
             self._read()
-        if self._buffer and (ready.get(self.sink) or not self._source_ended):
+        if self._buffer and ready.get(self.sink):  # never without having asked: our stdout may be a blocking one
             self._write()
         if self._source_ended and not self._buffer:
             self._end()
 
     def drain(self, timeout_s: float) -> None:
-        """Pass on what lies there already and what comes within no time: the end of an agent's output."""
+        """Pass on what lies there already and what comes within no time: the end of an agent's output. A reader that
+        takes nothing for `timeout_s` is given up, and so is a writer that outlives the agent and does not stop."""
+        last = self._read_bytes + LAST_BYTES
         while not self.done:
+            self._source_ended = self._source_ended or self._read_bytes >= last
             poll = select.poll()
             for fd, mask in self.interests():
                 poll.register(fd, mask)
@@ -86,9 +94,11 @@ class Relay:
             data = b""  # EIO: the other side of a pty, or the terminal itself, is gone
         if data:
             self._buffer += data
+            self._read_bytes += len(data)
+            self._in_line = not data.endswith(b"\n")
         else:
             self._source_ended = True
-            self._buffer += self._last_words
+            self._buffer += self._last_words * (2 if self._in_line else 1)
 
     def _write(self) -> None:
         try:

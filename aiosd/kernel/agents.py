@@ -55,6 +55,7 @@ class Agents:
             self.connect(proc, agent.memfd, agent.bell)
             if agent.stopped:
                 self.kernel.table.advance(proc, Event.STOP)
+                self.kernel.generations.park(proc, True)
             return
         self.kernel.table.exit(proc, agent.status)
         if agent.reaped:
@@ -64,12 +65,19 @@ class Agents:
         """Have the supervisor fork an agent; the call is finished when it has."""
         if self.kernel.supervisor.pending > FORKS_BYTES:
             raise wire.error(errno.EAGAIN, "so many are being started that the supervisor does not keep up")
+        under_way = self.forks.get(call.key)
+        if under_way is not None:  # asked for once more, under the same id: one process, and this call is told of it
+            self.forks[call.key] = (call, under_way[1])
+            return
         self.forks[call.key] = (call, spec)
         self.kernel.to_supervisor(spec, fds)
 
     def forked(self, message: link.Forked, fds: list[int]) -> None:
         call, spec = self.forks.pop(message.key)
         proc = self.kernel.table.find(message.pid)
+        if proc is None and not fds:  # an old one, forgotten since
+            self.kernel.finish(call, wire.Spawned(message.pid, message.log))
+            return
         if proc is None:
             started = (message.started, message.since)
             proc = self.make(spec, message.pid, message.ospid, message.pgid, started, message.log)
@@ -161,13 +169,25 @@ class Agents:
         if number == signal.SIGSTOP:
             self.kernel.generations.park(proc, True)
         self.kernel.to_supervisor(link.SendSignal(proc.pid, number, key))
+        if number == signal.SIGCONT:
+            self._goes_on(proc)
 
     def stopped(self, message: link.ChildStopped) -> None:
         proc = self.kernel.table.get(message.pid)
         if proc is None or not proc.alive:
             return
         self.kernel.table.advance(proc, Event.STOP if message.stopped else Event.CONT)
-        self.kernel.generations.park(proc, message.stopped)
+        if message.stopped:
+            self.kernel.generations.park(proc, True)
+            self.kernel.waiters.on_stop(proc)
+        else:
+            self._goes_on(proc)
+
+    def _goes_on(self, proc: Proc) -> None:
+        """Linux tells nothing, or not all, of a STOP with a CONT right behind it: whoever waits for that stop has
+        waited long enough."""
+        proc.continued += 1
+        self.kernel.generations.park(proc, False)
         self.kernel.waiters.on_stop(proc)
 
     def exited(self, proc: Proc, status: int, reason: str) -> None:

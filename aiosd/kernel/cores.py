@@ -26,6 +26,7 @@ from libaios.channel import Channel
 logger = logging.getLogger("kernel.cores")
 
 POISON_DEATHS = 2
+POISON_OTHERS = 4  # of calls that are no generations: nobody knows whether they had begun
 MAX_SUBMIT = 8 << 20  # bytes; submitted again it has its tokens with it, and still fits a frame
 
 
@@ -144,12 +145,14 @@ class Cores:
             core.channel = None
         for call, _ in list(core.calls.values()):
             generation = call.generation
-            if generation is None or not generation.started:
-                continue
-            generation.started = False
-            generation.deaths += 1
-            if generation.deaths >= POISON_DEATHS:
-                message = f"the llm core died twice while this call was running (last: {reason})"
+            if generation is not None:
+                if not generation.started:
+                    continue
+                generation.started = False
+            call.deaths += 1
+            if call.deaths >= (POISON_DEATHS if generation is not None else POISON_OTHERS):
+                times = "twice" if call.deaths == 2 else f"{call.deaths} times"
+                message = f"the llm core died {times} while this call was running (last: {reason})"
                 del core.calls[call.key]
                 self.listener.fail(call, errno.EIO, message)
 
@@ -157,9 +160,12 @@ class Cores:
         for peer in core.parked:
             core.send(link.Park(peer, True))
         for call, message in list(core.calls.values()):
-            core.send(self.fresh(call, message))
-            if call.generation is not None and call.generation.paused:
-                core.pause(call, True)
+            self._send_again(core, call, message)
+
+    def _send_again(self, core: Core, call: Call, message: link.ToCore) -> None:
+        core.send(self.fresh(call, message))
+        if call.generation is not None and call.generation.paused:
+            core.pause(call, True)
 
     def resynchronise(self, call: Call) -> None:
         """What the core said does not join what we have: have it told again from there."""
@@ -167,7 +173,7 @@ class Cores:
         if call.generation is not None and not call.generation.resyncing:
             call.generation.resyncing = True
             call_and_message = core.calls.setdefault(call.key, (call, link.Submit(call.key, call.generation.request)))
-            core.send(self.fresh(*call_and_message))
+            self._send_again(core, *call_and_message)
 
     def fresh(self, call: Call, message: link.ToCore) -> link.ToCore:
         """The message as it must be now: with the tokens given out so far and what is left of the budget."""

@@ -253,13 +253,14 @@ class Generations:
 
     def _pause_if_slow(self, call: Call, generation: Generation) -> None:
         if call.peer.outbox_bytes > OUTBOX_PAUSE and not generation.paused:
-            generation.paused = True
+            generation.paused = call.peer.paused = True
             self.kernel.cores.by_name[generation.model].pause(call, True)
 
     def resume_streams(self, peer: Peer) -> None:
         """The peer has read; let its streams go on when it has caught up."""
         if peer.outbox_bytes > OUTBOX_RESUME:
             return
+        peer.paused = False
         for call in peer.calls.values():
             if call.generation is not None and call.generation.paused:
                 call.generation.paused = False

@@ -266,7 +266,7 @@ class Kernel:
         requests: list[bytes] = []
         more, assembling = False, 0
         try:
-            if channel.outbox_bytes and not self._unload(peer):
+            if (channel.outbox_bytes or peer.paused) and not self._unload(peer):
                 return
             assembling = channel.take(requests, peer.turn)
             more = len(requests) == peer.turn

@@ -51,7 +51,6 @@ class Generation:
     prompt_tokens: int = 0
     cached_tokens: int = 0
     ctx_tokens: int = 0
-    deaths: int = 0  # of cores while it was running
     paused: bool = False  # its reader is slow
     resyncing: bool = False  # the core was asked to tell again what we have not got
 
@@ -65,6 +64,7 @@ class Call:
     sys: int
     generation: Generation | None = None
     core: str = ""  # the model whose core has it
+    deaths: int = 0  # of cores while it was running there
     timer: Timer | None = None
     forget: Callable[[], None] | None = None  # takes the call off whatever list it waits on
 
@@ -76,11 +76,12 @@ class Call:
 class Peer:
     """Common part. `id`: an agent's pid, or a negative number for a client."""
 
-    __slots__ = ("assembling", "calls", "gone", "id", "proc", "strange")
+    __slots__ = ("assembling", "calls", "gone", "id", "paused", "proc", "strange")
 
     def __init__(self, ident: int, proc: Proc | None) -> None:
         self.assembling = 0  # bytes of its unfinished frame, in the books of `Assembly`
         self.gone = False  # dropped: nothing it has sent is looked at any more
+        self.paused = False  # streams of it stand still until it has read
         self.strange = False  # has made a call that does not exist, and the log knows
         self.id = ident
         self.proc = proc  # whose rights it has; None: a client of aiosd's own user

@@ -100,6 +100,7 @@ class Proc:
     ppid: int = INIT
     nice: int = 0
     state: State = State.RUNNING
+    continued: int = 0  # how many times it was told to go on
     status: int | None = None  # exit code or -signal
     budget: str = ""  # which budget ended it
     reason: str = ""  # what the kernel or the supervisor had to say about the end

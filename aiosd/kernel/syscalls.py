@@ -133,11 +133,12 @@ def sys_kill(kernel: Kernel, call: Call, args: wire.Kill) -> Any:
         # An agent is parked with all that it started.
         trees = {proc.pid: proc for target in alive for proc in kernel.table.subtree(target) if proc.alive}
         alive = list(trees.values())
+    before = [(proc, proc.continued) for proc in alive]
     for proc in alive:
         kernel.agents.deliver(proc, args.signal, call.key)
     if args.signal == signal.SIGSTOP:
-        done = kernel.waiters.until(call, lambda: all(p.state is not State.RUNNING for p in alive))
-        return None if done else PENDING
+        stopped = lambda: all(p.state is not State.RUNNING or p.continued != count for p, count in before)  # noqa: E731
+        return None if kernel.waiters.until(call, stopped) else PENDING
     if args.signal == signal.SIGCONT:
         done = kernel.waiters.until(call, lambda: all(p.state is not State.STOPPED for p in alive))
         return None if done else PENDING

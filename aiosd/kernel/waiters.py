@@ -76,8 +76,12 @@ class Waiters:
         """Give the status to everyone who may have it; the parent's first waiter collects it."""
         for call, pid in list(self._for_exit.items()):
             mine = pid == proc.pid or (pid == 0 and call.peer.proc is not None and call.peer.proc.pid == proc.ppid)
-            if mine and not (access.reaps(call.peer, proc) and proc.state is State.REAPED):
+            if not mine:
+                continue
+            if not (access.reaps(call.peer, proc) and proc.state is State.REAPED):
                 self.kernel.finish(call, self._take(call, proc))
+            elif pid or not self.kernel.table.children_of(proc.ppid):  # collected by another call of the parent
+                self.kernel.fail(call, errno.ECHILD, f"{proc.pid}: its status went to another wait")
         self._look_again()
 
     # ── KILL ──────────────────────────────────────────────────────────────────────────────────────────────

@@ -16,7 +16,7 @@ import os
 import signal
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any, Protocol
 
 from aiosd import link
@@ -129,6 +129,7 @@ class Core:
             cancelled=self._look_ahead,
         )
         self._embedder = Embedder(loaded.model, loaded.threads)
+        self._embeds: dict[link.Key, Iterator[wire.Embedded | None]] = {}  # under way, oldest first
         self.info = loaded.info(
             chat=self.engine.requests.template.given, tools=self.engine.requests.template.takes_tools
         )
@@ -151,10 +152,10 @@ class Core:
             link.SubmitTokenize: self._tokenize,
             link.SubmitDetokenize: self._detokenize,
             link.SubmitContext: self._library.handle,
-            link.CancelCall: lambda message: self.engine.cancel(message.key),
+            link.CancelCall: self._cancel,
             link.Park: lambda message: self.engine.park(message.peer, message.parked),
             link.ParkCall: lambda message: self.engine.park_call(message.key, message.parked),
-            link.Keep: lambda message: self.engine.keep(message.peers),
+            link.Keep: self._keep,
             link.Schedule: self._reschedule,
             link.Renice: lambda message: self.engine.renice(message.peer, message.nice),
             link.Gone: lambda message: self.engine.gone(message.peer),
@@ -177,11 +178,13 @@ class Core:
                 channel.pump()
             if self._library.busy:
                 self._library.poll()
+            if self._embeds:
+                self._embed_one()
             if engine.has_work:
                 engine.step()
                 if now > self._places_due:
                     self._tell_places()
-            elif not channel.more and not self._quit:
+            elif not self._embeds and not channel.more and not self._quit:
                 self._tell_places()
                 rounds.end()
                 channel.wait(_POLL if self._library.busy else _SLEEP)
@@ -236,13 +239,31 @@ class Core:
             return
         self._answer(message.key, self._loaded.model.text(message.request.tokens))
 
+    def _cancel(self, message: link.CancelCall) -> None:
+        self._embeds.pop(message.key, None)
+        self.engine.cancel(message.key)
+
+    def _keep(self, message: link.Keep) -> None:
+        kept = set(message.peers)
+        self._embeds = {key: steps for key, steps in self._embeds.items() if key[0] in kept}
+        self.engine.keep(kept)
+
+    # ── embeddings: a text in each round, so that many texts hold up nobody for long ──
+
     def _embed(self, message: link.SubmitEmbed) -> None:
+        self._embeds.setdefault(message.key, self._embedder.in_steps(message.request.texts))
+
+    def _embed_one(self) -> None:
+        key, steps = next(iter(self._embeds.items()))
         try:
-            embedded = self._embedder.embed(message.request.texts)
+            embedded = next(steps)
         except OSError as error:
-            self._refuse(message.key, error)
+            del self._embeds[key]
+            self._refuse(key, error)
             return
-        self._answer(message.key, embedded, embedded.prompt_tokens)
+        if embedded is not None:
+            del self._embeds[key]
+            self._answer(key, embedded, embedded.prompt_tokens)
 
     def _tell_places(self) -> None:
         began = time.monotonic()

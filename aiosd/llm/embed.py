@@ -7,6 +7,7 @@ for this: the vectors are usable, not good). Unit length, float32.
 from __future__ import annotations
 
 import errno
+from collections.abc import Iterator
 
 import numpy as np
 
@@ -25,6 +26,12 @@ class Embedder:
 
     def embed(self, texts: list[str]) -> Embedded:
         """OSError EINVAL for an empty text, EMSGSIZE for one that is too long."""
+        *_, embedded = self.in_steps(texts)
+        assert embedded is not None
+        return embedded
+
+    def in_steps(self, texts: list[str]) -> Iterator[Embedded | None]:
+        """The same, one text in each step; the last step brings the result."""
         rows, total = [], 0
         limit = min(MAX_TOKENS, self._model.n_ctx_train or MAX_TOKENS)
         for i, text in enumerate(texts):
@@ -35,9 +42,10 @@ class Embedder:
                 raise OSError(errno.EMSGSIZE, f"texts[{i}]: {len(tokens)} tokens, at most {limit} can be embedded")
             rows.append(self._one(tokens))
             total += len(tokens)
+            yield None
         width = self._model.n_embd_out
         data = np.stack(rows) if rows else np.zeros((0, width), np.float32)
-        return Embedded(len(rows), width, data.astype("<f4").tobytes(), total)
+        yield Embedded(len(rows), width, data.astype("<f4").tobytes(), total)
 
     def _one(self, tokens: list[int]) -> llama.Floats:
         context = self._context or self._open()

@@ -21,6 +21,7 @@ decoded one by one are replayed one by one, and only prefilled tokens are shared
 from __future__ import annotations
 
 import errno
+import logging
 import time
 from collections import OrderedDict
 from collections.abc import Callable, Iterable, Iterator
@@ -42,6 +43,8 @@ from aiosd.llm.stats import Meter
 from aiosd.llm.structured import END
 from aiosd.llm.text import TextStream
 from libaios.wire import ToolCall, Usage
+
+logger = logging.getLogger("llm.engine")
 
 #: Calls that do not stream are reported this often (seconds).
 REPORT_EVERY = 0.1
@@ -139,6 +142,10 @@ class Engine:
         except OSError as error:
             self._emit(Failed(submit.key, error.errno or errno.EINVAL, error.strerror or str(error)))
             return
+        except Exception:  # a bug, that the same call would find in every successor as well
+            logger.exception("call %d of %d cannot be read", submit.key[1], submit.key[0])
+            self._emit(Failed(submit.key, errno.EIO, "the llm core made a mistake; aiosd's log has the details"))
+            return
         sequence.parked_peer = sequence.peer in self._parked_peers
         self._calls[sequence.key] = self._waiting[sequence.key] = sequence
         if not sequence.parked:
@@ -184,11 +191,12 @@ class Engine:
         self.cache.gone(peer)
 
     def keep(self, peers: Iterable[int]) -> None:
-        """Cancel every call of any other peer."""
+        """For a new kernel: cancel every call of any other peer. Whose calls stand still it says anew."""
         kept = set(peers)
         for key in [key for key in (*self._calls, *self._past) if key[0] not in kept]:
             self.cancel(key)
-        self._parked_peers &= kept
+        for peer in list(self._parked_peers):
+            self.park(peer, False)
 
     @property
     def has_work(self) -> bool:
@@ -223,6 +231,7 @@ class Engine:
         self.meter.begin()
         if self._waiting:
             self._plan()
+            self._say_started()  # before anything is computed: whoever dies of it must be known to have run
         self._prefill()
         self._choose()
         if self._rows:
@@ -656,6 +665,7 @@ class Engine:
             self._say_finished(past)
         elif sequence is not None:
             self._rewind(sequence, len(submit.request.given))
+            self._park(sequence, sequence.parked_peer, False)
             if sequence.slot >= 0 or sequence.snapshot is not None:
                 self._started.append(Started(sequence.key, len(sequence.prompt), sequence.cached))
         return past is not None or sequence is not None

@@ -1,0 +1,175 @@
+"""The end of everything below a process, also where KILL ends nothing. Each in a process of its own: what it sweeps is
+its own then, and what happens to `os.kill` in there nobody else sees."""
+
+from __future__ import annotations
+
+import logging
+import os
+import signal
+from collections.abc import Callable
+
+import pytest
+
+from aiosd import spawn
+from tests.conftest import eventually
+
+kill = os.kill
+
+
+class Log(logging.Handler):
+    """The messages of `spawn`."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.lines: list[str] = []
+        spawn.logger.addHandler(self)
+
+    def emit(self, record: logging.LogRecord) -> None:
+        self.lines.append(record.getMessage())
+
+
+def in_a_subreaper(body: Callable[[], None]) -> None:
+    """Run `body`; its failure, or that it does not come back, is the test's."""
+
+    def child() -> int:
+        spawn.prctl(spawn.PR_SET_CHILD_SUBREAPER, 1)
+        body()
+        return 0
+
+    ospid = spawn.fork(child)
+    status: int | None = None
+
+    def ended() -> bool:
+        nonlocal status
+        collected, status = os.waitpid(ospid, os.WNOHANG)
+        return collected == ospid
+
+    if not eventually(ended, timeout=30.0):
+        kill(ospid, signal.SIGKILL)  # and what it has forked, by the parent-death signal
+        os.waitpid(ospid, 0)
+        pytest.fail("waits for a process that does not end")
+    assert status == 0, "see the traceback on stderr"
+
+
+def sleeper() -> int:
+    while True:
+        signal.pause()
+
+
+def fork_spinner() -> int:
+    """A process that runs, and does already."""
+    reading, writing = os.pipe()
+
+    def child() -> int:
+        os.write(writing, b"!")
+        while True:
+            pass
+
+    ospid = spawn.fork(child)
+    os.read(reading, 1)
+    return ospid
+
+
+def end(ospid: int) -> None:
+    kill(ospid, signal.SIGKILL)
+    os.waitpid(ospid, 0)
+
+
+def refused(ospid: int, number: int) -> None:
+    raise PermissionError
+
+
+def without_effect(ospid: int, number: int) -> None:
+    """As on a process in state D."""
+
+
+@pytest.mark.parametrize(
+    ("fork", "killing"),
+    [
+        (lambda: spawn.fork(sleeper), refused),
+        (fork_spinner, refused),
+        (lambda: spawn.fork(sleeper), without_effect),
+    ],
+    ids=["another user's", "another user's, busy", "uninterruptible"],
+)
+def test_what_cannot_be_killed_is_given_up_and_named(
+    monkeypatch: pytest.MonkeyPatch, fork: Callable[[], int], killing: Callable[[int, int], None]
+) -> None:
+    def body() -> None:
+        log = Log()
+        spawn.fork(sleeper)
+        hopeless = fork()
+
+        def fake_kill(ospid: int, number: int) -> None:
+            (killing if ospid == hopeless else kill)(ospid, number)
+
+        monkeypatch.setattr(os, "kill", fake_kill)
+        spawn.sweep(patience_s=0.2)
+        assert len(log.lines) == 1
+        assert f"{hopeless} (" in log.lines[0]
+        assert os.waitid(os.P_PID, hopeless, os.WEXITED | os.WNOHANG) is None  # alive
+        end(hopeless)
+
+    in_a_subreaper(body)
+
+
+def test_what_takes_its_time_to_die_is_waited_for(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A core with a big model gives back its memory for longer than anybody's patience."""
+
+    def body() -> None:
+        log = Log()
+        slow = fork_spinner()
+        kills: list[int] = []
+
+        def late_kill(ospid: int, number: int) -> None:
+            kills.append(ospid)
+            if kills.count(slow) > 20:
+                kill(ospid, number)
+
+        monkeypatch.setattr(os, "kill", late_kill)
+        spawn.sweep(patience_s=0.2)
+        assert log.lines == []
+        with pytest.raises(ChildProcessError):
+            os.waitpid(-1, os.WNOHANG)
+
+    in_a_subreaper(body)
+
+
+def test_nothing_is_left_and_the_caller_gets_to_do_its_own_meanwhile(monkeypatch: pytest.MonkeyPatch) -> None:
+    def body() -> None:
+        log = Log()
+        reading, writing = os.pipe()
+
+        def parent() -> int:
+            spawn.fork(sleeper)
+            os.write(writing, b"!")
+            return sleeper()
+
+        spawn.fork(parent)
+        os.read(reading, 1)
+
+        reading, writing = os.pipe()
+
+        def patient() -> int:
+            os.close(writing)
+            os.read(reading, 1)
+            return 0
+
+        foreign = spawn.fork(patient)  # ends when our caller lets it
+
+        def fake_kill(ospid: int, number: int) -> None:
+            (refused if ospid == foreign else kill)(ospid, number)
+
+        def meanwhile() -> None:
+            if not closed:
+                os.close(writing)
+                closed.append(True)
+
+        closed: list[bool] = []
+        monkeypatch.setattr(os, "kill", fake_kill)
+        spawn.sweep(patience_s=60.0, meanwhile=meanwhile)
+        assert (log.lines, closed) == ([], [True])
+        with pytest.raises(ChildProcessError):
+            os.waitpid(-1, os.WNOHANG)
+
+    in_a_subreaper(body)
