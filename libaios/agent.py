@@ -229,6 +229,8 @@ class Connection:
                     self._wait_for_room(call)
         except BaseException:
             self.abandon(call)
+            if self._cancels:
+                self._send_cancels()  # of others, who found us sending: an unsent call's end sends none
             raise
         if self._returned:
             self._match()
@@ -241,7 +243,7 @@ class Connection:
         transport = self.transport
         try:
             self._blocked = call
-            self._wait(lambda: bool(self._dead) or transport.reborn or transport.pump(), call, None)
+            self._wait(lambda: bool(self._dead) or transport.reborn or self._pump(), call, None)
         finally:
             self._blocked = None
 
@@ -365,6 +367,18 @@ class Connection:
         finally:
             self._leave(me)
 
+    def nudge(self) -> None:
+        """Ring for what the kernel has not taken: for callers who sleep elsewhere than in here. Not needed when
+        somebody sends now, and who closes waits for that."""
+        if self._sending.acquire(blocking=False):
+            try:
+                if not self._dead:
+                    self.transport.nudge()
+            finally:
+                self._sending.release()
+            if self._cancels:
+                self._send_cancels()
+
     def close(self, why: str = "the connection was closed") -> None:
         """End it here, from any thread; whoever still waits gets ENOTCONN."""
         if self._closing:
@@ -380,14 +394,17 @@ class Connection:
         """Until `ready`: lead, or follow whoever leads."""
         me = (threading.get_ident(), call)
         try:
-            while not ready():
+            while True:  # the caller has looked, and who leads or follows looks first
                 leader = self._leader.setdefault(0, me)
-                if leader is me or (leader[0] == me[0] and self._polling):
+                if leader is me:
                     self._lead(ready, deadline)
                     break
                 if leader[0] == me[0]:
-                    raise wire.error(errno.EDEADLK, "a signal handler made a call while replies were handed out")
+                    self._lead_inside(ready, deadline)
+                    break
                 self._follow(ready, call, deadline)
+                if ready():
+                    break
         finally:
             self._leave(me)
 
@@ -405,21 +422,31 @@ class Connection:
 
     def _lead(self, ready: Callable[[], bool], deadline: float | None) -> None:
         transport = self.transport
-        while True:
+        while not ready():  # the last leader may have seen to it before the lead was ours
             # The sleep first: it ends at once if something is there. It was announced when last all was read.
             left = None if deadline is None else deadline - time.monotonic()
             if left is not None and left <= 0:
                 raise TimeoutError(errno.ETIMEDOUT, "no answer in time")
             if not (self._dead or self._arrived or self._renewing):
-                before = self._polling
                 try:
                     self._polling = True
                     transport.wait(left)
                 finally:
-                    self._polling = before
+                    self._polling = False
             self._read()
-            if ready():
-                return
+
+    def _lead_inside(self, ready: Callable[[], bool], deadline: float | None) -> None:
+        """In a signal handler, whose own thread leads."""
+        if not self._polling:
+            raise wire.error(errno.EDEADLK, "a signal handler made a call while replies were handed out")
+        try:
+            self._polling = False  # but for our own sleep: another handler must not break into our handing out
+            self._lead(ready, deadline)
+        finally:
+            self._polling = True
+            # That sleep goes on after the handler. It may be for what was handed out just now.
+            if isinstance(self.transport, Channel):  # a socket is slept on no longer than the back-stop anyway
+                self.transport.rouse()
 
     def _follow(self, ready: Callable[[], bool], call: Call, deadline: float | None) -> None:
         gate = threading.Lock()
@@ -493,9 +520,19 @@ class Connection:
         if self._sending.acquire(blocking=False):
             try:
                 if not self._busy:
-                    self.transport.pump()
+                    self._pump()
             finally:
                 self._sending.release()
+            if self._cancels:
+                self._send_cancels()  # of those who found us sending
+
+    def _pump(self) -> bool:
+        """With the right to send, and busy: a finalizer's cancel in the middle of this would send a frame twice."""
+        try:
+            self._busy = True
+            return self.transport.pump()
+        finally:
+            self._busy = False
 
     def _hand_out(self, reply: wire.Reply) -> None:
         if reply.more:
@@ -565,6 +602,8 @@ class Connection:
             try:
                 if self._busy:
                     return  # by this very thread, further up
+                if self._dead:
+                    return  # nobody listens, and the transport may be closed
                 try:
                     self._busy = True
                     while self._cancels:

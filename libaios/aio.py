@@ -22,6 +22,7 @@ from libaios import sto as _sto
 from libaios import tool as _tool
 from libaios import wire
 from libaios.agent import SLACK_S, Call, Connection, connection, decode_body
+from libaios.channel import BACKSTOP_S
 from libaios.plan import Plan, plan_of
 from libaios.wire import Sys
 
@@ -64,11 +65,11 @@ async def _final(conn: Connection, call: Call, replied: asyncio.Event, timeout: 
 async def _reply(conn: Connection, replied: asyncio.Event) -> None:
     """Until the next reply; looks for itself now and then, as everybody does who sleeps on a doorbell."""
     try:
-        async with asyncio.timeout(1.0):
+        async with asyncio.timeout(BACKSTOP_S):
             await replied.wait()
     except TimeoutError:
         conn.pump()
-        conn.transport.nudge()
+        conn.nudge()
     replied.clear()
 
 

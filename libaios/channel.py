@@ -189,6 +189,14 @@ class Channel:
         os.set_blocking(self._bell, True)
         self._blocking = True
 
+    def rouse(self) -> None:
+        """For a signal handler that has broken into `wait`, and received in its place: Python begins that read anew,
+        with all its time, and what it waits for has been taken. Now it finds nothing, and `wait` returns. (Where
+        `wait` polls, for less than the back-stop, Python goes on with the time that is left.)"""
+        if self._blocking:
+            with contextlib.suppress(OSError):
+                os.set_blocking(self._bell, False)
+
     def shutdown(self) -> None:
         """Hang up: both sides wake from their sleep. Any thread may call this, also while another is in `wait`."""
         with contextlib.suppress(OSError), socket.socket(fileno=os.dup(self._bell)) as bell:
@@ -277,7 +285,7 @@ class Channel:
             except BlockingIOError:
                 pass  # the pipe is full of rings: it is awake
             except OSError:
-                self.hung_up = True
+                self._on_bell_error()
 
     def _write_bell(self) -> None:
         try:
@@ -285,7 +293,15 @@ class Channel:
         except BlockingIOError:
             pass
         except OSError:
-            self.hung_up = True
+            self._on_bell_error()
+
+    def _on_bell_error(self) -> None:
+        """Where an OSError comes from tells what it means: a signal handler may have raised it."""
+        poll = select.poll()
+        poll.register(self._bell, 0)  # POLLHUP, POLLERR and POLLNVAL are always told
+        if not poll.poll(0):
+            raise
+        self.hung_up = True
 
     def nudge(self) -> None:
         """Ring for what the other side has not taken, whatever its flag says: the way out of a ring that was lost."""
@@ -371,7 +387,7 @@ class Channel:
         except BlockingIOError:
             return False
         except OSError:
-            self.hung_up = True
+            self._on_bell_error()
         return True
 
     @property
@@ -408,6 +424,7 @@ class Channel:
         if self._blocking and (timeout is None or timeout >= BACKSTOP_S):
             if self._read_bell():
                 return True
+            os.set_blocking(self._bell, True)  # if we were roused; a handler between asking and this might rouse again
         elif _readable(self._bell, BACKSTOP_S if timeout is None else max(0.0, min(BACKSTOP_S, timeout))):
             self._read_bell()
             return True

@@ -178,6 +178,26 @@ def test_when_aiosd_is_gone_the_loop_rests(kernel: ChannelKernel) -> None:
     assert asyncio.run(main()) <= 1
 
 
+def test_closing_while_a_task_looks_for_itself_harms_nobody(
+    kernel: ChannelKernel, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Another thread closes after the task has looked, before it rings."""
+    connection = kernel.connection
+    original = connection.pump
+
+    def pump() -> None:
+        original()
+        aside(connection.close).result(PATIENCE_S)
+
+    monkeypatch.setattr(connection, "pump", pump)
+    monkeypatch.setattr(aio, "BACKSTOP_S", 0.0, raising=False)
+
+    async def main() -> None:
+        await aio._reply(connection, asyncio.Event())
+
+    asyncio.run(main())
+
+
 def test_a_reply_for_a_loop_that_is_closed_harms_nobody(kernel: ChannelKernel) -> None:
     """The task is gone with its loop; the thread that reads its reply goes on."""
     loop = asyncio.new_event_loop()

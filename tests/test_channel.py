@@ -209,6 +209,20 @@ def test_shutdown_wakes_who_waits(ends: Ends) -> None:
     assert done.is_set()
 
 
+def test_who_is_roused_wakes_once(ends: Ends, monkeypatch: pytest.MonkeyPatch) -> None:
+    """And sleeps in its read again afterwards."""
+    monkeypatch.setattr(channels, "BACKSTOP_S", 1000.0)
+    ends.agent.sleep_in_read()
+    bell = ends.agent.fileno()
+    for _ in range(2):
+        ends.agent.rouse()
+        assert not ends.agent.wait()
+        assert os.get_blocking(bell)
+    ends.kernel.send(b"a frame")
+    assert ends.agent.wait()
+    assert ends.agent.receive() == [b"a frame"]
+
+
 def test_wait_ends_after_its_time(ends: Ends) -> None:
     before = time.monotonic()
     assert not ends.agent.wait(0.02)

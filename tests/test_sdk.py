@@ -10,14 +10,16 @@ import os
 import random
 import signal
 import threading
-from collections.abc import Iterator
+from collections import deque
+from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 
 import libaios as aios
-from libaios import agent, llm, wire
-from libaios.agent import Connection
+from libaios import agent, llm, ring, wire
+from libaios import channel as channels
+from libaios.agent import AgentTransport, Connection
 from libaios.llm import Stream
 from libaios.wire import NoArgs, Sys
 from tests.fakekernel import PATIENCE_S, ChannelKernel, args_of, as_process_connection, aside
@@ -35,6 +37,15 @@ def kernel() -> Iterator[ChannelKernel]:
 @pytest.fixture
 def connection(kernel: ChannelKernel) -> Connection:
     return kernel.connection
+
+
+@pytest.fixture
+def unsupported(monkeypatch: pytest.MonkeyPatch) -> Iterator[ChannelKernel]:
+    """A kernel whose agent has no back-stop: who is not woken sleeps on."""
+    monkeypatch.setattr(channels, "BACKSTOP_S", 1000.0)
+    made = ChannelKernel()
+    yield made
+    made.close()
 
 
 def generate(stream: bool = True, timeout: float | None = None) -> wire.Generate:
@@ -281,6 +292,237 @@ def test_a_signal_handler_may_make_a_call_while_its_thread_leads(kernel: Channel
     assert received.sender == 0
 
 
+def test_an_oserror_of_a_signal_handler_is_its_own(kernel: ChannelKernel, connection: Connection) -> None:
+    """TimeoutError from SIGALRM, say: it ends the call, not the connection."""
+    end = threading.Event()
+
+    def handler(*_: object) -> None:
+        raise TimeoutError("the handler's own")
+
+    def serve() -> None:
+        kernel.take(Sys.GETPPID)
+        main = threading.main_thread().ident
+        assert main is not None
+        while not connection._polling:
+            end.wait(0.005)
+        signal.pthread_kill(main, signal.SIGUSR1)
+        kernel.take(Sys.CANCEL)
+        kernel.reply(kernel.take(Sys.GETPID), 42)
+
+    old = signal.signal(signal.SIGUSR1, handler)
+    serving = aside(serve)
+    try:
+        with pytest.raises(TimeoutError, match="the handler's own"):
+            connection.call(Sys.GETPPID, NoArgs(), int)
+    finally:
+        signal.signal(signal.SIGUSR1, old)
+    assert not connection.transport.hung_up
+    assert connection.call(Sys.GETPID, NoArgs(), int) == 42
+    serving.result(PATIENCE_S)
+
+
+@pytest.mark.deadline(15)
+@pytest.mark.parametrize("raises", [False, True])
+def test_a_signal_handler_that_reads_the_reply_of_whom_it_interrupted_wakes_him(
+    unsupported: ChannelKernel, raises: bool
+) -> None:
+    """His sleep goes on after the handler (PEP 475), and all that would have ended it has been taken."""
+    kernel, connection = unsupported, unsupported.connection
+    sent = threading.Event()
+
+    def handler(*_: object) -> None:
+        assert connection.call(Sys.GETPID, NoArgs(), int) == 42
+        assert sent.wait(PATIENCE_S)
+        connection.transport.drain_bell()  # type: ignore[attr-defined]  # as the call has, unless it was too quick
+        if raises:
+            raise LookupError
+
+    def serve() -> None:
+        first = kernel.take(Sys.GETPPID)
+        main = threading.main_thread().ident
+        assert main is not None
+        while not connection._polling:
+            sent.wait(0.005)
+        signal.pthread_kill(main, signal.SIGUSR1)
+        second = kernel.take(Sys.GETPID)
+        with kernel.one_bell():
+            kernel.reply(first, 7)
+            kernel.reply(second, 42)
+        sent.set()
+        kernel.reply(kernel.take(Sys.TOKENIZE), "next")
+
+    old = signal.signal(signal.SIGUSR1, handler)
+    serving = aside(serve)
+    try:
+        with pytest.raises(LookupError) if raises else contextlib.nullcontext():
+            assert connection.call(Sys.GETPPID, NoArgs(), int) == 7
+    finally:
+        signal.signal(signal.SIGUSR1, old)
+    assert connection.call(Sys.TOKENIZE, wire.Tokenize("x"), str) == "next"
+    serving.result(PATIENCE_S)
+
+
+@pytest.mark.deadline(15)
+def test_a_second_signal_handler_while_the_first_hands_out_replies_gets_edeadlk(
+    kernel: ChannelKernel, connection: Connection, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The first one leads in the place of a sleeper, but does not sleep now."""
+    refused: list[int | None] = []
+    original = connection._hand_out
+    patience = threading.Event()
+
+    def second(*_: object) -> None:
+        with pytest.raises(OSError, match="handed out") as caught:
+            connection.call(Sys.TOKENIZE, wire.Tokenize("x"), str)
+        refused.append(caught.value.errno)
+
+    def first(*_: object) -> None:
+        assert connection.call(Sys.GETPID, NoArgs(), int) == 42
+
+    def hand_out(reply: wire.Reply) -> None:
+        if not refused:
+            signal.raise_signal(signal.SIGUSR2)
+        original(reply)
+
+    def serve() -> None:
+        request = kernel.take(Sys.GETPPID)
+        main = threading.main_thread().ident
+        assert main is not None
+        while not connection._polling:
+            patience.wait(0.005)
+        signal.pthread_kill(main, signal.SIGUSR1)
+        kernel.reply(kernel.take(Sys.GETPID), 42)
+        kernel.take(Sys.TOKENIZE)
+        kernel.take(Sys.CANCEL)
+        kernel.reply(request, 7)
+
+    monkeypatch.setattr(connection, "_hand_out", hand_out)
+    old = [signal.signal(signal.SIGUSR1, first), signal.signal(signal.SIGUSR2, second)]
+    serving = aside(serve)
+    try:
+        assert connection.call(Sys.GETPPID, NoArgs(), int) == 7
+    finally:
+        signal.signal(signal.SIGUSR1, old[0])
+        signal.signal(signal.SIGUSR2, old[1])
+    serving.result(PATIENCE_S)
+    assert refused == [errno.EDEADLK]
+
+
+def test_who_gets_reply_and_lead_from_the_same_leader_does_not_sleep(unsupported: ChannelKernel) -> None:
+    """Another leads, hands out our reply and leaves, after we looked for it and before the lead is ours."""
+    kernel, connection = unsupported, unsupported.connection
+
+    class Racing(dict[int, tuple[int, object]]):
+        meanwhile: Callable[[], None] | None = None
+
+        def setdefault(self, key: int, value: tuple[int, object]) -> tuple[int, object]:  # type: ignore[override]
+            act, self.meanwhile = self.meanwhile, None
+            if act is not None:
+                act()
+            return super().setdefault(key, value)
+
+    def other_leads() -> None:
+        other = aside(connection.call, Sys.GETPPID, NoArgs(), int)
+        second = kernel.take(Sys.GETPPID)
+        kernel.reply(first, 5)
+        kernel.reply(second, 6)
+        assert other.result(PATIENCE_S) == 6
+        connection.transport.drain_bell()  # type: ignore[attr-defined]  # the other may not have had to sleep
+
+    leader = connection._leader = Racing()
+    call = connection.submit(Sys.GETPID, NoArgs())
+    first = kernel.take(Sys.GETPID)
+    leader.meanwhile = other_leads
+    assert aside(connection.result, call, int).result(2 * PATIENCE_S) == 5
+
+
+# ── cancels that are left to another ──────────────────────────────────────────────────────────────────────
+
+
+def overflow(connection: Connection) -> list[int]:
+    """Cancels of calls that never were, more than the small ring holds."""
+    connection._cancels.extend(range(10_000, 10_400))
+    connection._send_cancels()
+    assert connection.transport.outbox_bytes
+    return list(range(10_000, 10_400))
+
+
+def drain(kernel: ChannelKernel) -> list[int]:
+    """Whose end the kernel is told of, until nothing more comes."""
+    ids = []
+    while not kernel.quiet():
+        ids += [args_of(request).id for request in kernel.taken]
+        kernel.taken.clear()
+        kernel.connection.pump()
+    return ids
+
+
+def test_a_call_abandoned_while_the_leader_pumps_is_canceled(monkeypatch: pytest.MonkeyPatch) -> None:
+    kernel = ChannelKernel(1 << 12)
+    connection = kernel.connection
+    try:
+        victim = connection.submit(Sys.GENERATE, generate(), stream=True)
+        kernel.take(Sys.GENERATE)
+        others = overflow(connection)
+        original = AgentTransport.pump
+
+        def pump(self: AgentTransport) -> bool:
+            aside(connection.abandon, victim).result(PATIENCE_S)  # finds us sending, and leaves it to us
+            return original(self)
+
+        monkeypatch.setattr(AgentTransport, "pump", pump)
+        connection.pump()
+        monkeypatch.undo()
+        assert drain(kernel) == [*others, victim.id]
+    finally:
+        kernel.close()
+
+
+def test_a_call_finalized_while_its_thread_pumps_is_canceled_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Between a frame and its end in the books: who pumped in there once more would send it twice."""
+    kernel = ChannelKernel(1 << 12)
+    connection = kernel.connection
+    try:
+        victim = connection.submit(Sys.GENERATE, generate(), stream=True)
+        kernel.take(Sys.GENERATE)
+        others = overflow(connection)
+        told = [args_of(request).id for request in kernel.poll(0.0)]  # now there is room
+        original = ring.Producer.put
+
+        def put(self: ring.Producer, payload: bytes, offset: int) -> int:
+            done = original(self, payload, offset)
+            connection.abandon(victim)
+            return done
+
+        monkeypatch.setattr(ring.Producer, "put", put)
+        connection.pump()
+        monkeypatch.undo()
+        assert told + drain(kernel) == [*others, victim.id]
+    finally:
+        kernel.close()
+
+
+@pytest.mark.parametrize("fault", [TypeError, None])
+def test_a_call_abandoned_while_another_fails_to_be_sent_is_canceled(
+    kernel: ChannelKernel, connection: Connection, monkeypatch: pytest.MonkeyPatch, fault: type[Exception] | None
+) -> None:
+    victim = connection.submit(Sys.GENERATE, generate(), stream=True)
+    kernel.take(Sys.GENERATE)
+
+    def encode(_: object) -> bytes:
+        monkeypatch.undo()
+        aside(connection.abandon, victim).result(PATIENCE_S)
+        if fault is not None:
+            raise fault
+        return b"x" * (wire.MAX_FRAME + 1)
+
+    monkeypatch.setattr(wire, "encode", encode)
+    with pytest.raises(fault or OSError):
+        connection.submit(Sys.GETPID, NoArgs())
+    assert args_of(kernel.take(Sys.CANCEL)).id == victim.id
+    assert kernel.quiet()
+
+
 # ── streams ───────────────────────────────────────────────────────────────────────────────────────────────
 
 
@@ -524,6 +766,20 @@ def test_closing_while_others_wait_ends_their_calls_at_once(kernel: ChannelKerne
         with pytest.raises(OSError, match="closed"):
             call.result(0.9)  # sooner than any back-stop
     connection.close()
+
+
+def test_closing_while_another_abandons_a_call_raises_nothing_there(
+    kernel: ChannelKernel, connection: Connection
+) -> None:
+    class Racing(deque[int]):
+        def append(self, number: int) -> None:
+            super().append(number)
+            aside(connection.close).result(PATIENCE_S)  # after abandon has found it open
+
+    call = connection.submit(Sys.GETPID, NoArgs())
+    connection._cancels = Racing()
+    connection.abandon(call)
+    connection.nudge()
 
 
 def test_a_kernel_that_sends_nonsense_ends_the_connection(kernel: ChannelKernel, connection: Connection) -> None:
