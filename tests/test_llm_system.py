@@ -52,6 +52,7 @@ def test_the_same_seed_gives_the_same_text_and_another_another(ask: Ask) -> None
         def text(seed):
             open = dict(temperature=2.0, top_k=0, top_p=1.0, min_p=0.0)  # the model is sure of itself
             return llm.complete("Once upon", max_tokens=30, seed=seed, ignore_eos=True, **open).tokens
+        text(1)  # from now on the prompt is cached, which may change a last bit
         assert text(1) == text(1)
         assert len({tuple(text(seed)) for seed in range(5)}) > 1
     """)
