@@ -574,7 +574,20 @@ class Supervisor:
     def _kill_agents(self) -> None:
         for agent in list(self.by_ospid.values()):
             _signal_tree(agent.ospid, signal.SIGKILL)
-        self.timers.after(LAST_WAIT_S, self._give_up)  # one that has become another user's cannot be killed
+        self._watch_killed(len(self.by_ospid))
+
+    def _watch_killed(self, left: int) -> None:
+        """Thousands take their time to die, but one that has become another user's never does."""
+
+        def look() -> None:
+            if not self.by_ospid:
+                return
+            if len(self.by_ospid) >= left:
+                self._give_up()
+            else:
+                self._watch_killed(len(self.by_ospid))
+
+        self.timers.after(LAST_WAIT_S, look)
 
     def _continue_stop(self) -> None:
         """Agents first, so that the kernel can tell who waits for them; then the system's own processes."""

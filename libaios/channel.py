@@ -117,6 +117,7 @@ class Channel:
     bad segment."""
 
     __slots__ = (
+        "_agent",
         "_bell",
         "_blocking",
         "_consumer",
@@ -147,7 +148,7 @@ class Channel:
         self.unread = False  # the last receive left something in the ring
         self.more = False  # … or there may be room for the outbox: come back before sleeping
         self.hung_up = False  # the other side closed its end of the bell
-        agent = side is Side.AGENT
+        self._agent = agent = side is Side.AGENT
         try:
             self._segment = ring.Segment(memfd)
             self._items = self._segment.items
@@ -296,11 +297,14 @@ class Channel:
             self._on_bell_error()
 
     def _on_bell_error(self) -> None:
-        """Where an OSError comes from tells what it means: a signal handler may have raised it."""
-        poll = select.poll()
-        poll.register(self._bell, 0)  # POLLHUP, POLLERR and POLLNVAL are always told
-        if not poll.poll(0):
-            raise
+        """The other side is gone, or has ruined its bell, which is the same. But in an agent a signal handler may have
+        raised that OSError, and then the bell says nothing of an end. (In aiosd's own processes no handler raises, and
+        what an agent does to its bell must not raise either.)"""
+        if self._agent and self._bell >= 0:
+            poll = select.poll()
+            poll.register(self._bell, 0)  # POLLHUP, POLLERR and POLLNVAL are always told
+            if not poll.poll(0):
+                raise
         self.hung_up = True
 
     def nudge(self) -> None:

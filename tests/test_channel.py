@@ -6,6 +6,7 @@ import os
 import random
 import select
 import signal
+import socket
 import struct
 import sys
 import threading
@@ -207,6 +208,21 @@ def test_shutdown_wakes_who_waits(ends: Ends) -> None:
     ends.agent.shutdown()
     thread.join(LOST_S)
     assert done.is_set()
+
+
+def test_a_bell_shut_down_by_halves_is_an_end_and_nothing_is_raised() -> None:
+    """By a hostile agent: poll does not tell of it, and whoever is born later rings, too."""
+    memfd, kernel_bell, agent_bell = make_channel()
+    raise_epoch(memfd)
+    with socket.socket(fileno=agent_bell) as bell:
+        bell.shutdown(socket.SHUT_RD)
+        for _ in range(2):
+            kernel = Channel(os.dup(memfd), os.dup(kernel_bell), Side.KERNEL)
+            kernel.send(b"x")
+            assert kernel.hung_up
+            kernel.close()
+    os.close(memfd)
+    os.close(kernel_bell)
 
 
 def test_who_is_roused_wakes_once(ends: Ends, monkeypatch: pytest.MonkeyPatch) -> None:

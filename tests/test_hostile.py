@@ -337,8 +337,10 @@ def test_a_call_that_costs_core_after_core_is_given_up() -> None:
     for _ in range(6):
         assert running.generation is not None
         running.generation.started = True
+        core.state = "ready"
         cores.died(core, "SIGSEGV")
         gone.append(list(failed))
+        cores.died(core, "cannot be loaded")  # had been given nothing
     assert gone == [[], [1], [1], [1, 3], [1, 3], [1, 3]]
     assert list(core.calls) == [waiting.key]
 
@@ -494,6 +496,23 @@ def test_who_breaks_the_protocol_is_ended(client: Client, tmp_path: Path, code: 
     assert status == -9
     assert why.startswith("EPROTO: ")
     assert reason in why
+
+
+def test_a_bell_shut_down_by_halves_harms_nobody_else(client: Client, tmp_path: Path) -> None:
+    """Writing to it fails, and poll tells nothing of that."""
+    before = client.call(Sys.STATUS, wire.Status(), dict)["kernel"]["epoch"]
+    code = """
+import socket
+socket.socket(fileno=os.dup(channel.fileno())).shutdown(socket.SHUT_RD)
+for number in range(1, 50):
+    channel.send(request(number, wire.Sys.GETPID))
+    os.write(channel.fileno(), b"!")
+    channel.receive()  # announces sleep, so that the reply is rung for
+    time.sleep(0.001)
+"""
+    pid = start(client, tmp_path, code)
+    assert end(client, pid)[0] == 0
+    assert client.call(Sys.STATUS, wire.Status(), dict)["kernel"]["epoch"] == before
 
 
 def test_a_spawn_that_is_cancelled_and_asked_for_again_is_one_process(client: Client, tmp_path: Path) -> None:

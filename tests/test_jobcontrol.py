@@ -10,6 +10,7 @@ import re
 import select
 import signal
 import struct
+import subprocess
 import termios
 import time
 from collections.abc import Callable, Iterator
@@ -395,6 +396,19 @@ def test_t_signals_are_passed_on_while_the_reader_stands_still(aiosd: System) ->
     finally:
         os.close(output)
         os.close(printing)
+
+
+def test_t_when_nobody_reads_any_more_the_terminal_is_gone(aiosd: System) -> None:
+    run = aiosd.popen("aios-run", "-t", "--", "yes", stdin=subprocess.DEVNULL)
+    assert run.stdout is not None
+    assert run.stdout.readline() == "y\n"
+    run.stdout.close()
+    assert run.wait(20) == 128 + signal.SIGHUP
+
+
+def test_t_an_agent_that_lets_go_of_its_terminal_lives_on(aiosd: System) -> None:
+    quiet = "exec </dev/null >/dev/null 2>&1; sleep 0.3; exit 7"
+    assert aiosd.run("aios-run", "-t", "--", "sh", "-c", quiet).returncode == 7
 
 
 # ── signals without a terminal ────────────────────────────────────────────────────────────────────────────

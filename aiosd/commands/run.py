@@ -247,6 +247,7 @@ class Attachment:
         self.readable = client.fileno()  # when the kernel has sent something
         self.spawn = spawn
         self.pid = 0  # 0: not spawned yet
+        self.ended = False
         self.signals: list[int] = []  # received, not yet acted upon
         self.early: list[int] = []  # received before there was an agent
         self.relays: list[Relay] = []
@@ -263,6 +264,7 @@ class Attachment:
             spawned: Spawned = self._await(self.client.submit(Sys.SPAWN, self.spawn, self.given_fds), Spawned)
             self._agent_lives(spawned.pid)
             waited: Waited = self._await(self.client.submit(Sys.WAIT, Wait(self.pid)), Waited)
+            self.ended = True
             for relay in self.relays:
                 if relay.source == self.master:
                     relay.drain(LAST_OUTPUT_S)
@@ -312,14 +314,14 @@ class Attachment:
         ours = next((fd for fd in (0, 1, 2) if os.isatty(fd)), None)
         self.master, slave = terminal.open_pty(ours)
         self.given, self.given_fds = [slave], [slave, slave, slave]
-        self.relays = [Relay(0, self.master, foreground, last_words=EOT), Relay(self.master, 1, at_end=self._hang_up)]
+        self.relays = [Relay(0, self.master, foreground, last_words=EOT), Relay(self.master, 1, unread=self._hang_up)]
         if os.isatty(0):
             self.raw = RawMode(0)
             self.raw.enter()
 
     def _hang_up(self) -> None:
         """Nobody reads what comes from the pty any more: its terminal is gone."""
-        if self.pid:
+        if self.pid and not self.ended:
             self._send(signal.SIGHUP)
 
     # ── loop ──────────────────────────────────────────────────────────────────────────────────────────────

@@ -36,6 +36,7 @@ class Relay:
         sink: int,
         allowed: Callable[[], bool] = lambda: True,
         at_end: Callable[[], None] = lambda: None,
+        unread: Callable[[], None] = lambda: None,
         last_words: bytes = b"",
     ) -> None:
         self.source = source
@@ -43,6 +44,7 @@ class Relay:
         self.allowed = allowed  # asked before each read
         self.done = False
         self._at_end = at_end
+        self._unread = unread  # called when nobody reads the output any more
         # Written after the end of the input, and twice after an unfinished line: a terminal takes the first EOT after
         # such a line for "pass on what you have", and only one at the beginning of a line for the end.
         self._last_words = last_words
@@ -107,6 +109,8 @@ class Relay:
             return
         except OSError:  # EPIPE, EIO: nobody reads
             self._buffer.clear()
+            if not self._source_ended:
+                self._unread()
             self._end()
         else:
             del self._buffer[:n]

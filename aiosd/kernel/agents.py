@@ -63,12 +63,12 @@ class Agents:
 
     def fork(self, call: Call, spec: link.Fork, fds: tuple[int, ...]) -> None:
         """Have the supervisor fork an agent; the call is finished when it has."""
-        if self.kernel.supervisor.pending > FORKS_BYTES:
-            raise wire.error(errno.EAGAIN, "so many are being started that the supervisor does not keep up")
         under_way = self.forks.get(call.key)
         if under_way is not None:  # asked for once more, under the same id: one process, and this call is told of it
             self.forks[call.key] = (call, under_way[1])
             return
+        if self.kernel.supervisor.pending > FORKS_BYTES:
+            raise wire.error(errno.EAGAIN, "so many are being started that the supervisor does not keep up")
         self.forks[call.key] = (call, spec)
         self.kernel.to_supervisor(spec, fds)
 

@@ -138,6 +138,7 @@ class Cores:
 
     def died(self, core: Core, reason: str) -> None:
         """Keep its calls for the successor, but those that look like the cause of the death."""
+        served = core.state == "ready"  # else it had been given nothing
         core.state, core.last_death, core.ospid = "down", reason, 0
         core.contexts = {}
         if core.channel is not None:
@@ -145,9 +146,9 @@ class Cores:
             core.channel = None
         for call, _ in list(core.calls.values()):
             generation = call.generation
+            if not (served if generation is None else generation.started):
+                continue
             if generation is not None:
-                if not generation.started:
-                    continue
                 generation.started = False
             call.deaths += 1
             if call.deaths >= (POISON_DEATHS if generation is not None else POISON_OTHERS):
