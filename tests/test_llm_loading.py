@@ -67,8 +67,10 @@ def test_info_has_the_fields_of_the_contract(path: Path) -> None:
     assert loaded.device == "CPU"
 
 
-@pytest.mark.skipif(llama.supports_gpu(), reason="this llama.cpp has one")
-def test_gpu_layers_without_a_gpu_are_said(path: Path, caplog: pytest.LogCaptureFixture) -> None:
+def test_gpu_layers_without_a_gpu_are_said(
+    path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setattr(llama, "supports_gpu", lambda: False)
     loaded = load(path, gpu_layers=5)
     loaded.close()
     assert "--gpu-layers 5: this llama.cpp was built without a GPU" in caplog.text

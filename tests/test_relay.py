@@ -170,3 +170,22 @@ def test_the_last_output_does_not_wait_for_ever_for_a_reader(held: Hold) -> None
 def test_the_last_output_has_an_end_though_somebody_writes_on(held: Hold) -> None:
     relay = Relay(held(os.open("/dev/zero", os.O_RDONLY)), held(os.open(os.devnull, os.O_WRONLY)))
     relay.drain(60.0)
+
+
+def test_only_a_reader_that_is_gone_is_told_of(held: Hold) -> None:
+    """An agent that closes its terminal, or ends, has not lost its reader: it gets no HUP for that."""
+    told: list[str] = []
+    source, writing = pipe(held)
+    _, sink = pipe(held)
+    relay = Relay(source, sink, unread=lambda: told.append("ended"))
+    os.close(writing)
+    relay.step({source: select.POLLIN})
+    assert relay.done
+    source, writing = pipe(held)
+    reading, sink = pipe(held)
+    relay = Relay(source, sink, unread=lambda: told.append("gone"))
+    os.close(reading)
+    os.write(writing, b"x")
+    relay.step({source: select.POLLIN, sink: select.POLLOUT})
+    assert relay.done
+    assert told == ["gone"]

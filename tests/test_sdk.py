@@ -22,6 +22,7 @@ from libaios import channel as channels
 from libaios.agent import AgentTransport, Connection
 from libaios.llm import Stream
 from libaios.wire import NoArgs, Sys
+from tests.conftest import eventually
 from tests.fakekernel import PATIENCE_S, ChannelKernel, args_of, as_process_connection, aside
 
 pytestmark = pytest.mark.deadline(60)
@@ -263,21 +264,24 @@ def test_interrupting_one_who_waits_for_room_cancels_its_call() -> None:
         kernel.close()
 
 
+def interrupt(connection: Connection) -> None:
+    """SIGUSR1 for the main thread, once it sleeps in here."""
+    main = threading.main_thread().ident
+    assert main is not None
+    assert eventually(lambda: connection._polling, every=0.005)
+    signal.pthread_kill(main, signal.SIGUSR1)
+
+
 def test_a_signal_handler_may_make_a_call_while_its_thread_leads(kernel: ChannelKernel, connection: Connection) -> None:
     """As an agent does that says goodbye on SIGTERM."""
     answers: list[object] = []
-    end = threading.Event()
 
     def handler(*_: object) -> None:
         answers.append(connection.call(Sys.GETPID, NoArgs(), int))
 
     def serve() -> None:
         first = kernel.take(Sys.RECV)
-        main = threading.main_thread().ident
-        assert main is not None
-        while not connection._polling:
-            end.wait(0.005)
-        signal.pthread_kill(main, signal.SIGUSR1)
+        interrupt(connection)
         kernel.reply(kernel.take(Sys.GETPID), 42)
         kernel.reply(first, wire.Received(0, wire.raw("x")))
 
@@ -294,18 +298,13 @@ def test_a_signal_handler_may_make_a_call_while_its_thread_leads(kernel: Channel
 
 def test_an_oserror_of_a_signal_handler_is_its_own(kernel: ChannelKernel, connection: Connection) -> None:
     """TimeoutError from SIGALRM, say: it ends the call, not the connection."""
-    end = threading.Event()
 
     def handler(*_: object) -> None:
         raise TimeoutError("the handler's own")
 
     def serve() -> None:
         kernel.take(Sys.GETPPID)
-        main = threading.main_thread().ident
-        assert main is not None
-        while not connection._polling:
-            end.wait(0.005)
-        signal.pthread_kill(main, signal.SIGUSR1)
+        interrupt(connection)
         kernel.take(Sys.CANCEL)
         kernel.reply(kernel.take(Sys.GETPID), 42)
 
@@ -339,11 +338,7 @@ def test_a_signal_handler_that_reads_the_reply_of_whom_it_interrupted_wakes_him(
 
     def serve() -> None:
         first = kernel.take(Sys.GETPPID)
-        main = threading.main_thread().ident
-        assert main is not None
-        while not connection._polling:
-            sent.wait(0.005)
-        signal.pthread_kill(main, signal.SIGUSR1)
+        interrupt(connection)
         second = kernel.take(Sys.GETPID)
         with kernel.one_bell():
             kernel.reply(first, 7)
@@ -369,7 +364,6 @@ def test_a_second_signal_handler_while_the_first_hands_out_replies_gets_edeadlk(
     """The first one leads in the place of a sleeper, but does not sleep now."""
     refused: list[int | None] = []
     original = connection._hand_out
-    patience = threading.Event()
 
     def second(*_: object) -> None:
         with pytest.raises(OSError, match="handed out") as caught:
@@ -386,11 +380,7 @@ def test_a_second_signal_handler_while_the_first_hands_out_replies_gets_edeadlk(
 
     def serve() -> None:
         request = kernel.take(Sys.GETPPID)
-        main = threading.main_thread().ident
-        assert main is not None
-        while not connection._polling:
-            patience.wait(0.005)
-        signal.pthread_kill(main, signal.SIGUSR1)
+        interrupt(connection)
         kernel.reply(kernel.take(Sys.GETPID), 42)
         kernel.take(Sys.TOKENIZE)
         kernel.take(Sys.CANCEL)

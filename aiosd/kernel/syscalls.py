@@ -137,8 +137,10 @@ def sys_kill(kernel: Kernel, call: Call, args: wire.Kill) -> Any:
     for proc in alive:
         kernel.agents.deliver(proc, args.signal, call.key)
     if args.signal == signal.SIGSTOP:
-        stopped = lambda: all(p.state is not State.RUNNING or p.continued != count for p, count in before)  # noqa: E731
-        return None if kernel.waiters.until(call, stopped) else PENDING
+        done = kernel.waiters.until(
+            call, lambda: all(p.state is not State.RUNNING or p.continued != count for p, count in before)
+        )
+        return None if done else PENDING
     if args.signal == signal.SIGCONT:
         done = kernel.waiters.until(call, lambda: all(p.state is not State.STOPPED for p in alive))
         return None if done else PENDING

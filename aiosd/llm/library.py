@@ -98,11 +98,11 @@ class Library:
     def _save(self, message: link.SubmitContext, args: wire.SaveContext) -> None:
         tokens = self._tokens(args)
         piece = self._cache.export(message.group, tokens, message.key[0])
-
-        def write() -> wire.SavedContext:
-            return self._files().write(message.group, args.name, args.messages, tokens, piece)
-
-        self._later(message.key, write, lambda saved: saved)
+        self._later(
+            message.key,
+            lambda: self._files().write(message.group, args.name, args.messages, tokens, piece),
+            lambda saved: saved,
+        )
 
     def _restore(self, message: link.SubmitContext, args: wire.NamedContext) -> None:
         def taken(opened: Opened) -> wire.RestoredContext:
