@@ -6,6 +6,7 @@ that it is armed, and only then lets all go at once, so neither starting a proce
 
 from __future__ import annotations
 
+import contextlib
 import http.client
 import json
 import os
@@ -76,6 +77,17 @@ def cpu_name() -> str:
 def cpu_seconds(pid: int) -> float:
     """Of all threads of a process, so far."""
     return sum(int(file.read_text().split()[0]) for file in Path(f"/proc/{pid}/task").glob("*/schedstat")) / 1e9
+
+
+def kernel_seconds() -> float:
+    """CPU time of Linux's own threads (reclaim, compaction, writing back) so far: taken from the run by nobody in it."""
+    ticks = 0
+    for stat in Path("/proc").glob("[0-9]*/stat"):
+        with contextlib.suppress(OSError):
+            fields = stat.read_text().rpartition(")")[2].split()
+            if fields[1] == "2":  # a child of kthreadd
+                ticks += int(fields[11]) + int(fields[12])
+    return ticks / os.sysconf("SC_CLK_TCK")
 
 
 def peer(name: str) -> Path:

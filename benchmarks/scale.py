@@ -5,11 +5,13 @@ Every agent is a process of its own that keeps its conversation: a shared system
 own, two calls of 80 generated tokens with 8 tokens of a tool's answer between them, greedy. All are up before the clock
 starts. There are 64 slots; with the default quantum of 64 tokens every call gives its slot up before its end when
 others wait, and the contexts of the rest lie in memory and on disk, within the budgets given. Wait: from a call's
-arrival to its slot. Jain's index: of the agents' tokens per second, each from the common start to its own end.
+arrival to its slot. Jain's index: of the agents' tokens per second, each from the common start to its own end. Linux:
+CPU time of the kernel's own threads in percent of one core; where it watches memory for reclaim (DAMON), a page that
+two thousand forked processes share costs it two thousand looks.
 
     $ taskset -c 0,1 python benchmarks/scale.py
-    policy  agents  finished  tokens/s  ÷ 64   wait p50    p90    p99   Jain  copy %  RAM MB  disk MB
-    rr          64        64     611.0  1.00       0.00   0.00   0.00  1.000     0.0       0        0
+    policy  agents  finished  tokens/s  ÷ 64   wait p50    p90    p99   Jain  copy %  RAM MB  disk MB  Linux %
+    rr          64        64     611.0  1.00       0.00   0.00   0.00  1.000     0.0       0        0      0.2
     rr        2000      2000     590.0  0.97     …
 """
 
@@ -32,6 +34,7 @@ POLICIES = ("rr", "fair")
 SHARED, PRIVATE, TURNS, GENERATED, TOOL = 128, 16, 2, 80, 8
 LEAST_RATE, MOST_COPYING = 0.9, 0.05
 PATIENCE_S = 3600.0
+LOOK_EVERY_S = 5.0
 
 MEMBER = """
 import errno, random, sys, time
@@ -115,15 +118,16 @@ def run(policy: str, agents: int, model: Path, options: argparse.Namespace) -> d
         boss = harness.Client(argv, system.env)
         boss.expect("connected")
         before, core = system.stats(), system.core()
-        cpu = harness.cpu_seconds(core)
+        cpu, linux, began = harness.cpu_seconds(core), harness.kernel_seconds(), time.monotonic()
         boss.tell("go")
         peaks = watch(system, lambda: out.exists())
         boss.expect("done")
         after, cpu = system.stats(), harness.cpu_seconds(core) - cpu
+        linux = (harness.kernel_seconds() - linux) / (time.monotonic() - began)
         boss.expect("home")
         boss.close()
         found = json.loads(out.read_text())
-    return figures(policy, agents, found, before, after, peaks) | {"core_cpu_s": cpu}
+    return figures(policy, agents, found, before, after, peaks) | {"core_cpu_s": cpu, "linux_share": linux}
 
 
 def watch(system: harness.Aiosd, over: Any) -> dict[str, float]:
@@ -141,7 +145,7 @@ def watch(system: harness.Aiosd, over: Any) -> dict[str, float]:
             ("rss", stats["rss_bytes"]),
         ):
             peaks[name] = max(peaks[name], value)
-        time.sleep(2.0)
+        time.sleep(LOOK_EVERY_S)
     return peaks
 
 
@@ -177,7 +181,7 @@ def figures(
     }
 
 
-HEAD = "policy  agents  finished  tokens/s  ÷ 64   wait p50    p90    p99   Jain  copy %  RAM MB  disk MB"
+HEAD = "policy  agents  finished  tokens/s  ÷ 64   wait p50    p90    p99   Jain  copy %  RAM MB  disk MB  Linux %"
 
 
 def line(row: dict[str, Any]) -> str:
@@ -196,7 +200,7 @@ def line(row: dict[str, Any]) -> str:
         f"{row['policy']:<6}{row['agents']:>8}{row['finished']:>10}{row['tokens_per_s']:>10.1f}"
         f"{1.0 if share is None else share:>6.2f}{waits['p50']:>11.2f}{waits['p90']:>7.2f}{waits['p99']:>7.2f}"
         f"{row['jain']:>7.3f}{100 * row['copy_share']:>8.1f}{peaks['ram'] / 1e6:>8.0f}{peaks['disk'] / 1e6:>9.0f}"
-        + (f"   MISSED: {', '.join(missed)}" if missed else "")
+        f"{100 * row['linux_share']:>9.1f}" + (f"   MISSED: {', '.join(missed)}" if missed else "")
     )
 
 

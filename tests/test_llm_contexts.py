@@ -394,6 +394,29 @@ def test_only_what_is_new_of_a_context_is_read_from_its_slot(any_loaded: loading
     check(bench)
 
 
+def test_time_spent_copying_is_counted_once(
+    any_loaded: loading.Loaded, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    bench = engine(any_loaded, tmp_path, ram=1 << 24, policy=Turns())
+    cache, context, now = bench.engine.cache, any_loaded.context, [0.0]
+    monkeypatch.setattr(cache, "_clock", lambda: now[0])
+    for name in ("read", "restore"):  # nothing else takes time
+
+        def slow(*args: Any, plain: Any = getattr(context, name)) -> Any:
+            now[0] += 1
+            return plain(*args)
+
+        monkeypatch.setattr(context, name, slow)
+    system = [5 + i % 200 for i in range(60)]
+    for turn in range(2):
+        for i in range(3 * SLOTS):
+            bench.submit([*system, 210 + i, 7, 8, *[9] * turn * 20], peer=1 + i, max_tokens=6)
+        bench.run()
+    assert now[0] > 6 * SLOTS
+    assert cache.copy_s == now[0]
+    check(bench)
+
+
 def test_a_leader_that_is_cancelled_leaves_its_followers_running(any_loaded: loading.Loaded, tmp_path: Path) -> None:
     bench = engine(any_loaded, tmp_path, ram=1 << 24)
     system = [5 + i % 200 for i in range(400)]

@@ -168,16 +168,15 @@ class Cache:
         """From the store into a slot. False: it is not there after all, and no slot is taken."""
         if self.store is None:
             return False
-        began = self._clock()
-        pieces, length = self.store.find(sequence.scope, tokens, length, sequence.peer)
-        if not length:
-            return False
-        self._clear(target)
-        self.slots.take(target.slot, sequence)
-        self._fill(sequence, pieces, length)
-        sequence.prefilled = sequence.length
-        self.copy_s += self._clock() - began
-        return True
+        with self._copying():
+            pieces, length = self.store.find(sequence.scope, tokens, length, sequence.peer)
+            if not length:
+                return False
+            self._clear(target)
+            self.slots.take(target.slot, sequence)
+            self._fill(sequence, pieces, length)
+            sequence.prefilled = sequence.length
+            return True
 
     def _fill(self, sequence: Sequence, pieces: list[Piece], length: int) -> None:
         assert self.store is not None
@@ -192,10 +191,15 @@ class Cache:
     def _resume(self, sequence: Sequence) -> bool:
         """Back from where `unseat` put it. False: that is gone."""
         snapshot, sequence.snapshot = sequence.snapshot, None
-        began = self._clock()
-        if isinstance(snapshot, Node):
-            assert self.store is not None
+        with self._copying():
             target = self.slots.cheapest()
+            if not isinstance(snapshot, Node):
+                assert snapshot is not None
+                self.slots.take(target.slot, sequence)
+                if not self._context.restore(target.slot, snapshot):
+                    sequence.length = sequence.prefilled = 0
+                return True
+            assert self.store is not None
             self._clear(target)  # first, as room for that may cost what is sought
             pieces = self.store.whole(snapshot, sequence.peer)
             if pieces is None:
@@ -206,14 +210,7 @@ class Cache:
             sequence.prefilled = min(prefilled, sequence.length)
             if snapshot.private:
                 self.store.drop(snapshot)
-        else:
-            assert snapshot is not None
-            target = self.slots.cheapest()
-            self.slots.take(target.slot, sequence)
-            if not self._context.restore(target.slot, snapshot):
-                sequence.length = sequence.prefilled = 0
-        self.copy_s += self._clock() - began
-        return True
+            return True
 
     # ── out of a slot ─────────────────────────────────────────────────────────────────────────────────────
 
@@ -221,9 +218,8 @@ class Cache:
         """Preempt: the slot is free, and the sequence's state lies where `seat` finds it."""
         slot, length = sequence.slot, sequence.length
         if length:
-            began = self._clock()
-            sequence.snapshot = self._save(sequence, length)
-            self.copy_s += self._clock() - began
+            with self._copying():
+                sequence.snapshot = self._save(sequence, length)
         self._context.cut(slot, 0)
         self.slots.release(sequence, now, keep=False)
 
@@ -272,15 +268,15 @@ class Cache:
         store = self.store
         if store is None or store.length(scope, tokens, stop) >= stop:
             return
-        began = self._clock()
         length = self._context.last_position(slot) + 1
-        if length >= stop:
+        if length < stop:
+            return
+        with self._copying():
             owner = self.slots.owner(slot)
             peer = owner.peer if owner is not None else self.slots.held(slot).peer
             node = self._add(scope, tokens, stop, (self._read(slot), slot, length, 0), peer)
-            if node is not None and owner is None and stop >= self.slots.held(slot).reusable:
-                self.slots.mark_kept(slot)
-        self.copy_s += self._clock() - began
+        if node is not None and owner is None and stop >= self.slots.held(slot).reusable:
+            self.slots.mark_kept(slot)
 
     def _clear(self, held: Held) -> None:
         """Before a free slot is given to another: what only lies there goes to the store."""
@@ -290,13 +286,20 @@ class Cache:
         first = store.length(held.scope, held.tokens, stop)
         if first >= stop:
             return
-        began = self._clock()
         length = self._context.last_position(slot) + 1
         if length >= stop:
             self.slots.forget(slot)
             self._add(held.scope, held.tokens, stop, (self._read(slot, first), slot, length, first), held.peer)
             self._context.cut(slot, 0)
-        self.copy_s += self._clock() - began
+
+    @contextlib.contextmanager
+    def _copying(self) -> Iterator[None]:
+        """What happens here counts as copying. Never within itself: nothing is counted twice."""
+        began = self._clock()
+        try:
+            yield
+        finally:
+            self.copy_s += self._clock() - began
 
     # ── contexts by name ──────────────────────────────────────────────────────────────────────────────────
 
