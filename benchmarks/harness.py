@@ -80,7 +80,7 @@ def cpu_seconds(pid: int) -> float:
 
 
 def kernel_seconds() -> float:
-    """CPU time of Linux's own threads (reclaim, compaction, writing back) so far: taken from the run by nobody in it."""
+    """CPU time of Linux's own threads (reclaim, compaction, …) so far, taken from a run by nobody in it."""
     ticks = 0
     for stat in Path("/proc").glob("[0-9]*/stat"):
         with contextlib.suppress(OSError):

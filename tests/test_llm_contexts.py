@@ -400,13 +400,16 @@ def test_time_spent_copying_is_counted_once(
     bench = engine(any_loaded, tmp_path, ram=1 << 24, policy=Turns())
     cache, context, now = bench.engine.cache, any_loaded.context, [0.0]
     monkeypatch.setattr(cache, "_clock", lambda: now[0])
-    for name in ("read", "restore"):  # nothing else takes time
 
-        def slow(*args: Any, plain: Any = getattr(context, name)) -> Any:
+    def slow(plain: Any) -> Any:
+        def takes_a_second(*args: Any) -> Any:
             now[0] += 1
             return plain(*args)
 
-        monkeypatch.setattr(context, name, slow)
+        return takes_a_second
+
+    for name in ("read", "restore"):  # nothing else takes time
+        monkeypatch.setattr(context, name, slow(getattr(context, name)))
     system = [5 + i % 200 for i in range(60)]
     for turn in range(2):
         for i in range(3 * SLOTS):
