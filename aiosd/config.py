@@ -156,7 +156,7 @@ KEYS = (
         "flash_attention",
         _one_of(("auto", "on", "off")),
         "on|off|auto",
-        "Faster answers, slower prompts on a CPU (auto: off).",
+        "Auto: on a CPU on if there are few slots.",
         "auto",
         per_model=True,
     ),

@@ -24,6 +24,7 @@ from aiosd.llm.contexts import GONE, Extent, Store, Swap
 from aiosd.llm.engine import Engine
 from aiosd.llm.policy import Fifo
 from aiosd.llm.prefix import Tree
+from aiosd.llm.saved import Saved
 from tests import tinymodels
 from tests.test_llm_engine import SLOTS, Bench, Clock, load
 
@@ -459,5 +460,36 @@ def test_a_layout_is_learnt_from_llama_and_joins_to_the_same_bytes(any_loaded: l
     assert layout is not None
     pieces = [layout.cut(block, 1, n, a, b) for a, b in ((0, 7), (7, 30), (30, 40))]
     assert (layout.join(pieces, 1, n, np.empty(layout.size(n), np.uint8)) == block).all()
+    plain = layout.plain(pieces[1])
+    assert (layout.own(plain).data == pieces[1].data).all()
+    assert (plain.data == pieces[1].data).all() == bool(any_loaded.flash_attention), "values are transposed without it"
     context.clear()
     assert Layout.of(context.read(0)) is None
+
+
+@pytest.mark.parametrize("flash", [("on", "off"), ("off", "on")])
+def test_a_state_saved_with_flash_attention_is_of_use_without_and_the_other_way_round(
+    model_path: Path, tmp_path: Path, flash: tuple[str, str]
+) -> None:
+    tokens = np.arange(5, 205, dtype=np.int32)
+    texts = []
+    for step, choice in enumerate(flash):
+        loaded = load(model_path, flash_attention=choice)
+        bench = engine(loaded, tmp_path, ram=1 << 24)
+        cache = bench.engine.cache
+        assert cache.store is not None
+        saved = Saved(str(tmp_path), {"layout": cache.store.layout.description}, cache.store.layout)
+        if step == 1:
+            opened = saved.read("g", "n")
+            assert not opened.refused
+            assert opened.piece is not None
+            assert cache.take_in("", tokens, opened.piece, 1) == len(tokens)
+        key = bench.submit([*tokens.tolist(), 7, 8], peer=1, max_tokens=12)
+        bench.run()
+        assert bench.end(key).usage.cached_tokens == step * len(tokens)
+        texts.append(bench.whole(key)[0])
+        if step == 0:
+            saved.write("g", "n", [], tokens, cache.export("", tokens, 1))
+        check(bench)
+        loaded.close()
+    assert texts[0] == texts[1]

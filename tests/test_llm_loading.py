@@ -136,6 +136,26 @@ def test_what_is_asked_for_is_kept_or_refused(path: Path, options: dict[str, Any
     assert why in refusal(path, **options)
 
 
+@pytest.mark.parametrize(
+    ("heads", "options", "on"),
+    [
+        (1, {"slots": 8}, True),
+        (1, {"slots": 9}, False),
+        (2, {"slots": 1}, False),
+        (1, {"slots": 1, "exact": True}, False),
+        (1, {"slots": 1, "flash_attention": "off"}, False),
+        (2, {"slots": 9, "flash_attention": "on"}, True),
+    ],
+)
+def test_a_few_slots_and_wide_heads_get_flash_attention(
+    tmp_path: Path, heads: int, options: dict[str, Any], on: bool
+) -> None:
+    path = tinymodels.write(tmp_path / "wide.gguf", d=64, heads=heads, kv_heads=1)
+    loaded = load(path, **options)
+    loaded.close()
+    assert loaded.flash_attention is on
+
+
 def test_slots_follow_from_the_memory(path: Path) -> None:
     per_slot = modelfile.read(str(path)).kv_bytes_per_token() * 256
     loaded = load(path, slots=None, kv_memory=5 * per_slot + 1)

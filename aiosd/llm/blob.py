@@ -70,8 +70,9 @@ class Layout:
 
     @property
     def description(self) -> list[list[int | str]]:
-        """What two contexts must have in common for one to take the other's pieces."""
-        return [[part.header.hex(), part.item, part.rows] for part in self._parts]
+        """What two contexts must have in common for one to take the other's `plain` pieces: type and size of each part.
+        Whether values are transposed, as they are without flash attention, does not matter."""
+        return [[part.header[:4].hex(), part.per_token] for part in self._parts]
 
     @classmethod
     def of(cls, block: Bytes) -> Layout | None:
@@ -166,6 +167,31 @@ class Layout:
             to += kept
         return Piece(data, count)
 
+    def plain(self, piece: Piece) -> Piece:
+        """The same state with a row per token in every part, however this context keeps it."""
+        return self._turned(piece, plain=True)
+
+    def own(self, piece: Piece) -> Piece:
+        """A plain piece as this context keeps it."""
+        return self._turned(piece, plain=False)
+
+    def _turned(self, piece: Piece, plain: bool) -> Piece:
+        if not any(part.rows for part in self._parts):
+            return piece
+        data = np.empty_like(piece.data)
+        at, length = 0, piece.length
+        for part in self._parts:
+            here = slice(at, at + length * part.per_token)
+            source, target = piece.data[here], data[here]
+            if not part.rows:
+                target[:] = source
+            elif plain:
+                _items(target, part, part.rows, length)[:] = _items(source, part, length).T
+            else:
+                _items(target, part, length)[:] = _items(source, part, part.rows, length).T
+            at = here.stop
+        return Piece(data, length)
+
     def merge(self, pieces: Sequence[Piece], length: int) -> Piece:
         """One piece of the first `length` tokens of several."""
         data = np.empty(length * self.bytes_per_token, np.uint8)
@@ -235,6 +261,7 @@ def _takes(pieces: Sequence[Piece], length: int) -> list[tuple[Piece, int, int]]
     return takes
 
 
-def _items(data: Bytes, part: Part, count: int) -> npt.NDArray[np.generic]:
-    """A transposed part as a matrix: `rows` rows of `count` items."""
-    return data.view(f"V{part.item}" if part.item not in (1, 2, 4, 8) else f"u{part.item}").reshape(part.rows, count)
+def _items(data: Bytes, part: Part, count: int, rows: int | None = None) -> npt.NDArray[np.generic]:
+    """A transposed part as a matrix: `rows` rows (of the part, if nothing else is said) of `count` items."""
+    items = data.view(f"V{part.item}" if part.item not in (1, 2, 4, 8) else f"u{part.item}")
+    return items.reshape(part.rows if rows is None else rows, count)

@@ -83,10 +83,10 @@ class Library:
             raise wire.error(errno.ENOSYS, "this core has no folder for saved contexts")
         if self._saved is None:
             fits = {"model": file_sha256(self._model), "llama.cpp": llama.version(), **self._fits}
-            store = self._cache.store
-            if store is not None:
-                fits["layout of the state"] = store.layout.description
-            self._saved = Saved(self._folder, fits)
+            layout = self._cache.store.layout if self._cache.store is not None else None
+            if layout is not None:
+                fits["layout of the state"] = layout.description
+            self._saved = Saved(self._folder, fits, layout)
         return self._saved
 
     def _tokens(self, args: wire.SaveContext | wire.CloseContext) -> Tokens:

@@ -57,10 +57,15 @@ class ModelFile:
 
     def kv_bytes_per_token(self) -> int:
         """Keys and values of one token over all layers, as f16. An upper estimate where layers share them."""
-        width = self.number("embedding_length") // (self.number("attention.head_count") or 1)
-        keys = self.number("attention.key_length", width)
-        values = self.number("attention.value_length", width)
-        return 2 * sum(self._kv_heads()) * (keys + values)
+        values = self.number("attention.value_length", self._head_width())
+        return 2 * sum(self._kv_heads()) * (self.key_width() + values)
+
+    def key_width(self) -> int:
+        """Numbers in the key of one head."""
+        return self.number("attention.key_length", self._head_width())
+
+    def _head_width(self) -> int:
+        return self.number("embedding_length") // (self.number("attention.head_count") or 1)
 
     def state_bytes(self) -> int:
         """What a recurrent model keeps of a sequence, however long it is: all layers, as f32."""

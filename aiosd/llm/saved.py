@@ -2,7 +2,8 @@
 
     "AIOSCTX1" · header length u32 · header crc u32 · header · tokens (int32 each) · state
 
-The header (msgpack) says what the state fits: the model's SHA-256, llama.cpp's version and how a block is laid out.
+The header (msgpack) says what the state fits: the model's SHA-256, llama.cpp's version and what a token's state is made
+of. It is kept with a row per token, so that it fits with flash attention and without.
 llama.cpp checks nothing of this itself. Where anything differs, or a checksum does not fit, the state is refused and
 computed again from the messages, which are always there; only a file whose header is damaged is an error.
 
@@ -25,7 +26,7 @@ from urllib.parse import quote, unquote
 import msgspec
 import numpy as np
 
-from aiosd.llm.blob import Piece
+from aiosd.llm.blob import Layout, Piece
 from aiosd.llm.prefix import Tokens
 from libaios import wire
 
@@ -57,9 +58,11 @@ class Opened:
 
 
 class Saved:
-    def __init__(self, folder: str, fits: dict[str, Any]) -> None:
+    def __init__(self, folder: str, fits: dict[str, Any], layout: Layout | None = None) -> None:
+        """`layout`: of the context whose pieces are written and read; None: they are kept as they are."""
         self._folder = Path(folder)
         self._fits = fits
+        self._layout = layout
 
     def path(self, scope: str, name: str) -> Path:
         return self._folder / (quote(scope, safe="") or "_") / (quote(name, safe=" ") + _SUFFIX)
@@ -71,6 +74,8 @@ class Saved:
         path = self.path(scope, name)
         path.parent.mkdir(parents=True, exist_ok=True, mode=0o700)
         created = time.time()
+        if piece is not None and self._layout is not None:
+            piece = self._layout.plain(piece)
         state = piece.data.data if piece is not None else memoryview(b"")
         ids = np.ascontiguousarray(tokens, np.int32).data.cast("B")
         header = msgspec.msgpack.encode(
@@ -124,7 +129,8 @@ class Saved:
         data = np.empty(header.state_size, np.uint8)
         if file.readinto(data.data) != header.state_size or zlib.crc32(data.data) != header.state_crc:
             return None, "its state is damaged"
-        return Piece(data, header.state), ""
+        piece = Piece(data, header.state)
+        return (self._layout.own(piece) if self._layout is not None else piece), ""
 
     def list(self, scope: str) -> list[wire.SavedContext]:
         """By name. Files that cannot be read are left out."""
