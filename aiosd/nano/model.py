@@ -13,7 +13,7 @@ BACK, TELL, SHARP, GIVE = 5.0, 0.15, 2.5, 0.8  # how firmly copying is wired bef
 class Shape:
     vocab: int = 1600
     width: int = 192
-    layers: int = 6
+    layers: int = 8
     heads: int = 6
     kv_heads: int = 3
     hidden: int = 512

@@ -488,6 +488,8 @@ class Source:
             text = f"{self.words(2, 5)} {joint} {self.words(1, 4)}"
         else:
             text = f"{self.name()} {r.choice(['was here', 'says hi', 'loves', 'and', 'is'])} {self.name()}"
+        if not self.held and self.chance(0.06):  # a text is a text, whatever it begins with
+            text = f"{self.phrase(ph.SMALL_TALK[r.choice(list(ph.SMALL_TALK))]).rstrip('!.?')} {text}"
         if self.chance(0.25):
             text = text[0].upper() + text[1:]
         return text + r.choice(["", "", "", "", "", "", "!", "?"])

@@ -2,9 +2,11 @@
 
 Batches of pure copying come first and now and then, because an agent of this size lives by it; the rest are the
 conversations of `tasks.py`, never the same one twice, in batches of about the same length. Loss is taken on the
-assistant's turns alone. Matrices of the blocks learn with Muon (momentum, made orthogonal by a few steps of Newton
-and Schulz; Jordan et al. 2024), embeddings and norms with AdamW. The rates are low on purpose: twice as much undoes
-the copying circuit that `model.py` wires before the first step, and weights that are trained already want a third.
+assistant's turns alone. A model that has learnt most of it looks through many conversations and learns from those in
+which a token still comes as a surprise (`--pick`): looking costs a third of learning. Matrices of the blocks learn
+with Muon (momentum, made orthogonal by a few steps of Newton and Schulz; Jordan et al. 2024), embeddings and norms
+with AdamW. The rates are low on purpose: twice as much undoes the copying circuit that `model.py` wires before the
+first step, and weights that are trained already want a third.
 
 Two processes of one thread each work on batches of their own and average their gradients: matrices of this size
 gain little from threads. Each makes the updates of its share of the matrices. The same number of processes on the
@@ -17,7 +19,7 @@ import time
 from collections.abc import Iterator
 from dataclasses import dataclass
 from datetime import timedelta
-from itertools import count
+from itertools import count, islice, starmap
 from pathlib import Path
 
 import torch
@@ -40,10 +42,17 @@ LONGEST = 1024  # tokens of a conversation
 WORKERS = 2
 SEEDS_APART = 100_000_000  # of two processes' conversations
 PATIENCE = timedelta(hours=12)  # of one process with another that was stopped for a while
+LOOK_AT = 24  # batches that are looked through at a time for what is still hard
+SURPRISE = 0.05  # loss of a token from which on its conversation is hard
+KEEP = 0.08  # share of the others that is learnt from all the same
 
 #: What all conversations of a batch begin with, the rest of each, the places there that count, and the tokens after
 #: those places.
 Batch = tuple[Tensor, Tensor, Tensor, Tensor]
+
+#: What comes after the beginning of a conversation: its tokens, and whether the token after each is the assistant's.
+Row = tuple[list[int], list[bool]]
+Beginning = tuple[int, ...]
 
 
 @dataclass(frozen=True)
@@ -59,6 +68,7 @@ class Recipe:
     first_seed: int = 1_000_000_000  # of the conversations; the next ones follow
     drills: int = 40  # batches of pure copying before the first conversation
     drill_every: int = 20
+    pick: bool = False  # learn from what is still hard
 
     def rate(self, step: int, done: float) -> float:
         """Share of the peak rates at a step, `done` of the way behind it."""
@@ -71,7 +81,7 @@ def plain_twins(tokenizer: Tokenizer) -> Tensor:
     return torch.tensor([ids.get(t[1:], i) if len(t) > 1 and t[:1] == b" " else i for t, i in ids.items()])
 
 
-def examples(tokenizer: Tokenizer, first_seed: int) -> Iterator[tuple[list[int], list[bool]]]:
+def examples(tokenizer: Tokenizer, first_seed: int) -> Iterator[Row]:
     """Ids of conversations, and whether the token after each is the assistant's."""
     start, end = tokenizer.special[IM_START], tokenizer.special[IM_END]
     assistant = tokenizer.encode("assistant\n")
@@ -89,34 +99,71 @@ def examples(tokenizer: Tokenizer, first_seed: int) -> Iterator[tuple[list[int],
         yield ids[:-1], wanted[:-1]
 
 
-def batches(tokenizer: Tokenizer, first_seed: int) -> Iterator[Batch]:
-    """Conversations of the same beginning and about the same length share a batch."""
+def groups(tokenizer: Tokenizer, first_seed: int) -> Iterator[tuple[Beginning, list[Row]]]:
+    """Conversations of the same beginning and about the same length, as many as a batch takes."""
     source = examples(tokenizer, first_seed)
     start = tokenizer.special[IM_START]
     order = torch.Generator().manual_seed(first_seed)
     while True:
-        alike: dict[tuple[int, ...], list[tuple[list[int], list[bool]]]] = {}
-        for ids, flags in (next(source) for _ in range(800)):
+        alike: dict[Beginning, list[Row]] = {}
+        for ids, flags in islice(source, 800):
             shared = ids.index(start, 1)  # the system's turn
             alike.setdefault(tuple(ids[:shared]), []).append((ids[shared:], flags[shared:]))
-        groups = []
-        for beginning, rests in alike.items():
-            group: list[tuple[list[int], list[bool]]] = []
-            for rest in sorted(rests, key=lambda r: len(r[0])):
-                if group and (len(group) + 1) * len(rest[0]) > BATCH_TOKENS:
-                    groups.append((beginning, group))
-                    group = []
-                group.append(rest)
-            groups.append((beginning, group))
-        for g in torch.randperm(len(groups), generator=order).tolist():
-            beginning, rows = groups[g]
-            longest = len(rows[-1][0])
-            inputs = torch.zeros(len(rows), longest + 1, dtype=torch.long)
-            wanted = torch.zeros(len(rows), longest, dtype=torch.bool)
-            for row, (tokens, flags) in enumerate(rows):
-                inputs[row, : len(tokens)] = torch.tensor(tokens)
-                wanted[row, : len(flags)] = torch.tensor(flags)
-            yield torch.tensor(beginning), inputs[:, :-1], wanted, inputs[:, 1:][wanted]
+        yield from cut(alike, order)
+
+
+def cut(alike: dict[Beginning, list[Row]], order: torch.Generator) -> list[tuple[Beginning, list[Row]]]:
+    """Rows of the same beginning in groups of about the same length, each as large as a batch may be."""
+    groups: list[tuple[Beginning, list[Row]]] = []
+    for beginning, rows in alike.items():
+        group: list[Row] = []
+        for row in sorted(rows, key=lambda r: len(r[0])):
+            if group and (len(group) + 1) * len(row[0]) > BATCH_TOKENS:
+                groups.append((beginning, group))
+                group = []
+            group.append(row)
+        groups.append((beginning, group))
+    return [groups[g] for g in torch.randperm(len(groups), generator=order).tolist()]
+
+
+def batch(beginning: Beginning, rows: list[Row]) -> Batch:
+    longest = max(len(tokens) for tokens, _ in rows)
+    inputs = torch.zeros(len(rows), longest + 1, dtype=torch.long)
+    wanted = torch.zeros(len(rows), longest, dtype=torch.bool)
+    for row, (tokens, flags) in enumerate(rows):
+        inputs[row, : len(tokens)] = torch.tensor(tokens)
+        wanted[row, : len(flags)] = torch.tensor(flags)
+    return torch.tensor(beginning), inputs[:, :-1], wanted, inputs[:, 1:][wanted]
+
+
+def hard(model: Nano, found: Iterator[tuple[Beginning, list[Row]]], order: torch.Generator) -> Iterator[Batch]:
+    """Batches of those rows in which a token is still a surprise, and of a few others. All processes look at the same
+    time and then learn from equally many batches, so that none waits for another."""
+    left: list[tuple[Beginning, list[Row]]] = []
+    while True:
+        pool: dict[Beginning, list[Row]] = {}
+        for beginning, rows in left:
+            pool.setdefault(beginning, []).extend(rows)
+        for beginning, rows in islice(found, LOOK_AT):
+            worst = surprise(model, batch(beginning, rows))
+            keep = (worst > SURPRISE) | (torch.rand(len(rows), generator=order) < KEEP)
+            pool.setdefault(beginning, []).extend(rows[i] for i in keep.nonzero()[:, 0].tolist())
+        ready = cut({beginning: rows for beginning, rows in pool.items() if rows}, order)
+        number = torch.tensor(len(ready))
+        dist.all_reduce(number, dist.ReduceOp.MIN)
+        for beginning, rows in ready[: int(number)]:
+            yield batch(beginning, rows)
+        left = ready[int(number) :]
+
+
+@torch.no_grad()
+def surprise(model: Nano, taught: Batch) -> Tensor:
+    """The greatest loss of a token in each row."""
+    shared, ids, wanted, targets = taught
+    with torch.autocast("cpu", torch.bfloat16):
+        logits = model(shared, ids, wanted)
+    losses = F.cross_entropy(logits.float(), targets, reduction="none")
+    return torch.zeros(len(ids)).scatter_reduce(0, wanted.nonzero()[:, 0], losses, "amax")
 
 
 def drills(vocab: int, seed: int) -> Iterator[Batch]:
@@ -144,10 +191,12 @@ def drills(vocab: int, seed: int) -> Iterator[Batch]:
         yield ids[0, :0], ids[:, :-1], wanted, ids[:, 1:][wanted]
 
 
-def lessons(tokenizer: Tokenizer, recipe: Recipe, rank: int, first: int) -> Iterator[Batch]:
+def lessons(model: Nano, tokenizer: Tokenizer, recipe: Recipe, rank: int, first: int) -> Iterator[Batch]:
     """What one of the processes teaches in turn: copying, then conversations with a drill now and then."""
     drill = drills(len(tokenizer.tokens), SEED + rank + first)
-    talk = batches(tokenizer, recipe.first_seed + rank * SEEDS_APART + first * 100)
+    found = groups(tokenizer, recipe.first_seed + rank * SEEDS_APART + first * 1000)
+    order = torch.Generator().manual_seed(first + rank)
+    talk = hard(model, found, order) if recipe.pick else starmap(batch, found)
     for step in count(first):
         yield next(drill) if step < recipe.drills or step % recipe.drill_every == 0 else next(talk)
 
@@ -222,8 +271,19 @@ def progress(recipe: Recipe, step: int, begin: float) -> float:
 
 @torch.no_grad()
 def take_up(model: Nano, path: Path) -> None:
-    """Takes the weights out of a GGUF that `export` wrote."""
+    """Takes the weights out of a GGUF that `export` wrote. If it has fewer blocks, those that are new stand among them,
+    as evenly as can be, and say nothing at first."""
     weights = {t.name: torch.from_numpy(t.data.astype("float32")) for t in GGUFReader(path).tensors}
+    have, want = 1 + max(int(name.split(".")[1]) for name in weights if name.startswith("blk.")), model.s.layers
+    places = [i * (want - 1) // (have - 1) for i in range(have)]
+    blocks = {name: weights.pop(name) for name in list(weights) if name.startswith("blk.")}
+    for name, weight in blocks.items():
+        _, block, rest = name.split(".", 2)
+        weights[f"blk.{places[int(block)]}.{rest}"] = weight
+    for new in set(range(want)) - set(places):
+        model.blk[new].attn_output.weight.zero_()
+        model.blk[new].ffn_down.weight.zero_()
+        weights |= {f"blk.{new}.{name}": weight for name, weight in model.blk[new].state_dict().items()}
     embedding = weights["token_embd.weight"]
     spaced = model.plain != torch.arange(len(embedding))
     weights["space"] = (embedding - embedding[model.plain])[spaced].mean(0)
@@ -251,7 +311,7 @@ def learn(
         for optimizer, memory in zip(optimizers, saved["optimizers"], strict=True):
             optimizer.load_state_dict(memory)
         seen, first, begin = saved["seen"], saved["step"], time.time() - saved["seconds"]
-    for step, (shared, ids, wanted, targets) in enumerate(lessons(tokenizer, recipe, rank, first), first):
+    for step, (shared, ids, wanted, targets) in enumerate(lessons(model, tokenizer, recipe, rank, first), first):
         done = progress(recipe, step, begin)
         if done >= 1:
             break
@@ -312,6 +372,7 @@ def main() -> None:
     parser.add_argument("--state", type=Path, help="keep what is needed to go on in files of this name, and go on")
     parser.add_argument("--begin-with", type=Path, metavar="GGUF", help="begin with the weights of such a file")
     parser.add_argument("--first-seed", type=int, default=Recipe.first_seed, help="of the conversations")
+    parser.add_argument("--pick", action="store_true", help="learn from what is still hard")
     parser.add_argument("--rates", type=float, default=1.0, help="a factor on the learning rates")
     options = parser.parse_args()
     recipe = Recipe(
@@ -321,6 +382,7 @@ def main() -> None:
         adam=Recipe.adam * options.rates,
         drills=0 if options.begin_with else Recipe.drills,
         first_seed=options.first_seed,
+        pick=options.pick,
     )
     with tempfile.TemporaryDirectory() as folder:
         meet = str(Path(folder, "meet"))
