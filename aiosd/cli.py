@@ -24,7 +24,7 @@ from typing import TYPE_CHECKING, Any, NoReturn
 import click
 
 from aiosd import config, edge
-from aiosd.errors import AiosdError
+from aiosd.errors import AiosdError, WorldError
 from aiosd.units import format_duration, format_size
 from libaios.client import Home, NoKernel
 from libaios.wire import ENV_HOME, NoArgs, Set, Status, Sys
@@ -158,7 +158,10 @@ def _be_daemon(settings: Settings, log: Path) -> NoReturn:
         os.setsid()
         os.chdir("/")
         null = os.open(os.devnull, os.O_RDONLY)
-        out = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o600)
+        try:
+            out = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o600)
+        except OSError as err:
+            raise WorldError(f"{log}: {err.strerror}") from err
         for fd, number in ((null, 0), (out, 1), (out, 2)):
             os.dup2(fd, number)
         os.close(null)

@@ -19,6 +19,7 @@ import contextlib
 import ctypes
 import gc
 import importlib.util
+import io
 import itertools
 import logging
 import os
@@ -260,7 +261,7 @@ def become_agent(spec: link.Fork, pid: int, home: str, stdio: tuple[int, int, in
         _take_terminal()
     os.umask(spec.umask)
     _restore_nofile()
-    _reopen_streams()
+    _reopen_streams(spec)
     _set_environment(spec, pid, home, memfd, bell)
     try:
         os.chdir(spec.cwd)
@@ -303,8 +304,9 @@ def _lower_oom_protection() -> None:
     _write("/proc/self/oom_score_adj", b"1000")
 
 
-def _reopen_streams() -> None:
-    """Fresh sys.std* on the agent's own descriptors: those inherited hold the supervisor's buffers."""
+def _reopen_streams(spec: link.Fork) -> None:
+    """Fresh sys.std* on the agent's own descriptors: those inherited hold the supervisor's buffers. What goes to a log
+    is written line by line, as somebody may be reading along."""
     streams = {  # they live as long as the process: no context manager
         "stdin": open(0, encoding="utf-8", errors="surrogateescape", closefd=False),  # noqa: SIM115
         "stdout": open(  # noqa: SIM115
@@ -312,7 +314,7 @@ def _reopen_streams() -> None:
             "w",
             encoding="utf-8",
             errors="surrogateescape",
-            buffering=1 if os.isatty(1) else -1,
+            buffering=1 if spec.detached or os.isatty(1) else -1,
             closefd=False,
         ),
         "stderr": open(2, "w", encoding="utf-8", errors="backslashreplace", buffering=1, closefd=False),  # noqa: SIM115
@@ -330,7 +332,11 @@ def _set_environment(spec: link.Fork, pid: int, home: str, memfd: int, bell: int
     environment[wire.ENV_CHANNEL] = f"{memfd}:{bell}:{os.getpid()}"
     _replace_environment(environment)
     if spec.env.get("PYTHONUNBUFFERED"):
-        sys.stdout.reconfigure(write_through=True)  # type: ignore[union-attr] # a TextIOWrapper, made above
+        raw = open(1, "wb", buffering=0, closefd=False)  # noqa: SIM115  # lives as long as the process
+        out = io.TextIOWrapper(raw, encoding="utf-8", errors="surrogateescape", write_through=True)
+        sys.stdout = sys.__stdout__ = out  # type: ignore[misc]
+    if "TZ" in spec.env:
+        time.tzset()
 
 
 def _replace_environment(new: dict[str, str]) -> None:
@@ -397,11 +403,19 @@ def _run_file(spec: link.Fork) -> int:
         with open(path, "rb") as file:
             source = file.read()
             folder = os.path.dirname(os.readlink(f"/proc/self/fd/{file.fileno()}"))  # links resolved, at no cost
+    except FileNotFoundError as err:
+        hint = f"; for the program: aios-run -- {spec.target}" if _is_program(spec) else ""
+        return _cannot(spec, f"{err.strerror}{hint}", NOT_FOUND)
     except OSError as err:
-        return _cannot(spec, err.strerror or str(err), NOT_FOUND if isinstance(err, FileNotFoundError) else 126)
+        return _cannot(spec, err.strerror or str(err), CANNOT_EXECUTE)
     main = _new_main(spec, folder)
     main.__file__ = path if os.path.isabs(spec.target) else os.path.normpath(path)
     return _run(lambda: compile(source, main.__file__ or "", "exec", dont_inherit=True), main)
+
+
+def _is_program(spec: link.Fork) -> bool:
+    folders = spec.env.get("PATH", "").split(os.pathsep)
+    return "/" not in spec.target and any(os.access(os.path.join(f, spec.target), os.X_OK) for f in folders if f)
 
 
 def _run_module(spec: link.Fork) -> int:
@@ -427,6 +441,8 @@ def _new_main(spec: link.Fork, first_path: str) -> ModuleType:
     main = ModuleType("__main__")
     main.__dict__.update(__builtins__=__builtins__, __spec__=None, __annotations__={})
     sys.modules["__main__"] = main
+    if sys.path and sys.path[0] == os.path.dirname(os.path.realpath(sys.argv[0])):
+        del sys.path[0]  # the folder of aiosd's own script
     sys.argv = [spec.target, *spec.args]
     python_path = spec.env.get("PYTHONPATH", "")
     if python_path:

@@ -61,6 +61,7 @@ GUARDIAN_DIED = signal.SIGUSR1
 class Supervisor:
     def __init__(self, settings: Settings, listener: socket.socket, guardian: int, heartbeat: int) -> None:
         self.settings = settings
+        self._on_terminal = os.isatty(2)
         self.home = settings.home
         self.listener = listener
         self.guardian = guardian
@@ -140,10 +141,14 @@ class Supervisor:
                 return
             if signal.SIGCHLD in received:
                 self._reap()
-            if signal.SIGHUP in received:
-                self._reload()
-            if received & {signal.SIGTERM, signal.SIGINT}:
+            if received & {signal.SIGTERM, signal.SIGINT} or (signal.SIGHUP in received and self._terminal_gone()):
                 self.stop("signal")
+            elif signal.SIGHUP in received:
+                self._reload()
+
+    def _terminal_gone(self) -> bool:
+        """Was this aiosd started in the foreground of a terminal that has been closed?"""
+        return self._on_terminal and not os.isatty(2)
 
     def _reload(self) -> None:
         """SIGHUP: some settings can change in a running system (`config.LIVE`); the rest is said to need a restart."""

@@ -123,7 +123,11 @@ class Context(_context.Conversation):
     """`libaios.context.Context` for coroutines."""
 
     async def chat(self, more: str | Sequence[Mapping[str, Any]] = (), **options: Any) -> _llm.Result:
-        """As `Context.chat`, without streams."""
+        """As `Context.chat`, without streams: `stream=True` raises OSError EINVAL."""
+        if options.pop("stream", False):
+            raise wire.error(
+                errno.EINVAL, "stream: not here; libaios.aio.llm.chat(context.messages, stream=True) streams"
+            )
         messages = self._with(more)
         args = _llm.generate_args(messages, None, **self._options(options))
         result = await _run(Plan(Sys.GENERATE, args, wire.Generated, _llm.Result, args.timeout_s))

@@ -15,6 +15,7 @@ import select
 import socket
 import time
 from collections.abc import MutableSequence, Sequence
+from pathlib import Path
 from typing import Any
 
 import msgspec
@@ -40,14 +41,15 @@ def connect(home: Home, timeout: float = GREETING_S) -> socket.socket:
     sock = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM | socket.SOCK_CLOEXEC | socket.SOCK_NONBLOCK)
     deadline, pause = time.monotonic() + timeout, 0.001
     try:
-        folder = os.open(home.socket.parent, os.O_PATH | os.O_DIRECTORY | os.O_CLOEXEC)
+        path = _socket_path(home)
+        folder = os.open(path.parent, os.O_PATH | os.O_DIRECTORY | os.O_CLOEXEC)
         try:
             if not home.explicit and os.fstat(folder).st_uid not in (os.getuid(), 0):
-                raise NoKernel(f"{home.socket.parent} belongs to another user")
+                raise NoKernel(f"{path.parent} belongs to another user")
             while True:
                 try:
                     # A socket's path is limited to 107 bytes; through /proc any folder is short enough.
-                    sock.connect(f"/proc/self/fd/{folder}/{home.socket.name}")
+                    sock.connect(f"/proc/self/fd/{folder}/{path.name}")
                     return sock
                 except BlockingIOError:  # so many connect at this moment that the queue is full
                     if time.monotonic() > deadline:
@@ -63,6 +65,15 @@ def connect(home: Home, timeout: float = GREETING_S) -> socket.socket:
         if err.errno in (errno.ENOENT, errno.ECONNREFUSED, errno.ENOTDIR):
             raise NoKernel(f"no aiosd is running (no socket at {home.socket}); start one with: aiosd -d") from None
         raise NoKernel(f"{home.socket}: {err.strerror or err}") from None
+
+
+def _socket_path(home: Home) -> Path:
+    """A cron job, or a login by su, may have another runtime folder than the aiosd of its user, which leaves a link
+    to its socket where its data lie."""
+    if not home.explicit and not home.socket.exists():
+        with contextlib.suppress(OSError):
+            return Path(os.readlink(home.root / home.socket.name))
+    return home.socket
 
 
 class ControlSocket:

@@ -221,3 +221,9 @@ def test_the_same_names_as_coroutines() -> None:
         functions = [name for name in getattr(aios, family).__all__ if name[0].islower()]
         missing = [name for name in functions if not hasattr(twins, name)]
         assert missing == [], family
+
+
+def test_a_context_of_coroutines_refuses_what_it_cannot_do() -> None:
+    context = aio.llm.context([{"role": "user", "content": "hi"}])
+    with pytest.raises(OSError, match="stream: not with a context"):
+        asyncio.run(context.chat(stream=True))

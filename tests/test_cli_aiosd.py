@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import fcntl
 import json
 import os
 import re
 import signal
 import subprocess
+import termios
 from collections.abc import Callable
 from pathlib import Path
 
@@ -242,6 +244,42 @@ def test_broken_settings_leave_a_running_system_alone(fresh_aiosd: Fresh) -> Non
     system.daemon.send_signal(signal.SIGHUP)
     assert eventually(lambda: "unknown key 'solts'" in system.log())
     assert system.status()["state"] == "ready"
+
+
+def test_a_terminal_that_is_closed_ends_what_was_started_in_it(fresh_aiosd: Fresh) -> None:
+    system = fresh_aiosd(start=False)
+    master, slave = os.openpty()
+    with open(slave, "r+b", buffering=0) as terminal:
+        daemon = subprocess.Popen(
+            ["aiosd"], env=system.env, stdin=terminal, stdout=terminal, stderr=terminal, start_new_session=True,
+            preexec_fn=lambda: fcntl.ioctl(0, termios.TIOCSCTTY, 0),
+        )  # fmt: skip
+    said = b""
+    while b"aiosd: ready" not in said:
+        said += os.read(master, 4096)
+    daemon.send_signal(signal.SIGHUP)
+    while b"settings read again" not in said:
+        said += os.read(master, 4096)
+    os.close(master)
+    assert daemon.wait(20) == 0
+
+
+def test_another_runtime_folder_finds_the_same_system(fresh_aiosd: Fresh, tmp_path: Path) -> None:
+    system = fresh_aiosd(start=False)
+    system.env |= {"AIOS_HOME": "", "XDG_STATE_HOME": str(system.home / "s"), "XDG_RUNTIME_DIR": str(system.home / "r")}
+    system.start()
+    for where in ({"XDG_RUNTIME_DIR": str(tmp_path)}, {"XDG_RUNTIME_DIR": "", "TMPDIR": str(tmp_path)}):
+        assert json.loads(system.run("aiosd", "status", "--json", env=where, check=True).stdout)["state"] == "ready"
+    system.stop()
+
+
+def test_a_log_that_cannot_be_written(fresh_aiosd: Fresh) -> None:
+    system = fresh_aiosd(start=False)
+    (system.home / "data" / "aiosd.log").mkdir(parents=True)
+    done = system.run("aiosd", "-d")
+    assert done.returncode == 1
+    assert f"aiosd: {system.home}/data/aiosd.log: Is a directory\n" in done.stderr
+    assert "Traceback" not in done.stderr
 
 
 def test_home_as_an_option(aiosd: System) -> None:

@@ -183,6 +183,32 @@ def test_a_reader_that_goes_away_ends_the_agent_as_in_a_shell(aiosd: System) -> 
     assert eventually(lambda: aiosd.agents() == [])
 
 
+def test_what_is_printed_is_seen_at_once_where_python_shows_it(aiosd: System, tmp_path: Path) -> None:
+    script = tmp_path / "agent.py"
+    script.write_text("import sys\nprint('now')\nsys.stdin.read()\n")
+    run = aiosd.popen("aios-run", script, env={"PYTHONUNBUFFERED": "1"})
+    assert run.stdout is not None
+    assert run.stdout.readline() == "now\n"
+    run.communicate("")
+    script.write_text("import time\nprint('now')\ntime.sleep(60)\n")
+    pid = aiosd.run("aios-run", "-d", script, check=True).stdout.strip()
+    assert eventually(lambda: aiosd.run("aios-logs", pid).stdout == "now\n"), "a log is written line by line"
+    aiosd.run("aios-kill", pid, check=True)
+
+
+def test_the_callers_time_zone(aiosd: System, tmp_path: Path) -> None:
+    (tmp_path / "agent.py").write_text("import time\nprint(time.strftime('%z', time.localtime(0)))\n")
+    done = aiosd.run("aios-run", tmp_path / "agent.py", env={"TZ": "ABC-9"}, check=True)
+    assert done.stdout == "+0900\n"
+
+
+def test_modules_are_not_looked_for_beside_aiosd(aiosd: System, tmp_path: Path) -> None:
+    (tmp_path / "agent.py").write_text("import shutil, sys\nprint(sys.path[0], shutil.which('aiosd'), *sys.path[1:])\n")
+    first, command, *others = aiosd.run("aios-run", tmp_path / "agent.py", check=True).stdout.split()
+    assert first == str(tmp_path)
+    assert os.path.dirname(os.path.realpath(command)) not in others
+
+
 def test_environment_that_is_not_utf8(aiosd: System) -> None:
     done = subprocess.run(
         ["aios-run", "--", "sh", "-c", "echo ok"],

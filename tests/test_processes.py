@@ -366,6 +366,15 @@ def test_a_full_mailbox_refuses_and_loses_nothing(aiosd: System, agent: Write) -
     assert "mailbox is full (1000 messages)" in run(aiosd, script)
 
 
+def test_a_message_that_fits_into_no_mailbox_is_not_to_be_tried_again(aiosd: System, agent: Write) -> None:
+    script = agent("""
+        import errno
+        try: aios.msg.send(aios.proc.getpid(), b"x" * 5_000_000)
+        except OSError as err: print(errno.errorcode[err.errno], err.strerror)
+    """)
+    assert run(aiosd, script).startswith("EMSGSIZE a message of 500")
+
+
 def test_errors_of_messages(aiosd: System, agent: Write) -> None:
     script = agent("""
         for act in (lambda: aios.msg.send(999999, 1), lambda: aios.msg.send(aios.proc.getpid(), object()),

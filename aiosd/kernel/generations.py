@@ -114,6 +114,8 @@ class Generations:
         self._progress[core.name] = percent
 
     def on_loaded(self, core: Core) -> None:
+        if sys.stderr.isatty():  # the line that moved may have stood still before its end
+            print("\r\x1b[K", end="", file=sys.stderr, flush=True)
         logger.info("%s: loaded", core.name)
         self.kernel.core_loaded()
 

@@ -288,6 +288,8 @@ def sys_send(kernel: Kernel, call: Call, args: wire.Send) -> None:
     sender = call.peer.proc.pid if call.peer.proc is not None else 0
     obj = Raw(bytes(args.obj))
     size = len(memoryview(obj))
+    if size > MAILBOX_BYTES:
+        raise wire.error(errno.EMSGSIZE, f"a message of {size} bytes; at most {MAILBOX_BYTES} fit into a mailbox")
     if len(target.mailbox) >= MAILBOX_MESSAGES or target.mailbox_bytes + size > MAILBOX_BYTES:
         raise wire.error(errno.EAGAIN, f"{args.pid}: mailbox is full ({len(target.mailbox)} messages)")
     target.mailbox.append(Message(kernel.journal.sent(call.key, target.pid, sender, obj), sender, obj))
