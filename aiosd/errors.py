@@ -11,6 +11,9 @@ argument is checked, and never travels through the kernel as an exception of its
 
 from __future__ import annotations
 
+import errno
+import logging
+
 
 class AiosdError(Exception):
     """Base of all that aiosd raises on purpose."""
@@ -26,3 +29,12 @@ class WorldError(AiosdError):
 
 class Bug(AiosdError):
     """An invariant of aiosd does not hold."""
+
+
+def as_oserror(error: Exception) -> OSError:
+    """What the caller hears. Anything but an OSError is a mistake of ours, which the same call would find in every
+    successor of this core as well: it must not end it."""
+    if isinstance(error, OSError):
+        return error
+    logging.getLogger("llm").error("a call cannot be served", exc_info=error)
+    return OSError(errno.EIO, "the llm core made a mistake; aiosd's log has the details")

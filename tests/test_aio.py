@@ -225,5 +225,5 @@ def test_the_same_names_as_coroutines() -> None:
 
 def test_a_context_of_coroutines_refuses_what_it_cannot_do() -> None:
     context = aio.llm.context([{"role": "user", "content": "hi"}])
-    with pytest.raises(OSError, match="stream: not with a context"):
+    with pytest.raises(OSError, match="stream: not here"):
         asyncio.run(context.chat(stream=True))

@@ -309,7 +309,7 @@ def test_calls_that_lose_their_slot_again_and_again_end_as_if_they_had_not(
     keys = [bench.submit(prompt, peer=1 + i, **options) for i, prompt in enumerate(prompts)]
     bench.run(5000)
     told = [bench.whole(key)[0] for key in keys]
-    assert sum(bench.end(key).usage.preemptions for key in keys) > 20
+    assert sum(bench.end(key).usage.preemptions for key in keys) > 12
     if any_loaded.spec.exact:
         assert told == expected
     assert [len(tokens) for tokens in told] == [25] * 12

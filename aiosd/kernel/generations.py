@@ -50,9 +50,7 @@ class Generations:
         if (args.messages is None) == (args.prompt is None):
             raise wire.error(errno.EINVAL, "exactly one of messages and prompt is needed")
         core = self.core_for(args.model)
-        proc = call.peer.proc
-        if proc is not None and budgets.tokens_left(proc.budgets) == 0:
-            self._over_budget(proc)
+        self._check_budget(call)
         call.generation = Generation(args, core.name, list(args.given), new_from=len(args.given))
         call.forget = lambda: self._closed(core, call)
         self.kernel.set_timeout(call, args.timeout_s, "answer")
@@ -67,6 +65,8 @@ class Generations:
     def forward(self, call: Call, model: str | None, message: link.ToCore, timeout_s: float | None) -> None:
         """Embed, tokenize, detokenize: the core answers with the finished body."""
         core = self.core_for(model)
+        if isinstance(message, link.SubmitEmbed):
+            self._check_budget(call)
         call.forget = lambda: core.cancel(call)
         self.kernel.set_timeout(call, timeout_s, "answer")
         core.submit(call, message)
@@ -77,6 +77,11 @@ class Generations:
         if proc is None:
             return 0, "default", None
         return proc.nice, proc.group, budgets.tokens_left(proc.budgets)
+
+    def _check_budget(self, call: Call) -> None:
+        proc = call.peer.proc
+        if proc is not None and budgets.tokens_left(proc.budgets) == 0:
+            self._over_budget(proc)
 
     def _over_budget(self, proc: Proc) -> None:
         """Refuse, and end whoever does not take no for an answer."""

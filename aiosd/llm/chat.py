@@ -82,9 +82,9 @@ def _content(value: Any, where: str) -> str:
     if isinstance(value, str):
         return value
     if isinstance(value, list) and all(isinstance(part, dict) for part in value):
-        kinds = {part.get("type", "text") for part in value} - {"text"}
+        kinds = {str(part.get("type", "text")) for part in value} - {"text"}
         if kinds:
-            raise refuse(f"{where}.content: parts of type {', '.join(map(str, kinds))} are not supported, only text")
+            raise refuse(f"{where}.content: parts of type {', '.join(sorted(kinds))} are not supported, only text")
         return "".join(str(part.get("text", "")) for part in value)
     raise refuse(f"{where}.content must be a string")
 

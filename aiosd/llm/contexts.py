@@ -13,12 +13,13 @@ worst that can happen to a context is that its tokens are computed again.
 
 from __future__ import annotations
 
+import contextlib
 import os
 import tempfile
 import time
 import zlib
 from bisect import bisect
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -157,17 +158,14 @@ class Store:
 
     def _gather(self, path: list[Node[Payload]], peer: int) -> list[Piece]:
         now, pieces = self._clock(), []
-        for node in path:
-            node.pins += 1  # bringing one in must not push out another
-        for node in path:
-            piece = self._fetch(node)
-            if piece is None:
-                break
-            node.touch(now)
-            node.peer = peer
-            pieces.append(piece)
-        for node in path:
-            node.pins -= 1
+        with _pinned(path):  # bringing one in must not push out another
+            for node in path:
+                piece = self._fetch(node)
+                if piece is None:
+                    break
+                node.touch(now)
+                node.peer = peer
+                pieces.append(piece)
         return pieces
 
     def _fetch(self, node: Node[Payload]) -> Piece | None:
@@ -192,6 +190,19 @@ class Store:
         """Keep the state of `tokens[:stop]`: `cut(a, b)` gives the piece of the tokens [a, b) that is missing.
         None: there is no room."""
         path, start = self._tree.walk(scope, tokens, stop)
+        with _pinned(path):  # whatever is dropped takes all below it along
+            return self._add(path, start, scope, tokens, stop, cut, peer)
+
+    def _add(
+        self,
+        path: list[Node[Payload]],
+        start: int,
+        scope: str,
+        tokens: Tokens,
+        stop: int,
+        cut: Callable[[int, int], Piece],
+        peer: int,
+    ) -> Node[Payload] | None:
         last = path[-1] if path else None
         if last is not None and last.stop > start and isinstance(last.payload, Extent):
             self._fetch(last)  # an edge is only cut in memory
@@ -213,13 +224,8 @@ class Store:
 
     def _room_beside(self, node: Node[Payload] | None, need: int) -> bool:
         """Room for what will hang below `node`, which must not go for it."""
-        if node is None:
+        with _pinned(path_to(node) if node is not None else []):
             return self._make_room(need)
-        node.pins += 1
-        try:
-            return self._make_room(need)
-        finally:
-            node.pins -= 1
 
     def _counted(self, piece: Piece) -> Piece:
         self.ram += piece.size
@@ -390,3 +396,15 @@ class Store:
     def close(self) -> None:
         if self.swap is not None:
             self.swap.close()
+
+
+@contextlib.contextmanager
+def _pinned(path: list[Node[Payload]]) -> Iterator[None]:
+    """Nothing of it goes meanwhile, whoever needs room."""
+    for node in path:
+        node.pins += 1
+    try:
+        yield
+    finally:
+        for node in path:
+            node.pins -= 1

@@ -20,7 +20,7 @@ from collections.abc import Callable, Iterator
 from typing import Any, Protocol
 
 from aiosd import link
-from aiosd.errors import AiosdError
+from aiosd.errors import AiosdError, as_oserror
 from aiosd.heartbeat import Rounds
 from aiosd.llm import policy
 from aiosd.llm.spec import ModelSpec
@@ -229,15 +229,21 @@ class Core:
 
     def _tokenize(self, message: link.SubmitTokenize) -> None:
         request = message.request
-        self._answer(message.key, self._loaded.model.tokenize(request.text, bos=False, special=request.special))
+        try:
+            tokens = self._loaded.model.tokenize(request.text, bos=False, special=request.special)
+        except Exception as error:
+            self._refuse(message.key, as_oserror(error))
+            return
+        self._answer(message.key, tokens)
 
     def _detokenize(self, message: link.SubmitDetokenize) -> None:
         try:
             self.engine.requests.check_ids(message.request.tokens, "tokens")
-        except OSError as error:
-            self._refuse(message.key, error)
+            text = self._loaded.model.text(message.request.tokens)
+        except Exception as error:
+            self._refuse(message.key, as_oserror(error))
             return
-        self._answer(message.key, self._loaded.model.text(message.request.tokens))
+        self._answer(message.key, text)
 
     def _cancel(self, message: link.CancelCall) -> None:
         self._embeds.pop(message.key, None)
@@ -257,9 +263,9 @@ class Core:
         key, steps = next(iter(self._embeds.items()))
         try:
             embedded = next(steps)
-        except OSError as error:
+        except Exception as error:
             del self._embeds[key]
-            self._refuse(key, error)
+            self._refuse(key, as_oserror(error))
             return
         if embedded is not None:
             del self._embeds[key]

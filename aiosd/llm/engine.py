@@ -62,6 +62,10 @@ LEAST_PROMPT = 16
 #: A batch of prompts that takes so long (seconds) is looked after: a cancel need not wait for its end.
 LONG_BATCH, LOOK_EVERY = 0.02, 0.002
 
+#: A call whose state was lost keeps its slot until it is so many tokens further than it was. Else, where contexts find
+#: no room, its turn could be over before it is back where it stood, for ever.
+LEAST_GAIN = 16
+
 #: A batch that was in several pieces for so many steps is made whole.
 PATIENCE = 4
 
@@ -255,6 +259,7 @@ class Engine:
             for sequence in parked[:lacking]:
                 self._take_off(sequence)
             running = [sequence for sequence in running if not sequence.parked]
+        running = [sequence for sequence in running if len(sequence.out) >= sequence.least]
         for sequence in self.policy.evict(waiting, running, self.slots.num_free, now):
             self._take_off(sequence)
         while waiting and self.slots.num_free:
@@ -284,6 +289,8 @@ class Engine:
             return False
         del self._waiting[sequence.key]
         self.cache.seat(sequence, now)
+        if sequence.out and sequence.length < sequence.target:  # its state is lost: getting back must not cost its turn
+            sequence.least = len(sequence.out) + LEAST_GAIN
         if not sequence.started_told:
             sequence.cached = sequence.length
             self.cache.count(sequence.cached)

@@ -7,6 +7,8 @@ pieces that nobody changes. The thread also takes the model's fingerprint, which
 from __future__ import annotations
 
 import errno
+import os
+import time
 from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor
 from typing import Any
@@ -14,6 +16,7 @@ from typing import Any
 import numpy as np
 
 from aiosd import link
+from aiosd.errors import as_oserror
 from aiosd.llm import llama
 from aiosd.llm.cache import Cache
 from aiosd.llm.chat import refuse
@@ -27,6 +30,11 @@ Answer = Callable[[link.Key, object], None]
 Refuse = Callable[[link.Key, OSError], None]
 
 
+def _identity(path: str) -> tuple[int, int, int, int]:
+    found = os.stat(path)
+    return found.st_dev, found.st_ino, found.st_size, found.st_mtime_ns
+
+
 class Library:
     """Contexts by name, for one core. `folder` '': there is nowhere to save them."""
 
@@ -34,6 +42,7 @@ class Library:
         self, folder: str, model: str, cache: Cache, requests: Requests, answer: Answer, fail: Refuse, **fits: Any
     ) -> None:
         self._folder, self._model, self._fits = folder, model, fits
+        self._loaded = _identity(model)
         self._cache, self._requests = cache, requests
         self._answer, self._fail = answer, fail
         self._thread = ThreadPoolExecutor(1, "saved-contexts")
@@ -59,8 +68,8 @@ class Library:
                     self._later(message.key, lambda: self._files().list(message.group), lambda found: found)
                 case Sys.CTX_REMOVE:
                     self._later(message.key, lambda: self._files().remove(message.group, args.name), lambda was: was)
-        except OSError as error:
-            self._fail(message.key, error)
+        except Exception as error:
+            self._fail(message.key, as_oserror(error))
 
     def poll(self) -> None:
         """Answer what the thread has finished."""
@@ -69,8 +78,8 @@ class Library:
         for future, finish, key in done:
             try:
                 self._answer(key, finish(future.result()))
-            except OSError as error:
-                self._fail(key, error)
+            except Exception as error:
+                self._fail(key, as_oserror(error))
 
     def close(self) -> None:
         self._thread.shutdown(wait=True)
@@ -82,7 +91,10 @@ class Library:
         if not self._folder:
             raise wire.error(errno.ENOSYS, "this core has no folder for saved contexts")
         if self._saved is None:
-            fits = {"model": file_sha256(self._model), "llama.cpp": llama.version(), **self._fits}
+            digest = file_sha256(self._model)
+            if _identity(self._model) != self._loaded:  # another file lies there now: this core's states are its own
+                digest = f"replaced while it was in use, {os.getpid()} {time.time()}"
+            fits = {"model": digest, "llama.cpp": llama.version(), **self._fits}
             layout = self._cache.store.layout if self._cache.store is not None else None
             if layout is not None:
                 fits["layout of the state"] = layout.description

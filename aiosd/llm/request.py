@@ -66,7 +66,12 @@ class Requests:
             stops=list(sampling.stop),
             watched=request.stream or bool(sampling.stop) or dialect is not None,
         )
-        self._force(sequence, request.given)
+        try:
+            self._force(sequence, request.given)
+        except BaseException:
+            if sequence.constraint is not None:
+                sequence.constraint.close()
+            raise
         return sequence
 
     def conversation(self, messages: list[dict[str, Any]], tools: list[dict[str, Any]] | None) -> list[int]:

@@ -73,6 +73,7 @@ class Saved:
         """Raises OSError (ENOSPC, EDQUOT, …); nothing is left of the attempt then."""
         path = self.path(scope, name)
         path.parent.mkdir(parents=True, exist_ok=True, mode=0o700)
+        _sweep(path.parent)
         created = time.time()
         if piece is not None and self._layout is not None:
             piece = self._layout.plain(piece)
@@ -165,6 +166,14 @@ def _header(file: Any, name: str) -> Header:
     if len(data) != size or zlib.crc32(data) != checksum:
         raise wire.error(errno.EIO, f"{name}: the saved context is damaged")
     return msgspec.msgpack.decode(data, type=Header)
+
+
+def _sweep(folder: Path) -> None:
+    """Remove what cores that died in the middle of it have written."""
+    for partial in folder.glob(f".*{_SUFFIX}.*"):
+        pid = partial.name.rpartition(".")[2]
+        if pid != str(os.getpid()) and not (pid.isdigit() and os.path.exists(f"/proc/{pid}")):
+            partial.unlink(missing_ok=True)
 
 
 def _sync_folder(folder: Path) -> None:

@@ -32,6 +32,7 @@ MAX_BYTES = 400_000
 MAX_BEGINNINGS = 2_000
 MAX_PROPERTIES = 500
 MAX_REPETITIONS = 1_000_000
+MAX_WORK = 20_000  # schemas looked at and put together: references make a small one as large as they like
 _BLOCK = 64  # repetitions written out in one rule
 
 _BASE = {
@@ -107,6 +108,7 @@ class Converter:
         self._refs: dict[tuple[int, str], str] = {}  # (document, pointer) → rule
         self._root: Schema = True
         self._bytes = 0
+        self._work = 0
 
     def convert(self, name: str, schema: Schema) -> str:
         """Add the rules of a schema; the name of its first rule."""
@@ -132,6 +134,11 @@ class Converter:
             self._rules[key] = body
         return key
 
+    def _spend(self, work: int) -> None:
+        self._work += work
+        if self._work > MAX_WORK:
+            raise refuse("the schema is too complex for a grammar")
+
     def text(self) -> str:
         return "\n".join(f"{name} ::= {body}" for name, body in self._rules.items()) + "\n"
 
@@ -139,6 +146,7 @@ class Converter:
 
     def _visit(self, schema: Schema, name: str, depth: int) -> str:
         """The name of the rule of a schema."""
+        self._spend(1)
         if depth > MAX_DEPTH:
             raise refuse(f"the schema is nested deeper than {MAX_DEPTH} levels")
         if schema is True or schema == {}:
@@ -239,6 +247,7 @@ class Converter:
         if not isinstance(parts, list):
             raise refuse("allOf must be a list")
         for part in parts:
+            self._spend(1)
             while isinstance(part, dict) and set(part) - _ANNOTATIONS == {"$ref"}:
                 depth += 1
                 if depth > MAX_DEPTH:
@@ -254,13 +263,17 @@ class Converter:
         return merged
 
     def _both(self, a: dict[str, Any], b: dict[str, Any]) -> dict[str, Any]:
+        self._spend(1 + len(a) + len(b))
+        if ("prefixItems" in a) != ("prefixItems" in b) and ("items" in a or "items" in b):
+            raise refuse("allOf: prefixItems of one part with items of another cannot be combined")
         both = dict(a)
         for key, value in b.items():
-            if key not in both or both[key] == value or key in _ANNOTATIONS:
+            if key not in both or _same(both[key], value) or key in _ANNOTATIONS:
                 both[key] = value
             elif key == "properties":
                 both[key] = self._both_properties(both[key], value)
             elif key == "required":
+                self._spend(len(both[key]) + len(value))
                 both[key] = list(dict.fromkeys([*both[key], *value]))
             elif key in ("minimum", "exclusiveMinimum", "minLength", "minItems", "minProperties"):
                 both[key] = max(both[key], value)
@@ -304,6 +317,7 @@ class Converter:
         return rule
 
     def _check_disjoint(self, branches: list[Schema]) -> None:
+        self._spend(len(branches) * (len(branches) - 1) // 2)
         followed = [self._follow(branch) for branch in branches]
         for i, a in enumerate(followed):
             for b in followed[:i]:
@@ -324,10 +338,13 @@ class Converter:
         values = [schema["const"]] if "const" in schema else schema["enum"]
         if not isinstance(values, list) or not values:
             raise refuse("enum must be a list of values")
+        beside = set(schema) - _ANNOTATIONS - {"const", "enum", "type", "$defs", "definitions"}
+        if beside:
+            raise refuse(f"enum, const: not together with {min(beside)}")
         types = _types(schema)
         kept = [value for value in values if not types or any(_is(value, t) for t in types)]
         if "const" in schema and "enum" in schema:
-            kept = [value for value in kept if value in schema["enum"]]
+            kept = [value for value in kept if any(_same(value, other) for other in schema["enum"])]
         if not kept:
             raise refuse("enum: none of its values has the type that the schema asks for")
         try:
@@ -592,16 +609,23 @@ def _disjoint(a: Schema, b: Schema) -> bool:
             return True
     members_a, members_b = a.get("properties", {}), b.get("properties", {})
     needed_a, needed_b = a.get("required", []), b.get("required", [])
-    if not members_a or not members_b or "anyOf" in a or "anyOf" in b or "allOf" in a or "allOf" in b:
+    if not members_a or not members_b or {"anyOf", "allOf", "oneOf", "$ref"} & {*a, *b}:
         return False
+    if (kinds_a or {"object"}) & (kinds_b or {"object"}) != {"object"}:
+        return False  # a value that is no object has no properties to be told apart by
     for name in set(needed_a) & set(needed_b) & set(members_a) & set(members_b):
         inner_a, inner_b = members_a[name], members_b[name]
         if isinstance(inner_a, dict) and isinstance(inner_b, dict):
             values_a, values_b = _values(inner_a), _values(inner_b)
             if values_a is not None and values_b is not None and not any(value in values_b for value in values_a):
                 return True
-    # Only declared properties are ever written, so a lacks what b needs, and b what a needs.
-    return bool(set(needed_b) - set(members_a)) and bool(set(needed_a) - set(members_b))
+    # Only properties that are declared or required are ever written, so a lacks what b needs, and b what a needs.
+    return bool(set(needed_b) - {*members_a, *needed_a}) and bool(set(needed_a) - {*members_b, *needed_b})
+
+
+def _same(a: Any, b: Any) -> bool:
+    """As JSON has it: true is not 1."""
+    return a == b and json.dumps(a, sort_keys=True, default=str) == json.dumps(b, sort_keys=True, default=str)
 
 
 def _values(schema: dict[str, Any]) -> list[Any] | None:
@@ -712,6 +736,17 @@ _CLASSES: dict[str, Ranges] = {
 }
 
 
+#: … with all that some reader of patterns counts among them.
+_WIDEST: dict[str, Ranges] = {
+    "CATEGORY_DIGIT": [(0x30, 0x39), (0x80, _TOP)],
+    "CATEGORY_SPACE": [
+        (9, 13), (0x1C, 0x20), (0x85, 0x85), (0xA0, 0xA0), (0x1680, 0x1680), (0x2000, 0x200A), (0x2028, 0x2029),
+        (0x202F, 0x202F), (0x205F, 0x205F), (0x3000, 0x3000), (0xFEFF, 0xFEFF),
+    ],
+    "CATEGORY_WORD": [*_CLASSES["CATEGORY_WORD"], (0x80, _TOP)],
+}  # fmt: skip
+
+
 def _inverse(ranges: Ranges) -> Ranges:
     out, at = [], 0
     for low, high in sorted(ranges):
@@ -784,6 +819,7 @@ class _Pattern:
 
     def _class(self, members: Iterable[Any]) -> Ranges:
         ranges: Ranges = []
+        classes: list[tuple[Ranges, Ranges, bool]] = []
         negate = False
         for member in members:
             op, value = _op(member), member[1]
@@ -795,11 +831,17 @@ class _Pattern:
                 ranges.append((value[0], value[1]))
             else:
                 kind = str(value)
-                known = _CLASSES.get(kind.replace("_NOT_", "_"))
-                if known is None:
+                name, without = kind.replace("_NOT_", "_"), "_NOT_" in kind
+                if name not in _CLASSES:
                     raise refuse("pattern: a character class that is not supported")
-                # What is outside of \w, \s, \d in full Unicode is hard to say: stay within ASCII.
-                ranges += known if "_NOT_" not in kind else _ascii(_inverse([*known, (9, 13), (0x7F, _TOP)]))
+                classes.append((_CLASSES[name], _WIDEST[name], without))
+        # What \w, \s, \d hold in full Unicode depends on who asks. What is written must be in them, or outside of them,
+        # whoever asks: in a class its surest members count, in a negated one all that anybody takes for a member.
+        for sure, widest, without in classes:
+            if negate:
+                ranges += _inverse(sure) if without else widest
+            else:
+                ranges += _ascii(_inverse([*widest, (0x7F, _TOP)])) if without else sure
         return _inverse(ranges) if negate else ranges
 
     def _characters(self, ranges: Ranges) -> str:

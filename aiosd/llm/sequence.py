@@ -71,6 +71,7 @@ class Sequence:
     snapshot: Node[Any] | npt.NDArray[np.uint8] | None = None  # its state while it has no slot
     leader: Sequence | None = None  # computes the beginning of this prompt just now …
     leader_stop: int = 0  # … up to here
+    least: int = 0  # tokens of `out` before which its slot is not taken
     cut_at: int = 0  # others wait for this prompt up to here: a batch ends there
 
     # what the kernel has been told
