@@ -2,17 +2,24 @@
 
 from __future__ import annotations
 
+import errno
 import textwrap
 import time
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
 import pytest
+from msgspec import Raw
 
+from aiosd import link
 from aiosd.llm.blob import Piece
-from aiosd.llm.saved import MAGIC, Saved
+from aiosd.llm.library import Library
+from aiosd.llm.saved import MAGIC, Saved, file_sha256
+from libaios import wire
+from libaios.wire import Sys
 from tests.conftest import System, eventually
 
 HEADER = """
@@ -206,6 +213,38 @@ def test_what_is_written_is_read(tmp_path: Path) -> None:
     assert (written.name, written.tokens) == ("../x y", 10)
     assert abs(written.created - time.time()) < 60
     assert files.list("h") == []
+
+
+def test_what_a_dead_core_has_half_written_goes(tmp_path: Path) -> None:
+    files = Saved(str(tmp_path), {})
+    files.write("g", "n", MESSAGES, TOKENS, piece())
+    half = files.path("g", "n").with_name(".n.ctx.999999999")  # Linux gives no such pid
+    half.write_bytes(b"half")
+    files.write("g", "m", MESSAGES, TOKENS, piece())
+    assert sorted(path.name for path in half.parent.iterdir()) == ["m.ctx", "n.ctx"]
+
+
+def test_a_model_that_was_replaced_on_disk_does_not_sign_for_the_one_in_memory(tmp_path: Path) -> None:
+    model = tmp_path / "m.gguf"
+    model.write_bytes(b"the one that was loaded")
+    library = a_library(model, tmp_path / "saved")
+    model.write_bytes(b"another")
+    assert library._files()._fits["model"] != file_sha256(str(model))
+    library.close()
+
+
+def test_a_mistake_of_ours_in_one_call_is_that_calls_alone(tmp_path: Path) -> None:
+    (tmp_path / "m.gguf").write_bytes(b"")
+    failed: list[OSError] = []
+    library = a_library(tmp_path / "m.gguf", tmp_path, lambda _, error: failed.append(error))
+    library.handle(link.SubmitContext((1, 1), "g", Sys.CTX_CLOSE, Raw(wire.encode(wire.CloseContext(MESSAGES)))))
+    assert [error.errno for error in failed] == [errno.EIO], "its requests are None"
+    library.close()
+
+
+def a_library(model: Path, folder: Path, fail: Any = None) -> Library:
+    nothing: Any = None
+    return Library(str(folder), str(model), SimpleNamespace(store=None), nothing, nothing, fail)  # type: ignore[arg-type]
 
 
 def test_state_of_another_model_is_refused_and_the_messages_are_not(tmp_path: Path) -> None:

@@ -136,6 +136,7 @@ def test_arguments_of_past_calls_may_be_json_text() -> None:
         ({"content": "x"}, "not None"),
         ({"role": "user"}, "has no content"),
         ({"role": "assistant", "content": None}, "has no content"),
+        ({"role": "user", "content": [{"type": []}]}, "parts of type"),
     ],
 )
 def test_messages_that_make_no_sense_are_refused(message: dict[str, Any], said: str) -> None:

@@ -22,7 +22,7 @@ from aiosd.llm.blob import Layout, Part, Piece
 from aiosd.llm.cache import Cache
 from aiosd.llm.contexts import GONE, Extent, Store, Swap
 from aiosd.llm.engine import Engine
-from aiosd.llm.policy import Fifo
+from aiosd.llm.policy import Fifo, Quantum, make
 from aiosd.llm.prefix import Tree
 from aiosd.llm.saved import Saved
 from tests import tinymodels
@@ -202,6 +202,19 @@ def test_a_piece_damaged_on_disk_is_computed_again(tmp_path: Path) -> None:
     where.close()
 
 
+@pytest.mark.parametrize("more", [[1] * 20 + [2] * 5 + [7] * 5, [1] * 20 + [2] * 10 + [8] * 10])
+def test_an_ancestor_does_not_go_while_its_child_is_added(tmp_path: Path, more: list[int]) -> None:
+    where = store(40, Swap(str(tmp_path), 12 * TOY.bytes_per_token))
+    for tokens in ([1] * 20, [1] * 20 + [2] * 10, [3] * 12, [4] * 8):
+        add(where, tokens)
+    for tokens in ([3] * 12, [4] * 8):  # the first two have been used longest ago, and the disk is full
+        find(where, tokens)
+    add(where, more)
+    where.check()
+    assert where.ram <= 40 * TOY.bytes_per_token
+    where.close()
+
+
 def test_a_full_disk_costs_contexts_and_nothing_else(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     def full(*_: Any) -> int:
         raise OSError(28, "No space left on device")
@@ -313,6 +326,49 @@ def test_calls_that_lose_their_slot_again_and_again_end_as_if_they_had_not(
     if any_loaded.spec.exact:
         assert told == expected
     assert [len(tokens) for tokens in told] == [25] * 12
+    check(bench)
+
+
+@pytest.mark.parametrize("more", [{"max_tokens": 0}, {"budget": 20}])
+def test_a_prompt_that_nobody_computes_is_not_charged(
+    any_loaded: loading.Loaded, tmp_path: Path, more: dict[str, int]
+) -> None:
+    bench = engine(any_loaded, tmp_path, ram=1 << 24)
+    key = bench.submit([5] * 50, **more)
+    bench.run()
+    usage = bench.end(key).usage
+    assert (usage.prompt_tokens, usage.cached_tokens, usage.completion_tokens) == (50, 50, 0)
+    assert bench.engine.meter.stats()["tokens_prefilled"] == 0
+    check(bench)
+
+
+@pytest.mark.parametrize("budget", [0, 100_000])
+def test_states_that_cannot_be_cut_stay_within_their_budget(
+    any_loaded: loading.Loaded, tmp_path: Path, budget: int
+) -> None:
+    bench = engine(any_loaded, tmp_path, ram=0, policy=Turns())
+    cache = bench.engine.cache
+    cache._budgets = (budget, 0, "")
+    keys = [bench.submit([5 + i] * 60, peer=1 + i, max_tokens=12) for i in range(4 * SLOTS)]
+    most = 0
+    while bench.engine.has_work:
+        bench.run(1)
+        most = max(most, cache.stats()["tiers"]["ram"]["bytes"])
+    assert most <= budget
+    assert (most > 0) == (budget > 0)
+    assert [len(bench.whole(key)[0]) for key in keys] == [12] * len(keys)
+    assert cache.stats()["tiers"]["ram"]["bytes"] == 0
+    check(bench)
+
+
+@pytest.mark.parametrize("name", ["fair", "rr"])
+def test_where_contexts_find_no_room_calls_come_to_their_end(
+    any_loaded: loading.Loaded, tmp_path: Path, name: str
+) -> None:
+    bench = engine(any_loaded, tmp_path, ram=20_000, policy=make(name, Quantum(8, 100.0), {}))
+    keys = [bench.submit([5 + i] * 50, peer=1 + i, max_tokens=60) for i in range(3 * SLOTS)]
+    bench.run(4000)
+    assert [len(bench.whole(key)[0]) for key in keys] == [60] * len(keys)
     check(bench)
 
 

@@ -75,6 +75,8 @@ def check_walks(model: llama.Model, schema: Schema, walks: int = 6, most: int = 
 
 
 SCHEMAS: list[Schema] = [
+    {"type": "string", "pattern": r"^[^\s@]{1,9}@[^\s@]{1,9}$"},
+    {"type": "string", "pattern": r"^[^\W]{1,5}[^\D][^\w]$"},
     True,
     {},
     {"type": "null"},
@@ -191,6 +193,19 @@ DOUBLING = {
     "$ref": "#/$defs/a0",
 }
 
+
+def _needs(properties: list[str], *required: str) -> Schema:
+    return {"type": "object", "properties": {name: {} for name in properties}, "required": list(required)}
+
+
+def _either(kind: str) -> Schema:
+    return {"type": ["object", "string"], "properties": {"kind": {"const": kind}}, "required": ["kind"]}
+
+
+def _twice(i: int) -> Schema:
+    return {"anyOf": [{"$ref": f"#/$defs/{i + 1}"}] * 2, "minLength": 1}
+
+
 REFUSED: list[tuple[Any, str]] = [
     (False, "no value"),
     ({"not": {}}, "not:"),
@@ -227,6 +242,14 @@ REFUSED: list[tuple[Any, str]] = [
     ({"type": "object", "properties": {f"p{i}": {} for i in range(2000)}}, "properties"),
     ({"enum": [f"{i}" * 30_000 for i in range(20)]}, "too large"),
     (DOUBLING, "too many"),
+    ({"enum": [1, 10], "minimum": 5}, "not together with minimum"),
+    ({"allOf": [{"enum": ["a", "bbbb"]}, {"maxLength": 2}]}, "not together with maxLength"),
+    ({"const": True, "enum": [1]}, "none of its values"),
+    ({"allOf": [{"prefixItems": [{"type": "integer"}]}, {"items": {"type": "string"}}]}, "prefixItems"),
+    ({"oneOf": [_needs(["x"], "x", "k"), _needs(["y"], "k")]}, "could match two"),
+    ({"oneOf": [_either("a"), _either("b")]}, "could match two"),
+    ({"$ref": "#/$defs/0", "$defs": {str(i): _twice(i) for i in range(40)} | {"40": {}}}, "too complex"),
+    ({"oneOf": [{"const": i} for i in range(4000)]}, "too complex"),
 ]
 
 

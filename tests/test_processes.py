@@ -411,12 +411,13 @@ def test_token_budget_cuts_the_call_and_refuses_the_next(aiosd: System, agent: W
     script = agent("""
         r = aios.llm.complete("Once upon a time", max_tokens=500, ignore_eos=True)
         print(r.finish_reason, r.usage.prompt_tokens - r.usage.cached_tokens + r.usage.completion_tokens)
-        try: aios.llm.complete("more", max_tokens=1)
-        except OSError as err: print(err.strerror)
+        for call in (lambda: aios.llm.complete("more", max_tokens=1), lambda: aios.llm.embed(["more"])):
+            try: call()
+            except OSError as err: print(err.strerror)
     """)
     done = aiosd.run("aios-run", "--tokens", "60", script)
     assert done.returncode == 124
-    assert done.stdout == "limit 60\ntoken budget of 60 used up\n"
+    assert done.stdout == "limit 60\n" + 2 * "token budget of 60 used up\n"
     assert "token budget of 60 used up" in done.stderr
 
 

@@ -50,6 +50,7 @@ class Cache:
         self.store: Store | None = None
         self.why_not = ""  # contexts stay in their slots, because …
         self.copy_s = 0.0
+        self._blocks = self._block_bytes = 0  # saved whole, where there is no store
         self.copied = {"saved": 0, "restored": 0}  # bytes
         self.hits = self.misses = 0  # calls that found a beginning of their prompt, or none
         self._context = context
@@ -195,6 +196,7 @@ class Cache:
             target = self.slots.cheapest()
             if not isinstance(snapshot, Node):
                 assert snapshot is not None
+                self._forget_block(snapshot)
                 self.slots.take(target.slot, sequence)
                 if not self._context.restore(target.slot, snapshot):
                     sequence.length = sequence.prefilled = 0
@@ -228,14 +230,29 @@ class Cache:
         if sequence.slot >= 0:
             self.slots.release(sequence, now, keep=True, exact=self._exact)
         snapshot, sequence.snapshot = sequence.snapshot, None
-        if isinstance(snapshot, Node) and snapshot.private and self.store is not None:
-            self.store.drop(snapshot)
+        if isinstance(snapshot, Node):
+            if snapshot.private and self.store is not None:
+                self.store.drop(snapshot)
+        elif snapshot is not None:
+            self._forget_block(snapshot)
+
+    def _keep_block(self, block: Bytes) -> Bytes | None:
+        """Where there is no store. None: there is no room for it."""
+        if self._block_bytes + block.nbytes > self._budgets[0]:
+            return None
+        self._blocks += 1
+        self._block_bytes += block.nbytes
+        return block.copy()
+
+    def _forget_block(self, block: Bytes) -> None:
+        self._blocks -= 1
+        self._block_bytes -= block.nbytes
 
     def _save(self, sequence: Sequence, length: int) -> Node[Any] | Bytes | None:
         """The slot is empty afterwards but for what `cut` leaves to be done."""
         slot, store = sequence.slot, self.store
         if store is None:
-            return self._read(slot).copy()
+            return self._keep_block(self._read(slot))
         layout, tokens = store.layout, sequence.tokens()
         shared = min(sequence.prefilled if self._exact else length, len(sequence.prompt), length)
         first = store.length(sequence.scope, tokens, shared)
@@ -364,7 +381,7 @@ class Cache:
                     "tokens": resident,
                     "bytes": resident * per_token,
                 },
-                "ram": below.get("ram", {"contexts": 0, "bytes": 0, "budget": ram}),
+                "ram": below.get("ram", {"contexts": self._blocks, "bytes": self._block_bytes, "budget": ram}),
                 "disk": below.get("disk", {"contexts": 0, "bytes": 0, "budget": disk if folder else 0}),
             },
             "prefix": {

@@ -159,7 +159,7 @@ class Engine:
         self._limit(sequence, computed=0)
         reason = self._over(sequence)
         if reason:
-            self._finish(sequence, reason)
+            self._finish_unbegun(sequence, reason)
 
     def cancel(self, key: Key) -> None:
         """Free whatever the call holds; nothing more is heard of it."""
@@ -295,12 +295,12 @@ class Engine:
             sequence.cached = sequence.length
             self.cache.count(sequence.cached)
             sequence.slot_at, sequence.started_told = now, True
-            self._started.append(Started(sequence.key, len(sequence.prompt), sequence.cached))
             self._limit(sequence, computed=len(sequence.prompt) - sequence.cached)
             reason = self._over(sequence)
             if reason:
-                self._finish(sequence, reason)
+                self._finish_unbegun(sequence, reason)
                 return True
+            self._started.append(Started(sequence.key, len(sequence.prompt), sequence.cached))
         elif sequence.key in self._preempted:  # the kernel has not heard of it yet
             self._preempted.remove(sequence.key)
         else:
@@ -319,6 +319,8 @@ class Engine:
     def _place(self, sequence: Sequence) -> None:
         """The phase that fits what is in the cache."""
         sequence.phase = Phase.PREFILL if self._pending(sequence) else Phase.DECODE
+        if sequence.phase is Phase.DECODE and not sequence.first_at and sequence.out:  # its first tokens were given
+            sequence.first_at = self._clock()
         self._stale = True
 
     def _pending(self, sequence: Sequence) -> int:
@@ -638,6 +640,11 @@ class Engine:
         self._leave(sequence)
         self._remember(past)
         self._say_finished(past)
+
+    def _finish_unbegun(self, sequence: Sequence, reason: str) -> None:
+        """Nothing of its prompt is computed, and so nothing of it is charged."""
+        sequence.cached = len(sequence.prompt)
+        self._finish(sequence, reason)
 
     def _fail(self, sequence: Sequence, code: int, sentence: str) -> None:
         self._leave(sequence)
