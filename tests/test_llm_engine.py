@@ -22,6 +22,7 @@ from aiosd.llm import engine as engine_module
 from aiosd.llm import llama, loading
 from aiosd.llm.dialects import call_id
 from aiosd.llm.engine import Engine
+from aiosd.llm.sampling import Sampler
 from aiosd.llm.sequence import Phase
 from aiosd.llm.spec import ModelSpec
 from aiosd.llm.text import TextStream
@@ -692,6 +693,29 @@ def test_tool_call_ids_do_not_change_over_a_restart(bench: Bench) -> None:
         assert [(call.id, call.name, call.arguments) for call in bench.end(key).tool_calls] == [
             (call_id((1, 900), 0), "stop", {})
         ]
+
+
+def test_a_stream_of_thoughts_goes_on_after_the_kernels_death(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    template = tinymodels.CHATML.replace("<|im_start|>assistant\\n'", "<|im_start|>assistant\\n<think>\\n'")
+    loaded = load(tinymodels.write(tmp_path / "thinks.gguf", template=template))
+    bench = Bench(loaded)
+    assert bench.engine.requests.template.thinks
+    said = "I could write <tool_call> here, but no.</think>The answer is 42."
+    script = call_text(bench, said)
+    monkeypatch.setattr(Sampler, "draw", lambda _, row, index: [*script, loaded.model.eos][index])
+    monkeypatch.setattr(Sampler, "plain", property(lambda _: False))
+    request = {"messages": [{"role": "user", "content": "?"}], "tools": TOOLS[1:], "stream": True, "ignore_eos": False}
+    key = bench.submit(**request, key=7, max_tokens=200)
+    bench.run(len(script) // 2)
+    tokens = [token for step in bench.said if isinstance(step, Step) for delta in step.deltas for token in delta.tokens]
+    text = "".join(delta.text for step in bench.said if isinstance(step, Step) for delta in step.deltas)
+    assert "<tool_call>" in text
+    bench.said.clear()
+    bench.engine.keep([1])
+    bench.submit(**request, key=7, given=tokens, max_tokens=200)
+    bench.run()
+    assert text + bench.whole(key, len(tokens))[1] == said
+    loaded.close()
 
 
 def test_call_that_breaks_off_is_no_call(bench: Bench) -> None:

@@ -41,7 +41,6 @@ from aiosd.llm.sequence import Phase, Sequence
 from aiosd.llm.slots import Slots
 from aiosd.llm.stats import Meter
 from aiosd.llm.structured import END
-from aiosd.llm.text import TextStream
 from libaios.wire import ToolCall, Usage
 
 logger = logging.getLogger("llm.engine")
@@ -687,9 +686,14 @@ class Engine:
     def _rewind(self, sequence: Sequence, count: int) -> None:
         """Let the next report begin after the first `count` tokens."""
         self._feed(sequence)
-        text = TextStream(sequence.stops, sequence.dialect.trigger if sequence.dialect else None)
+        text, dialect = sequence.new_text(), sequence.dialect
         sequence.sent = count = min(count, len(sequence.out))
         for token in sequence.out[:count]:
+            if dialect is not None and self.model.control[token]:
+                written = self.model.token_text(token)
+                text.mark(written)
+                if written == dialect.trigger and not text.inside:
+                    text.pull_trigger()
             text.feed(self._pieces[token])
         sequence.text.skip(min(text.shown, sequence.text.shown))
 

@@ -47,6 +47,7 @@ class Requests:
         sampling = request.sampling
         dialect = self.template.dialect if tools else None
         trigger = dialect.trigger if dialect else None
+        aside = THINK if self.template.thinks else None
         sequence = Sequence(
             key=submit.key,
             group=submit.group,
@@ -59,11 +60,10 @@ class Requests:
             sampler=_sampler(sampling),
             ignore_eos=sampling.ignore_eos,
             stream=request.stream,
-            text=TextStream(sampling.stop, trigger, THINK if self.template.thinks else None, thinking),
+            new_text=lambda: TextStream(sampling.stop, trigger, aside, thinking),
             constraint=self._constraint(request, tools),
             dialect=dialect,
             budget=submit.budget,
-            stops=list(sampling.stop),
             watched=request.stream or bool(sampling.stop) or dialect is not None,
         )
         try:

@@ -21,6 +21,8 @@ from aiosd.link import Key
 from aiosd.llm.sampling import PENALTY_WINDOW, Sampler
 
 if TYPE_CHECKING:
+    from collections.abc import Callable
+
     from aiosd.llm.dialects import ToolDialect
     from aiosd.llm.prefix import Node
     from aiosd.llm.structured import Constraint
@@ -48,12 +50,13 @@ class Sequence:
     sampler: Sampler
     ignore_eos: bool
     stream: bool
-    text: TextStream
+    new_text: Callable[[], TextStream]  # as it is before the first token
     constraint: Constraint | None = None
     dialect: ToolDialect | None = None
     budget: int | None = None  # tokens this call may still charge, prompt included
-    stops: list[str] = field(default_factory=list)
     watched: bool = False  # every token's text must be looked at as it comes
+
+    text: TextStream = field(init=False)
 
     # owned by the engine
     phase: Phase = Phase.QUEUED
@@ -84,6 +87,9 @@ class Sequence:
     preemptions: int = 0
     slot_at: float = 0.0
     first_at: float = 0.0
+
+    def __post_init__(self) -> None:
+        self.text = self.new_text()
 
     @property
     def peer(self) -> int:
