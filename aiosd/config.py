@@ -156,7 +156,7 @@ KEYS = (
         "flash_attention",
         _one_of(("auto", "on", "off")),
         "on|off|auto",
-        "Auto: on a CPU on if there are few slots.",
+        "Auto: on a CPU on for few or short slots.",
         "auto",
         per_model=True,
     ),

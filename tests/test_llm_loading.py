@@ -140,7 +140,8 @@ def test_what_is_asked_for_is_kept_or_refused(path: Path, options: dict[str, Any
     ("heads", "options", "on"),
     [
         (1, {"slots": 8}, True),
-        (1, {"slots": 9}, False),
+        (1, {"slots": 9, "ctx": 1024}, False),
+        (1, {"slots": 9, "ctx": 512}, True),
         (2, {"slots": 1}, False),
         (1, {"slots": 1, "exact": True}, False),
         (1, {"slots": 1, "flash_attention": "off"}, False),

@@ -35,8 +35,8 @@ UBATCH = 512
 #: The measurement of threads takes about this long at most.
 MEASURE_S = 0.8
 
-#: Flash attention on a CPU pays for itself with no more slots than this, and heads at least so wide.
-FEW_SLOTS, WIDE_KEYS = 8, 64
+#: Flash attention on a CPU pays for itself with no more slots or no longer contexts than these, and heads as wide.
+FEW_SLOTS, SHORT_CTX, WIDE_KEYS = 8, 512, 64
 
 Report = Callable[[str, float], None]
 
@@ -99,7 +99,7 @@ def load(spec: ModelSpec, report: Report) -> Loaded:
         ctx = min(ctx, trained) if trained else ctx
         if spec.exact and model.recurrent:
             raise UsageError("--exact: not for a model with a recurrent state, of which no part can be taken back")
-        flash_attention = _flash_attention(spec, slots, file.key_width())
+        flash_attention = _flash_attention(spec, slots, ctx, file.key_width())
         context, threads = _context(spec, model, ctx, slots, flash_attention, report)
     except BaseException:
         model.close()
@@ -135,15 +135,16 @@ def _check_options(spec: ModelSpec, file: modelfile.ModelFile, ctx: int) -> None
         raise UsageError(f"{spec.path}: this is no model but a part for one ({file.meta['general.type']})")
 
 
-def _flash_attention(spec: ModelSpec, slots: int, key_width: int) -> bool | None:
+def _flash_attention(spec: ModelSpec, slots: int, ctx: int, key_width: int) -> bool | None:
     """None: llama.cpp decides. On a CPU it makes decoding faster, and so it does prompts of which 64 tokens or more go
     into a batch; shorter ones become slower, the narrower the heads the more (docs/benchmarks.md). A few agents are
-    better off with it, then; a crowd, whose prompts come in short pieces, without."""
+    better off with it, then, and any number with short contexts; a crowd with long ones, whose prompts come in short
+    pieces, without."""
     if spec.flash_attention != "auto":
         return spec.flash_attention == "on"
     if spec.gpu_layers and llama.supports_gpu():
         return None
-    return not spec.exact and slots <= FEW_SLOTS and key_width >= WIDE_KEYS
+    return not spec.exact and (slots <= FEW_SLOTS or ctx <= SHORT_CTX) and key_width >= WIDE_KEYS
 
 
 def _offloaded(spec: ModelSpec, model: llama.Model) -> int:
