@@ -309,14 +309,7 @@ def _reopen_streams(spec: link.Fork) -> None:
     is written line by line, as somebody may be reading along."""
     streams = {  # they live as long as the process: no context manager
         "stdin": open(0, encoding="utf-8", errors="surrogateescape", closefd=False),  # noqa: SIM115
-        "stdout": open(  # noqa: SIM115
-            1,
-            "w",
-            encoding="utf-8",
-            errors="surrogateescape",
-            buffering=1 if spec.detached or os.isatty(1) else -1,
-            closefd=False,
-        ),
+        "stdout": _stdout(spec),
         "stderr": open(2, "w", encoding="utf-8", errors="backslashreplace", buffering=1, closefd=False),  # noqa: SIM115
     }
     _kept.append((sys.stdin, sys.stdout, sys.stderr))  # freeing them would write to what all agents share
@@ -325,16 +318,23 @@ def _reopen_streams(spec: link.Fork) -> None:
         setattr(sys, f"__{name}__", stream)
 
 
+def _stdout(spec: link.Fork) -> io.TextIOWrapper:
+    unbuffered = bool(spec.env.get("PYTHONUNBUFFERED"))  # as `python -u` has it
+    out = open(1, "wb", buffering=0 if unbuffered else -1, closefd=False)  # noqa: SIM115
+    by_lines = spec.detached or os.isatty(1)
+    text = io.TextIOWrapper(
+        out, encoding="utf-8", errors="surrogateescape", line_buffering=by_lines, write_through=unbuffered
+    )
+    text.mode = "w"  # type: ignore[misc] # as open() and the interpreter set it
+    return text
+
+
 def _set_environment(spec: link.Fork, pid: int, home: str, memfd: int, bell: int) -> None:
     environment = dict(spec.env)
     environment[wire.ENV_HOME] = home
     environment[wire.ENV_PID] = str(pid)
     environment[wire.ENV_CHANNEL] = f"{memfd}:{bell}:{os.getpid()}"
     _replace_environment(environment)
-    if spec.env.get("PYTHONUNBUFFERED"):
-        raw = open(1, "wb", buffering=0, closefd=False)  # noqa: SIM115  # lives as long as the process
-        out = io.TextIOWrapper(raw, encoding="utf-8", errors="surrogateescape", write_through=True)
-        sys.stdout = sys.__stdout__ = out  # type: ignore[misc]
     if "TZ" in spec.env:
         time.tzset()
 

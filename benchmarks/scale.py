@@ -11,8 +11,8 @@ two thousand forked processes share costs it two thousand looks.
 
     $ taskset -c 0,1 python benchmarks/scale.py
     policy  agents  finished  tokens/s  ÷ 64   wait p50    p90    p99   Jain  copy %  RAM MB  disk MB  Linux %
-    rr          64        64     611.0  1.00       0.00   0.00   0.00  1.000     0.0       0        0      0.2
-    rr        2000      2000     590.0  0.97     …
+    rr          64        64     904.0  1.00       0.00   0.00   0.00  1.000     0.2       1        0      0.3
+    rr        2000      2000     512.9  0.57     114.95 216.60 250.20  0.998     4.5    1072     1928     25.5
 """
 
 from __future__ import annotations

@@ -190,7 +190,7 @@ def test_what_is_printed_is_seen_at_once_where_python_shows_it(aiosd: System, tm
     assert run.stdout is not None
     assert run.stdout.readline() == "now\n"
     run.communicate("")
-    script.write_text("import time\nprint('now')\ntime.sleep(60)\n")
+    script.write_text("import signal\nprint('now')\nsignal.pause()\n")
     pid = aiosd.run("aios-run", "-d", script, check=True).stdout.strip()
     assert eventually(lambda: aiosd.run("aios-logs", pid).stdout == "now\n"), "a log is written line by line"
     aiosd.run("aios-kill", pid, check=True)

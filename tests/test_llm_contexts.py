@@ -322,7 +322,7 @@ def test_calls_that_lose_their_slot_again_and_again_end_as_if_they_had_not(
     keys = [bench.submit(prompt, peer=1 + i, **options) for i, prompt in enumerate(prompts)]
     bench.run(5000)
     told = [bench.whole(key)[0] for key in keys]
-    assert sum(bench.end(key).usage.preemptions for key in keys) > 12
+    assert sum(bench.end(key).usage.preemptions for key in keys) > len(keys)
     if any_loaded.spec.exact:
         assert told == expected
     assert [len(tokens) for tokens in told] == [25] * 12

@@ -111,20 +111,18 @@ class Generations:
             return
         if sys.stderr.isatty():
             print(f"\r\x1b[Kaiosd: {core.name}: {message.what} {percent} %", end="", file=sys.stderr, flush=True)
-            if percent >= 100:
-                print("\r\x1b[K", end="", file=sys.stderr, flush=True)
         elif self.kernel.timers.clock() - self._said >= PROGRESS_S:
             self._said = self.kernel.timers.clock()
             logger.info("%s: %s %d %%", core.name, message.what, percent)
         self._progress[core.name] = percent
 
     def on_loaded(self, core: Core) -> None:
-        if sys.stderr.isatty():  # the line that moved may have stood still before its end
-            print("\r\x1b[K", end="", file=sys.stderr, flush=True)
+        _clear_line()
         logger.info("%s: loaded", core.name)
         self.kernel.core_loaded()
 
     def on_load_failed(self, core: Core, message: str) -> None:
+        _clear_line()
         if self.kernel.ready:  # a core that was forked again: the supervisor tries once more
             logger.error("%s: %s", core.name, message)
         else:
@@ -286,3 +284,9 @@ class Generations:
                 core.park(proc.pid, False)
             if core.contexts.pop(proc.pid, None) is not None or proc.prompt_tokens:
                 core.send(link.Gone(proc.pid))
+
+
+def _clear_line() -> None:
+    """Of progress, before something is logged: it may have stood still before its end."""
+    if sys.stderr.isatty():
+        print("\r\x1b[K", end="", file=sys.stderr, flush=True)

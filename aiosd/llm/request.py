@@ -68,7 +68,7 @@ class Requests:
         )
         try:
             self._force(sequence, request.given)
-        except BaseException:
+        except BaseException:  # its memory is llama.cpp's, and nobody else knows of it
             if sequence.constraint is not None:
                 sequence.constraint.close()
             raise
