@@ -15,6 +15,7 @@ from hypothesis import strategies as st
 
 from aiosd.errors import AiosdError, UsageError
 from aiosd.llm import llama, loading, modelfile
+from aiosd.llm.attention import Attention
 from aiosd.llm.embed import Embedder
 from aiosd.llm.spec import ModelSpec
 from tests import tinymodels
@@ -149,8 +150,9 @@ def test_what_is_asked_for_is_kept_or_refused(path: Path, options: dict[str, Any
     ],
 )
 def test_a_few_slots_and_wide_heads_get_flash_attention(
-    tmp_path: Path, heads: int, options: dict[str, Any], on: bool
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, heads: int, options: dict[str, Any], on: bool
 ) -> None:
+    monkeypatch.setattr(Attention, "load", lambda streams: None)
     path = tinymodels.write(tmp_path / "wide.gguf", d=64, heads=heads, kv_heads=1)
     loaded = load(path, **options)
     loaded.close()

@@ -69,6 +69,16 @@ class Layout:
         self._fixed = _HEAD.size + 4 * streams + 8 + sum(len(part.header) for part in parts)
 
     @property
+    def sizes(self) -> list[int]:
+        """Bytes per token of each part: K of each layer, then V of each."""
+        return [part.per_token for part in self._parts]
+
+    @property
+    def by_rows(self) -> bool:
+        """Has every part a row per token?"""
+        return not any(part.rows for part in self._parts)
+
+    @property
     def description(self) -> list[list[int | str]]:
         """What two contexts must have in common for one to take the other's `plain` pieces: type and size of each part.
         Whether values are transposed, as they are without flash attention, does not matter."""
@@ -176,7 +186,7 @@ class Layout:
         return self._turned(piece, plain=False)
 
     def _turned(self, piece: Piece, plain: bool) -> Piece:
-        if not any(part.rows for part in self._parts):
+        if self.by_rows:
             return piece
         data = np.empty_like(piece.data)
         at, length = 0, piece.length
@@ -203,12 +213,13 @@ class Layout:
             offset += part.per_token
         return Piece(data, length)
 
-    def join(self, pieces: Sequence[Piece], sequence: int, length: int, out: Bytes) -> Bytes:
-        """A block of the first `length` tokens of the pieces, for `sequence`, written into `out` (at least
-        `size(length)` bytes); the part of `out` that it fills."""
-        takes = _takes(pieces, length)
+    def join(self, pieces: Sequence[Piece], sequence: int, length: int, out: Bytes, start: int = 0) -> Bytes:
+        """A block of the tokens [start, length) of the pieces, for `sequence`, written into `out` (at least
+        `size(length - start)` bytes); the part of `out` that it fills."""
+        takes = _takes(pieces, length, start)
+        length -= start
         block = out[: self.size(length)]
-        self._write_head(block, sequence, length)
+        self._write_head(block, sequence, length, start)
         at = _HEAD.size + 4 * (sequence + 1) + length * _CELL.itemsize + 8
         offset = 0  # of the part in a piece, in bytes per token
         for part in self._parts:
@@ -222,42 +233,49 @@ class Layout:
         return block
 
     @staticmethod
-    def _gather(part: Part, offset: int, takes: list[tuple[Piece, int, int]], target: Bytes, length: int) -> None:
+    def _gather(part: Part, offset: int, takes: list[_Take], target: Bytes, length: int) -> None:
         """One part of `length` tokens from several pieces; `offset`: where it lies in them, in bytes per token."""
-        for piece, position, count in takes:
+        for piece, skip, position, count in takes:
             begin = piece.length * offset
             source = piece.data[begin : begin + piece.length * part.per_token]
             if part.rows:
                 into = _items(target, part, length)[:, position : position + count]
-                into[:] = _items(source, part, piece.length)[:, :count]
+                into[:] = _items(source, part, piece.length)[:, skip : skip + count]
             else:
-                target[position * part.item : (position + count) * part.item] = source[: count * part.item]
+                taken = source[skip * part.item : (skip + count) * part.item]
+                target[position * part.item : (position + count) * part.item] = taken
 
-    def _write_head(self, block: Bytes, sequence: int, length: int) -> None:
+    def _write_head(self, block: Bytes, sequence: int, length: int, start: int) -> None:
         counts = [0] * (sequence + 1)
         counts[sequence] = length
         head = _HEAD.pack(self._magic, sequence, self._streams) + struct.pack(f"<{sequence + 1}I", *counts)
         at = len(head)
         block[:at] = np.frombuffer(head, np.uint8)
         cells = block[at : at + length * _CELL.itemsize].view(_CELL)
-        cells["position"] = np.arange(length)
+        cells["position"] = np.arange(start, start + length)
         cells["owners"] = 1
         cells["sequence"] = sequence
         at += cells.nbytes
         block[at : at + 8] = np.frombuffer(self._middle, np.uint8)
 
 
-def _takes(pieces: Sequence[Piece], length: int) -> list[tuple[Piece, int, int]]:
-    """(piece, its first token's place, how many of its tokens) until there are `length`."""
-    takes, place = [], 0
+#: A piece, how many of its tokens to skip, where the next ones go, and how many of them.
+_Take = tuple[Piece, int, int, int]
+
+
+def _takes(pieces: Sequence[Piece], length: int, start: int = 0) -> list[_Take]:
+    """The tokens [start, length) of the pieces."""
+    takes, at = [], 0
     for piece in pieces:
-        if place == length:
+        if at >= length:
             break
-        count = min(piece.length, length - place)
-        takes.append((piece, place, count))
-        place += count
-    if place != length:
-        raise ValueError(f"pieces for {place} tokens, {length} wanted")
+        skip = max(start - at, 0)
+        count = min(piece.length, length - at) - skip
+        if count > 0:
+            takes.append((piece, skip, at + skip - start, count))
+        at += piece.length
+    if at < length:
+        raise ValueError(f"pieces for {at} tokens, {length} wanted")
     return takes
 
 

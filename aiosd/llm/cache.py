@@ -4,7 +4,8 @@ The engine says who gets a slot and who gives one up; the cache fills the slot w
 as is to be had anywhere, and sees to it that nothing of use is lost when a slot is given to another:
 
 - what a free slot still holds is used in place when it is the caller's own context, or nobody else would miss it;
-- else the longest prefix in the store, or in any slot, of a running call or a finished one, is copied;
+- else the longest prefix in the store, or in any slot, of a running call or a finished one, is copied; the part of it
+  that others need too stays where it is, if it can be read there (`bases.py`);
 - what lies in a slot that is taken goes to the store first.
 
 Copying the state of some hundred tokens costs what decoding one token costs; computing them again, a hundred times
@@ -21,15 +22,19 @@ from typing import Any
 import numpy as np
 
 from aiosd.llm import llama
+from aiosd.llm.bases import Bases
 from aiosd.llm.blob import Bytes, Layout, Piece
 from aiosd.llm.contexts import Store, Swap
-from aiosd.llm.prefix import Node, Tokens, common_prefix
+from aiosd.llm.prefix import Node, Tokens, common_prefix, path_to, shared
 from aiosd.llm.sequence import Phase, Sequence
 from aiosd.llm.slots import Held, Slots
 
 #: To copy so many tokens more, or to keep so many from being lost, is worth a movement.
 WORTH = 16
 WORTH_NOTHING = 1
+
+#: So much of the memory for contexts may be in use by what lies in slots: it cannot be evicted then.
+MOST_PINNED = 1 / 2
 
 
 class Cache:
@@ -63,14 +68,17 @@ class Cache:
     def _open_store(self) -> None:
         """A first block tells how blocks are laid out, or that they cannot be cut."""
         ram, disk, folder = self._budgets
-        if not ram:
-            self.why_not = "no memory is set aside for contexts"
-            return
-        layout = Layout.of(self._context.sample())
-        if layout is None:
+        layout = Layout.of(self._context.sample()) if ram else None
+        if layout is not None:
+            self.store = Store(layout, ram, Swap(folder, disk) if disk and folder else None, self._clock)
+        elif ram:
             self.why_not = "within a slot only: the state of this kind of model cannot be cut by tokens"
-            return
-        self.store = Store(layout, ram, Swap(folder, disk) if disk and folder else None, self._clock)
+        else:
+            self.why_not = "no memory is set aside for contexts"
+        attention = None
+        if layout is not None and len(layout.sizes) == 2 * self._context.n_layer:  # each has a cache of its own
+            attention = self._context.attention
+        self.bases = Bases(attention, layout, self.slots.total, int(ram * MOST_PINNED))
 
     # ── into a slot ───────────────────────────────────────────────────────────────────────────────────────
 
@@ -163,6 +171,7 @@ class Cache:
         if not self._context.cut(slot, length):  # this kind of model forgets all or nothing
             self._context.cut(slot, 0)
             length = 0
+        self.bases.cut(slot, length)
         sequence.length = sequence.prefilled = length
 
     def _copy(self, sequence: Sequence, target: Held, tokens: Tokens, length: int) -> bool:
@@ -170,24 +179,60 @@ class Cache:
         if self.store is None:
             return False
         with self._copying():
+            common = shared(self.store.path(sequence.scope, tokens, length), length, sequence.peer)
             pieces, length = self.store.find(sequence.scope, tokens, length, sequence.peer)
             if not length:
                 return False
             self._clear(target)
             self.slots.take(target.slot, sequence)
-            self._fill(sequence, pieces, length)
+            path = self.store.path(sequence.scope, tokens, length)
+            self._fill(sequence, tokens, pieces, length, (path, min(common, length)))
             sequence.prefilled = sequence.length
             return True
 
-    def _fill(self, sequence: Sequence, pieces: list[Piece], length: int) -> None:
+    def _fill(
+        self,
+        sequence: Sequence,
+        tokens: Tokens,
+        pieces: list[Piece],
+        length: int,
+        common: tuple[list[Node[Any]], int],
+    ) -> None:
+        """Into the slot, but for as many tokens along a path of the store as others have in `common`."""
         assert self.store is not None
-        layout = self.store.layout
-        if len(self._room) < layout.size(length):
-            self._room = np.empty(layout.size(length) * 5 // 4, np.uint8)
-        block = layout.join(pieces, sequence.slot, length, self._room)
-        self._context.cut(sequence.slot, 0)
-        sequence.length = length if self._context.restore(sequence.slot, block) else 0
+        layout, slot = self.store.layout, sequence.slot
+        self._empty(slot)
+        start = self.bases.take(slot, sequence.scope, tokens, common[1], common[0])
+        sequence.length = length
+        if start == length:
+            return
+        size = layout.size(length - start)
+        if len(self._room) < size:
+            self._room = np.empty(size * 5 // 4, np.uint8)
+        block = layout.join(pieces, slot, length, self._room, start)
+        if not self._context.restore(slot, block):
+            self._empty(slot)
+            sequence.length = 0
         self.copied["restored"] += block.nbytes
+
+    def _empty(self, slot: int) -> None:
+        self._context.cut(slot, 0)
+        self.bases.drop(slot)
+
+    def wipe(self, slot: int) -> None:
+        """Forget what a free slot holds."""
+        self.slots.forget(slot)
+        self._empty(slot)
+
+    def tokens_in(self, slot: int) -> int:
+        """How many tokens a slot holds, its base included."""
+        return max(self._context.last_position(slot) + 1, self.bases.length(slot))
+
+    def exchange(self, sequence: Sequence, slot: int) -> None:
+        """The sequence and what lies in a free slot change places."""
+        self._context.exchange(sequence.slot, slot)
+        self.bases.exchange(sequence.slot, slot)
+        self.slots.swap(sequence, slot)
 
     def _resume(self, sequence: Sequence) -> bool:
         """Back from where `unseat` put it. False: that is gone."""
@@ -198,17 +243,20 @@ class Cache:
                 assert snapshot is not None
                 self._forget_block(snapshot)
                 self.slots.take(target.slot, sequence)
+                self._empty(target.slot)
                 if not self._context.restore(target.slot, snapshot):
                     sequence.length = sequence.prefilled = 0
                 return True
             assert self.store is not None
             self._clear(target)  # first, as room for that may cost what is sought
+            path, length = path_to(snapshot), snapshot.stop
+            common = shared(path, length, sequence.peer)
             pieces = self.store.whole(snapshot, sequence.peer)
             if pieces is None:
                 return False
             self.slots.take(target.slot, sequence)
             prefilled = sequence.prefilled
-            self._fill(sequence, pieces, snapshot.stop)
+            self._fill(sequence, sequence.tokens(), pieces, length, (path, common))
             sequence.prefilled = min(prefilled, sequence.length)
             if snapshot.private:
                 self.store.drop(snapshot)
@@ -222,7 +270,7 @@ class Cache:
         if length:
             with self._copying():
                 sequence.snapshot = self._save(sequence, length)
-        self._context.cut(slot, 0)
+        self._empty(slot)
         self.slots.release(sequence, now, keep=False)
 
     def leave(self, sequence: Sequence, now: float) -> None:
@@ -254,14 +302,14 @@ class Cache:
         if store is None:
             return self._keep_block(self._read(slot))
         layout, tokens = store.layout, sequence.tokens()
-        shared = min(sequence.prefilled if self._exact else length, len(sequence.prompt), length)
-        first = store.length(sequence.scope, tokens, shared)
+        common = min(sequence.prefilled if self._exact else length, len(sequence.prompt), length)
+        first = max(store.length(sequence.scope, tokens, common), self.bases.length(slot))
         block = self._read(slot, first)
-        node = self._add(sequence.scope, tokens, shared, (block, slot, length, first), sequence.peer)
-        if node is None or shared == length:
+        node = self._add(sequence.scope, tokens, common, (block, slot, length, first), sequence.peer)
+        if node is None or common == length:
             return node
-        own = layout.cut(block, slot, length, shared, length, first)
-        return store.add_private(node, tokens[shared:length], own, sequence.peer) or node
+        own = layout.cut(block, slot, length, common, length, first)
+        return store.add_private(node, tokens[common:length], own, sequence.peer) or node
 
     def _read(self, slot: int, first: int = 0) -> Bytes:
         """The state in a slot from a token on; what is before it is lost to the slot."""
@@ -285,13 +333,13 @@ class Cache:
         store = self.store
         if store is None or store.length(scope, tokens, stop) >= stop:
             return
-        length = self._context.last_position(slot) + 1
+        length = self.tokens_in(slot)
         if length < stop:
             return
         with self._copying():
             owner = self.slots.owner(slot)
             peer = owner.peer if owner is not None else self.slots.held(slot).peer
-            node = self._add(scope, tokens, stop, (self._read(slot), slot, length, 0), peer)
+            node = self._add(scope, tokens, stop, (self._read(slot), slot, length, self.bases.length(slot)), peer)
         if node is not None and owner is None and stop >= self.slots.held(slot).reusable:
             self.slots.mark_kept(slot)
 
@@ -300,14 +348,14 @@ class Cache:
         store, slot, stop = self.store, held.slot, held.reusable
         if store is None or held.kept or stop < WORTH:
             return
-        first = store.length(held.scope, held.tokens, stop)
+        first = max(store.length(held.scope, held.tokens, stop), self.bases.length(slot))
         if first >= stop:
             return
-        length = self._context.last_position(slot) + 1
+        length = self.tokens_in(slot)
         if length >= stop:
             self.slots.forget(slot)
             self._add(held.scope, held.tokens, stop, (self._read(slot, first), slot, length, first), held.peer)
-            self._context.cut(slot, 0)
+            self._empty(slot)
 
     @contextlib.contextmanager
     def _copying(self) -> Iterator[None]:
@@ -347,8 +395,7 @@ class Cache:
                 and held.scope == scope
                 and common_prefix(tokens, held.tokens) >= held.reusable - WORTH
             ):
-                self._context.cut(held.slot, 0)
-                self.slots.forget(held.slot)
+                self.wipe(held.slot)
         if self.store is not None:
             self.store.release(scope, tokens, peer)
 
@@ -390,6 +437,7 @@ class Cache:
                 "hit_rate": round(self.hits / asked, 3) if asked else 0.0,
                 "entries": below.get("entries", 0),
                 "sharing": self.why_not or "on",
+                "in_place": self.bases.stats() if self.bases.possible else None,
             },
             "evictions": below.get("evictions", {"disk": 0, "dropped": 0}),
             "copy_s": round(self.copy_s, 4),

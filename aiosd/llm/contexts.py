@@ -142,6 +142,10 @@ class Store:
         """How many leading tokens of `tokens[:most]` are kept."""
         return self._tree.walk(scope, tokens, most)[1]
 
+    def path(self, scope: str, tokens: Tokens, most: int) -> list[Node[Payload]]:
+        """The nodes along the longest kept prefix of `tokens[:most]`."""
+        return self._tree.walk(scope, tokens, most)[0]
+
     def find(self, scope: str, tokens: Tokens, most: int, peer: int = 0) -> tuple[list[Piece], int]:
         """The pieces of the longest kept prefix of `tokens[:most]`, all in memory, and its length."""
         path, length = self._tree.walk(scope, tokens, most)

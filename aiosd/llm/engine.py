@@ -585,8 +585,7 @@ class Engine:
         if move is None:
             return
         sequence, hole = move
-        self._context.exchange(sequence.slot, hole)
-        self.slots.swap(sequence, hole)
+        self.cache.exchange(sequence, hole)
         self._stale = True
 
     # ── llama_decode and what may come of it ──────────────────────────────────────────────────────────────
@@ -600,15 +599,14 @@ class Engine:
         self._dummies = []
         if result == llama.ABORTED:  # what has been computed stays: go on from there
             for sequence in sequences:
-                sequence.length = self._context.last_position(sequence.slot) + 1
+                sequence.length = self.cache.tokens_in(sequence.slot)
             return False
         why = "; ".join(llama.take_errors()) or "no reason given"
         sentence = f"llama.cpp could not decode the batch (result {result}): {why}"
         for sequence in list(sequences):
             slot = sequence.slot
             self._fail(sequence, errno.ENOSPC if result == llama.NO_ROOM else errno.EIO, sentence)
-            self.slots.forget(slot)
-            self._context.cut(slot, 0)
+            self.cache.wipe(slot)
         return False
 
     # ── ends ──────────────────────────────────────────────────────────────────────────────────────────────

@@ -16,13 +16,16 @@ import re
 import sys
 from collections import deque
 from collections.abc import Callable
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import llama_cpp.llama_cpp
 import numpy as np
 import numpy.typing as npt
 
 from aiosd.errors import Bug, WorldError
+
+if TYPE_CHECKING:
+    from aiosd.llm.attention import Attention
 
 C: Any = llama_cpp.llama_cpp  # its hints are for type checkers of callers who use no numpy
 
@@ -322,6 +325,7 @@ class Context:
         flash_attention: bool | None,
         embeddings: bool = False,
         pooling: int | None = None,
+        attention: Attention | None = None,
     ) -> None:
         params = C.llama_context_default_params()
         padded = -(-ctx // 256) * 256
@@ -336,6 +340,10 @@ class Context:
         params.no_perf = True
         if pooling is not None:
             params.pooling_type = pooling
+        if attention is not None:
+            params.cb_eval = ctypes.cast(attention.callback, type(params.cb_eval))
+            params.cb_eval_user_data = attention.data
+        self.attention = attention  # llama.cpp keeps bare pointers
         take_errors()
         self._ctx = C.llama_init_from_model(model._model, params)
         if not self._ctx:
@@ -343,6 +351,7 @@ class Context:
         self._memory = C.llama_get_memory(self._ctx)
         self.n_vocab = model.n_vocab
         self.n_embd_out = model.n_embd_out
+        self.n_layer = model.n_layer
         self.ubatch = int(C.llama_n_ubatch(self._ctx))
         self.pooling = int(C.llama_pooling_type(self._ctx))
         self._rows = min(slots, ubatch)

@@ -22,6 +22,7 @@ import numpy as np
 
 from aiosd.errors import UsageError, WorldError
 from aiosd.llm import llama, modelfile
+from aiosd.llm.attention import Attention
 from aiosd.llm.spec import DEFAULT_CTX, MAX_SLOTS, ModelSpec
 
 logger = logging.getLogger("llm")
@@ -37,6 +38,10 @@ MEASURE_S = 0.8
 
 #: Flash attention on a CPU pays for itself with no more slots or no longer contexts than these, and heads as wide.
 FEW_SLOTS, SHORT_CTX, WIDE_KEYS = 8, 512, 64
+
+#: Our attention is compared with llama.cpp's on a prompt of so many tokens (the smallest context has more); logits must
+#: agree up to this part of the largest.
+SAMPLE, SAME = 12, 0.02
 
 Report = Callable[[str, float], None]
 
@@ -99,8 +104,8 @@ def load(spec: ModelSpec, report: Report) -> Loaded:
         ctx = min(ctx, trained) if trained else ctx
         if spec.exact and model.recurrent:
             raise UsageError("--exact: not for a model with a recurrent state, of which no part can be taken back")
-        flash_attention = _flash_attention(spec, slots, ctx, file.key_width())
-        context, threads = _context(spec, model, ctx, slots, flash_attention, report)
+        context, flash_attention = _context(spec, model, ctx, slots, file.key_width())
+        threads = _threads(spec, context, slots, report)
     except BaseException:
         model.close()
         raise
@@ -251,24 +256,76 @@ def _weights(spec: ModelSpec, report: Report) -> llama.Model:
 
 
 def _context(
-    spec: ModelSpec, model: llama.Model, ctx: int, slots: int, flash_attention: bool | None, report: Report
-) -> tuple[llama.Context, int]:
-    try:
-        context = llama.Context(
-            model,
-            slots=slots + spec.exact,  # one more for the dummy tokens, see engine.py
-            ctx=ctx + spec.exact,
-            ubatch=UBATCH,
-            threads=spec.threads or 1,
-            flash_attention=flash_attention,
-        )
-    except WorldError as error:
-        raise UsageError(f"{spec.path}: {slots} slots of {ctx} tokens: {error}") from error
+    spec: ModelSpec, model: llama.Model, ctx: int, slots: int, key_width: int
+) -> tuple[llama.Context, bool | None]:
+    """The context, and whether llama.cpp computes its attention in one go (None: it decides). With our own if that can
+    be, see `attention.py`."""
+
+    def make(flash_attention: bool | None, attention: Attention | None = None) -> llama.Context:
+        try:
+            return llama.Context(
+                model,
+                slots=slots + spec.exact,  # one more for the dummy tokens, see engine.py
+                ctx=ctx + spec.exact,
+                ubatch=UBATCH,
+                threads=spec.threads or 1,
+                flash_attention=flash_attention,
+                attention=attention,
+            )
+        except WorldError as error:
+            raise UsageError(f"{spec.path}: {slots} slots of {ctx} tokens: {error}") from error
+
+    own = Attention.load(slots) if _may_be_own(spec, model) else None
+    if own is not None:
+        context = make(True, own)
+        if agrees(context):
+            return context, True
+        context.close()
+    flash_attention = _flash_attention(spec, slots, ctx, key_width)
+    return make(flash_attention), flash_attention
+
+
+def _may_be_own(spec: ModelSpec, model: llama.Model) -> bool:
+    return spec.flash_attention == "auto" and not spec.exact and not model.recurrent and not llama.supports_gpu()
+
+
+def agrees(context: llama.Context) -> bool:
+    """Does this context compute the same with our attention as with llama.cpp's, but for rounding? The tokens of a few
+    rows, after a beginning in their own cells. Leaves the context empty."""
+    own = context.attention
+    assert own is not None
+    found = []
+    for enabled in (False, True):
+        own.enabled = enabled
+        found.append(_sample_logits(context))
+        context.clear()
+    theirs, ours = found
+    spread = float(np.abs(theirs).max()) if theirs.size else 0.0
+    return own.used and theirs.shape == ours.shape and bool(np.allclose(ours, theirs, rtol=0, atol=SAME * spread))
+
+
+def _sample_logits(context: llama.Context) -> llama.Floats:
+    """A few tokens of a prompt, then one more; empty if llama.cpp cannot."""
+    batch = llama.Batch(SAMPLE)
+    found = []
+    for start, size in ((0, SAMPLE), (SAMPLE, 1)):
+        batch.size = size
+        batch.tokens[:size] = (np.arange(start, start + size) * 37 + 11) % context.n_vocab
+        batch.positions[:size] = np.arange(start, start + size)
+        batch.wanted[:size] = 0
+        batch.wanted[size - 1] = 1
+        if context.decode(batch) != llama.OK:
+            return np.zeros((0, 0), np.float32)
+        found.append(context.logits(1)[0].copy())
+    return np.array(found)
+
+
+def _threads(spec: ModelSpec, context: llama.Context, slots: int, report: Report) -> int:
     if spec.threads is not None:
-        return context, spec.threads
+        return spec.threads
     threads = _measure_threads(context, min(slots, 8), report)
     context.set_threads(threads)
-    return context, threads
+    return threads
 
 
 def _measure_threads(context: llama.Context, rows: int, report: Report) -> int:

@@ -165,3 +165,15 @@ def path_to(node: Node[P]) -> list[Node[P]]:
         path.append(at)
         at = at.parent
     return path[::-1]
+
+
+def shared(path: list[Node[P]], length: int, peer: int) -> int:
+    """How many of the first `length` tokens, which lie along a path, another than `peer` has needed too: up to the last
+    place where somebody else came by or contents part."""
+    for node in reversed(path):
+        if node.private or node.start >= length:
+            continue
+        parts = node.stop > length or len(node.children) + len(node.privates) > 1
+        if parts or node.peer not in (0, peer):
+            return min(node.stop, length)
+    return 0

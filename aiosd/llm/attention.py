@@ -1,0 +1,144 @@
+"""Attention of our own on the CPU, in llama.cpp's graphs (`native/attention.c` says how, and how it gets there).
+
+Two things make it worth its while. A row reads as much as it may see, not as much as the longest of its batch; and what
+many sequences share is read once for all of them, from where it is kept (`bases.py`), not from a copy in each slot.
+
+It is compiled when the package is installed. Where that did not work, on another processor, for a model whose
+attention it cannot compute, or with a GPU, llama.cpp's own is used: `load` says None, or `agrees` False.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import importlib.util
+import os
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from aiosd.llm import llama
+
+_RUN = np.dtype([("data", "<u8"), ("tokens", "<i8")])
+_MOST_OPERATIONS = 256
+
+
+class _Struct(ctypes.Structure):
+    """`struct attention` of attention.c."""
+
+    _fields_ = [
+        ("op_flash", ctypes.c_int32),
+        ("op_custom", ctypes.c_int32),
+        ("enabled", ctypes.c_int32),
+        ("streams", ctypes.c_int32),
+        ("layers", ctypes.c_int32),
+        ("key_at", ctypes.c_void_p),
+        ("value_at", ctypes.c_void_p),
+        ("runs", ctypes.c_void_p),
+        ("base_run", ctypes.c_void_p),
+        ("base_length", ctypes.c_void_p),
+        ("rewritten", ctypes.c_int64),
+        ("refused", ctypes.c_int64),
+    ]
+
+
+class Attention:
+    """The attention of one context, and the state outside of its cache that its sequences read.
+
+    What is written here holds from the next decode on; the arrays that runs point to must live until they are
+    replaced.
+    """
+
+    def __init__(self, library: Any, operations: tuple[int, int], streams: int) -> None:
+        self._struct = struct = _Struct()
+        struct.op_flash, struct.op_custom = operations
+        struct.streams, struct.enabled = streams, 1
+        self.callback = ctypes.cast(library.aios_attention_rewrite, ctypes.c_void_p)
+        self.data = ctypes.addressof(struct)
+        self.base_run: llama.Ints = np.zeros(streams, np.int32)
+        self.base_length: llama.Ints = np.zeros(streams, np.int32)
+        struct.base_run = self.base_run.ctypes.data
+        struct.base_length = self.base_length.ctypes.data
+        self._places: npt.NDArray[np.int64] = np.zeros((2, 0), np.int64)
+        self.set_runs([])
+
+    @classmethod
+    def load(cls, streams: int) -> Attention | None:
+        """None: it was not compiled, this processor lacks the instructions, or ggml is not as it was."""
+        spec = importlib.util.find_spec("aiosd.llm._attention")
+        if spec is None or spec.origin is None:
+            return None
+        try:
+            library = ctypes.CDLL(spec.origin)
+        except OSError:
+            return None
+        operations = _operations()
+        width = int(os.environ.get("AIOS_VECTOR_WIDTH", "0"))  # of no more floats, to test what other processors do
+        if operations is None or not _tensors_as_known(library) or not library.aios_attention_start(width):
+            return None
+        return cls(library, operations, streams)
+
+    @property
+    def enabled(self) -> bool:
+        return bool(self._struct.enabled)
+
+    @enabled.setter
+    def enabled(self, enabled: bool) -> None:
+        self._struct.enabled = enabled
+
+    @property
+    def used(self) -> bool:
+        """Has it computed every attention that came by so far?"""
+        return self._struct.rewritten > 0 and not self._struct.refused
+
+    def set_layout(self, sizes: list[int]) -> None:
+        """Runs hold so many bytes per token for K of each layer, then for V of each. None yet: no runs are read."""
+        places = np.cumsum([0, *sizes[:-1]], dtype=np.int64).reshape(2, -1)
+        self._places = places
+        self._struct.key_at, self._struct.value_at = places[0].ctypes.data, places[1].ctypes.data
+        self._struct.layers = places.shape[1]
+
+    def set_runs(self, runs: list[tuple[int, int]]) -> None:
+        """(address, tokens) of each; `base_run` counts in them."""
+        self._runs = np.array(runs, _RUN) if runs else np.zeros(1, _RUN)
+        self._struct.runs = self._runs.ctypes.data
+
+
+def _operations() -> tuple[int, int] | None:
+    """The numbers of FLASH_ATTN_EXT and CUSTOM in this ggml."""
+    name = ctypes.CFUNCTYPE(ctypes.c_char_p, ctypes.c_int)(("ggml_op_name", llama.C._lib))
+    numbers: dict[bytes, int] = {}
+    for number in range(_MOST_OPERATIONS):  # CUSTOM comes after the other one; beyond the last is no man's land
+        numbers[name(number)] = number
+        if b"CUSTOM" in numbers:
+            break
+    flash, custom = numbers.get(b"FLASH_ATTN_EXT"), numbers.get(b"CUSTOM")
+    return None if flash is None or custom is None else (flash, custom)
+
+
+def _tensors_as_known(library: Any) -> bool:
+    """Does a tensor of this ggml look as attention.c believes?"""
+    ggml = llama.C._lib
+    free = ctypes.CFUNCTYPE(None, ctypes.c_void_p)(("ggml_free", ggml))
+    pointer, integer = ctypes.c_void_p, ctypes.c_int64
+    new = ctypes.CFUNCTYPE(pointer, pointer, ctypes.c_int, integer, integer)(("ggml_new_tensor_2d", ggml))
+    scale = ctypes.CFUNCTYPE(pointer, pointer, pointer, ctypes.c_float)(("ggml_scale", ggml))
+    view = ctypes.CFUNCTYPE(pointer, pointer, pointer, integer, ctypes.c_size_t)(("ggml_view_1d", ggml))
+    set_name = ctypes.CFUNCTYPE(pointer, pointer, ctypes.c_char_p)(("ggml_set_name", ggml))
+
+    class Params(ctypes.Structure):
+        _fields_ = [("size", ctypes.c_size_t), ("buffer", ctypes.c_void_p), ("no_alloc", ctypes.c_bool)]
+
+    init = ctypes.CFUNCTYPE(ctypes.c_void_p, Params)(("ggml_init", ggml))
+    context = init(Params(1 << 16, None, False))
+    if not context:
+        return False
+    try:
+        tensor = new(context, 0, 3, 5)
+        set_name(tensor, b"probe")
+        part = view(context, tensor, 2, 8)
+        scaled = scale(context, tensor, 2.0)
+        library.aios_attention_knows.argtypes = [ctypes.c_void_p] * 3
+        return bool(library.aios_attention_knows(tensor, part, scaled))
+    finally:
+        free(context)

@@ -1,0 +1,536 @@
+/* Attention on the CPU over ragged sequences that share their beginnings, in the place of llama.cpp's own.
+ *
+ * llama.cpp keeps each sequence in a stream of the KV cache of its own, and a decode step reads every stream as far
+ * as the longest of them reaches, in steps of 256 cells. Sequences that begin with the same tokens have as many
+ * copies of them. Here each row reads what it may see and no more; and what many sequences share may lie outside of
+ * the cache, once, where it is read once for all of them (as `base`), its part of the softmax joined with that of the
+ * sequence's own cells.
+ *
+ * How it gets there: llama.cpp calls `aios_attention_rewrite` for each node of a graph before it is computed (as
+ * `cb_eval`, always answered with "need not see it"). A node that is a flash attention becomes a custom operation
+ * that calls `compute` below, in llama.cpp's own threads. Nodes that this file cannot compute are left alone.
+ *
+ * Plain C, no allocation but for a scratch per thread, which lives as long as the thread.
+ */
+
+#include "attention.h"
+
+#include <math.h>
+#include <stdbool.h>
+#include <stdlib.h>
+#include <string.h>
+
+/* ggml_tensor as in ggml.h; whoever loads this compares size and fields with the library that is used. */
+struct tensor {
+    int32_t type;
+    void *buffer;
+    int64_t ne[4];
+    size_t nb[4];
+    int32_t op;
+    int32_t op_params[16];
+    int32_t flags;
+    struct tensor *src[10];
+    struct tensor *view_src;
+    size_t view_offs;
+    char *data;
+    char name[64];
+    void *extra;
+    char padding[8];
+};
+
+enum { F32 = 0, F16 = 1 };
+enum { HEAD = 256 }; /* values of a head at most */
+
+/* What the owner of a context tells, and may change between two decodes. */
+struct attention {
+    int32_t op_flash, op_custom; /* numbers of these operations in this ggml */
+    int32_t enabled;             /* 0: nodes are put back as they were */
+    int32_t streams, layers;
+    const int64_t *key_at, *value_at; /* per layer: bytes per token in a run before its K, its V */
+    const run *runs;
+    const int32_t *base_run;    /* per stream: the first run of its base … */
+    const int32_t *base_length; /* … and how many tokens of it count; 0: none */
+    int64_t rewritten;          /* nodes, since it was made */
+    int64_t refused;
+};
+
+typedef void (*operation)(struct tensor *, int, int, void *);
+
+/* op_params of a rewritten node: what ggml reads, the original, and the layer. */
+struct params {
+    operation function;
+    int32_t tasks;
+    void *attention;
+    int32_t original[6];
+    int32_t layer;
+};
+
+_Static_assert(sizeof(struct params) <= 64, "op_params hold 64 bytes");
+
+/* ── instruction sets ─────────────────────────────────────────────────────────────────────────────────────────── */
+
+#if defined(__x86_64__)
+#include <immintrin.h>
+
+#define HALF(x) half_to_float(x)
+static inline float half_to_float(uint16_t half)
+{
+    const uint32_t sign = (uint32_t)(half & 0x8000) << 16, rest = half & 0x7FFF;
+    union {
+        uint32_t bits;
+        float value;
+    } all = {rest << 13}, scale = {0x77800000}; /* 2^112 */
+    if (rest >= 0x7C00)
+        all.bits |= 0x7F800000;
+    else
+        all.value *= scale.value;
+    all.bits |= sign;
+    return all.value;
+}
+
+#define TARGET __attribute__((target("avx2,fma,f16c")))
+#define NAME(x) x##_avx2
+#define VEC __m256
+#define WIDTH 8
+#define TILE_CELLS 4
+#define TILE_ROWS 2
+#define V_SET(x) _mm256_set1_ps(x)
+#define V_LOAD(p) _mm256_loadu_ps(p)
+#define V_STORE(p, v) _mm256_storeu_ps(p, v)
+#define V_HALVES(p) _mm256_cvtph_ps(_mm_loadu_si128((const __m128i *)(p)))
+#define V_ADD(a, b) _mm256_add_ps(a, b)
+#define V_SUB(a, b) _mm256_sub_ps(a, b)
+#define V_MUL(a, b) _mm256_mul_ps(a, b)
+#define V_MAX(a, b) _mm256_max_ps(a, b)
+#define V_FMA(a, b, c) _mm256_fmadd_ps(a, b, c)
+#define V_SCALE2(p, n) \
+    _mm256_castsi256_ps( \
+        _mm256_add_epi32(_mm256_castps_si256(p), _mm256_slli_epi32(_mm256_castps_si256(n), 23)))
+TARGET static inline float total_avx2(__m256 v)
+{
+    __m128 x = _mm_add_ps(_mm256_castps256_ps128(v), _mm256_extractf128_ps(v, 1));
+    x = _mm_add_ps(x, _mm_movehl_ps(x, x));
+    return _mm_cvtss_f32(_mm_add_ss(x, _mm_movehdup_ps(x)));
+}
+TARGET static inline float highest_avx2(__m256 v)
+{
+    __m128 x = _mm_max_ps(_mm256_castps256_ps128(v), _mm256_extractf128_ps(v, 1));
+    x = _mm_max_ps(x, _mm_movehl_ps(x, x));
+    return _mm_cvtss_f32(_mm_max_ss(x, _mm_movehdup_ps(x)));
+}
+#define V_TOTAL(v) total_avx2(v)
+#define V_HIGHEST(v) highest_avx2(v)
+#include "kernel.h"
+#undef TARGET
+#undef NAME
+#undef VEC
+#undef WIDTH
+#undef TILE_CELLS
+#undef TILE_ROWS
+#undef V_SET
+#undef V_LOAD
+#undef V_STORE
+#undef V_HALVES
+#undef V_ADD
+#undef V_SUB
+#undef V_MUL
+#undef V_MAX
+#undef V_FMA
+#undef V_SCALE2
+#undef V_TOTAL
+#undef V_HIGHEST
+
+#define TARGET __attribute__((target("avx512f,avx512dq,avx512bw,avx2,fma,f16c")))
+#define NAME(x) x##_avx512
+#define VEC __m512
+#define WIDTH 16
+#define TILE_CELLS 8
+#define TILE_ROWS 4
+#define V_SET(x) _mm512_set1_ps(x)
+#define V_LOAD(p) _mm512_loadu_ps(p)
+#define V_STORE(p, v) _mm512_storeu_ps(p, v)
+#define V_HALVES(p) _mm512_cvtph_ps(_mm256_loadu_si256((const __m256i *)(p)))
+#define V_ADD(a, b) _mm512_add_ps(a, b)
+#define V_SUB(a, b) _mm512_sub_ps(a, b)
+#define V_MUL(a, b) _mm512_mul_ps(a, b)
+#define V_MAX(a, b) _mm512_max_ps(a, b)
+#define V_FMA(a, b, c) _mm512_fmadd_ps(a, b, c)
+#define V_SCALE2(p, n) \
+    _mm512_castsi512_ps( \
+        _mm512_add_epi32(_mm512_castps_si512(p), _mm512_slli_epi32(_mm512_castps_si512(n), 23)))
+#define V_TOTAL(v) _mm512_reduce_add_ps(v)
+#define V_HIGHEST(v) _mm512_reduce_max_ps(v)
+#include "kernel.h"
+
+static const kernel *best_kernel(void)
+{
+    __builtin_cpu_init();
+    if (__builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512bw"))
+        return &kernel_avx512;
+    if (__builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") && __builtin_cpu_supports("f16c"))
+        return &kernel_avx2;
+    return NULL;
+}
+#else
+static const kernel *best_kernel(void)
+{
+    return NULL;
+}
+#endif
+
+static const kernel *use;
+
+/* Once, before anything else. 0: this processor has no kernel. `width`: of no more than so many floats (0: any). */
+int aios_attention_start(int width)
+{
+    use = best_kernel();
+#if defined(__x86_64__)
+    if (use && width && width < use->width)
+        use = &kernel_avx2;
+#endif
+    return use ? use->width : 0;
+}
+
+/* ── one node ─────────────────────────────────────────────────────────────────────────────────────────────────── */
+
+/* Some tokens of one stream, for one thread. */
+struct item {
+    int stream, token, tokens;
+    int cells; /* that any of them sees */
+    int open;  /* leading ones that all of them see as they are */
+    int64_t cost;
+};
+
+struct scratch {
+    work w;
+    float *packed; /* queries of one narrow item, row by row */
+    float *memory;
+    struct item *items;
+    int capacity;
+};
+
+static _Thread_local struct scratch *mine;
+
+static struct scratch *scratch(int items)
+{
+    if (!mine) {
+        const size_t floats = HEAD * ROWS + 2 * CELLS * HEAD + CELLS * ROWS + 2 * ROWS + ROWS * HEAD + 8 * HEAD;
+        mine = calloc(1, sizeof *mine);
+        mine->memory = aligned_alloc(64, (floats * sizeof(float) + 63) / 64 * 64);
+        float *at = mine->memory;
+        mine->w.queries = at, at += HEAD * ROWS;
+        mine->w.keys = at, at += CELLS * HEAD;
+        mine->w.values = at, at += CELLS * HEAD;
+        mine->w.scores = at, at += CELLS * ROWS;
+        mine->w.max = at, at += ROWS;
+        mine->w.sum = at, at += ROWS;
+        mine->w.out = at, at += ROWS * HEAD;
+        mine->packed = at;
+    }
+    if (mine->capacity < items) {
+        free(mine->items);
+        mine->items = malloc(items * sizeof *mine->items);
+        mine->capacity = items;
+    }
+    return mine;
+}
+
+/* One attention: queries f32 [stream][head][token][dim], keys and values f16 [stream][KV head][cell][dim]. */
+struct node {
+    const struct attention *a;
+    const struct tensor *q, *k, *v, *mask;
+    float *out; /* [stream][token][head][value_dim] */
+    int streams, tokens, heads, kv_heads, share, cells, dim, value_dim, layer;
+    int first_stream; /* of the cache */
+    float scale;
+};
+
+static const uint16_t *mask_of(const struct node *n, int stream, int token)
+{
+    const struct tensor *m = n->mask;
+    return (const uint16_t *)(m->data + (stream % m->ne[3]) * m->nb[3] + token * m->nb[1]);
+}
+
+static const float *query(const struct node *n, int stream, int token, int head)
+{
+    const struct tensor *q = n->q;
+    return (const float *)(q->data + stream * q->nb[3] + head * q->nb[2] + token * q->nb[1]);
+}
+
+static int base_length(const struct node *n, int stream)
+{
+    const int at = n->first_stream + stream;
+    return n->layer < n->a->layers && at < n->a->streams ? n->a->base_length[at] : 0;
+}
+
+static bool same_base(const struct node *n, int a, int b)
+{
+    const int length = base_length(n, a);
+    const int32_t *first = n->a->base_run + n->first_stream;
+    return length == base_length(n, b) && (!length || first[a] == first[b]);
+}
+
+/* Every thread cuts the work into the same items. */
+static int cut(const struct node *n, int threads, struct scratch *s, int per_item)
+{
+    (void)threads;
+    int count = 0;
+    for (int stream = 0; stream < n->streams; stream++)
+        for (int token = 0; token < n->tokens; token += per_item) {
+            struct item *item = &s->items[count++];
+            item->stream = stream;
+            item->token = token;
+            item->tokens = n->tokens - token < per_item ? n->tokens - token : per_item;
+            item->cells = 0;
+            item->open = n->cells;
+            for (int i = 0; i < item->tokens; i++) {
+                int plain;
+                const int seen = use->visible(mask_of(n, stream, token + i), n->cells, &plain);
+                const int open = plain ? seen : 0;
+                item->open = open < item->open ? open : item->open;
+                item->cells = seen > item->cells ? seen : item->cells;
+            }
+            item->cost = (int64_t)item->tokens * (item->cells + base_length(n, stream) / 4 + 16);
+        }
+    return count;
+}
+
+/* The part [*from, *to) of the items that a thread does: shares of equal cost. */
+static void share_of(const struct item *items, int count, int thread, int threads, int *from, int *to)
+{
+    int64_t all = 0, before = 0;
+    for (int i = 0; i < count; i++)
+        all += items[i].cost;
+    *from = *to = -1;
+    for (int i = 0; i < count; i++) {
+        const int owner = (int)((before + items[i].cost / 2) * threads / (all ? all : 1));
+        before += items[i].cost;
+        if (owner == thread) {
+            if (*from < 0)
+                *from = i;
+            *to = i + 1;
+        }
+    }
+}
+
+static void load_queries(const struct node *n, work *w, const struct item *item, int kv_head, int first)
+{
+    for (int token = 0; token < item->tokens; token++)
+        for (int g = 0; g < n->share; g++) {
+            const float *from = query(n, item->stream, item->token + token, kv_head * n->share + g);
+            float *to = w->queries + first + token * n->share + g;
+            for (int d = 0; d < n->dim; d++)
+                to[(size_t)d * w->padded] = from[d] * n->scale;
+        }
+}
+
+static void read_base(const struct node *n, const work *w, int stream, int kv_head, int columns)
+{
+    const int at = n->first_stream + stream;
+    const size_t key_row = n->k->nb[1], value_row = n->v->nb[1];
+    const run *run = n->a->runs + n->a->base_run[at];
+    for (int64_t left = base_length(n, stream); left > 0; left -= run->cells, run++) {
+        const cells c = {
+            run->data + n->a->key_at[n->layer] * run->cells + kv_head * n->k->nb[2],
+            run->data + n->a->value_at[n->layer] * run->cells + kv_head * n->v->nb[2],
+            key_row,
+            value_row,
+        };
+        use->wide(w, &c, (int)(left < run->cells ? left : run->cells), 0, columns, NULL, 0);
+    }
+}
+
+static void read_own(const struct node *n, struct scratch *s, const struct item *item, int kv_head, int first, int rows,
+                     bool narrow)
+{
+    if (!item->cells)
+        return;
+    const uint16_t *masks[ROWS] = {0};
+    const cells c = {
+        n->k->data + item->stream * n->k->nb[3] + kv_head * n->k->nb[2],
+        n->v->data + item->stream * n->v->nb[3] + kv_head * n->v->nb[2],
+        n->k->nb[1],
+        n->v->nb[1],
+    };
+    const bool plain = item->open >= item->cells;
+    if (!plain)
+        for (int row = 0; row < rows; row++)
+            masks[first + row] = mask_of(n, item->stream, item->token + row / n->share);
+    if (narrow) {
+        for (int g = 0; g < rows; g++) {
+            const float *from = query(n, item->stream, item->token, kv_head * n->share + g);
+            for (int d = 0; d < n->dim; d++)
+                s->packed[g * n->dim + d] = from[d] * n->scale;
+        }
+        use->narrow(&s->w, &c, item->cells, first, first + rows, s->packed, plain ? NULL : masks);
+        return;
+    }
+    const int last = first + (rows + use->width - 1) / use->width * use->width;
+    use->wide(&s->w, &c, item->cells, first, last, plain ? NULL : masks, item->open);
+}
+
+static void reset(work *w, int columns)
+{
+    for (int i = 0; i < columns; i++) {
+        w->max[i] = -INFINITY;
+        w->sum[i] = 0.0f;
+    }
+    memset(w->out, 0, (size_t)columns * w->value_dim * sizeof(float));
+}
+
+/* Items [from, to) that go through a base together; of one KV head. */
+static void together(const struct node *n, struct scratch *s, int from, int to, int kv_head)
+{
+    work *w = &s->w;
+    const struct item *items = s->items;
+    int first[ROWS], columns = 0;
+    const bool narrow = items[from].tokens * n->share < use->width / 2;
+    for (int i = from; i < to; i++) {
+        const int rows = items[i].tokens * n->share;
+        first[i - from] = columns;
+        columns += narrow ? rows : (rows + use->width - 1) / use->width * use->width;
+    }
+    w->rows = columns;
+    w->padded = (columns + use->width - 1) / use->width * use->width;
+    reset(w, w->padded);
+    const int base = base_length(n, items[from].stream);
+    if (base || !narrow) {
+        memset(w->queries, 0, (size_t)w->head_dim * w->padded * sizeof(float));
+        for (int i = from; i < to; i++)
+            load_queries(n, w, &items[i], kv_head, first[i - from]);
+    }
+    if (base)
+        read_base(n, w, items[from].stream, kv_head, w->padded);
+    for (int i = from; i < to; i++) {
+        const struct item *item = &items[i];
+        const int rows = item->tokens * n->share;
+        read_own(n, s, item, kv_head, first[i - from], rows, narrow);
+        for (int row = 0; row < rows; row++) {
+            const int token = item->token + row / n->share, head = kv_head * n->share + row % n->share;
+            use->finish(w, first[i - from] + row,
+                        n->out + (((size_t)item->stream * n->tokens + token) * n->heads + head) * n->value_dim);
+        }
+    }
+}
+
+/* How many items from `at` on fit into one pass: all with the same base and of the same kind. */
+static int group(const struct node *n, const struct item *items, int at, int to)
+{
+    const bool narrow = items[at].tokens * n->share < use->width / 2;
+    int columns = 0, end = at;
+    while (end < to) {
+        const int rows = items[end].tokens * n->share;
+        if ((rows < use->width / 2) != narrow || (end > at && !same_base(n, items[at].stream, items[end].stream)))
+            break;
+        columns += narrow ? rows : (rows + use->width - 1) / use->width * use->width;
+        if (columns > ROWS)
+            break;
+        end++;
+    }
+    return end;
+}
+
+static void compute(struct tensor *dst, int thread, int threads, void *data)
+{
+    struct params p;
+    memcpy(&p, dst->op_params, sizeof p);
+    struct node n = {.a = data, .q = dst->src[0], .k = dst->src[1], .v = dst->src[2], .mask = dst->src[3]};
+    n.out = (float *)dst->data;
+    n.dim = (int)n.q->ne[0], n.tokens = (int)n.q->ne[1], n.heads = (int)n.q->ne[2], n.streams = (int)n.q->ne[3];
+    n.cells = (int)n.k->ne[1], n.kv_heads = (int)n.k->ne[2], n.share = n.heads / n.kv_heads;
+    n.value_dim = (int)n.v->ne[0], n.layer = p.layer;
+    memcpy(&n.scale, p.original, sizeof n.scale);
+    n.first_stream = n.k->view_src && n.k->nb[3] ? (int)((n.k->data - n.k->view_src->data) / n.k->nb[3]) : 0;
+
+    /* so many tokens to an item that every thread has some, and a pass has rows enough */
+    int per_item = ROWS / n.share;
+    const int even = (n.tokens * n.streams + threads - 1) / threads, least = (use->width + n.share - 1) / n.share;
+    per_item = per_item < even ? per_item : even > least ? even : least;
+    per_item = per_item < ROWS / n.share ? per_item : ROWS / n.share;
+    struct scratch *s = scratch(n.streams * (n.tokens / per_item + 1));
+    s->w.head_dim = n.dim;
+    s->w.value_dim = n.value_dim;
+    const int count = cut(&n, threads, s, per_item);
+    int from, to;
+    share_of(s->items, count, thread, threads, &from, &to);
+    for (int at = from, end; at < to; at = end) {
+        end = group(&n, s->items, at, to);
+        for (int kv_head = 0; kv_head < n.kv_heads; kv_head++)
+            together(&n, s, at, end, kv_head);
+    }
+}
+
+/* ── into the graph ───────────────────────────────────────────────────────────────────────────────────────────── */
+
+static bool rows_of(const struct tensor *t, int32_t type, size_t item)
+{
+    return t && t->type == type && t->nb[0] == item;
+}
+
+/* Can `compute` do this node? */
+static bool fits(const struct tensor *t)
+{
+    const struct tensor *q = t->src[0], *k = t->src[1], *v = t->src[2], *mask = t->src[3];
+    float bias, cap;
+    memcpy(&bias, t->op_params + 1, sizeof bias);
+    memcpy(&cap, t->op_params + 2, sizeof cap);
+    if (bias != 0.0f || cap != 0.0f || t->src[4] || t->type != F32)
+        return false;
+    if (!rows_of(q, F32, 4) || !rows_of(k, F16, 2) || !rows_of(v, F16, 2) || !rows_of(mask, F16, 2))
+        return false;
+    if (q->ne[0] != k->ne[0] || q->ne[0] > HEAD || v->ne[0] > HEAD || q->ne[0] % use->width || v->ne[0] % use->width)
+        return false;
+    if (k->ne[2] != v->ne[2] || q->ne[2] % k->ne[2] || q->ne[2] / k->ne[2] > ROWS || mask->ne[2] != 1)
+        return false;
+    return q->ne[3] == k->ne[3] && k->ne[3] == v->ne[3] && k->ne[1] == mask->ne[0];
+}
+
+static int layer_of(const struct tensor *t)
+{
+    static const char prefix[] = "cache_k_l";
+    const struct tensor *cache = t->src[1]->view_src;
+    if (!cache || strncmp(cache->name, prefix, sizeof prefix - 1))
+        return INT32_MAX; /* no cache of llama.cpp: no base either */
+    return atoi(cache->name + sizeof prefix - 1);
+}
+
+/* llama.cpp's cb_eval, see the head of the file. */
+bool aios_attention_rewrite(struct tensor *t, bool ask, struct attention *a)
+{
+    struct params p;
+    (void)ask;
+    if (a->enabled && t->op == a->op_flash) {
+        if (!fits(t)) {
+            a->refused++;
+            return false;
+        }
+        memset(&p, 0, sizeof p);
+        memcpy(p.original, t->op_params, sizeof p.original);
+        p.function = compute;
+        p.tasks = -1; /* as many as there are threads */
+        p.attention = a;
+        p.layer = layer_of(t);
+        memcpy(t->op_params, &p, sizeof p);
+        t->op = a->op_custom;
+        a->rewritten++;
+    } else if (!a->enabled && t->op == a->op_custom) {
+        memcpy(&p, t->op_params, sizeof p);
+        if (p.function != compute)
+            return false;
+        memset(t->op_params, 0, sizeof t->op_params);
+        memcpy(t->op_params, p.original, sizeof p.original);
+        t->op = a->op_flash;
+    }
+    return false;
+}
+
+/* Is a tensor laid out as in `struct tensor`? `t`: 3 × 5 floats named "probe"; `view`: of two of them, from the third on;
+ * `scaled`: t times 2. */
+int aios_attention_knows(const struct tensor *t, const struct tensor *view, const struct tensor *scaled)
+{
+    float factor;
+    memcpy(&factor, scaled->op_params, sizeof factor);
+    return t->type == F32 && t->ne[0] == 3 && t->ne[1] == 5 && t->ne[2] == 1 && t->nb[0] == 4 && t->nb[1] == 12 &&
+           !strcmp(t->name, "probe") && t->data && view->view_src == t && view->view_offs == 8 &&
+           view->data == t->data + 8 && scaled->src[0] == t && !scaled->src[1] && factor == 2.0f;
+}
