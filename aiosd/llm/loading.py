@@ -290,8 +290,7 @@ def _may_be_own(spec: ModelSpec, model: llama.Model) -> bool:
 
 
 def agrees(context: llama.Context) -> bool:
-    """Does this context compute the same with our attention as with llama.cpp's, but for rounding? The tokens of a few
-    rows, after a beginning in their own cells. Leaves the context empty."""
+    """Does this context compute the same with our attention as with llama.cpp's, but for rounding? Leaves it empty."""
     own = context.attention
     assert own is not None
     found = []
@@ -305,10 +304,10 @@ def agrees(context: llama.Context) -> bool:
 
 
 def _sample_logits(context: llama.Context) -> llama.Floats:
-    """A few tokens of a prompt, then one more; empty if llama.cpp cannot."""
+    """A prompt in two parts, then a token more; empty if llama.cpp cannot."""
     batch = llama.Batch(SAMPLE)
     found = []
-    for start, size in ((0, SAMPLE), (SAMPLE, 1)):
+    for start, size in ((0, SAMPLE), (SAMPLE, 2), (SAMPLE + 2, 1)):
         batch.size = size
         batch.tokens[:size] = (np.arange(start, start + size) * 37 + 11) % context.n_vocab
         batch.positions[:size] = np.arange(start, start + size)

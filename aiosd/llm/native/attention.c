@@ -357,10 +357,11 @@ static void read_own(const struct node *n, struct scratch *s, const struct item 
         for (int row = 0; row < rows; row++)
             masks[first + row] = mask_of(n, item->stream, item->token + row / n->share);
     if (narrow) {
-        for (int g = 0; g < rows; g++) {
-            const float *from = query(n, item->stream, item->token, kv_head * n->share + g);
+        for (int row = 0; row < rows; row++) {
+            const int token = item->token + row / n->share, head = kv_head * n->share + row % n->share;
+            const float *from = query(n, item->stream, token, head);
             for (int d = 0; d < n->dim; d++)
-                s->packed[g * n->dim + d] = from[d] * n->scale;
+                s->packed[row * n->dim + d] = from[d] * n->scale;
         }
         use->narrow(&s->w, &c, item->cells, first, first + rows, s->packed, plain ? NULL : masks);
         return;
