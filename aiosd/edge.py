@@ -29,7 +29,7 @@ class Failed(Exception):
 
 
 def run(program: str, module: str, args: list[str]) -> int:
-    """Run the click command `command` of `module`; its exit code."""
+    """Run the click command `command` of `module`; its exit code. Raises KeyboardInterrupt."""
     sys.stdout.reconfigure(errors="backslashreplace")  # type: ignore[union-attr] # a TextIOWrapper, never a pipe object
     command: click.Command = import_module(module).command
     variable = completion_variable(program)
@@ -56,8 +56,8 @@ def run(program: str, module: str, args: list[str]) -> int:
     except OSError as err:
         complain(program, reason(err))
         return 1
-    except (KeyboardInterrupt, click.Abort):
-        return 130
+    except click.Abort:
+        raise KeyboardInterrupt from None
 
 
 def completion_variable(program: str) -> str:

@@ -281,6 +281,26 @@ def test_exits_as_the_agent_does(aiosd: System, program: str, code: int) -> None
     assert (done.returncode, done.stderr) == (code, "")
 
 
+def test_signals_are_sent_on(aiosd: System) -> None:
+    traps = "; ".join(f"trap 'echo {name}' {name}" for name in ("USR1", "USR2", "HUP", "INT"))
+    run = aiosd.popen("aios-run", "--", "sh", "-c", f"{traps}; echo up; while :; do sleep 0.05; done")
+    assert run.stdout.readline() == "up\n"
+    for name in ("USR1", "USR2", "HUP", "INT"):
+        run.send_signal(signal.Signals[f"SIG{name}"])
+        assert run.stdout.readline() == f"{name}\n"
+    run.terminate()
+    assert run.wait(10) == 143
+
+
+def test_it_dies_of_an_interrupt_as_the_agent_does(aiosd: System) -> None:
+    """Else a shell would go on with its loop."""
+    run = aiosd.popen("aios-run", "--", "sh", "-c", "echo up; exec sleep 300")
+    assert run.stdout.readline() == "up\n"
+    run.send_signal(signal.SIGINT)
+    assert run.wait(10) == -signal.SIGINT
+    assert aiosd.run("aios-run", "--", "sh", "-c", "kill -INT $$").returncode == 130, "nobody interrupted us"
+
+
 def test_a_budget_is_told_on_stderr(aiosd: System) -> None:
     done = aiosd.run("aios-run", "--time", "0.3", "--", "sleep", "300")
     assert done.returncode == 124

@@ -9,12 +9,14 @@ terminal is involved, the relays of `terminal`. It asks the kernel for a spawn, 
 meanwhile turns signals into system calls:
 
     INT QUIT TERM HUP   sent on to the agent (with -t Ctrl-C is a key like any other, and the pty makes a signal)
+    USR1 USR2           sent on
     WINCH               sent on, or with -t the new size given to the pty
     TSTP                agent stopped, then this process
     CONT                agent continued
 
 If the kernel dies and comes back the client reconnects and submits its open calls again: still one spawn, still
-one exit code.
+one exit code. An agent that dies of an INT that we sent on takes us with it, as a program in the foreground would die:
+a shell leaves its loop only for that.
 """
 
 from __future__ import annotations
@@ -47,7 +49,8 @@ NOT_STARTED = 125
 CANNOT_EXECUTE = 126
 NOT_FOUND = 127
 
-FORWARDED = (signal.SIGINT, signal.SIGQUIT, signal.SIGTERM, signal.SIGHUP, signal.SIGWINCH)
+ENDING = (signal.SIGINT, signal.SIGQUIT, signal.SIGTERM, signal.SIGHUP)
+FORWARDED = (*ENDING, signal.SIGUSR1, signal.SIGUSR2, signal.SIGWINCH)
 JOB_CONTROL = (signal.SIGTSTP, signal.SIGCONT)
 FOREGROUND_POLL_S = 0.2  # no signal says that a running job was brought to the foreground
 STOP_PATIENCE_S = 1.0  # a shell that forks just now (vfork) cannot stop before its child goes on
@@ -248,6 +251,7 @@ class Attachment:
         self.spawn = spawn
         self.pid = 0  # 0: not spawned yet
         self.ended = False
+        self.interrupted = False  # by an INT, which the agent got
         self.signals: list[int] = []  # received, not yet acted upon
         self.early: list[int] = []  # received before there was an agent
         self.relays: list[Relay] = []
@@ -272,6 +276,8 @@ class Attachment:
             if self.raw is not None:
                 self.raw.leave()
         self._explain(waited)
+        if self.interrupted and waited.status == -signal.SIGINT:
+            raise KeyboardInterrupt
         return exit_code(waited)
 
     def _agent_lives(self, pid: int) -> None:
@@ -391,10 +397,12 @@ class Attachment:
     def _send(self, number: int) -> Call | None:
         """A signal for the agent; the answer is nobody's business. One that comes before there is an agent (or
         before we know its pid: it may have said something already) waits for it, but who insists is let go."""
+        self.interrupted = self.interrupted or number == signal.SIGINT
         if self.pid:
             return self.client.submit(Sys.KILL, Kill(self.pid, number))
-        ending = (signal.SIGINT, signal.SIGQUIT, signal.SIGTERM, signal.SIGHUP)
-        if number in ending and any(known in ending for known in self.early):
+        if number in ENDING and any(known in ENDING for known in self.early):
+            if number == signal.SIGINT:
+                raise KeyboardInterrupt
             raise edge.Failed("interrupted before the agent was started", 128 + number)
         self.early.append(number)
         return None
