@@ -317,6 +317,15 @@ def test_detached_prints_the_pid_and_is_gone(aiosd: System) -> None:
     aiosd.run("aios-kill", pid, check=True)
 
 
+def test_detached_with_nowhere_to_print_the_pid(aiosd: System) -> None:
+    with open("/dev/full", "w") as full:
+        done = aiosd.run("aios-run", "-d", "--name", "unheard", "--", "sleep", "300", stdout=full)
+    pid = next(str(entry["pid"]) for entry in aiosd.agents() if entry["name"] == "unheard")
+    words = f"aios-run: agent {pid} runs, but stdout takes no pid: No space left on device\n"
+    assert (done.returncode, done.stderr) == (1, words)
+    aiosd.run("aios-kill", pid, check=True)
+
+
 def test_detached_has_no_stdin_of_ours(aiosd: System) -> None:
     pid = aiosd.run("aios-run", "-d", "--", "cat", input="not for it", check=True).stdout.strip()
     assert aiosd.run("aios-wait", pid).returncode == 0

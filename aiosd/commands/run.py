@@ -183,8 +183,7 @@ def command(
         )
         with edge.connect() as client:
             if detach:
-                print(client.call(Sys.SPAWN, spawn, Spawned).pid)
-                return 0
+                return _print_pid(client.call(Sys.SPAWN, spawn, Spawned).pid)
             return Attachment(client, spawn).run()
     except NoKernel as err:
         raise edge.Failed(str(err), NOT_STARTED) from None
@@ -192,6 +191,14 @@ def command(
         raise edge.Failed("an argument is not valid UTF-8", NOT_STARTED) from None
     except OSError as err:
         raise _failure(target[0], err) from None
+
+
+def _print_pid(pid: int) -> int:
+    try:
+        print(pid, flush=True)
+    except OSError as err:  # the agent runs all the same: whoever started it should know which it is
+        raise edge.Failed(f"agent {pid} runs, but stdout takes no pid: {err.strerror}") from None
+    return 0
 
 
 def _environment(variables: Sequence[str]) -> dict[str, str]:
