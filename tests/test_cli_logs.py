@@ -92,6 +92,21 @@ def test_tail_and_follow(aiosd: System) -> None:
     assert follower.wait(10) == 0
 
 
+@pytest.mark.parametrize("end", ["stop", "kill"])
+def test_follow_ends_with_the_system(fresh_aiosd: Fresh, end: str) -> None:
+    system = fresh_aiosd()
+    pid = start(system, "trap 'sleep 1; echo last words; exit' TERM; echo up; while :; do sleep 0.05; done")
+    follower = system.popen("aios-logs", "-f", pid)
+    assert follower.stdout.readline() == "up\n"
+    if end == "stop":
+        system.run("aiosd", "stop", check=True)
+        assert follower.stdout.read().endswith("last words\n")
+    else:
+        system.daemon.kill()
+    assert follower.wait(20) == 0
+    assert follower.stderr.read() in ["aios-logs: aiosd has ended, and the agent with it\n", *([""] * (end == "stop"))]
+
+
 def test_since(aiosd: System) -> None:
     pid = start(aiosd, "echo early; while [ ! -e $AIOS_HOME/go ]; do sleep 0.05; done; echo late; sleep 300")
     log = Path(json.loads(aiosd.run("aios-inspect", pid, check=True).stdout)[0]["log"])
