@@ -53,9 +53,11 @@ EXAMPLES = """
     "-C", "--name", "names", multiple=True, metavar="NAME", help="These alone.", shell_complete=agents.complete
 )
 def command(batch: bool, iterations: int | None, delay: float, system: bool, sort: str, names: tuple[str, ...]) -> int:
-    view = View(sort=sort, system=system, names=list(names))
+    wanted = [name for argument in names for name in argument.split(",") if name]
+    view = View(sort=sort, system=system, names=wanted)
     if batch:
         with edge.connect() as client:
+            _require_one(client, wanted)
             _batch(client, view, iterations or 1, delay)
         return 0
     if not (sys.stdin.isatty() and sys.stdout.isatty()):
@@ -63,7 +65,13 @@ def command(batch: bool, iterations: int | None, delay: float, system: bool, sor
     from aiosd.commands import screen  # curses, only when it is needed
 
     with edge.connect() as client:
+        _require_one(client, wanted)
         return screen.run(client, view, delay, iterations)
+
+
+def _require_one(client: Client, names: list[str]) -> None:
+    if names and not any(agents.named(client, name) for name in names):
+        raise edge.Failed(f"{', '.join(names)}: no such agent")
 
 
 def _batch(client: Client, view: View, iterations: int, delay: float) -> None:
