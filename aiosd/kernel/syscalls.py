@@ -172,7 +172,7 @@ def _targets(kernel: Kernel, call: Call, pid: int) -> list[Proc]:
 def sys_ps(kernel: Kernel, call: Call, args: wire.Ps) -> list[wire.ProcInfo]:
     me = call.peer.proc
     pids = None if args.pids is None else set(args.pids)  # as many as somebody may send
-    procs = [proc for proc in kernel.table if proc.alive or args.all or pids is not None]
+    procs = [proc for proc in kernel.table if proc.alive or args.all or args.dead or pids is not None]
     if args.dead:
         procs += kernel.table.history.values()
     if me is not None and not args.all and pids is None:
