@@ -30,6 +30,8 @@ from libaios.client import Home, NoKernel
 from libaios.wire import ENV_HOME, NoArgs, Set, Status, Sys
 
 if TYPE_CHECKING:
+    from click.shell_completion import CompletionItem
+
     from aiosd.config import Settings
 
 EXAMPLES = """
@@ -60,12 +62,22 @@ class _Value(click.ParamType[Any]):
     def __init__(self, key: config.Key) -> None:
         self.name = key.name
         self._read = key.read
+        self._words = key.words
 
     def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> Any:
         try:
             return self._read(value)
         except ValueError as err:
             self.fail(str(err), param, ctx)
+
+    def shell_complete(self, ctx: click.Context, param: click.Parameter, incomplete: str) -> list[CompletionItem]:
+        return edge.completions(dict.fromkeys(self._words, ""), incomplete)
+
+
+def _complete_value(context: click.Context, parameter: click.Parameter, incomplete: str) -> list[CompletionItem]:
+    """Of the setting that is named before it."""
+    key = config.BY_NAME.get(context.params.get("name", ""))
+    return edge.completions(dict.fromkeys(key.words if key else [], ""), incomplete)
 
 
 @edge.new(
@@ -84,10 +96,11 @@ class _Value(click.ParamType[Any]):
     "models",
     multiple=True,
     metavar="[NAME=]PATH|nano",
+    type=click.Path(),
     help="A GGUF; again and again: several. [AIOSD_MODEL]",
 )
-@click.option("--home", metavar="DIR", help="Where socket, data and logs lie. [AIOS_HOME]")
-@click.option("--config", "file", metavar="FILE", help="Settings, instead of aiosd.toml.")
+@click.option("--home", metavar="DIR", type=click.Path(), help="Where socket, data and logs lie. [AIOS_HOME]")
+@click.option("--config", "file", metavar="FILE", type=click.Path(), help="Settings, instead of aiosd.toml.")
 @_settings_options
 @click.pass_context
 def command(
@@ -264,7 +277,7 @@ class _Setting(click.Choice[str]):
 
 @command.command("set", context_settings=edge.SETTINGS, short_help="Change a setting of the running system.")
 @click.argument("name", metavar="NAME", type=_Setting([*config.LIVE]))
-@click.argument("value")
+@click.argument("value", shell_complete=_complete_value)
 def change(name: str, value: str) -> int:
     """Change a setting of the running system.
 

@@ -9,13 +9,16 @@ from __future__ import annotations
 import errno
 import os
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from importlib import import_module
-from typing import Any, TypeVar
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import click
 
 from libaios.client import Client, NoKernel
+
+if TYPE_CHECKING:
+    from click.shell_completion import CompletionItem
 
 SETTINGS: dict[str, Any] = {"help_option_names": ["-h", "--help"], "max_content_width": 100}
 
@@ -89,6 +92,15 @@ def reason_about(subject: str, err: OSError) -> str:
 def connect() -> Client:
     """The running system; NoKernel says that there is none."""
     return Client()
+
+
+def completions(words: Mapping[str, str], incomplete: str, listed: bool = False) -> list[CompletionItem]:
+    """For a shell: those of `words` that go on so, each with what is to be said about it. `listed`: what is typed is a
+    list with commas, of which the last item is meant."""
+    from click.shell_completion import CompletionItem
+
+    known, comma, last = incomplete.rpartition(",") if listed else ("", "", incomplete)
+    return [CompletionItem(known + comma + word, help=text) for word, text in words.items() if word.startswith(last)]
 
 
 C = TypeVar("C", bound=click.Command)

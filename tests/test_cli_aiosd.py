@@ -408,7 +408,38 @@ def test_completion_knows_options_pids_and_names(aiosd: System) -> None:
     assert complete(aiosd, "aios-ps --fo") == ["--format", "--forest"]
     assert complete(aiosd, "aiosd sta") == ["status"]
     assert complete(aiosd, "aios-run --memo") == ["--memory"]
+    assert complete(aiosd, "aios-ps -C ") == ["completed"]
+    assert complete(aiosd, "aios-top -b -C other,comp") == ["other,completed"]
+    assert complete(aiosd, "aios-ps -p ") == [pid]
     aiosd.run("aios-kill", pid, check=True)
+
+
+@pytest.mark.parametrize(
+    ("line", "words"),
+    [
+        ("aios-kill -s TE", ["TERM"]),
+        ("aios-kill -s SIGTE", ["SIGTERM"]),
+        ("aios-kill -US", ["-USR1", "-USR2"]),
+        ("aios-kill --t", ["--timeout"]),
+        ("aios-ps -o pid,st", ["pid,stat", "pid,stime", "pid,started"]),
+        ("aios-ps --sort mem", ["mem", "mem_bytes"]),
+        ("aiosd --policy f", ["fifo", "fair"]),
+        ("aiosd --log-level w", ["warning"]),
+        ("aiosd set po", ["policy"]),
+        ("aiosd set policy m", ["mlfq"]),
+        ("aiosd set stop_timeout ", []),
+    ],
+)
+def test_completion_knows_words(fresh_aiosd: Fresh, line: str, words: list[str]) -> None:
+    assert complete(fresh_aiosd(start=False), line) == words
+
+
+@pytest.mark.parametrize("line", ["aiosd --home ", "aiosd --config ", "aiosd --model ", "aios-run "])
+def test_completion_leaves_paths_to_the_shell(fresh_aiosd: Fresh, line: str) -> None:
+    program, *_ = words = line.split(" ")
+    variable = f"_{program.replace('-', '_').upper()}_COMPLETE"
+    env = {variable: "bash_complete", "COMP_WORDS": line, "COMP_CWORD": str(len(words) - 1)}
+    assert fresh_aiosd(start=False).run(program, env=env, check=True).stdout.startswith("file,")
 
 
 def test_completion_without_a_system_is_quiet(fresh_aiosd: Fresh) -> None:

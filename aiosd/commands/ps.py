@@ -12,7 +12,7 @@ CTX is how many tokens of context the model keeps for the agent, and where: in a
 
 from __future__ import annotations
 
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import click
 
@@ -20,6 +20,9 @@ from aiosd import edge
 from aiosd.commands import agents, table
 from libaios.client import Client
 from libaios.wire import ProcInfo, Ps, Sys
+
+if TYPE_CHECKING:
+    from click.shell_completion import CompletionItem
 
 EXAMPLES = """
   aios-ps                       your live agents
@@ -30,6 +33,10 @@ EXAMPLES = """
   aios-ps --dead --sort -pid    those that have ended as well, the last one first
   aios-ps --json                for programs
 """
+
+
+def _complete_columns(context: click.Context, parameter: click.Parameter, incomplete: str) -> list[CompletionItem]:
+    return edge.completions({name: column.header for name, column in table.COLUMNS.items()}, incomplete, listed=True)
 
 
 @edge.new(
@@ -46,7 +53,15 @@ EXAMPLES = """
 @click.option("-e", "-A", "--all", "everything", is_flag=True, help="All agents, zombies and aiosd's own processes.")
 @click.option("--dead", is_flag=True, help="The last dead too, as many as aiosd remembers.")
 @click.option("-f", "--full", is_flag=True, help="More columns.")
-@click.option("-p", "--pid", "pids", multiple=True, metavar="PIDS", help="These pids: 7,8 or '7 8'.")
+@click.option(
+    "-p",
+    "--pid",
+    "pids",
+    multiple=True,
+    metavar="PIDS",
+    help="These pids: 7,8 or '7 8'.",
+    shell_complete=agents.complete_pids,
+)
 @click.option(
     "-C",
     "--name",
@@ -54,10 +69,25 @@ EXAMPLES = """
     multiple=True,
     metavar="NAMES",
     help="Of these names: a,b.",
-    shell_complete=agents.complete,
+    shell_complete=agents.complete_names,
 )
-@click.option("-o", "--format", "columns", multiple=True, metavar="COLS", help="pid,stat=STATE; pid= drops the header.")
-@click.option("--sort", "keys", multiple=True, metavar="[-]COL", help="Sort by a column, - for the largest first.")
+@click.option(
+    "-o",
+    "--format",
+    "columns",
+    multiple=True,
+    metavar="COLS",
+    help="pid,stat=STATE; pid= drops the header.",
+    shell_complete=_complete_columns,
+)
+@click.option(
+    "--sort",
+    "keys",
+    multiple=True,
+    metavar="[-]COL",
+    help="Sort by a column, - for the largest first.",
+    shell_complete=_complete_columns,
+)
 @click.option("--no-headers", is_flag=True, help="No line of headers.")
 @click.option(
     "--json", "as_json", is_flag=True, help="For programs: a list of objects, of everything or with -o of that."

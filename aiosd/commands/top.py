@@ -50,7 +50,7 @@ EXAMPLES = """
 @click.option("-e", "-A", "--all", "system", is_flag=True, help="aiosd's own processes too.")
 @click.option("--sort", type=click.Choice(picture.ORDER), default="rate", metavar="COL", help="By which column (rate).")
 @click.option(
-    "-C", "--name", "names", multiple=True, metavar="NAME", help="These alone.", shell_complete=agents.complete
+    "-C", "--name", "names", multiple=True, metavar="NAME", help="These alone.", shell_complete=agents.complete_names
 )
 def command(batch: bool, iterations: int | None, delay: float, system: bool, sort: str, names: tuple[str, ...]) -> int:
     wanted = [name for argument in names for name in argument.split(",") if name]
