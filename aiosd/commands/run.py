@@ -34,7 +34,7 @@ import click
 
 from aiosd import edge
 from aiosd.commands.wait import exit_code
-from aiosd.units import parse_size
+from aiosd.units import format_size, parse_size
 from libaios import wire
 from libaios.agent import Call, decode_body
 from libaios.client import Client, NoKernel
@@ -122,7 +122,8 @@ def _complete_file(context: click.Context, parameter: click.Parameter, incomplet
 
 @edge.new(
     RunCommand,
-    "Start an agent and wait for it: a Python script, a Python module or any program. It gets this command's "
+    "Start an agent and wait for it: a Python script, a Python module or any program (a FILE that is none of Python's, "
+    "but executable, is one too). It gets this command's "
     "stdin, stdout and stderr, environment and working directory. Where stdin is a terminal, what is typed is "
     "passed on through a pipe while in the foreground; what wants a terminal of its own gets one with -t.\n\n"
     "Exits with the agent's exit code; 128+n when signal n ended it; 124 when a budget did; 125 when there is no "
@@ -133,11 +134,11 @@ def _complete_file(context: click.Context, parameter: click.Parameter, incomplet
 @click.option("-d", "--detach", is_flag=True, help="Print the pid and return; output goes to the log (aios-logs).")
 @click.option("-t", "--tty", "terminal", is_flag=True, help="Give the agent a terminal of its own.")
 @click.option("--name", metavar="NAME", help="Name in aios-ps; else that of the script.")
-@click.option("-n", "--nice", type=click.IntRange(-20, 19), metavar="NICE", help="From -20 (goes first) to 19.")
+@click.option("-n", "--nice", type=edge.Whole(-20, 19), metavar="NICE", help="From -20 (goes first) to 19.")
 @click.option("-e", "--env", "variables", multiple=True, metavar="K=V", help="Set a variable in its environment.")
 @click.option("-g", "--group", metavar="GROUP", help="Privilege group.")
-@click.option("--tokens", type=click.IntRange(min=0), metavar="N", help="Budget of tokens, computed and generated.")
-@click.option("--time", "seconds", type=click.FloatRange(min=0), metavar="S", help="Budget of wall seconds.")
+@click.option("--tokens", type=edge.Whole(min=0), metavar="N", help="Budget of tokens, computed and generated.")
+@click.option("--time", "seconds", type=edge.Seconds(min=0), metavar="S", help="Budget of wall seconds.")
 @click.option("--memory", type=Size(), metavar="SIZE", help="Budget of memory, such as 512M.")
 @click.argument(
     "target",
@@ -297,7 +298,8 @@ class Attachment:
         limits = self.spawn.limits
         words = waited.reason
         if waited.budget and not words:
-            amounts = {"tokens": limits.tokens, "time": limits.time_s, "memory": limits.memory_bytes}
+            memory = None if limits.memory_bytes is None else format_size(limits.memory_bytes)
+            amounts = {"tokens": limits.tokens, "time": limits.time_s, "memory": memory}
             words = f"{waited.budget} budget of {amounts.get(waited.budget)} used up"
         if words:
             edge.complain("aios-run", f"agent {self.pid}: {words}")
