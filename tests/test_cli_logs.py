@@ -139,6 +139,15 @@ def test_logs_of_nobody(aiosd: System) -> None:
         assert (done.returncode, done.stderr) == (1, f"aios-logs: {word}: no such agent\n")
 
 
+@pytest.mark.parametrize("command", ["aios-logs", "aios-inspect", "aios-wait", "aios-renice 5", "aios-kill"])
+def test_the_system_is_no_agent(aiosd: System, command: str) -> None:
+    program, *options = command.split()
+    for word in ("1", "kernel"):
+        told = aiosd.run(program, *options, word).stderr
+        assert told.startswith(f"{program}: ")
+        assert told.endswith(": is part of aiosd itself, which ends by: aiosd stop\n")
+
+
 def test_interrupted_it_dies_of_that(aiosd: System) -> None:
     pid = start(aiosd, "echo up; exec sleep 300")
     follower = aiosd.popen("aios-logs", "-f", pid)
