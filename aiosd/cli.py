@@ -194,7 +194,7 @@ def _be_daemon(settings: Settings, log: Path) -> NoReturn:
 # ── status ────────────────────────────────────────────────────────────────────────────────────────────────
 
 
-@command.command("status", context_settings=edge.SETTINGS)
+@command.command("status", context_settings=edge.SETTINGS, short_help="Say how the system stands.")
 @click.option("--json", "as_json", is_flag=True, help="Everything, as one JSON object.")
 @click.option("--check", is_flag=True, help="Check the books as well; exits with 1 when they do not balance.")
 def status(as_json: bool, check: bool) -> int:
@@ -252,12 +252,14 @@ def _describe_model(model: dict[str, Any]) -> list[str]:
 
 def _value(name: str, value: Any) -> str:
     if isinstance(value, dict):
-        return ", ".join(f"{key.replace('_', ' ')} {_value(key, part)}" for key, part in value.items()) or "-"
+        inherited = "bytes" if name.endswith("bytes") else ""
+        parts = (f"{key.replace('_', ' ')} {_value(inherited or key, part)}" for key, part in value.items())
+        return ", ".join(parts) or "-"
     if isinstance(value, list):
         return ", ".join(_value(name, part) for part in value) or "-"
     if isinstance(value, bool):
         return "yes" if value else "no"
-    if isinstance(value, int) and name.endswith("bytes"):
+    if isinstance(value, int) and name.endswith(("bytes", "budget")):
         return format_size(value)
     return f"{value:g}" if isinstance(value, float) else str(value)
 
@@ -299,8 +301,8 @@ def change(name: str, value: str) -> int:
 # ── stop ──────────────────────────────────────────────────────────────────────────────────────────────────
 
 
-@command.command("stop", context_settings=edge.SETTINGS)
-@click.option("--timeout", type=click.FloatRange(min=0), default=60.0, metavar="S", help="How long to wait (60).")
+@command.command("stop", context_settings=edge.SETTINGS, short_help="End the system and everything in it.")
+@click.option("--timeout", type=edge.Seconds(min=0), default=60.0, metavar="S", help="How long to wait (60).")
 def stop(timeout: float) -> int:
     """End the system and everything in it; return when it has ended.
 
@@ -356,7 +358,7 @@ def _ended(pidfd: int, timeout_s: float) -> bool:
 # ── completion ────────────────────────────────────────────────────────────────────────────────────────────
 
 
-@command.command("completion", context_settings=edge.SETTINGS)
+@command.command("completion", context_settings=edge.SETTINGS, short_help="Print the completion for a shell.")
 @click.argument("shell", type=click.Choice(SHELLS))
 def completion(shell: str) -> int:
     """Print the completion of all commands for a shell, to be evaluated by it.

@@ -88,7 +88,7 @@ def _seconds(value: Any) -> float:
     except (TypeError, ValueError):
         raise ValueError(f"{value!r} is no number of seconds") from None
     if not 0 <= seconds <= 1e9:
-        raise ValueError(f"{value} is out of range (from 0 on)")
+        raise ValueError(f"{value} is out of range (from 0 to 1000000000)")
     return seconds
 
 

@@ -103,6 +103,22 @@ def completions(words: Mapping[str, str], incomplete: str, listed: bool = False)
     return [CompletionItem(known + comma + word, help=text) for word, text in words.items() if word.startswith(last)]
 
 
+class Seconds(click.FloatRange):
+    """Called by its name where something else was given."""
+
+    name = "number of seconds"
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> float:
+        seconds = super().convert(value, param, ctx)
+        if not seconds <= 1e9:  # inf, and nan, which is within every range
+            self.fail(f"{value!r} is out of range (up to 1000000000)", param, ctx)
+        return seconds
+
+
+class Whole(click.IntRange):
+    name = "whole number"
+
+
 C = TypeVar("C", bound=click.Command)
 
 

@@ -212,6 +212,7 @@ def test_what_can_be_changed_at_run_time_and_how_it_is_shown(load: Load, name: s
         ("slots", "3", "slots cannot change in a running system"),
         ("polcy", "fair", "polcy is no setting (did you mean 'policy'?)"),
         ("policy", "lottery", "policy: 'lottery' is none of fifo, rr, priority, mlfq, fair"),
+        ("stop_timeout", "1e99", "stop_timeout: 1e99 is out of range (from 0 to 1000000000)"),
     ],
 )
 def test_what_cannot_be_changed_at_run_time(load: Load, name: str, value: str, words: str) -> None:
@@ -280,6 +281,12 @@ def test_a_log_that_cannot_be_written(fresh_aiosd: Fresh) -> None:
     assert done.returncode == 1
     assert f"aiosd: {system.home}/data/aiosd.log: Is a directory\n" in done.stderr
     assert "Traceback" not in done.stderr
+
+
+def test_a_home_that_is_a_file(fresh_aiosd: Fresh, tmp_path: Path) -> None:
+    (tmp_path / "file").touch()
+    done = fresh_aiosd(start=False).run("aiosd", env={"AIOS_HOME": str(tmp_path / "file")})
+    assert (done.returncode, done.stderr) == (1, f"aiosd: {tmp_path}/file: is no directory\n")
 
 
 def test_home_as_an_option(aiosd: System) -> None:
@@ -357,6 +364,7 @@ def test_status_shows_what_it_does_not_know() -> None:
         {
             "version": "1", "state": "ready", "pid": 7, "uptime_s": 3700.2, "home": "/h", "agents": {"S": 2, "R": 1},
             "max_agents": 99, "new_thing": {"a_bytes": 2048, "b": [1, 2]}, "check": ["books are wrong"],
+            "tiers": {"ram": {"budget": 2 << 30}}, "copied_bytes": {"up": 4096},
             "models": [{"name": "m", "state": "loading", "info": {}, "stats": {"new_figure": 0.5}}, {}],
         }
     )  # fmt: skip
@@ -365,11 +373,19 @@ def test_status_shows_what_it_does_not_know() -> None:
     for words in (
         "3 (1 R, 2 S), at most 99",
         "a bytes 2.0K, b 1, 2",
+        "ram budget 2.0G",
+        "up 4.0K",
         "model m, loading",
         "new figure",
         "check: books are wrong",
     ):
         assert words in text
+
+
+def test_help_is_whole_on_80_columns(fresh_aiosd: Fresh) -> None:
+    text = fresh_aiosd(start=False).run("aiosd", "--help", env={"COLUMNS": "80"}, check=True).stdout
+    assert "..." not in text.partition("Commands:")[2]
+    assert max(map(len, text.split("Examples:")[0].splitlines())) <= 80
 
 
 def test_status_of_an_empty_reply_is_no_error() -> None:

@@ -122,6 +122,8 @@ def test_durations_for_people() -> None:
         ["-e", "=v", "x.py"],
         ["--memory", "lots", "x.py"],
         ["--time", "-1", "x.py"],
+        ["--time", "nan", "x.py"],
+        ["--time", "inf", "x.py"],
         ["--tokens", "x", "x.py"],
     ],
     ids=" ".join,
@@ -130,6 +132,12 @@ def test_wrong_use_is_exit_2_and_one_line(fresh_aiosd: Fresh, args: list[str]) -
     done = fresh_aiosd(start=False).run("aios-run", *args)
     assert (done.returncode, done.stdout, done.stderr.count("\n")) == (2, "", 1), done.stderr
     assert done.stderr.startswith("aios-run: ")
+
+
+def test_numbers_are_called_by_their_names(fresh_aiosd: Fresh) -> None:
+    system = fresh_aiosd(start=False)
+    for option, words in (("--time", "number of seconds"), ("--tokens", "whole number"), ("-n", "whole number")):
+        assert f"'abc' is not a valid {words}" in system.run("aios-run", option, "abc", "x.py").stderr
 
 
 # ── what the agent gets ───────────────────────────────────────────────────────────────────────────────────

@@ -65,7 +65,7 @@ class Since(click.ParamType[float]):
     EXAMPLES,
 )
 @click.option("-f", "--follow", is_flag=True, help="Go on until the agent, or aiosd, has ended.")
-@click.option("-n", "--tail", type=click.IntRange(min=0), metavar="N", help="Only the last N lines.")
+@click.option("-n", "--tail", type=edge.Whole(min=0), metavar="N", help="Only the last N lines.")
 @click.option("--since", type=Since(), metavar="T", help="Only what was written since T: a date, or 10m, 42s.")
 @click.argument("word", metavar="PID|NAME", shell_complete=agents.complete)
 def command(follow: bool, tail: int | None, since: float | None, word: str) -> int:

@@ -22,7 +22,7 @@ EXAMPLES = """
   aios-renice --relative 1 7    one step nicer than it is
 """
 
-NICE = click.IntRange(-20, 19, clamp=True)  # as renice(1) takes what is beyond
+NICE = edge.Whole(-20, 19, clamp=True)  # as renice(1) takes what is beyond
 
 
 class ReniceCommand(click.Command):
@@ -42,7 +42,7 @@ class ReniceCommand(click.Command):
     EXAMPLES,
 )
 @click.option("-n", "--priority", "absolute", type=NICE, metavar="NICE", help="The new value.")
-@click.option("--relative", type=click.IntRange(-39, 39), metavar="STEP", help="Add STEP to the value that it has.")
+@click.option("--relative", type=edge.Whole(-39, 39), metavar="STEP", help="Add STEP to the value that it has.")
 @click.argument("words", nargs=-1, metavar="PID|NAME...", shell_complete=agents.complete)
 def command(absolute: int | None, relative: int | None, words: tuple[str, ...]) -> int:
     if absolute is not None and relative is not None:
