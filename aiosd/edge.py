@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any, TypeVar
 
 import click
 
-from libaios.client import Client, NoKernel
+from libaios.client import Client
 
 if TYPE_CHECKING:
     from click.shell_completion import CompletionItem
@@ -50,9 +50,6 @@ def run(program: str, module: str, args: list[str]) -> int:
     except Failed as err:
         complain(program, str(err))
         return err.code
-    except NoKernel as err:
-        complain(program, str(err))
-        return 1
     except BrokenPipeError:
         _discard_output()
         return 141

@@ -166,6 +166,8 @@ def command(
         raise click.UsageError(f"nothing to run: {what}")
     if detach and terminal:
         raise click.UsageError("-d and -t exclude each other")
+    if not all(map(_is_utf8, (*target, *variables, name or "", group or ""))):
+        raise edge.Failed("an argument is not valid UTF-8", NOT_STARTED)
     try:
         spawn = Spawn(
             kind=context.meta["kind"],
@@ -187,9 +189,7 @@ def command(
                 return _print_pid(client.call(Sys.SPAWN, spawn, Spawned).pid)
             return Attachment(client, spawn).run()
     except NoKernel as err:
-        raise edge.Failed(str(err), NOT_STARTED) from None
-    except UnicodeEncodeError:
-        raise edge.Failed("an argument is not valid UTF-8", NOT_STARTED) from None
+        raise edge.Failed(edge.reason(err), NOT_STARTED) from None
     except OSError as err:
         raise _failure(target[0], err) from None
 
