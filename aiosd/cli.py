@@ -30,6 +30,8 @@ from libaios.client import Home, NoKernel
 from libaios.wire import ENV_HOME, NoArgs, Set, Status, Sys
 
 if TYPE_CHECKING:
+    from click.shell_completion import CompletionItem
+
     from aiosd.config import Settings
 
 EXAMPLES = """
@@ -60,12 +62,22 @@ class _Value(click.ParamType[Any]):
     def __init__(self, key: config.Key) -> None:
         self.name = key.name
         self._read = key.read
+        self._words = key.words
 
     def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> Any:
         try:
             return self._read(value)
         except ValueError as err:
             self.fail(str(err), param, ctx)
+
+    def shell_complete(self, ctx: click.Context, param: click.Parameter, incomplete: str) -> list[CompletionItem]:
+        return edge.completions(dict.fromkeys(self._words, ""), incomplete)
+
+
+def _complete_value(context: click.Context, parameter: click.Parameter, incomplete: str) -> list[CompletionItem]:
+    """Of the setting that is named before it."""
+    key = config.BY_NAME.get(context.params.get("name", ""))
+    return edge.completions(dict.fromkeys(key.words if key else [], ""), incomplete)
 
 
 @edge.new(
@@ -84,10 +96,11 @@ class _Value(click.ParamType[Any]):
     "models",
     multiple=True,
     metavar="[NAME=]PATH|nano",
+    type=click.Path(),
     help="A GGUF; again and again: several. [AIOSD_MODEL]",
 )
-@click.option("--home", metavar="DIR", help="Where socket, data and logs lie. [AIOS_HOME]")
-@click.option("--config", "file", metavar="FILE", help="Settings, instead of aiosd.toml.")
+@click.option("--home", metavar="DIR", type=click.Path(), help="Where socket, data and logs lie. [AIOS_HOME]")
+@click.option("--config", "file", metavar="FILE", type=click.Path(), help="Settings, instead of aiosd.toml.")
 @_settings_options
 @click.pass_context
 def command(
@@ -181,7 +194,7 @@ def _be_daemon(settings: Settings, log: Path) -> NoReturn:
 # ── status ────────────────────────────────────────────────────────────────────────────────────────────────
 
 
-@command.command("status", context_settings=edge.SETTINGS)
+@command.command("status", context_settings=edge.SETTINGS, short_help="Say how the system stands.")
 @click.option("--json", "as_json", is_flag=True, help="Everything, as one JSON object.")
 @click.option("--check", is_flag=True, help="Check the books as well; exits with 1 when they do not balance.")
 def status(as_json: bool, check: bool) -> int:
@@ -239,12 +252,14 @@ def _describe_model(model: dict[str, Any]) -> list[str]:
 
 def _value(name: str, value: Any) -> str:
     if isinstance(value, dict):
-        return ", ".join(f"{key.replace('_', ' ')} {_value(key, part)}" for key, part in value.items()) or "-"
+        inherited = "bytes" if name.endswith("bytes") else ""
+        parts = (f"{key.replace('_', ' ')} {_value(inherited or key, part)}" for key, part in value.items())
+        return ", ".join(parts) or "-"
     if isinstance(value, list):
         return ", ".join(_value(name, part) for part in value) or "-"
     if isinstance(value, bool):
         return "yes" if value else "no"
-    if isinstance(value, int) and name.endswith("bytes"):
+    if isinstance(value, int) and name.endswith(("bytes", "budget")):
         return format_size(value)
     return f"{value:g}" if isinstance(value, float) else str(value)
 
@@ -264,7 +279,7 @@ class _Setting(click.Choice[str]):
 
 @command.command("set", context_settings=edge.SETTINGS, short_help="Change a setting of the running system.")
 @click.argument("name", metavar="NAME", type=_Setting([*config.LIVE]))
-@click.argument("value")
+@click.argument("value", shell_complete=_complete_value)
 def change(name: str, value: str) -> int:
     """Change a setting of the running system.
 
@@ -286,8 +301,8 @@ def change(name: str, value: str) -> int:
 # ── stop ──────────────────────────────────────────────────────────────────────────────────────────────────
 
 
-@command.command("stop", context_settings=edge.SETTINGS)
-@click.option("--timeout", type=click.FloatRange(min=0), default=60.0, metavar="S", help="How long to wait (60).")
+@command.command("stop", context_settings=edge.SETTINGS, short_help="End the system and everything in it.")
+@click.option("--timeout", type=edge.Seconds(min=0), default=60.0, metavar="S", help="How long to wait (60).")
 def stop(timeout: float) -> int:
     """End the system and everything in it; return when it has ended.
 
@@ -343,7 +358,7 @@ def _ended(pidfd: int, timeout_s: float) -> bool:
 # ── completion ────────────────────────────────────────────────────────────────────────────────────────────
 
 
-@command.command("completion", context_settings=edge.SETTINGS)
+@command.command("completion", context_settings=edge.SETTINGS, short_help="Print the completion for a shell.")
 @click.argument("shell", type=click.Choice(SHELLS))
 def completion(shell: str) -> int:
     """Print the completion of all commands for a shell, to be evaluated by it.

@@ -59,6 +59,11 @@ class Key:
         return ENV_PREFIX + self.name.upper()
 
     @property
+    def words(self) -> list[str]:
+        """What there is to choose from, where that is written down."""
+        return self.metavar.split("|") if "|" in self.metavar else []
+
+    @property
     def flag(self) -> str:
         return "--" + self.name.replace("_", "-")
 
@@ -83,7 +88,7 @@ def _seconds(value: Any) -> float:
     except (TypeError, ValueError):
         raise ValueError(f"{value!r} is no number of seconds") from None
     if not 0 <= seconds <= 1e9:
-        raise ValueError(f"{value} is out of range (from 0 on)")
+        raise ValueError(f"{value} is out of range (from 0 to 1000000000)")
     return seconds
 
 
@@ -165,11 +170,11 @@ KEYS = (
     Key("context_ram", _size, "SIZE", "Memory for contexts without a slot (1/8 of what is free).", per_model=True),
     Key("context_disk", _size, "SIZE", "Disk for contexts that do not fit there (2G).", 2 << 30, per_model=True),
     Key("verbose", _switch, "", "Show what llama.cpp says.", False, per_model=True),
-    Key("log_level", _one_of(LOG_LEVELS), "LEVEL", f"One of {', '.join(LOG_LEVELS)} (info).", "info"),
+    Key("log_level", _one_of(LOG_LEVELS), "|".join(LOG_LEVELS), "How much is logged (info).", "info"),
     Key("keep_dead", _whole(0, 1_000_000), "N", "How many dead agents are remembered, with their logs (1000).", 1000),
     Key("stop_timeout", _seconds, "S", "At the end agents get TERM, and KILL after S seconds (5).", 5.0),
 )
-_BY_NAME = {key.name: key for key in KEYS}
+BY_NAME = {key.name: key for key in KEYS}
 _PER_MODEL = {key.name for key in KEYS if key.per_model}
 
 #: What SIGHUP and `aiosd set` can change in a running system: keys, and the fields of Settings.
@@ -221,8 +226,8 @@ def load(
     path = config or home.config
     file = _read_file(path, must_exist=config is not None)
     values = {key.name: key.default for key in KEYS}
-    values |= file.values | _from_environment(environ) | {name: flags[name] for name in _BY_NAME if name in flags}
-    given = {name for name in _PER_MODEL if name in flags or environ.get(_BY_NAME[name].env)}
+    values |= file.values | _from_environment(environ) | {name: flags[name] for name in BY_NAME if name in flags}
+    given = {name for name in _PER_MODEL if name in flags or environ.get(BY_NAME[name].env)}
     words = flags.get("model") or [word for word in environ.get(ENV_PREFIX + "MODEL", "").split(os.pathsep) if word]
     if words:
         models = [_model(word, {}, values, given, cwd, home) for word in words]
@@ -260,10 +265,10 @@ def change(settings: Settings, name: str, text: str) -> Settings:
     """With one of LIVE set anew, as the command line would. Raises ValueError with a sentence."""
     name = name.replace("-", "_")
     if name not in LIVE:
-        why = "cannot change in a running system" if name in _BY_NAME else f"is no setting{_meant(name, set(LIVE))}"
+        why = "cannot change in a running system" if name in BY_NAME else f"is no setting{_meant(name, set(LIVE))}"
         raise ValueError(f"{name} {why}")
     try:
-        value = _BY_NAME[name].read(text)
+        value = BY_NAME[name].read(text)
     except ValueError as err:
         raise ValueError(f"{name}: {err}") from None
     return dataclasses.replace(settings, **{LIVE[name]: value})
@@ -355,7 +360,7 @@ def _read_file(path: Path, must_exist: bool) -> _File:
     tables = data.pop("model", [])
     if not isinstance(tables, list) or not all(isinstance(table, dict) for table in tables):
         raise UsageError(f"{path}, line {_line(text, 'model')}: models are written as [[model]]")
-    file.values = _read_table(path, text, data, set(_BY_NAME), 0)
+    file.values = _read_table(path, text, data, set(BY_NAME), 0)
     for number, table in enumerate(tables, 1):
         first = _line_of_model(text, number)
         model = _read_table(path, text, table, {"name", "path", *_PER_MODEL}, first)
@@ -373,7 +378,7 @@ def _read_table(path: Path, text: str, table: Mapping[str, Any], known: set[str]
         if name not in known:
             raise UsageError(f"{place}: unknown key {name!r}{_meant(name, known)}")
         try:
-            values[name] = _BY_NAME[name].read(value) if name in _BY_NAME else _text(value)
+            values[name] = BY_NAME[name].read(value) if name in BY_NAME else _text(value)
         except ValueError as err:
             raise UsageError(f"{place}: {name}: {err}") from None
     return values

@@ -9,13 +9,16 @@ from __future__ import annotations
 import errno
 import os
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from importlib import import_module
-from typing import Any, TypeVar
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import click
 
-from libaios.client import Client, NoKernel
+from libaios.client import Client
+
+if TYPE_CHECKING:
+    from click.shell_completion import CompletionItem
 
 SETTINGS: dict[str, Any] = {"help_option_names": ["-h", "--help"], "max_content_width": 100}
 
@@ -29,7 +32,7 @@ class Failed(Exception):
 
 
 def run(program: str, module: str, args: list[str]) -> int:
-    """Run the click command `command` of `module`; its exit code."""
+    """Run the click command `command` of `module`; its exit code. Raises KeyboardInterrupt."""
     sys.stdout.reconfigure(errors="backslashreplace")  # type: ignore[union-attr] # a TextIOWrapper, never a pipe object
     command: click.Command = import_module(module).command
     variable = completion_variable(program)
@@ -47,17 +50,14 @@ def run(program: str, module: str, args: list[str]) -> int:
     except Failed as err:
         complain(program, str(err))
         return err.code
-    except NoKernel as err:
-        complain(program, str(err))
-        return 1
     except BrokenPipeError:
         _discard_output()
         return 141
     except OSError as err:
         complain(program, reason(err))
         return 1
-    except (KeyboardInterrupt, click.Abort):
-        return 130
+    except click.Abort:
+        raise KeyboardInterrupt from None
 
 
 def completion_variable(program: str) -> str:
@@ -89,6 +89,31 @@ def reason_about(subject: str, err: OSError) -> str:
 def connect() -> Client:
     """The running system; NoKernel says that there is none."""
     return Client()
+
+
+def completions(words: Mapping[str, str], incomplete: str, listed: bool = False) -> list[CompletionItem]:
+    """For a shell: those of `words` that go on so, each with what is to be said about it. `listed`: what is typed is a
+    list with commas, of which the last item is meant."""
+    from click.shell_completion import CompletionItem
+
+    known, comma, last = incomplete.rpartition(",") if listed else ("", "", incomplete)
+    return [CompletionItem(known + comma + word, help=text) for word, text in words.items() if word.startswith(last)]
+
+
+class Seconds(click.FloatRange):
+    """Called by its name where something else was given."""
+
+    name = "number of seconds"
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> float:
+        seconds = super().convert(value, param, ctx)
+        if not seconds <= 1e9:  # inf, and nan, which is within every range
+            self.fail(f"{value!r} is out of range (up to 1000000000)", param, ctx)
+        return seconds
+
+
+class Whole(click.IntRange):
+    name = "whole number"
 
 
 C = TypeVar("C", bound=click.Command)

@@ -60,6 +60,8 @@ def prepare(home: Home) -> None:
     for folder in (home.root, home.socket.parent, home.data, home.logs):
         try:
             folder.mkdir(mode=0o700, parents=True, exist_ok=True)
+        except FileExistsError as err:
+            raise UsageError(f"{folder}: is no directory") from err
         except OSError as err:
             raise WorldError(f"{folder}: {err.strerror}") from err
     owner = home.socket.parent.stat()

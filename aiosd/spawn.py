@@ -386,15 +386,35 @@ def _cannot(spec: link.Fork, why: str, code: int) -> int:
 
 
 def _exec(spec: link.Fork) -> int:
+    return _execute(spec, spec.target)
+
+
+def _execute(spec: link.Fork, program: str) -> int:
     # What Python ignores or has changed must be as a program expects it.
     signal.signal(signal.SIGPIPE, signal.SIG_DFL)
     signal.signal(signal.SIGINT, signal.SIG_DFL)
     try:
-        os.execvpe(spec.target, [spec.target, *spec.args], os.environ)
+        os.execvpe(program, [program, *spec.args], os.environ)
     except FileNotFoundError:
-        return _cannot(spec, "not found", NOT_FOUND)
+        return _cannot(spec, _what_is_missing(program if "/" in program else _in_path(spec)), NOT_FOUND)
     except OSError as err:
         return _cannot(spec, err.strerror or str(err), CANNOT_EXECUTE)
+
+
+def _what_is_missing(program: str | None) -> str:
+    """Where Linux says no more than that there is no such file."""
+    try:
+        with open(program or "", "rb") as file:
+            interpreter = _interpreter(file.read(256)).split(" ")[0]
+    except OSError:
+        return "not found"
+    return f"its interpreter {interpreter or 'or loader'} was not found"
+
+
+def _interpreter(source: bytes) -> str:
+    """What the first line of a script names; whatever else is on it, such as a CR, belongs to the name."""
+    line = source.partition(b"\n")[0]
+    return os.fsdecode(line[2:].strip(b" ")) if line.startswith(b"#!") else ""
 
 
 def _run_file(spec: link.Fork) -> int:
@@ -404,18 +424,28 @@ def _run_file(spec: link.Fork) -> int:
             source = file.read()
             folder = os.path.dirname(os.readlink(f"/proc/self/fd/{file.fileno()}"))  # links resolved, at no cost
     except FileNotFoundError as err:
-        hint = f"; for the program: aios-run -- {spec.target}" if _is_program(spec) else ""
+        hint = f"; for the program: aios-run -- {spec.target}" if "/" not in spec.target and _in_path(spec) else ""
         return _cannot(spec, f"{err.strerror}{hint}", NOT_FOUND)
     except OSError as err:
         return _cannot(spec, err.strerror or str(err), CANNOT_EXECUTE)
+    if not spec.target.endswith(".py") and _is_for_others(source):
+        if not os.access(path, os.X_OK):
+            return _cannot(spec, "is no Python script, and not executable", CANNOT_EXECUTE)
+        return _execute(spec, path)
     main = _new_main(spec, folder)
     main.__file__ = path if os.path.isabs(spec.target) else os.path.normpath(path)
     return _run(lambda: compile(source, main.__file__ or "", "exec", dont_inherit=True), main)
 
 
-def _is_program(spec: link.Fork) -> bool:
+def _is_for_others(source: bytes) -> bool:
+    """Whether it is a program, or a script of another language."""
+    interpreter = _interpreter(source)
+    return source.startswith(b"\x7fELF") or (bool(interpreter) and "python" not in interpreter)
+
+
+def _in_path(spec: link.Fork) -> str | None:
     folders = spec.env.get("PATH", "").split(os.pathsep)
-    return "/" not in spec.target and any(os.access(os.path.join(f, spec.target), os.X_OK) for f in folders if f)
+    return next((path for f in folders if f and os.access(path := os.path.join(f, spec.target), os.X_OK)), None)
 
 
 def _run_module(spec: link.Fork) -> int:

@@ -19,7 +19,8 @@ while it was on its way. So a RECV that was abandoned is remembered until its fi
 message, which then goes to whoever waits for one, or asks next. A new kernel gets it again with the other open calls,
 and its cancel too.
 
-After a fork the child has no connection (its parent's ring must have one writer); calls raise ENOTCONN there.
+After a fork an agent's child has no connection (its parent's ring must have one writer); calls raise ENOTCONN there.
+Outside an agent the child makes one of its own.
 When the kernel was replaced (`reborn`) every open call is submitted again under its id, a stream with the tokens that
 it has brought so far.
 """
@@ -216,7 +217,10 @@ class Connection:
                 try:
                     self._busy = True
                     call.id = number = transport.next_id()
-                    payload = wire.encode((number, sys, args))
+                    try:
+                        payload = wire.encode((number, sys, args))
+                    except (TypeError, ValueError, OverflowError, RecursionError) as err:
+                        raise wire.error(errno.EINVAL, f"an argument cannot be sent: {err}") from None
                     if len(payload) > wire.MAX_FRAME:
                         message = f"a call of {len(payload)} bytes; the limit is {wire.MAX_FRAME}"
                         raise wire.error(errno.EMSGSIZE, message)
@@ -665,7 +669,10 @@ class Connection:
 
     def disconnect_after_fork(self) -> None:
         """In a forked child: the connection is the parent's."""
-        self._dead = "this process was forked from an agent; the connection to the kernel is its parent's"
+        if isinstance(self.transport, Channel):
+            self._dead = "this process was forked from an agent; the connection to the kernel is its parent's"
+        else:
+            self._dead = "this process was forked; this connection to aiosd is its parent's"
         self._loops.clear()
         self._given_up.clear()
         self._returned.clear()
@@ -754,11 +761,13 @@ def own_channel() -> tuple[int, int] | None:
 
 
 def _after_fork() -> None:
-    global _making, _channel_used
+    global _connection, _making, _channel_used
     _making = threading.Lock()
     _channel_used = False
     if _connection is not None:
         _connection.disconnect_after_fork()
+        if not isinstance(_connection.transport, Channel):
+            _connection = None
 
 
 os.register_at_fork(after_in_child=_after_fork)

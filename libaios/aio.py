@@ -10,7 +10,7 @@ from __future__ import annotations
 import asyncio
 import errno
 import time
-from collections.abc import AsyncIterator, Callable, Coroutine, Mapping, Sequence
+from collections.abc import AsyncGenerator, AsyncIterator, Callable, Coroutine, Generator, Mapping, Sequence
 from typing import Any, ParamSpec, TypeVar
 
 from libaios import context as _context
@@ -85,21 +85,52 @@ def twin(function: Callable[P, T]) -> Callable[P, Coroutine[Any, Any, T]]:
     return make
 
 
-class Generation:
-    """What `chat` and `complete` return: `await` it for a `Result`, or iterate a stream with `async for`."""
+class Generation(Coroutine[Any, Any, Any]):
+    """What `chat` and `complete` return: `await` it for a `Result` (the same one every time), also by way of a task, or
+    iterate a stream with `async for`, if need be within `async with`, which ends it."""
 
     def __init__(self, args: wire.Generate) -> None:
         self._args = args
+        self._task: asyncio.Task[Any] | None = None
+        self._turns: Generator[Any, None, Any] | None = None  # of who drives this as a coroutine
+        self._pieces: AsyncGenerator[_llm.Piece, None] | None = None
 
-    def __await__(self) -> Any:
-        return self._result().__await__()
+    def __await__(self) -> Generator[Any, None, Any]:
+        if self._task is None:
+            self._task = asyncio.create_task(self._result())
+        return self._task.__await__()
+
+    def send(self, value: Any) -> Any:
+        return self._drive(lambda turns: turns.send(value))
+
+    def throw(self, *error: Any) -> Any:
+        return self._drive(lambda turns: turns.throw(*error))
+
+    def close(self) -> None:
+        self._turns = None
+
+    def _drive(self, step: Callable[[Generator[Any, None, Any]], Any]) -> Any:
+        self._turns = self._turns or self.__await__()
+        try:
+            return step(self._turns)
+        except BaseException:
+            self._turns = None  # it is over; the result is with the task
+            raise
+
+    async def __aenter__(self) -> AsyncGenerator[_llm.Piece, None]:
+        self._pieces = self.__aiter__()
+        return self._pieces
+
+    async def __aexit__(self, *exc: object) -> None:
+        if self._pieces is not None:
+            await self._pieces.aclose()
 
     async def _result(self) -> _llm.Result | AsyncIterator[_llm.Piece]:
         if self._args.stream:
             return self.__aiter__()
         return await _run(Plan(Sys.GENERATE, self._args, wire.Generated, _llm.Result, self._args.timeout_s))
 
-    async def __aiter__(self) -> AsyncIterator[_llm.Piece]:
+    async def __aiter__(self) -> AsyncGenerator[_llm.Piece, None]:
         conn = connection()
         call, replied = _submit(conn, Sys.GENERATE, self._args, stream=True)
         timeout = self._args.timeout_s

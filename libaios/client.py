@@ -33,7 +33,11 @@ _GONE = (errno.EPIPE, errno.ECONNRESET, errno.EBADF, errno.ENOTCONN)  # what sen
 
 
 class NoKernel(ConnectionError):
-    """No aiosd answers (any more); the message says where it was looked for."""
+    """No aiosd answers (any more); the message says where it was looked for. Its errno is ECONNREFUSED."""
+
+
+def no_kernel(message: str) -> NoKernel:
+    return NoKernel(errno.ECONNREFUSED, message)
 
 
 def connect(home: Home, timeout: float = GREETING_S) -> socket.socket:
@@ -45,7 +49,7 @@ def connect(home: Home, timeout: float = GREETING_S) -> socket.socket:
         folder = os.open(path.parent, os.O_PATH | os.O_DIRECTORY | os.O_CLOEXEC)
         try:
             if not home.explicit and os.fstat(folder).st_uid not in (os.getuid(), 0):
-                raise NoKernel(f"{path.parent} belongs to another user")
+                raise no_kernel(f"{path.parent} belongs to another user")
             while True:
                 try:
                     # A socket's path is limited to 107 bytes; through /proc any folder is short enough.
@@ -63,8 +67,8 @@ def connect(home: Home, timeout: float = GREETING_S) -> socket.socket:
         if not isinstance(err, OSError) or isinstance(err, NoKernel):
             raise
         if err.errno in (errno.ENOENT, errno.ECONNREFUSED, errno.ENOTDIR):
-            raise NoKernel(f"no aiosd is running (no socket at {home.socket}); start one with: aiosd -d") from None
-        raise NoKernel(f"{home.socket}: {err.strerror or err}") from None
+            raise no_kernel(f"no aiosd is running (no socket at {home.socket}); start one with: aiosd -d") from None
+        raise no_kernel(f"{home.socket}: {err.strerror or err}") from None
 
 
 def _socket_path(home: Home) -> Path:
@@ -104,16 +108,16 @@ class ControlSocket:
             welcome = msgspec.msgpack.decode(payload, type=wire.Welcome)
         except (OSError, EOFError, ProtocolError) as err:
             frames.close()
-            raise NoKernel(f"{self.home.socket}: aiosd does not answer ({err or 'it hung up'})") from None
+            raise no_kernel(f"{self.home.socket}: aiosd does not answer ({err or 'it hung up'})") from None
         except msgspec.MsgspecError:
             frames.close()
-            raise NoKernel(_refusal(payload, self.home)) from None
+            raise no_kernel(_refusal(payload, self.home)) from None
         except BaseException:
             frames.close()
             raise
         if self.boot and welcome.boot != self.boot:
             frames.close()
-            raise NoKernel("aiosd was started anew meanwhile; what ran in the old one is gone")
+            raise no_kernel("aiosd was started anew meanwhile; what ran in the old one is gone")
         self.client, self.boot, self.release = welcome.client, welcome.boot, welcome.release
         return frames
 
@@ -206,9 +210,10 @@ class ControlSocket:
                 self._next = self._greet()
             except NoKernel as err:
                 # Without a listener there is no supervisor that could fork a new kernel.
-                gone = "no aiosd is running" in str(err) or "started anew" in str(err)
+                words = str(err.strerror)
+                gone = "no aiosd is running" in words or "started anew" in words
                 if gone or self._ended or time.monotonic() > deadline:
-                    self.why = "aiosd is gone" if gone else str(err)
+                    self.why = "aiosd is gone" if gone else words
                     self.hung_up = True
                     return
                 time.sleep(pause)

@@ -7,8 +7,9 @@
 Sampling: `temperature` 0 always takes the likeliest token; `seed` makes a sampled text repeatable (None: a new one each
 time). `stop` strings end the text and are not part of it. `max_tokens` None: up to the end of the context. A `schema`
 (JSON Schema) or `tools` (a list of {"type": "function", "function": {"name", "description", "parameters"}}) constrain
-what can be generated. What has been computed of a prompt is shared within the agent's group; a `public` prompt with
-everyone's public prompts (who asks can tell by the time it takes whether someone sent its beginning before).
+what can be generated; of a tool only the name must be given, and the inner dict will do. What has been computed of a
+prompt is shared within the agent's group; a `public` prompt with everyone's public prompts (who asks can tell by the
+time it takes whether someone sent its beginning before).
 
 `finish_reason`: "stop" (the model or a stop string ended it), "length" (max_tokens or the context), "tool_calls",
 "limit" (the agent's token budget). Errors are OSErrors: EINVAL with what was wrong with which argument, EMSGSIZE for a

@@ -178,8 +178,8 @@ class Kill(Struct, array_like=True, frozen=True):
 
 
 class Ps(Struct, array_like=True, frozen=True):
-    """List agents: the caller's live ones, or `all` (zombies and aiosd's own processes too); `dead`: those that are
-    remembered as well."""
+    """List agents: the caller's live ones, or `all` (zombies and aiosd's own processes too); `dead`: zombies
+    and those that are remembered as well."""
 
     all: bool = False
     pids: list[Uint] | None = None

@@ -101,6 +101,9 @@ def test_a_module_is_run_as_with_python_m(aiosd: System, tmp_path: Path) -> None
         (["--", "nonesuch"], 127, "not found"),
         (["--", "./notes.txt"], 126, "permission denied"),
         (["--", "./broken"], 126, "Exec format error"),
+        (["--", "./bad"], 127, "its interpreter /no/such was not found"),
+        (["bad"], 127, "its interpreter /no/such was not found"),
+        (["notes.sh"], 126, "is no Python script, and not executable"),
         (["."], 126, "is a directory"),
     ],
 )
@@ -108,10 +111,23 @@ def test_what_cannot_be_run(aiosd: System, tmp_path: Path, argv: list[str], code
     (tmp_path / "notes.txt").write_text("text")
     (tmp_path / "broken").write_text("\x7fnot a program")
     (tmp_path / "broken").chmod(0o755)
+    (tmp_path / "bad").write_text("#!/no/such -x\n")
+    (tmp_path / "bad").chmod(0o755)
+    (tmp_path / "notes.sh").write_text("#!/bin/sh\n")
     done = aiosd.run("aios-run", *argv, cwd=tmp_path)
     assert done.returncode == code
     assert len(done.stderr.splitlines()) == 1
     assert words.lower() in done.stderr.lower()
+
+
+def test_a_script_of_another_language_and_a_program_are_run(aiosd: System, tmp_path: Path) -> None:
+    (tmp_path / "script.sh").write_text('#!/bin/sh\necho "$1" from sh; exit 3')
+    (tmp_path / "script.sh").chmod(0o755)
+    (tmp_path / "agent").write_text("#!/usr/bin/env python3\nimport sys; print(sys.argv, 'aiosd' in sys.modules)")
+    done = aiosd.run("aios-run", "script.sh", "hello", cwd=tmp_path)
+    assert (done.returncode, done.stdout, done.stderr) == (3, "hello from sh\n", "")
+    assert aiosd.run("aios-run", "/bin/echo", "hello", check=True).stdout == "hello\n"
+    assert aiosd.run("aios-run", "agent", cwd=tmp_path, check=True).stdout == "['agent'] True\n"
 
 
 def test_an_agent_has_no_descriptors_but_its_own(aiosd: System, tmp_path: Path) -> None:

@@ -140,6 +140,70 @@ def test_leaving_a_stream_cancels_it(kernel: ChannelKernel) -> None:
     asyncio.run(main())
 
 
+def test_a_generation_is_awaited_in_every_way_and_asked_once(kernel: ChannelKernel) -> None:
+    end = kernel.serve(lambda request: wire.Generated("hi", [1], "stop", wire.Usage()))
+
+    async def main() -> None:
+        for wait in (asyncio.create_task, asyncio.ensure_future, lambda one: asyncio.wait_for(one, PATIENCE_S)):
+            generation = aio.llm.complete("x")
+            first = await wait(generation)
+            assert first.text == "hi"
+            assert await generation is first
+            assert await asyncio.create_task(generation) is first
+
+    before = kernel.connection.transport.next_id()
+    try:
+        asyncio.run(main())
+        assert asyncio.run(aio.llm.complete("x")).text == "hi"
+    finally:
+        end()
+    assert kernel.connection.transport.next_id() - before == 5, "four calls"
+
+
+def test_two_tasks_await_one_generation(kernel: ChannelKernel) -> None:
+    async def ask(generation: aio.Generation) -> object:
+        return await generation
+
+    async def main() -> None:
+        generation = aio.llm.complete("x")
+        both = asyncio.gather(ask(generation), ask(generation))
+        kernel.end(await asyncio.to_thread(kernel.take, Sys.GENERATE), "hi")
+        first, second = await both
+        assert first is second
+        assert kernel.quiet()
+
+    asyncio.run(main())
+
+
+def test_canceling_the_task_of_a_generation_cancels_its_call(kernel: ChannelKernel) -> None:
+    async def main() -> None:
+        task = asyncio.create_task(aio.llm.complete("x"))
+        request = await asyncio.to_thread(kernel.take, Sys.GENERATE)
+        task.cancel()
+        with pytest.raises(asyncio.CancelledError):
+            await task
+        assert args_of(await asyncio.to_thread(kernel.take, Sys.CANCEL)).id == request.id
+
+    asyncio.run(main())
+
+
+def test_async_with_ends_a_stream(kernel: ChannelKernel) -> None:
+    async def main() -> None:
+        async def first() -> str:
+            async with aio.llm.complete("x", stream=True) as pieces:
+                async for piece in pieces:
+                    return piece.text
+            raise AssertionError
+
+        reading = asyncio.create_task(first())
+        request = await asyncio.to_thread(kernel.take, Sys.GENERATE)
+        kernel.piece(request, 0, "a", [1])
+        assert await reading == "a"
+        assert args_of(await asyncio.to_thread(kernel.take, Sys.CANCEL)).id == request.id
+
+    asyncio.run(main())
+
+
 def test_a_new_kernel_in_the_middle_of_a_call(kernel: ChannelKernel) -> None:
     async def main() -> int:
         task = asyncio.create_task(aio.proc.getpid())

@@ -37,7 +37,7 @@ def test_it_is_empty_exactly_when_as_much_was_charged_as_it_held(limit: int, cha
 
 
 def test_descriptions_name_the_budget_and_its_size() -> None:
-    budget = Budget(2, Limits(tokens=7, time_s=1.5, memory_bytes=1000))
-    for which, word in (("tokens", "7"), ("time", "1.5 s"), ("memory", "1000")):
+    budget = Budget(2, Limits(tokens=7, time_s=1.5, memory_bytes=30 << 20))
+    for which, word in (("tokens", "7"), ("time", "1.5 s"), ("memory", "of 30.0M ")):
         budget.reached = which
         assert word in describe(budget)

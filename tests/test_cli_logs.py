@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import json
+import signal
 import struct
 from collections.abc import Callable
 from datetime import UTC, datetime
@@ -91,6 +92,21 @@ def test_tail_and_follow(aiosd: System) -> None:
     assert follower.wait(10) == 0
 
 
+@pytest.mark.parametrize("end", ["stop", "kill"])
+def test_follow_ends_with_the_system(fresh_aiosd: Fresh, end: str) -> None:
+    system = fresh_aiosd()
+    pid = start(system, "trap 'sleep 1; echo last words; exit' TERM; echo up; while :; do sleep 0.05; done")
+    follower = system.popen("aios-logs", "-f", pid)
+    assert follower.stdout.readline() == "up\n"
+    if end == "stop":
+        system.run("aiosd", "stop", check=True)
+        assert follower.stdout.read().endswith("last words\n")
+    else:
+        system.daemon.kill()
+    assert follower.wait(20) == 0
+    assert follower.stderr.read() in ["aios-logs: aiosd has ended, and the agent with it\n", *([""] * (end == "stop"))]
+
+
 def test_since(aiosd: System) -> None:
     pid = start(aiosd, "echo early; while [ ! -e $AIOS_HOME/go ]; do sleep 0.05; done; echo late; sleep 300")
     log = Path(json.loads(aiosd.run("aios-inspect", pid, check=True).stdout)[0]["log"])
@@ -123,12 +139,21 @@ def test_logs_of_nobody(aiosd: System) -> None:
         assert (done.returncode, done.stderr) == (1, f"aios-logs: {word}: no such agent\n")
 
 
-def test_interrupted_it_exits_130(aiosd: System) -> None:
+@pytest.mark.parametrize("command", ["aios-logs", "aios-inspect", "aios-wait", "aios-renice 5", "aios-kill"])
+def test_the_system_is_no_agent(aiosd: System, command: str) -> None:
+    program, *options = command.split()
+    for word in ("1", "kernel"):
+        told = aiosd.run(program, *options, word).stderr
+        assert told.startswith(f"{program}: ")
+        assert told.endswith(": is part of aiosd itself, which ends by: aiosd stop\n")
+
+
+def test_interrupted_it_dies_of_that(aiosd: System) -> None:
     pid = start(aiosd, "echo up; exec sleep 300")
     follower = aiosd.popen("aios-logs", "-f", pid)
     assert follower.stdout.readline() == "up\n"
-    follower.send_signal(2)
-    assert follower.wait(10) == 130
+    follower.send_signal(signal.SIGINT)
+    assert follower.wait(10) == -signal.SIGINT
     assert follower.stderr.read() == ""
     aiosd.run("aios-kill", pid, check=True)
 

@@ -215,6 +215,30 @@ def test_json_has_what_was_promised(aiosd: System, sleepers: list[str]) -> None:
     assert json.loads(aiosd.run("aios-ps", "--json", "-C", "nobody").stdout) == []
 
 
+def test_json_of_chosen_columns(aiosd: System, sleepers: list[str]) -> None:
+    def ask(*options: str) -> list[dict[str, object]]:
+        return json.loads(aiosd.run("aios-ps", "--json", "-p", sleepers[0], *options, check=True).stdout)
+
+    assert ask("-o", "pid,NAME,exit=left", "-o", "ni") == [
+        {"pid": int(sleepers[0]), "name": "twin", "left": None, "ni": 0}
+    ]
+    (one,) = ask("-o", "nice,tokens,etime,mem_bytes")
+    assert list(one) == ["nice", "tokens", "etime", "mem_bytes"]
+    assert 0 < float(one["etime"]) < 120
+    assert len(ask("-f")[0]) > 15
+
+
+def test_the_dead_that_are_remembered(aiosd: System) -> None:
+    pid = aiosd.run("aios-run", "-d", "--name", "gone", "--", "sh", "-c", "exit 3", check=True).stdout.strip()
+    aiosd.run("aios-wait", pid)
+    columns = ["-o", "pid=,stat=,exit=,name="]
+    assert aiosd.run("aios-ps", "-e", *columns, check=True).stdout.count("gone") == 0
+    assert aiosd.run("aios-ps", "-p", pid, *columns).returncode == 1
+    for options in (["--dead"], ["--dead", "-p", pid], ["--dead", "-C", "gone"], ["--dead", "-e"]):
+        lines = aiosd.run("aios-ps", *options, *columns, check=True).stdout.splitlines()
+        assert [pid, "X", "3", "gone"] in [line.split() for line in lines]
+
+
 def test_forest_below_the_supervisor(aiosd: System, sleepers: list[str]) -> None:
     lines = aiosd.run("aios-ps", "-e", "--forest", "--no-headers", check=True).stdout.splitlines()
     assert lines[0].endswith(" supervisor")

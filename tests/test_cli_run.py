@@ -122,6 +122,8 @@ def test_durations_for_people() -> None:
         ["-e", "=v", "x.py"],
         ["--memory", "lots", "x.py"],
         ["--time", "-1", "x.py"],
+        ["--time", "nan", "x.py"],
+        ["--time", "inf", "x.py"],
         ["--tokens", "x", "x.py"],
     ],
     ids=" ".join,
@@ -130,6 +132,12 @@ def test_wrong_use_is_exit_2_and_one_line(fresh_aiosd: Fresh, args: list[str]) -
     done = fresh_aiosd(start=False).run("aios-run", *args)
     assert (done.returncode, done.stdout, done.stderr.count("\n")) == (2, "", 1), done.stderr
     assert done.stderr.startswith("aios-run: ")
+
+
+def test_numbers_are_called_by_their_names(fresh_aiosd: Fresh) -> None:
+    system = fresh_aiosd(start=False)
+    for option, words in (("--time", "number of seconds"), ("--tokens", "whole number"), ("-n", "whole number")):
+        assert f"'abc' is not a valid {words}" in system.run("aios-run", option, "abc", "x.py").stderr
 
 
 # ── what the agent gets ───────────────────────────────────────────────────────────────────────────────────
@@ -281,6 +289,26 @@ def test_exits_as_the_agent_does(aiosd: System, program: str, code: int) -> None
     assert (done.returncode, done.stderr) == (code, "")
 
 
+def test_signals_are_sent_on(aiosd: System) -> None:
+    traps = "; ".join(f"trap 'echo {name}' {name}" for name in ("USR1", "USR2", "HUP", "INT"))
+    run = aiosd.popen("aios-run", "--", "sh", "-c", f"{traps}; echo up; while :; do sleep 0.05; done")
+    assert run.stdout.readline() == "up\n"
+    for name in ("USR1", "USR2", "HUP", "INT"):
+        run.send_signal(signal.Signals[f"SIG{name}"])
+        assert run.stdout.readline() == f"{name}\n"
+    run.terminate()
+    assert run.wait(10) == 143
+
+
+def test_it_dies_of_an_interrupt_as_the_agent_does(aiosd: System) -> None:
+    """Else a shell would go on with its loop."""
+    run = aiosd.popen("aios-run", "--", "sh", "-c", "echo up; exec sleep 300")
+    assert run.stdout.readline() == "up\n"
+    run.send_signal(signal.SIGINT)
+    assert run.wait(10) == -signal.SIGINT
+    assert aiosd.run("aios-run", "--", "sh", "-c", "kill -INT $$").returncode == 130, "nobody interrupted us"
+
+
 def test_a_budget_is_told_on_stderr(aiosd: System) -> None:
     done = aiosd.run("aios-run", "--time", "0.3", "--", "sleep", "300")
     assert done.returncode == 124
@@ -294,6 +322,15 @@ def test_detached_prints_the_pid_and_is_gone(aiosd: System) -> None:
     assert pid.isdigit()
     assert done.stderr == ""
     assert eventually(lambda: aiosd.run("aios-logs", pid).stdout == "hidden\n")
+    aiosd.run("aios-kill", pid, check=True)
+
+
+def test_detached_with_nowhere_to_print_the_pid(aiosd: System) -> None:
+    with open("/dev/full", "w") as full:
+        done = aiosd.run("aios-run", "-d", "--name", "unheard", "--", "sleep", "300", stdout=full)
+    pid = next(str(entry["pid"]) for entry in aiosd.agents() if entry["name"] == "unheard")
+    words = f"aios-run: agent {pid} runs, but stdout takes no pid: No space left on device\n"
+    assert (done.returncode, done.stderr) == (1, words)
     aiosd.run("aios-kill", pid, check=True)
 
 

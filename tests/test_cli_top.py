@@ -153,6 +153,14 @@ def test_several_plain_pictures_have_rates(aiosd: System, sleepers: list[str]) -
     assert "second" not in out
 
 
+def test_of_names(aiosd: System, sleepers: list[str]) -> None:
+    out = aiosd.run("aios-top", "-b", "-C", "first,nobody", "-C", "second", "--sort", "pid", check=True).stdout
+    assert [line.split()[0] for line in out.splitlines()[-2:]] == sleepers
+    for options in ([], ["-b"]):
+        done = aiosd.run("script", "-qec", " ".join(["aios-top", *options, "-C", "nope"]), "/dev/null")
+        assert (done.returncode, done.stdout.strip()) == (1, "aios-top: nope: no such agent")
+
+
 def test_all_adds_the_system(aiosd: System) -> None:
     names = {line.split()[-1] for line in aiosd.run("aios-top", "-b", "-e", check=True).stdout.splitlines() if line}
     assert {"supervisor", "kernel", "llm"} <= names
@@ -346,7 +354,16 @@ def test_signal_and_renice_the_chosen_agent(aiosd: System, tmux: Callable[..., T
     window = tmux("--sort", "pid")
     assert window.shows("second$")
     window.type("k")
-    assert window.shows("choose an agent first")
+    assert window.shows(rf"^pid to signal \[{sleepers[0]}\]: _")
+    window.type("x", "Enter")
+    assert window.shows("'x' is no pid")
+    window.type("r", "Enter")
+    assert window.shows(rf"^nice value of {sleepers[0]} first: _")
+    window.type("3", "Enter")
+    assert window.shows(rf"^nice value of {sleepers[0]} is 3$")
+    window.type("k", *sleepers[1], "Enter")
+    assert window.shows(rf"^signal to {sleepers[1]} second \[TERM\]: _")
+    window.type("Escape")
     window.type("Down", "Down")
     assert window.shows(rf"^>\s*{sleepers[1]} ")
     window.type("r", "7", "Enter")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import os
 import select
 import socket
@@ -12,12 +13,14 @@ from pathlib import Path
 
 import pytest
 
+import libaios as aios
 from aiosd.commands.run import Attachment
 from libaios import client as clients
 from libaios import wire
 from libaios.client import Client, Home, NoKernel
 from libaios.wire import NoArgs, Sys
-from tests.fakekernel import PATIENCE_S, SocketKernel, args_of, aside
+from tests.fakekernel import PATIENCE_S, SocketKernel, args_of, as_process_connection, aside
+from tests.test_sdk import in_child
 
 pytestmark = pytest.mark.deadline(60)
 
@@ -42,8 +45,10 @@ def client(kernel: SocketKernel) -> Iterator[Client]:
 
 
 def test_no_socket_is_said_in_a_sentence(tmp_path: Path) -> None:
-    with pytest.raises(NoKernel, match=f"no aiosd is running .no socket at {tmp_path}/aiosd.sock.; start one with"):
+    words = f"no aiosd is running .no socket at {tmp_path}/aiosd.sock.; start one with"
+    with pytest.raises(NoKernel, match=words) as caught:
         Client(Home(tmp_path))
+    assert caught.value.errno == errno.ECONNREFUSED
 
 
 def test_no_folder_is_said_in_a_sentence(tmp_path: Path) -> None:
@@ -142,6 +147,32 @@ def test_calls_and_their_descriptors(kernel: SocketKernel, client: Client) -> No
     kernel.reply(kernel.take(Sys.GETPID), 0)
     assert call.result(PATIENCE_S) == 0
     assert client.release == "9.9"
+
+
+def test_a_forked_child_makes_a_connection_of_its_own(
+    kernel: SocketKernel, client: Client, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    monkeypatch.setenv(wire.ENV_HOME, str(tmp_path))
+
+    def serve() -> None:
+        kernel.welcome()
+        kernel.reply(kernel.take(Sys.GETPID), 5)
+
+    def act() -> int:
+        try:
+            client.call(Sys.GETPID, NoArgs(), int)
+        except OSError as err:
+            return aios.proc.getpid() if "this process was forked;" in str(err) else 1
+        return 2
+
+    with as_process_connection(client):
+        serving = aside(serve)
+        ours = kernel.frames
+        assert in_child(act) == 5
+        serving.result(PATIENCE_S)
+    assert kernel.frames is not None
+    kernel.frames.close()
+    kernel.frames = ours
 
 
 def test_a_kernel_that_reads_slowly_makes_callers_wait(kernel: SocketKernel, client: Client) -> None:

@@ -22,6 +22,7 @@ from libaios import wire
         (wire.Sys.SPAWN, ["file", "x", [1]], "args[0]: expected `str`, got `int`"),
         (wire.Sys.SPAWN, ["none", "x"], "kind: expected `str` matching"),
         (wire.Sys.SPAWN, ["file", "x", [], {}, "/", "two words"], "name: no blanks"),
+        (wire.Sys.SPAWN, ["file", "x", [], {}, "/", "x" * 65], "name: at most 64 characters are allowed"),
         (wire.Sys.SPAWN, [], "expected `array` of at least length"),
         (wire.Sys.KILL, {"pid": 1}, "expected `array`"),
     ],

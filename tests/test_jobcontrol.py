@@ -162,6 +162,17 @@ def test_keys_end_an_agent_that_does_not_mind(shell: Terminal, key: str, code: i
     assert shell.exit_code() == code
 
 
+def test_ctrl_c_leaves_a_shells_loop(shell: Terminal, aiosd: System) -> None:
+    agent = "sh -c 'echo up; exec sleep 100'"
+    aiosd.run("sh", "-c", f"aios-run -d --name logged -- {agent}", check=True)
+    for command in (f"aios-run -- {agent}", "aios-logs -f logged"):
+        shell.command(f"while :; do {command}; done")
+        shell.expect("up\n")
+        shell.type(CTRL_C)
+        assert shell.exit_code() == 130
+    aiosd.run("aios-kill", "logged", check=True)
+
+
 def test_ctrl_z_stops_the_agent_and_fg_continues_it(shell: Terminal, aiosd: System) -> None:
     shell.command("aios-run --name zed -- sh -c 'echo up; read line; echo got $line; exit 6'")
     shell.expect("up\n")

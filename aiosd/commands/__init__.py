@@ -5,6 +5,8 @@ the edge that all of them pass: it turns what went wrong into one line on stderr
 
     0 done · 1 failed, or no aiosd · 2 used wrongly · 130 Ctrl-C · 141 the reader of the output went away
 
+The 130 is a shell's word: a command dies of the signal, else `while :; do aios-run …; done` would go on after Ctrl-C.
+
 Start-up time is part of the contract (`benchmarks/startup.py`): a command imports click, msgspec and the
 client, and nothing that is not needed to answer.
 """
@@ -12,6 +14,7 @@ client, and nothing that is not needed to answer.
 from __future__ import annotations
 
 import os
+import signal
 import sys
 from typing import NoReturn
 
@@ -30,13 +33,15 @@ MODULES = {
 
 def main(program: str) -> NoReturn:
     """Run the command `program` with the arguments of this process, and end the process."""
+    interrupted = False
     try:
         _open_standard_descriptors()
         from aiosd.edge import run
 
         code = run(program, MODULES[program], sys.argv[1:])
     except KeyboardInterrupt:
-        code = 130
+        code = 128 + signal.SIGINT
+        interrupted = True
     try:
         sys.stdout.flush()
     except BrokenPipeError:
@@ -44,6 +49,9 @@ def main(program: str) -> NoReturn:
     except OSError as err:  # a full disk
         print(f"{program}: {err.strerror}", file=sys.stderr)
         code = code or 1
+    if interrupted:
+        signal.signal(signal.SIGINT, signal.SIG_DFL)
+        os.kill(os.getpid(), signal.SIGINT)
     os._exit(code)  # nothing is left to tidy up; tearing the interpreter down would cost a tenth of the time
 
 

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from aiosd.edge import Failed
+from aiosd.edge import Failed, completions
 from libaios.client import Client, NoKernel
 from libaios.wire import ProcInfo, Ps, Sys
 
@@ -44,13 +44,32 @@ def newest(client: Client, word: str) -> int:
 
 def complete(context: click.Context, parameter: click.Parameter, incomplete: str) -> list[CompletionItem]:
     """Pids and names of live agents, for the shell's completion."""
-    from click.shell_completion import CompletionItem
+    found = _live_ones()
+    return completions(_pids(found) | _names(found), incomplete)
 
+
+def complete_names(context: click.Context, parameter: click.Parameter, incomplete: str) -> list[CompletionItem]:
+    """A list of names."""
+    return completions(_names(_live_ones()), incomplete, listed=True)
+
+
+def complete_pids(context: click.Context, parameter: click.Parameter, incomplete: str) -> list[CompletionItem]:
+    """A list of pids."""
+    return completions(_pids(_live_ones()), incomplete, listed=True)
+
+
+def _pids(found: list[ProcInfo]) -> dict[str, str]:
+    return {str(p.pid): p.name for p in found}
+
+
+def _names(found: list[ProcInfo]) -> dict[str, str]:
+    return {p.name: f"pid {p.pid}" for p in found}
+
+
+def _live_ones() -> list[ProcInfo]:
     try:
         with Client() as client:
-            agents = client.call(Sys.PS, Ps(all=True), list[ProcInfo])
+            agents: list[ProcInfo] = client.call(Sys.PS, Ps(all=True), list[ProcInfo])
     except (NoKernel, OSError):
         return []
-    live_ones = [p for p in agents if p.exit is None and not p.system]
-    words = {str(p.pid): p.name for p in live_ones} | {p.name: f"pid {p.pid}" for p in live_ones}
-    return [CompletionItem(word, help=text) for word, text in words.items() if word.startswith(incomplete)]
+    return [p for p in agents if p.exit is None and not p.system]

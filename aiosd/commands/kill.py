@@ -8,7 +8,7 @@ aios-kill: 42: no such agent
 from __future__ import annotations
 
 import re
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import click
 
@@ -17,6 +17,9 @@ from aiosd.commands import agents, signals
 from libaios.agent import Call
 from libaios.client import Client
 from libaios.wire import Kill, Sys
+
+if TYPE_CHECKING:
+    from click.shell_completion import CompletionItem
 
 EXAMPLES = """
   aios-kill 7                   TERM to agent 7
@@ -33,6 +36,18 @@ class KillCommand(click.Command):
 
     def parse_args(self, ctx: click.Context, args: list[str]) -> list[str]:
         return super().parse_args(ctx, untangle(args))
+
+    def shell_complete(self, ctx: click.Context, incomplete: str) -> list[CompletionItem]:
+        found = super().shell_complete(ctx, incomplete)
+        return found + _complete_signal(ctx, None, incomplete) if incomplete[:1] == "-" else found
+
+
+def _complete_signal(
+    context: click.Context, parameter: click.Parameter | None, incomplete: str
+) -> list[CompletionItem]:
+    """`TERM` or `SIGTERM`, for -s; `-TERM` without."""
+    before = ("-" if parameter is None else "") + ("SIG" if "SIG" in incomplete else "")
+    return edge.completions({before + signals.name_of(n): str(n) for n in signals.numbers()}, incomplete)
 
 
 def untangle(args: list[str]) -> list[str]:
@@ -77,8 +92,16 @@ def _next(rest: Any) -> list[str]:
     "[-SIGNAL | -s SIGNAL] [--timeout S]",
     EXAMPLES,
 )
-@click.option("-s", "--signal", "word", default="TERM", metavar="SIGNAL", help="By name or number; 0 only probes.")
-@click.option("--timeout", type=click.FloatRange(min=0), metavar="S", help="KILL after S seconds; returns when dead.")
+@click.option(
+    "-s",
+    "--signal",
+    "word",
+    default="TERM",
+    metavar="SIGNAL",
+    help="By name or number; 0 only probes.",
+    shell_complete=_complete_signal,
+)
+@click.option("--timeout", type=edge.Seconds(min=0), metavar="S", help="KILL after S seconds; returns when dead.")
 @click.option("-l", "listing", is_flag=True, help="List the signals, or translate those given.")
 @click.argument("targets", nargs=-1, metavar="PID|NAME...", type=click.UNPROCESSED, shell_complete=agents.complete)
 def command(word: str, timeout: float | None, listing: bool, targets: tuple[str, ...]) -> int:

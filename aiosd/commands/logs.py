@@ -64,8 +64,8 @@ class Since(click.ParamType[float]):
     "[-f] [--tail N] [--since T]",
     EXAMPLES,
 )
-@click.option("-f", "--follow", is_flag=True, help="Go on until the agent has ended.")
-@click.option("-n", "--tail", type=click.IntRange(min=0), metavar="N", help="Only the last N lines.")
+@click.option("-f", "--follow", is_flag=True, help="Go on until the agent, or aiosd, has ended.")
+@click.option("-n", "--tail", type=edge.Whole(min=0), metavar="N", help="Only the last N lines.")
 @click.option("--since", type=Since(), metavar="T", help="Only what was written since T: a date, or 10m, 42s.")
 @click.argument("word", metavar="PID|NAME", shell_complete=agents.complete)
 def command(follow: bool, tail: int | None, since: float | None, word: str) -> int:
@@ -140,7 +140,7 @@ def _copy(log: BinaryIO) -> None:
 
 def _follow(client: Client, pid: int, log: BinaryIO) -> None:
     """Copy until the agent has ended. Whether it has is asked before the last look at the file, so that what it
-    wrote before its end is printed."""
+    wrote before its end is printed. When the whole system ends, so has the agent."""
     ended = False
     while not ended:
         ended = _has_ended(client, pid)
@@ -153,6 +153,8 @@ def _has_ended(client: Client, pid: int) -> bool:
     try:
         return _inspect(client, pid)["exit"] is not None
     except OSError as err:
-        if err.errno == errno.ESRCH:  # it ended, and has fallen out of the history
-            return True
-        raise
+        if err.errno == errno.ENOTCONN:
+            edge.complain("aios-logs", "aiosd has ended, and the agent with it")
+        elif err.errno != errno.ESRCH:  # it ended, and has fallen out of the history
+            raise
+        return True

@@ -12,6 +12,8 @@ CTX is how many tokens of context the model keeps for the agent, and where: in a
 
 from __future__ import annotations
 
+from typing import TYPE_CHECKING, Any
+
 import click
 
 from aiosd import edge
@@ -19,30 +21,47 @@ from aiosd.commands import agents, table
 from libaios.client import Client
 from libaios.wire import ProcInfo, Ps, Sys
 
+if TYPE_CHECKING:
+    from click.shell_completion import CompletionItem
+
 EXAMPLES = """
   aios-ps                       your live agents
   aios-ps -e --forest           everything, children below their parents
   aios-ps -f -p 7,8             agents 7 and 8, with more columns
   aios-ps -C planner -o pid=    the pids of the agents named planner
   aios-ps -e --sort -tokens     the one that used most tokens first
+  aios-ps --dead --sort -pid    those that have ended as well, the last one first
   aios-ps --json                for programs
 """
 
 
+def _complete_columns(context: click.Context, parameter: click.Parameter, incomplete: str) -> list[CompletionItem]:
+    return edge.completions({name: column.header for name, column in table.COLUMNS.items()}, incomplete, listed=True)
+
+
 @edge.new(
     click.Command,
-    "List agents: the caller's live ones, unless -e, -p or -C say otherwise.\n\n"
+    "List agents: the caller's live ones, unless -e, -p, -C or --dead say otherwise.\n\n"
     f"Columns for -o and --sort: {' '.join(table.COLUMNS)}.\n\n"
     "STAT: R on the LLM or computing, Q waiting for the LLM, S sleeping, D waiting for tool or store, T stopped, "
-    "Z dead and not yet waited for. TOKENS: prompt tokens computed and tokens generated. CTX: tokens of context that "
-    "the model keeps for the agent, and where they lie: slot, ram or disk. MEM: memory, where several share a page "
-    "each its part (PSS), sampled. Exits with 1 when nothing was found for -p or -C.",
+    "Z dead and not yet waited for, X dead. TOKENS: prompt tokens computed and tokens generated. CTX: tokens of "
+    "context that the model keeps for the agent, and where they lie: slot, ram or disk. MEM: memory, where several "
+    "share a page each its part (PSS), sampled. Exits with 1 when nothing was found for -p or -C.",
     "[OPTIONS]",
     EXAMPLES,
 )
 @click.option("-e", "-A", "--all", "everything", is_flag=True, help="All agents, zombies and aiosd's own processes.")
+@click.option("--dead", is_flag=True, help="The last dead too, as many as aiosd remembers.")
 @click.option("-f", "--full", is_flag=True, help="More columns.")
-@click.option("-p", "--pid", "pids", multiple=True, metavar="PIDS", help="These pids: 7,8 or '7 8'.")
+@click.option(
+    "-p",
+    "--pid",
+    "pids",
+    multiple=True,
+    metavar="PIDS",
+    help="These pids: 7,8 or '7 8'.",
+    shell_complete=agents.complete_pids,
+)
 @click.option(
     "-C",
     "--name",
@@ -50,15 +69,33 @@ EXAMPLES = """
     multiple=True,
     metavar="NAMES",
     help="Of these names: a,b.",
-    shell_complete=agents.complete,
+    shell_complete=agents.complete_names,
 )
-@click.option("-o", "--format", "columns", multiple=True, metavar="COLS", help="pid,stat=STATE; pid= drops the header.")
-@click.option("--sort", "keys", multiple=True, metavar="[-]COL", help="Sort by a column, - for the largest first.")
+@click.option(
+    "-o",
+    "--format",
+    "columns",
+    multiple=True,
+    metavar="COLS",
+    help="pid,stat=STATE; pid= drops the header.",
+    shell_complete=_complete_columns,
+)
+@click.option(
+    "--sort",
+    "keys",
+    multiple=True,
+    metavar="[-]COL",
+    help="Sort by a column, - for the largest first.",
+    shell_complete=_complete_columns,
+)
 @click.option("--no-headers", is_flag=True, help="No line of headers.")
-@click.option("--json", "as_json", is_flag=True, help="A list of objects with everything known, for programs.")
+@click.option(
+    "--json", "as_json", is_flag=True, help="For programs: a list of objects, of everything or with -o of that."
+)
 @click.option("--forest", is_flag=True, help="Children below their parents.")
 def command(
     everything: bool,
+    dead: bool,
     full: bool,
     pids: tuple[str, ...],
     names: tuple[str, ...],
@@ -75,26 +112,26 @@ def command(
     except ValueError as err:
         raise click.UsageError(str(err)) from None
     with edge.connect() as client:
-        found = _find(client, everything, wanted, names)
+        found = _find(client, everything, dead, wanted, names)
     table.sort(found, order)
     branches: list[str] = []
     if forest:
         found, branches = table.forest(found)
     if as_json:
-        _print_json(found)
+        _print_json(table.objects(found, columns) if columns else found)
     else:
         for line in table.render(found, chosen, branches=branches, headers=not no_headers, width=table.line_width()):
             print(line)
     return 1 if (pids or names) and not found else 0
 
 
-def _find(client: Client, everything: bool, pids: set[int], names: tuple[str, ...]) -> list[ProcInfo]:
+def _find(client: Client, everything: bool, dead: bool, pids: set[int], names: tuple[str, ...]) -> list[ProcInfo]:
     """What was asked for, by pid; -p and -C add to each other, as in ps."""
-    asked = [Ps(all=True, name=name) for argument in names for name in argument.split(",") if name]
+    asked = [Ps(all=True, name=name, dead=dead) for argument in names for name in argument.split(",") if name]
     if pids:
-        asked.append(Ps(all=True, pids=sorted(pids)))
+        asked.append(Ps(all=True, pids=sorted(pids), dead=dead))
     found: dict[int, ProcInfo] = {}
-    for args in asked or [Ps(all=everything)]:
+    for args in asked or [Ps(all=everything, dead=dead)]:
         found |= {p.pid: p for p in client.call(Sys.PS, args, list[ProcInfo])}
     return [found[pid] for pid in sorted(found)]
 
@@ -109,7 +146,7 @@ def _pids(arguments: tuple[str, ...]) -> set[int]:
     return {int(word) for word in words}
 
 
-def _print_json(found: list[ProcInfo]) -> None:
+def _print_json(found: list[Any]) -> None:
     from msgspec import json
 
     print(json.format(json.encode(found)).decode())

@@ -22,7 +22,7 @@ EXAMPLES = """
   aios-renice --relative 1 7    one step nicer than it is
 """
 
-NICE = click.IntRange(-20, 19)
+NICE = edge.Whole(-20, 19, clamp=True)  # as renice(1) takes what is beyond
 
 
 class ReniceCommand(click.Command):
@@ -36,13 +36,13 @@ class ReniceCommand(click.Command):
 
 @edge.new(
     ReniceCommand,
-    "Set the nice value of agents, from -20 (goes first) to 19 (lets others go first). A NAME stands for all "
-    "live agents of that name.",
+    "Set the nice value of agents, from -20 (goes first) to 19 (lets others go first); what is beyond is taken for the "
+    "nearest. A NAME stands for all live agents of that name.",
     "[-n] NICE",
     EXAMPLES,
 )
 @click.option("-n", "--priority", "absolute", type=NICE, metavar="NICE", help="The new value.")
-@click.option("--relative", type=click.IntRange(-39, 39), metavar="STEP", help="Add STEP to the value that it has.")
+@click.option("--relative", type=edge.Whole(-39, 39), metavar="STEP", help="Add STEP to the value that it has.")
 @click.argument("words", nargs=-1, metavar="PID|NAME...", shell_complete=agents.complete)
 def command(absolute: int | None, relative: int | None, words: tuple[str, ...]) -> int:
     if absolute is not None and relative is not None:
@@ -54,8 +54,7 @@ def command(absolute: int | None, relative: int | None, words: tuple[str, ...]) 
             absolute = int(words[0])
         except ValueError:
             raise click.UsageError(f"{words[0]!r} is no nice value") from None
-        if not -20 <= absolute <= 19:
-            raise click.UsageError(f"{absolute} is no nice value (from -20 to 19)")
+        absolute = max(-20, min(19, absolute))
         words = words[1:]
     if not words:
         raise click.UsageError("a pid or a name is missing")

@@ -9,12 +9,14 @@ terminal is involved, the relays of `terminal`. It asks the kernel for a spawn, 
 meanwhile turns signals into system calls:
 
     INT QUIT TERM HUP   sent on to the agent (with -t Ctrl-C is a key like any other, and the pty makes a signal)
+    USR1 USR2           sent on
     WINCH               sent on, or with -t the new size given to the pty
     TSTP                agent stopped, then this process
     CONT                agent continued
 
 If the kernel dies and comes back the client reconnects and submits its open calls again: still one spawn, still
-one exit code.
+one exit code. An agent that dies of an INT that we sent on takes us with it, as a program in the foreground would die:
+a shell leaves its loop only for that.
 """
 
 from __future__ import annotations
@@ -32,7 +34,7 @@ import click
 
 from aiosd import edge
 from aiosd.commands.wait import exit_code
-from aiosd.units import parse_size
+from aiosd.units import format_size, parse_size
 from libaios import wire
 from libaios.agent import Call, decode_body
 from libaios.client import Client, NoKernel
@@ -47,7 +49,8 @@ NOT_STARTED = 125
 CANNOT_EXECUTE = 126
 NOT_FOUND = 127
 
-FORWARDED = (signal.SIGINT, signal.SIGQUIT, signal.SIGTERM, signal.SIGHUP, signal.SIGWINCH)
+ENDING = (signal.SIGINT, signal.SIGQUIT, signal.SIGTERM, signal.SIGHUP)
+FORWARDED = (*ENDING, signal.SIGUSR1, signal.SIGUSR2, signal.SIGWINCH)
 JOB_CONTROL = (signal.SIGTSTP, signal.SIGCONT)
 FOREGROUND_POLL_S = 0.2  # no signal says that a running job was brought to the foreground
 STOP_PATIENCE_S = 1.0  # a shell that forks just now (vfork) cannot stop before its child goes on
@@ -119,7 +122,8 @@ def _complete_file(context: click.Context, parameter: click.Parameter, incomplet
 
 @edge.new(
     RunCommand,
-    "Start an agent and wait for it: a Python script, a Python module or any program. It gets this command's "
+    "Start an agent and wait for it: a Python script, a Python module or any program (a FILE that is none of Python's, "
+    "but executable, is one too). It gets this command's "
     "stdin, stdout and stderr, environment and working directory. Where stdin is a terminal, what is typed is "
     "passed on through a pipe while in the foreground; what wants a terminal of its own gets one with -t.\n\n"
     "Exits with the agent's exit code; 128+n when signal n ended it; 124 when a budget did; 125 when there is no "
@@ -130,11 +134,11 @@ def _complete_file(context: click.Context, parameter: click.Parameter, incomplet
 @click.option("-d", "--detach", is_flag=True, help="Print the pid and return; output goes to the log (aios-logs).")
 @click.option("-t", "--tty", "terminal", is_flag=True, help="Give the agent a terminal of its own.")
 @click.option("--name", metavar="NAME", help="Name in aios-ps; else that of the script.")
-@click.option("-n", "--nice", type=click.IntRange(-20, 19), metavar="NICE", help="From -20 (goes first) to 19.")
+@click.option("-n", "--nice", type=edge.Whole(-20, 19), metavar="NICE", help="From -20 (goes first) to 19.")
 @click.option("-e", "--env", "variables", multiple=True, metavar="K=V", help="Set a variable in its environment.")
 @click.option("-g", "--group", metavar="GROUP", help="Privilege group.")
-@click.option("--tokens", type=click.IntRange(min=0), metavar="N", help="Budget of tokens, computed and generated.")
-@click.option("--time", "seconds", type=click.FloatRange(min=0), metavar="S", help="Budget of wall seconds.")
+@click.option("--tokens", type=edge.Whole(min=0), metavar="N", help="Budget of tokens, computed and generated.")
+@click.option("--time", "seconds", type=edge.Seconds(min=0), metavar="S", help="Budget of wall seconds.")
 @click.option("--memory", type=Size(), metavar="SIZE", help="Budget of memory, such as 512M.")
 @click.argument(
     "target",
@@ -162,6 +166,8 @@ def command(
         raise click.UsageError(f"nothing to run: {what}")
     if detach and terminal:
         raise click.UsageError("-d and -t exclude each other")
+    if not all(map(_is_utf8, (*target, *variables, name or "", group or ""))):
+        raise edge.Failed("an argument is not valid UTF-8", NOT_STARTED)
     try:
         spawn = Spawn(
             kind=context.meta["kind"],
@@ -180,15 +186,20 @@ def command(
         )
         with edge.connect() as client:
             if detach:
-                print(client.call(Sys.SPAWN, spawn, Spawned).pid)
-                return 0
+                return _print_pid(client.call(Sys.SPAWN, spawn, Spawned).pid)
             return Attachment(client, spawn).run()
     except NoKernel as err:
-        raise edge.Failed(str(err), NOT_STARTED) from None
-    except UnicodeEncodeError:
-        raise edge.Failed("an argument is not valid UTF-8", NOT_STARTED) from None
+        raise edge.Failed(edge.reason(err), NOT_STARTED) from None
     except OSError as err:
         raise _failure(target[0], err) from None
+
+
+def _print_pid(pid: int) -> int:
+    try:
+        print(pid, flush=True)
+    except OSError as err:  # the agent runs all the same: whoever started it should know which it is
+        raise edge.Failed(f"agent {pid} runs, but stdout takes no pid: {err.strerror}") from None
+    return 0
 
 
 def _environment(variables: Sequence[str]) -> dict[str, str]:
@@ -248,6 +259,7 @@ class Attachment:
         self.spawn = spawn
         self.pid = 0  # 0: not spawned yet
         self.ended = False
+        self.interrupted = False  # by an INT, which the agent got
         self.signals: list[int] = []  # received, not yet acted upon
         self.early: list[int] = []  # received before there was an agent
         self.relays: list[Relay] = []
@@ -272,6 +284,8 @@ class Attachment:
             if self.raw is not None:
                 self.raw.leave()
         self._explain(waited)
+        if self.interrupted and waited.status == -signal.SIGINT:
+            raise KeyboardInterrupt
         return exit_code(waited)
 
     def _agent_lives(self, pid: int) -> None:
@@ -284,7 +298,8 @@ class Attachment:
         limits = self.spawn.limits
         words = waited.reason
         if waited.budget and not words:
-            amounts = {"tokens": limits.tokens, "time": limits.time_s, "memory": limits.memory_bytes}
+            memory = None if limits.memory_bytes is None else format_size(limits.memory_bytes)
+            amounts = {"tokens": limits.tokens, "time": limits.time_s, "memory": memory}
             words = f"{waited.budget} budget of {amounts.get(waited.budget)} used up"
         if words:
             edge.complain("aios-run", f"agent {self.pid}: {words}")
@@ -391,10 +406,12 @@ class Attachment:
     def _send(self, number: int) -> Call | None:
         """A signal for the agent; the answer is nobody's business. One that comes before there is an agent (or
         before we know its pid: it may have said something already) waits for it, but who insists is let go."""
+        self.interrupted = self.interrupted or number == signal.SIGINT
         if self.pid:
             return self.client.submit(Sys.KILL, Kill(self.pid, number))
-        ending = (signal.SIGINT, signal.SIGQUIT, signal.SIGTERM, signal.SIGHUP)
-        if number in ending and any(known in ending for known in self.early):
+        if number in ENDING and any(known in ENDING for known in self.early):
+            if number == signal.SIGINT:
+                raise KeyboardInterrupt
             raise edge.Failed("interrupted before the agent was started", 128 + number)
         self.early.append(number)
         return None

@@ -28,7 +28,7 @@ ESCAPE, ENTER, BACKSPACE = 27, (10, 13, curses.KEY_ENTER), (8, 127, curses.KEY_B
 NOTE_S = 4.0  # how long the outcome of a key is shown
 
 KEYS = """\
-up, down, PgUp, PgDn, Home, End   choose an agent
+up, down, PgUp, PgDn, Home, End   choose an agent (else k and r ask for a pid)
 k        send it a signal         r        renice it
 < >      sort by another column   R        the other way round
 T M C P N  sort by tokens, memory, context, pid, name;  U by tokens/s
@@ -248,16 +248,24 @@ class _Screen:
     def _ask(self, name: str) -> None:
         if name == "d":
             self.question = _Question(f"seconds between two pictures [{self.delay:g}]: ", self._set_delay)
-        elif self.chosen is None:
-            self._say("choose an agent first, with the arrow keys")
+        elif self.chosen is not None:
+            self._ask_about(name, self.chosen)
+        elif self.pids:
+            first, what = self.pids[0], "signal" if name == "k" else "renice"
+            self.question = _Question(
+                f"pid to {what} [{first}]: ", lambda word: self._ask_about(name, _pid(word, first))
+            )
         else:
-            agent = next((p for p in self.new.agents if p.pid == self.chosen), None) if self.new else None
-            label = f"{self.chosen} {agent.name}" if agent else str(self.chosen)
-            pid = self.chosen
-            if name == "k":
-                self.question = _Question(f"signal to {label} [TERM]: ", lambda word: self._kill(pid, word))
-            else:
-                self.question = _Question(f"nice value of {label}: ", lambda word: self._renice(pid, word))
+            self._say("there is no agent")
+
+    def _ask_about(self, name: str, pid: int) -> str:
+        agent = next((p for p in self.new.agents if p.pid == pid), None) if self.new else None
+        label = f"{pid} {agent.name}" if agent else str(pid)
+        if name == "k":
+            self.question = _Question(f"signal to {label} [TERM]: ", lambda word: self._kill(pid, word))
+        else:
+            self.question = _Question(f"nice value of {label}: ", lambda word: self._renice(pid, word))
+        return ""
 
     def _type(self, question: _Question, key: int) -> None:
         if key == ESCAPE:
@@ -346,6 +354,12 @@ class _Screen:
         if 0 <= y < height and width > 1:
             with contextlib.suppress(curses.error):  # the last cell of the screen: the cursor has nowhere to go
                 self.window.addstr(y, 0, table.cut(text, width), how)
+
+
+def _pid(word: str, default: int) -> int:
+    if word and not (word.isascii() and word.isdigit() and len(word) < 16):
+        raise ValueError(f"{word!r} is no pid")
+    return int(word or default)
 
 
 _MOVES = {

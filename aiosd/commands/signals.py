@@ -50,6 +50,12 @@ def is_signal(word: str) -> bool:
     return True
 
 
+def numbers() -> list[int]:
+    """All that are in use."""
+    return [*range(1, 32), *range(_MIN_REALTIME, MAX_SIGNAL + 1)]
+
+
 def listing() -> list[str]:
-    """`1 HUP`, `2 INT`, … for every number in use."""
-    return [f"{number:2} {name_of(number)}" for number in (*range(1, 32), *range(_MIN_REALTIME, MAX_SIGNAL + 1))]
+    """`1 HUP`, `2 INT`, … for every number in use, in rows of five as a shell has them."""
+    entries = [f"{number:2} {name_of(number):11}" for number in numbers()]
+    return ["  ".join(entries[i : i + 5]).rstrip() for i in range(0, len(entries), 5)]

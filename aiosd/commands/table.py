@@ -16,6 +16,7 @@ import time
 import unicodedata
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 from aiosd.units import format_size
 from libaios.wire import ProcInfo
@@ -187,6 +188,20 @@ def layout(words: Iterable[str]) -> list[tuple[str, Column]]:
     if not chosen:
         raise ValueError(f"no column given; there are: {' '.join(COLUMNS)}")
     return chosen
+
+
+def objects(processes: Iterable[ProcInfo], words: Iterable[str]) -> list[dict[str, Any]]:
+    """What `-o` arguments choose, for programs: each under its header where one was given, else as it was called; a
+    word that is a key of --json stands for just that, another one for the value that it is sorted by."""
+    names = [w for argument in words for w in argument.replace(",", " ").split()]
+    chosen = [(header or name.lower(), name.lower()) for name, _, header in (w.partition("=") for w in names)]
+    return [{key: _datum(p, name) for key, name in chosen} for p in processes]
+
+
+def _datum(p: ProcInfo, name: str) -> Any:
+    if name in p.__struct_fields__:
+        return getattr(p, name)
+    return time.time() - p.started if name == "etime" else column(name).value(p)
 
 
 def sort_keys(arguments: Iterable[str]) -> list[tuple[Column, bool]]:

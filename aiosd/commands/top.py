@@ -45,17 +45,19 @@ EXAMPLES = """
     EXAMPLES,
 )
 @click.option("-b", "--batch", is_flag=True, help="Plain pictures on stdout, one unless -n says more.")
-@click.option("-n", "--iterations", type=click.IntRange(min=1), metavar="N", help="End after N pictures.")
-@click.option("-d", "--delay", type=click.FloatRange(0.1, 3600), default=2.0, metavar="S", help="Between two (2).")
+@click.option("-n", "--iterations", type=edge.Whole(min=1), metavar="N", help="End after N pictures.")
+@click.option("-d", "--delay", type=edge.Seconds(0.1, 3600), default=2.0, metavar="S", help="Between two (2).")
 @click.option("-e", "-A", "--all", "system", is_flag=True, help="aiosd's own processes too.")
 @click.option("--sort", type=click.Choice(picture.ORDER), default="rate", metavar="COL", help="By which column (rate).")
 @click.option(
-    "-C", "--name", "names", multiple=True, metavar="NAME", help="These alone.", shell_complete=agents.complete
+    "-C", "--name", "names", multiple=True, metavar="NAME", help="These alone.", shell_complete=agents.complete_names
 )
 def command(batch: bool, iterations: int | None, delay: float, system: bool, sort: str, names: tuple[str, ...]) -> int:
-    view = View(sort=sort, system=system, names=list(names))
+    wanted = [name for argument in names for name in argument.split(",") if name]
+    view = View(sort=sort, system=system, names=wanted)
     if batch:
         with edge.connect() as client:
+            _require_one(client, wanted)
             _batch(client, view, iterations or 1, delay)
         return 0
     if not (sys.stdin.isatty() and sys.stdout.isatty()):
@@ -63,7 +65,13 @@ def command(batch: bool, iterations: int | None, delay: float, system: bool, sor
     from aiosd.commands import screen  # curses, only when it is needed
 
     with edge.connect() as client:
+        _require_one(client, wanted)
         return screen.run(client, view, delay, iterations)
+
+
+def _require_one(client: Client, names: list[str]) -> None:
+    if names and not any(agents.named(client, name) for name in names):
+        raise edge.Failed(f"{', '.join(names)}: no such agent")
 
 
 def _batch(client: Client, view: View, iterations: int, delay: float) -> None:

@@ -17,6 +17,7 @@ from dataclasses import dataclass
 
 from aiosd.kernel.ledger import CHARGED, Row
 from aiosd.timers import Timer
+from aiosd.units import format_size
 from libaios.wire import Limits
 
 GRACE_S = 5.0
@@ -67,5 +68,5 @@ def describe(budget: Budget) -> str:
     return {
         "tokens": f"token budget of {limits.tokens} used up",
         "time": f"time budget of {limits.time_s:g} s used up" if limits.time_s is not None else "",
-        "memory": f"memory budget of {limits.memory_bytes} bytes exceeded",
+        "memory": f"memory budget of {format_size(limits.memory_bytes or 0)} exceeded",
     }.get(budget.reached, "")

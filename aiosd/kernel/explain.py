@@ -28,6 +28,7 @@ def explain(err: msgspec.MsgspecError, args: type[msgspec.Struct]) -> str:
     said = message[: match.start()]
     for raw, words in PLAIN.items():
         said = said.replace(raw, words)
+    said = re.sub(r"Expected `str` of length <= (\d+)", r"at most \1 characters are allowed", said)
     return f"{_name(match[1], args)}: {said[:1].lower()}{said[1:]}"
 
 

@@ -220,12 +220,12 @@ def shell_status(status: int) -> int:
 
 
 def stat_letter(proc: Proc, os_state: str) -> str:
-    """R on the LLM or computing, Q waiting for the LLM, S sleeping, T stopped, Z dead and not waited for.
+    """R on the LLM or computing, Q waiting for the LLM, S sleeping, T stopped, Z dead and not waited for, X dead.
 
     With no call open only Linux knows whether the agent computes or sleeps.
     """
-    if proc.state is State.ZOMBIE or proc.state is State.REAPED:
-        return "Z"
+    if not proc.alive:
+        return "Z" if proc.state is State.ZOMBIE else "X"
     if proc.state is State.STOPPED:
         return "T"
     calls = list(proc.peer.calls.values()) if proc.peer is not None else []

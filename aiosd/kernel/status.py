@@ -6,6 +6,7 @@ was too busy is shown with its last known figures.
 
 from __future__ import annotations
 
+import errno
 import itertools
 import os
 import resource
@@ -19,6 +20,7 @@ from aiosd.kernel import books
 from aiosd.kernel.budget import SAMPLE_S
 from aiosd.kernel.peer import Call
 from aiosd.kernel.proc import describe
+from libaios import wire
 
 if TYPE_CHECKING:
     from aiosd.kernel.cores import Core
@@ -133,6 +135,12 @@ class StatusRequests:
         if ospid not in self._pss:
             self._pss[ospid] = procfs.pss_bytes(ospid)
         return self._pss[ospid]
+
+    def no_agent(self, pid: int) -> OSError:
+        """What a caller hears who took this pid for that of an agent."""
+        if pid in {pid for pid, _ in self.system_processes().values()}:
+            return wire.error(errno.EPERM, f"{pid}: is part of aiosd itself, which ends by: aiosd stop")
+        return wire.error(errno.ESRCH, f"{pid}: no such agent")
 
     def system_processes(self) -> dict[str, tuple[int, int]]:
         """name → (pid, Linux pid) of aiosd's own processes."""

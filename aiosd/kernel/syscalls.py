@@ -160,11 +160,9 @@ def _targets(kernel: Kernel, call: Call, pid: int) -> list[Proc]:
         if not allowed:
             raise wire.error(errno.EPERM, f"{-pgid}: permission denied")
         return allowed
-    if pid in {pid for pid, _ in kernel.status.system_processes().values()}:
-        raise wire.error(errno.EPERM, f"{pid}: is a process of aiosd itself; use: aiosd stop")
     proc = kernel.table.get(pid)
     if proc is None:
-        raise wire.error(errno.ESRCH, f"{pid}: no such agent")
+        raise kernel.status.no_agent(pid)
     access.require_control(kernel.table, call.peer, proc)
     return [proc]
 
@@ -172,7 +170,7 @@ def _targets(kernel: Kernel, call: Call, pid: int) -> list[Proc]:
 def sys_ps(kernel: Kernel, call: Call, args: wire.Ps) -> list[wire.ProcInfo]:
     me = call.peer.proc
     pids = None if args.pids is None else set(args.pids)  # as many as somebody may send
-    procs = [proc for proc in kernel.table if proc.alive or args.all or pids is not None]
+    procs = [proc for proc in kernel.table if proc.alive or args.all or args.dead or pids is not None]
     if args.dead:
         procs += kernel.table.history.values()
     if me is not None and not args.all and pids is None:
@@ -236,7 +234,7 @@ def sys_nice(kernel: Kernel, call: Call, args: wire.NiceArgs) -> int:
 def sys_inspect(kernel: Kernel, call: Call, args: wire.PidArgs) -> dict[str, Any]:
     proc = kernel.table.find(args.pid)
     if proc is None:
-        raise wire.error(errno.ESRCH, f"{args.pid}: no such agent")
+        raise kernel.status.no_agent(args.pid)
     access.require_control(kernel.table, call.peer, proc)
     return _inspection(kernel, proc)
 

@@ -57,7 +57,7 @@ class Waiters:
         if pid:
             proc = table.find(pid)
             if proc is None:
-                raise wire.error(errno.ESRCH, f"{pid}: no such agent")
+                raise wire.error(errno.ECHILD, str(self.kernel.status.no_agent(pid).strerror))
             if not access.may_wait(peer, proc) or (peer.proc is not None and proc.state is State.REAPED):
                 raise wire.error(errno.ECHILD, f"{pid}: not a child of the caller")
             return None if proc.alive else proc
