@@ -9,7 +9,7 @@ VENV   := .venv
 BIN    := $(VENV)/bin
 ARGS   ?=
 
-RECIPE := tools/bootstrap.py constraints.txt setup.cfg pyproject.toml $(wildcard bin/*)
+RECIPE := tools/bootstrap.py constraints.txt setup.cfg setup.py pyproject.toml $(wildcard bin/* aiosd/llm/native/*)
 
 .PHONY: help demo test lint nano peers install clean distclean
 .DEFAULT_GOAL := help

@@ -28,8 +28,8 @@ def wheel(tmp_path_factory: pytest.TempPathFactory) -> zipfile.ZipFile:
     """Built in a copy, because setuptools leaves its working files in the tree it builds."""
     tree = tmp_path_factory.mktemp("tree")
     for name in ("aiosd", "libaios", "bin"):
-        shutil.copytree(ROOT / name, tree / name, ignore=shutil.ignore_patterns("__pycache__"))
-    for name in ("setup.cfg", "pyproject.toml", "README.md", "LICENSE"):
+        shutil.copytree(ROOT / name, tree / name, ignore=shutil.ignore_patterns("__pycache__", "*.so"))
+    for name in ("setup.cfg", "setup.py", "MANIFEST.in", "pyproject.toml", "README.md", "LICENSE"):
         shutil.copy(ROOT / name, tree)
     code = "from setuptools.build_meta import build_wheel; build_wheel('.')"
     subprocess.run([sys.executable, "-c", code], cwd=tree, check=True, capture_output=True, timeout=100)
@@ -40,6 +40,7 @@ def test_wheel_has_every_module_and_data_file(wheel: zipfile.ZipFile) -> None:
     wanted = {str(path.relative_to(ROOT)) for path in SOURCES}
     wanted |= {"aiosd/py.typed", "libaios/py.typed", "aiosd/nano/nano.gguf", "aiosd/nano/MODEL_CARD.md"}
     assert wanted - set(wheel.namelist()) == set()
+    assert any(re.fullmatch(r"aiosd/llm/_attention\..*\.so", name) for name in wheel.namelist())
 
 
 def test_wheel_has_nothing_else(wheel: zipfile.ZipFile) -> None:

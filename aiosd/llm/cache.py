@@ -417,6 +417,7 @@ class Cache:
         slots = self.slots
         held = [held for held in slots.free_slots() if len(held.tokens)]
         resident = sum(owner.length for owner in slots.owners()) + sum(len(held.tokens) for held in held)
+        elsewhere = sum(self.bases.length(slot) for slot in range(slots.total))
         below: dict[str, Any] = self.store.stats() if self.store else {}
         ram, disk, folder = self._budgets
         per_token = self.store.layout.bytes_per_token if self.store else 0
@@ -426,7 +427,7 @@ class Cache:
                 "slot": {
                     "contexts": slots.total - slots.num_free + len(held),
                     "tokens": resident,
-                    "bytes": resident * per_token,
+                    "bytes": (resident - elsewhere) * per_token,
                 },
                 "ram": below.get("ram", {"contexts": self._blocks, "bytes": self._block_bytes, "budget": ram}),
                 "disk": below.get("disk", {"contexts": 0, "bytes": 0, "budget": disk if folder else 0}),

@@ -10,7 +10,7 @@
  * `cb_eval`, always answered with "need not see it"). A node that is a flash attention becomes a custom operation
  * that calls `compute` below, in llama.cpp's own threads. Nodes that this file cannot compute are left alone.
  *
- * Plain C, no allocation but for a scratch per thread, which lives as long as the thread.
+ * Plain C, no allocation but for a scratch per thread, which lives as long as the process.
  */
 
 #include "attention.h"
@@ -204,7 +204,6 @@ struct item {
 struct scratch {
     work w;
     float *packed; /* queries of one narrow item, row by row */
-    float *memory;
     struct item *items;
     int capacity;
 };
@@ -216,8 +215,9 @@ static struct scratch *scratch(int items)
     if (!mine) {
         const size_t floats = HEAD * ROWS + 2 * CELLS * HEAD + CELLS * ROWS + 2 * ROWS + ROWS * HEAD + 8 * HEAD;
         mine = calloc(1, sizeof *mine);
-        mine->memory = aligned_alloc(64, (floats * sizeof(float) + 63) / 64 * 64);
-        float *at = mine->memory;
+        float *at = aligned_alloc(64, (floats * sizeof(float) + 63) / 64 * 64);
+        if (!mine || !at)
+            abort(); /* as llama.cpp does: there is no way back from within a graph */
         mine->w.queries = at, at += HEAD * ROWS;
         mine->w.keys = at, at += CELLS * HEAD;
         mine->w.values = at, at += CELLS * HEAD;
@@ -230,6 +230,8 @@ static struct scratch *scratch(int items)
     if (mine->capacity < items) {
         free(mine->items);
         mine->items = malloc(items * sizeof *mine->items);
+        if (!mine->items)
+            abort();
         mine->capacity = items;
     }
     return mine;
@@ -271,9 +273,8 @@ static bool same_base(const struct node *n, int a, int b)
 }
 
 /* Every thread cuts the work into the same items. */
-static int cut(const struct node *n, int threads, struct scratch *s, int per_item)
+static int cut(const struct node *n, struct scratch *s, int per_item)
 {
-    (void)threads;
     int count = 0;
     for (int stream = 0; stream < n->streams; stream++)
         for (int token = 0; token < n->tokens; token += per_item) {
@@ -451,7 +452,7 @@ static void compute(struct tensor *dst, int thread, int threads, void *data)
     struct scratch *s = scratch(n.streams * (n.tokens / per_item + 1));
     s->w.head_dim = n.dim;
     s->w.value_dim = n.value_dim;
-    const int count = cut(&n, threads, s, per_item);
+    const int count = cut(&n, s, per_item);
     int from, to;
     share_of(s->items, count, thread, threads, &from, &to);
     for (int at = from, end; at < to; at = end) {

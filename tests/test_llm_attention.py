@@ -1,0 +1,282 @@
+"""Our attention says what llama.cpp's says, whatever the shape of heads and batches, and the state that it reads
+outside of the cache counts as if it lay in it. Which slot stands on what is counted right."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from aiosd.llm import llama
+from aiosd.llm.attention import Attention
+from aiosd.llm.bases import LEAST, Bases
+from aiosd.llm.blob import Layout, Piece
+from aiosd.llm.prefix import Node, shared
+from tests import tinymodels
+from tests.test_llm_engine import load
+
+SLOTS, CTX = 6, 512
+
+#: Heads of 32 to 256 values, one to eight of which share K and V.
+SHAPES: dict[str, dict[str, Any]] = {
+    "32x3": {"d": 96, "heads": 3, "kv_heads": 3},
+    "32x6/2": {"d": 192, "heads": 6, "kv_heads": 2},
+    "64x8/1": {"d": 512, "heads": 8, "kv_heads": 1, "ff": 64},
+    "96x2/1": {"d": 192, "heads": 2, "kv_heads": 1},
+    "256x2": {"d": 512, "heads": 2, "kv_heads": 2, "ff": 64},
+}
+
+#: Numbers of tokens that go into a batch one after the other.
+PLANS = [(1, 1, 1), (2, 3, 1), (7, 1), (40, 1, 1), (75, 33), (129, 2)]
+
+pytestmark = pytest.mark.skipif(Attention.load(1) is None, reason="not compiled, or not for this processor")
+
+
+@pytest.fixture(scope="module", params=SHAPES)
+def model(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Iterator[llama.Model]:
+    llama.start()
+    path = tinymodels.write(tmp_path_factory.mktemp("gguf") / "shape.gguf", **SHAPES[request.param])
+    model = llama.Model(str(path), 0, lambda fraction: None)
+    yield model
+    model.close()
+
+
+def context(model: llama.Model, attention: Attention | None, threads: int = 1) -> llama.Context:
+    return llama.Context(
+        model,
+        slots=SLOTS,
+        ctx=CTX,
+        ubatch=512,
+        threads=threads,
+        flash_attention=attention is not None,
+        attention=attention,
+    )
+
+
+def decode(context: llama.Context, slots: list[int], starts: list[int], tokens: np.ndarray[Any, Any]) -> llama.Floats:
+    """The logits after the last of each slot's tokens (one row each)."""
+    rows, size = tokens.shape
+    batch = llama.Batch(rows * size)
+    batch.size = rows * size
+    batch.sequences[:] = np.repeat(slots, size)
+    batch.positions[:] = np.concatenate([np.arange(start, start + size) for start in starts])
+    batch.tokens[:] = tokens.ravel()
+    batch.wanted[size - 1 :: size] = 1
+    assert context.decode(batch) == llama.OK
+    return context.logits(rows).copy()
+
+
+def assert_same(ours: llama.Floats, theirs: llama.Floats) -> None:
+    np.testing.assert_allclose(ours, theirs, rtol=0, atol=0.005 * np.abs(theirs).max())
+
+
+@pytest.mark.parametrize("threads", [1, 3])
+@pytest.mark.parametrize("width", ["0", "8"])
+def test_logits_are_those_of_llama_cpp(
+    model: llama.Model, monkeypatch: pytest.MonkeyPatch, width: str, threads: int
+) -> None:
+    monkeypatch.setenv("AIOS_VECTOR_WIDTH", width)
+    attention = Attention.load(SLOTS)
+    assert attention is not None
+    both = context(model, None, threads), context(model, attention, threads)
+    rng = np.random.default_rng(1)
+    for plan in PLANS:
+        for slots in ([0], [2, 3, 4], [0, 1, 4, 5]):
+            fitting = [size for size in plan if size * len(slots) <= 512]
+            tokens = rng.integers(5, model.n_vocab, (len(slots), sum(fitting)))
+            at = 0
+            for one in both:
+                one.clear()
+            for size in fitting:
+                theirs, ours = (decode(c, slots, [at] * len(slots), tokens[:, at : at + size]) for c in both)
+                assert_same(ours, theirs)
+                at += size
+    assert attention.used
+    for one in both:
+        one.close()
+
+
+def test_sequences_of_different_lengths_in_one_batch(model: llama.Model) -> None:
+    both = context(model, None), context(model, Attention.load(SLOTS))
+    rng = np.random.default_rng(2)
+    lengths = [3, 300, 17, 64, 1, 255]
+    for slot, length in enumerate(lengths):
+        tokens = rng.integers(5, model.n_vocab, (1, length))
+        for one in both:
+            decode(one, [slot], [0], tokens)
+    for step in range(3):
+        tokens = rng.integers(5, model.n_vocab, (SLOTS, 1))
+        starts = [length + step for length in lengths]
+        theirs, ours = (decode(one, list(range(SLOTS)), starts, tokens) for one in both)
+        assert_same(ours, theirs)
+    for one in both:
+        one.close()
+
+
+@pytest.mark.parametrize("width", ["0", "8"])
+def test_what_lies_outside_of_the_cache_counts_as_if_it_lay_in_it(
+    model: llama.Model, monkeypatch: pytest.MonkeyPatch, width: str
+) -> None:
+    """Two beginnings, in pieces of uneven length; four slots on one, one on a part of it, one on the other."""
+    monkeypatch.setenv("AIOS_VECTOR_WIDTH", width)
+    attention = Attention.load(SLOTS)
+    assert attention is not None
+    ours = context(model, attention)
+    layout = Layout.of(ours.sample())
+    assert layout is not None
+    rng = np.random.default_rng(3)
+    prompts = [rng.integers(5, model.n_vocab, (1, length)) for length in (150, 70)]
+    stands = [(0, 150), (0, 150), (0, 90), (1, 70), (0, 150), (0, 150)]
+    theirs = context(model, None)
+    for slot, (which, length) in enumerate(stands):
+        decode(theirs, [slot], [0], prompts[which][:, :length])
+    pieces = []
+    for prompt in prompts:
+        ours.clear()
+        decode(ours, [0], [0], prompt)
+        n = prompt.shape[1]
+        whole = layout.cut(ours.read(0), 0, n, 0, n)
+        pieces.append([layout.part_of(whole, 0, 33), layout.part_of(whole, 33, n)])
+    ours.clear()
+    attention.set_layout(layout.sizes)
+    attention.set_runs([(piece.data.ctypes.data, piece.length) for two in pieces for piece in two])
+    attention.base_run[:] = [2 * which for which, _ in stands]
+    attention.base_length[:] = lengths = [length for _, length in stands]
+    for size, done in ((20, 0), (1, 20), (1, 21), (5, 22)):
+        tokens = rng.integers(5, model.n_vocab, (SLOTS, size))
+        starts = [length + done for length in lengths]
+        slots = list(range(SLOTS))
+        assert_same(decode(ours, slots, starts, tokens), decode(theirs, slots, starts, tokens))
+    ours.close()
+    theirs.close()
+
+
+@pytest.mark.parametrize("arch", ["gemma2", "mamba"])
+def test_what_it_cannot_compute_is_left_to_llama_cpp(tmp_path: Path, arch: str) -> None:
+    """Gemma 2 caps its scores, Mamba has none. The model is served all the same."""
+    loaded = load(tinymodels.write_like(tmp_path / f"{arch}.gguf", arch, d=32))
+    assert loaded.context.attention is None
+    loaded.close()
+
+
+def test_an_attention_that_says_something_else_is_not_used(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    path = tinymodels.write(tmp_path / "m.gguf", **SHAPES["32x6/2"])
+    loaded = load(path)
+    assert loaded.context.attention is not None
+    loaded.close()
+    plain, calls = llama.Context.logits, []
+
+    def wrong(self: llama.Context, rows: int) -> llama.Floats:
+        calls.append(self.attention is not None and self.attention.enabled)
+        return plain(self, rows) * (0.9 if calls[-1] else 1.0)
+
+    monkeypatch.setattr(llama.Context, "logits", wrong)
+    loaded = load(path)
+    assert loaded.context.attention is None
+    assert any(calls)
+    loaded.close()
+
+
+@pytest.mark.parametrize("options", [{"exact": True}, {"flash_attention": "on"}, {"flash_attention": "off"}])
+def test_who_asks_for_another_gets_it(tmp_path: Path, options: dict[str, Any]) -> None:
+    loaded = load(tinymodels.write(tmp_path / "m.gguf", **SHAPES["32x6/2"]), **options)
+    assert loaded.context.attention is None
+    loaded.close()
+
+
+def test_one_that_cannot_be_loaded_is_done_without(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("aiosd.llm.attention._tensors_as_known", lambda library: False)
+    assert Attention.load(4) is None
+    loaded = load(tinymodels.write(tmp_path / "m.gguf", **SHAPES["32x6/2"]))
+    assert loaded.context.attention is None
+    loaded.close()
+
+
+# ── who stands on what ────────────────────────────────────────────────────────────────────────────────────
+
+
+class Rows:
+    """Just what `Bases` needs of a layout."""
+
+    by_rows, bytes_per_token, sizes = True, 4, [2, 2]
+
+
+def path_of(tokens: np.ndarray[Any, Any], cuts: list[int]) -> list[Node[Any]]:
+    nodes: list[Node[Any]] = []
+    for start, stop in zip([0, *cuts], [*cuts, len(tokens)], strict=True):
+        piece = Piece(np.zeros(4 * (stop - start), np.uint8), stop - start)
+        nodes.append(Node(nodes[-1] if nodes else None, "", tokens[start:stop], start, piece))
+    return nodes
+
+
+@settings(max_examples=60, deadline=None)
+@given(
+    st.lists(
+        st.one_of(
+            st.tuples(st.just("take"), st.integers(0, 4), st.integers(0, 2), st.integers(20, 100)),
+            st.tuples(st.just("cut"), st.integers(0, 4), st.integers(0, 120), st.none()),
+            st.tuples(st.just("exchange"), st.integers(0, 4), st.integers(0, 4), st.none()),
+        ),
+        max_size=40,
+    )
+)
+def test_bases_are_there_while_a_slot_stands_on_them_and_no_longer(steps: list[tuple[Any, ...]]) -> None:
+    attention = Attention.load(5)
+    assert attention is not None
+    bases = Bases(attention, Rows(), 5, budget=700)  # type: ignore[arg-type]
+    prompts = [np.full(100, i, np.int32) for i in range(3)]
+    paths = [path_of(prompt, [40, 70]) for prompt in prompts]
+    expected: list[tuple[int, int] | None] = [None] * 5
+    for what, slot, other, length in steps:
+        if what == "take" and expected[slot] is None:
+            got = bases.take(slot, "", prompts[other], length, paths[other])
+            assert got in (0, length)
+            assert got or length < LEAST or bases.used + 4 * length > 700
+            expected[slot] = (other, got) if got else None
+        elif what == "cut":
+            bases.cut(slot, other)
+            held = expected[slot]
+            expected[slot] = (held[0], min(held[1], other)) if held and other else None
+        elif what == "exchange":
+            bases.exchange(slot, other)
+            expected[slot], expected[other] = expected[other], expected[slot]
+        bases.check()
+        assert [bases.length(slot) for slot in range(5)] == [held[1] if held else 0 for held in expected]
+        for slot, held in enumerate(expected):
+            if held is not None:
+                first = paths[held[0]][0].payload.data.ctypes.data
+                assert attention._runs[attention.base_run[slot]]["data"] == first
+    for slot in range(5):
+        bases.drop(slot)
+    assert bases.used == 0
+    assert not any(node.pins for path in paths for node in path)
+
+
+def test_a_piece_on_disk_is_no_base() -> None:
+    bases = Bases(Attention.load(1), Rows(), 1, budget=1000)  # type: ignore[arg-type]
+    tokens = np.zeros(90, np.int32)
+    path = path_of(tokens, [40])
+    path[1].payload = "on disk"
+    assert bases.take(0, "", tokens, 90, path) == 0
+    assert bases.take(0, "", tokens, 40, path) == 40
+
+
+def test_others_have_in_common_what_they_have_needed_or_where_their_ways_part() -> None:
+    tokens = np.arange(100, dtype=np.int32)
+    path = path_of(tokens, [40, 70])
+    for node in path:
+        node.peer = 7
+    assert shared(path, 100, peer=7) == 0, "nobody else came by"
+    assert shared(path, 100, peer=8) == 100
+    assert shared(path, 90, peer=7) == 90, "another prompt goes on from there"
+    path[0].children = {40: path[1], 41: path[2]}
+    assert shared(path, 100, peer=7) == 40
+    path[1].peer = 8
+    assert shared(path, 100, peer=7) == 70
+    path[1].private = True
+    assert shared(path, 100, peer=7) == 40
