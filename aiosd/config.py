@@ -160,8 +160,8 @@ KEYS = (
     Key(
         "flash_attention",
         _one_of(("auto", "on", "off")),
-        "on|off|auto",
-        "Auto: on a CPU on for few or short slots.",
+        "auto|on|off",
+        "Attention on a CPU: aiosd's own; llama.cpp's flash; plain.",
         "auto",
         per_model=True,
     ),

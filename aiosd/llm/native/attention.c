@@ -296,19 +296,20 @@ static int cut(const struct node *n, struct scratch *s, int per_item)
     return count;
 }
 
-/* The part [*from, *to) of the items that a thread does: shares of equal cost. */
-static void share_of(const struct item *items, int count, int thread, int threads, int *from, int *to)
+/* The part [*from, *to) of the items of a KV head that a thread does: shares of equal cost, heads one after another. */
+static void share_of(const struct node *n, const struct item *items, int count, int kv_head, int thread, int threads,
+                     int *from, int *to)
 {
-    int64_t all = 0, before = 0;
+    int64_t each = 0;
     for (int i = 0; i < count; i++)
-        all += items[i].cost;
-    *from = *to = -1;
+        each += items[i].cost;
+    int64_t before = kv_head * each;
+    *from = *to = 0;
     for (int i = 0; i < count; i++) {
-        const int owner = (int)((before + items[i].cost / 2) * threads / (all ? all : 1));
+        const int owner = (int)((before + items[i].cost / 2) * threads / (each * n->kv_heads));
         before += items[i].cost;
         if (owner == thread) {
-            if (*from < 0)
-                *from = i;
+            *from = *from == *to ? i : *from;
             *to = i + 1;
         }
     }
@@ -444,21 +445,21 @@ static void compute(struct tensor *dst, int thread, int threads, void *data)
     memcpy(&n.scale, p.original, sizeof n.scale);
     n.first_stream = n.k->view_src && n.k->nb[3] ? (int)((n.k->data - n.k->view_src->data) / n.k->nb[3]) : 0;
 
-    /* so many tokens to an item that every thread has some, and a pass has rows enough */
-    int per_item = ROWS / n.share;
-    const int even = (n.tokens * n.streams + threads - 1) / threads, least = (use->width + n.share - 1) / n.share;
-    per_item = per_item < even ? per_item : even > least ? even : least;
-    per_item = per_item < ROWS / n.share ? per_item : ROWS / n.share;
+    /* so many tokens to an item that there is some for every thread, and a vector has its rows */
+    const int most = ROWS / n.share, least = (use->width + n.share - 1) / n.share;
+    const int even = (n.tokens * n.streams * n.kv_heads + threads - 1) / threads;
+    const int per_item = even > most ? most : even > least ? even : least < most ? least : most;
     struct scratch *s = scratch(n.streams * (n.tokens / per_item + 1));
     s->w.head_dim = n.dim;
     s->w.value_dim = n.value_dim;
     const int count = cut(&n, s, per_item);
-    int from, to;
-    share_of(s->items, count, thread, threads, &from, &to);
-    for (int at = from, end; at < to; at = end) {
-        end = group(&n, s->items, at, to);
-        for (int kv_head = 0; kv_head < n.kv_heads; kv_head++)
+    for (int kv_head = 0; kv_head < n.kv_heads; kv_head++) {
+        int from, to;
+        share_of(&n, s->items, count, kv_head, thread, threads, &from, &to);
+        for (int at = from, end; at < to; at = end) {
+            end = group(&n, s->items, at, to);
             together(&n, s, at, end, kv_head);
+        }
     }
 }
 
