@@ -16,8 +16,8 @@ from aiosd.llm.attention import Attention
 from aiosd.llm.blob import Layout, Piece
 from aiosd.llm.prefix import Node, Tokens
 
-#: So many tokens at least are worth a base.
-LEAST = 32
+#: So many tokens at least are worth a base, and so many on average each of its pieces: tiny ones cost more than a copy.
+LEAST, LEAST_PIECE = 32, 16
 
 
 @dataclass(slots=True, eq=False)
@@ -73,7 +73,9 @@ class Bases:
         size = length * self._per_token
         needed = [node for node in path if node.start < length]
         pieces = [node.payload for node in needed if isinstance(node.payload, Piece)]
-        if self.used + size > self._budget or len(pieces) < len(needed) or not needed or needed[-1].stop < length:
+        if self.used + size > self._budget or len(pieces) * LEAST_PIECE > length:
+            return None
+        if len(pieces) < len(needed) or not needed or needed[-1].stop < length:
             return None
         base = Base(key, needed[-1], pieces, length)
         base.node.pins += 1
