@@ -3,6 +3,7 @@ outside of the cache counts as if it lay in it. Which slot stands on what is cou
 
 from __future__ import annotations
 
+import ctypes
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -14,9 +15,10 @@ from hypothesis import strategies as st
 
 from aiosd.llm import llama
 from aiosd.llm.attention import Attention
-from aiosd.llm.bases import LEAST, Bases
+from aiosd.llm.bases import Bases
 from aiosd.llm.blob import Layout, Piece
-from aiosd.llm.prefix import Node, shared
+from aiosd.llm.contexts import Store, Swap
+from aiosd.llm.prefix import Tokens, most_shared
 from tests import tinymodels
 from tests.test_llm_engine import load
 
@@ -190,7 +192,7 @@ def test_who_asks_for_another_gets_it(tmp_path: Path, options: dict[str, Any]) -
 
 
 def test_one_that_cannot_be_loaded_is_done_without(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("aiosd.llm.attention._tensors_as_known", lambda library: False)
+    monkeypatch.setattr("aiosd.llm.attention._tensors_as_known", lambda *args: False)
     assert Attention.load(4) is None
     loaded = load(tinymodels.write(tmp_path / "m.gguf", **SHAPES["32x6/2"]))
     assert loaded.context.attention is None
@@ -201,17 +203,20 @@ def test_one_that_cannot_be_loaded_is_done_without(tmp_path: Path, monkeypatch: 
 
 
 class Rows:
-    """Just what `Bases` needs of a layout."""
+    """Just what bases and store need of a layout: four bytes per token, K and V of one layer."""
 
     by_rows, bytes_per_token, sizes = True, 4, [2, 2]
 
+    def part_of(self, piece: Piece, start: int, stop: int) -> Piece:
+        return Piece(piece.data[4 * start : 4 * stop].copy(), stop - start)
 
-def path_of(tokens: np.ndarray[Any, Any], cuts: list[int]) -> list[Node[Any]]:
-    nodes: list[Node[Any]] = []
-    for start, stop in zip([0, *cuts], [*cuts, len(tokens)], strict=True):
-        piece = Piece(np.zeros(4 * (stop - start), np.uint8), stop - start)
-        nodes.append(Node(nodes[-1] if nodes else None, "", tokens[start:stop], start, piece))
-    return nodes
+
+def new_store(ram: int = 100_000) -> Store:
+    return Store(Rows(), ram)  # type: ignore[arg-type]
+
+
+def keep(store: Store, tokens: Tokens, stop: int) -> None:
+    store.add("", tokens, stop, lambda a, b: Piece(tokens[a:b].view(np.uint8).copy(), b - a))
 
 
 @settings(max_examples=60, deadline=None)
@@ -221,22 +226,24 @@ def path_of(tokens: np.ndarray[Any, Any], cuts: list[int]) -> list[Node[Any]]:
             st.tuples(st.just("take"), st.integers(0, 4), st.integers(0, 2), st.integers(20, 100)),
             st.tuples(st.just("cut"), st.integers(0, 4), st.integers(0, 120), st.none()),
             st.tuples(st.just("exchange"), st.integers(0, 4), st.integers(0, 4), st.none()),
+            st.tuples(st.just("divide"), st.integers(0, 4), st.integers(1, 99), st.none()),
         ),
         max_size=40,
     )
 )
 def test_bases_are_there_while_a_slot_stands_on_them_and_no_longer(steps: list[tuple[Any, ...]]) -> None:
-    attention = Attention.load(5)
+    """Whatever happens, each slot reads just the tokens that it stands on; the store cuts its pieces meanwhile."""
+    attention, store = Attention.load(5), new_store()
+    bases = Bases(attention, store, 5, budget=900)
     assert attention is not None
-    bases = Bases(attention, Rows(), 5, budget=700)  # type: ignore[arg-type]
-    prompts = [np.full(100, i, np.int32) for i in range(3)]
-    paths = [path_of(prompt, [40, 70]) for prompt in prompts]
+    prompts = [np.arange(100, dtype=np.int32) + 1000 * i for i in range(3)]
+    for prompt in prompts:
+        keep(store, prompt, 100)
     expected: list[tuple[int, int] | None] = [None] * 5
     for what, slot, other, length in steps:
         if what == "take" and expected[slot] is None:
-            got = bases.take(slot, "", prompts[other], length, paths[other])
+            got = bases.take(slot, "", prompts[other], length)
             assert got in (0, length)
-            assert got or length < LEAST or bases.used + 4 * length > 700
             expected[slot] = (other, got) if got else None
         elif what == "cut":
             bases.cut(slot, other)
@@ -245,45 +252,70 @@ def test_bases_are_there_while_a_slot_stands_on_them_and_no_longer(steps: list[t
         elif what == "exchange":
             bases.exchange(slot, other)
             expected[slot], expected[other] = expected[other], expected[slot]
+        elif what == "divide":
+            keep(store, np.append(prompts[slot % 3][:other], [7, 7]).astype(np.int32), other + 2)
+            bases.sync()
         bases.check()
-        assert [bases.length(slot) for slot in range(5)] == [held[1] if held else 0 for held in expected]
+        store.check()
+        assert bases.used <= 900
         for slot, held in enumerate(expected):
+            assert bases.length(slot) == attention.base_length[slot] == (held[1] if held else 0)
             if held is not None:
-                first = paths[held[0]][0].payload.data.ctypes.data
-                assert attention._runs[attention.base_run[slot]]["data"] == first
+                assert read(attention, slot).tolist() == prompts[held[0]][: held[1]].tolist()
     for slot in range(5):
         bases.drop(slot)
     assert bases.used == 0
-    assert not any(node.pins for path in paths for node in path)
+    assert not any(node.pins for node in store._tree.nodes())
+
+
+def read(attention: Attention, slot: int) -> Tokens:
+    """What attention.c would find for a slot."""
+    found: list[int] = []
+    at = attention.base_run[slot]
+    while len(found) < attention.base_length[slot]:
+        address, tokens = attention._runs[at]
+        found.extend(np.ctypeslib.as_array((ctypes.c_int32 * int(tokens)).from_address(int(address))).tolist())
+        at += 1
+    return np.array(found[: attention.base_length[slot]], np.int32)
+
+
+def test_what_is_pinned_is_what_is_read_and_is_counted_once() -> None:
+    store = new_store()
+    bases = Bases(Attention.load(3), store, 3, budget=100_000)
+    tokens = np.arange(1900, dtype=np.int32)
+    keep(store, tokens, 1900)
+    assert bases.take(0, "", tokens, 34) == 34
+    assert bases.used == 4 * 34
+    assert bases.take(1, "", tokens, 64) == 64
+    assert bases.used == 4 * 64
+    assert {node.stop: node.pins for node in store._tree.nodes()} == {34: 1, 64: 1, 1900: 0}
+    bases.drop(1)
+    assert bases.used == 4 * 34
 
 
 def test_many_tiny_pieces_are_no_base() -> None:
-    bases = Bases(Attention.load(1), Rows(), 1, budget=1000)  # type: ignore[arg-type]
-    tokens = np.zeros(100, np.int32)
-    assert bases.take(0, "", tokens, 100, path_of(tokens, list(range(10, 100, 10)))) == 0
-    assert bases.take(0, "", tokens, 100, path_of(tokens, list(range(20, 100, 20)))) == 100
-
-
-def test_a_piece_on_disk_is_no_base() -> None:
-    bases = Bases(Attention.load(1), Rows(), 1, budget=1000)  # type: ignore[arg-type]
-    tokens = np.zeros(90, np.int32)
-    path = path_of(tokens, [40])
-    path[1].payload = "on disk"
-    assert bases.take(0, "", tokens, 90, path) == 0
-    assert bases.take(0, "", tokens, 40, path) == 40
-
-
-def test_others_have_in_common_what_they_have_needed_or_where_their_ways_part() -> None:
+    store = new_store()
+    bases = Bases(Attention.load(1), store, 1, budget=1000)
     tokens = np.arange(100, dtype=np.int32)
-    path = path_of(tokens, [40, 70])
-    for node in path:
-        node.peer = 7
-    assert shared(path, 100, peer=7) == 0, "nobody else came by"
-    assert shared(path, 100, peer=8) == 100
-    assert shared(path, 90, peer=7) == 90, "another prompt goes on from there"
-    path[0].children = {40: path[1], 41: path[2]}
-    assert shared(path, 100, peer=7) == 40
-    path[1].peer = 8
-    assert shared(path, 100, peer=7) == 70
-    path[1].private = True
-    assert shared(path, 100, peer=7) == 40
+    for stop in range(4, 101, 4):
+        keep(store, tokens, stop)
+    assert bases.take(0, "", tokens, 100) == 0
+    bases.check()
+
+
+def test_a_piece_on_disk_is_no_base(tmp_path: Path) -> None:
+    store = Store(Rows(), 500, Swap(str(tmp_path), 1000))  # type: ignore[arg-type]
+    bases = Bases(Attention.load(1), store, 1, budget=1000)
+    one, two = np.arange(100, dtype=np.int32), np.arange(1000, 1100, dtype=np.int32)
+    keep(store, one, 100)
+    keep(store, two, 100)
+    assert bases.take(0, "", one, 90) == 0
+    assert bases.take(0, "", two, 90) == 90
+    store.close()
+
+
+def test_what_many_begin_with_is_cut_where_it_saves_most() -> None:
+    assert most_shared([]) == 0
+    assert most_shared([0, 0]) == 0
+    assert most_shared([512] * 60 + [515, 520, 520]) == 512, "not where two go on together by chance"
+    assert most_shared([40, 2000, 2000]) == 2000

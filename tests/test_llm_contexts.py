@@ -464,6 +464,38 @@ def test_only_what_is_new_of_a_context_is_read_from_its_slot(any_loaded: loading
     check(bench)
 
 
+def test_a_call_whose_given_tokens_others_have_too_gives_its_slot_up(
+    any_loaded: loading.Loaded, tmp_path: Path
+) -> None:
+    """As after a core's death: what was given is looked for like a prompt, and so may be read in place."""
+    bench = engine(any_loaded, tmp_path, ram=1 << 24, policy=Turns())
+    words = [5 + i % 200 for i in range(120)]
+    first = bench.submit([*words, 7], peer=1, max_tokens=40)
+    bench.engine.step()
+    others = [bench.submit(words[:60], peer=2 + i, given=words[60:], max_tokens=70) for i in range(3 * SLOTS)]
+    bench.run()
+    assert [bench.end(key).finish_reason for key in (first, *others)] == ["length"] * (1 + 3 * SLOTS)
+    if not any_loaded.spec.exact:  # they would be replayed first, and keep their slots for that
+        assert sum(bench.end(key).usage.preemptions for key in others) > SLOTS
+    check(bench)
+
+
+def test_free_slots_keep_no_memory_that_is_needed(any_loaded: loading.Loaded, tmp_path: Path) -> None:
+    bench = engine(any_loaded, tmp_path, ram=1 << 24)
+    per_token = Layout.of(any_loaded.context.sample()).bytes_per_token  # type: ignore[union-attr]
+    bench = engine(any_loaded, tmp_path, ram=300 * per_token)
+    prompt = [5 + i % 200 for i in range(99)]
+    for i in range(SLOTS):
+        bench.submit([*prompt, 5 + i], peer=1 + i, max_tokens=3)
+    bench.run()
+    cache = bench.engine.cache
+    assert bool(cache.bases.used) == cache.bases.possible
+    tokens = np.arange(290, dtype=np.int32)
+    piece = Piece(np.zeros(290 * per_token, np.uint8), 290)
+    assert cache.take_in("other", tokens, piece, 9) == 290
+    check(bench)
+
+
 def test_time_spent_copying_is_counted_once(
     any_loaded: loading.Loaded, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

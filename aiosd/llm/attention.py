@@ -30,6 +30,7 @@ class _Struct(ctypes.Structure):
         ("op_flash", ctypes.c_int32),
         ("op_custom", ctypes.c_int32),
         ("enabled", ctypes.c_int32),
+        ("threads", ctypes.c_int32),
         ("streams", ctypes.c_int32),
         ("layers", ctypes.c_int32),
         ("key_at", ctypes.c_void_p),
@@ -74,9 +75,9 @@ class Attention:
             return None
         operations = _operations()
         width = int(os.environ.get("AIOS_VECTOR_WIDTH", "0"))  # of no more floats, to test what other processors do
-        if operations is None or not _tensors_as_known(library) or not library.aios_attention_start(width):
+        if operations is None or not _tensors_as_known(library, operations[2]):
             return None
-        return cls(library, operations, streams)
+        return cls(library, operations[:2], streams) if library.aios_attention_start(width) else None
 
     @property
     def enabled(self) -> bool:
@@ -85,6 +86,10 @@ class Attention:
     @enabled.setter
     def enabled(self, enabled: bool) -> None:
         self._struct.enabled = enabled
+
+    def set_threads(self, threads: int) -> None:
+        """What has less to do than one thing for each thread is left to llama.cpp, unless a base is in it."""
+        self._struct.threads = threads
 
     @property
     def used(self) -> bool:
@@ -104,20 +109,20 @@ class Attention:
         self._struct.runs = self._runs.ctypes.data
 
 
-def _operations() -> tuple[int, int] | None:
-    """The numbers of FLASH_ATTN_EXT and CUSTOM in this ggml."""
+def _operations() -> tuple[int, int, int] | None:
+    """The numbers of FLASH_ATTN_EXT, CUSTOM and SCALE in this ggml."""
     name = ctypes.CFUNCTYPE(ctypes.c_char_p, ctypes.c_int)(("ggml_op_name", llama.C._lib))
     numbers: dict[bytes, int] = {}
     for number in range(_MOST_OPERATIONS):  # CUSTOM comes after the other one; beyond the last is no man's land
         numbers[name(number)] = number
         if b"CUSTOM" in numbers:
             break
-    flash, custom = numbers.get(b"FLASH_ATTN_EXT"), numbers.get(b"CUSTOM")
-    return None if flash is None or custom is None else (flash, custom)
+    found = [numbers[word] for word in (b"FLASH_ATTN_EXT", b"CUSTOM", b"SCALE") if word in numbers]
+    return (found[0], found[1], found[2]) if len(found) == 3 else None
 
 
-def _tensors_as_known(library: Any) -> bool:
-    """Does a tensor of this ggml look as attention.c believes?"""
+def _tensors_as_known(library: Any, operation: int) -> bool:
+    """Does a tensor of this ggml look as attention.c believes? `operation`: the number of SCALE."""
     ggml = llama.C._lib
     free = ctypes.CFUNCTYPE(None, ctypes.c_void_p)(("ggml_free", ggml))
     pointer, integer = ctypes.c_void_p, ctypes.c_int64
@@ -138,7 +143,7 @@ def _tensors_as_known(library: Any) -> bool:
         set_name(tensor, b"probe")
         part = view(context, tensor, 2, 8)
         scaled = scale(context, tensor, 2.0)
-        library.aios_attention_knows.argtypes = [ctypes.c_void_p] * 3
-        return bool(library.aios_attention_knows(tensor, part, scaled))
+        library.aios_attention_knows.argtypes = [*[ctypes.c_void_p] * 3, ctypes.c_int]
+        return bool(library.aios_attention_knows(tensor, part, scaled, operation))
     finally:
         free(context)

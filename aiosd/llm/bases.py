@@ -4,7 +4,8 @@ A *base* is the state of some leading tokens in the store's memory, pinned there
 what comes behind: positions go on, cells do not. All that stand on the same base go through it together, in one pass
 of attention (see `native/attention.c`).
 
-Invariant: a base is there as long as a slot stands on it, and its memory with it; `used` is what all of them need.
+Invariant: a base is there as long as a slot stands on it, and its memory with it; a node of the store ends where it
+ends; `used` is what the pieces of all of them take, each counted once.
 """
 
 from __future__ import annotations
@@ -13,8 +14,9 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from aiosd.llm.attention import Attention
-from aiosd.llm.blob import Layout, Piece
-from aiosd.llm.prefix import Node, Tokens
+from aiosd.llm.blob import Piece
+from aiosd.llm.contexts import Store
+from aiosd.llm.prefix import Node, Tokens, path_to
 
 #: So many tokens at least are worth a base, and so many on average each of its pieces: tiny ones cost more than a copy.
 LEAST, LEAST_PIECE = 32, 16
@@ -23,9 +25,9 @@ LEAST, LEAST_PIECE = 32, 16
 @dataclass(slots=True, eq=False)
 class Base:
     key: tuple[str, bytes]  # scope and tokens
-    node: Node[Any]  # pinned: nothing on the way to it is moved out of memory
-    pieces: list[Piece]
+    node: Node[Any]  # where it ends; pinned: nothing on the way to it is moved out of memory
     length: int
+    pieces: list[Piece]
     slots: set[int] = field(default_factory=set)
     run: int = 0  # the place of its first piece among the runs
 
@@ -34,18 +36,18 @@ class Bases:
     """Which slot stands on what. `budget`: bytes that they may keep from being evicted. `attention` None: nothing can
     be read but what lies in a slot."""
 
-    def __init__(self, attention: Attention | None, layout: Layout | None, slots: int, budget: int) -> None:
-        readable = layout is not None and layout.by_rows and attention is not None
-        self._attention = attention if readable else None
-        self._per_token = layout.bytes_per_token if layout is not None else 0
+    def __init__(self, attention: Attention | None, store: Store | None, slots: int, budget: int) -> None:
+        self._attention, self._store = None, store
         self._budget = budget
         self._bases: dict[tuple[str, bytes], Base] = {}
         self._under: list[Base | None] = [None] * slots
         self._length = [0] * slots
+        self._divided = 0
         self.used = 0  # bytes
-        if self._attention is not None and layout is not None:
-            self._attention.set_layout(layout.sizes)
-            self._attention.base_length[:] = 0
+        if attention is not None and store is not None and store.layout.by_rows:
+            self._attention = attention
+            attention.set_layout(store.layout.sizes)
+            attention.base_length[:] = 0
 
     @property
     def possible(self) -> bool:
@@ -55,13 +57,13 @@ class Bases:
         """How many tokens of what a slot holds lie in its base."""
         return self._length[slot]
 
-    def take(self, slot: int, scope: str, tokens: Tokens, length: int, path: list[Node[Any]]) -> int:
-        """Put an empty slot on a base of `tokens[:length]`, which the nodes of `path` hold. How long it is: 0 if that
-        cannot be, as something is not in memory or it would be too much."""
+    def take(self, slot: int, scope: str, tokens: Tokens, length: int) -> int:
+        """Put an empty slot on a base of `tokens[:length]`. How long it is: 0 if that cannot be, as something is not in
+        memory or it would be too much."""
         if self._attention is None or length < LEAST:
             return 0
         key = scope, tokens[:length].tobytes()
-        base = self._bases.get(key) or self._make(key, length, path)
+        base = self._bases.get(key) or self._make(key, tokens, length)
         if base is None:
             return 0
         base.slots.add(slot)
@@ -69,20 +71,26 @@ class Bases:
         self._stand(slot, length)
         return length
 
-    def _make(self, key: tuple[str, bytes], length: int, path: list[Node[Any]]) -> Base | None:
-        size = length * self._per_token
-        needed = [node for node in path if node.start < length]
-        pieces = [node.payload for node in needed if isinstance(node.payload, Piece)]
-        if self.used + size > self._budget or len(pieces) * LEAST_PIECE > length:
+    def _make(self, key: tuple[str, bytes], tokens: Tokens, length: int) -> Base | None:
+        assert self._store is not None
+        node = self._store.ending(key[0], tokens, length)
+        if node is None:
             return None
-        if len(pieces) < len(needed) or not needed or needed[-1].stop < length:
-            return None
-        base = Base(key, needed[-1], pieces, length)
-        base.node.pins += 1
-        self.used += size
+        base = Base(key, node, length, [piece for piece in _pieces(node) if piece is not None])
         self._bases[key] = base
         self._publish()
+        if self.used > self._budget or len(base.pieces) * LEAST_PIECE > length:
+            del self._bases[key]
+            self._publish()
+            return None
+        node.pins += 1
         return base
+
+    def sync(self) -> None:
+        """The store may have cut pieces into others: read those, so that the memory of the old ones is free."""
+        assert self._store is not None
+        if self._divided != self._store.divided and self._bases:
+            self._publish()
 
     def cut(self, slot: int, length: int) -> None:
         """The slot forgets what it held from a token on."""
@@ -100,7 +108,6 @@ class Bases:
         base.slots.discard(slot)
         if not base.slots:
             base.node.pins -= 1
-            self.used -= base.length * self._per_token
             del self._bases[base.key]
             self._publish()
 
@@ -126,15 +133,23 @@ class Bases:
         attention.base_run[slot] = base.run if base is not None else 0
 
     def _publish(self) -> None:
-        """Tell where all pieces lie."""
+        """Tell where all pieces lie, and count them, each once."""
         assert self._attention is not None
+        assert self._store is not None
+        self._divided = self._store.divided
         runs: list[tuple[int, int]] = []
+        sizes: dict[int, int] = {}
         for base in self._bases.values():
+            pieces = _pieces(base.node)
+            if all(pieces) and sum(piece.length for piece in pieces if piece) == base.length:  # else it was dropped
+                base.pieces = [piece for piece in pieces if piece]
             base.run = len(runs)
             runs.extend((piece.data.ctypes.data, piece.length) for piece in base.pieces)
+            sizes |= {id(piece): piece.size for piece in base.pieces}
             for slot in base.slots:
                 self._attention.base_run[slot] = base.run
         self._attention.set_runs(runs)
+        self.used = sum(sizes.values())
 
     def stats(self) -> dict[str, int]:
         return {
@@ -144,11 +159,19 @@ class Bases:
         }
 
     def check(self) -> None:
-        assert self.used == sum(base.length for base in self._bases.values()) * self._per_token
+        held = {id(piece): piece.size for base in self._bases.values() for piece in base.pieces}
+        assert self.used == sum(held.values())
         for base in self._bases.values():
             assert base.slots, "a base without a slot on it"
             assert base.node.pins > 0, "a base that may be evicted"
+            assert base.node.stop == base.length == sum(piece.length for piece in base.pieces)
+            assert base.pieces == _pieces(base.node), "the store keeps others"
             assert all(self._under[slot] is base for slot in base.slots)
         for slot, under in enumerate(self._under):
             assert (under is None) == (not self._length[slot])
             assert under is None or slot in under.slots
+
+
+def _pieces(node: Node[Any]) -> list[Piece | None]:
+    """From the first token to the end of a node; None: one that is not in memory."""
+    return [on_way.payload if isinstance(on_way.payload, Piece) else None for on_way in path_to(node)]

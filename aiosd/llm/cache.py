@@ -25,7 +25,7 @@ from aiosd.llm import llama
 from aiosd.llm.bases import Bases
 from aiosd.llm.blob import Bytes, Layout, Piece
 from aiosd.llm.contexts import Store, Swap
-from aiosd.llm.prefix import Node, Tokens, common_prefix, path_to, shared
+from aiosd.llm.prefix import Node, Tokens, common_prefix, most_shared
 from aiosd.llm.sequence import Phase, Sequence
 from aiosd.llm.slots import Held, Slots
 
@@ -78,7 +78,9 @@ class Cache:
         attention = None
         if layout is not None and len(layout.sizes) == 2 * self._context.n_layer:  # each has a cache of its own
             attention = self._context.attention
-        self.bases = Bases(attention, layout, self.slots.total, int(ram * MOST_PINNED))
+        self.bases = Bases(attention, self.store, self.slots.total, int(ram * MOST_PINNED))
+        if self.store is not None:
+            self.store.relieve = self._relieve
 
     # ── into a slot ───────────────────────────────────────────────────────────────────────────────────────
 
@@ -100,7 +102,7 @@ class Cache:
                 self._keep(source, tokens, length, sequence.scope)
             if self._copy(sequence, target, tokens, length):
                 return
-        self._in_place(sequence, held, here.length)
+        self._in_place(sequence, here.slot, here.length)
 
     def reusable(self, sequence: Sequence) -> int:
         """How many tokens of the sequence need not be computed if it got a slot now."""
@@ -163,10 +165,12 @@ class Cache:
         """Tokens of a running call that others may have."""
         return min(sequence.prefilled if self._exact else sequence.length, len(sequence.prompt))
 
-    def _in_place(self, sequence: Sequence, held: Held, length: int) -> None:
-        slot = held.slot
+    def _in_place(self, sequence: Sequence, slot: int, length: int) -> None:
+        held = self.slots.held(slot)
         if not self._may_use_up(held, length, sequence):
             self._keep(slot, held.tokens, held.reusable, held.scope)
+        if not self.slots.holds(slot):  # wiped, as memory was needed
+            length = 0
         self.slots.take(slot, sequence)
         if not self._context.cut(slot, length):  # this kind of model forgets all or nothing
             self._context.cut(slot, 0)
@@ -179,30 +183,23 @@ class Cache:
         if self.store is None:
             return False
         with self._copying():
-            common = shared(self.store.path(sequence.scope, tokens, length), length, sequence.peer)
             pieces, length = self.store.find(sequence.scope, tokens, length, sequence.peer)
             if not length:
                 return False
             self._clear(target)
             self.slots.take(target.slot, sequence)
-            path = self.store.path(sequence.scope, tokens, length)
-            self._fill(sequence, tokens, pieces, length, (path, min(common, length)))
+            self._fill(sequence, tokens, pieces, length, length)
             sequence.prefilled = sequence.length
             return True
 
-    def _fill(
-        self,
-        sequence: Sequence,
-        tokens: Tokens,
-        pieces: list[Piece],
-        length: int,
-        common: tuple[list[Node[Any]], int],
-    ) -> None:
-        """Into the slot, but for as many tokens along a path of the store as others have in `common`."""
+    def _fill(self, sequence: Sequence, tokens: Tokens, pieces: list[Piece], length: int, public: int) -> None:
+        """Into the slot. Of the first `public` tokens, what others have too stays where it is."""
         assert self.store is not None
         layout, slot = self.store.layout, sequence.slot
         self._empty(slot)
-        start = self.bases.take(slot, sequence.scope, tokens, common[1], common[0])
+        start = 0
+        if self.bases.possible:
+            start = self.bases.take(slot, sequence.scope, tokens, self._in_common(sequence, tokens[:public]))
         sequence.length = length
         if start == length:
             return
@@ -214,6 +211,23 @@ class Cache:
             self._empty(slot)
             sequence.length = 0
         self.copied["restored"] += block.nbytes
+
+    def _in_common(self, sequence: Sequence, tokens: Tokens) -> int:
+        """How many of the tokens to read where they are kept: as many as save most, by what lies in the other slots and
+        waits in the store."""
+        assert self.store is not None
+        scope, slots = sequence.scope, self.slots
+        owners = [owner.prompt for owner in slots.owners() if owner.scope == scope and owner is not sequence]
+        held = [held.tokens for held in slots.free_slots() if held.scope == scope]
+        kept = self.store.branches(scope, tokens, len(tokens))
+        return most_shared([*kept, *(common_prefix(tokens, other) for other in owners + held)])
+
+    def _relieve(self) -> bool:
+        """Memory is needed: what free slots hold gives up its base, the one unused for longest first."""
+        held = [held for held in self.slots.free_slots() if self.bases.length(held.slot)]
+        if held:
+            self.wipe(min(held, key=lambda held: held.used).slot)
+        return bool(held)
 
     def _empty(self, slot: int) -> None:
         self._context.cut(slot, 0)
@@ -249,14 +263,13 @@ class Cache:
                 return True
             assert self.store is not None
             self._clear(target)  # first, as room for that may cost what is sought
-            path, length = path_to(snapshot), snapshot.stop
-            common = shared(path, length, sequence.peer)
             pieces = self.store.whole(snapshot, sequence.peer)
             if pieces is None:
                 return False
             self.slots.take(target.slot, sequence)
             prefilled = sequence.prefilled
-            self._fill(sequence, sequence.tokens(), pieces, length, (path, common))
+            public = snapshot.start if snapshot.private else snapshot.stop
+            self._fill(sequence, sequence.tokens(), pieces, snapshot.stop, public)
             sequence.prefilled = min(prefilled, sequence.length)
             if snapshot.private:
                 self.store.drop(snapshot)
@@ -303,6 +316,7 @@ class Cache:
             return self._keep_block(self._read(slot))
         layout, tokens = store.layout, sequence.tokens()
         common = min(sequence.prefilled if self._exact else length, len(sequence.prompt), length)
+        common = max(common, self.bases.length(slot))  # that may reach further: tokens that were given
         first = max(store.length(sequence.scope, tokens, common), self.bases.length(slot))
         block = self._read(slot, first)
         node = self._add(sequence.scope, tokens, common, (block, slot, length, first), sequence.peer)
@@ -324,9 +338,12 @@ class Cache:
         is no room, or it would need what the store had when the block was read."""
         store, (block, slot, length, first) = self.store, where
         assert store is not None
-        with contextlib.suppress(LookupError):
+        try:
             return store.add(scope, tokens, stop, lambda a, b: store.layout.cut(block, slot, length, a, b, first), peer)
-        return None
+        except LookupError:
+            return None
+        finally:
+            self.bases.sync()
 
     def _keep(self, slot: int, tokens: Tokens, stop: int, scope: str) -> None:
         """Copy the first `stop` tokens that lie in a slot to the store, as far as it has not got them."""
@@ -385,6 +402,7 @@ class Cache:
             return 0
         layout = store.layout
         store.add(scope, tokens, piece.length, lambda a, b: layout.part_of(piece, a, b), peer)
+        self.bases.sync()
         return store.length(scope, tokens, piece.length)
 
     def release(self, scope: str, tokens: Tokens, peer: int) -> None:

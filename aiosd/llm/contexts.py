@@ -25,6 +25,7 @@ from typing import Any
 
 import numpy as np
 
+from aiosd.errors import Bug
 from aiosd.llm.blob import Bytes, Layout, Piece
 from aiosd.llm.prefix import K, Node, Tokens, Tree, path_to
 
@@ -132,6 +133,8 @@ class Store:
         self.ram = 0  # bytes in memory
         self.swap = swap
         self.evictions = {"disk": 0, "dropped": 0}
+        self.divided = 0  # so many pieces have become two others
+        self.relieve: Callable[[], bool] = lambda: False  # gives up a pin that is not needed; False: there is none
         self._gone: set[int] = set()  # dead, and what they used is not yet written off
         self._clock = clock
         self._tree: Tree[Payload] = Tree(self._split)
@@ -142,15 +145,29 @@ class Store:
         """How many leading tokens of `tokens[:most]` are kept."""
         return self._tree.walk(scope, tokens, most)[1]
 
-    def path(self, scope: str, tokens: Tokens, most: int) -> list[Node[Payload]]:
-        """The nodes along the longest kept prefix of `tokens[:most]`."""
-        return self._tree.walk(scope, tokens, most)[0]
-
     def find(self, scope: str, tokens: Tokens, most: int, peer: int = 0) -> tuple[list[Piece], int]:
         """The pieces of the longest kept prefix of `tokens[:most]`, all in memory, and its length."""
         path, length = self._tree.walk(scope, tokens, most)
         pieces = self._gather(path, peer)
         return pieces, min(length, sum(piece.length for piece in pieces))
+
+    def branches(self, scope: str, tokens: Tokens, most: int) -> list[int]:
+        """How far each of the kept contexts that part from `tokens[:most]` goes along with it, the longer ones."""
+        path, _ = self._tree.walk(scope, tokens, most)
+        return [
+            node.stop for node in path for _ in range(len(node.children) + len(node.privates) - 1) if node.stop <= most
+        ]
+
+    def ending(self, scope: str, tokens: Tokens, stop: int) -> Node[Payload] | None:
+        """The node that ends after `tokens[:stop]`, cut there if need be. None: not all of it is in memory."""
+        path, length = self._tree.walk(scope, tokens, stop)
+        if length < stop or not all(isinstance(node.payload, Piece) for node in path):
+            return None
+        return self._tree.add(scope, tokens, stop, self._nothing, self._clock())
+
+    @staticmethod
+    def _nothing(start: int) -> Payload:
+        raise Bug(f"tokens from {start} on are missing, but were all there")
 
     def whole(self, node: Node[Payload], peer: int = 0) -> list[Piece] | None:
         """The pieces from the start up to the end of a node. None: something of it is gone."""
@@ -237,6 +254,7 @@ class Store:
 
     def _split(self, payload: Payload, count: int) -> tuple[Payload, Payload]:
         assert isinstance(payload, Piece)
+        self.divided += 1
         return self.layout.part_of(payload, 0, count), self.layout.part_of(payload, count, payload.length)
 
     # ── losing ────────────────────────────────────────────────────────────────────────────────────────────
@@ -284,7 +302,7 @@ class Store:
         target = self.ram_budget - need - int(self.ram_budget * SLACK)
         while self.ram > max(target, 0):
             candidates = self._candidates()
-            if not candidates:
+            if not candidates and (self.ram + need <= self.ram_budget or not self.relieve()):
                 break
             for node in candidates:
                 self._move_down(node)

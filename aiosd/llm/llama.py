@@ -343,6 +343,7 @@ class Context:
         if attention is not None:
             params.cb_eval = ctypes.cast(attention.callback, type(params.cb_eval))
             params.cb_eval_user_data = attention.data
+            attention.set_threads(threads)
         self.attention = attention  # llama.cpp keeps bare pointers
         take_errors()
         self._ctx = C.llama_init_from_model(model._model, params)
@@ -457,6 +458,8 @@ class Context:
 
     def set_threads(self, threads: int) -> None:
         C.llama_set_n_threads(self._ctx, threads, threads)
+        if self.attention is not None:
+            self.attention.set_threads(threads)
 
     def clear(self) -> None:
         if self._memory is not None:

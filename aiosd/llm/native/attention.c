@@ -45,6 +45,7 @@ enum { HEAD = 256 }; /* values of a head at most */
 struct attention {
     int32_t op_flash, op_custom; /* numbers of these operations in this ggml */
     int32_t enabled;             /* 0: nodes are put back as they were */
+    int32_t threads;
     int32_t streams, layers;
     const int64_t *key_at, *value_at; /* per layer: bytes per token in a run before its K, its V */
     const run *runs;
@@ -203,7 +204,7 @@ struct item {
 
 struct scratch {
     work w;
-    float *packed; /* queries of one narrow item, row by row */
+    float *packed; /* queries of a few rows, one after the other */
     struct item *items;
     int capacity;
 };
@@ -247,6 +248,12 @@ struct node {
     float scale;
 };
 
+/* Where in the cache the first stream of a batch lies. */
+static int first_stream(const struct tensor *k)
+{
+    return k->view_src && k->nb[3] ? (int)((k->data - k->view_src->data) / k->nb[3]) : 0;
+}
+
 static const uint16_t *mask_of(const struct node *n, int stream, int token)
 {
     const struct tensor *m = n->mask;
@@ -265,11 +272,27 @@ static int base_length(const struct node *n, int stream)
     return n->layer < n->a->layers && at < n->a->streams ? n->a->base_length[at] : 0;
 }
 
+static int base_of(const struct node *n, int stream)
+{
+    return base_length(n, stream) ? n->a->base_run[n->first_stream + stream] : -1;
+}
+
 static bool same_base(const struct node *n, int a, int b)
 {
-    const int length = base_length(n, a);
-    const int32_t *first = n->a->base_run + n->first_stream;
-    return length == base_length(n, b) && (!length || first[a] == first[b]);
+    return base_length(n, a) == base_length(n, b) && base_of(n, a) == base_of(n, b);
+}
+
+/* Those on one base next to each other, else as they are. Few bases, and mostly sorted already. */
+static void sort_by_base(const struct node *n, struct item *items, int count)
+{
+    for (int i = 1; i < count; i++) {
+        const struct item item = items[i];
+        const int base = base_of(n, item.stream);
+        int at = i;
+        for (; at > 0 && base_of(n, items[at - 1].stream) > base; at--)
+            items[at] = items[at - 1];
+        items[at] = item;
+    }
 }
 
 /* Every thread cuts the work into the same items. */
@@ -293,6 +316,7 @@ static int cut(const struct node *n, struct scratch *s, int per_item)
             }
             item->cost = (int64_t)item->tokens * (item->cells + base_length(n, stream) / 4 + 16);
         }
+    sort_by_base(n, s->items, count);
     return count;
 }
 
@@ -326,8 +350,21 @@ static void load_queries(const struct node *n, work *w, const struct item *item,
         }
 }
 
-static void read_base(const struct node *n, const work *w, int stream, int kv_head, int columns)
+static void pack_queries(const struct node *n, struct scratch *s, const struct item *item, int kv_head, int first)
 {
+    for (int row = 0; row < item->tokens * n->share; row++) {
+        const int token = item->token + row / n->share, head = kv_head * n->share + row % n->share;
+        const float *from = query(n, item->stream, token, head);
+        float *to = s->packed + (size_t)(first + row) * n->dim;
+        for (int d = 0; d < n->dim; d++)
+            to[d] = from[d] * n->scale;
+    }
+}
+
+/* `few`: the rows are in `packed`. */
+static void read_base(const struct node *n, const struct scratch *s, int stream, int kv_head, bool few)
+{
+    const work *w = &s->w;
     const int at = n->first_stream + stream;
     const size_t key_row = n->k->nb[1], value_row = n->v->nb[1];
     const run *run = n->a->runs + n->a->base_run[at];
@@ -338,7 +375,11 @@ static void read_base(const struct node *n, const work *w, int stream, int kv_he
             key_row,
             value_row,
         };
-        use->wide(w, &c, (int)(left < run->cells ? left : run->cells), 0, columns, NULL, 0);
+        const int count = (int)(left < run->cells ? left : run->cells);
+        if (few)
+            use->narrow(w, &c, count, 0, w->rows, s->packed, NULL);
+        else
+            use->wide(w, &c, count, 0, w->padded, NULL, 0);
     }
 }
 
@@ -359,12 +400,7 @@ static void read_own(const struct node *n, struct scratch *s, const struct item 
         for (int row = 0; row < rows; row++)
             masks[first + row] = mask_of(n, item->stream, item->token + row / n->share);
     if (narrow) {
-        for (int row = 0; row < rows; row++) {
-            const int token = item->token + row / n->share, head = kv_head * n->share + row % n->share;
-            const float *from = query(n, item->stream, token, head);
-            for (int d = 0; d < n->dim; d++)
-                s->packed[row * n->dim + d] = from[d] * n->scale;
-        }
+        pack_queries(n, s, item, kv_head, 0);
         use->narrow(&s->w, &c, item->cells, first, first + rows, s->packed, plain ? NULL : masks);
         return;
     }
@@ -397,13 +433,16 @@ static void together(const struct node *n, struct scratch *s, int from, int to, 
     w->padded = (columns + use->width - 1) / use->width * use->width;
     reset(w, w->padded);
     const int base = base_length(n, items[from].stream);
-    if (base || !narrow) {
+    const bool few = narrow && columns < use->width / 2;
+    if (!narrow || (base && !few)) {
         memset(w->queries, 0, (size_t)w->head_dim * w->padded * sizeof(float));
         for (int i = from; i < to; i++)
             load_queries(n, w, &items[i], kv_head, first[i - from]);
     }
+    for (int i = from; base && few && i < to; i++)
+        pack_queries(n, s, &items[i], kv_head, first[i - from]);
     if (base)
-        read_base(n, w, items[from].stream, kv_head, w->padded);
+        read_base(n, s, items[from].stream, kv_head, few);
     for (int i = from; i < to; i++) {
         const struct item *item = &items[i];
         const int rows = item->tokens * n->share;
@@ -443,7 +482,7 @@ static void compute(struct tensor *dst, int thread, int threads, void *data)
     n.cells = (int)n.k->ne[1], n.kv_heads = (int)n.k->ne[2], n.share = n.heads / n.kv_heads;
     n.value_dim = (int)n.v->ne[0], n.layer = p.layer;
     memcpy(&n.scale, p.original, sizeof n.scale);
-    n.first_stream = n.k->view_src && n.k->nb[3] ? (int)((n.k->data - n.k->view_src->data) / n.k->nb[3]) : 0;
+    n.first_stream = first_stream(n.k);
 
     /* so many tokens to an item that there is some for every thread, and a vector has its rows */
     const int most = ROWS / n.share, least = (use->width + n.share - 1) / n.share;
@@ -497,12 +536,30 @@ static int layer_of(const struct tensor *t)
     return atoi(cache->name + sizeof prefix - 1);
 }
 
-/* llama.cpp's cb_eval, see the head of the file. */
+/* Fewer rows of KV heads than threads: llama.cpp cuts their cells into parts, which `compute` does not. */
+static bool too_few(const struct tensor *t, const struct attention *a)
+{
+    const struct tensor *q = t->src[0], *k = t->src[1];
+    if (q->ne[1] * q->ne[3] * k->ne[2] >= a->threads)
+        return false;
+    const int first = first_stream(k);
+    for (int stream = first; stream < first + q->ne[3] && stream < a->streams; stream++)
+        if (a->base_length[stream])
+            return false;
+    return true;
+}
+
+/* llama.cpp's cb_eval, see the head of the file. It is asked before every use of a graph, also when that is used again. */
 bool aios_attention_rewrite(struct tensor *t, bool ask, struct attention *a)
 {
     struct params p;
     (void)ask;
-    if (a->enabled && t->op == a->op_flash) {
+    memcpy(&p, t->op_params, sizeof p);
+    const bool rewritten = t->op == a->op_custom && p.function == compute;
+    if (t->op != a->op_flash && !rewritten)
+        return false;
+    const bool own = a->enabled && !too_few(t, a);
+    if (own && !rewritten) {
         if (!fits(t)) {
             a->refused++;
             return false;
@@ -516,10 +573,7 @@ bool aios_attention_rewrite(struct tensor *t, bool ask, struct attention *a)
         memcpy(t->op_params, &p, sizeof p);
         t->op = a->op_custom;
         a->rewritten++;
-    } else if (!a->enabled && t->op == a->op_custom) {
-        memcpy(&p, t->op_params, sizeof p);
-        if (p.function != compute)
-            return false;
+    } else if (!own && rewritten) {
         memset(t->op_params, 0, sizeof t->op_params);
         memcpy(t->op_params, p.original, sizeof p.original);
         t->op = a->op_flash;
@@ -528,12 +582,13 @@ bool aios_attention_rewrite(struct tensor *t, bool ask, struct attention *a)
 }
 
 /* Is a tensor laid out as in `struct tensor`? `t`: 3 × 5 floats named "probe"; `view`: of two of them, from the third on;
- * `scaled`: t times 2. */
-int aios_attention_knows(const struct tensor *t, const struct tensor *view, const struct tensor *scaled)
+ * `scaled`: t times 2, by the operation number `scale`. */
+int aios_attention_knows(const struct tensor *t, const struct tensor *view, const struct tensor *scaled, int scale)
 {
     float factor;
     memcpy(&factor, scaled->op_params, sizeof factor);
     return t->type == F32 && t->ne[0] == 3 && t->ne[1] == 5 && t->ne[2] == 1 && t->nb[0] == 4 && t->nb[1] == 12 &&
            !strcmp(t->name, "probe") && t->data && view->view_src == t && view->view_offs == 8 &&
-           view->data == t->data + 8 && scaled->src[0] == t && !scaled->src[1] && factor == 2.0f;
+           view->data == t->data + 8 && scaled->op == scale && scaled->src[0] == t &&
+           !scaled->src[1] && factor == 2.0f;
 }
