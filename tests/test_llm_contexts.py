@@ -457,7 +457,7 @@ def test_only_what_is_new_of_a_context_is_read_from_its_slot(any_loaded: loading
     assert preemptions > 2 * SLOTS
     whole, own = cache.store.layout.size(300), cache.store.layout.size(10)
     if cache.bases.possible:  # the prompt is read where it lies
-        assert preemptions * cache.store.layout.size(1) < cache.copied["restored"] < preemptions * own
+        assert preemptions * cache.store.layout.size(1) < cache.copied["restored"] < 2 * whole + preemptions * own
     else:
         assert cache.copied["restored"] > preemptions * whole
     assert cache.copied["saved"] < 2 * whole + preemptions * own, "the prompt, and of each its own"
