@@ -184,6 +184,16 @@ def test_an_attention_that_says_something_else_is_not_used(tmp_path: Path, monke
     loaded.close()
 
 
+def test_a_state_in_another_order_is_found_out(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """K and V of the layers are read where the state of a sequence has them; should they ever lie elsewhere …"""
+    monkeypatch.setattr(
+        Layout, "sizes", property(lambda self: [part.per_token for part in self._parts[::-1]][1:] + [7])
+    )
+    loaded = load(tinymodels.write(tmp_path / "m.gguf", **SHAPES["32x6/2"]))
+    assert loaded.context.attention is None
+    loaded.close()
+
+
 @pytest.mark.parametrize("options", [{"exact": True}, {"flash_attention": "on"}, {"flash_attention": "off"}])
 def test_who_asks_for_another_gets_it(tmp_path: Path, options: dict[str, Any]) -> None:
     loaded = load(tinymodels.write(tmp_path / "m.gguf", **SHAPES["32x6/2"]), **options)

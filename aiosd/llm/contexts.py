@@ -38,6 +38,9 @@ DEARER = 4096.0
 #: So much of a budget is freed at once, so that making room costs little per piece.
 SLACK = 1 / 16
 
+#: So many contexts that go on from one place are as good as all of them.
+MANY = 64
+
 #: So many dead are remembered before what they used is looked for.
 GONE = 1024
 
@@ -152,11 +155,12 @@ class Store:
         return pieces, min(length, sum(piece.length for piece in pieces))
 
     def branches(self, scope: str, tokens: Tokens, most: int) -> list[int]:
-        """How far each of the kept contexts that part from `tokens[:most]` goes along with it, the longer ones."""
-        path, _ = self._tree.walk(scope, tokens, most)
-        return [
-            node.stop for node in path for _ in range(len(node.children) + len(node.privates) - 1) if node.stop <= most
-        ]
+        """How far kept contexts that part from `tokens[:most]` go along with it, of each place at most MANY."""
+        found: list[int] = []
+        for node in self._tree.walk(scope, tokens, most)[0]:
+            if node.stop <= most:
+                found += [node.stop] * min(len(node.children) + len(node.privates) - 1, MANY)
+        return found
 
     def ending(self, scope: str, tokens: Tokens, stop: int) -> Node[Payload] | None:
         """The node that ends after `tokens[:stop]`, cut there if need be. None: not all of it is in memory."""

@@ -23,6 +23,7 @@ import numpy as np
 from aiosd.errors import UsageError, WorldError
 from aiosd.llm import llama, modelfile
 from aiosd.llm.attention import Attention
+from aiosd.llm.blob import Layout
 from aiosd.llm.spec import DEFAULT_CTX, MAX_SLOTS, ModelSpec
 
 logger = logging.getLogger("llm")
@@ -290,27 +291,40 @@ def _may_be_own(spec: ModelSpec, model: llama.Model) -> bool:
 
 
 def agrees(context: llama.Context) -> bool:
-    """Does this context compute the same with our attention as with llama.cpp's, but for rounding? Leaves it empty."""
+    """Does this context compute the same with our attention as with llama.cpp's, but for rounding, also where the
+    beginning of a sequence lies outside of its slot? Leaves it empty."""
     own = context.attention
     assert own is not None
-    found = []
-    for enabled in (False, True):
-        own.enabled = enabled
-        found.append(_sample_logits(context))
-        context.clear()
-    theirs, ours = found
+    own.enabled = False
+    theirs = _sample_logits(context, 0)
+    own.enabled = True
+    ours = _sample_logits(context, 0)
+    layout = Layout.of(context.read(0)) if ours.size else None
+    if layout is not None and layout.by_rows and len(layout.sizes) == 2 * context.n_layer:
+        length = context.last_position(0) + 1
+        piece = layout.cut(context.read(0), 0, length, 0, SAMPLE)
+        own.set_layout(layout.sizes)
+        own.set_runs([(piece.data.ctypes.data, piece.length)])
+        own.base_length[0] = SAMPLE
+        ours = np.concatenate([ours[:1], _sample_logits(context, SAMPLE)])
+        own.base_length[0] = 0
+    context.clear()
     spread = float(np.abs(theirs).max()) if theirs.size else 0.0
     return own.used and theirs.shape == ours.shape and bool(np.allclose(ours, theirs, rtol=0, atol=SAME * spread))
 
 
-def _sample_logits(context: llama.Context) -> llama.Floats:
-    """A prompt in two parts, then a token more; empty if llama.cpp cannot."""
+def _sample_logits(context: llama.Context, start: int) -> llama.Floats:
+    """What comes after a prompt in two parts and a token more, from `start` on, in an empty context; empty if llama.cpp
+    cannot."""
+    context.clear()
     batch = llama.Batch(SAMPLE)
     found = []
-    for start, size in ((0, SAMPLE), (SAMPLE, 2), (SAMPLE + 2, 1)):
+    for at, size in ((0, SAMPLE), (SAMPLE, 2), (SAMPLE + 2, 1)):
+        if at < start:
+            continue
         batch.size = size
-        batch.tokens[:size] = (np.arange(start, start + size) * 37 + 11) % context.n_vocab
-        batch.positions[:size] = np.arange(start, start + size)
+        batch.tokens[:size] = (np.arange(at, at + size) * 37 + 11) % context.n_vocab
+        batch.positions[:size] = np.arange(at, at + size)
         batch.wanted[:size] = 0
         batch.wanted[size - 1] = 1
         if context.decode(batch) != llama.OK:
