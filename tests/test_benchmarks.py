@@ -7,7 +7,7 @@ import sys
 
 import pytest
 
-from benchmarks import crowd, exactness, fairness, floor, harness, scale, switch
+from benchmarks import attention, crowd, exactness, fairness, floor, harness, scale, switch
 from tests.tinymodels import write
 
 ONE = ["--threads", "1"]
@@ -77,7 +77,7 @@ def test_tokens_in_common_end_at_the_first_difference():
 # ── options, tables, plots ────────────────────────────────────────────────────────────────────────────────
 
 
-@pytest.mark.parametrize("script", [crowd, exactness, fairness, floor, scale, switch])
+@pytest.mark.parametrize("script", [attention, crowd, exactness, fairness, floor, scale, switch])
 def test_options(script):
     assert script.parse([]).threads == 2
     assert script.parse(["--threads", "1", "--model", "tiny"]).threads == 1
