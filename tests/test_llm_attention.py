@@ -301,6 +301,21 @@ def test_what_is_pinned_is_what_is_read_and_is_counted_once() -> None:
     assert bases.used == 4 * 34
 
 
+def test_a_base_that_many_stand_on_is_popular() -> None:
+    store = new_store()
+    bases = Bases(Attention.load(8), store, 8, budget=100_000)
+    tokens = np.arange(200, dtype=np.int32)
+    keep(store, tokens, 200)
+    bases.take(0, "", tokens, 50)
+    assert bases.popular("", tokens[:150]) == 0, "one in eight are not many"
+    bases.take(1, "", tokens, 50)
+    assert bases.popular("", tokens[:150]) == 50
+    assert bases.popular("", tokens) == 0, "so many more may be worth another"
+    assert bases.popular("", tokens[:49]) == 0
+    assert bases.popular("another", tokens[:150]) == 0
+    assert bases.popular("", tokens[:150] + 1) == 0
+
+
 def test_many_tiny_pieces_are_no_base() -> None:
     store = new_store()
     bases = Bases(Attention.load(1), store, 1, budget=1000)

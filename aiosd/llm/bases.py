@@ -21,6 +21,9 @@ from aiosd.llm.prefix import Node, Tokens, path_to
 #: So many tokens at least are worth a base, and so many on average each of its pieces: tiny ones cost more than a copy.
 LEAST, LEAST_PIECE = 32, 16
 
+#: Many slots: one in so many. A good part: one in so many.
+MANY, GOOD_PART = 4, 3
+
 
 @dataclass(slots=True, eq=False)
 class Base:
@@ -56,6 +59,18 @@ class Bases:
     def length(self, slot: int) -> int:
         """How many tokens of what a slot holds lie in its base."""
         return self._length[slot]
+
+    def popular(self, scope: str, tokens: Tokens) -> int:
+        """The length of the longest base that many slots stand on and these tokens begin with, if that is a good part of
+        them; 0: there is none."""
+        crowds = [base for base in self._bases.values() if len(base.slots) * MANY >= len(self._under)]
+        fitting = [
+            base.length
+            for base in crowds
+            if len(tokens) >= base.length >= len(tokens) // GOOD_PART
+            and base.key == (scope, tokens[: base.length].tobytes())
+        ]
+        return max(fitting, default=0)
 
     def take(self, slot: int, scope: str, tokens: Tokens, length: int) -> int:
         """Put an empty slot on a base of `tokens[:length]`. How long it is: 0 if that cannot be, as something is not in

@@ -214,9 +214,12 @@ class Cache:
 
     def _in_common(self, sequence: Sequence, tokens: Tokens) -> int:
         """How many of the tokens to read where they are kept: as many as save most, by what lies in the other slots and
-        waits in the store."""
+        waits in the store. (What many stand on already is found at once.)"""
         assert self.store is not None
         scope, slots = sequence.scope, self.slots
+        popular = self.bases.popular(scope, tokens)
+        if popular:
+            return popular
         owners = [owner.prompt for owner in slots.owners() if owner.scope == scope and owner is not sequence]
         held = [held.tokens for held in slots.free_slots() if held.scope == scope]
         kept = self.store.branches(scope, tokens, len(tokens))
