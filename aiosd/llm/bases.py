@@ -61,8 +61,8 @@ class Bases:
         return self._length[slot]
 
     def popular(self, scope: str, tokens: Tokens) -> int:
-        """The length of the longest base that many slots stand on and these tokens begin with, where that is a good part
-        of them; 0: there is none."""
+        """The length of the longest base that many slots stand on and these tokens begin with, where that is a good
+        part of them; 0: there is none."""
         crowds = [base for base in self._bases.values() if len(base.slots) * MANY >= len(self._under)]
         fitting = [
             base.length
