@@ -38,6 +38,9 @@ DEARER = 4096.0
 #: So much of a budget is freed at once, so that making room costs little per piece.
 SLACK = 1 / 16
 
+#: Of the pieces in memory one in so many is moved down before they are put in order again.
+ORDERED = 4
+
 #: So many contexts that go on from one place are as good as all of them.
 MANY = 64
 
@@ -138,6 +141,9 @@ class Store:
         self.evictions = {"disk": 0, "dropped": 0}
         self.divided = 0  # so many pieces have become two others
         self.relieve: Callable[[], bool] = lambda: False  # gives up a pin that is not needed; False: there is none
+        self._order: list[Node[Payload]] = []  # those in memory, the cheapest to lose last, as they were then …
+        self._ordered_at = 0.0
+        self._next = 0  # … and how many of them go before they are put in order again
         self._gone: set[int] = set()  # dead, and what they used is not yet written off
         self._clock = clock
         self._tree: Tree[Payload] = Tree(self._split)
@@ -305,27 +311,39 @@ class Store:
             return True
         target = self.ram_budget - need - int(self.ram_budget * SLACK)
         while self.ram > max(target, 0):
-            candidates = self._candidates()
-            if not candidates and (self.ram + need <= self.ram_budget or not self.relieve()):
-                break
-            for node in candidates:
+            node = self._cheapest()
+            if node is not None:
                 self._move_down(node)
-                if self.ram <= target:
-                    break
+            elif self.ram + need <= self.ram_budget or not self.relieve():
+                break
         return self.ram + need <= self.ram_budget
 
-    def _candidates(self) -> list[Node[Payload]]:
-        """Nodes in memory with nothing in memory below them, the cheapest to lose first."""
+    def _cheapest(self) -> Node[Payload] | None:
+        """The node in memory that is cheapest to lose. They are put in order for the next few at once: what has been
+        used since then is passed over."""
+        for anew in (False, True):
+            if anew:
+                self._put_in_order()
+            while self._next:
+                self._next -= 1
+                node = self._order.pop()
+                if self._may_go(node) and node.uses[0] <= self._ordered_at:
+                    return node
+        return None
+
+    def _put_in_order(self) -> None:
         self._write_off()
-        now = self._clock()
-        found = [
-            node
-            for node in self._tree.nodes()
-            if isinstance(node.payload, Piece)
-            and not node.pins
-            and (node.leaf or not any(isinstance(below.payload, Piece) for below in node.below()))
-        ]
-        return sorted(found, key=lambda node: (node.private, self._worth(node, now)))
+        self._ordered_at = now = self._clock()
+        found = [node for node in self._tree.nodes() if self._may_go(node)]
+        self._order = sorted(found, key=lambda node: (node.private, self._worth(node, now)), reverse=True)
+        self._next = -(-len(found) // ORDERED)
+
+    @staticmethod
+    def _may_go(node: Node[Payload]) -> bool:
+        """Is it in memory, with nothing in memory below it?"""
+        if not isinstance(node.payload, Piece) or node.pins:
+            return False
+        return node.leaf or not any(isinstance(below.payload, Piece) for below in node.below())
 
     def _worth(self, node: Node[Payload], now: float) -> float:
         """Seconds of computing saved per byte and second, relative: tokens cost more the more are before them."""
