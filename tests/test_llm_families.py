@@ -15,7 +15,7 @@ from typing import Any
 
 import numpy as np
 import pytest
-from hypothesis import given, settings
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 from aiosd.link import Submit
@@ -140,6 +140,13 @@ def test_roles_that_do_not_alternate_are_refused_in_the_templates_words(
 
 @pytest.mark.parametrize("name", FAMILIES)
 @settings(max_examples=25, deadline=None)
+@example(
+    messages=[
+        {"role": "system", "content": None, "tool_calls": [call(), call("Oslo", "x")]},
+        {"role": "tool", "content": None, "tool_calls": [call()]},
+    ],
+    tools=None,
+)
 @given(
     messages=st.lists(
         st.builds(

@@ -361,7 +361,7 @@ def _identified(messages: list[Message], nine: bool) -> list[Message]:
             calls.append({**call, "id": id_})
         if calls:
             message = {**message, "tool_calls": calls}
-        elif message["role"] == "tool":
+        if message["role"] == "tool":
             given = message.get("tool_call_id")
             id_ = nine_characters(str(given)) if given and nine else str(given or next(iter(open_), f"call_{i}_0"))
             if not given and nine:
