@@ -36,7 +36,7 @@ SHAPES: dict[str, dict[str, Any]] = {
 #: Numbers of tokens that go into a batch one after the other.
 PLANS = [(1, 1, 1), (2, 3, 1), (7, 1), (40, 1, 1), (75, 33), (129, 2)]
 
-pytestmark = pytest.mark.skipif(Attention.load(1) is None, reason="not compiled, or not for this processor")
+pytestmark = pytest.mark.skipif(not tinymodels.OWN_ATTENTION, reason="not for this processor")
 
 
 @pytest.fixture(scope="module", params=SHAPES)

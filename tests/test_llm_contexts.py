@@ -274,6 +274,8 @@ KINDS: dict[str, dict[str, Any]] = {
 
 @pytest.fixture(scope="module", params=KINDS)
 def any_loaded(request: pytest.FixtureRequest, model_path: Path) -> Iterator[loading.Loaded]:
+    if request.param == "own" and not tinymodels.OWN_ATTENTION:
+        pytest.skip("not for this processor")
     loaded = load(model_path, **KINDS[request.param])
     assert loaded.flash_attention == (request.param in ("flash", "own"))
     assert (loaded.context.attention is not None) == (request.param == "own")

@@ -32,6 +32,10 @@ CHATML = (
 )
 
 
+#: Does this processor have what our own attention needs? Where it has, a core without it is a fault.
+OWN_ATTENTION = "avx2" in Path("/proc/cpuinfo").read_text().split()
+
+
 def write(path: Path, *, template: str | None = CHATML, **shape: Any) -> Path:
     """A model of some 100,000 parameters (see `benchmarks.models.write_llama` for what `shape` may say)."""
     return write_llama(path, template=template, **shape)

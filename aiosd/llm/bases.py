@@ -30,7 +30,7 @@ class Base:
     key: tuple[str, bytes]  # scope and tokens
     node: Node[Any]  # where it ends; pinned: nothing on the way to it is moved out of memory
     length: int
-    pieces: list[Piece]
+    pieces: list[Piece] = field(default_factory=list)
     slots: set[int] = field(default_factory=set)
     run: int = 0  # the place of its first piece among the runs
 
@@ -91,8 +91,7 @@ class Bases:
         node = self._store.ending(key[0], tokens, length)
         if node is None:
             return None
-        base = Base(key, node, length, [piece for piece in _pieces(node) if piece is not None])
-        self._bases[key] = base
+        base = self._bases[key] = Base(key, node, length)
         self._publish()
         if self.used > self._budget or len(base.pieces) * LEAST_PIECE > length:
             del self._bases[key]

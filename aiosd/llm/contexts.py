@@ -290,7 +290,7 @@ class Store:
             self.drop(node)
 
     def gone(self, peer: int) -> None:
-        """Nobody comes back for what this peer alone used: it goes first."""
+        """Nobody comes back for what this peer alone used: it goes first once pieces are put in order again."""
         self._gone.add(peer)
         if len(self._gone) > GONE:  # a look at every node for each of the dead would be a look too many
             self._write_off()

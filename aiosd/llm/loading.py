@@ -299,15 +299,16 @@ def agrees(context: llama.Context) -> bool:
     theirs = _sample_logits(context, 0)
     own.enabled = True
     ours = _sample_logits(context, 0)
-    layout = Layout.of(context.read(0)) if ours.size else None
+    state = context.read(0)
+    layout = Layout.of(state) if ours.size else None
     if layout is not None and layout.by_rows and len(layout.sizes) == 2 * context.n_layer:
-        length = context.last_position(0) + 1
-        piece = layout.cut(context.read(0), 0, length, 0, SAMPLE)
+        piece = layout.cut(state, 0, context.last_position(0) + 1, 0, SAMPLE)
         own.set_layout(layout.sizes)
         own.set_runs([(piece.data.ctypes.data, piece.length)])
         own.base_length[0] = SAMPLE
         ours = np.concatenate([ours[:1], _sample_logits(context, SAMPLE)])
         own.base_length[0] = 0
+        own.set_runs([])
     context.clear()
     spread = float(np.abs(theirs).max()) if theirs.size else 0.0
     return own.used and theirs.shape == ours.shape and bool(np.allclose(ours, theirs, rtol=0, atol=SAME * spread))

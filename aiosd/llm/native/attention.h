@@ -20,7 +20,7 @@ typedef struct {
 /* Rows that a thread works on together: all of one KV head. */
 typedef struct {
     int head_dim, value_dim;
-    int rows, padded; /* rows: a multiple of the vector's width, those beyond are empty */
+    int rows, padded; /* padded: up to a multiple of the vector's width; rows beyond are empty */
     float *queries;   /* [head_dim][padded], scaled */
     float *keys;      /* [CELLS][head_dim] */
     float *values;    /* [CELLS][value_dim] */
