@@ -14,8 +14,8 @@ from pathlib import Path
 
 import pytest
 
-from aiosd import cli, config
-from aiosd.commands import MODULES
+from aiosd import config
+from aiosd.commands import MODULES, cli
 from aiosd.errors import UsageError
 from aiosd.llm import policy
 from libaios.home import Home

@@ -17,12 +17,9 @@ ROOT = Path(__file__).parent.parent
 # Each name stands for itself and all below it; the longest that fits a module says where it lives. A module may
 # import from its own entry and from lower floors, not from a neighbour on its floor.
 FLOORS: list[list[str]] = [
-    ["aiosd.cli"],
     ["aiosd.commands"],
-    ["aiosd.guardian"],
-    ["aiosd.supervisor"],
-    ["aiosd.spares"],
-    ["aiosd.spawn"],
+    ["aiosd.init"],
+    ["aiosd.birth"],
     ["aiosd.kernel", "aiosd.llm", "aiosd.store", "aiosd.tools"],
     ["aiosd"],  # config, link, errors and the other small things that any part may use
     ["aiosd.llm.spec"],  # the description of a model, which settings hold
@@ -119,7 +116,7 @@ def test_pure_parts_know_no_model(pure: str) -> None:
     assert imported & {"llama_cpp", "ctypes", "gguf"} == set()
 
 
-@pytest.mark.parametrize("module", sorted(set(MODULES.values()) - {"aiosd.cli"}))
+@pytest.mark.parametrize("module", sorted(set(MODULES.values()) - {"aiosd.commands.cli"}))
 def test_a_command_imports_nothing_heavy(module: str) -> None:
     heavy = ["numpy", "llama_cpp", "faiss", "rich", "psutil", "jinja2", "aiosd.kernel", "aiosd.llm"]
     assert loaded_by(module, heavy) == []
@@ -129,7 +126,7 @@ def test_the_sdk_imports_nothing_heavy() -> None:
     assert loaded_by("libaios", ["numpy", "llama_cpp", "faiss", "psutil", "click", "aiosd"]) == []
 
 
-@pytest.mark.parametrize("module", ["aiosd.supervisor", "aiosd.guardian"])
+@pytest.mark.parametrize("module", ["aiosd.init.supervisor", "aiosd.init.guardian"])
 def test_what_forks_maps_no_model(module: str) -> None:
     """Fork only from a process that has loaded neither llama.cpp nor FAISS."""
     assert loaded_by(module, ["numpy", "llama_cpp", "faiss"]) == []

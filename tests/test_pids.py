@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from aiosd.pids import BLOCK, PidCounter
+from aiosd.init.pids import BLOCK, PidCounter
 
 
 def test_starts_after_pid_1_and_counts_up(tmp_path: Path) -> None:

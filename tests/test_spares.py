@@ -10,8 +10,8 @@ from pathlib import Path
 
 import psutil
 
-from aiosd.rehearsal import rehearse
-from aiosd.supervisor import _backoff
+from aiosd.birth.rehearsal import rehearse
+from aiosd.init.supervisor import _backoff
 from tests.conftest import System, descriptors, eventually, segments
 
 PARENT = """

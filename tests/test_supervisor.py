@@ -7,8 +7,8 @@ import select
 import socket
 
 from aiosd import link
-from aiosd.records import Agent
-from aiosd.supervisor import Supervisor
+from aiosd.init.records import Agent
+from aiosd.init.supervisor import Supervisor
 from libaios import wire
 from libaios.stream import FrameSocket
 

@@ -10,19 +10,20 @@ from collections.abc import Callable
 
 import pytest
 
-from aiosd import spawn
+from aiosd.birth.fork import PR_SET_CHILD_SUBREAPER, fork, prctl
+from aiosd.init import sweep
 from tests.conftest import eventually
 
 kill = os.kill
 
 
 class Log(logging.Handler):
-    """The messages of `spawn`."""
+    """The messages of `sweep`."""
 
     def __init__(self) -> None:
         super().__init__()
         self.lines: list[str] = []
-        spawn.logger.addHandler(self)
+        sweep.logger.addHandler(self)
 
     def emit(self, record: logging.LogRecord) -> None:
         self.lines.append(record.getMessage())
@@ -32,11 +33,11 @@ def in_a_subreaper(body: Callable[[], None]) -> None:
     """Run `body`; its failure, or that it does not come back, is the test's."""
 
     def child() -> int:
-        spawn.prctl(spawn.PR_SET_CHILD_SUBREAPER, 1)
+        prctl(PR_SET_CHILD_SUBREAPER, 1)
         body()
         return 0
 
-    ospid = spawn.fork(child)
+    ospid = fork(child)
     status: int | None = None
 
     def ended() -> bool:
@@ -65,7 +66,7 @@ def fork_spinner() -> int:
         while True:
             pass
 
-    ospid = spawn.fork(child)
+    ospid = fork(child)
     os.read(reading, 1)
     return ospid
 
@@ -84,27 +85,27 @@ def without_effect(ospid: int, number: int) -> None:
 
 
 @pytest.mark.parametrize(
-    ("fork", "killing"),
+    ("start", "killing"),
     [
-        (lambda: spawn.fork(sleeper), refused),
+        (lambda: fork(sleeper), refused),
         (fork_spinner, refused),
-        (lambda: spawn.fork(sleeper), without_effect),
+        (lambda: fork(sleeper), without_effect),
     ],
     ids=["another user's", "another user's, busy", "uninterruptible"],
 )
 def test_what_cannot_be_killed_is_given_up_and_named(
-    monkeypatch: pytest.MonkeyPatch, fork: Callable[[], int], killing: Callable[[int, int], None]
+    monkeypatch: pytest.MonkeyPatch, start: Callable[[], int], killing: Callable[[int, int], None]
 ) -> None:
     def body() -> None:
         log = Log()
-        spawn.fork(sleeper)
-        hopeless = fork()
+        fork(sleeper)
+        hopeless = start()
 
         def fake_kill(ospid: int, number: int) -> None:
             (killing if ospid == hopeless else kill)(ospid, number)
 
         monkeypatch.setattr(os, "kill", fake_kill)
-        spawn.sweep(patience_s=0.2)
+        sweep.sweep(patience_s=0.2)
         assert len(log.lines) == 1
         assert f"{hopeless} (" in log.lines[0]
         assert os.waitid(os.P_PID, hopeless, os.WEXITED | os.WNOHANG) is None  # alive
@@ -127,7 +128,7 @@ def test_what_takes_its_time_to_die_is_waited_for(monkeypatch: pytest.MonkeyPatc
                 kill(ospid, number)
 
         monkeypatch.setattr(os, "kill", late_kill)
-        spawn.sweep(patience_s=0.2)
+        sweep.sweep(patience_s=0.2)
         assert log.lines == []
         with pytest.raises(ChildProcessError):
             os.waitpid(-1, os.WNOHANG)
@@ -141,11 +142,11 @@ def test_nothing_is_left_and_the_caller_gets_to_do_its_own_meanwhile(monkeypatch
         reading, writing = os.pipe()
 
         def parent() -> int:
-            spawn.fork(sleeper)
+            fork(sleeper)
             os.write(writing, b"!")
             return sleeper()
 
-        spawn.fork(parent)
+        fork(parent)
         os.read(reading, 1)
 
         reading, writing = os.pipe()
@@ -155,7 +156,7 @@ def test_nothing_is_left_and_the_caller_gets_to_do_its_own_meanwhile(monkeypatch
             os.read(reading, 1)
             return 0
 
-        foreign = spawn.fork(patient)  # ends when our caller lets it
+        foreign = fork(patient)  # ends when our caller lets it
 
         def fake_kill(ospid: int, number: int) -> None:
             (refused if ospid == foreign else kill)(ospid, number)
@@ -167,7 +168,7 @@ def test_nothing_is_left_and_the_caller_gets_to_do_its_own_meanwhile(monkeypatch
 
         closed: list[bool] = []
         monkeypatch.setattr(os, "kill", fake_kill)
-        spawn.sweep(patience_s=60.0, meanwhile=meanwhile)
+        sweep.sweep(patience_s=60.0, meanwhile=meanwhile)
         assert (log.lines, closed) == ([], [True])
         with pytest.raises(ChildProcessError):
             os.waitpid(-1, os.WNOHANG)

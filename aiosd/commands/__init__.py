@@ -19,7 +19,7 @@ import sys
 from typing import NoReturn
 
 MODULES = {
-    "aiosd": "aiosd.cli",
+    "aiosd": "aiosd.commands.cli",
     "aios-run": "aiosd.commands.run",
     "aios-ps": "aiosd.commands.ps",
     "aios-kill": "aiosd.commands.kill",
@@ -36,7 +36,7 @@ def main(program: str) -> NoReturn:
     interrupted = False
     try:
         _open_standard_descriptors()
-        from aiosd.edge import run
+        from aiosd.commands.edge import run
 
         code = run(program, MODULES[program], sys.argv[1:])
     except KeyboardInterrupt:

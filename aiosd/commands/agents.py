@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from aiosd.edge import Failed, completions
+from aiosd.commands.edge import Failed, completions
 from libaios.client import Client, NoKernel
 from libaios.wire import ProcInfo, Ps, Sys
 

@@ -9,8 +9,7 @@ from typing import Any
 
 import click
 
-from aiosd import edge
-from aiosd.commands import agents
+from aiosd.commands import agents, edge
 from libaios.wire import PidArgs, Sys
 
 EXAMPLES = """

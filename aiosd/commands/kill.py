@@ -12,8 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from aiosd import edge
-from aiosd.commands import agents, signals
+from aiosd.commands import agents, edge, signals
 from libaios.agent import Call
 from libaios.client import Client
 from libaios.wire import Kill, Sys

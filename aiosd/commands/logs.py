@@ -19,8 +19,7 @@ from typing import Any, BinaryIO
 
 import click
 
-from aiosd import edge
-from aiosd.commands import agents
+from aiosd.commands import agents, edge
 from aiosd.units import parse_duration
 from libaios.client import Client
 from libaios.wire import PidArgs, Sys

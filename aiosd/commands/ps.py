@@ -16,8 +16,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from aiosd import edge
-from aiosd.commands import agents, table
+from aiosd.commands import agents, edge, table
 from libaios.client import Client
 from libaios.wire import ProcInfo, Ps, Sys
 

@@ -11,8 +11,7 @@ import re
 
 import click
 
-from aiosd import edge
-from aiosd.commands import agents
+from aiosd.commands import agents, edge
 from libaios.client import Client
 from libaios.wire import NiceArgs, Sys
 

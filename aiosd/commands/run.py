@@ -32,7 +32,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from aiosd import edge
+from aiosd.commands import edge
 from aiosd.commands.wait import exit_code
 from aiosd.units import format_size, parse_size
 from libaios import wire

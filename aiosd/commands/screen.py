@@ -17,8 +17,7 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any
 
-from aiosd import edge
-from aiosd.commands import picture, signals, table
+from aiosd.commands import edge, picture, signals, table
 from aiosd.commands.picture import Sample, View
 from libaios.agent import Call
 from libaios.client import Client

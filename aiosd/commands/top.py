@@ -20,8 +20,7 @@ import time
 
 import click
 
-from aiosd import edge
-from aiosd.commands import agents, picture, table
+from aiosd.commands import agents, edge, picture, table
 from aiosd.commands.picture import Sample, View
 from libaios.client import Client
 from libaios.wire import ProcInfo, Ps, Status, Sys

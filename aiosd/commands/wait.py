@@ -10,8 +10,7 @@ from __future__ import annotations
 
 import click
 
-from aiosd import edge
-from aiosd.commands import agents
+from aiosd.commands import agents, edge
 from libaios.wire import Sys, Wait, Waited
 
 EXAMPLES = """

@@ -23,8 +23,8 @@ from libaios.channel import Channel, Side
 from libaios.ring import ProtocolError
 
 if TYPE_CHECKING:
+    from aiosd.init.records import Agent
     from aiosd.kernel.loop import Kernel
-    from aiosd.records import Agent
 
 LOG_INDEX_S = 1.0
 FORKS_BYTES = 16 << 20  # of spawns that the supervisor has not read

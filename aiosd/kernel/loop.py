@@ -65,7 +65,7 @@ from libaios.ring import ProtocolError
 from libaios.stream import FrameSocket
 
 if TYPE_CHECKING:
-    from aiosd.records import Inheritance
+    from aiosd.init.records import Inheritance
 
 logger = logging.getLogger("kernel")
 

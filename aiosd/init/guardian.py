@@ -17,9 +17,11 @@ import signal
 import socket
 from typing import TYPE_CHECKING
 
-from aiosd import log, spawn
+from aiosd import log
+from aiosd.birth import fork
 from aiosd.errors import UsageError, WorldError
 from aiosd.heartbeat import BEAT_S, HANG_S, Heart
+from aiosd.init.sweep import sweep
 
 if TYPE_CHECKING:
     from aiosd.config import Settings
@@ -37,7 +39,7 @@ def main(settings: Settings) -> int:
     lock = take_lock(home)
     listener = bind(home)
     _raise_nofile()
-    spawn.prctl(spawn.PR_SET_CHILD_SUBREAPER, 1)
+    fork.prctl(fork.PR_SET_CHILD_SUBREAPER, 1)
     log.setup("guardian", settings.log_level)
     signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGCHLD, *FORWARDED})
     heart = Heart()
@@ -48,7 +50,7 @@ def main(settings: Settings) -> int:
     try:
         return _watch(supervisor, heart)
     finally:
-        spawn.sweep()
+        sweep()
         for path in {home.socket, home.root / home.socket.name}:
             with contextlib.suppress(OSError):
                 os.unlink(path)
@@ -121,11 +123,11 @@ def _fork_supervisor(settings: Settings, listener: socket.socket, heartbeat: int
     guardian = os.getpid()
 
     def child() -> int:
-        from aiosd.supervisor import main
+        from aiosd.init.supervisor import main
 
         return main(settings, listener, guardian, heartbeat)
 
-    return spawn.fork(child)
+    return fork.fork(child)
 
 
 def _watch(supervisor: int, heart: Heart) -> int:
@@ -154,5 +156,5 @@ def _reap(supervisor: int) -> int | None:
         if ospid == supervisor:
             code = os.waitstatus_to_exitcode(status)
             if code < 0:
-                logger.critical("the supervisor died (%s)", spawn.describe(code))
+                logger.critical("the supervisor died (%s)", fork.describe(code))
             return code if code >= 0 else 1

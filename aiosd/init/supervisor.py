@@ -34,12 +34,15 @@ from typing import TYPE_CHECKING, ClassVar
 
 import msgspec
 
-from aiosd import link, log, notify, procfs, spawn
+from aiosd import link, log, procfs
+from aiosd.birth import fork
+from aiosd.birth.spares import Spares
 from aiosd.errors import Bug
 from aiosd.heartbeat import BEAT_S, HANG_S, Heart, Rounds, beat, beat_in_background
-from aiosd.pids import PidCounter
-from aiosd.records import BACKOFF_S, Agent, Core, Inheritance
-from aiosd.spares import Spares
+from aiosd.init import notify
+from aiosd.init.pids import PidCounter
+from aiosd.init.records import BACKOFF_S, Agent, Core, Inheritance
+from aiosd.init.sweep import sweep
 from aiosd.timers import Timers
 from libaios.channel import make_channel, raise_epoch
 from libaios.stream import FrameSocket
@@ -108,7 +111,7 @@ class Supervisor:
         self._beat()
         while self.exit_code is None:
             self._turn()
-        spawn.sweep(meanwhile=lambda: beat(self.heartbeat))
+        sweep(meanwhile=lambda: beat(self.heartbeat))
         with contextlib.suppress(OSError):  # a full disk: numbers are wasted, none is repeated
             self.pids.release()
         return self.exit_code
@@ -212,13 +215,13 @@ class Supervisor:
 
         def child() -> int:
             os.setsid()
-            spawn.name_process("aios:kernel")
-            spawn.keep_only(keep)
+            fork.name_process("aios:kernel")
+            fork.keep_only(keep)
             from aiosd.kernel.loop import main
 
             return main(inheritance)
 
-        return spawn.fork(child)
+        return fork.fork(child)
 
     def _fork_core(self, core: Core) -> None:
         if self.stopping or core.ospid:
@@ -247,8 +250,8 @@ class Supervisor:
     def _fork_core_with(self, core: Core, heart: Heart) -> int:
         def child() -> int:
             os.setsid()
-            spawn.name_process(f"aios:{_core_name(self.cores, core.model.name)}")
-            spawn.keep_only((core.memfd, core.core_bell, heart.write))
+            fork.name_process(f"aios:{_core_name(self.cores, core.model.name)}")
+            fork.keep_only((core.memfd, core.core_bell, heart.write))
             rounds = Rounds()
             beat_in_background(heart.write, rounds)
             log.setup(_core_name(self.cores, core.model.name), self.settings.log_level)
@@ -257,7 +260,7 @@ class Supervisor:
 
             return main(Channel(core.memfd, core.core_bell, Side.KERNEL), core.model, rounds)
 
-        return spawn.fork(child)
+        return fork.fork(child)
 
     def _kernel_died(self, status: int) -> None:
         self.kernel_ospid = 0
@@ -269,7 +272,7 @@ class Supervisor:
         if self.stopping:
             return
         self.kernel_deaths += 1
-        reason = spawn.describe(status)
+        reason = fork.describe(status)
         if not self.served_once and self.kernel_deaths >= BOOT_TRIES:
             self._on_shutdown(link.Shutdown(error="the kernel does not start; its log above says why"), [])
             return
@@ -310,7 +313,7 @@ class Supervisor:
         if self.stopping:
             return
         core.backoff_s = _backoff(core.backoff_s, time.monotonic() - core.forked_at)
-        reason = spawn.describe(status)
+        reason = fork.describe(status)
         # At boot the kernel says in one line what that means.
         level = logging.ERROR if self.served_once else logging.DEBUG
         logger.log(level, "llm core %s died (%s); forked again in %.1f s", core.model.name, reason, core.backoff_s)
@@ -414,7 +417,7 @@ class Supervisor:
             if parent is not None and parent.status is None and not spec.detached:
                 with contextlib.suppress(OSError):  # it closed its own: like a detached one then
                     for number in range(3):
-                        opened.append(spawn.pidfd_getfd(parent.ospid, number))
+                        opened.append(fork.pidfd_getfd(parent.ospid, number))
                     return (opened[0], opened[1], opened[2]), opened
             opened.append(os.open(os.devnull, os.O_RDWR))
             flags = os.O_WRONLY | os.O_CREAT | os.O_APPEND | os.O_CLOEXEC
@@ -680,7 +683,7 @@ def _preload() -> None:
     import runpy  # noqa: F401
 
     import libaios.aio  # noqa: F401
-    from aiosd.rehearsal import rehearse
+    from aiosd.birth.rehearsal import rehearse
 
     rehearse()
     gc.collect()
@@ -690,9 +693,9 @@ def _preload() -> None:
 def main(settings: Settings, listener: socket.socket, guardian: int, heartbeat: int) -> int:
     """Entry of the supervisor process, forked by the guardian."""
     os.setsid()  # the terminal's signals go to the guardian alone
-    spawn.name_process("aios:supervisor")
-    spawn.prctl(spawn.PR_SET_CHILD_SUBREAPER, 1)
+    fork.name_process("aios:supervisor")
+    fork.prctl(fork.PR_SET_CHILD_SUBREAPER, 1)
     log.setup("supervisor", settings.log_level)
     supervisor = Supervisor(settings, listener, guardian, heartbeat)
-    spawn.die_with_parent(guardian, GUARDIAN_DIED)
+    fork.die_with_parent(guardian, GUARDIAN_DIED)
     return supervisor.run()

@@ -23,7 +23,8 @@ from typing import TYPE_CHECKING, Any, NoReturn
 
 import click
 
-from aiosd import config, edge
+from aiosd import config
+from aiosd.commands import edge
 from aiosd.errors import AiosdError, WorldError
 from aiosd.units import format_duration, format_size
 from libaios.client import Home, NoKernel
@@ -131,7 +132,7 @@ def command(
 
 def _serve(settings: Settings) -> int:
     """Be the guardian, until the system ends."""
-    from aiosd import guardian, notify
+    from aiosd.init import guardian, notify
 
     try:
         return guardian.main(settings)
@@ -142,7 +143,7 @@ def _serve(settings: Settings) -> int:
 
 def _to_background(settings: Settings) -> int:
     """Start a guardian in a session of its own; return when it serves, or has said why it cannot."""
-    from aiosd import guardian
+    from aiosd.init import guardian
 
     guardian.prepare(settings.home)
     log = settings.home.data / "aiosd.log"

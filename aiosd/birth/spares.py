@@ -17,7 +17,9 @@ from collections import deque
 
 from msgspec import msgpack
 
-from aiosd import link, spawn
+from aiosd import link
+from aiosd.birth.agent import become_agent
+from aiosd.birth.fork import fork, keep_only, name_process, tidy_heap
 from aiosd.timers import Timers
 
 BATCH = (4, 64)  # the first one and the largest; each is twice the one before
@@ -56,19 +58,19 @@ class Spares:
                     continue  # it was killed, or there is no descriptor left: what follows finds out which
                 finally:
                     sock.close()
-        return spawn.fork(lambda: spawn.become_agent(spec, pid, home, stdio, memfd, bell))
+        return fork(lambda: become_agent(spec, pid, home, stdio, memfd, bell))
 
     def _fork_batch(self) -> None:
         if self._batch == BATCH[0]:
             self._timers.after(IDLE_S, self._look)
         size, self._batch = self._batch, min(2 * self._batch, BATCH[1])
         pairs = []
-        spawn.tidy_heap()
+        tidy_heap()
         try:
             for _ in range(size):
                 pairs.append(socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET))
             for ours, theirs in pairs:
-                self._waiting.append((spawn.fork(lambda theirs=theirs: _wait(theirs)), ours))  # type: ignore[misc]
+                self._waiting.append((fork(lambda theirs=theirs: _wait(theirs)), ours))  # type: ignore[misc]
         except OSError:  # fewer then, or none: the spawn will say what is missing
             for ours, _ in pairs[len(self._waiting) :]:
                 ours.close()
@@ -92,11 +94,11 @@ class Spares:
 
 def _wait(sock: socket.socket) -> int:
     """In the spare: until it is told what to be."""
-    spawn.keep_only((sock.fileno(),))
-    spawn.name_process("aios:spare")
+    keep_only((sock.fileno(),))
+    name_process("aios:spare")
     payload, ancillary, _, _ = sock.recvmsg(LARGEST, socket.CMSG_SPACE(5 * 4))
     if not payload:
         return 0
     stdin, stdout, stderr, memfd, bell = array.array("i", ancillary[0][2])
     spec, pid, home = _decode(payload)
-    return spawn.become_agent(spec, pid, home, (stdin, stdout, stderr), memfd, bell)
+    return become_agent(spec, pid, home, (stdin, stdout, stderr), memfd, bell)

@@ -1,0 +1,165 @@
+"""Forking, and what happens in a child before its own code runs.
+
+Only the supervisor forks. Every child of it leaves through `fork()` below, whose child branch ends in
+`os._exit`, so that neither the supervisor's `finally` blocks nor its `atexit` handlers ever run in a child.
+A child keeps exactly the descriptors it is told to keep, and starts with default signal handlers and a
+parent-death signal. What makes an agent of such a child is in `agent`.
+"""
+
+from __future__ import annotations
+
+import _signal  # type: ignore[import-not-found] # C, without stubs; see SIGNALS
+import atexit
+import contextlib
+import ctypes
+import gc
+import os
+import signal
+import sys
+import threading
+import traceback
+from collections.abc import Callable, Iterable
+from typing import NoReturn
+
+PR_SET_PDEATHSIG = 1
+PR_SET_CHILD_SUBREAPER = 36
+
+#: All of them, as plain numbers. The functions of `signal` make enum members of every number and handler they see,
+#: which would write to half a megabyte of memory that a new agent shares with the supervisor; `_signal` does not.
+SIGNALS = tuple(map(int, signal.valid_signals()))
+
+LIBC = ctypes.CDLL(None, use_errno=True)
+SYS_PIDFD_GETFD = 438
+
+
+def prctl(option: int, argument: int) -> None:
+    if LIBC.prctl(option, argument, 0, 0, 0) != 0:
+        raise OSError(ctypes.get_errno(), "prctl")
+
+
+def pidfd_getfd(ospid: int, number: int) -> int:
+    """A duplicate of descriptor `number` of another process; OSError where Linux forbids it."""
+    pidfd = os.pidfd_open(ospid)
+    try:
+        copy = LIBC.syscall(SYS_PIDFD_GETFD, pidfd, number, 0)
+        if copy < 0:
+            raise OSError(ctypes.get_errno(), "pidfd_getfd")
+        return int(copy)
+    finally:
+        os.close(pidfd)
+
+
+def fork(child: Callable[[], int]) -> int:
+    """Fork; the child runs `child` and exits with what it returns. Returns the child's pid in the parent."""
+    parent = os.getpid()
+    # Signals that come between the fork and the reset of the handlers must not run the parent's handlers.
+    old = _signal.pthread_sigmask(signal.SIG_BLOCK, SIGNALS)
+    try:
+        ospid = _fork()
+        if ospid == 0:
+            _in_child(child, parent)
+        return ospid
+    finally:
+        _signal.pthread_sigmask(signal.SIG_SETMASK, old)
+
+
+def _fork() -> int:
+    """`os.fork` without what `threading` does in the child after it. That repairs the books and locks of a process
+    whose other threads are gone. Where there was but one thread they are in order, and it would write to memory that
+    all agents share (0.1 to 0.4 MB each). Whoever has threads keeps the repair, and so do the child's own forks."""
+    repair = getattr(threading, "_after_fork", None)
+    if repair is None or len(threading._active) > 1:  # type: ignore[attr-defined]
+        return os.fork()
+    code = repair.__code__
+    repair.__code__ = _nothing.__code__
+    try:
+        return os.fork()
+    finally:
+        repair.__code__ = code
+
+
+def _nothing() -> None:
+    pass
+
+
+def _in_child(child: Callable[[], int], parent: int) -> NoReturn:
+    code = 70  # EX_SOFTWARE: what a child leaves with when even its own error handling fails
+    try:
+        gc.freeze()  # what it has inherited is not this process's to collect
+        atexit._clear()
+        signal.set_wakeup_fd(-1)
+        reset_signals()
+        die_with_parent(parent, signal.SIGKILL)
+        _signal.pthread_sigmask(signal.SIG_SETMASK, ())
+        code = child()
+    except BaseException:
+        traceback.print_exc()
+    finally:
+        with contextlib.suppress(Exception):  # a broken stderr must not keep the child from leaving
+            sys.stdout.flush()
+            sys.stderr.flush()
+        os._exit(code)
+
+
+def name_process(name: str) -> None:
+    """What top and `ps -e` show; 15 bytes at most."""
+    write_proc("/proc/self/comm", name.encode("utf-8", "surrogateescape")[:15])
+
+
+def write_proc(path: str, data: bytes) -> None:
+    """Into a file of /proc, if Linux lets us."""
+    try:
+        fd = os.open(path, os.O_WRONLY | os.O_CLOEXEC)
+    except OSError:
+        return
+    try:
+        os.write(fd, data)
+    except OSError:
+        pass
+    finally:
+        os.close(fd)
+
+
+def die_with_parent(parent: int, number: int) -> None:
+    """Ask for a signal at the parent's death, and notice a parent that is dead already."""
+    prctl(PR_SET_PDEATHSIG, number)
+    if os.getppid() != parent:
+        os.kill(os.getpid(), number)
+
+
+def reset_signals() -> None:
+    for number in SIGNALS:
+        if number not in (signal.SIGKILL, signal.SIGSTOP):
+            _signal.signal(number, _signal.SIG_DFL)
+    _signal.signal(signal.SIGINT, signal.default_int_handler)
+    _signal.signal(signal.SIGPIPE, _signal.SIG_IGN)  # as Python starts: EPIPE becomes an exception
+
+
+def describe(status: int) -> str:
+    """An exit status (as of os.waitstatus_to_exitcode) in words."""
+    if status >= 0:
+        return f"exit code {status}"
+    try:
+        return f"signal {signal.Signals(-status).name}"
+    except ValueError:  # a real-time signal
+        return f"signal {-status}"
+
+
+def tidy_heap() -> None:
+    """Before many forks: have the C library merge and sort its free blocks once here, instead of in every child."""
+    LIBC.malloc_trim(0)
+    LIBC.free(ctypes.c_void_p(malloc(1 << 16)))
+
+
+malloc = LIBC.malloc
+malloc.restype = ctypes.c_void_p
+
+
+def keep_only(keep: Iterable[int]) -> None:
+    """Close every descriptor from 3 up that is not in `keep`."""
+    low = 3
+    for fd in sorted({fd for fd in keep if fd >= 3}):
+        if fd > low:
+            os.closerange(low, fd)
+        low = fd + 1
+    os.closerange(low, 1 << 30)
