@@ -115,10 +115,11 @@ class Call(Struct, eq=False):
             os.close(fd)
 
     def payload(self) -> bytes:
+        """As it is sent to a new kernel."""
         args = self.args
         if self.tokens:
             args = msgspec.structs.replace(args, given=[*args.given, *self.tokens])
-        return _request(self.id, self.sys, args)
+        return wire.encode((self.id, self.sys, args, True))
 
 
 def _request(number: int, sys: int, args: Any) -> bytes:

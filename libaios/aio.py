@@ -128,7 +128,7 @@ class Generation(Coroutine[Any, Any, Any]):
     async def _result(self) -> _llm.Result | AsyncIterator[_llm.Piece]:
         if self._args.stream:
             return self.__aiter__()
-        return await _run(Plan(Sys.GENERATE, self._args, wire.Generated, _llm.Result, self._args.timeout_s))
+        return await _run(Plan(Sys.GENERATE, self._args, _llm.Result, self._args.timeout_s))
 
     async def __aiter__(self) -> AsyncGenerator[_llm.Piece, None]:
         conn = connection()
@@ -161,7 +161,7 @@ class Context(_context.Conversation):
             )
         messages = self._with(more)
         args = _llm.generate_args(messages, None, **self._options(options))
-        result = await _run(Plan(Sys.GENERATE, args, wire.Generated, _llm.Result, args.timeout_s))
+        result = await _run(Plan(Sys.GENERATE, args, _llm.Result, args.timeout_s))
         self._keep(messages, result.text, result.tool_calls)
         return result
 

@@ -60,10 +60,10 @@ class Conversation:
         self.messages = [*messages, answer]
 
     def _save(self, name: str) -> Plan[SavedContext]:
-        return Plan(Sys.CTX_SAVE, wire.SaveContext(name, self.messages, self.tools, self.model), SavedContext)
+        return Plan(Sys.CTX_SAVE, wire.SaveContext(name, self.messages, self.tools, self.model))
 
     def _close(self) -> Plan[None]:
-        return Plan(Sys.CTX_CLOSE, wire.CloseContext(self.messages, self.tools, self.model), None)
+        return Plan(Sys.CTX_CLOSE, wire.CloseContext(self.messages, self.tools, self.model))
 
 
 class Context(Conversation):
@@ -119,16 +119,16 @@ def _keeping(stream: llm.Stream, keep: Any) -> Iterator[llm.Piece]:
 
 
 def restored(name: str, model: str | None = None) -> Plan[wire.RestoredContext]:
-    return Plan(Sys.CTX_RESTORE, wire.NamedContext(name, model), wire.RestoredContext)
+    return Plan(Sys.CTX_RESTORE, wire.NamedContext(name, model))
 
 
 @syscall
 def saved(model: str | None = None) -> Plan[list[SavedContext]]:
     """The saved contexts of the caller's group: name, tokens, bytes, created (Unix time)."""
-    return Plan(Sys.CTX_LIST, wire.ListContexts(model), list[SavedContext])
+    return Plan(Sys.CTX_LIST, wire.ListContexts(model))
 
 
 @syscall
 def forget(name: str, model: str | None = None) -> Plan[bool]:
     """Remove a saved context. Was there one?"""
-    return Plan(Sys.CTX_REMOVE, wire.NamedContext(name, model), bool)
+    return Plan(Sys.CTX_REMOVE, wire.NamedContext(name, model))

@@ -193,7 +193,7 @@ def _list(value: Any, what: str, of: str) -> list[Any]:
 def _generate(args: wire.Generate) -> Result | Stream:
     if args.stream:
         return Stream(connection(), args)
-    return run(Plan(Sys.GENERATE, args, wire.Generated, Result, args.timeout_s))
+    return run(Plan(Sys.GENERATE, args, Result, args.timeout_s))
 
 
 @overload
@@ -225,7 +225,7 @@ def embed(
 ) -> Plan[npt.NDArray[np.float32]]:
     """One vector per text: float32 of shape (n, d), each of unit length. Needs numpy."""
     args = wire.Embed([texts] if isinstance(texts, str) else list(texts), model, timeout)
-    return Plan(Sys.EMBED, args, wire.Embedded, _vectors, timeout)
+    return Plan(Sys.EMBED, args, _vectors, timeout)
 
 
 def _vectors(body: wire.Embedded) -> npt.NDArray[np.float32]:
@@ -237,19 +237,19 @@ def _vectors(body: wire.Embedded) -> npt.NDArray[np.float32]:
 @syscall
 def tokenize(text: str, model: str | None = None, special: bool = False) -> Plan[list[int]]:
     """Token ids of a text, without BOS; `special`: read special tokens such as <|im_end|> as what they are."""
-    return Plan(Sys.TOKENIZE, wire.Tokenize(text, model, special), list[int])
+    return Plan(Sys.TOKENIZE, wire.Tokenize(text, model, special))
 
 
 @syscall
 def detokenize(tokens: Sequence[int], model: str | None = None) -> Plan[str]:
     """The text of token ids."""
-    return Plan(Sys.DETOKENIZE, wire.Detokenize([int(token) for token in tokens], model), str)
+    return Plan(Sys.DETOKENIZE, wire.Detokenize([int(token) for token in tokens], model))
 
 
 @syscall
 def models() -> Plan[list[ModelInfo]]:
     """The models that are served, the default one first."""
-    return Plan(Sys.MODELS, wire.NoArgs(), list[ModelInfo])
+    return Plan(Sys.MODELS, wire.NoArgs())
 
 
 def context(

@@ -12,7 +12,7 @@ __all__ = ["add", "get", "remove", "search", "stats", "update"]
 
 @syscall
 def _call(*args: Any, **kwargs: Any) -> Plan[Any]:
-    return Plan(Sys.MEM, NoArgs(), None)
+    return Plan(Sys.MEM, NoArgs())
 
 
 add = get = update = remove = search = stats = _call

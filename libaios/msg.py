@@ -29,7 +29,7 @@ def send(pid: int, obj: Any) -> Plan[None]:
         body = wire.raw(obj)
     except (TypeError, OverflowError) as err:
         raise TypeError(f"obj: a message cannot hold this: {err}") from None
-    return Plan(Sys.SEND, wire.Send(pid, body), None)
+    return Plan(Sys.SEND, wire.Send(pid, body))
 
 
 @syscall
@@ -39,7 +39,7 @@ def recv(timeout: float | None = None) -> Plan[tuple[int, Any]]:
     A sender outside any agent has pid 0. Raises TimeoutError after `timeout` seconds, OSError (EBADMSG) for bytes that
     are no message: another SDK, or none, has sent them.
     """
-    return Plan(Sys.RECV, wire.Recv(timeout), wire.Received, _open, timeout)
+    return Plan(Sys.RECV, wire.Recv(timeout), _open, timeout)
 
 
 def _open(received: wire.Received) -> tuple[int, Any]:

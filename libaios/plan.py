@@ -13,20 +13,25 @@ from typing import Any, Generic, ParamSpec, TypeVar
 from msgspec import Struct
 
 from libaios.agent import connection
+from libaios.wire import TABLE
 
 P = ParamSpec("P")
 T = TypeVar("T")
 
 
 class Plan(Struct, Generic[T]):
-    """A system call that has not been made: number, arguments, type of the body, and what makes of the body what the
+    """A system call that has not been made: number, arguments, and what turns the body of the reply into what the
     caller gets. `timeout` in seconds guards the wait for the answer; the kernel's own comes first."""
 
     sys: int
     args: Any
-    body: Any
     convert: Callable[[Any], T] | None = None
     timeout: float | None = None
+
+    @property
+    def body(self) -> Any:
+        """The type of the reply's body."""
+        return TABLE[self.sys].reply
 
     def finish(self, body: Any) -> T:
         return self.convert(body) if self.convert is not None else body

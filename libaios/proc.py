@@ -23,13 +23,13 @@ __all__ = ["Limits", "ProcInfo", "getpid", "getppid", "kill", "nice", "ps", "spa
 @syscall
 def getpid() -> Plan[int]:
     """The caller's pid; 0 outside an agent."""
-    return Plan(Sys.GETPID, wire.NoArgs(), int)
+    return Plan(Sys.GETPID, wire.NoArgs())
 
 
 @syscall
 def getppid() -> Plan[int]:
     """The pid of the agent that started the caller; 1 for one started from outside, or whose parent is dead."""
-    return Plan(Sys.GETPPID, wire.NoArgs(), int)
+    return Plan(Sys.GETPPID, wire.NoArgs())
 
 
 @syscall
@@ -74,7 +74,7 @@ def spawn(
     )
     with contextlib.suppress(AttributeError, ValueError, OSError):  # there is none, it is closed, nobody reads it
         _sys.stdout.flush()  # what we have printed comes before what the child prints
-    return Plan(Sys.SPAWN, spec, wire.Spawned, lambda spawned: int(spawned.pid))
+    return Plan(Sys.SPAWN, spec, lambda spawned: int(spawned.pid))
 
 
 def _umask() -> int:
@@ -94,7 +94,7 @@ def wait(pid: int = 0, block: bool = True, timeout: float | None = None) -> Plan
     any agent's, and nothing is collected.
     """
     args = wire.Wait(pid, block, timeout)
-    return Plan(Sys.WAIT, args, wire.Waited, lambda waited: (waited.pid, waited.status), timeout)
+    return Plan(Sys.WAIT, args, lambda waited: (waited.pid, waited.status), timeout)
 
 
 @syscall
@@ -105,14 +105,14 @@ def kill(pid: int, sig: int = _signal.SIGTERM, timeout: float | None = None) -> 
     SIGCONT lets them go on. With `timeout` the call returns when the agent has ended, by SIGKILL after so many seconds.
     Raises ProcessLookupError, PermissionError.
     """
-    return Plan(Sys.KILL, wire.Kill(pid, int(sig), timeout), None)
+    return Plan(Sys.KILL, wire.Kill(pid, int(sig), timeout))
 
 
 @syscall
 def ps(all: bool = False) -> Plan[list[ProcInfo]]:
     """The live agents that are the caller's (an agent's: itself and its descendants), or `all` processes of the
     system, zombies and aiosd's own included."""
-    return Plan(Sys.PS, wire.Ps(all=all), list[ProcInfo])
+    return Plan(Sys.PS, wire.Ps(all=all))
 
 
 @syscall
@@ -121,4 +121,4 @@ def nice(increment: int = 0, pid: int = 0) -> Plan[int]:
 
     Raises PermissionError when an agent tries to lower one.
     """
-    return Plan(Sys.NICE, wire.NiceArgs(pid, increment, relative=True), int)
+    return Plan(Sys.NICE, wire.NiceArgs(pid, increment, relative=True))

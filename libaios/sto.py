@@ -12,7 +12,7 @@ __all__ = ["history", "list", "mount", "read", "remove", "rollback", "search", "
 
 @syscall
 def _call(*args: Any, **kwargs: Any) -> Plan[Any]:
-    return Plan(Sys.STO, NoArgs(), None)
+    return Plan(Sys.STO, NoArgs())
 
 
 write = read = list = history = rollback = share = remove = search = mount = _call

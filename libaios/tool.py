@@ -12,7 +12,7 @@ __all__ = ["call", "list"]
 
 @syscall
 def _call(*args: Any, **kwargs: Any) -> Plan[Any]:
-    return Plan(Sys.TOOL, NoArgs(), None)
+    return Plan(Sys.TOOL, NoArgs())
 
 
 list = call = _call

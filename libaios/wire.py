@@ -8,14 +8,17 @@ id, unique within its process for as long as the system runs, and gets exactly o
 any number of partial replies before it. Replies come in any order.
 
 The arguments and the body stay undecoded (`msgspec.Raw`) until the number of the system call says what they
-are; the kernel decodes them against the struct named in `ARGS`, which is the one place where types and ranges
-of what an agent sent are checked.
+are. `TABLE` has one row for each call: its number, the struct of its arguments, the type of its reply, which
+process answers it, and what happens when it is submitted again after a death. All else follows from that row. The
+kernel decodes arguments against the struct named there, and this is the one place where types and ranges of what an
+agent sent are checked.
 """
 
 from __future__ import annotations
 
 import enum
 import errno
+from collections.abc import Callable
 from typing import Annotated, Any
 
 from msgspec import Meta, Raw, Struct, msgpack
@@ -37,7 +40,8 @@ Pid = Annotated[int, Meta(ge=1, lt=1 << 53)]
 Seconds = Annotated[float, Meta(ge=0, le=1e9)]
 Nice = Annotated[int, Meta(ge=-20, le=19)]
 Signal = Annotated[int, Meta(ge=0, le=64)]
-NAME_PATTERN = r"^[^\x00-\x20\x7f/]+$"
+#: No blank, no control character, no slash, and neither "." nor "..": a name or group may become a file's name.
+NAME_PATTERN = r"\A(?!\.{1,2}\Z)[^\x00-\x20\x7f/]+\Z"
 Name = Annotated[str, Meta(min_length=1, max_length=64, pattern=NAME_PATTERN)]
 TokenIds = Annotated[list[Annotated[int, Meta(ge=0, lt=1 << 31)]], Meta(max_length=1 << 20)]
 
@@ -85,6 +89,7 @@ class Request(Struct, array_like=True, frozen=True):
     id: Uint
     sys: Uint
     args: Raw = Raw(b"\x90")  # an empty array: every argument at its default
+    again: bool = False  # it was sent before, to a kernel that has died since
 
 
 class Reply(Struct, array_like=True, frozen=True):
@@ -146,7 +151,7 @@ class Spawn(Struct, array_like=True, frozen=True):
     gets the agent's own. `attached` ties the agent to the caller's connection: it gets HUP when that ends.
     """
 
-    kind: Annotated[str, Meta(pattern="^(file|module|exec)$")]
+    kind: Annotated[str, Meta(pattern=r"\A(file|module|exec)\Z")]
     target: Annotated[str, Meta(min_length=1, max_length=4096)]
     args: Annotated[list[str], Meta(max_length=4096)] = []
     env: dict[str, str] = {}
@@ -295,34 +300,6 @@ class Set(Struct, array_like=True, frozen=True):
     value: str
 
 
-ARGS: dict[int, type[Struct]] = {
-    Sys.GETPID: NoArgs,
-    Sys.GETPPID: NoArgs,
-    Sys.SPAWN: Spawn,
-    Sys.WAIT: Wait,
-    Sys.KILL: Kill,
-    Sys.PS: Ps,
-    Sys.NICE: NiceArgs,
-    Sys.INSPECT: PidArgs,
-    Sys.SEND: Send,
-    Sys.RECV: Recv,
-    Sys.GENERATE: Generate,
-    Sys.EMBED: Embed,
-    Sys.TOKENIZE: Tokenize,
-    Sys.DETOKENIZE: Detokenize,
-    Sys.MODELS: NoArgs,
-    Sys.CTX_SAVE: SaveContext,
-    Sys.CTX_RESTORE: NamedContext,
-    Sys.CTX_CLOSE: CloseContext,
-    Sys.CTX_LIST: ListContexts,
-    Sys.CTX_REMOVE: NamedContext,
-    Sys.CANCEL: Cancel,
-    Sys.STATUS: Status,
-    Sys.SHUTDOWN: NoArgs,
-    Sys.SET: Set,
-}
-
-
 # ── bodies of replies ─────────────────────────────────────────────────────────────────────────────────────
 
 
@@ -451,13 +428,90 @@ class Received(Struct, array_like=True, frozen=True):
     obj: Raw
 
 
+# ── the table ─────────────────────────────────────────────────────────────────────────────────────────────
+
+
+class Again(enum.Enum):
+    """What becomes of a call that is submitted again because the process that had it died."""
+
+    REPEAT = "repeat"  # it is done again: it only reads, or doing it twice is the same as doing it once
+    ONCE = "once"  # it takes effect once: the process that answers it remembers its key
+    NEVER = "never"  # once begun it is not done again: its caller gets EIO
+
+
+class Row(Struct, frozen=True):
+    """One system call. `by`: "kernel", or the kind of the service that answers it. `piece`: the type of the body of
+    partial replies, for calls that stream."""
+
+    sys: int
+    args: type[Struct]
+    reply: Any = None  # the type of the body of the final reply; None: there is none
+    by: str = "kernel"
+    again: Again = Again.REPEAT
+    piece: Any = None
+
+    @property
+    def name(self) -> str:
+        """As in aios-inspect and in the log."""
+        return call_name(self.sys)
+
+
+TABLE: dict[int, Row] = {}
+
+
+def add(*rows: Row) -> None:
+    """Add calls to the table. Raises ValueError for a number that is taken."""
+    for row in rows:
+        if row.sys in TABLE:
+            raise ValueError(f"system call {row.sys} is in the table already")
+        TABLE[row.sys] = row
+        decode_args[row.sys] = msgpack.Decoder(row.args).decode
+
+
+def call_name(number: int) -> str:
+    return Sys(number).name.lower() if number in Sys._value2member_map_ else str(number)
+
+
 # ── codec ─────────────────────────────────────────────────────────────────────────────────────────────────
 
 _encoder = msgpack.Encoder()
 encode = _encoder.encode
 decode_request = msgpack.Decoder(Request).decode
 decode_reply = msgpack.Decoder(Reply).decode
-decode_args = {number: msgpack.Decoder(struct).decode for number, struct in ARGS.items()}
+decode_args: dict[int, Callable[[Any], Any]] = {}  # by number: what decodes the arguments of that call
+
+_ONCE, _NEVER = Again.ONCE, Again.NEVER
+add(
+    Row(Sys.GETPID, NoArgs, int),
+    Row(Sys.GETPPID, NoArgs, int),
+    Row(Sys.SPAWN, Spawn, Spawned, again=_ONCE),
+    Row(Sys.WAIT, Wait, Waited, again=_ONCE),
+    Row(Sys.KILL, Kill, again=_ONCE),
+    Row(Sys.PS, Ps, list[ProcInfo]),
+    Row(Sys.NICE, NiceArgs, int, again=_ONCE),
+    Row(Sys.INSPECT, PidArgs, dict[str, Any]),
+    Row(Sys.SEND, Send, again=_ONCE),
+    Row(Sys.RECV, Recv, Received, again=_ONCE),
+    # A generation goes on from the tokens that its caller has.
+    Row(Sys.GENERATE, Generate, Generated, by="llm", piece=Piece),
+    Row(Sys.EMBED, Embed, Embedded, by="llm"),
+    Row(Sys.TOKENIZE, Tokenize, list[int], by="llm"),
+    Row(Sys.DETOKENIZE, Detokenize, str, by="llm"),
+    Row(Sys.MODELS, NoArgs, list[ModelInfo]),
+    Row(Sys.CTX_SAVE, SaveContext, SavedContext, by="llm"),
+    Row(Sys.CTX_RESTORE, NamedContext, RestoredContext, by="llm"),
+    Row(Sys.CTX_CLOSE, CloseContext, by="llm"),
+    Row(Sys.CTX_LIST, ListContexts, list[SavedContext], by="llm"),
+    Row(Sys.CTX_REMOVE, NamedContext, bool, by="llm"),
+    Row(Sys.CANCEL, Cancel, bool),
+    Row(Sys.STATUS, Status, dict[str, Any]),
+    Row(Sys.SHUTDOWN, NoArgs),
+    Row(Sys.SET, Set, tuple[str, str]),
+    # No service of this release answers these.
+    Row(Sys.MEM, NoArgs, by="store", again=_ONCE),
+    Row(Sys.STO, NoArgs, by="store", again=_ONCE),
+    Row(Sys.TOOL, NoArgs, by="toolbox", again=_NEVER),
+)
 
 
 def raw(obj: Any) -> Raw:

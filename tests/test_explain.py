@@ -30,4 +30,4 @@ from libaios import wire
 def test_names_the_argument(sys: wire.Sys, args: Any, said: str) -> None:
     with pytest.raises(msgspec.ValidationError) as caught:
         wire.decode_args[sys](msgspec.msgpack.encode(args))
-    assert said.lower() in explain(caught.value, wire.ARGS[sys]).lower()
+    assert said.lower() in explain(caught.value, wire.TABLE[sys].args).lower()

@@ -211,7 +211,7 @@ def read_args(request: wire.Request) -> Any:
             _skip(b"\x91" * DEEP + bytes(args))
         return decode(args)
     except msgspec.MsgspecError as err:
-        raise wire.error(errno.EINVAL, explain(err, wire.ARGS[request.sys])) from None
+        raise wire.error(errno.EINVAL, explain(err, wire.TABLE[request.sys].args)) from None
     except UnicodeDecodeError as err:
         raise wire.error(errno.EINVAL, f"a string that is not UTF-8: {err.reason}") from None
     except RecursionError:
