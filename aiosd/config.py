@@ -25,7 +25,7 @@ import re
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from aiosd.errors import UsageError, WorldError
 from aiosd.link import Schedule
@@ -34,8 +34,12 @@ from aiosd.nano import model_path
 from aiosd.units import parse_size
 from libaios.home import Home
 
+if TYPE_CHECKING:
+    from aiosd.service import Service
+
 NANO = "nano"
 POLICIES = ("fifo", "rr", "priority", "mlfq", "fair")
+ORPHANS = ("kill", "term")
 LOG_LEVELS = ("debug", "info", "warning", "error", "critical")
 ENV_PREFIX = "AIOSD_"
 
@@ -172,6 +176,7 @@ KEYS = (
     Key("verbose", _switch, "", "Show what llama.cpp says.", False, per_model=True),
     Key("log_level", _one_of(LOG_LEVELS), "|".join(LOG_LEVELS), "How much is logged (info).", "info"),
     Key("keep_dead", _whole(0, 1_000_000), "N", "How many dead agents are remembered, with their logs (1000).", 1000),
+    Key("orphans", _one_of(ORPHANS), "|".join(ORPHANS), "What processes get that outlive their agent (kill).", "kill"),
     Key("stop_timeout", _seconds, "S", "At the end agents get TERM, and KILL after S seconds (5).", 5.0),
 )
 BY_NAME = {key.name: key for key in KEYS}
@@ -203,6 +208,8 @@ class Settings:
     flags: Mapping[str, Any] = field(default_factory=dict)  # what the command line said, for `reload`
     config: Path | None = None  # a file named on the command line
     cwd: str = "/"  # where relative paths on the command line start
+    orphans: str = "kill"  # or "term": what a process gets first that outlives its agent
+    services: tuple[Service, ...] = ()  # besides the cores
 
     def schedule(self) -> Schedule:
         """What cores are told."""
@@ -245,6 +252,7 @@ def load(
         log_level=values["log_level"],
         keep_dead=values["keep_dead"],
         stop_timeout_s=values["stop_timeout"],
+        orphans=values["orphans"],
         flags=dict(flags),
         config=config,
         cwd=cwd,

@@ -1,11 +1,14 @@
-"""Messages between aiosd's own processes: kernel ↔ supervisor and kernel ↔ llm core.
+"""Messages between aiosd's own processes: kernel ↔ supervisor and kernel ↔ services.
 
 They travel as msgpack frames: to the supervisor over a Unix stream socket (`libaios.stream`, because
-descriptors go with them), to a core over a channel (`libaios.channel`). Both ends are trusted; decoding still
+descriptors go with them), to a service over a channel (`libaios.channel`). Both ends are trusted; decoding still
 checks types, because a bug is found where it enters.
 
-A generation is known on the way kernel → core → kernel by its `Key`: the peer that asked and its call id. The
-key is stable over a restart of kernel and core, so a call that is submitted twice is run once.
+Every service gets its calls as `Ask`, answers each with one `Answered` or `Failed`, and may send `Part`s of a long
+answer before that. An llm core gets its generations as `Submit`, because much of them changes while they run.
+
+A call is known on the way kernel → service → kernel by its `Key`: the peer that made it and its call id. The
+key is stable over a restart of kernel and service, so a call that is submitted twice is run once.
 """
 
 from __future__ import annotations
@@ -14,16 +17,39 @@ from typing import Any
 
 from msgspec import Raw, Struct, msgpack
 
-from libaios.wire import Detokenize, Embed, Generate, Limits, Tokenize, ToolCall, Usage
+from libaios.wire import Generate, Limits, ToolCall, Usage
 
 Key = tuple[int, int]  # (peer: agent pid, or -client id; call id)
 
 
-# ── kernel → core ─────────────────────────────────────────────────────────────────────────────────────────
+# ── kernel → service ──────────────────────────────────────────────────────────────────────────────────────
+
+
+class Caller(Struct, array_like=True, frozen=True):
+    """The agent that a service works for; `pid` 0: the person at the terminal."""
+
+    pid: int
+    uid: int
+    name: str
+    named: bool  # the name was given on purpose, not made from the program's
+    group: str
+    nice: int = 0
+    budget: int | None = None  # how many more tokens it may use; None: unlimited
+
+
+class Ask(Struct, array_like=True, frozen=True, tag=True):
+    """Do this call; `args` as in the request, checked by the kernel against the call's row. `again`: it was given to a
+    process before that has died since, a kernel or a service."""
+
+    key: Key
+    caller: Caller
+    sys: int
+    args: Raw
+    again: bool = False
 
 
 class Submit(Struct, array_like=True, frozen=True, tag=True):
-    """Run a generation. A key that the core already knows is attached to, and its pieces sent from the start
+    """To an llm core: run a generation. One that the core has already goes on, and its pieces are sent from the end
     of `request.given` on. `budget`: how many more tokens the agent may use (None: unlimited)."""
 
     key: Key
@@ -33,30 +59,6 @@ class Submit(Struct, array_like=True, frozen=True, tag=True):
     budget: int | None = None
 
 
-class SubmitEmbed(Struct, array_like=True, frozen=True, tag=True):
-    key: Key
-    request: Embed
-
-
-class SubmitTokenize(Struct, array_like=True, frozen=True, tag=True):
-    key: Key
-    request: Tokenize
-
-
-class SubmitDetokenize(Struct, array_like=True, frozen=True, tag=True):
-    key: Key
-    request: Detokenize
-
-
-class SubmitContext(Struct, array_like=True, frozen=True, tag=True):
-    """One of the CTX_ calls; `args` as in the request, checked by the kernel."""
-
-    key: Key
-    group: str
-    sys: int
-    args: Raw
-
-
 class CancelCall(Struct, array_like=True, frozen=True, tag=True):
     """Free whatever the call holds before the next step. No answer: the kernel has already replied."""
 
@@ -64,10 +66,12 @@ class CancelCall(Struct, array_like=True, frozen=True, tag=True):
 
 
 class Park(Struct, array_like=True, frozen=True, tag=True):
-    """Take the calls of this peer out of decoding (True) or let them go on (False)."""
+    """Take the generations of this peer out of decoding (True) or let them go on (False). Answered with `Parked` and
+    the same `number` (not 0), behind the last that was decoded for it."""
 
     peer: int
     parked: bool
+    number: int = 0
 
 
 class ParkCall(Struct, array_like=True, frozen=True, tag=True):
@@ -78,7 +82,7 @@ class ParkCall(Struct, array_like=True, frozen=True, tag=True):
 
 
 class Keep(Struct, array_like=True, frozen=True, tag=True):
-    """Cancel every call of a peer that is not in `peers`: said to a core that has loaded or got a new kernel."""
+    """Cancel every call of a peer that is not in `peers`: sent to a service that has loaded or got a new kernel."""
 
     peers: list[int]
 
@@ -91,7 +95,7 @@ class Gone(Struct, array_like=True, frozen=True, tag=True):
 
 class Schedule(Struct, array_like=True, frozen=True, tag=True):
     """Who runs next from now on; all calls are kept. A quantum ends with the first of tokens and seconds. `shares`:
-    what groups get as a whole, in agents of nice 0. Said to every core that has loaded, and when it changes."""
+    what groups get as a whole, in agents of nice 0. Sent to every core that has loaded, and when it changes."""
 
     policy: str
     tokens: int
@@ -114,27 +118,39 @@ class Quit(Struct, array_like=True, frozen=True, tag=True):
     pass
 
 
-# ── core → kernel ─────────────────────────────────────────────────────────────────────────────────────────
+# ── service → kernel ──────────────────────────────────────────────────────────────────────────────────────
 
 
 class Progress(Struct, array_like=True, frozen=True, tag=True):
-    """What a loading core is doing, `fraction` from 0 to 1."""
+    """What a loading service is doing, `fraction` from 0 to 1."""
 
     what: str
     fraction: float
 
 
 class Loaded(Struct, array_like=True, frozen=True, tag=True):
-    """The core serves: said when it has loaded, and again to every new kernel. `info` has the fields of
-    `wire.ModelInfo` without name and default."""
+    """The service serves: sent when it has loaded, and again to every new kernel. `info` of an llm core has the fields
+    of `wire.ModelInfo` without name and default."""
 
-    info: dict[str, Any]
+    info: dict[str, Any] = {}
 
 
 class LoadFailed(Struct, array_like=True, frozen=True, tag=True):
-    """One line that says why; the core exits after it."""
+    """One line that says why; the service exits after it."""
 
     message: str
+
+
+class Working(Struct, array_like=True, frozen=True, tag=True):
+    """From now on the service works on this call alone; None: not any more. A death in between is this call's fault."""
+
+    key: Key | None
+
+
+class Parked(Struct, array_like=True, frozen=True, tag=True):
+    """The `Park` of this number is in force: what comes from now on was decoded after it."""
+
+    number: int
 
 
 class Delta(Struct, array_like=True, frozen=True):
@@ -178,11 +194,19 @@ class Finished(Struct, array_like=True, frozen=True, tag=True):
 
 
 class Answered(Struct, array_like=True, frozen=True, tag=True):
-    """Final word on embed, tokenize, detokenize: `body` is the reply's, already encoded."""
+    """Final word on an `Ask`: `body` is the reply's, already encoded. `prompt_tokens` are charged to the caller."""
 
     key: Key
     body: bytes
     prompt_tokens: int = 0
+
+
+class Part(Struct, array_like=True, frozen=True, tag=True):
+    """Part of the answer to an `Ask`: the body of a partial reply, already encoded."""
+
+    key: Key
+    offset: int
+    body: bytes
 
 
 class Failed(Struct, array_like=True, frozen=True, tag=True):
@@ -195,7 +219,7 @@ class Failed(Struct, array_like=True, frozen=True, tag=True):
 
 class Contexts(Struct, array_like=True, frozen=True, tag=True):
     """Where the contexts of peers lie that have one: "slot", "ram" or "disk", and how many tokens they have.
-    Said now and then while calls run."""
+    Sent now and then while calls run."""
 
     places: dict[int, tuple[str, int]]
 
@@ -205,26 +229,22 @@ class Stats(Struct, array_like=True, frozen=True, tag=True):
     stats: dict[str, Any]
 
 
-ToCore = (
-    Submit
-    | SubmitEmbed
-    | SubmitTokenize
-    | SubmitDetokenize
-    | SubmitContext
-    | CancelCall
-    | Park
-    | ParkCall
-    | Keep
-    | Gone
-    | Schedule
-    | Renice
-    | GetStats
-    | Quit
+ToService = Ask | Submit | CancelCall | Park | ParkCall | Keep | Gone | Schedule | Renice | GetStats | Quit
+FromService = (
+    Progress | Loaded | LoadFailed | Working | Parked | Step | Finished | Answered | Part | Failed | Contexts | Stats
 )
-FromCore = Progress | Loaded | LoadFailed | Step | Finished | Answered | Failed | Contexts | Stats
 
 
 # ── kernel → supervisor ───────────────────────────────────────────────────────────────────────────────────
+
+
+class Share(Struct, array_like=True, frozen=True):
+    """A budget that an agent shares: that of `owner`, itself or an ancestor, with what it allows since when
+    (monotonic clock, s). Whatever becomes of the owner, it lasts as long as any that shares it."""
+
+    owner: int  # 0: the agent that is about to be forked
+    limits: Limits
+    since: float = 0.0  # 0: the moment of the fork
 
 
 class Fork(Struct, array_like=True, frozen=True, tag=True):
@@ -243,11 +263,18 @@ class Fork(Struct, array_like=True, frozen=True, tag=True):
     name: str
     nice: int
     group: str
-    limits: Limits
     umask: int
     detached: bool
     attached: bool
     tty: bool
+    named: bool = False  # the name was given, not made from the program's
+    shares: list[Share] = []
+    client: tuple[int, int] = (0, 0)  # the process that it is attached to: Linux pid and start time
+
+
+def command(spec: Fork) -> str:
+    """What an agent runs, for people."""
+    return " ".join([spec.target, *spec.args])
 
 
 class SendSignal(Struct, array_like=True, frozen=True, tag=True):
@@ -260,7 +287,8 @@ class SendSignal(Struct, array_like=True, frozen=True, tag=True):
 
 class Mark(Struct, array_like=True, frozen=True, tag=True):
     """Remember about the agent what a successor of this kernel must know: a new nice value, a new parent, the
-    budget that ended it, that its exit status has been collected."""
+    budget that ended it, that its exit status has been collected. `by` is the call that did it, and `answer` the
+    encoded body of its reply: submitted again to a new kernel, it gets that and does nothing."""
 
     pid: int
     nice: int | None = None
@@ -268,7 +296,8 @@ class Mark(Struct, array_like=True, frozen=True, tag=True):
     budget: str | None = None
     reason: str | None = None
     reaped: bool = False
-    reaped_by: Key | None = None  # the WAIT that got it: submitted again, it gets the same
+    by: Key | None = None
+    answer: bytes = b""
 
 
 class Forget(Struct, array_like=True, frozen=True, tag=True):
@@ -331,8 +360,8 @@ class ChildExited(Struct, array_like=True, frozen=True, tag=True):
     reason: str = ""
 
 
-class CoreForked(Struct, array_like=True, frozen=True, tag=True):
-    """A core was forked (again). Descriptors: memfd and the kernel's end of the doorbell of its new channel."""
+class ServiceForked(Struct, array_like=True, frozen=True, tag=True):
+    """A service was forked (again). Descriptors: memfd and the kernel's end of the doorbell of its new channel."""
 
     name: str
     pid: int
@@ -340,10 +369,9 @@ class CoreForked(Struct, array_like=True, frozen=True, tag=True):
     deaths: int
 
 
-class CoreDied(Struct, array_like=True, frozen=True, tag=True):
+class ServiceDied(Struct, array_like=True, frozen=True, tag=True):
     name: str
     reason: str
-    retry_s: float  # when it is forked again; < 0: never
 
 
 class Reread(Struct, array_like=True, frozen=True, tag=True):
@@ -361,10 +389,10 @@ class Stop(Struct, array_like=True, frozen=True, tag=True):
 
 
 ToSupervisor = Fork | SendSignal | Mark | Forget | Ready | Shutdown | Set
-FromSupervisor = Forked | ForkFailed | ChildStopped | ChildExited | CoreForked | CoreDied | Reread | Stop
+FromSupervisor = Forked | ForkFailed | ChildStopped | ChildExited | ServiceForked | ServiceDied | Reread | Stop
 
 encode = msgpack.Encoder().encode
-decode_to_core = msgpack.Decoder(ToCore).decode
-decode_from_core = msgpack.Decoder(FromCore).decode
+decode_to_service = msgpack.Decoder(ToService).decode
+decode_from_service = msgpack.Decoder(FromService).decode
 decode_to_supervisor = msgpack.Decoder(ToSupervisor).decode
 decode_from_supervisor = msgpack.Decoder(FromSupervisor).decode

@@ -18,7 +18,9 @@ class Stat(NamedTuple):
     state: str  # R, S, D, T, Z, …
     ppid: int
     pgid: int
+    session: int
     cpu_s: float  # user + system seconds, waited-for children not included
+    started: int  # in ticks since the machine's boot: with the pid it names one process for ever
 
 
 def read_stat(ospid: int) -> Stat | None:
@@ -30,7 +32,13 @@ def read_stat(ospid: int) -> Stat | None:
     # The name in parentheses may hold anything, so fields count from its end.
     fields = data[data.rindex(b")") + 2 :].split()
     ticks = int(fields[11]) + int(fields[12])
-    return Stat(fields[0].decode(), int(fields[1]), int(fields[2]), ticks / _TICKS)
+    return Stat(fields[0].decode(), int(fields[1]), int(fields[2]), int(fields[3]), ticks / _TICKS, int(fields[19]))
+
+
+def is_stopped(ospid: int, started: int) -> bool:
+    """Whether this very process is there, and stopped (by Ctrl-Z, say)."""
+    stat = read_stat(ospid)
+    return stat is not None and stat.started == started and stat.state in ("T", "t")
 
 
 def name(ospid: int) -> str:

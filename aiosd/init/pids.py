@@ -1,46 +1,112 @@
 """Agent pids: small numbers from 1 up, never used twice in one home.
 
-The highest number that may have been given out is kept in a file, ahead of use and in blocks, so that a spawn
-seldom waits for the disk and a crash wastes numbers but never repeats one.
+The highest number that may have been given out is kept in a file, ahead of use and in blocks, so that a crash wastes
+numbers but never repeats one. Within the loop nothing waits for the disk: the file is on the disk for certain at boot
+and at a clean end. So after a power cut the newest block may be missing from it, which is told by the id of Linux's
+boot in the file; then a stretch is left out that no system gives out in that time. The file before it is kept: when one
+is damaged, the other serves, and where none does, the logs of agents tell how far it had come.
+
+    last-pid, last-pid.old    NUMBER open|clean BOOT-ID CRC32
 """
 
 from __future__ import annotations
 
+import logging
 import os
+import re
+import zlib
 from pathlib import Path
+from typing import NamedTuple
+
+logger = logging.getLogger("supervisor")
 
 BLOCK = 256
+STRETCH = 1 << 14  # more than is given out before Linux has written the file to the disk by itself
+
+
+class _State(NamedTuple):
+    upto: int  # numbers up to here may have been given out
+    clean: bool  # the system ended in order
+    boot: str  # the id of Linux's boot
 
 
 class PidCounter:
-    """`next()` raises OSError when the disk refuses a new block; no number is lost or doubled then."""
+    """`next()` raises OSError when the disk refuses a new block; no number is lost or doubled then. `logs`: where
+    files are named after agents."""
 
-    def __init__(self, path: Path) -> None:
+    def __init__(self, path: Path, logs: Path) -> None:
         self._path = path
-        self._last = max(1, self._read())  # 1 is aiosd itself
+        self._old = path.with_suffix(".old")
+        self._boot = _boot_id()
+        self._last = max(1, self._first(logs))  # 1 is aiosd itself
         self._reserved = self._last
-
-    def _read(self) -> int:
-        try:
-            return int(self._path.read_text())
-        except (FileNotFoundError, ValueError):
-            return 1
+        if self._last > 1:
+            self._reserve(self._last + BLOCK, clean=False, sync=True)
 
     def next(self) -> int:
         if self._last >= self._reserved:
-            self._reserve(self._last + BLOCK)
+            self._reserve(self._last + BLOCK, clean=False)
         self._last += 1
         return self._last
 
     def release(self) -> None:
         """At a clean end: the unused rest of the block may be given out by the next boot."""
-        self._reserve(self._last)
+        self._reserve(self._last, clean=True, sync=True)
 
-    def _reserve(self, upto: int) -> None:
+    def _first(self, logs: Path) -> int:
+        """The number to go on behind."""
+        state, old = _read(self._path), _read(self._old)
+        if state is None and old is None and not self._path.exists() and not self._old.exists():
+            return max(1, _highest_log(logs))
+        if state is None:
+            found = max(_highest_log(logs), old.upto if old is not None else 1) + STRETCH
+            logger.error("%s is damaged; pids go on from %d", self._path, found)
+            return found
+        upto = max(state.upto, _highest_log(logs))
+        return upto if state.clean or state.boot in (self._boot, "") else upto + STRETCH
+
+    def _reserve(self, upto: int, clean: bool, sync: bool = False) -> None:
         new = self._path.with_suffix(".new")
         with open(new, "w") as file:
-            file.write(str(upto))
+            file.write(_line(_State(upto, clean, self._boot)))
             file.flush()
-            os.fsync(file.fileno())
+            if sync:
+                os.fsync(file.fileno())
+        if self._path.exists():
+            os.replace(self._path, self._old)
         os.replace(new, self._path)
         self._reserved = upto
+
+
+def _line(state: _State) -> str:
+    text = f"{state.upto} {'clean' if state.clean else 'open'} {state.boot}"
+    return f"{text} {zlib.crc32(text.encode()):08x}\n"
+
+
+def _read(path: Path) -> _State | None:
+    """None: there is no such file, or it is damaged."""
+    try:
+        text = path.read_text().strip()
+    except (OSError, UnicodeDecodeError):
+        return None
+    if re.fullmatch(r"[0-9]{1,15}", text):  # as release 0.1 wrote it
+        return _State(int(text), False, "")
+    found = re.fullmatch(r"(([0-9]{1,15}) (open|clean) ([0-9a-f-]*)) ([0-9a-f]{8})", text)
+    if found is None or f"{zlib.crc32(found[1].encode()):08x}" != found[5]:
+        return None
+    return _State(int(found[2]), found[3] == "clean", found[4])
+
+
+def _highest_log(logs: Path) -> int:
+    try:
+        names = os.listdir(logs)
+    except OSError:
+        return 1
+    return max((int(found[1]) for name in names if (found := re.match(r"([0-9]{1,15})\.", name))), default=1)
+
+
+def _boot_id() -> str:
+    try:
+        return Path("/proc/sys/kernel/random/boot_id").read_text().strip()
+    except OSError:
+        return ""

@@ -1,33 +1,61 @@
 """What the supervisor remembers, and a new kernel is born with.
 
-The supervisor alone keeps and changes these; a kernel gets them by being forked, once, and from then on hears of
+The supervisor alone keeps and changes these; a kernel gets them by being forked, once, and from then on learns of
 changes through its link.
 """
 
 from __future__ import annotations
 
+from collections import OrderedDict
+from collections.abc import Hashable
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Generic, TypeVar
 
 from aiosd import link
 from aiosd.heartbeat import Heart
+from aiosd.link import Key
+from aiosd.service import Service
 
 if TYPE_CHECKING:
     from aiosd.config import Settings
-    from aiosd.llm.spec import ModelSpec
 
-#: First and longest wait (s) before a dead core or kernel is forked again.
+#: First and longest wait (s) before a dead service or kernel is forked again.
 BACKOFF_S = (0.1, 5.0)
 
+K = TypeVar("K", bound=Hashable)
+V = TypeVar("V")
 
-@dataclass(slots=True)
+
+class Memo(Generic[K, V]):
+    """What calls that take effect once led to, by their keys: submitted again, they get the same. The oldest are
+    forgotten; a call is submitted again soon after a death, or never."""
+
+    LIMIT = 4096
+
+    def __init__(self) -> None:
+        self._entries: OrderedDict[K, V] = OrderedDict()
+
+    def get(self, key: K) -> V | None:
+        return self._entries.get(key)
+
+    def __contains__(self, key: K) -> bool:
+        return key in self._entries
+
+    def put(self, key: K, value: V) -> None:
+        self._entries[key] = value
+        if len(self._entries) > self.LIMIT:
+            self._entries.popitem(last=False)
+
+
+@dataclass(slots=True, eq=False)
 class Agent:
     """What the supervisor knows of one agent, and a new kernel is told."""
 
     # fixed at spawn
     pid: int
     ospid: int
-    spec: link.Fork  # without its environment
+    spec: link.Fork  # without its arguments and its environment
+    command: str
     pgid: int
     started: float  # Unix time
     since: float  # the same moment on the monotonic clock: what deadlines count from
@@ -39,23 +67,26 @@ class Agent:
     nice: int
     budget: str = ""
     reason: str = ""
-    reaped: bool = False  # its exit status has been collected,
-    reaped_by: link.Key | None = None  # … by this call
+    reaped: bool = False  # its exit status has been collected
     # changed by waitid
     stopped: bool = False
     status: int | None = None  # exit code or -signal; None while alive
+    ended: float = 0.0  # Unix time
+    # changed by signals that it was sent
+    told_to_end: bool = False  # by TERM: what it leaves behind gets time to end in order
 
 
-@dataclass(slots=True)
-class Core:
-    """One llm core. A core forked again gets a new channel: nothing of its predecessor's lies in it."""
+@dataclass(slots=True, eq=False)
+class Process:
+    """One of aiosd's own processes: the kernel, or a service. One that is forked again gets a new channel: nothing of
+    its predecessor's lies in it."""
 
-    model: ModelSpec
+    service: Service
     pid: int
     ospid: int = 0  # 0: not running; then it has no channel either
     memfd: int = -1
     kernel_bell: int = -1
-    core_bell: int = -1
+    own_bell: int = -1
     heart: Heart | None = None
     deaths: int = 0
     forked_at: float = 0.0
@@ -72,12 +103,13 @@ class Inheritance:
     link: int
     heartbeat: int
     epoch: int
-    pids: dict[str, int]  # of aiosd's own processes, by name
+    pids: dict[str, int]  # of supervisor and kernel
     guardian: int
     started: float
     since: float
     journal: tuple[int, int]  # two memfds, see kernel.journal
     ledger: int  # a memfd, see kernel.ledger
+    memo: Memo[Key, bytes]  # replies of calls that take effect once
     ready: bool = False  # the system has been ready to serve
     agents: list[Agent] = field(default_factory=list)
-    cores: list[Core] = field(default_factory=list)
+    services: list[Process] = field(default_factory=list)

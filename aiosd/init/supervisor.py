@@ -1,18 +1,18 @@
 """The supervisor: init of the system. It forks everything, reaps everything, and owns every channel.
 
 One thread, few imports, no rings mapped, no model: so that a fork is cheap and nothing in here is likely to
-die. All that must survive the kernel lies in its records: `Agent` (who it is, its channel, its exit status
-until that is collected) and `Core`. A new kernel is forked with copies of them and needs no other source.
+die. It never waits for another process, nor for a disk. All that must survive the kernel lies in its records: `Agent`
+and `Process` (the kernel, and one for each service). A new kernel is forked with copies of them and needs no other
+source. `children` has the record of every live child; there is one way in which a child ends (`_child_ended`).
 
 It answers two kinds of events: messages from the kernel (`link.ToSupervisor`) and signals.
 
-    SIGCHLD           reap: an agent, the kernel, a core; whatever else falls to us is the orphan of a dead
-                      agent and is killed (see `spawn`: a live agent keeps its descendants)
-    SIGTERM, SIGINT   stop the system: TERM to agents, KILL after a while, then kernel and cores, exit 0
+    SIGCHLD           reap: an agent, the kernel, a service; any other child was left behind by an agent (`orphans`)
+    SIGTERM, SIGINT   stop the system: TERM to agents, KILL after a while, then kernel and services, exit 0
     SIGHUP            read the settings again
     SIGUSR1           the guardian died (our parent-death signal): end everything at once
 
-The guardian hears a heartbeat from here; the supervisor in its turn never waits for anybody.
+The guardian gets a heartbeat from here.
 """
 
 from __future__ import annotations
@@ -28,7 +28,6 @@ import signal
 import socket
 import sys
 import time
-from collections import OrderedDict
 from collections.abc import Callable
 from typing import TYPE_CHECKING, ClassVar
 
@@ -39,12 +38,16 @@ from aiosd.birth import fork
 from aiosd.birth.spares import Spares
 from aiosd.errors import Bug
 from aiosd.heartbeat import BEAT_S, HANG_S, Heart, Rounds, beat, beat_in_background
-from aiosd.init import notify
+from aiosd.init import notify, services
+from aiosd.init.orphans import Orphans
 from aiosd.init.pids import PidCounter
-from aiosd.init.records import BACKOFF_S, Agent, Core, Inheritance
+from aiosd.init.records import BACKOFF_S, Agent, Inheritance, Memo, Process
+from aiosd.init.signals import Received, describe_sender, open_signals, read_signals, signal_tree
+from aiosd.init.signals import name as signal_name
 from aiosd.init.sweep import sweep
+from aiosd.service import Service
 from aiosd.timers import Timers
-from libaios.channel import make_channel, raise_epoch
+from libaios.channel import Channel, Side, make_channel, raise_epoch
 from libaios.stream import FrameSocket
 
 if TYPE_CHECKING:
@@ -53,12 +56,16 @@ if TYPE_CHECKING:
 logger = logging.getLogger("supervisor")
 
 RING_BYTES = 1 << 16  # of each direction between an agent and the kernel
-CORE_RING_BYTES = 1 << 20  # between kernel and core: a step of 256 sequences is one frame
+SERVICE_RING_BYTES = 1 << 20  # between kernel and service: a step of 256 sequences is one frame
 BOOT_TRIES = 3  # deaths of a kernel that has never been ready
 PAYS_OFF = 0.2  # a second of life takes so many seconds off the wait after it
-LAST_WAIT_S = 2.0  # for kernel and cores at the end
-SIGNALS_REMEMBERED = 4096
+LAST_WAIT_S = 2.0  # for kernel and services at the end
+ORPHANS_LOOK_S = 0.05  # at the end, between two looks at what agents have left behind
 GUARDIAN_DIED = signal.SIGUSR1
+SIGNALS = (signal.SIGCHLD, signal.SIGTERM, signal.SIGINT, signal.SIGHUP, GUARDIAN_DIED)
+ENDING = (signal.SIGTERM, signal.SIGHUP, signal.SIGINT, signal.SIGQUIT)  # what tells an agent to end
+COMMAND_KEPT = 4096  # characters of an agent's command, for listings
+KERNEL = Service("kernel", kind="", entry="")  # it is forked in a way of its own
 
 
 class Supervisor:
@@ -73,88 +80,117 @@ class Supervisor:
         self.started, self.since = time.time(), time.monotonic()
         self.timers = Timers()
         self.epoll = select.epoll()
-        self.pids = PidCounter(self.home.data / "last-pid")
+        self.pids = PidCounter(self.home.data / "last-pid", self.home.logs)
         # processes
+        self.children: dict[int, Agent | Process] = {}  # live ones, by Linux pid
         self.agents: dict[int, Agent] = {}  # by pid, live and dead until forgotten
-        self.by_ospid: dict[int, Agent] = {}  # live ones
         self.spares = Spares(self.timers)
-        self.served: dict[link.Key, int] = {}  # spawn requests by key: the same request names the same agent
-        self.signalled: OrderedDict[tuple[link.Key, int], None] = OrderedDict()  # KILL calls served, and on whom
-        self.cores: dict[str, Core] = {}
-        self.kernel_pid = 0
-        self.kernel_ospid = 0
-        self.kernel_heart: Heart | None = None
-        self.kernel_deaths = 0
-        self.kernel_forked_at = 0.0
-        self.kernel_backoff_s = BACKOFF_S[0]
-        self.kernel: FrameSocket | None = None
+        self.orphans = Orphans(self.timers, self._known_children, settings.stop_timeout_s, settings.orphans == "term")
+        self.kernel = Process(KERNEL, 0)
+        self.services: dict[str, Process] = {}
+        self.link: FrameSocket | None = None  # to the kernel
         self.served_once = False  # the system has been ready
         self.epoch = 0
+        # what calls that take effect once have led to
+        self.spawned: Memo[link.Key, int] = Memo()
+        self.signalled: Memo[tuple[link.Key, int], None] = Memo()  # KILL calls, and the agents that they meant
+        self.replies: Memo[link.Key, bytes] = Memo()
         # the end
         self.stopping = ""
         self.exit_code: int | None = None
-        self.wakeup = _signal_pipe()
+        self.signals = open_signals(SIGNALS)
         self.journal = (os.memfd_create("aios-journal"), os.memfd_create("aios-journal"))
         self.ledger = os.memfd_create("aios-ledger")
+
+    def _known_children(self) -> set[int]:
+        return {*self.children, *self.spares.ospids()}
+
+    def _live_agents(self) -> list[Agent]:
+        return [child for child in self.children.values() if isinstance(child, Agent)]
 
     # ── life ──────────────────────────────────────────────────────────────────────────────────────────────
 
     def run(self) -> int:
         """Boot, serve until told to stop, leave nothing behind. Returns aiosd's exit code."""
-        self.epoll.register(self.wakeup, select.EPOLLIN)
-        self._make_cores()
-        self.kernel_pid = self.pids.next()
+        self.epoll.register(self.signals, select.EPOLLIN)
+        for service in services.of(self.settings):
+            self.services[service.name] = Process(service, self.pids.next())
+        self.kernel.pid = self.pids.next()
         _preload()
         self._fork_kernel()
-        for core in self.cores.values():
-            self._fork_core(core)
+        for process in self.services.values():
+            self._fork_service(process)
         self._beat()
         while self.exit_code is None:
             self._turn()
         sweep(meanwhile=lambda: beat(self.heartbeat))
-        with contextlib.suppress(OSError):  # a full disk: numbers are wasted, none is repeated
+        try:
             self.pids.release()
+        except OSError as err:  # a full disk: numbers are wasted, none is repeated
+            logger.warning("pids: %s", err)
         return self.exit_code
 
     def _turn(self) -> None:
         for fd, _ in self.epoll.poll(self.timers.until_next()):
-            if fd == self.wakeup:
-                self._on_signals()
-            elif self.kernel is not None and fd == self.kernel.fileno():
-                self._on_kernel(self.kernel)
+            if fd == self.signals:
+                self._on_signals(read_signals(fd))
+            elif self.link is not None and fd == self.link.fileno():
+                self._on_kernel(self.link)
         self.timers.run_due()
 
     def _beat(self) -> None:
-        """Once a second: say that we live, and listen whether the others do."""
+        """Once a second: a beat for the guardian, and a look at the hearts of the others."""
         self.timers.after(BEAT_S, self._beat)
         beat(self.heartbeat)
-        watched = [(self.kernel_ospid, self.kernel_heart, "kernel")]
-        watched += [(core.ospid, core.heart, f"llm core {core.model.name}") for core in self.cores.values()]
-        for ospid, heart, name in watched:
-            if ospid and heart is not None and heart.hangs():
-                logger.error("%s hangs (no heartbeat for %.0f s); killed", name, HANG_S)
-                os.kill(ospid, signal.SIGKILL)
+        for process in (self.kernel, *self.services.values()):
+            if process.ospid and process.heart is not None and process.heart.hangs():
+                logger.error("%s hangs (no heartbeat for %.0f s); killed", _title(process), HANG_S)
+                os.kill(process.ospid, signal.SIGKILL)
 
-    def _on_signals(self) -> None:
-        with contextlib.suppress(BlockingIOError):
-            received = set(os.read(self.wakeup, 4096))
-            if GUARDIAN_DIED in received:
-                logger.critical("the guardian died; ending everything")
-                self.exit_code = 1
-                return
-            if signal.SIGCHLD in received:
-                self._reap()
-            if received & {signal.SIGTERM, signal.SIGINT} or (signal.SIGHUP in received and self._terminal_gone()):
-                self.stop("signal")
-            elif signal.SIGHUP in received:
+    def _on_signals(self, received: list[Received]) -> None:
+        numbers = {one.number for one in received}
+        if GUARDIAN_DIED in numbers:
+            logger.critical("the guardian died; ending everything")
+            self.exit_code = 1
+            return
+        # Before the dead are collected: where a signal came from is found by its sender's number.
+        orders = [one for one in received if one.number != signal.SIGCHLD and not self._is_refused(one)]
+        if signal.SIGCHLD in numbers:
+            self._reap()
+        for one in orders:
+            if one.number == signal.SIGHUP and not self._terminal_gone():
                 self._reload()
+            else:
+                self.stop(f"{signal_name(one.number)} {describe_sender(one.sender)}")
+
+    def _is_refused(self, one: Received) -> bool:
+        """An agent, or what it has started, may not stop the system, nor have its settings read again."""
+        agent = self._agent_above(one.sender)
+        if agent is None:
+            return False
+        what, sender = signal_name(one.number), describe_sender(one.sender)
+        logger.warning("%s %s, which belongs to agent %d: ignored", what, sender, agent.pid)
+        return True
+
+    def _agent_above(self, ospid: int) -> Agent | None:
+        """The agent that a process is or descends from, as far as that can be told now."""
+        while ospid > 1:
+            child = self.children.get(ospid)
+            if isinstance(child, Agent):
+                return child
+            stat = procfs.read_stat(ospid)
+            if stat is None:
+                return None
+            ospid = stat.ppid
+        return None
 
     def _terminal_gone(self) -> bool:
         """Was this aiosd started in the foreground of a terminal that has been closed?"""
         return self._on_terminal and not os.isatty(2)
 
     def _reload(self) -> None:
-        """SIGHUP: some settings can change in a running system (`config.LIVE`); the rest is said to need a restart."""
+        """SIGHUP: some settings can change in a running system (`config.LIVE`); the rest needs a restart, and the log
+        says so."""
         from aiosd.config import reload
 
         try:
@@ -166,11 +202,7 @@ class Supervisor:
         self._tell(link.Reread(self.settings.log_level, self.settings.schedule()))
         logger.info("settings read again%s", f"; after a restart: {', '.join(needs_restart)}" if needs_restart else "")
 
-    # ── kernel and cores ──────────────────────────────────────────────────────────────────────────────────
-
-    def _make_cores(self) -> None:
-        for model in self.settings.models:
-            self.cores[model.name] = Core(model, self.pids.next())
+    # ── the kernel ────────────────────────────────────────────────────────────────────────────────────────
 
     def _fork_kernel(self) -> None:
         """Raises OSError, and leaves nothing behind, when Linux has no process or descriptor to give."""
@@ -181,17 +213,16 @@ class Supervisor:
             undo.callback(ours.close)
             undo.callback(theirs.close)
             self.epoch += 1
-            self.kernel_ospid = self._fork_kernel_with(heart, theirs)
+            ospid = self._fork_kernel_with(heart, theirs)
             undo.pop_all()
-        self.kernel_heart = heart
-        self.kernel_forked_at = time.monotonic()
-        heart.forked()
+        self._forked(self.kernel, ospid, heart)
         theirs.close()
         ours.setblocking(False)
-        self.kernel = FrameSocket(ours)
+        self.link = FrameSocket(ours)
         self.epoll.register(ours.fileno(), select.EPOLLIN)
 
     def _fork_kernel_with(self, heart: Heart, theirs: socket.socket) -> int:
+        running = [process for process in self.services.values() if process.ospid]
         inheritance = Inheritance(
             boot=self.boot,
             settings=self.settings,
@@ -199,19 +230,20 @@ class Supervisor:
             link=theirs.fileno(),
             heartbeat=heart.write,
             epoch=self.epoch,
-            pids={"supervisor": 1, "kernel": self.kernel_pid},
+            pids={"supervisor": 1, "kernel": self.kernel.pid},
             guardian=self.guardian,
             started=self.started,
             since=self.since,
             journal=self.journal,
             ledger=self.ledger,
+            memo=self.replies,
             ready=self.served_once,
             agents=list(self.agents.values()),
-            cores=[core for core in self.cores.values() if core.ospid],
+            services=list(self.services.values()),
         )
         keep = [self.listener.fileno(), theirs.fileno(), heart.write, *self.journal, self.ledger]
-        keep += [fd for agent in self.agents.values() if agent.status is None for fd in (agent.memfd, agent.bell)]
-        keep += [fd for core in inheritance.cores for fd in (core.memfd, core.kernel_bell)]
+        keep += [fd for agent in self._live_agents() for fd in (agent.memfd, agent.bell)]
+        keep += [fd for process in running for fd in (process.memfd, process.kernel_bell)]
 
         def child() -> int:
             os.setsid()
@@ -223,133 +255,129 @@ class Supervisor:
 
         return fork.fork(child)
 
-    def _fork_core(self, core: Core) -> None:
-        if self.stopping or core.ospid:
-            return
-        try:
-            with contextlib.ExitStack() as undo:
-                heart = Heart()
-                undo.callback(heart.close)
-                # The core serves the channel and the kernel submits, as an agent does to the kernel.
-                core.memfd, core.core_bell, core.kernel_bell = make_channel(CORE_RING_BYTES, CORE_RING_BYTES)
-                for fd in (core.memfd, core.core_bell, core.kernel_bell):
-                    undo.callback(os.close, fd)
-                core.ospid = self._fork_core_with(core, heart)
-                undo.pop_all()
-        except OSError as err:
-            name, wait_s = core.model.name, BACKOFF_S[1]
-            logger.error("llm core %s cannot be forked: %s; tried again in %.1f s", name, err.strerror, wait_s)
-            self.timers.after(wait_s, lambda: self._fork_core(core))
-            return
-        core.heart = heart
-        heart.forked()
-        core.forked_at = time.monotonic()
-        forked = link.CoreForked(core.model.name, core.pid, core.ospid, core.deaths)
-        self._tell(forked, (core.memfd, core.kernel_bell))
-
-    def _fork_core_with(self, core: Core, heart: Heart) -> int:
-        def child() -> int:
-            os.setsid()
-            fork.name_process(f"aios:{_core_name(self.cores, core.model.name)}")
-            fork.keep_only((core.memfd, core.core_bell, heart.write))
-            rounds = Rounds()
-            beat_in_background(heart.write, rounds)
-            log.setup(_core_name(self.cores, core.model.name), self.settings.log_level)
-            from aiosd.llm.core import main
-            from libaios.channel import Channel, Side
-
-            return main(Channel(core.memfd, core.core_bell, Side.KERNEL), core.model, rounds)
-
-        return fork.fork(child)
-
-    def _kernel_died(self, status: int) -> None:
-        self.kernel_ospid = 0
-        if self.kernel_heart is not None:
-            self.kernel_heart.close()
-            self.kernel_heart = None
-        while self.kernel is not None:  # what it had decided and sent counts
-            self._on_kernel(self.kernel)
-        if self.stopping:
-            return
-        self.kernel_deaths += 1
-        reason = fork.describe(status)
-        if not self.served_once and self.kernel_deaths >= BOOT_TRIES:
-            self._on_shutdown(link.Shutdown(error="the kernel does not start; its log above says why"), [])
-            return
-        self.kernel_backoff_s = _backoff(self.kernel_backoff_s, time.monotonic() - self.kernel_forked_at)
-        logger.error("kernel died (%s); forked again in %.1f s", reason, self.kernel_backoff_s)
-        self.timers.after(self.kernel_backoff_s, self._refork_kernel)
-
     def _refork_kernel(self) -> None:
         """A new kernel inherits every channel; the raised epoch tells each peer to submit its open calls again."""
         if self.stopping:
             return
-        for agent in self.by_ospid.values():
-            raise_epoch(agent.memfd)
-        for core in self.cores.values():
-            if core.ospid:
-                raise_epoch(core.memfd)
+        agents = self._live_agents()
+        running = [process for process in self.services.values() if process.ospid]
+        for memfd in [*(agent.memfd for agent in agents), *(process.memfd for process in running)]:
+            raise_epoch(memfd)
         try:
             self._fork_kernel()
         except OSError as err:  # no process or descriptor left: it is tried until there is
             logger.error("kernel cannot be forked: %s; tried again in %.1f s", err.strerror, BACKOFF_S[1])
             self.timers.after(BACKOFF_S[1], self._refork_kernel)
             return
-        for agent in self.by_ospid.values():
-            _ring(agent.bell)
-        for core in self.cores.values():
-            if core.ospid:
-                _ring(core.kernel_bell)
-        logger.warning("kernel forked again (death %d)", self.kernel_deaths)
-
-    def _core_died(self, core: Core, status: int) -> None:
-        core.ospid = 0
-        core.deaths += 1
-        for fd in (core.memfd, core.kernel_bell, core.core_bell):
-            os.close(fd)
-        if core.heart is not None:
-            core.heart.close()
-            core.heart = None
-        if self.stopping:
-            return
-        core.backoff_s = _backoff(core.backoff_s, time.monotonic() - core.forked_at)
-        reason = fork.describe(status)
-        # At boot the kernel says in one line what that means.
-        level = logging.ERROR if self.served_once else logging.DEBUG
-        logger.log(level, "llm core %s died (%s); forked again in %.1f s", core.model.name, reason, core.backoff_s)
-        self._tell(link.CoreDied(core.model.name, reason, core.backoff_s))
-        self.timers.after(core.backoff_s, lambda: self._fork_core(core))
+        for bell in [*(agent.bell for agent in agents), *(process.kernel_bell for process in running)]:
+            _ring(bell)
+        logger.warning("kernel forked again (death %d)", self.kernel.deaths)
 
     def _tell(self, message: link.FromSupervisor, fds: tuple[int, ...] = ()) -> None:
         """To the kernel. Without one the message is not lost: the next is born with the records. One that has just died
         may have left messages of its own, so the link stays until all of it is read."""
-        if self.kernel is None or not self.kernel_ospid:
+        if self.link is None or not self.kernel.ospid:
             return
         with contextlib.suppress(OSError):
-            self.kernel.send(link.encode(message), fds)
-            self._watch_kernel()
+            self.link.send(link.encode(message), fds)
+            self._watch_link()
 
-    def _watch_kernel(self) -> None:
-        if self.kernel is not None:
-            events = select.EPOLLIN | (select.EPOLLOUT if self.kernel.pending else 0)
-            self.epoll.modify(self.kernel.fileno(), events)
+    def _watch_link(self) -> None:
+        if self.link is not None:
+            events = select.EPOLLIN | (select.EPOLLOUT if self.link.pending else 0)
+            self.epoll.modify(self.link.fileno(), events)
 
-    def _close_kernel_link(self) -> None:
-        if self.kernel is not None:
-            self.epoll.unregister(self.kernel.fileno())
-            self.kernel.close()
-            self.kernel = None
+    def _close_link(self) -> None:
+        if self.link is not None:
+            self.epoll.unregister(self.link.fileno())
+            self.link.close()
+            self.link = None
+
+    # ── services ──────────────────────────────────────────────────────────────────────────────────────────
+
+    def _fork_service(self, process: Process) -> None:
+        if self.stopping or process.ospid:
+            return
+        try:
+            with contextlib.ExitStack() as undo:
+                heart = Heart()
+                undo.callback(heart.close)
+                # The service serves the channel and the kernel submits, as an agent does to the kernel.
+                fds = make_channel(SERVICE_RING_BYTES, SERVICE_RING_BYTES)
+                for fd in fds:
+                    undo.callback(os.close, fd)
+                process.memfd, process.own_bell, process.kernel_bell = fds
+                ospid = self._fork_service_with(process, heart)
+                undo.pop_all()
+        except OSError as err:
+            wait_s = BACKOFF_S[1]
+            logger.error("%s cannot be forked: %s; tried again in %.1f s", _title(process), err.strerror, wait_s)
+            self.timers.after(wait_s, lambda: self._fork_service(process))
+            return
+        self._forked(process, ospid, heart)
+        forked = link.ServiceForked(process.service.name, process.pid, ospid, process.deaths)
+        self._tell(forked, (process.memfd, process.kernel_bell))
+
+    def _fork_service_with(self, process: Process, heart: Heart) -> int:
+        def child() -> int:
+            os.setsid()
+            fork.name_process(f"aios:{_title(process)}")
+            fork.keep_only((process.memfd, process.own_bell, heart.write))
+            rounds = Rounds()
+            beat_in_background(heart.write, rounds)
+            log.setup(_title(process), self.settings.log_level)
+            return process.service.main(Channel(process.memfd, process.own_bell, Side.KERNEL), rounds)
+
+        return fork.fork(child)
+
+    # ── life and death of our own processes ───────────────────────────────────────────────────────────────
+
+    def _forked(self, process: Process, ospid: int, heart: Heart) -> None:
+        process.ospid, process.heart, process.forked_at = ospid, heart, time.monotonic()
+        heart.forked()
+        self.children[ospid] = process
+
+    def _process_ended(self, process: Process, status: int) -> None:
+        process.ospid = 0
+        process.deaths += 1
+        if process.heart is not None:
+            process.heart.close()
+            process.heart = None
+        if process.memfd >= 0:
+            for fd in (process.memfd, process.kernel_bell, process.own_bell):
+                os.close(fd)
+            process.memfd = process.kernel_bell = process.own_bell = -1
+        if process is self.kernel:
+            while self.link is not None:  # what it had decided and sent counts
+                self._on_kernel(self.link)
+        if not self.stopping:
+            self._replace(process, fork.describe(status))
+
+    def _replace(self, process: Process, reason: str) -> None:
+        is_kernel = process is self.kernel
+        if is_kernel and not self.served_once and process.deaths >= BOOT_TRIES:
+            self._on_shutdown(link.Shutdown(error="the kernel does not start; its log above says why"), [])
+            return
+        process.backoff_s = _backoff(process.backoff_s, time.monotonic() - process.forked_at)
+        # At boot the kernel says in one line what the death of a service means.
+        level = logging.ERROR if self.served_once or is_kernel else logging.DEBUG
+        logger.log(level, "%s died (%s); forked again in %.1f s", _title(process), reason, process.backoff_s)
+        if is_kernel:
+            self.timers.after(process.backoff_s, self._refork_kernel)
+        else:
+            self._tell(link.ServiceDied(process.service.name, reason))
+            self.timers.after(process.backoff_s, lambda: self._fork_service(process))
 
     # ── messages from the kernel ──────────────────────────────────────────────────────────────────────────
 
     def _on_kernel(self, kernel: FrameSocket) -> None:
-        with contextlib.suppress(OSError):  # it died; what it has said still counts
-            if self.kernel_ospid:
+        with contextlib.suppress(OSError):  # it died; what it has sent still counts
+            if self.kernel.ospid:
                 kernel.flush()
         try:
             frames = kernel.receive()
         except (OSError, EOFError):
-            self._close_kernel_link()
+            self._close_link()
             return
         for payload, fds in frames:
             try:
@@ -358,10 +386,10 @@ class Supervisor:
             finally:
                 for fd in fds:
                     os.close(fd)
-        self._watch_kernel()
+        self._watch_link()
 
     def _on_fork(self, message: link.Fork, fds: list[int]) -> None:
-        known = self.agents.get(self.served.get(message.key, 0))
+        known = self.agents.get(self.spawned.get(message.key) or 0)
         if known is not None:
             self._tell(_forked(message.key, known))
             return
@@ -393,7 +421,8 @@ class Supervisor:
         agent = Agent(
             pid=pid,
             ospid=ospid,
-            spec=msgspec.structs.replace(spec, env={}),
+            spec=msgspec.structs.replace(spec, env={}, args=[]),
+            command=link.command(spec)[:COMMAND_KEPT],
             pgid=spec.pgid or pid,
             started=time.time(),
             since=time.monotonic(),
@@ -403,8 +432,8 @@ class Supervisor:
             ppid=spec.ppid,
             nice=spec.nice,
         )
-        self.agents[pid] = self.by_ospid[ospid] = agent
-        self.served[spec.key] = pid
+        self.agents[pid] = self.children[ospid] = agent
+        self.spawned.put(spec.key, pid)
         return agent
 
     def _stdio(self, spec: link.Fork, fds: list[int], log_path: str) -> tuple[tuple[int, int, int], list[int]]:
@@ -434,20 +463,20 @@ class Supervisor:
         if agent is None or agent.status is not None:
             return
         if served:
-            if message.signal in (signal.SIGSTOP, signal.SIGCONT):  # what it led to may have been told to a dead kernel
+            if message.signal in (signal.SIGSTOP, signal.SIGCONT):  # a dead kernel may have got what it led to
                 self._tell(link.ChildStopped(agent.pid, agent.stopped))
             return
         if message.key is not None:
-            self.signalled[message.key, message.pid] = None
-            if len(self.signalled) > SIGNALS_REMEMBERED:
-                self.signalled.popitem(last=False)
+            self.signalled.put((message.key, message.pid), None)
+        if message.signal in ENDING:
+            agent.told_to_end = True
         if message.signal == signal.SIGSTOP:
             # The agent itself first, the rest when it has stopped (see `_child_stopped`): a process between vfork and
             # its child's exec cannot stop while that child is stopped.
             with contextlib.suppress(PermissionError):  # it has become another user's
                 os.kill(agent.ospid, signal.SIGSTOP)
         else:
-            _signal_tree(agent.ospid, message.signal)
+            signal_tree(agent.ospid, message.signal)
 
     def _on_mark(self, message: link.Mark, fds: list[int]) -> None:
         agent = self.agents.get(message.pid)
@@ -460,7 +489,8 @@ class Supervisor:
         agent.budget = message.budget or agent.budget
         agent.reason = message.reason or agent.reason
         agent.reaped = agent.reaped or message.reaped
-        agent.reaped_by = agent.reaped_by or message.reaped_by
+        if message.by is not None:
+            self.replies.put(message.by, message.answer)
 
     def _on_forget(self, message: link.Forget, fds: list[int]) -> None:
         agent = self.agents.pop(message.pid, None)
@@ -468,7 +498,6 @@ class Supervisor:
             return
         if agent.status is None:
             raise Bug(f"agent {agent.pid} forgotten while alive")
-        self.served.pop(agent.spec.key, None)
         if agent.log:
             with contextlib.suppress(OSError):
                 os.unlink(agent.log)
@@ -509,7 +538,6 @@ class Supervisor:
     # ── children ──────────────────────────────────────────────────────────────────────────────────────────
 
     def _reap(self) -> None:
-        ended = False
         options = os.WEXITED | os.WSTOPPED | os.WCONTINUED | os.WNOHANG
         while True:
             try:
@@ -520,46 +548,34 @@ class Supervisor:
                 break
             if child.si_code in (os.CLD_STOPPED, os.CLD_TRAPPED, os.CLD_CONTINUED):
                 self._child_stopped(child.si_pid, child.si_code != os.CLD_CONTINUED)
-                continue
-            ended = True
-            self._child_ended(child.si_pid, child.si_status if child.si_code == os.CLD_EXITED else -child.si_status)
-        if ended:
-            self._kill_orphans()
+            else:
+                status = child.si_status if child.si_code == os.CLD_EXITED else -child.si_status
+                self._child_ended(child.si_pid, status)
         if self.stopping:
             self._continue_stop()
 
     def _child_stopped(self, ospid: int, stopped: bool) -> None:
-        """An agent stops and goes on with all that it started, also when somebody else's signal made it."""
-        agent = self.by_ospid.get(ospid)
-        if agent is not None:
+        """An agent stops and goes on with all that it started, also when another process made it."""
+        agent = self.children.get(ospid)
+        if isinstance(agent, Agent):
             agent.stopped = stopped
-            _signal_tree(ospid, signal.SIGSTOP if stopped else signal.SIGCONT)
+            signal_tree(ospid, signal.SIGSTOP if stopped else signal.SIGCONT)
             self._tell(link.ChildStopped(agent.pid, stopped))
 
     def _child_ended(self, ospid: int, status: int) -> None:
-        if ospid == self.kernel_ospid:
-            self._kernel_died(status)
-            return
-        for core in self.cores.values():
-            if core.ospid == ospid:
-                self._core_died(core, status)
-                return
-        agent = self.by_ospid.pop(ospid, None)
-        if agent is not None:
-            agent.status = status
-            agent.stopped = False
-            os.close(agent.memfd)
-            os.close(agent.bell)
-            self._tell(link.ChildExited(agent.pid, status))
+        """The one way in which a child ends. One that is not known was an orphan."""
+        child = self.children.pop(ospid, None)
+        if isinstance(child, Process):
+            self._process_ended(child, status)
+        elif child is not None:
+            self._agent_ended(child, status)
 
-    def _kill_orphans(self) -> None:
-        """Whatever is our child and none of our records is what a dead agent left behind."""
-        known = {self.kernel_ospid, *self.by_ospid, *(core.ospid for core in self.cores.values())}
-        known.update(self.spares.ospids())
-        for ospid in set(procfs.children(os.getpid())) - known:
-            for victim in (ospid, *procfs.descendants(ospid)):
-                with contextlib.suppress(ProcessLookupError, PermissionError):
-                    os.kill(victim, signal.SIGKILL)
+    def _agent_ended(self, agent: Agent, status: int) -> None:
+        agent.status, agent.ended, agent.stopped = status, time.time(), False
+        os.close(agent.memfd)
+        os.close(agent.bell)
+        self._tell(link.ChildExited(agent.pid, status))
+        self.orphans.agent_ended(agent.ospid, agent.told_to_end)
 
     # ── the end ───────────────────────────────────────────────────────────────────────────────────────────
 
@@ -573,44 +589,52 @@ class Supervisor:
         logger.info("stopping (%s)", why)
         notify.stopping(self.settings)
         self._tell(link.Stop(why))
-        for agent in list(self.by_ospid.values()):
-            _signal_tree(agent.ospid, signal.SIGTERM)
-            _signal_tree(agent.ospid, signal.SIGCONT)  # a stopped agent must get its TERM, too
+        for agent in self._live_agents():
+            agent.told_to_end = True
+            signal_tree(agent.ospid, signal.SIGTERM)
+            signal_tree(agent.ospid, signal.SIGCONT)  # a stopped agent must get its TERM, too
         self.timers.after(self.settings.stop_timeout_s, self._kill_agents)
         self._continue_stop()
 
     def _kill_agents(self) -> None:
-        for agent in list(self.by_ospid.values()):
-            _signal_tree(agent.ospid, signal.SIGKILL)
-        self._watch_killed(len(self.by_ospid))
+        agents = self._live_agents()
+        for agent in agents:
+            signal_tree(agent.ospid, signal.SIGKILL)
+        self._watch_killed(len(agents))
+        self._continue_stop()
 
     def _watch_killed(self, left: int) -> None:
         """Thousands take their time to die, but one that has become another user's never does."""
 
         def look() -> None:
-            if not self.by_ospid:
+            alive = len(self._live_agents())
+            if not alive:
                 return
-            if len(self.by_ospid) >= left:
+            if alive >= left:
                 self._give_up()
             else:
-                self._watch_killed(len(self.by_ospid))
+                self._watch_killed(alive)
 
         self.timers.after(LAST_WAIT_S, look)
 
     def _continue_stop(self) -> None:
-        """Agents first, so that the kernel can tell who waits for them; then the system's own processes."""
-        if self.by_ospid or self.exit_code is not None:
+        """Agents first, so that the kernel can tell those that wait for them, and what they leave behind that has time
+        to end; then the system's own processes."""
+        if self.exit_code is not None or self._live_agents():
             return
-        system = [core.ospid for core in self.cores.values()] + [self.kernel_ospid]
-        if not any(system):
-            self.exit_code = 0 if self.exit_code is None else self.exit_code
+        if self.orphans.any():
+            self.timers.after(ORPHANS_LOOK_S, self._continue_stop)
+            return
+        own = [process for process in (self.kernel, *self.services.values()) if process.ospid]
+        if not own:
+            self.exit_code = 0
             return
         if self.stopping != "last":
             self._tell(link.Stop(self.stopping, last=True))
             self.stopping = "last"
-            for core in self.cores.values():
-                if core.ospid:
-                    os.kill(core.ospid, signal.SIGTERM)
+            for process in own:
+                if process is not self.kernel:
+                    os.kill(process.ospid, signal.SIGTERM)
             self.timers.after(LAST_WAIT_S, self._give_up)
 
     def _give_up(self) -> None:
@@ -618,8 +642,8 @@ class Supervisor:
         self.exit_code = 0
 
 
-def _core_name(cores: dict[str, Core], name: str) -> str:
-    return "llm" if len(cores) == 1 else f"llm:{name}"
+def _title(process: Process) -> str:
+    return process.service.title or process.service.name
 
 
 def _forked(key: link.Key, agent: Agent) -> link.Forked:
@@ -638,21 +662,6 @@ def _backoff(last_s: float, lived_s: float) -> float:
     return max(first, min(2 * last_s - PAYS_OFF * lived_s, longest))
 
 
-def _signal_tree(ospid: int, number: int) -> None:
-    """The agent's process group (its pid cannot be reused: we have not reaped it), then every descendant
-    that has left the group."""
-    with contextlib.suppress(ProcessLookupError, PermissionError):
-        try:
-            os.killpg(ospid, number)
-        except ProcessLookupError:  # just forked: it has no group yet
-            os.kill(ospid, number)
-    for victim in procfs.descendants(ospid):
-        stat = procfs.read_stat(victim)
-        if stat is not None and stat.pgid != ospid:
-            with contextlib.suppress(ProcessLookupError, PermissionError):
-                os.kill(victim, number)
-
-
 def _check_target(spec: link.Fork) -> None:
     """Refuse what cannot run, before a process is made for it."""
     if spec.kind == "module":
@@ -666,15 +675,6 @@ def _check_target(spec: link.Fork) -> None:
         raise OSError(errno.EACCES, f"{spec.target}: is a directory")
     if not os.access(path, os.X_OK if spec.kind == "exec" else os.R_OK):
         raise OSError(errno.EACCES, f"{spec.target}: permission denied")
-
-
-def _signal_pipe() -> int:
-    """A descriptor that delivers the numbers of the signals that came."""
-    read, write = os.pipe2(os.O_NONBLOCK | os.O_CLOEXEC)
-    signal.set_wakeup_fd(write, warn_on_full_buffer=False)
-    for number in (signal.SIGCHLD, signal.SIGTERM, signal.SIGINT, signal.SIGHUP, GUARDIAN_DIED):
-        signal.signal(number, lambda *_: None)
-    return read
 
 
 def _preload() -> None:

@@ -40,6 +40,7 @@ def sweep(patience_s: float = 5.0, meanwhile: Callable[[], None] = lambda: None)
         time.sleep(pause_s)
         waited_s += pause_s
 
+
 def _kill(ospid: int) -> bool:
     """Whether KILL may be sent to it."""
     try:

@@ -1,17 +1,101 @@
-"""Who may do what: default deny.
+"""Which caller may do what: default deny.
 
 A client of the control socket that is aiosd's own user acts as the person at the terminal and may do
-everything. An agent — and a client that descends from one — may read the process list, and act upon itself,
-its descendants, and nothing else. The identity comes from the connection (see `peer`).
+everything. An agent, and a client that descends from one, may read the process list, and act upon itself and
+its descendants, and nothing else. The identity comes from the connection (see `peer`, `control`).
+
+`check` is asked once for every call, before its handler or its service sees it. It raises OSError (EPERM, …) or returns
+whether the call may go on now or later; "later" is for calls that a person has to allow first.
 """
 
 from __future__ import annotations
 
+import enum
 import errno
+from collections.abc import Callable
+from typing import Any
 
 from aiosd.kernel.peer import Peer
 from aiosd.kernel.proc import INIT, Proc, ProcTable
 from libaios import wire
+from libaios.wire import Sys
+
+
+class Verdict(enum.Enum):
+    NOW = "now"
+    LATER = "later"  # whoever decides will see that the call is taken up again
+
+
+class Access:
+    def __init__(self, table: ProcTable, system_pids: Callable[[], set[int]]) -> None:
+        self._table = table
+        self._system_pids = system_pids  # of aiosd's own processes
+        self._rules: dict[int, Callable[[Peer, Any], object]] = {
+            Sys.KILL: lambda peer, args: self.targets(peer, args.pid),
+            Sys.NICE: self._nice,
+            Sys.INSPECT: lambda peer, args: self.require_control(peer, self.known(args.pid)),
+            Sys.RECV: lambda peer, args: require_agent(peer, "has a mailbox"),
+            Sys.STATUS: self._status,
+            Sys.SHUTDOWN: lambda peer, args: require_person(peer, "stop the system"),
+            Sys.SET: lambda peer, args: require_person(peer, "change settings"),
+        }
+
+    def check(self, peer: Peer, row: wire.Row, args: Any) -> Verdict:
+        rule = self._rules.get(row.sys)
+        if rule is not None:
+            rule(peer, args)
+        return Verdict.NOW
+
+    def _status(self, peer: Peer, args: wire.Status) -> None:
+        if args.check:  # it takes long
+            require_person(peer, "have the books checked")
+
+    def _nice(self, peer: Peer, args: wire.NiceArgs) -> None:
+        if args.pid:
+            self.targets(peer, args.pid)
+        else:
+            require_agent(peer, "has a nice value of its own")
+
+    # ── the objects of calls ──────────────────────────────────────────────────────────────────────────────
+
+    def known(self, pid: int) -> Proc:
+        """The agent of this pid, dead ones included that are remembered. Raises OSError: ESRCH, EPERM."""
+        proc = self._table.find(pid)
+        if proc is None:
+            raise self.no_agent(pid)
+        return proc
+
+    def targets(self, peer: Peer, pid: int) -> list[Proc]:
+        """The agents meant by `pid`, all of which the caller may control; a negative pid means a process group. Raises
+        OSError: ESRCH, EPERM."""
+        if pid <= 0:
+            pgid = -pid or require_agent(peer, "has a process group of its own").pgid
+            members = self._table.members(pgid)
+            if not members:
+                raise wire.error(errno.ESRCH, f"{-pgid}: no such process group")
+            allowed = [proc for proc in members if self.may_control(peer, proc)]
+            if not allowed:
+                raise wire.error(errno.EPERM, f"{-pgid}: permission denied")
+            return allowed
+        proc = self._table.get(pid)
+        if proc is None:
+            raise self.no_agent(pid)
+        self.require_control(peer, proc)
+        return [proc]
+
+    def no_agent(self, pid: int) -> OSError:
+        """What a caller gets that takes this pid for an agent's."""
+        if pid in self._system_pids():
+            return wire.error(errno.EPERM, f"{pid}: is part of aiosd itself, which ends by: aiosd stop")
+        return wire.error(errno.ESRCH, f"{pid}: no such agent")
+
+    def may_control(self, peer: Peer, target: Proc) -> bool:
+        """Signal, renice, inspect: a person all, an agent itself and its descendants."""
+        return peer.proc is None or self._table.is_ancestor(peer.proc.pid, target)
+
+    def require_control(self, peer: Peer, target: Proc) -> None:
+        if not self.may_control(peer, target):
+            raise wire.error(errno.EPERM, f"{target.pid}: permission denied")
 
 
 def require_person(peer: Peer, what: str) -> None:
@@ -25,18 +109,8 @@ def require_agent(peer: Peer, what: str) -> Proc:
     return peer.proc
 
 
-def may_control(table: ProcTable, peer: Peer, target: Proc) -> bool:
-    """Signal, renice, inspect the limits of: a person all, an agent itself and its descendants."""
-    return peer.proc is None or table.is_ancestor(peer.proc.pid, target)
-
-
-def require_control(table: ProcTable, peer: Peer, target: Proc) -> None:
-    if not may_control(table, peer, target):
-        raise wire.error(errno.EPERM, f"{target.pid}: permission denied")
-
-
 def may_wait(peer: Peer, target: Proc) -> bool:
-    """A person for anybody; an agent for its children."""
+    """A person for any agent; an agent for its children."""
     return peer.proc is None or target.ppid == peer.proc.pid
 
 

@@ -1,4 +1,4 @@
-"""Whether the kernel's books balance: against each other, and against what Linux says.
+"""Whether the kernel's books balance: against each other, and against what Linux tells.
 
 `check` is asked for by `aiosd status --check`, by the tests after each test, by benchmarks/chaos.py after each fault.
 It changes nothing. What is on its way between two processes at this moment may show as a line that is gone a moment
@@ -8,123 +8,153 @@ later; `status` looks twice for that reason.
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator
-from typing import TYPE_CHECKING
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import dataclass
 
 from aiosd import procfs
 from aiosd.kernel import ledger
-from aiosd.kernel.peer import AgentPeer, Generation, Peer
-from aiosd.kernel.proc import Proc
-
-if TYPE_CHECKING:
-    from aiosd.kernel.budget import Budget
-    from aiosd.kernel.loop import Kernel
-
-
-def check(kernel: Kernel) -> list[str]:
-    """One line for each discrepancy; empty when all is well."""
-    parts = (_processes, _families, _calls, _slots, _mailboxes, _tokens, _rings, _assembly)
-    return [line for part in parts for line in part(kernel)]
+from aiosd.kernel.budget import Budgets
+from aiosd.kernel.calls import Calls
+from aiosd.kernel.generation import Generation
+from aiosd.kernel.ledger import Ledger
+from aiosd.kernel.mail import Mail
+from aiosd.kernel.peer import AgentPeer, Peer
+from aiosd.kernel.peers import Peers
+from aiosd.kernel.proc import Proc, ProcTable
+from aiosd.kernel.service import Services
+from aiosd.kernel.waiters import Waiters
 
 
-def peers(kernel: Kernel) -> list[Peer]:
-    agents: list[Peer] = [proc.peer for proc in kernel.table if proc.peer is not None]
-    return [*agents, *kernel.control.clients.values()]
+@dataclass(slots=True)
+class Books:
+    """What is compared. `by_ospid`: live agents by Linux pid. `strangers`: clients that have sent no Hello yet."""
+
+    table: ProcTable
+    calls: Calls
+    services: Services
+    waiters: Waiters
+    mail: Mail
+    ledger: Ledger
+    budgets: Budgets
+    by_ospid: Mapping[int, Proc]
+    strangers: Iterable[Peer]
+
+    @property
+    def peers(self) -> Peers:
+        return self.calls.peers
+
+    def check(self, wrong: list[str]) -> Iterator[None]:
+        """A job: adds one line to `wrong` for each discrepancy."""
+        for part in (families, calls, slots, mailboxes, tokens, rings, sizes):
+            wrong.extend(part(self))
+            yield
+        for line in processes(self):
+            if line:
+                wrong.append(line)
+            yield
 
 
-def _processes(kernel: Kernel) -> Iterator[str]:
-    """Live agents and aiosd's own processes are the supervisor's children, and there are no others."""
+def processes(books: Books) -> Iterator[str]:
+    """Live agents and aiosd's own processes are the supervisor's children, and there are no others. Yields "" where all
+    is well: reading about thousands takes long."""
     supervisor = os.getppid()
     children = set(procfs.children(supervisor))
-    live = {proc.ospid: proc for proc in kernel.table.live()}
+    live = {proc.ospid: proc for proc in books.table.live()}
+    if set(books.by_ospid) != set(live):
+        yield f"agents by Linux pid: {len(books.by_ospid)}, live in the table: {len(live)}"
     for ospid, proc in live.items():
-        if ospid not in children:
+        if ospid not in children and proc.alive:
             yield f"agent {proc.pid}: the supervisor has no child {ospid}"
-    own = {os.getpid(), *(core.ospid for core in kernel.cores)}
+    own = {os.getpid(), *(service.ospid for service in books.services)}
     for ospid in children - set(live) - own:
-        stat = procfs.read_stat(ospid)
-        if stat is not None and stat.state != "Z" and procfs.name(ospid) != "aios:spare":
-            yield f"process {ospid} ({procfs.name(ospid)}): a child of the supervisor, and nobody's agent"
-    if set(kernel.agents.by_ospid) != set(live):
-        yield f"agents by Linux pid: {len(kernel.agents.by_ospid)}, live in the table: {len(live)}"
+        stat, name = procfs.read_stat(ospid), procfs.name(ospid)
+        if stat is not None and stat.state != "Z" and stat.ppid == supervisor and name != "aios:spare":
+            yield f"process {ospid} ({name}): a child of the supervisor, and no agent"
+        else:
+            yield ""
 
 
-def _families(kernel: Kernel) -> Iterator[str]:
-    for pid, children in kernel.table.children.items():
+def families(books: Books) -> Iterator[str]:
+    for pid, children in books.table.children.items():
         for child in children.values():
-            if child.ppid != pid or kernel.table.get(child.pid) is not child:
-                yield f"agent {child.pid}: filed under parent {pid}, says {child.ppid}"
-    known = {proc.pid for proc in kernel.table} | set(kernel.table.history)
-    rows = kernel.ledger.pids()
-    if rows - known:
-        yield f"rows in the ledger of agents that nobody knows: {sorted(rows - known)[:10]}"
+            if child.ppid != pid or books.table.get(child.pid) is not child:
+                yield f"agent {child.pid}: filed under parent {pid}, names {child.ppid}"
+    known = {proc.pid for proc in books.table.procs.values()} | set(books.table.history) | books.budgets.owners()
+    unknown = books.ledger.pids() - known
+    if unknown:
+        yield f"rows in the ledger of agents that are not known: {sorted(unknown)[:10]}"
 
 
-def _calls(kernel: Kernel) -> Iterator[str]:
-    """Every call that lies with a core, waits for an end or for a fork is open."""
-    open_keys = {call.key for peer in peers(kernel) for call in peer.calls.values()}
-    for core in kernel.cores:
-        for key in core.calls:
-            if key not in open_keys:
-                yield f"core {core.name}: call {key} belongs to nobody"
-    for call in kernel.waiters.calls():
-        if call.peer.calls.get(call.id) is not call:
+def calls(books: Books) -> Iterator[str]:
+    """Every call that lies with a service, or waits for an end, is open."""
+    is_open = {call.key for peer in books.peers for call in peer.calls.values()}
+    for service in books.services:
+        for key in service.calls:
+            if key not in is_open:
+                yield f"{service.name}: call {key} is not open"
+    for call in books.waiters.calls():
+        if call.key not in is_open:
             yield f"call {call.key} waits for a process and is closed"
 
 
-def _slots(kernel: Kernel) -> Iterator[str]:
-    for core in kernel.cores:
-        slots = core.stats.get("slots")
-        if isinstance(slots, dict) and slots.get("free", 0) + slots.get("used", 0) != slots.get("total", 0):
-            yield f"core {core.name}: slots do not add up: {slots}"
+def slots(books: Books) -> Iterator[str]:
+    for service in books.services:
+        found = service.stats.get("slots")
+        if isinstance(found, dict) and found.get("free", 0) + found.get("used", 0) != found.get("total", 0):
+            yield f"{service.name}: slots do not add up: {found}"
 
 
-def _mailboxes(kernel: Kernel) -> Iterator[str]:
-    waiting = 0
-    for proc in kernel.table:
-        size = sum(len(memoryview(message.obj)) for message in proc.mailbox)
-        waiting += len(proc.mailbox)
-        if size != proc.mailbox_bytes:
-            yield f"agent {proc.pid}: {size} bytes in its mailbox, {proc.mailbox_bytes} in the books"
-        if proc.mailbox and proc.receivers:
-            yield f"agent {proc.pid}: {len(proc.mailbox)} messages and {len(proc.receivers)} receivers wait"
-    if waiting != len(kernel.journal.waiting()):
-        yield f"messages: {waiting} in mailboxes, {len(kernel.journal.waiting())} in the journal"
+def mailboxes(books: Books) -> Iterator[str]:
+    waiting, total = 0, 0
+    for pid, box in books.mail.boxes():
+        size = sum(message.size for message in box.messages)
+        waiting, total = waiting + len(box.messages), total + size
+        if size != box.size:
+            yield f"agent {pid}: {size} bytes in its mailbox, {box.size} in the books"
+        if box.messages and box.receivers:
+            yield f"agent {pid}: {len(box.messages)} messages and {len(box.receivers)} receivers wait"
+    if waiting != len(books.mail.journal.waiting()):
+        yield f"messages: {waiting} in mailboxes, {len(books.mail.journal.waiting())} in the journal"
+    if total != books.mail.total:
+        yield f"mailboxes: {total} bytes, {books.mail.total} in the books"
 
 
-def _tokens(kernel: Kernel) -> Iterator[str]:
-    """What an agent and its budgets show is what closed calls have used (the ledger) and open ones."""
-    budgets: dict[Budget, int] = {}
-    for proc in kernel.table:
-        generations = _generations(proc)
+def tokens(books: Books) -> Iterator[str]:
+    """What an agent and its budgets show is what closed calls have used (the ledger) and open ones, over whatever
+    connection of it."""
+    for proc in books.table:
+        open_ones = _generations(books, proc)
         shown = (proc.prompt_tokens, proc.cached_tokens, proc.completion_tokens)
         counted = (
-            proc.row[ledger.PROMPT] + sum(one.prompt_tokens for one in generations),
-            proc.row[ledger.CACHED] + sum(one.cached_tokens for one in generations),
-            proc.row[ledger.COMPLETION] + sum(len(one.tokens) for one in generations),
+            proc.row[ledger.PROMPT] + sum(one.prompt_tokens for one in open_ones),
+            proc.row[ledger.CACHED] + sum(one.cached_tokens for one in open_ones),
+            proc.row[ledger.COMPLETION] + sum(len(one.tokens) for one in open_ones),
         )
         if shown != counted:
             yield f"agent {proc.pid}: prompt, cached, completion tokens {shown}, counted {counted}"
-        for budget in proc.budgets:
-            budgets[budget] = budgets.get(budget, 0) + sum(one.used for one in generations)
-    for budget, under_way in budgets.items():
+    for budget in books.budgets:
+        sharers = [one for pid in budget.sharers if (one := books.table.get(pid)) is not None]
+        under_way = sum(one.used for sharer in sharers for one in _generations(books, sharer))
         settled = budget.row[ledger.CHARGED] if budget.row is not None else 0
         if budget.tokens_used != settled + under_way:
             yield f"budget of {budget.owner}: {budget.tokens_used} tokens charged, {settled} + {under_way} generated"
 
 
-def _generations(proc: Proc) -> list[Generation]:
-    calls = proc.peer.calls.values() if proc.peer is not None else ()
-    return [call.generation for call in calls if call.generation is not None]
+def _generations(books: Books, proc: Proc) -> list[Generation]:
+    return [call.generation for call in books.peers.calls_of(proc) if call.generation is not None]
 
 
-def _assembly(kernel: Kernel) -> Iterator[str]:
-    held = sum(peer.assembling for peer in [*peers(kernel), *kernel.control.strangers])
-    if held != kernel.assembly.total:
-        yield f"unfinished frames: {held} bytes with peers, {kernel.assembly.total} in the books"
+def sizes(books: Books) -> Iterator[str]:
+    """What is counted along the way is what is there."""
+    held = sum(peer.assembling for peer in [*books.peers, *books.strangers])
+    if held != books.calls.assembly.total:
+        yield f"unfinished frames: {held} bytes with peers, {books.calls.assembly.total} in the books"
+    opened = sum(call.size for peer in books.peers for call in peer.calls.values())
+    if opened != books.calls.open_bytes:
+        yield f"open calls: {opened} bytes, {books.calls.open_bytes} in the books"
 
 
-def _rings(kernel: Kernel) -> Iterator[str]:
-    for peer in peers(kernel):
+def rings(books: Books) -> Iterator[str]:
+    for peer in books.peers:
         if isinstance(peer, AgentPeer) and (wrong := peer.channel.unbalanced()):
             yield f"agent {peer.id}: {wrong}"

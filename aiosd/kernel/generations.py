@@ -1,48 +1,60 @@
-"""Generations and the other calls to a model, from the kernel's side: check, queue, account, answer.
+"""Generations, from the kernel's side: check, queue, account, answer.
 
 The kernel keeps of every open generation the tokens that were given out, so that a core's death costs a pause
 and nothing else. Tokens are charged when they are given out; the prompt when it was computed (what came from
 the cache is free), and only once however many cores die.
+
+All this concerns the agent, not one connection of it: what its children generate over the control socket is
+stopped, counted and cut as what it generates itself (`peers`).
 """
 
 from __future__ import annotations
 
 import errno
-import logging
-import sys
-from typing import TYPE_CHECKING
-
-from msgspec import Raw
+import os
+from collections.abc import Callable
+from typing import Any
 
 from aiosd import link
 from aiosd.kernel import budget as budgets
 from aiosd.kernel import ledger
-from aiosd.kernel.cores import Core
-from aiosd.kernel.peer import OUTBOX_PAUSE, OUTBOX_RESUME, Call, Generation, Peer
-from aiosd.kernel.proc import Proc
+from aiosd.kernel.budget import Budget
+from aiosd.kernel.calls import Calls
+from aiosd.kernel.cores import Core, Cores
+from aiosd.kernel.generation import Generation
+from aiosd.kernel.peer import OUTBOX_PAUSE, OUTBOX_RESUME, Call, Peer
+from aiosd.kernel.proc import Proc, ProcTable, State
 from libaios import wire
-
-if TYPE_CHECKING:
-    from aiosd.kernel.loop import Kernel
-
-logger = logging.getLogger("kernel.generations")
-
-PROGRESS_S = 2.0  # between two lines about the loading of a model
+from libaios.wire import Sys
 
 
 class Generations:
-    def __init__(self, kernel: Kernel) -> None:
-        self.kernel = kernel
-        self.load_error = ""  # a model could not be loaded at boot: the system does not come up
-        self._progress: dict[str, int] = {}  # percent shown last, by core
-        self._said = kernel.timers.clock()
+    """`spent` is called with a budget that has no tokens left; `refused` with one of which more was asked for;
+    `stood_still` when a core has taken the generations of a stopped agent out of decoding; `schedule` tells what
+    policy is in force."""
+
+    def __init__(
+        self,
+        calls: Calls,
+        table: ProcTable,
+        cores: Cores,
+        schedule: Callable[[], link.Schedule],
+    ) -> None:
+        self.calls = calls
+        self.peers = calls.peers
+        self.table = table
+        self.cores = cores
+        self.schedule = schedule
+        self.spent: Callable[[Budget], None]
+        self.refused: Callable[[Budget], None]
+        self.stood_still: Callable[[], None]
 
     # ── submitting ────────────────────────────────────────────────────────────────────────────────────────
 
     def core_for(self, model: str | None) -> Core:
-        core = self.kernel.cores.find(model)
+        core = self.cores.find(model)
         if core is None:
-            names = ", ".join(core.name for core in self.kernel.cores)
+            names = ", ".join(core.model for core in self.cores)
             raise wire.error(errno.EINVAL, f"model: no model named {model!r}; there are: {names}")
         return core
 
@@ -50,10 +62,10 @@ class Generations:
         if (args.messages is None) == (args.prompt is None):
             raise wire.error(errno.EINVAL, "exactly one of messages and prompt is needed")
         core = self.core_for(args.model)
-        self._check_budget(call)
-        call.generation = Generation(args, core.name, list(args.given), new_from=len(args.given))
+        self.check_budget(call)
+        call.generation = Generation(args, core.model, list(args.given), new_from=len(args.given))
         call.forget = lambda: self._closed(core, call)
-        self.kernel.set_timeout(call, args.timeout_s, "answer")
+        self.calls.set_timeout(call, args.timeout_s, "answer")
         if args.given:  # generated, and charged, by a call whose kernel died
             self._count_completion(call, len(args.given))
             if call.peer.calls.get(call.id) is not call:
@@ -62,35 +74,33 @@ class Generations:
         call.generation.budget = None if left is None else left + call.generation.used
         core.submit(call, link.Submit(call.key, args, nice, group, left))
 
-    def forward(self, call: Call, model: str | None, message: link.ToCore, timeout_s: float | None) -> None:
-        """Embed, tokenize, detokenize: the core answers with the finished body."""
-        core = self.core_for(model)
-        if isinstance(message, link.SubmitEmbed):
-            self._check_budget(call)
-        call.forget = lambda: core.cancel(call)
-        self.kernel.set_timeout(call, timeout_s, "answer")
-        core.submit(call, message)
+    def choose(self, call: Call, args: Any) -> Core:
+        """The core that another call than a generation goes to. Raises OSError: EINVAL, EDQUOT."""
+        if call.row.sys == Sys.EMBED:
+            self.check_budget(call)
+        return self.core_for(args.model)
+
+    def caller_of(self, call: Call) -> link.Caller:
+        proc = call.peer.proc
+        if proc is None:
+            return link.Caller(0, os.getuid(), "", False, "default")
+        left = budgets.tokens_left(proc.budgets)
+        return link.Caller(proc.pid, proc.uid, proc.name, proc.named, proc.group, proc.nice, left)
 
     def call_budget(self, call: Call) -> tuple[int, str, int | None]:
-        """nice, group and tokens left of whoever made the call."""
+        """nice, group and tokens left of the agent that made the call."""
         proc = call.peer.proc
         if proc is None:
             return 0, "default", None
         return proc.nice, proc.group, budgets.tokens_left(proc.budgets)
 
-    def _check_budget(self, call: Call) -> None:
+    def check_budget(self, call: Call) -> None:
+        """Raises OSError (EDQUOT) when no token is left."""
         proc = call.peer.proc
         if proc is not None and budgets.tokens_left(proc.budgets) == 0:
-            self._over_budget(proc)
-
-    def _over_budget(self, proc: Proc) -> None:
-        """Refuse, and end whoever does not take no for an answer."""
-        budget = next(budget for budget in proc.budgets if budget.tokens_left == 0)
-        if not budget.ending:
-            budget.ending = True
-            self.kernel.agents.reached(budget, "tokens")
-            self.kernel.timers.after(budgets.GRACE_S, lambda: self.kernel.agents.end_budget(budget))
-        raise wire.error(errno.EDQUOT, budgets.describe(budget))
+            budget = next(budget for budget in proc.budgets if budget.tokens_left == 0)
+            self.refused(budget)
+            raise wire.error(errno.EDQUOT, budgets.describe(budget))
 
     def _closed(self, core: Core, call: Call) -> None:
         core.cancel(call)
@@ -102,31 +112,7 @@ class Generations:
             proc.row[ledger.COMPLETION] += len(generation.tokens)
             budgets.settle(proc.budgets, generation.used)
 
-    # ── what a core says ──────────────────────────────────────────────────────────────────────────────────
-
-    def on_loading(self, core: Core, message: link.Progress) -> None:
-        """A line that moves on a terminal, elsewhere a new line now and then when it takes long."""
-        percent = int(message.fraction * 100)
-        if percent == self._progress.get(core.name):
-            return
-        if sys.stderr.isatty():
-            print(f"\r\x1b[Kaiosd: {core.name}: {message.what} {percent} %", end="", file=sys.stderr, flush=True)
-        elif self.kernel.timers.clock() - self._said >= PROGRESS_S:
-            self._said = self.kernel.timers.clock()
-            logger.info("%s: %s %d %%", core.name, message.what, percent)
-        self._progress[core.name] = percent
-
-    def on_loaded(self, core: Core) -> None:
-        _clear_line()
-        logger.info("%s: loaded", core.name)
-        self.kernel.core_loaded()
-
-    def on_load_failed(self, core: Core, message: str) -> None:
-        _clear_line()
-        if self.kernel.ready:  # a core that was forked again: the supervisor tries once more
-            logger.error("%s: %s", core.name, message)
-        else:
-            self.load_error = message
+    # ── what a core sends ─────────────────────────────────────────────────────────────────────────────────
 
     def on_started(self, call: Call, started: link.Started) -> None:
         generation = call.generation
@@ -152,12 +138,12 @@ class Generations:
         assert generation is not None
         if delta.offset != len(generation.tokens):
             # Between a kernel's death and the calls' new submission a core does not know how far its callers are.
-            self.kernel.cores.resynchronise(call)
+            self.cores.by_model[generation.model].resynchronise(call)
             return
         generation.resyncing = False
         generation.tokens.extend(delta.tokens)
         if generation.request.stream:
-            self.kernel.send_piece(call, delta.offset, wire.Piece(delta.text, delta.tokens))
+            self.calls.send_piece(call, delta.offset, wire.raw(wire.Piece(delta.text, delta.tokens)))
             self._pause_if_slow(call, generation)
         else:
             generation.texts.append(delta.text)
@@ -168,7 +154,7 @@ class Generations:
         assert generation is not None
         if finished.offset != len(generation.tokens):
             generation.resyncing = False
-            self.kernel.cores.resynchronise(call)
+            self.cores.by_model[generation.model].resynchronise(call)
             return
         generation.tokens.extend(finished.tokens)
         if not generation.started:  # over within its first step
@@ -178,26 +164,22 @@ class Generations:
         if finished.finish_reason == "limit" and call.peer.proc is not None:
             for budget in call.peer.proc.budgets:
                 if budget.tokens_left == 0:
-                    self.kernel.agents.reached(budget, "tokens")
+                    self.spent(budget)
         self._answer(call, finished.tokens, finished.text, finished.finish_reason, finished)
 
-    def on_answered(self, call: Call, answered: link.Answered) -> None:
+    def charge(self, call: Call, tokens: int) -> None:
+        """A call that is no generation has used this number of tokens (an embedding)."""
         proc = call.peer.proc
-        if proc is not None and answered.prompt_tokens:
-            proc.prompt_tokens += answered.prompt_tokens
-            proc.row[ledger.PROMPT] += answered.prompt_tokens
-            budgets.charge(proc.budgets, answered.prompt_tokens)
-            budgets.settle(proc.budgets, answered.prompt_tokens)
-        self.kernel.finish(call, Raw(answered.body))
+        if proc is not None:
+            proc.prompt_tokens += tokens
+            proc.row[ledger.PROMPT] += tokens
+            empty = budgets.charge(proc.budgets, tokens)
+            budgets.settle(proc.budgets, tokens)
+            if empty is not None:
+                self._cut(empty)
 
-    def live_peers(self) -> list[int]:
-        return [proc.pid for proc in self.kernel.table.live()] + list(self.kernel.control.clients)
-
-    def on_stats(self, req: int) -> None:
-        self.kernel.status.part(req)
-
-    def fail(self, call: Call, code: int, message: str) -> None:
-        self.kernel.fail(call, code, message)
+    def on_parked(self) -> None:
+        self.stood_still()
 
     def _answer(
         self, call: Call, last_tokens: list[int], last_text: str, reason: str, finished: link.Finished | None
@@ -214,7 +196,7 @@ class Generations:
         else:
             used = len(generation.tokens)
             usage, tool_calls = wire.Usage(generation.prompt_tokens, generation.cached_tokens, used), []
-        self.kernel.finish(call, wire.Generated(text, tokens, reason, usage, tool_calls))
+        self.calls.finish(call, wire.Generated(text, tokens, reason, usage, tool_calls))
 
     # ── accounting ────────────────────────────────────────────────────────────────────────────────────────
 
@@ -242,24 +224,22 @@ class Generations:
         A generation that has used up all it was submitted with is ended by the core itself, which knows its
         figures; the others are ended here.
         """
-        self.kernel.agents.reached(empty, "tokens")
-        for proc in self.kernel.table.live():
-            if empty not in proc.budgets or proc.peer is None:
+        self.spent(empty)
+        sharers = [proc for pid in list(empty.sharers) if (proc := self.table.get(pid)) is not None]
+        for call in [call for proc in sharers for call in self.peers.calls_of(proc)]:
+            generation = call.generation
+            if generation is None or generation.ending:
                 continue
-            for call in list(proc.peer.calls.values()):
-                generation = call.generation
-                if generation is None or generation.ending:
-                    continue
-                if generation.budget is not None and generation.used >= generation.budget:
-                    continue
-                self._answer(call, [], "", "limit", None)
+            if generation.budget is not None and generation.used >= generation.budget:
+                continue
+            self._answer(call, [], "", "limit", None)
 
     # ── pausing and parking ───────────────────────────────────────────────────────────────────────────────
 
     def _pause_if_slow(self, call: Call, generation: Generation) -> None:
         if call.peer.outbox_bytes > OUTBOX_PAUSE and not generation.paused:
             generation.paused = call.peer.paused = True
-            self.kernel.cores.by_name[generation.model].pause(call, True)
+            self.cores.by_model[generation.model].pause(call, True)
 
     def resume_streams(self, peer: Peer) -> None:
         """The peer has read; let its streams go on when it has caught up."""
@@ -269,24 +249,42 @@ class Generations:
         for call in peer.calls.values():
             if call.generation is not None and call.generation.paused:
                 call.generation.paused = False
-                self.kernel.cores.by_name[call.generation.model].pause(call, False)
+                self.cores.by_model[call.generation.model].pause(call, False)
 
     def park(self, proc: Proc, parked: bool) -> None:
         """Take the agent's generations out of decoding, or let them go on."""
-        for core in self.kernel.cores:
-            if parked != (proc.pid in core.parked):
-                core.park(proc.pid, parked)
+        for peer in self.peers.of(proc):
+            self.park_peer(peer, parked)
+
+    def park_peer(self, peer: Peer, parked: bool) -> None:
+        for core in self.cores:
+            if parked != (peer.id in core.parked):
+                core.park(peer.id, parked)
+
+    def joined(self, peer: Peer) -> None:
+        """A new connection of an agent: of one that is stopped, its calls wait."""
+        if peer.proc is not None and peer.proc.state is State.STOPPED:
+            self.park_peer(peer, True)
+
+    def left(self, peer: Peer) -> None:
+        """The connection is gone, and with it all its calls."""
+        for core in self.cores:
+            if peer.id in core.parked:
+                core.park(peer.id, False)
+
+    def stands_still(self, proc: Proc) -> bool:
+        """Whether nothing of a parked agent is decoded any more, nor on its way here."""
+        peers = [peer.id for peer in self.peers.of(proc)]
+        return all(core.stands_still(peers) for core in self.cores)
+
+    def renice(self, proc: Proc, nice: int) -> None:
+        """All open calls get the new value."""
+        for peer in self.peers.of(proc):
+            for core in self.cores:
+                core.send(link.Renice(peer.id, nice))
 
     def forget(self, proc: Proc) -> None:
         """The agent is dead."""
-        for core in self.kernel.cores:
-            if proc.pid in core.parked:
-                core.park(proc.pid, False)
+        for core in self.cores:
             if core.contexts.pop(proc.pid, None) is not None or proc.prompt_tokens:
                 core.send(link.Gone(proc.pid))
-
-
-def _clear_line() -> None:
-    """Of progress, before something is logged: it may have stood still before its end."""
-    if sys.stderr.isatty():
-        print("\r\x1b[K", end="", file=sys.stderr, flush=True)

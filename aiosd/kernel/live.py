@@ -1,6 +1,6 @@
 """Settings that change while the system runs: by `aiosd set`, or because SIGHUP had them read again.
 
-The supervisor keeps them, so that they outlive this kernel and its cores. What was set at run time is in force until
+The supervisor keeps them, so that they outlive this kernel and its services. What was set at run time is in force until
 the settings are read again.
 """
 
@@ -11,37 +11,50 @@ import errno
 from typing import TYPE_CHECKING
 
 from aiosd import config, link, log
+from aiosd.kernel.cores import Cores
+from aiosd.kernel.uplink import Uplink
 from libaios import wire
 
 if TYPE_CHECKING:
-    from aiosd.kernel.loop import Kernel
+    from aiosd.config import Settings
 
 
-def change(kernel: Kernel, name: str, text: str) -> tuple[str, str]:
-    """Set one; its old value and its new one, as on the command line."""
-    try:
-        settings = config.change(kernel.settings, name, text)
-    except ValueError as err:
-        raise wire.error(errno.EINVAL, str(err)) from None
-    old, new = config.show(kernel.settings, name), config.show(settings, name)
-    kernel.to_supervisor(link.Set(name, text))
-    kernel.settings = settings
-    apply(kernel)
-    return old, new
+class Live:
+    """`settings` are those in force."""
 
+    def __init__(self, settings: Settings, uplink: Uplink, cores: Cores) -> None:
+        self.settings = settings
+        self._uplink = uplink
+        self._cores = cores
 
-def reread(kernel: Kernel, message: link.Reread) -> None:
-    schedule = message.schedule
-    kernel.settings = dataclasses.replace(
-        kernel.settings,
-        log_level=message.log_level,
-        policy=schedule.policy,
-        quantum=(schedule.tokens, schedule.seconds),
-        shares=schedule.shares,
-    )
-    apply(kernel)
+    def change(self, name: str, text: str) -> tuple[str, str]:
+        """Set one; its old value and its new one, as on the command line. Raises OSError (EINVAL)."""
+        try:
+            settings = config.change(self.settings, name, text)
+        except ValueError as err:
+            raise wire.error(errno.EINVAL, str(err)) from None
+        old, new = config.show(self.settings, name), config.show(settings, name)
+        self._uplink.send(link.Set(name, text))
+        self._apply(settings)
+        return old, new
 
+    def reread(self, message: link.Reread) -> None:
+        schedule = message.schedule
+        self._apply(
+            dataclasses.replace(
+                self.settings,
+                log_level=message.log_level,
+                policy=schedule.policy,
+                quantum=(schedule.tokens, schedule.seconds),
+                shares=schedule.shares,
+            )
+        )
 
-def apply(kernel: Kernel) -> None:
-    log.set_level(kernel.settings.log_level)
-    kernel.cores.reschedule(kernel.settings.schedule())
+    def schedule(self) -> link.Schedule:
+        return self.settings.schedule()
+
+    def _apply(self, settings: Settings) -> None:
+        self.settings = settings
+        log.set_level(settings.log_level)
+        for core in self._cores:
+            core.send(settings.schedule())

@@ -1,23 +1,25 @@
-"""Who talks to the kernel, and the calls they have open.
+"""The two kinds of peer, and the calls they have open.
 
 A *peer* is an agent on its channel (`AgentPeer`) or a client on the control socket (`ClientPeer`: aios-run,
 aios-ps, a notebook). Both send `wire.Request` frames and get `wire.Reply` frames; the rest of the kernel does
-not know which it serves. Who a peer is follows from the descriptor it talks through, never from what it says.
+not know which it serves. The identity of a peer follows from the descriptor it talks through, never from what it sends.
 
-A *call* is open from the moment its request was accepted until its one final reply was sent. `Kernel.finish`
-and `Kernel.fail` alone close it.
+A *call* is open from the moment its request was accepted until its one final reply was sent. `calls.Calls` alone
+opens and closes calls.
 """
 
 from __future__ import annotations
 
 import errno
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any
 
 import msgspec
 
+from aiosd.kernel.events import Source
 from aiosd.kernel.explain import explain
+from aiosd.kernel.generation import Generation
 from aiosd.kernel.proc import Proc
 from aiosd.link import Key
 from aiosd.timers import Timer
@@ -26,7 +28,6 @@ from libaios.channel import Channel
 from libaios.ring import ProtocolError
 from libaios.stream import FrameSocket
 
-MAX_OPEN_CALLS = 1024  # of one peer
 FRAMES_PER_TURN = 32  # of one agent, before the others have their turn
 ASSEMBLY_MAX = 256 << 20  # bytes of unfinished frames, of all peers together
 DEEP = 400  # levels of nesting in arguments that the next reader must be able to put under its own
@@ -34,25 +35,8 @@ OUTBOX_PAUSE = 256 << 10  # bytes a peer has not read before its streams are pau
 OUTBOX_RESUME = 64 << 10  # … and go on,
 OUTBOX_MAX = 64 << 20  # … and before it is taken for dead
 
-
-@dataclass(slots=True, eq=False)
-class Generation:
-    """What the kernel remembers of a generation, enough to start it again on a new core."""
-
-    request: wire.Generate
-    model: str
-    tokens: list[int]  # all that were given out, those of `request.given` included
-    texts: list[str] = field(default_factory=list)  # what a caller that does not stream has to come
-    new_from: int = 0  # tokens before this index were there before this kernel knew the call
-    budget: int | None = None  # tokens left when it was submitted, and used since
-    used: int = 0
-    started: bool = False
-    ending: bool = False  # its final word is here
-    prompt_tokens: int = 0
-    cached_tokens: int = 0
-    ctx_tokens: int = 0
-    paused: bool = False  # its reader is slow
-    resyncing: bool = False  # the core was asked to tell again what we have not got
+#: The row of a call that no table has: it is answered with ENOSYS.
+UNKNOWN = wire.Row(-1, wire.NoArgs)
 
 
 @dataclass(slots=True, eq=False)
@@ -61,12 +45,12 @@ class Call:
 
     peer: Peer
     id: int
-    sys: int
+    row: wire.Row
+    size: int = 0  # bytes of its request
+    again: bool = False  # it was sent before, to a kernel that has died since
     generation: Generation | None = None
-    core: str = ""  # the model whose core has it
-    deaths: int = 0  # of cores while it was running there
     timer: Timer | None = None
-    forget: Callable[[], None] | None = None  # takes the call off whatever list it waits on
+    forget: Callable[[], None] | None = None  # takes the call off the list that it waits on
 
     @property
     def key(self) -> Key:
@@ -76,25 +60,24 @@ class Call:
 class Peer:
     """Common part. `id`: an agent's pid, or a negative number for a client."""
 
-    __slots__ = ("assembling", "calls", "gone", "id", "paused", "proc", "strange")
+    __slots__ = ("assembling", "calls", "gone", "id", "open_bytes", "paused", "proc", "source", "strange")
 
     def __init__(self, ident: int, proc: Proc | None) -> None:
         self.assembling = 0  # bytes of its unfinished frame, in the books of `Assembly`
         self.gone = False  # dropped: nothing it has sent is looked at any more
         self.paused = False  # streams of it stand still until it has read
-        self.strange = False  # has made a call that does not exist, and the log knows
+        self.strange = False  # has made a call that does not exist, and the log has a line about it
         self.id = ident
         self.proc = proc  # whose rights it has; None: a client of aiosd's own user
         self.calls: dict[int, Call] = {}
+        self.open_bytes = 0  # of their requests
+        self.source: Source | None = None  # while the kernel listens to it
 
     def send(self, payload: bytes) -> None:
         raise NotImplementedError
 
     @property
     def outbox_bytes(self) -> int:
-        raise NotImplementedError
-
-    def fileno(self) -> int:
         raise NotImplementedError
 
     def close(self) -> None:
@@ -104,13 +87,13 @@ class Peer:
 class AgentPeer(Peer):
     """An agent on its rings."""
 
-    __slots__ = ("channel", "serve", "turn")
+    __slots__ = ("channel", "rung", "turn")
 
     def __init__(self, proc: Proc, channel: Channel) -> None:
         super().__init__(proc.pid, proc)
         self.channel = channel
         self.turn = FRAMES_PER_TURN  # fewer when they take long
-        self.serve: Callable[[int], None]  # set by `Kernel.serve`: looks at its ring
+        self.rung = False  # its bell holds rings since the last beat
 
     def send(self, payload: bytes) -> None:
         self.channel.send(payload)
@@ -119,9 +102,6 @@ class AgentPeer(Peer):
     def outbox_bytes(self) -> int:
         return self.channel.outbox_bytes
 
-    def fileno(self) -> int:
-        return self.channel.fileno()
-
     def close(self) -> None:
         self.channel.close()
 
@@ -129,25 +109,24 @@ class AgentPeer(Peer):
 class ClientPeer(Peer):
     """A client on the control socket. Until its Hello it has no id and may not call."""
 
-    __slots__ = ("fds", "ospid", "socket", "uid", "welcome")
+    __slots__ = ("fds", "on_pending", "ospid", "socket", "welcome")
 
-    def __init__(self, socket: FrameSocket, uid: int, ospid: int, proc: Proc | None) -> None:
+    def __init__(self, socket: FrameSocket, ospid: int, proc: Proc | None, on_pending: Callable[[], None]) -> None:
         super().__init__(0, proc)
         self.socket = socket
-        self.uid = uid
         self.ospid = ospid
+        self.on_pending = on_pending  # called when something could not be sent at once
         self.welcome = False
         self.fds: list[int] = []  # those that came with the frame now being handled
 
     def send(self, payload: bytes) -> None:
         self.socket.send(payload)
+        if self.socket.pending:
+            self.on_pending()
 
     @property
     def outbox_bytes(self) -> int:
         return self.socket.pending
-
-    def fileno(self) -> int:
-        return self.socket.fileno()
 
     def close(self) -> None:
         self.socket.close()
@@ -155,15 +134,15 @@ class ClientPeer(Peer):
 
 class Assembly:
     """How much of all peers' unfinished frames lies here: each peer alone may have one of `wire.MAX_FRAME` bytes, all
-    together no more than `limit`. Whoever began first is in the way then: an honest frame is complete in a moment."""
+    together no more than `limit`. Beyond that the oldest one has to go: an honest frame is complete in a moment."""
 
     def __init__(self, limit: int = ASSEMBLY_MAX) -> None:
         self.limit = limit
         self.total = 0
-        self._peers: dict[Peer, None] = {}  # who has an unfinished frame, oldest first
+        self._peers: dict[Peer, None] = {}  # those with an unfinished frame, oldest first
 
     def note(self, peer: Peer, size: int) -> Peer | None:
-        """The peer holds `size` bytes now. Returns who must go, when that is too much for all."""
+        """The peer holds `size` bytes now. Returns the peer that must go, when that is too much for all."""
         if size < peer.assembling or not size:  # that frame is complete; this is another one
             self._peers.pop(peer, None)
         if size:
@@ -197,21 +176,17 @@ def read_request(payload: bytes) -> wire.Request:
         raise ProtocolError("a frame that is no request: it is nested too deeply") from None
 
 
-def read_args(request: wire.Request) -> Any:
-    """The arguments of a call, None where it has none. Raises OSError (EINVAL) that says what is wrong with which.
+def read_args(row: wire.Row, args: Any) -> Any:
+    """The arguments of a call. Raises OSError (EINVAL) that names what is wrong with which.
 
-    What is nested almost too deeply for us would be too deep for a core, or for the agent that a message is for.
+    What is nested almost too deeply for us would be too deep for a service, or for the agent that a message is for.
     """
-    decode = wire.decode_args.get(request.sys)
-    if decode is None:
-        return None
-    args = request.args
     try:
         if len(memoryview(args)) > DEEP:  # a level costs a byte at least
             _skip(b"\x91" * DEEP + bytes(args))
-        return decode(args)
+        return wire.decode_args[row.sys](args)
     except msgspec.MsgspecError as err:
-        raise wire.error(errno.EINVAL, explain(err, wire.TABLE[request.sys].args)) from None
+        raise wire.error(errno.EINVAL, explain(err, row.args)) from None
     except UnicodeDecodeError as err:
         raise wire.error(errno.EINVAL, f"a string that is not UTF-8: {err.reason}") from None
     except RecursionError:

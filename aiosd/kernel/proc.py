@@ -15,7 +15,7 @@
             REAPED                      in the history: the last N dead, for aios-wait, -logs and -inspect
 
 `advance()` alone moves a process, and only along `TRANSITIONS`; anything else is a bug of ours and moves
-nothing. What aios-ps shows as STAT is computed from the state and from the calls that are open (`stat_letter`).
+nothing. What aios-ps shows as STAT is computed from the state and from the calls that are open (`listing.py`).
 
 Everything here is touched by the kernel's one thread only. The parent of an agent that was started from
 outside, or whose parent died, is pid 1.
@@ -25,22 +25,13 @@ from __future__ import annotations
 
 import enum
 import time
-from collections import OrderedDict, deque
+from collections import OrderedDict
 from collections.abc import Iterator
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, NamedTuple
 
-from msgspec import Raw
-
-from aiosd import procfs
 from aiosd.errors import Bug
+from aiosd.kernel.budget import Budget
 from aiosd.kernel.ledger import Row
-from libaios import wire
-
-if TYPE_CHECKING:
-    from aiosd.kernel.budget import Budget
-    from aiosd.kernel.peer import AgentPeer, Call
-    from aiosd.link import Key
 
 INIT = 1  # the pid of aiosd itself
 
@@ -70,14 +61,6 @@ TRANSITIONS: dict[tuple[State, Event], State] = {
 }
 
 
-class Message(NamedTuple):
-    """One message in a mailbox; `seq` is its number in the journal."""
-
-    seq: int
-    sender: int
-    obj: Raw
-
-
 @dataclass(slots=True, eq=False)
 class Proc:
     """One agent."""
@@ -93,8 +76,10 @@ class Proc:
     log: str  # "" unless detached
     started: float  # Unix time
     attached_to: int  # id of the client that gets its exit code and whose end hangs it up; 0: none
+    client: tuple[int, int] = (0, 0)  # the process of that client: Linux pid and start time
+    named: bool = False  # the name was given, not made from the program's
     row: Row = field(default_factory=lambda: memoryview(bytearray(64)).cast("Q"))  # in the ledger
-    budgets: list[Budget] = field(default_factory=list)  # its own and those of its ancestors
+    budgets: list[Budget] = field(default_factory=list)  # those it shares: of its ancestors, and its own
 
     # life
     ppid: int = INIT
@@ -103,15 +88,8 @@ class Proc:
     continued: int = 0  # how many times it was told to go on
     status: int | None = None  # exit code or -signal
     budget: str = ""  # which budget ended it
-    reason: str = ""  # what the kernel or the supervisor had to say about the end
+    reason: str = ""  # what the kernel or the supervisor noted about the end
     ended: float = 0.0  # Unix time
-    reaped_by: Key | None = None  # the WAIT call that collected its status
-
-    # its connection; None once it is dead or has hung up
-    peer: AgentPeer | None = None
-    mailbox: deque[Message] = field(default_factory=deque)
-    mailbox_bytes: int = 0
-    receivers: deque[Call] = field(default_factory=deque)  # open RECV calls, first come first served
 
     # what it used
     calls: int = 0
@@ -122,6 +100,8 @@ class Proc:
     mem_bytes: int = 0
     sampled: float = 0.0  # when mem_bytes was (monotonic)
     cpu_s: float = 0.0
+    os_state: str = "S"  # Linux's letter,
+    looked: float = 0.0  # … and when that and cpu_s were read (monotonic)
 
     @property
     def alive(self) -> bool:
@@ -185,16 +165,24 @@ class ProcTable:
             raise Bug(f"process {proc.pid}: {event.name} in state {proc.state.name}")
         proc.state = new
 
+    def adopt_orphan(self, proc: Proc) -> None:
+        """Its parent is dead: it is pid 1's from now on."""
+        siblings = self.children.get(proc.ppid, {})
+        siblings.pop(proc.pid, None)
+        if not siblings:
+            self.children.pop(proc.ppid, None)
+        proc.ppid = INIT
+        self.children.setdefault(INIT, {})[proc.pid] = proc
+
     def exit(self, proc: Proc, status: int) -> list[Proc]:
         """Record an end. Returns the children, which are pid 1's from now on."""
         self.advance(proc, Event.EXIT)
         proc.status = status
         proc.ended = time.time()
-        orphans = self.children.pop(proc.pid, {})
-        for child in orphans.values():
-            child.ppid = INIT
-        self.children.setdefault(INIT, {}).update(orphans)
-        return list(orphans.values())
+        orphans = self.children_of(proc.pid)
+        for child in orphans:
+            self.adopt_orphan(child)
+        return orphans
 
     def reap(self, proc: Proc) -> list[int]:
         """Move a zombie to the history. Returns the pids that fell out of it."""
@@ -217,54 +205,3 @@ class ProcTable:
 def shell_status(status: int) -> int:
     """An exit status as a shell shows it: the code, or 128 + n for signal n."""
     return status if status >= 0 else 128 - status
-
-
-def stat_letter(proc: Proc, os_state: str) -> str:
-    """R on the LLM or computing, Q waiting for the LLM, S sleeping, T stopped, Z dead and not waited for, X dead.
-
-    With no call open only Linux knows whether the agent computes or sleeps.
-    """
-    if not proc.alive:
-        return "Z" if proc.state is State.ZOMBIE else "X"
-    if proc.state is State.STOPPED:
-        return "T"
-    calls = list(proc.peer.calls.values()) if proc.peer is not None else []
-    generations = [call.generation for call in calls if call.generation is not None]
-    if any(generation.started for generation in generations):
-        return "R"
-    if generations:
-        return "Q"
-    if calls:
-        return "S"
-    return "R" if os_state == "R" else "S"
-
-
-def describe(proc: Proc, context: tuple[str, int] = ("", 0)) -> wire.ProcInfo:
-    """The line of aios-ps; live figures are read from /proc now, memory was sampled. `context`: where the core keeps
-    the agent's context, and its tokens."""
-    stat = procfs.read_stat(proc.ospid) if proc.alive else None
-    if stat is not None:
-        proc.cpu_s = stat.cpu_s
-    return wire.ProcInfo(
-        pid=proc.pid,
-        ppid=proc.ppid,
-        pgid=proc.pgid,
-        ospid=proc.ospid,
-        uid=proc.uid,
-        stat=stat_letter(proc, stat.state if stat is not None else "S"),
-        nice=proc.nice,
-        name=proc.name,
-        command=proc.command,
-        group=proc.group,
-        calls=proc.calls,
-        prompt_tokens=proc.prompt_tokens,
-        cached_tokens=proc.cached_tokens,
-        completion_tokens=proc.completion_tokens,
-        ctx_tokens=proc.ctx_tokens,
-        mem_bytes=proc.mem_bytes,
-        cpu_s=round(proc.cpu_s, 3),
-        started=proc.started,
-        exit=None if proc.status is None else shell_status(proc.status),
-        ctx_kept=context[1],
-        ctx_place=context[0],
-    )

@@ -1,36 +1,36 @@
-"""What `aiosd status` shows: the figures of the kernel and of its cores, and a check of the books.
+"""What `aiosd status` shows: the figures of the kernel and of its services, and a check of the books.
 
-A core answers between two steps, so the reply waits for all cores, but not longer than `WAIT_S`; a core that
-was too busy is shown with its last known figures.
+A service answers between two steps, so the reply waits for all, but not longer than `WAIT_S`; one that was too busy is
+shown with its last known figures. What takes long with thousands of agents is done in pieces (`jobs`).
 """
 
 from __future__ import annotations
 
-import errno
 import itertools
-import os
-import resource
 import time
 from collections import Counter
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-from aiosd import link, procfs
-from aiosd.kernel import books
+from aiosd import __version__, link
+from aiosd.kernel import listing
+from aiosd.kernel.books import Books
 from aiosd.kernel.budget import SAMPLE_S
+from aiosd.kernel.calls import Calls
+from aiosd.kernel.cores import Core
+from aiosd.kernel.jobs import Jobs
 from aiosd.kernel.peer import Call
-from aiosd.kernel.proc import describe
-from libaios import wire
+from aiosd.kernel.proc import Proc, ProcTable
+from aiosd.kernel.service import Service, Services, State
+from aiosd.kernel.system import Descriptors
 
 if TYPE_CHECKING:
-    from aiosd.kernel.cores import Core
-    from aiosd.kernel.loop import Kernel
+    from aiosd.config import Settings
+    from aiosd.init.records import Inheritance
 
 WAIT_S = 1.0
 SETTLE_S = 0.3  # between two looks at books that do not balance
-FDS_PER_AGENT = 3  # in the kernel: its memfd, the mapping of that, its doorbell
-FDS_SPARE = 64  # for itself, and
-FDS_CLIENTS = 32  # of these for clients
 
 
 @dataclass(slots=True)
@@ -41,23 +41,44 @@ class _Request:
 
 
 class StatusRequests:
-    def __init__(self, kernel: Kernel) -> None:
-        self.kernel = kernel
+    """`settings` are those in force; `phase` is "loading", "ready" or "stopping"."""
+
+    def __init__(
+        self,
+        born: Inheritance,
+        calls: Calls,
+        table: ProcTable,
+        services: Services,
+        books: Books,
+        jobs: Jobs,
+        descriptors: Descriptors,
+        settings: Callable[[], Settings],
+        phase: Callable[[], str],
+        is_parked: Callable[[Proc], bool],
+    ) -> None:
+        self._born = born
+        self._calls = calls
+        self._table = table
+        self._services = services
+        self._books = books
+        self._jobs = jobs
+        self._descriptors = descriptors
+        self._settings = settings
+        self._phase = phase
+        self._is_parked = is_parked
         self._open: dict[int, _Request] = {}
         self._numbers = itertools.count(1)
-        self._pss: dict[int, int] = {}  # by Linux pid, read since `_sampled`
-        self._sampled = 0.0
 
     def ask(self, call: Call, check: bool) -> None:
         number = next(self._numbers)
-        asked = [core for core in self.kernel.cores if core.state == "ready"]
+        asked = [service for service in self._services if service.state is State.READY]
         self._open[number] = _Request(call, check, len(asked))
-        for core in asked:
-            core.send(link.GetStats(number))
-        self.kernel.timers.after(WAIT_S if asked else 0.0, lambda: self._answer(number))
+        for service in asked:
+            service.send(link.GetStats(number))
+        self._calls.timers.after(WAIT_S if asked else 0.0, lambda: self._answer(number))
 
     def part(self, number: int) -> None:
-        """One core has answered."""
+        """One service has answered."""
         request = self._open.get(number)
         if request is not None:
             request.missing -= 1
@@ -66,101 +87,89 @@ class StatusRequests:
 
     def _answer(self, number: int) -> None:
         request = self._open.pop(number, None)
-        if request is None:
-            return
-        wrong = books.check(self.kernel) if request.check else None
+        if request is not None:
+            self._jobs.start(self._checked(request) if request.check else self._described(request.call, None))
+
+    def _checked(self, request: _Request) -> Iterator[None]:
+        wrong: list[str] = []
+        yield from self._books.check(wrong)
         if not wrong:
-            self.kernel.finish(request.call, self.describe(wrong))
+            yield from self._described(request.call, wrong)
             return
+        self._calls.timers.after(SETTLE_S, lambda: self._jobs.start(self._look_again(request.call, wrong)))
 
-        def look_again() -> None:
-            """What was only on its way has arrived by now."""
-            still = set(books.check(self.kernel))
-            self.kernel.finish(request.call, self.describe([line for line in wrong if line in still]))
+    def _look_again(self, call: Call, wrong: list[str]) -> Iterator[None]:
+        """What was only on its way has arrived by now."""
+        still: list[str] = []
+        yield from self._books.check(still)
+        yield from self._described(call, [line for line in wrong if line in still])
 
-        self.kernel.timers.after(SETTLE_S, look_again)
+    def _described(self, call: Call, wrong: list[str] | None) -> Iterator[None]:
+        letters: Counter[str] = Counter()
+        for proc in self._table:
+            listing.look(proc)
+            calls = self._calls.peers.calls_of(proc)
+            letters[listing.stat_letter(proc, calls, proc.os_state, self._is_parked(proc))] += 1
+            yield
+        self._calls.finish(call, self._describe(dict(letters), wrong))
 
-    def describe(self, wrong: list[str] | None) -> dict[str, Any]:
-        kernel, born = self.kernel, self.kernel.born
-        from aiosd import __version__
-
+    def _describe(self, letters: dict[str, int], wrong: list[str] | None) -> dict[str, Any]:
+        born, settings, peers = self._born, self._settings(), self._calls.peers
         status: dict[str, Any] = {
             "version": __version__,
-            "boot": kernel.boot,
-            "state": "stopping" if kernel.stopping else "ready" if kernel.ready else "loading",
+            "boot": born.boot,
+            "state": self._phase(),
             "pid": born.guardian,
             "uptime_s": round(time.monotonic() - born.since, 1),
-            "home": str(kernel.settings.home.root),
-            "logs": str(kernel.settings.home.logs),
-            "policy": kernel.settings.policy,
-            "quantum": dict(zip(("tokens", "seconds"), kernel.settings.quantum, strict=True)),
-            "group_shares": dict(kernel.settings.shares),
-            "agents": dict(Counter(describe(proc).stat for proc in kernel.table)),
-            "dead_remembered": len(kernel.table.history),
-            "max_agents": max_agents(),
+            "home": str(settings.home.root),
+            "logs": str(settings.home.logs),
+            "policy": settings.policy,
+            "quantum": dict(zip(("tokens", "seconds"), settings.quantum, strict=True)),
+            "group_shares": dict(settings.shares),
+            "agents": letters,
+            "dead_remembered": len(self._table.history),
+            "max_agents": self._descriptors.max_agents,
             "memory_limits_by": f"sampling PSS every {SAMPLE_S} s",
             "kernel": {
                 "epoch": born.epoch,
-                **kernel.counters,
-                "clients_now": len(kernel.control.clients),
-                "open_calls": sum(len(peer.calls) for peer in books.peers(kernel)),
+                **self._calls.counters,
+                "clients_now": len(peers.clients),
+                "open_calls": sum(len(peer.calls) for peer in peers),
             },
-            "models": [self._model(core) for core in kernel.cores],
+            "models": [_model(core) for core in self._services if isinstance(core, Core)],
+            "services": [_service(service) for service in self._services],
         }
         if wrong is not None:
             status["check"] = wrong
         return status
 
-    def _model(self, core: Core) -> dict[str, Any]:
-        info = core.info
-        return {
-            "name": core.name,
-            "path": core.path,
-            "default": core.default,
-            "state": core.state,
-            "pid": core.pid,
-            "ospid": core.ospid,
-            "deaths": core.deaths,
-            "last_death": core.last_death,
-            "open_calls": len(core.calls),
-            "info": {} if info is None else {field: getattr(info, field) for field in info.__struct_fields__},
-            "stats": core.stats,
-        }
 
-    def pss_bytes(self, ospid: int) -> int:
-        """Of one of aiosd's own processes; not read anew within half a second, since it takes milliseconds."""
-        now = self.kernel.timers.clock()
-        if now - self._sampled > SAMPLE_S:
-            self._sampled, self._pss = now, {}
-        if ospid not in self._pss:
-            self._pss[ospid] = procfs.pss_bytes(ospid)
-        return self._pss[ospid]
-
-    def no_agent(self, pid: int) -> OSError:
-        """What a caller hears who took this pid for that of an agent."""
-        if pid in {pid for pid, _ in self.system_processes().values()}:
-            return wire.error(errno.EPERM, f"{pid}: is part of aiosd itself, which ends by: aiosd stop")
-        return wire.error(errno.ESRCH, f"{pid}: no such agent")
-
-    def system_processes(self) -> dict[str, tuple[int, int]]:
-        """name → (pid, Linux pid) of aiosd's own processes."""
-        kernel = self.kernel
-        pids = kernel.born.pids
-        found = {"supervisor": (pids["supervisor"], os.getppid()), "kernel": (pids["kernel"], os.getpid())}
-        cores = list(kernel.cores)
-        for core in cores:
-            found["llm" if len(cores) == 1 else f"llm:{core.name}"] = (core.pid, core.ospid)
-        return found
+def _service(service: Service) -> dict[str, Any]:
+    return {
+        "name": service.name,
+        "kind": service.kind,
+        "state": service.state.value,
+        "pid": service.pid,
+        "ospid": service.ospid,
+        "deaths": service.deaths,
+        "last_death": service.last_death,
+        "open_calls": len(service.calls),
+        "stats": {} if isinstance(service, Core) else service.stats,  # a core's are with its model
+    }
 
 
-def max_agents() -> int:
-    """How many agents the limit on open files allows."""
-    soft, _ = resource.getrlimit(resource.RLIMIT_NOFILE)
-    return max(0, (soft - FDS_SPARE) // FDS_PER_AGENT)
-
-
-def descriptors_left(kernel: Kernel) -> int:
-    """How many more the kernel may open before it eats into what it needs itself."""
-    soft, _ = resource.getrlimit(resource.RLIMIT_NOFILE)
-    agents = len(kernel.agents.by_ospid) + len(kernel.agents.forks)
-    return soft - FDS_SPARE - FDS_PER_AGENT * agents - max(0, kernel.control.descriptors() - FDS_CLIENTS)
+def _model(core: Core) -> dict[str, Any]:
+    info = core.info
+    return {
+        "name": core.model,
+        "path": core.path,
+        "default": core.default,
+        "state": core.state.value,
+        "pid": core.pid,
+        "ospid": core.ospid,
+        "deaths": core.deaths,
+        "last_death": core.last_death,
+        "open_calls": len(core.calls),
+        "info": {} if info is None else {field: getattr(info, field) for field in info.__struct_fields__},
+        "stats": core.stats,
+    }

@@ -1,22 +1,22 @@
 """Calls that wait for something to happen to a process: WAIT for an end, KILL for a stop or an end.
 
-A waiter is one open call with a test that is asked again whenever a process stops or ends.
+A waiter is one open call. It is looked at again when a process that it waits for stops, goes on or ends, and at no
+other time: thousands may wait for each other.
 """
 
 from __future__ import annotations
 
 import errno
-import signal
-from collections.abc import Callable
-from typing import TYPE_CHECKING
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
 
+from aiosd import link
 from aiosd.kernel import access
+from aiosd.kernel.access import Access
+from aiosd.kernel.calls import Calls
 from aiosd.kernel.peer import Call
-from aiosd.kernel.proc import Proc, State
+from aiosd.kernel.proc import Proc, ProcTable, State
 from libaios import wire
-
-if TYPE_CHECKING:
-    from aiosd.kernel.loop import Kernel
 
 
 def waited(proc: Proc) -> wire.Waited:
@@ -24,97 +24,117 @@ def waited(proc: Proc) -> wire.Waited:
     return wire.Waited(proc.pid, proc.status, proc.budget, proc.reason)
 
 
+@dataclass(slots=True, eq=False)
+class _Condition:
+    """A KILL call, finished as soon as `done` is true; it depends on these agents."""
+
+    call: Call
+    done: Callable[[], bool]
+    pids: tuple[int, ...]
+
+
 class Waiters:
-    def __init__(self, kernel: Kernel) -> None:
-        self.kernel = kernel
-        self._for_exit: dict[Call, int] = {}  # WAIT calls, oldest first, and the pid they wait for (0: any child)
-        self._for_state: dict[Call, Callable[[], bool]] = {}  # KILL calls: done when this is true
+    """`collect` is called with a zombie whose parent has its exit status now, the key of the call that got it, and the
+    body of the reply."""
+
+    def __init__(self, table: ProcTable, calls: Calls, rights: Access) -> None:
+        self._table = table
+        self._calls = calls
+        self._rights = rights
+        self._for_exit: dict[int, dict[Call, None]] = {}  # WAIT calls for the end of this pid
+        self._for_child: dict[int, dict[Call, None]] = {}  # … of any child of this pid, oldest first
+        self._conditions: dict[int, dict[Call, _Condition]] = {}  # KILL calls, by each pid that they depend on
+        self.collect: Callable[[Proc, link.Key, wire.Waited], None]
 
     def calls(self) -> list[Call]:
-        return [*self._for_exit, *self._for_state]
+        lists: list[Iterable[Call]] = [*self._for_exit.values(), *self._for_child.values(), *self._conditions.values()]
+        return [call for waiting in lists for call in waiting]
 
     # ── WAIT ──────────────────────────────────────────────────────────────────────────────────────────────
 
     def wait(self, call: Call, args: wire.Wait) -> wire.Waited | None:
         """The result when there is one already; None when the call now waits."""
-        if self.kernel.born.epoch > 1:  # a kernel that died may have served this very call
-            for proc in self.kernel.table.history.values():
-                if proc.reaped_by == call.key:
-                    return waited(proc)
         found = self._dead(call, args.pid)
         if found is not None:
             return self._take(call, found)
         if not args.block:
             return wire.Waited(0, 0)
-        self._for_exit[call] = args.pid
-        call.forget = lambda: self._drop(call)
-        self.kernel.set_timeout(call, args.timeout_s, "exit")
+        if args.pid:
+            _enlist(self._for_exit, args.pid, call)
+        else:
+            _enlist(self._for_child, access.require_agent(call.peer, "waits for any child").pid, call)
+        self._calls.set_timeout(call, args.timeout_s, "exit")
         return None
 
     def _dead(self, call: Call, pid: int) -> Proc | None:
         """A dead process that this call may have, else None; an error when it never can have one."""
-        table, peer = self.kernel.table, call.peer
+        peer = call.peer
         if pid:
-            proc = table.find(pid)
+            proc = self._table.find(pid)
             if proc is None:
-                raise wire.error(errno.ECHILD, str(self.kernel.status.no_agent(pid).strerror))
+                raise wire.error(errno.ECHILD, str(self._rights.no_agent(pid).strerror))
             if not access.may_wait(peer, proc) or (peer.proc is not None and proc.state is State.REAPED):
                 raise wire.error(errno.ECHILD, f"{pid}: not a child of the caller")
             return None if proc.alive else proc
         parent = access.require_agent(peer, "can wait for any child; a pid is needed")
-        children = table.children_of(parent.pid)
+        children = self._table.children_of(parent.pid)
         if not children:
             raise wire.error(errno.ECHILD, "the caller has no children")
         return next((child for child in children if not child.alive), None)
 
     def _take(self, call: Call, proc: Proc) -> wire.Waited:
+        result = waited(proc)
         if access.reaps(call.peer, proc):
-            self.kernel.agents.collect(proc, call.key)
-        return waited(proc)
+            self.collect(proc, call.key, result)
+        return result
 
-    def on_exit(self, proc: Proc) -> None:
-        """Give the status to everyone who may have it; the parent's first waiter collects it."""
-        for call, pid in list(self._for_exit.items()):
-            mine = pid == proc.pid or (pid == 0 and call.peer.proc is not None and call.peer.proc.pid == proc.ppid)
-            if not mine:
-                continue
+    def on_exit(self, proc: Proc, ppid: int) -> None:
+        """Give the status to every call that may have it; the parent's first waiter collects it. `ppid`: its parent's,
+        which may have died with it."""
+        for call in [*self._for_exit.get(proc.pid, ()), *self._for_child.get(ppid, ())]:
             if not (access.reaps(call.peer, proc) and proc.state is State.REAPED):
-                self.kernel.finish(call, self._take(call, proc))
-            elif pid or not self.kernel.table.children_of(proc.ppid):  # collected by another call of the parent
-                self.kernel.fail(call, errno.ECHILD, f"{proc.pid}: its status went to another wait")
-        self._look_again()
+                self._calls.finish(call, self._take(call, proc))
+            elif call in self._for_exit.get(proc.pid, ()) or not self._table.children_of(ppid):
+                self._calls.fail(call, errno.ECHILD, f"{proc.pid}: its status went to another wait")
+        self.on_change(proc)
 
     # ── KILL ──────────────────────────────────────────────────────────────────────────────────────────────
 
-    def until(self, call: Call, done: Callable[[], bool]) -> bool:
-        """Whether `done` holds already; else the call is finished when it does."""
+    def until(self, call: Call, procs: Iterable[Proc], done: Callable[[], bool]) -> bool:
+        """Whether `done` holds already; else the call is finished when it does. It depends on nothing but what happens
+        to these agents."""
         if done():
             return True
-        self._for_state[call] = done
-        call.forget = lambda: self._drop(call)
+        condition = _Condition(call, done, tuple({proc.pid for proc in procs}))
+        for pid in condition.pids:
+            self._conditions.setdefault(pid, {})[call] = condition
+        call.forget = lambda: self._forget(condition)
         return False
 
-    def until_dead(self, call: Call, procs: list[Proc], patience_s: float) -> bool:
-        """As `until` all are dead, with a KILL when the patience is at an end."""
+    def _forget(self, condition: _Condition) -> None:
+        for pid in condition.pids:
+            waiting = self._conditions[pid]
+            waiting.pop(condition.call, None)
+            if not waiting:
+                del self._conditions[pid]
 
-        def kill() -> None:
-            for proc in procs:
-                if proc.alive:
-                    self.kernel.agents.deliver(proc, signal.SIGKILL)
+    def on_change(self, proc: Proc) -> None:
+        """The agent has stopped, goes on, stands still, or has ended."""
+        for condition in list(self._conditions.get(proc.pid, {}).values()):
+            if condition.done():
+                self._calls.finish(condition.call, None)
 
-        if self.until(call, lambda: not any(proc.alive for proc in procs)):
-            return True
-        call.timer = self.kernel.timers.after(patience_s, kill)
-        return False
+    def stopping(self) -> list[int]:
+        """Pids that KILL calls depend on."""
+        return list(self._conditions)
 
-    def _drop(self, call: Call) -> None:
-        self._for_exit.pop(call, None)
-        self._for_state.pop(call, None)
 
-    def on_stop(self, proc: Proc) -> None:
-        self._look_again()
+def _enlist(lists: dict[int, dict[Call, None]], pid: int, call: Call) -> None:
+    def forget() -> None:
+        waiting = lists[pid]
+        del waiting[call]
+        if not waiting:
+            del lists[pid]
 
-    def _look_again(self) -> None:
-        for call, done in list(self._for_state.items()):
-            if done():
-                self.kernel.finish(call, None)
+    lists.setdefault(pid, {})[call] = None
+    call.forget = forget

@@ -25,6 +25,7 @@ from aiosd.heartbeat import Rounds
 from aiosd.llm import policy
 from aiosd.llm.spec import ModelSpec
 from libaios import wire
+from libaios.wire import Sys
 
 #: The kernel reads slowly when so much waits for it: streams are gathered meanwhile.
 CONGESTED = 256 << 10
@@ -35,6 +36,7 @@ MOST_CONTEXT_RAM = 4 << 30
 #: What the kernel and the caller can take in one frame.
 MAX_ANSWER = wire.MAX_FRAME - 1024
 
+_CONTEXT_CALLS = (Sys.CTX_SAVE, Sys.CTX_RESTORE, Sys.CTX_CLOSE, Sys.CTX_LIST, Sys.CTX_REMOVE)
 _MESSAGES_AT_ONCE = 64
 PLACES_EVERY = 1.0  # seconds between two words on where contexts lie, while calls run; more where it takes long
 PLACES_SHARE = 0.005  # of the time, at most
@@ -86,8 +88,8 @@ def main(channel: Channel, spec: ModelSpec, rounds: Rounds) -> int:
     return core.run(rounds)
 
 
-def _sender(channel: Channel) -> Callable[[link.FromCore], None]:
-    def send(message: link.FromCore) -> None:
+def _sender(channel: Channel) -> Callable[[link.FromService], None]:
+    def send(message: link.FromService) -> None:
         channel.send(link.encode(message))
 
     return send
@@ -113,7 +115,7 @@ class Core:
         self._spec = spec
         self._loaded = loaded
         self._send = _sender(channel)
-        self._inbox: list[link.ToCore] = []  # messages that came in the middle of a batch
+        self._inbox: list[link.ToService] = []  # messages that came in the middle of a batch
         self._cancelled: set[link.Key] = set()  # the calls that some of these cancel
         self.engine = Engine(
             loaded.model,
@@ -145,15 +147,17 @@ class Core:
         self._places_due = 0.0
         self._places: dict[int, tuple[str, int]] = {}
         self._quit = False
+        self._calls: dict[int, Callable[[link.Key, Any], None]] = {
+            Sys.EMBED: self._embed,
+            Sys.TOKENIZE: self._tokenize,
+            Sys.DETOKENIZE: self._detokenize,
+        }
         self._schedule: link.Schedule | None = None
         self._handlers: dict[type, Callable[[Any], None]] = {
-            link.Submit: self.engine.submit,
-            link.SubmitEmbed: self._embed,
-            link.SubmitTokenize: self._tokenize,
-            link.SubmitDetokenize: self._detokenize,
-            link.SubmitContext: self._library.handle,
+            link.Submit: self._submit,
+            link.Ask: self._ask,
             link.CancelCall: self._cancel,
-            link.Park: lambda message: self.engine.park(message.peer, message.parked),
+            link.Park: self._park,
             link.ParkCall: lambda message: self.engine.park_call(message.key, message.parked),
             link.Keep: self._keep,
             link.Schedule: self._reschedule,
@@ -205,14 +209,14 @@ class Core:
             self._send(link.Loaded(self.info))
 
     def handle(self, payload: bytes) -> None:
-        message = link.decode_to_core(payload)
+        message = link.decode_to_service(payload)
         self._handlers[type(message)](message)
 
     def _look_ahead(self) -> set[link.Key]:
         """Calls that were cancelled while a batch is being computed. The messages are handled when it is over."""
         if self._channel.ready() and len(self._inbox) < _MESSAGES_AT_ONCE:
             for payload in self._channel.receive(_MESSAGES_AT_ONCE):
-                message = link.decode_to_core(payload)
+                message = link.decode_to_service(payload)
                 self._inbox.append(message)
                 if isinstance(message, link.CancelCall):
                     self._cancelled.add(message.key)
@@ -225,25 +229,42 @@ class Core:
             quantum = policy.Quantum(message.tokens, message.seconds)
             self.engine.set_policy(policy.make(message.policy, quantum, message.shares))
 
-    # ── calls that are answered at once ──
+    def _park(self, message: link.Park) -> None:
+        self.engine.park(message.peer, message.parked)
+        if message.number:
+            self._send(link.Parked(message.number))
 
-    def _tokenize(self, message: link.SubmitTokenize) -> None:
-        request = message.request
+    # ── calls. Templates, schemas and tokenizing may hang or die: what the loop works on alone is announced ──
+
+    def _submit(self, message: link.Submit) -> None:
+        self._send(link.Working(message.key))
+        self.engine.submit(message)
+        self._send(link.Working(None))
+
+    def _ask(self, ask: link.Ask) -> None:
+        self._send(link.Working(ask.key))
+        if ask.sys in _CONTEXT_CALLS:
+            self._library.handle(ask)
+        else:
+            self._calls[ask.sys](ask.key, wire.decode_args[ask.sys](ask.args))
+        self._send(link.Working(None))
+
+    def _tokenize(self, key: link.Key, request: wire.Tokenize) -> None:
         try:
             tokens = self._loaded.model.tokenize(request.text, bos=False, special=request.special)
         except Exception as error:
-            self._refuse(message.key, as_oserror(error))
+            self._refuse(key, as_oserror(error))
             return
-        self._answer(message.key, tokens)
+        self._answer(key, tokens)
 
-    def _detokenize(self, message: link.SubmitDetokenize) -> None:
+    def _detokenize(self, key: link.Key, request: wire.Detokenize) -> None:
         try:
-            self.engine.requests.check_ids(message.request.tokens, "tokens")
-            text = self._loaded.model.text(message.request.tokens)
+            self.engine.requests.check_ids(request.tokens, "tokens")
+            text = self._loaded.model.text(request.tokens)
         except Exception as error:
-            self._refuse(message.key, as_oserror(error))
+            self._refuse(key, as_oserror(error))
             return
-        self._answer(message.key, text)
+        self._answer(key, text)
 
     def _cancel(self, message: link.CancelCall) -> None:
         self._embeds.pop(message.key, None)
@@ -256,8 +277,9 @@ class Core:
 
     # ── embeddings: a text in each round, so that many texts hold up nobody for long ──
 
-    def _embed(self, message: link.SubmitEmbed) -> None:
-        self._embeds.setdefault(message.key, self._embedder.in_steps(message.request.texts))
+    def _embed(self, key: link.Key, request: wire.Embed) -> None:
+        if key not in self._embeds:
+            self._embeds[key] = self._embedder.in_steps(request.texts)
 
     def _embed_one(self) -> None:
         key, steps = next(iter(self._embeds.items()))

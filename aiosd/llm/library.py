@@ -53,8 +53,9 @@ class Library:
     def busy(self) -> bool:
         return bool(self._pending)
 
-    def handle(self, message: link.SubmitContext) -> None:
+    def handle(self, message: link.Ask) -> None:
         args: Any = wire.decode_args[message.sys](message.args)
+        group = message.caller.group
         try:
             match message.sys:
                 case Sys.CTX_SAVE:
@@ -62,12 +63,12 @@ class Library:
                 case Sys.CTX_RESTORE:
                     self._restore(message, args)
                 case Sys.CTX_CLOSE:
-                    self._cache.release(message.group, self._tokens(args), message.key[0])
+                    self._cache.release(group, self._tokens(args), message.key[0])
                     self._answer(message.key, None)
                 case Sys.CTX_LIST:
-                    self._later(message.key, lambda: self._files().list(message.group), lambda found: found)
+                    self._later(message.key, lambda: self._files().list(group), lambda found: found)
                 case Sys.CTX_REMOVE:
-                    self._later(message.key, lambda: self._files().remove(message.group, args.name), lambda was: was)
+                    self._later(message.key, lambda: self._files().remove(group, args.name), lambda was: was)
         except Exception as error:
             self._fail(message.key, as_oserror(error))
 
@@ -107,20 +108,20 @@ class Library:
             raise refuse("messages: there are none")
         return np.asarray(self._requests.conversation(args.messages, args.tools), np.int32)
 
-    def _save(self, message: link.SubmitContext, args: wire.SaveContext) -> None:
+    def _save(self, message: link.Ask, args: wire.SaveContext) -> None:
         tokens = self._tokens(args)
-        piece = self._cache.export(message.group, tokens, message.key[0])
+        piece = self._cache.export(message.caller.group, tokens, message.key[0])
         self._later(
             message.key,
-            lambda: self._files().write(message.group, args.name, args.messages, tokens, piece),
+            lambda: self._files().write(message.caller.group, args.name, args.messages, tokens, piece),
             lambda saved: saved,
         )
 
-    def _restore(self, message: link.SubmitContext, args: wire.NamedContext) -> None:
+    def _restore(self, message: link.Ask, args: wire.NamedContext) -> None:
         def taken(opened: Opened) -> wire.RestoredContext:
             cached = 0
             if opened.piece is not None:
-                cached = self._cache.take_in(message.group, opened.tokens, opened.piece, message.key[0])
+                cached = self._cache.take_in(message.caller.group, opened.tokens, opened.piece, message.key[0])
             return wire.RestoredContext(opened.messages, len(opened.tokens), cached, opened.refused)
 
-        self._later(message.key, lambda: self._files().read(message.group, args.name), taken)
+        self._later(message.key, lambda: self._files().read(message.caller.group, args.name), taken)

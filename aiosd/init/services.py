@@ -1,0 +1,26 @@
+"""Which services a system has: one record each, from its settings."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from aiosd.service import LLM, Service
+
+if TYPE_CHECKING:
+    from aiosd.config import Settings
+
+
+def of(settings: Settings) -> list[Service]:
+    """In the order in which they are started. The first core is the default one."""
+    alone = len(settings.models) == 1
+    cores = [
+        Service(
+            name=f"{LLM}:{model.name}",
+            kind=LLM,
+            entry="aiosd.llm.core:main",
+            title=LLM if alone else f"{LLM}:{model.name}",
+            argument=model,
+        )
+        for model in settings.models
+    ]
+    return [*cores, *settings.services]

@@ -1,0 +1,97 @@
+"""Whose process is at the other end of a connection: an agent's descendant, or the person's?
+
+Linux tells which process made the connection, and a pidfd of it. From there the parents are followed upwards, to an
+agent, or to the top of the process tree. Agents are subreapers and children of the supervisor, another subreaper; so
+whatever an agent starts has that agent or the supervisor above it, however often it forks and detaches.
+
+Only a complete and consistent answer counts. A process that has ended has no parents to follow; a parent that ends in
+the middle makes the way inconsistent, and it is followed anew. What cannot be shown to come from outside is refused.
+"""
+
+from __future__ import annotations
+
+import errno
+import os
+import select
+import socket
+import struct
+from collections.abc import Mapping
+from typing import NamedTuple, TypeVar
+
+from aiosd import procfs
+
+SO_PEERPIDFD = 77  # Linux 6.5
+TRIES = 20  # ways that change under our eyes are followed anew
+
+A = TypeVar("A")
+
+
+class Unproven(Exception):
+    """It cannot be shown where this connection comes from; the message says why."""
+
+
+class Unsettled(Unproven):
+    """It descends from a child of the supervisor: from an agent that this kernel does not know yet, perhaps."""
+
+
+class Origin(NamedTuple):
+    ospid: int
+    uid: int
+    pidfd: int  # the caller closes it
+
+
+def peer_of(sock: socket.socket) -> Origin:
+    """The process that made this connection. Raises Unproven."""
+    ospid, uid, _ = struct.unpack("3i", sock.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, 12))
+    if ospid <= 0:
+        raise Unproven("a process of another PID namespace")
+    try:
+        pidfd = struct.unpack("i", sock.getsockopt(socket.SOL_SOCKET, SO_PEERPIDFD, 4))[0]
+    except OSError as err:
+        if err.errno != errno.ENOPROTOOPT:
+            raise Unproven("the process that connected has ended") from None
+        pidfd = _open_pidfd(ospid)
+    return Origin(ospid, uid, pidfd)
+
+
+def _open_pidfd(ospid: int) -> int:
+    """On an older Linux. There a process that connects and ends could be mistaken for a later one with the same number;
+    Linux gives out all other numbers before it uses one again."""
+    try:
+        return os.pidfd_open(ospid)
+    except OSError:
+        raise Unproven("the process that connected has ended") from None
+
+
+def agent_above(origin: Origin, agents: Mapping[int, A], supervisor: int) -> A | None:
+    """The agent (by Linux pid in `agents`) that the process is, or descends from; None: it comes from outside. Raises
+    Unproven."""
+    for _ in range(TRIES):
+        way = _way_up(origin.ospid, agents, supervisor)
+        if has_ended(origin.pidfd):
+            raise Unproven("the process that connected has ended")
+        if way is not None and way == _way_up(origin.ospid, agents, supervisor) and not has_ended(origin.pidfd):
+            top = way[-1][0]
+            if top == supervisor:
+                raise Unsettled("an orphan of an agent")
+            return agents.get(top)
+    raise Unproven("its ancestors change too fast to be followed")
+
+
+def _way_up(ospid: int, agents: Mapping[int, A], supervisor: int) -> list[tuple[int, int]] | None:
+    """(Linux pid, start time) from the process up to an agent, the supervisor, or the top; None: it broke off."""
+    way: list[tuple[int, int]] = []
+    while True:
+        stat = procfs.read_stat(ospid)
+        if stat is None or stat.state in ("Z", "X"):
+            return None
+        way.append((ospid, stat.started))
+        if ospid in agents or ospid == supervisor or stat.ppid == 0:
+            return way
+        ospid = stat.ppid
+
+
+def has_ended(pidfd: int) -> bool:
+    poll = select.poll()
+    poll.register(pidfd, select.POLLIN)
+    return bool(poll.poll(0))

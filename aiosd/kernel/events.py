@@ -1,0 +1,184 @@
+"""What the kernel's loop listens to, and in which order: one epoll, and rounds in which every source gets its turn.
+
+A *source* is one descriptor with a callback: an agent's doorbell, a client's socket, a service's doorbell, the link to
+the supervisor. Where a source stands in the rounds is its `turn`, and there is no other record of that:
+
+    ASLEEP   epoll tells when there is something to read
+    AWAKE    served just now, and not told to ring: what it sends next is found by looking
+    QUIET    the same, and found empty once
+    FOUND    had sent all, and has sent again: it has its turn before those that send much
+    HUNGRY   has sent more than is read in one turn; gets the next one as the time allows
+
+So a call of an agent that sends little waits for one turn of a busy one, not for all of them: in each round every
+source that was FOUND has its turn, and those that are HUNGRY, and clients, have about as much time as one turn
+together.
+"""
+
+from __future__ import annotations
+
+import enum
+import select
+from collections.abc import Callable, Iterable
+
+from aiosd.timers import Timers
+from libaios.channel import Channel, restless
+
+TURN_S = 0.002  # of one agent, if it can be helped, before the others have their turn
+EVENTS_PER_ROUND = 256
+LOOKS = 700  # about 20 µs, for which all others wait: an agent that calls again as soon as it has its reply is found
+
+
+class Turn(enum.IntEnum):
+    ASLEEP = 0
+    AWAKE = 1
+    QUIET = 2
+    FOUND = 3
+    HUNGRY = 4
+
+
+_ASLEEP, _AWAKE, _QUIET, _FOUND, _HUNGRY = Turn
+
+
+class Source:
+    """One descriptor. `act` gets the events that epoll told of; `serve` has a turn without any event."""
+
+    __slots__ = ("act", "channel", "fd", "of_clients", "serve", "turn")
+
+    def __init__(
+        self,
+        fd: int,
+        act: Callable[[int], None],
+        serve: Callable[[], None],
+        channel: Channel | None,
+        of_clients: bool,
+    ) -> None:
+        self.fd = fd
+        self.act = act
+        self.serve = serve
+        self.channel = channel  # of an agent: it is looked at before it is told to ring
+        self.of_clients = of_clients
+        self.turn = _ASLEEP
+
+
+class Events:
+    def __init__(self, timers: Timers) -> None:
+        self._timers = timers
+        self._epoll = select.epoll()
+        self._sources: dict[int, Source] = {}
+        self._lines: list[dict[Source, None]] = [{} for _ in Turn]  # by turn; nothing lies in that of ASLEEP
+
+    # ── who takes part ────────────────────────────────────────────────────────────────────────────────────
+
+    def watch(
+        self,
+        fd: int,
+        act: Callable[[int], None],
+        events: int = select.EPOLLIN,
+        serve: Callable[[], None] | None = None,
+        channel: Channel | None = None,
+        of_clients: bool = False,
+    ) -> Source:
+        """Listen to a descriptor. Without `serve` a turn is an `act` with EPOLLIN."""
+        turn = serve if serve is not None else lambda: act(select.EPOLLIN)
+        source = self._sources[fd] = Source(fd, act, turn, channel, of_clients)
+        self._epoll.register(fd, events)
+        return source
+
+    def unwatch(self, source: Source) -> None:
+        """Twice is once."""
+        if self._sources.get(source.fd) is source:
+            del self._sources[source.fd]
+            self._epoll.unregister(source.fd)
+        self.move(source, _ASLEEP)
+
+    def modify(self, source: Source, events: int) -> None:
+        if self._sources.get(source.fd) is source:
+            self._epoll.modify(source.fd, events)
+
+    def watches(self, source: Source) -> bool:
+        return self._sources.get(source.fd) is source
+
+    def move(self, source: Source, turn: Turn) -> None:
+        """The one place where a source changes its turn. One that is not watched stays ASLEEP."""
+        old = source.turn
+        if old is not turn:
+            if old:
+                del self._lines[old][source]
+            if turn and self._sources.get(source.fd) is source:
+                self._lines[turn][source] = None
+                source.turn = turn
+            else:
+                source.turn = _ASLEEP
+
+    # ── a round ───────────────────────────────────────────────────────────────────────────────────────────
+
+    def round(self, idle: bool = True) -> None:
+        """Wait for events, and serve. `idle` False: there is other work, so do not wait."""
+        lines = self._lines
+        if lines[_AWAKE] or lines[_QUIET]:
+            self._look()
+        timeout = 0.0 if lines[_HUNGRY] or lines[_FOUND] or not idle else self._timers.until_next()
+        clients = []
+        for fd, mask in self._epoll.poll(timeout, EVENTS_PER_ROUND):
+            source = self._sources.get(fd)
+            if source is None:  # closed by an earlier event of this round
+                continue
+            if source.of_clients:
+                clients.append((source, mask))
+            else:
+                source.act(mask)
+        until = self._timers.clock() + TURN_S
+        if lines[_HUNGRY] or lines[_FOUND]:
+            self._feed(until)
+        if clients:
+            self._serve_clients(clients, until)
+
+    def _feed(self, until: float) -> None:
+        """A turn for each that was found, and then for those that send much, in turn, while there is time; at least for
+        one of them."""
+        for source in list(self._lines[_FOUND]):
+            if source.turn is _FOUND:  # else: dropped while another's requests were handled
+                self.move(source, _ASLEEP)
+                source.serve()
+        for source in list(self._lines[_HUNGRY]):
+            if source.turn is _HUNGRY:
+                self.move(source, _ASLEEP)
+                source.serve()
+                if self._timers.clock() >= until:
+                    break
+
+    def _serve_clients(self, events: Iterable[tuple[Source, int]], until: float) -> None:
+        """What clients have sent, and new clients, while there is time; at least one. Epoll tells of the rest again,
+        before those that had their turn."""
+        for source, mask in events:
+            if self.watches(source):
+                source.act(mask)
+                if self._timers.clock() >= until:
+                    break
+
+    def _look(self) -> None:
+        """At agents that were served and not told to ring: has one sent something meanwhile? Before the kernel sleeps
+        all of them are told to ring; while it does not, those in whose rings nothing was found twice."""
+        awake, quiet, hungry = self._lines[_AWAKE], self._lines[_QUIET], self._lines[_HUNGRY]
+        if len(awake) == 1 and not quiet and not hungry:
+            # No other agent is active: where that has paid, a moment's patience saves both sides their bells.
+            source = next(iter(awake))
+            asleep = source.channel is None or source.channel.fall_asleep(LOOKS)
+            self.move(source, _ASLEEP if asleep else _FOUND)
+            return
+        for line in (quiet, awake):
+            for source in [one for one in line if one.channel is not None and one.channel.filled()]:
+                self.move(source, _FOUND)
+        busy = bool(self._lines[_FOUND] or hungry)
+        tell = list(quiet) if busy else [*awake, *quiet]
+        if busy:
+            for source in list(awake):
+                self.move(source, _QUIET)
+        for source in tell:
+            self.move(source, _ASLEEP)
+        self._tell_to_ring(tell)
+
+    def _tell_to_ring(self, sources: list[Source]) -> None:
+        by_channel = {source.channel: source for source in sources if source.channel is not None}
+        for channel in restless(list(by_channel)):
+            self.move(by_channel[channel], _FOUND)

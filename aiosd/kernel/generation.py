@@ -1,0 +1,25 @@
+"""What the kernel remembers of one generation: enough to start it again on a new core, and to charge for it."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+from libaios import wire
+
+
+@dataclass(slots=True, eq=False)
+class Generation:
+    request: wire.Generate
+    model: str
+    tokens: list[int]  # all that were given out, those of `request.given` included
+    texts: list[str] = field(default_factory=list)  # what a caller that does not stream is still to get
+    new_from: int = 0  # tokens before this index were there before this kernel knew the call
+    budget: int | None = None  # tokens left when it was submitted, and used since
+    used: int = 0
+    started: bool = False  # it has a slot
+    ending: bool = False  # its final word is here
+    prompt_tokens: int = 0
+    cached_tokens: int = 0
+    ctx_tokens: int = 0
+    paused: bool = False  # its reader is slow
+    resyncing: bool = False  # the core was asked to send again what is missing here

@@ -1,0 +1,49 @@
+"""What `aios-inspect` shows of one agent."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+from aiosd.kernel.budget import Budget
+from aiosd.kernel.peer import AgentPeer, ClientPeer, Peer
+from aiosd.kernel.proc import Proc, shell_status
+from libaios import wire
+
+
+def inspect(
+    proc: Proc, line: wire.ProcInfo, peers: Sequence[Peer], children: list[int], mailbox: int
+) -> dict[str, Any]:
+    """`line`: as in aios-ps. `peers`: all its connections."""
+    return {
+        **{field: getattr(line, field) for field in line.__struct_fields__},
+        "state": proc.state.value,
+        "log": proc.log,
+        "attached": bool(proc.attached_to),
+        "ended": proc.ended or None,
+        "signal": -proc.status if proc.status is not None and proc.status < 0 else None,
+        "exit": None if proc.status is None else shell_status(proc.status),
+        "budget": proc.budget,
+        "reason": proc.reason,
+        "children": children,
+        "budgets": [_budget(budget) for budget in proc.budgets],
+        "mailbox": mailbox,
+        "connected": any(isinstance(peer, AgentPeer) for peer in peers),
+        "clients": [peer.ospid for peer in peers if isinstance(peer, ClientPeer)],
+        "open_calls": [
+            {"id": call.id, "call": call.row.name, "over": "channel" if isinstance(peer, AgentPeer) else "socket"}
+            for peer in peers
+            for call in peer.calls.values()
+        ],
+    }
+
+
+def _budget(budget: Budget) -> dict[str, Any]:
+    return {
+        "owner": budget.owner,
+        "tokens": budget.limits.tokens,
+        "tokens_used": budget.tokens_used,
+        "time_s": budget.limits.time_s,
+        "memory_bytes": budget.limits.memory_bytes,
+        "reached": budget.reached,
+    }

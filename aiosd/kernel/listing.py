@@ -1,0 +1,76 @@
+"""Agents as aios-ps shows them.
+
+What Linux knows of a process (its state, the time on the processor) is read from /proc, which costs more than all the
+rest of a line: it is not read again within `FRESH_S`, however many ask.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Sequence
+
+from aiosd import procfs
+from aiosd.kernel.peer import Call
+from aiosd.kernel.proc import Proc, State, shell_status
+from libaios import wire
+
+FRESH_S = 0.2
+
+
+def stat_letter(proc: Proc, calls: Sequence[Call], os_state: str, parked: bool = True) -> str:
+    """R on the LLM or computing, Q waiting for the LLM, S sleeping, T stopped, Z dead and not waited for, X dead.
+
+    With no call open only Linux knows whether the agent computes or sleeps. `parked` False: it has stopped, but a core
+    has not taken its generations out of decoding yet; it shows T when nothing more can happen.
+    """
+    if not proc.alive:
+        return "Z" if proc.state is State.ZOMBIE else "X"
+    if proc.state is State.STOPPED and parked:
+        return "T"
+    generations = [call.generation for call in calls if call.generation is not None]
+    if any(generation.started for generation in generations):
+        return "R"
+    if generations:
+        return "Q"
+    if calls:
+        return "S"
+    return "R" if os_state == "R" else "S"
+
+
+def look(proc: Proc) -> None:
+    """Bring what Linux knows of a live agent up to date."""
+    now = time.monotonic()
+    if not proc.alive or now - proc.looked < FRESH_S:
+        return
+    proc.looked = now
+    stat = procfs.read_stat(proc.ospid)
+    if stat is not None:
+        proc.cpu_s, proc.os_state = stat.cpu_s, stat.state
+
+
+def line(proc: Proc, calls: Sequence[Call], context: tuple[str, int] = ("", 0), parked: bool = True) -> wire.ProcInfo:
+    """One line of aios-ps; memory was sampled. `context`: where a core keeps the agent's context, and its tokens."""
+    look(proc)
+    return wire.ProcInfo(
+        pid=proc.pid,
+        ppid=proc.ppid,
+        pgid=proc.pgid,
+        ospid=proc.ospid,
+        uid=proc.uid,
+        stat=stat_letter(proc, calls, proc.os_state, parked),
+        nice=proc.nice,
+        name=proc.name,
+        command=proc.command,
+        group=proc.group,
+        calls=proc.calls,
+        prompt_tokens=proc.prompt_tokens,
+        cached_tokens=proc.cached_tokens,
+        completion_tokens=proc.completion_tokens,
+        ctx_tokens=proc.ctx_tokens,
+        mem_bytes=proc.mem_bytes,
+        cpu_s=round(proc.cpu_s, 3),
+        started=proc.started,
+        exit=None if proc.status is None else shell_status(proc.status),
+        ctx_kept=context[1],
+        ctx_place=context[0],
+    )

@@ -1,0 +1,87 @@
+"""What the kernel tells of services that load: lines of progress, readiness, and why the system does not come up."""
+
+from __future__ import annotations
+
+import logging
+import sys
+from collections.abc import Callable
+
+from aiosd import link
+from aiosd.kernel.peer import Call
+from aiosd.kernel.service import Service, Services
+from aiosd.timers import Timers
+
+logger = logging.getLogger("kernel.services")
+
+PROGRESS_S = 2.0  # between two lines about the loading of a service
+
+
+class Loading:
+    """The owner of all services (`service.Owner`). `on_ready` is called once, when all that are awaited serve."""
+
+    def __init__(
+        self,
+        services: Services,
+        timers: Timers,
+        ready: bool,
+        on_ready: Callable[[], None],
+        stats: Callable[[int], None],
+        peers: Callable[[], list[int]],
+        charge: Callable[[Call, int], None],
+    ) -> None:
+        self._services = services
+        self._timers = timers
+        self.ready = ready
+        self._on_ready = on_ready
+        self._stats = stats
+        self._peers = peers
+        self._charge = charge
+        self.error = ""  # a service could not be loaded at boot: the system does not come up
+        self._shown: dict[str, int] = {}  # percent shown last, by service
+        self._last_line = timers.clock()
+
+    def on_loading(self, service: Service, message: link.Progress) -> None:
+        """A line that moves on a terminal, elsewhere a new line now and then when it takes long."""
+        percent, name = int(message.fraction * 100), service.short_name
+        if percent == self._shown.get(name):
+            return
+        if sys.stderr.isatty():
+            print(f"\r\x1b[Kaiosd: {name}: {message.what} {percent} %", end="", file=sys.stderr, flush=True)
+        elif self._timers.clock() - self._last_line >= PROGRESS_S:
+            self._last_line = self._timers.clock()
+            logger.info("%s: %s %d %%", name, message.what, percent)
+        self._shown[name] = percent
+
+    def on_loaded(self, service: Service) -> None:
+        """Every time a service is ready; the first time that all are, the system is."""
+        _clear_line()
+        logger.info("%s: loaded", service.short_name)
+        if not self.ready and self._services.ready():
+            self.ready = True
+            self._on_ready()
+
+    def on_load_failed(self, service: Service, message: str) -> None:
+        _clear_line()
+        if self.ready:  # it was forked again: the supervisor tries once more
+            logger.error("%s: %s", service.short_name, message)
+        elif not self.error:
+            self.error = message
+
+    def on_died(self, service: Service, reason: str) -> None:
+        if not self.ready and service.awaited and not self.error:
+            self.error = f"{service.short_name}: {service.title} died while it was loading ({reason})"
+
+    def on_stats(self, service: Service, req: int) -> None:
+        self._stats(req)
+
+    def live_peers(self) -> list[int]:
+        return self._peers()
+
+    def charge(self, call: Call, tokens: int) -> None:
+        self._charge(call, tokens)
+
+
+def _clear_line() -> None:
+    """Of progress, before something is logged: it may have stood still before its end."""
+    if sys.stderr.isatty():
+        print("\r\x1b[K", end="", file=sys.stderr, flush=True)

@@ -1,0 +1,297 @@
+"""The kernel's side of a service: which calls lie with it, and what becomes of them when it dies.
+
+A service is a process that answers system calls: an llm core, the store, the toolbox. The supervisor forks it, and
+forks it again when it dies; each time it gets a new channel. A call that was accepted stays in `Service.calls` until
+its final word. When the service dies the row of the call (`wire.Row.again`) tells what happens:
+
+    REPEAT, ONCE   it goes to the successor; for ONCE the service remembers keys, and does not do it twice
+    NEVER          its caller gets EIO, once it had been given to the service that died
+
+A call that kills its service would go on to kill every successor. So deaths are counted: against the one call that the
+service said it was `Working` on, else against all that were under way; and a call with too many ends with EIO.
+
+This module moves messages. What an llm core adds to that is in `cores`.
+"""
+
+from __future__ import annotations
+
+import enum
+import errno
+import logging
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass, field
+from typing import Any, Protocol
+
+import msgspec
+from msgspec import Raw
+
+from aiosd import link
+from aiosd.kernel.calls import Calls
+from aiosd.kernel.events import Source
+from aiosd.kernel.peer import Call
+from libaios import wire
+from libaios.channel import Channel
+from libaios.wire import Again
+
+logger = logging.getLogger("kernel.services")
+
+POISON_DEATHS = 2  # of a call that was announced as the one worked on, or as running
+POISON_OTHERS = 4  # of calls that had been given to the service and may not have begun
+MAX_ASK = 8 << 20  # bytes of a message to a service; submitted again it may have grown, and still fits a frame
+MESSAGES_PER_TURN = 64
+
+
+class State(enum.Enum):
+    STARTING = "starting"  # not forked yet
+    LOADING = "loading"
+    READY = "ready"
+    DOWN = "down"  # between a death and the next fork
+
+
+@dataclass(slots=True, eq=False)
+class Open:
+    """A call that lies with a service."""
+
+    call: Call
+    message: link.ToService
+    deaths: int = 0
+    given: bool = False  # this instance of the service has it,
+    again: bool = False  # … or one that has died had it
+
+
+class Owner(Protocol):
+    """What the kernel does with the messages of a service that are not about one call."""
+
+    def on_loading(self, service: Service, message: link.Progress) -> None: ...
+    def on_loaded(self, service: Service) -> None: ...
+    def on_load_failed(self, service: Service, message: str) -> None: ...
+    def on_stats(self, service: Service, req: int) -> None: ...
+    def live_peers(self) -> list[int]: ...
+    def charge(self, call: Call, tokens: int) -> None: ...
+
+
+@dataclass(slots=True, eq=False)
+class Service:
+    """One service as the kernel sees it."""
+
+    name: str  # unique in this system
+    kind: str  # whose calls of the table it answers
+    title: str  # in aios-ps
+    calls_of_all: Calls
+    owner: Owner
+    awaited: bool = True  # the system is not ready before this is
+    pid: int = 0
+    ospid: int = 0
+    state: State = State.STARTING
+    deaths: int = 0
+    last_death: str = ""
+    channel: Channel | None = None
+    source: Source | None = None  # while the kernel listens to its channel
+    stats: dict[str, Any] = field(default_factory=dict)
+    calls: dict[link.Key, Open] = field(default_factory=dict)
+    working: link.Key | None = None  # the call that it works on alone
+
+    @property
+    def short_name(self) -> str:
+        """Without its kind: of a core the name of its model."""
+        return self.name.removeprefix(f"{self.kind}:")
+
+    # ── calls ─────────────────────────────────────────────────────────────────────────────────────────────
+
+    def submit(self, call: Call, message: link.ToService) -> None:
+        """Give it a call. Raises OSError (EMSGSIZE)."""
+        payload = link.encode(message)
+        if len(payload) > MAX_ASK:
+            raise wire.error(errno.EMSGSIZE, f"{len(payload)} bytes for {self.title}; the limit is {MAX_ASK}")
+        opened = self.calls[call.key] = Open(call, message)
+        if self._ready():
+            self._give(opened, payload)
+
+    def cancel(self, call: Call) -> None:
+        """Its caller does not wait for it any more."""
+        opened = self.calls.get(call.key)
+        if opened is not None and opened.call is call:
+            del self.calls[call.key]
+            self.send(link.CancelCall(call.key))
+
+    def send(self, message: link.ToService) -> None:
+        """To the service, if it serves; else it gets what matters when it does (`on_ready`)."""
+        if self.state is State.READY and self.channel is not None:
+            self.channel.send(link.encode(message))
+
+    def _ready(self) -> bool:
+        return self.state is State.READY and self.channel is not None
+
+    def _give(self, opened: Open, payload: bytes) -> None:
+        assert self.channel is not None
+        opened.given = True
+        self.channel.send(payload)
+
+    # ── what a kind of service adds ───────────────────────────────────────────────────────────────────────
+
+    def fresh(self, opened: Open) -> link.ToService:
+        """The message as it must be for a successor, or for a service that is asked once more."""
+        message = opened.message
+        if isinstance(message, link.Ask):
+            return msgspec.structs.replace(message, again=message.again or opened.again)
+        return message
+
+    def under_way(self, opened: Open) -> bool:
+        """Whether it may have been worked on when the service died."""
+        return opened.given
+
+    def patience(self, opened: Open) -> int:
+        """How many deaths it may have been under way at."""
+        return POISON_OTHERS
+
+    def on_ready(self) -> None:
+        """It has loaded, or has got a new kernel: what it must know before its calls."""
+
+    def handle(self, message: link.FromService) -> None:
+        """A message that only this kind of service sends."""
+        logger.error("%s sent %s, which is not for this kernel", self.name, type(message).__name__)
+
+    # ── life and death ────────────────────────────────────────────────────────────────────────────────────
+
+    def forked(self, ospid: int, deaths: int, channel: Channel) -> None:
+        self.ospid, self.deaths, self.channel, self.state = ospid, deaths, channel, State.LOADING
+
+    def died(self, reason: str) -> None:
+        """Keep its calls for the successor, but those that must not be done again, and those that seem to kill it."""
+        guilty = self.calls.get(self.working) if self.working is not None else None
+        suspects = [guilty] if guilty is not None else [one for one in self.calls.values() if self.under_way(one)]
+        self.state, self.last_death, self.ospid, self.working = State.DOWN, reason, 0, None
+        if self.channel is not None:
+            self.channel.close()
+            self.channel = None
+        for opened in suspects:
+            opened.deaths += 1
+            if opened.deaths >= (POISON_DEATHS if opened is guilty else self.patience(opened)):
+                times = "twice" if opened.deaths == 2 else f"{opened.deaths} times"
+                self._lost(opened, f"{self.title} died {times} while this call was running (last: {reason})")
+        for opened in list(self.calls.values()):
+            if opened.given and opened.call.row.again is Again.NEVER:
+                self._lost(opened, f"{self.title} died while this call was under way ({reason}); it is not done again")
+            opened.given, opened.again = False, opened.again or opened.given
+
+    def _lost(self, opened: Open, message: str) -> None:
+        self.calls.pop(opened.call.key, None)
+        self.calls_of_all.fail(opened.call, errno.EIO, message)
+
+    def resubmit(self) -> None:
+        for opened in list(self.calls.values()):
+            self.submit_again(opened)
+
+    def submit_again(self, opened: Open) -> None:
+        opened.message = self.fresh(opened)
+        if self._ready():
+            self._give(opened, link.encode(opened.message))
+
+    # ── messages ──────────────────────────────────────────────────────────────────────────────────────────
+
+    def receive(self, limit: int = MESSAGES_PER_TURN) -> bool:
+        """Handle what the service has sent; True when there is more."""
+        channel = self.channel
+        if channel is None:
+            return False
+        if channel.outbox_bytes:
+            channel.pump()
+        for payload in channel.receive(limit):
+            self.on_message(link.decode_from_service(payload))
+        return channel.more
+
+    def on_message(self, message: link.FromService) -> None:
+        match message:
+            case link.Answered(key=key):
+                if (call := self._take(key)) is not None:
+                    if message.prompt_tokens:
+                        self.owner.charge(call, message.prompt_tokens)
+                    self.calls_of_all.finish(call, Raw(message.body))
+            case link.Part(key=key):
+                opened = self.calls.get(key)
+                if opened is not None and opened.call.generation is None:
+                    self.calls_of_all.send_piece(opened.call, message.offset, Raw(message.body))
+            case link.Failed(key=key):
+                opened = self.calls.pop(key, None)
+                if opened is not None:
+                    self.calls_of_all.fail(opened.call, message.errno, message.message)
+            case link.Working():
+                self.working = message.key
+            case link.Stats():
+                self.stats = message.stats
+                self.owner.on_stats(self, message.req)
+            case link.Progress():
+                self.owner.on_loading(self, message)
+            case link.Loaded():
+                # A service sends this when it has loaded, and again to every new kernel.
+                self.state, self.working = State.READY, None
+                self.loaded(message)
+                self.send(link.Keep(self.owner.live_peers()))
+                self.on_ready()
+                self.resubmit()
+                self.owner.on_loaded(self)
+            case link.LoadFailed():
+                self.owner.on_load_failed(self, message.message)
+            case _:
+                self.handle(message)
+
+    def loaded(self, message: link.Loaded) -> None:
+        """What it tells of itself."""
+
+    def _take(self, key: link.Key) -> Call | None:
+        """The call that an answer is for. None: it was cancelled, and the service had not heard of that; an agent that
+        uses an id again may have a generation under it by now."""
+        opened = self.calls.get(key)
+        if opened is None or opened.call.generation is not None:
+            return None
+        del self.calls[key]
+        return opened.call
+
+
+class Services:
+    """All of them, by name, in the order in which they are started."""
+
+    def __init__(self) -> None:
+        self.by_name: dict[str, Service] = {}
+
+    def __iter__(self) -> Iterator[Service]:
+        return iter(self.by_name.values())
+
+    def add(self, service: Service) -> None:
+        self.by_name[service.name] = service
+
+    def of_kind(self, kind: str) -> Service | None:
+        """The one that answers the calls of a kind; the first where there are several."""
+        return next((service for service in self if service.kind == kind), None)
+
+    def ready(self) -> bool:
+        return all(service.state is State.READY for service in self if service.awaited)
+
+
+class Asker:
+    """Forwards calls to the services that answer them. `caller_of` gives the agent that a call is made for; `choose`
+    picks a service where several are of the same kind, by kind, and may refuse."""
+
+    def __init__(
+        self,
+        services: Services,
+        calls: Calls,
+        caller_of: Callable[[Call], link.Caller],
+        choose: Mapping[str, Callable[[Call, Any], Service]],
+    ) -> None:
+        self._services = services
+        self._calls = calls
+        self._caller_of = caller_of
+        self._choose = choose
+
+    def ask(self, call: Call, args: Any, raw: Raw) -> None:
+        """Give the call to its service; it stays open until that answers. `args` are its arguments, checked, and `raw`
+        the same as they came. Raises OSError: ENOSYS, EMSGSIZE."""
+        row = call.row
+        choose = self._choose.get(row.by)
+        service = choose(call, args) if choose is not None else self._services.of_kind(row.by)
+        if service is None:
+            raise wire.error(errno.ENOSYS, f"{row.name}: this system has no {row.by}")
+        call.forget = lambda: service.cancel(call)
+        self._calls.set_timeout(call, getattr(args, "timeout_s", None), "answer")
+        service.submit(call, link.Ask(call.key, self._caller_of(call), row.sys, raw, call.again))

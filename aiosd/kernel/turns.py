@@ -1,0 +1,140 @@
+"""Agents on their rings: each has its turn, as long as it has sent something, and then waits for its bell.
+
+An agent's doorbell is edge-triggered: every ring is an event, whether or not older rings were read, so they need not be
+read each time. An event also tells when the agent has hung up, which epoll tells once: it is noted at once, and acted
+on when what the agent sent before is done.
+"""
+
+from __future__ import annotations
+
+import select
+from collections.abc import Callable
+
+from aiosd.kernel.calls import Calls
+from aiosd.kernel.dispatch import Dispatcher
+from aiosd.kernel.events import TURN_S, Events, Turn
+from aiosd.kernel.peer import FRAMES_PER_TURN, OUTBOX_PAUSE, AgentPeer, Peer
+from aiosd.timers import Timers
+from libaios.ring import ProtocolError
+
+REPLIES_PER_RING = 16  # to one peer in its turn: the first of them should not wait for the last
+HUNG_UP = select.EPOLLRDHUP | select.EPOLLHUP | select.EPOLLERR
+
+
+class Turns:
+    """`caught_up` is called with a peer that has read its replies."""
+
+    def __init__(
+        self,
+        calls: Calls,
+        events: Events,
+        timers: Timers,
+        dispatcher: Dispatcher,
+        caught_up: Callable[[Peer], None],
+    ) -> None:
+        self._calls = calls
+        self._events = events
+        self._timers = timers
+        self._dispatcher = dispatcher
+        self._caught_up = caught_up
+        self._rung: list[AgentPeer] = []  # those whose bells hold rings since the last beat
+
+    def serve(self, peer: AgentPeer) -> None:
+        """Listen to an agent from now on; it may have rung before."""
+        events = select.EPOLLIN | select.EPOLLRDHUP | select.EPOLLET
+        peer.source = self._events.watch(
+            peer.channel.fileno(),
+            lambda mask: self._on_bell(peer, mask),
+            events,
+            serve=lambda: self._take_turn(peer),
+            channel=peer.channel,
+        )
+        self._events.move(peer.source, Turn.HUNGRY)
+
+    def on_beat(self) -> None:
+        """Once a second: a bell that is full of rings would be mute for ever."""
+        rung, self._rung = self._rung, []
+        for peer in rung:
+            if not peer.gone:
+                peer.rung = False
+                peer.channel.drain_bell()
+                if peer.source is not None:
+                    self._events.move(peer.source, Turn.HUNGRY)
+
+    def _on_bell(self, peer: AgentPeer, mask: int) -> None:
+        channel = peer.channel
+        if mask & HUNG_UP:
+            channel.hung_up = True
+        elif channel.heard() and not peer.rung:
+            peer.rung = True
+            self._rung.append(peer)
+        if peer.source is not None and peer.source.turn is Turn.HUNGRY:
+            return  # it stands in line, however often it rings
+        self._take_turn(peer)
+
+    def _take_turn(self, peer: AgentPeer) -> None:
+        channel = peer.channel
+        requests: list[bytes] = []
+        more, assembling = False, 0
+        try:
+            if (channel.outbox_bytes or peer.paused) and not self._unload(peer):
+                return
+            assembling = channel.take(requests, peer.turn)
+            more = len(requests) == peer.turn
+            if more:
+                self._handle_many(peer, requests)
+            else:
+                self._handle(peer, requests)
+        except ProtocolError as err:
+            self._calls.offend(peer, str(err))
+        if peer.gone:  # dropped while its requests were handled
+            return
+        if assembling or peer.assembling:
+            self._calls.note_assembling(peer, assembling)
+            if peer.gone:
+                return
+        source = peer.source
+        assert source is not None
+        if more or (channel.hung_up and channel.filled()):
+            self._events.move(source, Turn.HUNGRY)
+        elif channel.hung_up:
+            self._calls.drop(peer)
+        else:
+            self._events.move(source, Turn.AWAKE)
+
+    def _handle_many(self, peer: AgentPeer, requests: list[bytes]) -> None:
+        """As `_handle`; an agent that sends much that takes long gets shorter turns."""
+        began = self._timers.clock()
+        self._handle(peer, requests)
+        long = self._timers.clock() - began > TURN_S
+        peer.turn = max(1, peer.turn // 2) if long else min(FRAMES_PER_TURN, 2 * peer.turn)
+
+    def _handle(self, peer: AgentPeer, requests: list[bytes]) -> None:
+        """Execute them. Several that are answered at once are told with one ring."""
+        channel, answer_to = peer.channel, self._dispatcher.answer
+        answers: list[bytes] = []
+        for payload in requests:
+            answer = answer_to(peer, payload)
+            if peer.gone:
+                return
+            if answer is not None:
+                answers.append(answer)
+                if len(answers) == REPLIES_PER_RING:
+                    channel.post(answers)
+                    answers.clear()
+        if answers:
+            channel.post(answers)
+        if channel.outbox_bytes:
+            self._calls.check_outbox(peer)
+
+    def _unload(self, peer: AgentPeer) -> bool:
+        """Send what waits. False while so much still waits that the peer's next requests must wait as well, until it
+        has read its replies: then it rings."""
+        channel = peer.channel
+        if channel.pump():
+            self._caught_up(peer)
+        if channel.outbox_bytes <= OUTBOX_PAUSE:
+            return True
+        if channel.hung_up:
+            self._calls.drop(peer)
+        return False

@@ -1,0 +1,187 @@
+"""Services: the processes that answer system calls for the kernel. What one is, and how it serves.
+
+A service is data (`Service`): its name, where its code is, whether the system waits for it. The supervisor forks it
+from that record, and forks it again when it dies; the kernel, `aios-ps -e`, `aiosd status` and the logs know it by the
+same record. The calls that it answers are the rows of `wire.TABLE` whose `by` is its kind.
+
+A service that is no llm core serves with a `Server`: one function for each call. A function gets the caller and the
+arguments, and returns the body of the reply; a generator yields parts of it before that. What it raises becomes the
+reply: an OSError as it is, anything else as EIO. The server keeps what `wire.Again` promises: a call that it has, or
+has answered, is not done again when it is submitted again.
+"""
+
+from __future__ import annotations
+
+import errno
+import importlib
+import logging
+from collections import OrderedDict
+from collections.abc import Callable, Generator, Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+from aiosd import link
+from aiosd.heartbeat import Rounds
+from libaios import wire
+from libaios.channel import Channel
+from libaios.wire import Again
+
+logger = logging.getLogger("service")
+
+#: The kind of the llm cores.
+LLM = "llm"
+
+REMEMBERED = 4096  # answers, for calls that are submitted again,
+REMEMBERED_BYTES = 32 << 20  # … and no more than that of them
+MESSAGES_AT_ONCE = 64
+SLEEP_S = 5.0  # a back-stop: any message wakes the service at once
+
+Handler = Callable[[link.Caller, Any], Any]
+
+
+@dataclass(frozen=True, slots=True)
+class Service:
+    """One system process below the supervisor. `entry` is `module:function`, called in the forked process with its
+    channel, `argument`, and `Rounds` to be told how its loop goes on; it returns the exit code."""
+
+    name: str  # unique in this system: "store", "llm:NAME"
+    kind: str  # whose calls of the table it answers
+    entry: str
+    title: str = ""  # in aios-ps and logs; "": the name
+    argument: Any = None
+    awaited: bool = True  # the system is not ready before this is
+
+    def main(self, channel: Channel, rounds: Rounds) -> int:
+        module, _, function = self.entry.partition(":")
+        entry: Callable[[Channel, Any, Rounds], int] = getattr(importlib.import_module(module), function)
+        return entry(channel, self.argument, rounds)
+
+
+@dataclass(slots=True)
+class _Answer:
+    """What a call got, for when it is submitted again."""
+
+    message: link.Answered | link.Failed
+    size: int
+
+
+@dataclass(slots=True)
+class Server:
+    """The loop of a service with one thread."""
+
+    channel: Channel
+    handlers: Mapping[int, Handler]
+    stats: Callable[[], dict[str, Any]] = dict
+    _answers: OrderedDict[link.Key, _Answer] = field(default_factory=OrderedDict)
+    _bytes: int = 0
+    _under_way: dict[link.Key, Generator[Any, None, Any]] = field(default_factory=dict)
+    _offsets: dict[link.Key, int] = field(default_factory=dict)
+    _quit: bool = False
+
+    def run(self, rounds: Rounds) -> int:
+        """Serve until told to end, or the kernel's end of the channel is gone for good."""
+        channel = self.channel
+        self._send(link.Loaded())
+        while not self._quit and not channel.hung_up:
+            rounds.begin()
+            for payload in channel.receive(MESSAGES_AT_ONCE):
+                self._handle(link.decode_to_service(payload))
+            if channel.outbox_bytes:
+                channel.pump()
+            if channel.reborn:  # a new kernel: it submits again what is open
+                channel.renew()
+                self._send(link.Loaded())
+            for key in list(self._under_way):
+                self._go_on(key)
+            if not self._under_way and not channel.more and not self._quit:
+                rounds.end()
+                channel.wait(SLEEP_S)
+        return 0
+
+    def _send(self, message: link.FromService) -> None:
+        self.channel.send(link.encode(message))
+
+    def _handle(self, message: link.ToService) -> None:
+        match message:
+            case link.Ask():
+                self._ask(message)
+            case link.CancelCall(key=key):
+                self._end(key)
+            case link.Keep(peers=peers):
+                kept = set(peers)
+                for key in [key for key in self._under_way if key[0] not in kept]:
+                    self._end(key)
+            case link.GetStats(req=req):
+                self._send(link.Stats(req, self.stats()))
+            case link.Quit():
+                self._quit = True
+
+    # ── calls ─────────────────────────────────────────────────────────────────────────────────────────────
+
+    def _ask(self, ask: link.Ask) -> None:
+        row = wire.TABLE[ask.sys]
+        known = self._answers.get(ask.key) if ask.again else None
+        if known is not None:
+            self._send(known.message)
+        elif ask.key in self._under_way:
+            pass  # it goes on, and its answer goes to the new kernel
+        elif ask.again and row.again is Again.NEVER:
+            reason = f"{row.name}: it had begun before a process died, and is not done again"
+            self._send(link.Failed(ask.key, errno.EIO, reason))
+        else:
+            self._send(link.Working(ask.key))
+            self._begin(ask)
+
+    def _begin(self, ask: link.Ask) -> None:
+        try:
+            handler = self.handlers[ask.sys]
+            result = handler(ask.caller, wire.decode_args[ask.sys](ask.args))
+        except Exception as err:
+            self._failed(ask.key, err)
+            return
+        if isinstance(result, Generator):
+            self._under_way[ask.key] = result
+            self._offsets[ask.key] = 0
+        else:
+            self._answered(ask.key, result)
+
+    def _go_on(self, key: link.Key) -> None:
+        """One more part of a long answer, so that no call waits for all of another's."""
+        self._send(link.Working(key))
+        try:
+            part = next(self._under_way[key])
+        except StopIteration as end:
+            self._answered(key, end.value)
+        except Exception as err:
+            self._failed(key, err)
+        else:
+            self._send(link.Part(key, self._offsets[key], wire.encode(part)))
+            self._offsets[key] += 1
+
+    def _answered(self, key: link.Key, body: object) -> None:
+        encoded = wire.encode(body)
+        if len(encoded) > wire.MAX_FRAME - 1024:
+            self._failed(key, wire.error(errno.EMSGSIZE, f"an answer of {len(encoded)} bytes; ask for less at a time"))
+        else:
+            self._finish(key, link.Answered(key, encoded), len(encoded))
+
+    def _failed(self, key: link.Key, err: Exception) -> None:
+        if not isinstance(err, OSError):
+            logger.error("a call cannot be served", exc_info=err)
+            err = OSError(errno.EIO, "the service made a mistake; aiosd's log has the details")
+        self._finish(key, link.Failed(key, err.errno or errno.EIO, err.strerror or str(err)), 0)
+
+    def _finish(self, key: link.Key, message: link.Answered | link.Failed, size: int) -> None:
+        self._end(key)
+        self._send(message)
+        self._answers[key] = _Answer(message, size)
+        self._bytes += size
+        while len(self._answers) > REMEMBERED or self._bytes > max(REMEMBERED_BYTES, size):
+            self._bytes -= self._answers.popitem(last=False)[1].size
+
+    def _end(self, key: link.Key) -> None:
+        """Of a call that goes on: it is over, or not wanted any more."""
+        generator = self._under_way.pop(key, None)
+        self._offsets.pop(key, None)
+        if generator is not None:
+            generator.close()
