@@ -4,8 +4,8 @@ A service is data (`Service`): its name, where its code is, whether the system w
 from that record, and forks it again when it dies; the kernel, `aios-ps -e`, `aiosd status` and the logs know it by the
 same record. The calls that it answers are the rows of `wire.TABLE` whose `by` is its kind.
 
-A service that is no llm core serves with a `Server`: one function for each call. A function gets the caller and the
-arguments, and returns the body of the reply; a generator yields parts of it before that. What it raises becomes the
+A service that is no llm core serves with a `Server`: one function for each call. A function gets the `link.Ask` (with
+key and caller) and the arguments, and returns the body of the reply; a generator yields parts of it before that. What it raises becomes the
 reply: an OSError as it is, anything else as EIO. The server keeps what `wire.Again` promises: a call that it has, or
 has answered, is not done again when it is submitted again.
 """
@@ -36,7 +36,7 @@ REMEMBERED_BYTES = 32 << 20  # … and no more than that of them
 MESSAGES_AT_ONCE = 64
 SLEEP_S = 5.0  # a back-stop: any message wakes the service at once
 
-Handler = Callable[[link.Caller, Any], Any]
+Handler = Callable[[link.Ask, Any], Any]
 
 
 @dataclass(frozen=True, slots=True)
@@ -50,6 +50,11 @@ class Service:
     title: str = ""  # in aios-ps and logs; "": the name
     argument: Any = None
     awaited: bool = True  # the system is not ready before this is
+
+    @property
+    def shown(self) -> str:
+        """Its name in listings and logs."""
+        return self.title or self.name
 
     def main(self, channel: Channel, rounds: Rounds) -> int:
         module, _, function = self.entry.partition(":")
@@ -135,7 +140,7 @@ class Server:
     def _begin(self, ask: link.Ask) -> None:
         try:
             handler = self.handlers[ask.sys]
-            result = handler(ask.caller, wire.decode_args[ask.sys](ask.args))
+            result = handler(ask, wire.decode_args[ask.sys](ask.args))
         except Exception as err:
             self._failed(ask.key, err)
             return

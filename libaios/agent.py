@@ -102,7 +102,7 @@ class Call(Struct, eq=False):
     id: int = 0
     life: int = 0  # of the kernel that it was sent to
     fds: list[int] = []  # ours: the caller may close its own, and a new kernel gets these
-    pieces: deque[wire.Piece] = msgspec.field(default_factory=deque)
+    pieces: deque[Any] = msgspec.field(default_factory=deque)
     tokens: list[int] | None = None  # of a stream: all that it has brought
     final: wire.Reply | None = None
     gate: threading.Lock | None = None  # a follower sleeps on it
@@ -139,7 +139,6 @@ def _duplicates(fds: Sequence[int]) -> list[int]:
     return copies
 
 
-_decode_piece = msgpack.Decoder(wire.Piece).decode
 _decode_failure = msgpack.Decoder(wire.Failure).decode
 _decoders: dict[Any, Callable[[Any], Any]] = {}
 
@@ -150,10 +149,15 @@ def decode_body(reply: wire.Reply, result: Any) -> Any:
         raise wire.error(reply.errno, _decode_failure(reply.body).message)
     if result is None:
         return None
-    decode = _decoders.get(result)
+    return decoder(result)(reply.body)
+
+
+def decoder(kind: Any) -> Callable[[Any], Any]:
+    """What decodes the body of a reply as this type."""
+    decode = _decoders.get(kind)
     if decode is None:
-        decode = _decoders[result] = msgpack.Decoder(result).decode
-    return decode(reply.body)
+        decode = _decoders[kind] = msgpack.Decoder(kind).decode
+    return decode
 
 
 class Connection:
@@ -559,7 +563,7 @@ class Connection:
         call = self._open.get(reply.id)
         if call is None:
             return  # abandoned
-        piece = _decode_piece(reply.body)
+        piece = decoder(wire.TABLE[call.sys].piece)(reply.body)
         if call.tokens is not None:
             if reply.offset != len(call.args.given) + len(call.tokens):
                 return  # sent by a dead kernel after what its successor has given us already

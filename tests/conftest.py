@@ -21,7 +21,7 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from types import FrameType
 from typing import Any
@@ -142,8 +142,15 @@ SYSTEMS: list[System] = []  # running ones, whose logs are shown when a test fai
 class System:
     """One aiosd in a home of its own, and the commands that talk to it."""
 
-    def __init__(self, *options: str, home: Path | None = None, env: dict[str, str] | None = None) -> None:
+    def __init__(
+        self,
+        *options: str,
+        home: Path | None = None,
+        env: dict[str, str] | None = None,
+        program: Sequence[str] = ("aiosd",),
+    ) -> None:
         self.options = options
+        self.program = program
         self.own_home = home is None
         self.home = home or Path(tempfile.mkdtemp(prefix="aios-", dir="/tmp"))  # short: it holds a socket
         own = {name for name in os.environ if name.startswith(("AIOS_", "AIOSD_")) and name != MARK}
@@ -165,7 +172,7 @@ class System:
         began = len(self.log())
         with open(self.stderr, "ab") as log:
             self.daemon = subprocess.Popen(
-                ["aiosd", *self.options],
+                [*self.program, *self.options],
                 env=self.env,
                 stdin=subprocess.DEVNULL,
                 stdout=log,

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from collections import deque
 from collections.abc import Callable
 from types import SimpleNamespace
 from typing import Any
@@ -12,49 +13,70 @@ from msgspec import Raw
 
 from aiosd.kernel import books, ledger
 from aiosd.kernel.budget import Budget
-from aiosd.kernel.peer import Call, Generation, Peer
-from aiosd.kernel.proc import Message, Proc, ProcTable
+from aiosd.kernel.generation import Generation
+from aiosd.kernel.mail import Mailbox, Message
+from aiosd.kernel.peer import Call, ClientPeer
+from aiosd.kernel.peers import Peers
+from aiosd.kernel.proc import Proc, ProcTable
 from libaios import wire
 
 
 @pytest.fixture
 def kernel() -> Any:
-    """A kernel's books with one agent in them, which is this very process, with a message and a generation."""
+    """A kernel's books with one agent in them, which is this very process, with a message and a generation that a child
+    of it makes over the control socket."""
     row = memoryview(bytearray(8 * ledger.ITEMS)).cast("Q")
     table = ProcTable(10)
-    budget = Budget(7, wire.Limits(tokens=100), tokens_used=9, row=row)
+    budget = Budget(7, wire.Limits(tokens=100), tokens_used=9, row=row, sharers={7})
     proc = Proc(7, os.getpid(), 7, 0, "x", "x", "", "", 0.0, 0, row=row, budgets=[budget])
-    proc.peer = Peer(7, proc)  # type: ignore[assignment]
-    call = Call(proc.peer, 1, wire.Sys.GENERATE, core="nano")
-    call.generation = Generation(wire.Generate(prompt="x"), "nano", [1, 2, 3], used=5, prompt_tokens=4, cached_tokens=2)
-    proc.peer.calls[1] = call
+    table.add(proc)
+    sock: Any = None
+    peer = ClientPeer(sock, 0, proc, lambda: None)
+    peer.id = -1
+    peers = Peers()
+    peers.add(peer)
+    generation = Generation(wire.Generate(prompt="x"), "nano", [1, 2, 3], used=5, prompt_tokens=4, cached_tokens=2)
+    call = Call(peer, 1, wire.TABLE[wire.Sys.GENERATE], size=10, generation=generation)
+    peer.calls[1] = call
     proc.row[ledger.PROMPT], proc.row[ledger.COMPLETION], proc.row[ledger.CHARGED] = 3, 1, 4
     proc.prompt_tokens, proc.cached_tokens, proc.completion_tokens = 7, 2, 4
-    proc.mailbox.append(Message(1, 0, Raw(b"\xc0")))
-    proc.mailbox_bytes = 1
-    table.add(proc)
+    box = Mailbox(deque([Message(1, 0, Raw(b"\xc0"))]), size=1)
     core = SimpleNamespace(
-        name="nano", ospid=0, calls={call.key: call}, stats={"slots": {"free": 3, "used": 1, "total": 4}}
+        name="llm:nano", ospid=0, calls={call.key: call}, stats={"slots": {"free": 3, "used": 1, "total": 4}}
     )
     return SimpleNamespace(
         table=table,
         proc=proc,
         budget=budget,
         core=core,
-        cores=[core],
-        control=SimpleNamespace(clients={}),
-        agents=SimpleNamespace(by_ospid={os.getpid(): proc}),
+        peer=peer,
+        box=box,
+        peers=peers,
+        calls=SimpleNamespace(peers=peers, open_bytes=10, assembly=SimpleNamespace(total=0)),
+        services=[core],
         waiters=SimpleNamespace(calls=list),
-        journal=SimpleNamespace(waiting=lambda: [1]),
+        mail=SimpleNamespace(
+            boxes=lambda: [(7, box)], total=1, journal=SimpleNamespace(waiting=lambda: [1])
+        ),
         ledger=SimpleNamespace(pids=lambda: {7}),
+        budgets=OneBudget(budget),
+        strangers={},
     )
 
 
-PARTS = [books._families, books._calls, books._slots, books._mailboxes, books._tokens]
+class OneBudget(list[Budget]):
+    def __init__(self, budget: Budget) -> None:
+        super().__init__([budget])
+
+    def owners(self) -> set[int]:
+        return {budget.owner for budget in self}
+
+
+PARTS = [books.families, books.calls, books.slots, books.mailboxes, books.tokens, books.sizes]
 
 
 def check(kernel: Any) -> list[str]:
-    """All but the comparison with /proc: this process is nobody's supervisor."""
+    """All but the comparison with /proc: this process is no supervisor's child."""
     return [line for part in PARTS for line in part(kernel)]
 
 
@@ -75,11 +97,15 @@ def spoil_ledger(kernel: Any) -> None:
 
 
 def spoil_mailbox(kernel: Any) -> None:
-    kernel.proc.mailbox_bytes += 1
+    kernel.box.size += 1
 
 
 def spoil_journal(kernel: Any) -> None:
-    kernel.journal.waiting = list
+    kernel.mail.journal.waiting = list
+
+
+def spoil_sizes(kernel: Any) -> None:
+    kernel.calls.open_bytes += 1
 
 
 def spoil_slots(kernel: Any) -> None:
@@ -87,7 +113,8 @@ def spoil_slots(kernel: Any) -> None:
 
 
 def spoil_calls(kernel: Any) -> None:
-    kernel.proc.peer.calls.clear()
+    kernel.peer.calls.clear()
+    kernel.calls.open_bytes = 0
     kernel.proc.prompt_tokens, kernel.proc.cached_tokens, kernel.proc.completion_tokens = 3, 0, 1
     kernel.budget.tokens_used = 4
 
@@ -108,9 +135,10 @@ def spoil_rows(kernel: Any) -> None:
         (spoil_ledger, "cached"),
         (spoil_mailbox, "1 bytes in its mailbox, 2 in the books"),
         (spoil_journal, "1 in mailboxes, 0 in the journal"),
+        (spoil_sizes, "open calls: 10 bytes, 11 in the books"),
         (spoil_slots, "slots do not add up"),
-        (spoil_calls, "belongs to nobody"),
-        (spoil_parents, "filed under parent 1, says 99"),
+        (spoil_calls, "is not open"),
+        (spoil_parents, "filed under parent 1, names 99"),
         (spoil_rows, "[123]"),
     ],
 )

@@ -2,10 +2,15 @@
 
 from __future__ import annotations
 
+import os
+
 from hypothesis import given
 from hypothesis import strategies as st
 
-from aiosd.kernel.budget import Budget, charge, describe, tokens_left
+from aiosd.kernel.budget import Budget, Budgets, charge, describe, settle, tokens_left
+from aiosd.kernel.ledger import Ledger
+from aiosd.link import Share
+from aiosd.timers import Timers
 from libaios.wire import Limits
 
 
@@ -41,3 +46,62 @@ def test_descriptions_name_the_budget_and_its_size() -> None:
     for which, word in (("tokens", "7"), ("time", "1.5 s"), ("memory", "of 30.0M ")):
         budget.reached = which
         assert word in describe(budget)
+
+
+# ── trees ─────────────────────────────────────────────────────────────────────────────────────────────────
+
+
+class Clock:
+    def __init__(self) -> None:
+        self.now = 100.0
+
+    def __call__(self) -> float:
+        return self.now
+
+
+def books() -> tuple[Budgets, Timers, Clock, Ledger, list[int]]:
+    """Budgets over a ledger, and the owners of those whose time was up."""
+    clock = Clock()
+    memfd = os.memfd_create("ledger")
+    ledger, timers, up = Ledger(memfd), Timers(clock), list[int]()
+    os.close(memfd)
+    budgets = Budgets(ledger, timers)
+    budgets.time_is_up = lambda budget: up.append(budget.owner)
+    return budgets, timers, clock, ledger, up
+
+
+def test_the_time_of_a_dead_owner_runs_on_for_its_children() -> None:
+    budgets, timers, clock, _, up = books()
+    (budget,) = owned = budgets.join(2, 100.0, [Share(0, Limits(time_s=2))])
+    assert budgets.join(3, 101.0, [budget.share]) == [budget]
+    budgets.leave(2, owned)
+    clock.now = 102.5
+    timers.run_due()
+    assert up == [2]
+
+
+def test_a_budget_ends_with_the_last_that_shares_it() -> None:
+    budgets, timers, clock, ledger, up = books()
+    (budget,) = owned = budgets.join(2, 100.0, [Share(0, Limits(time_s=2))])
+    budgets.join(3, 101.0, [budget.share])
+    budgets.leave(2, owned)
+    budgets.forget(2)  # the owner has left the history, its row must not
+    assert ledger.pids() == {2}
+    budgets.leave(3, owned)
+    assert (ledger.pids(), list(budgets)) == (set(), [])
+    clock.now = 200.0
+    timers.run_due()
+    assert up == []
+
+
+def test_a_new_kernel_finds_what_a_dead_owner_had_used() -> None:
+    budgets, timers, _, ledger, _ = books()
+    (budget,) = owned = budgets.join(2, 100.0, [Share(0, Limits(tokens=50))])
+    charge(owned, 30)
+    settle(owned, 30)
+    successor = Budgets(ledger, timers)
+    successor.time_is_up = lambda budget: None
+    (again,) = successor.join(3, 101.0, [budget.share])  # the owner is dead, and forgotten
+    successor.adopt({3})
+    assert (again.owner, again.tokens_left, again.since) == (2, 20, 100.0)
+    assert ledger.pids() == {2}

@@ -237,7 +237,8 @@ def test_a_mistake_of_ours_in_one_call_is_that_calls_alone(tmp_path: Path) -> No
     (tmp_path / "m.gguf").write_bytes(b"")
     failed: list[OSError] = []
     library = a_library(tmp_path / "m.gguf", tmp_path, lambda _, error: failed.append(error))
-    library.handle(link.SubmitContext((1, 1), "g", Sys.CTX_CLOSE, Raw(wire.encode(wire.CloseContext(MESSAGES)))))
+    caller = link.Caller(1, 0, "x", False, "g")
+    library.handle(link.Ask((1, 1), caller, Sys.CTX_CLOSE, Raw(wire.encode(wire.CloseContext(MESSAGES)))))
     assert [error.errno for error in failed] == [errno.EIO], "its requests are None"
     library.close()
 

@@ -29,19 +29,24 @@ from msgspec import Raw, msgpack
 
 from aiosd import link
 from aiosd.kernel import control
-from aiosd.kernel.cores import Core, Cores
+from aiosd.kernel.calls import Calls
+from aiosd.kernel.cores import Core
+from aiosd.kernel.events import TURN_S, Events, Turn
+from aiosd.kernel.generation import Generation
 from aiosd.kernel.journal import COMPACT_BYTES, REMEMBER_BYTES, Journal
-from aiosd.kernel.loop import TURN_S, Kernel
 from aiosd.kernel.peer import (
     ASSEMBLY_MAX,
     FRAMES_PER_TURN,
+    UNKNOWN,
     Assembly,
     Call,
-    Generation,
     Peer,
     read_args,
     read_request,
 )
+from aiosd.kernel.peers import Peers
+from aiosd.kernel.service import Open, State
+from aiosd.kernel.turns import Turns
 from benchmarks import fuzz
 from libaios import msg, ring, wire
 from libaios.channel import Channel, ProtocolError, Side, make_channel
@@ -58,11 +63,19 @@ HELLO = msgpack.encode([wire.VERSION, 0, ""])
 # ── reading requests ──────────────────────────────────────────────────────────────────────────────────────
 
 
+def read(frame: bytes) -> None:
+    """As the kernel reads a request and its arguments."""
+    request = read_request(frame)
+    row = wire.TABLE.get(request.sys, UNKNOWN)
+    if row is not UNKNOWN:
+        read_args(row, request.args)
+
+
 def understood(frame: bytes) -> bool:
     """Read as the kernel does; False when it ends its sender or brings an errno."""
     said: OSError | ProtocolError | None = None
     try:
-        read_args(read_request(frame))
+        read(frame)
     except (OSError, ProtocolError) as err:
         said = err
     assert said is None or str(said)
@@ -112,7 +125,7 @@ def test_what_the_kernel_takes_others_can_read() -> None:
         frame = msgpack.encode([1, Sys.GENERATE]).replace(b"\x92", b"\x93", 1)
         frame += b"\x91\x91\x81\xa1a" + b"\x91" * depth + b"\xc0"
         try:
-            read_args(read_request(frame))
+            read(frame)
         except (OSError, ProtocolError):
             break
         deepest = frame
@@ -292,120 +305,174 @@ def test_descriptors_without_end_leave_none_behind() -> None:
 # ── cores ─────────────────────────────────────────────────────────────────────────────────────────────────
 
 
-def test_what_a_core_says_of_an_id_that_is_in_use_again_is_for_calls_of_its_kind() -> None:
+class Heard:
+    """Notes which of its methods were called, and with which call."""
+
+    def __init__(self) -> None:
+        self.names: list[str] = []
+
+    def __getattr__(self, name: str) -> Any:
+        return lambda call=None, *_: self.names.append(f"{name} {call.row.name if isinstance(call, Call) else ''}")
+
+
+def core_of(heard: Any) -> Core:
+    return Core(
+        "llm:nano", "llm", "llm", heard, heard, state=State.READY, model="nano", path="", default=True, listener=heard
+    )
+
+
+def call_of(number: int, sys: int, generation: Generation | None = None) -> Call:
+    return Call(Peer(7, None), number, wire.TABLE[sys], generation=generation)
+
+
+def test_what_a_core_sends_of_an_id_that_is_in_use_again_is_for_calls_of_its_kind() -> None:
     """The agent cancelled a call and used its id for another, and the core had not heard of it."""
-    heard: list[str] = []
-
-    class Listener:
-        def __getattr__(self, name: str) -> Any:
-            return lambda call, *_: heard.append(f"{name} {call.sys}")
-
-    listener: Any = Listener()
-    cores = Cores(listener)
-    core = Core("nano", "", default=True, pid=2, state="ready")
+    heard = Heard()
+    core = core_of(heard)
     step = link.Step([link.Delta((7, 1), 0, [1], "x")], [link.Started((7, 1), 5, 0)], [(7, 1)])
     finished = link.Finished((7, 1), 0, [], "", "stop", wire.Usage())
     answered = link.Answered((7, 1), b"\xc0")
 
-    def said(call: Call, *messages: Any) -> list[str]:
-        heard.clear()
-        core.calls[7, 1] = (call, link.CancelCall((7, 1)))  # what was submitted does not matter here
+    def sent(call: Call, *messages: Any) -> list[str]:
+        heard.names.clear()
+        core.calls[7, 1] = Open(call, link.CancelCall((7, 1)))  # what was submitted does not matter here
         for message in messages:
-            cores._on_message(core, message)
-        return list(heard)
+            core.on_message(message)
+        return list(heard.names)
 
-    tokenize = Call(Peer(7, None), 1, Sys.TOKENIZE)
-    assert said(tokenize, step, finished, answered) == [f"on_answered {Sys.TOKENIZE}"]
-    generate = Call(Peer(7, None), 1, Sys.GENERATE, Generation(wire.Generate(), "nano", []))
-    assert said(generate, answered, finished) == [f"on_finished {Sys.GENERATE}"]
+    assert sent(call_of(1, Sys.TOKENIZE), step, finished, answered) == ["finish tokenize"]
+    generate = call_of(1, Sys.GENERATE, Generation(wire.Generate(), "nano", []))
+    assert sent(generate, answered, finished) == ["on_finished generate"]
     assert (7, 1) not in core.calls
-    cores._on_message(core, step)
+    core.on_message(step)
+
+
+def failing(failed: list[int]) -> Any:
+    """In place of all that a core calls: notes the calls that fail."""
+    return SimpleNamespace(
+        fail=lambda call, code, why: failed.append(call.id), on_parked=lambda: None, call_budget=lambda call: (0, "", 0)
+    )
 
 
 def test_a_call_that_costs_core_after_core_is_given_up() -> None:
-    """A generation that was running twice; another call, of which nobody knows when it runs, a few times more."""
+    """A generation that was running twice; another call, which may not have begun, a few times more."""
     failed: list[int] = []
-    listener: Any = SimpleNamespace(fail=lambda call, code, why: failed.append(call.id))
-    cores = Cores(listener)
-    core = Core("nano", "", default=True, pid=2, state="ready")
-    running = Call(Peer(7, None), 1, Sys.GENERATE, Generation(wire.Generate(), "nano", [], started=True))
-    waiting = Call(Peer(7, None), 2, Sys.GENERATE, Generation(wire.Generate(), "nano", []))
-    embed = Call(Peer(7, None), 3, Sys.EMBED)
+    core = core_of(failing(failed))
+    running = call_of(1, Sys.GENERATE, Generation(wire.Generate(), "nano", [], started=True))
+    waiting = call_of(2, Sys.GENERATE, Generation(wire.Generate(), "nano", []))
+    embed = call_of(3, Sys.EMBED)
     for call in (running, waiting, embed):
-        core.calls[call.key] = (call, link.CancelCall(call.key))
+        core.calls[call.key] = Open(call, link.CancelCall(call.key))
     gone = []
     for _ in range(6):
         assert running.generation is not None
         running.generation.started = True
-        core.state = "ready"
-        cores.died(core, "SIGSEGV")
+        for opened in core.calls.values():
+            opened.given = True
+        core.died("SIGSEGV")
         gone.append(list(failed))
-        cores.died(core, "cannot be loaded")  # had been given nothing
+        core.died("cannot be loaded")  # had been given nothing
     assert gone == [[], [1], [1], [1, 3], [1, 3], [1, 3]]
     assert list(core.calls) == [waiting.key]
+
+
+def test_the_call_that_a_core_works_on_alone_is_blamed_alone() -> None:
+    """Its template, its schema or its text ends the core before it has a slot: its neighbours go on."""
+    failed: list[int] = []
+    core = core_of(failing(failed))
+    neighbour = call_of(1, Sys.GENERATE, Generation(wire.Generate(), "nano", []))
+    guilty = call_of(2, Sys.GENERATE, Generation(wire.Generate(), "nano", []))
+    for call in (neighbour, guilty):
+        core.calls[call.key] = Open(call, link.CancelCall(call.key))
+    for _ in range(4):
+        assert neighbour.generation is not None
+        neighbour.generation.started = True
+        core.on_message(link.Working(guilty.key))
+        core.died("SIGSEGV")
+    assert failed == [guilty.id]
+    core.on_message(link.Working(neighbour.key))
+    core.on_message(link.Working(None))
+    neighbour.generation.started = True
+    core.died("SIGSEGV")
+    assert core.calls[neighbour.key].deaths == 1
 
 
 # ── streams that stand still ──────────────────────────────────────────────────────────────────────────────
 
 
+def turns_with(now: Any, resumed: list[Any], dispatcher: Any = None) -> Turns:
+    timers: Any = SimpleNamespace(clock=now)
+    events: Any = SimpleNamespace(move=lambda source, turn: None)
+    return Turns(Calls(Peers(), events, timers), events, timers, dispatcher, resumed.append)
+
+
 def test_a_paused_stream_goes_on_though_another_reply_emptied_the_outbox() -> None:
     resumed: list[Any] = []
-    channel = SimpleNamespace(
-        outbox_bytes=0, fileno=lambda: 9, pump=lambda: True, take=lambda into, limit: 0, hung_up=False
-    )
-    peer: Any = SimpleNamespace(channel=channel, paused=True, turn=8, gone=False, assembling=0, serve=None)
-    kernel: Any = SimpleNamespace(generations=SimpleNamespace(resume_streams=resumed.append), awake={})
-    kernel._unload = lambda peer: Kernel._unload(kernel, peer)
-    kernel._serve = lambda peer, requests: None
-    Kernel._on_agent(kernel, peer, 1)
+    channel = SimpleNamespace(outbox_bytes=0, pump=lambda: True, take=lambda into, limit: 0, hung_up=False)
+    source = SimpleNamespace(turn=Turn.ASLEEP, fd=9)
+    peer: Any = SimpleNamespace(channel=channel, paused=True, turn=8, gone=False, assembling=0, source=source)
+    turns_with(lambda: 0.0, resumed, SimpleNamespace(answer=None))._take_turn(peer)
     assert resumed == [peer]
 
 
 # ── turns ─────────────────────────────────────────────────────────────────────────────────────────────────
 
 
-def test_who_asks_for_what_takes_long_gets_short_turns() -> None:
+def test_an_agent_that_asks_for_what_takes_long_gets_short_turns() -> None:
     """And long ones again when it does not: the time of a turn is bounded, whatever is asked for."""
     now = 0.0
 
-    def serve(peer: Any, requests: list[bytes]) -> None:
+    def answer(peer: Any, payload: bytes) -> None:
         nonlocal now
-        now += len(requests) * cost
+        now += cost
 
-    kernel: Any = SimpleNamespace(timers=SimpleNamespace(clock=lambda: now), _serve=serve)
-    peer: Any = SimpleNamespace(turn=FRAMES_PER_TURN)
+    turns = turns_with(lambda: now, [], SimpleNamespace(answer=answer))
+    channel = SimpleNamespace(outbox_bytes=0)
+    peer: Any = SimpleNamespace(turn=FRAMES_PER_TURN, gone=False, channel=channel)
     cost = 1e-3
     for _ in range(10):
-        Kernel._serve_a_turn(kernel, peer, [b""] * peer.turn)
+        turns._handle_many(peer, [b""] * peer.turn)
     before = now
-    Kernel._serve_a_turn(kernel, peer, [b""] * peer.turn)
+    turns._handle_many(peer, [b""] * peer.turn)
     assert now - before <= 2 * TURN_S
     cost = 1e-5
     for _ in range(10):
-        Kernel._serve_a_turn(kernel, peer, [b""] * peer.turn)
+        turns._handle_many(peer, [b""] * peer.turn)
     assert peer.turn == FRAMES_PER_TURN
 
 
-def test_all_who_send_much_have_one_turn_together() -> None:
-    """Each comes up again and again, and whoever had nothing left goes before them every time."""
+def test_all_that_send_much_have_one_turn_together() -> None:
+    """Each comes up again and again, and one that had nothing left goes before them every time."""
     now, served = 0.0, []
+    timers: Any = SimpleNamespace(clock=lambda: now, until_next=lambda: 0.0)
+    events = Events(timers)
+    pipes = [os.pipe() for _ in range(6)]
 
-    def act(fd: int, cost: float) -> Any:
-        def serve(mask: int) -> None:
+    def source(number: int, cost: float) -> Any:
+        def serve() -> None:
             nonlocal now
             now += cost
-            served.append(fd)
-            if fd < 10:
-                kernel.hungry[fd] = serve  # it has more
+            served.append(number)
+            if number < 10:
+                events.move(made, Turn.HUNGRY)  # it has more
 
-        return serve
+        made = events.watch(pipes[number % 10 if number < 10 else number - 6][0], lambda mask: None, serve=serve)
+        return made
 
-    kernel: Any = SimpleNamespace(timers=SimpleNamespace(clock=lambda: now), hungry={}, found={})
-    kernel.hungry = {fd: act(fd, TURN_S * 0.7) for fd in range(4)}
-    for _ in range(6):
-        kernel.found = {fd: act(fd, 0.0) for fd in (10, 11)}
-        Kernel._feed(kernel, now + TURN_S)
-    assert served == [10, 11, 0, 1, 10, 11, 2, 3] * 3
+    try:
+        for number in range(4):
+            events.move(source(number, TURN_S * 0.7), Turn.HUNGRY)
+        quiet = [source(number, 0.0) for number in (10, 11)]
+        for _ in range(6):
+            for one in quiet:
+                events.move(one, Turn.FOUND)
+            events._feed(now + TURN_S)
+        assert served == [10, 11, 0, 1, 10, 11, 2, 3] * 3
+    finally:
+        events._epoll.close()
+        for pipe in pipes:
+            for fd in pipe:
+                os.close(fd)
 
 
 # ── the real system ───────────────────────────────────────────────────────────────────────────────────────

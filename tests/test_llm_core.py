@@ -15,11 +15,12 @@ from typing import Any
 import msgspec
 import numpy as np
 import pytest
+from msgspec import Raw
 
 from aiosd import link
 from libaios import wire
 from libaios.channel import Channel, Side, make_channel
-from libaios.wire import Detokenize, Embed, Generate, Sampling, Tokenize
+from libaios.wire import Detokenize, Embed, Generate, Sampling, Sys, Tokenize
 from tests import tinymodels
 
 MAIN = """
@@ -49,7 +50,7 @@ class Kernel:
         self.seen: list[Any] = []
         self.closed = False
 
-    def send(self, message: link.ToCore) -> None:
+    def send(self, message: link.ToService) -> None:
         self.channel.send(link.encode(message))
 
     def until(self, wanted: Callable[[Any], bool]) -> Any:
@@ -57,7 +58,7 @@ class Kernel:
         deadline = time.monotonic() + 30
         while True:
             for payload in self.channel.receive():
-                self.seen.append(link.decode_from_core(payload))
+                self.seen.append(link.decode_from_service(payload))
             found = next((message for message in self.seen if wanted(message)), None)
             if found is not None:
                 self.seen.remove(found)
@@ -94,6 +95,10 @@ def kernel(path: Path) -> Iterator[Kernel]:
         assert kernel.errors == ""
 
 
+def ask(number: int, sys: int, args: Any) -> link.Ask:
+    return link.Ask((1, number), link.Caller(1, 0, "x", False, ""), sys, Raw(msgspec.msgpack.encode(args)))
+
+
 def generate(kernel: Kernel, key: link.Key, **sampling: Any) -> None:
     options = Sampling(**{"temperature": 0.0, "max_tokens": 8, "ignore_eos": True, **sampling})
     kernel.send(link.Submit(key, Generate(prompt="hello", sampling=options)))
@@ -107,11 +112,11 @@ def test_life_of_a_core(kernel: Kernel) -> None:
     finished = kernel.of(link.Finished)
     assert finished.key == (1, 1)
     assert finished.usage.completion_tokens == 8
-    kernel.send(link.SubmitTokenize((1, 2), Tokenize("hi<|im_end|>", special=True)))
+    kernel.send(ask(2, Sys.TOKENIZE, Tokenize("hi<|im_end|>", special=True)))
     tokens = msgspec.msgpack.decode(kernel.of(link.Answered).body)
-    kernel.send(link.SubmitDetokenize((1, 3), Detokenize(tokens)))
+    kernel.send(ask(3, Sys.DETOKENIZE, Detokenize(tokens)))
     assert msgspec.msgpack.decode(kernel.of(link.Answered).body) == "hi<|im_end|>"
-    kernel.send(link.SubmitEmbed((1, 4), Embed(["a", "b"])))
+    kernel.send(ask(4, Sys.EMBED, Embed(["a", "b"])))
     answer = kernel.of(link.Answered)
     body = msgspec.msgpack.decode(answer.body, type=wire.Embedded)
     vectors = np.frombuffer(body.data, "<f4").reshape(body.n, body.d)
@@ -127,11 +132,11 @@ def test_life_of_a_core(kernel: Kernel) -> None:
 
 
 def test_errors_have_errno_and_sentence(kernel: Kernel) -> None:
-    kernel.send(link.SubmitDetokenize((1, 1), Detokenize([1 << 30])))
+    kernel.send(ask(1, Sys.DETOKENIZE, Detokenize([1 << 30])))
     failed = kernel.of(link.Failed)
     assert failed.errno == errno.EINVAL
     assert "vocabulary" in failed.message
-    kernel.send(link.SubmitEmbed((1, 2), Embed([""])))
+    kernel.send(ask(2, Sys.EMBED, Embed([""])))
     assert "texts[0]" in kernel.of(link.Failed).message
 
 

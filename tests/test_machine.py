@@ -209,7 +209,7 @@ def test_processes_that_run_out_are_an_error_and_delay_what_must_be_forked_again
     pids.set("pids.max", 1)
     core = part(system, "llm")
     os.kill(core, signal.SIGKILL)
-    assert eventually(lambda: "llm core nano cannot be forked: Resource temporarily unavailable" in system.log())
+    assert eventually(lambda: "llm cannot be forked: Resource temporarily unavailable" in system.log())
     pids.set("pids.max", "max")
     assert serves(system)
     assert eventually(lambda: system.status()["models"][0]["state"] == "ready", 20)

@@ -2,47 +2,94 @@
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 
 import pytest
 
-from aiosd.init.pids import BLOCK, PidCounter
+from aiosd.init import pids
+from aiosd.init.pids import BLOCK, STRETCH, PidCounter
 
 
 def test_starts_after_pid_1_and_counts_up(tmp_path: Path) -> None:
-    pids = PidCounter(tmp_path / "last-pid")
-    assert [pids.next() for _ in range(3)] == [2, 3, 4]
+    counter = PidCounter(tmp_path / "last-pid", tmp_path)
+    assert [counter.next() for _ in range(3)] == [2, 3, 4]
 
 
 def test_a_crash_wastes_numbers_and_repeats_none(tmp_path: Path) -> None:
     seen: set[int] = set()
     for _ in range(5):
-        pids = PidCounter(tmp_path / "last-pid")  # a boot that ends without `release`
-        new = {pids.next() for _ in range(BLOCK + 3)}
+        counter = PidCounter(tmp_path / "last-pid", tmp_path)  # a boot that ends without `release`
+        new = {counter.next() for _ in range(BLOCK + 3)}
         assert not seen & new
         seen |= new
 
 
 def test_a_clean_end_gives_the_rest_of_the_block_back(tmp_path: Path) -> None:
-    pids = PidCounter(tmp_path / "last-pid")
-    last = [pids.next() for _ in range(3)][-1]
-    pids.release()
-    assert PidCounter(tmp_path / "last-pid").next() == last + 1
+    counter = PidCounter(tmp_path / "last-pid", tmp_path)
+    last = [counter.next() for _ in range(3)][-1]
+    counter.release()
+    assert PidCounter(tmp_path / "last-pid", tmp_path).next() == last + 1
 
 
 def test_a_full_disk_loses_no_number(tmp_path: Path) -> None:
     folder = tmp_path / "there"
     folder.mkdir()
-    pids = PidCounter(folder / "last-pid")
-    first = pids.next()
-    numbers = [pids.next() for _ in range(BLOCK - 1)]
+    counter = PidCounter(folder / "last-pid", folder)
+    first = counter.next()
+    numbers = [counter.next() for _ in range(BLOCK - 1)]
     away = folder.rename(tmp_path / "gone")
     with pytest.raises(OSError, match="No such file"):
-        pids.next()
+        counter.next()
     away.rename(folder)
-    assert pids.next() == [first, *numbers][-1] + 1
+    assert counter.next() == [first, *numbers][-1] + 1
 
 
-def test_a_damaged_file_is_not_fatal(tmp_path: Path) -> None:
-    (tmp_path / "last-pid").write_text("garbage")
-    assert PidCounter(tmp_path / "last-pid").next() == 2
+def give_out(folder: Path, count: int = 3, clean: bool = True) -> int:
+    """The last pid of a boot in this folder."""
+    counter = PidCounter(folder / "last-pid", folder)
+    last = [counter.next() for _ in range(count)][-1]
+    if clean:
+        counter.release()
+    return last
+
+
+@pytest.mark.parametrize("damage", ["", "garbage", "12 clean x 00000000", "\0" * 20])
+def test_a_damaged_file_repeats_no_number(tmp_path: Path, damage: str) -> None:
+    last = [give_out(tmp_path) for _ in range(2)][-1]
+    (tmp_path / "last-pid").write_text(damage)
+    assert PidCounter(tmp_path / "last-pid", tmp_path).next() > last
+
+
+def test_where_both_files_are_damaged_the_logs_tell(tmp_path: Path) -> None:
+    give_out(tmp_path)
+    give_out(tmp_path)
+    for name in ("last-pid", "last-pid.old", "4711.log", "17.idx"):
+        (tmp_path / name).write_text("garbage")
+    assert PidCounter(tmp_path / "last-pid", tmp_path).next() > 4711
+
+
+def test_after_a_power_cut_a_stretch_is_left_out(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The newest block may be missing from the file then, though its numbers were given out."""
+    last = give_out(tmp_path, clean=False)
+    assert last < give_out(tmp_path) <= last + BLOCK + 3  # a crash of aiosd alone
+    monkeypatch.setattr(pids, "_boot_id", lambda: "another-boot")
+    now = give_out(tmp_path, clean=False)
+    assert now < 2 * BLOCK  # it had ended in order
+    monkeypatch.setattr(pids, "_boot_id", lambda: "a-third-boot")
+    assert give_out(tmp_path) > now + STRETCH
+
+
+def test_the_file_of_an_older_release_is_read(tmp_path: Path) -> None:
+    (tmp_path / "last-pid").write_text("512")
+    assert PidCounter(tmp_path / "last-pid", tmp_path).next() == 513
+
+
+def test_nothing_waits_for_the_disk_while_the_system_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    counter = PidCounter(tmp_path / "last-pid", tmp_path)
+
+    def slow(fd: int) -> None:
+        raise AssertionError("fsync")
+
+    monkeypatch.setattr(os, "fsync", slow)
+    assert len({counter.next() for _ in range(3 * BLOCK)}) == 3 * BLOCK

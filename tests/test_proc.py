@@ -8,7 +8,8 @@ from hypothesis import strategies as st
 from hypothesis.stateful import Bundle, RuleBasedStateMachine, consumes, invariant, multiple, rule
 
 from aiosd.errors import Bug
-from aiosd.kernel.proc import INIT, TRANSITIONS, Event, Proc, ProcTable, State, describe, shell_status, stat_letter
+from aiosd.kernel.listing import line, stat_letter
+from aiosd.kernel.proc import INIT, TRANSITIONS, Event, Proc, ProcTable, State, shell_status
 
 
 def make(pid: int, ppid: int = INIT) -> Proc:
@@ -54,16 +55,17 @@ def test_exit_status_as_a_shell_shows_it(status: int, shown: int) -> None:
 
 def test_stat_letters() -> None:
     proc = make(2)
-    assert stat_letter(proc, "S") == "S"
-    assert stat_letter(proc, "R") == "R"
+    assert stat_letter(proc, [], "S") == "S"
+    assert stat_letter(proc, [], "R") == "R"
     proc.state = State.STOPPED
-    assert stat_letter(proc, "S") == "T"
+    assert stat_letter(proc, [], "S") == "T"
+    assert stat_letter(proc, [], "S", parked=False) == "S", "a core may still generate for it"
     proc.state = State.ZOMBIE
-    assert stat_letter(proc, "S") == "Z"
+    assert stat_letter(proc, [], "S") == "Z"
 
 
 def test_a_process_that_vanished_is_still_described() -> None:
-    assert describe(make(2)).pid == 2
+    assert line(make(2), []).pid == 2
 
 
 def test_orphans_go_to_pid_1() -> None:

@@ -91,7 +91,7 @@ def _read(path: Path) -> _State | None:
         return None
     if re.fullmatch(r"[0-9]{1,15}", text):  # as release 0.1 wrote it
         return _State(int(text), False, "")
-    found = re.fullmatch(r"(([0-9]{1,15}) (open|clean) ([0-9a-f-]*)) ([0-9a-f]{8})", text)
+    found = re.fullmatch(r"(([0-9]{1,15}) (open|clean) ([\w-]*)) ([0-9a-f]{8})", text)
     if found is None or f"{zlib.crc32(found[1].encode()):08x}" != found[5]:
         return None
     return _State(int(found[2]), found[3] == "clean", found[4])

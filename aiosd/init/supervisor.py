@@ -350,7 +350,7 @@ class Supervisor:
         if process is self.kernel:
             while self.link is not None:  # what it had decided and sent counts
                 self._on_kernel(self.link)
-        if not self.stopping:
+        if not self.stopping and self.exit_code is None:
             self._replace(process, fork.describe(status))
 
     def _replace(self, process: Process, reason: str) -> None:
@@ -643,7 +643,7 @@ class Supervisor:
 
 
 def _title(process: Process) -> str:
-    return process.service.title or process.service.name
+    return process.service.shown
 
 
 def _forked(key: link.Key, agent: Agent) -> link.Forked:

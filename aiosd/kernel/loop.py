@@ -209,12 +209,12 @@ class Kernel:
         record = process.service
         if record.kind != LLM:
             return Service(
-                record.name, record.kind, record.title, self.calls, self.loading, record.awaited, process.pid
+                record.name, record.kind, record.shown, self.calls, self.loading, record.awaited, process.pid
             )
         core = Core(
             name=record.name,
             kind=record.kind,
-            title=record.title,
+            title=record.shown,
             calls_of_all=self.calls,
             owner=self.loading,
             awaited=record.awaited,

@@ -158,8 +158,11 @@ class Service:
 
     def died(self, reason: str) -> None:
         """Keep its calls for the successor, but those that must not be done again, and those that seem to kill it."""
-        guilty = self.calls.get(self.working) if self.working is not None else None
-        suspects = [guilty] if guilty is not None else [one for one in self.calls.values() if self.under_way(one)]
+        guilty = self.calls.get(self.working) if self.working is not None else None  # or it was cancelled meanwhile
+        if self.working is not None:
+            suspects = [guilty] if guilty is not None else []
+        else:
+            suspects = [one for one in self.calls.values() if self.under_way(one)]
         self.state, self.last_death, self.ospid, self.working = State.DOWN, reason, 0, None
         if self.channel is not None:
             self.channel.close()
