@@ -5,9 +5,10 @@ from that record, and forks it again when it dies; the kernel, `aios-ps -e`, `ai
 same record. The calls that it answers are the rows of `wire.TABLE` whose `by` is its kind.
 
 A service that is no llm core serves with a `Server`: one function for each call. A function gets the `link.Ask` (with
-key and caller) and the arguments, and returns the body of the reply; a generator yields parts of it before that. What it raises becomes the
-reply: an OSError as it is, anything else as EIO. The server keeps what `wire.Again` promises: a call that it has, or
-has answered, is not done again when it is submitted again.
+key and caller) and the arguments, and returns the body of the reply; a generator yields parts of it before that. What
+it raises becomes the reply: an OSError as it is, anything else as EIO. The server keeps what `wire.Again` promises: a
+call that it has, or has answered, is not done again when it is submitted again. (A call that is to take effect ONCE
+also over a death of the service must keep its key with its effect.)
 """
 
 from __future__ import annotations

@@ -55,9 +55,7 @@ def kernel() -> Any:
         calls=SimpleNamespace(peers=peers, open_bytes=10, assembly=SimpleNamespace(total=0)),
         services=[core],
         waiters=SimpleNamespace(calls=list),
-        mail=SimpleNamespace(
-            boxes=lambda: [(7, box)], total=1, journal=SimpleNamespace(waiting=lambda: [1])
-        ),
+        mail=SimpleNamespace(boxes=lambda: [(7, box)], total=1, journal=SimpleNamespace(waiting=lambda: [1])),
         ledger=SimpleNamespace(pids=lambda: {7}),
         budgets=OneBudget(budget),
         strangers={},
