@@ -400,10 +400,10 @@ def test_the_call_that_a_core_works_on_alone_is_blamed_alone() -> None:
 # ── streams that stand still ──────────────────────────────────────────────────────────────────────────────
 
 
-def turns_with(now: Any, resumed: list[Any], dispatcher: Any = None) -> Turns:
+def turns_with(now: Any, resumed: list[Any], answer: Any = None) -> Turns:
     timers: Any = SimpleNamespace(clock=now)
     events: Any = SimpleNamespace(move=lambda source, turn: None)
-    return Turns(Calls(Peers(), events, timers), events, timers, dispatcher, resumed.append)
+    return Turns(Calls(Peers(), events, timers), events, timers, SimpleNamespace(answer=answer), resumed.append)
 
 
 def test_a_paused_stream_goes_on_though_another_reply_emptied_the_outbox() -> None:
@@ -411,7 +411,7 @@ def test_a_paused_stream_goes_on_though_another_reply_emptied_the_outbox() -> No
     channel = SimpleNamespace(outbox_bytes=0, pump=lambda: True, take=lambda into, limit: 0, hung_up=False)
     source = SimpleNamespace(turn=Turn.ASLEEP, fd=9)
     peer: Any = SimpleNamespace(channel=channel, paused=True, turn=8, gone=False, assembling=0, source=source)
-    turns_with(lambda: 0.0, resumed, SimpleNamespace(answer=None))._take_turn(peer)
+    turns_with(lambda: 0.0, resumed)._take_turn(peer)
     assert resumed == [peer]
 
 
@@ -426,7 +426,7 @@ def test_an_agent_that_asks_for_what_takes_long_gets_short_turns() -> None:
         nonlocal now
         now += cost
 
-    turns = turns_with(lambda: now, [], SimpleNamespace(answer=answer))
+    turns = turns_with(lambda: now, [], answer)
     channel = SimpleNamespace(outbox_bytes=0)
     peer: Any = SimpleNamespace(turn=FRAMES_PER_TURN, gone=False, channel=channel)
     cost = 1e-3

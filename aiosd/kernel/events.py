@@ -36,7 +36,8 @@ class Turn(enum.IntEnum):
     HUNGRY = 4
 
 
-_ASLEEP, _AWAKE, _QUIET, _FOUND, _HUNGRY = Turn
+#: The same without a look-up in a class of enums, which the rounds would do a few times for each call.
+ASLEEP, AWAKE, QUIET, FOUND, HUNGRY = Turn
 
 
 class Source:
@@ -57,7 +58,7 @@ class Source:
         self.serve = serve
         self.channel = channel  # of an agent: it is looked at before it is told to ring
         self.of_clients = of_clients
-        self.turn = _ASLEEP
+        self.turn = ASLEEP
 
 
 class Events:
@@ -89,7 +90,7 @@ class Events:
         if self._sources.get(source.fd) is source:
             del self._sources[source.fd]
             self._epoll.unregister(source.fd)
-        self.move(source, _ASLEEP)
+        self.move(source, ASLEEP)
 
     def modify(self, source: Source, events: int) -> None:
         if self._sources.get(source.fd) is source:
@@ -103,21 +104,21 @@ class Events:
         old = source.turn
         if old is not turn:
             if old:
-                del self._lines[old][source]
+                self._lines[old].pop(source, None)
             if turn and self._sources.get(source.fd) is source:
                 self._lines[turn][source] = None
                 source.turn = turn
             else:
-                source.turn = _ASLEEP
+                source.turn = ASLEEP
 
     # ── a round ───────────────────────────────────────────────────────────────────────────────────────────
 
     def round(self, idle: bool = True) -> None:
         """Wait for events, and serve. `idle` False: there is other work, so do not wait."""
         lines = self._lines
-        if lines[_AWAKE] or lines[_QUIET]:
+        if lines[AWAKE] or lines[QUIET]:
             self._look()
-        timeout = 0.0 if lines[_HUNGRY] or lines[_FOUND] or not idle else self._timers.until_next()
+        timeout = 0.0 if lines[HUNGRY] or lines[FOUND] or not idle else self._timers.until_next()
         clients = []
         for fd, mask in self._epoll.poll(timeout, EVENTS_PER_ROUND):
             source = self._sources.get(fd)
@@ -128,7 +129,7 @@ class Events:
             else:
                 source.act(mask)
         until = self._timers.clock() + TURN_S
-        if lines[_HUNGRY] or lines[_FOUND]:
+        if lines[HUNGRY] or lines[FOUND]:
             self._feed(until)
         if clients:
             self._serve_clients(clients, until)
@@ -136,13 +137,14 @@ class Events:
     def _feed(self, until: float) -> None:
         """A turn for each that was found, and then for those that send much, in turn, while there is time; at least for
         one of them."""
-        for source in list(self._lines[_FOUND]):
-            if source.turn is _FOUND:  # else: dropped while another's requests were handled
-                self.move(source, _ASLEEP)
+        found, self._lines[FOUND] = self._lines[FOUND], {}
+        for source in found:
+            if source.turn is FOUND:  # else: dropped while another's requests were handled
+                source.turn = ASLEEP
                 source.serve()
-        for source in list(self._lines[_HUNGRY]):
-            if source.turn is _HUNGRY:
-                self.move(source, _ASLEEP)
+        for source in list(self._lines[HUNGRY]):
+            if source.turn is HUNGRY:
+                self.move(source, ASLEEP)
                 source.serve()
                 if self._timers.clock() >= until:
                     break
@@ -159,26 +161,26 @@ class Events:
     def _look(self) -> None:
         """At agents that were served and not told to ring: has one sent something meanwhile? Before the kernel sleeps
         all of them are told to ring; while it does not, those in whose rings nothing was found twice."""
-        awake, quiet, hungry = self._lines[_AWAKE], self._lines[_QUIET], self._lines[_HUNGRY]
+        awake, quiet, hungry = self._lines[AWAKE], self._lines[QUIET], self._lines[HUNGRY]
         if len(awake) == 1 and not quiet and not hungry:
             # No other agent is active: where that has paid, a moment's patience saves both sides their bells.
             source = next(iter(awake))
             asleep = source.channel is None or source.channel.fall_asleep(LOOKS)
-            self.move(source, _ASLEEP if asleep else _FOUND)
+            self.move(source, ASLEEP if asleep else FOUND)
             return
         for line in (quiet, awake):
             for source in [one for one in line if one.channel is not None and one.channel.filled()]:
-                self.move(source, _FOUND)
-        busy = bool(self._lines[_FOUND] or hungry)
+                self.move(source, FOUND)
+        busy = bool(self._lines[FOUND] or hungry)
         tell = list(quiet) if busy else [*awake, *quiet]
         if busy:
             for source in list(awake):
-                self.move(source, _QUIET)
+                self.move(source, QUIET)
         for source in tell:
-            self.move(source, _ASLEEP)
+            self.move(source, ASLEEP)
         self._tell_to_ring(tell)
 
     def _tell_to_ring(self, sources: list[Source]) -> None:
         by_channel = {source.channel: source for source in sources if source.channel is not None}
         for channel in restless(list(by_channel)):
-            self.move(by_channel[channel], _FOUND)
+            self.move(by_channel[channel], FOUND)

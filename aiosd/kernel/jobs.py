@@ -15,22 +15,19 @@ SLICE_S = 0.001
 class Jobs:
     def __init__(self, clock: Callable[[], float]) -> None:
         self._clock = clock
-        self._waiting: deque[Iterator[None]] = deque()
-
-    def __bool__(self) -> bool:
-        return bool(self._waiting)
+        self.waiting: deque[Iterator[None]] = deque()
 
     def start(self, job: Iterator[None]) -> None:
         """Begin it now; most are over within their first slice."""
         if self._goes_on(job):
-            self._waiting.append(job)
+            self.waiting.append(job)
 
     def run(self) -> None:
         """One slice of the job that has waited longest."""
-        if self._waiting:
-            job = self._waiting.popleft()
+        if self.waiting:
+            job = self.waiting.popleft()
             if self._goes_on(job):
-                self._waiting.append(job)
+                self.waiting.append(job)
 
     def _goes_on(self, job: Iterator[None]) -> bool:
         until = self._clock() + SLICE_S

@@ -248,10 +248,12 @@ class Kernel:
     def run(self) -> int:
         self._beat()
         self.measure.start()
-        while not self.loading.error and not self.over:
-            self.events.round(idle=not self.jobs)
-            self.jobs.run()
-            self.timers.run_due()
+        events, timers, jobs, loading = self.events, self.timers, self.jobs, self.loading
+        while not loading.error and not self.over:
+            events.round(idle=not jobs.waiting)
+            if jobs.waiting:
+                jobs.run()
+            timers.run_due()
         if self.loading.error:
             self.uplink.send(link.Shutdown(error=self.loading.error))
         return 0

@@ -9,10 +9,11 @@ from __future__ import annotations
 
 import select
 from collections.abc import Callable
+from functools import partial
 
 from aiosd.kernel.calls import Calls
 from aiosd.kernel.dispatch import Dispatcher
-from aiosd.kernel.events import TURN_S, Events, Turn
+from aiosd.kernel.events import AWAKE, HUNGRY, TURN_S, Events
 from aiosd.kernel.peer import FRAMES_PER_TURN, OUTBOX_PAUSE, AgentPeer, Peer
 from aiosd.timers import Timers
 from libaios.ring import ProtocolError
@@ -35,7 +36,7 @@ class Turns:
         self._calls = calls
         self._events = events
         self._timers = timers
-        self._dispatcher = dispatcher
+        self._answer = dispatcher.answer
         self._caught_up = caught_up
         self._rung: list[AgentPeer] = []  # those whose bells hold rings since the last beat
 
@@ -44,12 +45,12 @@ class Turns:
         events = select.EPOLLIN | select.EPOLLRDHUP | select.EPOLLET
         peer.source = self._events.watch(
             peer.channel.fileno(),
-            lambda mask: self._on_bell(peer, mask),
+            partial(self._on_bell, peer),
             events,
-            serve=lambda: self._take_turn(peer),
+            serve=partial(self._take_turn, peer),
             channel=peer.channel,
         )
-        self._events.move(peer.source, Turn.HUNGRY)
+        self._events.move(peer.source, HUNGRY)
 
     def on_beat(self) -> None:
         """Once a second: a bell that is full of rings would be mute for ever."""
@@ -59,7 +60,7 @@ class Turns:
                 peer.rung = False
                 peer.channel.drain_bell()
                 if peer.source is not None:
-                    self._events.move(peer.source, Turn.HUNGRY)
+                    self._events.move(peer.source, HUNGRY)
 
     def _on_bell(self, peer: AgentPeer, mask: int) -> None:
         channel = peer.channel
@@ -68,7 +69,7 @@ class Turns:
         elif channel.heard() and not peer.rung:
             peer.rung = True
             self._rung.append(peer)
-        if peer.source is not None and peer.source.turn is Turn.HUNGRY:
+        if peer.source is not None and peer.source.turn is HUNGRY:
             return  # it stands in line, however often it rings
         self._take_turn(peer)
 
@@ -96,11 +97,11 @@ class Turns:
         source = peer.source
         assert source is not None
         if more or (channel.hung_up and channel.filled()):
-            self._events.move(source, Turn.HUNGRY)
+            self._events.move(source, HUNGRY)
         elif channel.hung_up:
             self._calls.drop(peer)
         else:
-            self._events.move(source, Turn.AWAKE)
+            self._events.move(source, AWAKE)
 
     def _handle_many(self, peer: AgentPeer, requests: list[bytes]) -> None:
         """As `_handle`; an agent that sends much that takes long gets shorter turns."""
@@ -111,7 +112,7 @@ class Turns:
 
     def _handle(self, peer: AgentPeer, requests: list[bytes]) -> None:
         """Execute them. Several that are answered at once are told with one ring."""
-        channel, answer_to = peer.channel, self._dispatcher.answer
+        channel, answer_to = peer.channel, self._answer
         answers: list[bytes] = []
         for payload in requests:
             answer = answer_to(peer, payload)
