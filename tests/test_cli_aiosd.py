@@ -12,12 +12,14 @@ import termios
 from collections.abc import Callable
 from pathlib import Path
 
+import msgspec
 import pytest
 
-from aiosd import config
+from aiosd import autostart, config
 from aiosd.commands import MODULES, cli
 from aiosd.errors import UsageError
 from aiosd.llm import policy
+from libaios import wire
 from libaios.home import Home
 from tests.conftest import System, eventually
 
@@ -139,6 +141,23 @@ def test_two_models_of_one_name(load: Load) -> None:
         ("[model]\npath = 'a'\n", "line 1: models are written as [[model]]"),
         ("[colours]\nred = 1\n", "line 1: unknown key 'colours'"),
         ("slots = = 1", "at line 1"),
+        ("log_size = '1K'", "line 1: log_size: 1K is out of range (from 4.0K, or 0: no limit)"),
+        ("log_keep = 0", "line 1: log_keep: 0 is out of range (from 1 to 1000)"),
+        ("[agent]\nfile = 'a'\n", "line 1: agents are written as [[agent]]"),
+        ("[[agent]]\nname = 'a'\n", "line 1: an agent has one of file, module and command"),
+        ("[[agent]]\nfile = 'a'\nmodule = 'b'\n", "line 1: an agent has one of file, module and command, not file and"),
+        ("[[agent]]\nfile = 'a'\n[[agent]]\nfile = 'b'\nnise = 1\n", "line 5: unknown key 'nise' (did you mean 'nice'?"),
+        ("[[agent]]\nfile = 'a'\n\n[[agent]]\nfile = 'b'\nnice = 20\n", "line 6: nice: 20 is out of range (from -20"),
+        ("[[agent]]\nfile = ''\n", "line 2: file: '' is no text"),
+        ("[[agent]]\ncommand = []\n", "line 2: command: no program is named"),
+        ("[[agent]]\ncommand = \"a 'b\"\n", "line 2: command: No closing quotation"),
+        ("[[agent]]\nfile = 'a'\nname = 'a b'\n", "line 3: name: 'a b' is no name"),
+        ("[[agent]]\nfile = 'a'\nname = '7'\n", "line 3: name: '7' would be taken for a pid"),
+        ("[[agent]]\nfile = 'a'\ntime = 'soon'\n", "line 3: time: 'soon' is no length of time"),
+        ("[[agent]]\nfile = 'a'\nmemory = 0\n", "line 3: memory: '0' is no size"),
+        ("[[agent]]\nfile = 'a'\nrestart = 'never'\n", "line 3: restart: 'never' is no restart policy"),
+        ("[[agent]]\nfile = 'a'\n[agent.env]\nA = 1\n", "line 3: env: A = 1 is no variable of an environment"),
+        ("[[agent]]\nfile = 'a'\nargs = 'x y'\n", "line 3: args: 'x y' is no list of texts"),
     ],
 )
 def test_an_error_in_the_file_tells_its_place(load: Load, tmp_path: Path, toml: str, words: str) -> None:
@@ -157,6 +176,47 @@ def test_an_error_in_the_environment_tells_the_variable(load: Load) -> None:
 def test_a_file_named_on_the_command_line_must_be_there(tmp_path: Path) -> None:
     with pytest.raises(UsageError, match="there is no such file"):
         config.load({}, Home(tmp_path), tmp_path / "mine.toml", {}, "/")
+
+
+def test_agents_of_the_file_become_spawns(load: Load, tmp_path: Path) -> None:
+    toml = """
+[[agent]]
+name = "planner"
+file = "planner.py"
+args = ["--fast"]
+cwd = "agents"
+nice = 5
+group = "web"
+tokens = 1000
+time = "10m"
+memory = "512M"
+restart = "on-failure:3"
+env = { PLAN = "day" }
+
+[[agent]]
+command = "sh -c 'echo hi'"
+
+[[agent]]
+module = "my.clerk"
+cwd = "/srv"
+"""
+    planner, shell, clerk = load(toml).agents
+    assert (str(planner.restart), str(shell.restart)) == ("on-failure:3", "no")
+    environ = {"HOME": "/home/me", "PLAN": "night", wire.ENV_PID: "7"}
+    assert autostart.spawn(planner, environ) == wire.Spawn(
+        kind="file", target="planner.py", args=["--fast"], env={"HOME": "/home/me", "PLAN": "day"},
+        cwd=str(tmp_path / "agents"), name="planner", nice=5, group="web", detached=True,
+        limits=wire.Limits(1000, 600.0, 512 << 20),
+    )  # fmt: skip
+    assert (shell.kind, shell.target, shell.args, shell.cwd) == ("exec", "sh", ("-c", "echo hi"), str(tmp_path))
+    assert (clerk.kind, clerk.target, clerk.cwd) == ("module", "my.clerk", "/srv")
+    msgspec.convert(msgspec.to_builtins(autostart.spawn(clerk, {})), wire.Spawn)  # the kernel would take it
+
+
+@pytest.mark.parametrize(("toml", "size"), [("", 64 << 20), ("log_size = 0", 0), ("log_size = '1M'", 1 << 20)])
+def test_how_large_a_log_may_get(load: Load, toml: str, size: int) -> None:
+    assert load(toml).log_size == size
+    assert load(toml, {"AIOSD_LOG_SIZE": "0"}).log_size == 0
 
 
 def test_reload_changes_what_can_change_and_names_the_rest(
