@@ -11,8 +11,7 @@
     restart = "on-failure:3"          see aiosd.restart
     env = { PLAN = "day" }            beside the environment that aiosd has
 
-`READERS` checks one such table key by key, `read` as a whole; `spawn` makes the system call of it that `aios-run -d` would
-make.
+`READERS` checks one such table key by key, `read` as a whole; `spawn` makes of it what `aios-run -d` would send.
 """
 
 from __future__ import annotations

@@ -146,7 +146,7 @@ def test_two_models_of_one_name(load: Load) -> None:
         ("[agent]\nfile = 'a'\n", "line 1: agents are written as [[agent]]"),
         ("[[agent]]\nname = 'a'\n", "line 1: an agent has one of file, module and command"),
         ("[[agent]]\nfile = 'a'\nmodule = 'b'\n", "line 1: an agent has one of file, module and command, not file and"),
-        ("[[agent]]\nfile = 'a'\n[[agent]]\nfile = 'b'\nnise = 1\n", "line 5: unknown key 'nise' (did you mean 'nice'?"),
+        ("[[agent]]\nfile = 'a'\n[[agent]]\nfile = 'b'\nnise = 1\n", "line 5: unknown key 'nise' (did you mean 'nice'"),
         ("[[agent]]\nfile = 'a'\n\n[[agent]]\nfile = 'b'\nnice = 20\n", "line 6: nice: 20 is out of range (from -20"),
         ("[[agent]]\nfile = ''\n", "line 2: file: '' is no text"),
         ("[[agent]]\ncommand = []\n", "line 2: command: no program is named"),

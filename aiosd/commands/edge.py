@@ -66,8 +66,16 @@ def completion_variable(program: str) -> str:
 
 
 def complain(program: str, message: str) -> None:
-    """One line on stderr."""
-    print(f"{program}: {message}", file=sys.stderr)
+    """One line on stderr, whatever was in the arguments or came from an agent."""
+    print(f"{program}: {printable(message)}", file=sys.stderr)
+
+
+def printable(text: str) -> str:
+    """The text with escapes (`\\x1b`, `\\u202e`) in place of what would act upon a terminal: control characters (C0,
+    DEL and C1), marks that change the direction of writing, and bytes that are no text."""
+    if text.isprintable():
+        return text
+    return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in text)
 
 
 def reason(err: OSError) -> str:

@@ -498,9 +498,6 @@ class Supervisor:
             return
         if agent.status is None:
             raise Bug(f"agent {agent.pid} forgotten while alive")
-        if agent.log:
-            with contextlib.suppress(OSError):
-                os.unlink(agent.log)
 
     def _on_ready(self, message: link.Ready, fds: list[int]) -> None:
         if self.stopping:
