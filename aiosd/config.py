@@ -32,7 +32,7 @@ from typing import TYPE_CHECKING, Any
 
 from aiosd import autostart
 from aiosd.autostart import AgentSpec
-from aiosd.errors import UsageError, WorldError
+from aiosd.errors import AiosdError, UsageError, WorldError
 from aiosd.link import Schedule
 from aiosd.llm.spec import MAX_SLOTS, ModelSpec
 from aiosd.nano import model_path
@@ -236,6 +236,8 @@ class Settings:
     flags: Mapping[str, Any] = field(default_factory=dict)  # what the command line said, for `reload`
     config: Path | None = None  # a file named on the command line
     cwd: str = "/"  # where relative paths on the command line start
+    # What came of the last SIGHUP: its number, settings that changed, settings that wait for a restart, or an error.
+    reread: Mapping[str, Any] = field(default_factory=dict)
     orphans: str = "kill"  # or "term": what a process gets first that outlives its agent
     services: tuple[Service, ...] = ()  # besides the cores
 
@@ -296,8 +298,22 @@ def reload(settings: Settings) -> tuple[Settings, list[str]]:
     new = load(settings.flags, settings.home, settings.config, cwd=settings.cwd)
     changed = [f.name for f in dataclasses.fields(Settings) if getattr(new, f.name) != getattr(settings, f.name)]
     live = set(LIVE.values())
-    waiting = [name for name in changed if name not in live and name not in ("ready_fd", "home")]
+    waiting = [name for name in changed if name not in live and name not in ("ready_fd", "home", "reread")]
     return dataclasses.replace(settings, **{name: getattr(new, name) for name in live}), waiting
+
+
+def reload_and_report(settings: Settings) -> Settings:
+    """The same, with what came of it in `reread`. Settings that cannot be read change nothing."""
+    report: dict[str, Any] = {"number": settings.reread.get("number", 0) + 1, "changed": [], "after_restart": []}
+    report["error"] = ""
+    new = settings
+    try:
+        new, report["after_restart"] = reload(settings)
+        shown = [(name, show(settings, name), show(new, name)) for name in LIVE]
+        report["changed"] = [f"{name} {now or '-'} (was {was or '-'})" for name, was, now in shown if was != now]
+    except AiosdError as err:
+        report["error"] = str(err)
+    return dataclasses.replace(new, reread=report)
 
 
 def change(settings: Settings, name: str, text: str) -> Settings:

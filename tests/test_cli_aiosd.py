@@ -16,7 +16,7 @@ import msgspec
 import pytest
 
 from aiosd import autostart, config
-from aiosd.commands import MODULES, cli
+from aiosd.commands import MODULES, cli, summary
 from aiosd.errors import UsageError
 from aiosd.llm import policy
 from libaios import wire
@@ -389,6 +389,65 @@ def test_background_starter_that_is_interrupted_takes_the_system_down(fresh_aios
     assert eventually(lambda: not system.processes(), timeout=10)
 
 
+def test_a_home_that_cannot_be_made_is_told_with_a_way_out(fresh_aiosd: Fresh) -> None:
+    system = fresh_aiosd(start=False)
+    for options in ([], ["-d"]):
+        done = system.run("aiosd", *options, env={"AIOS_HOME": "/proc/nowhere"})
+        assert (done.returncode, done.stderr.count("\n")) == (1, 1)
+        assert done.stderr.startswith("aiosd: /proc/nowhere: ")
+        assert done.stderr.endswith("; put it elsewhere with --home DIR or AIOS_HOME\n")
+
+
+def test_restart_starts_as_it_was_started(fresh_aiosd: Fresh, tmp_path: Path) -> None:
+    system = fresh_aiosd(start=False)
+    (tmp_path / "mine.toml").write_text("ctx = 1200\n")
+    assert "nothing is known of an earlier start" in system.run("aiosd", "restart").stderr
+    where = {"cwd": tmp_path, "env": {"AIOSD_STOP_TIMEOUT": "3"}}
+    system.run("aiosd", "-d", "--slots", "3", "--config", "mine.toml", "--model", "a=nano", check=True, **where)
+    try:
+        before = system.status()
+        (tmp_path / "mine.toml").write_text("ctx = nonsense\n")
+        done = system.run("aiosd", "restart", cwd="/")
+        assert (done.returncode, system.status()["pid"]) == (1, before["pid"]), "nothing was stopped"
+        assert "mine.toml" in done.stderr
+        (tmp_path / "mine.toml").write_text("ctx = 1300\n")
+        assert system.run("aiosd", "restart", cwd="/", check=True).stderr.startswith("aiosd: ready (a;")
+        after = system.status()
+        (model,) = after["models"]
+        assert after["pid"] != before["pid"]
+        assert (model["name"], model["info"]["n_slots"], model["info"]["n_ctx"]) == ("a", 3, 1300)
+        system.run("aiosd", "stop", check=True)
+        system.run("aiosd", "restart", cwd="/", check=True)  # again, though it had been stopped
+        assert system.status()["models"][0]["name"] == "a"
+        remembered = json.loads((system.home / "data" / "started.json").read_text())
+        assert remembered["env"]["AIOSD_STOP_TIMEOUT"] == "3"
+        assert (system.home / "data" / "started.json").stat().st_mode & 0o077 == 0
+    finally:
+        system.run("aiosd", "stop")
+
+
+def test_what_runs_in_the_foreground_is_not_restarted_behind_its_back(fresh_aiosd: Fresh) -> None:
+    system = fresh_aiosd()
+    done = system.run("aiosd", "restart")
+    assert (done.returncode, system.alive) == (1, True)
+    assert f"runs in the foreground (pid {system.daemon.pid})" in done.stderr
+
+
+def test_reload_tells_what_took_effect(fresh_aiosd: Fresh) -> None:
+    system = fresh_aiosd()
+    file = system.home / "aiosd.toml"
+    assert system.run("aiosd", "reload", check=True).stdout == "nothing changed\n"
+    file.write_text("policy = 'rr'\nstop_timeout = 9\nkeep_dead = 7\n")
+    told = system.run("aiosd", "reload", check=True).stdout
+    assert told == "policy rr (was fair)\nstop_timeout 9 (was 5)\nafter a restart: keep_dead\n"
+    assert system.status()["policy"] == "rr"
+    file.write_text("polcy = 'rr'\n")
+    done = system.run("aiosd", "reload")
+    assert (done.returncode, done.stdout, done.stderr.count("\n")) == (1, "", 1)
+    assert "aiosd: nothing changed: " in done.stderr
+    assert "unknown key 'polcy'" in done.stderr
+
+
 def test_background_writes_a_log(fresh_aiosd: Fresh) -> None:
     system = fresh_aiosd(start=False)
     started = system.run("aiosd", "-d", cwd="/", check=True)
@@ -419,8 +478,31 @@ def test_check_balances(aiosd: System) -> None:
     assert aiosd.run("aiosd", "status", "--check", check=True).stdout.endswith("check: all books balance\n")
 
 
+def test_status_is_short_by_default(aiosd: System) -> None:
+    text = aiosd.run("aiosd", "status", check=True).stdout
+    assert len(text.splitlines()) <= 10
+    for words in ("ready, up ", f"home        {aiosd.home}", "fair (64 tokens or 10 s)", "0 of ", "load ", "memory "):
+        assert words in text
+    everything = aiosd.run("aiosd", "status", "-v", check=True).stdout
+    assert len(everything.splitlines()) > 30
+    for words in ("dead remembered", "machine", "prefill tokens per s"):
+        assert words in everything
+
+
+def test_a_short_status_of_trouble() -> None:
+    found = {
+        "version": "1", "state": "loading", "pid": 7, "agents": {}, "check": ["books are wrong\x1b"],
+        "models": [{"name": "m", "state": "loading", "last_death": "killed by signal 9"}, {}],
+        "services": [{"name": "store", "state": "dead"}, {"name": "llm", "state": "ready"}],
+    }  # fmt: skip
+    text = "\n".join(summary.brief(found))
+    for words in ("aiosd 1, loading, pid 7", "loading, killed by signal 9", "store", "check: books are wrong\\x1b"):
+        assert words in text
+    assert summary.brief({})
+
+
 def test_status_shows_what_it_does_not_know() -> None:
-    lines = cli.describe(
+    lines = summary.describe(
         {
             "version": "1", "state": "ready", "pid": 7, "uptime_s": 3700.2, "home": "/h", "agents": {"S": 2, "R": 1},
             "max_agents": 99, "new_thing": {"a_bytes": 2048, "b": [1, 2]}, "check": ["books are wrong"],
@@ -449,7 +531,7 @@ def test_help_is_whole_on_80_columns(fresh_aiosd: Fresh) -> None:
 
 
 def test_status_of_an_empty_reply_is_no_error() -> None:
-    assert cli.describe({})
+    assert summary.describe({})
 
 
 # ── completion ────────────────────────────────────────────────────────────────────────────────────────────
@@ -523,6 +605,16 @@ def test_completion_without_a_system_is_quiet(fresh_aiosd: Fresh) -> None:
 
 
 # ── every command ─────────────────────────────────────────────────────────────────────────────────────────
+
+
+@pytest.mark.parametrize("program", MODULES)
+def test_an_error_cannot_act_upon_the_terminal(fresh_aiosd: Fresh, program: str) -> None:
+    evil = "\x1b]0;evil\x07\x9b31m\u202e\udcff"
+    system = fresh_aiosd(start=False)
+    for args in ([evil], [f"--{evil}"], ["--home", f"/proc/{evil}"] if program == "aiosd" else ["--", evil]):
+        done = system.run(program, *args)
+        assert done.returncode != 0
+        assert done.stderr.rstrip("\n").isprintable(), done.stderr
 
 
 @pytest.mark.parametrize("program", MODULES)

@@ -323,8 +323,24 @@ def test_wait_for_a_signal_a_budget_nobody(aiosd: System) -> None:
 def test_wait_with_a_timeout(aiosd: System) -> None:
     pid = start(aiosd, "exec sleep 300")
     done = aiosd.run("aios-wait", "--timeout", "0.2", pid)
-    assert (done.returncode, done.stderr) == (1, f"aios-wait: {pid}: still running after 0.2 s\n")
+    assert (done.returncode, done.stderr) == (126, f"aios-wait: {pid}: still running after 0.2 s\n")
     aiosd.run("aios-kill", pid, check=True)
+
+
+def test_wait_tells_no_aiosd_from_an_agent_that_failed(fresh_aiosd: Fresh) -> None:
+    system = fresh_aiosd(start=False)
+    done = system.run("aios-wait", "7")
+    assert (done.returncode, done.stderr.count("\n")) == (125, 1)
+    system.start()
+    pid = start(system, "echo up; exec sleep 300")
+    waiter = system.popen("aios-wait", pid)
+    assert eventually(lambda: system.status()["kernel"]["clients_now"] == 2)
+    for process in [
+        system.daemon.pid,
+        *(one["ospid"] for one in system.ps() if one["name"] in ("supervisor", "kernel")),
+    ]:
+        os.kill(process, signal.SIGKILL)
+    assert waiter.wait(30) == 125
 
 
 # ── inspect ───────────────────────────────────────────────────────────────────────────────────────────────

@@ -19,7 +19,9 @@ SAMPLE_FEW = 16  # agents without a memory budget that are measured in one sampl
 class Measure:
     """`exceeded` is called with a memory budget that was found exceeded."""
 
-    def __init__(self, table: ProcTable, timers: Timers, jobs: Jobs, exceeded: Callable[[Budget], None], logs: LogKeeper) -> None:
+    def __init__(
+        self, table: ProcTable, timers: Timers, jobs: Jobs, exceeded: Callable[[Budget], None], logs: LogKeeper
+    ) -> None:
         self._table = table
         self._timers = timers
         self._jobs = jobs
