@@ -91,8 +91,22 @@ def cut(text: str, width: int | None) -> str:
     return text
 
 
+def spelled(text: str, encoding: str) -> str:
+    """The text in characters that `encoding` has, each other one replaced by question marks that are as wide."""
+    if text.isascii():
+        return text
+    return "".join(c if _has(encoding, c) else "?" * _cells_of(c) for c in text)
+
+
+def _has(encoding: str, character: str) -> bool:
+    try:
+        return bool(character.encode(encoding))
+    except UnicodeEncodeError:
+        return False
+
+
 def line_width() -> int | None:
-    """Cells in a line, where stdout is a terminal: COLUMNS, if somebody has set that, or what the terminal has."""
+    """Cells in a line, where stdout is a terminal: COLUMNS, where it is set, or what the terminal has."""
     if not sys.stdout.isatty():
         return None
     columns = os.environ.get("COLUMNS", "")
