@@ -7,6 +7,7 @@ aios-kill: 42: no such agent
 from __future__ import annotations
 
 import errno
+import gc
 import os
 import sys
 from collections.abc import Callable, Mapping
@@ -35,6 +36,7 @@ def run(program: str, module: str, args: list[str]) -> int:
     """Run the click command `command` of `module`; its exit code. Raises KeyboardInterrupt."""
     sys.stdout.reconfigure(errors="backslashreplace")  # type: ignore[union-attr] # a TextIOWrapper, never a pipe object
     command: click.Command = import_module(module).command
+    gc.enable()
     variable = completion_variable(program)
     try:
         if variable in os.environ:
