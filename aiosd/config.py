@@ -13,6 +13,9 @@
     path = "models/writer.gguf"             as seen from the folder of the file
     slots = 4                               for this model alone
 
+    [[agent]]                               starts with the system; see aiosd.autostart
+    file = "agents/planner.py"
+
 `KEYS` is the one list of what there is; file, environment and command line are all read by it. A key that it
 does not have is an error with its place, not a silent default.
 """
@@ -27,11 +30,13 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from aiosd.errors import UsageError, WorldError
+from aiosd import autostart
+from aiosd.autostart import AgentSpec
+from aiosd.errors import AiosdError, UsageError, WorldError
 from aiosd.link import Schedule
 from aiosd.llm.spec import MAX_SLOTS, ModelSpec
 from aiosd.nano import model_path
-from aiosd.units import parse_size
+from aiosd.units import format_size, parse_size
 from libaios.home import Home
 
 if TYPE_CHECKING:
@@ -120,6 +125,18 @@ def _size(value: Any) -> int:
     return parse_size(str(value))
 
 
+def _size_or_none(low: int) -> Callable[[Any], int]:
+    """0 means that there is no limit."""
+
+    def read(value: Any) -> int:
+        size = 0 if str(value).strip() == "0" and not isinstance(value, bool) else _size(value)
+        if 0 < size < low:
+            raise ValueError(f"{value} is out of range (from {format_size(low)}, or 0: no limit)")
+        return size
+
+    return read
+
+
 def _quantum(value: Any) -> tuple[int, float]:
     """64 · "64,10" · [64, 10]"""
     parts = value.split(",") if isinstance(value, str) else value if isinstance(value, list) else [value]
@@ -177,6 +194,14 @@ KEYS = (
     Key("log_level", _one_of(LOG_LEVELS), "|".join(LOG_LEVELS), "How much is logged (info).", "info"),
     Key("keep_dead", _whole(0, 1_000_000), "N", "How many dead agents are remembered, with their logs (1000).", 1000),
     Key("orphans", _one_of(ORPHANS), "|".join(ORPHANS), "What processes get that outlive their agent (kill).", "kill"),
+    Key(
+        "log_size",
+        _size_or_none(4096),
+        "SIZE",
+        "Of an agent's log before a new file begins; 0: no limit (64M).",
+        64 << 20,
+    ),
+    Key("log_keep", _whole(1, 1000), "N", "How many full files of a log are kept (3).", 3),
     Key("stop_timeout", _seconds, "S", "At the end agents get TERM, and KILL after S seconds (5).", 5.0),
 )
 BY_NAME = {key.name: key for key in KEYS}
@@ -204,10 +229,15 @@ class Settings:
     log_level: str = "info"
     keep_dead: int = 1000
     stop_timeout_s: float = 5.0
+    log_size: int = 64 << 20  # bytes of an agent's log before a new file begins; 0: no limit
+    log_keep: int = 3  # full files of a log beside the one that is being written
+    agents: tuple[AgentSpec, ...] = ()  # those that start with the system
     ready_fd: int | None = None  # where to write one line, `ready …` or `error …`, for a starter that waits
     flags: Mapping[str, Any] = field(default_factory=dict)  # what the command line said, for `reload`
     config: Path | None = None  # a file named on the command line
     cwd: str = "/"  # where relative paths on the command line start
+    # What came of the last SIGHUP: its number, settings that changed, settings that wait for a restart, or an error.
+    reread: Mapping[str, Any] = field(default_factory=dict)
     orphans: str = "kill"  # or "term": what a process gets first that outlives its agent
     services: tuple[Service, ...] = ()  # besides the cores
 
@@ -253,6 +283,9 @@ def load(
         keep_dead=values["keep_dead"],
         stop_timeout_s=values["stop_timeout"],
         orphans=values["orphans"],
+        log_size=values["log_size"],
+        log_keep=values["log_keep"],
+        agents=tuple(file.agents),
         flags=dict(flags),
         config=config,
         cwd=cwd,
@@ -265,8 +298,22 @@ def reload(settings: Settings) -> tuple[Settings, list[str]]:
     new = load(settings.flags, settings.home, settings.config, cwd=settings.cwd)
     changed = [f.name for f in dataclasses.fields(Settings) if getattr(new, f.name) != getattr(settings, f.name)]
     live = set(LIVE.values())
-    waiting = [name for name in changed if name not in live and name not in ("ready_fd", "home")]
+    waiting = [name for name in changed if name not in live and name not in ("ready_fd", "home", "reread")]
     return dataclasses.replace(settings, **{name: getattr(new, name) for name in live}), waiting
+
+
+def reload_and_report(settings: Settings) -> Settings:
+    """The same, with what came of it in `reread`. Settings that cannot be read change nothing."""
+    report: dict[str, Any] = {"number": settings.reread.get("number", 0) + 1, "changed": [], "after_restart": []}
+    report["error"] = ""
+    new = settings
+    try:
+        new, report["after_restart"] = reload(settings)
+        shown = [(name, show(settings, name), show(new, name)) for name in LIVE]
+        report["changed"] = [f"{name} {now or '-'} (was {was or '-'})" for name, was, now in shown if was != now]
+    except AiosdError as err:
+        report["error"] = str(err)
+    return dataclasses.replace(new, reread=report)
 
 
 def change(settings: Settings, name: str, text: str) -> Settings:
@@ -343,6 +390,7 @@ def _working_directory() -> str:
 class _File:
     values: dict[str, Any] = field(default_factory=dict)
     models: list[dict[str, Any]] = field(default_factory=list)
+    agents: list[AgentSpec] = field(default_factory=list)
 
 
 def _read_file(path: Path, must_exist: bool) -> _File:
@@ -364,29 +412,42 @@ def _read_file(path: Path, must_exist: bool) -> _File:
         data = tomllib.loads(text)
     except tomllib.TOMLDecodeError as err:
         raise UsageError(f"{path}: {err}") from None
-    file = _File()
-    tables = data.pop("model", [])
-    if not isinstance(tables, list) or not all(isinstance(table, dict) for table in tables):
-        raise UsageError(f"{path}, line {_line(text, 'model')}: models are written as [[model]]")
-    file.values = _read_table(path, text, data, set(BY_NAME), 0)
-    for number, table in enumerate(tables, 1):
-        first = _line_of_model(text, number)
-        model = _read_table(path, text, table, {"name", "path", *_PER_MODEL}, first)
+    models, agents = (_tables(path, text, data, name) for name in ("model", "agent"))
+    file = _File(_read_table(path, text, data, _SETTINGS, 0))
+    for first, table in models:
+        model = _read_table(path, text, table, _OF_MODEL, first)
         if "path" not in model:
             raise UsageError(f"{path}, line {first}: a model without path")
         file.models.append(model)
+    for first, table in agents:
+        values = _read_table(path, text, table, autostart.READERS, first)
+        try:
+            file.agents.append(autostart.read(values, str(path.parent.absolute())))
+        except ValueError as err:
+            raise UsageError(f"{path}, line {first}: {err}") from None
     return file
 
 
-def _read_table(path: Path, text: str, table: Mapping[str, Any], known: set[str], first: int) -> dict[str, Any]:
+def _tables(path: Path, text: str, data: dict[str, Any], name: str) -> list[tuple[int, dict[str, Any]]]:
+    """Take the tables [[name]] out of the data, each with the line where it begins."""
+    tables = data.pop(name, [])
+    if not isinstance(tables, list) or not all(isinstance(table, dict) for table in tables):
+        raise UsageError(f"{path}, line {_line(text, name)}: {name}s are written as [[{name}]]")
+    return [(_line_of_table(text, name, number), table) for number, table in enumerate(tables, 1)]
+
+
+Readers = Mapping[str, Callable[[Any], Any]]
+
+
+def _read_table(path: Path, text: str, table: Mapping[str, Any], readers: Readers, first: int) -> dict[str, Any]:
     """Check one table that begins at line `first`."""
     values = {}
     for name, value in table.items():
         place = f"{path}, line {_line(text, name, first)}"
-        if name not in known:
-            raise UsageError(f"{place}: unknown key {name!r}{_meant(name, known)}")
+        if name not in readers:
+            raise UsageError(f"{place}: unknown key {name!r}{_meant(name, set(readers))}")
         try:
-            values[name] = BY_NAME[name].read(value) if name in BY_NAME else _text(value)
+            values[name] = readers[name](value)
         except ValueError as err:
             raise UsageError(f"{place}: {name}: {err}") from None
     return values
@@ -408,14 +469,18 @@ def _meant(name: str, known: set[str]) -> str:
 def _line(text: str, name: str, first: int = 0) -> int:
     """The number of the line at or after `first` that sets `name`. tomllib does not tell where a key stood."""
     lines = text.splitlines()
-    pattern = re.compile(rf"""\s*\[*\s*["']?{re.escape(name)}["']?\s*[]=.]""")
+    pattern = re.compile(rf"""\s*\[*\s*(?:\w+\s*\.\s*)?["']?{re.escape(name)}["']?\s*[]=.]""")
     for number in range(max(first, 1), len(lines) + 1):
         if pattern.match(lines[number - 1]):
             return number
     return max(first, 1)
 
 
-def _line_of_model(text: str, number: int) -> int:
-    """Where the `number`th [[model]] begins."""
-    starts = [n for n, line in enumerate(text.splitlines(), 1) if re.match(r"\s*\[\[\s*model\s*\]\]", line)]
+def _line_of_table(text: str, name: str, number: int) -> int:
+    """Where the `number`th [[name]] begins."""
+    starts = [n for n, line in enumerate(text.splitlines(), 1) if re.match(rf"\s*\[\[\s*{name}\s*\]\]", line)]
     return starts[number - 1] if number <= len(starts) else 1
+
+
+_SETTINGS: Readers = {key.name: key.read for key in KEYS}
+_OF_MODEL: Readers = {"name": _text, "path": _text, **{key.name: key.read for key in KEYS if key.per_model}}

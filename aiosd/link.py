@@ -379,6 +379,7 @@ class Reread(Struct, array_like=True, frozen=True, tag=True):
 
     log_level: str
     schedule: Schedule
+    report: dict[str, Any]  # what came of it, see config.Settings
 
 
 class Stop(Struct, array_like=True, frozen=True, tag=True):

@@ -15,7 +15,6 @@ import select
 import socket
 import time
 from collections.abc import MutableSequence, Sequence
-from pathlib import Path
 from typing import Any
 
 import msgspec
@@ -45,15 +44,15 @@ def connect(home: Home, timeout: float = GREETING_S) -> socket.socket:
     sock = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM | socket.SOCK_CLOEXEC | socket.SOCK_NONBLOCK)
     deadline, pause = time.monotonic() + timeout, 0.001
     try:
-        path = _socket_path(home)
-        folder = os.open(path.parent, os.O_PATH | os.O_DIRECTORY | os.O_CLOEXEC)
+        place, name = os.path.split(_socket_path(home))
+        folder = os.open(place, os.O_PATH | os.O_DIRECTORY | os.O_CLOEXEC)
         try:
             if not home.explicit and os.fstat(folder).st_uid not in (os.getuid(), 0):
-                raise no_kernel(f"{path.parent} belongs to another user")
+                raise no_kernel(f"{place} belongs to another user")
             while True:
                 try:
                     # A socket's path is limited to 107 bytes; through /proc any folder is short enough.
-                    sock.connect(f"/proc/self/fd/{folder}/{path.name}")
+                    sock.connect(f"/proc/self/fd/{folder}/{name}")
                     return sock
                 except BlockingIOError:  # so many connect at this moment that the queue is full
                     if time.monotonic() > deadline:
@@ -67,17 +66,19 @@ def connect(home: Home, timeout: float = GREETING_S) -> socket.socket:
         if not isinstance(err, OSError) or isinstance(err, NoKernel):
             raise
         if err.errno in (errno.ENOENT, errno.ECONNREFUSED, errno.ENOTDIR):
-            raise no_kernel(f"no aiosd is running (no socket at {home.socket}); start one with: aiosd -d") from None
-        raise no_kernel(f"{home.socket}: {err.strerror or err}") from None
+            where = home.texts["socket"]
+            raise no_kernel(f"no aiosd is running (no socket at {where}); start one with: aiosd -d") from None
+        raise no_kernel(f"{home.texts['socket']}: {err.strerror or err}") from None
 
 
-def _socket_path(home: Home) -> Path:
+def _socket_path(home: Home) -> str:
     """A cron job, or a login by su, may have another runtime folder than the aiosd of its user, which leaves a link
     to its socket where its data lie."""
-    if not home.explicit and not home.socket.exists():
+    socket = home.texts["socket"]
+    if not home.explicit and not os.path.exists(socket):
         with contextlib.suppress(OSError):
-            return Path(os.readlink(home.root / home.socket.name))
-    return home.socket
+            return os.readlink(os.path.join(home.texts["root"], os.path.basename(socket)))
+    return socket
 
 
 class ControlSocket:
@@ -108,7 +109,7 @@ class ControlSocket:
             welcome = msgspec.msgpack.decode(payload, type=wire.Welcome)
         except (OSError, EOFError, ProtocolError) as err:
             frames.close()
-            raise no_kernel(f"{self.home.socket}: aiosd does not answer ({err or 'it hung up'})") from None
+            raise no_kernel(f"{self.home.texts['socket']}: aiosd does not answer ({err or 'it hung up'})") from None
         except msgspec.MsgspecError:
             frames.close()
             raise no_kernel(_refusal(payload, self.home)) from None
@@ -228,7 +229,7 @@ def _refusal(payload: bytes, home: Home) -> str:
         reply = wire.decode_reply(payload)
         return msgspec.msgpack.decode(reply.body, type=wire.Failure).message
     except msgspec.MsgspecError:
-        return f"{home.socket}: something that is no aiosd answers"
+        return f"{home.texts['socket']}: something that is no aiosd answers"
 
 
 class Client(Connection):

@@ -8,35 +8,63 @@ settings in `$XDG_CONFIG_HOME/aios/aiosd.toml`.
 from __future__ import annotations
 
 import os
-from pathlib import Path
+from typing import TYPE_CHECKING
 
 from libaios.wire import ENV_HOME
 
+if TYPE_CHECKING:
+    from pathlib import Path
+
 
 class Home:
-    """Paths of one system. Nothing is created here."""
+    """Paths of one system. Nothing is created here. Paths are texts until they are asked for as such: pathlib takes a
+    twentieth of the start of a command that only looks for the socket (`texts`)."""
 
-    __slots__ = ("config", "data", "explicit", "logs", "root", "socket")
+    __slots__ = ("explicit", "texts")
 
     def __init__(self, root: str | os.PathLike[str] | None = None) -> None:
         chosen = os.fspath(root) if root is not None else os.environ.get(ENV_HOME, "")
         self.explicit = bool(chosen)
         if chosen:
-            self.root = Path(os.path.abspath(chosen))
-            self.socket = self.root / "aiosd.sock"
-            self.data = self.root / "data"
-            self.config = self.root / "aiosd.toml"
+            root = os.path.abspath(chosen)
+            socket, data, config = (os.path.join(root, name) for name in ("aiosd.sock", "data", "aiosd.toml"))
         else:
             state = os.environ.get("XDG_STATE_HOME") or os.path.expanduser("~/.local/state")
-            config = os.environ.get("XDG_CONFIG_HOME") or os.path.expanduser("~/.config")
-            self.root = self.data = Path(state) / "aios"
-            self.socket = _runtime_folder() / "aiosd.sock"
-            self.config = Path(config) / "aios" / "aiosd.toml"
-        self.logs = self.data / "logs"
+            settings = os.environ.get("XDG_CONFIG_HOME") or os.path.expanduser("~/.config")
+            root = data = os.path.join(state, "aios")
+            socket = os.path.join(_runtime_folder(), "aiosd.sock")
+            config = os.path.join(settings, "aios", "aiosd.toml")
+        logs = os.path.join(data, "logs")
+        self.texts = {"root": root, "socket": socket, "data": data, "config": config, "logs": logs}
+
+    @property
+    def root(self) -> Path:
+        return self._path("root")
+
+    @property
+    def socket(self) -> Path:
+        return self._path("socket")
+
+    @property
+    def data(self) -> Path:
+        return self._path("data")
+
+    @property
+    def config(self) -> Path:
+        return self._path("config")
+
+    @property
+    def logs(self) -> Path:
+        return self._path("logs")
+
+    def _path(self, name: str) -> Path:
+        from pathlib import Path
+
+        return Path(self.texts[name])
 
 
-def _runtime_folder() -> Path:
+def _runtime_folder() -> str:
     runtime = os.environ.get("XDG_RUNTIME_DIR")
     if runtime:
-        return Path(runtime) / "aios"
-    return Path(os.environ.get("TMPDIR") or "/tmp") / f"aios-{os.getuid()}"
+        return os.path.join(runtime, "aios")
+    return os.path.join(os.environ.get("TMPDIR") or "/tmp", f"aios-{os.getuid()}")

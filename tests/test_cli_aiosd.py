@@ -12,12 +12,14 @@ import termios
 from collections.abc import Callable
 from pathlib import Path
 
+import msgspec
 import pytest
 
-from aiosd import config
-from aiosd.commands import MODULES, cli
+from aiosd import autostart, config
+from aiosd.commands import MODULES, cli, summary
 from aiosd.errors import UsageError
 from aiosd.llm import policy
+from libaios import wire
 from libaios.home import Home
 from tests.conftest import System, eventually
 
@@ -139,6 +141,23 @@ def test_two_models_of_one_name(load: Load) -> None:
         ("[model]\npath = 'a'\n", "line 1: models are written as [[model]]"),
         ("[colours]\nred = 1\n", "line 1: unknown key 'colours'"),
         ("slots = = 1", "at line 1"),
+        ("log_size = '1K'", "line 1: log_size: 1K is out of range (from 4.0K, or 0: no limit)"),
+        ("log_keep = 0", "line 1: log_keep: 0 is out of range (from 1 to 1000)"),
+        ("[agent]\nfile = 'a'\n", "line 1: agents are written as [[agent]]"),
+        ("[[agent]]\nname = 'a'\n", "line 1: an agent has one of file, module and command"),
+        ("[[agent]]\nfile = 'a'\nmodule = 'b'\n", "line 1: an agent has one of file, module and command, not file and"),
+        ("[[agent]]\nfile = 'a'\n[[agent]]\nfile = 'b'\nnise = 1\n", "line 5: unknown key 'nise' (did you mean 'nice'"),
+        ("[[agent]]\nfile = 'a'\n\n[[agent]]\nfile = 'b'\nnice = 20\n", "line 6: nice: 20 is out of range (from -20"),
+        ("[[agent]]\nfile = ''\n", "line 2: file: '' is no text"),
+        ("[[agent]]\ncommand = []\n", "line 2: command: no program is named"),
+        ("[[agent]]\ncommand = \"a 'b\"\n", "line 2: command: No closing quotation"),
+        ("[[agent]]\nfile = 'a'\nname = 'a b'\n", "line 3: name: 'a b' is no name"),
+        ("[[agent]]\nfile = 'a'\nname = '7'\n", "line 3: name: '7' would be taken for a pid"),
+        ("[[agent]]\nfile = 'a'\ntime = 'soon'\n", "line 3: time: 'soon' is no length of time"),
+        ("[[agent]]\nfile = 'a'\nmemory = 0\n", "line 3: memory: '0' is no size"),
+        ("[[agent]]\nfile = 'a'\nrestart = 'never'\n", "line 3: restart: 'never' is no restart policy"),
+        ("[[agent]]\nfile = 'a'\n[agent.env]\nA = 1\n", "line 3: env: A = 1 is no variable of an environment"),
+        ("[[agent]]\nfile = 'a'\nargs = 'x y'\n", "line 3: args: 'x y' is no list of texts"),
     ],
 )
 def test_an_error_in_the_file_tells_its_place(load: Load, tmp_path: Path, toml: str, words: str) -> None:
@@ -157,6 +176,47 @@ def test_an_error_in_the_environment_tells_the_variable(load: Load) -> None:
 def test_a_file_named_on_the_command_line_must_be_there(tmp_path: Path) -> None:
     with pytest.raises(UsageError, match="there is no such file"):
         config.load({}, Home(tmp_path), tmp_path / "mine.toml", {}, "/")
+
+
+def test_agents_of_the_file_become_spawns(load: Load, tmp_path: Path) -> None:
+    toml = """
+[[agent]]
+name = "planner"
+file = "planner.py"
+args = ["--fast"]
+cwd = "agents"
+nice = 5
+group = "web"
+tokens = 1000
+time = "10m"
+memory = "512M"
+restart = "on-failure:3"
+env = { PLAN = "day" }
+
+[[agent]]
+command = "sh -c 'echo hi'"
+
+[[agent]]
+module = "my.clerk"
+cwd = "/srv"
+"""
+    planner, shell, clerk = load(toml).agents
+    assert (str(planner.restart), str(shell.restart)) == ("on-failure:3", "no")
+    environ = {"HOME": "/home/me", "PLAN": "night", wire.ENV_PID: "7"}
+    assert autostart.spawn(planner, environ) == wire.Spawn(
+        kind="file", target="planner.py", args=["--fast"], env={"HOME": "/home/me", "PLAN": "day"},
+        cwd=str(tmp_path / "agents"), name="planner", nice=5, group="web", detached=True,
+        limits=wire.Limits(1000, 600.0, 512 << 20),
+    )  # fmt: skip
+    assert (shell.kind, shell.target, shell.args, shell.cwd) == ("exec", "sh", ("-c", "echo hi"), str(tmp_path))
+    assert (clerk.kind, clerk.target, clerk.cwd) == ("module", "my.clerk", "/srv")
+    msgspec.convert(msgspec.to_builtins(autostart.spawn(clerk, {})), wire.Spawn)  # the kernel would take it
+
+
+@pytest.mark.parametrize(("toml", "size"), [("", 64 << 20), ("log_size = 0", 0), ("log_size = '1M'", 1 << 20)])
+def test_how_large_a_log_may_get(load: Load, toml: str, size: int) -> None:
+    assert load(toml).log_size == size
+    assert load(toml, {"AIOSD_LOG_SIZE": "0"}).log_size == 0
 
 
 def test_reload_changes_what_can_change_and_names_the_rest(
@@ -329,6 +389,65 @@ def test_background_starter_that_is_interrupted_takes_the_system_down(fresh_aios
     assert eventually(lambda: not system.processes(), timeout=10)
 
 
+def test_a_home_that_cannot_be_made_is_told_with_a_way_out(fresh_aiosd: Fresh) -> None:
+    system = fresh_aiosd(start=False)
+    for options in ([], ["-d"]):
+        done = system.run("aiosd", *options, env={"AIOS_HOME": "/proc/nowhere"})
+        assert (done.returncode, done.stderr.count("\n")) == (1, 1)
+        assert done.stderr.startswith("aiosd: /proc/nowhere: ")
+        assert done.stderr.endswith("; put it elsewhere with --home DIR or AIOS_HOME\n")
+
+
+def test_restart_starts_as_it_was_started(fresh_aiosd: Fresh, tmp_path: Path) -> None:
+    system = fresh_aiosd(start=False)
+    (tmp_path / "mine.toml").write_text("ctx = 1200\n")
+    assert "nothing is known of an earlier start" in system.run("aiosd", "restart").stderr
+    where = {"cwd": tmp_path, "env": {"AIOSD_STOP_TIMEOUT": "3"}}
+    system.run("aiosd", "-d", "--slots", "3", "--config", "mine.toml", "--model", "a=nano", check=True, **where)
+    try:
+        before = system.status()
+        (tmp_path / "mine.toml").write_text("ctx = nonsense\n")
+        done = system.run("aiosd", "restart", cwd="/")
+        assert (done.returncode, system.status()["pid"]) == (1, before["pid"]), "nothing was stopped"
+        assert "mine.toml" in done.stderr
+        (tmp_path / "mine.toml").write_text("ctx = 1300\n")
+        assert system.run("aiosd", "restart", cwd="/", check=True).stderr.startswith("aiosd: ready (a;")
+        after = system.status()
+        (model,) = after["models"]
+        assert after["pid"] != before["pid"]
+        assert (model["name"], model["info"]["n_slots"], model["info"]["n_ctx"]) == ("a", 3, 1300)
+        system.run("aiosd", "stop", check=True)
+        system.run("aiosd", "restart", cwd="/", check=True)  # again, though it had been stopped
+        assert system.status()["models"][0]["name"] == "a"
+        remembered = json.loads((system.home / "data" / "started.json").read_text())
+        assert remembered["env"]["AIOSD_STOP_TIMEOUT"] == "3"
+        assert (system.home / "data" / "started.json").stat().st_mode & 0o077 == 0
+    finally:
+        system.run("aiosd", "stop")
+
+
+def test_what_runs_in_the_foreground_is_not_restarted_behind_its_back(fresh_aiosd: Fresh) -> None:
+    system = fresh_aiosd()
+    done = system.run("aiosd", "restart")
+    assert (done.returncode, system.alive) == (1, True)
+    assert f"runs in the foreground (pid {system.daemon.pid})" in done.stderr
+
+
+def test_reload_tells_what_took_effect(fresh_aiosd: Fresh) -> None:
+    system = fresh_aiosd()
+    file = system.home / "aiosd.toml"
+    assert system.run("aiosd", "reload", check=True).stdout == "nothing changed\n"
+    file.write_text("policy = 'rr'\nstop_timeout = 9\nkeep_dead = 7\n")
+    told = system.run("aiosd", "reload", check=True).stdout
+    assert told == "policy rr (was fair)\nstop_timeout 9 (was 5)\nafter a restart: keep_dead\n"
+    assert system.status()["policy"] == "rr"
+    file.write_text("polcy = 'rr'\n")
+    done = system.run("aiosd", "reload")
+    assert (done.returncode, done.stdout, done.stderr.count("\n")) == (1, "", 1)
+    assert "aiosd: nothing changed: " in done.stderr
+    assert "unknown key 'polcy'" in done.stderr
+
+
 def test_background_writes_a_log(fresh_aiosd: Fresh) -> None:
     system = fresh_aiosd(start=False)
     started = system.run("aiosd", "-d", cwd="/", check=True)
@@ -359,8 +478,31 @@ def test_check_balances(aiosd: System) -> None:
     assert aiosd.run("aiosd", "status", "--check", check=True).stdout.endswith("check: all books balance\n")
 
 
+def test_status_is_short_by_default(aiosd: System) -> None:
+    text = aiosd.run("aiosd", "status", check=True).stdout
+    assert len(text.splitlines()) <= 10
+    for words in ("ready, up ", f"home        {aiosd.home}", "fair (64 tokens or 10 s)", "0 of ", "load ", "memory "):
+        assert words in text
+    everything = aiosd.run("aiosd", "status", "-v", check=True).stdout
+    assert len(everything.splitlines()) > 30
+    for words in ("dead remembered", "machine", "prefill tokens per s"):
+        assert words in everything
+
+
+def test_a_short_status_of_trouble() -> None:
+    found = {
+        "version": "1", "state": "loading", "pid": 7, "agents": {}, "check": ["books are wrong\x1b"],
+        "models": [{"name": "m", "state": "loading", "last_death": "killed by signal 9"}, {}],
+        "services": [{"name": "store", "state": "dead"}, {"name": "llm", "state": "ready"}],
+    }  # fmt: skip
+    text = "\n".join(summary.brief(found))
+    for words in ("aiosd 1, loading, pid 7", "loading, killed by signal 9", "store", "check: books are wrong\\x1b"):
+        assert words in text
+    assert summary.brief({})
+
+
 def test_status_shows_what_it_does_not_know() -> None:
-    lines = cli.describe(
+    lines = summary.describe(
         {
             "version": "1", "state": "ready", "pid": 7, "uptime_s": 3700.2, "home": "/h", "agents": {"S": 2, "R": 1},
             "max_agents": 99, "new_thing": {"a_bytes": 2048, "b": [1, 2]}, "check": ["books are wrong"],
@@ -389,7 +531,7 @@ def test_help_is_whole_on_80_columns(fresh_aiosd: Fresh) -> None:
 
 
 def test_status_of_an_empty_reply_is_no_error() -> None:
-    assert cli.describe({})
+    assert summary.describe({})
 
 
 # ── completion ────────────────────────────────────────────────────────────────────────────────────────────
@@ -463,6 +605,16 @@ def test_completion_without_a_system_is_quiet(fresh_aiosd: Fresh) -> None:
 
 
 # ── every command ─────────────────────────────────────────────────────────────────────────────────────────
+
+
+@pytest.mark.parametrize("program", MODULES)
+def test_an_error_cannot_act_upon_the_terminal(fresh_aiosd: Fresh, program: str) -> None:
+    evil = "\x1b]0;evil\x07\x9b31m\u202e\udcff"
+    system = fresh_aiosd(start=False)
+    for args in ([evil], [f"--{evil}"], ["--home", f"/proc/{evil}"] if program == "aiosd" else ["--", evil]):
+        done = system.run(program, *args)
+        assert done.returncode != 0
+        assert done.stderr.rstrip("\n").isprintable(), done.stderr
 
 
 @pytest.mark.parametrize("program", MODULES)

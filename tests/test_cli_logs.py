@@ -2,19 +2,19 @@
 
 from __future__ import annotations
 
-import io
 import json
+import os
 import signal
 import struct
+import subprocess
+import time
 from collections.abc import Callable
 from datetime import UTC, datetime
 from pathlib import Path
 
 import pytest
-from hypothesis import given
-from hypothesis import strategies as st
 
-from aiosd.commands.logs import start_of_tail, written_before
+from aiosd.commands.logs import parse_moment
 from tests.conftest import System, eventually
 
 Fresh = Callable[..., System]
@@ -22,27 +22,33 @@ Fresh = Callable[..., System]
 # ── pure ──────────────────────────────────────────────────────────────────────────────────────────────────
 
 
-@given(st.lists(st.sampled_from([b"", b"a", b"bc", b"x" * 70000]), max_size=8), st.booleans(), st.integers(0, 10))
-def test_tail_is_the_last_lines(lines: list[bytes], newline: bool, wanted: int) -> None:
-    text = b"\n".join(lines) + (b"\n" if newline and lines else b"")
-    start = start_of_tail(io.BytesIO(text), wanted, 0)
-    kept = text.splitlines(keepends=True)
-    assert text[start:] == b"".join(kept[max(0, len(kept) - wanted) :])
+NOW = 1_800_000_000.0
 
 
-def test_tail_goes_not_back_beyond_the_start() -> None:
-    text = b"one\ntwo\nthree\n"
-    assert start_of_tail(io.BytesIO(text), 10, 4) == 4
-    assert start_of_tail(io.BytesIO(text), 1, 4) == 8
+@pytest.mark.parametrize(
+    ("text", "moment"),
+    [
+        ("@1700000000", 1700000000.0),
+        ("1700000000.5", 1700000000.5),
+        ("0", 0.0),
+        ("10m", NOW - 600),
+        ("2h30m", NOW - 9000),
+        ("1.5d", NOW - 129600),
+        ("2026-11-23T14:05:00Z", 1795442700.0),
+        ("2026-11-23T16:05:00.25+02:00", 1795442700.25),
+        ("2026-11-23t14:05:00z", 1795442700.0),
+    ],
+)
+def test_moments_as_people_write_them(text: str, moment: float) -> None:
+    assert parse_moment(text, NOW) == moment
 
 
-def test_index_tells_how_much_was_written_before(tmp_path: Path) -> None:
-    index = tmp_path / "7.idx"
-    index.write_bytes(
-        b"".join(struct.pack("<dQ", t, size) for t, size in ((10.0, 100), (11.0, 150), (20.0, 900))) + b"half"
-    )
-    assert [written_before(str(index), t) for t in (9, 10.5, 15, 21)] == [0, 100, 150, 900]
-    assert written_before(str(tmp_path / "none.idx"), 5) == 0
+@pytest.mark.parametrize(
+    "text", ["", "yesterday", "-5", "@", "1e9", "inf", "nan", "10x", "2026-13-01", "@99999999999999"]
+)
+def test_what_is_no_moment(text: str) -> None:
+    with pytest.raises(ValueError, match="is neither a date"):
+        parse_moment(text, NOW)
 
 
 # ── logs ──────────────────────────────────────────────────────────────────────────────────────────────────
@@ -158,10 +164,118 @@ def test_interrupted_it_dies_of_that(aiosd: System) -> None:
     aiosd.run("aios-kill", pid, check=True)
 
 
-@pytest.mark.parametrize("args", [[], ["--tail", "-1", "1"], ["--since", "yesterday", "1"], ["1", "2"]])
+@pytest.mark.parametrize("args", [[], ["--tail", "-1", "1"], ["--since", "yesterday", "1"], ["--until", "x", "1"]])
 def test_wrong_use_is_exit_2_and_one_line(fresh_aiosd: Fresh, args: list[str]) -> None:
     done = fresh_aiosd(start=False).run("aios-logs", *args)
     assert (done.returncode, done.stdout, done.stderr.count("\n")) == (2, "", 1)
+
+
+# ── more than one file, agent, boot ───────────────────────────────────────────────────────────────────────
+
+
+def log_of(system: System, pid: str) -> Path:
+    return Path(json.loads(system.run("aios-inspect", pid, check=True).stdout)[0]["log"])
+
+
+def test_a_log_has_a_limit_and_is_read_across_its_files(fresh_aiosd: Fresh) -> None:
+    system = fresh_aiosd("--log-size", "64K", "--log-keep", "2")
+    # 24 bytes a line; more than the limit at a time, so that each round is cut before the next
+    script = "i=0; while [ $i -lt 8 ]; do seq -f '%023.0f' $((i*4000)) $((i*4000+3999)); i=$((i+1)); sleep 1.3; done"
+    pid = start(system, script)
+    follower = system.popen("aios-logs", "-f", pid, stdin=subprocess.DEVNULL)
+    wanted = "".join(f"{n:023}\n" for n in range(32000))
+    assert follower.communicate(timeout=60)[0] == wanted
+    assert eventually(lambda: log_of(system, pid).stat().st_size <= 68 << 10)
+    files = sorted(path.name for path in (system.home / "data" / "logs").iterdir())
+    assert files == [f"{pid}.idx", f"{pid}.idx.1", f"{pid}.idx.2", f"{pid}.log", f"{pid}.log.1", f"{pid}.log.2"]
+    kept = system.run("aios-logs", pid, check=True).stdout
+    assert wanted.endswith(kept)
+    assert (128 << 10) <= len(kept) <= (196 << 10)
+    assert system.run("aios-logs", "--tail", "4000", pid, check=True).stdout == wanted[-4000 * 24 :]
+    found = [json.loads(system.run("aios-inspect", pid).stdout)[0]["exit"]]
+    assert found == [0]
+
+
+def test_what_was_forgotten_leaves_no_file(fresh_aiosd: Fresh) -> None:
+    system = fresh_aiosd("--keep-dead", "2", "--log-size", "4K")
+    logs = system.home / "data" / "logs"
+    for _ in range(5):
+        pid = start(system, "head -c 20000 /dev/zero | tr '\\0' x; sleep 0.1")
+        system.run("aios-wait", pid, check=True)
+    assert eventually(lambda: len({path.name.split(".")[0] for path in logs.iterdir()}) == 2), sorted(logs.iterdir())
+
+
+def test_logs_outlive_the_system_as_long_as_the_dead_are_remembered(fresh_aiosd: Fresh) -> None:
+    system = fresh_aiosd("--keep-dead", "2")
+    first, second = (start(system, f"echo of the first boot {n}") for n in (1, 2))
+    system.run("aios-wait", first, second, check=True)
+    system.stop()
+    assert system.run("aios-logs", first, check=True).stdout == "of the first boot 1\n"
+    system.start()
+    assert system.run("aios-logs", first, check=True).stdout == "of the first boot 1\n"
+    assert system.run("aios-logs", "-f", second, check=True).stdout == "of the first boot 2\n"
+    system.run("aios-wait", start(system, "true"), check=True)
+    assert eventually(lambda: not (system.home / "data" / "logs" / f"{first}.log").exists())
+    done = system.run("aios-logs", first)
+    assert (done.returncode, done.stderr) == (1, f"aios-logs: {first}: no such agent\n")
+    assert system.run("aios-logs", second, check=True).stdout == "of the first boot 2\n"
+
+
+def test_several_agents_have_their_names_before_their_lines(aiosd: System) -> None:
+    one, two = start(aiosd, "echo a; printf b; sleep 300", "one"), start(aiosd, "echo c; sleep 300", "longer")
+    wide = len(f"longer[{two}]")
+    first, second = f"{f'one[{one}]':{wide}} | ", f"{f'longer[{two}]':{wide}} | "
+    wanted = f"{first}a\n{first}b\n{second}c\n"
+    assert eventually(lambda: aiosd.run("aios-logs", "one", two).stdout == wanted)
+    assert aiosd.run("aios-logs", "--no-prefix", one, two, check=True).stdout == "a\nbc\n"
+    done = aiosd.run("aios-logs", "nobody", two)
+    assert (done.returncode, done.stdout, done.stderr) == (1, "c\n", "aios-logs: nobody: no such agent\n")
+    follower = aiosd.popen("aios-logs", "-f", one, two)
+    seen = {follower.stdout.readline() for _ in range(2)}
+    assert seen == {f"{first}a\n", f"{second}c\n"}
+    aiosd.run("aios-kill", two, check=True)
+    aiosd.run("aios-kill", one, check=True)
+    assert follower.communicate(timeout=20) == (f"{first}b\n", "")
+
+
+def test_follow_goes_on_after_a_truncation(aiosd: System) -> None:
+    pid = start(
+        aiosd, "echo a long first line; while [ ! -e $AIOS_HOME/cut ]; do sleep 0.05; done; echo new; sleep 300"
+    )
+    follower = aiosd.popen("aios-logs", "-f", pid)
+    assert follower.stdout.readline() == "a long first line\n"
+    os.truncate(log_of(aiosd, pid), 0)
+    (aiosd.home / "cut").touch()
+    assert follower.stdout.readline() == "new\n"
+    for since in ("1h", "1s"):
+        assert aiosd.run("aios-logs", "--since", since, pid, check=True).stdout == "new\n"
+    aiosd.run("aios-kill", pid, check=True)
+    assert follower.wait(20) == 0
+
+
+def test_follow_ends_when_its_reader_has_gone(aiosd: System) -> None:
+    pid = start(aiosd, "echo up; exec sleep 300")
+    follower = aiosd.popen("aios-logs", "-f", pid)
+    assert follower.stdout.readline() == "up\n"
+    follower.stdout.close()
+    assert follower.wait(5) == 141
+    assert follower.stderr.read() == ""
+    aiosd.run("aios-kill", pid, check=True)
+
+
+def test_until_is_the_other_end(aiosd: System) -> None:
+    pid = start(aiosd, "echo early; while [ ! -e $AIOS_HOME/go-on ]; do sleep 0.05; done; echo late; sleep 300")
+    index = log_of(aiosd, pid).with_suffix(".idx")
+    assert eventually(lambda: index.exists() and index.stat().st_size == 16)
+    (noticed, _) = struct.unpack("<dQ", index.read_bytes())
+    (aiosd.home / "go-on").touch()
+    assert eventually(lambda: index.stat().st_size == 32)
+    assert aiosd.run("aios-logs", "--until", f"@{noticed - 0.01:.3f}", pid, check=True).stdout == "early\n"
+    assert aiosd.run("aios-logs", "-f", "--until", f"{noticed - 0.01:.3f}", pid, check=True).stdout == "early\n"
+    assert aiosd.run("aios-logs", "--until", "0s", pid, check=True).stdout == "early\nlate\n"
+    soon = f"{time.time() + 0.5:.3f}"
+    assert aiosd.run("aios-logs", "-f", "--until", soon, pid, check=True).stdout == "early\nlate\n"
+    aiosd.run("aios-kill", pid, check=True)
 
 
 # ── wait ──────────────────────────────────────────────────────────────────────────────────────────────────
@@ -209,8 +323,24 @@ def test_wait_for_a_signal_a_budget_nobody(aiosd: System) -> None:
 def test_wait_with_a_timeout(aiosd: System) -> None:
     pid = start(aiosd, "exec sleep 300")
     done = aiosd.run("aios-wait", "--timeout", "0.2", pid)
-    assert (done.returncode, done.stderr) == (1, f"aios-wait: {pid}: still running after 0.2 s\n")
+    assert (done.returncode, done.stderr) == (126, f"aios-wait: {pid}: still running after 0.2 s\n")
     aiosd.run("aios-kill", pid, check=True)
+
+
+def test_wait_tells_no_aiosd_from_an_agent_that_failed(fresh_aiosd: Fresh) -> None:
+    system = fresh_aiosd(start=False)
+    done = system.run("aios-wait", "7")
+    assert (done.returncode, done.stderr.count("\n")) == (125, 1)
+    system.start()
+    pid = start(system, "echo up; exec sleep 300")
+    waiter = system.popen("aios-wait", pid)
+    assert eventually(lambda: system.status()["kernel"]["clients_now"] == 2)
+    for process in [
+        system.daemon.pid,
+        *(one["ospid"] for one in system.ps() if one["name"] in ("supervisor", "kernel")),
+    ]:
+        os.kill(process, signal.SIGKILL)
+    assert waiter.wait(30) == 125
 
 
 # ── inspect ───────────────────────────────────────────────────────────────────────────────────────────────

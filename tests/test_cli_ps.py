@@ -195,7 +195,17 @@ def test_nothing_found_is_exit_1(aiosd: System) -> None:
 
 
 @pytest.mark.parametrize(
-    "options", [["-o", "nosuch"], ["--sort", "nosuch"], ["-p", "x"], ["-p", ""], ["--nosuch"], ["7"]]
+    "options",
+    [
+        ["-o", "nosuch"],
+        ["--sort", "nosuch"],
+        ["-p", "x"],
+        ["-p", ""],
+        ["--nosuch"],
+        ["7"],
+        ["--watch", "0"],
+        ["--watch", "--json"],
+    ],
 )
 def test_wrong_use_is_exit_2_and_one_line(fresh_aiosd: Callable[..., System], options: list[str]) -> None:
     done = fresh_aiosd(start=False).run("aios-ps", *options)
@@ -289,3 +299,51 @@ def test_output_that_cannot_be_written_is_an_error(aiosd: System) -> None:
     with open("/dev/full", "w") as full:
         done = aiosd.run("aios-ps", "-e", stdout=full)
     assert (done.returncode, done.stderr) == (1, "aios-ps: No space left on device\n")
+
+
+# ── again and again ───────────────────────────────────────────────────────────────────────────────────────
+
+
+def test_watch_in_a_pipe_prints_pictures_one_after_another(aiosd: System, sleepers: list[str]) -> None:
+    watcher = aiosd.popen("aios-ps", "--watch", "0.1", "-o", "pid,name", "-C", "single")
+    picture = [watcher.stdout.readline() for _ in range(3)]
+    assert picture[0].split() == ["PID", "NAME"]
+    assert picture[1:] == [f"{int(sleepers[2]):3} single\n", "\n"]
+    assert [watcher.stdout.readline() for _ in range(3)] == picture
+    watcher.stdout.close()
+    assert watcher.wait(10) == 141
+    assert watcher.stderr.read() == ""
+
+
+def test_watch_redraws_in_place_and_gives_the_terminal_back(aiosd: System, sleepers: list[str]) -> None:
+    terminal = Terminal(aiosd, "sh", "-i")
+    try:
+        terminal.expect("READY> $")
+        before = terminal.modes()
+        terminal.command("TERM=xterm aios-ps --watch 0.1 -o name=")
+        terminal.expect(r"\x1b\[\?1049h.*every 0.1 s   [\d:]+\x1b\[K\n+(twin|single)")
+        aiosd.run("aios-kill", "-KILL", sleepers[2], check=True)
+        terminal.expect(r"\x1b\[H[^\x1b]+\x1b\[K\r?\ntwin\x1b\[K\r?\ntwin\x1b\[K\x1b\[J")
+        terminal.type("\x03")
+        terminal.expect(r"\x1b\[\?25h\x1b\[\?1049l")
+        assert terminal.exit_code() == 130
+        assert terminal.modes() == before
+        terminal.command("TERM=xterm sh -c 'aios-ps --watch & sleep 1; kill $!; wait $!'")
+        terminal.expect(r"\x1b\[\?1049h")
+        terminal.expect(r"\x1b\[\?25h\x1b\[\?1049l")
+        assert terminal.exit_code() == 128 + 15
+    finally:
+        terminal.close()
+
+
+def test_a_picture_is_not_longer_than_the_terminal(aiosd: System) -> None:
+    terminal = Terminal(aiosd, "sh", "-i")
+    try:
+        terminal.expect("READY> $")
+        terminal.resize(5, 40)
+        terminal.command("TERM=xterm aios-ps -e --watch 0.1")
+        terminal.expect(r"… [0-9]+ more lines\x1b\[K\x1b\[J")
+        terminal.type("\x03")
+        assert terminal.exit_code() == 130
+    finally:
+        terminal.close()

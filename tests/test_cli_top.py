@@ -15,7 +15,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from aiosd.commands import picture
+from aiosd.commands import picture, table
 from aiosd.commands.picture import Rate, Sample, View
 from tests.conftest import System, eventually
 from tests.test_cli_ps import proc
@@ -265,6 +265,27 @@ def test_ctrl_z_gives_the_terminal_back_and_fg_takes_it_again(aiosd: System) -> 
         assert shell.exit_code() == 0
     finally:
         shell.close()
+
+
+def test_names_that_the_locale_does_not_know_are_question_marks(aiosd: System, shell: Terminal) -> None:
+    pid = aiosd.run("aios-run", "-d", "--name", "日本é-worker", "--", "sleep", "300", check=True).stdout.strip()
+    shell.expect("READY> $")
+    shell.command("LC_ALL=C TERM=xterm aios-top -n 1")
+    assert "?????-worker" in shell.expect(r"\S*-worker")[0]
+    assert shell.exit_code() == 0
+    aiosd.run("aios-kill", pid, check=True)
+
+
+def test_wide_names_are_spelled_as_wide() -> None:
+    assert table.spelled("日本é-x", "ascii") == "?????-x"
+    assert table.spelled("日本é-x", "iso-8859-1") == "????é-x"
+    assert table.spelled("日本é-x", "utf-8") == "日本é-x"
+
+
+def test_the_machine_is_in_the_picture(aiosd: System) -> None:
+    first, _, second = aiosd.run("aios-top", "-b", "-n", "2", "-d", "0.2", check=True).stdout.partition("\n\naios-top")
+    assert re.search(r"\n\d+ CPUs?, load [\d. ]+, memory \S+ of \S+, disk \S+ of \S+ free\n", first)
+    assert re.search(r"\n\d+ CPUs? \d+% busy, load ", second)
 
 
 def test_a_terminal_that_cannot_is_told_of_b(shell: Terminal) -> None:

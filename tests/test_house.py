@@ -122,6 +122,13 @@ def test_a_command_imports_nothing_heavy(module: str) -> None:
     assert loaded_by(module, heavy) == []
 
 
+@pytest.mark.parametrize("module", ["aiosd.commands.ps", "aiosd.commands.kill", "aiosd.commands.wait"])
+def test_a_command_that_asks_one_question_starts_fast(module: str) -> None:
+    """Each of these would take a twentieth of its time or more."""
+    slow = ["asyncio", "logging", "multiprocessing", "pathlib", "pickle", "dataclasses", "unicodedata", "subprocess"]
+    assert loaded_by(module, slow) == []
+
+
 def test_the_sdk_imports_nothing_heavy() -> None:
     assert loaded_by("libaios", ["numpy", "llama_cpp", "faiss", "psutil", "click", "aiosd"]) == []
 

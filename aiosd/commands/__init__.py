@@ -8,13 +8,13 @@ the edge that all of them pass: it turns what went wrong into one line on stderr
 The 130 is a shell's word: a command dies of the signal, else `while :; do aios-run …; done` would go on after Ctrl-C.
 
 Start-up time is part of the contract (`benchmarks/startup.py`): a command imports click, msgspec and the
-client, and nothing that is not needed to answer.
+client, and nothing that is not needed to answer. What is needed seldom is imported where it is.
 """
 
 from __future__ import annotations
 
+import gc
 import os
-import signal
 import sys
 from typing import NoReturn
 
@@ -34,13 +34,14 @@ MODULES = {
 def main(program: str) -> NoReturn:
     """Run the command `program` with the arguments of this process, and end the process."""
     interrupted = False
+    gc.disable()  # until all is imported: there is nothing to collect in what stays
     try:
         _open_standard_descriptors()
         from aiosd.commands.edge import run
 
         code = run(program, MODULES[program], sys.argv[1:])
     except KeyboardInterrupt:
-        code = 128 + signal.SIGINT
+        code = 128 + 2
         interrupted = True
     try:
         sys.stdout.flush()
@@ -50,6 +51,8 @@ def main(program: str) -> NoReturn:
         print(f"{program}: {err.strerror}", file=sys.stderr)
         code = code or 1
     if interrupted:
+        import signal
+
         signal.signal(signal.SIGINT, signal.SIG_DFL)
         os.kill(os.getpid(), signal.SIGINT)
     os._exit(code)  # nothing is left to tidy up; tearing the interpreter down would cost a tenth of the time

@@ -24,9 +24,9 @@ from typing import TYPE_CHECKING, Any, NoReturn
 import click
 
 from aiosd import config
-from aiosd.commands import edge
+from aiosd.commands import edge, started
+from aiosd.commands.summary import brief, describe
 from aiosd.errors import AiosdError, WorldError
-from aiosd.units import format_duration, format_size
 from libaios.client import Home, NoKernel
 from libaios.wire import ENV_HOME, NoArgs, Set, Status, Sys
 
@@ -41,6 +41,8 @@ EXAMPLES = """
   aiosd --model big.gguf --model small=tiny.gguf --slots 16
   aiosd status                            what runs where
   aiosd set policy rr                     change it while it runs
+  aiosd reload                            read aiosd.toml again
+  aiosd restart                           stop it, and start it with the same options
   aiosd stop                              end it, and everything in it
   eval "$(aiosd completion bash)"         complete commands, options, pids and names
 """
@@ -117,14 +119,34 @@ def command(
         os.environ[ENV_HOME] = os.path.abspath(home)
     if context.invoked_subcommand is not None:
         return 0
+    try:
+        settings = _settings(models, file, flags)
+        return _to_background(settings, sys.argv[1:]) if daemon else _serve(settings)
+    except AiosdError as err:
+        raise edge.Failed(str(err)) from None
+
+
+def _settings(models: tuple[str, ...], file: str | None, flags: dict[str, Any]) -> Settings:
+    """Of a command line, in this process's environment and folder; its home has been made."""
     given = {name: value for name, value in flags.items() if value is not None}
     if models:
         given["model"] = list(models)
+    settings = config.load(given, Home(), None if file is None else Path(os.path.abspath(file)))
+    _require_home(settings.home)
+    return settings
+
+
+def _require_home(home: Home) -> None:
+    from aiosd.init import guardian
+
+    hint = "put it elsewhere with --home DIR or AIOS_HOME"
     try:
-        settings = config.load(given, Home(), None if file is None else Path(os.path.abspath(file)))
-        return _to_background(settings) if daemon else _serve(settings)
-    except AiosdError as err:
-        raise edge.Failed(str(err)) from None
+        guardian.prepare(home)
+    except WorldError as err:
+        raise WorldError(f"{err}; {hint}") from err
+    for folder in (home.socket.parent, home.data, home.logs):
+        if not os.access(folder, os.W_OK | os.X_OK):
+            raise WorldError(f"{folder}: cannot be written to; {hint}")
 
 
 # ── start ─────────────────────────────────────────────────────────────────────────────────────────────────
@@ -141,11 +163,9 @@ def _serve(settings: Settings) -> int:
         raise
 
 
-def _to_background(settings: Settings) -> int:
-    """Start a guardian in a session of its own; return when it serves, or has said why it cannot."""
-    from aiosd.init import guardian
-
-    guardian.prepare(settings.home)
+def _to_background(settings: Settings, words: list[str]) -> int:
+    """Start a guardian in a session of its own; return when it serves, or has told why it cannot. `words`: the command
+    line, to be remembered."""
     log = settings.home.data / "aiosd.log"
     reading, writing = os.pipe2(os.O_CLOEXEC)
     pid = os.fork()
@@ -154,13 +174,14 @@ def _to_background(settings: Settings) -> int:
         _be_daemon(dataclasses.replace(settings, ready_fd=writing), log)
     os.close(writing)
     try:
-        with open(reading, encoding="utf-8", errors="replace") as words:
-            state, _, line = words.readline().rstrip("\n").partition(" ")
+        with open(reading, encoding="utf-8", errors="replace") as told:
+            state, _, line = told.readline().rstrip("\n").partition(" ")
     except KeyboardInterrupt:
         os.kill(pid, signal.SIGTERM)
         raise
     if state == "ready":
         print(line, file=sys.stderr)
+        started.remember(settings.home, pid, words, settings.cwd)
         return 0
     raise edge.Failed(line if state == "error" else f"ended before it could serve; see {log}")
 
@@ -196,10 +217,11 @@ def _be_daemon(settings: Settings, log: Path) -> NoReturn:
 
 
 @command.command("status", context_settings=edge.SETTINGS, short_help="Say how the system stands.")
+@click.option("-v", "--verbose", is_flag=True, help="Everything.")
 @click.option("--json", "as_json", is_flag=True, help="Everything, as one JSON object.")
 @click.option("--check", is_flag=True, help="Check the books as well; exits with 1 when they do not balance.")
-def status(as_json: bool, check: bool) -> int:
-    """Say how the system stands: models and where they run, agents, limits, counters."""
+def status(verbose: bool, as_json: bool, check: bool) -> int:
+    """Say how the system stands: where it lives, its policy, models, agents by STAT, and the machine's figures."""
     with edge.connect() as client:
         found: dict[str, Any] = client.call(Sys.STATUS, Status(check), dict[str, Any])
     if as_json:
@@ -207,62 +229,11 @@ def status(as_json: bool, check: bool) -> int:
 
         print(json.format(json.encode(found)).decode())
     else:
-        print("\n".join(describe(found)))
+        from aiosd.commands import machine
+
+        figures = machine.describe(machine.measure(str(Home().data), interval_s=0.1))
+        print("\n".join((describe if verbose else brief)(found, figures)))
     return 1 if check and found.get("check") else 0
-
-
-def describe(found: dict[str, Any]) -> list[str]:
-    """The status for people. What this function does not know by name is shown under its own."""
-    rest = dict(found)
-    head = [f"aiosd {rest.pop('version', '')}", str(rest.pop("state", ""))]
-    if "uptime_s" in rest:
-        head.append(f"up {format_duration(rest.pop('uptime_s'))}")
-    head.append(f"pid {rest.pop('pid', '?')}")
-    lines = [", ".join(part for part in head if part)]
-    models, checked = rest.pop("models", []), rest.pop("check", None)
-    agents = rest.pop("agents", {})
-    states = ", ".join(f"{count} {stat}" for stat, count in sorted(agents.items()))
-    rows: dict[str, Any] = {name: rest.pop(name) for name in ("home", "logs", "log", "policy") if name in rest}
-    rows["agents"] = f"{sum(agents.values())}{f' ({states})' if states else ''}"
-    if "max_agents" in rest:
-        rows["agents"] += f", at most {rest.pop('max_agents')}"
-    rows |= rest
-    lines += [f"  {name.replace('_', ' '):18} {_value(name, value)}" for name, value in rows.items()]
-    for model in models:
-        lines += _describe_model(dict(model))
-    if checked is not None:
-        lines += [f"check: {problem}" for problem in checked] or ["check: all books balance"]
-    return lines
-
-
-def _describe_model(model: dict[str, Any]) -> list[str]:
-    info, stats = dict(model.pop("info", None) or {}), model.pop("stats", None) or {}
-    default = " (default)" if model.pop("default", False) else ""
-    lines = [f"model {model.pop('name', '?')}{default}, {model.pop('state', '?')}, pid {model.pop('pid', '?')}"]
-    rows = {"path": model.pop("path", info.get("path", ""))}
-    if info:
-        rows["runs"] = (
-            f"{info.pop('n_slots', '?')} slots of {info.pop('n_ctx', '?')} tokens, "
-            f"GPU layers: {info.pop('gpu_layers', 0) or 'none'}"
-        )
-        for known in ("name", "path", "default"):
-            info.pop(known, None)
-    rows |= {name: value for name, value in (model | info).items() if value not in ("", None)} | stats
-    return [*lines, *(f"  {name.replace('_', ' '):18} {_value(name, value)}" for name, value in rows.items())]
-
-
-def _value(name: str, value: Any) -> str:
-    if isinstance(value, dict):
-        inherited = "bytes" if name.endswith("bytes") else ""
-        parts = (f"{key.replace('_', ' ')} {_value(inherited or key, part)}" for key, part in value.items())
-        return ", ".join(parts) or "-"
-    if isinstance(value, list):
-        return ", ".join(_value(name, part) for part in value) or "-"
-    if isinstance(value, bool):
-        return "yes" if value else "no"
-    if isinstance(value, int) and name.endswith(("bytes", "budget")):
-        return format_size(value)
-    return f"{value:g}" if isinstance(value, float) else str(value)
 
 
 # ── set ──────────────────────────────────────────────────────────────────────────────────────────────────
@@ -309,6 +280,11 @@ def stop(timeout: float) -> int:
 
     Agents get TERM, and KILL a few seconds later; data is flushed.
     """
+    _stop(timeout)
+    return 0
+
+
+def _stop(timeout: float) -> None:
     end = time.monotonic() + timeout
     guardian = -1
     try:
@@ -328,6 +304,60 @@ def stop(timeout: float) -> int:
     finally:
         if guardian >= 0:
             os.close(guardian)
+
+
+@command.command("restart", context_settings=edge.SETTINGS, short_help="Stop the system and start it as it was.")
+@click.option("--timeout", type=edge.Seconds(min=0), default=60.0, metavar="S", help="How long to wait (60).")
+def restart(timeout: float) -> int:
+    """Stop the system, and start it again in the background as `aiosd -d` started it last: with the same options, in
+    the same folder, with the same AIOSD_ variables. Files such as aiosd.toml are read anew, and what is wrong with
+    them is told before anything is stopped. One that has been stopped is started.
+
+    A system that was started in the foreground is restarted there (by systemctl --user restart aiosd, if systemd runs
+    it).
+    """
+    home = Home()
+    start, running = started.recall(home), _pid_of_lock()
+    if running and (start is None or start.pid != running):
+        raise edge.Failed(f"runs in the foreground (pid {running}); restart it where it was started")
+    if start is None:
+        raise edge.Failed(f"nothing is known of an earlier start in {home.root}; start one with: aiosd -d")
+    try:
+        started.apply(start)
+        with command.make_context("aiosd", list(start.words)) as context:
+            params = {key: value for key, value in context.params.items() if key not in ("daemon", "home")}
+            models, file = params.pop("models"), params.pop("file")
+            settings = _settings(models, file, params)
+            if running:
+                _stop(timeout)
+            return _to_background(settings, start.words)
+    except AiosdError as err:
+        raise edge.Failed(str(err)) from None
+
+
+@command.command("reload", context_settings=edge.SETTINGS, short_help="Read the settings again.")
+@click.option("--timeout", type=edge.Seconds(min=0), default=10.0, metavar="S", help="How long to wait (10).")
+def reload(timeout: float) -> int:
+    """Read the settings again (aiosd.toml, and the options of the start), as SIGHUP does, and print what changed.
+
+    What cannot change in a running system is named; it takes effect after a restart. What `aiosd set` changed is
+    undone.
+    """
+    end = time.monotonic() + timeout
+    with edge.connect() as client:
+        found: dict[str, Any] = client.call(Sys.STATUS, Status(), dict[str, Any])
+        before = found.get("reread", {}).get("number", 0)
+        os.kill(found["pid"], signal.SIGHUP)
+        while (report := found.get("reread", {})).get("number", 0) == before:
+            if time.monotonic() > end:
+                raise edge.Failed(f"the settings have not been read within {timeout:g} s")
+            time.sleep(0.05)
+            found = client.call(Sys.STATUS, Status(), dict[str, Any])
+    if report["error"]:
+        raise edge.Failed(f"nothing changed: {report['error']}")
+    print("\n".join(report["changed"]) or "nothing changed")
+    if report["after_restart"]:
+        print(f"after a restart: {', '.join(report['after_restart'])}")
     return 0
 
 
@@ -339,15 +369,17 @@ def _pidfd(pid: int) -> int:
 
 
 def _pidfd_of_lock() -> int:
-    """The guardian that the home's lock file names, if that process is one."""
+    pid = _pid_of_lock()
+    return _pidfd(pid) if pid else -1
+
+
+def _pid_of_lock() -> int:
+    """The guardian that the home's lock file names, if that process is one; else 0."""
     with contextlib.suppress(OSError, ValueError):
         pid = int((Home().data / "lock").read_text())
-        guardian = _pidfd(pid)
-        if guardian >= 0 and b"aiosd" in Path(f"/proc/{pid}/cmdline").read_bytes():
-            return guardian
-        if guardian >= 0:
-            os.close(guardian)
-    return -1
+        if b"aiosd" in Path(f"/proc/{pid}/cmdline").read_bytes():
+            return pid
+    return 0
 
 
 def _ended(pidfd: int, timeout_s: float) -> bool:

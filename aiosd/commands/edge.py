@@ -7,6 +7,7 @@ aios-kill: 42: no such agent
 from __future__ import annotations
 
 import errno
+import gc
 import os
 import sys
 from collections.abc import Callable, Mapping
@@ -35,6 +36,7 @@ def run(program: str, module: str, args: list[str]) -> int:
     """Run the click command `command` of `module`; its exit code. Raises KeyboardInterrupt."""
     sys.stdout.reconfigure(errors="backslashreplace")  # type: ignore[union-attr] # a TextIOWrapper, never a pipe object
     command: click.Command = import_module(module).command
+    gc.enable()
     variable = completion_variable(program)
     try:
         if variable in os.environ:
@@ -66,8 +68,16 @@ def completion_variable(program: str) -> str:
 
 
 def complain(program: str, message: str) -> None:
-    """One line on stderr."""
-    print(f"{program}: {message}", file=sys.stderr)
+    """One line on stderr, whatever was in the arguments or came from an agent."""
+    print(f"{program}: {printable(message)}", file=sys.stderr)
+
+
+def printable(text: str) -> str:
+    """The text with escapes (`\\x1b`, `\\u202e`) in place of what would act upon a terminal: control characters (C0,
+    DEL and C1), marks that change the direction of writing, and bytes that are no text."""
+    if text.isprintable():
+        return text
+    return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in text)
 
 
 def reason(err: OSError) -> str:

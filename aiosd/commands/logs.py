@@ -1,43 +1,50 @@
-"""aios-logs: what a detached agent wrote, and what it goes on to write.
+"""aios-logs: what detached agents wrote, and what they go on to write.
 
     $ aios-logs --tail 2 -f planner
     step 3 of 4
     step 4 of 4
 
-The log is a file that the agent itself writes to; an index beside it says how large it was when (see
-`aiosd.kernel.logindex` for its format), about once a second, which is how fine --since can tell.
+    $ aios-logs --tail 1 planner worker
+    planner[7] | step 4 of 4
+    worker[8]  | waiting
+
+What a log consists of, and how it is read while the kernel makes room in it, is `aiosd.agentlog`'s business. Agents of
+earlier boots are known by their files alone, and so are all where no aiosd runs.
 """
 
 from __future__ import annotations
 
 import errno
 import os
-import struct
+import re
+import select
 import sys
 import time
-from typing import Any, BinaryIO
+from dataclasses import dataclass
+from typing import Any
 
 import click
 
+from aiosd import agentlog
 from aiosd.commands import agents, edge
 from aiosd.units import parse_duration
-from libaios.client import Client
+from libaios.client import Client, NoKernel
+from libaios.home import Home
 from libaios.wire import PidArgs, Sys
 
 EXAMPLES = """
   aios-logs 7                   all that agent 7 wrote
   aios-logs -f --tail 10 7      its last ten lines, then the new ones until it ends
+  aios-logs -f planner worker   two at once, each line with the agent before it
   aios-logs --since 10m planner what it wrote in the last ten minutes
-  aios-logs --since 2026-11-23T14:05:00Z 7
+  aios-logs --since 2026-11-23T14:05:00Z --until 2h30m 7
 """
 
-POLL_S = 0.2
-BLOCK = 1 << 16
-INDEX_RECORD = struct.Struct("<dQ")  # Unix time, size of the log then
+POLL_S = 0.2  # between two looks at a log that is followed
 
 
-class Since(click.ParamType[float]):
-    """A moment: RFC 3339, or how long ago (42s, 10m, 2h, 1d, 1h30m)."""
+class Moment(click.ParamType[float]):
+    """A date, a Unix time, or how long ago."""
 
     name = "time"
 
@@ -45,49 +52,117 @@ class Since(click.ParamType[float]):
         if isinstance(value, float):
             return value
         try:
-            return time.time() - parse_duration(value)
-        except ValueError:
-            pass
+            return parse_moment(value, time.time())
+        except ValueError as err:
+            self.fail(str(err), param, ctx)
+
+
+def parse_moment(text: str, now: float) -> float:
+    """Unix time: `2026-11-23T14:05:00Z` (RFC 3339; without a zone: local), `@1700000000`, `1700000000.5`, or as long
+    ago as `10m` or `2h30m`. ValueError with a sentence."""
+    if re.fullmatch(r"@?[0-9]{1,12}(\.[0-9]*)?", text):
+        return float(text.removeprefix("@"))
+    try:
+        return now - parse_duration(text)
+    except ValueError:
         from datetime import datetime
 
         try:
-            return datetime.fromisoformat(value).timestamp()
-        except ValueError:
-            self.fail(f"{value!r} is neither a date (2026-11-23T14:05:00Z) nor a length of time (10m)", param, ctx)
+            return datetime.fromisoformat(text.upper()).timestamp()
+        except (ValueError, OverflowError):
+            known = "a date (2026-11-23T14:05:00Z), a Unix time (@1700000000) nor a length of time (10m, 2h30m)"
+            raise ValueError(f"{text!r} is neither {known}") from None
 
 
 @edge.new(
     click.Command,
-    "Print the output of an agent that was started with aios-run -d, live or among the last dead. A NAME stands "
-    "for the newest agent of that name.",
-    "[-f] [--tail N] [--since T]",
+    "Print the output of agents that were started with aios-run -d: live ones, the last dead, and those of earlier "
+    "boots whose logs are still kept (keep_dead). A NAME stands for the newest agent of that name. Of several agents "
+    "each line has the agent before it, and without -f one agent comes after the other.\n\n"
+    "T is a date (2026-11-23T14:05:00Z; without a zone: local time), a Unix time (@1700000000), or how long ago (42s, "
+    "10m, 2h30m, 1d). aiosd looks at logs once a second, so up to a second more is printed than was asked for.",
+    "[-f] [--tail N] [--since T] [--until T]",
     EXAMPLES,
 )
-@click.option("-f", "--follow", is_flag=True, help="Go on until the agent, or aiosd, has ended.")
+@click.option("-f", "--follow", is_flag=True, help="Go on until the agents, or aiosd, have ended.")
 @click.option("-n", "--tail", type=edge.Whole(min=0), metavar="N", help="Only the last N lines.")
-@click.option("--since", type=Since(), metavar="T", help="Only what was written since T: a date, or 10m, 42s.")
-@click.argument("word", metavar="PID|NAME", shell_complete=agents.complete)
-def command(follow: bool, tail: int | None, since: float | None, word: str) -> int:
-    with edge.connect() as client:
-        pid = agents.newest(client, word)
+@click.option("--since", type=Moment(), metavar="T", help="Only what was written since T.")
+@click.option("--until", type=Moment(), metavar="T", help="Only what was written by T.")
+@click.option("--no-prefix", is_flag=True, help="No agent's name before the lines of several.")
+@click.argument("words", nargs=-1, required=True, metavar="PID|NAME...", shell_complete=agents.complete)
+def command(
+    follow: bool, tail: int | None, since: float | None, until: float | None, no_prefix: bool, words: tuple[str, ...]
+) -> int:
+    client = _connect(words)
+    try:
+        logs, failed = _open_all(client, words)
+        later = follow and until is not None and until > time.time()
+        for log in logs:
+            log.reader.seek(since, None if later else until, tail)
+        if len(logs) > 1 and not no_prefix:
+            width = max(len(log.label) for log in logs)
+            for log in logs:
+                log.prefix = f"{log.label:{width}} | ".encode()
+        if follow and (later or until is None):
+            _follow(client, logs, until)
+        else:
+            for log in logs:
+                log.copy()
+                log.end()
+    finally:
+        if client is not None:
+            client.close()
+    return 1 if failed else 0
+
+
+# ── which logs ────────────────────────────────────────────────────────────────────────────────────────────
+
+
+@dataclass(slots=True)
+class _Log:
+    """One agent's log, on its way to stdout."""
+
+    pid: int
+    label: str
+    reader: agentlog.Reader
+    ended: bool  # the agent writes no more
+    prefix: bytes = b""
+    _line: bytes = b""  # what was read of a line that has no end yet
+
+    def copy(self) -> None:
+        """All that is there."""
+        while block := self.reader.read():
+            sys.stdout.buffer.write(self._with_prefix(block) if self.prefix else block)
+        sys.stdout.buffer.flush()
+
+    def end(self) -> None:
+        """Nothing more will come."""
+        self.reader.close()
+        if self._line:
+            sys.stdout.buffer.write(self.prefix + self._line + b"\n")
+            sys.stdout.buffer.flush()
+
+    def _with_prefix(self, block: bytes) -> bytes:
+        """Whole lines, so that those of two agents are not mixed."""
+        *lines, self._line = (self._line + block).split(b"\n")
+        if len(self._line) > agentlog.BLOCK:
+            lines, self._line = [*lines, self._line], b""
+        return b"".join(self.prefix + line + b"\n" for line in lines)
+
+    def look(self, client: Client | None) -> bool:
+        """Whether the agent has ended. (A WAIT would tell at once, but take a child's status away from its parent.)
+        When the whole system ends, so has the agent."""
+        if self.ended or client is None:
+            return True
         try:
-            found = _inspect(client, pid)
-        except (ProcessLookupError, PermissionError) as err:
-            raise edge.Failed(edge.reason_about(word, err)) from None
-        path = found["log"]
-        if not path:
-            raise edge.Failed(f"{word}: no log; its output went where aios-run was started")
-        start = 0 if since is None else written_before(_index_path(path), since)
-        try:
-            with open(path, "rb") as log:
-                log.seek(start if tail is None else start_of_tail(log, tail, start))
-                if follow:
-                    _follow(client, pid, log)
-                else:
-                    _copy(log)
-        except FileNotFoundError:
-            raise edge.Failed(f"{word}: its log is gone ({path})") from None
-    return 0
+            self.ended = _inspect(client, self.pid)["exit"] is not None
+        except OSError as err:
+            if err.errno == errno.ENOTCONN:
+                edge.complain("aios-logs", "aiosd has ended, and the agent with it")
+            elif err.errno != errno.ESRCH:  # it ended, and has been forgotten since
+                raise
+            self.ended = True
+        return self.ended
 
 
 def _inspect(client: Client, pid: int) -> dict[str, Any]:
@@ -95,65 +170,81 @@ def _inspect(client: Client, pid: int) -> dict[str, Any]:
     return found
 
 
-def _index_path(path: str) -> str:
-    return path.removesuffix(".log") + ".idx"
-
-
-def written_before(index: str, when: float) -> int:
-    """The size that the log had at `when`, as far as the index knows. No index: 0."""
+def _connect(words: tuple[str, ...]) -> Client | None:
+    """None: no aiosd runs, but these agents have left their logs."""
     try:
-        with open(index, "rb") as file:
-            data = file.read()
-    except FileNotFoundError:
-        return 0
-    whole = len(data) - len(data) % INDEX_RECORD.size
-    sizes = [size for moment, size in INDEX_RECORD.iter_unpack(data[:whole]) if moment < when]
-    return sizes[-1] if sizes else 0
-
-
-def start_of_tail(log: BinaryIO, lines: int, start: int) -> int:
-    """Where the last `lines` lines begin, at `start` or after it. A last line without newline counts as one."""
-    end = log.seek(0, os.SEEK_END)
-    if lines == 0:
-        return end
-    position = end
-    newlines = 0
-    while position > start:
-        step = min(BLOCK, position - start)
-        position -= step
-        log.seek(position)
-        block = log.read(step)
-        searched = len(block) - 1 if position + step == end and block.endswith(b"\n") else len(block)
-        while (searched := block.rfind(b"\n", 0, searched)) >= 0:
-            newlines += 1
-            if newlines == lines:
-                return position + searched + 1
-    return start
-
-
-def _copy(log: BinaryIO) -> None:
-    while block := log.read(BLOCK):
-        sys.stdout.buffer.write(block)
-    sys.stdout.buffer.flush()
-
-
-def _follow(client: Client, pid: int, log: BinaryIO) -> None:
-    """Copy until the agent has ended. Whether it has is asked before the last look at the file, so that what it
-    wrote before its end is printed. When the whole system ends, so has the agent."""
-    ended = False
-    while not ended:
-        ended = _has_ended(client, pid)
-        _copy(log)
-        if not ended:
-            time.sleep(POLL_S)
-
-
-def _has_ended(client: Client, pid: int) -> bool:
-    try:
-        return _inspect(client, pid)["exit"] is not None
-    except OSError as err:
-        if err.errno == errno.ENOTCONN:
-            edge.complain("aios-logs", "aiosd has ended, and the agent with it")
-        elif err.errno != errno.ESRCH:  # it ended, and has fallen out of the history
+        return edge.connect()
+    except NoKernel:
+        if not any(_left_behind(word) for word in words):
             raise
-        return True
+        return None
+
+
+def _left_behind(word: str) -> str:
+    """The log of an agent that no running system knows; "" when there is none."""
+    path = str(Home().logs / f"{int(word)}.log") if word.isascii() and word.isdigit() and len(word) < 20 else ""
+    return path if path and os.path.exists(path) else ""
+
+
+def _open_all(client: Client | None, words: tuple[str, ...]) -> tuple[list[_Log], bool]:
+    """The logs, and whether one is missing. One alone that is missing raises Failed."""
+    logs: list[_Log] = []
+    failed = False
+    for word in words:
+        try:
+            logs.append(_open(client, word))
+        except edge.Failed as err:
+            if len(words) == 1:
+                raise
+            edge.complain("aios-logs", str(err))
+            failed = True
+    return logs, failed
+
+
+def _open(client: Client | None, word: str) -> _Log:
+    pid, name, path, ended = _find(client, word)
+    if not path:
+        raise edge.Failed(f"{word}: no log; its output went where aios-run was started")
+    try:
+        reader = agentlog.Reader(path)
+    except FileNotFoundError:
+        raise edge.Failed(f"{word}: its log is gone ({path})") from None
+    return _Log(pid, f"{edge.printable(name)}[{pid}]" if name else str(pid), reader, ended)
+
+
+def _find(client: Client | None, word: str) -> tuple[int, str, str, bool]:
+    """Pid, name, path of the log, and whether the agent has ended."""
+    left = _left_behind(word)
+    if client is None:
+        if not left:
+            raise edge.Failed(f"{word}: no aiosd is running, and there is no such log")
+        return int(word), "", left, True
+    try:
+        pid = agents.newest(client, word)
+        found = _inspect(client, pid)
+    except (ProcessLookupError, PermissionError) as err:
+        if left and isinstance(err, ProcessLookupError):
+            return int(word), "", left, True
+        raise edge.Failed(edge.reason_about(word, err)) from None
+    return pid, found["name"], found["log"], found["exit"] is not None
+
+
+# ── following ─────────────────────────────────────────────────────────────────────────────────────────────
+
+
+def _follow(client: Client | None, logs: list[_Log], until: float | None) -> None:
+    """Copy until all agents have ended, or it is `until`. Whether they have is asked before the last look at the files,
+    so that what they wrote before their end is printed."""
+    poll = select.poll()
+    poll.register(1, 0)  # tells when the reader of our output has gone
+    while logs:
+        over = until is not None and time.time() >= until
+        ended = [log for log in logs if log.look(client) or over]
+        for log in logs:
+            log.copy()
+        for log in ended:
+            log.end()
+            logs.remove(log)
+        if logs and poll.poll(POLL_S * 1000):
+            raise BrokenPipeError
+

@@ -26,6 +26,7 @@ class Sample:
     at: float  # monotonic
     status: dict[str, Any]
     agents: list[ProcInfo]
+    machine: str = ""  # its figures, in words
 
 
 @dataclass(frozen=True, slots=True)
@@ -61,7 +62,7 @@ def rates(old: Sample | None, new: Sample) -> dict[int, Rate]:
 # ── the system ────────────────────────────────────────────────────────────────────────────────────────────
 
 
-def head(status: dict[str, Any], width: int, clock: float) -> list[str]:
+def head(status: dict[str, Any], width: int, clock: float, machine: str = "") -> list[str]:
     """The lines above the agents."""
     words = [f"aios-top {time.strftime('%H:%M:%S', time.localtime(clock))}"]
     if "uptime_s" in status:
@@ -70,7 +71,7 @@ def head(status: dict[str, Any], width: int, clock: float) -> list[str]:
         words.append(str(status["state"]))
     if "policy" in status:
         words.append(f"policy {status['policy']}{_quantum(status.get('quantum'))}")
-    lines = [", ".join(words), _agents(status)]
+    lines = [", ".join(words), *([machine] if machine else []), _agents(status)]
     models = status.get("models", [])
     indent = max((len(table.printable(model.get("name", "?"))) for model in models), default=0)
     for model in models:
@@ -189,4 +190,4 @@ def rows(sample: Sample, usage: dict[int, Rate], view: View, width: int) -> tupl
 def plain(sample: Sample, old: Sample | None, view: View, clock: float, width: int = 1 << 16) -> list[str]:
     """The whole picture."""
     title, _, lines = rows(sample, rates(old, sample), view, width)
-    return [*head(sample.status, width, clock), "", title, *lines]
+    return [*head(sample.status, width, clock, sample.machine), "", title, *lines]

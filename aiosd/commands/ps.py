@@ -30,6 +30,7 @@ EXAMPLES = """
   aios-ps -C planner -o pid=    the pids of the agents named planner
   aios-ps -e --sort -tokens     the one that used most tokens first
   aios-ps --dead --sort -pid    those that have ended as well, the last one first
+  aios-ps -e --watch            live, every 2 seconds, until Ctrl-C; --watch 0.5: more often
   aios-ps --json                for programs
 """
 
@@ -92,6 +93,14 @@ def _complete_columns(context: click.Context, parameter: click.Parameter, incomp
     "--json", "as_json", is_flag=True, help="For programs: a list of objects, of everything or with -o of that."
 )
 @click.option("--forest", is_flag=True, help="Children below their parents.")
+@click.option(
+    "--watch",
+    type=edge.Seconds(0.1, 86400),
+    is_flag=False,
+    flag_value=2.0,
+    metavar="[S]",
+    help="Again every S seconds (2), in place.",
+)
 def command(
     everything: bool,
     dead: bool,
@@ -103,6 +112,7 @@ def command(
     no_headers: bool,
     as_json: bool,
     forest: bool,
+    watch: float | None,
 ) -> int:
     wanted = _pids(pids)
     try:
@@ -110,16 +120,29 @@ def command(
         order = table.sort_keys(keys)
     except ValueError as err:
         raise click.UsageError(str(err)) from None
-    with edge.connect() as client:
+    if watch is not None and as_json:
+        raise click.UsageError("--watch and --json exclude each other")
+
+    def find(client: Client) -> list[ProcInfo]:
         found = _find(client, everything, dead, wanted, names)
-    table.sort(found, order)
-    branches: list[str] = []
-    if forest:
-        found, branches = table.forest(found)
+        table.sort(found, order)
+        return found
+
+    def picture(found: list[ProcInfo]) -> list[str]:
+        shown, branches = table.forest(found) if forest else (found, [])
+        return table.render(shown, chosen, branches=branches, headers=not no_headers, width=table.line_width())
+
+    with edge.connect() as client:
+        if watch is not None:
+            from aiosd.commands.watch import run
+
+            return run(lambda: picture(find(client)), "aios-ps", watch)
+        found = find(client)
     if as_json:
-        _print_json(table.objects(found, columns) if columns else found)
+        ordered = table.forest(found)[0] if forest else found
+        _print_json(table.objects(ordered, columns) if columns else ordered)
     else:
-        for line in table.render(found, chosen, branches=branches, headers=not no_headers, width=table.line_width()):
+        for line in picture(found):
             print(line)
     return 1 if (pids or names) and not found else 0
 

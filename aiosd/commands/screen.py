@@ -17,7 +17,7 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any
 
-from aiosd.commands import edge, picture, signals, table
+from aiosd.commands import edge, machine, picture, signals, table
 from aiosd.commands.picture import Sample, View
 from libaios.agent import Call
 from libaios.client import Client
@@ -166,7 +166,9 @@ class _Screen:
             return False
         (status, ps), self.asked = self.asked, None
         self.old = self.new
-        self.new = Sample(now, self.client.result(status, dict), self.client.result(ps, list[ProcInfo]))
+        found = self.client.result(status, dict)
+        figures = machine.describe(machine.measure(found.get("home", "/")))
+        self.new = Sample(now, found, self.client.result(ps, list[ProcInfo]), figures)
         self.next_at = now + self.delay
         return True
 
@@ -324,7 +326,7 @@ class _Screen:
         self.window.refresh()
 
     def _draw_sample(self, sample: Sample, height: int, width: int) -> None:
-        top = picture.head(sample.status, width, time.time())
+        top = picture.head(sample.status, width, time.time(), sample.machine)
         most = max(2, height - 8)  # some agents are always to be seen
         for y, line in enumerate(top[:most]):
             self._put(y, line, width, height)
@@ -352,7 +354,7 @@ class _Screen:
     def _put(self, y: int, text: str, width: int, height: int, how: int = 0) -> None:
         if 0 <= y < height and width > 1:
             with contextlib.suppress(curses.error):  # the last cell of the screen: the cursor has nowhere to go
-                self.window.addstr(y, 0, table.cut(text, width), how)
+                self.window.addstr(y, 0, table.spelled(table.cut(text, width), self.window.encoding), how)
 
 
 def _pid(word: str, default: int) -> int:

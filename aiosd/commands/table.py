@@ -13,9 +13,7 @@ from __future__ import annotations
 import os
 import sys
 import time
-import unicodedata
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass
 from typing import Any
 
 from aiosd.units import format_size
@@ -24,12 +22,18 @@ from libaios.wire import ProcInfo
 Value = int | float | str
 
 
-@dataclass(frozen=True, slots=True)
 class Column:
-    header: str
-    value: Callable[[ProcInfo], Value]
-    text: Callable[[ProcInfo], str]
-    left: bool = False  # words to the left, figures to the right
+    """Written out, for a dataclass would take longer to make than a table to print."""
+
+    __slots__ = ("header", "left", "text", "value")
+
+    def __init__(
+        self, header: str, value: Callable[[ProcInfo], Value], text: Callable[[ProcInfo], str], left: bool = False
+    ) -> None:
+        self.header = header
+        self.value = value
+        self.text = text
+        self.left = left  # words to the left, figures to the right
 
 
 def cpu_time(seconds: float) -> str:
@@ -75,6 +79,8 @@ def cells(text: str) -> int:
 
 
 def _cells_of(character: str) -> int:
+    import unicodedata  # seldom needed
+
     if unicodedata.combining(character) or unicodedata.category(character) in ("Mn", "Me", "Cf"):
         return 0
     return 2 if unicodedata.east_asian_width(character) in "WF" else 1
@@ -91,8 +97,22 @@ def cut(text: str, width: int | None) -> str:
     return text
 
 
+def spelled(text: str, encoding: str) -> str:
+    """The text in characters that `encoding` has, each other one replaced by question marks that are as wide."""
+    if text.isascii():
+        return text
+    return "".join(c if _has(encoding, c) else "?" * _cells_of(c) for c in text)
+
+
+def _has(encoding: str, character: str) -> bool:
+    try:
+        return bool(character.encode(encoding))
+    except UnicodeEncodeError:
+        return False
+
+
 def line_width() -> int | None:
-    """Cells in a line, where stdout is a terminal: COLUMNS, if somebody has set that, or what the terminal has."""
+    """Cells in a line, where stdout is a terminal: COLUMNS, where it is set, or what the terminal has."""
     if not sys.stdout.isatty():
         return None
     columns = os.environ.get("COLUMNS", "")

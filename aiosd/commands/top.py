@@ -2,6 +2,7 @@
 
 $ aios-top -b
 aios-top 14:05:22, up 12 min 3 s, policy fair (64 tokens or 10 s)
+2 CPUs 97% busy, load 1.80 1.10 0.90, memory 3.2G of 15.6G, disk 76.0G of 252G free
 agents 3: 2 R, 1 S, at most 333; 2 open calls
 nano  slots 2 of 32  [##..................]  2 running  0 waiting  0 preempted
       310.2 tokens/s  prefill 4,100/s  step 6.4 ms  prefix hits 67%
@@ -89,4 +90,7 @@ def sample(client: Client) -> Sample:
     """Ask the system, and wait for the answers."""
     asked = client.submit(Sys.STATUS, Status())
     found = client.call(Sys.PS, Ps(all=True), list[ProcInfo])
-    return Sample(time.monotonic(), client.result(asked, dict), found)
+    status = client.result(asked, dict)
+    from aiosd.commands import machine
+
+    return Sample(time.monotonic(), status, found, machine.describe(machine.measure(status.get("home", "/"))))

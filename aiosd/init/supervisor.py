@@ -191,16 +191,21 @@ class Supervisor:
     def _reload(self) -> None:
         """SIGHUP: some settings can change in a running system (`config.LIVE`); the rest needs a restart, and the log
         says so."""
-        from aiosd.config import reload
+        from aiosd.config import reload_and_report
 
         try:
-            self.settings, needs_restart = reload(self.settings)
-        except Exception as err:  # a broken file must not take a running system down
-            logger.error("settings not read again: %s", err)
+            self.settings = reload_and_report(self.settings)
+        except Exception:  # a broken file must not take a running system down, nor a mistake in reading it
+            logger.exception("settings not read again")
             return
+        report = self.settings.reread
+        if report["error"]:
+            logger.error("settings not read again: %s", report["error"])
+        else:
+            waiting = ", ".join(report["after_restart"])
+            logger.info("settings read again%s", f"; after a restart: {waiting}" if waiting else "")
         log.set_level(self.settings.log_level)
-        self._tell(link.Reread(self.settings.log_level, self.settings.schedule()))
-        logger.info("settings read again%s", f"; after a restart: {', '.join(needs_restart)}" if needs_restart else "")
+        self._tell(link.Reread(self.settings.log_level, self.settings.schedule(), dict(report)))
 
     # ── the kernel ────────────────────────────────────────────────────────────────────────────────────────
 
@@ -498,9 +503,6 @@ class Supervisor:
             return
         if agent.status is None:
             raise Bug(f"agent {agent.pid} forgotten while alive")
-        if agent.log:
-            with contextlib.suppress(OSError):
-                os.unlink(agent.log)
 
     def _on_ready(self, message: link.Ready, fds: list[int]) -> None:
         if self.stopping:

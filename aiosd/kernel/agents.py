@@ -17,7 +17,7 @@ from aiosd.kernel.calls import Calls
 from aiosd.kernel.enforce import Enforcer
 from aiosd.kernel.generations import Generations
 from aiosd.kernel.ledger import Ledger
-from aiosd.kernel.logindex import LogIndex
+from aiosd.kernel.logkeeper import LogKeeper
 from aiosd.kernel.mail import Mail
 from aiosd.kernel.peer import AgentPeer, Call
 from aiosd.kernel.proc import INIT, Event, Proc, ProcTable, State
@@ -51,7 +51,7 @@ class Agents:
         generations: Generations,
         waiters: Waiters,
         mail: Mail,
-        log_index: LogIndex,
+        logs: LogKeeper,
     ) -> None:
         self.table = table
         self.calls = calls
@@ -65,7 +65,7 @@ class Agents:
         self.generations = generations
         self.waiters = waiters
         self.mail = mail
-        self.log_index = log_index
+        self.logs = logs
         self.by_ospid: dict[int, Proc] = {}  # live ones
         self.forks: dict[link.Key, tuple[Call, link.Fork]] = {}  # spawns under way
         self.stopping = False  # the system goes down
@@ -270,7 +270,7 @@ class Agents:
         self.mail.forget(proc.pid)
         self.budgets.leave(proc.pid, proc.budgets)
         if proc.log:
-            self.log_index.close(proc.log)
+            self.logs.close(proc.log)
         if message.reason:
             self.enforcer.set_reason(proc, message.reason)
         for child in self.table.exit(proc, message.status):
@@ -294,6 +294,7 @@ class Agents:
         for pid in forgotten:
             self.uplink.send(link.Forget(pid))
             self.budgets.forget(pid)
+        self.logs.forget(forgotten, len(self.table.history))
 
     def collect(self, proc: Proc, by: link.Key, result: wire.Waited) -> None:
         """The parent gets the exit status with this call."""

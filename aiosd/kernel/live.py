@@ -47,6 +47,7 @@ class Live:
                 policy=schedule.policy,
                 quantum=(schedule.tokens, schedule.seconds),
                 shares=schedule.shares,
+                reread=message.report,
             )
         )
 

@@ -37,6 +37,7 @@ from aiosd.kernel.journal import Journal
 from aiosd.kernel.ledger import Ledger
 from aiosd.kernel.live import Live
 from aiosd.kernel.loading import Loading
+from aiosd.kernel.logkeeper import LogKeeper
 from aiosd.kernel.mail import Mail
 from aiosd.kernel.measure import Measure
 from aiosd.kernel.peer import AgentPeer, ClientPeer, Peer
@@ -97,7 +98,9 @@ class Kernel:
         self.waiters = Waiters(self.table, self.calls, self.rights)
         self.generations = Generations(self.calls, self.table, self.cores, self.live.schedule)
         self.enforcer = Enforcer(self.table, self.uplink, self.timers, self._deliver)
-        self.measure = Measure(self.table, self.timers, self.jobs, self.enforcer.memory_exceeded)
+        settings = born.settings
+        self.logs = LogKeeper(settings.home.logs, settings.log_size, settings.log_keep, settings.keep_dead)
+        self.measure = Measure(self.table, self.timers, self.jobs, self.enforcer.memory_exceeded, self.logs)
         self.handlers: dict[int, Handler] = {}
         asker = Asker(self.services, self.calls, self.generations.caller_of, {LLM: self.generations.choose})
         self.dispatcher = Dispatcher(self.calls, self.rights, asker, self.handlers, born.memo.get)
@@ -114,7 +117,7 @@ class Kernel:
             self.generations,
             self.waiters,
             self.mail,
-            self.measure.log_index,
+            self.logs,
         )
         self.generations.spent, self.generations.refused = self.enforcer.spent, self.enforcer.refused
         self.generations.stood_still = self.agents.stood_still
@@ -200,6 +203,7 @@ class Kernel:
             if process.ospid:
                 self._connect(service, process.ospid, process.deaths, process.memfd, process.kernel_bell)
         self.agents.adopt(self.born.agents)
+        self.logs.start({agent.pid for agent in self.born.agents}, len(self.table.history))
         self.mail.adopt({proc.pid: proc for proc in self.table.live()})
         self.budgets.adopt({proc.pid for proc in self.table} | set(self.table.history))
         if self.born.epoch > 1:

@@ -8,26 +8,28 @@ from collections.abc import Callable, Iterator, Sequence
 from aiosd import procfs
 from aiosd.kernel.budget import SAMPLE_S, Budget
 from aiosd.kernel.jobs import Jobs
-from aiosd.kernel.logindex import LogIndex
+from aiosd.kernel.logkeeper import LogKeeper
 from aiosd.kernel.proc import Proc, ProcTable
 from aiosd.timers import Timers
 
-LOG_INDEX_S = 1.0
+LOG_SAMPLE_S = 1.0
 SAMPLE_FEW = 16  # agents without a memory budget that are measured in one sample
 
 
 class Measure:
     """`exceeded` is called with a memory budget that was found exceeded."""
 
-    def __init__(self, table: ProcTable, timers: Timers, jobs: Jobs, exceeded: Callable[[Budget], None]) -> None:
+    def __init__(
+        self, table: ProcTable, timers: Timers, jobs: Jobs, exceeded: Callable[[Budget], None], logs: LogKeeper
+    ) -> None:
         self._table = table
         self._timers = timers
         self._jobs = jobs
         self._exceeded = exceeded
-        self.log_index = LogIndex()
+        self._logs = logs
 
     def start(self) -> None:
-        self._jobs.start(self._index_logs())
+        self._jobs.start(self._sample_logs())
         self._jobs.start(self._sample_memory())
 
     def _again(self, after_s: float, job: Callable[[], Iterator[None]]) -> None:
@@ -65,12 +67,12 @@ class Measure:
             self._sample(proc)
             yield
 
-    def _index_logs(self) -> Iterator[None]:
+    def _sample_logs(self) -> Iterator[None]:
         for proc in self._table.live():
             if proc.log and proc.alive:
-                self.log_index.sample(proc.log)
+                self._logs.sample(proc.log)
                 yield
-        self._again(LOG_INDEX_S, self._index_logs)
+        self._again(LOG_SAMPLE_S, self._sample_logs)
 
 
 def _limited(proc: Proc) -> bool:

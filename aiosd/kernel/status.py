@@ -139,6 +139,8 @@ class StatusRequests:
             "models": [_model(core) for core in self._services if isinstance(core, Core)],
             "services": [_service(service) for service in self._services],
         }
+        if settings.reread:
+            status["reread"] = dict(settings.reread)
         if wrong is not None:
             status["check"] = wrong
         return status

@@ -1,0 +1,227 @@
+"""The log of a detached agent: its files, the index beside them, and reading them in order.
+
+    7.log               what agent 7 writes to, through a descriptor of its own
+    7.idx               how large 7.log was when
+    7.log.1  7.idx.1    what was written before that; .2 is older than .1, and so on
+
+The agent writes straight into 7.log, so its lines carry no time. The index has a record of 16 bytes (Unix time as
+float64, size of the log in bytes as uint64, little-endian) for each sample that found the log larger, or smaller, than
+before. The kernel samples once a second (`aiosd.kernel.logkeeper`), which is how fine --since and --until can tell.
+
+The descriptor cannot be exchanged in the agent. So a log becomes shorter at its beginning: what is there is copied to
+a file of its own, and then cut off (`aiosd.kernel.logkeeper` says how). The index of a log that was cut begins with a
+record of the time 0, whose size is how many bytes have been cut off in all. So every byte that an agent has written
+has a number of its own for good, and a reader finds its place again whatever was cut off meanwhile. While a log is
+cut, and while a reader looks at the files and reads a block, each has a lock (flock) on 7.log. """
+
+from __future__ import annotations
+
+import contextlib
+import fcntl
+import os
+import struct
+from collections.abc import Iterator
+from typing import NamedTuple
+
+RECORD = struct.Struct("<dQ")  # Unix time, size of the log then
+BLOCK = 1 << 16
+
+Record = tuple[float, int]
+
+
+def index_path(log: str) -> str:
+    """Of `7.log` or `7.log.1`."""
+    stem, _, number = log.rpartition(".log")
+    return f"{stem}.idx{number}"
+
+
+def rotated_path(log: str, number: int) -> str:
+    return f"{log}.{number}"
+
+
+def remove(log: str) -> None:
+    """The log with all that belongs to it. What is gone already is no error."""
+    number = 0
+    while _unlink(log if number == 0 else rotated_path(log, number)) or number == 0:
+        _unlink(index_path(log if number == 0 else rotated_path(log, number)))
+        number += 1
+
+
+def _unlink(path: str) -> bool:
+    try:
+        os.unlink(path)
+    except FileNotFoundError:
+        return False
+    return True
+
+
+# ── the index ─────────────────────────────────────────────────────────────────────────────────────────────
+
+
+class Index(NamedTuple):
+    """One index, read."""
+
+    cut: int = 0  # bytes that were written before the log begins
+    records: list[Record] = []  # noqa: RUF012 # never changed
+
+
+def read_index(path: str) -> Index:
+    """All whole records; none where there is no index."""
+    try:
+        with open(path, "rb") as file:
+            data = file.read()
+    except FileNotFoundError:
+        return Index()
+    records = list(RECORD.iter_unpack(data[: len(data) - len(data) % RECORD.size]))
+    if records and records[0][0] == 0.0:
+        return Index(records[0][1], records[1:])
+    return Index(0, records)
+
+
+def _read_cut(path: str) -> int:
+    """How much had been cut off before the log begins, without reading all of its index."""
+    with contextlib.suppress(FileNotFoundError), open(path, "rb", buffering=0) as file:
+        head = file.read(RECORD.size)
+        if len(head) == RECORD.size:
+            moment, cut = RECORD.unpack(head)
+            return int(cut) if moment == 0.0 else 0
+    return 0
+
+
+def written_before(records: list[Record], when: float, size: int) -> int | None:
+    """How much of a log of `size` bytes had been written at `when`, at most; None: the index does not go back so far.
+    A log that was truncated since then (it was smaller afterwards) has nothing left of that time: 0."""
+    found = None
+    last = 0
+    for moment, there in [*records, (float("inf"), size)]:
+        if there < last:
+            found = 0 if found is not None else None
+        if moment < when:
+            found = there
+        last = there
+    return found
+
+
+def written_until(records: list[Record], when: float, size: int) -> int:
+    """How much of it had been written at `when`, at least; all of it where the index knows of nothing later."""
+    return next((min(there, size) for moment, there in records if moment >= when), size)
+
+
+# ── reading ───────────────────────────────────────────────────────────────────────────────────────────────
+
+
+class Part(NamedTuple):
+    """One file of a log, which holds the bytes from number `start` to `end`."""
+
+    path: str
+    start: int
+    end: int
+
+
+class Reader:
+    """Reads a log from a place on, across its files, while they change. `read` brings what is there, b"" at the end."""
+
+    def __init__(self, log: str) -> None:
+        """Raises FileNotFoundError."""
+        self.log = log
+        self._file = open(log, "rb")  # noqa: SIM115 # open as long as the reader is
+        self._at = 0  # the number of the byte that is read next
+        self._end: int | None = None  # where to stop
+
+    def close(self) -> None:
+        self._file.close()
+
+    def seek(self, since: float | None = None, until: float | None = None, tail: int | None = None) -> None:
+        """To the beginning; or to what was written since a moment; or to the last `tail` lines of that. `until`: stop
+        at what was written by then."""
+        with self._locked():
+            parts = self._parts()
+            start = parts[0].start if since is None else _start(parts, since)
+            end = parts[-1].end if until is None else max(start, _written_by(parts, until))
+            self._at = start if tail is None else start_of_tail(parts, tail, start, end)
+            self._end = None if until is None else end
+
+    def read(self, limit: int = BLOCK) -> bytes:
+        if self._end is not None:
+            limit = min(limit, self._end - self._at)
+        if limit <= 0:
+            return b""
+        with self._locked():
+            parts = self._parts()
+            if self._at < parts[0].start:  # what was to come next is gone
+                self._at = parts[0].start
+            if self._at > parts[-1].end:  # truncated by other hands: what is there is new
+                self._at = parts[-1].start
+            data = pread(parts, limit, self._at)
+        self._at += len(data)
+        return data
+
+    def _parts(self) -> list[Part]:
+        """All files of the log, the oldest first, the one that is written to last."""
+        start = _read_cut(index_path(self.log))
+        found = [Part(self.log, start, start + os.fstat(self._file.fileno()).st_size)]
+        with contextlib.suppress(FileNotFoundError):
+            while True:
+                path = rotated_path(self.log, len(found))
+                start = found[-1].start
+                found.append(Part(path, start - os.stat(path).st_size, start))
+        return found[::-1]
+
+    @contextlib.contextmanager
+    def _locked(self) -> Iterator[None]:
+        fcntl.flock(self._file, fcntl.LOCK_SH)
+        try:
+            yield
+        finally:
+            fcntl.flock(self._file, fcntl.LOCK_UN)
+
+
+def pread(parts: list[Part], size: int, start: int) -> bytes:
+    """Up to so many bytes from number `start` on, as long as the files do not change; all that are there."""
+    found = b""
+    for part in parts:
+        if len(found) < size and part.start <= start < part.end:
+            with open(part.path, "rb", buffering=0) as file:
+                data = os.pread(file.fileno(), min(size - len(found), part.end - start), start - part.start)
+            found += data
+            start += len(data)
+    return found
+
+
+def _start(parts: list[Part], since: float) -> int:
+    """Where that begins which was written since then: behind what the newest index that goes back so far has."""
+    for part in reversed(parts):
+        size = part.end - part.start
+        before = written_before(read_index(index_path(part.path)).records, since, size)
+        if before is not None:
+            return part.start + min(before, size)
+    return parts[0].start
+
+
+def _written_by(parts: list[Part], until: float) -> int:
+    """Where that ends which was written by then: in the first file whose index has something later."""
+    for part in parts:
+        size = part.end - part.start
+        upto = written_until(read_index(index_path(part.path)).records, until, size)
+        if upto < size:
+            return part.start + upto
+    return parts[-1].end
+
+
+def start_of_tail(parts: list[Part], lines: int, start: int, end: int) -> int:
+    """Where the last `lines` lines before `end` begin, at `start` or after it. A last line without newline counts as
+    one."""
+    if lines == 0:
+        return end
+    position = end
+    newlines = 0
+    while position > start:
+        step = min(BLOCK, position - start)
+        position -= step
+        block = pread(parts, step, position)
+        searched = len(block) - 1 if position + step == end and block.endswith(b"\n") else len(block)
+        while (searched := block.rfind(b"\n", 0, searched)) >= 0:
+            newlines += 1
+            if newlines == lines:
+                return position + searched + 1
+    return start

@@ -1,0 +1,189 @@
+"""Agents that start with the system: what stands under [[agent]] in aiosd.toml.
+
+    [[agent]]
+    name = "planner"                  in aios-ps; else that of the script, as with aios-run
+    file = "agents/planner.py"        or module = "my.planner", or command = "node planner.js" or a list of words
+    args = ["--fast"]
+    cwd = "agents"                    as seen from the folder of aiosd.toml, which is also what it is without
+    nice = 5
+    group = "web"
+    tokens = 100000                   budgets: tokens, time (60, "10m"), memory ("512M")
+    restart = "on-failure:3"          see aiosd.restart
+    env = { PLAN = "day" }            beside the environment that aiosd has
+
+`READERS` checks one such table key by key, `read` as a whole; `spawn` makes of it what `aios-run -d` would send.
+"""
+
+from __future__ import annotations
+
+import os
+import shlex
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+import msgspec
+
+from aiosd import restart
+from aiosd.units import parse_duration, parse_size
+from libaios import wire
+
+KINDS = {"file": "file", "module": "module", "command": "exec"}  # a key, and what wire.Spawn calls it
+
+
+@dataclass(frozen=True, slots=True)
+class AgentSpec:
+    """One agent of the file."""
+
+    kind: str  # as in wire.Spawn
+    target: str
+    args: tuple[str, ...] = ()
+    cwd: str = "/"
+    name: str | None = None
+    nice: int | None = None
+    group: str | None = None
+    limits: wire.Limits = field(default_factory=wire.Limits)
+    restart: restart.Policy = field(default_factory=restart.Policy)
+    env: Mapping[str, str] = field(default_factory=dict)
+
+
+def spawn(spec: AgentSpec, environ: Mapping[str, str], umask: int = 0o022) -> wire.Spawn:
+    """The system call that starts it, in the environment `environ` and what the file adds to it."""
+    env = {key: value for key, value in environ.items() if key not in (wire.ENV_CHANNEL, wire.ENV_PID)}
+    return wire.Spawn(
+        kind=spec.kind,
+        target=spec.target,
+        args=list(spec.args),
+        env=env | dict(spec.env),
+        cwd=spec.cwd,
+        name=spec.name,
+        nice=spec.nice,
+        group=spec.group,
+        limits=spec.limits,
+        umask=umask,
+        detached=True,
+    )
+
+
+def read(values: Mapping[str, Any], folder: str) -> AgentSpec:
+    """One agent of its keys, each of which has been read by its reader. ValueError with a sentence."""
+    given = [key for key in KINDS if key in values]
+    if len(given) != 1:
+        found = f", not {' and '.join(given)}" if given else ""
+        raise ValueError(f"an agent has one of file, module and command{found}")
+    words = list(values[given[0]])
+    return AgentSpec(
+        kind=KINDS[given[0]],
+        target=words[0],
+        args=(*words[1:], *values.get("args", ())),
+        cwd=os.path.normpath(os.path.join(folder, os.path.expanduser(values.get("cwd", ".")))),
+        name=values.get("name"),
+        nice=values.get("nice"),
+        group=values.get("group"),
+        limits=wire.Limits(values.get("tokens"), values.get("time"), values.get("memory")),
+        restart=values.get("restart", restart.Policy()),
+        env=values.get("env", {}),
+    )
+
+
+# ── the keys ──────────────────────────────────────────────────────────────────────────────────────────────
+
+
+def _text(value: Any) -> str:
+    if not isinstance(value, str) or not value:
+        raise ValueError(f"{value!r} is no text")
+    if "\0" in value:
+        raise ValueError("a text with a null byte")
+    return value
+
+
+def _one_word(value: Any) -> list[str]:
+    return [_text(value)]
+
+
+def _words(value: Any) -> list[str]:
+    if not isinstance(value, list) or not all(isinstance(word, str) and "\0" not in word for word in value):
+        raise ValueError(f"{value!r} is no list of texts")
+    return value
+
+
+def _command(value: Any) -> list[str]:
+    """A list of words, or one line that is split as a shell would."""
+    words = shlex.split(value) if isinstance(value, str) else _words(value)
+    if not words or not words[0]:
+        raise ValueError("no program is named")
+    return words
+
+
+def _name(value: Any) -> str:
+    try:
+        name = msgspec.convert(value, wire.Name)
+    except msgspec.ValidationError:
+        raise ValueError(f"{value!r} is no name (up to 64 characters, no blank, no '/')") from None
+    if name.isdecimal() or name.startswith("-"):
+        raise ValueError(f"{value!r} would be taken for a pid or an option")
+    return name
+
+
+def _group(value: Any) -> str:
+    try:
+        return msgspec.convert(value, wire.Name)
+    except msgspec.ValidationError:
+        raise ValueError(f"{value!r} is no name of a group (up to 64 characters, no blank, no '/')") from None
+
+
+def _number(low: int, high: int) -> Callable[[Any], int]:
+    def read_number(value: Any) -> int:
+        if not isinstance(value, int) or isinstance(value, bool):
+            raise ValueError(f"{value!r} is no whole number")
+        if not low <= value <= high:
+            raise ValueError(f"{value} is out of range (from {low} to {high})")
+        return value
+
+    return read_number
+
+
+def _time(value: Any) -> float:
+    seconds = parse_duration(value) if isinstance(value, str) else value
+    if not isinstance(seconds, int | float) or isinstance(seconds, bool) or not 0 <= seconds <= 1e9:
+        raise ValueError(f"{value!r} is no length of time (such as 60 or '10m')")
+    return float(seconds)
+
+
+def _memory(value: Any) -> int:
+    if isinstance(value, bool) or not isinstance(value, int | str):
+        raise ValueError(f"{value!r} is no size (such as 512M or 2G)")
+    return parse_size(str(value))
+
+
+def _env(value: Any) -> dict[str, str]:
+    if not isinstance(value, dict):
+        raise ValueError(f"{value!r} is no table of variables (such as {{ NAME = 'value' }})")
+    for key, text in value.items():
+        if not key or "=" in key or "\0" in key or not isinstance(text, str) or "\0" in text:
+            raise ValueError(f"{key} = {text!r} is no variable of an environment")
+    return value
+
+
+def _restart(value: Any) -> restart.Policy:
+    if not isinstance(value, str):
+        raise ValueError(f"{value!r} is no restart policy (no, on-failure[:N] or always[:N])")
+    return restart.parse(value)
+
+
+#: Every key of [[agent]], and what makes its value of what TOML gave, or raises ValueError.
+READERS: dict[str, Callable[[Any], Any]] = {
+    "file": _one_word,
+    "module": _one_word,
+    "command": _command,
+    "args": _words,
+    "name": _name,
+    "nice": _number(-20, 19),
+    "group": _group,
+    "tokens": _number(0, 1 << 62),
+    "time": _time,
+    "memory": _memory,
+    "restart": _restart,
+    "env": _env,
+    "cwd": _text,
+}

@@ -1,0 +1,65 @@
+"""The machine's figures, for `aiosd status` and aios-top: processors, memory, load, disk of the data folder.
+
+Imported by these two, and only when they show them: psutil takes its time to load.
+"""
+
+from __future__ import annotations
+
+import os
+from dataclasses import dataclass
+
+import psutil
+
+from aiosd.units import format_size
+
+
+@dataclass(frozen=True, slots=True)
+class Figures:
+    cpus: int
+    cpu_percent: float | None  # of all processors together; None: not known yet
+    load: tuple[float, float, float]  # of the last 1, 5 and 15 minutes
+    memory_used: int
+    memory_total: int
+    disk_free: int | None  # None: the folder cannot be asked
+    disk_total: int | None
+
+
+def measure(folder: str, interval_s: float | None = None) -> Figures:
+    """`interval_s`: watch the processors for so long; else since the last call, of which the first knows nothing."""
+    cpu: float | None = psutil.cpu_percent(interval_s)
+    if interval_s is None and not _asked_before():
+        cpu = None
+    memory = psutil.virtual_memory()
+    try:
+        disk = psutil.disk_usage(folder)
+    except OSError:
+        disk = None
+    return Figures(
+        cpus=psutil.cpu_count() or 1,
+        cpu_percent=cpu,
+        load=os.getloadavg(),
+        memory_used=memory.total - memory.available,
+        memory_total=memory.total,
+        disk_free=disk.free if disk else None,
+        disk_total=disk.total if disk else None,
+    )
+
+
+_asked: list[bool] = []  # whether psutil has a moment to compare with
+
+
+def _asked_before() -> bool:
+    before, _asked[:] = bool(_asked), [True]
+    return before
+
+
+def describe(machine: Figures) -> str:
+    """`2 CPUs 35% busy, load 0.51 0.40 0.38, memory 3.2G of 15.6G, disk 76.0G of 252G free`"""
+    cpus = f"{machine.cpus} CPU{'s' * (machine.cpus != 1)}"
+    if machine.cpu_percent is not None:
+        cpus += f" {machine.cpu_percent:.0f}% busy"
+    parts = [cpus, "load " + " ".join(f"{load:.2f}" for load in machine.load)]
+    parts.append(f"memory {format_size(machine.memory_used)} of {format_size(machine.memory_total)}")
+    if machine.disk_free is not None and machine.disk_total is not None:
+        parts.append(f"disk {format_size(machine.disk_free)} of {format_size(machine.disk_total)} free")
+    return ", ".join(parts)

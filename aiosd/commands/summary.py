@@ -1,0 +1,119 @@
+"""What `aiosd status` prints: a few lines, or (-v) all that the system tells of itself."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from aiosd.commands.edge import printable
+from aiosd.units import format_duration, format_size
+
+
+def brief(found: dict[str, Any], machine: str = "") -> list[str]:
+    """What a person looks for first. A figure that the system does not tell is left out."""
+    rows = {"home": str(found.get("home", "")), "policy": _policy(found), "agents": _agents(found)}
+    rows |= {f"model {model.get('name', '?')}": _model_in_a_line(model) for model in found.get("models", [])}
+    others = [service for service in found.get("services", []) if service.get("state") not in (None, "ready")]
+    rows |= {str(service.get("name", "?")): str(service["state"]) for service in others}
+    rows["machine"] = machine
+    width = max(map(len, rows))
+    lines = [_head(found)]
+    lines += [f"  {printable(name):{width}}  {printable(text)}" for name, text in rows.items() if text]
+    return lines + _checked(found.get("check"))
+
+
+def _head(found: dict[str, Any]) -> str:
+    parts = [f"aiosd {found.get('version', '')}", str(found.get("state", ""))]
+    if "uptime_s" in found:
+        parts.append(f"up {format_duration(found['uptime_s'])}")
+    parts.append(f"pid {found.get('pid', '?')}")
+    return ", ".join(part for part in parts if part)
+
+
+def _policy(found: dict[str, Any]) -> str:
+    quantum = found.get("quantum") or {}
+    if "tokens" not in quantum:
+        return str(found.get("policy", ""))
+    return f"{found.get('policy', '')} ({quantum['tokens']} tokens or {quantum.get('seconds', 0):g} s)"
+
+
+def _agents(found: dict[str, Any]) -> str:
+    states = found.get("agents", {})
+    text = str(sum(states.values()))
+    if states:
+        text += f" ({', '.join(f'{count} {stat}' for stat, count in sorted(states.items()))})"
+    if "max_agents" in found:
+        text += f", at most {found['max_agents']}"
+    return text
+
+
+def _model_in_a_line(model: dict[str, Any]) -> str:
+    info, stats = model.get("info") or {}, model.get("stats") or {}
+    parts = [str(model.get("state", "?"))]
+    if model.get("state") != "ready" and model.get("last_death"):
+        parts.append(str(model["last_death"]))
+    slots = stats.get("slots")
+    if isinstance(slots, dict) and "total" in slots:
+        parts.append(f"{slots.get('used', 0)} of {slots['total']} slots of {info.get('n_ctx', '?')} tokens")
+    if model.get("open_calls"):
+        parts.append(f"{model['open_calls']} open calls")
+    if stats.get("tokens_per_s"):
+        parts.append(f"{stats['tokens_per_s']:,.1f} tokens/s")
+    if model.get("default"):
+        parts.append("the default")
+    return ", ".join(parts)
+
+
+def _checked(problems: list[str] | None) -> list[str]:
+    if problems is None:
+        return []
+    return [f"check: {printable(problem)}" for problem in problems] or ["check: all books balance"]
+
+
+# ── all of it ─────────────────────────────────────────────────────────────────────────────────────────────
+
+
+def describe(found: dict[str, Any], machine: str = "") -> list[str]:
+    """Everything. What this function does not know by name is shown under its own."""
+    rest = dict(found)
+    lines = [_head(found)]
+    models, checked = rest.pop("models", []), rest.pop("check", None)
+    rows: dict[str, Any] = {name: rest.pop(name) for name in ("home", "logs", "log", "policy") if name in rest}
+    rows["agents"] = _agents(found)
+    if machine:
+        rows["machine"] = machine
+    known = ("version", "state", "uptime_s", "pid", "agents", "max_agents")
+    rows |= {name: value for name, value in rest.items() if name not in known}
+    lines += [f"  {name.replace('_', ' '):18} {_value(name, value)}" for name, value in rows.items()]
+    for model in models:
+        lines += _describe_model(dict(model))
+    return lines + _checked(checked)
+
+
+def _describe_model(model: dict[str, Any]) -> list[str]:
+    info, stats = dict(model.pop("info", None) or {}), model.pop("stats", None) or {}
+    default = " (default)" if model.pop("default", False) else ""
+    lines = [f"model {model.pop('name', '?')}{default}, {model.pop('state', '?')}, pid {model.pop('pid', '?')}"]
+    rows = {"path": model.pop("path", info.get("path", ""))}
+    if info:
+        rows["runs"] = (
+            f"{info.pop('n_slots', '?')} slots of {info.pop('n_ctx', '?')} tokens, "
+            f"GPU layers: {info.pop('gpu_layers', 0) or 'none'}"
+        )
+        for known in ("name", "path", "default"):
+            info.pop(known, None)
+    rows |= {name: value for name, value in (model | info).items() if value not in ("", None)} | stats
+    return [*lines, *(f"  {name.replace('_', ' '):18} {_value(name, value)}" for name, value in rows.items())]
+
+
+def _value(name: str, value: Any) -> str:
+    if isinstance(value, dict):
+        inherited = "bytes" if name.endswith("bytes") else ""
+        parts = (f"{key.replace('_', ' ')} {_value(inherited or key, part)}" for key, part in value.items())
+        return ", ".join(parts) or "-"
+    if isinstance(value, list):
+        return ", ".join(_value(name, part) for part in value) or "-"
+    if isinstance(value, bool):
+        return "yes" if value else "no"
+    if isinstance(value, int) and name.endswith(("bytes", "budget")):
+        return format_size(value)
+    return f"{value:g}" if isinstance(value, float) else str(value)

@@ -1,0 +1,71 @@
+"""One picture again and again: in place on a terminal, one after another elsewhere. For `aios-ps --watch`."""
+
+from __future__ import annotations
+
+import os
+import signal
+import sys
+import time
+from collections.abc import Callable
+
+ENTER = "\x1b[?1049h\x1b[?25l"  # the other screen, no cursor
+LEAVE = "\x1b[?25h\x1b[?1049l"
+HOME, END_OF_LINE, END_OF_SCREEN = "\x1b[H", "\x1b[K", "\x1b[J"
+
+
+class _Ended(Exception):
+    """By a signal."""
+
+
+def run(picture: Callable[[], list[str]], title: str, seconds: float) -> int:
+    """Until a signal ends it; the exit code. Ctrl-C raises KeyboardInterrupt, as everywhere. The terminal is given back
+    in each case."""
+    if not sys.stdout.isatty() or os.environ.get("TERM", "dumb") == "dumb":
+        return _one_after_another(picture, seconds)
+    old = {number: signal.signal(number, _end) for number in (signal.SIGTERM, signal.SIGHUP)}
+    old[signal.SIGTSTP] = signal.signal(signal.SIGTSTP, _stop)
+    _write(ENTER)
+    try:
+        while True:
+            _write(_screen(picture(), f"{title}   every {seconds:g} s   {time.strftime('%H:%M:%S')}"))
+            time.sleep(seconds)
+    except _Ended as end:
+        return 128 + int(end.args[0])
+    finally:
+        _write(LEAVE)
+        for number, handler in old.items():
+            signal.signal(number, handler)
+
+
+def _one_after_another(picture: Callable[[], list[str]], seconds: float) -> int:
+    while True:
+        print("\n".join(picture()), end="\n\n", flush=True)
+        time.sleep(seconds)
+
+
+def _screen(lines: list[str], title: str) -> str:
+    """From the first line of the terminal to the last, so that nothing scrolls."""
+    size = os.get_terminal_size(1)
+    room = max(size.lines - 2, 1)
+    shown = [title[: size.columns], *lines[:room]]
+    if len(lines) > room:
+        shown[-1] = f"… {len(lines) - room + 1} more lines"[: size.columns]
+    return HOME + "\n".join(line + END_OF_LINE for line in shown) + END_OF_SCREEN
+
+
+def _write(text: str) -> None:
+    sys.stdout.write(text)
+    sys.stdout.flush()
+
+
+def _end(number: int, frame: object) -> None:
+    raise _Ended(number)
+
+
+def _stop(number: int, frame: object) -> None:
+    """Ctrl-Z: give the terminal back, stop as the shell expects it, and take it again."""
+    _write(LEAVE)
+    signal.signal(signal.SIGTSTP, signal.SIG_DFL)
+    os.kill(os.getpid(), signal.SIGTSTP)
+    signal.signal(signal.SIGTSTP, _stop)
+    _write(ENTER)

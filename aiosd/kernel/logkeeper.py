@@ -1,0 +1,295 @@
+"""Keeps the logs of agents within their limits: samples sizes, makes room, removes what is forgotten.
+
+Once a second the kernel looks at the size of each log (one stat), and notes it in the log's index when it changed.
+Whatever may wait for a disk is done by a thread of its own, which lives while there is something to do: the kernel's
+loop goes on. A log is the loop's or the thread's, never both's (`_busy`).
+
+Making room (`rotate`). Only the agent writes to its log, and only at the end, so what is there does not change. It is
+copied to `7.log.1`, and then the beginning of the log is cut off, by fallocate(2) with COLLAPSE_RANGE: what the agent
+writes meanwhile stays in the log, and nothing is lost. ext4 and xfs can do that, in whole blocks; the rest of a block
+stays in the log. On other file systems (btrfs, tmpfs, network ones) the copy goes on until it has caught up with the
+agent, and the log is truncated: what the agent writes in the moment between the last read and the truncation (some
+microseconds) is lost.
+
+Which dead agents are remembered is the process table's business (keep_dead). Logs of earlier boots count with them:
+they go, the oldest first, when more agents have died since than leave room for them (`forget`). """
+
+from __future__ import annotations
+
+import contextlib
+import fcntl
+import logging
+import os
+import threading
+import time
+from collections import deque
+from collections.abc import Callable, Container, Iterable, Iterator
+from functools import partial
+from pathlib import Path
+
+from aiosd.agentlog import RECORD, Index, Record, index_path, read_index, remove, rotated_path
+
+logger = logging.getLogger("kernel")
+
+COLLAPSE_RANGE = 0x08  # of fallocate(2)
+COPY_BYTES = 1 << 20
+INDEX_RECORDS = 1 << 16  # of one index; then the older half of it becomes half as fine
+LOCK_PATIENCE_S = 1.0  # for a reader that holds a log; one that was stopped in the middle is not waited for
+NEW = ".new"  # ends the name of a copy that is not complete
+
+
+class LogKeeper:
+    """Called by the kernel's loop alone."""
+
+    def __init__(self, folder: Path, size: int, keep: int, keep_dead: int) -> None:
+        """`size`: 0 means that there is no limit."""
+        self._folder = folder
+        self._limit, self._keep = size, keep
+        self._keep_dead = keep_dead
+        self._old: deque[int] = deque()  # agents of earlier boots whose logs are kept, the oldest first
+        self._sizes: dict[str, int] = {}  # as noted in the indexes
+        self._busy: set[str] = set()  # logs that are the thread's
+        self._refused: set[str] = set()  # logs that could not be cut, which has been written down
+        self._jobs: deque[Callable[[], None]] = deque()
+        self._lock = threading.Lock()  # of `_jobs` and `_worker`
+        self._worker: threading.Thread | None = None
+
+    def sample(self, log: str) -> None:
+        """Note the log's size if it changed, and see that there is room. A disk that refuses loses times, never
+        output."""
+        if log in self._busy:
+            return
+        with contextlib.suppress(OSError):
+            size = os.stat(log).st_size
+            if size != self._sizes.get(log, 0):
+                note(log, size)
+                self._sizes[log] = size
+            if self._limit and size > self._limit:
+                self._busy.add(log)
+                self._do(lambda: self._make_room(log))
+
+    def close(self, log: str) -> None:
+        """The last sample, at the agent's end."""
+        self.sample(log)
+        if log in self._busy:
+            self._do(lambda: self.close(log))
+        else:
+            self._sizes.pop(log, None)
+            self._refused.discard(log)
+
+    def start(self, known: Container[int], dead: int) -> None:
+        """Find the logs of agents that are not `known`, those of earlier boots; `dead` agents are remembered. What a
+        kernel that died in the middle has left, and indexes without a log, go."""
+        pids = (int(path.stem) for path in self._folder.glob("*.log") if path.stem.isdecimal())
+        self._old = deque(sorted(pid for pid in pids if pid not in known))
+        self._do(self._sweep)
+        self.forget([], dead)
+
+    def forget(self, pids: Iterable[int], dead: int) -> None:
+        """These agents are remembered no longer, and `dead` ones are: old logs may take what these leave of
+        `keep_dead`."""
+        old = [self._old.popleft() for _ in range(min(len(self._old), len(self._old) + dead - self._keep_dead))]
+        for pid in (*pids, *old):
+            log = str(self._folder / f"{pid}.log")
+            self._do(partial(_remove, log))
+
+    def wait(self, timeout: float) -> None:
+        """Until all is done that was asked for."""
+        worker = self._worker
+        if worker is not None:
+            worker.join(timeout)
+
+    # ── the thread ────────────────────────────────────────────────────────────────────────────────────────
+
+    def _do(self, job: Callable[[], None]) -> None:
+        with self._lock:
+            self._jobs.append(job)
+            if self._worker is None:
+                self._worker = threading.Thread(target=self._work, name="logs", daemon=True)
+                self._worker.start()
+
+    def _work(self) -> None:
+        while True:
+            with self._lock:
+                if not self._jobs:
+                    self._worker = None
+                    return
+                job = self._jobs.popleft()
+            job()
+
+    def _make_room(self, log: str) -> None:
+        try:
+            rotate(log, self._limit, self._keep)
+            self._refused.discard(log)
+        except FileNotFoundError:
+            pass  # it has been removed meanwhile
+        except OSError as err:
+            if log not in self._refused:
+                self._refused.add(log)
+                logger.warning("%s has more than its %d bytes, and cannot be cut: %s", log, self._limit, err.strerror)
+        finally:
+            with contextlib.suppress(OSError):
+                records = read_index(index_path(log)).records
+                self._sizes[log] = records[-1][1] if records else 0
+            self._busy.discard(log)
+
+    def _sweep(self) -> None:
+        for path in (*self._folder.glob(f"*{NEW}"), *self._folder.glob("*.idx")):
+            if path.suffix == NEW or not path.with_suffix(".log").exists():
+                path.unlink(missing_ok=True)
+
+
+def _remove(log: str) -> None:
+    try:
+        remove(log)
+    except OSError as err:
+        logger.warning("%s cannot be removed: %s", log, err.strerror)
+
+
+# ── the index ─────────────────────────────────────────────────────────────────────────────────────────────
+
+
+def note(log: str, size: int) -> None:
+    """One more record in the log's index."""
+    path = index_path(log)
+    with open(path, "ab") as file:
+        file.write(RECORD.pack(time.time(), size))
+        full = file.tell() >= INDEX_RECORDS * RECORD.size
+    if full:
+        cut, records = read_index(path)
+        half = len(records) // 2
+        write_index(path, Index(cut, [*records[:half:2], *records[half:]]))
+
+
+def write_index(path: str, index: Index) -> None:
+    head = [(0.0, index.cut)] if index.cut else []
+    with open(path + NEW, "wb") as file:
+        file.write(b"".join(RECORD.pack(*record) for record in [*head, *index.records]))
+    os.replace(path + NEW, path)
+
+
+def cut_index(index: Index, start: int, end: int) -> Index:
+    """What of an index belongs to the bytes from `start` to `end`, as the index of a log that has those alone."""
+    records: list[Record] = []
+    for moment, size in index.records:
+        if size > start:
+            records.append((moment, min(size, end) - start))
+            if size >= end:
+                break
+    return Index(index.cut + start, records)
+
+
+# ── making room ───────────────────────────────────────────────────────────────────────────────────────────
+
+
+def rotate(log: str, limit: int, keep: int) -> None:
+    """Move what a log holds beyond `limit` bytes into full files of that size, of which `keep` are kept. Raises
+    OSError, and leaves the log as it is, when there is no room for the copies."""
+    with open(log, "r+b", buffering=0) as file:
+        size, chunk = os.fstat(file.fileno()).st_size, _whole_blocks(file.fileno(), limit)
+        # The last byte stays: a range that reaches the end of a file cannot be cut off.
+        starts = range(0, (size - 1) // chunk * chunk, chunk)[-keep:]
+        copies = [(start, start + chunk) for start in starts]
+        if not copies:
+            return
+        try:
+            for number, (start, upto) in enumerate(copies):
+                _copy(file.fileno(), start, upto, _copy_path(log, number))
+            with _locked(file.fileno()):
+                _publish(log, file.fileno(), copies, keep)
+        except OSError:
+            for number in range(len(copies)):
+                with contextlib.suppress(FileNotFoundError):
+                    os.unlink(_copy_path(log, number))
+            raise
+
+
+def _copy_path(log: str, number: int) -> str:
+    return f"{log}.{number}{NEW}"
+
+
+def _whole_blocks(fd: int, limit: int) -> int:
+    """As much of the limit as can be cut off at a time: whole blocks of the file system."""
+    return limit - limit % max(os.fstatvfs(fd).f_frsize, 1) or limit
+
+
+def _copy(source: int, start: int, end: int, path: str) -> None:
+    target = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_CLOEXEC, 0o600)
+    try:
+        _append(source, start, end, target)
+    finally:
+        os.close(target)
+
+
+def _append(source: int, start: int, end: int, target: int) -> int:
+    """Copy what lies from `start` to `end`, or to the end of the source; returns how far it came."""
+    while start < end:
+        copied = os.sendfile(target, source, start, min(COPY_BYTES, end - start))
+        if copied == 0:
+            break
+        start += copied
+    return start
+
+
+def _publish(log: str, fd: int, copies: list[tuple[int, int]], keep: int) -> None:
+    """The copies become the newest full files, and what they hold leaves the log. In that order: who dies in between
+    leaves something twice, and loses nothing."""
+    index = read_index(index_path(log))
+    end = copies[-1][1]
+    for number, (start, upto) in enumerate(copies):
+        _shift(log, keep)
+        write_index(index_path(rotated_path(log, 1)), cut_index(index, start, upto))
+        os.replace(_copy_path(log, number), rotated_path(log, 1))
+    if not _collapse(fd, end):
+        target = os.open(rotated_path(log, 1), os.O_WRONLY | os.O_CLOEXEC)
+        try:
+            os.lseek(target, 0, os.SEEK_END)
+            end = _append(fd, end, 1 << 62, target)
+        finally:  # on a full disk, too: else all of it would be copied again in a second
+            os.ftruncate(fd, 0)
+            os.close(target)
+        write_index(index_path(rotated_path(log, 1)), cut_index(index, copies[-1][0], end))
+    write_index(index_path(log), cut_index(index, end, 1 << 62))
+
+
+def _shift(log: str, keep: int) -> None:
+    """`.1` becomes `.2`, and so on; the last one goes."""
+    count = 1
+    while os.path.exists(rotated_path(log, count)):
+        count += 1
+    for number in range(count - 1, 0, -1):
+        path = rotated_path(log, number)
+        older = rotated_path(log, number + 1)
+        for old, new in ((path, older), (index_path(path), index_path(older))):
+            with contextlib.suppress(FileNotFoundError):
+                if number < keep:
+                    os.replace(old, new)
+                else:
+                    os.unlink(old)
+
+
+def _collapse(fd: int, end: int) -> bool:
+    """Cut off the first `end` bytes; False where the file system cannot."""
+    import ctypes
+
+    fallocate = ctypes.CDLL(None, use_errno=True).fallocate
+    fallocate.argtypes = (ctypes.c_int, ctypes.c_int, ctypes.c_int64, ctypes.c_int64)
+    return bool(fallocate(fd, COLLAPSE_RANGE, 0, end) == 0)
+
+
+@contextlib.contextmanager
+def _locked(fd: int) -> Iterator[None]:
+    """Keep readers out. One that does not let go in time may read something twice."""
+    deadline = time.monotonic() + LOCK_PATIENCE_S
+    while True:
+        try:
+            fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            break
+        except BlockingIOError:
+            if time.monotonic() > deadline:
+                break
+            time.sleep(0.01)
+    try:
+        yield
+    finally:
+        fcntl.flock(fd, fcntl.LOCK_UN)
