@@ -21,8 +21,10 @@ from libaios import proc as _proc
 from libaios import sto as _sto
 from libaios import tool as _tool
 from libaios import wire
-from libaios.agent import SLACK_S, Call, Connection, connection, decode_body
+from libaios.agent import connection
 from libaios.channel import BACKSTOP_S
+from libaios.connection import SLACK_S, Call, Connection, decode_body
+from libaios.generate import Piece, Result, generate_args
 from libaios.plan import Plan, plan_of
 from libaios.wire import Sys
 
@@ -93,7 +95,7 @@ class Generation(Coroutine[Any, Any, Any]):
         self._args = args
         self._task: asyncio.Task[Any] | None = None
         self._turns: Generator[Any, None, Any] | None = None  # of who drives this as a coroutine
-        self._pieces: AsyncGenerator[_llm.Piece, None] | None = None
+        self._pieces: AsyncGenerator[Piece, None] | None = None
 
     def __await__(self) -> Generator[Any, None, Any]:
         if self._task is None:
@@ -117,7 +119,7 @@ class Generation(Coroutine[Any, Any, Any]):
             self._turns = None  # it is over; the result is with the task
             raise
 
-    async def __aenter__(self) -> AsyncGenerator[_llm.Piece, None]:
+    async def __aenter__(self) -> AsyncGenerator[Piece, None]:
         self._pieces = self.__aiter__()
         return self._pieces
 
@@ -125,12 +127,12 @@ class Generation(Coroutine[Any, Any, Any]):
         if self._pieces is not None:
             await self._pieces.aclose()
 
-    async def _result(self) -> _llm.Result | AsyncIterator[_llm.Piece]:
+    async def _result(self) -> Result | AsyncIterator[Piece]:
         if self._args.stream:
             return self.__aiter__()
-        return await _run(Plan(Sys.GENERATE, self._args, _llm.Result, self._args.timeout_s))
+        return await _run(Plan(Sys.GENERATE, self._args, Result, self._args.timeout_s))
 
-    async def __aiter__(self) -> AsyncGenerator[_llm.Piece, None]:
+    async def __aiter__(self) -> AsyncGenerator[Piece, None]:
         conn = connection()
         call, replied = _submit(conn, Sys.GENERATE, self._args, stream=True)
         timeout = self._args.timeout_s
@@ -139,13 +141,13 @@ class Generation(Coroutine[Any, Any, Any]):
             while call.pieces or call.final is None:
                 if call.pieces:
                     piece = call.pieces.popleft()
-                    yield _llm.Piece(piece.text, piece.tokens)
+                    yield Piece(piece.text, piece.tokens)
                 elif deadline is not None and time.monotonic() > deadline:
                     raise TimeoutError(errno.ETIMEDOUT, "no answer in time")
                 else:
                     await _reply(conn, replied)
             end = decode_body(call.final, wire.Generated)
-            yield _llm.Piece(end.text, end.tokens, end)
+            yield Piece(end.text, end.tokens, end)
         finally:
             conn.abandon(call)
 
@@ -153,15 +155,15 @@ class Generation(Coroutine[Any, Any, Any]):
 class Context(_context.Conversation):
     """`libaios.context.Context` for coroutines."""
 
-    async def chat(self, more: str | Sequence[Mapping[str, Any]] = (), **options: Any) -> _llm.Result:
+    async def chat(self, more: str | Sequence[Mapping[str, Any]] = (), **options: Any) -> Result:
         """As `Context.chat`, without streams: `stream=True` raises OSError EINVAL."""
         if options.pop("stream", False):
             raise wire.error(
                 errno.EINVAL, "stream: not here; libaios.aio.llm.chat(context.messages, stream=True) streams"
             )
         messages = self._with(more)
-        args = _llm.generate_args(messages, None, **self._options(options))
-        result = await _run(Plan(Sys.GENERATE, args, _llm.Result, args.timeout_s))
+        args = generate_args(messages, None, **self._options(options))
+        result = await _run(Plan(Sys.GENERATE, args, Result, args.timeout_s))
         self._keep(messages, result.text, result.tool_calls)
         return result
 
@@ -190,7 +192,7 @@ class llm:
     @staticmethod
     def chat(messages: Sequence[Mapping[str, Any]], **options: Any) -> Generation:
         """As `libaios.llm.chat`."""
-        return Generation(_llm.generate_args(messages, None, **options))
+        return Generation(generate_args(messages, None, **options))
 
     saved = staticmethod(twin(_context.saved))
     forget = staticmethod(twin(_context.forget))
@@ -208,7 +210,7 @@ class llm:
     @staticmethod
     def complete(prompt: str | Sequence[int], **options: Any) -> Generation:
         """As `libaios.llm.complete`."""
-        return Generation(_llm.generate_args(None, prompt, **options))
+        return Generation(generate_args(None, prompt, **options))
 
 
 class proc:

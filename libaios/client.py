@@ -21,8 +21,8 @@ from typing import Any
 import msgspec
 
 from libaios import wire
-from libaios.agent import Call, Connection
 from libaios.channel import BACKSTOP_S
+from libaios.connection import Call, Connection
 from libaios.home import Home
 from libaios.ring import ProtocolError
 from libaios.stream import FrameSocket
@@ -84,6 +84,8 @@ class ControlSocket:
     """A connection to the control socket that survives the kernel. One thread may send (`send`, `pump`, `renew`) while
     another receives; `shutdown` is for any. `fileno` is an epoll around the socket, and so the same after a reconnect.
     """
+
+    forked = "this process was forked; this connection to aiosd is its parent's"
 
     def __init__(self, home: Home) -> None:
         self.home = home
@@ -179,6 +181,9 @@ class ControlSocket:
 
     def nudge(self) -> None:
         """A socket loses nothing."""
+
+    def rouse(self) -> None:
+        """Nor does its `wait` begin anew: it ends at the back-stop."""
 
     def renew(self) -> None:
         old, new, self._next = self._frames, self._next, None

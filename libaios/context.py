@@ -15,7 +15,8 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
-from libaios import llm, wire
+from libaios import wire
+from libaios.generate import Piece, Result, Stream, generate, generate_args, objects
 from libaios.plan import Plan, run, syscall
 from libaios.wire import SavedContext, Sys
 
@@ -32,8 +33,8 @@ class Conversation:
         tools: Sequence[Mapping[str, Any]] | None = None,
         model: str | None = None,
     ) -> None:
-        self.messages = llm.objects(messages, "messages")
-        self.tools = None if tools is None else llm.objects(tools, "tools")
+        self.messages = objects(messages, "messages")
+        self.tools = None if tools is None else objects(tools, "tools")
         self.model = model
 
     def __repr__(self) -> str:
@@ -44,7 +45,7 @@ class Conversation:
 
     def _with(self, more: str | Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
         """The messages with what is said now; they are kept when the answer is there."""
-        new = [{"role": "user", "content": more}] if isinstance(more, str) else llm.objects(more, "messages")
+        new = [{"role": "user", "content": more}] if isinstance(more, str) else objects(more, "messages")
         return [*self.messages, *new]
 
     def _options(self, options: dict[str, Any]) -> dict[str, Any]:
@@ -69,13 +70,13 @@ class Conversation:
 class Context(Conversation):
     """A conversation in plain calls; see the top of this module. Not for several threads at a time."""
 
-    def chat(self, more: str | Sequence[Mapping[str, Any]] = (), **options: Any) -> llm.Result | llm.Stream:
+    def chat(self, more: str | Sequence[Mapping[str, Any]] = (), **options: Any) -> Result | Stream:
         """Say something (a text is a user's message; messages may be tools' results), get the answer; both are part of
         the context from then on. Options as for `llm.chat`. A stream's answer is kept when it has been read to its
         end. When the call fails the context is as it was."""
         messages = self._with(more)
-        result: llm.Result | llm.Stream = llm.chat(messages, **self._options(options))
-        if isinstance(result, llm.Stream):
+        result: Result | Stream = generate(generate_args(messages, None, **self._options(options)))
+        if isinstance(result, Stream):
             return _KeptStream(result, lambda text, calls: self._keep(messages, text, calls))
         self._keep(messages, result.text, result.tool_calls)
         return result
@@ -101,15 +102,15 @@ class Context(Conversation):
         self.close()
 
 
-class _KeptStream(llm.Stream):
+class _KeptStream(Stream):
     """A stream that hands over its whole text when it ends."""
 
-    def __init__(self, stream: llm.Stream, keep: Any) -> None:
+    def __init__(self, stream: Stream, keep: Any) -> None:
         self._connection, self._call = stream._connection, stream._call
         self._pieces = _keeping(stream, keep)
 
 
-def _keeping(stream: llm.Stream, keep: Any) -> Iterator[llm.Piece]:
+def _keeping(stream: Stream, keep: Any) -> Iterator[Piece]:
     text = ""
     for piece in stream:
         text += piece.text

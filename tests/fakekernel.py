@@ -17,8 +17,9 @@ from typing import Any
 import msgspec
 
 from libaios import agent, wire
-from libaios.agent import AgentTransport, Connection
+from libaios.agent import AgentTransport
 from libaios.channel import Channel, Side, make_channel, raise_epoch
+from libaios.connection import Connection
 from libaios.stream import FrameSocket
 
 PATIENCE_S = 5.0

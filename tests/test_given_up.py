@@ -14,8 +14,8 @@ import pytest
 
 import libaios as aios
 from libaios import aio, wire
-from libaios.agent import Call, Connection
 from libaios.client import Client
+from libaios.connection import Call, Connection
 from libaios.home import Home
 from libaios.wire import Sys
 from tests.conftest import System, eventually

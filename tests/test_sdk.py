@@ -17,10 +17,12 @@ from concurrent.futures import ThreadPoolExecutor
 import pytest
 
 import libaios as aios
-from libaios import agent, llm, ring, wire
+from libaios import agent, ring, wire
 from libaios import channel as channels
-from libaios.agent import AgentTransport, Connection
-from libaios.llm import Stream
+from libaios import connection as connections
+from libaios.agent import AgentTransport
+from libaios.connection import Call, Connection
+from libaios.generate import Stream, generate_args
 from libaios.wire import NoArgs, Sys
 from tests.conftest import eventually
 from tests.fakekernel import PATIENCE_S, ChannelKernel, args_of, as_process_connection, aside
@@ -50,7 +52,7 @@ def unsupported(monkeypatch: pytest.MonkeyPatch) -> Iterator[ChannelKernel]:
 
 
 def generate(stream: bool = True, timeout: float | None = None) -> wire.Generate:
-    return llm.generate_args(None, "text", stream=stream, timeout=timeout)
+    return generate_args(None, "text", stream=stream, timeout=timeout)
 
 
 # ── calls ─────────────────────────────────────────────────────────────────────────────────────────────────
@@ -110,7 +112,7 @@ def test_an_error_is_the_os_error_of_its_number(
 def test_a_call_that_gets_no_answer_in_time_is_canceled(
     kernel: ChannelKernel, connection: Connection, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(agent, "SLACK_S", 0.0)
+    monkeypatch.setattr(connections, "SLACK_S", 0.0)
     with pytest.raises(TimeoutError):
         connection.call(Sys.RECV, wire.Recv(0.01), None, timeout=0.01)
     request = kernel.take(Sys.RECV)
@@ -120,7 +122,7 @@ def test_a_call_that_gets_no_answer_in_time_is_canceled(
 def test_a_follower_that_gets_no_answer_in_time_is_canceled(
     kernel: ChannelKernel, connection: Connection, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(agent, "SLACK_S", 0.0)
+    monkeypatch.setattr(connections, "SLACK_S", 0.0)
     leader = aside(connection.call, Sys.GETPID, NoArgs(), int)
     first = kernel.take(Sys.GETPID)
     with pytest.raises(TimeoutError):
@@ -602,8 +604,8 @@ def test_a_stream_is_finalized_in_the_middle_of_a_send(
 
 
 def test_a_stream_is_abandoned_while_its_reply_is_handed_out(kernel: ChannelKernel, connection: Connection) -> None:
-    class Racing(dict[int, agent.Call]):
-        def get(self, key: int, default: object = None) -> agent.Call | None:  # type: ignore[override]
+    class Racing(dict[int, Call]):
+        def get(self, key: int, default: object = None) -> Call | None:  # type: ignore[override]
             call = super().get(key)
             if call is not None:
                 connection.abandon(call)
