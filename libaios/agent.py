@@ -53,6 +53,11 @@ def connection() -> Connection:
     return _connection
 
 
+def connected() -> Connection | None:
+    """The connection, if it is there or can be made without waiting."""
+    return connection() if _connection is not None or own_channel() is not None else None
+
+
 def reset() -> None:
     """Close the process's connection; the next use makes a new one. (An agent's channel is closed for good.)"""
     global _connection

@@ -21,7 +21,7 @@ from libaios import proc as _proc
 from libaios import sto as _sto
 from libaios import tool as _tool
 from libaios import wire
-from libaios.agent import connection
+from libaios.agent import connected, connection
 from libaios.channel import BACKSTOP_S
 from libaios.connection import SLACK_S, Call, Connection, decode_body
 from libaios.generate import Piece, Result, generate_args
@@ -32,8 +32,14 @@ P = ParamSpec("P")
 T = TypeVar("T")
 
 
+async def _connection() -> Connection:
+    """The process's connection. The first connect over the control socket waits for an answer, so a thread makes it."""
+    existing = connected()
+    return existing if existing is not None else await asyncio.to_thread(connection)
+
+
 async def _run(plan: Plan[T]) -> T:
-    conn = connection()
+    conn = await _connection()
     call, replied = _submit(conn, plan.sys, plan.args)
     await _final(conn, call, replied, plan.timeout)
     assert call.final is not None
@@ -133,7 +139,7 @@ class Generation(Coroutine[Any, Any, Any]):
         return await _run(Plan(Sys.GENERATE, self._args, Result, self._args.timeout_s))
 
     async def __aiter__(self) -> AsyncGenerator[Piece, None]:
-        conn = connection()
+        conn = await _connection()
         call, replied = _submit(conn, Sys.GENERATE, self._args, stream=True)
         timeout = self._args.timeout_s
         deadline = None if timeout is None else time.monotonic() + timeout + SLACK_S

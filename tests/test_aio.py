@@ -4,15 +4,17 @@ from __future__ import annotations
 
 import asyncio
 import errno
+import time
 from collections.abc import Iterator
+from pathlib import Path
 
 import pytest
 
 import libaios as aios
 import libaios.aio as aio
-from libaios import wire
+from libaios import agent, wire
 from libaios.wire import Sys
-from tests.fakekernel import PATIENCE_S, ChannelKernel, args_of, as_process_connection, aside
+from tests.fakekernel import PATIENCE_S, ChannelKernel, SocketKernel, args_of, as_process_connection, aside
 
 pytestmark = pytest.mark.deadline(60)
 
@@ -220,6 +222,91 @@ def test_a_new_kernel_in_the_middle_of_a_call(kernel: ChannelKernel) -> None:
         return await asyncio.wait_for(task, PATIENCE_S)
 
     assert asyncio.run(main()) == 6
+
+
+# ── over the control socket ───────────────────────────────────────────────────────────────────────────────
+
+PAUSE_S = 0.2  # longer than this no loop may stand still
+
+
+class Ticker:
+    """A coroutine that does something else meanwhile. `turn` waits for some of its ticks; the loop must not have
+    stood still between any two."""
+
+    def __init__(self) -> None:
+        self.ticks = 0
+        self.longest = 0.0
+        self._task = asyncio.create_task(self._tick())
+
+    async def _tick(self) -> None:
+        last = time.monotonic()
+        while True:
+            await asyncio.sleep(0.01)
+            now = time.monotonic()
+            self.longest, last = max(self.longest, now - last), now
+            self.ticks += 1
+
+    async def turn(self, ticks: int = 40) -> None:
+        until = self.ticks + ticks
+        while self.ticks < until:
+            await asyncio.sleep(0.01)
+        assert self.longest < PAUSE_S
+
+    def stop(self) -> None:
+        self._task.cancel()
+
+
+@pytest.fixture
+def socket_kernel(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[SocketKernel]:
+    """A system outside of which this process is: its connection is a client of the control socket."""
+    monkeypatch.setenv(wire.ENV_HOME, str(tmp_path))
+    made = SocketKernel(tmp_path / "aiosd.sock")
+    yield made
+    agent.reset()
+    made.close()
+
+
+def test_the_loop_goes_on_while_it_connects(socket_kernel: SocketKernel) -> None:
+    """There is an aiosd, but its kernel does not answer yet."""
+
+    async def main() -> None:
+        ticker = Ticker()
+        calls = [asyncio.create_task(aio.proc.getpid()) for _ in range(3)]
+        await ticker.turn()
+        await asyncio.to_thread(socket_kernel.welcome)
+        for _ in calls:
+            socket_kernel.reply(await asyncio.to_thread(socket_kernel.take, Sys.GETPID), 5)
+        assert await asyncio.gather(*calls) == [5] * 3
+        await ticker.turn(1)
+        ticker.stop()
+
+    asyncio.run(main())
+
+
+def test_the_loop_goes_on_while_there_is_no_kernel(socket_kernel: SocketKernel) -> None:
+    async def main() -> None:
+        ticker = Ticker()
+        call = asyncio.create_task(aio.proc.getpid())
+        await asyncio.to_thread(socket_kernel.welcome)
+        before = await asyncio.to_thread(socket_kernel.take, Sys.GETPID)
+        socket_kernel.die()
+        await ticker.turn()
+        for _ in range(3):  # kernels that die before they have greeted
+            await asyncio.to_thread(socket_kernel.accept)
+            await ticker.turn(10)
+            socket_kernel.die()
+        meanwhile = asyncio.create_task(aio.proc.getppid())
+        await ticker.turn()
+        await asyncio.to_thread(socket_kernel.welcome)
+        again = await asyncio.to_thread(socket_kernel.take, Sys.GETPID)
+        assert again.id == before.id
+        socket_kernel.reply(again, 5)
+        socket_kernel.reply(await asyncio.to_thread(socket_kernel.take, Sys.GETPPID), 6)
+        assert (await call, await meanwhile) == (5, 6)
+        await ticker.turn(1)
+        ticker.stop()
+
+    asyncio.run(main())
 
 
 def test_when_aiosd_is_gone_the_loop_rests(kernel: ChannelKernel) -> None:
