@@ -40,14 +40,29 @@ async def _connection() -> Connection:
 
 async def _run(plan: Plan[T]) -> T:
     conn = await _connection()
-    call, replied = _submit(conn, plan.sys, plan.args)
+    call, replied = await _submit(conn, plan.sys, plan.args)
     await _final(conn, call, replied, plan.timeout)
     assert call.final is not None
     return plan.finish(decode_body(call.final, plan.body))
 
 
-def _submit(conn: Connection, sys: int, args: Any, stream: bool = False) -> tuple[Call, asyncio.Event]:
-    """Send; the event is set at every reply. (Sending blocks while the ring is full: back-pressure.)"""
+_turns: dict[asyncio.AbstractEventLoop, asyncio.Lock] = {}
+
+
+def _turn(loop: asyncio.AbstractEventLoop) -> asyncio.Lock:
+    """Held by the task that sends: so the tasks of a loop send in the order in which they called, also when the ring
+    is full."""
+    turn = _turns.get(loop)
+    if turn is None:
+        for known in list(_turns):
+            if known.is_closed():
+                _turns.pop(known, None)
+        turn = _turns[loop] = asyncio.Lock()
+    return turn
+
+
+async def _submit(conn: Connection, sys: int, args: Any, stream: bool = False) -> tuple[Call, asyncio.Event]:
+    """Send a call; the event is set at every reply. While the ring is full the task waits, and the loop goes on."""
     loop = asyncio.get_running_loop()
     conn.attach_loop(loop)
     replied = asyncio.Event()
@@ -55,7 +70,16 @@ def _submit(conn: Connection, sys: int, args: Any, stream: bool = False) -> tupl
     def notify() -> None:
         loop.call_soon_threadsafe(replied.set)
 
-    return conn.submit(sys, args, stream=stream, notify=notify), replied
+    call = conn.prepare(sys, args, stream=stream, notify=notify)
+    try:
+        async with _turn(loop):
+            while not conn.may_send(call):
+                await _reply(conn, replied)
+            conn.send(call)
+    except BaseException:
+        conn.abandon(call)
+        raise
+    return call, replied
 
 
 async def _final(conn: Connection, call: Call, replied: asyncio.Event, timeout: float | None) -> None:
@@ -140,7 +164,7 @@ class Generation(Coroutine[Any, Any, Any]):
 
     async def __aiter__(self) -> AsyncGenerator[Piece, None]:
         conn = await _connection()
-        call, replied = _submit(conn, Sys.GENERATE, self._args, stream=True)
+        call, replied = await _submit(conn, Sys.GENERATE, self._args, stream=True)
         timeout = self._args.timeout_s
         deadline = None if timeout is None else time.monotonic() + timeout + SLACK_S
         try:

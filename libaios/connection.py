@@ -154,7 +154,8 @@ class Connection:
         # sending
         self._sending = threading.RLock()
         self._busy = False  # somebody is in the middle of a send; guarded by `_sending`
-        self._blocked: Call | None = None  # whose sender waits for room
+        self._blocked: set[Call] = set()  # whose senders wait for room
+        self._pump_wanted = False  # a thread found room for the outbox, but another one was sending
         self._given_up: dict[int, Call] = {}  # RECVs that were abandoned and have no final reply yet
         self._returned: deque[wire.Reply] = deque()  # messages that came for such
         self._cancels: deque[int] = deque()  # ids of calls whose end is still to be told to the kernel
@@ -178,7 +179,16 @@ class Connection:
         call = self.submit(sys, args, fds)
         return self.result(call, result, timeout)
 
-    def submit(
+    def submit(self, sys: int, args: Any, fds: Sequence[int] = (), stream: bool = False) -> Call:
+        """Send a call without waiting for its reply; with a full ring, wait for room. The caller must take its
+        `result`, or `abandon` it."""
+        call = self.prepare(sys, args, fds, stream)
+        self.send(call)
+        if self.transport.outbox_bytes:
+            self._wait_for_room(call)
+        return call
+
+    def prepare(
         self,
         sys: int,
         args: Any,
@@ -186,58 +196,80 @@ class Connection:
         stream: bool = False,
         notify: Callable[[], None] | None = None,
     ) -> Call:
-        """Send a call without waiting for its reply; with a full ring, wait for room. The caller must take its
-        `result`, or `abandon` it."""
+        """A call to be sent later, or abandoned."""
         call = Call(sys, args, notify)
         if fds:
             call.fds = _duplicates(fds)
         if stream:
             call.tokens = []
-        if sys == _RECV and self._serve(call):
-            return call
-        transport = self.transport
+        return call
+
+    def may_send(self, call: Call) -> bool:
+        """Whether there is room for a call that was prepared. If not, its `notify` is called when there may be some."""
+        if not self.transport.outbox_bytes or self._dead:
+            return True
+        self._blocked.add(call)
+        # Look again: when the outbox became empty before the call was in `_blocked`, `notify` was not called.
+        return not self.transport.outbox_bytes or bool(self._dead)
+
+    def send(self, call: Call) -> None:
+        """Send a call that was prepared, without waiting: what finds no room is kept in memory. So a caller asks
+        `may_send` before, or waits afterwards."""
+        if self._blocked:
+            self._blocked.discard(call)
+        if call.sys == _RECV and self._serve(call):
+            return
         try:
             with self._sending:
-                if self._busy:
-                    raise wire.error(errno.EDEADLK, "a signal handler made a call in the middle of another one's send")
-                if self._dead:
-                    raise wire.error(errno.ENOTCONN, self._dead)
-                try:
-                    self._busy = True
-                    call.id = number = transport.next_id()
-                    try:
-                        payload = wire.encode((number, sys, args))
-                    except (TypeError, ValueError, OverflowError, RecursionError) as err:
-                        raise wire.error(errno.EINVAL, f"an argument cannot be sent: {err}") from None
-                    if len(payload) > wire.MAX_FRAME:
-                        message = f"a call of {len(payload)} bytes; the limit is {wire.MAX_FRAME}"
-                        raise wire.error(errno.EMSGSIZE, message)
-                    call.life = self._life
-                    self._open[number] = call
-                    transport.send(payload, call.fds)
-                finally:
-                    self._busy = False
-                if transport.outbox_bytes:
-                    self._wait_for_room(call)
+                self._send(call)
         except BaseException:
             self.abandon(call)
-            if self._cancels:
-                self._send_cancels()  # of others, who found us sending: an unsent call's end sends none
+            self._after_sending()
             raise
         if self._returned:
             self._match()
-        if self._cancels:
-            self._send_cancels()
-        return call
+        self._after_sending()
 
-    def _wait_for_room(self, call: Call) -> None:
-        """Until what was sent has left, or the kernel that it was for is dead: then it will be sent again."""
+    def _send(self, call: Call) -> None:
+        """With the right to send."""
+        if self._busy:
+            raise wire.error(errno.EDEADLK, "a signal handler made a call in the middle of another one's send")
+        if self._dead:
+            raise wire.error(errno.ENOTCONN, self._dead)
         transport = self.transport
         try:
-            self._blocked = call
-            self._wait(lambda: bool(self._dead) or transport.reborn or self._pump(), call, None)
+            self._busy = True
+            call.id = number = transport.next_id()
+            try:
+                payload = wire.encode((number, call.sys, call.args))
+            except (TypeError, ValueError, OverflowError, RecursionError) as err:
+                raise wire.error(errno.EINVAL, f"an argument cannot be sent: {err}") from None
+            if len(payload) > wire.MAX_FRAME:
+                raise wire.error(errno.EMSGSIZE, f"a call of {len(payload)} bytes; the limit is {wire.MAX_FRAME}")
+            call.life = self._life
+            self._open[number] = call
+            transport.send(payload, call.fds)
         finally:
-            self._blocked = None
+            self._busy = False
+
+    def _after_sending(self) -> None:
+        """The right to send is free again: do what other threads, which found it taken, have left to this one."""
+        if self._pump_wanted:
+            self._pump_out()
+        if self._cancels:
+            self._send_cancels()
+
+    def _wait_for_room(self, call: Call) -> None:
+        """Until what was sent has left. Others may send meanwhile."""
+        transport = self.transport
+        try:
+            self._blocked.add(call)
+            self._wait(lambda: not transport.outbox_bytes or call.final is not None or bool(self._dead), call, None)
+        except BaseException:
+            self.abandon(call)
+            raise
+        finally:
+            self._blocked.discard(call)
 
     def result(self, call: Call, result: Any, timeout: float | None = None) -> Any:
         """Wait for the final reply of a submitted call."""
@@ -268,6 +300,8 @@ class Connection:
     def abandon(self, call: Call) -> None:
         """Nobody wants the call any more: forget it, and have the kernel stop it. Does nothing when it is over. Who
         still waits for it in another thread gets ECANCELED. Never blocks."""
+        if self._blocked:
+            self._blocked.discard(call)
         takes = call.sys == _RECV and call.id and not call.abandoned
         if takes:
             call.abandoned = True
@@ -368,8 +402,7 @@ class Connection:
                     self.transport.nudge()
             finally:
                 self._sending.release()
-            if self._cancels:
-                self._send_cancels()
+            self._after_sending()
 
     def close(self, why: str = "the connection was closed") -> None:
         """End it here, from any thread; whoever still waits gets ENOTCONN."""
@@ -503,25 +536,32 @@ class Connection:
         return True
 
     def _pump_out(self) -> None:
-        """There may be room now for what waits in the outbox: tell the sender that waits, or send what nobody waits
-        for (cancels, calls submitted again)."""
-        blocked = self._blocked
-        if blocked is not None:
-            self._wake(blocked)
-        if self._sending.acquire(blocking=False):
+        """There may be room now for what waits in the outbox. Does nothing but leave word when another thread, or this
+        one further up, is sending."""
+        self._pump_wanted = True
+        while self._pump_wanted and self._sending.acquire(blocking=False):
             try:
-                if not self._busy:
+                if self._busy:
+                    return
+                self._pump_wanted = False
+                if not self._dead:
                     self._pump()
             finally:
                 self._sending.release()
-            if self._cancels:
-                self._send_cancels()  # of those who found us sending
+        self._tell_of_room()
+        if self._cancels:
+            self._send_cancels()
 
-    def _pump(self) -> bool:
+    def _tell_of_room(self) -> None:
+        if self._blocked and not self.transport.outbox_bytes:
+            for call in list(self._blocked):
+                self._tell(call)
+
+    def _pump(self) -> None:
         """With the right to send, and busy: a finalizer's cancel in the middle of this would send a frame twice."""
         try:
             self._busy = True
-            return self.transport.pump()
+            self.transport.pump()
         finally:
             self._busy = False
 
@@ -563,9 +603,6 @@ class Connection:
 
     def _submit_again(self) -> None:
         """A new kernel: it knows nothing of our open calls but what they did."""
-        blocked = self._blocked
-        if blocked is not None:
-            self._wake(blocked)  # it holds the right to send, and lets go now that the kernel is reborn
         with self._sending:
             if self._busy:
                 raise wire.error(errno.EDEADLK, "a signal handler waits for a call in the middle of another one's send")
@@ -585,7 +622,8 @@ class Connection:
                 self._renewing = False
             finally:
                 self._busy = False
-        self._send_cancels()
+        self._tell_of_room()
+        self._after_sending()
 
     def _send_cancels(self) -> None:
         """Tell the kernel which calls are over. If another is sending it will do this when it is done."""
@@ -607,6 +645,8 @@ class Connection:
                 return  # the reader will find out
             finally:
                 self._sending.release()
+        if self._pump_wanted:
+            self._pump_out()
 
     def _fail_all(self, why: str) -> None:
         """The connection is over: end every call."""
@@ -618,6 +658,8 @@ class Connection:
                 call.release()
                 call.final = reply
                 self._tell(call)
+        for call in list(self._blocked):
+            self._tell(call)  # of those that were not sent, and find now that they cannot be
         if self._loops:
             self._detach_loops()
 

@@ -224,6 +224,68 @@ def test_a_new_kernel_in_the_middle_of_a_call(kernel: ChannelKernel) -> None:
     assert asyncio.run(main()) == 6
 
 
+# ── a full ring ───────────────────────────────────────────────────────────────────────────────────────────
+
+LARGE = "x" * 20_000
+
+
+@pytest.fixture
+def small() -> Iterator[ChannelKernel]:
+    """A kernel whose rings hold no large call."""
+    made = ChannelKernel(1 << 12)
+    with as_process_connection(made.connection):
+        yield made
+    made.close()
+
+
+def test_tasks_wait_for_room_in_their_order_and_the_loop_goes_on(small: ChannelKernel) -> None:
+    async def main() -> None:
+        ticker = Ticker()
+        tasks = [asyncio.create_task(aio._run(plan(f"{number:03}{LARGE}"))) for number in range(30)]
+        await ticker.turn()
+        assert small.connection.transport.outbox_bytes < 2 * len(LARGE), "the others keep their calls to themselves"
+        tasks[3].cancel()
+        come = []
+        for _ in tasks[1:]:
+            request = await asyncio.to_thread(small.take, ECHO)
+            come.append(int(args_of(request).text[:3]))
+            small.reply(request, "done")
+        assert come == [0, 1, 2, *range(4, 30)]
+        assert await asyncio.gather(*tasks[:3], *tasks[4:]) == ["done"] * 29
+        await ticker.turn(1)
+        ticker.stop()
+
+    asyncio.run(main())
+    assert small.connection.open_calls == 0
+
+
+def test_a_thread_that_waits_for_room_does_not_hold_the_loop(small: ChannelKernel) -> None:
+    async def main() -> None:
+        ticker = Ticker()
+        thread = aside(small.connection.call, ECHO, wire.Tokenize(LARGE), str)
+        while not small.connection.transport.outbox_bytes:
+            await ticker.turn(1)
+        task = asyncio.create_task(aio.proc.getpid())
+        await ticker.turn()
+        for sys, body in ((ECHO, "done"), (Sys.GETPID, 5)):
+            small.reply(await asyncio.to_thread(small.take, sys), body)
+        assert (await task, thread.result(PATIENCE_S)) == (5, "done")
+        await ticker.turn(1)
+        ticker.stop()
+
+    asyncio.run(main())
+
+
+def test_tasks_that_wait_for_room_when_aiosd_ends(small: ChannelKernel) -> None:
+    async def main() -> list[object]:
+        tasks = [asyncio.create_task(aio._run(plan(LARGE))) for _ in range(5)]
+        await asyncio.sleep(0)
+        small.hang_up()
+        return await asyncio.wait_for(asyncio.gather(*tasks, return_exceptions=True), PATIENCE_S)
+
+    assert [type(error) for error in asyncio.run(main())] == [OSError] * 5
+
+
 # ── over the control socket ───────────────────────────────────────────────────────────────────────────────
 
 
@@ -329,7 +391,7 @@ def test_a_reply_for_a_loop_that_is_closed_harms_nobody(kernel: ChannelKernel) -
     loop = asyncio.new_event_loop()
 
     async def begin() -> None:
-        aio._submit(kernel.connection, Sys.GETPID, wire.NoArgs())
+        await aio._submit(kernel.connection, Sys.GETPID, wire.NoArgs())
 
     loop.run_until_complete(begin())
     loop.close()
