@@ -167,7 +167,7 @@ class Connection:
         self._polling = False  # the leader sleeps: a signal handler in its thread may take its place
         self._arrived: deque[bytes] = deque()
         self._followers: dict[int, Call] = {}
-        self._loops: set[asyncio.AbstractEventLoop] = set()
+        self._loops: dict[asyncio.AbstractEventLoop, int] = {}  # … and its own duplicate of the descriptor
         self._watched = False  # somebody polls the descriptor, so the bell must ring also while nobody waits here
         self._deaf = False  # what was read last was read without asking for the bell
 
@@ -680,26 +680,35 @@ class Connection:
         """Let an event loop take part in leading, from its own thread, as long as it lives."""
         if loop in self._loops or self._dead:
             return
-        self._loops = {known for known in self._loops if not known.is_closed()} | {loop}
-        loop.add_reader(self.transport.fileno(), self.pump)
+        for known in list(self._loops):
+            if known.is_closed() and (old := self._loops.pop(known, -1)) >= 0:
+                os.close(old)
+        # A number of its own: were it that of the connection, another thread could close that, and the loop's next
+        # socket get the number, before the loop has removed its reader.
+        fd = self._loops[loop] = os.dup(self.transport.fileno())
+        loop.add_reader(fd, self.pump)
         self._watched = True
         self.pump()  # announces sleep: from now on the bell rings
 
     def _detach_loops(self) -> None:
         """A connection that has ended stays readable: the loops must not look any more."""
-        loops, self._loops = self._loops, set()
-        fd = self.transport.fileno()
-        for loop in loops:
-            with contextlib.suppress(RuntimeError, OSError, ValueError):  # it is closed, or ends now
+        loops, self._loops = self._loops, {}
+        for loop, fd in loops.items():
+            try:
                 if loop.is_running() and not _runs_here(loop):
-                    loop.call_soon_threadsafe(loop.remove_reader, fd)
+                    loop.call_soon_threadsafe(_leave, loop, fd)
                 else:
-                    loop.remove_reader(fd)
+                    _leave(loop, fd)
+            except RuntimeError:  # it was closed just now
+                os.close(fd)
 
     def disconnect_after_fork(self) -> None:
         """In a forked child: the connection is the parent's."""
         self._dead = self.transport.forked
+        for fd in self._loops.values():
+            os.close(fd)
         self._loops.clear()
+        self._blocked.clear()
         self._given_up.clear()
         self._returned.clear()
         reply = wire.Reply(0, errno.ENOTCONN, body=wire.raw(wire.Failure(self._dead)))
@@ -710,6 +719,13 @@ class Connection:
         # No lock is used any more: another thread of the parent may have held it.
         with contextlib.suppress(OSError):
             self.transport.close()
+
+
+def _leave(loop: asyncio.AbstractEventLoop, fd: int) -> None:
+    """In the loop's thread."""
+    if not loop.is_closed():
+        loop.remove_reader(fd)
+    os.close(fd)
 
 
 def _runs_here(loop: asyncio.AbstractEventLoop) -> bool:

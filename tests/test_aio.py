@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import errno
+import os
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -364,6 +365,45 @@ def test_when_aiosd_is_gone_the_loop_rests(kernel: ChannelKernel) -> None:
         return turns
 
     assert asyncio.run(main()) <= 1
+
+
+def test_a_loop_that_runs_on_when_another_thread_closes_keeps_its_other_readers(kernel: ChannelKernel) -> None:
+    """The number of the closed descriptor is given to the next socket at once, before the loop hears of the end."""
+
+    async def main() -> None:
+        loop = asyncio.get_running_loop()
+        kernel.connection.attach_loop(loop)
+        number = kernel.connection.transport.fileno()
+        aside(kernel.connection.close).result(PATIENCE_S)  # the loop stands still meanwhile: this is its thread
+        reading, writing = os.pipe()
+        os.dup2(reading, number)
+        found = asyncio.Event()
+        loop.add_reader(number, found.set)
+        await asyncio.sleep(0)
+        os.write(writing, b"!")
+        await asyncio.wait_for(found.wait(), PATIENCE_S)
+        loop.remove_reader(number)
+        for fd in {reading, writing, number}:
+            os.close(fd)
+
+    asyncio.run(main())
+
+
+def test_a_reply_and_the_end_of_the_system_at_once(kernel: ChannelKernel, monkeypatch: pytest.MonkeyPatch) -> None:
+    """One event on the bell, and no back-stop: the answered call has its result, the other one its error."""
+    monkeypatch.setattr(aio, "BACKSTOP_S", 1000.0)
+
+    async def main() -> list[object]:
+        tasks = [asyncio.create_task(aio.proc.getpid()), asyncio.create_task(aio.proc.getppid())]
+        request = await asyncio.to_thread(kernel.take, Sys.GETPID)
+        await asyncio.to_thread(kernel.take, Sys.GETPPID)
+        kernel.reply(request, 5)
+        kernel.hang_up()
+        return await asyncio.wait_for(asyncio.gather(*tasks, return_exceptions=True), PATIENCE_S)
+
+    first, second = asyncio.run(main())
+    assert first == 5
+    assert "aiosd is gone" in str(second)
 
 
 def test_closing_while_a_task_looks_for_itself_harms_nobody(

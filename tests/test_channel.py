@@ -194,6 +194,20 @@ def test_a_hang_up_is_seen(ends: Ends) -> None:
     assert ends.kernel.hung_up
 
 
+def test_a_frame_and_a_hang_up_at_once_are_both_found(ends: Ends) -> None:
+    """Both come with one event on the bell, and a look at it takes the ring alone."""
+    ends.agent.receive()  # asleep: the frame rings
+    ends.kernel.send(b"last words")
+    ends.kernel.close()
+    os.close(ends.kernel_bell)
+    ends.kernel_bell = -1
+    assert ends.agent.wait()
+    assert ends.agent.receive() == [b"last words"]
+    assert ends.agent.wait(0)
+    assert ends.agent.receive() == []
+    assert ends.agent.hung_up
+
+
 def test_shutdown_wakes_who_waits(ends: Ends) -> None:
     done = threading.Event()
 

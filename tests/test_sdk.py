@@ -735,6 +735,23 @@ def test_a_kernel_that_dies_again_and_again(kernel: ChannelKernel, connection: C
 # ── the end ───────────────────────────────────────────────────────────────────────────────────────────────
 
 
+def test_a_reply_and_the_end_of_the_system_at_once(unsupported: ChannelKernel) -> None:
+    """One event on the bell, and no back-stop: whoever leads, both are found."""
+    connection = unsupported.connection
+    answered, other = (
+        aside(connection.call, Sys.GETPID, NoArgs(), int),
+        aside(connection.call, Sys.WAIT, wire.Wait(), int),
+    )
+    requests = {request.sys: request for request in (unsupported.take(), unsupported.take())}
+    unsupported.reply(requests[Sys.GETPID], 5)
+    unsupported.hang_up()
+    assert answered.result(PATIENCE_S) == 5
+    with pytest.raises(OSError, match="aiosd is gone"):
+        other.result(PATIENCE_S)
+    with pytest.raises(OSError, match="aiosd is gone"):
+        connection.call(Sys.GETPID, NoArgs(), int)
+
+
 def test_when_aiosd_is_gone_every_call_says_so(kernel: ChannelKernel, connection: Connection) -> None:
     calls = [aside(connection.call, Sys.RECV, wire.Recv(), None) for _ in range(3)]
     for _ in calls:
