@@ -32,7 +32,7 @@ class AgentTransport(Channel):
 
     def receive(self, limit: int = 1 << 30) -> list[bytes]:
         frames = super().receive(limit)
-        while self.unread:  # all: what is left in the ring would ring no bell
+        while self.unread:  # take all: no bell rings for what is left in the ring
             frames += super().receive(limit)
         return frames
 
@@ -43,8 +43,8 @@ _making = threading.Lock()
 
 
 def connection() -> Connection:
-    """This process's connection, made at the first use: an agent's channel, else the control socket of the system
-    that AIOS_HOME names. Raises `client.NoKernel` (a ConnectionError) when there is no system."""
+    """This process's connection, made at the first use: over an agent's channel, else over the control socket of the
+    system that AIOS_HOME names. Raises `client.NoKernel` (a ConnectionError) when there is no system."""
     global _connection
     if _connection is None:
         with _making:
@@ -54,7 +54,7 @@ def connection() -> Connection:
 
 
 def connected() -> Connection | None:
-    """The connection, if it is there or can be made without waiting."""
+    """The connection, if it exists or can be made without waiting for a kernel."""
     return connection() if _connection is not None or own_channel() is not None else None
 
 
@@ -87,7 +87,7 @@ def is_agent() -> bool:
 
 
 def own_channel() -> tuple[int, int] | None:
-    """memfd and bell of this process, if it is an agent that has not opened (and perhaps closed) them before."""
+    """The descriptors of memfd and bell, if this process is an agent and has not used them yet."""
     try:
         memfd, bell, owner = map(int, os.environ.get(wire.ENV_CHANNEL, "").split(":"))
     except ValueError:

@@ -1,28 +1,33 @@
-"""This process's connection to the kernel: calls out, replies in, from any thread and from asyncio.
+"""Calls to the kernel over one transport: requests out, replies in, from any thread and from asyncio.
 
-Every call has an id and waits for its one final reply; many may be open, and replies come in any order. There is no
-thread in the background. Of the threads that wait, one is the *leader*: it reads the connection, hands every reply to
-the call it belongs to, and wakes whoever waits for that; when its own reply is there it passes the lead on. Who finds
-no room for a call waits for it in the same way. An event loop takes part as well: its reader callback leads for a
-moment whenever the connection becomes readable.
+Every call has an id and gets one final reply. Many calls may be open, and replies come in any order. There is no
+thread in the background. One of the threads that wait for a reply is the *leader*: it reads the transport, gives each
+reply to its call, and wakes the thread that waits for that call. The other threads that wait are *followers*. When the
+leader has its own reply it wakes a follower, which becomes the next leader. A thread that waits for room in the ring
+takes part in the same way. An event loop takes part, too: its reader callback leads for a moment whenever the
+descriptor of the transport is readable.
 
-    invariant: if any call is waited for, somebody leads, or is about to: a follower that was woken. Whoever stops
-    waiting, for whatever reason, wakes another, because the wake-up that it got may have been the lead
+    invariant: if any thread waits for a reply, one of them leads, or a follower has been woken that will lead. A
+    thread that stops waiting, for any reason, wakes another one: its own wake-up may have been the one for the lead
 
-Sending is one thread's at a time and never waits for a reply. Whoever only wants to be rid of a call (`abandon`: a
-finalizer, in any thread, at any moment) must not wait for that either: cancels go into a queue, which is emptied by
-who holds the right to send. Signal handlers may make calls of their own, and may raise: nothing that arrived is lost.
-Only one that breaks into a send, or into the handing out of replies, gets EDEADLK for its call.
+One thread at a time sends; it holds the right to send (`_sending`). It never waits while it holds that: a thread whose
+frame found no room sends it into the outbox, gives up the right, and waits until the outbox is empty. A coroutine asks
+`may_send` before, and does not block its loop. `abandon` may be called by a finalizer, in any thread and at any moment,
+so it must not wait for the right to send either: it puts a cancel into a queue, and the thread that has the right sends
+what is in the queue.
 
-What a RECV takes from the mailbox is the caller's, also when the caller has given up (an interrupt, a task cancelled)
-while it was on its way. So a RECV that was abandoned is remembered until its final reply is here: ECANCELED, or a
-message, which then goes to whoever waits for one, or asks next. A new kernel gets it again with the other open calls,
-and its cancel too.
+Signal handlers may make calls of their own, and they may raise: nothing that arrived is lost. Only a handler that
+interrupts its own thread in the middle of a send, or while it hands out replies, gets EDEADLK for its call.
 
-After a fork an agent's child has no connection (its parent's ring must have one writer); calls raise ENOTCONN there.
-Outside an agent the child makes one of its own.
-When the kernel was replaced (`reborn`) every open call is submitted again under its id, a stream with the tokens that
-it has brought so far.
+A RECV takes a message out of the mailbox. When its caller gives up (an interrupt, a task cancelled) the message may be
+on its way already, and it must not be lost. So a RECV that was abandoned is remembered until its final reply is here.
+That is ECANCELED, or a message, which goes to another call that waits for one, or to the next. A new kernel gets an
+abandoned RECV again together with the open calls, and its cancel as well.
+
+A forked child cannot use the connection: it is its parent's, and calls raise ENOTCONN in the child.
+
+When the kernel was replaced (`reborn`) every open call is submitted again under its id; a stream is submitted with the
+tokens that it has brought up to then.
 """
 
 from __future__ import annotations
@@ -46,7 +51,7 @@ if TYPE_CHECKING:
     import asyncio
 
 _RECV = int(wire.Sys.RECV)
-SLACK_S = 5.0  # how much longer than the kernel we wait for an answer that has a time limit
+SLACK_S = 5.0  # a call with a time limit waits this much longer than the kernel, whose answer says more
 
 
 class Transport(Protocol):
@@ -57,42 +62,42 @@ class Transport(Protocol):
     @property
     def reborn(self) -> bool: ...
     @property
-    def outbox_bytes(self) -> int: ...  # bytes that were sent here and have not left yet
+    def outbox_bytes(self) -> int: ...  # bytes of frames that were passed to `send` and have not left this process
     @property
-    def why(self) -> str: ...  # it hung up
+    def why(self) -> str: ...  # the sentence for callers when `hung_up` is true
     @property
-    def forked(self) -> str: ...  # why it cannot be used in a child of this process
+    def forked(self) -> str: ...  # the sentence for callers in a forked child
     def fileno(self) -> int: ...
     def next_id(self) -> int: ...
     def send(self, payload: bytes, fds: Sequence[int] = ()) -> None: ...
     def pump(self) -> bool: ...
-    def receive(self) -> list[bytes]: ...  # all that is here; from now on `fileno` tells of more
-    def take(self, frames: MutableSequence[bytes]) -> object: ...  # the same, but only `wait` tells of more
+    def receive(self) -> list[bytes]: ...  # all that is here; `fileno` becomes readable when more comes
+    def take(self, frames: MutableSequence[bytes]) -> object: ...  # the same, but only `wait` notices when more comes
     def wait(self, timeout: float | None = None) -> bool: ...
     def nudge(self) -> None: ...
-    def rouse(self) -> None: ...  # for a signal handler that has received in place of the one in `wait`
+    def rouse(self) -> None: ...  # ends the `wait` that a signal handler interrupted, after the handler has received
     def renew(self) -> None: ...
     def shutdown(self) -> None: ...  # from any thread: wakes the one in `wait`
     def close(self) -> None: ...
 
 
 class Call(Struct, eq=False):
-    """One open call. `pieces` and `final` are set by the leader; `final` last."""
+    """One call. `pieces` and `final` are set by the leader; `final` is set last."""
 
     sys: int
     args: Any
     notify: Callable[[], None] | None = None  # called by the leader after every reply
     id: int = 0
-    life: int = 0  # of the kernel that it was sent to
-    fds: list[int] = []  # ours: the caller may close its own, and a new kernel gets these
+    life: int = 0  # which kernel it was sent to (`Connection._life`)
+    fds: list[int] = []  # duplicates, for this kernel and the next: the caller may close its own
     pieces: deque[Any] = msgspec.field(default_factory=deque)
-    tokens: list[int] | None = None  # of a stream: all that it has brought
+    tokens: list[int] | None = None  # of a stream: all tokens that it has brought
     final: wire.Reply | None = None
-    gate: threading.Lock | None = None  # a follower sleeps on it
-    abandoned: bool = False  # a RECV that nobody waits for any more
+    gate: threading.Lock | None = None  # the lock on which a follower sleeps
+    abandoned: bool = False  # a RECV whose caller has given up
 
     def release(self) -> None:
-        """It is over: nobody will be sent its descriptors any more."""
+        """Close the descriptors: the call is over and will not be sent again."""
         fds, self.fds = self.fds, []
         for fd in fds:
             os.close(fd)
@@ -127,7 +132,7 @@ _decoders: dict[Any, Callable[[Any], Any]] = {}
 
 
 def decode_body(reply: wire.Reply, result: Any) -> Any:
-    """The body of a final reply as `result` (None: no body wanted), or the OSError that it stands for."""
+    """Decode the body of a final reply as `result` (None: there is none). Raises the OSError that it stands for."""
     if reply.errno:
         raise wire.error(reply.errno, _decode_failure(reply.body).message)
     if result is None:
@@ -149,39 +154,40 @@ class Connection:
     def __init__(self, transport: Transport) -> None:
         self.transport = transport
         self._open: dict[int, Call] = {}
-        self._dead = ""  # why there is no connection any more
+        self._dead = ""  # not empty: the connection has ended, and this is why
         self._closing = False
         # sending
         self._sending = threading.RLock()
-        self._busy = False  # somebody is in the middle of a send; guarded by `_sending`
-        self._blocked: set[Call] = set()  # whose senders wait for room
+        self._busy = False  # the thread that holds `_sending` is in the middle of a send
+        self._blocked: set[Call] = set()  # calls whose thread or coroutine waits for room
         self._pump_wanted = False  # a thread found room for the outbox, but another one was sending
         self._given_up: dict[int, Call] = {}  # RECVs that were abandoned and have no final reply yet
-        self._returned: deque[wire.Reply] = deque()  # messages that came for such
-        self._cancels: deque[int] = deque()  # ids of calls whose end is still to be told to the kernel
+        self._returned: deque[wire.Reply] = deque()  # messages that such calls have brought
+        self._cancels: deque[int] = deque()  # ids of abandoned calls for which no CANCEL has been sent yet
         self._life = 0  # how often the kernel was replaced
-        self._renewing = False
-        # receiving. `_leader` holds at 0 who reads: (thread, …). A dict, because `setdefault` takes the lead in one
-        # step that no signal handler can break into, and the owner can see afterwards whether it has it.
+        self._renewing = False  # open calls are being submitted to a new kernel
+        # receiving. `_leader[0]` is the leader: (thread, …). A dict, because `setdefault` takes the lead in one step
+        # that no signal handler can interrupt, and a thread can see afterwards whether it has the lead.
         self._leader: dict[int, tuple[int, object]] = {}
-        self._polling = False  # the leader sleeps: a signal handler in its thread may take its place
+        self._polling = False  # the leader sleeps: a signal handler in its thread may lead in its place
         self._arrived: deque[bytes] = deque()
         self._followers: dict[int, Call] = {}
         self._loops: dict[asyncio.AbstractEventLoop, int] = {}  # … and its own duplicate of the descriptor
-        self._watched = False  # somebody polls the descriptor, so the bell must ring also while nobody waits here
-        self._deaf = False  # what was read last was read without asking for the bell
+        self._watched = False  # a loop polls the descriptor, so the bell must ring also while no thread waits here
+        self._deaf = False  # the last read did not ask for the bell
 
     # ── for callers ───────────────────────────────────────────────────────────────────────────────────────
 
     def call(self, sys: int, args: Any, result: Any, fds: Sequence[int] = (), timeout: float | None = None) -> Any:
         """Make a call and wait for its result, decoded as `result`. Raises OSError as the kernel answered,
-        TimeoutError when no answer came within `timeout` seconds (and some slack: the kernel's word comes first)."""
+        TimeoutError when no reply came within `timeout` seconds and SLACK_S (so that the kernel's own error, which says
+        more, comes first)."""
         call = self.submit(sys, args, fds)
         return self.result(call, result, timeout)
 
     def submit(self, sys: int, args: Any, fds: Sequence[int] = (), stream: bool = False) -> Call:
-        """Send a call without waiting for its reply; with a full ring, wait for room. The caller must take its
-        `result`, or `abandon` it."""
+        """Send a call without waiting for its reply; when the ring is full, wait for room. The caller must take the
+        `result` of the call, or `abandon` it."""
         call = self.prepare(sys, args, fds, stream)
         self.send(call)
         if self.transport.outbox_bytes:
@@ -284,7 +290,7 @@ class Connection:
         return decode_body(call.final, result)
 
     def pieces(self, call: Call, timeout: float | None = None) -> Iterator[wire.Piece]:
-        """The partial replies of a stream, until its final one is there. Leaving early cancels the call."""
+        """The partial replies of a stream, until its final reply is here. Leaving the loop early cancels the call."""
         deadline = None if timeout is None else time.monotonic() + timeout + SLACK_S
         try:
             while True:
@@ -298,14 +304,14 @@ class Connection:
             self.abandon(call)
 
     def abandon(self, call: Call) -> None:
-        """Nobody wants the call any more: forget it, and have the kernel stop it. Does nothing when it is over. Who
-        still waits for it in another thread gets ECANCELED. Never blocks."""
+        """Forget the call, and have the kernel stop it. Does nothing when it is over. A thread that still waits for it
+        gets ECANCELED. Never blocks."""
         if self._blocked:
             self._blocked.discard(call)
         takes = call.sys == _RECV and call.id and not call.abandoned
         if takes:
             call.abandoned = True
-            self._given_up[call.id] = call  # before it leaves `_open`: its reply must find it in one of the two
+            self._given_up[call.id] = call  # before it leaves `_open`: its reply must find it in one of these two
         if self._open.pop(call.id, None) is None:
             call.release()  # it was never sent, or is over
             if takes:
@@ -318,10 +324,11 @@ class Connection:
             self._cancels.append(call.id)
             self._send_cancels()
 
-    # ── messages whose receiver has given up ──────────────────────────────────────────────────────────────
+    # ── messages for calls that were given up ──────────────────────────────────────────────────────────────
 
     def _take_back(self, call: Call) -> None:
-        """The call was abandoned and has its reply: whoever of the two threads comes second finds both."""
+        """The call was abandoned, and has its reply. Both may happen at once, in two threads: each of them calls this,
+        and the second one finds both done."""
         final = call.final
         if final is not None and self._given_up.pop(call.id, None) is not None:
             self._return(final)
@@ -337,7 +344,7 @@ class Connection:
             self._match()
 
     def _serve(self, call: Call) -> bool:
-        """Let the call have a message that was returned, if there is one."""
+        """Give the call a message that was returned, if there is one."""
         try:
             reply = self._returned.popleft()
         except IndexError:
@@ -346,14 +353,14 @@ class Connection:
         return True
 
     def _give(self, call: Call, reply: wire.Reply) -> None:
-        """The call takes the id of the one whose reply it gets: given up as well, it is found under that."""
+        """The call takes the id of the one whose reply it gets. When it is given up, too, it is found under that id."""
         call.id, call.final = reply.id, reply
         call.release()
-        self._tell(call)
+        self._signal(call)
 
     def _match(self) -> None:
-        """Messages that were returned are for those who wait, oldest first. The kernel's half of such a call is
-        cancelled under a stand-in, and may bring a message in its turn."""
+        """Give messages that were returned to the RECVs that are open, oldest first. The kernel still has such a RECV:
+        it is cancelled, and until its final reply, which may be one more message, a stand-in is kept for it."""
         waiting = [call for call in list(self._open.values()) if call.sys == wire.Sys.RECV]
         for call in sorted(waiting, key=lambda call: call.id):
             try:
@@ -375,16 +382,16 @@ class Connection:
         return len(self._open)
 
     def fileno(self) -> int:
-        """Becomes readable when there is something for `pump`; the same descriptor as long as the connection lives.
-        Take it before the first call: it may handle what has arrived, and who looks at its calls, then takes it,
-        then polls, would wait for what was handled in between."""
+        """A descriptor that becomes readable when there is something for `pump`; the same as long as the connection
+        lives. Call this before the first call is made. It may hand out replies: a caller that looks at its calls, then
+        calls this, then polls, would wait for what was handed out in between."""
         if not self._watched:
             self._watched = True
-            self.pump()  # announces sleep: from now on the bell rings
+            self.pump()  # announces sleep, so that the bell rings from now on
         return self.transport.fileno()
 
     def pump(self) -> None:
-        """Handle whatever has arrived, without waiting: for callers with a loop of their own."""
+        """Hand out what has arrived, without waiting: for callers with a loop of their own."""
         me = (threading.get_ident(), None)
         try:
             if self._leader.setdefault(0, me) is me:
@@ -394,8 +401,8 @@ class Connection:
             self._leave(me)
 
     def nudge(self) -> None:
-        """Ring for what the kernel has not taken: for callers who sleep elsewhere than in here. Not needed when
-        somebody sends now, and who closes waits for that."""
+        """Ring for what the kernel has not taken: for callers that sleep elsewhere than in here. While another thread
+        sends this does nothing, since that thread rings. `close` waits for it."""
         if self._sending.acquire(blocking=False):
             try:
                 if not self._dead:
@@ -405,7 +412,7 @@ class Connection:
             self._after_sending()
 
     def close(self, why: str = "the connection was closed") -> None:
-        """End it here, from any thread; whoever still waits gets ENOTCONN."""
+        """End the connection, from any thread. Calls that are still open get ENOTCONN."""
         if self._closing:
             return
         self._closing = True
@@ -416,10 +423,10 @@ class Connection:
     # ── waiting ───────────────────────────────────────────────────────────────────────────────────────────
 
     def _wait(self, ready: Callable[[], bool], call: Call, deadline: float | None) -> None:
-        """Until `ready`: lead, or follow whoever leads."""
+        """Wait until `ready`: lead, or follow the thread that leads."""
         me = (threading.get_ident(), call)
         try:
-            while True:  # the caller has looked, and who leads or follows looks first
+            while True:  # leading and following begin with a look at `ready`
                 leader = self._leader.setdefault(0, me)
                 if leader is me:
                     self._lead(ready, deadline)
@@ -434,7 +441,7 @@ class Connection:
             self._leave(me)
 
     def _leave(self, me: tuple[int, object]) -> None:
-        """Give up the lead, if it is ours, and see that somebody has it."""
+        """Give up the lead, if it is ours, and see that another thread takes it."""
         led = self._leader.get(0) is me
         if led:
             del self._leader[0]
@@ -443,12 +450,12 @@ class Connection:
         if self._closing:
             self._close_transport()
         elif led and self._watched and self._deaf:
-            self.pump()  # who polls came when we had read already, and would not be told
+            self.pump()  # it has begun to poll after we read without asking for the bell
 
     def _lead(self, ready: Callable[[], bool], deadline: float | None) -> None:
         transport = self.transport
-        while not ready():  # the last leader may have seen to it before the lead was ours
-            # The sleep first: it ends at once if something is there. It was announced when last all was read.
+        while not ready():  # the last leader may have handed it out before the lead was ours
+            # Sleep first: `wait` ends at once if something is there.
             left = None if deadline is None else deadline - time.monotonic()
             if left is not None and left <= 0:
                 raise TimeoutError(errno.ETIMEDOUT, "no answer in time")
@@ -461,15 +468,15 @@ class Connection:
             self._read()
 
     def _lead_inside(self, ready: Callable[[], bool], deadline: float | None) -> None:
-        """In a signal handler, whose own thread leads."""
+        """Lead in a signal handler that has interrupted its own thread, the leader."""
         if not self._polling:
             raise wire.error(errno.EDEADLK, "a signal handler made a call while replies were handed out")
         try:
-            self._polling = False  # but for our own sleep: another handler must not break into our handing out
+            self._polling = False  # but for our own sleep: another handler must not interrupt our handing out
             self._lead(ready, deadline)
         finally:
             self._polling = True
-            # That sleep goes on after the handler. It may be for what was handed out just now.
+            # The interrupted sleep goes on after the handler, and may be for what was handed out just now.
             self.transport.rouse()
 
     def _follow(self, ready: Callable[[], bool], call: Call, deadline: float | None) -> None:
@@ -479,7 +486,7 @@ class Connection:
         number = call.id
         self._followers[number] = call
         try:
-            # The leader may have left before it could see us; then the lead is ours to take.
+            # The leader may have left before it could see this call in `_followers`; then the lead is free.
             if ready() or not self._leader:
                 return
             left = -1 if deadline is None else deadline - time.monotonic()
@@ -490,7 +497,8 @@ class Connection:
             call.gate = None
 
     def _pass_lead(self) -> None:
-        """Wake one follower. One that has its reply already was woken for that; but if only such are left, them."""
+        """Wake one follower that has no reply yet. If there is none, wake all: those were woken for their replies, and
+        that costs nothing."""
         followers = list(self._followers.values())
         if not any(call.final is None and self._wake(call) for call in followers):
             for call in followers:
@@ -501,7 +509,7 @@ class Connection:
         gate = call.gate
         if gate is None:
             return False
-        with contextlib.suppress(RuntimeError):  # somebody woke it already
+        with contextlib.suppress(RuntimeError):  # another thread woke it already
             gate.release()
         return True
 
@@ -511,10 +519,10 @@ class Connection:
         """Hand out what has arrived; False when there was nothing."""
         transport, arrived = self.transport, self._arrived
         if self._dead:
-            self._fail_all(self._dead)  # those that were being submitted when it died
+            self._fail_all(self._dead)  # calls that were being submitted when the connection ended
             return True
         try:
-            reborn = transport.reborn or self._renewing  # before reading: so all that the dead kernel said is read
+            reborn = transport.reborn or self._renewing  # before reading: so all that the dead kernel has sent is read
             self._deaf = not self._watched
             if self._deaf:
                 transport.take(arrived)
@@ -536,8 +544,8 @@ class Connection:
         return True
 
     def _pump_out(self) -> None:
-        """There may be room now for what waits in the outbox. Does nothing but leave word when another thread, or this
-        one further up, is sending."""
+        """There may be room now for what waits in the outbox. When another thread, or this one further up the stack, is
+        sending, it only notes that (`_pump_wanted`), for that thread to do."""
         self._pump_wanted = True
         while self._pump_wanted and self._sending.acquire(blocking=False):
             try:
@@ -548,17 +556,18 @@ class Connection:
                     self._pump()
             finally:
                 self._sending.release()
-        self._tell_of_room()
+        self._signal_room()
         if self._cancels:
             self._send_cancels()
 
-    def _tell_of_room(self) -> None:
+    def _signal_room(self) -> None:
         if self._blocked and not self.transport.outbox_bytes:
             for call in list(self._blocked):
-                self._tell(call)
+                self._signal(call)
 
     def _pump(self) -> None:
-        """With the right to send, and busy: a finalizer's cancel in the middle of this would send a frame twice."""
+        """With the right to send. Busy meanwhile: a finalizer that sent a cancel in the middle of this would send a
+        frame twice."""
         try:
             self._busy = True
             self.transport.pump()
@@ -571,7 +580,7 @@ class Connection:
             return
         call = self._open.pop(reply.id, None)
         if call is None:
-            self._came_late(reply)  # abandoned, or the answer to a CANCEL
+            self._came_late(reply)  # the call was abandoned, or this is the reply to a CANCEL
             return
         if call.fds:
             call.release()
@@ -579,7 +588,7 @@ class Connection:
         if call.abandoned:
             self._take_back(call)
         if call.gate is not None or call.notify is not None:
-            self._tell(call)
+            self._signal(call)
 
     def _hand_piece(self, reply: wire.Reply) -> None:
         call = self._open.get(reply.id)
@@ -588,13 +597,13 @@ class Connection:
         piece = decoder(wire.TABLE[call.sys].piece)(reply.body)
         if call.tokens is not None:
             if reply.offset != len(call.args.given) + len(call.tokens):
-                return  # sent by a dead kernel after what its successor has given us already
+                return  # a dead kernel has sent it, and its successor has sent those tokens already
             call.tokens.extend(piece.tokens)
         call.pieces.append(piece)
-        self._tell(call)
+        self._signal(call)
 
-    def _tell(self, call: Call) -> None:
-        """Something has come for this call."""
+    def _signal(self, call: Call) -> None:
+        """Wake the thread or coroutine that waits for this call."""
         if call.gate is not None:
             self._wake(call)
         if call.notify is not None:
@@ -602,14 +611,14 @@ class Connection:
                 call.notify()
 
     def _submit_again(self) -> None:
-        """A new kernel: it knows nothing of our open calls but what they did."""
+        """Send all open calls to a new kernel, which knows of them only what they have done."""
         with self._sending:
             if self._busy:
                 raise wire.error(errno.EDEADLK, "a signal handler waits for a call in the middle of another one's send")
             try:
                 self._busy = True
                 if self.transport.reborn:
-                    self._renewing = True  # until all is sent, even if a signal handler raises
+                    self._renewing = True  # until all are sent, even if a signal handler raises meanwhile
                     self.transport.renew()
                     self._life += 1
                 calls = [*self._open.values(), *self._given_up.values()]
@@ -622,27 +631,27 @@ class Connection:
                 self._renewing = False
             finally:
                 self._busy = False
-        self._tell_of_room()
+        self._signal_room()
         self._after_sending()
 
     def _send_cancels(self) -> None:
-        """Tell the kernel which calls are over. If another is sending it will do this when it is done."""
+        """Send a CANCEL for each call that was abandoned. If another thread is sending, it does this afterwards."""
         while self._cancels and self._sending.acquire(blocking=False):
             try:
                 if self._busy:
-                    return  # by this very thread, further up
+                    return  # this very thread is sending, further up the stack
                 if self._dead:
-                    return  # nobody listens, and the transport may be closed
+                    return  # the transport may be closed
                 try:
                     self._busy = True
                     while self._cancels:
-                        # The answer finds nobody, and is dropped.
+                        # The reply finds no open call and is dropped.
                         args = wire.Cancel(self._cancels.popleft())
                         self.transport.send(_request(self.transport.next_id(), wire.Sys.CANCEL, args))
                 finally:
                     self._busy = False
             except (OSError, ProtocolError):
-                return  # the reader will find out
+                return  # the thread that reads will find out
             finally:
                 self._sending.release()
         if self._pump_wanted:
@@ -657,14 +666,14 @@ class Connection:
             if self._open.pop(call.id, None) is not None:
                 call.release()
                 call.final = reply
-                self._tell(call)
+                self._signal(call)
         for call in list(self._blocked):
-            self._tell(call)  # of those that were not sent, and find now that they cannot be
+            self._signal(call)  # those that were not sent are not in `_open`; sending fails now
         if self._loops:
             self._detach_loops()
 
     def _close_transport(self) -> None:
-        """The last one out closes: nobody reads (else it is done when that one leaves), nobody sends."""
+        """Close when no thread reads and none sends. If one reads, it does this when it leaves."""
         me = (threading.get_ident(), None)
         try:
             if self._leader.setdefault(0, me) is me:
@@ -691,7 +700,7 @@ class Connection:
         self.pump()  # announces sleep: from now on the bell rings
 
     def _detach_loops(self) -> None:
-        """A connection that has ended stays readable: the loops must not look any more."""
+        """Remove the readers: the descriptor of a connection that has ended stays readable."""
         loops, self._loops = self._loops, {}
         for loop, fd in loops.items():
             try:
@@ -714,9 +723,9 @@ class Connection:
         reply = wire.Reply(0, errno.ENOTCONN, body=wire.raw(wire.Failure(self._dead)))
         for call in list(self._open.values()):
             call.release()
-            call.final = reply  # without telling: who waited for it is in the parent
+            call.final = reply  # without waking a thread: those that waited are in the parent
         self._open.clear()
-        # No lock is used any more: another thread of the parent may have held it.
+        # Without a lock: another thread of the parent may have held it at the fork.
         with contextlib.suppress(OSError):
             self.transport.close()
 
