@@ -120,7 +120,7 @@ class Hello(Struct, array_like=True, frozen=True):
 
 
 class Welcome(Struct, array_like=True, frozen=True):
-    """The kernel's answer to `Hello`: who the client is from now on (and again after a reconnect)."""
+    """The kernel's answer to `Hello`: the client's identity, which it sends when it connects again."""
 
     version: int
     boot: str
