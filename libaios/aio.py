@@ -1,8 +1,8 @@
 """The same names as coroutines: `import libaios.aio as aios; r = await aios.llm.chat(…)`.
 
-Calls go over the process's one connection, together with those of other threads; the event loop's reader takes part in
-reading it. Cancelling a task cancels its call. A stream is iterated with `async for piece in aios.llm.chat(…,
-stream=True)`.
+Calls go over the process's one connection, as those of threads do, and the event loop takes part in reading it. Nothing
+here blocks the loop: not a full ring, and not the time in which there is no kernel. Cancelling a task cancels its call.
+A stream is iterated with `async for piece in aios.llm.chat(…, stream=True)`.
 """
 
 from __future__ import annotations
@@ -95,7 +95,7 @@ async def _final(conn: Connection, call: Call, replied: asyncio.Event, timeout: 
 
 
 async def _reply(conn: Connection, replied: asyncio.Event) -> None:
-    """Until the next reply; looks for itself now and then, as everybody does who sleeps on a doorbell."""
+    """Wait for the next reply. At the back-stop it looks by itself, since a ring may have been lost."""
     try:
         async with asyncio.timeout(BACKSTOP_S):
             await replied.wait()
@@ -118,13 +118,13 @@ def twin(function: Callable[P, T]) -> Callable[P, Coroutine[Any, Any, T]]:
 
 
 class Generation(Coroutine[Any, Any, Any]):
-    """What `chat` and `complete` return: `await` it for a `Result` (the same one every time), also by way of a task, or
-    iterate a stream with `async for`, if need be within `async with`, which ends it."""
+    """What `chat` and `complete` return. `await` it for a `Result`, directly or as a task; each `await` gives the same
+    one. A stream is iterated with `async for`; within `async with` it ends when that is left."""
 
     def __init__(self, args: wire.Generate) -> None:
         self._args = args
         self._task: asyncio.Task[Any] | None = None
-        self._turns: Generator[Any, None, Any] | None = None  # of who drives this as a coroutine
+        self._turns: Generator[Any, None, Any] | None = None  # while a task drives this as a coroutine
         self._pieces: AsyncGenerator[Piece, None] | None = None
 
     def __await__(self) -> Generator[Any, None, Any]:
@@ -146,7 +146,7 @@ class Generation(Coroutine[Any, Any, Any]):
         try:
             return step(self._turns)
         except BaseException:
-            self._turns = None  # it is over; the result is with the task
+            self._turns = None  # it is over; `_task` has the result
             raise
 
     async def __aenter__(self) -> AsyncGenerator[Piece, None]:

@@ -19,7 +19,7 @@ _seeds = random.SystemRandom()
 
 
 class Result:
-    """A finished generation. `tokens` are the generated ids, the stop token not among them."""
+    """A finished generation. `tokens` are the ids of the generated tokens, without the stop token."""
 
     __slots__ = ("finish_reason", "text", "tokens", "tool_calls", "usage")
 
@@ -35,8 +35,8 @@ class Result:
 
 
 class Piece:
-    """Part of a stream: whole characters and the tokens they came from. The last piece alone has `finish_reason`,
-    `usage` and `tool_calls`."""
+    """Part of a stream: whole characters, and the tokens that they are made of. Only the last piece has
+    `finish_reason`, `usage` and `tool_calls`."""
 
     __slots__ = ("finish_reason", "text", "tokens", "tool_calls", "usage")
 
@@ -52,13 +52,13 @@ class Piece:
 
 
 class Stream:
-    """Iterate for `Piece`s. Leaving the loop early, `close()` (from any thread), or losing the last reference ends the
-    generation; whoever iterates in another thread gets ECANCELED."""
+    """An iterator of `Piece`s. The generation ends when its loop is left early, at `close()` (from any thread), or when
+    the last reference is gone. If another thread iterates at that moment, it gets ECANCELED."""
 
     def __init__(self, connection: Connection, args: wire.Generate) -> None:
         self._connection = connection
         self._call: Call = connection.submit(Sys.GENERATE, args, stream=True)
-        # A function, not a method: what it holds must not hold the stream, or no last reference would ever go.
+        # A function, not a method: the generator must hold no reference to the stream, or that would live for ever.
         self._pieces = _pieces(connection, self._call, args.timeout_s)
 
     def __iter__(self) -> Stream:
@@ -110,7 +110,7 @@ def generate_args(
     model: str | None = None,
     public: bool = False,
 ) -> wire.Generate:
-    """The arguments as the kernel wants them; it checks types and ranges."""
+    """The arguments as they are sent. The kernel checks types and ranges."""
     sampling = wire.Sampling(
         max_tokens=max_tokens,
         temperature=temperature,
@@ -118,7 +118,7 @@ def generate_args(
         top_k=top_k,
         min_p=min_p,
         repeat_penalty=repeat_penalty,
-        # Drawn here, so that a call that has to be submitted again is the same call.
+        # The seed is drawn here, so that a call that must be submitted again gives the same text.
         seed=_seeds.getrandbits(62) if seed is None else seed,
         ignore_eos=ignore_eos,
         stop=[stop] if isinstance(stop, str) else _list(stop, "stop", "texts"),
@@ -137,7 +137,7 @@ def generate_args(
 
 
 def objects(value: Sequence[Mapping[str, Any]], what: str) -> list[dict[str, Any]]:
-    """The list of dicts that this is to be. Raises OSError EINVAL."""
+    """Check that this is a list of dicts, and copy it. Raises OSError EINVAL."""
     items = _list(value, what, "dicts")
     for i, item in enumerate(items):
         if not isinstance(item, Mapping):

@@ -4,12 +4,12 @@
     r.text, r.tokens, r.finish_reason, r.usage
     for piece in chat(messages, stream=True): print(piece.text, end="")
 
-Sampling: `temperature` 0 always takes the likeliest token; `seed` makes a sampled text repeatable (None: a new one each
-time). `stop` strings end the text and are not part of it. `max_tokens` None: up to the end of the context. A `schema`
-(JSON Schema) or `tools` (a list of {"type": "function", "function": {"name", "description", "parameters"}}) constrain
-what can be generated; of a tool only the name must be given, and the inner dict will do. What has been computed of a
-prompt is shared within the agent's group; a `public` prompt with everyone's public prompts (who asks can tell by the
-time it takes whether someone sent its beginning before).
+Sampling: `temperature` 0 always takes the likeliest token. `seed` makes a sampled text repeatable (None: a new seed
+each time). `stop` strings end the text and are not part of it. `max_tokens` None: up to the end of the context. A
+`schema` (JSON Schema) or `tools` (a list of {"type": "function", "function": {"name", "description", "parameters"}})
+limit what can be generated. Of a tool only the name is required, and the inner dict alone may be given. What the model
+has computed for a prompt is shared within the agent's group, and for a `public` prompt with the public prompts of all
+groups. (By the time that a call takes, its caller can find out whether the beginning of its prompt was sent before.)
 
 `finish_reason`: "stop" (the model or a stop string ended it), "length" (max_tokens or the context), "tool_calls",
 "limit" (the agent's token budget). Errors are OSErrors: EINVAL with what was wrong with which argument, EMSGSIZE for a
@@ -57,7 +57,8 @@ def chat(messages: Sequence[Mapping[str, Any]], *, stream: Literal[True], **opti
 @overload
 def chat(messages: Sequence[Mapping[str, Any]], *, stream: Literal[False] = False, **options: Any) -> Result: ...
 def chat(messages: Sequence[Mapping[str, Any]], **options: Any) -> Result | Stream:
-    """Answer a conversation: messages {"role": "system" | "user" | "assistant" | "tool", "content": "…"}.
+    """Generate the next message of a conversation. A message is {"role": "system" | "user" | "assistant" | "tool",
+    "content": "…"}.
 
     Options: max_tokens, temperature (0.8), top_p (0.95), top_k (40), min_p (0.05), repeat_penalty (1.0), seed, stop,
     ignore_eos, tools, schema, stream, timeout (seconds), model, public; see the top of this module. Returns a `Result`,
@@ -71,7 +72,7 @@ def complete(prompt: str | Sequence[int], *, stream: Literal[True], **options: A
 @overload
 def complete(prompt: str | Sequence[int], *, stream: Literal[False] = False, **options: Any) -> Result: ...
 def complete(prompt: str | Sequence[int], **options: Any) -> Result | Stream:
-    """Go on from a text, or from token ids, which are taken verbatim (no BOS is added). Options as for `chat`."""
+    """Continue a text, or token ids, which are used as they are (no BOS is added). Options as for `chat`."""
     return generate(generate_args(None, prompt, **options))
 
 
@@ -92,7 +93,7 @@ def _vectors(body: wire.Embedded) -> npt.NDArray[np.float32]:
 
 @syscall
 def tokenize(text: str, model: str | None = None, special: bool = False) -> Plan[list[int]]:
-    """Token ids of a text, without BOS; `special`: read special tokens such as <|im_end|> as what they are."""
+    """Token ids of a text, without BOS. `special`: special tokens such as <|im_end|> in the text are recognised."""
     return Plan(Sys.TOKENIZE, wire.Tokenize(text, model, special))
 
 
@@ -104,7 +105,7 @@ def detokenize(tokens: Sequence[int], model: str | None = None) -> Plan[str]:
 
 @syscall
 def models() -> Plan[list[ModelInfo]]:
-    """The models that are served, the default one first."""
+    """The models of this system, the default one first."""
     return Plan(Sys.MODELS, wire.NoArgs())
 
 
@@ -120,6 +121,6 @@ def context(
 
 
 def restore(name: str, model: str | None = None) -> Context:
-    """A context saved by an agent of this group, also before aiosd was started again. Raises FileNotFoundError; EIO
-    when the file is damaged. State that does not fit the model any more is computed again."""
+    """A context that an agent of this group has saved, perhaps before aiosd was started again. Raises
+    FileNotFoundError, or EIO when the file is damaged. State that no longer fits the model is computed again."""
     return Context(run(restored(name, model)).messages, model=model)
