@@ -190,9 +190,10 @@ class ControlSocket:
 
     def _lose(self) -> None:
         """The kernel hung up. (A signal handler may raise in here: then the end of the socket is found once more.)"""
+        search = Search(self.home, self.client, self.boot)  # first: it may raise EMFILE, and then this is done again
         with contextlib.suppress(OSError, ValueError):
             self._epoll.unregister(self._frames.fileno())  # it would stay readable
-        self._search = Search(self.home, self.client, self.boot)
+        self._search = search
 
     def _seek(self) -> None:
         """The next step on the way to the new kernel."""

@@ -714,6 +714,11 @@ class Connection:
     def disconnect_after_fork(self) -> None:
         """In a forked child: the connection is the parent's."""
         self._dead = self.transport.forked
+        # Another thread of the parent may have been sending or leading at the fork. It does not exist in the child, and
+        # would hold the right to send, or the lead, for ever.
+        self._sending, self._busy = threading.RLock(), False
+        self._leader.clear()
+        self._followers.clear()
         for fd in self._loops.values():
             os.close(fd)
         self._loops.clear()
@@ -725,7 +730,6 @@ class Connection:
             call.release()
             call.final = reply  # without waking a thread: those that waited are in the parent
         self._open.clear()
-        # Without a lock: another thread of the parent may have held it at the fork.
         with contextlib.suppress(OSError):
             self.transport.close()
 

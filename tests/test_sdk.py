@@ -847,6 +847,38 @@ def test_a_forked_child_has_no_connection_and_does_not_disturb(kernel: ChannelKe
     kernel.take(Sys.CANCEL)
 
 
+def test_a_forked_child_does_not_wait_for_a_thread_that_was_sending(
+    kernel: ChannelKernel, connection: Connection, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """That thread is not in the child, and never lets go of what it held."""
+    sending, forked = threading.Event(), threading.Event()
+    original = AgentTransport.send
+
+    def send(self: AgentTransport, payload: bytes, fds: object = ()) -> None:
+        sending.set()
+        assert forked.wait(PATIENCE_S)
+        original(self, payload)
+
+    def act() -> int:
+        try:
+            aios.proc.getpid()
+        except OSError as err:
+            return 7 if err.errno == errno.ENOTCONN else 1
+        return 2
+
+    monkeypatch.setattr(AgentTransport, "send", send)
+    with as_process_connection(connection):
+        call = aside(aios.proc.getpid)
+        assert sending.wait(PATIENCE_S)
+        child = aside(in_child, lambda: aside(act).result(1.0))
+        try:
+            assert child.result(PATIENCE_S) == 7
+        finally:
+            forked.set()
+        kernel.reply(kernel.take(Sys.GETPID), 5)
+        assert call.result(PATIENCE_S) == 5
+
+
 def test_multiprocessing_works_in_an_agent(kernel: ChannelKernel, connection: Connection) -> None:
     with as_process_connection(connection):
         process = multiprocessing.get_context("fork").Process(target=os.getpid)
