@@ -121,7 +121,7 @@ class ChannelKernel(Replies):
         self.channel = Channel(os.dup(self.memfd), os.dup(self.bell), Side.KERNEL)
 
     def hang_up(self) -> None:
-        """The system ends: nobody holds the kernel's end any more."""
+        """The system ends: no process holds the kernel's end any more."""
         self.channel.close()
         if self.bell >= 0:
             os.close(self.bell)

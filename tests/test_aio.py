@@ -368,7 +368,7 @@ def test_when_aiosd_is_gone_the_loop_rests(kernel: ChannelKernel) -> None:
 
 
 def test_a_loop_that_runs_on_when_another_thread_closes_keeps_its_other_readers(kernel: ChannelKernel) -> None:
-    """The number of the closed descriptor is given to the next socket at once, before the loop hears of the end."""
+    """The number of the closed descriptor is given to the next socket at once, before the loop runs again."""
 
     async def main() -> None:
         loop = asyncio.get_running_loop()

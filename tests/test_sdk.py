@@ -44,7 +44,7 @@ def connection(kernel: ChannelKernel) -> Connection:
 
 @pytest.fixture
 def unsupported(monkeypatch: pytest.MonkeyPatch) -> Iterator[ChannelKernel]:
-    """A kernel whose agent has no back-stop: who is not woken sleeps on."""
+    """A kernel whose agent has no back-stop: a thread that is not woken sleeps on."""
     monkeypatch.setattr(channels, "BACKSTOP_S", 1000.0)
     made = ChannelKernel()
     yield made
@@ -69,7 +69,7 @@ def test_replies_in_any_order_find_their_calls(kernel: ChannelKernel, connection
 
 
 def test_many_threads_make_many_calls(kernel: ChannelKernel, connection: Connection) -> None:
-    """Leaders and followers change all the time; nobody is forgotten."""
+    """Leaders and followers change all the time; no thread is forgotten."""
     end = kernel.serve(lambda request: args_of(request).text)
     try:
 
@@ -165,7 +165,7 @@ def test_a_full_ring_makes_callers_wait_and_loses_nothing() -> None:
 
 
 def test_the_lead_does_not_stay_with_one_who_has_stopped_waiting(kernel: ChannelKernel, connection: Connection) -> None:
-    """A stream's reader gets a piece and the lead in the same moment, and goes to work on the piece: somebody else
+    """A stream's reader gets a piece and the lead in the same moment, and goes to work on the piece: another thread
     must read on."""
     leader = aside(connection.call, Sys.GETPID, NoArgs(), int)
     first = kernel.take(Sys.GETPID)
@@ -186,7 +186,7 @@ def test_the_lead_does_not_stay_with_one_who_has_stopped_waiting(kernel: Channel
 
 
 def until_followed(connection: Connection, number: int) -> None:
-    """Until so many wait behind a leader."""
+    """Wait until this number of threads wait behind a leader."""
     patience = threading.Event()
     for _ in range(500):
         if len(connection._followers) >= number:
@@ -207,7 +207,7 @@ def test_interrupting_the_leader_passes_the_lead_on(kernel: ChannelKernel, conne
 
 
 def follow(connection: Connection, number: int) -> object:
-    """Make a call once somebody leads."""
+    """Make a call once another thread leads."""
     patience = threading.Event()
     while not connection._leader:
         patience.wait(0.005)
@@ -275,7 +275,7 @@ def interrupt(connection: Connection) -> None:
 
 
 def test_a_signal_handler_may_make_a_call_while_its_thread_leads(kernel: ChannelKernel, connection: Connection) -> None:
-    """As an agent does that says goodbye on SIGTERM."""
+    """As an agent does that sends a last message on SIGTERM."""
     answers: list[object] = []
 
     def handler(*_: object) -> None:
@@ -440,7 +440,7 @@ def overflow(connection: Connection) -> list[int]:
 
 
 def drain(kernel: ChannelKernel) -> list[int]:
-    """Whose end the kernel is told of, until nothing more comes."""
+    """The ids of the calls that are cancelled, until no more cancels come."""
     ids = []
     while not kernel.quiet():
         ids += [args_of(request).id for request in kernel.taken]
@@ -471,7 +471,7 @@ def test_a_call_abandoned_while_the_leader_pumps_is_canceled(monkeypatch: pytest
 
 
 def test_a_call_finalized_while_its_thread_pumps_is_canceled_once(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Between a frame and its end in the books: who pumped in there once more would send it twice."""
+    """Between a frame and its end in the books: pumping once more in there would send it twice."""
     kernel = ChannelKernel(1 << 12)
     connection = kernel.connection
     try:
@@ -531,7 +531,7 @@ def test_a_stream_brings_its_pieces_in_order_and_its_end(kernel: ChannelKernel, 
 
 
 def test_leaving_the_loop_cancels_at_once(kernel: ChannelKernel, connection: Connection) -> None:
-    """By losing the last reference, not by the collector, who may come much later: a slot is waiting."""
+    """By losing the last reference, not by the collector, which may run much later: a slot is waiting."""
     gc.disable()
     try:
         stream = Stream(connection, generate())
@@ -736,7 +736,7 @@ def test_a_kernel_that_dies_again_and_again(kernel: ChannelKernel, connection: C
 
 
 def test_a_reply_and_the_end_of_the_system_at_once(unsupported: ChannelKernel) -> None:
-    """One event on the bell, and no back-stop: whoever leads, both are found."""
+    """One event on the bell, and no back-stop: both are found, whichever thread leads."""
     connection = unsupported.connection
     answered, other = (
         aside(connection.call, Sys.GETPID, NoArgs(), int),
