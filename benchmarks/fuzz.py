@@ -749,7 +749,7 @@ class Fuzz:
 
     def run(self, slot: int, kind: str, *args: str) -> str:
         """A player from its start to its end; the reason of that as aios-inspect shows it."""
-        from libaios.agent import decode_body  # noqa: F401  # the SDK is loaded before threads use it
+        from libaios.connection import decode_body  # noqa: F401  # the SDK is loaded before threads use it
 
         pid = self.spawn(self.player, kind.replace("_", "-"), str(self.counters(slot)), *args)
         try:

@@ -1,77 +1,20 @@
-"""This process's connection to the kernel: calls out, replies in, from any thread and from asyncio.
+"""This process's one connection to the kernel: an agent's channel, else the control socket.
 
-Every call has an id and waits for its one final reply; many may be open, and replies come in any order. There is no
-thread in the background. Of the threads that wait, one is the *leader*: it reads the connection, hands every reply to
-the call it belongs to, and wakes whoever waits for that; when its own reply is there it passes the lead on. Who finds
-no room for a call waits for it in the same way. An event loop takes part as well: its reader callback leads for a
-moment whenever the connection becomes readable.
-
-    invariant: if any call is waited for, somebody leads, or is about to: a follower that was woken. Whoever stops
-    waiting, for whatever reason, wakes another, because the wake-up that it got may have been the lead
-
-Sending is one thread's at a time and never waits for a reply. Whoever only wants to be rid of a call (`abandon`: a
-finalizer, in any thread, at any moment) must not wait for that either: cancels go into a queue, which is emptied by
-who holds the right to send. Signal handlers may make calls of their own, and may raise: nothing that arrived is lost.
-Only one that breaks into a send, or into the handing out of replies, gets EDEADLK for its call.
-
-What a RECV takes from the mailbox is the caller's, also when the caller has given up (an interrupt, a task cancelled)
-while it was on its way. So a RECV that was abandoned is remembered until its final reply is here: ECANCELED, or a
-message, which then goes to whoever waits for one, or asks next. A new kernel gets it again with the other open calls,
-and its cancel too.
-
-After a fork an agent's child has no connection (its parent's ring must have one writer); calls raise ENOTCONN there.
-Outside an agent the child makes one of its own.
-When the kernel was replaced (`reborn`) every open call is submitted again under its id, a stream with the tokens that
-it has brought so far.
+An agent finds its channel in its environment (`wire.ENV_CHANNEL`). A forked child of an agent has no connection: each
+ring may have one writer only, and that is the parent. Calls raise ENOTCONN in the child. A process that is no agent
+uses the control socket, and its forked children make connections of their own.
 """
 
 from __future__ import annotations
 
-import contextlib
 import errno
 import os
 import threading
-import time
-from collections import deque
-from collections.abc import Callable, Iterator, MutableSequence, Sequence
-from typing import TYPE_CHECKING, Any, Protocol
-
-import msgspec
-from msgspec import Struct, msgpack
 
 from libaios import wire
 from libaios.channel import Channel, Side
+from libaios.connection import Connection
 from libaios.ring import ProtocolError
-
-if TYPE_CHECKING:
-    import asyncio
-
-_RECV = int(wire.Sys.RECV)
-SLACK_S = 5.0  # how much longer than the kernel we wait for an answer that has a time limit
-
-
-class Transport(Protocol):
-    """What a connection needs of a channel or a control socket."""
-
-    @property
-    def hung_up(self) -> bool: ...
-    @property
-    def reborn(self) -> bool: ...
-    @property
-    def outbox_bytes(self) -> int: ...  # bytes that were sent here and have not left yet
-    @property
-    def why(self) -> str: ...  # it hung up
-    def fileno(self) -> int: ...
-    def next_id(self) -> int: ...
-    def send(self, payload: bytes, fds: Sequence[int] = ()) -> None: ...
-    def pump(self) -> bool: ...
-    def receive(self) -> list[bytes]: ...  # all that is here; from now on `fileno` tells of more
-    def take(self, frames: MutableSequence[bytes]) -> object: ...  # the same, but only `wait` tells of more
-    def wait(self, timeout: float | None = None) -> bool: ...
-    def nudge(self) -> None: ...
-    def renew(self) -> None: ...
-    def shutdown(self) -> None: ...  # from any thread: wakes the one in `wait`
-    def close(self) -> None: ...
 
 
 class AgentTransport(Channel):
@@ -80,6 +23,7 @@ class AgentTransport(Channel):
     __slots__ = ("next_id",)
 
     why = "aiosd is gone"
+    forked = "this process was forked from an agent; the connection to the kernel is its parent's"
 
     def __init__(self, memfd: int, bell: int) -> None:
         super().__init__(memfd, bell, Side.AGENT)
@@ -88,622 +32,10 @@ class AgentTransport(Channel):
 
     def receive(self, limit: int = 1 << 30) -> list[bytes]:
         frames = super().receive(limit)
-        while self.unread:  # all: what is left in the ring would ring no bell
+        while self.unread:  # take all: no bell rings for what is left in the ring
             frames += super().receive(limit)
         return frames
 
-
-class Call(Struct, eq=False):
-    """One open call. `pieces` and `final` are set by the leader; `final` last."""
-
-    sys: int
-    args: Any
-    notify: Callable[[], None] | None = None  # called by the leader after every reply
-    id: int = 0
-    life: int = 0  # of the kernel that it was sent to
-    fds: list[int] = []  # ours: the caller may close its own, and a new kernel gets these
-    pieces: deque[Any] = msgspec.field(default_factory=deque)
-    tokens: list[int] | None = None  # of a stream: all that it has brought
-    final: wire.Reply | None = None
-    gate: threading.Lock | None = None  # a follower sleeps on it
-    abandoned: bool = False  # a RECV that nobody waits for any more
-
-    def release(self) -> None:
-        """It is over: nobody will be sent its descriptors any more."""
-        fds, self.fds = self.fds, []
-        for fd in fds:
-            os.close(fd)
-
-    def payload(self) -> bytes:
-        """As it is sent to a new kernel."""
-        args = self.args
-        if self.tokens:
-            args = msgspec.structs.replace(args, given=[*args.given, *self.tokens])
-        return wire.encode((self.id, self.sys, args, True))
-
-
-def _request(number: int, sys: int, args: Any) -> bytes:
-    """A `wire.Request` with its arguments not yet encoded: one pass instead of two."""
-    return wire.encode((number, sys, args))
-
-
-def _duplicates(fds: Sequence[int]) -> list[int]:
-    copies: list[int] = []
-    try:
-        for fd in fds:
-            copies.append(os.dup(fd))
-    except OSError:
-        for fd in copies:
-            os.close(fd)
-        raise
-    return copies
-
-
-_decode_failure = msgpack.Decoder(wire.Failure).decode
-_decoders: dict[Any, Callable[[Any], Any]] = {}
-
-
-def decode_body(reply: wire.Reply, result: Any) -> Any:
-    """The body of a final reply as `result` (None: no body wanted), or the OSError that it stands for."""
-    if reply.errno:
-        raise wire.error(reply.errno, _decode_failure(reply.body).message)
-    if result is None:
-        return None
-    return decoder(result)(reply.body)
-
-
-def decoder(kind: Any) -> Callable[[Any], Any]:
-    """What decodes the body of a reply as this type."""
-    decode = _decoders.get(kind)
-    if decode is None:
-        decode = _decoders[kind] = msgpack.Decoder(kind).decode
-    return decode
-
-
-class Connection:
-    """Calls over one transport; safe for threads, finalizers and signal handlers."""
-
-    def __init__(self, transport: Transport) -> None:
-        self.transport = transport
-        self._open: dict[int, Call] = {}
-        self._dead = ""  # why there is no connection any more
-        self._closing = False
-        # sending
-        self._sending = threading.RLock()
-        self._busy = False  # somebody is in the middle of a send; guarded by `_sending`
-        self._blocked: Call | None = None  # whose sender waits for room
-        self._given_up: dict[int, Call] = {}  # RECVs that were abandoned and have no final reply yet
-        self._returned: deque[wire.Reply] = deque()  # messages that came for such
-        self._cancels: deque[int] = deque()  # ids of calls whose end is still to be told to the kernel
-        self._life = 0  # how often the kernel was replaced
-        self._renewing = False
-        # receiving. `_leader` holds at 0 who reads: (thread, …). A dict, because `setdefault` takes the lead in one
-        # step that no signal handler can break into, and the owner can see afterwards whether it has it.
-        self._leader: dict[int, tuple[int, object]] = {}
-        self._polling = False  # the leader sleeps: a signal handler in its thread may take its place
-        self._arrived: deque[bytes] = deque()
-        self._followers: dict[int, Call] = {}
-        self._loops: set[asyncio.AbstractEventLoop] = set()
-        self._watched = False  # somebody polls the descriptor, so the bell must ring also while nobody waits here
-        self._deaf = False  # what was read last was read without asking for the bell
-
-    # ── for callers ───────────────────────────────────────────────────────────────────────────────────────
-
-    def call(self, sys: int, args: Any, result: Any, fds: Sequence[int] = (), timeout: float | None = None) -> Any:
-        """Make a call and wait for its result, decoded as `result`. Raises OSError as the kernel answered,
-        TimeoutError when no answer came within `timeout` seconds (and some slack: the kernel's word comes first)."""
-        call = self.submit(sys, args, fds)
-        return self.result(call, result, timeout)
-
-    def submit(
-        self,
-        sys: int,
-        args: Any,
-        fds: Sequence[int] = (),
-        stream: bool = False,
-        notify: Callable[[], None] | None = None,
-    ) -> Call:
-        """Send a call without waiting for its reply; with a full ring, wait for room. The caller must take its
-        `result`, or `abandon` it."""
-        call = Call(sys, args, notify)
-        if fds:
-            call.fds = _duplicates(fds)
-        if stream:
-            call.tokens = []
-        if sys == _RECV and self._serve(call):
-            return call
-        transport = self.transport
-        try:
-            with self._sending:
-                if self._busy:
-                    raise wire.error(errno.EDEADLK, "a signal handler made a call in the middle of another one's send")
-                if self._dead:
-                    raise wire.error(errno.ENOTCONN, self._dead)
-                try:
-                    self._busy = True
-                    call.id = number = transport.next_id()
-                    try:
-                        payload = wire.encode((number, sys, args))
-                    except (TypeError, ValueError, OverflowError, RecursionError) as err:
-                        raise wire.error(errno.EINVAL, f"an argument cannot be sent: {err}") from None
-                    if len(payload) > wire.MAX_FRAME:
-                        message = f"a call of {len(payload)} bytes; the limit is {wire.MAX_FRAME}"
-                        raise wire.error(errno.EMSGSIZE, message)
-                    call.life = self._life
-                    self._open[number] = call
-                    transport.send(payload, call.fds)
-                finally:
-                    self._busy = False
-                if transport.outbox_bytes:
-                    self._wait_for_room(call)
-        except BaseException:
-            self.abandon(call)
-            if self._cancels:
-                self._send_cancels()  # of others, who found us sending: an unsent call's end sends none
-            raise
-        if self._returned:
-            self._match()
-        if self._cancels:
-            self._send_cancels()
-        return call
-
-    def _wait_for_room(self, call: Call) -> None:
-        """Until what was sent has left, or the kernel that it was for is dead: then it will be sent again."""
-        transport = self.transport
-        try:
-            self._blocked = call
-            self._wait(lambda: bool(self._dead) or transport.reborn or self._pump(), call, None)
-        finally:
-            self._blocked = None
-
-    def result(self, call: Call, result: Any, timeout: float | None = None) -> Any:
-        """Wait for the final reply of a submitted call."""
-        if call.final is None:
-            try:
-                deadline = None if timeout is None else time.monotonic() + timeout + SLACK_S
-                self._wait(lambda: call.final is not None, call, deadline)
-            except BaseException:
-                self.abandon(call)
-                raise
-        assert call.final is not None
-        return decode_body(call.final, result)
-
-    def pieces(self, call: Call, timeout: float | None = None) -> Iterator[wire.Piece]:
-        """The partial replies of a stream, until its final one is there. Leaving early cancels the call."""
-        deadline = None if timeout is None else time.monotonic() + timeout + SLACK_S
-        try:
-            while True:
-                if call.pieces:
-                    yield call.pieces.popleft()
-                elif call.final is not None:
-                    return
-                else:
-                    self._wait(lambda: bool(call.pieces) or call.final is not None, call, deadline)
-        finally:
-            self.abandon(call)
-
-    def abandon(self, call: Call) -> None:
-        """Nobody wants the call any more: forget it, and have the kernel stop it. Does nothing when it is over. Who
-        still waits for it in another thread gets ECANCELED. Never blocks."""
-        takes = call.sys == _RECV and call.id and not call.abandoned
-        if takes:
-            call.abandoned = True
-            self._given_up[call.id] = call  # before it leaves `_open`: its reply must find it in one of the two
-        if self._open.pop(call.id, None) is None:
-            call.release()  # it was never sent, or is over
-            if takes:
-                self._take_back(call)
-            return
-        call.release()
-        call.final = wire.Reply(call.id, errno.ECANCELED, body=_CANCELED)
-        self._wake(call)
-        if not self._dead:
-            self._cancels.append(call.id)
-            self._send_cancels()
-
-    # ── messages whose receiver has given up ──────────────────────────────────────────────────────────────
-
-    def _take_back(self, call: Call) -> None:
-        """The call was abandoned and has its reply: whoever of the two threads comes second finds both."""
-        final = call.final
-        if final is not None and self._given_up.pop(call.id, None) is not None:
-            self._return(final)
-
-    def _came_late(self, reply: wire.Reply) -> None:
-        """A final reply for a call that is not open."""
-        if not reply.more and self._given_up.pop(reply.id, None) is not None:
-            self._return(reply)
-
-    def _return(self, reply: wire.Reply) -> None:
-        if not reply.errno:
-            self._returned.append(reply)
-            self._match()
-
-    def _serve(self, call: Call) -> bool:
-        """Let the call have a message that was returned, if there is one."""
-        try:
-            reply = self._returned.popleft()
-        except IndexError:
-            return False
-        self._give(call, reply)
-        return True
-
-    def _give(self, call: Call, reply: wire.Reply) -> None:
-        """The call takes the id of the one whose reply it gets: given up as well, it is found under that."""
-        call.id, call.final = reply.id, reply
-        call.release()
-        self._tell(call)
-
-    def _match(self) -> None:
-        """Messages that were returned are for those who wait, oldest first. The kernel's half of such a call is
-        cancelled under a stand-in, and may bring a message in its turn."""
-        waiting = [call for call in list(self._open.values()) if call.sys == wire.Sys.RECV]
-        for call in sorted(waiting, key=lambda call: call.id):
-            try:
-                reply = self._returned.popleft()
-            except IndexError:
-                break
-            stand_in = Call(call.sys, call.args, id=call.id, life=call.life, abandoned=True)
-            self._given_up[stand_in.id] = stand_in
-            if self._open.pop(stand_in.id, None) is None:  # its own reply has come meanwhile
-                self._given_up.pop(stand_in.id, None)
-                self._returned.appendleft(reply)
-            else:
-                self._cancels.append(stand_in.id)
-                self._give(call, reply)
-        self._send_cancels()
-
-    @property
-    def open_calls(self) -> int:
-        return len(self._open)
-
-    def fileno(self) -> int:
-        """Becomes readable when there is something for `pump`; the same descriptor as long as the connection lives.
-        Take it before the first call: it may handle what has arrived, and who looks at its calls, then takes it,
-        then polls, would wait for what was handled in between."""
-        if not self._watched:
-            self._watched = True
-            self.pump()  # announces sleep: from now on the bell rings
-        return self.transport.fileno()
-
-    def pump(self) -> None:
-        """Handle whatever has arrived, without waiting: for callers with a loop of their own."""
-        me = (threading.get_ident(), None)
-        try:
-            if self._leader.setdefault(0, me) is me:
-                while self._read() and not self._dead:
-                    pass
-        finally:
-            self._leave(me)
-
-    def nudge(self) -> None:
-        """Ring for what the kernel has not taken: for callers who sleep elsewhere than in here. Not needed when
-        somebody sends now, and who closes waits for that."""
-        if self._sending.acquire(blocking=False):
-            try:
-                if not self._dead:
-                    self.transport.nudge()
-            finally:
-                self._sending.release()
-            if self._cancels:
-                self._send_cancels()
-
-    def close(self, why: str = "the connection was closed") -> None:
-        """End it here, from any thread; whoever still waits gets ENOTCONN."""
-        if self._closing:
-            return
-        self._closing = True
-        self._fail_all(self._dead or why)
-        self.transport.shutdown()
-        self._close_transport()
-
-    # ── waiting ───────────────────────────────────────────────────────────────────────────────────────────
-
-    def _wait(self, ready: Callable[[], bool], call: Call, deadline: float | None) -> None:
-        """Until `ready`: lead, or follow whoever leads."""
-        me = (threading.get_ident(), call)
-        try:
-            while True:  # the caller has looked, and who leads or follows looks first
-                leader = self._leader.setdefault(0, me)
-                if leader is me:
-                    self._lead(ready, deadline)
-                    break
-                if leader[0] == me[0]:
-                    self._lead_inside(ready, deadline)
-                    break
-                self._follow(ready, call, deadline)
-                if ready():
-                    break
-        finally:
-            self._leave(me)
-
-    def _leave(self, me: tuple[int, object]) -> None:
-        """Give up the lead, if it is ours, and see that somebody has it."""
-        led = self._leader.get(0) is me
-        if led:
-            del self._leader[0]
-        if self._followers and not self._leader:
-            self._pass_lead()
-        if self._closing:
-            self._close_transport()
-        elif led and self._watched and self._deaf:
-            self.pump()  # who polls came when we had read already, and would not be told
-
-    def _lead(self, ready: Callable[[], bool], deadline: float | None) -> None:
-        transport = self.transport
-        while not ready():  # the last leader may have seen to it before the lead was ours
-            # The sleep first: it ends at once if something is there. It was announced when last all was read.
-            left = None if deadline is None else deadline - time.monotonic()
-            if left is not None and left <= 0:
-                raise TimeoutError(errno.ETIMEDOUT, "no answer in time")
-            if not (self._dead or self._arrived or self._renewing):
-                try:
-                    self._polling = True
-                    transport.wait(left)
-                finally:
-                    self._polling = False
-            self._read()
-
-    def _lead_inside(self, ready: Callable[[], bool], deadline: float | None) -> None:
-        """In a signal handler, whose own thread leads."""
-        if not self._polling:
-            raise wire.error(errno.EDEADLK, "a signal handler made a call while replies were handed out")
-        try:
-            self._polling = False  # but for our own sleep: another handler must not break into our handing out
-            self._lead(ready, deadline)
-        finally:
-            self._polling = True
-            # That sleep goes on after the handler. It may be for what was handed out just now.
-            if isinstance(self.transport, Channel):  # a socket is slept on no longer than the back-stop anyway
-                self.transport.rouse()
-
-    def _follow(self, ready: Callable[[], bool], call: Call, deadline: float | None) -> None:
-        gate = threading.Lock()
-        gate.acquire()
-        call.gate = gate
-        number = call.id
-        self._followers[number] = call
-        try:
-            # The leader may have left before it could see us; then the lead is ours to take.
-            if ready() or not self._leader:
-                return
-            left = -1 if deadline is None else deadline - time.monotonic()
-            if (deadline is not None and left <= 0) or not gate.acquire(timeout=left):
-                raise TimeoutError(errno.ETIMEDOUT, "no answer in time")
-        finally:
-            self._followers.pop(number, None)
-            call.gate = None
-
-    def _pass_lead(self) -> None:
-        """Wake one follower. One that has its reply already was woken for that; but if only such are left, them."""
-        followers = list(self._followers.values())
-        if not any(call.final is None and self._wake(call) for call in followers):
-            for call in followers:
-                self._wake(call)
-
-    @staticmethod
-    def _wake(call: Call) -> bool:
-        gate = call.gate
-        if gate is None:
-            return False
-        with contextlib.suppress(RuntimeError):  # somebody woke it already
-            gate.release()
-        return True
-
-    # ── leading ───────────────────────────────────────────────────────────────────────────────────────────
-
-    def _read(self) -> bool:
-        """Hand out what has arrived; False when there was nothing."""
-        transport, arrived = self.transport, self._arrived
-        if self._dead:
-            self._fail_all(self._dead)  # those that were being submitted when it died
-            return True
-        try:
-            reborn = transport.reborn or self._renewing  # before reading: so all that the dead kernel said is read
-            self._deaf = not self._watched
-            if self._deaf:
-                transport.take(arrived)
-            else:
-                arrived.extend(transport.receive())
-            if transport.outbox_bytes:
-                self._pump_out()
-            if not arrived and not reborn:
-                if transport.hung_up:
-                    self._fail_all(transport.why or "aiosd is gone")
-                    return True
-                return transport.reborn
-            while arrived:
-                self._hand_out(wire.decode_reply(arrived.popleft()))
-            if reborn:
-                self._submit_again()
-        except (ProtocolError, msgspec.MsgspecError) as err:
-            self._fail_all(f"the kernel sent nonsense: {err}")
-        return True
-
-    def _pump_out(self) -> None:
-        """There may be room now for what waits in the outbox: tell the sender that waits, or send what nobody waits
-        for (cancels, calls submitted again)."""
-        blocked = self._blocked
-        if blocked is not None:
-            self._wake(blocked)
-        if self._sending.acquire(blocking=False):
-            try:
-                if not self._busy:
-                    self._pump()
-            finally:
-                self._sending.release()
-            if self._cancels:
-                self._send_cancels()  # of those who found us sending
-
-    def _pump(self) -> bool:
-        """With the right to send, and busy: a finalizer's cancel in the middle of this would send a frame twice."""
-        try:
-            self._busy = True
-            return self.transport.pump()
-        finally:
-            self._busy = False
-
-    def _hand_out(self, reply: wire.Reply) -> None:
-        if reply.more:
-            self._hand_piece(reply)
-            return
-        call = self._open.pop(reply.id, None)
-        if call is None:
-            self._came_late(reply)  # abandoned, or the answer to a CANCEL
-            return
-        if call.fds:
-            call.release()
-        call.final = reply
-        if call.abandoned:
-            self._take_back(call)
-        if call.gate is not None or call.notify is not None:
-            self._tell(call)
-
-    def _hand_piece(self, reply: wire.Reply) -> None:
-        call = self._open.get(reply.id)
-        if call is None:
-            return  # abandoned
-        piece = decoder(wire.TABLE[call.sys].piece)(reply.body)
-        if call.tokens is not None:
-            if reply.offset != len(call.args.given) + len(call.tokens):
-                return  # sent by a dead kernel after what its successor has given us already
-            call.tokens.extend(piece.tokens)
-        call.pieces.append(piece)
-        self._tell(call)
-
-    def _tell(self, call: Call) -> None:
-        """Something has come for this call."""
-        if call.gate is not None:
-            self._wake(call)
-        if call.notify is not None:
-            with contextlib.suppress(RuntimeError):  # its event loop is closed
-                call.notify()
-
-    def _submit_again(self) -> None:
-        """A new kernel: it knows nothing of our open calls but what they did."""
-        blocked = self._blocked
-        if blocked is not None:
-            self._wake(blocked)  # it holds the right to send, and lets go now that the kernel is reborn
-        with self._sending:
-            if self._busy:
-                raise wire.error(errno.EDEADLK, "a signal handler waits for a call in the middle of another one's send")
-            try:
-                self._busy = True
-                if self.transport.reborn:
-                    self._renewing = True  # until all is sent, even if a signal handler raises
-                    self.transport.renew()
-                    self._life += 1
-                calls = [*self._open.values(), *self._given_up.values()]
-                for call in sorted(calls, key=lambda call: call.id):
-                    if call.life != self._life:
-                        self.transport.send(call.payload(), call.fds)
-                        call.life = self._life
-                        if call.abandoned:
-                            self._cancels.append(call.id)
-                self._renewing = False
-            finally:
-                self._busy = False
-        self._send_cancels()
-
-    def _send_cancels(self) -> None:
-        """Tell the kernel which calls are over. If another is sending it will do this when it is done."""
-        while self._cancels and self._sending.acquire(blocking=False):
-            try:
-                if self._busy:
-                    return  # by this very thread, further up
-                if self._dead:
-                    return  # nobody listens, and the transport may be closed
-                try:
-                    self._busy = True
-                    while self._cancels:
-                        # The answer finds nobody, and is dropped.
-                        args = wire.Cancel(self._cancels.popleft())
-                        self.transport.send(_request(self.transport.next_id(), wire.Sys.CANCEL, args))
-                finally:
-                    self._busy = False
-            except (OSError, ProtocolError):
-                return  # the reader will find out
-            finally:
-                self._sending.release()
-
-    def _fail_all(self, why: str) -> None:
-        """The connection is over: end every call."""
-        self._dead = why
-        self._given_up.clear()
-        reply = wire.Reply(0, errno.ENOTCONN, body=wire.raw(wire.Failure(why)))
-        for call in list(self._open.values()):
-            if self._open.pop(call.id, None) is not None:
-                call.release()
-                call.final = reply
-                self._tell(call)
-        if self._loops:
-            self._detach_loops()
-
-    def _close_transport(self) -> None:
-        """The last one out closes: nobody reads (else it is done when that one leaves), nobody sends."""
-        me = (threading.get_ident(), None)
-        try:
-            if self._leader.setdefault(0, me) is me:
-                with self._sending:
-                    self.transport.close()
-        finally:
-            if self._leader.get(0) is me:
-                del self._leader[0]
-
-    # ── asyncio ───────────────────────────────────────────────────────────────────────────────────────────
-
-    def attach_loop(self, loop: asyncio.AbstractEventLoop) -> None:
-        """Let an event loop take part in leading, from its own thread, as long as it lives."""
-        if loop in self._loops or self._dead:
-            return
-        self._loops = {known for known in self._loops if not known.is_closed()} | {loop}
-        loop.add_reader(self.transport.fileno(), self.pump)
-        self._watched = True
-        self.pump()  # announces sleep: from now on the bell rings
-
-    def _detach_loops(self) -> None:
-        """A connection that has ended stays readable: the loops must not look any more."""
-        loops, self._loops = self._loops, set()
-        fd = self.transport.fileno()
-        for loop in loops:
-            with contextlib.suppress(RuntimeError, OSError, ValueError):  # it is closed, or ends now
-                if loop.is_running() and not _runs_here(loop):
-                    loop.call_soon_threadsafe(loop.remove_reader, fd)
-                else:
-                    loop.remove_reader(fd)
-
-    def disconnect_after_fork(self) -> None:
-        """In a forked child: the connection is the parent's."""
-        if isinstance(self.transport, Channel):
-            self._dead = "this process was forked from an agent; the connection to the kernel is its parent's"
-        else:
-            self._dead = "this process was forked; this connection to aiosd is its parent's"
-        self._loops.clear()
-        self._given_up.clear()
-        self._returned.clear()
-        reply = wire.Reply(0, errno.ENOTCONN, body=wire.raw(wire.Failure(self._dead)))
-        for call in list(self._open.values()):
-            call.release()
-            call.final = reply  # without telling: who waited for it is in the parent
-        self._open.clear()
-        # No lock is used any more: another thread of the parent may have held it.
-        with contextlib.suppress(OSError):
-            self.transport.close()
-
-
-def _runs_here(loop: asyncio.AbstractEventLoop) -> bool:
-    import asyncio
-
-    try:
-        return asyncio.get_running_loop() is loop
-    except RuntimeError:
-        return False
-
-
-_CANCELED = wire.raw(wire.Failure("the call was canceled"))
-
-
-# ── the process's one connection ──────────────────────────────────────────────────────────────────────────
 
 _connection: Connection | None = None
 _channel_used = False
@@ -711,14 +43,19 @@ _making = threading.Lock()
 
 
 def connection() -> Connection:
-    """This process's connection, made at the first use: an agent's channel, else the control socket of the system
-    that AIOS_HOME names. Raises `client.NoKernel` (a ConnectionError) when there is no system."""
+    """This process's connection, made at the first use: over an agent's channel, else over the control socket of the
+    system that AIOS_HOME names. Raises `client.NoKernel` (a ConnectionError) when there is no system."""
     global _connection
     if _connection is None:
         with _making:
             if _connection is None:
                 _connection = _connect()
     return _connection
+
+
+def connected() -> Connection | None:
+    """The connection, if it exists or can be made without waiting for a kernel."""
+    return connection() if _connection is not None or own_channel() is not None else None
 
 
 def reset() -> None:
@@ -750,7 +87,7 @@ def is_agent() -> bool:
 
 
 def own_channel() -> tuple[int, int] | None:
-    """memfd and bell of this process, if it is an agent that has not opened (and perhaps closed) them before."""
+    """The descriptors of memfd and bell, if this process is an agent and has not used them yet."""
     try:
         memfd, bell, owner = map(int, os.environ.get(wire.ENV_CHANNEL, "").split(":"))
     except ValueError:
@@ -771,7 +108,7 @@ def _after_fork() -> None:
     _channel_used = False
     if _connection is not None:
         _connection.disconnect_after_fork()
-        if not isinstance(_connection.transport, Channel):
+        if not isinstance(_connection.transport, AgentTransport):
             _connection = None
 
 

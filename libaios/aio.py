@@ -1,8 +1,8 @@
 """The same names as coroutines: `import libaios.aio as aios; r = await aios.llm.chat(…)`.
 
-Calls go over the process's one connection, together with those of other threads; the event loop's reader takes part in
-reading it. Cancelling a task cancels its call. A stream is iterated with `async for piece in aios.llm.chat(…,
-stream=True)`.
+Calls go over the process's one connection, as those of threads do, and the event loop takes part in reading it. Nothing
+here blocks the loop: not a full ring, and not the time in which there is no kernel. Cancelling a task cancels its call.
+A stream is iterated with `async for piece in aios.llm.chat(…, stream=True)`.
 """
 
 from __future__ import annotations
@@ -21,8 +21,10 @@ from libaios import proc as _proc
 from libaios import sto as _sto
 from libaios import tool as _tool
 from libaios import wire
-from libaios.agent import SLACK_S, Call, Connection, connection, decode_body
+from libaios.agent import connected, connection
 from libaios.channel import BACKSTOP_S
+from libaios.connection import SLACK_S, Call, Connection, decode_body
+from libaios.generate import Piece, Result, generate_args
 from libaios.plan import Plan, plan_of
 from libaios.wire import Sys
 
@@ -30,16 +32,37 @@ P = ParamSpec("P")
 T = TypeVar("T")
 
 
+async def _connection() -> Connection:
+    """The process's connection. The first connect over the control socket waits for an answer, so a thread makes it."""
+    existing = connected()
+    return existing if existing is not None else await asyncio.to_thread(connection)
+
+
 async def _run(plan: Plan[T]) -> T:
-    conn = connection()
-    call, replied = _submit(conn, plan.sys, plan.args)
+    conn = await _connection()
+    call, replied = await _submit(conn, plan.sys, plan.args)
     await _final(conn, call, replied, plan.timeout)
     assert call.final is not None
     return plan.finish(decode_body(call.final, plan.body))
 
 
-def _submit(conn: Connection, sys: int, args: Any, stream: bool = False) -> tuple[Call, asyncio.Event]:
-    """Send; the event is set at every reply. (Sending blocks while the ring is full: back-pressure.)"""
+_turns: dict[asyncio.AbstractEventLoop, asyncio.Lock] = {}
+
+
+def _turn(loop: asyncio.AbstractEventLoop) -> asyncio.Lock:
+    """Held by the task that sends: so the tasks of a loop send in the order in which they called, also when the ring
+    is full."""
+    turn = _turns.get(loop)
+    if turn is None:
+        for known in list(_turns):
+            if known.is_closed():
+                _turns.pop(known, None)
+        turn = _turns[loop] = asyncio.Lock()
+    return turn
+
+
+async def _submit(conn: Connection, sys: int, args: Any, stream: bool = False) -> tuple[Call, asyncio.Event]:
+    """Send a call; the event is set at every reply. While the ring is full the task waits, and the loop goes on."""
     loop = asyncio.get_running_loop()
     conn.attach_loop(loop)
     replied = asyncio.Event()
@@ -47,7 +70,16 @@ def _submit(conn: Connection, sys: int, args: Any, stream: bool = False) -> tupl
     def notify() -> None:
         loop.call_soon_threadsafe(replied.set)
 
-    return conn.submit(sys, args, stream=stream, notify=notify), replied
+    call = conn.prepare(sys, args, stream=stream, notify=notify)
+    try:
+        async with _turn(loop):
+            while not conn.may_send(call):
+                await _reply(conn, replied)
+            conn.send(call)
+    except BaseException:
+        conn.abandon(call)
+        raise
+    return call, replied
 
 
 async def _final(conn: Connection, call: Call, replied: asyncio.Event, timeout: float | None) -> None:
@@ -63,7 +95,7 @@ async def _final(conn: Connection, call: Call, replied: asyncio.Event, timeout: 
 
 
 async def _reply(conn: Connection, replied: asyncio.Event) -> None:
-    """Until the next reply; looks for itself now and then, as everybody does who sleeps on a doorbell."""
+    """Wait for the next reply. At the back-stop it looks by itself, since a ring may have been lost."""
     try:
         async with asyncio.timeout(BACKSTOP_S):
             await replied.wait()
@@ -86,14 +118,14 @@ def twin(function: Callable[P, T]) -> Callable[P, Coroutine[Any, Any, T]]:
 
 
 class Generation(Coroutine[Any, Any, Any]):
-    """What `chat` and `complete` return: `await` it for a `Result` (the same one every time), also by way of a task, or
-    iterate a stream with `async for`, if need be within `async with`, which ends it."""
+    """What `chat` and `complete` return. `await` it for a `Result`, directly or as a task; each `await` gives the same
+    one. A stream is iterated with `async for`; within `async with` it ends when that is left."""
 
     def __init__(self, args: wire.Generate) -> None:
         self._args = args
         self._task: asyncio.Task[Any] | None = None
-        self._turns: Generator[Any, None, Any] | None = None  # of who drives this as a coroutine
-        self._pieces: AsyncGenerator[_llm.Piece, None] | None = None
+        self._turns: Generator[Any, None, Any] | None = None  # while a task drives this as a coroutine
+        self._pieces: AsyncGenerator[Piece, None] | None = None
 
     def __await__(self) -> Generator[Any, None, Any]:
         if self._task is None:
@@ -114,10 +146,10 @@ class Generation(Coroutine[Any, Any, Any]):
         try:
             return step(self._turns)
         except BaseException:
-            self._turns = None  # it is over; the result is with the task
+            self._turns = None  # it is over; `_task` has the result
             raise
 
-    async def __aenter__(self) -> AsyncGenerator[_llm.Piece, None]:
+    async def __aenter__(self) -> AsyncGenerator[Piece, None]:
         self._pieces = self.__aiter__()
         return self._pieces
 
@@ -125,27 +157,27 @@ class Generation(Coroutine[Any, Any, Any]):
         if self._pieces is not None:
             await self._pieces.aclose()
 
-    async def _result(self) -> _llm.Result | AsyncIterator[_llm.Piece]:
+    async def _result(self) -> Result | AsyncIterator[Piece]:
         if self._args.stream:
             return self.__aiter__()
-        return await _run(Plan(Sys.GENERATE, self._args, _llm.Result, self._args.timeout_s))
+        return await _run(Plan(Sys.GENERATE, self._args, Result, self._args.timeout_s))
 
-    async def __aiter__(self) -> AsyncGenerator[_llm.Piece, None]:
-        conn = connection()
-        call, replied = _submit(conn, Sys.GENERATE, self._args, stream=True)
+    async def __aiter__(self) -> AsyncGenerator[Piece, None]:
+        conn = await _connection()
+        call, replied = await _submit(conn, Sys.GENERATE, self._args, stream=True)
         timeout = self._args.timeout_s
         deadline = None if timeout is None else time.monotonic() + timeout + SLACK_S
         try:
             while call.pieces or call.final is None:
                 if call.pieces:
                     piece = call.pieces.popleft()
-                    yield _llm.Piece(piece.text, piece.tokens)
+                    yield Piece(piece.text, piece.tokens)
                 elif deadline is not None and time.monotonic() > deadline:
                     raise TimeoutError(errno.ETIMEDOUT, "no answer in time")
                 else:
                     await _reply(conn, replied)
             end = decode_body(call.final, wire.Generated)
-            yield _llm.Piece(end.text, end.tokens, end)
+            yield Piece(end.text, end.tokens, end)
         finally:
             conn.abandon(call)
 
@@ -153,15 +185,15 @@ class Generation(Coroutine[Any, Any, Any]):
 class Context(_context.Conversation):
     """`libaios.context.Context` for coroutines."""
 
-    async def chat(self, more: str | Sequence[Mapping[str, Any]] = (), **options: Any) -> _llm.Result:
+    async def chat(self, more: str | Sequence[Mapping[str, Any]] = (), **options: Any) -> Result:
         """As `Context.chat`, without streams: `stream=True` raises OSError EINVAL."""
         if options.pop("stream", False):
             raise wire.error(
                 errno.EINVAL, "stream: not here; libaios.aio.llm.chat(context.messages, stream=True) streams"
             )
         messages = self._with(more)
-        args = _llm.generate_args(messages, None, **self._options(options))
-        result = await _run(Plan(Sys.GENERATE, args, _llm.Result, args.timeout_s))
+        args = generate_args(messages, None, **self._options(options))
+        result = await _run(Plan(Sys.GENERATE, args, Result, args.timeout_s))
         self._keep(messages, result.text, result.tool_calls)
         return result
 
@@ -190,7 +222,7 @@ class llm:
     @staticmethod
     def chat(messages: Sequence[Mapping[str, Any]], **options: Any) -> Generation:
         """As `libaios.llm.chat`."""
-        return Generation(_llm.generate_args(messages, None, **options))
+        return Generation(generate_args(messages, None, **options))
 
     saved = staticmethod(twin(_context.saved))
     forget = staticmethod(twin(_context.forget))
@@ -208,7 +240,7 @@ class llm:
     @staticmethod
     def complete(prompt: str | Sequence[int], **options: Any) -> Generation:
         """As `libaios.llm.complete`."""
-        return Generation(_llm.generate_args(None, prompt, **options))
+        return Generation(generate_args(None, prompt, **options))
 
 
 class proc:

@@ -1,31 +1,34 @@
-"""Two processes' way to talk: a segment with two rings, and a pipe as doorbell.
+"""How two processes exchange frames: a segment with two rings, and a pipe as a doorbell.
 
-Frames go through the rings (`ring`); the pipe carries single bytes that say "look", and its end says that the other
-side is gone. A bell is rung only when the other side has announced that it sleeps (or waits for room), so that a busy
-pair talks without a system call.
+Frames go through the rings (`ring`). A byte in the pipe (the *bell*) means "look into the ring"; the end of the pipe
+means that the other side is gone. A side rings only if the other one has announced that it sleeps, or that it waits for
+room. So two busy sides exchange frames without a system call.
 
-`send` never blocks: what finds no room waits in an outbox here, whose size the owner watches (`outbox_bytes`).
-`receive` never blocks either and returns whole frames. Unless it says that there is `more` to do, sleep has been
-announced, and the bell (`fileno`) becomes readable with the next frame, and when there is room for the outbox. `more`
-is also said when the bell that `receive` has drained was about room: so pump, receive, look at `more`, sleep. `wait`
-sleeps on the bell, with a back-stop, because a side that died in the middle of ringing must not be waited for in vain.
-Who waits at the back-stop rings again if what it sent still lies in the ring: its own ring may have been lost to an
-exception from a signal handler.
+`send` never blocks. What finds no room waits in an outbox here, and the owner watches its size (`outbox_bytes`).
 
-Who has more to do than to listen takes `receive` apart, and saves the other side its rings: `take` reads, `filled`
-looks, and neither announces anything; sleep is announced in `wait`, or for many channels at once in `restless`. In the
-same way `post` makes one ring of many frames.
+`receive` never blocks, either; it returns whole frames. Then sleep has been announced, unless `more` is true: the bell
+(`fileno`) becomes readable with the next frame, and when there is room for the outbox. `more` is true, too, when the
+bell that `receive` has read may have rung for room. So an owner pumps, receives, looks at `more`, and sleeps.
 
-Before it sleeps, `wait` looks on for a moment (`Patience`): two that answer each other within microseconds then need
-no bell at all. Nothing depends on it: sleep is announced after the last look, and looked again after that.
+`wait` sleeps on the bell, for no longer than the back-stop (BACKSTOP_S): the other side may have died just before it
+rang. At the back-stop it also rings again, if what it has sent still lies in the ring: its own ring may not have taken
+place, because a signal handler raised.
 
-A raised epoch (a new kernel) makes `reborn` true; the owner first receives what the dead kernel had published, then
-calls `renew`, which drops the outbox, and submits its open calls again under the new epoch. A side that attaches to
-a channel on which others have lived before rings, so that nobody sleeps on without noticing.
+An owner with many channels uses the parts of `receive`, and saves the other sides their rings: `take` reads, `filled`
+looks, and neither announces sleep. `wait` does that, or `restless` for many channels at once. In the same way `post`
+rings once for many frames.
 
-One thread at a time may send (`send`, `pump`, `renew`) and one may receive; the SDK holds locks for that, the kernel
-has but one thread. Signal handlers may raise anywhere in here (KeyboardInterrupt): each step leaves the channel in
-order, and at worst a frame that is sent in several fragments is begun anew.
+Before it sleeps, `wait` looks at the ring for some microseconds (`Patience`): two sides that reply to each other at
+once then need no bell. Correctness does not depend on it: sleep is announced after the last of these looks, and then
+the ring is looked at once more.
+
+A new kernel shows as a raised epoch: `reborn` becomes true. The owner first receives what the dead kernel had
+published, then calls `renew`, which empties the outbox, and submits its open calls again in the new epoch. A side that
+attaches to a channel that had a kernel before rings, so that the other side wakes and notices.
+
+One thread at a time may send (`send`, `pump`, `renew`), and one may receive. The SDK holds locks for that; the kernel
+has one thread only. A signal handler may raise anywhere in here (KeyboardInterrupt): each step leaves the channel in
+order, and at worst a frame that goes in several fragments is begun again.
 """
 
 from __future__ import annotations
@@ -48,21 +51,21 @@ __all__ = ["Channel", "ProtocolError", "Side", "make_channel", "raise_epoch"]
 
 _EPOCH = ring.EPOCH
 BACKSTOP_S = 1.0
-RINGS_LEFT = 32  # in a bell, before they are drained; it holds some 270
-LOOKS = 1500  # before sleep, some 40 µs: one who has to be woken on a core of its own, and answers at once
-RESTS = 255  # sleeps that begin without them, at most
-BELL_BYTES = 448  # all rings that a bell can hold, in an object that Python takes from its small ones
+RINGS_LEFT = 32  # unread bytes in a bell at which it is read; it can hold about 270
+LOOKS = 1500  # looks before sleep, about 40 µs: a process on another core can be woken and reply in that time
+RESTS = 255  # sleeps that follow a failure without a look before, at most
+BELL_BYTES = 448  # more than a bell can hold; small enough for Python's allocator of small objects
 
 
 class Side(enum.Enum):
-    """AGENT submits and gets completions; KERNEL the reverse."""
+    """AGENT writes submissions and reads completions; KERNEL does the reverse."""
 
     AGENT = "agent"
     KERNEL = "kernel"
 
 
 def make_channel(sub_size: int = 1 << 16, comp_size: int = 1 << 16) -> tuple[int, int, int]:
-    """(memfd, the kernel's end of the bell, the agent's end): three descriptors that the caller owns."""
+    """Three descriptors, which the caller owns: memfd, the kernel's end of the bell, the agent's end."""
     import multiprocessing  # here: the commands, which make no channel, start faster without
 
     memfd = ring.create(sub_size, comp_size)
@@ -80,28 +83,28 @@ def make_channel(sub_size: int = 1 << 16, comp_size: int = 1 << 16) -> tuple[int
 
 
 class Items(Protocol):
-    """The numbers of a segment's header."""
+    """The numbers in the header of a segment."""
 
     def __getitem__(self, item: int, /) -> int: ...
 
 
 class Patience:
-    """Whether it pays to look a little longer before going to sleep.
+    """Decides whether to look at the ring for a moment before going to sleep.
 
-    Falling asleep and being woken takes two system calls and two changes of process, 15 µs on a busy core and 40 µs on
-    one that has to be woken itself; many answers are there sooner. So one looks on, `LOOKS` times, and finds most of
-    them without any of that. Where it is in vain (the answer takes long, or whoever gives it waits for this very core)
-    it costs that time; so each failure doubles how many sleeps are begun at once, up to `RESTS`, and each success
-    halves it. In the long run that is less than 0.2 µs for a sleep, or next to always worth it."""
+    To sleep and be woken takes two system calls and two changes of process: 15 µs on a busy core, and 40 µs on a core
+    that sleeps itself. Many replies are there sooner. So `look` reads the counter up to `LOOKS` times, and most of them
+    are found without a system call. The time is lost when the reply takes longer, or when the process that is to reply
+    waits for this very core. Therefore each failure doubles the number of sleeps that begin without a look, up to
+    `RESTS`, and each success halves it. In the long run failures then cost less than 0.2 µs for each sleep."""
 
     __slots__ = ("_failed", "_rest")
 
     def __init__(self) -> None:
-        self._rest = 0  # sleeps to begin at once
-        self._failed = 0
+        self._rest = 0  # the number of next sleeps that begin without a look
+        self._failed = 0  # what `_rest` was after the last failure, halved by each success
 
     def look(self, items: Items, item: int, value: int, looks: int) -> bool:
-        """Whether the item changes from `value` while we look."""
+        """True when the item differs from `value` within `looks` looks; False at once while looking does not pay."""
         if self._rest:
             self._rest -= 1
             return False
@@ -114,8 +117,8 @@ class Patience:
 
 
 class Channel:
-    """One side of a channel; owns both descriptors from now on, and has closed them when it raises ProtocolError for a
-    bad segment."""
+    """One side of a channel. It owns both descriptors from now on; when it raises ProtocolError, for a bad segment, it
+    has closed them."""
 
     __slots__ = (
         "_agent",
@@ -140,14 +143,14 @@ class Channel:
 
     def __init__(self, memfd: int, bell: int, side: Side) -> None:
         self._memfd, self._bell = memfd, bell
-        self._blocking = False  # the bell was made for `wait`
-        self._rings = 0  # heard and left in the bell
+        self._blocking = False  # reading the bell blocks: see `sleep_in_read`
+        self._rings = 0  # bytes that were noticed and left in the bell: see `heard`
         self._patience = Patience()
-        self._outbox: deque[tuple[bytes, int]] = deque()  # frames, and how much of each is in the ring
+        self._outbox: deque[tuple[bytes, int]] = deque()  # frames, and the bytes of each that are in the ring
         self._frames: list[bytes] = []  # received by a `receive` that was interrupted
         self.outbox_bytes = 0
-        self.unread = False  # the last receive left something in the ring
-        self.more = False  # … or there may be room for the outbox: come back before sleeping
+        self.unread = False  # the last `receive` has left something in the ring
+        self.more = False  # … or there may be room for the outbox: call `pump` and `receive` before you sleep
         self.hung_up = False  # the other side closed its end of the bell
         self._agent = agent = side is Side.AGENT
         try:
@@ -179,12 +182,13 @@ class Channel:
         self._segment.close()
 
     def sleep_in_read(self) -> None:
-        """Have `wait` sleep in a read of the bell, one system call instead of two. For an owner that waits for nothing
-        else: the bell is no longer non-blocking."""
-        bell = _socket.socket(fileno=os.dup(self._bell))  # without enums: no agent should write to theirs
+        """Let `wait` sleep in a read of the bell: one system call instead of two. For an owner that waits for nothing
+        else, since reading the bell may block from now on."""
+        # `_socket`, since `socket` makes enums: an agent would write to pages that it shares with others.
+        bell = _socket.socket(fileno=os.dup(self._bell))
         try:
             bell.setsockopt(_socket.SOL_SOCKET, _socket.SO_RCVTIMEO, _timeval(BACKSTOP_S))
-            # A bell full of rings is no reason to sleep.
+            # Writing into a full bell must not block: the other side has been rung for already.
             bell.setsockopt(_socket.SOL_SOCKET, _socket.SO_SNDTIMEO, _timeval(1e-6))
         finally:
             bell.close()
@@ -192,23 +196,24 @@ class Channel:
         self._blocking = True
 
     def rouse(self) -> None:
-        """For a signal handler that has broken into `wait`, and received in its place: Python begins that read anew,
-        with all its time, and what it waits for has been taken. Now it finds nothing, and `wait` returns. (Where
-        `wait` polls, for less than the back-stop, Python goes on with the time that is left.)"""
+        """For a signal handler that has interrupted `wait` and has received in its place. After the handler Python
+        begins the read of the bell again, for the whole back-stop, though what it waits for has been taken. This makes
+        the bell non-blocking, so that the read ends at once and `wait` returns. (Where `wait` polls instead, Python
+        goes on for the time that is left.)"""
         if self._blocking:
             with contextlib.suppress(OSError):
                 os.set_blocking(self._bell, False)
 
     def shutdown(self) -> None:
-        """Hang up: both sides wake from their sleep. Any thread may call this, also while another is in `wait`."""
+        """Hang up; both sides wake. Any thread may call this, also while another one is in `wait`."""
         with contextlib.suppress(OSError), socket.socket(fileno=os.dup(self._bell)) as bell:
             bell.shutdown(socket.SHUT_RDWR)
 
     # ── sending ───────────────────────────────────────────────────────────────────────────────────────────
 
     def send(self, payload: bytes, fds: Sequence[int] = ()) -> None:
-        """Put a frame into the ring, or into the outbox behind those that wait there. (`fds`: a channel carries no
-        descriptors, they are ignored.)"""
+        """Put a frame into the ring, or behind those that wait in the outbox. (`fds` are ignored: a channel carries no
+        descriptors.)"""
         producer = self._producer
         if not self._outbox and producer.put_whole((payload,)):
             ring.fence()
@@ -218,7 +223,7 @@ class Channel:
             self._queue(payload)
 
     def post(self, payloads: Sequence[bytes]) -> None:
-        """Send them all, in order; the other side is told of all with one ring."""
+        """Send all of these, in order, with one ring of the bell."""
         producer, done = self._producer, 0
         if not self._outbox:
             done = producer.put_whole(payloads)
@@ -234,7 +239,7 @@ class Channel:
         self.pump()
 
     def pump(self) -> bool:
-        """Move the outbox into the ring; True when it is empty. Else the bell will ring when there is room."""
+        """Move frames from the outbox into the ring. True: it is empty. Else the bell rings when there is room."""
         outbox, producer = self._outbox, self._producer
         moved = False
         while outbox:
@@ -243,7 +248,9 @@ class Channel:
             try:
                 done = producer.put(payload, offset)
             except BaseException:
-                outbox[0] = (payload, 0)  # unknown how far it came; the consumer takes a first fragment as a new start
+                # A signal handler raised, and the number of bytes written is unknown. To the consumer a first fragment
+                # is a new start.
+                outbox[0] = (payload, 0)
                 raise
             if done == total:
                 outbox.popleft()
@@ -260,7 +267,7 @@ class Channel:
         return not outbox
 
     def unbalanced(self) -> str:
-        """What does not add up in rings and outbox; "" when all does."""
+        """What is wrong with the counters of rings and outbox; "" if nothing is."""
         waiting = sum(len(payload) for payload, _ in self._outbox)
         if waiting != self.outbox_bytes:
             return f"{waiting} bytes in the outbox, {self.outbox_bytes} in the books"
@@ -277,15 +284,15 @@ class Channel:
         return self._consumer.assembling
 
     def _ring(self, flag: int) -> None:
-        """Ring if the other side has set this flag, once. No call stands between clearing it and ringing: there an
-        interrupt could come in between, and nobody would ever ring again."""
+        """Ring once, if the other side has set this flag. Between clearing it and ringing no function is called: a
+        signal handler that raised there would leave the flag cleared, and nothing would ring ever again."""
         items = self._items
         if items[flag]:
             try:
                 items[flag] = 0
                 os.write(self._bell, b"\0")
             except BlockingIOError:
-                pass  # the pipe is full of rings: it is awake
+                pass  # the pipe is full, so the other side is awake
             except OSError:
                 self._on_bell_error()
 
@@ -298,33 +305,34 @@ class Channel:
             self._on_bell_error()
 
     def _on_bell_error(self) -> None:
-        """The other side is gone, or has ruined its bell, which is the same. But in an agent a signal handler may have
-        raised that OSError, and then the bell says nothing of an end. (In aiosd's own processes no handler raises, and
-        what an agent does to its bell must not raise either.)"""
+        """The other side is gone, or has damaged its bell, which is treated alike. But in an agent a signal handler may
+        have raised that OSError: then poll reports no error of the bell, and the OSError is raised. (In aiosd's own
+        processes no handler raises, and what an agent does to its bell must not raise there.)"""
         if self._agent and self._bell >= 0:
             poll = select.poll()
-            poll.register(self._bell, 0)  # POLLHUP, POLLERR and POLLNVAL are always told
+            poll.register(self._bell, 0)  # POLLHUP, POLLERR and POLLNVAL are always reported
             if not poll.poll(0):
                 raise
         self.hung_up = True
 
     def nudge(self) -> None:
-        """Ring for what the other side has not taken, whatever its flag says: the way out of a ring that was lost."""
+        """Ring, whatever the flag is, if the other side has not taken all: an earlier ring may have been lost."""
         if self._producer.unread():
             self._write_bell()
 
     # ── receiving ─────────────────────────────────────────────────────────────────────────────────────────
 
     def receive(self, limit: int = 64) -> list[bytes]:
-        """Up to `limit` whole frames, and no more than one ring of bytes: a peer that writes as fast as we read must
-        not hold us here. `more`: do not sleep yet. ProtocolError when the other side wrote nonsense."""
+        """Up to `limit` whole frames, and about as many bytes as the ring has at most: a peer that writes as fast as we
+        read must not hold us here. Afterwards look at `more`. Raises ProtocolError when the other side wrote
+        nonsense."""
         self.drain_bell()
         consumer, frames, items = self._consumer, self._frames, self._items
         stop = consumer.read + consumer.size
         while True:
             consumer.gather(frames, limit)
             if (len(frames) >= limit or consumer.read >= stop) and not consumer.empty():
-                self.unread = True  # without having announced sleep: the owner comes back by itself
+                self.unread = True  # sleep is not announced: the owner calls again without a bell
                 break
             if consumer.sleep():
                 self.unread = False
@@ -335,24 +343,24 @@ class Channel:
         return frames
 
     def take(self, frames: MutableSequence[bytes], limit: int = 1 << 30) -> int:
-        """Append what is here to `frames`, until there are `limit` of them. Returns `assembling`."""
+        """Append the frames that are here to `frames`, until there are `limit` of them. Returns `assembling`."""
         consumer = self._consumer
         if self._frames:
             frames += self._frames
             self._frames = []
         consumer.gather(frames, limit)
-        if self._items[consumer.waits]:  # without a fence: whoever announces sleep looks again
+        if self._items[consumer.waits]:  # without a fence: it is looked at again when sleep is announced
             self._ring(consumer.waits)
         return consumer.assembling
 
     def filled(self) -> bool:
-        """Whether there may be something to take."""
+        """Whether there is something to take."""
         consumer = self._consumer
         return self._items[consumer.written_item] != consumer.read
 
     def fall_asleep(self, looks: int) -> bool:
-        """Look once more, or where that has paid so many times, then announce sleep. False: something has come, or the
-        outbox may have room."""
+        """Look at the ring once more (up to `looks` times, while that pays), then announce sleep. False: do not sleep,
+        something has come, or there may be room for the outbox."""
         consumer, items = self._consumer, self._items
         written, read = consumer.written_item, consumer.read
         if items[written] != read or self._patience.look(items, written, read, looks):
@@ -362,30 +370,30 @@ class Channel:
         return self.settled()
 
     def settled(self) -> bool:
-        """After sleep was announced: True when there is nothing to take nor to pump, and the bell will tell."""
+        """After sleep was announced: True when there is nothing to take or to pump. The bell rings when there is."""
         consumer, items = self._consumer, self._items
         if items[consumer.waits]:
             self._ring(consumer.waits)
         return items[consumer.written_item] == consumer.read and (not self._outbox or bool(items[self._producer.waits]))
 
     def drain_bell(self) -> None:
-        """Take the rings that have come. What they were about must be looked at afterwards."""
+        """Empty the bell. Look at rings and outbox after this, not before."""
         self._rings = 0
         if self._blocking and not _readable(self._bell, 0):
             return
         self._read_bell()
 
     def heard(self) -> bool:
-        """As `drain_bell`, for an owner who is told of every ring even if older ones are still in the bell (EPOLLET):
-        they are drained now and then, long before there are so many that a new one finds no room. True for the first
-        that is left there."""
+        """As `drain_bell`, for an owner that gets an event for each ring, even if older ones are still in the bell
+        (EPOLLET). It reads the bell only at every RINGS_LEFT-th ring, long before the bell is full. True for the first
+        ring that it leaves there."""
         self._rings = rings = self._rings + 1
         if rings >= RINGS_LEFT:
             self.drain_bell()
         return rings == 1
 
     def _read_bell(self) -> bool:
-        """False: there was nothing to read."""
+        """Read the bell. False: it was empty."""
         try:
             if not os.read(self._bell, BELL_BYTES):
                 self.hung_up = True
@@ -401,19 +409,19 @@ class Channel:
         return self._items[_EPOCH] & 0xFFFFFFFF != self.epoch
 
     def renew(self) -> None:
-        """From now on what is sent is for the new kernel; what waited in the outbox was for the dead one."""
+        """Send in the new epoch from now on, and drop what waited in the outbox for the dead kernel."""
         self.epoch = self._segment.epoch
         self._producer.enter(self.epoch)
         self._outbox.clear()
         self.outbox_bytes = 0
 
     def ready(self) -> bool:
-        """Whether `receive` would bring something new, without looking at the bell."""
+        """Whether `receive` would return something, or `reborn` is true, without a look at the bell."""
         return not self._consumer.empty() or self.reborn or bool(self._frames)
 
     def wait(self, timeout: float | None = None) -> bool:
-        """Sleep until there may be something to receive or to pump, or the other side is gone; at most `timeout`
-        seconds and at most the back-stop, so call it in a loop. False: nothing of the kind."""
+        """Sleep until there may be something to receive or to pump, or the other side is gone: then True. False after
+        `timeout` seconds, or after the back-stop, whichever is less; so call it in a loop."""
         consumer, items = self._consumer, self._items
         written, read = consumer.written_item, consumer.read
         if items[written] != read or self._frames or self.hung_up:
@@ -429,7 +437,7 @@ class Channel:
         if self._blocking and (timeout is None or timeout >= BACKSTOP_S):
             if self._read_bell():
                 return True
-            os.set_blocking(self._bell, True)  # if we were roused; a handler between asking and this might rouse again
+            os.set_blocking(self._bell, True)  # after a `rouse`; a test for that could miss another handler
         elif _readable(self._bell, BACKSTOP_S if timeout is None else max(0.0, min(BACKSTOP_S, timeout))):
             self._read_bell()
             return True
@@ -438,8 +446,8 @@ class Channel:
 
 
 def restless(channels: Sequence[Channel]) -> list[Channel]:
-    """Announce sleep on all of these: from now on the other sides ring for what they send. Returns those that must be
-    looked at first, because something has come just now."""
+    """Announce sleep on all of these: from now on the other sides ring for what they send. Returns the channels to look
+    at before sleeping, because something has come in the meantime."""
     for channel in channels:
         channel._items[channel._consumer.sleeps] = 1
     ring.fence()
@@ -447,7 +455,7 @@ def restless(channels: Sequence[Channel]) -> list[Channel]:
 
 
 def _readable(fd: int, seconds: float) -> bool:
-    poll = select.poll()  # not kept: a signal handler may come here while another `wait` of this thread sleeps
+    poll = select.poll()  # a new one each time: a signal handler may come here while this thread polls, further up
     poll.register(fd, select.POLLIN)
     return bool(poll.poll(seconds * 1000))
 

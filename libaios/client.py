@@ -1,8 +1,12 @@
 """The control socket: how a process that is no agent (aios-run, aios-ps, a notebook) talks to the kernel.
 
-`ControlSocket` has the face of a `Channel` as far as `agent.Connection` uses one: send, receive, wait, and `reborn`
-when a new kernel has taken over. The kernel's death shows as a hang-up; the socket then connects again under the same
-identity, and the connection submits its open calls once more under their ids.
+`ControlSocket` is a `Transport` for `connection.Connection`, as an agent's channel is. When the kernel dies the socket
+is closed at its other end. The client then connects again, under the identity that it had, and `reborn` becomes true
+when the new kernel has answered; the connection submits its open calls again under their ids.
+
+Nothing in here waits but `wait`. Connecting again is a row of steps (`greeting`), and `receive` takes the next one. The
+descriptor (`fileno`) is an epoll over the socket and an alarm: it becomes readable when there is a step to take. So an
+event loop goes on with its other work while there is no kernel, and threads sleep in `wait`.
 """
 
 from __future__ import annotations
@@ -12,115 +16,80 @@ import errno
 import itertools
 import os
 import select
-import socket
 import time
 from collections.abc import MutableSequence, Sequence
 from typing import Any
 
-import msgspec
-
-from libaios import wire
-from libaios.agent import Call, Connection
+from libaios.alarm import Alarm
 from libaios.channel import BACKSTOP_S
+from libaios.connection import Call, Connection
+from libaios.greeting import Gone, Greeting, NoKernel, greet
 from libaios.home import Home
 from libaios.ring import ProtocolError
 from libaios.stream import FrameSocket
 
-RECONNECT_S = 15.0  # for how long a kernel that died is waited for
-GREETING_S = 10.0
+RECONNECT_S = 15.0  # for how long the successor of a kernel that died is waited for
+RETRY_S, RETRY_MAX_S = 0.01, 0.5  # pause after the first attempt that failed; doubled after each, up to the second
 _GONE = (errno.EPIPE, errno.ECONNRESET, errno.EBADF, errno.ENOTCONN)  # what sending to a dead kernel brings
 
 
-class NoKernel(ConnectionError):
-    """No aiosd answers (any more); the message says where it was looked for. Its errno is ECONNREFUSED."""
+class Search:
+    """The way from a dead kernel to its successor: attempts, pauses between them, and an end after RECONNECT_S."""
 
+    def __init__(self, home: Home, client: int, boot: str) -> None:
+        self._home, self._client, self._boot = home, client, boot
+        self._give_up_at = time.monotonic() + RECONNECT_S
+        self._next_at, self._pause = 0.0, RETRY_S
+        self.alarm = Alarm()  # rings when `step` has something to do
+        self._attempt: Greeting | None = None
 
-def no_kernel(message: str) -> NoKernel:
-    return NoKernel(errno.ECONNREFUSED, message)
+    @property
+    def frames(self) -> FrameSocket | None:
+        """The socket of this attempt; when it is readable there is a step to take, too."""
+        return self._attempt.frames if self._attempt is not None else None
 
-
-def connect(home: Home, timeout: float = GREETING_S) -> socket.socket:
-    """Connect to the control socket, however long its path is. Raises NoKernel."""
-    sock = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM | socket.SOCK_CLOEXEC | socket.SOCK_NONBLOCK)
-    deadline, pause = time.monotonic() + timeout, 0.001
-    try:
-        place, name = os.path.split(_socket_path(home))
-        folder = os.open(place, os.O_PATH | os.O_DIRECTORY | os.O_CLOEXEC)
+    def step(self) -> bool:
+        """Go on without waiting; True when the new kernel has answered. Raises NoKernel when there will be none."""
+        now = time.monotonic()
+        if self._attempt is None and now >= self._next_at:
+            self._attempt = Greeting(self._home, self._client, self._boot)
         try:
-            if not home.explicit and os.fstat(folder).st_uid not in (os.getuid(), 0):
-                raise no_kernel(f"{place} belongs to another user")
-            while True:
-                try:
-                    # A socket's path is limited to 107 bytes; through /proc any folder is short enough.
-                    sock.connect(f"/proc/self/fd/{folder}/{name}")
-                    return sock
-                except BlockingIOError:  # so many connect at this moment that the queue is full
-                    if time.monotonic() > deadline:
-                        raise
-                    time.sleep(pause)
-                    pause = min(2 * pause, 0.1)
-        finally:
-            os.close(folder)
-    except BaseException as err:
-        sock.close()
-        if not isinstance(err, OSError) or isinstance(err, NoKernel):
+            if self._attempt is not None and self._attempt.step() is not None:
+                return True
+        except Gone:
             raise
-        if err.errno in (errno.ENOENT, errno.ECONNREFUSED, errno.ENOTDIR):
-            where = home.texts["socket"]
-            raise no_kernel(f"no aiosd is running (no socket at {where}); start one with: aiosd -d") from None
-        raise no_kernel(f"{home.texts['socket']}: {err.strerror or err}") from None
+        except NoKernel:
+            if now >= self._give_up_at:
+                raise
+            self._attempt = None
+            self._next_at, self._pause = now + self._pause, min(2 * self._pause, RETRY_MAX_S)
+        self.alarm.ring_in(self._next_at - now if self._attempt is None else self._attempt.wait_s())
+        return False
 
-
-def _socket_path(home: Home) -> str:
-    """A cron job, or a login by su, may have another runtime folder than the aiosd of its user, which leaves a link
-    to its socket where its data lie."""
-    socket = home.texts["socket"]
-    if not home.explicit and not os.path.exists(socket):
-        with contextlib.suppress(OSError):
-            return os.readlink(os.path.join(home.texts["root"], os.path.basename(socket)))
-    return socket
+    def close(self) -> None:
+        """Close what is open, except for the socket of an attempt that has succeeded: that is the caller's."""
+        self.alarm.close()
 
 
 class ControlSocket:
     """A connection to the control socket that survives the kernel. One thread may send (`send`, `pump`, `renew`) while
-    another receives; `shutdown` is for any. `fileno` is an epoll around the socket, and so the same after a reconnect.
-    """
+    another receives; `shutdown` may be called in any."""
+
+    forked = "this process was forked; this connection to aiosd is its parent's"
 
     def __init__(self, home: Home) -> None:
+        """Connect, waiting for it. Raises NoKernel."""
         self.home = home
-        self.client = 0
-        self.boot = ""
-        self.release = ""
         self.reborn = False
         self.hung_up = False
         self.why = ""  # the sentence for callers once it has hung up
         self._ids = itertools.count(1)
-        self._frames = self._greet()
-        self._next: FrameSocket | None = None  # connected to the new kernel; in use from `renew` on
+        self._frames, welcome = greet(home)
+        self.client, self.boot, self.release = welcome.client, welcome.boot, welcome.release
+        self._search: Search | None = None  # not None: the kernel that `_frames` led to is dead
         self._ended = False
         self._epoll = select.epoll()
-        self._epoll.register(self._frames.fileno(), select.EPOLLIN)
-
-    def _greet(self) -> FrameSocket:
-        frames = FrameSocket(connect(self.home), max_outbox=1 << 62)
-        try:
-            frames.send(wire.encode(wire.Hello(wire.VERSION, self.client, self.boot)))
-            payload, _ = frames.recv_blocking(GREETING_S)
-            welcome = msgspec.msgpack.decode(payload, type=wire.Welcome)
-        except (OSError, EOFError, ProtocolError) as err:
-            frames.close()
-            raise no_kernel(f"{self.home.texts['socket']}: aiosd does not answer ({err or 'it hung up'})") from None
-        except msgspec.MsgspecError:
-            frames.close()
-            raise no_kernel(_refusal(payload, self.home)) from None
-        except BaseException:
-            frames.close()
-            raise
-        if self.boot and welcome.boot != self.boot:
-            frames.close()
-            raise no_kernel("aiosd was started anew meanwhile; what ran in the old one is gone")
-        self.client, self.boot, self.release = welcome.client, welcome.boot, welcome.release
-        return frames
+        self._watch(self._frames)
 
     # ── the face of a channel ─────────────────────────────────────────────────────────────────────────────
 
@@ -132,43 +101,49 @@ class ControlSocket:
 
     @property
     def outbox_bytes(self) -> int:
-        return self._frames.pending
+        return self._frames.pending if self._search is None else 0
 
     def send(self, payload: bytes, fds: Sequence[int] = ()) -> None:
+        if self._search is not None:
+            return  # to the dead; after `renew` it is sent again
         try:
             self._frames.send(payload, fds)
         except OSError as err:
             if err.errno not in _GONE:
                 raise
-            return  # who receives finds out, and what was sent is sent again
+            return  # the thread that receives finds out, and what was sent is sent again
         if self._frames.pending:
-            self._watch(self._frames, select.EPOLLIN | select.EPOLLOUT)
+            self._look_for(select.EPOLLIN | select.EPOLLOUT)
 
     def pump(self) -> bool:
-        if not self._frames.pending:
+        if not self.outbox_bytes:
             return True
         try:
             if not self._frames.flush():
                 return False
         except OSError:
             return True
-        self._watch(self._frames, select.EPOLLIN)
+        self._look_for(select.EPOLLIN)
         return True
 
-    def _watch(self, frames: FrameSocket, events: int) -> None:
-        with contextlib.suppress(OSError, ValueError):  # it was closed
-            self._epoll.modify(frames.fileno(), events)
+    def _look_for(self, events: int) -> None:
+        with contextlib.suppress(OSError, ValueError):  # it was closed, or the thread that receives has left it
+            self._epoll.modify(self._frames.fileno(), events)
 
     def receive(self) -> list[bytes]:
-        try:
-            frames = self._frames.receive()
-        except (EOFError, OSError, ProtocolError):
-            self._lost()
-            return []
-        for _, fds in frames:
-            for fd in fds:
-                os.close(fd)
-        return [payload for payload, _ in frames]
+        if self._search is None:
+            try:
+                frames = self._frames.receive()
+            except (EOFError, OSError, ProtocolError):
+                self._lose()
+            else:
+                for _, fds in frames:
+                    for fd in fds:
+                        os.close(fd)
+                return [payload for payload, _ in frames]
+        if not self.reborn and not self.hung_up:
+            self._seek()
+        return []
 
     def take(self, frames: MutableSequence[bytes]) -> None:
         frames.extend(self.receive())
@@ -181,55 +156,67 @@ class ControlSocket:
     def nudge(self) -> None:
         """A socket loses nothing."""
 
+    def rouse(self) -> None:
+        """Nor does its `wait` begin anew: it ends at the back-stop."""
+
     def renew(self) -> None:
-        old, new, self._next = self._frames, self._next, None
-        self.reborn = False
-        if new is not None:
-            self._frames = new
-            self._epoll.register(new.fileno(), select.EPOLLIN)
+        """From now on what is sent is for the new kernel; what the dead one has not taken is dropped."""
+        search, old = self._search, self._frames
+        if search is not None and search.frames is not None:
+            self._frames = search.frames
+            self._search = None
+            search.close()
             old.close()
+        self.reborn = False
 
     def shutdown(self) -> None:
         self._ended = True
-        for frames in (self._frames, self._next):
+        search = self._search
+        for frames in (self._frames, search.frames if search is not None else None):
             if frames is not None:
                 frames.shutdown()
+        if search is not None:
+            search.alarm.ring_in(0)
 
     def close(self) -> None:
         self._frames.close()
-        if self._next is not None:
-            self._next.close()
+        if self._search is not None:
+            if self._search.frames is not None:
+                self._search.frames.close()
+            self._search.close()
         self._epoll.close()
 
-    def _lost(self) -> None:
-        """The kernel hung up: wait for its successor, or give up for good."""
-        if self.reborn:
+    # ── a kernel that died, and the next ──────────────────────────────────────────────────────────────────
+
+    def _lose(self) -> None:
+        """The kernel hung up. (A signal handler may raise in here: then the end of the socket is found once more.)"""
+        search = Search(self.home, self.client, self.boot)  # first: it may raise EMFILE, and then this is done again
+        with contextlib.suppress(OSError, ValueError):
+            self._epoll.unregister(self._frames.fileno())  # it would stay readable
+        self._search = search
+
+    def _seek(self) -> None:
+        """The next step on the way to the new kernel."""
+        search = self._search
+        assert search is not None
+        self._watch(search.alarm)
+        try:
+            self.reborn = search.step()
+        except NoKernel as err:
+            self._give_up("aiosd is gone" if isinstance(err, Gone) else str(err.strerror))
             return
-        deadline, pause = time.monotonic() + RECONNECT_S, 0.01
-        while not self.hung_up:
-            try:
-                self._next = self._greet()
-            except NoKernel as err:
-                # Without a listener there is no supervisor that could fork a new kernel.
-                words = str(err.strerror)
-                gone = "no aiosd is running" in words or "started anew" in words
-                if gone or self._ended or time.monotonic() > deadline:
-                    self.why = "aiosd is gone" if gone else words
-                    self.hung_up = True
-                    return
-                time.sleep(pause)
-                pause = min(2 * pause, 0.5)
-            else:
-                self.reborn = True
-                return
+        if search.frames is not None:
+            self._watch(search.frames)
+        if self._ended:  # asked last: `shutdown` may have missed the socket that was made meanwhile
+            self._give_up("the connection was closed")
 
+    def _give_up(self, why: str) -> None:
+        self.why = why
+        self.reborn, self.hung_up = False, True
 
-def _refusal(payload: bytes, home: Home) -> str:
-    try:
-        reply = wire.decode_reply(payload)
-        return msgspec.msgpack.decode(reply.body, type=wire.Failure).message
-    except msgspec.MsgspecError:
-        return f"{home.texts['socket']}: something that is no aiosd answers"
+    def _watch(self, what: FrameSocket | Alarm) -> None:
+        with contextlib.suppress(FileExistsError):  # since an earlier step
+            self._epoll.register(what.fileno(), select.EPOLLIN)
 
 
 class Client(Connection):
@@ -250,7 +237,7 @@ class Client(Connection):
         self.close()
 
 
-__all__ = ["Call", "Client", "ControlSocket", "Home", "NoKernel", "connect"]
+__all__ = ["Call", "Client", "ControlSocket", "Home", "NoKernel"]
 
 
 def call(sys: int, args: Any, result: type[Any] | Any, home: Home | None = None) -> Any:

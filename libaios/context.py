@@ -2,12 +2,12 @@
 
     ctx = aios.llm.context([{"role": "system", "content": "…"}])
     r = ctx.chat("What is 37 * 91?")            # appends the question and the answer
-    twins = [ctx.fork() for _ in range(64)]     # each goes on by itself; what they share is computed once
+    twins = [ctx.fork() for _ in range(64)]     # independent from now on; what they share is computed once
     ctx.save("research")                        # survives a restart of aiosd
     ctx = aios.llm.restore("research")
 
-A context is its messages: whatever happens to the model's process or to what it keeps, nothing is lost but time.
-What the model has computed of them lies in its cache, in memory or on disk, and is found again by its tokens.
+A context is its messages. What the model has computed for them lies in its cache, in memory or on disk, and is found
+again by the tokens. If that state is lost, because the model's process died for instance, only time is lost.
 """
 
 from __future__ import annotations
@@ -15,7 +15,8 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
-from libaios import llm, wire
+from libaios import wire
+from libaios.generate import Piece, Result, Stream, generate, generate_args, objects
 from libaios.plan import Plan, run, syscall
 from libaios.wire import SavedContext, Sys
 
@@ -23,7 +24,7 @@ __all__ = ["Context", "Conversation", "SavedContext", "forget", "restored", "sav
 
 
 class Conversation:
-    """Messages, and what is asked along with each of them (tools, model)."""
+    """Messages, and the options that each call has (tools, model)."""
 
     def __init__(
         self,
@@ -32,8 +33,8 @@ class Conversation:
         tools: Sequence[Mapping[str, Any]] | None = None,
         model: str | None = None,
     ) -> None:
-        self.messages = llm.objects(messages, "messages")
-        self.tools = None if tools is None else llm.objects(tools, "tools")
+        self.messages = objects(messages, "messages")
+        self.tools = None if tools is None else objects(tools, "tools")
         self.model = model
 
     def __repr__(self) -> str:
@@ -43,8 +44,8 @@ class Conversation:
         return len(self.messages)
 
     def _with(self, more: str | Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
-        """The messages with what is said now; they are kept when the answer is there."""
-        new = [{"role": "user", "content": more}] if isinstance(more, str) else llm.objects(more, "messages")
+        """The messages and the new ones behind them. `_keep` stores them when the answer is here."""
+        new = [{"role": "user", "content": more}] if isinstance(more, str) else objects(more, "messages")
         return [*self.messages, *new]
 
     def _options(self, options: dict[str, Any]) -> dict[str, Any]:
@@ -67,30 +68,33 @@ class Conversation:
 
 
 class Context(Conversation):
-    """A conversation in plain calls; see the top of this module. Not for several threads at a time."""
+    """A conversation in plain calls; see the top of this module. Only one thread at a time may use it."""
 
-    def chat(self, more: str | Sequence[Mapping[str, Any]] = (), **options: Any) -> llm.Result | llm.Stream:
-        """Say something (a text is a user's message; messages may be tools' results), get the answer; both are part of
-        the context from then on. Options as for `llm.chat`. A stream's answer is kept when it has been read to its
-        end. When the call fails the context is as it was."""
+    def chat(self, more: str | Sequence[Mapping[str, Any]] = (), **options: Any) -> Result | Stream:
+        """Add messages and get the answer; both are part of the context from then on. `more` is the text of a user's
+        message, or a list of messages (results of tools, for instance). Options as for `llm.chat`. The answer of a
+        stream is added when the stream has been read to its end. When the call fails the context does not change."""
         messages = self._with(more)
-        result: llm.Result | llm.Stream = llm.chat(messages, **self._options(options))
-        if isinstance(result, llm.Stream):
+        result: Result | Stream = generate(generate_args(messages, None, **self._options(options)))
+        if isinstance(result, Stream):
             return _KeptStream(result, lambda text, calls: self._keep(messages, text, calls))
         self._keep(messages, result.text, result.tool_calls)
         return result
 
     def fork(self) -> Context:
-        """Another context that begins as this one. Costs nothing until it is used, and then a copy, not a prefill."""
+        """Another context with the same messages. It costs nothing until it is used, and then a copy of the state, not
+        a prefill."""
         return Context(self.messages, tools=self.tools, model=self.model)
 
     def save(self, name: str) -> SavedContext:
-        """Keep it on disk under a name, of which the agent's group has one each; replaces what has it. Raises OSError:
-        ENOSPC when the disk is full (what the name stood for is still there), EINVAL for a name that cannot be."""
+        """Keep it on disk under a name. The agent's group has its own names; a context with the same name is replaced.
+        Raises OSError: ENOSPC when the disk is full (the older context is still there then), EINVAL for a name that is
+        not allowed."""
         return run(self._save(name))
 
     def close(self) -> None:
-        """What the model keeps for this context alone can go. The messages stay, so using it again only costs time."""
+        """Let the model drop what it keeps for this context alone. The messages stay, so it can be used again, for some
+        time of computing."""
         if self.messages:
             run(self._close())
 
@@ -101,15 +105,15 @@ class Context(Conversation):
         self.close()
 
 
-class _KeptStream(llm.Stream):
-    """A stream that hands over its whole text when it ends."""
+class _KeptStream(Stream):
+    """A stream that calls `keep` with its whole text when it ends."""
 
-    def __init__(self, stream: llm.Stream, keep: Any) -> None:
+    def __init__(self, stream: Stream, keep: Any) -> None:
         self._connection, self._call = stream._connection, stream._call
         self._pieces = _keeping(stream, keep)
 
 
-def _keeping(stream: llm.Stream, keep: Any) -> Iterator[llm.Piece]:
+def _keeping(stream: Stream, keep: Any) -> Iterator[Piece]:
     text = ""
     for piece in stream:
         text += piece.text
@@ -130,5 +134,5 @@ def saved(model: str | None = None) -> Plan[list[SavedContext]]:
 
 @syscall
 def forget(name: str, model: str | None = None) -> Plan[bool]:
-    """Remove a saved context. Was there one?"""
+    """Remove a saved context. False: there was none."""
     return Plan(Sys.CTX_REMOVE, wire.NamedContext(name, model))

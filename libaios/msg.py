@@ -20,7 +20,7 @@ __all__ = ["recv", "send"]
 
 @syscall
 def send(pid: int, obj: Any) -> Plan[None]:
-    """Put a message into the mailbox of agent `pid`; to oneself is allowed. Does not wait for it to be read.
+    """Put a message into the mailbox of agent `pid`, which may be the caller's own. Does not wait for the receiver.
 
     Raises TypeError when msgpack cannot carry `obj`, ProcessLookupError without such an agent, BlockingIOError
     (EAGAIN) when its mailbox is full.
@@ -37,7 +37,7 @@ def recv(timeout: float | None = None) -> Plan[tuple[int, Any]]:
     """Take the oldest message from the mailbox, waiting for one: (pid of the sender, object).
 
     A sender outside any agent has pid 0. Raises TimeoutError after `timeout` seconds, OSError (EBADMSG) for bytes that
-    are no message: another SDK, or none, has sent them.
+    msgpack cannot decode (a sender without this SDK may send such).
     """
     return Plan(Sys.RECV, wire.Recv(timeout), _open, timeout)
 

@@ -1,7 +1,7 @@
-"""One description of a call, two ways to make it: now (`libaios`), or awaited (`libaios.aio`).
+"""One description of a call, and two ways to make it: as a function (`libaios`) or as a coroutine (`libaios.aio`).
 
-A family file (`proc`, `msg`, `llm`, …) writes for each call a function that checks the arguments and returns a `Plan`;
-`@syscall` turns it into a function that runs the plan, and `aio.twin` makes the coroutine from the same plan.
+For each call a family file (`proc`, `msg`, `llm`, …) has a function that checks the arguments and returns a `Plan`.
+`@syscall` turns this into a function that makes the call, and `aio.twin` makes the coroutine from the same plan.
 """
 
 from __future__ import annotations

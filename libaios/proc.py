@@ -1,4 +1,4 @@
-"""Processes: who am I, start others, wait for them, signal them, list them.
+"""Processes: one's own pid; start other agents, wait for them, send them signals, list them.
 
 Pids are aiosd's own, not Linux's. Signals are numbers or `signal.Signals`. An agent may act on itself and on its
 descendants; a notebook or script outside any agent acts for its user.
@@ -72,8 +72,8 @@ def spawn(
         umask=_umask(),
         detached=detached,
     )
-    with contextlib.suppress(AttributeError, ValueError, OSError):  # there is none, it is closed, nobody reads it
-        _sys.stdout.flush()  # what we have printed comes before what the child prints
+    with contextlib.suppress(AttributeError, ValueError, OSError):  # stdout is None, or closed, or has no reader
+        _sys.stdout.flush()  # so that what was printed here comes before what the child prints
     return Plan(Sys.SPAWN, spec, lambda spawned: int(spawned.pid))
 
 
@@ -99,11 +99,12 @@ def wait(pid: int = 0, block: bool = True, timeout: float | None = None) -> Plan
 
 @syscall
 def kill(pid: int, sig: int = _signal.SIGTERM, timeout: float | None = None) -> Plan[None]:
-    """Send a signal to an agent, or with a negative pid to a process group; 0 only asks whether it may be sent.
+    """Send a signal to an agent, or with a negative pid to a process group. Signal 0 sends nothing, and only checks
+    whether the caller may send one.
 
-    SIGSTOP parks the agent, all that it started and its running generations, and returns when they are stopped;
-    SIGCONT lets them go on. With `timeout` the call returns when the agent has ended, by SIGKILL after so many seconds.
-    Raises ProcessLookupError, PermissionError.
+    SIGSTOP stops the agent, all processes that it started, and its running generations; the call returns when they are
+    stopped. SIGCONT lets them go on. With `timeout` the call returns when the agent has ended: it gets SIGKILL if it is
+    still alive after `timeout` seconds. Raises ProcessLookupError, PermissionError.
     """
     return Plan(Sys.KILL, wire.Kill(pid, int(sig), timeout))
 

@@ -1,7 +1,7 @@
 """Two rings of bytes in one shared segment: how a frame gets from one process into another.
 
-A segment is a memfd, sealed against every change of its size, mapped by both sides. One page of header, then two
-data areas; every number in it is a native, aligned 8-byte integer.
+A segment is a memfd that both sides map; its size is sealed, so neither side can change it. It begins with a header of
+one page, and two data areas follow. Every number in it is a native, aligned 8-byte integer.
 
     offset   field                      written by
          0   magic                      creator, once
@@ -13,33 +13,34 @@ data areas; every number in it is a native, aligned 8-byte integer.
        136   lowest open call id        agent
        192   submissions: written       producer (agent)
        256     read                     consumer (kernel)
-       320     consumer sleeps          consumer sets; whoever rings the bell clears
+       320     consumer sleeps          consumer sets; the side that rings the bell clears
        384     producer waits           producer sets, consumer clears and rings
        448   completions: the same four, producer kernel, consumer agent
       4096   data of submissions, then data of completions
 
-`written` and `read` only grow; `0 <= written - read <= size` always, and the byte with number n lies at n modulo
-size. Each side keeps its own counter privately and only publishes it, so a peer that overwrites it harms itself.
+The counters `written` and `read` only grow, and `0 <= written - read <= size` always. Byte number n of a ring lies at n
+modulo size. Each side has its own counter in private memory and only publishes it here, so a peer that overwrites it
+harms itself alone.
 
-A *fragment* in the ring is a head, payload, and padding to a multiple of 8. The head is one number as all others:
+A *fragment* in the ring is a head, a payload, and padding to a multiple of 8. The head is one number:
 
     bits  0 – 29   length of the payload
               30   LAST
               31   FIRST
          32 – 63   epoch of its producer
 
-A frame is one fragment (FIRST and LAST) or several. Fragments make a frame larger than the ring possible without a
-second shared object; the consumer puts it together, up to `wire.MAX_FRAME` bytes.
+A frame is one fragment (FIRST and LAST are set) or several. Through fragments a frame may be larger than the ring, and
+needs no second shared object. The consumer puts it together, up to `wire.MAX_FRAME` bytes.
 
-Epochs keep what was meant for the dead from the living. A consumer drops fragments that are older than the epoch at
-which it attached, and a frame of which it has not seen the first fragment. So a new kernel needs to know nothing
-about how its predecessor left a ring: the agent submits its open calls again under the new epoch, and what it had
-submitted under the old one is skipped.
+Epochs separate a new kernel from a dead one. A consumer drops fragments that are older than the epoch in which it
+attached, and a frame of which it has not seen the first fragment. So a new kernel needs to know nothing about the state
+in which the dead one left a ring: the agent submits its open calls again in the new epoch, and what it had submitted in
+the old one is skipped.
 
-What comes from the other side is hostile: counters and lengths are read once, checked, and then used. That goes for
-our own counter too when we attach, since the peer may have written it meanwhile. Nonsense raises ProtocolError; there
-is no other way in which a peer can disturb this side, because the size is sealed. Only the last fragment of a frame may
-be short (less than a quarter of the ring), so that a peer cannot make us keep a million crumbs.
+The other side may be hostile. Each counter and length is read once, checked, and then used. That goes for our own
+counter, too, when we attach, since the peer may have overwritten it. Nonsense raises ProtocolError. A peer cannot
+disturb this side in any other way, because the size is sealed. Only the last fragment of a frame may be short (less
+than a quarter of the ring), so that a peer cannot make us keep a million tiny ones.
 """
 
 from __future__ import annotations
@@ -81,11 +82,11 @@ class ProtocolError(Exception):
 
 
 def fence() -> None:
-    """A full memory barrier: what was written before is seen by others before what is read after.
+    """A full memory barrier: other processes see what was written before it, before anything after it is read.
 
-    Between publishing a counter and reading the other side's flag the processor may otherwise swap the two, and a
-    wake-up is lost. Python has no barrier of its own; taking a lock is one. It is a new lock each time: a common one
-    would stay locked for ever if a signal handler raised, or a finalizer sent, between acquire and release.
+    Without a barrier the processor may read the other side's flag before it publishes our counter, and a wake-up is
+    lost. Python has no barrier of its own, but taking a lock is one. Each call takes a new lock: a common one would
+    stay locked for ever if a signal handler raised, or a finalizer sent a frame, between acquire and release.
     """
     allocate_lock().acquire()
 
@@ -101,7 +102,7 @@ def create(sub_size: int, comp_size: int) -> int:
         os.pwrite(memfd, struct.pack("=4Q", MAGIC, wire.VERSION, sub_size, comp_size), 0)
         os.pwrite(memfd, struct.pack("=Q", 1), EPOCH * 8)
         os.pwrite(memfd, struct.pack("=2Q", 1, 1), _NEXT_ID * 8)
-        for ring in (_SUB, _COMP):  # nobody listens yet: the first frame rings the bell
+        for ring in (_SUB, _COMP):  # no consumer is there yet: the first frame rings the bell
             os.pwrite(memfd, struct.pack("=Q", 1), (ring + _SLEEPS) * 8)
         fcntl.fcntl(memfd, fcntl.F_ADD_SEALS, _SEALS)
     except BaseException:
@@ -117,7 +118,7 @@ def raise_epoch(memfd: int) -> None:
 
 
 class Segment:
-    """One side's mapping of a segment. Raises ProtocolError when it is not one, or of another version."""
+    """One side's mapping of a segment. Raises ProtocolError when it is no segment, or one of another version."""
 
     __slots__ = ("items", "map", "memory", "sizes")
 
@@ -131,7 +132,7 @@ class Segment:
         length = os.fstat(memfd).st_size
         if not HEADER <= length <= HEADER + 2 * MAX_RING:
             raise ProtocolError(f"a segment of {length} bytes")
-        self.map = mmap.mmap(memfd, length)  # for slices: they are copies at once, and cheaper than those of a view
+        self.map = mmap.mmap(memfd, length)  # for slices: a slice of it is a copy, and cheaper than one of a view
         self.memory = memoryview(self.map)
         self.items = self.memory.cast("Q")
         try:
@@ -159,7 +160,7 @@ class Segment:
         return self.items[EPOCH] & 0xFFFFFFFF
 
     def close(self) -> None:
-        """Unmap. Where a thread is in the middle of the ring (after a fork: was), its last slice keeps the mapping."""
+        """Unmap. If a thread was in the middle of the ring at a fork, its slice keeps the mapping in the child."""
         self.items.release()
         self.memory.release()
         with contextlib.suppress(BufferError):
@@ -204,7 +205,7 @@ class Producer:
     def __init__(self, segment: Segment, submissions: bool, epoch: int) -> None:
         base, self._start, self.size = _place(segment, submissions)
         self._end = self._start + self.size
-        self.small = self.size // 4  # bytes of payload up to which a frame goes in whole or not at all
+        self.small = self.size // 4  # a frame of up to this many bytes is never divided by `put_whole`
         self._map, self._items = segment.map, segment.items
         self._written_item, self._read_item = base + _WRITTEN, base + _READ
         self.sleeps = base + _SLEEPS  # item: set when the consumer is to be woken
@@ -214,7 +215,7 @@ class Producer:
         self._free()
 
     def enter(self, epoch: int) -> None:
-        """What is written from now on belongs to this epoch."""
+        """Write in this epoch from now on."""
         self._head = epoch << _EPOCH_SHIFT
 
     def _free(self) -> int:
@@ -224,16 +225,16 @@ class Producer:
         return self.size - used
 
     def put_whole(self, payloads: Sequence[bytes]) -> int:
-        """Write one fragment for each of `payloads`, and publish them together. Stops at one that finds no room now or
-        is larger than `small`, and returns how many were written. This is the way of nearly all frames, so it calls
-        nobody."""
+        """Write one fragment for each of `payloads`, and publish them together. Stops at the first for which there is
+        no room now, or that is larger than `small`; returns how many were written. Nearly all frames go this way, so
+        it calls no other function."""
         items, data, size = self._items, self._map, self.size
         start, last, small = self._start, self._end, self.small
         mask, head = size - 1, self._head | _WHOLE
         written = self._written
         free = size - written + items[self._read_item]
         if not 0 <= free <= size or free & 7:
-            free = self._free()  # says what is wrong
+            free = self._free()  # raises, with the figures
         done = 0
         for payload in payloads:
             length = len(payload)
@@ -256,8 +257,8 @@ class Producer:
         return done
 
     def put(self, payload: bytes, offset: int = 0) -> int:
-        """Write `payload` from `offset` on, as much as there is room for; returns the new offset, which is
-        `len(payload)` when all is in the ring. An empty payload is a frame, too: -1 when it found no room."""
+        """Write as much of `payload` from `offset` on as there is room for. Returns the new offset, which is
+        `len(payload)` when all is in the ring. An empty payload is a frame, too: -1 when there is no room for it."""
         total = len(payload)
         while True:
             free = self._free()
@@ -265,7 +266,7 @@ class Producer:
             if whole <= free:
                 self._fragment(payload[offset:] if offset else payload, FIRST * (not offset) | LAST)
                 return total
-            # A frame that fits into half the ring waits for its room; a larger one goes in pieces.
+            # A frame that fits into half of the ring waits for enough room; a larger one is divided.
             room = free - HEAD_BYTES
             if whole <= self.size // 2 or room < self.size // 4:
                 return offset if total else -1
@@ -288,11 +289,11 @@ class Producer:
         self._items[self._written_item] = written
 
     def unread(self) -> bool:
-        """Whether the consumer has not taken all yet."""
+        """Whether there is something that the consumer has not taken."""
         return self._free() < self.size
 
     def wait_for_room(self) -> bool:
-        """Ask to be woken when there is room; False when there is some now, so that nobody need sleep."""
+        """Ask the consumer to ring when there is room. False: there is room now, so do not sleep."""
         self._items[self.waits] = 1
         fence()
         return self._free() < self.size // 2
@@ -326,13 +327,13 @@ class Consumer:
         self.written_item = base + _WRITTEN  # item: differs from `read` when there is something
         self._read_item = base + _READ
         self.sleeps = base + _SLEEPS  # item: set by us, cleared by a producer that rings
-        self.waits = base + _WAITS  # item: set when the producer is to be told of room
+        self.waits = base + _WAITS  # item: set by a producer that waits for room, cleared by us when we ring
         self.read = _own_counter(self._items[self._read_item])
-        self.born = born  # fragments of older epochs are dropped
-        self._head = born << _EPOCH_SHIFT | _WHOLE  # of a whole frame as they come now, but for its length
+        self.born = born  # the epoch in which it attached: fragments of older ones are dropped
+        self._head = born << _EPOCH_SHIFT | _WHOLE  # the head of a whole frame as they come now, with length 0
         self.max_frame = max_frame
-        self._partial: list[bytes] | None = None  # fragments of a frame of which the last one has not come,
-        self.assembling = 0  # … and how many bytes they are
+        self._partial: list[bytes] | None = None  # fragments of a frame of which the last one has not come
+        self.assembling = 0  # the bytes of these fragments
         self._available()
 
     def _available(self) -> int:
@@ -342,15 +343,15 @@ class Consumer:
         return available
 
     def get(self) -> bytes | None:
-        """The next whole frame. None: the ring is empty, or what is here now completes no frame; the caller, who has
-        others to serve, decides whether to go on."""
+        """The next whole frame. None: the ring is empty, or what is in it completes no frame. (The caller may have
+        other peers to serve, so this does not wait.)"""
         frames: list[bytes] = []
         self.gather(frames, 1)
         return frames[0] if frames else None
 
     def gather(self, frames: MutableSequence[bytes], limit: int) -> None:
-        """Append the whole frames that are here now to `frames`, until it has `limit`. Whatever raises in between (a
-        signal handler, say), each frame is either in `frames` or still to be taken."""
+        """Append the whole frames that are here now to `frames`, until that has `limit`. If a signal handler raises
+        meanwhile, each frame is either in `frames` or still in the ring."""
         items, data, head = self._items, self._map, self._head
         start, last = self._start, self._end
         mask, longest = self.size - 1, self.max_frame
@@ -358,13 +359,15 @@ class Consumer:
         available = self._available()
         while available and len(frames) < limit:
             at = start + (read & mask)
-            # Read once. What is left is the length, or larger than any ring: another epoch, not FIRST, not LAST.
+            # Read the head once. XOR removes epoch, FIRST and LAST if they are as expected, and leaves the length.
+            # If one of them differs, a high bit remains: the number is larger than any ring, and `_take` looks closer.
             length = items[at >> 3] ^ head
             at += HEAD_BYTES
             end = at + length
             padded = (HEAD_BYTES + length + 7) & ~7
             if whole and padded <= available and length <= longest and end <= last:
-                # Nearly every frame. No call stands between keeping it and counting it as read.
+                # Nearly every frame. Between keeping it and counting it as read no function is called, so no signal
+                # handler can come in between.
                 frames += (data[at:end],)
                 self.read = read = read + padded
                 available -= padded
@@ -377,7 +380,7 @@ class Consumer:
         items[self._read_item] = read
 
     def _take(self, available: int) -> bytes | None:
-        """Consume one fragment; the frame if it completed one."""
+        """Consume one fragment. Returns the frame, if this was its last fragment."""
         start, last, data = self._start, self._end, self._map
         at = start + (self.read & (self.size - 1))
         head = self._items[at >> 3]
@@ -395,7 +398,7 @@ class Consumer:
             return None
         self._head = epoch << _EPOCH_SHIFT | _WHOLE  # the next ones will be of this epoch, too
         if head & FIRST:
-            self._partial, self.assembling = [], 0  # whoever began an unfinished frame is dead
+            self._partial, self.assembling = [], 0  # the process that began an unfinished frame is dead
         if self._partial is None:
             return None
         self.assembling += length
@@ -412,20 +415,20 @@ class Consumer:
         return self._available() == 0
 
     def sleep(self) -> bool:
-        """Announce sleep; False when something came meanwhile, so that one must look again first."""
+        """Announce sleep. False: something has come meanwhile, so do not sleep."""
         self._items[self.sleeps] = 1
         fence()
         return self._available() == 0
 
 
 def _own_counter(value: int) -> int:
-    """Our own counter as we find it when we attach."""
+    """Check our own counter, as it is found when we attach."""
     if value & 7 or value > _MAX_COUNT:
         raise ProtocolError(f"a counter of {value}")
     return value
 
 
 def _place(segment: Segment, submissions: bool) -> tuple[int, int, int]:
-    """First item of the ring's counters, where its data begins, its size."""
+    """Of one ring: the first item of its counters, the offset of its data, its size."""
     sub, comp = segment.sizes
     return (_SUB, HEADER, sub) if submissions else (_COMP, HEADER + sub, comp)

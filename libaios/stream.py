@@ -2,12 +2,12 @@
 
     frame = u32 little-endian length, payload
 
-Used by the control socket and between kernel and supervisor. Descriptors travel with the first bytes of the frame they
-belong to, at most `MAX_FDS` of them. What one recvmsg returns may begin with the ends of messages without descriptors,
-but Linux ends it with the message that carried some: so they belong to the frame in which the last byte received lies.
+The control socket uses this, and so do kernel and supervisor. Descriptors travel with the first bytes of the frame they
+belong to, at most `MAX_FDS` of them. One recvmsg may return the bytes of several sends. Linux ends it behind a send
+that carried descriptors, so these belong to the frame in which the last byte received lies.
 
-Nothing here blocks but `recv_blocking`: what the socket does not take waits in an outbox. Descriptors handed out by
-`receive` are the caller's to close; those of frames that nobody will see are closed here.
+Only `recv_blocking` blocks. What the socket does not take waits in an outbox. The caller must close the descriptors
+that `receive` returns; those of frames that are never returned are closed here.
 """
 
 from __future__ import annotations
@@ -31,9 +31,9 @@ __all__ = ["MAX_FDS", "FrameSocket", "ProtocolError"]
 MAX_FDS = 8
 MAX_OUTBOX = 128 << 20
 _LENGTH = struct.Struct("<I")
-_CHUNK = 1 << 12  # what is read at a time: few frames of the small kind,
-_CHUNK_MAX = 1 << 18  # … and much of a large one
-_TURN = 1 << 20  # bytes read in one `receive`, so that nobody who writes as fast as we read can hold us
+_CHUNK = 1 << 12  # bytes that are read at once: some small frames,
+_CHUNK_MAX = 1 << 18  # … or this much of a large one
+_TURN = 1 << 20  # bytes read in one `receive`, so that a peer that writes as fast as we read cannot hold us
 _ANCILLARY = socket.CMSG_SPACE(MAX_FDS * 4)
 _RECV_FLAGS = socket.MSG_CMSG_CLOEXEC | socket.MSG_DONTWAIT
 
@@ -48,7 +48,8 @@ class FrameSocket:
         self._max_outbox = max_outbox
         self._in = bytearray()
         self._consumed = 0  # bytes of the stream before those in `_in`
-        self._in_fds: deque[tuple[int, list[int]]] = deque()  # and where in the stream the last byte before them was
+        # Descriptors, each list with the position in the stream of the byte that it came with.
+        self._in_fds: deque[tuple[int, list[int]]] = deque()
         self._out: deque[tuple[memoryview, list[int]]] = deque()
         self._eof = False
         self._broken = ""  # how the peer broke the protocol
@@ -58,7 +59,7 @@ class FrameSocket:
         return self._sock.fileno()
 
     def close(self) -> None:
-        """Close the socket and every descriptor that was on its way. Twice is once."""
+        """Close the socket and every descriptor that has not been sent or returned. May be called again."""
         self._sock.close()
         for _, fds in [*self._out, *self._in_fds]:
             _close(fds)
@@ -67,16 +68,15 @@ class FrameSocket:
         self.pending = 0
 
     def shutdown(self) -> None:
-        """Hang up, from any thread; whoever waits for the socket wakes."""
+        """Hang up, from any thread; a thread that waits for the socket wakes."""
         with contextlib.suppress(OSError):
             self._sock.shutdown(socket.SHUT_RDWR)
 
     # ── sending ───────────────────────────────────────────────────────────────────────────────────────────
 
     def send(self, payload: bytes, fds: Sequence[int] = ()) -> None:
-        """Send a frame, or queue what does not go at once; `fds` are duplicated, the caller may close its own.
-
-        Raises BufferError when the outbox would grow beyond its limit, OSError when the peer is gone.
+        """Send a frame; what the socket does not take now waits in the outbox. `fds` are duplicated, so the caller may
+        close its own. Raises BufferError when the outbox would grow beyond its limit, OSError when the peer is gone.
         """
         if self.pending + len(payload) > self._max_outbox:
             raise BufferError(f"{self.pending} bytes wait to be sent already")
@@ -93,7 +93,7 @@ class FrameSocket:
         self.flush()
 
     def flush(self) -> bool:
-        """Send what the socket takes; True when the outbox is empty."""
+        """Send as much as the socket takes. True: the outbox is empty."""
         while self._out:
             data, fds = self._out[0]
             rights = [(socket.SOL_SOCKET, socket.SCM_RIGHTS, array.array("i", fds))] if fds else []
@@ -113,17 +113,17 @@ class FrameSocket:
 
     @property
     def assembling(self) -> int:
-        """Bytes held here of a frame that is not complete yet, and of those behind a `limit`."""
+        """Bytes held here: of a frame that is not complete yet, and of frames beyond the `limit` of a `receive`."""
         return len(self._in)
 
     @property
     def held_fds(self) -> int:
-        """Descriptors that came with it."""
+        """The number of descriptors that came with these bytes."""
         return sum(len(fds) for _, fds in self._in_fds)
 
     def receive(self, limit: int | None = None) -> list[tuple[bytes, list[int]]]:
-        """The complete frames that are here now, with their descriptors. Not more than `limit`: then ask again, the
-        socket will not tell of those that have been read already.
+        """The complete frames that are here now, with their descriptors; `limit` of them at most. If there are that
+        many, call again: the socket does not become readable for frames that have been read from it already.
 
         Raises EOFError when the peer has hung up and all it sent was delivered, ProtocolError for a frame or a number
         of descriptors beyond the limits, OSError (EMFILE) when there is no room for descriptors.
@@ -148,7 +148,7 @@ class FrameSocket:
                 raise
 
     def _fill(self) -> bool:
-        """Read what is there; False when there is nothing."""
+        """Read from the socket. False: there is nothing to read."""
         wanted = _LENGTH.unpack_from(self._in)[0] - len(self._in) if len(self._in) >= _LENGTH.size else 0
         try:
             data, ancillary, flags, _ = self._sock.recvmsg(
@@ -172,7 +172,7 @@ class FrameSocket:
             return True
         self._in += data
         if fds:
-            # Before this all frames were split off, so what was in the queue belongs to one unfinished frame.
+            # All complete frames were cut off before this, so what is in the queue belongs to one unfinished frame.
             self._in_fds.append((self._consumed + len(self._in) - 1, fds))
             if sum(len(some) for _, some in self._in_fds) > 2 * self.max_fds:
                 self._broken = f"more than {self.max_fds} descriptors with a frame"
@@ -180,7 +180,7 @@ class FrameSocket:
         return True
 
     def _split(self, frames: list[tuple[bytes, list[int]]], limit: int | None) -> None:
-        """Cut complete frames off what was read."""
+        """Cut complete frames off the bytes that were read."""
         buffer = self._in
         while not self._broken and len(buffer) >= _LENGTH.size and (limit is None or len(frames) < limit):
             (length,) = _LENGTH.unpack_from(buffer)

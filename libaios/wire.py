@@ -120,7 +120,7 @@ class Hello(Struct, array_like=True, frozen=True):
 
 
 class Welcome(Struct, array_like=True, frozen=True):
-    """The kernel's answer to `Hello`: who the client is from now on (and again after a reconnect)."""
+    """The kernel's answer to `Hello`: the client's identity, which it sends when it connects again."""
 
     version: int
     boot: str
@@ -239,7 +239,7 @@ class Generate(Struct, array_like=True, frozen=True):
     stream: bool = False
     timeout_s: Seconds | None = None
     given: TokenIds = []
-    public: bool = False  # others may find out, by timing, that this prompt was sent before
+    public: bool = False  # other groups may find out, by timing, that this prompt was sent before
 
 
 class Embed(Struct, array_like=True, frozen=True):
@@ -316,7 +316,7 @@ class Usage(Struct, frozen=True):
 
 
 class ToolCall(Struct, frozen=True):
-    """A call the model wants made; `arguments` is valid against the tool's schema."""
+    """A call of a tool that the model asks for; `arguments` is valid against the tool's schema."""
 
     id: str
     name: str
@@ -331,7 +331,7 @@ class Piece(Struct, array_like=True, frozen=True):
 
 
 class Generated(Struct, array_like=True, frozen=True):
-    """Body of the final reply to GENERATE. In a stream `text` and `tokens` hold what no piece has carried."""
+    """Body of the final reply to GENERATE. In a stream `text` and `tokens` are what comes after the last piece."""
 
     text: str
     tokens: list[int]
@@ -415,7 +415,7 @@ class Waited(Struct, array_like=True, frozen=True):
     pid: int
     status: int
     budget: str = ""  # which budget ended it: "", "tokens", "time", "memory"
-    reason: str = ""  # what the kernel or supervisor had to say about the end
+    reason: str = ""  # why it ended, in a sentence of the kernel or the supervisor; "" when it ended by itself
 
 
 class Spawned(Struct, array_like=True, frozen=True):

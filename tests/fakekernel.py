@@ -17,8 +17,9 @@ from typing import Any
 import msgspec
 
 from libaios import agent, wire
-from libaios.agent import AgentTransport, Connection
+from libaios.agent import AgentTransport
 from libaios.channel import Channel, Side, make_channel, raise_epoch
+from libaios.connection import Connection
 from libaios.stream import FrameSocket
 
 PATIENCE_S = 5.0
@@ -120,7 +121,7 @@ class ChannelKernel(Replies):
         self.channel = Channel(os.dup(self.memfd), os.dup(self.bell), Side.KERNEL)
 
     def hang_up(self) -> None:
-        """The system ends: nobody holds the kernel's end any more."""
+        """The system ends: no process holds the kernel's end any more."""
         self.channel.close()
         if self.bell >= 0:
             os.close(self.bell)

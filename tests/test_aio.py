@@ -4,15 +4,18 @@ from __future__ import annotations
 
 import asyncio
 import errno
+import os
 from collections.abc import Iterator
+from pathlib import Path
 
 import pytest
 
 import libaios as aios
 import libaios.aio as aio
-from libaios import wire
+from libaios import agent, wire
 from libaios.wire import Sys
-from tests.fakekernel import PATIENCE_S, ChannelKernel, args_of, as_process_connection, aside
+from tests.fakekernel import PATIENCE_S, ChannelKernel, SocketKernel, args_of, as_process_connection, aside
+from tests.ticker import Ticker
 
 pytestmark = pytest.mark.deadline(60)
 
@@ -37,7 +40,7 @@ def test_many_calls_at_once(kernel: ChannelKernel) -> None:
         end()
 
 
-ECHO = 900  # a call of these tests alone
+ECHO = 950  # a call of these tests alone
 wire.add(wire.Row(ECHO, wire.Tokenize, str))
 
 
@@ -222,6 +225,124 @@ def test_a_new_kernel_in_the_middle_of_a_call(kernel: ChannelKernel) -> None:
     assert asyncio.run(main()) == 6
 
 
+# ── a full ring ───────────────────────────────────────────────────────────────────────────────────────────
+
+LARGE = "x" * 20_000
+
+
+@pytest.fixture
+def small() -> Iterator[ChannelKernel]:
+    """A kernel whose rings hold no large call."""
+    made = ChannelKernel(1 << 12)
+    with as_process_connection(made.connection):
+        yield made
+    made.close()
+
+
+def test_tasks_wait_for_room_in_their_order_and_the_loop_goes_on(small: ChannelKernel) -> None:
+    async def main() -> None:
+        ticker = Ticker()
+        tasks = [asyncio.create_task(aio._run(plan(f"{number:03}{LARGE}"))) for number in range(30)]
+        await ticker.turn()
+        assert small.connection.transport.outbox_bytes < 2 * len(LARGE), "the others keep their calls to themselves"
+        tasks[3].cancel()
+        come = []
+        for _ in tasks[1:]:
+            request = await asyncio.to_thread(small.take, ECHO)
+            come.append(int(args_of(request).text[:3]))
+            small.reply(request, "done")
+        assert come == [0, 1, 2, *range(4, 30)]
+        assert await asyncio.gather(*tasks[:3], *tasks[4:]) == ["done"] * 29
+        await ticker.turn(1)
+        ticker.stop()
+
+    asyncio.run(main())
+    assert small.connection.open_calls == 0
+
+
+def test_a_thread_that_waits_for_room_does_not_hold_the_loop(small: ChannelKernel) -> None:
+    async def main() -> None:
+        ticker = Ticker()
+        thread = aside(small.connection.call, ECHO, wire.Tokenize(LARGE), str)
+        while not small.connection.transport.outbox_bytes:
+            await ticker.turn(1)
+        task = asyncio.create_task(aio.proc.getpid())
+        await ticker.turn()
+        for sys, body in ((ECHO, "done"), (Sys.GETPID, 5)):
+            small.reply(await asyncio.to_thread(small.take, sys), body)
+        assert (await task, thread.result(PATIENCE_S)) == (5, "done")
+        await ticker.turn(1)
+        ticker.stop()
+
+    asyncio.run(main())
+
+
+def test_tasks_that_wait_for_room_when_aiosd_ends(small: ChannelKernel) -> None:
+    async def main() -> list[object]:
+        tasks = [asyncio.create_task(aio._run(plan(LARGE))) for _ in range(5)]
+        await asyncio.sleep(0)
+        small.hang_up()
+        return await asyncio.wait_for(asyncio.gather(*tasks, return_exceptions=True), PATIENCE_S)
+
+    assert [type(error) for error in asyncio.run(main())] == [OSError] * 5
+
+
+# ── over the control socket ───────────────────────────────────────────────────────────────────────────────
+
+
+@pytest.fixture
+def socket_kernel(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[SocketKernel]:
+    """A system outside of which this process is: its connection is a client of the control socket."""
+    monkeypatch.setenv(wire.ENV_HOME, str(tmp_path))
+    made = SocketKernel(tmp_path / "aiosd.sock")
+    yield made
+    agent.reset()
+    made.close()
+
+
+def test_the_loop_goes_on_while_it_connects(socket_kernel: SocketKernel) -> None:
+    """There is an aiosd, but its kernel does not answer yet."""
+
+    async def main() -> None:
+        ticker = Ticker()
+        calls = [asyncio.create_task(aio.proc.getpid()) for _ in range(3)]
+        await ticker.turn()
+        await asyncio.to_thread(socket_kernel.welcome)
+        for _ in calls:
+            socket_kernel.reply(await asyncio.to_thread(socket_kernel.take, Sys.GETPID), 5)
+        assert await asyncio.gather(*calls) == [5] * 3
+        await ticker.turn(1)
+        ticker.stop()
+
+    asyncio.run(main())
+
+
+def test_the_loop_goes_on_while_there_is_no_kernel(socket_kernel: SocketKernel) -> None:
+    async def main() -> None:
+        ticker = Ticker()
+        call = asyncio.create_task(aio.proc.getpid())
+        await asyncio.to_thread(socket_kernel.welcome)
+        before = await asyncio.to_thread(socket_kernel.take, Sys.GETPID)
+        socket_kernel.die()
+        await ticker.turn()
+        for _ in range(3):  # kernels that die before they have greeted
+            await asyncio.to_thread(socket_kernel.accept)
+            await ticker.turn(10)
+            socket_kernel.die()
+        meanwhile = asyncio.create_task(aio.proc.getppid())
+        await ticker.turn()
+        await asyncio.to_thread(socket_kernel.welcome)
+        again = await asyncio.to_thread(socket_kernel.take, Sys.GETPID)
+        assert again.id == before.id
+        socket_kernel.reply(again, 5)
+        socket_kernel.reply(await asyncio.to_thread(socket_kernel.take, Sys.GETPPID), 6)
+        assert (await call, await meanwhile) == (5, 6)
+        await ticker.turn(1)
+        ticker.stop()
+
+    asyncio.run(main())
+
+
 def test_when_aiosd_is_gone_the_loop_rests(kernel: ChannelKernel) -> None:
     """A connection that has ended stays readable: the loop must not be woken for it for ever."""
 
@@ -244,6 +365,45 @@ def test_when_aiosd_is_gone_the_loop_rests(kernel: ChannelKernel) -> None:
         return turns
 
     assert asyncio.run(main()) <= 1
+
+
+def test_a_loop_that_runs_on_when_another_thread_closes_keeps_its_other_readers(kernel: ChannelKernel) -> None:
+    """The number of the closed descriptor is given to the next socket at once, before the loop runs again."""
+
+    async def main() -> None:
+        loop = asyncio.get_running_loop()
+        kernel.connection.attach_loop(loop)
+        number = kernel.connection.transport.fileno()
+        aside(kernel.connection.close).result(PATIENCE_S)  # the loop stands still meanwhile: this is its thread
+        reading, writing = os.pipe()
+        os.dup2(reading, number)
+        found = asyncio.Event()
+        loop.add_reader(number, found.set)
+        await asyncio.sleep(0)
+        os.write(writing, b"!")
+        await asyncio.wait_for(found.wait(), PATIENCE_S)
+        loop.remove_reader(number)
+        for fd in {reading, writing, number}:
+            os.close(fd)
+
+    asyncio.run(main())
+
+
+def test_a_reply_and_the_end_of_the_system_at_once(kernel: ChannelKernel, monkeypatch: pytest.MonkeyPatch) -> None:
+    """One event on the bell, and no back-stop: the answered call has its result, the other one its error."""
+    monkeypatch.setattr(aio, "BACKSTOP_S", 1000.0)
+
+    async def main() -> list[object]:
+        tasks = [asyncio.create_task(aio.proc.getpid()), asyncio.create_task(aio.proc.getppid())]
+        request = await asyncio.to_thread(kernel.take, Sys.GETPID)
+        await asyncio.to_thread(kernel.take, Sys.GETPPID)
+        kernel.reply(request, 5)
+        kernel.hang_up()
+        return await asyncio.wait_for(asyncio.gather(*tasks, return_exceptions=True), PATIENCE_S)
+
+    first, second = asyncio.run(main())
+    assert first == 5
+    assert "aiosd is gone" in str(second)
 
 
 def test_closing_while_a_task_looks_for_itself_harms_nobody(
@@ -271,7 +431,7 @@ def test_a_reply_for_a_loop_that_is_closed_harms_nobody(kernel: ChannelKernel) -
     loop = asyncio.new_event_loop()
 
     async def begin() -> None:
-        aio._submit(kernel.connection, Sys.GETPID, wire.NoArgs())
+        await aio._submit(kernel.connection, Sys.GETPID, wire.NoArgs())
 
     loop.run_until_complete(begin())
     loop.close()

@@ -1,4 +1,4 @@
-"""The channel: no frame is lost, torn or doubled, and nobody sleeps while something is there for him."""
+"""The channel: no frame is lost, torn or doubled, and no side sleeps while there is a frame for it."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ from libaios import ring
 from libaios.channel import Channel, ProtocolError, Side, make_channel, raise_epoch
 
 SMALL = ring.MIN_RING
-LOST_S = 5.0  # who sleeps that long on a bell that should have rung was not woken
+LOST_S = 5.0  # a side that sleeps that long on a bell that should have rung was not woken
 
 
 class Ends:
@@ -194,6 +194,20 @@ def test_a_hang_up_is_seen(ends: Ends) -> None:
     assert ends.kernel.hung_up
 
 
+def test_a_frame_and_a_hang_up_at_once_are_both_found(ends: Ends) -> None:
+    """Both come with one event on the bell, and a look at it takes the ring alone."""
+    ends.agent.receive()  # asleep: the frame rings
+    ends.kernel.send(b"last words")
+    ends.kernel.close()
+    os.close(ends.kernel_bell)
+    ends.kernel_bell = -1
+    assert ends.agent.wait()
+    assert ends.agent.receive() == [b"last words"]
+    assert ends.agent.wait(0)
+    assert ends.agent.receive() == []
+    assert ends.agent.hung_up
+
+
 def test_shutdown_wakes_who_waits(ends: Ends) -> None:
     done = threading.Event()
 
@@ -211,7 +225,7 @@ def test_shutdown_wakes_who_waits(ends: Ends) -> None:
 
 
 def test_a_bell_shut_down_by_halves_is_an_end_and_nothing_is_raised() -> None:
-    """By a hostile agent: poll does not tell of it, and whoever is born later rings, too."""
+    """By a hostile agent: poll does not report it, and a kernel that attaches later rings, too."""
     memfd, kernel_bell, agent_bell = make_channel()
     raise_epoch(memfd)
     with socket.socket(fileno=agent_bell) as bell:
@@ -515,7 +529,7 @@ def idle(chance: random.Random) -> None:
 
 
 def listen(side: Channel, what: str) -> None:
-    """Sleep on the bell alone, with no back-stop: whoever is not woken was forgotten."""
+    """Sleep on the bell alone, with no back-stop: a side that is not woken was forgotten."""
     poll = select.poll()
     poll.register(side.fileno(), select.POLLIN)
     if not side.more and not poll.poll(LOST_S * 1000):

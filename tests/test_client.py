@@ -16,9 +16,11 @@ import pytest
 import libaios as aios
 from aiosd.commands.run import Attachment
 from libaios import client as clients
-from libaios import wire
+from libaios import connection as connections
+from libaios import greeting, wire
 from libaios.client import Client, Home, NoKernel
 from libaios.wire import NoArgs, Sys
+from tests.conftest import eventually
 from tests.fakekernel import PATIENCE_S, SocketKernel, args_of, as_process_connection, aside
 from tests.test_sdk import in_child
 
@@ -102,7 +104,7 @@ def test_a_kernel_that_hangs_up_at_the_greeting(kernel: SocketKernel) -> None:
 
 
 def test_a_kernel_that_never_greets(kernel: SocketKernel, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(clients, "GREETING_S", 0.02)
+    monkeypatch.setattr(greeting, "GREETING_S", 0.02)
     with pytest.raises(NoKernel, match="does not answer"):
         Client(Home(kernel.path.parent))
 
@@ -117,8 +119,8 @@ def test_a_default_folder_of_another_user_is_not_trusted(kernel: SocketKernel, m
         Client(home)
 
 
-def test_so_many_connect_that_the_queue_is_full(tmp_path: Path) -> None:
-    kernel = SocketKernel(tmp_path / "aiosd.sock")
+def fill_queue(kernel: SocketKernel) -> list[socket.socket]:
+    """Connections that wait to be accepted, and as the last one that which found no room."""
     kernel.listener.listen(0)
     waiting = []
     while True:
@@ -128,7 +130,12 @@ def test_so_many_connect_that_the_queue_is_full(tmp_path: Path) -> None:
         try:
             sock.connect(str(kernel.path))
         except BlockingIOError:
-            break
+            return waiting
+
+
+def test_so_many_connect_that_the_queue_is_full(tmp_path: Path) -> None:
+    kernel = SocketKernel(tmp_path / "aiosd.sock")
+    waiting = fill_queue(kernel)
     made = aside(Client, Home(tmp_path))
     for sock in waiting[:-1]:
         kernel.listener.accept()[0].close()
@@ -256,14 +263,15 @@ def test_open_calls_survive_the_kernel_under_one_identity(kernel: SocketKernel, 
 def test_a_loop_of_the_callers_own_sees_the_reconnect(kernel: SocketKernel, client: Client) -> None:
     call = client.submit(Sys.GETPID, NoArgs())
     kernel.take(Sys.GETPID)
+    fd = client.fileno()
     kernel.die()
-    pumping = aside(client.pump)
-    kernel.welcome()
-    pumping.result(PATIENCE_S)
-    poll = select.poll()
-    poll.register(client.fileno(), select.POLLIN)
+    welcoming = aside(kernel.welcome)
+    while client._life == 0:
+        assert readable(fd)
+        client.pump()
+    welcoming.result(PATIENCE_S)
     kernel.reply(kernel.take(Sys.GETPID), 5)
-    assert poll.poll(PATIENCE_S * 1000)
+    assert readable(fd)
     client.pump()
     assert client.result(call, int) == 5
 
@@ -318,6 +326,85 @@ def test_closing_from_another_thread_ends_a_call(kernel: SocketKernel, client: C
     client.close()
     with pytest.raises(OSError, match="closed"):
         call.result(0.9)
+
+
+# ── no kernel for a while ─────────────────────────────────────────────────────────────────────────────────
+
+
+def test_nothing_but_waiting_waits_while_there_is_no_kernel(kernel: SocketKernel, client: Client) -> None:
+    """Another thread waits for a reply meanwhile, and so reads the connection."""
+    waiting = aside(client.call, Sys.GETPID, NoArgs(), int)
+    kernel.take(Sys.GETPID)
+    kernel.die()
+    kernel.accept()  # … and sends no Welcome
+    client.pump()
+    call = client.submit(Sys.GETPPID, NoArgs())
+    with pytest.raises(TimeoutError, match="no answer"):
+        client.call(Sys.PS, wire.Ps(), None, timeout=-connections.SLACK_S)
+    kernel.send(wire.encode(wire.Welcome(wire.VERSION, "boot", 7, "9.9")))
+    kernel.reply(kernel.take(Sys.GETPID), 5)
+    kernel.reply(kernel.take(Sys.GETPPID), 6)
+    assert (waiting.result(PATIENCE_S), client.result(call, int)) == (5, 6)
+
+
+@pytest.mark.parametrize("greeted", [True, False])
+def test_closing_while_there_is_no_kernel_ends_calls_at_once(
+    kernel: SocketKernel, client: Client, monkeypatch: pytest.MonkeyPatch, greeted: bool
+) -> None:
+    """While it waits for a Welcome, and while it waits to try again."""
+    monkeypatch.setattr(clients, "RETRY_S", 1000.0)
+    monkeypatch.setattr(clients, "BACKSTOP_S", 1000.0)
+    call = aside(client.call, Sys.GETPID, NoArgs(), int)
+    kernel.take()
+    kernel.die()
+    kernel.accept()
+    if not greeted:
+        kernel.die()
+        assert eventually(lambda: client.socket._search and client.socket._search.frames is None)
+    client.close()
+    with pytest.raises(OSError, match="closed"):
+        call.result(PATIENCE_S)
+
+
+def test_a_full_queue_at_the_reconnect(kernel: SocketKernel, client: Client) -> None:
+    call = aside(client.call, Sys.GETPID, NoArgs(), int)
+    kernel.take()
+    waiting = fill_queue(kernel)
+    kernel.die()
+    assert eventually(lambda: client.socket._search)
+    for sock in waiting[:-1]:
+        kernel.listener.accept()[0].close()
+        sock.close()
+    waiting[-1].close()
+    kernel.welcome()
+    kernel.reply(kernel.take(Sys.GETPID), 1)
+    assert call.result(PATIENCE_S) == 1
+
+
+def test_a_kernel_that_does_not_come_back(
+    kernel: SocketKernel, client: Client, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(clients, "RECONNECT_S", 0.05)
+    monkeypatch.setattr(greeting, "GREETING_S", 0.02)
+    call = aside(client.call, Sys.GETPID, NoArgs(), int)
+    kernel.take()
+    kernel.die()
+    with pytest.raises(OSError, match="does not answer"):
+        call.result(PATIENCE_S)
+
+
+def test_a_reply_and_the_end_of_the_system_at_once(kernel: SocketKernel, client: Client) -> None:
+    """Both are found: the call that was answered has its result, the other one its error."""
+    answered, other = client.submit(Sys.GETPID, NoArgs()), client.submit(Sys.GETPPID, NoArgs())
+    request = kernel.take(Sys.GETPID)
+    kernel.take(Sys.GETPPID)
+    kernel.reply(request, 5)
+    kernel.listener.close()
+    kernel.die()
+    client.pump()
+    assert client.result(answered, int) == 5
+    with pytest.raises(OSError, match="aiosd is gone"):
+        client.result(other, int)
 
 
 def test_kernel_sends_a_frame_that_is_too_long(kernel: SocketKernel, client: Client) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import json
 import os
 import signal
@@ -15,10 +16,11 @@ import psutil
 import pytest
 
 from aiosd.kernel.journal import MAGIC, VERSION
-from libaios import wire
+from libaios import agent, aio, wire
 from libaios.client import Client
 from libaios.home import Home
 from tests.conftest import System, eventually
+from tests.ticker import Ticker
 
 Fresh = Callable[..., System]
 
@@ -130,6 +132,36 @@ def test_a_spawn_that_is_submitted_again_has_its_descriptors(fresh_aiosd: Fresh)
         client.result(call, wire.Spawned, 20.0)
         with open(reading) as output:
             assert output.read() == "here\n"
+
+
+def test_the_event_loop_of_a_client_goes_on_while_there_is_no_kernel(
+    fresh_aiosd: Fresh, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    system = fresh_aiosd("--threads", "1")
+    monkeypatch.setenv(wire.ENV_HOME, str(system.home))
+    pid = int(system.run("aios-run", "-d", "--", "sleep", "1000", check=True).stdout)
+    kernel, supervisor = ospid(system, "kernel"), ospid(system, "supervisor")
+
+    async def main() -> tuple[int, int]:
+        waiting = asyncio.create_task(aio.proc.wait(pid))
+        assert len(await aio.proc.ps()) == 1
+        ticker = Ticker()
+        os.kill(supervisor, signal.SIGSTOP)  # no new kernel meanwhile
+        os.kill(kernel, signal.SIGKILL)
+        meanwhile = asyncio.create_task(aio.proc.ps())
+        await ticker.turn(100)
+        os.kill(supervisor, signal.SIGCONT)
+        assert len(await meanwhile) == 1
+        await aio.proc.kill(pid)
+        status = await waiting
+        await ticker.turn(1)
+        ticker.stop()
+        return status
+
+    try:
+        assert asyncio.run(main()) == (pid, -signal.SIGTERM)
+    finally:
+        agent.reset()
 
 
 def test_the_system_dies_with_its_supervisor(fresh_aiosd: Fresh) -> None:

@@ -1,4 +1,4 @@
-"""A message whose receiver gave up while it was on its way is not lost: whoever asks next gets it."""
+"""A message whose receiver gave up while it was on its way is not lost: the next RECV gets it."""
 
 from __future__ import annotations
 
@@ -14,8 +14,8 @@ import pytest
 
 import libaios as aios
 from libaios import aio, wire
-from libaios.agent import Call, Connection
 from libaios.client import Client
+from libaios.connection import Call, Connection
 from libaios.home import Home
 from libaios.wire import Sys
 from tests.conftest import System, eventually
@@ -57,7 +57,7 @@ def test_a_reply_that_was_handed_out(kernel: ChannelKernel, connection: Connecti
     connection.abandon(call)
     connection.abandon(call)
     assert aios.msg.recv(timeout=0) == (5, "kept")
-    assert kernel.quiet()  # nobody had to be asked
+    assert kernel.quiet()  # the kernel did not have to be asked
 
 
 def test_an_interrupt_at_the_last_moment(

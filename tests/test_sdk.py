@@ -17,10 +17,12 @@ from concurrent.futures import ThreadPoolExecutor
 import pytest
 
 import libaios as aios
-from libaios import agent, llm, ring, wire
+from libaios import agent, ring, wire
 from libaios import channel as channels
-from libaios.agent import AgentTransport, Connection
-from libaios.llm import Stream
+from libaios import connection as connections
+from libaios.agent import AgentTransport
+from libaios.connection import Call, Connection
+from libaios.generate import Stream, generate_args
 from libaios.wire import NoArgs, Sys
 from tests.conftest import eventually
 from tests.fakekernel import PATIENCE_S, ChannelKernel, args_of, as_process_connection, aside
@@ -42,7 +44,7 @@ def connection(kernel: ChannelKernel) -> Connection:
 
 @pytest.fixture
 def unsupported(monkeypatch: pytest.MonkeyPatch) -> Iterator[ChannelKernel]:
-    """A kernel whose agent has no back-stop: who is not woken sleeps on."""
+    """A kernel whose agent has no back-stop: a thread that is not woken sleeps on."""
     monkeypatch.setattr(channels, "BACKSTOP_S", 1000.0)
     made = ChannelKernel()
     yield made
@@ -50,7 +52,7 @@ def unsupported(monkeypatch: pytest.MonkeyPatch) -> Iterator[ChannelKernel]:
 
 
 def generate(stream: bool = True, timeout: float | None = None) -> wire.Generate:
-    return llm.generate_args(None, "text", stream=stream, timeout=timeout)
+    return generate_args(None, "text", stream=stream, timeout=timeout)
 
 
 # ── calls ─────────────────────────────────────────────────────────────────────────────────────────────────
@@ -67,7 +69,7 @@ def test_replies_in_any_order_find_their_calls(kernel: ChannelKernel, connection
 
 
 def test_many_threads_make_many_calls(kernel: ChannelKernel, connection: Connection) -> None:
-    """Leaders and followers change all the time; nobody is forgotten."""
+    """Leaders and followers change all the time; no thread is forgotten."""
     end = kernel.serve(lambda request: args_of(request).text)
     try:
 
@@ -110,7 +112,7 @@ def test_an_error_is_the_os_error_of_its_number(
 def test_a_call_that_gets_no_answer_in_time_is_canceled(
     kernel: ChannelKernel, connection: Connection, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(agent, "SLACK_S", 0.0)
+    monkeypatch.setattr(connections, "SLACK_S", 0.0)
     with pytest.raises(TimeoutError):
         connection.call(Sys.RECV, wire.Recv(0.01), None, timeout=0.01)
     request = kernel.take(Sys.RECV)
@@ -120,7 +122,7 @@ def test_a_call_that_gets_no_answer_in_time_is_canceled(
 def test_a_follower_that_gets_no_answer_in_time_is_canceled(
     kernel: ChannelKernel, connection: Connection, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(agent, "SLACK_S", 0.0)
+    monkeypatch.setattr(connections, "SLACK_S", 0.0)
     leader = aside(connection.call, Sys.GETPID, NoArgs(), int)
     first = kernel.take(Sys.GETPID)
     with pytest.raises(TimeoutError):
@@ -163,7 +165,7 @@ def test_a_full_ring_makes_callers_wait_and_loses_nothing() -> None:
 
 
 def test_the_lead_does_not_stay_with_one_who_has_stopped_waiting(kernel: ChannelKernel, connection: Connection) -> None:
-    """A stream's reader gets a piece and the lead in the same moment, and goes to work on the piece: somebody else
+    """A stream's reader gets a piece and the lead in the same moment, and goes to work on the piece: another thread
     must read on."""
     leader = aside(connection.call, Sys.GETPID, NoArgs(), int)
     first = kernel.take(Sys.GETPID)
@@ -184,7 +186,7 @@ def test_the_lead_does_not_stay_with_one_who_has_stopped_waiting(kernel: Channel
 
 
 def until_followed(connection: Connection, number: int) -> None:
-    """Until so many wait behind a leader."""
+    """Wait until this number of threads wait behind a leader."""
     patience = threading.Event()
     for _ in range(500):
         if len(connection._followers) >= number:
@@ -205,7 +207,7 @@ def test_interrupting_the_leader_passes_the_lead_on(kernel: ChannelKernel, conne
 
 
 def follow(connection: Connection, number: int) -> object:
-    """Make a call once somebody leads."""
+    """Make a call once another thread leads."""
     patience = threading.Event()
     while not connection._leader:
         patience.wait(0.005)
@@ -273,7 +275,7 @@ def interrupt(connection: Connection) -> None:
 
 
 def test_a_signal_handler_may_make_a_call_while_its_thread_leads(kernel: ChannelKernel, connection: Connection) -> None:
-    """As an agent does that says goodbye on SIGTERM."""
+    """As an agent does that sends a last message on SIGTERM."""
     answers: list[object] = []
 
     def handler(*_: object) -> None:
@@ -438,7 +440,7 @@ def overflow(connection: Connection) -> list[int]:
 
 
 def drain(kernel: ChannelKernel) -> list[int]:
-    """Whose end the kernel is told of, until nothing more comes."""
+    """The ids of the calls that are cancelled, until no more cancels come."""
     ids = []
     while not kernel.quiet():
         ids += [args_of(request).id for request in kernel.taken]
@@ -469,7 +471,7 @@ def test_a_call_abandoned_while_the_leader_pumps_is_canceled(monkeypatch: pytest
 
 
 def test_a_call_finalized_while_its_thread_pumps_is_canceled_once(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Between a frame and its end in the books: who pumped in there once more would send it twice."""
+    """Between a frame and its end in the books: pumping once more in there would send it twice."""
     kernel = ChannelKernel(1 << 12)
     connection = kernel.connection
     try:
@@ -529,7 +531,7 @@ def test_a_stream_brings_its_pieces_in_order_and_its_end(kernel: ChannelKernel, 
 
 
 def test_leaving_the_loop_cancels_at_once(kernel: ChannelKernel, connection: Connection) -> None:
-    """By losing the last reference, not by the collector, who may come much later: a slot is waiting."""
+    """By losing the last reference, not by the collector, which may run much later: a slot is waiting."""
     gc.disable()
     try:
         stream = Stream(connection, generate())
@@ -602,8 +604,8 @@ def test_a_stream_is_finalized_in_the_middle_of_a_send(
 
 
 def test_a_stream_is_abandoned_while_its_reply_is_handed_out(kernel: ChannelKernel, connection: Connection) -> None:
-    class Racing(dict[int, agent.Call]):
-        def get(self, key: int, default: object = None) -> agent.Call | None:  # type: ignore[override]
+    class Racing(dict[int, Call]):
+        def get(self, key: int, default: object = None) -> Call | None:  # type: ignore[override]
             call = super().get(key)
             if call is not None:
                 connection.abandon(call)
@@ -733,6 +735,23 @@ def test_a_kernel_that_dies_again_and_again(kernel: ChannelKernel, connection: C
 # ── the end ───────────────────────────────────────────────────────────────────────────────────────────────
 
 
+def test_a_reply_and_the_end_of_the_system_at_once(unsupported: ChannelKernel) -> None:
+    """One event on the bell, and no back-stop: both are found, whichever thread leads."""
+    connection = unsupported.connection
+    answered, other = (
+        aside(connection.call, Sys.GETPID, NoArgs(), int),
+        aside(connection.call, Sys.WAIT, wire.Wait(), int),
+    )
+    requests = {request.sys: request for request in (unsupported.take(), unsupported.take())}
+    unsupported.reply(requests[Sys.GETPID], 5)
+    unsupported.hang_up()
+    assert answered.result(PATIENCE_S) == 5
+    with pytest.raises(OSError, match="aiosd is gone"):
+        other.result(PATIENCE_S)
+    with pytest.raises(OSError, match="aiosd is gone"):
+        connection.call(Sys.GETPID, NoArgs(), int)
+
+
 def test_when_aiosd_is_gone_every_call_says_so(kernel: ChannelKernel, connection: Connection) -> None:
     calls = [aside(connection.call, Sys.RECV, wire.Recv(), None) for _ in range(3)]
     for _ in calls:
@@ -826,6 +845,38 @@ def test_a_forked_child_has_no_connection_and_does_not_disturb(kernel: ChannelKe
     assert call.result(PATIENCE_S) == 1
     stream.close()
     kernel.take(Sys.CANCEL)
+
+
+def test_a_forked_child_does_not_wait_for_a_thread_that_was_sending(
+    kernel: ChannelKernel, connection: Connection, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """That thread is not in the child, and never lets go of what it held."""
+    sending, forked = threading.Event(), threading.Event()
+    original = AgentTransport.send
+
+    def send(self: AgentTransport, payload: bytes, fds: object = ()) -> None:
+        sending.set()
+        assert forked.wait(PATIENCE_S)
+        original(self, payload)
+
+    def act() -> int:
+        try:
+            aios.proc.getpid()
+        except OSError as err:
+            return 7 if err.errno == errno.ENOTCONN else 1
+        return 2
+
+    monkeypatch.setattr(AgentTransport, "send", send)
+    with as_process_connection(connection):
+        call = aside(aios.proc.getpid)
+        assert sending.wait(PATIENCE_S)
+        child = aside(in_child, lambda: aside(act).result(1.0))
+        try:
+            assert child.result(PATIENCE_S) == 7
+        finally:
+            forked.set()
+        kernel.reply(kernel.take(Sys.GETPID), 5)
+        assert call.result(PATIENCE_S) == 5
 
 
 def test_multiprocessing_works_in_an_agent(kernel: ChannelKernel, connection: Connection) -> None:

@@ -14,8 +14,8 @@ import psutil
 import pytest
 
 from libaios import wire
-from libaios.agent import Call
 from libaios.client import Client
+from libaios.connection import Call
 from libaios.home import Home
 from tests import toy
 from tests.conftest import System, eventually

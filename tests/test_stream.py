@@ -148,7 +148,7 @@ def test_client_announces_a_frame_of_four_gigabytes(ends: Ends) -> None:
 
 
 def test_client_sends_good_frames_with_descriptors_before_a_bad_one(ends: Ends) -> None:
-    """The good ones are delivered, for somebody has to close what came with them."""
+    """The good ones are delivered, for their receiver has to close what came with them."""
     send_raw(ends.raw, struct.pack("<I", 2) + b"ok", [0])
     ends.raw.sendall(b"\xff\xff\xff\xff")
     ((payload, fds),) = ends.receiver.receive()

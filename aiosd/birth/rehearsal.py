@@ -16,6 +16,7 @@ from msgspec import msgpack
 import libaios as aios
 from libaios import agent, wire
 from libaios.channel import Channel, Side, make_channel
+from libaios.connection import Connection
 from libaios.wire import Sys
 
 ROUNDS = 20  # the interpreter specialises code that has run a few times
@@ -61,7 +62,7 @@ class _Stage(agent.AgentTransport):
 def rehearse() -> None:
     """Leaves nothing behind but warm code."""
     stage = _Stage()
-    agent._connection = connection = agent.Connection(stage)
+    agent._connection = connection = Connection(stage)
     try:
         for _ in range(ROUNDS):
             _play()

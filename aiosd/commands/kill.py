@@ -13,8 +13,8 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from aiosd.commands import agents, edge, signals
-from libaios.agent import Call
 from libaios.client import Client
+from libaios.connection import Call
 from libaios.wire import Kill, Sys
 
 if TYPE_CHECKING:

@@ -36,8 +36,8 @@ from aiosd.commands import edge
 from aiosd.commands.wait import exit_code
 from aiosd.units import format_size, parse_size
 from libaios import wire
-from libaios.agent import Call, decode_body
 from libaios.client import Client, NoKernel
+from libaios.connection import Call, decode_body
 from libaios.wire import Kill, Limits, Spawn, Spawned, Sys, Wait, Waited
 
 if TYPE_CHECKING:

@@ -19,8 +19,8 @@ from typing import Any
 
 from aiosd.commands import edge, machine, picture, signals, table
 from aiosd.commands.picture import Sample, View
-from libaios.agent import Call
 from libaios.client import Client
+from libaios.connection import Call
 from libaios.wire import Kill, NiceArgs, ProcInfo, Ps, Status, Sys
 
 ESCAPE, ENTER, BACKSPACE = 27, (10, 13, curses.KEY_ENTER), (8, 127, curses.KEY_BACKSPACE)

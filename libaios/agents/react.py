@@ -1,13 +1,13 @@
-"""A ReAct agent: it thinks, acts with a tool, observes what came of it, and goes on until it can answer.
+"""A ReAct agent: it thinks, acts with a tool, observes the result, and goes on until it can answer.
 
     $ aios-run -m libaios.agents.react "What is 37 * 91?"
     The answer is 3367.
 
-`react()` is the whole loop. It knows a `chat` callable (`aios.llm.chat`, or a script in a test) and a `Toolkit`,
-and any chat model that can call tools will do. The tools are plain functions inside this process: arithmetic,
-notes, and files of one folder. What a model sends to them is untrusted, so arithmetic is bounded in size, never
-`eval`, and no path leaves the folder. A tool that fails tells the model so, and the model decides what to do;
-the loop itself ends with an answer or with an `AgentError`.
+`react()` is the whole loop. It takes a `chat` callable (`aios.llm.chat`, or a script in a test) and a `Toolkit`, and
+works with any chat model that can call tools. The tools are plain functions inside this process: arithmetic, notes, and
+files of one folder. What a model sends to them is untrusted: arithmetic is bounded in size and never done by `eval`,
+and no path leads out of the folder. When a tool fails the model gets the error as an observation and decides what to
+do. The loop itself ends with an answer or with an `AgentError`.
 """
 
 import ast
@@ -37,7 +37,7 @@ class ToolError(Exception):
 # --- calc -----------------------------------------------------------------------------------------
 
 MAX_EXPRESSION = 500  # characters
-MAX_BITS = 4096  # of any number on the way
+MAX_BITS = 4096  # of any number in the calculation
 
 _BINARY: dict[type[ast.operator], Callable[[Any, Any], Any]] = {
     ast.Add: operator.add,
@@ -51,7 +51,7 @@ _BINARY: dict[type[ast.operator], Callable[[Any, Any], Any]] = {
 _UNARY: dict[type[ast.unaryop], Callable[[Any], Any]] = {ast.UAdd: operator.pos, ast.USub: operator.neg}
 _FUNCTIONS: dict[str, Callable[..., Any]] = {"sqrt": math.sqrt, "abs": abs, "round": round, "min": min, "max": max}
 
-# How people write arithmetic, and how Python does.
+# How people write arithmetic, and how Python writes it.
 _SPELLINGS = [
     (re.compile(r"(?<=\d),(?=\d{3}(?!\d))"), ""),
     (re.compile(r"[$€£]|\s*[=?]\s*$"), ""),
@@ -104,7 +104,7 @@ def _value(node: ast.expr) -> int | float:
 
 
 def _power(base: int | float, exponent: int | float) -> Any:
-    """Refuses before computing: 9 ** 9 ** 9 must not be tried."""
+    """Refuses a result that is too large before computing it: 9 ** 9 ** 9 would not end."""
     if isinstance(base, int) and isinstance(exponent, int) and base.bit_length() * abs(exponent) > MAX_BITS:
         raise OverflowError
     return base**exponent
@@ -137,13 +137,13 @@ def _words(text: str) -> list[str]:
 
 
 def _alike(a: str, b: str) -> bool:
-    """`park` and `parked`, `ticket` and `tickets`."""
+    """Whether one word is probably a form of the other, as `park` and `parked`, `ticket` and `tickets`."""
     return a == b or (min(len(a), len(b)) >= 4 and (a.startswith(b) or b.startswith(a)))
 
 
 def search(notes: Sequence[str], query: str) -> list[str]:
-    """The note that shares most with the query, at least half of its telling words; rare words weigh more.
-    A query without any, such as "everything", finds all notes. Of equals the newest wins."""
+    """The note that has most of the query's telling words, and at least half of them; a word that few notes have counts
+    more. Of equal notes the newest is taken. A query without telling words, such as "everything", finds all notes."""
     words = [w for w in _words(query) if w not in _SMALL_WORDS]
     telling = [w for w in words if w not in _VAGUE_WORDS] or [w for w in words if w.startswith("name")]
     if not telling:
@@ -232,7 +232,7 @@ class Toolkit:
         return "ok"
 
     def _inside(self, path: str) -> Path:
-        """The file meant, links followed; it must lie in the folder."""
+        """The file that `path` names, links followed. It must lie in the folder."""
         try:
             target = (self.folder / path).resolve()
         except (OSError, ValueError, RuntimeError):  # a NUL, a loop of links
@@ -297,8 +297,8 @@ def react(
     max_tokens: int = 512,
     watch: Callable[[str], None] = lambda line: None,
 ) -> str:
-    """Answers a question. `watch` is told every thought, call and observation. Raises AgentError when the model
-    finds no answer in `max_steps` turns or is cut off; what `chat` raises goes through."""
+    """Answers a question. `watch` is called with every thought, call and observation. Raises AgentError when the model
+    finds no answer in `max_steps` turns or is cut off, and whatever `chat` raises."""
     messages: list[Message] = [{"role": "system", "content": SYSTEM}, {"role": "user", "content": question}]
     for _ in range(max_steps):
         reply: Reply = chat(messages, tools=TOOLS, temperature=0.0, max_tokens=max_tokens)
@@ -335,7 +335,7 @@ def _as_message(reply: Reply) -> Message:
 def main(
     question: tuple[str, ...], verbose: bool, max_steps: int, max_tokens: int, notes: Path | None, model: str | None
 ) -> None:
-    """Answer QUESTION (or what stands on stdin) with the tools calc, remember, recall, read_file and write_file.
+    """Answer QUESTION (or the text on stdin) with the tools calc, remember, recall, read_file and write_file.
 
     Files are those of the working folder.
 
@@ -344,7 +344,7 @@ def main(
     aios-run -m libaios.agents.react --notes notes.txt "Remember that the rent is 850."
     aios-run -m libaios.agents.react -v "Read a.txt, double the number in it and write it to b.txt"
     """
-    import libaios as aios  # here: the loop and the tools are of use without a kernel
+    import libaios as aios  # here, since loop and tools can be used without a kernel
 
     def chat(messages: list[Message], **options: Any) -> Any:
         return aios.llm.chat(messages, model=model, **options)

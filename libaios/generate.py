@@ -1,0 +1,157 @@
+"""Calls that generate text: their arguments, their result, and the stream of its pieces."""
+
+from __future__ import annotations
+
+import errno
+import random
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from typing import Any
+
+from libaios import wire
+from libaios.agent import connection
+from libaios.connection import Call, Connection, decode_body
+from libaios.plan import Plan, run
+from libaios.wire import Sys, ToolCall, Usage
+
+__all__ = ["Piece", "Result", "Stream", "generate", "generate_args", "objects"]
+
+_seeds = random.SystemRandom()
+
+
+class Result:
+    """A finished generation. `tokens` are the ids of the generated tokens, without the stop token."""
+
+    __slots__ = ("finish_reason", "text", "tokens", "tool_calls", "usage")
+
+    def __init__(self, body: wire.Generated) -> None:
+        self.text: str = body.text
+        self.tokens: list[int] = body.tokens
+        self.tool_calls: list[ToolCall] = body.tool_calls
+        self.finish_reason: str = body.finish_reason
+        self.usage: Usage = body.usage
+
+    def __repr__(self) -> str:
+        return f"Result({self.text!r}, finish_reason={self.finish_reason!r}, tool_calls={self.tool_calls!r})"
+
+
+class Piece:
+    """Part of a stream: whole characters, and the tokens that they are made of. Only the last piece has
+    `finish_reason`, `usage` and `tool_calls`."""
+
+    __slots__ = ("finish_reason", "text", "tokens", "tool_calls", "usage")
+
+    def __init__(self, text: str, tokens: list[int], end: wire.Generated | None = None) -> None:
+        self.text = text
+        self.tokens = tokens
+        self.finish_reason: str | None = end.finish_reason if end is not None else None
+        self.usage: Usage | None = end.usage if end is not None else None
+        self.tool_calls: list[ToolCall] = end.tool_calls if end is not None else []
+
+    def __repr__(self) -> str:
+        return f"Piece({self.text!r}, finish_reason={self.finish_reason!r})"
+
+
+class Stream:
+    """An iterator of `Piece`s. The generation ends when its loop is left early, at `close()` (from any thread), or when
+    the last reference is gone. If another thread iterates at that moment, it gets ECANCELED."""
+
+    def __init__(self, connection: Connection, args: wire.Generate) -> None:
+        self._connection = connection
+        self._call: Call = connection.submit(Sys.GENERATE, args, stream=True)
+        # A function, not a method: the generator must hold no reference to the stream, or that would live for ever.
+        self._pieces = _pieces(connection, self._call, args.timeout_s)
+
+    def __iter__(self) -> Stream:
+        return self
+
+    def __next__(self) -> Piece:
+        return next(self._pieces)
+
+    def close(self) -> None:
+        self._connection.abandon(self._call)
+
+    def __enter__(self) -> Stream:
+        return self
+
+    def __exit__(self, *exc: object) -> None:
+        self.close()
+
+    def __del__(self) -> None:
+        call = getattr(self, "_call", None)
+        if call is not None:
+            self._connection.abandon(call)
+
+
+def _pieces(connection: Connection, call: Call, timeout: float | None) -> Iterator[Piece]:
+    for piece in connection.pieces(call, timeout):
+        yield Piece(piece.text, piece.tokens)
+    assert call.final is not None
+    end = decode_body(call.final, wire.Generated)
+    yield Piece(end.text, end.tokens, end)
+
+
+def generate_args(
+    messages: Sequence[Mapping[str, Any]] | None,
+    prompt: str | Sequence[int] | None,
+    *,
+    max_tokens: int | None = None,
+    temperature: float = 0.8,
+    top_p: float = 0.95,
+    top_k: int = 40,
+    min_p: float = 0.05,
+    repeat_penalty: float = 1.0,
+    seed: int | None = None,
+    stop: str | Sequence[str] = (),
+    ignore_eos: bool = False,
+    tools: Sequence[Mapping[str, Any]] | None = None,
+    schema: Mapping[str, Any] | bool | None = None,
+    stream: bool = False,
+    timeout: float | None = None,
+    model: str | None = None,
+    public: bool = False,
+) -> wire.Generate:
+    """The arguments as they are sent. The kernel checks types and ranges."""
+    sampling = wire.Sampling(
+        max_tokens=max_tokens,
+        temperature=temperature,
+        top_p=top_p,
+        top_k=top_k,
+        min_p=min_p,
+        repeat_penalty=repeat_penalty,
+        # The seed is drawn here, so that a call that must be submitted again gives the same text.
+        seed=_seeds.getrandbits(62) if seed is None else seed,
+        ignore_eos=ignore_eos,
+        stop=[stop] if isinstance(stop, str) else _list(stop, "stop", "texts"),
+    )
+    return wire.Generate(
+        messages=None if messages is None else objects(messages, "messages"),
+        prompt=prompt if prompt is None or isinstance(prompt, str) else [int(token) for token in prompt],
+        model=model,
+        sampling=sampling,
+        tools=None if tools is None else objects(tools, "tools"),
+        schema=dict(schema) if isinstance(schema, Mapping) else schema,
+        stream=stream,
+        timeout_s=timeout,
+        public=public,
+    )
+
+
+def objects(value: Sequence[Mapping[str, Any]], what: str) -> list[dict[str, Any]]:
+    """Check that this is a list of dicts, and copy it. Raises OSError EINVAL."""
+    items = _list(value, what, "dicts")
+    for i, item in enumerate(items):
+        if not isinstance(item, Mapping):
+            raise wire.error(errno.EINVAL, f"{what}[{i}]: a dict, not {item!r:.60}")
+    return [dict(item) for item in items]
+
+
+def _list(value: Any, what: str, of: str) -> list[Any]:
+    if isinstance(value, (str, bytes, Mapping)) or not isinstance(value, Iterable):
+        raise wire.error(errno.EINVAL, f"{what}: a list of {of}, not {value!r:.60}")
+    return list(value)
+
+
+def generate(args: wire.Generate) -> Result | Stream:
+    if args.stream:
+        return Stream(connection(), args)
+    return run(Plan(Sys.GENERATE, args, Result, args.timeout_s))
