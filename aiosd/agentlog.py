@@ -12,7 +12,7 @@ The descriptor cannot be exchanged in the agent. So a log becomes shorter at its
 a file of its own, and then cut off (`aiosd.kernel.logkeeper` says how). The index of a log that was cut begins with a
 record of the time 0, whose size is how many bytes have been cut off in all. So every byte that an agent has written
 has a number of its own for good, and a reader finds its place again whatever was cut off meanwhile. While a log is
-cut, and while a reader looks at the files and reads a block, each has a lock (flock) on 7.log. """
+cut, and while a reader looks at the files and reads a block, each has a lock (flock) on 7.log."""
 
 from __future__ import annotations
 

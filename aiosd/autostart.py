@@ -62,6 +62,7 @@ def spawn(spec: AgentSpec, environ: Mapping[str, str], umask: int = 0o022) -> wi
         limits=spec.limits,
         umask=umask,
         detached=True,
+        restart=str(spec.restart),
     )
 
 

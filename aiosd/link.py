@@ -270,6 +270,7 @@ class Fork(Struct, array_like=True, frozen=True, tag=True):
     named: bool = False  # the name was given, not made from the program's
     shares: list[Share] = []
     client: tuple[int, int] = (0, 0)  # the process that it is attached to: Linux pid and start time
+    restart: str = "no"  # see aiosd.restart
 
 
 def command(spec: Fork) -> str:
@@ -353,11 +354,20 @@ class ChildStopped(Struct, array_like=True, frozen=True, tag=True):
 
 
 class ChildExited(Struct, array_like=True, frozen=True, tag=True):
-    """`status` as from os.waitstatus_to_exitcode; `reason` set when the supervisor knows more."""
+    """`status` as from os.waitstatus_to_exitcode; `reason` set when the supervisor knows more. `again_s`: its process
+    has ended, and it is started again after that time."""
 
     pid: int
     status: int
     reason: str = ""
+    again_s: float | None = None
+
+
+class ChildRestarted(Struct, array_like=True, frozen=True, tag=True):
+    """An agent was started again, under its old pid. Descriptors as with `Forked`."""
+
+    pid: int
+    ospid: int
 
 
 class ServiceForked(Struct, array_like=True, frozen=True, tag=True):
@@ -390,7 +400,9 @@ class Stop(Struct, array_like=True, frozen=True, tag=True):
 
 
 ToSupervisor = Fork | SendSignal | Mark | Forget | Ready | Shutdown | Set
-FromSupervisor = Forked | ForkFailed | ChildStopped | ChildExited | ServiceForked | ServiceDied | Reread | Stop
+FromSupervisor = (
+    Forked | ForkFailed | ChildStopped | ChildExited | ChildRestarted | ServiceForked | ServiceDied | Reread | Stop
+)
 
 encode = msgpack.Encoder().encode
 decode_to_service = msgpack.Decoder(ToService).decode

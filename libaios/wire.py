@@ -164,6 +164,7 @@ class Spawn(Struct, array_like=True, frozen=True):
     detached: bool = False
     attached: bool = False
     tty: bool = False  # stdin is a terminal of the agent's own: make it the controlling one
+    restart: Annotated[str, Meta(max_length=32)] = "no"  # when it is started again; only for `detached` ones
 
 
 class Wait(Struct, array_like=True, frozen=True):
@@ -407,6 +408,7 @@ class ProcInfo(Struct, frozen=True):
     system: bool = False
     ctx_kept: int = 0  # tokens of the context that the core keeps for it …
     ctx_place: str = ""  # … and where: "slot", "ram" or "disk"
+    restarts: int = 0  # how often it was started again
 
 
 class Waited(Struct, array_like=True, frozen=True):

@@ -150,7 +150,7 @@ def test_two_models_of_one_name(load: Load) -> None:
         ("[[agent]]\nfile = 'a'\n\n[[agent]]\nfile = 'b'\nnice = 20\n", "line 6: nice: 20 is out of range (from -20"),
         ("[[agent]]\nfile = ''\n", "line 2: file: '' is no text"),
         ("[[agent]]\ncommand = []\n", "line 2: command: no program is named"),
-        ("[[agent]]\ncommand = \"a 'b\"\n", "line 2: command: No closing quotation"),
+        ('[[agent]]\ncommand = "a \'b"\n', "line 2: command: No closing quotation"),
         ("[[agent]]\nfile = 'a'\nname = 'a b'\n", "line 3: name: 'a b' is no name"),
         ("[[agent]]\nfile = 'a'\nname = '7'\n", "line 3: name: '7' would be taken for a pid"),
         ("[[agent]]\nfile = 'a'\ntime = 'soon'\n", "line 3: time: 'soon' is no length of time"),

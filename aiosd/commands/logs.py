@@ -247,4 +247,3 @@ def _follow(client: Client | None, logs: list[_Log], until: float | None) -> Non
             logs.remove(log)
         if logs and poll.poll(POLL_S * 1000):
             raise BrokenPipeError
-

@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Generic, TypeVar
 from aiosd import link
 from aiosd.heartbeat import Heart
 from aiosd.link import Key
+from aiosd.restart import Restarts
 from aiosd.service import Service
 
 if TYPE_CHECKING:
@@ -72,6 +73,8 @@ class Agent:
     stopped: bool = False
     status: int | None = None  # exit code or -signal; None while alive
     ended: float = 0.0  # Unix time
+    # when it is started again, and how often it was; None: never
+    restarts: Restarts | None = None
     # changed by signals that it was sent
     told_to_end: bool = False  # by TERM: what it leaves behind gets time to end in order
 

@@ -7,11 +7,14 @@ the calls of others that wait for it.
 from __future__ import annotations
 
 import errno
+import logging
+import os
 import signal
+from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
-from aiosd import link, procfs
-from aiosd.kernel import ledger
+from aiosd import autostart, link, procfs
+from aiosd.kernel import ledger, spawning
 from aiosd.kernel.budget import Budgets
 from aiosd.kernel.calls import Calls
 from aiosd.kernel.enforce import Enforcer
@@ -30,7 +33,10 @@ from libaios.channel import Channel, Side
 from libaios.ring import ProtocolError
 
 if TYPE_CHECKING:
+    from aiosd.autostart import AgentSpec
     from aiosd.init.records import Agent
+
+logger = logging.getLogger("kernel")
 
 FORKS_BYTES = 16 << 20  # of spawns that the supervisor has not read
 COMMAND_SHOWN = 4096  # characters of an agent's command in listings
@@ -67,7 +73,7 @@ class Agents:
         self.mail = mail
         self.logs = logs
         self.by_ospid: dict[int, Proc] = {}  # live ones
-        self.forks: dict[link.Key, tuple[Call, link.Fork]] = {}  # spawns under way
+        self.forks: dict[link.Key, tuple[Call | None, link.Fork]] = {}  # spawns under way; None: the system's own
         self.stopping = False  # the system goes down
 
     # ── birth ─────────────────────────────────────────────────────────────────────────────────────────────
@@ -84,6 +90,10 @@ class Agents:
         self._repair_families()
 
     def _adopt(self, proc: Proc, agent: Agent) -> None:
+        proc.restarts = agent.restarts.total if agent.restarts is not None else 0
+        if agent.status is None and not agent.ospid:
+            self.table.advance(proc, Event.FAIL)
+            return
         if agent.status is None:
             self.connect(proc, agent.memfd, agent.bell)
             if agent.stopped:
@@ -122,7 +132,7 @@ class Agents:
         call, spec = self.forks.pop(message.key)
         proc = self.table.find(message.pid)
         if proc is None and not fds:  # an old one, forgotten since
-            self.calls.finish(call, wire.Spawned(message.pid, message.log))
+            self._answer_spawn(call, wire.Spawned(message.pid, message.log))
             return
         if proc is None:
             started = (message.started, message.since)
@@ -134,13 +144,31 @@ class Agents:
             self.table.add(proc)
             self.connect(proc, *fds)
             self.enforcer.born(proc)
-        self.calls.finish(call, wire.Spawned(proc.pid, proc.log))
+        self._answer_spawn(call, wire.Spawned(proc.pid, proc.log))
         if proc.attached_to and proc.attached_to not in self.peers.clients:
             self.deliver(proc, signal.SIGHUP)  # the client went while we forked
 
     def fork_failed(self, message: link.ForkFailed) -> None:
-        call, _ = self.forks.pop(message.key)
-        self.calls.fail(call, message.errno, message.message)
+        call, spec = self.forks.pop(message.key)
+        if call is not None:
+            self.calls.fail(call, message.errno, message.message)
+        else:
+            logger.error("agent %s, which starts with the system: %s", spec.name, message.message)
+
+    def _answer_spawn(self, call: Call | None, answer: wire.Spawned) -> None:
+        if call is not None:
+            self.calls.finish(call, answer)
+
+    def start_with_system(self, specs: Sequence[AgentSpec]) -> None:
+        """Those that the settings list, once, when the system is ready."""
+        for number, spec in enumerate(specs):
+            try:
+                fork = spawning.fork(autostart.spawn(spec, os.environ), (0, number + 1), None)
+            except OSError as err:
+                logger.error("agent %s, which starts with the system: %s", spec.name or spec.target, err.strerror)
+                continue
+            self.forks[fork.key] = (None, fork)
+            self.uplink.send(fork)
 
     def connect(self, proc: Proc, memfd: int, bell: int) -> None:
         """Serve an agent's channel; one whose header it has ruined already ends it here."""
@@ -187,6 +215,7 @@ class Agents:
             cached_tokens=row[ledger.CACHED],
             completion_tokens=row[ledger.COMPLETION],
             budgets=self.budgets.join(pid, started[1], spec.shares),
+            restart=spec.restart,
         )
 
     # ── attached agents ───────────────────────────────────────────────────────────────────────────────────
@@ -263,10 +292,11 @@ class Agents:
         proc = self.table.get(message.pid)
         if proc is None or not proc.alive:
             return
-        for peer in self.peers.of(proc):
-            self.calls.drop(peer)
-        self.by_ospid.pop(proc.ospid, None)
-        self.generations.forget(proc)
+        self._process_ended(proc)
+        if message.again_s is not None:
+            self.table.advance(proc, Event.FAIL)
+            self.waiters.on_change(proc)
+            return
         self.mail.forget(proc.pid)
         self.budgets.leave(proc.pid, proc.budgets)
         if proc.log:
@@ -279,6 +309,21 @@ class Agents:
         self.waiters.on_exit(proc, ppid)
         if ppid == INIT and proc.state is State.ZOMBIE:
             self._reap(proc)
+
+    def _process_ended(self, proc: Proc) -> None:
+        """Its connections are gone, and what was kept for them."""
+        for peer in self.peers.of(proc):
+            self.calls.drop(peer)
+        self.by_ospid.pop(proc.ospid, None)
+        self.generations.forget(proc)
+        proc.ospid = 0
+
+    def restarted(self, message: link.ChildRestarted, fds: list[int]) -> None:
+        """It goes on under its pid, with its mailbox, its budgets and its children."""
+        proc = self.table.procs[message.pid]
+        self.table.advance(proc, Event.START)
+        proc.ospid, proc.restarts, proc.looked, proc.sampled = message.ospid, proc.restarts + 1, 0.0, 0.0
+        self.connect(proc, *fds)
 
     def _orphaned(self, child: Proc) -> None:
         """Its parent is dead."""

@@ -20,7 +20,7 @@ from aiosd.kernel.ledger import Ledger
 from aiosd.kernel.mail import Mail
 from aiosd.kernel.peer import AgentPeer, Peer
 from aiosd.kernel.peers import Peers
-from aiosd.kernel.proc import Proc, ProcTable
+from aiosd.kernel.proc import Proc, ProcTable, State
 from aiosd.kernel.service import Services
 from aiosd.kernel.waiters import Waiters
 
@@ -59,7 +59,7 @@ def processes(books: Books) -> Iterator[str]:
     is well: reading about thousands takes long."""
     supervisor = os.getppid()
     children = set(procfs.children(supervisor))
-    live = {proc.ospid: proc for proc in books.table.live()}
+    live = {proc.ospid: proc for proc in books.table.live() if proc.state is not State.WAITING}
     if set(books.by_ospid) != set(live):
         yield f"agents by Linux pid: {len(books.by_ospid)}, live in the table: {len(live)}"
     for ospid, proc in live.items():

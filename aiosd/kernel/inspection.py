@@ -27,6 +27,8 @@ def inspect(
         "reason": proc.reason,
         "children": children,
         "budgets": [_budget(budget) for budget in proc.budgets],
+        "restart": proc.restart,
+        "restarts": proc.restarts,
         "mailbox": mailbox,
         "connected": any(isinstance(peer, AgentPeer) for peer in peers),
         "clients": [peer.ospid for peer in peers if isinstance(peer, ClientPeer)],

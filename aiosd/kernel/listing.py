@@ -18,7 +18,8 @@ FRESH_S = 0.2
 
 
 def stat_letter(proc: Proc, calls: Sequence[Call], os_state: str, parked: bool = True) -> str:
-    """R on the LLM or computing, Q waiting for the LLM, S sleeping, T stopped, Z dead and not waited for, X dead.
+    """R on the LLM or computing, Q waiting for the LLM, S sleeping, T stopped, W waiting to be started again, Z dead
+    and not waited for, X dead.
 
     With no call open only Linux knows whether the agent computes or sleeps. `parked` False: it has stopped, but a core
     has not taken its generations out of decoding yet; it shows T when nothing more can happen.
@@ -27,6 +28,8 @@ def stat_letter(proc: Proc, calls: Sequence[Call], os_state: str, parked: bool =
         return "Z" if proc.state is State.ZOMBIE else "X"
     if proc.state is State.STOPPED and parked:
         return "T"
+    if proc.state is State.WAITING:
+        return "W"
     generations = [call.generation for call in calls if call.generation is not None]
     if any(generation.started for generation in generations):
         return "R"
@@ -73,4 +76,5 @@ def line(proc: Proc, calls: Sequence[Call], context: tuple[str, int] = ("", 0), 
         exit=None if proc.status is None else shell_status(proc.status),
         ctx_kept=context[1],
         ctx_place=context[0],
+        restarts=proc.restarts,
     )

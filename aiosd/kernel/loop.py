@@ -289,6 +289,7 @@ class Kernel:
 
     def _on_ready(self) -> None:
         names = ", ".join(self.cores.by_model)
+        self.agents.start_with_system(self.live.settings.agents)
         self.uplink.send(link.Ready(f"aiosd: ready ({names}; {self.live.settings.home.root})"))
 
     # ── supervisor ────────────────────────────────────────────────────────────────────────────────────────
@@ -303,6 +304,8 @@ class Kernel:
                 self.agents.stopped(message)
             case link.ChildExited():
                 self.agents.exited(message)
+            case link.ChildRestarted():
+                self.agents.restarted(message, fds)
             case link.ServiceForked():
                 service = self.services.by_name[message.name]
                 service.pid = message.pid

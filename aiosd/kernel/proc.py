@@ -4,11 +4,17 @@
                │
                ▼      STOP
             RUNNING ─────────▶ STOPPED
-               │  ◀─────────  │
-               │      CONT    │
-          EXIT │              │ EXIT
-               ▼              ▼
-            ZOMBIE ◀──────────┘         dead, exit status not yet collected
+             │ ▲  ◀─────────      │
+             │ │      CONT        │
+        FAIL │ │ START            │ FAIL
+             ▼ │                  │
+            WAITING ◀─────────────┘     its process has ended, and it is started again after a while (`restart`)
+
+            RUNNING, STOPPED, WAITING
+               │
+          EXIT │
+               ▼
+            ZOMBIE                      dead, exit status not yet collected
                │
           REAP │  its parent waited for it, or its parent is pid 1, which waits for all
                ▼
@@ -39,6 +45,7 @@ INIT = 1  # the pid of aiosd itself
 class State(enum.Enum):
     RUNNING = "running"
     STOPPED = "stopped"
+    WAITING = "waiting"
     ZOMBIE = "zombie"
     REAPED = "reaped"
 
@@ -46,6 +53,8 @@ class State(enum.Enum):
 class Event(enum.Enum):
     STOP = "stop"
     CONT = "cont"
+    FAIL = "fail"
+    START = "start"
     EXIT = "exit"
     REAP = "reap"
 
@@ -55,6 +64,10 @@ TRANSITIONS: dict[tuple[State, Event], State] = {
     (State.STOPPED, Event.STOP): State.STOPPED,
     (State.STOPPED, Event.CONT): State.RUNNING,
     (State.RUNNING, Event.CONT): State.RUNNING,
+    (State.RUNNING, Event.FAIL): State.WAITING,
+    (State.STOPPED, Event.FAIL): State.WAITING,
+    (State.WAITING, Event.START): State.RUNNING,
+    (State.WAITING, Event.EXIT): State.ZOMBIE,
     (State.RUNNING, Event.EXIT): State.ZOMBIE,
     (State.STOPPED, Event.EXIT): State.ZOMBIE,
     (State.ZOMBIE, Event.REAP): State.REAPED,
@@ -86,6 +99,8 @@ class Proc:
     nice: int = 0
     state: State = State.RUNNING
     continued: int = 0  # how many times it was told to go on
+    restart: str = "no"  # when it is started again, see aiosd.restart,
+    restarts: int = 0  # … and how often it was
     status: int | None = None  # exit code or -signal
     budget: str = ""  # which budget ended it
     reason: str = ""  # what the kernel or the supervisor noted about the end
@@ -105,7 +120,7 @@ class Proc:
 
     @property
     def alive(self) -> bool:
-        return self.state in (State.RUNNING, State.STOPPED)
+        return self.state in (State.RUNNING, State.STOPPED, State.WAITING)
 
 
 class ProcTable:

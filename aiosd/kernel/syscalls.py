@@ -11,16 +11,13 @@ compared: at import, so that neither can be without the other.
 from __future__ import annotations
 
 import errno
-import os
-import re
 import signal
 from collections.abc import Callable, Iterator
-from pathlib import PurePath
 from typing import Any, ClassVar
 
-from aiosd import link, procfs
+from aiosd import link
 from aiosd.errors import Bug
-from aiosd.kernel import access, listing
+from aiosd.kernel import access, listing, spawning
 from aiosd.kernel.access import Access
 from aiosd.kernel.agents import Agents
 from aiosd.kernel.calls import PENDING, Calls
@@ -39,8 +36,6 @@ from aiosd.kernel.system import Descriptors, System
 from aiosd.kernel.waiters import Waiters
 from libaios import wire
 from libaios.wire import Sys
-
-SPAWN_CHARS = 1 << 20
 
 #: A family's handlers by number, before they are bound to the parts that they use.
 Family = dict[int, Callable[[Any, Call, Any], Any]]
@@ -86,32 +81,9 @@ class ProcessCalls:
         fds = tuple(peer.fds[:3]) if isinstance(peer, ClientPeer) else ()
         if isinstance(peer, ClientPeer) and not args.detached and len(fds) < 3:
             raise wire.error(errno.EINVAL, "stdin, stdout and stderr must come with an attached spawn")
-        _check_spawn(args)
-        shares = [] if parent is None else [budget.share for budget in parent.budgets]
-        if args.limits != wire.Limits():
-            shares.append(link.Share(0, args.limits))
         attached = args.attached and isinstance(peer, ClientPeer) and not args.detached
-        spec = link.Fork(
-            key=call.key,
-            ppid=access.parent_pid(peer),
-            pgid=parent.pgid if parent is not None else 0,
-            uid=os.getuid(),
-            kind=args.kind,
-            target=args.target,
-            args=args.args,
-            env=args.env,
-            cwd=args.cwd,
-            name=args.name or _default_name(args),
-            named=args.name is not None,
-            nice=_nice_of_child(parent, args.nice),
-            group=_group_of_child(parent, args.group),
-            shares=shares,
-            umask=args.umask,
-            detached=args.detached,
-            attached=attached,
-            client=_process_of(peer) if isinstance(peer, ClientPeer) and attached else (0, 0),
-            tty=args.tty,
-        )
+        client = spawning.process_of(peer.ospid) if isinstance(peer, ClientPeer) and attached else (0, 0)
+        spec = spawning.fork(args, call.key, parent, attached=attached, client=client)
         self.agents.fork(call, spec, fds)
         return PENDING
 
@@ -140,7 +112,9 @@ class ProcessCalls:
 
     def _stopped(self, proc: Proc, continued: int) -> bool:
         """Or will not stop any more. Nothing is generated for it then, and nothing counted."""
-        return not proc.alive or proc.continued != continued or self.agents.is_parked(proc)
+        if not proc.alive or proc.state is State.WAITING:
+            return True
+        return proc.continued != continued or self.agents.is_parked(proc)
 
     def _until(self, call: Call, procs: list[Proc], done: Callable[[], bool]) -> Any:
         return None if self.waiters.until(call, procs, done) else PENDING
@@ -218,51 +192,6 @@ class ProcessCalls:
         Sys.NICE: nice,
         Sys.INSPECT: inspect,
     }
-
-
-def _check_spawn(args: wire.Spawn) -> None:
-    """What the types of its arguments cannot tell. Nothing that they name is looked up here."""
-    if not os.path.isabs(args.cwd):
-        raise wire.error(errno.EINVAL, "cwd must be an absolute path")
-    if args.name is not None and (args.name.isdecimal() or args.name.startswith("-")):
-        raise wire.error(errno.EINVAL, f"name: {args.name!r} would be taken for a pid or an option")
-    texts = (args.target, args.cwd, *args.args, *args.env, *args.env.values())
-    if any("\0" in text for text in texts):
-        raise wire.error(errno.EINVAL, "a string with a null byte")
-    if sum(map(len, texts)) > SPAWN_CHARS:
-        raise wire.error(errno.E2BIG, f"arguments and environment have more than {SPAWN_CHARS} characters")
-    if any(not key or "=" in key for key in args.env):
-        raise wire.error(errno.EINVAL, "env: a name is empty or holds '='")
-
-
-def _process_of(peer: ClientPeer) -> tuple[int, int]:
-    """Linux pid and start time of a client, which name it for ever."""
-    stat = procfs.read_stat(peer.ospid)
-    return (peer.ospid, stat.started) if stat is not None else (0, 0)
-
-
-def _default_name(args: wire.Spawn) -> str:
-    stem = args.target.rpartition(".")[2] if args.kind == "module" else PurePath(args.target).stem
-    name = re.sub(r"[\x00-\x20\x7f/]+", "_", stem)[:64]
-    if name in ("", ".", ".."):
-        return "agent"
-    return f"_{name}"[:64] if name.isdecimal() or name.startswith("-") else name
-
-
-def _nice_of_child(parent: Proc | None, nice: int | None) -> int:
-    if parent is None:
-        return nice or 0
-    if nice is not None and nice < parent.nice:
-        raise wire.error(errno.EPERM, f"nice: an agent may not start one nicer than itself ({parent.nice})")
-    return parent.nice if nice is None else nice
-
-
-def _group_of_child(parent: Proc | None, group: str | None) -> str:
-    if parent is None:
-        return group or "default"
-    if group is not None and group != parent.group:
-        raise wire.error(errno.EPERM, f"group: an agent of {parent.group!r} may not start one of {group!r}")
-    return parent.group
 
 
 class MessageCalls:

@@ -1,0 +1,103 @@
+"""From a SPAWN, checked, to what the supervisor is asked to fork. Nothing that it names is looked up here: a slow or
+hanging file system must hold neither kernel nor supervisor."""
+
+from __future__ import annotations
+
+import errno
+import os
+import re
+from pathlib import PurePath
+
+from aiosd import link, procfs, restart
+from aiosd.kernel.proc import INIT, Proc
+from libaios import wire
+
+SPAWN_CHARS = 1 << 20
+
+
+def fork(
+    args: wire.Spawn, key: link.Key, parent: Proc | None, attached: bool = False, client: tuple[int, int] = (0, 0)
+) -> link.Fork:
+    """`parent`: the agent that starts it, None: the person. `client`: the process that it is attached to. Raises
+    OSError: EINVAL, E2BIG, EPERM."""
+    _check(args)
+    shares = [] if parent is None else [budget.share for budget in parent.budgets]
+    if args.limits != wire.Limits():
+        shares.append(link.Share(0, args.limits))
+    return link.Fork(
+        key=key,
+        ppid=INIT if parent is None else parent.pid,
+        pgid=parent.pgid if parent is not None else 0,
+        uid=os.getuid(),
+        kind=args.kind,
+        target=args.target,
+        args=args.args,
+        env=args.env,
+        cwd=args.cwd,
+        name=args.name or _default_name(args),
+        named=args.name is not None,
+        nice=_nice_of_child(parent, args.nice),
+        group=_group_of_child(parent, args.group),
+        shares=shares,
+        umask=args.umask,
+        detached=args.detached,
+        attached=attached,
+        client=client,
+        tty=args.tty,
+        restart=args.restart,
+    )
+
+
+def _check(args: wire.Spawn) -> None:
+    """What the types of its arguments cannot tell. Nothing that they name is looked up here."""
+    if not os.path.isabs(args.cwd):
+        raise wire.error(errno.EINVAL, "cwd must be an absolute path")
+    if args.name is not None and (args.name.isdecimal() or args.name.startswith("-")):
+        raise wire.error(errno.EINVAL, f"name: {args.name!r} would be taken for a pid or an option")
+    _check_restart(args)
+    texts = (args.target, args.cwd, *args.args, *args.env, *args.env.values())
+    if any("\0" in text for text in texts):
+        raise wire.error(errno.EINVAL, "a string with a null byte")
+    if sum(map(len, texts)) > SPAWN_CHARS:
+        raise wire.error(errno.E2BIG, f"arguments and environment have more than {SPAWN_CHARS} characters")
+    if any(not key or "=" in key for key in args.env):
+        raise wire.error(errno.EINVAL, "env: a name is empty or holds '='")
+
+
+def _check_restart(args: wire.Spawn) -> None:
+    try:
+        policy = restart.parse(args.restart)
+    except ValueError as err:
+        raise wire.error(errno.EINVAL, f"restart: {err}") from None
+    if policy.when is not restart.When.NO and not args.detached:
+        raise wire.error(errno.EINVAL, "restart: only a detached agent can be started again")
+
+
+def process_of(ospid: int) -> tuple[int, int]:
+    """Linux pid and start time of a client, which name it for ever."""
+    stat = procfs.read_stat(ospid)
+    return (ospid, stat.started) if stat is not None else (0, 0)
+
+
+def _default_name(args: wire.Spawn) -> str:
+    stem = args.target.rpartition(".")[2] if args.kind == "module" else PurePath(args.target).stem
+    name = re.sub(r"[\x00-\x20\x7f/]+", "_", stem)[:64]
+    if name in ("", ".", ".."):
+        return "agent"
+    return f"_{name}"[:64] if name.isdecimal() or name.startswith("-") else name
+
+
+def _nice_of_child(parent: Proc | None, nice: int | None) -> int:
+    if parent is None:
+        return nice or 0
+    if nice is not None and nice < parent.nice:
+        raise wire.error(errno.EPERM, f"nice: an agent may not start one nicer than itself ({parent.nice})")
+    return parent.nice if nice is None else nice
+
+
+def _group_of_child(parent: Proc | None, group: str | None) -> str:
+    if parent is None:
+        return group or "default"
+    if group is not None and group != parent.group:
+        raise wire.error(errno.EPERM, f"group: an agent of {parent.group!r} may not start one of {group!r}")
+    return parent.group
