@@ -23,7 +23,6 @@ import gc
 import logging
 import os
 import select
-import shutil
 import signal
 import socket
 import sys
@@ -35,11 +34,12 @@ from typing import TYPE_CHECKING, ClassVar
 import msgspec
 
 from aiosd import link, log, procfs
-from aiosd.birth import fork
+from aiosd.birth import fork, modules
 from aiosd.birth.spares import Spares
 from aiosd.errors import Bug
 from aiosd.heartbeat import BEAT_S, HANG_S, Heart, Rounds, beat, beat_in_background
 from aiosd.init import notify
+from aiosd.init.births import Birth, Births
 from aiosd.init.pids import PidCounter
 from aiosd.init.records import BACKOFF_S, Agent, Core, Inheritance
 from aiosd.init.sweep import sweep
@@ -78,6 +78,7 @@ class Supervisor:
         self.agents: dict[int, Agent] = {}  # by pid, live and dead until forgotten
         self.by_ospid: dict[int, Agent] = {}  # live ones
         self.spares = Spares(self.timers)
+        self.births = Births(self.epoll, self.timers, self._born)
         self.served: dict[link.Key, int] = {}  # spawn requests by key: the same request names the same agent
         self.signalled: OrderedDict[tuple[link.Key, int], None] = OrderedDict()  # KILL calls served, and on whom
         self.cores: dict[str, Core] = {}
@@ -122,6 +123,8 @@ class Supervisor:
                 self._on_signals()
             elif self.kernel is not None and fd == self.kernel.fileno():
                 self._on_kernel(self.kernel)
+            else:
+                self.births.look(fd)
         self.timers.run_due()
 
     def _beat(self) -> None:
@@ -215,6 +218,7 @@ class Supervisor:
 
         def child() -> int:
             os.setsid()
+            modules.show()
             fork.name_process("aios:kernel")
             fork.keep_only(keep)
             from aiosd.kernel.loop import main
@@ -250,6 +254,7 @@ class Supervisor:
     def _fork_core_with(self, core: Core, heart: Heart) -> int:
         def child() -> int:
             os.setsid()
+            modules.show()
             fork.name_process(f"aios:{_core_name(self.cores, core.model.name)}")
             fork.keep_only((core.memfd, core.core_bell, heart.write))
             rounds = Rounds()
@@ -363,19 +368,34 @@ class Supervisor:
     def _on_fork(self, message: link.Fork, fds: list[int]) -> None:
         known = self.agents.get(self.served.get(message.key, 0))
         if known is not None:
+            if self.births.claim(known, self.epoch):
+                return  # it is answered when the birth is over
             self._tell(_forked(message.key, known))
             return
         try:
             if self.stopping:
                 raise OSError(errno.EAGAIN, "aiosd is shutting down")
-            agent = self._spawn(message, fds)
+            self._spawn(message, fds)
         except OSError as err:
             self._tell(link.ForkFailed(message.key, err.errno or 5, err.strerror or str(err)))
-            return
-        self._tell(_forked(message.key, agent), (agent.memfd, agent.bell))
 
-    def _spawn(self, spec: link.Fork, fds: list[int]) -> Agent:
-        _check_target(spec)
+    def _born(self, birth: Birth) -> None:
+        """An agent runs, or cannot start: only now the kernel is answered. One that was forked during the birth has
+        inherited the agent, and asks again."""
+        agent = birth.agent
+        if birth.refusal is None:
+            if birth.epoch == self.epoch:
+                self._tell(_forked(agent.spec.key, agent), () if birth.claimed else (agent.memfd, agent.bell))
+            return
+        if birth.epoch == self.epoch:
+            self._tell(link.ForkFailed(agent.spec.key, *birth.refusal))
+        self.agents.pop(agent.pid, None)
+        self.served.pop(agent.spec.key, None)
+        if agent.log:
+            with contextlib.suppress(OSError):
+                os.unlink(agent.log)
+
+    def _spawn(self, spec: link.Fork, fds: list[int]) -> None:
         pid = self.pids.next()
         log_path = str(self.home.logs / f"{pid}.log") if spec.detached else ""
         stdio, opened = self._stdio(spec, fds, log_path)
@@ -383,7 +403,7 @@ class Supervisor:
             memfd, bell, agent_bell = make_channel(RING_BYTES, RING_BYTES)
             opened.append(agent_bell)
             try:
-                ospid = self.spares.start(spec, pid, str(self.home.root), stdio, memfd, agent_bell)
+                ospid, report = self.spares.start(spec, pid, str(self.home.root), stdio, memfd, agent_bell)
             except OSError:
                 opened += (memfd, bell)
                 raise
@@ -405,7 +425,7 @@ class Supervisor:
         )
         self.agents[pid] = self.by_ospid[ospid] = agent
         self.served[spec.key] = pid
-        return agent
+        self.births.expect(Birth(agent, report, self.epoch))
 
     def _stdio(self, spec: link.Fork, fds: list[int], log_path: str) -> tuple[tuple[int, int, int], list[int]]:
         """stdin, stdout, stderr of a new agent, and those of them that we opened and must close."""
@@ -546,6 +566,7 @@ class Supervisor:
                 return
         agent = self.by_ospid.pop(ospid, None)
         if agent is not None:
+            self.births.ended(agent)
             agent.status = status
             agent.stopped = False
             os.close(agent.memfd)
@@ -653,21 +674,6 @@ def _signal_tree(ospid: int, number: int) -> None:
                 os.kill(victim, number)
 
 
-def _check_target(spec: link.Fork) -> None:
-    """Refuse what cannot run, before a process is made for it."""
-    if spec.kind == "module":
-        return
-    path: str | None = os.path.join(spec.cwd, spec.target)
-    if spec.kind == "exec" and "/" not in spec.target:
-        path = shutil.which(spec.target, path=spec.env.get("PATH", os.defpath))
-    if path is None or not os.path.exists(path):
-        raise OSError(errno.ENOENT, f"{spec.target}: not found")
-    if os.path.isdir(path):
-        raise OSError(errno.EACCES, f"{spec.target}: is a directory")
-    if not os.access(path, os.X_OK if spec.kind == "exec" else os.R_OK):
-        raise OSError(errno.EACCES, f"{spec.target}: permission denied")
-
-
 def _signal_pipe() -> int:
     """A descriptor that delivers the numbers of the signals that came."""
     read, write = os.pipe2(os.O_NONBLOCK | os.O_CLOEXEC)
@@ -686,6 +692,7 @@ def _preload() -> None:
     from aiosd.birth.rehearsal import rehearse
 
     rehearse()
+    modules.hide()
     gc.collect()
     gc.freeze()
 

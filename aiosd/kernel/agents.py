@@ -126,7 +126,7 @@ class Agents:
             pgid=pgid,
             uid=spec.uid,
             name=spec.name,
-            command=" ".join([spec.target, *spec.args])[:COMMAND_SHOWN],
+            command=" ".join(map(wire.os_shown, [spec.target, *spec.args]))[:COMMAND_SHOWN],
             group=spec.group,
             log=log_path,
             started=started[0],

@@ -63,12 +63,12 @@ def sys_spawn(kernel: Kernel, call: Call, args: wire.Spawn) -> Any:
     fds = tuple(peer.fds[:3]) if isinstance(peer, ClientPeer) else ()
     if isinstance(peer, ClientPeer) and not args.detached and len(fds) < 3:
         raise wire.error(errno.EINVAL, "stdin, stdout and stderr must come with an attached spawn")
-    if not os.path.isabs(args.cwd):
+    if not os.path.isabs(wire.os_str(args.cwd)):
         raise wire.error(errno.EINVAL, "cwd must be an absolute path")
     if args.name is not None and (args.name.isdecimal() or args.name.startswith("-")):
         raise wire.error(errno.EINVAL, f"name: {args.name!r} would be taken for a pid or an option")
     texts = (args.target, args.cwd, *args.args, *args.env, *args.env.values())
-    if any("\0" in text for text in texts):
+    if any("\0" in text and not _is_bytes(text) for text in texts):
         raise wire.error(errno.EINVAL, "a string with a null byte")
     if sum(map(len, texts)) > SPAWN_CHARS:
         raise wire.error(errno.E2BIG, f"arguments and environment have more than {SPAWN_CHARS} characters")
@@ -97,8 +97,15 @@ def sys_spawn(kernel: Kernel, call: Call, args: wire.Spawn) -> Any:
     return PENDING
 
 
+def _is_bytes(text: str) -> bool:
+    """Whether it is bytes as `wire.os_text` writes them."""
+    rest = text[1:]
+    return text[0] == "\0" and bool(rest) and "\0" not in rest and ord(max(rest)) < 256
+
+
 def _default_name(args: wire.Spawn) -> str:
-    stem = args.target.rpartition(".")[2] if args.kind == "module" else PurePath(args.target).stem
+    target = "stdin" if args.kind == "file" and args.target == "-" else wire.os_shown(args.target)
+    stem = target.rpartition(".")[2] if args.kind == "module" else PurePath(target).stem
     name = re.sub(r"[\x00-\x20\x7f/]+", "_", stem)[:64] or "agent"
     return f"_{name}"[:64] if name.isdecimal() or name.startswith("-") else name
 
