@@ -1,7 +1,10 @@
 """A Python agent ends as `python FILE.py` ends: nothing that it has written is lost, and its exit code is the same.
 
-Each script is run both ways, in a folder of its own; exit code, stdout, stderr and all files that it has left are compared.
+Each script is run both ways, in a folder of its own; exit code, stdout, stderr and all files that it has left are
+compared.
 """
+
+# ruff: noqa: E501 (a table of scripts)
 
 from __future__ import annotations
 
@@ -155,8 +158,8 @@ LOOKS = {
     "get_data": "print(len(__loader__.get_data(__file__)) > 10)",
     "pickle": "import pickle\nclass A:\n    def __reduce__(self): return (A, ())\nprint(type(pickle.loads(pickle.dumps(A()))).__name__)",
     "source": "import inspect\nclass A:\n    def f(self): pass\nprint(inspect.getsource(A), inspect.getfile(A) == __file__)",
-    "imported": "import sys; print([n for n in ('click', 'asyncio', 'logging', 'threading', 'msgspec', 'token', 'uuid') if n in sys.modules])",
-    "imported with asyncio": "import sys, asyncio\nprint([n for n in ('socket', 'ssl', 'threading', 'asyncio.events') if n not in sys.modules])",
+    "imported": "import sys; print([n for n in ('click', 'asyncio', 'logging', 'threading', 'token', 'uuid') if n in sys.modules])",
+    "imported with asyncio": "import sys, asyncio\nprint([n for n in ('asyncio', 'asyncio.events', 'asyncio.base_events') if n not in sys.modules])",
     "found": "import importlib.util as u; print(u.find_spec('uuid').origin, u.find_spec('asyncio').submodule_search_locations)",
     "loaded anew": "import importlib.util as u\ns = u.find_spec('uuid'); m = u.module_from_spec(s); s.loader.exec_module(m)\n"
     "import uuid; print(m.NAMESPACE_DNS, m is uuid, uuid.__spec__.origin)",

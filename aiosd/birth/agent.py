@@ -61,7 +61,7 @@ def become_agent(spec: link.Fork, pid: int, home: str, fds: Descriptors) -> int:
     os.setsid()
     prctl(PR_SET_CHILD_SUBREAPER, 1)
     _above_stdio(fds)
-    spec = _with_bytes(spec)
+    spec = with_bytes(spec)
     report = Report(fds.report)
     try:
         _enter_folder(spec.cwd)
@@ -82,10 +82,11 @@ def become_agent(spec: link.Fork, pid: int, home: str, fds: Descriptors) -> int:
     gc.enable()
     _reset_library()
     _register_exit_functions()
+
     return found.run(found, report)
 
 
-def _with_bytes(spec: link.Fork) -> link.Fork:
+def with_bytes(spec: link.Fork) -> link.Fork:
     """With what is no UTF-8 as Python has it (`wire.os_text` is how it came)."""
     if not any(text[:1] == "\0" for text in (spec.target, spec.cwd, *spec.args)):
         return spec
@@ -168,13 +169,19 @@ def _stdout(spec: link.Fork) -> io.TextIOWrapper:
 
 
 def _set_environment(spec: link.Fork, pid: int, home: str, fds: Descriptors) -> None:
+    environment, command_line = environment_of(spec, pid, home, fds.memfd, fds.bell)
+    _replace_environment(environment, command_line)
+    if "TZ" in spec.env:
+        time.tzset()
+
+
+def environment_of(spec: link.Fork, pid: int, home: str, memfd: int, bell: int) -> tuple[dict[bytes, bytes], bytes]:
+    """An agent's environment, and its command line with a NUL behind each word."""
     environment = {wire.os_bytes(name): wire.os_bytes(value) for name, value in spec.env.items()}
     environment[wire.ENV_HOME.encode()] = os.fsencode(home)
     environment[wire.ENV_PID.encode()] = str(pid).encode()
-    environment[wire.ENV_CHANNEL.encode()] = f"{fds.memfd}:{fds.bell}:{os.getpid()}".encode()
-    _replace_environment(environment, b"".join(os.fsencode(word) + b"\0" for word in program.command_line(spec)))
-    if "TZ" in spec.env:
-        time.tzset()
+    environment[wire.ENV_CHANNEL.encode()] = f"{memfd}:{bell}:{os.getpid()}".encode()
+    return environment, b"".join(os.fsencode(word) + b"\0" for word in program.command_line(spec))
 
 
 def _replace_environment(encoded: dict[bytes, bytes], command_line: bytes) -> None:

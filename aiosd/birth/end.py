@@ -116,11 +116,11 @@ def _steps() -> Iterator[Callable[[], object]]:
     yield gc.collect
     for name in ("stdin", "stdout", "stderr"):
         yield partial(sys.__dict__.__setitem__, name, sys.__dict__.get(f"__{name}__"))
-    sys.meta_path = None  # type: ignore[assignment] # nothing is imported any more
-    sys.modules["warnings"] = None  # type: ignore[assignment] # and C shows warnings, in one line
+    sys.__dict__["meta_path"] = None  # nothing is imported any more
+    sys.__dict__["modules"].update(warnings=None)  # and C shows warnings, in one line
     held = [weakref.ref(sys.modules[name]) for name in _own() if isinstance(sys.modules[name], ModuleType)]
     for name in _own():
-        yield partial(sys.modules.__setitem__, name, None)  # type: ignore[arg-type] # as python3 does
+        yield partial(sys.modules.__setitem__, name, None)  # as python3 does
     yield gc.collect
     for reference in reversed(held):
         yield from _clearing(reference())

@@ -3,13 +3,14 @@
 The supervisor has imported some hundred modules before it forks agents, and an agent must not import them anew: it
 shares their memory. But a script expects that its own `token.py` wins over the library's, as it does under python3,
 and a module that is already in `sys.modules` wins over every file. So the modules of the supervisor are hidden: taken
-out of `sys.modules`, kept alive here, and given back by a finder in front of all others to whoever imports them.
+out of `sys.modules`, kept alive here, and given back by a finder in front of all others to those that import them.
 
     invariant: the finder gives a hidden module only where python3 would have found the same file: no folder
     in front of the module's own in `sys.path`, that the supervisor does not have, holds another one of that name
 
-With a module come those that it has imported itself, as they would under python3. What python3 itself has loaded
-when a script begins is never hidden: there a script's file loses under python3 too.
+With a module come those of its own package that it has imported. What it needs beside them it holds already, and they
+stay hidden until the script asks for them: each module that enters `sys.modules` is a page of memory of the agent's
+own. What python3 itself has loaded when a script begins is never hidden: there a script's file loses under python3 too.
 
 `hide` is called once in the supervisor, before the first fork, and again where something was imported since. The
 kernel and the llm cores take everything back (`show`).
@@ -25,10 +26,13 @@ from types import BuiltinFunctionType, FunctionType, ModuleType
 
 _LAST_AT_START = "site"  # what python3 imports last before a script begins; sys.modules is in order of imports
 
+#: What nearly every agent imports stays: the way through the finder would cost each of them memory and time.
+_SHOWN = ("libaios", "msgspec")
+
 #: All that the supervisor has imported, hidden or not: an agent's own modules are those that are not here.
 inherited: dict[str, ModuleType] = {}
 _hidden: dict[str, ModuleType] = {}
-_needs: dict[str, list[str]] = {}  # the hidden modules that a hidden module has imported
+_needs: dict[str, list[str]] = {}  # those of its own package that a hidden module has imported
 _folders: dict[str, str | None] = {}  # the entry of sys.path where a hidden module outside packages was found
 _known: set[str] = set()  # sys.path when modules were hidden
 _visible = 0  # how many modules were left in sys.modules
@@ -42,16 +46,17 @@ def hide() -> None:
     names = list(sys.modules)
     if _LAST_AT_START not in names:  # python -S: what belongs to the interpreter is not known
         return
-    first = names.index(_LAST_AT_START) + 1
+    names = [name for name in names[names.index(_LAST_AT_START) + 1 :] if name.partition(".")[0] not in _SHOWN]
     inherited.update(sys.modules)
     _known.update(sys.path)
-    new = [name for name in names[first:] if name not in _hidden]
-    _hidden.update((name, sys.modules[name]) for name in names[first:])
+    new = [name for name in names if name not in _hidden]
+    _hidden.update((name, sys.modules[name]) for name in names)
     for name in new:
-        _needs[name] = sorted(_imported_by(_hidden[name]) & _hidden.keys())
+        same = {other for other in _hidden if other.partition(".")[0] == name.partition(".")[0]}
+        _needs[name] = sorted(_imported_by(_hidden[name]) & same)
         if "." not in name:
             _folders[name] = _folder_of(_hidden[name])
-    for name in names[first:]:
+    for name in names:
         del sys.modules[name]
     _visible = len(sys.modules)
     if _finder not in sys.meta_path:
@@ -117,23 +122,16 @@ def _is_import(frame: object) -> bool:
 
 
 def _reveal(name: str) -> None:
-    """With all that it has imported, except for what the script may have a file of its own for."""
+    """With all of its package that it has imported."""
     sys.modules[name] = _hidden[name]
-    todo = list(_needs[name])
-    while todo:
-        needed = todo.pop()
-        if needed in sys.modules or _is_shadowed(needed.partition(".")[0]):
-            continue
-        sys.modules[needed] = _hidden[needed]
-        todo += _needs[needed]
+    for needed in _needs[name]:
+        if needed not in sys.modules:
+            _reveal(needed)
 
 
 def _is_shadowed(name: str) -> bool:
     """Whether python3 would find something else of this name before it comes to the hidden module's folder."""
-    module = _hidden.get(name)
-    if module is None:
-        return sys.modules.get(name) is not inherited.get(name)
-    if getattr(module.__spec__, "origin", None) in ("built-in", "frozen"):
+    if getattr(_hidden[name].__spec__, "origin", None) in ("built-in", "frozen"):
         return False
     home = _folders[name]
     for entry in sys.path:

@@ -150,7 +150,8 @@ def _run_module(program: Program, report: Report) -> int:
     if found is None or found.loader is None or not hasattr(found.loader, "get_code"):
         return _not_found(spec, f"No module named {spec.target}")
     sys.argv[0] = file = found.origin or spec.target
-    _name_main(__file__=file, __spec__=found, __loader__=found.loader, __package__=found.parent, __cached__=found.cached)
+    _name_main(__file__=file, __cached__=found.cached)
+    _name_main(__spec__=found, __loader__=found.loader, __package__=found.parent)
     return _run(lambda: found.loader.get_code(found.name))  # type: ignore[union-attr]
 
 

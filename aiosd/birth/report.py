@@ -34,7 +34,8 @@ class Report:
     def refuse(self, err: OSError, words: str) -> int:
         """`words` begin with what they are about. Returns the exit code to leave with."""
         number = err.errno or errno.EIO
-        os.write(self.fd, msgpack.encode((number, words.encode("utf-8", "backslashreplace").decode()[:4096])))
+        shown = words.encode("utf-8", "surrogateescape").decode("utf-8", "backslashreplace")
+        os.write(self.fd, msgpack.encode((number, shown[:4096])))
         return CANNOT_EXECUTE
 
 

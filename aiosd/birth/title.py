@@ -37,6 +37,11 @@ def _stat() -> list[int]:
 _fields = _stat()
 
 
+def inherited() -> tuple[Area, Area]:
+    """What is shown of a process that has not called `show`."""
+    return (_fields[_ARG_START], _fields[_ARG_END]), (_fields[_ENV_START], _fields[_ENV_END])
+
+
 def show(command_line: Area, environment: Area) -> None:
     """Show what lies in these areas of our memory, strings that end in NUL."""
     fields = _fields

@@ -689,10 +689,12 @@ def _preload() -> None:
     import runpy  # noqa: F401
 
     import libaios.aio  # noqa: F401
-    from aiosd.birth.rehearsal import rehearse
+    from aiosd.birth.rehearsal import rehearse, rehearse_birth, rehearse_imports
 
     rehearse()
+    rehearse_birth()
     modules.hide()
+    rehearse_imports()
     gc.collect()
     gc.freeze()
 
