@@ -17,7 +17,7 @@ from typing import Any
 
 from msgspec import Raw, Struct, msgpack
 
-from libaios.wire import Generate, Limits, ToolCall, Usage
+from libaios.wire import Generate, Limits, ToolCall, Usage, os_shown
 
 Key = tuple[int, int]  # (peer: agent pid, or -client id; call id)
 
@@ -275,7 +275,7 @@ class Fork(Struct, array_like=True, frozen=True, tag=True):
 
 def command(spec: Fork) -> str:
     """What an agent runs, for people."""
-    return " ".join([spec.target, *spec.args])
+    return " ".join(map(os_shown, [spec.target, *spec.args]))
 
 
 class SendSignal(Struct, array_like=True, frozen=True, tag=True):

@@ -61,10 +61,10 @@ def spawn(
         detached = not is_agent()
     spec = wire.Spawn(
         kind=kind,
-        target=target,
-        args=[str(arg) for arg in args],
-        env=dict(os.environ if env is None else env),
-        cwd=os.path.abspath(os.getcwd() if cwd is None else cwd),
+        target=wire.os_text(target),
+        args=[wire.os_text(str(arg)) for arg in args],
+        env={wire.os_text(key): wire.os_text(value) for key, value in (os.environ if env is None else env).items()},
+        cwd=wire.os_text(os.path.abspath(os.getcwd() if cwd is None else cwd)),
         name=name,
         nice=nice,
         group=group,

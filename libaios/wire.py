@@ -18,6 +18,7 @@ from __future__ import annotations
 
 import enum
 import errno
+import os
 from collections.abc import Callable
 from typing import Annotated, Any
 
@@ -148,7 +149,8 @@ class Spawn(Struct, array_like=True, frozen=True):
 
     `kind` is how `target` is run: "file" (a Python script), "module" (python -m) or "exec" (a program).
     A client passes 3 descriptors with the frame (stdin, stdout, stderr) unless `detached`; an agent's child
-    gets the agent's own. `attached` ties the agent to the caller's connection: it gets HUP when that ends.
+    gets the agent's own. Target, arguments, environment and folder are `os_text`. `attached` ties the agent to
+    the caller's connection: it gets HUP when that ends.
     """
 
     kind: Annotated[str, Meta(pattern=r"\A(file|module|exec)\Z")]
@@ -514,6 +516,33 @@ add(
     Row(Sys.STO, NoArgs, by="store", again=_ONCE),
     Row(Sys.TOOL, NoArgs, by="toolbox", again=_NEVER),
 )
+
+
+def os_text(value: str | bytes | os.PathLike[str]) -> str:
+    """What Linux takes as bytes (an argument, a variable, a path) as text that a message can carry. Bytes that are no
+    UTF-8 become a NUL, which no such text can hold, and behind it each byte as the character of that number."""
+    plain = os.fspath(value)
+    encoded = plain if isinstance(plain, bytes) else plain.encode("utf-8", "surrogateescape")
+    try:
+        text = encoded.decode()
+    except UnicodeDecodeError:
+        return "\0" + encoded.decode("latin-1")
+    return text if text[:1] != "\0" else "\0" + text  # not to be taken for bytes: the kernel refuses it
+
+
+def os_bytes(text: str) -> bytes:
+    """The bytes that `os_text` was made from."""
+    return text[1:].encode("latin-1") if text[:1] == "\0" else text.encode("utf-8", "surrogateescape")
+
+
+def os_str(text: str) -> str:
+    """The same as Python has it in os.environ and sys.argv."""
+    return os_bytes(text).decode("utf-8", "surrogateescape") if text[:1] == "\0" else text
+
+
+def os_shown(text: str) -> str:
+    """The same for people: what is no UTF-8 as `\\xff`."""
+    return os_bytes(text).decode("utf-8", "backslashreplace") if text[:1] == "\0" else text
 
 
 def raw(obj: Any) -> Raw:

@@ -123,11 +123,11 @@ def test_what_cannot_be_run(aiosd: System, tmp_path: Path, argv: list[str], code
 def test_a_script_of_another_language_and_a_program_are_run(aiosd: System, tmp_path: Path) -> None:
     (tmp_path / "script.sh").write_text('#!/bin/sh\necho "$1" from sh; exit 3')
     (tmp_path / "script.sh").chmod(0o755)
-    (tmp_path / "agent").write_text("#!/usr/bin/env python3\nimport sys; print(sys.argv, 'aiosd' in sys.modules)")
+    (tmp_path / "agent").write_text("#!/usr/bin/env python3\nimport sys; print(sys.argv, sys.meta_path[0].__module__)")
     done = aiosd.run("aios-run", "script.sh", "hello", cwd=tmp_path)
     assert (done.returncode, done.stdout, done.stderr) == (3, "hello from sh\n", "")
     assert aiosd.run("aios-run", "/bin/echo", "hello", check=True).stdout == "hello\n"
-    assert aiosd.run("aios-run", "agent", cwd=tmp_path, check=True).stdout == "['agent'] True\n"
+    assert aiosd.run("aios-run", "agent", cwd=tmp_path, check=True).stdout == "['agent'] aiosd.birth.modules\n"
 
 
 def test_an_agent_has_no_descriptors_but_its_own(aiosd: System, tmp_path: Path) -> None:

@@ -217,26 +217,60 @@ def test_modules_are_not_looked_for_beside_aiosd(aiosd: System, tmp_path: Path) 
     assert os.path.dirname(os.path.realpath(command)) not in others
 
 
-def test_environment_that_is_not_utf8(aiosd: System) -> None:
+def run_bytes(system: System, *argv: bytes, env: dict[bytes, bytes] | None = None, cwd: bytes | None = None) -> bytes:
+    """What a command prints, none of whose words need be UTF-8."""
     done = subprocess.run(
-        ["aios-run", "--", "sh", "-c", "echo ok"],
-        env={os.fsencode(k): os.fsencode(v) for k, v in aiosd.env.items()} | {b"ODD": b"\xff\xfe"},
+        argv,
+        env={os.fsencode(k): os.fsencode(v) for k, v in system.env.items()} | (env or {}),
+        cwd=cwd,
         stdin=subprocess.DEVNULL,
         capture_output=True,
         timeout=30,
     )
-    assert (done.returncode, done.stdout) == (0, b"ok\n"), done.stderr
+    assert (done.returncode, done.stderr) == (0, b"")
+    return done.stdout
 
 
-def test_argument_that_is_not_utf8_is_refused_in_one_line(aiosd: System) -> None:
-    done = subprocess.run(
-        [b"aios-run", b"--", b"echo", b"\xff"],
-        env=aiosd.env,
-        stdin=subprocess.DEVNULL,
-        capture_output=True,
-        timeout=30,
+SHOW = b"""import os, sys
+out = sys.stdout.buffer
+for word in (*sys.argv, os.environ["ODD"], os.getcwd(), __file__): out.write(os.fsencode(word) + b"|")
+out.write(os.environb[b"ODD"] + b"|" + open("/proc/self/cmdline", "rb").read().split(bytes(1))[-2])
+"""
+
+
+def test_bytes_that_are_not_utf8_arrive_as_they_are(aiosd: System, tmp_path: Path) -> None:
+    odd, folder = b"a\xff\xfe\xc3", os.fsencode(tmp_path) + b"/\xe4"
+    os.mkdir(folder)
+    with open(folder + b"/\xfc.py", "wb") as file:
+        file.write(SHOW)
+    env = {b"ODD": odd, b"N\xff": b"v"}
+    seen = run_bytes(aiosd, b"aios-run", b"\xfc.py", odd, "ü".encode(), env=env, cwd=folder)
+    assert seen.split(b"|") == [b"\xfc.py", odd, "ü".encode(), odd, folder, folder + b"/\xfc.py", odd, "ü".encode()]
+    script = b'printf %s "$ODD" "$0"; env | grep -ac "^N\xff=v$"; pwd'
+    assert run_bytes(aiosd, b"aios-run", b"--", b"sh", b"-c", script, odd, env=env, cwd=folder) == (
+        odd + odd + b"1\n" + folder + b"\n"
     )
-    assert (done.returncode, done.stderr.count(b"\n")) == (125, 1)
+    assert run_bytes(aiosd, b"aios-run", b"-e", b"ODD=\xff", b"--", b"printenv", b"ODD") == b"\xff\n"
+
+
+def test_bytes_that_are_not_utf8_are_shown_as_text(aiosd: System, tmp_path: Path) -> None:
+    pid = run_bytes(aiosd, b"aios-run", b"-d", b"--", b"sh", b"-c", b"sleep 300; : \xff").decode().strip()
+    (entry,) = [entry for entry in aiosd.ps() if entry["pid"] == int(pid)]
+    assert entry["command"] == r"sh -c sleep 300; : \xff"
+    aiosd.run("aios-kill", pid, check=True)
+    done = subprocess.run([b"aios-run", b"none\xff.py"], env=aiosd.env, stderr=subprocess.PIPE, timeout=30)
+    assert (done.returncode, done.stderr) == (127, b"aios-run: none\\xff.py: not found\n")
+
+
+def test_an_agent_passes_bytes_on_to_its_children(aiosd: System, tmp_path: Path) -> None:
+    (tmp_path / "a.py").write_text(
+        "import os, libaios as aios\n"
+        "os.environb[b'ODD'] = b'\\xff'\n"
+        "pid = aios.proc.spawn('printf', '%s%s', os.fsdecode(b'\\xfe'), 'x')\n"
+        "assert aios.proc.wait(pid)[1] == 0\n"
+        "assert aios.proc.wait(aios.proc.spawn('printenv', 'ODD'))[1] == 0\n"
+    )
+    assert run_bytes(aiosd, b"aios-run", os.fsencode(tmp_path / "a.py")) == b"\xfex\xff\n"
 
 
 @pytest.mark.parametrize(

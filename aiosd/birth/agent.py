@@ -1,9 +1,11 @@
 """From a forked child to an agent.
 
-It is made in this order: session, subreaper → descriptors → umask, limits, streams, environment, folder → the
-program (`program`). An agent is a child subreaper, so that whatever it starts, however often that forks, stays below it
-in the process tree as long as it lives, and falls to the supervisor (which ends it) when it dies: ownership of
-every process is certain without asking its environment.
+It is made in this order: session, subreaper → folder and program looked up, and the supervisor told (`report`) →
+descriptors → umask, limits, environment, streams → the program (`program`).
+
+An agent is a child subreaper, so that whatever it starts, however often that forks, stays below it in the process tree
+as long as it lives, and falls to the supervisor (which ends it) when it dies: ownership of every process is certain
+without asking its environment.
 
 Most of an agent's memory is pages that it shares with the supervisor; what is written to is copied. Several lines below
 are the way they are for that reason, and say so.
@@ -18,13 +20,19 @@ import gc
 import io
 import itertools
 import logging
+import multiprocessing.util
 import os
 import resource
 import sys
 import time
+import weakref
+from dataclasses import dataclass
+from typing import Any
+
+import msgspec
 
 from aiosd import link
-from aiosd.birth import program
+from aiosd.birth import program, title
 from aiosd.birth.fork import (
     LIBC,
     PR_SET_CHILD_SUBREAPER,
@@ -34,38 +42,66 @@ from aiosd.birth.fork import (
     prctl,
     write_proc,
 )
+from aiosd.birth.report import Report
 from libaios import wire
 
 
-def become_agent(spec: link.Fork, pid: int, home: str, stdio: tuple[int, int, int], memfd: int, bell: int) -> int:
+@dataclass(slots=True)
+class Descriptors:
+    """What a new agent gets: its stdin, stdout and stderr, its channel, and the way to report whether it can start."""
+
+    stdio: tuple[int, int, int]
+    memfd: int
+    bell: int
+    report: int
+
+
+def become_agent(spec: link.Fork, pid: int, home: str, fds: Descriptors) -> int:
     """In the forked child: turn into the agent, run its code, return its exit code."""
     os.setsid()
     prctl(PR_SET_CHILD_SUBREAPER, 1)
-    stdio, memfd, bell = _above_stdio(stdio, memfd, bell)
-    for number, fd in enumerate(stdio):
-        os.dup2(fd, number, inheritable=True)
-    keep_only((memfd, bell))
-    for fd in (memfd, bell):
-        os.set_inheritable(fd, True)  # they survive exec; ENV_CHANNEL says whose they are
+    _above_stdio(fds)
+    spec = with_bytes(spec)
+    report = Report(fds.report)
+    try:
+        _enter_folder(spec.cwd)
+        found = program.find(spec)
+    except OSError as err:
+        return report.refuse(err, err.strerror or str(err))
+    if found.is_python:
+        report.ready()  # before the rest: who spawns waits for it
+    _take_descriptors(fds)
     name_process(spec.name)
     if spec.tty:
         _take_terminal()
     os.umask(spec.umask)
     _restore_nofile()
+    _set_environment(spec, pid, home, fds)
     _reopen_streams(spec)
-    _set_environment(spec, pid, home, memfd, bell)
-    try:
-        os.chdir(spec.cwd)
-    except OSError as err:
-        return program.cannot(spec, f"{spec.cwd}: {err.strerror}", program.CANNOT_EXECUTE)
     _lower_oom_protection()
     gc.enable()
-    _reset_logging()
+    _reset_library()
     _register_exit_functions()
-    return program.RUN[spec.kind](spec)
+
+    return found.run(found, report)
 
 
-def _above_stdio(stdio: tuple[int, int, int], memfd: int, bell: int) -> tuple[tuple[int, int, int], int, int]:
+def with_bytes(spec: link.Fork) -> link.Fork:
+    """With what is no UTF-8 as Python has it (`wire.os_text` is how it came)."""
+    if not any(text[:1] == "\0" for text in (spec.target, spec.cwd, *spec.args)):
+        return spec
+    args = [wire.os_str(arg) for arg in spec.args]
+    return msgspec.structs.replace(spec, target=wire.os_str(spec.target), cwd=wire.os_str(spec.cwd), args=args)
+
+
+def _enter_folder(path: str) -> None:
+    try:
+        os.chdir(path)
+    except OSError as err:
+        raise OSError(err.errno, f"{path}: {err.strerror}") from None
+
+
+def _above_stdio(fds: Descriptors) -> None:
     """Move descriptors that lie at 0–2 (the supervisor may have been started without stdio) out of the way."""
 
     def up(fd: int) -> int:
@@ -73,7 +109,16 @@ def _above_stdio(stdio: tuple[int, int, int], memfd: int, bell: int) -> tuple[tu
             fd = os.dup(fd)
         return fd
 
-    return (up(stdio[0]), up(stdio[1]), up(stdio[2])), up(memfd), up(bell)
+    fds.stdio = (up(fds.stdio[0]), up(fds.stdio[1]), up(fds.stdio[2]))
+    fds.memfd, fds.bell, fds.report = up(fds.memfd), up(fds.bell), up(fds.report)
+
+
+def _take_descriptors(fds: Descriptors) -> None:
+    for number, fd in enumerate(fds.stdio):
+        os.dup2(fd, number, inheritable=True)
+    keep_only((fds.memfd, fds.bell, fds.report))
+    for fd in (fds.memfd, fds.bell):
+        os.set_inheritable(fd, True)  # they survive exec; ENV_CHANNEL says whose they are
 
 
 def _take_terminal() -> None:
@@ -103,6 +148,9 @@ def _reopen_streams(spec: link.Fork) -> None:
         "stdout": _stdout(spec),
         "stderr": open(2, "w", encoding="utf-8", errors="backslashreplace", buffering=1, closefd=False),  # noqa: SIM115
     }
+    for name, stream in streams.items():
+        raw: Any = getattr(stream.buffer, "raw", stream.buffer)
+        raw.name = f"<{name}>"  # as it is called in messages
     _kept.append((sys.stdin, sys.stdout, sys.stderr))  # freeing them would write to what all agents share
     for name, stream in streams.items():
         setattr(sys, name, stream)
@@ -110,7 +158,7 @@ def _reopen_streams(spec: link.Fork) -> None:
 
 
 def _stdout(spec: link.Fork) -> io.TextIOWrapper:
-    unbuffered = bool(spec.env.get("PYTHONUNBUFFERED"))  # as `python -u` has it
+    unbuffered = bool(os.environ.get("PYTHONUNBUFFERED"))  # as `python -u` has it
     out = open(1, "wb", buffering=0 if unbuffered else -1, closefd=False)  # noqa: SIM115
     by_lines = spec.detached or os.isatty(1)
     text = io.TextIOWrapper(
@@ -120,34 +168,39 @@ def _stdout(spec: link.Fork) -> io.TextIOWrapper:
     return text
 
 
-def _set_environment(spec: link.Fork, pid: int, home: str, memfd: int, bell: int) -> None:
-    environment = dict(spec.env)
-    environment[wire.ENV_HOME] = home
-    environment[wire.ENV_PID] = str(pid)
-    environment[wire.ENV_CHANNEL] = f"{memfd}:{bell}:{os.getpid()}"
-    _replace_environment(environment)
+def _set_environment(spec: link.Fork, pid: int, home: str, fds: Descriptors) -> None:
+    environment, command_line = environment_of(spec, pid, home, fds.memfd, fds.bell)
+    _replace_environment(environment, command_line)
     if "TZ" in spec.env:
         time.tzset()
 
 
-def _replace_environment(new: dict[str, str]) -> None:
+def environment_of(spec: link.Fork, pid: int, home: str, memfd: int, bell: int) -> tuple[dict[bytes, bytes], bytes]:
+    """An agent's environment, and its command line with a NUL behind each word."""
+    environment = {wire.os_bytes(name): wire.os_bytes(value) for name, value in spec.env.items()}
+    environment[wire.ENV_HOME.encode()] = os.fsencode(home)
+    environment[wire.ENV_PID.encode()] = str(pid).encode()
+    environment[wire.ENV_CHANNEL.encode()] = f"{memfd}:{bell}:{os.getpid()}".encode()
+    return environment, b"".join(os.fsencode(word) + b"\0" for word in program.command_line(spec))
+
+
+def _replace_environment(encoded: dict[bytes, bytes], command_line: bytes) -> None:
     """As `os.environ.clear()` and `update()`, but the C library's array is made in one piece, and nothing is freed: the
-    old strings lie on a hundred pages that all agents share."""
-    encoded = {
-        key.encode("utf-8", "surrogateescape"): value.encode("utf-8", "surrogateescape") for key, value in new.items()
-    }
+    old strings lie on a hundred pages that all agents share. Linux shows that piece to others from now on."""
     strings = [name + b"=" + value + b"\0" for name, value in encoded.items()]
     # Plain bytes in plain memory: an array of ctypes would be a new type for each size.
     array_bytes = (len(strings) + 1) * POINTER_BYTES
-    start = malloc(array_bytes + sum(map(len, strings)))
+    start = malloc(array_bytes + sum(map(len, strings)) + len(command_line))
     places = itertools.accumulate(map(len, strings), initial=start + array_bytes)
     pointers = [place.to_bytes(POINTER_BYTES, sys.byteorder) for place in places]
     pointers[-1] = bytes(POINTER_BYTES)  # where the next string would begin: the array's end
-    block = b"".join((*pointers, *strings))
+    block = b"".join((*pointers, *strings, command_line))
     ctypes.memmove(start, block, len(block))
     _kept.append(os.environ._data)  # type: ignore[attr-defined]
     os.environ._data = os.environb._data = encoded  # type: ignore[attr-defined]
     _environ.value = start
+    strings_end = start + len(block) - len(command_line)
+    title.show((strings_end, start + len(block)), (start + array_bytes, strings_end))
 
 
 POINTER_BYTES = ctypes.sizeof(ctypes.c_void_p)
@@ -155,17 +208,19 @@ _environ = ctypes.c_void_p.in_dll(LIBC, "environ")
 _kept: list[object] = []
 
 
-def _reset_logging() -> None:
-    """Logging as at the start of an interpreter, without the supervisor's handler."""
+def _reset_library() -> None:
+    """What modules of the standard library remember of the supervisor, as at the start of an interpreter."""
     _kept.append(logging.root.handlers)
     logging.root.handlers = []
     logging.root.level = logging.WARNING  # not `setLevel`: that clears the caches of all loggers
     logging.root._cache.clear()  # type: ignore[attr-defined]
     logging.raiseExceptions = True
+    _kept.append(weakref.finalize._registry)  # type: ignore[attr-defined]
+    weakref.finalize._registry = {}  # type: ignore[attr-defined]
+    weakref.finalize._registered_with_atexit = False  # type: ignore[attr-defined]
 
 
 def _register_exit_functions() -> None:
     """What the standard library had registered in the supervisor and an agent expects: `fork` cleared it."""
-    for module, name in (("logging", "shutdown"), ("multiprocessing.util", "_exit_function")):
-        if module in sys.modules:
-            atexit.register(getattr(sys.modules[module], name))
+    atexit.register(logging.shutdown)
+    atexit.register(multiprocessing.util._exit_function)  # type: ignore[attr-defined]

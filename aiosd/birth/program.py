@@ -1,82 +1,75 @@
 """What an agent runs: a Python script, a module, or a program of another kind.
 
 A script and a module run in this very process, as `python FILE` and `python -m MODULE` would run them: `__main__`,
-sys.argv and sys.path as there, the same exit codes and tracebacks, and the same end (threads joined, atexit, buffers
-written).
+sys.argv and sys.path as there, the same exit codes and tracebacks, and the same end (`end`).
+
+`find` looks the program up; what it raises is why the agent cannot be started. `Program.run` then runs it.
 """
 
 from __future__ import annotations
 
-import atexit
+import builtins
+import errno
 import importlib.util
 import os
 import signal
 import sys
 from collections.abc import Callable
+from dataclasses import dataclass
+from importlib.machinery import SourceFileLoader
 from types import CodeType, ModuleType
 
 from aiosd import link
+from aiosd.birth import end, frames
+from aiosd.birth.report import NOT_FOUND, Report
 
-#: Exit codes of an agent that could not be started, as in a shell.
-CANNOT_EXECUTE = 126
-NOT_FOUND = 127
-
-
-def cannot(spec: link.Fork, why: str, code: int) -> int:
-    print(f"aios-run: {spec.target}: {why}" if not why.startswith(spec.cwd) else f"aios-run: {why}", file=sys.stderr)
-    return code
+STDIN = "-"  # as the name of a script
 
 
-def _exec(spec: link.Fork) -> int:
-    return _execute(spec, spec.target)
+@dataclass(slots=True)
+class Program:
+    spec: link.Fork
+    run: Callable[[Program, Report], int]
+    path: str = ""
+    folder: str = ""  # of a script, links resolved
+    source: bytes = b""
+
+    @property
+    def is_python(self) -> bool:
+        return self.run is not _execute
 
 
-def _execute(spec: link.Fork, program: str) -> int:
-    # What Python ignores or has changed must be as a program expects it.
-    signal.signal(signal.SIGPIPE, signal.SIG_DFL)
-    signal.signal(signal.SIGINT, signal.SIG_DFL)
-    try:
-        os.execvpe(program, [program, *spec.args], os.environ)
-    except FileNotFoundError:
-        return cannot(spec, _what_is_missing(program if "/" in program else _in_path(spec)), NOT_FOUND)
-    except OSError as err:
-        return cannot(spec, err.strerror or str(err), CANNOT_EXECUTE)
+def find(spec: link.Fork) -> Program:
+    """In the agent's working directory. Raises OSError, with a sentence about it."""
+    if spec.kind == "exec":
+        return Program(spec, _execute, spec.target)
+    if spec.kind == "module":
+        return Program(spec, _run_module, folder=spec.cwd)
+    if spec.target == STDIN:
+        return Program(spec, _run_stdin)
+    return _find_file(spec)
 
 
-def _what_is_missing(program: str | None) -> str:
-    """Where Linux says no more than that there is no such file."""
-    try:
-        with open(program or "", "rb") as file:
-            interpreter = _interpreter(file.read(256)).split(" ")[0]
-    except OSError:
-        return "not found"
-    return f"its interpreter {interpreter or 'or loader'} was not found"
-
-
-def _interpreter(source: bytes) -> str:
-    """What the first line of a script names; whatever else is on it, such as a CR, belongs to the name."""
-    line = source.partition(b"\n")[0]
-    return os.fsdecode(line[2:].strip(b" ")) if line.startswith(b"#!") else ""
-
-
-def _run_file(spec: link.Fork) -> int:
+def _find_file(spec: link.Fork) -> Program:
     path = os.path.join(spec.cwd, spec.target)
     try:
         with open(path, "rb") as file:
             source = file.read()
             folder = os.path.dirname(os.readlink(f"/proc/self/fd/{file.fileno()}"))  # links resolved, at no cost
-    except FileNotFoundError as err:
+    except FileNotFoundError:
         hint = f"; for the program: aios-run -- {spec.target}" if "/" not in spec.target and _in_path(spec) else ""
-        return cannot(spec, f"{err.strerror}{hint}", NOT_FOUND)
+        raise OSError(errno.ENOENT, f"{spec.target}: not found{hint}") from None
     except OSError as err:
-        return cannot(spec, err.strerror or str(err), CANNOT_EXECUTE)
+        raise OSError(err.errno, f"{spec.target}: {_words(err)}") from None
     if not spec.target.endswith(".py") and _is_for_others(source):
         if not os.access(path, os.X_OK):
-            return cannot(spec, "is no Python script, and not executable", CANNOT_EXECUTE)
-        return _execute(spec, path)
-    main = _new_main(spec, folder)
-    main.__file__ = path if os.path.isabs(spec.target) else os.path.normpath(path)
-    return _run(lambda: compile(source, main.__file__ or "", "exec", dont_inherit=True), main)
+            raise OSError(errno.EACCES, f"{spec.target}: is no Python script, and not executable")
+        return Program(spec, _execute, path)
+    return Program(spec, _run_script, path if os.path.isabs(spec.target) else os.path.normpath(path), folder, source)
+
+
+def _words(err: OSError) -> str:
+    return (err.strerror or str(err)).lower()
 
 
 def _is_for_others(source: bytes) -> bool:
@@ -85,93 +78,180 @@ def _is_for_others(source: bytes) -> bool:
     return source.startswith(b"\x7fELF") or (bool(interpreter) and "python" not in interpreter)
 
 
+def _interpreter(source: bytes) -> str:
+    """What the first line of a script names; whatever else is on it, such as a CR, belongs to the name."""
+    line = source.partition(b"\n")[0]
+    return os.fsdecode(line[2:].strip(b" ")) if line.startswith(b"#!") else ""
+
+
 def _in_path(spec: link.Fork) -> str | None:
-    folders = spec.env.get("PATH", "").split(os.pathsep)
+    folders = spec.env.get("PATH", os.defpath).split(os.pathsep)
     return next((path for f in folders if f and os.access(path := os.path.join(f, spec.target), os.X_OK)), None)
 
 
-def _run_module(spec: link.Fork) -> int:
-    main = _new_main(spec, spec.cwd)
+def command_line(spec: link.Fork) -> list[str]:
+    """As a shell would have started it: what `ps` shows of the process."""
+    how = {"file": [sys.executable], "module": [sys.executable, "-m"], "exec": []}
+    return [*how[spec.kind], spec.target, *spec.args]
+
+
+# ── programs of other kinds ───────────────────────────────────────────────────────────────────────────────
+
+
+def _execute(program: Program, report: Report) -> int:
+    """Linux closes the report where this succeeds."""
+    spec = program.spec
+    # What Python ignores or has changed must be as a program expects it.
+    signal.signal(signal.SIGPIPE, signal.SIG_DFL)
+    signal.signal(signal.SIGINT, signal.SIG_DFL)
+    try:
+        os.execvpe(program.path, [program.path, *spec.args], os.environ)
+    except (FileNotFoundError, NotADirectoryError) as err:
+        path = program.path if "/" in program.path else _in_path(spec)
+        return report.refuse(err, f"{spec.target}: {_what_is_missing(path)}")
+    except OSError as err:
+        words = "is a directory" if os.path.isdir(program.path) else _words(err)
+        return report.refuse(err, f"{spec.target}: {words}")
+
+
+def _what_is_missing(path: str | None) -> str:
+    """Where Linux tells no more than that there is no such file."""
+    try:
+        with open(path or "", "rb") as file:
+            interpreter = _interpreter(file.read(256)).split(" ")[0]
+    except OSError:
+        return "not found"
+    return f"its interpreter {interpreter or 'or loader'} was not found"
+
+
+# ── Python ────────────────────────────────────────────────────────────────────────────────────────────────
+
+
+def _run_script(program: Program, report: Report) -> int:
+    loader = SourceFileLoader("__main__", program.path)
+    _set_up_main(program, program.folder, __file__=program.path, __cached__=None, __loader__=loader)
+    return _run(lambda: compile(program.source, program.path, "exec", dont_inherit=True))
+
+
+def _run_stdin(program: Program, report: Report) -> int:
+    _set_up_main(program, "")
+    return _run(lambda: compile(sys.stdin.buffer.read(), "<stdin>", "exec", dont_inherit=True))
+
+
+def _run_module(program: Program, report: Report) -> int:
+    spec = program.spec
+    _set_up_main(program, program.folder)
     try:
         found = importlib.util.find_spec(spec.target)
         if found is not None and found.submodule_search_locations is not None:
             found = importlib.util.find_spec(spec.target + ".__main__")
     except (ImportError, ValueError, AttributeError) as err:
-        return cannot(spec, str(err), NOT_FOUND)
+        return _not_found(spec, str(err))
     if found is None or found.loader is None or not hasattr(found.loader, "get_code"):
-        return cannot(spec, f"No module named {spec.target}", NOT_FOUND)
-    sys.argv[0] = main.__file__ = found.origin or spec.target
-    main.__spec__, main.__loader__, main.__package__ = found, found.loader, found.parent
-    return _run(lambda: found.loader.get_code(found.name), main)  # type: ignore[union-attr]
+        return _not_found(spec, f"No module named {spec.target}")
+    sys.argv[0] = file = found.origin or spec.target
+    _name_main(__file__=file, __cached__=found.cached)
+    _name_main(__spec__=found, __loader__=found.loader, __package__=found.parent)
+    return _run(lambda: found.loader.get_code(found.name))  # type: ignore[union-attr]
 
 
-RUN: dict[str, Callable[[link.Fork], int]] = {"file": _run_file, "module": _run_module, "exec": _exec}
+def _not_found(spec: link.Fork, why: str) -> int:
+    print(f"aios-run: {spec.target}: {why}", file=sys.stderr, flush=True)
+    return NOT_FOUND
 
 
-def _new_main(spec: link.Fork, first_path: str) -> ModuleType:
-    """A fresh `__main__`, with sys.argv and sys.path as `python TARGET` would have them."""
-    main = ModuleType("__main__")
-    main.__dict__.update(__builtins__=__builtins__, __spec__=None, __annotations__={})
-    sys.modules["__main__"] = main
+def _set_up_main(program: Program, first_path: str, **names: object) -> None:
+    """A fresh `__main__`, with sys.argv and sys.path as `python TARGET` would have them. Nothing but sys.modules may
+    hold it: at the end it is the first to go."""
+    spec = program.spec
+    sys.modules["__main__"] = ModuleType("__main__")
+    _name_main(__builtins__=builtins, __spec__=None, __annotations__={}, **names)
     if sys.path and sys.path[0] == os.path.dirname(os.path.realpath(sys.argv[0])):
         del sys.path[0]  # the folder of aiosd's own script
     sys.argv = [spec.target, *spec.args]
-    python_path = spec.env.get("PYTHONPATH", "")
-    if python_path:
-        sys.path[:0] = [entry for entry in python_path.split(os.pathsep) if entry and entry not in sys.path]
+    sys.orig_argv = command_line(spec)
+    entries = [os.path.abspath(entry) for entry in os.environ.get("PYTHONPATH", "").split(os.pathsep) if entry]
+    sys.path[:0] = [entry for entry in entries if entry not in sys.path]
     sys.path.insert(0, first_path)
-    return main
 
 
-def _run(code: Callable[[], CodeType], main: ModuleType) -> int:
-    """Run code as `__main__` the way the interpreter does: exit codes, traceback, threads, atexit, flush."""
+def _name_main(**names: object) -> None:
+    sys.modules["__main__"].__dict__.update(names)
+
+
+def _run(code: Callable[[], CodeType]) -> int:
+    """Run code as `__main__` the way the interpreter does, to the end of the process."""
+    status = _result(code)
+    del code  # what is left holds nothing of the script
+    end.leave(status)
+
+
+def _result(code: Callable[[], CodeType]) -> int:
+    _allow_for(sys._getframe())
     try:
-        exec(code(), main.__dict__)
-        status = 0
+        exec(code(), sys.modules["__main__"].__dict__)
     except SystemExit as err:
-        status = _exit_code(err.code)
-    except KeyboardInterrupt:
-        _print_exception()
-        status = -signal.SIGINT
-    except BaseException:
-        _print_exception()
-        status = 1
-    status = _finalize(status)
-    if status < 0:  # die of the signal, so that whoever waits sees it as such
-        signal.signal(signal.SIGINT, signal.SIG_DFL)
-        os.kill(os.getpid(), signal.SIGINT)
-    return status
+        return _exit_code(err)
+    except BaseException as err:
+        return _uncaught(err)
+    return 0
 
 
-def _exit_code(code: object) -> int:
+def _allow_for(frame: object) -> None:
+    """The script may recurse as deep as under python3: the frames below it, and the call of `exec`, do not count."""
+    depth = 1
+    while frame is not None:
+        depth, frame = depth + 1, getattr(frame, "f_back", None)
+    sys.setrecursionlimit(sys.getrecursionlimit() + depth)
+
+
+def _exit_code(err: SystemExit) -> int:
+    code = err.code
     if code is None:
         return 0
     if isinstance(code, int):
-        return code & 0xFF
-    print(code, file=sys.stderr)
+        return code & 0xFF if -(1 << 63) <= code < 1 << 63 else 0xFF
+    _write_error(code)
     return 1
 
 
-def _print_exception() -> None:
-    """Show the traceback without the frames of this module and of the supervisor below them."""
-    kind, value, trace = sys.exc_info()
-    assert kind is not None
-    assert value is not None
+def _write_error(words: object) -> None:
+    """To sys.stderr, or where the script has done away with it to where that led."""
+    try:
+        line = f"{words}\n"
+    except Exception:  # python3 leaves the line empty there
+        line = "\n"
+    if sys.stderr is None:
+        os.write(2, line.encode("utf-8", "backslashreplace"))
+        return
+    try:
+        sys.stderr.write(line)
+    except Exception as err:  # a closed one, or an object of the script's own: nothing is left to report it to
+        del err
+
+
+def _uncaught(err: BaseException) -> int:
+    """Give an exception to sys.excepthook; the exit status."""
+    trace = err.__traceback__
     while trace is not None and trace.tb_frame.f_globals is globals():
         trace = trace.tb_next
-    sys.excepthook(kind, value.with_traceback(trace), trace)
+    err.__traceback__ = trace
+    frames.trim(err)
+    sys.last_type, sys.last_value, sys.last_traceback = type(err), err, err.__traceback__
+    try:
+        sys.excepthook(type(err), err, err.__traceback__)
+    except SystemExit as exit:
+        return _exit_code(exit)
+    except BaseException as second:
+        _hook_failed(second, err)
+    return end.INTERRUPTED if type(err) is KeyboardInterrupt else 1
 
 
-def _finalize(status: int) -> int:
-    threading = sys.modules.get("threading")
-    try:
-        if threading is not None:
-            threading._shutdown()
-        atexit._run_exitfuncs()
-    except BaseException:
-        _print_exception()
-    try:
-        sys.stdout.flush()
-    except OSError:
-        status = status or 120  # as the interpreter does
-    return status
+def _hook_failed(second: BaseException, err: BaseException) -> None:
+    trace = second.__traceback__
+    second.__traceback__ = trace.tb_next if trace is not None else None
+    second.__context__ = None
+    _write_error("Error in sys.excepthook:")
+    sys.__excepthook__(type(second), second, second.__traceback__)
+    _write_error("\nOriginal exception was:")
+    sys.__excepthook__(type(err), err, err.__traceback__)

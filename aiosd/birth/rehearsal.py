@@ -9,11 +9,15 @@ its memory (benchmarks/spawn.py measures both).
 from __future__ import annotations
 
 import os
+import sys
 from typing import Any
 
 from msgspec import msgpack
 
 import libaios as aios
+from aiosd import link
+from aiosd.birth import modules, program, title
+from aiosd.birth.agent import environment_of, with_bytes
 from libaios import agent, wire
 from libaios.channel import Channel, Side, make_channel
 from libaios.connection import Connection
@@ -70,6 +74,28 @@ def rehearse() -> None:
         agent._connection = None
         connection.close()
         stage.leave()
+
+
+def rehearse_birth() -> None:
+    """What a child does before its program runs, as far as it changes nothing in this process."""
+    variables = {"HOME": "/", "LANG": "x"}
+    spec = link.Fork((0, 0), 1, 0, 0, "file", __file__, ["x"], variables, "/", "x", 0, "x", 0o22, False, False, False)
+    for _ in range(ROUNDS):
+        with_bytes(spec)
+        program.find(spec)
+        environment_of(spec, 1, "/", -1, -1)
+        title.show(*title.inherited())
+
+
+def rehearse_imports() -> None:
+    """How a script finds what is hidden. Leaves it hidden."""
+    folder = os.path.dirname(__file__)  # any that the supervisor does not import from
+    for _ in range(ROUNDS):
+        sys.path.insert(0, folder)
+        exec("import signal, libaios, libaios.proc")
+        del sys.path[0]
+        sys.path_importer_cache.pop(folder, None)
+        modules.hide()
 
 
 def _play() -> None:

@@ -5,7 +5,8 @@ forks (about 0.8 MB of pages: reference counts, mostly) therefore costs every ag
 batch, with nothing done in between, the agents of that batch share those pages; and the fork is off the way of the
 next spawns.
 
-A spare waits on a socket for what it is to become, and holds nothing else. The first of many spawns is forked alone,
+A spare waits on a socket for what it is to become, and holds nothing else; over the same socket it reports then whether
+it can (`report`). The first of many spawns is forked alone,
 the second one makes a small batch, and each batch a larger one; spares that nobody has asked for in a while leave.
 """
 
@@ -18,7 +19,8 @@ from collections import deque
 from msgspec import msgpack
 
 from aiosd import link
-from aiosd.birth.agent import become_agent
+from aiosd.birth import modules
+from aiosd.birth.agent import Descriptors, become_agent
 from aiosd.birth.fork import fork, keep_only, name_process, tidy_heap
 from aiosd.timers import Timers
 
@@ -40,8 +42,12 @@ class Spares:
     def ospids(self) -> list[int]:
         return [ospid for ospid, _ in self._waiting]
 
-    def start(self, spec: link.Fork, pid: int, home: str, stdio: tuple[int, int, int], memfd: int, bell: int) -> int:
-        """Make a process the agent `spec`; its Linux pid. Raises OSError when Linux has no process to give."""
+    def start(
+        self, spec: link.Fork, pid: int, home: str, stdio: tuple[int, int, int], memfd: int, bell: int
+    ) -> tuple[int, socket.socket]:
+        """Make a process the agent `spec`; its Linux pid, and where it reports whether it can be that. Raises OSError
+        when Linux has no process to give."""
+        modules.hide()
         now = self._timers.clock()
         hurry, self._last = now - self._last < HURRY_S, now
         payload = msgpack.encode((spec, pid, home))
@@ -53,12 +59,18 @@ class Spares:
                 try:
                     rights = array.array("i", (*stdio, memfd, bell))
                     sock.sendmsg([payload], [(socket.SOL_SOCKET, socket.SCM_RIGHTS, rights)], socket.MSG_DONTWAIT)
-                    return ospid
+                    return ospid, sock
                 except OSError:
-                    continue  # it was killed, or there is no descriptor left: what follows finds out which
-                finally:
-                    sock.close()
-        return fork(lambda: become_agent(spec, pid, home, stdio, memfd, bell))
+                    sock.close()  # it was killed, or there is no descriptor left: what follows finds out which
+        ours, theirs = _pair()
+        try:
+            fds = Descriptors(stdio, memfd, bell, theirs.fileno())
+            return fork(lambda: become_agent(spec, pid, home, fds)), ours
+        except OSError:
+            ours.close()
+            raise
+        finally:
+            theirs.close()
 
     def _fork_batch(self) -> None:
         if self._batch == BATCH[0]:
@@ -68,7 +80,7 @@ class Spares:
         tidy_heap()
         try:
             for _ in range(size):
-                pairs.append(socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET))
+                pairs.append(_pair())
             for ours, theirs in pairs:
                 self._waiting.append((fork(lambda theirs=theirs: _wait(theirs)), ours))  # type: ignore[misc]
         except OSError:  # fewer then, or none: the spawn will say what is missing
@@ -92,6 +104,10 @@ class Spares:
             self._waiting.popleft()[1].close()
 
 
+def _pair() -> tuple[socket.socket, socket.socket]:
+    return socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+
+
 def _wait(sock: socket.socket) -> int:
     """In the spare: until it is told what to be."""
     keep_only((sock.fileno(),))
@@ -101,4 +117,4 @@ def _wait(sock: socket.socket) -> int:
         return 0
     stdin, stdout, stderr, memfd, bell = array.array("i", ancillary[0][2])
     spec, pid, home = _decode(payload)
-    return become_agent(spec, pid, home, (stdin, stdout, stderr), memfd, bell)
+    return become_agent(spec, pid, home, Descriptors((stdin, stdout, stderr), memfd, bell, sock.detach()))

@@ -166,15 +166,15 @@ def command(
         raise click.UsageError(f"nothing to run: {what}")
     if detach and terminal:
         raise click.UsageError("-d and -t exclude each other")
-    if not all(map(_is_utf8, (*target, *variables, name or "", group or ""))):
-        raise edge.Failed("an argument is not valid UTF-8", NOT_STARTED)
+    if not all(map(_is_utf8, (name or "", group or ""))):
+        raise edge.Failed("a name is not valid UTF-8", NOT_STARTED)
     try:
         spawn = Spawn(
             kind=context.meta["kind"],
-            target=target[0],
-            args=list(target[1:]),
+            target=wire.os_text(target[0]),
+            args=[wire.os_text(arg) for arg in target[1:]],
             env=_environment(variables),
-            cwd=_working_directory(),
+            cwd=wire.os_text(_working_directory()),
             name=name,
             nice=nice,
             group=group,
@@ -191,7 +191,7 @@ def command(
     except NoKernel as err:
         raise edge.Failed(edge.reason(err), NOT_STARTED) from None
     except OSError as err:
-        raise _failure(target[0], err) from None
+        raise _failure(err) from None
 
 
 def _print_pid(pid: int) -> int:
@@ -203,9 +203,8 @@ def _print_pid(pid: int) -> int:
 
 
 def _environment(variables: Sequence[str]) -> dict[str, str]:
-    """Ours and what -e adds. The channel of an agent that runs us is its own; a value that is no UTF-8 has no
-    place in a message."""
-    environment = {key: value for key, value in os.environ.items() if _is_utf8(key) and _is_utf8(value)}
+    """Ours and what -e adds. The channel of an agent that runs us is its own."""
+    environment = dict(os.environ)
     for word in variables:
         key, equals, value = word.partition("=")
         if not key or not equals:
@@ -213,7 +212,7 @@ def _environment(variables: Sequence[str]) -> dict[str, str]:
         environment[key] = value
     environment.pop(wire.ENV_CHANNEL, None)
     environment.pop(wire.ENV_PID, None)
-    return environment
+    return {wire.os_text(key): wire.os_text(value) for key, value in environment.items()}
 
 
 def _is_utf8(text: str) -> bool:
@@ -233,18 +232,16 @@ def _umask() -> int:
     return old
 
 
-def _failure(target: str, err: OSError) -> edge.Failed:
+def _failure(err: OSError) -> edge.Failed:
+    """As a shell exits where a program cannot be started."""
     codes = {
         errno.ENOENT: NOT_FOUND,
+        errno.ENOTDIR: NOT_FOUND,
         errno.EACCES: CANNOT_EXECUTE,
         errno.ENOEXEC: CANNOT_EXECUTE,
         errno.EISDIR: CANNOT_EXECUTE,
-        errno.ENOTDIR: NOT_FOUND,
     }
-    words = edge.reason(err)
-    if err.errno in codes and not words.startswith(target):
-        words = f"{target}: {words}"
-    return edge.Failed(words, codes.get(err.errno or 0, NOT_STARTED))
+    return edge.Failed(edge.reason(err), codes.get(err.errno or 0, NOT_STARTED))
 
 
 # ── an attached agent ─────────────────────────────────────────────────────────────────────────────────────

@@ -16,6 +16,7 @@ from aiosd.heartbeat import Heart
 from aiosd.link import Key
 from aiosd.restart import Restarts
 from aiosd.service import Service
+from aiosd.timers import Timer
 
 if TYPE_CHECKING:
     from aiosd.config import Settings
@@ -41,6 +42,9 @@ class Memo(Generic[K, V]):
 
     def __contains__(self, key: K) -> bool:
         return key in self._entries
+
+    def forget(self, key: K) -> None:
+        self._entries.pop(key, None)
 
     def put(self, key: K, value: V) -> None:
         self._entries[key] = value
@@ -73,10 +77,14 @@ class Agent:
     stopped: bool = False
     status: int | None = None  # exit code or -signal; None while alive
     ended: float = 0.0  # Unix time
-    # when it is started again, and how often it was; None: never
+    # of one that is started again when it ends (its `ospid` is 0 while it waits for that)
     restarts: Restarts | None = None
+    forked_at: float = 0.0  # its process, on the monotonic clock
+    last_status: int = 0
+    again: Timer | None = None  # None while it waits: STOP holds it
     # changed by signals that it was sent
     told_to_end: bool = False  # by TERM: what it leaves behind gets time to end in order
+    meant: bool = False  # a signal that ends was sent to it through aiosd: it is not started again
 
 
 @dataclass(slots=True, eq=False)

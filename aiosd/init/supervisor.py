@@ -23,7 +23,6 @@ import gc
 import logging
 import os
 import select
-import shutil
 import signal
 import socket
 import sys
@@ -33,12 +32,13 @@ from typing import TYPE_CHECKING, ClassVar
 
 import msgspec
 
-from aiosd import link, log, procfs
-from aiosd.birth import fork
+from aiosd import link, log, procfs, restart
+from aiosd.birth import fork, modules
 from aiosd.birth.spares import Spares
 from aiosd.errors import Bug
 from aiosd.heartbeat import BEAT_S, HANG_S, Heart, Rounds, beat, beat_in_background
 from aiosd.init import notify, services
+from aiosd.init.births import Birth, Births
 from aiosd.init.orphans import Orphans
 from aiosd.init.pids import PidCounter
 from aiosd.init.records import BACKOFF_S, Agent, Inheritance, Memo, Process
@@ -89,6 +89,7 @@ class Supervisor:
         self.kernel = Process(KERNEL, 0)
         self.services: dict[str, Process] = {}
         self.link: FrameSocket | None = None  # to the kernel
+        self.births = Births(self.epoll, self.timers, self._born)
         self.served_once = False  # the system has been ready
         self.epoch = 0
         # what calls that take effect once have led to
@@ -136,6 +137,8 @@ class Supervisor:
                 self._on_signals(read_signals(fd))
             elif self.link is not None and fd == self.link.fileno():
                 self._on_kernel(self.link)
+            else:
+                self.births.look(fd)
         self.timers.run_due()
 
     def _beat(self) -> None:
@@ -252,6 +255,7 @@ class Supervisor:
 
         def child() -> int:
             os.setsid()
+            modules.show()
             fork.name_process("aios:kernel")
             fork.keep_only(keep)
             from aiosd.kernel.loop import main
@@ -326,6 +330,7 @@ class Supervisor:
     def _fork_service_with(self, process: Process, heart: Heart) -> int:
         def child() -> int:
             os.setsid()
+            modules.show()
             fork.name_process(f"aios:{_title(process)}")
             fork.keep_only((process.memfd, process.own_bell, heart.write))
             rounds = Rounds()
@@ -396,37 +401,48 @@ class Supervisor:
     def _on_fork(self, message: link.Fork, fds: list[int]) -> None:
         known = self.agents.get(self.spawned.get(message.key) or 0)
         if known is not None:
+            if self.births.claim(known, self.epoch):
+                return  # it is answered when the birth is over
             self._tell(_forked(message.key, known))
             return
         try:
             if self.stopping:
                 raise OSError(errno.EAGAIN, "aiosd is shutting down")
-            agent = self._spawn(message, fds)
+            self._spawn(message, fds)
         except OSError as err:
             self._tell(link.ForkFailed(message.key, err.errno or 5, err.strerror or str(err)))
-            return
-        self._tell(_forked(message.key, agent), (agent.memfd, agent.bell))
 
-    def _spawn(self, spec: link.Fork, fds: list[int]) -> Agent:
-        _check_target(spec)
+    def _born(self, birth: Birth) -> None:
+        """An agent runs, or cannot start: only now the kernel is answered. One that was forked during the birth has
+        inherited the agent, and asks again."""
+        agent = birth.agent
+        if agent.restarts is not None and agent.restarts.total:
+            if birth.refusal is None:
+                self._tell(link.ChildRestarted(agent.pid, agent.ospid), (agent.memfd, agent.bell))
+            return  # else it ends now, and that counts like any other end of it
+        if birth.refusal is None:
+            if birth.epoch == self.epoch:
+                self._tell(_forked(agent.spec.key, agent), () if birth.claimed else (agent.memfd, agent.bell))
+            return
+        if birth.epoch == self.epoch:
+            self._tell(link.ForkFailed(agent.spec.key, *birth.refusal))
+        self.agents.pop(agent.pid, None)
+        self.spawned.forget(agent.spec.key)
+        if agent.log:
+            with contextlib.suppress(OSError):
+                os.unlink(agent.log)
+
+    def _spawn(self, spec: link.Fork, fds: list[int]) -> None:
         pid = self.pids.next()
         log_path = str(self.home.logs / f"{pid}.log") if spec.detached else ""
-        stdio, opened = self._stdio(spec, fds, log_path)
-        try:
-            memfd, bell, agent_bell = make_channel(RING_BYTES, RING_BYTES)
-            opened.append(agent_bell)
-            try:
-                ospid = self.spares.start(spec, pid, str(self.home.root), stdio, memfd, agent_bell)
-            except OSError:
-                opened += (memfd, bell)
-                raise
-        finally:
-            for fd in opened:
-                os.close(fd)
+        ospid, report, memfd, bell = self._start(spec, pid, fds, log_path)
+        policy = restart.parse(spec.restart)
+        again = policy.when is not restart.When.NO
         agent = Agent(
             pid=pid,
             ospid=ospid,
-            spec=msgspec.structs.replace(spec, env={}, args=[]),
+            spec=spec if again else msgspec.structs.replace(spec, env={}, args=[]),
+            restarts=restart.Restarts(policy) if again else None,
             command=link.command(spec)[:COMMAND_KEPT],
             pgid=spec.pgid or pid,
             started=time.time(),
@@ -436,10 +452,63 @@ class Supervisor:
             bell=bell,
             ppid=spec.ppid,
             nice=spec.nice,
+            forked_at=time.monotonic(),
         )
         self.agents[pid] = self.children[ospid] = agent
         self.spawned.put(spec.key, pid)
-        return agent
+        self.births.expect(Birth(agent, report, self.epoch))
+
+    def _start(self, spec: link.Fork, pid: int, fds: list[int], log_path: str) -> tuple[int, socket.socket, int, int]:
+        """Linux pid, where it reports, and its channel: memfd and the kernel's end of the bell."""
+        stdio, opened = self._stdio(spec, fds, log_path)
+        try:
+            memfd, bell, agent_bell = make_channel(RING_BYTES, RING_BYTES)
+            opened.append(agent_bell)
+            try:
+                ospid, report = self.spares.start(spec, pid, str(self.home.root), stdio, memfd, agent_bell)
+            except OSError:
+                opened += (memfd, bell)
+                raise
+        finally:
+            for fd in opened:
+                os.close(fd)
+        return ospid, report, memfd, bell
+
+    def _start_again(self, agent: Agent) -> None:
+        """An agent whose policy wants it, under its pid, with its log."""
+        agent.again = None
+        if self.stopping:
+            return
+        try:
+            ospid, report, agent.memfd, agent.bell = self._start(agent.spec, agent.pid, [], agent.log)
+        except OSError as err:
+            logger.error("agent %d cannot be started again: %s", agent.pid, err.strerror)
+            self._wait_for_start(agent, BACKOFF_S[1])
+            return
+        agent.ospid, agent.forked_at, agent.told_to_end = ospid, time.monotonic(), False
+        self.children[ospid] = agent
+        self.births.expect(Birth(agent, report, self.epoch))
+
+    def _wait_for_start(self, agent: Agent, seconds: float) -> None:
+        agent.again = self.timers.after(seconds, lambda: self._start_again(agent))
+
+    def _signal_waiting(self, agent: Agent, number: int) -> None:
+        """To an agent that has no process just now: what would end one ends the waiting, STOP and CONT hold it."""
+        if number in (*ENDING, signal.SIGKILL):
+            self._end_waiting(agent)
+        elif number == signal.SIGSTOP and agent.again is not None:
+            agent.again.cancel()
+            agent.again = None
+        elif number == signal.SIGCONT and agent.again is None:
+            self._wait_for_start(agent, 0.0)
+
+    def _end_waiting(self, agent: Agent) -> None:
+        """It is not started again; its last exit status stands."""
+        if agent.again is not None:
+            agent.again.cancel()
+            agent.again = None
+        agent.status = agent.last_status
+        self._tell(link.ChildExited(agent.pid, agent.status))
 
     def _stdio(self, spec: link.Fork, fds: list[int], log_path: str) -> tuple[tuple[int, int, int], list[int]]:
         """stdin, stdout, stderr of a new agent, and those of them that we opened and must close."""
@@ -473,8 +542,12 @@ class Supervisor:
             return
         if message.key is not None:
             self.signalled.put((message.key, message.pid), None)
+        if not agent.ospid:
+            self._signal_waiting(agent, message.signal)
+            return
         if message.signal in ENDING:
             agent.told_to_end = True
+        agent.meant = agent.meant or message.signal in (*ENDING, signal.SIGKILL)
         if message.signal == signal.SIGSTOP:
             # The agent itself first, the rest when it has stopped (see `_child_stopped`): a process between vfork and
             # its child's exec cannot stop while that child is stopped.
@@ -573,11 +646,27 @@ class Supervisor:
             self._agent_ended(child, status)
 
     def _agent_ended(self, agent: Agent, status: int) -> None:
-        agent.status, agent.ended, agent.stopped = status, time.time(), False
+        self.births.ended(agent)
         os.close(agent.memfd)
         os.close(agent.bell)
-        self._tell(link.ChildExited(agent.pid, status))
+        agent.ended, agent.stopped = time.time(), False
         self.orphans.agent_ended(agent.ospid, agent.told_to_end)
+        wait_s = self._wait_before_restart(agent, status)
+        if wait_s is None:
+            agent.status = status
+        else:
+            agent.ospid, agent.last_status = 0, status
+            self._wait_for_start(agent, wait_s)
+            reason = fork.describe(status)
+            logger.info("agent %d (%s) ended: %s; started again in %.1f s", agent.pid, agent.spec.name, reason, wait_s)
+        self._tell(link.ChildExited(agent.pid, status, again_s=wait_s))
+
+    def _wait_before_restart(self, agent: Agent, status: int) -> float | None:
+        """None: it is not started again."""
+        if agent.restarts is None:
+            return None
+        meant = agent.meant or bool(agent.budget) or bool(self.stopping)
+        return agent.restarts.after(status, time.monotonic() - agent.forked_at, meant)
 
     # ── the end ───────────────────────────────────────────────────────────────────────────────────────────
 
@@ -591,6 +680,8 @@ class Supervisor:
         logger.info("stopping (%s)", why)
         notify.stopping(self.settings)
         self._tell(link.Stop(why))
+        for agent in [agent for agent in self.agents.values() if agent.status is None and not agent.ospid]:
+            self._end_waiting(agent)
         for agent in self._live_agents():
             agent.told_to_end = True
             signal_tree(agent.ospid, signal.SIGTERM)
@@ -664,30 +755,18 @@ def _backoff(last_s: float, lived_s: float) -> float:
     return max(first, min(2 * last_s - PAYS_OFF * lived_s, longest))
 
 
-def _check_target(spec: link.Fork) -> None:
-    """Refuse what cannot run, before a process is made for it."""
-    if spec.kind == "module":
-        return
-    path: str | None = os.path.join(spec.cwd, spec.target)
-    if spec.kind == "exec" and "/" not in spec.target:
-        path = shutil.which(spec.target, path=spec.env.get("PATH", os.defpath))
-    if path is None or not os.path.exists(path):
-        raise OSError(errno.ENOENT, f"{spec.target}: not found")
-    if os.path.isdir(path):
-        raise OSError(errno.EACCES, f"{spec.target}: is a directory")
-    if not os.access(path, os.X_OK if spec.kind == "exec" else os.R_OK):
-        raise OSError(errno.EACCES, f"{spec.target}: permission denied")
-
-
 def _preload() -> None:
     """Import what agents import, once, before they are forked, and run it; then keep the collector off those pages."""
     import asyncio  # noqa: F401
     import runpy  # noqa: F401
 
     import libaios.aio  # noqa: F401
-    from aiosd.birth.rehearsal import rehearse
+    from aiosd.birth.rehearsal import rehearse, rehearse_birth, rehearse_imports
 
     rehearse()
+    rehearse_birth()
+    modules.hide()
+    rehearse_imports()
     gc.collect()
     gc.freeze()
 

@@ -50,18 +50,24 @@ def fork(
 
 def _check(args: wire.Spawn) -> None:
     """What the types of its arguments cannot tell. Nothing that they name is looked up here."""
-    if not os.path.isabs(args.cwd):
+    if not os.path.isabs(wire.os_str(args.cwd)):
         raise wire.error(errno.EINVAL, "cwd must be an absolute path")
     if args.name is not None and (args.name.isdecimal() or args.name.startswith("-")):
         raise wire.error(errno.EINVAL, f"name: {args.name!r} would be taken for a pid or an option")
     _check_restart(args)
     texts = (args.target, args.cwd, *args.args, *args.env, *args.env.values())
-    if any("\0" in text for text in texts):
+    if any("\0" in text and not _is_bytes(text) for text in texts):
         raise wire.error(errno.EINVAL, "a string with a null byte")
     if sum(map(len, texts)) > SPAWN_CHARS:
         raise wire.error(errno.E2BIG, f"arguments and environment have more than {SPAWN_CHARS} characters")
     if any(not key or "=" in key for key in args.env):
         raise wire.error(errno.EINVAL, "env: a name is empty or holds '='")
+
+
+def _is_bytes(text: str) -> bool:
+    """Whether it is bytes as `wire.os_text` writes them."""
+    rest = text[1:]
+    return text[0] == "\0" and bool(rest) and "\0" not in rest and ord(max(rest)) < 256
 
 
 def _check_restart(args: wire.Spawn) -> None:
@@ -80,7 +86,8 @@ def process_of(ospid: int) -> tuple[int, int]:
 
 
 def _default_name(args: wire.Spawn) -> str:
-    stem = args.target.rpartition(".")[2] if args.kind == "module" else PurePath(args.target).stem
+    target = "stdin" if args.kind == "file" and args.target == "-" else wire.os_shown(args.target)
+    stem = target.rpartition(".")[2] if args.kind == "module" else PurePath(target).stem
     name = re.sub(r"[\x00-\x20\x7f/]+", "_", stem)[:64]
     if name in ("", ".", ".."):
         return "agent"

@@ -1,0 +1,199 @@
+"""The end of a Python agent: what python3 does when a script is over, for all that belongs to the agent.
+
+python3 tears down every module. An agent shares most of its modules with the supervisor: to tear those down would
+copy megabytes that are thrown away in the next moment, in every agent, and run the supervisor's destructors on
+descriptors that are the agent's by now. So the steps of `Py_FinalizeEx` are taken here one by one, in its order, and
+those about modules for the agent's own ones only:
+
+    threads joined → atexit → stdout and stderr written → the agent's modules dropped and garbage collected
+    → modules that something still holds emptied, garbage collected again → files still open closed → C's exit
+
+Exit codes are python3's: 120 where what was printed could not be written.
+"""
+
+from __future__ import annotations
+
+import atexit
+import contextlib
+import ctypes
+import gc
+import io
+import signal
+import sys
+import threading
+import weakref
+from collections.abc import Callable, Iterator
+from functools import partial
+from types import ModuleType, TracebackType
+from typing import Any, NoReturn
+
+from aiosd.birth import modules
+
+UNWRITTEN = 120
+INTERRUPTED = -int(signal.SIGINT)
+
+
+def leave(status: int) -> NoReturn:
+    """End this process as python3 ends; `INTERRUPTED`: by that signal."""
+    sys.unraisablehook = partial(_without_us, sys.unraisablehook)
+    _join_threads()
+    atexit._run_exitfuncs()
+    written = _flush("stdout") & _flush("stderr")
+    alone = len(sys._current_frames()) == 1
+    with contextlib.suppress(KeyboardInterrupt):  # the end is what was asked for
+        if alone:  # else a thread may hold a file's lock for ever, and python3 writes nothing out either
+            _write_out_files()
+        exec(_NOWHERE, {"steps": _steps()})
+        for stream in (sys.stdout, sys.stderr):
+            with contextlib.suppress(BaseException):
+                stream.flush()
+        if alone:
+            _close_files()
+    if status == INTERRUPTED:
+        signal.signal(signal.SIGINT, signal.SIG_DFL)
+        signal.raise_signal(signal.SIGINT)
+    _exit(status if written else UNWRITTEN)
+
+
+def _exit(status: int) -> NoReturn:
+    """C's exit: it writes out what C libraries have buffered. With the interpreter's lock held, so that threads which
+    are still there run no more Python."""
+    ctypes.PyDLL(None).exit(status & 0xFF)
+    raise AssertionError("not reached")
+
+
+def _join_threads() -> None:
+    try:
+        threading._shutdown()  # type: ignore[attr-defined]
+    except BaseException as err:
+        unraisable(err, threading)
+    threading.excepthook = _silent  # threads that are still there lose what they stand on
+
+
+def _silent(args: object) -> None:
+    pass
+
+
+def _flush(name: str) -> bool:
+    """Whether all that was printed is written. python3 reports a failure for stdout only."""
+    stream: Any = getattr(sys, name, None)
+    if stream is None or _is_closed(stream):
+        return True
+    try:
+        stream.flush()
+    except BaseException as err:
+        if name == "stdout":
+            unraisable(err, stream)
+        return False
+    return True
+
+
+def _is_closed(stream: Any) -> bool:
+    try:
+        return bool(stream.closed)
+    except Exception:  # an object of the script's own, or a stream that has lost its buffer: flushing it will tell
+        return False
+
+
+def _below(trace: TracebackType | None) -> TracebackType | None:
+    """Without the frames of this module."""
+    while trace is not None and (trace.tb_frame.f_globals is globals() or trace.tb_frame.f_code is _NOWHERE):
+        trace = trace.tb_next
+    return trace
+
+
+# ── modules ───────────────────────────────────────────────────────────────────────────────────────────────
+
+
+#: Code from which an object's end is reported as python3 does it when no script is left: `sys:1: …Warning: …`.
+_NOWHERE = compile("for step in steps: step()", "sys", "exec")
+
+
+def _steps() -> Iterator[Callable[[], object]]:
+    """What `_NOWHERE` does one by one; each step is a function written in C, which leaves no frame of ours."""
+    for name in ("last_type", "last_value", "last_traceback", "last_exc"):
+        yield partial(sys.__dict__.pop, name, None)
+    yield gc.collect
+    for name in ("stdin", "stdout", "stderr"):
+        yield partial(sys.__dict__.__setitem__, name, sys.__dict__.get(f"__{name}__"))
+    sys.__dict__["meta_path"] = None  # nothing is imported any more
+    sys.__dict__["modules"].update(warnings=None)  # and C shows warnings, in one line
+    held = [weakref.ref(sys.modules[name]) for name in _own() if isinstance(sys.modules[name], ModuleType)]
+    for name in _own():
+        yield partial(sys.modules.__setitem__, name, None)  # as python3 does
+    yield gc.collect
+    for reference in reversed(held):
+        yield from _clearing(reference())
+    yield gc.collect
+
+
+def _own() -> list[str]:
+    """The agent's own modules, `__main__` first."""
+    return [name for name, module in sys.modules.items() if modules.inherited.get(name) is not module and module]
+
+
+def _clearing(module: ModuleType | None) -> Iterator[Callable[[], object]]:
+    """Private names first, as python3 does, so that what is deleted last still finds the others."""
+    if module is None:
+        return
+    names = module.__dict__
+    del module
+    for private in (True, False):
+        for name in list(names):
+            if name != "__builtins__" and (not private or (name[:1] == "_" and name[1:2] != "_")):
+                yield partial(names.__setitem__, name, None)
+
+
+def _write_out_files() -> None:
+    """What lies in buffers, before the order in which the collector finds them decides: a buffer whose descriptor has
+    been closed before it is lost."""
+    for stream in _open_files():
+        if type(stream).__module__ == "_io":
+            with contextlib.suppress(BaseException):  # python3 is silent there too
+                stream.flush()
+
+
+def _close_files() -> None:
+    """Those that something of the supervisor's holds, a module of the library say, of which this agent keeps all."""
+    for stream in _open_files():
+        with contextlib.suppress(BaseException):
+            stream.close()
+
+
+def _open_files() -> list[io.IOBase]:
+    """Layers above first: text, then layers written in Python, then plain buffers."""
+    found = [one for one in gc.get_objects() if issubclass(type(one), io.IOBase)]
+    return sorted(found, key=lambda one: (not isinstance(one, io.TextIOBase), type(one).__module__ == "_io"))
+
+
+# ── reports ───────────────────────────────────────────────────────────────────────────────────────────────
+
+
+def _hook_arguments() -> Any:
+    """The type of what `sys.unraisablehook` gets. It has no name: seen where the interpreter makes one."""
+    seen: list[Any] = []
+
+    class Faulty:
+        def __del__(self) -> None:
+            raise RuntimeError
+
+    hook, sys.unraisablehook = sys.unraisablehook, lambda args: seen.append(type(args))
+    try:
+        Faulty()
+    finally:
+        sys.unraisablehook = hook
+    return seen[0]
+
+
+_HookArguments = _hook_arguments()
+
+
+def unraisable(err: BaseException, source: object) -> None:
+    """`Exception ignored in: …`, as the interpreter reports what it cannot raise."""
+    with contextlib.suppress(BaseException):
+        sys.unraisablehook(_HookArguments((type(err), err, err.__traceback__, None, source)))
+
+
+def _without_us(hook: Callable[[Any], object], args: Any) -> None:
+    trace = _below(args.exc_traceback)
+    hook(_HookArguments((args.exc_type, args.exc_value, trace, args.err_msg, args.object)))

@@ -1,0 +1,86 @@
+"""Births under way: agents that are forked, and have not reported yet whether they can start.
+
+A child looks up its folder and its program itself (`birth.report` says why), which may take as long as a file system
+takes. The supervisor goes on meanwhile; the report is an event of its loop like any other. A child that has reported
+nothing after `PATIENCE_S` is killed, and its spawn fails.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import os
+import select
+import signal
+import socket
+from collections.abc import Callable
+from dataclasses import dataclass
+
+from aiosd.birth import report
+from aiosd.init.records import Agent
+from aiosd.timers import Timer, Timers
+
+PATIENCE_S = 30.0
+
+
+@dataclass(slots=True)
+class Birth:
+    agent: Agent
+    report: socket.socket
+    epoch: int  # of the kernel that asked for it
+    claimed: bool = False  # by a kernel that was forked since, and has inherited the agent
+    refusal: tuple[int, str] | None = None  # errno and words, when it is over
+    timer: Timer | None = None
+
+
+class Births:
+    def __init__(self, epoll: select.epoll, timers: Timers, over: Callable[[Birth], None]) -> None:
+        self._epoll = epoll
+        self._timers = timers
+        self._over = over
+        self._by_fd: dict[int, Birth] = {}
+
+    def expect(self, birth: Birth) -> None:
+        fd = birth.report.fileno()
+        self._by_fd[fd] = birth
+        self._epoll.register(fd, select.EPOLLIN)
+        birth.timer = self._timers.after(PATIENCE_S, lambda: self._give_up(birth))
+
+    def claim(self, agent: Agent, epoch: int) -> bool:
+        """Whether it is still under way: then the kernel of this epoch is the one to be answered."""
+        for birth in self._by_fd.values():
+            if birth.agent is agent:
+                birth.claimed = birth.claimed or birth.epoch != epoch
+                birth.epoch = epoch
+                return True
+        return False
+
+    def look(self, fd: int) -> None:
+        """Something may have come from the child of this descriptor."""
+        birth = self._by_fd.get(fd)
+        if birth is None:
+            return
+        with contextlib.suppress(BlockingIOError):
+            self._end(birth, report.read(birth.report))
+
+    def ended(self, agent: Agent) -> None:
+        """Its process has ended: what it has reported before is all that will come."""
+        for birth in list(self._by_fd.values()):
+            if birth.agent is agent:
+                self.look(birth.report.fileno())
+
+    def _give_up(self, birth: Birth) -> None:
+        with contextlib.suppress(PermissionError):  # it has become another user's
+            os.kill(birth.agent.ospid, signal.SIGKILL)
+        words = f"{birth.agent.spec.name}: its folder or program could not be looked up in {PATIENCE_S:.0f} s"
+        self._end(birth, (errno.ETIMEDOUT, words))
+
+    def _end(self, birth: Birth, refusal: tuple[int, str] | None) -> None:
+        fd = birth.report.fileno()
+        del self._by_fd[fd]
+        self._epoll.unregister(fd)
+        birth.report.close()
+        if birth.timer is not None:
+            birth.timer.cancel()
+        birth.refusal = refusal
+        self._over(birth)
