@@ -16,6 +16,14 @@ def parse_size(text: str) -> int:
     return size
 
 
+def parse_count(text: str) -> int:
+    """A number of things: `500`, `10k`, `1.5M` (suffixes are of 1000). ValueError for anything else."""
+    match = re.fullmatch(r"([0-9]+(?:\.[0-9]+)?)([kKmM]?)", text.strip())
+    if match is None or ("." in match[1] and not match[2]):
+        raise ValueError(f"{text!r} is not a valid whole number (such as 500, 10k or 2M)")
+    return round(float(match[1]) * {"": 1, "k": 1000, "m": 1000_000}[match[2].lower()])
+
+
 def format_size(n: float) -> str:
     """`512`, `9.1M`, `120M`, `2.0G`."""
     if n < 1024:

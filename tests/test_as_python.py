@@ -9,6 +9,7 @@ compared.
 from __future__ import annotations
 
 import re
+import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -179,7 +180,10 @@ def files(folder: Path) -> dict[str, bytes]:
     return {plain(str(path), folder): path.read_bytes() for path in sorted(folder.rglob("*")) if path.is_file()}
 
 
-def both_ways(system: System, folder: Path, lay: dict[str, str], *argv: str) -> tuple[object, object]:
+Outcome = tuple[int, str, str, dict[str, bytes]]
+
+
+def both_ways(system: System, folder: Path, lay: dict[str, str], *argv: str, **own: str) -> tuple[Outcome, Outcome]:
     """What python and aios-run make of the same files: exit code, stdout, stderr, files. aios-run's code for a signal
     is a shell's."""
     env = {"PYTHONUNBUFFERED": "", "PYTHONDONTWRITEBYTECODE": "1", "COLUMNS": "80"}
@@ -189,9 +193,10 @@ def both_ways(system: System, folder: Path, lay: dict[str, str], *argv: str) -> 
             (work / name).parent.mkdir(parents=True, exist_ok=True)
             (work / name).write_text(text, encoding="latin-1" if "coding: latin-1" in text else "utf-8")
     python = subprocess.run(
-        [sys.executable, *argv], cwd=here, env=system.env | env, input="", capture_output=True, encoding="utf-8"
+        [sys.executable, *argv], cwd=here, env=system.env | env | own, input="", capture_output=True, encoding="utf-8"
     )
-    agent = system.run("aios-run", *argv, cwd=there, env=env, input="")
+    options = [word for name, value in own.items() for word in ("-e", f"{name}={value}")]  # not for aios-run itself
+    agent = system.run("aios-run", *options, *argv, cwd=there, env=env, input="")
     code = python.returncode if python.returncode >= 0 else 128 - python.returncode
     one = (code, plain(python.stdout, here), plain(python.stderr, here), files(here))
     other = (agent.returncode, plain(agent.stdout, there), plain(agent.stderr, there), files(there))
@@ -218,3 +223,103 @@ def test_the_same_as_with_python(aiosd: System, tmp_path: Path, case: str) -> No
     lay = {"script.py": SCRIPTS[case], "neighbour.py": NEIGHBOUR, "in": "text"}
     python, agent = both_ways(aiosd, tmp_path, lay, "script.py", "one")
     assert agent == python
+
+
+# ── modules ───────────────────────────────────────────────────────────────────────────────────────────────
+
+#: Of the library and of aiosd's packages; `os` is one that python3 itself has loaded, `math` is built in or loaded late.
+NAMES = ("click", "uuid", "token", "logging", "asyncio", "enum", "random", "os", "math")
+
+
+@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize("shape", ["{}.py", "{}/__init__.py"])
+@pytest.mark.parametrize("how", ["beside", "path", "inserted"])
+def test_a_module_of_the_scripts_own_wins_where_python_has_it_win(
+    aiosd: System, tmp_path: Path, name: str, shape: str, how: str
+) -> None:
+    folder = "" if how == "beside" else "lib/"
+    first = "import sys; sys.path.insert(0, 'lib'); " if how == "inserted" else ""
+    lay = {
+        f"{folder}{shape.format(name)}": "V = 'mine'",
+        "script.py": f"{first}import {name}; print(getattr({name}, 'V', 'not mine'))",
+        "empty/data": "",
+    }
+    env = {"PYTHONPATH": "lib"} if how == "path" else {}
+    python, agent = both_ways(aiosd, tmp_path, lay, "script.py", **env)
+    assert agent == python
+
+
+def test_a_folder_of_data_does_not_hide_a_module(aiosd: System, tmp_path: Path) -> None:
+    lay = {"uuid/notes": "", "script.py": "import uuid; print(uuid.NAMESPACE_DNS)"}
+    python, agent = both_ways(aiosd, tmp_path, lay, "script.py")
+    assert agent == python
+
+
+def test_libaios_works_beside_modules_that_bear_the_names_of_those_it_uses(aiosd: System, tmp_path: Path) -> None:
+    for name in ("threading", "logging", "select", "collections", "enum"):
+        (tmp_path / f"{name}.py").write_text("V = 'mine'")
+    (tmp_path / "a.py").write_text("import enum, libaios as aios; print(enum.V, aios.proc.getpid() > 0)")
+    assert aiosd.run("aios-run", tmp_path / "a.py", check=True).stdout == "mine True\n"
+
+
+def test_what_the_supervisor_has_loaded_is_not_loaded_again(aiosd: System, tmp_path: Path) -> None:
+    (tmp_path / "a.py").write_text(
+        "import libaios.aio, sys\nbefore = libaios.aio.asyncio\nassert 'asyncio' not in sys.modules\n"
+        "import asyncio\nprint(asyncio is before)"
+    )
+    assert aiosd.run("aios-run", tmp_path / "a.py", check=True).stdout == "True\n"
+
+
+# ── modules as programs, tracebacks ───────────────────────────────────────────────────────────────────────
+
+
+@pytest.mark.parametrize(
+    "text",
+    ["f = open('out', 'w'); f.write('hello')", "print(sorted(globals()), __spec__.name)", "1/0", "raise SystemExit(4)"],
+)
+def test_a_module_ends_as_with_python_m(aiosd: System, tmp_path: Path, text: str) -> None:
+    python, agent = both_ways(aiosd, tmp_path, {"pack/__init__.py": "", "pack/mod.py": text}, "-m", "pack.mod")
+    # python3 has frames of runpy on top
+    assert [agent[0], agent[1], agent[3]] == [python[0], python[1], python[3]]
+    assert agent[2].splitlines()[-1:] == python[2].splitlines()[-1:]
+    assert "aiosd" not in agent[2]
+
+
+def test_a_file_in_a_module_of_the_library_is_written_even_with_the_collector_off(
+    aiosd: System, tmp_path: Path
+) -> None:
+    """Where python3 itself would lose it."""
+    (tmp_path / "a.py").write_text("import gc; gc.disable()\nf = open('out', 'w')\nf.write('x')\nl = [f]; l.append(l)")
+    aiosd.run("aios-run", "a.py", cwd=tmp_path, check=True)
+    assert (tmp_path / "out").read_text() == "x"
+
+
+def test_an_interrupt_shows_the_scripts_lines_only(aiosd: System, tmp_path: Path) -> None:
+    (tmp_path / "a.py").write_text("import libaios as aios\nprint('up', flush=True)\naios.msg.recv()\n")
+    run = aiosd.popen("aios-run", tmp_path / "a.py")
+    assert run.stdout is not None
+    assert run.stdout.readline() == "up\n"
+    run.send_signal(signal.SIGINT)
+    _, words = run.communicate(timeout=20)
+    assert run.returncode == -signal.SIGINT
+    lines = words.splitlines()
+    assert lines[0] == "Traceback (most recent call last):"
+    assert [line for line in lines if line.startswith("  File")] == [f'  File "{tmp_path}/a.py", line 3, in <module>']
+    assert lines[-1] == "KeyboardInterrupt"
+
+
+def test_an_error_of_a_call_shows_the_scripts_lines_and_one_more(aiosd: System, tmp_path: Path) -> None:
+    (tmp_path / "a.py").write_text("import libaios as aios\ndef f(): aios.proc.wait(99999)\nf()\n")
+    done = aiosd.run("aios-run", tmp_path / "a.py")
+    frames = [line for line in done.stderr.splitlines() if line.startswith("  File")]
+    assert ["a.py" in line for line in frames] == [True, True, False], done.stderr
+    assert done.stderr.splitlines()[-1].startswith("ChildProcessError: ")
+
+
+def test_a_full_disk_is_told(aiosd: System, tmp_path: Path) -> None:
+    (tmp_path / "a.py").write_text("print('lost')")
+    with open("/dev/full", "w") as full:
+        done = aiosd.run("aios-run", tmp_path / "a.py", stdout=full, env={"PYTHONUNBUFFERED": ""})
+    assert done.returncode == 120
+    assert done.stderr.splitlines()[0].startswith("Exception ignored in: <_io.TextIOWrapper name='<stdout>'")
+    assert done.stderr.splitlines()[1] == "OSError: [Errno 28] No space left on device"

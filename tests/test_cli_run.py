@@ -6,6 +6,7 @@ import json
 import os
 import signal
 import subprocess
+import sys
 from collections.abc import Callable
 from pathlib import Path
 
@@ -14,7 +15,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from aiosd.commands.run import command, split
-from aiosd.units import format_duration, format_size, parse_duration, parse_size
+from aiosd.units import format_duration, format_size, parse_count, parse_duration, parse_size
 from tests.conftest import System, eventually
 
 Fresh = Callable[..., System]
@@ -102,6 +103,28 @@ def test_durations(text: str, seconds: float) -> None:
 def test_no_durations(text: str) -> None:
     with pytest.raises(ValueError, match="no length of time"):
         parse_duration(text)
+
+
+@pytest.mark.parametrize(
+    ("text", "count"), [("0", 0), ("500", 500), ("10k", 10_000), ("1.5M", 1_500_000), ("2K", 2000)]
+)
+def test_counts(text: str, count: int) -> None:
+    assert parse_count(text) == count
+
+
+@pytest.mark.parametrize("text", ["", "x", "-1", "1.5", "10 k", "1G"])
+def test_no_counts(text: str) -> None:
+    with pytest.raises(ValueError, match="whole number"):
+        parse_count(text)
+
+
+def test_budgets_with_units(aiosd: System, tmp_path: Path) -> None:
+    options = ["--time", "1h30m", "--tokens", "10k", "--memory", "1G"]
+    pid = aiosd.run("aios-run", "-d", *options, "--", "sleep", "300", check=True).stdout.strip()
+    (found,) = json.loads(aiosd.run("aios-inspect", pid, check=True).stdout)
+    (budget,) = found["budgets"]
+    assert (budget["time_s"], budget["tokens"], budget["memory_bytes"]) == (5400, 10_000, 1 << 30)
+    aiosd.run("aios-kill", pid, check=True)
 
 
 def test_durations_for_people() -> None:
@@ -246,10 +269,10 @@ def test_bytes_that_are_not_utf8_arrive_as_they_are(aiosd: System, tmp_path: Pat
     env = {b"ODD": odd, b"N\xff": b"v"}
     seen = run_bytes(aiosd, b"aios-run", b"\xfc.py", odd, "ü".encode(), env=env, cwd=folder)
     assert seen.split(b"|") == [b"\xfc.py", odd, "ü".encode(), odd, folder, folder + b"/\xfc.py", odd, "ü".encode()]
-    script = b'printf %s "$ODD" "$0"; env | grep -ac "^N\xff=v$"; pwd'
-    assert run_bytes(aiosd, b"aios-run", b"--", b"sh", b"-c", script, odd, env=env, cwd=folder) == (
-        odd + odd + b"1\n" + folder + b"\n"
-    )
+    script = b'printf %s "$ODD" "$0"; pwd'
+    argv = [b"aios-run", b"--", b"sh", b"-c", script, odd]
+    assert run_bytes(aiosd, *argv, env=env, cwd=folder) == odd + odd + folder + b"\n"
+    assert b"N\xff=v" in run_bytes(aiosd, b"aios-run", b"--", b"env", b"-0", env=env).split(b"\0")
     assert run_bytes(aiosd, b"aios-run", b"-e", b"ODD=\xff", b"--", b"printenv", b"ODD") == b"\xff\n"
 
 
@@ -302,6 +325,73 @@ def test_a_script_whose_name_is_a_number(aiosd: System, tmp_path: Path) -> None:
     script = tmp_path / "12.py"
     script.write_text("import libaios as aios; print([p.name for p in aios.proc.ps() if p.pid == aios.proc.getpid()])")
     assert aiosd.run("aios-run", script, check=True).stdout == "['_12']\n"
+
+
+def test_a_script_on_stdin(aiosd: System, tmp_path: Path) -> None:
+    script = "import sys\nprint(sys.argv, sys.path[0] == '', '__file__' in globals(), repr(sys.stdin.read()))\n1/0\n"
+    done = aiosd.run("aios-run", "-", "one", input=script, cwd=tmp_path)
+    python = subprocess.run(
+        [sys.executable, "-", "one"], input=script, cwd=tmp_path, capture_output=True, encoding="utf-8"
+    )
+    assert (done.returncode, done.stdout, done.stderr) == (python.returncode, python.stdout, python.stderr)
+    pid = aiosd.run("aios-run", "-d", "-", check=True, input="raise SystemExit(3)").stdout.strip()
+    assert aiosd.run("aios-wait", pid).returncode == 0  # a detached one has no stdin of ours
+
+
+def test_a_program_that_was_taken_for_a_script(aiosd: System) -> None:
+    done = aiosd.run("aios-run", "sleep", "1")
+    assert (done.returncode, done.stderr) == (127, "aios-run: sleep: not found; for the program: aios-run -- sleep\n")
+
+
+def test_a_terminal_is_given_for_writing_only(aiosd: System, tmp_path: Path) -> None:
+    script = tmp_path / "agent.py"
+    script.write_text(
+        "import fcntl, os\n"
+        "modes = [fcntl.fcntl(n, fcntl.F_GETFL) & os.O_ACCMODE == os.O_WRONLY for n in (1, 2)]\n"
+        "os.write(1, b'%d %d %d %d.' % (*modes, os.isatty(1), os.isatty(2)))\n"
+    )
+    ours, theirs = os.openpty()
+    try:
+        run = subprocess.Popen(["aios-run", script], env=aiosd.env, stdin=theirs, stdout=theirs, stderr=theirs)
+        seen = b""
+        while b"." not in seen:
+            seen += os.read(ours, 1000)
+        assert (seen, run.wait(20)) == (b"1 1 1 1.", 0)
+    finally:
+        os.close(ours)
+        os.close(theirs)
+
+
+def test_a_reader_that_is_slow_gets_all_of_an_unbuffered_stdout(aiosd: System) -> None:
+    pid = aiosd.run("aios-run", "-d", "--", "head", "-c", "300000", "/dev/zero", check=True).stdout.strip()
+    aiosd.run("aios-wait", pid, check=True)
+    for unbuffered in ("1", ""):
+        reading, writing = os.pipe()
+        os.set_blocking(writing, False)
+        logs = aiosd.popen("aios-logs", pid, stdout=writing, env={"PYTHONUNBUFFERED": unbuffered})
+        os.close(writing)
+        with open(reading, "rb") as pipe:
+            assert len(pipe.read()) == 300_000
+        assert logs.wait(20) == 0
+
+
+# ── what others see of it ─────────────────────────────────────────────────────────────────────────────────
+
+
+def test_linux_shows_the_agents_own_environment_and_command_line(fresh_aiosd: Fresh, tmp_path: Path) -> None:
+    system = fresh_aiosd(env={"STARTERS_SECRET": "xyzzy"})
+    del system.env["STARTERS_SECRET"]
+    (tmp_path / "agent.py").write_text("print('up', flush=True); input()")
+    run = system.popen("aios-run", "agent.py", "a b", cwd=tmp_path, env={"MINE": "yes"})
+    assert run.stdout.readline() == "up\n"
+    (entry,) = system.agents()
+    proc = Path(f"/proc/{entry['ospid']}")
+    shown = proc.joinpath("environ").read_bytes().split(b"\0")
+    assert b"MINE=yes" in shown
+    assert f"AIOS_PID={entry['pid']}".encode() in shown
+    assert not any(b"xyzzy" in variable for variable in shown)
+    assert proc.joinpath("cmdline").read_bytes().split(b"\0")[1:] == [b"agent.py", b"a b", b""]
+    run.communicate("\n")
 
 
 # ── exit codes ────────────────────────────────────────────────────────────────────────────────────────────

@@ -117,10 +117,11 @@ def _steps() -> Iterator[Callable[[], object]]:
     for name in ("stdin", "stdout", "stderr"):
         yield partial(sys.__dict__.__setitem__, name, sys.__dict__.get(f"__{name}__"))
     sys.__dict__["meta_path"] = None  # nothing is imported any more
-    sys.__dict__["modules"].update(warnings=None)  # and C shows warnings, in one line
+    sys.__dict__["modules"]["warnings"] = None  # and C shows warnings, in one line
     held = [weakref.ref(sys.modules[name]) for name in _own() if isinstance(sys.modules[name], ModuleType)]
+    names: dict[str, Any] = sys.__dict__["modules"]
     for name in _own():
-        yield partial(sys.modules.__setitem__, name, None)  # as python3 does
+        yield partial(names.__setitem__, name, None)  # as python3 does
     yield gc.collect
     for reference in reversed(held):
         yield from _clearing(reference())

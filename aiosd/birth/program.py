@@ -134,7 +134,7 @@ def _run_script(program: Program, report: Report) -> int:
 
 
 def _run_stdin(program: Program, report: Report) -> int:
-    _set_up_main(program, "")
+    _set_up_main(program, "", __file__="<stdin>", __cached__=None)
     return _run(lambda: compile(sys.stdin.buffer.read(), "<stdin>", "exec", dont_inherit=True))
 
 

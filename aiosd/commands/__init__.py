@@ -14,9 +14,10 @@ client, and nothing that is not needed to answer. What is needed seldom is impor
 from __future__ import annotations
 
 import gc
+import io
 import os
 import sys
-from typing import NoReturn
+from typing import Any, NoReturn
 
 MODULES = {
     "aiosd": "aiosd.commands.cli",
@@ -69,3 +70,33 @@ def _open_standard_descriptors() -> None:
     sys.stdin = sys.stdin or os.fdopen(0, closefd=False)
     sys.stdout = sys.stdout or os.fdopen(1, "w", closefd=False)
     sys.stderr = sys.stderr or os.fdopen(2, "w", closefd=False)
+    if isinstance(sys.stdout.buffer, io.FileIO) or not os.get_blocking(1):
+        sys.stdout = _patient_stdout()
+
+
+def _patient_stdout() -> io.TextIOWrapper:
+    """Under PYTHONUNBUFFERED Python drops what a write did not take, and a pipe that does not block takes a part."""
+    unbuffered = isinstance(sys.stdout.buffer, io.FileIO)
+    binary: Any = _PatientFile(1, "wb", closefd=False)
+    if not unbuffered:
+        binary = io.BufferedWriter(binary)
+    by_lines = sys.stdout.line_buffering
+    return io.TextIOWrapper(binary, sys.stdout.encoding, line_buffering=bool(by_lines), write_through=unbuffered)
+
+
+class _PatientFile(io.FileIO):
+    """Writes all that it is given, however long the reader takes."""
+
+    def write(self, data: Any, /) -> int:
+        rest = memoryview(data).cast("B")
+        size = len(rest)
+        while rest:
+            written = super().write(rest)
+            if written is None:  # full, and does not block
+                import select
+
+                poll = select.poll()
+                poll.register(self.fileno(), select.POLLOUT)
+                poll.poll()
+            rest = rest[written or 0 :]
+        return size

@@ -23,6 +23,7 @@ from __future__ import annotations
 
 import contextlib
 import errno
+import fcntl
 import os
 import select
 import signal
@@ -34,7 +35,7 @@ import click
 
 from aiosd.commands import edge
 from aiosd.commands.wait import exit_code
-from aiosd.units import format_size, parse_size
+from aiosd.units import format_size, parse_count, parse_duration, parse_size
 from libaios import wire
 from libaios.client import Client, NoKernel
 from libaios.connection import Call, decode_body
@@ -114,6 +115,28 @@ class Size(click.ParamType[int]):
             self.fail(str(err), param, ctx)
 
 
+class Count(click.ParamType[int]):
+    """A number, with a suffix of k or M."""
+
+    name = "whole number"
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> int:
+        try:
+            return value if isinstance(value, int) else parse_count(value)
+        except ValueError as err:
+            self.fail(str(err), param, ctx)
+
+
+class Duration(edge.Seconds):
+    """Seconds, or a length of time with its units."""
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> float:
+        if isinstance(value, str):
+            with contextlib.suppress(ValueError):
+                value = parse_duration(value)
+        return super().convert(value, param, ctx)
+
+
 def _complete_file(context: click.Context, parameter: click.Parameter, incomplete: str) -> list[CompletionItem]:
     from click.shell_completion import CompletionItem
 
@@ -123,7 +146,7 @@ def _complete_file(context: click.Context, parameter: click.Parameter, incomplet
 @edge.new(
     RunCommand,
     "Start an agent and wait for it: a Python script, a Python module or any program (a FILE that is none of Python's, "
-    "but executable, is one too). It gets this command's "
+    "but executable, is one too; - is a Python script on stdin). It gets this command's "
     "stdin, stdout and stderr, environment and working directory. Where stdin is a terminal, what is typed is "
     "passed on through a pipe while in the foreground; what wants a terminal of its own gets one with -t.\n\n"
     "Exits with the agent's exit code; 128+n when signal n ended it; 124 when a budget did; 125 when there is no "
@@ -137,14 +160,14 @@ def _complete_file(context: click.Context, parameter: click.Parameter, incomplet
 @click.option("-n", "--nice", type=edge.Whole(-20, 19), metavar="NICE", help="From -20 (goes first) to 19.")
 @click.option("-e", "--env", "variables", multiple=True, metavar="K=V", help="Set a variable in its environment.")
 @click.option("-g", "--group", metavar="GROUP", help="Privilege group.")
-@click.option("--tokens", type=edge.Whole(min=0), metavar="N", help="Budget of tokens, computed and generated.")
-@click.option("--time", "seconds", type=edge.Seconds(min=0), metavar="S", help="Budget of wall seconds.")
+@click.option("--tokens", type=Count(), metavar="N", help="Budget of tokens, computed and generated, such as 10k.")
+@click.option("--time", "seconds", type=Duration(min=0), metavar="S", help="Budget of wall seconds, or 1h30m.")
 @click.option("--memory", type=Size(), metavar="SIZE", help="Budget of memory, such as 512M.")
 @click.argument(
     "target",
     nargs=-1,
     type=click.UNPROCESSED,
-    metavar="FILE.py|-m MODULE|-- PROGRAM [ARG]...",
+    metavar="FILE.py|-|-m MODULE|-- PROGRAM [ARG]...",
     shell_complete=_complete_file,
 )
 @click.pass_context
@@ -307,6 +330,7 @@ class Attachment:
         """Decide what the agent gets as 0, 1 and 2. The code for terminals is loaded where there is one."""
         self.given_fds = [0, 1, 2]
         if not self.spawn.tty and not os.isatty(0):
+            self._give_no_reading()
             return
         from aiosd.commands import terminal
         from aiosd.commands.terminal import EOT, RawMode, Relay
@@ -322,6 +346,7 @@ class Attachment:
             os.set_blocking(writing, False)
             self.relays = [Relay(0, writing, foreground, at_end=lambda: os.close(writing))]
             self.given, self.given_fds = [reading], [reading, 1, 2]
+            self._give_no_reading()
             return
         ours = next((fd for fd in (0, 1, 2) if os.isatty(fd)), None)
         self.master, slave = terminal.open_pty(ours)
@@ -330,6 +355,16 @@ class Attachment:
         if os.isatty(0):
             self.raw = RawMode(0)
             self.raw.enter()
+
+    def _give_no_reading(self) -> None:
+        """A shell opens a terminal once, for reading and writing, as 0, 1 and 2. The agent gets stdout and stderr that
+        can only be written to: it is not to read what the user types for others."""
+        for number in (1, 2):
+            if os.isatty(number) and fcntl.fcntl(number, fcntl.F_GETFL) & os.O_ACCMODE == os.O_RDWR:
+                with contextlib.suppress(OSError):  # of another user, after su say: it stays as it is
+                    opened = os.open(f"/proc/self/fd/{number}", os.O_WRONLY | os.O_NOCTTY | os.O_CLOEXEC)
+                    self.given.append(opened)
+                    self.given_fds[number] = opened
 
     def _hang_up(self) -> None:
         """Nobody reads what comes from the pty any more: its terminal is gone."""
