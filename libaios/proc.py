@@ -44,13 +44,15 @@ def spawn(
     env: Mapping[str, str] | None = None,
     cwd: str | os.PathLike[str] | None = None,
     detached: bool | None = None,
+    restart: str = "no",
 ) -> Plan[int]:
     """Start an agent and return its pid.
 
     `target` is a Python script, a module (`kind="module"`) or a program (`kind="exec"`); without `kind`, a name that
     ends in .py is a script and anything else a program. The child has the caller's environment, working directory,
     stdin, stdout and stderr, its nice value and its budgets; outside an agent, or with `detached=True`, its output
-    goes to its log. `limits` gives it a budget of its own.
+    goes to its log. `limits` gives it a budget of its own. `restart` ("on-failure", "on-failure:3", "always") has a
+    detached one started again when it ends.
 
     Raises FileNotFoundError, PermissionError (not executable; or a nice value below the caller's), OSError(EAGAIN).
     """
@@ -71,6 +73,7 @@ def spawn(
         limits=limits if limits is not None else Limits(),
         umask=_umask(),
         detached=detached,
+        restart=restart,
     )
     with contextlib.suppress(AttributeError, ValueError, OSError):  # stdout is None, or closed, or has no reader
         _sys.stdout.flush()  # so that what was printed here comes before what the child prints

@@ -43,7 +43,7 @@ def test_a_move_that_is_not_in_the_table_is_refused_and_changes_nothing(state: S
 
 
 def test_the_dead_do_not_come_back() -> None:
-    alive = (State.RUNNING, State.STOPPED)
+    alive = (State.RUNNING, State.STOPPED, State.WAITING)
     assert not any(new in alive for (old, _), new in TRANSITIONS.items() if old not in alive)
     assert not any(old is State.REAPED for old, _ in TRANSITIONS)
 

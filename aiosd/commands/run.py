@@ -157,6 +157,12 @@ def _complete_file(context: click.Context, parameter: click.Parameter, incomplet
 @click.option("-d", "--detach", is_flag=True, help="Print the pid and return; output goes to the log (aios-logs).")
 @click.option("-t", "--tty", "terminal", is_flag=True, help="Give the agent a terminal of its own.")
 @click.option("--name", metavar="NAME", help="Name in aios-ps; else that of the script.")
+@click.option(
+    "--restart",
+    metavar="WHEN",
+    default="no",
+    help="With -d: start it again when it ends: on-failure[:N], always[:N] or no. Waits grow from 0.1 to 30 s.",
+)
 @click.option("-n", "--nice", type=edge.Whole(-20, 19), metavar="NICE", help="From -20 (goes first) to 19.")
 @click.option("-e", "--env", "variables", multiple=True, metavar="K=V", help="Set a variable in its environment.")
 @click.option("-g", "--group", metavar="GROUP", help="Privilege group.")
@@ -175,6 +181,7 @@ def command(
     context: click.Context,
     detach: bool,
     terminal: bool,
+    restart: str,
     name: str | None,
     nice: int | None,
     variables: tuple[str, ...],
@@ -189,6 +196,8 @@ def command(
         raise click.UsageError(f"nothing to run: {what}")
     if detach and terminal:
         raise click.UsageError("-d and -t exclude each other")
+    if restart != "no" and not detach:
+        raise click.UsageError("--restart goes with -d")
     if not all(map(_is_utf8, (name or "", group or ""))):
         raise edge.Failed("a name is not valid UTF-8", NOT_STARTED)
     try:
@@ -205,6 +214,7 @@ def command(
             umask=_umask(),
             detached=detach,
             attached=not detach,
+            restart=restart,
             tty=terminal,
         )
         with edge.connect() as client:

@@ -148,6 +148,7 @@ COLUMNS: dict[str, Column] = {
     "ospid": _number("OSPID", lambda p: p.ospid),
     "uid": _number("UID", lambda p: p.uid),
     "stat": _word("STAT", lambda p: p.stat),
+    "restarts": _number("RESTARTS", lambda p: p.restarts),
     "ni": _number("NI", lambda p: p.nice),
     "group": _word("GROUP", lambda p: p.group or "-"),
     "calls": _number("CALLS", lambda p: p.calls),
