@@ -1,11 +1,11 @@
-"""Hearing that a process lives: one byte a second through a pipe, from whoever is watched to whoever watches.
+"""Signs of life: one byte a second through a pipe, from a process that is watched to the process that watches it.
 
     guardian ◀─ supervisor ◀─ kernel, llm cores
 
 The supervisor and the kernel beat in their loops, so a loop that hangs falls silent. A core beats from a thread of
 its own, because one step of a big model may take long and is no hang: a core falls silent when it is stopped, or stuck
 with the interpreter's lock held; and its thread stops beating when the loop has not come round for too long (`Rounds`
-says how long that is). Whoever has been silent for `HANG_S` is killed by its watcher, and replaced.
+has how long that is). A process that has been silent for `HANG_S` is killed by its watcher, and replaced.
 """
 
 from __future__ import annotations
@@ -42,7 +42,7 @@ class Heart:
             os.close(self.write)
 
     def hangs(self, clock: Callable[[], float] = time.monotonic) -> bool:
-        """To be asked about every `BEAT_S`. A watcher that was stopped itself has heard nothing meanwhile, which
+        """To be asked about every `BEAT_S`. A watcher that was stopped itself has received nothing meanwhile, which
         proves nothing: then the count starts anew."""
         now = clock()
         late = now - self._looked > 2 * BEAT_S
@@ -62,7 +62,7 @@ def beat(write: int) -> None:
 
 
 class Rounds:
-    """What the loop of a core tells its heart: that it comes round.
+    """What the loop of a service notes for its heart: that it comes round.
 
     How long a round may take follows from the rounds before it: ten times the longest, and never less than half a
     minute; the first ones, of which nothing is known, five minutes. While it loads (before the first round) and while
@@ -104,7 +104,7 @@ class Rounds:
 
 def beat_in_background(write: int, rounds: Rounds) -> None:
     """Beat from a thread for the rest of this process's life, or until the loop is stuck; then its stack goes to
-    stderr, for whoever reads the log."""
+    stderr, for the reader of the log."""
 
     def run() -> None:
         while not rounds.stuck():

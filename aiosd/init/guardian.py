@@ -2,8 +2,8 @@
 
 It takes the home (a lock that a second aiosd runs into), binds the control socket and forks the supervisor.
 Guardian and supervisor are both child subreapers, and each ends everything when the other dies: the supervisor
-on its parent-death signal, the guardian when `wait` or a missing heartbeat says so. Nothing outlives aiosd as
-long as one of the two is left for a moment.
+on its parent-death signal, the guardian on what `wait` returns, or when the heartbeat is missing. Nothing outlives
+aiosd as long as one of the two is left for a moment.
 """
 
 from __future__ import annotations
@@ -105,7 +105,7 @@ def bind(home: Home) -> socket.socket:
 
 
 def _link_socket(home: Home) -> None:
-    """Agents are told AIOS_HOME, whatever their environment would make of the XDG variables; so the socket must be
+    """Agents get AIOS_HOME, whatever their environment would make of the XDG variables; so the socket must be
     found in the home's root also where its place is the runtime folder."""
     link = home.root / home.socket.name
     if link != home.socket:

@@ -1,4 +1,4 @@
-"""Telling whoever started aiosd how it stands: a waiting `aiosd -d`, and systemd (sd_notify(3))."""
+"""Messages about readiness and stopping, for what started aiosd: a waiting `aiosd -d`, and systemd (sd_notify(3))."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ def _tell_starter(settings: Settings, line: str) -> None:
     """One line into the descriptor that `aiosd -d` reads, then close it."""
     if settings.ready_fd is None:
         return
-    with contextlib.suppress(OSError):  # it went away, or has been told already
+    with contextlib.suppress(OSError):  # it has gone, or has the message already
         os.write(settings.ready_fd, line.encode())
         os.close(settings.ready_fd)
 

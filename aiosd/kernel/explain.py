@@ -1,4 +1,4 @@
-"""What was wrong with which argument, in the words of whoever made the call.
+"""What was wrong with which argument, in the words of the caller.
 
 msgspec names a place by positions, `$[5][1]`, because arguments travel as arrays; callers know names.
 """

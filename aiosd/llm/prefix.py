@@ -4,8 +4,8 @@ An edge is a run of tokens with a payload (the state of these tokens: in memory 
 care), and a path from the root is a prompt, or the beginning of many. Every node has its payload: what loses it
 leaves the tree, with all below it.
 
-There is one root per *scope*. Reuse across scopes would tell one of them, by timing, what the other has sent: a
-scope is a privilege group, or the one that all share for prompts marked public.
+There is one root per *scope*: a privilege group, or the one that all share for prompts marked public. Nothing is reused
+across scopes, because the time that it saves would show in one of them what the other has sent.
 
 A *private* node hangs below the tree and is never found by its tokens: what one preempted call has decoded, of
 use to that call alone.
@@ -41,11 +41,11 @@ class Node(Generic[P]):
     tokens: Tokens  # of the edge from the parent
     start: int  # tokens before them
     payload: P | None
-    peer: int = 0  # who needed it last
+    peer: int = 0  # the agent that needed it last
     children: dict[int, Node[P]] = field(default_factory=dict)  # by their first token
     privates: list[Node[P]] = field(default_factory=list)
     private: bool = False
-    pins: int = 0  # somebody is certain to come back for it
+    pins: int = 0  # number of calls that are certain to come back for it
     uses: list[float] = field(default_factory=list)  # clock of the last K uses, the latest first
 
     @property
@@ -96,7 +96,7 @@ class Tree(Generic[P]):
 
     def add(self, scope: str, tokens: Tokens, stop: int, make: Callable[[int], P], now: float) -> Node[P]:
         """The node that ends at `stop`; what is missing of `tokens[:stop]` is added, its payload (for the tokens
-        from a start that it is told up to `stop`) from `make`. Every node on the way is used."""
+        from a start that it is called with, up to `stop`) from `make`. Every node on the way is used."""
         path, at = self.walk(scope, tokens, stop)
         node = path[-1] if path else self.root(scope)
         if node.stop > at:
@@ -116,8 +116,8 @@ class Tree(Generic[P]):
         return node
 
     def _divide(self, node: Node[P], count: int) -> Node[P]:
-        """Cut an edge after `count` tokens; the new upper half. The node itself stays the lower one, so what
-        hangs below it, and whoever knows it, need not be told."""
+        """Cut an edge after `count` tokens; returns the new upper half. The node itself stays the lower one, so nothing
+        changes for what hangs below it, and references to it stay right."""
         parent = node.parent
         assert parent is not None
         assert node.payload is not None
@@ -168,7 +168,8 @@ def path_to(node: Node[P]) -> list[Node[P]]:
 
 
 def most_shared(lengths: Iterable[int]) -> int:
-    """Where to cut what many begin with, given how far each of the others goes along: the length that saves most tokens
-    in all if each that reaches so far shares them. 0: none of them does."""
+    """At which length to cut a beginning, so that sharing it saves most tokens. `lengths`: how many leading tokens each
+    of the other prompts has in common with it. A prompt can share a cut only if it has at least that length in common,
+    so a long cut saves much for few, and a short one little for many. 0: none has anything in common."""
     ordered = sorted(lengths, reverse=True)
     return max(((length * (i + 1), length) for i, length in enumerate(ordered)), default=(0, 0))[1]

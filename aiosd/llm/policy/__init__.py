@@ -1,13 +1,13 @@
 """Who runs next: pure decisions over records and a clock; no tensors, no llama.cpp, no I/O.
 
-`contract.py` says what the engine asks and what a policy may know. One file for each policy, with its promise at the
+`contract.py` has what the engine asks, and what a policy may know. One file for each policy, with its promise at the
 top; the tests hold it to that.
 
     fifo        in the order of arrival, to the end
     rr          turns of one quantum, round the agents
-    priority    by nice value; who waits becomes more urgent
-    mlfq        who has had least comes first; in levels, with growing quanta
-    fair        shares by nice value and group; a sleeper who wakes may run ahead (the default)
+    priority    by nice value; a call becomes more urgent while it waits
+    mlfq        the agent that has had least comes first; in levels, with growing quanta
+    fair        shares by nice value and group; an agent that has slept may run ahead (the default)
 """
 
 from __future__ import annotations

@@ -2,8 +2,8 @@
 
 The engine tells a policy of every call: `arrive` when it can begin to wait, `leave` when it cannot go on any more:
 finished, cancelled, or **parked** (a parked call arrives again when it is let go on; else the counters of an agent
-that was stopped for an hour would entitle it to an hour's service at once). `charge` and `charge_prompt` say what
-the model did for whom. Then, in every step, it asks:
+that was stopped for an hour would entitle it to an hour's service at once). `charge` and `charge_prompt` count what
+the model did for each call. Then, in every step, it asks:
 
     evict   which running calls give up their slot to waiting ones       ┐ only while calls wait
     admit   which waiting calls take the slots that are free now         ┘
@@ -81,11 +81,11 @@ class Policy(Protocol):
         ...
 
     def charge(self, calls: Sequence[Entry], tokens: int, now: float) -> None:
-        """Each of `calls` got so many tokens in the step just done."""
+        """Each of `calls` got `tokens` tokens in the step just done."""
         ...
 
     def charge_prompt(self, call: Entry, tokens: int, now: float) -> None:
-        """So many tokens of its prompt were computed for this call."""
+        """`tokens` tokens of its prompt were computed for this call."""
         ...
 
     def evict(self, waiting: Sequence[E], running: Sequence[E], free: int, now: float) -> list[E]:
@@ -108,7 +108,7 @@ class Policy(Protocol):
 
 class Base:
     """Answers that most policies give. They decode all that is ready: the larger the batch, the more tokens per
-    second, and a call that waits for nothing but its turn in a batch gains nobody much by waiting."""
+    second, and a call that waits for nothing but its turn in a batch helps no other much by waiting."""
 
     def arrive(self, call: Entry, now: float) -> None:
         pass

@@ -1,30 +1,31 @@
-"""Shares by nice value and by group; a sleeper who wakes may run ahead.
+"""Shares by nice value and by group; an agent that has slept may run ahead.
 
-Virtual token counters (VTC, OSDI 2024): an agent's `rank` grows with each token it is given, the slower the greater
-its weight, and whoever has the least rank comes first: to a slot, to the computation of its prompt, and, where ranks
-have drifted apart, to the next step. Weights are those of Linux for nice values. One *virtual token* is a token of an
-agent of nice 0.
+Virtual token counters (VTC, OSDI 2024): an agent's `rank` grows with each token that it is given, more slowly the
+greater its weight. The agent with the least rank comes first: to a slot, to the computation of its prompt, and, where
+ranks have drifted apart, to the next step. Weights are those of Linux for nice values. One *virtual token* is one token
+of an agent of nice 0.
 
-- **Slots.** A waiting call gets the slot of a running one whose agent is ahead by more than a quantum (in tokens of
-  its own), or by anything at all after quantum.seconds. The 2nd, 3rd … call of one agent counts as so many times two
-  quanta further on, so that agents with one call do not wait for those with ten; of an agent's calls the one that
-  has had least comes first.
-- **Steps.** All that is ready is decoded together, as batch size is throughput: in a crowd of equals nobody is ever
-  held out. Calls whose agents are ahead of the hindmost by more than a quantum are held out if they are at least half
-  of the batch, so that it is worth it; those ahead by more than FAR quanta are held out in any case.
-- **Newcomers** begin at the *line*: nothing is owed to who was not there, and nothing is to be made up for. The line
-  moves on by what the active agents are given on the average, and is never further on than the hindmost of them.
-  Who comes back begins where it was, if that is further on.
-- **Sleepers.** An agent that sleeps, which is to have no call for NAP_S and for an eighth of the time that it had
-  one, earns an allowance (and has a small one when it comes for the first time), by which its rank begins before its
-  line: so an agent that asks something small now and then runs ahead of a crowd that generates without end, though it
-  takes more than its share while it does. It passes only those who have had more than a quantum since they last
-  slept: short calls do not hold up each other. What is given on allowance is not
-  counted. Such gifts are for few: when more than FEW of the active have slept (a crowd whose agents all use tools,
-  and pause meanwhile), all allowances are void. And they end somewhere: when agents on allowance have kept others
-  waiting for RATION_S, and from then on for more than half of the time, they are void until the ration has grown
-  again.
-- **Groups** with a share are as heavy as so many agents of nice 0, however many they are: their members divide it.
+- **Slots.** A waiting call gets the slot of a running one whose agent is ahead of it by more than a quantum (in tokens
+  of the running one), or by anything at all once that has run for quantum.seconds. Of several calls of one agent the
+  one that has had least comes first; each further call counts as two quanta behind the one before it, so that agents
+  with one call do not wait for agents with ten.
+- **Steps.** All calls that are ready are decoded together, because throughput grows with the batch: in a crowd of
+equals
+  no call is ever held out. Calls whose agents are ahead of the hindmost agent by more than a quantum are held out if
+  they are at least half of the batch (for fewer it would not pay), and calls that are ahead by more than FAR quanta are
+  held out in any case.
+- **Newcomers** begin at the *line*: they are owed nothing for the time before they came, and have nothing to make up
+  for. The line moves on by what the active agents are given on average, and is never ahead of the hindmost of
+  them. An agent that comes back begins where it was, if that is further on than the line.
+- **Sleepers.** An agent sleeps when it has no call for NAP_S and for an eighth of the time that it had one before. It
+  earns an allowance for that (and has a small one when it comes for the first time): its rank begins that far before
+  its line. So an agent that asks something small now and then runs ahead of a crowd that generates without end, though
+  it takes more than its share while it does. It passes only agents that have had more than a quantum since they last
+  slept, so that short calls do not hold up each other. Tokens given on an allowance are not counted. Allowances are for
+  few: when more than the part FEW of the active agents have slept (a crowd in which all use tools, and pause
+  meanwhile), all allowances are void. And they are rationed: when agents on allowances have kept others waiting for
+  RATION_S at a stretch, or for half of the time, all are void until the ration has grown again.
+- **Groups** with a share: the members of the group divide the weight of that number of agents of nice 0 among them.
 """
 
 from __future__ import annotations
@@ -46,23 +47,24 @@ WEIGHTS = (
 # fmt: on
 NICE_0 = 1024
 
-#: An idle agent earns so many virtual tokens a second, up to so many.
+#: What an idle agent earns: virtual tokens a second, and at most.
 ALLOWANCE_RATE, ALLOWANCE = 256.0, 512.0
 
-#: … and who was never seen before has so many: the first question of a person must not wait for a crowd either.
+#: Virtual tokens that an agent has when it comes for the first time: a person's first question must not wait for a
+#: crowd either.
 WELCOME = 128.0
 
-#: Who was idle for so many seconds, and for this part of the time it was active before, has slept; allowances count
-#: while at most FEW of the active have.
+#: An agent has slept when it was idle for NAP_S seconds and for the part NAP_PART of the time that it was active
+#: before. Allowances count while at most the part FEW of the active agents have slept.
 NAP_S, NAP_PART, FEW = 0.25, 1 / 8, 1 / 4
 
 #: Seconds for which agents on allowance may keep others waiting, saved up one for one while they do not.
 RATION_S = 4.0
 
-#: Who is ahead by so many quanta is held out of steps even if that makes the batch hardly smaller.
+#: A call that is ahead by this number of quanta is held out of steps even if that makes the batch hardly smaller.
 FAR = 8
 
-#: Idle agents are remembered (with rank and allowance) so many, and so long.
+#: Idle agents are remembered with rank and allowance: this number of them, and for this number of seconds.
 REMEMBER, REMEMBER_S = 4096, 3600.0
 
 
@@ -92,10 +94,10 @@ class _Group:
 
 @dataclass(frozen=True, slots=True)
 class _Quiet:
-    """All slots are taken, and nobody had to give way to these."""
+    """All slots are taken, and no running call had to give way to the waiting ones."""
 
-    waiting: int  # how many
-    rank: float  # the least of theirs
+    waiting: int  # the number of waiting calls
+    rank: float  # the least of their ranks
     gifts: bool  # is one on allowance among them?
 
 
@@ -121,7 +123,7 @@ class Fair(Base):
         self._given = 0.0  # virtual tokens, to all, since the line last moved
         self._seated: dict[int, float] = {}  # call → when it got its slot
         self._quiet: _Quiet | None = None  # what is known of those that wait
-        self._ahead: float | None = None  # the rank of whom others were held out for in the last step
+        self._ahead: float | None = None  # the rank of the agent that others were held out for in the last step
         self._ration = _Ration()
 
     def reach(self, nice: int, batch: int = 1, prompt: int = 0) -> float:
@@ -130,7 +132,7 @@ class Fair(Base):
         cost = NICE_0 / WEIGHTS[nice + 20]
         return ALLOWANCE + FAR * self._tokens * max(cost, 1.0) + cost * (batch + PROMPT_WEIGHT * prompt)
 
-    # ── who is there ──────────────────────────────────────────────────────────────────────────────────────
+    # ── active agents ──────────────────────────────────────────────────────────────────────────────────────
 
     def arrive(self, call: Entry, now: float) -> None:
         if call.order in self._of:
@@ -160,7 +162,7 @@ class Fair(Base):
             left = agent.line - agent.rank
             agent.line = max(agent.line, self._line)
             agent.rank = agent.line - left
-        else:  # it goes on: `line` still says when it last slept
+        else:  # it goes on: its `line` is that of its last sleep
             agent.rank = max(agent.rank, self._line)
         self._active[agent.peer] = agent
         if agent.group is not None:
@@ -172,15 +174,15 @@ class Fair(Base):
         return agent
 
     def _void(self) -> None:
-        """Nobody runs ahead any more."""
+        """No agent runs ahead any more."""
         self._quiet = None
         for agent in self._gifted:
             agent.rank = max(agent.rank, agent.line)
         self._gifted.clear()
 
     def _advance(self) -> None:
-        """Move the line. It must not simply be the least rank: if the hindmost leaves for a moment, that jumps. Those
-        who have slept, but have had more than any allowance since, are like others."""
+        """Move the line. It must not simply be the least rank: that jumps if the hindmost agent leaves for a moment.
+        Agents that have slept, but have had more than any allowance since, are treated like all others."""
         given, self._given = self._given, 0.0
         if given and self._active:
             self._sleepers -= {agent for agent in self._sleepers if agent.rank >= agent.line + ALLOWANCE}
@@ -277,7 +279,7 @@ class Fair(Base):
         first = sorted(((*self._key(call), call) for call in waiting), key=lambda entry: entry[:2])[free:]
         seats = sorted(((self._key(call), self._patience(call, now), call) for call in running), key=lambda s: s[0])
         victims: list[E] = []
-        least = float("inf")  # of the victims' ranks: admit must choose all those for whom they go before any of them
+        least = float("inf")  # of the victims' ranks; admit must choose what they make room for before any of them
         for rank, _, call in first:
             line = self._of[call.order].line
             ahead = [i for i, seat in enumerate(seats) if self._gives_way(seat[0][0], seat[1], seat[2], rank, line)]
@@ -292,8 +294,9 @@ class Fair(Base):
         return victims
 
     def _nobody_gives_way(self, waiting: Sequence[E], running: Sequence[E], now: float) -> bool:
-        """The short answer for nearly every step: who waits is the same as before, with the same ranks; has anybody who
-        runs got far enough ahead of the least of these? Two thousand may wait, for whom this asks nothing."""
+        """The short answer for nearly every step. The waiting calls are those of the last look, with the same ranks; so
+        only the running calls are looked at: is one far enough ahead of the least of these ranks by now? This costs
+        nothing for each waiting call, of which there may be thousands."""
         quiet = self._quiet
         if quiet is None or quiet.waiting != len(waiting):
             return False
@@ -354,7 +357,7 @@ class Fair(Base):
         return kept
 
     def _behind(self, agents: list[_Agent], ranks: list[float], least: float, decoding: list[E]) -> list[E]:
-        """Those as far behind as one on allowance, and those who are not long."""
+        """Calls as far behind as the one on an allowance, and those whose agents have had little."""
         most = least + self._tokens
         return [
             call

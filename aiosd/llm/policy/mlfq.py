@@ -20,7 +20,7 @@ LEVELS = 6
 #: Everybody begins again at the top, so often (seconds).
 BOOST_S = 30.0
 
-#: What an agent has had is forgotten by half in so many seconds without a call.
+#: Seconds without a call in which half of what an agent has had is forgotten.
 HALF_LIFE_S = 10.0
 
 
@@ -32,9 +32,9 @@ class _Agent:
 
 
 class Mlfq(Base):
-    """Promise: a slot goes to the agent on the highest level, at once if who has it stands lower; on one level calls
-    take turns of a quantum × 2^level. Every BOOST_S all begin at the top again, in the order in which they have
-    waited; so a call waits at most BOOST_S, one turn of level 0 for each round of the calls that stand before it,
+    """Promise: a slot goes to the agent on the highest level, at once if the agent that has it stands lower; on one
+    level calls take turns of a quantum × 2^level. Every BOOST_S all begin at the top again, in the order in which they
+    have waited; so a call waits at most BOOST_S, one turn of level 0 for each round of the calls that stand before it,
     and those that come new in that time."""
 
     name = "mlfq"
@@ -104,7 +104,7 @@ class Mlfq(Base):
         for victim in victims:
             self._places[victim.order] = next(self._end)
         for _, over, call in lowest[len(victims) :]:
-            if over:  # nobody is there who would get the slot: else who went just now would come back for it
+            if over:  # no call waits that would get the slot: else the one that left just now would come back for it
                 self._turns.begin(call, now)
         return victims
 

@@ -1,4 +1,4 @@
-"""By nice value; who waits becomes more urgent.
+"""By nice value; a call becomes more urgent while it waits.
 
 The *urgency* of a call is a number on the scale of nice values: the lower, the more urgent.
 """
@@ -9,17 +9,17 @@ from collections.abc import Sequence
 
 from aiosd.llm.policy.contract import Base, E, Entry, Quantum, Turns
 
-#: A call that waits becomes more urgent by one step of nice in so many seconds: the least urgent agent overtakes the
-#: most urgent one after 80.
+#: Seconds in which a call that waits becomes more urgent by one step of nice: the least urgent agent overtakes the
+#: most urgent one after 80 s.
 AGEING_S = 2.0
 
 
 class Priority(Base):
-    """Promise: the most urgent call gets the slot; at once, if who has it is less urgent by a step. A call that
-    waits gains one step of nice per AGEING_S, so a call of nice n is overtaken only by calls of nice m < n that began
-    to wait less than (n - m) × AGEING_S after it: its wait is bounded, whatever the others do. What it has gained it
-    keeps until it has run for a quantum, also if it must wait again before. Of equals, who came first; and who has
-    run for a quantum gives way to an equal who has waited for AGEING_S."""
+    """Promise: the most urgent call gets the slot; at once, if the call that has it is less urgent by a step. A call
+    that waits gains one step of nice per AGEING_S, so a call of nice n is overtaken only by calls of nice m < n that
+    began to wait less than (n - m) × AGEING_S after it: its wait is bounded, whatever the others do. What it has gained
+    it keeps until it has run for a quantum, also if it must wait again before. Of equals the first to come goes first;
+    and a call that has run for a quantum gives way to an equal one that has waited for AGEING_S."""
 
     name = "priority"
 
