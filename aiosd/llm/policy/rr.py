@@ -16,8 +16,8 @@ from aiosd.llm.policy.contract import Base, E, Entry, Quantum, Turns
 
 class RoundRobin(Base):
     """Promise: while agents have one call each, they get their turns in an order that repeats: between two turns of
-    a call, every other call that waited all the time has one. A turn lasts a quantum, and longer only while no call waits
-    that would get the slot. With n calls on k slots the longest wait is that for ceil(n/k) turns."""
+    a call, every other call that waited all the time has one. A turn lasts a quantum, and longer only while no call
+    waits that would get the slot. With n calls on k slots the longest wait is that for ceil(n/k) turns."""
 
     name = "rr"
 
