@@ -133,9 +133,25 @@ def test_libaios_imports_nothing_of_aiosd() -> None:
     assert [pair for pair in house_imports() if within(pair[0], "libaios") and within(pair[1], "aiosd")] == []
 
 
-def test_llm_llama_alone_touches_llama_cpp() -> None:
+def test_llm_ggml_alone_touches_llama_cpp() -> None:
+    """Others go through `aiosd.llm.ggml`: those that own llama.cpp's objects, or replace its attention."""
     users = {module_of(path) for path in SOURCES for imported, _ in imports(path) if within(imported, "llama_cpp")}
-    assert users <= {"aiosd.llm.llama"}
+    assert users <= {"aiosd.llm.ggml"}
+    callers = {module_of(path) for path in SOURCES for imported, _ in imports(path) if imported == "aiosd.llm.ggml"}
+    assert callers <= {"aiosd.llm.llama", "aiosd.llm.attention", "aiosd.llm.library"}
+
+
+def test_modules_of_the_llm_core_import_each_other_in_no_circle() -> None:
+    """Imports for the type checker count: who needs a name in a hint cannot be read without the other either."""
+    edges: dict[str, set[str]] = {}
+    for path in SOURCES:
+        if within(module_of(path), "aiosd.llm"):
+            below = {name for name, _ in imports(path) if within(name, "aiosd.llm")}
+            edges[module_of(path)] = below - {module_of(path), "aiosd.llm"}
+    while free := {module for module, below in edges.items() if not below & set(edges)}:
+        for module in free:
+            del edges[module]
+    assert edges == {}, "these import each other, or what does"
 
 
 @pytest.mark.parametrize("pure", ["aiosd.llm.policy", "aiosd.llm.prefix"])

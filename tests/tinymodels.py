@@ -10,6 +10,7 @@ templates are written anew after what the families' own produce; they say the sa
 
 from __future__ import annotations
 
+import ctypes
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -17,6 +18,7 @@ from typing import Any
 
 import gguf
 import numpy as np
+from llama_cpp import llama_cpp as C
 
 from benchmarks.models import byte_to_char, write_llama
 
@@ -39,6 +41,17 @@ OWN_ATTENTION = "avx2" in Path("/proc/cpuinfo").read_text().split()
 def write(path: Path, *, template: str | None = CHATML, **shape: Any) -> Path:
     """A model of some 100,000 parameters (see `benchmarks.models.write_llama` for what `shape` may say)."""
     return write_llama(path, template=template, **shape)
+
+
+def quantise(path: Path, kind: str) -> Path:
+    """The same model in a file of another type (`Q4_K`, …), beside it. For K-quants `d` and `ff` are multiples of 256."""
+    target = path.with_name(f"{path.stem}-{kind}.gguf")
+    params = C.llama_model_quantize_default_params()
+    params.ftype = getattr(C, f"LLAMA_FTYPE_MOSTLY_{kind}{'_S' if kind == 'Q4_K' else ''}")
+    params.nthread, params.pure = 1, True
+    if C.llama_model_quantize(str(path).encode(), str(target).encode(), ctypes.byref(params)):
+        raise OSError(f"llama.cpp could not make {target}")
+    return target
 
 
 # ── families of chat models ───────────────────────────────────────────────────────────────────────────────

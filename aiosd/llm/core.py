@@ -326,7 +326,7 @@ class Core:
             "gpu_layers": loaded.gpu_layers,
             "device": loaded.device,
             "flash_attention": "auto" if loaded.flash_attention is None else loaded.flash_attention,
-            "attention": "aiosd" if loaded.context.attention is not None else "llama.cpp",
+            "attention": loaded.attention,
             "exact": self._spec.exact,
             "chat_template": "the model's" if self.engine.requests.template.given else "ChatML (the model has none)",
             "llama_cpp": llama.version(),

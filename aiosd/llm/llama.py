@@ -1,4 +1,4 @@
-"""The only file that touches llama_cpp: thin, typed owners of its objects.
+"""Thin, typed owners of llama.cpp's objects.
 
 A `Model` holds weights and vocabulary, a `Context` the KV cache of one model, a `Batch` the arrays that a
 decode step reads, a `Grammar` the state of one constrained generation. Each frees what it owns in `close`;
@@ -11,110 +11,40 @@ impossible. Every method here says which, and its callers check first.
 from __future__ import annotations
 
 import ctypes
-import os
 import re
-import sys
-from collections import deque
 from collections.abc import Callable
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
-import llama_cpp.llama_cpp
 import numpy as np
 import numpy.typing as npt
 
 from aiosd.errors import Bug, WorldError
+from aiosd.llm.attention import Attention
+from aiosd.llm.ggml import C, Floats, Ints, on_abort, start, supports_gpu, take_errors, version
 
-if TYPE_CHECKING:
-    from aiosd.llm.attention import Attention
+__all__ = [
+    "ABORTED",
+    "NO_ROOM",
+    "OK",
+    "POOLING_MEAN",
+    "POOLING_RANK",
+    "Batch",
+    "C",
+    "Context",
+    "Floats",
+    "Grammar",
+    "Ints",
+    "Model",
+    "on_abort",
+    "start",
+    "supports_gpu",
+    "take_errors",
+    "version",
+]
 
-C: Any = llama_cpp.llama_cpp  # its hints are for type checkers of callers who use no numpy
-
-Floats = npt.NDArray[np.float32]
-Ints = npt.NDArray[np.int32]
-
-POOLING_NONE, POOLING_MEAN = 0, 1
+POOLING_NONE, POOLING_MEAN, POOLING_RANK = 0, 1, 4
 
 OK, NO_ROOM, ABORTED = 0, 1, 2  # what Context.decode returns; below 0: an error
-
-_ERROR_LEVEL, _CONTINUED = 4, 5
-
-
-# ── the library and its log ───────────────────────────────────────────────────────────────────────────────
-
-_last_errors: deque[str] = deque(maxlen=8)
-_verbose = False
-
-
-@C.llama_log_callback  # type: ignore[untyped-decorator]
-def _log(level: int, text: bytes, _data: object) -> None:
-    line = text.decode(errors="replace")
-    if level == _ERROR_LEVEL and line.strip():
-        _last_errors.append(line.strip())
-    if _verbose:
-        sys.stderr.write(line)
-
-
-_abort_type = ctypes.CFUNCTYPE(None, ctypes.c_char_p)
-_set_abort = ctypes.CFUNCTYPE(ctypes.c_void_p, _abort_type)(("ggml_set_abort_callback", C._lib))
-_last_words: Callable[[str], None] | None = None
-
-
-@_abort_type  # type: ignore[untyped-decorator]
-def _abort(text: bytes) -> None:
-    """llama.cpp found an assertion of its own broken and ends the process when this returns."""
-    line = text.decode(errors="replace").strip()
-    sys.stderr.write(f"llama.cpp: {line}\n")
-    if _last_words is not None:
-        _last_words(line.split(": ", 1)[-1])
-
-
-def on_abort(last_words: Callable[[str], None] | None) -> None:
-    """Who hears the reason when llama.cpp ends the process."""
-    global _last_words
-    _last_words = last_words
-
-
-_M_TRIM_THRESHOLD, _M_MMAP_THRESHOLD = -1, -3
-
-
-def _pool_buffers() -> None:
-    """Blocks of some megabytes come and go with every context switch. By default each gets fresh pages from the
-    system, whose faults cost more than the copying; now freed ones are used again."""
-    libc = ctypes.CDLL(None)
-    if hasattr(libc, "mallopt"):  # glibc
-        libc.mallopt(_M_MMAP_THRESHOLD, 32 << 20)
-        libc.mallopt(_M_TRIM_THRESHOLD, 256 << 20)
-
-
-def start(verbose: bool = False) -> None:
-    """Initialise llama.cpp in this process. Its log is kept, not shown, unless `verbose`."""
-    global _verbose
-    _verbose = verbose
-    os.environ["GGML_NO_BACKTRACE"] = "1"  # it would start gdb on this process; faulthandler tells more, faster
-    _set_abort(_abort)
-    C.llama_log_set(_log, ctypes.c_void_p(0))
-    C.llama_backend_init()
-    _pool_buffers()
-
-
-def take_errors() -> list[str]:
-    """What llama.cpp complained about since the last call, oldest first."""
-    errors = list(_last_errors)
-    _last_errors.clear()
-    return errors
-
-
-def version() -> str:
-    return str(C.llama_version().decode()) if hasattr(C, "llama_version") else ""
-
-
-def system_info() -> str:
-    """Instruction sets and backends that this build uses."""
-    return str(C.llama_print_system_info().decode())
-
-
-def supports_gpu() -> bool:
-    return bool(C.llama_supports_gpu_offload())
 
 
 # ── weights and vocabulary ────────────────────────────────────────────────────────────────────────────────
@@ -166,7 +96,6 @@ class Model:
         self.n_embd_out = int(C.llama_model_n_embd_out(model))
         self.n_layer = int(C.llama_model_n_layer(model))
         self.n_ctx_train = int(C.llama_model_n_ctx_train(model))
-        self.n_swa = int(C.llama_model_n_swa(model))
         self.has_encoder = bool(C.llama_model_has_encoder(model))
         self.has_decoder = bool(C.llama_model_has_decoder(model))
         self.recurrent = bool(C.llama_model_is_recurrent(model) or C.llama_model_is_hybrid(model))
@@ -469,6 +398,8 @@ class Context:
         if self._ctx:
             C.llama_free(self._ctx)
             self._ctx = None
+            if self.attention is not None:
+                self.attention.close()
 
 
 # ── grammar ───────────────────────────────────────────────────────────────────────────────────────────────

@@ -21,9 +21,8 @@ from typing import Any
 import numpy as np
 
 from aiosd.errors import UsageError, WorldError
-from aiosd.llm import llama, modelfile
-from aiosd.llm.attention import Attention
-from aiosd.llm.blob import Layout
+from aiosd.llm import llama, modelfile, trial
+from aiosd.llm.attention import Attention, Unavailable
 from aiosd.llm.spec import DEFAULT_CTX, MAX_SLOTS, ModelSpec
 
 logger = logging.getLogger("llm")
@@ -39,10 +38,6 @@ MEASURE_S = 0.8
 
 #: Flash attention on a CPU pays for itself with no more slots or no longer contexts than these, and heads as wide.
 FEW_SLOTS, SHORT_CTX, WIDE_KEYS = 8, 512, 64
-
-#: Our attention is compared with llama.cpp's on a prompt of so many tokens (the smallest context has more); logits must
-#: agree up to this part of the largest.
-SAMPLE, SAME = 12, 0.02
 
 Report = Callable[[str, float], None]
 
@@ -60,6 +55,7 @@ class Loaded:
     gpu_layers: int
     kv_bytes: int
     flash_attention: bool | None  # None: llama.cpp decides
+    why_not_own: str  # why attention is llama.cpp's, '': it is our own
     path: str
 
     def info(self, chat: bool, tools: bool) -> dict[str, Any]:
@@ -77,6 +73,11 @@ class Loaded:
             "chat": chat,
             "tools": tools,
         }
+
+    @property
+    def attention(self) -> str:
+        """Whose it is, for people, and why where it is not our own."""
+        return f"llama.cpp ({self.why_not_own})" if self.why_not_own else "aiosd"
 
     @property
     def device(self) -> str:
@@ -105,7 +106,7 @@ def load(spec: ModelSpec, report: Report) -> Loaded:
         ctx = min(ctx, trained) if trained else ctx
         if spec.exact and model.recurrent:
             raise UsageError("--exact: not for a model with a recurrent state, of which no part can be taken back")
-        context, flash_attention = _context(spec, model, ctx, slots, file.key_width())
+        context, flash_attention, why = _context(spec, model, ctx, slots, file.key_width())
         threads = _threads(spec, context, slots, report)
     except BaseException:
         model.close()
@@ -120,6 +121,7 @@ def load(spec: ModelSpec, report: Report) -> Loaded:
         gpu_layers=_offloaded(spec, model),
         kv_bytes=slots * file.kv_bytes_per_slot(ctx),
         flash_attention=flash_attention,
+        why_not_own=why,
         path=os.path.abspath(spec.path),
     )
 
@@ -258,9 +260,9 @@ def _weights(spec: ModelSpec, report: Report) -> llama.Model:
 
 def _context(
     spec: ModelSpec, model: llama.Model, ctx: int, slots: int, key_width: int
-) -> tuple[llama.Context, bool | None]:
-    """The context, and whether llama.cpp computes its attention in one go (None: it decides). With our own if that can
-    be, see `attention.py`."""
+) -> tuple[llama.Context, bool | None, str]:
+    """The context, whether llama.cpp computes its attention in one go (None: it decides), and why it is not our own
+    (see `attention.py`)."""
 
     def make(flash_attention: bool | None, attention: Attention | None = None) -> llama.Context:
         try:
@@ -276,62 +278,30 @@ def _context(
         except WorldError as error:
             raise UsageError(f"{spec.path}: {slots} slots of {ctx} tokens: {error}") from error
 
-    own = Attention.load(slots) if _may_be_own(spec, model) else None
-    if own is not None:
-        context = make(True, own)
-        if agrees(context):
-            return context, True
-        context.close()
+    why = _not_own(spec, model)
+    if not why:
+        try:
+            context = make(True, Attention.load(slots))
+            why = trial.held_against(context)
+            if not why:
+                return context, True, ""
+            context.close()
+        except Unavailable as unavailable:
+            why = str(unavailable)
+        logger.warning("attention: llama.cpp's own is used: %s", why)
     flash_attention = _flash_attention(spec, slots, ctx, key_width)
-    return make(flash_attention), flash_attention
+    return make(flash_attention), flash_attention, why
 
 
-def _may_be_own(spec: ModelSpec, model: llama.Model) -> bool:
-    return spec.flash_attention == "auto" and not spec.exact and not model.recurrent and not llama.supports_gpu()
-
-
-def agrees(context: llama.Context) -> bool:
-    """Does this context compute the same with our attention as with llama.cpp's, but for rounding, also where the
-    beginning of a sequence lies outside of its slot? Leaves it empty."""
-    own = context.attention
-    assert own is not None
-    own.enabled = False
-    theirs = _sample_logits(context, 0)
-    own.enabled = True
-    ours = _sample_logits(context, 0)
-    state = context.read(0)
-    layout = Layout.of(state) if ours.size else None
-    if layout is not None and layout.by_rows and len(layout.sizes) == 2 * context.n_layer:
-        piece = layout.cut(state, 0, context.last_position(0) + 1, 0, SAMPLE)
-        own.set_layout(layout.sizes)
-        own.set_runs([(piece.data.ctypes.data, piece.length)])
-        own.base_length[0] = SAMPLE
-        ours = np.concatenate([ours[:1], _sample_logits(context, SAMPLE)])
-        own.base_length[0] = 0
-        own.set_runs([])
-    context.clear()
-    spread = float(np.abs(theirs).max()) if theirs.size else 0.0
-    return own.used and theirs.shape == ours.shape and bool(np.allclose(ours, theirs, rtol=0, atol=SAME * spread))
-
-
-def _sample_logits(context: llama.Context, start: int) -> llama.Floats:
-    """What comes after a prompt in two parts and a token more, from `start` on, in an empty context; empty if llama.cpp
-    cannot."""
-    context.clear()
-    batch = llama.Batch(SAMPLE)
-    found = []
-    for at, size in ((0, SAMPLE), (SAMPLE, 2), (SAMPLE + 2, 1)):
-        if at < start:
-            continue
-        batch.size = size
-        batch.tokens[:size] = (np.arange(at, at + size) * 37 + 11) % context.n_vocab
-        batch.positions[:size] = np.arange(at, at + size)
-        batch.wanted[:size] = 0
-        batch.wanted[size - 1] = 1
-        if context.decode(batch) != llama.OK:
-            return np.zeros((0, 0), np.float32)
-        found.append(context.logits(1)[0].copy())
-    return np.array(found)
+def _not_own(spec: ModelSpec, model: llama.Model) -> str:
+    """Why attention of our own is not even tried, '' if it is."""
+    if spec.flash_attention != "auto":
+        return f"--flash-attention {spec.flash_attention}"
+    if spec.exact:
+        return "--exact: the order of its sums depends on the others in a batch"
+    if model.recurrent:
+        return "the model keeps a recurrent state"
+    return "llama.cpp was built for a GPU" if llama.supports_gpu() else ""
 
 
 def _threads(spec: ModelSpec, context: llama.Context, slots: int, report: Report) -> int:
