@@ -15,7 +15,7 @@ from hypothesis import strategies as st
 
 from aiosd.errors import AiosdError, UsageError
 from aiosd.llm import llama, loading, modelfile
-from aiosd.llm.attention import Attention
+from aiosd.llm.attention import Attention, Unavailable
 from aiosd.llm.embed import Embedder
 from aiosd.llm.spec import ModelSpec
 from tests import tinymodels
@@ -55,7 +55,7 @@ def test_progress_reaches_one(path: Path) -> None:
     loaded.close()
     assert ("loading", 1.0) in seen
     assert all(0 <= fraction <= 1 for _, fraction in seen)
-    assert 1 <= loaded.threads <= len(os.sched_getaffinity(0))
+    assert 1 <= loaded.threads.number <= len(os.sched_getaffinity(0))
 
 
 def test_info_has_the_fields_of_the_contract(path: Path) -> None:
@@ -137,6 +137,10 @@ def test_what_is_asked_for_is_kept_or_refused(path: Path, options: dict[str, Any
     assert why in refusal(path, **options)
 
 
+def unavailable(self: Attention, *args: object) -> None:
+    raise Unavailable("for a test")
+
+
 @pytest.mark.parametrize(
     ("heads", "options", "on"),
     [
@@ -152,7 +156,7 @@ def test_what_is_asked_for_is_kept_or_refused(path: Path, options: dict[str, Any
 def test_a_few_slots_and_wide_heads_get_flash_attention(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, heads: int, options: dict[str, Any], on: bool
 ) -> None:
-    monkeypatch.setattr(Attention, "load", lambda streams: None)
+    monkeypatch.setattr(Attention, "__init__", unavailable)
     path = tinymodels.write(tmp_path / "wide.gguf", d=64, heads=heads, kv_heads=1)
     loaded = load(path, **options)
     loaded.close()

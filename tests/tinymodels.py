@@ -44,7 +44,7 @@ def write(path: Path, *, template: str | None = CHATML, **shape: Any) -> Path:
 
 
 def quantise(path: Path, kind: str) -> Path:
-    """The same model in a file of another type (`Q4_K`, …), beside it. For K-quants `d` and `ff` are multiples of 256."""
+    """The same model as a file of another type, beside it. For K-quants `d` and `ff` are multiples of 256."""
     target = path.with_name(f"{path.stem}-{kind}.gguf")
     params = C.llama_model_quantize_default_params()
     params.ftype = getattr(C, f"LLAMA_FTYPE_MOSTLY_{kind}{'_S' if kind == 'Q4_K' else ''}")

@@ -28,6 +28,7 @@ Files, from the bottom up:
     embed.py       vectors, in a context of their own
     saved.py       contexts by name, as files
     library.py     the calls about those
+    threads.py     how many compute a step, measured
     trial.py       is our attention right for this model?
     loading.py     from a ModelSpec to a calibrated engine, or one line that says why not
     core.py        the process: kernel's messages in, the engine's messages out

@@ -3,27 +3,22 @@
 In this order, the cheap checks first: the file's head (`modelfile`), memory for weights and KV cache, llama.cpp,
 the number of slots, the threads. What the user asked for (`ctx`, `slots`, `threads`, `gpu_layers`) is kept or
 refused; what was left open is chosen here.
-
-Threads are measured: with a small model one thread beats two, because a step is shorter than it takes to wake
-the others. The measurement is a few decode steps, well under a second in all.
 """
 
 from __future__ import annotations
 
 import logging
 import os
-import time
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-
 from aiosd.errors import UsageError, WorldError
-from aiosd.llm import llama, modelfile, trial
+from aiosd.llm import llama, modelfile, threads, trial
 from aiosd.llm.attention import Attention, Unavailable
 from aiosd.llm.spec import DEFAULT_CTX, MAX_SLOTS, ModelSpec
+from aiosd.llm.threads import Threads
 
 logger = logging.getLogger("llm")
 
@@ -33,8 +28,8 @@ AUTO_SLOTS = 32
 #: Largest batch that llama.cpp computes at once.
 UBATCH = 512
 
-#: The measurement of threads takes about this long at most.
-MEASURE_S = 0.8
+#: Threads are measured for a step of so many rows.
+MEASURED_ROWS = 8
 
 #: Flash attention on a CPU pays for itself with no more slots or no longer contexts than these, and heads as wide.
 FEW_SLOTS, SHORT_CTX, WIDE_KEYS = 8, 512, 64
@@ -51,7 +46,7 @@ class Loaded:
     context: llama.Context
     ctx: int
     slots: int
-    threads: int
+    threads: Threads
     gpu_layers: int
     kv_bytes: int
     flash_attention: bool | None  # None: llama.cpp decides
@@ -73,6 +68,14 @@ class Loaded:
             "chat": chat,
             "tools": tools,
         }
+
+    def measure_again(self, slots: list[int]) -> None:
+        """Threads were chosen beside busy neighbours; these slots are empty, and the machine is quiet now."""
+        found = threads.measure(self.context, slots, seconds=threads.MEASURE_S / 2)
+        if not found.again:
+            self.threads = found
+            logger.info("%d threads: %s", found.number, found.why)
+        self.context.set_threads(self.threads.number)
 
     @property
     def attention(self) -> str:
@@ -107,7 +110,7 @@ def load(spec: ModelSpec, report: Report) -> Loaded:
         if spec.exact and model.recurrent:
             raise UsageError("--exact: not for a model with a recurrent state, of which no part can be taken back")
         context, flash_attention, why = _context(spec, model, ctx, slots, file.key_width())
-        threads = _threads(spec, context, slots, report)
+        chosen = _threads(spec, context, slots, report)
     except BaseException:
         model.close()
         raise
@@ -117,7 +120,7 @@ def load(spec: ModelSpec, report: Report) -> Loaded:
         context,
         ctx,
         slots,
-        threads,
+        chosen,
         gpu_layers=_offloaded(spec, model),
         kv_bytes=slots * file.kv_bytes_per_slot(ctx),
         flash_attention=flash_attention,
@@ -304,48 +307,11 @@ def _not_own(spec: ModelSpec, model: llama.Model) -> str:
     return "llama.cpp was built for a GPU" if llama.supports_gpu() else ""
 
 
-def _threads(spec: ModelSpec, context: llama.Context, slots: int, report: Report) -> int:
+def _threads(spec: ModelSpec, context: llama.Context, slots: int, report: Report) -> Threads:
     if spec.threads is not None:
-        return spec.threads
-    threads = _measure_threads(context, min(slots, 8), report)
-    context.set_threads(threads)
-    return threads
-
-
-def _measure_threads(context: llama.Context, rows: int, report: Report) -> int:
-    """The fastest number of threads for a decode step of some rows; more of them only for a clear gain, because
-    the agents need the cores too, and threads that wait for each other waste them."""
-    cores = len(os.sched_getaffinity(0))
-    candidates = sorted({1, *(2**i for i in range(1, 9) if 2**i < cores), cores})
-    if cores == 1:
-        return 1
-    batch = llama.Batch(rows)
-    batch.size = rows
-    batch.sequences[:] = np.arange(rows)
-    batch.wanted[:] = 1
-    best, fastest = 1, float("inf")
-    deadline = time.monotonic() + MEASURE_S
-    for i, threads in enumerate(candidates):
-        report("measuring threads", i / len(candidates))
-        context.set_threads(threads)
-        took = _median_step(context, batch, deadline)
-        if took < 0.8 * fastest:
-            best, fastest = threads, took
-    for row in range(rows):
-        context.cut(row, 0)
-    return best
-
-
-def _median_step(context: llama.Context, batch: llama.Batch, deadline: float) -> float:
-    """Seconds; the first step, which finds everything cold, does not count."""
-    times: list[float] = []
-    for _ in range(8):
-        began = time.perf_counter()
-        if context.decode(batch) != llama.OK:
-            raise WorldError("llama.cpp could not decode a first step")
-        context.logits(1)
-        times.append(time.perf_counter() - began)
-        batch.positions[:] += 1
-        if time.monotonic() > deadline and len(times) > 1:
-            break
-    return sorted(times[1:])[(len(times) - 1) // 2]
+        return Threads(spec.threads, "asked for")
+    rows = list(range(min(slots, MEASURED_ROWS)))
+    found = threads.measure(context, rows, lambda fraction: report("measuring threads", fraction))
+    context.set_threads(found.number)
+    logger.info("%d threads: %s", found.number, found.why)
+    return found
