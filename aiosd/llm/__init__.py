@@ -29,6 +29,7 @@ Files, from the bottom up:
     saved.py       contexts by name, as files
     library.py     the calls about those
     threads.py     how many compute a step, measured
+    exact.py       does a row depend on the others in its batch?
     trial.py       is our attention right for this model?
     loading.py     from a ModelSpec to a calibrated engine, or one line that says why not
     core.py        the process: kernel's messages in, the engine's messages out

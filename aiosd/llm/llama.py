@@ -94,6 +94,7 @@ class Model:
         self.size = int(C.llama_model_size(model))
         self.n_embd = int(C.llama_model_n_embd(model))
         self.n_embd_out = int(C.llama_model_n_embd_out(model))
+        self.n_cls_out = int(C.llama_model_n_cls_out(model))
         self.n_layer = int(C.llama_model_n_layer(model))
         self.n_ctx_train = int(C.llama_model_n_ctx_train(model))
         self.has_encoder = bool(C.llama_model_has_encoder(model))
@@ -241,7 +242,8 @@ _state_seq_set = ctypes.CFUNCTYPE(ctypes.c_size_t, ctypes.c_void_p, ctypes.c_voi
 
 
 class Context:
-    """The KV cache of one model: `slots` streams of `ctx` tokens each (rounded up to 256 by llama.cpp)."""
+    """The KV cache of one model: `slots` streams of `ctx` tokens each (rounded up to 256 by llama.cpp). With
+    `embeddings` one stream of `ctx` tokens for all: only then sequences of several lengths stay in one batch."""
 
     def __init__(
         self,
@@ -258,13 +260,13 @@ class Context:
     ) -> None:
         params = C.llama_context_default_params()
         padded = -(-ctx // 256) * 256
-        params.n_ctx = padded * slots
+        params.n_ctx = padded if embeddings else padded * slots
         params.n_seq_max = slots
         params.n_batch = params.n_ubatch = ubatch
         params.n_outputs_max = 0 if embeddings else min(slots, ubatch)
         params.n_threads = params.n_threads_batch = threads
         params.flash_attn_type = -1 if flash_attention is None else int(flash_attention)  # -1: llama.cpp decides
-        params.kv_unified = False
+        params.kv_unified = embeddings
         params.embeddings = embeddings
         params.no_perf = True
         if pooling is not None:
@@ -280,15 +282,15 @@ class Context:
             raise WorldError("; ".join(_reasons(take_errors())) or "llama.cpp could not make a context")
         self._memory = C.llama_get_memory(self._ctx)
         self.n_vocab = model.n_vocab
-        self.n_embd_out = model.n_embd_out
         self.n_layer = model.n_layer
         self.ubatch = int(C.llama_n_ubatch(self._ctx))
         self.pooling = int(C.llama_pooling_type(self._ctx))
+        self._pooled = model.n_cls_out if self.pooling == POOLING_RANK else model.n_embd_out
         self._rows = min(slots, ubatch)
         self._logits_at = 0
         self._logits: Floats = np.zeros((0, model.n_vocab), np.float32)
         self._decode: Callable[[Any, Any], int] = C.llama_decode
-        self._scratch = [np.empty(0, np.uint8), np.empty(0, np.uint8)]
+        self._buffers = [np.empty(0, np.uint8), np.empty(0, np.uint8)]  # for states on their way
         self._abort: Any = None
 
     def decode(self, batch: Batch) -> int:
@@ -309,11 +311,11 @@ class Context:
         return self._logits[:rows]
 
     def embedding(self, sequence: int) -> Floats:
-        """The pooled vector of one sequence of the last decode (a copy)."""
+        """What the last decode pooled of one sequence (a copy): a vector, or the scores of a model that ranks."""
         address = _get_embeddings_seq(self._ctx, sequence)
         if not address:
             raise Bug(f"no embedding for sequence {sequence}")
-        return np.ctypeslib.as_array(ctypes.cast(address, ctypes.POINTER(ctypes.c_float)), (self.n_embd_out,)).copy()
+        return np.ctypeslib.as_array(ctypes.cast(address, ctypes.POINTER(ctypes.c_float)), (self._pooled,)).copy()
 
     def cut(self, sequence: int, length: int) -> bool:
         """Forget what a sequence holds from position `length` on. False: this model cannot forget a part."""
@@ -333,8 +335,8 @@ class Context:
         position is forgotten first, so that less is copied: for a sequence that is to be forgotten anyway."""
         if start:
             C.llama_memory_seq_rm(self._memory, sequence, 0, start)
-        size = self._into_scratch(sequence, 0)
-        return self._scratch[0][:size]
+        size = self._into_buffer(sequence, 0)
+        return self._buffers[0][:size]
 
     def sample(self) -> npt.NDArray[np.uint8]:
         """The state of two tokens in an empty context, to see how states are laid out; empty when it has none."""
@@ -342,7 +344,7 @@ class Context:
         batch.size = 2
         batch.positions[:] = (0, 1)
         if self._memory is None or self.decode(batch) != OK:
-            return self._scratch[0][:0]
+            return self._buffers[0][:0]
         block = self.read(0).copy()
         self.clear()
         return block
@@ -356,20 +358,35 @@ class Context:
 
     def exchange(self, a: int, b: int) -> None:
         """Two sequences change places. The buffers stay: fresh ones cost more than the copying."""
-        sizes = [self._into_scratch(sequence, i) for i, sequence in enumerate((a, b))]
+        sizes = [self._into_buffer(sequence, i) for i, sequence in enumerate((a, b))]
         for i, target in ((0, b), (1, a)):
             self.cut(target, 0)
             size = sizes[i]
-            if size and int(_state_seq_set(self._ctx, self._scratch[i].ctypes.data, size, target)) != size:
+            if size and int(_state_seq_set(self._ctx, self._buffers[i].ctypes.data, size, target)) != size:
                 raise Bug(f"llama.cpp refuses the state it just gave, for sequence {target}")
 
-    def _into_scratch(self, sequence: int, i: int) -> int:
+    def _into_buffer(self, sequence: int, i: int) -> int:
         if self.last_position(sequence) < 0:
             return 0
         size = int(C.llama_state_seq_get_size(self._ctx, sequence))
-        if len(self._scratch[i]) < size:
-            self._scratch[i] = np.empty(size * 5 // 4, np.uint8)
-        return int(_state_seq_get(self._ctx, self._scratch[i].ctypes.data, size, sequence))
+        return int(_state_seq_get(self._ctx, self._buffer(size, i).ctypes.data, size, sequence))
+
+    def _buffer(self, size: int, i: int) -> npt.NDArray[np.uint8]:
+        if len(self._buffers[i]) < size:
+            self._buffers[i] = np.empty(size * 5 // 4, np.uint8)
+        return self._buffers[i]
+
+    def buffer(self, size: int) -> npt.NDArray[np.uint8]:
+        """At least so many bytes to put a state together for `restore`, until the next `exchange`."""
+        return self._buffer(size, 1)
+
+    @property
+    def buffer_bytes(self) -> int:
+        """Memory that is kept for states on their way."""
+        return sum(buffer.nbytes for buffer in self._buffers)
+
+    def drop_buffers(self) -> None:
+        self._buffers = [np.empty(0, np.uint8), np.empty(0, np.uint8)]
 
     def abort_when(self, wanted: Callable[[], bool] | None) -> None:
         """Ask between two operations of a decode whether to give it up (ABORTED); None: never."""

@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from aiosd.errors import UsageError, WorldError
-from aiosd.llm import llama, modelfile, threads, trial
+from aiosd.llm import exact, llama, modelfile, threads, trial
 from aiosd.llm.attention import Attention, Unavailable
 from aiosd.llm.spec import DEFAULT_CTX, MAX_SLOTS, ModelSpec
 from aiosd.llm.threads import Threads
@@ -110,6 +110,12 @@ def load(spec: ModelSpec, report: Report) -> Loaded:
         if spec.exact and model.recurrent:
             raise UsageError("--exact: not for a model with a recurrent state, of which no part can be taken back")
         context, flash_attention, why = _context(spec, model, ctx, slots, file.key_width())
+        if spec.exact and not exact.holds(context, slots + 1):
+            context.close()
+            raise UsageError(
+                f"--exact: not with this file ({model.description}): llama.cpp computes it in another way in larger "
+                "batches (so it does with K-quants; F16, Q8_0, Q4_0 and Q4_1 are the same in all)"
+            )
         chosen = _threads(spec, context, slots, report)
     except BaseException:
         model.close()
@@ -142,8 +148,9 @@ def _check_options(spec: ModelSpec, file: modelfile.ModelFile, ctx: int) -> None
         raise UsageError("--exact: on the CPU only, not together with --gpu-layers")
     if spec.exact and spec.flash_attention == "on":
         raise UsageError("--exact: not together with --flash-attention on, which rounds as the batch is cut")
-    if file.meta.get("general.type") not in (None, "model"):
-        raise UsageError(f"{spec.path}: this is no model but a part for one ({file.meta['general.type']})")
+    kind = file.text("general.type")
+    if kind not in ("", "model"):
+        raise UsageError(f"{spec.path}: this is no model but a part for one ({kind})")
 
 
 def _flash_attention(spec: ModelSpec, slots: int, ctx: int, key_width: int) -> bool | None:
