@@ -10,7 +10,6 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-import gguf
 import numpy as np
 import pytest
 from hypothesis import given, settings
@@ -210,18 +209,6 @@ def test_a_wrong_result_of_ours_is_found_out(tmp_path: Path, monkeypatch: pytest
     loaded.close()
 
 
-def spoil(path: Path, token: int, how: str) -> Path:
-    """The value of a token in the first layer becomes inf, or its embedding no number at all."""
-    tensors = {tensor.name: tensor.data for tensor in gguf.GGUFReader(path, "r+").tensors}
-    if how == "nan":
-        tensors["token_embd.weight"][token] = np.nan
-    else:
-        tensors["token_embd.weight"][:, 0] = 0
-        tensors["token_embd.weight"][token] = np.eye(1, tensors["token_embd.weight"].shape[1])
-        tensors["blk.0.attn_v.weight"][:, 0] = 1e6
-    return path
-
-
 @pytest.mark.parametrize("how", ["inf", "nan"])
 @pytest.mark.parametrize("length", [2, 3, 20, 70])
 @pytest.mark.parametrize("width", ["0", "8"])
@@ -231,7 +218,7 @@ def test_a_row_is_not_spoilt_by_what_it_must_not_see(
     """The last token of a prompt has an infinite value: those before it do not look at it."""
     monkeypatch.setenv("AIOS_VECTOR_WIDTH", width)
     bad = 200
-    path = spoil(tinymodels.write(tmp_path / "m.gguf", **SHAPES["32x6/2"], layers=1), bad, how)
+    path = tinymodels.spoil(tinymodels.write(tmp_path / "m.gguf", **SHAPES["32x6/2"], layers=1), bad, how)
     model = llama.Model(str(path), 0, lambda fraction: None)
     ours = context(model, Attention.load(SLOTS))
     tokens = np.arange(length) % 100 + 20

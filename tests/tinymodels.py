@@ -54,6 +54,18 @@ def quantise(path: Path, kind: str) -> Path:
     return target
 
 
+def spoil(path: Path, token: int, how: str) -> Path:
+    """The value of a token in the first layer becomes inf, or its embedding no number at all."""
+    tensors = {tensor.name: tensor.data for tensor in gguf.GGUFReader(path, "r+").tensors}
+    if how == "nan":
+        tensors["token_embd.weight"][token] = np.nan
+    else:
+        tensors["token_embd.weight"][:, 0] = 0
+        tensors["token_embd.weight"][token] = np.eye(1, tensors["token_embd.weight"].shape[1])
+        tensors["blk.0.attn_v.weight"][:, 0] = 1e6
+    return path
+
+
 # ── families of chat models ───────────────────────────────────────────────────────────────────────────────
 
 _ALTERNATE = (
