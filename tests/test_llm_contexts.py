@@ -19,7 +19,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from aiosd.llm import llama, loading
-from aiosd.llm.blob import Layout, Part, Piece
+from aiosd.llm.blob import Layout, Part, Piece, Section
 from aiosd.llm.cache import Cache
 from aiosd.llm.contexts import GONE, Extent, Store, Swap
 from aiosd.llm.engine import Engine
@@ -32,7 +32,7 @@ from tests.test_llm_engine import SLOTS, Bench, Clock, load
 # ── pieces ────────────────────────────────────────────────────────────────────────────────────────────────
 
 #: K as rows and V transposed; both hold the tokens themselves.
-TOY = Layout(1, 4, 1, 1, [Part(b"k" * 12, 4, 0), Part(b"v" * 12, 4, 1)])
+TOY = Layout(1, 4, [Section(1, 1, [Part(b"k" * 12, 4, 0), Part(b"v" * 12, 4, 1)])])
 
 
 def toy(tokens: Sequence[int]) -> Piece:

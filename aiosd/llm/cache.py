@@ -77,7 +77,7 @@ class Cache:
         else:
             self.why_not = "no memory is set aside for contexts"
         attention = None
-        if layout is not None and len(layout.sizes) == 2 * self._context.n_layer:  # each has a cache of its own
+        if layout is not None and layout.in_one and len(layout.sizes) == 2 * self._context.n_layer:
             attention = self._context.attention
         self.bases = Bases(attention, self.store, self.slots.total, int(ram * MOST_PINNED))
         if self.store is not None:
@@ -325,7 +325,10 @@ class Cache:
         node = self._add(sequence.scope, tokens, common, (block, slot, length, first), sequence.peer)
         if node is None or common == length:
             return node
-        own = layout.cut(block, slot, length, common, length, first)
+        try:
+            own = layout.cut(block, slot, length, common, length, first)
+        except LookupError:
+            return node
         return store.add_private(node, tokens[common:length], own, sequence.peer) or node
 
     def _read(self, slot: int, first: int = 0) -> Bytes:

@@ -19,6 +19,7 @@ import numpy as np
 import numpy.typing as npt
 
 from aiosd.errors import Bug, WorldError
+from aiosd.llm import blob
 from aiosd.llm.attention import Attention
 from aiosd.llm.ggml import C, Floats, Ints, on_abort, start, supports_gpu, take_errors, version
 
@@ -94,6 +95,7 @@ class Model:
         self.size = int(C.llama_model_size(model))
         self.n_embd = int(C.llama_model_n_embd(model))
         self.n_embd_out = int(C.llama_model_n_embd_out(model))
+        self.n_swa = int(C.llama_model_n_swa(model))
         self.n_cls_out = int(C.llama_model_n_cls_out(model))
         self.n_layer = int(C.llama_model_n_layer(model))
         self.n_ctx_train = int(C.llama_model_n_ctx_train(model))
@@ -240,6 +242,14 @@ _state_seq_set = ctypes.CFUNCTYPE(ctypes.c_size_t, ctypes.c_void_p, ctypes.c_voi
     ("llama_state_seq_set_data", C._lib)
 )
 
+_state_seq_size_ext = ctypes.CFUNCTYPE(ctypes.c_size_t, ctypes.c_void_p, ctypes.c_int32, ctypes.c_uint32)(
+    ("llama_state_seq_get_size_ext", C._lib)
+)
+_state_seq_get_ext = ctypes.CFUNCTYPE(
+    ctypes.c_size_t, ctypes.c_void_p, ctypes.c_void_p, ctypes.c_size_t, ctypes.c_int32, ctypes.c_uint32
+)(("llama_state_seq_get_data_ext", C._lib))
+_WINDOW_ONLY = 1  # LLAMA_STATE_SEQ_FLAGS_SWA_ONLY
+
 
 class Context:
     """The KV cache of one model: `slots` streams of `ctx` tokens each (rounded up to 256 by llama.cpp). With
@@ -268,6 +278,7 @@ class Context:
         params.flash_attn_type = -1 if flash_attention is None else int(flash_attention)  # -1: llama.cpp decides
         params.kv_unified = embeddings
         params.embeddings = embeddings
+        params.swa_full = True  # layers with a window keep all cells: a state may be cut anywhere, see `blob.py`
         params.no_perf = True
         if pooling is not None:
             params.pooling_type = pooling
@@ -283,6 +294,7 @@ class Context:
         self._memory = C.llama_get_memory(self._ctx)
         self.n_vocab = model.n_vocab
         self.n_layer = model.n_layer
+        self._window = model.n_swa  # tokens that some layers look back at most; 0: all look at everything
         self.ubatch = int(C.llama_n_ubatch(self._ctx))
         self.pooling = int(C.llama_pooling_type(self._ctx))
         self._pooled = model.n_cls_out if self.pooling == POOLING_RANK else model.n_embd_out
@@ -318,8 +330,15 @@ class Context:
         return np.ctypeslib.as_array(ctypes.cast(address, ctypes.POINTER(ctypes.c_float)), (self._pooled,)).copy()
 
     def cut(self, sequence: int, length: int) -> bool:
-        """Forget what a sequence holds from position `length` on. False: this model cannot forget a part."""
-        return self._memory is None or bool(C.llama_memory_seq_rm(self._memory, sequence, length, -1))
+        """Forget what a sequence holds from position `length` on. False: this model cannot forget a part, or what is
+        left has lost tokens that the next ones would look at."""
+        if self._memory is None:
+            return True
+        if self._window and length:
+            first = int(C.llama_memory_seq_pos_min(self._memory, sequence))
+            if first > max(length - self._window, 0):
+                return False
+        return bool(C.llama_memory_seq_rm(self._memory, sequence, length, -1))
 
     def last_position(self, sequence: int) -> int:
         """-1 when it is empty."""
@@ -336,7 +355,32 @@ class Context:
         if start:
             C.llama_memory_seq_rm(self._memory, sequence, 0, start)
         size = self._into_buffer(sequence, 0)
-        return self._buffers[0][:size]
+        block = self._buffers[0][:size]
+        return self._with_all_cells(sequence, block) if self._window and size else block
+
+    def _with_all_cells(self, sequence: int, block: npt.NDArray[np.uint8]) -> npt.NDArray[np.uint8]:
+        """llama.cpp leaves out what lies before the window, though it is there. It is read as what lies in the window
+        of a shorter sequence; then the sequence gets back what was taken from its end."""
+        found = blob.positions(block)
+        if found is None:
+            return block
+        (first, seen), earlier = found, list[npt.NDArray[np.uint8]]()
+        while seen > first:
+            C.llama_memory_seq_rm(self._memory, sequence, seen, -1)
+            size = int(_state_seq_size_ext(self._ctx, sequence, _WINDOW_ONLY))
+            part = np.empty(size, np.uint8)
+            _state_seq_get_ext(self._ctx, part.ctypes.data, size, sequence, _WINDOW_ONLY)
+            found = blob.positions(part) if size else None
+            if found is None or found[1] >= seen:
+                break
+            seen = found[1]
+            earlier.append(part)
+        if not earlier:
+            return block
+        whole = blob.completed(block, earlier)
+        if not self.restore(sequence, whole):
+            raise Bug(f"llama.cpp refuses the state it just gave, for sequence {sequence}")
+        return whole
 
     def sample(self) -> npt.NDArray[np.uint8]:
         """The state of two tokens in an empty context, to see how states are laid out; empty when it has none."""
@@ -349,15 +393,22 @@ class Context:
         self.clear()
         return block
 
-    def restore(self, sequence: int, blob: npt.NDArray[np.uint8]) -> bool:
+    def restore(self, sequence: int, block: npt.NDArray[np.uint8]) -> bool:
         """Replace what the sequence holds. False: refused, it is empty now."""
-        if int(_state_seq_set(self._ctx, blob.ctypes.data, len(blob), sequence)) == len(blob):
+        if int(_state_seq_set(self._ctx, block.ctypes.data, len(block), sequence)) == len(block):
             return True
         self.cut(sequence, 0)
         return False
 
     def exchange(self, a: int, b: int) -> None:
         """Two sequences change places. The buffers stay: fresh ones cost more than the copying."""
+        if self._window:
+            states = [self.read(sequence).copy() for sequence in (a, b)]
+            for state, target in zip(states, (b, a), strict=True):
+                self.cut(target, 0)
+                if len(state) and not self.restore(target, state):
+                    raise Bug(f"llama.cpp refuses the state it just gave, for sequence {target}")
+            return
         sizes = [self._into_buffer(sequence, i) for i, sequence in enumerate((a, b))]
         for i, target in ((0, b), (1, a)):
             self.cut(target, 0)

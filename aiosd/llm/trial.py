@@ -64,7 +64,7 @@ def _from_a_base(context: llama.Context) -> bool:
     own, state = context.attention, context.read(0)
     assert own is not None
     layout = Layout.of(state)
-    if layout is None or not layout.by_rows or len(layout.sizes) != 2 * context.n_layer:
+    if layout is None or not (layout.by_rows and layout.in_one) or len(layout.sizes) != 2 * context.n_layer:
         return True  # nothing will be read from a base, see `Cache`
     piece = layout.cut(state, 0, context.last_position(0) + 1, 0, SAMPLE)
     own.set_layout(layout.sizes)
