@@ -99,10 +99,6 @@ def test_imports_run_downwards_only() -> None:
     assert wrong == []
 
 
-#: Packages in which files still import each other in a circle; only to get shorter.
-CIRCLES_IN = ["aiosd.llm"]
-
-
 def circles(package: str) -> list[list[str]]:
     """Files of the package that import each other, directly or through others. Imports for the type checker and inside
     functions count, too: they hide a circle, and do not remove it."""
@@ -121,12 +117,7 @@ def circles(package: str) -> list[list[str]]:
 
 @pytest.mark.parametrize("package", ["libaios", "aiosd"])
 def test_there_is_no_circle_of_imports(package: str) -> None:
-    known = [room for room in CIRCLES_IN if within(room, package)]
-    found = circles(package)
-    assert [circle for circle in found if not any(all(within(name, room) for name in circle) for room in known)] == []
-    assert [room for room in known if not any(within(circle[0], room) for circle in found)] == [], (
-        "take it off the list"
-    )
+    assert circles(package) == []
 
 
 def test_libaios_imports_nothing_of_aiosd() -> None:
@@ -139,19 +130,6 @@ def test_llm_ggml_alone_touches_llama_cpp() -> None:
     assert users <= {"aiosd.llm.ggml"}
     callers = {module_of(path) for path in SOURCES for imported, _ in imports(path) if imported == "aiosd.llm.ggml"}
     assert callers <= {"aiosd.llm.llama", "aiosd.llm.attention", "aiosd.llm.library"}
-
-
-def test_modules_of_the_llm_core_import_each_other_in_no_circle() -> None:
-    """Imports for the type checker count: who needs a name in a hint cannot be read without the other either."""
-    edges: dict[str, set[str]] = {}
-    for path in SOURCES:
-        if within(module_of(path), "aiosd.llm"):
-            below = {name for name, _ in imports(path) if within(name, "aiosd.llm")}
-            edges[module_of(path)] = below - {module_of(path), "aiosd.llm"}
-    while free := {module for module, below in edges.items() if not below & set(edges)}:
-        for module in free:
-            del edges[module]
-    assert edges == {}, "these import each other, or what does"
 
 
 @pytest.mark.parametrize("pure", ["aiosd.llm.policy", "aiosd.llm.prefix"])
