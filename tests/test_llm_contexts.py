@@ -11,6 +11,7 @@ import os
 import random
 from collections.abc import Iterator, Sequence
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -18,7 +19,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from aiosd.llm import llama, loading
+from aiosd.llm import ggml, llama, loading
 from aiosd.llm.blob import Layout, Part, Piece, Section
 from aiosd.llm.cache import Cache
 from aiosd.llm.contexts import GONE, Extent, Store, Swap
@@ -604,6 +605,20 @@ def test_a_layout_is_learnt_from_llama_and_joins_to_the_same_bytes(any_loaded: l
     assert (plain.data == pieces[1].data).all() == bool(any_loaded.flash_attention), "values are transposed without it"
     context.clear()
     assert Layout.of(context.read(0)) is None
+
+
+def test_a_build_of_llama_cpp_is_known_by_its_files(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Two that both call themselves 0.5.0-dev are told apart, and saved states with them."""
+
+    def build() -> str:
+        monkeypatch.setattr(ggml, "C", SimpleNamespace(_lib=SimpleNamespace(_name=str(tmp_path / "libllama.so"))))
+        return ggml.build.__wrapped__()
+
+    (tmp_path / "libllama.so").write_bytes(b"the one")
+    (tmp_path / "libggml.so").write_bytes(b"the same")
+    one, again = build(), build()
+    (tmp_path / "libggml.so").write_bytes(b"another")
+    assert one == again != build()
 
 
 @pytest.mark.parametrize("flash", [("on", "off"), ("off", "on")])
