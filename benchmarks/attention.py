@@ -38,13 +38,14 @@ class Side:
 
     def __init__(self, model: Any, kind: str, n: int, prefix: int, threads: int) -> None:
         from aiosd.llm import llama
-        from aiosd.llm.attention import Attention
+        from aiosd.llm.attention import Attention, Unavailable
         from aiosd.llm.blob import Layout
 
         self.llama, self.model, self.kind, self.n, self.prefix = llama, model, kind, n, prefix
-        self.own = Attention.load(n) if kind in ("ours", "base") else None
-        if kind in ("ours", "base") and self.own is None:
-            sys.exit("no attention of our own here: not compiled, or not for this processor")
+        try:
+            self.own = Attention.load(n) if kind in ("ours", "base") else None
+        except Unavailable as why:
+            sys.exit(f"no attention of our own here: {why}")
         self.context = llama.Context(
             model, slots=n, ctx=prefix + 256, ubatch=UBATCH, threads=threads, flash_attention=kind != "plain",
             attention=self.own,

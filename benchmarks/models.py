@@ -45,6 +45,7 @@ def write_llama(
     f16: bool = False,
     scale: float = 1.0,
     add_bos: bool = False,
+    pooling: int | None = None,
 ) -> Path:
     """A Llama of random weights with a byte-level vocabulary: control tokens, tool-call tags, the 256 bytes, a few
     pairs, and made-up words up to `vocab` tokens. `scale` sharpens the logits."""
@@ -84,6 +85,8 @@ def write_llama(
     writer.add_bos_token_id(0)
     writer.add_eos_token_id(control.index("<|im_end|>") if "<|im_end|>" in control else 0)
     writer.add_add_bos_token(add_bos)
+    if pooling is not None:
+        writer.add_uint32("llama.pooling_type", pooling)
     if template is not None:
         writer.add_chat_template(template)
 

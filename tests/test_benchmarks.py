@@ -7,7 +7,7 @@ import sys
 
 import pytest
 
-from benchmarks import attention, crowd, exactness, fairness, floor, harness, scale, switch
+from benchmarks import attention, busy, crowd, exactness, fairness, floor, harness, scale, switch
 from tests.tinymodels import write
 
 ONE = ["--threads", "1"]
@@ -158,6 +158,15 @@ def test_interrupted_texts_are_compared_through_the_whole_system(tmp_path):
     assert row["preemptions_alone"] == 0
     assert "MISSED" not in exactness.line(row)
     assert "MISSED" in exactness.line(row | {"same_texts": 0.75})
+
+
+def test_busy_neighbours_leave_a_fair_share(tmp_path):
+    assert [busy.fair(threads, k, 2) for threads, k in ((1, 1), (1, 2), (2, 1), (2, 2))] == [1, 2 / 3, 2 / 3, 0.5]
+    options = busy.parse(["--rounds", "1", "--tokens", "4"])
+    rows = busy.cell(str(write(tmp_path / "m.gguf", vocab=512)), 1, options)
+    assert [row["busy"] for row in rows] == [1, 2]
+    assert "MISSED" in busy.line(rows[0] | {"ratio": 0.79})
+    assert "MISSED" not in busy.line(rows[0] | {"ratio": 0.81})
 
 
 def test_a_crowd_scales_through_the_whole_system(tmp_path):

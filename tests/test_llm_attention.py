@@ -4,6 +4,8 @@ outside of the cache counts as if it lay in it. Which slot stands on what is cou
 from __future__ import annotations
 
 import ctypes
+import re
+import threading
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -14,7 +16,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from aiosd.llm import llama
-from aiosd.llm.attention import Attention
+from aiosd.llm.attention import Attention, Unavailable
 from aiosd.llm.bases import Bases
 from aiosd.llm.blob import Layout, Piece
 from aiosd.llm.contexts import Store, Swap
@@ -84,7 +86,6 @@ def test_logits_are_those_of_llama_cpp(
 ) -> None:
     monkeypatch.setenv("AIOS_VECTOR_WIDTH", width)
     attention = Attention.load(SLOTS)
-    assert attention is not None
     both = context(model, None, threads), context(model, attention, threads)
     rng = np.random.default_rng(1)
     for plan in PLANS:
@@ -127,7 +128,6 @@ def test_what_lies_outside_of_the_cache_counts_as_if_it_lay_in_it(
     """Two beginnings, in pieces of uneven length; four slots on one, one on a part of it, one on the other."""
     monkeypatch.setenv("AIOS_VECTOR_WIDTH", width)
     attention = Attention.load(SLOTS)
-    assert attention is not None
     ours = context(model, attention)
     layout = Layout.of(ours.sample())
     assert layout is not None
@@ -158,30 +158,108 @@ def test_what_lies_outside_of_the_cache_counts_as_if_it_lay_in_it(
     theirs.close()
 
 
-@pytest.mark.parametrize("arch", ["gemma2", "mamba"])
-def test_what_it_cannot_compute_is_left_to_llama_cpp(tmp_path: Path, arch: str) -> None:
-    """Gemma 2 caps its scores, Mamba has none. The model is served all the same."""
+@pytest.mark.parametrize(("arch", "why"), [("gemma2", "caps its attention scores"), ("mamba", "recurrent state")])
+def test_what_it_cannot_compute_is_left_to_llama_cpp(tmp_path: Path, arch: str, why: str) -> None:
+    """The model is served all the same, and its status tells why."""
     loaded = load(tinymodels.write_like(tmp_path / f"{arch}.gguf", arch, d=32))
     assert loaded.context.attention is None
+    assert re.fullmatch(rf"llama\.cpp \(.*{why}\)", loaded.attention)
     loaded.close()
 
 
-def test_an_attention_that_says_something_else_is_not_used(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    path = tinymodels.write(tmp_path / "m.gguf", **SHAPES["32x6/2"])
-    loaded = load(path)
-    assert loaded.context.attention is not None
+@pytest.mark.parametrize("kind", ["Q4_0", "Q4_1", "Q8_0", "Q4_K", "Q6_K"])
+def test_quantised_models_are_served_with_it(tmp_path: Path, kind: str) -> None:
+    """They round activations to 8 bits: two attentions that differ in the last bit differ by percents in the logits, so
+    logits are not what tells whether ours is right."""
+    plain = tinymodels.write(tmp_path / "m.gguf", d=256, heads=4, kv_heads=2, ff=256, layers=24)
+    loaded = load(tinymodels.quantise(plain, kind))
+    assert loaded.attention == "aiosd"
     loaded.close()
-    plain, calls = llama.Context.logits, []
 
-    def wrong(self: llama.Context, rows: int) -> llama.Floats:
-        calls.append(self.attention is not None and self.attention.enabled)
-        return plain(self, rows) * (0.9 if calls[-1] else 1.0)
 
-    monkeypatch.setattr(llama.Context, "logits", wrong)
-    loaded = load(path)
+@pytest.mark.parametrize(
+    ("errors", "why"),
+    [
+        ((0.5, 0.0, 0.0), "means something else"),
+        ((0.0, 0.01, 0.0), "wrong for this model by 1.0%"),
+        ((0, 0, 1), "shared"),
+    ],
+)
+def test_an_attention_that_computes_something_else_is_not_used(
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    caplog: pytest.LogCaptureFixture,
+    errors: tuple[float, ...],
+    why: str,
+) -> None:
+    monkeypatch.setattr(Attention, "errors", property(lambda self: errors))
+    loaded = load(tinymodels.write(tmp_path / "m.gguf", **SHAPES["32x6/2"]))
     assert loaded.context.attention is None
-    assert any(calls)
+    assert why in loaded.attention
+    assert why in caplog.text
     loaded.close()
+
+
+def test_a_wrong_result_of_ours_is_found_out(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Read from another place than the state has it, to stand for any fault in what we compute."""
+    set_runs = Attention.set_runs
+    monkeypatch.setattr(Attention, "set_runs", lambda self, runs: set_runs(self, [(at + 64, n) for at, n in runs]))
+    loaded = load(tinymodels.write(tmp_path / "m.gguf", **SHAPES["32x6/2"]))
+    assert "ours would be wrong" in loaded.attention
+    loaded.close()
+
+
+@pytest.mark.parametrize("how", ["inf", "nan"])
+@pytest.mark.parametrize("length", [2, 3, 20, 70])
+@pytest.mark.parametrize("width", ["0", "8"])
+def test_a_row_is_not_spoilt_by_what_it_must_not_see(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, width: str, length: int, how: str
+) -> None:
+    """The last token of a prompt has an infinite value: those before it do not look at it."""
+    monkeypatch.setenv("AIOS_VECTOR_WIDTH", width)
+    bad = 200
+    path = tinymodels.spoil(tinymodels.write(tmp_path / "m.gguf", **SHAPES["32x6/2"], layers=1), bad, how)
+    model = llama.Model(str(path), 0, lambda fraction: None)
+    ours = context(model, Attention.load(SLOTS))
+    tokens = np.arange(length) % 100 + 20
+    alone = decode(ours, [0], [0], tokens[None])
+    ours.clear()
+    batch = llama.Batch(length + 1)
+    batch.size = length + 1
+    batch.positions[:] = np.arange(length + 1)
+    batch.tokens[:] = [*tokens, bad]
+    batch.wanted[-2] = 1
+    assert ours.decode(batch) == llama.OK
+    together = ours.logits(1)
+    assert np.isfinite(together).all()
+    assert_same(together, alone)
+    batch.wanted[-2:] = 0, 1
+    ours.clear()
+    assert ours.decode(batch) == llama.OK
+    assert not np.isfinite(ours.logits(1)).all(), "the spoilt token itself is no number"
+    ours.close()
+    model.close()
+
+
+def test_threads_that_come_and_go_leave_nothing(model: llama.Model) -> None:
+    """What an OpenMP keeps, a ggml without it starts anew for each graph."""
+    ours = context(model, Attention.load(SLOTS))
+    tokens = np.arange(5, 25)[None]
+
+    def one() -> None:
+        ours.clear()
+        decode(ours, [0], [0], tokens)
+
+    def some(count: int) -> int:
+        for _ in range(count):
+            thread = threading.Thread(target=one)
+            thread.start()
+            thread.join()
+        return int(Path("/proc/self/statm").read_text().split()[1]) * 4096
+
+    before = some(20)
+    assert some(200) - before < 20 << 20
+    ours.close()
 
 
 def test_a_state_in_another_order_is_found_out(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -196,14 +274,17 @@ def test_a_state_in_another_order_is_found_out(tmp_path: Path, monkeypatch: pyte
 def test_who_asks_for_another_gets_it(tmp_path: Path, options: dict[str, Any]) -> None:
     loaded = load(tinymodels.write(tmp_path / "m.gguf", **SHAPES["32x6/2"]), **options)
     assert loaded.context.attention is None
+    assert next(iter(options)).replace("_", "-") in loaded.attention
     loaded.close()
 
 
 def test_one_that_cannot_be_loaded_is_done_without(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("aiosd.llm.attention._tensors_as_known", lambda *args: False)
-    assert Attention.load(4) is None
+    with pytest.raises(Unavailable):
+        Attention.load(4)
     loaded = load(tinymodels.write(tmp_path / "m.gguf", **SHAPES["32x6/2"]))
     assert loaded.context.attention is None
+    assert loaded.attention == "llama.cpp (this llama.cpp lays out its tensors in another way)"
     loaded.close()
 
 
@@ -243,7 +324,6 @@ def test_bases_are_there_while_a_slot_stands_on_them_and_no_longer(steps: list[t
     """Whatever happens, each slot reads just the tokens that it stands on; the store cuts its pieces meanwhile."""
     attention, store = Attention.load(5), new_store()
     bases = Bases(attention, store, 5, budget=900)
-    assert attention is not None
     prompts = [np.arange(100, dtype=np.int32) + 1000 * i for i in range(3)]
     for prompt in prompts:
         keep(store, prompt, 100)

@@ -18,6 +18,9 @@ import pytest
 from msgspec import Raw
 
 from aiosd import link
+from aiosd.llm import llama, loading, threads
+from aiosd.llm.core import Core
+from aiosd.llm.spec import ModelSpec
 from libaios import wire
 from libaios.channel import Channel, Side, make_channel
 from libaios.wire import Detokenize, Embed, Generate, Sampling, Sys, Tokenize
@@ -83,6 +86,7 @@ class Kernel:
 
 @pytest.fixture(scope="module")
 def path(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    llama.start()
     return tinymodels.write(tmp_path_factory.mktemp("gguf") / "tiny.gguf")
 
 
@@ -97,6 +101,50 @@ def kernel(path: Path) -> Iterator[Kernel]:
 
 def ask(number: int, sys: int, args: Any) -> link.Ask:
     return link.Ask((1, number), link.Caller(1, 0, "x", False, ""), sys, Raw(msgspec.msgpack.encode(args)))
+
+
+def test_threads_of_llama_cpp_do_not_spin_beside_agents(path: Path) -> None:
+    """OpenMP reads this when it is loaded, so it must be there before; and whoever sets it has his way."""
+    code = """
+import os, sys
+from aiosd.heartbeat import Rounds
+from aiosd.llm import core
+from aiosd.llm.spec import ModelSpec
+class Deaf:
+    outbox_bytes, hung_up = 0, True
+    def send(self, payload): assert "llama_cpp" in sys.modules
+assert "llama_cpp" not in sys.modules
+assert core.main(Deaf(), ModelSpec("m", "/nowhere"), Rounds()) == 1
+print(os.environ["GOMP_SPINCOUNT"])
+"""
+    for given, expected in (({}, "1000"), ({"GOMP_SPINCOUNT": "7"}, "7")):
+        env = {name: value for name, value in os.environ.items() if name != "GOMP_SPINCOUNT"} | given
+        done = subprocess.run([sys.executable, "-c", code], env=env, capture_output=True, text=True, check=True)
+        assert done.stdout.strip() == expected
+
+
+def test_threads_are_measured_again_when_the_neighbours_are_gone(path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """… on slots that hold nothing, while nothing runs."""
+    load: list[float] = [3.0]
+    monkeypatch.setattr(os, "getloadavg", lambda: (load[0], 0, 0))
+    monkeypatch.setattr(threads, "busy_for_others", lambda: load[0] * time.monotonic())
+    monkeypatch.setattr(threads, "LONG_STEP", 1000.0)
+    memfd, core_bell, kernel_bell = make_channel(1 << 16, 1 << 16)
+    os.close(kernel_bell)
+    spec = ModelSpec("m", str(path), slots=4, ctx=512)
+    loaded = loading.load(spec, lambda what, fraction: None)
+    channel = Channel(memfd, core_bell, Side.KERNEL)
+    core = Core(channel, spec, loaded)
+    assert loaded.threads.again
+    assert "while others used" in core.stats()["threads_why"]
+    core._measure_again()
+    assert loaded.threads.again, "they are still there"
+    load[0] = 0.0
+    core._measure_again()
+    assert not loaded.threads.again
+    assert "on a quiet machine" in core.stats()["threads_why"]
+    loaded.close()
+    channel.close()
 
 
 def generate(kernel: Kernel, key: link.Key, **sampling: Any) -> None:

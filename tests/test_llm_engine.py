@@ -60,6 +60,9 @@ class Clock:
         return self.now
 
 
+NO_NUMBER = "the model gave no number for any token at this place"
+
+
 class Bench:
     """An engine, and what it says: final words by key, and the streams put together."""
 
@@ -141,6 +144,28 @@ def load(path: Path, **changes: Any) -> loading.Loaded:
 def model_path(tmp_path_factory: pytest.TempPathFactory) -> Path:
     llama.start()
     return tinymodels.write(tmp_path_factory.mktemp("gguf") / "tiny.gguf", f16=True)
+
+
+@pytest.mark.parametrize("options", [{}, {"temperature": 0.8, "seed": 3}, {"schema": {"type": "integer"}}])
+@pytest.mark.parametrize("more", [{}, {"exact": True}, {"flash_attention": "off"}])
+def test_a_row_without_a_number_ends_its_own_call(
+    tmp_path: Path, options: dict[str, Any], more: dict[str, Any]
+) -> None:
+    """… and leaves nothing from which another could go on."""
+    llama.start()
+    bad = 200
+    loaded = load(tinymodels.spoil(tinymodels.write(tmp_path / "m.gguf"), bad, "nan"), **more)
+    bench = Bench(loaded)
+    fine = bench.submit([20, 21, 22, 23], peer=1, max_tokens=12)
+    prompt = [30, 31, bad, 32, 33]
+    spoilt = bench.submit(prompt, peer=2, **options)
+    late = bench.submit([40, 41, 42], peer=3, given=[] if "schema" in options else [50, bad], **options)
+    bench.run()
+    for key in (spoilt,) if "schema" in options else (spoilt, late):
+        assert (bench.failure(key).errno, bench.failure(key).message) == (errno.EIO, NO_NUMBER)
+    assert len(bench.whole(fine)[0]) == 12
+    assert not any(bad in held.tokens for held in bench.engine.slots.free_slots())
+    loaded.close()
 
 
 @pytest.fixture(scope="module")

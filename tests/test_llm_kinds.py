@@ -6,23 +6,26 @@ from __future__ import annotations
 from collections.abc import Iterator
 from pathlib import Path
 
+import numpy as np
 import pytest
 
 from aiosd.errors import UsageError
 from aiosd.llm import llama, loading, policy
+from aiosd.llm.blob import Layout
 from aiosd.llm.engine import Engine
 from aiosd.llm.policy.contract import Quantum
 from tests.test_llm_engine import Bench, load
 from tests.tinymodels import write_like
 
-KINDS = ["gemma2", "gemma3", "mamba"]
+KINDS = {"gemma2": 2, "gemma3": 2, "gemma3, both": 7, "mamba": 2}  # layers; of Gemma 3's every sixth has no window
 WINDOW = 32
 
 
 @pytest.fixture(scope="module", params=KINDS)
 def loaded(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Iterator[loading.Loaded]:
     llama.start()
-    path = write_like(tmp_path_factory.mktemp("gguf") / f"{request.param}.gguf", request.param, window=WINDOW)
+    kind = request.param.partition(",")[0]
+    path = write_like(tmp_path_factory.mktemp("gguf") / "m.gguf", kind, window=WINDOW, layers=KINDS[request.param])
     loaded = load(path)
     yield loaded
     loaded.close()
@@ -151,9 +154,89 @@ def test_a_prompt_shared_by_several(bench: Bench) -> None:
     assert texts == [alone(bench, prompt, 20) for prompt in prompts]
 
 
+def test_a_window_does_not_keep_beginnings_from_being_shared(bench: Bench) -> None:
+    """Each prompt is computed from where it parts from the others, in whatever slot those were and are."""
+    if bench.loaded.model.recurrent:
+        pytest.skip("a recurrent state has no parts")
+    shared = words(9, 120)
+    prompts = [shared + words(i, 10) for i in range(3 * bench.loaded.slots)]
+    keys = [bench.submit(prompt, peer=i + 1, max_tokens=20) for i, prompt in enumerate(prompts)]
+    bench.run()
+    assert [bench.whole(key)[0] for key in keys] == [alone(bench, prompt, 20) for prompt in prompts]
+    assert [bench.end(key).usage.cached_tokens >= 120 for key in keys] == [False] + [True] * (len(keys) - 1)
+    assert sum(bench.end(key).usage.preemptions for key in keys) > 0
+    store = bench.engine.cache.store
+    assert store is not None
+    store.check()
+
+
+def test_a_token_that_a_cache_has_lost_is_found_out(loaded: loading.Loaded) -> None:
+    """A block whose caches do not hold the same tokens is not cut as if they did."""
+    context = loaded.context
+    context.clear()
+    layout = Layout.of(context.sample())
+    if layout is None:
+        pytest.skip("its state cannot be cut at all")
+    batch = llama.Batch(20)
+    batch.size = 20
+    batch.tokens[:], batch.positions[:] = words(1, 20), range(20)
+    assert context.decode(batch) == llama.OK
+    block = context.read(0).copy()
+    assert layout.cut(block, 0, 20, 5, 15).length == 10
+    for length in (19, 21):
+        with pytest.raises(LookupError):
+            layout.cut(block, 0, length, 5, 15)
+    first_cell = 8 + 4 + 4  # behind magic, sequence, streams and the cells of stream 0
+    block[first_cell : first_cell + 4].view(np.int32)[0] = 77
+    with pytest.raises(LookupError):
+        layout.cut(block, 0, 20, 5, 15)
+
+
+def test_slots_that_change_places_keep_what_lies_before_the_window(loaded: loading.Loaded) -> None:
+    context = loaded.context
+    if loaded.model.recurrent:
+        pytest.skip("it has none")
+
+    def decode(slot: int, start: int, tokens: list[int]) -> llama.Floats:
+        batch = llama.Batch(len(tokens))
+        batch.size = len(tokens)
+        batch.tokens[:], batch.sequences[:] = tokens, slot
+        batch.positions[:] = np.arange(start, start + len(tokens))
+        batch.wanted[-1] = 1
+        assert context.decode(batch) == llama.OK
+        return context.logits(1)[0].copy()
+
+    context.clear()
+    decode(0, 0, words(1, 60))
+    expected = decode(0, 60, [33])
+    context.clear()
+    decode(0, 0, words(1, 60) + words(2, 140))
+    decode(2, 0, words(3, 90))
+    context.exchange(0, 2)
+    assert context.cut(2, 60)
+    np.testing.assert_allclose(decode(2, 60, [33]), expected, atol=0.01 * np.abs(expected).max())
+    assert context.last_position(0) == 89
+
+
+def test_what_the_window_has_lost_is_not_taken_for_there(loaded: loading.Loaded) -> None:
+    """A state as llama.cpp itself gives it goes on at its end, and nowhere else."""
+    context = loaded.context
+    if loaded.model.recurrent:
+        pytest.skip("it has no window")
+    context.clear()
+    batch = llama.Batch(200)
+    batch.size = 200
+    batch.tokens[:], batch.positions[:] = words(1, 200), range(200)
+    assert context.decode(batch) == llama.OK
+    size = context._into_buffer(0, 0)
+    assert context.restore(1, context._buffers[0][:size].copy())
+    assert not context.cut(1, 100)
+    assert context.cut(1, 200)
+    assert context.cut(0, 100)
+
+
 def test_status_says_what_is_switched_off(bench: Bench) -> None:
-    stats = bench.engine.stats()
-    assert "cannot be cut by tokens" in str(stats)
+    assert ("cannot be cut by tokens" in str(bench.engine.stats())) == bench.loaded.model.recurrent
 
 
 def test_a_recurrent_state_is_not_estimated_as_a_cache(tmp_path: Path) -> None:

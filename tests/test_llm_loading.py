@@ -15,7 +15,7 @@ from hypothesis import strategies as st
 
 from aiosd.errors import AiosdError, UsageError
 from aiosd.llm import llama, loading, modelfile
-from aiosd.llm.attention import Attention
+from aiosd.llm.attention import Attention, Unavailable
 from aiosd.llm.embed import Embedder
 from aiosd.llm.spec import ModelSpec
 from tests import tinymodels
@@ -55,7 +55,7 @@ def test_progress_reaches_one(path: Path) -> None:
     loaded.close()
     assert ("loading", 1.0) in seen
     assert all(0 <= fraction <= 1 for _, fraction in seen)
-    assert 1 <= loaded.threads <= len(os.sched_getaffinity(0))
+    assert 1 <= loaded.threads.number <= len(os.sched_getaffinity(0))
 
 
 def test_info_has_the_fields_of_the_contract(path: Path) -> None:
@@ -137,6 +137,10 @@ def test_what_is_asked_for_is_kept_or_refused(path: Path, options: dict[str, Any
     assert why in refusal(path, **options)
 
 
+def unavailable(self: Attention, *args: object) -> None:
+    raise Unavailable("for a test")
+
+
 @pytest.mark.parametrize(
     ("heads", "options", "on"),
     [
@@ -152,11 +156,35 @@ def test_what_is_asked_for_is_kept_or_refused(path: Path, options: dict[str, Any
 def test_a_few_slots_and_wide_heads_get_flash_attention(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, heads: int, options: dict[str, Any], on: bool
 ) -> None:
-    monkeypatch.setattr(Attention, "load", lambda streams: None)
+    monkeypatch.setattr(Attention, "__init__", unavailable)
     path = tinymodels.write(tmp_path / "wide.gguf", d=64, heads=heads, kv_heads=1)
     loaded = load(path, **options)
     loaded.close()
     assert loaded.flash_attention is on
+
+
+#: Which code llama.cpp takes for K-quants depends on the processor; with AVX-512 it is known to change with the rows.
+k_quants = pytest.mark.skipif("avx512_vnni" not in Path("/proc/cpuinfo").read_text(), reason="may be exact here")
+
+
+@pytest.mark.parametrize(
+    ("kind", "fits"),
+    [
+        ("Q4_0", True),
+        ("Q4_1", True),
+        ("Q8_0", True),
+        pytest.param("Q4_K", False, marks=k_quants),
+        pytest.param("Q6_K", False, marks=k_quants),
+    ],
+)
+@pytest.mark.parametrize("slots", [1, 12])
+def test_exact_is_refused_where_a_row_depends_on_the_others(tmp_path: Path, kind: str, fits: bool, slots: int) -> None:
+    plain = tinymodels.write(tmp_path / "m.gguf", d=256, heads=4, kv_heads=2, ff=512, layers=4)
+    path = tinymodels.quantise(plain, kind)
+    if fits:
+        load(path, exact=True, slots=slots).close()
+    else:
+        assert "--exact: not with this file" in refusal(path, exact=True, slots=slots)
 
 
 def test_slots_follow_from_the_memory(path: Path) -> None:
@@ -192,6 +220,50 @@ def test_a_head_that_claims_a_billion_layers(path: Path) -> None:
     file.meta["llama.block_count"] = 3_000_000_000
     with pytest.raises(UsageError, match="3000000000 layers"):
         file.kv_bytes_per_slot(256)
+
+
+def with_meta(path: Path, **changes: Any) -> modelfile.ModelFile:
+    file = modelfile.read(str(path))
+    file.meta.update({name.replace("__", "."): value for name, value in changes.items()})
+    return file
+
+
+def test_heads_may_be_counted_for_each_layer(tmp_path: Path) -> None:
+    path = tinymodels.write(tmp_path / "m.gguf", layers=3)
+    once = modelfile.read(str(path))
+    layered = with_meta(path, llama__attention__head_count=[4] * 3, llama__attention__head_count_kv=[2] * 3)
+    assert layered.key_width() == once.key_width() == 16
+    assert layered.kv_bytes_per_slot(2048) == once.kv_bytes_per_slot(2048)
+    some = with_meta(path, llama__attention__head_count=[4, 4, 8], llama__attention__head_count_kv=[2, 0, 4])
+    assert some._kv_heads() == [2, 0, 4]
+    queries = with_meta(path, llama__attention__head_count=[4, 2, 8])
+    del queries.meta["llama.attention.head_count_kv"]
+    assert queries._kv_heads() == [4, 2, 8], "each head has keys of its own where nothing else is said"
+
+
+@pytest.mark.parametrize(
+    "key",
+    ["block_count", "attention.head_count", "attention.head_count_kv", "attention.key_length", "embedding_length"],
+)
+@pytest.mark.parametrize("value", ["twelve", [1, "two"], 2.5, -3, True])
+def test_a_number_that_is_none_is_refused(path: Path, key: str, value: Any) -> None:
+    file = modelfile.read(str(path))
+    file.meta[f"llama.{key}"] = value
+    with pytest.raises(UsageError, match=rf"damaged: llama.{key} is .*, not a number"):
+        file.kv_bytes_per_slot(512)
+
+
+def test_a_text_that_is_none_is_refused(path: Path, tmp_path: Path) -> None:
+    data = path.read_bytes()
+    name = b"general.architecture"
+    at = data.index(name) + len(name)
+    number = struct.pack("<II", 4, 7)  # of type u32, in the place of the string "llama"
+    assert "general.architecture is '7', not a text" in refusal(
+        damaged(path, tmp_path, data[:at] + number + data[at + 4 + 8 + 5 :])
+    )
+    file = with_meta(path, general__type=5)
+    with pytest.raises(UsageError, match=r"general.type is '5', not a text"):
+        file.text("general.type")
 
 
 @settings(max_examples=60, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
@@ -235,14 +307,44 @@ def test_vectors_have_unit_length_and_do_not_depend_on_company(embedder: Embedde
     assert np.allclose(np.linalg.norm(together, axis=1), 1, atol=1e-6)
     assert np.array_equal(together[0], together[2])
     assert not np.allclose(together[0], together[1])
-    assert np.array_equal(vectors(embedder, ["hello"])[0], together[0])
+    np.testing.assert_allclose(vectors(embedder, ["hello"])[0], together[0], atol=1e-5)
+
+
+def test_many_texts_of_all_lengths_are_as_each_alone(embedder: Embedder, monkeypatch: pytest.MonkeyPatch) -> None:
+    """In few batches; one that is longer than a batch takes one of its own."""
+    texts = [letter * length for letter, length in zip("abcdefghij" * 7, [1, 5, 300, 40, 3, 1500, 2] * 10, strict=True)]
+    alone = np.concatenate([vectors(embedder, [text]) for text in texts[:10]])
+    batches: list[int] = []
+    decode = llama.Context.decode
+    monkeypatch.setattr(llama.Context, "decode", lambda self, batch: batches.append(batch.size) or decode(self, batch))
+    together = vectors(embedder, texts)
+    np.testing.assert_allclose(together[:10], alone, atol=1e-5)
+    assert len(batches) < len(texts)
+    assert sum(batches) == sum(map(len, texts))
+
+
+def test_scores_are_as_many_as_the_model_has(tmp_path: Path) -> None:
+    """A model that ranks gives a number for a text, not a vector."""
+    path = tinymodels.write(tmp_path / "rank.gguf", d=32, layers=1, heads=2, kv_heads=1, ff=32, pooling=4)
+    loaded = load(path)
+    embedder = Embedder(loaded.model, threads=1)
+    with pytest.raises(OSError, match="scores pairs of texts"):
+        embedder.embed(["hello"])
+    context = embedder._opened(4)
+    batch = llama.Batch(3)
+    batch.size = 3
+    batch.positions[:], batch.wanted[:] = (0, 1, 2), 1
+    assert context.decode(batch) == llama.OK
+    assert context.embedding(0).shape == (loaded.model.n_cls_out,) == (1,)
+    embedder.close()
+    loaded.close()
 
 
 def test_no_texts_no_vectors(embedder: Embedder) -> None:
     assert vectors(embedder, []).shape == (0, 32)
 
 
-@pytest.mark.parametrize(("text", "why"), [("", "empty"), ("x" * 600, "600 tokens, at most 512")])
+@pytest.mark.parametrize(("text", "why"), [("", "empty"), ("x" * 3000, "3000 tokens, at most 2048")])
 def test_texts_that_cannot_be_embedded(embedder: Embedder, text: str, why: str) -> None:
     with pytest.raises(OSError, match=why):
         embedder.embed(["fine", text])

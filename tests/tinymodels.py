@@ -10,6 +10,7 @@ templates are written anew after what the families' own produce; they say the sa
 
 from __future__ import annotations
 
+import ctypes
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -17,6 +18,7 @@ from typing import Any
 
 import gguf
 import numpy as np
+from llama_cpp import llama_cpp as C
 
 from benchmarks.models import byte_to_char, write_llama
 
@@ -39,6 +41,29 @@ OWN_ATTENTION = "avx2" in Path("/proc/cpuinfo").read_text().split()
 def write(path: Path, *, template: str | None = CHATML, **shape: Any) -> Path:
     """A model of some 100,000 parameters (see `benchmarks.models.write_llama` for what `shape` may say)."""
     return write_llama(path, template=template, **shape)
+
+
+def quantise(path: Path, kind: str) -> Path:
+    """The same model as a file of another type, beside it. For K-quants `d` and `ff` are multiples of 256."""
+    target = path.with_name(f"{path.stem}-{kind}.gguf")
+    params = C.llama_model_quantize_default_params()
+    params.ftype = getattr(C, f"LLAMA_FTYPE_MOSTLY_{kind}{'_S' if kind == 'Q4_K' else ''}")
+    params.nthread, params.pure = 1, True
+    if C.llama_model_quantize(str(path).encode(), str(target).encode(), ctypes.byref(params)):
+        raise OSError(f"llama.cpp could not make {target}")
+    return target
+
+
+def spoil(path: Path, token: int, how: str) -> Path:
+    """The value of a token in the first layer becomes inf, or its embedding no number at all."""
+    tensors = {tensor.name: tensor.data for tensor in gguf.GGUFReader(path, "r+").tensors}
+    if how == "nan":
+        tensors["token_embd.weight"][token] = np.nan
+    else:
+        tensors["token_embd.weight"][:, 0] = 0
+        tensors["token_embd.weight"][token] = np.eye(1, tensors["token_embd.weight"].shape[1])
+        tensors["blk.0.attn_v.weight"][:, 0] = 1e6
+    return path
 
 
 # ── families of chat models ───────────────────────────────────────────────────────────────────────────────

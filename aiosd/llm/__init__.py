@@ -4,22 +4,33 @@ Files, from the bottom up:
 
     spec.py        what a core is told at its start (light: the supervisor and the CLI import it)
     modelfile.py   what a GGUF says about itself, read before llama.cpp touches it
-    llama.py       the only file that touches llama_cpp: Model, Context, Batch, Grammar
+    ggml.py        llama.cpp's library in this process: handle, log, last words, which build it is
+    attention.py   attention of our own in llama.cpp's graphs; native/ is its part in C
+    llama.py       owners of llama.cpp's objects: Model, Context, Batch, Grammar
     sampling.py    one token from one row of logits
     tokens.py      text to token ids, recent segments remembered
     text.py        bytes to characters to pieces: split UTF-8, stop strings, triggers
     schema.py      JSON Schema to grammar
-    chat.py        messages to prompt: what the template cannot do is done for it
     dialects.py    how families of models write tool calls, and how they are read
+    chat.py        messages to prompt: what the template cannot do is done for it
     structured.py  keeps a generation inside a grammar: check first, constrain on refusal
-    request.py     a submitted call to a Sequence, or an errno with a sentence
-    sequence.py    the record of one generation
-    policy/        who runs next (pure)
     prefix.py      which cached tokens a prompt can reuse (pure)
+    sequence.py    the record of one generation
+    request.py     a submitted call to a Sequence, or an errno with a sentence
+    policy/        who runs next (pure)
     slots.py       which sequence lies where in the KV cache; counts
+    blob.py        the state of a sequence as llama.cpp writes it, cut by tokens and joined
+    contexts.py    states that have no slot: in memory, on disk, in a tree over tokens
+    bases.py       beginnings that slots read where the store keeps them
+    cache.py       every movement of a context between slot, memory and disk
     stats.py       counts and times
     engine.py      plan → decode → settle
     embed.py       vectors, in a context of their own
+    saved.py       contexts by name, as files
+    library.py     the calls about those
+    threads.py     how many compute a step, measured
+    exact.py       does a row depend on the others in its batch?
+    trial.py       is our attention right for this model?
     loading.py     from a ModelSpec to a calibrated engine, or one line that says why not
     core.py        the process: kernel's messages in, the engine's messages out
 

@@ -4,23 +4,27 @@ Two things make it worth its while. A row reads as much as it may see, not as mu
 many sequences share is read once for all of them, from where it is kept (`bases.py`), not from a copy in each slot.
 
 It is compiled when the package is installed. Where that did not work, on another processor, for a model whose
-attention it cannot compute, or with a GPU, llama.cpp's own is used: `load` says None, or `agrees` False.
+attention it cannot compute, or with a GPU, llama.cpp's own is used: `load` raises Unavailable, or `trial.py` finds a
+reason when a model is loaded.
 """
 
 from __future__ import annotations
 
+import contextlib
 import ctypes
 import importlib.util
 import os
+from collections.abc import Iterator
 from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 
-from aiosd.llm import llama
+from aiosd.llm.ggml import C, Ints
 
 _RUN = np.dtype([("data", "<u8"), ("tokens", "<i8")])
 _MOST_OPERATIONS = 256
+_MOST_THREADS = 512
 
 
 class _Struct(ctypes.Structure):
@@ -40,7 +44,18 @@ class _Struct(ctypes.Structure):
         ("base_length", ctypes.c_void_p),
         ("rewritten", ctypes.c_int64),
         ("refused", ctypes.c_int64),
+        ("why", ctypes.c_char_p),
+        ("judging", ctypes.c_int32),
+        ("skip", ctypes.c_int32),
+        ("theirs", ctypes.c_double),
+        ("ours", ctypes.c_double),
+        ("based", ctypes.c_double),
+        ("scratch", ctypes.c_void_p * _MOST_THREADS),
     ]
+
+
+class Unavailable(Exception):
+    """There is no attention of our own here; the text says why."""
 
 
 class Attention:
@@ -51,33 +66,41 @@ class Attention:
     """
 
     def __init__(self, library: Any, operations: tuple[int, int], streams: int) -> None:
+        self._library = library
         self._struct = struct = _Struct()
         struct.op_flash, struct.op_custom = operations
         struct.streams, struct.enabled = streams, 1
         self.callback = ctypes.cast(library.aios_attention_rewrite, ctypes.c_void_p)
         self.data = ctypes.addressof(struct)
-        self.base_run: llama.Ints = np.zeros(streams, np.int32)
-        self.base_length: llama.Ints = np.zeros(streams, np.int32)
+        self.base_run: Ints = np.zeros(streams, np.int32)
+        self.base_length: Ints = np.zeros(streams, np.int32)
         struct.base_run = self.base_run.ctypes.data
         struct.base_length = self.base_length.ctypes.data
         self._places: npt.NDArray[np.int64] = np.zeros((2, 0), np.int64)
         self.set_runs([])
 
     @classmethod
-    def load(cls, streams: int) -> Attention | None:
-        """None: it was not compiled, this processor lacks the instructions, or ggml is not as it was."""
+    def load(cls, streams: int) -> Attention:
+        """Raises Unavailable: it was not compiled, this processor lacks the instructions, or ggml is not as it was."""
         spec = importlib.util.find_spec("aiosd.llm._attention")
         if spec is None or spec.origin is None:
-            return None
+            raise Unavailable("aiosd was installed without its part in C")
         try:
             library = ctypes.CDLL(spec.origin)
-        except OSError:
-            return None
+        except OSError as error:
+            raise Unavailable(f"aiosd's part in C cannot be loaded: {error}") from error
         operations = _operations()
         width = int(os.environ.get("AIOS_VECTOR_WIDTH", "0"))  # of no more floats, to test what other processors do
         if operations is None or not _tensors_as_known(library, operations[2]):
-            return None
-        return cls(library, operations[:2], streams) if library.aios_attention_start(width) else None
+            raise Unavailable("this llama.cpp lays out its tensors in another way")
+        if not library.aios_attention_start(width):
+            raise Unavailable("this processor has neither AVX2 nor AVX-512")
+        library.aios_attention_free.argtypes = [ctypes.c_void_p]
+        return cls(library, operations[:2], streams)
+
+    def close(self) -> None:
+        """When the context is gone: nothing is computed with it any more."""
+        self._library.aios_attention_free(self.data)
 
     @property
     def enabled(self) -> bool:
@@ -96,6 +119,26 @@ class Attention:
         """Has it computed every attention that came by so far?"""
         return self._struct.rewritten > 0 and not self._struct.refused
 
+    @property
+    def refusal(self) -> str:
+        """Why an attention that came by could not be computed, '' if all could."""
+        return str(self._struct.why.decode()) if self._struct.refused else ""
+
+    @contextlib.contextmanager
+    def judged(self, skip: int = 0) -> Iterator[None]:
+        """Compare every attention that is computed meanwhile with exact arithmetic on its very inputs. `skip`: ours
+        also as if the first so many cells of a stream lay in its base only."""
+        self._struct.judging, self._struct.skip = (2 if skip else 1), skip
+        try:
+            yield
+        finally:
+            self._struct.judging = 0
+
+    @property
+    def errors(self) -> tuple[float, float, float]:
+        """The largest found, as a part of the largest value: of llama.cpp's attention, ours, ours with a base."""
+        return self._struct.theirs, self._struct.ours, self._struct.based
+
     def set_layout(self, sizes: list[int]) -> None:
         """Runs hold so many bytes per token for K of each layer, then for V of each. None yet: no runs are read."""
         places = np.cumsum([0, *sizes[:-1]], dtype=np.int64).reshape(2, -1)
@@ -111,7 +154,7 @@ class Attention:
 
 def _operations() -> tuple[int, int, int] | None:
     """The numbers of FLASH_ATTN_EXT, CUSTOM and SCALE in this ggml."""
-    name = ctypes.CFUNCTYPE(ctypes.c_char_p, ctypes.c_int)(("ggml_op_name", llama.C._lib))
+    name = ctypes.CFUNCTYPE(ctypes.c_char_p, ctypes.c_int)(("ggml_op_name", C._lib))
     numbers: dict[bytes, int] = {}
     for number in range(_MOST_OPERATIONS):  # CUSTOM comes after the other one; beyond the last is no man's land
         numbers[name(number)] = number
@@ -123,7 +166,7 @@ def _operations() -> tuple[int, int, int] | None:
 
 def _tensors_as_known(library: Any, operation: int) -> bool:
     """Does a tensor of this ggml look as attention.c believes? `operation`: the number of SCALE."""
-    ggml = llama.C._lib
+    ggml = C._lib
     free = ctypes.CFUNCTYPE(None, ctypes.c_void_p)(("ggml_free", ggml))
     pointer, integer = ctypes.c_void_p, ctypes.c_int64
     new = ctypes.CFUNCTYPE(pointer, pointer, ctypes.c_int, integer, integer)(("ggml_new_tensor_2d", ggml))

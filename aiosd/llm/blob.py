@@ -1,27 +1,33 @@
 """The state of a sequence as llama.cpp writes it, cut into pieces by tokens and put together again.
 
-`llama_state_seq_get_data` gives one block for a whole sequence. Its layout, for a plain KV cache (read in
-`llama-kv-cache.cpp`, `state_write`), with N cells and S streams, all little-endian:
+`llama_state_seq_get_data` gives one block for a whole sequence. Its layout (read in `llama-kv-cache.cpp`,
+`state_write`), with N cells and S streams, all little-endian:
 
-    magic u32 · sequence i32 · streams u32
-    for each stream: cells u32 (0 for all but one), and for that one
-        N × (position i32, 1 u32, sequence i32)
-        v_transposed u32 · layers u32
-        for each layer  K: type i32, row bytes u64, N rows
-        for each layer  V: the same, or, transposed: type i32, element bytes u32, elements u32, and for each
-                        element N values
+    magic u32 · sequence i32
+    for each cache (one; two, where some layers look through a sliding window):
+        streams u32
+        for each stream: cells u32 (0 for all but one), and for that one
+            N × (position i32, 1 u32, sequence i32)
+            v_transposed u32 · layers u32
+            for each layer  K: type i32, row bytes u64, N rows
+            for each layer  V: the same, or, transposed: type i32, element bytes u32, elements u32, and for each
+                            element N values
 
 So what belongs to tokens [a, b) can be cut out, kept alone, and joined with others to a block that llama.cpp
 takes as its own, bit for bit. A piece is one array: the parts (K of layer 0, …, V of the last) one after the
 other, each as in the block. The stream header is not kept: a piece fits a context with any number of slots.
 
-Pure numpy. Caches of another kind (recurrent, sliding window) have another layout: `Layout.of` returns None.
+The cache of layers with a window is made as large as the other, so that all cells stay in it; but a block has only
+those of them that a next token would look at. What came before is read in blocks of its own and put in (`completed`),
+so that the state may be cut anywhere.
+
+Pure numpy. Caches of another kind (recurrent) have another layout: `Layout.of` returns None.
 """
 
 from __future__ import annotations
 
 import struct
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -29,7 +35,7 @@ import numpy.typing as npt
 
 Bytes = npt.NDArray[np.uint8]
 
-_HEAD = struct.Struct("<IiI")
+_HEAD = struct.Struct("<Ii")
 _CELL = np.dtype([("position", "<i4"), ("owners", "<u4"), ("sequence", "<i4")])
 
 
@@ -58,19 +64,40 @@ class Piece:
         return self.data.nbytes
 
 
+@dataclass(frozen=True, slots=True)
+class Section:
+    """One cache in a block."""
+
+    transposed: int
+    layers: int
+    parts: list[Part]  # K of each layer, then V of each
+
+    @property
+    def middle(self) -> bytes:
+        return struct.pack("<II", self.transposed, self.layers)
+
+    def size(self, streams: int, length: int) -> int:
+        """Bytes of so many tokens."""
+        fixed = 4 + 4 * streams + 8 + sum(len(part.header) for part in self.parts)
+        return fixed + length * (_CELL.itemsize + sum(part.per_token for part in self.parts))
+
+
 class Layout:
     """Where what lies in a block, for one context."""
 
-    def __init__(self, magic: int, streams: int, transposed: int, layers: int, parts: list[Part]) -> None:
-        self._magic, self._streams = magic, streams
-        self._middle = struct.pack("<II", transposed, layers)
-        self._parts = parts
-        self.bytes_per_token = sum(part.per_token for part in parts)
-        self._fixed = _HEAD.size + 4 * streams + 8 + sum(len(part.header) for part in parts)
+    def __init__(self, magic: int, streams: int, sections: list[Section]) -> None:
+        self._magic, self._streams, self._sections = magic, streams, sections
+        self._parts = [part for section in sections for part in section.parts]
+        self.bytes_per_token = sum(part.per_token for part in self._parts)
+
+    @property
+    def in_one(self) -> bool:
+        """Do all layers lie in one cache?"""
+        return len(self._sections) == 1
 
     @property
     def sizes(self) -> list[int]:
-        """Bytes per token of each part: K of each layer, then V of each."""
+        """Bytes per token of each part: K of each layer, then V of each; the same for a second cache."""
         return [part.per_token for part in self._parts]
 
     @property
@@ -94,45 +121,26 @@ class Layout:
 
     @classmethod
     def _read(cls, block: bytes) -> Layout:
-        magic, _, streams = _HEAD.unpack_from(block, 0)
-        at, cells = _HEAD.size, 0
-        seen = 0
-        while seen < streams and not cells:
-            (cells,) = struct.unpack_from("<I", block, at)
-            at += 4
-            seen += 1
-        if not cells:
-            raise ValueError("no cells")
-        table = np.frombuffer(block, _CELL, cells, at)
-        if (table["owners"] != 1).any():
-            raise ValueError("cells carry more than their position")
-        at += table.nbytes
-        transposed, layers = struct.unpack_from("<II", block, at)
-        if transposed > 1 or not 0 < layers <= 4096:
-            raise ValueError("no plain KV cache")
-        at += 8
-        parts: list[Part] = []
-        for _ in range(layers):
-            part = Part(block[at : at + 12], struct.unpack_from("<Q", block, at + 4)[0], 0)
-            parts.append(part)
-            at += 12 + cells * part.per_token
-        for _ in range(layers):
-            if transposed:
-                item, rows = struct.unpack_from("<II", block, at + 4)
-                part = Part(block[at : at + 12], item, rows)
-            else:
-                part = Part(block[at : at + 12], struct.unpack_from("<Q", block, at + 4)[0], 0)
-            parts.append(part)
-            at += 12 + cells * part.per_token
-        at += 4 * (streams - seen)
-        layout = cls(magic, streams, transposed, layers, parts)
+        magic, _ = _HEAD.unpack_from(block, 0)
+        at = _HEAD.size
+        sections: list[Section] = []
+        found: set[tuple[int, int]] = set()
+        while at < len(block):
+            read = _read_section(block, at)
+            sections.append(read.section)
+            found.add((read.streams, read.cells))
+            at = read.end
+        if len(found) != 1 or not any(section.layers for section in sections):
+            raise ValueError("not every cache holds all tokens, or none has layers")
+        [(streams, cells)] = found
+        layout = cls(magic, streams, sections)
         if at != len(block) or layout.size(cells) != len(block):
             raise ValueError("something else lies in it")
         return layout
 
     def size(self, length: int) -> int:
         """Bytes of a block of so many tokens."""
-        return self._fixed + length * (_CELL.itemsize + self.bytes_per_token)
+        return _HEAD.size + sum(section.size(self._streams, length) for section in self._sections)
 
     def cut(self, block: Bytes, sequence: int, length: int, start: int, stop: int, first: int = 0) -> Piece:
         """The piece for the tokens [start, stop) of a block that lay in `sequence`, where it held the tokens
@@ -140,16 +148,27 @@ class Layout:
         if start < first:
             raise LookupError(f"tokens from {start} on, but the block begins with {first}")
         length, start, stop = length - first, start - first, stop - first
-        at = _HEAD.size + 4 * (sequence + 1)
+        data = np.empty((stop - start) * self.bytes_per_token, np.uint8)
+        at, to = _HEAD.size, 0
+        for section in self._sections:
+            to += self._cut_section(section, block[at:], sequence, (length, start, stop, first), data[to:])
+            at += section.size(self._streams, length)
+        return Piece(data, stop - start)
+
+    @staticmethod
+    def _cut_section(
+        section: Section, block: Bytes, sequence: int, where: tuple[int, int, int, int], data: Bytes
+    ) -> int:
+        """Into `data`; how many bytes of it are filled."""
+        length, start, stop, first = where
+        at = 4 + 4 * (sequence + 1)
+        if int(block[at - 4 : at].view(np.uint32)[0]) != length:
+            raise LookupError(f"a cache does not hold all of {length} tokens")
         cells = block[at : at + length * _CELL.itemsize].view(_CELL)
-        order = cells["position"] - first
-        sorted_already = bool((order == np.arange(length, dtype=np.int32)).all())
-        pick: slice | npt.NDArray[np.int64] = slice(start, stop) if sorted_already else np.argsort(order)[start:stop]
+        pick = _in_order(cells["position"] - first, start, stop)
         at += cells.nbytes + 8
-        count = stop - start
-        data = np.empty(count * self.bytes_per_token, np.uint8)
-        to = 0
-        for part in self._parts:
+        count, to = stop - start, 0
+        for part in section.parts:
             at += len(part.header)
             size, kept = length * part.per_token, count * part.per_token
             source, target = block[at : at + size], data[to : to + kept]
@@ -159,7 +178,7 @@ class Layout:
                 target.reshape(count, part.item)[:] = source.reshape(length, part.item)[pick]
             at += size
             to += kept
-        return Piece(data, count)
+        return to
 
     def part_of(self, piece: Piece, start: int, stop: int) -> Piece:
         """The tokens [start, stop) of a piece, as a piece of their own."""
@@ -219,17 +238,21 @@ class Layout:
         takes = _takes(pieces, length, start)
         length -= start
         block = out[: self.size(length)]
-        self._write_head(block, sequence, length, start)
-        at = _HEAD.size + 4 * (sequence + 1) + length * _CELL.itemsize + 8
+        block[: _HEAD.size] = np.frombuffer(_HEAD.pack(self._magic, sequence), np.uint8)
+        at = _HEAD.size
         offset = 0  # of the part in a piece, in bytes per token
-        for part in self._parts:
-            block[at : at + len(part.header)] = np.frombuffer(part.header, np.uint8)
-            at += len(part.header)
-            target = block[at : at + length * part.per_token]
-            self._gather(part, offset, takes, target, length)
-            at += target.nbytes
-            offset += part.per_token
-        block[at:] = 0  # streams after this one: no cells
+        for section in self._sections:
+            end = at + section.size(self._streams, length)
+            at = self._write_head(section, block, at, (sequence, length, start))
+            for part in section.parts:
+                block[at : at + len(part.header)] = np.frombuffer(part.header, np.uint8)
+                at += len(part.header)
+                target = block[at : at + length * part.per_token]
+                self._gather(part, offset, takes, target, length)
+                at += target.nbytes
+                offset += part.per_token
+            block[at:end] = 0  # streams after this one: no cells
+            at = end
         return block
 
     @staticmethod
@@ -245,18 +268,129 @@ class Layout:
                 taken = source[skip * part.item : (skip + count) * part.item]
                 target[position * part.item : (position + count) * part.item] = taken
 
-    def _write_head(self, block: Bytes, sequence: int, length: int, start: int) -> None:
+    def _write_head(self, section: Section, block: Bytes, at: int, where: tuple[int, int, int]) -> int:
+        """Where the parts begin."""
+        sequence, length, start = where
         counts = [0] * (sequence + 1)
         counts[sequence] = length
-        head = _HEAD.pack(self._magic, sequence, self._streams) + struct.pack(f"<{sequence + 1}I", *counts)
-        at = len(head)
-        block[:at] = np.frombuffer(head, np.uint8)
+        head = struct.pack(f"<{sequence + 2}I", self._streams, *counts)
+        block[at : at + len(head)] = np.frombuffer(head, np.uint8)
+        at += len(head)
         cells = block[at : at + length * _CELL.itemsize].view(_CELL)
         cells["position"] = np.arange(start, start + length)
         cells["owners"] = 1
         cells["sequence"] = sequence
         at += cells.nbytes
-        block[at : at + 8] = np.frombuffer(self._middle, np.uint8)
+        block[at : at + 8] = np.frombuffer(section.middle, np.uint8)
+        return at + 8
+
+
+@dataclass(frozen=True, slots=True)
+class _Read:
+    """A cache in a block: where it begins and ends, and which stream of it has how many cells."""
+
+    section: Section
+    streams: int
+    stream: int
+    cells: int
+    begin: int
+    end: int
+
+    @property
+    def table(self) -> slice:
+        at = self.begin + 4 + 4 * (self.stream + 1)
+        return slice(at, at + self.cells * _CELL.itemsize)
+
+    def parts(self, block: Bytes) -> Iterator[Bytes]:
+        at = self.table.stop + 8
+        for part in self.section.parts:
+            at += len(part.header)
+            yield block[at : at + self.cells * part.per_token]
+            at += self.cells * part.per_token
+
+
+def _read_section(block: memoryview | bytes, at: int) -> _Read:
+    """The cache that begins at a place in a block."""
+    begin = at
+    (streams,) = struct.unpack_from("<I", block, at)
+    at += 4
+    cells = seen = 0
+    while seen < streams and not cells:
+        (cells,) = struct.unpack_from("<I", block, at)
+        at += 4
+        seen += 1
+    if not cells:
+        raise ValueError("no cells")
+    table = np.frombuffer(block, _CELL, cells, at)
+    if (table["owners"] != 1).any():
+        raise ValueError("cells carry more than their position")
+    at += table.nbytes
+    transposed, layers = struct.unpack_from("<II", block, at)
+    if transposed > 1 or layers > 4096:
+        raise ValueError("no plain KV cache")
+    at += 8
+    parts: list[Part] = []
+    for i in range(2 * layers):
+        if transposed and i >= layers:
+            item, rows = struct.unpack_from("<II", block, at + 4)
+        else:
+            item, rows = struct.unpack_from("<Q", block, at + 4)[0], 0
+        parts.append(Part(bytes(block[at : at + 12]), item, rows))
+        at += 12 + cells * parts[-1].per_token
+    return _Read(Section(transposed, layers, parts), streams, seen - 1, cells, begin, at + 4 * (streams - seen))
+
+
+def _last_section(block: Bytes) -> _Read:
+    at = _HEAD.size
+    while (read := _read_section(block.data, at)).end < len(block):
+        at = read.end
+    return read
+
+
+def positions(block: Bytes) -> tuple[int, int] | None:
+    """The first token in the first cache of a block, and the first in the last. None: these are no plain KV caches."""
+    try:
+        reads = _read_section(block.data, _HEAD.size), _last_section(block)
+    except (struct.error, ValueError):
+        return None
+    first, last = (int(block[read.table].view(_CELL)["position"].min()) for read in reads)
+    return first, last
+
+
+def completed(block: Bytes, earlier: Sequence[Bytes]) -> Bytes:
+    """A block whose last cache lacks early tokens, with those put in. `earlier`: blocks that end with that cache, the
+    oldest tokens in the last of them."""
+    blocks = [*reversed(earlier), block]
+    reads = [_last_section(one) for one in blocks]
+    last = reads[-1]
+    counts = np.zeros(1 + last.streams, np.uint32)
+    counts[0], counts[1 + last.stream] = last.streams, sum(read.cells for read in reads)
+    head, tail = np.split(counts, [2 + last.stream])
+    out = [block[: last.begin], head.view(np.uint8)]
+    out += [one[read.table] for read, one in zip(reads, blocks, strict=True)]
+    out.append(np.frombuffer(last.section.middle, np.uint8))
+    pieces = [read.parts(one) for read, one in zip(reads, blocks, strict=True)]
+    for part in last.section.parts:
+        rows = [(next(piece), read.cells) for piece, read in zip(pieces, reads, strict=True)]
+        out.append(np.frombuffer(part.header, np.uint8))
+        if part.rows:
+            out.append(
+                np.concatenate([_items(data, part, cells) for data, cells in rows], axis=1).reshape(-1).view(np.uint8)
+            )
+        else:
+            out += [data for data, _ in rows]
+    return np.concatenate([*out, tail.view(np.uint8)])
+
+
+def _in_order(positions: npt.NDArray[np.int32], start: int, stop: int) -> slice | npt.NDArray[np.int64]:
+    """Which cells hold the tokens [start, stop). Raises LookupError where one of all is missing."""
+    expected = np.arange(len(positions), dtype=np.int32)
+    if (positions == expected).all():
+        return slice(start, stop)
+    order = np.argsort(positions)
+    if (positions[order] != expected).any():
+        raise LookupError("some tokens have no cell any more")
+    return order[start:stop]
 
 
 #: A piece, how many of its tokens to skip, where the next ones go, and how many of them.

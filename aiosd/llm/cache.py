@@ -19,8 +19,6 @@ import time
 from collections.abc import Callable, Iterator
 from typing import Any
 
-import numpy as np
-
 from aiosd.llm import llama
 from aiosd.llm.bases import Bases
 from aiosd.llm.blob import Bytes, Layout, Piece
@@ -35,6 +33,9 @@ WORTH_NOTHING = 1
 
 #: So much of the memory for contexts may be in use by what lies in slots: it cannot be evicted then.
 MOST_PINNED = 1 / 2
+
+#: So much of it may stay taken by buffers while no state moves.
+MOST_BUFFERS = 1 / 4
 
 
 class Cache:
@@ -58,11 +59,11 @@ class Cache:
         self._blocks = self._block_bytes = 0  # saved whole, where there is no store
         self.copied = {"saved": 0, "restored": 0}  # bytes
         self.hits = self.misses = 0  # calls that found a beginning of their prompt, or none
+        self._reserved = 0  # bytes of memory that are left for buffers
         self._context = context
         self._exact = exact
         self._budgets = (ram, disk, folder)
         self._clock = clock
-        self._room: Bytes = np.empty(0, np.uint8)  # blocks are put together here
         self._open_store()
 
     def _open_store(self) -> None:
@@ -76,11 +77,12 @@ class Cache:
         else:
             self.why_not = "no memory is set aside for contexts"
         attention = None
-        if layout is not None and len(layout.sizes) == 2 * self._context.n_layer:  # each has a cache of its own
+        if layout is not None and layout.in_one and len(layout.sizes) == 2 * self._context.n_layer:
             attention = self._context.attention
         self.bases = Bases(attention, self.store, self.slots.total, int(ram * MOST_PINNED))
         if self.store is not None:
             self.store.relieve = self._relieve
+            self.store.beside = lambda: self._reserved
 
     # ── into a slot ───────────────────────────────────────────────────────────────────────────────────────
 
@@ -203,10 +205,7 @@ class Cache:
         sequence.length = length
         if start == length:
             return
-        size = layout.size(length - start)
-        if len(self._room) < size:
-            self._room = np.empty(size * 5 // 4, np.uint8)
-        block = layout.join(pieces, slot, length, self._room, start)
+        block = layout.join(pieces, slot, length, self._context.buffer(layout.size(length - start)), start)
         if not self._context.restore(slot, block):
             self._empty(slot)
             sequence.length = 0
@@ -247,7 +246,8 @@ class Cache:
 
     def exchange(self, sequence: Sequence, slot: int) -> None:
         """The sequence and what lies in a free slot change places."""
-        self._context.exchange(sequence.slot, slot)
+        with self._buffers_given_back():
+            self._context.exchange(sequence.slot, slot)
         self.bases.exchange(sequence.slot, slot)
         self.slots.swap(sequence, slot)
 
@@ -302,7 +302,7 @@ class Cache:
 
     def _keep_block(self, block: Bytes) -> Bytes | None:
         """Where there is no store. None: there is no room for it."""
-        if self._block_bytes + block.nbytes > self._budgets[0]:
+        if self._block_bytes + self._reserved + block.nbytes > self._budgets[0]:
             return None
         self._blocks += 1
         self._block_bytes += block.nbytes
@@ -325,7 +325,10 @@ class Cache:
         node = self._add(sequence.scope, tokens, common, (block, slot, length, first), sequence.peer)
         if node is None or common == length:
             return node
-        own = layout.cut(block, slot, length, common, length, first)
+        try:
+            own = layout.cut(block, slot, length, common, length, first)
+        except LookupError:
+            return node
         return store.add_private(node, tokens[common:length], own, sequence.peer) or node
 
     def _read(self, slot: int, first: int = 0) -> Bytes:
@@ -382,9 +385,21 @@ class Cache:
         """What happens here counts as copying. Never within itself: nothing is counted twice."""
         began = self._clock()
         try:
-            yield
+            with self._buffers_given_back():
+                yield
         finally:
             self.copy_s += self._clock() - began
+
+    @contextlib.contextmanager
+    def _buffers_given_back(self) -> Iterator[None]:
+        """Through these buffers states go in and out of slots. They are part of the memory for contexts, and kept for
+        the next time if they are a small part, and the rest has left room for them."""
+        yield
+        budget, buffers = self._budgets[0], self._context.buffer_bytes
+        self._reserved = max(self._reserved, min(buffers, int(budget * MOST_BUFFERS)))
+        kept = self.store.ram if self.store is not None else self._block_bytes
+        if buffers > self._reserved or kept + buffers > budget:
+            self._context.drop_buffers()
 
     # ── contexts by name ──────────────────────────────────────────────────────────────────────────────────
 
@@ -450,7 +465,10 @@ class Cache:
                     "tokens": resident,
                     "bytes": (resident - elsewhere) * per_token,
                 },
-                "ram": below.get("ram", {"contexts": self._blocks, "bytes": self._block_bytes, "budget": ram}),
+                "ram": {
+                    **below.get("ram", {"contexts": self._blocks, "bytes": self._block_bytes, "budget": ram}),
+                    "buffers": self._context.buffer_bytes,
+                },
                 "disk": below.get("disk", {"contexts": 0, "bytes": 0, "budget": disk if folder else 0}),
             },
             "prefix": {

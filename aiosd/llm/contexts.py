@@ -96,7 +96,7 @@ class Swap:
         """None: it is damaged, or cannot be read."""
         data = np.empty(extent.size, np.uint8)
         try:
-            done = os.preadv(self._file.fileno(), [data.data], extent.offset)
+            done = _read_all(self._file.fileno(), data, extent.offset)
         except OSError:
             return None
         if done != extent.size or zlib.crc32(data.data) != extent.checksum:
@@ -128,6 +128,17 @@ def _write_all(fd: int, data: Bytes, offset: int) -> int:
     return done
 
 
+def _read_all(fd: int, data: Bytes, offset: int) -> int:
+    """Linux reads and writes 2 GiB at a time at most."""
+    view, done = data.data, 0
+    while done < len(view):
+        count = os.preadv(fd, [view[done:]], offset + done)
+        if not count:
+            break
+        done += count
+    return done
+
+
 class Store:
     """The tree of pieces. `ram` and `swap.budget`: bytes."""
 
@@ -140,6 +151,7 @@ class Store:
         self.swap = swap
         self.evictions = {"disk": 0, "dropped": 0}
         self.divided = 0  # so many pieces have become two others
+        self.beside: Callable[[], int] = lambda: 0  # bytes of the budget that are used outside of the store
         self.relieve: Callable[[], bool] = lambda: False  # gives up a pin that is not needed; False: there is none
         self._order: list[Node[Payload]] = []  # those in memory, the cheapest to lose last, as they were then …
         self._ordered_at = 0.0
@@ -305,18 +317,19 @@ class Store:
 
     def _make_room(self, need: int) -> bool:
         """Free memory for `need` bytes more; False: it cannot be."""
-        if need > self.ram_budget:
+        budget = self.ram_budget - self.beside()
+        if need > budget:
             return False
-        if self.ram + need <= self.ram_budget:
+        if self.ram + need <= budget:
             return True
-        target = self.ram_budget - need - int(self.ram_budget * SLACK)
+        target = budget - need - int(budget * SLACK)
         while self.ram > max(target, 0):
             node = self._cheapest()
             if node is not None:
                 self._move_down(node)
-            elif self.ram + need <= self.ram_budget or not self.relieve():
+            elif self.ram + need <= budget or not self.relieve():
                 break
-        return self.ram + need <= self.ram_budget
+        return self.ram + need <= budget
 
     def _cheapest(self) -> Node[Payload] | None:
         """The node in memory that is cheapest to lose. They are put in order for the next few at once: what has been

@@ -37,6 +37,12 @@ MOST_CONTEXT_RAM = 4 << 30
 MAX_ANSWER = wire.MAX_FRAME - 1024
 
 _CONTEXT_CALLS = (Sys.CTX_SAVE, Sys.CTX_RESTORE, Sys.CTX_CLOSE, Sys.CTX_LIST, Sys.CTX_REMOVE)
+
+#: How threads of llama.cpp wait for each other, read by OpenMP when it is loaded: they look so many times (some
+#: microseconds), then sleep. By default they look on for milliseconds, and where an agent has their core, the one they
+#: wait for does not run meanwhile: a step beside two busy processes took 10 to 150 times as long.
+THREADS_WAIT = {"GOMP_SPINCOUNT": "1000"}
+
 _MESSAGES_AT_ONCE = 64
 PLACES_EVERY = 1.0  # seconds between two words on where contexts lie, while calls run; more where it takes long
 PLACES_SHARE = 0.005  # of the time, at most
@@ -66,6 +72,8 @@ def main(channel: Channel, spec: ModelSpec, rounds: Rounds) -> int:
     """Load, serve, return the exit code. `rounds` hears how the loop goes on."""
     faulthandler.enable(sys.stderr)
     signal.signal(signal.SIGINT, signal.SIG_IGN)
+    for name, value in THREADS_WAIT.items():
+        os.environ.setdefault(name, value)
     from aiosd.llm import llama, loading  # llama.cpp and numpy, only in this process
 
     llama.start(spec.verbose)
@@ -130,7 +138,7 @@ class Core:
             folder=spec.folder,
             cancelled=self._look_ahead,
         )
-        self._embedder = Embedder(loaded.model, loaded.threads)
+        self._embedder = Embedder(loaded.model, loaded.threads.number)
         self._embeds: dict[link.Key, Iterator[wire.Embedded | None]] = {}  # under way, oldest first
         self.info = loaded.info(
             chat=self.engine.requests.template.given, tools=self.engine.requests.template.takes_tools
@@ -191,11 +199,22 @@ class Core:
             elif not self._embeds and not channel.more and not self._quit:
                 self._tell_places()
                 rounds.end()
-                channel.wait(_POLL if self._library.busy else _SLEEP)
+                if not channel.wait(_POLL if self._library.busy else _SLEEP):
+                    self._measure_again()
                 looked = 0.0
         self._library.close()
         _drain(channel)
         return 0
+
+    def _measure_again(self) -> None:
+        """Nothing has come for a while. Were threads chosen beside busy neighbours, and are those gone?"""
+        from aiosd.llm.loading import MEASURED_ROWS
+        from aiosd.llm.threads import machine_is_quiet
+
+        if self._loaded.threads.again and not self.engine.num_calls and machine_is_quiet():
+            empty = self.engine.slots.empty()[:MEASURED_ROWS]
+            if empty:
+                self._loaded.measure_again(empty)
 
     def _receive(self) -> None:
         inbox, self._inbox = self._inbox, []
@@ -322,11 +341,12 @@ class Core:
             "model_bytes": loaded.model.size,
             "kv_bytes": loaded.kv_bytes,
             "rss_bytes": _rss(),
-            "threads": loaded.threads,
+            "threads": loaded.threads.number,
+            "threads_why": loaded.threads.why,
             "gpu_layers": loaded.gpu_layers,
             "device": loaded.device,
             "flash_attention": "auto" if loaded.flash_attention is None else loaded.flash_attention,
-            "attention": "aiosd" if loaded.context.attention is not None else "llama.cpp",
+            "attention": loaded.attention,
             "exact": self._spec.exact,
             "chat_template": "the model's" if self.engine.requests.template.given else "ChatML (the model has none)",
             "llama_cpp": llama.version(),

@@ -2,6 +2,9 @@
 
 The model's own pooling where it names one, else the mean over a text's tokens (a causal model was not trained
 for this: the vectors are usable, not good). Unit length, float32.
+
+Several texts are computed at once, each a sequence of its own; llama.cpp pools only what lies in one batch, so a text
+is never cut. The last bits of a vector depend on what else was in the batch.
 """
 
 from __future__ import annotations
@@ -14,8 +17,11 @@ import numpy as np
 from aiosd.llm import llama
 from libaios.wire import Embedded
 
-#: The longest text (tokens); a text is computed in one batch.
-MAX_TOKENS = 512
+#: Texts that are computed at once have so many tokens together, and are no more than this: others wait meanwhile.
+BATCH, TEXTS = 512, 32
+
+#: The longest text (tokens): it is computed in one step, and so long others wait.
+MOST_TOKENS = 2048
 
 
 class Embedder:
@@ -23,6 +29,7 @@ class Embedder:
         self._model = model
         self._threads = threads
         self._context: llama.Context | None = None
+        self._limit = min(MOST_TOKENS, model.n_ctx_train or MOST_TOKENS)
 
     def embed(self, texts: list[str]) -> Embedded:
         """OSError EINVAL for an empty text, EMSGSIZE for one that is too long."""
@@ -31,54 +38,80 @@ class Embedder:
         return embedded
 
     def in_steps(self, texts: list[str]) -> Iterator[Embedded | None]:
-        """The same, one text in each step; the last step brings the result."""
-        rows, total = [], 0
-        limit = min(MAX_TOKENS, self._model.n_ctx_train or MAX_TOKENS)
+        """The same, one batch in each step; the last step brings the result."""
+        rows: list[llama.Floats] = []
+        batch: list[list[int]] = []
+        total = 0
         for i, text in enumerate(texts):
-            tokens = self._model.tokenize(text, bos=True, special=False)
-            if not tokens:
-                raise OSError(errno.EINVAL, f"texts[{i}]: it is empty")
-            if len(tokens) > limit:
-                raise OSError(errno.EMSGSIZE, f"texts[{i}]: {len(tokens)} tokens, at most {limit} can be embedded")
-            rows.append(self._one(tokens))
+            tokens = self._tokens(i, text)
             total += len(tokens)
+            if batch and (len(batch) == TEXTS or sum(map(len, batch)) + len(tokens) > BATCH):
+                rows += self._vectors(batch)
+                batch = []
+                yield None
+            batch.append(tokens)
+        if batch:
+            rows += self._vectors(batch)
             yield None
         width = self._model.n_embd_out
         data = np.stack(rows) if rows else np.zeros((0, width), np.float32)
         yield Embedded(len(rows), width, data.astype("<f4").tobytes(), total)
 
-    def _one(self, tokens: list[int]) -> llama.Floats:
-        context = self._context or self._open()
-        batch, n = self._batch, len(tokens)
-        batch.size = n
-        batch.tokens[:n], batch.positions[:n], batch.sequences[:n], batch.wanted[:n] = tokens, np.arange(n), 0, 1
+    def _tokens(self, i: int, text: str) -> list[int]:
+        tokens = self._model.tokenize(text, bos=True, special=False)
+        if not tokens:
+            raise OSError(errno.EINVAL, f"texts[{i}]: it is empty")
+        if len(tokens) > self._limit:
+            raise OSError(errno.EMSGSIZE, f"texts[{i}]: {len(tokens)} tokens, at most {self._limit} can be embedded")
+        return tokens
+
+    def _vectors(self, texts: list[list[int]]) -> list[llama.Floats]:
+        lengths = [len(tokens) for tokens in texts]
+        context = self._opened(sum(lengths))
+        if context.pooling == llama.POOLING_RANK:
+            raise OSError(errno.EINVAL, "this model scores pairs of texts; it makes no vectors")
+        batch = llama.Batch(sum(lengths))
+        batch.size = sum(lengths)
+        batch.tokens[:] = np.concatenate(texts)
+        batch.positions[:] = np.concatenate([np.arange(length) for length in lengths])
+        batch.sequences[:] = np.repeat(np.arange(len(texts)), lengths)
+        batch.wanted[:] = 1
         context.clear()
         result = context.decode(batch)
         if result != llama.OK:
             raise OSError(errno.EIO, f"llama.cpp could not compute an embedding (result {result})")
-        vector = context.embedding(0)
-        length = float(np.linalg.norm(vector))
-        if not np.isfinite(length) or length == 0:
-            raise OSError(errno.EIO, "the model gives a vector without length for this text")
-        return vector / np.float32(length)
+        return [_unit(context.embedding(sequence)) for sequence in range(len(texts))]
 
-    def _open(self) -> llama.Context:
+    def _opened(self, tokens: int) -> llama.Context:
+        """A context whose batch takes so many tokens. It grows when a long text comes: its buffers take a number for
+        each token and each word of the vocabulary."""
+        if self._context is None or self._context.ubatch < tokens:
+            self.close()
+            self._context = self._open(BATCH if tokens <= BATCH else self._limit)
+        return self._context
+
+    def _open(self, tokens: int) -> llama.Context:
         own = self._model.meta("general.architecture")
         named = self._model.meta(f"{own}.pooling_type")
-        self._batch = llama.Batch(MAX_TOKENS)
-        self._context = llama.Context(
+        return llama.Context(
             self._model,
-            slots=1,
-            ctx=MAX_TOKENS,
-            ubatch=MAX_TOKENS,
+            slots=TEXTS,
+            ctx=tokens,
+            ubatch=tokens,
             threads=self._threads,
             flash_attention=False,
             embeddings=True,
             pooling=None if named not in (None, "0") else llama.POOLING_MEAN,
         )
-        return self._context
 
     def close(self) -> None:
         if self._context is not None:
             self._context.close()
             self._context = None
+
+
+def _unit(vector: llama.Floats) -> llama.Floats:
+    length = float(np.linalg.norm(vector))
+    if not np.isfinite(length) or length == 0:
+        raise OSError(errno.EIO, "the model gives a vector without length for this text")
+    return vector / np.float32(length)

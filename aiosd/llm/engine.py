@@ -516,7 +516,7 @@ class Engine:
         ends, pieces, tokens = self._ends, self._pieces, batch.tokens
         for i, sequence in enumerate(rows):
             sequence.length += 1
-            if not sequence.plain:
+            if not sequence.plain or not logits[i, picks[i]] > -np.inf:
                 self._next(sequence, logits[i])
                 if sequence.phase is Phase.DECODE:
                     tokens[i] = sequence.upcoming
@@ -547,6 +547,11 @@ class Engine:
         """The token after this row, for a call of any kind: append it, or finish."""
         if sequence.length - len(sequence.prompt) < len(sequence.out):
             return  # it is being replayed: the next token is known
+        if not np.fmax.reduce(row) > -np.inf:
+            slot = sequence.slot
+            self._fail(sequence, errno.EIO, "the model gave no number for any token at this place")
+            self.cache.wipe(slot)  # nothing may go on from what led here
+            return
         sampler, index, constraint = sequence.sampler, len(sequence.out), sequence.constraint
         row = sampler.prepare(row, sequence.recent())
         token = sampler.draw(row, index)

@@ -17,7 +17,7 @@ import numpy as np
 
 from aiosd import link
 from aiosd.errors import as_oserror
-from aiosd.llm import llama
+from aiosd.llm import ggml
 from aiosd.llm.cache import Cache
 from aiosd.llm.chat import refuse
 from aiosd.llm.prefix import Tokens
@@ -95,7 +95,7 @@ class Library:
             digest = file_sha256(self._model)
             if _identity(self._model) != self._loaded:  # another file lies there now: this core's states are its own
                 digest = f"replaced while it was in use, {os.getpid()} {time.time()}"
-            fits = {"model": digest, "llama.cpp": llama.version(), **self._fits}
+            fits = {"model": digest, "llama.cpp": ggml.build(), **self._fits}
             layout = self._cache.store.layout if self._cache.store is not None else None
             if layout is not None:
                 fits["layout of the state"] = layout.description

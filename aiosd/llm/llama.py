@@ -1,4 +1,4 @@
-"""The only file that touches llama_cpp: thin, typed owners of its objects.
+"""Thin, typed owners of llama.cpp's objects.
 
 A `Model` holds weights and vocabulary, a `Context` the KV cache of one model, a `Batch` the arrays that a
 decode step reads, a `Grammar` the state of one constrained generation. Each frees what it owns in `close`;
@@ -11,110 +11,41 @@ impossible. Every method here says which, and its callers check first.
 from __future__ import annotations
 
 import ctypes
-import os
 import re
-import sys
-from collections import deque
 from collections.abc import Callable
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
-import llama_cpp.llama_cpp
 import numpy as np
 import numpy.typing as npt
 
 from aiosd.errors import Bug, WorldError
+from aiosd.llm import blob
+from aiosd.llm.attention import Attention
+from aiosd.llm.ggml import C, Floats, Ints, on_abort, start, supports_gpu, take_errors, version
 
-if TYPE_CHECKING:
-    from aiosd.llm.attention import Attention
+__all__ = [
+    "ABORTED",
+    "NO_ROOM",
+    "OK",
+    "POOLING_MEAN",
+    "POOLING_RANK",
+    "Batch",
+    "C",
+    "Context",
+    "Floats",
+    "Grammar",
+    "Ints",
+    "Model",
+    "on_abort",
+    "start",
+    "supports_gpu",
+    "take_errors",
+    "version",
+]
 
-C: Any = llama_cpp.llama_cpp  # its hints are for type checkers of callers who use no numpy
-
-Floats = npt.NDArray[np.float32]
-Ints = npt.NDArray[np.int32]
-
-POOLING_NONE, POOLING_MEAN = 0, 1
+POOLING_NONE, POOLING_MEAN, POOLING_RANK = 0, 1, 4
 
 OK, NO_ROOM, ABORTED = 0, 1, 2  # what Context.decode returns; below 0: an error
-
-_ERROR_LEVEL, _CONTINUED = 4, 5
-
-
-# ── the library and its log ───────────────────────────────────────────────────────────────────────────────
-
-_last_errors: deque[str] = deque(maxlen=8)
-_verbose = False
-
-
-@C.llama_log_callback  # type: ignore[untyped-decorator]
-def _log(level: int, text: bytes, _data: object) -> None:
-    line = text.decode(errors="replace")
-    if level == _ERROR_LEVEL and line.strip():
-        _last_errors.append(line.strip())
-    if _verbose:
-        sys.stderr.write(line)
-
-
-_abort_type = ctypes.CFUNCTYPE(None, ctypes.c_char_p)
-_set_abort = ctypes.CFUNCTYPE(ctypes.c_void_p, _abort_type)(("ggml_set_abort_callback", C._lib))
-_last_words: Callable[[str], None] | None = None
-
-
-@_abort_type  # type: ignore[untyped-decorator]
-def _abort(text: bytes) -> None:
-    """llama.cpp found an assertion of its own broken and ends the process when this returns."""
-    line = text.decode(errors="replace").strip()
-    sys.stderr.write(f"llama.cpp: {line}\n")
-    if _last_words is not None:
-        _last_words(line.split(": ", 1)[-1])
-
-
-def on_abort(last_words: Callable[[str], None] | None) -> None:
-    """Who hears the reason when llama.cpp ends the process."""
-    global _last_words
-    _last_words = last_words
-
-
-_M_TRIM_THRESHOLD, _M_MMAP_THRESHOLD = -1, -3
-
-
-def _pool_buffers() -> None:
-    """Blocks of some megabytes come and go with every context switch. By default each gets fresh pages from the
-    system, whose faults cost more than the copying; now freed ones are used again."""
-    libc = ctypes.CDLL(None)
-    if hasattr(libc, "mallopt"):  # glibc
-        libc.mallopt(_M_MMAP_THRESHOLD, 32 << 20)
-        libc.mallopt(_M_TRIM_THRESHOLD, 256 << 20)
-
-
-def start(verbose: bool = False) -> None:
-    """Initialise llama.cpp in this process. Its log is kept, not shown, unless `verbose`."""
-    global _verbose
-    _verbose = verbose
-    os.environ["GGML_NO_BACKTRACE"] = "1"  # it would start gdb on this process; faulthandler tells more, faster
-    _set_abort(_abort)
-    C.llama_log_set(_log, ctypes.c_void_p(0))
-    C.llama_backend_init()
-    _pool_buffers()
-
-
-def take_errors() -> list[str]:
-    """What llama.cpp complained about since the last call, oldest first."""
-    errors = list(_last_errors)
-    _last_errors.clear()
-    return errors
-
-
-def version() -> str:
-    return str(C.llama_version().decode()) if hasattr(C, "llama_version") else ""
-
-
-def system_info() -> str:
-    """Instruction sets and backends that this build uses."""
-    return str(C.llama_print_system_info().decode())
-
-
-def supports_gpu() -> bool:
-    return bool(C.llama_supports_gpu_offload())
 
 
 # ── weights and vocabulary ────────────────────────────────────────────────────────────────────────────────
@@ -164,9 +95,10 @@ class Model:
         self.size = int(C.llama_model_size(model))
         self.n_embd = int(C.llama_model_n_embd(model))
         self.n_embd_out = int(C.llama_model_n_embd_out(model))
+        self.n_swa = int(C.llama_model_n_swa(model))
+        self.n_cls_out = int(C.llama_model_n_cls_out(model))
         self.n_layer = int(C.llama_model_n_layer(model))
         self.n_ctx_train = int(C.llama_model_n_ctx_train(model))
-        self.n_swa = int(C.llama_model_n_swa(model))
         self.has_encoder = bool(C.llama_model_has_encoder(model))
         self.has_decoder = bool(C.llama_model_has_decoder(model))
         self.recurrent = bool(C.llama_model_is_recurrent(model) or C.llama_model_is_hybrid(model))
@@ -310,9 +242,18 @@ _state_seq_set = ctypes.CFUNCTYPE(ctypes.c_size_t, ctypes.c_void_p, ctypes.c_voi
     ("llama_state_seq_set_data", C._lib)
 )
 
+_state_seq_size_ext = ctypes.CFUNCTYPE(ctypes.c_size_t, ctypes.c_void_p, ctypes.c_int32, ctypes.c_uint32)(
+    ("llama_state_seq_get_size_ext", C._lib)
+)
+_state_seq_get_ext = ctypes.CFUNCTYPE(
+    ctypes.c_size_t, ctypes.c_void_p, ctypes.c_void_p, ctypes.c_size_t, ctypes.c_int32, ctypes.c_uint32
+)(("llama_state_seq_get_data_ext", C._lib))
+_WINDOW_ONLY = 1  # LLAMA_STATE_SEQ_FLAGS_SWA_ONLY
+
 
 class Context:
-    """The KV cache of one model: `slots` streams of `ctx` tokens each (rounded up to 256 by llama.cpp)."""
+    """The KV cache of one model: `slots` streams of `ctx` tokens each (rounded up to 256 by llama.cpp). With
+    `embeddings` one stream of `ctx` tokens for all: only then sequences of several lengths stay in one batch."""
 
     def __init__(
         self,
@@ -329,14 +270,15 @@ class Context:
     ) -> None:
         params = C.llama_context_default_params()
         padded = -(-ctx // 256) * 256
-        params.n_ctx = padded * slots
+        params.n_ctx = padded if embeddings else padded * slots
         params.n_seq_max = slots
         params.n_batch = params.n_ubatch = ubatch
         params.n_outputs_max = 0 if embeddings else min(slots, ubatch)
         params.n_threads = params.n_threads_batch = threads
         params.flash_attn_type = -1 if flash_attention is None else int(flash_attention)  # -1: llama.cpp decides
-        params.kv_unified = False
+        params.kv_unified = embeddings
         params.embeddings = embeddings
+        params.swa_full = True  # layers with a window keep all cells: a state may be cut anywhere, see `blob.py`
         params.no_perf = True
         if pooling is not None:
             params.pooling_type = pooling
@@ -351,15 +293,16 @@ class Context:
             raise WorldError("; ".join(_reasons(take_errors())) or "llama.cpp could not make a context")
         self._memory = C.llama_get_memory(self._ctx)
         self.n_vocab = model.n_vocab
-        self.n_embd_out = model.n_embd_out
         self.n_layer = model.n_layer
+        self._window = model.n_swa  # tokens that some layers look back at most; 0: all look at everything
         self.ubatch = int(C.llama_n_ubatch(self._ctx))
         self.pooling = int(C.llama_pooling_type(self._ctx))
+        self._pooled = model.n_cls_out if self.pooling == POOLING_RANK else model.n_embd_out
         self._rows = min(slots, ubatch)
         self._logits_at = 0
         self._logits: Floats = np.zeros((0, model.n_vocab), np.float32)
         self._decode: Callable[[Any, Any], int] = C.llama_decode
-        self._scratch = [np.empty(0, np.uint8), np.empty(0, np.uint8)]
+        self._buffers = [np.empty(0, np.uint8), np.empty(0, np.uint8)]  # for states on their way
         self._abort: Any = None
 
     def decode(self, batch: Batch) -> int:
@@ -380,15 +323,22 @@ class Context:
         return self._logits[:rows]
 
     def embedding(self, sequence: int) -> Floats:
-        """The pooled vector of one sequence of the last decode (a copy)."""
+        """What the last decode pooled of one sequence (a copy): a vector, or the scores of a model that ranks."""
         address = _get_embeddings_seq(self._ctx, sequence)
         if not address:
             raise Bug(f"no embedding for sequence {sequence}")
-        return np.ctypeslib.as_array(ctypes.cast(address, ctypes.POINTER(ctypes.c_float)), (self.n_embd_out,)).copy()
+        return np.ctypeslib.as_array(ctypes.cast(address, ctypes.POINTER(ctypes.c_float)), (self._pooled,)).copy()
 
     def cut(self, sequence: int, length: int) -> bool:
-        """Forget what a sequence holds from position `length` on. False: this model cannot forget a part."""
-        return self._memory is None or bool(C.llama_memory_seq_rm(self._memory, sequence, length, -1))
+        """Forget what a sequence holds from position `length` on. False: this model cannot forget a part, or what is
+        left has lost tokens that the next ones would look at."""
+        if self._memory is None:
+            return True
+        if self._window and length:
+            first = int(C.llama_memory_seq_pos_min(self._memory, sequence))
+            if first > max(length - self._window, 0):
+                return False
+        return bool(C.llama_memory_seq_rm(self._memory, sequence, length, -1))
 
     def last_position(self, sequence: int) -> int:
         """-1 when it is empty."""
@@ -404,8 +354,33 @@ class Context:
         position is forgotten first, so that less is copied: for a sequence that is to be forgotten anyway."""
         if start:
             C.llama_memory_seq_rm(self._memory, sequence, 0, start)
-        size = self._into_scratch(sequence, 0)
-        return self._scratch[0][:size]
+        size = self._into_buffer(sequence, 0)
+        block = self._buffers[0][:size]
+        return self._with_all_cells(sequence, block) if self._window and size else block
+
+    def _with_all_cells(self, sequence: int, block: npt.NDArray[np.uint8]) -> npt.NDArray[np.uint8]:
+        """llama.cpp leaves out what lies before the window, though it is there. It is read as what lies in the window
+        of a shorter sequence; then the sequence gets back what was taken from its end."""
+        found = blob.positions(block)
+        if found is None:
+            return block
+        (first, seen), earlier = found, list[npt.NDArray[np.uint8]]()
+        while seen > first:
+            C.llama_memory_seq_rm(self._memory, sequence, seen, -1)
+            size = int(_state_seq_size_ext(self._ctx, sequence, _WINDOW_ONLY))
+            part = np.empty(size, np.uint8)
+            _state_seq_get_ext(self._ctx, part.ctypes.data, size, sequence, _WINDOW_ONLY)
+            found = blob.positions(part) if size else None
+            if found is None or found[1] >= seen:
+                break
+            seen = found[1]
+            earlier.append(part)
+        if not earlier:
+            return block
+        whole = blob.completed(block, earlier)
+        if not self.restore(sequence, whole):
+            raise Bug(f"llama.cpp refuses the state it just gave, for sequence {sequence}")
+        return whole
 
     def sample(self) -> npt.NDArray[np.uint8]:
         """The state of two tokens in an empty context, to see how states are laid out; empty when it has none."""
@@ -413,34 +388,56 @@ class Context:
         batch.size = 2
         batch.positions[:] = (0, 1)
         if self._memory is None or self.decode(batch) != OK:
-            return self._scratch[0][:0]
+            return self._buffers[0][:0]
         block = self.read(0).copy()
         self.clear()
         return block
 
-    def restore(self, sequence: int, blob: npt.NDArray[np.uint8]) -> bool:
+    def restore(self, sequence: int, block: npt.NDArray[np.uint8]) -> bool:
         """Replace what the sequence holds. False: refused, it is empty now."""
-        if int(_state_seq_set(self._ctx, blob.ctypes.data, len(blob), sequence)) == len(blob):
+        if int(_state_seq_set(self._ctx, block.ctypes.data, len(block), sequence)) == len(block):
             return True
         self.cut(sequence, 0)
         return False
 
     def exchange(self, a: int, b: int) -> None:
         """Two sequences change places. The buffers stay: fresh ones cost more than the copying."""
-        sizes = [self._into_scratch(sequence, i) for i, sequence in enumerate((a, b))]
+        if self._window:
+            states = [self.read(sequence).copy() for sequence in (a, b)]
+            for state, target in zip(states, (b, a), strict=True):
+                self.cut(target, 0)
+                if len(state) and not self.restore(target, state):
+                    raise Bug(f"llama.cpp refuses the state it just gave, for sequence {target}")
+            return
+        sizes = [self._into_buffer(sequence, i) for i, sequence in enumerate((a, b))]
         for i, target in ((0, b), (1, a)):
             self.cut(target, 0)
             size = sizes[i]
-            if size and int(_state_seq_set(self._ctx, self._scratch[i].ctypes.data, size, target)) != size:
+            if size and int(_state_seq_set(self._ctx, self._buffers[i].ctypes.data, size, target)) != size:
                 raise Bug(f"llama.cpp refuses the state it just gave, for sequence {target}")
 
-    def _into_scratch(self, sequence: int, i: int) -> int:
+    def _into_buffer(self, sequence: int, i: int) -> int:
         if self.last_position(sequence) < 0:
             return 0
         size = int(C.llama_state_seq_get_size(self._ctx, sequence))
-        if len(self._scratch[i]) < size:
-            self._scratch[i] = np.empty(size * 5 // 4, np.uint8)
-        return int(_state_seq_get(self._ctx, self._scratch[i].ctypes.data, size, sequence))
+        return int(_state_seq_get(self._ctx, self._buffer(size, i).ctypes.data, size, sequence))
+
+    def _buffer(self, size: int, i: int) -> npt.NDArray[np.uint8]:
+        if len(self._buffers[i]) < size:
+            self._buffers[i] = np.empty(size * 5 // 4, np.uint8)
+        return self._buffers[i]
+
+    def buffer(self, size: int) -> npt.NDArray[np.uint8]:
+        """At least so many bytes to put a state together for `restore`, until the next `exchange`."""
+        return self._buffer(size, 1)
+
+    @property
+    def buffer_bytes(self) -> int:
+        """Memory that is kept for states on their way."""
+        return sum(buffer.nbytes for buffer in self._buffers)
+
+    def drop_buffers(self) -> None:
+        self._buffers = [np.empty(0, np.uint8), np.empty(0, np.uint8)]
 
     def abort_when(self, wanted: Callable[[], bool] | None) -> None:
         """Ask between two operations of a decode whether to give it up (ABORTED); None: never."""
@@ -469,6 +466,8 @@ class Context:
         if self._ctx:
             C.llama_free(self._ctx)
             self._ctx = None
+            if self.attention is not None:
+                self.attention.close()
 
 
 # ── grammar ───────────────────────────────────────────────────────────────────────────────────────────────

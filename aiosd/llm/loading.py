@@ -3,28 +3,22 @@
 In this order, the cheap checks first: the file's head (`modelfile`), memory for weights and KV cache, llama.cpp,
 the number of slots, the threads. What the user asked for (`ctx`, `slots`, `threads`, `gpu_layers`) is kept or
 refused; what was left open is chosen here.
-
-Threads are measured: with a small model one thread beats two, because a step is shorter than it takes to wake
-the others. The measurement is a few decode steps, well under a second in all.
 """
 
 from __future__ import annotations
 
 import logging
 import os
-import time
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-
 from aiosd.errors import UsageError, WorldError
-from aiosd.llm import llama, modelfile
-from aiosd.llm.attention import Attention
-from aiosd.llm.blob import Layout
+from aiosd.llm import exact, llama, modelfile, threads, trial
+from aiosd.llm.attention import Attention, Unavailable
 from aiosd.llm.spec import DEFAULT_CTX, MAX_SLOTS, ModelSpec
+from aiosd.llm.threads import Threads
 
 logger = logging.getLogger("llm")
 
@@ -34,15 +28,11 @@ AUTO_SLOTS = 32
 #: Largest batch that llama.cpp computes at once.
 UBATCH = 512
 
-#: The measurement of threads takes about this long at most.
-MEASURE_S = 0.8
+#: Threads are measured for a step of so many rows.
+MEASURED_ROWS = 8
 
 #: Flash attention on a CPU pays for itself with no more slots or no longer contexts than these, and heads as wide.
 FEW_SLOTS, SHORT_CTX, WIDE_KEYS = 8, 512, 64
-
-#: Our attention is compared with llama.cpp's on a prompt of so many tokens (the smallest context has more); logits must
-#: agree up to this part of the largest.
-SAMPLE, SAME = 12, 0.02
 
 Report = Callable[[str, float], None]
 
@@ -56,10 +46,11 @@ class Loaded:
     context: llama.Context
     ctx: int
     slots: int
-    threads: int
+    threads: Threads
     gpu_layers: int
     kv_bytes: int
     flash_attention: bool | None  # None: llama.cpp decides
+    why_not_own: str  # why attention is llama.cpp's, '': it is our own
     path: str
 
     def info(self, chat: bool, tools: bool) -> dict[str, Any]:
@@ -77,6 +68,19 @@ class Loaded:
             "chat": chat,
             "tools": tools,
         }
+
+    def measure_again(self, slots: list[int]) -> None:
+        """Threads were chosen beside busy neighbours; these slots are empty, and the machine is quiet now."""
+        found = threads.measure(self.context, slots, seconds=threads.MEASURE_S / 2)
+        if not found.again:
+            self.threads = found
+            logger.info("%d threads: %s", found.number, found.why)
+        self.context.set_threads(self.threads.number)
+
+    @property
+    def attention(self) -> str:
+        """Whose it is, for people, and why where it is not our own."""
+        return f"llama.cpp ({self.why_not_own})" if self.why_not_own else "aiosd"
 
     @property
     def device(self) -> str:
@@ -105,8 +109,14 @@ def load(spec: ModelSpec, report: Report) -> Loaded:
         ctx = min(ctx, trained) if trained else ctx
         if spec.exact and model.recurrent:
             raise UsageError("--exact: not for a model with a recurrent state, of which no part can be taken back")
-        context, flash_attention = _context(spec, model, ctx, slots, file.key_width())
-        threads = _threads(spec, context, slots, report)
+        context, flash_attention, why = _context(spec, model, ctx, slots, file.key_width())
+        if spec.exact and not exact.holds(context, slots + 1):
+            context.close()
+            raise UsageError(
+                f"--exact: not with this file ({model.description}): llama.cpp computes it in another way in larger "
+                "batches (so it does with K-quants; F16, Q8_0, Q4_0 and Q4_1 are the same in all)"
+            )
+        chosen = _threads(spec, context, slots, report)
     except BaseException:
         model.close()
         raise
@@ -116,10 +126,11 @@ def load(spec: ModelSpec, report: Report) -> Loaded:
         context,
         ctx,
         slots,
-        threads,
+        chosen,
         gpu_layers=_offloaded(spec, model),
         kv_bytes=slots * file.kv_bytes_per_slot(ctx),
         flash_attention=flash_attention,
+        why_not_own=why,
         path=os.path.abspath(spec.path),
     )
 
@@ -137,8 +148,9 @@ def _check_options(spec: ModelSpec, file: modelfile.ModelFile, ctx: int) -> None
         raise UsageError("--exact: on the CPU only, not together with --gpu-layers")
     if spec.exact and spec.flash_attention == "on":
         raise UsageError("--exact: not together with --flash-attention on, which rounds as the batch is cut")
-    if file.meta.get("general.type") not in (None, "model"):
-        raise UsageError(f"{spec.path}: this is no model but a part for one ({file.meta['general.type']})")
+    kind = file.text("general.type")
+    if kind not in ("", "model"):
+        raise UsageError(f"{spec.path}: this is no model but a part for one ({kind})")
 
 
 def _flash_attention(spec: ModelSpec, slots: int, ctx: int, key_width: int) -> bool | None:
@@ -258,9 +270,9 @@ def _weights(spec: ModelSpec, report: Report) -> llama.Model:
 
 def _context(
     spec: ModelSpec, model: llama.Model, ctx: int, slots: int, key_width: int
-) -> tuple[llama.Context, bool | None]:
-    """The context, and whether llama.cpp computes its attention in one go (None: it decides). With our own if that can
-    be, see `attention.py`."""
+) -> tuple[llama.Context, bool | None, str]:
+    """The context, whether llama.cpp computes its attention in one go (None: it decides), and why it is not our own
+    (see `attention.py`)."""
 
     def make(flash_attention: bool | None, attention: Attention | None = None) -> llama.Context:
         try:
@@ -276,106 +288,37 @@ def _context(
         except WorldError as error:
             raise UsageError(f"{spec.path}: {slots} slots of {ctx} tokens: {error}") from error
 
-    own = Attention.load(slots) if _may_be_own(spec, model) else None
-    if own is not None:
-        context = make(True, own)
-        if agrees(context):
-            return context, True
-        context.close()
+    why = _not_own(spec, model)
+    if not why:
+        try:
+            context = make(True, Attention.load(slots))
+            why = trial.held_against(context)
+            if not why:
+                return context, True, ""
+            context.close()
+        except Unavailable as unavailable:
+            why = str(unavailable)
+        logger.warning("attention: llama.cpp's own is used: %s", why)
     flash_attention = _flash_attention(spec, slots, ctx, key_width)
-    return make(flash_attention), flash_attention
+    return make(flash_attention), flash_attention, why
 
 
-def _may_be_own(spec: ModelSpec, model: llama.Model) -> bool:
-    return spec.flash_attention == "auto" and not spec.exact and not model.recurrent and not llama.supports_gpu()
+def _not_own(spec: ModelSpec, model: llama.Model) -> str:
+    """Why attention of our own is not even tried, '' if it is."""
+    if spec.flash_attention != "auto":
+        return f"--flash-attention {spec.flash_attention}"
+    if spec.exact:
+        return "--exact: the order of its sums depends on the others in a batch"
+    if model.recurrent:
+        return "the model keeps a recurrent state"
+    return "llama.cpp was built for a GPU" if llama.supports_gpu() else ""
 
 
-def agrees(context: llama.Context) -> bool:
-    """Does this context compute the same with our attention as with llama.cpp's, but for rounding, also where the
-    beginning of a sequence lies outside of its slot? Leaves it empty."""
-    own = context.attention
-    assert own is not None
-    own.enabled = False
-    theirs = _sample_logits(context, 0)
-    own.enabled = True
-    ours = _sample_logits(context, 0)
-    state = context.read(0)
-    layout = Layout.of(state) if ours.size else None
-    if layout is not None and layout.by_rows and len(layout.sizes) == 2 * context.n_layer:
-        piece = layout.cut(state, 0, context.last_position(0) + 1, 0, SAMPLE)
-        own.set_layout(layout.sizes)
-        own.set_runs([(piece.data.ctypes.data, piece.length)])
-        own.base_length[0] = SAMPLE
-        ours = np.concatenate([ours[:1], _sample_logits(context, SAMPLE)])
-        own.base_length[0] = 0
-        own.set_runs([])
-    context.clear()
-    spread = float(np.abs(theirs).max()) if theirs.size else 0.0
-    return own.used and theirs.shape == ours.shape and bool(np.allclose(ours, theirs, rtol=0, atol=SAME * spread))
-
-
-def _sample_logits(context: llama.Context, start: int) -> llama.Floats:
-    """What comes after a prompt in two parts and a token more, from `start` on, in an empty context; empty if llama.cpp
-    cannot."""
-    context.clear()
-    batch = llama.Batch(SAMPLE)
-    found = []
-    for at, size in ((0, SAMPLE), (SAMPLE, 2), (SAMPLE + 2, 1)):
-        if at < start:
-            continue
-        batch.size = size
-        batch.tokens[:size] = (np.arange(at, at + size) * 37 + 11) % context.n_vocab
-        batch.positions[:size] = np.arange(at, at + size)
-        batch.wanted[:size] = 0
-        batch.wanted[size - 1] = 1
-        if context.decode(batch) != llama.OK:
-            return np.zeros((0, 0), np.float32)
-        found.append(context.logits(1)[0].copy())
-    return np.array(found)
-
-
-def _threads(spec: ModelSpec, context: llama.Context, slots: int, report: Report) -> int:
+def _threads(spec: ModelSpec, context: llama.Context, slots: int, report: Report) -> Threads:
     if spec.threads is not None:
-        return spec.threads
-    threads = _measure_threads(context, min(slots, 8), report)
-    context.set_threads(threads)
-    return threads
-
-
-def _measure_threads(context: llama.Context, rows: int, report: Report) -> int:
-    """The fastest number of threads for a decode step of some rows; more of them only for a clear gain, because
-    the agents need the cores too, and threads that wait for each other waste them."""
-    cores = len(os.sched_getaffinity(0))
-    candidates = sorted({1, *(2**i for i in range(1, 9) if 2**i < cores), cores})
-    if cores == 1:
-        return 1
-    batch = llama.Batch(rows)
-    batch.size = rows
-    batch.sequences[:] = np.arange(rows)
-    batch.wanted[:] = 1
-    best, fastest = 1, float("inf")
-    deadline = time.monotonic() + MEASURE_S
-    for i, threads in enumerate(candidates):
-        report("measuring threads", i / len(candidates))
-        context.set_threads(threads)
-        took = _median_step(context, batch, deadline)
-        if took < 0.8 * fastest:
-            best, fastest = threads, took
-    for row in range(rows):
-        context.cut(row, 0)
-    return best
-
-
-def _median_step(context: llama.Context, batch: llama.Batch, deadline: float) -> float:
-    """Seconds; the first step, which finds everything cold, does not count."""
-    times: list[float] = []
-    for _ in range(8):
-        began = time.perf_counter()
-        if context.decode(batch) != llama.OK:
-            raise WorldError("llama.cpp could not decode a first step")
-        context.logits(1)
-        times.append(time.perf_counter() - began)
-        batch.positions[:] += 1
-        if time.monotonic() > deadline and len(times) > 1:
-            break
-    return sorted(times[1:])[(len(times) - 1) // 2]
+        return Threads(spec.threads, "asked for")
+    rows = list(range(min(slots, MEASURED_ROWS)))
+    found = threads.measure(context, rows, lambda fraction: report("measuring threads", fraction))
+    context.set_threads(found.number)
+    logger.info("%d threads: %s", found.number, found.why)
+    return found

@@ -35,25 +35,40 @@ class ModelFile:
 
     @property
     def architecture(self) -> str:
-        return str(self.meta.get("general.architecture", ""))
+        return self.text("general.architecture")
 
     def number(self, key: str, default: int = 0) -> int:
-        """A number of the architecture's own, such as block_count."""
-        value = self.meta.get(f"{self.architecture}.{key}", default)
-        return value if isinstance(value, int) else default
+        """A number of the architecture's own, such as block_count. Of one that is given for each layer the largest."""
+        return max(self.numbers(key), default=default)
+
+    def numbers(self, key: str) -> list[int]:
+        """The same where there may be one for each layer; a single one as a list of it; [] if it is not there, or lists
+        too many to be read. Raises UsageError where it is no number."""
+        name = f"{self.architecture}.{key}"
+        value = self.meta.get(name)
+        values = value if isinstance(value, list) else [] if value is None else [value]
+        if any(isinstance(one, bool) or not isinstance(one, int) or one < 0 for one in values):
+            raise UsageError(f"{self.path}: damaged: {name} is {str(value)[:60]!r}, not a number")
+        return values
+
+    def text(self, key: str) -> str:
+        """A text; '' if it is not there. Raises UsageError where it is something else."""
+        value = self.meta.get(key, "")
+        if not isinstance(value, str):
+            raise UsageError(f"{self.path}: damaged: {key} is {str(value)[:60]!r}, not a text")
+        return value
 
     def _kv_heads(self) -> list[int]:
         """For every layer; 0 where it has no attention but a recurrent state."""
         layers = self.number("block_count")
-        if not 0 <= layers <= MOST_LAYERS:
+        if layers > MOST_LAYERS:
             raise UsageError(f"{self.path}: damaged, or no model for llama.cpp: {layers} layers")
-        heads = self.number("attention.head_count")
-        per_layer = self.meta.get(f"{self.architecture}.attention.head_count_kv")
-        if isinstance(per_layer, list):
-            return [*per_layer, *[0] * layers][:layers]
-        if self._state_per_layer() and not per_layer:
-            return [0] * layers
-        return [per_layer or heads or 1] * layers
+        per_layer = self.numbers("attention.head_count_kv")
+        if not any(per_layer) and len(per_layer) <= 1:
+            if self._state_per_layer():
+                return [0] * layers
+            per_layer = self.numbers("attention.head_count") or [1]
+        return per_layer * layers if len(per_layer) == 1 else [*per_layer, *[0] * layers][:layers]
 
     def kv_bytes_per_token(self) -> int:
         """Keys and values of one token over all layers, as f16. An upper estimate where layers share them."""

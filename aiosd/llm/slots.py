@@ -81,6 +81,10 @@ class Slots:
     def free_slots(self) -> list[Held]:
         return [held for held in self._held if self._owner[held.slot] is None]
 
+    def empty(self) -> list[int]:
+        """Free slots that hold nothing."""
+        return [held.slot for held in self.free_slots() if not len(held.tokens)]
+
     def match(self, sequence: Sequence, tokens: Tokens, most: int) -> Match | None:
         """The best free slot for this sequence, and how many of its tokens can be reused there."""
         return best_slot(tokens, sequence.scope, self.free_slots(), most)

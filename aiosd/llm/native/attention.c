@@ -10,7 +10,7 @@
  * `cb_eval`, always answered with "need not see it"). A node that is a flash attention becomes a custom operation
  * that calls `compute` below, in llama.cpp's own threads. Nodes that this file cannot compute are left alone.
  *
- * Plain C, no allocation but for a scratch per thread, which lives as long as the process.
+ * Plain C, no allocation but for a scratch per thread, which lives as long as the context.
  */
 
 #include "attention.h"
@@ -39,7 +39,10 @@ struct tensor {
 };
 
 enum { F32 = 0, F16 = 1 };
-enum { HEAD = 256 }; /* values of a head at most */
+enum { HEAD = 256 };         /* values of a head at most */
+enum { MOST_THREADS = 512 }; /* as ggml's */
+
+struct scratch;
 
 /* What the owner of a context tells, and may change between two decodes. */
 struct attention {
@@ -53,6 +56,13 @@ struct attention {
     const int32_t *base_length; /* … and how many tokens of it count; 0: none */
     int64_t rewritten;          /* nodes, since it was made */
     int64_t refused;
+    const char *why; /* the last was refused */
+    /* Before it is used, see `judge`: 1, every node is compared with exact arithmetic; 2, also without its first `skip`
+     * cells, which lie in the base. The largest errors, as a part of the largest value of their node: of llama.cpp's
+     * attention, of ours, of ours with the base. */
+    int32_t judging, skip;
+    double theirs, ours, based;
+    struct scratch *scratch[MOST_THREADS];
 };
 
 typedef void (*operation)(struct tensor *, int, int, void *);
@@ -70,9 +80,6 @@ _Static_assert(sizeof(struct params) <= 64, "op_params hold 64 bytes");
 
 /* ── instruction sets ─────────────────────────────────────────────────────────────────────────────────────────── */
 
-#if defined(__x86_64__)
-#include <immintrin.h>
-
 #define HALF(x) half_to_float(x)
 static inline float half_to_float(uint16_t half)
 {
@@ -89,6 +96,9 @@ static inline float half_to_float(uint16_t half)
     return all.value;
 }
 
+#if defined(__x86_64__)
+#include <immintrin.h>
+
 #define TARGET __attribute__((target("avx2,fma,f16c")))
 #define NAME(x) x##_avx2
 #define VEC __m256
@@ -104,6 +114,7 @@ static inline float half_to_float(uint16_t half)
 #define V_MUL(a, b) _mm256_mul_ps(a, b)
 #define V_MAX(a, b) _mm256_max_ps(a, b)
 #define V_FMA(a, b, c) _mm256_fmadd_ps(a, b, c)
+#define V_ABOVE(p, x, low) _mm256_and_ps(p, _mm256_cmp_ps(x, V_SET(low), _CMP_NLE_UQ))
 #define V_SCALE2(p, n) \
     _mm256_castsi256_ps( \
         _mm256_add_epi32(_mm256_castps_si256(p), _mm256_slli_epi32(_mm256_castps_si256(n), 23)))
@@ -137,6 +148,7 @@ TARGET static inline float highest_avx2(__m256 v)
 #undef V_MUL
 #undef V_MAX
 #undef V_FMA
+#undef V_ABOVE
 #undef V_SCALE2
 #undef V_TOTAL
 #undef V_HIGHEST
@@ -156,6 +168,7 @@ TARGET static inline float highest_avx2(__m256 v)
 #define V_MUL(a, b) _mm512_mul_ps(a, b)
 #define V_MAX(a, b) _mm512_max_ps(a, b)
 #define V_FMA(a, b, c) _mm512_fmadd_ps(a, b, c)
+#define V_ABOVE(p, x, low) _mm512_maskz_mov_ps(_mm512_cmp_ps_mask(x, V_SET(low), _CMP_NLE_UQ), p)
 #define V_SCALE2(p, n) \
     _mm512_castsi512_ps( \
         _mm512_add_epi32(_mm512_castps_si512(p), _mm512_slli_epi32(_mm512_castps_si512(n), 23)))
@@ -204,21 +217,25 @@ struct item {
 
 struct scratch {
     work w;
+    void *all;     /* the floats of both */
     float *packed; /* queries of a few rows, one after the other */
     struct item *items;
     int capacity;
 };
 
-static _Thread_local struct scratch *mine;
-
-static struct scratch *scratch(int items)
+/* Of the i-th thread that computes a graph of this context: threads come and go, the context stays. */
+static struct scratch *scratch(struct attention *a, int thread, int items)
 {
+    if (thread >= MOST_THREADS)
+        abort(); /* as llama.cpp does: there is no way back from within a graph */
+    struct scratch *mine = a->scratch[thread];
     if (!mine) {
         const size_t floats = HEAD * ROWS + 2 * CELLS * HEAD + CELLS * ROWS + 2 * ROWS + ROWS * HEAD + 8 * HEAD;
         mine = calloc(1, sizeof *mine);
         float *at = aligned_alloc(64, (floats * sizeof(float) + 63) / 64 * 64);
         if (!mine || !at)
-            abort(); /* as llama.cpp does: there is no way back from within a graph */
+            abort();
+        mine->all = at;
         mine->w.queries = at, at += HEAD * ROWS;
         mine->w.keys = at, at += CELLS * HEAD;
         mine->w.values = at, at += CELLS * HEAD;
@@ -227,6 +244,7 @@ static struct scratch *scratch(int items)
         mine->w.sum = at, at += ROWS;
         mine->w.out = at, at += ROWS * HEAD;
         mine->packed = at;
+        a->scratch[thread] = mine;
     }
     if (mine->capacity < items) {
         free(mine->items);
@@ -238,9 +256,22 @@ static struct scratch *scratch(int items)
     return mine;
 }
 
+/* When nothing is computed with it any more. */
+void aios_attention_free(struct attention *a)
+{
+    for (int i = 0; i < MOST_THREADS; i++) {
+        if (a->scratch[i]) {
+            free(a->scratch[i]->all);
+            free(a->scratch[i]->items);
+            free(a->scratch[i]);
+        }
+        a->scratch[i] = NULL;
+    }
+}
+
 /* One attention: queries f32 [stream][head][token][dim], keys and values f16 [stream][KV head][cell][dim]. */
 struct node {
-    const struct attention *a;
+    struct attention *a;
     const struct tensor *q, *k, *v, *mask;
     float *out; /* [stream][token][head][value_dim] */
     int streams, tokens, heads, kv_heads, share, cells, dim, value_dim, layer;
@@ -472,34 +503,141 @@ static int group(const struct node *n, const struct item *items, int at, int to)
     return end;
 }
 
+static void shape(struct node *n)
+{
+    n->dim = (int)n->q->ne[0], n->tokens = (int)n->q->ne[1], n->heads = (int)n->q->ne[2], n->streams = (int)n->q->ne[3];
+    n->cells = (int)n->k->ne[1], n->kv_heads = (int)n->k->ne[2], n->share = n->heads / n->kv_heads;
+    n->value_dim = (int)n->v->ne[0];
+    n->first_stream = first_stream(n->k);
+}
+
+static void compute_node(const struct node *n, int thread, int threads)
+{
+    /* so many tokens to an item that there is some for every thread, and a vector has its rows */
+    const int most = ROWS / n->share, least = (use->width + n->share - 1) / n->share;
+    const int even = (n->tokens * n->streams * n->kv_heads + threads - 1) / threads;
+    const int per_item = even > most ? most : even > least ? even : least < most ? least : most;
+    struct scratch *s = scratch(n->a, thread, n->streams * (n->tokens / per_item + 1));
+    s->w.head_dim = n->dim;
+    s->w.value_dim = n->value_dim;
+    const int count = cut(n, s, per_item);
+    for (int kv_head = 0; kv_head < n->kv_heads; kv_head++) {
+        int from, to;
+        share_of(n, s->items, count, kv_head, thread, threads, &from, &to);
+        for (int at = from, end; at < to; at = end) {
+            end = group(n, s->items, at, to);
+            together(n, s, at, end, kv_head);
+        }
+    }
+}
+
 static void compute(struct tensor *dst, int thread, int threads, void *data)
 {
     struct params p;
     memcpy(&p, dst->op_params, sizeof p);
     struct node n = {.a = data, .q = dst->src[0], .k = dst->src[1], .v = dst->src[2], .mask = dst->src[3]};
     n.out = (float *)dst->data;
-    n.dim = (int)n.q->ne[0], n.tokens = (int)n.q->ne[1], n.heads = (int)n.q->ne[2], n.streams = (int)n.q->ne[3];
-    n.cells = (int)n.k->ne[1], n.kv_heads = (int)n.k->ne[2], n.share = n.heads / n.kv_heads;
-    n.value_dim = (int)n.v->ne[0], n.layer = p.layer;
+    n.layer = p.layer;
     memcpy(&n.scale, p.original, sizeof n.scale);
-    n.first_stream = first_stream(n.k);
+    shape(&n);
+    compute_node(&n, thread, threads);
+}
 
-    /* so many tokens to an item that there is some for every thread, and a vector has its rows */
-    const int most = ROWS / n.share, least = (use->width + n.share - 1) / n.share;
-    const int even = (n.tokens * n.streams * n.kv_heads + threads - 1) / threads;
-    const int per_item = even > most ? most : even > least ? even : least < most ? least : most;
-    struct scratch *s = scratch(n.streams * (n.tokens / per_item + 1));
-    s->w.head_dim = n.dim;
-    s->w.value_dim = n.value_dim;
-    const int count = cut(&n, s, per_item);
-    for (int kv_head = 0; kv_head < n.kv_heads; kv_head++) {
-        int from, to;
-        share_of(&n, s->items, count, kv_head, thread, threads, &from, &to);
-        for (int at = from, end; at < to; at = end) {
-            end = group(&n, s->items, at, to);
-            together(&n, s, at, end, kv_head);
-        }
+/* ── on trial ─────────────────────────────────────────────────────────────────────────────────────────────────── */
+
+static double score(const struct node *n, int stream, int token, int head, int cell)
+{
+    const float mask = HALF(mask_of(n, stream, token)[cell]);
+    if (mask == -INFINITY)
+        return -INFINITY;
+    const char *key = n->k->data + stream * n->k->nb[3] + head / n->share * n->k->nb[2] + cell * n->k->nb[1];
+    double sum = 0;
+    for (int d = 0; d < n->dim; d++)
+        sum += (double)query(n, stream, token, head)[d] * HALF(((const uint16_t *)key)[d]);
+    return sum * n->scale + mask;
+}
+
+/* What a row comes to, by the definition of attention. */
+static void exact(const struct node *n, int stream, int token, int head, double *out)
+{
+    double max = -INFINITY, total = 0;
+    for (int cell = 0; cell < n->cells; cell++) {
+        const double s = score(n, stream, token, head, cell);
+        max = s > max ? s : max;
     }
+    for (int d = 0; d < n->value_dim; d++)
+        out[d] = 0;
+    for (int cell = 0; cell < n->cells; cell++) {
+        const double weight = exp(score(n, stream, token, head, cell) - max);
+        const char *value = n->v->data + stream * n->v->nb[3] + head / n->share * n->v->nb[2] + cell * n->v->nb[1];
+        if (weight == 0)
+            continue;
+        total += weight;
+        for (int d = 0; d < n->value_dim; d++)
+            out[d] += weight * HALF(((const uint16_t *)value)[d]);
+    }
+    for (int d = 0; d < n->value_dim; d++)
+        out[d] /= total;
+}
+
+/* How far `out` is from what it should be, as a part of the largest value; infinite where it is no number. */
+static double distance(const struct node *n, const float *out)
+{
+    double row[HEAD], largest = 1e-30, error = 0;
+    for (int stream = 0; stream < n->streams; stream++)
+        for (int token = 0; token < n->tokens; token++)
+            for (int head = 0; head < n->heads; head++, out += n->value_dim) {
+                exact(n, stream, token, head, row);
+                for (int d = 0; d < n->value_dim; d++) {
+                    const double off = fabs(row[d] - out[d]);
+                    if (!(off < INFINITY))
+                        return INFINITY;
+                    largest = fabs(row[d]) > largest ? fabs(row[d]) : largest;
+                    error = off > error ? off : error;
+                }
+            }
+    return error / largest;
+}
+
+/* The same node, of which the first cells lie in the base and not in the cache. */
+static double distance_with_base(const struct node *n, int skip)
+{
+    struct tensor k = *n->k, v = *n->v, mask = *n->mask;
+    struct node without = *n;
+    float *out = malloc((size_t)n->streams * n->tokens * n->heads * n->value_dim * sizeof *out);
+    if (!out)
+        abort();
+    k.data += skip * k.nb[1], k.ne[1] -= skip;
+    v.data += skip * v.nb[1], v.ne[1] -= skip;
+    mask.data += skip * mask.nb[0], mask.ne[0] -= skip;
+    without.k = &k, without.v = &v, without.mask = &mask, without.out = out;
+    shape(&without);
+    compute_node(&without, 0, 1);
+    const double error = distance(n, out);
+    free(out);
+    return error;
+}
+
+static void worst(double *of, double error)
+{
+    if (!(error <= *of))
+        *of = error;
+}
+
+/* A node has been computed, by llama.cpp or by us: is it right, given its very inputs? Logits would not tell: behind a
+ * node of a quantised model activations are rounded to 8 bits, and any two ways of adding up are some percent apart at
+ * the end. */
+static void judge(struct tensor *t, struct attention *a, bool rewritten, int layer)
+{
+    struct node n = {.a = a, .q = t->src[0], .k = t->src[1], .v = t->src[2], .mask = t->src[3], .layer = layer};
+    struct params p;
+    memcpy(&p, t->op_params, sizeof p);
+    memcpy(&n.scale, rewritten ? (const void *)p.original : (const void *)t->op_params, sizeof n.scale);
+    n.out = (float *)t->data;
+    shape(&n);
+    worst(rewritten ? &a->ours : &a->theirs, distance(&n, n.out));
+    if (a->judging == 2)
+        worst(&a->based, distance_with_base(&n, a->skip));
 }
 
 /* ── into the graph ───────────────────────────────────────────────────────────────────────────────────────────── */
@@ -509,22 +647,30 @@ static bool rows_of(const struct tensor *t, int32_t type, size_t item)
     return t && t->type == type && t->nb[0] == item;
 }
 
-/* Can `compute` do this node? */
-static bool fits(const struct tensor *t)
+/* Why `compute` cannot do this node; NULL: it can. */
+static const char *unfit(const struct tensor *t)
 {
     const struct tensor *q = t->src[0], *k = t->src[1], *v = t->src[2], *mask = t->src[3];
     float bias, cap;
     memcpy(&bias, t->op_params + 1, sizeof bias);
     memcpy(&cap, t->op_params + 2, sizeof cap);
-    if (bias != 0.0f || cap != 0.0f || t->src[4] || t->type != F32)
-        return false;
-    if (!rows_of(q, F32, 4) || !rows_of(k, F16, 2) || !rows_of(v, F16, 2) || !rows_of(mask, F16, 2))
-        return false;
+    if (cap != 0.0f)
+        return "the model caps its attention scores";
+    if (bias != 0.0f)
+        return "the model weakens attention by distance";
+    if (t->src[4])
+        return "the model has attention sinks";
+    if (!rows_of(k, F16, 2) || !rows_of(v, F16, 2))
+        return "keys and values are not kept as f16";
+    if (t->type != F32 || !rows_of(q, F32, 4) || !rows_of(mask, F16, 2) || mask->ne[2] != 1)
+        return "the model computes attention in another form";
     if (q->ne[0] != k->ne[0] || q->ne[0] > HEAD || v->ne[0] > HEAD || q->ne[0] % use->width || v->ne[0] % use->width)
-        return false;
-    if (k->ne[2] != v->ne[2] || q->ne[2] % k->ne[2] || q->ne[2] / k->ne[2] > ROWS || mask->ne[2] != 1)
-        return false;
-    return q->ne[3] == k->ne[3] && k->ne[3] == v->ne[3] && k->ne[1] == mask->ne[0];
+        return "the width of the model's heads is above 256 or no multiple of a vector";
+    if (k->ne[2] != v->ne[2] || q->ne[2] % k->ne[2] || q->ne[2] / k->ne[2] > ROWS)
+        return "the model's heads share keys in another way";
+    if (q->ne[3] != k->ne[3] || k->ne[3] != v->ne[3] || k->ne[1] != mask->ne[0])
+        return "the model lays out its cache in another way";
+    return NULL;
 }
 
 static int layer_of(const struct tensor *t)
@@ -553,17 +699,21 @@ static bool too_few(const struct tensor *t, const struct attention *a)
 bool aios_attention_rewrite(struct tensor *t, bool ask, struct attention *a)
 {
     struct params p;
-    (void)ask;
     memcpy(&p, t->op_params, sizeof p);
     const bool rewritten = t->op == a->op_custom && p.function == compute;
     if (t->op != a->op_flash && !rewritten)
         return false;
-    const bool own = a->enabled && !too_few(t, a);
+    if (!ask) {
+        judge(t, a, rewritten, layer_of(t));
+        return true;
+    }
+    const char *why = rewritten ? NULL : unfit(t);
+    const bool own = a->enabled && !why && !too_few(t, a);
+    if (why && a->enabled) {
+        a->refused++;
+        a->why = why;
+    }
     if (own && !rewritten) {
-        if (!fits(t)) {
-            a->refused++;
-            return false;
-        }
         memset(&p, 0, sizeof p);
         memcpy(p.original, t->op_params, sizeof p.original);
         p.function = compute;
@@ -578,7 +728,7 @@ bool aios_attention_rewrite(struct tensor *t, bool ask, struct attention *a)
         memcpy(t->op_params, p.original, sizeof p.original);
         t->op = a->op_flash;
     }
-    return false;
+    return a->judging && !why;
 }
 
 /* Is a tensor laid out as in `struct tensor`? `t`: 3 × 5 floats named "probe"; `view`: of two of them, from the third on;

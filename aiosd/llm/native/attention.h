@@ -10,6 +10,9 @@
  * both, the rows, the scores and the sums stay in the caches next to the core. */
 enum { CELLS = 32, ROWS = 64 };
 
+/* -inf, as f16: what a mask adds to the score of a cell that a row must not see. */
+enum { HIDDEN = 0xFC00 };
+
 /* Shared state outside of the cache, one run of consecutive tokens: a row per token in each of its parts, which lie
  * one after the other (K of layer 0, …, K of the last, V of layer 0, …). */
 typedef struct {

@@ -10,9 +10,10 @@
 
 TARGET static inline VEC NAME(exponential)(VEC x)
 {
-    /* 2^n · e^r with |r| ≤ ln 2 / 2; a polynomial of degree 6 is good to 2 units in the last place */
-    const VEC magic = V_SET(12582912.0f);
-    x = V_MAX(x, V_SET(-87.0f));
+    /* 2^n · e^r with |r| ≤ ln 2 / 2; a polynomial of degree 6 is good to 2 units in the last place. What is below the
+     * smallest float is 0, what is no number stays none (V_MAX gives the second of its operands then). */
+    const VEC magic = V_SET(12582912.0f), asked = x;
+    x = V_MAX(V_SET(-87.0f), x);
     VEC n = V_FMA(x, V_SET(1.44269504f), magic);
     VEC whole = V_SUB(n, magic);
     VEC r = V_FMA(whole, V_SET(-0.693359375f), x);
@@ -24,7 +25,7 @@ TARGET static inline VEC NAME(exponential)(VEC x)
     p = V_FMA(p, r, V_SET(1.6666665459e-1f));
     p = V_FMA(p, r, V_SET(5.0000001201e-1f));
     p = V_FMA(V_MUL(p, r), r, V_ADD(r, V_SET(1.0f)));
-    return V_SCALE2(p, n); /* the low bits of n hold the exponent */
+    return V_ABOVE(V_SCALE2(p, n), asked, -87.0f); /* the low bits of n hold the exponent */
 }
 
 TARGET static inline void NAME(floats)(float *to, const char *from, int count)
@@ -143,6 +144,31 @@ TARGET static void NAME(collect)(const work *w, int count, int first, int last)
     }
 }
 
+/* The same, where values are inf or no numbers: what has no weight must not come into the sum, not as 0 · inf either. */
+TARGET static void NAME(collect_seen)(const work *w, int count, int first, int last)
+{
+    const int dim = w->value_dim, padded = w->padded;
+    for (int row = first; row < last; row++)
+        for (int cell = 0; cell < count; cell++) {
+            const float weight = w->scores[(size_t)cell * padded + row];
+            if (weight == 0.0f)
+                continue;
+            float *out = w->out + (size_t)row * dim;
+            for (int d = 0; d < dim; d += WIDTH)
+                V_STORE(out + d, V_FMA(V_SET(weight), V_LOAD(w->values + (size_t)cell * dim + d), V_LOAD(out + d)));
+        }
+}
+
+/* Are all `count` f16 numbers, and finite? */
+TARGET static inline int NAME(finite)(const char *from, int count)
+{
+    const uint16_t *half = (const uint16_t *)from;
+    unsigned odd = 0;
+    for (int i = 0; i < count; i++)
+        odd |= (half[i] & 0x7C00) == 0x7C00;
+    return !odd;
+}
+
 TARGET static void NAME(add_masks)(const work *w, int first_cell, int count, int first, int last,
                                    const uint16_t *const *masks)
 {
@@ -150,9 +176,13 @@ TARGET static void NAME(add_masks)(const work *w, int first_cell, int count, int
         if (!masks[row])
             continue;
         const uint16_t *mask = masks[row] + first_cell;
-        for (int cell = 0; cell < count; cell++)
-            if (mask[cell])
-                w->scores[(size_t)cell * w->padded + row] += HALF(mask[cell]);
+        for (int cell = 0; cell < count; cell++) {
+            float *score = w->scores + (size_t)cell * w->padded + row;
+            if (mask[cell] == HIDDEN)
+                *score = -INFINITY; /* whatever its key holds */
+            else if (mask[cell])
+                *score += HALF(mask[cell]);
+        }
     }
 }
 
@@ -171,11 +201,28 @@ TARGET static void NAME(wide)(const work *w, const cells *c, int count, int firs
             for (int d = 0; d < dim; d += WIDTH)
                 V_STORE(w->keys + (size_t)i * dim + d, V_SET(0.0f));
         NAME(scores)(w, full, first, last);
-        if (masks && at + n > open)
+        int clean = 1;
+        if (masks && at + n > open) {
             NAME(add_masks)(w, at, n, first, last, masks);
+            for (int i = 0; i < n && clean; i++)
+                clean = NAME(finite)(c->values + (at + i) * c->value_stride, value_dim);
+        }
         NAME(weigh)(w, n, first, last);
-        NAME(collect)(w, n, first, last);
+        (clean ? NAME(collect) : NAME(collect_seen))(w, n, first, last);
     }
+}
+
+/* `collect_seen` for the rows of `narrow`. */
+TARGET static void NAME(gather_seen)(const work *w, const cells *c, int at, int count, int first, int last)
+{
+    for (int row = first; row < last; row++)
+        for (int i = 0; i < count; i++) {
+            const float weight = w->scores[(size_t)(row - first) * ROWS + i];
+            const char *value = c->values + (at + i) * c->value_stride;
+            float *out = w->out + (size_t)row * w->value_dim;
+            for (int d = 0; weight != 0.0f && d < w->value_dim; d += WIDTH)
+                V_STORE(out + d, V_FMA(V_SET(weight), V_HALVES(value + 2 * d), V_LOAD(out + d)));
+        }
 }
 
 /* Two rows at most at a time: their queries stay in registers when heads have 64 values. */
@@ -198,7 +245,7 @@ TARGET static void NAME(narrow)(const work *w, const cells *c, int count, int fi
             }
             if (masks && masks[row])
                 for (int i = 0; i < n; i++)
-                    score[i] += HALF(masks[row][at + i]);
+                    score[i] = masks[row][at + i] == HIDDEN ? -INFINITY : score[i] + HALF(masks[row][at + i]);
             for (int i = n; i < full; i++)
                 score[i] = -INFINITY;
             VEC top = V_LOAD(score);
@@ -218,6 +265,13 @@ TARGET static void NAME(narrow)(const work *w, const cells *c, int count, int fi
             float *out = w->out + (size_t)row * value_dim;
             for (int d = 0; d < value_dim; d += WIDTH)
                 V_STORE(out + d, V_MUL(V_LOAD(out + d), V_SET(shrink)));
+        }
+        int clean = 1;
+        for (int i = 0; masks && i < n && clean; i++)
+            clean = NAME(finite)(c->values + (at + i) * c->value_stride, value_dim);
+        if (!clean) {
+            NAME(gather_seen)(w, c, at, n, first, last);
+            continue;
         }
         for (int d = 0; d < value_dim; d += 4 * WIDTH) {
             const int parts = value_dim - d >= 4 * WIDTH ? 4 : (value_dim - d) / WIDTH;
@@ -267,7 +321,7 @@ TARGET static void NAME(finish)(const work *w, int row, float *target)
 
 TARGET static int NAME(visible)(const uint16_t *mask, int count, int *plain)
 {
-    while (count && mask[count - 1] == 0xFC00)
+    while (count && mask[count - 1] == HIDDEN)
         count--;
     unsigned other = 0;
     for (int i = 0; i < count; i++)

@@ -1,0 +1,65 @@
+"""Does what llama.cpp computes of a token depend on what else is in its batch? `--exact` promises that it does not.
+
+It does with some files: from some number of rows on, a product of a K-quantised matrix is computed by other code, which
+rounds in another way. Which files and how many rows depends on processor and build, so it is tried: the same tokens in
+batches of several sizes must leave the same state, bit for bit. (States tell more than logits: they hold every token
+and every layer.)
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+
+import numpy as np
+
+from aiosd.errors import WorldError
+from aiosd.llm import llama
+from aiosd.llm.blob import Bytes
+
+#: A prompt of so many tokens, and the sizes of batches in which it is computed; never one token alone, see `engine.py`.
+TOKENS = 20
+CUTS = ((20,), (2,) * 10, (3, 5, 12), (8, 7, 5))
+
+#: A decode step with so many rows at most, where there are as many slots.
+ROWS = 16
+
+
+def holds(context: llama.Context, slots: int) -> bool:
+    """Leaves the context empty."""
+    prompts = [_prompt(context, cut) for cut in CUTS]
+    most = min(slots, ROWS)
+    steps = [_step(context, rows) for rows in {2, 3, 4, most - 1, most} if 2 <= rows <= slots]
+    context.clear()
+    return _all_equal(prompts) and _all_equal(steps)
+
+
+def _all_equal(states: list[Bytes]) -> bool:
+    return all(np.array_equal(state, states[0]) for state in states[1:])
+
+
+def _prompt(context: llama.Context, sizes: Iterable[int]) -> Bytes:
+    """The state that a prompt leaves which is computed in batches of these sizes."""
+    context.clear()
+    at = 0
+    for size in sizes:
+        _decode(context, [(0, position) for position in range(at, at + size)])
+        at += size
+    return context.read(0).copy()
+
+
+def _step(context: llama.Context, rows: int) -> Bytes:
+    """The state of the first of so many sequences after a prompt of two tokens each, and a token more for all."""
+    context.clear()
+    for row in range(rows):
+        _decode(context, [(row, 0), (row, 1)])
+    _decode(context, [(row, 2) for row in range(rows)])
+    return context.read(0).copy()
+
+
+def _decode(context: llama.Context, entries: list[tuple[int, int]]) -> None:
+    batch = llama.Batch(len(entries))
+    batch.size = len(entries)
+    batch.sequences[:], batch.positions[:] = np.array(entries).T
+    batch.tokens[:] = (batch.positions * 37 + batch.sequences + 11) % context.n_vocab
+    if context.decode(batch) != llama.OK:
+        raise WorldError("llama.cpp could not decode a first batch")

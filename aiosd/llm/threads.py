@@ -1,0 +1,138 @@
+"""How many threads compute a step: measured, because with a small model one thread beats two (a step is shorter than it
+takes to wake the others), and with a large one it does not.
+
+Agents share the machine with the model, so others may be busy while it is measured. Therefore candidates take turns,
+and the fastest step of each counts: a neighbour makes some steps slower and none faster. The time is bounded, whatever
+a step takes. What the neighbours used meanwhile is kept with the choice; a choice made beside busy ones is made again
+when the machine is quiet.
+"""
+
+from __future__ import annotations
+
+import os
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+
+from aiosd.errors import WorldError
+from aiosd.llm import llama
+
+#: A measurement ends with the first step after so many seconds, or after so many rounds.
+MEASURE_S, ROUNDS = 0.8, 8
+
+#: Where one step takes so much of the time, more threads pay, and trying fewer of them would take too long.
+LONG_STEP = 1 / 4
+
+#: More threads only if they need less than this part of the time: the agents need the cores too, and threads that wait
+#: for each other waste them.
+GAIN = 0.8
+
+#: Neighbours that use more cores than this make a measurement worth repeating.
+QUIET = 0.3
+
+
+@dataclass(frozen=True, slots=True)
+class Threads:
+    number: int
+    why: str  # for people: asked for, assumed or measured, and beside what
+    again: bool = False  # measured beside busy neighbours
+
+
+def measure(
+    context: llama.Context,
+    slots: list[int],
+    report: Callable[[float], None] = lambda fraction: None,
+    *,
+    seconds: float = MEASURE_S,
+    clock: Callable[[], float] = time.perf_counter,
+    busy: Callable[[], float] | None = None,
+) -> Threads:
+    """For a decode step with a row in each of these slots, which are empty, and are so again afterwards. `busy`:
+    seconds that all cores together have worked for others so far."""
+    busy = busy or busy_for_others
+    cores = len(os.sched_getaffinity(0))
+    if cores == 1:
+        return Threads(1, "the only core")
+    began, others = clock(), busy()
+    best = _take_turns(context, _batch(slots), _candidates(cores), report, seconds, clock)
+    for slot in slots:
+        context.cut(slot, 0)
+    used = (busy() - others) / max(clock() - began, 1e-6)
+    beside = f"while others used {used:.1f} of {cores} cores" if used > QUIET else "on a quiet machine"
+    if len(best) == 1:
+        [(number, step)] = best.items()
+        why = f"assumed {beside}: a step takes {1000 * step:.0f} ms, too long to try fewer"
+        return Threads(number, why, again=used > QUIET)
+    steps = ", ".join(f"{number}: {1000 * step:.1f} ms" for number, step in sorted(best.items()))
+    return Threads(_fastest(best), f"measured {beside} ({steps} a step)", again=used > QUIET)
+
+
+def _candidates(cores: int) -> list[int]:
+    """Most threads first: where they already need long, fewer need not be tried."""
+    return sorted({1, *(2**i for i in range(1, 9) if 2**i < cores), cores}, reverse=True)
+
+
+def _batch(slots: list[int]) -> llama.Batch:
+    batch = llama.Batch(len(slots))
+    batch.size = len(slots)
+    batch.sequences[:] = slots
+    batch.wanted[:] = 1
+    return batch
+
+
+def _take_turns(
+    context: llama.Context,
+    batch: llama.Batch,
+    candidates: list[int],
+    report: Callable[[float], None],
+    seconds: float,
+    clock: Callable[[], float],
+) -> dict[int, float]:
+    """The fastest step of each candidate; only the first of them if its steps are long. The first round, which finds
+    everything cold, does not count."""
+    best: dict[int, float] = {}
+    deadline = clock() + seconds
+    for turn in range(1 + ROUNDS):
+        report(turn / (1 + ROUNDS))
+        for threads in candidates:
+            context.set_threads(threads)
+            took = _step(context, batch, clock)
+            if turn:
+                best[threads] = min(took, best.get(threads, took))
+            elif took > seconds * LONG_STEP:
+                took = min(took, _step(context, batch, clock))
+                if took > seconds * LONG_STEP:
+                    return {threads: took}
+            if clock() > deadline and len(best) == len(candidates):
+                return best
+    return best
+
+
+def _step(context: llama.Context, batch: llama.Batch, clock: Callable[[], float]) -> float:
+    began = clock()
+    if context.decode(batch) != llama.OK:
+        raise WorldError("llama.cpp could not decode a first step")
+    context.logits(1)
+    batch.positions[:] += 1
+    return clock() - began
+
+
+def _fastest(best: dict[int, float]) -> int:
+    chosen, least = 1, float("inf")
+    for threads in sorted(best):
+        if best[threads] < GAIN * least:
+            chosen, least = threads, best[threads]
+    return chosen
+
+
+def busy_for_others() -> float:
+    """Seconds that all cores together have worked for other processes since the machine started."""
+    with open("/proc/stat") as file:
+        user, nice, system, _idle, _iowait, irq, softirq, steal = (int(word) for word in file.readline().split()[1:9])
+    mine = os.times()
+    return (user + nice + system + irq + softirq + steal) / os.sysconf("SC_CLK_TCK") - mine.user - mine.system
+
+
+def machine_is_quiet() -> bool:
+    """For the last minute, about."""
+    return os.getloadavg()[0] < QUIET

@@ -1,0 +1,92 @@
+"""Our attention on trial, before a model is served with it.
+
+What could be wrong: a graph that means something else by its nodes than we read out of them, a state that has its parts
+in another order, threads or instructions that go astray. So some tokens are computed, and each attention in them is
+compared with exact arithmetic on its very inputs, in double precision: llama.cpp's (an operation that means something
+else is found out by its being far off), ours in the place of it, and ours with the beginning read from where a base
+would be.
+
+Logits cannot be compared instead. A quantised model rounds its activations to 8 bits before each product, which makes
+of the last bit of one node some percent of the logits: llama.cpp's own two attentions are 3 to 10 % apart there.
+"""
+
+from __future__ import annotations
+
+import numpy as np
+
+from aiosd.llm import llama
+from aiosd.llm.blob import Layout
+
+#: A prompt of so many tokens (the smallest context has more), and what comes behind it.
+SAMPLE = 12
+_PARTS = ((0, SAMPLE), (SAMPLE, 2), (SAMPLE + 2, 1))
+
+#: How far an attention may be from exact arithmetic, as a part of the largest value: ours computes with floats of 32
+#: bits; llama.cpp's rounds queries and sums to 16, which where scores are large comes to some percent.
+OURS, THEIRS = 0.002, 0.15
+
+
+def held_against(context: llama.Context) -> str:
+    """Why this context must not be used with our attention, '' if it may. Leaves the context empty."""
+    own = context.attention
+    assert own is not None
+    own.enabled = False
+    with own.judged():
+        decoded = _decode_sample(context)
+    own.enabled = True
+    with own.judged():
+        decoded = decoded and _decode_sample(context)
+    if decoded:
+        decoded = _from_a_base(context)
+    context.clear()
+    if not decoded:
+        return "llama.cpp could not decode a first batch"
+    if own.refusal:
+        return own.refusal
+    if not own.used:
+        return "the model's graph has no attention that could be replaced"
+    return _verdict(*own.errors)
+
+
+def _verdict(theirs: float, ours: float, based: float) -> str:
+    if theirs > THEIRS:
+        return f"llama.cpp means something else by attention in this model: {theirs:.1%} from what we take it for"
+    if ours > OURS:
+        return f"ours would be wrong for this model by {ours:.1%}"
+    if based > OURS:
+        return f"ours would be wrong for this model by {based:.1%} where beginnings are shared"
+    return ""
+
+
+def _from_a_base(context: llama.Context) -> bool:
+    """One token more, by llama.cpp, and by us with the prompt taken out of the state of the sequence. False: llama.cpp
+    cannot."""
+    own, state = context.attention, context.read(0)
+    assert own is not None
+    layout = Layout.of(state)
+    if layout is None or not (layout.by_rows and layout.in_one) or len(layout.sizes) != 2 * context.n_layer:
+        return True  # nothing will be read from a base, see `Cache`
+    piece = layout.cut(state, 0, context.last_position(0) + 1, 0, SAMPLE)
+    own.set_layout(layout.sizes)
+    own.set_runs([(piece.data.ctypes.data, piece.length)])
+    own.base_length[0], own.enabled = SAMPLE, False
+    with own.judged(skip=SAMPLE):
+        decoded = _decode(context, context.last_position(0) + 1, 1)
+    own.base_length[0], own.enabled = 0, True
+    own.set_runs([])
+    return decoded
+
+
+def _decode_sample(context: llama.Context) -> bool:
+    """A prompt in two parts and a token more, in an empty context. False: llama.cpp cannot."""
+    context.clear()
+    return all(_decode(context, at, size) for at, size in _PARTS)
+
+
+def _decode(context: llama.Context, at: int, size: int) -> bool:
+    batch = llama.Batch(size)
+    batch.size = size
+    batch.tokens[:] = (np.arange(at, at + size) * 37 + 11) % context.n_vocab
+    batch.positions[:] = np.arange(at, at + size)
+    batch.wanted[-1] = 1
+    return context.decode(batch) == llama.OK
