@@ -46,8 +46,8 @@ from aiosd.llm.pattern import FORMATS, MAX_REPETITIONS, Strings, as_it_is, in_js
 
 __all__ = ["Converter", "Schema", "grammar_of", "literal", "written_raw"]
 
-MAX_RULES = 4_000
-MAX_BYTES = 400_000
+MAX_RULES = 20_000
+MAX_BYTES = 2_000_000
 MAX_BEGINNINGS = 2_000
 MAX_PROPERTIES = 500
 MAX_WORK = 40_000  # schemas looked at and put together: references make a small one as large as they like
