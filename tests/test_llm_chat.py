@@ -79,7 +79,9 @@ def test_templates_get_what_they_expect_from_the_environment() -> None:
         "{{ strftime_now('%Y') | length }} {{ m.content | trim }}\n{% endfor %}"
         "{{ eos_token }}{{ add_generation_prompt }}"
     )
-    text = ChatTemplate(source, "<s>", "</s>").render(normal_messages(user(" a ") * 2), None)
+    text = ChatTemplate(source, "<s>", "</s>").render(
+        normal_messages([*user(" a "), {"role": "assistant", "content": "b"}, *user("c")]), None
+    )
     assert text == "<s>4 a\n</s>True"
 
 
@@ -267,8 +269,8 @@ def test_an_id_that_the_model_wrote_is_kept_if_it_can_be() -> None:
 @pytest.mark.parametrize("dialect", [HERMES, LLAMA3, MISTRAL, MISTRAL_ARGS, FENCED], ids=lambda dialect: dialect.name)
 def test_grammars_of_the_dialects_take_their_own_calls_and_no_others(model: llama.Model, dialect: ToolDialect) -> None:
     converter = Converter()
-    calls = call_rules(dialect, normal_tools([TOOL]), converter.convert)
-    gbnf = f"{converter.text()}{calls}\n{dialect.rules}\n"
+    calls = call_rules(dialect, normal_tools([TOOL]), converter)
+    gbnf = f"{converter.text()}{calls}\n{dialect.rules()}\n"
     good = json.dumps({"name": "f", dialect.arguments_key: {"x": 1}})
     wrap = {
         "hermes": "\n%s\n</tool_call>",

@@ -684,14 +684,9 @@ class Engine:
     def _rewind(self, sequence: Sequence, count: int) -> None:
         """Let the next report begin after the first `count` tokens."""
         self._feed(sequence)
-        text, dialect = sequence.new_text(), sequence.dialect
+        text = sequence.new_text()
         sequence.sent = count = min(count, len(sequence.out))
         for token in sequence.out[:count]:
-            if dialect is not None and self.model.control[token]:
-                written = self.model.token_text(token)
-                text.mark(written)
-                if written == dialect.trigger and not text.inside:
-                    text.pull_trigger()
             text.feed(self._pieces[token])
         sequence.text.skip(min(text.shown, sequence.text.shown))
 

@@ -210,7 +210,7 @@ class Model:
 
     def tokenize(self, text: str, *, bos: bool, special: bool) -> list[int]:
         """`bos`: add what the model wants at the beginning. `special`: read control tokens as such."""
-        if _LONG_RUN.search(text):
+        if self._kind == C.LLAMA_VOCAB_TYPE_BPE and _LONG_RUN.search(text):  # others use no regex
             parts = [text[i : i + _RUN] for i in range(0, len(text), _RUN)]
             first, *rest = (self._tokenize(part, bos and i == 0, special) for i, part in enumerate(parts))
             return first + [token for tokens in rest for token in tokens]

@@ -7,47 +7,75 @@ grammars. The engine gets a record that can only fail by what happens to it late
 from __future__ import annotations
 
 import errno
+import logging
 from typing import Any
 
 import numpy as np
 
 from aiosd.link import Submit
 from aiosd.llm import llama
-from aiosd.llm.chat import THINK, ChatTemplate, Message, normal_messages, normal_tools, refuse
-from aiosd.llm.dialects import Tool
+from aiosd.llm.chat import PLAIN_STOPS, ChatTemplate, Message, normal_messages, normal_tools, refuse
+from aiosd.llm.dialects import CallStream, Reader, Tool
 from aiosd.llm.sampling import Sampler
 from aiosd.llm.sequence import Sequence
-from aiosd.llm.structured import Constraint, SchemaConstraint, ToolConstraint
+from aiosd.llm.structured import AfterThoughts, Constraint, SchemaConstraint, ToolConstraint
 from aiosd.llm.text import TextStream
-from aiosd.llm.tokens import Tokens
+from aiosd.llm.tokens import QUOTED, Tokens
+from libaios import parts
 from libaios.wire import Generate, Sampling
+
+logger = logging.getLogger("llm.request")
 
 _UNLIMITED = 1 << 30
 
 #: The scope of prompts marked public; no group has this name.
 PUBLIC = "*"
-_MARK = "\U0010fffe"  # no character; never in a text that means something
 
 
 class Requests:
-    """Makes sequences for one model with `ctx` tokens per slot."""
+    """Makes sequences for one model with `ctx` tokens per slot. Nothing here looks at what the engine does."""
 
     def __init__(self, model: llama.Model, ctx: int) -> None:
         self._model = model
         self._ctx = ctx
         self._tokenizer = Tokens(model)
         self.template = ChatTemplate(
-            model.meta("tokenizer.chat_template"), model.token_text(model.bos), model.token_text(model.eos)
+            model.meta("tokenizer.chat_template"),
+            model.token_text(model.bos),
+            model.token_text(model.eos),
+            self._tokenizer.controls,
+            model.meta("tokenizer.chat_template.tool_use"),
         )
+        if self.template.broken:
+            logger.warning("the model's chat template is broken, chats will be refused: %s", self.template.broken)
+        dialects = {self.template.dialect, self.template.suited([{}]).dialect}
+        marks = {*self.template.marks.controls, *(mark for dialect in dialects for mark in dialect.controls)}
+        self._revealed = self._reveal({*marks, *(dialect.trigger for dialect in dialects)})
+
+    def _reveal(self, marks: set[str]) -> set[str]:
+        """Control tokens that begin and end parts of an answer show in the text that the engine makes of tokens."""
+        revealed = set()
+        for text in marks & set(self._tokenizer.controls):
+            token = self._tokenizer.controls[text]
+            if token not in self._model.end_tokens:
+                self._model.pieces[token] = parts.control(text).encode()
+                revealed.add(text)
+        return revealed
+
+    def _spelled(self, mark: str) -> str:
+        """How a mark comes in that text."""
+        for text in self._revealed:
+            mark = mark.replace(text, parts.control(text))
+        return mark
 
     def sequence(self, submit: Submit, order: int, now: float) -> Sequence:
         request = submit.request
-        tools = normal_tools(request.tools)
-        prompt, thinking = self._prompt(request, tools)
+        tools, choice = self._tools(request)
+        template = self.template.suited(tools)
+        prompt, inside, closed = self._prompt(request, tools, template)
         sampling = request.sampling
-        dialect = self.template.dialect if tools else None
-        trigger = dialect.trigger if dialect else None
-        aside = THINK if self.template.thinks else None
+        reader = Reader(template.dialect, tools) if tools else None
+        stops = [*sampling.stop, *(PLAIN_STOPS if template.plain and request.messages is not None else ())]
         sequence = Sequence(
             key=submit.key,
             group=submit.group,
@@ -60,56 +88,104 @@ class Requests:
             sampler=_sampler(sampling),
             ignore_eos=sampling.ignore_eos,
             stream=request.stream,
-            new_text=lambda: TextStream(sampling.stop, trigger, aside, thinking),
-            constraint=self._constraint(request, tools),
-            dialect=dialect,
+            new_text=lambda: self._text(submit, template, reader, stops, inside),
+            constraint=self._constraint(request, template, reader, choice, inside, closed),
+            dialect=reader,
             budget=submit.budget,
-            watched=request.stream or bool(sampling.stop) or dialect is not None,
+            watched=request.stream or bool(stops) or reader is not None,
         )
         try:
             self._force(sequence, request.given)
-        except BaseException:  # its memory is llama.cpp's, and nobody else knows of it
+        except BaseException:  # its memory is llama.cpp's, and nothing else frees it
             if sequence.constraint is not None:
                 sequence.constraint.close()
             raise
         return sequence
 
+    def _text(
+        self, submit: Submit, template: ChatTemplate, reader: Reader | None, stops: list[str], inside: bool
+    ) -> TextStream:
+        """The text of a generation before its first token."""
+        chat, marks = submit.request.messages is not None, template.marks
+        shown = reader is not None and submit.request.stream and reader.dialect.streams
+        return TextStream(
+            stops,
+            self._spelled(reader.trigger) if reader is not None else None,
+            (self._spelled(marks.think[0]), self._spelled(marks.think[1])) if chat and marks.think else None,
+            inside,
+            head=reader.head() if reader is not None else None,
+            switches={self._spelled(mark): to for mark, to in marks.switches.items()} if chat else None,
+            calls=CallStream(reader.dialect, submit.key) if shown and reader is not None else None,
+        )
+
+    def _tools(self, request: Generate) -> tuple[list[Tool], str]:
+        """The tools of a call, and whether one of them must be called: "auto", "none", "required"."""
+        tools, choice = normal_tools(request.tools), request.tool_choice or "auto"
+        if isinstance(choice, dict):
+            function = choice.get("function", choice)
+            name = function.get("name") if isinstance(function, dict) else None
+            tools = [tool for tool in tools if tool["function"]["name"] == name]
+            if not tools:
+                raise refuse(f"tool_choice: {name!r} is not among the tools"[:200])
+            return tools, "required"
+        if choice not in ("auto", "none", "required"):
+            raise refuse(f"tool_choice must be auto, none, required or a function, not {choice!r}"[:200])
+        if choice == "required" and not tools:
+            raise refuse("tool_choice: required, but there are no tools")
+        return tools, choice
+
     def conversation(self, messages: list[dict[str, Any]], tools: list[dict[str, Any]] | None) -> list[int]:
         """The tokens of a conversation as the next call about it begins."""
-        return self._chat_tokens(self._rendered(messages, normal_tools(tools)))
+        listed = normal_tools(tools)
+        return self._chat_tokens(self._rendered(messages, listed, self.template.suited(listed)))
 
-    def _prompt(self, request: Generate, tools: list[Tool]) -> tuple[list[int], bool]:
-        """The tokens, and whether they end in the middle of the model's thoughts."""
+    def _prompt(self, request: Generate, tools: list[Tool], template: ChatTemplate) -> tuple[list[int], bool, bool]:
+        """The tokens; whether they end within the model's thoughts; whether they leave no room for any."""
         if (request.messages is None) == (request.prompt is None):
             raise refuse("give either messages or a prompt")
         if request.messages is not None:
-            text = self._rendered(request.messages, tools, thinking=request.schema is None)
-            return self._measured(self._chat_tokens(text)), text.rstrip().endswith(THINK[0])
+            args = request.template_args
+            thinking = request.schema is None or args.get("enable_thinking") is True
+            # A named tool is all that the grammar takes; the prompt lists all, so that it begins as other calls do.
+            text = self._rendered(request.messages, normal_tools(request.tools), template, thinking=thinking, args=args)
+            think, end = template.marks.think, text.rstrip()
+            inside = think is not None and end.endswith(think[0])
+            closed = not template.thinks or (think is not None and (end.endswith(think[1]) or not thinking))
+            return self._measured(self._chat_tokens(text)), inside, closed
         if tools:
             raise refuse("tools: they need a chat, a completion has no place for them")
         if isinstance(request.prompt, str):
-            return self._measured(self._tokens(request.prompt) if request.prompt else []), False
+            return self._measured(self._tokens(request.prompt) if request.prompt else []), False, True
         assert request.prompt is not None
         self.check_ids(request.prompt, "prompt")
-        return self._measured(request.prompt), False
+        return self._measured(request.prompt), False, True
 
-    def _rendered(self, messages: list[Message], tools: list[Tool], *, thinking: bool = True) -> str:
+    def _rendered(
+        self,
+        messages: list[Message],
+        tools: list[Tool],
+        template: ChatTemplate,
+        *,
+        thinking: bool = True,
+        args: dict[str, Any] | None = None,
+    ) -> str:
         """The prompt as text, with a mark in what must not become a control token. A schema leaves no room for
-        thoughts: the template is told so."""
-        return self.template.render(
+        thoughts, unless they are asked for: the template is told so."""
+        return template.render(
             [self._disarmed(message) for message in normal_messages(messages)],
             [self._disarmed(tool) for tool in tools],
             thinking=thinking,
+            args=self._disarmed(args or {}),
         )
 
     def _disarmed(self, value: Any) -> Any:
         """Control tokens that a message merely quotes (a tool's output may, and then the arguments of the next call)
-        must not become control tokens: a mark goes into the middle of them, at which `_chat_tokens` cuts."""
+        must not become control tokens: a mark goes into the middle of them."""
         pattern = self._tokenizer.pattern
         if pattern is None:
             return value
         if isinstance(value, str):
-            return pattern.sub(lambda match: match[0][0] + _MARK + match[0][1:], value)
+            return pattern.sub(lambda match: match[0][0] + QUOTED + match[0][1:], value)
         if isinstance(value, list):
             return [self._disarmed(item) for item in value]
         if isinstance(value, dict):
@@ -117,19 +193,15 @@ class Requests:
         return value
 
     def _chat_tokens(self, text: str) -> list[int]:
-        first, *rest = text.split(_MARK)
-        tokens = self._tokens(first)
-        for part in rest:
-            tokens += self._tokenizer.of(part)
-        return tokens
+        return self._tokens(text, quoted=True)
 
-    def _tokens(self, text: str) -> list[int]:
+    def _tokens(self, text: str, *, quoted: bool = False) -> list[int]:
         """With the model's BOS in front, but never twice: many templates write it themselves."""
         if not self._model.has_tokenizer:
             raise refuse("this model has no tokenizer: give token ids")
         if len(text) > self._ctx * max(self._model.longest_piece, 64):  # however it is cut: not worth the time
             raise refuse(f"prompt: {len(text)} characters, but the context holds {self._ctx} tokens", errno.EMSGSIZE)
-        tokens, bos = self._tokenizer.of(text), self._model.bos
+        tokens, bos = self._tokenizer.of(text, quoted=quoted), self._model.bos
         if self._model.adds_bos and tokens[:1] != [bos]:
             return [bos, *tokens]
         return tokens
@@ -150,15 +222,29 @@ class Requests:
         if bad is not None:
             raise refuse(f"{argument}[{bad}]: token {tokens[bad]}, but the vocabulary has ids 0 to {n - 1}")
 
-    def _constraint(self, request: Generate, tools: list[Tool]) -> Constraint | None:
+    def _constraint(
+        self,
+        request: Generate,
+        template: ChatTemplate,
+        reader: Reader | None,
+        choice: str,
+        inside: bool,
+        closed: bool,
+    ) -> Constraint | None:
+        constraint: Constraint
         if request.schema is not None:
-            if tools:
+            if reader is not None:
                 raise refuse("schema: not together with tools")
-            return SchemaConstraint(self._model, request.schema)
-        if tools:
-            assert self.template.dialect is not None
-            return ToolConstraint(self._model, self.template.dialect, tools)
-        return None
+            constraint = SchemaConstraint(self._model, request.schema)
+        elif reader is not None:
+            constraint = ToolConstraint(self._model, reader, choice=choice, several=request.parallel_tool_calls)
+            if choice != "required":
+                return constraint
+        else:
+            return None
+        if request.messages is None or closed:
+            return constraint
+        return AfterThoughts(self._model, constraint, not inside)
 
     def _force(self, sequence: Sequence, given: list[int]) -> None:
         """Take over tokens that the caller has already: text and grammar go through them, nothing is sent."""
