@@ -19,7 +19,8 @@ PYDANTIC: list[Schema] = [
     {"title": "Age", "type": "integer", "minimum": 0, "exclusiveMaximum": 150},
     {"title": "Ratio", "type": "number", "exclusiveMinimum": 0, "maximum": 1},
     {"title": "Price", "anyOf": [{"type": "number", "minimum": 0.5}, {"type": "null"}], "default": None},
-    {"title": "Decimal", "anyOf": [{"type": "number"}, {"type": "string", "pattern": "^(?!^[-+.]*$)[+-]?0*\\d*\\.?\\d*$"}]},
+    {"title": "Decimal", "anyOf": [{"type": "number"}, {"type": "string",
+                                                        "pattern": "^(?!^[-+.]*$)[+-]?0*\\d*\\.?\\d*$"}]},
     {"title": "Flag", "type": "boolean", "default": False},
     {"title": "Maybe", "anyOf": [{"type": "string"}, {"type": "null"}], "default": None},
     {"title": "Code", "type": "string", "pattern": "^[A-Z]{3}-\\d+$", "maxLength": 12},
@@ -52,7 +53,8 @@ PYDANTIC: list[Schema] = [
 ]  # fmt: skip
 DEFS: Schema = {
     "Node": {"type": "object", "title": "Node", "required": ["value"], "properties": {
-        "value": {"type": "integer"}, "next": {"anyOf": [{"$ref": "#/$defs/Node"}, {"type": "null"}], "default": None}}},
+        "value": {"type": "integer"},
+        "next": {"anyOf": [{"$ref": "#/$defs/Node"}, {"type": "null"}], "default": None}}},
     "Cat": {"type": "object", "title": "Cat", "required": ["lives"], "properties": {
         "kind": {"const": "cat", "default": "cat", "type": "string"}, "lives": {"type": "integer"}}},
     "Dog": {"type": "object", "title": "Dog", "properties": {

@@ -135,8 +135,8 @@ def test_thoughts_are_apart_and_no_call_begins_within_them(
 def test_control_tokens_are_marks_that_no_text_can_write() -> None:
     stream = TextStream([], control("<call>"), (control("<think>"), control("</think>")))
     stream.feed(f"<call><think>{control('<think>')}a".encode())
-    assert stream.take() == "<call><think>", "an answer has begun"
-    stream = TextStream(["nk>"], control("<call>"), (control("<think>"), control("</think>")))
+    assert stream.take() == "<call><think>a", "an answer has begun"
+    stream = TextStream(["<think"], control("<call>"), (control("<think>"), control("</think>")))
     stream.feed(f"{control('<think>')}a</think>b{control('</think>')}c{control('<call>')}d".encode())
     assert Splitter().split(stream.take()) == ("c", "a</think>b", [])
     assert stream.rest == "d"

@@ -25,15 +25,17 @@ with its own end token, the one mark that such a model knows, and that no messag
 from __future__ import annotations
 
 import errno
+import functools
 import json
 import re
 import time
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field, replace
 from datetime import datetime
 from typing import Any
 
 from jinja2 import TemplateError, nodes
+from jinja2.compiler import CodeGenerator, Frame
 from jinja2.environment import Template
 from jinja2.ext import Extension, loopcontrols
 from jinja2.parser import Parser
@@ -219,10 +221,22 @@ MAX_PROMPT = 1 << 26  # characters
 MAX_SECONDS = 20.0
 
 
+class _Generator(CodeGenerator):
+    """Lets the sandbox look at `~` as well."""
+
+    def visit_Concat(self, node: nodes.Concat, frame: Frame) -> None:
+        self.write("environment.together((")
+        for part in node.nodes:
+            self.visit(part, frame)
+            self.write(", ")
+        self.write("))")
+
+
 class _Sandbox(ImmutableSandboxedEnvironment):
     """Counts what a template does: one that comes from anywhere must not hold up everything."""
 
-    intercepted_binops = frozenset({"*", "**", "%"})
+    intercepted_binops = frozenset({"+", "*", "**", "%"})
+    code_generator_class = _Generator
 
     def __init__(self) -> None:
         super().__init__(trim_blocks=True, lstrip_blocks=True, extensions=[loopcontrols, _Generation])
@@ -231,6 +245,8 @@ class _Sandbox(ImmutableSandboxedEnvironment):
         self.globals["strftime_now"] = lambda form: datetime.now().strftime(form)
         self.globals["range"] = self._range
         self.globals.pop("lipsum", None)
+        for name in ("replace", "join"):
+            self.filters[name] = self._measured(self.filters[name], name)
         self._steps = self._items = 0
         self._until = 0.0
 
@@ -248,6 +264,39 @@ class _Sandbox(ImmutableSandboxedEnvironment):
         if self._items > MAX_ITEMS:
             raise TemplateError("it makes too much")
 
+    def together(self, values: tuple[Any, ...]) -> str:
+        """What `~` makes."""
+        texts = [str(value) for value in values]
+        self._room(sum(map(len, texts)))
+        return "".join(texts)
+
+    def _room(self, size: int) -> None:
+        self._step()
+        if size > MAX_PROMPT // 4:
+            raise TemplateError("it makes too long a text")
+
+    def _longest(self, name: str, text: str, args: tuple[Any, ...]) -> int:
+        """How long what a method of `text` makes can become."""
+        if name == "replace" and len(args) >= 2:
+            return len(text) + (text.count(str(args[0])) if args[0] else len(text) + 1) * len(str(args[1]))
+        if name == "join" and args and isinstance(args[0], list | tuple):
+            return sum(len(str(item)) + len(text) for item in args[0])
+        return max((arg for arg in args if isinstance(arg, int)), default=0)
+
+    def _measured(self, filter_: Callable[..., Any], name: str) -> Callable[..., Any]:
+        """The filter `replace` or `join`, for texts that do not become too long."""
+
+        @functools.wraps(filter_)
+        def measured(eval_ctx: Any, value: Any, *args: Any, **kwargs: Any) -> Any:
+            given = (*args, *kwargs.values())
+            if name == "join" and isinstance(value, list | tuple):
+                self._room(sum(len(str(item)) + len(str(given[0] if given else "")) for item in value))
+            elif name == "replace":
+                self._room(self._longest(name, str(value), given))
+            return filter_(eval_ctx, value, *args, **kwargs)
+
+        return measured
+
     def _range(self, *bounds: int) -> range:
         made = range(*bounds)
         self._take(len(made))
@@ -255,8 +304,9 @@ class _Sandbox(ImmutableSandboxedEnvironment):
 
     def call(__self, __context: Any, __obj: Any, *args: Any, **kwargs: Any) -> Any:
         __self._step()
-        if isinstance(getattr(__obj, "__self__", None), str):
-            __self._take(sum(arg for arg in args if isinstance(arg, int) and arg > 0))
+        text = getattr(__obj, "__self__", None)
+        if isinstance(text, str):
+            __self._room(__self._longest(__obj.__name__, text, args))
         return super().call(__context, __obj, *args, **kwargs)
 
     def getattr(self, obj: Any, attribute: str) -> Any:
@@ -272,6 +322,8 @@ class _Sandbox(ImmutableSandboxedEnvironment):
         for a, b in ((left, right), (right, left)):
             if operator == "*" and isinstance(a, str | list | tuple) and isinstance(b, int):
                 self._take(max(b, 0) * len(a))
+        if operator == "+" and isinstance(left, str | list | tuple) and isinstance(right, str | list | tuple):
+            self._room(len(left) + len(right))
         if operator == "**" and (abs(right) > 64 or abs(left) > 1 << 64):
             raise TemplateError("a number that is too large")
         if operator == "%" and isinstance(left, str) and re.search(r"%[^a-zA-Z%]*(\d{4}|\*)", left):

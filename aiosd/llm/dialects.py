@@ -128,20 +128,22 @@ class Reader:
 
     def _read_tags(self, text: str, key: Key) -> list[ToolCall]:
         assert self.dialect.tags is not None
+        opens, middle, _, shut = map(re.escape, self.dialect.tags)
+        parameter = re.compile(rf"\s*{opens}(.*?){middle}(.*?){shut}", re.S)
         schemas = {tool["function"]["name"]: tool["function"]["parameters"] for tool in self.tools}
         calls: list[ToolCall] = []
-        whole = re.compile(r"(?:<function=)?(?P<name>[\w.-]+)>?\n?(?P<body>.*?)(?:</function>\s*)?</tool_call>", re.S)
-        for match in whole.finditer(text):
-            parameters = schemas.get(match["name"], {})
-            arguments = {name: self._value(value, parameters, name) for name, value in self._tagged(match["body"])}
-            calls.append(ToolCall(id=call_id(key, len(calls)), name=match["name"], arguments=arguments))
+        at = 0
+        while (begin := _TAG_BEGIN.match(text, at)) is not None:
+            name, at, arguments = begin["name"], begin.end(), {}
+            while (found := parameter.match(text, at)) is not None:
+                arguments[found[1]] = self._value(found[2], schemas.get(name, {}), found[1])
+                at = found.end()
+            end = _TAG_END.match(text, at)
+            if end is None:
+                break
+            at = end.end()
+            calls.append(ToolCall(id=call_id(key, len(calls)), name=name, arguments=arguments))
         return calls
-
-    def _tagged(self, body: str) -> Iterable[tuple[str, str]]:
-        assert self.dialect.tags is not None
-        opens, middle, _, shut = map(re.escape, self.dialect.tags)
-        for match in re.finditer(rf"{opens}(.*?){middle}(.*?){shut}", body, re.S):
-            yield match[1], match[2]
 
     def _value(self, text: str, parameters: dict[str, Any], name: str) -> Any:
         schema = parameters.get("properties", {}).get(name, True)
@@ -151,6 +153,10 @@ class Reader:
             return json.loads(text)
         except ValueError:
             return text
+
+
+_TAG_BEGIN = re.compile(r"\s*(?:<tool_call>)?\s*(?:<function=)?(?P<name>[\w.-]+)>?")
+_TAG_END = re.compile(r"\s*(?:</function>)?\s*</tool_call>")
 
 
 class CallStream:

@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import codecs
 import errno
+import re
 from collections.abc import Callable, Iterable
 from typing import Protocol
 
@@ -20,8 +21,8 @@ import numpy.typing as npt
 
 from aiosd.llm import llama
 from aiosd.llm.chat import refuse
-from aiosd.llm.dialects import Reader, call_rules
-from aiosd.llm.schema import Converter, Schema, grammar_of
+from aiosd.llm.dialects import Reader, ToolDialect, call_rules
+from aiosd.llm.schema import Converter, Schema, grammar_of, literal
 from aiosd.llm.text import TextStream
 
 #: What `settle` returns when the generation ends without another token.
@@ -166,7 +167,7 @@ class ToolConstraint:
         converter = Converter()
         calls = call_rules(dialect, reader.tools, converter)
         root = dialect.rules(begun=choice != "required", several=several)
-        self._gbnf = f"{converter.text()}{calls}\n{root}\n"
+        self._gbnf = f"{converter.text()}{_by_token(model, f'{calls}{chr(10)}{root}', dialect)}\n"
         if choice == "required":
             self._enter()
 
@@ -262,6 +263,18 @@ class AfterThoughts:
 
     def close(self) -> None:
         self._inner.close()
+
+
+def _by_token(model: llama.Model, rules: str, dialect: ToolDialect) -> str:
+    """The rules with control tokens as such: written out letter by letter they would be text."""
+    for token in model.control_tokens():
+        text = model.token_text(token)
+        if text and text in dialect.controls:
+            rules = _LITERAL.sub(lambda match: match[0].replace(literal(text)[1:-1], f'" <[{token}]> "'), rules)  # noqa: B023
+    return re.sub(r'(?<![\\"])"" (?=<\[)|(?<=\]>) ""(?!")', "", rules)
+
+
+_LITERAL = re.compile(r'"(?:[^"\\]|\\.)*"')
 
 
 #: Tokens that the beginning of a call without a trigger may have.
