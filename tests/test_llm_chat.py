@@ -451,7 +451,7 @@ def test_turns_of_a_base_model_end_with_its_own_end_token_and_cannot_be_forged(t
     text = made.new_text()
     text.feed(b" no.\nUser: what")
     assert text.stopped
-    assert text.take() == " no."
+    assert text.take() == "no."
     model.close()
 
 

@@ -7,12 +7,15 @@ Files, from the bottom up:
     llama.py       the only file that touches llama_cpp: Model, Context, Batch, Grammar
     sampling.py    one token from one row of logits
     tokens.py      text to token ids, recent segments remembered
-    text.py        bytes to characters to pieces: split UTF-8, stop strings, triggers
+    text.py        bytes to characters to pieces: split UTF-8, stop strings, thoughts, triggers
+    numbers.py     numbers between limits as rules of a grammar (pure)
+    pattern.py     regular expressions as rules of a grammar (pure)
+    document.py    a JSON Schema's references, and several schemas as one (pure)
     schema.py      JSON Schema to grammar
     chat.py        messages to prompt: what the template cannot do is done for it
     dialects.py    how families of models write tool calls, and how they are read
     structured.py  keeps a generation inside a grammar: check first, constrain on refusal
-    request.py     a submitted call to a Sequence, or an errno with a sentence
+    request.py     a submitted call: first its text (`Prepared`), then a Sequence; or an errno with a sentence
     sequence.py    the record of one generation
     policy/        who runs next (pure)
     prefix.py      which cached tokens a prompt can reuse (pure)

@@ -11,6 +11,7 @@ import logging
 from typing import Any
 
 import numpy as np
+from msgspec import Struct
 
 from aiosd.link import Submit
 from aiosd.llm import llama
@@ -18,7 +19,14 @@ from aiosd.llm.chat import PLAIN_STOPS, ChatTemplate, Message, normal_messages, 
 from aiosd.llm.dialects import CallStream, Reader, Tool
 from aiosd.llm.sampling import Sampler
 from aiosd.llm.sequence import Sequence
-from aiosd.llm.structured import AfterThoughts, Constraint, SchemaConstraint, ToolConstraint
+from aiosd.llm.structured import (
+    AfterThoughts,
+    Constraint,
+    SchemaConstraint,
+    ToolConstraint,
+    schema_grammar,
+    tools_grammar,
+)
 from aiosd.llm.text import TextStream
 from aiosd.llm.tokens import QUOTED, Tokens
 from libaios import parts
@@ -30,6 +38,22 @@ _UNLIMITED = 1 << 30
 
 #: The scope of prompts marked public; no group has this name.
 PUBLIC = "*"
+
+
+class Prepared(Struct):
+    """A request after all work on its text."""
+
+    prompt: list[int]
+    inside: bool  # the prompt ends within the model's thoughts
+    tools: list[Tool]
+    choice: str  # "auto", "none" or "required"
+    second: bool  # made with the model's second template, the one for tools
+    stops: list[str]
+    trim: bool
+    aside: tuple[str, str] | None
+    switches: dict[str, int]
+    after_thoughts: bool  # the grammar holds from where the thoughts have ended
+    grammar: str = ""
 
 
 class Requests:
@@ -68,14 +92,42 @@ class Requests:
             mark = mark.replace(text, parts.control(text))
         return mark
 
-    def sequence(self, submit: Submit, order: int, now: float) -> Sequence:
-        request = submit.request
+    def prepare(self, request: Generate) -> Prepared:
+        """All the work on text that a call asks for: template, tools, schema, tokens. It depends on the model and the
+        request alone, knows nothing of what the engine does, and its result can be sent to another process."""
         tools, choice = self._tools(request)
         template = self.template.suited(tools)
         prompt, inside, closed = self._prompt(request, tools, template)
+        chat, marks = request.messages is not None, template.marks
+        plain = chat and template.plain
+        prepared = Prepared(
+            prompt=prompt,
+            inside=inside,
+            tools=tools,
+            choice=choice,
+            second=template is not self.template,
+            stops=[*request.sampling.stop, *(PLAIN_STOPS if plain else ())],
+            trim=plain,
+            aside=(self._spelled(marks.think[0]), self._spelled(marks.think[1])) if chat and marks.think else None,
+            switches={self._spelled(mark): to for mark, to in marks.switches.items()} if chat else {},
+            after_thoughts=chat and not closed,
+        )
+        if request.schema is not None:
+            if tools:
+                raise refuse("schema: not together with tools")
+            prepared.grammar = schema_grammar(request.schema)
+        elif tools:
+            several = request.parallel_tool_calls
+            prepared.grammar = tools_grammar(self._model, template.dialect, tools, choice, several)
+        return prepared
+
+    def sequence(self, submit: Submit, order: int, now: float, prepared: Prepared | None = None) -> Sequence:
+        """The record that the engine works on. `prepared`: what `prepare` made of the request, where that was done."""
+        request = submit.request
+        prepared = prepared or self.prepare(request)
+        template = self.template.suited([{}]) if prepared.second else self.template
+        reader = Reader(template.dialect, prepared.tools) if prepared.tools else None
         sampling = request.sampling
-        reader = Reader(template.dialect, tools) if tools else None
-        stops = [*sampling.stop, *(PLAIN_STOPS if template.plain and request.messages is not None else ())]
         sequence = Sequence(
             key=submit.key,
             group=submit.group,
@@ -83,16 +135,16 @@ class Requests:
             nice=submit.nice,
             order=order,
             arrived=now,
-            prompt=np.asarray(prompt, np.int32),
+            prompt=np.asarray(prepared.prompt, np.int32),
             max_tokens=_UNLIMITED if sampling.max_tokens is None else sampling.max_tokens,
             sampler=_sampler(sampling),
             ignore_eos=sampling.ignore_eos,
             stream=request.stream,
-            new_text=lambda: self._text(submit, template, reader, stops, inside),
-            constraint=self._constraint(request, template, reader, choice, inside, closed),
+            new_text=lambda: self._text(submit, prepared, reader),
+            constraint=self._constraint(prepared, reader),
             dialect=reader,
             budget=submit.budget,
-            watched=request.stream or bool(stops) or reader is not None,
+            watched=request.stream or bool(prepared.stops) or reader is not None,
         )
         try:
             self._force(sequence, request.given)
@@ -102,20 +154,18 @@ class Requests:
             raise
         return sequence
 
-    def _text(
-        self, submit: Submit, template: ChatTemplate, reader: Reader | None, stops: list[str], inside: bool
-    ) -> TextStream:
+    def _text(self, submit: Submit, prepared: Prepared, reader: Reader | None) -> TextStream:
         """The text of a generation before its first token."""
-        chat, marks = submit.request.messages is not None, template.marks
         shown = reader is not None and submit.request.stream and reader.dialect.streams
         return TextStream(
-            stops,
+            prepared.stops,
             self._spelled(reader.trigger) if reader is not None else None,
-            (self._spelled(marks.think[0]), self._spelled(marks.think[1])) if chat and marks.think else None,
-            inside,
+            prepared.aside,
+            prepared.inside,
             head=reader.head() if reader is not None else None,
-            switches={self._spelled(mark): to for mark, to in marks.switches.items()} if chat else None,
+            switches=prepared.switches or None,
             calls=CallStream(reader.dialect, submit.key) if shown and reader is not None else None,
+            trim=prepared.trim,
         )
 
     def _tools(self, request: Generate) -> tuple[list[Tool], str]:
@@ -222,29 +272,19 @@ class Requests:
         if bad is not None:
             raise refuse(f"{argument}[{bad}]: token {tokens[bad]}, but the vocabulary has ids 0 to {n - 1}")
 
-    def _constraint(
-        self,
-        request: Generate,
-        template: ChatTemplate,
-        reader: Reader | None,
-        choice: str,
-        inside: bool,
-        closed: bool,
-    ) -> Constraint | None:
+    def _constraint(self, prepared: Prepared, reader: Reader | None) -> Constraint | None:
         constraint: Constraint
-        if request.schema is not None:
-            if reader is not None:
-                raise refuse("schema: not together with tools")
-            constraint = SchemaConstraint(self._model, request.schema)
-        elif reader is not None:
-            constraint = ToolConstraint(self._model, reader, choice=choice, several=request.parallel_tool_calls)
-            if choice != "required":
+        if not prepared.grammar:
+            return None
+        if reader is not None:
+            constraint = ToolConstraint(self._model, prepared.grammar, reader.dialect, choice=prepared.choice)
+            if prepared.choice != "required":
                 return constraint
         else:
-            return None
-        if request.messages is None or closed:
+            constraint = SchemaConstraint(self._model, prepared.grammar)
+        if not prepared.after_thoughts:
             return constraint
-        return AfterThoughts(self._model, constraint, not inside)
+        return AfterThoughts(self._model, constraint, not prepared.inside)
 
     def _force(self, sequence: Sequence, given: list[int]) -> None:
         """Take over tokens that the caller has already: text and grammar go through them, nothing is sent."""

@@ -21,7 +21,7 @@ import numpy.typing as npt
 
 from aiosd.llm import llama
 from aiosd.llm.chat import refuse
-from aiosd.llm.dialects import Reader, ToolDialect, call_rules
+from aiosd.llm.dialects import Tool, ToolDialect, call_rules
 from aiosd.llm.schema import Converter, Schema, grammar_of, literal
 from aiosd.llm.text import TextStream
 
@@ -131,14 +131,28 @@ class Guide:
         self._grammar.close()
 
 
+def schema_grammar(schema: Schema) -> str:
+    try:
+        return grammar_of(schema)
+    except OSError as error:
+        raise refuse(f"schema: {error.strerror}") from None
+
+
+def tools_grammar(
+    model: llama.Model, dialect: ToolDialect, tools: list[Tool], choice: str = "auto", several: bool = True
+) -> str:
+    """Calls of these tools. `choice` "required": with what begins the first."""
+    converter = Converter()
+    calls = call_rules(dialect, tools, converter)
+    root = dialect.rules(begun=choice != "required", several=several)
+    return f"{converter.text()}{_by_token(model, f'{calls}{chr(10)}{root}', dialect)}\n"
+
+
 class SchemaConstraint:
     """The whole text is JSON valid against a schema."""
 
-    def __init__(self, model: llama.Model, schema: Schema) -> None:
-        try:
-            self._guide = Guide(model, grammar_of(schema))
-        except OSError as error:
-            raise refuse(f"schema: {error.strerror}") from None
+    def __init__(self, model: llama.Model, gbnf: str) -> None:
+        self._guide = Guide(model, gbnf)
 
     def settle(self, text: TextStream, row: Row, token: int, draw: Draw) -> int:
         return self._guide.choose(row, token, draw)
@@ -155,19 +169,16 @@ class SchemaConstraint:
 class ToolConstraint:
     """Free text until a tool call begins, from there on calls that are valid for one of the tools.
 
-    `choice` "none": none begins; "required": the answer is a call. `several`: there may be more than one.
+    `choice` "none": none begins; "required": the answer is a call.
     """
 
-    def __init__(self, model: llama.Model, reader: Reader, *, choice: str = "auto", several: bool = True) -> None:
+    def __init__(self, model: llama.Model, gbnf: str, dialect: ToolDialect, *, choice: str = "auto") -> None:
         self._model = model
-        self._dialect = dialect = reader.dialect
+        self._gbnf = gbnf
+        self._dialect = dialect
         self._forbidden = choice == "none"
         self._guide: Guide | None = None
         self._since: list[int] = []  # tokens of the answer so far, while it may still begin a call without a trigger
-        converter = Converter()
-        calls = call_rules(dialect, reader.tools, converter)
-        root = dialect.rules(begun=choice != "required", several=several)
-        self._gbnf = f"{converter.text()}{_by_token(model, f'{calls}{chr(10)}{root}', dialect)}\n"
         if choice == "required":
             self._enter()
 

@@ -76,6 +76,7 @@ class TextStream:
     middle of it. `inside`: the generation begins within them. `switches`: marks after which another part of the
     answer comes (TEXT, REASONING, or what is not shown), where a family of models has more than one. `head`: a call
     that has no trigger and is known by how the answer begins. `calls`: shows calls as they are written.
+    `trim`: no blanks at the beginning.
     """
 
     __slots__ = (
@@ -93,6 +94,7 @@ class TextStream:
         head: Head | None = None,
         switches: dict[str, int] | None = None,
         calls: CallWriter | None = None,
+        trim: bool = False,
     ) -> None:
         self._decoder = _utf8("replace")
         self.trigger = Matcher(trigger) if trigger else None
@@ -109,7 +111,9 @@ class TextStream:
         self._thought = False
         self._control = False  # within a control token: stop strings do not see it
         self._solid = 0  # characters of the answer so far, blanks not counted
-        self._fresh = bool(switches or aside)  # nothing of this part has been shown: blanks at its beginning are not
+        self._fresh = bool(
+            switches or aside or trim
+        )  # blanks at the beginning of a part are not shown
         self._white = ""  # blanks of the thoughts that are shown only if something follows
         self._shown_as = TEXT  # the part that the reader believes to be in
         self._held = ""  # decoded, not shown: what some needle has matched so far
