@@ -16,6 +16,7 @@ Files, from the bottom up:
     dialects.py    how families of models write tool calls, and how they are read
     structured.py  keeps a generation inside a grammar: check first, constrain on refusal
     request.py     a submitted call: first its text (`Prepared`), then a Sequence; or an errno with a sentence
+    front.py       the same in a process of its own, for texts that take long
     sequence.py    the record of one generation
     policy/        who runs next (pure)
     prefix.py      which cached tokens a prompt can reuse (pure)

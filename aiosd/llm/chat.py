@@ -42,6 +42,7 @@ from jinja2.parser import Parser
 from jinja2.sandbox import ImmutableSandboxedEnvironment
 
 from aiosd.llm.dialects import FENCED, Tool, ToolDialect, dialect_of, nine_characters
+from aiosd.llm.document import Later
 from aiosd.llm.text import HIDDEN, REASONING, TEXT
 
 Message = dict[str, Any]
@@ -216,6 +217,7 @@ class _Generation(Extension):
 
 
 MAX_STEPS = 2_000_000  # calls, and looks into objects
+QUICK_STEPS = 20_000  # … between two steps of decoding
 MAX_ITEMS = 1_000_000  # of all ranges, and of what is multiplied
 MAX_PROMPT = 1 << 26  # characters
 MAX_SECONDS = 20.0
@@ -249,14 +251,19 @@ class _Sandbox(ImmutableSandboxedEnvironment):
             self.filters[name] = self._measured(self.filters[name], name)
         self._steps = self._items = 0
         self._until = 0.0
+        self._most_steps = MAX_STEPS
+        self._quick = False
 
-    def begin(self) -> None:
+    def begin(self, quick: bool) -> None:
         self._steps = self._items = 0
+        self._quick, self._most_steps = quick, QUICK_STEPS if quick else MAX_STEPS
         self._until = time.monotonic() + MAX_SECONDS
 
     def _step(self) -> None:
         self._steps += 1
-        if self._steps > MAX_STEPS or (self._steps % 1024 == 0 and time.monotonic() > self._until):
+        if self._quick and self._steps > QUICK_STEPS:
+            raise Later
+        if self._steps > self._most_steps or (self._steps % 1024 == 0 and time.monotonic() > self._until):
             raise TemplateError("it takes too long")
 
     def _take(self, items: int) -> None:
@@ -372,6 +379,7 @@ class ChatTemplate:
         self._tokens = {"bos_token": bos, "eos_token": eos}
         self._environment = _Sandbox()
         self.broken = ""
+        self.quick = False  # raise `Later` rather than take long
         self._template: Template | None = None
         try:
             self._template = self._environment.from_string(self.source)
@@ -440,7 +448,7 @@ class ChatTemplate:
         """What the template itself makes of these messages."""
         if self._template is None:
             raise refuse(f"the model's chat template is broken: {self.broken}")
-        self._environment.begin()
+        self._environment.begin(self.quick)
         values = {
             **args,
             **self._tokens,
@@ -456,6 +464,8 @@ class ChatTemplate:
                 size += len(part)
                 if size > MAX_PROMPT:
                     raise TemplateError("it writes too much")
+        except Later:
+            raise
         except TemplateError as error:
             raise refuse(f"the model's chat template refuses the messages: {error}") from None
         except Exception as error:  # whatever it is, it is the template's

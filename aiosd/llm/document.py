@@ -45,6 +45,10 @@ def refuse(sentence: str) -> OSError:
     return OSError(errno.EINVAL, sentence)
 
 
+class Later(Exception):
+    """This takes too long to be done between two steps of decoding."""
+
+
 class Impossible(OSError):
     """No value is valid against this part of a schema: an optional property, or a branch, may do without it."""
 

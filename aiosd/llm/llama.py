@@ -136,8 +136,11 @@ class Model:
     turning tokens into bytes never crosses into C.
     """
 
-    def __init__(self, path: str, gpu_layers: int, progress: Callable[[float], None]) -> None:
+    def __init__(
+        self, path: str, gpu_layers: int, progress: Callable[[float], None], vocabulary_only: bool = False
+    ) -> None:
         params = C.llama_model_default_params()
+        params.vocab_only = vocabulary_only
         params.n_gpu_layers = gpu_layers
         last = -1.0
 

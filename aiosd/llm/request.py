@@ -63,6 +63,7 @@ class Requests:
         self._model = model
         self._ctx = ctx
         self._tokenizer = Tokens(model)
+        self._quick = False
         self.template = ChatTemplate(
             model.meta("tokenizer.chat_template"),
             model.token_text(model.bos),
@@ -92,11 +93,14 @@ class Requests:
             mark = mark.replace(text, parts.control(text))
         return mark
 
-    def prepare(self, request: Generate) -> Prepared:
+    def prepare(self, request: Generate, quick: bool = False) -> Prepared:
         """All the work on text that a call asks for: template, tools, schema, tokens. It depends on the model and the
-        request alone, knows nothing of what the engine does, and its result can be sent to another process."""
+        request alone, knows nothing of what the engine does, and its result can be sent to another process. `quick`:
+        raises `Later` where it takes long."""
+        self._quick = quick
         tools, choice = self._tools(request)
         template = self.template.suited(tools)
+        template.quick = quick
         prompt, inside, closed = self._prompt(request, tools, template)
         chat, marks = request.messages is not None, template.marks
         plain = chat and template.plain
@@ -115,10 +119,10 @@ class Requests:
         if request.schema is not None:
             if tools:
                 raise refuse("schema: not together with tools")
-            prepared.grammar = schema_grammar(request.schema)
+            prepared.grammar = schema_grammar(request.schema, quick)
         elif tools:
             several = request.parallel_tool_calls
-            prepared.grammar = tools_grammar(self._model, template.dialect, tools, choice, several)
+            prepared.grammar = tools_grammar(self._model, template.dialect, tools, choice, several, quick)
         return prepared
 
     def sequence(self, submit: Submit, order: int, now: float, prepared: Prepared | None = None) -> Sequence:
@@ -187,7 +191,9 @@ class Requests:
     def conversation(self, messages: list[dict[str, Any]], tools: list[dict[str, Any]] | None) -> list[int]:
         """The tokens of a conversation as the next call about it begins."""
         listed = normal_tools(tools)
-        return self._chat_tokens(self._rendered(messages, listed, self.template.suited(listed)))
+        template = self.template.suited(listed)
+        self._quick = template.quick = False
+        return self._chat_tokens(self._rendered(messages, listed, template))
 
     def _prompt(self, request: Generate, tools: list[Tool], template: ChatTemplate) -> tuple[list[int], bool, bool]:
         """The tokens; whether they end within the model's thoughts; whether they leave no room for any."""
@@ -251,7 +257,7 @@ class Requests:
             raise refuse("this model has no tokenizer: give token ids")
         if len(text) > self._ctx * max(self._model.longest_piece, 64):  # however it is cut: not worth the time
             raise refuse(f"prompt: {len(text)} characters, but the context holds {self._ctx} tokens", errno.EMSGSIZE)
-        tokens, bos = self._tokenizer.of(text, quoted=quoted), self._model.bos
+        tokens, bos = self._tokenizer.of(text, quoted=quoted, quick=self._quick), self._model.bos
         if self._model.adds_bos and tokens[:1] != [bos]:
             return [bos, *tokens]
         return tokens

@@ -31,6 +31,7 @@ from aiosd.llm.document import (
     REFUSED,
     Document,
     Impossible,
+    Later,
     Schema,
     as_list,
     essential,
@@ -52,6 +53,7 @@ MAX_BEGINNINGS = 2_000
 MAX_PROPERTIES = 500
 MAX_WORK = 40_000  # schemas looked at and put together: references make a small one as large as they like
 MAX_MULTIPLES = 2_000  # of a number between two limits, written one by one
+QUICK_WORK = 2_000  # what is done between two steps of decoding
 _BLOCK = 64  # repetitions written out in one rule
 
 _FIRST = f'"-" ({numbers.integers(10**18, 2**63)})'
@@ -90,7 +92,9 @@ def _escaped(char: str) -> str:
 class Converter:
     """Gathers the rules of one grammar. `convert` may be called several times; `text` gives it all."""
 
-    def __init__(self) -> None:
+    def __init__(self, quick: bool = False) -> None:
+        self._most_work = QUICK_WORK if quick else MAX_WORK
+        self._quick = quick
         self._rules = dict(_BASE)
         self._begins: dict[str, list[str]] = {}  # rule → rules it can begin with before anything is written
         self._known: dict[tuple[int, str], str] = {}  # (document, schema) → rule
@@ -156,7 +160,9 @@ class Converter:
 
     def _spend(self, work: int) -> None:
         self._work += work
-        if self._work > MAX_WORK:
+        if self._work > self._most_work:
+            if self._quick:
+                raise Later
             raise refuse("the schema is too complex for a grammar")
 
     @contextmanager
@@ -768,8 +774,8 @@ def _step(schema: dict[str, Any]) -> Decimal | None:
     return Decimal(repr(step)).normalize()
 
 
-def grammar_of(schema: Schema) -> str:
-    """The grammar of one schema."""
-    converter = Converter()
+def grammar_of(schema: Schema, quick: bool = False) -> str:
+    """The grammar of one schema. `quick`: raises `Later` where it takes long."""
+    converter = Converter(quick)
     rule = converter.convert("s", schema)
     return converter.text() + f"root ::= {rule}\n"

@@ -131,18 +131,23 @@ class Guide:
         self._grammar.close()
 
 
-def schema_grammar(schema: Schema) -> str:
+def schema_grammar(schema: Schema, quick: bool = False) -> str:
     try:
-        return grammar_of(schema)
+        return grammar_of(schema, quick)
     except OSError as error:
         raise refuse(f"schema: {error.strerror}") from None
 
 
 def tools_grammar(
-    model: llama.Model, dialect: ToolDialect, tools: list[Tool], choice: str = "auto", several: bool = True
+    model: llama.Model,
+    dialect: ToolDialect,
+    tools: list[Tool],
+    choice: str = "auto",
+    several: bool = True,
+    quick: bool = False,
 ) -> str:
     """Calls of these tools. `choice` "required": with what begins the first."""
-    converter = Converter()
+    converter = Converter(quick)
     calls = call_rules(dialect, tools, converter)
     root = dialect.rules(begun=choice != "required", several=several)
     return f"{converter.text()}{_by_token(model, f'{calls}{chr(10)}{root}', dialect)}\n"

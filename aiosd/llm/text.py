@@ -111,9 +111,7 @@ class TextStream:
         self._thought = False
         self._control = False  # within a control token: stop strings do not see it
         self._solid = 0  # characters of the answer so far, blanks not counted
-        self._fresh = bool(
-            switches or aside or trim
-        )  # blanks at the beginning of a part are not shown
+        self._fresh = bool(switches or aside or trim)  # blanks at the beginning of a part are not shown
         self._white = ""  # blanks of the thoughts that are shown only if something follows
         self._shown_as = TEXT  # the part that the reader believes to be in
         self._held = ""  # decoded, not shown: what some needle has matched so far

@@ -15,6 +15,7 @@ from array import array
 from collections import OrderedDict
 
 from aiosd.llm import llama
+from aiosd.llm.document import Later
 
 #: In the middle of what looks like a control token and is only quoted. No character, and in no text that means
 #: something.
@@ -22,6 +23,9 @@ QUOTED = "\U0010fffe"
 
 _MOST_BYTES = 16 << 20  # remembered
 _LONGEST = 1 << 14  # characters; longer ones are not worth their memory
+
+
+QUICK_CHARACTERS = 1 << 15  # become tokens between two steps of decoding
 
 
 class Tokens:
@@ -37,8 +41,11 @@ class Tokens:
         self._known: OrderedDict[str, array[int]] = OrderedDict()
         self.num_bytes = 0  # of what is remembered
 
-    def of(self, text: str, *, quoted: bool = False) -> list[int]:
-        """Control tokens are read as such; no BOS is added. `quoted`: those with QUOTED in their middle are text."""
+    def of(self, text: str, *, quoted: bool = False, quick: bool = False) -> list[int]:
+        """Control tokens are read as such; no BOS is added. `quoted`: those with QUOTED in their middle are text.
+        `quick`: raises `Later` where much of the text is new."""
+        if quick and self._new_in(text) > QUICK_CHARACTERS:
+            raise Later
         if self._cut is None:
             first, *rest = text.split(QUOTED) if quoted else [text]
             tokens = self._model.tokenize(first, bos=False, special=True)
@@ -52,6 +59,12 @@ class Tokens:
             elif part:
                 tokens += self._segment(part, quoted)
         return tokens
+
+    def _new_in(self, text: str) -> int:
+        """Characters whose tokens are not remembered."""
+        if self._cut is None or len(text) <= QUICK_CHARACTERS:
+            return len(text)
+        return sum(len(part) for part in self._cut.split(text)[::2] if part not in self._known)
 
     def _segment(self, part: str, quoted: bool) -> array[int] | list[int]:
         known = self._known
