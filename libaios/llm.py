@@ -13,8 +13,9 @@ most.
 
 What a thinking model thinks is in `reasoning`, apart from `text`. `template_args` go to the model's chat template
 (`{"enable_thinking": False}`, a date, …). Before a `schema` a model thinks only with `{"enable_thinking": True}`.
-Messages that end with the assistant's are continued: the text is what follows. What the model has computed for a prompt is shared within the agent's group, and for a `public` prompt with the public prompts of all
-groups. (By the time that a call takes, its caller can find out whether the beginning of its prompt was sent before.)
+Messages that end with the assistant's are continued: the text is what follows. What the model has computed for a prompt
+is shared within the agent's group, and for a `public` prompt with the public prompts of all groups. (By the time that a
+call takes, its caller can find out whether the beginning of its prompt was sent before.)
 
 `finish_reason`: "stop" (the model or a stop string ended it), "length" (max_tokens or the context), "tool_calls",
 "limit" (the agent's token budget). Errors are OSErrors: EINVAL with what was wrong with which argument, EMSGSIZE for a

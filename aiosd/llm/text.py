@@ -80,8 +80,8 @@ class TextStream:
     """
 
     __slots__ = (
-        "_calls", "_channel", "_control", "_decoder", "_fresh", "_head", "_held", "_parts", "_shown_as", "_solid",
-        "_stops", "_switches", "_taken", "_thought", "_white", "rest", "stopped", "trigger", "triggered",
+        "_begins", "_calls", "_channel", "_control", "_decoder", "_fresh", "_head", "_held", "_parts", "_shown_as",
+        "_solid", "_stops", "_switches", "_taken", "_thought", "_white", "rest", "stopped", "trigger", "triggered",
     )  # fmt: skip
 
     def __init__(
@@ -110,6 +110,10 @@ class TextStream:
         self._calls = calls
         self._thought = False
         self._control = False  # within a control token: stop strings do not see it
+        needles = (trigger, *stops, *(switch.matcher.needle for switch in self._switches))
+        begins = {needle[0] for needle in needles if needle}
+        marks = "".join({*begins, *("{" if head else ""), parts.CONTROL, parts.CONTROL_END})
+        self._begins = re.compile(f"[{re.escape(marks)}]")
         self._solid = 0  # characters of the answer so far, blanks not counted
         self._fresh = bool(switches or aside or trim)  # blanks at the beginning of a part are not shown
         self._white = ""  # blanks of the thoughts that are shown only if something follows
@@ -225,16 +229,24 @@ class TextStream:
             self._show(text)
 
     def _search(self, text: str) -> None:
-        held = self._held
-        for i, char in enumerate(text, 1):
+        held, i = self._held, 0
+        live = bool(held)  # does some needle match the end of what came so far?
+        while i < len(text):
+            if not live:
+                end = self._skipped(text, i)
+                held, i = held + text[i:end], end
+                if i == len(text):
+                    break
+            char, i = text[i], i + 1
             held += char
             needle = self._hit(char)
             if needle is None:
+                live = any(one.matched for one in self._active())
                 continue
             self._show(held[: len(held) - needle.length])
             if isinstance(needle, _Switch):
                 self._switch(needle)
-                held = ""
+                held, live = "", False
                 continue
             self._held = ""
             self.stopped = needle is not self.trigger and needle is not self._head
@@ -245,6 +257,16 @@ class TextStream:
         hold = max((needle.matched for needle in self._active()), default=0)
         self._show(held[: len(held) - hold])
         self._held = held[len(held) - hold :]
+
+    def _skipped(self, text: str, start: int) -> int:
+        """Where from `start` on the next needle can begin. (Nearly all that a model writes is no part of any.)"""
+        match = self._begins.search(text, start)
+        end = match.start() if match else len(text)
+        if self._channel == TEXT and not text[start:end].isspace() and end > start:
+            self._solid += end - start
+            if self._head:
+                self._head.miss()
+        return end
 
     def _hit(self, char: str) -> Matcher | Head | _Switch | None:
         """The needle that ends with this character, the longest where there are several."""
@@ -360,6 +382,11 @@ class Head:
     @property
     def length(self) -> int:
         return len(self._text)
+
+    def miss(self) -> None:
+        """Something else stands at the beginning."""
+        self._dead = True
+        self.matched = 0
 
     def feed(self, char: str) -> bool:
         if self._dead or (not self._text and char.isspace()):
