@@ -639,6 +639,19 @@ def test_harmony_has_channels(newer: dict[str, llama.Model]) -> None:
     assert shown(fed(newer["gpt-oss"], text.replace(" <|channel|>", "")))[:2] == ("Yes.", "Hm.")
 
 
+def test_harmony_answers_in_the_final_channel_where_there_is_no_choice(newer: dict[str, llama.Model]) -> None:
+    model = newer["gpt-oss"]
+    made, _ = generate(model, "", 1, schema={"type": "integer", "minimum": 10, "maximum": 99})
+    assert written(model, made.prompt).endswith("<|start|>assistant<|channel|>final<|message|>")
+    assert 10 <= int(made.text.take()) <= 99
+    tokens = model.tokenize(" three", bos=False, special=True)
+    more = sequence(model, messages=[U, {"role": "assistant", "content": "One, two,"}], given=tokens)
+    text = more.new_text()
+    text.feed(b" three")
+    assert written(model, more.prompt).endswith("<|channel|>final<|message|>One, two,")
+    assert text.take() == " three"
+
+
 def test_a_schema_holds_from_where_the_thoughts_have_ended(models: dict[str, llama.Model]) -> None:
     asked = {"schema": {"type": "integer", "minimum": 10, "maximum": 99}, "template_args": {"enable_thinking": True}}
     for begin in ("", "<think>\nhm {", "<think>\nhm</think>", "<think>\nhm</think>\n\n"):

@@ -495,6 +495,7 @@ class Marks:
 
     think: tuple[str, str] | None = None
     switches: dict[str, int] = field(default_factory=dict)
+    answer: str = ""  # what the answer begins with, where it has a mark of its own
 
     @property
     def controls(self) -> set[str]:
@@ -504,7 +505,7 @@ class Marks:
 
 def marks_of(source: str) -> Marks:
     if "<|channel|>" in source and "analysis" in source:
-        return Marks(switches=_CHANNELS)
+        return Marks(switches=_CHANNELS, answer="<|channel|>final<|message|>")
     return Marks(next((think for think in _THINK if think[0] in source or think[1] in source), None))
 
 

@@ -113,7 +113,7 @@ class Requests:
             stops=[*request.sampling.stop, *(PLAIN_STOPS if plain else ())],
             trim=plain,
             aside=(self._spelled(marks.think[0]), self._spelled(marks.think[1])) if chat and marks.think else None,
-            switches={self._spelled(mark): to for mark, to in marks.switches.items()} if chat else {},
+            switches={self._spelled(mark): to for mark, to in marks.switches.items()} if not closed else {},
             after_thoughts=chat and not closed,
         )
         if request.schema is not None:
@@ -204,9 +204,12 @@ class Requests:
             thinking = request.schema is None or args.get("enable_thinking") is True
             # A named tool is all that the grammar takes; the prompt lists all, so that it begins as other calls do.
             text = self._rendered(request.messages, normal_tools(request.tools), template, thinking=thinking, args=args)
+            if request.schema is not None:
+                text += template.marks.answer
             think, end = template.marks.think, text.rstrip()
             inside = think is not None and end.endswith(think[0])
-            closed = not template.thinks or (think is not None and (end.endswith(think[1]) or not thinking))
+            answered = _answers(request, template) or (think is not None and (end.endswith(think[1]) or not thinking))
+            closed = not template.thinks or answered
             return self._measured(self._chat_tokens(text)), inside, closed
         if tools:
             raise refuse("tools: they need a chat, a completion has no place for them")
@@ -304,6 +307,14 @@ class Requests:
         sequence.out = list(given)
         sequence.forced = sequence.sent = sequence.fed = len(given)
         sequence.text.take()
+
+
+def _answers(request: Generate, template: ChatTemplate) -> bool:
+    """Does the prompt end where the answer has begun already?"""
+    last = (request.messages or [{}])[-1]
+    return (request.schema is not None and bool(template.marks.answer)) or (
+        last.get("role") == "assistant" and not last.get("tool_calls")
+    )
 
 
 def _sampler(sampling: Sampling) -> Sampler:
