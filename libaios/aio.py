@@ -24,7 +24,7 @@ from libaios import wire
 from libaios.agent import connected, connection
 from libaios.channel import BACKSTOP_S
 from libaios.connection import SLACK_S, Call, Connection, decode_body
-from libaios.generate import Piece, Result, generate_args
+from libaios.generate import Piece, Pieces, Result, generate_args
 from libaios.plan import Plan, plan_of
 from libaios.wire import Sys
 
@@ -167,17 +167,18 @@ class Generation(Coroutine[Any, Any, Any]):
         call, replied = await _submit(conn, Sys.GENERATE, self._args, stream=True)
         timeout = self._args.timeout_s
         deadline = None if timeout is None else time.monotonic() + timeout + SLACK_S
+        pieces = Pieces()
         try:
             while call.pieces or call.final is None:
                 if call.pieces:
                     piece = call.pieces.popleft()
-                    yield Piece(piece.text, piece.tokens)
+                    yield pieces.piece(piece.text, piece.tokens)
                 elif deadline is not None and time.monotonic() > deadline:
                     raise TimeoutError(errno.ETIMEDOUT, "no answer in time")
                 else:
                     await _reply(conn, replied)
             end = decode_body(call.final, wire.Generated)
-            yield Piece(end.text, end.tokens, end)
+            yield pieces.piece(end.text, end.tokens, end)
         finally:
             conn.abandon(call)
 
@@ -194,7 +195,7 @@ class Context(_context.Conversation):
         messages = self._with(more)
         args = generate_args(messages, None, **self._options(options))
         result = await _run(Plan(Sys.GENERATE, args, Result, args.timeout_s))
-        self._keep(messages, result.text, result.tool_calls)
+        self._keep(messages, result.text, result.tool_calls, result.reasoning)
         return result
 
     def fork(self) -> Context:

@@ -51,8 +51,12 @@ class Conversation:
     def _options(self, options: dict[str, Any]) -> dict[str, Any]:
         return {"tools": self.tools, "model": self.model, **options}
 
-    def _keep(self, messages: list[dict[str, Any]], text: str, calls: Sequence[wire.ToolCall]) -> None:
+    def _keep(
+        self, messages: list[dict[str, Any]], text: str, calls: Sequence[wire.ToolCall], reasoning: str = ""
+    ) -> None:
         answer: dict[str, Any] = {"role": "assistant", "content": text}
+        if reasoning:  # the model's template decides which of it the model sees again
+            answer["reasoning"] = reasoning
         if calls:
             answer["tool_calls"] = [
                 {"type": "function", "id": call.id, "function": {"name": call.name, "arguments": call.arguments}}
@@ -77,8 +81,8 @@ class Context(Conversation):
         messages = self._with(more)
         result: Result | Stream = generate(generate_args(messages, None, **self._options(options)))
         if isinstance(result, Stream):
-            return _KeptStream(result, lambda text, calls: self._keep(messages, text, calls))
-        self._keep(messages, result.text, result.tool_calls)
+            return _KeptStream(result, lambda *answer: self._keep(messages, *answer))
+        self._keep(messages, result.text, result.tool_calls, result.reasoning)
         return result
 
     def fork(self) -> Context:
@@ -114,11 +118,11 @@ class _KeptStream(Stream):
 
 
 def _keeping(stream: Stream, keep: Any) -> Iterator[Piece]:
-    text = ""
+    text = reasoning = ""
     for piece in stream:
-        text += piece.text
+        text, reasoning = text + piece.text, reasoning + piece.reasoning
         if piece.finish_reason is not None:
-            keep(text, piece.tool_calls)
+            keep(text, piece.tool_calls, reasoning)
         yield piece
 
 

@@ -7,24 +7,26 @@ import random
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
-from libaios import wire
+from libaios import parts, wire
 from libaios.agent import connection
 from libaios.connection import Call, Connection, decode_body
+from libaios.parts import CallPiece
 from libaios.plan import Plan, run
 from libaios.wire import Sys, ToolCall, Usage
 
-__all__ = ["Piece", "Result", "Stream", "generate", "generate_args", "objects"]
+__all__ = ["CallPiece", "Piece", "Pieces", "Result", "Stream", "generate", "generate_args", "objects"]
 
 _seeds = random.SystemRandom()
 
 
 class Result:
-    """A finished generation. `tokens` are the ids of the generated tokens, without the stop token."""
+    """A finished generation. `tokens` are the ids of the generated tokens, without the stop token; `reasoning` is what
+    a thinking model thought before its answer."""
 
-    __slots__ = ("finish_reason", "text", "tokens", "tool_calls", "usage")
+    __slots__ = ("finish_reason", "reasoning", "text", "tokens", "tool_calls", "usage")
 
     def __init__(self, body: wire.Generated) -> None:
-        self.text: str = body.text
+        self.text, self.reasoning, _ = parts.Splitter().split(body.text)
         self.tokens: list[int] = body.tokens
         self.tool_calls: list[ToolCall] = body.tool_calls
         self.finish_reason: str = body.finish_reason
@@ -35,13 +37,23 @@ class Result:
 
 
 class Piece:
-    """Part of a stream: whole characters, and the tokens that they are made of. Only the last piece has
-    `finish_reason`, `usage` and `tool_calls`."""
+    """Part of a stream: whole characters of the answer or of the thoughts before it (`reasoning`), parts of tool calls
+    (`calls`, where the model's way of writing them allows it), and the tokens that they are made of. Only the last
+    piece has `finish_reason`, `usage` and `tool_calls`, which are complete."""
 
-    __slots__ = ("finish_reason", "text", "tokens", "tool_calls", "usage")
+    __slots__ = ("calls", "finish_reason", "reasoning", "text", "tokens", "tool_calls", "usage")
 
-    def __init__(self, text: str, tokens: list[int], end: wire.Generated | None = None) -> None:
+    def __init__(
+        self,
+        text: str,
+        tokens: list[int],
+        end: wire.Generated | None = None,
+        reasoning: str = "",
+        calls: Sequence[CallPiece] = (),
+    ) -> None:
         self.text = text
+        self.reasoning = reasoning
+        self.calls = list(calls)
         self.tokens = tokens
         self.finish_reason: str | None = end.finish_reason if end is not None else None
         self.usage: Usage | None = end.usage if end is not None else None
@@ -82,12 +94,24 @@ class Stream:
             self._connection.abandon(call)
 
 
+class Pieces:
+    """Makes the pieces of one stream."""
+
+    def __init__(self) -> None:
+        self._splitter = parts.Splitter()
+
+    def piece(self, text: str, tokens: list[int], end: wire.Generated | None = None) -> Piece:
+        text, reasoning, calls = self._splitter.split(text)
+        return Piece(text, tokens, end, reasoning, calls)
+
+
 def _pieces(connection: Connection, call: Call, timeout: float | None) -> Iterator[Piece]:
+    pieces = Pieces()
     for piece in connection.pieces(call, timeout):
-        yield Piece(piece.text, piece.tokens)
+        yield pieces.piece(piece.text, piece.tokens)
     assert call.final is not None
     end = decode_body(call.final, wire.Generated)
-    yield Piece(end.text, end.tokens, end)
+    yield pieces.piece(end.text, end.tokens, end)
 
 
 def generate_args(
@@ -109,6 +133,9 @@ def generate_args(
     timeout: float | None = None,
     model: str | None = None,
     public: bool = False,
+    tool_choice: str | Mapping[str, Any] | None = None,
+    parallel_tool_calls: bool = True,
+    template_args: Mapping[str, Any] | None = None,
 ) -> wire.Generate:
     """The arguments as they are sent. The kernel checks types and ranges."""
     sampling = wire.Sampling(
@@ -133,6 +160,9 @@ def generate_args(
         stream=stream,
         timeout_s=timeout,
         public=public,
+        tool_choice=dict(tool_choice) if isinstance(tool_choice, Mapping) else tool_choice,
+        parallel_tool_calls=parallel_tool_calls,
+        template_args=dict(template_args or {}),
     )
 
 

@@ -7,9 +7,15 @@
 Sampling: `temperature` 0 always takes the likeliest token. `seed` makes a sampled text repeatable (None: a new seed
 each time). `stop` strings end the text and are not part of it. `max_tokens` None: up to the end of the context. A
 `schema` (JSON Schema) or `tools` (a list of {"type": "function", "function": {"name", "description", "parameters"}})
-limit what can be generated. Of a tool only the name is required, and the inner dict alone may be given. What the model
-has computed for a prompt is shared within the agent's group, and for a `public` prompt with the public prompts of all
-groups. (By the time that a call takes, its caller can find out whether the beginning of its prompt was sent before.)
+limit what can be generated. Of a tool only the name is required, and the inner dict alone may be given. `tool_choice`:
+"auto", "none", "required", or {"type": "function", "function": {"name": …}}. `parallel_tool_calls=False`: one call at
+most.
+
+What a thinking model thinks is in `reasoning`, apart from `text`. `template_args` go to the model's chat template
+(`{"enable_thinking": False}`, a date, …). Before a `schema` a model thinks only with `{"enable_thinking": True}`.
+Messages that end with the assistant's are continued: the text is what follows. What the model has computed for a prompt
+is shared within the agent's group, and for a `public` prompt with the public prompts of all groups. (By the time that a
+call takes, its caller can find out whether the beginning of its prompt was sent before.)
 
 `finish_reason`: "stop" (the model or a stop string ended it), "length" (max_tokens or the context), "tool_calls",
 "limit" (the agent's token budget). Errors are OSErrors: EINVAL with what was wrong with which argument, EMSGSIZE for a
@@ -24,7 +30,7 @@ from typing import TYPE_CHECKING, Any, Literal, overload
 
 from libaios import wire
 from libaios.context import Context, forget, restored, saved
-from libaios.generate import Piece, Result, Stream, generate, generate_args
+from libaios.generate import CallPiece, Piece, Result, Stream, generate, generate_args
 from libaios.plan import Plan, run, syscall
 from libaios.wire import ModelInfo, Sys, ToolCall, Usage
 
@@ -33,6 +39,7 @@ if TYPE_CHECKING:
     import numpy.typing as npt
 
 __all__ = [
+    "CallPiece",
     "ModelInfo",
     "Piece",
     "Result",
@@ -61,8 +68,9 @@ def chat(messages: Sequence[Mapping[str, Any]], **options: Any) -> Result | Stre
     "content": "…"}.
 
     Options: max_tokens, temperature (0.8), top_p (0.95), top_k (40), min_p (0.05), repeat_penalty (1.0), seed, stop,
-    ignore_eos, tools, schema, stream, timeout (seconds), model, public; see the top of this module. Returns a `Result`,
-    or a `Stream` of `Piece`s. Tool calls are in `.tool_calls`, valid against the tool's schema. Raises OSError.
+    ignore_eos, tools, tool_choice, parallel_tool_calls, schema, template_args, stream, timeout (seconds), model,
+    public; see the top of this module. Returns a `Result`, or a `Stream` of `Piece`s. Tool calls are in `.tool_calls`,
+    valid against the tool's schema. Raises OSError.
     """
     return generate(generate_args(messages, None, **options))
 

@@ -243,6 +243,9 @@ class Generate(Struct, array_like=True, frozen=True):
     timeout_s: Seconds | None = None
     given: TokenIds = []
     public: bool = False  # other groups may find out, by timing, that this prompt was sent before
+    tool_choice: str | dict[str, Any] | None = None  # "auto", "none", "required", or {"function": {"name": …}}
+    parallel_tool_calls: bool = True  # may there be several calls in one answer?
+    template_args: dict[str, Any] = {}  # more that the chat template can ask for (enable_thinking, date_string, …)
 
 
 class Embed(Struct, array_like=True, frozen=True):
@@ -327,14 +330,16 @@ class ToolCall(Struct, frozen=True):
 
 
 class Piece(Struct, array_like=True, frozen=True):
-    """Body of a partial reply of a stream: whole characters only, and the tokens they came from."""
+    """Body of a partial reply of a stream: whole characters only, and the tokens they came from. In `text` are marks
+    that say which part of the answer follows (`libaios.parts`)."""
 
     text: str
     tokens: list[int]
 
 
 class Generated(Struct, array_like=True, frozen=True):
-    """Body of the final reply to GENERATE. In a stream `text` and `tokens` are what comes after the last piece."""
+    """Body of the final reply to GENERATE. In a stream `text` and `tokens` are what comes after the last piece. For
+    `text` see `Piece`."""
 
     text: str
     tokens: list[int]

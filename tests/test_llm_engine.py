@@ -26,6 +26,7 @@ from aiosd.llm.sampling import Sampler
 from aiosd.llm.sequence import Phase
 from aiosd.llm.spec import ModelSpec
 from aiosd.llm.text import TextStream
+from libaios.parts import Splitter
 from libaios.wire import Generate, Sampling
 from tests import tinymodels
 from tests.minischema import valid
@@ -269,7 +270,7 @@ def test_full_context_ends_a_call_without_a_limit(bench: Bench) -> None:
         ({"messages": []}, errno.EINVAL, "list is empty"),
         ({"messages": [{"content": "x"}]}, errno.EINVAL, "messages[0].role"),
         ({"messages": [{"role": "user", "content": 5}]}, errno.EINVAL, "messages[0].content"),
-        ({"messages": [{"role": "ipython", "content": "x"}]}, errno.EINVAL, "Roles must be user or assistant"),
+        ({"messages": [{"role": "user", "content": "refuse me"}]}, errno.EINVAL, "Roles must be user or assistant"),
         ({"prompt": "x", "tools": [{"name": "f"}]}, errno.EINVAL, "need a chat"),
         ({"messages": [{"role": "user", "content": "x"}], "tools": [{}]}, errno.EINVAL, "tools[0] has no name"),
         (
@@ -740,7 +741,8 @@ def test_a_stream_of_thoughts_goes_on_after_the_kernels_death(tmp_path: Path, mo
     bench.engine.keep([1])
     bench.submit(**request, key=7, given=tokens, max_tokens=200)
     bench.run()
-    assert text + bench.whole(key, len(tokens))[1] == said
+    thoughts, _, answer = said.partition("</think>")
+    assert Splitter().split(text + bench.whole(key, len(tokens))[1]) == (answer, thoughts, [])
     loaded.close()
 
 

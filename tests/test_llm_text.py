@@ -8,7 +8,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from aiosd.llm.text import TextStream
+from aiosd.llm.text import Head, TextStream
+from libaios.parts import Splitter, control
 
 texts = st.text(alphabet=st.sampled_from("ab<é€🙂"), max_size=40)
 stops = st.lists(st.text(alphabet=st.sampled_from("ab<é"), min_size=1, max_size=5), max_size=4)
@@ -94,8 +95,9 @@ def test_triggers_foretells_feed(before: str, text: str, needle: str, inside: bo
     stream.feed(before.encode())
     if stream.stopped or stream.triggered:
         return
-    found = stream.triggers(text)
-    assert stream.triggers(text) == found, "asking changes nothing"
+    found, kept = stream.triggers(text)
+    assert stream.triggers(text) == (found, kept), "asking changes nothing"
+    assert not kept
     stream.feed(text.encode())
     if not stream.stopped:
         assert bool(found) == stream.triggered
@@ -103,40 +105,81 @@ def test_triggers_foretells_feed(before: str, text: str, needle: str, inside: bo
 
 
 @pytest.mark.parametrize(
-    ("text", "inside", "shown"),
+    ("text", "inside", "expected"),
     [
-        ("<think>a <call> b</think> c <call>d", False, "<think>a <call> b</think> c "),
-        ("a <call> b</think><call>d", True, "a <call> b</think>"),
-        ("a <call> b", True, "a <call> b"),
-        ("</think>a<call>", False, "</think>a"),
-        ("<think>x</think><think><call></think><call>", False, "<think>x</think><think><call></think>"),
-        ("<thi<call>nk>", False, "<thi"),
+        ("<think>a <call> b</think> c <call>d", False, ("c ", "a <call> b", True)),
+        ("a <call> b</think><call>d", True, ("", "a <call> b", True)),
+        ("a <call> b\n", True, ("", "a <call> b", False)),
+        ("\n\n<think>\nhm\n</think>\n\nYes", False, ("Yes", "hm", False)),
+        ("</think>a<call>", False, ("</think>a", "", True)),
+        ("<think>x</think><think><call></think><call>", False, ("", "x<call>", True)),
+        ("The <think> tag <call>", False, ("The <think> tag ", "", True)),
+        ("<thi<call>nk>", False, ("<thi", "", True)),
     ],
 )
-def test_no_call_begins_within_thoughts(text: str, inside: bool, shown: str) -> None:
-    stream = TextStream([], "<call>", ("<think>", "</think>"), inside)
-    stream.feed(text.encode())
+@pytest.mark.parametrize("size", [1, 3, 100])
+def test_thoughts_are_apart_and_no_call_begins_within_them(
+    text: str, inside: bool, expected: tuple[str, str, bool], size: int
+) -> None:
+    stream, splitter = TextStream([], "<call>", ("<think>", "</think>"), inside), Splitter()
+    answer = thoughts = ""
+    for i in range(0, len(text), size):
+        stream.feed(text[i : i + size].encode())
+        shown, reasoning, _ = splitter.split(stream.take())
+        answer, thoughts = answer + shown, thoughts + reasoning
     stream.finish()
-    assert stream.take() == shown
-    assert stream.triggered == text.startswith(shown + "<call>")
+    shown, reasoning, _ = splitter.split(stream.take())
+    assert (answer + shown, thoughts + reasoning, stream.triggered) == expected
 
 
-def test_thoughts_may_begin_and_end_with_control_tokens() -> None:
-    stream = TextStream([], "<call>", ("<think>", "</think>"))
-    stream.mark("</think>")
-    assert not stream.inside
-    stream.mark("<think>")
-    stream.feed(b"<call>")
-    stream.mark("</think>")
-    stream.feed(b"a<call>b")
-    assert (stream.take(), stream.rest) == ("<call>a", "b")
+def test_control_tokens_are_marks_that_no_text_can_write() -> None:
+    stream = TextStream([], control("<call>"), (control("<think>"), control("</think>")))
+    stream.feed(f"<call><think>{control('<think>')}a".encode())
+    assert stream.take() == "<call><think>a", "an answer has begun"
+    stream = TextStream(["<think"], control("<call>"), (control("<think>"), control("</think>")))
+    stream.feed(f"{control('<think>')}a</think>b{control('</think>')}c{control('<call>')}d".encode())
+    assert Splitter().split(stream.take()) == ("c", "a</think>b", [])
+    assert stream.rest == "d"
+
+
+def test_a_model_cannot_write_the_marks_between_parts() -> None:
+    stream = TextStream([], None, ("<think>", "</think>"))
+    stream.feed("a\ufdd1b\ufdd2c".encode())
+    stream.finish()
+    assert Splitter().split(stream.take()) == ("a\ufffdb\ufffdc", "", [])
+
+
+@pytest.mark.parametrize(
+    ("text", "rest"),
+    [
+        ('{"name": "f", "parameters": {}}', '{"name": "f", "parameters": {}}'),
+        ('\n\n{\n  "name":"g",\n  "parameters":{', '{\n  "name":"g",\n  "parameters":{'),
+        ('{"name": "h", "parameters": {}}', None),
+        ('{"name": "f", "age": 3}', None),
+        ('{"city": "Rome"}', None),
+        ('Here: {"name": "f", "parameters": {}}', None),
+        ('{  "name": "f", "parameters": {}}', None),
+    ],
+)
+@pytest.mark.parametrize("size", [1, 4, 100])
+def test_a_call_without_a_trigger_is_known_by_its_beginning(text: str, rest: str | None, size: int) -> None:
+    heads = ['{"name":"f","parameters":', '{"name":"g","parameters":']
+    stream = TextStream(head=Head(heads))
+    foretold = False
+    for i in range(0, len(text), size):
+        foretold = foretold or stream.triggers(text[i : i + size])[0] > 0
+        stream.feed(text[i : i + size].encode())
+    stream.finish()
+    assert stream.triggered == foretold == (rest is not None)
+    assert stream.rest == (rest or "")
+    assert stream.take() == ("" if rest else text) or text.startswith("\n")
 
 
 def test_a_stop_string_counts_within_thoughts_too() -> None:
     stream = TextStream(["stop"], "<call>", ("<think>", "</think>"), True)
     stream.feed(b"a stop b")
     assert stream.stopped
-    assert stream.take() == "a "
+    assert Splitter().split(stream.take()) == ("", "a", [])
 
 
 @given(texts, st.integers(min_value=0, max_value=50))

@@ -25,7 +25,7 @@ from benchmarks.models import byte_to_char, write_llama
 CHATML = (
     "{%- if tools %}{{- '<|im_start|>system\\nTools: ' + (tools | tojson) + '<|im_end|>\\n' }}{%- endif %}"
     "{%- for message in messages %}"
-    "{%- if message.role == 'ipython' %}{{- raise_exception('Roles must be user or assistant.') }}{%- endif %}"
+    "{%- if message.content == 'refuse me' %}{{- raise_exception('Roles must be user or assistant.') }}{%- endif %}"
     "{{- '<|im_start|>' + message.role + '\\n' + (message.content or '') }}"
     "{%- for call in message.tool_calls or [] %}"
     "{{- '<tool_call>\\n' + (call.function | tojson) + '\\n</tool_call>' }}{%- endfor %}"
@@ -306,9 +306,146 @@ FAMILIES = {
 }
 
 
+# Families whose calls are no JSON objects with a name, or whose answers have more than one part.
+
+_CODER = """\
+{%- for message in messages %}
+    {%- if message.role == 'system' or (loop.first and tools) %}
+        {{- '<|im_start|>system\\n' + (message.content if message.role == 'system' else '') }}
+        {%- for tool in tools or [] %}{{- '\\n<function>\\n<name>' + tool.function.name + '</name>\\n' }}
+            {{- '<description>' + tool.function.description + '</description>\\n</function>' }}{%- endfor %}
+        {{- '<|im_end|>\\n' }}
+    {%- endif %}
+    {%- if message.role == 'tool' %}
+        {{- '<|im_start|>user\\n<tool_response>\\n' + message.content + '\\n</tool_response><|im_end|>\\n' }}
+    {%- elif message.role != 'system' %}
+        {{- '<|im_start|>' + message.role + '\\n' + message.content }}
+        {%- for call in message.tool_calls or [] %}
+            {{- '\\n<tool_call>\\n<function=' + call.function.name + '>\\n' }}
+            {%- for key, value in call.function.arguments.items() %}
+                {{- '<parameter=' + key + '>\\n' + (value if value is string else value | tojson) }}
+                {{- '\\n</parameter>\\n' }}
+            {%- endfor %}
+            {{- '</function>\\n</tool_call>' }}
+        {%- endfor %}
+        {{- '<|im_end|>\\n' }}
+    {%- endif %}
+{%- endfor %}
+{%- if add_generation_prompt %}{{- '<|im_start|>assistant\\n' }}{%- endif %}
+"""
+
+_GLM = """\
+{{- '[gMASK]<sop>' }}
+{%- if tools %}{{- '<|system|>\\n# Tools' }}
+{%- for tool in tools %}{{- '\\n' + (tool | tojson) }}{%- endfor %}{%- endif %}
+{%- for message in messages %}
+    {%- if message.role == 'tool' %}
+        {{- '<|observation|>\\n<tool_response>\\n' + message.content + '\\n</tool_response>' }}
+    {%- elif message.role == 'assistant' %}
+        {{- '<|assistant|>\\n<think></think>\\n' + message.content }}
+        {%- for call in message.tool_calls or [] %}
+            {{- '\\n<tool_call>' + call.function.name + '\\n' }}
+            {%- for key, value in call.function.arguments.items() %}
+                {{- '<arg_key>' + key + '</arg_key>\\n<arg_value>' }}
+                {{- (value if value is string else value | tojson) + '</arg_value>\\n' }}
+            {%- endfor %}
+            {{- '</tool_call>' }}
+        {%- endfor %}
+    {%- else %}
+        {{- '<|' + message.role + '|>\\n' + message.content }}
+    {%- endif %}
+{%- endfor %}
+{%- if add_generation_prompt %}
+    {{- '<|assistant|>' + ('\\n<think></think>' if enable_thinking is defined and not enable_thinking else '') }}
+{%- endif %}
+"""
+
+_DEEPSEEK = """\
+{{- bos_token }}
+{%- for message in messages if message.role == 'system' %}{{- message.content }}{%- endfor %}
+{%- for tool in tools or [] %}{{- '\\n\\n### ' + tool.function.name + '\\n' + (tool.function | tojson) }}{%- endfor %}
+{%- for message in messages %}
+    {%- if message.role == 'user' %}
+        {{- '<｜User｜>' + message.content }}
+    {%- elif message.role == 'tool' %}
+        {{- '<｜tool▁output▁begin｜>' + message.content + '<｜tool▁output▁end｜>' }}
+    {%- elif message.role == 'assistant' %}
+        {{- '<｜Assistant｜></think>' + message.content }}
+        {%- for call in message.tool_calls or [] %}
+            {{- '<｜tool▁calls▁begin｜>' if loop.first }}
+            {{- '<｜tool▁call▁begin｜>BEFORE' + call.function.name + 'AFTER' }}
+            {{- (call.function.arguments | tojson) + 'BEHIND<｜tool▁call▁end｜>' }}
+            {{- '<｜tool▁calls▁end｜>' if loop.last }}
+        {%- endfor %}
+        {{- eos_token }}
+    {%- endif %}
+{%- endfor %}
+{%- if add_generation_prompt %}{{- '<｜Assistant｜>' + '<think>\\n' }}{%- endif %}
+"""
+_DEEPSEEK_V31 = _DEEPSEEK.replace("BEFORE", "").replace("AFTER", "<｜tool▁sep｜>").replace("BEHIND", "")
+_DEEPSEEK_R1 = (
+    _DEEPSEEK.replace("BEFORE", "function<｜tool▁sep｜>").replace("AFTER", "\\n```json\\n").replace("BEHIND", "\\n```")
+)
+
+_HARMONY = """\
+{{- '<|start|>system<|message|>Knowledge cutoff. Current date: ' + (date or strftime_now('%Y-%m-%d')) + '<|end|>' }}
+{{- '<|start|>developer<|message|>' }}
+{%- if messages[0].role in ('system', 'developer') %}
+    {{- '# Instructions\\n\\n' + messages[0].content }}
+    {%- set messages = messages[1:] %}
+{%- endif %}
+{%- for tool in tools or [] %}
+    {{- '\\n\\n// ' + tool.function.description + '\\ntype ' + tool.function.name + ' = (_: any) => any;' }}
+{%- endfor %}
+{{- '<|end|>' }}
+{%- set ns = namespace(name='') %}
+{%- for message in messages %}
+    {%- if message.role == 'assistant' and message.tool_calls %}
+        {%- set call = message.tool_calls[0].function %}
+        {%- set ns.name = call.name %}
+        {%- if message.thinking %}
+            {{- '<|start|>assistant<|channel|>analysis<|message|>' + message.thinking + '<|end|>' }}
+        {%- endif %}
+        {{- '<|start|>assistant<|channel|>commentary to=functions.' + call.name + ' <|constrain|>json<|message|>' }}
+        {{- (call.arguments | tojson) + '<|call|>' }}
+    {%- elif message.role == 'tool' %}
+        {{- '<|start|>functions.' + ns.name + ' to=assistant<|channel|>commentary<|message|>' }}
+        {{- (message.content | tojson) + '<|end|>' }}
+    {%- elif message.role == 'assistant' %}
+        {{- '<|start|>assistant<|channel|>final<|message|>' + message.content + '<|end|>' }}
+    {%- else %}
+        {{- '<|start|>user<|message|>' + message.content + '<|end|>' }}
+    {%- endif %}
+{%- endfor %}
+{%- if add_generation_prompt %}{{- '<|start|>assistant' }}{%- endif %}
+"""
+
+_SMOLLM = (
+    "{% for message in messages %}{% if loop.first and message.role != 'system' %}"
+    "{{ '<|im_start|>system\\nYou are helpful.<|im_end|>\\n' }}{% endif %}"
+    "{{ '<|im_start|>' + message.role + '\\n' + message.content + '<|im_end|>' + '\\n' }}{% endfor %}"
+    "{% if add_generation_prompt %}{{ '<|im_start|>assistant\\n' }}{% endif %}"
+)
+
+_SEEK = tuple(f"<｜tool▁{word}｜>" for word in ("calls▁begin", "call▁begin", "sep", "call▁end", "calls▁end"))
+_SEEK += ("<｜begin▁of▁sentence｜>", "<｜end▁of▁sentence｜>", "<｜User｜>", "<｜Assistant｜>")
+_PARTS = ("<|start|>", "<|end|>", "<|message|>", "<|channel|>", "<|constrain|>", "<|return|>", "<|call|>")
+_ARGS = ("<arg_key>", "</arg_key>", "<arg_value>", "</arg_value>", "<think>", "</think>", *_TAGS)
+
+NEWER = {
+    "qwen3-coder": Family(_CODER, _QWEN[0], "<|im_end|>", _QWEN, _TAGS, add_bos=False),
+    "glm-4.5": Family(_GLM, "<|endoftext|>", "<|user|>", ("<|endoftext|>", "[gMASK]", "<sop>", "<|system|>", "<|user|>",
+                      "<|assistant|>", "<|observation|>"), _ARGS, add_bos=False),
+    "deepseek-v3.1": Family(_DEEPSEEK_V31, _SEEK[5], _SEEK[6], _SEEK, ("<think>", "</think>")),
+    "deepseek-r1": Family(_DEEPSEEK_R1, _SEEK[5], _SEEK[6], _SEEK, ("<think>", "</think>")),
+    "gpt-oss": Family(_HARMONY, "<|startoftext|>", "<|return|>", ("<|startoftext|>", *_PARTS), add_bos=False),
+    "smollm2": Family(_SMOLLM, "<|im_start|>", "<|im_end|>", _QWEN, add_bos=False),
+}  # fmt: skip
+
+
 def write_family(path: Path, name: str, *, arch: str = "llama", **shape: Any) -> Path:
     """A tiny model with a family's vocabulary and template."""
-    return write_like(path, arch, family=FAMILIES[name], **shape)
+    return write_like(path, arch, family={**FAMILIES, **NEWER}[name], **shape)
 
 
 # ── architectures ─────────────────────────────────────────────────────────────────────────────────────────

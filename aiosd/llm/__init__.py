@@ -9,14 +9,18 @@ Files, from the bottom up:
     llama.py       owners of llama.cpp's objects: Model, Context, Batch, Grammar
     sampling.py    one token from one row of logits
     tokens.py      text to token ids, recent segments remembered
-    text.py        bytes to characters to pieces: split UTF-8, stop strings, triggers
+    text.py        bytes to characters to pieces: split UTF-8, stop strings, thoughts, triggers
+    numbers.py     numbers between limits as rules of a grammar (pure)
+    pattern.py     regular expressions as rules of a grammar (pure)
+    document.py    a JSON Schema's references, and several schemas as one (pure)
     schema.py      JSON Schema to grammar
     dialects.py    how families of models write tool calls, and how they are read
     chat.py        messages to prompt: what the template cannot do is done for it
     structured.py  keeps a generation inside a grammar: check first, constrain on refusal
     prefix.py      which cached tokens a prompt can reuse (pure)
     sequence.py    the record of one generation
-    request.py     a submitted call to a Sequence, or an errno with a sentence
+    request.py     a submitted call: first its text (`Prepared`), then a Sequence; or an errno with a sentence
+    front.py       the same in a process of its own, for texts that take long
     policy/        who runs next (pure)
     slots.py       which sequence lies where in the KV cache; counts
     blob.py        the state of a sequence as llama.cpp writes it, cut by tokens and joined

@@ -4,36 +4,46 @@ The template is Jinja text from the GGUF: rendered in a sandbox, as it may come 
 is brought into the form that templates expect (the one of Hugging Face): content is a string, tools are
 {"type": "function", "function": {…}}, the arguments of past calls are objects.
 
-Templates differ in what they can do, and most say it only by failing. So every template is tried once, on a few
-short conversations (`Abilities`), and what it cannot do is done for it (`_fitted`):
+Templates differ in what they can do, and most say it only by failing, or by dropping what they do not know. So every
+template is tried once, on a few short conversations (`Abilities`), and what it cannot do is done for it (`_fitted`):
 
-- no system role (Gemma, Mistral 7B): what the system says goes before the first user message;
+- a role that it does not know: developer speaks as system, function and ipython as tool;
+- no system role (Gemma, Mistral 7B), or only at the beginning: what the system says goes before the next user message;
+- two messages of one role in a row (where roles must alternate): they become one;
 - no tools (Gemma, Mistral v0.1), or calls written in a way that no grammar here knows: the tools are described in the
   system message, calls and results are written out as text, in the `fenced` dialect;
 - one call per message (Llama 3.1): several become several messages, each followed by its result;
 - ids of nine characters (Mistral): other ids are replaced, the same by the same.
 
-What is left is the template's own refusal (roles that must alternate, …): EINVAL with its sentence.
+A conversation that ends with what the assistant says is continued there: the prompt ends with those words. What is left
+is the template's own refusal: EINVAL with its sentence. A template runs in a sandbox, and its work is counted.
 
-A model without a template gets ChatML with tools in the Hermes dialect, and its info says so.
+A model without a template is a base model. If its vocabulary has the marks of ChatML it gets that; else its turns end
+with its own end token, the one mark that such a model knows, and that no message can forge.
 """
 
 from __future__ import annotations
 
 import errno
+import functools
 import json
 import re
-from collections.abc import Iterator
-from dataclasses import dataclass
+import time
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass, field, replace
 from datetime import datetime
 from typing import Any
 
 from jinja2 import TemplateError, nodes
+from jinja2.compiler import CodeGenerator, Frame
+from jinja2.environment import Template
 from jinja2.ext import Extension, loopcontrols
 from jinja2.parser import Parser
 from jinja2.sandbox import ImmutableSandboxedEnvironment
 
 from aiosd.llm.dialects import FENCED, Tool, ToolDialect, dialect_of, nine_characters
+from aiosd.llm.document import Later
+from aiosd.llm.text import HIDDEN, REASONING, TEXT
 
 Message = dict[str, Any]
 
@@ -67,6 +77,18 @@ DEFAULT_TEMPLATE = """\
 {%- endif %}
 """
 
+#: For models that know no marks but their end token.
+PLAIN_TEMPLATE = """\
+{{- bos_token }}
+{%- for message in messages %}
+    {{- {'system': 'System', 'user': 'User', 'assistant': 'Assistant'}[message.role] + ': ' + message.content }}
+    {{- eos_token + '\\n' }}
+{%- endfor %}
+{%- if add_generation_prompt %}{{- 'Assistant:' }}{%- endif %}
+"""
+#: Where such a model goes on as another speaker, its turn is over.
+PLAIN_STOPS = ("\nUser:", "\nSystem:", "\nAssistant:")
+
 
 def refuse(sentence: str, code: int = errno.EINVAL) -> OSError:
     """What the caller gets for an argument that cannot be served."""
@@ -96,7 +118,9 @@ def _call(value: Any, where: str) -> dict[str, Any]:
     function = value.get("function", value)
     if not isinstance(function, dict) or not isinstance(function.get("name"), str):
         raise refuse(f"{where} has no name")
-    arguments = function.get("arguments", {})
+    arguments = function.get("arguments")
+    if arguments is None or arguments == "":
+        arguments = {}
     if isinstance(arguments, str):
         try:
             arguments = json.loads(arguments)
@@ -122,9 +146,12 @@ def normal_messages(messages: list[Message]) -> list[Message]:
         if role not in ROLES:
             raise refuse(f"{where}.role must be one of {', '.join(ROLES)}, not {role!r}"[:200])
         calls = message.get("tool_calls")
-        if message.get("content") is None and not calls:
+        if message.get("content") is None and not calls and role not in ("tool", "function", "ipython"):
             raise refuse(f"{where} has no content")
         new = {**message, "content": _content(message.get("content"), where)}
+        thoughts = new.pop("reasoning", None)
+        if isinstance(thoughts, str) and thoughts:  # under the names that templates look for
+            new |= {"reasoning_content": thoughts, "thinking": thoughts}
         if calls:
             if not isinstance(calls, list):
                 raise refuse(f"{where}.tool_calls must be a list")
@@ -146,10 +173,14 @@ def normal_tools(tools: list[Tool] | None) -> list[Tool]:
             raise refuse(f"tools[{i}] has no name")
         if not _NAME.match(function["name"]):
             raise refuse(f"tools[{i}]: name must be 1 to 64 letters, digits, '_', '-' or '.'")
-        parameters = function.get("parameters") or {"type": "object", "properties": {}}
+        given = next(
+            (function[key] for key in ("parameters", "inputSchema", "input_schema") if function.get(key)), None
+        )
+        parameters = given or {"type": "object", "properties": {}}
         if not isinstance(parameters, dict) or parameters.get("type", "object") != "object":
             raise refuse(f"tools[{i}].parameters must be a JSON Schema of type object")
-        normal.append({"type": "function", "function": {"description": "", **function, "parameters": parameters}})
+        known = {key: value for key, value in function.items() if key not in ("inputSchema", "input_schema", "type")}
+        normal.append({"type": "function", "function": {"description": "", **known, "parameters": parameters}})
     names = [tool["function"]["name"] for tool in normal]
     if len(set(names)) < len(names):
         raise refuse("tools: two tools have the same name")
@@ -163,9 +194,16 @@ def _raise(sentence: str) -> None:
     raise TemplateError(sentence)
 
 
-def _tojson(value: Any, indent: int | None = None, **_: Any) -> str:
+def _tojson(
+    value: Any,
+    ensure_ascii: bool = False,
+    indent: int | None = None,
+    separators: tuple[str, str] | None = None,
+    sort_keys: bool = False,
+) -> str:
     """Jinja's own filter escapes <, > and ' for HTML, which no model has seen in training."""
-    return json.dumps(value, ensure_ascii=False, indent=indent)
+    between = (separators[0], separators[1]) if separators else None
+    return json.dumps(value, ensure_ascii=ensure_ascii, indent=indent, separators=between, sort_keys=sort_keys)
 
 
 class _Generation(Extension):
@@ -178,14 +216,126 @@ class _Generation(Extension):
         return parser.parse_statements(("name:endgeneration",), drop_needle=True)
 
 
-def _environment() -> ImmutableSandboxedEnvironment:
-    environment = ImmutableSandboxedEnvironment(
-        trim_blocks=True, lstrip_blocks=True, extensions=[loopcontrols, _Generation]
-    )
-    environment.filters["tojson"] = _tojson
-    environment.globals["raise_exception"] = _raise
-    environment.globals["strftime_now"] = lambda form: datetime.now().strftime(form)
-    return environment
+MAX_STEPS = 2_000_000  # calls, and looks into objects
+QUICK_STEPS = 20_000  # … between two steps of decoding
+MAX_ITEMS = 1_000_000  # of all ranges, and of what is multiplied
+MAX_PROMPT = 1 << 26  # characters
+MAX_SECONDS = 20.0
+
+
+class _Generator(CodeGenerator):
+    """Lets the sandbox look at `~` as well."""
+
+    def visit_Concat(self, node: nodes.Concat, frame: Frame) -> None:
+        self.write("environment.together((")
+        for part in node.nodes:
+            self.visit(part, frame)
+            self.write(", ")
+        self.write("))")
+
+
+class _Sandbox(ImmutableSandboxedEnvironment):
+    """Counts what a template does: one that comes from anywhere must not hold up everything."""
+
+    intercepted_binops = frozenset({"+", "*", "**", "%"})
+    code_generator_class = _Generator
+
+    def __init__(self) -> None:
+        super().__init__(trim_blocks=True, lstrip_blocks=True, extensions=[loopcontrols, _Generation])
+        self.filters["tojson"] = _tojson
+        self.globals["raise_exception"] = _raise
+        self.globals["strftime_now"] = lambda form: datetime.now().strftime(form)
+        self.globals["range"] = self._range
+        self.globals.pop("lipsum", None)
+        for name in ("replace", "join"):
+            self.filters[name] = self._measured(self.filters[name], name)
+        self._steps = self._items = 0
+        self._until = 0.0
+        self._most_steps = MAX_STEPS
+        self._quick = False
+
+    def begin(self, quick: bool) -> None:
+        self._steps = self._items = 0
+        self._quick, self._most_steps = quick, QUICK_STEPS if quick else MAX_STEPS
+        self._until = time.monotonic() + MAX_SECONDS
+
+    def _step(self) -> None:
+        self._steps += 1
+        if self._quick and self._steps > QUICK_STEPS:
+            raise Later
+        if self._steps > self._most_steps or (self._steps % 1024 == 0 and time.monotonic() > self._until):
+            raise TemplateError("it takes too long")
+
+    def _take(self, items: int) -> None:
+        self._items += items
+        if self._items > MAX_ITEMS:
+            raise TemplateError("it makes too much")
+
+    def together(self, values: tuple[Any, ...]) -> str:
+        """What `~` makes."""
+        texts = [str(value) for value in values]
+        self._room(sum(map(len, texts)))
+        return "".join(texts)
+
+    def _room(self, size: int) -> None:
+        self._step()
+        if size > MAX_PROMPT // 4:
+            raise TemplateError("it makes too long a text")
+
+    def _longest(self, name: str, text: str, args: tuple[Any, ...]) -> int:
+        """How long what a method of `text` makes can become."""
+        if name == "replace" and len(args) >= 2:
+            return len(text) + (text.count(str(args[0])) if args[0] else len(text) + 1) * len(str(args[1]))
+        if name == "join" and args and isinstance(args[0], list | tuple):
+            return sum(len(str(item)) + len(text) for item in args[0])
+        return max((arg for arg in args if isinstance(arg, int)), default=0)
+
+    def _measured(self, filter_: Callable[..., Any], name: str) -> Callable[..., Any]:
+        """The filter `replace` or `join`, for texts that do not become too long."""
+
+        @functools.wraps(filter_)
+        def measured(eval_ctx: Any, value: Any, *args: Any, **kwargs: Any) -> Any:
+            given = (*args, *kwargs.values())
+            if name == "join" and isinstance(value, list | tuple):
+                self._room(sum(len(str(item)) + len(str(given[0] if given else "")) for item in value))
+            elif name == "replace":
+                self._room(self._longest(name, str(value), given))
+            return filter_(eval_ctx, value, *args, **kwargs)
+
+        return measured
+
+    def _range(self, *bounds: int) -> range:
+        made = range(*bounds)
+        self._take(len(made))
+        return made
+
+    def call(__self, __context: Any, __obj: Any, *args: Any, **kwargs: Any) -> Any:
+        __self._step()
+        text = getattr(__obj, "__self__", None)
+        if isinstance(text, str):
+            __self._room(__self._longest(__obj.__name__, text, args))
+        return super().call(__context, __obj, *args, **kwargs)
+
+    def getattr(self, obj: Any, attribute: str) -> Any:
+        self._step()
+        return super().getattr(obj, attribute)
+
+    def getitem(self, obj: Any, argument: Any) -> Any:
+        self._step()
+        return super().getitem(obj, argument)
+
+    def call_binop(self, context: Any, operator: str, left: Any, right: Any) -> Any:
+        self._step()
+        for a, b in ((left, right), (right, left)):
+            if operator == "*" and isinstance(a, str | list | tuple) and isinstance(b, int):
+                self._take(max(b, 0) * len(a))
+        if operator == "+" and isinstance(left, str | list | tuple) and isinstance(right, str | list | tuple):
+            self._room(len(left) + len(right))
+        if operator == "**" and (abs(right) > 64 or abs(left) > 1 << 64):
+            raise TemplateError("a number that is too large")
+        if operator == "%" and isinstance(left, str) and re.search(r"%[^a-zA-Z%]*(\d{4}|\*)", left):
+            raise TemplateError("a text that is too wide")
+        return super().call_binop(context, operator, left, right)
 
 
 @dataclass(frozen=True, slots=True)
@@ -193,6 +343,9 @@ class Abilities:
     """What a template can do. The defaults are those of one that was not tried."""
 
     system: bool = True  # takes a system message
+    later: bool = True  # … also in the middle of a conversation
+    repeats: frozenset[str] = frozenset({"user", "assistant"})  # takes several messages in a row of these roles
+    roles: frozenset[str] = frozenset()  # knows these, of those that not all know
     tools: bool = False  # lists tools, calls and their results
     dialect: ToolDialect = FENCED
     several: bool = True  # several calls in one message
@@ -200,66 +353,160 @@ class Abilities:
     no_tools: list[Tool] | None = None  # what it takes for a conversation without tools
 
 
+#: Names that a caller's `template_args` must not have: they are what the prompt is made of.
+_OURS = {"messages", "tools", "add_generation_prompt", "bos_token", "eos_token"}
+
+
 class ChatTemplate:
     """A model's template, compiled once. A template that does not compile is only known to be bad when a chat
-    needs it: completions work without."""
+    needs it: completions work without; `broken` says why, in one line.
 
-    def __init__(self, source: str | None, bos: str, eos: str) -> None:
+    `controls`: what the vocabulary has in control tokens, for a model without a template. `for_tools`: the second
+    template that some models carry, for conversations with tools.
+    """
+
+    def __init__(
+        self,
+        source: str | None,
+        bos: str,
+        eos: str,
+        controls: Iterable[str] = ("<|im_start|>", "<|im_end|>"),
+        for_tools: str | None = None,
+    ) -> None:
         self.given = source is not None
-        self.source = source if source is not None else DEFAULT_TEMPLATE
+        self.plain = source is None and not {"<|im_start|>", "<|im_end|>"} <= set(controls)
+        self.source = source if source is not None else PLAIN_TEMPLATE if self.plain else DEFAULT_TEMPLATE
         self._tokens = {"bos_token": bos, "eos_token": eos}
-        self._error = ""
+        self._environment = _Sandbox()
+        self.broken = ""
+        self.quick = False  # raise `Later` rather than take long
+        self._template: Template | None = None
         try:
-            self._template = _environment().from_string(self.source)
-        except TemplateError as error:
-            self._error = str(error)
-        self.can = Abilities() if self._error else _tried(self)
-        self.thinks = THINK[0] in self.source
+            self._template = self._environment.from_string(self.source)
+        except Exception as error:  # compiled Python has more ways to fail than Jinja names
+            self.broken = " ".join(f"{type(error).__name__}: {error}".split())[:300]
+        self.can = Abilities() if self.broken else _tried(self)
+        self.marks = marks_of(self.source)
         self._nine = "[TOOL_CALLS]" in self.source
+        self._for_tools = ChatTemplate(for_tools, bos, eos) if for_tools else None
+
+    def suited(self, tools: list[Tool]) -> ChatTemplate:
+        """The template for a conversation with these tools."""
+        return self._for_tools if tools and self._for_tools is not None and not self._for_tools.broken else self
+
+    @property
+    def thinks(self) -> bool:
+        return self.marks.think is not None or bool(self.marks.switches)
 
     @property
     def takes_tools(self) -> bool:
         """Does the template list tools itself? If not, they are described in the system message."""
-        return self.can.tools
+        return self.can.tools or (self._for_tools is not None and self._for_tools.can.tools)
 
     @property
     def dialect(self) -> ToolDialect:
         return self.can.dialect
 
-    def render(self, messages: list[Message], tools: list[Tool] | None, *, thinking: bool = True) -> str:
+    def render(
+        self,
+        messages: list[Message],
+        tools: list[Tool] | None,
+        *,
+        thinking: bool = True,
+        args: dict[str, Any] | None = None,
+    ) -> str:
         """The prompt. Raises OSError (EINVAL) with a sentence where the template refuses. `thinking` False: where
-        the template knows how, the model is told to answer at once."""
-        if self._error:
-            raise refuse(f"the model's chat template is broken: {self._error}")
+        the template knows how, the model is told to answer at once. `args`: more that the template can ask for."""
+        args = dict(args or {})
+        if _OURS & set(args):
+            raise refuse(f"template_args: {min(_OURS & set(args))} is made from the messages")
+        if not thinking:
+            args.setdefault("enable_thinking", False)
         fitted = _fitted(messages, tools or [], self.can, self._nine)
-        text = self.raw(fitted, (tools if self.can.tools else None) or self.can.no_tools, thinking=thinking)
-        if not thinking and text.rstrip().endswith(THINK[0]):
-            text += f"\n{THINK[1]}\n\n"
+        listed = (tools if self.can.tools else None) or self.can.no_tools
+        last = fitted[-1]
+        if last["role"] == "assistant" and not last.get("tool_calls"):
+            return self._continued(fitted, listed, args)
+        text = self.raw(fitted, listed, **args)
+        think = self.marks.think
+        if not thinking and think and text.rstrip().endswith(think[0]):
+            text += f"\n{think[1]}\n\n"
         return text
 
-    def raw(self, messages: list[Message], tools: list[Tool] | None, *, thinking: bool = True) -> str:
+    def _continued(self, messages: list[Message], tools: list[Tool] | None, args: dict[str, Any]) -> str:
+        """The prompt up to the end of the last message: the model goes on with it."""
+        *before, last = messages
+        said = last["content"]
+        text = self.raw([*before, {**last, "content": said + _HERE}], tools, add_generation_prompt=False, **args)
+        if text.count(_HERE) != 1:
+            raise refuse("messages: the last one is the assistant's, which the model's chat template cannot continue")
+        return text[: text.index(_HERE)]
+
+    def raw(
+        self, messages: list[Message], tools: list[Tool] | None, *, add_generation_prompt: bool = True, **args: Any
+    ) -> str:
         """What the template itself makes of these messages."""
-        settings = {} if thinking else {"enable_thinking": False}
+        if self._template is None:
+            raise refuse(f"the model's chat template is broken: {self.broken}")
+        self._environment.begin(self.quick)
+        values = {
+            **args,
+            **self._tokens,
+            "messages": messages,
+            "tools": tools,
+            "add_generation_prompt": add_generation_prompt,
+        }
+        out: list[str] = []
+        size = 0
         try:
-            return self._template.render(
-                messages=messages, tools=tools, add_generation_prompt=True, **settings, **self._tokens
-            )
+            for part in self._template.generate(values):
+                out.append(part)
+                size += len(part)
+                if size > MAX_PROMPT:
+                    raise TemplateError("it writes too much")
+        except Later:
+            raise
         except TemplateError as error:
             raise refuse(f"the model's chat template refuses the messages: {error}") from None
-        except (
-            TypeError,
-            ValueError,
-            LookupError,
-            AttributeError,
-            RecursionError,
-            ArithmeticError,
-            MemoryError,
-        ) as error:
-            raise refuse(f"the model's chat template cannot render the messages: {error}") from None
+        except Exception as error:  # whatever it is, it is the template's
+            raise refuse(
+                f"the model's chat template cannot render the messages: {type(error).__name__}: {error}"[:500]
+            ) from None
+        return "".join(out)
 
 
-#: What a thinking model writes around its thoughts.
-THINK = ("<think>", "</think>")
+_HERE = "\U0010fffd"  # where the last message ends; in no text that means something
+
+
+# ── what a thinking model writes around its thoughts ──────────────────────────────────────────────────────
+
+_THINK = (("<think>", "</think>"), ("[THINK]", "[/THINK]"), ("<seed:think>", "</seed:think>"))
+_CHANNELS = {
+    "<|channel|>analysis<|message|>": REASONING,
+    "<|channel|>final<|message|>": TEXT,
+    "<|channel|>commentary<|message|>": TEXT,
+    "<|end|>": HIDDEN,
+}
+
+
+@dataclass(frozen=True, slots=True)
+class Marks:
+    """How a family of models tells its thoughts from its answer."""
+
+    think: tuple[str, str] | None = None
+    switches: dict[str, int] = field(default_factory=dict)
+    answer: str = ""  # what the answer begins with, where it has a mark of its own
+
+    @property
+    def controls(self) -> set[str]:
+        """What of it may be control tokens."""
+        return {*(self.think or ()), *(("<|channel|>", "<|message|>", "<|end|>") if self.switches else ())}
+
+
+def marks_of(source: str) -> Marks:
+    if "<|channel|>" in source and "analysis" in source:
+        return Marks(switches=_CHANNELS, answer="<|channel|>final<|message|>")
+    return Marks(next((think for think in _THINK if think[0] in source or think[1] in source), None))
 
 
 # ── what a template can do ────────────────────────────────────────────────────────────────────────────────
@@ -292,20 +539,42 @@ def _tried(template: ChatTemplate) -> Abilities:
     system = "probe-system" in attempt([_SYSTEM, _USER], none) and all(
         "probe-system" in attempt([_SYSTEM, *rest], [_TOOL] if rest else none, "probe-system") for rest in longer
     )
+
+    def kept(*messages: Message) -> bool:
+        text = attempt(list(messages), none)
+        return all(text.count(message["content"]) == 1 for message in messages)
+
+    one, other = {**_USER, "content": "probe-one"}, {**_USER, "content": "probe-other"}
+    said = {**_ANSWER, "content": "probe-said"}
+    can = Abilities(
+        system=system,
+        later=system and kept(one, _ANSWER, _SYSTEM, other),
+        repeats=frozenset(
+            role
+            for role, taken in (("user", kept(one, other)), ("assistant", kept(one, said, _ANSWER, other)))
+            if taken
+        ),
+        roles=frozenset(
+            role
+            for role in ("developer", "function", "ipython")
+            if kept(one, _ANSWER, {**other, "role": role}, _USER) or kept({**other, "role": role}, one)
+        ),
+        no_tools=none,
+    )
     opening = attempt([_USER], [_TOOL])
     if "probe_tool" not in opening:
-        return Abilities(system, no_tools=none)
+        return can
     for objects in (True, False):
         text = attempt([_USER, *_exchange(1, objects)], [_TOOL])
         dialect = dialect_of(text, "probe_call_0", opening)
         if dialect is not None and "probe-result-0" in text:
             several = "probe_call_1" in attempt([_USER, *_exchange(2, objects)], [_TOOL])
-            return Abilities(system, True, dialect, several, objects, none)
-    return Abilities(system, no_tools=none)
+            return replace(can, tools=True, dialect=dialect, several=several, objects=objects)
+    return can
 
 
 def _exchange(count: int, objects: bool) -> list[Message]:
-    """So many calls in one message, and their results."""
+    """`count` calls in one message, and their results."""
     arguments: Any = {"probe": "x"} if objects else '{"probe": "x"}'
     ids = [f"00000000{i}" for i in range(count)]
     names = [f"probe_call_{i}" for i in range(count)]
@@ -325,16 +594,63 @@ def _exchange(count: int, objects: bool) -> list[Message]:
 
 def _fitted(messages: list[Message], tools: list[Tool], can: Abilities, nine: bool) -> list[Message]:
     """The same conversation in a form that the template takes."""
-    messages = _identified(messages, nine)
+    messages = _identified([_known(message, can) for message in messages], nine)
     if not can.tools:
         messages = _described(messages, tools)
     elif not can.several:
         messages = list(_one_by_one(messages))
     if not can.objects:
         messages = [_with_calls(message, _as_text) for message in messages]
+    if not can.later:
+        messages = _system_first(messages)
     if not can.system:
         messages = _without_system(messages)
-    return messages
+    return _joined(messages, can)
+
+
+def _known(message: Message, can: Abilities) -> Message:
+    """A role that the template knows."""
+    role = message["role"]
+    if role in can.roles:
+        return message
+    return {**message, "role": {"developer": "system", "function": "tool", "ipython": "tool"}.get(role, role)}
+
+
+def _system_first(messages: list[Message]) -> list[Message]:
+    """What the system says later goes before what the user says next; several at the beginning are one."""
+    out: list[Message] = []
+    said: list[str] = []
+    for message in messages:
+        if message["role"] == "system":
+            if len(out) == 1 and out[0]["role"] == "system":
+                out[0] = {**out[0], "content": f"{out[0]['content']}\n\n{message['content']}"}
+            elif out:
+                said.append(message["content"])
+            else:
+                out.append(message)
+            continue
+        if said and message["role"] == "user":
+            message = {**message, "content": "\n\n".join([*said, message["content"]])}
+            said = []
+        out.append(message)
+    if said:
+        out.append({"role": "user", "content": "\n\n".join(said)})
+    return out
+
+
+def _joined(messages: list[Message], can: Abilities) -> list[Message]:
+    """Messages of one role in a row as one, where the template takes one only."""
+    out: list[Message] = []
+    for message in messages:
+        role, last = message["role"], out[-1] if out else None
+        plain = (
+            last is not None and last["role"] == role and not last.get("tool_calls") and not message.get("tool_calls")
+        )
+        if plain and last is not None and role in ("user", "assistant") and role not in can.repeats:
+            out[-1] = {**last, "content": f"{last['content']}\n\n{message['content']}"}
+        else:
+            out.append(message)
+    return out
 
 
 def _with_calls(message: Message, change: Any) -> Message:

@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import errno
 import faulthandler
+import logging
 import os
 import signal
 import sys
@@ -19,13 +20,19 @@ import time
 from collections.abc import Callable, Iterator
 from typing import Any, Protocol
 
+import msgspec
+
 from aiosd import link
 from aiosd.errors import AiosdError, as_oserror
 from aiosd.heartbeat import Rounds
 from aiosd.llm import policy
+from aiosd.llm.document import Later
+from aiosd.llm.front import PREPARE, TOKENIZE, Front
 from aiosd.llm.spec import ModelSpec
 from libaios import wire
 from libaios.wire import Sys
+
+logger = logging.getLogger("llm.core")
 
 #: The kernel reads slowly when so much waits for it: streams are gathered meanwhile.
 CONGESTED = 256 << 10
@@ -46,6 +53,8 @@ THREADS_WAIT = {"GOMP_SPINCOUNT": "1000"}
 _MESSAGES_AT_ONCE = 64
 PLACES_EVERY = 1.0  # seconds between two words on where contexts lie, while calls run; more where it takes long
 PLACES_SHARE = 0.005  # of the time, at most
+LONG_TEXT = 1 << 15  # characters to tokenize; longer ones hold up nothing
+_FRONT_POLL = 0.002  # while nothing but the front works: messages wait so long at most
 _POLL = 0.005  # while a file is written or read
 _SLEEP = 5.0  # a back-stop: any message wakes the core at once
 _LOOK_EVERY = 0.05  # seconds between two looks at the bell while busy
@@ -152,6 +161,7 @@ class Core:
             self._refuse,
             exact=spec.exact,
         )
+        self._front = Front(loaded.path, loaded.ctx)
         self._places_due = 0.0
         self._places: dict[int, tuple[str, int]] = {}
         self._quit = False
@@ -192,16 +202,20 @@ class Core:
                 self._library.poll()
             if self._embeds:
                 self._embed_one()
+            if self._front.busy:
+                idle = not engine.has_work and not self._embeds and not channel.more
+                self._front.poll(_FRONT_POLL if idle else 0.0)
             if engine.has_work:
                 engine.step()
                 if now > self._places_due:
                     self._tell_places()
-            elif not self._embeds and not channel.more and not self._quit:
+            elif not self._embeds and not channel.more and not self._quit and not self._front.busy:
                 self._tell_places()
                 rounds.end()
                 if not channel.wait(_POLL if self._library.busy else _SLEEP):
                     self._measure_again()
                 looked = 0.0
+        self._front.close()
         self._library.close()
         _drain(channel)
         return 0
@@ -257,8 +271,32 @@ class Core:
 
     def _submit(self, message: link.Submit) -> None:
         self._send(link.Working(message.key))
-        self.engine.submit(message)
+        self._front.cancel(lambda key: key == message.key)  # a new kernel submits it again, with what it knows
+        prepared = None
+        if not self.engine.knows(message.key):
+            try:
+                prepared = self.engine.requests.prepare(message.request, quick=True)
+            except Later:
+                self._prepare(message)
+                return
+            except Exception as error:  # the engine finds it again, and reports it
+                logger.debug("call %d of %d: %s", message.key[1], message.key[0], error)
+        self.engine.submit(message, prepared)
         self._send(link.Working(None))
+
+    def _prepare(self, message: link.Submit) -> None:
+        """Its text takes long: another process works on it, and nothing here is to blame for it."""
+        from aiosd.llm.request import Prepared
+
+        self._send(link.Working(None))
+        decode = msgspec.msgpack.Decoder(Prepared).decode
+        self._front.ask(
+            message.key,
+            PREPARE,
+            wire.encode(message.request),
+            lambda result: self.engine.submit(message, decode(result)),
+            lambda error: self._refuse(message.key, error),
+        )
 
     def _ask(self, ask: link.Ask) -> None:
         self._send(link.Working(ask.key))
@@ -269,6 +307,15 @@ class Core:
         self._send(link.Working(None))
 
     def _tokenize(self, key: link.Key, request: wire.Tokenize) -> None:
+        if len(request.text) > LONG_TEXT:
+            self._front.ask(
+                key,
+                TOKENIZE,
+                wire.encode(request),
+                lambda result: self._answer(key, msgspec.msgpack.decode(result)),
+                lambda error: self._refuse(key, error),
+            )
+            return
         try:
             tokens = self._loaded.model.tokenize(request.text, bos=False, special=request.special)
         except Exception as error:
@@ -287,11 +334,13 @@ class Core:
 
     def _cancel(self, message: link.CancelCall) -> None:
         self._embeds.pop(message.key, None)
+        self._front.cancel(lambda key: key == message.key)
         self.engine.cancel(message.key)
 
     def _keep(self, message: link.Keep) -> None:
         kept = set(message.peers)
         self._embeds = {key: steps for key, steps in self._embeds.items() if key[0] in kept}
+        self._front.cancel(lambda key: key[0] not in kept)
         self.engine.keep(kept)
 
     # ── embeddings: a text in each round, so that many texts hold up nobody for long ──

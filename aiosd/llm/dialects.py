@@ -1,14 +1,20 @@
 """How families of models write tool calls: what begins one, the grammar that follows, and how to read them back.
 
-| dialect     | a call                                                                       | families            |
-|-------------|------------------------------------------------------------------------------|---------------------|
-| hermes      | `<tool_call>{"name": …, "arguments": …}</tool_call>`                         | Qwen, Hermes, nano  |
-| llama3      | `{"name": …, "parameters": …}` as the whole answer, or after a control token | Llama 3.1 to 3.3    |
-| mistral     | `[TOOL_CALLS] [{"name": …, "arguments": …, "id": nine letters or digits}]`   | Mistral 7B v0.3, Nemo |
-| mistral-args| `[TOOL_CALLS]name[ARGS]{…}`                                                  | newer Mistrals      |
-| fenced      | a block of JSON between ``` lines, as `chat.py` describes it                 | Gemma, all others   |
+| dialect      | a call                                                                   | families              |
+|--------------|--------------------------------------------------------------------------|-----------------------|
+| hermes       | `<tool_call>{"name": …, "arguments": …}</tool_call>`                     | Qwen 2.5 and 3, SmolLM |
+| llama3       | `{"name": …, "parameters": …}` as the whole answer                       | Llama 3.1 to 3.3      |
+| mistral      | `[TOOL_CALLS] [{"name": …, "arguments": …, "id": nine characters}]`      | Mistral 7B v0.3, Nemo |
+| mistral-args | `[TOOL_CALLS]name[ARGS]{…}`                                              | newer Mistrals        |
+| qwen-xml     | `<tool_call><function=name><parameter=key>…</parameter></function>` …    | Qwen3-Coder           |
+| glm          | `<tool_call>name<arg_key>key</arg_key><arg_value>…</arg_value>` …        | GLM 4.5               |
+| deepseek     | `<calls begin><call begin>name<sep>{…}<call end><calls end>`             | DeepSeek V3.1         |
+| deepseek-r1  | the same with `function<sep>name`, and the object in a block of JSON     | DeepSeek V3, R1       |
+| harmony      | `<|channel|>commentary to=functions.name<|message|>{…}`                  | gpt-oss               |
+| fenced       | a block of JSON between ``` lines, as `chat.py` describes it             | Gemma, all others     |
 
-Which one it is, is found out by letting the template write a call (`chat.py`), not by the model's name.
+Which one it is, is found out by letting the template write a call (`chat.py`), not by the model's name. A call is what
+is written in the model's own dialect, and nothing else: an answer that happens to be JSON is an answer.
 """
 
 from __future__ import annotations
@@ -17,17 +23,22 @@ import errno
 import hashlib
 import json
 import re
-from collections.abc import Callable, Iterable
+from collections.abc import Iterable
 from dataclasses import dataclass, replace
 from typing import Any
 
 from aiosd.link import Key
+from aiosd.llm.document import Document
+from aiosd.llm.schema import Converter, literal, written_raw
+from aiosd.llm.text import Head
+from libaios import parts
 from libaios.wire import ToolCall
 
 Tool = dict[str, Any]
 
 _OBJECT = '"{" ws "\\"name\\"" ":" ws <name> "," ws "\\"<key>\\"" ":" ws <arguments> <more> ws "}"'
 _ID = '("," ws "\\"id\\"" ":" ws "\\"" [0-9A-Za-z]{9} "\\"")?'
+_NAMED = r'"name"\s*:\s*"(?P<name>[\w.-]+)"\s*,\s*"<key>"\s*:\s*\Z'
 NINE = re.compile(r"[0-9A-Za-z]{9}\Z")
 
 
@@ -35,21 +46,57 @@ NINE = re.compile(r"[0-9A-Za-z]{9}\Z")
 class ToolDialect:
     """How one family of models writes tool calls.
 
-    A generation is free text until `trigger` is complete (or, with `at_start`, until its first visible character is
-    '{'); from there on the grammar `rules` holds. In it `call` stands for one call of any tool, written as `form`.
-    Control tokens whose text is in `controls` may be part of it.
+    A generation is free text until `trigger` is complete (or, with `at_start`, until its first visible characters are
+    the beginning of a call of one of the tools); from there on the grammar holds: `one`, `more` where several calls
+    are allowed, `last`. In these `call` stands for one call of any tool, written as `form`. Control tokens whose text
+    is in `controls` may be part of it, and the trigger of course.
     """
 
     name: str
     trigger: str
-    rules: str
+    one: str = "ws call"
+    more: str = ""
+    last: str = ""
     at_start: bool = False
     arguments_key: str = "arguments"  # '': the object is the arguments, and the name stands before it
     form: str = _OBJECT
     controls: tuple[str, ...] = ()
+    before: str = ""  # a regex for what stands between a name and its arguments, where these are an object of their own
+    tags: tuple[str, str, str, str] | None = None  # around a parameter's name and value, where they are written as tags
+    streams: bool = True  # id, name and arguments come in this order, so that a call can be shown while it is written
+
+    def rules(self, *, begun: bool = True, several: bool = True) -> str:
+        """The rule `root`. `begun`: the trigger has been written."""
+        trigger = "" if begun or not self.trigger or self.at_start else literal(self.trigger)
+        return f"root ::= {trigger} {self.one} {self.more if several else ''} {self.last}"
 
     def read(self, text: str, key: Key) -> list[ToolCall]:
         """The calls in what follows the trigger; one that breaks off in the middle is none."""
+        return Reader(self, []).read(text, key)
+
+
+@dataclass(frozen=True)
+class Reader:
+    """A dialect and the tools of one generation: finds its calls in what it has written."""
+
+    dialect: ToolDialect
+    tools: list[Tool]
+
+    @property
+    def trigger(self) -> str:
+        return self.dialect.trigger
+
+    def head(self) -> Head | None:
+        """How a call begins that has no trigger."""
+        if not self.dialect.at_start:
+            return None
+        names = (json.dumps(tool["function"]["name"]) for tool in self.tools)
+        return Head(f'{{"name":{name},"{self.dialect.arguments_key}":' for name in names)
+
+    def read(self, text: str, key: Key) -> list[ToolCall]:
+        text = _plain(text)
+        if self.dialect.tags is not None:
+            return self._read_tags(text, key)
         calls: list[ToolCall] = []
         decoder = json.JSONDecoder()
         begin, at = 0, text.find("{")
@@ -57,28 +104,108 @@ class ToolDialect:
             try:
                 value, end = decoder.raw_decode(text, at)
                 name, arguments = self._parts(value, text[begin:at])
-            except (ValueError, KeyError, TypeError):
+            except (ValueError, KeyError, TypeError, RecursionError):
                 break
             calls.append(ToolCall(id=self._id(value, calls, key), name=name, arguments=arguments))
             begin, at = end, text.find("{", end)
         return calls
 
     def _parts(self, value: Any, before: str) -> tuple[str, dict[str, Any]]:
-        if self.arguments_key:
-            return value["name"], value[self.arguments_key]
-        for control in self.controls:
-            before = before.replace(control, " ")
-        words = before.split()
-        if not words:
+        dialect = self.dialect
+        if dialect.arguments_key:
+            return value["name"], value[dialect.arguments_key]
+        match = re.search(rf"(?P<name>[\w.-]+)\s*{dialect.before}\s*\Z", before)
+        if match is None:
             raise ValueError("a call without a name")
-        return words[-1], value
+        return match["name"], value
 
     def _id(self, value: dict[str, Any], before: list[ToolCall], key: Key) -> str:
         """The one that the model wrote, so that the next prompt repeats what was generated; else one of ours."""
-        own = value.get("id") if self.arguments_key else None
+        own = value.get("id") if self.dialect.arguments_key else None
         if isinstance(own, str) and NINE.match(own) and all(call.id != own for call in before):
             return own
         return call_id(key, len(before))
+
+    def _read_tags(self, text: str, key: Key) -> list[ToolCall]:
+        assert self.dialect.tags is not None
+        opens, middle, _, shut = map(re.escape, self.dialect.tags)
+        parameter = re.compile(rf"\s*{opens}(.*?){middle}(.*?){shut}", re.S)
+        schemas = {tool["function"]["name"]: tool["function"]["parameters"] for tool in self.tools}
+        calls: list[ToolCall] = []
+        at = 0
+        while (begin := _TAG_BEGIN.match(text, at)) is not None:
+            name, at, arguments = begin["name"], begin.end(), {}
+            while (found := parameter.match(text, at)) is not None:
+                arguments[found[1]] = self._value(found[2], schemas.get(name, {}), found[1])
+                at = found.end()
+            end = _TAG_END.match(text, at)
+            if end is None:
+                break
+            at = end.end()
+            calls.append(ToolCall(id=call_id(key, len(calls)), name=name, arguments=arguments))
+        return calls
+
+    def _value(self, text: str, parameters: dict[str, Any], name: str) -> Any:
+        schema = parameters.get("properties", {}).get(name, True)
+        if written_raw(schema, parameters):
+            return text
+        try:
+            return json.loads(text)
+        except ValueError:
+            return text
+
+
+_TAG_BEGIN = re.compile(r"\s*(?:<tool_call>)?\s*(?:<function=)?(?P<name>[\w.-]+)>?")
+_TAG_END = re.compile(r"\s*(?:</function>)?\s*</tool_call>")
+
+
+class CallStream:
+    """Shows the calls of a generation while they are written: id and name once, then arguments as they come."""
+
+    def __init__(self, dialect: ToolDialect, key: Key) -> None:
+        self._key = key
+        self._count = 0
+        named = _NAMED.replace("<key>", dialect.arguments_key)
+        self._begin = re.compile(named if dialect.arguments_key else rf"(?P<name>[\w.-]+)\s*{dialect.before}\s*\Z")
+        self._head = ""  # what stands before the arguments of the next call
+        self._depth = 0  # of brackets, within arguments
+        self._quoted = self._escaped = False
+
+    def feed(self, text: str) -> str:
+        out: list[str] = []
+        for char in text:
+            if self._depth:
+                out.append("\ufffd" if "\ufdd0" <= char <= "\ufdef" else char)
+                self._within(char)
+                continue
+            match = self._begin.search(_plain(self._head[-256:])) if char == "{" else None
+            if match is None:
+                self._head += char
+                continue
+            out += [parts.call(self._count, call_id(self._key, self._count), match["name"]), char]
+            self._count += 1
+            self._depth, self._head = 1, ""
+        return "".join(out)
+
+    def _within(self, char: str) -> None:
+        if self._quoted:
+            if self._escaped:
+                self._escaped = False
+            elif char == "\\":
+                self._escaped = True
+            elif char == '"':
+                self._quoted = False
+        elif char == '"':
+            self._quoted = True
+        elif char in "{[":
+            self._depth += 1
+        elif char in "}]":
+            self._depth -= 1
+
+
+def _plain(text: str) -> str:
+    """Control tokens as text."""
+    return text.replace(parts.CONTROL, "").replace(parts.CONTROL_END, "")
 
 
 def call_id(key: Key, index: int) -> str:
@@ -94,7 +221,8 @@ def nine_characters(word: str) -> str:
 HERMES = ToolDialect(
     "hermes",
     trigger="<tool_call>",
-    rules='root ::= ws call ws "</tool_call>" (ws "<tool_call>" ws call ws "</tool_call>")*',
+    one='ws call ws "</tool_call>"',
+    more='(ws "<tool_call>" ws call ws "</tool_call>")*',
     controls=("<tool_call>", "</tool_call>"),
 )
 LLAMA3 = ToolDialect(
@@ -102,28 +230,89 @@ LLAMA3 = ToolDialect(
     trigger="<|python_tag|>",
     at_start=True,
     arguments_key="parameters",
-    rules='root ::= ws call (ws ";" ws call)*',
+    one=r"[ \t\r\n]* call",
+    more='(ws ";" ws call)*',
 )
 MISTRAL = ToolDialect(
     "mistral",
     trigger="[TOOL_CALLS]",
     form=_OBJECT.replace("<more>", _ID),
-    rules='root ::= ws "[" ws call (ws "," ws call)* ws "]"',
+    one='ws "[" ws call',
+    more='(ws "," ws call)*',
+    last='ws "]"',
+    controls=("[TOOL_CALLS]",),
+    streams=False,
 )
 MISTRAL_ARGS = ToolDialect(
     "mistral-args",
     trigger="[TOOL_CALLS]",
     arguments_key="",
     form='<bare> "[ARGS]" <arguments>',
-    rules='root ::= ws call ("[TOOL_CALLS]" call)*',
+    more='("[TOOL_CALLS]" call)*',
     controls=("[TOOL_CALLS]", "[ARGS]"),
+    before=r"(?:\[CALL_ID\]\w+)?(?:\[ARGS\])?",
+)
+QWEN_XML = ToolDialect(
+    "qwen-xml",
+    trigger="<tool_call>",
+    arguments_key="",
+    form='"<function=" <bare> ">\\n" <tagged> "</function>"',
+    one='"\\n"? call "\\n"? "</tool_call>"',
+    more='("\\n" "<tool_call>" "\\n"? call "\\n"? "</tool_call>")*',
+    controls=("<tool_call>", "</tool_call>"),
+    tags=("<parameter=", ">\n", "\n</parameter>", "\n</parameter>"),
+    streams=False,
+)
+GLM = ToolDialect(
+    "glm",
+    trigger="<tool_call>",
+    arguments_key="",
+    form='<bare> "\\n" <tagged>',
+    one='call "</tool_call>"',
+    more='("\\n"? "<tool_call>" call "</tool_call>")*',
+    controls=("<tool_call>", "</tool_call>", "<arg_key>", "</arg_key>", "<arg_value>", "</arg_value>"),
+    tags=("<arg_key>", "</arg_key>\n<arg_value>", "</arg_value>", "</arg_value>"),
+    streams=False,
+)
+_SEEK = (
+    "<｜tool▁calls▁begin｜>",
+    "<｜tool▁call▁begin｜>",
+    "<｜tool▁sep｜>",
+    "<｜tool▁call▁end｜>",
+    "<｜tool▁calls▁end｜>",
+)
+DEEPSEEK = ToolDialect(
+    "deepseek",
+    trigger=_SEEK[0],
+    arguments_key="",
+    form=f'"{_SEEK[1]}" <bare> "{_SEEK[2]}" <arguments> "{_SEEK[3]}"',
+    one="call",
+    more='("\\n"? call)*',
+    last=f'"{_SEEK[4]}"',
+    controls=_SEEK,
+    before=_SEEK[2],
+)
+DEEPSEEK_R1 = replace(
+    DEEPSEEK,
+    name="deepseek-r1",
+    form=f'"{_SEEK[1]}" "function" "{_SEEK[2]}" <bare> "\\n```json\\n" <arguments> "\\n```" "{_SEEK[3]}"',
+    before="```json",
+)
+HARMONY = ToolDialect(
+    "harmony",
+    trigger="<|channel|>commentary to=functions.",
+    arguments_key="",
+    form='<bare> (" "? "<|constrain|>json")? "<|message|>" <arguments>',
+    one="call",
+    controls=("<|channel|>", "<|constrain|>", "<|message|>"),
+    before=r"(?:<\|constrain\|>json)?<\|message\|>",
 )
 FENCED = ToolDialect(
     "fenced",
     trigger="```tool_call",
-    at_start=True,
     arguments_key="parameters",
-    rules='root ::= ws call (ws "```" (ws "```tool_call" ws call ws "```")*)?',
+    one='ws call (ws "```")?',
+    more='(ws "```tool_call" ws call ws "```")*',
 )
 
 
@@ -135,7 +324,10 @@ def dialect_of(written: str, name: str, opening: str) -> ToolDialect | None:
         return None
     before, after = written[:end], written[end + len(name) :]
     if re.search(r"\[TOOL_CALLS\]\s*\Z", before):
-        return MISTRAL_ARGS if "[ARGS]" in after[:40] else None
+        return MISTRAL_ARGS if re.match(r"(\[CALL_ID\]\w*)?(\[ARGS\])?\s*\{", after) else None
+    for pattern, dialect in _WRITTEN:
+        if re.search(pattern[0], before) and re.match(pattern[1], after):
+            return dialect
     match = re.match(r'"\s*,\s*"(arguments|parameters)"\s*:\s*\{', after)
     if match is None or not re.search(r'\{\s*"name"\s*:\s*"\Z', before):
         return None
@@ -151,26 +343,64 @@ def dialect_of(written: str, name: str, opening: str) -> ToolDialect | None:
     return dialect if dialect.arguments_key == match[1] else replace(dialect, arguments_key=match[1])
 
 
-def call_rules(dialect: ToolDialect, tools: Iterable[Tool], convert: Callable[[str, dict[str, Any]], str]) -> str:
-    """The rule `call`: any of the tools by name, with arguments by its schema. `convert` adds a schema's rules
-    and returns the name of its first one."""
+#: What stands before and after the name of a function.
+_WRITTEN = (
+    ((r"<tool_call>\s*<function=\Z", r">\s*<parameter="), QWEN_XML),
+    ((r"<tool_call>\s*\Z", r"\s*<arg_key>"), GLM),
+    ((rf"{_SEEK[1]}function{_SEEK[2]}\Z", r"\s*```json"), DEEPSEEK_R1),
+    ((rf"{_SEEK[1]}\Z", _SEEK[2]), DEEPSEEK),
+    ((r"to=functions\.\Z", r"[^{]*<\|message\|>\s*\{"), HARMONY),
+)
+
+
+def call_rules(dialect: ToolDialect, tools: Iterable[Tool], converter: Converter) -> str:
+    """The rule `call`: any of the tools by name, with arguments by its schema."""
     alternatives = []
     for i, tool in enumerate(tools):
-        function = tool["function"]
-        try:
-            arguments = convert(f"tool{i}", function["parameters"])
-        except OSError as error:
-            raise OSError(error.errno or errno.EINVAL, f"tools[{i}].parameters: {error.strerror}") from None
-        parts = {
-            "<name>": json.dumps(json.dumps(function["name"])),
-            "<bare>": json.dumps(function["name"]),
+        name, parameters = tool["function"]["name"], closed(tool["function"]["parameters"])
+        words = {
+            "<name>": literal(json.dumps(name)),
+            "<bare>": literal(name),
             "<key>": dialect.arguments_key,
-            "<arguments>": arguments,
             "<more>": "",
         }
-        alternatives.append(_filled(dialect.form, parts))
+        try:
+            if "<tagged>" in dialect.form:
+                words["<tagged>"] = _tagged(dialect, converter, f"tool{i}", parameters)
+            else:
+                words["<arguments>"] = converter.convert(f"tool{i}", parameters)
+        except OSError as error:
+            raise OSError(error.errno or errno.EINVAL, f"tools[{i}].parameters: {error.strerror}") from None
+        alternatives.append(_filled(dialect.form, words))
     return "call ::= " + " | ".join(alternatives)
 
 
-def _filled(form: str, parts: dict[str, str]) -> str:
-    return re.sub("|".join(parts), lambda match: parts[match[0]], form)
+def _filled(form: str, words: dict[str, str]) -> str:
+    return re.sub("|".join(words), lambda match: words[match[0]], form)
+
+
+def closed(parameters: dict[str, Any]) -> dict[str, Any]:
+    """A tool that declares no parameters takes none."""
+    said = {"properties", "additionalProperties", "patternProperties", "$ref", "allOf", "anyOf", "oneOf"}
+    if not parameters.get("properties") and not said - {"properties"} & set(parameters):
+        return {**parameters, "properties": {}, "additionalProperties": False}
+    return parameters
+
+
+_PLAIN = {"type", "properties", "required", "additionalProperties"}
+
+
+def _tagged(dialect: ToolDialect, converter: Converter, name: str, parameters: dict[str, Any]) -> str:
+    """Parameters as tags, in their order, the optional ones or not."""
+    assert dialect.tags is not None
+    opens, middle, end, shut = dialect.tags
+    whole = Document(parameters, lambda work: None).merged(parameters)
+    if set(whole) - _PLAIN:
+        raise OSError(errno.EINVAL, f"{min(set(whole) - _PLAIN)}: cannot be kept where parameters are written as tags")
+    properties, required = whole.get("properties", {}), whole.get("required", [])
+    rules = []
+    for i, (key, schema) in enumerate({**dict.fromkeys(required, True), **properties}.items()):
+        value = converter.convert_raw(f"{name}-{i}", schema, parameters, end)
+        tagged = f"{literal(opens + key + middle)} {value} {literal(shut + chr(10))}"
+        rules.append(tagged if key in required else f"({tagged})?")
+    return " ".join(rules) or '""'

@@ -36,7 +36,7 @@ from aiosd.link import Delta, Failed, Finished, Key, Started, Step, Submit
 from aiosd.llm import llama
 from aiosd.llm.cache import Cache
 from aiosd.llm.policy import Fifo, Policy
-from aiosd.llm.request import Requests
+from aiosd.llm.request import Prepared, Requests
 from aiosd.llm.sequence import Phase, Sequence
 from aiosd.llm.slots import Slots
 from aiosd.llm.stats import Meter
@@ -134,14 +134,19 @@ class Engine:
 
     # ── what may be asked of it ───────────────────────────────────────────────────────────────────────────
 
-    def submit(self, submit: Submit) -> None:
-        """Queue a call, or attach to it when its key is known. Refusals are reported, not raised."""
+    def knows(self, key: Key) -> bool:
+        """Is this call here, or was it a moment ago?"""
+        return key in self._calls or key in self._past
+
+    def submit(self, submit: Submit, prepared: Prepared | None = None) -> None:
+        """Queue a call, or attach to it when its key is known. Refusals are reported, not raised. `prepared`: the work
+        on its text, where that is done."""
         now = self._clock()
         if self._attach(submit):
             return
         self._arrivals += 1
         try:
-            sequence = self.requests.sequence(submit, self._arrivals, now)
+            sequence = self.requests.sequence(submit, self._arrivals, now, prepared)
         except OSError as error:
             self._emit(Failed(submit.key, error.errno or errno.EINVAL, error.strerror or str(error)))
             return
@@ -689,14 +694,9 @@ class Engine:
     def _rewind(self, sequence: Sequence, count: int) -> None:
         """Let the next report begin after the first `count` tokens."""
         self._feed(sequence)
-        text, dialect = sequence.new_text(), sequence.dialect
+        text = sequence.new_text()
         sequence.sent = count = min(count, len(sequence.out))
         for token in sequence.out[:count]:
-            if dialect is not None and self.model.control[token]:
-                written = self.model.token_text(token)
-                text.mark(written)
-                if written == dialect.trigger and not text.inside:
-                    text.pull_trigger()
             text.feed(self._pieces[token])
         sequence.text.skip(min(text.shown, sequence.text.shown))
 

@@ -67,8 +67,11 @@ class Model:
     turning tokens into bytes never crosses into C.
     """
 
-    def __init__(self, path: str, gpu_layers: int, progress: Callable[[float], None]) -> None:
+    def __init__(
+        self, path: str, gpu_layers: int, progress: Callable[[float], None], vocabulary_only: bool = False
+    ) -> None:
         params = C.llama_model_default_params()
+        params.vocab_only = vocabulary_only
         params.n_gpu_layers = gpu_layers
         last = -1.0
 
@@ -142,7 +145,7 @@ class Model:
 
     def tokenize(self, text: str, *, bos: bool, special: bool) -> list[int]:
         """`bos`: add what the model wants at the beginning. `special`: read control tokens as such."""
-        if _LONG_RUN.search(text):
+        if self._kind == C.LLAMA_VOCAB_TYPE_BPE and _LONG_RUN.search(text):  # others use no regex
             parts = [text[i : i + _RUN] for i in range(0, len(text), _RUN)]
             first, *rest = (self._tokenize(part, bos and i == 0, special) for i, part in enumerate(parts))
             return first + [token for tokens in rest for token in tokens]

@@ -7,47 +7,131 @@ grammars. The engine gets a record that can only fail by what happens to it late
 from __future__ import annotations
 
 import errno
+import logging
 from typing import Any
 
 import numpy as np
+from msgspec import Struct
 
 from aiosd.link import Submit
 from aiosd.llm import llama
-from aiosd.llm.chat import THINK, ChatTemplate, Message, normal_messages, normal_tools, refuse
-from aiosd.llm.dialects import Tool
+from aiosd.llm.chat import PLAIN_STOPS, ChatTemplate, Message, normal_messages, normal_tools, refuse
+from aiosd.llm.dialects import CallStream, Reader, Tool
 from aiosd.llm.sampling import Sampler
 from aiosd.llm.sequence import Sequence
-from aiosd.llm.structured import Constraint, SchemaConstraint, ToolConstraint
+from aiosd.llm.structured import (
+    AfterThoughts,
+    Constraint,
+    SchemaConstraint,
+    ToolConstraint,
+    schema_grammar,
+    tools_grammar,
+)
 from aiosd.llm.text import TextStream
-from aiosd.llm.tokens import Tokens
+from aiosd.llm.tokens import QUOTED, Tokens
+from libaios import parts
 from libaios.wire import Generate, Sampling
+
+logger = logging.getLogger("llm.request")
 
 _UNLIMITED = 1 << 30
 
 #: The scope of prompts marked public; no group has this name.
 PUBLIC = "*"
-_MARK = "\U0010fffe"  # no character; never in a text that means something
+
+
+class Prepared(Struct):
+    """A request after all work on its text."""
+
+    prompt: list[int]
+    inside: bool  # the prompt ends within the model's thoughts
+    tools: list[Tool]
+    choice: str  # "auto", "none" or "required"
+    second: bool  # made with the model's second template, the one for tools
+    stops: list[str]
+    trim: bool
+    aside: tuple[str, str] | None
+    switches: dict[str, int]
+    after_thoughts: bool  # the grammar holds from where the thoughts have ended
+    grammar: str = ""
 
 
 class Requests:
-    """Makes sequences for one model with `ctx` tokens per slot."""
+    """Makes sequences for one model with `ctx` tokens per slot. Nothing here looks at what the engine does."""
 
     def __init__(self, model: llama.Model, ctx: int) -> None:
         self._model = model
         self._ctx = ctx
         self._tokenizer = Tokens(model)
+        self._quick = False
         self.template = ChatTemplate(
-            model.meta("tokenizer.chat_template"), model.token_text(model.bos), model.token_text(model.eos)
+            model.meta("tokenizer.chat_template"),
+            model.token_text(model.bos),
+            model.token_text(model.eos),
+            self._tokenizer.controls,
+            model.meta("tokenizer.chat_template.tool_use"),
         )
+        if self.template.broken:
+            logger.warning("the model's chat template is broken, chats will be refused: %s", self.template.broken)
+        dialects = {self.template.dialect, self.template.suited([{}]).dialect}
+        marks = {*self.template.marks.controls, *(mark for dialect in dialects for mark in dialect.controls)}
+        self._revealed = self._reveal({*marks, *(dialect.trigger for dialect in dialects)})
 
-    def sequence(self, submit: Submit, order: int, now: float) -> Sequence:
+    def _reveal(self, marks: set[str]) -> set[str]:
+        """Control tokens that begin and end parts of an answer show in the text that the engine makes of tokens."""
+        revealed = set()
+        for text in marks & set(self._tokenizer.controls):
+            token = self._tokenizer.controls[text]
+            if token not in self._model.end_tokens:
+                self._model.pieces[token] = parts.control(text).encode()
+                revealed.add(text)
+        return revealed
+
+    def _spelled(self, mark: str) -> str:
+        """How a mark comes in that text."""
+        for text in self._revealed:
+            mark = mark.replace(text, parts.control(text))
+        return mark
+
+    def prepare(self, request: Generate, quick: bool = False) -> Prepared:
+        """All the work on text that a call asks for: template, tools, schema, tokens. It depends on the model and the
+        request alone, knows nothing of what the engine does, and its result can be sent to another process. `quick`:
+        raises `Later` where it takes long."""
+        self._quick = quick
+        tools, choice = self._tools(request)
+        template = self.template.suited(tools)
+        template.quick = quick
+        prompt, inside, closed = self._prompt(request, tools, template)
+        chat, marks = request.messages is not None, template.marks
+        plain = chat and template.plain
+        prepared = Prepared(
+            prompt=prompt,
+            inside=inside,
+            tools=tools,
+            choice=choice,
+            second=template is not self.template,
+            stops=[*request.sampling.stop, *(PLAIN_STOPS if plain else ())],
+            trim=plain,
+            aside=(self._spelled(marks.think[0]), self._spelled(marks.think[1])) if chat and marks.think else None,
+            switches={self._spelled(mark): to for mark, to in marks.switches.items()} if not closed else {},
+            after_thoughts=chat and not closed,
+        )
+        if request.schema is not None:
+            if tools:
+                raise refuse("schema: not together with tools")
+            prepared.grammar = schema_grammar(request.schema, quick)
+        elif tools:
+            several = request.parallel_tool_calls
+            prepared.grammar = tools_grammar(self._model, template.dialect, tools, choice, several, quick)
+        return prepared
+
+    def sequence(self, submit: Submit, order: int, now: float, prepared: Prepared | None = None) -> Sequence:
+        """The record that the engine works on. `prepared`: what `prepare` made of the request, where that was done."""
         request = submit.request
-        tools = normal_tools(request.tools)
-        prompt, thinking = self._prompt(request, tools)
+        prepared = prepared or self.prepare(request)
+        template = self.template.suited([{}]) if prepared.second else self.template
+        reader = Reader(template.dialect, prepared.tools) if prepared.tools else None
         sampling = request.sampling
-        dialect = self.template.dialect if tools else None
-        trigger = dialect.trigger if dialect else None
-        aside = THINK if self.template.thinks else None
         sequence = Sequence(
             key=submit.key,
             group=submit.group,
@@ -55,61 +139,112 @@ class Requests:
             nice=submit.nice,
             order=order,
             arrived=now,
-            prompt=np.asarray(prompt, np.int32),
+            prompt=np.asarray(prepared.prompt, np.int32),
             max_tokens=_UNLIMITED if sampling.max_tokens is None else sampling.max_tokens,
             sampler=_sampler(sampling),
             ignore_eos=sampling.ignore_eos,
             stream=request.stream,
-            new_text=lambda: TextStream(sampling.stop, trigger, aside, thinking),
-            constraint=self._constraint(request, tools),
-            dialect=dialect,
+            new_text=lambda: self._text(submit, prepared, reader),
+            constraint=self._constraint(prepared, reader),
+            dialect=reader,
             budget=submit.budget,
-            watched=request.stream or bool(sampling.stop) or dialect is not None,
+            watched=request.stream or bool(prepared.stops) or reader is not None,
         )
         try:
             self._force(sequence, request.given)
-        except BaseException:  # its memory is llama.cpp's, and nobody else knows of it
+        except BaseException:  # its memory is llama.cpp's, and nothing else frees it
             if sequence.constraint is not None:
                 sequence.constraint.close()
             raise
         return sequence
 
+    def _text(self, submit: Submit, prepared: Prepared, reader: Reader | None) -> TextStream:
+        """The text of a generation before its first token."""
+        shown = reader is not None and submit.request.stream and reader.dialect.streams
+        return TextStream(
+            prepared.stops,
+            self._spelled(reader.trigger) if reader is not None else None,
+            prepared.aside,
+            prepared.inside,
+            head=reader.head() if reader is not None else None,
+            switches=prepared.switches or None,
+            calls=CallStream(reader.dialect, submit.key) if shown and reader is not None else None,
+            trim=prepared.trim,
+        )
+
+    def _tools(self, request: Generate) -> tuple[list[Tool], str]:
+        """The tools of a call, and whether one of them must be called: "auto", "none", "required"."""
+        tools, choice = normal_tools(request.tools), request.tool_choice or "auto"
+        if isinstance(choice, dict):
+            function = choice.get("function", choice)
+            name = function.get("name") if isinstance(function, dict) else None
+            tools = [tool for tool in tools if tool["function"]["name"] == name]
+            if not tools:
+                raise refuse(f"tool_choice: {name!r} is not among the tools"[:200])
+            return tools, "required"
+        if choice not in ("auto", "none", "required"):
+            raise refuse(f"tool_choice must be auto, none, required or a function, not {choice!r}"[:200])
+        if choice == "required" and not tools:
+            raise refuse("tool_choice: required, but there are no tools")
+        return tools, choice
+
     def conversation(self, messages: list[dict[str, Any]], tools: list[dict[str, Any]] | None) -> list[int]:
         """The tokens of a conversation as the next call about it begins."""
-        return self._chat_tokens(self._rendered(messages, normal_tools(tools)))
+        listed = normal_tools(tools)
+        template = self.template.suited(listed)
+        self._quick = template.quick = False
+        return self._chat_tokens(self._rendered(messages, listed, template))
 
-    def _prompt(self, request: Generate, tools: list[Tool]) -> tuple[list[int], bool]:
-        """The tokens, and whether they end in the middle of the model's thoughts."""
+    def _prompt(self, request: Generate, tools: list[Tool], template: ChatTemplate) -> tuple[list[int], bool, bool]:
+        """The tokens; whether they end within the model's thoughts; whether they leave no room for any."""
         if (request.messages is None) == (request.prompt is None):
             raise refuse("give either messages or a prompt")
         if request.messages is not None:
-            text = self._rendered(request.messages, tools, thinking=request.schema is None)
-            return self._measured(self._chat_tokens(text)), text.rstrip().endswith(THINK[0])
+            args = request.template_args
+            thinking = request.schema is None or args.get("enable_thinking") is True
+            # A named tool is all that the grammar takes; the prompt lists all, so that it begins as other calls do.
+            text = self._rendered(request.messages, normal_tools(request.tools), template, thinking=thinking, args=args)
+            if request.schema is not None:
+                text += template.marks.answer
+            think, end = template.marks.think, text.rstrip()
+            inside = think is not None and end.endswith(think[0])
+            answered = _answers(request, template) or (think is not None and (end.endswith(think[1]) or not thinking))
+            closed = not template.thinks or answered
+            return self._measured(self._chat_tokens(text)), inside, closed
         if tools:
             raise refuse("tools: they need a chat, a completion has no place for them")
         if isinstance(request.prompt, str):
-            return self._measured(self._tokens(request.prompt) if request.prompt else []), False
+            return self._measured(self._tokens(request.prompt) if request.prompt else []), False, True
         assert request.prompt is not None
         self.check_ids(request.prompt, "prompt")
-        return self._measured(request.prompt), False
+        return self._measured(request.prompt), False, True
 
-    def _rendered(self, messages: list[Message], tools: list[Tool], *, thinking: bool = True) -> str:
+    def _rendered(
+        self,
+        messages: list[Message],
+        tools: list[Tool],
+        template: ChatTemplate,
+        *,
+        thinking: bool = True,
+        args: dict[str, Any] | None = None,
+    ) -> str:
         """The prompt as text, with a mark in what must not become a control token. A schema leaves no room for
-        thoughts: the template is told so."""
-        return self.template.render(
+        thoughts, unless they are asked for: the template is told so."""
+        return template.render(
             [self._disarmed(message) for message in normal_messages(messages)],
             [self._disarmed(tool) for tool in tools],
             thinking=thinking,
+            args=self._disarmed(args or {}),
         )
 
     def _disarmed(self, value: Any) -> Any:
         """Control tokens that a message merely quotes (a tool's output may, and then the arguments of the next call)
-        must not become control tokens: a mark goes into the middle of them, at which `_chat_tokens` cuts."""
+        must not become control tokens: a mark goes into the middle of them."""
         pattern = self._tokenizer.pattern
         if pattern is None:
             return value
         if isinstance(value, str):
-            return pattern.sub(lambda match: match[0][0] + _MARK + match[0][1:], value)
+            return pattern.sub(lambda match: match[0][0] + QUOTED + match[0][1:], value)
         if isinstance(value, list):
             return [self._disarmed(item) for item in value]
         if isinstance(value, dict):
@@ -117,19 +252,15 @@ class Requests:
         return value
 
     def _chat_tokens(self, text: str) -> list[int]:
-        first, *rest = text.split(_MARK)
-        tokens = self._tokens(first)
-        for part in rest:
-            tokens += self._tokenizer.of(part)
-        return tokens
+        return self._tokens(text, quoted=True)
 
-    def _tokens(self, text: str) -> list[int]:
+    def _tokens(self, text: str, *, quoted: bool = False) -> list[int]:
         """With the model's BOS in front, but never twice: many templates write it themselves."""
         if not self._model.has_tokenizer:
             raise refuse("this model has no tokenizer: give token ids")
         if len(text) > self._ctx * max(self._model.longest_piece, 64):  # however it is cut: not worth the time
             raise refuse(f"prompt: {len(text)} characters, but the context holds {self._ctx} tokens", errno.EMSGSIZE)
-        tokens, bos = self._tokenizer.of(text), self._model.bos
+        tokens, bos = self._tokenizer.of(text, quoted=quoted, quick=self._quick), self._model.bos
         if self._model.adds_bos and tokens[:1] != [bos]:
             return [bos, *tokens]
         return tokens
@@ -150,15 +281,19 @@ class Requests:
         if bad is not None:
             raise refuse(f"{argument}[{bad}]: token {tokens[bad]}, but the vocabulary has ids 0 to {n - 1}")
 
-    def _constraint(self, request: Generate, tools: list[Tool]) -> Constraint | None:
-        if request.schema is not None:
-            if tools:
-                raise refuse("schema: not together with tools")
-            return SchemaConstraint(self._model, request.schema)
-        if tools:
-            assert self.template.dialect is not None
-            return ToolConstraint(self._model, self.template.dialect, tools)
-        return None
+    def _constraint(self, prepared: Prepared, reader: Reader | None) -> Constraint | None:
+        constraint: Constraint
+        if not prepared.grammar:
+            return None
+        if reader is not None:
+            constraint = ToolConstraint(self._model, prepared.grammar, reader.dialect, choice=prepared.choice)
+            if prepared.choice != "required":
+                return constraint
+        else:
+            constraint = SchemaConstraint(self._model, prepared.grammar)
+        if not prepared.after_thoughts:
+            return constraint
+        return AfterThoughts(self._model, constraint, not prepared.inside)
 
     def _force(self, sequence: Sequence, given: list[int]) -> None:
         """Take over tokens that the caller has already: text and grammar go through them, nothing is sent."""
@@ -172,6 +307,14 @@ class Requests:
         sequence.out = list(given)
         sequence.forced = sequence.sent = sequence.fed = len(given)
         sequence.text.take()
+
+
+def _answers(request: Generate, template: ChatTemplate) -> bool:
+    """Does the prompt end where the answer has begun already?"""
+    last = (request.messages or [{}])[-1]
+    return (request.schema is not None and bool(template.marks.answer)) or (
+        last.get("role") == "assistant" and not last.get("tool_calls")
+    )
 
 
 def _sampler(sampling: Sampling) -> Sampler:

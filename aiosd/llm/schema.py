@@ -1,51 +1,71 @@
 r"""JSON Schema to a llama.cpp grammar (GBNF).
 
-The promise: every text of the grammar is JSON and valid against the schema. The grammar may be narrower (an
-object has the properties that are declared and no others, whitespace is limited), never wider: a keyword that
-cannot be kept is refused with a sentence, not dropped. Annotations (title, description, default, …) and
-formats other than date, time, date-time and uuid say nothing about validity and are passed over.
+The promise: every text of the grammar is JSON and valid against the schema, and what the schema allows can be written.
+A keyword that cannot be kept is refused with a sentence and its place (a JSON pointer), not dropped. Unknown keywords
+and annotations (title, description, default, …) say nothing about validity and are passed over, and so are formats
+that are not in `pattern.FORMATS`.
 
-The schema comes from anybody, and llama.cpp recurses over grammars and prints what it cannot parse, so this
-file bounds what it makes: depth, number of rules, bytes, repetitions, and the number of ways on which a rule
-can begin (llama.cpp walks all of them, and a rule that can begin with itself is an error there).
+Narrower than the schema on purpose, and on these points only: an object has the properties that are declared, and
+others only where `additionalProperties` asks for them; a tuple is written whole; whitespace is limited; integers have
+64 bits, numbers between limits 15 significant digits and no exponent; `-0.0` and exponents beyond e99 never appear;
+`\u` escapes exclude surrogates (half a pair is no character, and msgpack refuses it). `oneOf` is kept only where no
+value can match two of its branches.
 
-Narrow spots that are easy to get wrong: `\u` escapes exclude surrogates (half a pair is no character, and
-msgpack refuses it); `-0.0` and exponents beyond e99 never appear; `oneOf` is kept only where no value can
-match two of its branches.
+The schema comes from any agent, and llama.cpp recurses over grammars and prints what it cannot parse, so this file
+bounds what it makes: depth, number of rules, bytes, repetitions, work, and the number of ways on which a rule can
+begin (llama.cpp walks all of them, and a rule that can begin with itself is an error there).
 """
 
 from __future__ import annotations
 
-import errno
-import importlib
 import json
-import math
-import warnings
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from decimal import Decimal
 from typing import Any
 
-Schema = dict[str, Any] | bool
+from aiosd.llm import numbers
+from aiosd.llm.document import (
+    IMPLIES,
+    MAX_DEPTH,
+    REFUSED,
+    Document,
+    Impossible,
+    Later,
+    Schema,
+    as_list,
+    essential,
+    is_type,
+    possible_types,
+    refuse,
+    same,
+    strings,
+    types,
+)
+from aiosd.llm.numbers import Limit
+from aiosd.llm.pattern import FORMATS, MAX_REPETITIONS, Strings, as_it_is, in_json
 
-MAX_DEPTH = 64
-MAX_RULES = 4_000
-MAX_BYTES = 400_000
+__all__ = ["Converter", "Schema", "grammar_of", "literal", "written_raw"]
+
+MAX_RULES = 20_000
+MAX_BYTES = 2_000_000
 MAX_BEGINNINGS = 2_000
 MAX_PROPERTIES = 500
-MAX_REPETITIONS = 1_000_000
-MAX_WORK = 20_000  # schemas looked at and put together: references make a small one as large as they like
+MAX_WORK = 40_000  # schemas looked at and put together: references make a small one as large as they like
+MAX_MULTIPLES = 2_000  # of a number between two limits, written one by one
+QUICK_WORK = 2_000  # what is done between two steps of decoding
 _BLOCK = 64  # repetitions written out in one rule
 
+_FIRST = f'"-" ({numbers.integers(10**18, 2**63)})'
+_LAST = numbers.integers(10**19, numbers.HIGHEST)
 _BASE = {
     "ws": r'| " " | "\n" [ \t]{0,20}',
     "hex": "[0-9a-fA-F]",
     "char": r'[^"\\\x00-\x1F\x7F\uD800-\uDFFF\U00110000-\U001FFFFF] | "\\" (["\\/bfnrt] | "u" escape)',
     "escape": "([0-9a-cA-CefEF] hex | [dD] [0-7]) hex hex",
     "string": r'"\"" char* "\""',
-    "digits": "[0-9]{1,15}",
-    "natural": '"0" | [1-9] [0-9]{0,14}',
-    "integer": '"-"? natural',
-    "fraction": '"." [0-9]{0,14} [1-9]',
-    "number": 'integer ("." digits)? ([eE] [-+]? [0-9] [0-9]?)?',
+    "integer": f'"-"? ("0" | [1-9] [0-9]{{0,17}}) | [1-9] [0-9]{{18}} | {_FIRST} | {_LAST}',
+    "number": 'integer ("." [0-9]{1,17})? ([eE] [-+]? [0-9] [0-9]?)?',
     "boolean": '"true" | "false"',
     "null": '"null"',
     "pair": 'string ":" ws value',
@@ -53,34 +73,6 @@ _BASE = {
     "array": '"[" ws (value ("," ws value)*)? ws "]"',
     "value": "object | array | string | number | boolean | null",
 }
-
-_DATE = '[0-9] [0-9] [0-9] [0-9] "-" ("0" [1-9] | "1" [0-2]) "-" ("0" [1-9] | "1" [0-9] | "2" [0-8])'
-_TIME = (
-    '([01] [0-9] | "2" [0-3]) ":" [0-5] [0-9] ":" [0-5] [0-9] ("." [0-9]{1,6})? '
-    '("Z" | [-+] ([01] [0-9] | "2" [0-3]) ":" [0-5] [0-9])'
-)
-_FORMATS = {
-    "date": _DATE,  # to the 28th: every such day exists
-    "time": _TIME,
-    "date-time": f'{_DATE} "T" {_TIME}',
-    "uuid": 'hex{8} "-" hex{4} "-" hex{4} "-" hex{4} "-" hex{12}',
-}
-
-_TYPES = ("object", "array", "string", "number", "integer", "boolean", "null")
-_IMPLIES = {
-    "object": ("properties", "required", "additionalProperties", "minProperties", "maxProperties"),
-    "array": ("items", "prefixItems", "minItems", "maxItems", "additionalItems"),
-    "string": ("minLength", "maxLength", "pattern", "format"),
-    "number": ("minimum", "maximum", "exclusiveMinimum", "exclusiveMaximum"),
-}
-_REFUSED = (
-    "not", "if", "then", "else", "dependentSchemas", "dependentRequired", "dependencies", "contains",
-    "patternProperties", "propertyNames", "unevaluatedItems", "multipleOf", "$dynamicRef", "$recursiveRef",
-)  # fmt: skip
-
-
-def refuse(sentence: str) -> OSError:
-    return OSError(errno.EINVAL, sentence)
 
 
 def literal(text: str) -> str:
@@ -91,10 +83,8 @@ def literal(text: str) -> str:
 def _escaped(char: str) -> str:
     if char in '"\\':
         return "\\" + char
-    return char if char.isprintable() else _code(char)
-
-
-def _code(char: str) -> str:
+    if char.isprintable():
+        return char
     point = ord(char)
     return f"\\x{point:02X}" if point < 0x100 else f"\\U{point:08X}"
 
@@ -102,24 +92,47 @@ def _code(char: str) -> str:
 class Converter:
     """Gathers the rules of one grammar. `convert` may be called several times; `text` gives it all."""
 
-    def __init__(self) -> None:
+    def __init__(self, quick: bool = False) -> None:
+        self._most_work = QUICK_WORK if quick else MAX_WORK
+        self._quick = quick
         self._rules = dict(_BASE)
         self._begins: dict[str, list[str]] = {}  # rule → rules it can begin with before anything is written
-        self._refs: dict[tuple[int, str], str] = {}  # (document, pointer) → rule
-        self._root: Schema = True
+        self._known: dict[tuple[int, str], str] = {}  # (document, schema) → rule
+        self._documents: list[Document] = []
+        self._document = Document(True, self._spend)
+        self._path: list[str] = []  # where in the document: for refusals
         self._bytes = 0
         self._work = 0
+        self._strings = Strings(self.add, self._repeat, self._spend)
 
     def convert(self, name: str, schema: Schema) -> str:
         """Add the rules of a schema; the name of its first rule."""
-        self._root = schema
-        try:
+        with self._open(schema):
             rule = self._visit(schema, name, 0)
-        except (TypeError, ValueError, KeyError, AttributeError, OverflowError, RecursionError) as error:
-            # Nonsense has more forms than there are checks below.
-            raise refuse(f"the schema is malformed: {error}") from error
         self._check_beginnings()
         return rule
+
+    def convert_raw(self, name: str, schema: Schema, root: Schema, end: str) -> str:
+        """As `convert`, for a part of `root` that stands between tags: a string without quotes and escapes, in which
+        `end` does not occur; anything else as JSON."""
+        with self._open(root):
+            rule = self._raw(schema, name, end)
+        self._check_beginnings()
+        return rule
+
+    @contextmanager
+    def _open(self, root: Schema) -> Iterator[None]:
+        self._document = Document(root, self._spend)
+        self._documents.append(self._document)  # its address is a key
+        self._path = []
+        try:
+            yield
+        except OSError as error:
+            place = getattr(error, "place", "")
+            raise refuse(f"{error.strerror} (at {place})" if place else str(error.strerror)) from None
+        except (TypeError, ValueError, KeyError, AttributeError, ArithmeticError, RecursionError) as error:
+            # Nonsense has more forms than there are checks below.
+            raise refuse(f"the schema is malformed: {error}") from error
 
     def add(self, name: str, body: str) -> str:
         """A rule under this name, or this name with a number."""
@@ -134,64 +147,8 @@ class Converter:
             self._rules[key] = body
         return key
 
-    def _spend(self, work: int) -> None:
-        self._work += work
-        if self._work > MAX_WORK:
-            raise refuse("the schema is too complex for a grammar")
-
-    def text(self) -> str:
-        return "\n".join(f"{name} ::= {body}" for name, body in self._rules.items()) + "\n"
-
-    # ── one schema ──
-
-    def _visit(self, schema: Schema, name: str, depth: int) -> str:
-        """The name of the rule of a schema."""
-        self._spend(1)
-        if depth > MAX_DEPTH:
-            raise refuse(f"the schema is nested deeper than {MAX_DEPTH} levels")
-        if schema is True or schema == {}:
-            return "value"
-        if schema is False:
-            raise refuse("the schema false allows no value")
-        if not isinstance(schema, dict):
-            raise refuse(f"a schema must be an object or a boolean, not {json.dumps(schema)[:40]}")
-        self._check_keywords(schema)
-        if "$ref" in schema:
-            return self._reference(schema, name, depth)
-        if "allOf" in schema:
-            return self._visit(self._merged(schema), name, depth + 1)
-        for union in ("anyOf", "oneOf"):
-            if union in schema:
-                return self._union(schema, union, name, depth)
-        if "enum" in schema or "const" in schema:
-            return self._choice(schema, name)
-        return self._typed(schema, name, depth)
-
-    def _check_keywords(self, schema: dict[str, Any]) -> None:
-        for keyword in _REFUSED:
-            if keyword in schema:
-                raise refuse(f"{keyword}: no grammar can express this keyword")
-        if schema.get("uniqueItems") is True:
-            raise refuse("uniqueItems: no grammar can express this keyword")
-
-    def _reference(self, schema: dict[str, Any], name: str, depth: int) -> str:
-        pointer = schema["$ref"]
-        siblings = {k: v for k, v in schema.items() if k != "$ref" and k not in _ANNOTATIONS}
-        if siblings:
-            return self._visit(self._merged({**siblings, "allOf": [{"$ref": pointer}]}), name, depth + 1)
-        target = self._resolve(pointer)
-        known = self._refs.get((id(self._root), pointer))
-        if known is not None:
-            return known
-        # The rule's name is fixed before its body is known, because the body may need it.
-        rule = self._reserve(f"ref{len(self._refs)}")
-        self._refs[id(self._root), pointer] = rule
-        body = self._visit(target, f"{rule}-", depth + 1)
-        self._rules[rule] = body
-        self._begins[rule] = [body]
-        return rule
-
     def _reserve(self, name: str) -> str:
+        """A name of its own for a rule whose body is not known yet."""
         key, i = name, 0
         while key in self._rules:
             i += 1
@@ -201,21 +158,132 @@ class Converter:
         self._rules[key] = "value"
         return key
 
-    def _resolve(self, pointer: Any) -> Schema:
-        if not isinstance(pointer, str) or not (pointer == "#" or pointer.startswith("#/")):
-            raise refuse(f"$ref {pointer!r}: only references within the schema are followed ('#/…')")
-        at: Any = self._root
-        for part in pointer.split("/")[1:]:
-            part = part.replace("~1", "/").replace("~0", "~")
-            if isinstance(at, list) and part.isdigit() and int(part) < len(at):
-                at = at[int(part)]
-            elif isinstance(at, dict) and part in at:
-                at = at[part]
+    def _spend(self, work: int) -> None:
+        self._work += work
+        if self._work > self._most_work:
+            if self._quick:
+                raise Later
+            raise refuse("the schema is too complex for a grammar")
+
+    @contextmanager
+    def _at(self, *parts: str | int) -> Iterator[None]:
+        """The place of what is looked at meanwhile; the innermost one goes into a refusal."""
+        before = self._path
+        self._path = [*before, *map(str, parts)]
+        try:
+            yield
+        except OSError as error:
+            if not hasattr(error, "place"):
+                error.place = self._place()  # type: ignore[attr-defined] # ours, on its way up
+            raise
+        finally:
+            self._path = before
+
+    def _place(self) -> str:
+        pointer = "#" + "".join("/" + part.replace("~", "~0").replace("/", "~1") for part in self._path)
+        return pointer if len(pointer) <= 200 else f"…{pointer[-200:]}"
+
+    def text(self) -> str:
+        return "\n".join(f"{name} ::= {body}" for name, body in self._rules.items()) + "\n"
+
+    # ── one schema ──
+
+    def _visit(self, schema: Schema, name: str, depth: int, *at: str | int) -> str:
+        """The name of the rule of a schema. `at`: how it is reached from the one that holds it."""
+        with self._at(*at):
+            self._spend(1)
+            if depth > MAX_DEPTH:
+                raise refuse(f"the schema is nested deeper than {MAX_DEPTH} levels")
+            if schema is False:
+                raise Impossible("the schema false allows no value")
+            if schema is True:
+                return "value"
+            if not isinstance(schema, dict):
+                raise refuse(f"a schema must be an object or a boolean, not {json.dumps(schema)[:40]}")
+            return self._of(essential(schema), name, depth)
+
+    def _of(self, schema: dict[str, Any], name: str, depth: int) -> str:
+        if not schema:
+            return "value"
+        if "$ref" in schema or "allOf" in schema:
+            return self._reference(schema, name, depth)
+        self._check_keywords(schema)
+        if "not" in schema:
+            return self._of(self._without(schema), name, depth)
+        for union in ("anyOf", "oneOf"):
+            if union in schema:
+                return self._union(schema, union, name, depth)
+        if "enum" in schema or "const" in schema:
+            return self._choice(schema, name)
+        return self._typed(schema, name, depth)
+
+    def _check_keywords(self, schema: dict[str, Any]) -> None:
+        for keyword in REFUSED:
+            if keyword == "if" and "then" not in schema and "else" not in schema:
+                continue
+            if keyword in schema:
+                raise refuse(f"{keyword}: no grammar can express this keyword")
+
+    def _reference(self, schema: dict[str, Any], name: str, depth: int) -> str:
+        """A schema that is put together from others. Each gets one rule, whose name is fixed before its body is known,
+        because the body may need it."""
+        pointer = schema["$ref"] if set(schema) == {"$ref"} else None
+        key = id(self._document), f"#{pointer}" if pointer is not None else json.dumps(schema)
+        self._spend(len(key[1]) // 256)
+        if key in self._known:
+            return self._known[key]
+        rule = self._reserve(f"ref{len(self._known)}")
+        before = len(self._known)
+        self._known[key] = rule
+        try:
+            if pointer is not None:
+                target = self._document.resolve(pointer)
+                outside, self._path = self._path, str(pointer).partition("#")[2].split("/")[1:]
+                body = self._visit(target, f"{rule}-", depth + 1)
+                self._path = outside
             else:
-                raise refuse(f"$ref {pointer!r} points to nothing")
-        if not isinstance(at, dict | bool):
-            raise refuse(f"$ref {pointer!r} points to something that is no schema")
-        return at
+                body = self._of(self._document.merged(schema), f"{rule}-", depth + 1)
+        except Impossible:
+            for stale in list(self._known)[before:]:  # what was made of it meanwhile may need it
+                del self._known[stale]
+            raise
+        self._rules[rule] = body
+        self._begins[rule] = [body]
+        return rule
+
+    def _without(self, schema: dict[str, Any]) -> dict[str, Any]:
+        """The same schema without its `not`, where other keywords can say it."""
+        negated = self._document.follow(schema["not"])
+        rest = {key: value for key, value in schema.items() if key != "not"}
+        if negated is True or (isinstance(negated, dict) and not essential(negated)):
+            raise Impossible("not: the schema allows no value")
+        if negated is False:
+            return rest
+        if not isinstance(negated, dict):
+            raise refuse("not: must be a schema")
+        negated = essential(negated)
+        if set(negated) == {"anyOf"}:
+            for part in negated["anyOf"]:
+                rest = self._without({**rest, "not": part})
+            return rest
+        if self._document.disjoint(rest, negated):
+            return rest
+        if set(negated) == {"type"}:
+            kinds = types(rest) or ["object", "array", "string", "number", "boolean", "null"]
+            gone = types(negated)
+            if "integer" not in gone or "number" in gone or "number" not in kinds:
+                return {**rest, "type": [kind for kind in kinds if kind not in gone and not
+                                         (kind == "integer" and "number" in gone)]}  # fmt: skip
+        if "enum" in rest or "const" in rest:
+            values = [rest["const"]] if "const" in rest else rest["enum"]
+            kept = [value for value in values if not self._document.fits(value, negated)]
+            if not kept:
+                raise Impossible("not: nothing is left of the values")
+            return {**{key: value for key, value in rest.items() if key != "const"}, "enum": kept}
+        if set(negated) == {"required"} and strings(negated["required"]) and len(negated["required"]) == 1:
+            name = negated["required"][0]
+            return {**rest, "properties": {**rest.get("properties", {}), name: False}}
+        raise refuse("not: no grammar can express this keyword here")
 
     def _check_beginnings(self) -> None:
         """No rule may begin with itself, and none on too many ways."""
@@ -236,77 +304,36 @@ class Converter:
         for rule in self._begins:
             count(rule, 0)
 
-    # ── combinations ──
-
-    def _merged(self, schema: dict[str, Any], depth: int = 0) -> dict[str, Any]:
-        """One schema that says what `schema` and all of its allOf say together."""
-        if depth > MAX_DEPTH:
-            raise refuse("allOf: nested too deep")
-        merged: dict[str, Any] = {k: v for k, v in schema.items() if k != "allOf"}
-        parts = schema["allOf"]
-        if not isinstance(parts, list):
-            raise refuse("allOf must be a list")
-        for part in parts:
-            self._spend(1)
-            while isinstance(part, dict) and set(part) - _ANNOTATIONS == {"$ref"}:
-                depth += 1
-                if depth > MAX_DEPTH:
-                    raise refuse("allOf: its references go round in a circle")
-                part = self._resolve(part["$ref"])
-            if part is True:
-                continue
-            if not isinstance(part, dict):
-                raise refuse("allOf must hold schemas")
-            if "allOf" in part:
-                part = self._merged(part, depth + 1)
-            merged = self._both(merged, part)
-        return merged
-
-    def _both(self, a: dict[str, Any], b: dict[str, Any]) -> dict[str, Any]:
-        self._spend(1 + len(a) + len(b))
-        if ("prefixItems" in a) != ("prefixItems" in b) and ("items" in a or "items" in b):
-            raise refuse("allOf: prefixItems of one part with items of another cannot be combined")
-        both = dict(a)
-        for key, value in b.items():
-            if key not in both or _same(both[key], value) or key in _ANNOTATIONS:
-                both[key] = value
-            elif key == "properties":
-                both[key] = self._both_properties(both[key], value)
-            elif key == "required":
-                self._spend(len(both[key]) + len(value))
-                both[key] = list(dict.fromkeys([*both[key], *value]))
-            elif key in ("minimum", "exclusiveMinimum", "minLength", "minItems", "minProperties"):
-                both[key] = max(both[key], value)
-            elif key in ("maximum", "exclusiveMaximum", "maxLength", "maxItems", "maxProperties"):
-                both[key] = min(both[key], value)
-            else:
-                raise refuse(f"allOf: two different {key} at one place cannot be combined")
-        if a.get("additionalProperties", True) is not True or b.get("additionalProperties", True) is not True:
-            for one, other in ((a, b), (b, a)):
-                extra = set(other.get("properties", ())) - set(one.get("properties", ()))
-                if one.get("additionalProperties", True) is not True and extra:
-                    raise refuse("allOf: additionalProperties of one part excludes properties of another")
-        return both
-
-    def _both_properties(self, a: dict[str, Any], b: dict[str, Any]) -> dict[str, Any]:
-        both = dict(a)
-        for name, value in b.items():
-            both[name] = {"allOf": [both[name], value]} if name in both and both[name] != value else value
-        return both
+    # ── unions and lists of values ──
 
     def _union(self, schema: dict[str, Any], key: str, name: str, depth: int) -> str:
         branches = schema[key]
         if not isinstance(branches, list) or not branches:
             raise refuse(f"{key} must be a list of schemas")
-        rest = {k: v for k, v in schema.items() if k != key and k not in _ANNOTATIONS}
+        rest = {k: v for k, v in schema.items() if k not in (key, "discriminator")}
+        tag = self._tag(schema) if key == "oneOf" else None
+        if tag is not None:
+            rest = {**rest, "required": [*rest.get("required", []), tag]}
         if rest:
-            branches = [
-                self._merged({**rest, "allOf": [branch]}) if branch is not True else rest for branch in branches
-            ]
+            branches = [{**rest, "allOf": [branch]} for branch in branches]
         if key == "oneOf":
             self._check_disjoint(branches)
-        rules = [self._visit(branch, f"{name}-{i}", depth + 1) for i, branch in enumerate(branches)]
+        rules, impossible = [], None
+        for i, branch in enumerate(branches):
+            try:
+                rules.append(self._visit(branch, f"{name}-{i}", depth + 1, key, i))
+            except Impossible as error:
+                impossible = error
+        if not rules and impossible is not None:
+            raise impossible
         return self._alternatives(name, rules)
+
+    def _tag(self, schema: dict[str, Any]) -> str | None:
+        """OpenAPI's discriminator: a property that every branch must have, though not all say so."""
+        discriminator = schema.get("discriminator")
+        if isinstance(discriminator, dict) and isinstance(discriminator.get("propertyName"), str):
+            return str(discriminator["propertyName"])
+        return None
 
     def _alternatives(self, name: str, rules: list[str]) -> str:
         unique = list(dict.fromkeys(rules))
@@ -318,41 +345,34 @@ class Converter:
 
     def _check_disjoint(self, branches: list[Schema]) -> None:
         self._spend(len(branches) * (len(branches) - 1) // 2)
-        followed = [self._follow(branch) for branch in branches]
-        for i, a in enumerate(followed):
-            for b in followed[:i]:
-                if not _disjoint(a, b):
+        for i, a in enumerate(branches):
+            for j, b in enumerate(branches[:i]):
+                if not self._document.disjoint(a, b):
                     raise refuse(
-                        "oneOf: a value could match two of the branches; use anyOf, or tell them apart "
+                        f"oneOf: a value could match both branch {j} and branch {i}; use anyOf, or tell them apart "
                         "by type, by a required property or by a const"
                     )
 
-    def _follow(self, schema: Schema) -> Schema:
-        for _ in range(MAX_DEPTH):
-            if not isinstance(schema, dict) or "$ref" not in schema:
-                break
-            schema = self._resolve(schema["$ref"])
-        return schema
-
     def _choice(self, schema: dict[str, Any], name: str) -> str:
+        return self.add(name, self._trie(name, sorted({_json(value) for value in self._values(schema)})))
+
+    def _values(self, schema: dict[str, Any]) -> list[Any]:
+        """The values of an enum or a const that fit what is said beside it."""
         values = [schema["const"]] if "const" in schema else schema["enum"]
         if not isinstance(values, list) or not values:
             raise refuse("enum must be a list of values")
-        beside = set(schema) - _ANNOTATIONS - {"const", "enum", "type", "$defs", "definitions"}
-        if beside:
-            raise refuse(f"enum, const: not together with {min(beside)}")
-        types = _types(schema)
-        kept = [value for value in values if not types or any(_is(value, t) for t in types)]
+        self._spend(len(values) // 16)
         if "const" in schema and "enum" in schema:
-            kept = [value for value in kept if any(_same(value, other) for other in schema["enum"])]
+            values = [value for value in values if any(same(value, other) for other in schema["enum"])]
+        rest = {key: value for key, value in schema.items() if key not in ("const", "enum")}
+        if set(rest) <= {"type"}:
+            kinds = types(rest)
+            kept = [value for value in values if not kinds or any(is_type(value, kind) for kind in kinds)]
+        else:
+            kept = [value for value in values if self._document.fits(value, rest)]
         if not kept:
-            raise refuse("enum: none of its values has the type that the schema asks for")
-        try:
-            texts = sorted({json.dumps(value, ensure_ascii=False, allow_nan=False) for value in kept})
-            "".join(texts).encode()
-        except (ValueError, UnicodeEncodeError):
-            raise refuse("enum: a value that is not JSON") from None
-        return self.add(name, self._trie(name, texts))
+            raise Impossible("enum: none of its values has the type that the schema asks for, and keeps its limits")
+        return kept
 
     def _trie(self, name: str, texts: list[str]) -> str:
         """Sorted texts as a tree over what they begin with: however many there are, few can begin at once."""
@@ -374,8 +394,10 @@ class Converter:
     # ── types ──
 
     def _typed(self, schema: dict[str, Any], name: str, depth: int) -> str:
-        types = _types(schema) or [t for t, keywords in _IMPLIES.items() if any(k in schema for k in keywords)]
-        if not types:
+        kinds = types(schema) or [kind for kind, words in IMPLIES.items() if any(word in schema for word in words)]
+        if not kinds:
+            if "type" in schema:
+                raise Impossible("type: no type is left")
             return "value"
         make: dict[str, Callable[[dict[str, Any], str, int], str]] = {
             "object": self._object,
@@ -384,92 +406,214 @@ class Converter:
             "number": self._number,
             "integer": self._integer,
         }
-        rules = []
-        for kind in types:
-            suffix = f"{name}-{kind}" if len(types) > 1 else name
-            rules.append(make[kind](schema, suffix, depth) if kind in make else kind)
+        rules, impossible = [], None
+        for kind in kinds:
+            suffix = f"{name}-{kind}" if len(kinds) > 1 else name
+            try:
+                rules.append(make[kind](schema, suffix, depth) if kind in make else kind)
+            except Impossible as error:
+                impossible = error
+        if not rules and impossible is not None:
+            raise impossible
         return self._alternatives(name, rules)
 
+    # ── objects ──
+
     def _object(self, schema: dict[str, Any], name: str, depth: int) -> str:
-        properties = schema.get("properties", {})
-        if isinstance(properties, dict) and len(properties) > MAX_PROPERTIES:
-            raise refuse(f"properties: more than {MAX_PROPERTIES}")
         required = schema.get("required", [])
         others = schema.get("additionalProperties", schema.get("unevaluatedProperties", True))
-        if not isinstance(properties, dict) or not _strings(required):
+        declared = schema.get("properties", {})
+        if not isinstance(declared, dict) or not strings(required):
             raise refuse("properties must be an object and required a list of names")
-        missing = [key for key in required if key not in properties]
-        if missing and others is False:
-            raise refuse(f"required: {missing[0]!r} is not among the properties, and no others are allowed")
-        members = {**properties, **dict.fromkeys(missing, others)}
-        if not members:
-            return self._map(schema, name, others, depth)
+        if len(declared) > MAX_PROPERTIES:
+            raise refuse(f"properties: more than {MAX_PROPERTIES}")
         low, high = _bounds(schema, "minProperties", "maxProperties")
-        if low > len(set(required)) or (high is not None and high < len(members)):
-            raise refuse("minProperties, maxProperties: not together with properties")
-        pairs = [
-            (f'{literal(json.dumps(key, ensure_ascii=False))} ":" ws '
-             f"{self._visit(value, f'{name}-{i}', depth + 1)}", key in required)
-            for i, (key, value) in enumerate(members.items())
-        ]  # fmt: skip
-        first = self._members(pairs, name)
-        return self.add(name, f'"{{" ws {first} ws "}}"')
+        pairs = self._pairs(schema, required, others, name, depth)
+        if not pairs and not declared:
+            return self._map(schema, name, others, low, high, depth)
+        names = [key for key, _, _ in pairs]
+        asked = "additionalProperties" in schema and others is not False and set(declared) == set(names)
+        extra = self._extra(name, names, others, depth) if asked and "patternProperties" not in schema else None
+        body = self._members([(pair, needed) for _, pair, needed in pairs], low, high, extra, name)
+        return self.add(name, f'"{{" ws {body} ws "}}"')
 
-    def _members(self, pairs: list[tuple[str, bool]], name: str) -> str:
-        """The members in their order, the optional ones left out or not, commas only between members. From the
-        back: what may follow when nothing was written yet, and when something was."""
-        first = rest = '""'
+    def _pairs(
+        self, schema: dict[str, Any], required: list[str], others: Schema, name: str, depth: int
+    ) -> list[tuple[str, str, bool]]:
+        """Name, rule and need of every property that can be written."""
+        declared, keys = schema.get("properties", {}), schema.get("propertyNames", True)
+        pairs = []
+        for i, key in enumerate(dict.fromkeys([*declared, *required])):
+            needed = key in required
+            at = ("properties", key) if key in declared else ("additionalProperties",)
+            try:
+                if not self._document.fits(key, keys):
+                    raise Impossible(f"propertyNames: does not allow {key!r}, which is required")
+                value = self._patterned(schema, key, declared.get(key, others))
+                if value is False and key not in declared:
+                    raise Impossible(f"required: {key!r} is not among the properties, and no others are allowed")
+                rule = self._visit(value, f"{name}-{i}", depth + 1, *at)
+            except Impossible:
+                if needed:
+                    raise
+                continue
+            pairs.append((key, f'{literal(_json(key))} ":" ws {rule}', needed))
+        return pairs
+
+    def _patterned(self, schema: dict[str, Any], key: str, value: Schema) -> Schema:
+        """The schema of a property together with those of the patterns that its name matches."""
+        patterns = schema.get("patternProperties", {})
+        matching = [inner for pattern, inner in patterns.items() if self._document.fits(key, {"pattern": pattern})]
+        if not matching:
+            return value
+        if key in schema.get("properties", {}):
+            matching.append(value)
+        return matching[0] if len(matching) == 1 else {"allOf": matching}
+
+    def _members(self, pairs: list[tuple[str, bool]], low: int, high: int | None, extra: str | None, name: str) -> str:
+        """The members in their order, the optional ones left out or not, commas only between members. From the back:
+        what may follow when so many were written: 0, or 1 for "some", or counted where their number is limited."""
+        needed = sum(need for _, need in pairs)
+        low = 0 if low <= needed else low
+        high = None if high is not None and extra is None and high >= len(pairs) else high
+        if (high is not None and needed > high) or (extra is None and low > len(pairs)):
+            raise Impossible("minProperties, maxProperties, minItems, maxItems: cannot be kept with what is there")
+        most = high if high is not None else max(low, 1)
+        self._spend(len(pairs) * (most + 1) // 16)
+        more = self.add(f"{name}-e", f'"," ws {extra}') if extra else ""
+        after: list[str | None] = [self._ends(written, low, high, extra, more, name) for written in range(most + 1)]
         for i in range(len(pairs) - 1, -1, -1):
-            pair, needed = pairs[i]
-            first_body, rest_body = f"{pair} {rest}", f'"," ws {pair} {rest}'
-            if not needed:
-                first_body, rest_body = f"{first_body} | {first}", f"{rest_body} | {rest}"
-            first, rest = self.add(f"{name}-f{i}", first_body), self.add(f"{name}-r{i}", rest_body)
-        return first
+            pair, need = pairs[i]
+            before: list[str | None] = []
+            for written in range(most + 1):
+                following = after[min(written + 1, most)] if high is None or written < high else None
+                comma = '"," ws ' if written else ""
+                ways = [f"{comma}{pair} {following}"] if following is not None else []
+                if not need and after[written] is not None:
+                    ways.append(str(after[written]))
+                before.append(self.add(f"{name}-{'fr'[written > 0]}{i}", " | ".join(ways)) if ways else None)
+            after = before
+        if after[0] is None:
+            raise Impossible("minProperties, maxProperties, minItems, maxItems: cannot be kept with what is there")
+        return after[0]
 
-    def _map(self, schema: dict[str, Any], name: str, others: Schema, depth: int) -> str:
-        low, high = _bounds(schema, "minProperties", "maxProperties")
-        if others is False or high == 0:
-            if low:
-                raise refuse("minProperties: no properties are allowed")
-            return self.add(name, '"{" ws "}"')
+    def _ends(self, written: int, low: int, high: int | None, extra: str | None, more: str, name: str) -> str | None:
+        """What may stand behind the last member, when so many have been written."""
+        if extra is None:
+            return '""' if written >= low else None
+        least, most = max(low - written, 0), None if high is None else high - written
+        if least > 1:
+            raise refuse("minProperties: more than one of freely named properties cannot be ensured")
+        if most == 0:
+            return '""'
+        if written:
+            return f"({self._repeat(more, least, most, name) or chr(34) * 2})"
+        return f"({self._listed(extra, least, most, name)})"
+
+    def _map(self, schema: dict[str, Any], name: str, others: Schema, low: int, high: int | None, depth: int) -> str:
+        patterns = schema.get("patternProperties", {})
+        keys = schema.get("propertyNames", True)
+        if not isinstance(patterns, dict):
+            raise refuse("patternProperties must be an object")
+        if len(patterns) > 1 or (patterns and others not in (True, False)):
+            raise refuse("patternProperties: more than one kind of freely named properties")
+        for pattern, inner in patterns.items():
+            keys = {"allOf": [keys, {"type": "string", "pattern": pattern}]}
+            others = inner
+        if high == 0 or others is False or (schema.get("properties") == {} and "additionalProperties" not in schema
+                                            and not patterns and keys is True):  # fmt: skip
+            return self._empty("{}", low, name)
         if low > 1:
             raise refuse("minProperties: more than one of freely named properties cannot be ensured")
-        value = self._visit(others, f"{name}-v", depth + 1)
-        pair = self.add(f"{name}-p", f'string ":" ws {value}')
+        try:
+            value = self._visit(others, f"{name}-v", depth + 1, "additionalProperties")
+        except Impossible:
+            return self._empty("{}", low, name)
+        key = "string"
+        if keys is not True:
+            self._document.disjoint(keys, {"type": "string"})
+            key = self._visit({"allOf": [keys, {"type": "string"}]}, f"{name}-k", depth + 1, "propertyNames")
+        pair = self.add(f"{name}-p", f'{key} ":" ws {value}')
         return self.add(name, f'"{{" ws {self._listed(pair, low, high, name)} ws "}}"')
+
+    def _empty(self, brackets: str, low: int, name: str) -> str:
+        if low:
+            raise Impossible("minItems, minProperties: none are allowed")
+        return self.add(name, f'"{brackets[0]}" ws "{brackets[1]}"')
+
+    def _extra(self, name: str, names: list[str], others: Schema, depth: int) -> str | None:
+        """A property with a name that is not among `names`."""
+        value = self._visit(others, f"{name}-v", depth + 1, "additionalProperties")
+        key = self._other_name(f"{name}-k", [_json(key)[1:-1] for key in names])
+        return self.add(f"{name}-p", f'"\\"" {key} ":" ws {value}')
+
+    def _other_name(self, name: str, taken: list[str]) -> str:
+        """The rest of a string, with its closing quote, that is none of these."""
+        groups: dict[str, list[str]] = {}
+        for text in taken:
+            if text:
+                groups.setdefault(text[0], []).append(text[1:])
+        ways = [] if "" in taken else ['"\\""']
+        ways += [f"{literal(char)} {self._other_name(name, rest)}" for char, rest in groups.items() if char != "\\"]
+        shut = "".join(f"\\U{ord(char):08X}" for char in groups)
+        ways.append(f'[^"\\\\\\x00-\\x1F\\x7F\\uD800-\\uDFFF\\U00110000-\\U001FFFFF{shut}] char* "\\""')
+        return self.add(f"{name}-o", " | ".join(ways))
+
+    # ── arrays ──
 
     def _array(self, schema: dict[str, Any], name: str, depth: int) -> str:
         items = schema.get("items", True)
         heads = schema.get("prefixItems", [])
         if isinstance(items, list):  # the way of older drafts
             heads, items = items, schema.get("additionalItems", True)
+        elif "items" not in schema and schema.get("unevaluatedItems") is False:
+            items = False
         if not isinstance(heads, list):
             raise refuse("prefixItems must be a list of schemas")
         low, high = _bounds(schema, "minItems", "maxItems")
-        if not heads:
-            if items is False:
-                high = 0
-            if high == 0:
-                if low:
-                    raise refuse("minItems: no items are allowed")
-                return self.add(name, '"[" ws "]"')
-            item = self._visit(items, f"{name}-i", depth + 1)
-            return self.add(name, f'"[" ws {self._listed(item, low, high, name)} ws "]"')
-        return self._tuple(heads, items, low, high, name, depth)
+        if high is not None and high < low:
+            raise Impossible("minItems: a minimum is larger than its maximum")
+        if schema.get("uniqueItems") is True and (high is None or high > 1):
+            return self._set(items, low, high, name, len(heads))
+        if heads:
+            asked = "items" in schema or "additionalItems" in schema
+            return self._tuple(heads, items, low, high, name, depth, asked)
+        if high == 0 or items is False:
+            return self._empty("[]", low, name)
+        try:
+            item = self._visit(items, f"{name}-i", depth + 1, "items")
+        except Impossible:
+            if low:
+                raise
+            return self._empty("[]", low, name)
+        return self.add(name, f'"[" ws {self._listed(item, low, high, name)} ws "]"')
 
-    def _tuple(self, heads: list[Schema], items: Schema, low: int, high: int | None, name: str, depth: int) -> str:
+    def _set(self, items: Schema, low: int, high: int | None, name: str, heads: int) -> str:
+        """Different items: of a few known values each at most once, in their order."""
+        schema = self._document.follow(items)
+        if isinstance(schema, dict) and set(essential(schema)) == {"type"} and types(schema) == ["boolean"]:
+            schema = {"enum": [False, True]}
+        if heads or not isinstance(schema, dict) or not ("enum" in schema or "const" in schema):
+            raise refuse("uniqueItems: no grammar can express this keyword where the items are not an enum")
+        texts = list(dict.fromkeys(_json(value) for value in self._values(essential(schema))))
+        body = self._members([(literal(text), False) for text in texts], low, high, None, name)
+        return self.add(name, f'"[" ws {body} ws "]"')
+
+    def _tuple(
+        self, heads: list[Schema], items: Schema, low: int, high: int | None, name: str, depth: int, asked: bool
+    ) -> str:
         if high is not None and high < len(heads):
             heads, items = heads[:high], False
         if not heads:
-            return self.add(name, '"[" ws "]"')
-        rules = [self._visit(head, f"{name}-{i}", depth + 1) for i, head in enumerate(heads)]
-        body = ' "," ws '.join(rules)  # all of them: an array may be shorter, but this is always valid
-        if low > len(heads):
-            if items is False:
-                raise refuse("minItems: more than the items that are allowed")
-            item = self.add(f"{name}-m", f'"," ws {self._visit(items, f"{name}-i", depth + 1)}')
-            body += f" {self._repeat(item, low - len(heads), None if high is None else high - len(heads), name)}"
+            return self._empty("[]", low, name)
+        rules = [self._visit(head, f"{name}-{i}", depth + 1, "prefixItems", i) for i, head in enumerate(heads)]
+        body = ' "," ws '.join(rules)  # all of them: an array may be shorter, but this is what is meant
+        if low > len(heads) and items is False:
+            raise Impossible("minItems: more than the items that are allowed")
+        if items is not False and (asked or low > len(heads)):
+            item = self.add(f"{name}-m", f'"," ws {self._visit(items, f"{name}-i", depth + 1, "items")}')
+            least = max(low - len(heads), 0)
+            body += f" {self._repeat(item, least, None if high is None else high - len(heads), name)}"
         return self.add(name, f'"[" ws {body} ws "]"')
 
     def _listed(self, item: str, low: int, high: int | None, name: str) -> str:
@@ -482,7 +626,7 @@ class Converter:
     def _repeat(self, item: str, low: int, high: int | None, name: str) -> str:
         """`item` low to high times. llama.cpp writes every repetition out, so many of them go in blocks."""
         if high is not None and high < low:
-            raise refuse("a minimum is larger than its maximum")
+            raise Impossible("a minimum is larger than its maximum")
         exact = self._exactly(item, low, name)
         if high is None:
             return f"{exact} {item}*".strip()
@@ -504,72 +648,103 @@ class Converter:
         full = f"{self._exactly(block, blocks, name)} {self._at_most(item, rest, name)}".strip()
         return self.add(f"{name}-u", f"{fewer} | {full}")
 
+    # ── strings ──
+
     def _string(self, schema: dict[str, Any], name: str, depth: int) -> str:
         low, high = _bounds(schema, "minLength", "maxLength")
-        pattern, form = schema.get("pattern"), schema.get("format")
-        limited = low > 0 or high is not None
-        if pattern is not None:
-            if limited:
-                raise refuse("pattern: not together with minLength or maxLength")
-            return self.add(name, f'"\\"" ({_Pattern(self, name).rule(pattern)}) "\\""')
-        if form in _FORMATS and not limited:
-            return self.add(name, f'"\\"" {_FORMATS[form]} "\\""')
-        if not limited:
+        if high is not None and high < low:
+            raise Impossible("minLength: a minimum is larger than its maximum")
+        patterns = _patterns(schema)
+        if patterns:
+            return self.add(name, f'"\\"" {self._strings.rule(name, patterns, low, high, spell=in_json)} "\\""')
+        if not low and high is None:
             return "string"
         return self.add(name, f'"\\"" {self._repeat("char", low, high, name)} "\\""')
 
+    def _raw(self, schema: Schema, name: str, end: str) -> str:
+        inner = self._document.follow(schema)
+        if not written_raw(inner, self._document.root):
+            return self._visit(schema, name, 0)
+        assert isinstance(inner, dict)
+        if "enum" in inner or "const" in inner:
+            return self.add(name, self._trie(name, sorted(set(self._values(essential(inner))))))
+        low, high = _bounds(inner, "minLength", "maxLength")
+        return self._strings.rule(name, _patterns(inner), low, high, spell=as_it_is, without=end)
+
+    # ── numbers ──
+
     def _integer(self, schema: dict[str, Any], name: str, depth: int) -> str:
-        low, high = _limits(schema)
+        low, high = numbers.limits(schema)
+        step = _step(schema)
+        if step is not None and step != step.to_integral_value():
+            if (1 / step) != (1 / step).to_integral_value():
+                raise refuse("multipleOf: of an integer it must be a whole number")
+            step = None
+        if step is not None and step != 1:
+            return self._multiples(step, low, high, name)
         if low is None and high is None:
             return "integer"
-        return self.add(name, _integers(_first_int(low), _last_int(high)))
+        first, last = numbers.first_integer(low), numbers.last_integer(high)
+        if first > last:
+            raise Impossible("minimum, maximum: no whole number of 64 bits lies between them")
+        return self.add(name, numbers.integers(first, last))
 
     def _number(self, schema: dict[str, Any], name: str, depth: int) -> str:
-        low, high = _limits(schema)
-        if low is None and high is None:
-            return "number"
-        first, last = _first_int(low), _last_int(high)
-        # n.frac lies strictly between n and n + 1, so both of these must be within the limits (closed or not).
-        least = math.ceil(low[0]) if low else -_LARGEST
-        most = math.floor(high[0]) if high else _LARGEST
-        parts = []
-        if first <= last:
-            parts.append(_integers(first, last))
-        if max(least, 0) <= most - 1:
-            parts.append(f"({_integers(max(least, 0), most - 1)}) fraction")
-        if max(-most, 0) <= -least - 1:
-            parts.append(f'"-" ({_integers(max(-most, 0), -least - 1)}) fraction')
-        if not parts:
-            raise refuse("minimum, maximum: too close together for a grammar")
-        return self.add(name, " | ".join(parts))
+        low, high = numbers.limits(schema)
+        step = _step(schema)
+        if step is not None and step == step.to_integral_value():
+            return self._integer(schema, name, depth)
+        places = None if step is None else -int(step.as_tuple().exponent)
+        if step is not None and step.as_tuple().digits != (1,):
+            return self._multiples(step, low, high, name)
+        if low is not None or high is not None:
+            return self.add(name, numbers.decimals(low, high, places))
+        return "number" if places is None else self.add(name, f'integer ("." [0-9]{{1,{places}}})?')
+
+    def _multiples(self, step: Decimal, low: Limit | None, high: Limit | None, name: str) -> str:
+        if low is not None and high is not None and (high.value - low.value) / step <= MAX_MULTIPLES:
+            first = int((low.value / step).to_integral_value(rounding="ROUND_CEILING"))
+            last = int((high.value / step).to_integral_value(rounding="ROUND_FLOOR"))
+            first += low.excluded and first * step == low.value
+            last -= high.excluded and last * step == high.value
+            if first > last:
+                raise Impossible("minimum, maximum: no multiple lies between them")
+            texts = sorted({f"{(i * step).normalize():f}" for i in range(first, last + 1)})
+            return self.add(name, self._trie(name, texts))
+        if low is None and high is None and step == step.to_integral_value() and step <= 100:
+            return self._divisible(int(step), name)
+        raise refuse("multipleOf: together with these limits no grammar can express it")
+
+    def _divisible(self, step: int, name: str) -> str:
+        """All multiples of a number: one rule for each remainder of what has been written."""
+        rules = [self._reserve(f"{name}-m{remainder}") for remainder in range(step)]
+        for remainder, rule in enumerate(rules):
+            ways = [f'"{digit}" {rules[(remainder * 10 + digit) % step]}' for digit in range(10)]
+            self._rules[rule] = " | ".join([*ways, '""'] if remainder == 0 else ways)
+        begin = " | ".join(f'"{digit}" {rules[digit % step]}' for digit in range(1, 10))
+        return self.add(name, f'"0" | "-"? ({begin})')
 
 
-_ANNOTATIONS = frozenset(
-    {"title", "description", "default", "examples", "example", "$comment", "$schema", "$id", "$defs", "definitions",
-     "deprecated", "readOnly", "writeOnly", "nullable", "contentEncoding", "contentMediaType", "$anchor"}
-)  # fmt: skip
+def written_raw(schema: Schema, root: Schema) -> bool:
+    """Is a value of this schema a string in any case, so that it needs no quotes between tags?"""
+    inner = Document(root, lambda work: None).follow(schema)
+    if not isinstance(inner, dict) or {"anyOf", "oneOf", "allOf", "$ref", "not"} & set(inner):
+        return False
+    return possible_types(inner) == {"string"}
 
 
-def _types(schema: dict[str, Any]) -> list[str]:
-    kinds = schema.get("type", [])
-    kinds = [kinds] if isinstance(kinds, str) else kinds
-    if not isinstance(kinds, list) or not all(kind in _TYPES for kind in kinds):
-        raise refuse(f"type {json.dumps(kinds)[:60]}: must be one of {', '.join(_TYPES)}")
-    return list(dict.fromkeys(kinds))
+def _patterns(schema: dict[str, Any]) -> list[Any]:
+    formats = [FORMATS[form] for form in as_list(schema.get("format", [])) if form in FORMATS]
+    return [*as_list(schema.get("pattern", [])), *formats]
 
 
-def _is(value: Any, kind: str) -> bool:
-    if isinstance(value, bool) or value is None:
-        return kind == ("null" if value is None else "boolean")
-    if isinstance(value, int):
-        return kind in ("integer", "number")
-    if isinstance(value, float):
-        return kind == "number" or (kind == "integer" and value.is_integer())
-    return isinstance(value, {"string": str, "array": list, "object": dict}.get(kind, ()))
-
-
-def _strings(value: Any) -> bool:
-    return isinstance(value, list) and all(isinstance(item, str) for item in value)
+def _json(value: Any) -> str:
+    try:
+        text = json.dumps(value, ensure_ascii=False, allow_nan=False)
+        text.encode()
+    except (ValueError, UnicodeEncodeError):
+        raise refuse("enum: a value that is not JSON") from None
+    return text
 
 
 def _common_head(texts: list[str]) -> str:
@@ -590,287 +765,17 @@ def _bounds(schema: dict[str, Any], least: str, most: str) -> tuple[int, int | N
     return int(low), None if high is None else min(int(high), MAX_REPETITIONS)
 
 
-def _disjoint(a: Schema, b: Schema) -> bool:
-    """Can no text of a's grammar be valid against b, nor the other way round? False when in doubt."""
-    if not isinstance(a, dict) or not isinstance(b, dict):
-        return False
-    values_a, values_b = _values(a), _values(b)
-    if values_a is not None and values_b is not None:
-        return not any(value in values_b for value in values_a)
-    kinds_a, kinds_b = set(_types(a)), set(_types(b))
-    if kinds_a and kinds_b:
-        if "number" in kinds_a | kinds_b:
-            kinds_a, kinds_b = kinds_a - {"integer"} | {"number"} & kinds_a, kinds_b
-            if "integer" in kinds_b and "number" in kinds_a:
-                return False
-            if "integer" in set(_types(a)) and "number" in kinds_b:
-                return False
-        if not kinds_a & kinds_b:
-            return True
-    members_a, members_b = a.get("properties", {}), b.get("properties", {})
-    needed_a, needed_b = a.get("required", []), b.get("required", [])
-    if not members_a or not members_b or {"anyOf", "allOf", "oneOf", "$ref"} & {*a, *b}:
-        return False
-    if (kinds_a or {"object"}) & (kinds_b or {"object"}) != {"object"}:
-        return False  # a value that is no object has no properties to be told apart by
-    for name in set(needed_a) & set(needed_b) & set(members_a) & set(members_b):
-        inner_a, inner_b = members_a[name], members_b[name]
-        if isinstance(inner_a, dict) and isinstance(inner_b, dict):
-            values_a, values_b = _values(inner_a), _values(inner_b)
-            if values_a is not None and values_b is not None and not any(value in values_b for value in values_a):
-                return True
-    # Only properties that are declared or required are ever written, so a lacks what b needs, and b what a needs.
-    return bool(set(needed_b) - {*members_a, *needed_a}) and bool(set(needed_a) - {*members_b, *needed_b})
+def _step(schema: dict[str, Any]) -> Decimal | None:
+    step = schema.get("multipleOf")
+    if step is None:
+        return None
+    if isinstance(step, bool) or not isinstance(step, int | float) or step <= 0:
+        raise refuse("multipleOf must be a number above 0")
+    return Decimal(repr(step)).normalize()
 
 
-def _same(a: Any, b: Any) -> bool:
-    """As JSON has it: true is not 1."""
-    return a == b and json.dumps(a, sort_keys=True, default=str) == json.dumps(b, sort_keys=True, default=str)
-
-
-def _values(schema: dict[str, Any]) -> list[Any] | None:
-    if "const" in schema:
-        return [schema["const"]]
-    values = schema.get("enum")
-    return values if isinstance(values, list) else None
-
-
-# ── numbers between limits ────────────────────────────────────────────────────────────────────────────────
-
-_LARGEST = 10**15 - 1
-
-Limit = tuple[float, bool]  # value; is it excluded?
-
-
-def _limits(schema: dict[str, Any]) -> tuple[Limit | None, Limit | None]:
-    def limit(inclusive: str, exclusive: str, tighter: Callable[[Limit, Limit], Limit]) -> Limit | None:
-        found: list[Limit] = []
-        for key, excluded in ((inclusive, False), (exclusive, True)):
-            value = schema.get(key)
-            if isinstance(value, bool):  # draft 4: a flag on the other keyword
-                if value and excluded and isinstance(schema.get(inclusive), int | float):
-                    found.append((schema[inclusive], True))
-            elif value is not None:
-                if not isinstance(value, int | float) or not math.isfinite(value):
-                    raise refuse(f"{key} must be a number")
-                found.append((value, excluded))
-        if not found:
-            return None
-        return found[0] if len(found) == 1 else tighter(*found)
-
-    low = limit("minimum", "exclusiveMinimum", max)
-    high = limit("maximum", "exclusiveMaximum", lambda a, b: min(a, b, key=lambda x: (x[0], not x[1])))
-    return low, high
-
-
-def _first_int(low: Limit | None) -> int:
-    if low is None:
-        return -_LARGEST
-    return math.floor(low[0]) + 1 if low[1] else math.ceil(low[0])
-
-
-def _last_int(high: Limit | None) -> int:
-    if high is None:
-        return _LARGEST
-    return math.ceil(high[0]) - 1 if high[1] else math.floor(high[0])
-
-
-def _integers(first: int, last: int) -> str:
-    """The decimal numbers first … last, as alternatives."""
-    first, last = max(first, -_LARGEST), min(last, _LARGEST)
-    if first > last:
-        raise refuse("minimum, maximum: no whole number lies between them")
-    parts = []
-    if first < 0:
-        parts += [f'"-" {part}' for part in _naturals(max(-last, 1), -first)]
-    if last >= 0:
-        parts += _naturals(max(first, 0), last)
-    return " | ".join(parts)
-
-
-def _naturals(first: int, last: int) -> list[str]:
-    parts = []
-    for length in range(len(str(first)), len(str(last)) + 1):
-        low = max(first, 10 ** (length - 1) if length > 1 else 0)
-        high = min(last, 10**length - 1)
-        parts.append(_same_length(str(low), str(high)))
-    return [f"({part})" if " | " in part else part for part in parts]
-
-
-def _same_length(low: str, high: str) -> str:
-    """Decimal strings of one length between two of them."""
-    if low == high:
-        return f'"{low}"' if low else ""
-    if set(low) == {"0"} and set(high) == {"9"}:
-        return f"[0-9]{{{len(low)}}}"
-    if low[0] == high[0]:
-        rest = _same_length(low[1:], high[1:])
-        return f'"{low[0]}" ' + (f"({rest})" if " | " in rest else rest)
-    n = len(low) - 1
-    start, end = int(low[0]), int(high[0])
-    parts = []
-    if set(low[1:]) - {"0"}:
-        parts.append(_same_length(low, low[0] + "9" * n))
-        start += 1
-    tail = ""
-    if set(high[1:]) - {"9"}:
-        tail = _same_length(high[0] + "0" * n, high)
-        end -= 1
-    if start <= end:
-        parts.append(f"[{start}-{end}]" + (f" [0-9]{{{n}}}" if n else ""))
-    if tail:
-        parts.append(tail)
-    return " | ".join(parts)
-
-
-# ── patterns ──────────────────────────────────────────────────────────────────────────────────────────────
-
-Ranges = list[tuple[int, int]]
-
-_TOP = 0x10FFFF
-_UNWRITABLE: Ranges = [(0, 0x1F), (0x22, 0x22), (0x5C, 0x5C), (0x7F, 0x7F), (0xD800, 0xDFFF)]
-_CLASSES: dict[str, Ranges] = {
-    "CATEGORY_DIGIT": [(0x30, 0x39)],
-    "CATEGORY_SPACE": [(0x20, 0x20)],
-    "CATEGORY_WORD": [(0x30, 0x39), (0x41, 0x5A), (0x5F, 0x5F), (0x61, 0x7A)],
-}
-
-
-#: … with all that some reader of patterns counts among them.
-_WIDEST: dict[str, Ranges] = {
-    "CATEGORY_DIGIT": [(0x30, 0x39), (0x80, _TOP)],
-    "CATEGORY_SPACE": [
-        (9, 13), (0x1C, 0x20), (0x85, 0x85), (0xA0, 0xA0), (0x1680, 0x1680), (0x2000, 0x200A), (0x2028, 0x2029),
-        (0x202F, 0x202F), (0x205F, 0x205F), (0x3000, 0x3000), (0xFEFF, 0xFEFF),
-    ],
-    "CATEGORY_WORD": [*_CLASSES["CATEGORY_WORD"], (0x80, _TOP)],
-}  # fmt: skip
-
-
-def _inverse(ranges: Ranges) -> Ranges:
-    out, at = [], 0
-    for low, high in sorted(ranges):
-        if low > at:
-            out.append((at, low - 1))
-        at = max(at, high + 1)
-    return [*out, (at, _TOP)] if at <= _TOP else out
-
-
-class _Pattern:
-    """A regular expression as the inside of a JSON string. A text that the whole pattern matches is made, which
-    also satisfies a pattern without anchors. Lookaround, back references and the like are refused."""
-
-    def __init__(self, converter: Converter, name: str) -> None:
-        self._converter = converter
-        self._name = name
-
-    def rule(self, pattern: Any) -> str:
-        if not isinstance(pattern, str) or len(pattern) > 2000:
-            raise refuse("pattern must be a string of at most 2000 characters")
-        try:
-            with warnings.catch_warnings():
-                warnings.simplefilter("ignore")
-                parsed = importlib.import_module("re._parser").parse(pattern)
-        except (ValueError, OverflowError, RecursionError) as error:  # re.error is a ValueError from 3.13 on
-            raise refuse(f"pattern: {error}") from None
-        except Exception as error:
-            if type(error).__name__ not in ("error", "PatternError"):
-                raise
-            raise refuse(f"pattern: {error}") from None
-        items = list(parsed)
-        if items and _op(items[0]) == "AT" and str(items[0][1]) in ("AT_BEGINNING", "AT_BEGINNING_STRING"):
-            items = items[1:]
-        if items and _op(items[-1]) == "AT" and str(items[-1][1]) in ("AT_END", "AT_END_STRING"):
-            items = items[:-1]
-        return self._sequence(items, 0) or '""'
-
-    def _sequence(self, items: Iterable[Any], depth: int) -> str:
-        if depth > MAX_DEPTH:
-            raise refuse("pattern: nested too deep")
-        return " ".join(filter(None, (self._item(_op(item), item[1], depth) for item in items)))
-
-    def _item(self, op: str, value: Any, depth: int) -> str:
-        if op == "LITERAL":
-            return self._characters([(value, value)])
-        if op == "NOT_LITERAL":
-            return self._characters(_inverse([(value, value)]))
-        if op == "ANY":
-            return self._characters(_inverse([(10, 10)]))
-        if op == "IN":
-            return self._characters(self._class(value))
-        if op == "SUBPATTERN":
-            return f"({self._sequence(value[3], depth + 1)})" if list(value[3]) else ""
-        if op == "BRANCH":
-            return "(" + " | ".join(self._sequence(branch, depth + 1) or '""' for branch in value[1]) + ")"
-        if op in ("MAX_REPEAT", "MIN_REPEAT"):
-            return self._repeated(value, depth)
-        raise refuse(f"pattern: {op.lower().replace('_', ' ')} cannot be expressed by a grammar")
-
-    def _repeated(self, value: Any, depth: int) -> str:
-        low, high, inner = value
-        body = self._sequence(inner, depth + 1)
-        if not body:
-            return ""
-        high = None if "MAXREPEAT" in str(high) else int(high)
-        if int(low) > MAX_REPETITIONS or (high is not None and high > MAX_REPETITIONS):
-            raise refuse(f"pattern: more than {MAX_REPETITIONS} repetitions")
-        item = self._converter.add(f"{self._name}-x", body)
-        return f"({self._converter._repeat(item, int(low), high, self._name)})"
-
-    def _class(self, members: Iterable[Any]) -> Ranges:
-        ranges: Ranges = []
-        classes: list[tuple[Ranges, Ranges, bool]] = []
-        negate = False
-        for member in members:
-            op, value = _op(member), member[1]
-            if op == "NEGATE":
-                negate = True
-            elif op == "LITERAL":
-                ranges.append((value, value))
-            elif op == "RANGE":
-                ranges.append((value[0], value[1]))
-            else:
-                kind = str(value)
-                name, without = kind.replace("_NOT_", "_"), "_NOT_" in kind
-                if name not in _CLASSES:
-                    raise refuse("pattern: a character class that is not supported")
-                classes.append((_CLASSES[name], _WIDEST[name], without))
-        # What \w, \s, \d hold in full Unicode depends on who asks. What is written must be in them, or outside of them,
-        # whoever asks: in a class its surest members count, in a negated one all that anybody takes for a member.
-        for sure, widest, without in classes:
-            if negate:
-                ranges += _inverse(sure) if without else widest
-            else:
-                ranges += _ascii(_inverse([*widest, (0x7F, _TOP)])) if without else sure
-        return _inverse(ranges) if negate else ranges
-
-    def _characters(self, ranges: Ranges) -> str:
-        """One character out of these, as it is written in JSON."""
-        plain = _inverse([*_inverse(ranges), *_UNWRITABLE])
-
-        def has(point: int) -> bool:
-            return any(low <= point <= high for low, high in ranges)
-
-        escapes = [r'"\\\""'] * has(0x22) + [r'"\\\\"'] * has(0x5C)
-        escapes += [f'"\\\\{letter}"' for letter, point in (("n", 10), ("t", 9), ("r", 13)) if has(point)]
-        if plain:
-            inside = "".join(_code(chr(a)) + (f"-{_code(chr(b))}" if b > a else "") for a, b in plain)
-            escapes.insert(0, f"[{inside}]")
-        if not escapes:
-            raise refuse("pattern: a character that JSON cannot write plainly")
-        return escapes[0] if len(escapes) == 1 else f"({' | '.join(escapes)})"
-
-
-def _ascii(ranges: Ranges) -> Ranges:
-    return [(low, min(high, 0x7E)) for low, high in ranges if low <= 0x7E]
-
-
-def _op(item: Any) -> str:
-    return str(item[0])
-
-
-def grammar_of(schema: Schema) -> str:
-    """The grammar of one schema."""
-    converter = Converter()
+def grammar_of(schema: Schema, quick: bool = False) -> str:
+    """The grammar of one schema. `quick`: raises `Later` where it takes long."""
+    converter = Converter(quick)
     rule = converter.convert("s", schema)
     return converter.text() + f"root ::= {rule}\n"

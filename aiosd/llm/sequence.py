@@ -23,7 +23,7 @@ from aiosd.llm.sampling import PENALTY_WINDOW, Sampler
 if TYPE_CHECKING:
     from collections.abc import Callable
 
-    from aiosd.llm.dialects import ToolDialect
+    from aiosd.llm.dialects import Reader
     from aiosd.llm.prefix import Node
     from aiosd.llm.structured import Constraint
     from aiosd.llm.text import TextStream
@@ -52,7 +52,7 @@ class Sequence:
     stream: bool
     new_text: Callable[[], TextStream]  # as it is before the first token
     constraint: Constraint | None = None
-    dialect: ToolDialect | None = None
+    dialect: Reader | None = None
     budget: int | None = None  # tokens this call may still charge, prompt included
     watched: bool = False  # every token's text must be looked at as it comes
 

@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import codecs
 import errno
+import re
 from collections.abc import Callable, Iterable
 from typing import Protocol
 
@@ -21,7 +22,7 @@ import numpy.typing as npt
 from aiosd.llm import llama
 from aiosd.llm.chat import refuse
 from aiosd.llm.dialects import Tool, ToolDialect, call_rules
-from aiosd.llm.schema import Converter, Schema, grammar_of
+from aiosd.llm.schema import Converter, Schema, grammar_of, literal
 from aiosd.llm.text import TextStream
 
 #: What `settle` returns when the generation ends without another token.
@@ -64,6 +65,14 @@ class Guide:
         if token in self._model.end_tokens:
             return self._grammar.allows(token)
         return not self._refused[token] and self._is_utf8(token) and self._grammar.allows(token)
+
+    def follow(self, tokens: list[int]) -> bool:
+        """Accept all of these. False: one does not fit."""
+        for token in tokens:
+            if not self.allows(token):
+                return False
+            self.accept(token)
+        return True
 
     @property
     def can_end(self) -> bool:
@@ -122,14 +131,33 @@ class Guide:
         self._grammar.close()
 
 
+def schema_grammar(schema: Schema, quick: bool = False) -> str:
+    try:
+        return grammar_of(schema, quick)
+    except OSError as error:
+        raise refuse(f"schema: {error.strerror}") from None
+
+
+def tools_grammar(
+    model: llama.Model,
+    dialect: ToolDialect,
+    tools: list[Tool],
+    choice: str = "auto",
+    several: bool = True,
+    quick: bool = False,
+) -> str:
+    """Calls of these tools. `choice` "required": with what begins the first."""
+    converter = Converter(quick)
+    calls = call_rules(dialect, tools, converter)
+    root = dialect.rules(begun=choice != "required", several=several)
+    return f"{converter.text()}{_by_token(model, f'{calls}{chr(10)}{root}', dialect)}\n"
+
+
 class SchemaConstraint:
     """The whole text is JSON valid against a schema."""
 
-    def __init__(self, model: llama.Model, schema: Schema) -> None:
-        try:
-            self._guide = Guide(model, grammar_of(schema))
-        except OSError as error:
-            raise refuse(f"schema: {error.strerror}") from None
+    def __init__(self, model: llama.Model, gbnf: str) -> None:
+        self._guide = Guide(model, gbnf)
 
     def settle(self, text: TextStream, row: Row, token: int, draw: Draw) -> int:
         return self._guide.choose(row, token, draw)
@@ -144,75 +172,132 @@ class SchemaConstraint:
 
 
 class ToolConstraint:
-    """Free text until a tool call begins, from there on calls that are valid for one of the tools."""
+    """Free text until a tool call begins, from there on calls that are valid for one of the tools.
 
-    def __init__(self, model: llama.Model, dialect: ToolDialect, tools: list[Tool]) -> None:
+    `choice` "none": none begins; "required": the answer is a call.
+    """
+
+    def __init__(self, model: llama.Model, gbnf: str, dialect: ToolDialect, *, choice: str = "auto") -> None:
         self._model = model
+        self._gbnf = gbnf
         self._dialect = dialect
-        converter = Converter()
-        calls = call_rules(dialect, tools, converter.convert)
-        self._gbnf = f"{converter.text()}{calls}\n{dialect.rules}\n"
+        self._forbidden = choice == "none"
         self._guide: Guide | None = None
-        self._blank = True  # nothing but white space so far
+        self._since: list[int] = []  # tokens of the answer so far, while it may still begin a call without a trigger
+        if choice == "required":
+            self._enter()
 
     def settle(self, text: TextStream, row: Row, token: int, draw: Draw) -> int:
         if self._guide is not None:
             return self._guide.choose(row, token, draw)
         refused: list[int] = []
         while not self._step(text, token):
-            # The trigger with something behind it that is not white space: the grammar could not read it.
+            # A call begins that must not, or one that the grammar cannot read from here on.
             refused.append(token)
-            rest = row.copy()
-            rest[refused] = -np.inf
-            token = draw(rest)
-        if self._guide is not None and self._entered_with_token:
-            return self._guide.choose(row, token, draw)
+            token = _other(row, refused, draw)
         return token
 
     def replay(self, text: TextStream, token: int) -> None:
         if self._guide is None:
-            if not self._step(text, token):
-                raise refuse("given: these tokens do not fit the tools")
-            if self._guide is None or not self._entered_with_token:
-                return
-        if not self._guide.allows(token):
+            fits = self._step(text, token)
+        else:
+            fits = self._guide.allows(token)
+            if fits:
+                self._guide.accept(token)
+        if not fits:
             raise refuse("given: these tokens do not fit the tools")
-        self._guide.accept(token)
 
     def _step(self, text: TextStream, token: int) -> bool:
         """Look at a token of free text; enter the grammar if it begins a call. False: refused."""
-        self._entered_with_token = False
-        if self._model.control[token]:
-            self._step_control(text, token)
+        if token in self._model.end_tokens:
             return True
         piece = self._model.pieces[token].decode(errors="replace")
-        if self._dialect.at_start and self._blank and not text.inside and piece.lstrip().startswith("{"):
-            text.pull_trigger()
-            self._enter()
-            self._entered_with_token = True
+        end, kept = text.triggers(piece)
+        if text.inside:
+            self._since = []
+        self._since = [*self._since, token] if len(self._since) < _LONGEST_HEAD else self._since
+        if not end:
             return True
-        end = text.triggers(piece)
-        if end and piece[end:].strip():
+        if self._forbidden or (not kept and piece[end:].strip()):
+            self._since = self._since[:-1]
             return False
-        if end:
-            self._enter()
-        self._blank = text.inside or (self._blank and not piece.strip())  # after thoughts a text begins anew
+        self._enter()
+        assert self._guide is not None
+        if kept and not self._guide.follow(self._since):
+            self._guide.close()
+            self._guide = None
+            self._since = self._since[:-1]
+            return False
         return True
-
-    def _step_control(self, text: TextStream, token: int) -> None:
-        written = self._model.token_text(token)
-        if token in self._model.end_tokens:
-            return
-        text.mark(written)
-        if written == self._dialect.trigger and not text.inside:
-            text.pull_trigger()
-            self._enter()
 
     def _enter(self) -> None:
         self._guide = Guide(self._model, self._gbnf, self._dialect.controls)
 
-    _entered_with_token = False
-
     def close(self) -> None:
         if self._guide is not None:
             self._guide.close()
+
+
+class AfterThoughts:
+    """A constraint that holds from where the model's thoughts have ended. `open_`: they may still begin."""
+
+    def __init__(self, model: llama.Model, inner: Constraint, open_: bool) -> None:
+        self._model = model
+        self._inner = inner
+        self._open = open_
+
+    def settle(self, text: TextStream, row: Row, token: int, draw: Draw) -> int:
+        refused: list[int] = []
+        while self._thinks(text, token):
+            if self._fits(text, token):
+                return token
+            refused.append(token)
+            token = _other(row, refused, draw)
+        return self._inner.settle(text, row, token, draw)
+
+    def replay(self, text: TextStream, token: int) -> None:
+        if not self._thinks(text, token):
+            self._inner.replay(text, token)
+
+    def _thinks(self, text: TextStream, token: int) -> bool:
+        """Is this token part of the thoughts, their marks and the blanks behind them included?"""
+        if text.inside:
+            return True
+        piece = self._model.pieces[token].decode(errors="replace")
+        if text.thought and text.blank and not piece.strip() and piece:
+            return True
+        self._open = self._open and text.blank and not text.thought and text.begins_thoughts(piece)
+        return self._open
+
+    def _fits(self, text: TextStream, token: int) -> bool:
+        """Thoughts do not end the generation, and the answer begins with a token of its own."""
+        if token in self._model.end_tokens:
+            return False
+        piece = self._model.pieces[token].decode(errors="replace")
+        end = text.ends_thoughts(piece)
+        return not end or not piece[end:].strip()
+
+    def close(self) -> None:
+        self._inner.close()
+
+
+def _by_token(model: llama.Model, rules: str, dialect: ToolDialect) -> str:
+    """The rules with control tokens as such: written out letter by letter they would be text."""
+    for token in model.control_tokens():
+        text = model.token_text(token)
+        if text and text in dialect.controls:
+            rules = _LITERAL.sub(lambda match: match[0].replace(literal(text)[1:-1], f'" <[{token}]> "'), rules)  # noqa: B023
+    return re.sub(r'(?<![\\"])"" (?=<\[)|(?<=\]>) ""(?!")', "", rules)
+
+
+_LITERAL = re.compile(r'"(?:[^"\\]|\\.)*"')
+
+
+#: Tokens that the beginning of a call without a trigger may have.
+_LONGEST_HEAD = 256
+
+
+def _other(row: Row, refused: list[int], draw: Draw) -> int:
+    rest = row.copy()
+    rest[refused] = -np.inf
+    return draw(rest)

@@ -1,7 +1,7 @@
 """From the bytes of tokens to the characters that are shown.
 
-Three things keep bytes from being shown at once: a character whose bytes are not all there, the beginning of
-what may become a stop string, the beginning of what may become a tool call. `TextStream` holds such a tail
+Some things keep bytes from being shown at once: a character whose bytes are not all there, the beginning of
+what may become a stop string, a tool call, or a mark around the model's thoughts. `TextStream` holds such a tail
 back. What it has let out after n tokens depends on those tokens alone, not on how they were grouped into
 pieces: so a generation that is taken up again from its tokens goes on exactly where its reader stands.
 """
@@ -9,7 +9,12 @@ pieces: so a generation that is taken up again from its tokens goes on exactly w
 from __future__ import annotations
 
 import codecs
-from collections.abc import Iterable
+import re
+from bisect import bisect_left
+from collections.abc import Callable, Iterable
+from typing import Any, Protocol
+
+from libaios import parts
 
 _utf8 = codecs.getincrementaldecoder("utf-8")
 
@@ -32,8 +37,10 @@ class Matcher:
             self._fail[i] = k
 
     def feed(self, char: str) -> bool:
-        """Does the stream end with the needle now? Not to be fed again after it did, unless `restart`ed."""
+        """Does the stream end with the needle now?"""
         needle, k = self.needle, self.matched
+        if k == len(needle):  # it did with the last character, but another needle counted
+            k = self._fail[k - 1]
         while k and char != needle[k]:
             k = self._fail[k - 1]
         self.matched = k = k + 1 if char == needle[k] else k
@@ -43,21 +50,38 @@ class Matcher:
         """Forget what was fed."""
         self.matched = 0
 
+    @property
+    def length(self) -> int:
+        return len(self.needle)
+
+
+class CallWriter(Protocol):
+    def feed(self, text: str) -> str:
+        """What a reader of the stream gets of the calls in this text."""
+        ...
+
+
+TEXT, REASONING, HIDDEN = range(3)
+
 
 class TextStream:
     """The text of one generation: `feed` takes bytes, `take` gives the characters that may be shown since.
 
-    After a stop string (`stopped`) or the trigger of a tool call (`triggered`) nothing more is shown; what
-    follows the trigger gathers in `rest`. The first needle to be complete counts; of two that are complete
-    with the same character, the longer one.
+    After a stop string (`stopped`) or the trigger of a tool call (`triggered`) nothing more is shown; what follows the
+    trigger gathers in `rest`. The first needle to be complete counts; of two that are complete with the same
+    character, the longer one.
 
-    `aside`: what a thinking model writes before and after its thoughts. There no tool call begins, whatever it
-    quotes. `inside`: the text begins in the middle of one.
+    `aside`: what a thinking model writes before and after its thoughts. They are shown as reasoning (see
+    `libaios.parts`), and no tool call begins there, whatever they quote; thoughts come before the answer, never in the
+    middle of it. `inside`: the generation begins within them. `switches`: marks after which another part of the
+    answer comes (TEXT, REASONING, or what is not shown), where a family of models has more than one. `head`: a call
+    that has no trigger and is known by how the answer begins. `calls`: shows calls as they are written.
+    `trim`: no blanks at the beginning.
     """
 
     __slots__ = (
-        "_aside", "_decoder", "_held", "_needles", "_parts", "_taken",
-        "inside", "rest", "stopped", "trigger", "triggered",
+        "_begins", "_calls", "_channel", "_control", "_decoder", "_fresh", "_head", "_held", "_parts", "_shown_as",
+        "_solid", "_stops", "_switches", "_taken", "_thought", "_white", "rest", "stopped", "trigger", "triggered",
     )  # fmt: skip
 
     def __init__(
@@ -66,21 +90,55 @@ class TextStream:
         trigger: str | None = None,
         aside: tuple[str, str] | None = None,
         inside: bool = False,
+        *,
+        head: Head | None = None,
+        switches: dict[str, int] | None = None,
+        calls: CallWriter | None = None,
+        trim: bool = False,
     ) -> None:
         self._decoder = _utf8("replace")
         self.trigger = Matcher(trigger) if trigger else None
-        self._needles = [Matcher(stop) for stop in set(stops)]
-        if self.trigger:
-            self._needles.append(self.trigger)
-        self._needles.sort(key=lambda matcher: len(matcher.needle), reverse=True)
-        self._aside = (Matcher(aside[0]), Matcher(aside[1])) if aside and trigger else None
-        self.inside = inside and self._aside is not None  # the thoughts of the model
+        self._head = head
+        self._stops = [Matcher(stop) for stop in set(stops)]
+        self._switches = [_Switch(Matcher(mark), None, to) for mark, to in (switches or {}).items()]
+        if aside:
+            self._switches += [
+                _Switch(Matcher(aside[0]), TEXT, REASONING),
+                _Switch(Matcher(aside[1]), REASONING, TEXT),
+            ]
+        self._channel = HIDDEN if switches else REASONING if inside and aside else TEXT
+        self._calls = calls
+        self._thought = False
+        self._control = False  # within a control token: stop strings do not see it
+        needles = (trigger, *stops, *(switch.matcher.needle for switch in self._switches))
+        begins = {needle[0] for needle in needles if needle}
+        marks = "".join({*begins, *("{" if head else ""), parts.CONTROL, parts.CONTROL_END})
+        self._begins = re.compile(f"[{re.escape(marks)}]")
+        self._solid = 0  # characters of the answer so far, blanks not counted
+        self._fresh = bool(switches or aside or trim)  # blanks at the beginning of a part are not shown
+        self._white = ""  # blanks of the thoughts that are shown only if something follows
+        self._shown_as = TEXT  # the part that the reader believes to be in
         self._held = ""  # decoded, not shown: what some needle has matched so far
         self._parts: list[str] = []  # shown
         self._taken = 0  # parts that `take` has given out
         self.rest = ""
         self.stopped = False
         self.triggered = False
+
+    @property
+    def inside(self) -> bool:
+        """Within the model's thoughts."""
+        return self._channel == REASONING
+
+    @property
+    def thought(self) -> bool:
+        """Thoughts have ended."""
+        return self._thought
+
+    @property
+    def blank(self) -> bool:
+        """Nothing of the answer has come."""
+        return not self._solid
 
     def feed(self, piece: bytes) -> None:
         self._add(self._decoder.decode(piece))
@@ -89,30 +147,59 @@ class TextStream:
         """The end: half a character becomes U+FFFD, and what was held back for a needle is shown."""
         self._add(self._decoder.decode(b"", True))
         if self._held and not self.stopped and not self.triggered:
-            self._parts.append(self._held)
+            self._show(self._held)
             self._held = ""
 
-    def pull_trigger(self) -> None:
-        """A tool call began without a trigger in the text (by a control token, or by how it starts)."""
-        if self._held:
-            self._parts.append(self._held)
-            self._held = ""
-        self.triggered = True
+    def triggers(self, text: str) -> tuple[int, bool]:
+        """Where in `text`, if it were fed now, a call would have begun: characters up to and with the end of what
+        begins it, 0 if none would; and whether that is part of the call itself. Changes nothing."""
+        end = self._would(text, lambda needle: needle is self.trigger or needle is self._head)
+        return end, bool(end) and self._would(text, lambda needle: needle is self._head) == end
 
-    def mark(self, control: str) -> None:
-        """A control token, which is no text, may begin or end an aside too."""
-        if self._aside is not None and control == self._aside[self.inside].needle:
-            self._turn()
+    def ends_thoughts(self, text: str) -> int:
+        """The same for the end of the thoughts, and the beginning of the answer."""
+        return self._would(text, lambda needle: isinstance(needle, _Switch) and needle.to == TEXT)
 
-    def triggers(self, text: str) -> int:
-        """Where in `text`, if it were fed now, the trigger would be complete: characters up to and with its end, 0
-        if it would not. Changes nothing."""
-        before = self.inside, [(matcher, matcher.matched) for matcher in (*self._needles, *(self._aside or ()))]
-        first = next(((i, hits[0]) for i, char in enumerate(text, 1) if (hits := self._hits(char))), (0, None))
-        self.inside = before[0]
-        for matcher, matched in before[1]:
-            matcher.matched = matched
-        return first[0] if first[1] is self.trigger else 0
+    def begins_thoughts(self, text: str) -> bool:
+        """Would, after this text, thoughts have begun, or may they be about to?"""
+        before = self._state()
+        for char in text:
+            needle = self._hit(char)
+            if isinstance(needle, _Switch):
+                self._switch(needle)
+        thinks = self.inside or any(s.to == REASONING and s.matcher.matched for s in self._active_switches())
+        self._restore(before)
+        return thinks
+
+    def _would(self, text: str, wanted: Callable[[object], bool]) -> int:
+        before, found = self._state(), 0
+        for i, char in enumerate(text, 1):
+            needle = self._hit(char)
+            if needle is None:
+                continue
+            if wanted(needle):
+                found = i
+                break
+            if not isinstance(needle, _Switch):
+                break
+            self._switch(needle)
+        self._restore(before)
+        return found
+
+    def _state(self) -> list[object]:
+        head = self._head.state() if self._head else None
+        return [self._channel, self._thought, self._solid, head, [matcher.matched for matcher in self._matchers()]]
+
+    def _restore(self, state: list[Any]) -> None:
+        self._channel, self._thought, self._solid, head, matched = state
+        if self._head:
+            self._head.restore(head)
+        for matcher, length in zip(self._matchers(), matched, strict=True):
+            matcher.matched = length
+
+    def _matchers(self) -> list[Matcher]:
+        switches = [switch.matcher for switch in self._switches]
+        return [*self._stops, *switches, *([self.trigger] if self.trigger else [])]
 
     def take(self) -> str:
         """What may be shown and was not yet taken."""
@@ -135,42 +222,185 @@ class TextStream:
         if not text or self.stopped:
             return
         if self.triggered:
-            self.rest += text
-        elif self._needles:
+            self._call(text)
+        elif self._stops or self._switches or self.trigger or self._head:
             self._search(text)
         else:
-            self._parts.append(text)
+            self._show(text)
 
     def _search(self, text: str) -> None:
-        buffer = self._held + text
-        start = len(self._held)
-        for end, char in enumerate(text, start + 1):
-            hits = self._hits(char)
-            if hits:
-                self._held = ""
-                self._parts.append(buffer[: end - len(hits[0].needle)])
-                self.triggered = hits[0] is self.trigger
-                self.stopped = not self.triggered
-                if self.triggered:
-                    self.rest = buffer[end:]
-                return
-        hold = max(needle.matched for needle in self._needles)  # (0 for a trigger within an aside)
-        self._parts.append(buffer[: len(buffer) - hold])
-        self._held = buffer[len(buffer) - hold :]
+        held, i = self._held, 0
+        live = bool(held)  # does some needle match the end of what came so far?
+        while i < len(text):
+            if not live:
+                end = self._skipped(text, i)
+                held, i = held + text[i:end], end
+                if i == len(text):
+                    break
+            char, i = text[i], i + 1
+            held += char
+            needle = self._hit(char)
+            if needle is None:
+                live = any(one.matched for one in self._active())
+                continue
+            self._show(held[: len(held) - needle.length])
+            if isinstance(needle, _Switch):
+                self._switch(needle)
+                held, live = "", False
+                continue
+            self._held = ""
+            self.stopped = needle is not self.trigger and needle is not self._head
+            self.triggered = not self.stopped
+            if self.triggered:
+                self._call((held[-needle.length :] if needle is self._head else "") + text[i:])
+            return
+        hold = max((needle.matched for needle in self._active()), default=0)
+        self._show(held[: len(held) - hold])
+        self._held = held[len(held) - hold :]
 
-    def _hits(self, char: str) -> list[Matcher]:
-        """The needles that end with this character, the longest first. Every needle sees every character, but the
-        trigger sees none of an aside."""
-        hits = [
-            needle for needle in self._needles if not (self.inside and needle is self.trigger) and needle.feed(char)
-        ]
-        if self._aside is not None and self._aside[self.inside].feed(char):
-            self._turn()
-        return hits
+    def _skipped(self, text: str, start: int) -> int:
+        """Where from `start` on the next needle can begin. (Nearly all that a model writes is no part of any.)"""
+        match = self._begins.search(text, start)
+        end = match.start() if match else len(text)
+        if self._channel == TEXT and not text[start:end].isspace() and end > start:
+            self._solid += end - start
+            if self._head:
+                self._head.miss()
+        return end
 
-    def _turn(self) -> None:
-        self.inside = not self.inside
-        assert self._aside is not None
-        assert self.trigger is not None
-        for matcher in (*self._aside, self.trigger):
-            matcher.restart()
+    def _hit(self, char: str) -> Matcher | Head | _Switch | None:
+        """The needle that ends with this character, the longest where there are several."""
+        if self._channel == TEXT and not char.isspace():
+            self._solid += 1
+        if char == parts.CONTROL:
+            self._control = True
+            for stop in self._stops:
+                stop.restart()
+        hits = [needle for needle in self._active() if needle.feed(char)]
+        if char == parts.CONTROL_END:
+            self._control = False
+        hits = [needle for needle in hits if not isinstance(needle, _Switch) or self._opens(needle)]
+        return max(hits, key=lambda needle: needle.length) if hits else None
+
+    def _opens(self, switch: _Switch) -> bool:
+        """Thoughts begin only where nothing of the answer stands before them."""
+        if switch.origin != TEXT or self._solid == sum(not char.isspace() for char in switch.matcher.needle):
+            return True
+        switch.matcher.restart()
+        return False
+
+    def _active_switches(self) -> list[_Switch]:
+        return [switch for switch in self._switches if switch.origin in (None, self._channel)]
+
+    def _active(self) -> list[Matcher | Head | _Switch]:
+        active: list[Matcher | Head | _Switch] = [*self._active_switches(), *([] if self._control else self._stops)]
+        if self.trigger and not self.inside:
+            active.append(self.trigger)
+        if self._head and self._channel == TEXT:
+            active.append(self._head)
+        return active
+
+    def _switch(self, switch: _Switch) -> None:
+        self._thought = self._thought or self.inside
+        self._channel, self._solid, self._fresh, self._white = switch.to, 0, True, ""
+        for needle in (*self._switches, self.trigger, self._head):
+            if needle is not None:
+                needle.restart()
+
+    def _call(self, text: str) -> None:
+        self.rest += text
+        if self._calls is not None:
+            self._out(self._calls.feed(text))
+
+    def _show(self, text: str) -> None:
+        """In the part of the answer where the stream is."""
+        text = parts.cleaned(text)
+        if self._channel == HIDDEN or not text:
+            return
+        if self._fresh:
+            text = text.lstrip()
+            self._fresh = not text
+        if self.inside and text:
+            text = self._white + text
+            solid = text.rstrip()
+            text, self._white = solid, text[len(solid) :]
+        if text and self._channel != self._shown_as:
+            self._shown_as = self._channel
+            text = (parts.REASONING if self.inside else parts.TEXT) + text
+        self._out(text)
+
+    def _out(self, text: str) -> None:
+        if text:
+            self._parts.append(text)
+
+
+class _Switch:
+    """A mark after which another part of the answer comes. `origin`: the part in which it counts; None: in any."""
+
+    __slots__ = ("matcher", "origin", "to")
+
+    def __init__(self, matcher: Matcher, origin: int | None, to: int) -> None:
+        self.matcher, self.origin, self.to = matcher, origin, to
+
+    @property
+    def matched(self) -> int:
+        return self.matcher.matched
+
+    @property
+    def length(self) -> int:
+        return len(self.matcher.needle)
+
+    def feed(self, char: str) -> bool:
+        return self.matcher.feed(char)
+
+    def restart(self) -> None:
+        self.matcher.restart()
+
+
+class Head:
+    """Finds one of some JSON beginnings at the start of a text, with blanks between its parts as grammars allow them.
+    `heads`: these beginnings without blanks, for instance `{"name":"f","parameters":`."""
+
+    __slots__ = ("_dead", "_heads", "_solid", "_text", "_white", "matched")
+
+    def __init__(self, heads: Iterable[str]) -> None:
+        self._heads = sorted(heads)
+        self.restart()
+
+    def restart(self) -> None:
+        self._text = self._solid = self._white = ""
+        self._dead = False
+        self.matched = 0
+
+    def state(self) -> tuple[str, str, str, bool]:
+        return self._text, self._solid, self._white, self._dead
+
+    def restore(self, state: tuple[str, str, str, bool]) -> None:
+        self._text, self._solid, self._white, self._dead = state
+        self.matched = 0 if self._dead else len(self._text)
+
+    @property
+    def length(self) -> int:
+        return len(self._text)
+
+    def miss(self) -> None:
+        """Something else stands at the beginning."""
+        self._dead = True
+        self.matched = 0
+
+    def feed(self, char: str) -> bool:
+        if self._dead or (not self._text and char.isspace()):
+            return False
+        self._text += char
+        if char.isspace():
+            self._white += char
+            self._dead = not _BLANKS.fullmatch(self._white) or self._solid.count('"') % 2 == 1
+        else:
+            self._solid, self._white = self._solid + char, ""
+            at = bisect_left(self._heads, self._solid)
+            self._dead = at == len(self._heads) or not self._heads[at].startswith(self._solid)
+        self.matched = 0 if self._dead else len(self._text)
+        return not self._dead and not self._white and self._heads[at] == self._solid
+
+
+_BLANKS = re.compile(r" |\n[ \t]{0,20}")

@@ -10,46 +10,79 @@ Not for vocabularies of other kinds than BPE and SPM, nor where a control token 
 from __future__ import annotations
 
 import re
+import sys
+from array import array
 from collections import OrderedDict
 
 from aiosd.llm import llama
+from aiosd.llm.document import Later
 
-_SEGMENTS = 4096  # remembered
+#: In the middle of what looks like a control token and is only quoted. No character, and in no text that means
+#: something.
+QUOTED = "\U0010fffe"
+
+_MOST_BYTES = 16 << 20  # remembered
 _LONGEST = 1 << 14  # characters; longer ones are not worth their memory
+
+
+QUICK_CHARACTERS = 1 << 15  # become tokens between two steps of decoding
 
 
 class Tokens:
     def __init__(self, model: llama.Model) -> None:
         self._model = model
-        self._controls = {model.token_text(token): token for token in model.control_tokens()}
-        self._controls.pop("", None)
-        longest_first = sorted(self._controls, key=len, reverse=True)
+        #: Control tokens by how they are written.
+        self.controls = {model.token_text(token): token for token in model.control_tokens()}
+        self.controls.pop("", None)
+        longest_first = sorted(self.controls, key=len, reverse=True)
         #: Finds control tokens as they are written; None when there are none.
         self.pattern = re.compile("|".join(map(re.escape, longest_first))) if longest_first else None
         self._cut = re.compile(f"({self.pattern.pattern})") if self.pattern and model.cuts_at_controls else None
-        self._known: OrderedDict[str, list[int]] = OrderedDict()
+        self._known: OrderedDict[str, array[int]] = OrderedDict()
+        self.num_bytes = 0  # of what is remembered
 
-    def of(self, text: str) -> list[int]:
-        """Control tokens are read as such; no BOS is added."""
+    def of(self, text: str, *, quoted: bool = False, quick: bool = False) -> list[int]:
+        """Control tokens are read as such; no BOS is added. `quoted`: those with QUOTED in their middle are text.
+        `quick`: raises `Later` where much of the text is new."""
+        if quick and self._new_in(text) > QUICK_CHARACTERS:
+            raise Later
         if self._cut is None:
-            return self._model.tokenize(text, bos=False, special=True)
-        tokens: list[int] = []
+            first, *rest = text.split(QUOTED) if quoted else [text]
+            tokens = self._model.tokenize(first, bos=False, special=True)
+            for part in rest:
+                tokens += self._model.tokenize(part, bos=False, special=True)
+            return tokens
+        tokens = []
         for i, part in enumerate(self._cut.split(text)):
             if i % 2:
-                tokens.append(self._controls[part])
+                tokens.append(self.controls[part])
             elif part:
-                tokens += self._segment(part)
+                tokens += self._segment(part, quoted)
         return tokens
 
-    def _segment(self, part: str) -> list[int]:
+    def _new_in(self, text: str) -> int:
+        """Characters whose tokens are not remembered."""
+        if self._cut is None or len(text) <= QUICK_CHARACTERS:
+            return len(text)
+        return sum(len(part) for part in self._cut.split(text)[::2] if part not in self._known)
+
+    def _segment(self, part: str, quoted: bool) -> array[int] | list[int]:
         known = self._known
         tokens = known.get(part)
         if tokens is not None:
             known.move_to_end(part)
             return tokens
-        tokens = self._model.tokenize(part, bos=False, special=True)
+        if quoted and QUOTED in part:  # in one piece: a tokenizer may put a blank before each text that it is given
+            made = self._model.tokenize(part.replace(QUOTED, ""), bos=False, special=False)
+        else:
+            made = self._model.tokenize(part, bos=False, special=True)
         if len(part) <= _LONGEST:
-            known[part] = tokens
-            if len(known) > _SEGMENTS:
-                known.popitem(last=False)
-        return tokens
+            known[part] = kept = array("i", made)
+            self.num_bytes += _bytes_of(part, kept)
+            while self.num_bytes > _MOST_BYTES:
+                self.num_bytes -= _bytes_of(*known.popitem(last=False))
+        return made
+
+
+def _bytes_of(part: str, tokens: array[int]) -> int:
+    return sys.getsizeof(part) + sys.getsizeof(tokens) + 120  # and its place in the dict

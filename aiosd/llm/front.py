@@ -1,0 +1,211 @@
+"""Work on text that takes long, in a process of its own.
+
+Most requests are prepared in the core itself, in a millisecond. What is found to take longer (a prompt of many new
+characters, a large schema, a template that goes on and on) raises `Later` there, and is done here instead: by a process
+that has loaded the model's vocabulary and nothing else. While it works the core decodes on. If it dies, or takes
+longer than MAX_SECONDS, that one call fails, and the next gets a new process.
+
+The process is started when it is first needed, by `exec`: a fork of the core would make every page of the KV cache
+that changes afterwards exist twice. It gets one job at a time, so the core never blocks while it sends.
+
+    core ──(kind, request)──▶ front        front ──(errno, sentence or result)──▶ core
+"""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import logging
+import os
+import signal
+import socket
+import subprocess
+import sys
+import time
+from collections import deque
+from collections.abc import Callable
+from multiprocessing.connection import Connection
+from typing import Any
+
+from msgspec import Struct, msgpack
+
+from aiosd.errors import as_oserror
+
+logger = logging.getLogger("llm.front")
+
+MAX_SECONDS = 60.0
+CANCELLED_SECONDS = 2.0  # … over a job that is not wanted any more: a new process takes a second to start
+
+PREPARE, TOKENIZE = "prepare", "tokenize"
+
+
+class Reply(Struct, array_like=True):
+    errno: int
+    sentence: str
+    result: bytes
+
+
+class _Job(Struct):
+    key: Any
+    kind: str
+    payload: bytes
+    done: Callable[[bytes], None]
+    failed: Callable[[OSError], None]
+    began: float = 0.0
+    limit: float = MAX_SECONDS
+
+
+class Front:
+    """The core's side. `clock` and `command` are there for tests."""
+
+    def __init__(
+        self,
+        path: str,
+        ctx: int,
+        *,
+        clock: Callable[[], float] = time.monotonic,
+        command: list[str] | None = None,
+    ) -> None:
+        self._command = command or [sys.executable, "-m", "aiosd.llm.front", path, str(ctx)]
+        self._clock = clock
+        self._process: subprocess.Popen[bytes] | None = None
+        self._connection: Connection | None = None
+        self._waiting: deque[_Job] = deque()  # the first is being worked on
+
+    @property
+    def busy(self) -> bool:
+        return bool(self._waiting)
+
+    @property
+    def pid(self) -> int:
+        """0: it does not run."""
+        return self._process.pid if self._process is not None else 0
+
+    def ask(
+        self, key: Any, kind: str, payload: bytes, done: Callable[[bytes], None], failed: Callable[[OSError], None]
+    ) -> None:
+        """Have a job done; one of the two functions is called by `poll`, with the result or with why there is none."""
+        self._waiting.append(_Job(key, kind, payload, done, failed))
+        if len(self._waiting) == 1:
+            self._send_first()
+
+    def cancel(self, keys: Callable[[Any], bool]) -> None:
+        """Forget jobs. The one that is being worked on may come to its end, if that is near."""
+        if not self._waiting:
+            return
+        first, *others = self._waiting
+        self._waiting = deque([first, *(job for job in others if not keys(job.key))])
+        if keys(first.key):
+            first.done, first.failed = (lambda _: None), (lambda _: None)
+            first.limit = CANCELLED_SECONDS
+
+    def poll(self, timeout: float = 0.0) -> None:
+        """Look for an answer, at most `timeout` seconds."""
+        if not self._waiting or self._connection is None:
+            return
+        job, reply = self._waiting[0], None
+        try:
+            if self._connection.poll(timeout):
+                reply = msgpack.decode(self._connection.recv_bytes(), type=Reply)
+        except (EOFError, OSError):
+            self._give_up(job, "it died while it worked on this text")
+            return
+        if reply is not None:
+            self._waiting.popleft()
+            self._send_first()
+            if reply.errno:
+                job.failed(OSError(reply.errno, reply.sentence))
+            else:
+                job.done(reply.result)
+        elif self._clock() - job.began > job.limit:
+            self._give_up(job, f"it took more than {job.limit:g} s over this text")
+
+    def close(self) -> None:
+        self._waiting.clear()
+        self._end()
+
+    def _send_first(self) -> None:
+        if not self._waiting:
+            return
+        if self._connection is None:
+            self._start()
+        assert self._connection is not None
+        job = self._waiting[0]
+        job.began = self._clock()
+        with contextlib.suppress(OSError):  # it is dead: `poll` finds out
+            self._connection.send_bytes(msgpack.encode((job.kind, job.payload)))
+
+    def _give_up(self, job: _Job, why: str) -> None:
+        logger.warning("the process that prepares texts: %s", why)
+        self._end()
+        self._waiting.popleft()
+        self._send_first()
+        job.failed(OSError(errno.EIO, f"the text could not be prepared: {why}"))
+
+    def _start(self) -> None:
+        ours, theirs = socket.socketpair()
+        with theirs:
+            self._process = subprocess.Popen(
+                [*self._command, str(theirs.fileno())], stdin=subprocess.DEVNULL, pass_fds=[theirs.fileno()]
+            )
+        self._connection = Connection(ours.detach())
+
+    def _end(self) -> None:
+        if self._connection is not None:
+            self._connection.close()
+            self._connection = None
+        if self._process is not None:
+            self._process.kill()
+            self._process.wait()
+            self._process = None
+
+
+# ── the process ───────────────────────────────────────────────────────────────────────────────────────────
+
+
+def main(path: str, ctx: str, fd: str) -> int:
+    """Serve until the core's end of the connection is gone."""
+    _die_with_parent()
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    connection = Connection(int(fd))
+    from aiosd.llm import llama
+    from aiosd.llm.request import Requests
+    from libaios import wire
+
+    llama.start()
+    model = llama.Model(path, 0, lambda fraction: None, vocabulary_only=True)
+    requests = Requests(model, int(ctx))
+    work: dict[str, Callable[[bytes], Any]] = {
+        PREPARE: lambda payload: requests.prepare(msgpack.decode(payload, type=wire.Generate)),
+        TOKENIZE: lambda payload: _tokenized(model, msgpack.decode(payload, type=wire.Tokenize)),
+    }
+    while True:
+        try:
+            kind, payload = msgpack.decode(connection.recv_bytes())
+        except (EOFError, OSError):
+            return 0
+        try:
+            reply = Reply(0, "", msgpack.encode(work[kind](payload)))
+        except Exception as error:  # whatever a text does, the next one gets its turn
+            refused = as_oserror(error)
+            reply = Reply(refused.errno or errno.EINVAL, refused.strerror or str(refused), b"")
+        connection.send_bytes(msgpack.encode(reply))
+
+
+def _tokenized(model: Any, request: Any) -> list[int]:
+    tokens: list[int] = model.tokenize(request.text, bos=False, special=request.special)
+    return tokens
+
+
+def _die_with_parent() -> None:
+    import ctypes
+
+    pr_set_pdeathsig = 1
+    parent = os.getppid()
+    ctypes.CDLL(None).prctl(pr_set_pdeathsig, signal.SIGKILL)
+    if os.getppid() != parent or parent == 1:
+        os._exit(0)
+
+
+if __name__ == "__main__":
+    sys.exit(main(*sys.argv[1:]))

@@ -1,0 +1,173 @@
+"""Work on text in a process of its own: the same as in the core, and whatever happens to it, the core goes on."""
+
+from __future__ import annotations
+
+import errno
+import os
+import signal
+import sys
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import msgspec
+import pytest
+
+from aiosd import link
+from aiosd.llm import front as fronts
+from aiosd.llm import llama
+from aiosd.llm.document import Later
+from aiosd.llm.front import PREPARE, TOKENIZE, Front
+from aiosd.llm.request import Prepared, Requests
+from libaios import wire
+from libaios.wire import Generate, Sampling, Sys, Tokenize
+from tests import tinymodels
+from tests.test_llm_core import Kernel, ask, kernel, path  # noqa: F401 (fixtures)
+
+HANGS = [sys.executable, "-c", "import time; time.sleep(1000)"]
+USER = {"role": "user", "content": "hello " * 9000}
+TOOL = {"name": "f", "parameters": {"type": "object", "properties": {"x": {"type": "string", "pattern": "^a+$"}}}}
+#: Takes the converter longer than the core would like.
+LARGE = {"anyOf": [{"type": "object", "properties": {f"p{i}": {"const": i} for i in range(40)}}] * 60}
+
+
+@pytest.fixture(scope="module")
+def gguf(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    llama.start()
+    return tinymodels.write_family(tmp_path_factory.mktemp("gguf") / "qwen.gguf", "qwen3")
+
+
+@pytest.fixture
+def front(gguf: Path) -> Iterator[Front]:
+    front = Front(str(gguf), 1 << 17)
+    yield front
+    front.close()
+
+
+class Answers:
+    """What came of the jobs, in order."""
+
+    def __init__(self, front: Front) -> None:
+        self.front = front
+        self.all: list[tuple[Any, Any]] = []
+
+    def ask(self, key: int, kind: str, request: Any) -> None:
+        self.front.ask(
+            (key, 1),
+            kind,
+            wire.encode(request),
+            lambda result: self.all.append((key, result)),
+            lambda error: self.all.append((key, error)),
+        )
+
+    def wait(self, count: int) -> list[tuple[Any, Any]]:
+        deadline = time.monotonic() + 60
+        while len(self.all) < count:
+            assert time.monotonic() < deadline
+            self.front.poll(0.5)
+        return self.all
+
+
+REQUESTS = [
+    Generate(messages=[USER]),
+    Generate(messages=[USER], tools=[TOOL], tool_choice="required", parallel_tool_calls=False),
+    Generate(messages=[USER], schema=LARGE, template_args={"enable_thinking": True}),
+    Generate(prompt="a text"),
+    Generate(messages=[USER], sampling=Sampling(stop=["x"])),
+]
+
+
+def test_a_request_is_prepared_as_the_core_would(front: Front, gguf: Path) -> None:
+    model = llama.Model(str(gguf), 0, lambda fraction: None)
+    requests = Requests(model, 1 << 17)
+    answers = Answers(front)
+    for i, request in enumerate(REQUESTS):
+        answers.ask(i, PREPARE, request)
+    for i, (key, result) in enumerate(answers.wait(len(REQUESTS))):
+        assert key == i
+        assert msgspec.msgpack.decode(result, type=Prepared) == requests.prepare(REQUESTS[i])
+    model.close()
+
+
+def test_the_core_leaves_what_takes_long(gguf: Path) -> None:
+    model = llama.Model(str(gguf), 0, lambda fraction: None)
+    requests = Requests(model, 1 << 17)
+    short = [{"role": "user", "content": "hello"}]
+    requests.prepare(Generate(messages=short, tools=[TOOL]), quick=True)
+    for request in (Generate(messages=[USER]), Generate(messages=short, schema=LARGE)):
+        with pytest.raises(Later):
+            requests.prepare(request, quick=True)
+    model.close()
+
+
+def test_a_refusal_comes_back_as_one(front: Front) -> None:
+    answers = Answers(front)
+    answers.ask(1, PREPARE, Generate(messages=[{"role": "user", "content": 5}]))
+    answers.ask(2, TOKENIZE, Tokenize("hello"))
+    (_, refused), (_, tokens) = answers.wait(2)
+    assert refused.errno == errno.EINVAL
+    assert "messages[0].content" in refused.strerror
+    assert msgspec.msgpack.decode(tokens)
+
+
+def test_one_that_hangs_is_killed_and_the_next_job_is_done(gguf: Path) -> None:
+    now = [0.0]
+    front = Front(str(gguf), 4096, clock=lambda: now[0], command=HANGS)
+    answers = Answers(front)
+    answers.ask(1, PREPARE, REQUESTS[3])
+    answers.ask(2, PREPARE, REQUESTS[3])
+    front.poll()
+    assert not answers.all
+    hung = front.pid
+    front._command = Front(str(gguf), 4096)._command
+    now[0] += fronts.MAX_SECONDS + 1
+    (_, failed), (_, result) = answers.wait(2)
+    assert failed.errno == errno.EIO
+    assert "more than 60 s" in failed.strerror
+    assert isinstance(result, bytes)
+    with pytest.raises(ProcessLookupError):
+        os.kill(hung, 0)
+    front.close()
+
+
+def test_one_that_dies_costs_one_call(front: Front) -> None:
+    answers = Answers(front)
+    answers.ask(1, PREPARE, REQUESTS[0])
+    os.kill(front.pid, signal.SIGKILL)
+    answers.ask(2, PREPARE, REQUESTS[3])
+    (_, failed), (_, result) = answers.wait(2)
+    assert failed.errno == errno.EIO
+    assert "died" in failed.strerror
+    assert isinstance(result, bytes)
+
+
+def test_a_cancelled_job_is_not_waited_for(gguf: Path) -> None:
+    now = [0.0]
+    front = Front(str(gguf), 4096, clock=lambda: now[0], command=HANGS)
+    answers = Answers(front)
+    for key in (1, 2, 3):
+        answers.ask(key, PREPARE, REQUESTS[3])
+    front.cancel(lambda key: key[0] in (1, 2))
+    front._command = Front(str(gguf), 4096)._command
+    now[0] += fronts.CANCELLED_SECONDS + 1
+    assert [key for key, _ in answers.wait(1)] == [3]
+    front.close()
+
+
+def test_generations_go_on_while_a_long_text_is_worked_on(kernel: Kernel) -> None:  # noqa: F811
+    """The stream's steps come while the text is being tokenized, and it comes out right."""
+    kernel.of(link.Loaded)
+    text = "hello there " * 100_000
+    options = Sampling(temperature=0.0, max_tokens=400, ignore_eos=True)
+    kernel.send(link.Submit((1, 1), Generate(prompt="hello", sampling=options, stream=True)))
+    kernel.send(ask(2, Sys.TOKENIZE, Tokenize(text)))
+    kernel.send(link.Submit((1, 3), Generate(prompt="hello", schema=LARGE, sampling=Sampling(max_tokens=5))))
+    finished = kernel.until(lambda message: isinstance(message, link.Finished) and message.key == (1, 1))
+    assert len(finished.tokens) or finished.offset
+    assert not any(isinstance(message, link.Answered) for message in kernel.seen), "the front has just been started"
+    answered = kernel.of(link.Answered)
+    assert len(msgspec.msgpack.decode(answered.body)) > 100_000
+    assert kernel.until(lambda message: isinstance(message, link.Finished)).key == (1, 3)
+    assert kernel.close() == 0
+    assert kernel.errors == ""
