@@ -11,7 +11,7 @@ ARGS   ?=
 
 RECIPE := tools/bootstrap.py constraints.txt setup.cfg setup.py pyproject.toml $(wildcard bin/* aiosd/llm/native/*)
 
-.PHONY: help demo test lint nano peers install clean distclean
+.PHONY: help demo test lint nano peers models install clean distclean
 .DEFAULT_GOAL := help
 
 help: ## this list
@@ -32,6 +32,9 @@ nano: $(VENV)/.nano ## trains the embedded model again from its seeds
 
 peers: $(VENV)/.bench ## llama-server and its benchmarks, natively built, for benchmarks/ to compare with
 	@$(PYTHON) tools/peers.py $(VENV)
+
+models: $(VENV)/.base ## real models for tests and benchmarks, 350 MB (ARGS=smollm2: one of them)
+	@$(BIN)/python -m tools.models $(ARGS)
 
 install: $(VENV)/.base ## only the set-up: .venv with the package and its commands
 

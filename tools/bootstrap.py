@@ -81,18 +81,19 @@ def install(python, stage, log):
     watch(command, log, "installing aiosd" + EXTRAS[stage])
 
 
-def watch(command, log, what):
-    """Run `command` with its output in `log`, showing on the terminal that it is alive."""
+def watch(command, log, what, progress=lambda: "", environ=None):
+    """Run `command` with its output in `log`, showing on the terminal that it is alive, and what `progress` tells."""
     began = time.monotonic()
     with open(log, "ab") as out, open(log, "rb") as read:
         read.seek(0, os.SEEK_END)
-        child = subprocess.Popen(command, stdin=subprocess.DEVNULL, stdout=out, stderr=subprocess.STDOUT, cwd=ROOT)
+        streams = {"stdin": subprocess.DEVNULL, "stdout": out, "stderr": subprocess.STDOUT}
+        child = subprocess.Popen(command, cwd=ROOT, env=environ, **streams)
         line = TerminalLine(what, began) if sys.stderr.isatty() else PlainLines(what, began)
         phase = ""
         try:
             while child.poll() is None:
                 phase = phase_in(read.read(), phase)
-                line.show(phase)
+                line.show(" ".join(filter(None, (phase, progress()))))
                 time.sleep(0.2)
         except KeyboardInterrupt:
             child.terminate()
