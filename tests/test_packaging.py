@@ -5,6 +5,8 @@ from __future__ import annotations
 import ast
 import configparser
 import importlib.metadata
+import importlib.util
+import os
 import re
 import shutil
 import subprocess
@@ -164,3 +166,101 @@ def test_set_up_shows_the_end_of_the_log_when_a_step_fails(tmp_path: Path, capsy
     errors = capsys.readouterr().err
     assert "out of luck" in errors
     assert f"trying failed; the whole log is {log}" in errors
+
+
+# ── llama.cpp, compiled once and with what is needed only ─────────────────────────────────────────────────
+
+
+class Builder:
+    """Stands for pip: makes an empty wheel where one is asked for, and remembers commands and CMAKE_ARGS."""
+
+    def __init__(self) -> None:
+        self.built: list[tuple[list[str], str]] = []
+        self.installed: list[str] = []
+
+    def watch(self, command: list[str], log: str, what: str, environ: dict[str, str] | None = None) -> None:
+        if "wheel" in command:
+            assert environ is not None
+            self.built.append((command, environ["CMAKE_ARGS"]))
+            folder = Path(command[command.index("-w") + 1])
+            folder.mkdir(parents=True)
+            (folder / "llama_cpp_python.whl").touch()
+        else:
+            self.installed.append(command[-1])
+
+
+@pytest.fixture
+def builder(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Builder:
+    builder = Builder()
+    monkeypatch.setattr(bootstrap, "watch", builder.watch)
+    monkeypatch.setattr(bootstrap, "check_compiler", lambda python: None)
+    monkeypatch.setattr(bootstrap, "works", lambda *command: True)
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    monkeypatch.delenv("CMAKE_ARGS", raising=False)
+    for name in ("one", "two"):
+        (tmp_path / name).mkdir()
+    return builder
+
+
+def test_one_wheel_serves_all_checkouts(builder: Builder, tmp_path: Path) -> None:
+    for venv in ("one", "two", "two"):
+        bootstrap.install_llama_cpp(str(tmp_path / venv), "python", "log")
+    assert len(builder.built) == 1
+    assert len(set(builder.installed)) == 1
+    assert len(builder.installed) == 2
+    ((_, cmake_args),) = builder.built
+    assert "-DLLAVA_BUILD=OFF" in cmake_args
+    assert "tools/llama_cpp.cmake" in cmake_args
+
+
+def test_options_of_a_person_make_another_wheel_and_are_remembered(
+    builder: Builder, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    venv = str(tmp_path / "one")
+    bootstrap.install_llama_cpp(venv, "python", "log")
+    monkeypatch.setenv("CMAKE_ARGS", "-DGGML_CUDA=on")
+    bootstrap.install_llama_cpp(venv, "python", "log")
+    monkeypatch.delenv("CMAKE_ARGS")
+    bootstrap.install_llama_cpp(venv, "python", "log")  # as `make test` does it afterwards
+    assert len(builder.built) == 2
+    command, cmake_args = builder.built[1]
+    assert cmake_args.endswith(" -DGGML_CUDA=on")
+    assert "-DLLAVA_BUILD=OFF" in cmake_args
+    assert "--no-cache-dir" in command  # pip's own cache does not tell builds apart
+    assert len(builder.installed) == 2
+
+
+def test_a_build_that_was_interrupted_leaves_no_wheel(
+    builder: Builder, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def interrupted(command: list[str], *args: object, **more: object) -> None:
+        Path(command[command.index("-w") + 1]).mkdir(parents=True)
+        raise SystemExit(130)
+
+    monkeypatch.setattr(bootstrap, "watch", interrupted)
+    with pytest.raises(SystemExit):
+        bootstrap.install_llama_cpp(str(tmp_path / "one"), "python", "log")
+    monkeypatch.setattr(bootstrap, "watch", builder.watch)
+    bootstrap.install_llama_cpp(str(tmp_path / "one"), "python", "log")
+    assert len(builder.built) == 1
+
+
+def test_llama_cpp_is_used_without_its_part_for_images(tmp_path: Path) -> None:
+    """`make` does not build that part."""
+    spec = importlib.util.find_spec("llama_cpp")
+    assert spec is not None
+    assert spec.origin is not None
+    package, copy = Path(spec.origin).parent, tmp_path / "llama_cpp"
+    (copy / "lib").mkdir(parents=True)
+    for path in [*package.glob("*.py"), *package.glob("lib/*")]:
+        if "mtmd" not in path.name or path.suffix == ".py":
+            (copy / path.relative_to(package)).symlink_to(path)
+    code = "import llama_cpp, aiosd.llm.llama; llama_cpp.llama_backend_init(); print(llama_cpp.__file__)"
+    done = subprocess.run(
+        [sys.executable, "-c", code], capture_output=True, text=True, timeout=60, check=False, env=path_to(tmp_path)
+    )
+    assert (done.returncode, done.stdout.strip()) == (0, str(copy / "__init__.py")), done.stderr
+
+
+def path_to(folder: Path) -> dict[str, str]:
+    return {**os.environ, "PYTHONPATH": f"{folder}{os.pathsep}{ROOT}"}
