@@ -95,7 +95,7 @@ def canonical(name: str) -> str:
 
 
 def test_every_import_is_required() -> None:
-    """Nothing is imported that only happens to be installed. The trainer of the embedded model is extra."""
+    """Nothing is imported that only happens to be installed. The embedded model's trainer and the hub are extra."""
     distributions = importlib.metadata.packages_distributions()
     required = requirements(CONFIG["options"]["install_requires"])
     missing = set()
@@ -103,6 +103,8 @@ def test_every_import_is_required() -> None:
         allowed = required
         if module_of(path).startswith("aiosd.nano"):
             allowed = required | requirements(CONFIG["options.extras_require"]["nano"])
+        elif module_of(path) == "aiosd.models.hub":
+            allowed = required | requirements(CONFIG["options.extras_require"]["hub"])
         for imported, _ in imports(path):
             top = imported.split(".")[0]
             if top in sys.stdlib_module_names or top in ("aiosd", "libaios"):
