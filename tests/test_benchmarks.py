@@ -7,7 +7,7 @@ import sys
 
 import pytest
 
-from benchmarks import attention, crowd, exactness, fairness, floor, harness, scale, switch
+from benchmarks import attention, crowd, exactness, fairness, floor, harness, scale, switch, talk
 from tests.tinymodels import write
 
 ONE = ["--threads", "1"]
@@ -36,6 +36,33 @@ def test_distinct_tokens_are_those_that_somebody_must_compute():
     beginnings = {tuple(order["prompt"][:i]) for order in orders for i in range(1, len(order["prompt"]) + 1)}
     answers = sum(len(tool) for order in orders for tool in order["tools"][:-1])
     assert crowd.distinct_tokens(3, 32) == (len(beginnings) + answers, 3 * crowd.TURNS * crowd.GENERATED)
+
+
+def test_conversations_share_their_system_prompt_and_nothing_else(tmp_path):
+    text = talk.Text(write(tmp_path / "tiny.gguf", d=32, layers=1, heads=2, kv_heads=1, ff=32))
+    sizes = talk.Sizes(private=40, turns=3, generate=8, tool=20)
+    orders = talk.workload(text, 4, 300, 7, 0.8, sizes)
+    assert text.chat
+    assert orders == talk.workload(text, 4, 300, 7, 0.8, sizes)
+    systems = {order["messages"][0]["content"] for order in orders}
+    assert systems != {order["messages"][0]["content"] for order in talk.workload(text, 4, 300, 8, 0.8, sizes)}
+    (system,) = systems
+    questions = [order["messages"][1]["content"] for order in orders]
+    assert len(set(questions)) == 4
+    assert text.count(system) == 300
+    assert {text.count(question) for question in questions} == {40}
+    assert {text.count(tool) for order in orders for tool in order["tools"]} == {20}
+    assert {len(order["tools"]) for order in orders} == {3}
+    text.close()
+
+
+def test_real_models_run_on_real_text_at_two_temperatures():
+    cells = list(crowd.grid(crowd.parse(["--real", "--n", "64"])))
+    assert cells[:4] == [("smollm2", 64, 512, 0.0), ("smollm2", 64, 512, 0.8), ("smollm2", 64, 1500, 0.0),
+                         ("smollm2", 64, 1500, 0.8)]  # fmt: skip
+    assert {cell[0] for cell in cells} == {"smollm2", "gemma3"}
+    assert list(crowd.grid(crowd.parse(["--quick"]))) == [("small", 64, 512, 0.0)]
+    assert all(name in crowd.BARS for name in crowd.REAL)
 
 
 def test_a_conversation_fits_its_context():
@@ -92,7 +119,8 @@ def test_single_cells_and_quick():
 
 
 ROW = {
-    "model": "small", "agents": 64, "prefix": 512, "aiosd_s": [18.0, 19.0], "server_s": [40.0, 42.0], "ratio": 0.45,
+    "model": "small", "agents": 64, "prefix": 512, "temperature": 0.0,
+    "aiosd_s": [18.0, 19.0], "server_s": [40.0, 42.0], "ratio": 0.45,
     "cpu_ratio": 0.46, "bar": 0.5, "lock_s": 50.0, "lock_ratio": 0.37, "lock_bar": 0.45,
 }  # fmt: skip
 
