@@ -7,8 +7,8 @@ import sys
 
 import pytest
 
-from benchmarks import attention, crowd, exactness, fairness, floor, harness, scale, switch, talk
-from tests.tinymodels import write
+from benchmarks import attention, crowd, exactness, fairness, floor, harness, quality, scale, switch, talk
+from tests.tinymodels import OWN_ATTENTION, write
 
 ONE = ["--threads", "1"]
 
@@ -104,7 +104,7 @@ def test_tokens_in_common_end_at_the_first_difference():
 # ── options, tables, plots ────────────────────────────────────────────────────────────────────────────────
 
 
-@pytest.mark.parametrize("script", [attention, crowd, exactness, fairness, floor, scale, switch])
+@pytest.mark.parametrize("script", [attention, crowd, exactness, fairness, floor, quality, scale, switch])
 def test_options(script):
     assert script.parse([]).threads == 2
     assert script.parse(["--threads", "1", "--model", "tiny"]).threads == 1
@@ -197,3 +197,13 @@ def test_a_crowd_scales_through_the_whole_system(tmp_path):
     assert 0 < row["jain"] <= 1
     assert row["computed_tokens"] < 5 * (scale.SHARED + 100)  # the shared prompt was computed once
     assert "unfinished" in scale.line(row | {"finished": 4})
+
+
+@pytest.mark.skipif(not OWN_ATTENTION, reason="needs a processor with AVX2")
+def test_own_attention_is_as_good_as_llama_cpps_on_the_embedded_model():
+    row = quality.compare(harness.model_path("nano"), quality.parse(["--tokens", "64", "--threads", "1"]))
+    assert row["ours_used"]
+    assert row["kept"], quality.line(row)
+    assert row["top1_same"]["plain"] == 1.0
+    assert "kept" in quality.line(row)
+    assert "NOT USED" in quality.line(row | {"ours_used": False, "kept": False})
