@@ -236,12 +236,12 @@ def best_server(model: Path, n: int, work: Work, options: argparse.Namespace) ->
         if "," not in options.flash:
             times[flash] = 0.0
             break
-        with Server(model, n, work.ctx, options.threads, "-fa", flash) as server:
+        with Server(model, n, work.ctx, options.threads, "-fa", flash, *options.server_options.split()) as server:
             server.start(n, work.theirs)
             work.run(server.clients, work.orders(910 + 2 * i))
             times[flash] = work.run(server.clients, work.orders(911 + 2 * i))
     best = min(times, key=lambda flash: times[flash])
-    server = Server(model, n, work.ctx, options.threads, "-fa", best)
+    server = Server(model, n, work.ctx, options.threads, "-fa", best, *options.server_options.split())
     server.start(n, work.theirs)
     work.run(server.clients, work.orders(920))
     return server, best
@@ -318,6 +318,7 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--no-lock", action="store_true", help="without one prompt at a time, which is slow")
     parser.add_argument("--flash", default="on,off", help="what is tried for llama-server")
     parser.add_argument("--aiosd-options", default="", help="more options for aiosd")
+    parser.add_argument("--server-options", default="", help="more options for llama-server")
     parser.add_argument("--out", type=Path, default=harness.RESULTS / "crowd.json")
     options = parser.parse_args(argv)
     if options.quick:

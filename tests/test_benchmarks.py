@@ -5,9 +5,11 @@ import json
 import subprocess
 import sys
 
+import numpy as np
 import pytest
 
-from benchmarks import attention, crowd, exactness, fairness, floor, harness, quality, scale, switch, talk
+from aiosd.llm import llama
+from benchmarks import attention, crowd, exactness, fairness, floor, harness, models, quality, scale, switch, talk
 from tests.tinymodels import OWN_ATTENTION, write
 
 ONE = ["--threads", "1"]
@@ -207,3 +209,18 @@ def test_own_attention_is_as_good_as_llama_cpps_on_the_embedded_model():
     assert row["top1_same"]["plain"] == 1.0
     assert "kept" in quality.line(row)
     assert "NOT USED" in quality.line(row | {"ours_used": False, "kept": False})
+
+
+def test_random_weights_of_four_bits_are_a_model(tmp_path):
+    """The shape of Llama 3.1 8B is made like this, for the check of a GPU."""
+    shape = {"d": 64, "layers": 1, "heads": 2, "kv_heads": 1, "ff": 64, "vocab": 320}
+    model = llama.Model(str(models.write_llama(tmp_path / "m.gguf", q4_0=True, **shape)), 0, lambda fraction: None)
+    context = llama.Context(model, slots=1, ctx=64, ubatch=32, threads=1, flash_attention=False)
+    batch = llama.Batch(4)
+    batch.size, batch.tokens[:], batch.positions[:], batch.wanted[:] = 4, range(4), range(4), (0, 0, 0, 1)
+    assert context.decode(batch) == llama.OK
+    logits = context.logits(1)
+    assert np.isfinite(logits).all()
+    assert 0.1 < logits.std() < 100
+    context.close()
+    model.close()

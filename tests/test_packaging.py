@@ -266,3 +266,24 @@ def test_llama_cpp_is_used_without_its_part_for_images(tmp_path: Path) -> None:
 
 def path_to(folder: Path) -> dict[str, str]:
     return {**os.environ, "PYTHONPATH": f"{folder}{os.pathsep}{ROOT}"}
+
+
+# ── the check of a GPU, which no test can run ─────────────────────────────────────────────────────────────
+
+
+def test_the_check_of_a_gpu_is_a_script_that_bash_can_read() -> None:
+    script = ROOT / "tools/gpu_check.sh"
+    assert script.stat().st_mode & 0o111
+    subprocess.run(["bash", "-n", script], check=True, timeout=10)
+    mentioned = set(re.findall(r"(?:benchmarks|tools)/\w+\.(?:py|sh)", script.read_text()))
+    assert all((ROOT / name).exists() for name in mentioned)
+
+
+def test_the_check_of_a_gpu_tells_that_there_is_none(tmp_path: Path) -> None:
+    for tool in ("bash", "dirname", "realpath"):
+        (tmp_path / tool).symlink_to(shutil.which(tool) or tool)
+    env = {"PATH": str(tmp_path)}
+    script = str(ROOT / "tools/gpu_check.sh")
+    done = subprocess.run([script, tmp_path / "out"], env=env, capture_output=True, text=True, timeout=20, check=False)
+    assert (done.returncode, done.stdout) == (1, "")
+    assert done.stderr == "gpu_check: no nvidia-smi: is there a card, and its driver?\n"
