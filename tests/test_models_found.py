@@ -190,6 +190,16 @@ def test_settings_take_names(home: Path, tiny: Path) -> None:
     assert (model.name, model.slots) == ("name-q4_k_m", 3)
 
 
+def test_reading_settings_again_fetches_nothing(home: Path, tiny: Path) -> None:
+    """The supervisor does it, on SIGHUP: it must not wait for a network."""
+    link = put_in_hub(tiny, home, "Org/Name", "name-q4_k_m.gguf")
+    settings = config.load({"model": ["hf:Org/Name"]}, Home(home), environ={}, cwd="/")
+    assert config.reload(settings)[0].models == settings.models
+    link.unlink()
+    with pytest.raises(found.NotHere):
+        config.reload(settings)
+
+
 # ── split files ───────────────────────────────────────────────────────────────────────────────────────────
 
 
