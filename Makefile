@@ -9,9 +9,9 @@ VENV   := .venv
 BIN    := $(VENV)/bin
 ARGS   ?=
 
-RECIPE := tools/bootstrap.py constraints.txt setup.cfg setup.py pyproject.toml $(wildcard bin/* aiosd/llm/native/*)
+RECIPE := tools/bootstrap.py tools/llama_cpp.cmake constraints.txt setup.cfg setup.py pyproject.toml $(wildcard bin/* aiosd/llm/native/*)
 
-.PHONY: help demo test lint nano peers install clean distclean
+.PHONY: help demo test lint nano peers models install again clean distclean
 .DEFAULT_GOAL := help
 
 help: ## this list
@@ -33,7 +33,17 @@ nano: $(VENV)/.nano ## trains the embedded model again from its seeds
 peers: $(VENV)/.bench ## llama-server and its benchmarks, natively built, for benchmarks/ to compare with
 	@$(PYTHON) tools/peers.py $(VENV)
 
+models: $(VENV)/.base ## real models for tests and benchmarks, 350 MB (ARGS=smollm2: one of them)
+	@$(BIN)/python -m tools.models $(ARGS)
+
 install: $(VENV)/.base ## only the set-up: .venv with the package and its commands
+
+# Another llama.cpp than the one in .venv is asked for: CMAKE_ARGS=-DGGML_CUDA=on make install
+ifdef CMAKE_ARGS
+ifneq ($(strip $(CMAKE_ARGS)),$(shell cat $(VENV)/.cmake_args 2>/dev/null))
+$(VENV)/.base: again
+endif
+endif
 
 # bootstrap.py takes a lock, so that `make -j` may build several of these at a time.
 $(VENV)/.base: $(RECIPE)

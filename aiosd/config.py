@@ -10,7 +10,7 @@
 
     [[model]]                               AIOSD_MODEL (several: with ':' between), --model
     name = "writer"
-    path = "models/writer.gguf"             as seen from the folder of the file
+    path = "models/writer.gguf"             as seen from the folder of the file; or a name (`aiosd models`)
     slots = 4                               for this model alone
 
     [[agent]]                               starts with the system; see aiosd.autostart
@@ -35,14 +35,13 @@ from aiosd.autostart import AgentSpec
 from aiosd.errors import AiosdError, UsageError, WorldError
 from aiosd.link import Schedule
 from aiosd.llm.spec import MAX_SLOTS, ModelSpec
-from aiosd.nano import model_path
+from aiosd.models import found
 from aiosd.units import format_size, parse_size
 from libaios.home import Home
 
 if TYPE_CHECKING:
     from aiosd.service import Service
 
-NANO = "nano"
 POLICIES = ("fifo", "rr", "priority", "mlfq", "fair")
 ORPHANS = ("kill", "term")
 LOG_LEVELS = ("debug", "info", "warning", "error", "critical")
@@ -255,9 +254,11 @@ def load(
     config: Path | None = None,
     environ: Mapping[str, str] | None = None,
     cwd: str | None = None,
+    locate: found.Locate = found.find,
 ) -> Settings:
     """Settings from everywhere. `flags` holds what was given on the command line, by key, and `model`: a list of
-    `[NAME=]PATH|nano`. Raises UsageError that names the place of what is wrong."""
+    `[NAME=]MODEL`, paths or names that `locate` knows; it may fetch what is not here, which only a command may do.
+    Raises UsageError that names the place of what is wrong."""
     environ = os.environ if environ is None else environ
     cwd = _working_directory() if cwd is None else cwd
     path = config or home.config
@@ -265,13 +266,13 @@ def load(
     values = {key.name: key.default for key in KEYS}
     values |= file.values | _from_environment(environ) | {name: flags[name] for name in BY_NAME if name in flags}
     given = {name for name in _PER_MODEL if name in flags or environ.get(BY_NAME[name].env)}
-    words = flags.get("model") or [word for word in environ.get(ENV_PREFIX + "MODEL", "").split(os.pathsep) if word]
-    if words:
-        models = [_model(word, {}, values, given, cwd, home) for word in words]
-    elif file.models:
-        models = [_model(table["path"], table, values, given, str(path.parent), home) for table in file.models]
+    words = flags.get("model") or _models_of_environment(environ.get(ENV_PREFIX + "MODEL", ""))
+    tables: list[tuple[str, Mapping[str, Any], str]]
+    if not words and file.models:
+        tables = [(table["path"], table, str(path.parent)) for table in file.models]
     else:
-        models = [_model(NANO, {}, values, given, cwd, home)]
+        tables = [(word, {}, cwd) for word in words or [found.NANO]]
+    models = [_model(word, table, values, given, locate, folder, home) for word, table, folder in tables]
     _refuse_doubles(models)
     return Settings(
         home=home,
@@ -340,21 +341,32 @@ def show(settings: Settings, name: str) -> str:
 
 
 def _model(
-    word: str, table: Mapping[str, Any], values: Mapping[str, Any], given: set[str], folder: str, home: Home
+    word: str,
+    table: Mapping[str, Any],
+    values: Mapping[str, Any],
+    given: set[str],
+    locate: found.Locate,
+    folder: str,
+    home: Home,
 ) -> ModelSpec:
     """A model with its options: those given by flag or environment, else its own in the file, else the general
     ones of the file, else the defaults."""
     options = {name: values[name] for name in _PER_MODEL}
     options |= {name: value for name, value in table.items() if name in _PER_MODEL and name not in given}
     name, equals, path = word.partition("=")
-    if not equals or "/" in name:
+    if not equals or "/" in name or ":" in name:
         name, path = "", word
     if not path:
         raise UsageError(f"model {word!r}: a path is missing")
-    found = model_path() if path == NANO else Path(os.path.abspath(os.path.join(folder, os.path.expanduser(path))))
-    name = table.get("name") or name or (NANO if path == NANO else found.stem)
-    name = re.sub(r"[\x00-\x20\x7f/]", "_", name)[:64]
-    return ModelSpec(name=name, path=str(found), folder=str(home.data / "contexts"), **options)
+    model = locate(path, folder)
+    name = re.sub(r"[\x00-\x20\x7f/]", "_", table.get("name") or name or model.label)[:64]
+    return ModelSpec(name=name, path=model.path, folder=str(home.data / "contexts"), **options)
+
+
+def _models_of_environment(text: str) -> list[str]:
+    """With ':' between them, as in PATH; with ',' where a name has a colon itself: hf:ORG/NAME:Q4_K_M,nano"""
+    apart = "," if any(prefix in text for prefix in found.PREFIXES) else os.pathsep
+    return [word for word in text.split(apart) if word]
 
 
 def _refuse_doubles(models: Sequence[ModelSpec]) -> None:

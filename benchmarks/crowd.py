@@ -12,18 +12,23 @@ llama-server runs natively built from the same llama.cpp sources (`make peers`),
 agent bound to its slot on a connection of its own, its prompt cache on, and flash attention as is faster for it in this
 very cell. The lock: one process with llama-cpp-python's `Llama`, warm, which keeps the last prompt's state.
 
+Real models (`--real`, or by name: `make models`) get real text instead: conversations of talk.py, through their own
+tokenizer and chat template, greedily and at the default temperature. The numbers of tokens are about the same then.
+
     $ make peers && taskset -c 0,1 python benchmarks/crowd.py
-    model    n  prefix   aiosd s  server s  ratio   bar    cpu   lock s  ratio   bar
-    small   64     512      17.1      42.0   0.41  0.50   0.41     49.0   0.35  0.45
+    model      n  prefix  temp   aiosd s  server s  ratio   bar    cpu   lock s  ratio   bar
+    small     64     512   0.0      17.1      42.0   0.41  0.50   0.41     49.0   0.35  0.45
 """
 
 from __future__ import annotations
 
 import argparse
+import itertools
 import statistics
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from contextlib import ExitStack
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -32,14 +37,21 @@ import numpy as np
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 
-from benchmarks import harness  # noqa: E402  the checkout comes first
+from benchmarks import harness, talk  # noqa: E402  the checkout comes first
 from benchmarks.harness import AGENT, HTTP, LOOP, Aiosd, Client, Server, cpu_seconds, makespan, race  # noqa: E402
 
 AGENTS, PREFIXES = (1, 16, 64), (0, 512, 2048)
 PRIVATE, TURNS, GENERATED, TOOL = 64, 4, 32, 32
-BARS = {(64, 512): 0.5, (64, 2048): 0.3}  # on the model of 60 M parameters; elsewhere never above
 NEVER_ABOVE = 1.05
+BARS = {  # where nothing is written: never above
+    "small": {(64, 512): 0.5, (64, 2048): 0.3},
+    "smollm2": {(16, 512): 0.7, (16, 1500): 0.7, (64, 512): 0.5, (64, 1500): 0.35},
+    "gemma3": {(16, 512): 0.8, (16, 1500): 0.8, (64, 512): 0.8, (64, 1500): 0.8},
+}
 LOCK_BARS = {64: 0.45}
+REAL, REAL_AGENTS, REAL_PREFIXES = ("smollm2", "gemma3"), (16, 64), (512, 1500)
+TEMPERATURES = (0.0, 0.8)  # of real models: greedy, and the default
+FRAME = 16  # tokens that a chat template may put around a message
 
 TURNS_OF = """
 def turns(order):
@@ -119,10 +131,48 @@ def context_of(prefix: int) -> int:
 
 
 def complete_run(clients: list[Client], orders: list[dict[str, Any]]) -> float:
-    """The makespan, and nobody got fewer tokens than asked for."""
+    """The makespan; every agent got as many tokens as it asked for."""
     said = race(clients, orders)
     wanted = len(orders[0]["prompt"]) + TURNS * (GENERATED + TOOL)
-    assert all(one["tokens"] == wanted for one in said), "somebody got fewer tokens"
+    assert all(one["tokens"] == wanted for one in said), "an agent got fewer tokens than asked for"
+    return makespan(said)
+
+
+# ── what is done in a cell ────────────────────────────────────────────────────────────────────────────────
+
+
+@dataclass(frozen=True)
+class Work:
+    """What the agents of a cell do: their orders in the run of a number, and the scripts of both sides."""
+
+    ctx: int
+    orders: Callable[[int], list[dict[str, Any]]]
+    ours: str
+    theirs: str
+    run: Callable[[list[Client], list[dict[str, Any]]], float]  # the makespan
+
+
+def by_ids(model: Path, n: int, prefix: int, seed: int) -> Work:
+    vocab = harness.vocabulary(model)
+    return Work(
+        context_of(prefix), lambda salt: workload(n, prefix, seed * 1000 + salt, vocab), OURS, THEIRS, complete_run
+    )
+
+
+def by_text(model: Path, n: int, prefix: int, seed: int, temperature: float) -> Work:
+    text = talk.Text(model)
+    sizes = talk.Sizes(PRIVATE, TURNS, GENERATED, TOOL)
+
+    def orders(salt: int) -> list[dict[str, Any]]:
+        return talk.workload(text, n, prefix, seed * 1000 + salt, temperature, sizes)
+
+    scripts = (talk.OURS_CHAT, talk.THEIRS_CHAT) if text.chat else (talk.OURS_TEXT, talk.THEIRS_TEXT)
+    return Work(context_of(prefix + FRAME * (2 * TURNS + 2)), orders, *scripts, talk_run)
+
+
+def talk_run(clients: list[Client], orders: list[dict[str, Any]]) -> float:
+    said = race(clients, orders)
+    assert all(one["tokens"] == TURNS * GENERATED for one in said), "an agent got fewer tokens than asked for"
     return makespan(said)
 
 
@@ -149,53 +199,51 @@ def ratios(row: dict[str, Any], ours: str, theirs: str) -> list[float]:
     return [a / b for a, b in zip(row[ours], row[theirs], strict=True)]
 
 
-def cell(name: str, n: int, prefix: int, options: argparse.Namespace) -> dict[str, Any]:
-    model, ctx = harness.model_path(name), context_of(prefix)
-    vocab = harness.vocabulary(model)
-
-    def orders(salt: int) -> list[dict[str, Any]]:
-        return workload(n, prefix, options.seed * 1000 + salt, vocab)
-
-    row: dict[str, Any] = {"model": name, "agents": n, "prefix": prefix}
+def cell(name: str, n: int, prefix: int, temperature: float, options: argparse.Namespace) -> dict[str, Any]:
+    model = harness.model_path(name)
+    real = name in REAL or options.text
+    work = by_text(model, n, prefix, options.seed, temperature) if real else by_ids(model, n, prefix, options.seed)
+    row: dict[str, Any] = {"model": name, "agents": n, "prefix": prefix, "temperature": temperature}
     with ExitStack() as stack:
-        flags = ["--slots", str(n), "--ctx", str(ctx), "--threads", str(options.threads)]
+        flags = ["--slots", str(n), "--ctx", str(work.ctx), "--threads", str(options.threads)]
         ours = stack.enter_context(Aiosd(model, *flags, *options.aiosd_options.split()))
-        agents = ours.start(n, OURS)
-        theirs, row["server_flash"] = best_server(model, n, ctx, options, orders)
+        agents = ours.start(n, work.ours)
+        theirs, row["server_flash"] = best_server(model, n, work, options)
         stack.enter_context(theirs)
-        complete_run(agents, orders(900))  # warm, as the server is by now
+        work.run(agents, work.orders(900))  # warm, as the server is by now
         before = ours.stats()
         row |= pairs(
-            (lambda told: complete_run(agents, told), ours.core()),
-            (lambda told: complete_run(theirs.clients, told), theirs.process.pid),
-            orders,
+            (lambda told: work.run(agents, told), ours.core()),
+            (lambda told: work.run(theirs.clients, told), theirs.process.pid),
+            work.orders,
             options.rounds,
         )
         row["aiosd_stats"] = {"before": before, "after": ours.stats()}
     row["ratio"] = statistics.median(ratios(row, "aiosd_s", "server_s"))
     row["cpu_ratio"] = statistics.median(ratios(row, "aiosd_cpu_s", "server_cpu_s"))
-    row["bar"] = BARS.get((n, prefix), NEVER_ABOVE) if name == "small" else None
-    if n > 1 and not options.no_lock:
-        row["lock_s"] = locked(model, ctx, options.threads, orders(500))
+    row["bar"] = BARS[name].get((n, prefix), NEVER_ABOVE) if name in BARS else None
+    if n > 1 and not real and not options.no_lock:
+        row["lock_s"] = locked(model, work.ctx, options.threads, work.orders(500))
         row["lock_ratio"] = statistics.median(row["aiosd_s"]) / row["lock_s"]
         row["lock_bar"] = LOCK_BARS.get(n) if name == "small" else None
     return row
 
 
-def best_server(
-    model: Path, n: int, ctx: int, options: argparse.Namespace, orders: Callable[[int], list[dict[str, Any]]]
-) -> tuple[Server, str]:
+def best_server(model: Path, n: int, work: Work, options: argparse.Namespace) -> tuple[Server, str]:
     """llama-server with flash attention on or off, whichever is faster here, warm."""
     times = {}
     for i, flash in enumerate(options.flash.split(",")):
-        with Server(model, n, ctx, options.threads, "-fa", flash) as server:
-            server.start(n, THEIRS)
-            complete_run(server.clients, orders(910 + 2 * i))
-            times[flash] = complete_run(server.clients, orders(911 + 2 * i)) if "," in options.flash else 0.0
+        if "," not in options.flash:
+            times[flash] = 0.0
+            break
+        with Server(model, n, work.ctx, options.threads, "-fa", flash, *options.server_options.split()) as server:
+            server.start(n, work.theirs)
+            work.run(server.clients, work.orders(910 + 2 * i))
+            times[flash] = work.run(server.clients, work.orders(911 + 2 * i))
     best = min(times, key=lambda flash: times[flash])
-    server = Server(model, n, ctx, options.threads, "-fa", best)
-    server.start(n, THEIRS)
-    complete_run(server.clients, orders(920))
+    server = Server(model, n, work.ctx, options.threads, "-fa", best, *options.server_options.split())
+    server.start(n, work.theirs)
+    work.run(server.clients, work.orders(920))
     return server, best
 
 
@@ -210,7 +258,7 @@ def locked(model: Path, ctx: int, threads: int, orders: list[dict[str, Any]]) ->
 
 # ── table and plot ────────────────────────────────────────────────────────────────────────────────────────
 
-HEAD = "model    n  prefix   aiosd s  server s  ratio   bar    cpu   lock s  ratio   bar"
+HEAD = "model      n  prefix  temp   aiosd s  server s  ratio   bar    cpu   lock s  ratio   bar"
 
 
 def line(row: dict[str, Any]) -> str:
@@ -219,7 +267,8 @@ def line(row: dict[str, Any]) -> str:
     def bar(value: float | None) -> str:
         return f"{'–' if value is None else format(value, '.2f'):>6}"
 
-    text = f"{row['model']:<6}{row['agents']:>4}{row['prefix']:>8}{ours:>10.2f}{theirs:>10.2f}"
+    text = f"{row['model']:<8}{row['agents']:>4}{row['prefix']:>8}{row['temperature']:>6.1f}"
+    text += f"{ours:>10.2f}{theirs:>10.2f}"
     text += f"{row['ratio']:>7.2f}{bar(row['bar'])}{row['cpu_ratio']:>7.2f}"
     missed = row["bar"] is not None and row["ratio"] > row["bar"]
     if "lock_s" in row:
@@ -236,8 +285,8 @@ def plot(rows: list[dict[str, Any]], path: Path) -> None:
     figure, axes = plt.subplots(1, len(models), figsize=(5.5 * len(models), 3.8), squeeze=False)
     for axis, model in zip(axes[0], models, strict=True):
         mine = [row for row in rows if row["model"] == model]
-        cells = sorted({(row["prefix"], row["agents"]) for row in mine})
-        by_cell = {(row["prefix"], row["agents"]): row for row in mine}
+        by_cell = {(row["prefix"], row["agents"], row["temperature"]): row for row in mine}
+        cells = sorted(by_cell)
         for i, key in enumerate(cells):
             ratio = by_cell[key]["ratio"]
             axis.bar(i, ratio, color=f"C{PREFIXES.index(key[0]) if key[0] in PREFIXES else 3}", width=0.7)
@@ -245,8 +294,8 @@ def plot(rows: list[dict[str, Any]], path: Path) -> None:
             if by_cell[key]["bar"] is not None:
                 axis.hlines(by_cell[key]["bar"], i - 0.42, i + 0.42, color="black", linewidth=1.2)
         axis.axhline(1, color="grey", linewidth=0.8, linestyle=":")
-        axis.set_xticks(range(len(cells)), [f"{n}\n{prefix}" for prefix, n in cells], fontsize=8)
-        axis.set(xlabel="agents, tokens of shared prefix", title=model, ylim=(0, None))
+        axis.set_xticks(range(len(cells)), [f"{n}\n{prefix}\n{t or ''}" for prefix, n, t in cells], fontsize=8)
+        axis.set(xlabel="agents, tokens of shared prefix, temperature", title=model, ylim=(0, None))
         axis.set_ylabel("makespan, aiosd / llama-server")
     figure.suptitle("W(n): lower is better; black: the bar", fontsize=10)
     figure.tight_layout()
@@ -256,9 +305,12 @@ def plot(rows: list[dict[str, Any]], path: Path) -> None:
 
 def parse(argv: list[str] | None = None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
-    parser.add_argument("--model", action="append", help="nano, small, another shape of models.py, or a GGUF")
+    parser.add_argument("--model", action="append", help="nano, small, smollm2, …, a shape of models.py, or a GGUF")
+    parser.add_argument("--real", action="store_true", help=f"{' and '.join(REAL)} (make models), on real text")
+    parser.add_argument("--text", action="store_true", help="real text for other models too")
     parser.add_argument("--n", type=int, action="append", help=f"agents {AGENTS}")
-    parser.add_argument("--prefix", type=int, action="append", help=f"shared tokens {PREFIXES}")
+    parser.add_argument("--prefix", type=int, action="append", help=f"shared tokens {PREFIXES}; real: {REAL_PREFIXES}")
+    parser.add_argument("--temperature", type=float, action="append", help=f"on real text {TEMPERATURES}")
     parser.add_argument("--rounds", type=int, default=1, help="of four runs each (A B B A)")
     parser.add_argument("--quick", action="store_true", help="64 agents with 512 shared tokens on the small model only")
     parser.add_argument("--threads", type=int, default=2, help="of each side")
@@ -266,6 +318,7 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--no-lock", action="store_true", help="without one prompt at a time, which is slow")
     parser.add_argument("--flash", default="on,off", help="what is tried for llama-server")
     parser.add_argument("--aiosd-options", default="", help="more options for aiosd")
+    parser.add_argument("--server-options", default="", help="more options for llama-server")
     parser.add_argument("--out", type=Path, default=harness.RESULTS / "crowd.json")
     options = parser.parse_args(argv)
     if options.quick:
@@ -273,19 +326,26 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
     return options
 
 
+def grid(options: argparse.Namespace) -> Iterator[tuple[str, int, int, float]]:
+    for name in options.model or (REAL if options.real else ("small", "nano")):
+        real = name in REAL or options.text
+        prefixes = options.prefix or (REAL_PREFIXES if real else PREFIXES)
+        agents = options.n or (REAL_AGENTS if real else AGENTS)
+        temperatures = options.temperature or TEMPERATURES if real else (0.0,)
+        for cell_of in itertools.product([name], agents, prefixes, temperatures):
+            if name != "nano" or context_of(cell_of[2]) <= 2048:  # it was trained for no more
+                yield cell_of
+
+
 def main() -> None:
     options = parse()
     harness.peer("llama-server")
     print(HEAD, flush=True)
     rows: list[dict[str, Any]] = []
-    for name in options.model or ["small", "nano"]:
-        for n in options.n or AGENTS:
-            for prefix in options.prefix or PREFIXES:
-                if name == "nano" and context_of(prefix) > 2048:
-                    continue  # it was trained for no more
-                rows.append(cell(name, n, prefix, options))
-                print(line(rows[-1]), flush=True)
-                harness.write("crowd", rows, options.out, seed=options.seed, threads=options.threads)
+    for name, n, prefix, temperature in grid(options):
+        rows.append(cell(name, n, prefix, temperature, options))
+        print(line(rows[-1]), flush=True)
+        harness.write("crowd", rows, options.out, seed=options.seed, threads=options.threads)
     plot(rows, options.out.with_suffix(".png"))
 
 

@@ -38,6 +38,8 @@ from typing import Any
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 
+from benchmarks import harness  # noqa: E402  the checkout comes first
+
 AGENTS = (1, 8, 32)
 CTX = 2048
 PROMPT = 16  # tokens
@@ -241,21 +243,6 @@ def system(model: Path, threads: int | None) -> Iterator[System]:
 # ── both ──────────────────────────────────────────────────────────────────────────────────────────────────
 
 
-def cpu_seconds(pid: int) -> float:
-    """Of all threads, so far."""
-    return sum(int(file.read_text().split()[0]) for file in Path(f"/proc/{pid}/task").glob("*/schedstat")) / 1e9
-
-
-def model_path(name: str) -> Path:
-    if name == "nano":
-        return ROOT / "aiosd" / "nano" / "nano.gguf"
-    if name.endswith(".gguf"):
-        return Path(name)
-    from benchmarks.models import path_of
-
-    return path_of(name)
-
-
 @dataclass
 class Run:
     tokens_per_s: float
@@ -269,13 +256,13 @@ def compare(side: Callable[[int, int, int], float], core: int, bare: Child, roun
     """Pairs (ours, bare) by number of agents. `core`: the process that computes on our side."""
 
     def ours(count: int, salt: int) -> Run:
-        before = cpu_seconds(core)
-        return Run(side(count, tokens, salt), cpu_seconds(core) - before)
+        before = harness.cpu_seconds(core)
+        return Run(side(count, tokens, salt), harness.cpu_seconds(core) - before)
 
     def theirs(count: int, salt: int) -> Run:
-        before = cpu_seconds(bare.process.pid)
+        before = harness.cpu_seconds(bare.process.pid)
         bare.ask([count, tokens, salt])
-        return Run(float(bare.answer()), cpu_seconds(bare.process.pid) - before)
+        return Run(float(bare.answer()), harness.cpu_seconds(bare.process.pid) - before)
 
     for count in AGENTS:
         side(count, 16, 1)
@@ -334,7 +321,7 @@ def main() -> None:
     print("model   agents    bare tok/s   system tok/s   ratio    bar   cpu ratio")
     rows: list[dict[str, Any]] = []
     for name in options.model or ["nano", "small"]:
-        path, tokens = model_path(name), options.tokens or TOKENS.get(name, 128)
+        path, tokens = harness.model_path(name), options.tokens or TOKENS.get(name, 128)
         if options.engine or options.null:
             threads = options.threads or 1
             ours = bare_child(path, threads, *["--engine"] * options.engine)

@@ -50,8 +50,9 @@ def bench(model: Path, n: int, prefix: int, threads: int, *flags: str) -> tuple[
     return float(row["speed_pp"]), float(row["speed_tg"])
 
 
-def speeds(model: Path, n: int, prefix: int, threads: int) -> dict[str, tuple[float, float]]:
-    return {flash: bench(model, n, prefix, threads, "-fa", flash, "-no-kvu") for flash in ("on", "off")}
+def speeds(model: Path, n: int, prefix: int, options: argparse.Namespace) -> dict[str, tuple[float, float]]:
+    more = options.server_options.split()
+    return {flash: bench(model, n, prefix, options.threads, "-fa", flash, "-no-kvu", *more) for flash in ("on", "off")}
 
 
 def cell(name: str, n: int, prefix: int, options: argparse.Namespace) -> dict[str, Any]:
@@ -63,11 +64,11 @@ def cell(name: str, n: int, prefix: int, options: argparse.Namespace) -> dict[st
         agents = system.start(n, OURS)
         complete_run(agents, workload(n, prefix, options.seed * 1000 + 900, vocab))
         for salt in range(options.rounds):
-            measured.append(speeds(model, n, prefix, options.threads))
+            measured.append(speeds(model, n, prefix, options))
             for i in (0, 1):
                 orders = workload(n, prefix, options.seed * 1000 + 2 * salt + i, vocab)
                 seconds.append(complete_run(agents, orders))
-            measured.append(speeds(model, n, prefix, options.threads))
+            measured.append(speeds(model, n, prefix, options))
         stats = system.stats()
     prompt, generated = distinct_tokens(n, prefix)
     best = [[max(run[flash][i] for flash in run) for run in measured] for i in (0, 1)]
@@ -77,7 +78,7 @@ def cell(name: str, n: int, prefix: int, options: argparse.Namespace) -> dict[st
         "model": name, "agents": n, "prefix": prefix, "prompt_tokens": prompt, "generated_tokens": generated,
         "speeds": measured, "prefill_per_s": prefill, "decode_per_s": decode, "floor_s": floor, "aiosd_s": seconds,
         "ratio": floor / took, "bar": BAR if n == 64 and name == "small" else None, "aiosd_stats": stats,
-        "unified": bench(model, n, prefix, options.threads, "-fa", "on", "-kvu"),
+        "unified": bench(model, n, prefix, options.threads, "-fa", "on", "-kvu", *options.server_options.split()),
     }  # fmt: skip
 
 
@@ -102,6 +103,7 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--threads", type=int, default=2, help="of each side")
     parser.add_argument("--seed", type=int, default=1)
     parser.add_argument("--aiosd-options", default="", help="more options for aiosd")
+    parser.add_argument("--server-options", default="", help="more options for llama-batched-bench")
     parser.add_argument("--out", type=Path, default=harness.RESULTS / "floor.json")
     return parser.parse_args(argv)
 

@@ -24,6 +24,10 @@ from pathlib import Path
 from typing import Any
 
 ROOT = Path(__file__).resolve().parents[1]
+sys.path.insert(0, str(ROOT))
+
+from tools.models import MODELS  # noqa: E402  the checkout comes first
+
 RESULTS = ROOT / "benchmarks" / "results"
 PEERS = ROOT / "build" / "peers" / "bin"
 
@@ -49,9 +53,13 @@ AGENT = LOOP + "import libaios as aios\naios.proc.getpid()\n"
 
 
 def model_path(name: str) -> Path:
-    """nano, a shape of models.py, or a GGUF."""
+    """nano, a real model of `make models`, a shape of models.py, or a GGUF."""
     if name == "nano":
         return ROOT / "aiosd" / "nano" / "nano.gguf"
+    if name in MODELS:
+        if not MODELS[name].path.exists():
+            sys.exit(f"{MODELS[name].path} is not there; `make models ARGS={name}` fetches it")
+        return MODELS[name].path
     if name.endswith(".gguf"):
         return Path(name)
     from benchmarks.models import path_of
@@ -321,8 +329,8 @@ class Server:
         self.close()
 
 
-#: A client of llama-server: `complete(tokens, number)` gives the generated ids. The server closes connections that were
-#: idle for some seconds: then once more on a new one.
+#: A client of llama-server: `complete(tokens, number)` gives the generated ids, `post(path, body)` any answer. The
+#: server closes connections that were idle for some seconds: then once more on a new one.
 HTTP = (
     LOOP
     + """
@@ -331,12 +339,13 @@ port, me = int(sys.argv[1]), int(sys.argv[2])
 connection = http.client.HTTPConnection("127.0.0.1", port)
 connection.connect()
 def complete(tokens, number, **also):
-    body = json.dumps({"prompt": tokens, "n_predict": number, "temperature": 0.0, "ignore_eos": True,
-                       "cache_prompt": True, "return_tokens": True, **also})
+    return post("/completion", {"prompt": tokens, "n_predict": number, "temperature": 0.0, "ignore_eos": True,
+                                "cache_prompt": True, "return_tokens": True, **also})["tokens"]
+def post(path, body):
     for last in (False, True):
         try:
-            connection.request("POST", "/completion", body, {"Content-Type": "application/json"})
-            return json.loads(connection.getresponse().read())["tokens"]
+            connection.request("POST", path, json.dumps(body), {"Content-Type": "application/json"})
+            return json.loads(connection.getresponse().read())
         except (ConnectionError, http.client.HTTPException):
             if last:
                 raise

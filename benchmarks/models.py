@@ -43,12 +43,15 @@ def write_llama(
     template: str | None = None,
     control: list[str] | None = None,
     f16: bool = False,
+    q4_0: bool = False,
+    rope_base: float = 10_000.0,
     scale: float = 1.0,
     add_bos: bool = False,
     pooling: int | None = None,
 ) -> Path:
     """A Llama of random weights with a byte-level vocabulary: control tokens, tool-call tags, the 256 bytes, a few
-    pairs, and made-up words up to `vocab` tokens. `scale` sharpens the logits."""
+    pairs, and made-up words up to `vocab` tokens. `scale` sharpens the logits. `q4_0`: as such files are, four bits a
+    weight; all are made as bits at once, because a large model's weights as numbers would fit into no memory."""
     rng = np.random.default_rng(seed)
     names = byte_to_char()
     control = CONTROL if control is None else control
@@ -75,8 +78,10 @@ def write_llama(
     writer.add_head_count_kv(kv_heads)
     writer.add_layer_norm_rms_eps(1e-5)
     writer.add_rope_dimension_count(d // heads)
-    writer.add_rope_freq_base(10000.0)
+    writer.add_rope_freq_base(rope_base)
     writer.add_vocab_size(len(tokens))
+    if q4_0:
+        writer.add_file_type(gguf.LlamaFileType.MOSTLY_Q4_0)
     writer.add_tokenizer_model("gpt2")
     writer.add_tokenizer_pre("gpt-2")
     writer.add_token_list(tokens)
@@ -93,24 +98,30 @@ def write_llama(
     kind = np.float16 if f16 else np.float32
 
     def matrix(rows: int, columns: int, gain: float = 1.0) -> Any:
+        if q4_0:
+            return q4_0_blocks(rng, rows, columns, gain / np.sqrt(columns))
         return (rng.standard_normal((rows, columns)) * gain / np.sqrt(columns)).astype(kind)
+
+    def add(name: str, weights: Any) -> None:
+        raw = gguf.GGMLQuantizationType.Q4_0 if weights.dtype == np.uint8 else None
+        writer.add_tensor(name, weights, raw_dtype=raw)
 
     kv = d * kv_heads // heads
     embedding = matrix(len(tokens), d, np.sqrt(d))
-    writer.add_tensor("token_embd.weight", embedding)
-    writer.add_tensor("output_norm.weight", np.ones(d, np.float32))
+    add("token_embd.weight", embedding)
+    add("output_norm.weight", np.ones(d, np.float32))
     output = matrix(len(tokens), d, 3.0 * scale)
-    writer.add_tensor("output.weight", output)
+    add("output.weight", output)
     for i in range(layers):
-        writer.add_tensor(f"blk.{i}.attn_norm.weight", np.ones(d, np.float32))
-        writer.add_tensor(f"blk.{i}.attn_q.weight", matrix(d, d))
-        writer.add_tensor(f"blk.{i}.attn_k.weight", matrix(kv, d))
-        writer.add_tensor(f"blk.{i}.attn_v.weight", matrix(kv, d))
-        writer.add_tensor(f"blk.{i}.attn_output.weight", matrix(d, d))
-        writer.add_tensor(f"blk.{i}.ffn_norm.weight", np.ones(d, np.float32))
-        writer.add_tensor(f"blk.{i}.ffn_gate.weight", matrix(ff, d))
-        writer.add_tensor(f"blk.{i}.ffn_up.weight", matrix(ff, d))
-        writer.add_tensor(f"blk.{i}.ffn_down.weight", matrix(d, ff))
+        add(f"blk.{i}.attn_norm.weight", np.ones(d, np.float32))
+        add(f"blk.{i}.attn_q.weight", matrix(d, d))
+        add(f"blk.{i}.attn_k.weight", matrix(kv, d))
+        add(f"blk.{i}.attn_v.weight", matrix(kv, d))
+        add(f"blk.{i}.attn_output.weight", matrix(d, d))
+        add(f"blk.{i}.ffn_norm.weight", np.ones(d, np.float32))
+        add(f"blk.{i}.ffn_gate.weight", matrix(ff, d))
+        add(f"blk.{i}.ffn_up.weight", matrix(ff, d))
+        add(f"blk.{i}.ffn_down.weight", matrix(d, ff))
     writer.write_header_to_file()
     writer.write_kv_data_to_file()
     writer.write_tensors_to_file()
@@ -118,11 +129,23 @@ def write_llama(
     return path
 
 
+def q4_0_blocks(rng: np.random.Generator, rows: int, columns: int, spread: float) -> Any:
+    """Random weights in GGUF's format Q4_0: for each 32 of them a scale as f16 and 16 bytes with two of 0 … 15 each,
+    which stand for -8 … 7 times the scale."""
+    blocks = np.frombuffer(rng.bytes(rows * columns // 32 * 18), np.uint8).reshape(-1, 18).copy()
+    blocks[:, :2] = np.array([spread / 4.6], np.float16).view(np.uint8)  # 4.6: what those of 0 … 15 spread
+    return blocks.reshape(rows, -1)
+
+
 #: By name: arguments of `write_llama`. `small` is the model of about 60 M parameters that the figures speak of.
 SHAPES: dict[str, dict[str, Any]] = {
     "tiny": {"vocab": 1024, "d": 192, "layers": 4, "heads": 6, "kv_heads": 3, "ff": 512, "f16": True},
     "small": {"vocab": 32_000, "d": 512, "layers": 8, "heads": 8, "kv_heads": 4, "ff": 1536, "f16": True, "ctx": 8192},
-}
+    "llama-8b-q4_0": {  # the shape of Llama 3.1 8B
+        "vocab": 128_256, "d": 4096, "layers": 32, "heads": 32, "kv_heads": 8, "ff": 14_336, "q4_0": True,
+        "ctx": 131_072, "rope_base": 500_000.0,
+    },
+}  # fmt: skip
 
 
 def cache_dir() -> Path:
@@ -143,5 +166,5 @@ def path_of(name: str, seed: int = 0) -> Path:
 
 
 if __name__ == "__main__":
-    for name in sys.argv[1:] or SHAPES:
+    for name in sys.argv[1:] or ["tiny", "small"]:
         print(path_of(name))

@@ -177,7 +177,7 @@ def system(name: str, lengths: list[int], options: argparse.Namespace) -> list[d
     ctx = max(*lengths, TREE) + 256
     flags = ["--slots", str(options.slots), "--ctx", str(ctx), "--threads", str(options.threads)]
     rows = []
-    with Aiosd(harness.model_path(name), *flags) as running:
+    with Aiosd(harness.model_path(name), *flags, *options.aiosd_options.split()) as running:
         agent = running.start(1, SWITCHER)[0]
         for length in lengths:
             said = race([agent], [{"length": length, "rounds": options.rounds + 1}])[0]["rounds"][1:]
@@ -215,6 +215,7 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--rounds", type=int, default=7)
     parser.add_argument("--slots", type=int, default=16)
     parser.add_argument("--threads", type=int, default=2)
+    parser.add_argument("--aiosd-options", default="", help="more options for aiosd")
     parser.add_argument("--only", choices=("engine", "system"))
     parser.add_argument("--out", type=Path, default=harness.RESULTS / "switch.json")
     return parser.parse_args(argv)

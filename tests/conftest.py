@@ -33,6 +33,9 @@ import pytest
 from libaios import wire
 from libaios.client import Client
 from libaios.home import Home
+from tests.realmodels import gemma3, smollm2
+
+__all__ = ["gemma3", "smollm2"]  # fixtures for all tests
 
 # The machine is shared: how long one example takes says nothing about the code.
 hypothesis.settings.register_profile("aiosd", deadline=None, print_blob=True)

@@ -5,10 +5,25 @@ import json
 import subprocess
 import sys
 
+import numpy as np
 import pytest
 
-from benchmarks import attention, busy, crowd, exactness, fairness, floor, harness, scale, switch
-from tests.tinymodels import write
+from aiosd.llm import llama
+from benchmarks import (
+    attention,
+    busy,
+    crowd,
+    exactness,
+    fairness,
+    floor,
+    harness,
+    models,
+    quality,
+    scale,
+    switch,
+    talk,
+)
+from tests.tinymodels import OWN_ATTENTION, write
 
 ONE = ["--threads", "1"]
 
@@ -36,6 +51,33 @@ def test_distinct_tokens_are_those_that_somebody_must_compute():
     beginnings = {tuple(order["prompt"][:i]) for order in orders for i in range(1, len(order["prompt"]) + 1)}
     answers = sum(len(tool) for order in orders for tool in order["tools"][:-1])
     assert crowd.distinct_tokens(3, 32) == (len(beginnings) + answers, 3 * crowd.TURNS * crowd.GENERATED)
+
+
+def test_conversations_share_their_system_prompt_and_nothing_else(tmp_path):
+    text = talk.Text(write(tmp_path / "tiny.gguf", d=32, layers=1, heads=2, kv_heads=1, ff=32))
+    sizes = talk.Sizes(private=40, turns=3, generate=8, tool=20)
+    orders = talk.workload(text, 4, 300, 7, 0.8, sizes)
+    assert text.chat
+    assert orders == talk.workload(text, 4, 300, 7, 0.8, sizes)
+    systems = {order["messages"][0]["content"] for order in orders}
+    assert systems != {order["messages"][0]["content"] for order in talk.workload(text, 4, 300, 8, 0.8, sizes)}
+    (system,) = systems
+    questions = [order["messages"][1]["content"] for order in orders]
+    assert len(set(questions)) == 4
+    assert text.count(system) == 300
+    assert {text.count(question) for question in questions} == {40}
+    assert {text.count(tool) for order in orders for tool in order["tools"]} == {20}
+    assert {len(order["tools"]) for order in orders} == {3}
+    text.close()
+
+
+def test_real_models_run_on_real_text_at_two_temperatures():
+    cells = list(crowd.grid(crowd.parse(["--real", "--n", "64"])))
+    assert cells[:4] == [("smollm2", 64, 512, 0.0), ("smollm2", 64, 512, 0.8), ("smollm2", 64, 1500, 0.0),
+                         ("smollm2", 64, 1500, 0.8)]  # fmt: skip
+    assert {cell[0] for cell in cells} == {"smollm2", "gemma3"}
+    assert list(crowd.grid(crowd.parse(["--quick"]))) == [("small", 64, 512, 0.0)]
+    assert all(name in crowd.BARS for name in crowd.REAL)
 
 
 def test_a_conversation_fits_its_context():
@@ -77,7 +119,7 @@ def test_tokens_in_common_end_at_the_first_difference():
 # ── options, tables, plots ────────────────────────────────────────────────────────────────────────────────
 
 
-@pytest.mark.parametrize("script", [attention, crowd, exactness, fairness, floor, scale, switch])
+@pytest.mark.parametrize("script", [attention, crowd, exactness, fairness, floor, quality, scale, switch])
 def test_options(script):
     assert script.parse([]).threads == 2
     assert script.parse(["--threads", "1", "--model", "tiny"]).threads == 1
@@ -92,7 +134,8 @@ def test_single_cells_and_quick():
 
 
 ROW = {
-    "model": "small", "agents": 64, "prefix": 512, "aiosd_s": [18.0, 19.0], "server_s": [40.0, 42.0], "ratio": 0.45,
+    "model": "small", "agents": 64, "prefix": 512, "temperature": 0.0,
+    "aiosd_s": [18.0, 19.0], "server_s": [40.0, 42.0], "ratio": 0.45,
     "cpu_ratio": 0.46, "bar": 0.5, "lock_s": 50.0, "lock_ratio": 0.37, "lock_bar": 0.45,
 }  # fmt: skip
 
@@ -178,3 +221,28 @@ def test_a_crowd_scales_through_the_whole_system(tmp_path):
     assert 0 < row["jain"] <= 1
     assert row["computed_tokens"] < 5 * (scale.SHARED + 100)  # the shared prompt was computed once
     assert "unfinished" in scale.line(row | {"finished": 4})
+
+
+@pytest.mark.skipif(not OWN_ATTENTION, reason="needs a processor with AVX2")
+def test_own_attention_is_as_good_as_llama_cpps_on_the_embedded_model():
+    row = quality.compare(harness.model_path("nano"), quality.parse(["--tokens", "64", "--threads", "1"]))
+    assert row["ours_used"]
+    assert row["kept"], quality.line(row)
+    assert row["top1_same"]["plain"] == 1.0
+    assert "kept" in quality.line(row)
+    assert "NOT USED" in quality.line(row | {"ours_used": False, "kept": False})
+
+
+def test_random_weights_of_four_bits_are_a_model(tmp_path):
+    """The shape of Llama 3.1 8B is made like this, for the check of a GPU."""
+    shape = {"d": 64, "layers": 1, "heads": 2, "kv_heads": 1, "ff": 64, "vocab": 320}
+    model = llama.Model(str(models.write_llama(tmp_path / "m.gguf", q4_0=True, **shape)), 0, lambda fraction: None)
+    context = llama.Context(model, slots=1, ctx=64, ubatch=32, threads=1, flash_attention=False)
+    batch = llama.Batch(4)
+    batch.size, batch.tokens[:], batch.positions[:], batch.wanted[:] = 4, range(4), range(4), (0, 0, 0, 1)
+    assert context.decode(batch) == llama.OK
+    logits = context.logits(1)
+    assert np.isfinite(logits).all()
+    assert 0.1 < logits.std() < 100
+    context.close()
+    model.close()

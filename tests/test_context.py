@@ -233,6 +233,18 @@ def test_a_model_that_was_replaced_on_disk_does_not_sign_for_the_one_in_memory(t
     library.close()
 
 
+def test_every_part_of_a_split_model_signs(tmp_path: Path) -> None:
+    parts = [tmp_path / f"m-0000{i}-of-00002.gguf" for i in (1, 2)]
+    for part in parts:
+        part.write_bytes(part.name.encode())
+    before = file_sha256(str(parts[0]))
+    library = a_library(parts[0], tmp_path / "saved")
+    parts[1].write_bytes(b"another")
+    assert file_sha256(str(parts[0])) != before
+    assert library._files()._fits["model"] not in (before, file_sha256(str(parts[0])))
+    library.close()
+
+
 def test_a_mistake_of_ours_in_one_call_is_that_calls_alone(tmp_path: Path) -> None:
     (tmp_path / "m.gguf").write_bytes(b"")
     failed: list[OSError] = []

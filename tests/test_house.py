@@ -22,7 +22,9 @@ FLOORS: list[list[str]] = [
     ["aiosd.birth"],
     ["aiosd.kernel", "aiosd.llm", "aiosd.store", "aiosd.tools"],
     ["aiosd"],  # config, link, errors and the other small things that any part may use
-    ["aiosd.llm.spec"],  # the description of a model, which settings hold
+    ["aiosd.models"],  # which models there are: settings name them
+    ["aiosd.llm.modelfile"],
+    ["aiosd.llm.spec", "aiosd.errors", "aiosd.units", "aiosd.nano"],  # what a model is described by
     ["libaios"],
 ]
 #: Rooms outside the house: run by hand, imported by no part of the system.

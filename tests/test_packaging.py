@@ -5,6 +5,8 @@ from __future__ import annotations
 import ast
 import configparser
 import importlib.metadata
+import importlib.util
+import os
 import re
 import shutil
 import subprocess
@@ -93,7 +95,7 @@ def canonical(name: str) -> str:
 
 
 def test_every_import_is_required() -> None:
-    """Nothing is imported that only happens to be installed. The trainer of the embedded model is extra."""
+    """Nothing is imported that only happens to be installed. The embedded model's trainer and the hub are extra."""
     distributions = importlib.metadata.packages_distributions()
     required = requirements(CONFIG["options"]["install_requires"])
     missing = set()
@@ -101,6 +103,8 @@ def test_every_import_is_required() -> None:
         allowed = required
         if module_of(path).startswith("aiosd.nano"):
             allowed = required | requirements(CONFIG["options.extras_require"]["nano"])
+        elif module_of(path) == "aiosd.models.hub":
+            allowed = required | requirements(CONFIG["options.extras_require"]["hub"])
         for imported, _ in imports(path):
             top = imported.split(".")[0]
             if top in sys.stdlib_module_names or top in ("aiosd", "libaios"):
@@ -164,3 +168,122 @@ def test_set_up_shows_the_end_of_the_log_when_a_step_fails(tmp_path: Path, capsy
     errors = capsys.readouterr().err
     assert "out of luck" in errors
     assert f"trying failed; the whole log is {log}" in errors
+
+
+# ── llama.cpp, compiled once and with what is needed only ─────────────────────────────────────────────────
+
+
+class Builder:
+    """Stands for pip: makes an empty wheel where one is asked for, and remembers commands and CMAKE_ARGS."""
+
+    def __init__(self) -> None:
+        self.built: list[tuple[list[str], str]] = []
+        self.installed: list[str] = []
+
+    def watch(self, command: list[str], log: str, what: str, environ: dict[str, str] | None = None) -> None:
+        if "wheel" in command:
+            assert environ is not None
+            self.built.append((command, environ["CMAKE_ARGS"]))
+            folder = Path(command[command.index("-w") + 1])
+            folder.mkdir(parents=True)
+            (folder / "llama_cpp_python.whl").touch()
+        else:
+            self.installed.append(command[-1])
+
+
+@pytest.fixture
+def builder(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Builder:
+    builder = Builder()
+    monkeypatch.setattr(bootstrap, "watch", builder.watch)
+    monkeypatch.setattr(bootstrap, "check_compiler", lambda python: None)
+    monkeypatch.setattr(bootstrap, "works", lambda *command: True)
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    monkeypatch.delenv("CMAKE_ARGS", raising=False)
+    for name in ("one", "two"):
+        (tmp_path / name).mkdir()
+    return builder
+
+
+def test_one_wheel_serves_all_checkouts(builder: Builder, tmp_path: Path) -> None:
+    for venv in ("one", "two", "two"):
+        bootstrap.install_llama_cpp(str(tmp_path / venv), "python", "log")
+    assert len(builder.built) == 1
+    assert len(set(builder.installed)) == 1
+    assert len(builder.installed) == 2
+    ((_, cmake_args),) = builder.built
+    assert "-DLLAVA_BUILD=OFF" in cmake_args
+    assert "tools/llama_cpp.cmake" in cmake_args
+
+
+def test_options_of_a_person_make_another_wheel_and_are_remembered(
+    builder: Builder, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    venv = str(tmp_path / "one")
+    bootstrap.install_llama_cpp(venv, "python", "log")
+    monkeypatch.setenv("CMAKE_ARGS", "-DGGML_CUDA=on")
+    bootstrap.install_llama_cpp(venv, "python", "log")
+    monkeypatch.delenv("CMAKE_ARGS")
+    bootstrap.install_llama_cpp(venv, "python", "log")  # as `make test` does it afterwards
+    assert len(builder.built) == 2
+    command, cmake_args = builder.built[1]
+    assert cmake_args.endswith(" -DGGML_CUDA=on")
+    assert "-DLLAVA_BUILD=OFF" in cmake_args
+    assert "--no-cache-dir" in command  # pip's own cache does not tell builds apart
+    assert len(builder.installed) == 2
+
+
+def test_a_build_that_was_interrupted_leaves_no_wheel(
+    builder: Builder, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def interrupted(command: list[str], *args: object, **more: object) -> None:
+        Path(command[command.index("-w") + 1]).mkdir(parents=True)
+        raise SystemExit(130)
+
+    monkeypatch.setattr(bootstrap, "watch", interrupted)
+    with pytest.raises(SystemExit):
+        bootstrap.install_llama_cpp(str(tmp_path / "one"), "python", "log")
+    monkeypatch.setattr(bootstrap, "watch", builder.watch)
+    bootstrap.install_llama_cpp(str(tmp_path / "one"), "python", "log")
+    assert len(builder.built) == 1
+
+
+def test_llama_cpp_is_used_without_its_part_for_images(tmp_path: Path) -> None:
+    """`make` does not build that part."""
+    spec = importlib.util.find_spec("llama_cpp")
+    assert spec is not None
+    assert spec.origin is not None
+    package, copy = Path(spec.origin).parent, tmp_path / "llama_cpp"
+    (copy / "lib").mkdir(parents=True)
+    for path in [*package.glob("*.py"), *package.glob("lib/*")]:
+        if "mtmd" not in path.name or path.suffix == ".py":
+            (copy / path.relative_to(package)).symlink_to(path)
+    code = "import llama_cpp, aiosd.llm.llama; llama_cpp.llama_backend_init(); print(llama_cpp.__file__)"
+    done = subprocess.run(
+        [sys.executable, "-c", code], capture_output=True, text=True, timeout=60, check=False, env=path_to(tmp_path)
+    )
+    assert (done.returncode, done.stdout.strip()) == (0, str(copy / "__init__.py")), done.stderr
+
+
+def path_to(folder: Path) -> dict[str, str]:
+    return {**os.environ, "PYTHONPATH": f"{folder}{os.pathsep}{ROOT}"}
+
+
+# ── the check of a GPU, which no test can run ─────────────────────────────────────────────────────────────
+
+
+def test_the_check_of_a_gpu_is_a_script_that_bash_can_read() -> None:
+    script = ROOT / "tools/gpu_check.sh"
+    assert script.stat().st_mode & 0o111
+    subprocess.run(["bash", "-n", script], check=True, timeout=10)
+    mentioned = set(re.findall(r"(?:benchmarks|tools)/\w+\.(?:py|sh)", script.read_text()))
+    assert all((ROOT / name).exists() for name in mentioned)
+
+
+def test_the_check_of_a_gpu_tells_that_there_is_none(tmp_path: Path) -> None:
+    for tool in ("bash", "dirname", "realpath"):
+        (tmp_path / tool).symlink_to(shutil.which(tool) or tool)
+    env = {"PATH": str(tmp_path)}
+    script = str(ROOT / "tools/gpu_check.sh")
+    done = subprocess.run([script, tmp_path / "out"], env=env, capture_output=True, text=True, timeout=20, check=False)
+    assert (done.returncode, done.stdout) == (1, "")
+    assert done.stderr == "gpu_check: no nvidia-smi: is there a card, and its driver?\n"

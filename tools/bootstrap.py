@@ -7,8 +7,12 @@ The whole of pip's output is in `.venv/setup.log`, its end is shown when somethi
 """
 
 import fcntl
+import glob
+import hashlib
 import os
+import platform
 import re
+import shlex
 import shutil
 import subprocess
 import sys
@@ -18,6 +22,11 @@ ROOT = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
 CONSTRAINTS = os.path.join(ROOT, "constraints.txt")
 OLDEST = (3, 11)
 SLOW = "llama-cpp-python"  # has no binary packages: pip compiles it
+HAVE = "import importlib.metadata as m, sys; sys.exit(m.version(sys.argv[1]) != sys.argv[2])"
+
+#: No part for images and sound (it needs a third of the compiling), and none of what llama.cpp's own programs share.
+TRIMMED = os.path.join(ROOT, "tools", "llama_cpp.cmake")
+OURS = ["-DLLAVA_BUILD=OFF", shlex.quote("-DCMAKE_PROJECT_llama.cpp_INCLUDE=" + TRIMMED)]
 EXTRAS = {"base": "", "dev": "[dev]", "nano": "[nano]", "bench": "[bench]"}
 
 #: What a line of pip's output says about the phase; the first match wins, the words may use its groups.
@@ -43,7 +52,7 @@ def main():
         log = os.path.join(venv, "setup.log")
         open(log, "w").close()
         make_venv(venv, python, log)
-        check_compiler(python)
+        install_llama_cpp(venv, python, log)
         install(python, stage, log)
         with open(os.path.join(venv, "." + stage), "w"):
             pass  # the stamp
@@ -57,19 +66,71 @@ def make_venv(venv, python, log):
     watch([sys.executable, "-m", "venv", "--clear", venv], log, f"creating {venv}")
 
 
+# ── llama.cpp ────────────────────────────────────────────────────────────────────────────────────────────
+
+
+def install_llama_cpp(venv, python, log):
+    """llama-cpp-python with the parts of llama.cpp that aiosd uses, from a wheel that is built once for this machine.
+
+    The wheel lies in the user's cache, under a name made of all that it depends on; so other checkouts, other virtual
+    environments and a `make distclean` do not compile again. What a person asks for by CMAKE_ARGS (a GPU) is remembered
+    in the virtual environment, and holds until it is asked for differently.
+    """
+    remembered = os.path.join(venv, ".cmake_args")
+    asked = os.environ.get("CMAKE_ARGS", read(remembered)).strip()
+    folder = os.path.join(cache(), "aiosd", "wheels", wheel_key(asked))
+    stamp = os.path.join(venv, ".llama_cpp")
+    if read(stamp) != folder or not works(python, "-c", HAVE, SLOW, pinned(SLOW)):
+        if not wheels(folder):
+            build_llama_cpp(python, folder, asked, log)
+        pip = [python, "-m", "pip", "install", "-v", "--no-input", "--disable-pip-version-check"]
+        watch([*pip, "--no-deps", "--force-reinstall", *wheels(folder)], log, "installing " + SLOW)
+    for path, text in ((remembered, asked), (stamp, folder)):
+        with open(path, "w") as file:
+            file.write(text)
+
+
+def build_llama_cpp(python, folder, asked, log):
+    check_compiler(python)
+    partial = f"{folder}.{os.getpid()}.partial"
+    shutil.rmtree(partial, ignore_errors=True)
+    pip = [python, "-m", "pip", "wheel", "-v", "--no-input", "--disable-pip-version-check", "--no-deps", "-w", partial]
+    if asked:
+        pip.append("--no-cache-dir")  # pip keeps what it has built whatever the options were
+    environ = dict(os.environ, CMAKE_ARGS=" ".join([*OURS, asked]))
+    watch([*pip, f"{SLOW}=={pinned(SLOW)}"], log, "building " + SLOW, environ=environ)
+    shutil.rmtree(folder, ignore_errors=True)
+    os.rename(partial, folder)
+
+
+def wheel_key(asked):
+    """Of version, options, and the machine: llama.cpp is compiled for the very processor."""
+    said = [line for line in read("/proc/cpuinfo").splitlines() if line.startswith(("flags", "Features", "model name"))]
+    parts = [pinned(SLOW), asked, read(TRIMMED), platform.machine(), *sorted(set(said))]
+    digest = hashlib.sha256("\0".join(parts).encode()).hexdigest()
+    return f"{pinned(SLOW)}-{digest[:12]}"
+
+
+def wheels(folder):
+    return glob.glob(os.path.join(glob.escape(folder), "*.whl"))
+
+
+def cache():
+    return os.environ.get("XDG_CACHE_HOME") or os.path.join(os.path.expanduser("~"), ".cache")
+
+
 def check_compiler(python):
     """Before minutes of downloading and building, see that the build can work, if there has to be one."""
     if shutil.which(os.environ.get("CXX", "").split(" ")[0] or "c++") and shutil.which("cc"):
         return
-    wanted = pinned(SLOW)
-    have = "import importlib.metadata as m, sys; sys.exit(m.version(sys.argv[1]) != sys.argv[2])"
-    if works(python, "-c", have, SLOW, wanted):
-        return
     pip = [python, "-m", "pip"]
-    built_before = f"-{wanted}-" in output(*pip, "cache", "list", SLOW.replace("-", "_"))
-    binary = ["install", "--dry-run", "--no-deps", "--only-binary", ":all:", f"{SLOW}=={wanted}"]
+    built_before = f"-{pinned(SLOW)}-" in output(*pip, "cache", "list", SLOW.replace("-", "_"))
+    binary = ["install", "--dry-run", "--no-deps", "--only-binary", ":all:", f"{SLOW}=={pinned(SLOW)}"]
     if not built_before and not works(*pip, *binary):
         stop("llama.cpp has to be built, but there is no C++ compiler: apt install g++ (or dnf install gcc-c++)")
+
+
+# ── all of it ────────────────────────────────────────────────────────────────────────────────────────────
 
 
 def install(python, stage, log):
@@ -81,18 +142,19 @@ def install(python, stage, log):
     watch(command, log, "installing aiosd" + EXTRAS[stage])
 
 
-def watch(command, log, what):
-    """Run `command` with its output in `log`, showing on the terminal that it is alive."""
+def watch(command, log, what, progress=lambda: "", environ=None):
+    """Run `command` with its output in `log`, showing on the terminal that it is alive, and what `progress` tells."""
     began = time.monotonic()
     with open(log, "ab") as out, open(log, "rb") as read:
         read.seek(0, os.SEEK_END)
-        child = subprocess.Popen(command, stdin=subprocess.DEVNULL, stdout=out, stderr=subprocess.STDOUT, cwd=ROOT)
+        streams = {"stdin": subprocess.DEVNULL, "stdout": out, "stderr": subprocess.STDOUT}
+        child = subprocess.Popen(command, cwd=ROOT, env=environ, **streams)
         line = TerminalLine(what, began) if sys.stderr.isatty() else PlainLines(what, began)
         phase = ""
         try:
             while child.poll() is None:
                 phase = phase_in(read.read(), phase)
-                line.show(phase)
+                line.show(" ".join(filter(None, (phase, progress()))))
                 time.sleep(0.2)
         except KeyboardInterrupt:
             child.terminate()
@@ -160,6 +222,14 @@ def elapsed(began):
 def pinned(package):
     with open(CONSTRAINTS) as file:
         return re.search(rf"^{package}==(\S+)", file.read(), re.M).group(1)
+
+
+def read(path):
+    try:
+        with open(path) as file:
+            return file.read()
+    except OSError:
+        return ""
 
 
 def works(*command):

@@ -4,11 +4,12 @@ llama-server, llama-batched-bench and llama-bench come from the very sources of 
 source package of llama-cpp-python, in the version that constraints.txt pins, carries them. A ready-made wheel of
 llama-server would be a generic build, half as fast, and no fair peer.
 
-What is there already is not downloaded or compiled again.
+What is there already is not downloaded or compiled again. CMAKE_ARGS are passed on, for a GPU.
 """
 
 import glob
 import os
+import shlex
 import shutil
 import sys
 import tarfile
@@ -74,6 +75,7 @@ def sources(python, log):
 def build(source, log):
     into = os.path.join(FOLDER, "make")
     configure = ["cmake", "-S", source, "-B", into, "-DCMAKE_BUILD_TYPE=Release", *(f"-D{name}=OFF" for name in OFF)]
+    configure += shlex.split(os.environ.get("CMAKE_ARGS", ""))
     if shutil.which("ninja"):
         configure += ["-G", "Ninja"]
     watch(configure, log, "configuring llama.cpp")

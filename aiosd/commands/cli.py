@@ -24,7 +24,7 @@ from typing import TYPE_CHECKING, Any, NoReturn
 import click
 
 from aiosd import config
-from aiosd.commands import edge, started
+from aiosd.commands import edge, models, started
 from aiosd.commands.summary import brief, describe
 from aiosd.errors import AiosdError, WorldError
 from libaios.client import Home, NoKernel
@@ -39,6 +39,8 @@ EXAMPLES = """
   aiosd                                   the embedded model, in the foreground
   aiosd -d --model llama.gguf --ctx 8192  in the background; returns when it serves
   aiosd --model big.gguf --model small=tiny.gguf --slots 16
+  aiosd -d --model ollama:llama3.2        one that Ollama has downloaded; `aiosd models` lists what there is
+  aiosd -d --model hf:Qwen/Qwen2.5-0.5B-Instruct-GGUF:Q4_K_M      one from a hub
   aiosd status                            what runs where
   aiosd set policy rr                     change it while it runs
   aiosd reload                            read aiosd.toml again
@@ -96,11 +98,11 @@ def _complete_value(context: click.Context, parameter: click.Parameter, incomple
 @click.option("-d", "--daemon", is_flag=True, help="Start in the background; returns when it serves.")
 @click.option(
     "--model",
-    "models",
+    "names",
     multiple=True,
-    metavar="[NAME=]PATH|nano",
+    metavar="[NAME=]MODEL",
     type=click.Path(),
-    help="A GGUF; again and again: several. [AIOSD_MODEL]",
+    help="A GGUF, a name from `aiosd models`, hf:REPO:QUANT; again and again: several. [AIOSD_MODEL]",
 )
 @click.option("--home", metavar="DIR", type=click.Path(), help="Where socket, data and logs lie. [AIOS_HOME]")
 @click.option("--config", "file", metavar="FILE", type=click.Path(), help="Settings, instead of aiosd.toml.")
@@ -110,7 +112,7 @@ def command(
     context: click.Context,
     /,
     daemon: bool,
-    models: tuple[str, ...],
+    names: tuple[str, ...],
     home: str | None,
     file: str | None,
     **flags: Any,
@@ -120,18 +122,19 @@ def command(
     if context.invoked_subcommand is not None:
         return 0
     try:
-        settings = _settings(models, file, flags)
+        settings = _settings(names, file, flags)
         return _to_background(settings, sys.argv[1:]) if daemon else _serve(settings)
     except AiosdError as err:
         raise edge.Failed(str(err)) from None
 
 
-def _settings(models: tuple[str, ...], file: str | None, flags: dict[str, Any]) -> Settings:
+def _settings(names: tuple[str, ...], file: str | None, flags: dict[str, Any]) -> Settings:
     """Of a command line, in this process's environment and folder; its home has been made."""
     given = {name: value for name, value in flags.items() if value is not None}
-    if models:
-        given["model"] = list(models)
-    settings = config.load(given, Home(), None if file is None else Path(os.path.abspath(file)))
+    if names:
+        given["model"] = list(names)
+    path = None if file is None else Path(os.path.abspath(file))
+    settings = config.load(given, Home(), path, locate=models.locate)
     _require_home(settings.home)
     return settings
 
@@ -326,8 +329,8 @@ def restart(timeout: float) -> int:
         started.apply(start)
         with command.make_context("aiosd", list(start.words)) as context:
             params = {key: value for key, value in context.params.items() if key not in ("daemon", "home")}
-            models, file = params.pop("models"), params.pop("file")
-            settings = _settings(models, file, params)
+            names, file = params.pop("names"), params.pop("file")
+            settings = _settings(names, file, params)
             if running:
                 _stop(timeout)
             return _to_background(settings, start.words)
@@ -386,6 +389,9 @@ def _ended(pidfd: int, timeout_s: float) -> bool:
     poll = select.poll()
     poll.register(pidfd, select.POLLIN)
     return bool(poll.poll(max(0.0, timeout_s) * 1000))
+
+
+models.register(command)
 
 
 # ── completion ────────────────────────────────────────────────────────────────────────────────────────────

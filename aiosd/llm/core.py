@@ -405,7 +405,7 @@ class Core:
 
 def context_ram(spec: ModelSpec) -> int:
     """Bytes for contexts that have no slot."""
-    from aiosd.llm.loading import available_memory
+    from aiosd.models.fit import available_memory
 
     return spec.context_ram if spec.context_ram is not None else min(available_memory() // 8, MOST_CONTEXT_RAM)
 

@@ -17,7 +17,7 @@ import numpy as np
 
 from aiosd import link
 from aiosd.errors import as_oserror
-from aiosd.llm import ggml
+from aiosd.llm import ggml, modelfile
 from aiosd.llm.cache import Cache
 from aiosd.llm.chat import refuse
 from aiosd.llm.prefix import Tokens
@@ -30,9 +30,9 @@ Answer = Callable[[link.Key, object], None]
 Refuse = Callable[[link.Key, OSError], None]
 
 
-def _identity(path: str) -> tuple[int, int, int, int]:
-    found = os.stat(path)
-    return found.st_dev, found.st_ino, found.st_size, found.st_mtime_ns
+def _identity(path: str) -> list[tuple[int, int, int, int]]:
+    found = [os.stat(part) for part in modelfile.parts(path)]
+    return [(part.st_dev, part.st_ino, part.st_size, part.st_mtime_ns) for part in found]
 
 
 class Library:

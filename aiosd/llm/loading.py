@@ -11,7 +11,6 @@ import logging
 import os
 from collections.abc import Callable
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 from aiosd.errors import UsageError, WorldError
@@ -19,6 +18,7 @@ from aiosd.llm import exact, llama, modelfile, threads, trial
 from aiosd.llm.attention import Attention, Unavailable
 from aiosd.llm.spec import DEFAULT_CTX, MAX_SLOTS, ModelSpec
 from aiosd.llm.threads import Threads
+from aiosd.models.fit import available_memory
 
 logger = logging.getLogger("llm")
 
@@ -172,48 +172,6 @@ def _offloaded(spec: ModelSpec, model: llama.Model) -> int:
 
 
 # ── memory ────────────────────────────────────────────────────────────────────────────────────────────────
-
-
-def available_memory() -> int:
-    """Bytes that this process may still take: free memory of the machine, or less under a cgroup's limit."""
-    free = 1 << 62
-    for line in Path("/proc/meminfo").read_text().splitlines():
-        if line.startswith("MemAvailable:"):
-            free = int(line.split()[1]) * 1024
-    return min(free, _cgroup_room())
-
-
-def _cgroup_room() -> int:
-    room = 1 << 62
-    try:
-        for line in Path("/proc/self/cgroup").read_text().splitlines():
-            _, controllers, path = line.split(":", 2)
-            if controllers == "":
-                names, roots = ("memory.max", "memory.current"), [Path("/sys/fs/cgroup") / path.lstrip("/")]
-            elif "memory" in controllers.split(","):
-                base = Path("/sys/fs/cgroup/memory")
-                names, roots = ("memory.limit_in_bytes", "memory.usage_in_bytes"), [base / path.lstrip("/"), base]
-            else:
-                continue
-            for root in roots:
-                try:
-                    limit, used = ((root / name).read_text().strip() for name in names)
-                except OSError:
-                    continue
-                if limit != "max" and int(limit) < 1 << 60:
-                    room = min(room, max(int(limit) - int(used) + _cache(root), 0))
-    except (OSError, ValueError):
-        return room
-    return room
-
-
-def _cache(cgroup: Path) -> int:
-    """File pages that count as used but are given up when needed."""
-    for line in (cgroup / "memory.stat").read_text().splitlines():
-        key, value = line.split()
-        if key in ("inactive_file", "total_inactive_file"):
-            return int(value)
-    return 0
 
 
 def _slots(spec: ModelSpec, file: modelfile.ModelFile, ctx: int) -> int:

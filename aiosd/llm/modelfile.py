@@ -146,11 +146,20 @@ class _Reader:
         elif kind == _STRING:
             if count > len(self._data) // 8:
                 raise UsageError(f"{self._path}: damaged: an array of {count} strings")
-            for _ in range(count):
-                self.skip(self.take("<Q"))
+            self._skip_strings(count)
         else:
             raise UsageError(f"{self._path}: damaged: an array of type {kind}")
         return None
+
+    def _skip_strings(self, count: int) -> None:
+        """A vocabulary has a quarter of a million of them: what is fast elsewhere takes a second here."""
+        length = struct.Struct("<Q").unpack_from
+        data, at, last = self._data, self.at, len(self._data) - 8
+        for _ in range(count):
+            if at > last:
+                self._check(at + 8 - self.at)  # refuses
+            at += 8 + length(data, at)[0]
+        self.skip(at - self.at)
 
 
 def read(path: str) -> ModelFile:
@@ -168,7 +177,7 @@ def read(path: str) -> ModelFile:
         raise UsageError(f"{path}: no such file") from None
     except OSError as error:
         raise UsageError(f"{path}: {error.strerror}") from error
-    model.size = sum(os.stat(part).st_size for part in _parts(path))
+    model.size = sum(os.stat(part).st_size for part in parts(path))
     return model
 
 
@@ -197,13 +206,18 @@ def _read(data: mmap.mmap, path: str) -> ModelFile:
     return model
 
 
-def _parts(path: str) -> list[Path]:
-    """All files of a model that is split into several."""
+def first_part(path: str) -> str:
+    """The file that llama.cpp wants to be given of a model that is split into several, of which `path` is any."""
+    return _SPLIT.sub(r"-00001-of-\2.gguf", path)
+
+
+def parts(path: str) -> list[Path]:
+    """All files of a model that is split into several, of which `path` is any."""
     match = _SPLIT.search(path)
     if match is None:
         return [Path(path)]
-    parts = [Path(f"{path[: match.start()]}-{i:05d}-of-{match[2]}.gguf") for i in range(1, int(match[2]) + 1)]
-    for part in parts:
+    found = [Path(f"{path[: match.start()]}-{i:05d}-of-{match[2]}.gguf") for i in range(1, int(match[2]) + 1)]
+    for part in found:
         if not part.exists():
-            raise UsageError(f"{part}: no such file (the model is split into {len(parts)})")
-    return parts
+            raise UsageError(f"{part}: no such file (the model is split into {len(found)})")
+    return found

@@ -26,6 +26,7 @@ from urllib.parse import quote, unquote
 import msgspec
 import numpy as np
 
+from aiosd.llm import modelfile
 from aiosd.llm.blob import Layout, Piece
 from aiosd.llm.prefix import Tokens
 from libaios import wire
@@ -186,9 +187,10 @@ def _sync_folder(folder: Path) -> None:
 
 
 def file_sha256(path: str) -> str:
-    """Of a GGUF, which may take seconds: to be called off the decoding thread."""
+    """Of a GGUF, all its parts, which may take seconds: to be called off the decoding thread."""
     digest = hashlib.sha256()
-    with open(path, "rb") as file:
-        for chunk in iter(lambda: file.read(_CHUNK), b""):
-            digest.update(chunk)
+    for part in modelfile.parts(path):
+        with open(part, "rb") as file:
+            for chunk in iter(lambda: file.read(_CHUNK), b""):
+                digest.update(chunk)
     return digest.hexdigest()

@@ -1,0 +1,10 @@
+"""Which models are on this machine, and how another one gets here.
+
+    places.py   where models lie: our own folder, and those of the hub's library, Ollama and LM Studio
+    found.py    the list of them, and one of them by its name
+    hub.py      downloads from a model hub, through huggingface_hub (extra `aiosd[hub]`)
+    fit.py      does it fit into the memory of this machine?
+
+A model that is downloaded by any of these programs is one file (or several parts) in GGUF format, and is used where
+it lies. Nothing here loads a model or imports llama.cpp: settings, commands and the Makefile's tools use this room.
+"""

@@ -1,0 +1,142 @@
+"""A real quantised chat model through the whole system: it boots, chats by its own template, and its JSON is valid."""
+
+from __future__ import annotations
+
+import json
+import textwrap
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import pytest
+
+from tests.conftest import System
+
+HEADER = "import json\nimport libaios as aios\nllm = aios.llm\n"
+CTX = 1024
+
+
+@pytest.fixture(scope="module")
+def system(smollm2: Path) -> Iterator[System]:
+    system = System("--model", f"smol={smollm2}", "--slots", "4", "--ctx", str(CTX), "--threads", "1").start()
+    yield system
+    left = system.destroy()
+    system.remove()
+    assert left == []
+
+
+@pytest.fixture
+def ask(system: System, tmp_path: Path) -> Callable[[str], str]:
+    """Run code as an agent; what it prints."""
+
+    def run(code: str) -> str:
+        path = tmp_path / "agent.py"
+        path.write_text(HEADER + textwrap.dedent(code))
+        done = system.run("aios-run", path)
+        assert (done.returncode, done.stderr) == (0, ""), done.stdout
+        return done.stdout
+
+    return run
+
+
+Ask = Callable[[str], str]
+
+
+def test_it_chats_by_its_own_template(ask: Ask) -> None:
+    said = ask("""
+        system = {"role": "system", "content": "You are a helpful assistant."}
+        question = {"role": "user", "content": "What is the capital of France?"}
+        for messages in ([system, question], [question]):
+            r = llm.chat(messages, max_tokens=40, temperature=0.0)
+            print(json.dumps([r.text, r.finish_reason, r.usage.prompt_tokens]))
+    """)
+    (text, reason, given), (_, _, made_up) = map(json.loads, said.splitlines())
+    assert "Paris" in text
+    assert reason == "stop"
+    assert "<|im_" not in text
+    assert made_up > given + 5  # where there is no system message, its template puts in a longer one
+
+
+def test_a_schema_gives_valid_json(ask: Ask) -> None:
+    said = ask("""
+        schema = {"type": "object", "additionalProperties": False, "required": ["name", "age", "city"], "properties": {
+            "name": {"type": "string", "maxLength": 20}, "age": {"type": "integer", "minimum": 0, "maximum": 120},
+            "city": {"enum": ["Paris", "Rome", "Berlin"]}}}
+        question = "Describe Anna, who is 34 and lives in Rome, as JSON with name, age and city."
+        for temperature, seed in ((0.0, 1), (1.5, 2), (1.5, 3)):
+            r = llm.chat([{"role": "user", "content": question}], schema=schema, max_tokens=120,
+                         temperature=temperature, seed=seed)
+            print(json.dumps([r.finish_reason, r.text]))
+    """)
+    for line in said.splitlines():
+        reason, text = json.loads(line)
+        value = json.loads(text)
+        assert reason == "stop"
+        assert sorted(value) == ["age", "city", "name"]
+        assert value["city"] in ("Paris", "Rome", "Berlin")
+        assert 0 <= value["age"] <= 120
+
+
+def test_tools_are_called_with_valid_arguments(ask: Ask) -> None:
+    """The model's template takes no tools and the model knows none: it is shown how, by two calls before."""
+    said = ask("""
+        tool = {"type": "function", "function": {"name": "search", "description": "Search the web", "parameters": {
+            "type": "object", "additionalProperties": False, "required": ["query", "most"],
+            "properties": {"query": {"type": "string", "maxLength": 40}, "most": {"type": "integer"}}}}}
+        def shown(n, query):
+            call = {"id": f"c{n}", "type": "function",
+                    "function": {"name": "search", "arguments": {"query": query, "most": 3}}}
+            return [{"role": "user", "content": f"Search for {query}."},
+                    {"role": "assistant", "content": None, "tool_calls": [call]},
+                    {"role": "tool", "tool_call_id": f"c{n}", "content": "found"},
+                    {"role": "assistant", "content": "Done."}]
+        messages = [*shown(1, "cheap flights"), *shown(2, "good books"),
+                    {"role": "user", "content": "Search for red shoes."}]
+        r = llm.chat(messages, tools=[tool], max_tokens=80, temperature=0.0)
+        print(json.dumps([r.finish_reason, [[call.name, call.arguments] for call in r.tool_calls], r.text]))
+    """)
+    reason, calls, text = json.loads(said)
+    assert (reason, [name for name, _ in calls]) == ("tool_calls", ["search"]), text
+    assert isinstance(calls[0][1]["query"], str)
+    assert isinstance(calls[0][1]["most"], int)
+
+
+def test_a_stream_is_the_text(ask: Ask) -> None:
+    ask("""
+        hello = [{"role": "user", "content": "Count from one to five, in French, with accents: été, naïve."}]
+        whole = llm.chat(hello, max_tokens=40, temperature=0.0)
+        pieces = [piece.text for piece in llm.chat(hello, max_tokens=40, temperature=0.0, stream=True)]
+        assert len(pieces) > 5, pieces
+        assert "".join(pieces)[:20] == whole.text[:20], (pieces, whole.text)
+    """)
+
+
+def test_embeddings_are_served(ask: Ask) -> None:
+    ask("""
+        a, b, c = llm.embed(["a cat sat on the mat", "a cat sat on a mat", "quarterly revenue grew by 4 %"])
+        dot = lambda x, y: float((x * y).sum())
+        assert len(a) == 576 and abs(dot(a, a) - 1) < 1e-3
+        assert dot(a, b) > dot(a, c)
+    """)
+
+
+def test_many_agents_share_their_prompt(system: System, ask: Ask) -> None:
+    said = ask("""
+        system = {"role": "system", "content": "You are a helpful agent. " * 40}
+        chat = lambda text: llm.chat([system, {"role": "user", "content": text}], max_tokens=4, temperature=0.0)
+        first, second = chat("What is a cat?"), chat("Where is Rome?")
+        print(json.dumps([first.usage.prompt_tokens, second.usage.cached_tokens]))
+    """)
+    prompt, cached = json.loads(said)
+    assert cached > 0.8 * (prompt - 20)
+
+
+def test_status_knows_the_model(system: System, smollm2: Path) -> None:
+    (model,) = system.status()["models"]
+    assert (model["name"], model["path"]) == ("smol", str(smollm2))
+    info = model["info"]
+    assert 130e6 < info["n_params"] < 140e6
+    assert (info["n_ctx"], info["n_slots"], info["n_vocab"]) == (CTX, 4, 49152)
+    assert info["chat"] is True
+    stats = model["stats"]
+    assert stats["slots"]["free"] == stats["slots"]["total"] == 4
+    assert system.unrest() == []
