@@ -8,8 +8,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, NamedTuple
 
 from aiosd.commands import table
 from aiosd.commands.table import Column
@@ -19,8 +18,7 @@ from libaios.wire import ProcInfo
 BAR = 20  # characters for the slots of a model
 
 
-@dataclass(frozen=True, slots=True)
-class Sample:
+class Sample(NamedTuple):
     """The system at one moment."""
 
     at: float  # monotonic
@@ -29,22 +27,25 @@ class Sample:
     machine: str = ""  # its figures, in words
 
 
-@dataclass(frozen=True, slots=True)
-class Rate:
+class Rate(NamedTuple):
     """Of one agent, between two samples; -1: there is only one sample of it."""
 
     tokens_per_s: float = -1.0
     cpu: float = -1.0  # percent of one processor
 
 
-@dataclass(slots=True)
 class View:
     """What the person has chosen."""
 
-    sort: str = "rate"
-    reverse: bool = False
-    system: bool = False  # aiosd's own processes too
-    names: list[str] = field(default_factory=list)  # agents of these names alone
+    __slots__ = ("names", "reverse", "sort", "system")
+
+    def __init__(
+        self, sort: str = "rate", reverse: bool = False, system: bool = False, names: Sequence[str] = ()
+    ) -> None:
+        self.sort = sort
+        self.reverse = reverse
+        self.system = system  # aiosd's own processes too
+        self.names = list(names)  # agents of these names alone
 
 
 def rates(old: Sample | None, new: Sample) -> dict[int, Rate]:
