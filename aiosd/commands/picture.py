@@ -72,11 +72,12 @@ def head(status: dict[str, Any], width: int, clock: float, machine: str = "") ->
         words.append(str(status["state"]))
     if "policy" in status:
         words.append(f"policy {status['policy']}{_quantum(status.get('quantum'))}")
-    lines = [", ".join(words), *([machine] if machine else []), _agents(status)]
+    lines = [", ".join(words), _agents(status)]
     models = status.get("models", [])
     indent = max((len(table.printable(model.get("name", "?"))) for model in models), default=0)
     for model in models:
         lines += _model(model, min(indent, 12))
+    lines += [machine] * bool(machine)
     return [table.cut(line, width) for line in lines]
 
 
