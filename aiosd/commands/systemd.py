@@ -7,7 +7,7 @@
 
 aiosd speaks sd_notify(3) itself: the unit is started when the system serves. The message comes from the supervisor, a
 child of the process that systemd started. TERM goes to that process alone, which ends agents in order; an agent that
-runs out of memory is no reason to end the others. 
+runs out of memory is no reason to end the others.
 """
 
 from __future__ import annotations
