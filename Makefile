@@ -11,7 +11,7 @@ ARGS   ?=
 
 RECIPE := tools/bootstrap.py tools/llama_cpp.cmake constraints.txt setup.cfg setup.py pyproject.toml $(wildcard bin/* aiosd/llm/native/*)
 
-.PHONY: help demo test lint nano peers models install again clean distclean
+.PHONY: help demo test lint man nano peers models install again clean distclean
 .DEFAULT_GOAL := help
 
 help: ## this list
@@ -26,6 +26,9 @@ test: $(VENV)/.dev ## all tests
 lint: $(VENV)/.dev ## ruff and mypy --strict
 	$(BIN)/python -m ruff check . $(wildcard bin/*)
 	$(BIN)/python -m mypy
+
+man: $(VENV)/.base ## manual pages of all commands, from their help, in build/man
+	@$(BIN)/python tools/manpages.py
 
 nano: $(VENV)/.nano ## trains the embedded model again from its seeds
 	$(BIN)/python -m aiosd.nano.train $(ARGS)

@@ -12,7 +12,8 @@ The descriptor cannot be exchanged in the agent. So a log becomes shorter at its
 a file of its own, and then cut off (`aiosd.kernel.logkeeper` says how). The index of a log that was cut begins with a
 record of the time 0, whose size is how many bytes have been cut off in all. So every byte that an agent has written
 has a number of its own for good, and a reader finds its place again whatever was cut off meanwhile. While a log is
-cut, and while a reader looks at the files and reads a block, each has a lock (flock) on 7.log."""
+cut, and while a reader looks at the files and reads a block, each has a lock (flock) on 7.log.
+"""
 
 from __future__ import annotations
 
@@ -177,7 +178,7 @@ class Reader:
 
 
 def pread(parts: list[Part], size: int, start: int) -> bytes:
-    """Up to so many bytes from number `start` on, as long as the files do not change; all that are there."""
+    """Up to `size` bytes from number `start` on, as long as the files do not change; fewer at the end."""
     found = b""
     for part in parts:
         if len(found) < size and part.start <= start < part.end:

@@ -197,10 +197,10 @@ KEYS = (
         "log_size",
         _size_or_none(4096),
         "SIZE",
-        "Of an agent's log before a new file begins; 0: no limit (64M).",
+        "How large an agent's log gets until a new file begins; 0: no limit (64M).",
         64 << 20,
     ),
-    Key("log_keep", _whole(1, 1000), "N", "How many full files of a log are kept (3).", 3),
+    Key("log_keep", _whole(1, 1000), "N", "How many full files of a log are kept beside it (3).", 3),
     Key("stop_timeout", _seconds, "S", "At the end agents get TERM, and KILL after S seconds (5).", 5.0),
 )
 BY_NAME = {key.name: key for key in KEYS}

@@ -206,7 +206,7 @@ cwd = "/srv"
     assert autostart.spawn(planner, environ) == wire.Spawn(
         kind="file", target="planner.py", args=["--fast"], env={"HOME": "/home/me", "PLAN": "day"},
         cwd=str(tmp_path / "agents"), name="planner", nice=5, group="web", detached=True,
-        limits=wire.Limits(1000, 600.0, 512 << 20),
+        limits=wire.Limits(1000, 600.0, 512 << 20), restart="on-failure:3",
     )  # fmt: skip
     assert (shell.kind, shell.target, shell.args, shell.cwd) == ("exec", "sh", ("-c", "echo hi"), str(tmp_path))
     assert (clerk.kind, clerk.target, clerk.cwd) == ("module", "my.clerk", "/srv")

@@ -167,7 +167,7 @@ def test_all_adds_the_system(aiosd: System) -> None:
 
 
 def test_status_tells_people_the_same_figures(aiosd: System) -> None:
-    told, shown = aiosd.status()["models"][0]["stats"], aiosd.run("aiosd", "status", check=True).stdout
+    told, shown = aiosd.status()["models"][0]["stats"], aiosd.run("aiosd", "status", "-v", check=True).stdout
     for name in ("slots", "running", "waiting", "policy", "tokens_per_s", "tiers", "prefix", "preemptions", "step_s"):
         assert name in told
         assert re.search(rf"^  {name.replace('_', ' ')} ", shown, re.MULTILINE)

@@ -350,5 +350,3 @@ def test_what_there_is_not(files: list[str], wanted: str, words: str) -> None:
 
 def test_file_types_have_names_that_files_have() -> None:
     assert all(quants.of_name(f"m-{name}.gguf") == name for name in quants.FILE_TYPES.values())
-
-

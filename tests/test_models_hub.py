@@ -207,9 +207,7 @@ def test_an_interrupted_download_goes_on(hub: Hub, aiosd_command: Command, tmp_p
     assert list((tmp_path / "hf/hub").rglob("*.aiosd")) == []
 
 
-def test_what_was_damaged_on_its_way_is_refused(
-    hub: Hub, aiosd_command: Command, tmp_path: Path, tiny: Path
-) -> None:
+def test_what_was_damaged_on_its_way_is_refused(hub: Hub, aiosd_command: Command, tmp_path: Path, tiny: Path) -> None:
     hub.files[REPO] = {"t-Q4_K_M.gguf": tiny.read_bytes()}
     hub.wrong_bytes = True
     done = aiosd_command("pull", REPO)

@@ -90,7 +90,7 @@ def _complete_value(context: click.Context, parameter: click.Parameter, incomple
     "Run the operating system for LLM agents. Without a command: start it, in the foreground, until SIGTERM or "
     "Ctrl-C. It prints a line that begins with `aiosd: ready` when it can serve.\n\n"
     "Settings are taken from options, else from the environment, else from the file aiosd.toml in AIOS_HOME (or "
-    "in ~/.config/aios). SIGHUP rereads them.",
+    "in ~/.config/aios). `aiosd reload`, or SIGHUP, has them read again.",
     "[OPTIONS]",
     EXAMPLES,
     invoke_without_command=True,
@@ -392,6 +392,27 @@ def _ended(pidfd: int, timeout_s: float) -> bool:
 
 
 models.register(command)
+
+
+# ── systemd ───────────────────────────────────────────────────────────────────────────────────────────────
+
+
+@command.command("systemd-unit", context_settings=edge.SETTINGS, short_help="Print a unit for systemd --user.")
+def systemd_unit() -> int:
+    """Print a unit for systemd --user that runs this aiosd, in AIOS_HOME where that is set.
+
+    \b
+      aiosd systemd-unit > ~/.config/systemd/user/aiosd.service
+      systemctl --user daemon-reload
+      systemctl --user enable --now aiosd
+      loginctl enable-linger           it runs while you are logged out, too
+
+    Settings belong into aiosd.toml. `systemctl --user reload aiosd` has it read again.
+    """
+    from aiosd.commands import systemd
+
+    print(systemd.unit(), end="")
+    return 0
 
 
 # ── completion ────────────────────────────────────────────────────────────────────────────────────────────

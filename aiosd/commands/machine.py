@@ -6,15 +6,14 @@ Imported by these two, and only when they show them: psutil takes its time to lo
 from __future__ import annotations
 
 import os
-from dataclasses import dataclass
+from typing import NamedTuple
 
 import psutil
 
 from aiosd.units import format_size
 
 
-@dataclass(frozen=True, slots=True)
-class Figures:
+class Figures(NamedTuple):
     cpus: int
     cpu_percent: float | None  # of all processors together; None: not known yet
     load: tuple[float, float, float]  # of the last 1, 5 and 15 minutes

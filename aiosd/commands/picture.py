@@ -8,8 +8,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, NamedTuple
 
 from aiosd.commands import table
 from aiosd.commands.table import Column
@@ -19,8 +18,7 @@ from libaios.wire import ProcInfo
 BAR = 20  # characters for the slots of a model
 
 
-@dataclass(frozen=True, slots=True)
-class Sample:
+class Sample(NamedTuple):
     """The system at one moment."""
 
     at: float  # monotonic
@@ -29,22 +27,25 @@ class Sample:
     machine: str = ""  # its figures, in words
 
 
-@dataclass(frozen=True, slots=True)
-class Rate:
+class Rate(NamedTuple):
     """Of one agent, between two samples; -1: there is only one sample of it."""
 
     tokens_per_s: float = -1.0
     cpu: float = -1.0  # percent of one processor
 
 
-@dataclass(slots=True)
 class View:
     """What the person has chosen."""
 
-    sort: str = "rate"
-    reverse: bool = False
-    system: bool = False  # aiosd's own processes too
-    names: list[str] = field(default_factory=list)  # agents of these names alone
+    __slots__ = ("names", "reverse", "sort", "system")
+
+    def __init__(
+        self, sort: str = "rate", reverse: bool = False, system: bool = False, names: Sequence[str] = ()
+    ) -> None:
+        self.sort = sort
+        self.reverse = reverse
+        self.system = system  # aiosd's own processes too
+        self.names = list(names)  # agents of these names alone
 
 
 def rates(old: Sample | None, new: Sample) -> dict[int, Rate]:
@@ -71,11 +72,12 @@ def head(status: dict[str, Any], width: int, clock: float, machine: str = "") ->
         words.append(str(status["state"]))
     if "policy" in status:
         words.append(f"policy {status['policy']}{_quantum(status.get('quantum'))}")
-    lines = [", ".join(words), *([machine] if machine else []), _agents(status)]
+    lines = [", ".join(words), _agents(status)]
     models = status.get("models", [])
     indent = max((len(table.printable(model.get("name", "?"))) for model in models), default=0)
     for model in models:
         lines += _model(model, min(indent, 12))
+    lines += [machine] * bool(machine)
     return [table.cut(line, width) for line in lines]
 
 

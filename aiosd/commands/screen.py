@@ -330,7 +330,7 @@ class _Screen:
         most = max(2, height - 8)  # some agents are always to be seen
         for y, line in enumerate(top[:most]):
             self._put(y, line, width, height)
-        y = min(len(top), most) + 1
+        y = min(len(top), most) + (0 if sample.machine else 1)  # the machine's figures part the two, else a blank line
         title, self.pids, lines = picture.rows(sample, picture.rates(self.old, sample), self.view, width - 1)
         self._put(y, " " + title.ljust(width), width, height, curses.A_REVERSE)
         room = max(height - y - 2, 0)

@@ -2,7 +2,8 @@
 
 Kept beside the data: the words of the command line, the folder in which relative paths among them start, and those
 variables of the environment that are settings. The rest of the environment is not written down, for there may be
-secrets in it: after a restart it is that of the restarter."""
+secrets in it: after a restart it is that of the restarter.
+"""
 
 from __future__ import annotations
 

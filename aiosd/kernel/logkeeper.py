@@ -12,7 +12,8 @@ agent, and the log is truncated: what the agent writes in the moment between the
 microseconds) is lost.
 
 Which dead agents are remembered is the process table's business (keep_dead). Logs of earlier boots count with them:
-they go, the oldest first, when more agents have died since than leave room for them (`forget`)."""
+they go, the oldest first, when more agents have died since than leave room for them (`forget`).
+"""
 
 from __future__ import annotations
 
