@@ -126,12 +126,14 @@ class Agents:
         if self.uplink.pending > FORKS_BYTES:
             raise wire.error(errno.EAGAIN, "more is being started than the supervisor keeps up with")
         self.forks[call.key] = (call, spec)
+        self.budgets.expect(spec.shares)
         self.uplink.send(spec, fds)
 
     def forked(self, message: link.Forked, fds: list[int]) -> None:
         call, spec = self.forks.pop(message.key)
         proc = self.table.find(message.pid)
         if proc is None and not fds:  # an old one, forgotten since
+            self.budgets.arrived(spec.shares)
             self._answer_spawn(call, wire.Spawned(message.pid, message.log))
             return
         if proc is None:
@@ -144,12 +146,16 @@ class Agents:
             self.table.add(proc)
             self.connect(proc, *fds)
             self.enforcer.born(proc)
+            if parent is not None and parent.halted:  # it was told to stop, with all its children, while we forked
+                self.deliver(proc, signal.SIGSTOP)
+        self.budgets.arrived(spec.shares)
         self._answer_spawn(call, wire.Spawned(proc.pid, proc.log))
         if proc.attached_to and proc.attached_to not in self.peers.clients:
             self.deliver(proc, signal.SIGHUP)  # the client went while we forked
 
     def fork_failed(self, message: link.ForkFailed) -> None:
         call, spec = self.forks.pop(message.key)
+        self.budgets.arrived(spec.shares)
         if call is not None:
             self.calls.fail(call, message.errno, message.message)
         else:
