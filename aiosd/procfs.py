@@ -74,6 +74,18 @@ def descendants(ospid: int) -> list[int]:
     return found
 
 
+def descends(ospid: int, ancestor: int) -> bool | None:
+    """Whether a process is, or descends from, another. None: it cannot be told, because one of them has ended."""
+    while ospid != ancestor:
+        stat = read_stat(ospid)
+        if stat is None:
+            return None
+        if stat.ppid == 0:
+            return False
+        ospid = stat.ppid
+    return True
+
+
 def pss_bytes(ospid: int) -> int:
     """Proportional set size: private memory plus a fair share of what is shared."""
     try:
