@@ -200,6 +200,7 @@ def test_a_parent_that_ends_in_its_spawn_leaves_its_budget(aiosd: System, write:
         from libaios import wire
         spec = wire.Spawn("exec", "sleep", ["1000"], dict(os.environ), "/", detached=True)
         connection().submit(wire.Sys.SPAWN, spec)
+        aios.proc.getpid()  # so the kernel has the spawn too
         os._exit(0)
     """)
     for _ in range(10):

@@ -328,6 +328,7 @@ class Agents:
         """It goes on under its pid, with its mailbox, its budgets and its children."""
         proc = self.table.procs[message.pid]
         self.table.advance(proc, Event.START)
+        proc.halted = False
         proc.ospid, proc.restarts, proc.looked, proc.sampled = message.ospid, proc.restarts + 1, 0.0, 0.0
         self.connect(proc, *fds)
 
