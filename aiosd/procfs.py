@@ -35,6 +35,12 @@ def read_stat(ospid: int) -> Stat | None:
     return Stat(fields[0].decode(), int(fields[1]), int(fields[2]), int(fields[3]), ticks / _TICKS, int(fields[19]))
 
 
+def is_there(ospid: int, started: int) -> bool:
+    """Whether this very process is there, and has not ended."""
+    stat = read_stat(ospid)
+    return stat is not None and stat.started == started and stat.state not in ("Z", "X")
+
+
 def is_stopped(ospid: int, started: int) -> bool:
     """Whether this very process is there, and stopped (by Ctrl-Z, say)."""
     stat = read_stat(ospid)
@@ -72,6 +78,18 @@ def descendants(ospid: int) -> list[int]:
     for pid in found:  # grows while we walk it: breadth first
         found.extend(children(pid))
     return found
+
+
+def descends(ospid: int, ancestor: int) -> bool | None:
+    """Whether a process is, or descends from, another. None: it cannot be told, because one of them has ended."""
+    while ospid != ancestor:
+        stat = read_stat(ospid)
+        if stat is None:
+            return None
+        if stat.ppid == 0:
+            return False
+        ospid = stat.ppid
+    return True
 
 
 def pss_bytes(ospid: int) -> int:

@@ -105,3 +105,34 @@ def test_a_new_kernel_finds_what_a_dead_owner_had_used() -> None:
     successor.adopt({3})
     assert (again.owner, again.tokens_left, again.since) == (2, 20, 100.0)
     assert ledger.pids() == {2}
+
+
+def test_a_budget_waits_for_an_agent_that_is_being_forked() -> None:
+    """All that share it end meanwhile, and are forgotten: what they have used counts for the one that comes."""
+    budgets, timers, clock, ledger, up = books()
+    (budget,) = owned = budgets.join(2, 100.0, [Share(0, Limits(tokens=50, time_s=2))])
+    shares = [budget.share]
+    budgets.expect(shares)
+    charge(owned, 30)
+    settle(owned, 30)
+    budgets.leave(2, owned)
+    budgets.forget(2)
+    clock.now = 102.5
+    timers.run_due()
+    assert up == [2]
+    (joined,) = budgets.join(3, 102.6, shares)
+    budgets.arrived(shares)
+    assert joined is budget
+    assert joined.tokens_left == 20
+    budgets.leave(3, [joined])
+    assert (ledger.pids(), list(budgets)) == (set(), [])
+
+
+def test_a_budget_ends_when_the_last_could_not_be_forked() -> None:
+    budgets, _, _, ledger, _ = books()
+    (budget,) = owned = budgets.join(2, 100.0, [Share(0, Limits(tokens=50))])
+    budgets.expect([budget.share])
+    budgets.leave(2, owned)
+    budgets.forget(2)
+    budgets.arrived([budget.share])
+    assert (ledger.pids(), list(budgets)) == (set(), [])

@@ -164,6 +164,30 @@ def test_the_event_loop_of_a_client_goes_on_while_there_is_no_kernel(
         agent.reset()
 
 
+def test_agents_that_end_while_there_is_no_kernel(fresh_aiosd: Fresh, tmp_path: Path) -> None:
+    """They are collected by the next one, and their children get another parent."""
+    script = tmp_path / "parent.py"
+    script.write_text(
+        "import libaios as aios\naios.proc.spawn('sleep', '1000')\n"
+        "aios.proc.spawn('sh', '-c', 'exit 3')\naios.msg.recv()\n"
+    )
+    system = fresh_aiosd("--threads", "1")
+    pids = [system.run("aios-run", "-d", "--name", "parent", script, check=True).stdout.strip() for _ in range(2)]
+    assert eventually(lambda: len([one for one in system.ps() if one["exit"] == 3]) == 2), "zombies of live parents"
+    assert len([one for one in system.agents() if one["name"] == "sleep"]) == 2
+    supervisor, kernel = ospid(system, "supervisor"), ospid(system, "kernel")
+    parents = [one["ospid"] for one in system.agents() if one["name"] == "parent"]
+    os.kill(supervisor, signal.SIGSTOP)  # so that it finds all three dead at once
+    for victim in (kernel, *parents):
+        os.kill(victim, signal.SIGKILL)
+    os.kill(supervisor, signal.SIGCONT)
+    assert eventually(lambda: not psutil.pid_exists(kernel))
+    assert eventually(lambda: all(one["exit"] is None for one in system.ps()), timeout=10), system.ps()
+    assert [(one["name"], one["ppid"]) for one in system.agents()] == 2 * [("sleep", 1)]
+    assert [system.run("aios-wait", pid).returncode for pid in pids] == [137, 137]
+    assert system.run("aiosd", "status", "--check").returncode == 0
+
+
 def test_the_system_dies_with_its_supervisor(fresh_aiosd: Fresh) -> None:
     check_death(fresh_aiosd(), lambda system: ospid(system, "supervisor"))
 

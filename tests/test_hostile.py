@@ -12,6 +12,7 @@ import errno
 import json
 import os
 import random
+import signal
 import socket
 import struct
 import subprocess
@@ -579,6 +580,42 @@ for number in range(1, 50):
     pid = start(client, tmp_path, code)
     assert end(client, pid)[0] == 0
     assert client.call(Sys.STATUS, wire.Status(), dict)["kernel"]["epoch"] == before
+
+
+def test_a_request_and_the_end_of_its_sender_at_once(system: System, client: Client, tmp_path: Path) -> None:
+    """Linux tells of both with one event, and never again. The process lives on; what it had asked for is cancelled."""
+    code = """
+import signal
+from libaios.wire import Generate, Sampling, Sys
+args = Generate(prompt="Once", sampling=Sampling(max_tokens=1900, ignore_eos=True))
+while not os.path.exists(sys.argv[1]):
+    pass
+channel.send(wire.encode(wire.Request(1, Sys.GENERATE, wire.raw(args))))
+channel.shutdown()
+channel.close()
+open(sys.argv[2], "w").close()
+while True:
+    signal.pause()
+"""
+    go, gone = tmp_path / "go", tmp_path / "gone"
+    pid = start(client, tmp_path, code, str(go), str(gone))
+    kernel = next(entry["ospid"] for entry in system.ps() if entry["name"] == "kernel")
+    os.kill(kernel, signal.SIGSTOP)
+    try:
+        go.touch()
+        assert eventually(gone.exists)
+    finally:
+        os.kill(kernel, signal.SIGCONT)
+
+    def shown() -> dict[str, Any]:
+        return client.call(Sys.INSPECT, wire.PidArgs(pid), dict[str, Any], timeout=20)
+
+    assert eventually(lambda: shown()["calls"] == 1)
+    assert eventually(lambda: not shown()["connected"], timeout=1.0)
+    assert shown()["open_calls"] == []
+    assert shown()["completion_tokens"] < 1900
+    client.call(Sys.KILL, wire.Kill(pid, 9), None, timeout=20)
+    assert end(client, pid)[0] == -9
 
 
 def test_a_spawn_that_is_cancelled_and_asked_for_again_is_one_process(client: Client, tmp_path: Path) -> None:

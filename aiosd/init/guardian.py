@@ -15,12 +15,15 @@ import os
 import resource
 import signal
 import socket
+import stat
+from pathlib import Path
 from typing import TYPE_CHECKING
 
-from aiosd import log
+from aiosd import log, procfs
 from aiosd.birth import fork
 from aiosd.errors import UsageError, WorldError
 from aiosd.heartbeat import BEAT_S, HANG_S, Heart
+from aiosd.init import signals
 from aiosd.init.sweep import sweep
 
 if TYPE_CHECKING:
@@ -58,7 +61,7 @@ def main(settings: Settings) -> int:
 
 
 def prepare(home: Home) -> None:
-    """Make the folders of a home, private to this user."""
+    """Make the folders of a home, private to this user. Raises UsageError for one that another user can change."""
     for folder in (home.root, home.socket.parent, home.data, home.logs):
         try:
             folder.mkdir(mode=0o700, parents=True, exist_ok=True)
@@ -66,9 +69,18 @@ def prepare(home: Home) -> None:
             raise UsageError(f"{folder}: is no directory") from err
         except OSError as err:
             raise WorldError(f"{folder}: {err.strerror}") from err
-    owner = home.socket.parent.stat()
-    if owner.st_uid != os.getuid() and os.getuid() != 0:
-        raise UsageError(f"{home.socket.parent} belongs to another user")
+        _check_private(folder)
+
+
+def _check_private(folder: Path) -> None:
+    """Also for root: in a folder of another user that user decides what files there are, and where links lead."""
+    me = os.getuid()
+    link, found = os.lstat(folder), os.stat(folder)
+    if found.st_uid != me or link.st_uid not in (me, 0):
+        other = found.st_uid if found.st_uid != me else link.st_uid
+        raise UsageError(f"{folder} belongs to another user ({other}); a system runs in folders of its own user ({me})")
+    if found.st_mode & stat.S_IWOTH and not found.st_mode & stat.S_ISVTX:
+        raise UsageError(f"{folder} can be changed by every user; make it private with: chmod o-w {folder}")
 
 
 def take_lock(home: Home) -> int:
@@ -134,7 +146,7 @@ def _watch(supervisor: int, heart: Heart) -> int:
     """Wait for the supervisor's end; returns its exit code."""
     while True:
         info = signal.sigtimedwait({signal.SIGCHLD, *FORWARDED}, BEAT_S)
-        if info is not None and info.si_signo in FORWARDED:
+        if info is not None and info.si_signo in FORWARDED and not _is_refused(info, supervisor):
             os.kill(supervisor, info.si_signo)
         code = _reap(supervisor)
         if code is not None:
@@ -142,6 +154,22 @@ def _watch(supervisor: int, heart: Heart) -> int:
         if heart.hangs():
             logger.critical("the supervisor hangs (no heartbeat for %.0f s); ending everything", HANG_S)
             os.kill(supervisor, signal.SIGKILL)
+
+
+def _is_refused(info: signal.struct_siginfo, supervisor: int) -> bool:
+    """What agents have started may not stop the system. A sender that has ended may have been one of these: it is
+    refused too, and the log names the way that always works."""
+    number, sender = info.si_signo, info.si_pid
+    what = f"{signals.name(number)} {signals.describe_sender(sender)}"
+    if not sender:  # Linux itself (Ctrl-C, a closed terminal), or from outside of a container
+        return False
+    below = procfs.descends(sender, supervisor)
+    if below is False:
+        logger.info("%s", what)
+        return False
+    why = "it may have been started by an agent; to stop: aiosd stop" if below is None else "it belongs to an agent"
+    logger.warning("%s: ignored, %s", what, why)
+    return True
 
 
 def _reap(supervisor: int) -> int | None:

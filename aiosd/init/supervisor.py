@@ -62,7 +62,8 @@ PAYS_OFF = 0.2  # a second of life takes so many seconds off the wait after it
 LAST_WAIT_S = 2.0  # for kernel and services at the end
 ORPHANS_LOOK_S = 0.05  # at the end, between two looks at what agents have left behind
 GUARDIAN_DIED = signal.SIGUSR1
-SIGNALS = (signal.SIGCHLD, signal.SIGTERM, signal.SIGINT, signal.SIGHUP, GUARDIAN_DIED)
+ORDERS = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP)
+SIGNALS = (signal.SIGCHLD, *ORDERS, GUARDIAN_DIED)
 ENDING = (signal.SIGTERM, signal.SIGHUP, signal.SIGINT, signal.SIGQUIT)  # what tells an agent to end
 COMMAND_KEPT = 4096  # characters of an agent's command, for listings
 KERNEL = Service("kernel", kind="", entry="")  # it is forked in a way of its own
@@ -152,12 +153,12 @@ class Supervisor:
 
     def _on_signals(self, received: list[Received]) -> None:
         numbers = {one.number for one in received}
-        if GUARDIAN_DIED in numbers:
+        if GUARDIAN_DIED in numbers and os.getppid() != self.guardian:  # an agent can send that signal, too
             logger.critical("the guardian died; ending everything")
             self.exit_code = 1
             return
         # Before the dead are collected: where a signal came from is found by its sender's number.
-        orders = [one for one in received if one.number != signal.SIGCHLD and not self._is_refused(one)]
+        orders = [one for one in received if one.number in ORDERS and not self._is_refused(one)]
         if signal.SIGCHLD in numbers:
             self._reap()
         for one in orders:
@@ -167,12 +168,13 @@ class Supervisor:
                 self.stop(f"{signal_name(one.number)} {describe_sender(one.sender)}")
 
     def _is_refused(self, one: Received) -> bool:
-        """An agent, or what it has started, may not stop the system, nor have its settings read again."""
-        agent = self._agent_above(one.sender)
-        if agent is None:
+        """Orders come from the guardian, or from Linux itself. Of others most are of agents (`kill $PPID`), and of one
+        that has ended it cannot be told."""
+        if one.sender in (0, self.guardian):
             return False
-        what, sender = signal_name(one.number), describe_sender(one.sender)
-        logger.warning("%s %s, which belongs to agent %d: ignored", what, sender, agent.pid)
+        agent, sender = self._agent_above(one.sender), describe_sender(one.sender)
+        whose = f", which belongs to agent {agent.pid}" if agent is not None else ""
+        logger.warning("%s %s%s: ignored; to stop: aiosd stop", signal_name(one.number), sender, whose)
         return True
 
     def _agent_above(self, ospid: int) -> Agent | None:

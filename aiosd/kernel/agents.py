@@ -40,6 +40,7 @@ logger = logging.getLogger("kernel")
 
 FORKS_BYTES = 16 << 20  # of spawns that the supervisor has not read
 COMMAND_SHOWN = 4096  # characters of an agent's command in listings
+REATTACH_S = 10.0  # how long clients have to come back to a new kernel before their agents get HUP
 ATTACHED_LOOK_S = 1.0  # between two looks at clients that are stopped and cannot come back to a new kernel
 
 
@@ -74,6 +75,7 @@ class Agents:
         self.logs = logs
         self.by_ospid: dict[int, Proc] = {}  # live ones
         self.forks: dict[link.Key, tuple[Call | None, link.Fork]] = {}  # spawns under way; None: the system's own
+        self._patience: dict[int, float] = {}  # attached agents whose client may still come back, until when
         self.stopping = False  # the system goes down
 
     # ── birth ─────────────────────────────────────────────────────────────────────────────────────────────
@@ -126,12 +128,14 @@ class Agents:
         if self.uplink.pending > FORKS_BYTES:
             raise wire.error(errno.EAGAIN, "more is being started than the supervisor keeps up with")
         self.forks[call.key] = (call, spec)
+        self.budgets.expect(spec.shares)
         self.uplink.send(spec, fds)
 
     def forked(self, message: link.Forked, fds: list[int]) -> None:
         call, spec = self.forks.pop(message.key)
         proc = self.table.find(message.pid)
         if proc is None and not fds:  # an old one, forgotten since
+            self.budgets.arrived(spec.shares)
             self._answer_spawn(call, wire.Spawned(message.pid, message.log))
             return
         if proc is None:
@@ -144,12 +148,16 @@ class Agents:
             self.table.add(proc)
             self.connect(proc, *fds)
             self.enforcer.born(proc)
+            if parent is not None and parent.halted:  # it was told to stop, with all its children, while we forked
+                self.deliver(proc, signal.SIGSTOP)
+        self.budgets.arrived(spec.shares)
         self._answer_spawn(call, wire.Spawned(proc.pid, proc.log))
         if proc.attached_to and proc.attached_to not in self.peers.clients:
             self.deliver(proc, signal.SIGHUP)  # the client went while we forked
 
     def fork_failed(self, message: link.ForkFailed) -> None:
         call, spec = self.forks.pop(message.key)
+        self.budgets.arrived(spec.shares)
         if call is not None:
             self.calls.fail(call, message.errno, message.message)
         else:
@@ -228,17 +236,19 @@ class Agents:
                     self.deliver(proc, signal.SIGHUP)
 
     def hang_up_unclaimed(self) -> None:
-        """Clients had time to come back to a new kernel. One that is stopped (Ctrl-Z) could not, and has time until it
-        goes on; any other is gone."""
-        waiting = False
+        """Clients had time to come back to a new kernel. One that is stopped (Ctrl-Z) could not, and has the same time
+        when it goes on; any other is gone."""
+        now, patience = self.timers.clock(), self._patience
+        self._patience = {}
         for proc in self.table.live():
             if proc.attached_to and proc.attached_to not in self.peers.clients:
-                if procfs.is_stopped(*proc.client):
-                    waiting = True
+                until = now + REATTACH_S if procfs.is_stopped(*proc.client) else patience.get(proc.pid, now)
+                if now < until and procfs.is_there(*proc.client):
+                    self._patience[proc.pid] = until
                 else:
                     proc.attached_to = 0
                     self.deliver(proc, signal.SIGHUP)
-        if waiting:
+        if self._patience:
             self.timers.after(ATTACHED_LOOK_S, self.hang_up_unclaimed)
 
     # ── signals ───────────────────────────────────────────────────────────────────────────────────────────
@@ -322,6 +332,7 @@ class Agents:
         """It goes on under its pid, with its mailbox, its budgets and its children."""
         proc = self.table.procs[message.pid]
         self.table.advance(proc, Event.START)
+        proc.halted = False
         proc.ospid, proc.restarts, proc.looked, proc.sampled = message.ospid, proc.restarts + 1, 0.0, 0.0
         self.connect(proc, *fds)
 

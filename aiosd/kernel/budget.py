@@ -49,6 +49,7 @@ class Budget:
     row: Row | None = None  # its owner's, in the ledger
     timer: Timer | None = None  # of its seconds
     sharers: set[int] = field(default_factory=set)  # pids of live agents
+    coming: int = 0  # agents that are being forked and will share it
 
     @property
     def tokens_left(self) -> int | None:
@@ -93,17 +94,36 @@ class Budgets:
                 budget.timer = self._timers.at(since + limits.time_s, lambda: self.time_is_up(budget))
         return budget
 
+    def expect(self, shares: Sequence[link.Share]) -> None:
+        """An agent is being forked that will share these: they last until `arrived`, though all others may be dead."""
+        for share in shares:
+            budget = self._by_owner.get(share.owner)
+            if budget is not None:
+                budget.coming += 1
+
+    def arrived(self, shares: Sequence[link.Share]) -> None:
+        """It has joined, or it could not be forked."""
+        for share in shares:
+            budget = self._by_owner.get(share.owner)
+            if budget is not None:
+                budget.coming -= 1
+                self._drop_if_unused(budget)
+
     def leave(self, pid: int, budgets: Sequence[Budget]) -> None:
         """The agent is dead."""
         for budget in budgets:
             budget.sharers.discard(pid)
-            if not budget.sharers and self._by_owner.get(budget.owner) is budget:
-                del self._by_owner[budget.owner]
-                if budget.timer is not None:
-                    budget.timer.cancel()
-                if budget.owner in self._forgotten:
-                    self._forgotten.discard(budget.owner)
-                    self._ledger.forget(budget.owner)
+            self._drop_if_unused(budget)
+
+    def _drop_if_unused(self, budget: Budget) -> None:
+        if budget.sharers or budget.coming or self._by_owner.get(budget.owner) is not budget:
+            return
+        del self._by_owner[budget.owner]
+        if budget.timer is not None:
+            budget.timer.cancel()
+        if budget.owner in self._forgotten:
+            self._forgotten.discard(budget.owner)
+            self._ledger.forget(budget.owner)
 
     def forget(self, pid: int) -> None:
         """The dead agent has left the history: its row in the ledger goes, now or with its budget."""

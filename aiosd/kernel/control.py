@@ -45,6 +45,7 @@ HELLO_S = 10.0  # how long a stranger has to send its Hello,
 HELLO_BYTES = 1024  # … and how long that may be
 CLIENTS_OF_AGENT = 64  # connections of what descends from one agent
 FRAMES_PER_TURN = 16  # of one client; each may bring descriptors, which are open meanwhile
+REFUSED_S = 10.0  # between two lines in the log about connections that are refused
 FDS_ON_THEIR_WAY = 256  # with unfinished frames, of all clients together
 
 
@@ -81,6 +82,7 @@ class Control:
         self.strangers: dict[ClientPeer, Timer] = {}  # before their Hello, oldest first
         self._fds_held: dict[ClientPeer, int] = {}  # descriptors that came with unfinished frames
         self._unsettled = 0  # connections that are looked at again
+        self._refused = 0  # … and refused since the last line in the log about that
         self._source: Source
         self._listen()
 
@@ -133,9 +135,21 @@ class Control:
                 self._unsettled += tries == SETTLE_TRIES
                 self._timers.after(SETTLE_S, lambda: self._consider(sock, tries - 1))
                 return
-            logger.warning("control socket: a connection was refused: %s", err)
+            self._note_refused(err)
             sock.close()
         self._unsettled -= tries < SETTLE_TRIES
+
+    def _note_refused(self, why: Unproven) -> None:
+        """In the log, but not once for each: there may be thousands."""
+        self._refused += 1
+        if self._refused == 1:
+            logger.warning("control socket: a connection was refused: %s", why)
+            self._timers.after(REFUSED_S, self._note_more_refused)
+
+    def _note_more_refused(self) -> None:
+        if self._refused > 1:
+            logger.warning("control socket: %d more were refused within %.0f s", self._refused - 1, REFUSED_S)
+        self._refused = 0
 
     def _admit(self, sock: socket.socket) -> None:
         origin = peer_of(sock)

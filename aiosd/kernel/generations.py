@@ -23,7 +23,7 @@ from aiosd.kernel.calls import Calls
 from aiosd.kernel.cores import Core, Cores
 from aiosd.kernel.generation import Generation
 from aiosd.kernel.peer import OUTBOX_PAUSE, OUTBOX_RESUME, Call, Peer
-from aiosd.kernel.proc import Proc, ProcTable, State
+from aiosd.kernel.proc import Proc, ProcTable
 from libaios import wire
 from libaios.wire import Sys
 
@@ -252,7 +252,8 @@ class Generations:
                 self.cores.by_model[call.generation.model].pause(call, False)
 
     def park(self, proc: Proc, parked: bool) -> None:
-        """Take the agent's generations out of decoding, or let them go on."""
+        """Take the agent's generations out of decoding, those of connections to come included, or let them go on."""
+        proc.halted = parked
         for peer in self.peers.of(proc):
             self.park_peer(peer, parked)
 
@@ -262,8 +263,8 @@ class Generations:
                 core.park(peer.id, parked)
 
     def joined(self, peer: Peer) -> None:
-        """A new connection of an agent: of one that is stopped, its calls wait."""
-        if peer.proc is not None and peer.proc.state is State.STOPPED:
+        """A new connection of an agent: of one that stands still, its calls wait."""
+        if peer.proc is not None and peer.proc.halted:
             self.park_peer(peer, True)
 
     def left(self, peer: Peer) -> None:

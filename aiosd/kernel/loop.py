@@ -22,7 +22,7 @@ from aiosd.errors import WorldError
 from aiosd.heartbeat import BEAT_S, beat
 from aiosd.kernel import syscalls
 from aiosd.kernel.access import Access
-from aiosd.kernel.agents import Agents
+from aiosd.kernel.agents import REATTACH_S, Agents
 from aiosd.kernel.books import Books
 from aiosd.kernel.budget import Budgets
 from aiosd.kernel.calls import Calls
@@ -58,8 +58,6 @@ if TYPE_CHECKING:
     from aiosd.init.records import Inheritance, Process
 
 logger = logging.getLogger("kernel")
-
-REATTACH_S = 10.0  # how long clients have to come back to a new kernel before their agents get HUP
 
 
 class Kernel:

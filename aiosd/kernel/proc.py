@@ -98,6 +98,7 @@ class Proc:
     ppid: int = INIT
     nice: int = 0
     state: State = State.RUNNING
+    halted: bool = False  # told to stand still: it is stopped, or about to be
     continued: int = 0  # how many times it was told to go on
     restart: str = "no"  # when it is started again, see aiosd.restart,
     restarts: int = 0  # … and how often it was
