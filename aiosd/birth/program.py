@@ -22,6 +22,7 @@ from types import CodeType, ModuleType
 from aiosd import link
 from aiosd.birth import end, frames
 from aiosd.birth.report import NOT_FOUND, Report
+from libaios import wire
 
 STDIN = "-"  # as the name of a script
 
@@ -85,8 +86,16 @@ def _interpreter(source: bytes) -> str:
 
 
 def _in_path(spec: link.Fork) -> str | None:
-    folders = spec.env.get("PATH", os.defpath).split(os.pathsep)
-    return next((path for f in folders if f and os.access(path := os.path.join(f, spec.target), os.X_OK)), None)
+    """The first program of that name in the agent's PATH, else the first file. Searched here, as `os.execvpe` would
+    have Linux load each."""
+    other = None
+    for folder in wire.os_str(spec.env.get("PATH", os.defpath)).split(os.pathsep):
+        path = os.path.join(folder or os.curdir, spec.target)
+        if os.path.isfile(path):
+            if os.access(path, os.X_OK):
+                return path
+            other = other or path
+    return other
 
 
 def command_line(spec: link.Fork) -> list[str]:
@@ -104,10 +113,12 @@ def _execute(program: Program, report: Report) -> int:
     # What Python ignores or has changed must be as a program expects it.
     signal.signal(signal.SIGPIPE, signal.SIG_DFL)
     signal.signal(signal.SIGINT, signal.SIG_DFL)
+    path = program.path if "/" in program.path else _in_path(spec)
     try:
-        os.execvpe(program.path, [program.path, *spec.args], os.environ)
+        if path is None:
+            raise FileNotFoundError(errno.ENOENT, "not found")
+        os.execve(path, [program.path, *spec.args], os.environ)
     except (FileNotFoundError, NotADirectoryError) as err:
-        path = program.path if "/" in program.path else _in_path(spec)
         return report.refuse(err, f"{spec.target}: {_what_is_missing(path)}")
     except OSError as err:
         words = "is a directory" if os.path.isdir(program.path) else _words(err)

@@ -1,0 +1,187 @@
+"""What an agent names is looked up by its own process: one that never comes to an end holds up nobody else.
+
+A file system that hangs is played by a FIFO: who opens it waits for a writer.
+"""
+
+from __future__ import annotations
+
+import os
+import select
+import signal
+import socket
+from collections.abc import Callable
+from pathlib import Path
+
+import psutil
+import pytest
+from msgspec import msgpack
+
+from aiosd import link
+from aiosd.init import births
+from aiosd.init.births import Birth, Births
+from aiosd.init.records import Agent
+from aiosd.timers import Timers
+from libaios import wire
+from tests.conftest import System, eventually
+
+Fresh = Callable[..., System]
+
+
+@pytest.fixture
+def slow(tmp_path: Path) -> Path:
+    os.mkfifo(tmp_path / "slow.py")
+    return tmp_path / "slow.py"
+
+
+def test_a_program_that_cannot_be_looked_up_holds_up_nobody(fresh_aiosd: Fresh, slow: Path) -> None:
+    system = fresh_aiosd()
+    run = system.popen("aios-run", slow)
+    assert eventually(lambda: system.run("aios-run", "--", "echo", "others", check=True).stdout == "others\n")
+    assert run.poll() is None
+    slow.write_text("print('found'); raise SystemExit(3)")
+    assert (run.wait(20), run.stdout.read()) == (3, "found\n")
+
+
+def test_aiosd_stops_while_a_program_is_looked_up(fresh_aiosd: Fresh, slow: Path) -> None:
+    system = fresh_aiosd()
+    run = system.popen("aios-run", slow)
+    assert eventually(lambda: len(system.processes()) > 4)
+    assert system.stop() == 0
+    assert run.wait(20) != 0
+
+
+def test_the_kernel_dies_while_a_program_is_looked_up(fresh_aiosd: Fresh, slow: Path) -> None:
+    system = fresh_aiosd()
+    run = system.popen("aios-run", slow)
+    pid = next(entry["ospid"] for entry in system.ps() if entry["name"] == "kernel")
+    assert eventually(lambda: len(system.processes()) > 4)
+    for _ in range(2):
+        os.kill(pid, signal.SIGKILL)
+        assert eventually(lambda dead=pid: [e for e in system.ps() if e["name"] == "kernel" and e["ospid"] != dead], 20)
+        pid = next(entry["ospid"] for entry in system.ps() if entry["name"] == "kernel")
+    slow.write_text("print('found'); raise SystemExit(3)")
+    assert (run.wait(20), run.stdout.read()) == (3, "found\n")
+
+
+def test_what_cannot_start_leaves_nothing(aiosd: System, tmp_path: Path) -> None:
+    logs = set((aiosd.home / "logs").glob("*")) if (aiosd.home / "logs").exists() else set()
+    dead = {entry["pid"] for entry in aiosd.ps("--dead")}
+    done = aiosd.run("aios-run", "-d", tmp_path / "nonesuch.py")
+    assert (done.returncode, done.stdout) == (127, "")
+    assert done.stderr == f"aios-run: {tmp_path}/nonesuch.py: not found\n"
+    assert {entry["pid"] for entry in aiosd.ps("--dead")} == dead
+    assert set((aiosd.home / "logs").glob("*") if (aiosd.home / "logs").exists() else []) == logs
+
+
+def test_a_folder_that_is_not_there(aiosd: System, tmp_path: Path) -> None:
+    (tmp_path / "a.py").write_text(
+        "import libaios as aios\n"
+        "for cwd in ('/nonesuch', '/etc/passwd'):\n"
+        "    try: aios.proc.spawn('true', cwd=cwd)\n"
+        "    except OSError as err: print(type(err).__name__, err.strerror)\n"
+        "try: aios.proc.wait(block=False)\n"
+        "except ChildProcessError: print('no child')\n"
+    )
+    assert aiosd.run("aios-run", tmp_path / "a.py", check=True).stdout.splitlines() == [
+        "FileNotFoundError /nonesuch: No such file or directory",
+        "NotADirectoryError /etc/passwd: Not a directory",
+        "no child",
+    ]
+
+
+def test_a_long_path_is_searched_by_the_child(aiosd: System, tmp_path: Path) -> None:
+    (tmp_path / "a.py").write_text(
+        "import libaios as aios\n"
+        "path = ':'.join(f'/none/{n}' for n in range(60_000))\n"
+        "try: aios.proc.spawn('nonesuch', env={'PATH': path})\n"
+        "except FileNotFoundError as err: print(err.strerror)\n"
+    )
+    supervisor = psutil.Process(next(entry["ospid"] for entry in aiosd.ps() if entry["name"] == "supervisor"))
+    before = supervisor.cpu_times()
+    assert aiosd.run("aios-run", tmp_path / "a.py", check=True).stdout == "nonesuch: not found\n"
+    after = supervisor.cpu_times()
+    assert after.user + after.system - before.user - before.system < 0.2
+
+
+# ── alone ─────────────────────────────────────────────────────────────────────────────────────────────────
+
+
+class Ward:
+    """Births with a clock of their own."""
+
+    def __init__(self) -> None:
+        self.now = 0.0
+        self.timers = Timers(lambda: self.now)
+        self.epoll = select.epoll()
+        self.over: list[Birth] = []
+        self.births = Births(self.epoll, self.timers, self.over.append)
+        self.theirs: list[socket.socket] = []
+
+    def expect(self, ospid: int = 0) -> Birth:
+        ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+        self.theirs.append(theirs)
+        spec = link.Fork(
+            (1, 1), 1, 0, 0, "file", "x.py", [], {}, "/", "x", 0, "g", wire.Limits(), 0, False, False, False
+        )
+        birth = Birth(Agent(7, ospid, spec, 7, 0.0, 0.0, "", -1, -1, 1, 0), ours, epoch=1)
+        self.births.expect(birth)
+        return birth
+
+    def turn(self) -> None:
+        for fd, _ in self.epoll.poll(0):
+            self.births.look(fd)
+
+    def close(self) -> None:
+        for sock in self.theirs:
+            sock.close()
+        self.turn()
+        self.epoll.close()
+
+
+@pytest.fixture
+def ward() -> Ward:
+    return Ward()
+
+
+def test_a_closed_report_means_that_it_runs(ward: Ward) -> None:
+    birth = ward.expect()
+    ward.turn()
+    assert ward.over == []
+    ward.theirs[0].close()
+    ward.turn()
+    assert (ward.over, birth.refusal) == ([birth], None)
+    ward.close()
+
+
+def test_a_report_says_why_it_cannot(ward: Ward) -> None:
+    birth = ward.expect()
+    ward.theirs[0].send(msgpack.encode((2, "x.py: not found")))
+    ward.births.ended(birth.agent)
+    assert (ward.over, birth.refusal) == ([birth], (2, "x.py: not found"))
+    ward.close()
+
+
+def test_one_that_takes_too_long_is_killed(ward: Ward) -> None:
+    child = os.fork()
+    if child == 0:
+        signal.pause()
+    birth = ward.expect(child)
+    ward.now = births.PATIENCE_S - 1
+    ward.timers.run_due()
+    assert ward.over == []
+    ward.now = births.PATIENCE_S
+    ward.timers.run_due()
+    assert os.waitpid(child, 0)[1] == signal.SIGKILL
+    assert birth.refusal is not None
+    assert birth.refusal[0] == 110
+    ward.close()
+
+
+def test_a_successor_of_the_kernel_is_answered_when_it_has_asked(ward: Ward) -> None:
+    birth = ward.expect()
+    assert ward.births.claim(birth.agent, 1)
+    assert not birth.claimed  # the same kernel, once more
+    assert ward.births.claim(birth.agent, 2)
+    assert (birth.claimed, birth.epoch) == (True, 2)
+    ward.close()
+    assert not ward.births.claim(birth.agent, 2)
