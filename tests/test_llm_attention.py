@@ -104,6 +104,30 @@ def test_logits_are_those_of_llama_cpp(
         one.close()
 
 
+@pytest.mark.parametrize("width", ["0", "8"])
+@pytest.mark.parametrize("window", [16, 100])
+def test_a_sliding_window_is_what_it_is_for_llama_cpp(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, window: int, width: str
+) -> None:
+    """Rows of one batch whose windows begin at different cells, some of them in the same item of work."""
+    monkeypatch.setenv("AIOS_VECTOR_WIDTH", width)
+    path = tinymodels.write_like(tmp_path / "m.gguf", "gemma3", window=window, layers=7, d=128)
+    model = llama.Model(str(path), 0, lambda fraction: None)
+    attention = Attention.load(SLOTS)
+    both = context(model, None), context(model, attention)
+    rng = np.random.default_rng(2)
+    at = 0
+    for size in (1, 70, 1, 3, 1, 1, 90, 2, 1, 40):
+        tokens = rng.integers(5, model.n_vocab, (2, size))
+        theirs, ours = (decode(one, [1, 2], [at, at], tokens) for one in both)
+        assert_same(ours, theirs)
+        at += size
+    assert attention.used
+    for one in both:
+        one.close()
+    model.close()
+
+
 def test_sequences_of_different_lengths_in_one_batch(model: llama.Model) -> None:
     both = context(model, None), context(model, Attention.load(SLOTS))
     rng = np.random.default_rng(2)

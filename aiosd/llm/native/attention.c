@@ -210,8 +210,8 @@ int aios_attention_start(int width)
 /* Some tokens of one stream, for one thread. */
 struct item {
     int stream, token, tokens;
-    int cells; /* that any of them sees */
-    int open;  /* leading ones that all of them see as they are */
+    int from, cells; /* what any of them sees lies between; with a sliding window it begins late */
+    int open;        /* up to here all of them see all of that as it is */
     int64_t cost;
 };
 
@@ -337,15 +337,20 @@ static int cut(const struct node *n, struct scratch *s, int per_item)
             item->token = token;
             item->tokens = n->tokens - token < per_item ? n->tokens - token : per_item;
             item->cells = 0;
-            item->open = n->cells;
+            item->from = item->open = n->cells;
+            int latest = 0;
             for (int i = 0; i < item->tokens; i++) {
-                int plain;
-                const int seen = use->visible(mask_of(n, stream, token + i), n->cells, &plain);
+                int from, plain;
+                const int seen = use->visible(mask_of(n, stream, token + i), n->cells, &from, &plain);
                 const int open = plain ? seen : 0;
                 item->open = open < item->open ? open : item->open;
                 item->cells = seen > item->cells ? seen : item->cells;
+                item->from = from < item->from ? from : item->from;
+                latest = from > latest ? from : latest;
             }
-            item->cost = (int64_t)item->tokens * (item->cells + base_length(n, stream) / 4 + 16);
+            if (latest > item->from)
+                item->open = 0;
+            item->cost = (int64_t)item->tokens * (item->cells - item->from + base_length(n, stream) / 4 + 16);
         }
     sort_by_base(n, s->items, count);
     return count;
@@ -417,26 +422,27 @@ static void read_base(const struct node *n, const struct scratch *s, int stream,
 static void read_own(const struct node *n, struct scratch *s, const struct item *item, int kv_head, int first, int rows,
                      bool narrow)
 {
-    if (!item->cells)
+    const int from = item->from, count = item->cells - from;
+    if (count <= 0)
         return;
     const uint16_t *masks[ROWS] = {0};
     const cells c = {
-        n->k->data + item->stream * n->k->nb[3] + kv_head * n->k->nb[2],
-        n->v->data + item->stream * n->v->nb[3] + kv_head * n->v->nb[2],
+        n->k->data + item->stream * n->k->nb[3] + kv_head * n->k->nb[2] + from * n->k->nb[1],
+        n->v->data + item->stream * n->v->nb[3] + kv_head * n->v->nb[2] + from * n->v->nb[1],
         n->k->nb[1],
         n->v->nb[1],
     };
     const bool plain = item->open >= item->cells;
     if (!plain)
         for (int row = 0; row < rows; row++)
-            masks[first + row] = mask_of(n, item->stream, item->token + row / n->share);
+            masks[first + row] = mask_of(n, item->stream, item->token + row / n->share) + from;
     if (narrow) {
         pack_queries(n, s, item, kv_head, 0);
-        use->narrow(&s->w, &c, item->cells, first, first + rows, s->packed, plain ? NULL : masks);
+        use->narrow(&s->w, &c, count, first, first + rows, s->packed, plain ? NULL : masks);
         return;
     }
     const int last = first + (rows + use->width - 1) / use->width * use->width;
-    use->wide(&s->w, &c, item->cells, first, last, plain ? NULL : masks, item->open);
+    use->wide(&s->w, &c, count, first, last, plain ? NULL : masks, item->open - from);
 }
 
 static void reset(work *w, int columns)

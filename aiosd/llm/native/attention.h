@@ -50,8 +50,9 @@ typedef struct {
                    const uint16_t *const *masks);
     /* out[row] / sum[row] → target */
     void (*finish)(const work *w, int row, float *target);
-    /* How many of `count` f16 lie before the last that is not -inf; *plain: none of those is anything but 0. */
-    int (*visible)(const uint16_t *mask, int count, int *plain);
+    /* How many of `count` f16 lie before the last that is not -inf, and, *from, before the first; *plain: what lies
+     * between is all 0. */
+    int (*visible)(const uint16_t *mask, int count, int *from, int *plain);
 } kernel;
 
 extern const kernel kernel_avx2, kernel_avx512;

@@ -319,13 +319,17 @@ TARGET static void NAME(finish)(const work *w, int row, float *target)
         V_STORE(target + d, V_MUL(V_LOAD(out + d), V_SET(factor)));
 }
 
-TARGET static int NAME(visible)(const uint16_t *mask, int count, int *plain)
+TARGET static int NAME(visible)(const uint16_t *mask, int count, int *from, int *plain)
 {
+    int first = 0;
     while (count && mask[count - 1] == HIDDEN)
         count--;
+    while (first < count && mask[first] == HIDDEN)
+        first++;
     unsigned other = 0;
-    for (int i = 0; i < count; i++)
+    for (int i = first; i < count; i++)
         other |= mask[i];
+    *from = first;
     *plain = !other;
     return count;
 }
