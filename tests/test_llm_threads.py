@@ -75,6 +75,15 @@ def test_it_takes_bounded_time(step: float) -> None:
     assert found.number == (4 if step > 0.2 else 1)
 
 
+def test_a_large_model_on_many_cores_is_not_tried_with_few(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(os, "sched_getaffinity", lambda pid: set(range(64)))
+    fake = Fake(lambda n, _: 5.0 / n)
+    found = fake.measure()
+    assert found.number == 64
+    assert fake.now < 3
+    assert "measured" in found.why
+
+
 def test_one_long_step_is_no_large_model() -> None:
     found = Fake(lambda n, step: 3.0 if step == 0 else 0.01 / n).measure()
     assert (found.number, found.why[:8]) == (4, "measured")

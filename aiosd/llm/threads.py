@@ -61,7 +61,7 @@ def measure(
     beside = f"while others used {used:.1f} of {cores} cores" if used > QUIET else "on a quiet machine"
     if len(best) == 1:
         [(number, step)] = best.items()
-        why = f"assumed {beside}: a step takes {1000 * step:.0f} ms, too long to try fewer"
+        why = f"assumed {beside}: fewer would take too long to try (a step takes {1000 * step:.0f} ms)"
         return Threads(number, why, again=used > QUIET)
     steps = ", ".join(f"{number}: {1000 * step:.1f} ms" for number, step in sorted(best.items()))
     return Threads(_fastest(best), f"measured {beside} ({steps} a step)", again=used > QUIET)
@@ -88,21 +88,27 @@ def _take_turns(
     seconds: float,
     clock: Callable[[], float],
 ) -> dict[int, float]:
-    """The fastest step of each candidate; only the first of them if its steps are long. The first round, which finds
-    everything cold, does not count."""
+    """The fastest step of each candidate, but of those with long steps only the one with most threads, if that is
+    all there is. A first round finds everything cold and does not count."""
     best: dict[int, float] = {}
     deadline = clock() + seconds
-    for turn in range(1 + ROUNDS):
-        report(turn / (1 + ROUNDS))
+    for i, threads in enumerate(candidates):
+        report(0.0)
+        context.set_threads(threads)
+        took = _step(context, batch, clock)
+        if took > seconds * LONG_STEP:
+            took = min(took, _step(context, batch, clock))
+        if took > seconds * LONG_STEP:
+            if not i:
+                return {threads: took}
+            candidates = candidates[:i]
+            break
+    for turn in range(ROUNDS):
+        report(turn / ROUNDS)
         for threads in candidates:
             context.set_threads(threads)
             took = _step(context, batch, clock)
-            if turn:
-                best[threads] = min(took, best.get(threads, took))
-            elif took > seconds * LONG_STEP:
-                took = min(took, _step(context, batch, clock))
-                if took > seconds * LONG_STEP:
-                    return {threads: took}
+            best[threads] = min(took, best.get(threads, took))
             if clock() > deadline and len(best) == len(candidates):
                 return best
     return best
