@@ -185,6 +185,7 @@ KEYS = (
         "auto",
         per_model=True,
     ),
+    Key("kv_type", _one_of(("f16", "q8_0")), "f16|q8_0", "How keys and values are kept (f16).", "f16", per_model=True),
     Key("exact", _switch, "", "Same output bit for bit, whatever else runs. CPU only, slower.", False, per_model=True),
     Key("kv_memory", _size, "SIZE", "Memory for slots, such as 2G (a quarter of what is free).", per_model=True),
     Key("context_ram", _size, "SIZE", "Memory for contexts without a slot (1/8 of what is free).", per_model=True),

@@ -16,6 +16,7 @@ from hypothesis import strategies as st
 from aiosd.errors import AiosdError, UsageError
 from aiosd.llm import llama, loading, modelfile
 from aiosd.llm.attention import Attention, Unavailable
+from aiosd.llm.blob import Layout
 from aiosd.llm.embed import Embedder
 from aiosd.llm.spec import ModelSpec
 from tests import tinymodels
@@ -220,6 +221,25 @@ def test_a_head_that_claims_a_billion_layers(path: Path) -> None:
     file.meta["llama.block_count"] = 3_000_000_000
     with pytest.raises(UsageError, match="3000000000 layers"):
         file.kv_bytes_per_slot(256)
+
+
+@pytest.mark.parametrize("flash_attention", ["auto", "on"])
+def test_keys_and_values_of_8_bits_take_half_the_memory(tmp_path: Path, flash_attention: str) -> None:
+    path = tinymodels.write(tmp_path / "m.gguf", d=64, heads=2, kv_heads=2)
+    plain, small = load(path), load(path, kv_type="q8_0", flash_attention=flash_attention)
+    assert small.kv_bytes == pytest.approx(plain.kv_bytes * 17 / 32, abs=64)
+    layouts = [Layout.of(loaded.context.sample()) for loaded in (plain, small)]
+    assert all(layout is not None for layout in layouts)
+    per_token = [layout.bytes_per_token for layout in layouts if layout is not None]
+    assert per_token[1] / per_token[0] == pytest.approx(17 / 32)
+    assert small.attention.startswith("llama.cpp (--")
+    small.close()
+    plain.close()
+
+
+@pytest.mark.parametrize("more", [{"exact": True}, {"flash_attention": "off"}])
+def test_8_bits_need_flash_attention(path: Path, more: dict[str, Any]) -> None:
+    assert "--kv-type q8_0: not together with --" in refusal(path, kv_type="q8_0", **more)
 
 
 def with_meta(path: Path, **changes: Any) -> modelfile.ModelFile:

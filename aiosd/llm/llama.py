@@ -251,6 +251,7 @@ _state_seq_size_ext = ctypes.CFUNCTYPE(ctypes.c_size_t, ctypes.c_void_p, ctypes.
 _state_seq_get_ext = ctypes.CFUNCTYPE(
     ctypes.c_size_t, ctypes.c_void_p, ctypes.c_void_p, ctypes.c_size_t, ctypes.c_int32, ctypes.c_uint32
 )(("llama_state_seq_get_data_ext", C._lib))
+_KV_TYPES = {"f16": 1, "q8_0": 8}  # ggml's numbers
 _WINDOW_ONLY = 1  # LLAMA_STATE_SEQ_FLAGS_SWA_ONLY
 
 
@@ -267,6 +268,7 @@ class Context:
         ubatch: int,
         threads: int,
         flash_attention: bool | None,
+        kv_type: str = "f16",
         embeddings: bool = False,
         pooling: int | None = None,
         attention: Attention | None = None,
@@ -280,6 +282,7 @@ class Context:
         params.n_threads = params.n_threads_batch = threads
         params.flash_attn_type = -1 if flash_attention is None else int(flash_attention)  # -1: llama.cpp decides
         params.kv_unified = embeddings
+        params.type_k = params.type_v = _KV_TYPES[kv_type]
         params.embeddings = embeddings
         params.swa_full = True  # layers with a window keep all cells: a state may be cut anywhere, see `blob.py`
         params.no_perf = True

@@ -28,6 +28,9 @@ AUTO_SLOTS = 32
 #: Largest batch that llama.cpp computes at once.
 UBATCH = 512
 
+#: Bytes of a number in the cache; of q8_0, 32 share a scale.
+KV_BYTES = {"f16": 2.0, "q8_0": 34 / 32}
+
 #: Threads are measured for a step of so many rows.
 MEASURED_ROWS = 8
 
@@ -97,6 +100,7 @@ class Loaded:
 def load(spec: ModelSpec, report: Report) -> Loaded:
     """Raises UsageError (it cannot be done as asked) or WorldError (the machine refuses), each with one line."""
     file = modelfile.read(spec.path)
+    file.kv_bytes = KV_BYTES[spec.kv_type]
     ctx = spec.ctx or DEFAULT_CTX
     _check_options(spec, file, ctx)
     slots = _slots(spec, file, ctx)
@@ -146,6 +150,9 @@ def _check_options(spec: ModelSpec, file: modelfile.ModelFile, ctx: int) -> None
         logger.warning("--gpu-layers %d: this llama.cpp was built without a GPU; all runs on the CPU", spec.gpu_layers)
     if spec.exact and spec.gpu_layers:
         raise UsageError("--exact: on the CPU only, not together with --gpu-layers")
+    if spec.kv_type != "f16" and (spec.exact or spec.flash_attention == "off"):
+        other = "--exact" if spec.exact else "--flash-attention off"
+        raise UsageError(f"--kv-type {spec.kv_type}: not together with {other}: only flash attention reads such values")
     if spec.exact and spec.flash_attention == "on":
         raise UsageError("--exact: not together with --flash-attention on, which rounds as the batch is cut")
     kind = file.text("general.type")
@@ -162,6 +169,8 @@ def _flash_attention(spec: ModelSpec, slots: int, ctx: int, key_width: int) -> b
         return spec.flash_attention == "on"
     if spec.gpu_layers and llama.supports_gpu():
         return None
+    if spec.kv_type != "f16":
+        return True
     return not spec.exact and (slots <= FEW_SLOTS or ctx <= SHORT_CTX) and key_width >= WIDE_KEYS
 
 
@@ -241,6 +250,7 @@ def _context(
                 ubatch=UBATCH,
                 threads=spec.threads or 1,
                 flash_attention=flash_attention,
+                kv_type=spec.kv_type,
                 attention=attention,
             )
         except WorldError as error:
@@ -265,6 +275,8 @@ def _not_own(spec: ModelSpec, model: llama.Model) -> str:
     """Why attention of our own is not even tried, '' if it is."""
     if spec.flash_attention != "auto":
         return f"--flash-attention {spec.flash_attention}"
+    if spec.kv_type != "f16":
+        return f"--kv-type {spec.kv_type}: ours reads f16"
     if spec.exact:
         return "--exact: the order of its sums depends on the others in a batch"
     if model.recurrent:

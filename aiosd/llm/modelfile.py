@@ -32,6 +32,7 @@ class ModelFile:
     size: int  # bytes, all parts of a split model together
     meta: dict[str, Any] = field(default_factory=dict)  # scalars and strings; lists of numbers if short, else None
     num_tensors: int = 0
+    kv_bytes: float = 2.0  # of a number in the cache; f16, if nothing else is asked for
 
     @property
     def architecture(self) -> str:
@@ -71,9 +72,9 @@ class ModelFile:
         return per_layer * layers if len(per_layer) == 1 else [*per_layer, *[0] * layers][:layers]
 
     def kv_bytes_per_token(self) -> int:
-        """Keys and values of one token over all layers, as f16. An upper estimate where layers share them."""
+        """Keys and values of one token over all layers. An upper estimate where layers share them."""
         values = self.number("attention.value_length", self._head_width())
-        return 2 * sum(self._kv_heads()) * (self.key_width() + values)
+        return int(self.kv_bytes * sum(self._kv_heads()) * (self.key_width() + values))
 
     def key_width(self) -> int:
         """Numbers in the key of one head."""

@@ -25,6 +25,7 @@ class ModelSpec:
     threads: int | None = None  # None: measured at the start
     gpu_layers: int = 0  # -1: all
     flash_attention: str = "auto"  # on, off; auto: our own on a CPU, llama.cpp's choice on a GPU
+    kv_type: str = "f16"  # or q8_0: how keys and values are kept
     exact: bool = False  # same logits bit for bit whatever else is in the batch; CPU only
     kv_memory: int | None = None  # bytes for the KV cache; None: a quarter of the memory that is free
     context_ram: int | None = None  # bytes for contexts that have no slot; None: an eighth of the free memory
