@@ -481,3 +481,18 @@ def test_what_the_tokenizer_remembers_is_counted_in_bytes(model: llama.Model, mo
         assert tokens.num_bytes <= 200_000
     assert tokens.num_bytes > 100_000
     assert 5 < len(tokens._known) < 60
+
+
+def test_grammars_of_tools_are_made_once_and_counted_in_bytes(
+    model: llama.Model, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("aiosd.llm.request._GRAMMAR_BYTES", 20_000)
+    requests = Requests(model, 4096)
+    made = requests.prepare(Generate(messages=user("x"), tools=[TOOL])).grammar
+    assert requests.prepare(Generate(messages=user("y"), tools=[TOOL])).grammar is made
+    assert requests.prepare(Generate(messages=user("y"), tools=[TOOL], parallel_tool_calls=False)).grammar != made
+    for i in range(40):
+        requests.prepare(Generate(messages=user("x"), schema={"const": i}))
+        assert requests._grammar_bytes <= 20_000
+        assert requests._grammar_bytes == sum(map(len, [*requests._grammars, *requests._grammars.values()]))
+    assert len(requests._grammars) > 3

@@ -100,6 +100,63 @@ def test_tools_are_called_with_valid_arguments(ask: Ask) -> None:
     assert isinstance(calls[0][1]["most"], int)
 
 
+def test_an_answer_in_json_while_tools_are_offered_is_an_answer(ask: Ask) -> None:
+    said = ask("""
+        tool = {"name": "delete_all_files", "description": "Deletes everything.", "parameters": {"type": "object"}}
+        messages = []
+        for city, country in (("Paris", "France"), ("Rome", "Italy"), ("Madrid", "")):
+            messages.append({"role": "user", "content": f"Describe {city} as JSON."})
+            if country:
+                messages.append({"role": "assistant", "content": json.dumps({"city": city, "country": country})})
+        r = llm.chat(messages, tools=[tool], temperature=0.0, max_tokens=60)
+        print(json.dumps([r.text, len(r.tool_calls)]))
+    """)
+    text, calls = json.loads(said)
+    assert calls == 0
+    assert json.loads(text)["city"] == "Madrid"
+
+
+def test_a_call_is_made_where_it_is_required_and_shown_while_it_is_written(ask: Ask) -> None:
+    said = ask("""
+        city = {"type": "object", "properties": {"city": {"type": "string", "maxLength": 20}}, "required": ["city"]}
+        tools = [{"name": "weather", "parameters": city}, {"name": "ping"}]
+        question = [{"role": "user", "content": "What is the weather in Rome?"}]
+        pieces = list(llm.chat(question, tools=tools, tool_choice="required", parallel_tool_calls=False,
+                               temperature=0.0, max_tokens=80, stream=True))
+        calls = [call for piece in pieces for call in piece.calls]
+        (final,) = pieces[-1].tool_calls
+        print(json.dumps([[calls[0].id, calls[0].name, "".join(call.arguments for call in calls)],
+                          [final.id, final.name, final.arguments], len(calls)]))
+        named = llm.chat(question, tools=tools, tool_choice={"function": {"name": "ping"}}, temperature=0.0)
+        print(json.dumps([[call.name, call.arguments] for call in named.tool_calls][0]))
+    """)
+    (id_, name, arguments), final, count = json.loads(said.splitlines()[0])
+    assert [id_, name, json.loads(arguments)] == final
+    assert count > 2
+    assert json.loads(said.splitlines()[1]) == ["ping", {}]
+
+
+def test_days_and_long_numbers_are_copied_as_they_are(ask: Ask) -> None:
+    said = ask("""
+        for kind, values in (({"type": "string", "format": "date"}, ("2024-12-31", "2023-01-30")),
+                             ({"type": "integer"}, (123456789012345678, 175928847299117063))):
+            for value in map(json.dumps, values):
+                prompt = f"The value is {value}. In JSON the value is {value}. Again, the value in JSON: "
+                print(llm.complete(prompt, schema=kind, temperature=0.0, max_tokens=30).text, value)
+    """)
+    for line in said.splitlines():
+        copy, value = line.split()
+        assert copy == value
+
+
+def test_a_message_that_the_assistant_has_begun_is_continued(ask: Ask) -> None:
+    said = ask("""
+        begun = [{"role": "user", "content": "Count to five."}, {"role": "assistant", "content": "One, two, three,"}]
+        print(llm.chat(begun, temperature=0.0, max_tokens=4).text)
+    """)
+    assert said.lstrip().startswith("four")
+
+
 def test_a_stream_is_the_text(ask: Ask) -> None:
     ask("""
         hello = [{"role": "user", "content": "Count from one to five, in French, with accents: été, naïve."}]

@@ -19,6 +19,7 @@ import importlib
 import re
 import warnings
 from collections.abc import Callable, Iterable
+from functools import lru_cache
 from itertools import pairwise
 from typing import Any
 
@@ -421,9 +422,52 @@ def _parts(op: str, value: Any) -> list[Any]:
 
 # ── rules ─────────────────────────────────────────────────────────────────────────────────────────────────
 
+Spell = Callable[[Ranges], str]
+_State = tuple[bool, dict[int, str]]  # may the text end here? What may follow: the next state and how it is reached
+
+
+@lru_cache(maxsize=64)  # formats come again and again, and an agent's schemas with every turn
+def automaton(
+    patterns: tuple[str, ...], low: int, high: int | None, spell: Spell, without: str
+) -> dict[int, _State] | None:
+    """Every state, the first one first; None when there are too many."""
+    languages = Languages()
+    try:
+        wanted = [_Reader(languages).search(parsed(pattern)) for pattern in patterns]
+        if low or high is not None:
+            wanted.append(languages.repeat(languages.chars(_ANY), low, high))
+        if without:
+            end = ALL
+            for char in reversed(without):
+                end = languages.cat(languages.chars(((ord(char), ord(char)),)), end)
+            wanted.append(languages.others(languages.cat(ALL, end)))
+        return _explored(languages, languages.both(wanted), spell)
+    except RecursionError:
+        raise refuse("pattern: nested too deep") from None
+
+
+def _explored(languages: Languages, start: int, spell: Spell) -> dict[int, _State] | None:
+    states: dict[int, _State] = {}
+    waiting = [start]
+    while waiting:
+        state = waiting.pop()
+        if state in states:
+            continue
+        if len(states) >= MAX_STATES:
+            return None
+        found: dict[int, list[tuple[int, int]]] = {}
+        for low, after in pairwise(sorted(languages.edges(state) | {0, _TOP + 1})):
+            target = languages.derived(state, low)
+            if target != NONE:
+                found.setdefault(target, []).append((low, after - 1))
+        ways = {target: text for target, ranges in found.items() if (text := spell(_joined(ranges)))}
+        states[state] = (languages.nullable[state], ways)
+        waiting += ways
+    return _alive(states, start)
+
+
 Add = Callable[[str, str], str]  # name and body of a rule → the name it got
 Repeat = Callable[[str, int, "int | None", str], str]
-Spell = Callable[[Ranges], str]
 
 
 class Strings:
@@ -448,46 +492,16 @@ class Strings:
         """The rule of all texts that satisfy every pattern, have `low` to `high` characters and do not contain
         `without`. Raises OSError where there is none, or none that a grammar can hold."""
         trees = [parsed(pattern) for pattern in patterns]
-        languages = Languages()
-        try:
-            wanted = [_Reader(languages).search(tree) for tree in trees]
-            if low or high is not None:
-                wanted.append(languages.repeat(languages.chars(_ANY), low, high))
-            if without:
-                end = languages.cat(ALL, EMPTY)
-                for char in reversed(without):
-                    end = languages.cat(languages.chars(((ord(char), ord(char)),)), end)
-                wanted.append(languages.others(languages.cat(ALL, end)))
-            states = self._automaton(languages, languages.both(wanted), spell)
-        except RecursionError:
-            raise refuse("pattern: nested too deep") from None
+        hits = automaton.cache_info().hits
+        states = automaton(tuple(patterns), low, high, spell, without)
+        known = automaton.cache_info().hits > hits
+        size = MAX_STATES if states is None else len(states)
+        self._spend(1 + size // 8 if known else 4 * size)
         if states is not None:
             return self._written(name, states)
         if len(trees) == 1 and not (low or high is not None or without):
             return self._as_it_stands(name, trees[0], spell)
         raise refuse("pattern, format, minLength, maxLength: together they are too complex for a grammar")
-
-    def _automaton(self, languages: Languages, start: int, spell: Spell) -> dict[int, _State] | None:
-        """Every state with what leads on from it; None when there are too many."""
-        states: dict[int, _State] = {}
-        waiting = [start]
-        while waiting:
-            state = waiting.pop()
-            if state in states:
-                continue
-            if len(states) >= MAX_STATES:
-                return None
-            found: dict[int, list[tuple[int, int]]] = {}
-            edges = sorted(languages.edges(state) | {0, _TOP + 1})
-            self._spend(1 + len(edges) // 16)
-            for low, after in pairwise(edges):
-                target = languages.derived(state, low)
-                if target != NONE:
-                    found.setdefault(target, []).append((low, after - 1))
-            ways = {target: text for target, ranges in found.items() if (text := spell(_joined(ranges)))}
-            states[state] = (languages.nullable[state], ways)
-            waiting += ways
-        return _alive(states, start)
 
     def _written(self, name: str, states: dict[int, _State]) -> str:
         self._made += 1
@@ -532,9 +546,6 @@ class Strings:
         if not inner:
             return ""
         return f"({self._repeat(self._add(f'{name}-x', inner), low, high, name)})"
-
-
-_State = tuple[bool, dict[int, str]]
 
 
 def _alive(states: dict[int, _State], start: int) -> dict[int, _State]:

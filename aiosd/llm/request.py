@@ -8,10 +8,11 @@ from __future__ import annotations
 
 import errno
 import logging
+from collections.abc import Callable
 from typing import Any
 
 import numpy as np
-from msgspec import Struct
+from msgspec import Struct, msgpack
 
 from aiosd.link import Submit
 from aiosd.llm import llama
@@ -35,6 +36,7 @@ from libaios.wire import Generate, Sampling
 logger = logging.getLogger("llm.request")
 
 _UNLIMITED = 1 << 30
+_GRAMMAR_BYTES = 8 << 20  # of grammars that are remembered
 
 #: The scope of prompts marked public; no group has this name.
 PUBLIC = "*"
@@ -64,6 +66,8 @@ class Requests:
         self._ctx = ctx
         self._tokenizer = Tokens(model)
         self._quick = False
+        self._grammars: dict[bytes, str] = {}  # of recent tools and schemas, the oldest first
+        self._grammar_bytes = 0
         self.template = ChatTemplate(
             model.meta("tokenizer.chat_template"),
             model.token_text(model.bos),
@@ -119,11 +123,28 @@ class Requests:
         if request.schema is not None:
             if tools:
                 raise refuse("schema: not together with tools")
-            prepared.grammar = schema_grammar(request.schema, quick)
+            schema = request.schema
+            prepared.grammar = self._remembered([schema], lambda: schema_grammar(schema, quick))
         elif tools:
-            several = request.parallel_tool_calls
-            prepared.grammar = tools_grammar(self._model, template.dialect, tools, choice, several, quick)
+            several, dialect = request.parallel_tool_calls, template.dialect
+            prepared.grammar = self._remembered(
+                [tools, choice, several, dialect.name],
+                lambda: tools_grammar(self._model, dialect, tools, choice, several, quick),
+            )
         return prepared
+
+    def _remembered(self, what: list[Any], make: Callable[[], str]) -> str:
+        """The grammar of this, made once: an agent sends its tools with every turn."""
+        key = msgpack.encode(what)
+        grammar = self._grammars.pop(key, None)
+        if grammar is None:
+            grammar = make()
+            self._grammar_bytes += len(key) + len(grammar)
+        self._grammars[key] = grammar
+        while self._grammar_bytes > _GRAMMAR_BYTES and len(self._grammars) > 1:
+            oldest = next(iter(self._grammars))
+            self._grammar_bytes -= len(oldest) + len(self._grammars.pop(oldest))
+        return grammar
 
     def sequence(self, submit: Submit, order: int, now: float, prepared: Prepared | None = None) -> Sequence:
         """The record that the engine works on. `prepared`: what `prepare` made of the request, where that was done."""

@@ -53,7 +53,7 @@ MAX_BEGINNINGS = 2_000
 MAX_PROPERTIES = 500
 MAX_WORK = 40_000  # schemas looked at and put together: references make a small one as large as they like
 MAX_MULTIPLES = 2_000  # of a number between two limits, written one by one
-QUICK_WORK = 2_000  # what is done between two steps of decoding
+QUICK_WORK = 600  # what is done between two steps of decoding
 _BLOCK = 64  # repetitions written out in one rule
 
 _FIRST = f'"-" ({numbers.integers(10**18, 2**63)})'
