@@ -33,7 +33,8 @@ class Orphans:
         self._term_first = term_first
         self._spared: dict[int, float] = {}  # orphans that have time to end, until when
         self._told: dict[int, float] = {}  # sessions of agents that ended after a TERM, and until when that counts
-        self._due: Timer | None = None
+        self._due: Timer | None = None  # the next look
+        self._deadline: Timer | None = None  # when the first of those that have time has had it
         self._cost_s = 0.0  # of the last look
 
     def agent_ended(self, ospid: int, told_to_end: bool) -> None:
@@ -42,9 +43,13 @@ class Orphans:
             self._told[ospid] = self._timers.clock() + self._grace_s
         self._look_after(self._cost_s / COST_SHARE)
 
+    def ended(self) -> None:
+        """An orphan has ended; what it left behind, or forked while it was being killed, is our child now."""
+        self._look_after(self._cost_s / COST_SHARE)
+
     def any(self) -> bool:
-        """Whether one still has time to end."""
-        return bool(self._spared)
+        """Whether one still has time to end, as far as that is known already."""
+        return bool(self._spared) or self._due is not None
 
     def _look_after(self, seconds: float) -> None:
         """With thousands of children a look takes long, and one serves for many deaths."""
@@ -57,10 +62,13 @@ class Orphans:
         self._told = {session: until for session, until in self._told.items() if until > began}
         orphans = set(procfs.children(os.getpid())) - self._known()
         self._spared = {ospid: until for ospid, until in self._spared.items() if ospid in orphans}
-        for ospid in orphans:
+        for ospid in sorted(orphans):
             self._deal_with(ospid, began)
+        if self._deadline is not None:
+            self._deadline.cancel()
+            self._deadline = None
         if self._spared:
-            self._timers.at(min(self._spared.values()), lambda: self._look_after(0.0))
+            self._deadline = self._timers.at(min(self._spared.values()), lambda: self._look_after(0.0))
         self._cost_s = self._timers.clock() - began
 
     def _deal_with(self, ospid: int, now: float) -> None:

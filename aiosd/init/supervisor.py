@@ -646,6 +646,8 @@ class Supervisor:
             self._process_ended(child, status)
         elif child is not None:
             self._agent_ended(child, status)
+        else:
+            self.orphans.ended()
 
     def _agent_ended(self, agent: Agent, status: int) -> None:
         self.births.ended(agent)
