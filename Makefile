@@ -11,7 +11,7 @@ ARGS   ?=
 
 RECIPE := tools/bootstrap.py tools/llama_cpp.cmake constraints.txt setup.cfg setup.py pyproject.toml $(wildcard bin/* aiosd/llm/native/*)
 
-.PHONY: help demo test lint man nano peers models install again clean distclean
+.PHONY: help demo test check lint man nano peers models install again clean distclean
 .DEFAULT_GOAL := help
 
 help: ## this list
@@ -22,6 +22,13 @@ demo: $(VENV)/.base ## boots the system, runs three agents, shows and kills one,
 
 test: $(VENV)/.dev ## all tests
 	$(BIN)/python -m pytest $(ARGS)
+
+#: What finds most mistakes in the least time: the pure parts, and one real system.
+CHECK := house packaging explain books budget proc pids ledger journal ring channel stream timers heartbeat supervisor \
+         agentlog restart service hostile aio llm_policy llm_prefix llm_text llm_sampling llm_core processes
+
+check: $(VENV)/.dev ## a slice of the tests, for while you work
+	$(BIN)/python -m pytest -q $(CHECK:%=tests/test_%.py) $(ARGS)
 
 lint: $(VENV)/.dev ## ruff and mypy --strict
 	$(BIN)/python -m ruff check . $(wildcard bin/*)
