@@ -157,6 +157,40 @@ def test_a_message_that_the_assistant_has_begun_is_continued(ask: Ask) -> None:
     assert said.lstrip().startswith("four")
 
 
+@pytest.mark.parametrize("choice", ["required", {"type": "function", "function": {"name": "weather"}}])
+def test_it_calls_a_tool_when_it_has_to(ask: Ask, choice: object) -> None:
+    said = ask(f"""
+        place = {{"type": "string", "maxLength": 20}}
+        days = {{"type": "integer", "minimum": 1, "maximum": 7}}
+        schema = {{"type": "object", "additionalProperties": False, "required": ["place", "days"],
+                   "properties": {{"place": place, "days": days}}}}
+        weather = {{"name": "weather", "description": "The forecast for a place", "parameters": schema}}
+        question = [{{"role": "user", "content": "Will it rain in Rome this week?"}}]
+        for temperature in (0.0, 1.5):
+            r = llm.chat(question, tools=[weather], tool_choice={choice!r}, parallel_tool_calls=False,
+                         max_tokens=80, temperature=temperature, seed=1)
+            print(json.dumps([r.finish_reason, [[call.name, call.arguments] for call in r.tool_calls], r.text]))
+    """)
+    for line in said.splitlines():
+        reason, calls, text = json.loads(line)
+        assert (reason, [name for name, _ in calls]) == ("tool_calls", ["weather"]), text
+        arguments = calls[0][1]
+        assert sorted(arguments) == ["days", "place"]
+        assert 1 <= arguments["days"] <= 7
+
+
+def test_no_tool_is_called_when_none_may_be(ask: Ask) -> None:
+    said = ask("""
+        ping = {"name": "ping", "description": "Ping"}
+        r = llm.chat([{"role": "user", "content": "Ping now."}], tools=[ping], tool_choice="none", max_tokens=30,
+                     temperature=0.0)
+        print(json.dumps([len(r.tool_calls), r.text]))
+    """)
+    calls, text = json.loads(said)
+    assert calls == 0
+    assert text
+
+
 def test_a_stream_is_the_text(ask: Ask) -> None:
     ask("""
         hello = [{"role": "user", "content": "Count from one to five, in French, with accents: été, naïve."}]
