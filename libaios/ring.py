@@ -59,6 +59,9 @@ MAGIC = int.from_bytes(b"aiosring", "little")
 HEADER = 4096
 MIN_RING, MAX_RING = 1 << 12, 1 << 26
 
+#: Looked at by a consumer in one go. An honest peer puts no more than five into a ring at a time.
+FRAGMENTS = 32
+
 HEAD_BYTES = 8
 FIRST, LAST = 1 << 31, 1 << 30
 _WHOLE = FIRST | LAST
@@ -349,15 +352,16 @@ class Consumer:
         self.gather(frames, 1)
         return frames[0] if frames else None
 
-    def gather(self, frames: MutableSequence[bytes], limit: int) -> None:
+    def gather(self, frames: MutableSequence[bytes], limit: int) -> bool:
         """Append the whole frames that are here now to `frames`, until that has `limit`. If a signal handler raises
-        meanwhile, each frame is either in `frames` or still in the ring."""
+        meanwhile, each frame is either in `frames` or still in the ring. True: it has met `FRAGMENTS` fragments, which
+        are work though they make no frame, and has stopped there."""
         items, data, head = self._items, self._map, self._head
         start, last = self._start, self._end
         mask, longest = self.size - 1, self.max_frame
         read, whole = self.read, self._partial is None
-        available = self._available()
-        while available and len(frames) < limit:
+        available, fragments = self._available(), 0
+        while available and len(frames) < limit and fragments < FRAGMENTS:
             at = start + (read & mask)
             # Read the head once. XOR removes epoch, FIRST and LAST if they are as expected, and leaves the length.
             # If one of them differs, a high bit remains: the number is larger than any ring, and `_take` looks closer.
@@ -375,9 +379,11 @@ class Consumer:
                 frame = self._take(available)
                 if frame is not None:
                     frames += (frame,)
+                fragments += 1
                 available -= self.read - read
                 read, whole, head = self.read, self._partial is None, self._head
         items[self._read_item] = read
+        return fragments == FRAGMENTS
 
     def _take(self, available: int) -> bytes | None:
         """Consume one fragment. Returns the frame, if this was its last fragment."""

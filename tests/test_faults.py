@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import asyncio
+import errno
 import json
 import os
 import signal
 import struct
 import subprocess
+import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -74,6 +76,39 @@ def test_a_dead_core_costs_a_pause(fresh_aiosd: Fresh, stream: Path) -> None:
     (model,) = system.status()["models"]
     assert model["deaths"] == 1
     assert "SIGKILL" in model["last_death"]
+
+
+POISONED = """
+import os
+from aiosd.commands import main
+from aiosd.llm.request import Requests
+tokens = Requests._tokens
+def deadly(self, text):
+    if "POISON" in text:
+        os.abort()
+    return tokens(self, text)
+Requests._tokens = deadly
+main("aiosd")
+"""
+
+
+def test_a_call_whose_parsing_ends_the_core_is_blamed_alone(fresh_aiosd: Fresh, stream: Path) -> None:
+    """Its neighbours, that run and that wait, go on with the right text, however often it is tried."""
+    system = fresh_aiosd("--threads", "1", "--exact", "--slots", "2", program=(sys.executable, "-c", POISONED))
+    expected = system.run("aios-run", stream, check=True).stdout
+    jobs = [system.popen("aios-run", stream) for _ in range(4)]
+    begun = [job.stdout.read(10) for job in jobs[:1] if job.stdout is not None]
+    with Client(Home(system.home)) as client:
+        poison = wire.Generate(prompt="POISON", sampling=wire.Sampling(max_tokens=5))
+        with pytest.raises(OSError, match="died twice while this call was running") as caught:
+            client.call(wire.Sys.GENERATE, poison, wire.Generated, timeout=60.0)
+    assert caught.value.errno == errno.EIO
+    for job, first in zip(jobs, [*begun, "", "", ""], strict=True):
+        rest, errors = finish(job)
+        assert (job.returncode, errors) == (0, "")
+        assert first + rest == expected
+    (model,) = system.status()["models"]
+    assert model["deaths"] == 2
 
 
 def test_a_dead_kernel_costs_a_pause(fresh_aiosd: Fresh, stream: Path) -> None:

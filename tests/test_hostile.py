@@ -210,6 +210,60 @@ def test_a_frame_without_an_end() -> None:
         assert wire.MAX_FRAME - size < most <= wire.MAX_FRAME
 
 
+def crumbs(channel: Channel, head: int) -> int:
+    """Fill the ring with fragments of no bytes, which complete nothing; a whole frame is the last."""
+    items, memory = channel._segment.items, channel._segment.memory
+    size = items[2]
+    for at in range(ring.HEADER, ring.HEADER + size - 16, 8):
+        memory[at : at + 8] = struct.pack("=II", head, 1)
+    memory[ring.HEADER + size - 16 : ring.HEADER + size] = (
+        struct.pack("=II", ring.FIRST | ring.LAST | 8, 1) + b"the last"
+    )
+    items[192 // 8] = size
+    return size
+
+
+@pytest.mark.parametrize("size", [ring.MIN_RING, 1 << 16])
+def test_fragments_are_work_and_bounded_in_a_turn(size: int) -> None:
+    """Eight thousand crumbs took as long as twelve turns; now each turn takes a few, and the agent stands in line."""
+    moves: list[Turn] = []
+    handled: list[bytes] = []
+    turns = turns_with(lambda: 0.0, [], lambda peer, payload: handled.append(payload))
+    turns._events.move = lambda source, turn: moves.append(turn)  # type: ignore[method-assign]
+    with channel_of_kernel(size) as channel:
+        crumbs(channel, ring.LAST)
+        source = SimpleNamespace(turn=Turn.ASLEEP, fd=9)
+        peer: Any = SimpleNamespace(channel=channel, paused=False, turn=FRAMES_PER_TURN, gone=False, assembling=0)
+        peer.source = source
+        while not handled:
+            before = channel._consumer.read
+            turns._take_turn(peer)
+            assert channel._consumer.read - before <= 8 * ring.FRAGMENTS + 16
+        assert handled == [b"the last"]
+        assert len(moves) >= size // 8 // ring.FRAGMENTS
+        assert set(moves[:-1]) == {Turn.HUNGRY}
+
+
+def test_what_an_honest_peer_writes_is_taken_in_one_go() -> None:
+    """Frames of any size: the bound on fragments is never met."""
+    memfd, bell, agent_bell = make_channel(ring.MIN_RING, ring.MIN_RING)
+    agent, kernel = Channel(os.dup(memfd), agent_bell, Side.AGENT), Channel(memfd, bell, Side.KERNEL)
+    try:
+        sent = [bytes([number]) * (37 * number * number) for number in range(60)]
+        for frame in sent:
+            agent.send(frame)
+        got: list[bytes] = []
+        while len(got) < len(sent):
+            agent.pump()
+            kernel.take(got)
+            assert not kernel.crumbled
+            assert not kernel.filled()
+        assert got == sent
+    finally:
+        agent.close()
+        kernel.close()
+
+
 # ── bounds for all together ───────────────────────────────────────────────────────────────────────────────
 
 
@@ -409,7 +463,9 @@ def turns_with(now: Any, resumed: list[Any], answer: Any = None) -> Turns:
 
 def test_a_paused_stream_goes_on_though_another_reply_emptied_the_outbox() -> None:
     resumed: list[Any] = []
-    channel = SimpleNamespace(outbox_bytes=0, pump=lambda: True, take=lambda into, limit: 0, hung_up=False)
+    channel = SimpleNamespace(
+        outbox_bytes=0, pump=lambda: True, take=lambda into, limit: 0, hung_up=False, crumbled=False
+    )
     source = SimpleNamespace(turn=Turn.ASLEEP, fd=9)
     peer: Any = SimpleNamespace(channel=channel, paused=True, turn=8, gone=False, assembling=0, source=source)
     turns_with(lambda: 0.0, resumed)._take_turn(peer)

@@ -76,12 +76,14 @@ class Turns:
     def _take_turn(self, peer: AgentPeer) -> None:
         channel = peer.channel
         requests: list[bytes] = []
-        more, assembling = False, 0
+        more = crumbled = False
+        assembling = 0
         try:
             if (channel.outbox_bytes or peer.paused) and not self._unload(peer):
                 return
             assembling = channel.take(requests, peer.turn)
             more = len(requests) == peer.turn
+            crumbled = channel.crumbled
             if more:
                 self._handle_many(peer, requests)
             else:
@@ -96,7 +98,7 @@ class Turns:
                 return
         source = peer.source
         assert source is not None
-        if more or (channel.hung_up and channel.filled()):
+        if more or crumbled or (channel.hung_up and channel.filled()):
             self._events.move(source, HUNGRY)
         elif channel.hung_up:
             self._calls.drop(peer)
