@@ -33,6 +33,20 @@ def slow(tmp_path: Path) -> Path:
     return tmp_path / "slow.py"
 
 
+def test_a_birth_is_over_with_its_process_though_another_holds_its_socket() -> None:
+    """A spare that was forked beside it, and has not run yet, has a copy: the end of the socket comes late."""
+    over: list[Birth] = []
+    ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+    with select.epoll() as epoll, ours, theirs:
+        agent: Agent = object.__new__(Agent)
+        births_ = Births(epoll, Timers(), over.append)
+        births_.expect(Birth(agent, ours, 1))
+        births_.ended(agent)
+        assert [birth.refusal for birth in over] == [None]
+        theirs.close()
+        assert epoll.poll(0) == []
+
+
 def test_a_program_that_cannot_be_looked_up_holds_up_nobody(fresh_aiosd: Fresh, slow: Path) -> None:
     system = fresh_aiosd()
     run = system.popen("aios-run", slow)

@@ -162,7 +162,7 @@ def test_second_aiosd_on_the_same_home(aiosd: System) -> None:
         (["aios-ps"], 1),
         (["aios-kill", "1"], 1),
         (["aios-logs", "1"], 1),
-        (["aios-wait", "1"], 1),
+        (["aios-wait", "1"], 125),
         (["aios-inspect", "1"], 1),
         (["aios-renice", "5", "1"], 1),
         (["aios-run", "--", "true"], 125),

@@ -64,10 +64,13 @@ class Births:
             self._end(birth, report.read(birth.report))
 
     def ended(self, agent: Agent) -> None:
-        """Its process has ended: what it has reported before is all that will come."""
-        for birth in list(self._by_fd.values()):
+        """Its process has ended: what it has reported before is all that will come. (The end of its socket may come
+        later: a process that was forked beside it holds a copy until it first runs.)"""
+        for fd, birth in list(self._by_fd.items()):
             if birth.agent is agent:
-                self.look(birth.report.fileno())
+                self.look(fd)
+                if self._by_fd.get(fd) is birth:
+                    self._end(birth, None)
 
     def _give_up(self, birth: Birth) -> None:
         with contextlib.suppress(PermissionError):  # it has become another user's

@@ -289,9 +289,11 @@ class Supervisor:
         may have left messages of its own, so the link stays until all of it is read."""
         if self.link is None or not self.kernel.ospid:
             return
-        with contextlib.suppress(OSError):
+        try:
             self.link.send(link.encode(message), fds)
             self._watch_link()
+        except (BrokenPipeError, ConnectionError):
+            pass  # it has just died
 
     def _watch_link(self) -> None:
         if self.link is not None:
