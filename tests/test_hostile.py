@@ -450,7 +450,9 @@ def test_what_a_core_sends_of_an_id_that_is_in_use_again_is_for_calls_of_its_kin
 def failing(failed: list[int]) -> Any:
     """In place of all that a core calls: notes the calls that fail."""
     return SimpleNamespace(
-        fail=lambda call, code, why: failed.append(call.id), on_parked=lambda: None, call_budget=lambda call: (0, "", 0)
+        fail=lambda call, code, why: failed.append(call.id),
+        on_parked=lambda peer: None,
+        call_budget=lambda call: (0, "", 0),
     )
 
 
