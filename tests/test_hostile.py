@@ -23,6 +23,7 @@ from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
+import psutil
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -30,7 +31,7 @@ from msgspec import Raw, msgpack
 
 from aiosd import link
 from aiosd.kernel import control
-from aiosd.kernel.calls import Calls
+from aiosd.kernel.calls import OPEN_BYTES, OPEN_BYTES_ALL, Calls
 from aiosd.kernel.cores import Core
 from aiosd.kernel.events import TURN_S, Events, Turn
 from aiosd.kernel.generation import Generation
@@ -287,6 +288,50 @@ def test_who_began_first_is_in_the_way() -> None:
     assert assembly.note(slow, 42) is slow
 
 
+def opened(calls: Calls, peer: Peer, number: int, size: int) -> int:
+    """Open a call as the dispatcher does; the errno with which it is refused, or 0."""
+    call = calls.open(peer, wire.Request(number, Sys.TOKENIZE), size)
+    try:
+        calls.check_room(call)
+    except OSError as err:
+        calls.close(call)
+        return err.errno or -1
+    return 0
+
+
+def room() -> Calls:
+    nothing: Any = None
+    return Calls(Peers(), nothing, nothing)
+
+
+def test_what_one_agents_open_calls_hold_has_a_bound() -> None:
+    calls, peer, other = room(), Peer(1, None), Peer(2, None)
+    size = 8 << 20
+    refused = [opened(calls, peer, number, size) for number in range(1024)]
+    assert refused.count(0) == OPEN_BYTES // size
+    assert set(refused) == {0, errno.EAGAIN}
+    assert peer.open_bytes == calls.open_bytes == OPEN_BYTES
+    assert opened(calls, other, 1, size) == 0, "one that has nothing open"
+    calls.close(peer.calls[0])
+    assert opened(calls, peer, 2000, size) == 0
+
+
+def test_what_all_open_calls_hold_has_a_bound() -> None:
+    calls, size = room(), 8 << 20
+    refused = [opened(calls, Peer(pid, None), number, size) for pid in range(200) for number in range(8)]
+    assert refused.count(0) == OPEN_BYTES_ALL // size
+    assert calls.open_bytes == OPEN_BYTES_ALL
+
+
+def test_a_large_call_by_itself_finds_room(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("aiosd.kernel.calls.OPEN_BYTES", 100)
+    calls, peer = room(), Peer(1, None)
+    assert opened(calls, peer, 1, 1000) == 0
+    assert opened(calls, peer, 2, 1) == errno.EAGAIN
+    calls.close(peer.calls[1])
+    assert (peer.open_bytes, calls.open_bytes) == (0, 0)
+
+
 def journal(alive: set[int]) -> Iterator[Journal]:
     fds = os.memfd_create("a"), os.memfd_create("b")
     try:
@@ -405,7 +450,9 @@ def test_what_a_core_sends_of_an_id_that_is_in_use_again_is_for_calls_of_its_kin
 def failing(failed: list[int]) -> Any:
     """In place of all that a core calls: notes the calls that fail."""
     return SimpleNamespace(
-        fail=lambda call, code, why: failed.append(call.id), on_parked=lambda: None, call_budget=lambda call: (0, "", 0)
+        fail=lambda call, code, why: failed.append(call.id),
+        on_parked=lambda peer: None,
+        call_budget=lambda call: (0, "", 0),
     )
 
 
@@ -636,6 +683,37 @@ for number in range(1, 50):
     pid = start(client, tmp_path, code)
     assert end(client, pid)[0] == 0
     assert client.call(Sys.STATUS, wire.Status(), dict)["kernel"]["epoch"] == before
+
+
+def test_large_calls_that_stay_open_do_not_fill_the_kernel(fresh_aiosd: Any, tmp_path: Path) -> None:
+    """A core that does nothing, and an agent that sends it thirty texts of 7 MB: most are refused."""
+    system = fresh_aiosd("--threads", "1")
+    (kernel, core) = (
+        psutil.Process(next(entry["ospid"] for entry in system.ps() if entry["name"] == name))
+        for name in ("kernel", "llm")
+    )
+    code = """
+from libaios.wire import Sys, Tokenize
+args = wire.raw(Tokenize("x" * 7_000_000))
+for number in range(1, 31):
+    channel.send(wire.encode(wire.Request(number, Sys.TOKENIZE, args)))
+    while channel.outbox_bytes:
+        channel.pump()
+        channel.wait(0.1)
+print([reply.errno for reply in replies(20).values()])
+"""
+    core.suspend()
+    try:
+        before = kernel.memory_info().rss
+        with Client(Home(system.home)) as client:
+            pid = start(client, tmp_path, code)
+            assert end(client, pid) == (0, "")
+            refused = json.loads(output(client, pid))
+            assert refused == [errno.EAGAIN] * len(refused)
+            assert len(refused) >= 20
+        assert kernel.memory_info().rss - before < 400 << 20
+    finally:
+        core.kill()
 
 
 def test_a_request_and_the_end_of_its_sender_at_once(system: System, client: Client, tmp_path: Path) -> None:

@@ -285,12 +285,10 @@ class Agents:
         self.generations.park(proc, False)
         self.waiters.on_change(proc)
 
-    def stood_still(self) -> None:
-        """A core has taken generations of stopped agents out of decoding: STOP may be done."""
-        for pid in self.waiters.stopping():
-            proc = self.table.get(pid)
-            if proc is not None and proc.state is State.STOPPED:
-                self.waiters.on_change(proc)
+    def stood_still(self, proc: Proc) -> None:
+        """A core has taken generations of this agent out of decoding: if it has stopped, its STOP may be done."""
+        if proc.state is State.STOPPED:
+            self.waiters.on_change(proc)
 
     def is_parked(self, proc: Proc) -> bool:
         """Stopped, and nothing of it is generated any more."""

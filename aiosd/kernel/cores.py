@@ -31,7 +31,7 @@ class Listener(Protocol):
     def on_preempted(self, call: Call) -> None: ...
     def on_delta(self, call: Call, delta: link.Delta) -> None: ...
     def on_finished(self, call: Call, finished: link.Finished) -> None: ...
-    def on_parked(self) -> None: ...
+    def on_parked(self, peer: int) -> None: ...
     def call_budget(self, call: Call) -> tuple[int, str, int | None]: ...
     def schedule(self) -> link.Schedule: ...
 
@@ -46,7 +46,8 @@ class Core(Service):
     listener: Listener
     info: wire.ModelInfo | None = None
     parked: set[int] = field(default_factory=set)  # peers whose generations are to stand still
-    unconfirmed: dict[int, int] = field(default_factory=dict)  # number of a `Park` that is not in force yet → peer
+    unconfirmed: dict[int, int] = field(default_factory=dict)  # number of a `Park` that is not in force yet → peer,
+    latest: dict[int, int] = field(default_factory=dict)  # … and by peer the last of these
     contexts: dict[int, tuple[str, int]] = field(default_factory=dict)  # peer → place, tokens
     # Random at the start: a core may still confirm what a dead kernel asked for.
     numbers: Iterator[int] = field(default_factory=lambda: itertools.count(int.from_bytes(os.urandom(5), "little")))
@@ -72,11 +73,14 @@ class Core(Service):
     def died(self, reason: str) -> None:
         Service.died(self, reason)
         self.contexts = {}
+        waiting = list(self.latest)
         self.unconfirmed.clear()
+        self.latest.clear()
         for opened in self.calls.values():
             if opened.call.generation is not None:
                 opened.call.generation.started = False
-        self.listener.on_parked()
+        for peer in waiting:
+            self.listener.on_parked(peer)
 
     def loaded(self, message: link.Loaded) -> None:
         self.info = wire.ModelInfo(name=self.model, default=self.default, **message.info)
@@ -111,8 +115,10 @@ class Core(Service):
             case link.Contexts():
                 self.contexts = message.places
             case link.Parked():
-                self.unconfirmed.pop(message.number, None)
-                listener.on_parked()
+                peer = self.unconfirmed.pop(message.number, None)
+                if peer is not None and self.latest.get(peer) == message.number:
+                    del self.latest[peer]
+                    listener.on_parked(peer)
             case _:
                 Service.handle(self, message)
 
@@ -136,12 +142,12 @@ class Core(Service):
         if self.state is State.READY:
             number = next(self.numbers)
             self.unconfirmed[number] = peer
+            self.latest[peer] = number
             self.send(link.Park(peer, True, number))
 
     def stands_still(self, peers: Iterable[int]) -> bool:
         """Whether nothing more of these peers is decoded, nor on its way here."""
-        waiting = set(self.unconfirmed.values())
-        return waiting.isdisjoint(peers)
+        return not any(peer in self.latest for peer in peers)
 
     def pause(self, call: Call, paused: bool) -> None:
         self.send(link.ParkCall(call.key, paused))

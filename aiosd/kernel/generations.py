@@ -47,7 +47,7 @@ class Generations:
         self.schedule = schedule
         self.spent: Callable[[Budget], None]
         self.refused: Callable[[Budget], None]
-        self.stood_still: Callable[[], None]
+        self.stood_still: Callable[[Proc], None]
 
     # ── submitting ────────────────────────────────────────────────────────────────────────────────────────
 
@@ -178,8 +178,10 @@ class Generations:
             if empty is not None:
                 self._cut(empty)
 
-    def on_parked(self) -> None:
-        self.stood_still()
+    def on_parked(self, peer: int) -> None:
+        found = self.peers.find(peer)
+        if found is not None and found.proc is not None:
+            self.stood_still(found.proc)
 
     def _answer(
         self, call: Call, last_tokens: list[int], last_text: str, reason: str, finished: link.Finished | None
@@ -272,6 +274,8 @@ class Generations:
         for core in self.cores:
             if peer.id in core.parked:
                 core.park(peer.id, False)
+        if peer.proc is not None:
+            self.stood_still(peer.proc)
 
     def stands_still(self, proc: Proc) -> bool:
         """Whether nothing of a parked agent is decoded any more, nor on its way here."""

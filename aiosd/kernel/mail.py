@@ -68,10 +68,12 @@ class Mail:
         return self._total
 
     def adopt(self, is_alive: dict[int, Proc]) -> None:
-        """After a kernel's death: what was accepted and not taken goes back into the mailboxes."""
+        """After a kernel's death: what was accepted and not taken goes back into mailboxes; the dead have none."""
         for sent in self.journal.waiting():
             if sent.to in is_alive:
                 self._put(sent.to, Message(sent.seq, sent.sender, sent.obj))
+            else:
+                self.journal.forget(sent.to, [sent.seq])
 
     def send(self, call: Call, to: Proc, obj: Raw) -> None:
         """Accept a message. Raises OSError: EMSGSIZE, EAGAIN."""

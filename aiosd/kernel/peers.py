@@ -48,6 +48,9 @@ class Peers:
                 del self._of_agent[peer.proc.pid]
         return True
 
+    def find(self, ident: int) -> Peer | None:
+        return self.channels.get(ident) or self.clients.get(ident)
+
     def clients_of(self, proc: Proc) -> list[ClientPeer]:
         return list(self._of_agent.get(proc.pid, ()))
 

@@ -32,7 +32,7 @@ from __future__ import annotations
 import enum
 import time
 from collections import OrderedDict
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
 
 from aiosd.errors import Bug
@@ -160,9 +160,17 @@ class ProcTable:
 
     def subtree(self, proc: Proc) -> list[Proc]:
         """The agent and all its descendants, parents first."""
-        found = [proc]
+        return self.subtrees([proc])
+
+    def subtrees(self, procs: Iterable[Proc]) -> list[Proc]:
+        """These agents and all their descendants, each once."""
+        found = list(procs)
+        seen = {proc.pid for proc in found}
         for one in found:  # grows while we walk it
-            found.extend(self.children.get(one.pid, {}).values())
+            for child in self.children.get(one.pid, {}).values():
+                if child.pid not in seen:
+                    seen.add(child.pid)
+                    found.append(child)
         return found
 
     def is_ancestor(self, pid: int, proc: Proc) -> bool:

@@ -97,15 +97,14 @@ class ProcessCalls:
             return None
         if args.signal in (signal.SIGSTOP, signal.SIGCONT):
             # An agent is parked with all that it started.
-            trees = {proc.pid: proc for target in alive for proc in self.table.subtree(target) if proc.alive}
-            alive = list(trees.values())
-        before = [(proc, proc.continued) for proc in alive]
+            alive = [proc for proc in self.table.subtrees(alive) if proc.alive]
+        before = {proc.pid: proc.continued for proc in alive}
         for proc in alive:
             self.agents.deliver(proc, args.signal, call.key)
         if args.signal == signal.SIGSTOP:
-            return self._until(call, alive, lambda: all(self._stopped(p, count) for p, count in before))
+            return self._until(call, alive, lambda proc: self._stopped(proc, before[proc.pid]))
         if args.signal == signal.SIGCONT:
-            return self._until(call, alive, lambda: all(p.state is not State.STOPPED for p in alive))
+            return self._until(call, alive, lambda proc: proc.state is not State.STOPPED)
         if args.timeout_s is not None:
             return self._until_dead(call, alive, args.timeout_s)
         return None
@@ -116,7 +115,7 @@ class ProcessCalls:
             return True
         return proc.continued != continued or self.agents.is_parked(proc)
 
-    def _until(self, call: Call, procs: list[Proc], done: Callable[[], bool]) -> Any:
+    def _until(self, call: Call, procs: list[Proc], done: Callable[[Proc], bool]) -> Any:
         return None if self.waiters.until(call, procs, done) else PENDING
 
     def _until_dead(self, call: Call, procs: list[Proc], patience_s: float) -> Any:
@@ -127,7 +126,7 @@ class ProcessCalls:
                 if proc.alive:
                     self.agents.deliver(proc, signal.SIGKILL)
 
-        if self.waiters.until(call, procs, lambda: not any(proc.alive for proc in procs)):
+        if self.waiters.until(call, procs, lambda proc: not proc.alive):
             return None
         call.timer = self.calls.timers.after(patience_s, kill)
         return PENDING
@@ -160,7 +159,8 @@ class ProcessCalls:
             if args.dead:
                 procs += self.table.history.values()
             if me is not None and not args.all:
-                procs = [proc for proc in procs if self.table.is_ancestor(me.pid, proc)]
+                family = {proc.pid for proc in self.table.subtrees([me])}
+                procs = [proc for proc in procs if proc.pid in family or proc.ppid in family]
         return [proc for proc in procs if args.name is None or proc.name == args.name]
 
     def nice(self, call: Call, args: wire.NiceArgs) -> int:

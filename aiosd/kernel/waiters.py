@@ -26,11 +26,11 @@ def waited(proc: Proc) -> wire.Waited:
 
 @dataclass(slots=True, eq=False)
 class _Condition:
-    """A KILL call, finished as soon as `done` is true; it depends on these agents."""
+    """A KILL call. An agent for which `done` has been true once is taken off `left`; the call ends with the last."""
 
     call: Call
-    done: Callable[[], bool]
-    pids: tuple[int, ...]
+    done: Callable[[Proc], bool]
+    left: set[int]
 
 
 class Waiters:
@@ -88,45 +88,62 @@ class Waiters:
             self.collect(proc, call.key, result)
         return result
 
+    @staticmethod
+    def _is_gone(call: Call, proc: Proc) -> bool:
+        """Whether the call would have collected the status, and another has."""
+        return access.reaps(call.peer, proc) and proc.state is State.REAPED
+
     def on_exit(self, proc: Proc, ppid: int) -> None:
         """Give the status to every call that may have it; the parent's first waiter collects it. `ppid`: its parent's,
         which may have died with it."""
-        for call in [*self._for_exit.get(proc.pid, ()), *self._for_child.get(ppid, ())]:
-            if not (access.reaps(call.peer, proc) and proc.state is State.REAPED):
-                self._calls.finish(call, self._take(call, proc))
-            elif call in self._for_exit.get(proc.pid, ()) or not self._table.children_of(ppid):
+        for call in list(self._for_exit.get(proc.pid, ())):
+            if self._is_gone(call, proc):
                 self._calls.fail(call, errno.ECHILD, f"{proc.pid}: its status went to another wait")
+            else:
+                self._calls.finish(call, self._take(call, proc))
+        # Of those that wait for any child only the first gets this one, and the others are not looked at.
+        while waiting := self._for_child.get(ppid):
+            call = next(iter(waiting))
+            if not self._is_gone(call, proc):
+                self._calls.finish(call, self._take(call, proc))
+            elif not self._table.children.get(ppid):
+                self._calls.fail(call, errno.ECHILD, f"{proc.pid}: its status went to another wait")
+            else:
+                break
         self.on_change(proc)
 
     # ── KILL ──────────────────────────────────────────────────────────────────────────────────────────────
 
-    def until(self, call: Call, procs: Iterable[Proc], done: Callable[[], bool]) -> bool:
-        """Whether `done` holds already; else the call is finished when it does. It depends on nothing but what happens
-        to these agents."""
-        if done():
+    def until(self, call: Call, procs: Iterable[Proc], done: Callable[[Proc], bool]) -> bool:
+        """Whether `done` holds for all of these agents already; else the call is finished when it has held for each.
+        Whether it holds for one depends on nothing but what happens to that one, so only that one is asked about then:
+        all may be stopped at once, and there may be thousands."""
+        condition = _Condition(call, done, {proc.pid for proc in procs if not done(proc)})
+        if not condition.left:
             return True
-        condition = _Condition(call, done, tuple({proc.pid for proc in procs}))
-        for pid in condition.pids:
+        for pid in condition.left:
             self._conditions.setdefault(pid, {})[call] = condition
         call.forget = lambda: self._forget(condition)
         return False
 
     def _forget(self, condition: _Condition) -> None:
-        for pid in condition.pids:
-            waiting = self._conditions[pid]
-            waiting.pop(condition.call, None)
-            if not waiting:
-                del self._conditions[pid]
+        for pid in condition.left:
+            self._unlist(pid, condition.call)
+
+    def _unlist(self, pid: int, call: Call) -> None:
+        waiting = self._conditions[pid]
+        del waiting[call]
+        if not waiting:
+            del self._conditions[pid]
 
     def on_change(self, proc: Proc) -> None:
         """The agent has stopped, goes on, stands still, or has ended."""
         for condition in list(self._conditions.get(proc.pid, {}).values()):
-            if condition.done():
-                self._calls.finish(condition.call, None)
-
-    def stopping(self) -> list[int]:
-        """Pids that KILL calls depend on."""
-        return list(self._conditions)
+            if condition.done(proc):
+                condition.left.discard(proc.pid)
+                self._unlist(proc.pid, condition.call)
+                if not condition.left:
+                    self._calls.finish(condition.call, None)
 
 
 def _enlist(lists: dict[int, dict[Call, None]], pid: int, call: Call) -> None:
