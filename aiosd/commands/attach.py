@@ -30,7 +30,7 @@ import click
 from aiosd import agentlog
 from aiosd.commands import agents, detachkeys, edge
 from aiosd.commands.wait import UNKNOWN, exit_code
-from libaios.client import Client
+from libaios.client import Client, NoKernel
 from libaios.connection import Call, decode_body
 from libaios.wire import Kill, PidArgs, Sys, Wait, Waited
 
@@ -105,7 +105,7 @@ def command(tail: int | None, no_signals: bool, detach_keys: bytes, word: str) -
             view.pass_signals = not no_signals
             view.keys = detachkeys.DetachKeys(detach_keys)
             return view.run(tail)
-    except ConnectionRefusedError as err:
+    except NoKernel as err:
         raise edge.Failed(edge.reason(err), FAILED) from None
     except OSError as err:
         if err.errno != errno.ENOTCONN:

@@ -238,8 +238,12 @@ class Holder:
         return True
 
     def _pass_keys(self) -> None:
-        with contextlib.suppress(BlockingIOError):
+        try:
             del self.typed[: os.write(self.master, self.typed)]
+        except BlockingIOError:
+            return
+        except OSError:  # EIO: no process has it open, so none will read them
+            self.typed.clear()
 
     def _last_output(self) -> None:
         deadline = time.monotonic() + LAST_OUTPUT_S
