@@ -149,8 +149,9 @@ class Spawn(Struct, array_like=True, frozen=True):
 
     `kind` is how `target` is run: "file" (a Python script), "module" (python -m) or "exec" (a program).
     A client passes 3 descriptors with the frame (stdin, stdout, stderr) unless `detached`; an agent's child
-    gets the agent's own. Target, arguments, environment and folder are `os_text`. `attached` ties the agent to
-    the caller's connection: it gets HUP when that ends.
+    gets the agent's own. For a `detached` agent with a `tty` they may come, too: the client writes its log then.
+    Target, arguments, environment and folder are `os_text`. `attached` ties the agent to the caller's connection:
+    it gets HUP when that ends.
     """
 
     kind: Annotated[str, Meta(pattern=r"\A(file|module|exec)\Z")]

@@ -138,7 +138,7 @@ def test_durations_for_people() -> None:
         ["-d"],
         ["-m"],
         ["--"],
-        ["-d", "-t", "x.py"],
+        ["-d", "-t", "--restart", "always", "x.py"],
         ["--nosuch", "x.py"],
         ["-n", "99", "x.py"],
         ["-e", "NOVALUE", "x.py"],

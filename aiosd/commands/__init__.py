@@ -22,6 +22,7 @@ from typing import Any, NoReturn
 MODULES = {
     "aiosd": "aiosd.commands.cli",
     "aios-run": "aiosd.commands.run",
+    "aios-attach": "aiosd.commands.attach",
     "aios-ps": "aiosd.commands.ps",
     "aios-kill": "aiosd.commands.kill",
     "aios-logs": "aiosd.commands.logs",

@@ -62,6 +62,7 @@ EXAMPLES = """
   aios-run -m libaios.agents.react -v "What is 37 * 91?"
   aios-run -t -- bash                      any program; -t: on a terminal of its own
   aios-run -d --name crawler crawl.py      in the background: prints the pid
+  aios-run -dt --name sh -- bash           on a terminal in the background: aios-attach sh
   aios-run -n 5 --time 60 --tokens 10000 --memory 512M agent.py
 """
 
@@ -154,8 +155,8 @@ def _complete_file(context: click.Context, parameter: click.Parameter, incomplet
     "[OPTIONS]",
     EXAMPLES,
 )
-@click.option("-d", "--detach", is_flag=True, help="Print the pid and return; output goes to the log (aios-logs).")
-@click.option("-t", "--tty", "terminal", is_flag=True, help="Give the agent a terminal of its own.")
+@click.option("-d", "--detach", is_flag=True, help="Print the pid and return; output goes to the log (aios-attach).")
+@click.option("-t", "--tty", "terminal", is_flag=True, help="Give it a terminal of its own; with -d: for aios-attach.")
 @click.option("--name", metavar="NAME", help="Name in aios-ps; else that of the script.")
 @click.option(
     "--restart",
@@ -194,10 +195,10 @@ def command(
     if not target or not target[0]:
         what = "-m needs a module" if context.meta["kind"] == "module" else "give FILE.py, -m MODULE or -- PROGRAM"
         raise click.UsageError(f"nothing to run: {what}")
-    if detach and terminal:
-        raise click.UsageError("-d and -t exclude each other")
-    if restart != "no" and not detach:
-        raise click.UsageError("--restart goes with -d")
+    if restart != "no" and (terminal or not detach):
+        raise click.UsageError("--restart goes with -d, and not with -t: the terminal ends with the agent")
+    if detach and terminal and wire.ENV_PID in os.environ:
+        raise edge.Failed("-d -t: only a person can start an agent on a terminal that is held, not an agent")
     if not all(map(_is_utf8, (name or "", group or ""))):
         raise edge.Failed("a name is not valid UTF-8", NOT_STARTED)
     try:
@@ -217,6 +218,10 @@ def command(
             restart=restart,
             tty=terminal,
         )
+        if detach and terminal:
+            from aiosd.commands import holder
+
+            return _print_pid(holder.start(spawn))
         with edge.connect() as client:
             if detach:
                 return _print_pid(client.call(Sys.SPAWN, spawn, Spawned).pid)

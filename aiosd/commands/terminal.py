@@ -137,6 +137,10 @@ class RawMode:
         self.fd = fd
         self._saved: list[object] | None = None
 
+    @property
+    def entered(self) -> bool:
+        return self._saved is not None
+
     def enter(self) -> None:
         if self._saved is None:
             saved = termios.tcgetattr(self.fd)

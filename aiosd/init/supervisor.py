@@ -516,7 +516,7 @@ class Supervisor:
 
     def _stdio(self, spec: link.Fork, fds: list[int], log_path: str) -> tuple[tuple[int, int, int], list[int]]:
         """stdin, stdout, stderr of a new agent, and those of them that we opened and must close."""
-        if len(fds) >= 3 and not spec.detached:
+        if len(fds) >= 3 and (spec.tty or not spec.detached):  # a detached one's terminal is held by a client
             return (fds[0], fds[1], fds[2]), []
         opened: list[int] = []
         try:

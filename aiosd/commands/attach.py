@@ -1,0 +1,335 @@
+"""aios-attach: watch a detached agent as if it had been started here, and type at its terminal if it has one.
+
+    $ aios-run -d --name planner planner.py
+    7
+    $ aios-attach --tail 1 planner
+    step 3 of 4
+    step 4 of 4
+
+What is shown is the agent's log, from its last lines on. To an agent that was started with `aios-run -d -t` what is
+typed goes as well, through the process that holds its terminal (`aiosd.commands.holder`). This process is one loop over
+the connection to the kernel, of which it waits for the agent's end, the log, the signals it receives, and that holder.
+
+To detach changes nothing for the agent. So signals that end this process (HUP, TERM) are not passed on; INT and QUIT,
+which a person types, are.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import os
+import select
+import signal
+import socket
+import time
+from typing import TYPE_CHECKING, Any
+
+import click
+
+from aiosd import agentlog
+from aiosd.commands import agents, detachkeys, edge
+from aiosd.commands.wait import UNKNOWN, exit_code
+from libaios.client import Client, NoKernel
+from libaios.connection import Call, decode_body
+from libaios.wire import Kill, PidArgs, Sys, Wait, Waited
+
+if TYPE_CHECKING:
+    from aiosd.commands.terminal import RawMode
+
+FAILED = 125  # as aios-run
+LINES = 10  # shown of what was printed before, where the window does not say more
+POLL_S = 0.1  # between two looks at a log of which no holder tells that there is more
+LAST_OUTPUT_S = 3.0  # for the holder to write the last output when the agent has ended
+CHUNK = select.PIPE_BUF  # after POLLOUT a write of this size does not block, though the pipe is a blocking one
+TO_AGENT = (signal.SIGINT, signal.SIGQUIT)
+ENDING = (signal.SIGINT, signal.SIGQUIT, signal.SIGTERM, signal.SIGHUP)
+
+# What a program that paints the screen may have left switched on: mouse, pasting in brackets, the second screen, a
+# cursor that is not seen, colours. Switching off what is not on does nothing.
+PLAIN = b"\x1b[?1000l\x1b[?1002l\x1b[?1003l\x1b[?1006l\x1b[?2004l\x1b[?47l\x1b[?25h\x1b[m"
+
+EXAMPLES = """
+  aios-attach planner           the end of its log, then what it prints; exits as it does
+  aios-attach --tail 0 7        only what it prints from now on
+  aios-attach --no-signals 7    Ctrl-C leaves it alone
+  aios-run -dt --name sh -- bash; aios-attach sh
+"""
+
+
+class Keys(click.ParamType[bytes]):
+    name = "list of keys"
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> bytes:
+        try:
+            return value if isinstance(value, bytes) else detachkeys.parse(value)
+        except ValueError as err:
+            self.fail(str(err), param, ctx)
+
+
+@edge.new(
+    click.Command,
+    "Watch a detached agent (aios-run -d): the end of its log, then all that it goes on to print, until it ends. "
+    "A NAME stands for the newest agent of that name.\n\n"
+    "Ctrl-C sends INT to the agent and Ctrl-\\ sends QUIT, as with aios-run. Ctrl-Z stops aios-attach alone. Closing "
+    "the terminal only detaches. A detached agent has no stdin, so what is typed does not reach it.\n\n"
+    "An agent that was started with aios-run -d -t has a terminal: what is typed here (on a terminal) goes there, "
+    "Ctrl-C too, and Ctrl-P Ctrl-Q detaches. Several may be attached at once; the window size is that of the last "
+    "one.\n\n"
+    "Exits with the agent's exit code; 128+n when signal n ended it; 124 when a budget did; 0 after the keys that "
+    "detach; 125 when there is no aiosd, or the agent is not a detached one; 127 when there is no such agent.",
+    "[--tail N] [--no-signals] [--detach-keys KEYS]",
+    EXAMPLES,
+)
+@click.option(
+    "-n",
+    "--tail",
+    type=edge.Whole(min=0),
+    metavar="N",
+    help=f"Lines shown of what it has printed before: {LINES}, or a window full of a terminal; 0: none.",
+)
+@click.option("--no-signals", is_flag=True, help="Ctrl-C and Ctrl-\\ end aios-attach only, not the agent.")
+@click.option(
+    "--detach-keys",
+    type=Keys(),
+    default=detachkeys.DEFAULT,
+    show_default=True,
+    metavar="KEYS",
+    help="What detaches from a terminal: characters and ctrl-X, with commas between them; empty: nothing.",
+)
+@click.argument("word", metavar="PID|NAME", shell_complete=agents.complete)
+def command(tail: int | None, no_signals: bool, detach_keys: bytes, word: str) -> int:
+    try:
+        with edge.connect() as client:
+            view = _open(client, word)
+            view.pass_signals = not no_signals
+            view.keys = detachkeys.DetachKeys(detach_keys)
+            return view.run(tail)
+    except NoKernel as err:
+        raise edge.Failed(edge.reason(err), FAILED) from None
+    except OSError as err:
+        if err.errno != errno.ENOTCONN:
+            raise
+        raise edge.Failed(edge.reason(err), FAILED) from None
+
+
+def _open(client: Client, word: str) -> View:
+    try:
+        pid = agents.newest(client, word)
+        found: dict[str, Any] = client.call(Sys.INSPECT, PidArgs(pid), dict[str, Any])
+    except ProcessLookupError as err:
+        raise edge.Failed(edge.reason_about(word, err), UNKNOWN) from None
+    except PermissionError as err:
+        raise edge.Failed(edge.reason_about(word, err), FAILED) from None
+    except edge.Failed as err:
+        raise edge.Failed(str(err), UNKNOWN) from None
+    if not found["log"]:
+        raise edge.Failed(f"{word}: not detached; its output goes where aios-run was started", FAILED)
+    try:
+        return View(client, pid, agentlog.Reader(found["log"]))
+    except FileNotFoundError:
+        raise edge.Failed(f"{word}: its log is gone ({found['log']})", FAILED) from None
+
+
+class View:
+    """One agent, shown by this command."""
+
+    def __init__(self, client: Client, pid: int, log: agentlog.Reader) -> None:
+        self.client, self.pid, self.log = client, pid, log
+        self.readable = client.fileno()
+        self.pass_signals = True
+        self.keys = detachkeys.DetachKeys(b"")
+        self.holder: socket.socket | None = None  # of its terminal, if we are typing there
+        self.raw: RawMode | None = None
+        self.buffer = b""  # read, not yet shown
+        self.interrupted = False  # by an INT, which the agent got
+        self.detached = False  # by the keys for it
+        self.wakeup = -1
+        self.end: Call = client.submit(Sys.WAIT, Wait(pid))
+        self.end_by = 0.0  # when the last output is there at the latest; 0: the agent lives
+
+    def run(self, tail: int | None) -> int:
+        """The exit code."""
+        self._connect_terminal()
+        self._catch_signals()
+        try:
+            self.log.seek(tail=self._lines() if tail is None else tail)
+            if self.holder is not None:
+                self._enter()
+            self._show()
+        finally:
+            self._leave()
+        if self.detached:
+            edge.complain("aios-attach", f"detached; agent {self.pid} goes on")
+            return 0
+        assert self.end.final is not None
+        waited: Waited = decode_body(self.end.final, Waited)
+        if waited.reason or waited.budget:
+            edge.complain("aios-attach", f"agent {self.pid}: {waited.reason or waited.budget + ' budget used up'}")
+        if self.interrupted and waited.status == -signal.SIGINT:
+            raise KeyboardInterrupt
+        return exit_code(waited)
+
+    # ── loop ──────────────────────────────────────────────────────────────────────────────────────────────
+
+    def _show(self) -> None:
+        """Until the agent has ended and all is shown, or the user detaches."""
+        while not self.detached:
+            self.client.pump()
+            if self.client.socket.reborn:  # a kernel born again is told at once what we still wait for
+                self.client.pump()
+            over = self._over()
+            if not self.buffer:
+                self.buffer = self.log.read()
+            if over and not self.buffer:
+                return
+            if self.holder is None and not self.buffer:  # no key goes there any more: Ctrl-C is to be a signal again
+                self._leave()
+                self.raw = None
+            self._turn()
+
+    def _over(self) -> bool:
+        """Whether the agent has ended, and its last output is in the log. (Asked before the log is read.)"""
+        if self.end.final is None:
+            return False
+        self.end_by = self.end_by or time.monotonic() + LAST_OUTPUT_S
+        return self.holder is None or time.monotonic() >= self.end_by
+
+    def _turn(self) -> None:
+        poll = select.poll()
+        poll.register(self.wakeup, select.POLLIN)
+        if self.end.final is None:
+            poll.register(self.readable, select.POLLIN)
+        poll.register(1, select.POLLOUT if self.buffer else 0)  # 0: tells when the reader of our output has gone
+        if self.holder is not None:
+            poll.register(self.holder, select.POLLIN)
+            if self._may_read_keys():
+                poll.register(0, select.POLLIN)
+        over = self.end.final is not None and self.holder is None
+        ready = dict(poll.poll(None if self.buffer else 0 if over else POLL_S * 1000))
+        if self.wakeup in ready:
+            for number in os.read(self.wakeup, 4096):
+                self._on_signal(number)
+        if ready.get(1):
+            self._write(ready[1])
+        if self.holder is not None and self.holder.fileno() in ready:
+            self._hear_holder(self.holder)
+        if 0 in ready and self.holder is not None:
+            self._read_keys(self.holder)
+
+    def _write(self, mask: int) -> None:
+        if not self.buffer:
+            if mask & (select.POLLERR | select.POLLHUP):
+                raise BrokenPipeError
+            return
+        with contextlib.suppress(BlockingIOError):
+            self.buffer = self.buffer[os.write(1, self.buffer[:CHUNK]) :]
+
+    # ── signals ───────────────────────────────────────────────────────────────────────────────────────────
+
+    def _catch_signals(self) -> None:
+        """From here on these are bytes in a pipe. One that we were told to ignore (nohup) stays ignored."""
+        self.wakeup, writing = os.pipe2(os.O_NONBLOCK | os.O_CLOEXEC)
+        signal.set_wakeup_fd(writing, warn_on_full_buffer=False)
+        caught: tuple[signal.Signals, ...] = TO_AGENT if self.pass_signals else ()
+        if self.holder is not None:  # the terminal must be as it was before we end or stop
+            caught = (*ENDING, signal.SIGTSTP, signal.SIGWINCH)
+        for number in caught:
+            if signal.getsignal(number) is not signal.SIG_IGN:
+                signal.signal(number, _noted)
+
+    def _on_signal(self, number: int) -> None:
+        if number == signal.SIGWINCH:
+            self._send_size()
+        elif number == signal.SIGTSTP:
+            self._stop()
+        elif self.raw is not None:  # keys go to the agent, so this was sent to end us
+            self._leave()
+            _die_of(number)
+        elif number in TO_AGENT:
+            self.interrupted = self.interrupted or number == signal.SIGINT
+            self.client.submit(Sys.KILL, Kill(self.pid, number))
+
+    def _stop(self) -> None:
+        self._leave()
+        handler = signal.signal(signal.SIGTSTP, signal.SIG_DFL)
+        os.kill(os.getpid(), signal.SIGTSTP)
+        # Here we stand still until CONT, or not at all: Linux stops no process of an orphaned group.
+        signal.signal(signal.SIGTSTP, handler)
+        if self.holder is not None:
+            self._enter()
+
+    # ── an agent with a terminal ──────────────────────────────────────────────────────────────────────────
+
+    def _connect_terminal(self) -> None:
+        """If there are a terminal here and one there. The code for terminals is loaded then."""
+        if os.isatty(0):
+            from aiosd.commands import holder
+            from aiosd.commands.terminal import RawMode
+
+            self.holder = holder.connect(self.client.socket.home, self.pid)
+            self.raw = RawMode(0) if self.holder is not None else None
+
+    def _lines(self) -> int:
+        return LINES if self.holder is None else max(os.get_terminal_size(0).lines, LINES)
+
+    def _enter(self) -> None:
+        if self.raw is not None:
+            self.raw.enter()
+            self._send_size()
+
+    def _leave(self) -> None:
+        if self.raw is not None:
+            if self.raw.entered and os.isatty(1):
+                with contextlib.suppress(OSError):  # the terminal is gone
+                    os.write(1, PLAIN + (b"\r\n" if self.end.final is None else b""))
+            self.raw.leave()
+
+    def _may_read_keys(self) -> bool:
+        from aiosd.commands import terminal
+
+        return self.end.final is None and terminal.in_foreground(0)
+
+    def _send_size(self) -> None:
+        from aiosd.commands import holder
+
+        if self.holder is not None:
+            with contextlib.suppress(OSError):  # its end is found where it is read
+                size = os.get_terminal_size(0)
+                self.holder.send(holder.SIZE + holder.WINDOW.pack(size.lines, size.columns))
+
+    def _read_keys(self, agent: socket.socket) -> None:
+        from aiosd.commands import holder
+
+        try:
+            typed = os.read(0, holder.PACKET - 64)
+        except OSError:
+            typed = b""
+        if not typed:  # the terminal is gone
+            self.detached = True
+            return
+        passed, self.detached = self.keys.feed(typed)
+        if passed:
+            with contextlib.suppress(OSError):  # full: the agent has not read a packet for long, and a key is lost
+                agent.send(holder.KEYS + passed)
+
+    def _hear_holder(self, agent: socket.socket) -> None:
+        """There is more in the log; or the holder has gone, and with it the terminal."""
+        with contextlib.suppress(BlockingIOError):
+            try:
+                more = agent.recv(1)
+            except ConnectionError:
+                more = b""
+            if not more:
+                agent.close()
+                self.holder = None
+
+
+def _noted(number: int, frame: object) -> None:
+    """The wakeup descriptor has it; Python wants a function."""
+
+
+def _die_of(number: int) -> None:
+    """As a program that does not catch it."""
+    signal.signal(number, signal.SIG_DFL)
+    os.kill(os.getpid(), number)
