@@ -1,4 +1,5 @@
-"""What setup.cfg cannot say: the part in C. Without a compiler the rest works, with llama.cpp's own attention."""
+"""What setup.cfg cannot say: the parts in C. Without a compiler the rest works, with llama.cpp's own attention and
+tokens drawn by numpy."""
 
 from setuptools import Extension, setup
 
@@ -10,6 +11,13 @@ setup(
             depends=["aiosd/llm/native/attention.h", "aiosd/llm/native/kernel.h"],
             extra_compile_args=["-O3"],
             optional=True,
-        )
+        ),
+        Extension(
+            "aiosd.llm._sampling",
+            sources=["aiosd/llm/native/sampling.c"],
+            # Without -ffp-contract=off the same seed gives another text here and there than numpy's.
+            extra_compile_args=["-O3", "-ffp-contract=off"],
+            optional=True,
+        ),
     ]
 )

@@ -17,7 +17,7 @@ from typing import Any
 
 from msgspec import Raw, Struct, msgpack
 
-from libaios.wire import Generate, Limits, ToolCall, Usage, os_shown
+from libaios.wire import Generate, Limits, Logprobs, ToolCall, Usage, os_shown
 
 Key = tuple[int, int]  # (peer: agent pid, or -client id; call id)
 
@@ -162,6 +162,7 @@ class Delta(Struct, array_like=True, frozen=True):
     offset: int
     tokens: list[int]
     text: str
+    logprobs: Logprobs | None = None
 
 
 class Started(Struct, array_like=True, frozen=True):
@@ -191,6 +192,7 @@ class Finished(Struct, array_like=True, frozen=True, tag=True):
     finish_reason: str
     usage: Usage
     tool_calls: list[ToolCall] = []
+    logprobs: Logprobs | None = None
 
 
 class Answered(Struct, array_like=True, frozen=True, tag=True):

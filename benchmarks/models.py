@@ -141,6 +141,9 @@ def q4_0_blocks(rng: np.random.Generator, rows: int, columns: int, spread: float
 SHAPES: dict[str, dict[str, Any]] = {
     "tiny": {"vocab": 1024, "d": 192, "layers": 4, "heads": 6, "kv_heads": 3, "ff": 512, "f16": True},
     "small": {"vocab": 32_000, "d": 512, "layers": 8, "heads": 8, "kv_heads": 4, "ff": 1536, "f16": True, "ctx": 8192},
+    # Little but vocabulary: what happens once per word of it weighs most here.
+    "words49": {"vocab": 49_152, "d": 512, "layers": 6, "heads": 8, "kv_heads": 4, "ff": 1536, "f16": True},
+    "words152": {"vocab": 151_936, "d": 512, "layers": 6, "heads": 8, "kv_heads": 4, "ff": 1536, "f16": True},
     "llama-8b-q4_0": {  # the shape of Llama 3.1 8B
         "vocab": 128_256, "d": 4096, "layers": 32, "heads": 32, "kv_heads": 8, "ff": 14_336, "q4_0": True,
         "ctx": 131_072, "rope_base": 500_000.0,

@@ -24,7 +24,7 @@ from libaios import wire
 from libaios.agent import connected, connection
 from libaios.channel import BACKSTOP_S
 from libaios.connection import SLACK_S, Call, Connection, decode_body
-from libaios.generate import Piece, Pieces, Result, generate_args
+from libaios.generate import Piece, Pieces, Result, generate_args, variants
 from libaios.plan import Plan, plan_of
 from libaios.wire import Sys
 
@@ -121,8 +121,9 @@ class Generation(Coroutine[Any, Any, Any]):
     """What `chat` and `complete` return. `await` it for a `Result`, directly or as a task; each `await` gives the same
     one. A stream is iterated with `async for`; within `async with` it ends when that is left."""
 
-    def __init__(self, args: wire.Generate) -> None:
+    def __init__(self, args: wire.Generate, n: Any = 1) -> None:
         self._args = args
+        self._variants = variants(args, n)
         self._task: asyncio.Task[Any] | None = None
         self._turns: Generator[Any, None, Any] | None = None  # while a task drives this as a coroutine
         self._pieces: AsyncGenerator[Piece, None] | None = None
@@ -160,7 +161,17 @@ class Generation(Coroutine[Any, Any, Any]):
     async def _result(self) -> Result | AsyncIterator[Piece]:
         if self._args.stream:
             return self.__aiter__()
-        return await _run(Plan(Sys.GENERATE, self._args, Result, self._args.timeout_s))
+        plans: list[Plan[wire.Generated]] = [Plan(Sys.GENERATE, args, None, args.timeout_s) for args in self._variants]
+        if len(plans) == 1:
+            return Result(await _run(plans[0]))
+        tasks = [asyncio.create_task(_run(plan)) for plan in plans]
+        try:
+            return Result.of(await asyncio.gather(*tasks))
+        except BaseException:
+            for task in tasks:
+                task.cancel()
+            await asyncio.gather(*tasks, return_exceptions=True)
+            raise
 
     async def __aiter__(self) -> AsyncGenerator[Piece, None]:
         conn = await _connection()
@@ -172,13 +183,12 @@ class Generation(Coroutine[Any, Any, Any]):
             while call.pieces or call.final is None:
                 if call.pieces:
                     piece = call.pieces.popleft()
-                    yield pieces.piece(piece.text, piece.tokens)
+                    yield pieces.piece(piece)
                 elif deadline is not None and time.monotonic() > deadline:
                     raise TimeoutError(errno.ETIMEDOUT, "no answer in time")
                 else:
                     await _reply(conn, replied)
-            end = decode_body(call.final, wire.Generated)
-            yield pieces.piece(end.text, end.tokens, end)
+            yield pieces.piece(decode_body(call.final, wire.Generated))
         finally:
             conn.abandon(call)
 
@@ -193,8 +203,8 @@ class Context(_context.Conversation):
                 errno.EINVAL, "stream: not here; libaios.aio.llm.chat(context.messages, stream=True) streams"
             )
         messages = self._with(more)
-        args = generate_args(messages, None, **self._options(options))
-        result = await _run(Plan(Sys.GENERATE, args, Result, args.timeout_s))
+        n = options.pop("n", 1)
+        result: Result = await Generation(generate_args(messages, None, **self._options(options)), n)
         self._keep(messages, result.text, result.tool_calls, result.reasoning)
         return result
 
@@ -223,7 +233,8 @@ class llm:
     @staticmethod
     def chat(messages: Sequence[Mapping[str, Any]], **options: Any) -> Generation:
         """As `libaios.llm.chat`."""
-        return Generation(generate_args(messages, None, **options))
+        n = options.pop("n", 1)
+        return Generation(generate_args(messages, None, **options), n)
 
     saved = staticmethod(twin(_context.saved))
     forget = staticmethod(twin(_context.forget))
@@ -241,7 +252,8 @@ class llm:
     @staticmethod
     def complete(prompt: str | Sequence[int], **options: Any) -> Generation:
         """As `libaios.llm.complete`."""
-        return Generation(generate_args(None, prompt, **options))
+        n = options.pop("n", 1)
+        return Generation(generate_args(None, prompt, **options), n)
 
 
 class proc:

@@ -79,7 +79,8 @@ class Context(Conversation):
         message, or a list of messages (results of tools, for instance). Options as for `llm.chat`. The answer of a
         stream is added when the stream has been read to its end. When the call fails the context does not change."""
         messages = self._with(more)
-        result: Result | Stream = generate(generate_args(messages, None, **self._options(options)))
+        n = options.pop("n", 1)
+        result: Result | Stream = generate(generate_args(messages, None, **self._options(options)), n)
         if isinstance(result, Stream):
             return _KeptStream(result, lambda *answer: self._keep(messages, *answer))
         self._keep(messages, result.text, result.tool_calls, result.reasoning)

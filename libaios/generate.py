@@ -7,6 +7,8 @@ import random
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
+from msgspec.structs import replace
+
 from libaios import parts, wire
 from libaios.agent import connection
 from libaios.connection import Call, Connection, decode_body
@@ -18,19 +20,35 @@ __all__ = ["CallPiece", "Piece", "Pieces", "Result", "Stream", "generate", "gene
 
 _seeds = random.SystemRandom()
 
+MOST_CHOICES = 128
+
 
 class Result:
-    """A finished generation. `tokens` are the ids of the generated tokens, without the stop token; `reasoning` is what
-    a thinking model thought before its answer."""
+    """A finished generation. `tokens` are the ids of the generated tokens, without the stop token; `logprobs` belong to
+    them one by one where they were asked for, else None. `reasoning`: what a thinking model thought before its answer.
+    `choices`: with `n` > 1 all results, this one first."""
 
-    __slots__ = ("finish_reason", "reasoning", "text", "tokens", "tool_calls", "usage")
+    __slots__ = ("_others", "finish_reason", "logprobs", "reasoning", "text", "tokens", "tool_calls", "usage")
 
     def __init__(self, body: wire.Generated) -> None:
+        self._others: list[Result] = []
+        self.logprobs: wire.Logprobs | None = body.logprobs
         self.text, self.reasoning, _ = parts.Splitter().split(body.text)
         self.tokens: list[int] = body.tokens
         self.tool_calls: list[ToolCall] = body.tool_calls
         self.finish_reason: str = body.finish_reason
         self.usage: Usage = body.usage
+
+    @property
+    def choices(self) -> list[Result]:
+        return [self, *self._others]
+
+    @classmethod
+    def of(cls, bodies: Sequence[wire.Generated]) -> Result:
+        """The first, with all in `choices`."""
+        first, *others = map(cls, bodies)
+        first._others = others
+        return first
 
     def __repr__(self) -> str:
         return f"Result({self.text!r}, finish_reason={self.finish_reason!r}, tool_calls={self.tool_calls!r})"
@@ -38,10 +56,11 @@ class Result:
 
 class Piece:
     """Part of a stream: whole characters of the answer or of the thoughts before it (`reasoning`), parts of tool calls
-    (`calls`, where the model's way of writing them allows it), and the tokens that they are made of. Only the last
-    piece has `finish_reason`, `usage` and `tool_calls`, which are complete."""
+    (`calls`, where the model's way of writing them allows it), and the tokens that they are made of, with their
+    `logprobs` where they were asked for. Only the last piece has `finish_reason`, `usage` and `tool_calls`, which are
+    complete."""
 
-    __slots__ = ("calls", "finish_reason", "reasoning", "text", "tokens", "tool_calls", "usage")
+    __slots__ = ("calls", "finish_reason", "logprobs", "reasoning", "text", "tokens", "tool_calls", "usage")
 
     def __init__(
         self,
@@ -50,7 +69,9 @@ class Piece:
         end: wire.Generated | None = None,
         reasoning: str = "",
         calls: Sequence[CallPiece] = (),
+        logprobs: wire.Logprobs | None = None,
     ) -> None:
+        self.logprobs = logprobs
         self.text = text
         self.reasoning = reasoning
         self.calls = list(calls)
@@ -100,18 +121,18 @@ class Pieces:
     def __init__(self) -> None:
         self._splitter = parts.Splitter()
 
-    def piece(self, text: str, tokens: list[int], end: wire.Generated | None = None) -> Piece:
-        text, reasoning, calls = self._splitter.split(text)
-        return Piece(text, tokens, end, reasoning, calls)
+    def piece(self, part: wire.Piece | wire.Generated) -> Piece:
+        text, reasoning, calls = self._splitter.split(part.text)
+        end = part if isinstance(part, wire.Generated) else None
+        return Piece(text, part.tokens, end, reasoning, calls, part.logprobs)
 
 
 def _pieces(connection: Connection, call: Call, timeout: float | None) -> Iterator[Piece]:
     pieces = Pieces()
     for piece in connection.pieces(call, timeout):
-        yield pieces.piece(piece.text, piece.tokens)
+        yield pieces.piece(piece)
     assert call.final is not None
-    end = decode_body(call.final, wire.Generated)
-    yield pieces.piece(end.text, end.tokens, end)
+    yield pieces.piece(decode_body(call.final, wire.Generated))
 
 
 def generate_args(
@@ -136,6 +157,24 @@ def generate_args(
     tool_choice: str | Mapping[str, Any] | None = None,
     parallel_tool_calls: bool = True,
     template_args: Mapping[str, Any] | None = None,
+    presence_penalty: float = 0.0,
+    frequency_penalty: float = 0.0,
+    logit_bias: Mapping[int, float] | None = None,
+    stop_tokens: Sequence[int] = (),
+    min_tokens: int = 0,
+    logprobs: bool = False,
+    top_logprobs: int = 0,
+    grammar: str | None = None,
+    dry_multiplier: float = 0.0,
+    dry_base: float = 1.75,
+    dry_allowed_length: int = 2,
+    dry_last_n: int = 64,
+    dry_breakers: Sequence[str] | None = None,
+    xtc_probability: float = 0.0,
+    xtc_threshold: float = 0.1,
+    mirostat: int = 0,
+    mirostat_tau: float = 5.0,
+    mirostat_eta: float = 0.1,
 ) -> wire.Generate:
     """The arguments as they are sent. The kernel checks types and ranges."""
     sampling = wire.Sampling(
@@ -149,6 +188,23 @@ def generate_args(
         seed=_seeds.getrandbits(62) if seed is None else seed,
         ignore_eos=ignore_eos,
         stop=[stop] if isinstance(stop, str) else _list(stop, "stop", "texts"),
+        presence_penalty=presence_penalty,
+        frequency_penalty=frequency_penalty,
+        logit_bias={int(token): bias for token, bias in (logit_bias or {}).items()},
+        min_tokens=min_tokens,
+        stop_tokens=_list(stop_tokens, "stop_tokens", "token ids"),
+        logprobs=logprobs or top_logprobs > 0,
+        top_logprobs=top_logprobs,
+        dry_multiplier=dry_multiplier,
+        dry_base=dry_base,
+        dry_allowed_length=dry_allowed_length,
+        dry_last_n=dry_last_n,
+        dry_breakers=None if dry_breakers is None else _list(dry_breakers, "dry_breakers", "texts"),
+        xtc_probability=xtc_probability,
+        xtc_threshold=xtc_threshold,
+        mirostat=mirostat,
+        mirostat_tau=mirostat_tau,
+        mirostat_eta=mirostat_eta,
     )
     return wire.Generate(
         messages=None if messages is None else objects(messages, "messages"),
@@ -163,6 +219,7 @@ def generate_args(
         tool_choice=dict(tool_choice) if isinstance(tool_choice, Mapping) else tool_choice,
         parallel_tool_calls=parallel_tool_calls,
         template_args=dict(template_args or {}),
+        grammar=grammar,
     )
 
 
@@ -181,7 +238,33 @@ def _list(value: Any, what: str, of: str) -> list[Any]:
     return list(value)
 
 
-def generate(args: wire.Generate) -> Result | Stream:
+def variants(args: wire.Generate, n: Any) -> list[wire.Generate]:
+    """The same call `n` times, with seeds one after the other. Its prompt is computed once: the first to get a slot
+    computes it, the others wait for that."""
+    if not isinstance(n, int) or not 1 <= n <= MOST_CHOICES:
+        raise wire.error(errno.EINVAL, f"n: from 1 to {MOST_CHOICES}, not {n!r:.60}")
+    if n == 1:
+        return [args]
+    if args.stream:
+        raise wire.error(errno.EINVAL, "n: a stream has one result; make several calls")
+    sampling = args.sampling
+    seeds = [(sampling.seed + i) % (1 << 63) for i in range(n)]
+    return [replace(args, sampling=replace(sampling, seed=seed)) for seed in seeds]
+
+
+def generate(args: wire.Generate, n: Any = 1) -> Result | Stream:
+    several = variants(args, n)
     if args.stream:
         return Stream(connection(), args)
-    return run(Plan(Sys.GENERATE, args, Result, args.timeout_s))
+    if n == 1:
+        return run(Plan(Sys.GENERATE, args, Result, args.timeout_s))
+    conn = connection()
+    calls: list[Call] = []
+    try:
+        for each in several:
+            calls.append(conn.submit(Sys.GENERATE, each))
+        return Result.of([conn.result(call, wire.Generated, args.timeout_s) for call in calls])
+    except BaseException:
+        for call in calls:
+            conn.abandon(call)
+        raise

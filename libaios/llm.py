@@ -17,6 +17,14 @@ Messages that end with the assistant's are continued: the text is what follows. 
 is shared within the agent's group, and for a `public` prompt with the public prompts of all groups. (By the time that a
 call takes, its caller can find out whether the beginning of its prompt was sent before.)
 
+`logprobs` and `top_logprobs` give the natural logarithm of each token's probability, and of the likeliest at its place,
+as the model has them: before temperature, filters and penalties. `presence_penalty` and `frequency_penalty` count what
+has been generated. `logit_bias` is added to what the model gives for a token. `stop_tokens` end the text as the
+model's own end does; neither comes before `min_tokens` tokens (a grammar may still end). A `grammar` (GBNF, the
+notation of llama.cpp) describes the whole text. DRY (`dry_multiplier` > 0), XTC (`xtc_probability` > 0) and `mirostat`
+(1 or 2) work as in llama.cpp, with the same parameters. `n` results of one prompt, with seeds seed, seed + 1, …: they
+are in `.choices`, the first of them is what is returned.
+
 `finish_reason`: "stop" (the model or a stop string ended it), "length" (max_tokens or the context), "tool_calls",
 "limit" (the agent's token budget). Errors are OSErrors: EINVAL with what was wrong with which argument, EMSGSIZE for a
 prompt longer than the context, TimeoutError, EDQUOT over a budget, EIO when the model's process died twice
@@ -67,12 +75,15 @@ def chat(messages: Sequence[Mapping[str, Any]], **options: Any) -> Result | Stre
     """Generate the next message of a conversation. A message is {"role": "system" | "user" | "assistant" | "tool",
     "content": "…"}.
 
-    Options: max_tokens, temperature (0.8), top_p (0.95), top_k (40), min_p (0.05), repeat_penalty (1.0), seed, stop,
-    ignore_eos, tools, tool_choice, parallel_tool_calls, schema, template_args, stream, timeout (seconds), model,
-    public; see the top of this module. Returns a `Result`, or a `Stream` of `Piece`s. Tool calls are in `.tool_calls`,
-    valid against the tool's schema. Raises OSError.
+    Options: max_tokens, temperature (0.8), top_p (0.95), top_k (40), min_p (0.05), repeat_penalty (1.0),
+    presence_penalty, frequency_penalty (0), logit_bias ({token id: -100 to 100}), seed, stop, stop_tokens, min_tokens,
+    ignore_eos, logprobs, top_logprobs (up to 20), n, tools, tool_choice, parallel_tool_calls, schema, grammar,
+    template_args, stream, timeout (seconds), model, public; dry_*, xtc_* and mirostat* as in llama.cpp; see the top of
+    this module. Returns a `Result`, or a `Stream` of `Piece`s. Tool calls are in `.tool_calls`, valid for the tool's
+    schema. Raises OSError.
     """
-    return generate(generate_args(messages, None, **options))
+    n = options.pop("n", 1)
+    return generate(generate_args(messages, None, **options), n)
 
 
 @overload
@@ -81,7 +92,8 @@ def complete(prompt: str | Sequence[int], *, stream: Literal[True], **options: A
 def complete(prompt: str | Sequence[int], *, stream: Literal[False] = False, **options: Any) -> Result: ...
 def complete(prompt: str | Sequence[int], **options: Any) -> Result | Stream:
     """Continue a text, or token ids, which are used as they are (no BOS is added). Options as for `chat`."""
-    return generate(generate_args(None, prompt, **options))
+    n = options.pop("n", 1)
+    return generate(generate_args(None, prompt, **options), n)
 
 
 @syscall

@@ -44,7 +44,12 @@ Signal = Annotated[int, Meta(ge=0, le=64)]
 #: No blank, no control character, no slash, and neither "." nor "..": a name or group may become a file's name.
 NAME_PATTERN = r"\A(?!\.{1,2}\Z)[^\x00-\x20\x7f/]+\Z"
 Name = Annotated[str, Meta(min_length=1, max_length=64, pattern=NAME_PATTERN)]
-TokenIds = Annotated[list[Annotated[int, Meta(ge=0, lt=1 << 31)]], Meta(max_length=1 << 20)]
+TokenId = Annotated[int, Meta(ge=0, lt=1 << 31)]
+TokenIds = Annotated[list[TokenId], Meta(max_length=1 << 20)]
+Penalty = Annotated[float, Meta(ge=-2, le=2)]
+
+#: What ends a repetition for DRY where `dry_breakers` is None.
+BREAKERS = ("\n", ":", '"', "*")
 
 
 class Sys(enum.IntEnum):
@@ -225,6 +230,23 @@ class Sampling(Struct, array_like=True, frozen=True):
     seed: Annotated[int, Meta(ge=0, le=(1 << 63) - 1)] = 0  # the SDK draws one where the caller gave none
     ignore_eos: bool = False
     stop: Annotated[list[Annotated[str, Meta(min_length=1, max_length=1024)]], Meta(max_length=64)] = []
+    presence_penalty: Penalty = 0.0
+    frequency_penalty: Penalty = 0.0
+    logit_bias: Annotated[dict[TokenId, Annotated[float, Meta(ge=-100, le=100)]], Meta(max_length=1024)] = {}
+    min_tokens: Annotated[int, Meta(ge=0, le=1 << 24)] = 0
+    stop_tokens: Annotated[list[TokenId], Meta(max_length=1024)] = []
+    logprobs: bool = False
+    top_logprobs: Annotated[int, Meta(ge=0, le=20)] = 0
+    dry_multiplier: Annotated[float, Meta(ge=0, le=100)] = 0.0  # 0: off
+    dry_base: Annotated[float, Meta(ge=1, le=100)] = 1.75
+    dry_allowed_length: Annotated[int, Meta(ge=0, le=4096)] = 2
+    dry_last_n: Annotated[int, Meta(ge=0, le=4096)] = 64
+    dry_breakers: Annotated[list[Annotated[str, Meta(min_length=1, max_length=40)]], Meta(max_length=32)] | None = None
+    xtc_probability: Annotated[float, Meta(ge=0, le=1)] = 0.0
+    xtc_threshold: Annotated[float, Meta(ge=0, le=1)] = 0.1
+    mirostat: Annotated[int, Meta(ge=0, le=2)] = 0
+    mirostat_tau: Annotated[float, Meta(ge=0, le=100)] = 5.0
+    mirostat_eta: Annotated[float, Meta(ge=0, le=1)] = 0.1
 
 
 class Generate(Struct, array_like=True, frozen=True):
@@ -247,6 +269,7 @@ class Generate(Struct, array_like=True, frozen=True):
     tool_choice: str | dict[str, Any] | None = None  # "auto", "none", "required", or {"function": {"name": …}}
     parallel_tool_calls: bool = True  # may there be several calls in one answer?
     template_args: dict[str, Any] = {}  # more that the chat template can ask for (enable_thinking, date_string, …)
+    grammar: Annotated[str, Meta(max_length=1 << 16)] | None = None  # GBNF; the text is one of its `root`
 
 
 class Embed(Struct, array_like=True, frozen=True):
@@ -320,6 +343,7 @@ class Usage(Struct, frozen=True):
     prefill_s: float = 0.0
     decode_s: float = 0.0
     preemptions: int = 0
+    context_left: float = 0.0  # the fraction of the context that is still free at the end
 
 
 class ToolCall(Struct, frozen=True):
@@ -330,12 +354,35 @@ class ToolCall(Struct, frozen=True):
     arguments: dict[str, Any]
 
 
+class Alternative(Struct, array_like=True, frozen=True):
+    """A token that could have come, with the natural logarithm of its probability and its bytes (`piece`)."""
+
+    token: int
+    logprob: float
+    piece: bytes
+
+
+class Logprob(Struct, array_like=True, frozen=True):
+    """A generated token; `logprob` and the likeliest tokens (`top`) as the model has them: before temperature, filters
+    and penalties."""
+
+    token: int
+    logprob: float
+    piece: bytes
+    top: list[Alternative] = []
+
+
+#: One for each token; None for those of which it is not known any more, because the model's process died since.
+Logprobs = list[Logprob | None]
+
+
 class Piece(Struct, array_like=True, frozen=True):
     """Body of a partial reply of a stream: whole characters only, and the tokens they came from. In `text` are marks
     that say which part of the answer follows (`libaios.parts`)."""
 
     text: str
     tokens: list[int]
+    logprobs: Logprobs | None = None
 
 
 class Generated(Struct, array_like=True, frozen=True):
@@ -347,6 +394,7 @@ class Generated(Struct, array_like=True, frozen=True):
     finish_reason: str  # "stop" | "length" | "tool_calls" | "limit"
     usage: Usage
     tool_calls: list[ToolCall] = []
+    logprobs: Logprobs | None = None
 
 
 class Embedded(Struct, array_like=True, frozen=True):

@@ -167,6 +167,25 @@ def test_a_generation_is_awaited_in_every_way_and_asked_once(kernel: ChannelKern
     assert kernel.connection.transport.next_id() - before == 5, "four calls"
 
 
+def test_several_results_and_the_end_of_all_when_one_fails(kernel: ChannelKernel) -> None:
+    async def main() -> None:
+        asking = asyncio.create_task(aio.llm.complete("x", n=3, seed=(1 << 63) - 2))
+        requests = [await asyncio.to_thread(kernel.take, Sys.GENERATE) for _ in range(3)]
+        assert [args_of(request).sampling.seed for request in requests] == [(1 << 63) - 2, (1 << 63) - 1, 0]
+        for text, request in zip("cba", reversed(requests), strict=True):
+            kernel.end(request, text, [1])
+        assert [choice.text for choice in (await asking).choices] == ["a", "b", "c"]
+
+        asking = asyncio.create_task(aio.llm.complete("x", n=2))
+        first, second = [await asyncio.to_thread(kernel.take, Sys.GENERATE) for _ in range(2)]
+        kernel.fail(second, errno.EIO, "no")
+        with pytest.raises(OSError, match="no"):
+            await asking
+        assert args_of(await asyncio.to_thread(kernel.take, Sys.CANCEL)).id == first.id
+
+    asyncio.run(main())
+
+
 def test_two_tasks_await_one_generation(kernel: ChannelKernel) -> None:
     async def ask(generation: aio.Generation) -> object:
         return await generation

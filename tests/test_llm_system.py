@@ -87,6 +87,57 @@ def test_max_tokens_and_stop_strings(ask: Ask) -> None:
     """)
 
 
+def test_several_results_of_one_prompt(ask: Ask) -> None:
+    ask("""
+        open = dict(temperature=2.0, top_k=0, top_p=1.0, min_p=0.0, max_tokens=20, ignore_eos=True)
+        prompt = [40 + i % 100 for i in range(200)]
+        r = llm.complete(prompt, n=4, seed=5, **open)
+        assert len(r.choices) == 4 and r.choices[0] is r and len({tuple(c.tokens) for c in r.choices}) == 4
+        # (Later tokens may differ by a last bit of the logits, as the batch does.)
+        assert llm.complete(prompt, seed=7, **open).choices[0].tokens[:5] == r.choices[2].tokens[:5]
+        computed = [c.usage.prompt_tokens - c.usage.cached_tokens for c in r.choices]
+        assert sum(computed) < 1.2 * len(prompt), computed
+        for wrong in (dict(n=0), dict(n=129), dict(n="2"), dict(n=2, stream=True)):
+            try:
+                llm.complete("x", **wrong)
+            except OSError as err:
+                assert err.errno == errno.EINVAL and "n:" in err.strerror
+            else:
+                raise AssertionError(wrong)
+    """)
+
+
+def test_log_probabilities_reach_the_agent_in_results_and_pieces(ask: Ask) -> None:
+    ask("""
+        options = dict(max_tokens=150, temperature=0.0, ignore_eos=True, top_logprobs=2)
+        r = llm.complete("Hello", **options)
+        assert [one.token for one in r.logprobs] == r.tokens and len(r.tokens) == 150
+        assert all(one.top[0].token == one.token and one.logprob <= 0 and len(one.top) == 2 for one in r.logprobs)
+        assert b"".join(one.piece for one in r.logprobs).decode() == r.text
+        pieces = list(llm.complete("Hello", stream=True, **options))
+        assert [one.token for p in pieces for one in p.logprobs] == r.tokens
+        assert all(len(p.logprobs) == len(p.tokens) for p in pieces) and len(pieces) > 10
+        assert llm.complete("Hello", max_tokens=2).logprobs is None
+    """)
+
+
+def test_options_of_sampling_reach_the_model(ask: Ask) -> None:
+    ask("""
+        r = llm.complete("Hello", max_tokens=6, logit_bias={70: 100}, temperature=0)
+        assert r.tokens == [70] * 6 and 0.5 < r.usage.context_left < 1
+        assert llm.complete("Hello", max_tokens=6, logit_bias={70: 100}, temperature=0, stop_tokens=[70]).tokens == []
+        r = llm.complete("Hello", max_tokens=50, grammar='root ::= ("yes" | "no")', seed=1)
+        assert r.text in ("yes", "no") and r.finish_reason == "stop"
+        for wrong in (dict(grammar="root"), dict(top_logprobs=21), dict(mirostat=3), dict(logit_bias={1: 101})):
+            try:
+                llm.complete("x", **wrong)
+            except OSError as err:
+                assert err.errno == errno.EINVAL and next(iter(wrong)).split("_")[0] in err.strerror, err
+            else:
+                raise AssertionError(wrong)
+    """)
+
+
 def test_token_ids_are_taken_verbatim(ask: Ask) -> None:
     ask("""
         ids = llm.tokenize("The quick brown fox")

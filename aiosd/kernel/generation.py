@@ -12,7 +12,8 @@ class Generation:
     request: wire.Generate
     model: str
     tokens: list[int]  # all that were given out, those of `request.given` included
-    texts: list[str] = field(default_factory=list)  # what a caller that does not stream is still to get
+    texts: list[str] = field(default_factory=list)  # what a caller that does not stream is still to get …
+    logprobs: wire.Logprobs = field(default_factory=list)  # … and these, where they were asked for
     new_from: int = 0  # tokens before this index were there before this kernel knew the call
     budget: int | None = None  # tokens left when it was submitted, and used since
     used: int = 0

@@ -143,10 +143,11 @@ class Generations:
         generation.resyncing = False
         generation.tokens.extend(delta.tokens)
         if generation.request.stream:
-            self.calls.send_piece(call, delta.offset, wire.raw(wire.Piece(delta.text, delta.tokens)))
+            self.calls.send_piece(call, delta.offset, wire.raw(wire.Piece(delta.text, delta.tokens, delta.logprobs)))
             self._pause_if_slow(call, generation)
         else:
             generation.texts.append(delta.text)
+            generation.logprobs += delta.logprobs or []
         self._count_completion(call, len(delta.tokens))
 
     def on_finished(self, call: Call, finished: link.Finished) -> None:
@@ -193,12 +194,15 @@ class Generations:
         else:
             tokens = generation.tokens[generation.new_from :]
             text = "".join(generation.texts) + last_text
+        logprobs = finished.logprobs if finished is not None else None
+        if generation.request.sampling.logprobs and not generation.request.stream:
+            logprobs = generation.logprobs + (logprobs or [])
         if finished is not None:
             usage, tool_calls = finished.usage, finished.tool_calls
         else:
             used = len(generation.tokens)
             usage, tool_calls = wire.Usage(generation.prompt_tokens, generation.cached_tokens, used), []
-        self.calls.finish(call, wire.Generated(text, tokens, reason, usage, tool_calls))
+        self.calls.finish(call, wire.Generated(text, tokens, reason, usage, tool_calls, logprobs))
 
     # ── accounting ────────────────────────────────────────────────────────────────────────────────────────
 

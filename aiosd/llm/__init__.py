@@ -7,7 +7,13 @@ Files, from the bottom up:
     ggml.py        llama.cpp's library in this process: handle, log, last words, which build it is
     attention.py   attention of our own in llama.cpp's graphs; native/ is its part in C
     llama.py       owners of llama.cpp's objects: Model, Context, Batch, Grammar
-    sampling.py    one token from one row of logits
+    sampling.py    one token from each row of logits, in numpy and (native/sampling.c) for all rows at once
+    penalties.py   what changes a row before: bias, penalties, DRY, the least number of tokens
+    mirostat.py    draws that keep a text's surprise near a target
+    options.py     what a call asks of these, made from the wire's numbers
+    logprobs.py    what the model gave for the token that was chosen
+    picking.py     the next token of every call of a step
+    lookup.py      tokens guessed from where the last few stood before (off)
     tokens.py      text to token ids, recent segments remembered
     text.py        bytes to characters to pieces: split UTF-8, stop strings, thoughts, triggers
     numbers.py     numbers between limits as rules of a grammar (pure)
@@ -16,6 +22,7 @@ Files, from the bottom up:
     schema.py      JSON Schema to grammar
     dialects.py    how families of models write tool calls, and how they are read
     chat.py        messages to prompt: what the template cannot do is done for it
+    gbnf.py        grammars that a call brings along: read and bounded before llama.cpp sees them
     structured.py  keeps a generation inside a grammar: check first, constrain on refusal
     prefix.py      which cached tokens a prompt can reuse (pure)
     sequence.py    the record of one generation

@@ -27,6 +27,7 @@ from collections import OrderedDict
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
 from itertools import pairwise
 
 import numpy as np
@@ -35,8 +36,11 @@ from aiosd.errors import Bug
 from aiosd.link import Delta, Failed, Finished, Key, Started, Step, Submit
 from aiosd.llm import llama
 from aiosd.llm.cache import Cache
+from aiosd.llm.lookup import MOST_CALLS, MOST_ROWS, Guesser
+from aiosd.llm.picking import Picker, Rows
 from aiosd.llm.policy import Fifo, Policy
 from aiosd.llm.request import Prepared, Requests
+from aiosd.llm.sampling import NOTHING, Drawer
 from aiosd.llm.sequence import Phase, Sequence
 from aiosd.llm.slots import Slots
 from aiosd.llm.stats import Meter
@@ -95,6 +99,7 @@ class Engine:
         disk: int = 0,
         folder: str = "",
         cancelled: Callable[[], set[Key]] = set,
+        lookup: bool = False,
     ) -> None:
         self.model = model
         self.requests = Requests(model, ctx)
@@ -109,8 +114,12 @@ class Engine:
         self._congested = congested
         self._cancelled = cancelled
         self._clock = clock
-        self._ends = model.end_tokens
         self._pieces = model.pieces
+        self._picker = Picker(Drawer())
+        # A draft needs cells that can be forgotten again, and its rows differ in their last bits from single ones.
+        whole = not (exact or model.recurrent or model.n_swa)
+        self._lookup = lookup and whole and min(context.outputs, context.ubatch) >= MOST_ROWS
+        self._guesser = Guesser(self.meter.prompt_token_s)
 
         self._calls: dict[Key, Sequence] = {}
         self._waiting: dict[Key, Sequence] = {}
@@ -122,6 +131,7 @@ class Engine:
         self._batch = llama.Batch(2 * slots + 1)
         self._ready: list[Sequence] = []  # calls that can decode, ascending by slot
         self._rows: list[Sequence] = []  # the calls of the decode batch, row by row
+        self._drawn = Rows([])  # the same for the sampler
         self._chosen: list[Sequence] = self._rows  # what the policy said of those that are ready
         self._dummies: list[tuple[int, int]] = []  # (slot, position) to forget after the step
         self._stale = False  # the rows no longer fit the calls
@@ -242,10 +252,9 @@ class Engine:
             self._say_started()  # before anything is computed: whoever dies of it must be known to have run
         self._prefill()
         self._choose()
-        if self._rows:
-            self._decode()
+        generated = self._generate() if self._rows else 0
         self._report()
-        self.meter.end(len(self._rows))
+        self.meter.end(generated)
         if not self._calls:
             self._count()
 
@@ -427,10 +436,11 @@ class Engine:
             self.policy.charge_prompt(sequence, size, now)
             if not self._pending(sequence):
                 self._place(sequence)
+        picks = self._picker.pick(Rows(last), logits) if logits is not None else []
         for row, sequence in enumerate(last):
             assert logits is not None
             sequence.first_at = now
-            self._next(sequence, logits[row])
+            self._next(sequence, logits[row], picks[row])
         self.meter.generated += len(last)
 
     @contextmanager
@@ -489,8 +499,7 @@ class Engine:
         self._num_pieces = sum(b != a + 1 for a, b in pairwise(slots)) + 1
         if self._num_pieces == 1:
             self._pieces_for = 0
-        for sequence in rows:
-            sequence.plain = sequence.sampler.plain and sequence.constraint is None and not sequence.replaying
+        self._drawn = Rows(rows)
         batch = self._batch
         entries = [(s.slot, s.upcoming, s.length, 1) for s in rows]
         self._dummies = self._lone_neighbours(slots) if self._exact else []
@@ -510,6 +519,58 @@ class Engine:
                 dummies.append((slot + 1, self._context.last_position(slot + 1) + 1))
         return dummies
 
+    def _generate(self) -> int:
+        """A token for each call of the step, or several where they can be guessed. How many."""
+        if not self._lookup or len(self._rows) > MOST_CALLS:
+            self._decode()
+            return len(self._rows)
+        calls, began = len(self._rows), self._clock()
+        drafts = self._guesser.drafts(self._rows) if self._num_pieces == 1 else []
+        generated = calls
+        if drafts:
+            generated = self._decode_drafts(drafts)
+        else:
+            self._decode()
+        self._guesser.costs.learn(calls, len(drafts[0]) if drafts else 0, self._clock() - began)
+        return generated
+
+    def _decode_drafts(self, drafts: list[list[int]]) -> int:
+        """See `lookup.py`. How many tokens it gave."""
+        rows, batch, each = self._rows, self._prompts, len(drafts[0]) + 1
+        batch.size = total = each * len(rows)
+        batch.wanted[:total] = 1
+        for i, (sequence, draft) in enumerate(zip(rows, drafts, strict=True)):
+            part = slice(i * each, (i + 1) * each)
+            batch.tokens[part] = [sequence.upcoming, *draft]
+            batch.positions[part] = np.arange(sequence.length, sequence.length + each)
+            batch.sequences[part] = sequence.slot
+        self._stale = True
+        if not self._decoded(batch, rows):
+            return 0
+        logits = self._context.logits(total)
+        return sum(
+            self._verify(sequence, draft, logits[i * each : (i + 1) * each])
+            for i, (sequence, draft) in enumerate(zip(rows, drafts, strict=True))
+        )
+
+    def _verify(self, sequence: Sequence, draft: list[int], logits: llama.Floats) -> int:
+        """Draw from one row after the other as long as what comes is what the draft says; forget the rest of it. How
+        many tokens were drawn."""
+        slot, start, right = sequence.slot, sequence.length, 0
+        for row in logits:
+            self.policy.charge([sequence], 1, self._clock())
+            sequence.length = start + right + 1
+            self._next(sequence, row, self._picker.pick_one(sequence, row))
+            if sequence.phase is not Phase.DECODE or right == len(draft) or sequence.out[-1] != draft[right]:
+                break
+            right += 1
+        self._context.cut(slot, start + right + 1)
+        assert sequence.lookup is not None
+        sequence.lookup.learn(right, len(draft))
+        self._guesser.drafted += len(draft)
+        self._guesser.right += right
+        return right + 1
+
     def _decode(self) -> None:
         rows, batch = self._rows, self._batch
         if not self._decoded(batch, rows):
@@ -517,17 +578,18 @@ class Engine:
         n = len(rows)
         self.policy.charge(rows, 1, self._clock())
         logits = self._context.logits(n)
-        picks = logits.argmax(axis=1).tolist()
-        ends, pieces, tokens = self._ends, self._pieces, batch.tokens
+        picks = self._picker.pick(self._drawn, logits)
+        self._drawn.next_step()
+        pieces, tokens = self._pieces, batch.tokens
         for i, sequence in enumerate(rows):
             sequence.length += 1
-            if not sequence.plain or not logits[i, picks[i]] > -np.inf:
-                self._next(sequence, logits[i])
+            token = picks[i]
+            if not sequence.plain or token == NOTHING:
+                self._next(sequence, logits[i], token)
                 if sequence.phase is Phase.DECODE:
                     tokens[i] = sequence.upcoming
                 continue
-            token = picks[i]
-            if token in ends and not sequence.ignore_eos:
+            if token in sequence.choice.stops:
                 self._finish(sequence, "stop")
                 continue
             out = sequence.out
@@ -548,28 +610,33 @@ class Engine:
         if not self._stale:
             batch.positions[:n] += 1
 
-    def _next(self, sequence: Sequence, row: llama.Floats) -> None:
-        """The token after this row, for a call of any kind: append it, or finish."""
+    def _next(self, sequence: Sequence, row: llama.Floats, token: int) -> None:
+        """`token` was drawn from this row, for a call of any kind: append it or what fits instead, or finish."""
         if sequence.length - len(sequence.prompt) < len(sequence.out):
             return  # it is being replayed: the next token is known
-        if not np.fmax.reduce(row) > -np.inf:
+        if token == NOTHING:
             slot = sequence.slot
             self._fail(sequence, errno.EIO, "the model gave no number for any token at this place")
             self.cache.wipe(slot)  # nothing may go on from what led here
             return
-        sampler, index, constraint = sequence.sampler, len(sequence.out), sequence.constraint
-        row = sampler.prepare(row, sequence.recent())
-        token = sampler.draw(row, index)
-        if constraint is not None:
+        if sequence.constraint is not None:
             try:
-                token = constraint.settle(sequence.text, row, token, lambda logits: sampler.draw(logits, index))
+                draw = partial(self._picker.again, sequence)
+                token = sequence.constraint.settle(sequence.text, row, token, draw)
             except OSError as error:
                 self._fail(sequence, error.errno or errno.EIO, error.strerror or str(error))
                 return
-        if token == END or (token in self._ends and not (sequence.ignore_eos and constraint is None)):
+        if token == END or token in sequence.choice.stops:
             self._finish(sequence, "stop")
             return
+        self._append(sequence, token)
+
+    def _append(self, sequence: Sequence, token: int) -> None:
         sequence.out.append(token)
+        if sequence.choice.mirostat is not None:
+            sequence.choice.mirostat.learn()
+        if sequence.logprobs is not None and sequence.raw is not None:
+            sequence.logprobs.append(sequence.raw.of(token, self._pieces))
         if sequence.watched:
             sequence.fed += 1
             sequence.text.feed(self._pieces[token])
@@ -640,6 +707,7 @@ class Engine:
             prefill_s=max(first - slot_at, 0.0),
             decode_s=now - first,
             preemptions=sequence.preemptions,
+            context_left=1 - (len(sequence.prompt) + len(sequence.out)) / self._ctx,
         )
         past = _Past(sequence, reason, usage, calls, now)
         self.meter.calls += 1
@@ -724,7 +792,8 @@ class Engine:
     def _delta(self, sequence: Sequence) -> Delta:
         self._feed(sequence)
         offset, sequence.sent = sequence.sent, len(sequence.out)
-        return Delta(sequence.key, offset, sequence.out[offset:], sequence.text.take())
+        logprobs = sequence.logprobs[offset:] if sequence.logprobs is not None else None
+        return Delta(sequence.key, offset, sequence.out[offset:], sequence.text.take(), logprobs)
 
     def _say_started(self) -> None:
         """A call's end must not overtake its beginning."""
@@ -750,6 +819,7 @@ class Engine:
                 past.reason,
                 past.usage,
                 past.calls,
+                sequence.logprobs[offset:] if sequence.logprobs is not None else None,
             )
         )
 
@@ -768,6 +838,7 @@ class Engine:
             "running": len(self._calls) - len(self._waiting),
             "waiting": len(self._waiting),
             "policy": self.policy.name,
+            "lookup": {"drafted": self._guesser.drafted, "right": self._guesser.right},
             **self.cache.stats(),
             **self.meter.stats(),
         }

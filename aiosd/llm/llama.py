@@ -278,7 +278,8 @@ class Context:
         params.n_ctx = padded if embeddings else padded * slots
         params.n_seq_max = slots
         params.n_batch = params.n_ubatch = ubatch
-        params.n_outputs_max = 0 if embeddings else min(slots, ubatch)
+        outputs = min(max(slots, 36), ubatch)  # of a crowd, or of a few calls with drafts (lookup.py)
+        params.n_outputs_max = 0 if embeddings else outputs
         params.n_threads = params.n_threads_batch = threads
         params.flash_attn_type = -1 if flash_attention is None else int(flash_attention)  # -1: llama.cpp decides
         params.kv_unified = embeddings
@@ -304,7 +305,7 @@ class Context:
         self.ubatch = int(C.llama_n_ubatch(self._ctx))
         self.pooling = int(C.llama_pooling_type(self._ctx))
         self._pooled = model.n_cls_out if self.pooling == POOLING_RANK else model.n_embd_out
-        self._rows = min(slots, ubatch)
+        self.outputs = outputs
         self._logits_at = 0
         self._logits: Floats = np.zeros((0, model.n_vocab), np.float32)
         self._decode: Callable[[Any, Any], int] = C.llama_decode
@@ -313,7 +314,7 @@ class Context:
 
     def decode(self, batch: Batch) -> int:
         """OK; NO_ROOM: nothing changed; ABORTED: a part stays, ask `last_position`; below 0: an error (-1:
-        nothing changed). At most `ubatch` tokens, and logits of at most `slots` of them."""
+        nothing changed). At most `ubatch` tokens, and logits of at most `outputs` of them."""
         return self._decode(self._ctx, batch.struct)
 
     def logits(self, rows: int) -> Floats:
@@ -324,7 +325,7 @@ class Context:
             if not address:
                 raise Bug("logits asked for, none computed")
             pointer = ctypes.cast(address, ctypes.POINTER(ctypes.c_float))
-            self._logits = np.ctypeslib.as_array(pointer, (self._rows, self.n_vocab))
+            self._logits = np.ctypeslib.as_array(pointer, (self.outputs, self.n_vocab))
             self._logits_at = address
         return self._logits[:rows]
 

@@ -18,7 +18,8 @@ from aiosd.link import Submit
 from aiosd.llm import llama
 from aiosd.llm.chat import PLAIN_STOPS, ChatTemplate, Message, normal_messages, normal_tools, refuse
 from aiosd.llm.dialects import CallStream, Reader, Tool
-from aiosd.llm.sampling import Sampler
+from aiosd.llm.gbnf import GrammarConstraint, check
+from aiosd.llm.options import Options
 from aiosd.llm.sequence import Sequence
 from aiosd.llm.structured import (
     AfterThoughts,
@@ -31,7 +32,7 @@ from aiosd.llm.structured import (
 from aiosd.llm.text import TextStream
 from aiosd.llm.tokens import QUOTED, Tokens
 from libaios import parts
-from libaios.wire import Generate, Sampling
+from libaios.wire import Generate
 
 logger = logging.getLogger("llm.request")
 
@@ -68,6 +69,7 @@ class Requests:
         self._quick = False
         self._grammars: dict[bytes, str] = {}  # of recent tools and schemas, the oldest first
         self._grammar_bytes = 0
+        self._options = Options(model)
         self.template = ChatTemplate(
             model.meta("tokenizer.chat_template"),
             model.token_text(model.bos),
@@ -120,7 +122,11 @@ class Requests:
             switches={self._spelled(mark): to for mark, to in marks.switches.items()} if not closed else {},
             after_thoughts=chat and not closed,
         )
-        if request.schema is not None:
+        if request.grammar is not None:
+            if tools or request.schema is not None:
+                raise refuse("grammar: not together with tools or a schema")
+            check(request.grammar)
+        elif request.schema is not None:
             if tools:
                 raise refuse("schema: not together with tools")
             schema = request.schema
@@ -153,6 +159,9 @@ class Requests:
         template = self.template.suited([{}]) if prepared.second else self.template
         reader = Reader(template.dialect, prepared.tools) if prepared.tools else None
         sampling = request.sampling
+        self.check_ids(list(sampling.logit_bias), "logit_bias")
+        self.check_ids(sampling.stop_tokens, "stop_tokens")
+        constraint = self._constraint(request, prepared, reader)
         sequence = Sequence(
             key=submit.key,
             group=submit.group,
@@ -162,11 +171,10 @@ class Requests:
             arrived=now,
             prompt=np.asarray(prepared.prompt, np.int32),
             max_tokens=_UNLIMITED if sampling.max_tokens is None else sampling.max_tokens,
-            sampler=_sampler(sampling),
-            ignore_eos=sampling.ignore_eos,
+            choice=self._options.choice(sampling, constrained=constraint is not None),
             stream=request.stream,
             new_text=lambda: self._text(submit, prepared, reader),
-            constraint=self._constraint(prepared, reader),
+            constraint=constraint,
             dialect=reader,
             budget=submit.budget,
             watched=request.stream or bool(prepared.stops) or reader is not None,
@@ -302,8 +310,10 @@ class Requests:
         if bad is not None:
             raise refuse(f"{argument}[{bad}]: token {tokens[bad]}, but the vocabulary has ids 0 to {n - 1}")
 
-    def _constraint(self, prepared: Prepared, reader: Reader | None) -> Constraint | None:
+    def _constraint(self, request: Generate, prepared: Prepared, reader: Reader | None) -> Constraint | None:
         constraint: Constraint
+        if request.grammar is not None:
+            return GrammarConstraint(self._model, request.grammar)
         if not prepared.grammar:
             return None
         if reader is not None:
@@ -326,6 +336,8 @@ class Requests:
                 sequence.constraint.replay(sequence.text, token)
             sequence.text.feed(self._model.pieces[token])
         sequence.out = list(given)
+        if sequence.choice.top_logprobs is not None:
+            sequence.logprobs = [None] * len(given)
         sequence.forced = sequence.sent = sequence.fed = len(given)
         sequence.text.take()
 
@@ -335,15 +347,4 @@ def _answers(request: Generate, template: ChatTemplate) -> bool:
     last = (request.messages or [{}])[-1]
     return (request.schema is not None and bool(template.marks.answer)) or (
         last.get("role") == "assistant" and not last.get("tool_calls")
-    )
-
-
-def _sampler(sampling: Sampling) -> Sampler:
-    return Sampler(
-        temperature=sampling.temperature,
-        top_k=sampling.top_k,
-        top_p=sampling.top_p,
-        min_p=sampling.min_p,
-        repeat_penalty=sampling.repeat_penalty,
-        seed=sampling.seed,
     )

@@ -1,24 +1,37 @@
-"""One token from one row of logits.
+"""One token from each row of logits.
 
-The order of the filters is llama.cpp's default: repeat penalty, top-k, top-p, min-p, temperature, draw. What is
-drawn depends on the logits, the parameters, the seed and the index of the token alone: the generator is a hash
-of (seed, index), so a sampler has no state to save, restore or replay.
+The order of the filters is llama.cpp's default: top-k, top-p, min-p, XTC, temperature, draw (what changes the row
+before that is in `penalties.py`). What is drawn depends on the row, the parameters, the seed and the index of the token
+alone: the generator is a hash of (seed, index), so a sampler has no state to save, restore or replay, and neighbours
+in a batch change nothing.
+
+`Sampler` says in numpy what is drawn. `Drawer` does it for all rows of a step in one call of `native/sampling.c`, with
+the same result bit for bit: both do the same operations on doubles in the same order, so a text does not depend on
+whether there was a compiler. Words whose logit is no number, or -inf, are never taken.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import ctypes
+import importlib.util
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 
 Row = npt.NDArray[np.float32]
+Doubles = npt.NDArray[np.float64]
+Ids = npt.NDArray[np.int64]
 
-#: How many tokens back the repeat penalty looks.
-PENALTY_WINDOW = 64
+#: What is drawn from a row in which nothing can be taken.
+NOTHING = -1
 
 _MASK = (1 << 64) - 1
+_SECOND = 1 << 62  # added to the index for the second number that a token may need
+_LEAST_WEIGHT = 1e-30  # of the likeliest's: what is below is never drawn
+_LARGEST = float(np.finfo(np.float32).max)
 
 
 def uniform(seed: int, index: int) -> float:
@@ -31,17 +44,35 @@ def uniform(seed: int, index: int) -> float:
     return (x >> 11) * 2.0**-53
 
 
-SMALLEST_PENALTY = 1e-6  # makes a recent token certain; much less would make its logit infinite
+#: 1/13!, 1/12!, … 1/1!, 1/0!
+_TAYLOR = (
+    1.6059043836821613e-10,
+    2.08767569878681e-09,
+    2.505210838544172e-08,
+    2.755731922398589e-07,
+    2.7557319223985893e-06,
+    2.48015873015873e-05,
+    0.0001984126984126984,
+    0.001388888888888889,
+    0.008333333333333333,
+    0.041666666666666664,
+    0.16666666666666666,
+    0.5,
+    1.0,
+    1.0,
+)
+_SHIFT = 6755399441055744.0  # 1.5 · 2^52: added and taken away again, it rounds to a whole number
 
 
-def penalise(row: Row, recent: Sequence[int], penalty: float) -> Row:
-    """A copy of `row` in which every token of `recent` is less likely (penalty > 1), or more (penalty < 1)."""
-    penalty = max(penalty, SMALLEST_PENALTY)
-    row = row.copy()
-    ids = np.unique(np.asarray(recent, dtype=np.int64))
-    values = row[ids]
-    row[ids] = np.where(values > 0, values / penalty, values * penalty)
-    return row
+def exponential(x: Doubles) -> Doubles:
+    """e^x for x ≤ 0, 0 below -708. Not numpy's, whose last bit depends on the processor: see the head of the file."""
+    at = np.maximum(x, -708.0)
+    whole = (at * 1.4426950408889634 + _SHIFT) - _SHIFT
+    r = (at - whole * 0.6931471803691238) - whole * 1.9082149292705877e-10
+    p = np.full_like(r, _TAYLOR[0])
+    for factor in _TAYLOR[1:]:
+        p = p * r + factor
+    return np.where(x < -708.0, 0.0, np.ldexp(p, whole.astype(np.int64)))
 
 
 @dataclass(frozen=True, slots=True)
@@ -52,49 +83,153 @@ class Sampler:
     top_k: int
     top_p: float
     min_p: float
-    repeat_penalty: float
     seed: int
-
-    @property
-    def plain(self) -> bool:
-        """Is it the arg max of the untouched row? Then the engine does it for all rows at once."""
-        return self.temperature == 0 and self.repeat_penalty == 1
-
-    def prepare(self, row: Row, recent: Sequence[int]) -> Row:
-        """The row with the penalty applied; what `draw` and a grammar work on."""
-        return row if self.repeat_penalty == 1 or not recent else penalise(row, recent, self.repeat_penalty)
+    xtc_probability: float = 0.0
+    xtc_threshold: float = 0.1
 
     def draw(self, row: Row, index: int) -> int:
-        """The token for place `index` of the generation, from a prepared row. -inf entries are never taken."""
+        """The token for place `index` of the generation, or NOTHING."""
         if self.temperature == 0:
-            return int(row.argmax())
-        ids, probabilities = self.candidates(row)
-        cumulative = np.cumsum(probabilities)
+            usable = np.where(np.isnan(row), -np.inf, row)
+            best = int(usable.argmax())
+            return best if usable[best] > -np.inf else NOTHING
+        ids, weights = self.candidates(row, index)
+        if not len(ids):
+            return NOTHING
+        cumulative = np.cumsum(weights)
         place = int(np.searchsorted(cumulative, uniform(self.seed, index) * cumulative[-1], side="right"))
         return int(ids[min(place, len(ids) - 1)])
 
-    def candidates(self, row: Row) -> tuple[npt.NDArray[np.int64], npt.NDArray[np.float64]]:
-        """The tokens that may be drawn, the likeliest first, with probabilities that add up to 1."""
-        ids = self._top_k(row)
-        logits = row[ids].astype(np.float64)
-        weights = np.exp(logits - logits.max())
-        total = weights.sum()
-        # Whatever min-p leaves is a head of the sorted list, and so is what top-p leaves: sort only the shorter.
-        keep = weights >= max(self.min_p, 1e-30)
+    def candidates(self, row: Row, index: int = 0) -> tuple[Ids, Doubles]:
+        """The tokens that may be drawn, the likeliest first, with weights in proportion to their probabilities."""
+        ids, logits = self._by_logit(row)
+        if not len(ids):
+            return ids, logits
+        weights = exponential(logits - logits[0])
+        total = np.cumsum(weights)[-1]
+        if not 0 < self.top_k < len(row):  # summed up in the order in which the words are at hand
+            everything = np.minimum(row.astype(np.float64), _LARGEST)
+            total = np.cumsum(exponential(np.where(everything > -np.inf, everything - logits[0], -1e9)))[-1]
+        keep = weights >= max(self.min_p, _LEAST_WEIGHT)
         ids, weights, logits = ids[keep], weights[keep], logits[keep]
-        order = np.lexsort((ids, -weights))
-        ids, weights, logits = ids[order], weights[order], logits[order]
         if self.top_p < 1:
             enough = int(np.searchsorted(np.cumsum(weights), self.top_p * total)) + 1
-            ids, logits = ids[:enough], logits[:enough]
+            ids, weights, logits = ids[:enough], weights[:enough], logits[:enough]
+        first = self._excluded(weights, index)
+        ids, logits = ids[first:], logits[first:]
         with np.errstate(over="ignore"):  # next to no temperature: what is not the likeliest is impossible
-            heated = np.exp((logits - logits[0]) / self.temperature)
-        return ids, heated / heated.sum()
+            return ids, exponential((logits - logits[0]) / self.temperature)
 
-    def _top_k(self, row: Row) -> npt.NDArray[np.int64]:
+    def _by_logit(self, row: Row) -> tuple[Ids, Doubles]:
+        """What can be taken at all and is left by top-k, the likeliest first, of equals the lowest id."""
+        usable = np.where(np.isnan(row), -np.inf, row) if np.isnan(row.max()) else row
+        least = -np.inf
         if 0 < self.top_k < len(row):
-            # Ties at the edge: all ids with a value above it, then the lowest ids with that value.
-            edge = np.partition(row, len(row) - self.top_k)[len(row) - self.top_k]
-            above = np.flatnonzero(row > edge)
-            return np.concatenate([above, np.flatnonzero(row == edge)[: self.top_k - len(above)]])
-        return np.arange(len(row), dtype=np.int64)
+            least = np.partition(usable, len(row) - self.top_k)[len(row) - self.top_k]
+        ids = np.flatnonzero((usable >= least) & (usable > -np.inf))
+        logits = np.minimum(usable[ids].astype(np.float64), _LARGEST)
+        order = np.lexsort((ids, -logits))
+        if 0 < self.top_k < len(row):
+            order = order[: self.top_k]
+        return ids[order], logits[order]
+
+    def _excluded(self, weights: Doubles, index: int) -> int:
+        """XTC, "exclude top choices": how many of the likeliest are left out. With the given probability, all that
+        have at least the threshold's share but the last of them."""
+        if self.xtc_probability <= 0 or self.xtc_threshold > 0.5 or len(weights) < 2:
+            return 0
+        if uniform(self.seed, index + _SECOND) > self.xtc_probability:
+            return 0
+        likely = weights[1:] >= self.xtc_threshold * np.cumsum(weights)[-1]
+        return int(likely.sum())  # they are sorted
+
+
+#: One row to draw from: `params` of sampling.c.
+DRAW = np.dtype(
+    [
+        ("temperature", np.float64),
+        ("top_p", np.float64),
+        ("min_p", np.float64),
+        ("xtc_probability", np.float64),
+        ("xtc_threshold", np.float64),
+        ("seed", np.uint64),
+        ("index", np.int64),
+        ("row", np.int64),
+        ("top_k", np.int64),
+    ]
+)
+
+Draws = npt.NDArray[Any]
+
+
+def draws(wanted: Sequence[tuple[Sampler, int, int]]) -> Draws:
+    """For each (sampler, index of the token, row of the logits). The engine moves `index` on from step to step."""
+    return np.array(
+        [
+            (s.temperature, s.top_p, s.min_p, s.xtc_probability, s.xtc_threshold, s.seed, index, row, s.top_k)
+            for s, index, row in wanted
+        ],
+        DRAW,
+    )
+
+
+class Drawer:
+    """Draws for all rows of a step. `native`: False for numpy even where there is the part in C."""
+
+    def __init__(self, native: bool = True) -> None:
+        self._call = _native() if native else None
+        self._scratch: npt.NDArray[np.uint8] = np.empty(0, np.uint8)
+
+    @property
+    def native(self) -> bool:
+        return self._call is not None
+
+    def draw(self, logits: Row, wanted: Draws) -> list[int]:
+        """A token for each of `wanted`, or NOTHING. `logits`: rows of a whole vocabulary, without gaps."""
+        if self._call is None:
+            return [_sampler_of(draw).draw(logits[draw["row"]], int(draw["index"])) for draw in wanted]
+        n, count = logits.shape[1], len(wanted)
+        if len(self._scratch) < _SCRATCH * n:
+            self._scratch = np.empty(_SCRATCH * n, np.uint8)
+        tokens = np.empty(count, np.int32)
+        self._call(logits.ctypes.data, n, wanted.ctypes.data, count, tokens.ctypes.data, self._scratch.ctypes.data)
+        result: list[int] = tokens.tolist()
+        return result
+
+    def one(self, row: Row, sampler: Sampler, index: int) -> int:
+        """From one row, which may hold a part of the vocabulary: a place in it, or NOTHING."""
+        return self.draw(np.ascontiguousarray(row)[np.newaxis], draws([(sampler, index, 0)]))[0]
+
+
+_SCRATCH = 24  # bytes for each word of the vocabulary: `aios_sampling_scratch`
+
+
+def _sampler_of(draw: Any) -> Sampler:
+    return Sampler(
+        temperature=float(draw["temperature"]),
+        top_k=int(draw["top_k"]),
+        top_p=float(draw["top_p"]),
+        min_p=float(draw["min_p"]),
+        seed=int(draw["seed"]),
+        xtc_probability=float(draw["xtc_probability"]),
+        xtc_threshold=float(draw["xtc_threshold"]),
+    )
+
+
+def _native() -> Callable[..., None] | None:
+    """The part in C; None: it was not compiled."""
+    spec = importlib.util.find_spec("aiosd.llm._sampling")
+    if spec is None or spec.origin is None:
+        return None
+    try:
+        library = ctypes.CDLL(spec.origin)
+    except OSError:
+        return None
+    pointer, integer = ctypes.c_void_p, ctypes.c_int64
+    library.aios_sampling_scratch.argtypes, library.aios_sampling_scratch.restype = [integer], integer
+    if library.aios_sampling_scratch(1) != _SCRATCH:
+        return None
+    library.aios_sampling_start(1)
+    call: Any = library.aios_sample
+    call.argtypes, call.restype = [pointer, integer, pointer, integer, pointer, pointer], None
+    return call  # type: ignore[no-any-return]

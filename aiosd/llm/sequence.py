@@ -18,15 +18,18 @@ import numpy as np
 import numpy.typing as npt
 
 from aiosd.link import Key
-from aiosd.llm.sampling import PENALTY_WINDOW, Sampler
 
 if TYPE_CHECKING:
     from collections.abc import Callable
 
     from aiosd.llm.dialects import Reader
+    from aiosd.llm.logprobs import Raw
+    from aiosd.llm.lookup import Lookup
+    from aiosd.llm.options import Choice
     from aiosd.llm.prefix import Node
     from aiosd.llm.structured import Constraint
     from aiosd.llm.text import TextStream
+    from libaios.wire import Logprobs
 
 
 class Phase(Enum):
@@ -47,8 +50,7 @@ class Sequence:
     arrived: float
     prompt: npt.NDArray[np.int32]
     max_tokens: int  # counted over the whole generation, `given` included
-    sampler: Sampler
-    ignore_eos: bool
+    choice: Choice  # how its tokens are chosen
     stream: bool
     new_text: Callable[[], TextStream]  # as it is before the first token
     constraint: Constraint | None = None
@@ -69,7 +71,10 @@ class Sequence:
     forced: int = 0  # leading tokens of `out` that were given, not sampled here
     limit: int = 0  # how many tokens `out` may come to hold
     limit_reason: str = "length"
-    plain: bool = False  # the next token is the arg max, and nothing else looks at the row
+    plain: bool = False  # the next token is what the sampler draws, and nothing else looks at the row
+    lookup: Lookup | None = None  # its tokens, to guess the next ones
+    raw: Raw | None = None  # what the row at hand was, where log probabilities are wanted
+    logprobs: Logprobs | None = None  # of `out`
     fed: int = 0  # tokens of `out` whose bytes `text` has seen
     snapshot: Node[Any] | npt.NDArray[np.uint8] | None = None  # its state while it has no slot
     leader: Sequence | None = None  # computes the beginning of this prompt just now …
@@ -123,13 +128,11 @@ class Sequence:
         """Are there generated tokens left that must go through decode steps again?"""
         return self.length - len(self.prompt) < len(self.out) - 1
 
-    def recent(self) -> list[int]:
-        """The last tokens, for the repeat penalty."""
-        if self.sampler.repeat_penalty == 1:
-            return []
-        out = self.out[-PENALTY_WINDOW:]
-        missing = PENALTY_WINDOW - len(out)
-        return [*self.prompt[-missing:].tolist(), *out] if missing else out
+    @property
+    def simple(self) -> bool:
+        """Are its rows only drawn from?"""
+        choice = self.choice
+        return choice.edits is None and choice.mirostat is None and self.logprobs is None and self.constraint is None
 
     def tokens(self) -> npt.NDArray[np.int32]:
         """Prompt and output so far."""

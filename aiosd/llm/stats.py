@@ -58,6 +58,10 @@ class Meter:
         """How many prompt tokens are computed in so much time."""
         return max(least, int(self._prefill_rate * seconds)) if self._prefill_rate else unknown
 
+    def prompt_token_s(self) -> float:
+        """Seconds for a token of a prompt; 0: none was computed yet."""
+        return 1 / self._prefill_rate if self._prefill_rate else 0.0
+
     def stats(self) -> dict[str, Any]:
         now = self._clock()
         marks = [mark for mark in self._marks if now - mark[0] <= WINDOW + 1] or [self._marks[-1]]

@@ -1,0 +1,81 @@
+"""Mirostat: draws so that the surprise of the text stays near a target (Basu et al., 2020), in both of its versions.
+
+`mu`, the surprise that is allowed at most, follows what was drawn. It is the one state that a sampler has: it stays
+with its call through preemption, but a call that is run again after the death of the model's process, from the tokens
+that it has given out, begins with a fresh one, because their surprise is not known any more.
+"""
+
+from __future__ import annotations
+
+import math
+
+import numpy as np
+import numpy.typing as npt
+
+from aiosd.llm.sampling import NOTHING, uniform
+
+Row = npt.NDArray[np.float32]
+Doubles = npt.NDArray[np.float64]
+
+#: How many of the likeliest tokens version 1 looks at to see how fast they become less likely.
+_LOOKED_AT = 100
+
+
+class Mirostat:
+    """The state of one call. `version` 1 or 2; `tau`: the wanted surprise in bits; `eta`: how fast to learn."""
+
+    def __init__(self, version: int, tau: float, eta: float, temperature: float, seed: int) -> None:
+        self._version, self._tau, self._eta = version, tau, eta
+        self._temperature, self._seed = temperature, seed
+        self.mu = 2 * tau
+        self._surprise = tau
+
+    def draw(self, row: Row, index: int) -> int:
+        """The token for place `index`, or NOTHING. Drawn again for the same place, the last one counts."""
+        ids, probabilities = _sorted(row, self._temperature)
+        if not len(ids):
+            return NOTHING
+        count = self._count_1(probabilities, len(row)) if self._version == 1 else self._count_2(probabilities)
+        cumulative = np.cumsum(probabilities[:count])
+        place = int(np.searchsorted(cumulative, uniform(self._seed, index) * cumulative[-1], side="right"))
+        place = min(place, count - 1)
+        self._surprise = -math.log2(probabilities[place] / cumulative[-1])
+        return int(ids[place])
+
+    def learn(self) -> None:
+        """What was drawn last is part of the text."""
+        self.mu -= self._eta * (self._surprise - self._tau)
+
+    def _count_2(self, probabilities: Doubles) -> int:
+        """Those whose surprise is not above mu: a head of the list, of one at least."""
+        return max(int((-np.log2(probabilities) <= self.mu).sum()), 1)
+
+    def _count_1(self, probabilities: Doubles, vocabulary: int) -> int:
+        """As many as an estimate of Zipf's exponent says."""
+        head = probabilities[:_LOOKED_AT]
+        if len(head) < 2:
+            return 1
+        steps = np.log(np.arange(2, len(head) + 1) / np.arange(1, len(head)))
+        falls = np.log(head[:-1] / head[1:])
+        exponent = float((steps * falls).sum() / (steps * steps).sum())
+        excess = exponent - 1
+        if exponent <= 0 or excess == 0:
+            return len(probabilities)
+        with np.errstate(over="ignore", invalid="ignore", divide="ignore"):
+            bound = np.float64(excess * 2.0**self.mu) / (1 - np.float64(vocabulary) ** -excess)
+            count = float(np.power(bound, 1 / exponent))
+        return len(probabilities) if not count < len(probabilities) else max(int(count), 1)
+
+
+def _sorted(row: Row, temperature: float) -> tuple[npt.NDArray[np.int64], Doubles]:
+    """The tokens that can be drawn at all, the likeliest first, and their probabilities."""
+    ids = np.flatnonzero(row > -np.inf)
+    if not len(ids):
+        return ids, np.zeros(0)
+    logits = np.minimum(row[ids].astype(np.float64), np.finfo(np.float32).max)
+    with np.errstate(over="ignore"):
+        weights = np.exp((logits - logits.max()) / temperature)
+    keep = weights > 0
+    ids, weights = ids[keep], weights[keep]
+    order = np.lexsort((ids, -weights))
+    return ids[order], weights[order] / weights.sum()

@@ -1,0 +1,392 @@
+/* One token for each row of logits, as sampling.py describes it, and with the same result bit for bit: both do the
+ * same operations on doubles in the same order. So no fused multiply-add (-ffp-contract=off), sums one after the
+ * other, and an exponential of our own.
+ *
+ * A row is read once. With top-k, a heap keeps the k largest so far, and whole blocks of words that are smaller than
+ * all of these are passed over by a vectorised comparison. Everything after that works on the few that are left.
+ * What is no number is never taken; -inf neither.
+ *
+ * Plain C; all memory comes from the caller. Safe for several threads with scratch memory of their own.
+ */
+
+#include <math.h>
+#include <stdint.h>
+#include <string.h>
+
+#define BLOCK 64     /* words that are compared at once; a vocabulary need not be a multiple */
+#define MOST_HEAP 512 /* a larger k is sorted out */
+#define CHUNK 256    /* weights that are computed at once */
+#define SMALL 48     /* as many are sorted by insertion */
+
+/* As the array in sampling.py. */
+typedef struct {
+    double temperature, top_p, min_p, xtc_probability, xtc_threshold;
+    uint64_t seed;
+    int64_t index;
+    int64_t row;
+    int64_t top_k; /* 0: off */
+} params;
+
+typedef struct {
+    float logit;
+    int32_t id;
+} word;
+
+/* ── for each instruction set the same loops, from one text ───────────────────────────────────────────────────── */
+
+#define BODY static inline __attribute__((always_inline))
+
+BODY float largest_body(const float *row, int64_t n)
+{
+    float lanes[32], most = -INFINITY;
+    int64_t i = 0;
+    for (int j = 0; j < 32; j++)
+        lanes[j] = -INFINITY;
+    for (; i + 32 <= n; i += 32)
+        for (int j = 0; j < 32; j++)
+            lanes[j] = row[i + j] > lanes[j] ? row[i + j] : lanes[j]; /* false for what is no number */
+    for (; i < n; i++)
+        most = row[i] > most ? row[i] : most;
+    for (int j = 0; j < 32; j++)
+        most = lanes[j] > most ? lanes[j] : most;
+    return most;
+}
+
+/* Is any of a block's words above the limit? */
+BODY int any_above_body(const float *block, float limit)
+{
+    int32_t above[16] = {0}, any = 0;
+    for (int i = 0; i < BLOCK; i += 16)
+        for (int j = 0; j < 16; j++)
+            above[j] |= block[i + j] > limit;
+    for (int j = 0; j < 16; j++)
+        any |= above[j];
+    return any;
+}
+
+/* The first block from `i` on with a word above the limit, or where no whole block is left. */
+BODY int64_t next_block_body(const float *row, int64_t i, int64_t n, float limit)
+{
+    while (i + BLOCK <= n && !any_above_body(row + i, limit))
+        i += BLOCK;
+    return i;
+}
+
+/* e^x for x ≤ 0; 0 below -708. x = n · ln 2 + r, then a polynomial in r. `exponential` in sampling.py. */
+BODY void exponentials_body(const double *x, double *y, int64_t n)
+{
+    for (int64_t i = 0; i < n; i++) {
+        const double at = x[i] > -708.0 ? x[i] : -708.0;
+        const double shifted = at * 1.4426950408889634 + 6755399441055744.0;
+        const double whole = shifted - 6755399441055744.0;
+        const double r = (at - whole * 0.6931471803691238) - whole * 1.9082149292705877e-10;
+        double p = 1.6059043836821613e-10;
+        p = p * r + 2.08767569878681e-09;
+        p = p * r + 2.505210838544172e-08;
+        p = p * r + 2.755731922398589e-07;
+        p = p * r + 2.7557319223985893e-06;
+        p = p * r + 2.48015873015873e-05;
+        p = p * r + 0.0001984126984126984;
+        p = p * r + 0.001388888888888889;
+        p = p * r + 0.008333333333333333;
+        p = p * r + 0.041666666666666664;
+        p = p * r + 0.16666666666666666;
+        p = p * r + 0.5;
+        p = p * r + 1.0;
+        p = p * r + 1.0;
+        uint64_t bits;
+        memcpy(&bits, &shifted, 8);
+        bits = (bits + 1023) << 52; /* the low bits of `shifted` are the whole number */
+        double power;
+        memcpy(&power, &bits, 8);
+        y[i] = x[i] < -708.0 ? 0.0 : p * power;
+    }
+}
+
+static float largest_plain(const float *row, int64_t n) { return largest_body(row, n); }
+static int64_t next_block_plain(const float *row, int64_t i, int64_t n, float limit)
+{
+    return next_block_body(row, i, n, limit);
+}
+static void exponentials_plain(const double *x, double *y, int64_t n) { exponentials_body(x, y, n); }
+
+static float (*largest)(const float *, int64_t) = largest_plain;
+static int64_t (*next_block)(const float *, int64_t, int64_t, float) = next_block_plain;
+static void (*exponentials)(const double *, double *, int64_t) = exponentials_plain;
+
+#if defined(__x86_64__) && defined(__GNUC__)
+#define AVX2 __attribute__((target("avx2")))
+AVX2 static float largest_avx2(const float *row, int64_t n) { return largest_body(row, n); }
+AVX2 static int64_t next_block_avx2(const float *row, int64_t i, int64_t n, float limit)
+{
+    return next_block_body(row, i, n, limit);
+}
+AVX2 static void exponentials_avx2(const double *x, double *y, int64_t n) { exponentials_body(x, y, n); }
+
+void aios_sampling_start(int vectors)
+{
+    const int wide = vectors && __builtin_cpu_supports("avx2");
+    largest = wide ? largest_avx2 : largest_plain;
+    next_block = wide ? next_block_avx2 : next_block_plain;
+    exponentials = wide ? exponentials_avx2 : exponentials_plain;
+}
+#else
+void aios_sampling_start(int vectors) { (void)vectors; }
+#endif
+
+/* ── chance ───────────────────────────────────────────────────────────────────────────────────────────────────── */
+
+/* `uniform` in sampling.py */
+static double uniform(uint64_t seed, uint64_t index)
+{
+    uint64_t x = seed * 0xD1342543DE82EF95u + index * 0x9E3779B97F4A7C15u + 0x632BE59BD9B4E019u;
+    for (int i = 0; i < 2; i++) {
+        x = (x ^ (x >> 30)) * 0xBF58476D1CE4E5B9u;
+        x = (x ^ (x >> 27)) * 0x94D049BB133111EBu;
+        x ^= x >> 31;
+    }
+    return (double)(x >> 11) * 0x1p-53;
+}
+
+/* ── order: the largest logit first, of equal ones the smallest id ────────────────────────────────────────────── */
+
+static inline int before(word a, word b) { return a.logit > b.logit || (a.logit == b.logit && a.id < b.id); }
+
+/* +inf would leave no distances; -0 is 0. */
+static inline float tamed(float logit) { return logit > 3.4028235e38f ? 3.4028235e38f : logit + 0.0f; }
+
+/* The root is the word that goes first when a better one comes. */
+static void sift(word *heap, int64_t size, int64_t at)
+{
+    const word moved = heap[at];
+    for (;;) {
+        int64_t child = 2 * at + 1;
+        if (child >= size)
+            break;
+        if (child + 1 < size && before(heap[child], heap[child + 1]))
+            child++;
+        if (!before(moved, heap[child]))
+            break;
+        heap[at] = heap[child];
+        at = child;
+    }
+    heap[at] = moved;
+}
+
+/* The k first words of a row, sorted; returns how many there are. Words come by ascending id, so that of equal ones
+ * the first stay. */
+static int64_t first_k(const float *row, int64_t n, int64_t k, word *heap)
+{
+    int64_t size = 0, i = 0;
+    for (; i < n && size < k; i++)
+        if (row[i] > -INFINITY)
+            heap[size++] = (word){tamed(row[i]), (int32_t)i};
+    for (int64_t at = size / 2 - 1; at >= 0; at--)
+        sift(heap, size, at);
+    while (i < n) {
+        i = next_block(row, i, n, heap[0].logit);
+        const int64_t end = i + BLOCK < n ? i + BLOCK : n;
+        for (; i < end; i++)
+            if (row[i] > heap[0].logit) { /* false for what is no number */
+                heap[0] = (word){tamed(row[i]), (int32_t)i};
+                sift(heap, size, 0);
+            }
+    }
+    for (int64_t left = size - 1; left > 0; left--) { /* the root is the last of those that are left */
+        const word last = heap[0];
+        heap[0] = heap[left];
+        heap[left] = last;
+        sift(heap, left, 0);
+    }
+    return size;
+}
+
+static inline uint32_t sort_key(float logit)
+{
+    uint32_t bits;
+    memcpy(&bits, &logit, 4);
+    return bits & 0x80000000u ? bits : ~(bits | 0x80000000u); /* ascending keys: descending logits */
+}
+
+/* `words` come by ascending id, and the sort is stable. `other`: as much room. Returns where the result lies. */
+static word *sorted(word *words, word *other, int64_t n)
+{
+    if (n <= SMALL) {
+        for (int64_t i = 1; i < n; i++) {
+            const word moved = words[i];
+            int64_t j = i;
+            for (; j > 0 && before(moved, words[j - 1]); j--)
+                words[j] = words[j - 1];
+            words[j] = moved;
+        }
+        return words;
+    }
+    for (int shift = 0; shift < 32; shift += 8) {
+        int64_t places[257] = {0};
+        for (int64_t i = 0; i < n; i++)
+            places[(sort_key(words[i].logit) >> shift & 255) + 1]++;
+        for (int i = 0; i < 256; i++)
+            places[i + 1] += places[i];
+        for (int64_t i = 0; i < n; i++)
+            other[places[sort_key(words[i].logit) >> shift & 255]++] = words[i];
+        word *swapped = words;
+        words = other;
+        other = swapped;
+    }
+    return words;
+}
+
+/* ── the filters ──────────────────────────────────────────────────────────────────────────────────────────────── */
+
+typedef struct {
+    word *words, *other;
+    double *weights;
+    int64_t count;
+    double total; /* of the weights after top-k */
+} survivors;
+
+/* The whole row, without what is less likely than `least` times the likeliest. The total is that of all. */
+static void above(const float *row, int64_t n, float most, double least, survivors *s)
+{
+    double x[CHUNK], weights[CHUNK];
+    s->count = 0;
+    s->total = 0;
+    for (int64_t start = 0; start < n; start += CHUNK) {
+        const int64_t count = n - start < CHUNK ? n - start : CHUNK;
+        for (int64_t i = 0; i < count; i++) {
+            const float logit = tamed(row[start + i]);
+            x[i] = logit > -INFINITY ? (double)logit - (double)most : -1e9;
+        }
+        exponentials(x, weights, count);
+        for (int64_t i = 0; i < count; i++) {
+            s->total += weights[i];
+            if (weights[i] >= least)
+                s->words[s->count++] = (word){tamed(row[start + i]), (int32_t)(start + i)};
+        }
+    }
+}
+
+static void weigh(survivors *s, double by)
+{
+    const double most = s->words[0].logit;
+    for (int64_t i = 0; i < s->count; i++)
+        s->weights[i] = by == 1.0 ? s->words[i].logit - most : (s->words[i].logit - most) / by;
+    exponentials(s->weights, s->weights, s->count);
+}
+
+static void top_k(const float *row, int64_t n, int64_t k, double least, survivors *s)
+{
+    if (k <= MOST_HEAP) {
+        s->count = first_k(row, n, k, s->words);
+    } else {
+        s->count = 0;
+        for (int64_t i = 0; i < n; i++)
+            if (row[i] > -INFINITY)
+                s->words[s->count++] = (word){tamed(row[i]), (int32_t)i};
+        word *result = sorted(s->words, s->other, s->count);
+        s->other = result == s->words ? s->other : s->words;
+        s->words = result;
+        s->count = s->count < k ? s->count : k;
+    }
+    if (!s->count)
+        return;
+    weigh(s, 1.0);
+    s->total = 0;
+    for (int64_t i = 0; i < s->count; i++)
+        s->total += s->weights[i];
+    while (s->weights[s->count - 1] < least)
+        s->count--;
+}
+
+static void whole(const float *row, int64_t n, double least, survivors *s)
+{
+    const float most = tamed(largest(row, n));
+    s->count = 0;
+    if (!(most > -INFINITY))
+        return;
+    above(row, n, most, least, s);
+    word *result = sorted(s->words, s->other, s->count);
+    s->other = result == s->words ? s->other : s->words;
+    s->words = result;
+    weigh(s, 1.0);
+}
+
+static void top_p(survivors *s, double p)
+{
+    double sum = 0;
+    for (int64_t i = 0; i < s->count; i++) {
+        sum += s->weights[i];
+        if (sum >= p * s->total) {
+            s->count = i + 1;
+            return;
+        }
+    }
+}
+
+/* Exclude the top choices: all that are likely enough but the last of these. */
+static void exclude(survivors *s, const params *p)
+{
+    if (p->xtc_probability <= 0 || p->xtc_threshold > 0.5 || s->count < 2 ||
+        uniform(p->seed, (uint64_t)p->index + (1ull << 62)) > p->xtc_probability)
+        return;
+    double sum = 0;
+    int64_t last = 0;
+    for (int64_t i = 0; i < s->count; i++)
+        sum += s->weights[i];
+    while (last + 1 < s->count && s->weights[last + 1] >= p->xtc_threshold * sum)
+        last++;
+    s->words += last;
+    s->count -= last;
+}
+
+static int32_t likeliest(const float *row, int64_t n)
+{
+    const float most = largest(row, n);
+    if (!(most > -INFINITY))
+        return -1;
+    int64_t i = next_block(row, 0, n, nextafterf(most, -INFINITY));
+    while (!(row[i] == most))
+        i++;
+    return (int32_t)i;
+}
+
+static int32_t draw(const float *row, int64_t n, const params *p, survivors s)
+{
+    if (p->temperature == 0)
+        return likeliest(row, n);
+    const double least = p->min_p > 1e-30 ? p->min_p : 1e-30;
+    if (p->top_k > 0 && p->top_k < n)
+        top_k(row, n, p->top_k, least, &s);
+    else
+        whole(row, n, least, &s);
+    if (!s.count)
+        return -1;
+    if (p->top_p < 1)
+        top_p(&s, p->top_p);
+    exclude(&s, p);
+    weigh(&s, p->temperature);
+    double sum = 0, reached = 0;
+    for (int64_t i = 0; i < s.count; i++)
+        sum += s.weights[i];
+    const double target = uniform(p->seed, (uint64_t)p->index) * sum;
+    for (int64_t i = 0; i < s.count; i++) {
+        reached += s.weights[i];
+        if (reached > target)
+            return s.words[i].id;
+    }
+    return s.words[s.count - 1].id;
+}
+
+/* ── what is called ───────────────────────────────────────────────────────────────────────────────────────────── */
+
+/* Bytes of scratch memory for rows of n words. */
+int64_t aios_sampling_scratch(int64_t n) { return n * (int64_t)(2 * sizeof(word) + sizeof(double)); }
+
+/* tokens[i] for p[i], of row p[i].row; -1 where no word of the row is a number above -inf. */
+void aios_sample(const float *logits, int64_t n, const params *p, int64_t count, int32_t *tokens, char *scratch)
+{
+    for (int64_t i = 0; i < count; i++) {
+        survivors s = {(word *)scratch, (word *)scratch + n, (double *)(scratch + 2 * n * (int64_t)sizeof(word)), 0, 0};
+        tokens[i] = draw(logits + p[i].row * n, n, p + i, s);
+    }
+}

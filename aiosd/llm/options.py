@@ -1,0 +1,121 @@
+"""What a call asks of sampling, turned from the wire's numbers into what the engine works with."""
+
+from __future__ import annotations
+
+from collections import OrderedDict
+from dataclasses import dataclass
+
+import numpy as np
+
+from aiosd.llm import llama
+from aiosd.llm.mirostat import Mirostat
+from aiosd.llm.penalties import Breakers, Dry, Edits
+from aiosd.llm.sampling import Sampler
+from libaios.wire import BREAKERS, Sampling
+
+_REMEMBERED = 16  # sets of breakers: to find one looks at the whole vocabulary
+_LONGEST_TAIL = 20  # tokens that must follow the one that begins a breaker
+
+
+@dataclass(frozen=True, slots=True)
+class Choice:
+    """How the tokens of one call are chosen."""
+
+    sampler: Sampler
+    edits: Edits | None
+    mirostat: Mirostat | None
+    stops: frozenset[int]  # tokens that end it and are no part of it
+    top_logprobs: int | None  # alternatives wanted with each token's log probability; None: not even that
+
+
+class Options:
+    """Makes choices for one model."""
+
+    def __init__(self, model: llama.Model) -> None:
+        self._model = model
+        self._breakers: OrderedDict[tuple[str, ...], Breakers] = OrderedDict()
+
+    def choice(self, sampling: Sampling, constrained: bool) -> Choice:
+        ends = frozenset() if sampling.ignore_eos and not constrained else self._model.end_tokens
+        stops = ends | frozenset(sampling.stop_tokens)
+        edits = self._edits(sampling, stops)
+        return Choice(
+            sampler=_sampler(sampling),
+            edits=None if edits.none else edits,
+            mirostat=_mirostat(sampling),
+            stops=stops,
+            top_logprobs=min(sampling.top_logprobs, self._model.n_vocab) if sampling.logprobs else None,
+        )
+
+    def _edits(self, sampling: Sampling, stops: frozenset[int]) -> Edits:
+        return Edits(
+            bias_ids=np.array(list(sampling.logit_bias), np.int64),
+            bias=np.array(list(sampling.logit_bias.values()), np.float32),
+            min_tokens=sampling.min_tokens,
+            # With ignore_eos too: the least number of tokens is not reached by tokens without text.
+            ends=np.array(sorted(stops | self._model.end_tokens), np.int64),
+            repeat_penalty=sampling.repeat_penalty,
+            presence_penalty=sampling.presence_penalty,
+            frequency_penalty=sampling.frequency_penalty,
+            dry=self._dry(sampling),
+        )
+
+    def _dry(self, sampling: Sampling) -> Dry | None:
+        if not sampling.dry_multiplier or not sampling.dry_last_n:
+            return None
+        return Dry(
+            multiplier=sampling.dry_multiplier,
+            base=sampling.dry_base,
+            allowed_length=sampling.dry_allowed_length,
+            last_n=sampling.dry_last_n,
+            breakers=self._breakers_of(BREAKERS if sampling.dry_breakers is None else tuple(sampling.dry_breakers)),
+        )
+
+    def _breakers_of(self, texts: tuple[str, ...]) -> Breakers:
+        found = self._breakers.get(texts)
+        if found is None:
+            found = self._breakers[texts] = self._find_breakers(texts)
+            if len(self._breakers) > _REMEMBERED:
+                self._breakers.popitem(last=False)
+        return found
+
+    def _find_breakers(self, texts: tuple[str, ...]) -> Breakers:
+        """The tokens that hold a breaker, and those that end with the beginning of one, with the rest of it."""
+        found: Breakers = {}
+        for text in texts:
+            wanted = text.encode(errors="replace")
+            for token, piece in enumerate(self._model.pieces):
+                for rest in _rests(piece, wanted):
+                    tail = self._model.tokenize(rest.decode(errors="replace"), bos=False, special=False) if rest else []
+                    found.setdefault(token, []).append(tuple(tail[:_LONGEST_TAIL]))
+        return found
+
+
+def _rests(piece: bytes, wanted: bytes) -> list[bytes]:
+    """What is missing of `wanted` after `piece`: nothing if it is in there, else for each of its heads with which the
+    piece ends."""
+    if wanted in piece:
+        return [b""]
+    heads = range(1, min(len(piece), len(wanted) - 1) + 1)
+    return [wanted[head:] for head in heads if piece.endswith(wanted[:head])]
+
+
+def _sampler(sampling: Sampling) -> Sampler:
+    return Sampler(
+        temperature=sampling.temperature,
+        top_k=sampling.top_k,
+        top_p=sampling.top_p,
+        min_p=sampling.min_p,
+        seed=sampling.seed,
+        xtc_probability=sampling.xtc_probability,
+        xtc_threshold=sampling.xtc_threshold,
+    )
+
+
+def _mirostat(sampling: Sampling) -> Mirostat | None:
+    """Without temperature there is nothing to draw."""
+    if not sampling.mirostat or not sampling.temperature:
+        return None
+    return Mirostat(
+        sampling.mirostat, sampling.mirostat_tau, sampling.mirostat_eta, sampling.temperature, sampling.seed
+    )
