@@ -13,7 +13,6 @@ Files, from the bottom up:
     options.py     what a call asks of these, made from the wire's numbers
     logprobs.py    what the model gave for the token that was chosen
     picking.py     the next token of every call of a step
-    lookup.py      tokens guessed from where the last few stood before (off)
     tokens.py      text to token ids, recent segments remembered
     text.py        bytes to characters to pieces: split UTF-8, stop strings, thoughts, triggers
     numbers.py     numbers between limits as rules of a grammar (pure)

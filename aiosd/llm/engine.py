@@ -36,7 +36,6 @@ from aiosd.errors import Bug
 from aiosd.link import Delta, Failed, Finished, Key, Started, Step, Submit
 from aiosd.llm import llama
 from aiosd.llm.cache import Cache
-from aiosd.llm.lookup import MOST_CALLS, MOST_ROWS, Guesser
 from aiosd.llm.picking import Picker, Rows
 from aiosd.llm.policy import Fifo, Policy
 from aiosd.llm.request import Prepared, Requests
@@ -99,7 +98,6 @@ class Engine:
         disk: int = 0,
         folder: str = "",
         cancelled: Callable[[], set[Key]] = set,
-        lookup: bool = False,
     ) -> None:
         self.model = model
         self.requests = Requests(model, ctx)
@@ -118,8 +116,6 @@ class Engine:
         self._picker = Picker(Drawer())
         # A draft needs cells that can be forgotten again, and its rows differ in their last bits from single ones.
         whole = not (exact or model.recurrent or model.n_swa)
-        self._lookup = lookup and whole and min(context.outputs, context.ubatch) >= MOST_ROWS
-        self._guesser = Guesser(self.meter.prompt_token_s)
 
         self._calls: dict[Key, Sequence] = {}
         self._waiting: dict[Key, Sequence] = {}
@@ -252,7 +248,9 @@ class Engine:
             self._say_started()  # before anything is computed: whoever dies of it must be known to have run
         self._prefill()
         self._choose()
-        generated = self._generate() if self._rows else 0
+        generated = len(self._rows)
+        if generated:
+            self._decode()
         self._report()
         self.meter.end(generated)
         if not self._calls:
@@ -518,58 +516,6 @@ class Engine:
                 taken.add(slot + 1)
                 dummies.append((slot + 1, self._context.last_position(slot + 1) + 1))
         return dummies
-
-    def _generate(self) -> int:
-        """A token for each call of the step, or several where they can be guessed. How many."""
-        if not self._lookup or len(self._rows) > MOST_CALLS:
-            self._decode()
-            return len(self._rows)
-        calls, began = len(self._rows), self._clock()
-        drafts = self._guesser.drafts(self._rows) if self._num_pieces == 1 else []
-        generated = calls
-        if drafts:
-            generated = self._decode_drafts(drafts)
-        else:
-            self._decode()
-        self._guesser.costs.learn(calls, len(drafts[0]) if drafts else 0, self._clock() - began)
-        return generated
-
-    def _decode_drafts(self, drafts: list[list[int]]) -> int:
-        """See `lookup.py`. How many tokens it gave."""
-        rows, batch, each = self._rows, self._prompts, len(drafts[0]) + 1
-        batch.size = total = each * len(rows)
-        batch.wanted[:total] = 1
-        for i, (sequence, draft) in enumerate(zip(rows, drafts, strict=True)):
-            part = slice(i * each, (i + 1) * each)
-            batch.tokens[part] = [sequence.upcoming, *draft]
-            batch.positions[part] = np.arange(sequence.length, sequence.length + each)
-            batch.sequences[part] = sequence.slot
-        self._stale = True
-        if not self._decoded(batch, rows):
-            return 0
-        logits = self._context.logits(total)
-        return sum(
-            self._verify(sequence, draft, logits[i * each : (i + 1) * each])
-            for i, (sequence, draft) in enumerate(zip(rows, drafts, strict=True))
-        )
-
-    def _verify(self, sequence: Sequence, draft: list[int], logits: llama.Floats) -> int:
-        """Draw from one row after the other as long as what comes is what the draft says; forget the rest of it. How
-        many tokens were drawn."""
-        slot, start, right = sequence.slot, sequence.length, 0
-        for row in logits:
-            self.policy.charge([sequence], 1, self._clock())
-            sequence.length = start + right + 1
-            self._next(sequence, row, self._picker.pick_one(sequence, row))
-            if sequence.phase is not Phase.DECODE or right == len(draft) or sequence.out[-1] != draft[right]:
-                break
-            right += 1
-        self._context.cut(slot, start + right + 1)
-        assert sequence.lookup is not None
-        sequence.lookup.learn(right, len(draft))
-        self._guesser.drafted += len(draft)
-        self._guesser.right += right
-        return right + 1
 
     def _decode(self) -> None:
         rows, batch = self._rows, self._batch
@@ -838,7 +784,6 @@ class Engine:
             "running": len(self._calls) - len(self._waiting),
             "waiting": len(self._waiting),
             "policy": self.policy.name,
-            "lookup": {"drafted": self._guesser.drafted, "right": self._guesser.right},
             **self.cache.stats(),
             **self.meter.stats(),
         }

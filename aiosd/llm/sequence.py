@@ -24,7 +24,6 @@ if TYPE_CHECKING:
 
     from aiosd.llm.dialects import Reader
     from aiosd.llm.logprobs import Raw
-    from aiosd.llm.lookup import Lookup
     from aiosd.llm.options import Choice
     from aiosd.llm.prefix import Node
     from aiosd.llm.structured import Constraint
@@ -72,7 +71,6 @@ class Sequence:
     limit: int = 0  # how many tokens `out` may come to hold
     limit_reason: str = "length"
     plain: bool = False  # the next token is what the sampler draws, and nothing else looks at the row
-    lookup: Lookup | None = None  # its tokens, to guess the next ones
     raw: Raw | None = None  # what the row at hand was, where log probabilities are wanted
     logprobs: Logprobs | None = None  # of `out`
     fed: int = 0  # tokens of `out` whose bytes `text` has seen
