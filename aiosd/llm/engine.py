@@ -114,8 +114,6 @@ class Engine:
         self._clock = clock
         self._pieces = model.pieces
         self._picker = Picker(Drawer())
-        # A draft needs cells that can be forgotten again, and its rows differ in their last bits from single ones.
-        whole = not (exact or model.recurrent or model.n_swa)
 
         self._calls: dict[Key, Sequence] = {}
         self._waiting: dict[Key, Sequence] = {}
