@@ -7,6 +7,7 @@ import errno
 import json
 import os
 import signal
+import socket
 import struct
 import subprocess
 import sys
@@ -14,6 +15,7 @@ import time
 from collections.abc import Callable
 from pathlib import Path
 
+import msgspec
 import psutil
 import pytest
 
@@ -197,6 +199,75 @@ def test_the_event_loop_of_a_client_goes_on_while_there_is_no_kernel(
         assert asyncio.run(main()) == (pid, -signal.SIGTERM)
     finally:
         agent.reset()
+
+
+def connected(system: System) -> socket.socket:
+    sock = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
+    sock.settimeout(20.0)
+    sock.connect(str(system.home / "aiosd.sock"))
+    return sock
+
+
+def exchange(sock: socket.socket, message: object) -> bytes:
+    """Send one frame; the next that comes."""
+    data = wire.encode(message)
+    sock.sendall(struct.pack("<I", len(data)) + data)
+    (length,) = struct.unpack("<I", sock.recv(4, socket.MSG_WAITALL))
+    return sock.recv(length, socket.MSG_WAITALL)
+
+
+def test_a_relative_nice_that_is_sent_again_is_done_once(fresh_aiosd: Fresh) -> None:
+    """The reply was lost with the kernel that gave it."""
+    system = fresh_aiosd("--threads", "1")
+    pid = int(system.run("aios-run", "-d", "--", "sleep", "1000", check=True).stdout)
+    nice = wire.raw(wire.NiceArgs(pid, 3, relative=True))
+    with connected(system) as sock:
+        welcome = msgspec.msgpack.decode(exchange(sock, wire.Hello(wire.VERSION)), type=wire.Welcome)
+        reply = wire.decode_reply(exchange(sock, wire.Request(1, wire.Sys.NICE, nice)))
+        assert (reply.errno, msgspec.msgpack.decode(reply.body)) == (0, 3)
+    kill(system, "kernel")
+    assert system.agents()[0]["nice"] == 3
+    with connected(system) as sock:
+        exchange(sock, wire.Hello(wire.VERSION, welcome.client, welcome.boot))
+        for number, again, value in ((1, True, 3), (2, False, 6)):
+            reply = wire.decode_reply(exchange(sock, wire.Request(number, wire.Sys.NICE, nice, again)))
+            assert (reply.errno, msgspec.msgpack.decode(reply.body)) == (0, value)
+    assert system.agents()[0]["nice"] == 6
+
+
+WAITER = """
+import errno, os, sys
+from msgspec import msgpack
+from libaios import wire
+from libaios.agent import own_channel
+from libaios.channel import Channel, Side
+from libaios.wire import Spawn, Sys, Wait
+channel = Channel(*own_channel(), Side.AGENT)
+def call(number, sys_, args, again=False):
+    channel.send(wire.encode(wire.Request(number, sys_, wire.raw(args), again)))
+    while not (frames := channel.receive()):
+        channel.wait(1.0)
+    reply = wire.decode_reply(frames[0])
+    return reply.errno or msgpack.decode(reply.body)[:2]
+pid, _ = call(1, Sys.SPAWN, Spawn("exec", "sh", ["-c", "exit 7"], dict(os.environ), "/"))
+print(call(2, Sys.WAIT, Wait(pid)) == [pid, 7], flush=True)
+while not channel.reborn:
+    channel.wait(1.0)
+channel.receive()
+channel.renew()
+print(call(2, Sys.WAIT, Wait(pid), again=True) == [pid, 7], call(3, Sys.WAIT, Wait(pid)) == errno.ECHILD)
+"""
+
+
+def test_a_wait_that_is_sent_again_gets_the_same_status_once(fresh_aiosd: Fresh, tmp_path: Path) -> None:
+    script = tmp_path / "waiter.py"
+    script.write_text(WAITER)
+    system = fresh_aiosd("--threads", "1")
+    job = system.popen("aios-run", script)
+    assert job.stdout is not None
+    assert job.stdout.readline() == "True\n"
+    kill(system, "kernel")
+    assert finish(job) == ("True True\n", "")
 
 
 def test_agents_that_end_while_there_is_no_kernel(fresh_aiosd: Fresh, tmp_path: Path) -> None:

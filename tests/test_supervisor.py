@@ -5,8 +5,12 @@ from __future__ import annotations
 import os
 import select
 import socket
+import subprocess
+
+import pytest
 
 from aiosd import link
+from aiosd.init import signals
 from aiosd.init.records import Agent, Process
 from aiosd.init.supervisor import KERNEL, Supervisor
 from libaios.stream import FrameSocket
@@ -51,3 +55,32 @@ def test_what_a_dead_kernel_had_sent_counts_though_nobody_can_be_told_any_more()
         supervisor._on_kernel(supervisor.link)
     supervisor.epoll.close()
     assert [one.reaped for one in supervisor.agents.values()] == [True, True]
+
+
+def test_a_bug_in_what_is_done_for_a_dead_child_is_not_swallowed() -> None:
+    """Whatever its type: what was to be done is not left half done without a word."""
+    supervisor = object.__new__(Supervisor)
+    supervisor.stopping = ""
+
+    def child_ended(ospid: int, status: int) -> None:
+        raise BlockingIOError(11, "a bug of ours")
+
+    supervisor._child_ended = child_ended  # type: ignore[method-assign]
+    with subprocess.Popen(["true"]) as child:
+        os.waitid(os.P_PID, child.pid, os.WEXITED | os.WNOWAIT)
+        with pytest.raises(BlockingIOError, match="a bug of ours"):
+            supervisor._reap()
+
+
+def test_descendants_are_signalled_through_pidfds_and_no_others(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A number that was given to another process meanwhile is not hit."""
+    signalled: list[int] = []
+    monkeypatch.setattr(signals.signal, "pidfd_send_signal", lambda pidfd, number: signalled.append(number))
+    monkeypatch.setattr(signals.os, "kill", lambda *args: pytest.fail("by its number"))
+    with subprocess.Popen(["cat"], stdin=subprocess.PIPE) as child:
+        monkeypatch.setattr(signals.procfs, "descendants", lambda root: [child.pid])
+        signals.signal_descendants(os.getpid(), 15)
+        assert signalled == [15]
+        signals.signal_descendants(1 << 30, 15)  # by now the number is a child of another process
+        assert signalled == [15]
+        child.stdin.close()  # type: ignore[union-attr]
