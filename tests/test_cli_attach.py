@@ -382,6 +382,19 @@ def test_dt_stopped_from_outside_and_continued(shell: Terminal, aiosd: System) -
     assert shell.exit_code() == 0
 
 
+def test_dt_an_agent_that_closes_its_terminal_goes_on(shell: Terminal, aiosd: System) -> None:
+    held(aiosd, "echo up; exec <&- >&- 2>&-; while [ ! -e $AIOS_HOME/closed ]; do sleep 0.02; done; exit 5")
+    shell.command("aios-attach held")
+    shell.expect("up\n")
+    shell.type("keys for no program\r" + DETACH)
+    assert shell.exit_code() == 0
+    shell.command("aios-attach --tail 1 held")
+    shell.expect("up\n")
+    (aiosd.home / "closed").touch()
+    assert shell.exit_code() == 5
+    (aiosd.home / "closed").unlink()
+
+
 def test_dt_all_output_is_in_the_log(aiosd: System) -> None:
     pid = held(aiosd, "seq 1 20000; exit 3")
     done = aiosd.run("aios-attach", "--tail", "20000", pid)  # without a terminal: the log alone
