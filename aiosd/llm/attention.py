@@ -1,11 +1,12 @@
 """Attention of our own on the CPU, in llama.cpp's graphs (`native/attention.c` says how, and how it gets there).
 
-Two things make it worth its while. A row reads as much as it may see, not as much as the longest of its batch; and what
-many sequences share is read once for all of them, from where it is kept (`bases.py`), not from a copy in each slot.
+It is faster for two reasons. A row reads only the cells that it may see, not as many as the longest row of its batch;
+and tokens that many sequences share are read once for all of them, from the store (`bases.py`), not from a copy in
+each slot.
 
-It is compiled when the package is installed. Where that did not work, on another processor, for a model whose
-attention it cannot compute, or with a GPU, llama.cpp's own is used: `load` raises Unavailable, or `trial.py` finds a
-reason when a model is loaded.
+It is compiled when the package is installed. If that failed, or for another processor, a GPU, or a model whose
+attention it cannot compute, llama.cpp's own attention is used: `load` raises Unavailable, or `trial.py` finds a reason
+when the model is loaded.
 """
 
 from __future__ import annotations
@@ -55,14 +56,13 @@ class _Struct(ctypes.Structure):
 
 
 class Unavailable(Exception):
-    """There is no attention of our own here; the text says why."""
+    """Our own attention cannot be used here; the text gives the reason."""
 
 
 class Attention:
-    """The attention of one context, and the state outside of its cache that its sequences read.
+    """The attention of one context, and the state outside of its cache that its sequences read (runs).
 
-    What is written here holds from the next decode on; the arrays that runs point to must live until they are
-    replaced.
+    Changes take effect with the next decode. The arrays that runs point to must live until the runs are replaced.
     """
 
     def __init__(self, library: Any, operations: tuple[int, int], streams: int) -> None:
@@ -81,7 +81,7 @@ class Attention:
 
     @classmethod
     def load(cls, streams: int) -> Attention:
-        """Raises Unavailable: it was not compiled, this processor lacks the instructions, or ggml is not as it was."""
+        """Raises Unavailable: not compiled, unsuitable processor, or ggml has another layout."""
         spec = importlib.util.find_spec("aiosd.llm._attention")
         if spec is None or spec.origin is None:
             raise Unavailable("aiosd was installed without its part in C")
@@ -90,7 +90,7 @@ class Attention:
         except OSError as error:
             raise Unavailable(f"aiosd's part in C cannot be loaded: {error}") from error
         operations = _operations()
-        width = int(os.environ.get("AIOS_VECTOR_WIDTH", "0"))  # of no more floats, to test what other processors do
+        width = int(os.environ.get("AIOS_VECTOR_WIDTH", "0"))  # at most this wide, to test other processors
         if operations is None or not _tensors_as_known(library, operations[2]):
             raise Unavailable("this llama.cpp lays out its tensors in another way")
         if not library.aios_attention_start(width):
@@ -99,7 +99,7 @@ class Attention:
         return cls(library, operations[:2], streams)
 
     def close(self) -> None:
-        """When the context is gone: nothing is computed with it any more."""
+        """Free it. Call only after the context is closed, when nothing can compute with it any more."""
         self._library.aios_attention_free(self.data)
 
     @property
@@ -111,23 +111,23 @@ class Attention:
         self._struct.enabled = enabled
 
     def set_threads(self, threads: int) -> None:
-        """What has less to do than one thing for each thread is left to llama.cpp, unless a base is in it."""
+        """Nodes with fewer units of work than threads are left to llama.cpp, unless they read a base."""
         self._struct.threads = threads
 
     @property
     def used(self) -> bool:
-        """Has it computed every attention that came by so far?"""
+        """Has it computed every attention so far?"""
         return self._struct.rewritten > 0 and not self._struct.refused
 
     @property
     def refusal(self) -> str:
-        """Why an attention that came by could not be computed, '' if all could."""
+        """Why an attention could not be computed, '' if all could."""
         return str(self._struct.why.decode()) if self._struct.refused else ""
 
     @contextlib.contextmanager
     def judged(self, skip: int = 0) -> Iterator[None]:
-        """Compare every attention that is computed meanwhile with exact arithmetic on its very inputs. `skip`: ours
-        also as if the first so many cells of a stream lay in its base only."""
+        """Inside this block, compare every attention with exact arithmetic on the same inputs. `skip`: also test ours
+        as if the first `skip` cells of a stream lay in its base only."""
         self._struct.judging, self._struct.skip = (2 if skip else 1), skip
         try:
             yield
@@ -136,18 +136,18 @@ class Attention:
 
     @property
     def errors(self) -> tuple[float, float, float]:
-        """The largest found, as a part of the largest value: of llama.cpp's attention, ours, ours with a base."""
+        """The largest errors, as a part of the largest value: of llama.cpp's attention, ours, ours with a base."""
         return self._struct.theirs, self._struct.ours, self._struct.based
 
     def set_layout(self, sizes: list[int]) -> None:
-        """Runs hold so many bytes per token for K of each layer, then for V of each. None yet: no runs are read."""
+        """Bytes per token in a run: K of each layer, then V of each. Until this is called, no runs are read."""
         places = np.cumsum([0, *sizes[:-1]], dtype=np.int64).reshape(2, -1)
         self._places = places
         self._struct.key_at, self._struct.value_at = places[0].ctypes.data, places[1].ctypes.data
         self._struct.layers = places.shape[1]
 
     def set_runs(self, runs: list[tuple[int, int]]) -> None:
-        """(address, tokens) of each; `base_run` counts in them."""
+        """(address, tokens) of each run; `base_run` holds indices into this list."""
         self._runs = np.array(runs, _RUN) if runs else np.zeros(1, _RUN)
         self._struct.runs = self._runs.ctypes.data
 
@@ -156,7 +156,7 @@ def _operations() -> tuple[int, int, int] | None:
     """The numbers of FLASH_ATTN_EXT, CUSTOM and SCALE in this ggml."""
     name = ctypes.CFUNCTYPE(ctypes.c_char_p, ctypes.c_int)(("ggml_op_name", C._lib))
     numbers: dict[bytes, int] = {}
-    for number in range(_MOST_OPERATIONS):  # CUSTOM comes after the other one; beyond the last is no man's land
+    for number in range(_MOST_OPERATIONS):  # no number beyond the last operation may be asked for
         numbers[name(number)] = number
         if b"CUSTOM" in numbers:
             break
@@ -165,7 +165,7 @@ def _operations() -> tuple[int, int, int] | None:
 
 
 def _tensors_as_known(library: Any, operation: int) -> bool:
-    """Does a tensor of this ggml look as attention.c believes? `operation`: the number of SCALE."""
+    """Do the tensors of this ggml have the layout that attention.c assumes? `operation`: the number of SCALE."""
     ggml = C._lib
     free = ctypes.CFUNCTYPE(None, ctypes.c_void_p)(("ggml_free", ggml))
     pointer, integer = ctypes.c_void_p, ctypes.c_int64

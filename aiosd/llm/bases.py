@@ -1,11 +1,11 @@
-"""Beginnings that sequences read where they are kept, instead of having a copy in their slots.
+"""Shared beginnings of prompts: sequences read them in the store's memory instead of copying them into their slots.
 
-A *base* is the state of some leading tokens in the store's memory, pinned there. A slot that stands on one holds only
-what comes behind: positions go on, cells do not. All that stand on the same base go through it together, in one pass
-of attention (see `native/attention.c`).
+A *base* is the state of some leading tokens, pinned in the store's memory. A slot that *stands on* a base holds only
+the tokens after it: their positions continue those of the base, their cells begin at 0. Attention goes through a base
+once for all the sequences that stand on it (see `native/attention.c`).
 
-Invariant: a base is there as long as a slot stands on it, and its memory with it; a node of the store ends where it
-ends; `used` is what the pieces of all of them take, each counted once.
+Invariants: a base and its memory exist as long as a slot stands on it; a base ends where a node of the store ends;
+`used` is the size of the pieces of all bases, where a piece of several bases counts once.
 """
 
 from __future__ import annotations
@@ -18,26 +18,26 @@ from aiosd.llm.blob import Piece
 from aiosd.llm.contexts import Store
 from aiosd.llm.prefix import Node, Tokens, path_to
 
-#: So many tokens at least are worth a base, and so many on average each of its pieces: tiny ones cost more than a copy.
+#: A base has at least LEAST tokens, and LEAST_PIECE per piece on average: smaller ones cost more than a copy.
 LEAST, LEAST_PIECE = 32, 16
 
-#: Many slots: one in so many. A good part: one in so many.
+#: A base is reused at once (`popular`) when a quarter of all slots stand on it and it covers a third of the prompt.
 MANY, GOOD_PART = 4, 3
 
 
 @dataclass(slots=True, eq=False)
 class Base:
     key: tuple[str, bytes]  # scope and tokens
-    node: Node[Any]  # where it ends; pinned: nothing on the way to it is moved out of memory
+    node: Node[Any]  # where it ends; pinned, so that no piece from the root to it is moved out of memory
     length: int
     pieces: list[Piece] = field(default_factory=list)
     slots: set[int] = field(default_factory=set)
-    run: int = 0  # the place of its first piece among the runs
+    run: int = 0  # index of its first piece in the runs
 
 
 class Bases:
-    """Which slot stands on what. `budget`: bytes that they may keep from being evicted. `attention` None: nothing can
-    be read but what lies in a slot."""
+    """Which slot stands on which base. `budget`: bytes that bases may keep from being evicted. `attention` None: there
+    can be no bases, because llama.cpp's attention reads slots only."""
 
     def __init__(self, attention: Attention | None, store: Store | None, slots: int, budget: int) -> None:
         self._attention, self._store = None, store
@@ -57,12 +57,12 @@ class Bases:
         return self._attention is not None
 
     def length(self, slot: int) -> int:
-        """How many tokens of what a slot holds lie in its base."""
+        """How many of the slot's tokens lie in its base."""
         return self._length[slot]
 
     def popular(self, scope: str, tokens: Tokens) -> int:
-        """The length of the longest base that many slots stand on and these tokens begin with, where that is a good
-        part of them; 0: there is none."""
+        """The length of the longest base at the beginning of these tokens that many slots stand on and that covers a
+        good part of the tokens (see MANY, GOOD_PART); 0: there is none."""
         crowds = [base for base in self._bases.values() if len(base.slots) * MANY >= len(self._under)]
         fitting = [
             base.length
@@ -73,8 +73,8 @@ class Bases:
         return max(fitting, default=0)
 
     def take(self, slot: int, scope: str, tokens: Tokens, length: int) -> int:
-        """Put an empty slot on a base of `tokens[:length]`. How long it is: 0 if that cannot be, as something is not in
-        memory or it would be too much."""
+        """Put an empty slot on a base of `tokens[:length]`. Returns the base's length; 0 if there can be none: it would
+        be too short or over the budget, or a piece is not in memory."""
         if self._attention is None or length < LEAST:
             return 0
         key = scope, tokens[:length].tobytes()
@@ -101,13 +101,13 @@ class Bases:
         return base
 
     def sync(self) -> None:
-        """The store may have cut pieces into others: read those, so that the memory of the old ones is free."""
+        """When the store has split pieces, use the new ones, so that the memory of the old ones is freed."""
         assert self._store is not None
         if self._divided != self._store.divided and self._bases:
             self._publish()
 
     def cut(self, slot: int, length: int) -> None:
-        """The slot forgets what it held from a token on."""
+        """The slot keeps its first `length` tokens only."""
         if not length:
             self.drop(slot)
         elif length < self._length[slot]:
@@ -126,7 +126,7 @@ class Bases:
             self._publish()
 
     def exchange(self, a: int, b: int) -> None:
-        """Two slots change what they hold."""
+        """Two slots exchange their contents."""
         under, lengths = self._under, (self._length[b], self._length[a])
         if under[a] is under[b] is None:
             return
@@ -147,7 +147,7 @@ class Bases:
         attention.base_run[slot] = base.run if base is not None else 0
 
     def _publish(self) -> None:
-        """Tell where all pieces lie, and count them, each once."""
+        """Pass the addresses of all pieces to the attention, and count their bytes, each piece once."""
         assert self._attention is not None
         assert self._store is not None
         self._divided = self._store.divided
@@ -155,7 +155,7 @@ class Bases:
         sizes: dict[int, int] = {}
         for base in self._bases.values():
             pieces = _pieces(base.node)
-            if all(pieces) and sum(piece.length for piece in pieces if piece) == base.length:  # else it was dropped
+            if all(pieces) and sum(piece.length for piece in pieces if piece) == base.length:  # else dropped
                 base.pieces = [piece for piece in pieces if piece]
             base.run = len(runs)
             runs.extend((piece.data.ctypes.data, piece.length) for piece in base.pieces)
@@ -187,5 +187,5 @@ class Bases:
 
 
 def _pieces(node: Node[Any]) -> list[Piece | None]:
-    """From the first token to the end of a node; None: one that is not in memory."""
+    """The pieces from the first token to the end of a node; None for each that is not in memory."""
     return [on_way.payload if isinstance(on_way.payload, Piece) else None for on_way in path_to(node)]

@@ -1,4 +1,4 @@
-"""The state of a sequence as llama.cpp writes it, cut into pieces by tokens and put together again.
+"""The state of a sequence as llama.cpp writes it: cut into pieces by tokens, and joined again.
 
 `llama_state_seq_get_data` gives one block for a whole sequence. Its layout (read in `llama-kv-cache.cpp`,
 `state_write`), with N cells and S streams, all little-endian:
@@ -13,13 +13,13 @@
             for each layer  V: the same, or, transposed: type i32, element bytes u32, elements u32, and for each
                             element N values
 
-So what belongs to tokens [a, b) can be cut out, kept alone, and joined with others to a block that llama.cpp
-takes as its own, bit for bit. A piece is one array: the parts (K of layer 0, …, V of the last) one after the
-other, each as in the block. The stream header is not kept: a piece fits a context with any number of slots.
+So the bytes of tokens [a, b) can be cut out, kept alone, and joined with others to a block that is bit for bit one that
+llama.cpp would write. A piece is one array: the parts (K of layer 0, …, V of the last) one after the other, each as
+in the block. The stream header is not kept: a piece fits a context with any number of slots.
 
-The cache of layers with a window is made as large as the other, so that all cells stay in it; but a block has only
-those of them that a next token would look at. What came before is read in blocks of its own and put in (`completed`),
-so that the state may be cut anywhere.
+The cache of layers with a window is made as large as the other, so that it keeps all cells; but a block has only the
+cells that a next token would look at. Earlier cells are read in separate blocks and put in (`completed`), so that the
+state may be cut anywhere.
 
 Pure numpy. Caches of another kind (recurrent) have another layout: `Layout.of` returns None.
 """
@@ -77,13 +77,13 @@ class Section:
         return struct.pack("<II", self.transposed, self.layers)
 
     def size(self, streams: int, length: int) -> int:
-        """Bytes of so many tokens."""
+        """Bytes of `length` tokens."""
         fixed = 4 + 4 * streams + 8 + sum(len(part.header) for part in self.parts)
         return fixed + length * (_CELL.itemsize + sum(part.per_token for part in self.parts))
 
 
 class Layout:
-    """Where what lies in a block, for one context."""
+    """Where each part lies in a block, for one context."""
 
     def __init__(self, magic: int, streams: int, sections: list[Section]) -> None:
         self._magic, self._streams, self._sections = magic, streams, sections
@@ -102,18 +102,18 @@ class Layout:
 
     @property
     def by_rows(self) -> bool:
-        """Has every part a row per token?"""
+        """Does every part have a row per token?"""
         return not any(part.rows for part in self._parts)
 
     @property
     def description(self) -> list[list[int | str]]:
-        """What two contexts must have in common for one to take the other's `plain` pieces: type and size of each part.
-        Whether values are transposed, as they are without flash attention, does not matter."""
+        """Type and size of each part: where these are equal, one context can use the `plain` pieces of another. Whether
+        values are transposed, as they are without flash attention, does not matter."""
         return [[part.header[:4].hex(), part.per_token] for part in self._parts]
 
     @classmethod
     def of(cls, block: Bytes) -> Layout | None:
-        """Learn it from a block of at least one token. None: this is no plain KV cache."""
+        """The layout, learned from a block of at least one token. None: this is no plain KV cache."""
         try:
             return cls._read(bytes(block))
         except (struct.error, ValueError):
@@ -139,12 +139,12 @@ class Layout:
         return layout
 
     def size(self, length: int) -> int:
-        """Bytes of a block of so many tokens."""
+        """Bytes of a block of `length` tokens."""
         return _HEAD.size + sum(section.size(self._streams, length) for section in self._sections)
 
     def cut(self, block: Bytes, sequence: int, length: int, start: int, stop: int, first: int = 0) -> Piece:
-        """The piece for the tokens [start, stop) of a block that lay in `sequence`, where it held the tokens
-        [first, length). Raises LookupError when some of them are not in it."""
+        """The piece of the tokens [start, stop), from a block that was read from `sequence` and holds the tokens
+        [first, length). Raises LookupError when the block lacks some of them."""
         if start < first:
             raise LookupError(f"tokens from {start} on, but the block begins with {first}")
         length, start, stop = length - first, start - first, stop - first
@@ -159,7 +159,7 @@ class Layout:
     def _cut_section(
         section: Section, block: Bytes, sequence: int, where: tuple[int, int, int, int], data: Bytes
     ) -> int:
-        """Into `data`; how many bytes of it are filled."""
+        """Write one section into `data`; returns how many bytes of it are filled."""
         length, start, stop, first = where
         at = 4 + 4 * (sequence + 1)
         if int(block[at - 4 : at].view(np.uint32)[0]) != length:
@@ -197,11 +197,11 @@ class Layout:
         return Piece(data, count)
 
     def plain(self, piece: Piece) -> Piece:
-        """The same state with a row per token in every part, however this context keeps it."""
+        """The same state with a row per token in every part, even if this context keeps values transposed."""
         return self._turned(piece, plain=True)
 
     def own(self, piece: Piece) -> Piece:
-        """A plain piece as this context keeps it."""
+        """A plain piece in the layout of this context: the inverse of `plain`."""
         return self._turned(piece, plain=False)
 
     def _turned(self, piece: Piece, plain: bool) -> Piece:
@@ -269,7 +269,7 @@ class Layout:
                 target[position * part.item : (position + count) * part.item] = taken
 
     def _write_head(self, section: Section, block: Bytes, at: int, where: tuple[int, int, int]) -> int:
-        """Where the parts begin."""
+        """Write what precedes the parts; returns where the parts begin."""
         sequence, length, start = where
         counts = [0] * (sequence + 1)
         counts[sequence] = length
@@ -287,7 +287,7 @@ class Layout:
 
 @dataclass(frozen=True, slots=True)
 class _Read:
-    """A cache in a block: where it begins and ends, and which stream of it has how many cells."""
+    """A cache in a block: where it begins and ends, which stream has cells, and how many."""
 
     section: Section
     streams: int
@@ -310,7 +310,7 @@ class _Read:
 
 
 def _read_section(block: memoryview | bytes, at: int) -> _Read:
-    """The cache that begins at a place in a block."""
+    """Read the cache that begins at `at` in a block."""
     begin = at
     (streams,) = struct.unpack_from("<I", block, at)
     at += 4
@@ -358,8 +358,8 @@ def positions(block: Bytes) -> tuple[int, int] | None:
 
 
 def completed(block: Bytes, earlier: Sequence[Bytes]) -> Bytes:
-    """A block whose last cache lacks early tokens, with those put in. `earlier`: blocks that end with that cache, the
-    oldest tokens in the last of them."""
+    """A block whose last cache lacks early tokens, with these put in. `earlier`: blocks that end with the same cache;
+    the last of them has the oldest tokens."""
     blocks = [*reversed(earlier), block]
     reads = [_last_section(one) for one in blocks]
     last = reads[-1]
@@ -383,7 +383,7 @@ def completed(block: Bytes, earlier: Sequence[Bytes]) -> Bytes:
 
 
 def _in_order(positions: npt.NDArray[np.int32], start: int, stop: int) -> slice | npt.NDArray[np.int64]:
-    """Which cells hold the tokens [start, stop). Raises LookupError where one of all is missing."""
+    """Which cells hold the tokens [start, stop). Raises LookupError if one is missing."""
     expected = np.arange(len(positions), dtype=np.int32)
     if (positions == expected).all():
         return slice(start, stop)
@@ -414,6 +414,6 @@ def _takes(pieces: Sequence[Piece], length: int, start: int = 0) -> list[_Take]:
 
 
 def _items(data: Bytes, part: Part, count: int, rows: int | None = None) -> npt.NDArray[np.generic]:
-    """A transposed part as a matrix: `rows` rows (of the part, if nothing else is said) of `count` items."""
+    """A transposed part as a matrix of `count` items per row; `rows` None: all rows of the part."""
     items = data.view(f"V{part.item}" if part.item not in (1, 2, 4, 8) else f"u{part.item}")
     return items.reshape(part.rows if rows is None else rows, count)

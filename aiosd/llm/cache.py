@@ -1,15 +1,15 @@
 """Where every context lies, and every movement between the places: slots, memory, disk.
 
-The engine says who gets a slot and who gives one up; the cache fills the slot with as much of the sequence's tokens
-as is to be had anywhere, and sees to it that nothing of use is lost when a slot is given to another:
+The engine decides which sequence gets a slot and which gives one up. The cache fills the slot with the longest prefix
+of the sequence's tokens whose state is kept anywhere, and loses nothing useful when a slot goes to another sequence:
 
-- what a free slot still holds is used in place when it is the caller's own context, or nobody else would miss it;
-- else the longest prefix in the store, or in any slot, of a running call or a finished one, is copied; the part of it
-  that others need too stays where it is, if it can be read there (`bases.py`);
-- what lies in a slot that is taken goes to the store first.
+- what a free slot still holds is used in place when it is the caller's own context, or no other call would miss it;
+- else the longest prefix in the store, or in any slot (of a running or a finished call), is copied; the part that other
+  sequences need too stays where it is, if it can be read there (`bases.py`);
+- before a slot is taken, its content goes to the store.
 
-Copying the state of some hundred tokens costs what decoding one token costs; computing them again, a hundred times
-that. In exact mode only prefilled tokens are shared (see `engine.py`).
+Copying the state of a few hundred tokens takes as long as decoding one token; computing them again takes a hundred
+times as long. In exact mode only prefilled tokens are shared (see `engine.py`).
 """
 
 from __future__ import annotations
@@ -27,14 +27,14 @@ from aiosd.llm.prefix import Node, Tokens, common_prefix, most_shared
 from aiosd.llm.sequence import Phase, Sequence
 from aiosd.llm.slots import Held, Slots
 
-#: To copy so many tokens more, or to keep so many from being lost, is worth a movement.
+#: State is moved only if that saves at least WORTH tokens from being computed again. (WORTH_NOTHING: any gain counts.)
 WORTH = 16
 WORTH_NOTHING = 1
 
-#: So much of the memory for contexts may be in use by what lies in slots: it cannot be evicted then.
+#: The part of the memory for contexts that bases of slots may pin: what is pinned cannot be evicted.
 MOST_PINNED = 1 / 2
 
-#: So much of it may stay taken by buffers while no state moves.
+#: The part of it that buffers may keep while no state moves.
 MOST_BUFFERS = 1 / 4
 
 
@@ -54,12 +54,12 @@ class Cache:
     ) -> None:
         self.slots = slots
         self.store: Store | None = None
-        self.why_not = ""  # contexts stay in their slots, because …
+        self.why_not = ""  # why contexts stay in their slots
         self.copy_s = 0.0
-        self._blocks = self._block_bytes = 0  # saved whole, where there is no store
+        self._blocks = self._block_bytes = 0  # states saved whole, where there is no store
         self.copied = {"saved": 0, "restored": 0}  # bytes
         self.hits = self.misses = 0  # calls that found a beginning of their prompt, or none
-        self._reserved = 0  # bytes of memory that are left for buffers
+        self._reserved = 0  # bytes of the budget that are kept free for buffers
         self._context = context
         self._exact = exact
         self._budgets = (ram, disk, folder)
@@ -67,7 +67,7 @@ class Cache:
         self._open_store()
 
     def _open_store(self) -> None:
-        """A first block tells how blocks are laid out, or that they cannot be cut."""
+        """Read a sample block to learn how blocks are laid out, or that they cannot be cut."""
         ram, disk, folder = self._budgets
         layout = Layout.of(self._context.sample()) if ram else None
         if layout is not None:
@@ -87,8 +87,8 @@ class Cache:
     # ── into a slot ───────────────────────────────────────────────────────────────────────────────────────
 
     def seat(self, sequence: Sequence, now: float) -> None:
-        """Give the sequence a free slot (there is one), with as much of its tokens in place as can be had:
-        sets `slot`, `length`, `prefilled`."""
+        """Give the sequence a free slot (there is one), with the state of as many of its tokens as is kept anywhere.
+        Sets `slot`, `length`, `prefilled`."""
         if sequence.snapshot is not None and self._resume(sequence):
             return
         sequence.length = sequence.prefilled = 0
@@ -115,7 +115,7 @@ class Cache:
         return max(here.length if here else 0, self._elsewhere(sequence.scope, tokens, most)[0])
 
     def leader(self, sequence: Sequence) -> tuple[Sequence, int] | None:
-        """The running prefill that is worth waiting for, and up to which token."""
+        """The running prefill whose result this sequence should wait for, and up to which token."""
         if sequence.snapshot is not None or self.store is None:
             return None
         tokens, most = self._wanted(sequence)
@@ -131,14 +131,15 @@ class Cache:
         return best[2], best[0]
 
     def _wanted(self, sequence: Sequence) -> tuple[Tokens, int]:
-        """The tokens to look for, and how many of them may come from elsewhere: the last of a prompt is always
-        computed, because its logits are needed; in exact mode two, because one alone is computed otherwise."""
+        """The tokens to look for, and how many of them may come from kept state. The last token of a prompt is always
+        computed, because its logits are needed; in exact mode the last two, because one alone is computed in another
+        way."""
         if sequence.out and not self._exact:
             return sequence.tokens(), sequence.target
         return sequence.prompt, max(len(sequence.prompt) - (2 if self._exact else 1), 0)
 
     def _may_use_up(self, held: Held, length: int, sequence: Sequence) -> bool:
-        """Is what lies behind the first `length` tokens of a free slot of no use to anyone else?"""
+        """May the tokens after the first `length` of a free slot be overwritten: no other call needs them from here?"""
         return held.kept or held.peer == sequence.peer or held.reusable - length < WORTH
 
     def _elsewhere(self, scope: str, tokens: Tokens, most: int, worth: int = WORTH) -> tuple[int, int | None]:
@@ -155,7 +156,7 @@ class Cache:
         return length, source
 
     def _contents(self, scope: str) -> Iterator[tuple[int, Tokens, int]]:
-        """What lies in the slots of a scope: slot, tokens, and how many of them others may have."""
+        """The contents of the slots of a scope: slot, tokens, and how many of them other calls may use."""
         for owner in self.slots.owners():
             if owner.scope == scope:
                 yield owner.slot, owner.prompt, self._shareable(owner)
@@ -164,24 +165,24 @@ class Cache:
                 yield held.slot, held.tokens, held.reusable
 
     def _shareable(self, sequence: Sequence) -> int:
-        """Tokens of a running call that others may have."""
+        """How many tokens of a running call other calls may use."""
         return min(sequence.prefilled if self._exact else sequence.length, len(sequence.prompt))
 
     def _in_place(self, sequence: Sequence, slot: int, length: int) -> None:
         held = self.slots.held(slot)
         if not self._may_use_up(held, length, sequence):
             self._keep(slot, held.tokens, held.reusable, held.scope)
-        if not self.slots.holds(slot):  # wiped, as memory was needed
+        if not self.slots.holds(slot):  # wiped, because memory was needed
             length = 0
         self.slots.take(slot, sequence)
-        if not self._context.cut(slot, length):  # this kind of model forgets all or nothing
+        if not self._context.cut(slot, length):  # this kind of model can only forget all
             self._context.cut(slot, 0)
             length = 0
         self.bases.cut(slot, length)
         sequence.length = sequence.prefilled = length
 
     def _copy(self, sequence: Sequence, target: Held, tokens: Tokens, length: int) -> bool:
-        """From the store into a slot. False: it is not there after all, and no slot is taken."""
+        """From the store into a slot. False: it is not in the store any more, and no slot is taken."""
         if self.store is None:
             return False
         with self._copying():
@@ -195,7 +196,7 @@ class Cache:
             return True
 
     def _fill(self, sequence: Sequence, tokens: Tokens, pieces: list[Piece], length: int, public: int) -> None:
-        """Into the slot. Of the first `public` tokens, what others have too stays where it is."""
+        """Fill the slot. Of the first `public` tokens, those that others use too are not copied but read as a base."""
         assert self.store is not None
         layout, slot = self.store.layout, sequence.slot
         self._empty(slot)
@@ -212,8 +213,8 @@ class Cache:
         self.copied["restored"] += block.nbytes
 
     def _in_common(self, sequence: Sequence, tokens: Tokens) -> int:
-        """How many of the tokens to read where they are kept: as many as save most, by what lies in the other slots and
-        waits in the store. (What many stand on already is found at once.)"""
+        """How many leading tokens to read as a base: the number that saves most, judged by the tokens in the other
+        slots and in the store. (A base that many slots already stand on is taken without this search.)"""
         assert self.store is not None
         scope, slots = sequence.scope, self.slots
         popular = self.bases.popular(scope, tokens)
@@ -225,7 +226,7 @@ class Cache:
         return most_shared([*kept, *(common_prefix(tokens, other) for other in owners + held)])
 
     def _relieve(self) -> bool:
-        """Memory is needed: what free slots hold gives up its base, the one unused for longest first."""
+        """Memory is needed: wipe the free slot on a base that was unused for longest. False: there is none."""
         held = [held for held in self.slots.free_slots() if self.bases.length(held.slot)]
         if held:
             self.wipe(min(held, key=lambda held: held.used).slot)
@@ -245,14 +246,14 @@ class Cache:
         return max(self._context.last_position(slot) + 1, self.bases.length(slot))
 
     def exchange(self, sequence: Sequence, slot: int) -> None:
-        """The sequence and what lies in a free slot change places."""
+        """Exchange the sequence with the content of a free slot."""
         with self._buffers_given_back():
             self._context.exchange(sequence.slot, slot)
         self.bases.exchange(sequence.slot, slot)
         self.slots.swap(sequence, slot)
 
     def _resume(self, sequence: Sequence) -> bool:
-        """Back from where `unseat` put it. False: that is gone."""
+        """Restore the state that `unseat` saved. False: it is gone."""
         snapshot, sequence.snapshot = sequence.snapshot, None
         with self._copying():
             target = self.slots.cheapest()
@@ -265,7 +266,7 @@ class Cache:
                     sequence.length = sequence.prefilled = 0
                 return True
             assert self.store is not None
-            self._clear(target)  # first, as room for that may cost what is sought
+            self._clear(target)  # first: making room for it may evict the pieces we look for
             pieces = self.store.whole(snapshot, sequence.peer)
             if pieces is None:
                 return False
@@ -281,7 +282,7 @@ class Cache:
     # ── out of a slot ─────────────────────────────────────────────────────────────────────────────────────
 
     def unseat(self, sequence: Sequence, now: float) -> None:
-        """Preempt: the slot is free, and the sequence's state lies where `seat` finds it."""
+        """Preempt: free the slot, and keep the sequence's state where `seat` finds it."""
         slot, length = sequence.slot, sequence.length
         if length:
             with self._copying():
@@ -290,7 +291,7 @@ class Cache:
         self.slots.release(sequence, now, keep=False)
 
     def leave(self, sequence: Sequence, now: float) -> None:
-        """The call is over. What lies in its slot stays there until the slot is needed."""
+        """The call is over. Its slot keeps the content until another call needs the slot."""
         if sequence.slot >= 0:
             self.slots.release(sequence, now, keep=True, exact=self._exact)
         snapshot, sequence.snapshot = sequence.snapshot, None
@@ -301,7 +302,7 @@ class Cache:
             self._forget_block(snapshot)
 
     def _keep_block(self, block: Bytes) -> Bytes | None:
-        """Where there is no store. None: there is no room for it."""
+        """Keep a whole state where there is no store. None: there is no room."""
         if self._block_bytes + self._reserved + block.nbytes > self._budgets[0]:
             return None
         self._blocks += 1
@@ -313,13 +314,13 @@ class Cache:
         self._block_bytes -= block.nbytes
 
     def _save(self, sequence: Sequence, length: int) -> Node[Any] | Bytes | None:
-        """The slot is empty afterwards but for what `cut` leaves to be done."""
+        """Save the state of a slot, which is lost to the slot; the caller must still empty it."""
         slot, store = sequence.slot, self.store
         if store is None:
             return self._keep_block(self._read(slot))
         layout, tokens = store.layout, sequence.tokens()
         common = min(sequence.prefilled if self._exact else length, len(sequence.prompt), length)
-        common = max(common, self.bases.length(slot))  # that may reach further: tokens that were given
+        common = max(common, self.bases.length(slot))  # a base may reach further, into tokens that were given out
         first = max(store.length(sequence.scope, tokens, common), self.bases.length(slot))
         block = self._read(slot, first)
         node = self._add(sequence.scope, tokens, common, (block, slot, length, first), sequence.peer)
@@ -332,7 +333,7 @@ class Cache:
         return store.add_private(node, tokens[common:length], own, sequence.peer) or node
 
     def _read(self, slot: int, first: int = 0) -> Bytes:
-        """The state in a slot from a token on; what is before it is lost to the slot."""
+        """The state in a slot from token `first` on. The slot loses the tokens before it."""
         block = self._context.read(slot, first)
         self.copied["saved"] += block.nbytes
         return block
@@ -340,8 +341,8 @@ class Cache:
     def _add(
         self, scope: str, tokens: Tokens, stop: int, where: tuple[Bytes, int, int, int], peer: int
     ) -> Node[Any] | None:
-        """To the store, from a block that lay in a slot and holds the tokens from one number up to another. None: there
-        is no room, or it would need what the store had when the block was read."""
+        """Add to the store from `where`: a block, the slot that it was read from, and `length`, `first`: it holds the
+        tokens [first, length). None: there is no room, or the store has meanwhile lost tokens before `first`."""
         store, (block, slot, length, first) = self.store, where
         assert store is not None
         try:
@@ -352,7 +353,7 @@ class Cache:
             self.bases.sync()
 
     def _keep(self, slot: int, tokens: Tokens, stop: int, scope: str) -> None:
-        """Copy the first `stop` tokens that lie in a slot to the store, as far as it has not got them."""
+        """Copy the first `stop` tokens of a slot to the store, unless it has them."""
         store = self.store
         if store is None or store.length(scope, tokens, stop) >= stop:
             return
@@ -367,7 +368,7 @@ class Cache:
             self.slots.mark_kept(slot)
 
     def _clear(self, held: Held) -> None:
-        """Before a free slot is given to another: what only lies there goes to the store."""
+        """Before a free slot goes to another call: what is kept nowhere else goes to the store."""
         store, slot, stop = self.store, held.slot, held.reusable
         if store is None or held.kept or stop < WORTH:
             return
@@ -382,7 +383,7 @@ class Cache:
 
     @contextlib.contextmanager
     def _copying(self) -> Iterator[None]:
-        """What happens here counts as copying. Never within itself: nothing is counted twice."""
+        """The time inside this block counts as copying. Never nested, so that no time is counted twice."""
         began = self._clock()
         try:
             with self._buffers_given_back():
@@ -392,8 +393,8 @@ class Cache:
 
     @contextlib.contextmanager
     def _buffers_given_back(self) -> Iterator[None]:
-        """Through these buffers states go in and out of slots. They are part of the memory for contexts, and kept for
-        the next time if they are a small part, and the rest has left room for them."""
+        """States go in and out of slots through buffers, which count as memory for contexts. They are kept for the next
+        time if they are small and the store leaves room for them; else they are freed."""
         yield
         budget, buffers = self._budgets[0], self._context.buffer_bytes
         self._reserved = max(self._reserved, min(buffers, int(budget * MOST_BUFFERS)))
@@ -404,7 +405,7 @@ class Cache:
     # ── contexts by name ──────────────────────────────────────────────────────────────────────────────────
 
     def export(self, scope: str, tokens: Tokens, peer: int) -> Piece | None:
-        """The state of as many leading tokens as there is state of, as one piece."""
+        """The state of the longest kept prefix of these tokens, as one piece."""
         if self.store is None:
             return None
         length, source = self._elsewhere(scope, tokens, len(tokens), WORTH_NOTHING)
@@ -414,7 +415,7 @@ class Cache:
         return self.store.layout.merge(pieces, length) if length else None
 
     def take_in(self, scope: str, tokens: Tokens, piece: Piece, peer: int) -> int:
-        """Keep a state that comes from elsewhere; how many tokens of it are there now."""
+        """Keep a state read from a file; returns how many of its tokens are in the store now."""
         store = self.store
         if store is None:
             return 0
@@ -424,7 +425,7 @@ class Cache:
         return store.length(scope, tokens, piece.length)
 
     def release(self, scope: str, tokens: Tokens, peer: int) -> None:
-        """This peer does not go on with these tokens: what is kept of them for it alone goes."""
+        """This peer will not continue these tokens: drop the state that only it used."""
         for held in self.slots.free_slots():
             if (
                 held.peer == peer
@@ -436,14 +437,14 @@ class Cache:
             self.store.release(scope, tokens, peer)
 
     def gone(self, peer: int) -> None:
-        """The peer is dead: what it alone used goes first when room is needed."""
+        """The peer is dead: state that only it used goes first when room is needed."""
         if self.store is not None:
             self.store.gone(peer)
 
     # ── counts ────────────────────────────────────────────────────────────────────────────────────────────
 
     def count(self, cached: int) -> None:
-        """A call has begun with so many cached tokens."""
+        """Count a call that has begun with `cached` tokens from the cache."""
         if cached:
             self.hits += 1
         else:

@@ -1,25 +1,26 @@
-"""From messages to a prompt, by the chat template that the model carries.
+"""From messages to a prompt, by the chat template in the model's file.
 
-The template is Jinja text from the GGUF: rendered in a sandbox, as it may come from anywhere. What agents send
-is brought into the form that templates expect (the one of Hugging Face): content is a string, tools are
-{"type": "function", "function": {…}}, the arguments of past calls are objects.
+The template is Jinja text from the GGUF. It is rendered in a sandbox, and its work is counted, because the file may
+come from an untrusted source. The messages of agents are converted to the form that templates expect (that of Hugging
+Face): content is a string, tools are {"type": "function", "function": {…}}, the arguments of past calls are objects.
 
-Templates differ in what they can do, and most say it only by failing, or by dropping what they do not know. So every
-template is tried once, on a few short conversations (`Abilities`), and what it cannot do is done for it (`_fitted`):
+Templates differ in what they can do. Most show a missing ability only by failing, or by dropping what they do not know.
+So every template is tried once, on a few short conversations (`Abilities`), and `_fitted` makes up for what it lacks:
 
-- a role that it does not know: developer speaks as system, function and ipython as tool;
-- no system role (Gemma, Mistral 7B), or only at the beginning: what the system says goes before the next user message;
-- two messages of one role in a row (where roles must alternate): they become one;
-- no tools (Gemma, Mistral v0.1), or calls written in a way that no grammar here knows: the tools are described in the
-  system message, calls and results are written out as text, in the `fenced` dialect;
-- one call per message (Llama 3.1): several become several messages, each followed by its result;
-- ids of nine characters (Mistral): other ids are replaced, the same by the same.
+- an unknown role: developer becomes system, function and ipython become tool;
+- no system role (Gemma, Mistral 7B), or only at the beginning: the text of a system message is put at the beginning of
+  the next user message;
+- two messages of one role in a row, where roles must alternate: they become one message;
+- no tools (Gemma, Mistral v0.1), or calls in a form that no grammar here knows: the tools are described in the system
+  message, calls and results are written as text, in the `fenced` dialect;
+- only one call per message (Llama 3.1): several calls become several messages, each followed by its result;
+- ids of nine characters (Mistral): other ids are replaced, equal ids by equal ones.
 
-A conversation that ends with what the assistant says is continued there: the prompt ends with those words. What is left
-is the template's own refusal: EINVAL with its sentence. A template runs in a sandbox, and its work is counted.
+If a conversation ends with an assistant message, that message is continued: the prompt ends with its text. What the
+template still refuses is EINVAL with the template's own sentence.
 
-A model without a template is a base model. If its vocabulary has the marks of ChatML it gets that; else its turns end
-with its own end token, the one mark that such a model knows, and that no message can forge.
+A model without a template is a base model. If its vocabulary has the marks of ChatML, ChatML is used; else each turn
+ends with the model's end token, the one mark that such a model knows, and that no message can forge.
 """
 
 from __future__ import annotations
@@ -77,7 +78,7 @@ DEFAULT_TEMPLATE = """\
 {%- endif %}
 """
 
-#: For models that know no marks but their end token.
+#: For models whose only mark is their end token.
 PLAIN_TEMPLATE = """\
 {{- bos_token }}
 {%- for message in messages %}
@@ -86,12 +87,12 @@ PLAIN_TEMPLATE = """\
 {%- endfor %}
 {%- if add_generation_prompt %}{{- 'Assistant:' }}{%- endif %}
 """
-#: Where such a model goes on as another speaker, its turn is over.
+#: Where such a model continues with another role, its turn is over.
 PLAIN_STOPS = ("\nUser:", "\nSystem:", "\nAssistant:")
 
 
 def refuse(sentence: str, code: int = errno.EINVAL) -> OSError:
-    """What the caller gets for an argument that cannot be served."""
+    """The error for an argument that cannot be served."""
     return OSError(code, sentence)
 
 
@@ -132,7 +133,7 @@ def _call(value: Any, where: str) -> dict[str, Any]:
     return {"id": value["id"], **call} if "id" in value else call
 
 
-#: What templates know; "ipython" is Llama's word for "tool".
+#: The roles that templates know; "ipython" is Llama's word for "tool".
 ROLES = ("system", "developer", "user", "assistant", "tool", "function", "ipython")
 
 
@@ -207,7 +208,7 @@ def _tojson(
 
 
 class _Generation(Extension):
-    """`{% generation %}…{% endgeneration %}` marks for trainers what a model wrote. Here: what stands between."""
+    """`{% generation %}…{% endgeneration %}` marks text of the model for training; here it has no effect."""
 
     tags = {"generation"}  # noqa: RUF012 (Jinja wants a plain attribute)
 
@@ -216,15 +217,15 @@ class _Generation(Extension):
         return parser.parse_statements(("name:endgeneration",), drop_needle=True)
 
 
-MAX_STEPS = 2_000_000  # calls, and looks into objects
-QUICK_STEPS = 20_000  # … between two steps of decoding
-MAX_ITEMS = 1_000_000  # of all ranges, and of what is multiplied
+MAX_STEPS = 2_000_000  # function calls and attribute look-ups
+QUICK_STEPS = 20_000  # … that may run between two decode steps
+MAX_ITEMS = 1_000_000  # of all ranges and of all multiplied sequences together
 MAX_PROMPT = 1 << 26  # characters
 MAX_SECONDS = 20.0
 
 
 class _Generator(CodeGenerator):
-    """Lets the sandbox look at `~` as well."""
+    """Lets the sandbox check `~` (concatenation) as well."""
 
     def visit_Concat(self, node: nodes.Concat, frame: Frame) -> None:
         self.write("environment.together((")
@@ -235,7 +236,7 @@ class _Generator(CodeGenerator):
 
 
 class _Sandbox(ImmutableSandboxedEnvironment):
-    """Counts what a template does: one that comes from anywhere must not hold up everything."""
+    """Counts the work of a template: an untrusted one must not block the core."""
 
     intercepted_binops = frozenset({"+", "*", "**", "%"})
     code_generator_class = _Generator
@@ -272,7 +273,7 @@ class _Sandbox(ImmutableSandboxedEnvironment):
             raise TemplateError("it makes too much")
 
     def together(self, values: tuple[Any, ...]) -> str:
-        """What `~` makes."""
+        """The result of `~`."""
         texts = [str(value) for value in values]
         self._room(sum(map(len, texts)))
         return "".join(texts)
@@ -283,7 +284,7 @@ class _Sandbox(ImmutableSandboxedEnvironment):
             raise TemplateError("it makes too long a text")
 
     def _longest(self, name: str, text: str, args: tuple[Any, ...]) -> int:
-        """How long what a method of `text` makes can become."""
+        """An upper limit for the length of the result of a method of `text`."""
         if name == "replace" and len(args) >= 2:
             return len(text) + (text.count(str(args[0])) if args[0] else len(text) + 1) * len(str(args[1]))
         if name == "join" and args and isinstance(args[0], list | tuple):
@@ -291,7 +292,7 @@ class _Sandbox(ImmutableSandboxedEnvironment):
         return max((arg for arg in args if isinstance(arg, int)), default=0)
 
     def _measured(self, filter_: Callable[..., Any], name: str) -> Callable[..., Any]:
-        """The filter `replace` or `join`, for texts that do not become too long."""
+        """The filter `replace` or `join`, which refuses results that are too long."""
 
         @functools.wraps(filter_)
         def measured(eval_ctx: Any, value: Any, *args: Any, **kwargs: Any) -> Any:
@@ -340,28 +341,28 @@ class _Sandbox(ImmutableSandboxedEnvironment):
 
 @dataclass(frozen=True, slots=True)
 class Abilities:
-    """What a template can do. The defaults are those of one that was not tried."""
+    """What a template can do. The defaults are for a template that was not tried."""
 
     system: bool = True  # takes a system message
     later: bool = True  # … also in the middle of a conversation
     repeats: frozenset[str] = frozenset({"user", "assistant"})  # takes several messages in a row of these roles
-    roles: frozenset[str] = frozenset()  # knows these, of those that not all know
+    roles: frozenset[str] = frozenset()  # which of the less common roles it knows
     tools: bool = False  # lists tools, calls and their results
     dialect: ToolDialect = FENCED
     several: bool = True  # several calls in one message
     objects: bool = True  # takes arguments as an object; else as JSON text
-    no_tools: list[Tool] | None = None  # what it takes for a conversation without tools
+    no_tools: list[Tool] | None = None  # the value of `tools` that means a conversation without tools
 
 
-#: Names that a caller's `template_args` must not have: they are what the prompt is made of.
+#: Names that a caller's `template_args` must not have: the prompt itself is made of these.
 _OURS = {"messages", "tools", "add_generation_prompt", "bos_token", "eos_token"}
 
 
 class ChatTemplate:
-    """A model's template, compiled once. A template that does not compile is only known to be bad when a chat
-    needs it: completions work without; `broken` says why, in one line.
+    """A model's template, compiled once. A template that does not compile is an error only when a chat needs
+    it, because completions work without; `broken` is the reason, in one line.
 
-    `controls`: what the vocabulary has in control tokens, for a model without a template. `for_tools`: the second
+    `controls`: the control tokens of the vocabulary, for a model without a template. `for_tools`: the second
     template that some models carry, for conversations with tools.
     """
 
@@ -379,11 +380,11 @@ class ChatTemplate:
         self._tokens = {"bos_token": bos, "eos_token": eos}
         self._environment = _Sandbox()
         self.broken = ""
-        self.quick = False  # raise `Later` rather than take long
+        self.quick = False  # raise `Later` instead of working for long
         self._template: Template | None = None
         try:
             self._template = self._environment.from_string(self.source)
-        except Exception as error:  # compiled Python has more ways to fail than Jinja names
+        except Exception as error:  # compiled templates fail with more errors than Jinja documents
             self.broken = " ".join(f"{type(error).__name__}: {error}".split())[:300]
         self.can = Abilities() if self.broken else _tried(self)
         self.marks = marks_of(self.source)
@@ -415,8 +416,8 @@ class ChatTemplate:
         thinking: bool = True,
         args: dict[str, Any] | None = None,
     ) -> str:
-        """The prompt. Raises OSError (EINVAL) with a sentence where the template refuses. `thinking` False: where
-        the template knows how, the model is told to answer at once. `args`: more that the template can ask for."""
+        """The prompt. Raises OSError (EINVAL) with a sentence where the template refuses. `thinking` False: the model
+        should answer without thinking, if the template supports that. `args`: more variables for the template."""
         args = dict(args or {})
         if _OURS & set(args):
             raise refuse(f"template_args: {min(_OURS & set(args))} is made from the messages")
@@ -434,7 +435,7 @@ class ChatTemplate:
         return text
 
     def _continued(self, messages: list[Message], tools: list[Tool] | None, args: dict[str, Any]) -> str:
-        """The prompt up to the end of the last message: the model goes on with it."""
+        """The prompt up to the end of the last message, which the model then continues."""
         *before, last = messages
         said = last["content"]
         text = self.raw([*before, {**last, "content": said + _HERE}], tools, add_generation_prompt=False, **args)
@@ -445,7 +446,7 @@ class ChatTemplate:
     def raw(
         self, messages: list[Message], tools: list[Tool] | None, *, add_generation_prompt: bool = True, **args: Any
     ) -> str:
-        """What the template itself makes of these messages."""
+        """The template's own output for these messages, nothing adapted."""
         if self._template is None:
             raise refuse(f"the model's chat template is broken: {self.broken}")
         self._environment.begin(self.quick)
@@ -468,17 +469,17 @@ class ChatTemplate:
             raise
         except TemplateError as error:
             raise refuse(f"the model's chat template refuses the messages: {error}") from None
-        except Exception as error:  # whatever it is, it is the template's
+        except Exception as error:  # any error here is the template's
             raise refuse(
                 f"the model's chat template cannot render the messages: {type(error).__name__}: {error}"[:500]
             ) from None
         return "".join(out)
 
 
-_HERE = "\U0010fffd"  # where the last message ends; in no text that means something
+_HERE = "\U0010fffd"  # marks the end of the last message; no meaningful text contains it
 
 
-# ── what a thinking model writes around its thoughts ──────────────────────────────────────────────────────
+# ── the marks of a thinking model around its thoughts ──────────────────────────────────────────────────────
 
 _THINK = (("<think>", "</think>"), ("[THINK]", "[/THINK]"), ("<seed:think>", "</seed:think>"))
 _CHANNELS = {
@@ -491,15 +492,15 @@ _CHANNELS = {
 
 @dataclass(frozen=True, slots=True)
 class Marks:
-    """How a family of models tells its thoughts from its answer."""
+    """How a family of models separates its thoughts from its answer."""
 
     think: tuple[str, str] | None = None
     switches: dict[str, int] = field(default_factory=dict)
-    answer: str = ""  # what the answer begins with, where it has a mark of its own
+    answer: str = ""  # the mark at the beginning of the answer, if it has one
 
     @property
     def controls(self) -> set[str]:
-        """What of it may be control tokens."""
+        """Those of the marks that may be control tokens."""
         return {*(self.think or ()), *(("<|channel|>", "<|message|>", "<|end|>") if self.switches else ())}
 
 
@@ -534,7 +535,7 @@ def _tried(template: ChatTemplate) -> Abilities:
     none: list[Tool] | None = None if "probe-user" in attempt([_USER], None) else []
     if "probe-user" not in attempt([_USER], none):
         return Abilities()
-    # One that loses the system message somewhere without a word (Mistral v0.3 after a tool's result) does not take it.
+    # A template that silently drops the system message in some place (Mistral v0.3, after a tool's result) has none.
     longer: tuple[list[Message], ...] = ([], [_USER, _ANSWER, _USER], [_USER, *_exchange(1, True)])
     system = "probe-system" in attempt([_SYSTEM, _USER], none) and all(
         "probe-system" in attempt([_SYSTEM, *rest], [_TOOL] if rest else none, "probe-system") for rest in longer
@@ -589,7 +590,7 @@ def _exchange(count: int, objects: bool) -> list[Message]:
     return [{"role": "assistant", "content": "", "tool_calls": calls}, *results]
 
 
-# ── and what it cannot, done for it ───────────────────────────────────────────────────────────────────────
+# ── and how messages are adapted to it ───────────────────────────────────────────────────────────────────────
 
 
 def _fitted(messages: list[Message], tools: list[Tool], can: Abilities, nine: bool) -> list[Message]:
@@ -609,7 +610,7 @@ def _fitted(messages: list[Message], tools: list[Tool], can: Abilities, nine: bo
 
 
 def _known(message: Message, can: Abilities) -> Message:
-    """A role that the template knows."""
+    """The message with a role that the template knows."""
     role = message["role"]
     if role in can.roles:
         return message
@@ -617,7 +618,7 @@ def _known(message: Message, can: Abilities) -> Message:
 
 
 def _system_first(messages: list[Message]) -> list[Message]:
-    """What the system says later goes before what the user says next; several at the beginning are one."""
+    """Later system messages go into the next user message; several at the beginning become one."""
     out: list[Message] = []
     said: list[str] = []
     for message in messages:
@@ -639,7 +640,7 @@ def _system_first(messages: list[Message]) -> list[Message]:
 
 
 def _joined(messages: list[Message], can: Abilities) -> list[Message]:
-    """Messages of one role in a row as one, where the template takes one only."""
+    """Messages of one role in a row become one, where the template takes only one."""
     out: list[Message] = []
     for message in messages:
         role, last = message["role"], out[-1] if out else None
@@ -665,7 +666,7 @@ def _as_text(call: dict[str, Any]) -> dict[str, Any]:
 
 
 def _identified(messages: list[Message], nine: bool) -> list[Message]:
-    """Every call has an id, and every result says whose it is: by its `tool_call_id`, else in the order of calls."""
+    """Give every call an id, and every result the id of its call: its `tool_call_id`, else by the order of calls."""
     out: list[Message] = []
     open_: dict[str, str] = {}  # calls without a result so far: id → name
     for i, message in enumerate(messages):
@@ -721,7 +722,7 @@ _HOW = (
 def _described(messages: list[Message], tools: list[Tool]) -> list[Message]:
     """Tools in the system message; calls and results as text."""
     out: list[Message] = []
-    ours = False  # is the last of `out` a user message made of results? What the user says next belongs to it
+    ours = False  # is the last of `out` a user message made of results? The next user message is appended to it
     for message in messages:
         if message.get("tool_calls"):
             parts = [message["content"]] if message["content"] else []
@@ -753,7 +754,7 @@ def _call_as_text(function: dict[str, Any]) -> str:
 
 
 def _without_system(messages: list[Message]) -> list[Message]:
-    """What the system says at the beginning goes before what the user says first."""
+    """The system message at the beginning goes into the first user message."""
     if messages[0]["role"] != "system":
         return messages
     said, rest = messages[0]["content"], messages[1:]

@@ -1,14 +1,14 @@
-"""What is kept of contexts outside the slots: a radix tree of state pieces in memory and on disk, each under a budget.
+"""Contexts kept outside the slots: a radix tree of state pieces in memory and on disk, each with a budget.
 
     slot → RAM → disk → tokens (to be computed again)
 
-Under pressure a piece moves down. The one that goes first is the cheapest to lose: recompute cost per byte,
-divided by the age of its K-th last use (LRU-K: a system prompt that many use outlives a conversation that was used
-once). A parent is needed by all below it, so leaves go first. Pieces that somebody is certain to come back for
-(the state of a preempted call) go last.
+When a budget is full, a piece moves one step down. First goes the piece that is cheapest to lose: recompute cost per
+byte, divided by the age of its K-th last use (LRU-K: a system prompt that many calls use outlives a conversation that
+was used once). All pieces below a parent need it, so leaves go first. Pieces that will certainly be used again (the
+state of a preempted call) go last.
 
-A piece that comes back from disk damaged is dropped and computed again. Nothing here can lose an answer: the
-worst that can happen to a context is that its tokens are computed again.
+A piece that is read back from disk damaged is dropped and computed again. Nothing here can lose an answer: at worst
+the tokens of a context are computed again.
 """
 
 from __future__ import annotations
@@ -29,22 +29,22 @@ from aiosd.errors import Bug
 from aiosd.llm.blob import Bytes, Layout, Piece
 from aiosd.llm.prefix import K, Node, Tokens, Tree, path_to
 
-#: A piece that was used only once counts as one whose K-th last use is so long ago (seconds).
+#: A piece with fewer than K uses counts as if its K-th last use were this many seconds before its oldest one.
 ONCE = 600.0
 
-#: Attention makes a token this much dearer with every so many before it.
+#: Attention makes later tokens dearer: a token with DEARER tokens before it costs twice as much as the first.
 DEARER = 4096.0
 
-#: So much of a budget is freed at once, so that making room costs little per piece.
+#: This part of a budget is freed at a time, so that making room costs little per piece.
 SLACK = 1 / 16
 
-#: Of the pieces in memory one in so many is moved down before they are put in order again.
+#: After 1/ORDERED of the pieces in memory have been taken from the order, they are put in order again.
 ORDERED = 4
 
-#: So many contexts that go on from one place are as good as all of them.
+#: Where many contexts branch off at one node, only this number is counted: it is enough to choose a base.
 MANY = 64
 
-#: So many dead are remembered before what they used is looked for.
+#: When more than this number of dead peers is noted, their nodes are marked as the first to go.
 GONE = 1024
 
 
@@ -62,18 +62,18 @@ Payload = Piece | Extent
 
 
 class Swap:
-    """An unnamed file of at most `budget` bytes: nothing of it is left whatever becomes of the process."""
+    """An unnamed file of at most `budget` bytes: however the process ends, nothing of the file is left."""
 
     def __init__(self, folder: str, budget: int) -> None:
         self.budget = budget
         self.used = 0
-        self.failed = ""  # why the disk takes no more, '' if it does
+        self.failed = ""  # why nothing more can be written, '' if it can
         self._folder = folder
         self._file: Any = None
         self._free: list[tuple[int, int]] = [(0, budget)]  # (offset, size), ascending, never touching
 
     def put(self, piece: Piece) -> Extent | None:
-        """None: no room, in the budget or on the disk."""
+        """Write a piece. None: no room in the budget or on the disk."""
         place = next((i for i, (_, size) in enumerate(self._free) if size >= piece.size), None)
         if place is None or not piece.size:
             return None
@@ -93,7 +93,7 @@ class Swap:
         return Extent(offset, piece.size, piece.length, zlib.crc32(piece.data.data))
 
     def get(self, extent: Extent) -> Piece | None:
-        """None: it is damaged, or cannot be read."""
+        """Read a piece. None: it is damaged, or cannot be read."""
         data = np.empty(extent.size, np.uint8)
         try:
             done = _read_all(self._file.fileno(), data, extent.offset)
@@ -129,7 +129,7 @@ def _write_all(fd: int, data: Bytes, offset: int) -> int:
 
 
 def _read_all(fd: int, data: Bytes, offset: int) -> int:
-    """Linux reads and writes 2 GiB at a time at most."""
+    """Read in a loop: Linux reads at most 2 GiB in one call."""
     view, done = data.data, 0
     while done < len(view):
         count = os.preadv(fd, [view[done:]], offset + done)
@@ -150,13 +150,13 @@ class Store:
         self.ram = 0  # bytes in memory
         self.swap = swap
         self.evictions = {"disk": 0, "dropped": 0}
-        self.divided = 0  # so many pieces have become two others
+        self.divided = 0  # how many pieces have been split in two
         self.beside: Callable[[], int] = lambda: 0  # bytes of the budget that are used outside of the store
-        self.relieve: Callable[[], bool] = lambda: False  # gives up a pin that is not needed; False: there is none
-        self._order: list[Node[Payload]] = []  # those in memory, the cheapest to lose last, as they were then …
+        self.relieve: Callable[[], bool] = lambda: False  # gives up a pin that is not needed; False: there was none
+        self._order: list[Node[Payload]] = []  # nodes in memory at `_ordered_at`, the cheapest to lose last …
         self._ordered_at = 0.0
-        self._next = 0  # … and how many of them go before they are put in order again
-        self._gone: set[int] = set()  # dead, and what they used is not yet written off
+        self._next = 0  # … and how many may still be taken before they are put in order again
+        self._gone: set[int] = set()  # dead peers whose nodes `_write_off` has not marked yet
         self._clock = clock
         self._tree: Tree[Payload] = Tree(self._split)
 
@@ -173,7 +173,7 @@ class Store:
         return pieces, min(length, sum(piece.length for piece in pieces))
 
     def branches(self, scope: str, tokens: Tokens, most: int) -> list[int]:
-        """How far kept contexts that part from `tokens[:most]` go along with it, of each place at most MANY."""
+        """For each kept context that branches off `tokens[:most]`: after how many tokens. At most MANY per node."""
         found: list[int] = []
         for node in self._tree.walk(scope, tokens, most)[0]:
             if node.stop <= most:
@@ -181,7 +181,7 @@ class Store:
         return found
 
     def ending(self, scope: str, tokens: Tokens, stop: int) -> Node[Payload] | None:
-        """The node that ends after `tokens[:stop]`, cut there if need be. None: not all of it is in memory."""
+        """The node that ends after `tokens[:stop]`; an edge is split there if needed. None: not all is in memory."""
         path, length = self._tree.walk(scope, tokens, stop)
         if length < stop or not all(isinstance(node.payload, Piece) for node in path):
             return None
@@ -192,7 +192,7 @@ class Store:
         raise Bug(f"tokens from {start} on are missing, but were all there")
 
     def whole(self, node: Node[Payload], peer: int = 0) -> list[Piece] | None:
-        """The pieces from the start up to the end of a node. None: something of it is gone."""
+        """The pieces from the start up to the end of a node. None: a piece is gone."""
         if node.parent is None:
             return None
         path = path_to(node)
@@ -201,7 +201,7 @@ class Store:
 
     def _gather(self, path: list[Node[Payload]], peer: int) -> list[Piece]:
         now, pieces = self._clock(), []
-        with _pinned(path):  # bringing one in must not push out another
+        with _pinned(path):  # reading one piece into memory must not push out another
             for node in path:
                 piece = self._fetch(node)
                 if piece is None:
@@ -219,7 +219,7 @@ class Store:
         piece = self.swap.get(payload)
         if piece is None:
             self.drop(node)
-        elif not node.private and self._room_beside(node, piece.size):  # what is private is dropped when it was read
+        elif not node.private and self._room_beside(node, piece.size):  # private: dropped after it is read
             self.swap.free(payload)
             node.payload = piece
             self.ram += piece.size
@@ -233,7 +233,7 @@ class Store:
         """Keep the state of `tokens[:stop]`: `cut(a, b)` gives the piece of the tokens [a, b) that is missing.
         None: there is no room."""
         path, start = self._tree.walk(scope, tokens, stop)
-        with _pinned(path):  # whatever is dropped takes all below it along
+        with _pinned(path):  # a dropped node takes all nodes below it along
             return self._add(path, start, scope, tokens, stop, cut, peer)
 
     def _add(
@@ -248,7 +248,7 @@ class Store:
     ) -> Node[Payload] | None:
         last = path[-1] if path else None
         if last is not None and last.stop > start and isinstance(last.payload, Extent):
-            self._fetch(last)  # an edge is only cut in memory
+            self._fetch(last)  # only an edge in memory can be split
             if isinstance(last.payload, Extent):
                 return None
         if not self._room_beside(last, (stop - start) * self.layout.bytes_per_token):
@@ -258,7 +258,7 @@ class Store:
         return node if node.parent is not None else None
 
     def add_private(self, parent: Node[Payload], tokens: Tokens, piece: Piece, peer: int = 0) -> Node[Payload] | None:
-        """Keep what follows `parent` for one call alone, until `drop`."""
+        """Keep the state after `parent` for one call alone, until `drop`."""
         if not self._room_beside(parent, piece.size) or parent.parent is None:
             return None
         node = self._tree.add_private(parent, tokens, self._counted(piece), self._clock())
@@ -266,7 +266,7 @@ class Store:
         return node
 
     def _room_beside(self, node: Node[Payload] | None, need: int) -> bool:
-        """Room for what will hang below `node`, which must not go for it."""
+        """Make room for a new child of `node`, without removing `node` itself."""
         with _pinned(path_to(node) if node is not None else []):
             return self._make_room(need)
 
@@ -294,7 +294,7 @@ class Store:
                 self.ram -= payload.size
 
     def release(self, scope: str, tokens: Tokens, peer: int) -> None:
-        """Drop the end of the path of these tokens as far as `peer` alone used it."""
+        """Drop the last nodes on the path of these tokens, as far as only `peer` used them."""
         path, _ = self._tree.walk(scope, tokens, len(tokens))
         for node in reversed(path):
             if not node.leaf or node.peer != peer or node.pins:
@@ -302,9 +302,9 @@ class Store:
             self.drop(node)
 
     def gone(self, peer: int) -> None:
-        """Nobody comes back for what this peer alone used: it goes first once pieces are put in order again."""
+        """What only this peer used is not needed any more: it goes first after pieces are next put in order."""
         self._gone.add(peer)
-        if len(self._gone) > GONE:  # a look at every node for each of the dead would be a look too many
+        if len(self._gone) > GONE:  # a walk over all nodes for each dead peer would take too long
             self._write_off()
 
     def _write_off(self) -> None:
@@ -316,7 +316,7 @@ class Store:
         self._gone.clear()
 
     def _make_room(self, need: int) -> bool:
-        """Free memory for `need` bytes more; False: it cannot be."""
+        """Free memory for `need` more bytes; False: that is not possible."""
         budget = self.ram_budget - self.beside()
         if need > budget:
             return False
@@ -332,8 +332,8 @@ class Store:
         return self.ram + need <= budget
 
     def _cheapest(self) -> Node[Payload] | None:
-        """The node in memory that is cheapest to lose. They are put in order for the next few at once: what has been
-        used since then is passed over."""
+        """The node in memory that is cheapest to lose. One sort serves for several calls: nodes that have been used
+        since the sort are passed over."""
         for anew in (False, True):
             if anew:
                 self._put_in_order()
@@ -353,13 +353,13 @@ class Store:
 
     @staticmethod
     def _may_go(node: Node[Payload]) -> bool:
-        """Is it in memory, with nothing in memory below it?"""
+        """Is it in memory and not pinned, with nothing in memory below it?"""
         if not isinstance(node.payload, Piece) or node.pins:
             return False
         return node.leaf or not any(isinstance(below.payload, Piece) for below in node.below())
 
     def _worth(self, node: Node[Payload], now: float) -> float:
-        """Seconds of computing saved per byte and second, relative: tokens cost more the more are before them."""
+        """Relative computing time saved per byte and second: a token costs more, the more tokens are before it."""
         kth = node.uses[K - 1] if len(node.uses) >= K else node.uses[0] - ONCE
         return (1 + node.stop / DEARER) / max(now - kth, 1e-3)
 
@@ -387,7 +387,7 @@ class Store:
         return extent
 
     def _clear_disk(self, need: int, spare: Node[Payload]) -> None:
-        """Drop what is cheapest to lose on the disk; never what hangs below `spare`."""
+        """Drop what is cheapest to lose on the disk, but no child of `spare`."""
         assert self.swap is not None
         self._write_off()
         now = self._clock()
@@ -408,7 +408,7 @@ class Store:
     # ── counts ────────────────────────────────────────────────────────────────────────────────────────────
 
     def stats(self) -> dict[str, Any]:
-        """Contexts are counted by their last piece."""
+        """A context counts where its last piece lies."""
         ram = disk = entries = 0
         for node in self._tree.nodes():
             entries += 1
@@ -457,7 +457,7 @@ class Store:
 
 @contextlib.contextmanager
 def _pinned(path: list[Node[Payload]]) -> Iterator[None]:
-    """Nothing of it goes meanwhile, whoever needs room."""
+    """Inside the block no node of the path is evicted, whatever needs room."""
     for node in path:
         node.pins += 1
     try:

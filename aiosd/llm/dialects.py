@@ -1,4 +1,4 @@
-"""How families of models write tool calls: what begins one, the grammar that follows, and how to read them back.
+"""How families of models write tool calls: how a call begins, its grammar, and how to parse it.
 
 | dialect      | a call                                                                   | families              |
 |--------------|--------------------------------------------------------------------------|-----------------------|
@@ -13,8 +13,8 @@
 | harmony      | `<|channel|>commentary to=functions.name<|message|>{…}`                  | gpt-oss               |
 | fenced       | a block of JSON between ``` lines, as `chat.py` describes it             | Gemma, all others     |
 
-Which one it is, is found out by letting the template write a call (`chat.py`), not by the model's name. A call is what
-is written in the model's own dialect, and nothing else: an answer that happens to be JSON is an answer.
+The dialect of a model is recognised from a call that its template writes (`chat.py`), not from the model's name. Only
+text in the model's own dialect is a call: an answer that happens to be JSON is an answer.
 """
 
 from __future__ import annotations
@@ -47,9 +47,9 @@ class ToolDialect:
     """How one family of models writes tool calls.
 
     A generation is free text until `trigger` is complete (or, with `at_start`, until its first visible characters are
-    the beginning of a call of one of the tools); from there on the grammar holds: `one`, `more` where several calls
-    are allowed, `last`. In these `call` stands for one call of any tool, written as `form`. Control tokens whose text
-    is in `controls` may be part of it, and the trigger of course.
+    the beginning of a call of one of the tools). From there on the grammar holds: `one`, `more` where several calls are
+    allowed, `last`. In these, the rule `call` is one call of any tool, in the form `form`. Control tokens in `controls`
+    may be part of it, and so may the trigger.
     """
 
     name: str
@@ -58,26 +58,26 @@ class ToolDialect:
     more: str = ""
     last: str = ""
     at_start: bool = False
-    arguments_key: str = "arguments"  # '': the object is the arguments, and the name stands before it
+    arguments_key: str = "arguments"  # '': the object is the arguments, and the name comes before it
     form: str = _OBJECT
     controls: tuple[str, ...] = ()
-    before: str = ""  # a regex for what stands between a name and its arguments, where these are an object of their own
+    before: str = ""  # a regex for the text between a name and its arguments, where these are a separate object
     tags: tuple[str, str, str, str] | None = None  # around a parameter's name and value, where they are written as tags
     streams: bool = True  # id, name and arguments come in this order, so that a call can be shown while it is written
 
     def rules(self, *, begun: bool = True, several: bool = True) -> str:
-        """The rule `root`. `begun`: the trigger has been written."""
+        """The rule `root`. `begun`: the trigger has already been generated."""
         trigger = "" if begun or not self.trigger or self.at_start else literal(self.trigger)
         return f"root ::= {trigger} {self.one} {self.more if several else ''} {self.last}"
 
     def read(self, text: str, key: Key) -> list[ToolCall]:
-        """The calls in what follows the trigger; one that breaks off in the middle is none."""
+        """The calls in the text after the trigger; an incomplete call is none."""
         return Reader(self, []).read(text, key)
 
 
 @dataclass(frozen=True)
 class Reader:
-    """A dialect and the tools of one generation: finds its calls in what it has written."""
+    """A dialect and the tools of one generation: finds the calls in its text."""
 
     dialect: ToolDialect
     tools: list[Tool]
@@ -87,7 +87,7 @@ class Reader:
         return self.dialect.trigger
 
     def head(self) -> Head | None:
-        """How a call begins that has no trigger."""
+        """The beginning of a call, for a dialect without a trigger."""
         if not self.dialect.at_start:
             return None
         names = (json.dumps(tool["function"]["name"]) for tool in self.tools)
@@ -120,7 +120,7 @@ class Reader:
         return match["name"], value
 
     def _id(self, value: dict[str, Any], before: list[ToolCall], key: Key) -> str:
-        """The one that the model wrote, so that the next prompt repeats what was generated; else one of ours."""
+        """The id that the model wrote, so that the next prompt repeats the generated text; else a new one."""
         own = value.get("id") if self.dialect.arguments_key else None
         if isinstance(own, str) and NINE.match(own) and all(call.id != own for call in before):
             return own
@@ -167,7 +167,7 @@ class CallStream:
         self._count = 0
         named = _NAMED.replace("<key>", dialect.arguments_key)
         self._begin = re.compile(named if dialect.arguments_key else rf"(?P<name>[\w.-]+)\s*{dialect.before}\s*\Z")
-        self._head = ""  # what stands before the arguments of the next call
+        self._head = ""  # the text before the arguments of the next call
         self._depth = 0  # of brackets, within arguments
         self._quoted = self._escaped = False
 
@@ -209,12 +209,12 @@ def _plain(text: str) -> str:
 
 
 def call_id(key: Key, index: int) -> str:
-    """Stable: the same call gets the same id after any restart."""
+    """An id for a call that has none: always the same for the same call, also after a restart."""
     return "call_" + hashlib.blake2s(f"{key[0]}:{key[1]}:{index}".encode(), digest_size=9).hexdigest()
 
 
 def nine_characters(word: str) -> str:
-    """What stands for an id where only nine letters or digits will do: the id itself, or always the same for it."""
+    """An id of nine letters or digits: the given one if it is such, else one that depends only on it."""
     return word if NINE.match(word) else hashlib.blake2s(word.encode(errors="replace")).hexdigest()[:9]
 
 
@@ -317,8 +317,8 @@ FENCED = ToolDialect(
 
 
 def dialect_of(written: str, name: str, opening: str) -> ToolDialect | None:
-    """By what a template has written for a call of `name`; None: in none of the ways known here. `opening`: a prompt,
-    at whose end the model's answer begins."""
+    """The dialect of a call of `name` as a template has written it; None: unknown. `opening`: a prompt, at whose end
+    the model's answer begins."""
     end = written.find(name)
     if end < 0:
         return None
@@ -343,7 +343,7 @@ def dialect_of(written: str, name: str, opening: str) -> ToolDialect | None:
     return dialect if dialect.arguments_key == match[1] else replace(dialect, arguments_key=match[1])
 
 
-#: What stands before and after the name of a function.
+#: Text before and after the name of a function.
 _WRITTEN = (
     ((r"<tool_call>\s*<function=\Z", r">\s*<parameter="), QWEN_XML),
     ((r"<tool_call>\s*\Z", r"\s*<arg_key>"), GLM),
@@ -354,7 +354,7 @@ _WRITTEN = (
 
 
 def call_rules(dialect: ToolDialect, tools: Iterable[Tool], converter: Converter) -> str:
-    """The rule `call`: any of the tools by name, with arguments by its schema."""
+    """The rule `call`: the name of any of the tools, with arguments that fit its schema."""
     alternatives = []
     for i, tool in enumerate(tools):
         name, parameters = tool["function"]["name"], closed(tool["function"]["parameters"])
@@ -391,7 +391,7 @@ _PLAIN = {"type", "properties", "required", "additionalProperties"}
 
 
 def _tagged(dialect: ToolDialect, converter: Converter, name: str, parameters: dict[str, Any]) -> str:
-    """Parameters as tags, in their order, the optional ones or not."""
+    """Parameters as tags, in their order; optional ones may be left out."""
     assert dialect.tags is not None
     opens, middle, end, shut = dialect.tags
     whole = Document(parameters, lambda work: None).merged(parameters)

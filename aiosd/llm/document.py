@@ -1,7 +1,7 @@
-"""A JSON Schema as a document: what its references point to, what several schemas say together, and which values fit.
+"""A JSON Schema as a document: the targets of its references, merging of several schemas, and which values fit.
 
 Pure functions on plain data, used by `schema.py`, which makes the grammar. Unknown keywords are annotations, as JSON
-Schema has it. All work is counted (`spend`): references make a small schema as large as they like.
+Schema defines it. All work is counted (`spend`): through references a small schema can become arbitrarily large.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ Schema = dict[str, Any] | bool
 MAX_DEPTH = 64
 TYPES = ("object", "array", "string", "number", "integer", "boolean", "null")
 
-#: Which types a keyword speaks about.
+#: The types that a keyword applies to.
 IMPLIES = {
     "object": (
         "properties", "required", "additionalProperties", "patternProperties", "propertyNames", "minProperties",
@@ -46,18 +46,18 @@ def refuse(sentence: str) -> OSError:
 
 
 class Later(Exception):
-    """This takes too long to be done between two steps of decoding."""
+    """This takes too long to be done between two decode steps."""
 
 
 class Impossible(OSError):
-    """No value is valid against this part of a schema: an optional property, or a branch, may do without it."""
+    """No value is valid against this part of a schema. An optional property, or a branch, can be left out then."""
 
     def __init__(self, sentence: str) -> None:
         super().__init__(errno.EINVAL, sentence)
 
 
 class Document:
-    """One schema with all that it refers to."""
+    """One schema with everything that it refers to."""
 
     def __init__(self, root: Schema, spend: Callable[[int], None]) -> None:
         self.root = root
@@ -112,7 +112,7 @@ class Document:
             self._find_anchors(inner, depth + 1)
 
     def follow(self, schema: Schema) -> Schema:
-        """What a schema that is nothing but a reference refers to."""
+        """The target, if a schema is nothing but a reference."""
         for _ in range(MAX_DEPTH):
             if not isinstance(schema, dict) or set(essential(schema)) != {"$ref"}:
                 break
@@ -122,7 +122,7 @@ class Document:
     # ── several schemas as one ──
 
     def merged(self, schema: dict[str, Any], seen: frozenset[str] = frozenset()) -> dict[str, Any]:
-        """One schema without `allOf` and `$ref` that says what `schema` and all of these say together."""
+        """One schema without `allOf` and `$ref` that is equivalent to `schema` with all of these."""
         self._spend(1)
         parts = schema.get("allOf", [])
         if not isinstance(parts, list):
@@ -158,7 +158,7 @@ class Document:
         return both
 
     def _joined(self, key: str, a: Any, b: Any) -> Any:
-        """What one keyword says that two parts give different values."""
+        """The value of a keyword that two merged parts give different values, `a` and `b`."""
         if key == "required":
             self._spend(len(a) + len(b))
             return list(dict.fromkeys([*a, *b]))
@@ -215,7 +215,7 @@ class Document:
     # ── which values fit ──
 
     def fits(self, value: Any, schema: Schema, depth: int = 0) -> bool:
-        """Is a value that the schema itself lists valid against the rest of it?"""
+        """Is a value that the schema lists (enum, const) valid against the rest of the schema?"""
         self._spend(1)
         if depth > MAX_DEPTH:
             raise refuse(f"the schema is nested deeper than {MAX_DEPTH} levels")
@@ -307,9 +307,9 @@ class Document:
         needed_x, needed_y = set(x.get("required", [])), set(y.get("required", []))
         open_x = x.get("additionalProperties", False) is not False or "patternProperties" in x
         if not open_x and needed_y - set(members_x) - needed_x:
-            return True  # what y needs, x never writes
+            return True  # y requires a property that x never writes
         if y.get("additionalProperties", True) is False and needed_x - set(members_y):
-            return True  # what x always writes, y forbids
+            return True  # x always writes a property that y forbids
         for name in (needed_x | needed_y) & set(members_x) & set(members_y):
             if self._excluded(self._open(members_x[name]), self._open(members_y[name]), depth + 1):
                 return True
@@ -320,7 +320,7 @@ class Document:
 
 
 def essential(schema: dict[str, Any]) -> dict[str, Any]:
-    """Without annotations and unknown keywords."""
+    """The schema without annotations and unknown keywords."""
     return {key: value for key, value in schema.items() if key in KEYWORDS}
 
 
@@ -371,7 +371,7 @@ def strings(value: Any) -> bool:
 
 
 def dumped(value: Any) -> str:
-    """The same for equal JSON, and only for that (true is not 1; 1.0 is 1)."""
+    """A text that is the same for equal JSON values, and only for these (true is not 1; 1.0 is 1)."""
     if isinstance(value, float) and value.is_integer():
         value = int(value)
     return json.dumps(value, sort_keys=True, default=str)
@@ -415,7 +415,7 @@ def _fits_number(value: int | float, schema: dict[str, Any]) -> bool:
 
 
 def _apart(x: dict[str, Any], y: dict[str, Any]) -> bool:
-    """Do the limits of two numbers leave nothing in common?"""
+    """Do the limits of two number schemas exclude each other?"""
 
     def below(a: dict[str, Any], b: dict[str, Any]) -> bool:
         high, low = numbers.limits(a)[1], numbers.limits(b)[0]

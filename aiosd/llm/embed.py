@@ -1,10 +1,10 @@
-"""Vectors for texts, in a small context of its own, made when first asked for.
+"""Vectors for texts, computed in a separate small context, which is created when first needed.
 
-The model's own pooling where it names one, else the mean over a text's tokens (a causal model was not trained
-for this: the vectors are usable, not good). Unit length, float32.
+The model's own pooling is used where its file names one, else the mean over a text's tokens (a causal model was not
+trained for this: the vectors are usable, not good). Unit length, float32.
 
-Several texts are computed at once, each a sequence of its own; llama.cpp pools only what lies in one batch, so a text
-is never cut. The last bits of a vector depend on what else was in the batch.
+Several texts are computed at once, each as one sequence; llama.cpp pools only tokens of one batch, so a text is never
+split. The last bits of a vector depend on the other texts in the batch.
 """
 
 from __future__ import annotations
@@ -17,10 +17,10 @@ import numpy as np
 from aiosd.llm import llama
 from libaios.wire import Embedded
 
-#: Texts that are computed at once have so many tokens together, and are no more than this: others wait meanwhile.
+#: Limits of one step, in tokens and in texts: generations wait during a step.
 BATCH, TEXTS = 512, 32
 
-#: The longest text (tokens): it is computed in one step, and so long others wait.
+#: The longest text (tokens): it is computed in one step, and generations wait for that.
 MOST_TOKENS = 2048
 
 
@@ -38,7 +38,7 @@ class Embedder:
         return embedded
 
     def in_steps(self, texts: list[str]) -> Iterator[Embedded | None]:
-        """The same, one batch in each step; the last step brings the result."""
+        """The same in steps, one batch each: yields None after each step, the result after the last."""
         rows: list[llama.Floats] = []
         batch: list[list[int]] = []
         total = 0
@@ -83,8 +83,8 @@ class Embedder:
         return [_unit(context.embedding(sequence)) for sequence in range(len(texts))]
 
     def _opened(self, tokens: int) -> llama.Context:
-        """A context whose batch takes so many tokens. It grows when a long text comes: its buffers take a number for
-        each token and each word of the vocabulary."""
+        """A context whose batch takes `tokens` tokens. It grows only when a long text needs it, as its buffers have a
+        number for each token and each word of the vocabulary."""
         if self._context is None or self._context.ubatch < tokens:
             self.close()
             self._context = self._open(BATCH if tokens <= BATCH else self._limit)

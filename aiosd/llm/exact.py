@@ -1,9 +1,9 @@
 """Does what llama.cpp computes of a token depend on what else is in its batch? `--exact` promises that it does not.
 
-It does with some files: from some number of rows on, a product of a K-quantised matrix is computed by other code, which
-rounds in another way. Which files and how many rows depends on processor and build, so it is tried: the same tokens in
-batches of several sizes must leave the same state, bit for bit. (States tell more than logits: they hold every token
-and every layer.)
+With some files it does depend: from a certain number of rows on, other code computes the product of a K-quantised
+matrix, and rounds in another way. Which files and which number depends on processor and build, so it is tried: the same
+tokens in batches of several sizes must leave the same state, bit for bit. (States are a stricter test than logits: they
+hold every token and every layer.)
 """
 
 from __future__ import annotations
@@ -16,16 +16,16 @@ from aiosd.errors import WorldError
 from aiosd.llm import llama
 from aiosd.llm.blob import Bytes
 
-#: A prompt of so many tokens, and the sizes of batches in which it is computed; never one token alone, see `engine.py`.
+#: Tokens of a prompt, and the batch sizes in which it is computed; never one token alone, see `engine.py`.
 TOKENS = 20
 CUTS = ((20,), (2,) * 10, (3, 5, 12), (8, 7, 5))
 
-#: A decode step with so many rows at most, where there are as many slots.
+#: Most rows of the decode step that is tried.
 ROWS = 16
 
 
 def holds(context: llama.Context, slots: int) -> bool:
-    """Leaves the context empty."""
+    """Is the promise kept? Leaves the context empty."""
     prompts = [_prompt(context, cut) for cut in CUTS]
     most = min(slots, ROWS)
     steps = [_step(context, rows) for rows in {2, 3, 4, most - 1, most} if 2 <= rows <= slots]
@@ -38,7 +38,7 @@ def _all_equal(states: list[Bytes]) -> bool:
 
 
 def _prompt(context: llama.Context, sizes: Iterable[int]) -> Bytes:
-    """The state that a prompt leaves which is computed in batches of these sizes."""
+    """The state after a prompt that is computed in batches of these sizes."""
     context.clear()
     at = 0
     for size in sizes:
@@ -48,7 +48,7 @@ def _prompt(context: llama.Context, sizes: Iterable[int]) -> Bytes:
 
 
 def _step(context: llama.Context, rows: int) -> Bytes:
-    """The state of the first of so many sequences after a prompt of two tokens each, and a token more for all."""
+    """`rows` sequences with a prompt of two tokens each and one more token: the state of the first of them."""
     context.clear()
     for row in range(rows):
         _decode(context, [(row, 0), (row, 1)])

@@ -1,12 +1,12 @@
 """Work on text that takes long, in a process of its own.
 
-Most requests are prepared in the core itself, in a millisecond. What is found to take longer (a prompt of many new
-characters, a large schema, a template that goes on and on) raises `Later` there, and is done here instead: by a process
-that has loaded the model's vocabulary and nothing else. While it works the core decodes on. If it dies, or takes
-longer than MAX_SECONDS, that one call fails, and the next gets a new process.
+Most requests are prepared in the core itself, in a millisecond. Work that turns out to take longer (a prompt of many
+new characters, a large schema, a template with long loops) raises `Later` there, and is done here instead: by a process
+that has loaded the model's vocabulary and nothing else. Meanwhile the core continues to decode. If the process dies, or
+takes longer than MAX_SECONDS, only that call fails, and the next one gets a new process.
 
-The process is started when it is first needed, by `exec`: a fork of the core would make every page of the KV cache
-that changes afterwards exist twice. It gets one job at a time, so the core never blocks while it sends.
+The process is started when it is first needed, by `exec`: after a fork of the core, every page of the KV cache that
+changes would exist twice. It gets one job at a time, so the core never blocks while it sends.
 
     core ──(kind, request)──▶ front        front ──(errno, sentence or result)──▶ core
 """
@@ -34,7 +34,7 @@ from aiosd.errors import as_oserror
 logger = logging.getLogger("llm.front")
 
 MAX_SECONDS = 60.0
-CANCELLED_SECONDS = 2.0  # … over a job that is not wanted any more: a new process takes a second to start
+CANCELLED_SECONDS = 2.0  # … for a cancelled job: starting a new process takes a second
 
 PREPARE, TOKENIZE = "prepare", "tokenize"
 
@@ -70,7 +70,7 @@ class Front:
         self._clock = clock
         self._process: subprocess.Popen[bytes] | None = None
         self._connection: Connection | None = None
-        self._waiting: deque[_Job] = deque()  # the first is being worked on
+        self._waiting: deque[_Job] = deque()  # the process works on the first
 
     @property
     def busy(self) -> bool:
@@ -78,19 +78,19 @@ class Front:
 
     @property
     def pid(self) -> int:
-        """0: it does not run."""
+        """0: the process does not run."""
         return self._process.pid if self._process is not None else 0
 
     def ask(
         self, key: Any, kind: str, payload: bytes, done: Callable[[bytes], None], failed: Callable[[OSError], None]
     ) -> None:
-        """Have a job done; one of the two functions is called by `poll`, with the result or with why there is none."""
+        """Queue a job. `poll` later calls `done` with the result, or `failed` with the reason."""
         self._waiting.append(_Job(key, kind, payload, done, failed))
         if len(self._waiting) == 1:
             self._send_first()
 
     def cancel(self, keys: Callable[[Any], bool]) -> None:
-        """Forget jobs. The one that is being worked on may come to its end, if that is near."""
+        """Forget jobs. The one being worked on may still finish, within CANCELLED_SECONDS."""
         if not self._waiting:
             return
         first, *others = self._waiting
@@ -100,7 +100,7 @@ class Front:
             first.limit = CANCELLED_SECONDS
 
     def poll(self, timeout: float = 0.0) -> None:
-        """Look for an answer, at most `timeout` seconds."""
+        """Look for an answer; wait at most `timeout` seconds."""
         if not self._waiting or self._connection is None:
             return
         job, reply = self._waiting[0], None
@@ -164,7 +164,7 @@ class Front:
 
 
 def main(path: str, ctx: str, fd: str) -> int:
-    """Serve until the core's end of the connection is gone."""
+    """Serve until the core closes its end of the connection."""
     _die_with_parent()
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     connection = Connection(int(fd))
@@ -186,7 +186,7 @@ def main(path: str, ctx: str, fd: str) -> int:
             return 0
         try:
             reply = Reply(0, "", msgpack.encode(work[kind](payload)))
-        except Exception as error:  # whatever a text does, the next one gets its turn
+        except Exception as error:  # whatever goes wrong with one job, the next one is served
             refused = as_oserror(error)
             reply = Reply(refused.errno or errno.EINVAL, refused.strerror or str(refused), b"")
         connection.send_bytes(msgpack.encode(reply))

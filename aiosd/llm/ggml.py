@@ -1,7 +1,7 @@
-"""llama.cpp's shared library in this process: its handle, its log, its last words. Nothing of models.
+"""llama.cpp's shared library in this process: its handle, its log, its last message when it aborts. No models here.
 
 What `llama_cpp` declares is called through `C`; functions of ggml that it does not declare are found in `C._lib`.
-Below everything else that touches llama.cpp (`llama.py`, `attention.py`), so that those need not import each other.
+All other modules that use llama.cpp (`llama.py`, `attention.py`) import this one, so they need not import each other.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ import llama_cpp.llama_cpp
 import numpy as np
 import numpy.typing as npt
 
-C: Any = llama_cpp.llama_cpp  # its hints are for type checkers of callers who use no numpy
+C: Any = llama_cpp.llama_cpp  # Any: its type hints do not allow numpy arrays
 
 Floats = npt.NDArray[np.float32]
 Ints = npt.NDArray[np.int32]
@@ -47,7 +47,7 @@ _last_words: Callable[[str], None] | None = None
 
 @_abort_type  # type: ignore[untyped-decorator]
 def _abort(text: bytes) -> None:
-    """llama.cpp found an assertion of its own broken and ends the process when this returns."""
+    """Called when an assertion inside llama.cpp fails; the process ends when this returns."""
     line = text.decode(errors="replace").strip()
     sys.stderr.write(f"llama.cpp: {line}\n")
     if _last_words is not None:
@@ -55,7 +55,7 @@ def _abort(text: bytes) -> None:
 
 
 def on_abort(last_words: Callable[[str], None] | None) -> None:
-    """Who hears the reason when llama.cpp ends the process."""
+    """Set the function that gets the reason when llama.cpp ends the process."""
     global _last_words
     _last_words = last_words
 
@@ -64,8 +64,8 @@ _M_TRIM_THRESHOLD, _M_MMAP_THRESHOLD = -1, -3
 
 
 def _pool_buffers() -> None:
-    """Blocks of some megabytes come and go with every context switch. By default each gets fresh pages from the
-    system, whose faults cost more than the copying; now freed ones are used again."""
+    """Every context switch allocates and frees blocks of megabytes. By default each block gets new pages from Linux,
+    whose page faults cost more than the copying; with these settings freed pages are used again."""
     libc = ctypes.CDLL(None)
     if hasattr(libc, "mallopt"):  # glibc
         libc.mallopt(_M_MMAP_THRESHOLD, 32 << 20)
@@ -76,7 +76,7 @@ def start(verbose: bool = False) -> None:
     """Initialise llama.cpp in this process. Its log is kept, not shown, unless `verbose`."""
     global _verbose
     _verbose = verbose
-    os.environ["GGML_NO_BACKTRACE"] = "1"  # it would start gdb on this process; faulthandler tells more, faster
+    os.environ["GGML_NO_BACKTRACE"] = "1"  # else it starts gdb on this process; faulthandler shows more, faster
     _set_abort(_abort)
     C.llama_log_set(_log, ctypes.c_void_p(0))
     C.llama_backend_init()
@@ -84,7 +84,7 @@ def start(verbose: bool = False) -> None:
 
 
 def take_errors() -> list[str]:
-    """What llama.cpp complained about since the last call, oldest first."""
+    """llama.cpp's error messages since the last call, oldest first."""
     errors = list(_last_errors)
     _last_errors.clear()
     return errors

@@ -1,7 +1,7 @@
 """The calls about contexts: save, restore, close, list, remove.
 
-Files are written and read on a thread of their own, so that no generation waits for a disk; what is written are
-pieces that nobody changes. The thread also takes the model's fingerprint, which for a large file takes seconds.
+A separate thread writes and reads the files, so that no generation waits for a disk. This is safe without a lock,
+because a piece never changes. The thread also computes the model's checksum, which for a large file takes seconds.
 """
 
 from __future__ import annotations
@@ -36,7 +36,7 @@ def _identity(path: str) -> list[tuple[int, int, int, int]]:
 
 
 class Library:
-    """Contexts by name, for one core. `folder` '': there is nowhere to save them."""
+    """Contexts by name, for one core. `folder` '': they cannot be saved."""
 
     def __init__(
         self, folder: str, model: str, cache: Cache, requests: Requests, answer: Answer, fail: Refuse, **fits: Any
@@ -73,7 +73,7 @@ class Library:
             self._fail(message.key, as_oserror(error))
 
     def poll(self) -> None:
-        """Answer what the thread has finished."""
+        """Reply to the calls whose work the thread has finished."""
         done = [item for item in self._pending if item[0].done()]
         self._pending = [item for item in self._pending if not item[0].done()]
         for future, finish, key in done:
@@ -93,7 +93,7 @@ class Library:
             raise wire.error(errno.ENOSYS, "this core has no folder for saved contexts")
         if self._saved is None:
             digest = file_sha256(self._model)
-            if _identity(self._model) != self._loaded:  # another file lies there now: this core's states are its own
+            if _identity(self._model) != self._loaded:  # the file was replaced: the states are of the old one
                 digest = f"replaced while it was in use, {os.getpid()} {time.time()}"
             fits = {"model": digest, "llama.cpp": ggml.build(), **self._fits}
             layout = self._cache.store.layout if self._cache.store is not None else None
@@ -103,7 +103,7 @@ class Library:
         return self._saved
 
     def _tokens(self, args: wire.SaveContext | wire.CloseContext) -> Tokens:
-        """The conversation so far, as a call that goes on with it will have it at its beginning."""
+        """The tokens of the conversation so far, as the prompt of a call that continues it will begin."""
         if not args.messages:
             raise refuse("messages: there are none")
         return np.asarray(self._requests.conversation(args.messages, args.tools), np.int32)

@@ -4,8 +4,8 @@ A `Model` holds weights and vocabulary, a `Context` the KV cache of one model, a
 decode step reads, a `Grammar` the state of one constrained generation. Each frees what it owns in `close`;
 a context is closed before its model. Nothing here is thread-safe: one thread decodes.
 
-llama.cpp ends the process (GGML_ABORT, or a C++ exception that ctypes cannot carry) on arguments it calls
-impossible. Every method here says which, and its callers check first.
+llama.cpp ends the process (GGML_ABORT, or a C++ exception that ctypes cannot pass on) when it gets impossible
+arguments. Every method here documents which these are, and its callers check first.
 """
 
 from __future__ import annotations
@@ -51,8 +51,8 @@ OK, NO_ROOM, ABORTED = 0, 1, 2  # what Context.decode returns; below 0: an error
 # ── weights and vocabulary ────────────────────────────────────────────────────────────────────────────────
 
 
-#: llama.cpp finds words with a regex that recurses once per character: a run longer than some ten thousand overflows
-#: the stack, and that ends the process. Such a text (it is none) is tokenised in parts.
+#: llama.cpp finds words with a regex that recurses once per character: a run of more than about ten thousand characters
+#: overflows the stack, which ends the process. Such a text (no real text has one) is tokenised in parts.
 _RUN = 2048
 _LONG_RUN = re.compile(rf"\S{{{_RUN},}}|\s{{{_RUN},}}")
 
@@ -63,7 +63,7 @@ _STRIPS = C.LLAMA_TOKEN_ATTR_LSTRIP | C.LLAMA_TOKEN_ATTR_RSTRIP
 class Model:
     """Weights and vocabulary of one GGUF.
 
-    Loading raises WorldError with llama.cpp's own words. The vocabulary is copied into Python once, so that
+    Loading raises WorldError with llama.cpp's own message. The vocabulary is copied into Python once, so that
     turning tokens into bytes never crosses into C.
     """
 
@@ -140,11 +140,11 @@ class Model:
         return self._kind in _CUTTING and not strips
 
     def token_text(self, token: int) -> str:
-        """How a token is written in the template language: control tokens show."""
+        """A token as templates write it, with the text of control tokens."""
         return "" if token < 0 else self._piece(token, True).decode(errors="replace")
 
     def tokenize(self, text: str, *, bos: bool, special: bool) -> list[int]:
-        """`bos`: add what the model wants at the beginning. `special`: read control tokens as such."""
+        """`bos`: add the token that the model expects first. `special`: recognise control tokens in the text."""
         if self._kind == C.LLAMA_VOCAB_TYPE_BPE and _LONG_RUN.search(text):  # others use no regex
             parts = [text[i : i + _RUN] for i in range(0, len(text), _RUN)]
             first, *rest = (self._tokenize(part, bos and i == 0, special) for i, part in enumerate(parts))
@@ -162,12 +162,12 @@ class Model:
             room = -n
 
     def detokenize(self, tokens: list[int]) -> bytes:
-        """The bytes that the tokens stand for, control tokens left out."""
+        """The bytes of the tokens, without control tokens."""
         pieces = self.pieces
         return b"".join([pieces[token] for token in tokens])
 
     def text(self, tokens: list[int]) -> str:
-        """Tokens as text of their own, as `tokenize` reads it: control tokens show, an added space is gone."""
+        """The text that `tokenize` would turn into these tokens: with control tokens, without an added space."""
         ids = (C.llama_token * len(tokens))(*tokens)
         room = sum(len(self.pieces[token]) for token in tokens) + 64 * len(tokens) + 8
         while True:
@@ -193,7 +193,7 @@ class Model:
 
 
 def _reasons(errors: list[str]) -> list[str]:
-    """llama.cpp's error lines without function names, the general ones last."""
+    """llama.cpp's error lines without function names; the most general lines come last."""
     lines = [line.split(": ", 1)[1] if ": " in line and " " not in line.split(": ", 1)[0] else line for line in errors]
     return [line for line in dict.fromkeys(lines) if line != "failed to load model"]
 
@@ -309,11 +309,11 @@ class Context:
         self._logits_at = 0
         self._logits: Floats = np.zeros((0, model.n_vocab), np.float32)
         self._decode: Callable[[Any, Any], int] = C.llama_decode
-        self._buffers = [np.empty(0, np.uint8), np.empty(0, np.uint8)]  # for states on their way
+        self._buffers = [np.empty(0, np.uint8), np.empty(0, np.uint8)]  # for states that are moved
         self._abort: Any = None
 
     def decode(self, batch: Batch) -> int:
-        """OK; NO_ROOM: nothing changed; ABORTED: a part stays, ask `last_position`; below 0: an error (-1:
+        """OK; NO_ROOM: nothing changed; ABORTED: a part stays, see `last_position`; below 0: an error (-1:
         nothing changed). At most `ubatch` tokens, and logits of at most `outputs` of them."""
         return self._decode(self._ctx, batch.struct)
 
@@ -337,8 +337,8 @@ class Context:
         return np.ctypeslib.as_array(ctypes.cast(address, ctypes.POINTER(ctypes.c_float)), (self._pooled,)).copy()
 
     def cut(self, sequence: int, length: int) -> bool:
-        """Forget what a sequence holds from position `length` on. False: this model cannot forget a part, or what is
-        left has lost tokens that the next ones would look at."""
+        """Forget a sequence's tokens from position `length` on. False: this model cannot forget a part, or the rest
+        lacks tokens that the next ones would look at."""
         if self._memory is None:
             return True
         if self._window and length:
@@ -348,7 +348,7 @@ class Context:
         return bool(C.llama_memory_seq_rm(self._memory, sequence, length, -1))
 
     def last_position(self, sequence: int) -> int:
-        """-1 when it is empty."""
+        """The position of the last token, -1 when the sequence is empty."""
         return int(C.llama_memory_seq_pos_max(self._memory, sequence))
 
     def copy(self, source: int, target: int) -> None:
@@ -357,8 +357,8 @@ class Context:
 
     def read(self, sequence: int, start: int = 0) -> npt.NDArray[np.uint8]:
         """The state of one sequence, for `restore` into any slot of a context of this model with as many slots: a
-        view that the next `read` overwrites. llama.cpp writes whole sequences only; with `start` what is before that
-        position is forgotten first, so that less is copied: for a sequence that is to be forgotten anyway."""
+        view that the next `read` overwrites. llama.cpp writes whole sequences only; with `start` the tokens before that
+        position are forgotten first, so that less is copied: only for a sequence that is not needed afterwards."""
         if start:
             C.llama_memory_seq_rm(self._memory, sequence, 0, start)
         size = self._into_buffer(sequence, 0)
@@ -366,8 +366,8 @@ class Context:
         return self._with_all_cells(sequence, block) if self._window and size else block
 
     def _with_all_cells(self, sequence: int, block: npt.NDArray[np.uint8]) -> npt.NDArray[np.uint8]:
-        """llama.cpp leaves out what lies before the window, though it is there. It is read as what lies in the window
-        of a shorter sequence; then the sequence gets back what was taken from its end."""
+        """llama.cpp leaves out the cells before the window, though the cache has them. To read them, the end of the
+        sequence is cut off, so that they lie in the window; then the sequence gets its end back."""
         found = blob.positions(block)
         if found is None:
             return block
@@ -390,7 +390,7 @@ class Context:
         return whole
 
     def sample(self) -> npt.NDArray[np.uint8]:
-        """The state of two tokens in an empty context, to see how states are laid out; empty when it has none."""
+        """The state of two tokens in an empty context, which shows the layout of states; empty when there is none."""
         batch = Batch(2)
         batch.size = 2
         batch.positions[:] = (0, 1)
@@ -401,14 +401,14 @@ class Context:
         return block
 
     def restore(self, sequence: int, block: npt.NDArray[np.uint8]) -> bool:
-        """Replace what the sequence holds. False: refused, it is empty now."""
+        """Replace the state of the sequence. False: llama.cpp refused it, and the sequence is empty now."""
         if int(_state_seq_set(self._ctx, block.ctypes.data, len(block), sequence)) == len(block):
             return True
         self.cut(sequence, 0)
         return False
 
     def exchange(self, a: int, b: int) -> None:
-        """Two sequences change places. The buffers stay: fresh ones cost more than the copying."""
+        """Exchange two sequences. The buffers are kept: new ones would cost more than the copying."""
         if self._window:
             states = [self.read(sequence).copy() for sequence in (a, b)]
             for state, target in zip(states, (b, a), strict=True):
@@ -435,19 +435,19 @@ class Context:
         return self._buffers[i]
 
     def buffer(self, size: int) -> npt.NDArray[np.uint8]:
-        """At least so many bytes to put a state together for `restore`, until the next `exchange`."""
+        """A buffer of at least `size` bytes to build a state for `restore`; valid until the next `exchange`."""
         return self._buffer(size, 1)
 
     @property
     def buffer_bytes(self) -> int:
-        """Memory that is kept for states on their way."""
+        """Bytes of the buffers for states that are moved."""
         return sum(buffer.nbytes for buffer in self._buffers)
 
     def drop_buffers(self) -> None:
         self._buffers = [np.empty(0, np.uint8), np.empty(0, np.uint8)]
 
     def abort_when(self, wanted: Callable[[], bool] | None) -> None:
-        """Ask between two operations of a decode whether to give it up (ABORTED); None: never."""
+        """Call `wanted` between the operations of a decode; True ends it (ABORTED). None: never end it."""
         if wanted is None:
             self._abort = None
             C.llama_set_abort_callback(self._ctx, C.ggml_abort_callback(0), None)
@@ -497,7 +497,7 @@ class Grammar:
         self._array = C.llama_token_data_array()
 
     def allows(self, token: int) -> bool:
-        """May this token come next? An end token may when the grammar can end here."""
+        """May this token come next? An end token may if the grammar can end here."""
         one = self._one
         one["id"] = token
         one["logit"] = 0.0

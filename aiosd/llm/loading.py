@@ -1,8 +1,8 @@
-"""From a ModelSpec to a core that can serve, or one line that says why not.
+"""From a ModelSpec to a core that can serve, or one line with the reason why not.
 
 In this order, the cheap checks first: the file's head (`modelfile`), memory for weights and KV cache, llama.cpp,
-the number of slots, the threads. What the user asked for (`ctx`, `slots`, `threads`, `gpu_layers`) is kept or
-refused; what was left open is chosen here.
+the number of slots, the threads. A value that the user gave (`ctx`, `slots`, `threads`, `gpu_layers`) is used or
+refused, never changed; values that were not given are chosen here.
 """
 
 from __future__ import annotations
@@ -22,19 +22,19 @@ from aiosd.models.fit import available_memory
 
 logger = logging.getLogger("llm")
 
-#: Slots when nothing is asked for: 64 give a twentieth more throughput for twice the memory.
+#: Slots where the user gives no number: 64 would give 5 % more throughput for twice the memory.
 AUTO_SLOTS = 32
 
 #: Largest batch that llama.cpp computes at once.
 UBATCH = 512
 
-#: Bytes of a number in the cache; of q8_0, 32 share a scale.
+#: Bytes per number in the cache; with q8_0, 32 numbers share a scale of 2 bytes.
 KV_BYTES = {"f16": 2.0, "q8_0": 34 / 32}
 
-#: Threads are measured for a step of so many rows.
+#: Threads are measured with steps of this number of rows.
 MEASURED_ROWS = 8
 
-#: Flash attention on a CPU pays for itself with no more slots or no longer contexts than these, and heads as wide.
+#: On a CPU flash attention is used with at most FEW_SLOTS slots or SHORT_CTX tokens, and keys of at least WIDE_KEYS.
 FEW_SLOTS, SHORT_CTX, WIDE_KEYS = 8, 512, 64
 
 Report = Callable[[str, float], None]
@@ -53,7 +53,7 @@ class Loaded:
     gpu_layers: int
     kv_bytes: int
     flash_attention: bool | None  # None: llama.cpp decides
-    why_not_own: str  # why attention is llama.cpp's, '': it is our own
+    why_not_own: str  # why llama.cpp's attention is used, '' if our own is
     path: str
 
     def info(self, chat: bool, tools: bool) -> dict[str, Any]:
@@ -73,7 +73,7 @@ class Loaded:
         }
 
     def measure_again(self, slots: list[int]) -> None:
-        """Threads were chosen beside busy neighbours; these slots are empty, and the machine is quiet now."""
+        """Choose the number of threads again: the first choice was made on a busy machine. `slots` must be empty."""
         found = threads.measure(self.context, slots, seconds=threads.MEASURE_S / 2)
         if not found.again:
             self.threads = found
@@ -82,12 +82,12 @@ class Loaded:
 
     @property
     def attention(self) -> str:
-        """Whose it is, for people, and why where it is not our own."""
+        """Which attention is used, for people; if not our own, also why."""
         return f"llama.cpp ({self.why_not_own})" if self.why_not_own else "aiosd"
 
     @property
     def device(self) -> str:
-        """What runs where, for people."""
+        """Which part of the model runs on which device, for people."""
         if not self.gpu_layers:
             return "CPU"
         return f"{self.gpu_layers} of {self.model.n_layer + 1} layers on the GPU"
@@ -98,7 +98,7 @@ class Loaded:
 
 
 def load(spec: ModelSpec, report: Report) -> Loaded:
-    """Raises UsageError (it cannot be done as asked) or WorldError (the machine refuses), each with one line."""
+    """Raises UsageError (not possible as asked) or WorldError (the machine refuses), each with one line."""
     file = modelfile.read(spec.path)
     file.kv_bytes = KV_BYTES[spec.kv_type]
     ctx = spec.ctx or DEFAULT_CTX
@@ -161,10 +161,10 @@ def _check_options(spec: ModelSpec, file: modelfile.ModelFile, ctx: int) -> None
 
 
 def _flash_attention(spec: ModelSpec, slots: int, ctx: int, key_width: int) -> bool | None:
-    """None: llama.cpp decides. On a CPU it makes decoding faster, and so it does prompts of which 64 tokens or more go
-    into a batch; shorter ones become slower, the narrower the heads the more (docs/benchmarks.md). A few agents are
-    better off with it, then, and any number with short contexts; a crowd with long ones, whose prompts come in short
-    pieces, without."""
+    """None: llama.cpp decides. On a CPU flash attention makes decoding faster, and prompts too if 64 tokens or more of
+    them go into one batch; shorter ones become slower, the more so the narrower the heads (docs/benchmarks.md). So it
+    is better for a few agents, and for any number of agents with short contexts; it is worse for many agents with long
+    contexts, whose prompts come in short pieces."""
     if spec.flash_attention != "auto":
         return spec.flash_attention == "on"
     if spec.gpu_layers and llama.supports_gpu():
@@ -201,7 +201,7 @@ def _slots(spec: ModelSpec, file: modelfile.ModelFile, ctx: int) -> int:
 
 
 def _check_memory(spec: ModelSpec, file: modelfile.ModelFile, ctx: int, slots: int) -> None:
-    """Refuse what would be killed halfway. Weights are mapped, not copied, but must be in memory to be used."""
+    """Refuse a model for which memory would run out later. Weights are mapped, not copied, but need memory in use."""
     kv = file.kv_bytes_per_slot(ctx) * slots
     room = available_memory()
     weights = 0 if spec.gpu_layers and llama.supports_gpu() else file.size
@@ -238,7 +238,7 @@ def _weights(spec: ModelSpec, report: Report) -> llama.Model:
 def _context(
     spec: ModelSpec, model: llama.Model, ctx: int, slots: int, key_width: int
 ) -> tuple[llama.Context, bool | None, str]:
-    """The context, whether llama.cpp computes its attention in one go (None: it decides), and why it is not our own
+    """The context, whether llama.cpp uses flash attention (None: it decides), and why our own attention is not used
     (see `attention.py`)."""
 
     def make(flash_attention: bool | None, attention: Attention | None = None) -> llama.Context:
@@ -272,7 +272,7 @@ def _context(
 
 
 def _not_own(spec: ModelSpec, model: llama.Model) -> str:
-    """Why attention of our own is not even tried, '' if it is."""
+    """Why our own attention is not even tried, '' if it is."""
     if spec.flash_attention != "auto":
         return f"--flash-attention {spec.flash_attention}"
     if spec.kv_type != "f16":

@@ -1,9 +1,9 @@
-"""What a GGUF says about itself, read before llama.cpp touches it.
+"""The head of a GGUF, read and checked before llama.cpp opens the file.
 
-llama.cpp explains some damaged files badly, and some only by the end of the process (a length field of 2^60 is
-allocated first and doubted later). So the head is read here, with every length checked against the size of
-the file: a file that is not there, no GGUF, cut off or nonsense is refused with one line. The head also tells
-how large the KV cache will be.
+llama.cpp's errors for damaged files are often unclear, and some files end the process (a length field of 2^60 is
+allocated before it is checked). So the head is read here, and every length is checked against the size of the file: a
+file that is missing, no GGUF, cut off or invalid is refused with one line. The head also shows how large the KV cache
+will be.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from aiosd.errors import UsageError
 _SCALARS = {0: "<B", 1: "<b", 2: "<H", 3: "<h", 4: "<I", 5: "<i", 6: "<f", 7: "<?", 10: "<Q", 11: "<q", 12: "<d"}
 _STRING, _ARRAY = 8, 9
 _MAX_ENTRIES = 1 << 20
-_SHORT = 1024  # numbers in a list that is read, not skipped
+_SHORT = 1024  # longer lists of numbers are skipped, not read
 MOST_LAYERS = 4096  # llama.cpp takes 512
 _SPLIT = re.compile(r"-(\d{5})-of-(\d{5})\.gguf\Z")
 
@@ -32,19 +32,19 @@ class ModelFile:
     size: int  # bytes, all parts of a split model together
     meta: dict[str, Any] = field(default_factory=dict)  # scalars and strings; lists of numbers if short, else None
     num_tensors: int = 0
-    kv_bytes: float = 2.0  # of a number in the cache; f16, if nothing else is asked for
+    kv_bytes: float = 2.0  # bytes of a number in the cache; f16 by default
 
     @property
     def architecture(self) -> str:
         return self.text("general.architecture")
 
     def number(self, key: str, default: int = 0) -> int:
-        """A number of the architecture's own, such as block_count. Of one that is given for each layer the largest."""
+        """A number of this architecture, such as block_count. If there is one for each layer: the largest."""
         return max(self.numbers(key), default=default)
 
     def numbers(self, key: str) -> list[int]:
-        """The same where there may be one for each layer; a single one as a list of it; [] if it is not there, or lists
-        too many to be read. Raises UsageError where it is no number."""
+        """As `number`, where there may be one for each layer; a single number is returned as a list of one; [] if it is
+        missing or the list is too long to be read. Raises UsageError where it is no number."""
         name = f"{self.architecture}.{key}"
         value = self.meta.get(name)
         values = value if isinstance(value, list) else [] if value is None else [value]
@@ -53,14 +53,14 @@ class ModelFile:
         return values
 
     def text(self, key: str) -> str:
-        """A text; '' if it is not there. Raises UsageError where it is something else."""
+        """A text; '' if it is missing. Raises UsageError where it is not text."""
         value = self.meta.get(key, "")
         if not isinstance(value, str):
             raise UsageError(f"{self.path}: damaged: {key} is {str(value)[:60]!r}, not a text")
         return value
 
     def _kv_heads(self) -> list[int]:
-        """For every layer; 0 where it has no attention but a recurrent state."""
+        """The number for every layer; 0 where it has a recurrent state instead of attention."""
         layers = self.number("block_count")
         if layers > MOST_LAYERS:
             raise UsageError(f"{self.path}: damaged, or no model for llama.cpp: {layers} layers")
@@ -72,7 +72,7 @@ class ModelFile:
         return per_layer * layers if len(per_layer) == 1 else [*per_layer, *[0] * layers][:layers]
 
     def kv_bytes_per_token(self) -> int:
-        """Keys and values of one token over all layers. An upper estimate where layers share them."""
+        """Bytes of keys and values of one token over all layers. An upper estimate where layers share them."""
         values = self.number("attention.value_length", self._head_width())
         return int(self.kv_bytes * sum(self._kv_heads()) * (self.key_width() + values))
 
@@ -84,11 +84,11 @@ class ModelFile:
         return self.number("embedding_length") // (self.number("attention.head_count") or 1)
 
     def state_bytes(self) -> int:
-        """What a recurrent model keeps of a sequence, however long it is: all layers, as f32."""
+        """Bytes that a recurrent model keeps per sequence of any length: all layers, as f32."""
         return 4 * self._state_per_layer() * sum(not heads for heads in self._kv_heads())
 
     def _state_per_layer(self) -> int:
-        """Numbers, in a layer without attention."""
+        """How many numbers a layer without attention keeps."""
         inner, state = self.number("ssm.inner_size"), self.number("ssm.state_size")
         width, groups = self.number("embedding_length"), self.number("ssm.group_count")
         mamba = (self.number("ssm.conv_kernel", 1) - 1) * (inner + 2 * groups * state) + state * inner
@@ -97,7 +97,7 @@ class ModelFile:
         return mamba + rwkv + max(self.number("shortconv.l_cache") - 1, 0) * width
 
     def kv_bytes_per_slot(self, ctx: int) -> int:
-        """What llama.cpp takes for one slot of so many tokens: it makes room for a multiple of 256."""
+        """Bytes of one slot of `ctx` tokens: llama.cpp rounds up to a multiple of 256 tokens."""
         return -(-ctx // 256) * 256 * self.kv_bytes_per_token() + self.state_bytes()
 
 
@@ -153,7 +153,7 @@ class _Reader:
         return None
 
     def _skip_strings(self, count: int) -> None:
-        """A vocabulary has a quarter of a million of them: what is fast elsewhere takes a second here."""
+        """Written for speed: a vocabulary has up to 250 000 strings, and simple code takes a second for these."""
         length = struct.Struct("<Q").unpack_from
         data, at, last = self._data, self.at, len(self._data) - 8
         for _ in range(count):
@@ -164,7 +164,7 @@ class _Reader:
 
 
 def read(path: str) -> ModelFile:
-    """Raises UsageError with one line that says why the file is no model."""
+    """Raises UsageError with one line: the reason why the file is no model."""
     try:
         size = os.stat(path).st_size
         with open(path, "rb") as file:
@@ -208,12 +208,12 @@ def _read(data: mmap.mmap, path: str) -> ModelFile:
 
 
 def first_part(path: str) -> str:
-    """The file that llama.cpp wants to be given of a model that is split into several, of which `path` is any."""
+    """The first file of a model that is split into several: llama.cpp must get that one. `path`: any of them."""
     return _SPLIT.sub(r"-00001-of-\2.gguf", path)
 
 
 def parts(path: str) -> list[Path]:
-    """All files of a model that is split into several, of which `path` is any."""
+    """All files of a model that is split into several. `path`: any of them."""
     match = _SPLIT.search(path)
     if match is None:
         return [Path(path)]

@@ -1,8 +1,8 @@
 """Numbers between limits, as the bodies of grammar rules.
 
-A number is written as decimal digits, so "at least 17.25" becomes a choice digit by digit. Integers have 64 bits at
-most, as in every message between processes. A number with decimals has 15 significant digits at most when it has
-limits: decimals of that length are told apart by every reader, so none is rounded onto an excluded limit.
+A number is written in decimal digits, so "at least 17.25" becomes a choice for each digit. Integers have at most 64
+bits, as in every message between processes. A number with limits has at most 15 significant digits: every float parser
+keeps decimals of that length apart, so none is rounded onto an excluded limit.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ def refuse(sentence: str) -> OSError:
 
 
 def limits(schema: dict[str, Any]) -> tuple[Limit | None, Limit | None]:
-    """What the four keywords say together: the lower and the upper limit."""
+    """The lower and the upper limit that the four keywords give together."""
     low = _limit(schema, "minimum", "exclusiveMinimum", lambda limit: (limit.value, limit.excluded))
     high = _limit(schema, "maximum", "exclusiveMaximum", lambda limit: (-limit.value, limit.excluded))
     return low, high
@@ -83,7 +83,7 @@ def integers(first: int, last: int) -> str:
 def _naturals(first: int, last: int) -> list[str]:
     parts = ['"0"'] if first == 0 else []
     first = max(first, 1)
-    full: list[int] = []  # lengths of which all numbers are there: they go into one alternative
+    full: list[int] = []  # lengths of which all numbers are included: they become one alternative
     for length in range(len(str(first)), len(str(last)) + 1):
         least, most = 10 ** (length - 1), 10**length - 1
         if first <= least and most <= last:
@@ -100,7 +100,7 @@ def _grouped(body: str) -> str:
 
 
 def _same_length(low: str, high: str) -> str:
-    """Decimal strings of one length between two of them."""
+    """The decimal strings from `low` to `high`, which have the same length."""
     if low == high:
         return f'"{low}"' if low else ""
     if set(low) == {"0"} and set(high) == {"9"}:
@@ -128,7 +128,7 @@ def _same_length(low: str, high: str) -> str:
 
 
 def decimals(low: Limit | None, high: Limit | None, places: int | None = None) -> str:
-    """Numbers between two limits, as alternatives. `places`: at most this many digits behind the point."""
+    """Numbers between two limits, as alternatives. `places`: at most this many digits after the point."""
     zero = Limit(Decimal(0), False)
     parts: list[str] = []
     if high is None or high.value >= 0:
@@ -165,7 +165,7 @@ def _magnitudes(low: Limit, high: Limit | None, places: int | None) -> list[str]
 
 
 def _whole_between(first: int, last: int, places: int | None) -> list[str]:
-    """Numbers whose whole part is one of these, with as many decimals as its length leaves."""
+    """Numbers with a whole part from `first` to `last`, and as many decimals as the limit of digits allows."""
     parts = []
     while first <= last:
         room = _room(first, places)
@@ -176,7 +176,7 @@ def _whole_between(first: int, last: int, places: int | None) -> list[str]:
 
 
 def _room(whole: int, places: int | None) -> int:
-    """How many decimals may stand behind this whole number."""
+    """How many decimals may follow this whole number."""
     room = max(_SIGNIFICANT - len(str(whole)), 0)
     return room if places is None else min(room, places)
 

@@ -1,15 +1,15 @@
-"""Regular expressions as grammar rules: what a string must look like, whatever says so.
+"""Regular expressions as grammar rules: every keyword that restricts a string.
 
-`pattern`, `format`, `minLength` and `maxLength` of one schema are one language: the texts that satisfy all of them. It
-is built as an automaton by derivatives (what may follow after this character?), which knows intersection and
-complement, and so also lookahead; each of its states becomes one rule, so that llama.cpp never follows two ways at
-once. A pattern matches anywhere in a text, as JSON Schema has it, unless it begins with ^ or ends with $.
+`pattern`, `format`, `minLength` and `maxLength` of one schema are one language: the texts that satisfy all of them. The
+language becomes an automaton by derivatives (what may follow after this character?). Derivatives support intersection
+and complement, and so also lookahead. Each state becomes one rule, so that llama.cpp never follows two ways at once. A
+pattern matches anywhere in a text, as JSON Schema defines it, unless it begins with ^ or ends with $.
 
-An automaton that would have more than MAX_STATES states is given up. A pattern that stands alone and repeats much
-("(a{50}){50}") is then written as it stands; anything else is refused, as are back references and lookbehind.
+An automaton that would have more than MAX_STATES states is not built. If there is only one pattern, with many
+repetitions ("(a{50}){50}"), it is translated directly; anything else is refused, as are back references and lookbehind.
 
-What \\w, \\s, \\d hold in full Unicode depends on the reader of a pattern: what is written here is in them, or outside
-of them, for every reader.
+Implementations of regular expressions differ in what \\w, \\s, \\d match in full Unicode: only characters on which all
+agree are written here, both inside and outside of such a class.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ Ranges = tuple[tuple[int, int], ...]
 MAX_STATES = 800
 MAX_LENGTH = 2000  # characters of a pattern
 MAX_REPETITIONS = 1_000_000
-MAX_WAYS = 64  # on which a text can be read, where repetitions stand within repetitions
+MAX_WAYS = 64  # ways in which nested repetitions can match one text
 MAX_NODES = 40_000
 _TOP = 0x10FFFF
 _ANY: Ranges = ((0, _TOP),)
@@ -45,7 +45,7 @@ _SURE: dict[str, Ranges] = {
     "CATEGORY_SPACE": ((9, 10), (13, 13), (0x20, 0x20)),
     "CATEGORY_WORD": ((0x30, 0x39), (0x41, 0x5A), (0x5F, 0x5F), (0x61, 0x7A)),
 }
-#: … with all that some reader of patterns counts among them.
+#: … and every character that some implementation includes.
 _WIDEST: dict[str, Ranges] = {
     "CATEGORY_DIGIT": ((0x30, 0x39), (0x80, _TOP)),
     "CATEGORY_SPACE": (
@@ -77,7 +77,7 @@ def inverse(ranges: Iterable[tuple[int, int]]) -> Ranges:
 
 
 def _members(members: Iterable[Any]) -> Ranges:
-    """The characters of a class in brackets."""
+    """The characters of a class in brackets, [...]."""
     ranges: list[tuple[int, int]] = []
     classes: list[tuple[str, bool]] = []
     negate = False
@@ -94,7 +94,7 @@ def _members(members: Iterable[Any]) -> Ranges:
             if kind.replace("_NOT_", "_") not in _SURE:
                 raise refuse("pattern: a character class that is not supported")
             classes.append((kind.replace("_NOT_", "_"), "_NOT_" in kind))
-    # In a class the surest members count, in a negated one all that any reader takes for a member.
+    # A class has only the members on which all agree; a negated one excludes what any implementation includes.
     for name, without in classes:
         if negate:
             ranges += inverse(_SURE[name]) if without else _WIDEST[name]
@@ -112,7 +112,7 @@ def _code(point: int) -> str:
 
 
 def in_json(ranges: Ranges) -> str:
-    """One character out of these, as a JSON string holds it; '' when it can hold none of them."""
+    """One of these characters, as written in a JSON string; '' when none of them can be."""
     plain = inverse([*inverse(ranges), *_UNWRITABLE])
 
     def has(point: int) -> bool:
@@ -126,7 +126,7 @@ def in_json(ranges: Ranges) -> str:
 
 
 def as_it_is(ranges: Ranges) -> str:
-    """One character out of these in plain text."""
+    """One of these characters in plain text."""
     plain = inverse([*inverse(ranges), (0, 8), (11, 0x1F), (0x7F, 0x7F), (0xD800, 0xDFFF)])
     return _class(plain) if plain else ""
 
@@ -162,8 +162,8 @@ NONE, EMPTY, ALL = 0, 1, 2
 
 
 class Languages:
-    """Regular languages as nodes that are made once each (a node is a number). The operations simplify, so that the
-    derivatives of a language are few."""
+    """Regular languages as nodes (a node is a number); equal nodes are the same number. The operations simplify, so
+    that a language has few different derivatives."""
 
     def __init__(self) -> None:
         self._nodes: list[tuple[Any, ...]] = []
@@ -171,7 +171,7 @@ class Languages:
         self.nullable: list[bool] = []  # is the empty text in it?
         self._derived: dict[tuple[int, int], int] = {}
         self._edges: dict[int, frozenset[int]] = {}
-        # NONE, EMPTY, ALL, and one character of any kind, which ALL is made of
+        # NONE, EMPTY, ALL, and any one character, from which ALL is built
         for node in (("none",), ("empty",), ("repeat", 3, 0, None), ("set", _ANY)):
             self._make(node, node[0] in ("empty", "repeat"))
 
@@ -253,7 +253,7 @@ class Languages:
         return self._make(("repeat", a, low, high), low == 0)
 
     def derived(self, a: int, char: int) -> int:
-        """What may follow `char` so that the whole is in `a`."""
+        """The derivative: the texts that may follow `char` so that the whole is in `a`."""
         key = a, char
         if key not in self._derived:
             self._derived[key] = self._derive(self._nodes[a], char)
@@ -279,7 +279,7 @@ class Languages:
         return self.cat(self.derived(a, char), rest)
 
     def edges(self, a: int) -> frozenset[int]:
-        """Where among the characters the derivative may change."""
+        """The characters at which the derivative may change."""
         found = self._edges.get(a)
         if found is None:
             node = self._nodes[a]
@@ -306,7 +306,7 @@ def _op(item: Any) -> str:
 def parsed(pattern: Any) -> list[Any]:
     if not isinstance(pattern, str) or len(pattern) > MAX_LENGTH:
         raise refuse(f"pattern must be a string of at most {MAX_LENGTH} characters")
-    source = re.sub(r"\(\?<(?=[A-Za-z_])", "(?P<", pattern)  # JavaScript's way to name a group
+    source = re.sub(r"\(\?<(?=[A-Za-z_])", "(?P<", pattern)  # JavaScript's syntax for a named group
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
@@ -323,14 +323,14 @@ def parsed(pattern: Any) -> list[Any]:
 
 
 class _Reader:
-    """Builds the language of a parsed pattern from its end: each item knows what follows it, so lookahead is an
-    intersection with that."""
+    """Builds the language of a parsed pattern from its end: for each item the language of what follows it is known, so
+    lookahead is an intersection with that."""
 
     def __init__(self, languages: Languages) -> None:
         self._l = languages
 
     def search(self, items: list[Any]) -> int:
-        """All texts in which the pattern is found."""
+        """The language of all texts that contain a match of the pattern."""
         languages = self._l
         at_start = self._sequence(items, ALL, True)
         later = languages.cat(languages.chars(_ANY), languages.cat(ALL, self._sequence(items, ALL, False)))
@@ -412,7 +412,7 @@ def _looks_around(items: Iterable[Any]) -> bool:
 
 
 def _parts(op: str, value: Any) -> list[Any]:
-    """The sequences that an item holds."""
+    """The sequences inside an item."""
     if op == "BRANCH":
         return list(value[1])
     if op == "SUBPATTERN":
@@ -426,11 +426,11 @@ Spell = Callable[[Ranges], str]
 _State = tuple[bool, dict[int, str]]  # may the text end here? What may follow: the next state and how it is reached
 
 
-@lru_cache(maxsize=64)  # formats come again and again, and an agent's schemas with every turn
+@lru_cache(maxsize=64)  # the same formats recur, and an agent sends its schemas with every turn
 def automaton(
     patterns: tuple[str, ...], low: int, high: int | None, spell: Spell, without: str
 ) -> dict[int, _State] | None:
-    """Every state, the first one first; None when there are too many."""
+    """All states, the start state first; None when there are too many."""
     languages = Languages()
     try:
         wanted = [_Reader(languages).search(parsed(pattern)) for pattern in patterns]
@@ -466,7 +466,7 @@ def _explored(languages: Languages, start: int, spell: Spell) -> dict[int, _Stat
     return _alive(states, start)
 
 
-Add = Callable[[str, str], str]  # name and body of a rule → the name it got
+Add = Callable[[str, str], str]  # (name, body) of a rule → the name that it got
 Repeat = Callable[[str, int, "int | None", str], str]
 
 
@@ -490,7 +490,7 @@ class Strings:
         without: str = "",
     ) -> str:
         """The rule of all texts that satisfy every pattern, have `low` to `high` characters and do not contain
-        `without`. Raises OSError where there is none, or none that a grammar can hold."""
+        `without`. Raises OSError where there are none, or the grammar would be too large."""
         trees = [parsed(pattern) for pattern in patterns]
         hits = automaton.cache_info().hits
         states = automaton(tuple(patterns), low, high, spell, without)
@@ -514,7 +514,7 @@ class Strings:
                 self._add(names[state], " | ".join([*parts, '""'] if ends else parts))
         return names[next(iter(states))]
 
-    # ── a pattern as it stands ──
+    # ── a pattern translated directly ──
 
     def _as_it_stands(self, name: str, items: list[Any], spell: Spell) -> str:
         if _looks_around(items[1:-1]) or _ways(items) > MAX_WAYS:
@@ -549,7 +549,7 @@ class Strings:
 
 
 def _alive(states: dict[int, _State], start: int) -> dict[int, _State]:
-    """Without the states from which no end is reached."""
+    """Without the states from which no end can be reached."""
     before: dict[int, list[int]] = {}
     for state, (_, ways) in states.items():
         for target in ways:
@@ -571,7 +571,7 @@ def _alive(states: dict[int, _State], start: int) -> dict[int, _State]:
 
 
 def _ways(items: Iterable[Any]) -> int:
-    """On how many ways a text can be read at most: repetitions of varying number, multiplied where nested."""
+    """Most ways in which the items can match one text: repetitions of variable number, multiplied where nested."""
     most = 1
     for item in items:
         op, value = _op(item), item[1]

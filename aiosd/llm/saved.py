@@ -2,12 +2,12 @@
 
     "AIOSCTX1" · header length u32 · header crc u32 · header · tokens (int32 each) · state
 
-The header (msgpack) says what the state fits: the model's SHA-256, llama.cpp's version and what a token's state is made
-of. It is kept with a row per token, so that it fits with flash attention and without.
-llama.cpp checks nothing of this itself. Where anything differs, or a checksum does not fit, the state is refused and
-computed again from the messages, which are always there; only a file whose header is damaged is an error.
+The header (msgpack) describes what the state fits: the model's SHA-256, llama.cpp's version and the parts of a token's
+state. The state is kept with a row per token, so that it fits with flash attention and without.
+llama.cpp itself checks none of this. Where anything differs, or a checksum does not match, the state is refused and
+computed again from the messages, which every file has; only a file with a damaged header is an error.
 
-A file appears under its name when all of it is on the disk: a full disk or a crash leaves the old one.
+A file gets its name only when all of it is on the disk: a full disk or a crash leaves the old file.
 """
 
 from __future__ import annotations
@@ -38,7 +38,7 @@ _CHUNK = 1 << 20
 
 
 class Header(msgspec.Struct):
-    fits: dict[str, Any]  # what must be the same for the state to be of use
+    fits: dict[str, Any]  # what must be equal for the state to be usable
     messages: list[dict[str, Any]]
     tokens: int
     tokens_crc: int
@@ -50,17 +50,17 @@ class Header(msgspec.Struct):
 
 @dataclass(frozen=True, slots=True)
 class Opened:
-    """What a file held. `piece` None: there is no state, or it does not fit."""
+    """The content of a file. `piece` None: there is no state, or it does not fit."""
 
     messages: list[dict[str, Any]]
     tokens: Tokens
     piece: Piece | None
-    refused: str  # why the state is not used, ''
+    refused: str  # why the state is not used, '' if it is
 
 
 class Saved:
     def __init__(self, folder: str, fits: dict[str, Any], layout: Layout | None = None) -> None:
-        """`layout`: of the context whose pieces are written and read; None: they are kept as they are."""
+        """`layout`: of the context whose pieces are written and read; None: pieces are kept unchanged."""
         self._folder = Path(folder)
         self._fits = fits
         self._layout = layout
@@ -71,7 +71,7 @@ class Saved:
     def write(
         self, scope: str, name: str, messages: list[dict[str, Any]], tokens: Tokens, piece: Piece | None
     ) -> wire.SavedContext:
-        """Raises OSError (ENOSPC, EDQUOT, …); nothing is left of the attempt then."""
+        """Raises OSError (ENOSPC, EDQUOT, …), and then leaves no part of a file behind."""
         path = self.path(scope, name)
         path.parent.mkdir(parents=True, exist_ok=True, mode=0o700)
         _sweep(path.parent)
@@ -148,7 +148,7 @@ class Saved:
         return found
 
     def remove(self, scope: str, name: str) -> bool:
-        """Was there one?"""
+        """Returns whether there was one."""
         try:
             self.path(scope, name).unlink()
         except FileNotFoundError:
@@ -170,7 +170,7 @@ def _header(file: Any, name: str) -> Header:
 
 
 def _sweep(folder: Path) -> None:
-    """Remove what cores that died in the middle of it have written."""
+    """Remove unfinished files of cores that died while they wrote."""
     for partial in folder.glob(f".*{_SUFFIX}.*"):
         pid = partial.name.rpartition(".")[2]
         if pid != str(os.getpid()) and not (pid.isdigit() and os.path.exists(f"/proc/{pid}")):
@@ -187,7 +187,7 @@ def _sync_folder(folder: Path) -> None:
 
 
 def file_sha256(path: str) -> str:
-    """Of a GGUF, all its parts, which may take seconds: to be called off the decoding thread."""
+    """The checksum of a GGUF with all its parts. May take seconds: not for the decoding thread."""
     digest = hashlib.sha256()
     for part in modelfile.parts(path):
         with open(part, "rb") as file:

@@ -1,19 +1,19 @@
 r"""JSON Schema to a llama.cpp grammar (GBNF).
 
-The promise: every text of the grammar is JSON and valid against the schema, and what the schema allows can be written.
-A keyword that cannot be kept is refused with a sentence and its place (a JSON pointer), not dropped. Unknown keywords
-and annotations (title, description, default, …) say nothing about validity and are passed over, and so are formats
-that are not in `pattern.FORMATS`.
+The promise: every text of the grammar is JSON and valid against the schema, and every value that the schema allows can
+be written. A keyword that the grammar cannot keep is refused with a sentence and its place (a JSON pointer), not
+ignored. Unknown keywords and annotations (title, description, default, …) do not affect validity and are ignored, and
+so are formats that are not in `pattern.FORMATS`.
 
-Narrower than the schema on purpose, and on these points only: an object has the properties that are declared, and
+The grammar is narrower than the schema on purpose, only in these points: an object has the declared properties, and
 others only where `additionalProperties` asks for them; a tuple is written whole; whitespace is limited; integers have
 64 bits, numbers between limits 15 significant digits and no exponent; `-0.0` and exponents beyond e99 never appear;
 `\u` escapes exclude surrogates (half a pair is no character, and msgpack refuses it). `oneOf` is kept only where no
 value can match two of its branches.
 
-The schema comes from any agent, and llama.cpp recurses over grammars and prints what it cannot parse, so this file
-bounds what it makes: depth, number of rules, bytes, repetitions, work, and the number of ways on which a rule can
-begin (llama.cpp walks all of them, and a rule that can begin with itself is an error there).
+Any agent can send any schema, and llama.cpp recurses over grammars and prints what it cannot parse. So this file limits
+its output: depth, number of rules, bytes, repetitions, work, and the number of ways in which a rule can begin
+(llama.cpp follows all of them, and a rule that can begin with itself is an error there).
 """
 
 from __future__ import annotations
@@ -51,9 +51,9 @@ MAX_RULES = 20_000
 MAX_BYTES = 2_000_000
 MAX_BEGINNINGS = 2_000
 MAX_PROPERTIES = 500
-MAX_WORK = 40_000  # schemas looked at and put together: references make a small one as large as they like
-MAX_MULTIPLES = 2_000  # of a number between two limits, written one by one
-QUICK_WORK = 600  # what is done between two steps of decoding
+MAX_WORK = 40_000  # schemas visited and merged: through references a small schema can become arbitrarily large
+MAX_MULTIPLES = 2_000  # of a number between two limits, listed one by one
+QUICK_WORK = 600  # most work done between two decode steps
 _BLOCK = 64  # repetitions written out in one rule
 
 _FIRST = f'"-" ({numbers.integers(10**18, 2**63)})'
@@ -90,23 +90,23 @@ def _escaped(char: str) -> str:
 
 
 class Converter:
-    """Gathers the rules of one grammar. `convert` may be called several times; `text` gives it all."""
+    """Collects the rules of one grammar. `convert` may be called several times; `text` is the whole grammar."""
 
     def __init__(self, quick: bool = False) -> None:
         self._most_work = QUICK_WORK if quick else MAX_WORK
         self._quick = quick
         self._rules = dict(_BASE)
-        self._begins: dict[str, list[str]] = {}  # rule → rules it can begin with before anything is written
+        self._begins: dict[str, list[str]] = {}  # rule → rules that can be its first element
         self._known: dict[tuple[int, str], str] = {}  # (document, schema) → rule
         self._documents: list[Document] = []
         self._document = Document(True, self._spend)
-        self._path: list[str] = []  # where in the document: for refusals
+        self._path: list[str] = []  # the current place in the document, for refusals
         self._bytes = 0
         self._work = 0
         self._strings = Strings(self.add, self._repeat, self._spend)
 
     def convert(self, name: str, schema: Schema) -> str:
-        """Add the rules of a schema; the name of its first rule."""
+        """Add the rules of a schema; returns the name of its first rule."""
         with self._open(schema):
             rule = self._visit(schema, name, 0)
         self._check_beginnings()
@@ -123,7 +123,7 @@ class Converter:
     @contextmanager
     def _open(self, root: Schema) -> Iterator[None]:
         self._document = Document(root, self._spend)
-        self._documents.append(self._document)  # its address is a key
+        self._documents.append(self._document)  # keeps it alive: its address is used as a key
         self._path = []
         try:
             yield
@@ -131,11 +131,11 @@ class Converter:
             place = getattr(error, "place", "")
             raise refuse(f"{error.strerror} (at {place})" if place else str(error.strerror)) from None
         except (TypeError, ValueError, KeyError, AttributeError, ArithmeticError, RecursionError) as error:
-            # Nonsense has more forms than there are checks below.
+            # The checks below do not cover every malformed schema.
             raise refuse(f"the schema is malformed: {error}") from error
 
     def add(self, name: str, body: str) -> str:
-        """A rule under this name, or this name with a number."""
+        """Add a rule with this name, or this name and a number. Returns the name."""
         key, i = name, 0
         while key in self._rules and self._rules[key] != body:
             i += 1
@@ -148,7 +148,7 @@ class Converter:
         return key
 
     def _reserve(self, name: str) -> str:
-        """A name of its own for a rule whose body is not known yet."""
+        """A unique name for a rule whose body is not known yet."""
         key, i = name, 0
         while key in self._rules:
             i += 1
@@ -167,14 +167,14 @@ class Converter:
 
     @contextmanager
     def _at(self, *parts: str | int) -> Iterator[None]:
-        """The place of what is looked at meanwhile; the innermost one goes into a refusal."""
+        """Inside this block, `parts` are added to the current place; a refusal contains the innermost place."""
         before = self._path
         self._path = [*before, *map(str, parts)]
         try:
             yield
         except OSError as error:
             if not hasattr(error, "place"):
-                error.place = self._place()  # type: ignore[attr-defined] # ours, on its way up
+                error.place = self._place()  # type: ignore[attr-defined] # our own attribute
             raise
         finally:
             self._path = before
@@ -189,7 +189,7 @@ class Converter:
     # ── one schema ──
 
     def _visit(self, schema: Schema, name: str, depth: int, *at: str | int) -> str:
-        """The name of the rule of a schema. `at`: how it is reached from the one that holds it."""
+        """The name of the rule of a schema. `at`: its place, relative to the schema around it."""
         with self._at(*at):
             self._spend(1)
             if depth > MAX_DEPTH:
@@ -225,8 +225,8 @@ class Converter:
                 raise refuse(f"{keyword}: no grammar can express this keyword")
 
     def _reference(self, schema: dict[str, Any], name: str, depth: int) -> str:
-        """A schema that is put together from others. Each gets one rule, whose name is fixed before its body is known,
-        because the body may need it."""
+        """A schema that is merged from others. Each gets one rule; its name is fixed before its body is known, because
+        the body may refer to it."""
         pointer = schema["$ref"] if set(schema) == {"$ref"} else None
         key = id(self._document), f"#{pointer}" if pointer is not None else json.dumps(schema)
         self._spend(len(key[1]) // 256)
@@ -244,7 +244,7 @@ class Converter:
             else:
                 body = self._of(self._document.merged(schema), f"{rule}-", depth + 1)
         except Impossible:
-            for stale in list(self._known)[before:]:  # what was made of it meanwhile may need it
+            for stale in list(self._known)[before:]:  # rules made since then may refer to it
                 del self._known[stale]
             raise
         self._rules[rule] = body
@@ -252,7 +252,7 @@ class Converter:
         return rule
 
     def _without(self, schema: dict[str, Any]) -> dict[str, Any]:
-        """The same schema without its `not`, where other keywords can say it."""
+        """The same schema without its `not`, where other keywords can express it."""
         negated = self._document.follow(schema["not"])
         rest = {key: value for key, value in schema.items() if key != "not"}
         if negated is True or (isinstance(negated, dict) and not essential(negated)):
@@ -286,7 +286,7 @@ class Converter:
         raise refuse("not: no grammar can express this keyword here")
 
     def _check_beginnings(self) -> None:
-        """No rule may begin with itself, and none on too many ways."""
+        """No rule may begin with itself, or in too many ways."""
         ways: dict[str, int] = {}
         open_: set[str] = set()
 
@@ -329,7 +329,7 @@ class Converter:
         return self._alternatives(name, rules)
 
     def _tag(self, schema: dict[str, Any]) -> str | None:
-        """OpenAPI's discriminator: a property that every branch must have, though not all say so."""
+        """OpenAPI's discriminator: a property that every branch must have, even if it is not declared so."""
         discriminator = schema.get("discriminator")
         if isinstance(discriminator, dict) and isinstance(discriminator.get("propertyName"), str):
             return str(discriminator["propertyName"])
@@ -357,7 +357,7 @@ class Converter:
         return self.add(name, self._trie(name, sorted({_json(value) for value in self._values(schema)})))
 
     def _values(self, schema: dict[str, Any]) -> list[Any]:
-        """The values of an enum or a const that fit what is said beside it."""
+        """The values of an enum or a const that fit the other keywords beside it."""
         values = [schema["const"]] if "const" in schema else schema["enum"]
         if not isinstance(values, list) or not values:
             raise refuse("enum must be a list of values")
@@ -375,7 +375,7 @@ class Converter:
         return kept
 
     def _trie(self, name: str, texts: list[str]) -> str:
-        """Sorted texts as a tree over what they begin with: however many there are, few can begin at once."""
+        """Sorted texts as a prefix tree: so even with many texts, few alternatives are possible at each point."""
         if len(texts) <= 8:
             return " | ".join(map(literal, texts))
         groups: dict[str, list[str]] = {}
@@ -440,7 +440,7 @@ class Converter:
     def _pairs(
         self, schema: dict[str, Any], required: list[str], others: Schema, name: str, depth: int
     ) -> list[tuple[str, str, bool]]:
-        """Name, rule and need of every property that can be written."""
+        """(name, rule, required) of every property that can be written."""
         declared, keys = schema.get("properties", {}), schema.get("propertyNames", True)
         pairs = []
         for i, key in enumerate(dict.fromkeys([*declared, *required])):
@@ -471,8 +471,9 @@ class Converter:
         return matching[0] if len(matching) == 1 else {"allOf": matching}
 
     def _members(self, pairs: list[tuple[str, bool]], low: int, high: int | None, extra: str | None, name: str) -> str:
-        """The members in their order, the optional ones left out or not, commas only between members. From the back:
-        what may follow when so many were written: 0, or 1 for "some", or counted where their number is limited."""
+        """The members in their order; optional ones may be left out; commas only between members. Built from the last
+        member to the first: for each, what may follow after n members were written. n is 0, or 1 for "some", and is
+        counted exactly where the number of members is limited."""
         needed = sum(need for _, need in pairs)
         low = 0 if low <= needed else low
         high = None if high is not None and extra is None and high >= len(pairs) else high
@@ -498,7 +499,7 @@ class Converter:
         return after[0]
 
     def _ends(self, written: int, low: int, high: int | None, extra: str | None, more: str, name: str) -> str | None:
-        """What may stand behind the last member, when so many have been written."""
+        """What may follow the last declared member, when `written` members have been written."""
         if extra is None:
             return '""' if written >= low else None
         least, most = max(low - written, 0), None if high is None else high - written
@@ -548,7 +549,7 @@ class Converter:
         return self.add(f"{name}-p", f'"\\"" {key} ":" ws {value}')
 
     def _other_name(self, name: str, taken: list[str]) -> str:
-        """The rest of a string, with its closing quote, that is none of these."""
+        """The rest of a string, with its closing quote, which is none of `taken`."""
         groups: dict[str, list[str]] = {}
         for text in taken:
             if text:
@@ -564,7 +565,7 @@ class Converter:
     def _array(self, schema: dict[str, Any], name: str, depth: int) -> str:
         items = schema.get("items", True)
         heads = schema.get("prefixItems", [])
-        if isinstance(items, list):  # the way of older drafts
+        if isinstance(items, list):  # as in older drafts
             heads, items = items, schema.get("additionalItems", True)
         elif "items" not in schema and schema.get("unevaluatedItems") is False:
             items = False
@@ -589,7 +590,7 @@ class Converter:
         return self.add(name, f'"[" ws {self._listed(item, low, high, name)} ws "]"')
 
     def _set(self, items: Schema, low: int, high: int | None, name: str, heads: int) -> str:
-        """Different items: of a few known values each at most once, in their order."""
+        """Unique items: each of a few known values at most once, in their order."""
         schema = self._document.follow(items)
         if isinstance(schema, dict) and set(essential(schema)) == {"type"} and types(schema) == ["boolean"]:
             schema = {"enum": [False, True]}
@@ -607,7 +608,7 @@ class Converter:
         if not heads:
             return self._empty("[]", low, name)
         rules = [self._visit(head, f"{name}-{i}", depth + 1, "prefixItems", i) for i, head in enumerate(heads)]
-        body = ' "," ws '.join(rules)  # all of them: an array may be shorter, but this is what is meant
+        body = ' "," ws '.join(rules)  # all of them: the schema allows shorter arrays, but means the whole tuple
         if low > len(heads) and items is False:
             raise Impossible("minItems: more than the items that are allowed")
         if items is not False and (asked or low > len(heads)):
@@ -624,7 +625,7 @@ class Converter:
         return listed if low else f"({listed})?"
 
     def _repeat(self, item: str, low: int, high: int | None, name: str) -> str:
-        """`item` low to high times. llama.cpp writes every repetition out, so many of them go in blocks."""
+        """`item` low to high times. llama.cpp expands every repetition, so large numbers are built from blocks."""
         if high is not None and high < low:
             raise Impossible("a minimum is larger than its maximum")
         exact = self._exactly(item, low, name)
@@ -716,7 +717,7 @@ class Converter:
         raise refuse("multipleOf: together with these limits no grammar can express it")
 
     def _divisible(self, step: int, name: str) -> str:
-        """All multiples of a number: one rule for each remainder of what has been written."""
+        """All multiples of a number: one rule for each remainder of the digits written so far."""
         rules = [self._reserve(f"{name}-m{remainder}") for remainder in range(step)]
         for remainder, rule in enumerate(rules):
             ways = [f'"{digit}" {rules[(remainder * 10 + digit) % step]}' for digit in range(10)]
@@ -726,7 +727,7 @@ class Converter:
 
 
 def written_raw(schema: Schema, root: Schema) -> bool:
-    """Is a value of this schema a string in any case, so that it needs no quotes between tags?"""
+    """Is every value of this schema a string, so that it needs no quotes between tags?"""
     inner = Document(root, lambda work: None).follow(schema)
     if not isinstance(inner, dict) or {"anyOf", "oneOf", "allOf", "$ref", "not"} & set(inner):
         return False

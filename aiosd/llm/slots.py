@@ -1,4 +1,4 @@
-"""Which sequence lies where in the KV cache, and what lies in the free slots.
+"""Which sequence is in which slot of the KV cache, and what the free slots still hold.
 
 Invariants: a slot is free or owned by exactly one sequence; free + owned = total. A free slot may still hold
 the tokens of its last owner (`Held`), which a later prompt of the same scope can reuse. Slots in use are kept
@@ -31,8 +31,8 @@ class Held:
     tokens: Tokens = field(default_factory=lambda: _NOTHING)
     reusable: int = 0
     used: float = 0.0  # clock when it was last in use
-    peer: int = 0  # whose call left it
-    kept: bool = False  # the store has all that is reusable
+    peer: int = 0  # the peer whose call left it
+    kept: bool = False  # the store has all of its reusable tokens
 
 
 @dataclass(frozen=True, slots=True)
@@ -44,8 +44,8 @@ class Match:
 def best_slot(prompt: Tokens, scope: str, held: Iterable[Held], most: int) -> Match | None:
     """The free slot that saves the most prompt tokens, never more than `most`; None when there is no free slot.
 
-    Without anything to save an empty slot is better than one that holds something, then the one unused for
-    longest; at the end the lowest number, because slots in use should lie close together.
+    If no slot saves any, an empty slot is preferred, then the one unused for longest, then the lowest number, because
+    slots in use should lie close together.
     """
 
     def saved(slot: Held) -> int:
@@ -90,7 +90,7 @@ class Slots:
         return best_slot(tokens, sequence.scope, self.free_slots(), most)
 
     def cheapest(self) -> Held:
-        """The free slot with the least to lose: empty, or kept elsewhere too, or unused for longest."""
+        """The free slot with the least to lose: an empty one, else one kept in the store, else the least recent."""
         free = self.free_slots()
         return min(free, key=lambda held: (len(held.tokens) > 0, not held.kept, held.used, held.slot))
 
@@ -103,8 +103,8 @@ class Slots:
         sequence.slot = slot
 
     def release(self, sequence: Sequence, now: float, *, keep: bool, exact: bool = False) -> int:
-        """Free the sequence's slot. `keep`: what lies there stays usable as a prefix, in exact mode as far as it
-        was prefilled."""
+        """Free the sequence's slot. `keep`: its content stays usable as a prefix; in exact mode only the prefilled
+        part."""
         slot = sequence.slot
         if slot < 0 or self._owner[slot] is not sequence:
             raise Bug(f"slot {slot} is not {sequence.key}'s")
@@ -126,7 +126,7 @@ class Slots:
         return len(self._held[slot].tokens) > 0
 
     def swap(self, sequence: Sequence, slot: int) -> None:
-        """The sequence into a free slot, and what that one held into the sequence's old one."""
+        """Exchange: the sequence moves into a free slot, and what that slot held into the sequence's old one."""
         old = sequence.slot
         if self._owner[slot] is not None or self._owner[old] is not sequence:
             raise Bug(f"cannot move {sequence.key} from {old} to {slot}")
@@ -136,8 +136,8 @@ class Slots:
         sequence.slot = slot
 
     def closing_move(self, rows: list[Sequence]) -> tuple[Sequence, int] | None:
-        """The next of the fewest exchanges after which `rows` (ascending) lie in consecutive slots: which of them
-        goes into which free slot. None when they do, or when slots that cannot be had stand in the way."""
+        """`rows` (ascending) should lie in consecutive slots, with as few exchanges as possible: the next of these, as
+        (sequence, free slot). None when they already do, or when occupied slots make it impossible."""
         n, slots = len(rows), {sequence.slot for sequence in rows}
         if rows[-1].slot - rows[0].slot == n - 1:
             return None
@@ -149,7 +149,7 @@ class Slots:
             for start in range(self.total - n + 1)
             if blocked_before[start + n] == blocked_before[start]
         )
-        best = max(windows, default=None)  # the one with most of the rows inside, the lowest of those
+        best = max(windows, default=None)  # with most of the rows inside; of several the lowest
         if best is None:
             return None
         window = range(-best[1], -best[1] + n)
@@ -157,11 +157,11 @@ class Slots:
         return outside, next(slot for slot in window if slot not in slots)
 
     def forget(self, slot: int) -> None:
-        """What a free slot held is no longer to be relied on."""
+        """The content of a free slot must not be used any more."""
         self._held[slot] = Held(slot)
 
     def check(self) -> None:
-        """Count: every owner knows its slot, no sequence owns two."""
+        """Check the invariants: every owner knows its slot, no sequence owns two."""
         owned = [(slot, owner) for slot, owner in enumerate(self._owner) if owner is not None]
         if any(owner.slot != slot for slot, owner in owned):
             raise Bug("a slot's owner lies elsewhere")

@@ -1,7 +1,7 @@
 """Counts and times of the engine: cheap enough for every step, readable at any time.
 
-`busy_since` is the heartbeat: the clock at which the step under way began, 0.0 between steps. Who watches the
-core takes a long step for a hang only if it exceeds what the last ones needed by far.
+`busy_since` is the heartbeat: the clock time at which the current step began, 0.0 between steps. The watcher of the
+core takes a long step for a hang only if it takes far longer than the longest step so far.
 """
 
 from __future__ import annotations
@@ -10,7 +10,7 @@ from collections import deque
 from collections.abc import Callable
 from typing import Any
 
-#: Tokens per second are those of the last seconds, so many.
+#: Tokens per second are averaged over this many seconds.
 WINDOW = 10.0
 
 _SMOOTH = 0.1
@@ -50,12 +50,12 @@ class Meter:
 
     def prefilled(self, tokens: int, seconds: float) -> None:
         self.computed += tokens
-        if seconds > 0 and tokens >= 16:  # a few tokens tell nothing about many
+        if seconds > 0 and tokens >= 16:  # the rate of a few tokens does not predict that of many
             rate = tokens / seconds
             self._prefill_rate += (0.3 if self._prefill_rate else 1.0) * (rate - self._prefill_rate)
 
     def tokens_in(self, seconds: float, least: int, unknown: int = 128) -> int:
-        """How many prompt tokens are computed in so much time."""
+        """How many prompt tokens are computed in `seconds`, by the rate so far."""
         return max(least, int(self._prefill_rate * seconds)) if self._prefill_rate else unknown
 
     def prompt_token_s(self) -> float:

@@ -1,11 +1,11 @@
 """Keeps a generation inside a grammar: check the token that was drawn first, constrain only on refusal.
 
-Checking one token against the grammar costs some microseconds, masking a whole vocabulary milliseconds. So
-the token is drawn as if there were no grammar; if it is refused, the likeliest tokens are masked and drawn
-from, and the whole vocabulary only if none of these fits. When the grammar may end and the model wants
-something that does not fit, the generation ends.
+Checking one token against the grammar takes microseconds, masking the whole vocabulary milliseconds. So the token is
+first drawn as if there were no grammar. If the grammar refuses it, another is drawn from the likeliest tokens that fit,
+and from the whole vocabulary only if none of these fits. If the grammar can end here and the drawn token does not fit,
+the generation ends.
 
-A constraint keeps state of its own, moved on only by `settle` and `replay`, one call per token.
+Only `settle` and `replay` change the state of a constraint, one call per token.
 """
 
 from __future__ import annotations
@@ -32,24 +32,24 @@ END = -1
 _LIKELIEST = 256
 
 Row = npt.NDArray[np.float32]
-Draw = Callable[[Row], int]  # from logits of candidates to the index of one of them
+Draw = Callable[[Row], int]  # takes the logits of candidates, returns the index of one
 
 
 class Constraint(Protocol):
     def settle(self, text: TextStream, row: Row, token: int, draw: Draw) -> int:
-        """The token that comes next instead of `token`, or `token` itself, or END."""
+        """The next token: `token` if it fits, else another one, or END."""
         ...
 
     def replay(self, text: TextStream, token: int) -> None:
-        """A token that has been given out before; OSError if it cannot have been."""
+        """Take a token that was generated before; OSError if the grammar does not allow it."""
         ...
 
     def close(self) -> None: ...
 
 
 class Guide:
-    """A grammar, plus what it does not look at: control tokens, and bytes that are no UTF-8. `controls`: texts of
-    control tokens that may be part of what the grammar describes."""
+    """A grammar, plus two checks that llama.cpp's grammar lacks: control tokens, and bytes that are no UTF-8.
+    `controls`: the texts of control tokens that the grammar may contain."""
 
     def __init__(self, model: llama.Model, gbnf: str, controls: Iterable[str] = ()) -> None:
         self._model = model
@@ -118,12 +118,12 @@ class Guide:
                 if self._is_utf8(int(ids[place])):
                     return int(ids[place])
                 ids = np.delete(ids, place)
-        if not self._model.end_tokens:  # nothing can follow, and the model has no way to say so
+        if not self._model.end_tokens:  # nothing can follow, and the model has no token to end with
             return END
         raise OSError(errno.EIO, "no token of the model's vocabulary fits the grammar at this place")
 
     def fitting(self, ids: npt.NDArray[np.int64]) -> npt.NDArray[np.int64]:
-        """Those of the tokens that the grammar lets through; `allows` may still refuse some as no UTF-8."""
+        """Those of the tokens that the grammar allows; `allows` may still refuse some as no UTF-8."""
         ids = ids[~self._refused[ids]]
         return ids[self._grammar.mask(ids)]
 
@@ -146,7 +146,7 @@ def tools_grammar(
     several: bool = True,
     quick: bool = False,
 ) -> str:
-    """Calls of these tools. `choice` "required": with what begins the first."""
+    """The grammar of calls of these tools. `choice` "required": it includes the trigger of the first call."""
     converter = Converter(quick)
     calls = call_rules(dialect, tools, converter)
     root = dialect.rules(begun=choice != "required", several=several)
@@ -154,7 +154,7 @@ def tools_grammar(
 
 
 class SchemaConstraint:
-    """The whole text is JSON valid against a schema."""
+    """The whole text is JSON that is valid against a schema."""
 
     def __init__(self, model: llama.Model, gbnf: str) -> None:
         self._guide = Guide(model, gbnf)
@@ -174,7 +174,7 @@ class SchemaConstraint:
 class ToolConstraint:
     """Free text until a tool call begins, from there on calls that are valid for one of the tools.
 
-    `choice` "none": none begins; "required": the answer is a call.
+    `choice` "none": no call may begin; "required": the answer is a call.
     """
 
     def __init__(self, model: llama.Model, gbnf: str, dialect: ToolDialect, *, choice: str = "auto") -> None:
@@ -183,7 +183,7 @@ class ToolConstraint:
         self._dialect = dialect
         self._forbidden = choice == "none"
         self._guide: Guide | None = None
-        self._since: list[int] = []  # tokens of the answer so far, while it may still begin a call without a trigger
+        self._since: list[int] = []  # tokens of the answer so far, while they may still become a call without a trigger
         if choice == "required":
             self._enter()
 
@@ -192,7 +192,7 @@ class ToolConstraint:
             return self._guide.choose(row, token, draw)
         refused: list[int] = []
         while not self._step(text, token):
-            # A call begins that must not, or one that the grammar cannot read from here on.
+            # A call begins that is not allowed, or that the grammar cannot continue from here.
             refused.append(token)
             token = _other(row, refused, draw)
         return token
@@ -239,7 +239,7 @@ class ToolConstraint:
 
 
 class AfterThoughts:
-    """A constraint that holds from where the model's thoughts have ended. `open_`: they may still begin."""
+    """A constraint that holds only after the model's thoughts. `open_`: the thoughts may still begin."""
 
     def __init__(self, model: llama.Model, inner: Constraint, open_: bool) -> None:
         self._model = model
@@ -260,7 +260,7 @@ class AfterThoughts:
             self._inner.replay(text, token)
 
     def _thinks(self, text: TextStream, token: int) -> bool:
-        """Is this token part of the thoughts, their marks and the blanks behind them included?"""
+        """Is this token part of the thoughts, of their marks or of the blanks after them?"""
         if text.inside:
             return True
         piece = self._model.pieces[token].decode(errors="replace")
@@ -270,7 +270,7 @@ class AfterThoughts:
         return self._open
 
     def _fits(self, text: TextStream, token: int) -> bool:
-        """Thoughts do not end the generation, and the answer begins with a token of its own."""
+        """Does the token keep two rules: thoughts do not end the generation, and the answer begins with a new token?"""
         if token in self._model.end_tokens:
             return False
         piece = self._model.pieces[token].decode(errors="replace")
@@ -282,7 +282,7 @@ class AfterThoughts:
 
 
 def _by_token(model: llama.Model, rules: str, dialect: ToolDialect) -> str:
-    """The rules with control tokens as such: written out letter by letter they would be text."""
+    """Replace the text of control tokens by the tokens themselves: letter by letter they would be plain text."""
     for token in model.control_tokens():
         text = model.token_text(token)
         if text and text in dialect.controls:
@@ -293,7 +293,7 @@ def _by_token(model: llama.Model, rules: str, dialect: ToolDialect) -> str:
 _LITERAL = re.compile(r'"(?:[^"\\]|\\.)*"')
 
 
-#: Tokens that the beginning of a call without a trigger may have.
+#: Most tokens of the beginning of a call without a trigger.
 _LONGEST_HEAD = 256
 
 

@@ -1,9 +1,9 @@
-"""From the bytes of tokens to the characters that are shown.
+"""From the bytes of tokens to the characters that the caller gets ("shown" characters).
 
-Some things keep bytes from being shown at once: a character whose bytes are not all there, the beginning of
-what may become a stop string, a tool call, or a mark around the model's thoughts. `TextStream` holds such a tail
-back. What it has let out after n tokens depends on those tokens alone, not on how they were grouped into
-pieces: so a generation that is taken up again from its tokens goes on exactly where its reader stands.
+Some bytes cannot be shown at once: an incomplete character, or the beginning of what may become a stop string, a tool
+call, or a mark around the model's thoughts. `TextStream` holds such a tail back. What it has shown after n tokens
+depends on those tokens alone, not on how they were grouped into pieces: so a generation that is resumed from its tokens
+continues exactly where its reader stopped.
 """
 
 from __future__ import annotations
@@ -20,14 +20,14 @@ _utf8 = codecs.getincrementaldecoder("utf-8")
 
 
 class Matcher:
-    """Finds one string in a stream, character by character (Knuth, Morris, Pratt): constant memory, and a long
-    stop string full of repetitions costs no more than any other."""
+    """Finds one string in a stream, character by character (Knuth-Morris-Pratt): constant memory, and a long stop
+    string with many repetitions costs no more than any other."""
 
     __slots__ = ("_fail", "matched", "needle")
 
     def __init__(self, needle: str) -> None:
         self.needle = needle
-        self.matched = 0  # length of the longest head of the needle that the stream ends with
+        self.matched = 0  # length of the longest beginning of the needle with which the stream ends
         self._fail = [0] * len(needle)
         k = 0
         for i in range(1, len(needle)):
@@ -39,7 +39,7 @@ class Matcher:
     def feed(self, char: str) -> bool:
         """Does the stream end with the needle now?"""
         needle, k = self.needle, self.matched
-        if k == len(needle):  # it did with the last character, but another needle counted
+        if k == len(needle):  # it matched with the last character, but another needle was chosen
             k = self._fail[k - 1]
         while k and char != needle[k]:
             k = self._fail[k - 1]
@@ -47,7 +47,7 @@ class Matcher:
         return k == len(needle)
 
     def restart(self) -> None:
-        """Forget what was fed."""
+        """Start again, as if nothing had been fed."""
         self.matched = 0
 
     @property
@@ -57,7 +57,7 @@ class Matcher:
 
 class CallWriter(Protocol):
     def feed(self, text: str) -> str:
-        """What a reader of the stream gets of the calls in this text."""
+        """The part of the calls in this text that a reader of the stream gets."""
         ...
 
 
@@ -65,17 +65,17 @@ TEXT, REASONING, HIDDEN = range(3)
 
 
 class TextStream:
-    """The text of one generation: `feed` takes bytes, `take` gives the characters that may be shown since.
+    """The text of one generation: `feed` takes bytes, `take` returns the characters that may be shown since.
 
     After a stop string (`stopped`) or the trigger of a tool call (`triggered`) nothing more is shown; what follows the
-    trigger gathers in `rest`. The first needle to be complete counts; of two that are complete with the same
-    character, the longer one.
+    trigger is collected in `rest`. Of several needles (strings to find) the first complete one counts; of two that are
+    complete with the same character, the longer one.
 
-    `aside`: what a thinking model writes before and after its thoughts. They are shown as reasoning (see
-    `libaios.parts`), and no tool call begins there, whatever they quote; thoughts come before the answer, never in the
-    middle of it. `inside`: the generation begins within them. `switches`: marks after which another part of the
-    answer comes (TEXT, REASONING, or what is not shown), where a family of models has more than one. `head`: a call
-    that has no trigger and is known by how the answer begins. `calls`: shows calls as they are written.
+    `aside`: the marks of a thinking model before and after its thoughts. Thoughts are shown as reasoning (see
+    `libaios.parts`), and no tool call begins in them, whatever they quote; they come before the answer, never in the
+    middle of it. `inside`: the generation begins inside the thoughts. `switches`: marks after which another part of the
+    answer comes (TEXT, REASONING, or a part that is not shown), where a family of models has more than one. `head`: a
+    call without a trigger, recognised by the beginning of the answer. `calls`: shows calls while they are written.
     `trim`: no blanks at the beginning.
     """
 
@@ -109,7 +109,7 @@ class TextStream:
         self._channel = HIDDEN if switches else REASONING if inside and aside else TEXT
         self._calls = calls
         self._thought = False
-        self._control = False  # within a control token: stop strings do not see it
+        self._control = False  # inside a control token, where stop strings do not match
         needles = (trigger, *stops, *(switch.matcher.needle for switch in self._switches))
         begins = {needle[0] for needle in needles if needle}
         marks = "".join({*begins, *("{" if head else ""), parts.CONTROL, parts.CONTROL_END})
@@ -117,27 +117,27 @@ class TextStream:
         self._solid = 0  # characters of the answer so far, blanks not counted
         self._fresh = bool(switches or aside or trim)  # blanks at the beginning of a part are not shown
         self._white = ""  # blanks of the thoughts that are shown only if something follows
-        self._shown_as = TEXT  # the part that the reader believes to be in
-        self._held = ""  # decoded, not shown: what some needle has matched so far
+        self._shown_as = TEXT  # the part of the answer that the last shown text belongs to
+        self._held = ""  # decoded, not shown: the characters that some needle has matched so far
         self._parts: list[str] = []  # shown
-        self._taken = 0  # parts that `take` has given out
+        self._taken = 0  # parts that `take` has returned
         self.rest = ""
         self.stopped = False
         self.triggered = False
 
     @property
     def inside(self) -> bool:
-        """Within the model's thoughts."""
+        """Is the stream inside the model's thoughts?"""
         return self._channel == REASONING
 
     @property
     def thought(self) -> bool:
-        """Thoughts have ended."""
+        """Have thoughts ended?"""
         return self._thought
 
     @property
     def blank(self) -> bool:
-        """Nothing of the answer has come."""
+        """Has nothing of the answer come yet?"""
         return not self._solid
 
     def feed(self, piece: bytes) -> None:
@@ -151,17 +151,17 @@ class TextStream:
             self._held = ""
 
     def triggers(self, text: str) -> tuple[int, bool]:
-        """Where in `text`, if it were fed now, a call would have begun: characters up to and with the end of what
-        begins it, 0 if none would; and whether that is part of the call itself. Changes nothing."""
+        """Would a call begin in `text`, if it were fed now? Returns the number of characters up to the end of the
+        call's beginning (0: no call), and whether this beginning is part of the call itself. Changes nothing."""
         end = self._would(text, lambda needle: needle is self.trigger or needle is self._head)
         return end, bool(end) and self._would(text, lambda needle: needle is self._head) == end
 
     def ends_thoughts(self, text: str) -> int:
-        """The same for the end of the thoughts, and the beginning of the answer."""
+        """The same for the end of the thoughts, where the answer begins."""
         return self._would(text, lambda needle: isinstance(needle, _Switch) and needle.to == TEXT)
 
     def begins_thoughts(self, text: str) -> bool:
-        """Would, after this text, thoughts have begun, or may they be about to?"""
+        """After this text, would thoughts have begun, or could a mark of their beginning be incomplete?"""
         before = self._state()
         for char in text:
             needle = self._hit(char)
@@ -208,14 +208,14 @@ class TextStream:
         return new
 
     def skip(self, characters: int) -> None:
-        """Let the next `take` begin after so many characters of the whole: for a reader who has those."""
+        """The reader already has the first `characters` of the text: the next `take` begins after them."""
         text = "".join(self._parts)
         self._parts = [text[:characters], text[characters:]]
         self._taken = 1
 
     @property
     def shown(self) -> int:
-        """Characters let out so far, taken or not."""
+        """How many characters may be shown so far, taken or not."""
         return sum(map(len, self._parts))
 
     def _add(self, text: str) -> None:
@@ -230,7 +230,7 @@ class TextStream:
 
     def _search(self, text: str) -> None:
         held, i = self._held, 0
-        live = bool(held)  # does some needle match the end of what came so far?
+        live = bool(held)  # does the text so far end with the beginning of some needle?
         while i < len(text):
             if not live:
                 end = self._skipped(text, i)
@@ -259,7 +259,7 @@ class TextStream:
         self._held = held[len(held) - hold :]
 
     def _skipped(self, text: str, start: int) -> int:
-        """Where from `start` on the next needle can begin. (Nearly all that a model writes is no part of any.)"""
+        """The first place from `start` on where a needle can begin. (For speed: most text contains none.)"""
         match = self._begins.search(text, start)
         end = match.start() if match else len(text)
         if self._channel == TEXT and not text[start:end].isspace() and end > start:
@@ -283,7 +283,7 @@ class TextStream:
         return max(hits, key=lambda needle: needle.length) if hits else None
 
     def _opens(self, switch: _Switch) -> bool:
-        """Thoughts begin only where nothing of the answer stands before them."""
+        """May the switch take effect? Thoughts begin only before the answer."""
         if switch.origin != TEXT or self._solid == sum(not char.isspace() for char in switch.matcher.needle):
             return True
         switch.matcher.restart()
@@ -313,7 +313,7 @@ class TextStream:
             self._out(self._calls.feed(text))
 
     def _show(self, text: str) -> None:
-        """In the part of the answer where the stream is."""
+        """Show text in the current part of the answer."""
         text = parts.cleaned(text)
         if self._channel == HIDDEN or not text:
             return
@@ -384,7 +384,7 @@ class Head:
         return len(self._text)
 
     def miss(self) -> None:
-        """Something else stands at the beginning."""
+        """The text begins with something else."""
         self._dead = True
         self.matched = 0
 

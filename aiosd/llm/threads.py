@@ -1,10 +1,10 @@
-"""How many threads compute a step: measured, because with a small model one thread beats two (a step is shorter than it
-takes to wake the others), and with a large one it does not.
+"""How many threads compute a step. It is measured: with a small model one thread is faster than two (a step takes less
+time than waking the others), and with a large model it is not.
 
-Agents share the machine with the model, so others may be busy while it is measured. Therefore candidates take turns,
-and the fastest step of each counts: a neighbour makes some steps slower and none faster. The time is bounded, whatever
-a step takes. What the neighbours used meanwhile is kept with the choice; a choice made beside busy ones is made again
-when the machine is quiet.
+Agents share the machine with the model, so other processes may be busy during the measurement. Therefore candidates
+take turns, and the fastest step of each counts: other processes make some steps slower and none faster. The time is
+bounded, however long a step takes. How busy the others were is kept with the choice; a choice made on a busy machine
+is made again when the machine is quiet.
 """
 
 from __future__ import annotations
@@ -17,25 +17,25 @@ from dataclasses import dataclass
 from aiosd.errors import WorldError
 from aiosd.llm import llama
 
-#: A measurement ends with the first step after so many seconds, or after so many rounds.
+#: A measurement ends with the first step that ends after MEASURE_S seconds, or after ROUNDS rounds.
 MEASURE_S, ROUNDS = 0.8, 8
 
-#: Where one step takes so much of the time, more threads pay, and trying fewer of them would take too long.
+#: Where one step takes this part of the time, more threads pay off, and trying fewer would take too long.
 LONG_STEP = 1 / 4
 
-#: More threads only if they need less than this part of the time: the agents need the cores too, and threads that wait
-#: for each other waste them.
+#: More threads are chosen only if a step takes less than this part of its time with fewer: the agents need the cores
+#: too, and threads that wait for each other waste them.
 GAIN = 0.8
 
-#: Neighbours that use more cores than this make a measurement worth repeating.
+#: If other processes used more cores than this, the measurement is repeated later.
 QUIET = 0.3
 
 
 @dataclass(frozen=True, slots=True)
 class Threads:
     number: int
-    why: str  # for people: asked for, assumed or measured, and beside what
-    again: bool = False  # measured beside busy neighbours
+    why: str  # for people: given, assumed or measured, and how busy the machine was
+    again: bool = False  # measured on a busy machine
 
 
 def measure(
@@ -47,8 +47,8 @@ def measure(
     clock: Callable[[], float] = time.perf_counter,
     busy: Callable[[], float] | None = None,
 ) -> Threads:
-    """For a decode step with a row in each of these slots, which are empty, and are so again afterwards. `busy`:
-    seconds that all cores together have worked for others so far."""
+    """Measure decode steps with one row in each of these slots, which must be empty and are left empty. `busy`: seconds
+    that all cores together have worked for other processes so far."""
     busy = busy or busy_for_others
     cores = len(os.sched_getaffinity(0))
     if cores == 1:
@@ -68,7 +68,7 @@ def measure(
 
 
 def _candidates(cores: int) -> list[int]:
-    """Most threads first: where they already need long, fewer need not be tried."""
+    """Most threads first: if these already take long, fewer need not be tried."""
     return sorted({1, *(2**i for i in range(1, 9) if 2**i < cores), cores}, reverse=True)
 
 
@@ -88,8 +88,8 @@ def _take_turns(
     seconds: float,
     clock: Callable[[], float],
 ) -> dict[int, float]:
-    """The fastest step of each candidate, but of those with long steps only the one with most threads, if that is
-    all there is. A first round finds everything cold and does not count."""
+    """The fastest step of each candidate. A candidate with long steps is dropped, and so are those with fewer threads;
+    the one with the most threads is always kept. The first round does not count, because caches are cold."""
     best: dict[int, float] = {}
     deadline = clock() + seconds
     for i, threads in enumerate(candidates):
@@ -140,5 +140,5 @@ def busy_for_others() -> float:
 
 
 def machine_is_quiet() -> bool:
-    """For the last minute, about."""
+    """Judged by about the last minute."""
     return os.getloadavg()[0] < QUIET

@@ -1,10 +1,10 @@
 """Text to token ids, with the segments of recent prompts remembered.
 
-An agent sends its whole conversation with every turn, and llama.cpp's tokenizer takes as long for some dozen
-tokens as a small model for a step of decoding. Control tokens cut a prompt into segments that are tokenised
-independently of each other: so segments are looked up, and only what is new is computed.
+An agent sends its whole conversation with every turn, and llama.cpp's tokenizer takes as long for a few dozen tokens
+as a small model for a decode step. Control tokens cut a prompt into segments that are tokenised independently of each
+other: so known segments are looked up, and only new ones are tokenised.
 
-Not for vocabularies of other kinds than BPE and SPM, nor where a control token swallows the blanks beside it.
+Only for BPE and SPM vocabularies, and not where a control token swallows the blanks beside it.
 """
 
 from __future__ import annotations
@@ -17,8 +17,8 @@ from collections import OrderedDict
 from aiosd.llm import llama
 from aiosd.llm.document import Later
 
-#: In the middle of what looks like a control token and is only quoted. No character, and in no text that means
-#: something.
+#: Put in the middle of text that looks like a control token but is only quoted. It is a noncharacter of Unicode, which
+#: no meaningful text contains.
 QUOTED = "\U0010fffe"
 
 _MOST_BYTES = 16 << 20  # remembered
@@ -31,19 +31,19 @@ QUICK_CHARACTERS = 1 << 15  # become tokens between two steps of decoding
 class Tokens:
     def __init__(self, model: llama.Model) -> None:
         self._model = model
-        #: Control tokens by how they are written.
+        #: Control tokens by their text.
         self.controls = {model.token_text(token): token for token in model.control_tokens()}
         self.controls.pop("", None)
         longest_first = sorted(self.controls, key=len, reverse=True)
-        #: Finds control tokens as they are written; None when there are none.
+        #: Finds control tokens in text; None when there are none.
         self.pattern = re.compile("|".join(map(re.escape, longest_first))) if longest_first else None
         self._cut = re.compile(f"({self.pattern.pattern})") if self.pattern and model.cuts_at_controls else None
         self._known: OrderedDict[str, array[int]] = OrderedDict()
-        self.num_bytes = 0  # of what is remembered
+        self.num_bytes = 0  # of the remembered segments
 
     def of(self, text: str, *, quoted: bool = False, quick: bool = False) -> list[int]:
-        """Control tokens are read as such; no BOS is added. `quoted`: those with QUOTED in their middle are text.
-        `quick`: raises `Later` where much of the text is new."""
+        """Token ids of a text with control tokens; no BOS is added. `quoted`: control tokens with QUOTED in them are
+        text. `quick`: raises `Later` where much of the text is new."""
         if quick and self._new_in(text) > QUICK_CHARACTERS:
             raise Later
         if self._cut is None:
@@ -61,7 +61,7 @@ class Tokens:
         return tokens
 
     def _new_in(self, text: str) -> int:
-        """Characters whose tokens are not remembered."""
+        """How many characters lie in segments that are not remembered."""
         if self._cut is None or len(text) <= QUICK_CHARACTERS:
             return len(text)
         return sum(len(part) for part in self._cut.split(text)[::2] if part not in self._known)
@@ -72,7 +72,7 @@ class Tokens:
         if tokens is not None:
             known.move_to_end(part)
             return tokens
-        if quoted and QUOTED in part:  # in one piece: a tokenizer may put a blank before each text that it is given
+        if quoted and QUOTED in part:  # tokenised in one piece: a tokenizer may put a blank before each text it gets
             made = self._model.tokenize(part.replace(QUOTED, ""), bos=False, special=False)
         else:
             made = self._model.tokenize(part, bos=False, special=True)

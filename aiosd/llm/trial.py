@@ -1,13 +1,12 @@
-"""Our attention on trial, before a model is served with it.
+"""A test of our attention, before a model is served with it.
 
-What could be wrong: a graph that means something else by its nodes than we read out of them, a state that has its parts
-in another order, threads or instructions that go astray. So some tokens are computed, and each attention in them is
-compared with exact arithmetic on its very inputs, in double precision: llama.cpp's (an operation that means something
-else is found out by its being far off), ours in the place of it, and ours with the beginning read from where a base
-would be.
+What could be wrong: the nodes of a graph mean something else than we believe, a state has its parts in another order,
+or threads or instructions fail. So some tokens are computed, and each attention is compared with exact arithmetic, in
+double precision, on the same inputs: llama.cpp's (if its operation means something else, it is far off), ours in its
+place, and ours with the beginning read from a base.
 
-Logits cannot be compared instead. A quantised model rounds its activations to 8 bits before each product, which makes
-of the last bit of one node some percent of the logits: llama.cpp's own two attentions are 3 to 10 % apart there.
+Comparing logits would not do. A quantised model rounds its activations to 8 bits before each product, so a difference
+in the last bit of one node becomes some percent of the logits: llama.cpp's own two attentions are 3 to 10 % apart.
 """
 
 from __future__ import annotations
@@ -17,12 +16,12 @@ import numpy as np
 from aiosd.llm import llama
 from aiosd.llm.blob import Layout
 
-#: A prompt of so many tokens (the smallest context has more), and what comes behind it.
+#: Tokens of the prompt (the smallest context has room for more); (first, count) of each batch: the prompt, then more.
 SAMPLE = 12
 _PARTS = ((0, SAMPLE), (SAMPLE, 2), (SAMPLE + 2, 1))
 
-#: How far an attention may be from exact arithmetic, as a part of the largest value: ours computes with floats of 32
-#: bits; llama.cpp's rounds queries and sums to 16, which where scores are large comes to some percent.
+#: How far an attention may be from exact arithmetic, as a part of the largest value. Ours computes with 32-bit floats;
+#: llama.cpp's rounds queries and sums to 16 bits, which causes errors of some percent where scores are large.
 OURS, THEIRS = 0.002, 0.15
 
 
@@ -59,8 +58,7 @@ def _verdict(theirs: float, ours: float, based: float) -> str:
 
 
 def _from_a_base(context: llama.Context) -> bool:
-    """One token more, by llama.cpp, and by us with the prompt taken out of the state of the sequence. False: llama.cpp
-    cannot."""
+    """Compute one more token, by llama.cpp, and by us with the prompt read from a base. False: llama.cpp cannot."""
     own, state = context.attention, context.read(0)
     assert own is not None
     layout = Layout.of(state)
@@ -78,7 +76,7 @@ def _from_a_base(context: llama.Context) -> bool:
 
 
 def _decode_sample(context: llama.Context) -> bool:
-    """A prompt in two parts and a token more, in an empty context. False: llama.cpp cannot."""
+    """Compute a prompt in two parts and one more token, in an empty context. False: llama.cpp cannot."""
     context.clear()
     return all(_decode(context, at, size) for at, size in _PARTS)
 

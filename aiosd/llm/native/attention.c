@@ -1,16 +1,17 @@
-/* Attention on the CPU over ragged sequences that share their beginnings, in the place of llama.cpp's own.
+/* Attention on the CPU for sequences of different lengths with common beginnings, in place of llama.cpp's own.
  *
- * llama.cpp keeps each sequence in a stream of the KV cache of its own, and a decode step reads every stream as far
- * as the longest of them reaches, in steps of 256 cells. Sequences that begin with the same tokens have as many
- * copies of them. Here each row reads what it may see and no more; and what many sequences share may lie outside of
- * the cache, once, where it is read once for all of them (as `base`), its part of the softmax joined with that of the
- * sequence's own cells.
+ * llama.cpp keeps each sequence in its own stream of the KV cache, and a decode step reads every stream as far as the
+ * longest of them reaches, in steps of 256 cells. Sequences that begin with the same tokens each have a copy of them.
+ * Here each row reads only the cells that it may see. State that many sequences share may lie outside of the cache,
+ * once (a `base`): it is read once for all of them, and its part of the softmax is joined with that of the sequence's
+ * own cells.
  *
- * How it gets there: llama.cpp calls `aios_attention_rewrite` for each node of a graph before it is computed (as
- * `cb_eval`, always answered with "need not see it"). A node that is a flash attention becomes a custom operation
- * that calls `compute` below, in llama.cpp's own threads. Nodes that this file cannot compute are left alone.
+ * How it gets into the graph: llama.cpp calls `aios_attention_rewrite` for each node of a graph before it is computed
+ * (as `cb_eval`; the reply is always "the data is not needed"). A flash attention node is turned into a custom
+ * operation that calls `compute` below, in llama.cpp's own threads. Nodes that this file cannot compute stay as they
+ * are.
  *
- * Plain C, no allocation but for a scratch per thread, which lives as long as the context.
+ * Plain C. The only allocation is a scratch buffer per thread, which lives as long as the context.
  */
 
 #include "attention.h"
@@ -20,7 +21,7 @@
 #include <stdlib.h>
 #include <string.h>
 
-/* ggml_tensor as in ggml.h; whoever loads this compares size and fields with the library that is used. */
+/* ggml_tensor as in ggml.h; attention.py compares size and fields with those of the loaded library. */
 struct tensor {
     int32_t type;
     void *buffer;
@@ -39,24 +40,24 @@ struct tensor {
 };
 
 enum { F32 = 0, F16 = 1 };
-enum { HEAD = 256 };         /* values of a head at most */
+enum { HEAD = 256 };         /* most values of a head */
 enum { MOST_THREADS = 512 }; /* as ggml's */
 
 struct scratch;
 
-/* What the owner of a context tells, and may change between two decodes. */
+/* Set by the owner of a context, which may change it between two decodes. */
 struct attention {
     int32_t op_flash, op_custom; /* numbers of these operations in this ggml */
-    int32_t enabled;             /* 0: nodes are put back as they were */
+    int32_t enabled;             /* 0: nodes are restored to the original */
     int32_t threads;
     int32_t streams, layers;
-    const int64_t *key_at, *value_at; /* per layer: bytes per token in a run before its K, its V */
+    const int64_t *key_at, *value_at; /* per layer: bytes per token in a run that come before its K, its V */
     const run *runs;
     const int32_t *base_run;    /* per stream: the first run of its base … */
-    const int32_t *base_length; /* … and how many tokens of it count; 0: none */
-    int64_t rewritten;          /* nodes, since it was made */
+    const int32_t *base_length; /* … and how many of its tokens are used; 0: no base */
+    int64_t rewritten;          /* nodes rewritten so far */
     int64_t refused;
-    const char *why; /* the last was refused */
+    const char *why; /* why the last refused node was refused */
     /* Before it is used, see `judge`: 1, every node is compared with exact arithmetic; 2, also without its first `skip`
      * cells, which lie in the base. The largest errors, as a part of the largest value of their node: of llama.cpp's
      * attention, of ours, of ours with the base. */
@@ -67,7 +68,7 @@ struct attention {
 
 typedef void (*operation)(struct tensor *, int, int, void *);
 
-/* op_params of a rewritten node: what ggml reads, the original, and the layer. */
+/* op_params of a rewritten node: those that ggml reads, the original operation, and the layer. */
 struct params {
     operation function;
     int32_t tasks;
@@ -194,7 +195,7 @@ static const kernel *best_kernel(void)
 
 static const kernel *use;
 
-/* Once, before anything else. 0: this processor has no kernel. `width`: of no more than so many floats (0: any). */
+/* Call once, before anything else. 0: no kernel for this processor. `width`: most floats of a vector (0: any). */
 int aios_attention_start(int width)
 {
     use = best_kernel();
@@ -210,24 +211,24 @@ int aios_attention_start(int width)
 /* Some tokens of one stream, for one thread. */
 struct item {
     int stream, token, tokens;
-    int from, cells; /* what any of them sees lies between; with a sliding window it begins late */
-    int open;        /* up to here all of them see all of that as it is */
+    int from, cells; /* all cells that any of them sees; with a sliding window `from` is above 0 */
+    int open;        /* up to here all of them see every cell, with no mask value */
     int64_t cost;
 };
 
 struct scratch {
     work w;
-    void *all;     /* the floats of both */
+    void *all;     /* the memory of all of these */
     float *packed; /* queries of a few rows, one after the other */
     struct item *items;
     int capacity;
 };
 
-/* Of the i-th thread that computes a graph of this context: threads come and go, the context stays. */
+/* The scratch of the i-th thread of this context: it belongs to the context, because threads come and go. */
 static struct scratch *scratch(struct attention *a, int thread, int items)
 {
     if (thread >= MOST_THREADS)
-        abort(); /* as llama.cpp does: there is no way back from within a graph */
+        abort(); /* as llama.cpp does: from inside a graph no error can be returned */
     struct scratch *mine = a->scratch[thread];
     if (!mine) {
         const size_t floats = HEAD * ROWS + 2 * CELLS * HEAD + CELLS * ROWS + 2 * ROWS + ROWS * HEAD + 8 * HEAD;
@@ -256,7 +257,7 @@ static struct scratch *scratch(struct attention *a, int thread, int items)
     return mine;
 }
 
-/* When nothing is computed with it any more. */
+/* Call when nothing can compute with it any more. */
 void aios_attention_free(struct attention *a)
 {
     for (int i = 0; i < MOST_THREADS; i++) {
@@ -313,7 +314,7 @@ static bool same_base(const struct node *n, int a, int b)
     return base_length(n, a) == base_length(n, b) && base_of(n, a) == base_of(n, b);
 }
 
-/* Those on one base next to each other, else as they are. Few bases, and mostly sorted already. */
+/* Put items of the same base next to each other. Simple: there are few bases, and the order is mostly right. */
 static void sort_by_base(const struct node *n, struct item *items, int count)
 {
     for (int i = 1; i < count; i++) {
@@ -326,7 +327,7 @@ static void sort_by_base(const struct node *n, struct item *items, int count)
     }
 }
 
-/* Every thread cuts the work into the same items. */
+/* Each thread computes the same division of the work into items, so they need not communicate. */
 static int cut(const struct node *n, struct scratch *s, int per_item)
 {
     int count = 0;
@@ -356,7 +357,7 @@ static int cut(const struct node *n, struct scratch *s, int per_item)
     return count;
 }
 
-/* The part [*from, *to) of the items of a KV head that a thread does: shares of equal cost, heads one after another. */
+/* The part [*from, *to) of the items of a KV head for one thread: shares of equal cost, one head after another. */
 static void share_of(const struct node *n, const struct item *items, int count, int kv_head, int thread, int threads,
                      int *from, int *to)
 {
@@ -397,7 +398,7 @@ static void pack_queries(const struct node *n, struct scratch *s, const struct i
     }
 }
 
-/* `few`: the rows are in `packed`. */
+/* `few`: the rows are few, and their queries in `packed`. */
 static void read_base(const struct node *n, const struct scratch *s, int stream, int kv_head, bool few)
 {
     const work *w = &s->w;
@@ -454,7 +455,7 @@ static void reset(work *w, int columns)
     memset(w->out, 0, (size_t)columns * w->value_dim * sizeof(float));
 }
 
-/* Items [from, to) that go through a base together; of one KV head. */
+/* Items [from, to) of one KV head, which read a base together. */
 static void together(const struct node *n, struct scratch *s, int from, int to, int kv_head)
 {
     work *w = &s->w;
@@ -492,7 +493,7 @@ static void together(const struct node *n, struct scratch *s, int from, int to, 
     }
 }
 
-/* How many items from `at` on fit into one pass: all with the same base and of the same kind. */
+/* How many items from `at` on can share one pass: all with the same base and of the same kind. */
 static int group(const struct node *n, const struct item *items, int at, int to)
 {
     const bool narrow = items[at].tokens * n->share < use->width / 2;
@@ -519,7 +520,7 @@ static void shape(struct node *n)
 
 static void compute_node(const struct node *n, int thread, int threads)
 {
-    /* so many tokens to an item that there is some for every thread, and a vector has its rows */
+    /* tokens per item: few enough to give every thread an item, enough to fill a vector with rows */
     const int most = ROWS / n->share, least = (use->width + n->share - 1) / n->share;
     const int even = (n->tokens * n->streams * n->kv_heads + threads - 1) / threads;
     const int per_item = even > most ? most : even > least ? even : least < most ? least : most;
@@ -549,7 +550,7 @@ static void compute(struct tensor *dst, int thread, int threads, void *data)
     compute_node(&n, thread, threads);
 }
 
-/* ── on trial ─────────────────────────────────────────────────────────────────────────────────────────────────── */
+/* ── the test ─────────────────────────────────────────────────────────────────────────────────────────────────── */
 
 static double score(const struct node *n, int stream, int token, int head, int cell)
 {
@@ -563,7 +564,7 @@ static double score(const struct node *n, int stream, int token, int head, int c
     return sum * n->scale + mask;
 }
 
-/* What a row comes to, by the definition of attention. */
+/* The result of a row, by the definition of attention. */
 static void exact(const struct node *n, int stream, int token, int head, double *out)
 {
     double max = -INFINITY, total = 0;
@@ -586,7 +587,7 @@ static void exact(const struct node *n, int stream, int token, int head, double 
         out[d] /= total;
 }
 
-/* How far `out` is from what it should be, as a part of the largest value; infinite where it is no number. */
+/* The error of `out`, as a part of the largest value; infinite where it is no number. */
 static double distance(const struct node *n, const float *out)
 {
     double row[HEAD], largest = 1e-30, error = 0;
@@ -605,7 +606,7 @@ static double distance(const struct node *n, const float *out)
     return error / largest;
 }
 
-/* The same node, of which the first cells lie in the base and not in the cache. */
+/* The same node, computed with its first cells in the base and not in the cache. */
 static double distance_with_base(const struct node *n, int skip)
 {
     struct tensor k = *n->k, v = *n->v, mask = *n->mask;
@@ -630,8 +631,8 @@ static void worst(double *of, double error)
         *of = error;
 }
 
-/* A node has been computed, by llama.cpp or by us: is it right, given its very inputs? Logits would not tell: behind a
- * node of a quantised model activations are rounded to 8 bits, and any two ways of adding up are some percent apart at
+/* A node has been computed, by llama.cpp or by us: is the result right for its inputs? Logits would not show it: after
+ * each node a quantised model rounds activations to 8 bits, and any two orders of summation are some percent apart at
  * the end. */
 static void judge(struct tensor *t, struct attention *a, bool rewritten, int layer)
 {
@@ -653,7 +654,7 @@ static bool rows_of(const struct tensor *t, int32_t type, size_t item)
     return t && t->type == type && t->nb[0] == item;
 }
 
-/* Why `compute` cannot do this node; NULL: it can. */
+/* The reason why `compute` cannot compute this node; NULL: it can. */
 static const char *unfit(const struct tensor *t)
 {
     const struct tensor *q = t->src[0], *k = t->src[1], *v = t->src[2], *mask = t->src[3];
@@ -684,11 +685,11 @@ static int layer_of(const struct tensor *t)
     static const char prefix[] = "cache_k_l";
     const struct tensor *cache = t->src[1]->view_src;
     if (!cache || strncmp(cache->name, prefix, sizeof prefix - 1))
-        return INT32_MAX; /* no cache of llama.cpp: no base either */
+        return INT32_MAX; /* this is no cache of llama.cpp, so there is no base */
     return atoi(cache->name + sizeof prefix - 1);
 }
 
-/* Fewer rows of KV heads than threads: llama.cpp cuts their cells into parts, which `compute` does not. */
+/* Fewer rows of KV heads than threads: llama.cpp splits the cells among threads, which `compute` does not. */
 static bool too_few(const struct tensor *t, const struct attention *a)
 {
     const struct tensor *q = t->src[0], *k = t->src[1];
@@ -701,7 +702,7 @@ static bool too_few(const struct tensor *t, const struct attention *a)
     return true;
 }
 
-/* llama.cpp's cb_eval, see the head of the file. It is asked before every use of a graph, also when that is used again. */
+/* llama.cpp's cb_eval, see the top of the file. It is called before every use of a graph, also of a reused one. */
 bool aios_attention_rewrite(struct tensor *t, bool ask, struct attention *a)
 {
     struct params p;
@@ -723,7 +724,7 @@ bool aios_attention_rewrite(struct tensor *t, bool ask, struct attention *a)
         memset(&p, 0, sizeof p);
         memcpy(p.original, t->op_params, sizeof p.original);
         p.function = compute;
-        p.tasks = -1; /* as many as there are threads */
+        p.tasks = -1; /* one task per thread */
         p.attention = a;
         p.layer = layer_of(t);
         memcpy(t->op_params, &p, sizeof p);
@@ -737,8 +738,8 @@ bool aios_attention_rewrite(struct tensor *t, bool ask, struct attention *a)
     return a->judging && !why;
 }
 
-/* Is a tensor laid out as in `struct tensor`? `t`: 3 × 5 floats named "probe"; `view`: of two of them, from the third on;
- * `scaled`: t times 2, by the operation number `scale`. */
+/* Do tensors have the layout of `struct tensor`? `t`: 3 × 5 floats named "probe"; `view`: a view of two of them, from
+ * the third on; `scaled`: t times 2, by the operation number `scale`. */
 int aios_attention_knows(const struct tensor *t, const struct tensor *view, const struct tensor *scaled, int scale)
 {
     float factor;

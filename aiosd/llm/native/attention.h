@@ -6,14 +6,14 @@
 #include <stddef.h>
 #include <stdint.h>
 
-/* So many cells are turned into floats at once, and so many rows go through them together: with heads of 64 values
+/* How many cells are converted to floats at a time, and how many rows read them together: with heads of 64 values
  * both, the rows, the scores and the sums stay in the caches next to the core. */
 enum { CELLS = 32, ROWS = 64 };
 
 /* -inf, as f16: what a mask adds to the score of a cell that a row must not see. */
 enum { HIDDEN = 0xFC00 };
 
-/* Shared state outside of the cache, one run of consecutive tokens: a row per token in each of its parts, which lie
+/* Shared state outside of the cache, a run of consecutive tokens: each part has a row per token, and the parts lie
  * one after the other (K of layer 0, …, K of the last, V of layer 0, …). */
 typedef struct {
     const char *data;
@@ -32,7 +32,7 @@ typedef struct {
     float *out;       /* [padded][value_dim], not yet divided by sum */
 } work;
 
-/* Cells of one KV head: where the first lies, and how far it is to the next. */
+/* Cells of one KV head: the address of the first, and the distance to the next. */
 typedef struct {
     const char *keys, *values;
     size_t key_stride, value_stride;
@@ -50,8 +50,8 @@ typedef struct {
                    const uint16_t *const *masks);
     /* out[row] / sum[row] → target */
     void (*finish)(const work *w, int row, float *target);
-    /* How many of `count` f16 lie before the last that is not -inf, and, *from, before the first; *plain: what lies
-     * between is all 0. */
+    /* The range of the `count` f16 that are not -inf: returns its end, *from is its start; *plain: all values in it
+     * are 0. */
     int (*visible)(const uint16_t *mask, int count, int *from, int *plain);
 } kernel;
 

@@ -1,8 +1,8 @@
 /* The inner loops, for one instruction set: included by attention.c once for each, with
  *
- *   TARGET      the attribute that lets the compiler use it
- *   NAME(x)     names that differ
- *   VEC, WIDTH  a vector of floats, and how many
+ *   TARGET      the attribute that lets the compiler use the instructions
+ *   NAME(x)     x with a suffix of its own, so that names differ
+ *   VEC, WIDTH  a vector of floats, and how many it has
  *   V_*         its operations
  *   TILE_CELLS  cells whose scores are summed up in registers at once, for two vectors of rows
  *   TILE_ROWS   rows whose outputs are, for four vectors of values
@@ -72,7 +72,7 @@ TARGET static void NAME(scores)(const work *w, int count, int first, int last)
     }
 }
 
-/* Scores become weights; the maximum, the sum and what was summed up before follow. */
+/* Turn scores into weights; the maximum, the sum and the output so far are adjusted to the new maximum. */
 TARGET static void NAME(weigh)(const work *w, int count, int first, int last)
 {
     const int padded = w->padded;
@@ -81,7 +81,7 @@ TARGET static void NAME(weigh)(const work *w, int count, int first, int last)
         VEC before = V_LOAD(w->max + row), max = before;
         for (int cell = 0; cell < count; cell++)
             max = V_MAX(max, V_LOAD(scores + (size_t)cell * padded));
-        VEC base = V_MAX(max, V_SET(-3e38f)); /* of a row that sees nothing yet, -inf */
+        VEC base = V_MAX(max, V_SET(-3e38f)); /* the maximum of a row that sees nothing yet is -inf */
         VEC shrink = NAME(exponential)(V_SUB(V_MAX(before, V_SET(-3e38f)), base)), sum = V_SET(0.0f);
         for (int cell = 0; cell < count; cell++) {
             VEC weight = NAME(exponential)(V_SUB(V_LOAD(scores + (size_t)cell * padded), base));
@@ -144,7 +144,7 @@ TARGET static void NAME(collect)(const work *w, int count, int first, int last)
     }
 }
 
-/* The same, where values are inf or no numbers: what has no weight must not come into the sum, not as 0 · inf either. */
+/* The same for values that are inf or no numbers: a value of weight 0 is skipped, because 0 · inf is no number. */
 TARGET static void NAME(collect_seen)(const work *w, int count, int first, int last)
 {
     const int dim = w->value_dim, padded = w->padded;
@@ -179,7 +179,7 @@ TARGET static void NAME(add_masks)(const work *w, int first_cell, int count, int
         for (int cell = 0; cell < count; cell++) {
             float *score = w->scores + (size_t)cell * w->padded + row;
             if (mask[cell] == HIDDEN)
-                *score = -INFINITY; /* whatever its key holds */
+                *score = -INFINITY; /* even if its key is inf or no number */
             else if (mask[cell])
                 *score += HALF(mask[cell]);
         }
