@@ -1,11 +1,12 @@
-"""Whose process is at the other end of a connection: an agent's descendant, or the person's?
+"""Which process is at the other end of a connection: a descendant of an agent, or a process of the user?
 
-Linux tells which process made the connection, and a pidfd of it. From there the parents are followed upwards, to an
+Linux gives the process that made the connection, and a pidfd of it. From there we follow the parents upwards, to an
 agent, or to the top of the process tree. Agents are subreapers and children of the supervisor, another subreaper; so
-whatever an agent starts has that agent or the supervisor above it, however often it forks and detaches.
+a process that an agent starts has that agent or the supervisor above it, however often it forks and detaches.
 
-Only a complete and consistent answer counts. A process that has ended has no parents to follow; a parent that ends in
-the middle makes the way inconsistent, and it is followed anew. What cannot be shown to come from outside is refused.
+Only a complete and consistent result counts. A process that has ended has no parents to follow; if a parent ends while
+we follow it, the path is inconsistent, and we start again. A connection that cannot be shown to come from outside is
+refused.
 """
 
 from __future__ import annotations
@@ -21,17 +22,17 @@ from typing import NamedTuple, TypeVar
 from aiosd import procfs
 
 SO_PEERPIDFD = 77  # Linux 6.5
-TRIES = 20  # ways that change under our eyes are followed anew
+TRIES = 20  # a path that changes while we follow it is followed again
 
 A = TypeVar("A")
 
 
 class Unproven(Exception):
-    """It cannot be shown where this connection comes from; the message says why."""
+    """The origin of this connection cannot be shown; the message gives the reason."""
 
 
 class Unsettled(Unproven):
-    """It descends from a child of the supervisor: from an agent that this kernel does not know yet, perhaps."""
+    """It descends from a child of the supervisor: perhaps from an agent that this kernel does not know yet."""
 
 
 class Origin(NamedTuple):
@@ -55,8 +56,8 @@ def peer_of(sock: socket.socket) -> Origin:
 
 
 def _open_pidfd(ospid: int) -> int:
-    """On an older Linux. There a process that connects and ends could be mistaken for a later one with the same number;
-    Linux gives out all other numbers before it uses one again."""
+    """For an older Linux. Here a process that connects and ends could be mistaken for a later one with the same number;
+    but Linux uses all other numbers before it uses one again."""
     try:
         return os.pidfd_open(ospid)
     except OSError:
@@ -64,7 +65,7 @@ def _open_pidfd(ospid: int) -> int:
 
 
 def agent_above(origin: Origin, agents: Mapping[int, A], supervisor: int) -> A | None:
-    """The agent (by Linux pid in `agents`) that the process is, or descends from; None: it comes from outside. Raises
+    """The agent (by Linux pid in `agents`) that the process is or descends from; None: it comes from outside. Raises
     Unproven."""
     for _ in range(TRIES):
         way = _way_up(origin.ospid, agents, supervisor)
@@ -79,7 +80,7 @@ def agent_above(origin: Origin, agents: Mapping[int, A], supervisor: int) -> A |
 
 
 def _way_up(ospid: int, agents: Mapping[int, A], supervisor: int) -> list[tuple[int, int]] | None:
-    """(Linux pid, start time) from the process up to an agent, the supervisor, or the top; None: it broke off."""
+    """(Linux pid, start time) from the process up to an agent, the supervisor, or the top; None: the path broke off."""
     way: list[tuple[int, int]] = []
     while True:
         stat = procfs.read_stat(ospid)

@@ -1,17 +1,16 @@
-"""What the kernel's loop listens to, and in which order: one epoll, and rounds in which every source gets its turn.
+"""What the kernel's loop waits for, and in which order: one epoll, and rounds in which every source gets its turn.
 
 A *source* is one descriptor with a callback: an agent's doorbell, a client's socket, a service's doorbell, the link to
-the supervisor. Where a source stands in the rounds is its `turn`, and there is no other record of that:
+the supervisor. Its `turn` is its state in the rounds, and the only record of that:
 
-    ASLEEP   epoll tells when there is something to read
-    AWAKE    served just now, and not told to ring: what it sends next is found by looking
-    QUIET    the same, and found empty once
-    FOUND    had sent all, and has sent again: it has its turn before those that send much
-    HUNGRY   has sent more than is read in one turn; gets the next one as the time allows
+    ASLEEP   epoll reports when there is something to read
+    AWAKE    just served, and does not need to ring: we look into its ring for what it sends next
+    QUIET    the same, and its ring was found empty once
+    FOUND    all that it had sent was read, and it has sent again: has its turn before those that send much
+    HUNGRY   has sent more than is read in one turn; gets the next turn when there is time
 
 So a call of an agent that sends little waits for one turn of a busy one, not for all of them: in each round every
-source that was FOUND has its turn, and those that are HUNGRY, and clients, have about as much time as one turn
-together.
+FOUND source has its turn, and all HUNGRY sources and clients together have about as much time as one turn.
 """
 
 from __future__ import annotations
@@ -23,9 +22,9 @@ from collections.abc import Callable, Iterable
 from aiosd.timers import Timers
 from libaios.channel import Channel, restless
 
-TURN_S = 0.002  # of one agent, if it can be helped, before the others have their turn
+TURN_S = 0.002  # of one agent, if possible, before the others have their turn
 EVENTS_PER_ROUND = 256
-LOOKS = 700  # about 20 µs, for which all others wait: an agent that calls again as soon as it has its reply is found
+LOOKS = 700  # about 20 µs, for which all others wait: to find an agent that calls again right after its reply
 
 
 class Turn(enum.IntEnum):
@@ -36,12 +35,12 @@ class Turn(enum.IntEnum):
     HUNGRY = 4
 
 
-#: The same without a look-up in a class of enums, which the rounds would do a few times for each call.
+#: The members as plain names: looking them up in the enum class would cost time, several times per call.
 ASLEEP, AWAKE, QUIET, FOUND, HUNGRY = Turn
 
 
 class Source:
-    """One descriptor. `act` gets the events that epoll told of; `serve` has a turn without any event."""
+    """One descriptor. `act` is called with the events that epoll reported; `serve` does a turn without an event."""
 
     __slots__ = ("act", "channel", "fd", "of_clients", "serve", "turn")
 
@@ -56,7 +55,7 @@ class Source:
         self.fd = fd
         self.act = act
         self.serve = serve
-        self.channel = channel  # of an agent: it is looked at before it is told to ring
+        self.channel = channel  # of an agent: we look into it before the agent is asked to ring
         self.of_clients = of_clients
         self.turn = ASLEEP
 
@@ -66,7 +65,7 @@ class Events:
         self._timers = timers
         self._epoll = select.epoll()
         self._sources: dict[int, Source] = {}
-        self._lines: list[dict[Source, None]] = [{} for _ in Turn]  # by turn; nothing lies in that of ASLEEP
+        self._lines: list[dict[Source, None]] = [{} for _ in Turn]  # by turn; that of ASLEEP stays empty
 
     # ── who takes part ────────────────────────────────────────────────────────────────────────────────────
 
@@ -79,14 +78,14 @@ class Events:
         channel: Channel | None = None,
         of_clients: bool = False,
     ) -> Source:
-        """Listen to a descriptor. Without `serve` a turn is an `act` with EPOLLIN."""
+        """Watch a descriptor. Without `serve` a turn is `act` with EPOLLIN."""
         turn = serve if serve is not None else lambda: act(select.EPOLLIN)
         source = self._sources[fd] = Source(fd, act, turn, channel, of_clients)
         self._epoll.register(fd, events)
         return source
 
     def unwatch(self, source: Source) -> None:
-        """Twice is once."""
+        """May be called twice."""
         if self._sources.get(source.fd) is source:
             del self._sources[source.fd]
             self._epoll.unregister(source.fd)
@@ -100,7 +99,7 @@ class Events:
         return self._sources.get(source.fd) is source
 
     def move(self, source: Source, turn: Turn) -> None:
-        """The one place where a source changes its turn. One that is not watched stays ASLEEP."""
+        """The only place where a source changes its turn. A source that is not watched stays ASLEEP."""
         old = source.turn
         if old is not turn:
             if old:
@@ -135,8 +134,8 @@ class Events:
             self._serve_clients(clients, until)
 
     def _feed(self, until: float) -> None:
-        """A turn for each that was found, and then for those that send much, in turn, while there is time; at least for
-        one of them."""
+        """A turn for each FOUND source, and then for the HUNGRY ones, one after another, while there is time; for at
+        least one of them."""
         found, self._lines[FOUND] = self._lines[FOUND], {}
         for source in found:
             if source.turn is FOUND:  # else: dropped while another's requests were handled
@@ -150,8 +149,8 @@ class Events:
                     break
 
     def _serve_clients(self, events: Iterable[tuple[Source, int]], until: float) -> None:
-        """What clients have sent, and new clients, while there is time; at least one. Epoll tells of the rest again,
-        before those that had their turn."""
+        """Serve clients and new connections while there is time; at least one. Epoll reports the rest again, before
+        those that had their turn."""
         for source, mask in events:
             if self.watches(source):
                 source.act(mask)
@@ -159,11 +158,11 @@ class Events:
                     break
 
     def _look(self) -> None:
-        """At agents that were served and not told to ring: has one sent something meanwhile? Before the kernel sleeps
-        all of them are told to ring; while it does not, those in whose rings nothing was found twice."""
+        """Look at the rings of served agents that need not ring: has one sent something meanwhile? Before the kernel
+        sleeps, all of them are asked to ring; otherwise only those whose rings were found empty twice."""
         awake, quiet, hungry = self._lines[AWAKE], self._lines[QUIET], self._lines[HUNGRY]
         if len(awake) == 1 and not quiet and not hungry:
-            # No other agent is active: where that has paid, a moment's patience saves both sides their bells.
+            # No other agent is active: where it has paid off before, waiting briefly saves both sides their bells.
             source = next(iter(awake))
             asleep = source.channel is None or source.channel.fall_asleep(LOOKS)
             self.move(source, ASLEEP if asleep else FOUND)

@@ -1,16 +1,17 @@
-"""What a kernel has promised about messages, kept where its death does not reach.
+"""The kernel's promises about messages, kept where they survive its death.
 
 A message that was accepted must be delivered once, also when the kernel dies between any two instructions; and a call
-that is submitted again after that must find what its first submission did. So before SEND and RECV are answered, a
-record of them goes into the journal: a memfd that the supervisor made and every kernel inherits. A new kernel replays
-it. Nothing of it outlives aiosd: agents do not, either.
+that is submitted again after that must get the result of its first submission. So before SEND and RECV are answered, a
+record of them is written to the journal: a memfd that the supervisor created and every kernel inherits. A new kernel
+replays it. The journal does not outlive aiosd, as no agent does.
 
     memfd    u64 magic, u64 version, u64 generation, u64 bytes of records, records
     record   u32 length, msgpack: Sent or Taken
 
-A record counts when the byte count includes it, and that is written after it: a death in between leaves no half record.
-There are two memfds. When the one in use has grown beyond `COMPACT_BYTES`, what is still of use is written to the other
-one, whose generation is set last; the higher generation counts. A journal of another version is refused.
+A record is valid when the byte count includes it. The count is written after the record, so a death in between leaves
+no half record. There are two memfds. When the one in use is larger than `COMPACT_BYTES`, the records that are still
+needed are written to the other one, whose generation is set last; the memfd with the higher generation is valid. A
+journal of another version is refused.
 """
 
 from __future__ import annotations
@@ -26,10 +27,10 @@ from aiosd.errors import WorldError
 from aiosd.link import Key
 from libaios import wire
 
-COMPACT_BYTES = 2 << 20  # read again by a new kernel, in about 0.1 s
-REMEMBER = 4096  # served calls: as many as may be open when a kernel dies, in practice by far
+COMPACT_BYTES = 2 << 20  # a new kernel reads that in about 0.1 s
+REMEMBER = 4096  # served calls: in practice far more than are open when a kernel dies
 
-REMEMBER_BYTES = 16 << 20  # … and no more than that of what they brought
+REMEMBER_BYTES = 16 << 20  # … and this number of bytes of their results
 
 MAGIC = int.from_bytes(b"aiosjrnl", "little")
 VERSION = 1  # of the layout and of the records
@@ -64,8 +65,8 @@ def _size(message: Sent) -> int:
 
 
 class Journal:
-    """One kernel's journal. `served` are calls of a dead kernel's time with what they got: None for a SEND, the
-    message for a RECV. Raises WorldError when it is of another version, or no journal."""
+    """One kernel's journal. `served`: calls that a dead kernel served, with their results: None for a SEND, the message
+    for a RECV. Raises WorldError when it has another version, or is no journal."""
 
     def __init__(self, fds: tuple[int, int], is_alive: Callable[[int], bool], compact_at: int = COMPACT_BYTES) -> None:
         self._fds = fds
@@ -73,7 +74,7 @@ class Journal:
         self._compact_at = self._limit = compact_at
         self._next_seq = 1
         self._waiting: OrderedDict[int, Sent] = OrderedDict()  # by seq: accepted, not taken
-        self._recent: deque[tuple[Sent, Key]] = deque()  # taken lately, and by which call
+        self._recent: deque[tuple[Sent, Key]] = deque()  # recently taken messages, each with the call that took it
         self._recent_bytes = 0
         self.served: dict[Key, wire.Received | None] = {}
         generation = max(self._generation(fd) for fd in fds)
@@ -111,12 +112,12 @@ class Journal:
             self._compact()
 
     def forget(self, pid: int, seqs: Iterable[int]) -> None:
-        """The agent is dead, and its mailbox with it."""
+        """Drop the messages of a dead agent's mailbox."""
         for seq in seqs:
             self._waiting.pop(seq, None)
 
     def waiting(self) -> list[Sent]:
-        """Messages accepted and not taken, in the order in which they came: what a new kernel puts in mailboxes."""
+        """Messages accepted and not taken, oldest first: a new kernel puts them into the mailboxes."""
         return list(self._waiting.values())
 
     def _append(self, record: Sent | Taken) -> None:
@@ -131,7 +132,7 @@ class Journal:
 
     @staticmethod
     def _generation(fd: int) -> int:
-        """0: nothing has been written to it."""
+        """The generation of a memfd; 0: nothing has been written to it."""
         head = os.pread(fd, _HEADER.size, 0)
         if not head:
             return 0
@@ -170,7 +171,7 @@ class Journal:
             self.served[record.key] = wire.Received(message.sender, message.obj)
 
     def _compact(self) -> None:
-        """Write what is still of use to the other memfd and go on there."""
+        """Write the records that are still needed to the other memfd, and use that one from now on."""
         self._waiting = OrderedDict((seq, m) for seq, m in self._waiting.items() if self._is_alive(m.to))
         self._at = 1 - self._at
         fd = self._fds[self._at]
@@ -185,4 +186,4 @@ class Journal:
             self._append(message)
         self._generation_now += 1
         os.pwrite(fd, struct.pack("=Q", self._generation_now), _GENERATION)
-        self._limit = max(self._compact_at, 2 * self._size)  # what is of use may be more than that already
+        self._limit = max(self._compact_at, 2 * self._size)  # the records that are needed may already exceed the limit

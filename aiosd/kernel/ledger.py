@@ -1,12 +1,12 @@
-"""What each agent has used, kept where a kernel's death does not reach.
+"""The usage of each agent, kept where it survives the kernel's death.
 
 A memfd of rows, one per agent, made by the supervisor and mapped by every kernel; eight 8-byte numbers a row:
 
     pid, calls, prompt tokens, cached tokens, completion tokens, tokens charged to its budget, –, –
 
-A row holds what *closed* calls have used. What open calls have used so far is only in the kernel's memory: after its
-death they are submitted again, and what they had used is counted again from their tokens. So nothing is counted twice
-and nothing is lost, without a record per token.
+A row holds the usage of *closed* calls. The usage of open calls is only in the kernel's memory: after its death they
+are submitted again, and their usage is counted again from their tokens. So nothing is counted twice and nothing is
+lost, without a record per token.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ Row = memoryview  # of ITEMS unsigned 8-byte numbers
 
 class Ledger:
     def __init__(self, memfd: int) -> None:
-        os.ftruncate(memfd, BYTES)  # nothing the second time; pages that no agent has used cost nothing
+        os.ftruncate(memfd, BYTES)  # has no effect the second time; pages that are never written cost nothing
         self._items = memoryview(mmap.mmap(memfd, BYTES)).cast("Q")
         self._rows: dict[int, int] = {}
         self._free: list[int] = []
@@ -36,7 +36,7 @@ class Ledger:
                 self._free.append(number)
 
     def row(self, pid: int) -> Row:
-        """The agent's row, new or as a dead kernel left it. Beyond `ROWS` agents: one that does not survive."""
+        """The agent's row, new or as a dead kernel left it; beyond `ROWS` agents a row that does not survive."""
         number = self._rows.get(pid)
         if number is None:
             if not self._free:

@@ -1,18 +1,18 @@
-"""Keeps the logs of agents within their limits: samples sizes, makes room, removes what is forgotten.
+"""Keeps the logs of agents within their limits: samples sizes, makes room, removes logs of forgotten agents.
 
-Once a second the kernel looks at the size of each log (one stat), and notes it in the log's index when it changed.
-Whatever may wait for a disk is done by a thread of its own, which lives while there is something to do: the kernel's
-loop goes on. A log is the loop's or the thread's, never both's (`_busy`).
+Once a second the kernel looks at the size of each log (one stat), and writes it to the log's index if it changed. Work
+that may wait for a disk is done by a separate thread, which exists only while there is work, so that the kernel's loop
+never waits. A log belongs to the loop or to the thread, never to both (`_busy`).
 
-Making room (`rotate`). Only the agent writes to its log, and only at the end, so what is there does not change. It is
-copied to `7.log.1`, and then the beginning of the log is cut off, by fallocate(2) with COLLAPSE_RANGE: what the agent
-writes meanwhile stays in the log, and nothing is lost. ext4 and xfs can do that, in whole blocks; the rest of a block
-stays in the log. On other file systems (btrfs, tmpfs, network ones) the copy goes on until it has caught up with the
-agent, and the log is truncated: what the agent writes in the moment between the last read and the truncation (some
+Making room (`rotate`). Only the agent writes to its log, and only at the end, so the existing part does not change. It
+is copied to `7.log.1`, and then the beginning of the log is cut off, by fallocate(2) with COLLAPSE_RANGE: what the
+agent writes meanwhile stays in the log, and nothing is lost. ext4 and xfs can do that, in whole blocks; the rest of a
+block stays in the log. On other file systems (btrfs, tmpfs, network ones) copying continues until it has caught up
+with the agent, and the log is truncated: what the agent writes between the last read and the truncation (some
 microseconds) is lost.
 
-Which dead agents are remembered is the process table's business (keep_dead). Logs of earlier boots count with them:
-they go, the oldest first, when more agents have died since than leave room for them (`forget`).
+The process table decides which dead agents are remembered (keep_dead). Logs of earlier boots count as dead agents too:
+they are removed, the oldest first, when more recent dead agents need their places (`forget`).
 """
 
 from __future__ import annotations
@@ -34,9 +34,9 @@ logger = logging.getLogger("kernel")
 
 COLLAPSE_RANGE = 0x08  # of fallocate(2)
 COPY_BYTES = 1 << 20
-INDEX_RECORDS = 1 << 16  # of one index; then the older half of it becomes half as fine
-LOCK_PATIENCE_S = 1.0  # for a reader that holds a log; one that was stopped in the middle is not waited for
-NEW = ".new"  # ends the name of a copy that is not complete
+INDEX_RECORDS = 1 << 16  # of one index; at this number every second record of the older half is dropped
+LOCK_PATIENCE_S = 1.0  # how long to wait for a reader that holds the lock: it may have been stopped
+NEW = ".new"  # suffix of an incomplete copy
 
 
 class LogKeeper:
@@ -48,16 +48,16 @@ class LogKeeper:
         self._limit, self._keep = size, keep
         self._keep_dead = keep_dead
         self._old: deque[int] = deque()  # agents of earlier boots whose logs are kept, the oldest first
-        self._sizes: dict[str, int] = {}  # as noted in the indexes
-        self._busy: set[str] = set()  # logs that are the thread's
-        self._refused: set[str] = set()  # logs that could not be cut, which has been written down
+        self._sizes: dict[str, int] = {}  # as last written to the indexes
+        self._busy: set[str] = set()  # logs that belong to the thread
+        self._refused: set[str] = set()  # logs that could not be cut, already reported
         self._jobs: deque[Callable[[], None]] = deque()
-        self._lock = threading.Lock()  # of `_jobs` and `_worker`
+        self._lock = threading.Lock()  # guards `_jobs` and `_worker`
         self._worker: threading.Thread | None = None
 
     def sample(self, log: str) -> None:
-        """Note the log's size if it changed, and see that there is room. A disk that refuses loses times, never
-        output."""
+        """Write the log's size to its index if it changed, and make room if needed. If the disk refuses, only times are
+        lost, never output."""
         if log in self._busy:
             return
         with contextlib.suppress(OSError):
@@ -79,23 +79,23 @@ class LogKeeper:
             self._refused.discard(log)
 
     def start(self, known: Container[int], dead: int) -> None:
-        """Find the logs of agents that are not `known`, those of earlier boots; `dead` agents are remembered. What a
-        kernel that died in the middle has left, and indexes without a log, go."""
+        """Find the logs of agents that are not `known`: those of earlier boots. `dead`: how many dead agents are
+        remembered. Incomplete copies of a kernel that died, and indexes without a log, are removed."""
         pids = (int(path.stem) for path in self._folder.glob("*.log") if path.stem.isdecimal())
         self._old = deque(sorted(pid for pid in pids if pid not in known))
         self._do(self._sweep)
         self.forget([], dead)
 
     def forget(self, pids: Iterable[int], dead: int) -> None:
-        """These agents are remembered no longer, and `dead` ones are: old logs may take what these leave of
-        `keep_dead`."""
+        """Remove the logs of these agents; `dead`: how many dead agents are still remembered. Old logs may use the rest
+        of `keep_dead`."""
         old = [self._old.popleft() for _ in range(min(len(self._old), len(self._old) + dead - self._keep_dead))]
         for pid in (*pids, *old):
             log = str(self._folder / f"{pid}.log")
             self._do(partial(_remove, log))
 
     def wait(self, timeout: float) -> None:
-        """Until all is done that was asked for."""
+        """Wait until all requested work is done."""
         worker = self._worker
         if worker is not None:
             worker.join(timeout)
@@ -123,7 +123,7 @@ class LogKeeper:
             rotate(log, self._limit, self._keep)
             self._refused.discard(log)
         except FileNotFoundError:
-            pass  # it has been removed meanwhile
+            pass  # it was removed meanwhile
         except OSError as err:
             if log not in self._refused:
                 self._refused.add(log)
@@ -151,7 +151,7 @@ def _remove(log: str) -> None:
 
 
 def note(log: str, size: int) -> None:
-    """One more record in the log's index."""
+    """Append a record to the log's index."""
     path = index_path(log)
     with open(path, "ab") as file:
         file.write(RECORD.pack(time.time(), size))
@@ -170,7 +170,7 @@ def write_index(path: str, index: Index) -> None:
 
 
 def cut_index(index: Index, start: int, end: int) -> Index:
-    """What of an index belongs to the bytes from `start` to `end`, as the index of a log that has those alone."""
+    """The part of an index for the bytes from `start` to `end`, as the index of a log with only these bytes."""
     records: list[Record] = []
     for moment, size in index.records:
         if size > start:
@@ -184,8 +184,8 @@ def cut_index(index: Index, start: int, end: int) -> Index:
 
 
 def rotate(log: str, limit: int, keep: int) -> None:
-    """Move what a log holds beyond `limit` bytes into full files of that size, of which `keep` are kept. Raises
-    OSError, and leaves the log as it is, when there is no room for the copies."""
+    """Move the oldest bytes of a log with more than `limit` bytes to full files of that size, of which `keep` are kept.
+    Raises OSError, and leaves the log unchanged, when there is no room for the copies."""
     with open(log, "r+b", buffering=0) as file:
         size, chunk = os.fstat(file.fileno()).st_size, _whole_blocks(file.fileno(), limit)
         # The last byte stays: a range that reaches the end of a file cannot be cut off.
@@ -210,7 +210,7 @@ def _copy_path(log: str, number: int) -> str:
 
 
 def _whole_blocks(fd: int, limit: int) -> int:
-    """As much of the limit as can be cut off at a time: whole blocks of the file system."""
+    """The largest part of the limit that can be cut off: whole blocks of the file system."""
     return limit - limit % max(os.fstatvfs(fd).f_frsize, 1) or limit
 
 
@@ -223,7 +223,7 @@ def _copy(source: int, start: int, end: int, path: str) -> None:
 
 
 def _append(source: int, start: int, end: int, target: int) -> int:
-    """Copy what lies from `start` to `end`, or to the end of the source; returns how far it came."""
+    """Copy the bytes from `start` to `end`, or to the end of the source; returns where the copy ended."""
     while start < end:
         copied = os.sendfile(target, source, start, min(COPY_BYTES, end - start))
         if copied == 0:
@@ -233,8 +233,8 @@ def _append(source: int, start: int, end: int, target: int) -> int:
 
 
 def _publish(log: str, fd: int, copies: list[tuple[int, int]], keep: int) -> None:
-    """The copies become the newest full files, and what they hold leaves the log. In that order: who dies in between
-    leaves something twice, and loses nothing."""
+    """The copies become the newest full files; then their content is cut from the log. In that order, so that a death
+    in between leaves something twice, and loses nothing."""
     index = read_index(index_path(log))
     end = copies[-1][1]
     for number, (start, upto) in enumerate(copies):
@@ -246,7 +246,7 @@ def _publish(log: str, fd: int, copies: list[tuple[int, int]], keep: int) -> Non
         try:
             os.lseek(target, 0, os.SEEK_END)
             end = _append(fd, end, 1 << 62, target)
-        finally:  # on a full disk, too: else all of it would be copied again in a second
+        finally:  # also on a full disk: else all of it would be copied again a second later
             os.ftruncate(fd, 0)
             os.close(target)
         write_index(index_path(rotated_path(log, 1)), cut_index(index, copies[-1][0], end))
@@ -254,7 +254,7 @@ def _publish(log: str, fd: int, copies: list[tuple[int, int]], keep: int) -> Non
 
 
 def _shift(log: str, keep: int) -> None:
-    """`.1` becomes `.2`, and so on; the last one goes."""
+    """`.1` becomes `.2`, and so on; the last one is removed."""
     count = 1
     while os.path.exists(rotated_path(log, count)):
         count += 1
@@ -280,7 +280,7 @@ def _collapse(fd: int, end: int) -> bool:
 
 @contextlib.contextmanager
 def _locked(fd: int) -> Iterator[None]:
-    """Keep readers out. One that does not let go in time may read something twice."""
+    """Lock readers out. A reader that does not release its lock in time may read something twice."""
     deadline = time.monotonic() + LOCK_PATIENCE_S
     while True:
         try:

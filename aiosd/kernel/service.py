@@ -1,14 +1,14 @@
-"""The kernel's side of a service: which calls lie with it, and what becomes of them when it dies.
+"""The kernel's side of a service: the calls that it has, and what happens to them when it dies.
 
 A service is a process that answers system calls: an llm core, the store, the toolbox. The supervisor forks it, and
 forks it again when it dies; each time it gets a new channel. A call that was accepted stays in `Service.calls` until
-its final word. When the service dies the row of the call (`wire.Row.again`) tells what happens:
+its final reply. When the service dies the row of the call (`wire.Row.again`) decides what happens:
 
     REPEAT, ONCE   it goes to the successor; for ONCE the service remembers keys, and does not do it twice
-    NEVER          its caller gets EIO, once it had been given to the service that died
+    NEVER          its caller gets EIO if the call had been sent to the service that died
 
-A call that kills its service would go on to kill every successor. So deaths are counted: against the one call that the
-service said it was `Working` on, else against all that were under way; and a call with too many ends with EIO.
+A call that kills its service would also kill every successor. So deaths are counted: against the one call that the
+service had announced with `Working`, else against all that were under way. A call with too many deaths ends with EIO.
 
 This module moves messages. What an llm core adds to that is in `cores`.
 """
@@ -35,9 +35,9 @@ from libaios.wire import Again
 
 logger = logging.getLogger("kernel.services")
 
-POISON_DEATHS = 2  # of a call that was announced as the one worked on, or as running
-POISON_OTHERS = 4  # of calls that had been given to the service and may not have begun
-MAX_ASK = 8 << 20  # bytes of a message to a service; submitted again it may have grown, and still fits a frame
+POISON_DEATHS = 2  # of a call that was announced as worked on, or as running
+POISON_OTHERS = 4  # of calls that had been sent to the service and may not have begun
+MAX_ASK = 8 << 20  # bytes of a message to a service: when submitted again it may be larger, and must still fit a frame
 MESSAGES_PER_TURN = 64
 
 
@@ -50,13 +50,13 @@ class State(enum.Enum):
 
 @dataclass(slots=True, eq=False)
 class Open:
-    """A call that lies with a service."""
+    """An open call of a service."""
 
     call: Call
     message: link.ToService
     deaths: int = 0
-    given: bool = False  # this instance of the service has it,
-    again: bool = False  # … or one that has died had it
+    given: bool = False  # was sent to this instance of the service,
+    again: bool = False  # … or to one that has died
 
 
 class Owner(Protocol):
@@ -75,11 +75,11 @@ class Service:
     """One service as the kernel sees it."""
 
     name: str  # unique in this system
-    kind: str  # whose calls of the table it answers
+    kind: str  # it answers the table's calls of this kind
     title: str  # in aios-ps
     calls_of_all: Calls
     owner: Owner
-    awaited: bool = True  # the system is not ready before this is
+    awaited: bool = True  # the system is not ready before this service is
     pid: int = 0
     ospid: int = 0
     state: State = State.STARTING
@@ -89,17 +89,17 @@ class Service:
     source: Source | None = None  # while the kernel listens to its channel
     stats: dict[str, Any] = field(default_factory=dict)
     calls: dict[link.Key, Open] = field(default_factory=dict)
-    working: link.Key | None = None  # the call that it works on alone
+    working: link.Key | None = None  # the one call that it has announced to work on
 
     @property
     def short_name(self) -> str:
-        """Without its kind: of a core the name of its model."""
+        """The name without the kind: of a core the name of its model."""
         return self.name.removeprefix(f"{self.kind}:")
 
     # ── calls ─────────────────────────────────────────────────────────────────────────────────────────────
 
     def submit(self, call: Call, message: link.ToService) -> None:
-        """Give it a call. Raises OSError (EMSGSIZE)."""
+        """Send it a call. Raises OSError (EMSGSIZE)."""
         payload = link.encode(message)
         if len(payload) > MAX_ASK:
             raise wire.error(errno.EMSGSIZE, f"{len(payload)} bytes for {self.title}; the limit is {MAX_ASK}")
@@ -108,14 +108,14 @@ class Service:
             self._give(opened, payload)
 
     def cancel(self, call: Call) -> None:
-        """Its caller does not wait for it any more."""
+        """The caller does not wait for the call any more."""
         opened = self.calls.get(call.key)
         if opened is not None and opened.call is call:
             del self.calls[call.key]
             self.send(link.CancelCall(call.key))
 
     def send(self, message: link.ToService) -> None:
-        """To the service, if it serves; else it gets what matters when it does (`on_ready`)."""
+        """Send if the service is ready; else the message is dropped, because `on_ready` sends all that matters."""
         if self.state is State.READY and self.channel is not None:
             self.channel.send(link.encode(message))
 
@@ -130,25 +130,25 @@ class Service:
     # ── what a kind of service adds ───────────────────────────────────────────────────────────────────────
 
     def fresh(self, opened: Open) -> link.ToService:
-        """The message as it must be for a successor, or for a service that is asked once more."""
+        """The message for submitting the call again, to a successor or to the same service."""
         message = opened.message
         if isinstance(message, link.Ask):
             return msgspec.structs.replace(message, again=message.again or opened.again)
         return message
 
     def under_way(self, opened: Open) -> bool:
-        """Whether it may have been worked on when the service died."""
+        """Whether the service may have worked on it when it died."""
         return opened.given
 
     def patience(self, opened: Open) -> int:
-        """How many deaths it may have been under way at."""
+        """At how many deaths the call may be under way before it ends with EIO."""
         return POISON_OTHERS
 
     def on_ready(self) -> None:
-        """It has loaded, or has got a new kernel: what it must know before its calls."""
+        """Called when it has loaded, or has a new kernel: send what it must know before its calls."""
 
     def handle(self, message: link.FromService) -> None:
-        """A message that only this kind of service sends."""
+        """Handle a message that only this kind of service sends."""
         logger.error("%s sent %s, which is not for this kernel", self.name, type(message).__name__)
 
     # ── life and death ────────────────────────────────────────────────────────────────────────────────────
@@ -157,8 +157,8 @@ class Service:
         self.ospid, self.deaths, self.channel, self.state = ospid, deaths, channel, State.LOADING
 
     def died(self, reason: str) -> None:
-        """Keep its calls for the successor, but those that must not be done again, and those that seem to kill it."""
-        guilty = self.calls.get(self.working) if self.working is not None else None  # or it was cancelled meanwhile
+        """Keep its calls for the successor, except those that must not be repeated, and those that seem to kill it."""
+        guilty = self.calls.get(self.working) if self.working is not None else None  # may be cancelled
         if self.working is not None:
             suspects = [guilty] if guilty is not None else []
         else:
@@ -239,11 +239,11 @@ class Service:
                 self.handle(message)
 
     def loaded(self, message: link.Loaded) -> None:
-        """What it tells of itself."""
+        """Take what the service reports about itself."""
 
     def _take(self, key: link.Key) -> Call | None:
-        """The call that an answer is for. None: it was cancelled, and the service had not heard of that; an agent that
-        uses an id again may have a generation under it by now."""
+        """The call that a reply is for. None: it was cancelled, and the service had not received that yet. (The agent
+        may already have a generation with the same id.)"""
         opened = self.calls.get(key)
         if opened is None or opened.call.generation is not None:
             return None
@@ -252,7 +252,7 @@ class Service:
 
 
 class Services:
-    """All of them, by name, in the order in which they are started."""
+    """All services, by name, in the order in which they are started."""
 
     def __init__(self) -> None:
         self.by_name: dict[str, Service] = {}
@@ -264,7 +264,7 @@ class Services:
         self.by_name[service.name] = service
 
     def of_kind(self, kind: str) -> Service | None:
-        """The one that answers the calls of a kind; the first where there are several."""
+        """The service that answers the calls of a kind; the first if there are several."""
         return next((service for service in self if service.kind == kind), None)
 
     def ready(self) -> bool:
@@ -272,8 +272,8 @@ class Services:
 
 
 class Asker:
-    """Forwards calls to the services that answer them. `caller_of` gives the agent that a call is made for; `choose`
-    picks a service where several are of the same kind, by kind, and may refuse."""
+    """Forwards calls to the services that answer them. `caller_of`: the agent for which a call is made. `choose`, by
+    kind: picks one of several services of the same kind, and may refuse."""
 
     def __init__(
         self,
@@ -288,8 +288,8 @@ class Asker:
         self._choose = choose
 
     def ask(self, call: Call, args: Any, raw: Raw) -> None:
-        """Give the call to its service; it stays open until that answers. `args` are its arguments, checked, and `raw`
-        the same as they came. Raises OSError: ENOSYS, EMSGSIZE."""
+        """Send the call to its service; it stays open until the service replies. `args`: its checked arguments; `raw`:
+        the same as received. Raises OSError: ENOSYS, EMSGSIZE."""
         row = call.row
         choose = self._choose.get(row.by)
         service = choose(call, args) if choose is not None else self._services.of_kind(row.by)

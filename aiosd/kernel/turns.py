@@ -1,8 +1,8 @@
-"""Agents on their rings: each has its turn, as long as it has sent something, and then waits for its bell.
+"""Serving agents through their rings: an agent gets turns as long as it has sent something; then we wait for its bell.
 
 An agent's doorbell is edge-triggered: every ring is an event, whether or not older rings were read, so they need not be
-read each time. An event also tells when the agent has hung up, which epoll tells once: it is noted at once, and acted
-on when what the agent sent before is done.
+read each time. An event also shows that the agent has closed its end. epoll reports that once, so it is recorded at
+once; it takes effect when everything that the agent sent before has been handled.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from aiosd.kernel.peer import FRAMES_PER_TURN, OUTBOX_PAUSE, AgentPeer, Peer
 from aiosd.timers import Timers
 from libaios.ring import ProtocolError
 
-REPLIES_PER_RING = 16  # to one peer in its turn: the first of them should not wait for the last
+REPLIES_PER_RING = 16  # ring after this number of replies in a turn: the first need not wait for the last
 HUNG_UP = select.EPOLLRDHUP | select.EPOLLHUP | select.EPOLLERR
 
 
@@ -38,10 +38,10 @@ class Turns:
         self._timers = timers
         self._answer = dispatcher.answer
         self._caught_up = caught_up
-        self._rung: list[AgentPeer] = []  # those whose bells hold rings since the last beat
+        self._rung: list[AgentPeer] = []  # peers whose bells have rung since the last beat
 
     def serve(self, peer: AgentPeer) -> None:
-        """Listen to an agent from now on; it may have rung before."""
+        """Serve an agent from now on; it may already have rung."""
         events = select.EPOLLIN | select.EPOLLRDHUP | select.EPOLLET
         peer.source = self._events.watch(
             peer.channel.fileno(),
@@ -53,7 +53,7 @@ class Turns:
         self._events.move(peer.source, HUNGRY)
 
     def on_beat(self) -> None:
-        """Once a second: a bell that is full of rings would be mute for ever."""
+        """Once a second empty the bells: a bell full of rings could not ring again."""
         rung, self._rung = self._rung, []
         for peer in rung:
             if not peer.gone:
@@ -70,7 +70,7 @@ class Turns:
             peer.rung = True
             self._rung.append(peer)
         if peer.source is not None and peer.source.turn is HUNGRY:
-            return  # it stands in line, however often it rings
+            return  # it is already waiting for a turn
         self._take_turn(peer)
 
     def _take_turn(self, peer: AgentPeer) -> None:
@@ -106,14 +106,14 @@ class Turns:
             self._events.move(source, AWAKE)
 
     def _handle_many(self, peer: AgentPeer, requests: list[bytes]) -> None:
-        """As `_handle`; an agent that sends much that takes long gets shorter turns."""
+        """As `_handle`; an agent that sends many slow requests gets shorter turns."""
         began = self._timers.clock()
         self._handle(peer, requests)
         long = self._timers.clock() - began > TURN_S
         peer.turn = max(1, peer.turn // 2) if long else min(FRAMES_PER_TURN, 2 * peer.turn)
 
     def _handle(self, peer: AgentPeer, requests: list[bytes]) -> None:
-        """Execute them. Several that are answered at once are told with one ring."""
+        """Execute requests. One ring of the bell serves for several replies."""
         channel, answer_to = peer.channel, self._answer
         answers: list[bytes] = []
         for payload in requests:
@@ -131,8 +131,8 @@ class Turns:
             self._calls.check_outbox(peer)
 
     def _unload(self, peer: AgentPeer) -> bool:
-        """Send what waits. False while so much still waits that the peer's next requests must wait as well, until it
-        has read its replies: then it rings."""
+        """Send waiting replies. False while too many are still waiting: then the peer's next requests are not read
+        until it has read its replies, and rings."""
         channel = peer.channel
         if channel.pump():
             self._caught_up(peer)
