@@ -18,12 +18,14 @@ import contextlib
 import ctypes
 import gc
 import io
+import os
 import signal
 import sys
 import threading
 import weakref
 from collections.abc import Callable, Iterator
 from functools import partial
+from importlib.machinery import EXTENSION_SUFFIXES
 from types import ModuleType, TracebackType
 from typing import Any, NoReturn
 
@@ -39,27 +41,33 @@ def leave(status: int) -> NoReturn:
     _join_threads()
     atexit._run_exitfuncs()
     written = _flush("stdout") & _flush("stderr")
-    alone = len(sys._current_frames()) == 1
+    by_exit = _has_loaded_c()
     with contextlib.suppress(KeyboardInterrupt):  # the end is what was asked for
-        if alone:  # else a thread may hold a file's lock for ever, and python3 writes nothing out either
-            _write_out_files()
+        files = _write_out_files()
         exec(_NOWHERE, {"steps": _steps()})
         for stream in (sys.stdout, sys.stderr):
             with contextlib.suppress(BaseException):
                 stream.flush()
-        if alone:
-            _close_files()
+        _close_files(files)
     if status == INTERRUPTED:
         signal.signal(signal.SIGINT, signal.SIG_DFL)
         signal.raise_signal(signal.SIGINT)
-    _exit(status if written else UNWRITTEN)
+    _exit(status if written else UNWRITTEN, by_exit)
 
 
-def _exit(status: int) -> NoReturn:
-    """C's exit: it writes out what C libraries have buffered. With the interpreter's lock held, so that threads which
-    are still there run no more Python."""
-    ctypes.PyDLL(None).exit(status & 0xFF)
-    raise AssertionError("not reached")
+def _has_loaded_c() -> bool:
+    """Whether the script has called upon C code that is not the supervisor's too."""
+    own = [str(getattr(sys.modules[name], "__file__", "")) for name in _own()]
+    return "ctypes" in sys.modules or any(file.endswith(tuple(EXTENSION_SUFFIXES)) for file in own)
+
+
+def _exit(status: int, by_exit: bool) -> NoReturn:
+    """C's `exit` writes out what C libraries have buffered, and lets them leave in order. It is called with the
+    interpreter's lock held, so that threads which are still there run no more Python. Where there is nothing but what
+    the supervisor has loaded it would only cost time."""
+    if by_exit:
+        ctypes.PyDLL(None).exit(status & 0xFF)
+    os._exit(status & 0xFF)
 
 
 def _join_threads() -> None:
@@ -145,26 +153,29 @@ def _clearing(module: ModuleType | None) -> Iterator[Callable[[], object]]:
                 yield partial(names.__setitem__, name, None)
 
 
-def _write_out_files() -> None:
+def _write_out_files() -> list[weakref.ref[io.IOBase]]:
     """What lies in buffers, before the order in which the collector finds them decides: a buffer whose descriptor has
-    been closed before it is lost."""
-    for stream in _open_files():
+    been closed before it is lost. Returns the files, layers above first: text, layers written in Python, plain buffers.
+
+    Not where there are threads: one of them may hold a file's lock for ever, and python3 writes nothing out either."""
+    if len(sys._current_frames()) > 1:
+        return []
+    found = [one for one in gc.get_objects() if issubclass(type(one), io.IOBase)]
+    found.sort(key=lambda one: (not isinstance(one, io.TextIOBase), type(one).__module__ == "_io"))
+    for stream in found:
         if type(stream).__module__ == "_io":
             with contextlib.suppress(BaseException):  # python3 is silent there too
                 stream.flush()
+    return [weakref.ref(stream) for stream in found]
 
 
-def _close_files() -> None:
+def _close_files(files: list[weakref.ref[io.IOBase]]) -> None:
     """Those that something of the supervisor's holds, a module of the library say, of which this agent keeps all."""
-    for stream in _open_files():
-        with contextlib.suppress(BaseException):
-            stream.close()
-
-
-def _open_files() -> list[io.IOBase]:
-    """Layers above first: text, then layers written in Python, then plain buffers."""
-    found = [one for one in gc.get_objects() if issubclass(type(one), io.IOBase)]
-    return sorted(found, key=lambda one: (not isinstance(one, io.TextIOBase), type(one).__module__ == "_io"))
+    for reference in files:
+        stream = reference()
+        if stream is not None:
+            with contextlib.suppress(BaseException):
+                stream.close()
 
 
 # ── reports ───────────────────────────────────────────────────────────────────────────────────────────────
