@@ -41,7 +41,7 @@ def test_many_calls_at_once(kernel: ChannelKernel) -> None:
 
 
 ECHO = 950  # a call of these tests alone
-wire.add(wire.Row(ECHO, wire.Tokenize, str))
+wire.add(wire.Row(ECHO, wire.Tokenize, str, by="tests"))
 
 
 def plan(text: str) -> aio.Plan[str]:

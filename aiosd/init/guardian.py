@@ -157,19 +157,18 @@ def _watch(supervisor: int, heart: Heart) -> int:
 
 
 def _is_refused(info: signal.struct_siginfo, supervisor: int) -> bool:
-    """What agents have started may not stop the system. A sender that has ended may have been one of these: it is
-    refused too, and the log names the way that always works."""
+    """What agents have started may not stop the system. A sender that has ended by now cannot be asked: `kill` and
+    `pkill` end at once, and what a person sends by them must work. (An agent runs as the same user, and could send KILL
+    just as well.)"""
     number, sender = info.si_signo, info.si_pid
     what = f"{signals.name(number)} {signals.describe_sender(sender)}"
     if not sender:  # Linux itself (Ctrl-C, a closed terminal), or from outside of a container
         return False
-    below = procfs.descends(sender, supervisor)
-    if below is False:
-        logger.info("%s", what)
-        return False
-    why = "it may have been started by an agent; to stop: aiosd stop" if below is None else "it belongs to an agent"
-    logger.warning("%s: ignored, %s", what, why)
-    return True
+    if procfs.descends(sender, supervisor):
+        logger.warning("%s: ignored, it belongs to an agent", what)
+        return True
+    logger.info("%s", what)
+    return False
 
 
 def _reap(supervisor: int) -> int | None:
