@@ -23,7 +23,7 @@ from libaios import tool as _tool
 from libaios import wire
 from libaios.agent import connected, connection
 from libaios.channel import BACKSTOP_S
-from libaios.connection import SLACK_S, Call, Connection, decode_body
+from libaios.connection import SLACK_S, Connection, Pending, decode_body
 from libaios.generate import Piece, Pieces, Result, generate_args, variants
 from libaios.plan import Plan, plan_of
 from libaios.wire import Sys
@@ -61,7 +61,7 @@ def _turn(loop: asyncio.AbstractEventLoop) -> asyncio.Lock:
     return turn
 
 
-async def _submit(conn: Connection, sys: int, args: Any, stream: bool = False) -> tuple[Call, asyncio.Event]:
+async def _submit(conn: Connection, sys: int, args: Any, stream: bool = False) -> tuple[Pending, asyncio.Event]:
     """Send a call; the event is set at every reply. While the ring is full the task waits, and the loop goes on."""
     loop = asyncio.get_running_loop()
     conn.attach_loop(loop)
@@ -82,7 +82,7 @@ async def _submit(conn: Connection, sys: int, args: Any, stream: bool = False) -
     return call, replied
 
 
-async def _final(conn: Connection, call: Call, replied: asyncio.Event, timeout: float | None) -> None:
+async def _final(conn: Connection, call: Pending, replied: asyncio.Event, timeout: float | None) -> None:
     try:
         async with asyncio.timeout(None if timeout is None else timeout + SLACK_S):
             while call.final is None:

@@ -22,7 +22,7 @@ from typing import Any
 
 from libaios.alarm import Alarm
 from libaios.channel import BACKSTOP_S
-from libaios.connection import Call, Connection
+from libaios.connection import Connection, Pending
 from libaios.greeting import Gone, Greeting, NoKernel, greet
 from libaios.home import Home
 from libaios.ring import ProtocolError
@@ -237,7 +237,7 @@ class Client(Connection):
         self.close()
 
 
-__all__ = ["Call", "Client", "ControlSocket", "Home", "NoKernel"]
+__all__ = ["Client", "ControlSocket", "Home", "NoKernel", "Pending"]
 
 
 def call(sys: int, args: Any, result: type[Any] | Any, home: Home | None = None) -> Any:

@@ -81,7 +81,7 @@ class Transport(Protocol):
     def close(self) -> None: ...
 
 
-class Call(Struct, eq=False):
+class Pending(Struct, eq=False):
     """One call. `pieces` and `final` are set by the leader; `final` is set last."""
 
     sys: int
@@ -153,15 +153,15 @@ class Connection:
 
     def __init__(self, transport: Transport) -> None:
         self.transport = transport
-        self._open: dict[int, Call] = {}
+        self._open: dict[int, Pending] = {}
         self._dead = ""  # not empty: the connection has ended, and this is why
         self._closing = False
         # sending
         self._sending = threading.RLock()
         self._busy = False  # the thread that holds `_sending` is in the middle of a send
-        self._blocked: set[Call] = set()  # calls whose thread or coroutine waits for room
+        self._blocked: set[Pending] = set()  # calls whose thread or coroutine waits for room
         self._pump_wanted = False  # a thread found room for the outbox, but another one was sending
-        self._given_up: dict[int, Call] = {}  # RECVs that were abandoned and have no final reply yet
+        self._given_up: dict[int, Pending] = {}  # RECVs that were abandoned and have no final reply yet
         self._returned: deque[wire.Reply] = deque()  # messages that such calls have brought
         self._cancels: deque[int] = deque()  # ids of abandoned calls for which no CANCEL has been sent yet
         self._life = 0  # how often the kernel was replaced
@@ -171,7 +171,7 @@ class Connection:
         self._leader: dict[int, tuple[int, object]] = {}
         self._polling = False  # the leader sleeps: a signal handler in its thread may lead in its place
         self._arrived: deque[bytes] = deque()
-        self._followers: dict[int, Call] = {}
+        self._followers: dict[int, Pending] = {}
         self._loops: dict[asyncio.AbstractEventLoop, int] = {}  # … and its own duplicate of the descriptor
         self._watched = False  # a loop polls the descriptor, so the bell must ring also while no thread waits here
         self._deaf = False  # the last read did not ask for the bell
@@ -185,7 +185,7 @@ class Connection:
         call = self.submit(sys, args, fds)
         return self.result(call, result, timeout)
 
-    def submit(self, sys: int, args: Any, fds: Sequence[int] = (), stream: bool = False) -> Call:
+    def submit(self, sys: int, args: Any, fds: Sequence[int] = (), stream: bool = False) -> Pending:
         """Send a call without waiting for its reply; when the ring is full, wait for room. The caller must take the
         `result` of the call, or `abandon` it."""
         call = self.prepare(sys, args, fds, stream)
@@ -201,16 +201,16 @@ class Connection:
         fds: Sequence[int] = (),
         stream: bool = False,
         notify: Callable[[], None] | None = None,
-    ) -> Call:
+    ) -> Pending:
         """A call to be sent later, or abandoned."""
-        call = Call(sys, args, notify)
+        call = Pending(sys, args, notify)
         if fds:
             call.fds = _duplicates(fds)
         if stream:
             call.tokens = []
         return call
 
-    def may_send(self, call: Call) -> bool:
+    def may_send(self, call: Pending) -> bool:
         """Whether there is room for a call that was prepared. If not, its `notify` is called when there may be some."""
         if not self.transport.outbox_bytes or self._dead:
             return True
@@ -218,7 +218,7 @@ class Connection:
         # Look again: when the outbox became empty before the call was in `_blocked`, `notify` was not called.
         return not self.transport.outbox_bytes or bool(self._dead)
 
-    def send(self, call: Call) -> None:
+    def send(self, call: Pending) -> None:
         """Send a call that was prepared, without waiting: what finds no room is kept in memory. So a caller asks
         `may_send` before, or waits afterwards."""
         if self._blocked:
@@ -236,7 +236,7 @@ class Connection:
             self._match()
         self._after_sending()
 
-    def _send(self, call: Call) -> None:
+    def _send(self, call: Pending) -> None:
         """With the right to send."""
         if self._busy:
             raise wire.error(errno.EDEADLK, "a signal handler made a call in the middle of another one's send")
@@ -265,7 +265,7 @@ class Connection:
         if self._cancels:
             self._send_cancels()
 
-    def _wait_for_room(self, call: Call) -> None:
+    def _wait_for_room(self, call: Pending) -> None:
         """Until what was sent has left. Others may send meanwhile."""
         transport = self.transport
         try:
@@ -277,7 +277,7 @@ class Connection:
         finally:
             self._blocked.discard(call)
 
-    def result(self, call: Call, result: Any, timeout: float | None = None) -> Any:
+    def result(self, call: Pending, result: Any, timeout: float | None = None) -> Any:
         """Wait for the final reply of a submitted call."""
         if call.final is None:
             try:
@@ -289,7 +289,7 @@ class Connection:
         assert call.final is not None
         return decode_body(call.final, result)
 
-    def pieces(self, call: Call, timeout: float | None = None) -> Iterator[wire.Piece]:
+    def pieces(self, call: Pending, timeout: float | None = None) -> Iterator[wire.Piece]:
         """The partial replies of a stream, until its final reply is here. Leaving the loop early cancels the call."""
         deadline = None if timeout is None else time.monotonic() + timeout + SLACK_S
         try:
@@ -303,7 +303,7 @@ class Connection:
         finally:
             self.abandon(call)
 
-    def abandon(self, call: Call) -> None:
+    def abandon(self, call: Pending) -> None:
         """Forget the call, and have the kernel stop it. Does nothing when it is over. A thread that still waits for it
         gets ECANCELED. Never blocks."""
         if self._blocked:
@@ -326,7 +326,7 @@ class Connection:
 
     # ── messages for calls that were given up ──────────────────────────────────────────────────────────────
 
-    def _take_back(self, call: Call) -> None:
+    def _take_back(self, call: Pending) -> None:
         """The call was abandoned, and has its reply. Both may happen at once, in two threads: each of them calls this,
         and the second one finds both done."""
         final = call.final
@@ -343,7 +343,7 @@ class Connection:
             self._returned.append(reply)
             self._match()
 
-    def _serve(self, call: Call) -> bool:
+    def _serve(self, call: Pending) -> bool:
         """Give the call a message that was returned, if there is one."""
         try:
             reply = self._returned.popleft()
@@ -352,7 +352,7 @@ class Connection:
         self._give(call, reply)
         return True
 
-    def _give(self, call: Call, reply: wire.Reply) -> None:
+    def _give(self, call: Pending, reply: wire.Reply) -> None:
         """The call takes the id of the one whose reply it gets. When it is given up, too, it is found under that id."""
         call.id, call.final = reply.id, reply
         call.release()
@@ -367,7 +367,7 @@ class Connection:
                 reply = self._returned.popleft()
             except IndexError:
                 break
-            stand_in = Call(call.sys, call.args, id=call.id, life=call.life, abandoned=True)
+            stand_in = Pending(call.sys, call.args, id=call.id, life=call.life, abandoned=True)
             self._given_up[stand_in.id] = stand_in
             if self._open.pop(stand_in.id, None) is None:  # its own reply has come meanwhile
                 self._given_up.pop(stand_in.id, None)
@@ -422,7 +422,7 @@ class Connection:
 
     # ── waiting ───────────────────────────────────────────────────────────────────────────────────────────
 
-    def _wait(self, ready: Callable[[], bool], call: Call, deadline: float | None) -> None:
+    def _wait(self, ready: Callable[[], bool], call: Pending, deadline: float | None) -> None:
         """Wait until `ready`: lead, or follow the thread that leads."""
         me = (threading.get_ident(), call)
         try:
@@ -479,7 +479,7 @@ class Connection:
             # The interrupted sleep goes on after the handler, and may be for what was handed out just now.
             self.transport.rouse()
 
-    def _follow(self, ready: Callable[[], bool], call: Call, deadline: float | None) -> None:
+    def _follow(self, ready: Callable[[], bool], call: Pending, deadline: float | None) -> None:
         gate = threading.Lock()
         gate.acquire()
         call.gate = gate
@@ -505,7 +505,7 @@ class Connection:
                 self._wake(call)
 
     @staticmethod
-    def _wake(call: Call) -> bool:
+    def _wake(call: Pending) -> bool:
         gate = call.gate
         if gate is None:
             return False
@@ -602,7 +602,7 @@ class Connection:
         call.pieces.append(piece)
         self._signal(call)
 
-    def _signal(self, call: Call) -> None:
+    def _signal(self, call: Pending) -> None:
         """Wake the thread or coroutine that waits for this call."""
         if call.gate is not None:
             self._wake(call)

@@ -11,7 +11,7 @@ from msgspec.structs import replace
 
 from libaios import parts, wire
 from libaios.agent import connection
-from libaios.connection import Call, Connection, decode_body
+from libaios.connection import Connection, Pending, decode_body
 from libaios.parts import CallPiece
 from libaios.plan import Plan, run
 from libaios.wire import Sys, ToolCall, Usage
@@ -90,7 +90,7 @@ class Stream:
 
     def __init__(self, connection: Connection, args: wire.Generate) -> None:
         self._connection = connection
-        self._call: Call = connection.submit(Sys.GENERATE, args, stream=True)
+        self._call: Pending = connection.submit(Sys.GENERATE, args, stream=True)
         # A function, not a method: the generator must hold no reference to the stream, or that would live for ever.
         self._pieces = _pieces(connection, self._call, args.timeout_s)
 
@@ -127,7 +127,7 @@ class Pieces:
         return Piece(text, part.tokens, end, reasoning, calls, part.logprobs)
 
 
-def _pieces(connection: Connection, call: Call, timeout: float | None) -> Iterator[Piece]:
+def _pieces(connection: Connection, call: Pending, timeout: float | None) -> Iterator[Piece]:
     pieces = Pieces()
     for piece in connection.pieces(call, timeout):
         yield pieces.piece(piece)
@@ -259,7 +259,7 @@ def generate(args: wire.Generate, n: Any = 1) -> Result | Stream:
     if n == 1:
         return run(Plan(Sys.GENERATE, args, Result, args.timeout_s))
     conn = connection()
-    calls: list[Call] = []
+    calls: list[Pending] = []
     try:
         for each in several:
             calls.append(conn.submit(Sys.GENERATE, each))

@@ -7,7 +7,7 @@ import os
 from hypothesis import given
 from hypothesis import strategies as st
 
-from aiosd.kernel.budget import Budget, Budgets, charge, describe, settle, tokens_left
+from aiosd.kernel.budget import Budget, Budgets, charge, sentence, settle, tokens_left
 from aiosd.kernel.ledger import Ledger
 from aiosd.link import Share
 from aiosd.timers import Timers
@@ -45,7 +45,7 @@ def test_descriptions_name_the_budget_and_its_size() -> None:
     budget = Budget(2, Limits(tokens=7, time_s=1.5, memory_bytes=30 << 20))
     for which, word in (("tokens", "7"), ("time", "1.5 s"), ("memory", "of 30.0M ")):
         budget.reached = which
-        assert word in describe(budget)
+        assert word in sentence(budget)
 
 
 # ── trees ─────────────────────────────────────────────────────────────────────────────────────────────────

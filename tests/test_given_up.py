@@ -15,7 +15,7 @@ import pytest
 import libaios as aios
 from libaios import aio, wire
 from libaios.client import Client
-from libaios.connection import Call, Connection
+from libaios.connection import Connection, Pending
 from libaios.home import Home
 from libaios.wire import Sys
 from tests.conftest import System, eventually
@@ -39,7 +39,7 @@ def message(obj: object) -> wire.Received:
     return wire.Received(5, wire.raw(obj))
 
 
-def ask(connection: Connection) -> Call:
+def ask(connection: Connection) -> Pending:
     return connection.submit(Sys.RECV, wire.Recv(None))
 
 
@@ -65,7 +65,7 @@ def test_an_interrupt_at_the_last_moment(
 ) -> None:
     wait = connection._wait
 
-    def interrupted(ready: Callable[[], bool], call: Call, deadline: float | None) -> None:
+    def interrupted(ready: Callable[[], bool], call: Pending, deadline: float | None) -> None:
         kernel.reply(kernel.take(Sys.RECV), message("kept"))
         wait(ready, call, deadline)
         raise KeyboardInterrupt

@@ -19,7 +19,7 @@ from msgspec import Raw
 
 from aiosd import link
 from aiosd.llm import llama, loading, threads
-from aiosd.llm.core import Core
+from aiosd.llm.core import CoreProcess
 from aiosd.llm.spec import ModelSpec
 from libaios import wire
 from libaios.channel import Channel, Side, make_channel
@@ -134,7 +134,7 @@ def test_threads_are_measured_again_when_the_neighbours_are_gone(path: Path, mon
     spec = ModelSpec("m", str(path), slots=4, ctx=512)
     loaded = loading.load(spec, lambda what, fraction: None)
     channel = Channel(memfd, core_bell, Side.KERNEL)
-    core = Core(channel, spec, loaded)
+    core = CoreProcess(channel, spec, loaded)
     assert loaded.threads.again
     assert "while others used" in core.stats()["threads_why"]
     core._measure_again()

@@ -238,7 +238,7 @@ def test_a_split_model_is_listed_once(home: Path, tiny: Path) -> None:
     (_, model) = found.listing()
     assert model.name == "tiny"
     files[-1].unlink()
-    assert "no such file (the model is split into" in found.describe(model, 1 << 40)["problem"]
+    assert "no such file (the model is split into" in found.row(model, 1 << 40)["problem"]
 
 
 # ── what a listing tells ──────────────────────────────────────────────────────────────────────────────────
@@ -246,10 +246,10 @@ def test_a_split_model_is_listed_once(home: Path, tiny: Path) -> None:
 
 def test_a_listing_tells_what_the_file_says(home: Path, tiny: Path) -> None:
     put(tiny, home / ".cache/aiosd/models/a-Q4_0.gguf")
-    row = found.describe(found.find("a-q4_0"), 1 << 40)
+    row = found.row(found.find("a-q4_0"), 1 << 40)
     assert (row["ctx"], row["family"], row["quantisation"], row["fits"]) == (4096, "llama", "Q4_0", True)
     assert row["size"] == tiny.stat().st_size < row["needs_bytes"]
-    assert found.describe(found.find("a-q4_0"), row["needs_bytes"] - 1)["fits"] is False
+    assert found.row(found.find("a-q4_0"), row["needs_bytes"] - 1)["fits"] is False
 
 
 def test_a_damaged_file_does_not_spoil_a_listing(home: Path, tiny: Path) -> None:
@@ -257,7 +257,7 @@ def test_a_damaged_file_does_not_spoil_a_listing(home: Path, tiny: Path) -> None
         path = home / f".cache/aiosd/models/cut{number}.gguf"
         path.parent.mkdir(parents=True, exist_ok=True)
         path.write_bytes(tiny.read_bytes()[:number])
-    rows = [found.describe(model, 1 << 40) for model in found.listing()]
+    rows = [found.row(model, 1 << 40) for model in found.listing()]
     assert sum("problem" in row for row in rows) > 3
     assert all("\n" not in row.get("problem", "") for row in rows)
 

@@ -21,7 +21,7 @@ from libaios import agent, ring, wire
 from libaios import channel as channels
 from libaios import connection as connections
 from libaios.agent import AgentTransport
-from libaios.connection import Call, Connection
+from libaios.connection import Connection, Pending
 from libaios.generate import Stream, generate_args
 from libaios.wire import NoArgs, Sys
 from tests.conftest import eventually
@@ -604,8 +604,8 @@ def test_a_stream_is_finalized_in_the_middle_of_a_send(
 
 
 def test_a_stream_is_abandoned_while_its_reply_is_handed_out(kernel: ChannelKernel, connection: Connection) -> None:
-    class Racing(dict[int, Call]):
-        def get(self, key: int, default: object = None) -> Call | None:  # type: ignore[override]
+    class Racing(dict[int, Pending]):
+        def get(self, key: int, default: object = None) -> Pending | None:  # type: ignore[override]
             call = super().get(key)
             if call is not None:
                 connection.abandon(call)

@@ -15,7 +15,7 @@ import pytest
 
 from libaios import wire
 from libaios.client import Client
-from libaios.connection import Call
+from libaios.connection import Pending
 from libaios.home import Home
 from tests import toy
 from tests.conftest import System, eventually
@@ -46,14 +46,14 @@ def begun(folder: Path) -> list[int]:
     return [int(word) for word in path.read_text().split()] if path.exists() else []
 
 
-def start(client: Client, folder: Path, numbers: tuple[int, ...] = ALL) -> dict[int, Call]:
+def start(client: Client, folder: Path, numbers: tuple[int, ...] = ALL) -> dict[int, Pending]:
     """These calls, all of which have begun."""
     calls = {number: client.submit(number, toy.Work(str(folder))) for number in numbers}
     assert eventually(lambda: client.pump() or len(begun(folder)) == len(numbers))
     return calls
 
 
-def outcome(client: Client, call: Call) -> str:
+def outcome(client: Client, call: Pending) -> str:
     try:
         return str(client.result(call, str, timeout=20.0))
     except OSError as err:

@@ -135,7 +135,7 @@ def reset_signals() -> None:
     _signal.signal(signal.SIGPIPE, _signal.SIG_IGN)  # as Python starts: EPIPE becomes an exception
 
 
-def describe(status: int) -> str:
+def exit_in_words(status: int) -> str:
     """An exit status (as of os.waitstatus_to_exitcode) in words."""
     if status >= 0:
         return f"exit code {status}"

@@ -31,7 +31,7 @@ from aiosd import agentlog
 from aiosd.commands import agents, detachkeys, edge
 from aiosd.commands.wait import UNKNOWN, exit_code
 from libaios.client import Client, NoKernel
-from libaios.connection import Call, decode_body
+from libaios.connection import Pending, decode_body
 from libaios.wire import Kill, PidArgs, Sys, Wait, Waited
 
 if TYPE_CHECKING:
@@ -145,7 +145,7 @@ class View:
         self.interrupted = False  # by an INT, which the agent got
         self.detached = False  # by the keys for it
         self.wakeup = -1
-        self.end: Call = client.submit(Sys.WAIT, Wait(pid))
+        self.end: Pending = client.submit(Sys.WAIT, Wait(pid))
         self.end_by = 0.0  # when the last output is there at the latest; 0: the agent lives
 
     def run(self, tail: int | None) -> int:

@@ -234,7 +234,7 @@ def status(verbose: bool, as_json: bool, check: bool) -> int:
     else:
         from aiosd.commands import machine
 
-        figures = machine.describe(machine.measure(str(Home().data), interval_s=0.1))
+        figures = machine.one_line(machine.measure(str(Home().data), interval_s=0.1))
         print("\n".join((describe if verbose else brief)(found, figures)))
     return 1 if check and found.get("check") else 0
 

@@ -32,7 +32,7 @@ from typing import TypeVar
 
 from aiosd.commands import terminal
 from libaios.client import Client, NoKernel
-from libaios.connection import Call
+from libaios.connection import Pending
 from libaios.home import Home
 from libaios.wire import Spawn, Spawned, Sys, Wait
 
@@ -176,7 +176,7 @@ class Holder:
         self.path = os.path.join(folder_of(self.home), str(spawned.pid))
         self.listener = _listen(self.home, spawned.pid)
         self.log = os.open(spawned.log, os.O_WRONLY | os.O_CREAT | os.O_APPEND | os.O_CLOEXEC, 0o600)
-        self.end: Call = client.submit(Sys.WAIT, Wait(spawned.pid))
+        self.end: Pending = client.submit(Sys.WAIT, Wait(spawned.pid))
         self.attached: dict[int, socket.socket] = {}
         self.typed = bytearray()  # what the agent has not read yet
 

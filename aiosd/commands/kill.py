@@ -14,7 +14,7 @@ import click
 
 from aiosd.commands import agents, edge, signals
 from libaios.client import Client
-from libaios.connection import Call
+from libaios.connection import Pending
 from libaios.wire import Kill, Sys
 
 if TYPE_CHECKING:
@@ -120,7 +120,7 @@ def command(word: str, timeout: float | None, listing: bool, targets: tuple[str,
 
 def _kill(client: Client, number: int, timeout: float | None, targets: tuple[str, ...]) -> int:
     """All signals go out before the first answer is waited for; failures are told in the order given."""
-    sent: list[tuple[str, str, Call | None]] = []
+    sent: list[tuple[str, str, Pending | None]] = []
     for word in targets:
         pids = [int(word)] if re.fullmatch(r"-[0-9]+", word) else agents.live(client, word)
         for pid in pids:

@@ -52,7 +52,7 @@ def _asked_before() -> bool:
     return before
 
 
-def describe(machine: Figures) -> str:
+def one_line(machine: Figures) -> str:
     """`2 CPUs 35% busy, load 0.51 0.40 0.38, memory 3.2G of 15.6G, disk 76.0G of 252G free`"""
     cpus = f"{machine.cpus} CPU{'s' * (machine.cpus != 1)}"
     if machine.cpu_percent is not None:

@@ -88,7 +88,7 @@ def models(as_json: bool) -> int:
     from aiosd.models import fit, found
 
     room = fit.available_memory()
-    rows = [found.describe(model, room) for model in found.listing()]
+    rows = [found.row(model, room) for model in found.listing()]
     print(json.dumps(rows, indent=2) if as_json else "\n".join(_lines(rows)))
     return 0
 

@@ -38,7 +38,7 @@ from aiosd.commands.wait import exit_code
 from aiosd.units import format_size, parse_count, parse_duration, parse_size
 from libaios import wire
 from libaios.client import Client, NoKernel
-from libaios.connection import Call, decode_body
+from libaios.connection import Pending, decode_body
 from libaios.wire import Kill, Limits, Spawn, Spawned, Sys, Wait, Waited
 
 if TYPE_CHECKING:
@@ -388,7 +388,7 @@ class Attachment:
 
     # ── loop ──────────────────────────────────────────────────────────────────────────────────────────────
 
-    def _await(self, call: Call, result: Any) -> Any:
+    def _await(self, call: Pending, result: Any) -> Any:
         """Serve signals and relays until `call` has its final reply; that, or its error."""
         while True:
             while self.signals:
@@ -450,7 +450,7 @@ class Attachment:
         else:
             self._send(number)
 
-    def _send(self, number: int) -> Call | None:
+    def _send(self, number: int) -> Pending | None:
         """A signal for the agent; the answer is nobody's business. One that comes before there is an agent (or
         before we know its pid: it may have said something already) waits for it, but who insists is let go."""
         self.interrupted = self.interrupted or number == signal.SIGINT

@@ -20,7 +20,7 @@ from typing import Any
 from aiosd.commands import edge, machine, picture, signals, table
 from aiosd.commands.picture import Sample, View
 from libaios.client import Client
-from libaios.connection import Call
+from libaios.connection import Pending
 from libaios.wire import Kill, NiceArgs, ProcInfo, Ps, Status, Sys
 
 ESCAPE, ENTER, BACKSPACE = 27, (10, 13, curses.KEY_ENTER), (8, 127, curses.KEY_BACKSPACE)
@@ -103,8 +103,8 @@ class _Screen:
         self.caught = caught
         self.old: Sample | None = None
         self.new: Sample | None = None
-        self.asked: tuple[Call, Call] | None = None  # STATUS and PS
-        self.open: list[tuple[Call, str]] = []  # kills and renices, and what to say when they are done
+        self.asked: tuple[Pending, Pending] | None = None  # STATUS and PS
+        self.open: list[tuple[Pending, str]] = []  # kills and renices, and what to say when they are done
         self.next_at = 0.0
         self.chosen: int | None = None  # a pid
         self.first = 0  # the first agent on the screen
@@ -167,12 +167,12 @@ class _Screen:
         (status, ps), self.asked = self.asked, None
         self.old = self.new
         found = self.client.result(status, dict)
-        figures = machine.describe(machine.measure(found.get("home", "/")))
+        figures = machine.one_line(machine.measure(found.get("home", "/")))
         self.new = Sample(now, found, self.client.result(ps, list[ProcInfo]), figures)
         self.next_at = now + self.delay
         return True
 
-    def _take(self, call: Call, text: str) -> None:
+    def _take(self, call: Pending, text: str) -> None:
         try:
             self.client.result(call, None)
         except OSError as err:

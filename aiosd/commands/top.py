@@ -93,4 +93,4 @@ def sample(client: Client) -> Sample:
     status = client.result(asked, dict)
     from aiosd.commands import machine
 
-    return Sample(time.monotonic(), status, found, machine.describe(machine.measure(status.get("home", "/"))))
+    return Sample(time.monotonic(), status, found, machine.one_line(machine.measure(status.get("home", "/"))))

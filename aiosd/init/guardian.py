@@ -183,5 +183,5 @@ def _reap(supervisor: int) -> int | None:
         if ospid == supervisor:
             code = os.waitstatus_to_exitcode(status)
             if code < 0:
-                logger.critical("the supervisor died (%s)", fork.describe(code))
+                logger.critical("the supervisor died (%s)", fork.exit_in_words(code))
             return code if code >= 0 else 1

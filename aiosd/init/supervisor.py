@@ -365,7 +365,7 @@ class Supervisor:
             while self.link is not None:  # what it had decided and sent counts
                 self._on_kernel(self.link)
         if not self.stopping and self.exit_code is None:
-            self._replace(process, fork.describe(status))
+            self._replace(process, fork.exit_in_words(status))
 
     def _replace(self, process: Process, reason: str) -> None:
         is_kernel = process is self.kernel
@@ -663,7 +663,7 @@ class Supervisor:
         else:
             agent.ospid, agent.last_status = 0, status
             self._wait_for_start(agent, wait_s)
-            reason = fork.describe(status)
+            reason = fork.exit_in_words(status)
             logger.info("agent %d (%s) ended: %s; started again in %.1f s", agent.pid, agent.spec.name, reason, wait_s)
         self._tell(link.ChildExited(agent.pid, status, again_s=wait_s))
 

@@ -161,7 +161,7 @@ def settle(budgets: list[Budget], tokens: int) -> None:
             budget.row[CHARGED] += tokens
 
 
-def describe(budget: Budget) -> str:
+def sentence(budget: Budget) -> str:
     """In words, for the person who gave it."""
     limits = budget.limits
     return {

@@ -31,7 +31,7 @@ class Enforcer:
         if owner is not None and not owner.budget:
             owner.budget = which
             self._uplink.send(link.Mark(owner.pid, budget=which))
-            self.set_reason(owner, budgets.describe(budget))
+            self.set_reason(owner, budgets.sentence(budget))
 
     def set_reason(self, proc: Proc, reason: str) -> None:
         if not proc.reason:

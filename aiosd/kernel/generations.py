@@ -100,7 +100,7 @@ class Generations:
         if proc is not None and budgets.tokens_left(proc.budgets) == 0:
             budget = next(budget for budget in proc.budgets if budget.tokens_left == 0)
             self.refused(budget)
-            raise wire.error(errno.EDQUOT, budgets.describe(budget))
+            raise wire.error(errno.EDQUOT, budgets.sentence(budget))
 
     def _closed(self, core: Core, call: Call) -> None:
         core.cancel(call)

@@ -5,12 +5,12 @@ that is submitted again after that must get the result of its first submission. 
 record of them is written to the journal: a memfd that the supervisor created and every kernel inherits. A new kernel
 replays it. The journal does not outlive aiosd, as no agent does.
 
-    memfd    u64 magic, u64 version, u64 generation, u64 bytes of records, records
+    memfd    u64 magic, u64 version, u64 edition, u64 bytes of records, records
     record   u32 length, msgpack: Sent or Taken
 
 A record is valid when the byte count includes it. The count is written after the record, so a death in between leaves
 no half record. There are two memfds. When the one in use is larger than `COMPACT_BYTES`, the records that are still
-needed are written to the other one, whose generation is set last; the memfd with the higher generation is valid. A
+needed are written to the other one, whose edition is set last; the memfd with the higher edition is valid. A
 journal of another version is refused.
 """
 
@@ -36,7 +36,7 @@ MAGIC = int.from_bytes(b"aiosjrnl", "little")
 VERSION = 1  # of the layout and of the records
 
 _HEADER = struct.Struct("=4Q")
-_GENERATION, _SIZE = 16, 24  # offsets
+_EDITION, _SIZE = 16, 24  # offsets
 _LENGTH = struct.Struct("=I")
 
 
@@ -77,9 +77,9 @@ class Journal:
         self._recent: deque[tuple[Sent, Key]] = deque()  # recently taken messages, each with the call that took it
         self._recent_bytes = 0
         self.served: dict[Key, wire.Received | None] = {}
-        generation = max(self._generation(fd) for fd in fds)
-        self._at = 0 if self._generation(fds[0]) == generation else 1
-        self._generation_now = generation
+        edition = max(self._edition(fd) for fd in fds)
+        self._at = 0 if self._edition(fds[0]) == edition else 1
+        self._edition_now = edition
         self._size = 0
         self._replay()
 
@@ -131,25 +131,25 @@ class Journal:
     # ── reading and compacting ────────────────────────────────────────────────────────────────────────────
 
     @staticmethod
-    def _generation(fd: int) -> int:
-        """The generation of a memfd; 0: nothing has been written to it."""
+    def _edition(fd: int) -> int:
+        """The edition of a memfd; 0: nothing has been written to it."""
         head = os.pread(fd, _HEADER.size, 0)
         if not head:
             return 0
         if len(head) < _HEADER.size:
             raise WorldError(f"a journal of {len(head)} bytes")
-        magic, version, generation, _ = _HEADER.unpack(head)
+        magic, version, edition, _ = _HEADER.unpack(head)
         if magic != MAGIC:
             raise WorldError("what should be a journal of messages is none")
         if version != VERSION:
             raise WorldError(f"a journal of version {version}; this is version {VERSION}")
-        return int(generation)
+        return int(edition)
 
     def _replay(self) -> None:
         fd = self._fds[self._at]
-        if not self._generation_now:
+        if not self._edition_now:
             os.pwrite(fd, _HEADER.pack(MAGIC, VERSION, 1, 0), 0)
-            self._generation_now = 1
+            self._edition_now = 1
             return
         self._size = _HEADER.unpack(os.pread(fd, _HEADER.size, 0))[3]
         data = os.pread(fd, self._size, _HEADER.size)
@@ -184,6 +184,6 @@ class Journal:
                 self._append(Taken(key, message.seq))
         for message in self._waiting.values():
             self._append(message)
-        self._generation_now += 1
-        os.pwrite(fd, struct.pack("=Q", self._generation_now), _GENERATION)
+        self._edition_now += 1
+        os.pwrite(fd, struct.pack("=Q", self._edition_now), _EDITION)
         self._limit = max(self._compact_at, 2 * self._size)  # the records that are needed may already exceed the limit

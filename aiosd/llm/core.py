@@ -100,7 +100,7 @@ def main(channel: Channel, spec: ModelSpec, rounds: Rounds) -> int:
     except AiosdError as error:
         return refuse(str(error))
     llama.on_abort(None)
-    core = Core(channel, spec, loaded)
+    core = CoreProcess(channel, spec, loaded)
     send(link.Loaded(core.info))
     return core.run(rounds)
 
@@ -120,7 +120,7 @@ def _drain(channel: Channel) -> None:
         channel.pump()
 
 
-class Core:
+class CoreProcess:
     """One engine and the channel to its kernel."""
 
     def __init__(self, channel: Channel, spec: ModelSpec, loaded: Any) -> None:

@@ -94,7 +94,7 @@ def listing() -> list[Found]:
     return [nano(), *_ours(), *_hub(), *_ollama(), *_lmstudio()]
 
 
-def describe(model: Found, room: int) -> dict[str, Any]:
+def row(model: Found, room: int) -> dict[str, Any]:
     """What its file tells, for a listing; `problem` if it cannot be read. `room`: bytes of memory that are free."""
     row: dict[str, Any] = {"name": model.name, "source": model.source, "path": model.path}
     try:
