@@ -6,13 +6,13 @@
 
 The agent writes straight into 7.log, so its lines carry no time. The index has a record of 16 bytes (Unix time as
 float64, size of the log in bytes as uint64, little-endian) for each sample that found the log larger, or smaller, than
-before. The kernel samples once a second (`aiosd.kernel.logkeeper`), which is how fine --since and --until can tell.
+before. The kernel samples once a second (`aiosd.kernel.logkeeper`), so --since and --until are exact to about a second.
 
-The descriptor cannot be exchanged in the agent. So a log becomes shorter at its beginning: what is there is copied to
-a file of its own, and then cut off (`aiosd.kernel.logkeeper` says how). The index of a log that was cut begins with a
-record of the time 0, whose size is how many bytes have been cut off in all. So every byte that an agent has written
-has a number of its own for good, and a reader finds its place again whatever was cut off meanwhile. While a log is
-cut, and while a reader looks at the files and reads a block, each has a lock (flock) on 7.log.
+The agent's descriptor cannot be replaced. So a log is shortened at its beginning: the first bytes are copied to another
+file, and then cut off (see `aiosd.kernel.logkeeper`). The index of a log that was cut begins with a record of the time
+0, whose size is the number of all bytes cut off so far. So every byte that an agent has written has a permanent number,
+and a reader finds its place again after a cut. The cut, and a reader that looks at the files and reads a block, each
+hold a lock (flock) on 7.log meanwhile.
 """
 
 from __future__ import annotations
@@ -41,7 +41,7 @@ def rotated_path(log: str, number: int) -> str:
 
 
 def remove(log: str) -> None:
-    """The log with all that belongs to it. What is gone already is no error."""
+    """Remove a log with all its files. A missing file is no error."""
     number = 0
     while _unlink(log if number == 0 else rotated_path(log, number)) or number == 0:
         _unlink(index_path(log if number == 0 else rotated_path(log, number)))
@@ -80,7 +80,7 @@ def read_index(path: str) -> Index:
 
 
 def _read_cut(path: str) -> int:
-    """How much had been cut off before the log begins, without reading all of its index."""
+    """How many bytes were cut off from the log, without reading all of its index."""
     with contextlib.suppress(FileNotFoundError), open(path, "rb", buffering=0) as file:
         head = file.read(RECORD.size)
         if len(head) == RECORD.size:
@@ -149,9 +149,9 @@ class Reader:
             return b""
         with self._locked():
             parts = self._parts()
-            if self._at < parts[0].start:  # what was to come next is gone
+            if self._at < parts[0].start:  # the next bytes were removed
                 self._at = parts[0].start
-            if self._at > parts[-1].end:  # truncated by other hands: what is there is new
+            if self._at > parts[-1].end:  # truncated by another program: the content is new
                 self._at = parts[-1].start
             data = pread(parts, limit, self._at)
         self._at += len(data)

@@ -16,8 +16,8 @@
     [[agent]]                               starts with the system; see aiosd.autostart
     file = "agents/planner.py"
 
-`KEYS` is the one list of what there is; file, environment and command line are all read by it. A key that it
-does not have is an error with its place, not a silent default.
+`KEYS` is the only list of settings; file, environment and command line are all read with it. An unknown key is an
+error with its place, not silently ignored.
 """
 
 from __future__ import annotations
@@ -53,7 +53,7 @@ ENV_PREFIX = "AIOSD_"
 
 @dataclass(frozen=True, slots=True)
 class Key:
-    """One setting. `read` makes its value of a string or of what TOML gave, or raises ValueError."""
+    """One setting. `read` converts a string or a TOML value to its value, or raises ValueError."""
 
     name: str
     read: Callable[[Any], Any]
@@ -233,16 +233,16 @@ class Settings:
     log_keep: int = 3  # full files of a log beside the one that is being written
     agents: tuple[AgentSpec, ...] = ()  # those that start with the system
     ready_fd: int | None = None  # where to write one line, `ready …` or `error …`, for a starter that waits
-    flags: Mapping[str, Any] = field(default_factory=dict)  # what the command line said, for `reload`
+    flags: Mapping[str, Any] = field(default_factory=dict)  # the values from the command line, for `reload`
     config: Path | None = None  # a file named on the command line
     cwd: str = "/"  # where relative paths on the command line start
     # What came of the last SIGHUP: its number, settings that changed, settings that wait for a restart, or an error.
     reread: Mapping[str, Any] = field(default_factory=dict)
-    orphans: str = "kill"  # or "term": what a process gets first that outlives its agent
+    orphans: str = "kill"  # or "term": the first signal to a process that outlives its agent
     services: tuple[Service, ...] = ()  # besides the cores
 
     def schedule(self) -> Schedule:
-        """What cores are told."""
+        """The settings that cores get."""
         return Schedule(self.policy, *self.quantum, dict(self.shares))
 
 
@@ -418,7 +418,7 @@ def _read_file(path: Path, must_exist: bool) -> _File:
     except UnicodeDecodeError:
         raise UsageError(f"{path}: is not UTF-8") from None
     except NotADirectoryError:
-        return _File()  # a home that is a file; whoever makes the folders says so
+        return _File()  # the home is a file; creating its folders reports that
     except OSError as err:
         raise WorldError(f"{path}: {err.strerror}") from err
     try:

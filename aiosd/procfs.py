@@ -1,7 +1,7 @@
-"""What Linux knows about processes, read from /proc.
+"""Data about processes, read from /proc.
 
-Processes vanish while one looks at them; every function here answers that with "nothing" (None, an empty
-list, 0) instead of an exception, because to its callers a process that is gone is not an error.
+Processes may end while they are read. Every function here then returns "nothing" (None, an empty list, 0) instead of
+raising, because for its callers a process that has ended is not an error.
 """
 
 from __future__ import annotations
@@ -81,7 +81,7 @@ def descendants(ospid: int) -> list[int]:
 
 
 def descends(ospid: int, ancestor: int) -> bool | None:
-    """Whether a process is, or descends from, another. None: it cannot be told, because one of them has ended."""
+    """Whether a process is, or descends from, another. None: unknown, because one of them has ended."""
     while ospid != ancestor:
         stat = read_stat(ospid)
         if stat is None:

@@ -1,8 +1,8 @@
 """Callbacks at a time, for a single-threaded loop: a heap of deadlines on the monotonic clock.
 
 The loop sleeps at most `until_next()` seconds and then calls `run_due()`. Cancelled timers stay in the heap until they
-come up or make up half of it, so cancelling costs next to nothing, and a million calls with a time limit of a day that
-were answered at once leave nothing behind.
+are due or are half of it. So cancelling costs almost nothing, and a million calls with a time limit of a day that are
+answered at once leave nothing behind.
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ import itertools
 import time
 from collections.abc import Callable
 
-FEW = 64  # cancelled timers that are no burden
+FEW = 64  # this number of cancelled timers is never removed early
 
 
 class Timer:
@@ -35,7 +35,7 @@ class Timers:
     def __init__(self, clock: Callable[[], float] = time.monotonic) -> None:
         self.clock = clock
         self._heap: list[tuple[float, int, Timer]] = []
-        self._cancelled = 0  # at most: of those in the heap
+        self._cancelled = 0  # an upper limit of those in the heap
         self._order = itertools.count()  # timers of equal deadline run in the order in which they were set
 
     def after(self, seconds: float, callback: Callable[[], None]) -> Timer:

@@ -3,11 +3,11 @@
 fork.py        fork, and what every child does first
 spares.py      processes forked ahead of need, in batches
 report.py      how a forked child reports whether it can be the agent that it should be
-modules.py     what an agent finds imported
-rehearsal.py   an agent's first calls, made before the first fork, so that agents share what that leaves behind
+modules.py     which modules an agent finds imported
+rehearsal.py   an agent's first calls, made before the first fork, so that agents share the warm memory
 agent.py       from a forked child to an agent
-title.py       what `ps` shows of it
-program.py     what it runs: a script, a module, a program
+title.py       the agent's name in `ps`
+program.py     the agent's program: a script, a module, another program
 frames.py      its tracebacks
 end.py         its end
 """

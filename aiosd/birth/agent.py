@@ -3,12 +3,12 @@
 It is made in this order: session, subreaper → folder and program looked up, and the supervisor told (`report`) →
 descriptors → umask, limits, environment, streams → the program (`program`).
 
-An agent is a child subreaper, so that whatever it starts, however often that forks, stays below it in the process tree
-as long as it lives, and falls to the supervisor (which ends it) when it dies: ownership of every process is certain
-without asking its environment.
+An agent is a child subreaper, so that every process it starts, however often that forks, stays below it in the process
+tree while the agent lives, and becomes a child of the supervisor (which ends it) when the agent dies: so the owner of
+every process is certain, without looking at its environment.
 
-Most of an agent's memory is pages that it shares with the supervisor; what is written to is copied. Several lines below
-are the way they are for that reason, and say so.
+Most of an agent's memory is pages that it shares with the supervisor; a page that is written to is copied. Several
+lines below avoid writing for that reason, and say so.
 """
 
 from __future__ import annotations
@@ -48,7 +48,7 @@ from libaios import wire
 
 @dataclass(slots=True)
 class Descriptors:
-    """What a new agent gets: its stdin, stdout and stderr, its channel, and the way to report whether it can start."""
+    """The descriptors of a new agent: stdin, stdout, stderr, its channel, and that for its report (`report`)."""
 
     stdio: tuple[int, int, int]
     memfd: int
@@ -69,7 +69,7 @@ def become_agent(spec: link.Fork, pid: int, home: str, fds: Descriptors) -> int:
     except OSError as err:
         return report.refuse(err, err.strerror or str(err))
     if found.is_python:
-        report.ready()  # before the rest: who spawns waits for it
+        report.ready()  # before the rest, because the parent waits for it
     _take_descriptors(fds)
     name_process(spec.name)
     if spec.tty:
@@ -87,7 +87,7 @@ def become_agent(spec: link.Fork, pid: int, home: str, fds: Descriptors) -> int:
 
 
 def with_bytes(spec: link.Fork) -> link.Fork:
-    """With what is no UTF-8 as Python has it (`wire.os_text` is how it came)."""
+    """With bytes that are no UTF-8 in Python's form; `wire.os_text` is the form in which they were sent."""
     if not any(text[:1] == "\0" for text in (spec.target, spec.cwd, *spec.args)):
         return spec
     args = [wire.os_str(arg) for arg in spec.args]
@@ -102,7 +102,7 @@ def _enter_folder(path: str) -> None:
 
 
 def _above_stdio(fds: Descriptors) -> None:
-    """Move descriptors that lie at 0–2 (the supervisor may have been started without stdio) out of the way."""
+    """Move descriptors at 0–2 away: the supervisor may have been started without stdio."""
 
     def up(fd: int) -> int:
         while fd < 3:
@@ -118,7 +118,7 @@ def _take_descriptors(fds: Descriptors) -> None:
         os.dup2(fd, number, inheritable=True)
     keep_only((fds.memfd, fds.bell, fds.report))
     for fd in (fds.memfd, fds.bell):
-        os.set_inheritable(fd, True)  # they survive exec; ENV_CHANNEL says whose they are
+        os.set_inheritable(fd, True)  # they survive exec; ENV_CHANNEL names their owner
 
 
 def _take_terminal() -> None:
@@ -136,13 +136,13 @@ def _restore_nofile() -> None:
 
 
 def _lower_oom_protection() -> None:
-    """When memory runs out agents go before the system does, the largest first: also where a model holds most of it."""
+    """When memory runs out Linux kills agents before the system, the largest first, even if a model uses most of it."""
     write_proc("/proc/self/oom_score_adj", b"1000")
 
 
 def _reopen_streams(spec: link.Fork) -> None:
-    """Fresh sys.std* on the agent's own descriptors: those inherited hold the supervisor's buffers. What goes to a log
-    is written line by line, as somebody may be reading along."""
+    """New sys.std* on the agent's own descriptors, because those inherited hold the supervisor's buffers. A log is
+    written line by line, because a user may be following it."""
     streams = {  # they live as long as the process: no context manager
         "stdin": open(0, encoding="utf-8", errors="surrogateescape", closefd=False),  # noqa: SIM115
         "stdout": _stdout(spec),
@@ -150,8 +150,8 @@ def _reopen_streams(spec: link.Fork) -> None:
     }
     for name, stream in streams.items():
         raw: Any = getattr(stream.buffer, "raw", stream.buffer)
-        raw.name = f"<{name}>"  # as it is called in messages
-    _kept.append((sys.stdin, sys.stdout, sys.stderr))  # freeing them would write to what all agents share
+        raw.name = f"<{name}>"  # the name in error messages
+    _kept.append((sys.stdin, sys.stdout, sys.stderr))  # not freed, because that would write to shared pages
     for name, stream in streams.items():
         setattr(sys, name, stream)
         setattr(sys, f"__{name}__", stream)
@@ -176,7 +176,7 @@ def _set_environment(spec: link.Fork, pid: int, home: str, fds: Descriptors) -> 
 
 
 def environment_of(spec: link.Fork, pid: int, home: str, memfd: int, bell: int) -> tuple[dict[bytes, bytes], bytes]:
-    """An agent's environment, and its command line with a NUL behind each word."""
+    """An agent's environment, and its command line with a NUL after each word."""
     environment = {wire.os_bytes(name): wire.os_bytes(value) for name, value in spec.env.items()}
     environment[wire.ENV_HOME.encode()] = os.fsencode(home)
     environment[wire.ENV_PID.encode()] = str(pid).encode()
@@ -185,10 +185,11 @@ def environment_of(spec: link.Fork, pid: int, home: str, memfd: int, bell: int) 
 
 
 def _replace_environment(encoded: dict[bytes, bytes], command_line: bytes) -> None:
-    """As `os.environ.clear()` and `update()`, but the C library's array is made in one piece, and nothing is freed: the
-    old strings lie on a hundred pages that all agents share. Linux shows that piece to others from now on."""
+    """As `os.environ.clear()` and `update()`, but the C library's array is one piece of memory, and nothing is freed,
+    because the old strings lie on a hundred pages that all agents share. Linux shows that piece in /proc from now
+    on."""
     strings = [name + b"=" + value + b"\0" for name, value in encoded.items()]
-    # Plain bytes in plain memory: an array of ctypes would be a new type for each size.
+    # Bytes in plain memory: a ctypes array would be a new type for each size.
     array_bytes = (len(strings) + 1) * POINTER_BYTES
     start = malloc(array_bytes + sum(map(len, strings)) + len(command_line))
     places = itertools.accumulate(map(len, strings), initial=start + array_bytes)
@@ -209,7 +210,7 @@ _kept: list[object] = []
 
 
 def _reset_library() -> None:
-    """What modules of the standard library remember of the supervisor, as at the start of an interpreter."""
+    """Reset what standard library modules have stored in the supervisor, as at the start of an interpreter."""
     _kept.append(logging.root.handlers)
     logging.root.handlers = []
     logging.root.level = logging.WARNING  # not `setLevel`: that clears the caches of all loggers
@@ -221,6 +222,6 @@ def _reset_library() -> None:
 
 
 def _register_exit_functions() -> None:
-    """What the standard library had registered in the supervisor and an agent expects: `fork` cleared it."""
+    """Register again what the standard library had registered, and `fork` has cleared: agents expect it."""
     atexit.register(logging.shutdown)
     atexit.register(multiprocessing.util._exit_function)  # type: ignore[attr-defined]

@@ -1,9 +1,9 @@
-"""The end of a Python agent: what python3 does when a script is over, for all that belongs to the agent.
+"""The end of a Python agent: what python3 does when a script is over, but only for the agent's own objects.
 
-python3 tears down every module. An agent shares most of its modules with the supervisor: to tear those down would
-copy megabytes that are thrown away in the next moment, in every agent, and run the supervisor's destructors on
-descriptors that are the agent's by now. So the steps of `Py_FinalizeEx` are taken here one by one, in its order, and
-those about modules for the agent's own ones only:
+python3 tears down every module. An agent shares most of its modules with the supervisor. Tearing those down would copy
+megabytes in every agent just before they are freed, and run the supervisor's destructors on descriptors that now belong
+to the agent. So the steps of `Py_FinalizeEx` are done here one by one, in the same order, and those about modules only
+for the agent's own ones:
 
     threads joined → atexit → stdout and stderr written → the agent's modules dropped and garbage collected
     → modules that something still holds emptied, garbage collected again → files still open closed → C's exit
@@ -75,7 +75,7 @@ def _join_threads() -> None:
         threading._shutdown()  # type: ignore[attr-defined]
     except BaseException as err:
         unraisable(err, threading)
-    threading.excepthook = _silent  # threads that are still there lose what they stand on
+    threading.excepthook = _silent  # remaining threads fail, because their modules are emptied
 
 
 def _silent(args: object) -> None:
@@ -83,7 +83,7 @@ def _silent(args: object) -> None:
 
 
 def _flush(name: str) -> bool:
-    """Whether all that was printed is written. python3 reports a failure for stdout only."""
+    """Flush; returns whether all output was written. python3 reports a failure for stdout only."""
     stream: Any = getattr(sys, name, None)
     if stream is None or _is_closed(stream):
         return True
@@ -99,12 +99,12 @@ def _flush(name: str) -> bool:
 def _is_closed(stream: Any) -> bool:
     try:
         return bool(stream.closed)
-    except Exception:  # an object of the script's own, or a stream that has lost its buffer: flushing it will tell
+    except Exception:  # the script's own object, or a detached stream: flushing it shows the error
         return False
 
 
 def _below(trace: TracebackType | None) -> TracebackType | None:
-    """Without the frames of this module."""
+    """The traceback without the frames of this module."""
     while trace is not None and (trace.tb_frame.f_globals is globals() or trace.tb_frame.f_code is _NOWHERE):
         trace = trace.tb_next
     return trace
@@ -113,19 +113,19 @@ def _below(trace: TracebackType | None) -> TracebackType | None:
 # ── modules ───────────────────────────────────────────────────────────────────────────────────────────────
 
 
-#: Code from which an object's end is reported as python3 does it when no script is left: `sys:1: …Warning: …`.
+#: In this code a warning about an object's end has the form that python3 uses after the script: `sys:1: …Warning: …`.
 _NOWHERE = compile("for step in steps: step()", "sys", "exec")
 
 
 def _steps() -> Iterator[Callable[[], object]]:
-    """What `_NOWHERE` does one by one; each step is a function written in C, which leaves no frame of ours."""
+    """The steps that `_NOWHERE` runs; each is a function written in C, so that no frame of ours appears in reports."""
     for name in ("last_type", "last_value", "last_traceback", "last_exc"):
         yield partial(sys.__dict__.pop, name, None)
     yield gc.collect
     for name in ("stdin", "stdout", "stderr"):
         yield partial(sys.__dict__.__setitem__, name, sys.__dict__.get(f"__{name}__"))
-    sys.__dict__["meta_path"] = None  # nothing is imported any more
-    sys.__dict__["modules"]["warnings"] = None  # and C shows warnings, in one line
+    sys.__dict__["meta_path"] = None  # no more imports
+    sys.__dict__["modules"]["warnings"] = None  # so that C shows warnings, in one line
     held = [weakref.ref(sys.modules[name]) for name in _own() if isinstance(sys.modules[name], ModuleType)]
     names: dict[str, Any] = sys.__dict__["modules"]
     for name in _own():
@@ -142,7 +142,7 @@ def _own() -> list[str]:
 
 
 def _clearing(module: ModuleType | None) -> Iterator[Callable[[], object]]:
-    """Private names first, as python3 does, so that what is deleted last still finds the others."""
+    """Private names first, as python3 does, so that objects deleted later still find the other names."""
     if module is None:
         return
     names = module.__dict__
@@ -182,7 +182,7 @@ def _close_files(files: list[weakref.ref[io.IOBase]]) -> None:
 
 
 def _hook_arguments() -> Any:
-    """The type of what `sys.unraisablehook` gets. It has no name: seen where the interpreter makes one."""
+    """The type of the argument of `sys.unraisablehook`. It has no public name, so it is taken from a real one."""
     seen: list[Any] = []
 
     class Faulty:

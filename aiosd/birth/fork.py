@@ -3,7 +3,7 @@
 Only the supervisor forks. Every child of it leaves through `fork()` below, whose child branch ends in
 `os._exit`, so that neither the supervisor's `finally` blocks nor its `atexit` handlers ever run in a child.
 A child keeps exactly the descriptors it is told to keep, and starts with default signal handlers and a
-parent-death signal. What makes an agent of such a child is in `agent`.
+parent-death signal. How such a child becomes an agent is in `agent`.
 """
 
 from __future__ import annotations
@@ -24,8 +24,8 @@ from typing import NoReturn
 PR_SET_PDEATHSIG = 1
 PR_SET_CHILD_SUBREAPER = 36
 
-#: All of them, as plain numbers. The functions of `signal` make enum members of every number and handler they see,
-#: which would write to half a megabyte of memory that a new agent shares with the supervisor; `_signal` does not.
+#: All signals, as plain numbers. The functions of `signal` turn every number and handler into an enum member, which
+#: would write to half a megabyte of memory that a new agent shares with the supervisor; `_signal` does not.
 SIGNALS = tuple(map(int, signal.valid_signals()))
 
 LIBC = ctypes.CDLL(None, use_errno=True)
@@ -64,9 +64,9 @@ def fork(child: Callable[[], int]) -> int:
 
 
 def _fork() -> int:
-    """`os.fork` without what `threading` does in the child after it. That repairs the books and locks of a process
-    whose other threads are gone. Where there was but one thread they are in order, and it would write to memory that
-    all agents share (0.1 to 0.4 MB each). Whoever has threads keeps the repair, and so do the child's own forks."""
+    """`os.fork` without the repair that `threading` does in the child. It repairs the records and locks of threads that
+    do not exist in the child. With only one thread there is nothing to repair, and it would write to memory that all
+    agents share (0.1 to 0.4 MB each). With more threads it is done, and also in the child's own forks."""
     repair = getattr(threading, "_after_fork", None)
     if repair is None or len(threading._active) > 1:  # type: ignore[attr-defined]
         return os.fork()
@@ -83,9 +83,9 @@ def _nothing() -> None:
 
 
 def _in_child(child: Callable[[], int], parent: int) -> NoReturn:
-    code = 70  # EX_SOFTWARE: what a child leaves with when even its own error handling fails
+    code = 70  # EX_SOFTWARE: the exit code when even the child's error handling fails
     try:
-        gc.freeze()  # what it has inherited is not this process's to collect
+        gc.freeze()  # inherited objects must not be collected here
         atexit._clear()
         signal.set_wakeup_fd(-1)
         reset_signals()
@@ -102,12 +102,12 @@ def _in_child(child: Callable[[], int], parent: int) -> NoReturn:
 
 
 def name_process(name: str) -> None:
-    """What top and `ps -e` show; 15 bytes at most."""
+    """Set the name that top and `ps -e` show; at most 15 bytes."""
     write_proc("/proc/self/comm", name.encode("utf-8", "surrogateescape")[:15])
 
 
 def write_proc(path: str, data: bytes) -> None:
-    """Into a file of /proc, if Linux lets us."""
+    """Write to a file of /proc, if Linux allows it."""
     try:
         fd = os.open(path, os.O_WRONLY | os.O_CLOEXEC)
     except OSError:
@@ -121,7 +121,7 @@ def write_proc(path: str, data: bytes) -> None:
 
 
 def die_with_parent(parent: int, number: int) -> None:
-    """Ask for a signal at the parent's death, and notice a parent that is dead already."""
+    """Request a signal at the parent's death, and end if the parent is already dead."""
     prctl(PR_SET_PDEATHSIG, number)
     if os.getppid() != parent:
         os.kill(os.getpid(), number)
@@ -132,7 +132,7 @@ def reset_signals() -> None:
         if number not in (signal.SIGKILL, signal.SIGSTOP):
             _signal.signal(number, _signal.SIG_DFL)
     _signal.signal(signal.SIGINT, signal.default_int_handler)
-    _signal.signal(signal.SIGPIPE, _signal.SIG_IGN)  # as Python starts: EPIPE becomes an exception
+    _signal.signal(signal.SIGPIPE, _signal.SIG_IGN)  # as at Python's start: EPIPE becomes an exception
 
 
 def exit_in_words(status: int) -> str:
@@ -146,7 +146,7 @@ def exit_in_words(status: int) -> str:
 
 
 def tidy_heap() -> None:
-    """Before many forks: have the C library merge and sort its free blocks once here, instead of in every child."""
+    """Before many forks: let the C library merge and sort its free blocks once here, instead of in every child."""
     LIBC.malloc_trim(0)
     LIBC.free(ctypes.c_void_p(malloc(1 << 16)))
 

@@ -1,7 +1,7 @@
 """Tracebacks of agents: the script's own lines, without the machinery that ran them or that they called.
 
-Where a script waits for a model, twenty lines of libaios lie between its line and the system call, and none of them
-means anything to who pressed Ctrl-C. An error that a call raised keeps the one line that names the call.
+Where a script waits for a model, there are twenty lines of libaios between its line and the system call. They mean
+nothing to a user who presses Ctrl-C. An error that a call raised keeps the one line that names the call.
 """
 
 from __future__ import annotations
@@ -28,8 +28,8 @@ def trim(err: BaseException) -> None:
 
 
 def _cut(trace: TracebackType | None, keep: int) -> None:
-    """Take away the SDK's frames at the end but for the first `keep`, with what they have called. Where the script
-    comes again after them (a signal handler of its own) nothing is taken away."""
+    """Remove the SDK's frames at the end, except the first `keep`, and the frames that they called. If a frame of the
+    script follows them (its own signal handler), nothing is removed."""
     before, tail = None, 0
     while trace is not None:
         if tail or _is_sdk(trace.tb_frame):
@@ -48,7 +48,7 @@ def _name(frame: FrameType) -> str:
 
 
 def _is_own(frame: FrameType) -> bool:
-    """Whether it runs code of the agent, not of what all agents share."""
+    """Whether the frame runs the agent's own code, not a module that all agents share."""
     return _name(frame) == "__main__" or _name(frame) not in modules.inherited
 
 

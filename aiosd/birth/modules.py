@@ -1,19 +1,20 @@
-"""What an agent finds imported: as much as a fresh `python3` has, and the rest when it asks for it.
+"""Which modules an agent finds imported: those of a fresh `python3`, and the others when it imports them.
 
-The supervisor has imported some hundred modules before it forks agents, and an agent must not import them anew: it
-shares their memory. But a script expects that its own `token.py` wins over the library's, as it does under python3,
-and a module that is already in `sys.modules` wins over every file. So the modules of the supervisor are hidden: taken
-out of `sys.modules`, kept alive here, and given back by a finder in front of all others to those that import them.
+The supervisor has imported some hundred modules before it forks agents, and an agent should not import them again,
+because it shares their memory. But a script expects that its own `token.py` is imported instead of the library's, as
+with python3, and a module that is already in `sys.modules` is used before any file. So the supervisor's modules are
+hidden: removed from `sys.modules`, kept alive here, and returned on import by a finder in front of all others.
 
-    invariant: the finder gives a hidden module only where python3 would have found the same file: no folder
-    in front of the module's own in `sys.path`, that the supervisor does not have, holds another one of that name
+    invariant: the finder returns a hidden module only where python3 would have found the same file: no folder that is
+    before the module's own in `sys.path`, and that the supervisor does not have, contains another module of that name
 
-With a module come those of its own package that it has imported. What it needs beside them it holds already, and they
-stay hidden until the script asks for them: each module that enters `sys.modules` is a page of memory of the agent's
-own. What python3 itself has loaded when a script begins is never hidden: there a script's file loses under python3 too.
+Together with a module, those modules of its own package that it has imported become visible. It already refers to
+modules of other packages, which stay hidden until the script imports them: each module that enters `sys.modules` costs
+the agent a page of memory. Modules that python3 itself has loaded when a script begins are never hidden: with python3,
+too, a script's file does not replace them.
 
-`hide` is called once in the supervisor, before the first fork, and again where something was imported since. The
-kernel and the llm cores take everything back (`show`).
+`hide` is called once in the supervisor, before the first fork, and again if something was imported since. The kernel
+and the llm cores undo it (`show`).
 """
 
 from __future__ import annotations
@@ -24,27 +25,27 @@ from collections.abc import Sequence
 from importlib.machinery import ModuleSpec, PathFinder
 from types import BuiltinFunctionType, FunctionType, ModuleType
 
-_LAST_AT_START = "site"  # what python3 imports last before a script begins; sys.modules is in order of imports
+_LAST_AT_START = "site"  # the last import of python3 before a script begins; sys.modules is in order of imports
 
-#: What nearly every agent imports stays: the way through the finder would cost each of them memory and time.
+#: Modules that nearly every agent imports stay visible: the finder would cost each agent memory and time.
 _SHOWN = ("libaios", "msgspec")
 
-#: All that the supervisor has imported, hidden or not: an agent's own modules are those that are not here.
+#: All modules that the supervisor has imported, hidden or not. All others are an agent's own.
 inherited: dict[str, ModuleType] = {}
 _hidden: dict[str, ModuleType] = {}
-_needs: dict[str, list[str]] = {}  # those of its own package that a hidden module has imported
+_needs: dict[str, list[str]] = {}  # modules of its own package that a hidden module has imported
 _folders: dict[str, str | None] = {}  # the entry of sys.path where a hidden module outside packages was found
 _known: set[str] = set()  # sys.path when modules were hidden
 _visible = 0  # how many modules were left in sys.modules
 
 
 def hide() -> None:
-    """Take out of `sys.modules` what a fresh python3 does not have."""
+    """Remove from `sys.modules` the modules that a fresh python3 does not have."""
     global _visible
     if len(sys.modules) == _visible:
         return
     names = list(sys.modules)
-    if _LAST_AT_START not in names:  # python -S: what belongs to the interpreter is not known
+    if _LAST_AT_START not in names:  # python -S: the interpreter's own modules are unknown
         return
     names = [name for name in names[names.index(_LAST_AT_START) + 1 :] if name.partition(".")[0] not in _SHOWN]
     inherited.update(sys.modules)
@@ -64,7 +65,7 @@ def hide() -> None:
 
 
 def show() -> None:
-    """Undo `hide`, in a process of aiosd's own."""
+    """Undo `hide`, in one of aiosd's own processes."""
     if _finder in sys.meta_path:
         sys.meta_path.remove(_finder)
         for name, module in _hidden.items():
@@ -72,7 +73,7 @@ def show() -> None:
 
 
 def _imported_by(module: ModuleType) -> set[str]:
-    """Names of modules that this one refers to: they were imported for it, or on the way to it."""
+    """Names of the modules that this one refers to, which includes those that it has imported."""
     found = {module.__name__.rpartition(".")[0]}
     for value in list(module.__dict__.values()):
         if isinstance(value, ModuleType):
@@ -83,7 +84,7 @@ def _imported_by(module: ModuleType) -> set[str]:
 
 
 def _folder_of(module: ModuleType) -> str | None:
-    """None where no entry of sys.path led to it (one that an installer has put elsewhere): behind all of them then."""
+    """The entry of sys.path where it was found; None: in none (an installer put it elsewhere), so after all of them."""
     file = getattr(module, "__file__", None) or ""
     folder = os.path.dirname(file)
     folder = os.path.dirname(folder) if hasattr(module, "__path__") else folder
@@ -91,7 +92,7 @@ def _folder_of(module: ModuleType) -> str | None:
 
 
 class Finder:
-    """Gives hidden modules to those who import them."""
+    """Returns hidden modules when they are imported."""
 
     def find_spec(self, name: str, path: Sequence[str] | None = None, target: object = None) -> ModuleSpec | None:
         if name not in _hidden or not _is_import(sys._getframe(1)):
@@ -108,7 +109,7 @@ class Finder:
         return None
 
     def exec_module(self, module: ModuleType) -> None:
-        """The import system takes what it finds in sys.modules afterwards; the module that it has made is dropped."""
+        """The import system uses the module that is in sys.modules afterwards, and drops the one that it created."""
         _reveal(module.__name__)
 
 
@@ -116,13 +117,13 @@ _finder = Finder()
 
 
 def _is_import(frame: object) -> bool:
-    """Whether a real import asks. Others (importlib.util.find_spec, reload) want the spec of a file."""
+    """Whether the caller is a real import. Others (importlib.util.find_spec, reload) need the spec of a file."""
     caller = getattr(frame, "f_back", None)  # of importlib's _find_spec
     return caller is not None and caller.f_code.co_name == "_find_and_load_unlocked"
 
 
 def _reveal(name: str) -> None:
-    """With all of its package that it has imported."""
+    """Make a module visible, with the modules of its package that it has imported."""
     sys.modules[name] = _hidden[name]
     for needed in _needs[name]:
         if needed not in sys.modules:
@@ -130,7 +131,7 @@ def _reveal(name: str) -> None:
 
 
 def _is_shadowed(name: str) -> bool:
-    """Whether python3 would find something else of this name before it comes to the hidden module's folder."""
+    """Whether python3 would find another module of this name before the hidden module's folder."""
     if getattr(_hidden[name].__spec__, "origin", None) in ("built-in", "frozen"):
         return False
     home = _folders[name]
@@ -139,6 +140,6 @@ def _is_shadowed(name: str) -> bool:
             return False
         if entry not in _known:
             spec = PathFinder.find_spec(name, [entry])
-            if spec is not None and spec.loader is not None:  # a folder without __init__.py yields to a module
+            if spec is not None and spec.loader is not None:  # a module wins over a folder without __init__.py
                 return True
     return home is not None

@@ -1,9 +1,9 @@
-"""What an agent runs: a Python script, a module, or a program of another kind.
+"""The program of an agent: a Python script, a module, or a program of another kind.
 
-A script and a module run in this very process, as `python FILE` and `python -m MODULE` would run them: `__main__`,
-sys.argv and sys.path as there, the same exit codes and tracebacks, and the same end (`end`).
+A script and a module run in this process, as `python FILE` and `python -m MODULE` would run them: the same `__main__`,
+sys.argv and sys.path, the same exit codes and tracebacks, and the same end (`end`).
 
-`find` looks the program up; what it raises is why the agent cannot be started. `Program.run` then runs it.
+`find` looks the program up; its exception is the reason why the agent cannot start. `Program.run` then runs it.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ from aiosd.birth import end, frames
 from aiosd.birth.report import NOT_FOUND, Report
 from libaios import wire
 
-STDIN = "-"  # as the name of a script
+STDIN = "-"  # name of a script that is read from stdin
 
 
 @dataclass(slots=True)
@@ -32,7 +32,7 @@ class Program:
     spec: link.Fork
     run: Callable[[Program, Report], int]
     path: str = ""
-    folder: str = ""  # of a script, links resolved
+    folder: str = ""  # of a script, with links resolved
     source: bytes = b""
 
     @property
@@ -41,7 +41,7 @@ class Program:
 
 
 def find(spec: link.Fork) -> Program:
-    """In the agent's working directory. Raises OSError, with a sentence about it."""
+    """Look the program up, in the agent's working directory. Raises OSError with a sentence."""
     if spec.kind == "exec":
         return Program(spec, _execute, spec.target)
     if spec.kind == "module":
@@ -56,7 +56,7 @@ def _find_file(spec: link.Fork) -> Program:
     try:
         with open(path, "rb") as file:
             source = file.read()
-            folder = os.path.dirname(os.readlink(f"/proc/self/fd/{file.fileno()}"))  # links resolved, at no cost
+            folder = os.path.dirname(os.readlink(f"/proc/self/fd/{file.fileno()}"))  # resolves links at no cost
     except FileNotFoundError:
         hint = f"; for the program: aios-run -- {spec.target}" if "/" not in spec.target and _in_path(spec) else ""
         raise OSError(errno.ENOENT, f"{spec.target}: not found{hint}") from None
@@ -80,14 +80,14 @@ def _is_for_others(source: bytes) -> bool:
 
 
 def _interpreter(source: bytes) -> str:
-    """What the first line of a script names; whatever else is on it, such as a CR, belongs to the name."""
+    """The interpreter in the first line of a script; as in Linux, a CR at its end belongs to the name."""
     line = source.partition(b"\n")[0]
     return os.fsdecode(line[2:].strip(b" ")) if line.startswith(b"#!") else ""
 
 
 def _in_path(spec: link.Fork) -> str | None:
-    """The first program of that name in the agent's PATH, else the first file. Searched here, as `os.execvpe` would
-    have Linux load each."""
+    """The first program of that name in the agent's PATH, else the first file. Searched here, because `os.execvpe`
+    would try to execute each."""
     other = None
     for folder in wire.os_str(spec.env.get("PATH", os.defpath)).split(os.pathsep):
         path = os.path.join(folder or os.curdir, spec.target)
@@ -99,7 +99,7 @@ def _in_path(spec: link.Fork) -> str | None:
 
 
 def command_line(spec: link.Fork) -> list[str]:
-    """As a shell would have started it: what `ps` shows of the process."""
+    """The command line that `ps` shows: as a shell would have started it."""
     how = {"file": [sys.executable], "module": [sys.executable, "-m"], "exec": []}
     return [*how[spec.kind], spec.target, *spec.args]
 
@@ -108,9 +108,9 @@ def command_line(spec: link.Fork) -> list[str]:
 
 
 def _execute(program: Program, report: Report) -> int:
-    """Linux closes the report where this succeeds."""
+    """If this succeeds, Linux closes the report."""
     spec = program.spec
-    # What Python ignores or has changed must be as a program expects it.
+    # Undo changes by Python, such as ignored signals, that a program does not expect.
     signal.signal(signal.SIGPIPE, signal.SIG_DFL)
     signal.signal(signal.SIGINT, signal.SIG_DFL)
     path = program.path if "/" in program.path else _in_path(spec)
@@ -126,7 +126,7 @@ def _execute(program: Program, report: Report) -> int:
 
 
 def _what_is_missing(path: str | None) -> str:
-    """Where Linux tells no more than that there is no such file."""
+    """Details for ENOENT, where Linux reports only that there is no such file."""
     try:
         with open(path or "", "rb") as file:
             interpreter = _interpreter(file.read(256)).split(" ")[0]
@@ -172,8 +172,8 @@ def _not_found(spec: link.Fork, why: str) -> int:
 
 
 def _set_up_main(program: Program, first_path: str, **names: object) -> None:
-    """A fresh `__main__`, with sys.argv and sys.path as `python TARGET` would have them. Nothing but sys.modules may
-    hold it: at the end it is the first to go."""
+    """A new `__main__`, with sys.argv and sys.path as with `python TARGET`. Only sys.modules may refer to it, because
+    at the end it must be freed first."""
     spec = program.spec
     sys.modules["__main__"] = ModuleType("__main__")
     _name_main(__builtins__=builtins, __spec__=None, __annotations__={}, **names)
@@ -193,7 +193,7 @@ def _name_main(**names: object) -> None:
 def _run(code: Callable[[], CodeType]) -> int:
     """Run code as `__main__` the way the interpreter does, to the end of the process."""
     status = _result(code)
-    del code  # what is left holds nothing of the script
+    del code  # so that nothing here refers to the script
     end.leave(status)
 
 
@@ -209,7 +209,7 @@ def _result(code: Callable[[], CodeType]) -> int:
 
 
 def _allow_for(frame: object) -> None:
-    """The script may recurse as deep as under python3: the frames below it, and the call of `exec`, do not count."""
+    """Let the script recurse as deep as with python3: frames below it, and the call of `exec`, do not count."""
     depth = 1
     while frame is not None:
         depth, frame = depth + 1, getattr(frame, "f_back", None)
@@ -227,7 +227,7 @@ def _exit_code(err: SystemExit) -> int:
 
 
 def _write_error(words: object) -> None:
-    """To sys.stderr, or where the script has done away with it to where that led."""
+    """Write to sys.stderr, or if the script has removed that, to its descriptor."""
     try:
         line = f"{words}\n"
     except Exception:  # python3 leaves the line empty there
@@ -237,12 +237,12 @@ def _write_error(words: object) -> None:
         return
     try:
         sys.stderr.write(line)
-    except Exception as err:  # a closed one, or an object of the script's own: nothing is left to report it to
+    except Exception as err:  # closed, or the script's own object: the error cannot be reported anywhere
         del err
 
 
 def _uncaught(err: BaseException) -> int:
-    """Give an exception to sys.excepthook; the exit status."""
+    """Pass an exception to sys.excepthook; returns the exit status."""
     trace = err.__traceback__
     while trace is not None and trace.tb_frame.f_globals is globals():
         trace = trace.tb_next

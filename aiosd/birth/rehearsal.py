@@ -1,9 +1,9 @@
 """The first calls of an agent's life, made once in the supervisor, before any agent is forked.
 
-What the interpreter does when code runs for the first time (specialise it, fill caches of attributes and types, build
-decoders) it would do in every agent anew, on copies of pages that all agents share. So it is done here, with a kernel
-in the same process that answers everything with nothing. It saves each agent a few milliseconds and a good part of
-its memory (benchmarks/spawn.py measures both).
+When code runs for the first time, the interpreter specialises it, fills caches of attributes and types, and builds
+decoders. Otherwise every agent would do that again, and copy pages that all agents share. So it is done here, with a
+kernel in the same process that sends empty replies. It saves each agent a few milliseconds and a good part of its
+memory (benchmarks/spawn.py measures both).
 """
 
 from __future__ import annotations
@@ -40,7 +40,7 @@ _decode = msgpack.Decoder(wire.Generate).decode
 
 
 class _Stage(agent.AgentTransport):
-    """An agent's transport whose other end is in this process: before it sleeps, what it has sent is answered."""
+    """An agent's transport whose other end is in this process: before it sleeps, it gets replies to its requests."""
 
     def __init__(self) -> None:
         memfd, kernel_bell, agent_bell = make_channel()
@@ -64,7 +64,7 @@ class _Stage(agent.AgentTransport):
 
 
 def rehearse() -> None:
-    """Leaves nothing behind but warm code."""
+    """Run an agent's first calls. Leaves nothing behind but warm code."""
     stage = _Stage()
     agent._connection = connection = Connection(stage)
     try:
@@ -77,7 +77,7 @@ def rehearse() -> None:
 
 
 def rehearse_birth() -> None:
-    """What a child does before its program runs, as far as it changes nothing in this process."""
+    """Run what a child does before its program runs, except steps that would change this process."""
     variables = {"HOME": "/", "LANG": "x"}
     spec = link.Fork((0, 0), 1, 0, 0, "file", __file__, ["x"], variables, "/", "x", 0, "x", 0o22, False, False, False)
     for _ in range(ROUNDS):
@@ -88,7 +88,7 @@ def rehearse_birth() -> None:
 
 
 def rehearse_imports() -> None:
-    """How a script finds what is hidden. Leaves it hidden."""
+    """Import hidden modules as a script would. They are hidden afterwards."""
     folder = os.path.dirname(__file__)  # any that the supervisor does not import from
     for _ in range(ROUNDS):
         sys.path.insert(0, folder)

@@ -1,9 +1,9 @@
-"""What a forked child reports to the supervisor before it runs anything: whether it can be the agent it should be.
+"""The report of a forked child to the supervisor, before it runs its program: whether it can be this agent.
 
-Folder and program of an agent are looked up in the agent's own process: a name may lead to a file system that never
-answers, and the supervisor must not wait for that. The child has one end of a socket pair. It closes it (Linux does,
-when another program is executed) as soon as nothing but the program itself can go wrong, or sends why it cannot start
-and leaves.
+Folder and program of an agent are looked up in the agent's own process, because a name may lead to a file system that
+never replies, and the supervisor must not wait for that. The child has one end of a socket pair. When nothing but the
+program itself can fail any more, it closes that end (or Linux does, when another program is executed). If it cannot
+start, it sends the reason and exits.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ class Report:
         os.close(self.fd)
 
     def refuse(self, err: OSError, words: str) -> int:
-        """`words` begin with what they are about. Returns the exit code to leave with."""
+        """`words`: the reason, beginning with its subject. Returns the exit code for this process."""
         number = err.errno or errno.EIO
         shown = words.encode("utf-8", "surrogateescape").decode("utf-8", "backslashreplace")
         os.write(self.fd, msgpack.encode((number, shown[:4096])))
@@ -40,8 +40,8 @@ class Report:
 
 
 def read(sock: socket.socket) -> tuple[int, str] | None:
-    """In the supervisor, when something is there: errno and words of a child that cannot start; None: it runs, or died.
-    Raises BlockingIOError when nothing is there."""
+    """In the supervisor: the errno and reason of a child that cannot start; None: it runs, or has died. Raises
+    BlockingIOError when there is no report yet."""
     try:
         payload = sock.recv(_LARGEST, socket.MSG_DONTWAIT)
     except ConnectionError:

@@ -1,13 +1,12 @@
-"""Processes forked ahead of need while agents are started in numbers.
+"""Spares: processes forked before they are needed, while many agents are being started.
 
-An agent shares its memory with the supervisor until one of them writes to it. What the supervisor writes between two
-forks (about 0.8 MB of pages: reference counts, mostly) therefore costs every agent a copy of its own. Forked in a
-batch, with nothing done in between, the agents of that batch share those pages; and the fork is off the way of the
-next spawns.
+An agent shares its memory with the supervisor until one of them writes to it. Between two forks the supervisor writes
+to about 0.8 MB of pages (mostly reference counts), which costs every agent a copy of these. The agents of a batch,
+forked with nothing done in between, share these pages; and the next spawns need not wait for a fork.
 
-A spare waits on a socket for what it is to become, and holds nothing else; over the same socket it reports then whether
-it can (`report`). The first of many spawns is forked alone,
-the second one makes a small batch, and each batch a larger one; spares that nobody has asked for in a while leave.
+A spare waits at a socket for the agent that it becomes, and holds no other descriptor; through the same socket it then
+reports whether it can start (`report`). The first of many spawns is forked alone, the second forks a small batch, and
+each later batch is larger. Spares that are not used for a while exit.
 """
 
 from __future__ import annotations
@@ -25,9 +24,9 @@ from aiosd.birth.fork import fork, keep_only, name_process, tidy_heap
 from aiosd.timers import Timers
 
 BATCH = (4, 64)  # the first one and the largest; each is twice the one before
-HURRY_S = 0.1  # two spawns so close to each other have others behind them
+HURRY_S = 0.1  # after two spawns within this time, more are likely to follow
 IDLE_S = 0.5
-LARGEST = 64 << 10  # bytes of a message that a new socket certainly takes at once
+LARGEST = 64 << 10  # bytes of a message that a new socket always takes at once
 
 _decode = msgpack.Decoder(tuple[link.Fork, int, str]).decode
 
@@ -45,8 +44,8 @@ class Spares:
     def start(
         self, spec: link.Fork, pid: int, home: str, stdio: tuple[int, int, int], memfd: int, bell: int
     ) -> tuple[int, socket.socket]:
-        """Make a process the agent `spec`; its Linux pid, and where it reports whether it can be that. Raises OSError
-        when Linux has no process to give."""
+        """Turn a spare or a new process into the agent `spec`; returns its Linux pid and the socket of its report.
+        Raises OSError when Linux cannot create a process."""
         modules.hide()
         now = self._timers.clock()
         hurry, self._last = now - self._last < HURRY_S, now
@@ -61,7 +60,7 @@ class Spares:
                     sock.sendmsg([payload], [(socket.SOL_SOCKET, socket.SCM_RIGHTS, rights)], socket.MSG_DONTWAIT)
                     return ospid, sock
                 except OSError:
-                    sock.close()  # it was killed, or there is no descriptor left: what follows finds out which
+                    sock.close()  # it was killed, or no descriptor is left: the next attempt shows which
         ours, theirs = _pair()
         try:
             fds = Descriptors(stdio, memfd, bell, theirs.fileno())
@@ -83,7 +82,7 @@ class Spares:
                 pairs.append(_pair())
             for ours, theirs in pairs:
                 self._waiting.append((fork(lambda theirs=theirs: _wait(theirs)), ours))  # type: ignore[misc]
-        except OSError:  # fewer then, or none: the spawn will say what is missing
+        except OSError:  # fewer then, or none: the spawn raises the error
             for ours, _ in pairs[len(self._waiting) :]:
                 ours.close()
         finally:
@@ -98,7 +97,7 @@ class Spares:
             self._timers.after(left_s, self._look)
 
     def dismiss(self) -> None:
-        """They see the end of their socket and leave."""
+        """Close their sockets; then the spares exit."""
         self._batch = BATCH[0]
         while self._waiting:
             self._waiting.popleft()[1].close()
@@ -109,7 +108,7 @@ def _pair() -> tuple[socket.socket, socket.socket]:
 
 
 def _wait(sock: socket.socket) -> int:
-    """In the spare: until it is told what to be."""
+    """In the spare: wait for the agent that it becomes."""
     keep_only((sock.fileno(),))
     name_process("aios:spare")
     payload, ancillary, _, _ = sock.recvmsg(LARGEST, socket.CMSG_SPACE(5 * 4))

@@ -1,8 +1,8 @@
-"""What Linux shows to others of an agent: its command line and environment (`/proc/PID/cmdline`, `environ`, `ps`).
+"""The command line and environment that Linux shows of an agent (`/proc/PID/cmdline`, `environ`, `ps`).
 
-A forked child shows those of the process that it was forked from, so anybody who may look at an agent would see the
-environment in which aiosd was started, with whatever secrets it holds. Linux is given the agent's own instead. Where
-it does not let itself be told (a kernel built without CHECKPOINT_RESTORE), the inherited strings are overwritten.
+A forked child shows those of the process that it was forked from, so a reader of these files would see the environment
+in which aiosd was started, with any secrets in it. Here they are replaced by the agent's own. If Linux does not allow
+that (a kernel built without CHECKPOINT_RESTORE), the inherited strings are overwritten.
 """
 
 from __future__ import annotations
@@ -21,29 +21,29 @@ _NO_FILE = 0xFFFFFFFF
 _START_CODE, _END_CODE, _START_STACK, _START_DATA, _END_DATA, _START_BRK = 25, 26, 27, 44, 45, 46
 _ARG_START, _ARG_END, _ENV_START, _ENV_END = 47, 48, 49, 50
 
-Area = tuple[int, int]  # first address, and the one behind the last
+Area = tuple[int, int]  # first address, and the one after the last
 
 _sbrk = LIBC.sbrk
 _sbrk.restype = ctypes.c_void_p
 
 
 def _stat() -> list[int]:
-    """Of this process; of a name with blanks or brackets the number of fields does not depend."""
+    """The fields of this process; the name may contain blanks and brackets."""
     text = Path("/proc/self/stat").read_text(errors="replace")
     return [0, 0, *(int(field) if field.lstrip("-").isdigit() else 0 for field in text.rpartition(")")[2].split())]
 
 
-#: The same in all that is forked from here.
+#: The same in all processes forked from this one.
 _fields = _stat()
 
 
 def inherited() -> tuple[Area, Area]:
-    """What is shown of a process that has not called `show`."""
+    """The areas that Linux shows of a process that has not called `show`."""
     return (_fields[_ARG_START], _fields[_ARG_END]), (_fields[_ENV_START], _fields[_ENV_END])
 
 
 def show(command_line: Area, environment: Area) -> None:
-    """Show what lies in these areas of our memory, strings that end in NUL."""
+    """Let Linux show these areas of our memory, which contain strings that end in NUL."""
     fields = _fields
     areas = (*command_line, *environment)
     code = (fields[_START_CODE], fields[_END_CODE], fields[_START_DATA], fields[_END_DATA])
@@ -54,7 +54,7 @@ def show(command_line: Area, environment: Area) -> None:
 
 
 def _overwrite(place: Area, strings: Area) -> None:
-    """As many whole strings as have room."""
+    """Overwrite the inherited strings with as many whole strings as have room."""
     size = place[1] - place[0]
     if size <= 0:
         return

@@ -1,4 +1,4 @@
-"""How every command speaks to its user: the error line, --help, --version, and the exit code.
+"""What all commands have in common: the error line, --help, --version, and the exit code.
 
 $ aios-kill 42
 aios-kill: 42: no such agent
@@ -81,7 +81,7 @@ def printable(text: str) -> str:
 
 
 def reason(err: OSError) -> str:
-    """What the kernel, or Linux, said."""
+    """The sentence of an error from the kernel or from Linux."""
     words = err.strerror or str(err)
     return f"{err.filename}: {words}" if err.filename else words
 

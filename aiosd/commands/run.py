@@ -1,4 +1,4 @@
-"""aios-run: start an agent, be its face to the terminal, exit as it does.
+"""aios-run: start an agent, connect it to the terminal, exit as it does.
 
     $ aios-run --name planner planner.py "plan my day"
     $ aios-run -d -m libaios.agents.react "What is 37 * 91?"
@@ -382,7 +382,7 @@ class Attachment:
                     self.given_fds[number] = opened
 
     def _hang_up(self) -> None:
-        """Nobody reads what comes from the pty any more: its terminal is gone."""
+        """The pty has no reader any more: its terminal is gone."""
         if self.pid and not self.ended:
             self._send(signal.SIGHUP)
 
@@ -451,8 +451,8 @@ class Attachment:
             self._send(number)
 
     def _send(self, number: int) -> Pending | None:
-        """A signal for the agent; the answer is nobody's business. One that comes before there is an agent (or
-        before we know its pid: it may have said something already) waits for it, but who insists is let go."""
+        """Send a signal to the agent; the reply is ignored. A signal before its pid is known (it may already have
+        printed something) waits for the agent, but repeated ones end this process."""
         self.interrupted = self.interrupted or number == signal.SIGINT
         if self.pid:
             return self.client.submit(Sys.KILL, Kill(self.pid, number))

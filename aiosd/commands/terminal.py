@@ -1,8 +1,8 @@
-"""What stands between a terminal and an attached agent: relays, raw mode, window size.
+"""Between a terminal and an attached agent: relays, raw mode, window size.
 
-An agent lives in a session of its own, so the terminal's job control does not reach it: nothing would stop it
-from reading what is typed for somebody else. Therefore a terminal is never handed over as stdin. What is typed
-goes through a pipe, or with `-t` through a pseudo-terminal, and only while this process is in the foreground.
+An agent has its own session, so the terminal's job control does not reach it: nothing would stop it from reading input
+that is typed for another program. Therefore an agent never gets the terminal as stdin. Input goes through a pipe, or
+with `-t` through a pseudo-terminal, and only while this process is in the foreground.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ class Relay:
     """Bytes from one descriptor to another, as fast as the slower one goes.
 
     Owned by the loop of `aios-run`: `interests` says what to poll for, `step` acts on what poll found. At the
-    end of the input, or when nobody reads the output, it calls `at_end` once and is `done`.
+    end of the input, or when the output has no reader, it calls `at_end` once and is `done`.
     """
 
     def __init__(
@@ -44,7 +44,7 @@ class Relay:
         self.allowed = allowed  # asked before each read
         self.done = False
         self._at_end = at_end
-        self._unread = unread  # called when nobody reads the output any more
+        self._unread = unread  # called when the output has no reader any more
         # Written after the end of the input, and twice after an unfinished line: a terminal takes the first EOT after
         # such a line for "pass on what you have", and only one at the beginning of a line for the end.
         self._last_words = last_words
@@ -107,7 +107,7 @@ class Relay:
             n = os.write(self.sink, self._buffer[:CHUNK])
         except (BlockingIOError, InterruptedError):
             return
-        except OSError:  # EPIPE, EIO: nobody reads
+        except OSError:  # EPIPE, EIO: no reader
             self._buffer.clear()
             if not self._source_ended:
                 self._unread()

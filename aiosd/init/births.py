@@ -1,8 +1,8 @@
 """Births under way: agents that are forked, and have not reported yet whether they can start.
 
-A child looks up its folder and its program itself (`birth.report` says why), which may take as long as a file system
-takes. The supervisor goes on meanwhile; the report is an event of its loop like any other. A child that has reported
-nothing after `PATIENCE_S` is killed, and its spawn fails.
+A child looks up its folder and its program itself (see `birth.report` for the reason), which takes as long as the file
+system needs. The supervisor does not wait; the report is an event of its loop like any other. A child that has not
+reported after `PATIENCE_S` is killed, and its spawn fails.
 """
 
 from __future__ import annotations
@@ -27,9 +27,9 @@ PATIENCE_S = 30.0
 class Birth:
     agent: Agent
     report: socket.socket
-    epoch: int  # of the kernel that asked for it
-    claimed: bool = False  # by a kernel that was forked since, and has inherited the agent
-    refusal: tuple[int, str] | None = None  # errno and words, when it is over
+    epoch: int  # of the kernel that requested it
+    claimed: bool = False  # by a kernel that was forked later, and has inherited the agent
+    refusal: tuple[int, str] | None = None  # errno and reason, if the agent cannot start
     timer: Timer | None = None
 
 
@@ -47,7 +47,7 @@ class Births:
         birth.timer = self._timers.after(PATIENCE_S, lambda: self._give_up(birth))
 
     def claim(self, agent: Agent, epoch: int) -> bool:
-        """Whether it is still under way: then the kernel of this epoch is the one to be answered."""
+        """Whether the birth is still under way; if so, the reply goes to the kernel of this epoch."""
         for birth in self._by_fd.values():
             if birth.agent is agent:
                 birth.claimed = birth.claimed or birth.epoch != epoch
@@ -56,7 +56,7 @@ class Births:
         return False
 
     def look(self, fd: int) -> None:
-        """Something may have come from the child of this descriptor."""
+        """Read the report of the child at this descriptor, if there is one."""
         birth = self._by_fd.get(fd)
         if birth is None:
             return
@@ -73,7 +73,7 @@ class Births:
                     self._end(birth, None)
 
     def _give_up(self, birth: Birth) -> None:
-        with contextlib.suppress(PermissionError):  # it has become another user's
+        with contextlib.suppress(PermissionError):  # it now belongs to another user
             os.kill(birth.agent.ospid, signal.SIGKILL)
         words = f"{birth.agent.spec.name}: its folder or program could not be looked up in {PATIENCE_S:.0f} s"
         self._end(birth, (errno.ETIMEDOUT, words))

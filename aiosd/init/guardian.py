@@ -1,9 +1,9 @@
 """The guardian: the process that the user started. It waits, forwards signals and sweeps up; nothing else.
 
-It takes the home (a lock that a second aiosd runs into), binds the control socket and forks the supervisor.
-Guardian and supervisor are both child subreapers, and each ends everything when the other dies: the supervisor
-on its parent-death signal, the guardian on what `wait` returns, or when the heartbeat is missing. Nothing outlives
-aiosd as long as one of the two is left for a moment.
+It takes the home (a lock, so that a second aiosd fails), binds the control socket and forks the supervisor. Guardian
+and supervisor are both child subreapers, and each ends everything when the other dies: the supervisor on its
+parent-death signal, the guardian when `wait` reports the death, or when the heartbeat is missing. Nothing outlives
+aiosd as long as one of the two lives long enough to clean up.
 """
 
 from __future__ import annotations
@@ -49,7 +49,7 @@ def main(settings: Settings) -> int:
     supervisor = _fork_supervisor(settings, listener, heart.write)
     heart.forked()
     if settings.ready_fd is not None:
-        os.close(settings.ready_fd)  # the supervisor's alone, so that its death ends the wait of the starter
+        os.close(settings.ready_fd)  # only the supervisor keeps it, so that its death ends the starter's wait
     try:
         return _watch(supervisor, heart)
     finally:
@@ -73,7 +73,7 @@ def prepare(home: Home) -> None:
 
 
 def _check_private(folder: Path) -> None:
-    """Also for root: in a folder of another user that user decides what files there are, and where links lead."""
+    """Also for root: another user who owns the folder controls its files, and where its links lead."""
     me = os.getuid()
     link, found = os.lstat(folder), os.stat(folder)
     if found.st_uid != me or link.st_uid not in (me, 0):
@@ -84,7 +84,7 @@ def _check_private(folder: Path) -> None:
 
 
 def take_lock(home: Home) -> int:
-    """The home is ours as long as the returned descriptor is open, here and in the supervisor."""
+    """The home is ours as long as the returned descriptor is open, here or in the supervisor."""
     fd = os.open(home.data / "lock", os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
     try:
         fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
@@ -98,7 +98,7 @@ def take_lock(home: Home) -> int:
 
 
 def bind(home: Home) -> socket.socket:
-    """Listen on the control socket. What lies there is of a dead aiosd: we hold the lock.
+    """Listen on the control socket. An existing one belongs to a dead aiosd, because we hold the lock.
 
     The folder is reached through /proc/self/fd, because a socket's path is limited to 107 bytes.
     """
@@ -117,8 +117,8 @@ def bind(home: Home) -> socket.socket:
 
 
 def _link_socket(home: Home) -> None:
-    """Agents get AIOS_HOME, whatever their environment would make of the XDG variables; so the socket must be
-    found in the home's root also where its place is the runtime folder."""
+    """Agents find the socket by AIOS_HOME, because their XDG variables may be different; so it must be in the home's
+    root, even when the socket itself is in the runtime folder."""
     link = home.root / home.socket.name
     if link != home.socket:
         with contextlib.suppress(FileNotFoundError):
@@ -157,12 +157,12 @@ def _watch(supervisor: int, heart: Heart) -> int:
 
 
 def _is_refused(info: signal.struct_siginfo, supervisor: int) -> bool:
-    """What agents have started may not stop the system. A sender that has ended by now cannot be asked: `kill` and
-    `pkill` end at once, and what a person sends by them must work. (An agent runs as the same user, and could send KILL
-    just as well.)"""
+    """Processes that agents have started may not stop the system. A sender that has already ended cannot be identified,
+    and is obeyed: `kill` and `pkill` end at once, and must work for the user. (An agent runs as the same user, and
+    could send KILL just as well.)"""
     number, sender = info.si_signo, info.si_pid
     what = f"{signals.name(number)} {signals.describe_sender(sender)}"
-    if not sender:  # Linux itself (Ctrl-C, a closed terminal), or from outside of a container
+    if not sender:  # Linux itself (Ctrl-C, a closed terminal), or a sender outside of the container
         return False
     if procfs.descends(sender, supervisor):
         logger.warning("%s: ignored, it belongs to an agent", what)
@@ -172,7 +172,7 @@ def _is_refused(info: signal.struct_siginfo, supervisor: int) -> bool:
 
 
 def _reap(supervisor: int) -> int | None:
-    """Collect dead children; the exit code for our user when the supervisor was among them."""
+    """Reap dead children; returns the exit code for the user when the supervisor was among them."""
     while True:
         try:
             ospid, status = os.waitpid(-1, os.WNOHANG)

@@ -1,4 +1,4 @@
-"""Messages about readiness and stopping, for what started aiosd: a waiting `aiosd -d`, and systemd (sd_notify(3))."""
+"""Messages about readiness and stopping, to the starter of aiosd: a waiting `aiosd -d`, or systemd (sd_notify(3))."""
 
 from __future__ import annotations
 
@@ -26,10 +26,10 @@ def stopping(settings: Settings) -> None:
 
 
 def _tell_starter(settings: Settings, line: str) -> None:
-    """One line into the descriptor that `aiosd -d` reads, then close it."""
+    """Write one line to the descriptor that `aiosd -d` reads, then close it."""
     if settings.ready_fd is None:
         return
-    with contextlib.suppress(OSError):  # it has gone, or has the message already
+    with contextlib.suppress(OSError):  # it has ended, or already has the message
         os.write(settings.ready_fd, line.encode())
         os.close(settings.ready_fd)
 

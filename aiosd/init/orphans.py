@@ -1,9 +1,9 @@
-"""What dead agents leave behind: processes that they had started, and that are the supervisor's children now.
+"""Orphans: processes that a dead agent had started, and that are now children of the supervisor.
 
-A process that outlives its agent has nobody left that pays for it or stops it, so it is killed. It is killed at once,
-as `setsid` children of a closed terminal are not, unless its agent was told to end by TERM: then what belongs to it was
-told so, too (`sh -c 'server; true'` is a shell around a server), and has `grace_s` to end in order. With `orphans =
-"term"` in the settings every orphan gets TERM first, and that time.
+An orphan is killed, because no agent is charged for it any more, and no signal to an agent stops it. It is killed at
+once (unlike `setsid` children of a closed terminal), unless its agent was ended by TERM: then the agent's other
+processes got TERM too (`sh -c 'server; true'` is a shell around a server), and have `grace_s` to end in order. With
+`orphans = "term"` in the settings every orphan gets TERM first, and that time.
 """
 
 from __future__ import annotations
@@ -20,39 +20,39 @@ from aiosd.timers import Timer, Timers
 
 logger = logging.getLogger("supervisor")
 
-COST_SHARE = 0.05  # of the time, at most, goes into looking for orphans
+COST_SHARE = 0.05  # at most this part of the time is spent on looking for orphans
 
 
 class Orphans:
-    """`known` gives the Linux pids of all children that are no orphans."""
+    """`known`: the Linux pids of all children that are no orphans."""
 
     def __init__(self, timers: Timers, known: Callable[[], set[int]], grace_s: float, term_first: bool) -> None:
         self._timers = timers
         self._known = known
         self._grace_s = grace_s
         self._term_first = term_first
-        self._spared: dict[int, float] = {}  # orphans that have time to end, until when
-        self._told: dict[int, float] = {}  # sessions of agents that ended after a TERM, and until when that counts
+        self._spared: dict[int, float] = {}  # orphans that still have time to end, each with its deadline
+        self._told: dict[int, float] = {}  # sessions of agents that ended after a TERM, and how long that is remembered
         self._due: Timer | None = None  # the next look
-        self._deadline: Timer | None = None  # when the first of those that have time has had it
+        self._deadline: Timer | None = None  # when the time of the first of these is over
         self._cost_s = 0.0  # of the last look
 
     def agent_ended(self, ospid: int, told_to_end: bool) -> None:
-        """An agent has ended; what it left behind is our child now. Every agent has a session of its own."""
+        """An agent has ended; the processes it left are our children now. Every agent has its own session."""
         if told_to_end:
             self._told[ospid] = self._timers.clock() + self._grace_s
         self._look_after(self._cost_s / COST_SHARE)
 
     def ended(self) -> None:
-        """An orphan has ended; what it left behind, or forked while it was being killed, is our child now."""
+        """An orphan has ended; the processes it left, or forked while it was killed, are our children now."""
         self._look_after(self._cost_s / COST_SHARE)
 
     def any(self) -> bool:
-        """Whether one still has time to end, as far as that is known already."""
+        """Whether an orphan is known that still has time to end."""
         return bool(self._spared) or self._due is not None
 
     def _look_after(self, seconds: float) -> None:
-        """With thousands of children a look takes long, and one serves for many deaths."""
+        """Schedule one look for several deaths, because with thousands of children a look takes long."""
         if self._due is None:
             self._due = self._timers.after(seconds, self._look)
 
@@ -82,12 +82,12 @@ class Orphans:
         _kill(ospid)
 
     def _first_seen(self, ospid: int, now: float) -> float | None:
-        """Until when it has time to end; None: none."""
+        """The time until which a new orphan may end by itself; None: kill it now."""
         stat = procfs.read_stat(ospid)
         if stat is None or stat.state in ("Z", "X"):
             return None
         told = self._told.get(stat.session)
-        if told is None and stat.session == ospid and self._told:  # it made a session of its own
+        if told is None and stat.session == ospid and self._told:  # it has made its own session
             told = max(self._told.values())
         if told is not None:
             return told
@@ -101,7 +101,7 @@ class Orphans:
 
 
 def _kill(ospid: int) -> None:
-    """A child of ours: its number cannot be another's."""
+    """Kill a child of ours: its number cannot have been given to another process."""
     signal_descendants(ospid, signal.SIGKILL)
     with contextlib.suppress(ProcessLookupError, PermissionError):
         os.kill(ospid, signal.SIGKILL)

@@ -1,10 +1,10 @@
 """Agent pids: small numbers from 1 up, never used twice in one home.
 
-The highest number that may have been given out is kept in a file, ahead of use and in blocks, so that a crash wastes
-numbers but never repeats one. Within the loop nothing waits for the disk: the file is on the disk for certain at boot
-and at a clean end. So after a power cut the newest block may be missing from it, which is told by the id of Linux's
-boot in the file; then a stretch is left out that no system gives out in that time. The file before it is kept: when one
-is damaged, the other serves, and where none does, the logs of agents tell how far it had come.
+Numbers are reserved in blocks: a file has the highest number that may have been given out, so that a crash wastes
+numbers but never repeats one. The loop never waits for the disk: the file is synced only at boot and at a clean end. So
+after a power cut the newest blocks may be missing from it. That is the case when the file has another boot id of Linux
+and was not closed cleanly; then STRETCH numbers are skipped, more than can have been lost. The previous file is kept:
+when one is damaged, the other is used, and when both are, the names of the agents' logs show the highest number.
 
     last-pid, last-pid.old    NUMBER open|clean BOOT-ID CRC32
 """
@@ -21,7 +21,7 @@ from typing import NamedTuple
 logger = logging.getLogger("supervisor")
 
 BLOCK = 256
-STRETCH = 1 << 14  # more than is given out before Linux has written the file to the disk by itself
+STRETCH = 1 << 14  # more numbers than can be given out before Linux writes the file to the disk by itself
 
 
 class _State(NamedTuple):
@@ -31,8 +31,8 @@ class _State(NamedTuple):
 
 
 class PidCounter:
-    """`next()` raises OSError when the disk refuses a new block; no number is lost or doubled then. `logs`: where
-    files are named after agents."""
+    """`next()` raises OSError when the disk refuses a new block; then no number is lost or repeated. `logs`: the folder
+    of the agents' logs, which have pids as names."""
 
     def __init__(self, path: Path, logs: Path) -> None:
         self._path = path
@@ -50,11 +50,11 @@ class PidCounter:
         return self._last
 
     def release(self) -> None:
-        """At a clean end: the unused rest of the block may be given out by the next boot."""
+        """At a clean end: let the next boot use the rest of the block."""
         self._reserve(self._last, clean=True, sync=True)
 
     def _first(self, logs: Path) -> int:
-        """The number to go on behind."""
+        """The number after which to continue."""
         state, old = _read(self._path), _read(self._old)
         if state is None and old is None and not self._path.exists() and not self._old.exists():
             return max(1, _highest_log(logs))

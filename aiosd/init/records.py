@@ -1,7 +1,7 @@
-"""What the supervisor remembers, and a new kernel is born with.
+"""The supervisor's records, which a new kernel inherits.
 
-The supervisor alone keeps and changes these; a kernel gets them by being forked, once, and from then on learns of
-changes through its link.
+Only the supervisor changes these. A kernel gets a copy of them when it is forked, and is informed of later changes
+through its link.
 """
 
 from __future__ import annotations
@@ -29,8 +29,8 @@ V = TypeVar("V")
 
 
 class Memo(Generic[K, V]):
-    """What calls that take effect once led to, by their keys: submitted again, they get the same. The oldest are
-    forgotten; a call is submitted again soon after a death, or never."""
+    """Results of calls that take effect once, by their keys: submitted again, a call gets the same result. The oldest
+    are forgotten: a call is submitted again soon after a death, or never."""
 
     LIMIT = 4096
 
@@ -54,7 +54,7 @@ class Memo(Generic[K, V]):
 
 @dataclass(slots=True, eq=False)
 class Agent:
-    """What the supervisor knows of one agent, and a new kernel is told."""
+    """The supervisor's record of one agent, which a new kernel inherits."""
 
     # fixed at spawn
     pid: int
@@ -63,7 +63,7 @@ class Agent:
     command: str
     pgid: int
     started: float  # Unix time
-    since: float  # the same moment on the monotonic clock: what deadlines count from
+    since: float  # the same on the monotonic clock: deadlines count from here
     log: str
     memfd: int
     bell: int  # the kernel's end
@@ -77,20 +77,20 @@ class Agent:
     stopped: bool = False
     status: int | None = None  # exit code or -signal; None while alive
     ended: float = 0.0  # Unix time
-    # of one that is started again when it ends (its `ospid` is 0 while it waits for that)
+    # of an agent that is started again when it ends (its `ospid` is 0 while it waits for that)
     restarts: Restarts | None = None
-    forked_at: float = 0.0  # its process, on the monotonic clock
+    forked_at: float = 0.0  # when its process was forked, on the monotonic clock
     last_status: int = 0
     again: Timer | None = None  # None while it waits: STOP holds it
-    # changed by signals that it was sent
-    told_to_end: bool = False  # by TERM: what it leaves behind gets time to end in order
-    meant: bool = False  # a signal that ends was sent to it through aiosd: it is not started again
+    # changed by signals sent to it
+    told_to_end: bool = False  # by TERM: its orphans get time to end in order
+    meant: bool = False  # a signal that ends it was sent through aiosd: it is not started again
 
 
 @dataclass(slots=True, eq=False)
 class Process:
-    """One of aiosd's own processes: the kernel, or a service. One that is forked again gets a new channel: nothing of
-    its predecessor's lies in it."""
+    """One of aiosd's own processes: the kernel, or a service. When it is forked again it gets a new channel, which
+    contains nothing from the dead one."""
 
     service: Service
     pid: int
@@ -106,7 +106,7 @@ class Process:
 
 @dataclass(slots=True)
 class Inheritance:
-    """All that a kernel is born with."""
+    """Everything that a kernel inherits."""
 
     boot: str
     settings: Settings
@@ -121,6 +121,6 @@ class Inheritance:
     journal: tuple[int, int]  # two memfds, see kernel.journal
     ledger: int  # a memfd, see kernel.ledger
     memo: Memo[Key, bytes]  # replies of calls that take effect once
-    ready: bool = False  # the system has been ready to serve
+    ready: bool = False  # the system has been ready before
     agents: list[Agent] = field(default_factory=list)
     services: list[Process] = field(default_factory=list)

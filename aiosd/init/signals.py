@@ -1,8 +1,8 @@
 """Signals: those that come to the supervisor, with their senders, and those that go to agents.
 
-They are read from a signalfd, because that tells who sent them: an agent's `kill $PPID` must not look like the user's
-Ctrl-C. To other processes they go through a pidfd, so that a number that has been given to another process meanwhile
-is not hit; an agent's own number cannot be given to another before the supervisor has collected it.
+They are read from a signalfd, because it names the sender: an agent's `kill $PPID` must not look like the user's
+Ctrl-C. Signals to other processes go through a pidfd, so that they cannot reach another process that has meanwhile
+got the same number; an agent's own number cannot be reused before the supervisor has reaped it.
 """
 
 from __future__ import annotations
@@ -43,7 +43,7 @@ def open_signals(numbers: Iterable[int]) -> int:
 
 
 def read_signals(fd: int) -> list[Received]:
-    """All that have come, oldest first."""
+    """All signals received, oldest first."""
     received = []
     with contextlib.suppress(BlockingIOError):
         while data := os.read(fd, 64 * _RECORD):
@@ -71,8 +71,8 @@ def describe_sender(ospid: int) -> str:
 
 
 def signal_tree(ospid: int, number: int) -> None:
-    """A child of ours with its process group, then every descendant that has left the group."""
-    with contextlib.suppress(ProcessLookupError, PermissionError):  # it has become another user's
+    """Signal a child of ours with its process group, then every descendant that has left the group."""
+    with contextlib.suppress(ProcessLookupError, PermissionError):  # it now belongs to another user
         try:
             os.killpg(ospid, number)
         except ProcessLookupError:  # just forked: it has no group yet
@@ -87,7 +87,7 @@ def signal_descendants(root: int, number: int, but_group: int = 0) -> None:
         with contextlib.suppress(ProcessLookupError, PermissionError):
             pidfd = os.pidfd_open(victim)
             try:
-                stat = procfs.read_stat(victim)  # after it was opened: is it still the same?
+                stat = procfs.read_stat(victim)  # read after the pidfd was opened: is it still the same process?
                 if stat is not None and stat.ppid in found and stat.pgid != (but_group or -1):
                     signal.pidfd_send_signal(pidfd, number)
             finally:

@@ -1,18 +1,18 @@
 """The supervisor: init of the system. It forks everything, reaps everything, and owns every channel.
 
-One thread, few imports, no rings mapped, no model: so that a fork is cheap and nothing in here is likely to
-die. It never waits for another process, nor for a disk. All that must survive the kernel lies in its records: `Agent`
-and `Process` (the kernel, and one for each service). A new kernel is forked with copies of them and needs no other
-source. `children` has the record of every live child; there is one way in which a child ends (`_child_ended`).
+One thread, few imports, no rings mapped, no model: so a fork is cheap, and this process is unlikely to die. It never
+waits for another process, nor for a disk. All that must survive the kernel is in its records: `Agent` and `Process`
+(the kernel, and one for each service). A new kernel is forked with copies of them and needs no other source. `children`
+has the record of every live child; the end of every child is handled in one place (`_child_ended`).
 
 It answers two kinds of events: messages from the kernel (`link.ToSupervisor`) and signals.
 
-    SIGCHLD           reap: an agent, the kernel, a service; any other child was left behind by an agent (`orphans`)
+    SIGCHLD           reap: an agent, the kernel, a service; any other child is an orphan of an agent (`orphans`)
     SIGTERM, SIGINT   stop the system: TERM to agents, KILL after a while, then kernel and services, exit 0
     SIGHUP            read the settings again
     SIGUSR1           the guardian died (our parent-death signal): end everything at once
 
-The guardian gets a heartbeat from here.
+The supervisor sends the guardian a heartbeat.
 """
 
 from __future__ import annotations
@@ -58,15 +58,15 @@ logger = logging.getLogger("supervisor")
 RING_BYTES = 1 << 16  # of each direction between an agent and the kernel
 SERVICE_RING_BYTES = 1 << 20  # between kernel and service: a step of 256 sequences is one frame
 BOOT_TRIES = 3  # deaths of a kernel that has never been ready
-PAYS_OFF = 0.2  # a second of life takes so many seconds off the wait after it
+PAYS_OFF = 0.2  # each second of life shortens the next wait by this number of seconds
 LAST_WAIT_S = 2.0  # for kernel and services at the end
-ORPHANS_LOOK_S = 0.05  # at the end, between two looks at what agents have left behind
+ORPHANS_LOOK_S = 0.05  # at the end, between two looks for orphans
 GUARDIAN_DIED = signal.SIGUSR1
 ORDERS = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP)
 SIGNALS = (signal.SIGCHLD, *ORDERS, GUARDIAN_DIED)
-ENDING = (signal.SIGTERM, signal.SIGHUP, signal.SIGINT, signal.SIGQUIT)  # what tells an agent to end
+ENDING = (signal.SIGTERM, signal.SIGHUP, signal.SIGINT, signal.SIGQUIT)  # signals that tell an agent to end
 COMMAND_KEPT = 4096  # characters of an agent's command, for listings
-KERNEL = Service("kernel", kind="", entry="")  # it is forked in a way of its own
+KERNEL = Service("kernel", kind="", entry="")  # forked by `_fork_kernel`
 
 
 class Supervisor:
@@ -93,7 +93,7 @@ class Supervisor:
         self.births = Births(self.epoll, self.timers, self._born)
         self.served_once = False  # the system has been ready
         self.epoch = 0
-        # what calls that take effect once have led to
+        # results of calls that take effect once
         self.spawned: Memo[link.Key, int] = Memo()
         self.signalled: Memo[tuple[link.Key, int], None] = Memo()  # KILL calls, and the agents that they meant
         self.replies: Memo[link.Key, bytes] = Memo()
@@ -128,7 +128,7 @@ class Supervisor:
         sweep(meanwhile=lambda: beat(self.heartbeat))
         try:
             self.pids.release()
-        except OSError as err:  # a full disk: numbers are wasted, none is repeated
+        except OSError as err:  # a full disk: numbers are wasted, but none is repeated
             logger.warning("pids: %s", err)
         return self.exit_code
 
@@ -143,7 +143,7 @@ class Supervisor:
         self.timers.run_due()
 
     def _beat(self) -> None:
-        """Once a second: a beat for the guardian, and a look at the hearts of the others."""
+        """Once a second: send a heartbeat to the guardian, and check the heartbeats of the others."""
         self.timers.after(BEAT_S, self._beat)
         beat(self.heartbeat)
         for process in (self.kernel, *self.services.values()):
@@ -153,11 +153,11 @@ class Supervisor:
 
     def _on_signals(self, received: list[Received]) -> None:
         numbers = {one.number for one in received}
-        if GUARDIAN_DIED in numbers and os.getppid() != self.guardian:  # an agent can send that signal, too
+        if GUARDIAN_DIED in numbers and os.getppid() != self.guardian:  # an agent can also send that signal
             logger.critical("the guardian died; ending everything")
             self.exit_code = 1
             return
-        # Before the dead are collected: where a signal came from is found by its sender's number.
+        # Before the dead are reaped: the sender of a signal is identified by its number.
         orders = [one for one in received if one.number in ORDERS and not self._is_refused(one)]
         if signal.SIGCHLD in numbers:
             self._reap()
@@ -168,8 +168,8 @@ class Supervisor:
                 self.stop(f"{signal_name(one.number)} {describe_sender(one.sender)}")
 
     def _is_refused(self, one: Received) -> bool:
-        """Orders come from the guardian, or from Linux itself. Of others most are of agents (`kill $PPID`), and of one
-        that has ended it cannot be told."""
+        """Signals are obeyed from the guardian, or from Linux itself. Most others come from agents (`kill $PPID`), and
+        for a sender that has ended this cannot be found out."""
         if one.sender in (0, self.guardian):
             return False
         agent, sender = self._agent_above(one.sender), describe_sender(one.sender)
@@ -178,7 +178,7 @@ class Supervisor:
         return True
 
     def _agent_above(self, ospid: int) -> Agent | None:
-        """The agent that a process is or descends from, as far as that can be told now."""
+        """The agent that a process is or descends from, if that can still be found out."""
         while ospid > 1:
             child = self.children.get(ospid)
             if isinstance(child, Agent):
@@ -200,7 +200,7 @@ class Supervisor:
 
         try:
             self.settings = reload_and_report(self.settings)
-        except Exception:  # a broken file must not take a running system down, nor a mistake in reading it
+        except Exception:  # neither a broken file nor an error in reading it may end a running system
             logger.exception("settings not read again")
             return
         report = self.settings.reread
@@ -276,7 +276,7 @@ class Supervisor:
             raise_epoch(memfd)
         try:
             self._fork_kernel()
-        except OSError as err:  # no process or descriptor left: it is tried until there is
+        except OSError as err:  # no process or descriptor left: try again until there is
             logger.error("kernel cannot be forked: %s; tried again in %.1f s", err.strerror, BACKOFF_S[1])
             self.timers.after(BACKOFF_S[1], self._refork_kernel)
             return
@@ -285,8 +285,8 @@ class Supervisor:
         logger.warning("kernel forked again (death %d)", self.kernel.deaths)
 
     def _tell(self, message: link.FromSupervisor, fds: tuple[int, ...] = ()) -> None:
-        """To the kernel. Without one the message is not lost: the next is born with the records. One that has just died
-        may have left messages of its own, so the link stays until all of it is read."""
+        """Send to the kernel. Without a kernel nothing is lost: the next one inherits the records. A kernel that has
+        just died may have left messages, so the link stays open until all of them are read."""
         if self.link is None or not self.kernel.ospid:
             return
         try:
@@ -315,7 +315,7 @@ class Supervisor:
             with contextlib.ExitStack() as undo:
                 heart = Heart()
                 undo.callback(heart.close)
-                # The service serves the channel and the kernel submits, as an agent does to the kernel.
+                # On this channel the service is the server and the kernel the client, as an agent is to the kernel.
                 fds = make_channel(SERVICE_RING_BYTES, SERVICE_RING_BYTES)
                 for fd in fds:
                     undo.callback(os.close, fd)
@@ -362,7 +362,7 @@ class Supervisor:
                 os.close(fd)
             process.memfd = process.kernel_bell = process.own_bell = -1
         if process is self.kernel:
-            while self.link is not None:  # what it had decided and sent counts
+            while self.link is not None:  # what it had sent before is still carried out
                 self._on_kernel(self.link)
         if not self.stopping and self.exit_code is None:
             self._replace(process, fork.exit_in_words(status))
@@ -373,7 +373,7 @@ class Supervisor:
             self._on_shutdown(link.Shutdown(error="the kernel does not start; its log above says why"), [])
             return
         process.backoff_s = _backoff(process.backoff_s, time.monotonic() - process.forked_at)
-        # At boot the kernel says in one line what the death of a service means.
+        # At boot the kernel reports in one line what the death of a service means.
         level = logging.ERROR if self.served_once or is_kernel else logging.DEBUG
         logger.log(level, "%s died (%s); forked again in %.1f s", _title(process), reason, process.backoff_s)
         if is_kernel:
@@ -385,7 +385,7 @@ class Supervisor:
     # ── messages from the kernel ──────────────────────────────────────────────────────────────────────────
 
     def _on_kernel(self, kernel: FrameSocket) -> None:
-        with contextlib.suppress(OSError):  # it died; what it has sent still counts
+        with contextlib.suppress(OSError):  # it died; what it has sent is still handled
             if self.kernel.ospid:
                 kernel.flush()
         try:
@@ -406,7 +406,7 @@ class Supervisor:
         known = self.agents.get(self.spawned.get(message.key) or 0)
         if known is not None:
             if self.births.claim(known, self.epoch):
-                return  # it is answered when the birth is over
+                return  # the reply is sent when the birth is over
             self._tell(_forked(message.key, known))
             return
         try:
@@ -417,13 +417,13 @@ class Supervisor:
             self._tell(link.ForkFailed(message.key, err.errno or 5, err.strerror or str(err)))
 
     def _born(self, birth: Birth) -> None:
-        """An agent runs, or cannot start: only now the kernel is answered. One that was forked during the birth has
-        inherited the agent, and asks again."""
+        """An agent runs, or cannot start: only now the kernel gets its reply. A kernel that was forked during the birth
+        has inherited the agent, and asks again."""
         agent = birth.agent
         if agent.restarts is not None and agent.restarts.total:
             if birth.refusal is None:
                 self._tell(link.ChildRestarted(agent.pid, agent.ospid), (agent.memfd, agent.bell))
-            return  # else it ends now, and that counts like any other end of it
+            return  # else it ends now, which is handled like any other end
         if birth.refusal is None:
             if birth.epoch == self.epoch:
                 self._tell(_forked(agent.spec.key, agent), () if birth.claimed else (agent.memfd, agent.bell))
@@ -463,7 +463,7 @@ class Supervisor:
         self.births.expect(Birth(agent, report, self.epoch))
 
     def _start(self, spec: link.Fork, pid: int, fds: list[int], log_path: str) -> tuple[int, socket.socket, int, int]:
-        """Linux pid, where it reports, and its channel: memfd and the kernel's end of the bell."""
+        """Returns its Linux pid, the socket of its report, and its channel: memfd and the kernel's end of the bell."""
         stdio, opened = self._stdio(spec, fds, log_path)
         try:
             memfd, bell, agent_bell = make_channel(RING_BYTES, RING_BYTES)
@@ -479,7 +479,7 @@ class Supervisor:
         return ospid, report, memfd, bell
 
     def _start_again(self, agent: Agent) -> None:
-        """An agent whose policy wants it, under its pid, with its log."""
+        """Start an agent again, as its restart policy requires, with the same pid and log."""
         agent.again = None
         if self.stopping:
             return
@@ -497,7 +497,7 @@ class Supervisor:
         agent.again = self.timers.after(seconds, lambda: self._start_again(agent))
 
     def _signal_waiting(self, agent: Agent, number: int) -> None:
-        """To an agent that has no process just now: what would end one ends the waiting, STOP and CONT hold it."""
+        """To an agent that waits to be started again: what would end it ends the wait, STOP and CONT hold it."""
         if number in (*ENDING, signal.SIGKILL):
             self._end_waiting(agent)
         elif number == signal.SIGSTOP and agent.again is not None:
@@ -507,7 +507,7 @@ class Supervisor:
             self._wait_for_start(agent, 0.0)
 
     def _end_waiting(self, agent: Agent) -> None:
-        """It is not started again; its last exit status stands."""
+        """The agent is not started again; its last exit status remains."""
         if agent.again is not None:
             agent.again.cancel()
             agent.again = None
@@ -522,7 +522,7 @@ class Supervisor:
         try:
             parent = self.agents.get(spec.ppid)
             if parent is not None and parent.status is None and not spec.detached:
-                with contextlib.suppress(OSError):  # it closed its own: like a detached one then
+                with contextlib.suppress(OSError):  # the parent has closed its own: then as if detached
                     for number in range(3):
                         opened.append(fork.pidfd_getfd(parent.ospid, number))
                     return (opened[0], opened[1], opened[2]), opened
@@ -541,7 +541,7 @@ class Supervisor:
         if agent is None or agent.status is not None:
             return
         if served:
-            if message.signal in (signal.SIGSTOP, signal.SIGCONT):  # a dead kernel may have got what it led to
+            if message.signal in (signal.SIGSTOP, signal.SIGCONT):  # a dead kernel may have received the result
                 self._tell(link.ChildStopped(agent.pid, agent.stopped))
             return
         if message.key is not None:
@@ -555,7 +555,7 @@ class Supervisor:
         if message.signal == signal.SIGSTOP:
             # The agent itself first, the rest when it has stopped (see `_child_stopped`): a process between vfork and
             # its child's exec cannot stop while that child is stopped.
-            with contextlib.suppress(PermissionError):  # it has become another user's
+            with contextlib.suppress(PermissionError):  # it now belongs to another user
                 os.kill(agent.ospid, signal.SIGSTOP)
         else:
             signal_tree(agent.ospid, message.signal)
@@ -586,7 +586,7 @@ class Supervisor:
             return
         if not self.served_once:
             self.served_once = True
-            with contextlib.suppress(OSError):  # where the log goes there is no room: no reason not to serve
+            with contextlib.suppress(OSError):  # no room for the log file: no reason to stop serving
                 print(message.line, file=sys.stderr, flush=True)
             notify.ready(self.settings, message.line)
 
@@ -634,7 +634,7 @@ class Supervisor:
             self._continue_stop()
 
     def _child_stopped(self, ospid: int, stopped: bool) -> None:
-        """An agent stops and goes on with all that it started, also when another process made it."""
+        """An agent has stopped or continued: do the same to all that it started, whatever caused it."""
         agent = self.children.get(ospid)
         if isinstance(agent, Agent):
             agent.stopped = stopped
@@ -642,7 +642,7 @@ class Supervisor:
             self._tell(link.ChildStopped(agent.pid, stopped))
 
     def _child_ended(self, ospid: int, status: int) -> None:
-        """The one way in which a child ends. One that is not known was an orphan."""
+        """Handles the end of every child. A child without a record was an orphan."""
         child = self.children.pop(ospid, None)
         if isinstance(child, Process):
             self._process_ended(child, status)
@@ -668,7 +668,7 @@ class Supervisor:
         self._tell(link.ChildExited(agent.pid, status, again_s=wait_s))
 
     def _wait_before_restart(self, agent: Agent, status: int) -> float | None:
-        """None: it is not started again."""
+        """Seconds to wait; None: it is not started again."""
         if agent.restarts is None:
             return None
         meant = agent.meant or bool(agent.budget) or bool(self.stopping)
@@ -677,7 +677,7 @@ class Supervisor:
     # ── the end ───────────────────────────────────────────────────────────────────────────────────────────
 
     def stop(self, why: str) -> None:
-        """Begin to stop; a second call ends the patience with agents."""
+        """Begin to stop; a second call ends the wait for agents."""
         if self.stopping:
             self._kill_agents()
             return
@@ -691,7 +691,7 @@ class Supervisor:
         for agent in self._live_agents():
             agent.told_to_end = True
             signal_tree(agent.ospid, signal.SIGTERM)
-            signal_tree(agent.ospid, signal.SIGCONT)  # a stopped agent must get its TERM, too
+            signal_tree(agent.ospid, signal.SIGCONT)  # a stopped agent must be able to act on its TERM
         self.timers.after(self.settings.stop_timeout_s, self._kill_agents)
         self._continue_stop()
 
@@ -703,7 +703,7 @@ class Supervisor:
         self._continue_stop()
 
     def _watch_killed(self, left: int) -> None:
-        """Thousands take their time to die, but one that has become another user's never does."""
+        """Wait as long as their number falls: thousands take time to die, but one of another user never dies."""
 
         def look() -> None:
             alive = len(self._live_agents())
@@ -717,7 +717,7 @@ class Supervisor:
         self.timers.after(LAST_WAIT_S, look)
 
     def _continue_stop(self) -> None:
-        """Agents first, so that the kernel can tell those that wait for them, and what they leave behind that has time
+        """Agents first, so that the kernel can reply to processes that wait for them; then orphans that still have time
         to end; then the system's own processes."""
         if self.exit_code is not None or self._live_agents():
             return
@@ -750,19 +750,19 @@ def _forked(key: link.Key, agent: Agent) -> link.Forked:
 
 
 def _ring(bell: int) -> None:
-    with contextlib.suppress(OSError):  # full: it is awake; broken: it is about to be reaped
+    with contextlib.suppress(OSError):  # full: the process is awake; broken: it is about to be reaped
         os.write(bell, b"\0")
 
 
 def _backoff(last_s: float, lived_s: float) -> float:
-    """Twice the last wait, less what its life has paid off, within bounds. So a part that is killed now and then is
-    back at once, and one that cannot live costs little."""
+    """Twice the last wait, minus a part of its lifetime, within bounds. So a process that is killed now and then is
+    back at once, and one that dies at every start costs little."""
     first, longest = BACKOFF_S
     return max(first, min(2 * last_s - PAYS_OFF * lived_s, longest))
 
 
 def _preload() -> None:
-    """Import what agents import, once, before they are forked, and run it; then keep the collector off those pages."""
+    """Import and run once what agents use, before they are forked; then keep the collector off those pages."""
     import asyncio  # noqa: F401
     import runpy  # noqa: F401
 
@@ -779,7 +779,7 @@ def _preload() -> None:
 
 def main(settings: Settings, listener: socket.socket, guardian: int, heartbeat: int) -> int:
     """Entry of the supervisor process, forked by the guardian."""
-    os.setsid()  # the terminal's signals go to the guardian alone
+    os.setsid()  # so that the terminal's signals go to the guardian alone
     fork.name_process("aios:supervisor")
     fork.prctl(fork.PR_SET_CHILD_SUBREAPER, 1)
     log.setup("supervisor", settings.log_level)

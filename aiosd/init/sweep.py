@@ -1,4 +1,4 @@
-"""The end of everything below a process: what guardian and supervisor do last, so that nothing outlives aiosd."""
+"""Ending everything below a process: the last act of guardian and supervisor, so that nothing outlives aiosd."""
 
 from __future__ import annotations
 
@@ -16,16 +16,16 @@ SHORTEST_PAUSE_S, LONGEST_PAUSE_S = 0.001, 0.05
 
 
 def sweep(patience_s: float = 5.0, meanwhile: Callable[[], None] = lambda: None) -> None:
-    """KILL everything below this process until nothing is left, and collect it. What is killed may have forked
-    meanwhile, and what that made falls to us as subreaper: hence the loop. `meanwhile` is called in each round.
+    """KILL everything below this process until nothing is left, and reap it. A killed process may have forked before
+    its death, and its children become ours, as we are a subreaper: hence the loop. `meanwhile` is called in each round.
 
-    Some processes KILL does not end: one that has become another user's (setuid), one that a driver or a dead disk
-    holds. They are given up, and named in the log, when for `patience_s` there has been nothing else: waiting for
-    them would keep the lock and the socket for as long as they please."""
-    pause_s = waited_s = 0.0  # what was slept, not what a clock says: while we were stopped ourselves nobody could die
+    KILL does not end every process: not one of another user (setuid), nor one blocked in a driver or by a dead disk.
+    When only such processes are left for `patience_s`, they are given up and named in the log: waiting for them would
+    keep the lock and the socket for an unlimited time."""
+    pause_s = waited_s = 0.0  # time slept, not clock time: while we were stopped ourselves, nothing could be reaped
     while True:
         killed = [victim for victim in procfs.descendants(os.getpid()) if _kill(victim)]
-        if any(map(_runs, killed)):  # on its way out, however long that takes: a model is many pages to give back
+        if any(map(_runs, killed)):  # it is ending, which may take long: a model has many pages to free
             waited_s = 0.0
         meanwhile()
         try:
@@ -53,7 +53,7 @@ def _kill(ospid: int) -> bool:
 
 
 def _runs(ospid: int) -> bool:
-    """Whether a thread of it is on a processor, or would like to be; the first thread may have ended before others."""
+    """Whether one of its threads is running or ready to run; the first thread may have ended before others."""
     try:
         threads = os.listdir(f"/proc/{ospid}/task")
     except OSError:
@@ -62,7 +62,7 @@ def _runs(ospid: int) -> bool:
 
 
 def _collect() -> bool:
-    """Collect the dead; whether there were any. ChildProcessError when no child is left."""
+    """Reap the dead; returns whether there were any. ChildProcessError when no child is left."""
     any_dead = False
     while os.waitpid(-1, os.WNOHANG)[0]:
         any_dead = True

@@ -1,4 +1,4 @@
-"""Which models are on this machine, and how another one gets here.
+"""Which models are on this machine, and how to download others.
 
     places.py   where models lie: our own folder, and those of the hub's library, Ollama and LM Studio
     found.py    the list of them, and one of them by its name

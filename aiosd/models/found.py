@@ -6,9 +6,9 @@
     ollama:llama3.2, ollama:llama3.2:3b
     lmstudio:Qwen/Qwen2.5-7B-GGUF:Q4_K_M
 
-`find` takes such a name, or a shorter one that fits only one model (`llama3.2`), or the path of a file, which goes
-first. Nothing is downloaded here. What other programs keep is read as they have written it, and what is not as
-expected is not there: a listing must not fail because one folder is damaged.
+`find` takes such a name, or a shorter one that fits only one model (`llama3.2`), or the path of a file, which is tried
+first. Nothing is downloaded here. Files of other programs are read in their own formats, and unexpected content is
+ignored: a listing must not fail because one folder is damaged.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ PREFIXES = (HUB, OLLAMA, LMSTUDIO)
 _OLLAMA_HOST, _OLLAMA_FOLDER, _LATEST = "registry.ollama.ai", "library", "latest"
 _WEIGHTS = "application/vnd.ollama.image.model"
 _REPOSITORY = re.compile(r"[\w.-]+/[\w.-]+", re.ASCII)
-_MOST_FILES = 10_000  # looked at in one folder: a mistake in AIOSD_MODELS must not read a whole disk
+_MOST_FILES = 10_000  # most files looked at in one folder: a wrong AIOSD_MODELS must not read a whole disk
 
 
 @dataclass(frozen=True, slots=True)
@@ -43,7 +43,7 @@ class Found:
     name: str  # what `--model` takes
     source: str  # nano, aiosd, hub, ollama, lmstudio; path: a file that was named
     path: str  # its file, the first one if it is split
-    label: str  # how it is called in a running system if nothing else is said
+    label: str  # its default name in a running system
     shorter: frozenset[str] = frozenset()  # other names, in lower case
 
 

@@ -2,10 +2,10 @@
 
     pull("Qwen/Qwen2.5-0.5B-Instruct-GGUF", "Q4_K_M", tell)
 
-huggingface_hub (extra `aiosd[hub]`) does the talking: tokens, mirrors (HF_ENDPOINT), offline mode (HF_HUB_OFFLINE) and
-folders (HF_HOME) are as its documentation has them. What it leaves open is done here: which file of a repository is
+huggingface_hub (extra `aiosd[hub]`) makes the connections: tokens, mirrors (HF_ENDPOINT), offline mode (HF_HUB_OFFLINE)
+and folders (HF_HOME) are as its documentation has them. What it leaves open is done here: which file of a repository is
 meant, all parts of one that is split, a download that goes on where an earlier one was interrupted, and the checksum of
-what has arrived. Without a connection, or in offline mode, what is in the cache serves.
+what has arrived. Without a connection, or in offline mode, the cache is used.
 """
 
 from __future__ import annotations

@@ -1,8 +1,8 @@
 """Quantisations by their names: which one a file has, and which file of several is meant.
 
 A repository on a hub holds one model in many sizes, `name-Q4_K_M.gguf` beside `name-Q8_0.gguf` and
-`name-BF16-00001-of-00002.gguf`. A person asks for one by the name of its quantisation; who asks for none gets Q4_K_M,
-half the size of Q8_0 and hardly worse, or what comes nearest to it in bits for each weight.
+`name-BF16-00001-of-00002.gguf`. The user chooses one by the name of its quantisation; the default is Q4_K_M,
+half the size of Q8_0 and hardly worse, or the nearest to it in bits per weight.
 """
 
 from __future__ import annotations
@@ -116,7 +116,7 @@ def _fits(choice: Choice, wanted: str) -> bool:
 
 
 def _nearest(found: list[Choice]) -> list[Choice]:
-    """Those next to the default; of two that are as near the larger, of two of one size the plain one."""
+    """Those nearest to the default; of two equally near the larger, of two of one size the plain one."""
 
     def distance(choice: Choice) -> tuple[float, bool, bool]:
         off = math.log2(_bits(choice.quant) / BITS[DEFAULT])
