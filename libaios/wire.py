@@ -662,7 +662,7 @@ add(
     Row(Sys.MEM_CLEAR, NoArgs, int, by="store", again=_ONCE),
     Row(Sys.MEM_STATS, NoArgs, dict[str, Any], by="store"),
     # No service of this release answers these.
-    Row(Sys.STO, NoArgs, by="store", again=_ONCE),
+    Row(Sys.STO, NoArgs, by="storage", again=_ONCE),
     Row(Sys.TOOL, NoArgs, by="toolbox", again=_NEVER),
 )
 
