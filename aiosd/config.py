@@ -202,6 +202,8 @@ KEYS = (
         64 << 20,
     ),
     Key("log_keep", _whole(1, 1000), "N", "How many full files of a log are kept beside it (3).", 3),
+    Key("store_ram", _size, "SIZE", "Memory for copies of notes, such as 64M (32M).", 32 << 20),
+    Key("note_quota", _size, "SIZE", "Notes that each owner may keep on the disk (64M).", 64 << 20),
     Key("stop_timeout", _seconds, "S", "At the end agents get TERM, and KILL after S seconds (5).", 5.0),
 )
 BY_NAME = {key.name: key for key in KEYS}
@@ -239,6 +241,8 @@ class Settings:
     # What came of the last SIGHUP: its number, settings that changed, settings that wait for a restart, or an error.
     reread: Mapping[str, Any] = field(default_factory=dict)
     orphans: str = "kill"  # or "term": the first signal to a process that outlives its agent
+    store_ram: int = 32 << 20
+    note_quota: int = 64 << 20
     services: tuple[Service, ...] = ()  # besides the cores
 
     def schedule(self) -> Schedule:
@@ -285,6 +289,8 @@ def load(
         keep_dead=values["keep_dead"],
         stop_timeout_s=values["stop_timeout"],
         orphans=values["orphans"],
+        store_ram=values["store_ram"],
+        note_quota=values["note_quota"],
         log_size=values["log_size"],
         log_keep=values["log_keep"],
         agents=tuple(file.agents),

@@ -78,6 +78,8 @@ class Server:
     channel: Channel
     handlers: Mapping[int, Handler]
     stats: Callable[[], dict[str, Any]] = dict
+    on_gone: Callable[[int], None] = lambda peer: None  # this peer is dead
+    on_keep: Callable[[list[int]], None] = lambda peers: None  # all peers but these are
     _answers: OrderedDict[link.Key, _Answer] = field(default_factory=OrderedDict)
     _bytes: int = 0
     _under_way: dict[link.Key, Generator[Any, None, Any]] = field(default_factory=dict)
@@ -117,6 +119,9 @@ class Server:
                 kept = set(peers)
                 for key in [key for key in self._under_way if key[0] not in kept]:
                     self._end(key)
+                self.on_keep(peers)
+            case link.Gone(peer=peer):
+                self.on_gone(peer)
             case link.GetStats(req=req):
                 self._send(link.Stats(req, self.stats()))
             case link.Quit():

@@ -105,7 +105,7 @@ def recorded() -> list[tuple[int, bytes]]:
         (Sys.INSPECT, wire.PidArgs(1 << 40)),
         (Sys.WAIT, wire.Wait(0, False)),
         (Sys.CANCEL, wire.Cancel(3)),
-        (Sys.MEM, wire.NoArgs()),
+        (Sys.MEM_GET, wire.MemGet(1)),
         (Sys.CTX_LIST, wire.ListContexts()),
     ]
     rare = [

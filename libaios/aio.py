@@ -278,7 +278,14 @@ class msg:
 class mem:
     """`libaios.mem` for coroutines."""
 
-    add = get = update = remove = search = stats = staticmethod(twin(_mem.add))
+    add = staticmethod(twin(_mem.add))
+    get = staticmethod(twin(_mem.get))
+    update = staticmethod(twin(_mem.update))
+    remove = staticmethod(twin(_mem.remove))
+    search = staticmethod(twin(_mem.search))
+    list = staticmethod(twin(_mem.list))
+    clear = staticmethod(twin(_mem.clear))
+    stats = staticmethod(twin(_mem.stats))
 
 
 class sto:

@@ -1,18 +1,111 @@
-"""The memory manager: its names are here, the manager comes with a later release. Every call raises OSError(ENOSYS)."""
+"""Memory: notes that an agent keeps. They are on the disk when a call returns.
+
+An agent that was started under a name of its own (`aios-run --name`) finds its notes again when it is started under
+that name again, in the same group; without such a name they end with it. Notes that are `shared` belong to the group.
+
+A note is meant by its id or by its key. Notes of others are not found, as if they were not there. All calls raise
+OSError: FileNotFoundError, EAGAIN, EDQUOT, ENOSPC, EINVAL with a sentence.
+"""
 
 from __future__ import annotations
 
+import builtins
+from collections.abc import Mapping, Sequence
 from typing import Any
 
+from libaios import wire
 from libaios.plan import Plan, syscall
-from libaios.wire import NoArgs, Sys
+from libaios.wire import Found, Note, NoteFilters, Sys
 
-__all__ = ["add", "get", "remove", "search", "stats", "update"]
+__all__ = ["Found", "Note", "add", "clear", "get", "list", "remove", "search", "stats", "update"]
 
 
 @syscall
-def _call(*args: Any, **kwargs: Any) -> Plan[Any]:
-    return Plan(Sys.MEM, NoArgs())
+def add(
+    text: str,
+    key: str | None = None,
+    tags: Sequence[str] = (),
+    metadata: Mapping[str, Any] | None = None,
+    ttl: float | None = None,
+    shared: bool = False,
+) -> Plan[int]:
+    """Keep a note and return its id. One with the same key is replaced, and keeps its id.
+
+    `metadata` is flat: texts, numbers, truth values. `ttl`: seconds after which the note is not found any more.
+    `shared`: for all agents of the group. Raises OSError(EDQUOT) when the quota of the owner is used up.
+    """
+    return Plan(Sys.MEM_ADD, wire.MemAdd(text, key, builtins.list(tags), dict(metadata or {}), ttl, shared))
 
 
-add = get = update = remove = search = stats = _call
+@syscall
+def get(note: int | str) -> Plan[Note]:
+    """The note with this id or key. Raises FileNotFoundError."""
+    return Plan(Sys.MEM_GET, wire.MemGet(note))
+
+
+@syscall
+def update(
+    note: int | str,
+    text: str | None = None,
+    tags: Sequence[str] | None = None,
+    metadata: Mapping[str, Any] | None = None,
+    ttl: float | None = None,
+    if_version: int | None = None,
+) -> Plan[int]:
+    """Change what is given, and return the new version.
+
+    With `if_version` the note must still have that version, else BlockingIOError (EAGAIN) and nothing is changed.
+    Raises FileNotFoundError, OSError(EDQUOT).
+    """
+    new_tags = None if tags is None else builtins.list(tags)
+    new_metadata = None if metadata is None else dict(metadata)
+    return Plan(Sys.MEM_UPDATE, wire.MemUpdate(note, text, new_tags, new_metadata, ttl, if_version))
+
+
+@syscall
+def remove(note: int | str) -> Plan[None]:
+    """Remove a note for good. Raises FileNotFoundError."""
+    return Plan(Sys.MEM_REMOVE, wire.MemGet(note))
+
+
+@syscall
+def search(
+    query: str,
+    k: int = 5,
+    tags: Sequence[str] = (),
+    metadata: Mapping[str, Any] | None = None,
+    since: float | None = None,
+    until: float | None = None,
+) -> Plan[builtins.list[Found]]:
+    """At most `k` notes that have words of `query`, the best first. The query is words and nothing else.
+
+    Only notes that have all `tags` and `metadata` and were changed from `since` on and before `until` (Unix times).
+    """
+    filters = NoteFilters(builtins.list(tags), dict(metadata or {}), since, until)
+    return Plan(Sys.MEM_SEARCH, wire.MemSearch(query, k, filters))
+
+
+@syscall
+def list(
+    tags: Sequence[str] = (),
+    metadata: Mapping[str, Any] | None = None,
+    since: float | None = None,
+    until: float | None = None,
+    limit: int = 100,
+    offset: int = 0,
+) -> Plan[builtins.list[Note]]:
+    """Notes, the newest first; filters as in `search`. At most 1,000 at a time."""
+    filters = NoteFilters(builtins.list(tags), dict(metadata or {}), since, until)
+    return Plan(Sys.MEM_LIST, wire.MemList(filters, limit, offset))
+
+
+@syscall
+def clear() -> Plan[int]:
+    """Remove all notes of the caller, and return how many they were. Those of its group stay."""
+    return Plan(Sys.MEM_CLEAR, wire.NoArgs())
+
+
+@syscall
+def stats() -> Plan[dict[str, Any]]:
+    """Of the caller's own notes: `notes`, `bytes`, `quota`, `ram_bytes` (held in memory), and how `search` works."""
+    return Plan(Sys.MEM_STATS, wire.NoArgs())

@@ -84,9 +84,17 @@ class Sys(enum.IntEnum):
     SHUTDOWN = 50
     SET = 51
     # answered with ENOSYS until their managers exist
-    MEM = 64
     STO = 65
     TOOL = 66
+    # notes
+    MEM_ADD = 80
+    MEM_GET = 81
+    MEM_UPDATE = 82
+    MEM_REMOVE = 83
+    MEM_SEARCH = 84
+    MEM_LIST = 85
+    MEM_CLEAR = 86
+    MEM_STATS = 87
 
 
 class Request(Struct, array_like=True, frozen=True):
@@ -330,6 +338,64 @@ class Set(Struct, array_like=True, frozen=True):
     value: str
 
 
+Finite = Annotated[float, Meta(ge=-1.7e308, le=1.7e308)]  # neither NaN nor infinite
+NoteText = Annotated[str, Meta(max_length=1 << 20)]
+NoteKey = Annotated[str, Meta(min_length=1, max_length=1024)]
+Tags = Annotated[list[Annotated[str, Meta(min_length=1, max_length=256)]], Meta(max_length=64)]
+#: Flat, so that a filter means the same for every note.
+Metadata = Annotated[
+    dict[str, str | Annotated[int, Meta(ge=-(1 << 63), le=(1 << 63) - 1)] | Finite | bool | None], Meta(max_length=64)
+]
+NoteRef = Annotated[int, Meta(ge=1, le=(1 << 63) - 1)] | NoteKey  # its id, or its key
+
+
+class NoteFilters(Struct, array_like=True, frozen=True):
+    """Notes that have all these tags and metadata, changed at `since` or later and before `until` (Unix times)."""
+
+    tags: Tags = []
+    metadata: Metadata = {}
+    since: Finite | None = None
+    until: Finite | None = None
+
+
+class MemAdd(Struct, array_like=True, frozen=True):
+    """`shared`: it belongs to the caller's group. A note of the same owner and key is replaced."""
+
+    text: NoteText
+    key: NoteKey | None = None
+    tags: Tags = []
+    metadata: Metadata = {}
+    ttl_s: Seconds | None = None
+    shared: bool = False
+
+
+class MemGet(Struct, array_like=True, frozen=True):
+    note: NoteRef
+
+
+class MemUpdate(Struct, array_like=True, frozen=True):
+    """What is None stays as it is."""
+
+    note: NoteRef
+    text: NoteText | None = None
+    tags: Tags | None = None
+    metadata: Metadata | None = None
+    ttl_s: Seconds | None = None
+    if_version: Uint | None = None
+
+
+class MemSearch(Struct, array_like=True, frozen=True):
+    query: Annotated[str, Meta(max_length=1 << 16)]
+    k: Annotated[int, Meta(ge=1, le=1000)] = 5
+    filters: NoteFilters = NoteFilters()
+
+
+class MemList(Struct, array_like=True, frozen=True):
+    filters: NoteFilters = NoteFilters()
+    limit: Annotated[int, Meta(ge=1, le=1000)] = 100
+    offset: Uint = 0
+
+
 # ── bodies of replies ─────────────────────────────────────────────────────────────────────────────────────
 
 
@@ -422,6 +488,28 @@ class RestoredContext(Struct, array_like=True, frozen=True):
     tokens: int
     cached: int
     refused: str = ""
+
+
+class Note(Struct, frozen=True):
+    """A note as it is kept. Times are Unix times; `version` grows by one with each change."""
+
+    id: int
+    text: str
+    key: str | None
+    tags: list[str]
+    metadata: dict[str, Any]
+    created: float
+    updated: float
+    expires: float | None
+    version: int
+    shared: bool  # it belongs to the caller's group
+
+
+class Found(Struct, frozen=True):
+    """What a search found, with how well it fits: more is better, and says nothing across searches."""
+
+    note: Note
+    score: float
 
 
 class ModelInfo(Struct, frozen=True):
@@ -565,9 +653,16 @@ add(
     Row(Sys.STATUS, Status, dict[str, Any]),
     Row(Sys.SHUTDOWN, NoArgs),
     Row(Sys.SET, Set, tuple[str, str]),
+    Row(Sys.MEM_ADD, MemAdd, int, by="store", again=_ONCE),
+    Row(Sys.MEM_GET, MemGet, Note, by="store"),
+    Row(Sys.MEM_UPDATE, MemUpdate, int, by="store", again=_ONCE),
+    Row(Sys.MEM_REMOVE, MemGet, by="store", again=_ONCE),
+    Row(Sys.MEM_SEARCH, MemSearch, list[Found], by="store"),
+    Row(Sys.MEM_LIST, MemList, list[Note], by="store"),
+    Row(Sys.MEM_CLEAR, NoArgs, int, by="store", again=_ONCE),
+    Row(Sys.MEM_STATS, NoArgs, dict[str, Any], by="store"),
     # No service of this release answers these.
-    Row(Sys.MEM, NoArgs, by="store", again=_ONCE),
-    Row(Sys.STO, NoArgs, by="store", again=_ONCE),
+    Row(Sys.STO, NoArgs, by="storage", again=_ONCE),
     Row(Sys.TOOL, NoArgs, by="toolbox", again=_NEVER),
 )
 

@@ -908,11 +908,11 @@ def test_a_channel_is_only_its_owners(monkeypatch: pytest.MonkeyPatch) -> None:
         os.close(bell)
 
 
-@pytest.mark.parametrize("name", ["add", "get", "search", "stats"])
+@pytest.mark.parametrize("name", ["read", "write", "search", "list"])
 def test_what_is_not_there_yet_says_so(kernel: ChannelKernel, connection: Connection, name: str) -> None:
     with as_process_connection(connection):
-        call = aside(getattr(aios.mem, name))
-        kernel.fail(kernel.take(Sys.MEM), errno.ENOSYS, "comes with a later release")
+        call = aside(getattr(aios.sto, name))
+        kernel.fail(kernel.take(Sys.STO), errno.ENOSYS, "comes with a later release")
         with pytest.raises(OSError, match="later release"):
             call.result(PATIENCE_S)
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 from aiosd.service import LLM, Service
+from aiosd.store.main import StoreSpec
 
 if TYPE_CHECKING:
     from aiosd.config import Settings
@@ -23,4 +24,10 @@ def of(settings: Settings) -> list[Service]:
         )
         for model in settings.models
     ]
-    return [*cores, *settings.services]
+    store = Service(
+        name="store",
+        kind="store",
+        entry="aiosd.store.main:main",
+        argument=StoreSpec(str(settings.home.data / "store"), settings.store_ram, settings.note_quota),
+    )
+    return [*cores, store, *settings.services]

@@ -9,6 +9,7 @@ from collections.abc import Callable
 from aiosd import link
 from aiosd.kernel.peer import Call
 from aiosd.kernel.service import Service, Services
+from aiosd.service import LLM
 from aiosd.timers import Timers
 
 logger = logging.getLogger("kernel.services")
@@ -55,7 +56,8 @@ class Loading:
     def on_loaded(self, service: Service) -> None:
         """Every time a service is ready; the first time that all are, the system is."""
         _clear_line()
-        logger.info("%s: loaded", service.short_name)
+        level = logging.INFO if service.kind == LLM else logging.DEBUG  # a model takes long, others milliseconds
+        logger.log(level, "%s: loaded", service.short_name)
         if not self.ready and self._services.ready():
             self.ready = True
             self._on_ready()

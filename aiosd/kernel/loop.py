@@ -302,6 +302,8 @@ class Kernel:
                 self.agents.stopped(message)
             case link.ChildExited():
                 self.agents.exited(message)
+                if message.again_s is None:  # it is not started again
+                    self._tell_services(link.Gone(message.pid))
             case link.ChildRestarted():
                 self.agents.restarted(message, fds)
             case link.ServiceForked():
@@ -316,6 +318,12 @@ class Kernel:
                 self.stopping = message.reason
                 self.agents.stopping = True
                 self.over = message.last
+
+    def _tell_services(self, message: link.ToService) -> None:
+        """All but the cores, which get theirs from `generations`."""
+        for service in self.services:
+            if service.kind != LLM:
+                service.send(message)
 
     def _service_died(self, service: Service, reason: str) -> None:
         while service.receive():  # its last words

@@ -1,0 +1,1 @@
+"""The store: what agents keep. A service with one thread and one database (see `main`)."""

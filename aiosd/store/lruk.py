@@ -1,0 +1,186 @@
+"""LRU-K: a cache that remembers how often, not only how lately, an entry was wanted.
+
+Plain LRU keeps what was wanted last, so a pass over many entries that are wanted once (a listing, a search) drives out
+all that is wanted again and again. LRU-K looks at the K-th last reference instead: the entry whose K-th last reference
+lies farthest back goes first, and entries with fewer than K references go before all others, by plain LRU among
+themselves. Two corrections make it work where agents are the users. References that follow each other closely belong
+to one piece of work (an agent reads a note, thinks, reads it again) and say nothing about the future: within the
+*correlated reference period* they count as one. And an entry that returns soon after it was evicted must not start from
+nothing, or it would never get its second reference: so the references of evicted entries are kept as a *history*, of as
+many as there are residents. Without it a working set a little larger than the cache is never learned.
+
+Time is counted in references, so the same references give the same evictions. The cache is pure: its values lie
+elsewhere too, evicting one loses nothing and costs no I/O. Its size is in bytes, for each owner and in all.
+
+Invariants: `bytes` is the sum over the residents and at most `most_bytes`; the same for each owner; no key is both
+resident and in the history; the history has no more entries than there are residents, or `least_history`.
+"""
+
+from __future__ import annotations
+
+import heapq
+from collections import OrderedDict
+from collections.abc import Hashable
+from dataclasses import dataclass
+from typing import Generic, TypeVar
+
+K = 2
+CORRELATED = 30  # references within which a repetition says nothing
+LEAST_HISTORY = 16
+
+Value = TypeVar("Value")
+
+
+@dataclass(slots=True)
+class _Entry(Generic[Value]):
+    value: Value
+    owner: Hashable
+    size: int
+    times: tuple[int, ...]  # of the last K uncorrelated references, the newest first
+    last: int  # reference, correlated or not
+
+    def rank(self, k: int) -> tuple[int, int]:
+        """The smallest goes first. 0 as the first part: there was no K-th last reference yet."""
+        return (self.times[k - 1] if len(self.times) >= k else 0, self.last)
+
+
+class LruK(Generic[Value]):
+    """`most_bytes` in all, `owner_bytes` for each owner (None: only the sum counts)."""
+
+    def __init__(
+        self, most_bytes: int, owner_bytes: int | None = None, k: int = K, correlated: int = CORRELATED
+    ) -> None:
+        self.most_bytes = most_bytes
+        self.owner_bytes = most_bytes if owner_bytes is None else min(owner_bytes, most_bytes)
+        self.k, self.correlated = k, correlated
+        self.bytes = 0
+        self.hits = self.misses = self.evictions = 0
+        self.clock = 0
+        self._entries: dict[Hashable, _Entry[Value]] = {}
+        self._history: OrderedDict[Hashable, tuple[tuple[int, ...], int]] = OrderedDict()
+        self._of_owner: dict[Hashable, set[Hashable]] = {}
+        self._owner_bytes: dict[Hashable, int] = {}
+        # Heaps of (rank, number, key), one for all and one for each owner. A rank only grows, so one that is out of
+        # date is too small: it comes up early, and is put back with the present one.
+        self._heaps: dict[Hashable, list[tuple[tuple[int, int], int, Hashable]]] = {}
+        self._number = 0
+
+    def __len__(self) -> int:
+        return len(self._entries)
+
+    def __contains__(self, key: Hashable) -> bool:
+        return key in self._entries
+
+    def bytes_of(self, owner: Hashable) -> int:
+        return self._owner_bytes.get(owner, 0)
+
+    def get(self, key: Hashable) -> Value | None:
+        """The value, and a reference to it; None: it is not here."""
+        entry = self._entries.get(key)
+        if entry is None:
+            self.misses += 1
+            return None
+        self.hits += 1
+        self._refer(entry)
+        return entry.value
+
+    def put(self, key: Hashable, value: Value, size: int, owner: Hashable) -> list[Hashable]:
+        """Keep a value, and return the keys that had to go for it. One that is larger than an owner may have is not
+        kept. Counts as a reference."""
+        old = self._entries.get(key)
+        times, last = (old.times, old.last) if old is not None else self._history.pop(key, ((), 0))
+        if old is not None:
+            self._drop(key)
+        entry = _Entry(value, owner, size, times, last)
+        self._refer(entry)
+        if size > self.owner_bytes:
+            self._remember(key, entry)
+            return []
+        gone = []
+        while self.bytes_of(owner) + size > self.owner_bytes:
+            gone.append(self._evict(owner))
+        while self.bytes + size > self.most_bytes:
+            gone.append(self._evict(None))
+        self._add(key, entry)
+        return gone
+
+    def remove(self, key: Hashable) -> None:
+        """It does not exist any more: nothing is remembered of it."""
+        if key in self._entries:
+            self._drop(key)
+        self._history.pop(key, None)
+
+    def forget_owner(self, owner: Hashable) -> None:
+        for key in list(self._of_owner.get(owner, ())):
+            self.remove(key)
+
+    def stats(self) -> dict[str, int]:
+        return {
+            "entries": len(self._entries),
+            "bytes": self.bytes,
+            "most_bytes": self.most_bytes,
+            "hits": self.hits,
+            "faults": self.misses,
+            "evictions": self.evictions,
+            "history": len(self._history),
+        }
+
+    def _refer(self, entry: _Entry[Value]) -> None:
+        self.clock += 1
+        if not entry.times or self.clock - entry.last > self.correlated:
+            # The time between two uncorrelated references counts from the end of the first burst to the begin of this.
+            burst = entry.last - entry.times[0] if entry.times else 0
+            entry.times = (self.clock, *(time + burst for time in entry.times))[: self.k]
+        entry.last = self.clock
+
+    def _add(self, key: Hashable, entry: _Entry[Value]) -> None:
+        self._entries[key] = entry
+        self._of_owner.setdefault(entry.owner, set()).add(key)
+        self._owner_bytes[entry.owner] = self.bytes_of(entry.owner) + entry.size
+        self.bytes += entry.size
+        self._push(None, key, entry)
+        self._push(("owner", entry.owner), key, entry)
+
+    def _drop(self, key: Hashable) -> _Entry[Value]:
+        entry = self._entries.pop(key)
+        self.bytes -= entry.size
+        self._owner_bytes[entry.owner] -= entry.size
+        keys = self._of_owner[entry.owner]
+        keys.discard(key)
+        if not keys:
+            del self._of_owner[entry.owner], self._owner_bytes[entry.owner]
+            self._heaps.pop(("owner", entry.owner), None)
+        return entry
+
+    def _push(self, which: Hashable, key: Hashable, entry: _Entry[Value]) -> None:
+        self._number += 1
+        heap = self._heaps.setdefault(which, [])
+        heapq.heappush(heap, (entry.rank(self.k), self._number, key))
+        present = self._entries if which is None else self._of_owner[entry.owner]
+        if len(heap) > 2 * len(present) + 64:  # most of it is about what is gone
+            numbered = enumerate(present, self._number + 1)
+            heap[:] = [(self._entries[one].rank(self.k), number, one) for number, one in numbered]
+            self._number += len(heap)
+            heapq.heapify(heap)
+
+    def _evict(self, owner: Hashable | None) -> Hashable:
+        """The resident (of an owner) that goes first."""
+        which = None if owner is None else ("owner", owner)
+        heap = self._heaps[which]
+        while True:
+            rank, _, key = heapq.heappop(heap)
+            entry = self._entries.get(key)
+            if entry is None or (owner is not None and entry.owner != owner):
+                continue
+            if entry.rank(self.k) != rank:
+                self._push(which, key, entry)
+                continue
+            self._remember(key, self._drop(key))
+            self.evictions += 1
+            return key
+
+    def _remember(self, key: Hashable, entry: _Entry[Value]) -> None:
+        self._history[key] = (entry.times, entry.last)
+        self._history.move_to_end(key)
+        while len(self._history) > max(len(self._entries), LEAST_HISTORY):
+            self._history.popitem(last=False)

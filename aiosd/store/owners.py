@@ -1,0 +1,28 @@
+"""Whose something in the store is: from the caller, which the kernel vouches for, and from nothing that a call says.
+
+An agent that was given a name on purpose owns what it keeps together with all agents of that user, group and name,
+before and after it. One without such a name owns it alone, and that ends with it: the stem of a script says nothing
+about who runs it. A person at the terminal is an owner, too. What is shared belongs to the group.
+"""
+
+from __future__ import annotations
+
+from aiosd.link import Caller
+
+ALONE = "agent/"
+
+
+def own(caller: Caller) -> str:
+    if not caller.pid:
+        return f"person/{caller.uid}"
+    if caller.named:
+        return f"name/{caller.uid}/{caller.group}/{caller.name}"
+    return alone(caller.pid)
+
+
+def alone(pid: int) -> str:
+    return f"{ALONE}{pid}"
+
+
+def group(caller: Caller) -> str:
+    return f"group/{caller.uid}/{caller.group}"
