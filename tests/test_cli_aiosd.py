@@ -524,10 +524,29 @@ def test_status_shows_what_it_does_not_know() -> None:
         assert words in text
 
 
+def _help(fresh_aiosd: Fresh, *words: str) -> str:
+    return fresh_aiosd(start=False).run(*words, "--help", env={"COLUMNS": "80"}, check=True).stdout
+
+
 def test_help_is_whole_on_80_columns(fresh_aiosd: Fresh) -> None:
-    text = fresh_aiosd(start=False).run("aiosd", "--help", env={"COLUMNS": "80"}, check=True).stdout
-    assert "..." not in text.partition("Commands:")[2]
-    assert max(map(len, text.split("Examples:")[0].splitlines())) <= 80
+    assert "..." not in _help(fresh_aiosd, "aiosd").partition("Commands:")[2]
+
+
+@pytest.mark.parametrize("words", [*([name] for name in MODULES), *(["aiosd", name] for name in cli.command.commands)])
+def test_no_line_of_help_is_wider_than_80_columns(fresh_aiosd: Fresh, words: list[str]) -> None:
+    assert [line for line in _help(fresh_aiosd, *words).splitlines() if len(line) > 80] == []
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (["set"], "missing argument 'NAME'. Choose from: policy, quantum, shares, log_level, stop_timeout"),
+        (["statu"], "no such command 'statu'. Did you mean one of: 'restart', 'status'?"),
+    ],
+)
+def test_a_usage_error_is_one_plain_line(fresh_aiosd: Fresh, words: list[str], message: str) -> None:
+    done = fresh_aiosd(start=False).run("aiosd", *words)
+    assert (done.returncode, done.stderr) == (2, f"aiosd: {message} (see aiosd --help)\n")
 
 
 def test_status_of_an_empty_reply_is_no_error() -> None:

@@ -217,7 +217,7 @@ def test_more_output_than_the_ring_holds_arrives_whole(kernel: Kernel) -> None:
 def test_model_that_cannot_be_loaded_is_one_line_and_exit_code_1(tmp_path: Path) -> None:
     kernel = Kernel(tmp_path / "missing.gguf")
     message = kernel.of(link.LoadFailed).message
-    assert message == f"m: {tmp_path / 'missing.gguf'}: no such file"
+    assert message == f"m: {tmp_path / 'missing.gguf'}: no such file (aiosd models lists what is on this machine)"
     assert kernel.close() == 1
 
 

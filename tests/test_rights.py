@@ -9,7 +9,6 @@ import socket
 import subprocess
 import sys
 import textwrap
-import threading
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from types import SimpleNamespace
@@ -22,7 +21,7 @@ from hypothesis import strategies as st
 from aiosd import procfs
 from aiosd.errors import UsageError
 from aiosd.init import guardian
-from aiosd.init.signals import Received, open_signals, read_signals
+from aiosd.init.signals import Received
 from aiosd.init.supervisor import Supervisor
 from aiosd.kernel import ancestry
 from aiosd.kernel.ancestry import TRIES, Origin, Unproven, Unsettled, agent_above, peer_of
@@ -369,33 +368,19 @@ def test_what_is_no_kind(kind: str) -> None:
 
 
 def test_signals_are_read_with_their_senders() -> None:
-    """In a thread of our own, whose mask is not the test run's."""
-    got: list[Received] = []
-
-    def receive() -> None:
-        fd = open_signals([signal.SIGUSR1, signal.SIGUSR2])
-        try:
-            assert read_signals(fd) == []
-            signal.pthread_kill(threading.get_ident(), signal.SIGUSR1)
-            got.extend(read_signals(fd))
-            tid, signaller = threading.get_native_id(), "import os, sys; os.kill(int(sys.argv[1]), 12)"
-            with subprocess.Popen([sys.executable, "-c", signaller, str(tid)]) as child:
-                child.wait()
-                got.extend(eventually(lambda: read_signals(fd)))
-                got.append(Received(signal.SIGUSR2, child.pid))
-        finally:
-            os.close(fd)
-
-    old = signal.pthread_sigmask(signal.SIG_BLOCK, [signal.SIGUSR1, signal.SIGUSR2])
-    try:
-        thread = threading.Thread(target=receive)
-        thread.start()
-        thread.join()
-    finally:
-        signal.sigtimedwait([signal.SIGUSR1, signal.SIGUSR2], 0)
-        signal.pthread_sigmask(signal.SIG_SETMASK, old)
-    assert got[0] == Received(signal.SIGUSR1, os.getpid())
-    assert got[1] == got[2]
+    """In a process of its own: in this one another thread could take the signals, and die of them."""
+    script = """
+import os, signal, subprocess, sys
+from aiosd.init.signals import Received, open_signals, read_signals
+fd = open_signals([signal.SIGUSR1, signal.SIGUSR2])
+assert read_signals(fd) == []
+os.kill(os.getpid(), signal.SIGUSR1)
+assert read_signals(fd) == [Received(signal.SIGUSR1, os.getpid())]
+with subprocess.Popen(["sh", "-c", f"kill -USR2 {os.getpid()}"]) as child:
+    child.wait()
+assert read_signals(fd) == [Received(signal.SIGUSR2, child.pid)]
+"""
+    subprocess.run([sys.executable, "-c", script], check=True, timeout=30, cwd=Path(__file__).parent.parent)
 
 
 @pytest.mark.parametrize("how", ["itself", "child", "dead child"])

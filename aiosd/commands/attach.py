@@ -50,7 +50,7 @@ ENDING = (signal.SIGINT, signal.SIGQUIT, signal.SIGTERM, signal.SIGHUP)
 PLAIN = b"\x1b[?1000l\x1b[?1002l\x1b[?1003l\x1b[?1006l\x1b[?2004l\x1b[?47l\x1b[?25h\x1b[m"
 
 EXAMPLES = """
-  aios-attach planner           the end of its log, then what it prints; exits as it does
+  aios-attach planner           its last output, then what it prints
   aios-attach --tail 0 7        only what it prints from now on
   aios-attach --no-signals 7    Ctrl-C leaves it alone
   aios-run -dt --name sh -- bash; aios-attach sh

@@ -36,17 +36,17 @@ if TYPE_CHECKING:
     from aiosd.config import Settings
 
 EXAMPLES = """
-  aiosd                                   the embedded model, in the foreground
-  aiosd -d --model llama.gguf --ctx 8192  in the background; returns when it serves
+  aiosd                                   the embedded model, here
+  aiosd -d --model llama.gguf --ctx 8192  in the background, ready on return
   aiosd --model big.gguf --model small=tiny.gguf --slots 16
-  aiosd -d --model ollama:llama3.2        one that Ollama has downloaded; `aiosd models` lists what there is
-  aiosd -d --model hf:Qwen/Qwen2.5-0.5B-Instruct-GGUF:Q4_K_M      one from a hub
+  aiosd -d --model ollama:llama3.2        from Ollama; aiosd models lists all
+  aiosd -d --model hf:Qwen/Qwen2.5-0.5B-Instruct-GGUF:Q4_K_M    from a hub
   aiosd status                            what runs where
   aiosd set policy rr                     change it while it runs
   aiosd reload                            read aiosd.toml again
-  aiosd restart                           stop it, and start it with the same options
+  aiosd restart                           stop, start with the same options
   aiosd stop                              end it, and everything in it
-  eval "$(aiosd completion bash)"         complete commands, options, pids and names
+  eval "$(aiosd completion bash)"         complete options, pids and names
 """
 
 SHELLS = ("bash", "zsh", "fish")
@@ -259,9 +259,9 @@ def change(name: str, value: str) -> int:
     """Change a setting of the running system.
 
     \b
-      aiosd set policy fair            fifo, rr, priority, mlfq or fair; open calls go on under it
+      aiosd set policy fair            fifo, rr, priority, mlfq or fair
       aiosd set quantum 64,10          tokens and seconds, whichever is first
-      aiosd set shares web=4,batch=1   what groups get under fair, in agents of nice 0
+      aiosd set shares web=4,batch=1   what groups get under fair, by weight
       aiosd set log_level debug
       aiosd set stop_timeout 30
 

@@ -9,6 +9,7 @@ from __future__ import annotations
 import errno
 import gc
 import os
+import re
 import sys
 from collections.abc import Callable, Mapping
 from importlib import import_module
@@ -47,7 +48,7 @@ def run(program: str, module: str, args: list[str]) -> int:
         return end.exit_code
     except click.ClickException as err:
         hint = f" (see {program} --help)" if isinstance(err, click.UsageError) else ""
-        complain(program, _lower_first(err.format_message()).rstrip(".") + hint)
+        complain(program, _one_line(err.format_message()) + hint)
         return err.exit_code
     except Failed as err:
         complain(program, str(err))
@@ -162,6 +163,12 @@ def _show_version(context: click.Context, _: click.Parameter, wanted: bool) -> N
 
         click.echo(f"{context.find_root().info_name} {__version__}")
         context.exit()
+
+
+def _one_line(text: str) -> str:
+    """A message of click as an error line: on one line, its guess at what was meant without brackets, no full stop."""
+    text = re.sub(r"\.? \((Did you mean [^()]*)\)\.?$", r". \1", " ".join(text.split()))
+    return _lower_first(text).rstrip(".")
 
 
 def _lower_first(text: str) -> str:

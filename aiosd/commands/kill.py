@@ -22,7 +22,7 @@ if TYPE_CHECKING:
 
 EXAMPLES = """
   aios-kill 7                   TERM to agent 7
-  aios-kill -STOP planner       park every agent named planner; -CONT resumes it
+  aios-kill -STOP planner       park all named planner, until -CONT
   aios-kill -9 -- -7            KILL to the process group 7
   aios-kill --timeout 3 7       TERM, KILL when it still lives 3 seconds later
   aios-kill -0 7                does it live? may I?

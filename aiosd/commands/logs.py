@@ -34,8 +34,8 @@ from libaios.wire import PidArgs, Sys
 
 EXAMPLES = """
   aios-logs 7                   all that agent 7 wrote
-  aios-logs -f --tail 10 7      its last ten lines, then the new ones until it ends
-  aios-logs -f planner worker   two at once, each line with the agent before it
+  aios-logs -f --tail 10 7      its last ten lines, then new ones
+  aios-logs -f planner worker   two at once, lines bear names
   aios-logs --since 10m planner what it wrote in the last ten minutes
   aios-logs --since 2026-11-23T14:05:00Z --until 2h30m 7
 """

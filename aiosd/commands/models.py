@@ -53,7 +53,7 @@ def pull(model: str) -> int:
     \b
       aiosd pull Qwen/Qwen2.5-0.5B-Instruct-GGUF
       aiosd pull Qwen/Qwen2.5-0.5B-Instruct-GGUF:Q8_0
-      aiosd -d --model hf:Qwen/Qwen2.5-0.5B-Instruct-GGUF:Q8_0     fetches it too, if it is not here
+      aiosd -d --model hf:Qwen/Qwen2.5-0.5B-Instruct-GGUF:Q8_0     fetches it
     """
     from aiosd.models import found, hub
 
@@ -78,7 +78,7 @@ def models(as_json: bool) -> int:
     \b
     SIZE   of the file, or of all its parts
     CTX    how many tokens the model was trained for
-    FITS   do the weights, and the memory of one agent's context, fit into the memory that is free now?
+    FITS   do weights and one agent's context fit into the free memory?
 
     \b
       aiosd models

@@ -29,8 +29,8 @@ EXAMPLES = """
   aios-ps -f -p 7,8             agents 7 and 8, with more columns
   aios-ps -C planner -o pid=    the pids of the agents named planner
   aios-ps -e --sort -tokens     the one that used most tokens first
-  aios-ps --dead --sort -pid    those that have ended as well, the last one first
-  aios-ps -e --watch            live, every 2 seconds, until Ctrl-C; --watch 0.5: more often
+  aios-ps --dead --sort -pid    the dead as well, the last one first
+  aios-ps -e --watch            live, every 2 seconds, until Ctrl-C
   aios-ps --json                for programs
 """
 

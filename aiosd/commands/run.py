@@ -60,9 +60,9 @@ LAST_OUTPUT_S = 2.0  # for a reader of our stdout that is slow when the agent ha
 EXAMPLES = """
   aios-run agent.py "some task"            a Python script, with its arguments
   aios-run -m libaios.agents.react -v "What is 37 * 91?"
-  aios-run -t -- bash                      any program; -t: on a terminal of its own
+  aios-run -t -- bash                      any program; -t: on a terminal
   aios-run -d --name crawler crawl.py      in the background: prints the pid
-  aios-run -dt --name sh -- bash           on a terminal in the background: aios-attach sh
+  aios-run -dt --name sh -- bash           the same, for aios-attach sh
   aios-run -n 5 --time 60 --tokens 10000 --memory 512M agent.py
 """
 

@@ -18,8 +18,8 @@ from libaios.wire import Sys, Wait, Waited
 
 EXAMPLES = """
   aios-wait 7                   exits with the status of agent 7
-  aios-wait 7 8 planner         waits for all, exits with the status of the last
-  aios-wait --timeout 10 7      exits with 126 when it still lives 10 seconds later
+  aios-wait 7 8 planner         waits for all, exits as the last
+  aios-wait --timeout 10 7      exits with 126 after 10 seconds
 """
 
 BUDGET = 124  # as aios-run

@@ -175,7 +175,7 @@ def read(path: str) -> ModelFile:
     except IsADirectoryError:
         raise UsageError(f"{path}: is a directory, not a GGUF model") from None
     except FileNotFoundError:
-        raise UsageError(f"{path}: no such file") from None
+        raise UsageError(f"{path}: no such file (aiosd models lists what is on this machine)") from None
     except OSError as error:
         raise UsageError(f"{path}: {error.strerror}") from error
     model.size = sum(os.stat(part).st_size for part in parts(path))
