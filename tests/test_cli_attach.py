@@ -382,6 +382,24 @@ def test_dt_stopped_from_outside_and_continued(shell: Terminal, aiosd: System) -
     assert shell.exit_code() == 0
 
 
+def test_dt_in_the_background_it_shows_and_ends_and_takes_no_keys(shell: Terminal, aiosd: System) -> None:
+    held(aiosd)
+    shell.command("aios-attach held &")
+    shell.expect("up\r*\n")
+    shell.command("echo $((40 + 2))")
+    shell.expect("42\n")
+    shell.command("kill %1; wait %1; echo code=$?")
+    shell.expect("code=143\n")
+    shell.command("aios-attach held &")
+    shell.expect("up\r*\n")
+    shell.command("fg")
+    shell.expect("held\r*\n")
+    shell.type("word\r")
+    shell.expect("got word\n")
+    shell.type("\x04")
+    assert shell.exit_code() == 0
+
+
 def test_dt_an_agent_that_closes_its_terminal_goes_on(shell: Terminal, aiosd: System) -> None:
     held(aiosd, "echo up; exec <&- >&- 2>&-; while [ ! -e $AIOS_HOME/closed ]; do sleep 0.02; done; exit 5")
     shell.command("aios-attach held")
