@@ -82,15 +82,25 @@ def test_keys_are_found_however_they_arrive(pieces: list[bytes], keys: bytes) ->
 def test_the_end_of_the_log_then_what_comes_then_the_agents_status(aiosd: System) -> None:
     pid = start(aiosd, "seq 1 12; while [ ! -e $AIOS_HOME/on ]; do sleep 0.02; done; printf last; exit 5")
     assert eventually(lambda: aiosd.run("aios-logs", "--tail", "1", pid).stdout == "12\n")
-    views = [attach(aiosd, "watched"), attach(aiosd, pid, "--tail", "2"), attach(aiosd, pid, "--tail", "0")]
+    views = [attach(aiosd, "watched"), attach(aiosd, pid, "--tail", "2")]
     assert [line_of(views[0]) for _ in range(10)] == [f"{n}\n" for n in range(3, 13)]
     assert [line_of(views[1]) for _ in range(2)] == ["11\n", "12\n"]
     (aiosd.home / "on").touch()
-    assert [view.communicate(timeout=PATIENCE_S)[0] for view in views] == ["last"] * 3
-    assert [view.returncode for view in views] == [5] * 3
+    assert [view.communicate(timeout=PATIENCE_S)[0] for view in views] == ["last"] * 2
+    assert [view.returncode for view in views] == [5] * 2
     (aiosd.home / "on").unlink()
     again = aiosd.run("aios-attach", "--tail", "1", pid)
     assert (again.returncode, again.stdout) == (5, "last")
+
+
+def test_tail_0_shows_nothing_of_what_was_before(aiosd: System) -> None:
+    pid = start(aiosd, "i=0; while :; do i=$((i+1)); echo $i; sleep 0.02; done")
+    assert eventually(lambda: aiosd.run("aios-logs", pid).stdout)
+    before = int(aiosd.run("aios-logs", "--tail", "1", pid).stdout)
+    view = attach(aiosd, pid, "--tail", "0")
+    assert int(line_of(view)) > before
+    view.send_signal(signal.SIGQUIT)
+    assert view.wait(PATIENCE_S) == 128 + signal.SIGQUIT
 
 
 def test_the_status_is_that_of_aios_run(aiosd: System) -> None:
@@ -376,6 +386,24 @@ def test_dt_stopped_from_outside_and_continued(shell: Terminal, aiosd: System) -
     assert stat_of(aiosd, "held") == "S"
     shell.command("fg")
     shell.expect("held\n")
+    shell.type("word\r")
+    shell.expect("got word\n")
+    shell.type("\x04")
+    assert shell.exit_code() == 0
+
+
+def test_dt_in_the_background_it_shows_and_ends_and_takes_no_keys(shell: Terminal, aiosd: System) -> None:
+    held(aiosd)
+    shell.command("aios-attach held &")
+    shell.expect("up\r*\n")
+    shell.command("echo $((40 + 2))")
+    shell.expect("42\n")
+    shell.command("kill %1; wait %1; echo code=$?")
+    shell.expect("code=143\n")
+    shell.command("aios-attach held &")
+    shell.expect("up\r*\n")
+    shell.command("fg")
+    shell.expect("held\r*\n")
     shell.type("word\r")
     shell.expect("got word\n")
     shell.type("\x04")

@@ -154,8 +154,6 @@ class View:
         self._catch_signals()
         try:
             self.log.seek(tail=self._lines() if tail is None else tail)
-            if self.holder is not None:
-                self._enter()
             self._show()
         finally:
             self._leave()
@@ -175,6 +173,7 @@ class View:
     def _show(self) -> None:
         """Until the agent has ended and all is shown, or the user detaches."""
         while not self.detached:
+            self._enter()
             self.client.pump()
             if self.client.socket.reborn:  # a kernel born again is told at once what we still wait for
                 self.client.pump()
@@ -256,8 +255,6 @@ class View:
         os.kill(os.getpid(), signal.SIGTSTP)
         # Here we stand still until CONT, or not at all: Linux stops no process of an orphaned group.
         signal.signal(signal.SIGTSTP, handler)
-        if self.holder is not None:
-            self._enter()
 
     # ── an agent with a terminal ──────────────────────────────────────────────────────────────────────────
 
@@ -274,7 +271,9 @@ class View:
         return LINES if self.holder is None else max(os.get_terminal_size(0).lines, LINES)
 
     def _enter(self) -> None:
-        if self.raw is not None:
+        """Once we are in the foreground. In the background Linux would stop us for touching the terminal, again and
+        again, and no signal but KILL would end us."""
+        if self.raw is not None and not self.raw.entered and self._may_read_keys():
             self.raw.enter()
             self._send_size()
 
