@@ -64,7 +64,8 @@ class Meter:
 
     def stats(self) -> dict[str, Any]:
         now = self._clock()
-        marks = [mark for mark in self._marks if now - mark[0] <= WINDOW + 1] or [self._marks[-1]]
+        # Without a recent mark nothing was generated lately: a step that ends a second after a mark makes another.
+        marks = [mark for mark in self._marks if now - mark[0] <= WINDOW + 1] or [(now, self.generated)]
         first, count = marks[0]
         return {
             "steps": self.steps,
