@@ -104,7 +104,7 @@ def ask(number: int, sys: int, args: Any) -> link.Ask:
 
 
 def test_threads_of_llama_cpp_do_not_spin_beside_agents(path: Path) -> None:
-    """OpenMP reads this when it is loaded, so it must be there before; and whoever sets it has his way."""
+    """OpenMP reads this when it is loaded, so it must be there before; a value that the user has set stays."""
     code = """
 import os, sys
 from aiosd.heartbeat import Rounds

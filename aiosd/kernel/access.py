@@ -23,7 +23,7 @@ from libaios.wire import Sys
 
 class Verdict(enum.Enum):
     NOW = "now"
-    LATER = "later"  # whoever decides will see that the call is taken up again
+    LATER = "later"  # the call stays open, and is taken up again when a person has decided
 
 
 class Access:
