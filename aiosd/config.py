@@ -167,6 +167,19 @@ def _share(name: str, value: Any) -> float:
     return share
 
 
+def _folders(value: Any) -> tuple[str, ...]:
+    """ "/srv/docs,/srv/out=write" · ["/srv/docs", "/srv/out=write"]"""
+    parts = value.split(",") if isinstance(value, str) else value
+    if not isinstance(parts, list | tuple) or not all(isinstance(part, str) for part in parts):
+        raise ValueError(f"{value!r} is no list of folders (such as /srv/docs,/srv/out=write)")
+    folders = tuple(part.strip() for part in parts if part.strip())
+    for folder in folders:
+        path, equals, mode = folder.partition("=")
+        if not path.startswith("/") or (equals and mode != "write"):
+            raise ValueError(f"{folder!r} is neither an absolute path nor one with =write behind it")
+    return folders
+
+
 DEFAULT_QUANTUM = (64, 10.0)
 
 KEYS = (
@@ -204,6 +217,9 @@ KEYS = (
     Key("log_keep", _whole(1, 1000), "N", "How many full files of a log are kept beside it (3).", 3),
     Key("store_ram", _size, "SIZE", "Memory for copies of notes, such as 64M (32M).", 32 << 20),
     Key("note_quota", _size, "SIZE", "Notes that each owner may keep on the disk (64M).", 64 << 20),
+    Key("file_quota", _size, "SIZE", "Files that each owner may keep, with old versions and trash (4G).", 4 << 30),
+    Key("file_versions", _whole(1, 1_000_000), "N", "Versions kept of a file; the oldest goes first (100).", 100),
+    Key("store_folders", _folders, "DIR,…", "Folders that agents may mount; DIR=write: for writing, too (none).", ()),
     Key("stop_timeout", _seconds, "S", "At the end agents get TERM, and KILL after S seconds (5).", 5.0),
 )
 BY_NAME = {key.name: key for key in KEYS}
@@ -243,6 +259,9 @@ class Settings:
     orphans: str = "kill"  # or "term": the first signal to a process that outlives its agent
     store_ram: int = 32 << 20
     note_quota: int = 64 << 20
+    file_quota: int = 4 << 30
+    file_versions: int = 100
+    store_folders: tuple[str, ...] = ()
     services: tuple[Service, ...] = ()  # besides the cores
 
     def schedule(self) -> Schedule:
@@ -291,6 +310,9 @@ def load(
         orphans=values["orphans"],
         store_ram=values["store_ram"],
         note_quota=values["note_quota"],
+        file_quota=values["file_quota"],
+        file_versions=values["file_versions"],
+        store_folders=values["store_folders"],
         log_size=values["log_size"],
         log_keep=values["log_keep"],
         agents=tuple(file.agents),

@@ -5,10 +5,10 @@ from that record, and forks it again when it dies; the kernel, `aios-ps -e`, `ai
 same record. The calls that it answers are the rows of `wire.TABLE` whose `by` is its kind.
 
 A service that is no llm core serves with a `Server`: one function for each call. A function gets the `link.Ask` (with
-key and caller) and the arguments, and returns the body of the reply; a generator yields parts of it before that. What
-it raises becomes the reply: an OSError as it is, anything else as EIO. The server keeps what `wire.Again` promises: a
-call that it has, or has answered, is not done again when it is submitted again. (A call that is to take effect ONCE
-also over a death of the service must keep its key with its effect.)
+key and caller) and the arguments, and returns the body of the reply; a generator yields parts of it before that, or a
+`Pause` when it has to wait for something. What it raises becomes the reply: an OSError as it is, anything else as EIO.
+The server keeps what `wire.Again` promises: a call that it has, or has answered, is not done again when it is submitted
+again. (A call that is to take effect ONCE also over a death of the service must keep its key with its effect.)
 """
 
 from __future__ import annotations
@@ -16,10 +16,12 @@ from __future__ import annotations
 import errno
 import importlib
 import logging
+import select
+import time
 from collections import OrderedDict
-from collections.abc import Callable, Generator, Mapping
+from collections.abc import Callable, Generator, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, NamedTuple
 
 from aiosd import link
 from aiosd.heartbeat import Rounds
@@ -63,6 +65,13 @@ class Service:
         return entry(channel, self.argument, rounds)
 
 
+class Pause(NamedTuple):
+    """What a call that cannot go on yields. It is called again when something has come, whatever that is, and at
+    `until` (monotonic clock) at the latest; with 0 after all others have had their turn."""
+
+    until: float = 0.0
+
+
 @dataclass(slots=True)
 class _Answer:
     """What a call got, for when it is submitted again."""
@@ -80,10 +89,13 @@ class Server:
     stats: Callable[[], dict[str, Any]] = dict
     on_gone: Callable[[int], None] = lambda peer: None  # this peer is dead
     on_keep: Callable[[list[int]], None] = lambda peers: None  # all peers but these are
+    background: Callable[[], float] = lambda: SLEEP_S  # called in each round; for how many seconds it can wait then
+    watched: Sequence[int] = ()  # descriptors that end a sleep when they are readable; `background` reads them
     _answers: OrderedDict[link.Key, _Answer] = field(default_factory=OrderedDict)
     _bytes: int = 0
     _under_way: dict[link.Key, Generator[Any, None, Any]] = field(default_factory=dict)
     _offsets: dict[link.Key, int] = field(default_factory=dict)
+    _paused: dict[link.Key, float] = field(default_factory=dict)
     _quit: bool = False
 
     def run(self, rounds: Rounds) -> int:
@@ -99,12 +111,31 @@ class Server:
             if channel.reborn:  # a new kernel: it submits again what is open
                 channel.renew()
                 self._send(link.Loaded())
+            wait = min(SLEEP_S, self.background())
             for key in list(self._under_way):
                 self._go_on(key)
-            if not self._under_way and not channel.more and not self._quit:
+            if self._under_way:
+                wait = min(wait, self._pause())
+            if wait > 0 and not channel.more and not self._quit:
                 rounds.end()
-                channel.wait(SLEEP_S)
+                self._sleep(wait)
         return 0
+
+    def _pause(self) -> float:
+        """For how many seconds no call can go on."""
+        if len(self._paused) < len(self._under_way):
+            return 0.0
+        return min(self._paused.values()) - time.monotonic()
+
+    def _sleep(self, seconds: float) -> None:
+        channel = self.channel
+        if not self.watched:
+            channel.wait(seconds)
+        elif not channel.wait(0.0):  # which has announced sleep: the bell rings from now on
+            poll = select.poll()
+            for fd in (channel.fileno(), *self.watched):
+                poll.register(fd, select.POLLIN)
+            poll.poll(seconds * 1000)
 
     def _send(self, message: link.FromService) -> None:
         self.channel.send(link.encode(message))
@@ -166,8 +197,13 @@ class Server:
         except Exception as err:
             self._failed(key, err)
         else:
-            self._send(link.Part(key, self._offsets[key], wire.encode(part)))
-            self._offsets[key] += 1
+            self._paused.pop(key, None)
+            if isinstance(part, Pause):
+                self._paused[key] = part.until
+                self._send(link.Working(None))  # a death while it waits is not its fault
+            else:
+                self._send(link.Part(key, self._offsets[key], wire.encode(part)))
+                self._offsets[key] += 1
 
     def _answered(self, key: link.Key, body: object) -> None:
         encoded = wire.encode(body)
@@ -194,5 +230,6 @@ class Server:
         """Of a call that goes on: it is over, or not wanted any more."""
         generator = self._under_way.pop(key, None)
         self._offsets.pop(key, None)
+        self._paused.pop(key, None)
         if generator is not None:
             generator.close()

@@ -28,6 +28,13 @@ def of(settings: Settings) -> list[Service]:
         name="store",
         kind="store",
         entry="aiosd.store.main:main",
-        argument=StoreSpec(str(settings.home.data / "store"), settings.store_ram, settings.note_quota),
+        argument=StoreSpec(
+            str(settings.home.data / "store"),
+            settings.store_ram,
+            settings.note_quota,
+            settings.file_quota,
+            settings.file_versions,
+            settings.store_folders,
+        ),
     )
     return [*cores, store, *settings.services]

@@ -38,6 +38,7 @@ class Access:
             Sys.STATUS: self._status,
             Sys.SHUTDOWN: lambda peer, args: require_person(peer, "stop the system"),
             Sys.SET: lambda peer, args: require_person(peer, "change settings"),
+            Sys.STO_EMPTY: lambda peer, args: require_person(peer, "empty the trash"),
         }
 
     def check(self, peer: Peer, row: wire.Row, args: Any) -> Verdict:

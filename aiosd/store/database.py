@@ -25,9 +25,10 @@ from msgspec import Raw
 
 from aiosd import link
 from aiosd.errors import WorldError
+from aiosd.store.fileschema import FILES
 from libaios import wire
 
-VERSION = 1
+VERSION = 2
 MEMOS = 4096
 FILE = "store.db"
 CHECKSUM_BYTES = 8  # at the end of each page, as cksumvfs wants it
@@ -47,6 +48,7 @@ MIGRATIONS: tuple[str, ...] = (
     CREATE INDEX note_ends ON notes(owner, expires) WHERE expires IS NOT NULL;
     CREATE VIRTUAL TABLE note_words USING fts5(owner, text, tokenize='unicode61');
     """,
+    FILES,
 )
 
 

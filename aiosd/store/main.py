@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Sequence
 from typing import Any
 
 from msgspec import Struct
@@ -15,11 +16,15 @@ from libaios.channel import Channel
 
 
 class StoreSpec(Struct, frozen=True):
-    """Settings of the store: its folder; bytes of memory for all, and of notes for each owner."""
+    """Settings of the store: its folder; bytes of memory for all; for each owner bytes of notes and of files; versions
+    that are kept of a file; folders that agents may mount, with `=write` behind those that they may write to."""
 
     folder: str
     ram: int
     quota: int
+    file_quota: int
+    versions: int
+    folders: tuple[str, ...] = ()
 
 
 def main(channel: Channel, spec: StoreSpec, rounds: Rounds) -> int:
@@ -27,20 +32,34 @@ def main(channel: Channel, spec: StoreSpec, rounds: Rounds) -> int:
 
     from aiosd.store.database import Database
     from aiosd.store.memory import Memory
+    from aiosd.store.storage import Storage
 
     try:
         database = Database(Path(spec.folder))
+        storage = Storage(database, Path(spec.folder), spec.file_quota, spec.versions, spec.folders)
     except (WorldError, OSError) as err:
         channel.send(link.encode(link.LoadFailed(f"the store cannot start: {err}")))
         return 1
     memory = Memory(database, spec.ram, spec.quota)
-    if database.begin_system(_boot()):
-        memory.only_alive(())
+    new_system = database.begin_system(_boot())
+    storage.begin(new_system)
+
+    def gone(peer: int) -> None:
+        storage.owner_gone(peer)  # before the notes: with these goes the owner's row
+        memory.owner_gone(peer)
+
+    def keep(peers: Sequence[int]) -> None:
+        storage.only_alive(peers)
+        memory.only_alive(peers)
+
+    if new_system:
+        keep(())
 
     def stats() -> dict[str, Any]:
-        return {**memory.cache.stats(), **database.stats(), "search": "by words"}
+        return {**memory.cache.stats(), **database.stats(), **storage.stats(), "search": "by words"}
 
-    server = Server(channel, memory.handlers(), stats, memory.owner_gone, memory.only_alive)
+    handlers = {**memory.handlers(), **storage.handlers()}
+    server = Server(channel, handlers, stats, gone, keep, storage.background, storage.watched)
     try:
         return server.run(rounds)
     finally:
