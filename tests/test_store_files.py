@@ -3,6 +3,7 @@ test_store_files_system."""
 
 from __future__ import annotations
 
+import contextlib
 import errno
 import os
 from collections.abc import Iterator
@@ -467,15 +468,17 @@ def test_a_file_that_no_commit_has_named_goes(tmp_path: Path) -> None:
     """A transaction that is lost after its file was written, here and by a process that dies."""
     store = Store(tmp_path)
     store.write("kept", b"k" * PIECE)
-    with pytest.raises(ZeroDivisionError), store.database.transaction():
-        store.write("lost", b"l" * PIECE)
-        assert len(os.listdir(store.folder / "contents")) == 2
-        assert store.storage.contents.clean(), "not within a transaction"
-        raise ZeroDivisionError
+
+    def lose() -> None:
+        with contextlib.suppress(ZeroDivisionError), store.database.transaction():
+            store.write("lost", b"l" * PIECE)
+            assert len(os.listdir(store.folder / "contents")) == 2
+            assert store.storage.contents.clean(), "not within a transaction"
+            raise ZeroDivisionError
+
+    lose()
     assert len(store.files()) == 1
-    with pytest.raises(ZeroDivisionError), store.database.transaction():
-        store.write("lost", b"l" * PIECE)
-        raise ZeroDivisionError
+    lose()
     store.close()  # before anything was cleaned
     (store.folder / "contents" / ("0" * 64)).touch()  # not ours: it may be all that is left of something
     again = Store(tmp_path)
@@ -563,9 +566,11 @@ def test_what_names_no_space_is_refused(store: Store, of: str) -> None:
 def test_any_text_is_a_path_or_a_sentence(tmp_path_factory: pytest.TempPathFactory, path: str, of: str) -> None:
     store = Store(tmp_path_factory.mktemp("s"))
     for sys, args in [*changing(path, of), *reading(path, of)]:
+        said: OSError | None = None
         try:
             store(sys, args)
         except OSError as err:
-            assert err.errno in (errno.EINVAL, errno.ENOENT, errno.ENAMETOOLONG, errno.EISDIR)
-            assert err.strerror
+            said = err
+        assert said is None or said.errno in (errno.EINVAL, errno.ENOENT, errno.ENAMETOOLONG, errno.EISDIR)
+        assert said is None or said.strerror
     store.close()
