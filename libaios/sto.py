@@ -317,7 +317,8 @@ def mounts(of: str = "") -> Plan[builtins.list[Mount]]:
 
 @syscall
 def stats(of: str = "") -> Plan[dict[str, Any]]:
-    """`files`, `trash` (files), `bytes` that are kept of the `quota`, `versions` that are kept of each file."""
+    """`files`, `trash` (files), `bytes` that are kept of the `quota`, `versions` that are kept of each file; `lasting`:
+    they outlast the agent."""
     return Plan(Sys.STO_STATS, wire.StoSpace(_text(of)))
 
 

@@ -242,3 +242,69 @@ def test_the_command(system: System, tmp_path: Path) -> None:
     assert run("rm", "none", *of, code=1) == "aios-sto: none: there is no file 'none'\n"
     services = {service["name"]: service for service in system.status()["services"]}
     assert {"file_bytes", "mounts"} <= set(services["store"]["stats"])
+
+
+# ── the ReAct agent ───────────────────────────────────────────────────────────────────────────────────────
+
+REACT = ("-m", "libaios.agents.react", "--")
+TOOLS = """
+import sys
+from libaios.agents.react import Stored
+tools = Stored()
+for name, arguments in {calls!r}:
+    print(repr(tools.call(name, arguments)))
+"""
+
+
+def test_an_agent_that_is_started_again_under_its_name_remembers(system: System) -> None:
+    """With the embedded model."""
+    system.run("aios-run", "--name", "bob", *REACT, "Remember that the rent is 850.", check=True)
+    again = system.run("aios-run", "--name", "bob", *REACT, "What is the rent?", check=True)
+    assert "850" in again.stdout
+    other = system.run("aios-run", "--name", "eve", *REACT, "What is the rent?", check=True)
+    assert "850" not in other.stdout
+    system.run("aios-run", "--name", "bob", *REACT, "Write hello to a.txt", check=True)
+    assert sto.read("a.txt", of="agent:bob") == b"hello\n"
+
+
+def test_its_tools_are_system_calls(system: System, tmp_path: Path) -> None:
+    (tmp_path / "real.txt").write_text("on the disk\n")
+    (tmp_path / "big").write_text("x" * 200_000)
+    calls = [
+        ("remember", {"text": " the rent\nis 850 "}),
+        ("recall", {"query": "rents"}),
+        ("recall", {"query": "the cat"}),
+        ("write_file", {"path": "a/b.txt", "content": "größe"}),
+        ("read_file", {"path": "a/../a/b.txt"}),
+        ("read_file", {"path": "real.txt"}),
+        ("read_file", {"path": "none.txt"}),
+        ("read_file", {"path": "../secret"}),
+        ("write_file", {"path": "/etc/passwd", "content": "x"}),
+        ("write_file", {"path": "a", "content": "x"}),
+        ("write_file", {"path": "x", "content": "x" * 200_000}),
+        ("read_file", {"path": "big"}),
+        ("read_file", {"path": "a\0b"}),
+    ]
+    (script := tmp_path / "agent.py").write_text(TOOLS.format(calls=calls))
+    expected = [
+        "ok",
+        "the rent is 850",
+        "nothing found",
+        "ok",
+        "größe",
+        "on the disk",
+        "error: no such file: none.txt",
+        "error: outside the working folder: ../secret",
+        "error: outside the working folder: /etc/passwd",
+        "error: is a directory: a",
+        "error: content too large",
+        "error: file too large: big",
+        "error: invalid argument: a\0b",
+    ]
+    for options, of in ((("--name", "me"), "agent:me"), ((), "group")):
+        done = system.run("aios-run", *options, str(script), check=True, cwd=tmp_path)
+        assert done.stdout.splitlines() == [repr(line) for line in expected]
+        assert [file.path for file in sto.list(of=of)] == ["a/b.txt"], (
+            "what a nameless agent writes does not end with it"
+        )
+    assert not (tmp_path / "a").exists()

@@ -315,6 +315,7 @@ class Storage:
             "bytes": self.contents.bytes_of(space.owner) if space.owner is not None else 0,
             "quota": self.files.quota,
             "versions": self.files.most_versions,
+            "lasting": not space.name.startswith(owners.ALONE),
         }
         if not ask.caller.pid:
             sql = "SELECT o.name, b.bytes FROM file_bytes b JOIN owners o ON o.id = b.owner ORDER BY o.name LIMIT 1000"
