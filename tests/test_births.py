@@ -1,4 +1,4 @@
-"""What an agent names is looked up by its own process: one that never comes to an end holds up nobody else.
+"""What an agent names is looked up by its own process: one that never comes to an end holds up no other.
 
 A file system that hangs is played by a FIFO: who opens it waits for a writer.
 """
@@ -47,7 +47,7 @@ def test_a_birth_is_over_with_its_process_though_another_holds_its_socket() -> N
         assert epoll.poll(0) == []
 
 
-def test_a_program_that_cannot_be_looked_up_holds_up_nobody(fresh_aiosd: Fresh, slow: Path) -> None:
+def test_a_program_that_cannot_be_looked_up_holds_up_no_other_agent(fresh_aiosd: Fresh, slow: Path) -> None:
     system = fresh_aiosd()
     run = system.popen("aios-run", slow)
     assert eventually(lambda: system.run("aios-run", "--", "echo", "others", check=True).stdout == "others\n")

@@ -430,7 +430,7 @@ def test_it_dies_of_an_interrupt_as_the_agent_does(aiosd: System) -> None:
     assert run.stdout.readline() == "up\n"
     run.send_signal(signal.SIGINT)
     assert run.wait(10) == -signal.SIGINT
-    assert aiosd.run("aios-run", "--", "sh", "-c", "kill -INT $$").returncode == 130, "nobody interrupted us"
+    assert aiosd.run("aios-run", "--", "sh", "-c", "kill -INT $$").returncode == 130, "no signal came to aios-run"
 
 
 def test_a_budget_is_told_on_stderr(aiosd: System) -> None:

@@ -26,7 +26,7 @@ def test_a_successor_finds_the_rows(memfd: int) -> None:
     assert Ledger(memfd).row(8)[CALLS] == 0
 
 
-def test_a_forgotten_row_is_empty_for_whoever_gets_it(memfd: int) -> None:
+def test_a_forgotten_row_is_empty_for_the_next_agent(memfd: int) -> None:
     ledger = Ledger(memfd)
     ledger.row(7)[CALLS] = 5
     ledger.forget(7)

@@ -1,4 +1,4 @@
-"""What `aiosd status` prints: a few lines, or (-v) all that the system tells of itself."""
+"""What `aiosd status` prints: a few lines, or with -v all that the system reports."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from aiosd.units import format_duration, format_size
 
 
 def brief(found: dict[str, Any], machine: str = "") -> list[str]:
-    """What a person looks for first. A figure that the system does not tell is left out."""
+    """The most important figures. One that the system does not report is left out."""
     rows = {"home": str(found.get("home", "")), "policy": _policy(found), "agents": _agents(found)}
     rows |= {f"model {model.get('name', '?')}": _model_in_a_line(model) for model in found.get("models", [])}
     others = [service for service in found.get("services", []) if service.get("state") not in (None, "ready")]
@@ -73,7 +73,7 @@ def _checked(problems: list[str] | None) -> list[str]:
 
 
 def describe(found: dict[str, Any], machine: str = "") -> list[str]:
-    """Everything. What this function does not know by name is shown under its own."""
+    """All figures. One that this function does not know is shown under its own name."""
     rest = dict(found)
     lines = [_head(found)]
     models, checked = rest.pop("models", []), rest.pop("check", None)
