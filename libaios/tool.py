@@ -32,6 +32,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any, TypeVar, overload
 
 from msgspec import Struct
+from msgspec.structs import replace
 
 from libaios import wire
 from libaios.agent import connection
@@ -88,10 +89,11 @@ def call_args(
 
 
 def stream(name: str, arguments: Mapping[str, Any] | None = None, /, **more: Any) -> Iterator[str]:
-    """Call a tool and iterate over what it writes while it runs (its `print`s and `yield`s). The result comes last,
-    if it is a text and nothing was written before it. Leaving the loop early ends the call. Raises as `call`."""
+    """Call a tool and iterate over what it writes while it runs (its `print`s and `yield`s). The result comes last, if
+    it is a text and nothing was written before it. Leaving the loop early ends the call. What a tool writes while there
+    is no kernel may be lost; its result is not. Raises as `call`."""
     conn = connection()
-    pending = conn.submit(Sys.TOOL_CALL, call_args(name, arguments, more, None), stream=True)
+    pending = conn.submit(Sys.TOOL_CALL, replace(call_args(name, arguments, more, None), stream=True))
     try:
         wrote = False
         for piece in conn.pieces(pending, None):

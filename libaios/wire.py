@@ -407,6 +407,7 @@ class CallTool(Struct, array_like=True, frozen=True):
     name: Annotated[str, Meta(max_length=64)]
     arguments: Annotated[dict[str, Any], Meta(max_length=1024)] = {}
     timeout_s: Seconds | None = None
+    stream: bool = False  # send what it writes while it runs
 
 
 # ── bodies of replies ─────────────────────────────────────────────────────────────────────────────────────

@@ -150,7 +150,7 @@ class Toolbox:
         job = Job(
             tool,
             Run(tool.name, args.arguments, folder),
-            on_text=lambda text: self.server.part(ask.key, text),
+            on_text=(lambda text: self.server.part(ask.key, text)) if args.stream else lambda text: None,
             on_done=lambda done: self._done(ask.key, done),
             on_over=lambda: self._over(ask.key),
         )

@@ -149,7 +149,7 @@ class Pool:
 
     def _environment(self) -> dict[str, str]:
         kept = {name: os.environ[name] for name in KEPT_VARIABLES if name in os.environ}
-        return {**kept, "HOME": self._home, "TMPDIR": self._home, "PYTHONPATH": os.pathsep.join(filter(None, sys.path))}
+        return {**kept, "HOME": self._home, "PYTHONPATH": os.pathsep.join(filter(None, sys.path))}
 
     def _give(self, worker: Worker, job: Job) -> None:
         worker.job, worker.wrote = job, 0

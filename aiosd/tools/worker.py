@@ -55,6 +55,7 @@ class _Output(io.TextIOBase):
 def main(fd: str, source: str) -> int:
     _die_with_parent()
     signal.signal(signal.SIGINT, signal.SIG_IGN)
+    os.environ.pop("PYTHONPATH", None)  # for this process, not for what a tool starts
     frames = FrameSocket(socket.socket(fileno=int(fd)))
     os.set_inheritable(int(fd), False)
     for limit, value in LIMITS:
@@ -102,6 +103,7 @@ def _serve(function: Function, request: Run, output: _Output) -> Done:
     resource.setrlimit(resource.RLIMIT_DATA, (function.tool.memory_bytes, hard))
     try:
         os.chdir(request.folder)
+        os.environ["HOME"] = os.environ["TMPDIR"] = os.environ["PWD"] = request.folder
         result = function.run(request.arguments)
         if isinstance(result, Iterator):
             result = _written(result, output)
