@@ -168,8 +168,8 @@ class Supervisor:
                 self.stop(f"{signal_name(one.number)} {describe_sender(one.sender)}")
 
     def _is_refused(self, one: Received) -> bool:
-        """Signals are obeyed from the guardian, or from Linux itself. Most others come from agents (`kill $PPID`), and
-        for a sender that has ended this cannot be found out."""
+        """Signals are obeyed from the guardian, or from Linux itself, and from no other process: most others come from
+        agents (`kill $PPID`). A user has the guardian's number, and `aiosd stop`."""
         if one.sender in (0, self.guardian):
             return False
         agent, sender = self._agent_above(one.sender), describe_sender(one.sender)
