@@ -7,7 +7,7 @@ writer runs alone. The promise:
     * Calls of one agent to one tool begin in the order in which they came.
     * Agents take turns: of those with a call that can begin, the one that began a call longest ago is first.
     * Bounded overtaking: at most OVERTAKES calls that came later begin while an older one waits for something that they
-      use. Then what it needs is kept for it. So every call begins, provided that calls that run end.
+      use. Then what it needs is kept for it, and it is first. So every call begins, provided that calls that run end.
 """
 
 from __future__ import annotations
@@ -135,7 +135,7 @@ class Admission:
                 able.append(call)
             elif call.overtaken >= OVERTAKES:
                 held.change(call.needs, 1)  # kept for it: nothing that came later takes any of this
-        yield from sorted(able, key=lambda call: (self._turns[call.agent], call.number))
+        yield from sorted(able, key=lambda call: (call.overtaken < OVERTAKES, self._turns[call.agent], call.number))
 
     def _begin(self, call: _Waiting) -> None:
         del self._waiting[call.key]
