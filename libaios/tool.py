@@ -98,7 +98,7 @@ def stream(name: str, arguments: Mapping[str, Any] | None = None, /, **more: Any
         wrote = False
         for piece in conn.pieces(pending, None):
             wrote = True
-            yield piece
+            yield str(piece)
         assert pending.final is not None
         result = decode_body(pending.final, Any)
         if isinstance(result, str) and not wrote:

@@ -279,5 +279,3 @@ def test_the_environment_of_aiosd_is_no_tools_business(tmp_path: Path) -> None:
             assert "sk-secret" not in call(client, "shell", command="env")["output"]
     finally:
         assert system.destroy() == []
-
-

@@ -7,6 +7,8 @@ the service gets the `Tool`s that they make.
 
 from __future__ import annotations
 
+import copy
+import functools
 import inspect
 import typing
 from collections.abc import Callable
@@ -75,10 +77,16 @@ def _arguments(function: Callable[..., Any]) -> type[Struct]:
             raise TypeError(f"{name}: a tool's parameters have names; {parameter} has none")
         field = [parameter.name, hints.get(parameter.name, Any)]
         if parameter.default is not parameter.empty:
-            default = parameter.default
-            field.append(msgspec.field(default_factory=lambda default=default: default))
+            field.append(_default(parameter.default))
         fields.append(tuple(field))
     return msgspec.defstruct(name, fields, kw_only=True, forbid_unknown_fields=True)
+
+
+def _default(value: Any) -> Any:
+    """Plain values are shown in the schema; others are copied for each call."""
+    if value is None or isinstance(value, str | int | float | bool):
+        return value
+    return msgspec.field(default_factory=functools.partial(copy.deepcopy, value))
 
 
 def _schema(arguments: type[Struct], descriptions: dict[str, str]) -> dict[str, Any]:
@@ -90,7 +98,6 @@ def _schema(arguments: type[Struct], descriptions: dict[str, str]) -> dict[str, 
     root = definitions.pop(schema.get("$ref", "").removeprefix("#/$defs/"), schema)
     root = {key: value for key, value in root.items() if key != "title"}
     for name, prop in root.get("properties", {}).items():
-        prop.pop("default", None) if prop.get("default", 0) is None else None
         if descriptions.get(name):
             prop.setdefault("description", descriptions[name])
     return {**root, "$defs": definitions} if definitions else root

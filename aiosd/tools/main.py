@@ -65,7 +65,7 @@ class Toolbox:
         self.errors: dict[str, str] = {}  # of sources that could not be loaded
         self.server = Server(
             channel,
-            {Sys.TOOL_LIST: self.list, Sys.TOOL_CALL: self.call},
+            {Sys.TOOL_LIST: self.listing, Sys.TOOL_CALL: self.call},
             self.stats,
             on_gone=self.peer_gone,
             on_keep=self.only_alive,
@@ -133,7 +133,7 @@ class Toolbox:
 
     # ── calls ─────────────────────────────────────────────────────────────────────────────────────────────
 
-    def list(self, ask: link.Ask, args: wire.NoArgs) -> Any:
+    def listing(self, ask: link.Ask, args: wire.NoArgs) -> Any:
         if self._loading:
             self._early.append((ask, args))
             return LATER
@@ -162,7 +162,7 @@ class Toolbox:
     def _resume(self, ask: link.Ask, args: Any) -> None:
         """An early call, now that everything is loaded."""
         try:
-            answer = self.list(ask, args) if ask.sys == Sys.TOOL_LIST else self.call(ask, args)
+            answer = self.listing(ask, args) if ask.sys == Sys.TOOL_LIST else self.call(ask, args)
         except OSError as err:
             self.server.fail(ask.key, err)
             return
@@ -233,7 +233,12 @@ class Toolbox:
         """In a thread, since a folder may be full."""
         there = [folder for folder in folders if folder.exists()]
         if there:
-            threading.Thread(target=lambda: [shutil.rmtree(folder, ignore_errors=True) for folder in there]).start()
+            threading.Thread(target=_remove, args=(there,)).start()
+
+
+def _remove(folders: list[Path]) -> None:
+    for folder in folders:
+        shutil.rmtree(folder, ignore_errors=True)
 
 
 def needs_of(tool: Tool, arguments: dict[str, Any], folder: str) -> Needs:
