@@ -5,7 +5,7 @@ from __future__ import annotations
 import errno
 import os
 import signal
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -226,19 +226,20 @@ def test_endless_output_is_cut(client: Client) -> None:
 
 
 def test_a_tool_runs_once_at_a_time_and_its_queue_survives_the_toolbox(
-    system: System, client: Client, tmp_path: Path
+    fresh_aiosd: Callable[..., System], tmp_path: Path
 ) -> None:
-    gate = tmp_path / "gate"
-    log = tmp_path / "gate.log"
-    calls = [client.submit(Sys.TOOL_CALL, CallTool("hold", {"gate": str(gate)})) for _ in range(3)]
-    assert eventually(lambda: log.exists() and log.read_text() == "begun ")
-    old = toolbox(system)
-    os.kill(old, signal.SIGKILL)
-    with pytest.raises(OSError, match="died while this call was under way") as caught:
-        client.result(calls[0], str, timeout=20.0)
-    assert caught.value.errno == errno.EIO
-    gate.touch()
-    assert [client.result(one, str, timeout=20.0) for one in calls[1:]] == ["done", "done"]
+    (tmp_path / "mine.py").write_text(TOOLS)
+    system = fresh_aiosd("--tools", str(tmp_path / "mine.py"), "--threads", "1")
+    gate, log = tmp_path / "gate", tmp_path / "gate.log"
+    with Client(Home(str(system.home))) as client:
+        calls = [client.submit(Sys.TOOL_CALL, CallTool("hold", {"gate": str(gate)})) for _ in range(3)]
+        assert eventually(lambda: log.exists() and log.read_text() == "begun ")
+        os.kill(toolbox(system), signal.SIGKILL)
+        with pytest.raises(OSError, match="died while this call was under way") as caught:
+            client.result(calls[0], str, timeout=20.0)
+        assert caught.value.errno == errno.EIO
+        gate.touch()
+        assert [client.result(one, str, timeout=20.0) for one in calls[1:]] == ["done", "done"]
     assert log.read_text() == "begun begun ended begun ended "
 
 
@@ -264,11 +265,10 @@ def test_a_slow_tool_does_not_hold_up_others(client: Client, tmp_path: Path) -> 
     assert client.result(slow, str, timeout=20.0) == "done"
 
 
-def test_a_tool_has_no_rights_of_a_person(client: Client) -> None:
+def test_a_tool_has_no_rights_of_a_person(system: System, client: Client) -> None:
     """What a tool starts descends from no agent, and is no program of the user: the kernel refuses it."""
-    done = call(client, "shell", command="aios-ps")
-    assert done["exit_code"] == 1, done
-    assert "refused" in done["output"] or "not" in done["output"], done
+    done = call(client, "shell", command=f"AIOS_HOME={system.home} aios-ps")
+    assert (done["exit_code"], "aios-ps: " in done["output"], "no aiosd" in done["output"]) == (1, True, False), done
 
 
 def test_the_environment_of_aiosd_is_no_tools_business(tmp_path: Path) -> None:
