@@ -167,6 +167,14 @@ def _share(name: str, value: Any) -> float:
     return share
 
 
+def _files(value: Any) -> tuple[str, ...]:
+    """ "a.py:b.py" · ["a.py", "b.py"]"""
+    words = value.split(os.pathsep) if isinstance(value, str) else value
+    if not isinstance(words, list | tuple) or not all(isinstance(word, str) for word in words):
+        raise ValueError(f"{value!r} is no list of files (such as a.py:b.py)")
+    return tuple(word for word in words if word)
+
+
 DEFAULT_QUANTUM = (64, 10.0)
 
 KEYS = (
@@ -204,6 +212,8 @@ KEYS = (
     Key("log_keep", _whole(1, 1000), "N", "How many full files of a log are kept beside it (3).", 3),
     Key("store_ram", _size, "SIZE", "Memory for copies of notes, such as 64M (32M).", 32 << 20),
     Key("note_quota", _size, "SIZE", "Notes that each owner may keep on the disk (64M).", 64 << 20),
+    Key("tools", _files, "FILE[:FILE…]", "Python files with more tools for agents (libaios.tool.define).", ()),
+    Key("tool_workers", _whole(1, 256), "N", "Calls of tools that run at a time (8).", 8),
     Key("stop_timeout", _seconds, "S", "At the end agents get TERM, and KILL after S seconds (5).", 5.0),
 )
 BY_NAME = {key.name: key for key in KEYS}
@@ -243,6 +253,8 @@ class Settings:
     orphans: str = "kill"  # or "term": the first signal to a process that outlives its agent
     store_ram: int = 32 << 20
     note_quota: int = 64 << 20
+    tools: tuple[str, ...] = ()  # files of tools
+    tool_workers: int = 8
     services: tuple[Service, ...] = ()  # besides the cores
 
     def schedule(self) -> Schedule:
@@ -278,6 +290,8 @@ def load(
     else:
         tables = [(word, {}, cwd) for word in words or [found.NANO]]
     models = [_model(word, table, values, given, locate, folder, home) for word, table, folder in tables]
+    typed = "tools" in flags or BY_NAME["tools"].env in environ
+    tools = _tool_files(values["tools"], cwd if typed else str(path.parent.absolute()))
     _refuse_doubles(models)
     return Settings(
         home=home,
@@ -294,6 +308,8 @@ def load(
         log_size=values["log_size"],
         log_keep=values["log_keep"],
         agents=tuple(file.agents),
+        tools=tools,
+        tool_workers=values["tool_workers"],
         flags=dict(flags),
         config=config,
         cwd=cwd,
@@ -403,6 +419,15 @@ def _working_directory() -> str:
 
 
 # ── the file ──────────────────────────────────────────────────────────────────────────────────────────────
+
+
+def _tool_files(names: Sequence[str], folder: str) -> tuple[str, ...]:
+    """Their whole paths. Raises UsageError for one that is not there."""
+    paths = [os.path.abspath(os.path.join(folder, os.path.expanduser(name))) for name in names]
+    for name in paths:
+        if not name.endswith(".py") or not os.path.isfile(name):
+            raise UsageError(f"tools: {name} is no Python file")
+    return tuple(dict.fromkeys(paths))
 
 
 @dataclass(slots=True)

@@ -147,6 +147,12 @@ class Working(Struct, array_like=True, frozen=True, tag=True):
     key: Key | None
 
 
+class Begun(Struct, array_like=True, frozen=True, tag=True):
+    """A call that had waited in the service begins now, beside others."""
+
+    key: Key
+
+
 class Parked(Struct, array_like=True, frozen=True, tag=True):
     """The `Park` of this number is in force: what comes from now on was decoded after it."""
 
@@ -233,7 +239,19 @@ class Stats(Struct, array_like=True, frozen=True, tag=True):
 
 ToService = Ask | Submit | CancelCall | Park | ParkCall | Keep | Gone | Schedule | Renice | GetStats | Quit
 FromService = (
-    Progress | Loaded | LoadFailed | Working | Parked | Step | Finished | Answered | Part | Failed | Contexts | Stats
+    Progress
+    | Loaded
+    | LoadFailed
+    | Working
+    | Begun
+    | Parked
+    | Step
+    | Finished
+    | Answered
+    | Part
+    | Failed
+    | Contexts
+    | Stats
 )
 
 

@@ -9,6 +9,9 @@ key and caller) and the arguments, and returns the body of the reply; a generato
 it raises becomes the reply: an OSError as it is, anything else as EIO. The server keeps what `wire.Again` promises: a
 call that it has, or has answered, is not done again when it is submitted again. (A call that is to take effect ONCE
 also over a death of the service must keep its key with its effect.)
+
+A service that waits for others (workers, files) returns LATER, and answers by `Server.answer`, `part` and `fail`. Its
+loop sleeps on the descriptors that are watched and on timers, too.
 """
 
 from __future__ import annotations
@@ -16,6 +19,7 @@ from __future__ import annotations
 import errno
 import importlib
 import logging
+import select
 from collections import OrderedDict
 from collections.abc import Callable, Generator, Mapping
 from dataclasses import dataclass, field
@@ -23,8 +27,9 @@ from typing import Any
 
 from aiosd import link
 from aiosd.heartbeat import Rounds
+from aiosd.timers import Timers
 from libaios import wire
-from libaios.channel import Channel
+from libaios.channel import Channel, restless
 from libaios.wire import Again
 
 logger = logging.getLogger("service")
@@ -36,6 +41,9 @@ REMEMBERED = 4096  # answers, for calls that are submitted again,
 REMEMBERED_BYTES = 32 << 20  # … and no more than that of them
 MESSAGES_AT_ONCE = 64
 SLEEP_S = 5.0  # a back-stop: any message wakes the service at once
+
+#: What a function returns whose answer comes later.
+LATER = object()
 
 Handler = Callable[[link.Ask, Any], Any]
 
@@ -73,13 +81,19 @@ class _Answer:
 
 @dataclass(slots=True)
 class Server:
-    """The loop of a service with one thread."""
+    """The loop of a service with one thread. `queued`: calls that may wait here before they begin; their function
+    announces the beginning by `begun`."""
 
     channel: Channel
     handlers: Mapping[int, Handler]
     stats: Callable[[], dict[str, Any]] = dict
     on_gone: Callable[[int], None] = lambda peer: None  # this peer is dead
     on_keep: Callable[[list[int]], None] = lambda peers: None  # all peers but these are
+    on_cancel: Callable[[link.Key], None] = lambda key: None  # of a call whose answer was to come later
+    queued: frozenset[int] = frozenset()
+    timers: Timers = field(default_factory=Timers)
+    _watched: dict[int, Callable[[], None]] = field(default_factory=dict)
+    _later: set[link.Key] = field(default_factory=set)
     _answers: OrderedDict[link.Key, _Answer] = field(default_factory=OrderedDict)
     _bytes: int = 0
     _under_way: dict[link.Key, Generator[Any, None, Any]] = field(default_factory=dict)
@@ -101,10 +115,36 @@ class Server:
                 self._send(link.Loaded())
             for key in list(self._under_way):
                 self._go_on(key)
+            self.timers.run_due()
             if not self._under_way and not channel.more and not self._quit:
                 rounds.end()
-                channel.wait(SLEEP_S)
+                self._sleep()
         return 0
+
+    def _sleep(self) -> None:
+        """Until there is something to do, and handle what the watched descriptors bring."""
+        timeout = min(SLEEP_S, SLEEP_S if (due := self.timers.until_next()) is None else due)
+        if not self._watched:
+            self.channel.wait(timeout)
+            return
+        if restless([self.channel]):
+            timeout = 0.0
+        poll = select.poll()
+        for fd in (self.channel.fileno(), *self._watched):
+            poll.register(fd, select.POLLIN)
+        for fd, _ in poll.poll(timeout * 1000):
+            if fd == self.channel.fileno():
+                self.channel.drain_bell()
+            elif fd in self._watched:  # an earlier one may have ended it
+                self._watched[fd]()
+
+    def watch(self, fd: int, callback: Callable[[], None]) -> None:
+        """Call back whenever the descriptor is readable or hung up."""
+        self._watched[fd] = callback
+
+    def forget(self, fd: int) -> None:
+        """Before the descriptor is closed."""
+        self._watched.pop(fd, None)
 
     def _send(self, message: link.FromService) -> None:
         self.channel.send(link.encode(message))
@@ -117,7 +157,7 @@ class Server:
                 self._end(key)
             case link.Keep(peers=peers):
                 kept = set(peers)
-                for key in [key for key in self._under_way if key[0] not in kept]:
+                for key in [key for key in (*self._under_way, *self._later) if key[0] not in kept]:
                     self._end(key)
                 self.on_keep(peers)
             case link.Gone(peer=peer):
@@ -134,13 +174,14 @@ class Server:
         known = self._answers.get(ask.key) if ask.again else None
         if known is not None:
             self._send(known.message)
-        elif ask.key in self._under_way:
+        elif ask.key in self._under_way or ask.key in self._later:
             pass  # it goes on, and its answer goes to the new kernel
         elif ask.again and row.again is Again.NEVER:
             reason = f"{row.name}: it had begun before a process died, and is not done again"
             self._send(link.Failed(ask.key, errno.EIO, reason))
         else:
-            self._send(link.Working(ask.key))
+            if ask.sys not in self.queued:
+                self._send(link.Working(ask.key))
             self._begin(ask)
 
     def _begin(self, ask: link.Ask) -> None:
@@ -152,6 +193,9 @@ class Server:
             return
         if isinstance(result, Generator):
             self._under_way[ask.key] = result
+            self._offsets[ask.key] = 0
+        elif result is LATER:
+            self._later.add(ask.key)
             self._offsets[ask.key] = 0
         else:
             self._answered(ask.key, result)
@@ -168,6 +212,28 @@ class Server:
         else:
             self._send(link.Part(key, self._offsets[key], wire.encode(part)))
             self._offsets[key] += 1
+
+    def begun(self, key: link.Key) -> None:
+        """A queued call begins now. From here on one that is made NEVER again is lost with this process."""
+        self._send(link.Begun(key))
+
+    def part(self, key: link.Key, body: object) -> None:
+        """A part of an answer that comes later."""
+        if key in self._later:
+            self._send(link.Part(key, self._offsets[key], wire.encode(body)))
+            self._offsets[key] += 1
+
+    def answer(self, key: link.Key, body: object) -> None:
+        """The answer that was to come later. Without effect for a call that was cancelled."""
+        if key in self._later:
+            self._later.remove(key)
+            self._answered(key, body)
+
+    def fail(self, key: link.Key, err: Exception) -> None:
+        """The same with an error."""
+        if key in self._later:
+            self._later.remove(key)
+            self._failed(key, err)
 
     def _answered(self, key: link.Key, body: object) -> None:
         encoded = wire.encode(body)
@@ -192,6 +258,9 @@ class Server:
 
     def _end(self, key: link.Key) -> None:
         """Of a call that goes on: it is over, or not wanted any more."""
+        if key in self._later:
+            self._later.remove(key)
+            self.on_cancel(key)
         generator = self._under_way.pop(key, None)
         self._offsets.pop(key, None)
         if generator is not None:

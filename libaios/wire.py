@@ -44,6 +44,8 @@ Signal = Annotated[int, Meta(ge=0, le=64)]
 #: No blank, no control character, no slash, and neither "." nor "..": a name or group may become a file's name.
 NAME_PATTERN = r"\A(?!\.{1,2}\Z)[^\x00-\x20\x7f/]+\Z"
 Name = Annotated[str, Meta(min_length=1, max_length=64, pattern=NAME_PATTERN)]
+#: As the APIs of models allow it, because a model writes this name.
+TOOL_NAME_PATTERN = r"[A-Za-z0-9_-]{1,64}\Z"
 TokenId = Annotated[int, Meta(ge=0, lt=1 << 31)]
 TokenIds = Annotated[list[TokenId], Meta(max_length=1 << 20)]
 Penalty = Annotated[float, Meta(ge=-2, le=2)]
@@ -83,9 +85,9 @@ class Sys(enum.IntEnum):
     STATUS = 49
     SHUTDOWN = 50
     SET = 51
-    # answered with ENOSYS until their managers exist
+    # answered with ENOSYS until its manager exists
     STO = 65
-    TOOL = 66
+    # 66 was the placeholder of the tool manager
     # notes
     MEM_ADD = 80
     MEM_GET = 81
@@ -95,6 +97,9 @@ class Sys(enum.IntEnum):
     MEM_LIST = 85
     MEM_CLEAR = 86
     MEM_STATS = 87
+    # tools
+    TOOL_LIST = 128
+    TOOL_CALL = 129
 
 
 class Request(Struct, array_like=True, frozen=True):
@@ -396,6 +401,15 @@ class MemList(Struct, array_like=True, frozen=True):
     offset: Uint = 0
 
 
+class CallTool(Struct, array_like=True, frozen=True):
+    """Call a tool. `arguments` are checked against the tool's schema by the toolbox."""
+
+    name: Annotated[str, Meta(max_length=64)]
+    arguments: Annotated[dict[str, Any], Meta(max_length=1024)] = {}
+    timeout_s: Seconds | None = None
+    stream: bool = False  # send what it writes while it runs
+
+
 # ── bodies of replies ─────────────────────────────────────────────────────────────────────────────────────
 
 
@@ -510,6 +524,15 @@ class Found(Struct, frozen=True):
 
     note: Note
     score: float
+
+
+class ToolInfo(Struct, frozen=True):
+    """A tool. `parameters`: the JSON Schema of its arguments; `source`: "built in", or the file it comes from."""
+
+    name: str
+    description: str
+    parameters: dict[str, Any]
+    source: str = ""
 
 
 class ModelInfo(Struct, frozen=True):
@@ -661,9 +684,10 @@ add(
     Row(Sys.MEM_LIST, MemList, list[Note], by="store"),
     Row(Sys.MEM_CLEAR, NoArgs, int, by="store", again=_ONCE),
     Row(Sys.MEM_STATS, NoArgs, dict[str, Any], by="store"),
-    # No service of this release answers these.
+    Row(Sys.TOOL_LIST, NoArgs, list[ToolInfo], by="toolbox"),
+    Row(Sys.TOOL_CALL, CallTool, Any, by="toolbox", again=_NEVER, piece=str),
+    # No service of this release answers this.
     Row(Sys.STO, NoArgs, by="storage", again=_ONCE),
-    Row(Sys.TOOL, NoArgs, by="toolbox", again=_NEVER),
 )
 
 

@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING
 
 from aiosd.service import LLM, Service
 from aiosd.store.main import StoreSpec
+from aiosd.tools.spec import ToolboxSpec
 
 if TYPE_CHECKING:
     from aiosd.config import Settings
@@ -30,4 +31,10 @@ def of(settings: Settings) -> list[Service]:
         entry="aiosd.store.main:main",
         argument=StoreSpec(str(settings.home.data / "store"), settings.store_ram, settings.note_quota),
     )
-    return [*cores, store, *settings.services]
+    toolbox = Service(
+        name="toolbox",
+        kind="toolbox",
+        entry="aiosd.tools.main:main",
+        argument=ToolboxSpec(str(settings.home.data / "work"), settings.tools, settings.tool_workers),
+    )
+    return [*cores, store, toolbox, *settings.services]
