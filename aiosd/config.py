@@ -13,6 +13,9 @@
     path = "models/writer.gguf"             as seen from the folder of the file; or a name (`aiosd models`)
     slots = 4                               for this model alone
 
+    [mcpServers.git]                        tools of an MCP server, as other programs configure them
+    command = "mcp-server-git"
+
     [[agent]]                               starts with the system; see aiosd.autostart
     file = "agents/planner.py"
 
@@ -36,6 +39,7 @@ from aiosd.errors import AiosdError, UsageError, WorldError
 from aiosd.link import Schedule
 from aiosd.llm.spec import MAX_SLOTS, ModelSpec
 from aiosd.models import found
+from aiosd.tools.spec import McpServer, read_servers
 from aiosd.units import format_size, parse_size
 from libaios.home import Home
 
@@ -255,6 +259,7 @@ class Settings:
     note_quota: int = 64 << 20
     tools: tuple[str, ...] = ()  # files of tools
     tool_workers: int = 8
+    mcp_servers: Mapping[str, McpServer] = field(default_factory=dict)
     services: tuple[Service, ...] = ()  # besides the cores
 
     def schedule(self) -> Schedule:
@@ -310,6 +315,7 @@ def load(
         agents=tuple(file.agents),
         tools=tools,
         tool_workers=values["tool_workers"],
+        mcp_servers=file.servers,
         flags=dict(flags),
         config=config,
         cwd=cwd,
@@ -435,6 +441,7 @@ class _File:
     values: dict[str, Any] = field(default_factory=dict)
     models: list[dict[str, Any]] = field(default_factory=list)
     agents: list[AgentSpec] = field(default_factory=list)
+    servers: Mapping[str, McpServer] = field(default_factory=dict)
 
 
 def _read_file(path: Path, must_exist: bool) -> _File:
@@ -457,7 +464,11 @@ def _read_file(path: Path, must_exist: bool) -> _File:
     except tomllib.TOMLDecodeError as err:
         raise UsageError(f"{path}: {err}") from None
     models, agents = (_tables(path, text, data, name) for name in ("model", "agent"))
-    file = _File(_read_table(path, text, data, _SETTINGS, 0))
+    try:
+        servers = read_servers(data.pop("mcpServers", {}))
+    except ValueError as err:
+        raise UsageError(f"{path}, line {_line(text, 'mcpServers')}: {err}") from None
+    file = _File(_read_table(path, text, data, _SETTINGS, 0), servers=servers)
     for first, table in models:
         model = _read_table(path, text, table, _OF_MODEL, first)
         if "path" not in model:

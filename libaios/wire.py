@@ -100,6 +100,7 @@ class Sys(enum.IntEnum):
     # tools
     TOOL_LIST = 128
     TOOL_CALL = 129
+    TOOL_TRUST = 130
 
 
 class Request(Struct, array_like=True, frozen=True):
@@ -410,6 +411,12 @@ class CallTool(Struct, array_like=True, frozen=True):
     stream: bool = False  # send what it writes while it runs
 
 
+class TrustTool(Struct, array_like=True, frozen=True):
+    """Offer a tool again whose description has changed. Only a person may."""
+
+    name: Annotated[str, Meta(max_length=64)]
+
+
 # ── bodies of replies ─────────────────────────────────────────────────────────────────────────────────────
 
 
@@ -686,6 +693,7 @@ add(
     Row(Sys.MEM_STATS, NoArgs, dict[str, Any], by="store"),
     Row(Sys.TOOL_LIST, NoArgs, list[ToolInfo], by="toolbox"),
     Row(Sys.TOOL_CALL, CallTool, Any, by="toolbox", again=_NEVER, piece=str),
+    Row(Sys.TOOL_TRUST, TrustTool, by="toolbox"),
     # No service of this release answers this.
     Row(Sys.STO, NoArgs, by="storage", again=_ONCE),
 )

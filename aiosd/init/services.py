@@ -35,6 +35,8 @@ def of(settings: Settings) -> list[Service]:
         name="toolbox",
         kind="toolbox",
         entry="aiosd.tools.main:main",
-        argument=ToolboxSpec(str(settings.home.data / "work"), settings.tools, settings.tool_workers),
+        argument=ToolboxSpec(
+            str(settings.home.data / "work"), settings.tools, settings.tool_workers, dict(settings.mcp_servers)
+        ),
     )
     return [*cores, store, toolbox, *settings.services]
