@@ -44,6 +44,7 @@ class Report:
         rights = [(socket.SOL_SOCKET, socket.SCM_RIGHTS, array.array("i", [reason]))]
         with socket.socket(fileno=self.fd) as sock:
             sock.sendmsg([_ERRNO.pack(number)], rights)
+        os.close(reason)
         return CANNOT_EXECUTE
 
 
