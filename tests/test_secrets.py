@@ -1,6 +1,7 @@
 """What belongs to one agent is not found in the memory of another.
 
-Every agent begins as a copy of the supervisor's memory, so whatever the supervisor has ever read is in there.
+Every agent begins as a copy of the supervisor's memory, so whatever the supervisor has ever read is in there. The name of
+an agent is no secret: `aios-ps` shows it to all.
 """
 
 from __future__ import annotations
@@ -48,7 +49,7 @@ import libaios as aios
 aios.msg.send(aios.proc.getpid(), {"note": "qz7f3a9c-message"})
 aios.llm.complete("qz7f3a9c-prompt", max_tokens=1)
 aios.mem.add("qz7f3a9c-note")
-try: aios.proc.spawn("qz7f3a9c-missing.py")
+try: aios.proc.spawn("qz7f3a9c-dir/missing.py")
 except FileNotFoundError: pass
 child = aios.proc.spawn("child.py", "qz7f3a9c-childargument", env={"KEY": "qz7f3a9c-childkey"}, name="child")
 aios.proc.wait(child)
@@ -62,13 +63,14 @@ def folder(tmp_path: Path) -> Path:
     folder.mkdir()
     (folder / "marked.py").write_text(textwrap.dedent(MARKED))
     (folder / "child.py").write_text("")
-    (tmp_path / "search.py").write_text(textwrap.dedent(SEARCHER))
+    (tmp_path / "search").mkdir()  # not beside it: Python reads the names in a script's folder
+    (tmp_path / "search" / "search.py").write_text(textwrap.dedent(SEARCHER))
     return folder
 
 
 def found_by(system: System, folder: Path, *options: str) -> str:
     """What a new agent finds in its memory."""
-    done = system.run("aios-run", *options, "search.py", cwd=folder.parent, check=True)
+    done = system.run("aios-run", *options, "search.py", cwd=folder.parent / "search", check=True)
     return done.stdout.strip()
 
 
@@ -82,8 +84,8 @@ def test_the_search_finds_what_is_there(aiosd: System, folder: Path) -> None:
 
 def test_a_new_agent_has_nothing_of_others(aiosd: System, folder: Path) -> None:
     run_marked(aiosd, folder)
-    aiosd.run("aios-run", "-m", f"{MARK}-module", cwd=folder)
-    aiosd.run("aios-run", f"{MARK}-absent.py", cwd=folder)
+    aiosd.run("aios-run", "-m", f"{MARK}-package.module", cwd=folder)
+    aiosd.run("aios-run", f"{MARK}-dir/absent.py", cwd=folder)
     aiosd.run("aios-run", "--name", "listed", "--", "true", f"{MARK}-word", cwd=folder)
     assert f"{MARK}-word" in aiosd.run("aios-ps", "--dead", "-o", "args", check=True).stdout
     assert found_by(aiosd, folder) == ""
@@ -91,13 +93,13 @@ def test_a_new_agent_has_nothing_of_others(aiosd: System, folder: Path) -> None:
 
 def test_nor_has_one_that_was_forked_ahead(aiosd: System, folder: Path) -> None:
     """Spares are forked while others are being started."""
-    (folder.parent / "crowd.py").write_text(
+    (folder.parent / "search" / "crowd.py").write_text(
         "import libaios as aios\n"
         "pids = [aios.proc.spawn('true', 'qz7f3a9c-' + 'crowd', kind='exec', detached=True) for _ in range(8)]\n"
         "print(*{status for _, status in map(aios.proc.wait, pids)})\n"
         "aios.proc.wait(aios.proc.spawn('search.py'))\n"
     )
-    done = aiosd.run("aios-run", "crowd.py", cwd=folder.parent, check=True)
+    done = aiosd.run("aios-run", "crowd.py", cwd=folder.parent / "search", check=True)
     assert done.stdout == "0\n\n"
 
 

@@ -18,6 +18,7 @@ from dataclasses import dataclass
 
 from aiosd import letter
 from aiosd.birth import report
+from aiosd.birth.report import Refusal
 from aiosd.init.records import Agent
 from aiosd.timers import Timer, Timers
 
@@ -30,7 +31,7 @@ class Birth:
     report: socket.socket
     epoch: int  # of the kernel that requested it
     claimed: bool = False  # by a kernel that was forked later, and has inherited the agent
-    refusal: report.Refusal | None = None  # if the agent cannot start; its descriptor is open during `over`
+    refusal: Refusal | None = None  # if the agent cannot start; its descriptor is open during `over`
     timer: Timer | None = None
 
 
@@ -79,7 +80,7 @@ class Births:
         words = f"{birth.agent.spec.name}: its folder or program could not be looked up in {PATIENCE_S:.0f} s"
         self._end(birth, (errno.ETIMEDOUT, letter.write_text(words)))
 
-    def _end(self, birth: Birth, refusal: report.Refusal | None) -> None:
+    def _end(self, birth: Birth, refusal: Refusal | None) -> None:
         fd = birth.report.fileno()
         del self._by_fd[fd]
         self._epoll.unregister(fd)
