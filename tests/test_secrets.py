@@ -1,7 +1,7 @@
 """What belongs to one agent is not found in the memory of another.
 
-Every agent begins as a copy of the supervisor's memory, so whatever the supervisor has ever read is in there. The name of
-an agent is no secret: `aios-ps` shows it to all.
+Every agent begins as a copy of the supervisor's memory, so whatever the supervisor has ever read is in there. The name
+of an agent is no secret: `aios-ps` shows it to all.
 """
 
 from __future__ import annotations
