@@ -17,7 +17,7 @@ from typing import Any
 
 from msgspec import Raw, Struct, msgpack
 
-from libaios.wire import Generate, Limits, Logprobs, ToolCall, Usage, os_shown
+from libaios.wire import Generate, Limits, Logprobs, ToolCall, Usage
 
 Key = tuple[int, int]  # (peer: agent pid, or -client id; call id)
 
@@ -268,18 +268,15 @@ class Share(Struct, array_like=True, frozen=True):
 
 
 class Fork(Struct, array_like=True, frozen=True, tag=True):
-    """Fork an agent. The same `key` again names the same agent. Descriptors with the frame: stdin, stdout,
-    stderr; without them the agent inherits those of agent `ppid`, or gets /dev/null and its log."""
+    """Fork an agent. The same `key` again names the same agent. What it runs, its arguments, environment and folder are
+    in its letter (see `aiosd.letter`), which the supervisor does not read. Descriptors with the frame: the letter, and
+    then stdin, stdout, stderr; without these the agent inherits those of agent `ppid`, or gets /dev/null and its log.
+    """
 
     key: Key
     ppid: int
     pgid: int  # 0: a group of its own
     uid: int
-    kind: str
-    target: str
-    args: list[str]
-    env: dict[str, str]
-    cwd: str
     name: str
     nice: int
     group: str
@@ -291,11 +288,6 @@ class Fork(Struct, array_like=True, frozen=True, tag=True):
     shares: list[Share] = []
     client: tuple[int, int] = (0, 0)  # the process that it is attached to: Linux pid and start time
     restart: str = "no"  # see aiosd.restart
-
-
-def command(spec: Fork) -> str:
-    """What an agent runs, for people."""
-    return " ".join(map(os_shown, [spec.target, *spec.args]))
 
 
 class SendSignal(Struct, array_like=True, frozen=True, tag=True):
@@ -363,6 +355,9 @@ class Forked(Struct, array_like=True, frozen=True, tag=True):
 
 
 class ForkFailed(Struct, array_like=True, frozen=True, tag=True):
+    """With a descriptor: the message is in there (`letter.read_text`), from the process that could not become the
+    agent."""
+
     key: Key
     errno: int
     message: str

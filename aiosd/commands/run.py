@@ -298,6 +298,7 @@ class Attachment:
         self.signals: list[int] = []  # received, not handled yet
         self.early: list[int] = []  # received before there was an agent
         self.relays: list[Relay] = []
+        self.outputs: list[Relay] = []  # those of them that bring what the agent writes
         self.given: list[int] = []  # descriptors for the agent, which we close when it has them
         self.master = -1  # of the pty
         self.raw: RawMode | None = None
@@ -312,9 +313,8 @@ class Attachment:
             self._agent_lives(spawned.pid)
             waited: Waited = self._await(self.client.submit(Sys.WAIT, Wait(self.pid)), Waited)
             self.ended = True
-            for relay in self.relays:
-                if relay.source == self.master:
-                    relay.drain(LAST_OUTPUT_S)
+            for relay in self.outputs:
+                relay.drain(LAST_OUTPUT_S)
         finally:
             if self.raw is not None:
                 self.raw.leave()
@@ -366,7 +366,8 @@ class Attachment:
         ours = next((fd for fd in (0, 1, 2) if os.isatty(fd)), None)
         self.master, slave = terminal.open_pty(ours)
         self.given, self.given_fds = [slave], [slave, slave, slave]
-        self.relays = [Relay(0, self.master, foreground, last_words=EOT), Relay(self.master, 1, unread=self._hang_up)]
+        self.outputs = [Relay(self.master, 1, unread=self._hang_up)]
+        self.relays = [Relay(0, self.master, foreground, last_words=EOT), *self.outputs]
         if os.isatty(0):
             self.raw = RawMode(0)
             self.raw.enter()
@@ -376,10 +377,22 @@ class Attachment:
         can only be written to, because it must not read what the user types for other programs."""
         for number in (1, 2):
             if os.isatty(number) and fcntl.fcntl(number, fcntl.F_GETFL) & os.O_ACCMODE == os.O_RDWR:
-                with contextlib.suppress(OSError):  # it belongs to another user (after su, for instance): unchanged
-                    opened = os.open(f"/proc/self/fd/{number}", os.O_WRONLY | os.O_NOCTTY | os.O_CLOEXEC)
-                    self.given.append(opened)
-                    self.given_fds[number] = opened
+                self.given_fds[number] = opened = self._for_writing(number)
+                self.given.append(opened)
+
+    def _for_writing(self, number: int) -> int:
+        """The terminal at this descriptor, for writing only. One that cannot be opened again (of another user, after
+        su) is not given: what the agent writes comes through a pipe."""
+        try:
+            return os.open(f"/proc/self/fd/{number}", os.O_WRONLY | os.O_NOCTTY | os.O_CLOEXEC)
+        except OSError:
+            from aiosd.commands.terminal import Relay
+
+            reading, writing = os.pipe2(os.O_CLOEXEC)
+            os.set_blocking(reading, False)
+            self.outputs.append(Relay(reading, number, unread=lambda: os.close(reading)))
+            self.relays.append(self.outputs[-1])
+            return writing
 
     def _hang_up(self) -> None:
         """The agent's output has no reader any more: send HUP, as for a closed terminal."""

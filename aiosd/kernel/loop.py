@@ -297,7 +297,7 @@ class Kernel:
             case link.Forked():
                 self.agents.forked(message, fds)
             case link.ForkFailed():
-                self.agents.fork_failed(message)
+                self.agents.fork_failed(message, fds)
             case link.ChildStopped():
                 self.agents.stopped(message)
             case link.ChildExited():
