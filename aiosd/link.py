@@ -39,13 +39,19 @@ class Caller(Struct, array_like=True, frozen=True):
 
 class Ask(Struct, array_like=True, frozen=True, tag=True):
     """Do this call; `args` as in the request, checked by the kernel against the call's row. `again`: it was given to a
-    process before that has died since, a kernel or a service."""
+    process before that has died since, a kernel or a service.
+
+    `settled`: of the calls of this peer that take effect ONCE, those with a lower id are over. Their replies are with
+    the peer, and none of them will be submitted again; 0: that is not known. `life`: how often the peer was started
+    again; its call ids begin anew each time."""
 
     key: Key
     caller: Caller
     sys: int
     args: Raw
     again: bool = False
+    settled: int = 0
+    life: int = 0
 
 
 class Submit(Struct, array_like=True, frozen=True, tag=True):
@@ -88,7 +94,7 @@ class Keep(Struct, array_like=True, frozen=True, tag=True):
 
 
 class Gone(Struct, array_like=True, frozen=True, tag=True):
-    """This peer is dead: what is kept for it alone is of no more use."""
+    """This peer is dead (or a client that has not come back): what is kept for it alone is of no more use."""
 
     peer: int
 

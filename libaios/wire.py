@@ -97,6 +97,8 @@ class Sys(enum.IntEnum):
     MEM_LIST = 85
     MEM_CLEAR = 86
     MEM_STATS = 87
+    # the store as a whole
+    STORE_SNAPSHOT = 120
     # tools
     TOOL_LIST = 128
     TOOL_CALL = 129
@@ -691,6 +693,7 @@ add(
     Row(Sys.MEM_LIST, MemList, list[Note], by="store"),
     Row(Sys.MEM_CLEAR, NoArgs, int, by="store", again=_ONCE),
     Row(Sys.MEM_STATS, NoArgs, dict[str, Any], by="store"),
+    Row(Sys.STORE_SNAPSHOT, NoArgs, str, by="store", piece=int),
     Row(Sys.TOOL_LIST, NoArgs, list[ToolInfo], by="toolbox"),
     Row(Sys.TOOL_CALL, CallTool, Any, by="toolbox", again=_NEVER, piece=str),
     Row(Sys.TOOL_TRUST, TrustTool, by="toolbox"),

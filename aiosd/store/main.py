@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import logging
 import os
+import signal
 from typing import Any
 
 from msgspec import Struct
@@ -10,8 +12,10 @@ from msgspec import Struct
 from aiosd import link, procfs
 from aiosd.errors import WorldError
 from aiosd.heartbeat import Rounds
-from aiosd.service import Server
 from libaios.channel import Channel
+from libaios.wire import Sys
+
+logger = logging.getLogger("store")
 
 
 class StoreSpec(Struct, frozen=True):
@@ -25,7 +29,9 @@ class StoreSpec(Struct, frozen=True):
 def main(channel: Channel, spec: StoreSpec, rounds: Rounds) -> int:
     from pathlib import Path
 
+    from aiosd.store import archive
     from aiosd.store.database import Database
+    from aiosd.store.grouping import GroupServer
     from aiosd.store.memory import Memory
 
     try:
@@ -34,13 +40,31 @@ def main(channel: Channel, spec: StoreSpec, rounds: Rounds) -> int:
         channel.send(link.encode(link.LoadFailed(f"the store cannot start: {err}")))
         return 1
     memory = Memory(database, spec.ram, spec.quota)
-    if database.begin_system(_boot()):
-        memory.only_alive(())
+    database.undone.append(memory.cache.clear)
+    try:
+        if database.begin_system(_boot()):
+            memory.only_alive(())
+    except OSError as err:
+        logger.warning("what an earlier system has left stays for now: %s", err.strerror)
 
     def stats() -> dict[str, Any]:
         return {**memory.cache.stats(), **database.stats(), "search": "by words"}
 
-    server = Server(channel, memory.handlers(), stats, memory.owner_gone, memory.only_alive)
+    def gone(peer: int) -> None:
+        with database.transaction():
+            database.memos.gone(peer)
+            if peer > 0:
+                memory.owner_gone(peer)
+
+    def keep(peers: list[int]) -> None:
+        with database.transaction():
+            database.memos.only(peers)
+            memory.only_alive(peers)
+
+    archive.sweep_snapshots(Path(spec.folder))
+    handlers = {**memory.handlers(), Sys.STORE_SNAPSHOT: lambda ask, args: archive.snapshot(database)}
+    server = GroupServer(channel, handlers, stats, gone, keep, rest=database.rest, group=database)
+    signal.signal(signal.SIGTERM, server.end)
     try:
         return server.run(rounds)
     finally:
