@@ -13,6 +13,9 @@
     path = "models/writer.gguf"             as seen from the folder of the file; or a name (`aiosd models`)
     slots = 4                               for this model alone
 
+    [mcpServers.git]                        tools of an MCP server, as other programs configure them
+    command = "mcp-server-git"
+
     [[agent]]                               starts with the system; see aiosd.autostart
     file = "agents/planner.py"
 
@@ -36,6 +39,7 @@ from aiosd.errors import AiosdError, UsageError, WorldError
 from aiosd.link import Schedule
 from aiosd.llm.spec import MAX_SLOTS, ModelSpec
 from aiosd.models import found
+from aiosd.tools.spec import McpServer, read_servers
 from aiosd.units import format_size, parse_size
 from libaios.home import Home
 
@@ -178,6 +182,12 @@ def _folders(value: Any) -> tuple[str, ...]:
         if not path.startswith("/") or (equals and mode != "write"):
             raise ValueError(f"{folder!r} is neither an absolute path nor one with =write behind it")
     return folders
+def _files(value: Any) -> tuple[str, ...]:
+    """ "a.py:b.py" · ["a.py", "b.py"]"""
+    words = value.split(os.pathsep) if isinstance(value, str) else value
+    if not isinstance(words, list | tuple) or not all(isinstance(word, str) for word in words):
+        raise ValueError(f"{value!r} is no list of files (such as a.py:b.py)")
+    return tuple(word for word in words if word)
 
 
 DEFAULT_QUANTUM = (64, 10.0)
@@ -220,6 +230,8 @@ KEYS = (
     Key("file_quota", _size, "SIZE", "Files that each owner may keep, with old versions and trash (4G).", 4 << 30),
     Key("file_versions", _whole(1, 1_000_000), "N", "Versions kept of a file; the oldest goes first (100).", 100),
     Key("store_folders", _folders, "DIR,…", "Folders that agents may mount; DIR=write: for writing, too (none).", ()),
+    Key("tools", _files, "FILE[:FILE…]", "Python files with more tools for agents (libaios.tool.define).", ()),
+    Key("tool_workers", _whole(1, 256), "N", "Calls of tools that run at a time (8).", 8),
     Key("stop_timeout", _seconds, "S", "At the end agents get TERM, and KILL after S seconds (5).", 5.0),
 )
 BY_NAME = {key.name: key for key in KEYS}
@@ -262,6 +274,9 @@ class Settings:
     file_quota: int = 4 << 30
     file_versions: int = 100
     store_folders: tuple[str, ...] = ()
+    tools: tuple[str, ...] = ()  # files of tools
+    tool_workers: int = 8
+    mcp_servers: Mapping[str, McpServer] = field(default_factory=dict)
     services: tuple[Service, ...] = ()  # besides the cores
 
     def schedule(self) -> Schedule:
@@ -297,6 +312,8 @@ def load(
     else:
         tables = [(word, {}, cwd) for word in words or [found.NANO]]
     models = [_model(word, table, values, given, locate, folder, home) for word, table, folder in tables]
+    typed = "tools" in flags or BY_NAME["tools"].env in environ
+    tools = _tool_files(values["tools"], cwd if typed else str(path.parent.absolute()))
     _refuse_doubles(models)
     return Settings(
         home=home,
@@ -316,6 +333,9 @@ def load(
         log_size=values["log_size"],
         log_keep=values["log_keep"],
         agents=tuple(file.agents),
+        tools=tools,
+        tool_workers=values["tool_workers"],
+        mcp_servers=file.servers,
         flags=dict(flags),
         config=config,
         cwd=cwd,
@@ -427,11 +447,21 @@ def _working_directory() -> str:
 # ── the file ──────────────────────────────────────────────────────────────────────────────────────────────
 
 
+def _tool_files(names: Sequence[str], folder: str) -> tuple[str, ...]:
+    """Their whole paths. Raises UsageError for one that is not there."""
+    paths = [os.path.abspath(os.path.join(folder, os.path.expanduser(name))) for name in names]
+    for name in paths:
+        if not name.endswith(".py") or not os.path.isfile(name):
+            raise UsageError(f"tools: {name} is no Python file")
+    return tuple(dict.fromkeys(paths))
+
+
 @dataclass(slots=True)
 class _File:
     values: dict[str, Any] = field(default_factory=dict)
     models: list[dict[str, Any]] = field(default_factory=list)
     agents: list[AgentSpec] = field(default_factory=list)
+    servers: Mapping[str, McpServer] = field(default_factory=dict)
 
 
 def _read_file(path: Path, must_exist: bool) -> _File:
@@ -454,7 +484,11 @@ def _read_file(path: Path, must_exist: bool) -> _File:
     except tomllib.TOMLDecodeError as err:
         raise UsageError(f"{path}: {err}") from None
     models, agents = (_tables(path, text, data, name) for name in ("model", "agent"))
-    file = _File(_read_table(path, text, data, _SETTINGS, 0))
+    try:
+        servers = read_servers(data.pop("mcpServers", {}))
+    except ValueError as err:
+        raise UsageError(f"{path}, line {_line(text, 'mcpServers')}: {err}") from None
+    file = _File(_read_table(path, text, data, _SETTINGS, 0), servers=servers)
     for first, table in models:
         model = _read_table(path, text, table, _OF_MODEL, first)
         if "path" not in model:

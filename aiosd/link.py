@@ -17,7 +17,7 @@ from typing import Any
 
 from msgspec import Raw, Struct, msgpack
 
-from libaios.wire import Generate, Limits, Logprobs, ToolCall, Usage, os_shown
+from libaios.wire import Generate, Limits, Logprobs, ToolCall, Usage
 
 Key = tuple[int, int]  # (peer: agent pid, or -client id; call id)
 
@@ -39,13 +39,19 @@ class Caller(Struct, array_like=True, frozen=True):
 
 class Ask(Struct, array_like=True, frozen=True, tag=True):
     """Do this call; `args` as in the request, checked by the kernel against the call's row. `again`: it was given to a
-    process before that has died since, a kernel or a service."""
+    process before that has died since, a kernel or a service.
+
+    `settled`: of the calls of this peer that take effect ONCE, those with a lower id are over. Their replies are with
+    the peer, and none of them will be submitted again; 0: that is not known. `life`: how often the peer was started
+    again; its call ids begin anew each time."""
 
     key: Key
     caller: Caller
     sys: int
     args: Raw
     again: bool = False
+    settled: int = 0
+    life: int = 0
 
 
 class Submit(Struct, array_like=True, frozen=True, tag=True):
@@ -88,7 +94,7 @@ class Keep(Struct, array_like=True, frozen=True, tag=True):
 
 
 class Gone(Struct, array_like=True, frozen=True, tag=True):
-    """This peer is dead: what is kept for it alone is of no more use."""
+    """This peer is dead (or a client that has not come back): what is kept for it alone is of no more use."""
 
     peer: int
 
@@ -145,6 +151,12 @@ class Working(Struct, array_like=True, frozen=True, tag=True):
     """From now on the service works on this call alone; None: not any more. A death in between is this call's fault."""
 
     key: Key | None
+
+
+class Begun(Struct, array_like=True, frozen=True, tag=True):
+    """A call that had waited in the service begins now, beside others."""
+
+    key: Key
 
 
 class Parked(Struct, array_like=True, frozen=True, tag=True):
@@ -233,7 +245,19 @@ class Stats(Struct, array_like=True, frozen=True, tag=True):
 
 ToService = Ask | Submit | CancelCall | Park | ParkCall | Keep | Gone | Schedule | Renice | GetStats | Quit
 FromService = (
-    Progress | Loaded | LoadFailed | Working | Parked | Step | Finished | Answered | Part | Failed | Contexts | Stats
+    Progress
+    | Loaded
+    | LoadFailed
+    | Working
+    | Begun
+    | Parked
+    | Step
+    | Finished
+    | Answered
+    | Part
+    | Failed
+    | Contexts
+    | Stats
 )
 
 
@@ -250,18 +274,15 @@ class Share(Struct, array_like=True, frozen=True):
 
 
 class Fork(Struct, array_like=True, frozen=True, tag=True):
-    """Fork an agent. The same `key` again names the same agent. Descriptors with the frame: stdin, stdout,
-    stderr; without them the agent inherits those of agent `ppid`, or gets /dev/null and its log."""
+    """Fork an agent. The same `key` again names the same agent. What it runs, its arguments, environment and folder are
+    in its letter (see `aiosd.letter`), which the supervisor does not read. Descriptors with the frame: the letter, and
+    then stdin, stdout, stderr; without these the agent inherits those of agent `ppid`, or gets /dev/null and its log.
+    """
 
     key: Key
     ppid: int
     pgid: int  # 0: a group of its own
     uid: int
-    kind: str
-    target: str
-    args: list[str]
-    env: dict[str, str]
-    cwd: str
     name: str
     nice: int
     group: str
@@ -273,11 +294,6 @@ class Fork(Struct, array_like=True, frozen=True, tag=True):
     shares: list[Share] = []
     client: tuple[int, int] = (0, 0)  # the process that it is attached to: Linux pid and start time
     restart: str = "no"  # see aiosd.restart
-
-
-def command(spec: Fork) -> str:
-    """What an agent runs, for people."""
-    return " ".join(map(os_shown, [spec.target, *spec.args]))
 
 
 class SendSignal(Struct, array_like=True, frozen=True, tag=True):
@@ -345,6 +361,9 @@ class Forked(Struct, array_like=True, frozen=True, tag=True):
 
 
 class ForkFailed(Struct, array_like=True, frozen=True, tag=True):
+    """With a descriptor: the message is in there (`letter.read_text`), from the process that could not become the
+    agent."""
+
     key: Key
     errno: int
     message: str

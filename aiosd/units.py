@@ -1,4 +1,4 @@
-"""Sizes and lengths of time as people write and read them."""
+"""Reads and writes sizes, counts and lengths of time (`512M`, `10k`, `1h30m`)."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ _SECONDS = {"s": 1.0, "m": 60.0, "h": 3600.0, "d": 86400.0}
 
 
 def parse_size(text: str) -> int:
-    """Bytes: `1048576`, `512M`, `1.5G`, `2GiB` (suffixes are of 1024). ValueError for anything else, and for 0."""
+    """Bytes: `1048576`, `512M`, `1.5G`, `2GiB` (K is 1024). Raises ValueError for anything else, and for 0."""
     match = re.fullmatch(r"([0-9]+(?:\.[0-9]+)?)\s*([KMGT]?)(?:i?B)?", text.strip(), re.IGNORECASE)
     size = int(float(match[1]) * 1024 ** " KMGT".index(match[2].upper() or " ")) if match else 0
     if size < 1:
@@ -17,7 +17,7 @@ def parse_size(text: str) -> int:
 
 
 def parse_count(text: str) -> int:
-    """A number of things: `500`, `10k`, `1.5M` (suffixes are of 1000). ValueError for anything else."""
+    """A number of things: `500`, `10k`, `1.5M` (k is 1000). Raises ValueError for anything else."""
     match = re.fullmatch(r"([0-9]+(?:\.[0-9]+)?)([kKmM]?)", text.strip())
     if match is None or ("." in match[1] and not match[2]):
         raise ValueError(f"{text!r} is not a valid whole number (such as 500, 10k or 2M)")
@@ -36,7 +36,7 @@ def format_size(n: float) -> str:
 
 
 def parse_duration(text: str) -> float:
-    """Seconds: `42s`, `10m`, `1h30m`, `1.5d`. ValueError for anything else."""
+    """Seconds: `42s`, `10m`, `1h30m`, `1.5d`. Raises ValueError for anything else."""
     parts = re.findall(r"([0-9]+(?:\.[0-9]+)?)([smhd])", text)
     if not parts or "".join(number + unit for number, unit in parts) != text:
         raise ValueError(f"{text!r} is no length of time (such as 42s or 10m)")

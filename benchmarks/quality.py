@@ -37,8 +37,8 @@ from aiosd.models import quants  # noqa: E402
 from benchmarks import harness, models  # noqa: E402
 
 KINDS = ("plain", "flash", "ours")
-#: NLL of ours may differ from that of plain by so many nats beside three times the standard error of the difference; it
-#: may be further from plain than flash is by so much: share of top-1, KL in nats.
+#: The largest differences that are allowed. NLL: ours against plain, in nats, in addition to three times the standard
+#: error of the difference. Top-1 (a share) and KL (nats): how much further ours may be from plain than flash is.
 NLL_BAR, TOP_BAR, KL_BAR = 0.005, 0.02, 0.002
 
 

@@ -9,9 +9,12 @@ from __future__ import annotations
 
 import asyncio
 import errno
+import inspect
 import time
 from collections.abc import AsyncGenerator, AsyncIterator, Callable, Coroutine, Generator, Mapping, Sequence
 from typing import Any, ParamSpec, TypeVar
+
+from msgspec.structs import replace
 
 from libaios import context as _context
 from libaios import llm as _llm
@@ -25,6 +28,7 @@ from libaios.agent import connected, connection
 from libaios.channel import BACKSTOP_S
 from libaios.connection import SLACK_S, Connection, Pending, decode_body
 from libaios.generate import Piece, Pieces, Result, generate_args, variants
+from libaios.loop import Finished, Think, observation, steps
 from libaios.plan import Plan, Steps, plan_of, steps_of
 from libaios.wire import Sys
 
@@ -149,8 +153,9 @@ class Generation(Coroutine[Any, Any, Any]):
     """What `chat` and `complete` return. `await` it for a `Result`, directly or as a task; each `await` gives the same
     one. A stream is iterated with `async for`; within `async with` it ends when that is left."""
 
-    def __init__(self, args: wire.Generate, n: Any = 1) -> None:
+    def __init__(self, args: wire.Generate, n: Any = 1, tools: Sequence[Any] = ()) -> None:
         self._args = args
+        self._tools = tools  # with names of the toolbox among them; () otherwise
         self._variants = variants(args, n)
         self._task: asyncio.Task[Any] | None = None
         self._turns: Generator[Any, None, Any] | None = None  # while a task drives this as a coroutine
@@ -186,9 +191,17 @@ class Generation(Coroutine[Any, Any, Any]):
         if self._pieces is not None:
             await self._pieces.aclose()
 
+    async def _resolve(self) -> None:
+        """Put the tools in the place of their names."""
+        if self._tools:
+            tools, self._tools = await _resolved(self._tools), ()
+            self._args = replace(self._args, tools=tools)
+            self._variants = [replace(args, tools=tools) for args in self._variants]
+
     async def _result(self) -> Result | AsyncIterator[Piece]:
         if self._args.stream:
             return self.__aiter__()
+        await self._resolve()
         plans: list[Plan[wire.Generated]] = [Plan(Sys.GENERATE, args, None, args.timeout_s) for args in self._variants]
         if len(plans) == 1:
             return Result(await _run(plans[0]))
@@ -202,6 +215,7 @@ class Generation(Coroutine[Any, Any, Any]):
             raise
 
     async def __aiter__(self) -> AsyncGenerator[Piece, None]:
+        await self._resolve()
         conn = await _connection()
         call, replied = await _submit(conn, Sys.GENERATE, self._args, stream=True)
         timeout = self._args.timeout_s
@@ -219,6 +233,29 @@ class Generation(Coroutine[Any, Any, Any]):
             yield pieces.piece(decode_body(call.final, wire.Generated))
         finally:
             conn.abandon(call)
+
+
+async def _resolved(tools: Sequence[Any]) -> list[dict[str, Any]]:
+    """The tools of a chat with all names replaced."""
+    there = {info.name: info for info in await tool.list()}
+    return _tool.resolved(tools, _tool.chosen(there, _tool.names_in(tools)))
+
+
+async def _local(functions: Mapping[str, Callable[..., Any]], call: wire.ToolCall) -> str:
+    """Call a function of the agent itself, which may be a coroutine function."""
+    try:
+        result = functions[call.name](**call.arguments)
+        return _tool.result_text(await result if inspect.isawaitable(result) else result)
+    except Exception as err:  # the model gets the error of the function, and decides what to do
+        return f"error: {type(err).__name__}: {err}"
+
+
+async def _called(call: wire.ToolCall) -> str:
+    """The result of a tool's call as the model gets it."""
+    try:
+        return _tool.result_text(await tool.call(call.name, call.arguments))
+    except OSError as err:
+        return observation(err)
 
 
 class Context(_context.Conversation):
@@ -262,7 +299,33 @@ class llm:
     def chat(messages: Sequence[Mapping[str, Any]], **options: Any) -> Generation:
         """As `libaios.llm.chat`."""
         n = options.pop("n", 1)
-        return Generation(generate_args(messages, None, **options), n)
+        named = options.pop("tools") if _tool.names_in(options.get("tools")) else ()
+        return Generation(generate_args(messages, None, **options), n, named)
+
+    @staticmethod
+    async def run(
+        messages: str | Sequence[Mapping[str, Any]],
+        tools: Sequence[str | Mapping[str, Any]] = (),
+        *,
+        functions: Mapping[str, Callable[..., Any]] | None = None,
+        max_steps: int = 16,
+        **options: Any,
+    ) -> Finished:
+        """As `libaios.llm.run`. A function may be a coroutine function."""
+        own = functions or {}
+        asked = [{"role": "user", "content": messages}] if isinstance(messages, str) else messages
+        offered = await _resolved(tools) if _tool.names_in(tools) else tools
+        loop = steps(asked, max_steps)
+        try:
+            step = next(loop)
+            while True:
+                if isinstance(step, Think):
+                    step = loop.send(await llm.chat(step.messages, tools=offered or None, **options))
+                else:
+                    step = loop.send(await _local(own, step) if step.name in own else await _called(step))
+        except StopIteration as end:
+            finished: Finished = end.value
+            return finished
 
     saved = staticmethod(twin(_context.saved))
     forget = staticmethod(twin(_context.forget))
@@ -346,4 +409,5 @@ class sto:
 class tool:
     """`libaios.tool` for coroutines."""
 
-    list = call = staticmethod(twin(_tool.call))
+    list = staticmethod(twin(_tool.list))
+    call = staticmethod(twin(_tool.call))

@@ -133,8 +133,8 @@ class Channel:
         "_producer",
         "_rings",
         "_segment",
-        "crumbled",
         "epoch",
+        "fragmented",
         "hung_up",
         "ids",
         "more",
@@ -152,7 +152,7 @@ class Channel:
         self.outbox_bytes = 0
         self.unread = False  # the last `receive` has left something in the ring
         self.more = False  # … or there may be room for the outbox: call `pump` and `receive` before you sleep
-        self.crumbled = False  # the last `take` met so many fragments that it may have left something
+        self.fragmented = False  # the last `take` stopped after `ring.FRAGMENTS` fragments: more may be left
         self.hung_up = False  # the other side closed its end of the bell
         self._agent = agent = side is Side.AGENT
         try:
@@ -350,7 +350,7 @@ class Channel:
         if self._frames:
             frames += self._frames
             self._frames = []
-        self.crumbled = consumer.gather(frames, limit)
+        self.fragmented = consumer.gather(frames, limit)
         if self._items[consumer.waits]:  # without a fence: it is looked at again when sleep is announced
             self._ring(consumer.waits)
         return consumer.assembling

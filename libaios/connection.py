@@ -227,6 +227,8 @@ class Connection:
             return
         try:
             with self._sending:
+                if self._renewing:  # a handler's exception interrupted that: older calls reach the new kernel first
+                    self._submit_again()
                 self._send(call)
         except BaseException:
             self.abandon(call)

@@ -7,7 +7,8 @@
 Sampling: `temperature` 0 always takes the likeliest token. `seed` makes a sampled text repeatable (None: a new seed
 each time). `stop` strings end the text and are not part of it. `max_tokens` None: up to the end of the context. A
 `schema` (JSON Schema) or `tools` (a list of {"type": "function", "function": {"name", "description", "parameters"}})
-limit what can be generated. Of a tool only the name is required, and the inner dict alone may be given. `tool_choice`:
+limit what can be generated. Of a tool only the name is required, and the inner dict alone may be given. A tool of the
+toolbox (`libaios.tool`) may be given by its name. `tool_choice`:
 "auto", "none", "required", or {"type": "function", "function": {"name": …}}. `parallel_tool_calls=False`: one call at
 most.
 
@@ -33,13 +34,15 @@ under a call.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any, Literal, overload
 
-from libaios import wire
+from libaios import tool, wire
 from libaios.context import Context, forget, restored, saved
 from libaios.generate import CallPiece, Piece, Result, Stream, generate, generate_args
-from libaios.plan import Plan, run, syscall
+from libaios.loop import Finished, Think, local, observation, steps
+from libaios.plan import Plan, syscall
+from libaios.plan import run as run_plan
 from libaios.wire import ModelInfo, Sys, ToolCall, Usage
 
 if TYPE_CHECKING:
@@ -48,6 +51,7 @@ if TYPE_CHECKING:
 
 __all__ = [
     "CallPiece",
+    "Finished",
     "ModelInfo",
     "Piece",
     "Result",
@@ -62,6 +66,7 @@ __all__ = [
     "forget",
     "models",
     "restore",
+    "run",
     "saved",
     "tokenize",
 ]
@@ -83,7 +88,48 @@ def chat(messages: Sequence[Mapping[str, Any]], **options: Any) -> Result | Stre
     schema. Raises OSError.
     """
     n = options.pop("n", 1)
+    if names := tool.names_in(options.get("tools")):
+        options["tools"] = tool.resolved(options["tools"], tool.known(names))
     return generate(generate_args(messages, None, **options), n)
+
+
+def run(
+    messages: str | Sequence[Mapping[str, Any]],
+    tools: Sequence[str | Mapping[str, Any]] = (),
+    *,
+    functions: Mapping[str, Callable[..., Any]] | None = None,
+    max_steps: int = 16,
+    **options: Any,
+) -> Finished:
+    """The whole loop of an agent with tools: the model is asked, its calls are made, it gets their results, until it
+    answers without a call, or for `max_steps` turns.
+
+    `messages` may be the text of a user's message. `tools`: names of the toolbox, or functions as `chat` takes them;
+    the latter are called in this process, as `functions[name](**arguments)`. Other options as for `chat`. An error of
+    a tool is told to the model; what concerns the agent itself (a budget, a lost connection) is raised.
+    """
+    own = functions or {}
+    asked = [{"role": "user", "content": messages}] if isinstance(messages, str) else messages
+    if names := tool.names_in(tools):
+        tools = tool.resolved(tools, tool.known(names))
+    loop = steps(asked, max_steps)
+    try:
+        step = next(loop)
+        while True:
+            if isinstance(step, Think):
+                step = loop.send(chat(step.messages, tools=tools or None, **options))
+            else:
+                step = loop.send(local(own, step) if step.name in own else _called(step))
+    except StopIteration as end:
+        finished: Finished = end.value
+        return finished
+
+
+def _called(call: ToolCall) -> str:
+    try:
+        return tool.result_text(tool.call(call.name, call.arguments))
+    except OSError as err:
+        return observation(err)
 
 
 @overload
@@ -143,4 +189,4 @@ def context(
 def restore(name: str, model: str | None = None) -> Context:
     """A context that an agent of this group has saved, perhaps before aiosd was started again. Raises
     FileNotFoundError, or EIO when the file is damaged. State that no longer fits the model is computed again."""
-    return Context(run(restored(name, model)).messages, model=model)
+    return Context(run_plan(restored(name, model)).messages, model=model)

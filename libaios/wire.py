@@ -44,6 +44,8 @@ Signal = Annotated[int, Meta(ge=0, le=64)]
 #: No blank, no control character, no slash, and neither "." nor "..": a name or group may become a file's name.
 NAME_PATTERN = r"\A(?!\.{1,2}\Z)[^\x00-\x20\x7f/]+\Z"
 Name = Annotated[str, Meta(min_length=1, max_length=64, pattern=NAME_PATTERN)]
+#: As the APIs of models allow it, because a model writes this name.
+TOOL_NAME_PATTERN = r"[A-Za-z0-9_-]{1,64}\Z"
 TokenId = Annotated[int, Meta(ge=0, lt=1 << 31)]
 TokenIds = Annotated[list[TokenId], Meta(max_length=1 << 20)]
 Penalty = Annotated[float, Meta(ge=-2, le=2)]
@@ -83,8 +85,7 @@ class Sys(enum.IntEnum):
     STATUS = 49
     SHUTDOWN = 50
     SET = 51
-    # answered with ENOSYS until its manager exists (65 was the same for storage)
-    TOOL = 66
+    # 65 and 66 were the placeholders of the storage and the tool manager
     # notes
     MEM_ADD = 80
     MEM_GET = 81
@@ -117,6 +118,12 @@ class Sys(enum.IntEnum):
     STO_FINISH = 115
     STO_ABORT = 116
     STO_STATS = 117
+    # the store as a whole
+    STORE_SNAPSHOT = 120
+    # tools
+    TOOL_LIST = 128
+    TOOL_CALL = 129
+    TOOL_TRUST = 130
 
 
 class Request(Struct, array_like=True, frozen=True):
@@ -557,6 +564,19 @@ class StoFinish(Struct, array_like=True, frozen=True):
 
 class StoAbort(Struct, array_like=True, frozen=True):
     upload: Uint
+class CallTool(Struct, array_like=True, frozen=True):
+    """Call a tool. `arguments` are checked against the tool's schema by the toolbox."""
+
+    name: Annotated[str, Meta(max_length=64)]
+    arguments: Annotated[dict[str, Any], Meta(max_length=1024)] = {}
+    timeout_s: Seconds | None = None
+    stream: bool = False  # send what it writes while it runs
+
+
+class TrustTool(Struct, array_like=True, frozen=True):
+    """Offer a tool again whose description has changed. Only a person may."""
+
+    name: Annotated[str, Meta(max_length=64)]
 
 
 # ── bodies of replies ─────────────────────────────────────────────────────────────────────────────────────
@@ -740,6 +760,13 @@ class FoundFile(Struct, frozen=True):
     of: str
     excerpt: str
     score: float
+class ToolInfo(Struct, frozen=True):
+    """A tool. `parameters`: the JSON Schema of its arguments; `source`: "built in", or the file it comes from."""
+
+    name: str
+    description: str
+    parameters: dict[str, Any]
+    source: str = ""
 
 
 class ModelInfo(Struct, frozen=True):
@@ -913,8 +940,10 @@ add(
     Row(Sys.STO_FINISH, StoFinish, File, by="store", again=_ONCE),
     Row(Sys.STO_ABORT, StoAbort, by="store", again=_ONCE),
     Row(Sys.STO_STATS, StoSpace, dict[str, Any], by="store"),
-    # No service of this release answers this.
-    Row(Sys.TOOL, NoArgs, by="toolbox", again=_NEVER),
+    Row(Sys.STORE_SNAPSHOT, NoArgs, str, by="store", piece=int),
+    Row(Sys.TOOL_LIST, NoArgs, list[ToolInfo], by="toolbox"),
+    Row(Sys.TOOL_CALL, CallTool, Any, by="toolbox", again=_NEVER, piece=str),
+    Row(Sys.TOOL_TRUST, TrustTool, by="toolbox"),
 )
 
 

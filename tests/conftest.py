@@ -116,10 +116,11 @@ def describe(process: psutil.Process) -> str:
     return f"process {process.pid}"
 
 
-def is_front(process: psutil.Process, before: set[int]) -> bool:
-    """Does it prepare texts for a core that stood before the test? Then it lives as long as that core."""
+def is_helper(process: psutil.Process, before: set[int]) -> bool:
+    """Does it work for a core or a toolbox that stood before the test? Then it lives as long as that."""
     try:
-        return "aiosd.llm.front" in process.cmdline() and process.ppid() in before
+        helps = {"aiosd.llm.front", "aiosd.tools.worker"} & set(process.cmdline())
+        return bool(helps) and process.ppid() in before
     except psutil.Error:
         return False
 
@@ -134,7 +135,7 @@ def nothing_left_behind(request: pytest.FixtureRequest) -> Iterator[None]:
         if drift := (descriptors() | segments()) - held:
             gc.collect()  # what is only waiting for the collector is not lost
             drift = (descriptors() | segments()) - held
-        return {process for process in offspring() - processes if not is_front(process, before)}, drift
+        return {process for process in offspring() - processes if not is_helper(process, before)}, drift
 
     eventually(lambda: left() == (set(), set()))
     alive, drift = left()

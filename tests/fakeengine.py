@@ -208,7 +208,7 @@ class FakeEngine:
         self._held_back = False
         assert ready == before
         assert chosen == [call for call in ready if call in set(chosen)], "in the same order"
-        assert chosen, "nobody gets on"
+        assert chosen, "no call goes on"
         assert chosen is ready or len(chosen) < len(ready), "the same list when all do"
         for call in chosen:
             call.num_generated += 1

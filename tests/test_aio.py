@@ -425,7 +425,7 @@ def test_a_reply_and_the_end_of_the_system_at_once(kernel: ChannelKernel, monkey
     assert "aiosd is gone" in str(second)
 
 
-def test_closing_while_a_task_looks_for_itself_harms_nobody(
+def test_closing_while_a_task_looks_for_itself_does_no_harm(
     kernel: ChannelKernel, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Another thread closes after the task has looked, before it rings."""
@@ -445,7 +445,7 @@ def test_closing_while_a_task_looks_for_itself_harms_nobody(
     asyncio.run(main())
 
 
-def test_a_reply_for_a_loop_that_is_closed_harms_nobody(kernel: ChannelKernel) -> None:
+def test_a_reply_for_a_loop_that_is_closed_does_no_harm(kernel: ChannelKernel) -> None:
     """The task is gone with its loop; the thread that reads its reply goes on."""
     loop = asyncio.new_event_loop()
 

@@ -46,7 +46,7 @@ def test_a_seed_gives_the_same_workload_and_another_another():
     assert crowd.workload(2, 16, 1, 500)[0]["prompt"][:16] != crowd.workload(2, 16, 2, 500)[0]["prompt"][:16]
 
 
-def test_distinct_tokens_are_those_that_somebody_must_compute():
+def test_distinct_tokens_are_those_that_must_be_computed_once():
     orders = crowd.workload(3, 32, 1, 500)
     beginnings = {tuple(order["prompt"][:i]) for order in orders for i in range(1, len(order["prompt"]) + 1)}
     answers = sum(len(tool) for order in orders for tool in order["tools"][:-1])

@@ -1,4 +1,4 @@
-"""What an agent names is looked up by its own process: one that never comes to an end holds up nobody else.
+"""What an agent names is looked up by its own process: one that never comes to an end holds up no other.
 
 A file system that hangs is played by a FIFO: who opens it waits for a writer.
 """
@@ -14,14 +14,13 @@ from pathlib import Path
 
 import psutil
 import pytest
-from msgspec import msgpack
 
-from aiosd import link
+from aiosd import letter, link
+from aiosd.birth.report import Report
 from aiosd.init import births
 from aiosd.init.births import Birth, Births
 from aiosd.init.records import Agent
 from aiosd.timers import Timers
-from libaios import wire
 from tests.conftest import System, eventually
 
 Fresh = Callable[..., System]
@@ -47,7 +46,7 @@ def test_a_birth_is_over_with_its_process_though_another_holds_its_socket() -> N
         assert epoll.poll(0) == []
 
 
-def test_a_program_that_cannot_be_looked_up_holds_up_nobody(fresh_aiosd: Fresh, slow: Path) -> None:
+def test_a_program_that_cannot_be_looked_up_holds_up_no_other_agent(fresh_aiosd: Fresh, slow: Path) -> None:
     system = fresh_aiosd()
     run = system.popen("aios-run", slow)
     assert eventually(lambda: system.run("aios-run", "--", "echo", "others", check=True).stdout == "others\n")
@@ -128,16 +127,20 @@ class Ward:
         self.timers = Timers(lambda: self.now)
         self.epoll = select.epoll()
         self.over: list[Birth] = []
-        self.births = Births(self.epoll, self.timers, self.over.append)
+        self.reasons: list[str] = []
+        self.births = Births(self.epoll, self.timers, self._over)
         self.theirs: list[socket.socket] = []
+
+    def _over(self, birth: Birth) -> None:
+        self.over.append(birth)
+        if birth.refusal is not None:
+            self.reasons.append(letter.read_text(birth.refusal[1]))
 
     def expect(self, ospid: int = 0) -> Birth:
         ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
         self.theirs.append(theirs)
-        spec = link.Fork(
-            (1, 1), 1, 0, 0, "file", "x.py", [], {}, "/", "x", 0, "g", wire.Limits(), 0, False, False, False
-        )
-        agent = Agent(7, ospid, spec, "x.py", pgid=7, started=0, since=0, log="", memfd=-1, bell=-1, ppid=1, nice=0)
+        spec = link.Fork((1, 1), 1, 0, 0, "x", 0, "g", 0, False, False, False)
+        agent = Agent(7, ospid, spec, pgid=7, started=0, since=0, log="", memfd=-1, bell=-1, ppid=1, nice=0)
         birth = Birth(agent, ours, epoch=1)
         self.births.expect(birth)
         return birth
@@ -170,9 +173,10 @@ def test_a_closed_report_means_that_it_runs(ward: Ward) -> None:
 
 def test_a_report_says_why_it_cannot(ward: Ward) -> None:
     birth = ward.expect()
-    ward.theirs[0].send(msgpack.encode((2, "x.py: not found")))
+    Report(ward.theirs[0].detach()).refuse(FileNotFoundError(2, ""), "x.py: not found")
     ward.births.ended(birth.agent)
-    assert (ward.over, birth.refusal) == ([birth], (2, "x.py: not found"))
+    assert birth.refusal is not None
+    assert (ward.over, birth.refusal[0], ward.reasons) == ([birth], 2, ["x.py: not found"])
     ward.close()
 
 

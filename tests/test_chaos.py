@@ -1,4 +1,4 @@
-"""A slice of benchmarks/chaos.py: any part killed at random moments, from a seed, and nobody else harmed."""
+"""A slice of benchmarks/chaos.py: any part killed at random moments, from a seed, and no other part is harmed."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ CHAOS = Path(__file__).parents[1] / "benchmarks" / "chaos.py"
 
 
 @pytest.mark.deadline(180)
-def test_whoever_dies_nobody_else_is_harmed(tmp_path: Path) -> None:
+def test_when_any_part_dies_no_other_is_harmed(tmp_path: Path) -> None:
     out = tmp_path / "chaos.json"
     argv = ["--faults", "10", "--seed", "5", "--agents", "14", "--victims", "1", "--gap", "0.4", "--hangs", "0"]
     done = subprocess.run(

@@ -139,7 +139,7 @@ def test_an_attached_agent_has_no_log_and_that_is_said(aiosd: System) -> None:
     run.wait(10)
 
 
-def test_logs_of_nobody(aiosd: System) -> None:
+def test_logs_of_no_agent(aiosd: System) -> None:
     for word in ("999999", "nobody"):
         done = aiosd.run("aios-logs", word)
         assert (done.returncode, done.stderr) == (1, f"aios-logs: {word}: no such agent\n")
@@ -293,7 +293,7 @@ def test_wait_for_a_live_one_by_name(aiosd: System) -> None:
     assert aiosd.run("aios-wait", "later").returncode == 6
 
 
-def test_wait_for_somebody_elses_child_does_not_take_it_away(aiosd: System, tmp_path: Path) -> None:
+def test_wait_for_another_ones_child_does_not_take_it_away(aiosd: System, tmp_path: Path) -> None:
     script = tmp_path / "parent.py"
     script.write_text(
         "import libaios as aios\n"
@@ -311,7 +311,7 @@ def test_wait_for_somebody_elses_child_does_not_take_it_away(aiosd: System, tmp_
     assert parent.wait(10) == 0
 
 
-def test_wait_for_a_signal_a_budget_nobody(aiosd: System) -> None:
+def test_wait_for_a_signal_a_budget_no_agent(aiosd: System) -> None:
     pid = start(aiosd, "kill -INT $$")
     assert aiosd.run("aios-wait", pid).returncode == 130
     budget = aiosd.run("aios-run", "-d", "--time", "0.2", "--", "sleep", "300", check=True).stdout.strip()

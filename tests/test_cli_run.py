@@ -362,6 +362,36 @@ def test_a_terminal_is_given_for_writing_only(aiosd: System, tmp_path: Path) -> 
         os.close(theirs)
 
 
+def test_a_terminal_that_cannot_be_opened_again_is_not_given(aiosd: System, tmp_path: Path) -> None:
+    """As after su: it belongs to another user. The agent writes into pipes, and what it wrote is shown."""
+    script = tmp_path / "agent.py"
+    script.write_text(
+        "import os, stat, sys\n"
+        "pipes = [stat.S_ISFIFO(os.fstat(n).st_mode) for n in (1, 2)]\n"
+        "os.write(1, b'%d %d ' % (*pipes,))\nos.write(2, b'err.')\nsys.exit(3)\n"
+    )
+    command = (
+        "import os, sys\nopen_ = os.open\n"
+        "def denied(path, *args, **more):\n"
+        "    if str(path) in ('/proc/self/fd/1', '/proc/self/fd/2'): raise PermissionError(13, 'denied', path)\n"
+        "    return open_(path, *args, **more)\n"
+        "os.open = denied\nfrom aiosd.commands import edge\n"
+        "sys.exit(edge.run('aios-run', 'aiosd.commands.run', sys.argv[1:]))\n"
+    )
+    ours, theirs = os.openpty()
+    try:
+        run = subprocess.Popen(
+            [sys.executable, "-c", command, script], env=aiosd.env, stdin=theirs, stdout=theirs, stderr=theirs
+        )
+        seen = b""
+        while b"." not in seen:
+            seen += os.read(ours, 1000)
+        assert (seen, run.wait(20)) == (b"1 1 err.", 3)
+    finally:
+        os.close(ours)
+        os.close(theirs)
+
+
 def test_a_reader_that_is_slow_gets_all_of_an_unbuffered_stdout(aiosd: System) -> None:
     pid = aiosd.run("aios-run", "-d", "--", "head", "-c", "300000", "/dev/zero", check=True).stdout.strip()
     aiosd.run("aios-wait", pid, check=True)
@@ -430,7 +460,7 @@ def test_it_dies_of_an_interrupt_as_the_agent_does(aiosd: System) -> None:
     assert run.stdout.readline() == "up\n"
     run.send_signal(signal.SIGINT)
     assert run.wait(10) == -signal.SIGINT
-    assert aiosd.run("aios-run", "--", "sh", "-c", "kill -INT $$").returncode == 130, "nobody interrupted us"
+    assert aiosd.run("aios-run", "--", "sh", "-c", "kill -INT $$").returncode == 130, "no signal came to aios-run"
 
 
 def test_a_budget_is_told_on_stderr(aiosd: System) -> None:

@@ -58,7 +58,7 @@ def test_no_folder_is_said_in_a_sentence(tmp_path: Path) -> None:
         Client(Home(tmp_path / "nowhere"))
 
 
-def test_a_socket_that_nobody_listens_on(tmp_path: Path) -> None:
+def test_a_socket_on_which_no_process_listens(tmp_path: Path) -> None:
     SocketKernel(tmp_path / "aiosd.sock").listener.close()
     with pytest.raises(NoKernel, match="no aiosd is running"):
         Client(Home(tmp_path))
@@ -311,7 +311,7 @@ def test_aiosd_that_was_started_anew_is_another_one(kernel: SocketKernel, client
         call.result(PATIENCE_S)
 
 
-def test_when_nobody_listens_any_more_calls_fail_at_once(kernel: SocketKernel, client: Client) -> None:
+def test_when_no_process_listens_any_more_calls_fail_at_once(kernel: SocketKernel, client: Client) -> None:
     call = aside(client.call, Sys.GETPID, NoArgs(), int)
     kernel.take()
     kernel.listener.close()

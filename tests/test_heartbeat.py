@@ -34,14 +34,14 @@ def test_a_beat_starts_the_count_anew(heart: Heart) -> None:
         assert not heart.hangs(lambda n=n: start + n * BEAT_S)
 
 
-def test_a_watcher_that_slept_judges_nobody(heart: Heart) -> None:
+def test_a_watcher_that_slept_judges_no_process(heart: Heart) -> None:
     start = time.monotonic()
     assert not heart.hangs(lambda: start + 1)
     assert not heart.hangs(lambda: start + 1000)
     assert not heart.hangs(lambda: start + 1001)
 
 
-def test_nobody_waits_for_a_listener_that_does_not_listen(heart: Heart) -> None:
+def test_a_beat_does_not_wait_for_a_listener_that_does_not_listen(heart: Heart) -> None:
     for _ in range(100_000):
         beat(heart.write)
     assert not heart.hangs()

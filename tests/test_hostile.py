@@ -257,7 +257,7 @@ def test_what_an_honest_peer_writes_is_taken_in_one_go() -> None:
         while len(got) < len(sent):
             agent.pump()
             kernel.take(got)
-            assert not kernel.crumbled
+            assert not kernel.fragmented
             assert not kernel.filled()
         assert got == sent
     finally:
@@ -511,7 +511,7 @@ def turns_with(now: Any, resumed: list[Any], answer: Any = None) -> Turns:
 def test_a_paused_stream_goes_on_though_another_reply_emptied_the_outbox() -> None:
     resumed: list[Any] = []
     channel = SimpleNamespace(
-        outbox_bytes=0, pump=lambda: True, take=lambda into, limit: 0, hung_up=False, crumbled=False
+        outbox_bytes=0, pump=lambda: True, take=lambda into, limit: 0, hung_up=False, fragmented=False
     )
     source = SimpleNamespace(turn=Turn.ASLEEP, fd=9)
     peer: Any = SimpleNamespace(channel=channel, paused=True, turn=8, gone=False, assembling=0, source=source)
@@ -669,7 +669,7 @@ def test_who_breaks_the_protocol_is_ended(client: Client, tmp_path: Path, code: 
     assert reason in why
 
 
-def test_a_bell_shut_down_by_halves_harms_nobody_else(client: Client, tmp_path: Path) -> None:
+def test_a_bell_shut_down_by_halves_harms_no_other_agent(client: Client, tmp_path: Path) -> None:
     """Writing to it fails, and poll tells nothing of that."""
     before = client.call(Sys.STATUS, wire.Status(), dict)["kernel"]["epoch"]
     code = """
@@ -912,7 +912,7 @@ def test_garbage_from_a_client_ends_it_alone(system: System, client: Client, mes
     assert client.call(Sys.GETPID, wire.NoArgs(), int, timeout=10) == 0
 
 
-def test_half_messages_keep_nobody_waiting(system: System, client: Client) -> None:
+def test_half_messages_keep_no_client_waiting(system: System, client: Client) -> None:
     with contextlib.ExitStack() as stack:
         for cut in range(len(fuzz.framed(HELLO))):
             stack.enter_context(connected(system)).sendall(fuzz.framed(HELLO)[:cut])
@@ -928,7 +928,7 @@ def test_half_messages_keep_nobody_waiting(system: System, client: Client) -> No
             frames.close()
 
 
-def test_a_thousand_silent_connections_keep_nobody_out(system: System) -> None:
+def test_a_thousand_silent_connections_keep_no_client_out(system: System) -> None:
     before = kernel_descriptors(system)
     with contextlib.ExitStack() as stack:
         for _ in range(1000):
@@ -989,7 +989,7 @@ def test_descriptors_that_a_client_sends_are_closed(system: System, client: Clie
     assert eventually(lambda: kernel_descriptors(system) <= before)
 
 
-@pytest.mark.skipif(os.getuid() != 0, reason="needs root to be somebody else")
+@pytest.mark.skipif(os.getuid() != 0, reason="needs root to be another user")
 def test_another_user_is_refused(system: System) -> None:
     from benchmarks.harness import Aiosd
 

@@ -265,7 +265,7 @@ def test_output_keeps_its_order_around_a_stop(shell: Terminal) -> None:
 
 
 def test_as_session_leader_without_a_shell(terminal: Callable[..., Terminal], aiosd: System) -> None:
-    """No job control around it: Ctrl-Z stops nobody, so the agent must not stay stopped either."""
+    """No job control around it: Ctrl-Z stops no process, so the agent must not stay stopped either."""
     alone = terminal("aios-run", "--name", "alone", "--", "sh", "-c", "echo up; read line; echo got $line")
     alone.expect("up\n")
     alone.type(CTRL_Z)
@@ -409,7 +409,7 @@ def test_t_signals_are_passed_on_while_the_reader_stands_still(aiosd: System) ->
         os.close(printing)
 
 
-def test_t_when_nobody_reads_any_more_the_terminal_is_gone(aiosd: System) -> None:
+def test_t_when_no_process_reads_any_more_the_terminal_is_gone(aiosd: System) -> None:
     run = aiosd.popen("aios-run", "-t", "--", "yes", stdin=subprocess.DEVNULL)
     assert run.stdout is not None
     assert run.stdout.readline() == "y\n"

@@ -26,7 +26,7 @@ def test_a_successor_finds_the_rows(memfd: int) -> None:
     assert Ledger(memfd).row(8)[CALLS] == 0
 
 
-def test_a_forgotten_row_is_empty_for_whoever_gets_it(memfd: int) -> None:
+def test_a_forgotten_row_is_empty_for_the_next_agent(memfd: int) -> None:
     ledger = Ledger(memfd)
     ledger.row(7)[CALLS] = 5
     ledger.forget(7)
@@ -43,3 +43,15 @@ def test_more_agents_than_rows_are_counted_all_the_same(memfd: int) -> None:
     beyond = ledger.row(ROWS + 5)
     beyond[CALLS] += 1
     assert beyond[CALLS] == 1
+
+
+def test_a_successor_finds_the_command_lines(memfd: int) -> None:
+    ledger = Ledger(memfd)
+    for pid, command in ((7, "a.py x"), (8, "é" * 4096)):
+        ledger.row(pid)
+        ledger.keep_command(pid, command)
+    ledger.keep_command(9, "of no row")
+    again = Ledger(memfd)
+    assert again.command(7) == "a.py x"
+    assert again.command(8) == "é" * 511
+    assert again.command(9) == ""

@@ -357,7 +357,7 @@ def test_calls_that_lose_their_slot_again_and_again_end_as_if_they_had_not(
 
 
 @pytest.mark.parametrize("more", [{"max_tokens": 0}, {"budget": 20}])
-def test_a_prompt_that_nobody_computes_is_not_charged(
+def test_a_prompt_that_is_not_computed_is_not_charged(
     any_loaded: loading.Loaded, tmp_path: Path, more: dict[str, int]
 ) -> None:
     bench = engine(any_loaded, tmp_path, ram=1 << 24)

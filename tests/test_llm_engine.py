@@ -1,4 +1,4 @@
-"""The engine on a tiny random model: the same tokens whoever else is in the batch, and nothing left behind.
+"""The engine on a tiny random model: the same tokens whatever else is in the batch, and nothing left behind.
 
 A random model is deterministic nonsense: what greedy decoding gives alone is what it must give in company, after
 parking, after a restart from given tokens. The tests drive the engine directly; no processes.
@@ -125,7 +125,7 @@ class Bench:
         return tokens, text
 
     def alone(self, prompt: str | list[int], **more: Any) -> list[int]:
-        """What the call gives with nobody else, on an empty cache."""
+        """What the call gives alone, on an empty cache."""
         self.forget()
         key = self.submit(prompt, **more)
         self.run()
@@ -393,7 +393,7 @@ def test_long_prompt_does_not_stop_the_others(bench: Bench) -> None:
     assert bench.end(long)
 
 
-def test_scattered_slots_come_together_and_nobody_notices(exact: Bench) -> None:
+def test_scattered_slots_come_together_and_no_call_notices(exact: Bench) -> None:
     long = {"max_tokens": 40}
     expected = exact.alone([1, 2, 3, 4], **long)
     exact.forget()
@@ -842,7 +842,7 @@ def test_sequence_phases_are_what_the_engine_says(bench: Bench) -> None:
 
 
 def test_a_long_prompt_is_given_up_in_the_middle_of_its_batch(loaded: loading.Loaded) -> None:
-    """Told while llama.cpp computes; the slot is free before the next step, and nobody else notices."""
+    """Told while llama.cpp computes; the slot is free before the next step, and no other call notices."""
     loaded.context.clear()
     bench = Bench(loaded)
     gone: set[Any] = set()

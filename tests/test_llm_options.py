@@ -176,7 +176,7 @@ def test_of_tokens_given_after_a_death_no_probability_is_known(bench: Bench) -> 
     assert [one.token for one in found[10:] if one] == tokens[10:]
 
 
-def test_nobody_pays_for_what_was_not_asked_for(bench: Bench) -> None:
+def test_no_call_pays_for_what_it_did_not_ask_for(bench: Bench) -> None:
     assert result(bench, "hello").logprobs is None
 
 

@@ -142,7 +142,7 @@ def test_fifo_the_first_come_get_the_slots(orders: list[int], free: int) -> None
 
 @given(agents=agents, slots=st.integers(1, 4))
 @settings(max_examples=50, deadline=None)
-def test_fifo_nobody_is_overtaken_and_nobody_interrupted(agents: list[tuple[list[Turn], int, str]], slots: int) -> None:
+def test_fifo_no_call_is_overtaken_or_interrupted(agents: list[tuple[list[Turn], int, str]], slots: int) -> None:
     engine = FakeEngine(make("fifo"), slots)
     for peer, (script, nice, group) in enumerate(agents, 1):
         engine.agent(peer, script, nice, group)
@@ -168,7 +168,7 @@ def test_rr_everyone_has_a_turn_between_two_of_mine(count: int, slots: int, toke
     for _ in range(tokens * (turns + 1) * 3):
         engine.step()
         had = [call.num_generated for call in every_call(engine)]
-        assert max(had) - min(had) <= tokens, "somebody had two turns between two of another"
+        assert max(had) - min(had) <= tokens, "an agent had two turns between two of another"
     if slots == 1:
         order = [call.order for call in engine.admissions]
         assert order == [i % count + 1 for i in range(len(order))]
@@ -239,7 +239,7 @@ def test_priority_a_wait_is_overtaken_only_within_the_ageing_limit(
             if since <= at < until:  # who got a slot while it waited was the more urgent, by nice value and wait
                 assert other - counts <= (nice - other_nice) * AGEING_S + 1e-6
     longest = max((engine.now - call.since for call in engine.waiting), default=0.0)
-    assert longest <= 39 * AGEING_S + len(nices) * (Q.seconds + AGEING_S), "somebody starves"
+    assert longest <= 39 * AGEING_S + len(nices) * (Q.seconds + AGEING_S), "an agent starves"
 
 
 def every_call(engine: FakeEngine) -> list[Call]:
@@ -317,7 +317,7 @@ def test_mlfq_what_an_idle_agent_had_is_forgotten() -> None:
 
 @given(count=st.integers(2, 16), slots=st.integers(1, 4), newcomers=st.floats(0.2, 2.0))
 @settings(max_examples=15, deadline=None)
-def test_mlfq_nobody_starves(count: int, slots: int, newcomers: float) -> None:
+def test_mlfq_no_agent_starves(count: int, slots: int, newcomers: float) -> None:
     """Long calls under a stream of new agents, who all begin above them: the boost bounds the wait."""
     engine = FakeEngine(Mlfq(Q), slots)
     for peer in range(1, count + 1):
@@ -362,7 +362,7 @@ def test_mlfq_the_boost_reaches_one_that_newcomers_keep_down() -> None:
 def test_fair_service_of_backlogged_agents_differs_by_a_bound(
     nices: list[int], slots: int, prompts: list[int], sleepers: int
 ) -> None:
-    """At any moment, and so in any stretch of time, whoever else comes and goes."""
+    """At any moment, and so in any length of time, whatever other agents come and go."""
     policy = Fair(Q)
     engine = FakeEngine(policy, slots)
     for peer, nice in enumerate(nices, 1):
@@ -532,7 +532,7 @@ def test_fair_a_group_with_a_share_gets_it_however_many_they_are(slots: int) -> 
 
 
 @pytest.mark.parametrize("slots", [4, 32])
-def test_fair_a_swarm_of_sleepers_starves_nobody(slots: int) -> None:
+def test_fair_a_swarm_of_sleepers_starves_no_agent(slots: int) -> None:
     """Sixteen that ask something twice a second, so that one of them always runs ahead, and eight that generate."""
     engine = FakeEngine(Fair(Quantum()), slots)
     for peer in range(1, 17):

@@ -1,4 +1,4 @@
-"""One row of logits, one token: the same for the same (seed, index), whoever draws, and never outside of what the
+"""One row of logits, one token: the same for the same (seed, index) in numpy and in C, and never outside of what the
 filters leave."""
 
 from __future__ import annotations

@@ -95,7 +95,7 @@ def test_agents_go_first_when_memory_runs_out(aiosd: System) -> None:
         assert int(Path(f"/proc/{ospid}/oom_score_adj").read_text()) < 1000
 
 
-def test_out_of_memory_kills_the_agent_and_nobody_else(
+def test_out_of_memory_kills_the_agent_and_no_other_process(
     fresh_aiosd: Fresh, group: Callable[[str], Group], tmp_path: Path
 ) -> None:
     (tmp_path / "bomb.py").write_text(BOMB)

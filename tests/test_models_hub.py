@@ -31,7 +31,7 @@ class Hub(ThreadingHTTPServer):
         super().__init__(("127.0.0.1", 0), Handler)
         self.files: dict[str, dict[str, bytes]] = {}
         self.requests: list[tuple[str, str, str]] = []  # method, path, range
-        self.break_off: int | None = None  # send so many bytes of the next file, then none until it is None
+        self.break_off: int | None = None  # after this many bytes of the next file send none, until it is None
         self.broken = False
         self.wrong_bytes = False
         self.refuse = 0  # with this status

@@ -15,7 +15,7 @@ from aiosd.kernel.proc import INIT, TRANSITIONS, Event, Proc, ProcTable, State, 
 def make(pid: int, ppid: int = INIT) -> Proc:
     return Proc(
         pid=pid,
-        ospid=1 << 30,  # nobody's
+        ospid=1 << 30,  # of no process
         pgid=pid,
         uid=0,
         name=f"a{pid}",

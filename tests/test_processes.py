@@ -147,7 +147,7 @@ def test_a_child_that_is_stopped_as_soon_as_it_is_there_goes_on(aiosd: System, a
     run(aiosd, parent)
 
 
-def test_stop_and_cont_at_once_leave_nobody_waiting(aiosd: System, agent: Write) -> None:
+def test_stop_and_cont_at_once_leave_no_command_waiting(aiosd: System, agent: Write) -> None:
     """Linux may tell of neither."""
     child = agent(
         """

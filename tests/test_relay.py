@@ -167,7 +167,7 @@ def test_the_last_output_does_not_wait_for_ever_for_a_reader(held: Hold) -> None
 
 
 @pytest.mark.deadline(10)
-def test_the_last_output_has_an_end_though_somebody_writes_on(held: Hold) -> None:
+def test_the_last_output_has_an_end_though_a_process_writes_on(held: Hold) -> None:
     relay = Relay(held(os.open("/dev/zero", os.O_RDONLY)), held(os.open(os.devnull, os.O_WRONLY)))
     relay.drain(60.0)
 

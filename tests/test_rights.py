@@ -114,7 +114,7 @@ def served(sock):
 """
 
 
-def test_a_socket_that_a_dead_child_has_connected_is_nobodys(aiosd: System, write: Write) -> None:
+def test_a_socket_that_a_dead_child_has_connected_has_no_rights(aiosd: System, write: Write) -> None:
     """The child connects, and has ended when the kernel comes to it."""
     script = write(
         HELD_SOCKET + "print('up', flush=True)\nsys.stdin.readline()\nsock = connect_by_child()\n"

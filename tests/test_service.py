@@ -127,6 +127,6 @@ def test_a_call_that_ends_its_service_is_given_up_and_its_neighbours_go_on(syste
 
 
 def test_a_call_that_no_process_answers_is_refused(system: System) -> None:
-    with Client(Home(str(system.home))) as client, pytest.raises(OSError, match="has no toolbox") as caught:
-        client.call(wire.Sys.TOOL, wire.NoArgs(), None)
+    with Client(Home(str(system.home))) as client, pytest.raises(OSError, match="has no storage") as caught:
+        client.call(wire.Sys.STO, wire.NoArgs(), None)
     assert caught.value.errno == errno.ENOSYS

@@ -62,14 +62,14 @@ def test_each_of_a_crowd_is_the_agent_it_should_be(aiosd: System, tmp_path: Path
     assert {line[6] for line in lines} == {"7"}  # three, bell, channel and its mapping, the folder being listed
 
 
-def test_spares_leave_when_nobody_asks_for_them(aiosd: System, tmp_path: Path) -> None:
+def test_spares_leave_when_they_are_not_needed(aiosd: System, tmp_path: Path) -> None:
     crowd(aiosd, tmp_path, 3)
     assert spares(aiosd)
     assert aiosd.run("aiosd", "status", "--check").returncode == 0
     assert eventually(lambda: not spares(aiosd), 10)
 
 
-def test_spares_that_were_killed_are_missed_by_nobody(aiosd: System, tmp_path: Path) -> None:
+def test_spares_that_were_killed_are_not_missed(aiosd: System, tmp_path: Path) -> None:
     crowd(aiosd, tmp_path, 3)
     for process in spares(aiosd)[::2]:
         os.kill(process.pid, signal.SIGKILL)

@@ -22,11 +22,6 @@ def agent(pid: int) -> Agent:
         ppid=1,
         pgid=0,
         uid=0,
-        kind="exec",
-        target="true",
-        args=[],
-        env={},
-        cwd="/",
         name="x",
         nice=0,
         group="default",
@@ -35,10 +30,10 @@ def agent(pid: int) -> Agent:
         attached=False,
         tty=False,
     )
-    return Agent(pid, 1000 + pid, spec, "true", pid, 0.0, 0.0, "", -1, -1, ppid=1, nice=0, status=0)
+    return Agent(pid, 1000 + pid, spec, pid, 0.0, 0.0, "", -1, -1, ppid=1, nice=0, status=0)
 
 
-def test_what_a_dead_kernel_had_sent_counts_though_nobody_can_be_told_any_more() -> None:
+def test_what_a_dead_kernel_had_sent_counts_though_no_kernel_can_be_told_any_more() -> None:
     """Else an exit status that it gave out is given out again by the next one."""
     ours, theirs = socket.socketpair()
     supervisor = object.__new__(Supervisor)

@@ -1,5 +1,5 @@
 """The end of everything below a process, also where KILL ends nothing. Each in a process of its own: what it sweeps is
-its own then, and what happens to `os.kill` in there nobody else sees."""
+its own then, and a change of `os.kill` in there affects no other test."""
 
 from __future__ import annotations
 

@@ -1,7 +1,7 @@
 """From a forked child to an agent.
 
-It is made in this order: session, subreaper → folder and program looked up, and the supervisor told (`report`) →
-descriptors → umask, limits, environment, streams → the program (`program`).
+It is made in this order: session, subreaper → its letter read → folder and program looked up, and the supervisor told
+(`report`) → descriptors → umask, limits, environment, streams → the program (`program`).
 
 An agent is a child subreaper, so that every process it starts, however often that forks, stays below it in the process
 tree while the agent lives, and becomes a child of the supervisor (which ends it) when the agent dies: so the owner of
@@ -31,7 +31,7 @@ from typing import Any
 
 import msgspec
 
-from aiosd import link
+from aiosd import letter, link
 from aiosd.birth import program, title
 from aiosd.birth.fork import (
     LIBC,
@@ -43,16 +43,18 @@ from aiosd.birth.fork import (
     write_proc,
 )
 from aiosd.birth.report import Report
+from aiosd.letter import Letter
 from libaios import wire
 
 
 @dataclass(slots=True)
 class Descriptors:
-    """The descriptors of a new agent: stdin, stdout, stderr, its channel, and that for its report (`report`)."""
+    """The descriptors of a new agent: stdin, stdout, stderr, its channel, its letter, and that for its report."""
 
     stdio: tuple[int, int, int]
     memfd: int
     bell: int
+    letter: int
     report: int
 
 
@@ -61,11 +63,11 @@ def become_agent(spec: link.Fork, pid: int, home: str, fds: Descriptors) -> int:
     os.setsid()
     prctl(PR_SET_CHILD_SUBREAPER, 1)
     _above_stdio(fds)
-    spec = with_bytes(spec)
+    content = with_bytes(letter.read(fds.letter))
     report = Report(fds.report)
     try:
-        _enter_folder(spec.cwd)
-        found = program.find(spec)
+        _enter_folder(content.cwd)
+        found = program.find(content)
     except OSError as err:
         return report.refuse(err, err.strerror or str(err))
     if found.is_python:
@@ -76,7 +78,7 @@ def become_agent(spec: link.Fork, pid: int, home: str, fds: Descriptors) -> int:
         _take_terminal()
     os.umask(spec.umask)
     _restore_nofile()
-    _set_environment(spec, pid, home, fds)
+    _set_environment(content, pid, home, fds)
     _reopen_streams(spec)
     _lower_oom_protection()
     gc.enable()
@@ -86,12 +88,12 @@ def become_agent(spec: link.Fork, pid: int, home: str, fds: Descriptors) -> int:
     return found.run(found, report)
 
 
-def with_bytes(spec: link.Fork) -> link.Fork:
+def with_bytes(content: Letter) -> Letter:
     """With bytes that are no UTF-8 in Python's form; `wire.os_text` is the form in which they were sent."""
-    if not any(text[:1] == "\0" for text in (spec.target, spec.cwd, *spec.args)):
-        return spec
-    args = [wire.os_str(arg) for arg in spec.args]
-    return msgspec.structs.replace(spec, target=wire.os_str(spec.target), cwd=wire.os_str(spec.cwd), args=args)
+    if not any(text[:1] == "\0" for text in (content.target, content.cwd, *content.args)):
+        return content
+    args = [wire.os_str(arg) for arg in content.args]
+    return msgspec.structs.replace(content, target=wire.os_str(content.target), cwd=wire.os_str(content.cwd), args=args)
 
 
 def _enter_folder(path: str) -> None:
@@ -110,7 +112,7 @@ def _above_stdio(fds: Descriptors) -> None:
         return fd
 
     fds.stdio = (up(fds.stdio[0]), up(fds.stdio[1]), up(fds.stdio[2]))
-    fds.memfd, fds.bell, fds.report = up(fds.memfd), up(fds.bell), up(fds.report)
+    fds.memfd, fds.bell, fds.letter, fds.report = up(fds.memfd), up(fds.bell), up(fds.letter), up(fds.report)
 
 
 def _take_descriptors(fds: Descriptors) -> None:
@@ -168,20 +170,20 @@ def _stdout(spec: link.Fork) -> io.TextIOWrapper:
     return text
 
 
-def _set_environment(spec: link.Fork, pid: int, home: str, fds: Descriptors) -> None:
-    environment, command_line = environment_of(spec, pid, home, fds.memfd, fds.bell)
+def _set_environment(content: Letter, pid: int, home: str, fds: Descriptors) -> None:
+    environment, command_line = environment_of(content, pid, home, fds.memfd, fds.bell)
     _replace_environment(environment, command_line)
-    if "TZ" in spec.env:
+    if "TZ" in content.env:
         time.tzset()
 
 
-def environment_of(spec: link.Fork, pid: int, home: str, memfd: int, bell: int) -> tuple[dict[bytes, bytes], bytes]:
+def environment_of(content: Letter, pid: int, home: str, memfd: int, bell: int) -> tuple[dict[bytes, bytes], bytes]:
     """An agent's environment, and its command line with a NUL after each word."""
-    environment = {wire.os_bytes(name): wire.os_bytes(value) for name, value in spec.env.items()}
+    environment = {wire.os_bytes(name): wire.os_bytes(value) for name, value in content.env.items()}
     environment[wire.ENV_HOME.encode()] = os.fsencode(home)
     environment[wire.ENV_PID.encode()] = str(pid).encode()
     environment[wire.ENV_CHANNEL.encode()] = f"{memfd}:{bell}:{os.getpid()}".encode()
-    return environment, b"".join(os.fsencode(word) + b"\0" for word in program.command_line(spec))
+    return environment, b"".join(os.fsencode(word) + b"\0" for word in program.command_line(content))
 
 
 def _replace_environment(encoded: dict[bytes, bytes], command_line: bytes) -> None:

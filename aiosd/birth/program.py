@@ -19,9 +19,9 @@ from dataclasses import dataclass
 from importlib.machinery import SourceFileLoader
 from types import CodeType, ModuleType
 
-from aiosd import link
 from aiosd.birth import end, frames
 from aiosd.birth.report import NOT_FOUND, Report
+from aiosd.letter import Letter
 from libaios import wire
 
 STDIN = "-"  # name of a script that is read from stdin
@@ -29,7 +29,7 @@ STDIN = "-"  # name of a script that is read from stdin
 
 @dataclass(slots=True)
 class Program:
-    spec: link.Fork
+    letter: Letter
     run: Callable[[Program, Report], int]
     path: str = ""
     folder: str = ""  # of a script, with links resolved
@@ -40,33 +40,34 @@ class Program:
         return self.run is not _execute
 
 
-def find(spec: link.Fork) -> Program:
+def find(letter: Letter) -> Program:
     """Look the program up, in the agent's working directory. Raises OSError with a sentence."""
-    if spec.kind == "exec":
-        return Program(spec, _execute, spec.target)
-    if spec.kind == "module":
-        return Program(spec, _run_module, folder=spec.cwd)
-    if spec.target == STDIN:
-        return Program(spec, _run_stdin)
-    return _find_file(spec)
+    if letter.kind == "exec":
+        return Program(letter, _execute, letter.target)
+    if letter.kind == "module":
+        return Program(letter, _run_module, folder=letter.cwd)
+    if letter.target == STDIN:
+        return Program(letter, _run_stdin)
+    return _find_file(letter)
 
 
-def _find_file(spec: link.Fork) -> Program:
-    path = os.path.join(spec.cwd, spec.target)
+def _find_file(letter: Letter) -> Program:
+    target = letter.target
+    path = os.path.join(letter.cwd, target)
     try:
         with open(path, "rb") as file:
             source = file.read()
             folder = os.path.dirname(os.readlink(f"/proc/self/fd/{file.fileno()}"))  # resolves links at no cost
     except FileNotFoundError:
-        hint = f"; for the program: aios-run -- {spec.target}" if "/" not in spec.target and _in_path(spec) else ""
-        raise OSError(errno.ENOENT, f"{spec.target}: not found{hint}") from None
+        hint = f"; for the program: aios-run -- {target}" if "/" not in target and _in_path(letter) else ""
+        raise OSError(errno.ENOENT, f"{target}: not found{hint}") from None
     except OSError as err:
-        raise OSError(err.errno, f"{spec.target}: {_words(err)}") from None
-    if not spec.target.endswith(".py") and _is_for_others(source):
+        raise OSError(err.errno, f"{target}: {_words(err)}") from None
+    if not target.endswith(".py") and _is_for_others(source):
         if not os.access(path, os.X_OK):
-            raise OSError(errno.EACCES, f"{spec.target}: is no Python script, and not executable")
-        return Program(spec, _execute, path)
-    return Program(spec, _run_script, path if os.path.isabs(spec.target) else os.path.normpath(path), folder, source)
+            raise OSError(errno.EACCES, f"{target}: is no Python script, and not executable")
+        return Program(letter, _execute, path)
+    return Program(letter, _run_script, path if os.path.isabs(target) else os.path.normpath(path), folder, source)
 
 
 def _words(err: OSError) -> str:
@@ -85,12 +86,12 @@ def _interpreter(source: bytes) -> str:
     return os.fsdecode(line[2:].strip(b" ")) if line.startswith(b"#!") else ""
 
 
-def _in_path(spec: link.Fork) -> str | None:
+def _in_path(letter: Letter) -> str | None:
     """The first program of that name in the agent's PATH, else the first file. Searched here, because `os.execvpe`
     would try to execute each."""
     other = None
-    for folder in wire.os_str(spec.env.get("PATH", os.defpath)).split(os.pathsep):
-        path = os.path.join(folder or os.curdir, spec.target)
+    for folder in wire.os_str(letter.env.get("PATH", os.defpath)).split(os.pathsep):
+        path = os.path.join(folder or os.curdir, letter.target)
         if os.path.isfile(path):
             if os.access(path, os.X_OK):
                 return path
@@ -98,10 +99,10 @@ def _in_path(spec: link.Fork) -> str | None:
     return other
 
 
-def command_line(spec: link.Fork) -> list[str]:
+def command_line(letter: Letter) -> list[str]:
     """The command line that `ps` shows: as a shell would have started it."""
     how = {"file": [sys.executable], "module": [sys.executable, "-m"], "exec": []}
-    return [*how[spec.kind], spec.target, *spec.args]
+    return [*how[letter.kind], letter.target, *letter.args]
 
 
 # ── programs of other kinds ───────────────────────────────────────────────────────────────────────────────
@@ -109,20 +110,20 @@ def command_line(spec: link.Fork) -> list[str]:
 
 def _execute(program: Program, report: Report) -> int:
     """If this succeeds, Linux closes the report."""
-    spec = program.spec
+    letter = program.letter
     # Undo changes by Python, such as ignored signals, that a program does not expect.
     signal.signal(signal.SIGPIPE, signal.SIG_DFL)
     signal.signal(signal.SIGINT, signal.SIG_DFL)
-    path = program.path if "/" in program.path else _in_path(spec)
+    path = program.path if "/" in program.path else _in_path(letter)
     try:
         if path is None:
             raise FileNotFoundError(errno.ENOENT, "not found")
-        os.execve(path, [program.path, *spec.args], os.environ)
+        os.execve(path, [program.path, *letter.args], os.environ)
     except (FileNotFoundError, NotADirectoryError) as err:
-        return report.refuse(err, f"{spec.target}: {_what_is_missing(path)}")
+        return report.refuse(err, f"{letter.target}: {_what_is_missing(path)}")
     except OSError as err:
         words = "is a directory" if os.path.isdir(program.path) else _words(err)
-        return report.refuse(err, f"{spec.target}: {words}")
+        return report.refuse(err, f"{letter.target}: {words}")
 
 
 def _what_is_missing(path: str | None) -> str:
@@ -150,37 +151,37 @@ def _run_stdin(program: Program, report: Report) -> int:
 
 
 def _run_module(program: Program, report: Report) -> int:
-    spec = program.spec
+    letter = program.letter
     _set_up_main(program, program.folder)
     try:
-        found = importlib.util.find_spec(spec.target)
+        found = importlib.util.find_spec(letter.target)
         if found is not None and found.submodule_search_locations is not None:
-            found = importlib.util.find_spec(spec.target + ".__main__")
+            found = importlib.util.find_spec(letter.target + ".__main__")
     except (ImportError, ValueError, AttributeError) as err:
-        return _not_found(spec, str(err))
+        return _not_found(letter, str(err))
     if found is None or found.loader is None or not hasattr(found.loader, "get_code"):
-        return _not_found(spec, f"No module named {spec.target}")
-    sys.argv[0] = file = found.origin or spec.target
+        return _not_found(letter, f"No module named {letter.target}")
+    sys.argv[0] = file = found.origin or letter.target
     _name_main(__file__=file, __cached__=found.cached)
     _name_main(__spec__=found, __loader__=found.loader, __package__=found.parent)
     return _run(lambda: found.loader.get_code(found.name))  # type: ignore[union-attr]
 
 
-def _not_found(spec: link.Fork, why: str) -> int:
-    print(f"aios-run: {spec.target}: {why}", file=sys.stderr, flush=True)
+def _not_found(letter: Letter, why: str) -> int:
+    print(f"aios-run: {letter.target}: {why}", file=sys.stderr, flush=True)
     return NOT_FOUND
 
 
 def _set_up_main(program: Program, first_path: str, **names: object) -> None:
     """A new `__main__`, with sys.argv and sys.path as with `python TARGET`. Only sys.modules may refer to it, because
     at the end it must be freed first."""
-    spec = program.spec
+    letter = program.letter
     sys.modules["__main__"] = ModuleType("__main__")
     _name_main(__builtins__=builtins, __spec__=None, __annotations__={}, **names)
     if sys.path and sys.path[0] == os.path.dirname(os.path.realpath(sys.argv[0])):
         del sys.path[0]  # the folder of aiosd's own script
-    sys.argv = [spec.target, *spec.args]
-    sys.orig_argv = command_line(spec)
+    sys.argv = [letter.target, *letter.args]
+    sys.orig_argv = command_line(letter)
     entries = [os.path.abspath(entry) for entry in os.environ.get("PYTHONPATH", "").split(os.pathsep) if entry]
     sys.path[:0] = [entry for entry in entries if entry not in sys.path]
     sys.path.insert(0, first_path)

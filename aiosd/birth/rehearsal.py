@@ -15,9 +15,10 @@ from typing import Any
 from msgspec import msgpack
 
 import libaios as aios
-from aiosd import link
+from aiosd import letter
 from aiosd.birth import modules, program, title
 from aiosd.birth.agent import environment_of, with_bytes
+from aiosd.letter import Letter
 from libaios import agent, wire
 from libaios.channel import Channel, Side, make_channel
 from libaios.connection import Connection
@@ -78,13 +79,13 @@ def rehearse() -> None:
 
 def rehearse_birth() -> None:
     """Run what a child does before its program runs, except steps that would change this process."""
-    variables = {"HOME": "/", "LANG": "x"}
-    spec = link.Fork((0, 0), 1, 0, 0, "file", __file__, ["x"], variables, "/", "x", 0, "x", 0o22, False, False, False)
+    sealed = letter.write(Letter("file", __file__, ["x"], {"HOME": "/", "LANG": "x"}, "/"))
     for _ in range(ROUNDS):
-        with_bytes(spec)
-        program.find(spec)
-        environment_of(spec, 1, "/", -1, -1)
+        content = with_bytes(letter.read(sealed))
+        program.find(content)
+        environment_of(content, 1, "/", -1, -1)
         title.show(*title.inherited())
+    os.close(sealed)
 
 
 def rehearse_imports() -> None:

@@ -3,23 +3,28 @@
 Folder and program of an agent are looked up in the agent's own process, because a name may lead to a file system that
 never replies, and the supervisor must not wait for that. The child has one end of a socket pair. When nothing but the
 program itself can fail any more, it closes that end (or Linux does, when another program is executed). If it cannot
-start, it sends the reason and exits.
+start, it sends an errno and a descriptor, and exits. In the descriptor is a sentence, which may name the agent's files:
+the supervisor passes it on to the kernel and does not read it (see `aiosd.letter`).
 """
 
 from __future__ import annotations
 
+import array
 import errno
 import os
 import socket
+import struct
 
-from msgspec import msgpack
+from aiosd import letter
 
 #: Exit codes of an agent that could not be started, as in a shell.
 CANNOT_EXECUTE = 126
 NOT_FOUND = 127
 
-_LARGEST = 64 << 10
-_decode = msgpack.Decoder(tuple[int, str]).decode
+SHOWN = 4096  # characters of a reason
+
+_ERRNO = struct.Struct("=i")
+Refusal = tuple[int, int]  # errno, and a descriptor with the reason
 
 
 class Report:
@@ -35,15 +40,22 @@ class Report:
         """`words`: the reason, beginning with its subject. Returns the exit code for this process."""
         number = err.errno or errno.EIO
         shown = words.encode("utf-8", "surrogateescape").decode("utf-8", "backslashreplace")
-        os.write(self.fd, msgpack.encode((number, shown[:4096])))
+        reason = letter.write_text(shown[:SHOWN])
+        rights = [(socket.SOL_SOCKET, socket.SCM_RIGHTS, array.array("i", [reason]))]
+        with socket.socket(fileno=self.fd) as sock:
+            sock.sendmsg([_ERRNO.pack(number)], rights)
+        os.close(reason)
         return CANNOT_EXECUTE
 
 
-def read(sock: socket.socket) -> tuple[int, str] | None:
-    """In the supervisor: the errno and reason of a child that cannot start; None: it runs, or has died. Raises
-    BlockingIOError when there is no report yet."""
+def read(sock: socket.socket) -> Refusal | None:
+    """In the supervisor: why a child cannot start, with a descriptor that the caller closes; None: it runs, or has
+    died. Raises BlockingIOError when there is no report yet."""
+    flags = socket.MSG_DONTWAIT | socket.MSG_CMSG_CLOEXEC
     try:
-        payload = sock.recv(_LARGEST, socket.MSG_DONTWAIT)
+        payload, ancillary, _, _ = sock.recvmsg(_ERRNO.size, socket.CMSG_SPACE(4), flags)
     except ConnectionError:
         return None
-    return _decode(payload) if payload else None
+    if not payload or not ancillary:  # without a descriptor: this process has none left
+        return None
+    return _ERRNO.unpack(payload)[0], array.array("i", ancillary[0][2])[0]

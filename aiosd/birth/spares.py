@@ -42,10 +42,10 @@ class Spares:
         return [ospid for ospid, _ in self._waiting]
 
     def start(
-        self, spec: link.Fork, pid: int, home: str, stdio: tuple[int, int, int], memfd: int, bell: int
+        self, spec: link.Fork, pid: int, home: str, stdio: tuple[int, int, int], memfd: int, bell: int, letter: int
     ) -> tuple[int, socket.socket]:
-        """Turn a spare or a new process into the agent `spec`; returns its Linux pid and the socket of its report.
-        Raises OSError when Linux cannot create a process."""
+        """Turn a spare or a new process into the agent `spec`, what it runs is in `letter`; returns its Linux pid and
+        the socket of its report. Raises OSError when Linux cannot create a process."""
         modules.hide()
         now = self._timers.clock()
         hurry, self._last = now - self._last < HURRY_S, now
@@ -56,14 +56,14 @@ class Spares:
             while self._waiting:
                 ospid, sock = self._waiting.popleft()
                 try:
-                    rights = array.array("i", (*stdio, memfd, bell))
+                    rights = array.array("i", (*stdio, memfd, bell, letter))
                     sock.sendmsg([payload], [(socket.SOL_SOCKET, socket.SCM_RIGHTS, rights)], socket.MSG_DONTWAIT)
                     return ospid, sock
                 except OSError:
                     sock.close()  # it was killed, or no descriptor is left: the next attempt shows which
         ours, theirs = _pair()
         try:
-            fds = Descriptors(stdio, memfd, bell, theirs.fileno())
+            fds = Descriptors(stdio, memfd, bell, letter, theirs.fileno())
             return fork(lambda: become_agent(spec, pid, home, fds)), ours
         except OSError:
             ours.close()
@@ -111,9 +111,9 @@ def _wait(sock: socket.socket) -> int:
     """In the spare: wait for the agent that it becomes."""
     keep_only((sock.fileno(),))
     name_process("aios:spare")
-    payload, ancillary, _, _ = sock.recvmsg(LARGEST, socket.CMSG_SPACE(5 * 4))
+    payload, ancillary, _, _ = sock.recvmsg(LARGEST, socket.CMSG_SPACE(6 * 4))
     if not payload:
         return 0
-    stdin, stdout, stderr, memfd, bell = array.array("i", ancillary[0][2])
+    stdin, stdout, stderr, memfd, bell, letter = array.array("i", ancillary[0][2])
     spec, pid, home = _decode(payload)
-    return become_agent(spec, pid, home, Descriptors((stdin, stdout, stderr), memfd, bell, sock.detach()))
+    return become_agent(spec, pid, home, Descriptors((stdin, stdout, stderr), memfd, bell, letter, sock.detach()))

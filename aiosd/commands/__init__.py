@@ -1,14 +1,15 @@
-"""The commands of `bin/`, one file each.
+"""The commands of `bin/`, one file for each.
 
-A command talks to a running aiosd through `libaios.client` and knows nothing else of the system. This file is
-the edge that all of them pass: it turns what went wrong into one line on stderr and an exit code.
+A command talks to a running aiosd through `libaios.client` and knows nothing else of the system. `main` below runs all
+of them. Every error becomes one line on stderr and an exit code:
 
-    0 done · 1 failed, or no aiosd · 2 used wrongly · 130 Ctrl-C · 141 the reader of the output went away
+    0 done · 1 failed, or no aiosd · 2 used wrongly · 130 Ctrl-C · 141 the reader of the output has gone
 
-The 130 is a shell's word: a command dies of the signal, else `while :; do aios-run …; done` would go on after Ctrl-C.
+130 is what a shell shows: the command really dies of the signal. If it only exited with 130, a loop such as
+`while :; do aios-run …; done` would continue after Ctrl-C.
 
-Start-up time is part of the contract (`benchmarks/startup.py`): a command imports click, msgspec and the
-client, and nothing that is not needed to answer. What is needed seldom is imported where it is.
+A short start is part of the contract (`benchmarks/startup.py`): a command imports click, msgspec and the client, and
+nothing that it does not need. What is seldom needed is imported inside the function that needs it.
 """
 
 from __future__ import annotations
@@ -37,7 +38,7 @@ MODULES = {
 def main(program: str) -> NoReturn:
     """Run the command `program` with the arguments of this process, and end the process."""
     interrupted = False
-    gc.disable()  # until all is imported: there is nothing to collect in what stays
+    gc.disable()  # until everything is imported: modules stay, so there is nothing to collect
     try:
         _open_standard_descriptors()
         from aiosd.commands.edge import run
@@ -58,17 +59,17 @@ def main(program: str) -> NoReturn:
 
         signal.signal(signal.SIGINT, signal.SIG_DFL)
         os.kill(os.getpid(), signal.SIGINT)
-    os._exit(code)  # nothing is left to tidy up; tearing the interpreter down would cost a tenth of the time
+    os._exit(code)  # nothing is left to clean up, and Python's own end would take a tenth of the time
 
 
 def _open_standard_descriptors() -> None:
-    """Started with a closed descriptor 0, 1 or 2, a command would find its first socket there."""
+    """Open 0, 1 and 2 where the caller has closed them: else the first socket would get such a number."""
     for fd in range(3):
         try:
             os.fstat(fd)
         except OSError:
             os.open("/dev/null", os.O_RDWR)
-    # Python has given up on such streams; the commands have not.
+    # Python sets a stream to None if its descriptor was closed at the start; the commands use all three.
     sys.stdin = sys.stdin or os.fdopen(0, closefd=False)
     sys.stdout = sys.stdout or os.fdopen(1, "w", closefd=False)
     sys.stderr = sys.stderr or os.fdopen(2, "w", closefd=False)
@@ -77,7 +78,8 @@ def _open_standard_descriptors() -> None:
 
 
 def _patient_stdout() -> io.TextIOWrapper:
-    """Under PYTHONUNBUFFERED Python drops what a write did not take, and a pipe that does not block takes a part."""
+    """A stdout that writes everything. A non-blocking pipe may take only a part of a write, and under PYTHONUNBUFFERED
+    Python drops the rest."""
     unbuffered = isinstance(sys.stdout.buffer, io.FileIO)
     binary: Any = _PatientFile(1, "wb", closefd=False)
     if not unbuffered:
@@ -87,14 +89,14 @@ def _patient_stdout() -> io.TextIOWrapper:
 
 
 class _PatientFile(io.FileIO):
-    """Writes all that it is given, however long the reader takes."""
+    """Writes all data, however slowly the reader reads."""
 
     def write(self, data: Any, /) -> int:
         rest = memoryview(data).cast("B")
         size = len(rest)
         while rest:
             written = super().write(rest)
-            if written is None:  # full, and does not block
+            if written is None:  # the pipe is full, and does not block
                 import select
 
                 poll = select.poll()

@@ -1,7 +1,7 @@
-"""Which agents a user means by a PID or a NAME.
+"""Finds the agents that a user names on the command line, by PID or NAME.
 
-A word of digits is a pid. A name stands for every live agent that has it, or, where one agent is wanted, for
-the newest. A name that only one of aiosd's own processes has stands for that process.
+A word of digits is a pid. A name stands for all live agents of that name; where a command needs one agent, for the
+newest of them. A name that no agent has, but one of aiosd's own processes, stands for that process.
 """
 
 from __future__ import annotations
@@ -18,8 +18,8 @@ if TYPE_CHECKING:
 
 
 def named(client: Client, name: str, dead: bool = False) -> list[ProcInfo]:
-    """Agents of that name, live and zombies (with `dead` also those that are only remembered), the oldest first;
-    aiosd's own process if no agent has it."""
+    """Agents of that name, the oldest first: live ones and zombies, and with `dead` also those that are only
+    remembered. If no agent has the name, aiosd's own process of that name."""
     found: list[ProcInfo] = client.call(Sys.PS, Ps(all=True, name=name, dead=dead), list[ProcInfo])
     agents = [p for p in found if not p.system]
     return sorted(agents or found, key=lambda p: p.pid)

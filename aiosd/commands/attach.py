@@ -6,12 +6,13 @@
     step 3 of 4
     step 4 of 4
 
-What is shown is the agent's log, from its last lines on. To an agent that was started with `aios-run -d -t` what is
-typed goes as well, through the process that holds its terminal (`aiosd.commands.holder`). This process is one loop over
-the connection to the kernel, of which it waits for the agent's end, the log, the signals it receives, and that holder.
+It shows the agent's log, from its last lines on. If the agent was started with `aios-run -d -t`, what is typed here is
+sent to it, through the process that holds its terminal (`aiosd.commands.holder`). This process is one loop over four
+sources: the connection to the kernel (which reports the agent's end), the log, the signals it receives, and that
+holder.
 
-To detach changes nothing for the agent. So signals that end this process (HUP, TERM) are not passed on; INT and QUIT,
-which a person types, are.
+Detaching changes nothing for the agent. So signals that end this process (HUP, TERM) are not passed on to it; INT and
+QUIT, which a person types, are.
 """
 
 from __future__ import annotations
@@ -38,15 +39,15 @@ if TYPE_CHECKING:
     from aiosd.commands.terminal import RawMode
 
 FAILED = 125  # as aios-run
-LINES = 10  # shown of what was printed before, where the window does not say more
-POLL_S = 0.1  # between two looks at a log of which no holder tells that there is more
-LAST_OUTPUT_S = 3.0  # for the holder to write the last output when the agent has ended
+LINES = 10  # earlier lines that are shown at first; on a terminal as many as fill the window, if that is more
+POLL_S = 0.1  # seconds between two looks at the log, where no holder reports new output
+LAST_OUTPUT_S = 3.0  # how long the holder may take to write the last output after the agent's end
 CHUNK = select.PIPE_BUF  # after POLLOUT a write of this size does not block, though the pipe is a blocking one
 TO_AGENT = (signal.SIGINT, signal.SIGQUIT)
 ENDING = (signal.SIGINT, signal.SIGQUIT, signal.SIGTERM, signal.SIGHUP)
 
-# What a program that paints the screen may have left switched on: mouse, pasting in brackets, the second screen, a
-# cursor that is not seen, colours. Switching off what is not on does nothing.
+# Switches off what a full-screen program may have switched on: mouse reports, bracketed paste, the second screen, a
+# hidden cursor, colours. Where nothing is switched on, it does nothing.
 PLAIN = b"\x1b[?1000l\x1b[?1002l\x1b[?1003l\x1b[?1006l\x1b[?2004l\x1b[?47l\x1b[?25h\x1b[m"
 
 EXAMPLES = """
@@ -141,15 +142,15 @@ class View:
         self.keys = detachkeys.DetachKeys(b"")
         self.holder: socket.socket | None = None  # of its terminal, if we are typing there
         self.raw: RawMode | None = None
-        self.buffer = b""  # read, not yet shown
+        self.buffer = b""  # read from the log, not yet shown
         self.interrupted = False  # by an INT, which the agent got
         self.detached = False  # by the keys for it
         self.wakeup = -1
         self.end: Pending = client.submit(Sys.WAIT, Wait(pid))
-        self.end_by = 0.0  # when the last output is there at the latest; 0: the agent lives
+        self.end_by = 0.0  # how long to wait for the last output; 0: the agent lives
 
     def run(self, tail: int | None) -> int:
-        """The exit code."""
+        """Show the agent until its end, or until the user detaches; returns the exit code."""
         self._connect_terminal()
         self._catch_signals()
         try:
@@ -175,20 +176,20 @@ class View:
         while not self.detached:
             self._enter()
             self.client.pump()
-            if self.client.socket.reborn:  # a kernel born again is told at once what we still wait for
+            if self.client.socket.reborn:  # a new kernel: send at once again what we wait for
                 self.client.pump()
             over = self._over()
             if not self.buffer:
                 self.buffer = self.log.read()
             if over and not self.buffer:
                 return
-            if self.holder is None and not self.buffer:  # no key goes there any more: Ctrl-C is to be a signal again
+            if self.holder is None and not self.buffer:  # no key can be sent any more: let Ctrl-C be a signal again
                 self._leave()
                 self.raw = None
             self._turn()
 
     def _over(self) -> bool:
-        """Whether the agent has ended, and its last output is in the log. (Asked before the log is read.)"""
+        """Whether the agent has ended and its last output is in the log. Must be called before the log is read."""
         if self.end.final is None:
             return False
         self.end_by = self.end_by or time.monotonic() + LAST_OUTPUT_S
@@ -212,7 +213,7 @@ class View:
         if ready.get(1):
             self._write(ready[1])
         if self.holder is not None and self.holder.fileno() in ready:
-            self._hear_holder(self.holder)
+            self._receive_from_holder(self.holder)
         if 0 in ready and self.holder is not None:
             self._read_keys(self.holder)
 
@@ -227,7 +228,7 @@ class View:
     # ── signals ───────────────────────────────────────────────────────────────────────────────────────────
 
     def _catch_signals(self) -> None:
-        """From here on these are bytes in a pipe. One that we were told to ignore (nohup) stays ignored."""
+        """From now on these signals arrive as bytes in a pipe. One that was ignored at the start (nohup) stays so."""
         self.wakeup, writing = os.pipe2(os.O_NONBLOCK | os.O_CLOEXEC)
         signal.set_wakeup_fd(writing, warn_on_full_buffer=False)
         caught: tuple[signal.Signals, ...] = TO_AGENT if self.pass_signals else ()
@@ -253,13 +254,14 @@ class View:
         self._leave()
         handler = signal.signal(signal.SIGTSTP, signal.SIG_DFL)
         os.kill(os.getpid(), signal.SIGTSTP)
-        # Here we stand still until CONT, or not at all: Linux stops no process of an orphaned group.
+        # Here this process is stopped until CONT. (Or not at all: Linux does not stop processes of an orphaned group.)
         signal.signal(signal.SIGTSTP, handler)
 
     # ── an agent with a terminal ──────────────────────────────────────────────────────────────────────────
 
     def _connect_terminal(self) -> None:
-        """If there are a terminal here and one there. The code for terminals is loaded then."""
+        """Connect to the agent's terminal, if stdin is a terminal and the agent has one. Only then is the code for it
+        imported."""
         if os.isatty(0):
             from aiosd.commands import holder
             from aiosd.commands.terminal import RawMode
@@ -271,8 +273,8 @@ class View:
         return LINES if self.holder is None else max(os.get_terminal_size(0).lines, LINES)
 
     def _enter(self) -> None:
-        """Once we are in the foreground. In the background Linux would stop us for touching the terminal, again and
-        again, and no signal but KILL would end us."""
+        """Take the terminal, once this process is in the foreground. In the background Linux would stop it at each
+        attempt to change the terminal, and only KILL could end it."""
         if self.raw is not None and not self.raw.entered and self._may_read_keys():
             self.raw.enter()
             self._send_size()
@@ -293,7 +295,7 @@ class View:
         from aiosd.commands import holder
 
         if self.holder is not None:
-            with contextlib.suppress(OSError):  # its end is found where it is read
+            with contextlib.suppress(OSError):  # the holder has gone: `_receive_from_holder` finds that out
                 size = os.get_terminal_size(0)
                 self.holder.send(holder.SIZE + holder.WINDOW.pack(size.lines, size.columns))
 
@@ -309,11 +311,11 @@ class View:
             return
         passed, self.detached = self.keys.feed(typed)
         if passed:
-            with contextlib.suppress(OSError):  # full: the agent has not read a packet for long, and a key is lost
+            with contextlib.suppress(OSError):  # full: the agent has not read for long; the key is lost
                 agent.send(holder.KEYS + passed)
 
-    def _hear_holder(self, agent: socket.socket) -> None:
-        """There is more in the log; or the holder has gone, and with it the terminal."""
+    def _receive_from_holder(self, agent: socket.socket) -> None:
+        """Receive from the holder: one byte for more output in the log, or its end, and so the end of the terminal."""
         with contextlib.suppress(BlockingIOError):
             try:
                 more = agent.recv(1)
@@ -325,10 +327,10 @@ class View:
 
 
 def _noted(number: int, frame: object) -> None:
-    """The wakeup descriptor has it; Python wants a function."""
+    """Does nothing: Python needs a function, and the wakeup descriptor has received the signal."""
 
 
 def _die_of(number: int) -> None:
-    """As a program that does not catch it."""
+    """End by the signal, like a program that does not catch it."""
     signal.signal(number, signal.SIG_DFL)
     os.kill(os.getpid(), number)

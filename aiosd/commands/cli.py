@@ -1,4 +1,4 @@
-"""aiosd: starts the system, in the foreground or (-d) in the background; says how it stands; stops it.
+"""aiosd: starts the system in the foreground or (-d) in the background, shows its state, stops it.
 
 $ aiosd -d
 aiosd: ready (nano; ~/.local/state/aios)
@@ -24,7 +24,7 @@ from typing import TYPE_CHECKING, Any, NoReturn
 import click
 
 from aiosd import config
-from aiosd.commands import edge, models, started
+from aiosd.commands import edge, models, started, store, tools
 from aiosd.commands.summary import brief, describe
 from aiosd.errors import AiosdError, WorldError
 from libaios.client import Home, NoKernel
@@ -62,7 +62,7 @@ def _settings_options(function: Callable[..., Any]) -> Callable[..., Any]:
 
 
 class _Value(click.ParamType[Any]):
-    """A value that `config` knows how to read."""
+    """A value that is read by the function of its setting in `config`."""
 
     def __init__(self, key: config.Key) -> None:
         self.name = key.name
@@ -80,7 +80,7 @@ class _Value(click.ParamType[Any]):
 
 
 def _complete_value(context: click.Context, parameter: click.Parameter, incomplete: str) -> list[CompletionItem]:
-    """Of the setting that is named before it."""
+    """The values of the setting that is named before it."""
     key = config.BY_NAME.get(context.params.get("name", ""))
     return edge.completions(dict.fromkeys(key.words if key else [], ""), incomplete)
 
@@ -129,7 +129,7 @@ def command(
 
 
 def _settings(names: tuple[str, ...], file: str | None, flags: dict[str, Any]) -> Settings:
-    """Of a command line, in this process's environment and folder; its home has been made."""
+    """The settings for a command line, in the environment and folder of this process. Creates the home's folders."""
     given = {name: value for name, value in flags.items() if value is not None}
     if names:
         given["model"] = list(names)
@@ -156,7 +156,7 @@ def _require_home(home: Home) -> None:
 
 
 def _serve(settings: Settings) -> int:
-    """Be the guardian, until the system ends."""
+    """Run as the guardian until the system ends."""
     from aiosd.init import guardian, notify
 
     try:
@@ -167,8 +167,8 @@ def _serve(settings: Settings) -> int:
 
 
 def _to_background(settings: Settings, words: list[str]) -> int:
-    """Start a guardian in a session of its own; return when it serves, or has told why it cannot. `words`: the command
-    line, to be remembered."""
+    """Start a guardian in a session of its own; return when the system serves, or has reported why it cannot. `words`:
+    the command line, which is remembered for `aiosd restart`."""
     log = settings.home.data / "aiosd.log"
     reading, writing = os.pipe2(os.O_CLOEXEC)
     pid = os.fork()
@@ -190,7 +190,7 @@ def _to_background(settings: Settings, words: list[str]) -> int:
 
 
 def _be_daemon(settings: Settings, log: Path) -> NoReturn:
-    """In the child. What it has to say goes to the log; the starter hears of success or failure by ready_fd."""
+    """In the child: output goes to the log, and success or failure is reported to the starter through ready_fd."""
     code = 1
     try:
         os.setsid()
@@ -243,7 +243,7 @@ def status(verbose: bool, as_json: bool, check: bool) -> int:
 
 
 class _Setting(click.Choice[str]):
-    """As in aiosd.toml, or as an option is written: log-level."""
+    """The name of a setting as in aiosd.toml (log_level), or as its option is written (log-level)."""
 
     def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> str:
         word = str(value).replace("-", "_")
@@ -299,9 +299,9 @@ def _stop(timeout: float) -> None:
             guardian = _pidfd_of_lock() if guardian < 0 else guardian
             if guardian < 0:
                 raise err from None
-            signal.pidfd_send_signal(guardian, signal.SIGTERM)  # it runs, but its kernel does not answer
+            signal.pidfd_send_signal(guardian, signal.SIGTERM)  # it runs, but its kernel does not reply
         except ConnectionError:
-            pass  # it went while we asked
+            pass  # it ended before it replied
         if guardian >= 0 and not _ended(guardian, end - time.monotonic()):
             raise edge.Failed(f"has not ended within {timeout:g} s")
     finally:
@@ -377,7 +377,7 @@ def _pidfd_of_lock() -> int:
 
 
 def _pid_of_lock() -> int:
-    """The guardian that the home's lock file names, if that process is one; else 0."""
+    """The pid in the home's lock file, if that process is a guardian; else 0."""
     with contextlib.suppress(OSError, ValueError):
         pid = int((Home().data / "lock").read_text())
         if b"aiosd" in Path(f"/proc/{pid}/cmdline").read_bytes():
@@ -392,6 +392,8 @@ def _ended(pidfd: int, timeout_s: float) -> bool:
 
 
 models.register(command)
+tools.register(command)
+store.register(command)
 
 
 # ── systemd ───────────────────────────────────────────────────────────────────────────────────────────────

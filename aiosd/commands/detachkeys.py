@@ -1,8 +1,9 @@
-"""The keys that leave an agent's terminal, found in what is typed.
+"""Finds the keys that detach from an agent's terminal in what is typed.
 
     DetachKeys(parse("ctrl-p,ctrl-q")).feed(b"ls\\r") → (b"ls\\r", False)
 
-A key that may be the first of them is held back until the next one is known, and passed on if that is another one.
+A key that may be the first of them is not passed on until the next key is typed. If that is another key than the
+second of them, both are passed on.
 """
 
 from __future__ import annotations
@@ -12,7 +13,8 @@ CONTROL = "abcdefghijklmnopqrstuvwxyz[\\]^_"  # Ctrl with the n-th of them is th
 
 
 def parse(text: str) -> bytes:
-    """A list with commas of single characters and `ctrl-X`; "" for none. ValueError with a sentence."""
+    """Read a list of single characters and `ctrl-X`, with commas between them; "" for no keys. Raises ValueError with a
+    sentence."""
     return b"".join(_key(word) for word in text.split(",")) if text else b""
 
 
@@ -30,10 +32,10 @@ def _key(word: str) -> bytes:
 class DetachKeys:
     def __init__(self, keys: bytes) -> None:
         self._keys = keys
-        self._held = b""  # as much of the keys as has been typed so far
+        self._held = b""  # the beginning of the keys that has been typed so far
 
     def feed(self, typed: bytes) -> tuple[bytes, bool]:
-        """What of it is for the agent, and whether the keys have been typed; nothing behind them is for the agent."""
+        """What to send to the agent, and whether the keys have been typed. What follows the keys is dropped."""
         if not self._keys:
             return typed, False
         data = self._held + typed

@@ -1,4 +1,4 @@
-"""What all commands have in common: the error line, --help, --version, and the exit code.
+"""The parts that all commands share: the error line, --help, --version, the exit code.
 
 $ aios-kill 42
 aios-kill: 42: no such agent
@@ -26,7 +26,7 @@ SETTINGS: dict[str, Any] = {"help_option_names": ["-h", "--help"], "max_content_
 
 
 class Failed(Exception):
-    """The command cannot do what it was asked; `code` is its exit code, the message its error line."""
+    """The command has failed: the message is its error line, `code` its exit code."""
 
     def __init__(self, message: str, code: int = 1) -> None:
         super().__init__(message)
@@ -34,7 +34,7 @@ class Failed(Exception):
 
 
 def run(program: str, module: str, args: list[str]) -> int:
-    """Run the click command `command` of `module`; its exit code. Raises KeyboardInterrupt."""
+    """Run the click command `command` of `module`; returns its exit code. Raises KeyboardInterrupt."""
     sys.stdout.reconfigure(errors="backslashreplace")  # type: ignore[union-attr] # a TextIOWrapper, never a pipe object
     command: click.Command = import_module(module).command
     gc.enable()
@@ -64,18 +64,18 @@ def run(program: str, module: str, args: list[str]) -> int:
 
 
 def completion_variable(program: str) -> str:
-    """Set by the shell when it wants to know how a line may go on."""
+    """The variable that a shell sets when it asks how a command line can be completed."""
     return f"_{program.replace('-', '_').upper()}_COMPLETE"
 
 
 def complain(program: str, message: str) -> None:
-    """One line on stderr, whatever was in the arguments or came from an agent."""
+    """Write one line to stderr. Text from arguments or agents cannot break the line or control the terminal."""
     print(f"{program}: {printable(message)}", file=sys.stderr)
 
 
 def printable(text: str) -> str:
-    """The text with escapes (`\\x1b`, `\\u202e`) in place of what would act upon a terminal: control characters (C0,
-    DEL and C1), marks that change the direction of writing, and bytes that are no text."""
+    """The text with escapes (`\\x1b`, `\\u202e`) for everything that could control a terminal: control characters (C0,
+    DEL and C1), marks that change the direction of writing, and bytes that are not text."""
     if text.isprintable():
         return text
     return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in text)
@@ -88,7 +88,7 @@ def reason(err: OSError) -> str:
 
 
 def reason_about(subject: str, err: OSError) -> str:
-    """`42: no such agent`: the subject once, then what is wrong with it."""
+    """`42: no such agent`: the subject, once, and the reason."""
     words = reason(err)
     if err.errno == errno.ESRCH:
         words = "no such agent"
@@ -98,13 +98,13 @@ def reason_about(subject: str, err: OSError) -> str:
 
 
 def connect() -> Client:
-    """The running system; NoKernel says that there is none."""
+    """A connection to the running system. Raises NoKernel if there is none."""
     return Client()
 
 
 def completions(words: Mapping[str, str], incomplete: str, listed: bool = False) -> list[CompletionItem]:
-    """For a shell: those of `words` that go on so, each with what is to be said about it. `listed`: what is typed is a
-    list with commas, of which the last item is meant."""
+    """For a shell: those of `words` that begin with `incomplete`, each with its description. `listed`: `incomplete` is
+    a list with commas, and its last item is to be completed."""
     from click.shell_completion import CompletionItem
 
     known, comma, last = incomplete.rpartition(",") if listed else ("", "", incomplete)
@@ -112,13 +112,13 @@ def completions(words: Mapping[str, str], incomplete: str, listed: bool = False)
 
 
 class Seconds(click.FloatRange):
-    """Called by its name where something else was given."""
+    """A number of seconds; error messages use its name."""
 
     name = "number of seconds"
 
     def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> float:
         seconds = super().convert(value, param, ctx)
-        if not seconds <= 1e9:  # inf, and nan, which is within every range
+        if not seconds <= 1e9:  # inf, and nan, for which no comparison is true
             self.fail(f"{value!r} is out of range (up to 1000000000)", param, ctx)
         return seconds
 
@@ -131,7 +131,7 @@ C = TypeVar("C", bound=click.Command)
 
 
 def new(kind: type[C], summary: str, usage: str, examples: str, **extra: Any) -> Callable[[Callable[..., Any]], C]:
-    """Decorator: make a function a command with the options that all have."""
+    """Decorator: makes a function a command, with the options that all commands have."""
 
     def decorate(function: Callable[..., Any]) -> C:
         version = click.Option(
@@ -166,7 +166,7 @@ def _show_version(context: click.Context, _: click.Parameter, wanted: bool) -> N
 
 
 def _one_line(text: str) -> str:
-    """A message of click as an error line: on one line, its guess at what was meant without brackets, no full stop."""
+    """A message of click as an error line: one line, no full stop, and no brackets around "Did you mean …"."""
     text = re.sub(r"\.? \((Did you mean [^()]*)\)\.?$", r". \1", " ".join(text.split()))
     return _lower_first(text).rstrip(".")
 
@@ -177,5 +177,5 @@ def _lower_first(text: str) -> str:
 
 
 def _discard_output() -> None:
-    """Whatever still lies in stdout's buffer has no reader any more."""
+    """Send what is still in stdout's buffer nowhere: it has no reader any more, and Python would report that."""
     os.dup2(os.open(os.devnull, os.O_WRONLY), 1)

@@ -3,16 +3,16 @@
     aios-run -d -t ──fork──▶ holder ──spawn──▶ kernel        aios-attach ──keys, sizes──▶ holder ──▶ pty ──▶ agent
                               pty ──▶ holder ──▶ 7.log ──▶ aios-attach
 
-The holder has the pty's master. What the agent prints goes to the agent's log and nowhere else: `aios-attach` reads it
-there, as it reads the log of any detached agent, and the holder only sends it one byte when there is more. So a reader
-that stands still costs nothing, and one that comes later sees what was printed before.
+The holder has the master of the pty. It writes what the agent prints to the agent's log and nowhere else: `aios-attach`
+reads it there, as it reads the log of any detached agent, and gets only one byte from the holder when there is more. So
+a reader that stops reading delays nothing, and one that comes later sees what was printed before.
 
-`aios-attach` connects to a socket in a folder of the home that is the user's alone, and sends packets: KEYS with what
-was typed, SIZE with rows and columns.
+`aios-attach` connects to a socket in a folder of the home that only the user can enter, and sends packets: KEYS with
+what was typed, SIZE with rows and columns.
 
-The holder is a process of the person who typed `aios-run`, a client of the kernel with a person's rights, and no child
-of anything in aiosd. It ends when the agent has ended, and when there is no aiosd any more. If the holder is killed
-Linux hangs the terminal up, and the agent gets HUP.
+The holder is a process of the person who typed `aios-run`: a client of the kernel with a person's rights, and not a
+descendant of any process of aiosd. It ends when the agent has ended, or when no aiosd runs any more. If the holder is
+killed, Linux hangs the terminal up, and the agent gets HUP.
 """
 
 from __future__ import annotations
@@ -38,13 +38,13 @@ from libaios.wire import Spawn, Spawned, Sys, Wait
 
 KEYS, SIZE = b"k", b"w"  # the first byte of a packet
 WINDOW = struct.Struct("=HH")  # rows, columns
-PACKET = 4096  # bytes at most
-MORE = b"+"  # there is more in the log
+PACKET = 4096  # the largest packet, in bytes
+MORE = b"+"  # to aios-attach: there is more in the log
 CHUNK = 1 << 16
-TYPED_MAX = 1 << 16  # keys that the agent has not read: no more are received then
-LOOK_AGAIN_S = 0.2  # between two looks at a terminal that no process has open
-LAST_OUTPUT_S = 2.0  # for what is still to come after the agent's end
-DEFAULT_SIZE = (24, 80)  # where aios-run has no terminal itself
+TYPED_MAX = 1 << 16  # if the agent has not read this many keys, no more are received
+LOOK_AGAIN_S = 0.2  # seconds between two looks at a terminal that no process has open
+LAST_OUTPUT_S = 2.0  # how long output is still read after the agent's end
+DEFAULT_SIZE = (24, 80)  # rows and columns, if aios-run has no terminal itself
 
 T = TypeVar("T")
 
@@ -57,7 +57,7 @@ def folder_of(home: Home) -> str:
 
 
 def connect(home: Home, pid: int) -> socket.socket | None:
-    """To the holder of agent `pid`; None where the agent has no terminal that is held."""
+    """Connect to the holder of agent `pid`; None: the agent has no held terminal."""
     with contextlib.suppress(FileNotFoundError, ConnectionRefusedError):
         return _at_folder(home, lambda place: _connected(f"{place}/{pid}"))
     return None
@@ -108,7 +108,7 @@ def start(spawn: Spawn) -> int:
     child = os.fork()
     if child == 0:
         try:
-            if os.fork() == 0:  # the second fork: nothing is left that aios-run, or its shell, would wait for
+            if os.fork() == 0:  # forked twice: the holder is no child that aios-run, or its shell, waits for
                 _become_holder(spawn, master, slave, writing)
         finally:
             os._exit(0)
@@ -120,7 +120,7 @@ def start(spawn: Spawn) -> int:
 
 
 def _outcome(told: str) -> int:
-    """`7`, or errno and sentence of what went wrong."""
+    """Read the holder's answer: a pid (`7`), or an errno and a sentence."""
     number, space, words = told.partition(" ")
     if not number:
         raise OSError(errno.EIO, "the process that was to hold the terminal has died")
@@ -136,7 +136,7 @@ def _become_holder(spawn: Spawn, master: int, slave: int, report: int) -> None:
     with open(report, "wb", buffering=0) as answer:
         try:
             client = Client()
-            client.fileno()  # from now on it becomes readable with every reply
+            client.fileno()  # makes it readable, from now on, whenever a reply has come
             spawned: Spawned = client.call(Sys.SPAWN, spawn, Spawned, fds=(slave, slave, slave))
             os.close(slave)
             held = Holder(client, spawned, master)
@@ -149,13 +149,13 @@ def _become_holder(spawn: Spawn, master: int, slave: int, report: int) -> None:
 
 
 def _let_go(kept: set[int]) -> None:
-    """Of all that belongs to the terminal and the shell where aios-run was typed."""
+    """Close everything that belongs to the terminal and the shell where aios-run was typed."""
     nothing = os.open(os.devnull, os.O_RDWR)
     for fd in range(3):
         os.dup2(nothing, fd)
     for name in os.listdir("/proc/self/fd"):
         if int(name) > 2 and int(name) not in kept:
-            with contextlib.suppress(OSError):  # the one that listed them
+            with contextlib.suppress(OSError):  # the descriptor that listed them
                 os.close(int(name))
     os.chdir("/")
     for number in (signal.SIGINT, signal.SIGQUIT, signal.SIGHUP, signal.SIGTERM):
@@ -168,7 +168,7 @@ def _let_go(kept: set[int]) -> None:
 
 
 class Holder:
-    """One loop in a process of its own, until the agent has ended."""
+    """The loop of the holder's process, which runs until the agent has ended."""
 
     def __init__(self, client: Client, spawned: Spawned, master: int) -> None:
         self.client, self.master = client, master
@@ -178,7 +178,7 @@ class Holder:
         self.log = os.open(spawned.log, os.O_WRONLY | os.O_CREAT | os.O_APPEND | os.O_CLOEXEC, 0o600)
         self.end: Pending = client.submit(Sys.WAIT, Wait(spawned.pid))
         self.attached: dict[int, socket.socket] = {}
-        self.typed = bytearray()  # what the agent has not read yet
+        self.typed = bytearray()  # keys that the agent has not read yet
 
     def run(self) -> None:
         try:
@@ -190,7 +190,7 @@ class Holder:
                 os.unlink(self.path)
 
     def _over(self) -> bool:
-        """Whether the agent has ended, or aiosd, which ends all agents."""
+        """Whether the agent has ended, or aiosd, with which all agents end."""
         self.client.pump()
         if self.client.socket.reborn:
             self.client.pump()
@@ -216,7 +216,7 @@ class Holder:
             self._receive(fd)
 
     def _hung_up(self) -> bool:
-        """No process has the terminal open just now, and poll would return at once for ever."""
+        """Whether no process has the terminal open now. Then poll would return at once, again and again."""
         poll = select.poll()
         poll.register(self.master, select.POLLIN)
         return dict(poll.poll(0)).get(self.master) == select.POLLHUP
@@ -224,7 +224,7 @@ class Holder:
     # the terminal
 
     def _pass_output(self) -> bool:
-        """From the terminal to the log; False when there is none."""
+        """Copy output from the terminal to the log; False: there was none."""
         try:
             data = os.read(self.master, CHUNK)
         except OSError:  # EAGAIN, or EIO: no process has it open
@@ -233,7 +233,7 @@ class Holder:
             while data:
                 data = data[os.write(self.log, data) :]
         for sock in self.attached.values():
-            with contextlib.suppress(OSError):  # it has many of them already, or has gone
+            with contextlib.suppress(OSError):  # its socket is full of them, or it has gone
                 sock.send(MORE)
         return True
 
@@ -250,7 +250,7 @@ class Holder:
         while self._pass_output() and time.monotonic() < deadline:
             pass
 
-    # those who are attached
+    # the attached clients
 
     def _accept(self) -> None:
         with contextlib.suppress(OSError):
@@ -273,7 +273,8 @@ class Holder:
             self._resize(*WINDOW.unpack(packet[1:]))
 
     def _resize(self, rows: int, columns: int) -> None:
-        """A program that fills the screen paints it anew after WINCH, also for one that has just attached."""
+        """Set the window size. If it is the same, send WINCH all the same: then a full-screen program draws its screen
+        anew, which a client that has just attached needs."""
         same = _size(self.master) == (rows, columns)
         _set_size(self.master, rows, columns)
         if same:

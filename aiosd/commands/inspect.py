@@ -1,4 +1,4 @@
-"""aios-inspect: everything the kernel knows of agents, as JSON.
+"""aios-inspect: all that the kernel knows about agents, as JSON.
 
 $ aios-inspect planner | jq '.[0].budgets'
 """

@@ -72,7 +72,7 @@ def untangle(args: list[str]) -> list[str]:
             signal_known = True
             options += ["--signal", arg[1:]]
         elif arg[0:1] == "-":
-            options.append(arg)  # click knows what to say about it
+            options.append(arg)  # click reports the error
         else:
             operands.append(arg)
     return [*options, "--", *operands]
@@ -119,7 +119,7 @@ def command(word: str, timeout: float | None, listing: bool, targets: tuple[str,
 
 
 def _kill(client: Client, number: int, timeout: float | None, targets: tuple[str, ...]) -> int:
-    """All signals go out before the first answer is waited for; failures are told in the order given."""
+    """Send all signals before waiting for the first reply. Failures are reported in the order of the arguments."""
     sent: list[tuple[str, str, Pending | None]] = []
     for word in targets:
         pids = [int(word)] if re.fullmatch(r"-[0-9]+", word) else agents.live(client, word)

@@ -1,4 +1,4 @@
-"""aios-logs: what detached agents wrote, and what they go on to write.
+"""aios-logs: prints what detached agents have written, and with -f what they write from now on.
 
     $ aios-logs --tail 2 -f planner
     step 3 of 4
@@ -8,8 +8,8 @@
     planner[7] | step 4 of 4
     worker[8]  | waiting
 
-What a log consists of, and how it is read while the kernel makes room in it, is `aiosd.agentlog`'s business. Agents of
-earlier boots are known by their files alone, and so are all where no aiosd runs.
+`aiosd.agentlog` knows of which files a log consists, and how to read it while the kernel shortens it. Of agents of
+earlier boots only these files are left; where no aiosd runs, that is true of all agents.
 """
 
 from __future__ import annotations
@@ -40,11 +40,11 @@ EXAMPLES = """
   aios-logs --since 2026-11-23T14:05:00Z --until 2h30m 7
 """
 
-POLL_S = 0.2  # between two looks at a log that is followed
+POLL_S = 0.2  # seconds between two looks at a log that is followed
 
 
 class Moment(click.ParamType[float]):
-    """A date, a Unix time, or how long ago."""
+    """A moment: a date, a Unix time, or how long ago."""
 
     name = "time"
 
@@ -58,8 +58,8 @@ class Moment(click.ParamType[float]):
 
 
 def parse_moment(text: str, now: float) -> float:
-    """Unix time: `2026-11-23T14:05:00Z` (RFC 3339; without a zone: local), `@1700000000`, `1700000000.5`, or as long
-    ago as `10m` or `2h30m`. ValueError with a sentence."""
+    """Returns a Unix time. `text`: a date such as `2026-11-23T14:05:00Z` (RFC 3339; without a zone: local time), a Unix
+    time (`@1700000000`, `1700000000.5`), or how long ago (`10m`, `2h30m`). Raises ValueError with a sentence."""
     if re.fullmatch(r"@?[0-9]{1,12}(\.[0-9]*)?", text):
         return float(text.removeprefix("@"))
     try:
@@ -120,38 +120,38 @@ def command(
 
 @dataclass(slots=True)
 class _Log:
-    """One agent's log, on its way to stdout."""
+    """The log of one agent, which is being copied to stdout."""
 
     pid: int
     label: str
     reader: agentlog.Reader
     ended: bool  # the agent writes no more
     prefix: bytes = b""
-    _line: bytes = b""  # what was read of a line that has no end yet
+    _line: bytes = b""  # the part of a line whose end has not been read yet
 
     def copy(self) -> None:
-        """All that is there."""
+        """Copy all that there is."""
         while block := self.reader.read():
             sys.stdout.buffer.write(self._with_prefix(block) if self.prefix else block)
         sys.stdout.buffer.flush()
 
     def end(self) -> None:
-        """Nothing more will come."""
+        """The agent writes no more: copy a last line without an end, and close the log."""
         self.reader.close()
         if self._line:
             sys.stdout.buffer.write(self.prefix + self._line + b"\n")
             sys.stdout.buffer.flush()
 
     def _with_prefix(self, block: bytes) -> bytes:
-        """Whole lines, so that those of two agents are not mixed."""
+        """The whole lines of it, each with the prefix, so that lines of several agents are not mixed."""
         *lines, self._line = (self._line + block).split(b"\n")
         if len(self._line) > agentlog.BLOCK:
             lines, self._line = [*lines, self._line], b""
         return b"".join(self.prefix + line + b"\n" for line in lines)
 
     def look(self, client: Client | None) -> bool:
-        """Whether the agent has ended. (A WAIT would tell at once, but take a child's status away from its parent.)
-        When the whole system ends, so has the agent."""
+        """Whether the agent has ended. (A WAIT would report it at once, but its parent could not collect the status any
+        more.) With the end of the whole system the agent has ended, too."""
         if self.ended or client is None:
             return True
         try:
@@ -159,7 +159,7 @@ class _Log:
         except OSError as err:
             if err.errno == errno.ENOTCONN:
                 edge.complain("aios-logs", "aiosd has ended, and the agent with it")
-            elif err.errno != errno.ESRCH:  # it ended, and has been forgotten since
+            elif err.errno != errno.ESRCH:  # it has ended, and is not remembered any more
                 raise
             self.ended = True
         return self.ended
@@ -171,7 +171,7 @@ def _inspect(client: Client, pid: int) -> dict[str, Any]:
 
 
 def _connect(words: tuple[str, ...]) -> Client | None:
-    """None: no aiosd runs, but these agents have left their logs."""
+    """Connect; None: no aiosd runs, but logs of these agents are left."""
     try:
         return edge.connect()
     except NoKernel:
@@ -187,7 +187,7 @@ def _left_behind(word: str) -> str:
 
 
 def _open_all(client: Client | None, words: tuple[str, ...]) -> tuple[list[_Log], bool]:
-    """The logs, and whether one is missing. One alone that is missing raises Failed."""
+    """The logs, and whether one is missing. Raises Failed if it is the only one."""
     logs: list[_Log] = []
     failed = False
     for word in words:
@@ -233,10 +233,10 @@ def _find(client: Client | None, word: str) -> tuple[int, str, str, bool]:
 
 
 def _follow(client: Client | None, logs: list[_Log], until: float | None) -> None:
-    """Copy until all agents have ended, or it is `until`. Whether they have is asked before the last look at the files,
-    so that what they wrote before their end is printed."""
+    """Copy until all agents have ended, or until `until`. Whether an agent has ended is asked before the last look at
+    its files, so that all it wrote before its end is printed."""
     poll = select.poll()
-    poll.register(1, 0)  # tells when the reader of our output has gone
+    poll.register(1, 0)  # reports when the reader of our output has gone
     while logs:
         over = until is not None and time.time() >= until
         ended = [log for log in logs if log.look(client) or over]

@@ -1,6 +1,6 @@
 """The machine's figures, for `aiosd status` and aios-top: processors, memory, load, disk of the data folder.
 
-Imported by these two, and only when they show them: psutil takes its time to load.
+Only these two import it, and only when they show the figures, because importing psutil takes long.
 """
 
 from __future__ import annotations
@@ -19,12 +19,12 @@ class Figures(NamedTuple):
     load: tuple[float, float, float]  # of the last 1, 5 and 15 minutes
     memory_used: int
     memory_total: int
-    disk_free: int | None  # None: the folder cannot be asked
+    disk_free: int | None  # None: not known
     disk_total: int | None
 
 
 def measure(folder: str, interval_s: float | None = None) -> Figures:
-    """`interval_s`: watch the processors for so long; else since the last call, of which the first knows nothing."""
+    """`interval_s`: how long to watch the processors; None: their use since the last call (the first gives none)."""
     cpu: float | None = psutil.cpu_percent(interval_s)
     if interval_s is None and not _asked_before():
         cpu = None
@@ -44,7 +44,7 @@ def measure(folder: str, interval_s: float | None = None) -> Figures:
     )
 
 
-_asked: list[bool] = []  # whether psutil has a moment to compare with
+_asked: list[bool] = []  # not empty: there was a call before, with which psutil compares
 
 
 def _asked_before() -> bool:

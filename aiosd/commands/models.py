@@ -1,4 +1,4 @@
-"""aiosd models, aiosd pull: which models are on this machine, and getting another one.
+"""aiosd models, aiosd pull: list the models on this machine, fetch another one.
 
 $ aiosd models
 NAME                                           SIZE   CTX FAMILY QUANT  FITS
@@ -26,7 +26,7 @@ if TYPE_CHECKING:
     from aiosd.models.found import Found
 
 HEADERS = ("NAME", "SIZE", "CTX", "FAMILY", "QUANT", "FITS")
-_FIGURES = {1, 2}  # columns whose words stand to the right
+_FIGURES = {1, 2}  # columns that are aligned to the right
 
 
 def register(group: click.Group) -> None:
@@ -35,7 +35,7 @@ def register(group: click.Group) -> None:
 
 
 def locate(word: str, folder: str) -> Found:
-    """The model that `--model` or a file of settings names; fetched if it is one of a hub that is not here."""
+    """The model that `--model` or aiosd.toml names. One of a hub is fetched if it is not on this machine."""
     from aiosd.models.hub import find_or_pull
 
     return find_or_pull(word, folder, _tell)
@@ -119,5 +119,5 @@ def _line(row: tuple[str, ...], widths: list[int]) -> str:
 
 
 def _printable(text: str) -> str:
-    """Names of files come from others: no control characters on a terminal."""
+    """File names may be from anywhere: control characters must not reach the terminal."""
     return "".join(char if char.isprintable() else "?" for char in text)

@@ -1,7 +1,6 @@
-"""What aios-top shows, as lines of text: from one sample of the system, or two for what goes by time.
+"""What aios-top shows, as lines of text. It is made from a sample of the system; rates need two samples.
 
-A figure that the system does not tell is left out, with its word. No line is longer than the width; the last lines are
-dropped where there is no room for them.
+A figure that the system does not report is left out, with its word. No line is longer than the width.
 """
 
 from __future__ import annotations
@@ -28,14 +27,14 @@ class Sample(NamedTuple):
 
 
 class Rate(NamedTuple):
-    """Of one agent, between two samples; -1: there is only one sample of it."""
+    """The rates of one agent between two samples; -1: there is only one sample of it."""
 
     tokens_per_s: float = -1.0
     cpu: float = -1.0  # percent of one processor
 
 
 class View:
-    """What the person has chosen."""
+    """What the user has chosen to see."""
 
     __slots__ = ("names", "reverse", "sort", "system")
 
@@ -45,7 +44,7 @@ class View:
         self.sort = sort
         self.reverse = reverse
         self.system = system  # aiosd's own processes too
-        self.names = list(names)  # agents of these names alone
+        self.names = list(names)  # only agents of these names; empty: all
 
 
 def rates(old: Sample | None, new: Sample) -> dict[int, Rate]:
@@ -153,7 +152,7 @@ def _tiers(tiers: Any) -> list[str]:
 
 # ── the agents ────────────────────────────────────────────────────────────────────────────────────────────
 
-#: Keys of the columns, from left to right; those by which figures are sorted start with the largest.
+#: The columns from left to right. Sorting starts with the largest value, but for those in SMALLEST_FIRST.
 ORDER = ("pid", "stat", "ni", "rate", "tokens", "cached", "ctx", "mem", "cpu", "time", "name")
 SMALLEST_FIRST = ("pid", "stat", "ni", "name")
 
@@ -175,8 +174,8 @@ def columns(usage: dict[int, Rate]) -> dict[str, Column]:
 
 
 def rows(sample: Sample, usage: dict[int, Rate], view: View, width: int) -> tuple[str, list[int], list[str]]:
-    """The line of headers, and pid and line of each agent, sorted; who uses as much as another stands in the order of
-    tokens used, then of pids."""
+    """The line of headers, the pids of the agents in order, and their lines. Agents with equal values are sorted by the
+    tokens that they have used, then by pid."""
     known = columns(usage)
     shown = [p for p in sample.agents if (view.system or not p.system) and (not view.names or p.name in view.names)]
     shown.sort(key=lambda p: p.pid)

@@ -1,4 +1,4 @@
-"""aios-ps: the agents of a running system, as ps shows processes.
+"""aios-ps: lists the agents of a running system, as ps lists processes.
 
 $ aios-ps -e
 PID PPID STAT NI CALLS TOKENS      CTX   MEM    TIME NAME
@@ -148,7 +148,7 @@ def command(
 
 
 def _find(client: Client, everything: bool, dead: bool, pids: set[int], names: tuple[str, ...]) -> list[ProcInfo]:
-    """What was asked for, by pid; -p and -C add to each other, as in ps."""
+    """The processes that were asked for, in order of their pids. -p and -C together give those of both, as in ps."""
     asked = [Ps(all=True, name=name, dead=dead) for argument in names for name in argument.split(",") if name]
     if pids:
         asked.append(Ps(all=True, pids=sorted(pids), dead=dead))

@@ -1,4 +1,4 @@
-"""aios-renice: change how nice agents are to others.
+"""aios-renice: changes the nice values of agents.
 
 $ aios-renice 5 planner
 7: old nice 0, new nice 5
@@ -21,11 +21,11 @@ EXAMPLES = """
   aios-renice --relative 1 7    one step nicer than it is
 """
 
-NICE = edge.Whole(-20, 19, clamp=True)  # as renice(1) takes what is beyond
+NICE = edge.Whole(-20, 19, clamp=True)  # values beyond are taken for the nearest, as by renice(1)
 
 
 class ReniceCommand(click.Command):
-    """`aios-renice -5 7`: a negative value is no option."""
+    """Takes a negative value for no option: `aios-renice -5 7`."""
 
     def parse_args(self, ctx: click.Context, args: list[str]) -> list[str]:
         if args and re.fullmatch(r"-[0-9]+", args[0]):

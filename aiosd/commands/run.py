@@ -1,22 +1,22 @@
-"""aios-run: start an agent, connect it to the terminal, exit as it does.
+"""aios-run: starts an agent, connects it to the terminal, and exits as the agent does.
 
     $ aios-run --name planner planner.py "plan my day"
     $ aios-run -d -m libaios.agents.react "What is 37 * 91?"
     7
 
-Attached, this process is one loop over the connection to the kernel, the signals it receives and, where a
-terminal is involved, the relays of `terminal`. It asks the kernel for a spawn, then for the agent's end, and
-meanwhile turns signals into system calls:
+Without -d this process stays attached. It is one loop over the connection to the kernel, the signals that it receives
+and, where there is a terminal, the relays of `terminal`. It submits a SPAWN to the kernel, then a WAIT for the agent's
+end, and meanwhile turns signals into system calls:
 
-    INT QUIT TERM HUP   sent on to the agent (with -t Ctrl-C is a key like any other, and the pty makes a signal)
-    USR1 USR2           sent on
-    WINCH               sent on, or with -t the new size given to the pty
-    TSTP                agent stopped, then this process
-    CONT                agent continued
+    INT QUIT TERM HUP   are passed on to the agent (with -t Ctrl-C is a key, and the pty makes a signal of it)
+    USR1 USR2           are passed on
+    WINCH               is passed on; with -t the pty gets the new size instead
+    TSTP                stops the agent, then this process
+    CONT                continues the agent
 
-If the kernel dies and comes back the client reconnects and submits its open calls again: still one spawn, still
-one exit code. An agent that dies of an INT that we sent on takes us with it, as a program in the foreground would die:
-a shell leaves its loop only for that.
+If the kernel dies and a new one is started, the client reconnects and submits its open calls again: there is still one
+spawn and one exit code. If the agent dies of an INT that was passed on, this process dies of INT, too, as a program in
+the foreground would: a shell leaves its loop only then.
 """
 
 from __future__ import annotations
@@ -53,9 +53,9 @@ NOT_FOUND = 127
 ENDING = (signal.SIGINT, signal.SIGQUIT, signal.SIGTERM, signal.SIGHUP)
 FORWARDED = (*ENDING, signal.SIGUSR1, signal.SIGUSR2, signal.SIGWINCH)
 JOB_CONTROL = (signal.SIGTSTP, signal.SIGCONT)
-FOREGROUND_POLL_S = 0.2  # no signal says that a running job was brought to the foreground
-STOP_PATIENCE_S = 1.0  # a shell that forks just now (vfork) cannot stop before its child goes on
-LAST_OUTPUT_S = 2.0  # for a reader of our stdout that is slow when the agent has ended
+FOREGROUND_POLL_S = 0.2  # between two checks: no signal reports that a running job was brought to the foreground
+STOP_PATIENCE_S = 1.0  # how long to wait for the agent's stop: a shell cannot stop while a child of its vfork runs
+LAST_OUTPUT_S = 2.0  # how long a slow reader of our stdout may take after the agent's end
 
 EXAMPLES = """
   aios-run agent.py "some task"            a Python script, with its arguments
@@ -71,7 +71,7 @@ EXAMPLES = """
 
 
 class RunCommand(click.Command):
-    """Options end at FILE.py, at `-m MODULE` or at `--`; what follows belongs to the agent."""
+    """Options end at FILE.py, `-m MODULE` or `--`; all following words are the agent's."""
 
     def parse_args(self, ctx: click.Context, args: list[str]) -> list[str]:
         takes_value = {word for p in self.params if isinstance(p, click.Option) and not p.is_flag for word in p.opts}
@@ -81,7 +81,7 @@ class RunCommand(click.Command):
 
 
 def split(args: Sequence[str], takes_value: set[str]) -> tuple[list[str], str, list[str]]:
-    """Options for us; "file", "module" or "exec"; what to run with its arguments."""
+    """Split the words into our options, the kind ("file", "module" or "exec"), and what to run with its arguments."""
     i = 0
     while i < len(args):
         arg = args[i]
@@ -129,7 +129,7 @@ class Count(click.ParamType[int]):
 
 
 class Duration(edge.Seconds):
-    """Seconds, or a length of time with its units."""
+    """A number of seconds, or a length of time with units."""
 
     def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> float:
         if isinstance(value, str):
@@ -235,13 +235,13 @@ def command(
 def _print_pid(pid: int) -> int:
     try:
         print(pid, flush=True)
-    except OSError as err:  # the agent runs all the same: whoever started it should know which it is
+    except OSError as err:  # the agent runs all the same: the user should know its pid
         raise edge.Failed(f"agent {pid} runs, but stdout takes no pid: {err.strerror}") from None
     return 0
 
 
 def _environment(variables: Sequence[str]) -> dict[str, str]:
-    """Ours and what -e adds. The channel of an agent that runs us is its own."""
+    """The agent's environment: ours, and what -e adds. If an agent runs this command, its channel is not passed on."""
     environment = dict(os.environ)
     for word in variables:
         key, equals, value = word.partition("=")
@@ -271,7 +271,7 @@ def _umask() -> int:
 
 
 def _failure(err: OSError) -> edge.Failed:
-    """As a shell exits where a program cannot be started."""
+    """An error of the spawn, with the exit code that a shell has for it."""
     codes = {
         errno.ENOENT: NOT_FOUND,
         errno.ENOTDIR: NOT_FOUND,
@@ -286,7 +286,7 @@ def _failure(err: OSError) -> edge.Failed:
 
 
 class Attachment:
-    """One agent in the foreground of this command."""
+    """One agent that runs attached to this command."""
 
     def __init__(self, client: Client, spawn: Spawn) -> None:
         self.client = client
@@ -294,17 +294,18 @@ class Attachment:
         self.spawn = spawn
         self.pid = 0  # 0: not spawned yet
         self.ended = False
-        self.interrupted = False  # by an INT, which the agent got
-        self.signals: list[int] = []  # received, not yet acted upon
+        self.interrupted = False  # by an INT that was passed on
+        self.signals: list[int] = []  # received, not handled yet
         self.early: list[int] = []  # received before there was an agent
         self.relays: list[Relay] = []
-        self.given: list[int] = []  # descriptors for the agent; ours until it has them
+        self.outputs: list[Relay] = []  # those of them that bring what the agent writes
+        self.given: list[int] = []  # descriptors for the agent, which we close when it has them
         self.master = -1  # of the pty
         self.raw: RawMode | None = None
         self.wakeup = -1
 
     def run(self) -> int:
-        """From spawn to end; the exit code."""
+        """Run the agent from spawn to end; returns the exit code."""
         self._catch_signals()
         try:
             self._connect_stdio()
@@ -312,9 +313,8 @@ class Attachment:
             self._agent_lives(spawned.pid)
             waited: Waited = self._await(self.client.submit(Sys.WAIT, Wait(self.pid)), Waited)
             self.ended = True
-            for relay in self.relays:
-                if relay.source == self.master:
-                    relay.drain(LAST_OUTPUT_S)
+            for relay in self.outputs:
+                relay.drain(LAST_OUTPUT_S)
         finally:
             if self.raw is not None:
                 self.raw.leave()
@@ -342,7 +342,7 @@ class Attachment:
     # ── descriptors ───────────────────────────────────────────────────────────────────────────────────────
 
     def _connect_stdio(self) -> None:
-        """Decide what the agent gets as 0, 1 and 2. The code for terminals is loaded where there is one."""
+        """Decide what the agent gets as 0, 1 and 2. The code for terminals is imported only if there is one."""
         self.given_fds = [0, 1, 2]
         if not self.spawn.tty and not os.isatty(0):
             self._give_no_reading()
@@ -350,7 +350,7 @@ class Attachment:
         from aiosd.commands import terminal
         from aiosd.commands.terminal import EOT, RawMode, Relay
 
-        # To be told by an error, not stopped, where a read comes too late to be one from the foreground.
+        # If a read comes just after this process was sent to the background, it must fail, not stop this process.
         signal.signal(signal.SIGTTIN, signal.SIG_IGN)
 
         def foreground() -> bool:
@@ -366,30 +366,43 @@ class Attachment:
         ours = next((fd for fd in (0, 1, 2) if os.isatty(fd)), None)
         self.master, slave = terminal.open_pty(ours)
         self.given, self.given_fds = [slave], [slave, slave, slave]
-        self.relays = [Relay(0, self.master, foreground, last_words=EOT), Relay(self.master, 1, unread=self._hang_up)]
+        self.outputs = [Relay(self.master, 1, unread=self._hang_up)]
+        self.relays = [Relay(0, self.master, foreground, last_words=EOT), *self.outputs]
         if os.isatty(0):
             self.raw = RawMode(0)
             self.raw.enter()
 
     def _give_no_reading(self) -> None:
         """A shell opens a terminal once, for reading and writing, as 0, 1 and 2. The agent gets stdout and stderr that
-        can only be written to: it is not to read what the user types for others."""
+        can only be written to, because it must not read what the user types for other programs."""
         for number in (1, 2):
             if os.isatty(number) and fcntl.fcntl(number, fcntl.F_GETFL) & os.O_ACCMODE == os.O_RDWR:
-                with contextlib.suppress(OSError):  # of another user, after su say: it stays as it is
-                    opened = os.open(f"/proc/self/fd/{number}", os.O_WRONLY | os.O_NOCTTY | os.O_CLOEXEC)
-                    self.given.append(opened)
-                    self.given_fds[number] = opened
+                self.given_fds[number] = opened = self._for_writing(number)
+                self.given.append(opened)
+
+    def _for_writing(self, number: int) -> int:
+        """The terminal at this descriptor, for writing only. One that cannot be opened again (of another user, after
+        su) is not given: what the agent writes comes through a pipe."""
+        try:
+            return os.open(f"/proc/self/fd/{number}", os.O_WRONLY | os.O_NOCTTY | os.O_CLOEXEC)
+        except OSError:
+            from aiosd.commands.terminal import Relay
+
+            reading, writing = os.pipe2(os.O_CLOEXEC)
+            os.set_blocking(reading, False)
+            self.outputs.append(Relay(reading, number, unread=lambda: os.close(reading)))
+            self.relays.append(self.outputs[-1])
+            return writing
 
     def _hang_up(self) -> None:
-        """The pty has no reader any more: its terminal is gone."""
+        """The agent's output has no reader any more: send HUP, as for a closed terminal."""
         if self.pid and not self.ended:
             self._send(signal.SIGHUP)
 
     # ── loop ──────────────────────────────────────────────────────────────────────────────────────────────
 
     def _await(self, call: Pending, result: Any) -> Any:
-        """Serve signals and relays until `call` has its final reply; that, or its error."""
+        """Handle signals and relays until `call` has its final reply; return that, or raise its error."""
         while True:
             while self.signals:
                 self._on_signal(self.signals.pop(0))
@@ -399,8 +412,8 @@ class Attachment:
             self._turn()
 
     def _pump(self) -> None:
-        """Take what the kernel sent. A kernel born again is told at once what we still wait for: nothing would
-        arrive before that."""
+        """Receive what the kernel has sent. After a kernel's death the open calls are submitted again at once, because
+        nothing would arrive before that."""
         self.client.pump()
         if self.client.socket.reborn:
             self.client.pump()
@@ -425,7 +438,7 @@ class Attachment:
     # ── signals ───────────────────────────────────────────────────────────────────────────────────────────
 
     def _catch_signals(self) -> None:
-        """From here on signals are bytes in a pipe. One that we were told to ignore (nohup) stays ignored."""
+        """From now on signals arrive as bytes in a pipe. One that was ignored at the start (nohup) stays ignored."""
         self.wakeup, writing = os.pipe2(os.O_NONBLOCK | os.O_CLOEXEC)
         signal.set_wakeup_fd(writing, warn_on_full_buffer=False)
         for number in (*FORWARDED, *JOB_CONTROL):
@@ -451,8 +464,8 @@ class Attachment:
             self._send(number)
 
     def _send(self, number: int) -> Pending | None:
-        """Send a signal to the agent; the reply is ignored. A signal before its pid is known (it may already have
-        printed something) waits for the agent, but repeated ones end this process."""
+        """Send a signal to the agent; the reply is ignored. While its pid is not known (it may already have printed
+        something), the signal is kept for it; but a second one that ends programs ends this process."""
         self.interrupted = self.interrupted or number == signal.SIGINT
         if self.pid:
             return self.client.submit(Sys.KILL, Kill(self.pid, number))
@@ -464,7 +477,7 @@ class Attachment:
         return None
 
     def _stop(self) -> None:
-        """Ctrl-Z: the agent stops, then we do, and both go on together."""
+        """Ctrl-Z: stop the agent, then this process. CONT continues both."""
         if not self.pid:
             self.early.append(signal.SIGTSTP)
             return
@@ -479,7 +492,7 @@ class Attachment:
             self.raw.leave()
         handler = signal.signal(signal.SIGTSTP, signal.SIG_DFL)
         os.kill(os.getpid(), signal.SIGTSTP)
-        # Here we stand still until CONT — or not at all: Linux stops no process of an orphaned group.
+        # Here this process is stopped until CONT. (Or not at all: Linux does not stop processes of an orphaned group.)
         signal.signal(signal.SIGTSTP, handler)
         if self.raw is not None:
             self.raw.enter()
@@ -489,4 +502,4 @@ class Attachment:
 
 
 def _noted(number: int, frame: object) -> None:
-    """The wakeup descriptor has it; Python wants a function."""
+    """Does nothing: Python needs a function, and the wakeup descriptor has received the signal."""

@@ -1,8 +1,8 @@
-"""The live screen of aios-top: draws pictures, listens to keys.
+"""The live screen of aios-top: draws pictures and reads keys.
 
-One thread waits for three things at once: keys, answers of the system, and signals (through a pipe). A busy model
-answers after a second, and meanwhile keys work and the last picture stands. Whatever ends the program, curses puts
-the terminal back: the end of `run`, an exception, Ctrl-C, TERM and HUP all pass through `curses.wrapper`.
+One thread waits for three things at once: keys, replies of the system, and signals (through a pipe). A busy model may
+reply after a second; meanwhile keys work and the last picture stays. However the program ends, curses restores the
+terminal: the end of `run`, an exception, Ctrl-C, TERM and HUP all pass through `curses.wrapper`.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ from libaios.connection import Pending
 from libaios.wire import Kill, NiceArgs, ProcInfo, Ps, Status, Sys
 
 ESCAPE, ENTER, BACKSPACE = 27, (10, 13, curses.KEY_ENTER), (8, 127, curses.KEY_BACKSPACE)
-NOTE_S = 4.0  # how long the outcome of a key is shown
+NOTE_S = 4.0  # seconds for which the result of a key is shown
 
 KEYS = """\
 up, down, PgUp, PgDn, Home, End   choose an agent (else k and r ask for a pid)
@@ -40,7 +40,8 @@ FOOT = "q quit  h help  k signal  r renice  < > sort"
 
 
 def run(client: Client, view: View, delay: float, iterations: int | None) -> int:
-    """Until the person, a signal or `iterations` end it; the exit code. Raises Failed on a terminal that cannot."""
+    """Show pictures until the user, a signal or `iterations` ends it; returns the exit code. Raises Failed if the
+    terminal cannot show them."""
     try:
         curses.setupterm()
     except curses.error as err:
@@ -53,12 +54,12 @@ def run(client: Client, view: View, delay: float, iterations: int | None) -> int
 
 
 class _Ended(Exception):
-    """By a signal."""
+    """Raised by the signals that end the program."""
 
 
 class _Caught:
-    """Signals that wait for the loop, and a descriptor that wakes it. (ncurses would handle TSTP and WINCH itself, but
-    in the middle of whatever it is writing.)"""
+    """Signals that the loop will handle, and a descriptor that wakes it. (ncurses would handle TSTP and WINCH itself,
+    but at any moment, even while it writes to the screen.)"""
 
     def __init__(self, fd: int) -> None:
         self.fd = fd
@@ -67,7 +68,7 @@ class _Caught:
 
 @contextlib.contextmanager
 def _signals() -> Iterator[_Caught]:
-    """TERM and HUP end the program in order, WINCH and TSTP are for the loop."""
+    """Catch signals: TERM and HUP end the program in order, WINCH and TSTP are handled by the loop."""
     reading, writing = os.pipe2(os.O_NONBLOCK | os.O_CLOEXEC)
     caught = _Caught(reading)
 
@@ -90,10 +91,10 @@ def _signals() -> Iterator[_Caught]:
 
 @dataclass(slots=True)
 class _Question:
-    """Something that is being typed."""
+    """A question on the last line, and the answer that is being typed."""
 
     text: str
-    act: Callable[[str], str]  # what is to be done with the answer; what to show then. ValueError: what was wrong
+    act: Callable[[str], str]  # called with the answer, returns what to show; raises ValueError with what is wrong
     typed: str = ""
 
 
@@ -104,17 +105,17 @@ class _Screen:
         self.old: Sample | None = None
         self.new: Sample | None = None
         self.asked: tuple[Pending, Pending] | None = None  # STATUS and PS
-        self.open: list[tuple[Pending, str]] = []  # kills and renices, and what to say when they are done
+        self.open: list[tuple[Pending, str]] = []  # kills and renices, with what to show when they are done
         self.next_at = 0.0
         self.chosen: int | None = None  # a pid
         self.first = 0  # the first agent on the screen
-        self.pids: list[int] = []  # as they are listed
+        self.pids: list[int] = []  # in the order of the list
         self.question: _Question | None = None
         self.note, self.note_until = "", 0.0
         self.help = False
         self.over = False
 
-    # ── what happens ──────────────────────────────────────────────────────────────────────────────────────
+    # ── events ──────────────────────────────────────────────────────────────────────────────────────
 
     def loop(self, iterations: int | None) -> int:
         self._set_up()
@@ -153,7 +154,7 @@ class _Screen:
         return min(ends) - now
 
     def _refresh(self) -> bool:
-        """Ask when it is time, take what has come; True for a new picture."""
+        """Ask the system when it is time to, and receive its replies; True: there is a new picture."""
         self.client.pump()
         for call, text in [entry for entry in self.open if entry[0].final is not None]:
             self.open.remove((call, text))
@@ -194,7 +195,7 @@ class _Screen:
             self._resize()
 
     def _stop(self) -> None:
-        """Give the terminal back, stop as the shell expects it, and take it again."""
+        """Restore the terminal, stop as a shell expects it, and take the terminal again after CONT."""
         curses.def_prog_mode()
         curses.endwin()
         handler = signal.signal(signal.SIGTSTP, signal.SIG_DFL)
@@ -210,7 +211,7 @@ class _Screen:
     # ── keys ──────────────────────────────────────────────────────────────────────────────────────────────
 
     def _keys(self, events: int) -> bool:
-        """Whatever has been typed; False when the terminal is gone."""
+        """Handle all keys that have been typed; False: the terminal is gone."""
         key = self.window.getch()
         if key == -1 and events & (select.POLLHUP | select.POLLERR):
             return False
@@ -327,10 +328,10 @@ class _Screen:
 
     def _draw_sample(self, sample: Sample, height: int, width: int) -> None:
         top = picture.head(sample.status, width, time.time(), sample.machine)
-        most = max(2, height - 8)  # some agents are always to be seen
+        most = max(2, height - 8)  # leaves room for some agents
         for y, line in enumerate(top[:most]):
             self._put(y, line, width, height)
-        y = min(len(top), most) + (0 if sample.machine else 1)  # the machine's figures part the two, else a blank line
+        y = min(len(top), most) + (0 if sample.machine else 1)  # a blank line, or that with the machine's figures
         title, self.pids, lines = picture.rows(sample, picture.rates(self.old, sample), self.view, width - 1)
         self._put(y, " " + title.ljust(width), width, height, curses.A_REVERSE)
         room = max(height - y - 2, 0)
@@ -353,7 +354,7 @@ class _Screen:
 
     def _put(self, y: int, text: str, width: int, height: int, how: int = 0) -> None:
         if 0 <= y < height and width > 1:
-            with contextlib.suppress(curses.error):  # the last cell of the screen: the cursor has nowhere to go
+            with contextlib.suppress(curses.error):  # after writing the last cell: the cursor has no place
                 self.window.addstr(y, 0, table.spelled(table.cut(text, width), self.window.encoding), how)
 
 

@@ -1,4 +1,4 @@
-"""Signals as people write them: `TERM`, `SIGTERM`, `term`, `15`, `RTMIN+3`."""
+"""Reads and writes the names of signals: `TERM`, `SIGTERM`, `term`, `15`, `RTMIN+3`."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ _NAMES = {s.name[3:]: int(s) for s in signal.Signals} | {"CLD": int(signal.SIGCH
 
 
 def number_of(word: str) -> int:
-    """The number of the signal `word` names; ValueError with a sentence when there is none. 0 is a probe."""
+    """The number of the signal `word`. Raises ValueError with a sentence if there is none. 0 only probes a process."""
     if word.isascii() and word.isdigit():
         number = int(word)
         if number > MAX_SIGNAL:
@@ -51,7 +51,7 @@ def is_signal(word: str) -> bool:
 
 
 def numbers() -> list[int]:
-    """All that are in use."""
+    """The numbers of all signals in use."""
     return [*range(1, 32), *range(_MIN_REALTIME, MAX_SIGNAL + 1)]
 
 

@@ -1,8 +1,8 @@
-"""How the system was started last with `aiosd -d`: what `aiosd restart` goes by.
+"""Remembers how the system was last started with `aiosd -d`, for `aiosd restart`.
 
-Kept beside the data: the words of the command line, the folder in which relative paths among them start, and those
-variables of the environment that are settings. The rest of the environment is not written down, for there may be
-secrets in it: after a restart it is that of the restarter.
+Stored beside the data: the words of the command line, the folder in which relative paths among them begin, and those
+variables of the environment that are settings. The other variables are not stored, because there may be secrets among
+them: after a restart they are those of `aiosd restart`.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ class Start:
 
 
 def remember(home: Home, pid: int, words: list[str], cwd: str) -> None:
-    """A disk that refuses costs a later restart, not this start."""
+    """Store it. A disk error is ignored: it prevents a later restart, but not this start."""
     env = {key: value for key, value in os.environ.items() if key.startswith(PREFIX) or key in OTHERS}
     with contextlib.suppress(OSError):
         new = home.data / "started.new"
@@ -39,7 +39,7 @@ def remember(home: Home, pid: int, words: list[str], cwd: str) -> None:
 
 
 def recall(home: Home) -> Start | None:
-    """None: nothing is remembered, or it cannot be read."""
+    """The last start; None: nothing is stored, or it cannot be read."""
     try:
         with open(home.data / "started.json", encoding="utf-8", errors="surrogateescape") as file:
             return Start(**json.load(file))
@@ -48,7 +48,7 @@ def recall(home: Home) -> Start | None:
 
 
 def apply(start: Start) -> None:
-    """Make environment and folder of this process what they were then. Raises OSError when the folder is gone."""
+    """Give this process the variables and the folder of that start. Raises OSError if the folder is gone."""
     for key in [key for key in os.environ if key.startswith(PREFIX) or key in OTHERS]:
         del os.environ[key]
     os.environ.update(start.env)

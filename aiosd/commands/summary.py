@@ -1,4 +1,4 @@
-"""What `aiosd status` prints: a few lines, or (-v) all that the system tells of itself."""
+"""What `aiosd status` prints: a few lines, or with -v all that the system reports."""
 
 from __future__ import annotations
 
@@ -9,11 +9,12 @@ from aiosd.units import format_duration, format_size
 
 
 def brief(found: dict[str, Any], machine: str = "") -> list[str]:
-    """What a person looks for first. A figure that the system does not tell is left out."""
+    """The most important figures. One that the system does not report is left out."""
     rows = {"home": str(found.get("home", "")), "policy": _policy(found), "agents": _agents(found)}
     rows |= {f"model {model.get('name', '?')}": _model_in_a_line(model) for model in found.get("models", [])}
     others = [service for service in found.get("services", []) if service.get("state") not in (None, "ready")]
     rows |= {str(service.get("name", "?")): str(service["state"]) for service in others}
+    rows |= {str(service["name"]): text for service in found.get("services", []) if (text := _errors(service))}
     rows["machine"] = machine
     width = max(map(len, rows))
     lines = [_head(found)]
@@ -63,6 +64,16 @@ def _model_in_a_line(model: dict[str, Any]) -> str:
     return ", ".join(parts)
 
 
+def _errors(service: dict[str, Any]) -> str:
+    """What a service that is ready could not do."""
+    errors = (service.get("stats") or {}).get("errors") or {}
+    first = next(iter(errors.items()), None)
+    if first is None:
+        return ""
+    more = f" (and {len(errors) - 1} more: aiosd status -v)" if len(errors) > 1 else ""
+    return f"{service.get('state', '?')}, but {first[0]}: {first[1]}{more}"
+
+
 def _checked(problems: list[str] | None) -> list[str]:
     if problems is None:
         return []
@@ -73,10 +84,12 @@ def _checked(problems: list[str] | None) -> list[str]:
 
 
 def describe(found: dict[str, Any], machine: str = "") -> list[str]:
-    """Everything. What this function does not know by name is shown under its own."""
+    """All figures. One that this function does not know is shown under its own name."""
     rest = dict(found)
     lines = [_head(found)]
     models, checked = rest.pop("models", []), rest.pop("check", None)
+    cores = {str(model.get("pid")) for model in models}
+    services = [service for service in rest.pop("services", []) if str(service.get("pid")) not in cores]
     rows: dict[str, Any] = {name: rest.pop(name) for name in ("home", "logs", "log", "policy") if name in rest}
     rows["agents"] = _agents(found)
     if machine:
@@ -86,7 +99,16 @@ def describe(found: dict[str, Any], machine: str = "") -> list[str]:
     lines += [f"  {name.replace('_', ' '):18} {_value(name, value)}" for name, value in rows.items()]
     for model in models:
         lines += _describe_model(dict(model))
+    for service in services:
+        lines += _describe_service(dict(service))
     return lines + _checked(checked)
+
+
+def _describe_service(service: dict[str, Any]) -> list[str]:
+    lines = [f"service {service.pop('name', '?')}, {service.pop('state', '?')}, pid {service.pop('pid', '?')}"]
+    service.pop("kind", None)
+    rows = {**(service.pop("stats", None) or {}), **{name: value for name, value in service.items() if value}}
+    return [*lines, *(f"  {name.replace('_', ' '):18} {_value(name, value)}" for name, value in rows.items())]
 
 
 def _describe_model(model: dict[str, Any]) -> list[str]:

@@ -5,9 +5,9 @@
     $ systemctl --user enable --now aiosd
     $ loginctl enable-linger             to have it run while you are logged out, too
 
-aiosd speaks sd_notify(3) itself: the unit is started when the system serves. The message comes from the supervisor, a
-child of the process that systemd started. TERM goes to that process alone, which ends agents in order; an agent that
-runs out of memory is no reason to end the others.
+aiosd uses sd_notify(3): for systemd the unit has started when the system serves. The message is sent by the supervisor,
+a child of the process that systemd started (hence NotifyAccess=all). TERM is sent only to that process, which ends the
+agents in order (KillMode=mixed). If an agent runs out of memory, the others must not end (OOMPolicy=continue).
 """
 
 from __future__ import annotations
@@ -41,7 +41,7 @@ WantedBy=default.target
 
 
 def unit() -> str:
-    """For this installation of aiosd, and for the home that this process sees."""
+    """The unit for this installation of aiosd, with this process's AIOS_HOME."""
     program = shutil.which(sys.argv[0]) or os.path.abspath(sys.argv[0])
     home = os.environ.get(ENV_HOME, "")
     environment = f"Environment={_quoted(f'{ENV_HOME}={os.path.abspath(home)}')}\n" if home else ""
@@ -49,6 +49,6 @@ def unit() -> str:
 
 
 def _quoted(text: str) -> str:
-    """As systemd reads it: % begins a specifier, and blanks part words."""
+    """Quoted for systemd, where % begins a specifier and blanks separate words."""
     text = text.replace("\\", "\\\\").replace('"', '\\"').replace("%", "%%")
     return f'"{text}"' if any(c in text for c in " \t\\'") else text

@@ -1,11 +1,11 @@
-"""Tables of agents: which columns there are, how `-o` names them, and how they are lined up.
+"""Tables of agents: the columns, their names for `-o`, and their layout.
 
     PID PPID STAT NI CALLS TOKENS  CTX   MEM    TIME NAME
       7    1 R     0     3    412  380  9.1M 0:00.31 planner
       8    7 S     5     1    120    0  8.7M 0:00.05  \\_ worker
 
-A column has a header, a value to sort by and a text to show. The last column of a row is neither padded nor,
-except on a terminal, cut.
+A column has a header, a value for sorting and a text to show. The last column of a row is not padded, and it is cut
+only on a terminal.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ Value = int | float | str
 
 
 class Column:
-    """Written out, for a dataclass would take longer to make than a table to print."""
+    """Not a dataclass, because creating one would take longer than printing a table."""
 
     __slots__ = ("header", "left", "text", "value")
 
@@ -33,11 +33,11 @@ class Column:
         self.header = header
         self.value = value
         self.text = text
-        self.left = left  # words to the left, figures to the right
+        self.left = left  # aligned to the left, as words are; figures are aligned to the right
 
 
 def cpu_time(seconds: float) -> str:
-    """As in top: 0:01.23, and 12:34:56 from an hour on."""
+    """CPU time as in top: 0:01.23, from an hour on 12:34:56."""
     if seconds < 3600:
         hundredths = int(seconds * 100)
         return f"{hundredths // 6000}:{hundredths // 100 % 60:02}.{hundredths % 100:02}"
@@ -46,7 +46,7 @@ def cpu_time(seconds: float) -> str:
 
 
 def elapsed(seconds: float) -> str:
-    """As etime of ps: [[D-]HH:]MM:SS."""
+    """A length of time like etime of ps: [[D-]HH:]MM:SS."""
     whole = max(0, int(seconds))
     text = f"{whole // 60 % 60:02}:{whole % 60:02}"
     if whole >= 3600:
@@ -55,7 +55,7 @@ def elapsed(seconds: float) -> str:
 
 
 def start_time(when: float) -> str:
-    """14:05 today, Nov23 before, 2025 in another year."""
+    """A start time: 14:05 for today, Nov23 for this year, 2025 for another year."""
     now, then = time.localtime(), time.localtime(when)
     if then[:3] == now[:3]:
         return time.strftime("%H:%M", then)
@@ -67,12 +67,12 @@ def date(when: float) -> str:
 
 
 def printable(text: str) -> str:
-    """`text` without anything that could move a terminal's cursor."""
+    """`text` with ? for each character that could control a terminal."""
     return text if text.isprintable() else "".join(c if c.isprintable() else "?" for c in text)
 
 
 def cells(text: str) -> int:
-    """How many cells of a terminal a text takes: some characters take two, accents of their own none."""
+    """How many cells of a terminal the text takes: some characters take two, combining accents take none."""
     if text.isascii():
         return len(text)
     return sum(map(_cells_of, text))
@@ -87,7 +87,7 @@ def _cells_of(character: str) -> int:
 
 
 def cut(text: str, width: int | None) -> str:
-    """As much of the beginning as fits into so many cells."""
+    """The beginning of the text, cut to `width` cells."""
     if width is None or cells(text) <= width:
         return text
     for end, character in enumerate(text):
@@ -98,7 +98,7 @@ def cut(text: str, width: int | None) -> str:
 
 
 def spelled(text: str, encoding: str) -> str:
-    """The text in characters that `encoding` has, each other one replaced by question marks that are as wide."""
+    """The text with ? (as many as it takes cells) for each character that `encoding` does not have."""
     if text.isascii():
         return text
     return "".join(c if _has(encoding, c) else "?" * _cells_of(c) for c in text)
@@ -112,7 +112,7 @@ def _has(encoding: str, character: str) -> bool:
 
 
 def line_width() -> int | None:
-    """Cells in a line, where stdout is a terminal: COLUMNS, where it is set, or what the terminal has."""
+    """How many cells a line of stdout may have: COLUMNS if it is set, else the terminal's width; None: no terminal."""
     if not sys.stdout.isatty():
         return None
     columns = os.environ.get("COLUMNS", "")
@@ -120,12 +120,12 @@ def line_width() -> int | None:
 
 
 def tokens(p: ProcInfo) -> int:
-    """Tokens computed for the agent: what its budget counts."""
+    """How many tokens were computed for the agent, as its budget counts them."""
     return p.prompt_tokens - p.cached_tokens + p.completion_tokens
 
 
 def context(p: ProcInfo) -> int:
-    """Tokens of the generations under way, or else of the context that is kept."""
+    """How many tokens its running generations have, or else the context that is kept for it."""
     return p.ctx_tokens or p.ctx_kept
 
 
@@ -168,7 +168,7 @@ COLUMNS: dict[str, Column] = {
     "command": _word("COMMAND", lambda p: p.command or f"[{p.name}]"),
 }
 
-#: Other words for the same columns: those of ps, and the keys of --json.
+#: Other names of the columns: those of ps, and the keys of --json.
 ALIASES = {
     "pgrp": "pgid",
     "state": "stat",
@@ -191,7 +191,7 @@ FULL = "uid pid ppid pgid ospid stat ni calls tokens ctx mem stime time command"
 
 
 def column(word: str) -> Column:
-    """The column that `word` names; ValueError listing the known ones when there is none."""
+    """The column of this name. Raises ValueError with the known names if there is none."""
     key = word.lower()
     found = COLUMNS.get(ALIASES.get(key, key))
     if found is None:
@@ -212,8 +212,8 @@ def layout(words: Iterable[str]) -> list[tuple[str, Column]]:
 
 
 def objects(processes: Iterable[ProcInfo], words: Iterable[str]) -> list[dict[str, Any]]:
-    """What `-o` arguments choose, for programs: each under its header where one was given, else as it was called; a
-    word that is a key of --json stands for just that, another one for the value that it is sorted by."""
+    """The columns of `-o` arguments as objects for programs. The key is the header, if one was given, else the word. A
+    word that is a key of --json gives that value; any other column gives the value by which it is sorted."""
     names = [w for argument in words for w in argument.replace(",", " ").split()]
     chosen = [(header or name.lower(), name.lower()) for name, _, header in (w.partition("=") for w in names)]
     return [{key: _datum(p, name) for key, name in chosen} for p in processes]
@@ -232,20 +232,20 @@ def sort_keys(arguments: Iterable[str]) -> list[tuple[Column, bool]]:
 
 
 def sort(processes: list[ProcInfo], keys: Sequence[tuple[Column, bool]]) -> None:
-    """Sort in place, by the first key first; equal ones keep their order."""
+    """Sort in place; the first key counts most. Rows with equal values keep their order."""
     for key, descending in reversed(keys):
         processes.sort(key=key.value, reverse=descending)
 
 
 def forest(processes: Sequence[ProcInfo]) -> tuple[list[ProcInfo], list[str]]:
-    """Children after their parents, with the branches to draw before each one's name."""
+    """The processes with children after their parents, and for each one the branch to draw before its name."""
     present = {p.pid for p in processes}
     children: dict[int, list[ProcInfo]] = {}
     for p in processes:
         children.setdefault(p.ppid if p.ppid in present else 0, []).append(p)
     order: list[ProcInfo] = []
     branches: list[str] = []
-    pending = [(p, "", "") for p in reversed(children.get(0, []))]  # a process, its branch, what stands below it
+    pending = [(p, "", "") for p in reversed(children.get(0, []))]  # a process, its branch, its children's indent
     while pending:
         p, branch, below = pending.pop()
         order.append(p)
@@ -264,7 +264,7 @@ def render(
     headers: bool = True,
     width: int | None = None,
 ) -> list[str]:
-    """The lines of the table; no line of headers where all of them are empty. `width` cuts each line."""
+    """The lines of the table, cut to `width`. Without a line of headers if all headers are empty."""
     texts = [[c.text(p) for _, c in chosen] for p in processes]
     if branches:
         drawn = next((i for i, (_, c) in enumerate(chosen) if c in (COLUMNS["name"], COLUMNS["command"])), None)

@@ -1,4 +1,4 @@
-"""Between a terminal and an attached agent: relays, raw mode, window size.
+"""The connection between a terminal and an attached agent: relays, raw mode, window size.
 
 An agent has its own session, so the terminal's job control does not reach it: nothing would stop it from reading input
 that is typed for another program. Therefore an agent never gets the terminal as stdin. Input goes through a pipe, or
@@ -17,7 +17,7 @@ import termios
 import tty
 from collections.abc import Callable
 
-LIMIT = 1 << 16  # a reader this far behind: read no more
+LIMIT = 1 << 16  # if the reader is this many bytes behind, no more is read
 CHUNK = select.PIPE_BUF  # after POLLOUT a write of this size does not block, though the pipe is a blocking one
 LAST_BYTES = 1 << 20  # more than a pseudo-terminal holds
 EOT = b"\x04"
@@ -26,8 +26,8 @@ EOT = b"\x04"
 class Relay:
     """Bytes from one descriptor to another, as fast as the slower one goes.
 
-    Owned by the loop of `aios-run`: `interests` says what to poll for, `step` acts on what poll found. At the
-    end of the input, or when the output has no reader, it calls `at_end` once and is `done`.
+    The loop of `aios-run` runs it: `interests` returns what to poll for, `step` gets the result of the poll. At the end
+    of the input, or when the output has no reader, it calls `at_end` once and is `done`.
     """
 
     def __init__(
@@ -45,8 +45,8 @@ class Relay:
         self.done = False
         self._at_end = at_end
         self._unread = unread  # called when the output has no reader any more
-        # Written after the end of the input, and twice after an unfinished line: a terminal takes the first EOT after
-        # such a line for "pass on what you have", and only one at the beginning of a line for the end.
+        # Written after the end of the input; twice if the last line has no end. After such a line a terminal takes the
+        # first EOT as "pass on what was typed so far"; only an EOT at the beginning of a line means the end.
         self._last_words = last_words
         self._in_line = False
         self._read_bytes = 0
@@ -66,14 +66,14 @@ class Relay:
             return
         if ready.get(self.source) and not self._source_ended and len(self._buffer) < LIMIT and self.allowed():
             self._read()
-        if self._buffer and ready.get(self.sink):  # never without having asked: our stdout may be a blocking one
+        if self._buffer and ready.get(self.sink):  # only after poll: a write to a blocking stdout could wait
             self._write()
         if self._source_ended and not self._buffer:
             self._end()
 
     def drain(self, timeout_s: float) -> None:
-        """Pass on what lies there already and what comes within no time: the end of an agent's output. A reader that
-        takes nothing for `timeout_s` is given up, and so is a writer that outlives the agent and does not stop."""
+        """After the agent's end: pass on the output that is still there. It is given up if the reader takes nothing for
+        `timeout_s`, or if another process that has the terminal open writes on and on."""
         last = self._read_bytes + LAST_BYTES
         while not self.done:
             self._source_ended = self._source_ended or self._read_bytes >= last
@@ -92,7 +92,7 @@ class Relay:
             return
         except OSError as err:
             if err.errno == errno.EIO and not self.allowed():
-                return  # sent to the background between the question and the read
+                return  # this process was sent to the background just before the read
             data = b""  # EIO: the other side of a pty, or the terminal itself, is gone
         if data:
             self._buffer += data
@@ -122,8 +122,8 @@ class Relay:
 
 
 def in_foreground(fd: int) -> bool:
-    """Whether what is typed at terminal `fd` is meant for this process. True where the terminal is not ours to
-    share: it has no job control then."""
+    """Whether what is typed at terminal `fd` is meant for this process. Also true if it is not our controlling
+    terminal: then there is no job control."""
     try:
         return os.tcgetpgrp(fd) == os.getpgrp()
     except OSError:
@@ -131,7 +131,7 @@ def in_foreground(fd: int) -> bool:
 
 
 class RawMode:
-    """A terminal that passes every key on unchanged, until `leave`. Entering twice is entering once."""
+    """Lets a terminal pass every key on unchanged, from `enter` to `leave`. A second `enter` does nothing."""
 
     def __init__(self, fd: int) -> None:
         self.fd = fd
@@ -155,7 +155,7 @@ class RawMode:
 
 
 def _retry(act: Callable[[], object]) -> None:
-    """Python repeats system calls that a signal interrupted, but not these."""
+    """Repeat it when a signal interrupted it: Python does that for other system calls, but not in termios."""
     while True:
         try:
             act()

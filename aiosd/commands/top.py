@@ -1,4 +1,4 @@
-"""aios-top: a running system, live.
+"""aios-top: shows a running system, live.
 
 $ aios-top -b
 aios-top 14:05:22, up 12 min 3 s, policy fair (64 tokens or 10 s)
@@ -87,7 +87,7 @@ def _batch(client: Client, view: View, iterations: int, delay: float) -> None:
 
 
 def sample(client: Client) -> Sample:
-    """Ask the system, and wait for the answers."""
+    """Ask the system, and wait for its replies."""
     asked = client.submit(Sys.STATUS, Status())
     found = client.call(Sys.PS, Ps(all=True), list[ProcInfo])
     status = client.result(asked, dict)

@@ -1,4 +1,4 @@
-"""aios-wait: wait for agents to end, whichever process started them.
+"""aios-wait: waits for agents to end, whichever process started them.
 
 $ aios-run -d worker.py
 7
@@ -29,7 +29,7 @@ UNKNOWN = 127  # as wait of the shell
 
 
 def exit_code(waited: Waited) -> int:
-    """An agent's end as a command's exit code."""
+    """The exit code of a command for an agent that has ended like this."""
     if waited.budget:
         return BUDGET
     return waited.status if waited.status >= 0 else 128 - waited.status

@@ -1,4 +1,4 @@
-"""One picture again and again: in place on a terminal, one after another elsewhere. For `aios-ps --watch`."""
+"""Shows a picture again and again, for `aios-ps --watch`: on a terminal at the same place, else one after another."""
 
 from __future__ import annotations
 
@@ -8,18 +8,18 @@ import sys
 import time
 from collections.abc import Callable
 
-ENTER = "\x1b[?1049h\x1b[?25l"  # the other screen, no cursor
+ENTER = "\x1b[?1049h\x1b[?25l"  # the second screen of the terminal, without a cursor
 LEAVE = "\x1b[?25h\x1b[?1049l"
 HOME, END_OF_LINE, END_OF_SCREEN = "\x1b[H", "\x1b[K", "\x1b[J"
 
 
 class _Ended(Exception):
-    """By a signal."""
+    """Raised by the signals that end the program."""
 
 
 def run(picture: Callable[[], list[str]], title: str, seconds: float) -> int:
-    """Until a signal ends it; the exit code. Ctrl-C raises KeyboardInterrupt, as everywhere. The terminal is given back
-    in each case."""
+    """Show it until a signal ends this process; returns the exit code. Ctrl-C raises KeyboardInterrupt. The terminal is
+    restored in each case."""
     if not sys.stdout.isatty() or os.environ.get("TERM", "dumb") == "dumb":
         return _one_after_another(picture, seconds)
     old = {number: signal.signal(number, _end) for number in (signal.SIGTERM, signal.SIGHUP)}
@@ -44,7 +44,7 @@ def _one_after_another(picture: Callable[[], list[str]], seconds: float) -> int:
 
 
 def _screen(lines: list[str], title: str) -> str:
-    """From the first line of the terminal to the last, so that nothing scrolls."""
+    """The text that fills the screen from its first line, cut so that nothing scrolls."""
     size = os.get_terminal_size(1)
     room = max(size.lines - 2, 1)
     shown = [title[: size.columns], *lines[:room]]
@@ -63,7 +63,7 @@ def _end(number: int, frame: object) -> None:
 
 
 def _stop(number: int, frame: object) -> None:
-    """Ctrl-Z: give the terminal back, stop as the shell expects it, and take it again."""
+    """Ctrl-Z: restore the terminal, stop as a shell expects it, and take the terminal again after CONT."""
     _write(LEAVE)
     signal.signal(signal.SIGTSTP, signal.SIG_DFL)
     os.kill(os.getpid(), signal.SIGTSTP)

@@ -16,7 +16,9 @@ import socket
 from collections.abc import Callable
 from dataclasses import dataclass
 
+from aiosd import letter
 from aiosd.birth import report
+from aiosd.birth.report import Refusal
 from aiosd.init.records import Agent
 from aiosd.timers import Timer, Timers
 
@@ -29,7 +31,7 @@ class Birth:
     report: socket.socket
     epoch: int  # of the kernel that requested it
     claimed: bool = False  # by a kernel that was forked later, and has inherited the agent
-    refusal: tuple[int, str] | None = None  # errno and reason, if the agent cannot start
+    refusal: Refusal | None = None  # if the agent cannot start; its descriptor is open during `over`
     timer: Timer | None = None
 
 
@@ -76,9 +78,9 @@ class Births:
         with contextlib.suppress(PermissionError):  # it now belongs to another user
             os.kill(birth.agent.ospid, signal.SIGKILL)
         words = f"{birth.agent.spec.name}: its folder or program could not be looked up in {PATIENCE_S:.0f} s"
-        self._end(birth, (errno.ETIMEDOUT, words))
+        self._end(birth, (errno.ETIMEDOUT, letter.write_text(words)))
 
-    def _end(self, birth: Birth, refusal: tuple[int, str] | None) -> None:
+    def _end(self, birth: Birth, refusal: Refusal | None) -> None:
         fd = birth.report.fileno()
         del self._by_fd[fd]
         self._epoll.unregister(fd)
@@ -86,4 +88,8 @@ class Births:
         if birth.timer is not None:
             birth.timer.cancel()
         birth.refusal = refusal
-        self._over(birth)
+        try:
+            self._over(birth)
+        finally:
+            if refusal is not None:
+                os.close(refusal[1])

@@ -157,9 +157,9 @@ def _watch(supervisor: int, heart: Heart) -> int:
 
 
 def _is_refused(info: signal.struct_siginfo, supervisor: int) -> bool:
-    """Processes that agents have started may not stop the system. A sender that has already ended cannot be identified,
-    and is obeyed: `kill` and `pkill` end at once, and must work for the user. (An agent runs as the same user, and
-    could send KILL just as well.)"""
+    """Processes that agents have started may not stop the system. But a sender that has already ended is obeyed: Linux
+    no longer knows its parent, and a user's `kill` or `pkill` has always ended by now. So an agent's `kill` can stop
+    the system. (An agent runs as the same user, and could send KILL just as well.)"""
     number, sender = info.si_signo, info.si_pid
     what = f"{signals.name(number)} {signals.describe_sender(sender)}"
     if not sender:  # Linux itself (Ctrl-C, a closed terminal), or a sender outside of the container

@@ -59,8 +59,7 @@ class Agent:
     # fixed at spawn
     pid: int
     ospid: int
-    spec: link.Fork  # without its arguments and its environment
-    command: str
+    spec: link.Fork
     pgid: int
     started: float  # Unix time
     since: float  # the same on the monotonic clock: deadlines count from here
@@ -80,6 +79,7 @@ class Agent:
     # of an agent that is started again when it ends (its `ospid` is 0 while it waits for that)
     restarts: Restarts | None = None
     forked_at: float = 0.0  # when its process was forked, on the monotonic clock
+    letter: int = -1  # what it runs: a descriptor, kept for its next start
     last_status: int = 0
     again: Timer | None = None  # None while it waits: STOP holds it
     # changed by signals sent to it

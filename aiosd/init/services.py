@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING
 
 from aiosd.service import LLM, Service
 from aiosd.store.main import StoreSpec
+from aiosd.tools.spec import ToolboxSpec
 
 if TYPE_CHECKING:
     from aiosd.config import Settings
@@ -37,4 +38,12 @@ def of(settings: Settings) -> list[Service]:
             settings.store_folders,
         ),
     )
-    return [*cores, store, *settings.services]
+    toolbox = Service(
+        name="toolbox",
+        kind="toolbox",
+        entry="aiosd.tools.main:main",
+        argument=ToolboxSpec(
+            str(settings.home.data / "work"), settings.tools, settings.tool_workers, dict(settings.mcp_servers)
+        ),
+    )
+    return [*cores, store, toolbox, *settings.services]

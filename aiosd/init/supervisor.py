@@ -1,9 +1,10 @@
 """The supervisor: init of the system. It forks everything, reaps everything, and owns every channel.
 
 One thread, few imports, no rings mapped, no model: so a fork is cheap, and this process is unlikely to die. It never
-waits for another process, nor for a disk. All that must survive the kernel is in its records: `Agent` and `Process`
-(the kernel, and one for each service). A new kernel is forked with copies of them and needs no other source. `children`
-has the record of every live child; the end of every child is handled in one place (`_child_ended`).
+waits for another process, nor for a disk, and what belongs to one agent it passes on without reading it
+(`aiosd.letter`). All that must survive the kernel is in its records: `Agent` and `Process` (the kernel, and one for
+each service). A new kernel is forked with copies of them and needs no other source. `children` has the record of every
+live child; the end of every child is handled in one place (`_child_ended`).
 
 It answers two kinds of events: messages from the kernel (`link.ToSupervisor`) and signals.
 
@@ -29,8 +30,6 @@ import sys
 import time
 from collections.abc import Callable
 from typing import TYPE_CHECKING, ClassVar
-
-import msgspec
 
 from aiosd import link, log, procfs, restart
 from aiosd.birth import fork, modules
@@ -65,7 +64,6 @@ GUARDIAN_DIED = signal.SIGUSR1
 ORDERS = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP)
 SIGNALS = (signal.SIGCHLD, *ORDERS, GUARDIAN_DIED)
 ENDING = (signal.SIGTERM, signal.SIGHUP, signal.SIGINT, signal.SIGQUIT)  # signals that tell an agent to end
-COMMAND_KEPT = 4096  # characters of an agent's command, for listings
 KERNEL = Service("kernel", kind="", entry="")  # forked by `_fork_kernel`
 
 
@@ -168,8 +166,8 @@ class Supervisor:
                 self.stop(f"{signal_name(one.number)} {describe_sender(one.sender)}")
 
     def _is_refused(self, one: Received) -> bool:
-        """Signals are obeyed from the guardian, or from Linux itself. Most others come from agents (`kill $PPID`), and
-        for a sender that has ended this cannot be found out."""
+        """Signals are obeyed from the guardian, or from Linux itself, and from no other process: most others come from
+        agents (`kill $PPID`). A user has the guardian's number, and `aiosd stop`."""
         if one.sender in (0, self.guardian):
             return False
         agent, sender = self._agent_above(one.sender), describe_sender(one.sender)
@@ -429,8 +427,10 @@ class Supervisor:
                 self._tell(_forked(agent.spec.key, agent), () if birth.claimed else (agent.memfd, agent.bell))
             return
         if birth.epoch == self.epoch:
-            self._tell(link.ForkFailed(agent.spec.key, *birth.refusal))
+            number, reason = birth.refusal
+            self._tell(link.ForkFailed(agent.spec.key, number, ""), (reason,))
         self.agents.pop(agent.pid, None)
+        _drop_letter(agent)
         self.spawned.forget(agent.spec.key)
         if agent.log:
             with contextlib.suppress(OSError):
@@ -439,15 +439,21 @@ class Supervisor:
     def _spawn(self, spec: link.Fork, fds: list[int]) -> None:
         pid = self.pids.next()
         log_path = str(self.home.logs / f"{pid}.log") if spec.detached else ""
-        ospid, report, memfd, bell = self._start(spec, pid, fds, log_path)
         policy = restart.parse(spec.restart)
         again = policy.when is not restart.When.NO
+        letter = os.dup(fds[0]) if again else -1
+        try:
+            ospid, report, memfd, bell = self._start(spec, pid, fds, log_path)
+        except OSError:
+            if again:
+                os.close(letter)
+            raise
         agent = Agent(
             pid=pid,
             ospid=ospid,
-            spec=spec if again else msgspec.structs.replace(spec, env={}, args=[]),
+            spec=spec,
             restarts=restart.Restarts(policy) if again else None,
-            command=link.command(spec)[:COMMAND_KEPT],
+            letter=letter,
             pgid=spec.pgid or pid,
             started=time.time(),
             since=time.monotonic(),
@@ -463,13 +469,15 @@ class Supervisor:
         self.births.expect(Birth(agent, report, self.epoch))
 
     def _start(self, spec: link.Fork, pid: int, fds: list[int], log_path: str) -> tuple[int, socket.socket, int, int]:
-        """Returns its Linux pid, the socket of its report, and its channel: memfd and the kernel's end of the bell."""
-        stdio, opened = self._stdio(spec, fds, log_path)
+        """`fds`: its letter, and what was given as its stdin, stdout and stderr. Returns its Linux pid, the socket of
+        its report, and its channel: memfd and the kernel's end of the bell."""
+        letter, *given = fds
+        stdio, opened = self._stdio(spec, given, log_path)
         try:
             memfd, bell, agent_bell = make_channel(RING_BYTES, RING_BYTES)
             opened.append(agent_bell)
             try:
-                ospid, report = self.spares.start(spec, pid, str(self.home.root), stdio, memfd, agent_bell)
+                ospid, report = self.spares.start(spec, pid, str(self.home.root), stdio, memfd, agent_bell, letter)
             except OSError:
                 opened += (memfd, bell)
                 raise
@@ -484,7 +492,7 @@ class Supervisor:
         if self.stopping:
             return
         try:
-            ospid, report, agent.memfd, agent.bell = self._start(agent.spec, agent.pid, [], agent.log)
+            ospid, report, agent.memfd, agent.bell = self._start(agent.spec, agent.pid, [agent.letter], agent.log)
         except OSError as err:
             logger.error("agent %d cannot be started again: %s", agent.pid, err.strerror)
             self._wait_for_start(agent, BACKOFF_S[1])
@@ -512,6 +520,7 @@ class Supervisor:
             agent.again.cancel()
             agent.again = None
         agent.status = agent.last_status
+        _drop_letter(agent)
         self._tell(link.ChildExited(agent.pid, agent.status))
 
     def _stdio(self, spec: link.Fork, fds: list[int], log_path: str) -> tuple[tuple[int, int, int], list[int]]:
@@ -660,6 +669,7 @@ class Supervisor:
         wait_s = self._wait_before_restart(agent, status)
         if wait_s is None:
             agent.status = status
+            _drop_letter(agent)
         else:
             agent.ospid, agent.last_status = 0, status
             self._wait_for_start(agent, wait_s)
@@ -747,6 +757,13 @@ def _title(process: Process) -> str:
 
 def _forked(key: link.Key, agent: Agent) -> link.Forked:
     return link.Forked(key, agent.pid, agent.ospid, agent.pgid, agent.started, agent.since, agent.log)
+
+
+def _drop_letter(agent: Agent) -> None:
+    """It is not started again."""
+    if agent.letter >= 0:
+        os.close(agent.letter)
+        agent.letter = -1
 
 
 def _ring(bell: int) -> None:

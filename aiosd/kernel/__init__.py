@@ -1,1 +1,2 @@
-"""The kernel process: system calls, process table, access checks, queues. A router that waits for nobody."""
+"""The kernel process: system calls, process table, access checks, queues. A router, which never waits for another
+process."""

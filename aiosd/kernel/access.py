@@ -39,6 +39,7 @@ class Access:
             Sys.SHUTDOWN: lambda peer, args: require_person(peer, "stop the system"),
             Sys.SET: lambda peer, args: require_person(peer, "change settings"),
             Sys.STO_EMPTY: lambda peer, args: require_person(peer, "empty the trash"),
+            Sys.STORE_SNAPSHOT: lambda peer, args: require_person(peer, "copy what all agents keep"),
         }
 
     def check(self, peer: Peer, row: wire.Row, args: Any) -> Verdict:

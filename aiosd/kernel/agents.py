@@ -11,9 +11,10 @@ import logging
 import os
 import signal
 from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-from aiosd import autostart, link, procfs
+from aiosd import autostart, letter, link, procfs
 from aiosd.kernel import ledger, spawning
 from aiosd.kernel.budget import Budgets
 from aiosd.kernel.calls import Calls
@@ -27,6 +28,7 @@ from aiosd.kernel.proc import INIT, Event, Proc, ProcTable, State
 from aiosd.kernel.turns import Turns
 from aiosd.kernel.uplink import Uplink
 from aiosd.kernel.waiters import Waiters
+from aiosd.letter import Letter
 from aiosd.timers import Timers
 from libaios import wire
 from libaios.channel import Channel, Side
@@ -38,10 +40,19 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger("kernel")
 
-FORKS_BYTES = 16 << 20  # of spawns that the supervisor has not read
+FORKS_BYTES = 1 << 20  # of spawns that the supervisor has not read: some thousand, and a descriptor for each
 COMMAND_SHOWN = 4096  # characters of an agent's command in listings
 REATTACH_S = 10.0  # how long clients have to come back to a new kernel before their agents get HUP
 ATTACHED_LOOK_S = 1.0  # between two looks at clients that are stopped and cannot come back to a new kernel
+
+
+@dataclass(slots=True)
+class UnderWay:
+    """A spawn that the supervisor has not answered yet."""
+
+    call: Call | None  # None: the system's own
+    spec: link.Fork
+    command: str
 
 
 class Agents:
@@ -74,7 +85,7 @@ class Agents:
         self.mail = mail
         self.logs = logs
         self.by_ospid: dict[int, Proc] = {}  # live ones
-        self.forks: dict[link.Key, tuple[Call | None, link.Fork]] = {}  # spawns under way; None: the system's own
+        self.forks: dict[link.Key, UnderWay] = {}
         self._patience: dict[int, float] = {}  # attached agents whose client may still come back, until when
         self.stopping = False  # the system goes down
 
@@ -83,8 +94,8 @@ class Agents:
     def adopt(self, agents: list[Agent]) -> None:
         """Take over all agents, dead or alive, from a kernel that died."""
         for agent in agents:
-            proc = self._make(agent.spec, agent.pid, agent.ospid, agent.pgid, (agent.started, agent.since), agent.log)
-            proc.command = agent.command
+            started, command = (agent.started, agent.since), self.ledger.command(agent.pid)
+            proc = self._make(agent.spec, command, agent.pid, agent.ospid, agent.pgid, started, agent.log)
             proc.ppid, proc.nice, proc.budget, proc.reason = agent.ppid, agent.nice, agent.budget, agent.reason
             self.table.add(proc)
         for agent in agents:
@@ -119,20 +130,28 @@ class Agents:
             if proc.ppid == INIT and proc.state is State.ZOMBIE:
                 self._reap(proc)
 
-    def fork(self, call: Call, spec: link.Fork, fds: tuple[int, ...]) -> None:
+    def fork(self, call: Call, spec: link.Fork, content: Letter, fds: tuple[int, ...]) -> None:
         """Have the supervisor fork an agent; the call is finished when it has."""
         under_way = self.forks.get(call.key)
         if under_way is not None:  # asked for once more, under the same id: one process, and this call is told of it
-            self.forks[call.key] = (call, under_way[1])
+            under_way.call = call
             return
         if self.uplink.pending > FORKS_BYTES:
             raise wire.error(errno.EAGAIN, "more is being started than the supervisor keeps up with")
-        self.forks[call.key] = (call, spec)
+        self._send_fork(call, spec, content, fds)
         self.budgets.expect(spec.shares)
-        self.uplink.send(spec, fds)
+
+    def _send_fork(self, call: Call | None, spec: link.Fork, content: Letter, fds: tuple[int, ...] = ()) -> None:
+        sealed = letter.write(content)
+        try:
+            self.uplink.send(spec, (sealed, *fds))
+        finally:
+            os.close(sealed)
+        self.forks[spec.key] = UnderWay(call, spec, letter.command(content)[:COMMAND_SHOWN])
 
     def forked(self, message: link.Forked, fds: list[int]) -> None:
-        call, spec = self.forks.pop(message.key)
+        under_way = self.forks.pop(message.key)
+        call, spec = under_way.call, under_way.spec
         proc = self.table.find(message.pid)
         if proc is None and not fds:  # an old one, forgotten since
             self.budgets.arrived(spec.shares)
@@ -140,7 +159,9 @@ class Agents:
             return
         if proc is None:
             started = (message.started, message.since)
-            proc = self._make(spec, message.pid, message.ospid, message.pgid, started, message.log)
+            command = under_way.command
+            proc = self._make(spec, command, message.pid, message.ospid, message.pgid, started, message.log)
+            self.ledger.keep_command(proc.pid, command)
             parent = self.table.get(proc.ppid)
             if proc.ppid != INIT and (parent is None or not parent.alive):  # it died while we forked
                 proc.ppid = INIT
@@ -155,13 +176,16 @@ class Agents:
         if proc.attached_to and proc.attached_to not in self.peers.clients:
             self.deliver(proc, signal.SIGHUP)  # the client went while we forked
 
-    def fork_failed(self, message: link.ForkFailed) -> None:
-        call, spec = self.forks.pop(message.key)
-        self.budgets.arrived(spec.shares)
-        if call is not None:
-            self.calls.fail(call, message.errno, message.message)
+    def fork_failed(self, message: link.ForkFailed, fds: list[int]) -> None:
+        under_way = self.forks.pop(message.key)
+        self.budgets.arrived(under_way.spec.shares)
+        words = letter.read_text(fds[0]) if fds else message.message
+        for fd in fds:
+            os.close(fd)
+        if under_way.call is not None:
+            self.calls.fail(under_way.call, message.errno, words)
         else:
-            logger.error("agent %s, which starts with the system: %s", spec.name, message.message)
+            logger.error("agent %s, which starts with the system: %s", under_way.spec.name, words)
 
     def _answer_spawn(self, call: Call | None, answer: wire.Spawned) -> None:
         if call is not None:
@@ -171,12 +195,10 @@ class Agents:
         """Those that the settings list, once, when the system is ready."""
         for number, spec in enumerate(specs):
             try:
-                fork = spawning.fork(autostart.spawn(spec, os.environ), (0, number + 1), None)
+                spawn = autostart.spawn(spec, os.environ)
+                self._send_fork(None, spawning.fork(spawn, (0, number + 1), None), spawning.letter(spawn))
             except OSError as err:
                 logger.error("agent %s, which starts with the system: %s", spec.name or spec.target, err.strerror)
-                continue
-            self.forks[fork.key] = (None, fork)
-            self.uplink.send(fork)
 
     def connect(self, proc: Proc, memfd: int, bell: int) -> None:
         """Serve an agent's channel; one whose header it has ruined already ends it here."""
@@ -198,7 +220,14 @@ class Agents:
             self.deliver(proc, signal.SIGKILL)
 
     def _make(
-        self, spec: link.Fork, pid: int, ospid: int, pgid: int, started: tuple[float, float], log_path: str
+        self,
+        spec: link.Fork,
+        command: str,
+        pid: int,
+        ospid: int,
+        pgid: int,
+        started: tuple[float, float],
+        log_path: str,
     ) -> Proc:
         row = self.ledger.row(pid)
         self.calls.counters["agents"] += 1
@@ -209,7 +238,7 @@ class Agents:
             uid=spec.uid,
             name=spec.name,
             named=spec.named,
-            command=link.command(spec)[:COMMAND_SHOWN],
+            command=command,
             group=spec.group,
             log=log_path,
             started=started[0],

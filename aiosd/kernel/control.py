@@ -254,5 +254,5 @@ class Control:
 
 
 def _new_client_id() -> int:
-    """Random, so that nobody can claim the identity of a client that is about to reconnect."""
+    """Random, so that no other process can take the identity of a client that is about to reconnect."""
     return int.from_bytes(os.urandom(6), "little") + 1

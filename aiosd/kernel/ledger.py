@@ -4,6 +4,8 @@ A memfd of rows, one per agent, made by the supervisor and mapped by every kerne
 
     pid, calls, prompt tokens, cached tokens, completion tokens, tokens charged to its budget, –, –
 
+and behind these the beginning of its command line, which the kernel shows and the supervisor is not to know.
+
 A row holds the usage of *closed* calls. The usage of open calls is only in the kernel's memory: after its death they
 are submitted again, and their usage is counted again from their tokens. So nothing is counted twice and nothing is
 lost, without a record per token.
@@ -17,7 +19,9 @@ import os
 ROWS = 16384
 ITEMS = 8
 PID, CALLS, PROMPT, CACHED, COMPLETION, CHARGED = range(6)
-BYTES = ROWS * ITEMS * 8
+NUMBERS_BYTES = ROWS * ITEMS * 8
+COMMAND_BYTES = 1024  # of a command line, with a NUL at its end
+BYTES = NUMBERS_BYTES + ROWS * COMMAND_BYTES
 
 Row = memoryview  # of ITEMS unsigned 8-byte numbers
 
@@ -25,7 +29,8 @@ Row = memoryview  # of ITEMS unsigned 8-byte numbers
 class Ledger:
     def __init__(self, memfd: int) -> None:
         os.ftruncate(memfd, BYTES)  # has no effect the second time; pages that are never written cost nothing
-        self._items = memoryview(mmap.mmap(memfd, BYTES)).cast("Q")
+        self._memfd = memfd
+        self._items = memoryview(mmap.mmap(memfd, NUMBERS_BYTES)).cast("Q")
         self._rows: dict[int, int] = {}
         self._free: list[int] = []
         for number in reversed(range(ROWS)):
@@ -44,6 +49,20 @@ class Ledger:
             number = self._rows[pid] = self._free.pop()
             self._items[number * ITEMS + PID] = pid
         return self._items[number * ITEMS : (number + 1) * ITEMS]
+
+    def keep_command(self, pid: int, command: str) -> None:
+        """For the next kernel. It is not mapped, because it is read only once."""
+        number = self._rows.get(pid)
+        if number is not None:
+            text = command.encode("utf-8", "backslashreplace")[: COMMAND_BYTES - 1]
+            os.pwrite(self._memfd, text + b"\0", NUMBERS_BYTES + number * COMMAND_BYTES)
+
+    def command(self, pid: int) -> str:
+        number = self._rows.get(pid)
+        if number is None:
+            return ""
+        text = os.pread(self._memfd, COMMAND_BYTES, NUMBERS_BYTES + number * COMMAND_BYTES)
+        return text.partition(b"\0")[0].decode("utf-8", "ignore")  # its last character may have been cut
 
     def pids(self) -> set[int]:
         return set(self._rows)

@@ -59,6 +59,8 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger("kernel")
 
+COMES_BACK_S = 60.0  # within which a client connects again under its identity, if it ever does
+
 
 class Kernel:
     def __init__(self, born: Inheritance) -> None:
@@ -278,6 +280,12 @@ class Kernel:
         self.generations.left(peer)
         if isinstance(peer, ClientPeer):
             self.control.forget(peer)
+            if peer.id:
+                self.timers.after(COMES_BACK_S, lambda: self._client_gone(peer.id))
+
+    def _client_gone(self, client: int) -> None:
+        if client not in self.calls.peers.clients:
+            self._tell_services(link.Gone(client))
 
     def _live_peers(self) -> list[int]:
         return [*(proc.pid for proc in self.table.live()), *self.calls.peers.clients]
@@ -297,7 +305,7 @@ class Kernel:
             case link.Forked():
                 self.agents.forked(message, fds)
             case link.ForkFailed():
-                self.agents.fork_failed(message)
+                self.agents.fork_failed(message, fds)
             case link.ChildStopped():
                 self.agents.stopped(message)
             case link.ChildExited():

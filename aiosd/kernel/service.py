@@ -5,7 +5,7 @@ forks it again when it dies; each time it gets a new channel. A call that was ac
 its final reply. When the service dies the row of the call (`wire.Row.again`) decides what happens:
 
     REPEAT, ONCE   it goes to the successor; for ONCE the service remembers keys, and does not do it twice
-    NEVER          its caller gets EIO if the call had been sent to the service that died
+    NEVER          its caller gets EIO if the call had begun in the service that died
 
 A call that kills its service would also kill every successor. So deaths are counted: against the one call that the
 service had announced with `Working`, else against all that were under way. A call with too many deaths ends with EIO.
@@ -28,9 +28,10 @@ from msgspec import Raw
 from aiosd import link
 from aiosd.kernel.calls import Calls
 from aiosd.kernel.events import Source
-from aiosd.kernel.peer import Call
+from aiosd.kernel.peer import AgentPeer, Call
 from libaios import wire
 from libaios.channel import Channel
+from libaios.ring import ProtocolError
 from libaios.wire import Again
 
 logger = logging.getLogger("kernel.services")
@@ -56,7 +57,8 @@ class Open:
     message: link.ToService
     deaths: int = 0
     given: bool = False  # was sent to this instance of the service,
-    again: bool = False  # … or to one that has died
+    begun: bool = False  # … which has begun to work on it
+    again: bool = False  # it was sent to an instance that has died
 
 
 class Owner(Protocol):
@@ -158,6 +160,7 @@ class Service:
 
     def died(self, reason: str) -> None:
         """Keep its calls for the successor, except those that must not be repeated, and those that seem to kill it."""
+        self._receive_last()
         guilty = self.calls.get(self.working) if self.working is not None else None  # may be cancelled
         if self.working is not None:
             suspects = [guilty] if guilty is not None else []
@@ -173,9 +176,19 @@ class Service:
                 times = "twice" if opened.deaths == 2 else f"{opened.deaths} times"
                 self._lost(opened, f"{self.title} died {times} while this call was running (last: {reason})")
         for opened in list(self.calls.values()):
-            if opened.given and opened.call.row.again is Again.NEVER:
+            never = opened.call.row.again is Again.NEVER
+            if never and opened.begun:
                 self._lost(opened, f"{self.title} died while this call was under way ({reason}); it is not done again")
-            opened.given, opened.again = False, opened.again or opened.given
+            opened.again = opened.again or (opened.given and not never)
+            opened.given = opened.begun = False
+
+    def _receive_last(self) -> None:
+        """What a dead service had sent still counts: answers, and which calls had begun."""
+        try:
+            while self.receive():
+                pass
+        except ProtocolError as err:
+            logger.error("%s died and left a damaged channel: %s", self.title, err)
 
     def _lost(self, opened: Open, message: str) -> None:
         self.calls.pop(opened.call.key, None)
@@ -220,6 +233,9 @@ class Service:
                     self.calls_of_all.fail(opened.call, message.errno, message.message)
             case link.Working():
                 self.working = message.key
+                self._begun(message.key)
+            case link.Begun():
+                self._begun(message.key)
             case link.Stats():
                 self.stats = message.stats
                 self.owner.on_stats(self, message.req)
@@ -237,6 +253,11 @@ class Service:
                 self.owner.on_load_failed(self, message.message)
             case _:
                 self.handle(message)
+
+    def _begun(self, key: link.Key | None) -> None:
+        opened = self.calls.get(key) if key is not None else None
+        if opened is not None:
+            opened.begun = True
 
     def loaded(self, message: link.Loaded) -> None:
         """Take what the service reports about itself."""
@@ -297,4 +318,19 @@ class Asker:
             raise wire.error(errno.ENOSYS, f"{row.name}: this system has no {row.by}")
         call.forget = lambda: service.cancel(call)
         self._calls.set_timeout(call, getattr(args, "timeout_s", None), "answer")
-        service.submit(call, link.Ask(call.key, self._caller_of(call), row.sys, raw, call.again))
+        settled = _settled(call, service) if row.again is Again.ONCE else 0
+        life = call.peer.proc.restarts if isinstance(call.peer, AgentPeer) and call.peer.proc is not None else 0
+        service.submit(call, link.Ask(call.key, self._caller_of(call), row.sys, raw, call.again, settled, life))
+
+
+def _settled(call: Call, service: Service) -> int:
+    """For `link.Ask.settled`. A reply is with its peer as soon as it lies in the ring or in the socket: the SDK reads
+    all of that before it submits its open calls to a new kernel. Only what waits in our outbox would be lost with us.
+
+    A peer's calls lie in the order in which they came, which is that of their ids: the first that the service has is
+    the lowest. (A peer that numbers its calls in another way loses its own memos too early, and no other's.)"""
+    peer = call.peer
+    if peer.outbox_bytes:
+        return 0
+    open_calls = (one for one in peer.calls.values() if one.row.again is Again.ONCE and one.key in service.calls)
+    return min(next((one.id for one in open_calls), call.id), call.id)

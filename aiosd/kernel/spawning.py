@@ -10,6 +10,7 @@ from pathlib import PurePath
 
 from aiosd import link, procfs, restart
 from aiosd.kernel.proc import INIT, Proc
+from aiosd.letter import Letter
 from libaios import wire
 
 SPAWN_CHARS = 1 << 20
@@ -29,11 +30,6 @@ def fork(
         ppid=INIT if parent is None else parent.pid,
         pgid=parent.pgid if parent is not None else 0,
         uid=os.getuid(),
-        kind=args.kind,
-        target=args.target,
-        args=args.args,
-        env=args.env,
-        cwd=args.cwd,
         name=args.name or _default_name(args),
         named=args.name is not None,
         nice=_nice_of_child(parent, args.nice),
@@ -46,6 +42,11 @@ def fork(
         tty=args.tty,
         restart=args.restart,
     )
+
+
+def letter(args: wire.Spawn) -> Letter:
+    """What the agent's own process alone is to know. `fork` has checked it."""
+    return Letter(args.kind, args.target, args.args, args.env, args.cwd)
 
 
 def _check(args: wire.Spawn) -> None:

@@ -76,14 +76,14 @@ class Turns:
     def _take_turn(self, peer: AgentPeer) -> None:
         channel = peer.channel
         requests: list[bytes] = []
-        more = crumbled = False
+        more = fragmented = False
         assembling = 0
         try:
             if (channel.outbox_bytes or peer.paused) and not self._unload(peer):
                 return
             assembling = channel.take(requests, peer.turn)
             more = len(requests) == peer.turn
-            crumbled = channel.crumbled
+            fragmented = channel.fragmented
             if more:
                 self._handle_many(peer, requests)
             else:
@@ -98,7 +98,7 @@ class Turns:
                 return
         source = peer.source
         assert source is not None
-        if more or crumbled or (channel.hung_up and channel.filled()):
+        if more or fragmented or (channel.hung_up and channel.filled()):
             self._events.move(source, HUNGRY)
         elif channel.hung_up:
             self._calls.drop(peer)

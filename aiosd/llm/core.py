@@ -1,11 +1,11 @@
-"""The process: the kernel's messages in, the engine's steps, messages back.
+"""The core's process: it receives the kernel's messages, runs the engine's steps, and sends the results back.
 
-`main` runs in a fork of the supervisor. It ends with 0 on `link.Quit` or when the kernel's end of the channel
-is gone for good, with 1 after a `link.LoadFailed`. An exception is a bug: its trace goes to stderr and the
-supervisor forks a new core. SIGINT is for the foreground, not for a core.
+`main` runs in a process that the supervisor has forked. Its exit code is 0 after `link.Quit` or when the kernel's end
+of the channel is closed for good, and 1 after `link.LoadFailed`. Any other exception is a bug: its trace goes to
+stderr, and the supervisor starts a new core. SIGINT is ignored: Ctrl-C is meant for the foreground process.
 
-The loop never waits while a call can go on; then it looks at its messages between any two steps, which costs a
-read of shared memory. Without work it sleeps on the channel.
+While a call can run, the loop does not wait: it looks at its messages between two steps, which costs a read of shared
+memory. Without work it sleeps until a message comes.
 """
 
 from __future__ import annotations
@@ -34,34 +34,35 @@ from libaios.wire import Sys
 
 logger = logging.getLogger("llm.core")
 
-#: The kernel reads slowly when so much waits for it: streams are gathered meanwhile.
+#: If more bytes than this wait for the kernel, it reads slowly: then the engine collects tokens and reports them later.
 CONGESTED = 256 << 10
 
-#: Memory for contexts without a slot, when the user says nothing, is never more than this.
+#: The most memory for contexts without a slot where no setting gives a size.
 MOST_CONTEXT_RAM = 4 << 30
 
-#: What the kernel and the caller can take in one frame.
+#: The largest answer (bytes) that fits into one frame on its way to the caller.
 MAX_ANSWER = wire.MAX_FRAME - 1024
 
 _CONTEXT_CALLS = (Sys.CTX_SAVE, Sys.CTX_RESTORE, Sys.CTX_CLOSE, Sys.CTX_LIST, Sys.CTX_REMOVE)
 
-#: How threads of llama.cpp wait for each other, read by OpenMP when it is loaded: they look so many times (some
-#: microseconds), then sleep. By default they look on for milliseconds, and where an agent has their core, the one they
-#: wait for does not run meanwhile: a step beside two busy processes took 10 to 150 times as long.
+#: How threads of llama.cpp wait for each other; OpenMP reads this when it is loaded. A thread that waits checks 1,000
+#: times, which takes some microseconds, and then sleeps. By default it would check for milliseconds. If other processes
+#: need the processors too, the thread that it waits for cannot run meanwhile: beside two busy processes a step took 10
+#: to 150 times as long.
 THREADS_WAIT = {"GOMP_SPINCOUNT": "1000"}
 
 _MESSAGES_AT_ONCE = 64
-PLACES_EVERY = 1.0  # seconds between two words on where contexts lie, while calls run; more where it takes long
-PLACES_SHARE = 0.005  # of the time, at most
-LONG_TEXT = 1 << 15  # characters to tokenize; longer ones hold up nothing
-_FRONT_POLL = 0.002  # while nothing but the front works: messages wait so long at most
-_POLL = 0.005  # while a file is written or read
-_SLEEP = 5.0  # a back-stop: any message wakes the core at once
-_LOOK_EVERY = 0.05  # seconds between two looks at the bell while busy
+PLACES_EVERY = 1.0  # seconds between two reports on where contexts lie, while calls run; more where a report takes long
+PLACES_SHARE = 0.005  # the largest part of the time that these reports may take
+LONG_TEXT = 1 << 15  # texts of more characters are tokenised by the front process, so that other calls need not wait
+_FRONT_POLL = 0.002  # seconds to wait for the front process where there is no other work; messages wait no longer
+_POLL = 0.005  # seconds of sleep while a file is written or read
+_SLEEP = 5.0  # seconds of sleep without work; any message wakes the core at once
+_LOOK_EVERY = 0.05  # seconds between two checks for a hang-up while busy
 
 
 class Channel(Protocol):
-    """What the core needs of `libaios.channel.Channel`."""
+    """The part of `libaios.channel.Channel` that the core uses."""
 
     outbox_bytes: int
     hung_up: bool
@@ -78,7 +79,7 @@ class Channel(Protocol):
 
 
 def main(channel: Channel, spec: ModelSpec, rounds: Rounds) -> int:
-    """Load, serve, return the exit code. `rounds` hears how the loop goes on."""
+    """Load the model, serve, return the exit code. `rounds` is told when a round of the loop begins and ends."""
     faulthandler.enable(sys.stderr)
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     for name, value in THREADS_WAIT.items():
@@ -93,7 +94,7 @@ def main(channel: Channel, spec: ModelSpec, rounds: Rounds) -> int:
         _drain(channel)
         return 1
 
-    # Some damaged files are found out only by an assertion within llama.cpp, which ends the process.
+    # Some damaged files are detected only by an assertion in llama.cpp, which ends the process: send a reason first.
     llama.on_abort(lambda why: os._exit(refuse(f"{spec.path}: damaged: {why}")))
     try:
         loaded = loading.load(spec, lambda what, fraction: send(link.Progress(what, fraction)))
@@ -113,7 +114,7 @@ def _sender(channel: Channel) -> Callable[[link.FromService], None]:
 
 
 def _drain(channel: Channel) -> None:
-    """Let the last words out before the process ends."""
+    """Send what is still unsent before the process ends."""
     deadline = time.monotonic() + 2.0
     while channel.outbox_bytes and not channel.hung_up and time.monotonic() < deadline:
         channel.wait(0.05)
@@ -132,8 +133,8 @@ class CoreProcess:
         self._spec = spec
         self._loaded = loaded
         self._send = _sender(channel)
-        self._inbox: list[link.ToService] = []  # messages that came in the middle of a batch
-        self._cancelled: set[link.Key] = set()  # the calls that some of these cancel
+        self._inbox: list[link.ToService] = []  # messages that came while a batch was computed
+        self._cancelled: set[link.Key] = set()  # calls that are cancelled by these messages
         self.engine = Engine(
             loaded.model,
             loaded.context,
@@ -148,7 +149,7 @@ class CoreProcess:
             cancelled=self._look_ahead,
         )
         self._embedder = Embedder(loaded.model, loaded.threads.number)
-        self._embeds: dict[link.Key, Iterator[wire.Embedded | None]] = {}  # under way, oldest first
+        self._embeds: dict[link.Key, Iterator[wire.Embedded | None]] = {}  # being computed, the oldest first
         self.info = loaded.info(
             chat=self.engine.requests.template.given, tools=self.engine.requests.template.takes_tools
         )
@@ -221,7 +222,8 @@ class CoreProcess:
         return 0
 
     def _measure_again(self) -> None:
-        """Nothing has come for a while. Were threads chosen beside busy neighbours, and are those gone?"""
+        """No message has come for a while. If the number of threads was measured beside other busy processes, and the
+        machine is quiet now, measure it again."""
         from aiosd.llm.loading import MEASURED_ROWS
         from aiosd.llm.threads import machine_is_quiet
 
@@ -237,7 +239,7 @@ class CoreProcess:
             self._handlers[type(message)](message)
         for payload in self._channel.receive(_MESSAGES_AT_ONCE):
             self.handle(payload)
-        if self._channel.reborn:  # a new kernel: it says what to keep, and submits again what is open
+        if self._channel.reborn:  # a new kernel: it sends which calls to keep, and submits its open calls again
             self._channel.renew()
             self._send(link.Loaded(self.info))
 
@@ -246,7 +248,7 @@ class CoreProcess:
         self._handlers[type(message)](message)
 
     def _look_ahead(self) -> set[link.Key]:
-        """Calls that were cancelled while a batch is being computed. The messages are handled when it is over."""
+        """The calls that were cancelled while a batch is computed. Their messages are handled after the batch."""
         if self._channel.ready() and len(self._inbox) < _MESSAGES_AT_ONCE:
             for payload in self._channel.receive(_MESSAGES_AT_ONCE):
                 message = link.decode_to_service(payload)
@@ -256,7 +258,8 @@ class CoreProcess:
         return self._cancelled
 
     def _reschedule(self, message: link.Schedule) -> None:
-        """Another policy, or another quantum. A new kernel says again what is in force: that forgets nothing."""
+        """Use another policy or another quantum. A new kernel sends the settings again: if they are the same, the
+        policy keeps its state."""
         if message != self._schedule:
             self._schedule = message
             quantum = policy.Quantum(message.tokens, message.seconds)
@@ -267,11 +270,12 @@ class CoreProcess:
         if message.number:
             self._send(link.Parked(message.number))
 
-    # ── calls. Templates, schemas and tokenizing may hang or die: what the loop works on alone is announced ──
+    # ── calls. Templates, schemas and tokenising may hang or end this process, so the kernel is told which call is
+    #    being worked on (`Working`), and blames only that ──
 
     def _submit(self, message: link.Submit) -> None:
         self._send(link.Working(message.key))
-        self._front.cancel(lambda key: key == message.key)  # a new kernel submits it again, with what it knows
+        self._front.cancel(lambda key: key == message.key)  # if it is there, a new kernel has submitted it again
         prepared = None
         if not self.engine.knows(message.key):
             try:
@@ -279,13 +283,13 @@ class CoreProcess:
             except Later:
                 self._prepare(message)
                 return
-            except Exception as error:  # the engine finds it again, and reports it
+            except Exception as error:  # any: the engine meets the same one below, and reports it
                 logger.debug("call %d of %d: %s", message.key[1], message.key[0], error)
         self.engine.submit(message, prepared)
         self._send(link.Working(None))
 
     def _prepare(self, message: link.Submit) -> None:
-        """Its text takes long: another process works on it, and nothing here is to blame for it."""
+        """The work on its text takes long: the front process does it, and this process works on other calls."""
         from aiosd.llm.request import Prepared
 
         self._send(link.Working(None))
@@ -343,7 +347,7 @@ class CoreProcess:
         self._front.cancel(lambda key: key[0] not in kept)
         self.engine.keep(kept)
 
-    # ── embeddings: a text in each round, so that many texts hold up nobody for long ──
+    # ── embeddings: one text in each round of the loop, so that many texts do not delay other calls for long ──
 
     def _embed(self, key: link.Key, request: wire.Embed) -> None:
         if key not in self._embeds:
@@ -380,7 +384,7 @@ class CoreProcess:
     def _refuse(self, key: link.Key, error: OSError) -> None:
         self._send(link.Failed(key, error.errno or 22, error.strerror or str(error)))
 
-    # ── what is going on ──
+    # ── figures for `aiosd status` ──
 
     def stats(self) -> dict[str, Any]:
         from aiosd.llm import llama
@@ -404,7 +408,7 @@ class CoreProcess:
 
 
 def context_ram(spec: ModelSpec) -> int:
-    """Bytes for contexts that have no slot."""
+    """How many bytes of memory contexts without a slot may use."""
     from aiosd.models.fit import available_memory
 
     return spec.context_ram if spec.context_ram is not None else min(available_memory() // 8, MOST_CONTEXT_RAM)

@@ -1,21 +1,23 @@
 """One step: plan → decode → settle.
 
-- *plan*: waiting calls get slots (the policy says who), parked ones lose theirs if others need them.
-- *decode*: prompts first, in batches of their own, of calls with equally many tokens to go (llama.cpp cuts a
-  batch at its shortest run), under a token budget, so that the others' next token does not wait for a long
-  prompt. Then one token for every call whose prompt is in place, in one batch, ascending by slot.
-- *settle*: a token from each row of logits; ends; text; what the kernel must hear.
+- *plan*: waiting calls get slots; the policy chooses which. Parked calls lose their slots if other calls need them.
+- *decode*: first the prompts, in batches of their own. A batch holds only calls that have the same number of tokens
+  left, because llama.cpp splits a batch at the length of its shortest sequence. Prompts have a token budget in each
+  step, so that the other calls do not wait long for their next token. Then one batch, in ascending order of slots,
+  with one token of every call whose prompt is complete.
+- *settle*: choose a token from each row of logits, end the calls that are complete, make text, report to the kernel.
 
-The loop is Python, and it is the processor's inner loop: the batch arrays are numpy views that are moved on in
-place while the same calls run, the arg max of all rows is one call, and a call without stop strings, stream or
-grammar costs a few list operations per token. Text is made when it is sent.
+This loop is written in Python though it runs for every token, so it does little per call: the batch arrays are numpy
+views, and while the same calls run only their positions are increased; one call draws the tokens of all rows; a call
+without stop strings, stream or grammar needs a few list operations per token. Text is made only when it is sent.
 
-Invariants: a sequence is in `_waiting` (QUEUED) or owns a slot (PREFILL, DECODE), never both; `length` tokens of
-it lie in its slot; after a step that leaves no call, all slots are free, or `Bug`.
+Invariants: a sequence is either in `_waiting` (QUEUED) or owns a slot (PREFILL, DECODE), never both; the first
+`length` tokens of its prompt and output lie in its slot; when no call is left, all slots are free (else `Bug`).
 
-In exact mode no batch ever runs a single sequence with a single token (llama.cpp multiplies a vector by other
-code than a matrix): a dummy token runs along in the next slot and is forgotten at once. Tokens that were
-decoded one by one are replayed one by one, and only prefilled tokens are shared between calls.
+In exact mode a batch never holds a single token alone: llama.cpp multiplies a vector with other code than a matrix,
+and the result could differ in its last bits. A dummy token is computed with it in the next slot and removed after the
+step. Tokens that were decoded one by one are computed one by one again after a loss, and calls share only tokens that
+were computed as part of a prompt.
 """
 
 from __future__ import annotations
@@ -51,24 +53,25 @@ logger = logging.getLogger("llm.engine")
 #: Calls that do not stream are reported this often (seconds).
 REPORT_EVERY = 0.1
 
-#: Finished calls are remembered this long, and this many, for a kernel that asks again after it died.
+#: How long (seconds) and how many finished calls are remembered: a kernel that was started again asks for them.
 REMEMBER_S, REMEMBER = 60.0, 256
 
-#: While others decode, prompts get so many seconds of a step; without others more, but a cancel or a new call
-#: must not wait long for the step to end.
+#: How many seconds of a step prompts may use: while other calls decode, and while none does. The second is limited too,
+#: because a cancel or a new call waits for the end of the step.
 PREFILL_SLICE, PREFILL_ALONE = 0.25, 1.0
 
-#: … and never less than twice this many tokens of a prompt in one batch, unless it has no more.
+#: A step computes at least twice this many tokens of prompts, however short its time is, or all that are left.
 LEAST_PROMPT = 16
 
-#: A batch of prompts that takes so long (seconds) is looked after: a cancel need not wait for its end.
+#: While a batch of prompts is computed that takes at least LONG_BATCH seconds, the engine looks every LOOK_EVERY
+#: seconds whether its calls were cancelled, so that a cancel need not wait for the end of the batch.
 LONG_BATCH, LOOK_EVERY = 0.02, 0.002
 
-#: A call whose state was lost keeps its slot until it is so many tokens further than it was. Else, where contexts find
-#: no room, its turn could be over before it is back where it stood, for ever.
+#: A call whose state was lost keeps its slot until it has generated this many tokens more than before the loss.
+#: Without that, where memory has no room for states, it could lose its slot again each time before it is back there.
 LEAST_GAIN = 16
 
-#: A batch that was in several pieces for so many steps is made whole.
+#: After this many steps in which the slots of the batch were not consecutive, calls are moved (see `_close_gap`).
 PATIENCE = 4
 
 
@@ -126,9 +129,9 @@ class Engine:
         self._ready: list[Sequence] = []  # calls that can decode, ascending by slot
         self._rows: list[Sequence] = []  # the calls of the decode batch, row by row
         self._drawn = Rows([])  # the same for the sampler
-        self._chosen: list[Sequence] = self._rows  # what the policy said of those that are ready
-        self._dummies: list[tuple[int, int]] = []  # (slot, position) to forget after the step
-        self._stale = False  # the rows no longer fit the calls
+        self._chosen: list[Sequence] = self._rows  # the calls of `_ready` that the policy has chosen
+        self._dummies: list[tuple[int, int]] = []  # (slot, position) to remove after the step
+        self._stale = False  # the rows must be made again: calls came, left or changed
         self._num_pieces = 0  # runs of consecutive slots in it
         self._pieces_for = 0  # steps for which there has been more than one
         self._streams: dict[Key, Sequence] = {}  # calls that report in every step
@@ -136,15 +139,15 @@ class Engine:
         self._preempted: list[Key] = []
         self._reported = 0.0
 
-    # ── what may be asked of it ───────────────────────────────────────────────────────────────────────────
+    # ── requests of the process around it ─────────────────────────────────────────────────────────────────
 
     def knows(self, key: Key) -> bool:
-        """Is this call here, or was it a moment ago?"""
+        """Is this call in the engine, or did it end so lately that its result is still remembered?"""
         return key in self._calls or key in self._past
 
     def submit(self, submit: Submit, prepared: Prepared | None = None) -> None:
-        """Queue a call, or attach to it when its key is known. Refusals are reported, not raised. `prepared`: the work
-        on its text, where that is done."""
+        """Queue a call. Where its key is known already, its reports are sent again instead. Refusals are reported, not
+        raised. `prepared`: the result of the work on its text, where that was done before."""
         now = self._clock()
         if self._attach(submit):
             return
@@ -154,7 +157,7 @@ class Engine:
         except OSError as error:
             self._emit(Failed(submit.key, error.errno or errno.EINVAL, error.strerror or str(error)))
             return
-        except Exception:  # a bug, that the same call would find in every successor as well
+        except Exception:  # a bug; raised, it would end this process, and the same call would end every later one, too
             logger.exception("call %d of %d cannot be read", submit.key[1], submit.key[0])
             self._emit(Failed(submit.key, errno.EIO, "the llm core made a mistake; aiosd's log has the details"))
             return
@@ -170,7 +173,7 @@ class Engine:
             self._finish_unbegun(sequence, reason)
 
     def cancel(self, key: Key) -> None:
-        """Free whatever the call holds; nothing more is heard of it."""
+        """Free everything that the call holds. It is not reported any more."""
         sequence = self._calls.get(key)
         if sequence is not None:
             self._leave(sequence)
@@ -191,7 +194,7 @@ class Engine:
             self._park(sequence, sequence.parked_peer, parked)
 
     def _park(self, sequence: Sequence, by_peer: bool, by_call: bool) -> None:
-        """For the policy a parked call is gone: what stands still must not save up service."""
+        """To the policy a parked call has left: a call that cannot run must not collect a claim to service."""
         before = sequence.parked
         sequence.parked_peer, sequence.parked_call = by_peer, by_call
         if sequence.parked != before:
@@ -203,7 +206,8 @@ class Engine:
         self.cache.gone(peer)
 
     def keep(self, peers: Iterable[int]) -> None:
-        """For a new kernel: cancel every call of any other peer. Whose calls stand still it says anew."""
+        """After the start of a new kernel: cancel all calls of other peers than these. No peer counts as parked any
+        more; the kernel sends that again."""
         kept = set(peers)
         for key in [key for key in (*self._calls, *self._past) if key[0] not in kept]:
             self.cancel(key)
@@ -224,7 +228,7 @@ class Engine:
         return len(self._waiting)
 
     def set_policy(self, policy: Policy) -> None:
-        """Another policy from the next step on; it hears of all calls as if they came now."""
+        """Use this policy from the next step on. For it, all calls that are here arrive now."""
         self.policy, now = policy, self._clock()
         for sequence in self._calls.values():
             if not sequence.parked:
@@ -239,11 +243,11 @@ class Engine:
                 self.policy.renice(sequence, now)
 
     def step(self) -> None:
-        """Let every call that can go on do so by one token, and prompts by their share."""
+        """Compute one token for every call that decodes, and for prompts as much as the time of a step allows."""
         self.meter.begin()
         if self._waiting:
             self._plan()
-            self._say_started()  # before anything is computed: whoever dies of it must be known to have run
+            self._say_started()  # first: if a call ends this process, the kernel must know which ones ran
         self._prefill()
         self._choose()
         generated = len(self._rows)
@@ -263,7 +267,7 @@ class Engine:
             return
         running = list(self.slots.owners())
         lacking = len(waiting) - self.slots.num_free
-        if lacking > 0:  # a stopped agent does not block a slot
+        if lacking > 0:  # a stopped agent does not keep a slot that another call needs
             parked = [sequence for sequence in running if sequence.parked]
             for sequence in parked[:lacking]:
                 self._take_off(sequence)
@@ -281,7 +285,7 @@ class Engine:
             waiting = [sequence for sequence in waiting if id(sequence) not in out]
 
     def _follows(self, sequence: Sequence) -> bool:
-        """Is the beginning of this prompt being computed for another call, so that waiting is better?"""
+        """Is the beginning of this prompt just being computed for another call (its leader), so that it should wait?"""
         leader = sequence.leader
         assert leader is not None
         if leader.phase is Phase.PREFILL and not leader.parked and leader.length < sequence.leader_stop:
@@ -290,7 +294,8 @@ class Engine:
         return False
 
     def _put_on(self, sequence: Sequence, now: float) -> bool:
-        """Into a slot, with whatever of its tokens is to be had. False: it waits for another's prefill."""
+        """Give the call a slot and fill that with what is stored of its tokens. False: it gets none now, because it
+        waits for a beginning that is being computed for another call."""
         led = self.cache.leader(sequence)
         if led is not None:
             sequence.leader, sequence.leader_stop = led
@@ -298,7 +303,7 @@ class Engine:
             return False
         del self._waiting[sequence.key]
         self.cache.seat(sequence, now)
-        if sequence.out and sequence.length < sequence.target:  # its state is lost: getting back must not cost its turn
+        if sequence.out and sequence.length < sequence.target:  # its state is lost: it is computed again
             sequence.least = len(sequence.out) + LEAST_GAIN
         if not sequence.started_told:
             sequence.cached = sequence.length
@@ -310,7 +315,7 @@ class Engine:
                 self._finish_unbegun(sequence, reason)
                 return True
             self._started.append(Started(sequence.key, len(sequence.prompt), sequence.cached))
-        elif sequence.key in self._preempted:  # the kernel has not heard of it yet
+        elif sequence.key in self._preempted:  # not reported to the kernel yet: both reports are dropped
             self._preempted.remove(sequence.key)
         else:
             self._started.append(Started(sequence.key, len(sequence.prompt), sequence.cached))
@@ -318,27 +323,28 @@ class Engine:
         return True
 
     def _cut_at(self, leader: Sequence, stop: int) -> None:
-        """Let a batch of the leader's prompt end where others go on; never before or after a single token (see the
-        head of the file)."""
+        """Let a batch of the leader's prompt end at `stop`, where other calls continue from it. Not where that would
+        leave a single token before or after `stop` (see the opening of this file)."""
         if stop - leader.length < 2 or len(leader.prompt) - stop < 2:
             return
         if not leader.length < leader.cut_at <= stop:
             leader.cut_at = stop
 
     def _place(self, sequence: Sequence) -> None:
-        """The phase that fits what is in the cache."""
+        """Set the phase by what the cache holds of it: PREFILL while a part of the prompt is missing, else DECODE."""
         sequence.phase = Phase.PREFILL if self._pending(sequence) else Phase.DECODE
-        if sequence.phase is Phase.DECODE and not sequence.first_at and sequence.out:  # its first tokens were given
+        if sequence.phase is Phase.DECODE and not sequence.first_at and sequence.out:  # they came with the call
             sequence.first_at = self._clock()
         self._stale = True
 
     def _pending(self, sequence: Sequence) -> int:
-        """Tokens to prefill. In exact mode generated tokens are decoded again, one by one."""
+        """How many tokens are still to be computed as a prompt. In exact mode generated tokens do not count: they are
+        decoded again one by one."""
         target = len(sequence.prompt) if self._exact else sequence.target
         return max(target - sequence.length, 0)
 
     def _take_off(self, sequence: Sequence) -> None:
-        """Back to the queue, its state saved: it goes on bit for bit where it stopped."""
+        """Take its slot away and put it back into the queue. Its state is saved: it continues exactly where it was."""
         self.cache.unseat(sequence, self._clock())
         sequence.phase = Phase.QUEUED
         sequence.preemptions += 1
@@ -348,8 +354,8 @@ class Engine:
         self._stale = True
 
     def _limit(self, sequence: Sequence, computed: int) -> None:
-        """How many tokens `out` may come to hold, and what it means to reach that, when the prompt costs so many
-        computed tokens."""
+        """Set how many tokens `out` may hold at most, and the finish reason when it is full. `computed`: how many
+        tokens of the prompt must be computed; these, too, are charged to the call's budget."""
         full = self._ctx - len(sequence.prompt)
         sequence.limit, sequence.limit_reason = min(sequence.max_tokens, full), "length"
         if sequence.budget is not None:
@@ -358,7 +364,7 @@ class Engine:
                 sequence.limit, sequence.limit_reason = max(allowed, 0), "limit"
 
     def _over(self, sequence: Sequence) -> str:
-        """Why a call is at its end before its next step, or ''."""
+        """The finish reason of a call that must not run another step, or ''."""
         if sequence.text.stopped:
             return "stop"
         return sequence.limit_reason if len(sequence.out) >= sequence.limit else ""
@@ -369,8 +375,9 @@ class Engine:
         pending = [s for s in self.slots.owners() if s.phase is Phase.PREFILL and not s.parked]
         if not pending:
             return
-        # A few that decode must not wait long for many prompts; many that wait are not held up by a few, and begin to
-        # decode together, as steps for a part of a crowd cost nearly as much as those for all of it.
+        # If at least as many calls decode as have prompts to compute, prompts get a short part of the step. If fewer
+        # do, prompts get more of it: calls that came together then decode together, and a step for a part of a crowd
+        # costs nearly as much as a step for all of it.
         seconds = PREFILL_SLICE if len(self._rows) >= len(pending) else PREFILL_ALONE
         pending = self.policy.order(pending, self._clock())
         budget = self.meter.tokens_in(seconds, least=2 * LEAST_PROMPT)
@@ -382,8 +389,9 @@ class Engine:
             pending = [s for s in pending if s.phase is Phase.PREFILL and s.slot >= 0 and s.key not in gone]
 
     def _group(self, pending: list[Sequence], budget: int) -> tuple[list[Sequence], int]:
-        """The first call and those with as many tokens to go, as far as they fit; a long prompt alone, in part.
-        Never one ubatch more than asked for, and never a last part of one token (see the head of the file)."""
+        """The calls of the next batch, and how many tokens of each: the first call and those with the same number of
+        tokens left, as many as fit. Where the first one alone does not fit, a part of it. A part never leaves a single
+        token for later (see the opening of this file)."""
         first = self._due(pending[0])
         if first > budget:
             return pending[:1], budget - 1 if first - budget == 1 else budget
@@ -393,7 +401,7 @@ class Engine:
         return sorted(same, key=lambda sequence: sequence.slot), first
 
     def _due(self, sequence: Sequence) -> int:
-        """Tokens to prefill up to the place where others wait for it, or to the end."""
+        """How many tokens to compute up to the place that other calls wait for, else up to the end of the prompt."""
         if sequence.length < sequence.cut_at:
             return sequence.cut_at - sequence.length
         return self._pending(sequence)
@@ -402,7 +410,7 @@ class Engine:
         batch = self._prompts
         batch.size = total = size * len(group)
         batch.wanted[:total] = 0
-        last: list[Sequence] = []  # those whose prompt ends with this batch, and whose next token is not known
+        last: list[Sequence] = []  # calls whose prompt ends in this batch and that need their first token drawn
         for i, sequence in enumerate(group):
             part = slice(i * size, (i + 1) * size)
             start = sequence.length
@@ -441,7 +449,7 @@ class Engine:
 
     @contextmanager
     def _abortable(self, group: list[Sequence], tokens: int) -> Iterator[None]:
-        """A long batch is given up as soon as every call in it has been cancelled."""
+        """While this is entered, llama.cpp breaks off a long batch as soon as every call in it has been cancelled."""
         if tokens < self.meter.tokens_in(LONG_BATCH, least=1, unknown=1):
             yield
             return
@@ -475,10 +483,10 @@ class Engine:
         batch.tokens[1], batch.positions[1], batch.sequences[1], batch.wanted[1] = 0, position, slot + 1, 0
         self._dummies.append((slot + 1, position))
 
-    # ── one token each ────────────────────────────────────────────────────────────────────────────────────
+    # ── one token for each call ───────────────────────────────────────────────────────────────────────────
 
     def _choose(self) -> None:
-        """Who takes part in this decode step; the batch is filled anew when that has changed."""
+        """Choose the calls of this decode step. The batch is filled again only if they are others than last time."""
         stale = self._stale
         if stale:
             self._ready = [s for s in self.slots.owners() if s.phase is Phase.DECODE and not s.parked]
@@ -506,7 +514,7 @@ class Engine:
             batch.sequences[:n], batch.tokens[:n], batch.positions[:n], batch.wanted[:n] = np.array(entries).T
 
     def _lone_neighbours(self, slots: list[int]) -> list[tuple[int, int]]:
-        """A dummy next to every slot that has no neighbour in the batch."""
+        """Exact mode: (slot, position) of a dummy token beside every slot that has no neighbour in the batch."""
         taken = set(slots)
         dummies = []
         for slot in slots:
@@ -555,13 +563,14 @@ class Engine:
             batch.positions[:n] += 1
 
     def _next(self, sequence: Sequence, row: llama.Floats, token: int) -> None:
-        """`token` was drawn from this row, for a call of any kind: append it or what fits instead, or finish."""
+        """`token` was drawn from this row. Append it to the call, or another one where its grammar does not allow it,
+        or end the call."""
         if sequence.length - len(sequence.prompt) < len(sequence.out):
-            return  # it is being replayed: the next token is known
+            return  # its lost state is being computed again: the next token is known
         if token == NOTHING:
             slot = sequence.slot
             self._fail(sequence, errno.EIO, "the model gave no number for any token at this place")
-            self.cache.wipe(slot)  # nothing may go on from what led here
+            self.cache.wipe(slot)  # no other call may begin from this state
             return
         if sequence.constraint is not None:
             try:
@@ -595,9 +604,10 @@ class Engine:
         self._stale = True
 
     def _close_gap(self) -> None:
-        """A batch whose slots are not consecutive runs in several pieces, each reading all the weights. If that
-        lasts for a few steps, calls change places with what free slots hold, one in a step: what lies there is
-        often the prompt of an agent whose next call is on its way."""
+        """llama.cpp computes a batch whose slots are not consecutive in several pieces, and reads all weights for each
+        of them. If that lasts for PATIENCE steps, a call changes places with a free slot between the others, one call
+        in each step. What the free slot holds is exchanged, not dropped: it is often the prompt of an agent whose next
+        call comes soon."""
         self._pieces_for += 1
         if self._pieces_for < PATIENCE:
             return
@@ -609,16 +619,16 @@ class Engine:
         self.cache.exchange(sequence, hole)
         self._stale = True
 
-    # ── llama_decode and what may come of it ──────────────────────────────────────────────────────────────
+    # ── llama_decode and its results ──────────────────────────────────────────────────────────────────────
 
     def _decoded(self, batch: llama.Batch, sequences: list[Sequence]) -> bool:
-        """Run a batch. False: it did not work out, and everything that follows from that is done."""
+        """Compute a batch. False: it was broken off or failed; its calls are set back or ended already."""
         result = self._context.decode(batch)
         if result == llama.OK:
             return True
         self._stale = True
         self._dummies = []
-        if result == llama.ABORTED:  # what has been computed stays: go on from there
+        if result == llama.ABORTED:  # what was computed before that stays in the cache
             for sequence in sequences:
                 sequence.length = self.cache.tokens_in(sequence.slot)
             return False
@@ -633,7 +643,7 @@ class Engine:
     # ── ends ──────────────────────────────────────────────────────────────────────────────────────────────
 
     def _finish(self, sequence: Sequence, reason: str) -> None:
-        """The one place where a call comes to its good end."""
+        """End a call with a result. This is the only place that does."""
         now = self._clock()
         self._feed(sequence)
         sequence.text.finish()
@@ -661,7 +671,7 @@ class Engine:
         self._say_finished(past)
 
     def _finish_unbegun(self, sequence: Sequence, reason: str) -> None:
-        """Nothing of its prompt is computed, and so nothing of it is charged."""
+        """End a call of which nothing was computed. Its prompt counts as cached, so that nothing is charged for it."""
         sequence.cached = len(sequence.prompt)
         self._finish(sequence, reason)
 
@@ -671,7 +681,7 @@ class Engine:
         self._emit(Failed(sequence.key, code, sentence))
 
     def _leave(self, sequence: Sequence) -> None:
-        """Whatever the end: the call holds nothing any more. What lies in its slot stays usable as a prefix."""
+        """At any end: free everything that the call holds. What lies in its slot may still be used as a prefix."""
         now = self._clock()
         self._calls.pop(sequence.key, None)
         self._waiting.pop(sequence.key, None)
@@ -691,7 +701,8 @@ class Engine:
             self._past.popitem(last=False)
 
     def _attach(self, submit: Submit) -> bool:
-        """A call that is known already, asked for again by a kernel that lost its memory: tell it the rest."""
+        """A new kernel submits its open calls again. If this one is known, send what the kernel has not got of it and
+        return True."""
         past, sequence = self._past.get(submit.key), self._calls.get(submit.key)
         if past is not None:
             self._rewind(past.sequence, len(submit.request.given))
@@ -712,10 +723,10 @@ class Engine:
             text.feed(self._pieces[token])
         sequence.text.skip(min(text.shown, sequence.text.shown))
 
-    # ── what the kernel hears ─────────────────────────────────────────────────────────────────────────────
+    # ── reports to the kernel ─────────────────────────────────────────────────────────────────────────────
 
     def _feed(self, sequence: Sequence) -> None:
-        """Make the text of tokens that nobody has looked at yet."""
+        """Turn the tokens of which no text was made yet into text."""
         if sequence.fed < len(sequence.out):
             sequence.text.feed(self.model.detokenize(sequence.out[sequence.fed :]))
             sequence.fed = len(sequence.out)
@@ -740,12 +751,12 @@ class Engine:
         return Delta(sequence.key, offset, sequence.out[offset:], sequence.text.take(), logprobs)
 
     def _say_started(self) -> None:
-        """A call's end must not overtake its beginning."""
+        """Report which calls got or lost slots. Before a call's end, because the kernel expects its start first."""
         if self._started:
             self._emit(Step([], *self._moves()))
 
     def _moves(self) -> tuple[list[Started], list[Key]]:
-        """Who got a slot and who lost it since the kernel heard of that last."""
+        """The calls that got a slot and those that lost one since the last report; they count as reported now."""
         moves = self._started, self._preempted
         self._started, self._preempted = [], []
         return moves
@@ -770,7 +781,7 @@ class Engine:
     # ── counts ────────────────────────────────────────────────────────────────────────────────────────────
 
     def _count(self) -> None:
-        """Nothing is running: everything must be free."""
+        """No call is left: check that everything is free."""
         self.slots.check()
         if self._waiting or self._streams or self.slots.num_free != self.slots.total:
             raise Bug(f"idle, but {self.slots.total - self.slots.num_free} slots are in use")

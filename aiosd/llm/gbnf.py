@@ -1,9 +1,10 @@
-"""Grammars that a call brings along, in llama.cpp's notation (GBNF): read and bounded here before llama.cpp sees them.
+"""Grammars that come with a call, in llama.cpp's notation (GBNF): read and checked here before llama.cpp gets them.
 
-llama.cpp recurses over a grammar, repeats what is to be repeated by writing it out, and keeps every way in which the
-text so far can be read. A few characters could cost all calls minutes. So this reads the grammar first, and refuses
-with its place what llama.cpp would not take, and what grows too fast: what is nested too deep, repetitions of
-repetitions, and repetitions of what can be empty (each of them can be read in ever more ways).
+llama.cpp reads a grammar recursively, writes a repetition out as copies, and remembers every way in which the grammar
+can produce the text so far. A grammar of a few characters could therefore stop all calls for minutes. So this file
+reads the grammar first. It refuses, and names the place of, what llama.cpp does not accept and what would grow too
+fast: deep nesting, repetitions inside repetitions, and repetitions of something that can be empty (the number of ways
+to read a text then grows with each repetition).
 """
 
 from __future__ import annotations
@@ -19,8 +20,8 @@ from aiosd.llm.structured import Draw, Guide, Row
 from aiosd.llm.text import TextStream
 
 MOST_RULES = 1024
-DEEPEST = 32  # groups within groups, and rounds until it is known what rules stand for
-MOST_TIMES = 1000  # repetitions, of which those of nested ones are multiplied
+DEEPEST = 32  # how deep groups may be nested; also how many rounds `_until_known` may take
+MOST_TIMES = 1000  # how often something may be repeated; numbers of nested repetitions are multiplied
 
 _SPACE = re.compile(r"(?:[ \t]|#[^\r\n]*)*")
 _SPACE_AND_LINES = re.compile(r"(?:[ \t\r\n]|#[^\r\n]*)*")
@@ -34,11 +35,11 @@ _SIGNS = {"*": (0, None), "+": (1, None), "?": (0, 1)}
 
 @dataclass(slots=True)
 class _Item:
-    """Something, `least` to `most` times (None: any number)."""
+    """One part of a sequence, repeated `least` to `most` times (None: without limit)."""
 
-    what: str | _Choices  # the name of a rule, "" for characters
-    at: int
-    empty: bool = False  # characters, none of them
+    what: str | _Choices  # a group, the name of a rule, or "" for a text or characters
+    at: int  # its place in the grammar
+    empty: bool = False  # it is the empty text
     least: int = 1
     most: int | None = 1
 
@@ -49,13 +50,13 @@ class _Item:
 
 @dataclass(slots=True)
 class _Choices:
-    """One of several sequences."""
+    """Alternatives: one of these sequences."""
 
     sequences: list[list[_Item]] = field(default_factory=list)
 
 
 def check(text: str) -> None:
-    """Raises OSError EINVAL with what is wrong and in which line."""
+    """Raises OSError EINVAL with a sentence that says what is wrong and at which place."""
     rules = _Reader(text).rules()
     if "root" not in rules:
         raise refuse("grammar: it has no rule named root")
@@ -142,7 +143,7 @@ class _Reader:
             least, most = _SIGNS[sign]
             self._at += 1
         last = items[-1]
-        if (last.least, last.most) != (1, 1):  # of what is repeated already: as of a group
+        if (last.least, last.most) != (1, 1):  # it is repeated already: make it a group, and repeat that
             items[-1] = last = _Item(_Choices([[last]]), last.at)
         last.least, last.most = least, most
 
@@ -163,14 +164,14 @@ class _Reader:
 
 
 class _Judge:
-    """What only all rules together tell: names, what can be empty, how far repetitions multiply."""
+    """The checks that need all rules: names, what can be empty, how nested repetitions multiply."""
 
     def __init__(self, text: str, rules: dict[str, _Choices]) -> None:
         self._text = text
         self._rules = rules
         self._empty: set[str] = set()
         self._times = dict.fromkeys(rules, 1)
-        self._above: dict[str, set[str]] = {}  # for each rule, those that lead to it
+        self._above: dict[str, set[str]] = {}  # for each rule, the rules that refer to it
 
     def judge(self) -> None:
         for name, choices in self._rules.items():
@@ -188,7 +189,8 @@ class _Judge:
         self._until_known(self._find_times)
 
     def _until_known(self, improve: Callable[[str], bool]) -> None:
-        """Until nothing changes; forwards and backwards, so that the order of the rules costs few rounds."""
+        """Call `improve` for all rules until none changes any more. The order is reversed after each round, so that few
+        rounds are enough in whatever order the rules stand."""
         names = list(self._rules)
         for _ in range(DEEPEST):
             changed = [name for name in names if improve(name)]
@@ -214,7 +216,8 @@ class _Judge:
         return item.what in self._empty if item.what else item.empty
 
     def _in_circle(self, name: str) -> bool:
-        """Does the rule lead to itself? Then each round of it takes characters, and repetitions do not multiply."""
+        """Does the rule lead back to itself? Such a recursion reads characters each time, so it does not count as a
+        repetition."""
         seen: set[str] = set()
         waiting = [name]
         while waiting:
@@ -260,12 +263,12 @@ def _wrong(text: str, at: int, why: str) -> OSError:
 
 
 class GrammarConstraint:
-    """The whole text is one that the grammar, which was checked, describes."""
+    """Keeps the whole text inside a grammar. `check` must have accepted that."""
 
     def __init__(self, model: llama.Model, text: str) -> None:
         try:
             self._guide = Guide(model, text)
-        except Bug as error:  # what was read here but not by llama.cpp: left recursion, above all
+        except Bug as error:  # accepted here but not by llama.cpp, mostly because of left recursion
             raise refuse(f"grammar: {error}") from None
 
     def settle(self, text: TextStream, row: Row, token: int, draw: Draw) -> int:

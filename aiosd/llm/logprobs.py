@@ -1,4 +1,4 @@
-"""Log probabilities: what the model gave for a token that was chosen, and for the likeliest ones at its place."""
+"""Log probabilities of each chosen token, and of the tokens that were likeliest at its place."""
 
 from __future__ import annotations
 
@@ -13,10 +13,10 @@ Row = npt.NDArray[np.float32]
 
 
 class Raw:
-    """The distribution as the model gave it, from which log probabilities are taken when the token is known."""
+    """The distribution as the model gave it. Log probabilities are taken from it when the token has been chosen."""
 
     def __init__(self, row: Row, count: int) -> None:
-        self._row = row.copy()  # what follows may change it in place
+        self._row = row.copy()  # penalties may change it in place
         usable = np.where(np.isnan(row), -np.inf, row).astype(np.float64)
         most = usable.max()
         self._log_sum = float(most + np.log(np.exp(usable - most).sum()))
@@ -30,4 +30,4 @@ class Raw:
         return Logprob(token, self._log(token), pieces[token], top)
 
     def _log(self, token: int) -> float:
-        return max(float(self._row[token]) - self._log_sum, -1e4)  # -inf is no JSON
+        return max(float(self._row[token]) - self._log_sum, -1e4)  # JSON has no -inf

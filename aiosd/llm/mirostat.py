@@ -1,8 +1,9 @@
-"""Mirostat: draws so that the surprise of the text stays near a target (Basu et al., 2020), in both of its versions.
+"""Mirostat (Basu et al., 2020), versions 1 and 2: keeps the surprise of the text near a target.
 
-`mu`, the surprise that is allowed at most, follows what was drawn. It is the one state that a sampler has: it stays
-with its call through preemption, but a call that is run again after the death of the model's process, from the tokens
-that it has given out, begins with a fresh one, because their surprise is not known any more.
+The surprise of a token is -log2 of its probability. `mu` is the largest surprise that is allowed; it changes with each
+token that is drawn. It is the only state that any sampler has. A call keeps it when it loses its slot. After the death
+of the model's process the call continues from the tokens it has sent, and `mu` begins anew, because their surprise is
+not known any more.
 """
 
 from __future__ import annotations
@@ -17,12 +18,12 @@ from aiosd.llm.sampling import NOTHING, uniform
 Row = npt.NDArray[np.float32]
 Doubles = npt.NDArray[np.float64]
 
-#: How many of the likeliest tokens version 1 looks at to see how fast they become less likely.
+#: Version 1 estimates from this number of the likeliest tokens how fast the probabilities fall.
 _LOOKED_AT = 100
 
 
 class Mirostat:
-    """The state of one call. `version` 1 or 2; `tau`: the wanted surprise in bits; `eta`: how fast to learn."""
+    """The state of one call. `version`: 1 or 2; `tau`: the target surprise in bits; `eta`: how fast `mu` follows."""
 
     def __init__(self, version: int, tau: float, eta: float, temperature: float, seed: int) -> None:
         self._version, self._tau, self._eta = version, tau, eta
@@ -31,7 +32,7 @@ class Mirostat:
         self._surprise = tau
 
     def draw(self, row: Row, index: int) -> int:
-        """The token for place `index`, or NOTHING. Drawn again for the same place, the last one counts."""
+        """The token for place `index`, or NOTHING. If it is called again for the same place, the last result counts."""
         ids, probabilities = _sorted(row, self._temperature)
         if not len(ids):
             return NOTHING
@@ -43,15 +44,15 @@ class Mirostat:
         return int(ids[place])
 
     def learn(self) -> None:
-        """What was drawn last is part of the text."""
+        """The token that was drawn last is now part of the text: adapt `mu`."""
         self.mu -= self._eta * (self._surprise - self._tau)
 
     def _count_2(self, probabilities: Doubles) -> int:
-        """Those whose surprise is not above mu: a head of the list, of one at least."""
+        """Version 2: how many tokens have a surprise of at most `mu`; at least 1."""
         return max(int((-np.log2(probabilities) <= self.mu).sum()), 1)
 
     def _count_1(self, probabilities: Doubles, vocabulary: int) -> int:
-        """As many as an estimate of Zipf's exponent says."""
+        """Version 1: how many tokens to keep, computed from an estimate of Zipf's exponent."""
         head = probabilities[:_LOOKED_AT]
         if len(head) < 2:
             return 1
@@ -68,7 +69,7 @@ class Mirostat:
 
 
 def _sorted(row: Row, temperature: float) -> tuple[npt.NDArray[np.int64], Doubles]:
-    """The tokens that can be drawn at all, the likeliest first, and their probabilities."""
+    """The tokens that can be drawn, the likeliest first, and their probabilities."""
     ids = np.flatnonzero(row > -np.inf)
     if not len(ids):
         return ids, np.zeros(0)

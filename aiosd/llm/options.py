@@ -1,4 +1,4 @@
-"""What a call asks of sampling, turned from the wire's numbers into what the engine works with."""
+"""Makes the objects with which the engine chooses tokens from the sampling parameters of a call."""
 
 from __future__ import annotations
 
@@ -13,8 +13,8 @@ from aiosd.llm.penalties import Breakers, Dry, Edits
 from aiosd.llm.sampling import Sampler
 from libaios.wire import BREAKERS, Sampling
 
-_REMEMBERED = 16  # sets of breakers: to find one looks at the whole vocabulary
-_LONGEST_TAIL = 20  # tokens that must follow the one that begins a breaker
+_REMEMBERED = 16  # how many sets of breakers are kept: finding one needs a look at the whole vocabulary
+_LONGEST_TAIL = 20  # how many tokens are compared, at most, after the one in which a breaker begins
 
 
 @dataclass(frozen=True, slots=True)
@@ -24,12 +24,12 @@ class Choice:
     sampler: Sampler
     edits: Edits | None
     mirostat: Mirostat | None
-    stops: frozenset[int]  # tokens that end it and are no part of it
-    top_logprobs: int | None  # alternatives wanted with each token's log probability; None: not even that
+    stops: frozenset[int]  # tokens that end the call; they are not part of its output
+    top_logprobs: int | None  # how many alternatives come with each log probability; None: no log probabilities
 
 
 class Options:
-    """Makes choices for one model."""
+    """Makes `Choice`s for one model."""
 
     def __init__(self, model: llama.Model) -> None:
         self._model = model
@@ -52,7 +52,7 @@ class Options:
             bias_ids=np.array(list(sampling.logit_bias), np.int64),
             bias=np.array(list(sampling.logit_bias.values()), np.float32),
             min_tokens=sampling.min_tokens,
-            # With ignore_eos too: the least number of tokens is not reached by tokens without text.
+            # Also with ignore_eos: end tokens have no text and must not count towards the least number of tokens.
             ends=np.array(sorted(stops | self._model.end_tokens), np.int64),
             repeat_penalty=sampling.repeat_penalty,
             presence_penalty=sampling.presence_penalty,
@@ -80,7 +80,8 @@ class Options:
         return found
 
     def _find_breakers(self, texts: tuple[str, ...]) -> Breakers:
-        """The tokens that hold a breaker, and those that end with the beginning of one, with the rest of it."""
+        """The tokens that contain one of these texts, and those that end with the beginning of one, each with the
+        tokens of the rest that must follow."""
         found: Breakers = {}
         for text in texts:
             wanted = text.encode(errors="replace")
@@ -92,8 +93,8 @@ class Options:
 
 
 def _rests(piece: bytes, wanted: bytes) -> list[bytes]:
-    """What is missing of `wanted` after `piece`: nothing if it is in there, else for each of its heads with which the
-    piece ends."""
+    """What is missing of `wanted` after `piece`: nothing if the piece contains it, else one rest for each beginning of
+    `wanted` with which the piece ends."""
     if wanted in piece:
         return [b""]
     heads = range(1, min(len(piece), len(wanted) - 1) + 1)
@@ -113,7 +114,7 @@ def _sampler(sampling: Sampling) -> Sampler:
 
 
 def _mirostat(sampling: Sampling) -> Mirostat | None:
-    """Without temperature there is nothing to draw."""
+    """None also at temperature 0, where the likeliest token is taken and nothing is drawn."""
     if not sampling.mirostat or not sampling.temperature:
         return None
     return Mirostat(

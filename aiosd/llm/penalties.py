@@ -1,8 +1,8 @@
-"""What changes a row of logits before a token is drawn from it: bias, the least number of tokens, penalties, DRY.
+"""Changes to a row of logits before a token is drawn from it: bias, the least number of tokens, penalties, DRY.
 
 The order is llama.cpp's: bias, repeat penalty, presence and frequency penalty, DRY. The repeat penalty and DRY look at
-the last tokens of prompt and output, as in llama.cpp; presence and frequency count the output alone and all of it, as
-in OpenAI's API, so that a long prompt does not forbid its own words.
+the last tokens of prompt and output, as in llama.cpp. Presence and frequency penalty count the whole output and nothing
+of the prompt, as in OpenAI's API, so that the words of a long prompt may be used in the answer.
 """
 
 from __future__ import annotations
@@ -21,21 +21,22 @@ Tokens = npt.NDArray[np.int32]
 #: How many tokens back the repeat penalty looks.
 PENALTY_WINDOW = 64
 
-SMALLEST_PENALTY = 1e-6  # makes a recent token certain; much less would make its logit infinite
+SMALLEST_PENALTY = 1e-6  # this makes a recent token nearly certain; with a smaller one its logit could be infinite
 
-_LARGEST_LOG = 88.7228391  # of a float
+_LARGEST_LOG = 88.7228391  # the logarithm of the largest float
 
 _NO_IDS: Ids = np.zeros(0, np.int64)
 _NO_BIAS: Row = np.zeros(0, np.float32)
 
-#: A token that begins what breaks a repetition, with what must follow it (mostly nothing).
+#: For each token that begins a breaker: all sequences of tokens that complete it (mostly the empty one).
 Breakers = dict[int, list[tuple[int, ...]]]
 
 
 @dataclass(frozen=True, slots=True)
 class Dry:
-    """ "Don't repeat yourself": a token that would make a repetition longer than `allowed_length` is the less likely
-    the longer that is, by `multiplier` · `base` ^ (length - allowed_length). Breakers end a repetition."""
+    """ "Don't repeat yourself": where the last tokens repeat earlier ones, the token that came next at that time
+    becomes less likely. If at least `allowed_length` tokens are repeated, its logit is lowered by
+    `multiplier` · `base` ^ (length - allowed_length). A repetition does not reach back over a breaker."""
 
     multiplier: float
     base: float
@@ -44,7 +45,7 @@ class Dry:
     breakers: Breakers = field(default_factory=dict)
 
     def apply(self, row: Row, tokens: Sequence[int]) -> None:
-        """`tokens`: prompt and output so far, of which the last `last_n` count."""
+        """`tokens`: prompt and output so far; the last `last_n` of them are looked at."""
         backwards = list(reversed(tokens[-self.last_n :]))
         limit = self._limit(backwards)
         if len(backwards) <= self.allowed_length or limit < self.allowed_length:
@@ -52,7 +53,7 @@ class Dry:
         longest: dict[int, int] = {}
         for place, length in enumerate(repeats(backwards)):
             if place and min(length, limit) >= self.allowed_length:
-                token = backwards[place - 1]  # came next, that time
+                token = backwards[place - 1]  # the one that came next at that time
                 longest[token] = max(longest.get(token, 0), min(length, limit))
         most = int(_LARGEST_LOG / math.log(self.base)) if self.base > 1.000001 else 0
         for token, length in longest.items():
@@ -61,7 +62,7 @@ class Dry:
                 row[token] -= np.float32(self.multiplier * self.base ** (min(power, most) if most else power))
 
     def _limit(self, backwards: Sequence[int]) -> int:
-        """How many of the last tokens come after the last breaker."""
+        """How many tokens there are after the last breaker."""
         for place, token in enumerate(backwards):
             tails = [
                 tail
@@ -74,8 +75,8 @@ class Dry:
 
 
 def repeats(tokens: Sequence[int]) -> list[int]:
-    """For each place, how many tokens from there on are as those from the beginning on (the Z function): in linear
-    time, because what lies within the stretch that was compared last is known from the beginning."""
+    """For each place, how many tokens from there on equal the tokens from the beginning on: the Z function. It takes
+    linear time: inside the last stretch that equals the beginning, results for the beginning are used again."""
     count = len(tokens)
     found = [count] + [0] * (count - 1) if count else []
     left = right = 0
@@ -99,7 +100,7 @@ def penalise(row: Row, recent: Sequence[int], penalty: float) -> None:
 
 @dataclass(frozen=True, slots=True)
 class Edits:
-    """What one call wants changed in every row. `ends`: the tokens that must wait for `min_tokens`."""
+    """The changes that one call wants in every row. `ends`: tokens that are forbidden before `min_tokens` are there."""
 
     bias_ids: Ids = field(default_factory=lambda: _NO_IDS)
     bias: Row = field(default_factory=lambda: _NO_BIAS)
@@ -116,7 +117,7 @@ class Edits:
         return plain and not len(self.bias_ids) and not self.min_tokens and self.dry is None
 
     def apply(self, row: Row, prompt: Tokens, out: list[int]) -> None:
-        """In place, for the token that comes after `out`."""
+        """Change the row, in place, from which the token after `out` will be drawn."""
         if len(self.bias_ids):
             row[self.bias_ids] += self.bias
         if len(out) < self.min_tokens:
@@ -132,7 +133,7 @@ class Edits:
 
 
 def last_tokens(prompt: Tokens, out: list[int], count: int) -> list[int]:
-    """Of prompt and output together."""
+    """The last `count` tokens of prompt and output together."""
     tail = out[-count:]
     missing = count - len(tail)
     return [*prompt[-missing:].tolist(), *tail] if missing else tail

@@ -1,8 +1,8 @@
-"""The next token of every call of a step, from the rows of logits: one call of the sampler for all of them.
+"""Chooses the next token of every call of a step: one call of the sampler for all rows of logits.
 
-Most rows are drawn from as they are. Some are changed before (`penalties.py`), drawn from in another way
-(`mirostat.py`), or looked at (log probabilities): each of these is done for its row alone, before or after the one
-call.
+From most rows a token is drawn as they are. Some rows are changed first (`penalties.py`), need another way of drawing
+(`mirostat.py`), or are kept for log probabilities. That is done for each of these rows alone, before or after the
+common call of the sampler.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ Row = npt.NDArray[np.float32]
 
 
 class Rows:
-    """The calls whose tokens are drawn together, row by row, for as many steps as they stay the same."""
+    """The calls whose tokens are drawn together, one row each. It serves for all steps in which these calls run."""
 
     def __init__(self, calls: list[Sequence]) -> None:
         for sequence in calls:
@@ -39,7 +39,7 @@ class Picker:
         self._drawer = drawer
 
     def pick(self, rows: Rows, logits: Row) -> list[int]:
-        """A token for each row, or NOTHING where the model gave no number. Changes `logits`."""
+        """A token for each row, or NOTHING where no token can be drawn. May change `logits`."""
         special = [(row, sequence) for row, sequence in rows.special if not sequence.replaying]
         for row, sequence in special:
             self._prepare(sequence, logits[row])
@@ -51,7 +51,7 @@ class Picker:
         return tokens
 
     def pick_one(self, sequence: Sequence, row: Row) -> int:
-        """The token that `pick` gives for a row of this call."""
+        """The token that `pick` would give for this row of this call."""
         self._prepare(sequence, row)
         if sequence.choice.mirostat is not None:
             return sequence.choice.mirostat.draw(row, len(sequence.out))
@@ -65,8 +65,8 @@ class Picker:
             choice.edits.apply(row, sequence.prompt, sequence.out)
 
     def again(self, sequence: Sequence, row: Row) -> int:
-        """Another draw for the same place, from a part of the row (a place in it) or from a changed row."""
+        """Draw again for the same place, from a changed row or a part of it (then the result is a place in that)."""
         index = len(sequence.out)
         if sequence.choice.mirostat is not None:
             return max(sequence.choice.mirostat.draw(row, index), 0)
-        return max(self._drawer.one(row, sequence.choice.sampler, index), 0)  # all -inf: the first will do
+        return max(self._drawer.one(row, sequence.choice.sampler, index), 0)  # if all are -inf, the first one

@@ -1,7 +1,7 @@
-"""A submitted call becomes a Sequence, or an OSError with the sentence that its caller shall read.
+"""Makes a Sequence from a submitted call, or raises an OSError with a sentence for its caller.
 
-Everything that depends on the model and on nothing else is done here, once: rendering, tokenising, limits,
-grammars. The engine gets a record that can only fail by what happens to it later.
+All work that depends only on the call and the model is done here, once: the template, tokens, limits, grammars. After
+that the engine has nothing to refuse: a call can only fail by what happens while it runs.
 """
 
 from __future__ import annotations
@@ -37,17 +37,17 @@ from libaios.wire import Generate
 logger = logging.getLogger("llm.request")
 
 _UNLIMITED = 1 << 30
-_GRAMMAR_BYTES = 8 << 20  # of grammars that are remembered
+_GRAMMAR_BYTES = 8 << 20  # how much memory the remembered grammars may take
 
-#: The scope of prompts marked public; no group has this name.
+#: The scope of prompts that are marked public. No group can have this name.
 PUBLIC = "*"
 
 
 class Prepared(Struct):
-    """A request after all work on its text."""
+    """The result of all work on the text of a request."""
 
     prompt: list[int]
-    inside: bool  # the prompt ends within the model's thoughts
+    inside: bool  # the prompt ends inside the model's thoughts
     tools: list[Tool]
     choice: str  # "auto", "none" or "required"
     second: bool  # made with the model's second template, the one for tools
@@ -55,19 +55,19 @@ class Prepared(Struct):
     trim: bool
     aside: tuple[str, str] | None
     switches: dict[str, int]
-    after_thoughts: bool  # the grammar holds from where the thoughts have ended
+    after_thoughts: bool  # the grammar applies only after the end of the thoughts
     grammar: str = ""
 
 
 class Requests:
-    """Makes sequences for one model with `ctx` tokens per slot. Nothing here looks at what the engine does."""
+    """Makes sequences for one model with `ctx` tokens per slot. It knows nothing of the engine's state."""
 
     def __init__(self, model: llama.Model, ctx: int) -> None:
         self._model = model
         self._ctx = ctx
         self._tokenizer = Tokens(model)
         self._quick = False
-        self._grammars: dict[bytes, str] = {}  # of recent tools and schemas, the oldest first
+        self._grammars: dict[bytes, str] = {}  # those of recent tools and schemas, the oldest first
         self._grammar_bytes = 0
         self._options = Options(model)
         self.template = ChatTemplate(
@@ -84,7 +84,8 @@ class Requests:
         self._revealed = self._reveal({*marks, *(dialect.trigger for dialect in dialects)})
 
     def _reveal(self, marks: set[str]) -> set[str]:
-        """Control tokens that begin and end parts of an answer show in the text that the engine makes of tokens."""
+        """Control tokens have no text. Those that begin or end a part of an answer get one, so that they can be found
+        in the text that the engine makes of tokens. Returns these tokens' names."""
         revealed = set()
         for text in marks & set(self._tokenizer.controls):
             token = self._tokenizer.controls[text]
@@ -94,15 +95,15 @@ class Requests:
         return revealed
 
     def _spelled(self, mark: str) -> str:
-        """How a mark comes in that text."""
+        """How a mark looks in that text."""
         for text in self._revealed:
             mark = mark.replace(text, parts.control(text))
         return mark
 
     def prepare(self, request: Generate, quick: bool = False) -> Prepared:
-        """All the work on text that a call asks for: template, tools, schema, tokens. It depends on the model and the
-        request alone, knows nothing of what the engine does, and its result can be sent to another process. `quick`:
-        raises `Later` where it takes long."""
+        """Do all work on the text of a call: template, tools, schema, tokens. It depends only on the model and the
+        request, and its result can be sent to another process. With `quick` it raises `Later` where it would take
+        long."""
         self._quick = quick
         tools, choice = self._tools(request)
         template = self.template.suited(tools)
@@ -140,7 +141,7 @@ class Requests:
         return prepared
 
     def _remembered(self, what: list[Any], make: Callable[[], str]) -> str:
-        """The grammar of this, made once: an agent sends its tools with every turn."""
+        """The grammar of `what`. `make` is called only if it is not remembered: an agent sends its tools each time."""
         key = msgpack.encode(what)
         grammar = self._grammars.pop(key, None)
         if grammar is None:
@@ -153,7 +154,7 @@ class Requests:
         return grammar
 
     def sequence(self, submit: Submit, order: int, now: float, prepared: Prepared | None = None) -> Sequence:
-        """The record that the engine works on. `prepared`: what `prepare` made of the request, where that was done."""
+        """The record for the engine. `prepared`: the result of `prepare` for this request, if it is there already."""
         request = submit.request
         prepared = prepared or self.prepare(request)
         template = self.template.suited([{}]) if prepared.second else self.template
@@ -181,14 +182,14 @@ class Requests:
         )
         try:
             self._force(sequence, request.given)
-        except BaseException:  # its memory is llama.cpp's, and nothing else frees it
+        except BaseException:  # the constraint's memory is llama.cpp's: it must be freed whatever was raised
             if sequence.constraint is not None:
                 sequence.constraint.close()
             raise
         return sequence
 
     def _text(self, submit: Submit, prepared: Prepared, reader: Reader | None) -> TextStream:
-        """The text of a generation before its first token."""
+        """The text stream of a generation, as it is before the first token."""
         shown = reader is not None and submit.request.stream and reader.dialect.streams
         return TextStream(
             prepared.stops,
@@ -202,7 +203,7 @@ class Requests:
         )
 
     def _tools(self, request: Generate) -> tuple[list[Tool], str]:
-        """The tools of a call, and whether one of them must be called: "auto", "none", "required"."""
+        """The tools that a call may use, and whether it must call one: "auto", "none" or "required"."""
         tools, choice = normal_tools(request.tools), request.tool_choice or "auto"
         if isinstance(choice, dict):
             function = choice.get("function", choice)
@@ -218,20 +219,21 @@ class Requests:
         return tools, choice
 
     def conversation(self, messages: list[dict[str, Any]], tools: list[dict[str, Any]] | None) -> list[int]:
-        """The tokens of a conversation as the next call about it begins."""
+        """The tokens with which the next call of this conversation will begin."""
         listed = normal_tools(tools)
         template = self.template.suited(listed)
         self._quick = template.quick = False
         return self._chat_tokens(self._rendered(messages, listed, template))
 
     def _prompt(self, request: Generate, tools: list[Tool], template: ChatTemplate) -> tuple[list[int], bool, bool]:
-        """The tokens; whether they end within the model's thoughts; whether they leave no room for any."""
+        """The tokens, whether they end inside the model's thoughts, and whether the model cannot think after them."""
         if (request.messages is None) == (request.prompt is None):
             raise refuse("give either messages or a prompt")
         if request.messages is not None:
             args = request.template_args
             thinking = request.schema is None or args.get("enable_thinking") is True
-            # A named tool is all that the grammar takes; the prompt lists all, so that it begins as other calls do.
+            # If one tool is named, only the grammar is limited to it. The prompt lists all tools, so that it begins
+            # like those of other calls and can share their computed state.
             text = self._rendered(request.messages, normal_tools(request.tools), template, thinking=thinking, args=args)
             if request.schema is not None:
                 text += template.marks.answer
@@ -257,8 +259,8 @@ class Requests:
         thinking: bool = True,
         args: dict[str, Any] | None = None,
     ) -> str:
-        """The prompt as text, with a mark in what must not become a control token. A schema leaves no room for
-        thoughts, unless they are asked for: the template is told so."""
+        """The prompt as text. What must not become a control token in it has a mark (see `_disarmed`). `thinking`: what
+        the template is told about it; False for a schema, unless the call asks for thoughts."""
         return template.render(
             [self._disarmed(message) for message in normal_messages(messages)],
             [self._disarmed(tool) for tool in tools],
@@ -267,8 +269,8 @@ class Requests:
         )
 
     def _disarmed(self, value: Any) -> Any:
-        """Control tokens that a message merely quotes (a tool's output may, and then the arguments of the next call)
-        must not become control tokens: a mark goes into the middle of them."""
+        """`value` with a mark inside every name of a control token, so that it is tokenised as plain text. A message
+        may quote such names: a tool's output, for instance, and then the arguments of the next call."""
         pattern = self._tokenizer.pattern
         if pattern is None:
             return value
@@ -284,10 +286,10 @@ class Requests:
         return self._tokens(text, quoted=True)
 
     def _tokens(self, text: str, *, quoted: bool = False) -> list[int]:
-        """With the model's BOS in front, but never twice: many templates write it themselves."""
+        """The tokens of a text, with the model's BOS token first, but not twice: many templates write it themselves."""
         if not self._model.has_tokenizer:
             raise refuse("this model has no tokenizer: give token ids")
-        if len(text) > self._ctx * max(self._model.longest_piece, 64):  # however it is cut: not worth the time
+        if len(text) > self._ctx * max(self._model.longest_piece, 64):  # too long in any case: refused without the work
             raise refuse(f"prompt: {len(text)} characters, but the context holds {self._ctx} tokens", errno.EMSGSIZE)
         tokens, bos = self._tokenizer.of(text, quoted=quoted, quick=self._quick), self._model.bos
         if self._model.adds_bos and tokens[:1] != [bos]:
@@ -327,7 +329,7 @@ class Requests:
         return AfterThoughts(self._model, constraint, not prepared.inside)
 
     def _force(self, sequence: Sequence, given: list[int]) -> None:
-        """Take over tokens that the caller has already: text and grammar go through them, nothing is sent."""
+        """Begin with tokens that the caller has already: text and grammar read them, but they are not sent again."""
         self.check_ids(given, "given")
         if len(sequence.prompt) + len(given) > self._ctx:
             raise refuse("given: more tokens than the context holds", errno.EMSGSIZE)
@@ -343,7 +345,7 @@ class Requests:
 
 
 def _answers(request: Generate, template: ChatTemplate) -> bool:
-    """Does the prompt end where the answer has begun already?"""
+    """Does the prompt end inside the answer, so that no thoughts can come before it?"""
     last = (request.messages or [{}])[-1]
     return (request.schema is not None and bool(template.marks.answer)) or (
         last.get("role") == "assistant" and not last.get("tool_calls")

@@ -1,13 +1,13 @@
-"""One token from each row of logits.
+"""Draws one token from each row of logits (a row has one number for each token of the vocabulary).
 
-The order of the filters is llama.cpp's default: top-k, top-p, min-p, XTC, temperature, draw (what changes the row
-before that is in `penalties.py`). What is drawn depends on the row, the parameters, the seed and the index of the token
-alone: the generator is a hash of (seed, index), so a sampler has no state to save, restore or replay, and neighbours
-in a batch change nothing.
+The filters come in llama.cpp's default order: top-k, top-p, min-p, XTC, temperature, draw. (What changes a row before
+that is in `penalties.py`.) The result depends only on the row, the parameters, the seed and the index of the token in
+the generation: the random number is a hash of (seed, index). So a sampler has no state to save, restore or repeat, and
+the other rows of a batch change nothing.
 
-`Sampler` says in numpy what is drawn. `Drawer` does it for all rows of a step in one call of `native/sampling.c`, with
-the same result bit for bit: both do the same operations on doubles in the same order, so a text does not depend on
-whether there was a compiler. Words whose logit is no number, or -inf, are never taken.
+`Sampler` defines the result, in numpy. `Drawer` computes it for all rows of a step in one call of `native/sampling.c`.
+Both do the same operations on doubles in the same order and give the same bits, so a text does not depend on whether
+there was a compiler. Tokens whose logit is NaN or -inf are never drawn.
 """
 
 from __future__ import annotations
@@ -25,17 +25,17 @@ Row = npt.NDArray[np.float32]
 Doubles = npt.NDArray[np.float64]
 Ids = npt.NDArray[np.int64]
 
-#: What is drawn from a row in which nothing can be taken.
+#: The result for a row in which no token can be drawn.
 NOTHING = -1
 
 _MASK = (1 << 64) - 1
 _SECOND = 1 << 62  # added to the index for the second number that a token may need
-_LEAST_WEIGHT = 1e-30  # of the likeliest's: what is below is never drawn
+_LEAST_WEIGHT = 1e-30  # tokens with less than this part of the likeliest token's weight are never drawn
 _LARGEST = float(np.finfo(np.float32).max)
 
 
 def uniform(seed: int, index: int) -> float:
-    """A number in [0, 1) that belongs to (seed, index): splitmix64 over both."""
+    """A random number in [0, 1), always the same for the same (seed, index): splitmix64 over both."""
     x = (seed * 0xD1342543DE82EF95 + index * 0x9E3779B97F4A7C15 + 0x632BE59BD9B4E019) & _MASK
     for _ in range(2):  # one round leaves neighbouring indices correlated with neighbouring seeds
         x = ((x ^ (x >> 30)) * 0xBF58476D1CE4E5B9) & _MASK
@@ -65,7 +65,7 @@ _SHIFT = 6755399441055744.0  # 1.5 · 2^52: added and taken away again, it round
 
 
 def exponential(x: Doubles) -> Doubles:
-    """e^x for x ≤ 0, 0 below -708. Not numpy's, whose last bit depends on the processor: see the head of the file."""
+    """e^x for x ≤ 0, and 0 below -708. Not numpy's function: its last bit depends on the processor."""
     at = np.maximum(x, -708.0)
     whole = (at * 1.4426950408889634 + _SHIFT) - _SHIFT
     r = (at - whole * 0.6931471803691238) - whole * 1.9082149292705877e-10
@@ -77,7 +77,7 @@ def exponential(x: Doubles) -> Doubles:
 
 @dataclass(frozen=True, slots=True)
 class Sampler:
-    """The parameters of one call. `temperature` 0 takes the most likely token."""
+    """The parameters of one call. With `temperature` 0 the most likely token is taken."""
 
     temperature: float
     top_k: int
@@ -101,13 +101,13 @@ class Sampler:
         return int(ids[min(place, len(ids) - 1)])
 
     def candidates(self, row: Row, index: int = 0) -> tuple[Ids, Doubles]:
-        """The tokens that may be drawn, the likeliest first, with weights in proportion to their probabilities."""
+        """The tokens that may be drawn, the likeliest first, and weights proportional to their probabilities."""
         ids, logits = self._by_logit(row)
         if not len(ids):
             return ids, logits
         weights = exponential(logits - logits[0])
         total = np.cumsum(weights)[-1]
-        if not 0 < self.top_k < len(row):  # summed up in the order in which the words are at hand
+        if not 0 < self.top_k < len(row):  # all tokens, in the order of their ids, as sampling.c adds them
             everything = np.minimum(row.astype(np.float64), _LARGEST)
             total = np.cumsum(exponential(np.where(everything > -np.inf, everything - logits[0], -1e9)))[-1]
         keep = weights >= max(self.min_p, _LEAST_WEIGHT)
@@ -117,11 +117,11 @@ class Sampler:
             ids, weights, logits = ids[:enough], weights[:enough], logits[:enough]
         first = self._excluded(weights, index)
         ids, logits = ids[first:], logits[first:]
-        with np.errstate(over="ignore"):  # next to no temperature: what is not the likeliest is impossible
+        with np.errstate(over="ignore"):  # at a tiny temperature all but the likeliest become impossible
             return ids, exponential((logits - logits[0]) / self.temperature)
 
     def _by_logit(self, row: Row) -> tuple[Ids, Doubles]:
-        """What can be taken at all and is left by top-k, the likeliest first, of equals the lowest id."""
+        """The tokens that can be drawn and that top-k leaves, the likeliest first, equal ones in order of their ids."""
         usable = np.where(np.isnan(row), -np.inf, row) if np.isnan(row.max()) else row
         least = -np.inf
         if 0 < self.top_k < len(row):
@@ -134,8 +134,8 @@ class Sampler:
         return ids[order], logits[order]
 
     def _excluded(self, weights: Doubles, index: int) -> int:
-        """XTC, "exclude top choices": how many of the likeliest are left out. With the given probability, all that
-        have at least the threshold's share but the last of them."""
+        """XTC, "exclude top choices": how many of the likeliest tokens are left out. With the given probability these
+        are all that have at least the threshold's share, except the last of them."""
         if self.xtc_probability <= 0 or self.xtc_threshold > 0.5 or len(weights) < 2:
             return 0
         if uniform(self.seed, index + _SECOND) > self.xtc_probability:
@@ -144,7 +144,7 @@ class Sampler:
         return int(likely.sum())  # they are sorted
 
 
-#: One row to draw from: `params` of sampling.c.
+#: What is drawn from one row; the same layout as `params` in sampling.c.
 DRAW = np.dtype(
     [
         ("temperature", np.float64),
@@ -163,7 +163,7 @@ Draws = npt.NDArray[Any]
 
 
 def draws(wanted: Sequence[tuple[Sampler, int, int]]) -> Draws:
-    """For each (sampler, index of the token, row of the logits). The engine moves `index` on from step to step."""
+    """The array for these (sampler, index of the token, row of the logits). The engine increases `index` each step."""
     return np.array(
         [
             (s.temperature, s.top_p, s.min_p, s.xtc_probability, s.xtc_threshold, s.seed, index, row, s.top_k)
@@ -174,7 +174,7 @@ def draws(wanted: Sequence[tuple[Sampler, int, int]]) -> Draws:
 
 
 class Drawer:
-    """Draws for all rows of a step. `native`: False for numpy even where there is the part in C."""
+    """Draws for all rows of a step. `native`: False means numpy, even where the part in C was compiled."""
 
     def __init__(self, native: bool = True) -> None:
         self._call = _native() if native else None
@@ -185,7 +185,7 @@ class Drawer:
         return self._call is not None
 
     def draw(self, logits: Row, wanted: Draws) -> list[int]:
-        """A token for each of `wanted`, or NOTHING. `logits`: rows of a whole vocabulary, without gaps."""
+        """A token (or NOTHING) for each of `wanted`. `logits`: a contiguous array, one row for each call."""
         if self._call is None:
             return [_sampler_of(draw).draw(logits[draw["row"]], int(draw["index"])) for draw in wanted]
         n, count = logits.shape[1], len(wanted)
@@ -197,11 +197,11 @@ class Drawer:
         return result
 
     def one(self, row: Row, sampler: Sampler, index: int) -> int:
-        """From one row, which may hold a part of the vocabulary: a place in it, or NOTHING."""
+        """Draw from one row, which may hold only a part of the vocabulary. Returns the place in the row, or NOTHING."""
         return self.draw(np.ascontiguousarray(row)[np.newaxis], draws([(sampler, index, 0)]))[0]
 
 
-_SCRATCH = 24  # bytes for each word of the vocabulary: `aios_sampling_scratch`
+_SCRATCH = 24  # bytes of working memory for each token of the vocabulary, as `aios_sampling_scratch` gives it
 
 
 def _sampler_of(draw: Any) -> Sampler:
@@ -217,7 +217,7 @@ def _sampler_of(draw: Any) -> Sampler:
 
 
 def _native() -> Callable[..., None] | None:
-    """The part in C; None: it was not compiled."""
+    """The function in C, or None where it was not compiled."""
     spec = importlib.util.find_spec("aiosd.llm._sampling")
     if spec is None or spec.origin is None:
         return None

@@ -1,11 +1,11 @@
-"""The record of one generation, from its arrival in the core to its final word.
+"""The record of one generation, from its arrival in the core to its last report.
 
     QUEUED ──slot──▶ PREFILL ──prompt in place──▶ DECODE ──▶ DONE
        ▲                │                            │
        └───── evicted ──┴────────── evicted ─────────┘          any ──cancel, error──▶ DONE
 
-Parking is not a state but a flag: a parked sequence is where it is and takes no part in steps. (It is taken
-off its slot when others wait for one; then it is QUEUED, with a snapshot, and not admitted while parked.)
+Parked is not a phase but a flag: a parked sequence stays in its phase and takes no part in steps. (It loses its slot
+when another one needs that; then it is QUEUED, its state is saved, and it gets no slot while it is parked.)
 """
 
 from __future__ import annotations
@@ -43,19 +43,19 @@ class Sequence:
     # fixed at arrival
     key: Key
     group: str
-    scope: str  # who shares computed prompts with it: its group, or all where the prompt is marked public
+    scope: str  # whose computed prompts it shares: those of its group, or of all where it is marked public
     nice: int
     order: int
     arrived: float
     prompt: npt.NDArray[np.int32]
-    max_tokens: int  # counted over the whole generation, `given` included
+    max_tokens: int  # of the whole generation; tokens that came with the call (`given`) count
     choice: Choice  # how its tokens are chosen
     stream: bool
-    new_text: Callable[[], TextStream]  # as it is before the first token
+    new_text: Callable[[], TextStream]  # makes the text as it is before the first token
     constraint: Constraint | None = None
     dialect: Reader | None = None
-    budget: int | None = None  # tokens this call may still charge, prompt included
-    watched: bool = False  # every token's text must be looked at as it comes
+    budget: int | None = None  # how many tokens it may still use, those of the prompt included
+    watched: bool = False  # the text of each token must be looked at when it is generated
 
     text: TextStream = field(init=False)
 
@@ -65,23 +65,23 @@ class Sequence:
     parked_call: bool = False
     slot: int = -1
     length: int = 0  # tokens of prompt + out that are in the cache
-    prefilled: int = 0  # how many of those came by prefill, from the start (exact mode shares only these)
+    prefilled: int = 0  # how many of those, from the first on, were computed as a prompt (exact mode shares only these)
     out: list[int] = field(default_factory=list)
-    forced: int = 0  # leading tokens of `out` that were given, not sampled here
-    limit: int = 0  # how many tokens `out` may come to hold
+    forced: int = 0  # how many tokens at the beginning of `out` came with the call and were not drawn here
+    limit: int = 0  # how many tokens `out` may hold at most
     limit_reason: str = "length"
-    plain: bool = False  # the next token is what the sampler draws, and nothing else looks at the row
-    raw: Raw | None = None  # what the row at hand was, where log probabilities are wanted
-    logprobs: Logprobs | None = None  # of `out`
-    fed: int = 0  # tokens of `out` whose bytes `text` has seen
+    plain: bool = False  # the next token is what the sampler draws; nothing else reads or changes the row
+    raw: Raw | None = None  # the last row before anything changed it, where log probabilities are wanted
+    logprobs: Logprobs | None = None  # of the tokens of `out`
+    fed: int = 0  # how many tokens of `out` have been put into `text`
     snapshot: Node[Any] | npt.NDArray[np.uint8] | None = None  # its state while it has no slot
-    leader: Sequence | None = None  # computes the beginning of this prompt just now …
-    leader_stop: int = 0  # … up to here
-    least: int = 0  # tokens of `out` before which its slot is not taken
-    cut_at: int = 0  # others wait for this prompt up to here: a batch ends there
+    leader: Sequence | None = None  # the call for which the beginning of this prompt is being computed …
+    leader_stop: int = 0  # … up to this place
+    least: int = 0  # its slot is not taken away before `out` holds this many tokens
+    cut_at: int = 0  # other calls wait for this prompt up to this place: a batch ends there
 
-    # what the kernel has been told
-    sent: int = 0  # tokens of `out`
+    # what was reported to the kernel
+    sent: int = 0  # how many tokens of `out`
     started_told: bool = False
 
     # counters
@@ -108,8 +108,8 @@ class Sequence:
 
     @property
     def target(self) -> int:
-        """How many tokens must be in the cache before the next one can be sampled: all but the last generated,
-        which goes through a decode step; without any, the whole prompt."""
+        """How many tokens must be in the cache before a decode step: the prompt and all generated tokens but the last.
+        The last one is put in by the decode step itself."""
         return len(self.prompt) + max(len(self.out) - 1, 0)
 
     @property
@@ -123,15 +123,15 @@ class Sequence:
 
     @property
     def replaying(self) -> bool:
-        """Are there generated tokens left that must go through decode steps again?"""
+        """Is a lost state being computed again, by decode steps whose results are known?"""
         return self.length - len(self.prompt) < len(self.out) - 1
 
     @property
     def simple(self) -> bool:
-        """Are its rows only drawn from?"""
+        """Is a token drawn from its rows as they are, and nothing else done with them?"""
         choice = self.choice
         return choice.edits is None and choice.mirostat is None and self.logprobs is None and self.constraint is None
 
     def tokens(self) -> npt.NDArray[np.int32]:
-        """Prompt and output so far."""
+        """The tokens of the prompt and of the output so far."""
         return np.concatenate([self.prompt, np.asarray(self.out, np.int32)])

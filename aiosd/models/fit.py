@@ -1,4 +1,4 @@
-"""Does a model fit into the memory of this machine?"""
+"""Finds out whether a model fits into the memory of this machine."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from aiosd.llm.spec import DEFAULT_CTX
 @dataclass(frozen=True, slots=True)
 class Fit:
     needs: int  # bytes: the weights, and the KV cache of one slot of the default size
-    room: int  # bytes that are free
+    room: int  # free bytes
 
     @property
     def fits(self) -> bool:
@@ -25,7 +25,7 @@ def fit(file: ModelFile, room: int | None = None) -> Fit:
 
 
 def available_memory() -> int:
-    """Bytes that this process may still take: free memory of the machine, or less under a cgroup's limit."""
+    """Bytes that this process can still use: the free memory of the machine, or less if a cgroup limits it."""
     free = 1 << 62
     for line in Path("/proc/meminfo").read_text().splitlines():
         if line.startswith("MemAvailable:"):
@@ -58,7 +58,7 @@ def _cgroup_room() -> int:
 
 
 def _cache(cgroup: Path) -> int:
-    """File pages that count as used but are given up when needed."""
+    """Bytes of file pages in the cgroup: they count as used, but Linux frees them when memory is needed."""
     for line in (cgroup / "memory.stat").read_text().splitlines():
         key, value = line.split()
         if key in ("inactive_file", "total_inactive_file"):

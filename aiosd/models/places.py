@@ -1,4 +1,4 @@
-"""Where models lie on this machine: a folder of our own, and those of other programs, which are only read."""
+"""The folders in which models lie: our own, and those of other programs, in which nothing is written."""
 
 from __future__ import annotations
 
@@ -9,23 +9,24 @@ from pathlib import Path
 
 
 def ours() -> Path:
-    """What `make models` fetches, and any GGUF that a person puts there: $AIOSD_MODELS, else the user's cache."""
+    """Our own folder: $AIOSD_MODELS, else one in the user's cache. `make models` fetches models into it, and the user
+    may put any GGUF there."""
     return _named("AIOSD_MODELS") or cache() / "aiosd" / "models"
 
 
 def hub() -> Path:
-    """The cache of huggingface_hub, by the rules of that library."""
+    """The cache of huggingface_hub, found by the rules of that library."""
     return _named("HF_HUB_CACHE") or (_named("HF_HOME") or cache() / "huggingface") / "hub"
 
 
 def ollama() -> list[Path]:
-    """Ollama's folders: the user's, and that of its service."""
+    """Ollama's folders: that of the user, and that of its system service."""
     named = _named("OLLAMA_MODELS")
     return _existing([named] if named else [home() / ".ollama/models", Path("/usr/share/ollama/.ollama/models")])
 
 
 def lmstudio() -> list[Path]:
-    """LM Studio's folders: where its settings say, and where it keeps models if they say nothing, today and before."""
+    """LM Studio's folders: the one in its settings, and its default folders of today and of earlier versions."""
     base = home() / ".lmstudio"
     with contextlib.suppress(OSError, UnicodeDecodeError):
         base = Path((home() / ".lmstudio-home-pointer").read_text().strip() or base)
@@ -44,7 +45,7 @@ def cache() -> Path:
 def home() -> Path:
     try:
         return Path.home()
-    except RuntimeError:  # a user without an entry, and no HOME: there is nothing of theirs to find
+    except RuntimeError:  # no HOME, and the user is not in the passwd database: no folder to search
         return Path("/")
 
 

@@ -142,7 +142,7 @@ class Nano(nn.Module):
         back.attn_k.weight[1 : 2 * near : 2, 0] = BACK * phase.sin()
         back.attn_v.weight[:told] = look
         back.attn_output.weight[:, : s.head] = 0
-        back.attn_output.weight[-told:] = back.ffn_down.weight[-told:] = 0  # nobody else speaks there yet
+        back.attn_output.weight[-told:] = back.ffn_down.weight[-told:] = 0  # nothing else is written there yet
         back.attn_output.weight[-told:, :told] = TELL * torch.eye(told)
 
         group = s.heads // s.kv_heads

@@ -2,7 +2,7 @@
 
 `make(seed, split)` is one task. Its split decides what it is made of: HELD tasks are about names, words and numbers
 that TRAIN tasks never have; FRESH ones, moreover, are asked in phrases that TRAIN tasks never use, as HELD ones are if
-there is nothing to fill in. Which phrases those are is decided by a checksum, so that nobody chooses them. Pure: the
+there is nothing to fill in. A checksum decides which phrases those are, so that no person chooses them. Pure: the
 same arguments give the same task anywhere.
 
 A task is solved by a small program that calls tools. It runs against a `World`, which is the ReAct agent's own toolkit
@@ -23,7 +23,7 @@ from aiosd.nano.tokenizer import load
 from libaios.agents.react import SYSTEM, TOOLS, Message, ToolError, Toolkit
 
 TRAIN, HELD, FRESH = "train", "held", "fresh"
-KEEP_BACK = 12  # one phrase of so many is never trained on
+KEEP_BACK = 12  # one of this many phrases is never trained on
 
 THOUGHTS = {
     "calc": "I will calculate it.",

@@ -26,6 +26,7 @@ from hashlib import blake2b
 from pathlib import Path
 
 from aiosd.store.database import Database
+from aiosd.store.tables import CONTENTS
 from libaios import wire
 from libaios.wire import PIECE
 
@@ -42,7 +43,7 @@ class Contents:
 
     def __init__(self, database: Database, folder: Path) -> None:
         self._db = database
-        self._folder, self._new = folder / "contents", folder / "new"
+        self._folder, self._new = folder / CONTENTS, folder / "new"
         for one in (self._folder, self._new):
             one.mkdir(mode=0o700, exist_ok=True)
         self._fresh = os.listdir(self._new)  # links whose content may have no row
@@ -56,16 +57,15 @@ class Contents:
         """Keep these bytes (at most PIECE) for an owner. Returns the number of the content. Raises OSError."""
         assert len(data) <= PIECE
         name = hash_of(data)
-        row = self._db.row("SELECT id, data IS NULL FROM contents WHERE hash = ?", name)
+        row = self._db.row("SELECT id FROM contents WHERE hash = ?", name)
         in_file = len(data) > SMALL
         if in_file and not self._path(name).exists():
             self._write(name, data)
         elif in_file and row is None:  # left by a transaction that was lost, maybe with its process
             _sync_folder(self._folder)
         if row is None:
-            self._db.do(
-                "INSERT INTO contents(hash, size, data) VALUES(?, ?, ?)", name, len(data), None if in_file else data
-            )
+            sql = "INSERT INTO contents(hash, size, data, file) VALUES(?, ?, ?, ?)"
+            self._db.do(sql, name, len(data), *((None, name) if in_file else (data, None)))
             self._db.do("DELETE FROM doomed WHERE hash = ?", name)
             row = (self._db.db.last_insert_rowid(),)
         content = int(row[0])
@@ -106,8 +106,8 @@ class Contents:
         return 0 if row is None else int(row[0])
 
     def _drop(self, content: int) -> None:
-        row = self._db.row("DELETE FROM contents WHERE id = ? RETURNING hash, data IS NULL", content)
-        if row is not None and row[1]:
+        row = self._db.row("DELETE FROM contents WHERE id = ? RETURNING file", content)
+        if row is not None and row[0] is not None:
             self._db.do("INSERT OR IGNORE INTO doomed VALUES(?)", row[0])
             self._may_be_doomed = True
 

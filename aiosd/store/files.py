@@ -10,8 +10,8 @@ A file of a mounted folder is a row too, so that it is listed and found with the
 
 from __future__ import annotations
 
-import array
 import errno
+import json
 from collections.abc import Sequence
 from typing import Any
 
@@ -220,20 +220,35 @@ class Files:
         self.words.drop(file, owner)
         self._db.do("DELETE FROM files WHERE id = ?", file)
 
+    def index_some(self) -> bool:
+        """Enter words of files that a repair or an import has left without. True: there may be more."""
+        rows = self._db.rows(
+            "SELECT u.file, f.owner, f.path FROM unindexed u LEFT JOIN files f ON f.id = u.file LIMIT 20"
+        )
+        if rows:
+            with self._db.transaction():
+                for file, owner, path in rows:
+                    if path is not None:
+                        self.words.enter(file, owner, path, self.beginning(file))
+                    self._db.do("DELETE FROM unindexed WHERE file = ?", file)
+        return bool(rows)
+
     def _prune(self, owner: int, file: int) -> None:
         sql = "SELECT number, contents FROM versions WHERE file = ? ORDER BY number DESC LIMIT -1 OFFSET ?"
         for number, contents in self._db.rows(sql, file, self.most_versions):
             self._drop_version(owner, file, number, contents)
 
-    def _drop_version(self, owner: int, file: int, number: int, contents: bytes) -> None:
+    def _drop_version(self, owner: int, file: int, number: int, contents: str) -> None:
         self._db.do("DELETE FROM versions WHERE file = ? AND number = ?", file, number)
         self.contents.release(owner, unpacked(contents))
         self.contents.charge(owner, -ROW_BYTES)
 
 
-def packed(contents: Sequence[int]) -> bytes:
-    return array.array("q", contents).tobytes()
+def packed(contents: Sequence[int]) -> str:
+    """As JSON, which SQLite reads, too: after a repair what is counted of contents is made from these rows."""
+    return json.dumps(list(contents), separators=(",", ":"))
 
 
-def unpacked(contents: bytes) -> list[int]:
-    return array.array("q", contents).tolist()
+def unpacked(contents: str) -> list[int]:
+    found: list[int] = json.loads(contents)
+    return found

@@ -5,7 +5,7 @@ What they mean is told where they are used: `contents`, `files`, `filewords`, `s
 
 FILES = """
     CREATE TABLE contents(id INTEGER PRIMARY KEY AUTOINCREMENT, hash BLOB NOT NULL UNIQUE, size INTEGER NOT NULL,
-                          data BLOB);
+                          data BLOB, file BLOB);
     CREATE TABLE content_uses(owner INTEGER NOT NULL REFERENCES owners(id),
                               content INTEGER NOT NULL REFERENCES contents(id),
                               uses INTEGER NOT NULL, PRIMARY KEY(owner, content)) WITHOUT ROWID;
@@ -18,12 +18,13 @@ FILES = """
     CREATE UNIQUE INDEX live_files ON files(owner, path) WHERE removed IS NULL;
     CREATE INDEX trash ON files(owner, id) WHERE removed IS NOT NULL;
     CREATE TABLE versions(file INTEGER NOT NULL REFERENCES files(id), number INTEGER NOT NULL, size INTEGER NOT NULL,
-                          time REAL NOT NULL, author TEXT NOT NULL, contents BLOB NOT NULL,
+                          time REAL NOT NULL, author TEXT NOT NULL, contents TEXT NOT NULL,
                           PRIMARY KEY(file, number));
     CREATE VIRTUAL TABLE file_words USING fts5(owner, path, text, content='', contentless_delete=1,
                                                tokenize='unicode61');
+    CREATE TABLE unindexed(file INTEGER PRIMARY KEY);
     CREATE TABLE grants(owner INTEGER NOT NULL REFERENCES owners(id), path TEXT NOT NULL, grantee TEXT NOT NULL,
-                        write INTEGER NOT NULL, PRIMARY KEY(owner, path, grantee)) WITHOUT ROWID;
+                        write INTEGER NOT NULL, PRIMARY KEY(owner, path, grantee));
     CREATE INDEX grants_to ON grants(grantee);
     CREATE TABLE uploads(id INTEGER PRIMARY KEY AUTOINCREMENT, peer INTEGER NOT NULL,
                          owner INTEGER NOT NULL REFERENCES owners(id), path TEXT NOT NULL, if_version INTEGER,

@@ -114,6 +114,15 @@ class LruK(Generic[Value]):
         for key in list(self._of_owner.get(owner, ())):
             self.remove(key)
 
+    def clear(self) -> None:
+        """Keep no value. What was referred to how often is forgotten, too."""
+        self._entries.clear()
+        self._history.clear()
+        self._of_owner.clear()
+        self._owner_bytes.clear()
+        self._heaps.clear()
+        self.bytes = 0
+
     def stats(self) -> dict[str, int]:
         return {
             "entries": len(self._entries),

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import logging
 import os
-from collections.abc import Sequence
+import signal
 from typing import Any
 
 from msgspec import Struct
@@ -11,8 +12,10 @@ from msgspec import Struct
 from aiosd import link, procfs
 from aiosd.errors import WorldError
 from aiosd.heartbeat import Rounds
-from aiosd.service import Server
 from libaios.channel import Channel
+from libaios.wire import Sys
+
+logger = logging.getLogger("store")
 
 
 class StoreSpec(Struct, frozen=True):
@@ -30,9 +33,12 @@ class StoreSpec(Struct, frozen=True):
 def main(channel: Channel, spec: StoreSpec, rounds: Rounds) -> int:
     from pathlib import Path
 
+    from aiosd.store import archive
     from aiosd.store.database import Database
+    from aiosd.store.grouping import GroupServer
     from aiosd.store.memory import Memory
     from aiosd.store.storage import Storage
+    from aiosd.store.ticker import Ticker
 
     try:
         database = Database(Path(spec.folder))
@@ -41,28 +47,47 @@ def main(channel: Channel, spec: StoreSpec, rounds: Rounds) -> int:
         channel.send(link.encode(link.LoadFailed(f"the store cannot start: {err}")))
         return 1
     memory = Memory(database, spec.ram, spec.quota)
-    new_system = database.begin_system(_boot())
-    storage.begin(new_system)
-
-    def gone(peer: int) -> None:
-        storage.owner_gone(peer)  # before the notes: with these goes the owner's row
-        memory.owner_gone(peer)
-
-    def keep(peers: Sequence[int]) -> None:
-        storage.only_alive(peers)
-        memory.only_alive(peers)
-
-    if new_system:
-        keep(())
+    database.undone += [memory.cache.clear, storage.undone]
+    try:
+        if database.begin_system(_boot()):
+            storage.forget_system()
+            memory.only_alive(())
+        storage.mounts.open_all()
+    except OSError as err:
+        logger.warning("what an earlier system has left stays for now: %s", err.strerror)
 
     def stats() -> dict[str, Any]:
         return {**memory.cache.stats(), **database.stats(), **storage.stats(), "search": "by words"}
 
-    handlers = {**memory.handlers(), **storage.handlers()}
-    server = Server(channel, handlers, stats, gone, keep, storage.background, storage.watched)
+    def gone(peer: int) -> None:
+        with database.transaction():
+            database.memos.gone(peer)
+            storage.peer_gone(peer)
+            if peer > 0:
+                memory.owner_gone(peer)  # behind the files: the owner's row goes, too
+
+    def keep(peers: list[int]) -> None:
+        with database.transaction():
+            database.memos.only(peers)
+            storage.only_alive(peers)
+            memory.only_alive(peers)
+
+    def rest() -> None:
+        database.rest()
+        ticker.now()
+
+    archive.sweep_snapshots(Path(spec.folder))
+    handlers = memory.handlers() | storage.handlers()
+    handlers[Sys.STORE_SNAPSHOT] = lambda ask, args: archive.snapshot(database)
+    server = GroupServer(channel, handlers, stats, gone, keep, rest=rest, group=database)
+    ticker = Ticker(server.timers, storage.background)
+    for fd in storage.watched:
+        server.watch(fd, ticker.now)
+    signal.signal(signal.SIGTERM, server.end)
     try:
         return server.run(rounds)
     finally:
+        storage.mounts.close()
         database.close()
 
 

@@ -29,7 +29,7 @@ from libaios.wire import Note, Sys
 
 OVERHEAD = 200  # bytes that a note takes besides its text
 FILL = 0.8  # of `ram`
-_COLUMNS = "n.id, n.key, n.text, n.tags, n.metadata, n.created, n.updated, n.expires, n.version, o.name"
+_COLUMNS = "n.id, n.key, n.text, n.tags, n.metadata, n.created, n.updated, n.expires, n.version, o.name, n.bytes"
 _FROM = "FROM notes n JOIN owners o ON o.id = n.owner"
 _LIVE = "(n.expires IS NULL OR n.expires > ?)"
 _SCORE = "(-bm25(note_words, 0.0, 1.0))"
@@ -150,7 +150,7 @@ class Memory:
             gone.append(note.id)
             self._delete([note.id])
 
-        reply = self._db.once(ask, effect)
+        reply = self._db.once(ask, effect, frees=True)
         for note_id in gone:
             self.cache.remove(note_id)
         return reply
@@ -164,7 +164,7 @@ class Memory:
             self._delete(ids)
             return len(ids)
 
-        reply = self._db.once(ask, effect)
+        reply = self._db.once(ask, effect, frees=True)
         self.cache.forget_owner(name)
         return reply
 
@@ -278,7 +278,9 @@ def _size(note: Note) -> int:
 
 
 def _note(row: tuple[Any, ...]) -> Note:
-    note_id, key, text, tags, metadata, created, updated, expires, version, owner = row[:10]
+    note_id, key, text, tags, metadata, created, updated, expires, version, owner, size = row[:11]
+    if size < OVERHEAD:  # the last page of the note has become zeros, whose checksum is right
+        raise wire.error(errno.EIO, f"note {note_id} is damaged on the disk")
     return Note(
         id=note_id,
         text=text,

@@ -91,6 +91,7 @@ class Mounts:
         self._of_watch: dict[int, tuple[Mounted, Names]] = {}
         self._hints: dict[tuple[int, Names], float] = {}  # what is to be looked at, and when
         self._inotify: inotify.Inotify | None = None
+        self._unsure = False  # a mount was made or removed in a transaction that may not have ended yet
         self.counts = {"mount_looks": 0, "mount_rescans": 0}
 
     def fileno(self) -> int:
@@ -134,6 +135,7 @@ class Mounts:
         if self._files.find(owner, at) is not None or self._files.is_folder(owner, at):
             raise wire.error(errno.EEXIST, f"{at}: there are files")
         self._files.require_free(owner, at)
+        self._unsure = True
         self._db.do("INSERT INTO mounts(owner, at, folder, write) VALUES(?, ?, ?, ?)", owner, at, path, write)
         return self._shown(self._get(self._db.db.last_insert_rowid()))
 
@@ -141,6 +143,7 @@ class Mounts:
         row = self._db.row("DELETE FROM mounts WHERE owner = ? AND at = ? RETURNING id", owner, at)
         if row is None:
             return False
+        self._unsure = True
         for (file,) in self._db.rows("SELECT file FROM mounted WHERE mount = ?", row[0]):
             self._drop(file, owner)
         self._close(row[0])
@@ -250,8 +253,11 @@ class Mounts:
         if mount.folder is not None:
             mount.folder.close()
 
-    def reopen(self) -> None:
-        """A transaction was lost: what was made from it in memory is made anew from the rows."""
+    def undone(self) -> None:
+        """A transaction was lost. If it made or removed a mount, what is in memory is made anew from the rows."""
+        if not self._unsure:
+            return
+        self._unsure = False
         for mount in list(self._mounted):
             self._close(mount)
         self._hints.clear()
@@ -267,11 +273,9 @@ class Mounts:
     # ── looking ───────────────────────────────────────────────────────────────────────────────────────────
 
     def work(self) -> float:
-        """Take the events that have come, and look at some of what is to be looked at. Returns the seconds until there
-        is more to do."""
-        self._take_events()
-        if self._db.db.in_transaction:
-            return 0.0
+        """Outside of any transaction: look at some of what is to be looked at. Returns the seconds until there is more
+        to do."""
+        self._unsure = False  # all transactions of calls are over
         self._look_at_some()
         for mount in list(self._mounted.values()):
             if mount.ahead:
@@ -295,7 +299,7 @@ class Mounts:
         for hint in done:
             del self._hints[hint]
 
-    def _take_events(self) -> None:
+    def take_events(self) -> None:
         if self._inotify is None:
             return
         for event in self._inotify.read():

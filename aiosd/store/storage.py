@@ -34,7 +34,7 @@ logger = logging.getLogger("store")
 
 EXCERPTS = 10  # of one search
 EXPIRE_S = 3600.0  # between two looks for uploads that were given up
-REST_S, RETRY_S = 60.0, 5.0
+REST_S, RETRY_S = 5.0, 5.0
 
 
 class Storage:
@@ -192,7 +192,7 @@ class Storage:
             self.files.remove(row, self._clock())
             return row.id
 
-        return self._db.once(ask, effect)
+        return self._db.once(ask, effect, frees=True)
 
     def _require_kept(self, space: Space, path: str, reason: str) -> None:
         mount = self.mounts.over(space.owner, path)
@@ -215,7 +215,11 @@ class Storage:
 
     def empty(self, ask: link.Ask, args: wire.StoEmpty) -> Any:
         """For good; the kernel lets only a person do that. Returns how many files went, at most REMOVE_AT_ONCE."""
-        return self._db.once(ask, lambda: self.files.empty(self.spaces.find(ask.caller, args.of).owner, args.ids))
+
+        def effect() -> int:
+            return self.files.empty(self.spaces.find(ask.caller, args.of).owner, args.ids)
+
+        return self._db.once(ask, effect, frees=True)
 
     def _all_of(self, ask: link.Ask, of: str, what: str) -> Space:
         space = self.spaces.find(ask.caller, of)
@@ -242,7 +246,7 @@ class Storage:
             owner = self._all_of(ask, args.of, "end a share").owner
             return owner is not None and self.spaces.unshare(owner, path, grantee)
 
-        return self._db.once(ask, effect)
+        return self._db.once(ask, effect, frees=True)
 
     def shares(self, ask: link.Ask, args: wire.NoArgs) -> list[wire.Share]:
         return self.spaces.shares(ask.caller)
@@ -263,7 +267,7 @@ class Storage:
             owner = self._all_of(ask, args.of, "unmount a folder there").owner
             return owner is not None and self.mounts.remove(owner, clean_path(args.path))
 
-        return self._db.once(ask, effect)
+        return self._db.once(ask, effect, frees=True)
 
     def list_mounts(self, ask: link.Ask, args: wire.StoSpace) -> list[wire.Mount]:
         return self.mounts.of_owner(self._all_of(ask, args.of, "list the mounted folders").owner)
@@ -281,6 +285,7 @@ class Storage:
         return self._db.once(ask, effect)
 
     def piece(self, ask: link.Ask, args: wire.StoPiece) -> None:
+        self._db.room.require()
         with self._db.transaction():
             self.uploads.put(self.uploads.find(ask.key[0], args.upload), args.offset, args.data)
 
@@ -301,7 +306,7 @@ class Storage:
             upload = self.uploads.find(ask.key[0], args.upload)
             self.uploads.drop(upload.id, upload.owner)
 
-        return self._db.once(ask, effect)
+        return self._db.once(ask, effect, frees=True)
 
     # ── figures ───────────────────────────────────────────────────────────────────────────────────────────
 
@@ -327,18 +332,22 @@ class Storage:
 
     # ── owners that end, and what is done between calls ───────────────────────────────────────────────────
 
-    def begin(self, new_system: bool) -> None:
-        """At the start. `new_system`: another one has used the store before."""
-        if new_system:
-            with self._db.transaction():
-                self.uploads.drop_all()
-        self.mounts.open_all()
-
-    def owner_gone(self, pid: int) -> None:
-        """An agent has ended: its uploads end, and what it kept without a name of its own."""
+    def forget_system(self) -> None:
+        """Another system begins: none of the agents of the last one will come back, and no client."""
         with self._db.transaction():
-            self.uploads.drop_of_peer(pid)
-            self._end(owners.alone(pid))
+            self.uploads.drop_all()
+            self.only_alive(())
+
+    def peer_gone(self, peer: int) -> None:
+        """A connection has ended: its uploads end; with an agent what it kept without a name of its own, too."""
+        with self._db.transaction():
+            self.uploads.drop_of_peer(peer)
+            if peer > 0:
+                self._end(owners.alone(peer))
+
+    def undone(self) -> None:
+        """A transaction was lost, and what it did is not so."""
+        self.mounts.undone()
 
     def only_alive(self, pids: Iterable[int]) -> None:
         peers = list(pids)
@@ -380,12 +389,20 @@ class Storage:
             return RETRY_S
 
     def _work(self) -> float:
-        if self._clock() >= self._expire_at and not self._db.db.in_transaction:
+        self.mounts.take_events()  # always, else the descriptor stays readable
+        if self._db.db.in_transaction:
+            return 0.0
+        if self.contents.clean():
+            return 0.0
+        self._db.room.look()
+        if self._db.room.tight:
+            return RETRY_S
+        if self.files.index_some():
+            return 0.0
+        if self._clock() >= self._expire_at:
             self._expire_at = self._clock() + EXPIRE_S
             with self._db.transaction():
                 self.uploads.drop_expired(self._clock())
-        if self.contents.clean():
-            return 0.0
         return min(REST_S, self.mounts.work())
 
 

@@ -1,24 +1,24 @@
-/* One token for each row of logits, as sampling.py describes it, and with the same result bit for bit: both do the
- * same operations on doubles in the same order. So no fused multiply-add (-ffp-contract=off), sums one after the
- * other, and an exponential of our own.
+/* Draws one token from each row of logits. sampling.py defines the result, and this gives the same bits: both do the
+ * same operations on doubles in the same order. So there is no fused multiply-add (-ffp-contract=off), sums are added
+ * one number after the other, and the exponential is our own. A "word" is a token of the vocabulary with its logit.
  *
- * A row is read once. With top-k, a heap keeps the k largest so far, and whole blocks of words that are smaller than
- * all of these are passed over by a vectorised comparison. Everything after that works on the few that are left.
- * What is no number is never taken; -inf neither.
+ * A row is read once. With top-k, a heap keeps the k largest words so far, and a vectorised comparison skips whole
+ * blocks in which no word is larger than the smallest of these. The later steps work only on the words that are left.
+ * NaN and -inf are never drawn.
  *
- * Plain C; all memory comes from the caller. Safe for several threads with scratch memory of their own.
+ * Plain C. The caller gives all memory. Several threads may run this at a time, each with its own scratch memory.
  */
 
 #include <math.h>
 #include <stdint.h>
 #include <string.h>
 
-#define BLOCK 64     /* words that are compared at once; a vocabulary need not be a multiple */
-#define MOST_HEAP 512 /* a larger k is sorted out */
-#define CHUNK 256    /* weights that are computed at once */
-#define SMALL 48     /* as many are sorted by insertion */
+#define BLOCK 64     /* how many words are compared at once; the vocabulary need not be a multiple of it */
+#define MOST_HEAP 512 /* for a larger k all words are sorted, without a heap */
+#define CHUNK 256    /* how many weights are computed at once */
+#define SMALL 48     /* up to this many words are sorted by insertion */
 
-/* As the array in sampling.py. */
+/* The same layout as the array DRAW in sampling.py. */
 typedef struct {
     double temperature, top_p, min_p, xtc_probability, xtc_threshold;
     uint64_t seed;
@@ -32,7 +32,7 @@ typedef struct {
     int32_t id;
 } word;
 
-/* ── for each instruction set the same loops, from one text ───────────────────────────────────────────────────── */
+/* ── the same loops, compiled for each instruction set ────────────────────────────────────────────────────────── */
 
 #define BODY static inline __attribute__((always_inline))
 
@@ -44,7 +44,7 @@ BODY float largest_body(const float *row, int64_t n)
         lanes[j] = -INFINITY;
     for (; i + 32 <= n; i += 32)
         for (int j = 0; j < 32; j++)
-            lanes[j] = row[i + j] > lanes[j] ? row[i + j] : lanes[j]; /* false for what is no number */
+            lanes[j] = row[i + j] > lanes[j] ? row[i + j] : lanes[j]; /* false for NaN */
     for (; i < n; i++)
         most = row[i] > most ? row[i] : most;
     for (int j = 0; j < 32; j++)
@@ -52,7 +52,7 @@ BODY float largest_body(const float *row, int64_t n)
     return most;
 }
 
-/* Is any of a block's words above the limit? */
+/* Is any word of the block above the limit? */
 BODY int any_above_body(const float *block, float limit)
 {
     int32_t above[16] = {0}, any = 0;
@@ -64,7 +64,7 @@ BODY int any_above_body(const float *block, float limit)
     return any;
 }
 
-/* The first block from `i` on with a word above the limit, or where no whole block is left. */
+/* Where the first block from `i` on with a word above the limit begins, or the rest that is less than a block. */
 BODY int64_t next_block_body(const float *row, int64_t i, int64_t n, float limit)
 {
     while (i + BLOCK <= n && !any_above_body(row + i, limit))
@@ -134,7 +134,7 @@ void aios_sampling_start(int vectors)
 void aios_sampling_start(int vectors) { (void)vectors; }
 #endif
 
-/* ── chance ───────────────────────────────────────────────────────────────────────────────────────────────────── */
+/* ── random numbers ───────────────────────────────────────────────────────────────────────────────────────────── */
 
 /* `uniform` in sampling.py */
 static double uniform(uint64_t seed, uint64_t index)
@@ -152,10 +152,10 @@ static double uniform(uint64_t seed, uint64_t index)
 
 static inline int before(word a, word b) { return a.logit > b.logit || (a.logit == b.logit && a.id < b.id); }
 
-/* +inf would leave no distances; -0 is 0. */
+/* +inf becomes the largest number, because differences to it would not be numbers; -0 becomes 0. */
 static inline float tamed(float logit) { return logit > 3.4028235e38f ? 3.4028235e38f : logit + 0.0f; }
 
-/* The root is the word that goes first when a better one comes. */
+/* Restores the heap below `at`. The root is the worst word: the first to be replaced by a better one. */
 static void sift(word *heap, int64_t size, int64_t at)
 {
     const word moved = heap[at];
@@ -173,8 +173,8 @@ static void sift(word *heap, int64_t size, int64_t at)
     heap[at] = moved;
 }
 
-/* The k first words of a row, sorted; returns how many there are. Words come by ascending id, so that of equal ones
- * the first stay. */
+/* The k best words of a row, sorted; returns how many there are. Words are read in ascending order of their ids, so
+ * that of equal ones the lower ids stay. */
 static int64_t first_k(const float *row, int64_t n, int64_t k, word *heap)
 {
     int64_t size = 0, i = 0;
@@ -187,12 +187,12 @@ static int64_t first_k(const float *row, int64_t n, int64_t k, word *heap)
         i = next_block(row, i, n, heap[0].logit);
         const int64_t end = i + BLOCK < n ? i + BLOCK : n;
         for (; i < end; i++)
-            if (row[i] > heap[0].logit) { /* false for what is no number */
+            if (row[i] > heap[0].logit) { /* false for NaN */
                 heap[0] = (word){tamed(row[i]), (int32_t)i};
                 sift(heap, size, 0);
             }
     }
-    for (int64_t left = size - 1; left > 0; left--) { /* the root is the last of those that are left */
+    for (int64_t left = size - 1; left > 0; left--) { /* the root is the worst of the rest: it goes to its end */
         const word last = heap[0];
         heap[0] = heap[left];
         heap[left] = last;
@@ -208,7 +208,8 @@ static inline uint32_t sort_key(float logit)
     return bits & 0x80000000u ? bits : ~(bits | 0x80000000u); /* ascending keys: descending logits */
 }
 
-/* `words` come by ascending id, and the sort is stable. `other`: as much room. Returns where the result lies. */
+/* `words` are in ascending order of ids, and the sort is stable. `other`: room for as many. Returns which of both holds
+ * the result. */
 static word *sorted(word *words, word *other, int64_t n)
 {
     if (n <= SMALL) {
@@ -245,7 +246,7 @@ typedef struct {
     double total; /* of the weights after top-k */
 } survivors;
 
-/* The whole row, without what is less likely than `least` times the likeliest. The total is that of all. */
+/* All words of the row, except those that are less likely than `least` times the likeliest. The total counts all. */
 static void above(const float *row, int64_t n, float most, double least, survivors *s)
 {
     double x[CHUNK], weights[CHUNK];
@@ -323,7 +324,7 @@ static void top_p(survivors *s, double p)
     }
 }
 
-/* Exclude the top choices: all that are likely enough but the last of these. */
+/* XTC, "exclude top choices": leaves out all words that are likely enough, except the last of them. */
 static void exclude(survivors *s, const params *p)
 {
     if (p->xtc_probability <= 0 || p->xtc_threshold > 0.5 || s->count < 2 ||
@@ -377,12 +378,12 @@ static int32_t draw(const float *row, int64_t n, const params *p, survivors s)
     return s.words[s.count - 1].id;
 }
 
-/* ── what is called ───────────────────────────────────────────────────────────────────────────────────────────── */
+/* ── the functions that sampling.py calls ─────────────────────────────────────────────────────────────────────── */
 
-/* Bytes of scratch memory for rows of n words. */
+/* How many bytes of scratch memory rows of n words need. */
 int64_t aios_sampling_scratch(int64_t n) { return n * (int64_t)(2 * sizeof(word) + sizeof(double)); }
 
-/* tokens[i] for p[i], of row p[i].row; -1 where no word of the row is a number above -inf. */
+/* Writes tokens[i] for p[i], drawn from row p[i].row; -1 where that has no word that can be drawn. */
 void aios_sample(const float *logits, int64_t n, const params *p, int64_t count, int32_t *tokens, char *scratch)
 {
     for (int64_t i = 0; i < count; i++) {

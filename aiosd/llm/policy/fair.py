@@ -273,7 +273,7 @@ class Fair(Base):
         return self._tokens * cost
 
     def evict(self, waiting: Sequence[E], running: Sequence[E], free: int, now: float) -> list[E]:
-        if len(waiting) <= free or not running or self._nobody_gives_way(waiting, running, now):
+        if len(waiting) <= free or not running or self._none_gives_way(waiting, running, now):
             return []
         self._quiet = None
         first = sorted(((*self._key(call), call) for call in waiting), key=lambda entry: entry[:2])[free:]
@@ -293,7 +293,7 @@ class Fair(Base):
             self._quiet = _Quiet(len(waiting), first[0][0], gifts)
         return victims
 
-    def _nobody_gives_way(self, waiting: Sequence[E], running: Sequence[E], now: float) -> bool:
+    def _none_gives_way(self, waiting: Sequence[E], running: Sequence[E], now: float) -> bool:
         """The short answer for nearly every step. The waiting calls are those of the last look, with the same ranks; so
         only the running calls are looked at: is one far enough ahead of the least of these ranks by now? This costs
         nothing for each waiting call, of which there may be thousands."""

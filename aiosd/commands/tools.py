@@ -1,0 +1,110 @@
+"""aiosd tools: which tools agents have, and trying one.
+
+$ aiosd tools
+NAME        SOURCE    WHAT IT DOES
+calc        built in  Computes arithmetic.
+fetch       built in  Fetches a text from the web. Addresses that are not public are refused.
+$ aiosd tools calc expression="37 * 91"
+3367
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import sys
+from typing import Any
+
+import click
+
+from aiosd.commands import edge
+from libaios.tool import result_text
+from libaios.wire import CallTool, NoArgs, Sys, ToolInfo, TrustTool
+
+
+def register(group: click.Group) -> None:
+    group.add_command(tools)
+
+
+@click.command("tools", context_settings=edge.SETTINGS, short_help="List the tools of agents, or try one.")
+@click.argument("name", required=False)
+@click.argument("arguments", nargs=-1, metavar="[KEY=VALUE]…")
+@click.option("--schema", is_flag=True, help="The JSON Schema of the tool's arguments.")
+@click.option("--trust", is_flag=True, help="Offer NAME again though its MCP server describes it otherwise now.")
+@click.option("--json", "as_json", is_flag=True, help="A list of objects; of a call its result as JSON.")
+def tools(name: str | None, arguments: tuple[str, ...], schema: bool, trust: bool, as_json: bool) -> int:
+    """List the tools that agents of the running system have; with NAME, call one as an agent would.
+
+    A VALUE is taken as JSON where the tool wants no text. What the tool writes comes at once, its result at the end.
+
+    \b
+      aiosd tools
+      aiosd tools calc expression="37 * 91"
+      aiosd tools --schema fetch
+      aiosd --tools mytools.py            adds functions of yours
+    """
+    with edge.connect() as client:
+        if trust:
+            if name is None:
+                raise click.UsageError("--trust wants the NAME of a tool")
+            client.call(Sys.TOOL_TRUST, TrustTool(name), None)
+            return 0
+        there = {tool.name: tool for tool in client.call(Sys.TOOL_LIST, NoArgs(), list[ToolInfo])}
+        if name is None:
+            print(_as_json(list(there.values())) if as_json else "\n".join(_lines(list(there.values()))))
+            return 0
+        if name not in there:
+            raise edge.Failed(f"{name}: no such tool (there are: {', '.join(there)})")
+        if schema:
+            print(json.dumps(there[name].parameters, indent=2))
+            return 0
+        given = _arguments(there[name], arguments)
+        call = client.submit(Sys.TOOL_CALL, CallTool(name, given, stream=not as_json), stream=False)
+        for text in client.pieces(call):
+            print(text, end="", flush=True)
+        result = client.result(call, Any)
+    if as_json:
+        print(json.dumps(result, indent=2))
+    else:
+        _show(result)
+    return 0
+
+
+def _show(result: Any) -> None:
+    """What was written while the tool ran has been shown; of a program only its exit code is left."""
+    if isinstance(result, dict) and set(result) == {"output", "exit_code"}:
+        if result["exit_code"]:
+            print(f"aiosd: exit code {result['exit_code']}", file=sys.stderr)
+    elif result is not None:
+        print(result_text(result))
+
+
+def _arguments(tool: ToolInfo, words: tuple[str, ...]) -> dict[str, Any]:
+    properties = tool.parameters.get("properties", {})
+    found: dict[str, Any] = {}
+    for word in words:
+        key, equals, value = word.partition("=")
+        if not equals:
+            raise click.UsageError(f"{word!r} is not KEY=VALUE")
+        found[key] = value if properties.get(key, {}).get("type") == "string" else _from_json(value)
+    return found
+
+
+def _from_json(value: str) -> Any:
+    try:
+        return json.loads(value)
+    except ValueError:
+        return value
+
+
+def _as_json(tools: list[ToolInfo]) -> str:
+    import msgspec
+
+    return msgspec.json.format(msgspec.json.encode(tools)).decode()
+
+
+def _lines(tools: list[ToolInfo]) -> list[str]:
+    rows = [("NAME", "SOURCE", "WHAT IT DOES")]
+    rows += [(tool.name, os.path.basename(tool.source), tool.description.partition("\n")[0]) for tool in tools]
+    widths = [max(len(row[column]) for row in rows) for column in (0, 1)]
+    return [edge.printable(f"{a:{widths[0]}} {b:{widths[1]}} {c}".rstrip()) for a, b, c in rows]

@@ -1,0 +1,104 @@
+"""Which tables hold what agents keep, for all that handles the store as a whole: fsck, repair, export, import, backup.
+
+A table that is not named here is made from those that are (`REBUILD`), or belongs to the running system alone. Contents
+that are too large for the database lie in files that are named by their hash.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+CONTENTS = "contents"  # the folder of such files, in that of the store
+
+
+@dataclass(frozen=True, slots=True)
+class Kept:
+    """A table whose rows are the truth. `contents`: the column that names a file by its hash; NULL: it has none.
+    `whole`: False for a row whose end has become zeros, which no checksum of a page shows."""
+
+    name: str
+    contents: str = ""
+    whole: Callable[[dict[str, Any]], bool] = lambda row: True
+
+
+#: In the order in which rows may refer to each other.
+KEPT: tuple[Kept, ...] = (
+    Kept("owners"),
+    Kept("notes", whole=lambda row: row["bytes"] > 0),
+    Kept("contents", contents="file", whole=lambda row: row["data"] is None or _blake(row["data"]) == row["hash"]),
+    Kept("files", whole=lambda row: bool(row["path"]) and bool(row["updated"])),
+    Kept("versions", whole=lambda row: row["contents"][-1:] == "]"),
+    Kept("grants", whole=lambda row: bool(row["grantee"])),
+    Kept("mounts", whole=lambda row: bool(row["folder"])),
+)
+
+#: What is made from them, where rows have been put in: the table that has to exist, and the statements.
+REBUILD: tuple[tuple[str, str], ...] = (
+    # What belongs to an owner whose row was lost is kept, though no caller is that owner.
+    (
+        "notes",
+        "INSERT OR IGNORE INTO owners(id, name) SELECT DISTINCT owner, 'lost/' || owner FROM notes "
+        "WHERE owner NOT IN (SELECT id FROM owners)",
+    ),
+    (
+        "notes",
+        "UPDATE owners SET note_bytes = (SELECT coalesce(sum(bytes), 0) FROM notes WHERE notes.owner = owners.id)",
+    ),
+    # Files: their rows first, then what is counted. Those of mounted folders are made by looking there.
+    ("files", "DELETE FROM files WHERE mount IS NOT NULL"),
+    (
+        "files",
+        "INSERT OR IGNORE INTO owners(name) SELECT 'lost/files' FROM versions "
+        "WHERE file NOT IN (SELECT id FROM files) LIMIT 1",
+    ),
+    (
+        "files",
+        "INSERT INTO files(id, owner, path, version, size, created, updated, author) "
+        "SELECT v.file, (SELECT id FROM owners WHERE name = 'lost/files'), 'lost-' || v.file, max(v.number), v.size, "
+        "min(v.time), max(v.time), v.author FROM versions v WHERE v.file NOT IN (SELECT id FROM files) GROUP BY v.file",
+    ),
+    (
+        "files",
+        "INSERT OR IGNORE INTO owners(id, name) SELECT DISTINCT owner, 'lost/' || owner FROM files "
+        "WHERE owner NOT IN (SELECT id FROM owners)",
+    ),
+    (
+        "files",
+        "UPDATE files SET (version, size) = (SELECT v.number, v.size FROM versions v WHERE v.file = files.id "
+        "ORDER BY v.number DESC LIMIT 1) WHERE EXISTS (SELECT 1 FROM versions v WHERE v.file = files.id)",
+    ),
+    ("grants", "DELETE FROM grants WHERE owner NOT IN (SELECT id FROM owners)"),
+    ("mounts", "DELETE FROM mounts WHERE owner NOT IN (SELECT id FROM owners)"),
+    (
+        "content_uses",
+        "INSERT INTO content_uses SELECT f.owner, c.id, count(*) FROM versions v JOIN files f ON f.id = v.file, "
+        "json_each(v.contents) j JOIN contents c ON c.id = j.value GROUP BY f.owner, c.id",
+    ),
+    (
+        "file_bytes",
+        "INSERT INTO file_bytes SELECT owner, sum(bytes) FROM (SELECT u.owner AS owner, c.size AS bytes "
+        "FROM content_uses u JOIN contents c ON c.id = u.content UNION ALL "
+        "SELECT f.owner, 200 FROM versions v JOIN files f ON f.id = v.file) GROUP BY owner",
+    ),
+    ("unindexed", "INSERT INTO unindexed SELECT id FROM files WHERE removed IS NULL"),
+    ("note_words", "INSERT INTO note_words(rowid, owner, text) SELECT id, 'own' || owner, text FROM notes"),
+)
+
+
+def _blake(data: bytes) -> bytes:
+    return hashlib.blake2b(data, digest_size=32).digest()
+
+
+def content_path(folder: Path, name: str) -> Path:
+    """The file of the content with this hash; `folder`: that of the store."""
+    return folder / CONTENTS / name
+
+
+def hash_of(path: Path) -> str:
+    """The name that a content should have. Raises OSError."""
+    with open(path, "rb") as file:
+        return hashlib.file_digest(file, lambda: hashlib.blake2b(digest_size=32)).hexdigest()

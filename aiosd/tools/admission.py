@@ -1,0 +1,153 @@
+"""Which call of a tool may begin. Pure: no process, no clock.
+
+A call needs an instance of its tool and its locks: keys that it reads or writes. Readers of a key run together, a
+writer runs alone. The promise:
+
+    * All or nothing: a call begins with everything it needs, or holds nothing. So there is no deadlock.
+    * Calls of one agent to one tool begin in the order in which they came.
+    * Agents take turns: of those with a call that can begin, the one that began a call longest ago is first.
+    * Bounded overtaking: at most OVERTAKES calls that came later begin while an older one waits for something that they
+      use. Then what it needs is kept for it, and it is first. So every call begins, provided that calls that run end.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Hashable, Iterator, Mapping
+from dataclasses import dataclass, field
+from itertools import count
+
+OVERTAKES = 16
+
+
+@dataclass(frozen=True, slots=True)
+class Needs:
+    """What a call uses while it runs. `limit`: how many calls of the tool may run at a time."""
+
+    tool: str
+    limit: int = 1
+    reads: frozenset[str] = frozenset()
+    writes: frozenset[str] = frozenset()
+
+    def conflicts(self, other: Needs) -> bool:
+        """Whether they share something that one of them may have to wait for."""
+        if self.tool == other.tool and self.limit < 1 << 30:
+            return True
+        return bool(self.writes & (other.writes | other.reads) or self.reads & other.writes)
+
+
+@dataclass(slots=True, eq=False)
+class _Waiting:
+    key: Hashable
+    agent: int
+    needs: Needs
+    number: int  # the order of arrival
+    overtaken: int = 0
+
+
+@dataclass(slots=True)
+class _Held:
+    """What is in use, by the calls that run or that it is kept for."""
+
+    tools: Counter[str] = field(default_factory=Counter)
+    readers: Counter[str] = field(default_factory=Counter)
+    writers: Counter[str] = field(default_factory=Counter)
+
+    def fits(self, needs: Needs) -> bool:
+        return (
+            self.tools[needs.tool] < needs.limit
+            and not any(self.readers[key] or self.writers[key] for key in needs.writes)
+            and not any(self.writers[key] for key in needs.reads)
+        )
+
+    def change(self, needs: Needs, by: int) -> None:
+        for counter, keys in ((self.tools, (needs.tool,)), (self.readers, needs.reads), (self.writers, needs.writes)):
+            for key in keys:
+                counter[key] += by
+                if not counter[key]:
+                    del counter[key]
+
+    def copy(self) -> _Held:
+        return _Held(Counter(self.tools), Counter(self.readers), Counter(self.writers))
+
+
+class Admission:
+    """`submit` a call, ask `begin` for those that may run now, `end` each. `running` is bounded by `workers`."""
+
+    def __init__(self, workers: int) -> None:
+        self.workers = workers
+        self._waiting: dict[Hashable, _Waiting] = {}  # in order of arrival
+        self._running: dict[Hashable, Needs] = {}
+        self._held = _Held()
+        self._turns: dict[int, int] = {}  # when each agent with calls began one last
+        self._arrivals = count()
+        self._begins = count(1)
+
+    @property
+    def waiting(self) -> int:
+        return len(self._waiting)
+
+    @property
+    def running(self) -> int:
+        return len(self._running)
+
+    def position(self, key: Hashable) -> Mapping[str, int] | None:
+        """Of a waiting call: how many came before it, and how many have overtaken it. None: it does not wait."""
+        call = self._waiting.get(key)
+        if call is None:
+            return None
+        before = sum(other.number < call.number for other in self._waiting.values())
+        return {"before": before, "overtaken": call.overtaken}
+
+    def submit(self, key: Hashable, agent: int, needs: Needs) -> None:
+        self._waiting[key] = _Waiting(key, agent, needs, next(self._arrivals))
+        self._turns.setdefault(agent, 0)
+
+    def begin(self) -> list[Hashable]:
+        """The calls that begin now, in this order. They hold what they need until `end`."""
+        begun: list[Hashable] = []
+        while len(self._running) < self.workers:
+            call = next(self._able(), None)
+            if call is None:
+                break
+            self._begin(call)
+            begun.append(call.key)
+        return begun
+
+    def end(self, key: Hashable) -> None:
+        """The call is over, or is not wanted any more. May be called again."""
+        waiting = self._waiting.pop(key, None)
+        needs = self._running.pop(key, None)
+        if needs is not None:
+            self._held.change(needs, -1)
+        if waiting is not None or needs is not None:
+            self._forget_agents()
+
+    def _able(self) -> Iterator[_Waiting]:
+        """The waiting calls that can begin, the one whose turn it is first."""
+        held = self._held.copy()
+        first: dict[tuple[int, str], _Waiting] = {}
+        for call in self._waiting.values():
+            first.setdefault((call.agent, call.needs.tool), call)
+        able = []
+        for call in sorted(first.values(), key=lambda call: call.number):
+            if held.fits(call.needs):
+                able.append(call)
+            elif call.overtaken >= OVERTAKES:
+                held.change(call.needs, 1)  # kept for it: nothing that came later takes any of this
+        yield from sorted(able, key=lambda call: (call.overtaken < OVERTAKES, self._turns[call.agent], call.number))
+
+    def _begin(self, call: _Waiting) -> None:
+        del self._waiting[call.key]
+        for older in self._waiting.values():
+            if older.number < call.number and older.needs.conflicts(call.needs):
+                older.overtaken += 1
+        self._running[call.key] = call.needs
+        self._held.change(call.needs, 1)
+        self._turns[call.agent] = next(self._begins)
+
+    def _forget_agents(self) -> None:
+        """Turns of agents without a waiting call; a new call of theirs is the first again, as that of any newcomer."""
+        if len(self._turns) > 64 + 2 * len(self._waiting):
+            wanted = {call.agent for call in self._waiting.values()}
+            self._turns = {agent: turn for agent, turn in self._turns.items() if agent in wanted}

@@ -1,0 +1,315 @@
+"""The toolbox: the service that answers calls of tools.
+
+A call is checked against the schema of its tool, waits in `Admission` until everything it needs is free, and runs in a
+worker of `Pool`. It has begun when a worker gets it; before that it survives the death of the toolbox, after that it is
+never done again.
+
+Where a tool works: in a folder that belongs to the caller. Agents with a name of their own find it again; that of an
+agent without one goes with the agent.
+"""
+
+from __future__ import annotations
+
+import errno
+import logging
+import os
+import posixpath
+import shutil
+import signal
+import threading
+from collections.abc import Iterable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from aiosd import link
+from aiosd.heartbeat import Rounds
+from aiosd.service import LATER, Server
+from aiosd.tools.admission import Admission, Needs
+from aiosd.tools.messages import Described, Done, Run, Tool
+from aiosd.tools.pins import Pins
+from aiosd.tools.pool import Job, Pool
+from aiosd.tools.spec import MCP, ToolboxSpec
+from libaios import wire
+from libaios.channel import Channel
+from libaios.wire import CallTool, Sys, ToolInfo, TrustTool
+
+logger = logging.getLogger("toolbox")
+
+BUILT_IN = "aiosd.tools.builtin"
+CHANGED = (
+    "the server describes {0} otherwise than before; it is not offered until a person has looked at it: "
+    "aiosd tools --trust {0}"
+)
+PR_SET_CHILD_SUBREAPER = 36
+
+
+@dataclass(slots=True)
+class Known:
+    """A tool that can be called."""
+
+    tool: Tool
+    source: str
+    validator: Any
+
+    @property
+    def info(self) -> ToolInfo:
+        shown = "built in" if self.source == BUILT_IN else self.source
+        return ToolInfo(self.tool.name, self.tool.description, self.tool.parameters, shown)
+
+
+@dataclass(slots=True)
+class _Call:
+    job: Job
+    source: str
+
+
+class Toolbox:
+    def __init__(self, channel: Channel, spec: ToolboxSpec) -> None:
+        self.spec = spec
+        self.tools: dict[str, Known] = {}
+        self.errors: dict[str, str] = {}  # of sources that could not be loaded
+        self.server = Server(
+            channel,
+            {Sys.TOOL_LIST: self.listing, Sys.TOOL_CALL: self.call, Sys.TOOL_TRUST: self.trust},
+            self.stats,
+            on_gone=self.peer_gone,
+            on_keep=self.only_alive,
+            on_cancel=self.cancelled,
+            queued=frozenset((Sys.TOOL_CALL, Sys.TOOL_LIST)),
+        )
+        self.admission = Admission(spec.workers)
+        self.pins = Pins(Path(spec.folder).parent / "tools.json")
+        self._loading = {BUILT_IN, *spec.files}
+        self._starting = {f"{MCP}{name}" for name in spec.servers}  # servers, on which only their own calls wait
+        self._early: list[tuple[link.Ask, Any]] = []  # calls that came before all sources were loaded
+        self._calls: dict[link.Key, _Call] = {}
+        self._served = 0
+        os.makedirs(spec.folder, mode=0o700, exist_ok=True)
+        self.pool = Pool(
+            self.server.timers, self.server.watch, self.server.forget, spec.folder, self._described, spec.servers
+        )
+
+    def run(self, rounds: Rounds) -> int:
+        for source in (BUILT_IN, *self.spec.files, *self._starting):
+            self.pool.load(source)
+        try:
+            signal.signal(signal.SIGTERM, _end)  # at the end of the system; workers end before their parent
+            return self.server.run(rounds)
+        except _Ended:
+            return 0
+        finally:
+            self.pool.close()
+
+    def stats(self) -> dict[str, Any]:
+        return {
+            "tools": len(self.tools),
+            "calls": self._served,
+            "waiting": self.admission.waiting,
+            "running": self.admission.running,
+            **self.pool.stats(),
+            **({"errors": self.errors} if self.errors else {}),
+        }
+
+    # ── sources ───────────────────────────────────────────────────────────────────────────────────────────
+
+    def _described(self, source: str, described: Described) -> None:
+        """A worker of this source has started, or a server has other tools now."""
+        if described.error:
+            self.errors[source] = described.error
+            logger.error("tools of %s cannot be loaded: %s", source, described.error)
+        elif source in self._loading or source in self._starting or source.startswith(MCP):
+            self._replace(source, described.tools)
+        self._loading.discard(source)
+        self._starting.discard(source)
+        early, self._early = self._early, []
+        for ask, args in early:
+            self._resume(ask, args)
+
+    def _replace(self, source: str, tools: list[Tool]) -> None:
+        """These are the tools of a source from now on."""
+        self.tools = {name: known for name, known in self.tools.items() if known.source != source}
+        self.errors = {place: why for place, why in self.errors.items() if place.partition(": ")[0] != source}
+        for tool in tools:
+            if source.startswith(MCP) and not self.pins.holds(tool):
+                self.errors[f"{source}: {tool.name}"] = CHANGED.format(tool.name)
+                logger.warning("%s: %s", source, CHANGED.format(tool.name))
+            else:
+                self._add(tool, source)
+
+    def _add(self, tool: Tool, source: str) -> None:
+        import jsonschema_rs  # 15 MB, in this process alone
+
+        known = self.tools.get(tool.name)
+        if known is not None:
+            self.errors[f"{source}: {tool.name}"] = f"there is a tool of this name already ({known.info.source})"
+            logger.error("%s: there is a tool %s already (%s)", source, tool.name, known.info.source)
+            return
+        try:
+            validator = jsonschema_rs.validator_for(tool.parameters)
+        except ValueError as err:
+            self.errors[f"{source}: {tool.name}"] = f"its parameters are no JSON Schema: {err}"
+            logger.error("%s: the parameters of %s are no JSON Schema: %s", source, tool.name, err)
+            return
+        self.tools[tool.name] = Known(tool, source, validator)
+
+    # ── calls ─────────────────────────────────────────────────────────────────────────────────────────────
+
+    def listing(self, ask: link.Ask, args: wire.NoArgs) -> Any:
+        if self._loading:
+            self._early.append((ask, args))
+            return LATER
+        return [self.tools[name].info for name in sorted(self.tools)]
+
+    def trust(self, ask: link.Ask, args: TrustTool) -> None:
+        """Take a tool as it is described now. Only a person may."""
+        if ask.caller.pid:
+            raise wire.error(errno.EPERM, "only a person trusts a tool")
+        if not self.pins.accept(args.name):
+            raise wire.error(errno.ENOENT, f"no tool of this name waits to be trusted: {args.name}")
+        self.pool.load(f"{MCP}{args.name.partition('__')[0]}")  # it describes all its tools anew
+
+    def _waits(self, args: CallTool) -> bool:
+        """Is this a call of something that is still being loaded?"""
+        if self._loading:
+            return True
+        return args.name not in self.tools and f"{MCP}{args.name.partition('__')[0]}" in self._starting
+
+    def call(self, ask: link.Ask, args: CallTool) -> Any:
+        if self._waits(args):
+            self._early.append((ask, args))
+            return LATER
+        known = self._check(args)
+        tool = known.tool
+        self._served += 1
+        folder = self._folder(ask.caller)
+        job = Job(
+            tool,
+            Run(tool.name, args.arguments, folder),
+            on_text=(lambda text: self.server.part(ask.key, text)) if args.stream else lambda text: None,
+            on_done=lambda done: self._done(ask.key, done),
+            on_over=lambda: self._over(ask.key),
+        )
+        self._calls[ask.key] = _Call(job, known.source)
+        self.admission.submit(ask.key, ask.caller.pid, needs_of(tool, args.arguments, folder))
+        self.server.timers.after(0.0, self._begin)  # once this call is known as one that is answered later
+        return LATER
+
+    def _resume(self, ask: link.Ask, args: Any) -> None:
+        """An early call, now that everything is loaded."""
+        try:
+            answer = self.listing(ask, args) if ask.sys == Sys.TOOL_LIST else self.call(ask, args)
+        except OSError as err:
+            self.server.fail(ask.key, err)
+            return
+        if answer is not LATER:
+            self.server.answer(ask.key, answer)
+
+    def _check(self, args: CallTool) -> Known:
+        known = self.tools.get(args.name)
+        if known is None:
+            there = ", ".join(sorted(self.tools)) or "none"
+            raise wire.error(errno.ENOENT, f"no such tool: {args.name} (there are: {there})")
+        for error in known.validator.iter_errors(args.arguments):
+            place = "".join(f"[{part}]" if isinstance(part, int) else f".{part}" for part in error.instance_path)
+            raise wire.error(errno.EINVAL, f"{args.name}{place}: {error.message}"[:2000])
+        return known
+
+    def _begin(self) -> None:
+        for key in self.admission.begin():
+            call = self._calls[key]  # type: ignore[index] # every waiting call has one
+            self.server.begun(key)  # type: ignore[arg-type]
+            self.pool.run(call.source, call.job)
+
+    def _done(self, key: link.Key, done: Done) -> None:
+        if done.errno:
+            self.server.fail(key, wire.error(done.errno, done.message))
+        else:
+            self.server.answer(key, done.result)
+
+    def _over(self, key: link.Key) -> None:
+        self._calls.pop(key, None)
+        self.admission.end(key)
+        self._begin()
+
+    def cancelled(self, key: link.Key) -> None:
+        """The caller does not wait for the call any more."""
+        self._early = [(ask, args) for ask, args in self._early if ask.key != key]
+        call = self._calls.get(key)
+        if call is None:
+            return
+        if self.admission.position(key) is not None:  # it has not begun
+            self._over(key)
+        else:
+            self.pool.cancel(call.job)
+
+    # ── folders ───────────────────────────────────────────────────────────────────────────────────────────
+
+    def _folder(self, caller: link.Caller) -> str:
+        """The caller's folder, which is there when this returns."""
+        if not caller.pid:
+            name = f"person-{caller.uid}"
+        elif caller.named:
+            name = f"name-{caller.uid}-{caller.group}-{caller.name}"
+        else:
+            name = f"agent-{caller.pid}"
+        folder = os.path.join(self.spec.folder, name)
+        os.makedirs(folder, mode=0o700, exist_ok=True)
+        return folder
+
+    def peer_gone(self, peer: int) -> None:
+        self._remove([Path(self.spec.folder, f"agent-{peer}")])
+
+    def only_alive(self, peers: list[int]) -> None:
+        alive = {f"agent-{peer}" for peer in peers}
+        self._remove(path for path in Path(self.spec.folder).glob("agent-*") if path.name not in alive)
+
+    @staticmethod
+    def _remove(folders: Iterable[Path]) -> None:
+        """In a thread, since a folder may be full."""
+        there = [folder for folder in folders if folder.exists()]
+        if there:
+            threading.Thread(target=_remove, args=(there,)).start()
+
+
+def _remove(folders: list[Path]) -> None:
+    for folder in folders:
+        shutil.rmtree(folder, ignore_errors=True)
+
+
+class _Ended(BaseException):
+    """SIGTERM has come."""
+
+
+def _end(number: int, frame: object) -> None:
+    signal.signal(signal.SIGTERM, signal.SIG_IGN)
+    raise _Ended
+
+
+def needs_of(tool: Tool, arguments: dict[str, Any], folder: str) -> Needs:
+    """What a call of this tool with these arguments uses."""
+    return Needs(
+        tool.name,
+        tool.instances,
+        frozenset(_key(template, arguments, folder) for template in tool.reads),
+        frozenset(_key(template, arguments, folder) for template in tool.writes),
+    )
+
+
+def _key(template: str, arguments: dict[str, Any], folder: str) -> str:
+    """The key of a lock. One of a file is its whole path, so that `a.txt` and `./a.txt` are the same."""
+    key = template
+    for name, value in arguments.items():
+        key = key.replace("{" + name + "}", str(value))
+    if key.startswith("file:"):
+        return "file:" + posixpath.normpath(posixpath.join(folder, key.removeprefix("file:")))
+    return key
+
+
+def main(channel: Channel, spec: ToolboxSpec, rounds: Rounds) -> int:
+    import ctypes
+
+    ctypes.CDLL(None).prctl(
+        PR_SET_CHILD_SUBREAPER, 1
+    )  # what a dead worker leaves comes to us, and not to the supervisor
+    return Toolbox(channel, spec).run(rounds)

@@ -1,0 +1,57 @@
+"""What the toolbox and its workers send each other: msgpack frames over a socket pair (`libaios.stream`).
+
+The toolbox is careful with what comes from a worker, because a tool can write to its worker's socket.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+from msgspec import Struct, msgpack
+
+
+class Tool(Struct, array_like=True, frozen=True):
+    """One tool, as a worker describes it. `reads` and `writes`: its locks, with `{argument}`s to be filled in."""
+
+    name: str
+    description: str
+    parameters: dict[str, Any]
+    instances: int = 1
+    time_s: float = 60.0
+    memory_bytes: int = 1 << 30
+    output_bytes: int = 1 << 20
+    reads: tuple[str, ...] = ()
+    writes: tuple[str, ...] = ()
+
+
+class Described(Struct, array_like=True, frozen=True, tag=True):
+    """What the source has; `error`: why it cannot be loaded."""
+
+    tools: list[Tool]
+    error: str = ""
+
+
+class Run(Struct, array_like=True, frozen=True, tag=True):
+    """Service → worker. `folder`: the working directory of the call."""
+
+    tool: str
+    arguments: dict[str, Any]
+    folder: str
+
+
+class Wrote(Struct, array_like=True, frozen=True, tag=True):
+    text: str
+
+
+class Done(Struct, array_like=True, frozen=True, tag=True):
+    """`errno` 0: `result` is the answer. `spent`: this process should serve no other call."""
+
+    result: Any = None
+    errno: int = 0
+    message: str = ""
+    spent: bool = False
+
+
+FromWorker = Described | Wrote | Done
+decode_from_worker = msgpack.Decoder(FromWorker).decode
+encode = msgpack.Encoder(enc_hook=repr).encode

@@ -1,0 +1,356 @@
+"""The worker processes of the toolbox: start, calls, limits, end.
+
+Each worker has loaded one source and runs one call at a time; it is used again when a call has ended in order. One that
+died, ran out of time or memory, was cancelled, or sent what no worker sends is ended with everything below it, and its
+call gets an error. The toolbox is a subreaper: what a dead worker leaves behind comes to it, and is killed here.
+
+Limits. Time: on the clock, synchronous. Memory: RLIMIT_DATA in the worker, which bounds each process by itself;
+processes and their memory together are looked at every SAMPLE_S, so a call may exceed these for that long. What it
+writes and returns: counted.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import logging
+import os
+import signal
+import socket
+import subprocess
+import sys
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+
+import msgspec
+
+from aiosd import procfs
+from aiosd.timers import Timer, Timers
+from aiosd.tools.messages import Described, Done, Run, Tool, Wrote, decode_from_worker, encode
+from aiosd.tools.spec import MCP, McpServer
+from libaios.ring import ProtocolError
+from libaios.stream import FrameSocket
+
+logger = logging.getLogger("toolbox")
+
+LOAD_S = 60.0  # for a source to be imported
+GRACE_S = 1.0  # between TERM and KILL
+SAMPLE_S = 0.2
+MOST_PROCESSES = 64  # of one call
+IDLE_S = 60.0  # a worker that nobody needs is kept that long
+FRAME_BYTES = 16 << 20
+#: A tool sees this of the environment of aiosd and nothing else: no keys, no tokens.
+KEPT_VARIABLES = ("PATH", "LANG", "LC_ALL", "LC_CTYPE", "TZ", "SSL_CERT_FILE", "SSL_CERT_DIR", "VIRTUAL_ENV")
+
+
+@dataclass(slots=True)
+class Job:
+    """One call in a worker. `on_text` gets what it writes, `on_done` its result or error, once. Then `on_over`, once:
+    nothing of it runs any more, so that others may use what it held."""
+
+    tool: Tool
+    request: Run
+    on_text: Callable[[str], None]
+    on_done: Callable[[Done], None]
+    on_over: Callable[[], None]
+
+
+@dataclass(slots=True, eq=False)
+class Worker:
+    source: str
+    process: subprocess.Popen[bytes]
+    frames: FrameSocket
+    job: Job | None = None
+    deadline: Timer | None = None
+    described: bool = False
+    wrote: int = 0  # bytes of the call
+    verdict: Done | None = None  # why it is being ended
+    ending: Job | None = None  # … with this call, which has its answer
+    idle: Timer | None = field(default=None)
+
+
+class Pool:
+    """`watch` and `forget`: the loop's descriptors. `described` is called at each start of a worker, and when an MCP
+    server (`servers`, by name) has other tools than before."""
+
+    def __init__(
+        self,
+        timers: Timers,
+        watch: Callable[[int, Callable[[], None]], None],
+        forget: Callable[[int], None],
+        home: str,
+        described: Callable[[str, Described], None],
+        servers: Mapping[str, McpServer],
+    ) -> None:
+        self._timers = timers
+        self._watch = watch
+        self._forget = forget
+        self._home = home
+        self._described = described
+        self._servers = servers
+        self._workers: list[Worker] = []
+        self._queue: dict[str, list[Job]] = {}  # of each source: admitted, and waiting for a worker that starts
+        self._sampler: Timer | None = None
+        self.deaths = 0
+
+    # ── what the toolbox asks for ─────────────────────────────────────────────────────────────────────────
+
+    def load(self, source: str) -> None:
+        """Start a first worker of a source, which describes it."""
+        self._start(source)
+
+    def run(self, source: str, job: Job) -> None:
+        """Run a call, in a worker that is idle or in a new one."""
+        for worker in self._workers:
+            if worker.source == source and worker.described and worker.job is None and worker.verdict is None:
+                self._give(worker, job)
+                return
+        self._queue.setdefault(source, []).append(job)
+        starting = sum(not w.described and w.verdict is None for w in self._workers if w.source == source)
+        if starting < len(self._queue[source]):
+            self._start(source)
+
+    def cancel(self, job: Job) -> None:
+        """The call is not wanted any more: TERM, a second later KILL for its worker, which is not used again."""
+        for jobs in self._queue.values():
+            if job in jobs:
+                jobs.remove(job)
+                job.on_over()
+        for worker in self._workers:
+            if worker.job is job:
+                self._end(worker, Done(None, errno.ECANCELED, "cancelled"))
+
+    def close(self) -> None:
+        for worker in list(self._workers):
+            self._kill(worker)
+
+    def stats(self) -> dict[str, int]:
+        return {
+            "workers": len(self._workers),
+            "busy": sum(worker.job is not None for worker in self._workers),
+            "deaths": self.deaths,
+        }
+
+    # ── life of a worker ──────────────────────────────────────────────────────────────────────────────────
+
+    def _start(self, source: str) -> None:
+        ours, theirs = socket.socketpair()
+        server = self._servers.get(source.removeprefix(MCP)) if source.startswith(MCP) else None
+        module = "worker" if server is None else "bridge"
+        with theirs:
+            process = subprocess.Popen(
+                [sys.executable, "-m", f"aiosd.tools.{module}", str(theirs.fileno()), source.removeprefix(MCP)],
+                stdin=subprocess.DEVNULL,
+                stdout=subprocess.DEVNULL,
+                stderr=subprocess.DEVNULL,
+                env=self._environment(),
+                pass_fds=[theirs.fileno()],
+                start_new_session=True,
+            )
+        worker = Worker(source, process, FrameSocket(ours, FRAME_BYTES))
+        self._workers.append(worker)
+        if server is not None:
+            worker.frames.send(encode(server))  # not as an argument: it may hold keys, and everyone can read those
+        self._watch(worker.frames.fileno(), lambda: self._on_readable(worker))
+        late = Done(None, errno.ETIMEDOUT, f"{source} was not loaded after {LOAD_S:.0f} s")
+        worker.deadline = self._timers.after(LOAD_S, lambda: self._end(worker, late))
+
+    def _environment(self) -> dict[str, str]:
+        kept = {name: os.environ[name] for name in KEPT_VARIABLES if name in os.environ}
+        return {**kept, "HOME": self._home, "PYTHONPATH": os.pathsep.join(filter(None, sys.path))}
+
+    def _give(self, worker: Worker, job: Job) -> None:
+        worker.job, worker.wrote = job, 0
+        if worker.idle is not None:
+            worker.idle.cancel()
+            worker.idle = None
+        limit = job.tool.time_s
+        late = Done(None, errno.ETIMEDOUT, f"{job.tool.name} ran for {limit:g} s, which is its limit")
+        worker.deadline = self._timers.after(limit, lambda: self._end(worker, late))
+        with contextlib.suppress(OSError):  # it is dead, which its socket reports in a moment
+            worker.frames.send(encode(job.request))
+        if self._sampler is None:
+            self._sampler = self._timers.after(SAMPLE_S, self._sample)
+
+    def _on_readable(self, worker: Worker) -> None:
+        try:
+            for payload, _ in worker.frames.receive(64):
+                self._on_message(worker, decode_from_worker(payload))
+        except (EOFError, OSError):
+            self._died(worker)
+        except (ProtocolError, msgspec.DecodeError, msgspec.ValidationError) as err:
+            self._end(worker, Done(None, errno.EIO, f"its worker sent what no worker sends: {err}"), at_once=True)
+
+    def _on_message(self, worker: Worker, message: Described | Wrote | Done) -> None:
+        if worker.verdict is not None:
+            return  # too late: its call has its answer
+        match message:
+            case Described() if not worker.described:
+                self._on_described(worker, message)
+            case Described() if worker.source.startswith(MCP):
+                self._described(worker.source, message)
+            case Wrote(text=text) if worker.job is not None:
+                worker.wrote += len(text.encode())
+                if worker.wrote <= worker.job.tool.output_bytes:
+                    worker.job.on_text(text)
+            case Done() if worker.job is not None:
+                self._over(worker, message)
+            case _:
+                raise ProtocolError(f"{type(message).__name__} at the wrong time")
+
+    def _on_described(self, worker: Worker, message: Described) -> None:
+        worker.described = True
+        self._stop_clock(worker)
+        self._described(worker.source, message)
+        if message.error:
+            self._fail_queue(worker.source, f"{worker.source} cannot be loaded: {message.error}")
+        else:
+            self._next(worker)
+
+    def _over(self, worker: Worker, done: Done) -> None:
+        """A call has ended in order. What it left running below the worker must not outlive it."""
+        job, worker.job = worker.job, None
+        self._stop_clock(worker)
+        leftovers = not worker.source.startswith(MCP) and procfs.children(worker.process.pid)
+        if done.spent or leftovers:
+            worker.verdict = done
+            self._kill(worker)
+        else:
+            self._next(worker)
+        if job is not None:
+            job.on_done(done)
+            job.on_over()
+
+    def _next(self, worker: Worker) -> None:
+        queue = self._queue.get(worker.source)
+        if queue:
+            self._give(worker, queue.pop(0))
+        else:
+            worker.idle = self._timers.after(IDLE_S, lambda: self._retire(worker))
+
+    def _retire(self, worker: Worker) -> None:
+        """End a worker that was idle for long. The last one of a source stays, unless it is one of an MCP server, which
+        with its server takes a hundred megabytes."""
+        same = [other for other in self._workers if other.source == worker.source and other.verdict is None]
+        if worker.job is None and (len(same) > 1 or worker.source.startswith(MCP)):
+            self._kill(worker)
+
+    # ── the end of a worker ───────────────────────────────────────────────────────────────────────────────
+
+    def _end(self, worker: Worker, verdict: Done, at_once: bool = False) -> None:
+        """TERM to a worker and all below it, and KILL a moment later. Its call gets the verdict now."""
+        if worker.verdict is not None:
+            return
+        worker.verdict = verdict
+        self._stop_clock(worker)
+        self._answer(worker, verdict)
+        if at_once:
+            self._kill(worker)
+            return
+        for ospid in [worker.process.pid, *procfs.descendants(worker.process.pid)]:
+            _signal(ospid, signal.SIGTERM)
+        self._timers.after(GRACE_S, lambda: self._kill(worker))
+
+    def _kill(self, worker: Worker) -> None:
+        if worker not in self._workers:
+            return
+        self._workers.remove(worker)
+        self._stop_clock(worker)
+        if worker.idle is not None:
+            worker.idle.cancel()
+        self._forget(worker.frames.fileno())
+        worker.frames.close()
+        kill_tree(worker.process.pid)
+        worker.process.wait()
+        self._kill_strays()
+        ending, worker.ending = worker.ending, None
+        if ending is not None:
+            ending.on_over()
+
+    def _died(self, worker: Worker) -> None:
+        """The worker's end of the socket is closed: it has ended, or something in it has closed it."""
+        if worker.verdict is None:
+            self.deaths += worker.job is not None or not worker.described
+            try:
+                status = worker.process.wait(0.5)
+            except subprocess.TimeoutExpired:
+                status = 0
+            how = f"signal {signal.Signals(-status).name}" if status < 0 else f"exit code {status}"
+            reason = f"the process of this call ended ({how}); it is not done again"
+            if not worker.described:
+                self._described(worker.source, Described([], f"its worker ended ({how})"))
+                self._fail_queue(worker.source, f"{worker.source} cannot be loaded ({how})")
+            worker.verdict = Done(None, errno.EIO, reason)
+            self._answer(worker, worker.verdict)
+        self._kill(worker)
+        self._replace(worker.source)
+
+    def _replace(self, source: str) -> None:
+        """Calls that wait for a worker of this source still get one."""
+        starting = sum(w.source == source and not w.described for w in self._workers)
+        for _ in range(len(self._queue.get(source, ())) - starting):
+            self._start(source)
+
+    def _answer(self, worker: Worker, done: Done) -> None:
+        job, worker.job = worker.job, None
+        if job is not None:
+            worker.ending = job
+            job.on_done(done)
+        elif not worker.described:
+            self._described(worker.source, Described([], done.message))
+            self._fail_queue(worker.source, done.message)
+
+    def _fail_queue(self, source: str, reason: str) -> None:
+        for job in self._queue.pop(source, []):
+            job.on_done(Done(None, errno.EIO, reason))
+            job.on_over()
+
+    @staticmethod
+    def _stop_clock(worker: Worker) -> None:
+        if worker.deadline is not None:
+            worker.deadline.cancel()
+            worker.deadline = None
+
+    def _kill_strays(self) -> None:
+        """What dead workers left is our child now."""
+        ours = {worker.process.pid for worker in self._workers}
+        for ospid in set(procfs.children(os.getpid())) - ours:
+            kill_tree(ospid)
+            with contextlib.suppress(ChildProcessError):
+                os.waitpid(ospid, 0)
+
+    # ── what no rlimit bounds ─────────────────────────────────────────────────────────────────────────────
+
+    def _sample(self) -> None:
+        busy = [worker for worker in self._workers if worker.job is not None]
+        self._sampler = self._timers.after(SAMPLE_S, self._sample) if busy else None
+        for worker in busy:
+            self._look_at(worker)
+
+    def _look_at(self, worker: Worker) -> None:
+        assert worker.job is not None
+        tool = worker.job.tool
+        below = procfs.descendants(worker.process.pid)
+        if len(below) > MOST_PROCESSES:
+            reason = f"{tool.name} started more than {MOST_PROCESSES} processes"
+            self._end(worker, Done(None, errno.EAGAIN, reason), at_once=True)
+        elif below and sum(map(procfs.pss_bytes, (worker.process.pid, *below))) > tool.memory_bytes:
+            reason = f"{tool.name} and its processes used more than {tool.memory_bytes >> 20} MB of memory"
+            self._end(worker, Done(None, errno.ENOMEM, reason), at_once=True)
+
+
+def kill_tree(ospid: int) -> None:
+    """Kill a child of ours and all below it. Stopped first, parents before children, they cannot fork while we look."""
+    for _ in range(100):
+        tree = [ospid, *procfs.descendants(ospid)]
+        for one in tree:
+            _signal(one, signal.SIGSTOP)
+        if len(tree) == 1 + len(procfs.descendants(ospid)):
+            break
+    for one in reversed([ospid, *procfs.descendants(ospid)]):
+        _signal(one, signal.SIGKILL)
+
+
+def _signal(ospid: int, number: int) -> None:
+    with contextlib.suppress(ProcessLookupError, PermissionError):
+        os.kill(ospid, number)

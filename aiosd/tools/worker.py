@@ -1,0 +1,179 @@
+"""A worker: a process that has loaded one source of tools, and runs their calls, one at a time.
+
+    python -m aiosd.tools.worker FD SOURCE          SOURCE: a module, or the path of a file
+
+It first sends `Described`, then serves `Run`s until its other end is closed. What a tool prints or yields is sent while
+it runs (`Wrote`); its return value comes with `Done`. The service trusts nothing that comes from here: a tool may do
+with this process what it likes.
+"""
+
+from __future__ import annotations
+
+import errno
+import importlib
+import importlib.util
+import io
+import os
+import resource
+import signal
+import socket
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import msgspec
+from msgspec import msgpack
+
+from aiosd.tools.definition import Function, functions_of
+from aiosd.tools.messages import Described, Done, FromWorker, Run, Wrote, encode
+from libaios.stream import FrameSocket
+
+MESSAGE_BYTES = 4096  # of the text of an error
+#: What every call has, besides what its tool is limited to.
+LIMITS = ((resource.RLIMIT_CORE, 0), (resource.RLIMIT_FSIZE, 1 << 30), (resource.RLIMIT_NOFILE, 1024))
+
+
+class _Output(io.TextIOBase):
+    """The standard output of a tool: what is written there goes out at once, up to a limit."""
+
+    def __init__(self, frames: FrameSocket) -> None:
+        self._frames = frames
+        self.left = 0
+
+    def writable(self) -> bool:
+        return True
+
+    def write(self, text: str) -> int:
+        shown = text[: self.left]
+        self.left -= len(shown.encode("utf-8", "replace"))
+        if shown:
+            send(self._frames, Wrote(shown.encode("utf-8", "replace").decode()))
+        return len(text)
+
+
+def main(fd: str, source: str) -> int:
+    die_with_parent()
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    os.environ.pop("PYTHONPATH", None)  # for this process, not for what a tool starts
+    frames = FrameSocket(socket.socket(fileno=int(fd)))
+    os.set_inheritable(int(fd), False)
+    limit(*LIMITS)
+    sys.stdin = open(os.devnull)  # noqa: SIM115 - for the whole life of the process
+    output = _Output(frames)
+    sys.stdout = sys.stderr = output
+    try:
+        functions = functions_of(_load(source))
+    except BaseException as err:  # a person's file may raise anything, SystemExit included
+        send(frames, Described([], f"{type(err).__name__}: {err}"[:MESSAGE_BYTES]))
+        return 1
+    send(frames, Described([function.tool for function in functions.values()]))
+    while True:
+        try:
+            payload, _ = frames.recv_blocking()
+        except (EOFError, OSError):
+            return 0
+        request = msgpack.decode(payload, type=Run)
+        done = _serve(functions[request.tool], request, output)
+        send(frames, done)
+        if done.spent:
+            return 0
+
+
+def _load(source: str) -> dict[str, Any]:
+    """The names of a module or of a file."""
+    if not source.endswith(".py"):
+        return vars(importlib.import_module(source))
+    path = Path(source)
+    spec = importlib.util.spec_from_file_location(path.stem, path)
+    if spec is None or spec.loader is None:
+        raise ImportError(f"{source} is no Python file")
+    sys.path.insert(0, str(path.parent))
+    module = importlib.util.module_from_spec(spec)
+    sys.modules[path.stem] = module
+    spec.loader.exec_module(module)
+    return vars(module)
+
+
+def _serve(function: Function, request: Run, output: _Output) -> Done:
+    output.left = function.tool.output_bytes
+    _, hard = resource.getrlimit(resource.RLIMIT_DATA)
+    resource.setrlimit(resource.RLIMIT_DATA, (function.tool.memory_bytes, hard))
+    try:
+        os.chdir(request.folder)
+        os.environ["HOME"] = os.environ["TMPDIR"] = os.environ["PWD"] = request.folder
+        result = function.run(request.arguments)
+        if isinstance(result, Iterator):
+            result = _written(result, output)
+        return _checked(result, function.tool.output_bytes)
+    except MemoryError:
+        return Done(None, errno.ENOMEM, f"more than {function.tool.memory_bytes >> 20} MB of memory", spent=True)
+    except msgspec.ValidationError as err:
+        return Done(None, errno.EINVAL, str(err)[:MESSAGE_BYTES])
+    except OSError as err:
+        return Done(None, err.errno or errno.EREMOTEIO, _os_message(err)[:MESSAGE_BYTES])
+    except ValueError as err:
+        return Done(None, errno.EINVAL, str(err)[:MESSAGE_BYTES] or "a value that the tool refuses")
+    except BaseException as err:  # whatever a tool raises is its own affair, and its caller gets it
+        return Done(None, errno.EREMOTEIO, f"{type(err).__name__}: {err}"[:MESSAGE_BYTES])
+
+
+def _written(pieces: Iterator[Any], output: _Output) -> Any:
+    """Send the pieces of a generator; what it returns is the result, if it returns something."""
+    while True:
+        try:
+            output.write(str(next(pieces)))
+        except StopIteration as end:
+            return end.value
+
+
+def _checked(result: Any, limit: int) -> Done:
+    """The result as JSON has it: other types as msgspec writes them."""
+    plain = msgspec.to_builtins(result, str_keys=True, enc_hook=repr)
+    size = len(encode(plain))
+    if size > limit:
+        return Done(None, errno.EMSGSIZE, f"a result of {size} bytes; this tool may return {limit}")
+    return Done(plain)
+
+
+def _os_message(err: OSError) -> str:
+    text = err.strerror or str(err)
+    return f"{text}: {err.filename}" if err.filename else text
+
+
+def limit(*limits: tuple[int, int]) -> None:
+    """Lower soft limits, in this process and all that it starts."""
+    for which, value in limits:
+        _, hard = resource.getrlimit(which)
+        resource.setrlimit(which, (value if hard == resource.RLIM_INFINITY else min(value, hard), hard))
+
+
+def send(frames: FrameSocket, message: FromWorker) -> None:
+    """Send, however slow the service reads."""
+    frames.send(encode(message))
+    while not frames.flush():
+        _wait_writable(frames.fileno())
+
+
+def _wait_writable(fd: int) -> None:
+    import select
+
+    poll = select.poll()
+    poll.register(fd, select.POLLOUT)
+    poll.poll()
+
+
+def die_with_parent() -> None:
+    import ctypes
+
+    pr_set_pdeathsig, pr_set_child_subreaper = 1, 36
+    parent = os.getppid()
+    libc = ctypes.CDLL(None)
+    libc.prctl(pr_set_child_subreaper, 1)  # whatever a tool starts stays below this process, and ends with it
+    libc.prctl(pr_set_pdeathsig, signal.SIGKILL)
+    if os.getppid() != parent or parent == 1:
+        os._exit(0)
+
+
+if __name__ == "__main__":
+    sys.exit(main(*sys.argv[1:]))

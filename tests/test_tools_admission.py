@@ -1,0 +1,132 @@
+"""Which call of a tool begins: the promises at the top of `aiosd.tools.admission`, against random crowds."""
+
+from __future__ import annotations
+
+import random
+from collections import Counter
+
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from aiosd.tools.admission import OVERTAKES, Admission, Needs
+
+KEYS = ("a", "b", "c")
+
+needs = st.builds(
+    Needs,
+    tool=st.sampled_from(("t", "u", "v")),
+    limit=st.just(2),
+    reads=st.frozensets(st.sampled_from(KEYS), max_size=2),
+    writes=st.frozensets(st.sampled_from(KEYS), max_size=2),
+)
+calls = st.lists(st.tuples(st.integers(1, 4), needs), max_size=60)
+
+
+class Crowd:
+    """Runs an admission to its end, and checks at every step what must never be broken."""
+
+    def __init__(self, workers: int) -> None:
+        self.admission = Admission(workers)
+        self.workers = workers
+        self.running: dict[int, Needs] = {}
+        self.begun: list[int] = []
+        self.all: dict[int, tuple[int, Needs]] = {}
+
+    def submit(self, agent: int, wanted: Needs) -> None:
+        number = len(self.all)
+        self.all[number] = agent, wanted
+        self.admission.submit(number, agent, wanted)
+        self.go_on()
+
+    def end(self, number: int) -> None:
+        del self.running[number]
+        self.admission.end(number)
+        self.go_on()
+
+    def go_on(self) -> None:
+        for key in self.admission.begin():
+            assert isinstance(key, int)
+            self.running[key] = self.all[key][1]
+            self.begun.append(key)
+            self.check()
+
+    def check(self) -> None:
+        assert len(self.running) <= self.workers
+        tools = Counter(one.tool for one in self.running.values())
+        assert all(number <= 2 for number in tools.values())
+        users = [(number, key, write) for number, one in self.running.items() for write in (False, True)
+                 for key in (one.writes if write else one.reads)]  # fmt: skip
+        for number, key, write in users:
+            assert not any(other != number and key == its and (write or writes) for other, its, writes in users)
+
+
+@settings(max_examples=200, deadline=None)
+@given(calls, st.integers(1, 5), st.randoms(use_true_random=False))
+def test_every_call_begins_once_and_holds_its_locks_alone(
+    calls: list[tuple[int, Needs]], workers: int, rng: random.Random
+) -> None:
+    crowd = Crowd(workers)
+    for agent, wanted in calls:
+        crowd.submit(agent, wanted)
+        if crowd.running and rng.random() < 0.5:
+            crowd.end(rng.choice(sorted(crowd.running)))
+    while crowd.running:
+        crowd.end(rng.choice(sorted(crowd.running)))
+    assert sorted(crowd.begun) == list(range(len(calls)))
+    for agent in {agent for agent, _ in calls}:  # in order within an agent and a tool
+        for tool in ("t", "u", "v"):
+            mine = [n for n in crowd.begun if crowd.all[n][0] == agent and crowd.all[n][1].tool == tool]
+            assert mine == sorted(mine)
+
+
+def test_agents_take_turns() -> None:
+    admission = Admission(workers=1)
+    one = Needs("t", limit=1)
+    for agent, number in ((1, 10), (2, 3), (3, 1)):
+        for i in range(number):
+            admission.submit((agent, i), agent, one)
+    order = []
+    while begun := admission.begin():
+        order += [key[0] for key in begun]  # type: ignore[index] # the keys above
+        admission.end(begun[0])
+    assert order == [1, 2, 3, 1, 2, 1, 2, *[1] * 7]
+
+
+def test_a_call_of_many_locks_is_overtaken_so_often_and_no_more() -> None:
+    """A stream of small calls, of which at least one always runs, cannot keep a call that needs both keys waiting."""
+    admission = Admission(workers=4)
+    small = [Needs("s", 100, writes=frozenset(key)) for key in "ab"]
+    for i in range(2):
+        admission.submit(("small", i), i, small[i])
+    assert len(admission.begin()) == 2
+    admission.submit("both", 9, Needs("b", 1, writes=frozenset("ab")))
+    for i in range(2, 200):
+        admission.submit(("small", i), i, small[i % 2])
+        admission.end(("small", i - 2))
+        if "both" in admission.begin():
+            break
+    assert OVERTAKES <= i <= OVERTAKES + 4
+    assert admission.running == 1
+
+
+def test_a_call_is_overtaken_only_by_those_that_use_the_same() -> None:
+    admission = Admission(workers=4)
+    admission.submit("a1", 1, Needs("t", 9, writes=frozenset("a")))
+    admission.begin()
+    admission.submit("a2", 2, Needs("t", 9, writes=frozenset("a")))
+    for i in range(100):
+        admission.submit(i, 3, Needs("other", 9))
+        assert admission.begin() == [i]
+        admission.end(i)
+    assert admission.position("a2") == {"before": 0, "overtaken": 0}
+
+
+def test_a_call_that_is_given_up_holds_nothing() -> None:
+    admission = Admission(workers=4)
+    for key in ("x", "y", "z"):
+        admission.submit(key, 1, Needs("t"))
+    assert admission.begin() == ["x"]
+    admission.end("y")
+    admission.end("y")
+    admission.end("x")
+    assert admission.begin() == ["z"]

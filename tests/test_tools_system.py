@@ -1,0 +1,281 @@
+"""Tools through a whole system: calls, locks, bad arguments, and everything that a tool can do wrong."""
+
+from __future__ import annotations
+
+import errno
+import os
+import signal
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import psutil
+import pytest
+
+from libaios import wire
+from libaios.client import Client
+from libaios.home import Home
+from libaios.wire import CallTool, Sys, ToolInfo
+from tests.conftest import System, eventually
+
+TOOLS = '''
+import os, time
+from pathlib import Path
+from typing import Literal
+from libaios.tool import define
+
+@define(reads=["file:{path}"])
+def count_words(path: str, kind: Literal["all", "different"] = "all") -> int:
+    """Count the words of a text.
+
+    Longer.
+
+    Args:
+        path: the file
+        kind: which words
+    """
+    words = Path(path).read_text().split()
+    return len(words if kind == "all" else set(words))
+
+@define(time=30)
+def hold(gate: str) -> str:
+    """Go on when the file is there."""
+    print("begun", flush=True)
+    with open(gate + ".log", "a") as log: log.write("begun ")
+    while not os.path.exists(gate): time.sleep(0.005)
+    with open(gate + ".log", "a") as log: log.write("ended ")
+    return "done"
+
+@define
+def ends() -> None: os._exit(3)
+
+@define
+def raises(kind: str) -> None: raise {"key": KeyError("k"), "os": FileNotFoundError(2, "no such thing"),
+                                      "value": ValueError("bad")}[kind]
+
+@define(memory=256 << 20)
+def eats() -> int: return len(bytearray(1 << 30))
+
+@define(time=0.3)
+def hangs() -> None:
+    import subprocess
+    subprocess.Popen(["sleep", "1000"])
+    while True: pass
+
+@define(time=20)
+def forks() -> None:
+    while True:
+        try:
+            if os.fork() == 0: time.sleep(1000)
+        except OSError: time.sleep(0.01)
+
+@define(output=1000)
+def writes() -> str:
+    for _ in range(10000): print("x" * 100)
+    return "y" * 100
+
+@define(output=1000)
+def returns() -> str: return "y" * 10000
+
+@define
+def lies() -> None:
+    for fd in range(3, 20):
+        try: os.write(fd, b"\\xff\\xff\\xff\\x7fgarbage")
+        except OSError: pass
+    time.sleep(100)
+'''
+
+
+@pytest.fixture(scope="module")
+def system(tmp_path_factory: pytest.TempPathFactory) -> Iterator[System]:
+    folder = tmp_path_factory.mktemp("tools")
+    (folder / "mine.py").write_text(TOOLS)
+    (folder / "bad.py").write_text("import nothing_of_this_name\n")
+    system = System("--tools", f"{folder / 'mine.py'}:{folder / 'bad.py'}", "--threads", "1").start()
+    yield system
+    assert system.destroy() == []
+
+
+@pytest.fixture
+def client(system: System) -> Iterator[Client]:
+    with Client(Home(str(system.home))) as client:
+        yield client
+
+
+def call(client: Client, name: str, **arguments: Any) -> Any:
+    return client.call(Sys.TOOL_CALL, CallTool(name, arguments), Any, timeout=30.0)
+
+
+def failure(client: Client, name: str, **arguments: Any) -> tuple[str, str]:
+    with pytest.raises(OSError) as caught:  # noqa: PT011 - the caller looks at it
+        call(client, name, **arguments)
+    return errno.errorcode[caught.value.errno or 0], caught.value.strerror or ""
+
+
+def toolbox(system: System) -> int:
+    return next((entry["ospid"] for entry in system.ps() if entry["name"] == "toolbox"), 0)
+
+
+def below(system: System) -> list[psutil.Process]:
+    return psutil.Process(toolbox(system)).children(recursive=True)
+
+
+def test_tools_are_functions_with_a_schema(system: System, client: Client) -> None:
+    tools = {tool.name: tool for tool in client.call(Sys.TOOL_LIST, wire.NoArgs(), list[ToolInfo])}
+    assert {"calc", "shell", "fetch", "count_words"} <= set(tools)
+    assert tools["calc"].source == "built in"
+    mine = tools["count_words"]
+    assert mine.source.endswith("mine.py")
+    assert mine.description == "Count the words of a text.\n\nLonger."
+    assert mine.parameters == {
+        "type": "object",
+        "properties": {
+            "path": {"type": "string", "description": "the file"},
+            "kind": {"enum": ["all", "different"], "default": "all", "description": "which words"},
+        },
+        "required": ["path"],
+        "additionalProperties": False,
+    }
+    errors = next(s for s in system.status()["services"] if s["name"] == "toolbox")["stats"]["errors"]
+    assert "nothing_of_this_name" in next(iter(errors.values()))
+
+
+def test_a_call_runs_in_the_folder_of_its_caller(client: Client) -> None:
+    assert call(client, "calc", expression="2*21") == "42"
+    call(client, "write_file", path="a/b.txt", content="one two one")
+    assert call(client, "list_files", path="a") == ["b.txt"]
+    assert call(client, "edit_file", path="a/b.txt", old="two", new="2") == "changed"
+    assert call(client, "read_file", path="a/b.txt") == "one 2 one"
+    assert call(client, "count_words", path="a/b.txt", kind="different") == 2
+    assert call(client, "shell", command="cat a/b.txt; exit 3") == {"output": "one 2 one", "exit_code": 3}
+    assert call(client, "python", code="print(6 * 7)") == {"output": "42\n", "exit_code": 0}
+
+
+def test_an_agent_calls_tools_and_so_does_its_model(system: System, tmp_path: Path) -> None:
+    (script := tmp_path / "agent.py").write_text(
+        "import asyncio, libaios as aios, libaios.aio as aio\n"
+        "print(aios.tool.call('calc', expression='1 + 1'), aios.tool.schema('calc')['required'])\n"
+        "print([*aios.tool.stream('shell', command='echo one; echo two')])\n"
+        "asked = [{'role': 'user', 'content': 'What is 37 * 91?'}]\n"
+        "print(aios.llm.chat(asked, tools=['calc'], temperature=0.0).tool_calls[0].name)\n"
+        "done = aios.llm.run(asked, tools=['calc'], temperature=0.0)\n"
+        "print(done.text, done.calls, done.finish_reason, len(done.messages))\n"
+        "async def main():\n"
+        "    print((await aio.llm.chat(asked, tools=['calc'], temperature=0.0)).tool_calls[0].name)\n"
+        "    done = await aio.llm.run(asked[0]['content'], tools=['calc'], temperature=0.0)\n"
+        "    print(done.text, await aio.tool.call('calc', {'expression': '3'}))\n"
+        "asyncio.run(main())\n"
+        "try: aios.llm.chat(asked, tools=['nope'])\n"
+        "except FileNotFoundError as err: print(err.strerror[:20])\n"
+    )
+    done = system.run("aios-run", str(script))
+    assert done.stderr == ""
+    answer = "The answer is 3367."
+    assert done.stdout.splitlines() == [
+        "2 ['expression']",
+        "['one\\ntwo\\n']" if "['one\\ntwo\\n']" in done.stdout else "['one\\n', 'two\\n']",
+        "calc",
+        f"{answer} 1 stop 4",
+        "calc",
+        f"{answer} 3",
+        "no such tool: nope (",
+    ]
+
+
+@pytest.mark.parametrize(
+    ("name", "arguments", "expected"),
+    [
+        ("nope", {}, ("ENOENT", "no such tool: nope")),
+        ("calc", {}, ("EINVAL", '"expression" is a required property')),
+        ("calc", {"expression": 7}, ("EINVAL", 'calc.expression: 7 is not of type "string"')),
+        ("calc", {"expression": "1", "x": 1}, ("EINVAL", "'x' was unexpected")),
+        ("calc", {"expression": "9**9**9"}, ("EINVAL", "too large")),
+        ("count_words", {"path": "x", "kind": "all of them"}, ("EINVAL", "count_words.kind")),
+        ("read_file", {"path": "../../aiosd.toml"}, ("EACCES", "outside the working folder")),
+        ("read_file", {"path": "a\0b"}, ("EINVAL", "is no path")),
+        ("read_file", {"path": "not there"}, ("ENOENT", "not there")),
+        ("fetch", {"url": "http://127.0.0.1:1/"}, ("EACCES", "no public address")),
+        ("fetch", {"url": "http://[::ffff:10.0.0.1]/"}, ("EACCES", "no public address")),
+        ("fetch", {"url": "file:///etc/passwd"}, ("EINVAL", "no http or https URL")),
+        ("raises", {"kind": "key"}, ("EREMOTEIO", "KeyError: 'k'")),
+        ("raises", {"kind": "os"}, ("ENOENT", "no such thing")),
+        ("raises", {"kind": "value"}, ("EINVAL", "bad")),
+        ("ends", {}, ("EIO", "exit code 3")),
+        ("eats", {}, ("ENOMEM", "more than 256 MB")),
+        ("hangs", {}, ("ETIMEDOUT", "hangs ran for 0.3 s")),
+        ("forks", {}, ("EAGAIN", "more than 64 processes")),
+        ("returns", {}, ("EMSGSIZE", "may return 1000")),
+        ("lies", {}, ("EIO", "its worker sent what no worker sends")),
+    ],
+)
+def test_what_goes_wrong_hurts_that_call_alone(
+    system: System, client: Client, name: str, arguments: dict[str, Any], expected: tuple[str, str]
+) -> None:
+    box = toolbox(system)
+    code, message = failure(client, name, **arguments)
+    assert (code, expected[1] in message) == (expected[0], True), message
+    assert call(client, "calc", expression="1") == "1"
+    assert toolbox(system) == box
+    assert eventually(lambda: not [p for p in below(system) if "tools.worker" not in " ".join(p.cmdline())])
+
+
+def test_endless_output_is_cut(client: Client) -> None:
+    pending = client.submit(Sys.TOOL_CALL, CallTool("writes", {}, stream=True))
+    assert client.result(pending, str, timeout=20.0) == "y" * 100
+    assert 900 <= sum(map(len, pending.pieces)) <= 1000
+
+
+def test_a_tool_runs_once_at_a_time_and_its_queue_survives_the_toolbox(
+    fresh_aiosd: Callable[..., System], tmp_path: Path
+) -> None:
+    (tmp_path / "mine.py").write_text(TOOLS)
+    system = fresh_aiosd("--tools", str(tmp_path / "mine.py"), "--threads", "1")
+    gate, log = tmp_path / "gate", tmp_path / "gate.log"
+    with Client(Home(str(system.home))) as client:
+        calls = [client.submit(Sys.TOOL_CALL, CallTool("hold", {"gate": str(gate)})) for _ in range(3)]
+        assert eventually(lambda: log.exists() and log.read_text() == "begun ")
+        os.kill(toolbox(system), signal.SIGKILL)
+        with pytest.raises(OSError, match="died while this call was under way") as caught:
+            client.result(calls[0], str, timeout=20.0)
+        assert caught.value.errno == errno.EIO
+        gate.touch()
+        assert [client.result(one, str, timeout=20.0) for one in calls[1:]] == ["done", "done"]
+    assert log.read_text() == "begun begun ended begun ended "
+
+
+def test_a_call_that_is_given_up_ends_what_it_runs(system: System, client: Client, tmp_path: Path) -> None:
+    gate = tmp_path / "gate"
+    one = client.submit(Sys.TOOL_CALL, CallTool("hold", {"gate": str(gate)}))
+    two = client.submit(Sys.TOOL_CALL, CallTool("hold", {"gate": str(tmp_path / "other")}))
+    assert eventually(lambda: (tmp_path / "gate.log").exists())
+    client.abandon(one)
+    assert eventually(lambda: (tmp_path / "other.log").exists())  # its turn has come
+    (tmp_path / "other").touch()
+    assert client.result(two, str, timeout=20.0) == "done"
+    assert (tmp_path / "gate.log").read_text() == "begun "
+
+
+def test_a_slow_tool_does_not_hold_up_others(client: Client, tmp_path: Path) -> None:
+    gate = tmp_path / "gate"
+    slow = client.submit(Sys.TOOL_CALL, CallTool("hold", {"gate": str(gate)}))
+    assert eventually(lambda: (tmp_path / "gate.log").exists())
+    for _ in range(20):
+        assert call(client, "calc", expression="1") == "1"
+    gate.touch()
+    assert client.result(slow, str, timeout=20.0) == "done"
+
+
+def test_a_tool_has_no_rights_of_a_person(system: System, client: Client) -> None:
+    """What a tool starts descends from no agent, and is no program of the user: the kernel refuses it."""
+    done = call(client, "shell", command=f"AIOS_HOME={system.home} aios-ps")
+    assert (done["exit_code"], "aios-ps: " in done["output"], "no aiosd" in done["output"]) == (1, True, False), done
+
+
+def test_the_environment_of_aiosd_is_no_tools_business(tmp_path: Path) -> None:
+    system = System(home=tmp_path / "home", env={"OPENAI_API_KEY": "sk-secret"})
+    try:
+        system.start()
+        with Client(Home(str(system.home))) as client:
+            assert "sk-secret" not in call(client, "shell", command="env")["output"]
+    finally:
+        assert system.destroy() == []
