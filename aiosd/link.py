@@ -166,19 +166,23 @@ class Parked(Struct, array_like=True, frozen=True, tag=True):
 
 
 class Delta(Struct, array_like=True, frozen=True):
-    """New output of one generation. `offset`: tokens before it. `text` is exactly the text of `tokens`: where
-    text is held back (half a character, a stop string or a tool call that may be under way), so are its
-    tokens. So what was given out is always a list of whole tokens, and can be forced back after a death."""
+    """New output of one generation. `offset`: how much was given out before it, in the core's unit (`wire.Progress`).
+
+    `text` is exactly the text of `tokens`: where text is held back (half a character, a stop string or a tool call that
+    may be under way), so are its tokens. So what was given out is always a list of whole tokens, and can be forced back
+    after a death. A core whose model is elsewhere sends text alone. `charged`: how many tokens it costs; None: as many
+    as there are in `tokens`."""
 
     key: Key
     offset: int
     tokens: list[int]
     text: str
     logprobs: Logprobs | None = None
+    charged: int | None = None
 
 
 class Started(Struct, array_like=True, frozen=True):
-    """A call got its slot, with what its prompt cost."""
+    """A call got its slot, with what its prompt cost; 0 tokens: that is known at its end."""
 
     key: Key
     prompt_tokens: int
@@ -195,7 +199,8 @@ class Step(Struct, array_like=True, frozen=True, tag=True):
 
 
 class Finished(Struct, array_like=True, frozen=True, tag=True):
-    """The one final word on a generation; `tokens` and `text` are those after the last delta."""
+    """The one final word on a generation; `tokens` and `text` are those after the last delta. `charged`: as in a delta;
+    negative where the deltas had charged too many, so that in the end `usage` is what was charged."""
 
     key: Key
     offset: int
@@ -205,6 +210,7 @@ class Finished(Struct, array_like=True, frozen=True, tag=True):
     usage: Usage
     tool_calls: list[ToolCall] = []
     logprobs: Logprobs | None = None
+    charged: int | None = None
 
 
 class Answered(Struct, array_like=True, frozen=True, tag=True):

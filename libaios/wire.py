@@ -50,6 +50,9 @@ TokenId = Annotated[int, Meta(ge=0, lt=1 << 31)]
 TokenIds = Annotated[list[TokenId], Meta(max_length=1 << 20)]
 Penalty = Annotated[float, Meta(ge=-2, le=2)]
 
+#: What a generation has given out so far: its tokens, or its text where a model is elsewhere and no tokens come.
+Given = TokenIds | Annotated[str, Meta(max_length=1 << 22)]
+
 #: What ends a repetition for DRY where `dry_breakers` is None.
 BREAKERS = ("\n", ":", '"', "*")
 
@@ -141,7 +144,7 @@ class Reply(Struct, array_like=True, frozen=True):
     id: int
     errno: int = 0
     more: bool = False
-    offset: int = 0  # streams: how many tokens were given out before this piece
+    offset: int = 0  # streams: how many tokens were given out before this piece (see `Progress` for other units)
     body: Raw = Raw(b"\xc0")
 
 
@@ -289,8 +292,8 @@ class Sampling(Struct, array_like=True, frozen=True):
 class Generate(Struct, array_like=True, frozen=True):
     """One generation: a chat (`messages`) or a completion (`prompt`: text, or token ids taken verbatim).
 
-    `given` are tokens this very call has already been given before its kernel or core died; they are forced,
-    never sampled again, and replies start after them.
+    `given` is what this very call has been given already, before its kernel or core died (see `Progress`). It is never
+    made again: tokens are forced, a text is continued, and replies start after it.
     """
 
     messages: Annotated[list[dict[str, Any]], Meta(max_length=1 << 16)] | None = None
@@ -301,7 +304,7 @@ class Generate(Struct, array_like=True, frozen=True):
     schema: dict[str, Any] | bool | None = None
     stream: bool = False
     timeout_s: Seconds | None = None
-    given: TokenIds = []
+    given: Given = []
     public: bool = False  # other groups may find out, by timing, that this prompt was sent before
     tool_choice: str | dict[str, Any] | None = None  # "auto", "none", "required", or {"function": {"name": …}}
     parallel_tool_calls: bool = True  # may there be several calls in one answer?
@@ -634,6 +637,30 @@ class Piece(Struct, array_like=True, frozen=True):
     logprobs: Logprobs | None = None
 
 
+class Progress:
+    """What one generation has given out, counted as its core counts: in tokens, or in characters of text where a core
+    has no tokens. A piece without tokens counts by its text."""
+
+    __slots__ = ("length", "texts", "tokens")
+
+    def __init__(self, given: list[int] | str = "") -> None:
+        self.tokens: list[int] = [] if isinstance(given, str) else list(given)
+        self.texts: list[str] = [given] if given and isinstance(given, str) else []
+        self.length = len(given)
+
+    def add(self, tokens: list[int], text: str) -> None:
+        if tokens:
+            self.tokens += tokens
+            self.length += len(tokens)
+        elif text:
+            self.texts.append(text)
+            self.length += len(text)
+
+    def given(self) -> list[int] | str:
+        """For `Generate.given`."""
+        return "".join(self.texts) if self.texts else list(self.tokens)
+
+
 class Generated(Struct, array_like=True, frozen=True):
     """Body of the final reply to GENERATE. In a stream `text` and `tokens` are what comes after the last piece. For
     `text` see `Piece`."""
@@ -770,18 +797,21 @@ class ToolInfo(Struct, frozen=True):
 
 
 class ModelInfo(Struct, frozen=True):
+    """A figure of 0 is not known: of a model that another server runs, little is."""
+
     name: str
-    path: str
-    default: bool
-    description: str
-    n_params: int
-    n_ctx: int  # tokens per slot
-    n_slots: int
-    n_vocab: int
-    n_embd: int
-    gpu_layers: int
-    chat: bool  # has a chat template
-    tools: bool  # whose template takes tools
+    path: str = ""  # its file; "": it has none on this machine
+    default: bool = False
+    description: str = ""
+    n_params: int = 0
+    n_ctx: int = 0  # tokens per slot
+    n_slots: int = 0
+    n_vocab: int = 0
+    n_embd: int = 0
+    gpu_layers: int = 0
+    chat: bool = False  # has a chat template
+    tools: bool = False  # whose template takes tools
+    url: str = ""  # where it is served, if it is not on this machine
 
 
 class ProcInfo(Struct, frozen=True):

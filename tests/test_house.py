@@ -165,6 +165,11 @@ def test_what_forks_maps_no_model(module: str) -> None:
     assert loaded_by(module, ["numpy", "llama_cpp", "faiss"]) == []
 
 
+@pytest.mark.parametrize("module", ["aiosd.llm.core", "aiosd.llm.backend", "aiosd.llm.line"])
+def test_a_cores_process_leaves_it_to_the_backend_what_is_loaded(module: str) -> None:
+    assert loaded_by(module, ["numpy", "llama_cpp", "jinja2", "aiosd.llm.local", "aiosd.llm.engine"]) == []
+
+
 def loaded_by(module: str, names: list[str]) -> list[str]:
     """Which of `names` a fresh interpreter has imported after `import module`."""
     code = f"import sys, {module}; print([name for name in {names!r} if name in sys.modules])"

@@ -60,7 +60,7 @@ class Core(Service):
         if generation is None:
             return Service.fresh(self, opened)
         nice, group, budget = self.listener.call_budget(call)
-        request = msgspec.structs.replace(generation.request, given=list(generation.tokens))
+        request = msgspec.structs.replace(generation.request, given=generation.progress.given())
         return link.Submit(call.key, request, nice, group, budget)
 
     def under_way(self, opened: Open) -> bool:
