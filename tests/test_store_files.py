@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import errno
 import os
+import tempfile
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -15,7 +16,7 @@ from hypothesis import strategies as st
 from msgspec import Raw, msgpack
 
 from aiosd import link
-from aiosd.store import contents
+from aiosd.store import archive, contents, fsck, rebuild
 from aiosd.store.database import Database
 from aiosd.store.room import Room
 from aiosd.store.storage import Storage
@@ -147,8 +148,6 @@ def test_appending_shares_what_is_alike(store: Store) -> None:
 @given(st.lists(st.binary(max_size=300), min_size=1, max_size=6), st.integers(1, 50))
 def test_appended_pieces_are_what_was_appended(parts: list[bytes], piece: int) -> None:
     """With small pieces, so that all ways of filling the last one are met."""
-    import tempfile
-
     with tempfile.TemporaryDirectory() as folder, pytest.MonkeyPatch.context() as patch:
         for module in ("contents", "files", "storage", "uploads"):
             patch.setattr(f"aiosd.store.{module}.PIECE", piece)
@@ -520,6 +519,77 @@ def test_what_the_disk_has_changed_is_an_error_for_that_file_only(store: Store, 
     store.write("hit", b"new")
     assert store.read("hit") == b"new"
     refused(errno.EIO, lambda: store.read("hit", version=1))
+
+
+def filled(folder: Path) -> Path:
+    """A store with all that it can keep of files, closed. Returns its folder."""
+    store = Store(folder)
+    upload(store, "large", LARGE)
+    store.write("deep/small", b"some words")
+    store.write("deep/small", b"other words")
+    store.write("gone", LARGE[:PIECE])
+    store(Sys.STO_REMOVE, wire.StoPath("gone"))
+    store(Sys.STO_SHARE, wire.StoShare("deep", "agent:other"))
+    (folder / "real").mkdir()
+    (folder / "real" / "r.txt").write_text("real")
+    store(Sys.STO_MOUNT, wire.StoMount(str(folder / "real"), "docs", of="agent:me"), PERSON)
+    store.close()
+    return store.folder
+
+
+def is_whole(folder: Path, bytes_before: int) -> None:
+    """All that `filled` has kept is there, and counted."""
+    store = Store(folder)
+    while store.storage.background() < 1.0:
+        pass
+    assert store.read("large") == LARGE
+    assert store.read("deep/small", OTHER, of="agent:me") == b"other words"
+    assert store.read("deep/small", version=1) == b"some words"
+    assert (store.found("other"), store.found("small")) == (["deep/small"], ["deep/small"])
+    assert store.paths() == ["deep/small", "docs/r.txt", "large"]
+    assert store.stats()["bytes"] == bytes_before
+    (trashed,) = store(Sys.STO_TRASH, wire.StoTrash())
+    store(Sys.STO_RESTORE, wire.StoRestore(trashed.id))
+    assert store.read("gone") == LARGE[:PIECE]
+    for path in ("gone", "large"):
+        store(Sys.STO_REMOVE, wire.StoPath(path))
+    store(Sys.STO_EMPTY, wire.StoEmpty("agent:me"), PERSON)
+    assert store.files() == set()
+    store.close()
+
+
+def bytes_of(folder: Path) -> int:
+    store = Store(folder)
+    found = store.stats()["bytes"]
+    store.close()
+    return int(found)
+
+
+@pytest.mark.parametrize("write", [archive.export, archive.backup])
+def test_files_come_along_in_an_export_and_a_backup(tmp_path: Path, write: Any) -> None:
+    (tmp_path / "old").mkdir()
+    folder = filled(tmp_path / "old")
+    before = bytes_of(tmp_path / "old")
+    with tempfile.TemporaryFile() as tar:
+        write(folder, tar)
+        tar.seek(0)
+        archive.load(tar, tmp_path / "new" / "data" / "store")
+    is_whole(tmp_path / "new", before)
+
+
+def test_a_repair_makes_what_is_counted_anew(tmp_path: Path) -> None:
+    folder = filled(tmp_path)
+    before = bytes_of(tmp_path)
+    assert fsck.check(folder / "store.db") == []
+    rebuild.repair(folder / "store.db")
+    is_whole(tmp_path, before)
+
+
+def test_fsck_names_a_content_that_is_missing(tmp_path: Path) -> None:
+    folder = filled(tmp_path)
+    name = contents.hash_of(LARGE[:PIECE]).hex()
+    (folder / "contents" / name).unlink()
+    assert fsck.check(folder / "store.db") == [f"contents 2: content {name} is missing"]
 
 
 def test_uploads_of_an_earlier_system_are_dropped(tmp_path: Path) -> None:
