@@ -124,7 +124,7 @@ class Index:
         query = self._np.ascontiguousarray(vector, self._np.float32).reshape(1, self.width)
         if among is not None:
             rows: Any = self._np.fromiter((self._rows.get(number, -1) for number in among), self._np.int64)
-            return self._compare(query, k, rows[rows >= 0])
+            return self._compare(query, k, self._np.unique(rows[rows >= 0]))
         if self._rough is None:
             return self._compare_all(query, k)
         return self._compare(query, k, self._candidates(query, max(RESCORED, 4 * k) * -(-BITS // self.width)))
