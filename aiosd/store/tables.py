@@ -12,6 +12,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from aiosd.store.noterows import FIELD
+
 CONTENTS = "contents"  # the folder of such files, in that of the store
 
 
@@ -41,6 +43,13 @@ REBUILD: tuple[tuple[str, str], ...] = (
         "UPDATE owners SET note_bytes = (SELECT coalesce(sum(bytes), 0) FROM notes WHERE notes.owner = owners.id)",
     ),
     ("note_words", "INSERT INTO note_words(rowid, owner, text) SELECT id, 'own' || owner, text FROM notes"),
+    ("note_tags", "INSERT OR IGNORE INTO note_tags SELECT n.owner, j.value, n.id FROM notes n, json_each(n.tags) j"),
+    (
+        "note_fields",
+        f"INSERT OR IGNORE INTO note_fields SELECT n.owner, j.key, {FIELD}, n.id FROM notes n, json_each(n.metadata) j",
+    ),
+    # Vectors are computed again.
+    ("pending", "INSERT OR IGNORE INTO pending(kind, item, owner) SELECT 0, id, owner FROM notes"),
 )
 
 
