@@ -289,6 +289,7 @@ class Generate(Struct, array_like=True, frozen=True):
     parallel_tool_calls: bool = True  # may there be several calls in one answer?
     template_args: dict[str, Any] = {}  # more that the chat template can ask for (enable_thinking, date_string, …)
     grammar: Annotated[str, Meta(max_length=1 << 16)] | None = None  # GBNF; the text is one of its `root`
+    lora: Name | None = None  # the adapter to compute it with
 
 
 class Embed(Struct, array_like=True, frozen=True):
@@ -315,6 +316,7 @@ class SaveContext(Struct, array_like=True, frozen=True):
     messages: Annotated[list[dict[str, Any]], Meta(max_length=1 << 16)]
     tools: Annotated[list[dict[str, Any]], Meta(max_length=1024)] | None = None
     model: str | None = None
+    lora: Name | None = None
 
 
 class NamedContext(Struct, array_like=True, frozen=True):
@@ -328,6 +330,7 @@ class CloseContext(Struct, array_like=True, frozen=True):
     messages: Annotated[list[dict[str, Any]], Meta(max_length=1 << 16)]
     tools: Annotated[list[dict[str, Any]], Meta(max_length=1024)] | None = None
     model: str | None = None
+    lora: Name | None = None
 
 
 class ListContexts(Struct, array_like=True, frozen=True):
@@ -547,6 +550,7 @@ class RestoredContext(Struct, array_like=True, frozen=True):
     tokens: int
     cached: int
     refused: str = ""
+    lora: str = ""  # the adapter that it was saved with
 
 
 class Note(Struct, frozen=True):
@@ -595,6 +599,7 @@ class ModelInfo(Struct, frozen=True):
     gpu_layers: int = 0
     chat: bool = False  # has a chat template
     tools: bool = False  # whose template takes tools
+    loras: list[str] = []  # adapters that a call can name
     url: str = ""  # where it is served, if it is not on this machine
 
 
