@@ -39,6 +39,7 @@ from aiosd.errors import AiosdError, UsageError, WorldError
 from aiosd.link import Schedule
 from aiosd.llm.spec import MAX_SLOTS, ModelSpec
 from aiosd.models import found
+from aiosd.models.places import ours
 from aiosd.tools.spec import McpServer, read_servers
 from aiosd.units import format_size, parse_size
 from libaios.home import Home
@@ -179,7 +180,15 @@ def _files(value: Any) -> tuple[str, ...]:
     return tuple(word for word in words if word)
 
 
+def _any_text(value: Any) -> str:
+    if not isinstance(value, str):
+        raise ValueError(f"{value!r} is no text")
+    return value
+
+
 DEFAULT_QUANTUM = (64, 10.0)
+#: How the file of a table of vectors ends (`aiosd.store.static`).
+TABLE_SUFFIX = ".vectors"
 
 KEYS = (
     Key("policy", _one_of(POLICIES), "|".join(POLICIES), "Who runs next on the model (fair).", "fair"),
@@ -218,6 +227,14 @@ KEYS = (
     Key("note_quota", _size, "SIZE", "Notes that each owner may keep on the disk (64M).", 64 << 20),
     Key("tools", _files, "FILE[:FILE…]", "Python files with more tools for agents (libaios.tool.define).", ()),
     Key("tool_workers", _whole(1, 256), "N", "Calls of tools that run at a time (8).", 8),
+    Key(
+        "embed_model",
+        _any_text,
+        "MODEL",
+        "Makes vectors of notes: a GGUF or a table (none).",
+        "",
+    ),
+    Key("index_ram", _size, "SIZE", "Memory for vectors that are searched (256M).", 256 << 20),
     Key("stop_timeout", _seconds, "S", "At the end agents get TERM, and KILL after S seconds (5).", 5.0),
 )
 BY_NAME = {key.name: key for key in KEYS}
@@ -260,6 +277,9 @@ class Settings:
     tools: tuple[str, ...] = ()  # files of tools
     tool_workers: int = 8
     mcp_servers: Mapping[str, McpServer] = field(default_factory=dict)
+    index_ram: int = 256 << 20
+    embedder: ModelSpec | None = None  # the model that makes vectors of notes,
+    embed_table: str = ""  # … or the file of a table that does
     services: tuple[Service, ...] = ()  # besides the cores
 
     def schedule(self) -> Schedule:
@@ -297,7 +317,8 @@ def load(
     models = [_model(word, table, values, given, locate, folder, home) for word, table, folder in tables]
     typed = "tools" in flags or BY_NAME["tools"].env in environ
     tools = _tool_files(values["tools"], cwd if typed else str(path.parent.absolute()))
-    _refuse_doubles(models)
+    table, embedder = _embedder(values, given, file, path, cwd, flags, environ, locate, home)
+    _refuse_doubles([*models, *([embedder] if embedder is not None else [])])
     return Settings(
         home=home,
         models=tuple(models),
@@ -310,6 +331,9 @@ def load(
         orphans=values["orphans"],
         store_ram=values["store_ram"],
         note_quota=values["note_quota"],
+        index_ram=values["index_ram"],
+        embedder=embedder,
+        embed_table=table,
         log_size=values["log_size"],
         log_keep=values["log_keep"],
         agents=tuple(file.agents),
@@ -390,6 +414,33 @@ def _model(
     model = locate(path, folder)
     name = re.sub(r"[\x00-\x20\x7f/]", "_", table.get("name") or name or model.label)[:64]
     return ModelSpec(name=name, path=model.path, folder=str(home.data / "contexts"), **options)
+
+
+def _embedder(
+    values: Mapping[str, Any],
+    given: set[str],
+    file: _File,
+    path: Path,
+    cwd: str,
+    flags: Mapping[str, Any],
+    environ: Mapping[str, str],
+    locate: found.Locate,
+    home: Home,
+) -> tuple[str, ModelSpec | None]:
+    """A table, or a model, that makes vectors; or neither."""
+    word = values["embed_model"]
+    if not word:
+        return "", None
+    in_file = "embed_model" not in flags and not environ.get(BY_NAME["embed_model"].env)
+    folder = str(path.parent) if in_file else cwd
+    if word.endswith(TABLE_SUFFIX):
+        places = [Path(folder, os.path.expanduser(word)), ours() / word]
+        table = next((place for place in places if place.is_file()), None)
+        if table is None:
+            raise UsageError(f"embed_model: {word}: there is no such file; aiosd get-embedder --static makes one")
+        return str(table.absolute()), None
+    model = _model(word, {}, values, given, locate, folder, home)
+    return "", dataclasses.replace(model, vectors_only=True)
 
 
 def _models_of_environment(text: str) -> list[str]:

@@ -396,9 +396,12 @@ class MemUpdate(Struct, array_like=True, frozen=True):
 
 
 class MemSearch(Struct, array_like=True, frozen=True):
+    """`by` "words" or "meaning"; "": by both, as far as there is an embedder."""
+
     query: Annotated[str, Meta(max_length=1 << 16)]
     k: Annotated[int, Meta(ge=1, le=1000)] = 5
     filters: NoteFilters = NoteFilters()
+    by: Annotated[str, Meta(pattern=r"\A(|words|meaning)\Z")] = ""
 
 
 class MemList(Struct, array_like=True, frozen=True):
@@ -420,6 +423,12 @@ class TrustTool(Struct, array_like=True, frozen=True):
     """Offer a tool again whose description has changed. Only a person may."""
 
     name: Annotated[str, Meta(max_length=64)]
+
+
+class MemStats(Struct, array_like=True, frozen=True):
+    """Of the caller; a person may ask about any `owner`, as aiosd names it."""
+
+    owner: Annotated[str, Meta(max_length=512)] = ""
 
 
 # ── bodies of replies ─────────────────────────────────────────────────────────────────────────────────────
@@ -722,7 +731,7 @@ add(
     Row(Sys.MEM_SEARCH, MemSearch, list[Found], by="store"),
     Row(Sys.MEM_LIST, MemList, list[Note], by="store"),
     Row(Sys.MEM_CLEAR, NoArgs, int, by="store", again=_ONCE),
-    Row(Sys.MEM_STATS, NoArgs, dict[str, Any], by="store"),
+    Row(Sys.MEM_STATS, MemStats, dict[str, Any], by="store"),
     Row(Sys.STORE_SNAPSHOT, NoArgs, str, by="store", piece=int),
     Row(Sys.TOOL_LIST, NoArgs, list[ToolInfo], by="toolbox"),
     Row(Sys.TOOL_CALL, CallTool, Any, by="toolbox", again=_NEVER, piece=str),

@@ -36,3 +36,4 @@ class ModelSpec:
     context_disk: int = 2 << 30  # bytes of disk for those that do not fit there either
     folder: str = ""  # where contexts on disk lie; '': nowhere
     verbose: bool = False  # llama.cpp's own log to stderr
+    vectors_only: bool = False  # it embeds texts and does not generate: see `embedcore`
