@@ -144,12 +144,18 @@ class Server:
                 self._step(key)
             self.timers.run_due()
             if self._under_way:
-                wait = min(wait, self._until_a_call_goes_on())
+                wait = min(wait, self._next_turn())
             if wait > 0 and not channel.more and not self._quit:
                 rounds.end()
                 with contextlib.suppress(_Woken):
                     self._pause(wait)
         return 0
+
+    def _next_turn(self) -> float:
+        """For how many seconds no call can go on."""
+        if len(self._paused) < len(self._under_way):
+            return 0.0
+        return min(self._paused.values()) - time.monotonic()
 
     def end(self, *_: object) -> None:
         """For a signal handler: end in order, after the turn that is under way."""
@@ -166,20 +172,14 @@ class Server:
         """Of a call whose function is a generator."""
         self._go_on(key)
 
-    def _until_a_call_goes_on(self) -> float:
-        """For how many seconds no call can go on."""
-        if len(self._paused) < len(self._under_way):
-            return 0.0
-        return min(self._paused.values()) - time.monotonic()
-
-    def _pause(self, seconds: float) -> None:
+    def _pause(self, wait: float) -> None:
         """Until there is something to do. The rest is for a pause, not for the moment between two calls."""
         try:
             self._asleep = True
             if self._quit:
                 return
             due = self.timers.until_next()
-            timeout = seconds if due is None else min(seconds, due)
+            timeout = wait if due is None else min(wait, due)
             if self._rested or timeout <= PAUSE_S:
                 self._sleep(timeout)
                 return
