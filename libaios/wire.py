@@ -310,6 +310,7 @@ class Generate(Struct, array_like=True, frozen=True):
     parallel_tool_calls: bool = True  # may there be several calls in one answer?
     template_args: dict[str, Any] = {}  # more that the chat template can ask for (enable_thinking, date_string, …)
     grammar: Annotated[str, Meta(max_length=1 << 16)] | None = None  # GBNF; the text is one of its `root`
+    lora: Name | None = None  # the adapter to compute it with
 
 
 class Embed(Struct, array_like=True, frozen=True):
@@ -336,6 +337,7 @@ class SaveContext(Struct, array_like=True, frozen=True):
     messages: Annotated[list[dict[str, Any]], Meta(max_length=1 << 16)]
     tools: Annotated[list[dict[str, Any]], Meta(max_length=1024)] | None = None
     model: str | None = None
+    lora: Name | None = None
 
 
 class NamedContext(Struct, array_like=True, frozen=True):
@@ -349,6 +351,7 @@ class CloseContext(Struct, array_like=True, frozen=True):
     messages: Annotated[list[dict[str, Any]], Meta(max_length=1 << 16)]
     tools: Annotated[list[dict[str, Any]], Meta(max_length=1024)] | None = None
     model: str | None = None
+    lora: Name | None = None
 
 
 class ListContexts(Struct, array_like=True, frozen=True):
@@ -417,9 +420,12 @@ class MemUpdate(Struct, array_like=True, frozen=True):
 
 
 class MemSearch(Struct, array_like=True, frozen=True):
+    """`by` "words" or "meaning"; "": by both, as far as there is an embedder."""
+
     query: Annotated[str, Meta(max_length=1 << 16)]
     k: Annotated[int, Meta(ge=1, le=1000)] = 5
     filters: NoteFilters = NoteFilters()
+    by: Annotated[str, Meta(pattern=r"\A(|words|meaning)\Z")] = ""
 
 
 class MemList(Struct, array_like=True, frozen=True):
@@ -582,6 +588,12 @@ class TrustTool(Struct, array_like=True, frozen=True):
     name: Annotated[str, Meta(max_length=64)]
 
 
+class MemStats(Struct, array_like=True, frozen=True):
+    """Of the caller; a person may ask about any `owner`, as aiosd names it."""
+
+    owner: Annotated[str, Meta(max_length=512)] = ""
+
+
 # ── bodies of replies ─────────────────────────────────────────────────────────────────────────────────────
 
 
@@ -698,6 +710,7 @@ class RestoredContext(Struct, array_like=True, frozen=True):
     tokens: int
     cached: int
     refused: str = ""
+    lora: str = ""  # the adapter that it was saved with
 
 
 class Note(Struct, frozen=True):
@@ -811,6 +824,7 @@ class ModelInfo(Struct, frozen=True):
     gpu_layers: int = 0
     chat: bool = False  # has a chat template
     tools: bool = False  # whose template takes tools
+    loras: list[str] = []  # adapters that a call can name
     url: str = ""  # where it is served, if it is not on this machine
 
 
@@ -947,7 +961,7 @@ add(
     Row(Sys.MEM_SEARCH, MemSearch, list[Found], by="store"),
     Row(Sys.MEM_LIST, MemList, list[Note], by="store"),
     Row(Sys.MEM_CLEAR, NoArgs, int, by="store", again=_ONCE),
-    Row(Sys.MEM_STATS, NoArgs, dict[str, Any], by="store"),
+    Row(Sys.MEM_STATS, MemStats, dict[str, Any], by="store"),
     Row(Sys.STO_WRITE, StoWrite, File, by="store", again=_ONCE),
     Row(Sys.STO_READ, StoRead, FileData, by="store"),
     Row(Sys.STO_LIST, StoList, list[File], by="store"),

@@ -1,11 +1,12 @@
-"""The store's process: opens the database and serves. Only this process imports apsw."""
+"""The store's process: opens the database and serves. Only this process imports apsw and FAISS."""
 
 from __future__ import annotations
 
 import logging
 import os
 import signal
-from typing import Any
+import time
+from typing import TYPE_CHECKING, Any
 
 from msgspec import Struct
 
@@ -15,12 +16,20 @@ from aiosd.heartbeat import Rounds
 from libaios.channel import Channel
 from libaios.wire import Sys
 
+if TYPE_CHECKING:
+    from aiosd.store.meaning import Embedder
+    from aiosd.store.memory import Memory
+
 logger = logging.getLogger("store")
+
+FAILED_S = 5.0  # after a chore that failed
 
 
 class StoreSpec(Struct, frozen=True):
-    """Settings of the store: its folder; bytes of memory for all; for each owner bytes of notes and of files; versions
-    that are kept of a file; folders that agents may mount, with `=write` behind those that they may write to."""
+    """Settings of the store: its folder; bytes of memory for copies of notes; for each owner bytes of notes and of
+    files; versions that are kept of a file; folders that agents may mount, with `=write` behind those that they may
+    write to; bytes of memory for vectors. These come from a `table`, from the core of `model`, whose file is
+    `model_path`, or from nowhere."""
 
     folder: str
     ram: int
@@ -28,6 +37,35 @@ class StoreSpec(Struct, frozen=True):
     file_quota: int
     versions: int
     folders: tuple[str, ...] = ()
+    index_ram: int = 256 << 20
+    table: str = ""
+    model: str = ""
+    model_path: str = ""
+    home: str | None = None  # of the system, as in AIOS_HOME
+
+
+class Chores:
+    """What the store does between calls: vectors for texts that wait for theirs, and the removal of notes whose time is
+    over. What fails is tried again later."""
+
+    def __init__(self, memory: Memory) -> None:
+        self._memory = memory
+        self._clean_at = self._next_at = 0.0
+
+    def __call__(self) -> float:
+        """Returns for how many seconds there is nothing to do."""
+        now = time.monotonic()
+        if now < self._next_at:
+            return self._next_at - now
+        try:
+            if now >= self._clean_at:
+                self._clean_at = now + self._memory.clean()
+            wait = self._memory.meaning.work()
+        except OSError as err:
+            logger.warning("%s", err.strerror)
+            self._next_at = now + FAILED_S
+            return FAILED_S
+        return max(0.0, min(wait, self._clean_at - now))
 
 
 def main(channel: Channel, spec: StoreSpec, rounds: Rounds) -> int:
@@ -35,19 +73,25 @@ def main(channel: Channel, spec: StoreSpec, rounds: Rounds) -> int:
 
     from aiosd.store import archive
     from aiosd.store.database import Database
+    from aiosd.store.embedders import OfCore
     from aiosd.store.grouping import GroupServer
+    from aiosd.store.meaning import Meaning
     from aiosd.store.memory import Memory
+    from aiosd.store.search import Notes
     from aiosd.store.storage import Storage
     from aiosd.store.ticker import Ticker
 
     try:
         database = Database(Path(spec.folder))
-        storage = Storage(database, Path(spec.folder), spec.file_quota, spec.versions, spec.folders)
+        embedder = _embedder(spec)
+        meaning = Meaning(database, embedder, spec.index_ram)
+        storage = Storage(database, Path(spec.folder), spec.file_quota, spec.versions, spec.folders, meaning=meaning)
+        meaning.begin(Notes(database), storage.files.words)
     except (WorldError, OSError) as err:
         channel.send(link.encode(link.LoadFailed(f"the store cannot start: {err}")))
         return 1
-    memory = Memory(database, spec.ram, spec.quota)
-    database.undone += [memory.cache.clear, storage.undone]
+    memory = Memory(database, spec.ram, spec.quota, meaning=meaning)
+    database.undone += [memory.cache.clear, meaning.forget, storage.undone]
     try:
         if database.begin_system(_boot()):
             storage.forget_system()
@@ -57,7 +101,7 @@ def main(channel: Channel, spec: StoreSpec, rounds: Rounds) -> int:
         logger.warning("what an earlier system has left stays for now: %s", err.strerror)
 
     def stats() -> dict[str, Any]:
-        return {**memory.cache.stats(), **database.stats(), **storage.stats(), "search": "by words"}
+        return {**memory.cache.stats(), **database.stats(), **storage.stats(), **meaning.stats()}
 
     def gone(peer: int) -> None:
         with database.transaction():
@@ -79,16 +123,33 @@ def main(channel: Channel, spec: StoreSpec, rounds: Rounds) -> int:
     archive.sweep_snapshots(Path(spec.folder))
     handlers = memory.handlers() | storage.handlers()
     handlers[Sys.STORE_SNAPSHOT] = lambda ask, args: archive.snapshot(database)
-    server = GroupServer(channel, handlers, stats, gone, keep, rest=rest, group=database)
+    server = GroupServer(channel, handlers, stats, gone, keep, rest=rest, group=database, background=Chores(memory))
     ticker = Ticker(server.timers, storage.background)
     for fd in storage.watched:
         server.watch(fd, ticker.now)
     signal.signal(signal.SIGTERM, server.end)
+    if isinstance(embedder, OfCore):
+        server.watch(embedder.fileno(), embedder.poll)
     try:
         return server.run(rounds)
     finally:
         storage.mounts.close()
         database.close()
+
+
+def _embedder(spec: StoreSpec) -> Embedder | None:
+    """Raises WorldError, OSError."""
+    from pathlib import Path
+
+    if spec.table:
+        from aiosd.store import static
+
+        return static.read(Path(spec.table))
+    if spec.model:
+        from aiosd.store.embedders import OfCore
+
+        return OfCore(spec.home, spec.model, spec.model_path)
+    return None
 
 
 def _boot() -> str:

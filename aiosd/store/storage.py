@@ -24,6 +24,7 @@ from aiosd.store import owners, spaces
 from aiosd.store.contents import Contents
 from aiosd.store.database import Database
 from aiosd.store.files import Files, Row
+from aiosd.store.meaning import Meaning
 from aiosd.store.mounts import Mounts
 from aiosd.store.spaces import Space, Spaces, clean_folder, clean_path
 from aiosd.store.uploads import Uploads
@@ -46,12 +47,15 @@ class Storage:
         most_versions: int,
         grants: Iterable[str] = (),
         clock: Callable[[], float] = time.time,
+        meaning: Meaning | None = None,
     ) -> None:
         self._db, self._clock = database, clock
         self.contents = Contents(database, folder)
         self.files = Files(database, self.contents, quota, most_versions)
         self.spaces = Spaces(database)
         self.uploads = Uploads(database, self.files)
+        self.meaning = meaning if meaning is not None else Meaning(database, None, 0)
+        self.files.words.followers.append(self.meaning)
         self.mounts = Mounts(database, self.files, hidden=folder.parent, grants=grants)
         self._expire_at = 0.0
 

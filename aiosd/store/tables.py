@@ -1,6 +1,7 @@
 """Which tables hold what agents keep, for all that handles the store as a whole: fsck, repair, export, import, backup.
 
-A table that is not named here is made from those that are (`REBUILD`), or belongs to the running system alone. Contents
+A table that is not named here is made from those that are (`REBUILD`; vectors by the embedder, at the next start), or
+belongs to the running system alone. Contents
 that are too large for the database lie in files that are named by their hash.
 """
 
@@ -11,6 +12,8 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
+
+from aiosd.store.noterows import FIELD
 
 CONTENTS = "contents"  # the folder of such files, in that of the store
 
@@ -47,6 +50,16 @@ REBUILD: tuple[tuple[str, str], ...] = (
     (
         "notes",
         "UPDATE owners SET note_bytes = (SELECT coalesce(sum(bytes), 0) FROM notes WHERE notes.owner = owners.id)",
+    ),
+    (
+        "note_tags",
+        "INSERT OR IGNORE INTO note_tags SELECT n.owner, j.value, n.id "
+        "FROM notes n, json_each(iif(json_valid(n.tags), n.tags, '[]')) j",
+    ),
+    (
+        "note_fields",
+        f"INSERT OR IGNORE INTO note_fields SELECT n.owner, j.key, {FIELD}, n.id "
+        "FROM notes n, json_each(iif(json_valid(n.metadata), n.metadata, '{}')) j",
     ),
     # Files: their rows first, then what is counted. Those of mounted folders are made by looking there.
     ("files", "DELETE FROM files WHERE mount IS NOT NULL"),
@@ -86,6 +99,8 @@ REBUILD: tuple[tuple[str, str], ...] = (
     ),
     ("unindexed", "INSERT INTO unindexed SELECT id FROM files WHERE removed IS NULL"),
     ("note_words", "INSERT INTO note_words(rowid, owner, text) SELECT id, 'own' || owner, text FROM notes"),
+    # Vectors are computed again.
+    ("pending", "INSERT OR IGNORE INTO pending(kind, item, owner) SELECT 0, id, owner FROM notes"),
 )
 
 
