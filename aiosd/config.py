@@ -533,7 +533,27 @@ def _embedder(
             raise UsageError(f"embed_model: {word}: there is no such file; aiosd get-embedder --static makes one")
         return str(table.absolute()), None
     model = _model(word, {}, values, given, locate, folder, home)
-    return "", dataclasses.replace(model, vectors_only=True)
+    return "", dataclasses.replace(model, vectors_only=True, lora=(), chat_template_file="")
+
+
+def _with_paths(values: Mapping[str, Any], folder: str) -> dict[str, Any]:
+    """Those of the values that hold paths, with full ones, as seen from this folder."""
+    found: dict[str, Any] = {}
+    if values.get("lora"):
+        found["lora"] = tuple(
+            dataclasses.replace(lora, path=os.path.join(folder, os.path.expanduser(lora.path)))
+            for lora in values["lora"]
+        )
+    if values.get("chat_template_file"):
+        found["chat_template_file"] = os.path.join(folder, os.path.expanduser(values["chat_template_file"]))
+    return found
+
+
+def _refuse_for_many(values: Mapping[str, Any], count: int) -> None:
+    """What fits one model only must be said of that model."""
+    for name in ("lora", "chat_template_file"):
+        if count > 1 and values[name]:
+            raise UsageError(f"{BY_NAME[name].flag}: with {count} models, write it under [[model]] in aiosd.toml")
 
 
 def _models_of_environment(text: str) -> list[str]:

@@ -1,8 +1,8 @@
 """Which tables hold what agents keep, for all that handles the store as a whole: fsck, repair, export, import, backup.
 
 A table that is not named here is made from those that are (`REBUILD`; vectors by the embedder, at the next start), or
-belongs to the running system alone. Contents
-that are too large for the database lie in files that are named by their hash.
+belongs to the running system alone. Contents that are too large for the database lie in files that are named by their
+hash.
 """
 
 from __future__ import annotations
@@ -54,13 +54,6 @@ REBUILD: tuple[tuple[str, str], ...] = (
         "FROM notes n, json_each(iif(json_valid(n.metadata), n.metadata, '{}')) j",
     ),
     ("note_words", "INSERT INTO note_words(rowid, owner, text) SELECT id, 'own' || owner, text FROM notes"),
-    ("note_tags", "INSERT OR IGNORE INTO note_tags SELECT n.owner, j.value, n.id FROM notes n, json_each(n.tags) j"),
-    (
-        "note_fields",
-        f"INSERT OR IGNORE INTO note_fields SELECT n.owner, j.key, {FIELD}, n.id FROM notes n, json_each(n.metadata) j",
-    ),
-    # Vectors are computed again.
-    ("pending", "INSERT OR IGNORE INTO pending(kind, item, owner) SELECT 0, id, owner FROM notes"),
 )
 
 
