@@ -33,8 +33,9 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from aiosd import autostart
+from aiosd import autostart, endpoint
 from aiosd.autostart import AgentSpec
+from aiosd.endpoint import Endpoint
 from aiosd.errors import AiosdError, UsageError, WorldError
 from aiosd.link import Schedule
 from aiosd.llm.spec import MAX_SLOTS, ModelSpec
@@ -73,7 +74,7 @@ class Key:
     @property
     def words(self) -> list[str]:
         """What there is to choose from, where that is written down."""
-        return self.metavar.split("|") if "|" in self.metavar else []
+        return [word for word in self.metavar.split("|") if word.islower()] if "|" in self.metavar else []
 
     @property
     def flag(self) -> str:
@@ -218,6 +219,13 @@ KEYS = (
     Key("note_quota", _size, "SIZE", "Notes that each owner may keep on the disk (64M).", 64 << 20),
     Key("tools", _files, "FILE[:FILE…]", "Python files with more tools for agents (libaios.tool.define).", ()),
     Key("tool_workers", _whole(1, 256), "N", "Calls of tools that run at a time (8).", 8),
+    Key(
+        "gateway",
+        endpoint.read,
+        "auto|off|[HOST:]PORT",
+        "Where programs find the OpenAI API (auto: any free port).",
+        Endpoint(),
+    ),
     Key("stop_timeout", _seconds, "S", "At the end agents get TERM, and KILL after S seconds (5).", 5.0),
 )
 BY_NAME = {key.name: key for key in KEYS}
@@ -261,6 +269,8 @@ class Settings:
     tool_workers: int = 8
     mcp_servers: Mapping[str, McpServer] = field(default_factory=dict)
     services: tuple[Service, ...] = ()  # besides the cores
+    gateway: Endpoint = field(default_factory=Endpoint)  # as it was asked for, …
+    door: Endpoint | None = None  # … and where it listens
 
     def schedule(self) -> Schedule:
         """The settings that cores get."""
@@ -312,6 +322,7 @@ def load(
         note_quota=values["note_quota"],
         log_size=values["log_size"],
         log_keep=values["log_keep"],
+        gateway=values["gateway"],
         agents=tuple(file.agents),
         tools=tools,
         tool_workers=values["tool_workers"],
@@ -328,7 +339,7 @@ def reload(settings: Settings) -> tuple[Settings, list[str]]:
     new = load(settings.flags, settings.home, settings.config, cwd=settings.cwd)
     changed = [f.name for f in dataclasses.fields(Settings) if getattr(new, f.name) != getattr(settings, f.name)]
     live = set(LIVE.values())
-    waiting = [name for name in changed if name not in live and name not in ("ready_fd", "home", "reread")]
+    waiting = [name for name in changed if name not in live and name not in ("ready_fd", "home", "reread", "door")]
     return dataclasses.replace(settings, **{name: getattr(new, name) for name in live}), waiting
 
 

@@ -61,6 +61,7 @@ class Service:
     title: str = ""  # in aios-ps and logs; "": the name
     argument: Any = None
     awaited: bool = True  # the system is not ready before this is
+    keep: tuple[int, ...] = ()  # descriptors of the supervisor's that it needs
 
     @property
     def shown(self) -> str:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
+from aiosd.gateway.superior import GatewaySpec
 from aiosd.service import LLM, Service
 from aiosd.store.main import StoreSpec
 from aiosd.tools.spec import ToolboxSpec
@@ -39,4 +40,21 @@ def of(settings: Settings) -> list[Service]:
             str(settings.home.data / "work"), settings.tools, settings.tool_workers, dict(settings.mcp_servers)
         ),
     )
-    return [*cores, store, toolbox, *settings.services]
+    return [*cores, store, toolbox, *_gateway(settings), *settings.services]
+
+
+def _gateway(settings: Settings) -> list[Service]:
+    """None where its packages are not installed, or it was not wanted."""
+    door = settings.door
+    if door is None:
+        return []
+    return [
+        Service(
+            name="gateway",
+            kind="gateway",
+            entry="aiosd.gateway.main:main",
+            argument=GatewaySpec(settings.home, door),
+            awaited=False,
+            keep=(door.fd,),
+        )
+    ]

@@ -46,6 +46,7 @@ from aiosd.kernel.proc import Proc, ProcTable
 from aiosd.kernel.service import Asker, Service, Services
 from aiosd.kernel.status import StatusRequests
 from aiosd.kernel.system import Descriptors, System
+from aiosd.kernel.tokens import Tokens
 from aiosd.kernel.turns import Turns
 from aiosd.kernel.uplink import Uplink
 from aiosd.kernel.waiters import Waiters
@@ -118,6 +119,7 @@ class Kernel:
             self.waiters,
             self.mail,
             self.logs,
+            Tokens(settings.door),
         )
         self.generations.spent, self.generations.refused = self.enforcer.spent, self.enforcer.refused
         self.generations.stood_still = self.agents.stood_still
@@ -140,6 +142,8 @@ class Kernel:
             self.generations.resume_streams,
             self.generations.joined,
             self.agents.hang_up,
+            self._gateway,
+            self.agents.tokens.bearer,
         )
         self.descriptors = Descriptors(
             lambda: len(self.agents.by_ospid) + len(self.agents.forks), self.control.descriptors
@@ -286,6 +290,11 @@ class Kernel:
     def _client_gone(self, client: int) -> None:
         if client not in self.calls.peers.clients:
             self._tell_services(link.Gone(client))
+
+    def _gateway(self) -> int:
+        """Linux pid of the gateway; 0: there is none just now."""
+        service = self.services.of_kind("gateway")
+        return service.ospid if service is not None else 0
 
     def _live_peers(self) -> list[int]:
         return [*(proc.pid for proc in self.table.live()), *self.calls.peers.clients]

@@ -109,7 +109,7 @@ class AgentPeer(Peer):
 class ClientPeer(Peer):
     """A client on the control socket. Until its Hello it has no id and may not call."""
 
-    __slots__ = ("fds", "on_pending", "ospid", "socket", "welcome")
+    __slots__ = ("fds", "of_gateway", "on_pending", "ospid", "socket", "welcome")
 
     def __init__(self, socket: FrameSocket, ospid: int, proc: Proc | None, on_pending: Callable[[], None]) -> None:
         super().__init__(0, proc)
@@ -117,6 +117,7 @@ class ClientPeer(Peer):
         self.ospid = ospid
         self.on_pending = on_pending  # called when something could not be sent at once
         self.welcome = False
+        self.of_gateway = False  # the gateway has made it: it acts for the agent that its Hello names
         self.fds: list[int] = []  # those that came with the frame now being handled
 
     def send(self, payload: bytes) -> None:
