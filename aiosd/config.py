@@ -34,8 +34,9 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from aiosd import autostart
+from aiosd import autostart, endpoint
 from aiosd.autostart import AgentSpec
+from aiosd.endpoint import Endpoint
 from aiosd.errors import AiosdError, UsageError, WorldError
 from aiosd.link import Schedule
 from aiosd.llm.spec import MAX_SLOTS, ROPE_SCALING, Lora, ModelSpec
@@ -77,7 +78,7 @@ class Key:
     @property
     def words(self) -> list[str]:
         """What there is to choose from, where that is written down."""
-        return self.metavar.split("|") if "|" in self.metavar else []
+        return [word for word in self.metavar.split("|") if word.islower()] if "|" in self.metavar else []
 
     @property
     def flag(self) -> str:
@@ -321,6 +322,13 @@ KEYS = (
         "",
     ),
     Key("index_ram", _size, "SIZE", "Memory for vectors that are searched (256M).", 256 << 20),
+    Key(
+        "gateway",
+        endpoint.read,
+        "auto|off|[HOST:]PORT",
+        "Where programs find the OpenAI API (auto: any free port).",
+        Endpoint(),
+    ),
     Key("stop_timeout", _seconds, "S", "At the end agents get TERM, and KILL after S seconds (5).", 5.0),
 )
 BY_NAME = {key.name: key for key in KEYS}
@@ -367,6 +375,8 @@ class Settings:
     embedder: ModelSpec | None = None  # the model that makes vectors of notes,
     embed_table: str = ""  # … or the file of a table that does
     services: tuple[Service, ...] = ()  # besides the cores
+    gateway: Endpoint = field(default_factory=Endpoint)  # as it was asked for, …
+    door: Endpoint | None = None  # … and where it listens
 
     def schedule(self) -> Schedule:
         """The settings that cores get."""
@@ -425,6 +435,7 @@ def load(
         embed_table=table,
         log_size=values["log_size"],
         log_keep=values["log_keep"],
+        gateway=values["gateway"],
         agents=tuple(file.agents),
         tools=tools,
         tool_workers=values["tool_workers"],
@@ -441,7 +452,7 @@ def reload(settings: Settings) -> tuple[Settings, list[str]]:
     new = load(settings.flags, settings.home, settings.config, cwd=settings.cwd)
     changed = [f.name for f in dataclasses.fields(Settings) if getattr(new, f.name) != getattr(settings, f.name)]
     live = set(LIVE.values())
-    waiting = [name for name in changed if name not in live and name not in ("ready_fd", "home", "reread")]
+    waiting = [name for name in changed if name not in live and name not in ("ready_fd", "home", "reread", "door")]
     return dataclasses.replace(settings, **{name: getattr(new, name) for name in live}), waiting
 
 
