@@ -34,8 +34,9 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from aiosd import autostart
+from aiosd import autostart, endpoint
 from aiosd.autostart import AgentSpec
+from aiosd.endpoint import Endpoint
 from aiosd.errors import AiosdError, UsageError, WorldError
 from aiosd.link import Schedule
 from aiosd.llm.spec import MAX_SLOTS, ROPE_SCALING, Lora, ModelSpec
@@ -77,7 +78,7 @@ class Key:
     @property
     def words(self) -> list[str]:
         """What there is to choose from, where that is written down."""
-        return self.metavar.split("|") if "|" in self.metavar else []
+        return [word for word in self.metavar.split("|") if word.islower()] if "|" in self.metavar else []
 
     @property
     def flag(self) -> str:
@@ -335,6 +336,13 @@ KEYS = (
         "",
     ),
     Key("index_ram", _size, "SIZE", "Memory for vectors that are searched (256M).", 256 << 20),
+    Key(
+        "gateway",
+        endpoint.read,
+        "auto|off|[HOST:]PORT",
+        "Where programs find the OpenAI API (auto: any free port).",
+        Endpoint(),
+    ),
     Key("stop_timeout", _seconds, "S", "At the end agents get TERM, and KILL after S seconds (5).", 5.0),
 )
 BY_NAME = {key.name: key for key in KEYS}
@@ -384,6 +392,8 @@ class Settings:
     embedder: ModelSpec | None = None  # the model that makes vectors of notes,
     embed_table: str = ""  # … or the file of a table that does
     services: tuple[Service, ...] = ()  # besides the cores
+    gateway: Endpoint = field(default_factory=Endpoint)  # as it was asked for, …
+    door: Endpoint | None = None  # … and where it listens
 
     def schedule(self) -> Schedule:
         """The settings that cores get."""
@@ -445,6 +455,7 @@ def load(
         embed_table=table,
         log_size=values["log_size"],
         log_keep=values["log_keep"],
+        gateway=values["gateway"],
         agents=tuple(file.agents),
         tools=tools,
         tool_workers=values["tool_workers"],
@@ -461,7 +472,7 @@ def reload(settings: Settings) -> tuple[Settings, list[str]]:
     new = load(settings.flags, settings.home, settings.config, cwd=settings.cwd)
     changed = [f.name for f in dataclasses.fields(Settings) if getattr(new, f.name) != getattr(settings, f.name)]
     live = set(LIVE.values())
-    waiting = [name for name in changed if name not in live and name not in ("ready_fd", "home", "reread")]
+    waiting = [name for name in changed if name not in live and name not in ("ready_fd", "home", "reread", "door")]
     return dataclasses.replace(settings, **{name: getattr(new, name) for name in live}), waiting
 
 
@@ -553,7 +564,27 @@ def _embedder(
             raise UsageError(f"embed_model: {word}: there is no such file; aiosd get-embedder --static makes one")
         return str(table.absolute()), None
     model = _model(word, {}, values, given, locate, folder, home)
-    return "", dataclasses.replace(model, vectors_only=True)
+    return "", dataclasses.replace(model, vectors_only=True, lora=(), chat_template_file="")
+
+
+def _with_paths(values: Mapping[str, Any], folder: str) -> dict[str, Any]:
+    """Those of the values that hold paths, with full ones, as seen from this folder."""
+    found: dict[str, Any] = {}
+    if values.get("lora"):
+        found["lora"] = tuple(
+            dataclasses.replace(lora, path=os.path.join(folder, os.path.expanduser(lora.path)))
+            for lora in values["lora"]
+        )
+    if values.get("chat_template_file"):
+        found["chat_template_file"] = os.path.join(folder, os.path.expanduser(values["chat_template_file"]))
+    return found
+
+
+def _refuse_for_many(values: Mapping[str, Any], count: int) -> None:
+    """What fits one model only must be said of that model."""
+    for name in ("lora", "chat_template_file"):
+        if count > 1 and values[name]:
+            raise UsageError(f"{BY_NAME[name].flag}: with {count} models, write it under [[model]] in aiosd.toml")
 
 
 def _models_of_environment(text: str) -> list[str]:

@@ -158,20 +158,25 @@ class Failure(Struct, array_like=True, frozen=True):
 
 
 class Hello(Struct, array_like=True, frozen=True):
-    """First frame of a client on the control socket. `client` 0 asks for a new identity."""
+    """First frame of a client on the control socket. `client` 0 asks for a new identity. `token`: of the agent that the
+    client acts for, which only aiosd's own gateway may."""
 
     version: int
     client: Uint = 0
     boot: str = ""
+    token: Annotated[str, Meta(max_length=256)] = ""
 
 
 class Welcome(Struct, array_like=True, frozen=True):
-    """The kernel's answer to `Hello`: the client's identity, which it sends when it connects again."""
+    """The kernel's answer to `Hello`: the client's identity, which it sends when it connects again. `pid`, `ospid`: the
+    agent that a client with a token acts for."""
 
     version: int
     boot: str
     client: int
     release: str
+    pid: int = 0
+    ospid: int = 0
 
 
 # ── arguments, one struct per system call ─────────────────────────────────────────────────────────────────
@@ -213,6 +218,7 @@ class Spawn(Struct, array_like=True, frozen=True):
     attached: bool = False
     tty: bool = False  # stdin is a terminal of the agent's own: make it the controlling one
     restart: Annotated[str, Meta(max_length=32)] = "no"  # when it is started again; only for `detached` ones
+    gateway: bool | None = None  # its environment leads programs to the gateway; None: as its parent's does
 
 
 class Wait(Struct, array_like=True, frozen=True):

@@ -167,6 +167,7 @@ def _complete_file(context: click.Context, parameter: click.Parameter, incomplet
 @click.option("-n", "--nice", type=edge.Whole(-20, 19), metavar="NICE", help="From -20 (goes first) to 19.")
 @click.option("-e", "--env", "variables", multiple=True, metavar="K=V", help="Set a variable in its environment.")
 @click.option("-g", "--group", metavar="GROUP", help="Privilege group.")
+@click.option("--no-gateway-env", "own_env", is_flag=True, help="Leave OPENAI_BASE_URL and the like as they are.")
 @click.option("--tokens", type=Count(), metavar="N", help="Budget of tokens, computed and generated, such as 10k.")
 @click.option("--time", "seconds", type=Duration(min=0), metavar="S", help="Budget of wall seconds, or 1h30m.")
 @click.option("--memory", type=Size(), metavar="SIZE", help="Budget of memory, such as 512M.")
@@ -187,6 +188,7 @@ def command(
     nice: int | None,
     variables: tuple[str, ...],
     group: str | None,
+    own_env: bool,
     tokens: int | None,
     seconds: float | None,
     memory: int | None,
@@ -217,6 +219,7 @@ def command(
             attached=not detach,
             restart=restart,
             tty=terminal,
+            gateway=False if own_env else None,
         )
         if detach and terminal:
             from aiosd.commands import holder

@@ -25,6 +25,7 @@ from aiosd.kernel.logkeeper import LogKeeper
 from aiosd.kernel.mail import Mail
 from aiosd.kernel.peer import AgentPeer, Call
 from aiosd.kernel.proc import INIT, Event, Proc, ProcTable, State
+from aiosd.kernel.tokens import Tokens
 from aiosd.kernel.turns import Turns
 from aiosd.kernel.uplink import Uplink
 from aiosd.kernel.waiters import Waiters
@@ -70,7 +71,9 @@ class Agents:
         waiters: Waiters,
         mail: Mail,
         logs: LogKeeper,
+        tokens: Tokens,
     ) -> None:
+        self.tokens = tokens
         self.table = table
         self.calls = calls
         self.peers = calls.peers
@@ -196,13 +199,15 @@ class Agents:
         for number, spec in enumerate(specs):
             try:
                 spawn = autostart.spawn(spec, os.environ)
-                self._send_fork(None, spawning.fork(spawn, (0, number + 1), None), spawning.letter(spawn))
+                fork = spawning.fork(spawn, (0, number + 1), None)
+                self._send_fork(None, *self.tokens.give(fork, spawning.letter(spawn), None, None))
             except OSError as err:
                 logger.error("agent %s, which starts with the system: %s", spec.name or spec.target, err.strerror)
 
     def connect(self, proc: Proc, memfd: int, bell: int) -> None:
         """Serve an agent's channel; one whose header it has ruined already ends it here."""
         self.by_ospid[proc.ospid] = proc
+        self.tokens.add(proc)
         try:
             channel = Channel(memfd, bell, Side.KERNEL)
         except ProtocolError as err:
@@ -253,6 +258,7 @@ class Agents:
             completion_tokens=row[ledger.COMPLETION],
             budgets=self.budgets.join(pid, started[1], spec.shares),
             restart=spec.restart,
+            token=spec.token,
         )
 
     # ── attached agents ───────────────────────────────────────────────────────────────────────────────────
@@ -335,6 +341,7 @@ class Agents:
             self.waiters.on_change(proc)
             return
         self.mail.forget(proc.pid)
+        self.tokens.forget(proc)
         self.budgets.leave(proc.pid, proc.budgets)
         if proc.log:
             self.logs.close(proc.log)

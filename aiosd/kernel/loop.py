@@ -46,6 +46,7 @@ from aiosd.kernel.proc import Proc, ProcTable
 from aiosd.kernel.service import Asker, Service, Services
 from aiosd.kernel.status import StatusRequests
 from aiosd.kernel.system import Descriptors, System
+from aiosd.kernel.tokens import Tokens
 from aiosd.kernel.turns import Turns
 from aiosd.kernel.uplink import Uplink
 from aiosd.kernel.waiters import Waiters
@@ -118,6 +119,7 @@ class Kernel:
             self.waiters,
             self.mail,
             self.logs,
+            Tokens(settings.door),
         )
         self.generations.spent, self.generations.refused = self.enforcer.spent, self.enforcer.refused
         self.generations.stood_still = self.agents.stood_still
@@ -141,6 +143,7 @@ class Kernel:
             self.generations.resume_streams,
             self.generations.joined,
             self.agents.hang_up,
+            self.agents.tokens.bearer,
         )
         self.descriptors = Descriptors(
             lambda: len(self.agents.by_ospid) + len(self.agents.forks), self.control.descriptors

@@ -84,7 +84,8 @@ class ProcessCalls:
         attached = args.attached and isinstance(peer, ClientPeer) and not args.detached
         client = spawning.process_of(peer.ospid) if isinstance(peer, ClientPeer) and attached else (0, 0)
         spec = spawning.fork(args, call.key, parent, attached=attached, client=client)
-        self.agents.fork(call, spec, spawning.letter(args), fds)
+        spec, letter = self.agents.tokens.give(spec, spawning.letter(args), parent, args.gateway)
+        self.agents.fork(call, spec, letter, fds)
         return PENDING
 
     def wait(self, call: Call, args: wire.Wait) -> Any:

@@ -51,3 +51,24 @@ class ModelSpec:
     folder: str = ""  # where contexts on disk lie; '': nowhere
     verbose: bool = False  # llama.cpp's own log to stderr
     vectors_only: bool = False  # it embeds texts and does not generate: see `embedcore`
+    lora: tuple[Lora, ...] = ()  # adapters that calls may ask for
+    chat_template_file: str = ""  # instead of the template in the model's file
+    override_tensor: tuple[tuple[str, str], ...] = ()  # where tensors lie: pattern of their names, kind of buffer
+    cpu_moe: bool = False  # the weights of all experts stay in main memory
+    n_cpu_moe: int = 0  # … or those of this number of layers, the first
+    # RoPE, as in llama.cpp; None: as the model's file says
+    rope_scaling: str | None = None
+    rope_freq_base: float | None = None
+    rope_freq_scale: float | None = None
+    yarn_orig_ctx: int | None = None
+    yarn_ext_factor: float | None = None
+    yarn_attn_factor: float | None = None
+    yarn_beta_fast: float | None = None
+    yarn_beta_slow: float | None = None
+
+    @property
+    def rope(self) -> dict[str, int | float]:
+        """What is given of RoPE, by the names of llama.cpp's parameters."""
+        names = ("rope_freq_base", "rope_freq_scale", *YARN)
+        given = {name: getattr(self, name) for name in names if getattr(self, name) is not None}
+        return given if self.rope_scaling is None else {"rope_scaling_type": ROPE_SCALING[self.rope_scaling], **given}

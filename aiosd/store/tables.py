@@ -1,8 +1,8 @@
 """Which tables hold what agents keep, for all that handles the store as a whole: fsck, repair, export, import, backup.
 
 A table that is not named here is made from those that are (`REBUILD`; vectors by the embedder, at the next start), or
-belongs to the running system alone. Contents
-that are too large for the database lie in files that are named by their hash.
+belongs to the running system alone. Contents that are too large for the database lie in files that are named by their
+hash.
 """
 
 from __future__ import annotations
@@ -99,8 +99,6 @@ REBUILD: tuple[tuple[str, str], ...] = (
     ),
     ("unindexed", "INSERT INTO unindexed SELECT id FROM files WHERE removed IS NULL"),
     ("note_words", "INSERT INTO note_words(rowid, owner, text) SELECT id, 'own' || owner, text FROM notes"),
-    # Vectors are computed again.
-    ("pending", "INSERT OR IGNORE INTO pending(kind, item, owner) SELECT 0, id, owner FROM notes"),
 )
 
 
