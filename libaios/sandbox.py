@@ -26,7 +26,7 @@ def wish(
 ) -> wire.Sandbox:
     """What is sent with a spawn. `target` and so on as in `wire.Spawn`, but as Python has them."""
     program, own = _own(kind, target, cwd, env)
-    alone = bool(own) and not os.path.isdir(own[0])
+    alone = own == [program]
     own += [path for path in map(_real, env.get("PYTHONPATH", "").split(os.pathsep)) if path and not is_broad(path)]
     return wire.Sandbox(
         level=level or "",
