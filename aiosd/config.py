@@ -13,6 +13,9 @@
     path = "models/writer.gguf"             as seen from the folder of the file; or a name (`aiosd models`)
     slots = 4                               for this model alone
 
+    [mcpServers.git]                        tools of an MCP server, as other programs configure them
+    command = "mcp-server-git"
+
     [[agent]]                               starts with the system; see aiosd.autostart
     file = "agents/planner.py"
 
@@ -40,8 +43,10 @@ from aiosd.errors import AiosdError, UsageError, WorldError
 from aiosd.link import Schedule
 from aiosd.llm.spec import MAX_SLOTS, ModelSpec
 from aiosd.models import found
+from aiosd.models.places import ours
 from aiosd.sandbox import boxgroups
 from aiosd.sandbox.box import LEVELS, NETS, Rules
+from aiosd.tools.spec import McpServer, read_servers
 from aiosd.units import format_size, parse_size
 from libaios.home import Home
 
@@ -181,7 +186,15 @@ def _files(value: Any) -> tuple[str, ...]:
     return tuple(word for word in words if word)
 
 
+def _any_text(value: Any) -> str:
+    if not isinstance(value, str):
+        raise ValueError(f"{value!r} is no text")
+    return value
+
+
 DEFAULT_QUANTUM = (64, 10.0)
+#: How the file of a table of vectors ends (`aiosd.store.static`).
+TABLE_SUFFIX = ".vectors"
 
 KEYS = (
     Key("policy", _one_of(POLICIES), "|".join(POLICIES), "Who runs next on the model (fair).", "fair"),
@@ -222,6 +235,14 @@ KEYS = (
     Key("note_quota", _size, "SIZE", "Notes that each owner may keep on the disk (64M).", 64 << 20),
     Key("tools", _files, "FILE[:FILE…]", "Python files with more tools for agents (libaios.tool.define).", ()),
     Key("tool_workers", _whole(1, 256), "N", "Calls of tools that run at a time (8).", 8),
+    Key(
+        "embed_model",
+        _any_text,
+        "MODEL",
+        "Makes vectors of notes: a GGUF or a table (none).",
+        "",
+    ),
+    Key("index_ram", _size, "SIZE", "Memory for vectors that are searched (256M).", 256 << 20),
     Key("stop_timeout", _seconds, "S", "At the end agents get TERM, and KILL after S seconds (5).", 5.0),
 )
 BY_NAME = {key.name: key for key in KEYS}
@@ -263,6 +284,10 @@ class Settings:
     note_quota: int = 64 << 20
     tools: tuple[str, ...] = ()  # files of tools
     tool_workers: int = 8
+    mcp_servers: Mapping[str, McpServer] = field(default_factory=dict)
+    index_ram: int = 256 << 20
+    embedder: ModelSpec | None = None  # the model that makes vectors of notes,
+    embed_table: str = ""  # … or the file of a table that does
     services: tuple[Service, ...] = ()  # besides the cores
     sandbox: Rules = field(default_factory=Rules)  # for agents of groups that `groups` does not name
     groups: Mapping[str, Rules] = field(default_factory=dict)
@@ -302,7 +327,8 @@ def load(
     models = [_model(word, table, values, given, locate, folder, home) for word, table, folder in tables]
     typed = "tools" in flags or BY_NAME["tools"].env in environ
     tools = _tool_files(values["tools"], cwd if typed else str(path.parent.absolute()))
-    _refuse_doubles(models)
+    table, embedder = _embedder(values, given, file, path, cwd, flags, environ, locate, home)
+    _refuse_doubles([*models, *([embedder] if embedder is not None else [])])
     rules = Rules(values["sandbox"], values["net"])
     return Settings(
         home=home,
@@ -316,6 +342,9 @@ def load(
         orphans=values["orphans"],
         store_ram=values["store_ram"],
         note_quota=values["note_quota"],
+        index_ram=values["index_ram"],
+        embedder=embedder,
+        embed_table=table,
         log_size=values["log_size"],
         log_keep=values["log_keep"],
         agents=tuple(file.agents),
@@ -323,6 +352,7 @@ def load(
         groups=_groups(path, file.groups, rules),
         tools=tools,
         tool_workers=values["tool_workers"],
+        mcp_servers=file.servers,
         flags=dict(flags),
         config=config,
         cwd=cwd,
@@ -399,6 +429,33 @@ def _model(
     return ModelSpec(name=name, path=model.path, folder=str(home.data / "contexts"), **options)
 
 
+def _embedder(
+    values: Mapping[str, Any],
+    given: set[str],
+    file: _File,
+    path: Path,
+    cwd: str,
+    flags: Mapping[str, Any],
+    environ: Mapping[str, str],
+    locate: found.Locate,
+    home: Home,
+) -> tuple[str, ModelSpec | None]:
+    """A table, or a model, that makes vectors; or neither."""
+    word = values["embed_model"]
+    if not word:
+        return "", None
+    in_file = "embed_model" not in flags and not environ.get(BY_NAME["embed_model"].env)
+    folder = str(path.parent) if in_file else cwd
+    if word.endswith(TABLE_SUFFIX):
+        places = [Path(folder, os.path.expanduser(word)), ours() / word]
+        table = next((place for place in places if place.is_file()), None)
+        if table is None:
+            raise UsageError(f"embed_model: {word}: there is no such file; aiosd get-embedder --static makes one")
+        return str(table.absolute()), None
+    model = _model(word, {}, values, given, locate, folder, home)
+    return "", dataclasses.replace(model, vectors_only=True)
+
+
 def _models_of_environment(text: str) -> list[str]:
     """With ':' between them, as in PATH; with ',' where a name has a colon itself: hf:ORG/NAME:Q4_K_M,nano"""
     apart = "," if any(prefix in text for prefix in found.PREFIXES) else os.pathsep
@@ -449,6 +506,7 @@ class _File:
     models: list[dict[str, Any]] = field(default_factory=list)
     agents: list[AgentSpec] = field(default_factory=list)
     groups: list[tuple[int, dict[str, Any]]] = field(default_factory=list)  # with the line of each
+    servers: Mapping[str, McpServer] = field(default_factory=dict)
 
 
 def _read_file(path: Path, must_exist: bool) -> _File:
@@ -471,7 +529,11 @@ def _read_file(path: Path, must_exist: bool) -> _File:
     except tomllib.TOMLDecodeError as err:
         raise UsageError(f"{path}: {err}") from None
     models, agents, groups = (_tables(path, text, data, name) for name in ("model", "agent", "group"))
-    file = _File(_read_table(path, text, data, _SETTINGS, 0))
+    try:
+        servers = read_servers(data.pop("mcpServers", {}))
+    except ValueError as err:
+        raise UsageError(f"{path}, line {_line(text, 'mcpServers')}: {err}") from None
+    file = _File(_read_table(path, text, data, _SETTINGS, 0), servers=servers)
     for first, table in models:
         model = _read_table(path, text, table, _OF_MODEL, first)
         if "path" not in model:

@@ -39,13 +39,19 @@ class Caller(Struct, array_like=True, frozen=True):
 
 class Ask(Struct, array_like=True, frozen=True, tag=True):
     """Do this call; `args` as in the request, checked by the kernel against the call's row. `again`: it was given to a
-    process before that has died since, a kernel or a service."""
+    process before that has died since, a kernel or a service.
+
+    `settled`: of the calls of this peer that take effect ONCE, those with a lower id are over. Their replies are with
+    the peer, and none of them will be submitted again; 0: that is not known. `life`: how often the peer was started
+    again; its call ids begin anew each time."""
 
     key: Key
     caller: Caller
     sys: int
     args: Raw
     again: bool = False
+    settled: int = 0
+    life: int = 0
 
 
 class Submit(Struct, array_like=True, frozen=True, tag=True):
@@ -88,7 +94,7 @@ class Keep(Struct, array_like=True, frozen=True, tag=True):
 
 
 class Gone(Struct, array_like=True, frozen=True, tag=True):
-    """This peer is dead: what is kept for it alone is of no more use."""
+    """This peer is dead (or a client that has not come back): what is kept for it alone is of no more use."""
 
     peer: int
 
@@ -160,19 +166,23 @@ class Parked(Struct, array_like=True, frozen=True, tag=True):
 
 
 class Delta(Struct, array_like=True, frozen=True):
-    """New output of one generation. `offset`: tokens before it. `text` is exactly the text of `tokens`: where
-    text is held back (half a character, a stop string or a tool call that may be under way), so are its
-    tokens. So what was given out is always a list of whole tokens, and can be forced back after a death."""
+    """New output of one generation. `offset`: how much was given out before it, in the core's unit (`wire.Progress`).
+
+    `text` is exactly the text of `tokens`: where text is held back (half a character, a stop string or a tool call that
+    may be under way), so are its tokens. So what was given out is always a list of whole tokens, and can be forced back
+    after a death. A core whose model is elsewhere sends text alone. `charged`: how many tokens it costs; None: as many
+    as there are in `tokens`."""
 
     key: Key
     offset: int
     tokens: list[int]
     text: str
     logprobs: Logprobs | None = None
+    charged: int | None = None
 
 
 class Started(Struct, array_like=True, frozen=True):
-    """A call got its slot, with what its prompt cost."""
+    """A call got its slot, with what its prompt cost; 0 tokens: that is known at its end."""
 
     key: Key
     prompt_tokens: int
@@ -189,7 +199,8 @@ class Step(Struct, array_like=True, frozen=True, tag=True):
 
 
 class Finished(Struct, array_like=True, frozen=True, tag=True):
-    """The one final word on a generation; `tokens` and `text` are those after the last delta."""
+    """The one final word on a generation; `tokens` and `text` are those after the last delta. `charged`: as in a delta;
+    negative where the deltas had charged too many, so that in the end `usage` is what was charged."""
 
     key: Key
     offset: int
@@ -199,6 +210,7 @@ class Finished(Struct, array_like=True, frozen=True, tag=True):
     usage: Usage
     tool_calls: list[ToolCall] = []
     logprobs: Logprobs | None = None
+    charged: int | None = None
 
 
 class Answered(Struct, array_like=True, frozen=True, tag=True):

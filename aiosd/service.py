@@ -5,10 +5,10 @@ from that record, and forks it again when it dies; the kernel, `aios-ps -e`, `ai
 same record. The calls that it answers are the rows of `wire.TABLE` whose `by` is its kind.
 
 A service that is no llm core serves with a `Server`: one function for each call. A function gets the `link.Ask` (with
-key and caller) and the arguments, and returns the body of the reply; a generator yields parts of it before that. What
-it raises becomes the reply: an OSError as it is, anything else as EIO. The server keeps what `wire.Again` promises: a
-call that it has, or has answered, is not done again when it is submitted again. (A call that is to take effect ONCE
-also over a death of the service must keep its key with its effect.)
+key and caller) and the arguments, and returns the body of the reply; a generator yields parts of it before that, or a
+`Pause` when it has to wait for something. What it raises becomes the reply: an OSError as it is, anything else as EIO.
+The server keeps what `wire.Again` promises: a call that it has, or has answered, is not done again when it is submitted
+again. (A call that is to take effect ONCE also over a death of the service must keep its key with its effect.)
 
 A service that waits for others (workers, files) returns LATER, and answers by `Server.answer`, `part` and `fail`. Its
 loop sleeps on the descriptors that are watched and on timers, too.
@@ -16,14 +16,16 @@ loop sleeps on the descriptors that are watched and on timers, too.
 
 from __future__ import annotations
 
+import contextlib
 import errno
 import importlib
 import logging
 import select
+import time
 from collections import OrderedDict
 from collections.abc import Callable, Generator, Mapping
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, NamedTuple
 
 from aiosd import link
 from aiosd.heartbeat import Rounds
@@ -41,6 +43,7 @@ REMEMBERED = 4096  # answers, for calls that are submitted again,
 REMEMBERED_BYTES = 32 << 20  # … and no more than that of them
 MESSAGES_AT_ONCE = 64
 SLEEP_S = 5.0  # a back-stop: any message wakes the service at once
+PAUSE_S = 0.05  # without a message, before what can wait is done
 
 #: What a function returns whose answer comes later.
 LATER = object()
@@ -71,12 +74,24 @@ class Service:
         return entry(channel, self.argument, rounds)
 
 
+class Pause(NamedTuple):
+    """What a call that cannot go on yields. It is called again when something has come, whatever that is, and at
+    `until` (monotonic clock) at the latest; with 0 after all others have had their turn."""
+
+    until: float = 0.0
+
+
 @dataclass(slots=True)
 class _Answer:
     """What a call got, for when it is submitted again."""
 
     message: link.Answered | link.Failed
     size: int
+    life: int  # of its peer, see `link.Ask`
+
+
+class _Woken(Exception):
+    """Ends a sleep. Python would begin it again after a signal handler that returns."""
 
 
 @dataclass(slots=True)
@@ -91,52 +106,106 @@ class Server:
     on_keep: Callable[[list[int]], None] = lambda peers: None  # all peers but these are
     on_cancel: Callable[[link.Key], None] = lambda key: None  # of a call whose answer was to come later
     queued: frozenset[int] = frozenset()
+    rest: Callable[[], None] = lambda: None  # there is a pause: time for what can wait
     timers: Timers = field(default_factory=Timers)
     _watched: dict[int, Callable[[], None]] = field(default_factory=dict)
     _later: set[link.Key] = field(default_factory=set)
+    info: Mapping[str, Any] = field(default_factory=dict)  # for `link.Loaded`
+    others: Callable[[link.ToService], link.FromService | None] = lambda message: None  # any other message, its answer
+    charge: Callable[[Any], int] = lambda body: 0  # tokens that the caller pays for this answer
+    background: Callable[[], float] = lambda: SLEEP_S  # called in each round; for how many seconds it can wait then
     _answers: OrderedDict[link.Key, _Answer] = field(default_factory=OrderedDict)
     _bytes: int = 0
     _under_way: dict[link.Key, Generator[Any, None, Any]] = field(default_factory=dict)
     _offsets: dict[link.Key, int] = field(default_factory=dict)
+    _lives: dict[link.Key, int] = field(default_factory=dict)  # of the calls that were begun and have no answer yet
+    _rested: bool = False  # since the last message
+    _asleep: bool = False
+    _paused: dict[link.Key, float] = field(default_factory=dict)
     _quit: bool = False
 
     def run(self, rounds: Rounds) -> int:
         """Serve until told to end, or the kernel's end of the channel is gone for good."""
         channel = self.channel
-        self._send(link.Loaded())
+        self._send(link.Loaded(dict(self.info)))
         while not self._quit and not channel.hung_up:
             rounds.begin()
-            for payload in channel.receive(MESSAGES_AT_ONCE):
-                self._handle(link.decode_to_service(payload))
+            messages = [link.decode_to_service(payload) for payload in channel.receive(MESSAGES_AT_ONCE)]
+            if messages:
+                self._rested = False
+                self._turn(messages)
             if channel.outbox_bytes:
                 channel.pump()
             if channel.reborn:  # a new kernel: it submits again what is open
                 channel.renew()
-                self._send(link.Loaded())
+                self._send(link.Loaded(dict(self.info)))
+            wait = min(SLEEP_S, self.background())
             for key in list(self._under_way):
-                self._go_on(key)
+                self._step(key)
             self.timers.run_due()
-            if not self._under_way and not channel.more and not self._quit:
+            if self._under_way:
+                wait = min(wait, self._until_a_call_goes_on())
+            if wait > 0 and not channel.more and not self._quit:
                 rounds.end()
-                self._sleep()
+                with contextlib.suppress(_Woken):
+                    self._pause(wait)
         return 0
 
-    def _sleep(self) -> None:
-        """Until there is something to do, and handle what the watched descriptors bring."""
-        timeout = min(SLEEP_S, SLEEP_S if (due := self.timers.until_next()) is None else due)
+    def end(self, *_: object) -> None:
+        """For a signal handler: end in order, after the turn that is under way."""
+        self._quit = True
+        if self._asleep:
+            raise _Woken
+
+    def _turn(self, messages: list[link.ToService]) -> None:
+        """All that is at hand."""
+        for message in messages:
+            self._handle(message)
+
+    def _step(self, key: link.Key) -> None:
+        """Of a call whose function is a generator."""
+        self._go_on(key)
+
+    def _until_a_call_goes_on(self) -> float:
+        """For how many seconds no call can go on."""
+        if len(self._paused) < len(self._under_way):
+            return 0.0
+        return min(self._paused.values()) - time.monotonic()
+
+    def _pause(self, seconds: float) -> None:
+        """Until there is something to do. The rest is for a pause, not for the moment between two calls."""
+        try:
+            self._asleep = True
+            if self._quit:
+                return
+            due = self.timers.until_next()
+            timeout = seconds if due is None else min(seconds, due)
+            if self._rested or timeout <= PAUSE_S:
+                self._sleep(timeout)
+                return
+            if self._sleep(PAUSE_S):
+                return
+        finally:
+            self._asleep = False
+        self._rested = True
+        self.rest()
+
+    def _sleep(self, timeout: float) -> bool:
+        """Until a message comes, and handle what the watched descriptors bring. False: nothing has come."""
         if not self._watched:
-            self.channel.wait(timeout)
-            return
+            return self.channel.wait(timeout)
         if restless([self.channel]):
             timeout = 0.0
         poll = select.poll()
         for fd in (self.channel.fileno(), *self._watched):
             poll.register(fd, select.POLLIN)
-        for fd, _ in poll.poll(timeout * 1000):
+        found = poll.poll(timeout * 1000)
+        for fd, _ in found:
             if fd == self.channel.fileno():
                 self.channel.drain_bell()
             elif fd in self._watched:  # an earlier one may have ended it
                 self._watched[fd]()
+        return bool(found)
 
     def watch(self, fd: int, callback: Callable[[], None]) -> None:
         """Call back whenever the descriptor is readable or hung up."""
@@ -155,24 +224,38 @@ class Server:
                 self._ask(message)
             case link.CancelCall(key=key):
                 self._end(key)
+                self._lives.pop(key, None)
             case link.Keep(peers=peers):
                 kept = set(peers)
                 for key in [key for key in (*self._under_way, *self._later) if key[0] not in kept]:
                     self._end(key)
-                self.on_keep(peers)
+                    self._lives.pop(key, None)
+                self._quietly(lambda: self.on_keep(peers))
             case link.Gone(peer=peer):
-                self.on_gone(peer)
+                self._quietly(lambda: self.on_gone(peer))
             case link.GetStats(req=req):
                 self._send(link.Stats(req, self.stats()))
             case link.Quit():
                 self._quit = True
+            case _:
+                answer = self.others(message)
+                if answer is not None:
+                    self._send(answer)
+
+    @staticmethod
+    def _quietly(act: Callable[[], None]) -> None:
+        """What no call waits for: a failure is done again when the service starts the next time."""
+        try:
+            act()
+        except OSError as err:
+            logger.warning("what dead agents have left stays for now: %s", err.strerror)
 
     # ── calls ─────────────────────────────────────────────────────────────────────────────────────────────
 
     def _ask(self, ask: link.Ask) -> None:
         row = wire.TABLE[ask.sys]
         known = self._answers.get(ask.key) if ask.again else None
-        if known is not None:
+        if known is not None and known.life == ask.life:
             self._send(known.message)
         elif ask.key in self._under_way or ask.key in self._later:
             pass  # it goes on, and its answer goes to the new kernel
@@ -182,6 +265,7 @@ class Server:
         else:
             if ask.sys not in self.queued:
                 self._send(link.Working(ask.key))
+            self._lives[ask.key] = ask.life
             self._begin(ask)
 
     def _begin(self, ask: link.Ask) -> None:
@@ -210,8 +294,13 @@ class Server:
         except Exception as err:
             self._failed(key, err)
         else:
-            self._send(link.Part(key, self._offsets[key], wire.encode(part)))
-            self._offsets[key] += 1
+            self._paused.pop(key, None)
+            if isinstance(part, Pause):
+                self._paused[key] = part.until
+                self._send(link.Working(None))  # a death while it waits is not its fault
+            else:
+                self._send(link.Part(key, self._offsets[key], wire.encode(part)))
+                self._offsets[key] += 1
 
     def begun(self, key: link.Key) -> None:
         """A queued call begins now. From here on one that is made NEVER again is lost with this process."""
@@ -240,19 +329,24 @@ class Server:
         if len(encoded) > wire.MAX_FRAME - 1024:
             self._failed(key, wire.error(errno.EMSGSIZE, f"an answer of {len(encoded)} bytes; ask for less at a time"))
         else:
-            self._finish(key, link.Answered(key, encoded), len(encoded))
+            self._finish(key, link.Answered(key, encoded, self.charge(body)), len(encoded))
 
     def _failed(self, key: link.Key, err: Exception) -> None:
         if not isinstance(err, OSError):
             logger.error("a call cannot be served", exc_info=err)
             err = OSError(errno.EIO, "the service made a mistake; aiosd's log has the details")
-        self._finish(key, link.Failed(key, err.errno or errno.EIO, err.strerror or str(err)), 0)
+        self._finish(key, failure(key, err), 0)
 
     def _finish(self, key: link.Key, message: link.Answered | link.Failed, size: int) -> None:
         self._end(key)
+        self._out(message, size)
+
+    def _out(self, message: link.Answered | link.Failed, size: int) -> None:
+        key = message.key
         self._send(message)
-        self._answers[key] = _Answer(message, size)
-        self._bytes += size
+        old = self._answers.pop(key, None)
+        self._answers[key] = _Answer(message, size, self._lives.pop(key, 0))
+        self._bytes += size - (old.size if old is not None else 0)
         while len(self._answers) > REMEMBERED or self._bytes > max(REMEMBERED_BYTES, size):
             self._bytes -= self._answers.popitem(last=False)[1].size
 
@@ -263,5 +357,10 @@ class Server:
             self.on_cancel(key)
         generator = self._under_way.pop(key, None)
         self._offsets.pop(key, None)
+        self._paused.pop(key, None)
         if generator is not None:
             generator.close()
+
+
+def failure(key: link.Key, err: OSError) -> link.Failed:
+    return link.Failed(key, err.errno or errno.EIO, err.strerror or str(err))

@@ -421,9 +421,10 @@ class Channel:
         """Whether `receive` would return something, or `reborn` is true, without a look at the bell."""
         return not self._consumer.empty() or self.reborn or bool(self._frames)
 
-    def wait(self, timeout: float | None = None) -> bool:
+    def wait(self, timeout: float | None = None, also: Sequence[int] = ()) -> bool:
         """Sleep until there may be something to receive or to pump, or the other side is gone: then True. False after
-        `timeout` seconds, or after the back-stop, whichever is less; so call it in a loop."""
+        `timeout` seconds, or after the back-stop, whichever is less; so call it in a loop. `also`: descriptors that end
+        the sleep, too, when they can be read."""
         consumer, items = self._consumer, self._items
         written, read = consumer.written_item, consumer.read
         if items[written] != read or self._frames or self.hung_up:
@@ -436,12 +437,13 @@ class Channel:
             return True
         if items[consumer.waits]:
             self._ring(consumer.waits)
-        if self._blocking and (timeout is None or timeout >= BACKSTOP_S):
+        if self._blocking and not also and (timeout is None or timeout >= BACKSTOP_S):
             if self._read_bell():
                 return True
             os.set_blocking(self._bell, True)  # after a `rouse`; a test for that could miss another handler
-        elif _readable(self._bell, BACKSTOP_S if timeout is None else max(0.0, min(BACKSTOP_S, timeout))):
-            self._read_bell()
+        elif _readable(self._bell, BACKSTOP_S if timeout is None else max(0.0, min(BACKSTOP_S, timeout)), also):
+            if not also or _readable(self._bell, 0):
+                self._read_bell()
             return True
         self.nudge()
         return False
@@ -456,9 +458,10 @@ def restless(channels: Sequence[Channel]) -> list[Channel]:
     return [channel for channel in channels if not channel.settled()]
 
 
-def _readable(fd: int, seconds: float) -> bool:
+def _readable(fd: int, seconds: float, also: Sequence[int] = ()) -> bool:
     poll = select.poll()  # a new one each time: a signal handler may come here while this thread polls, further up
-    poll.register(fd, select.POLLIN)
+    for each in (fd, *also):
+        poll.register(each, select.POLLIN)
     return bool(poll.poll(seconds * 1000))
 
 

@@ -91,7 +91,7 @@ class Pending(Struct, eq=False):
     life: int = 0  # which kernel it was sent to (`Connection._life`)
     fds: list[int] = []  # duplicates, for this kernel and the next: the caller may close its own
     pieces: deque[Any] = msgspec.field(default_factory=deque)
-    tokens: list[int] | None = None  # of a stream: all tokens that it has brought
+    progress: wire.Progress | None = None  # of a stream: all that it has been given
     final: wire.Reply | None = None
     gate: threading.Lock | None = None  # the lock on which a follower sleeps
     abandoned: bool = False  # a RECV whose caller has given up
@@ -105,8 +105,8 @@ class Pending(Struct, eq=False):
     def payload(self) -> bytes:
         """As it is sent to a new kernel."""
         args = self.args
-        if self.tokens:
-            args = msgspec.structs.replace(args, given=[*args.given, *self.tokens])
+        if self.progress is not None and self.progress.length:
+            args = msgspec.structs.replace(args, given=self.progress.given())
         return wire.encode((self.id, self.sys, args, True))
 
 
@@ -207,7 +207,7 @@ class Connection:
         if fds:
             call.fds = _duplicates(fds)
         if stream:
-            call.tokens = []
+            call.progress = wire.Progress(args.given)
         return call
 
     def may_send(self, call: Pending) -> bool:
@@ -227,6 +227,8 @@ class Connection:
             return
         try:
             with self._sending:
+                if self._renewing:  # a handler's exception interrupted that: older calls reach the new kernel first
+                    self._submit_again()
                 self._send(call)
         except BaseException:
             self.abandon(call)
@@ -595,10 +597,10 @@ class Connection:
         if call is None:
             return  # abandoned
         piece = decoder(wire.TABLE[call.sys].piece)(reply.body)
-        if call.tokens is not None:
-            if reply.offset != len(call.args.given) + len(call.tokens):
-                return  # a dead kernel has sent it, and its successor has sent those tokens already
-            call.tokens.extend(piece.tokens)
+        if call.progress is not None:
+            if reply.offset != call.progress.length:
+                return  # a dead kernel has sent it, and its successor has sent the same already
+            call.progress.add(piece.tokens, piece.text)
         call.pieces.append(piece)
         self._signal(call)
 

@@ -50,6 +50,9 @@ TokenId = Annotated[int, Meta(ge=0, lt=1 << 31)]
 TokenIds = Annotated[list[TokenId], Meta(max_length=1 << 20)]
 Penalty = Annotated[float, Meta(ge=-2, le=2)]
 
+#: What a generation has given out so far: its tokens, or its text where a model is elsewhere and no tokens come.
+Given = TokenIds | Annotated[str, Meta(max_length=1 << 22)]
+
 #: What ends a repetition for DRY where `dry_breakers` is None.
 BREAKERS = ("\n", ":", '"', "*")
 
@@ -97,9 +100,12 @@ class Sys(enum.IntEnum):
     MEM_LIST = 85
     MEM_CLEAR = 86
     MEM_STATS = 87
+    # the store as a whole
+    STORE_SNAPSHOT = 120
     # tools
     TOOL_LIST = 128
     TOOL_CALL = 129
+    TOOL_TRUST = 130
 
 
 class Request(Struct, array_like=True, frozen=True):
@@ -117,7 +123,7 @@ class Reply(Struct, array_like=True, frozen=True):
     id: int
     errno: int = 0
     more: bool = False
-    offset: int = 0  # streams: how many tokens were given out before this piece
+    offset: int = 0  # streams: how many tokens were given out before this piece (see `Progress` for other units)
     body: Raw = Raw(b"\xc0")
 
 
@@ -284,8 +290,8 @@ class Sampling(Struct, array_like=True, frozen=True):
 class Generate(Struct, array_like=True, frozen=True):
     """One generation: a chat (`messages`) or a completion (`prompt`: text, or token ids taken verbatim).
 
-    `given` are tokens this very call has already been given before its kernel or core died; they are forced,
-    never sampled again, and replies start after them.
+    `given` is what this very call has been given already, before its kernel or core died (see `Progress`). It is never
+    made again: tokens are forced, a text is continued, and replies start after it.
     """
 
     messages: Annotated[list[dict[str, Any]], Meta(max_length=1 << 16)] | None = None
@@ -296,7 +302,7 @@ class Generate(Struct, array_like=True, frozen=True):
     schema: dict[str, Any] | bool | None = None
     stream: bool = False
     timeout_s: Seconds | None = None
-    given: TokenIds = []
+    given: Given = []
     public: bool = False  # other groups may find out, by timing, that this prompt was sent before
     tool_choice: str | dict[str, Any] | None = None  # "auto", "none", "required", or {"function": {"name": …}}
     parallel_tool_calls: bool = True  # may there be several calls in one answer?
@@ -409,9 +415,12 @@ class MemUpdate(Struct, array_like=True, frozen=True):
 
 
 class MemSearch(Struct, array_like=True, frozen=True):
+    """`by` "words" or "meaning"; "": by both, as far as there is an embedder."""
+
     query: Annotated[str, Meta(max_length=1 << 16)]
     k: Annotated[int, Meta(ge=1, le=1000)] = 5
     filters: NoteFilters = NoteFilters()
+    by: Annotated[str, Meta(pattern=r"\A(|words|meaning)\Z")] = ""
 
 
 class MemList(Struct, array_like=True, frozen=True):
@@ -427,6 +436,18 @@ class CallTool(Struct, array_like=True, frozen=True):
     arguments: Annotated[dict[str, Any], Meta(max_length=1024)] = {}
     timeout_s: Seconds | None = None
     stream: bool = False  # send what it writes while it runs
+
+
+class TrustTool(Struct, array_like=True, frozen=True):
+    """Offer a tool again whose description has changed. Only a person may."""
+
+    name: Annotated[str, Meta(max_length=64)]
+
+
+class MemStats(Struct, array_like=True, frozen=True):
+    """Of the caller; a person may ask about any `owner`, as aiosd names it."""
+
+    owner: Annotated[str, Meta(max_length=512)] = ""
 
 
 # ── bodies of replies ─────────────────────────────────────────────────────────────────────────────────────
@@ -482,6 +503,30 @@ class Piece(Struct, array_like=True, frozen=True):
     text: str
     tokens: list[int]
     logprobs: Logprobs | None = None
+
+
+class Progress:
+    """What one generation has given out, counted as its core counts: in tokens, or in characters of text where a core
+    has no tokens. A piece without tokens counts by its text."""
+
+    __slots__ = ("length", "texts", "tokens")
+
+    def __init__(self, given: list[int] | str = "") -> None:
+        self.tokens: list[int] = [] if isinstance(given, str) else list(given)
+        self.texts: list[str] = [given] if given and isinstance(given, str) else []
+        self.length = len(given)
+
+    def add(self, tokens: list[int], text: str) -> None:
+        if tokens:
+            self.tokens += tokens
+            self.length += len(tokens)
+        elif text:
+            self.texts.append(text)
+            self.length += len(text)
+
+    def given(self) -> list[int] | str:
+        """For `Generate.given`."""
+        return "".join(self.texts) if self.texts else list(self.tokens)
 
 
 class Generated(Struct, array_like=True, frozen=True):
@@ -555,18 +600,21 @@ class ToolInfo(Struct, frozen=True):
 
 
 class ModelInfo(Struct, frozen=True):
+    """A figure of 0 is not known: of a model that another server runs, little is."""
+
     name: str
-    path: str
-    default: bool
-    description: str
-    n_params: int
-    n_ctx: int  # tokens per slot
-    n_slots: int
-    n_vocab: int
-    n_embd: int
-    gpu_layers: int
-    chat: bool  # has a chat template
-    tools: bool  # whose template takes tools
+    path: str = ""  # its file; "": it has none on this machine
+    default: bool = False
+    description: str = ""
+    n_params: int = 0
+    n_ctx: int = 0  # tokens per slot
+    n_slots: int = 0
+    n_vocab: int = 0
+    n_embd: int = 0
+    gpu_layers: int = 0
+    chat: bool = False  # has a chat template
+    tools: bool = False  # whose template takes tools
+    url: str = ""  # where it is served, if it is not on this machine
 
 
 class ProcInfo(Struct, frozen=True):
@@ -704,9 +752,11 @@ add(
     Row(Sys.MEM_SEARCH, MemSearch, list[Found], by="store"),
     Row(Sys.MEM_LIST, MemList, list[Note], by="store"),
     Row(Sys.MEM_CLEAR, NoArgs, int, by="store", again=_ONCE),
-    Row(Sys.MEM_STATS, NoArgs, dict[str, Any], by="store"),
+    Row(Sys.MEM_STATS, MemStats, dict[str, Any], by="store"),
+    Row(Sys.STORE_SNAPSHOT, NoArgs, str, by="store", piece=int),
     Row(Sys.TOOL_LIST, NoArgs, list[ToolInfo], by="toolbox"),
     Row(Sys.TOOL_CALL, CallTool, Any, by="toolbox", again=_NEVER, piece=str),
+    Row(Sys.TOOL_TRUST, TrustTool, by="toolbox"),
     # No service of this release answers this.
     Row(Sys.STO, NoArgs, by="storage", again=_ONCE),
 )

@@ -35,7 +35,8 @@ def kernel() -> Any:
     peer.id = -1
     peers = Peers()
     peers.add(peer)
-    generation = Generation(wire.Generate(prompt="x"), "nano", [1, 2, 3], used=5, prompt_tokens=4, cached_tokens=2)
+    generation = Generation(wire.Generate(prompt="x"), "nano", wire.Progress([1, 2, 3]), used=5, prompt_tokens=4)
+    generation.cached_tokens, generation.completion_tokens = 2, 3
     call = Call(peer, 1, wire.TABLE[wire.Sys.GENERATE], size=10, generation=generation)
     peer.calls[1] = call
     proc.row[ledger.PROMPT], proc.row[ledger.COMPLETION], proc.row[ledger.CHARGED] = 3, 1, 4

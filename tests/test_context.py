@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+import select
 import textwrap
 import time
 from collections.abc import Callable
@@ -18,7 +19,6 @@ from aiosd import link
 from aiosd.llm.blob import Piece
 from aiosd.llm.library import Library
 from aiosd.llm.saved import MAGIC, Saved, file_sha256
-from libaios import wire
 from libaios.wire import Sys
 from tests.conftest import System, eventually
 
@@ -249,15 +249,18 @@ def test_a_mistake_of_ours_in_one_call_is_that_calls_alone(tmp_path: Path) -> No
     (tmp_path / "m.gguf").write_bytes(b"")
     failed: list[OSError] = []
     library = a_library(tmp_path / "m.gguf", tmp_path, lambda _, error: failed.append(error))
-    caller = link.Caller(1, 0, "x", False, "g")
-    library.handle(link.Ask((1, 1), caller, Sys.CTX_CLOSE, Raw(wire.encode(wire.CloseContext(MESSAGES)))))
-    assert [error.errno for error in failed] == [errno.EIO], "its requests are None"
+    library._saved = object()  # type: ignore[assignment]
+    library.handle(link.Ask((1, 1), link.Caller(1, 0, "x", False, "g"), Sys.CTX_LIST, Raw(b"\xc0")), None)
+    assert select.select(library.fds(), [], [], 30)[0], "the core is woken when the thread is done"
+    library.poll()
+    assert [error.errno for error in failed] == [errno.EIO]
+    assert library.fds() == []
     library.close()
 
 
 def a_library(model: Path, folder: Path, fail: Any = None) -> Library:
     nothing: Any = None
-    return Library(str(folder), str(model), SimpleNamespace(store=None), nothing, nothing, fail)  # type: ignore[arg-type]
+    return Library(str(folder), str(model), SimpleNamespace(store=None), nothing, fail)  # type: ignore[arg-type]
 
 
 def test_state_of_another_model_is_refused_and_the_messages_are_not(tmp_path: Path) -> None:

@@ -441,7 +441,7 @@ def test_what_a_core_sends_of_an_id_that_is_in_use_again_is_for_calls_of_its_kin
         return list(heard.names)
 
     assert sent(call_of(1, Sys.TOKENIZE), step, finished, answered) == ["finish tokenize"]
-    generate = call_of(1, Sys.GENERATE, Generation(wire.Generate(), "nano", []))
+    generate = call_of(1, Sys.GENERATE, Generation(wire.Generate(), "nano", wire.Progress()))
     assert sent(generate, answered, finished) == ["on_finished generate"]
     assert (7, 1) not in core.calls
     core.on_message(step)
@@ -460,8 +460,8 @@ def test_a_call_that_costs_core_after_core_is_given_up() -> None:
     """A generation that was running twice; another call, which may not have begun, a few times more."""
     failed: list[int] = []
     core = core_of(failing(failed))
-    running = call_of(1, Sys.GENERATE, Generation(wire.Generate(), "nano", [], started=True))
-    waiting = call_of(2, Sys.GENERATE, Generation(wire.Generate(), "nano", []))
+    running = call_of(1, Sys.GENERATE, Generation(wire.Generate(), "nano", wire.Progress(), started=True))
+    waiting = call_of(2, Sys.GENERATE, Generation(wire.Generate(), "nano", wire.Progress()))
     embed = call_of(3, Sys.EMBED)
     for call in (running, waiting, embed):
         core.calls[call.key] = Open(call, link.CancelCall(call.key))
@@ -482,8 +482,8 @@ def test_the_call_that_a_core_works_on_alone_is_blamed_alone() -> None:
     """Its template, its schema or its text ends the core before it has a slot: its neighbours go on."""
     failed: list[int] = []
     core = core_of(failing(failed))
-    neighbour = call_of(1, Sys.GENERATE, Generation(wire.Generate(), "nano", []))
-    guilty = call_of(2, Sys.GENERATE, Generation(wire.Generate(), "nano", []))
+    neighbour = call_of(1, Sys.GENERATE, Generation(wire.Generate(), "nano", wire.Progress()))
+    guilty = call_of(2, Sys.GENERATE, Generation(wire.Generate(), "nano", wire.Progress()))
     for call in (neighbour, guilty):
         core.calls[call.key] = Open(call, link.CancelCall(call.key))
     for _ in range(4):

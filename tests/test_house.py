@@ -24,7 +24,7 @@ FLOORS: list[list[str]] = [
     ["aiosd"],  # config, link, errors and the other small things that any part may use
     ["aiosd.models"],  # which models there are: settings name them
     ["aiosd.llm.modelfile"],
-    ["aiosd.llm.spec", "aiosd.errors", "aiosd.units", "aiosd.nano"],  # what a model is described by
+    ["aiosd.llm.spec", "aiosd.tools.spec", "aiosd.errors", "aiosd.units", "aiosd.nano"],  # what a model is described by
     ["libaios"],
 ]
 #: Rooms outside the house: run by hand, imported by no part of the system.
@@ -134,6 +134,11 @@ def test_llm_ggml_alone_touches_llama_cpp() -> None:
     assert callers <= {"aiosd.llm.llama", "aiosd.llm.attention", "aiosd.llm.library"}
 
 
+def test_store_index_alone_touches_faiss() -> None:
+    users = {module_of(path) for path in SOURCES for imported, _ in imports(path) if within(imported, "faiss")}
+    assert users == {"aiosd.store.index"}
+
+
 @pytest.mark.parametrize("pure", ["aiosd.llm.policy", "aiosd.llm.prefix"])
 def test_pure_parts_know_no_model(pure: str) -> None:
     paths = [path for path in SOURCES if within(module_of(path), pure)]
@@ -163,6 +168,11 @@ def test_the_sdk_imports_nothing_heavy() -> None:
 def test_what_forks_maps_no_model(module: str) -> None:
     """Fork only from a process that has loaded neither llama.cpp nor FAISS."""
     assert loaded_by(module, ["numpy", "llama_cpp", "faiss"]) == []
+
+
+@pytest.mark.parametrize("module", ["aiosd.llm.core", "aiosd.llm.backend", "aiosd.llm.line"])
+def test_a_cores_process_leaves_it_to_the_backend_what_is_loaded(module: str) -> None:
+    assert loaded_by(module, ["numpy", "llama_cpp", "jinja2", "aiosd.llm.local", "aiosd.llm.engine"]) == []
 
 
 def loaded_by(module: str, names: list[str]) -> list[str]:

@@ -19,7 +19,8 @@ from msgspec import Raw
 
 from aiosd import link
 from aiosd.llm import llama, loading, threads
-from aiosd.llm.core import CoreProcess
+from aiosd.llm.line import Line
+from aiosd.llm.local import Local
 from aiosd.llm.spec import ModelSpec
 from libaios import wire
 from libaios.channel import Channel, Side, make_channel
@@ -33,7 +34,7 @@ from aiosd.llm.core import main
 from aiosd.llm.spec import ModelSpec
 from libaios.channel import Channel, Side
 memfd, bell, path = int(sys.argv[1]), int(sys.argv[2]), sys.argv[3]
-spec = ModelSpec("m", path, slots=4, ctx=512, threads=1)
+spec = ModelSpec("m", path, slots=4, ctx=int(sys.argv[4]), threads=1)
 sys.exit(main(Channel(memfd, bell, Side.KERNEL), spec, Rounds()))
 """
 
@@ -41,10 +42,10 @@ sys.exit(main(Channel(memfd, bell, Side.KERNEL), spec, Rounds()))
 class Kernel:
     """The other end of a core's channel."""
 
-    def __init__(self, path: Path) -> None:
+    def __init__(self, path: Path, ctx: int = 512) -> None:
         memfd, core_bell, kernel_bell = make_channel(1 << 16, 1 << 16)
         self.process = subprocess.Popen(
-            [sys.executable, "-c", MAIN, str(memfd), str(core_bell), str(path)],
+            [sys.executable, "-c", MAIN, str(memfd), str(core_bell), str(path), str(ctx)],
             pass_fds=(memfd, core_bell),
             stderr=subprocess.PIPE,
         )
@@ -134,15 +135,16 @@ def test_threads_are_measured_again_when_the_neighbours_are_gone(path: Path, mon
     spec = ModelSpec("m", str(path), slots=4, ctx=512)
     loaded = loading.load(spec, lambda what, fraction: None)
     channel = Channel(memfd, core_bell, Side.KERNEL)
-    core = CoreProcess(channel, spec, loaded)
+    core = Local(spec, Line(channel, "m"), loaded)
     assert loaded.threads.again
     assert "while others used" in core.stats()["threads_why"]
-    core._measure_again()
+    core.measure_again()
     assert loaded.threads.again, "they are still there"
     load[0] = 0.0
-    core._measure_again()
+    core.measure_again()
     assert not loaded.threads.again
     assert "on a quiet machine" in core.stats()["threads_why"]
+    core.close()
     loaded.close()
     channel.close()
 

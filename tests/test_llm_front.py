@@ -18,10 +18,10 @@ from aiosd import link
 from aiosd.llm import front as fronts
 from aiosd.llm import llama
 from aiosd.llm.document import Later
-from aiosd.llm.front import PREPARE, TOKENIZE, Front
+from aiosd.llm.front import CONVERSATION, PREPARE, TEXTS, TOKENIZE, Front
 from aiosd.llm.request import Prepared, Requests
 from libaios import wire
-from libaios.wire import Generate, Sampling, Sys, Tokenize
+from libaios.wire import CloseContext, Embed, Generate, Sampling, SaveContext, Sys, Tokenize
 from tests import tinymodels
 from tests.test_llm_core import Kernel, ask, kernel, path  # noqa: F401 (fixtures)
 
@@ -171,3 +171,38 @@ def test_generations_go_on_while_a_long_text_is_worked_on(kernel: Kernel) -> Non
     assert kernel.until(lambda message: isinstance(message, link.Finished)).key == (1, 3)
     assert kernel.close() == 0
     assert kernel.errors == ""
+
+
+def test_long_texts_of_contexts_and_embeddings_hold_up_nothing(path: Path) -> None:  # noqa: F811
+    """Their template and their tokens are made by the front process, too: the stream ends before it has started."""
+    outside = Kernel(path, ctx=4096)
+    outside.of(link.Loaded)
+    long = [{"role": "user", "content": "hello there " * 20_000}]
+    options = Sampling(temperature=0.0, max_tokens=300, ignore_eos=True)
+    outside.send(link.Submit((1, 1), Generate(prompt="hello", sampling=options, stream=True)))
+    outside.send(ask(2, Sys.EMBED, Embed(["a", "hello there " * 20_000])))
+    outside.send(ask(3, Sys.CTX_CLOSE, CloseContext(long)))
+    outside.send(ask(4, Sys.CTX_SAVE, SaveContext("x", long)))
+    outside.until(lambda message: isinstance(message, link.Finished) and message.key == (1, 1))
+    assert not [message for message in outside.seen if isinstance(message, link.Answered | link.Failed)]
+    failed = outside.until(lambda message: isinstance(message, link.Failed) and message.key == (1, 2))
+    assert (failed.errno, failed.message.split(":")[0]) == (errno.EMSGSIZE, "texts[1]")
+    assert outside.of(link.Answered).key == (1, 3)
+    assert outside.of(link.Failed).errno == errno.ENOSYS, "this core has no folder for contexts"
+    assert outside.close() == 0
+
+
+def test_long_texts_become_what_short_ones_do(front: Front, gguf: Path) -> None:
+    model = llama.Model(str(gguf), 0, lambda fraction: None)
+    requests = Requests(model, 1 << 17)
+    answers = Answers(front)
+    answers.ask(1, TEXTS, ["hello", "hello there"])
+    answers.ask(2, CONVERSATION, ([USER], [TOOL]))
+    (_, texts), (_, tokens) = answers.wait(2)
+    assert msgspec.msgpack.decode(texts) == [
+        model.tokenize(text, bos=True, special=False) for text in ("hello", "hello there")
+    ]
+    assert msgspec.msgpack.decode(tokens) == requests.conversation([USER], [TOOL])
+    with pytest.raises(Later):
+        Requests(model, 1 << 17).conversation([USER], None, quick=True)
+    model.close()

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import errno
-from collections.abc import Iterator
+from collections.abc import Generator, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -15,8 +15,9 @@ from msgspec import Raw, msgpack
 
 from aiosd import link
 from aiosd.errors import WorldError
-from aiosd.store.database import MEMOS, VERSION, Database
+from aiosd.store.database import VERSION, Database
 from aiosd.store.memory import Memory
+from aiosd.store.room import Room
 from libaios import wire
 
 ME = link.Caller(7, 1000, "me", True, "default")
@@ -29,7 +30,7 @@ class Store:
     def __init__(self, folder: Path, ram: int = 1 << 20, quota: int = 1 << 20) -> None:
         self.now = 1000.0
         self.calls = 0
-        self.database = Database(folder)
+        self.database = Database(folder, Room(folder, wal=0, ballast=0))
         self.database.begin_system("one")
         self.memory = Memory(self.database, ram, quota, lambda: self.now)
 
@@ -39,7 +40,17 @@ class Store:
 
     def __call__(self, name: str, args: Any, caller: link.Caller = ME, again: bool = False) -> Any:
         found = getattr(self.memory, name)(self.ask(caller, again), args)
+        if isinstance(found, Generator):  # nothing to wait for: there is no embedder
+            found = drain(found)
         return msgpack.decode(found) if isinstance(found, Raw) else found
+
+
+def drain(call: Generator[Any, None, Any]) -> Any:
+    try:
+        while True:
+            next(call)
+    except StopIteration as end:
+        return end.value
 
 
 @pytest.fixture
@@ -84,7 +95,7 @@ def test_what_is_removed_is_nowhere(store: Store) -> None:
     refused(errno.ENOENT, lambda: store("get", wire.MemGet(note)))
     refused(errno.ENOENT, lambda: store("remove", wire.MemGet(note)))
     assert store("search", wire.MemSearch("secret")) == []
-    assert store("stats_of", wire.NoArgs())["bytes"] == 0
+    assert store("stats_of", wire.MemStats())["bytes"] == 0
 
 
 def test_others_notes_are_as_if_not_there(store: Store) -> None:
@@ -138,7 +149,7 @@ def test_a_ttl_ends(store: Store) -> None:
     refused(errno.ENOENT, lambda: store("get", wire.MemGet(note)))
     assert store("search", wire.MemSearch("over")) == store("list", wire.MemList()) == []
     assert store("add", wire.MemAdd("new", key="k")) != note
-    assert store("stats_of", wire.NoArgs())["bytes"] < 250
+    assert store("stats_of", wire.MemStats())["bytes"] < 250
 
 
 def test_filters_come_before_the_limit(store: Store) -> None:
@@ -187,13 +198,6 @@ def test_a_call_that_is_submitted_again_takes_effect_once(tmp_path: Path) -> Non
     assert again.database.begin_system("two"), "another system: its calls may have the same keys"
     assert again("add", wire.MemAdd("x"), again=True) != note
     again.database.close()
-
-
-def test_memos_are_limited(store: Store) -> None:
-    with store.database.transaction():
-        for _ in range(MEMOS + 10):
-            store("add", wire.MemAdd("x", key="k"))
-    assert store.database.row("SELECT count(*) FROM memos") == (MEMOS,)
 
 
 def test_the_file_belongs_to_one_process_and_pages_are_checked(tmp_path: Path) -> None:

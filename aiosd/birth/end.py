@@ -17,12 +17,13 @@ import atexit
 import contextlib
 import ctypes
 import gc
-import io
+import itertools
 import os
 import signal
 import sys
 import threading
 import weakref
+from _io import _IOBase, _TextIOBase  # those of `io` are abstract: a question about each type would write to it
 from collections.abc import Callable, Iterator
 from functools import partial
 from importlib.machinery import EXTENSION_SUFFIXES
@@ -137,8 +138,15 @@ def _steps() -> Iterator[Callable[[], object]]:
 
 
 def _own() -> list[str]:
-    """The agent's own modules, `__main__` first."""
-    return [name for name, module in sys.modules.items() if modules.inherited.get(name) is not module and module]
+    """The agent's own modules, `__main__` first. Only those that came after the last one of the supervisor are
+    looked at, because each look writes to a shared page."""
+    names = list(itertools.takewhile(lambda name: name != modules.last_visible or _is_own(name), reversed(sys.modules)))
+    return [name for name in ("__main__", *reversed(names)) if _is_own(name)]
+
+
+def _is_own(name: str) -> bool:
+    module = sys.modules.get(name)
+    return module is not None and modules.inherited.get(name) is not module
 
 
 def _clearing(module: ModuleType | None) -> Iterator[Callable[[], object]]:
@@ -153,15 +161,15 @@ def _clearing(module: ModuleType | None) -> Iterator[Callable[[], object]]:
                 yield partial(names.__setitem__, name, None)
 
 
-def _write_out_files() -> list[weakref.ref[io.IOBase]]:
+def _write_out_files() -> list[weakref.ref[_IOBase]]:
     """What lies in buffers, before the order in which the collector finds them decides: a buffer whose descriptor has
     been closed before it is lost. Returns the files, layers above first: text, layers written in Python, plain buffers.
 
     Not where there are threads: one of them may hold a file's lock for ever, and python3 writes nothing out either."""
     if len(sys._current_frames()) > 1:
         return []
-    found = [one for one in gc.get_objects() if issubclass(type(one), io.IOBase)]
-    found.sort(key=lambda one: (not isinstance(one, io.TextIOBase), type(one).__module__ == "_io"))
+    found = [one for one in gc.get_objects() if issubclass(type(one), _IOBase)]
+    found.sort(key=lambda one: (not isinstance(one, _TextIOBase), type(one).__module__ == "_io"))
     for stream in found:
         if type(stream).__module__ == "_io":
             with contextlib.suppress(BaseException):  # python3 is silent there too
@@ -169,7 +177,7 @@ def _write_out_files() -> list[weakref.ref[io.IOBase]]:
     return [weakref.ref(stream) for stream in found]
 
 
-def _close_files(files: list[weakref.ref[io.IOBase]]) -> None:
+def _close_files(files: list[weakref.ref[_IOBase]]) -> None:
     """Those that something of the supervisor's holds, a module of the library say, of which this agent keeps all."""
     for reference in files:
         stream = reference()

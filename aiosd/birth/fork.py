@@ -145,12 +145,6 @@ def exit_in_words(status: int) -> str:
         return f"signal {-status}"
 
 
-def tidy_heap() -> None:
-    """Before many forks: let the C library merge and sort its free blocks once here, instead of in every child."""
-    LIBC.malloc_trim(0)
-    LIBC.free(ctypes.c_void_p(malloc(1 << 16)))
-
-
 malloc = LIBC.malloc
 malloc.restype = ctypes.c_void_p
 

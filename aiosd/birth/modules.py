@@ -37,11 +37,12 @@ _needs: dict[str, list[str]] = {}  # modules of its own package that a hidden mo
 _folders: dict[str, str | None] = {}  # the entry of sys.path where a hidden module outside packages was found
 _known: set[str] = set()  # sys.path when modules were hidden
 _visible = 0  # how many modules were left in sys.modules
+last_visible = ""  # the last of them; what an agent imports comes after it
 
 
 def hide() -> None:
     """Remove from `sys.modules` the modules that a fresh python3 does not have."""
-    global _visible
+    global _visible, last_visible
     if len(sys.modules) == _visible:
         return
     names = list(sys.modules)
@@ -59,7 +60,7 @@ def hide() -> None:
             _folders[name] = _folder_of(_hidden[name])
     for name in names:
         del sys.modules[name]
-    _visible = len(sys.modules)
+    _visible, last_visible = len(sys.modules), next(reversed(sys.modules), "")
     if _finder not in sys.meta_path:
         sys.meta_path.insert(0, _finder)
 

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import os
 import sys
+from collections.abc import Sequence
 from typing import Any
 
 from msgspec import msgpack
@@ -48,9 +49,9 @@ class _Stage(agent.AgentTransport):
         super().__init__(memfd, agent_bell)
         self._kernel = Channel(os.dup(memfd), kernel_bell, Side.KERNEL)
 
-    def wait(self, timeout: float | None = None) -> bool:
+    def wait(self, timeout: float | None = None, also: Sequence[int] = ()) -> bool:
         self._answer()
-        return super().wait(timeout)
+        return super().wait(timeout, also)
 
     def _answer(self) -> None:
         for payload in self._kernel.receive():

@@ -18,9 +18,9 @@ from collections import deque
 from msgspec import msgpack
 
 from aiosd import link
-from aiosd.birth import modules
+from aiosd.birth import heap, modules
 from aiosd.birth.agent import Descriptors, become_agent
-from aiosd.birth.fork import fork, keep_only, name_process, tidy_heap
+from aiosd.birth.fork import fork, keep_only, name_process
 from aiosd.timers import Timers
 
 BATCH = (4, 64)  # the first one and the largest; each is twice the one before
@@ -76,7 +76,7 @@ class Spares:
             self._timers.after(IDLE_S, self._look)
         size, self._batch = self._batch, min(2 * self._batch, BATCH[1])
         pairs = []
-        tidy_heap()
+        heap.tidy()
         try:
             for _ in range(size):
                 pairs.append(_pair())

@@ -24,7 +24,7 @@ from typing import TYPE_CHECKING, Any, NoReturn
 import click
 
 from aiosd import config
-from aiosd.commands import edge, models, started, tools
+from aiosd.commands import edge, getembedder, models, started, store, tools
 from aiosd.commands.summary import brief, describe
 from aiosd.errors import AiosdError, WorldError
 from libaios.client import Home, NoKernel
@@ -393,6 +393,8 @@ def _ended(pidfd: int, timeout_s: float) -> bool:
 
 models.register(command)
 tools.register(command)
+store.register(command)
+getembedder.register(command)
 
 
 # ── systemd ───────────────────────────────────────────────────────────────────────────────────────────────

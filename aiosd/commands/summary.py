@@ -12,8 +12,10 @@ def brief(found: dict[str, Any], machine: str = "") -> list[str]:
     """The most important figures. One that the system does not report is left out."""
     rows = {"home": str(found.get("home", "")), "policy": _policy(found), "agents": _agents(found)}
     rows |= {f"model {model.get('name', '?')}": _model_in_a_line(model) for model in found.get("models", [])}
+    rows["notes"] = _notes(found)
     others = [service for service in found.get("services", []) if service.get("state") not in (None, "ready")]
     rows |= {str(service.get("name", "?")): str(service["state"]) for service in others}
+    rows |= {str(service["name"]): text for service in found.get("services", []) if (text := _errors(service))}
     rows["sandbox"] = _sandbox(found.get("sandbox") or {})
     rows["machine"] = machine
     width = max(map(len, rows))
@@ -75,6 +77,29 @@ def _model_in_a_line(model: dict[str, Any]) -> str:
     return ", ".join(parts)
 
 
+def _errors(service: dict[str, Any]) -> str:
+    """What a service that is ready could not do."""
+    errors = (service.get("stats") or {}).get("errors") or {}
+    first = next(iter(errors.items()), None)
+    if first is None:
+        return ""
+    more = f" (and {len(errors) - 1} more: aiosd status -v)" if len(errors) > 1 else ""
+    return f"{service.get('state', '?')}, but {first[0]}: {first[1]}{more}"
+
+
+def _notes(found: dict[str, Any]) -> str:
+    stats = next((one.get("stats") or {} for one in found.get("services", []) if one.get("kind") == "store"), {})
+    parts = [f"search {stats['search']}"] if "search" in stats else []
+    if stats.get("pending"):
+        parts.append(f"{stats['pending']:,} texts wait for their vectors")
+    if "hits" in stats:
+        parts.append(
+            f"{stats['hits']:,} hits, {stats.get('faults', 0):,} faults, {stats.get('evictions', 0):,} evictions"
+        )
+        parts.append(f"{format_size(stats.get('bytes', 0) + stats.get('index_bytes', 0))} in memory")
+    return ", ".join(parts)
+
+
 def _checked(problems: list[str] | None) -> list[str]:
     if problems is None:
         return []
@@ -89,6 +114,8 @@ def describe(found: dict[str, Any], machine: str = "") -> list[str]:
     rest = dict(found)
     lines = [_head(found)]
     models, checked = rest.pop("models", []), rest.pop("check", None)
+    cores = {str(model.get("pid")) for model in models}
+    services = [service for service in rest.pop("services", []) if str(service.get("pid")) not in cores]
     rows: dict[str, Any] = {name: rest.pop(name) for name in ("home", "logs", "log", "policy") if name in rest}
     rows["agents"] = _agents(found)
     if machine:
@@ -98,7 +125,16 @@ def describe(found: dict[str, Any], machine: str = "") -> list[str]:
     lines += [f"  {name.replace('_', ' '):18} {_value(name, value)}" for name, value in rows.items()]
     for model in models:
         lines += _describe_model(dict(model))
+    for service in services:
+        lines += _describe_service(dict(service))
     return lines + _checked(checked)
+
+
+def _describe_service(service: dict[str, Any]) -> list[str]:
+    lines = [f"service {service.pop('name', '?')}, {service.pop('state', '?')}, pid {service.pop('pid', '?')}"]
+    service.pop("kind", None)
+    rows = {**(service.pop("stats", None) or {}), **{name: value for name, value in service.items() if value}}
+    return [*lines, *(f"  {name.replace('_', ' '):18} {_value(name, value)}" for name, value in rows.items())]
 
 
 def _describe_model(model: dict[str, Any]) -> list[str]:

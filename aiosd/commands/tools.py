@@ -19,7 +19,7 @@ import click
 
 from aiosd.commands import edge
 from libaios.tool import result_text
-from libaios.wire import CallTool, NoArgs, Sys, ToolInfo
+from libaios.wire import CallTool, NoArgs, Sys, ToolInfo, TrustTool
 
 
 def register(group: click.Group) -> None:
@@ -30,8 +30,9 @@ def register(group: click.Group) -> None:
 @click.argument("name", required=False)
 @click.argument("arguments", nargs=-1, metavar="[KEY=VALUE]…")
 @click.option("--schema", is_flag=True, help="The JSON Schema of the tool's arguments.")
+@click.option("--trust", is_flag=True, help="Offer NAME again though its MCP server describes it otherwise now.")
 @click.option("--json", "as_json", is_flag=True, help="A list of objects; of a call its result as JSON.")
-def tools(name: str | None, arguments: tuple[str, ...], schema: bool, as_json: bool) -> int:
+def tools(name: str | None, arguments: tuple[str, ...], schema: bool, trust: bool, as_json: bool) -> int:
     """List the tools that agents of the running system have; with NAME, call one as an agent would.
 
     A VALUE is taken as JSON where the tool wants no text. What the tool writes comes at once, its result at the end.
@@ -43,6 +44,11 @@ def tools(name: str | None, arguments: tuple[str, ...], schema: bool, as_json: b
       aiosd --tools mytools.py            adds functions of yours
     """
     with edge.connect() as client:
+        if trust:
+            if name is None:
+                raise click.UsageError("--trust wants the NAME of a tool")
+            client.call(Sys.TOOL_TRUST, TrustTool(name), None)
+            return 0
         there = {tool.name: tool for tool in client.call(Sys.TOOL_LIST, NoArgs(), list[ToolInfo])}
         if name is None:
             print(_as_json(list(there.values())) if as_json else "\n".join(_lines(list(there.values()))))

@@ -32,7 +32,7 @@ from collections.abc import Callable
 from typing import TYPE_CHECKING, ClassVar
 
 from aiosd import link, log, procfs, restart
-from aiosd.birth import confinement, fork, modules
+from aiosd.birth import confinement, fork, heap, modules
 from aiosd.birth.spares import Spares
 from aiosd.errors import Bug
 from aiosd.heartbeat import BEAT_S, HANG_S, Heart, Rounds, beat, beat_in_background
@@ -789,7 +789,8 @@ def _backoff(last_s: float, lived_s: float) -> float:
 
 
 def _preload() -> None:
-    """Import and run once what agents use, before they are forked; then keep the collector off those pages."""
+    """Import and run once what agents use, before they are forked; then see that neither the garbage collector nor new
+    objects change these pages."""
     import asyncio  # noqa: F401
     import runpy  # noqa: F401
 
@@ -801,6 +802,7 @@ def _preload() -> None:
     modules.hide()
     rehearse_imports()
     gc.collect()
+    heap.fill_holes()
     gc.freeze()
 
 

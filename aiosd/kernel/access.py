@@ -20,6 +20,9 @@ from aiosd.kernel.proc import INIT, Proc, ProcTable
 from libaios import wire
 from libaios.wire import Sys
 
+#: What a service (the store) may ask of others, over the control socket.
+_OF_SERVICES = (Sys.EMBED,)
+
 
 class Verdict(enum.Enum):
     NOW = "now"
@@ -38,9 +41,13 @@ class Access:
             Sys.STATUS: self._status,
             Sys.SHUTDOWN: lambda peer, args: require_person(peer, "stop the system"),
             Sys.SET: lambda peer, args: require_person(peer, "change settings"),
+            Sys.STORE_SNAPSHOT: lambda peer, args: require_person(peer, "copy what all agents keep"),
         }
 
     def check(self, peer: Peer, row: wire.Row, args: Any) -> Verdict:
+        service = getattr(peer, "service", "")
+        if service and row.sys not in _OF_SERVICES:
+            raise wire.error(errno.EPERM, f"{service}: a service may not call {row.name}")
         rule = self._rules.get(row.sys)
         if rule is not None:
             rule(peer, args)

@@ -128,7 +128,7 @@ def tokens(books: Books) -> Iterator[str]:
         counted = (
             proc.row[ledger.PROMPT] + sum(one.prompt_tokens for one in open_ones),
             proc.row[ledger.CACHED] + sum(one.cached_tokens for one in open_ones),
-            proc.row[ledger.COMPLETION] + sum(len(one.tokens) for one in open_ones),
+            proc.row[ledger.COMPLETION] + sum(one.completion_tokens for one in open_ones),
         )
         if shown != counted:
             yield f"agent {proc.pid}: prompt, cached, completion tokens {shown}, counted {counted}"

@@ -11,16 +11,17 @@ from libaios import wire
 class Generation:
     request: wire.Generate
     model: str
-    tokens: list[int]  # all that were given out, those of `request.given` included
+    progress: wire.Progress  # all that was given out, `request.given` included
     texts: list[str] = field(default_factory=list)  # what a caller that does not stream is still to get …
     logprobs: wire.Logprobs = field(default_factory=list)  # … and these, where they were asked for
-    new_from: int = 0  # tokens before this index were there before this kernel knew the call
+    new_from: int = 0  # how long `progress` was when this kernel got the call
     budget: int | None = None  # tokens left when it was submitted, and used since
     used: int = 0
     started: bool = False  # it has a slot
     ending: bool = False  # its final word is here
     prompt_tokens: int = 0
     cached_tokens: int = 0
+    completion_tokens: int = 0
     ctx_tokens: int = 0
     paused: bool = False  # its reader is slow
     resyncing: bool = False  # the core was asked to send again what is missing here

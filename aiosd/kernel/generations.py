@@ -63,11 +63,11 @@ class Generations:
             raise wire.error(errno.EINVAL, "exactly one of messages and prompt is needed")
         core = self.core_for(args.model)
         self.check_budget(call)
-        call.generation = Generation(args, core.model, list(args.given), new_from=len(args.given))
+        call.generation = Generation(args, core.model, wire.Progress(args.given), new_from=len(args.given))
         call.forget = lambda: self._closed(core, call)
         self.calls.set_timeout(call, args.timeout_s, "answer")
         if args.given:  # generated, and charged, by a call whose kernel died
-            self._count_completion(call, len(args.given))
+            self._count_completion(call, len(args.given) if isinstance(args.given, list) else 0)
             if call.peer.calls.get(call.id) is not call:
                 return  # they were the last of the budget
         nice, group, left = self.call_budget(call)
@@ -78,6 +78,8 @@ class Generations:
         """The core that another call than a generation goes to. Raises OSError: EINVAL, EDQUOT."""
         if call.row.sys == Sys.EMBED:
             self.check_budget(call)
+            if args.model is None:
+                return self.cores.for_vectors()
         return self.core_for(args.model)
 
     def caller_of(self, call: Call) -> link.Caller:
@@ -109,7 +111,7 @@ class Generations:
             proc.ctx_tokens -= generation.ctx_tokens
             proc.row[ledger.PROMPT] += generation.prompt_tokens
             proc.row[ledger.CACHED] += generation.cached_tokens
-            proc.row[ledger.COMPLETION] += len(generation.tokens)
+            proc.row[ledger.COMPLETION] += generation.completion_tokens
             budgets.settle(proc.budgets, generation.used)
 
     # ── what a core sends ─────────────────────────────────────────────────────────────────────────────────
@@ -118,8 +120,8 @@ class Generations:
         generation = call.generation
         assert generation is not None
         generation.started = True
-        if generation.prompt_tokens:
-            return  # again, on a new core
+        if generation.prompt_tokens or not started.prompt_tokens:
+            return  # again, on a new core; or it is not known yet
         generation.prompt_tokens = started.prompt_tokens
         generation.cached_tokens = started.cached_tokens
         proc = call.peer.proc
@@ -136,32 +138,32 @@ class Generations:
     def on_delta(self, call: Call, delta: link.Delta) -> None:
         generation = call.generation
         assert generation is not None
-        if delta.offset != len(generation.tokens):
+        if delta.offset != generation.progress.length:
             # Between a kernel's death and the calls' new submission a core does not know how far its callers are.
             self.cores.by_model[generation.model].resynchronise(call)
             return
         generation.resyncing = False
-        generation.tokens.extend(delta.tokens)
+        generation.progress.add(delta.tokens, delta.text)
         if generation.request.stream:
             self.calls.send_piece(call, delta.offset, wire.raw(wire.Piece(delta.text, delta.tokens, delta.logprobs)))
             self._pause_if_slow(call, generation)
         else:
             generation.texts.append(delta.text)
             generation.logprobs += delta.logprobs or []
-        self._count_completion(call, len(delta.tokens))
+        self._count_completion(call, len(delta.tokens) if delta.charged is None else delta.charged)
 
     def on_finished(self, call: Call, finished: link.Finished) -> None:
         generation = call.generation
         assert generation is not None
-        if finished.offset != len(generation.tokens):
+        if finished.offset != generation.progress.length:
             generation.resyncing = False
             self.cores.by_model[generation.model].resynchronise(call)
             return
-        generation.tokens.extend(finished.tokens)
-        if not generation.started:  # over within its first step
-            self.on_started(call, link.Started(call.key, finished.usage.prompt_tokens, finished.usage.cached_tokens))
+        generation.progress.add(finished.tokens, finished.text)
         generation.ending = True  # by itself: a budget that is reached now need not end it
-        self._count_completion(call, len(finished.tokens))
+        # Over within its first step, or what the prompt cost is known only now; else this changes nothing.
+        self.on_started(call, link.Started(call.key, finished.usage.prompt_tokens, finished.usage.cached_tokens))
+        self._count_completion(call, len(finished.tokens) if finished.charged is None else finished.charged)
         if finished.finish_reason == "limit" and call.peer.proc is not None:
             for budget in call.peer.proc.budgets:
                 if budget.tokens_left == 0:
@@ -192,7 +194,7 @@ class Generations:
         if generation.request.stream:
             tokens, text = last_tokens, last_text
         else:
-            tokens = generation.tokens[generation.new_from :]
+            tokens = generation.progress.tokens[generation.new_from :]
             text = "".join(generation.texts) + last_text
         logprobs = finished.logprobs if finished is not None else None
         if generation.request.sampling.logprobs and not generation.request.stream:
@@ -200,13 +202,15 @@ class Generations:
         if finished is not None:
             usage, tool_calls = finished.usage, finished.tool_calls
         else:
-            used = len(generation.tokens)
-            usage, tool_calls = wire.Usage(generation.prompt_tokens, generation.cached_tokens, used), []
+            used = generation.prompt_tokens, generation.cached_tokens, generation.completion_tokens
+            usage, tool_calls = wire.Usage(*used), []
         self.calls.finish(call, wire.Generated(text, tokens, reason, usage, tool_calls, logprobs))
 
     # ── accounting ────────────────────────────────────────────────────────────────────────────────────────
 
     def _count_completion(self, call: Call, tokens: int) -> None:
+        assert call.generation is not None
+        call.generation.completion_tokens += tokens
         if call.peer.proc is not None:
             call.peer.proc.completion_tokens += tokens
         self._count(call, tokens, tokens)

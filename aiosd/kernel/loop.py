@@ -60,6 +60,8 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger("kernel")
 
+COMES_BACK_S = 60.0  # within which a client connects again under its identity, if it ever does
+
 
 class Kernel:
     def __init__(self, born: Inheritance) -> None:
@@ -140,6 +142,7 @@ class Kernel:
             self.dispatcher,
             self.agents.by_ospid,
             lambda: self.descriptors,
+            self._services_by_ospid,
             self.generations.resume_streams,
             self.generations.joined,
             self.agents.hang_up,
@@ -233,6 +236,7 @@ class Kernel:
             path=record.argument.path,
             default=not self.cores.by_model,
             listener=self.generations,
+            vectors_only=record.argument.vectors_only,
         )
         self.cores.add(core)
         return core
@@ -286,9 +290,18 @@ class Kernel:
         self.generations.left(peer)
         if isinstance(peer, ClientPeer):
             self.control.forget(peer)
+            if peer.id:
+                self.timers.after(COMES_BACK_S, lambda: self._client_gone(peer.id))
+
+    def _client_gone(self, client: int) -> None:
+        if client not in self.calls.peers.clients:
+            self._tell_services(link.Gone(client))
 
     def _live_peers(self) -> list[int]:
         return [*(proc.pid for proc in self.table.live()), *self.calls.peers.clients]
+
+    def _services_by_ospid(self) -> dict[int, str]:
+        return {service.ospid: service.name for service in self.services if service.channel is not None}
 
     def _phase(self) -> str:
         return "stopping" if self.stopping else "ready" if self.loading.ready else "loading"

@@ -28,7 +28,7 @@ from msgspec import Raw
 from aiosd import link
 from aiosd.kernel.calls import Calls
 from aiosd.kernel.events import Source
-from aiosd.kernel.peer import Call
+from aiosd.kernel.peer import AgentPeer, Call
 from libaios import wire
 from libaios.channel import Channel
 from libaios.ring import ProtocolError
@@ -318,4 +318,19 @@ class Asker:
             raise wire.error(errno.ENOSYS, f"{row.name}: this system has no {row.by}")
         call.forget = lambda: service.cancel(call)
         self._calls.set_timeout(call, getattr(args, "timeout_s", None), "answer")
-        service.submit(call, link.Ask(call.key, self._caller_of(call), row.sys, raw, call.again))
+        settled = _settled(call, service) if row.again is Again.ONCE else 0
+        life = call.peer.proc.restarts if isinstance(call.peer, AgentPeer) and call.peer.proc is not None else 0
+        service.submit(call, link.Ask(call.key, self._caller_of(call), row.sys, raw, call.again, settled, life))
+
+
+def _settled(call: Call, service: Service) -> int:
+    """For `link.Ask.settled`. A reply is with its peer as soon as it lies in the ring or in the socket: the SDK reads
+    all of that before it submits its open calls to a new kernel. Only what waits in our outbox would be lost with us.
+
+    A peer's calls lie in the order in which they came, which is that of their ids: the first that the service has is
+    the lowest. (A peer that numbers its calls in another way loses its own memos too early, and no other's.)"""
+    peer = call.peer
+    if peer.outbox_bytes:
+        return 0
+    open_calls = (one for one in peer.calls.values() if one.row.again is Again.ONCE and one.key in service.calls)
+    return min(next((one.id for one in open_calls), call.id), call.id)

@@ -42,7 +42,11 @@ Files, from the bottom up:
     exact.py       does a row depend on the others in its batch?
     trial.py       is our attention right for this model?
     loading.py     from a ModelSpec to a calibrated engine, or one line that says why not
-    core.py        the process: kernel's messages in, the engine's messages out
+    local.py       the backend that has all of the above: what each message of the kernel means for it
+
+    line.py        the channel to the kernel, as a core uses it
+    backend.py     the seam: what a core's process asks of a backend; no word of llama.cpp on this side
+    core.py        the process: the kernel's messages in, a backend's steps, messages out
 
 Nothing here knows agents: a call is a key, a peer and a request.
 """

@@ -37,13 +37,15 @@ class Embedder:
         assert embedded is not None
         return embedded
 
-    def in_steps(self, texts: list[str]) -> Iterator[Embedded | None]:
-        """The same in steps, one batch each: yields None after each step, the result after the last."""
+    def in_steps(self, texts: list[str], known: list[list[int]] | None = None) -> Iterator[Embedded | None]:
+        """The same in steps, one batch each: yields None after each step, the result after the last. `known`: the
+        tokens of all texts, if they have been made already."""
         rows: list[llama.Floats] = []
         batch: list[list[int]] = []
         total = 0
         for i, text in enumerate(texts):
-            tokens = self._tokens(i, text)
+            tokens = self._model.tokenize(text, bos=True, special=False) if known is None else known[i]
+            self._check(i, tokens)
             total += len(tokens)
             if batch and (len(batch) == TEXTS or sum(map(len, batch)) + len(tokens) > BATCH):
                 rows += self._vectors(batch)
@@ -57,13 +59,11 @@ class Embedder:
         data = np.stack(rows) if rows else np.zeros((0, width), np.float32)
         yield Embedded(len(rows), width, data.astype("<f4").tobytes(), total)
 
-    def _tokens(self, i: int, text: str) -> list[int]:
-        tokens = self._model.tokenize(text, bos=True, special=False)
+    def _check(self, i: int, tokens: list[int]) -> None:
         if not tokens:
             raise OSError(errno.EINVAL, f"texts[{i}]: it is empty")
         if len(tokens) > self._limit:
             raise OSError(errno.EMSGSIZE, f"texts[{i}]: {len(tokens)} tokens, at most {self._limit} can be embedded")
-        return tokens
 
     def _vectors(self, texts: list[list[int]]) -> list[llama.Floats]:
         lengths = [len(tokens) for tokens in texts]

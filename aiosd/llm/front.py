@@ -36,7 +36,9 @@ logger = logging.getLogger("llm.front")
 MAX_SECONDS = 60.0
 CANCELLED_SECONDS = 2.0  # … for a cancelled job: starting a new process takes a second
 
-PREPARE, TOKENIZE = "prepare", "tokenize"
+#: Kinds of jobs, by what is sent → what comes back: `Generate` → `Prepared`; `Tokenize` → tokens; texts → the tokens of
+#: each, as it is embedded; (messages, tools) → the tokens with which the next call about this conversation begins.
+PREPARE, TOKENIZE, TEXTS, CONVERSATION = "prepare", "tokenize", "texts", "conversation"
 
 
 class Reply(Struct, array_like=True):
@@ -80,6 +82,10 @@ class Front:
     def pid(self) -> int:
         """0: the process does not run."""
         return self._process.pid if self._process is not None else 0
+
+    def fds(self) -> list[int]:
+        """What can be read when there is an answer."""
+        return [self._connection.fileno()] if self._waiting and self._connection is not None else []
 
     def ask(
         self, key: Any, kind: str, payload: bytes, done: Callable[[bytes], None], failed: Callable[[OSError], None]
@@ -178,6 +184,8 @@ def main(path: str, ctx: str, fd: str) -> int:
     work: dict[str, Callable[[bytes], Any]] = {
         PREPARE: lambda payload: requests.prepare(msgpack.decode(payload, type=wire.Generate)),
         TOKENIZE: lambda payload: _tokenized(model, msgpack.decode(payload, type=wire.Tokenize)),
+        TEXTS: lambda payload: [model.tokenize(text, bos=True, special=False) for text in msgpack.decode(payload)],
+        CONVERSATION: lambda payload: requests.conversation(*msgpack.decode(payload)),
     }
     while True:
         try:

@@ -6,10 +6,11 @@ because a piece never changes. The thread also computes the model's checksum, wh
 
 from __future__ import annotations
 
+import contextlib
 import errno
 import os
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from typing import Any
 
@@ -19,9 +20,7 @@ from aiosd import link
 from aiosd.errors import as_oserror
 from aiosd.llm import ggml, modelfile
 from aiosd.llm.cache import Cache
-from aiosd.llm.chat import refuse
 from aiosd.llm.prefix import Tokens
-from aiosd.llm.request import Requests
 from aiosd.llm.saved import Opened, Saved, file_sha256
 from libaios import wire
 from libaios.wire import Sys
@@ -38,42 +37,45 @@ def _identity(path: str) -> list[tuple[int, int, int, int]]:
 class Library:
     """Contexts by name, for one core. `folder` '': they cannot be saved."""
 
-    def __init__(
-        self, folder: str, model: str, cache: Cache, requests: Requests, answer: Answer, fail: Refuse, **fits: Any
-    ) -> None:
+    def __init__(self, folder: str, model: str, cache: Cache, answer: Answer, fail: Refuse, **fits: Any) -> None:
         self._folder, self._model, self._fits = folder, model, fits
         self._loaded = _identity(model)
-        self._cache, self._requests = cache, requests
+        self._cache = cache
         self._answer, self._fail = answer, fail
         self._thread = ThreadPoolExecutor(1, "saved-contexts")
         self._saved: Saved | None = None
         self._pending: list[tuple[Future[Any], Callable[[Any], object], link.Key]] = []
+        self._bell = os.eventfd(0, os.EFD_CLOEXEC | os.EFD_NONBLOCK)  # rung by the thread when it has done something
 
     @property
     def busy(self) -> bool:
         return bool(self._pending)
 
-    def handle(self, message: link.Ask) -> None:
-        args: Any = wire.decode_args[message.sys](message.args)
-        group = message.caller.group
-        try:
-            match message.sys:
-                case Sys.CTX_SAVE:
-                    self._save(message, args)
-                case Sys.CTX_RESTORE:
-                    self._restore(message, args)
-                case Sys.CTX_CLOSE:
-                    self._cache.release(group, self._tokens(args), message.key[0])
-                    self._answer(message.key, None)
-                case Sys.CTX_LIST:
-                    self._later(message.key, lambda: self._files().list(group), lambda found: found)
-                case Sys.CTX_REMOVE:
-                    self._later(message.key, lambda: self._files().remove(group, args.name), lambda was: was)
-        except Exception as error:
-            self._fail(message.key, as_oserror(error))
+    def fds(self) -> list[int]:
+        """What can be read when the thread has done something."""
+        return [self._bell] if self._pending else []
+
+    def handle(self, message: link.Ask, args: Any, conversation: Sequence[int] = ()) -> None:
+        """`conversation`: the tokens of `args.messages`, where there are any, as the prompt of a call begins that
+        continues them."""
+        group, tokens = message.caller.group, np.asarray(conversation, np.int32)
+        match message.sys:
+            case Sys.CTX_SAVE:
+                self._save(message, args, tokens)
+            case Sys.CTX_RESTORE:
+                self._restore(message, args)
+            case Sys.CTX_CLOSE:
+                self._cache.release(group, tokens, message.key[0])
+                self._answer(message.key, None)
+            case Sys.CTX_LIST:
+                self._later(message.key, lambda: self._files().list(group), lambda found: found)
+            case Sys.CTX_REMOVE:
+                self._later(message.key, lambda: self._files().remove(group, args.name), lambda was: was)
 
     def poll(self) -> None:
         """Reply to the calls whose work the thread has finished."""
+        with contextlib.suppress(BlockingIOError):
+            os.eventfd_read(self._bell)  # first: what is done after it rings again
         done = [item for item in self._pending if item[0].done()]
         self._pending = [item for item in self._pending if not item[0].done()]
         for future, finish, key in done:
@@ -84,9 +86,12 @@ class Library:
 
     def close(self) -> None:
         self._thread.shutdown(wait=True)
+        os.close(self._bell)
 
     def _later(self, key: link.Key, work: Callable[[], Any], finish: Callable[[Any], object]) -> None:
-        self._pending.append((self._thread.submit(work), finish, key))
+        future = self._thread.submit(work)
+        future.add_done_callback(lambda _: os.eventfd_write(self._bell, 1))
+        self._pending.append((future, finish, key))
 
     def _files(self) -> Saved:
         if not self._folder:
@@ -102,14 +107,7 @@ class Library:
             self._saved = Saved(self._folder, fits, layout)
         return self._saved
 
-    def _tokens(self, args: wire.SaveContext | wire.CloseContext) -> Tokens:
-        """The tokens of the conversation so far, as the prompt of a call that continues it will begin."""
-        if not args.messages:
-            raise refuse("messages: there are none")
-        return np.asarray(self._requests.conversation(args.messages, args.tools), np.int32)
-
-    def _save(self, message: link.Ask, args: wire.SaveContext) -> None:
-        tokens = self._tokens(args)
+    def _save(self, message: link.Ask, args: wire.SaveContext, tokens: Tokens) -> None:
         piece = self._cache.export(message.caller.group, tokens, message.key[0])
         self._later(
             message.key,

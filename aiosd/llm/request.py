@@ -218,11 +218,15 @@ class Requests:
             raise refuse("tool_choice: required, but there are no tools")
         return tools, choice
 
-    def conversation(self, messages: list[dict[str, Any]], tools: list[dict[str, Any]] | None) -> list[int]:
-        """The tokens with which the next call of this conversation will begin."""
+    def conversation(
+        self, messages: list[dict[str, Any]], tools: list[dict[str, Any]] | None, quick: bool = False
+    ) -> list[int]:
+        """The tokens of a conversation as the next call about it begins. `quick`: as in `prepare`."""
+        if not messages:
+            raise refuse("messages: there are none")
         listed = normal_tools(tools)
         template = self.template.suited(listed)
-        self._quick = template.quick = False
+        self._quick = template.quick = quick
         return self._chat_tokens(self._rendered(messages, listed, template))
 
     def _prompt(self, request: Generate, tools: list[Tool], template: ChatTemplate) -> tuple[list[int], bool, bool]:
@@ -328,8 +332,10 @@ class Requests:
             return constraint
         return AfterThoughts(self._model, constraint, not prepared.inside)
 
-    def _force(self, sequence: Sequence, given: list[int]) -> None:
+    def _force(self, sequence: Sequence, given: list[int] | str) -> None:
         """Begin with tokens that the caller has already: text and grammar read them, but they are not sent again."""
+        if isinstance(given, str):
+            raise refuse("given: this model goes on from tokens, not from a text")
         self.check_ids(given, "given")
         if len(sequence.prompt) + len(given) > self._ctx:
             raise refuse("given: more tokens than the context holds", errno.EMSGSIZE)

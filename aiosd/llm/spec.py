@@ -7,6 +7,9 @@ from dataclasses import dataclass
 #: Tokens per slot when the user says nothing.
 DEFAULT_CTX = 2048
 
+#: The backend that runs a model in the core's own process, with llama.cpp.
+LOCAL = "aiosd.llm.local:open_model"
+
 #: llama.cpp's own limit on sequences in one context.
 MAX_SLOTS = 256
 
@@ -19,7 +22,8 @@ class ModelSpec:
     """
 
     name: str
-    path: str
+    path: str = ""  # its file; "": it has none on this machine
+    backend: str = LOCAL  # what runs it, see backend.py
     ctx: int | None = None  # tokens per slot; None: DEFAULT_CTX
     slots: int | None = None  # None: as many as fit into kv_memory, at most 32
     threads: int | None = None  # None: measured at the start
@@ -32,3 +36,4 @@ class ModelSpec:
     context_disk: int = 2 << 30  # bytes of disk for those that do not fit there either
     folder: str = ""  # where contexts on disk lie; '': nowhere
     verbose: bool = False  # llama.cpp's own log to stderr
+    vectors_only: bool = False  # it embeds texts and does not generate: see `embedcore`

@@ -5,14 +5,21 @@ itself (`locking_mode=EXCLUSIVE`: a second opener is refused, and no shared memo
 is on the disk before its caller gets an answer (WAL, `synchronous=FULL`). Each page carries a checksum (`cksumvfs`):
 a page that the disk has changed is an error for those who need it, and never a wrong answer.
 
-`once` is how a call takes effect once, whatever dies: its effect and a memo of its reply, under the key of the call,
-are one transaction. The newest MEMOS memos are kept. Keys are unique for the life of a system, so memos of an earlier
-system are removed at the start.
+**Group commit.** Most of a commit's time is the wait for the disk, which is the same for one call and for fifty. So the
+calls of one turn of the service share a transaction: `begin`, the calls, `commit`, and only then their answers. Each
+call has a savepoint, and one that fails undoes itself alone. When the whole transaction is lost (`commit` raises; or
+SQLite itself has undone it, which it does when a page cannot be read or the disk is full), nothing of it has happened:
+what was made in memory from it is dropped (`undone`), and the service does the calls again, each on its own. Outside of
+`begin` and `commit` each transaction is durable when it ends.
+
+**Once.** `once` is how a call takes effect once, whatever dies: its effect and a memo of its reply are one transaction
+(see `memos`). **Room.** On a disk that is nearly full nothing may grow, and removals go on (see `room`).
 """
 
 from __future__ import annotations
 
 import errno
+import logging
 import os
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -25,11 +32,16 @@ from msgspec import Raw
 
 from aiosd import link
 from aiosd.errors import WorldError
+from aiosd.store import roots
+from aiosd.store.memos import Memos
+from aiosd.store.room import WAL_BYTES, Room
 from libaios import wire
 
-VERSION = 1
-MEMOS = 4096
+logger = logging.getLogger("store")
+
+VERSION = 3
 FILE = "store.db"
+CHECKPOINT_PAGES = 1000  # of the WAL: a commit that exceeds this copies them into the file, in a tenth of a second
 CHECKSUM_BYTES = 8  # at the end of each page, as cksumvfs wants it
 
 #: What makes a schema of version n one of version n + 1. A migration is never changed after its release.
@@ -47,37 +59,64 @@ MIGRATIONS: tuple[str, ...] = (
     CREATE INDEX note_ends ON notes(owner, expires) WHERE expires IS NOT NULL;
     CREATE VIRTUAL TABLE note_words USING fts5(owner, text, tokenize='unicode61');
     """,
+    "",
+    # Search: filters by tag and metadata without a look at each note, a note by its own text, and vectors. `pending` is
+    # what has no vector yet of the embedder that `embedder.current` names.
+    """
+    CREATE TABLE note_tags(owner INTEGER, tag TEXT, note INTEGER, PRIMARY KEY(owner, tag, note)) WITHOUT ROWID;
+    CREATE TABLE note_fields(owner INTEGER, name TEXT, value TEXT, note INTEGER,
+                             PRIMARY KEY(owner, name, value, note)) WITHOUT ROWID;
+    INSERT OR IGNORE INTO note_tags SELECT n.owner, j.value, n.id FROM notes n, json_each(n.tags) j;
+    INSERT OR IGNORE INTO note_fields
+        SELECT n.owner, j.key, json_quote(CASE
+            WHEN j.type IN ('true', 'false') THEN json(j.type)
+            WHEN j.type = 'real' AND abs(j.value) < 1e15 AND j.value = CAST(j.value AS INTEGER)
+            THEN CAST(j.value AS INTEGER) ELSE j.value END), n.id
+        FROM notes n, json_each(n.metadata) j;
+    CREATE INDEX notes_over ON notes(expires) WHERE expires IS NOT NULL;
+    CREATE INDEX note_texts ON notes(owner, length(text), substr(text, 1, 32));
+    CREATE TABLE embedders(id INTEGER PRIMARY KEY AUTOINCREMENT, name TEXT NOT NULL UNIQUE,
+                           current INTEGER NOT NULL DEFAULT 0);
+    CREATE TABLE vectors(id INTEGER PRIMARY KEY, kind INTEGER NOT NULL, item INTEGER NOT NULL, owner INTEGER NOT NULL,
+                         embedder INTEGER NOT NULL REFERENCES embedders(id), vector BLOB NOT NULL, UNIQUE(kind, item));
+    CREATE INDEX vectors_of_owner ON vectors(owner, kind, embedder);
+    CREATE TABLE pending(number INTEGER PRIMARY KEY AUTOINCREMENT, kind INTEGER NOT NULL, item INTEGER NOT NULL,
+                         owner INTEGER NOT NULL, UNIQUE(kind, item));
+    CREATE INDEX pending_of_owner ON pending(owner);
+    """,
 )
 
 
 class Database:
     """Raises WorldError, with a sentence, when the file cannot be used."""
 
-    def __init__(self, folder: Path) -> None:
+    def __init__(self, folder: Path, room: Room | None = None) -> None:
         self.path = folder / FILE
         folder.mkdir(parents=True, exist_ok=True, mode=0o700)
+        self.undone: list[Callable[[], None]] = []  # called when a whole transaction was lost: drop what you made of it
+        self.counts = {"commits": 0, "calls": 0, "undone": 0, "damaged": 0}
+        self.memos = Memos(self.rows)
+        self._grouping = False
+        self._depth = 0
+        self._begun = False  # a transaction of ours is open,
+        self._lost: OSError | None = None  # … or SQLite has undone it
+        self._quiet = True  # nothing was written since the last checkpoint
         try:
-            self.db = self._open()
-            self._migrate()
+            self.db = connect(self.path)
+            try:
+                self._migrate()
+            except BaseException:
+                self.db.close()
+                raise
+            roots.note(self.path, self.db)
         except apsw.BusyError as err:
             raise WorldError(f"{self.path}: another process has it open") from err
+        except (apsw.CorruptError, apsw.IOError, apsw.NotADBError) as err:
+            raise WorldError(f"{self.path}: damaged ({err}); `aiosd fsck --repair` saves what is readable") from err
         except apsw.Error as err:
             raise WorldError(f"{self.path}: {err}") from err
-
-    def _open(self) -> apsw.Connection:
-        apsw.sqlite_extra.load(apsw.Connection(":memory:"), "cksumvfs")
-        new = not self.path.exists()
-        if new:
-            os.close(os.open(self.path, os.O_CREAT | os.O_RDWR, 0o600))
-        db = apsw.Connection(os.fspath(self.path), vfs="cksmvfs", statementcachesize=200)
-        if new or not self.path.stat().st_size:
-            db.reserve_bytes(None, CHECKSUM_BYTES)
-        db.set_busy_timeout(0)
-        for setting in ("locking_mode=EXCLUSIVE", "journal_mode=WAL", "synchronous=FULL", "foreign_keys=ON"):
-            name, _, value = setting.partition("=")
-            db.pragma(name, value)
-        db.execute("BEGIN IMMEDIATE; COMMIT")  # takes the lock that EXCLUSIVE then keeps
-        return db
+        self.room = room if room is not None else Room(folder)
+        self.room.prepare(self.path)
 
     def _migrate(self) -> None:
         version = int(self.db.pragma("user_version"))
@@ -90,12 +129,13 @@ class Database:
                 self.db.pragma("user_version", number)
 
     def close(self) -> None:
+        """What was not committed is undone."""
         self.db.close()
 
     # ── statements ────────────────────────────────────────────────────────────────────────────────────────
 
     def rows(self, sql: str, *values: Any) -> list[tuple[Any, ...]]:
-        with _as_oserror():
+        with self.as_oserror():
             return list(self.db.execute(sql, values))
 
     def row(self, sql: str, *values: Any) -> tuple[Any, ...] | None:
@@ -105,48 +145,201 @@ class Database:
     def do(self, sql: str, *values: Any) -> None:
         self.rows(sql, *values)
 
+    # ── transactions ──────────────────────────────────────────────────────────────────────────────────────
+
     @contextmanager
     def transaction(self) -> Iterator[None]:
-        """All that is done within it, or, when anything is raised, nothing. May be nested."""
-        with _as_oserror(), self.db:
-            yield
+        """All that is done within it, or, when anything is raised, nothing. May be nested. Durable when the outermost
+        ends, or with `commit` where calls are grouped."""
+        alone = not self._grouping and not self._depth
+        if self._lost is not None:
+            raise self._lost  # this call will be done again, alone
+        with self.as_oserror():
+            if not self._begun:
+                self.room.look()
+                self.db.execute("BEGIN IMMEDIATE")
+                self._begun = True
+            self.db.execute("SAVEPOINT part")
+        self._depth += 1
+        try:
+            with self.as_oserror():
+                yield
+                self.db.execute("RELEASE part")
+        except BaseException:
+            self._undo_part()
+            raise
+        finally:
+            self._depth -= 1
+        if alone:
+            self._commit()
+
+    def _undo_part(self) -> None:
+        if self._depth == 1 and not self._grouping:
+            self._drop()
+        elif self._lost is None:
+            self.db.execute("ROLLBACK TO part")
+            self.db.execute("RELEASE part")
+
+    def begin(self) -> None:
+        """From now on calls share a transaction, until `commit`."""
+        self._grouping = True
+
+    @property
+    def open(self) -> bool:
+        """Something was done since `begin`, and is not durable yet, or lost."""
+        return self._begun
+
+    def commit(self) -> None:
+        """Make what was done since `begin` durable. Raises OSError: nothing of it has happened."""
+        self._grouping = False
+        if self._begun:
+            self._commit()
+
+    def _commit(self) -> None:
+        try:
+            if self._lost is not None:
+                raise self._lost
+            with self.as_oserror():
+                self.memos.write()
+                self.db.execute("COMMIT")
+        except OSError:
+            self._drop()
+            raise
+        self._begun = self._quiet = False
+        self.counts["commits"] += 1
+
+    def _drop(self) -> None:
+        """The whole transaction is lost."""
+        self._begun, self._lost = False, None
+        self.counts["undone"] += 1
+        if self.db.in_transaction:
+            self.db.execute("ROLLBACK")
+        self.memos.forget_all()
+        for drop in self.undone:
+            drop()
+        if self.room.full:
+            self._checkpoint()  # into the room of the ballast: then the WAL is free for removals
+
+    def rest(self) -> None:
+        """Called when there is nothing else to do: what would hold up calls later is done now."""
+        self.room.restore()
+        if self._quiet:
+            return
+        self._quiet = True
+        self._checkpoint()
+
+    def _checkpoint(self) -> None:
+        try:
+            self.db.wal_checkpoint(mode=apsw.SQLITE_CHECKPOINT_PASSIVE)
+        except apsw.Error as err:
+            logger.warning("the WAL could not be brought into the file: %s", err)
 
     # ── calls that take effect once ───────────────────────────────────────────────────────────────────────
 
     def begin_system(self, boot: str) -> bool:
-        """Say which system uses the file now. True: another one than before; what belonged to that alone is removed."""
-        with self.transaction():
+        """Say which system uses the file now. True: another one than before. Keys are unique for the life of a system,
+        so its memos begin anew."""
+        try:
             if self.row("SELECT 1 FROM system WHERE boot = ?", boot):
                 return False
-            self.do("DELETE FROM memos")
-            self.do("DELETE FROM system")
-            self.do("INSERT INTO system VALUES(?)", boot)
+        except OSError as err:
+            logger.warning("the name of the last system: %s", err.strerror)
+        self._renew("system", "boot TEXT NOT NULL")
+        self._renew("replies", "peer INTEGER PRIMARY KEY, life INTEGER NOT NULL, calls BLOB NOT NULL")
+        self.do("INSERT INTO system VALUES(?)", boot)
         return True
 
-    def once(self, ask: link.Ask, effect: Callable[[], Any]) -> Any:
-        """The reply of the call: of `effect`, or the one that it got before a death."""
+    def _renew(self, table: str, columns: str) -> None:
+        """Make an empty table in place of one. Where a damaged page does not let it go, its pages are given up."""
+        make = f"CREATE TABLE {table}({columns})"
+        try:
+            with self.transaction():
+                self.do(f"DROP TABLE IF EXISTS {table}")
+                self.do(make)
+        except OSError as err:
+            if err.errno != errno.EIO:
+                raise
+            logger.warning("table %s was damaged, and is made anew", table)
+            with self.as_oserror():
+                self.db.pragma("writable_schema", "ON")
+                self.db.execute("DELETE FROM sqlite_schema WHERE tbl_name = ?", (table,))
+                self.db.pragma("writable_schema", "RESET")
+            self.do(make)
+
+    def once(self, ask: link.Ask, effect: Callable[[], Any], frees: bool = False) -> Any:
+        """The reply of the call: of `effect`, or the one that it got before a death. `frees`: the call removes
+        something, and is done on a full disk, too."""
+        assert not self._depth, "a memo belongs to the whole of a call"
+        if ask.again:
+            known = self.memos.find(ask)
+            if known is not None:
+                return Raw(known)
         with self.transaction():
-            if ask.again:
-                found = self.row("SELECT reply FROM memos WHERE peer = ? AND call = ?", *ask.key)
-                if found is not None:
-                    return Raw(found[0])
+            if not frees:
+                self.room.require()
+            self.memos.make_room(ask)
             reply = wire.encode(effect())
-            self.do("INSERT OR REPLACE INTO memos(peer, call, reply) VALUES(?, ?, ?)", *ask.key, reply)
-            self.do("DELETE FROM memos WHERE number <= ?", self.db.last_insert_rowid() - MEMOS)
+            self.memos.add(ask, reply)
+        self.counts["calls"] += 1
         return Raw(reply)
 
     def stats(self) -> dict[str, int]:
-        return {"file_bytes": self.path.stat().st_size, "schema": VERSION}
+        return {"file_bytes": self.path.stat().st_size, "schema": VERSION, **self.counts, **self.room.stats()}
+
+    # ── errors ────────────────────────────────────────────────────────────────────────────────────────────
+
+    @contextmanager
+    def as_oserror(self) -> Iterator[None]:
+        """What SQLite cannot do becomes an errno and a sentence."""
+        try:
+            yield
+        except apsw.Error as err:
+            error = self._meaning(err)
+            if self._begun and not self.db.in_transaction:
+                self._lost = self._lost or error or wire.error(errno.EIO, f"the transaction was undone ({err})")
+            if error is None:
+                raise
+            raise error from err
+
+    def _meaning(self, err: apsw.Error) -> OSError | None:
+        if isinstance(err, apsw.FullError):
+            self.room.give_up_ballast()
+            return wire.error(errno.ENOSPC, "the disk of the store is full")
+        if isinstance(err, apsw.CorruptError | apsw.IOError | apsw.NotADBError):
+            self.counts["damaged"] += 1
+            if self.counts["damaged"] == 1:
+                logger.error("the store is damaged (%s); `aiosd fsck` names what was hit", err)
+            return wire.error(errno.EIO, f"what the store has of this is damaged on the disk ({err})")
+        if isinstance(err, apsw.TooBigError | apsw.NoMemError):
+            return wire.error(errno.EMSGSIZE, "too large for the store")
+        return None
 
 
-@contextmanager
-def _as_oserror() -> Iterator[None]:
-    """What SQLite cannot do becomes an errno and a sentence."""
+def settle(path: Path) -> None:
+    """Bring what the WAL has into the file, where that can be done: for reading the file by itself. Raises WorldError
+    when another process has it open."""
     try:
-        yield
-    except apsw.FullError as err:
-        raise wire.error(errno.ENOSPC, "the disk of the store is full") from err
-    except (apsw.CorruptError, apsw.IOError, apsw.NotADBError) as err:
-        raise wire.error(errno.EIO, f"what the store has of this is damaged on the disk ({err})") from err
-    except (apsw.TooBigError, apsw.NoMemError) as err:
-        raise wire.error(errno.EMSGSIZE, "too large for the store") from err
+        connect(path).close()
+    except apsw.BusyError as err:
+        raise WorldError(f"{path}: another process has it open") from err
+    except apsw.Error as err:
+        logger.info("%s: %s", path, err)  # what is damaged is named by those who read it
+
+
+def connect(path: Path) -> apsw.Connection:
+    """Open the file, or make it, and take its lock. Raises apsw.Error."""
+    apsw.sqlite_extra.load(apsw.Connection(":memory:"), "cksumvfs")
+    new = not path.exists()
+    if new:
+        os.close(os.open(path, os.O_CREAT | os.O_RDWR, 0o600))
+    db = apsw.Connection(os.fspath(path), vfs="cksmvfs", statementcachesize=200)
+    if new or not path.stat().st_size:
+        db.reserve_bytes(None, CHECKSUM_BYTES)
+    db.set_busy_timeout(0)
+    for setting in ("locking_mode=EXCLUSIVE", "journal_mode=WAL", "synchronous=FULL", "foreign_keys=ON"):
+        name, _, value = setting.partition("=")
+        db.pragma(name, value)
+    db.pragma("journal_size_limit", WAL_BYTES)
+    db.wal_autocheckpoint(CHECKPOINT_PAGES)
+    db.execute("BEGIN IMMEDIATE; COMMIT")  # takes the lock that EXCLUSIVE then keeps
+    return db

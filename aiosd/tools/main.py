@@ -15,6 +15,7 @@ import logging
 import os
 import posixpath
 import shutil
+import signal
 import threading
 from collections.abc import Iterable
 from dataclasses import dataclass
@@ -26,15 +27,20 @@ from aiosd.heartbeat import Rounds
 from aiosd.service import LATER, Server
 from aiosd.tools.admission import Admission, Needs
 from aiosd.tools.messages import Described, Done, Run, Tool
+from aiosd.tools.pins import Pins
 from aiosd.tools.pool import Job, Pool
-from aiosd.tools.spec import ToolboxSpec
+from aiosd.tools.spec import MCP, ToolboxSpec
 from libaios import wire
 from libaios.channel import Channel
-from libaios.wire import CallTool, Sys, ToolInfo
+from libaios.wire import CallTool, Sys, ToolInfo, TrustTool
 
 logger = logging.getLogger("toolbox")
 
 BUILT_IN = "aiosd.tools.builtin"
+CHANGED = (
+    "the server describes {0} otherwise than before; it is not offered until a person has looked at it: "
+    "aiosd tools --trust {0}"
+)
 PR_SET_CHILD_SUBREAPER = 36
 
 
@@ -65,7 +71,7 @@ class Toolbox:
         self.errors: dict[str, str] = {}  # of sources that could not be loaded
         self.server = Server(
             channel,
-            {Sys.TOOL_LIST: self.listing, Sys.TOOL_CALL: self.call},
+            {Sys.TOOL_LIST: self.listing, Sys.TOOL_CALL: self.call, Sys.TOOL_TRUST: self.trust},
             self.stats,
             on_gone=self.peer_gone,
             on_keep=self.only_alive,
@@ -73,17 +79,22 @@ class Toolbox:
             queued=frozenset((Sys.TOOL_CALL, Sys.TOOL_LIST)),
         )
         self.admission = Admission(spec.workers)
+        self.pins = Pins(Path(spec.folder).parent / "tools.json")
         self._loading = {BUILT_IN, *spec.files}
+        self._starting = {f"{MCP}{name}" for name in spec.servers}  # servers, on which only their own calls wait
         self._early: list[tuple[link.Ask, Any]] = []  # calls that came before all sources were loaded
         self._calls: dict[link.Key, _Call] = {}
         self._served = 0
         os.makedirs(spec.folder, mode=0o700, exist_ok=True)
-        self.pool = Pool(self.server.timers, self.server.watch, self.server.forget, spec.folder, self._described)
+        self.pool = Pool(
+            self.server.timers, self.server.watch, self.server.forget, spec.folder, self._described, spec.servers
+        )
 
     def run(self, rounds: Rounds) -> int:
-        for source in (BUILT_IN, *self.spec.files):
+        for source in (BUILT_IN, *self.spec.files, *self._starting):
             self.pool.load(source)
         try:
+            signal.signal(signal.SIGTERM, self.server.end)  # at the end of the system; workers end before their parent
             return self.server.run(rounds)
         finally:
             self.pool.close()
@@ -101,19 +112,28 @@ class Toolbox:
     # ── sources ───────────────────────────────────────────────────────────────────────────────────────────
 
     def _described(self, source: str, described: Described) -> None:
-        """A worker of this source has started; of the first one the toolbox learns what there is."""
-        if source not in self._loading:
-            return
-        self._loading.remove(source)
+        """A worker of this source has started, or a server has other tools now."""
         if described.error:
             self.errors[source] = described.error
             logger.error("tools of %s cannot be loaded: %s", source, described.error)
-        for tool in described.tools:
-            self._add(tool, source)
-        if not self._loading:
-            early, self._early = self._early, []
-            for ask, args in early:
-                self._resume(ask, args)
+        elif source in self._loading or source in self._starting or source.startswith(MCP):
+            self._replace(source, described.tools)
+        self._loading.discard(source)
+        self._starting.discard(source)
+        early, self._early = self._early, []
+        for ask, args in early:
+            self._resume(ask, args)
+
+    def _replace(self, source: str, tools: list[Tool]) -> None:
+        """These are the tools of a source from now on."""
+        self.tools = {name: known for name, known in self.tools.items() if known.source != source}
+        self.errors = {place: why for place, why in self.errors.items() if place.partition(": ")[0] != source}
+        for tool in tools:
+            if source.startswith(MCP) and not self.pins.holds(tool):
+                self.errors[f"{source}: {tool.name}"] = CHANGED.format(tool.name)
+                logger.warning("%s: %s", source, CHANGED.format(tool.name))
+            else:
+                self._add(tool, source)
 
     def _add(self, tool: Tool, source: str) -> None:
         import jsonschema_rs  # 15 MB, in this process alone
@@ -139,8 +159,22 @@ class Toolbox:
             return LATER
         return [self.tools[name].info for name in sorted(self.tools)]
 
-    def call(self, ask: link.Ask, args: CallTool) -> Any:
+    def trust(self, ask: link.Ask, args: TrustTool) -> None:
+        """Take a tool as it is described now. Only a person may."""
+        if ask.caller.pid:
+            raise wire.error(errno.EPERM, "only a person trusts a tool")
+        if not self.pins.accept(args.name):
+            raise wire.error(errno.ENOENT, f"no tool of this name waits to be trusted: {args.name}")
+        self.pool.load(f"{MCP}{args.name.partition('__')[0]}")  # it describes all its tools anew
+
+    def _waits(self, args: CallTool) -> bool:
+        """Is this a call of something that is still being loaded?"""
         if self._loading:
+            return True
+        return args.name not in self.tools and f"{MCP}{args.name.partition('__')[0]}" in self._starting
+
+    def call(self, ask: link.Ask, args: CallTool) -> Any:
+        if self._waits(args):
             self._early.append((ask, args))
             return LATER
         known = self._check(args)

@@ -19,7 +19,7 @@ import signal
 import socket
 import subprocess
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 
 import msgspec
@@ -27,6 +27,7 @@ import msgspec
 from aiosd import procfs
 from aiosd.timers import Timer, Timers
 from aiosd.tools.messages import Described, Done, Run, Tool, Wrote, decode_from_worker, encode
+from aiosd.tools.spec import MCP, McpServer
 from libaios.ring import ProtocolError
 from libaios.stream import FrameSocket
 
@@ -69,7 +70,8 @@ class Worker:
 
 
 class Pool:
-    """`watch` and `forget`: the loop's descriptors. `described` is called once for each start of a source."""
+    """`watch` and `forget`: the loop's descriptors. `described` is called at each start of a worker, and when an MCP
+    server (`servers`, by name) has other tools than before."""
 
     def __init__(
         self,
@@ -78,12 +80,14 @@ class Pool:
         forget: Callable[[int], None],
         home: str,
         described: Callable[[str, Described], None],
+        servers: Mapping[str, McpServer],
     ) -> None:
         self._timers = timers
         self._watch = watch
         self._forget = forget
         self._home = home
         self._described = described
+        self._servers = servers
         self._workers: list[Worker] = []
         self._queue: dict[str, list[Job]] = {}  # of each source: admitted, and waiting for a worker that starts
         self._sampler: Timer | None = None
@@ -131,9 +135,11 @@ class Pool:
 
     def _start(self, source: str) -> None:
         ours, theirs = socket.socketpair()
+        server = self._servers.get(source.removeprefix(MCP)) if source.startswith(MCP) else None
+        module = "worker" if server is None else "bridge"
         with theirs:
             process = subprocess.Popen(
-                [sys.executable, "-m", "aiosd.tools.worker", str(theirs.fileno()), source],
+                [sys.executable, "-m", f"aiosd.tools.{module}", str(theirs.fileno()), source.removeprefix(MCP)],
                 stdin=subprocess.DEVNULL,
                 stdout=subprocess.DEVNULL,
                 stderr=subprocess.DEVNULL,
@@ -143,6 +149,8 @@ class Pool:
             )
         worker = Worker(source, process, FrameSocket(ours, FRAME_BYTES))
         self._workers.append(worker)
+        if server is not None:
+            worker.frames.send(encode(server))  # not as an argument: it may hold keys, and everyone can read those
         self._watch(worker.frames.fileno(), lambda: self._on_readable(worker))
         late = Done(None, errno.ETIMEDOUT, f"{source} was not loaded after {LOAD_S:.0f} s")
         worker.deadline = self._timers.after(LOAD_S, lambda: self._end(worker, late))
@@ -179,6 +187,8 @@ class Pool:
         match message:
             case Described() if not worker.described:
                 self._on_described(worker, message)
+            case Described() if worker.source.startswith(MCP):
+                self._described(worker.source, message)
             case Wrote(text=text) if worker.job is not None:
                 worker.wrote += len(text.encode())
                 if worker.wrote <= worker.job.tool.output_bytes:
@@ -201,7 +211,7 @@ class Pool:
         """A call has ended in order. What it left running below the worker must not outlive it."""
         job, worker.job = worker.job, None
         self._stop_clock(worker)
-        leftovers = procfs.children(worker.process.pid)
+        leftovers = not worker.source.startswith(MCP) and procfs.children(worker.process.pid)
         if done.spent or leftovers:
             worker.verdict = done
             self._kill(worker)
@@ -219,9 +229,10 @@ class Pool:
             worker.idle = self._timers.after(IDLE_S, lambda: self._retire(worker))
 
     def _retire(self, worker: Worker) -> None:
-        """End a worker that was idle for long; the last one of a source stays."""
+        """End a worker that was idle for long. The last one of a source stays, unless it is one of an MCP server, which
+        with its server takes a hundred megabytes."""
         same = [other for other in self._workers if other.source == worker.source and other.verdict is None]
-        if worker.job is None and len(same) > 1:
+        if worker.job is None and (len(same) > 1 or worker.source.startswith(MCP)):
             self._kill(worker)
 
     # ── the end of a worker ───────────────────────────────────────────────────────────────────────────────

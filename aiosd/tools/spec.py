@@ -2,12 +2,58 @@
 
 from __future__ import annotations
 
+import re
+from collections.abc import Mapping
+from typing import Any
+
+import msgspec
 from msgspec import Struct
+
+MCP = "mcp:"  # how a source begins that is an MCP server
+SERVER_NAME = re.compile(r"[A-Za-z0-9_-]{1,32}\Z")
+
+
+class McpServer(Struct, frozen=True, forbid_unknown_fields=True):
+    """One of [mcpServers] in aiosd.toml: a program (`command`), or an address (`url`). Keys as other programs have
+    them; `env` is all of its environment but PATH and the like."""
+
+    command: str = ""
+    args: list[str] = []
+    env: dict[str, str] = {}
+    cwd: str = ""
+    url: str = ""
+    headers: dict[str, str] = {}
+    timeout: float = 60.0  # seconds that a call may take
+    type: str = ""  # "stdio", "http": follows from the rest, and is accepted because files have it
+    disabled: bool = False
 
 
 class ToolboxSpec(Struct, frozen=True):
-    """Settings of the toolbox: the folder for its callers' folders, files of tools, calls that run at a time."""
+    """Settings of the toolbox: the folder for its callers' folders, files of tools, calls that run at a time, and MCP
+    servers by name."""
 
     folder: str
     files: tuple[str, ...] = ()
     workers: int = 8
+    servers: dict[str, McpServer] = {}
+
+
+def read_servers(table: Any) -> dict[str, McpServer]:
+    """The servers of a table [mcpServers]. Raises ValueError with a sentence."""
+    if not isinstance(table, Mapping):
+        raise ValueError("mcpServers is a table: [mcpServers.NAME]")
+    found = {}
+    for name, value in table.items():
+        if not SERVER_NAME.match(name):
+            raise ValueError(f"{name!r} is no name of a server (1 to 32 of A-Z a-z 0-9 _ -)")
+        try:
+            server = msgspec.convert(value, McpServer)
+        except msgspec.ValidationError as err:
+            raise ValueError(f"mcpServers.{name}: {err}") from None
+        if bool(server.command) == bool(server.url):
+            raise ValueError(f"mcpServers.{name}: one of command and url")
+        if not server.timeout > 0:
+            raise ValueError(f"mcpServers.{name}: timeout is a number of seconds")
+        if not server.disabled:
+            found[name] = server
+    return found

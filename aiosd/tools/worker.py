@@ -48,28 +48,26 @@ class _Output(io.TextIOBase):
         shown = text[: self.left]
         self.left -= len(shown.encode("utf-8", "replace"))
         if shown:
-            _send(self._frames, Wrote(shown.encode("utf-8", "replace").decode()))
+            send(self._frames, Wrote(shown.encode("utf-8", "replace").decode()))
         return len(text)
 
 
 def main(fd: str, source: str) -> int:
-    _die_with_parent()
+    die_with_parent()
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     os.environ.pop("PYTHONPATH", None)  # for this process, not for what a tool starts
     frames = FrameSocket(socket.socket(fileno=int(fd)))
     os.set_inheritable(int(fd), False)
-    for limit, value in LIMITS:
-        _, hard = resource.getrlimit(limit)
-        resource.setrlimit(limit, (value if hard == resource.RLIM_INFINITY else min(value, hard), hard))
+    limit(*LIMITS)
     sys.stdin = open(os.devnull)  # noqa: SIM115 - for the whole life of the process
     output = _Output(frames)
     sys.stdout = sys.stderr = output
     try:
         functions = functions_of(_load(source))
     except BaseException as err:  # a person's file may raise anything, SystemExit included
-        _send(frames, Described([], f"{type(err).__name__}: {err}"[:MESSAGE_BYTES]))
+        send(frames, Described([], f"{type(err).__name__}: {err}"[:MESSAGE_BYTES]))
         return 1
-    _send(frames, Described([function.tool for function in functions.values()]))
+    send(frames, Described([function.tool for function in functions.values()]))
     while True:
         try:
             payload, _ = frames.recv_blocking()
@@ -77,7 +75,7 @@ def main(fd: str, source: str) -> int:
             return 0
         request = msgpack.decode(payload, type=Run)
         done = _serve(functions[request.tool], request, output)
-        _send(frames, done)
+        send(frames, done)
         if done.spent:
             return 0
 
@@ -143,7 +141,14 @@ def _os_message(err: OSError) -> str:
     return f"{text}: {err.filename}" if err.filename else text
 
 
-def _send(frames: FrameSocket, message: FromWorker) -> None:
+def limit(*limits: tuple[int, int]) -> None:
+    """Lower soft limits, in this process and all that it starts."""
+    for which, value in limits:
+        _, hard = resource.getrlimit(which)
+        resource.setrlimit(which, (value if hard == resource.RLIM_INFINITY else min(value, hard), hard))
+
+
+def send(frames: FrameSocket, message: FromWorker) -> None:
     """Send, however slow the service reads."""
     frames.send(encode(message))
     while not frames.flush():
@@ -158,7 +163,7 @@ def _wait_writable(fd: int) -> None:
     poll.poll()
 
 
-def _die_with_parent() -> None:
+def die_with_parent() -> None:
     import ctypes
 
     pr_set_pdeathsig, pr_set_child_subreaper = 1, 36

@@ -1,0 +1,190 @@
+"""aiosd fsck, backup, export, import: the store as a whole.
+
+$ aiosd backup notes.tar
+notes.tar: 2 owners, 1392 notes
+"""
+
+from __future__ import annotations
+
+import contextlib
+import fcntl
+import os
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import IO, TypeVar
+
+import click
+
+from aiosd.commands import edge
+from aiosd.errors import AiosdError
+from libaios.client import NoKernel
+from libaios.home import Home
+from libaios.wire import NoArgs, Sys
+
+T = TypeVar("T")
+
+
+@click.command("fsck", context_settings=edge.SETTINGS, short_help="Check what agents keep; --repair saves it.")
+@click.option("--repair", is_flag=True, help="Copy what is readable into a new file. The old one is kept.")
+def fsck(repair: bool) -> int:
+    """Check the store: each page of its database, each large content. What is damaged is named, and nothing changed;
+    the exit code is 1 then. aiosd must not be running.
+
+    \b
+      aiosd fsck
+      aiosd fsck --repair       the old file stays beside the new one
+    """
+    from aiosd.store import fsck, rebuild
+    from aiosd.store.database import FILE
+
+    with _failing(), _closed() as folder:
+        found = fsck.check(folder / FILE)
+        print("\n".join(found) or f"{folder / FILE}: nothing is damaged")
+        if not found or not repair:
+            return 1 if found else 0
+        copied, old = rebuild.repair(folder / FILE)
+        print(f"copied into a new file: {_counted(copied)}")
+        print(f"the old one is {old}")
+    return 0
+
+
+@click.command("backup", context_settings=edge.SETTINGS, short_help="Copy what agents keep into one file.")
+@click.argument("file", type=click.Path(path_type=Path))
+def backup(file: Path) -> int:
+    """Copy the database of the store and its large contents into FILE, a tar, while aiosd runs or not: all as it was at
+    one moment. `aiosd import` reads it back.
+
+    \b
+      aiosd backup ~/backups/$(date +%F).tar
+    """
+    from aiosd.store import archive
+
+    with _failing(), _readable() as folder:
+        _write(file, lambda target: archive.backup(folder, target))
+    return 0
+
+
+@click.command("export", context_settings=edge.SETTINGS, short_help="Write what agents keep as JSON lines.")
+@click.argument("file", type=click.Path(path_type=Path))
+def export(file: Path) -> int:
+    """Write what agents keep into FILE, a tar: a file of JSON lines for each table, and the large contents. While aiosd
+    runs or not. Of a damaged store what is readable is written, the rest is named, and the exit code is 1.
+
+    \b
+      aiosd export notes.tar
+      tar -xOf notes.tar notes.jsonl | jq .text
+    """
+    from aiosd.store import archive
+
+    with _failing(), _readable() as folder:
+        counts, lost = _write(file, lambda target: archive.export(folder, target))
+    print(f"{file}: {_counted(counts)}")
+    for line in lost:
+        edge.complain("aiosd", line)
+    return 1 if lost else 0
+
+
+@click.command("import", context_settings=edge.SETTINGS, short_help="Read an export or a backup.")
+@click.argument("file", type=click.Path(exists=True, dir_okay=False, path_type=Path))
+@click.option("--replace", is_flag=True, help="Also where the store has something; that is kept beside it.")
+def load(file: Path, replace: bool) -> int:
+    """Read what `aiosd export` or `aiosd backup` wrote. The store must be empty, or --replace be given: then its
+    database is kept under another name. aiosd must not be running.
+
+    \b
+      aiosd import notes.tar
+    """
+    from aiosd.init import guardian
+    from aiosd.store import archive
+
+    guardian.prepare(Home())
+    with _failing(), _closed(must_exist=False) as folder:
+        if not replace and (kept := archive.counted(folder)):
+            raise edge.Failed(f"the store has {_counted(kept)}; --replace keeps them beside what is imported")
+        with open(file, "rb") as source:
+            counts, old = archive.load(source, folder)
+    print(f"{file}: {_counted(counts)}")
+    if old is not None:
+        print(f"what was there is {old}")
+    return 0
+
+
+COMMANDS = (fsck, backup, export, load)
+
+
+def register(group: click.Group) -> None:
+    for command in COMMANDS:
+        group.add_command(command)
+
+
+# ── the store's files ─────────────────────────────────────────────────────────────────────────────────────
+
+
+@contextlib.contextmanager
+def _failing() -> Iterator[None]:
+    try:
+        yield
+    except AiosdError as err:
+        raise edge.Failed(str(err)) from None
+
+
+@contextlib.contextmanager
+def _closed(must_exist: bool = True) -> Iterator[Path]:
+    """The folder of the store. No aiosd runs, and none can start meanwhile."""
+    from aiosd.store.database import FILE, settle
+
+    home = Home()
+    folder = home.data / "store"
+    if must_exist and not (folder / FILE).exists():
+        raise edge.Failed(f"there is no store in {folder}")
+    lock = os.open(home.data / "lock", os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
+    try:
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise edge.Failed(f"aiosd is running in {home.root}; end it first with: aiosd stop") from None
+        if (folder / FILE).exists():
+            settle(folder / FILE)
+        yield folder
+    finally:
+        os.close(lock)
+
+
+@contextlib.contextmanager
+def _readable() -> Iterator[Path]:
+    """A folder with a database that does not change: the store's own, or a snapshot that the running store has made."""
+    import shutil
+
+    try:
+        client = edge.connect()
+    except NoKernel:
+        with _closed() as folder:
+            yield folder
+        return
+    with client:
+        snapshot = Path(client.call(Sys.STORE_SNAPSHOT, NoArgs(), str))
+    try:
+        yield snapshot
+    finally:
+        shutil.rmtree(snapshot, ignore_errors=True)
+
+
+def _write(file: Path, fill: Callable[[IO[bytes]], T]) -> T:
+    """The file is there when all of it is on the disk, and not before. One that exists is left alone."""
+    if file.exists():
+        raise edge.Failed(f"{file}: exists already")
+    part = file.with_name(file.name + ".part")
+    try:
+        with open(os.open(part, os.O_RDWR | os.O_CREAT | os.O_TRUNC | os.O_CLOEXEC, 0o600), "w+b") as target:
+            result = fill(target)
+            target.flush()
+            os.fsync(target.fileno())
+        os.rename(part, file)
+    except BaseException:
+        part.unlink(missing_ok=True)
+        raise
+    return result
+
+
+def _counted(counts: dict[str, int]) -> str:
+    return ", ".join(f"{number} {name}" for name, number in counts.items()) or "nothing"

@@ -1,0 +1,93 @@
+"""The seam: what a core's process (`core.py`) asks of the part that makes the text, its backend.
+
+    kernel ══channel══ Line ── CoreProcess ── Backend ── llama.cpp in this process (`local.py`), or anything else
+
+A backend is named in its `ModelSpec` as `module:function`, and that function is an `Open`. Nothing on this side of the
+seam imports llama.cpp, so a backend decides alone what is loaded into its process.
+
+What a backend owes the kernel, message by message (`link` has their fields):
+
+    Submit      one `Step` that has it among `started`, deltas in any number, then one `Finished`; or one `Failed`.
+                A key that it has already: it goes on, and sends again what comes after `request.given`. When
+                `budget` tokens have been charged it ends, with the reason "limit".
+    Ask         one `Answered` or `Failed` (`Line.answer`, `Line.refuse`)
+    CancelCall  nothing more about this call, and whatever it holds is free
+    Park        as long as it is in force nothing is made for this peer; answered with `Parked` where it has a number
+    ParkCall    the same for one call, without an answer
+    Keep        the calls of all other peers are cancelled; parked peers are forgotten, the kernel names them anew
+    Gone, Renice, Schedule   hints: a backend that cannot use them ignores them
+
+The kernel does not look into what a generation has given out: it sends it back as `request.given`, tokens or text as
+the deltas were, when the call must go on in a new core. It charges what the deltas name as `charged`, and at the end
+what `usage` and the last `charged` say.
+"""
+
+from __future__ import annotations
+
+import importlib
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, Protocol
+
+from aiosd import link
+from aiosd.errors import Bug
+from aiosd.llm.line import Line
+from aiosd.llm.spec import ModelSpec
+
+#: The messages that a backend takes. `GetStats` and `Quit` are the process's own.
+MESSAGES = frozenset(
+    {
+        link.Submit,
+        link.Ask,
+        link.CancelCall,
+        link.Park,
+        link.ParkCall,
+        link.Keep,
+        link.Gone,
+        link.Renice,
+        link.Schedule,
+    }
+)
+
+Table = Mapping[type, Callable[[Any], None]]
+
+
+class Backend(Protocol):
+    @property
+    def info(self) -> dict[str, Any]:
+        """The fields of `wire.ModelInfo` without name and default."""
+
+    @property
+    def table(self) -> Table:
+        """One function for each of MESSAGES. None of them waits."""
+
+    @property
+    def has_work(self) -> bool:
+        """Would a step do anything now? If not, the process sleeps."""
+
+    def step(self) -> None:
+        """Do a part of the work, and send what came of it. Called once in each round of the loop, also without work;
+        messages are handled between two steps, so one step does not take long."""
+
+    def fds(self) -> Sequence[int]:
+        """Descriptors that also end the sleep when they can be read."""
+
+    def stats(self) -> dict[str, Any]:
+        """Figures for `aiosd status`. `slots` (total, free, used) where there are any."""
+
+    def close(self) -> None:
+        """The process ends."""
+
+
+#: Makes the backend of a model, and reports by `Line.progress` where that takes long. Raises AiosdError with one line.
+Open = Callable[[ModelSpec, Line], Backend]
+
+
+def opened(spec: ModelSpec, line: Line) -> Backend:
+    """The backend that the spec names."""
+    module, _, function = spec.backend.partition(":")
+    make: Open = getattr(importlib.import_module(module), function)
+    backend = make(spec, line)
+    missing = MESSAGES - set(backend.table)
+    if missing:
+        raise Bug(f"{spec.backend}: no function for {', '.join(sorted(kind.__name__ for kind in missing))}")
+    return backend

@@ -1,0 +1,321 @@
+"""The backend that runs a model in this process, with llama.cpp.
+
+`open_model` loads it. `Local` takes the kernel's messages: generations go to the engine, embeddings to the embedder,
+contexts by name to the library, and work on text that takes long to the front process.
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+import time
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any
+
+from msgspec import msgpack
+
+from aiosd import link
+from aiosd.errors import as_oserror
+from aiosd.llm import policy
+from aiosd.llm.document import Later
+from aiosd.llm.front import CONVERSATION, PREPARE, TEXTS, TOKENIZE, Front
+from aiosd.llm.line import Line
+from aiosd.llm.spec import ModelSpec
+from libaios import wire
+from libaios.wire import Sys
+
+logger = logging.getLogger("llm.local")
+
+#: The most memory for contexts without a slot where no setting gives a size.
+MOST_CONTEXT_RAM = 4 << 30
+
+#: How threads of llama.cpp wait for each other; OpenMP reads this when it is loaded. A thread that waits checks 1,000
+#: times, which takes some microseconds, and then sleeps. By default it would check for milliseconds. If other processes
+#: need the processors too, the thread that it waits for cannot run meanwhile: beside two busy processes a step took 10
+#: to 150 times as long.
+THREADS_WAIT = {"GOMP_SPINCOUNT": "1000"}
+
+PLACES_EVERY = 1.0  # seconds between two reports on where contexts lie, while calls run; more where a report takes long
+PLACES_SHARE = 0.005  # the largest part of the time that these reports may take
+LONG_TEXT = 1 << 15  # texts of more characters are tokenised by the front process, so that other calls need not wait
+QUIET_S = 5.0  # seconds without work after which the machine may be quiet enough to measure threads again
+
+
+def open_model(spec: ModelSpec, line: Line) -> Local:
+    """Raises AiosdError with one line that says why not."""
+    for name, value in THREADS_WAIT.items():
+        os.environ.setdefault(name, value)
+    from aiosd.llm import llama, loading  # llama.cpp and numpy, only in this process
+
+    llama.start(spec.verbose)
+    # Some damaged files are detected only by an assertion in llama.cpp, which ends the process: send a reason first.
+    llama.on_abort(lambda why: line.die(f"{spec.path}: damaged: {why}"))
+    loaded = loading.load(spec, line.progress)
+    llama.on_abort(None)
+    return Local(spec, line, loaded)
+
+
+class Local:
+    """One engine and what stands beside it."""
+
+    def __init__(self, spec: ModelSpec, line: Line, loaded: Any) -> None:
+        from aiosd.llm.embed import Embedder
+        from aiosd.llm.engine import Engine
+        from aiosd.llm.library import Library
+
+        self._spec = spec
+        self._line = line
+        self._loaded = loaded
+        self.engine = Engine(
+            loaded.model,
+            loaded.context,
+            ctx=loaded.ctx,
+            slots=loaded.slots,
+            exact=spec.exact,
+            emit=line.send,
+            congested=line.congested,
+            ram=context_ram(spec),
+            disk=spec.context_disk,
+            folder=spec.folder,
+            cancelled=line.cancelled,
+        )
+        self._embedder = Embedder(loaded.model, loaded.threads.number)
+        self._embeds: dict[link.Key, Iterator[wire.Embedded | None]] = {}  # being computed, the oldest first
+        template = self.engine.requests.template
+        self.info: dict[str, Any] = loaded.info(chat=template.given, tools=template.takes_tools)
+        self._library = Library(spec.folder, loaded.path, self.engine.cache, line.answer, line.refuse, exact=spec.exact)
+        self._front = Front(loaded.path, loaded.ctx)
+        self._places_due = 0.0
+        self._places: dict[int, tuple[str, int]] = {}
+        self._quiet_since = time.monotonic()
+        self._schedule: link.Schedule | None = None
+        self._calls: dict[int, Callable[[link.Ask, Any], None]] = {
+            Sys.EMBED: self._embed,
+            Sys.TOKENIZE: self._tokenize,
+            Sys.DETOKENIZE: self._detokenize,
+            Sys.CTX_SAVE: self._about_conversation,
+            Sys.CTX_CLOSE: self._about_conversation,
+            Sys.CTX_RESTORE: self._library.handle,
+            Sys.CTX_LIST: self._library.handle,
+            Sys.CTX_REMOVE: self._library.handle,
+        }
+        self.table: dict[type, Callable[[Any], None]] = {
+            link.Submit: self._submit,
+            link.Ask: self._ask,
+            link.CancelCall: self._cancel,
+            link.Park: self._park,
+            link.ParkCall: lambda message: self.engine.park_call(message.key, message.parked),
+            link.Keep: self._keep,
+            link.Schedule: self._reschedule,
+            link.Renice: lambda message: self.engine.renice(message.peer, message.nice),
+            link.Gone: lambda message: self.engine.gone(message.peer),
+        }
+
+    # ── one round of the loop ─────────────────────────────────────────────────────────────────────────────
+
+    @property
+    def has_work(self) -> bool:
+        return self.engine.has_work or bool(self._embeds)
+
+    def step(self) -> None:
+        now = time.monotonic()
+        if self._library.busy:
+            self._library.poll()
+        if self._embeds:
+            self._embed_one()
+        if self._front.busy:
+            self._front.poll()
+        if self.engine.has_work:
+            self.engine.step()
+            self._quiet_since = now
+            if now > self._places_due:
+                self._tell_places()
+        elif not self._embeds:
+            self._tell_places()
+            if now - self._quiet_since > QUIET_S:
+                self._quiet_since = now
+                self.measure_again()
+
+    def fds(self) -> Sequence[int]:
+        return [*self._front.fds(), *self._library.fds()]
+
+    def close(self) -> None:
+        self._front.close()
+        self._library.close()
+
+    def measure_again(self) -> None:
+        """If the number of threads was measured beside other busy processes, and the machine is quiet now, measure it
+        again."""
+        from aiosd.llm.loading import MEASURED_ROWS
+        from aiosd.llm.threads import machine_is_quiet
+
+        if self._loaded.threads.again and not self.engine.num_calls and machine_is_quiet():
+            empty = self.engine.slots.empty()[:MEASURED_ROWS]
+            if empty:
+                self._loaded.measure_again(empty)
+
+    def _tell_places(self) -> None:
+        began = time.monotonic()
+        places = {peer: place for peer, place in self.engine.cache.by_peer().items() if peer > 0}
+        if places != self._places:
+            self._places = places
+            self._line.send(link.Contexts(places))
+        now = time.monotonic()
+        self._places_due = now + max(PLACES_EVERY, (now - began) / PLACES_SHARE)
+
+    # ── messages ──────────────────────────────────────────────────────────────────────────────────────────
+
+    def _reschedule(self, message: link.Schedule) -> None:
+        """Use another policy or another quantum. A new kernel sends the settings again: if they are the same, the
+        policy keeps its state."""
+        if message != self._schedule:
+            self._schedule = message
+            quantum = policy.Quantum(message.tokens, message.seconds)
+            self.engine.set_policy(policy.make(message.policy, quantum, message.shares))
+
+    def _park(self, message: link.Park) -> None:
+        self.engine.park(message.peer, message.parked)
+        if message.number:
+            self._line.send(link.Parked(message.number))
+
+    def _cancel(self, message: link.CancelCall) -> None:
+        self._embeds.pop(message.key, None)
+        self._front.cancel(lambda key: key == message.key)
+        self.engine.cancel(message.key)
+
+    def _keep(self, message: link.Keep) -> None:
+        kept = set(message.peers)
+        self._embeds = {key: steps for key, steps in self._embeds.items() if key[0] in kept}
+        self._front.cancel(lambda key: key[0] not in kept)
+        self.engine.keep(kept)
+
+    # ── calls. Templates, schemas and tokenising may hang or end this process, so the kernel is told which call is
+    #    being worked on (`Working`), and blames only that ──
+
+    def _submit(self, message: link.Submit) -> None:
+        self._line.send(link.Working(message.key))
+        self._front.cancel(lambda key: key == message.key)  # if it is there, a new kernel has submitted it again
+        prepared = None
+        if not self.engine.knows(message.key):
+            try:
+                prepared = self.engine.requests.prepare(message.request, quick=True)
+            except Later:
+                self._prepare(message)
+                return
+            except Exception as error:  # any: the engine meets the same one below, and reports it
+                logger.debug("call %d of %d: %s", message.key[1], message.key[0], error)
+        self.engine.submit(message, prepared)
+        self._line.send(link.Working(None))
+
+    def _prepare(self, message: link.Submit) -> None:
+        from aiosd.llm.request import Prepared
+
+        self._line.send(link.Working(None))
+        submit = self.engine.submit
+        self._aside(message.key, PREPARE, message.request, Prepared, lambda prepared: submit(message, prepared))
+
+    def _ask(self, ask: link.Ask) -> None:
+        self._line.send(link.Working(ask.key))
+        self._front.cancel(lambda key: key == ask.key)
+        try:
+            self._calls[ask.sys](ask, wire.decode_args[ask.sys](ask.args))
+        except Exception as error:
+            self._line.refuse(ask.key, as_oserror(error))
+        self._line.send(link.Working(None))
+
+    def _aside(self, key: link.Key, kind: str, request: object, result: Any, then: Callable[[Any], None]) -> None:
+        """The work on its text takes long: the front process does it, and this process works on other calls. `then`
+        gets what comes of it."""
+
+        def done(encoded: bytes) -> None:
+            try:
+                then(msgpack.decode(encoded, type=result))
+            except Exception as error:
+                self._line.refuse(key, as_oserror(error))
+
+        self._front.ask(key, kind, wire.encode(request), done, lambda error: self._line.refuse(key, error))
+
+    def _tokenize(self, ask: link.Ask, request: wire.Tokenize) -> None:
+        def answer(tokens: list[int]) -> None:
+            self._line.answer(ask.key, tokens)
+
+        if len(request.text) > LONG_TEXT:
+            self._aside(ask.key, TOKENIZE, request, list[int], answer)
+        else:
+            answer(self._loaded.model.tokenize(request.text, bos=False, special=request.special))
+
+    def _detokenize(self, ask: link.Ask, request: wire.Detokenize) -> None:
+        self.engine.requests.check_ids(request.tokens, "tokens")
+        self._line.answer(ask.key, self._loaded.model.text(request.tokens))
+
+    def _about_conversation(self, ask: link.Ask, args: wire.SaveContext | wire.CloseContext) -> None:
+        """The library gets the tokens of the conversation so far, as the prompt of a call that continues it begins."""
+
+        def handle(tokens: list[int]) -> None:
+            self._library.handle(ask, args, tokens)
+
+        try:
+            tokens = self.engine.requests.conversation(args.messages, args.tools, quick=True)
+        except Later:
+            self._aside(ask.key, CONVERSATION, (args.messages, args.tools), list[int], handle)
+        else:
+            handle(tokens)
+
+    # ── embeddings: one batch in each round of the loop, so that many texts do not delay other calls for long ──
+
+    def _embed(self, ask: link.Ask, request: wire.Embed) -> None:
+        def begin(tokens: list[list[int]] | None) -> None:
+            self._embeds[ask.key] = self._embedder.in_steps(request.texts, tokens)
+
+        if ask.key in self._embeds:
+            return
+        if max(map(len, request.texts), default=0) > LONG_TEXT:
+            self._aside(ask.key, TEXTS, request.texts, list[list[int]], begin)
+        else:
+            begin(None)
+
+    def _embed_one(self) -> None:
+        key, steps = next(iter(self._embeds.items()))
+        try:
+            embedded = next(steps)
+        except Exception as error:
+            del self._embeds[key]
+            self._line.refuse(key, as_oserror(error))
+            return
+        if embedded is not None:
+            del self._embeds[key]
+            self._line.answer(key, embedded, embedded.prompt_tokens)
+
+    # ── figures for `aiosd status` ────────────────────────────────────────────────────────────────────────
+
+    def stats(self) -> dict[str, Any]:
+        from aiosd.llm import llama
+
+        loaded = self._loaded
+        return {
+            "model_bytes": loaded.model.size,
+            "kv_bytes": loaded.kv_bytes,
+            "rss_bytes": _rss(),
+            "threads": loaded.threads.number,
+            "threads_why": loaded.threads.why,
+            "gpu_layers": loaded.gpu_layers,
+            "device": loaded.device,
+            "flash_attention": "auto" if loaded.flash_attention is None else loaded.flash_attention,
+            "attention": loaded.attention,
+            "exact": self._spec.exact,
+            "chat_template": "the model's" if self.engine.requests.template.given else "ChatML (the model has none)",
+            "llama_cpp": llama.version(),
+            **self.engine.stats(),
+        }
+
+
+def context_ram(spec: ModelSpec) -> int:
+    """How many bytes of memory contexts without a slot may use."""
+    from aiosd.models.fit import available_memory
+
+    return spec.context_ram if spec.context_ram is not None else min(available_memory() // 8, MOST_CONTEXT_RAM)
+
+
+def _rss() -> int:
+    with open("/proc/self/statm") as file:
+        return int(file.read().split()[1]) * os.sysconf("SC_PAGESIZE")

@@ -1,0 +1,97 @@
+"""The store's server: all calls that are at hand share one commit, and their answers wait for it.
+
+If the commit fails they are done again, each with a commit of its own, so that each gets the answer that is its own: a
+removal goes through on a disk on which its neighbour's addition does not.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from functools import partial
+from typing import Protocol
+
+from aiosd import link
+from aiosd.service import Server, failure
+
+logger = logging.getLogger("store")
+
+
+class Group(Protocol):
+    """Effects that become durable together: of all calls between `begin` and `commit`. What is done outside of them is
+    durable at once."""
+
+    def begin(self) -> None: ...
+    @property
+    def open(self) -> bool: ...  # there is something to commit
+    def commit(self) -> None: ...  # raises OSError: nothing of it has happened
+
+
+class Nothing:
+    """No effects."""
+
+    open = False
+
+    def begin(self) -> None:
+        pass
+
+    def commit(self) -> None:
+        pass
+
+
+@dataclass(slots=True)
+class GroupServer(Server):
+    group: Group = field(default_factory=Nothing)
+    _held: list[tuple[link.Answered | link.Failed, int]] = field(default_factory=list)  # answers before their commit
+
+    def _turn(self, messages: list[link.ToService]) -> None:
+        group = self.group
+        group.begin()
+        for message in messages:
+            self._handle(message)
+        if group.open and len(messages) > 1:
+            self._send(link.Working(None))  # a death from here on is no single call's fault
+        try:
+            group.commit()
+        except OSError as err:
+            logger.warning("a commit failed (%s); its calls are done again, each alone", err.strerror)
+            self._held.clear()
+            for message in messages:
+                if self._has_effect(message):
+                    self._alone(partial(self._handle, message))
+        self._release()
+
+    def _has_effect(self, message: link.ToService) -> bool:
+        """Whether it may have had one, and no answer yet."""
+        if isinstance(message, link.Ask):
+            return message.key in self._lives
+        return isinstance(message, link.Gone | link.Keep)
+
+    def _step(self, key: link.Key) -> None:
+        self._alone(partial(self._go_on, key))
+
+    def _alone(self, act: Callable[[], None]) -> None:
+        """One thing with a commit of its own."""
+        self.group.begin()
+        act()
+        try:
+            self.group.commit()
+        except OSError as err:
+            self._held = [
+                (failure(message.key, err) if isinstance(message, link.Answered) else message, 0)
+                for message, _ in self._held
+            ]
+        self._release()
+
+    def _release(self) -> None:
+        """What the answers stand for is durable: they may go."""
+        held, self._held = self._held, []
+        for message, size in held:
+            Server._out(self, message, size)
+
+    def _out(self, message: link.Answered | link.Failed, size: int) -> None:
+        if self.group.open:
+            self._held.append((message, size))
+        else:
+            Server._out(self, message, size)

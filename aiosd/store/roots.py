@@ -1,0 +1,64 @@
+"""Where the tables of the database begin.
+
+The first page of the file says so. As that page may be the damaged one, the same lies in a small file beside it,
+written whenever the database is opened.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+from dataclasses import dataclass
+from pathlib import Path
+
+import apsw
+import apsw.sqlite_extra
+
+from aiosd.errors import WorldError
+
+BESIDE = "roots.json"
+OF_SYSTEM = ("replies", "system", "memos")  # tables that each system makes anew
+_TREES = "SELECT name, rootpage FROM sqlite_schema WHERE rootpage > 0 ORDER BY rootpage"
+
+
+@dataclass(frozen=True, slots=True)
+class Plan:
+    """Of a file: its schema, and the first page of each table and index."""
+
+    schema: int
+    roots: dict[str, int]
+    first_page: bool = True  # it comes from the file itself
+
+
+def note(path: Path, db: apsw.Connection) -> None:
+    """Keep the plan of a database beside it."""
+    roots = {name: root for name, root in db.execute(_TREES) if name not in OF_SYSTEM}
+    text = json.dumps({"schema": int(db.pragma("user_version")), "roots": roots})
+    beside = path.with_name(BESIDE)
+    if not beside.exists() or beside.read_text() != text:
+        new = beside.with_suffix(".new")
+        new.write_text(text)
+        os.replace(new, beside)
+
+
+def read(path: Path) -> Plan:
+    """Raises WorldError when neither the file nor what lies beside it has it."""
+    try:
+        db = open_closed(path)
+        try:
+            return Plan(int(db.pragma("user_version")), dict(db.execute(_TREES)))
+        finally:
+            db.close()
+    except apsw.Error as err:
+        try:
+            found = json.loads(path.with_name(BESIDE).read_text())
+            return Plan(int(found["schema"]), dict(found["roots"]), first_page=False)
+        except (OSError, ValueError, KeyError):
+            raise WorldError(f"{path}: its first page is damaged ({err}), and {BESIDE} is not there") from err
+
+
+def open_closed(path: Path) -> apsw.Connection:
+    """For reading a file that no process has open, as it is: nothing is locked, and no WAL is looked at."""
+    apsw.sqlite_extra.load(apsw.Connection(":memory:"), "cksumvfs")
+    flags = apsw.SQLITE_OPEN_READONLY | apsw.SQLITE_OPEN_URI
+    return apsw.Connection(f"{path.absolute().as_uri()}?mode=ro&immutable=1", vfs="cksmvfs", flags=flags)

@@ -1,0 +1,148 @@
+"""Reads what is kept out of the file of a store that no process has open, however damaged it is.
+
+The file is read by `pages`, so that one damaged page costs what lay on it and nothing else. What could not be read is
+named. Export and repair read in this way, too: what is whole is read as well as by SQLite.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import apsw
+
+from aiosd.errors import UsageError
+from aiosd.store import roots
+from aiosd.store.database import VERSION
+from aiosd.store.pages import Lost, Pages, Row
+from aiosd.store.tables import KEPT, Kept, content_path, hash_of
+
+
+@dataclass(slots=True)
+class Salvage:
+    """Reads what is kept out of the file of a store that is closed. After `rows` of all tables, `lost` is complete."""
+
+    path: Path
+    plan: roots.Plan
+    pages: Pages
+    lost: dict[str, list[Lost]] = field(default_factory=dict)
+    missing: list[str] = field(default_factory=list)  # sentences about content files
+
+    @classmethod
+    def open(cls, path: Path) -> Salvage:
+        plan = roots.read(path)
+        if plan.schema > VERSION:
+            raise UsageError(f"{path}: was written by a newer aiosd (schema {plan.schema})")
+        return cls(path, plan, Pages(path))
+
+    def close(self) -> None:
+        self.pages.close()
+
+    def tables(self) -> list[Kept]:
+        return [kept for kept in KEPT if kept.name in self.plan.roots]
+
+    def rows(self, columns: Callable[[str], list[Column]]) -> Iterator[tuple[Kept, dict[str, Any]]]:
+        """All rows of all tables. What nothing leads to any more is looked for at the end, in the tables that miss
+        something."""
+        for kept in self.tables():
+            lost = self.lost.setdefault(kept.name, [])
+            made = _Maker(columns(kept.name))
+            for row in self.pages.rows(self.plan.roots[kept.name], lost):
+                values = made(row)
+                if kept.whole(values):
+                    yield kept, values
+                else:
+                    lost.append(Lost(0, row[0], row[0]))
+        self._reach_the_rest()
+        damaged = [kept for kept in self.tables() if self.lost[kept.name]]
+        if damaged:
+            makers = {kept.name: _Maker(columns(kept.name)) for kept in damaged}
+            for row in self.pages.orphans():
+                for kept in damaged:
+                    if makers[kept.name].fits(row) and self._misses(kept, row[0]):
+                        values = makers[kept.name](row)
+                        if kept.whole(values):
+                            yield kept, values
+                        break
+
+    def _misses(self, kept: Kept, rowid: int) -> bool:
+        return any(one.first <= rowid <= one.last for one in self.lost[kept.name])
+
+    def _reach_the_rest(self) -> None:
+        """So that nothing of another table or of an index is taken for an orphan."""
+        names = {kept.name for kept in self.tables()}
+        for name, root in {**self.plan.roots, "sqlite_schema": 1}.items():
+            if name not in names:
+                lost = self.lost.setdefault(name, [])
+                for _ in self.pages.rows(root, lost):
+                    pass
+
+    def check_contents(self, kept: Kept, row: dict[str, Any]) -> None:
+        """Note a content file that is not there, or is not what its name says."""
+        name = row.get(kept.contents) if kept.contents else None
+        if isinstance(name, str | bytes):
+            shown = name.hex() if isinstance(name, bytes) else name
+            problem = problem_of(self.path.parent, shown)
+            if problem:
+                self.missing.append(f"{kept.name} {row.get('id', '')}: content {shown} {problem}")
+
+
+def problem_of(folder: Path, name: str) -> str:
+    """What is wrong with a content file; "" if nothing is."""
+    path = content_path(folder, name)
+    try:
+        return "" if hash_of(path) == name else "is damaged"
+    except FileNotFoundError:
+        return "is missing"
+    except OSError as err:
+        return f"cannot be read ({err.strerror})"
+
+
+@dataclass(frozen=True, slots=True)
+class Column:
+    name: str
+    default: Any
+    required: bool
+    is_rowid: bool
+
+
+def columns_of(db: apsw.Connection) -> Callable[[str], list[Column]]:
+    """By table, from a database with the same schema."""
+
+    def columns(table: str) -> list[Column]:
+        found = list(db.execute(f"PRAGMA table_info({table})"))
+        keys = [row for row in found if row[5]]
+        alias = keys[0][1] if len(keys) == 1 and keys[0][2].upper() == "INTEGER" else None
+        return [
+            Column(name, _literal(db, default), bool(required), name == alias)
+            for _, name, _, required, default, _ in found
+        ]
+
+    return columns
+
+
+def _literal(db: apsw.Connection, default: str | None) -> Any:
+    return None if default is None else next(iter(db.execute(f"SELECT {default}")))[0]
+
+
+class _Maker:
+    """Makes a row of a table from the values in the file."""
+
+    def __init__(self, columns: list[Column]) -> None:
+        self._columns = columns
+
+    def __call__(self, row: Row) -> dict[str, Any]:
+        rowid, values = row
+        made = {}
+        for place, column in enumerate(self._columns):
+            value = values[place] if place < len(values) else column.default  # it was added to the table later
+            made[column.name] = rowid if column.is_rowid else value
+        return made
+
+    def fits(self, row: Row) -> bool:
+        if len(row[1]) != len(self._columns):
+            return False
+        made = self(row)
+        return all(made[column.name] is not None for column in self._columns if column.required)

@@ -1,0 +1,199 @@
+"""A worker whose tools are those of an MCP server, through the `mcp` package (extra `mcp`).
+
+    python -m aiosd.tools.bridge FD NAME
+
+The first frame is the server's record (`spec.McpServer`); for the rest see `worker`. The server is a child of this
+process and ends with it. It is not trusted: names are made such as models can write, of two tools with one name the
+first counts, errors and results have a limit, and lines without end meet the memory limit of this process.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import errno
+import os
+import re
+import resource
+import signal
+import socket
+import sys
+from typing import TYPE_CHECKING, Any
+
+from msgspec import msgpack
+
+from aiosd.tools.messages import Described, Done, Run, Tool, Wrote
+from aiosd.tools.spec import McpServer
+from aiosd.tools.worker import LIMITS, MESSAGE_BYTES, die_with_parent, limit, send
+from libaios.stream import FrameSocket
+
+if TYPE_CHECKING:
+    from mcp import Client
+
+MEMORY_BYTES = 2 << 30  # of this process, and of each of the server's
+OUTPUT_BYTES = 1 << 20
+MOST_TOOLS = 512
+MOST_PAGES = 100
+
+
+def main(fd: str, name: str) -> int:
+    die_with_parent()
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    os.environ.pop("PYTHONPATH", None)  # for this process, not for the server
+    limit(*LIMITS, (resource.RLIMIT_DATA, MEMORY_BYTES))
+    frames = FrameSocket(socket.socket(fileno=int(fd)))
+    os.set_inheritable(int(fd), False)
+    sys.stdin = open(os.devnull)  # noqa: SIM115 - for the whole life of the process
+    sys.stdout = sys.stderr = open(os.devnull, "w")  # noqa: SIM115 - the server's noise
+    try:
+        payload, _ = frames.recv_blocking()
+        asyncio.run(_serve(frames, name, msgpack.decode(payload, type=McpServer)))
+    except (EOFError, ConnectionError):
+        return 0
+    except ModuleNotFoundError as err:
+        send(frames, Described([], f"{err}: MCP servers need `pip install 'aiosd[mcp]'`"))
+    except BaseException as err:  # a server may do anything
+        send(frames, Described([], _reason(err)))
+    return 1
+
+
+async def _serve(frames: FrameSocket, name: str, server: McpServer) -> None:
+    from mcp import Client
+
+    changed = asyncio.Event()
+
+    async def on_message(message: Any) -> None:
+        if "list_changed" in str(getattr(message, "method", "")):
+            changed.set()
+
+    async with Client(_transport(server), message_handler=on_message) as client:
+        names = await _describe(frames, client, name, server)
+        while True:
+            request = msgpack.decode(await _next(frames), type=Run)
+            done = await _call(frames, client, names[request.tool], request.arguments)
+            if done.spent:  # the server is gone: another process starts another one
+                send(frames, done)
+                return
+            if changed.is_set():
+                changed.clear()
+                names = await _describe(frames, client, name, server)
+            send(frames, done)
+
+
+def _transport(server: McpServer) -> Any:
+    if server.url:
+        if not server.headers:
+            return server.url
+        import httpx2
+        from mcp.client.streamable_http import streamable_http_client
+
+        return streamable_http_client(server.url, http_client=httpx2.AsyncClient(headers=server.headers))
+    from mcp import StdioServerParameters, stdio_client
+
+    env = {**os.environ, **server.env}
+    params = StdioServerParameters(command=server.command, args=server.args, env=env, cwd=server.cwd or None)
+    return stdio_client(params, errlog=sys.stderr)
+
+
+async def _next(frames: FrameSocket) -> bytes:
+    """The next frame of the toolbox. Raises EOFError."""
+    loop = asyncio.get_running_loop()
+    while True:
+        found = frames.receive(1)
+        if found:
+            return found[0][0]
+        readable = asyncio.Event()
+        loop.add_reader(frames.fileno(), readable.set)
+        try:
+            await readable.wait()
+        finally:
+            loop.remove_reader(frames.fileno())
+
+
+# ── what there is ─────────────────────────────────────────────────────────────────────────────────────────
+
+
+async def _describe(frames: FrameSocket, client: Client, name: str, server: McpServer) -> dict[str, str]:
+    """Send the server's tools. Returns what each is called there."""
+    names: dict[str, str] = {}
+    tools: list[Tool] = []
+    for entry in await _listed(client):
+        shown = tool_name(name, entry["name"])
+        if shown in names:
+            continue  # the first one of a name is it
+        names[shown] = entry["name"]
+        tools.append(
+            Tool(
+                shown,
+                entry.get("description") or "",
+                entry["inputSchema"],
+                time_s=server.timeout,
+                memory_bytes=MEMORY_BYTES,
+                output_bytes=OUTPUT_BYTES,
+                writes=(f"server:{name}",),  # one process of the server, one call at a time
+            )
+        )
+    send(frames, Described(tools))
+    return names
+
+
+async def _listed(client: Client) -> list[dict[str, Any]]:
+    found: list[dict[str, Any]] = []
+    cursor: str | None = None
+    for _ in range(MOST_PAGES):
+        page = await client.list_tools(cursor=cursor)
+        for tool in page.tools:
+            entry = tool.model_dump(mode="json", by_alias=True, exclude_none=True)
+            if isinstance(entry.get("inputSchema"), dict) and len(found) < MOST_TOOLS:
+                found.append(entry)
+        cursor = page.next_cursor
+        if not cursor:
+            break
+    return found
+
+
+def tool_name(server: str, tool: str) -> str:
+    """`server__tool`, of 64 characters that the APIs of models allow."""
+    return re.sub(r"[^A-Za-z0-9_-]", "_", f"{server}__{tool}")[:64]
+
+
+# ── calls ─────────────────────────────────────────────────────────────────────────────────────────────────
+
+
+async def _call(frames: FrameSocket, client: Client, name: str, arguments: dict[str, Any]) -> Done:
+    async def on_progress(progress: float, total: float | None, message: str | None) -> None:
+        if message:
+            send(frames, Wrote(message[:MESSAGE_BYTES] + "\n"))
+
+    from mcp import MCPError
+    from mcp_types import CONNECTION_CLOSED
+
+    try:
+        result = await client.call_tool(name, arguments, progress_callback=on_progress)
+    except Exception as err:  # whatever a server makes of a call is the result of that call
+        refused = isinstance(err, MCPError) and err.code != CONNECTION_CLOSED
+        return Done(None, errno.EREMOTEIO if refused else errno.EIO, _reason(err), spent=not refused)
+    blocks = [block.model_dump(mode="json", by_alias=True, exclude_none=True) for block in result.content]
+    text = "\n".join(block["text"] for block in blocks if block.get("type") == "text")
+    if result.is_error:
+        return Done(None, errno.EREMOTEIO, text[:MESSAGE_BYTES] or "the server gives no reason")
+    if all(block.get("type") == "text" for block in blocks):
+        return _bounded(text)
+    return _bounded(blocks)
+
+
+def _bounded(result: Any) -> Done:
+    size = len(msgpack.encode(result))
+    if size > OUTPUT_BYTES:
+        return Done(None, errno.EMSGSIZE, f"a result of {size} bytes; {OUTPUT_BYTES} are allowed")
+    return Done(result)
+
+
+def _reason(err: BaseException) -> str:
+    """Of a group of exceptions the first one, which says most."""
+    while isinstance(err, BaseExceptionGroup) and err.exceptions:
+        err = err.exceptions[0]
+    return f"{type(err).__name__}: {err}"[:MESSAGE_BYTES]
+
+
+if __name__ == "__main__":
+    sys.exit(main(*sys.argv[1:]))

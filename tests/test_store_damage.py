@@ -1,0 +1,192 @@
+"""A damaged store: what is hit gets EIO, the rest is served; fsck names it; a repair keeps all that is readable."""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import random
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from aiosd.errors import WorldError
+from aiosd.store import fsck, rebuild, roots, tables
+from aiosd.store.database import FILE
+from aiosd.store.pages import PAGE, Pages
+from aiosd.store.salvage import Salvage, columns_of, problem_of
+from libaios import wire
+from libaios.wire import Sys
+from tests.test_store_commit import Store, add, ask, flip
+
+NOTES = 140
+Row = tuple[Any, ...]
+
+
+def fill(folder: Path) -> dict[int, Row]:
+    """A store with notes of all sizes, some of them removed; returns its rows."""
+    draw = random.Random(1)
+    with contextlib.closing(Store(folder)) as store:
+        for first in range(1, NOTES, 20):
+            calls = range(first, first + 20)
+            sizes = [draw.choice((3, 200, 900, 4000, 9000)) for _ in calls]
+            store.turn(
+                *(
+                    add(call, f"{call} é" + "x" * size, pid=7 + call % 3, key=f"k{call}" if call % 4 else None)
+                    for call, size in zip(calls, sizes, strict=True)
+                )
+            )
+        for call in range(5, NOTES, 7):
+            store.turn(ask(1000 + call, Sys.MEM_REMOVE, wire.MemGet(call), 7 + call % 3))
+        return {row[0]: row for row in store.database.rows("SELECT * FROM notes")}
+
+
+def rows_of(path: Path) -> dict[int, Row]:
+    db = roots.open_closed(path)
+    try:
+        return {row[0]: row for row in db.execute("SELECT * FROM notes")}
+    finally:
+        db.close()
+
+
+@pytest.fixture(scope="module")
+def filled(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, dict[int, Row]]:
+    folder = tmp_path_factory.mktemp("filled")
+    return folder, fill(folder)
+
+
+def copy(filled: tuple[Path, dict[int, Row]], folder: Path) -> Path:
+    for name in (FILE, roots.BESIDE):
+        (folder / name).write_bytes((filled[0] / name).read_bytes())
+    return folder / FILE
+
+
+def zero(path: Path, page: int) -> None:
+    with open(path, "r+b") as file:
+        file.seek((page - 1) * PAGE)
+        file.write(bytes(PAGE))
+
+
+def test_a_whole_file_is_read_as_sqlite_reads_it(filled: tuple[Path, dict[int, Row]], tmp_path: Path) -> None:
+    path = copy(filled, tmp_path)
+    assert fsck.check(path) == []
+    salvage, model = Salvage.open(path), rebuild.new_database(None, 1)
+    rows = [tuple(row.values()) for kept, row in salvage.rows(columns_of(model)) if kept.name == "notes"]
+    salvage.close()
+    model.close()
+    assert {row[0]: row for row in rows} == filled[1]
+
+
+@pytest.mark.parametrize("harm", [flip, zero])
+def test_any_page_may_be_damaged(filled: tuple[Path, dict[int, Row]], tmp_path: Path, harm: Any) -> None:
+    """The first one, roots of tables and indexes, some of the rest. No row is wrong, what is lost lies on that page,
+    and SQLite finds nothing wrong with the repaired file."""
+    number = (filled[0] / FILE).stat().st_size // PAGE
+    plan = roots.read(filled[0] / FILE)
+    pages = {1, *(plan.roots[name] for name in ("owners", "notes", "note_keys")), *range(20, number, 29)}
+    most = 0
+    for page in sorted(pages):
+        folder = tmp_path / str(page)
+        folder.mkdir()
+        path = copy(filled, folder)
+        harm(path, page)
+        damaged = bool(fsck.check(path))
+        lost = set(filled[1]) - set(repaired(path))
+        assert damaged or not lost, f"page {page}: {lost} are lost and not named"
+        most = max(most, len(lost))
+        kept = rows_of(path)
+        owners_lost = page == plan.roots["owners"]
+        assert all(kept[note] == filled[1][note] for note in kept), f"page {page}"
+        assert fsck.check(path) == []
+        assert not owners_lost or not lost
+    assert 0 < most < 40, "one page costs what is on it"
+
+
+def repaired(path: Path) -> dict[int, Row]:
+    before = path.read_bytes()
+    copied, old = rebuild.repair(path)
+    assert old is not None
+    assert old.read_bytes() == before, "the old file is kept as it was"
+    rows = rows_of(path)
+    assert copied["notes"] == len(rows)
+    return rows
+
+
+def test_a_repaired_store_serves(filled: tuple[Path, dict[int, Row]], tmp_path: Path) -> None:
+    """It gives out no id twice, finds by words, and knows what its owners have stored."""
+    path = copy(filled, tmp_path)
+    zero(path, roots.read(path).roots["notes"])
+    assert len(repaired(path)) == len(filled[1])
+    with contextlib.closing(Store(tmp_path, "two")) as store:
+        (found,) = store.turn(ask(1, Sys.MEM_SEARCH, wire.MemSearch("15"), pid=7))
+        assert [one["note"]["id"] for one in found] == [15]
+        (stats,) = store.turn(ask(2, Sys.MEM_STATS, wire.NoArgs(), pid=7))
+        assert stats["bytes"] == sum(row[10] for row in filled[1].values() if row[1] == filled[1][15][1])
+        assert store.turn(add(3, "new"))[0] > max(filled[1])
+
+
+def test_the_running_store_gives_no_wrong_answer(filled: tuple[Path, dict[int, Row]], tmp_path: Path) -> None:
+    """Of a zeroed page the checksum is right, and it may be the end of a large note."""
+    number = (filled[0] / FILE).stat().st_size // PAGE
+    hit = 0
+    for page in range(30, number, 19):
+        path = copy(filled, tmp_path)
+        zero(path, page)
+        try:
+            store = Store(tmp_path, f"boot {page}")
+        except WorldError:
+            continue
+        with contextlib.closing(store):
+            for note, row in filled[1].items():
+                (answer,) = store.turn(ask(note, Sys.MEM_GET, wire.MemGet(note), pid=7 + note % 3))
+                hit += answer == errno.EIO
+                assert answer == errno.EIO or answer["text"] == row[3], f"page {page}, note {note}"
+    assert hit > 0
+
+
+def test_a_content_file_that_is_missing_or_changed_is_named(
+    filled: tuple[Path, dict[int, Row]], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Notes have no contents; here their keys stand for names of such files."""
+    path = copy(filled, tmp_path)
+    monkeypatch.setattr("aiosd.store.salvage.KEPT", (tables.Kept("owners"), tables.Kept("notes", contents="key")))
+    (tmp_path / tables.CONTENTS).mkdir()
+    found = fsck.check(path)
+    named = sum(row[2] is not None for row in filled[1].values())
+    assert len([line for line in found if line.endswith("is missing")]) == named
+    assert "notes 1: content k1 is missing" in found
+    tables.content_path(tmp_path, "k1").write_bytes(b"other")
+    assert "notes 1: content k1 is damaged" in fsck.check(path)
+
+
+def test_a_content_is_known_by_its_hash(tmp_path: Path) -> None:
+    (tmp_path / tables.CONTENTS).mkdir()
+    (tmp_path / "x").write_bytes(b"content")
+    name = tables.hash_of(tmp_path / "x")
+    (tmp_path / "x").rename(tables.content_path(tmp_path, name))
+    assert problem_of(tmp_path, name) == ""
+
+
+def test_removed_rows_do_not_come_back(tmp_path: Path) -> None:
+    """Their pages are free, and still have them."""
+    with contextlib.closing(Store(tmp_path)) as store:
+        store.turn(*(add(call, f"secret {call} " + "x" * 3000) for call in range(1, 60)))
+        store.turn(*(ask(100 + call, Sys.MEM_REMOVE, wire.MemGet(call)) for call in range(1, 50)))
+    path = tmp_path / FILE
+    zero(path, roots.read(path).roots["notes"])
+    assert sorted(repaired(path)) == list(range(50, 60))
+    pages = Pages(path)
+    assert pages.damaged() == []
+    pages.close()
+
+
+def test_without_its_first_page_the_file_beside_it_helps(filled: tuple[Path, dict[int, Row]], tmp_path: Path) -> None:
+    path = copy(filled, tmp_path)
+    zero(path, 1)
+    with pytest.raises(WorldError, match=r"damaged.*fsck --repair"):
+        Store(tmp_path)
+    path.with_name(roots.BESIDE).rename(tmp_path / "elsewhere")
+    with pytest.raises(WorldError, match=r"roots\.json is not there"):
+        fsck.check(path)
+    (tmp_path / "elsewhere").rename(path.with_name(roots.BESIDE))
+    assert repaired(path) == filled[1]
