@@ -19,6 +19,10 @@
     [[agent]]                               starts with the system; see aiosd.autostart
     file = "agents/planner.py"
 
+    [[group]]                               how its agents are confined; see aiosd.sandbox.boxgroups
+    name = "web"
+    sandbox = "flat"
+
 `KEYS` is the only list of settings; file, environment and command line are all read with it. An unknown key is an
 error with its place, not silently ignored.
 """
@@ -42,6 +46,8 @@ from aiosd.link import Schedule
 from aiosd.llm.spec import MAX_SLOTS, ROPE_SCALING, Lora, ModelSpec
 from aiosd.models import found
 from aiosd.models.places import ours
+from aiosd.sandbox import boxgroups
+from aiosd.sandbox.box import LEVELS, NETS, Rules
 from aiosd.tools.spec import McpServer, read_servers
 from aiosd.units import format_size, parse_size
 from libaios.home import Home
@@ -312,6 +318,8 @@ KEYS = (
     Key("verbose", _switch, "", "Show what llama.cpp says.", False, per_model=True),
     Key("log_level", _one_of(LOG_LEVELS), "|".join(LOG_LEVELS), "How much is logged (info).", "info"),
     Key("keep_dead", _whole(0, 1_000_000), "N", "How many dead agents are remembered, with their logs (1000).", 1000),
+    Key("sandbox", _one_of(LEVELS), "|".join(LEVELS), "How agents are confined (none).", "none"),
+    Key("net", _one_of(NETS), "|".join(NETS), "Whether confined agents have a network (all).", "all"),
     Key("orphans", _one_of(ORPHANS), "|".join(ORPHANS), "What processes get that outlive their agent (kill).", "kill"),
     Key(
         "log_size",
@@ -394,6 +402,8 @@ class Settings:
     services: tuple[Service, ...] = ()  # besides the cores
     gateway: Endpoint = field(default_factory=Endpoint)  # as it was asked for, …
     door: Endpoint | None = None  # … and where it listens
+    sandbox: Rules = field(default_factory=Rules)  # for agents of groups that `groups` does not name
+    groups: Mapping[str, Rules] = field(default_factory=dict)
 
     def schedule(self) -> Schedule:
         """The settings that cores get."""
@@ -435,6 +445,7 @@ def load(
     tools = _tool_files(values["tools"], cwd if typed else str(path.parent.absolute()))
     table, embedder = _embedder(values, given, file, path, cwd, flags, environ, locate, home)
     _refuse_doubles([*models, *([embedder] if embedder is not None else [])])
+    rules = Rules(values["sandbox"], values["net"])
     return Settings(
         home=home,
         models=tuple(models),
@@ -457,6 +468,8 @@ def load(
         log_keep=values["log_keep"],
         gateway=values["gateway"],
         agents=tuple(file.agents),
+        sandbox=rules,
+        groups=_groups(path, file.groups, rules),
         tools=tools,
         tool_workers=values["tool_workers"],
         mcp_servers=file.servers,
@@ -636,6 +649,7 @@ class _File:
     values: dict[str, Any] = field(default_factory=dict)
     models: list[dict[str, Any]] = field(default_factory=list)
     agents: list[AgentSpec] = field(default_factory=list)
+    groups: list[tuple[int, dict[str, Any]]] = field(default_factory=list)  # with the line of each
     servers: Mapping[str, McpServer] = field(default_factory=dict)
 
 
@@ -658,7 +672,7 @@ def _read_file(path: Path, must_exist: bool) -> _File:
         data = tomllib.loads(text)
     except tomllib.TOMLDecodeError as err:
         raise UsageError(f"{path}: {err}") from None
-    models, agents = (_tables(path, text, data, name) for name in ("model", "agent"))
+    models, agents, groups = (_tables(path, text, data, name) for name in ("model", "agent", "group"))
     try:
         servers = read_servers(data.pop("mcpServers", {}))
     except ValueError as err:
@@ -675,7 +689,21 @@ def _read_file(path: Path, must_exist: bool) -> _File:
             file.agents.append(autostart.read(values, str(path.parent.absolute())))
         except ValueError as err:
             raise UsageError(f"{path}, line {first}: {err}") from None
+    file.groups = [(first, _read_table(path, text, table, boxgroups.READERS, first)) for first, table in groups]
     return file
+
+
+def _groups(path: Path, tables: Sequence[tuple[int, Mapping[str, Any]]], general: Rules) -> dict[str, Rules]:
+    found: dict[str, Rules] = {}
+    for first, values in tables:
+        try:
+            name, rules = boxgroups.read(values, str(path.parent.absolute()), general)
+            if name in found:
+                raise ValueError(f"group {name!r} is there twice")
+        except ValueError as err:
+            raise UsageError(f"{path}, line {first}: {err}") from None
+        found[name] = rules
+    return found
 
 
 def _tables(path: Path, text: str, data: dict[str, Any], name: str) -> list[tuple[int, dict[str, Any]]]:

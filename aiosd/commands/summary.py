@@ -17,6 +17,7 @@ def brief(found: dict[str, Any], machine: str = "") -> list[str]:
     others = [service for service in found.get("services", []) if service.get("state") not in (None, "ready")]
     rows |= {str(service.get("name", "?")): str(service["state"]) for service in others}
     rows |= {str(service["name"]): text for service in found.get("services", []) if (text := _errors(service))}
+    rows["sandbox"] = _sandbox(found.get("sandbox") or {})
     rows["machine"] = machine
     width = max(map(len, rows))
     lines = [_head(found)]
@@ -37,6 +38,17 @@ def _policy(found: dict[str, Any]) -> str:
     if "tokens" not in quantum:
         return str(found.get("policy", ""))
     return f"{found.get('policy', '')} ({quantum['tokens']} tokens or {quantum.get('seconds', 0):g} s)"
+
+
+def _sandbox(found: dict[str, Any]) -> str:
+    """How agents are confined, and why no more than that is possible."""
+    if not found:
+        return ""
+    parts = [str(found.get("default", ""))]
+    parts += [f"{name} {level}" for name, level in found.get("groups", {}).items()]
+    if found.get("why_no_more"):
+        parts.append(f"no more than {found.get('possible')} is possible: {found['why_no_more']}")
+    return ", ".join(parts)
 
 
 def _agents(found: dict[str, Any]) -> str:
