@@ -15,6 +15,7 @@ def brief(found: dict[str, Any], machine: str = "") -> list[str]:
     others = [service for service in found.get("services", []) if service.get("state") not in (None, "ready")]
     rows |= {str(service.get("name", "?")): str(service["state"]) for service in others}
     rows |= {str(service["name"]): text for service in found.get("services", []) if (text := _errors(service))}
+    rows |= {f"agent {name}": text for name, text in found.get("agent_problems", {}).items()}
     rows["machine"] = machine
     width = max(map(len, rows))
     lines = [_head(found)]

@@ -19,7 +19,7 @@ import stat
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from aiosd import log, procfs
+from aiosd import log, procfs, restart
 from aiosd.birth import fork
 from aiosd.errors import UsageError, WorldError
 from aiosd.heartbeat import BEAT_S, HANG_S, Heart
@@ -183,5 +183,5 @@ def _reap(supervisor: int) -> int | None:
         if ospid == supervisor:
             code = os.waitstatus_to_exitcode(status)
             if code < 0:
-                logger.critical("the supervisor died (%s)", fork.exit_in_words(code))
+                logger.critical("the supervisor died (%s)", restart.exit_in_words(code))
             return code if code >= 0 else 1

@@ -55,6 +55,7 @@ class StatusRequests:
         settings: Callable[[], Settings],
         phase: Callable[[], str],
         is_parked: Callable[[Proc], bool],
+        agent_problems: Callable[[], dict[str, str]],
     ) -> None:
         self._born = born
         self._calls = calls
@@ -66,6 +67,7 @@ class StatusRequests:
         self._settings = settings
         self._phase = phase
         self._is_parked = is_parked
+        self._agent_problems = agent_problems
         self._open: dict[int, _Request] = {}
         self._numbers = itertools.count(1)
 
@@ -127,6 +129,7 @@ class StatusRequests:
             "quantum": dict(zip(("tokens", "seconds"), settings.quantum, strict=True)),
             "group_shares": dict(settings.shares),
             "agents": letters,
+            "agent_problems": self._agent_problems(),  # of those that aiosd.toml lists
             "dead_remembered": len(self._table.history),
             "max_agents": self._descriptors.max_agents,
             "memory_limits_by": f"sampling PSS every {SAMPLE_S} s",
