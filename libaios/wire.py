@@ -289,6 +289,7 @@ class Generate(Struct, array_like=True, frozen=True):
     parallel_tool_calls: bool = True  # may there be several calls in one answer?
     template_args: dict[str, Any] = {}  # more that the chat template can ask for (enable_thinking, date_string, …)
     grammar: Annotated[str, Meta(max_length=1 << 16)] | None = None  # GBNF; the text is one of its `root`
+    lora: Name | None = None  # the adapter to compute it with
 
 
 class Embed(Struct, array_like=True, frozen=True):
@@ -315,6 +316,7 @@ class SaveContext(Struct, array_like=True, frozen=True):
     messages: Annotated[list[dict[str, Any]], Meta(max_length=1 << 16)]
     tools: Annotated[list[dict[str, Any]], Meta(max_length=1024)] | None = None
     model: str | None = None
+    lora: Name | None = None
 
 
 class NamedContext(Struct, array_like=True, frozen=True):
@@ -328,6 +330,7 @@ class CloseContext(Struct, array_like=True, frozen=True):
     messages: Annotated[list[dict[str, Any]], Meta(max_length=1 << 16)]
     tools: Annotated[list[dict[str, Any]], Meta(max_length=1024)] | None = None
     model: str | None = None
+    lora: Name | None = None
 
 
 class ListContexts(Struct, array_like=True, frozen=True):
@@ -396,9 +399,12 @@ class MemUpdate(Struct, array_like=True, frozen=True):
 
 
 class MemSearch(Struct, array_like=True, frozen=True):
+    """`by` "words" or "meaning"; "": by both, as far as there is an embedder."""
+
     query: Annotated[str, Meta(max_length=1 << 16)]
     k: Annotated[int, Meta(ge=1, le=1000)] = 5
     filters: NoteFilters = NoteFilters()
+    by: Annotated[str, Meta(pattern=r"\A(|words|meaning)\Z")] = ""
 
 
 class MemList(Struct, array_like=True, frozen=True):
@@ -420,6 +426,12 @@ class TrustTool(Struct, array_like=True, frozen=True):
     """Offer a tool again whose description has changed. Only a person may."""
 
     name: Annotated[str, Meta(max_length=64)]
+
+
+class MemStats(Struct, array_like=True, frozen=True):
+    """Of the caller; a person may ask about any `owner`, as aiosd names it."""
+
+    owner: Annotated[str, Meta(max_length=512)] = ""
 
 
 # ── bodies of replies ─────────────────────────────────────────────────────────────────────────────────────
@@ -538,6 +550,7 @@ class RestoredContext(Struct, array_like=True, frozen=True):
     tokens: int
     cached: int
     refused: str = ""
+    lora: str = ""  # the adapter that it was saved with
 
 
 class Note(Struct, frozen=True):
@@ -586,6 +599,7 @@ class ModelInfo(Struct, frozen=True):
     gpu_layers: int = 0
     chat: bool = False  # has a chat template
     tools: bool = False  # whose template takes tools
+    loras: list[str] = []  # adapters that a call can name
     url: str = ""  # where it is served, if it is not on this machine
 
 
@@ -722,7 +736,7 @@ add(
     Row(Sys.MEM_SEARCH, MemSearch, list[Found], by="store"),
     Row(Sys.MEM_LIST, MemList, list[Note], by="store"),
     Row(Sys.MEM_CLEAR, NoArgs, int, by="store", again=_ONCE),
-    Row(Sys.MEM_STATS, NoArgs, dict[str, Any], by="store"),
+    Row(Sys.MEM_STATS, MemStats, dict[str, Any], by="store"),
     Row(Sys.STORE_SNAPSHOT, NoArgs, str, by="store", piece=int),
     Row(Sys.TOOL_LIST, NoArgs, list[ToolInfo], by="toolbox"),
     Row(Sys.TOOL_CALL, CallTool, Any, by="toolbox", again=_NEVER, piece=str),

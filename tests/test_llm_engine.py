@@ -32,7 +32,7 @@ from tests import tinymodels
 from tests.minischema import valid
 
 SLOTS, CTX = 4, 512
-REQUEST = ("messages", "tools", "schema", "stream", "given", "public", "grammar")
+REQUEST = ("messages", "tools", "schema", "stream", "given", "public", "grammar", "lora")
 
 TOOLS = [
     {
@@ -67,7 +67,7 @@ NO_NUMBER = "the model gave no number for any token at this place"
 class Bench:
     """An engine, and what it says: final words by key, and the streams put together."""
 
-    def __init__(self, loaded: loading.Loaded, slots: int = SLOTS) -> None:
+    def __init__(self, loaded: loading.Loaded, slots: int = SLOTS, ram: int = 0) -> None:
         self.loaded = loaded
         self.clock = Clock()
         self.said: list[Step | Finished | Failed] = []
@@ -79,6 +79,7 @@ class Bench:
             exact=loaded.spec.exact,
             emit=self.said.append,
             clock=self.clock,
+            ram=ram,
         )
         self._next = 0
 

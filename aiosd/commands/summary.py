@@ -12,6 +12,7 @@ def brief(found: dict[str, Any], machine: str = "") -> list[str]:
     """The most important figures. One that the system does not report is left out."""
     rows = {"home": str(found.get("home", "")), "policy": _policy(found), "agents": _agents(found)}
     rows |= {f"model {model.get('name', '?')}": _model_in_a_line(model) for model in found.get("models", [])}
+    rows["notes"] = _notes(found)
     others = [service for service in found.get("services", []) if service.get("state") not in (None, "ready")]
     rows |= {str(service.get("name", "?")): str(service["state"]) for service in others}
     rows |= {str(service["name"]): text for service in found.get("services", []) if (text := _errors(service))}
@@ -73,6 +74,19 @@ def _errors(service: dict[str, Any]) -> str:
         return ""
     more = f" (and {len(errors) - 1} more: aiosd status -v)" if len(errors) > 1 else ""
     return f"{service.get('state', '?')}, but {first[0]}: {first[1]}{more}"
+
+
+def _notes(found: dict[str, Any]) -> str:
+    stats = next((one.get("stats") or {} for one in found.get("services", []) if one.get("kind") == "store"), {})
+    parts = [f"search {stats['search']}"] if "search" in stats else []
+    if stats.get("pending"):
+        parts.append(f"{stats['pending']:,} texts wait for their vectors")
+    if "hits" in stats:
+        parts.append(
+            f"{stats['hits']:,} hits, {stats.get('faults', 0):,} faults, {stats.get('evictions', 0):,} evictions"
+        )
+        parts.append(f"{format_size(stats.get('bytes', 0) + stats.get('index_bytes', 0))} in memory")
+    return ", ".join(parts)
 
 
 def _checked(problems: list[str] | None) -> list[str]:

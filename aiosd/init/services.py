@@ -25,11 +25,22 @@ def of(settings: Settings) -> list[Service]:
         )
         for model in settings.models
     ]
+    vectors = [
+        Service(
+            name=f"{LLM}:{model.name}",
+            kind=LLM,
+            entry="aiosd.llm.embedcore:main",
+            title=f"{LLM}:{model.name}",
+            argument=model,
+        )
+        for model in [settings.embedder]
+        if model is not None
+    ]
     store = Service(
         name="store",
         kind="store",
         entry="aiosd.store.main:main",
-        argument=StoreSpec(str(settings.home.data / "store"), settings.store_ram, settings.note_quota),
+        argument=_store(settings),
     )
     toolbox = Service(
         name="toolbox",
@@ -39,4 +50,18 @@ def of(settings: Settings) -> list[Service]:
             str(settings.home.data / "work"), settings.tools, settings.tool_workers, dict(settings.mcp_servers)
         ),
     )
-    return [*cores, store, toolbox, *settings.services]
+    return [*cores, *vectors, store, toolbox, *settings.services]
+
+
+def _store(settings: Settings) -> StoreSpec:
+    model, home = settings.embedder, settings.home
+    return StoreSpec(
+        str(home.data / "store"),
+        settings.store_ram,
+        settings.note_quota,
+        settings.index_ram,
+        settings.embed_table,
+        model.name if model is not None else "",
+        model.path if model is not None else "",
+        str(home.root) if home.explicit else None,
+    )

@@ -21,7 +21,7 @@ from collections.abc import Callable, Mapping
 import msgspec
 
 from aiosd import __version__
-from aiosd.kernel.ancestry import Unproven, Unsettled, agent_above, peer_of
+from aiosd.kernel.ancestry import Unproven, Unsettled, agent_above, is_child, peer_of
 from aiosd.kernel.calls import Calls, failure
 from aiosd.kernel.dispatch import Dispatcher
 from aiosd.kernel.events import Events, Source, Turn
@@ -63,6 +63,7 @@ class Control:
         dispatcher: Dispatcher,
         agents: Mapping[int, Proc],
         descriptors: Callable[[], Descriptors],
+        services: Callable[[], Mapping[int, str]],
         caught_up: Callable[[Peer], None],
         joined: Callable[[Peer], None],
         hang_up: Callable[[int], None],
@@ -76,6 +77,7 @@ class Control:
         self._dispatcher = dispatcher
         self._agents = agents  # by Linux pid
         self._descriptors = descriptors
+        self._services = services  # names by Linux pid
         self._caught_up = caught_up
         self._joined = joined
         self._hang_up = hang_up
@@ -156,7 +158,11 @@ class Control:
         try:
             if origin.uid not in (os.getuid(), 0):
                 raise Unproven(f"user {origin.uid}")
-            proc = agent_above(origin, self._agents, os.getppid())
+            service = self._services().get(origin.ospid, "")
+            if service and is_child(origin, os.getppid()):
+                proc = None
+            else:
+                service, proc = "", agent_above(origin, self._agents, os.getppid())
         finally:
             os.close(origin.pidfd)
         if proc is not None and self._connections_of(proc) >= CLIENTS_OF_AGENT:
@@ -164,7 +170,7 @@ class Control:
             return
         frames = FrameSocket(sock, HELLO_BYTES)
         frames.max_fds = 0
-        peer = ClientPeer(frames, origin.ospid, proc, lambda: self._watch(peer))
+        peer = ClientPeer(frames, origin.ospid, proc, lambda: self._watch(peer), service)
         self._meet(peer)
 
     def _connections_of(self, proc: Proc) -> int:

@@ -19,6 +19,7 @@ def inspect(
         **{field: getattr(line, field) for field in line.__struct_fields__},
         "state": proc.state.value,
         "log": proc.log,
+        "named": proc.named,
         "attached": bool(proc.attached_to),
         "ended": proc.ended or None,
         "signal": -proc.status if proc.status is not None and proc.status < 0 else None,

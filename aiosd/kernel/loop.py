@@ -137,6 +137,7 @@ class Kernel:
             self.dispatcher,
             self.agents.by_ospid,
             lambda: self.descriptors,
+            self._services_by_ospid,
             self.generations.resume_streams,
             self.generations.joined,
             self.agents.hang_up,
@@ -230,6 +231,7 @@ class Kernel:
             path=record.argument.path,
             default=not self.cores.by_model,
             listener=self.generations,
+            vectors_only=record.argument.vectors_only,
         )
         self.cores.add(core)
         return core
@@ -292,6 +294,9 @@ class Kernel:
 
     def _live_peers(self) -> list[int]:
         return [*(proc.pid for proc in self.table.live()), *self.calls.peers.clients]
+
+    def _services_by_ospid(self) -> dict[int, str]:
+        return {service.ospid: service.name for service in self.services if service.channel is not None}
 
     def _phase(self) -> str:
         return "stopping" if self.stopping else "ready" if self.loading.ready else "loading"

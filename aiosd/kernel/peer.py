@@ -109,10 +109,13 @@ class AgentPeer(Peer):
 class ClientPeer(Peer):
     """A client on the control socket. Until its Hello it has no id and may not call."""
 
-    __slots__ = ("fds", "on_pending", "ospid", "socket", "welcome")
+    __slots__ = ("fds", "on_pending", "ospid", "service", "socket", "welcome")
 
-    def __init__(self, socket: FrameSocket, ospid: int, proc: Proc | None, on_pending: Callable[[], None]) -> None:
+    def __init__(
+        self, socket: FrameSocket, ospid: int, proc: Proc | None, on_pending: Callable[[], None], service: str = ""
+    ) -> None:
         super().__init__(0, proc)
+        self.service = service  # a part of the system itself, of this name
         self.socket = socket
         self.ospid = ospid
         self.on_pending = on_pending  # called when something could not be sent at once

@@ -36,10 +36,10 @@ import numpy as np
 
 from aiosd.errors import Bug
 from aiosd.link import Delta, Failed, Finished, Key, Started, Step, Submit
-from aiosd.llm import llama
+from aiosd.llm import adapters, llama
 from aiosd.llm.cache import Cache
 from aiosd.llm.picking import Picker, Rows
-from aiosd.llm.policy import Fifo, Policy
+from aiosd.llm.policy import Fifo, Policy, Quantum
 from aiosd.llm.request import Prepared, Requests
 from aiosd.llm.sampling import NOTHING, Drawer
 from aiosd.llm.sequence import Phase, Sequence
@@ -72,7 +72,11 @@ LONG_BATCH, LOOK_EVERY = 0.02, 0.002
 LEAST_GAIN = 16
 
 #: After this many steps in which the slots of the batch were not consecutive, calls are moved (see `_close_gap`).
+#: After more where states are large: each piece more reads the weights again, an exchange copies two states twice.
 PATIENCE = 4
+
+#: The part of the time that moving states may take while calls take turns.
+MOVING = 1 / 8
 
 
 @dataclass(slots=True)
@@ -129,6 +133,7 @@ class Engine:
         self._ready: list[Sequence] = []  # calls that can decode, ascending by slot
         self._rows: list[Sequence] = []  # the calls of the decode batch, row by row
         self._drawn = Rows([])  # the same for the sampler
+        self._turns = adapters.Turns()
         self._chosen: list[Sequence] = self._rows  # the calls of `_ready` that the policy has chosen
         self._dummies: list[tuple[int, int]] = []  # (slot, position) to remove after the step
         self._stale = False  # the rows must be made again: calls came, left or changed
@@ -273,6 +278,7 @@ class Engine:
                 self._take_off(sequence)
             running = [sequence for sequence in running if not sequence.parked]
         running = [sequence for sequence in running if len(sequence.out) >= sequence.least]
+        self._give_turns(running)
         for sequence in self.policy.evict(waiting, running, self.slots.num_free, now):
             self._take_off(sequence)
         while waiting and self.slots.num_free:
@@ -283,6 +289,14 @@ class Engine:
                 return
             out = set(map(id, admitted))
             waiting = [sequence for sequence in waiting if id(sequence) not in out]
+
+    def _give_turns(self, running: list[Sequence]) -> None:
+        """Set how long the running calls should keep their slots, so that moving states takes little of the time."""
+        step_s, move_s = self.meter.step_s, self.cache.move_s
+        for sequence in running:
+            seconds = len(running) * sequence.length * move_s / MOVING
+            if 0 < step_s < seconds:
+                sequence.least_turn = Quantum(int(seconds / step_s), seconds)
 
     def _follows(self, sequence: Sequence) -> bool:
         """Is the beginning of this prompt just being computed for another call (its leader), so that it should wait?"""
@@ -397,7 +411,9 @@ class Engine:
             return pending[:1], budget - 1 if first - budget == 1 else budget
         if first == 1 and self._exact:
             return pending[:1], 1
-        same = [sequence for sequence in pending if self._due(sequence) == first][: budget // first]
+        lora = pending[0].lora
+        same = [sequence for sequence in pending if self._due(sequence) == first and sequence.lora == lora]
+        same = same[: budget // first]
         return sorted(same, key=lambda sequence: sequence.slot), first
 
     def _due(self, sequence: Sequence) -> int:
@@ -490,7 +506,8 @@ class Engine:
         stale = self._stale
         if stale:
             self._ready = [s for s in self.slots.owners() if s.phase is Phase.DECODE and not s.parked]
-        chosen = self.policy.select(self._ready, self._clock()) if self._ready else self._ready
+        ready = self._turns.of(self._ready) if self.model.adapters and self._ready else self._ready
+        chosen = self.policy.select(ready, self._clock()) if ready else ready
         if stale or chosen != self._chosen:
             self._chosen = chosen
             self._arrange(chosen)
@@ -616,13 +633,17 @@ class Engine:
         if move is None:
             return
         sequence, hole = move
+        if self._pieces_for < PATIENCE + 2 * self.cache.state_bytes(sequence.slot, hole) // self.model.size:
+            return
         self.cache.exchange(sequence, hole)
         self._stale = True
 
     # ── llama_decode and its results ──────────────────────────────────────────────────────────────────────
 
     def _decoded(self, batch: llama.Batch, sequences: list[Sequence]) -> bool:
-        """Compute a batch. False: it was broken off or failed; its calls are set back or ended already."""
+        """Compute a batch, of calls with one adapter. False: it was broken off or failed; its calls are set back or
+        ended already."""
+        self._context.use(sequences[0].lora)
         result = self._context.decode(batch)
         if result == llama.OK:
             return True

@@ -94,10 +94,8 @@ class Toolbox:
         for source in (BUILT_IN, *self.spec.files, *self._starting):
             self.pool.load(source)
         try:
-            signal.signal(signal.SIGTERM, _end)  # at the end of the system; workers end before their parent
+            signal.signal(signal.SIGTERM, self.server.end)  # at the end of the system; workers end before their parent
             return self.server.run(rounds)
-        except _Ended:
-            return 0
         finally:
             self.pool.close()
 
@@ -275,15 +273,6 @@ class Toolbox:
 def _remove(folders: list[Path]) -> None:
     for folder in folders:
         shutil.rmtree(folder, ignore_errors=True)
-
-
-class _Ended(BaseException):
-    """SIGTERM has come."""
-
-
-def _end(number: int, frame: object) -> None:
-    signal.signal(signal.SIGTERM, signal.SIG_IGN)
-    raise _Ended
 
 
 def needs_of(tool: Tool, arguments: dict[str, Any], folder: str) -> Needs:
