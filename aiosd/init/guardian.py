@@ -66,7 +66,7 @@ def prepare(home: Home) -> None:
         try:
             folder.mkdir(mode=0o700, parents=True, exist_ok=True)
         except FileExistsError as err:
-            raise UsageError(f"{folder}: is no directory") from err
+            raise WorldError(f"{folder}: is no directory") from err
         except OSError as err:
             raise WorldError(f"{folder}: {err.strerror}") from err
         _check_private(folder)

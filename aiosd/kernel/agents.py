@@ -196,6 +196,12 @@ class Agents:
         if call is not None:
             self.calls.finish(call, answer)
 
+    def system_stops(self) -> None:
+        """Commands that wait for an agent show why it ended. Not recorded: no kernel comes after this one."""
+        self.stopping = True
+        for proc in self.table.live():
+            proc.reason = proc.reason or "aiosd was stopped"
+
     def start_with_system(self, specs: Sequence[AgentSpec]) -> None:
         """Those that the settings list, once, when the system is ready."""
         self.listed.expect(specs)

@@ -336,7 +336,7 @@ class Kernel:
                 self.live.reread(message)
             case link.Stop():
                 self.stopping = message.reason
-                self.agents.stopping = True
+                self.agents.system_stops()
                 self.over = message.last
 
     def _tell_services(self, message: link.ToService) -> None:
