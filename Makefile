@@ -9,7 +9,7 @@ VENV   := .venv
 BIN    := $(VENV)/bin
 ARGS   ?=
 
-RECIPE := tools/bootstrap.py tools/llama_cpp.cmake constraints.txt setup.cfg setup.py pyproject.toml $(wildcard bin/* aiosd/llm/native/*)
+RECIPE := tools/bootstrap.py tools/llama_cpp.cmake constraints.txt setup.cfg setup.py pyproject.toml $(wildcard bin/* aiosd/llm/native/* aiosd/sandbox/native/*)
 
 .PHONY: help demo test check lint man nano peers models embedder install again clean distclean
 .DEFAULT_GOAL := help

@@ -19,6 +19,10 @@
     [[agent]]                               starts with the system; see aiosd.autostart
     file = "agents/planner.py"
 
+    [[group]]                               how its agents are confined; see aiosd.sandbox.boxgroups
+    name = "web"
+    sandbox = "flat"
+
 `KEYS` is the only list of settings; file, environment and command line are all read with it. An unknown key is an
 error with its place, not silently ignored.
 """
@@ -34,13 +38,16 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from aiosd import autostart
+from aiosd import autostart, endpoint
 from aiosd.autostart import AgentSpec
+from aiosd.endpoint import Endpoint
 from aiosd.errors import AiosdError, UsageError, WorldError
 from aiosd.link import Schedule
 from aiosd.llm.spec import MAX_SLOTS, ROPE_SCALING, Lora, ModelSpec
 from aiosd.models import found
 from aiosd.models.places import ours
+from aiosd.sandbox import boxgroups
+from aiosd.sandbox.box import LEVELS, NETS, Rules
 from aiosd.tools.spec import McpServer, read_servers
 from aiosd.units import format_size, parse_size
 from libaios.home import Home
@@ -77,7 +84,7 @@ class Key:
     @property
     def words(self) -> list[str]:
         """What there is to choose from, where that is written down."""
-        return self.metavar.split("|") if "|" in self.metavar else []
+        return [word for word in self.metavar.split("|") if word.islower()] if "|" in self.metavar else []
 
     @property
     def flag(self) -> str:
@@ -300,6 +307,8 @@ KEYS = (
     Key("verbose", _switch, "", "Show what llama.cpp says.", False, per_model=True),
     Key("log_level", _one_of(LOG_LEVELS), "|".join(LOG_LEVELS), "How much is logged (info).", "info"),
     Key("keep_dead", _whole(0, 1_000_000), "N", "How many dead agents are remembered, with their logs (1000).", 1000),
+    Key("sandbox", _one_of(LEVELS), "|".join(LEVELS), "How agents are confined (none).", "none"),
+    Key("net", _one_of(NETS), "|".join(NETS), "Whether confined agents have a network (all).", "all"),
     Key("orphans", _one_of(ORPHANS), "|".join(ORPHANS), "What processes get that outlive their agent (kill).", "kill"),
     Key(
         "log_size",
@@ -321,6 +330,13 @@ KEYS = (
         "",
     ),
     Key("index_ram", _size, "SIZE", "Memory for vectors that are searched (256M).", 256 << 20),
+    Key(
+        "gateway",
+        endpoint.read,
+        "auto|off|[HOST:]PORT",
+        "Where programs find the OpenAI API (auto: any free port).",
+        Endpoint(),
+    ),
     Key("stop_timeout", _seconds, "S", "At the end agents get TERM, and KILL after S seconds (5).", 5.0),
 )
 BY_NAME = {key.name: key for key in KEYS}
@@ -367,6 +383,10 @@ class Settings:
     embedder: ModelSpec | None = None  # the model that makes vectors of notes,
     embed_table: str = ""  # … or the file of a table that does
     services: tuple[Service, ...] = ()  # besides the cores
+    gateway: Endpoint = field(default_factory=Endpoint)  # as it was asked for, …
+    door: Endpoint | None = None  # … and where it listens
+    sandbox: Rules = field(default_factory=Rules)  # for agents of groups that `groups` does not name
+    groups: Mapping[str, Rules] = field(default_factory=dict)
 
     def schedule(self) -> Schedule:
         """The settings that cores get."""
@@ -408,6 +428,7 @@ def load(
     tools = _tool_files(values["tools"], cwd if typed else str(path.parent.absolute()))
     table, embedder = _embedder(values, given, file, path, cwd, flags, environ, locate, home)
     _refuse_doubles([*models, *([embedder] if embedder is not None else [])])
+    rules = Rules(values["sandbox"], values["net"])
     return Settings(
         home=home,
         models=tuple(models),
@@ -425,7 +446,10 @@ def load(
         embed_table=table,
         log_size=values["log_size"],
         log_keep=values["log_keep"],
+        gateway=values["gateway"],
         agents=tuple(file.agents),
+        sandbox=rules,
+        groups=_groups(path, file.groups, rules),
         tools=tools,
         tool_workers=values["tool_workers"],
         mcp_servers=file.servers,
@@ -441,7 +465,7 @@ def reload(settings: Settings) -> tuple[Settings, list[str]]:
     new = load(settings.flags, settings.home, settings.config, cwd=settings.cwd)
     changed = [f.name for f in dataclasses.fields(Settings) if getattr(new, f.name) != getattr(settings, f.name)]
     live = set(LIVE.values())
-    waiting = [name for name in changed if name not in live and name not in ("ready_fd", "home", "reread")]
+    waiting = [name for name in changed if name not in live and name not in ("ready_fd", "home", "reread", "door")]
     return dataclasses.replace(settings, **{name: getattr(new, name) for name in live}), waiting
 
 
@@ -605,6 +629,7 @@ class _File:
     values: dict[str, Any] = field(default_factory=dict)
     models: list[dict[str, Any]] = field(default_factory=list)
     agents: list[AgentSpec] = field(default_factory=list)
+    groups: list[tuple[int, dict[str, Any]]] = field(default_factory=list)  # with the line of each
     servers: Mapping[str, McpServer] = field(default_factory=dict)
 
 
@@ -627,7 +652,7 @@ def _read_file(path: Path, must_exist: bool) -> _File:
         data = tomllib.loads(text)
     except tomllib.TOMLDecodeError as err:
         raise UsageError(f"{path}: {err}") from None
-    models, agents = (_tables(path, text, data, name) for name in ("model", "agent"))
+    models, agents, groups = (_tables(path, text, data, name) for name in ("model", "agent", "group"))
     try:
         servers = read_servers(data.pop("mcpServers", {}))
     except ValueError as err:
@@ -644,7 +669,21 @@ def _read_file(path: Path, must_exist: bool) -> _File:
             file.agents.append(autostart.read(values, str(path.parent.absolute())))
         except ValueError as err:
             raise UsageError(f"{path}, line {first}: {err}") from None
+    file.groups = [(first, _read_table(path, text, table, boxgroups.READERS, first)) for first, table in groups]
     return file
+
+
+def _groups(path: Path, tables: Sequence[tuple[int, Mapping[str, Any]]], general: Rules) -> dict[str, Rules]:
+    found: dict[str, Rules] = {}
+    for first, values in tables:
+        try:
+            name, rules = boxgroups.read(values, str(path.parent.absolute()), general)
+            if name in found:
+                raise ValueError(f"group {name!r} is there twice")
+        except ValueError as err:
+            raise UsageError(f"{path}, line {first}: {err}") from None
+        found[name] = rules
+    return found
 
 
 def _tables(path: Path, text: str, data: dict[str, Any], name: str) -> list[tuple[int, dict[str, Any]]]:

@@ -38,6 +38,8 @@ logger = logging.getLogger("service")
 
 #: The kind of the llm cores.
 LLM = "llm"
+#: The name of the service that acts for agents: see `aiosd.kernel.control`.
+GATEWAY = "gateway"
 
 REMEMBERED = 4096  # answers, for calls that are submitted again,
 REMEMBERED_BYTES = 32 << 20  # … and no more than that of them
@@ -62,6 +64,7 @@ class Service:
     title: str = ""  # in aios-ps and logs; "": the name
     argument: Any = None
     awaited: bool = True  # the system is not ready before this is
+    keep: tuple[int, ...] = ()  # descriptors of the supervisor's that it needs
 
     @property
     def shown(self) -> str:

@@ -137,20 +137,25 @@ class Failure(Struct, array_like=True, frozen=True):
 
 
 class Hello(Struct, array_like=True, frozen=True):
-    """First frame of a client on the control socket. `client` 0 asks for a new identity."""
+    """First frame of a client on the control socket. `client` 0 asks for a new identity. `token`: of the agent that the
+    client acts for, which only aiosd's own gateway may."""
 
     version: int
     client: Uint = 0
     boot: str = ""
+    token: Annotated[str, Meta(max_length=256)] = ""
 
 
 class Welcome(Struct, array_like=True, frozen=True):
-    """The kernel's answer to `Hello`: the client's identity, which it sends when it connects again."""
+    """The kernel's answer to `Hello`: the client's identity, which it sends when it connects again. `pid`, `ospid`: the
+    agent that a client with a token acts for."""
 
     version: int
     boot: str
     client: int
     release: str
+    pid: int = 0
+    ospid: int = 0
 
 
 # ── arguments, one struct per system call ─────────────────────────────────────────────────────────────────
@@ -166,6 +171,24 @@ class Limits(Struct, array_like=True, frozen=True):
     tokens: Annotated[int, Meta(ge=0)] | None = None  # prompt tokens computed + completion tokens
     time_s: Seconds | None = None  # wall seconds since the spawn
     memory_bytes: Annotated[int, Meta(ge=1)] | None = None  # PSS of the agent and its descendants
+
+
+Paths = Annotated[list[Annotated[str, Meta(min_length=1, max_length=4096)]], Meta(max_length=256)]
+
+
+class Sandbox(Struct, array_like=True, frozen=True):
+    """How an agent is to be confined; "" is what the settings say for its group. Paths are `os_text`, absolute, without
+    symbolic links: the kernel looks up none (`libaios.sandbox` makes this). A confined agent's child gets its parent's
+    files, and never more."""
+
+    level: Annotated[str, Meta(pattern=r"\A(|none|flat)\Z")] = ""
+    net: Annotated[str, Meta(pattern=r"\A(|none|all)\Z")] = ""
+    read: Paths = []
+    write: Paths = []
+    own: Paths = []  # what its program needs to be read
+    env: Annotated[list[Annotated[str, Meta(min_length=1, max_length=256)]], Meta(max_length=1024)] = []
+    program: Annotated[str, Meta(max_length=4096)] = ""  # by which its workspace is found again
+    alone: bool = False  # `own` has its script, not the folder where that lies
 
 
 class Spawn(Struct, array_like=True, frozen=True):
@@ -192,6 +215,8 @@ class Spawn(Struct, array_like=True, frozen=True):
     attached: bool = False
     tty: bool = False  # stdin is a terminal of the agent's own: make it the controlling one
     restart: Annotated[str, Meta(max_length=32)] = "no"  # when it is started again; only for `detached` ones
+    gateway: bool | None = None  # its environment leads programs to the gateway; None: as its parent's does
+    sandbox: Sandbox = Sandbox()
 
 
 class Wait(Struct, array_like=True, frozen=True):
@@ -629,6 +654,7 @@ class ProcInfo(Struct, frozen=True):
     ctx_kept: int = 0  # tokens of the context that the core keeps for it …
     ctx_place: str = ""  # … and where: "slot", "ram" or "disk"
     restarts: int = 0  # how often it was started again
+    sandbox: str = "none"  # how it is confined
 
 
 class Waited(Struct, array_like=True, frozen=True):
@@ -643,6 +669,7 @@ class Waited(Struct, array_like=True, frozen=True):
 class Spawned(Struct, array_like=True, frozen=True):
     pid: int
     log: str = ""  # path of the agent's log when detached
+    sandbox: str = "none"  # the level in which it is confined
 
 
 class Received(Struct, array_like=True, frozen=True):

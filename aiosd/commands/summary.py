@@ -13,12 +13,14 @@ LINE = 80  # characters in a line of the short form
 def brief(found: dict[str, Any], machine: str = "") -> list[str]:
     """The most important figures. One that the system does not report is left out."""
     rows = {"home": str(found.get("home", "")), "policy": _policy(found), "agents": _agents(found)}
+    rows["gateway"] = f"{found['gateway']}/v1" if found.get("gateway") else ""
     rows |= {f"model {model.get('name', '?')}": _model_in_a_line(model) for model in found.get("models", [])}
     rows["notes"] = _notes(found)
     others = [service for service in found.get("services", []) if service.get("state") not in (None, "ready")]
     rows |= {str(service.get("name", "?")): str(service["state"]) for service in others}
     rows |= {str(service["name"]): text for service in found.get("services", []) if (text := _errors(service))}
     rows |= {f"agent {name}": text for name, text in found.get("agent_problems", {}).items()}
+    rows["sandbox"] = _sandbox(found.get("sandbox") or {})
     rows["machine"] = machine
     width = max(map(len, rows))
     lines = [_head(found)]
@@ -54,6 +56,17 @@ def _policy(found: dict[str, Any]) -> str:
     if "tokens" not in quantum:
         return str(found.get("policy", ""))
     return f"{found.get('policy', '')} ({quantum['tokens']} tokens or {quantum.get('seconds', 0):g} s)"
+
+
+def _sandbox(found: dict[str, Any]) -> str:
+    """How agents are confined, and why no more than that is possible."""
+    if not found:
+        return ""
+    parts = [str(found.get("default", ""))]
+    parts += [f"{name} {level}" for name, level in found.get("groups", {}).items()]
+    if found.get("why_no_more"):
+        parts.append(f"no more than {found.get('possible')} is possible: {found['why_no_more']}")
+    return ", ".join(parts)
 
 
 def _agents(found: dict[str, Any]) -> str:

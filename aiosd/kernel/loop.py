@@ -20,7 +20,7 @@ from typing import TYPE_CHECKING
 from aiosd import link, log
 from aiosd.errors import WorldError
 from aiosd.heartbeat import BEAT_S, beat
-from aiosd.kernel import syscalls
+from aiosd.kernel import sandboxes, syscalls
 from aiosd.kernel.access import Access
 from aiosd.kernel.agents import REATTACH_S, Agents
 from aiosd.kernel.books import Books
@@ -43,9 +43,11 @@ from aiosd.kernel.measure import Measure
 from aiosd.kernel.peer import AgentPeer, ClientPeer, Peer
 from aiosd.kernel.peers import Peers
 from aiosd.kernel.proc import Proc, ProcTable
+from aiosd.kernel.sandboxes import Sandboxes
 from aiosd.kernel.service import Asker, Service, Services
 from aiosd.kernel.status import StatusRequests
 from aiosd.kernel.system import Descriptors, System
+from aiosd.kernel.tokens import Tokens
 from aiosd.kernel.turns import Turns
 from aiosd.kernel.uplink import Uplink
 from aiosd.kernel.waiters import Waiters
@@ -99,6 +101,9 @@ class Kernel:
         self.generations = Generations(self.calls, self.table, self.cores, self.live.schedule)
         self.enforcer = Enforcer(self.table, self.uplink, self.timers, self._deliver)
         settings = born.settings
+        self.sandboxes = Sandboxes(settings.sandbox, settings.groups, born.offer, sandboxes.folder(settings.home.data))
+        for line in self.sandboxes.warnings():
+            logger.warning("%s", line)
         self.logs = LogKeeper(settings.home.logs, settings.log_size, settings.log_keep, settings.keep_dead)
         self.measure = Measure(self.table, self.timers, self.jobs, self.enforcer.memory_exceeded, self.logs)
         self.handlers: dict[int, Handler] = {}
@@ -118,6 +123,8 @@ class Kernel:
             self.waiters,
             self.mail,
             self.logs,
+            Tokens(settings.door),
+            self.sandboxes,
         )
         self.generations.spent, self.generations.refused = self.enforcer.spent, self.enforcer.refused
         self.generations.stood_still = self.agents.stood_still
@@ -141,10 +148,12 @@ class Kernel:
             self.generations.resume_streams,
             self.generations.joined,
             self.agents.hang_up,
+            self.agents.tokens.bearer,
         )
         self.descriptors = Descriptors(
             lambda: len(self.agents.by_ospid) + len(self.agents.forks), self.control.descriptors
         )
+        self.agents.open_door, self.agents.close_door = self.control.open_door, self.control.close_door
         books = Books(
             self.table,
             self.calls,
@@ -168,6 +177,7 @@ class Kernel:
             self._phase,
             self.agents.is_parked,
             self.agents.listed.problems,
+            self.sandboxes,
         )
         self.loading = Loading(
             self.services,
@@ -182,6 +192,7 @@ class Kernel:
             syscalls.ProcessCalls(
                 self.table,
                 self.agents,
+                self.sandboxes,
                 self.waiters,
                 self.rights,
                 self.system,

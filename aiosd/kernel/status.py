@@ -22,6 +22,7 @@ from aiosd.kernel.cores import Core
 from aiosd.kernel.jobs import Jobs
 from aiosd.kernel.peer import Call
 from aiosd.kernel.proc import Proc, ProcTable
+from aiosd.kernel.sandboxes import Sandboxes
 from aiosd.kernel.service import Service, Services, State
 from aiosd.kernel.system import Descriptors
 
@@ -56,6 +57,7 @@ class StatusRequests:
         phase: Callable[[], str],
         is_parked: Callable[[Proc], bool],
         agent_problems: Callable[[], dict[str, str]],
+        sandboxes: Sandboxes,
     ) -> None:
         self._born = born
         self._calls = calls
@@ -68,6 +70,7 @@ class StatusRequests:
         self._phase = phase
         self._is_parked = is_parked
         self._agent_problems = agent_problems
+        self._sandboxes = sandboxes
         self._open: dict[int, _Request] = {}
         self._numbers = itertools.count(1)
 
@@ -125,6 +128,7 @@ class StatusRequests:
             "uptime_s": round(time.monotonic() - born.since, 1),
             "home": str(settings.home.root),
             "logs": str(settings.home.logs),
+            "gateway": settings.door.url if settings.door is not None else "",
             "policy": settings.policy,
             "quantum": dict(zip(("tokens", "seconds"), settings.quantum, strict=True)),
             "group_shares": dict(settings.shares),
@@ -132,6 +136,7 @@ class StatusRequests:
             "agent_problems": self._agent_problems(),  # of those that aiosd.toml lists
             "dead_remembered": len(self._table.history),
             "max_agents": self._descriptors.max_agents,
+            "sandbox": self._sandboxes.shown(),
             "memory_limits_by": f"sampling PSS every {SAMPLE_S} s",
             "kernel": {
                 "epoch": born.epoch,
