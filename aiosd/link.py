@@ -35,6 +35,7 @@ class Caller(Struct, array_like=True, frozen=True):
     group: str
     nice: int = 0
     budget: int | None = None  # how many more tokens it may use; None: unlimited
+    box: bytes = b""  # how it is confined: an encoded `sandbox.box.Box`; b"": not at all
 
 
 class Ask(Struct, array_like=True, frozen=True, tag=True):
