@@ -30,6 +30,7 @@ error with its place, not silently ignored.
 from __future__ import annotations
 
 import dataclasses
+import math
 import os
 import re
 from collections.abc import Callable, Mapping, Sequence
@@ -37,11 +38,12 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from aiosd import autostart
+from aiosd import autostart, endpoint
 from aiosd.autostart import AgentSpec
+from aiosd.endpoint import Endpoint
 from aiosd.errors import AiosdError, UsageError, WorldError
 from aiosd.link import Schedule
-from aiosd.llm.spec import MAX_SLOTS, ModelSpec
+from aiosd.llm.spec import MAX_SLOTS, ROPE_SCALING, Lora, ModelSpec
 from aiosd.models import found
 from aiosd.models.places import ours
 from aiosd.sandbox import boxgroups
@@ -49,6 +51,7 @@ from aiosd.sandbox.box import LEVELS, NETS, Rules
 from aiosd.tools.spec import McpServer, read_servers
 from aiosd.units import format_size, parse_size
 from libaios.home import Home
+from libaios.wire import NAME_PATTERN
 
 if TYPE_CHECKING:
     from aiosd.service import Service
@@ -72,6 +75,7 @@ class Key:
     help: str
     default: Any = None
     per_model: bool = False  # belongs to a ModelSpec; may stand in [[model]]
+    many: bool = False  # on the command line it may be given again and again; the value is a tuple
 
     @property
     def env(self) -> str:
@@ -80,7 +84,7 @@ class Key:
     @property
     def words(self) -> list[str]:
         """What there is to choose from, where that is written down."""
-        return self.metavar.split("|") if "|" in self.metavar else []
+        return [word for word in self.metavar.split("|") if word.islower()] if "|" in self.metavar else []
 
     @property
     def flag(self) -> str:
@@ -109,6 +113,60 @@ def _seconds(value: Any) -> float:
     if not 0 <= seconds <= 1e9:
         raise ValueError(f"{value} is out of range (from 0 to 1000000000)")
     return seconds
+
+
+def _number(low: float, high: float) -> Callable[[Any], float]:
+    def read(value: Any) -> float:
+        try:
+            number = float(value)
+        except (TypeError, ValueError):
+            number = math.nan
+        if isinstance(value, bool) or math.isnan(number):
+            raise ValueError(f"{value!r} is no number")
+        if not low <= number <= high:
+            raise ValueError(f"{value} is out of range (from {low:g} to {high:g})")
+        return number
+
+    return read
+
+
+def _pairs(value: Any, sample: str) -> list[tuple[str, str]]:
+    """ "a=1,b=2" · ["a=1", "b=2"]"""
+    items = value if isinstance(value, list) else [value]
+    if not all(isinstance(item, str) for item in items):
+        raise ValueError(f"{value!r} is not of the form {sample}")
+    pairs = [part.strip().partition("=") for item in items for part in item.split(",") if part.strip()]
+    if not pairs or not all(name and equals and rest for name, equals, rest in pairs):
+        raise ValueError(f"{value!r} is not of the form {sample}")
+    return [(name, rest) for name, _, rest in pairs]
+
+
+def _loras(value: Any) -> tuple[Lora, ...]:
+    """ "sql=sql.gguf" · "sql=sql.gguf:0.5,chat=chat.gguf" · a list of these"""
+    return tuple(_lora(name, rest) for name, rest in _pairs(value, "NAME=PATH[:SCALE]"))
+
+
+def _lora(name: str, rest: str) -> Lora:
+    path, colon, scale = rest.rpartition(":")
+    try:
+        number = float(scale) if colon else 1.0
+    except ValueError:  # a colon in the path
+        path, colon, number = rest, "", 1.0
+    if not re.fullmatch(NAME_PATTERN, name) or len(name) > 64:
+        raise ValueError(f"{name!r} is no name for an adapter")
+    if not -1000 <= number <= 1000 or number == 0:
+        raise ValueError(f"{name}: a scale of {scale} is out of range (from -1000 to 1000, not 0)")
+    return Lora(name, path if colon else rest, number)
+
+
+def _places(value: Any) -> tuple[tuple[str, str], ...]:
+    return tuple(_pairs(value, "PATTERN=BUFFER"))
+
+
+def _text(value: Any) -> str:
+    if not isinstance(value, str) or not value:
+        raise ValueError(f"{value!r} is no text")
+    return value
 
 
 def _one_of(words: Sequence[str]) -> Callable[[Any], str]:
@@ -200,7 +258,7 @@ KEYS = (
     Key("policy", _one_of(POLICIES), "|".join(POLICIES), "Who runs next on the model (fair).", "fair"),
     Key("quantum", _quantum, "TOKENS[,S]", "How long a call runs on while others wait (64,10).", DEFAULT_QUANTUM),
     Key("shares", _shares, "GROUP=N,…", "What groups get under fair, in agents of nice 0.", {}),
-    Key("ctx", _whole(1), "N", "Tokens per slot (2048).", per_model=True),
+    Key("ctx", _whole(1), "N", "Tokens per slot (what model and memory allow).", per_model=True),
     Key("slots", _whole(1, MAX_SLOTS), "N", "Sequences that run at a time (as many as fit).", per_model=True),
     Key("threads", _whole(1, 4096), "N", "Threads of a model (measured at the start).", per_model=True),
     Key("gpu_layers", _whole(-1, 1 << 16), "N", "Layers on the GPU; -1: all (0).", 0, per_model=True),
@@ -217,6 +275,35 @@ KEYS = (
     Key("kv_memory", _size, "SIZE", "Memory for slots, such as 2G (a quarter of what is free).", per_model=True),
     Key("context_ram", _size, "SIZE", "Memory for contexts without a slot (1/8 of what is free).", per_model=True),
     Key("context_disk", _size, "SIZE", "Disk for contexts that do not fit there (2G).", 2 << 30, per_model=True),
+    Key(
+        "lora",
+        _loras,
+        "NAME=PATH[:SCALE]",
+        "An adapter that calls may ask for; again and again.",
+        (),
+        per_model=True,
+        many=True,
+    ),
+    Key("chat_template_file", _text, "FILE", "A chat template instead of the model's.", "", per_model=True),
+    Key(
+        "override_tensor",
+        _places,
+        "PATTERN=BUFFER",
+        "Where tensors lie, as in llama.cpp.",
+        (),
+        per_model=True,
+        many=True,
+    ),
+    Key("cpu_moe", _switch, "", "Weights of experts stay in main memory.", False, per_model=True),
+    Key("n_cpu_moe", _whole(0, 4096), "N", "… those of the first N layers (0).", 0, per_model=True),
+    Key("rope_scaling", _one_of(tuple(ROPE_SCALING)), "|".join(ROPE_SCALING), "For longer contexts.", per_model=True),
+    Key("rope_freq_base", _number(1, 1e12), "F", "RoPE's base frequency (the model's).", per_model=True),
+    Key("rope_freq_scale", _number(1e-6, 1e3), "F", "RoPE's scale; 0.25: for four times the context.", per_model=True),
+    Key("yarn_orig_ctx", _whole(1), "N", "YaRN: tokens of the training.", per_model=True),
+    Key("yarn_ext_factor", _number(0, 1e3), "F", "YaRN: extrapolation mix.", per_model=True),
+    Key("yarn_attn_factor", _number(0, 1e3), "F", "YaRN: factor of attention.", per_model=True),
+    Key("yarn_beta_fast", _number(0, 1e6), "F", "YaRN: low correction.", per_model=True),
+    Key("yarn_beta_slow", _number(0, 1e6), "F", "YaRN: high correction.", per_model=True),
     Key("verbose", _switch, "", "Show what llama.cpp says.", False, per_model=True),
     Key("log_level", _one_of(LOG_LEVELS), "|".join(LOG_LEVELS), "How much is logged (info).", "info"),
     Key("keep_dead", _whole(0, 1_000_000), "N", "How many dead agents are remembered, with their logs (1000).", 1000),
@@ -243,6 +330,13 @@ KEYS = (
         "",
     ),
     Key("index_ram", _size, "SIZE", "Memory for vectors that are searched (256M).", 256 << 20),
+    Key(
+        "gateway",
+        endpoint.read,
+        "auto|off|[HOST:]PORT",
+        "Where programs find the OpenAI API (auto: any free port).",
+        Endpoint(),
+    ),
     Key("stop_timeout", _seconds, "S", "At the end agents get TERM, and KILL after S seconds (5).", 5.0),
 )
 BY_NAME = {key.name: key for key in KEYS}
@@ -289,6 +383,8 @@ class Settings:
     embedder: ModelSpec | None = None  # the model that makes vectors of notes,
     embed_table: str = ""  # … or the file of a table that does
     services: tuple[Service, ...] = ()  # besides the cores
+    gateway: Endpoint = field(default_factory=Endpoint)  # as it was asked for, …
+    door: Endpoint | None = None  # … and where it listens
     sandbox: Rules = field(default_factory=Rules)  # for agents of groups that `groups` does not name
     groups: Mapping[str, Rules] = field(default_factory=dict)
 
@@ -315,6 +411,7 @@ def load(
     cwd = _working_directory() if cwd is None else cwd
     path = config or home.config
     file = _read_file(path, must_exist=config is not None)
+    file.values |= _with_paths(file.values, str(path.parent))
     values = {key.name: key.default for key in KEYS}
     values |= file.values | _from_environment(environ) | {name: flags[name] for name in BY_NAME if name in flags}
     given = {name for name in _PER_MODEL if name in flags or environ.get(BY_NAME[name].env)}
@@ -324,6 +421,8 @@ def load(
         tables = [(table["path"], table, str(path.parent)) for table in file.models]
     else:
         tables = [(word, {}, cwd) for word in words or [found.NANO]]
+    _refuse_for_many(values, len(tables))
+    values |= _with_paths(values, cwd)
     models = [_model(word, table, values, given, locate, folder, home) for word, table, folder in tables]
     typed = "tools" in flags or BY_NAME["tools"].env in environ
     tools = _tool_files(values["tools"], cwd if typed else str(path.parent.absolute()))
@@ -347,6 +446,7 @@ def load(
         embed_table=table,
         log_size=values["log_size"],
         log_keep=values["log_keep"],
+        gateway=values["gateway"],
         agents=tuple(file.agents),
         sandbox=rules,
         groups=_groups(path, file.groups, rules),
@@ -365,7 +465,7 @@ def reload(settings: Settings) -> tuple[Settings, list[str]]:
     new = load(settings.flags, settings.home, settings.config, cwd=settings.cwd)
     changed = [f.name for f in dataclasses.fields(Settings) if getattr(new, f.name) != getattr(settings, f.name)]
     live = set(LIVE.values())
-    waiting = [name for name in changed if name not in live and name not in ("ready_fd", "home", "reread")]
+    waiting = [name for name in changed if name not in live and name not in ("ready_fd", "home", "reread", "door")]
     return dataclasses.replace(settings, **{name: getattr(new, name) for name in live}), waiting
 
 
@@ -418,7 +518,11 @@ def _model(
     """A model with its options: those given by flag or environment, else its own in the file, else the general
     ones of the file, else the defaults."""
     options = {name: values[name] for name in _PER_MODEL}
-    options |= {name: value for name, value in table.items() if name in _PER_MODEL and name not in given}
+    own = {name: value for name, value in table.items() if name in _PER_MODEL and name not in given}
+    options |= own | _with_paths(own, folder)
+    adapters = [lora.name for lora in options["lora"]]
+    if len(set(adapters)) < len(adapters):
+        raise UsageError(f"model {word!r}: two adapters of one name: {', '.join(adapters)}")
     name, equals, path = word.partition("=")
     if not equals or "/" in name or ":" in name:
         name, path = "", word
@@ -453,7 +557,27 @@ def _embedder(
             raise UsageError(f"embed_model: {word}: there is no such file; aiosd get-embedder --static makes one")
         return str(table.absolute()), None
     model = _model(word, {}, values, given, locate, folder, home)
-    return "", dataclasses.replace(model, vectors_only=True)
+    return "", dataclasses.replace(model, vectors_only=True, lora=(), chat_template_file="")
+
+
+def _with_paths(values: Mapping[str, Any], folder: str) -> dict[str, Any]:
+    """Those of the values that hold paths, with full ones, as seen from this folder."""
+    found: dict[str, Any] = {}
+    if values.get("lora"):
+        found["lora"] = tuple(
+            dataclasses.replace(lora, path=os.path.join(folder, os.path.expanduser(lora.path)))
+            for lora in values["lora"]
+        )
+    if values.get("chat_template_file"):
+        found["chat_template_file"] = os.path.join(folder, os.path.expanduser(values["chat_template_file"]))
+    return found
+
+
+def _refuse_for_many(values: Mapping[str, Any], count: int) -> None:
+    """What fits one model only must be said of that model."""
+    for name in ("lora", "chat_template_file"):
+        if count > 1 and values[name]:
+            raise UsageError(f"{BY_NAME[name].flag}: with {count} models, write it under [[model]] in aiosd.toml")
 
 
 def _models_of_environment(text: str) -> list[str]:
@@ -585,12 +709,6 @@ def _read_table(path: Path, text: str, table: Mapping[str, Any], readers: Reader
         except ValueError as err:
             raise UsageError(f"{place}: {name}: {err}") from None
     return values
-
-
-def _text(value: Any) -> str:
-    if not isinstance(value, str) or not value:
-        raise ValueError(f"{value!r} is no text")
-    return value
 
 
 def _meant(name: str, known: set[str]) -> str:

@@ -38,6 +38,8 @@ logger = logging.getLogger("service")
 
 #: The kind of the llm cores.
 LLM = "llm"
+#: The name of the service that acts for agents: see `aiosd.kernel.control`.
+GATEWAY = "gateway"
 
 REMEMBERED = 4096  # answers, for calls that are submitted again,
 REMEMBERED_BYTES = 32 << 20  # … and no more than that of them
@@ -62,6 +64,7 @@ class Service:
     title: str = ""  # in aios-ps and logs; "": the name
     argument: Any = None
     awaited: bool = True  # the system is not ready before this is
+    keep: tuple[int, ...] = ()  # descriptors of the supervisor's that it needs
 
     @property
     def shown(self) -> str:
@@ -144,12 +147,18 @@ class Server:
                 self._step(key)
             self.timers.run_due()
             if self._under_way:
-                wait = min(wait, self._until_a_call_goes_on())
+                wait = min(wait, self._next_turn())
             if wait > 0 and not channel.more and not self._quit:
                 rounds.end()
                 with contextlib.suppress(_Woken):
                     self._pause(wait)
         return 0
+
+    def _next_turn(self) -> float:
+        """For how many seconds no call can go on."""
+        if len(self._paused) < len(self._under_way):
+            return 0.0
+        return min(self._paused.values()) - time.monotonic()
 
     def end(self, *_: object) -> None:
         """For a signal handler: end in order, after the turn that is under way."""
@@ -166,20 +175,14 @@ class Server:
         """Of a call whose function is a generator."""
         self._go_on(key)
 
-    def _until_a_call_goes_on(self) -> float:
-        """For how many seconds no call can go on."""
-        if len(self._paused) < len(self._under_way):
-            return 0.0
-        return min(self._paused.values()) - time.monotonic()
-
-    def _pause(self, seconds: float) -> None:
+    def _pause(self, wait: float) -> None:
         """Until there is something to do. The rest is for a pause, not for the moment between two calls."""
         try:
             self._asleep = True
             if self._quit:
                 return
             due = self.timers.until_next()
-            timeout = seconds if due is None else min(seconds, due)
+            timeout = wait if due is None else min(wait, due)
             if self._rested or timeout <= PAUSE_S:
                 self._sleep(timeout)
                 return

@@ -20,10 +20,11 @@ import time
 from collections.abc import MutableSequence, Sequence
 from typing import Any
 
+from libaios import wire
 from libaios.alarm import Alarm
 from libaios.channel import BACKSTOP_S
 from libaios.connection import Connection, Pending
-from libaios.greeting import Gone, Greeting, NoKernel, greet
+from libaios.greeting import Gone, Greeting, NoKernel, Refused, greet
 from libaios.home import Home
 from libaios.ring import ProtocolError
 from libaios.stream import FrameSocket
@@ -36,8 +37,8 @@ _GONE = (errno.EPIPE, errno.ECONNRESET, errno.EBADF, errno.ENOTCONN)  # what sen
 class Search:
     """The way from a dead kernel to its successor: attempts, pauses between them, and an end after RECONNECT_S."""
 
-    def __init__(self, home: Home, client: int, boot: str) -> None:
-        self._home, self._client, self._boot = home, client, boot
+    def __init__(self, home: Home, client: int, boot: str, token: str = "") -> None:
+        self._home, self._client, self._boot, self._token = home, client, boot, token
         self._give_up_at = time.monotonic() + RECONNECT_S
         self._next_at, self._pause = 0.0, RETRY_S
         self.alarm = Alarm()  # rings when `step` has something to do
@@ -52,11 +53,11 @@ class Search:
         """Go on without waiting; True when the new kernel has answered. Raises NoKernel when there will be none."""
         now = time.monotonic()
         if self._attempt is None and now >= self._next_at:
-            self._attempt = Greeting(self._home, self._client, self._boot)
+            self._attempt = Greeting(self._home, self._client, self._boot, self._token)
         try:
             if self._attempt is not None and self._attempt.step() is not None:
                 return True
-        except Gone:
+        except (Gone, Refused):
             raise
         except NoKernel:
             if now >= self._give_up_at:
@@ -77,14 +78,15 @@ class ControlSocket:
 
     forked = "this process was forked; this connection to aiosd is its parent's"
 
-    def __init__(self, home: Home) -> None:
-        """Connect, waiting for it. Raises NoKernel."""
+    def __init__(self, home: Home, token: str = "", greeted: tuple[FrameSocket, wire.Welcome] | None = None) -> None:
+        """Connect, waiting for it, unless that was done (`greeted`). `token`: see `wire.Hello`. Raises NoKernel."""
         self.home = home
+        self._token = token
         self.reborn = False
         self.hung_up = False
         self.why = ""  # the sentence for callers once it has hung up
         self._ids = itertools.count(1)
-        self._frames, welcome = greet(home)
+        self._frames, welcome = greeted or greet(home, token)
         self.client, self.boot, self.release = welcome.client, welcome.boot, welcome.release
         self._search: Search | None = None  # not None: the kernel that `_frames` led to is dead
         self._ended = False
@@ -190,7 +192,8 @@ class ControlSocket:
 
     def _lose(self) -> None:
         """The kernel hung up. (A signal handler may raise in here: then the end of the socket is found once more.)"""
-        search = Search(self.home, self.client, self.boot)  # first: it may raise EMFILE, and then this is done again
+        # First of all: it may raise EMFILE, and then this is done again.
+        search = Search(self.home, self.client, self.boot, self._token)
         with contextlib.suppress(OSError, ValueError):
             self._epoll.unregister(self._frames.fileno())  # it would stay readable
         self._search = search

@@ -36,6 +36,10 @@ class Gone(NoKernel):
     """… and none will: another attempt is useless."""
 
 
+class Refused(NoKernel):
+    """It answers, and does not want this client: another attempt is useless."""
+
+
 def _no_kernel(message: str, kind: type[NoKernel] = NoKernel) -> NoKernel:
     return kind(errno.ECONNREFUSED, message)
 
@@ -82,9 +86,10 @@ def _socket_path(home: Home) -> str:
 class Greeting:
     """One attempt. Call `step` until it returns the Welcome; `frames` is the connection then, and the caller's."""
 
-    def __init__(self, home: Home, client: int = 0, boot: str = "") -> None:
-        """`client` and `boot`: the identity to have again, from an earlier Welcome."""
+    def __init__(self, home: Home, client: int = 0, boot: str = "", token: str = "") -> None:
+        """`client` and `boot`: the identity to have again, from an earlier Welcome. `token`: see `wire.Hello`."""
         self.home = home
+        self._token = token
         self._client, self._boot = client, boot
         self._deadline = time.monotonic() + GREETING_S
         self.frames: FrameSocket | None = None  # None: not connected yet
@@ -119,7 +124,7 @@ class Greeting:
             if sock is None:
                 return None
             frames = FrameSocket(sock, max_outbox=1 << 62)  # limits are the caller's: see `Connection.submit`
-            frames.send(wire.encode(wire.Hello(wire.VERSION, self._client, self._boot)))
+            frames.send(wire.encode(wire.Hello(wire.VERSION, self._client, self._boot, self._token)))
             self.frames = frames
         received = self.frames.receive(1)
         return self._read(received[0][0]) if received else None
@@ -128,23 +133,24 @@ class Greeting:
         try:
             welcome = msgspec.msgpack.decode(payload, type=wire.Welcome)
         except msgspec.MsgspecError:
-            raise _no_kernel(_refusal(payload, self.home)) from None
+            raise _refusal(payload, self.home) from None
         if self._boot and welcome.boot != self._boot:
             raise _no_kernel("aiosd was started anew meanwhile; what ran in the old one is gone", Gone)
         return welcome
 
 
-def _refusal(payload: bytes, home: Home) -> str:
+def _refusal(payload: bytes, home: Home) -> NoKernel:
     try:
         reply = wire.decode_reply(payload)
-        return msgspec.msgpack.decode(reply.body, type=wire.Failure).message
+        message = msgspec.msgpack.decode(reply.body, type=wire.Failure).message
     except msgspec.MsgspecError:
-        return f"{home.texts['socket']}: something that is no aiosd answers"
+        return _no_kernel(f"{home.texts['socket']}: something that is no aiosd answers")
+    return _no_kernel(message, Refused if reply.errno == errno.EACCES else NoKernel)
 
 
-def greet(home: Home) -> tuple[FrameSocket, wire.Welcome]:
+def greet(home: Home, token: str = "") -> tuple[FrameSocket, wire.Welcome]:
     """Become a client, waiting for it. Raises NoKernel."""
-    greeting = Greeting(home)
+    greeting = Greeting(home, token=token)
     try:
         while (welcome := greeting.step()) is None:
             poll = select.poll()

@@ -137,20 +137,25 @@ class Failure(Struct, array_like=True, frozen=True):
 
 
 class Hello(Struct, array_like=True, frozen=True):
-    """First frame of a client on the control socket. `client` 0 asks for a new identity."""
+    """First frame of a client on the control socket. `client` 0 asks for a new identity. `token`: of the agent that the
+    client acts for, which only aiosd's own gateway may."""
 
     version: int
     client: Uint = 0
     boot: str = ""
+    token: Annotated[str, Meta(max_length=256)] = ""
 
 
 class Welcome(Struct, array_like=True, frozen=True):
-    """The kernel's answer to `Hello`: the client's identity, which it sends when it connects again."""
+    """The kernel's answer to `Hello`: the client's identity, which it sends when it connects again. `pid`, `ospid`: the
+    agent that a client with a token acts for."""
 
     version: int
     boot: str
     client: int
     release: str
+    pid: int = 0
+    ospid: int = 0
 
 
 # ── arguments, one struct per system call ─────────────────────────────────────────────────────────────────
@@ -210,6 +215,7 @@ class Spawn(Struct, array_like=True, frozen=True):
     attached: bool = False
     tty: bool = False  # stdin is a terminal of the agent's own: make it the controlling one
     restart: Annotated[str, Meta(max_length=32)] = "no"  # when it is started again; only for `detached` ones
+    gateway: bool | None = None  # its environment leads programs to the gateway; None: as its parent's does
     sandbox: Sandbox = Sandbox()
 
 
@@ -308,6 +314,7 @@ class Generate(Struct, array_like=True, frozen=True):
     parallel_tool_calls: bool = True  # may there be several calls in one answer?
     template_args: dict[str, Any] = {}  # more that the chat template can ask for (enable_thinking, date_string, …)
     grammar: Annotated[str, Meta(max_length=1 << 16)] | None = None  # GBNF; the text is one of its `root`
+    lora: Name | None = None  # the adapter to compute it with
 
 
 class Embed(Struct, array_like=True, frozen=True):
@@ -334,6 +341,7 @@ class SaveContext(Struct, array_like=True, frozen=True):
     messages: Annotated[list[dict[str, Any]], Meta(max_length=1 << 16)]
     tools: Annotated[list[dict[str, Any]], Meta(max_length=1024)] | None = None
     model: str | None = None
+    lora: Name | None = None
 
 
 class NamedContext(Struct, array_like=True, frozen=True):
@@ -347,6 +355,7 @@ class CloseContext(Struct, array_like=True, frozen=True):
     messages: Annotated[list[dict[str, Any]], Meta(max_length=1 << 16)]
     tools: Annotated[list[dict[str, Any]], Meta(max_length=1024)] | None = None
     model: str | None = None
+    lora: Name | None = None
 
 
 class ListContexts(Struct, array_like=True, frozen=True):
@@ -566,6 +575,7 @@ class RestoredContext(Struct, array_like=True, frozen=True):
     tokens: int
     cached: int
     refused: str = ""
+    lora: str = ""  # the adapter that it was saved with
 
 
 class Note(Struct, frozen=True):
@@ -614,6 +624,7 @@ class ModelInfo(Struct, frozen=True):
     gpu_layers: int = 0
     chat: bool = False  # has a chat template
     tools: bool = False  # whose template takes tools
+    loras: list[str] = []  # adapters that a call can name
     url: str = ""  # where it is served, if it is not on this machine
 
 

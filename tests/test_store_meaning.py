@@ -412,3 +412,42 @@ def test_another_kind_of_texts_can_be_searched(make: Callable[..., Store]) -> No
     assert [item for item, _ in store.meaning.nearest(Files.kind, vector, 1, {5: [1]})] == [1]
     store.meaning.gone(Files.kind, 0, 5)
     assert [item for item, _ in store.meaning.nearest(Files.kind, vector, 5, {5: None})] == [1]
+
+
+def test_where_the_queue_cannot_be_kept_words_serve(
+    make: Callable[..., Store], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The store starts; and when the disk has room again, what came meanwhile is embedded too."""
+    store = make(Fake("one"))
+    store.add("kitten")
+    store.found("feline")
+
+    def full(*_: object) -> None:
+        raise OSError(errno.ENOSPC, "the disk is full")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Meaning, "_begin", full)
+        store = make(Fake("one"))
+    store.add("a cat")
+    assert store.found("cat") == ["a cat"]
+    assert store.found("feline") == []
+    store = make(Fake("one"))
+    assert sorted(store.found("feline")) == ["a cat", "kitten"]
+
+
+def test_a_repaired_store_can_be_searched(make: Callable[..., Store], tmp_path: Path) -> None:
+    """What is made from notes is made again: words, labels, and vectors by the embedder."""
+    from aiosd.store.rebuild import repair
+
+    store = make(Fake())
+    store.add("kitten", tags=["t"], metadata={"n": 1})
+    store.add("automobile")
+    store.found("feline")
+    store.database.close()
+    repair(tmp_path / "store.db")
+    store = Store(tmp_path, Fake())
+    assert store.found("kitten", by="words") == ["kitten"]
+    assert store.found("feline", 1) == ["kitten"]
+    assert store.found("feline", filters=wire.NoteFilters(["t"], {"n": 1})) == ["kitten"]
+    assert store.meaning.stats()["vectors"] == 2
+    store.database.close()

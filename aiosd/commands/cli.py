@@ -56,9 +56,16 @@ def _settings_options(function: Callable[..., Any]) -> Callable[..., Any]:
     """One option for each of `config.KEYS`."""
     for key in reversed(config.KEYS):
         extra: dict[str, Any] = {"is_flag": True} if not key.metavar else {"metavar": key.metavar, "type": _Value(key)}
+        if key.many:
+            extra |= {"multiple": True, "callback": _joined}
         help_text = f"{key.help} [{key.env}]"
         function = click.option(key.flag, key.name, default=None, help=help_text, **extra)(function)
     return function
+
+
+def _joined(_context: click.Context, _parameter: click.Parameter, values: tuple[tuple[Any, ...], ...]) -> Any:
+    """Of an option that may be given again and again: one tuple of all its values, None where it was not given."""
+    return tuple(value for part in values for value in part) or None
 
 
 class _Value(click.ParamType[Any]):

@@ -175,6 +175,7 @@ def _complete_file(context: click.Context, parameter: click.Parameter, incomplet
     help="Set a variable in its environment; K alone: pass ours on into a sandbox.",
 )
 @click.option("-g", "--group", metavar="GROUP", help="Privilege group.")
+@click.option("--no-gateway-env", "own_env", is_flag=True, help="Leave OPENAI_BASE_URL and the like as they are.")
 @click.option("--tokens", type=Count(), metavar="N", help="Budget of tokens, computed and generated, such as 10k.")
 @click.option("--time", "seconds", type=Duration(min=0), metavar="S", help="Budget of wall seconds, or 1h30m.")
 @click.option("--memory", type=Size(), metavar="SIZE", help="Budget of memory, such as 512M.")
@@ -203,6 +204,7 @@ def command(
     nice: int | None,
     variables: tuple[str, ...],
     group: str | None,
+    own_env: bool,
     tokens: int | None,
     seconds: float | None,
     memory: int | None,
@@ -242,6 +244,7 @@ def command(
             attached=not detach,
             restart=restart,
             tty=terminal,
+            gateway=False if own_env else None,
             sandbox=grants,
         )
         if detach and terminal:

@@ -9,6 +9,7 @@ aiosd as long as one of the two lives long enough to clean up.
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import fcntl
 import logging
 import os
@@ -19,7 +20,7 @@ import stat
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from aiosd import log, procfs
+from aiosd import endpoint, log, procfs
 from aiosd.birth import fork
 from aiosd.errors import UsageError, WorldError
 from aiosd.heartbeat import BEAT_S, HANG_S, Heart
@@ -41,6 +42,7 @@ def main(settings: Settings) -> int:
     prepare(home)
     lock = take_lock(home)
     listener = bind(home)
+    settings = dataclasses.replace(settings, door=endpoint.listen(settings.gateway))
     _raise_nofile()
     fork.prctl(fork.PR_SET_CHILD_SUBREAPER, 1)
     log.setup("guardian", settings.log_level)

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from aiosd.service import LLM, Service
+from aiosd.gateway.superior import GatewaySpec
+from aiosd.service import GATEWAY, LLM, Service
 from aiosd.store.main import StoreSpec
 from aiosd.tools.spec import ToolboxSpec
 
@@ -50,7 +51,7 @@ def of(settings: Settings) -> list[Service]:
             str(settings.home.data / "work"), settings.tools, settings.tool_workers, dict(settings.mcp_servers)
         ),
     )
-    return [*cores, *vectors, store, toolbox, *settings.services]
+    return [*cores, *vectors, store, toolbox, *_gateway(settings), *settings.services]
 
 
 def _store(settings: Settings) -> StoreSpec:
@@ -65,3 +66,20 @@ def _store(settings: Settings) -> StoreSpec:
         model.path if model is not None else "",
         str(home.root) if home.explicit else None,
     )
+
+
+def _gateway(settings: Settings) -> list[Service]:
+    """None where its packages are not installed, or it was not wanted."""
+    door = settings.door
+    if door is None:
+        return []
+    return [
+        Service(
+            name=GATEWAY,
+            kind=GATEWAY,
+            entry="aiosd.gateway.main:main",
+            argument=GatewaySpec(settings.home, door),
+            awaited=False,
+            keep=(door.fd,),
+        )
+    ]

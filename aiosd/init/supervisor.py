@@ -342,7 +342,7 @@ class Supervisor:
             environment.restore(self.environment)
             modules.show()
             fork.name_process(f"aios:{_title(process)}")
-            fork.keep_only((process.memfd, process.own_bell, heart.write))
+            fork.keep_only((process.memfd, process.own_bell, heart.write, *process.service.keep))
             rounds = Rounds()
             beat_in_background(heart.write, rounds)
             log.setup(_title(process), self.settings.log_level)

@@ -26,6 +26,7 @@ from aiosd.kernel.mail import Mail
 from aiosd.kernel.peer import AgentPeer, Call
 from aiosd.kernel.proc import INIT, Event, Proc, ProcTable, State
 from aiosd.kernel.sandboxes import Sandboxes
+from aiosd.kernel.tokens import Tokens
 from aiosd.kernel.turns import Turns
 from aiosd.kernel.uplink import Uplink
 from aiosd.kernel.waiters import Waiters
@@ -73,8 +74,10 @@ class Agents:
         waiters: Waiters,
         mail: Mail,
         logs: LogKeeper,
+        tokens: Tokens,
         sandboxes: Sandboxes,
     ) -> None:
+        self.tokens = tokens
         self.table = table
         self.calls = calls
         self.peers = calls.peers
@@ -211,8 +214,8 @@ class Agents:
                 spawn = autostart.spawn(spec, os.environ)
                 box = self.sandboxes.decide(spawn, None)
                 fork = spawning.fork(spawn, (0, number + 1), None, box)
-                content = spawning.letter(spawn, self.sandboxes.environment(spawn, None, box), box)
-                self._send_fork(None, fork, content)
+                letter = spawning.letter(spawn, self.sandboxes.environment(spawn, None, box), box)
+                self._send_fork(None, *self.tokens.give(fork, letter, None, None))
             except OSError as err:
                 logger.error("agent %s, which starts with the system: %s", spec.name or spec.target, err.strerror)
 
@@ -226,6 +229,7 @@ class Agents:
     def connect(self, proc: Proc, memfd: int, bell: int) -> None:
         """Serve an agent's channel; one whose header it has ruined already ends it here."""
         self.by_ospid[proc.ospid] = proc
+        self.tokens.add(proc)
         try:
             channel = Channel(memfd, bell, Side.KERNEL)
         except ProtocolError as err:
@@ -276,6 +280,7 @@ class Agents:
             completion_tokens=row[ledger.COMPLETION],
             budgets=self.budgets.join(pid, started[1], spec.shares),
             restart=spec.restart,
+            token=spec.token,
         )
 
     # ── attached agents ───────────────────────────────────────────────────────────────────────────────────
@@ -358,6 +363,7 @@ class Agents:
             self.waiters.on_change(proc)
             return
         self.mail.forget(proc.pid)
+        self.tokens.forget(proc)
         self.budgets.leave(proc.pid, proc.budgets)
         if proc.log:
             self.logs.close(proc.log)

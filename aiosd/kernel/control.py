@@ -5,6 +5,10 @@ One that descends from an agent has that agent's rights and no more; one of whic
 refused (`ancestry`). It must send Hello before it may call; the identity that it gets is what it shows when it has lost
 its kernel and reconnects to the next.
 
+The gateway serves programs that speak HTTP. For each agent that these belong to it makes a connection, whose Hello has
+that agent's token; the connection is the agent's then, as if a descendant had made it. Only the very process that the
+supervisor has forked as the gateway may do so, and it may do nothing else.
+
 A client that has connected and sent nothing yet is a *stranger*: one small frame without descriptors is read from it,
 soon, and the oldest makes room when there are too many. So a thousand silent connections keep no other client out.
 """
@@ -68,6 +72,7 @@ class Control:
         caught_up: Callable[[Peer], None],
         joined: Callable[[Peer], None],
         hang_up: Callable[[int], None],
+        bearer: Callable[[str], Proc | None],
     ) -> None:
         self._listener = listener
         self._boot = boot
@@ -82,6 +87,7 @@ class Control:
         self._caught_up = caught_up
         self._joined = joined
         self._hang_up = hang_up
+        self._bearer = bearer  # the agent of a token
         self.strangers: dict[ClientPeer, Timer] = {}  # before their Hello, oldest first
         self._fds_held: dict[ClientPeer, int] = {}  # descriptors that came with unfinished frames
         self._doors: dict[int, Source] = {}  # of confined agents, by pid
@@ -280,6 +286,8 @@ class Control:
             message = f"version {hello.version} of the protocol; this aiosd speaks {wire.VERSION}"
             peer.send(failure(0, errno.EPROTONOSUPPORT, message))
             raise ProtocolError(message)
+        if (peer.of_gateway or hello.token) and not self._act_for(peer, hello.token):
+            return
         ident = hello.client if hello.boot == self._boot and hello.client else _new_client_id()
         if -ident in self._peers.clients:
             raise ProtocolError("an identity that is in use")
@@ -289,7 +297,20 @@ class Control:
         self.strangers.pop(peer).cancel()
         self._peers.add(peer)
         self._joined(peer)
-        peer.send(wire.encode(wire.Welcome(wire.VERSION, self._boot, ident, __version__)))
+        agent = (peer.proc.pid, peer.proc.ospid) if peer.of_gateway and peer.proc is not None else (0, 0)
+        peer.send(wire.encode(wire.Welcome(wire.VERSION, self._boot, ident, __version__, *agent)))
+
+    def _act_for(self, peer: ClientPeer, token: str) -> bool:
+        """The connection becomes one of the token's agent; False: it is refused. A wrong token is no news for the log:
+        anyone can send the gateway one."""
+        if not peer.of_gateway:
+            peer.send(failure(0, errno.EPERM, "only aiosd's own gateway acts for others"))
+            raise ProtocolError("a token, from another process than the gateway")
+        peer.proc = self._bearer(token)
+        if peer.proc is None:
+            peer.send(failure(0, errno.EACCES, "no agent that lives has this token"))
+            self._calls.drop(peer)
+        return peer.proc is not None
 
 
 def _new_client_id() -> int:

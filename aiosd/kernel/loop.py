@@ -47,6 +47,7 @@ from aiosd.kernel.sandboxes import Sandboxes
 from aiosd.kernel.service import Asker, Service, Services
 from aiosd.kernel.status import StatusRequests
 from aiosd.kernel.system import Descriptors, System
+from aiosd.kernel.tokens import Tokens
 from aiosd.kernel.turns import Turns
 from aiosd.kernel.uplink import Uplink
 from aiosd.kernel.waiters import Waiters
@@ -122,6 +123,7 @@ class Kernel:
             self.waiters,
             self.mail,
             self.logs,
+            Tokens(settings.door),
             self.sandboxes,
         )
         self.generations.spent, self.generations.refused = self.enforcer.spent, self.enforcer.refused
@@ -146,6 +148,7 @@ class Kernel:
             self.generations.resume_streams,
             self.generations.joined,
             self.agents.hang_up,
+            self.agents.tokens.bearer,
         )
         self.descriptors = Descriptors(
             lambda: len(self.agents.by_ospid) + len(self.agents.forks), self.control.descriptors

@@ -22,6 +22,7 @@ from aiosd.kernel.explain import explain
 from aiosd.kernel.generation import Generation
 from aiosd.kernel.proc import Proc
 from aiosd.link import Key
+from aiosd.service import GATEWAY
 from aiosd.timers import Timer
 from libaios import wire
 from libaios.channel import Channel
@@ -121,6 +122,11 @@ class ClientPeer(Peer):
         self.on_pending = on_pending  # called when something could not be sent at once
         self.welcome = False
         self.fds: list[int] = []  # those that came with the frame now being handled
+
+    @property
+    def of_gateway(self) -> bool:
+        """The gateway has made it: it acts for the agent that its Hello names."""
+        return self.service == GATEWAY
 
     def send(self, payload: bytes) -> None:
         self.socket.send(payload)

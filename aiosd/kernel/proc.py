@@ -92,6 +92,7 @@ class Proc:
     attached_to: int  # id of the client that gets its exit code and whose end hangs it up; 0: none
     client: tuple[int, int] = (0, 0)  # the process of that client: Linux pid and start time
     named: bool = False  # the name was given, not made from the program's
+    token: bytes = b""  # the hash of its token for the gateway; b"": it has none
     box: Box | None = None  # how it is confined
     row: Row = field(default_factory=lambda: memoryview(bytearray(64)).cast("Q"))  # in the ledger
     budgets: list[Budget] = field(default_factory=list)  # those it shares: of its ancestors, and its own

@@ -126,6 +126,7 @@ class StatusRequests:
             "uptime_s": round(time.monotonic() - born.since, 1),
             "home": str(settings.home.root),
             "logs": str(settings.home.logs),
+            "gateway": settings.door.url if settings.door is not None else "",
             "policy": settings.policy,
             "quantum": dict(zip(("tokens", "seconds"), settings.quantum, strict=True)),
             "group_shares": dict(settings.shares),

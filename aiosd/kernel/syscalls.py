@@ -88,8 +88,9 @@ class ProcessCalls:
         client = spawning.process_of(peer.ospid) if isinstance(peer, ClientPeer) and attached else (0, 0)
         box = self.sandboxes.decide(args, parent)
         spec = spawning.fork(args, call.key, parent, box, attached=attached, client=client)
-        content = spawning.letter(args, self.sandboxes.environment(args, parent, box), box)
-        self.agents.fork(call, spec, content, fds)
+        letter = spawning.letter(args, self.sandboxes.environment(args, parent, box), box)
+        spec, letter = self.agents.tokens.give(spec, letter, parent, args.gateway)
+        self.agents.fork(call, spec, letter, fds)
         return PENDING
 
     def wait(self, call: Call, args: wire.Wait) -> Any:

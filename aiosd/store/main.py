@@ -83,7 +83,7 @@ def main(channel: Channel, spec: StoreSpec, rounds: Rounds) -> int:
         channel.send(link.encode(link.LoadFailed(f"the store cannot start: {err}")))
         return 1
     memory = Memory(database, spec.ram, spec.quota, meaning=meaning)
-    database.undone.append(memory.cache.clear)
+    database.undone += [memory.cache.clear, meaning.forget]
     try:
         if database.begin_system(_boot()):
             memory.only_alive(())
@@ -107,11 +107,11 @@ def main(channel: Channel, spec: StoreSpec, rounds: Rounds) -> int:
     archive.sweep_snapshots(Path(spec.folder))
     handlers = {**memory.handlers(), Sys.STORE_SNAPSHOT: lambda ask, args: archive.snapshot(database)}
     server = GroupServer(
-        channel, handlers, stats, gone, keep, rest=database.rest, background=Chores(memory), group=database
+        channel, handlers, stats, gone, keep, rest=database.rest, group=database, background=Chores(memory)
     )
+    signal.signal(signal.SIGTERM, server.end)
     if isinstance(embedder, OfCore):
         server.watch(embedder.fileno(), embedder.poll)
-    signal.signal(signal.SIGTERM, server.end)
     try:
         return server.run(rounds)
     finally:

@@ -93,10 +93,18 @@ class Meaning:
         self._retry_at, self._pause = 0.0, RETRY_S
         self.away = False  # the embedder did not answer in time; searches do not wait for it
         self._probing = False
+        self._incomplete = False  # there is an embedder, but what changes is not in its queue: begin anew next time
 
     def begin(self, *kinds: Searchable) -> None:
-        """Once, with all kinds of texts that there are."""
+        """Once, with all kinds of texts that there are. Where the disk is full or damaged words serve."""
         self._kinds = {source.kind: source for source in kinds}
+        try:
+            self._begin()
+        except OSError as err:
+            logger.warning("search is by words, for the queue of texts cannot be kept: %s", err.strerror)
+            self.embedder, self._incomplete = None, True
+
+    def _begin(self) -> None:
         with self._db.transaction():
             if self.embedder is None:
                 self._db.do("UPDATE embedders SET current = 0")
@@ -108,7 +116,7 @@ class Meaning:
             self._embedder_id = row[0]
             if not row[1]:
                 self._db.do("UPDATE embedders SET current = (id = ?)", self._embedder_id)
-                for source in kinds:
+                for source in self._kinds.values():
                     self._enqueue_all(source)
 
     def _enqueue_all(self, source: Searchable) -> None:
@@ -128,6 +136,8 @@ class Meaning:
         if self.embedder is not None:
             self._db.do("INSERT OR REPLACE INTO pending(kind, item, owner) VALUES(?, ?, ?)", kind, item, owner)
             self._queue_may_have_more = True
+        elif self._incomplete:
+            self._db.do("UPDATE embedders SET current = 0 WHERE current")
         self._touch(kind, item, owner)
 
     def gone(self, kind: int, item: int, owner: int) -> None:
@@ -366,8 +376,11 @@ class Meaning:
         return sum(row[0] for row in counts if row)
 
     def stats(self) -> dict[str, Any]:
-        vectors = self._db.row("SELECT count(*) FROM vectors WHERE embedder = ?", self._embedder_id)
-        pending = self._db.row("SELECT count(*) FROM pending")
+        try:
+            vectors = self._db.row("SELECT count(*) FROM vectors WHERE embedder = ?", self._embedder_id)
+            pending = self._db.row("SELECT count(*) FROM pending")
+        except OSError as err:
+            return {"search": f"{self.how}; {err.strerror}"}
         return {
             "search": self.how,
             "vectors": vectors[0] if vectors else 0,

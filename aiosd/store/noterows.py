@@ -15,7 +15,6 @@ from libaios import wire
 from libaios.wire import Note
 
 OVERHEAD = 200  # bytes that a note takes besides its text
-
 COLUMNS = "n.id, n.key, n.text, n.tags, n.metadata, n.created, n.updated, n.expires, n.version, o.name, n.bytes"
 FROM = "FROM notes n JOIN owners o ON o.id = n.owner"
 LIVE = "(n.expires IS NULL OR n.expires > ?)"
@@ -35,7 +34,7 @@ def visible(caller: link.Caller) -> tuple[str, str]:
 
 
 def note_of(row: tuple[Any, ...]) -> Note:
-    """From COLUMNS. Raises OSError (EIO)."""
+    """From COLUMNS."""
     note_id, key, text, tags, metadata, created, updated, expires, version, owner, size = row[:11]
     if size < OVERHEAD:  # the last page of the note has become zeros, whose checksum is right
         raise wire.error(errno.EIO, f"note {note_id} is damaged on the disk")

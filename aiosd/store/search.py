@@ -55,16 +55,21 @@ class NoteSearch:
     def __init__(self, database: Database, meaning: Meaning, clock: Callable[[], float]) -> None:
         self._db, self._meaning, self._clock = database, meaning, clock
 
-    def search(self, caller: link.Caller, args: wire.MemSearch) -> Generator[Pause, None, list[wire.Found]]:
-        """Raises OSError (EOPNOTSUPP; EAGAIN)."""
+    def search(
+        self, caller: link.Caller, args: wire.MemSearch
+    ) -> list[wire.Found] | Generator[Pause, None, list[wire.Found]]:
+        """The answer, or what brings it after a while. Raises OSError (EOPNOTSUPP, EAGAIN)."""
         if args.by == "meaning" and self._meaning.embedder is None:
             raise wire.error(errno.EOPNOTSUPP, "there is no embedder, so nothing can be found by meaning")
         names = visible(caller)
         rows = self._db.rows(f"SELECT id FROM owners WHERE name IN ({marks(names)})", *names)
         owners = [row[0] for row in rows]
-        vector = None
-        if args.by != "words" and owners:
-            vector = yield from self._meaning.vector_of(args.query)
+        if args.by == "words" or not owners or self._meaning.embedder is None:
+            return self.ranked(owners, args, None)
+        return self._by_meaning(owners, args)
+
+    def _by_meaning(self, owners: Sequence[int], args: wire.MemSearch) -> Generator[Pause, None, list[wire.Found]]:
+        vector = yield from self._meaning.vector_of(args.query)
         if args.by == "meaning" and self._meaning.away:
             raise wire.error(errno.EAGAIN, "the embedder does not answer")
         if vector is not None:

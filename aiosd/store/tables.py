@@ -1,7 +1,8 @@
 """Which tables hold what agents keep, for all that handles the store as a whole: fsck, repair, export, import, backup.
 
-A table that is not named here is made from those that are (`REBUILD`), or belongs to the running system alone. Contents
-that are too large for the database lie in files that are named by their hash.
+A table that is not named here is made from those that are (`REBUILD`; vectors by the embedder, at the next start), or
+belongs to the running system alone. Contents that are too large for the database lie in files that are named by their
+hash.
 """
 
 from __future__ import annotations
@@ -42,14 +43,17 @@ REBUILD: tuple[tuple[str, str], ...] = (
         "notes",
         "UPDATE owners SET note_bytes = (SELECT coalesce(sum(bytes), 0) FROM notes WHERE notes.owner = owners.id)",
     ),
-    ("note_words", "INSERT INTO note_words(rowid, owner, text) SELECT id, 'own' || owner, text FROM notes"),
-    ("note_tags", "INSERT OR IGNORE INTO note_tags SELECT n.owner, j.value, n.id FROM notes n, json_each(n.tags) j"),
+    (
+        "note_tags",
+        "INSERT OR IGNORE INTO note_tags SELECT n.owner, j.value, n.id "
+        "FROM notes n, json_each(iif(json_valid(n.tags), n.tags, '[]')) j",
+    ),
     (
         "note_fields",
-        f"INSERT OR IGNORE INTO note_fields SELECT n.owner, j.key, {FIELD}, n.id FROM notes n, json_each(n.metadata) j",
+        f"INSERT OR IGNORE INTO note_fields SELECT n.owner, j.key, {FIELD}, n.id "
+        "FROM notes n, json_each(iif(json_valid(n.metadata), n.metadata, '{}')) j",
     ),
-    # Vectors are computed again.
-    ("pending", "INSERT OR IGNORE INTO pending(kind, item, owner) SELECT 0, id, owner FROM notes"),
+    ("note_words", "INSERT INTO note_words(rowid, owner, text) SELECT id, 'own' || owner, text FROM notes"),
 )
 
 

@@ -1,0 +1,138 @@
+"""Where the gateway listens, and what programs are told about it.
+
+The guardian makes the socket, before anything else runs, and it lives as long as the system. So a port that is taken is
+an error at the start, agents know the address from their birth on, and while the gateway is dead and forked again
+connections wait in the socket's queue.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+import ipaddress
+import socket
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from typing import Any
+
+from aiosd.errors import UsageError
+
+BACKLOG = 1024
+NEEDS = ("uvicorn", "httptools")
+
+
+@dataclass(frozen=True, slots=True)
+class Endpoint:
+    """An address on this machine. `port` 0: any that is free. `asked`: a person has named it, so it must come up."""
+
+    host: str = "127.0.0.1"
+    port: int = 0
+    on: bool = True
+    asked: bool = False
+    fd: int = -1  # of the socket that listens there
+
+    @property
+    def address(self) -> str:
+        return f"[{self.host}]:{self.port}" if ":" in self.host else f"{self.host}:{self.port}"
+
+    @property
+    def url(self) -> str:
+        return f"http://{self.address}"
+
+
+def read(value: Any) -> Endpoint:
+    """auto · off · 8000 · 127.0.0.1:8000 · [::1]:8000. Raises ValueError with a sentence."""
+    if isinstance(value, Endpoint):
+        return value
+    text = {True: "auto", False: "off"}[value] if isinstance(value, bool) else str(value).strip()
+    if text in ("auto", "on"):
+        return Endpoint()
+    if text == "off":
+        return Endpoint(on=False)
+    host, _, port = text.rpartition(":")
+    host = host.strip("[]") or "127.0.0.1"
+    if not port.isdecimal() or not 1 <= int(port) <= 65535:
+        raise ValueError(f"{text!r} is neither auto nor off nor [HOST:]PORT")
+    return Endpoint("127.0.0.1" if host == "localhost" else _loopback(host), int(port), asked=True)
+
+
+def _loopback(host: str) -> str:
+    """Which process is at the other end can only be found out on the machine itself."""
+    try:
+        if ipaddress.ip_address(host).is_loopback:
+            return host
+    except ValueError:
+        pass
+    raise ValueError(f"{host} is no loopback address (the gateway serves this machine only)")
+
+
+def installed() -> bool:
+    return all(importlib.util.find_spec(name) is not None for name in NEEDS)
+
+
+def listen(wanted: Endpoint) -> Endpoint | None:
+    """Open the socket. None: there is to be no gateway, or its packages are not installed. Raises UsageError."""
+    if not wanted.on:
+        return None
+    if not installed():
+        if wanted.asked:
+            raise UsageError("the gateway needs more packages: pip install 'aiosd[gateway]'")
+        return None
+    sock = socket.socket(socket.AF_INET6 if ":" in wanted.host else socket.AF_INET, socket.SOCK_STREAM)
+    try:
+        sock.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        sock.bind((wanted.host, wanted.port))
+        sock.listen(BACKLOG)
+        sock.setblocking(False)
+    except OSError as err:
+        sock.close()
+        raise UsageError(f"the gateway cannot listen on {wanted.address}: {err.strerror}") from None
+    port = sock.getsockname()[1]
+    return replace(wanted, port=port, fd=sock.detach())
+
+
+# ── the environment of an agent ───────────────────────────────────────────────────────────────────────────
+
+#: They would lead somewhere else, or tell the gateway what is meant for another server.
+LEAKING = (
+    "OPENAI_ORG_ID",
+    "OPENAI_ORGANIZATION",
+    "OPENAI_PROJECT_ID",
+    "OPENAI_ADMIN_KEY",
+    "OPENAI_API_TYPE",
+    "OPENAI_API_VERSION",
+    "OPENAI_API_KEY_PATH",
+)
+
+#: Frameworks that report home, or look things up on the network at import, unless they are told not to. What the
+#: environment says already stays.
+QUIET = {
+    "ANONYMIZED_TELEMETRY": "False",
+    "CREWAI_DISABLE_TELEMETRY": "true",
+    "CREWAI_TRACING_ENABLED": "false",
+    "DISABLE_TELEMETRY": "true",
+    "DO_NOT_TRACK": "1",
+    "HF_HUB_DISABLE_TELEMETRY": "1",
+    "LANGCHAIN_TRACING_V2": "false",
+    "LANGSMITH_TRACING": "false",
+    "LITELLM_LOCAL_MODEL_COST_MAP": "True",
+    "OPENAI_AGENTS_DISABLE_TRACING": "1",
+}
+
+_PROXIES = ("http_proxy", "https_proxy", "all_proxy")
+
+
+def environment(given: Mapping[str, str], door: Endpoint, token: str) -> dict[str, str]:
+    """The variables of a program that shall find the gateway, made from those that it was given."""
+    env = {name: value for name, value in given.items() if name not in LEAKING}
+    for name, value in QUIET.items():
+        env.setdefault(name, value)
+    env |= {
+        "OPENAI_BASE_URL": f"{door.url}/v1",
+        "OPENAI_API_BASE": f"{door.url}/v1",
+        "OPENAI_API_KEY": token,
+        "CEREBRUM_KERNEL_URL": f"http://agent:{token}@{door.address}",
+    }
+    if any(name.lower() in _PROXIES for name in env):
+        for name in ("no_proxy", "NO_PROXY"):
+            env[name] = ",".join(filter(None, (env.get(name, ""), door.host, "localhost")))
+    return env

@@ -1,0 +1,16 @@
+"""The gateway: programs that speak HTTP as other model servers do are agents here, unchanged.
+
+    program ──HTTP──▶ gateway ──control socket──▶ kernel          one connection for each agent
+
+It is a service with a process of its own, and keeps nothing that matters: it dies and comes back, the kernel dies and
+comes back, and a program sees at most a connection that broke. Who calls is proved, never believed: a token that the
+kernel made for one agent, from a process that is, or descends from, that agent (`identity`, `accounts`).
+
+    main.py       the process: idle until the first connection, then `server`
+    server.py     HTTP (uvicorn's protocol), with limits for those who are not known yet
+    web.py        a request and its reply; errors; which function answers which path
+    identity.py   which process is at the other end of a connection
+    accounts.py   the agents that are served, with a connection to the kernel for each
+    calls.py      system calls for coroutines, and streams that end when their reader leaves
+    openai/       the API of OpenAI
+"""

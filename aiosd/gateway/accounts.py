@@ -1,0 +1,142 @@
+"""The agents that are served: for each a connection to the kernel, and proof of who may use it.
+
+A token leads to an account; the kernel alone knows whose it is. A TCP connection may use the account of an agent if the
+process at its other end is that agent or descends from it: that is looked up once for each connection, in a thread,
+because there may be many processes to look at. So a token that another agent has read somewhere is of no use to it.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, field
+from typing import Protocol
+
+from aiosd.gateway.identity import Address, belongs
+from libaios.client import ControlSocket
+from libaios.connection import Connection
+from libaios.greeting import Greeting
+from libaios.home import Home
+
+CONNECTIONS = 256  # of one agent
+BODY_BYTES = 64 << 20  # of one agent's requests that are being received
+
+
+class User(Protocol):
+    """A TCP connection (`server.Guarded`). `account`: the agent that it was shown to belong to."""
+
+    account: Account | None
+
+    @property
+    def ends(self) -> tuple[Address, Address]:
+        """The address of the other end, and ours."""
+
+    def known(self, account: Account) -> None: ...
+
+    def abort(self) -> None: ...
+
+
+class Full(Exception):
+    """The agent has too much open; the message tells what."""
+
+
+@dataclass(slots=True, eq=False)
+class Account:
+    """One agent."""
+
+    pid: int
+    ospid: int
+    connection: Connection
+    users: set[User] = field(default_factory=set)  # TCP connections that were shown to be its own
+    body_bytes: int = 0
+    conversations: dict[str, bytes] = field(default_factory=dict)  # by the id of their last response; oldest first
+
+    @property
+    def over(self) -> bool:
+        return self.connection.transport.hung_up
+
+    def close(self) -> None:
+        """The agent is dead, or its kernel."""
+        self.connection.close("the agent of this token has ended")
+        for user in list(self.users):
+            user.abort()
+
+    def admit(self, user: User) -> None:
+        """Raises Full."""
+        if len(self.users) >= CONNECTIONS:
+            raise Full(f"more than {CONNECTIONS} connections of one agent")
+        self.users.add(user)
+
+    def take_body(self, size: int) -> None:
+        """Raises Full."""
+        if self.body_bytes + size > BODY_BYTES:
+            raise Full(f"the requests of this agent that are on their way hold more than {BODY_BYTES} bytes")
+        self.body_bytes += size
+
+
+class Accounts:
+    def __init__(self, home: Home) -> None:
+        self._home = home
+        self._by_token: dict[str, asyncio.Task[Account]] = {}
+        self._threads = ThreadPoolExecutor(2, "identity")
+
+    async def of(self, token: str) -> Account:
+        """The account of a token, connected. Raises NoKernel: `Refused` where it is no agent's that lives."""
+        task = self._by_token.get(token)
+        if task is not None and task.done() and (task.exception() is not None or task.result().over):
+            self._by_token.pop(token)
+            task = None
+        if task is None:
+            task = self._by_token[token] = asyncio.create_task(self._connect(token))
+            task.add_done_callback(lambda done: self._drop_failed(token, done))
+        return await asyncio.shield(task)
+
+    def _drop_failed(self, token: str, done: asyncio.Task[Account]) -> None:
+        if (done.cancelled() or done.exception() is not None) and self._by_token.get(token) is done:
+            del self._by_token[token]
+
+    async def _connect(self, token: str) -> Account:
+        greeting = Greeting(self._home, token=token)
+        try:
+            while (welcome := greeting.step()) is None:
+                await _readable(greeting)
+        except BaseException:
+            greeting.close()
+            raise
+        assert greeting.frames is not None
+        connection = Connection(ControlSocket(self._home, token, (greeting.frames, welcome)))
+        connection.attach_loop(asyncio.get_running_loop())
+        return Account(welcome.pid, welcome.ospid, connection)
+
+    async def is_of(self, account: Account, theirs: Address, ours: Address) -> bool:
+        """Whether the TCP connection is one of this agent."""
+        loop = asyncio.get_running_loop()
+        return await loop.run_in_executor(self._threads, belongs, theirs, ours, account.ospid)
+
+    def gone(self, pid: int) -> None:
+        """The agent is dead."""
+        for token, task in list(self._by_token.items()):
+            if task.done() and not task.cancelled() and task.exception() is None and task.result().pid == pid:
+                del self._by_token[token]
+                task.result().close()
+
+    def live(self) -> list[Account]:
+        done = [task for task in self._by_token.values() if task.done() and not task.cancelled()]
+        return [task.result() for task in done if task.exception() is None and not task.result().over]
+
+
+async def _readable(greeting: Greeting) -> None:
+    """Until there is a step to take, or its time is up."""
+    frames, loop = greeting.frames, asyncio.get_running_loop()
+    if frames is None:
+        await asyncio.sleep(greeting.wait_s())
+        return
+    readable = asyncio.Event()
+    loop.add_reader(frames.fileno(), readable.set)
+    try:
+        with contextlib.suppress(TimeoutError):
+            async with asyncio.timeout(greeting.wait_s()):
+                await readable.wait()
+    finally:
+        loop.remove_reader(frames.fileno())

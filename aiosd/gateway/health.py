@@ -1,0 +1,24 @@
+"""GET /health and /metrics: open to all programs of this machine, and without a word about any agent."""
+
+from __future__ import annotations
+
+from aiosd.gateway.web import Request
+
+
+async def health(request: Request) -> None:
+    await request.reply({"status": "ok"})
+
+
+async def metrics(request: Request) -> None:
+    """In the text format of Prometheus."""
+    counters = request.app.counters
+    lines = ["# TYPE aios_gateway_requests_total counter"]
+    for status, count in sorted(counters.requests.items()):
+        lines.append(f'aios_gateway_requests_total{{status="{status}"}} {count}')
+    for name, value in (
+        ("cancelled", counters.cancelled),
+        ("prompt_tokens", counters.prompt_tokens),
+        ("completion_tokens", counters.completion_tokens),
+    ):
+        lines += [f"# TYPE aios_gateway_{name}_total counter", f"aios_gateway_{name}_total {value}"]
+    await request.reply_bytes("".join(f"{line}\n" for line in lines).encode(), b"text/plain; version=0.0.4")

@@ -1,0 +1,83 @@
+"""Which process is at the other end of a TCP connection on this machine?
+
+A Unix socket tells that by itself, a TCP socket does not. But Linux tells the number (inode) of the socket at the other
+end, by NETLINK_SOCK_DIAG, and in /proc each process's sockets are listed by number. So it can be shown that a
+connection belongs to an agent or to what descends from it: one of these processes has the socket.
+"""
+
+from __future__ import annotations
+
+import os
+import socket
+import struct
+from typing import NamedTuple
+
+from aiosd import procfs
+
+MOST_DESCRIPTORS = 100_000  # that are looked at for one connection
+LOOKS = 3  # at a tree that changes meanwhile
+
+_NETLINK_SOCK_DIAG = 4  # Python has no name for it
+_SOCK_DIAG_BY_FAMILY = 20
+_NLM_F_REQUEST = 1
+_NLMSG_ERROR = 2
+_HEADER = struct.Struct("=IHHII")  # length, type, flags, sequence, port
+_REQUEST = struct.Struct("=BBBBI")  # family, protocol, extensions, padding, states
+_PORTS = struct.Struct(">HH")
+_INTERFACE = struct.Struct("=III")  # interface, and a cookie: any
+_ANY_COOKIE = (0, 0xFFFFFFFF, 0xFFFFFFFF)
+_INODE_AT = 16 + 68  # in the answer: behind its header, the last field of inet_diag_msg
+
+
+class Address(NamedTuple):
+    host: str
+    port: int
+
+
+def socket_number(theirs: Address, ours: Address) -> int:
+    """The inode of the socket that is connected from `theirs` to `ours`; 0: there is none."""
+    family = socket.AF_INET6 if ":" in theirs.host else socket.AF_INET
+    addresses = (socket.inet_pton(family, host).ljust(16, b"\0") for host in (theirs.host, ours.host))
+    ident = _PORTS.pack(theirs.port, ours.port) + b"".join(addresses) + _INTERFACE.pack(*_ANY_COOKIE)
+    request = _REQUEST.pack(family, socket.IPPROTO_TCP, 0, 0, 0xFFFFFFFF) + ident
+    frame = _HEADER.pack(_HEADER.size + len(request), _SOCK_DIAG_BY_FAMILY, _NLM_F_REQUEST, 1, 0) + request
+    with socket.socket(socket.AF_NETLINK, socket.SOCK_RAW, _NETLINK_SOCK_DIAG) as netlink:
+        netlink.sendto(frame, (0, 0))
+        answer = netlink.recv(4096)
+    if _HEADER.unpack_from(answer)[1] == _NLMSG_ERROR:
+        return 0
+    return int(struct.unpack_from("=I", answer, _INODE_AT)[0])
+
+
+def belongs(theirs: Address, ours: Address, ospid: int) -> bool:
+    """Whether the process of this number, or one that descends from it, has the other end of this connection."""
+    inode = socket_number(theirs, ours)
+    if not inode:
+        return False
+    wanted, left = f"socket:[{inode}]", MOST_DESCRIPTORS
+    for _ in range(LOOKS):
+        for pid in (ospid, *procfs.descendants(ospid)):
+            found, looked = _has(pid, wanted, left)
+            left -= looked
+            if found or left <= 0:
+                return found
+    return False
+
+
+def _has(pid: int, wanted: str, most: int) -> tuple[bool, int]:
+    """Whether the process has that open, and how many of its descriptors were looked at."""
+    looked = 0
+    try:
+        with os.scandir(f"/proc/{pid}/fd") as entries:
+            for entry in entries:
+                looked += 1
+                try:
+                    if os.readlink(entry.path) == wanted:
+                        return True, looked
+                except OSError:  # closed meanwhile
+                    continue
+                if looked >= most:
+                    break
+    except OSError:  # it has ended
+        pass
+    return False, looked

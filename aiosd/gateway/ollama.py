@@ -1,0 +1,294 @@
+"""The API of Ollama: /api/chat, /api/generate, /api/embed, /api/tags, /api/show, /api/ps, /api/version.
+
+What is asked for is put in the words of OpenAI's API, and the rest is shared with that. Replies come as lines of JSON
+unless `stream` is false.
+"""
+
+from __future__ import annotations
+
+import struct
+import time
+from collections.abc import Sequence
+from datetime import UTC, datetime
+from typing import Any
+
+from msgspec import Struct
+
+from aiosd.gateway.calls import ask
+from aiosd.gateway.openai import fields, generation
+from aiosd.gateway.openai.chat import FINISH
+from aiosd.gateway.web import Problem, Request, encode
+from libaios import wire
+from libaios.generate import Piece, generate_args
+from libaios.wire import ModelInfo, Sys, ToolCall
+
+VERSION = "0.12.0"  # of the API that programs may count on
+LINES = b"application/x-ndjson"
+
+
+class Options(Struct, kw_only=True):
+    num_predict: int | None = None
+    temperature: float | None = None
+    top_k: int | None = None
+    top_p: float | None = None
+    min_p: float | None = None
+    seed: int | None = None
+    stop: str | list[str] | None = None
+    repeat_penalty: float | None = None
+    presence_penalty: float | None = None
+    frequency_penalty: float | None = None
+    mirostat: int | None = None
+    mirostat_tau: float | None = None
+    mirostat_eta: float | None = None
+
+
+class Common(Struct, kw_only=True):
+    model: str | None = None
+    options: Options | None = None
+    format: str | dict[str, Any] | None = None
+    stream: bool | None = None
+    think: bool | str | None = None
+    keep_alive: Any = None
+
+
+class Chat(Common, kw_only=True):
+    messages: list[dict[str, Any]] = []
+    tools: list[dict[str, Any]] | None = None
+
+
+class Generate(Common, kw_only=True):
+    prompt: str = ""
+    system: str | None = None
+    raw: bool = False
+    suffix: str | None = None
+    images: list[str] | None = None
+    context: list[int] | None = None
+    template: str | None = None
+
+
+class Embed(Struct, kw_only=True):
+    model: str | None = None
+    input: str | list[str] = []
+    prompt: str | None = None  # of the older /api/embeddings
+    truncate: bool | None = None
+    dimensions: int | None = None
+    options: Any = None
+    keep_alive: Any = None
+
+
+class Named(Struct, kw_only=True):
+    model: str | None = None
+    name: str | None = None
+    verbose: Any = None
+
+
+def error(problem: Problem) -> dict[str, Any]:
+    return {"error": problem.message}
+
+
+# ── texts ─────────────────────────────────────────────────────────────────────────────────────────────────
+
+
+async def chat(request: Request) -> None:
+    asked = fields.read(request, await request.json(), Chat)
+    model = await fields.model_for(request, asked.model)
+    await _answer(request, asked, model, _chat(asked, [_message(one) for one in asked.messages], asked.tools, model))
+
+
+async def generate(request: Request) -> None:
+    asked = fields.read(request, await request.json(), Generate)
+    for name in ("suffix", "images", "context", "template"):
+        if getattr(asked, name):
+            raise Problem(400, f"{name}: this server cannot do that", param=name)
+    model = await fields.model_for(request, asked.model)
+    if asked.raw:
+        args = generate_args(None, asked.prompt, model=model.name, **fields.options(_sampling(asked)))
+        await _answer(request, asked, model, fields.Asked([args]), "response")
+        return
+    messages = [{"role": "system", "content": asked.system}] if asked.system else []
+    messages.append({"role": "user", "content": asked.prompt})
+    await _answer(request, asked, model, _chat(asked, messages, None, model), "response")
+
+
+def _message(message: dict[str, Any]) -> dict[str, Any]:
+    if message.get("images"):
+        raise Problem(400, "images: this server cannot do that", param="images")
+    known: dict[str, Any] = {name: message[name] for name in ("role", "content", "tool_calls") if name in message}
+    if isinstance(message.get("thinking"), str):
+        known["reasoning"] = message["thinking"]
+    return known
+
+
+def _chat(
+    asked: Common, messages: list[dict[str, Any]], tools: list[dict[str, Any]] | None, model: ModelInfo
+) -> fields.Asked:
+    form: dict[str, Any] | None = None
+    if isinstance(asked.format, dict):
+        form = {"type": "json_schema", "json_schema": {"schema": asked.format}}
+    elif asked.format == "json":
+        form = {"type": "json_object"}
+    elif asked.format:
+        raise Problem(400, "format: json, or a schema", param="format")
+    chat = _sampling(asked, fields.Chat, messages=messages, tools=tools, response_format=form)
+    assert isinstance(chat, fields.Chat)
+    if asked.think is not None:
+        chat.chat_template_kwargs = {"enable_thinking": bool(asked.think)}
+    return fields.chat(chat, model)
+
+
+def _sampling(asked: Common, kind: type[fields.Sampling] = fields.Sampling, **more: Any) -> fields.Sampling:
+    given = asked.options or Options()
+    same = {name: getattr(given, name) for name in given.__struct_fields__}
+    return kind(stream=asked.stream is not False, **same, **more)
+
+
+async def _answer(request: Request, asked: Common, model: ModelInfo, chat: fields.Asked, part: str = "message") -> None:
+    form = LinesForm(model, chat, part)
+    if asked.stream is not False:
+        await generation.stream(request, chat.args, form)
+        return
+    (result,) = await generation.results(request, chat.args)
+    body = form.shown(result.text, result.reasoning, result.tool_calls)
+    await request.reply({**body, **form.last(result.finish_reason, result.usage)})
+
+
+class LinesForm:
+    """One JSON object a line. `part`: where the text stands, "message" or "response"."""
+
+    kind = LINES
+    comment = b""  # every line is taken for a part of the answer
+
+    def __init__(self, model: ModelInfo, chat: fields.Asked, part: str) -> None:
+        self._model, self._chat, self._part = model, chat, part
+        self._since = time.monotonic()
+        self._reason = ""
+
+    def begin(self) -> bytes:
+        return b""
+
+    def piece(self, index: int, piece: Piece) -> bytes:
+        made = b""
+        if piece.text or piece.reasoning or piece.tool_calls:
+            made = encode({**self.shown(piece.text, piece.reasoning, piece.tool_calls), "done": False}) + b"\n"
+        if piece.finish_reason is not None:
+            self._reason = piece.finish_reason
+        return made
+
+    def end(self, usages: Sequence[wire.Usage]) -> bytes:
+        return encode({**self.shown("", "", []), **self.last(self._reason, usages[0])}) + b"\n"
+
+    def shown(self, text: str, thoughts: str, calls: Sequence[ToolCall]) -> dict[str, Any]:
+        body: dict[str, Any] = {"model": self._model.name, "created_at": _now()}
+        answers = [call for call in calls if call.name == self._chat.answer_tool]
+        text += "".join(encode(call.arguments).decode() for call in answers)
+        if self._part == "response":
+            return {**body, "response": text, **({"thinking": thoughts} if thoughts else {})}
+        message: dict[str, Any] = {"role": "assistant", "content": text}
+        if thoughts:
+            message["thinking"] = thoughts
+        if len(calls) > len(answers):
+            others = [call for call in calls if call not in answers]
+            message["tool_calls"] = [
+                {"id": call.id, "function": {"index": i, "name": call.name, "arguments": call.arguments}}
+                for i, call in enumerate(others)
+            ]
+        return {**body, "message": message}
+
+    def last(self, reason: str, usage: wire.Usage) -> dict[str, Any]:
+        reason = FINISH.get(reason, "stop")
+        return {
+            "done": True,
+            "done_reason": "stop" if reason == "tool_calls" else reason,
+            "total_duration": int((time.monotonic() - self._since) * 1e9),
+            "load_duration": 0,
+            "prompt_eval_count": usage.prompt_tokens,
+            "prompt_eval_duration": int(usage.prefill_s * 1e9),
+            "eval_count": usage.completion_tokens,
+            "eval_duration": int(usage.decode_s * 1e9),
+        }
+
+
+def _now() -> str:
+    return datetime.now(UTC).isoformat().replace("+00:00", "Z")
+
+
+# ── vectors ───────────────────────────────────────────────────────────────────────────────────────────────
+
+
+async def embed(request: Request) -> None:
+    asked = fields.read(request, await request.json(), Embed)
+    model, vectors, tokens = await _vectors(request, asked)
+    if asked.dimensions not in (None, model.n_embd):
+        raise Problem(400, f"dimensions: this model's vectors have {model.n_embd}", param="dimensions")
+    durations = {"total_duration": 0, "load_duration": 0}
+    await request.reply({"model": model.name, "embeddings": vectors, **durations, "prompt_eval_count": tokens})
+
+
+async def embeddings(request: Request) -> None:
+    """The older form, for one text."""
+    asked = fields.read(request, await request.json(), Embed)
+    _, vectors, _ = await _vectors(request, asked)
+    await request.reply({"embedding": vectors[0]})
+
+
+async def _vectors(request: Request, asked: Embed) -> tuple[ModelInfo, list[list[float]], int]:
+    given = asked.input or asked.prompt
+    texts = [given] if isinstance(given, str) else given
+    if not texts:
+        raise Problem(400, "input: it is missing", param="input")
+    model = await fields.model_for(request, asked.model)
+    found: wire.Embedded = await ask(
+        request.account.connection, Sys.EMBED, wire.Embed(texts, model.name), wire.Embedded
+    )
+    rows = struct.iter_unpack(f"<{found.d}f", found.data)
+    return model, [list(row) for row in rows], found.prompt_tokens
+
+
+# ── models ────────────────────────────────────────────────────────────────────────────────────────────────
+
+
+async def tags(request: Request) -> None:
+    await request.reply({"models": [_listed(model) for model in await fields.models(request)]})
+
+
+async def running(request: Request) -> None:
+    forever = "9999-12-31T23:59:59Z"
+    listed = [{**_listed(model), "expires_at": forever, "size_vram": 0} for model in await fields.models(request)]
+    await request.reply({"models": listed})
+
+
+async def show(request: Request) -> None:
+    asked = fields.read(request, await request.json(), Named)
+    model = await fields.model_for(request, asked.model or asked.name)
+    known = {
+        "general.parameter_count": model.n_params,
+        "llama.context_length": model.n_ctx,
+        "llama.embedding_length": model.n_embd,
+    }
+    capabilities = ["completion", "embedding", *(["tools"] if model.chat else [])]
+    details = _listed(model)["details"]
+    await request.reply(
+        {
+            "modelfile": "",
+            "parameters": f"num_ctx {model.n_ctx}",
+            "template": "",
+            "details": details,
+            "model_info": known,
+            "capabilities": capabilities,
+        }
+    )
+
+
+async def version(request: Request) -> None:
+    await request.reply({"version": VERSION})
+
+
+def _listed(model: ModelInfo) -> dict[str, Any]:
+    details = {
+        "format": "gguf",
+        "family": "llama",
+        "families": ["llama"],
+        "parameter_size": f"{model.n_params / 1e6:.0f}M",
+        "quantization_level": "",
+    }
+    return {"name": model.name, "model": model.name, "modified_at": _now(), "size": 0, "digest": "", "details": details}

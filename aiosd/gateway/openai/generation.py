@@ -1,0 +1,170 @@
+"""From generations to a reply: whole, or in parts as they come.
+
+A `Form` knows what the parts look like; this file knows when they are sent. The head of a stream is sent with its first
+part, so what goes wrong before that has a status of its own. While nothing comes (the agent is parked, or waits in the
+queue), a comment every few seconds keeps the program from giving up.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Callable, Sequence
+from typing import Protocol
+
+from aiosd.gateway.calls import Calls, all_over
+from aiosd.gateway.web import COMMENT_S, Left, Request
+from libaios import wire
+from libaios.connection import Pending, decode_body
+from libaios.generate import Piece, Pieces, Result
+from libaios.wire import Sys
+
+EVENTS = b"text/event-stream; charset=utf-8"
+COMMENT = b": waiting\n\n"
+
+
+class Form(Protocol):
+    """How the parts of a stream are written. `comment`: what readers skip; b"": there is nothing like that."""
+
+    @property
+    def kind(self) -> bytes:
+        """Its content type."""
+
+    @property
+    def comment(self) -> bytes: ...
+
+    def begin(self) -> bytes:
+        """Before all others."""
+
+    def piece(self, index: int, piece: Piece) -> bytes:
+        """Of the choice with this number; the last one of a choice has its `finish_reason`."""
+
+    def end(self, usages: Sequence[wire.Usage]) -> bytes:
+        """After all others, with what each choice has cost."""
+
+
+def total(usages: Sequence[wire.Usage], per_prompt: int = 0) -> wire.Usage:
+    """Of all choices. A prompt counts once, however many choices it has (0: they are all of one)."""
+    firsts = usages[:: per_prompt or len(usages)]
+    return wire.Usage(
+        prompt_tokens=sum(usage.prompt_tokens for usage in firsts),
+        cached_tokens=sum(usage.cached_tokens for usage in firsts),
+        completion_tokens=sum(usage.completion_tokens for usage in usages),
+    )
+
+
+async def results(request: Request, args: Sequence[wire.Generate]) -> list[Result]:
+    """Generate all of these. Raises OSError, Left."""
+    async with Calls(request.account.connection) as calls:
+        pending = [await calls.submit(Sys.GENERATE, one) for one in args]
+        async with Leaving(request, calls.bell.set) as leaving:
+            while not all_over(pending):
+                await calls.rung()
+                leaving.check()
+        found = [Result(_body(call)) for call in pending]
+        _count(request, [result.usage for result in found])
+        return found
+
+
+async def stream(request: Request, args: Sequence[wire.Generate], form: Form) -> None:
+    """Generate all of these, and send what comes. Raises OSError, Left."""
+    async with Calls(request.account.connection) as calls:
+        pending = [await calls.submit(Sys.GENERATE, one, stream=True) for one in args]
+        front = form.begin()
+        readers = [Reader(index, call) for index, call in enumerate(pending)]
+        async with Leaving(request, calls.bell.set) as leaving, Comments(calls.bell.set) as comments:
+            while not all(reader.usage is not None for reader in readers):
+                await calls.rung()
+                leaving.check()
+                parts = b"".join([reader.parts(form) for reader in readers])
+                if parts:
+                    await request.stream(front + parts, form.kind)
+                    comments.sent()
+                    front = b""
+                elif comments.due and form.comment:
+                    await request.stream(form.comment + front, form.kind)
+                    comments.sent()
+                    front = b""
+        usages = [reader.usage for reader in readers if reader.usage is not None]
+        _count(request, usages)
+        await request.stream(form.end(usages), form.kind, last=True)
+
+
+class Reader:
+    """One choice of a stream. `usage` is set when it is over."""
+
+    def __init__(self, index: int, call: Pending) -> None:
+        self.usage: wire.Usage | None = None
+        self._index, self._call = index, call
+        self._pieces = Pieces()
+
+    def parts(self, form: Form) -> bytes:
+        """What has come since. Raises OSError."""
+        call, made = self._call, []
+        while call.pieces:
+            made.append(form.piece(self._index, self._pieces.piece(call.pieces.popleft())))
+        if call.final is not None and self.usage is None:
+            last = self._pieces.piece(_body(call))
+            made.append(form.piece(self._index, last))
+            self.usage = last.usage
+        return b"".join(made)
+
+
+def _body(call: Pending) -> wire.Generated:
+    assert call.final is not None
+    generated: wire.Generated = decode_body(call.final, wire.Generated)
+    return generated
+
+
+def _count(request: Request, usages: Sequence[wire.Usage]) -> None:
+    request.app.counters.prompt_tokens += sum(usage.prompt_tokens for usage in usages)
+    request.app.counters.completion_tokens += sum(usage.completion_tokens for usage in usages)
+
+
+class Leaving:
+    """Notices that the program has closed the connection, and rings."""
+
+    def __init__(self, request: Request, ring: Callable[[], None]) -> None:
+        self._request, self._ring = request, ring
+        self._task: asyncio.Task[None]
+
+    async def __aenter__(self) -> Leaving:
+        self._task = asyncio.create_task(self._request.left())
+        self._task.add_done_callback(lambda task: self._ring())
+        return self
+
+    async def __aexit__(self, *exc: object) -> None:
+        self._task.cancel()
+
+    def check(self) -> None:
+        if self._task.done():
+            raise Left
+
+
+class Comments:
+    """Rings when a stream has been silent for too long."""
+
+    def __init__(self, ring: Callable[[], None]) -> None:
+        self.due = False
+        self._ring = ring
+        self._sent = False  # something, since the last look
+        self._timer: asyncio.TimerHandle
+
+    async def __aenter__(self) -> Comments:
+        self._wait()
+        return self
+
+    async def __aexit__(self, *exc: object) -> None:
+        self._timer.cancel()
+
+    def sent(self) -> None:
+        self._sent, self.due = True, False
+
+    def _wait(self) -> None:
+        self._timer = asyncio.get_running_loop().call_later(COMMENT_S, self._look)
+
+    def _look(self) -> None:
+        if not self._sent:
+            self.due = True
+            self._ring()
+        self._sent = False
+        self._wait()

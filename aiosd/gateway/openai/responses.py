@@ -1,0 +1,438 @@
+"""POST /v1/responses: the newer form of a chat. Input items become messages, and what was generated becomes items.
+
+What `previous_response_id` names is kept in this process, for its own agent, newest first and no more than
+`KEPT_BYTES`; when the gateway has died in between, the program gets a 404 and sends the whole conversation.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterator
+from typing import Any
+
+import msgspec
+from msgspec import UNSET, Struct, UnsetType
+
+from aiosd.gateway.openai import fields, generation
+from aiosd.gateway.openai.chat import arguments, logprobs, new_id
+from aiosd.gateway.web import Problem, Request, encode
+from libaios import wire
+from libaios.generate import Piece, Result
+from libaios.wire import ToolCall
+
+KEPT_BYTES = 8 << 20  # of conversations, for one agent
+
+Item = dict[str, Any]
+
+
+class Text(Struct):
+    format: dict[str, Any] | None = None
+    verbosity: Any = None
+
+
+class Reasoning(Struct):
+    effort: str | None = None
+    summary: Any = None
+    generate_summary: Any = None
+
+
+class Responses(Struct, kw_only=True):
+    input: str | list[Item] | UnsetType = UNSET
+    model: str | None = None
+    instructions: str | None = None
+    max_output_tokens: int | None = None
+    temperature: float | None = None
+    top_p: float | None = None
+    top_logprobs: int | None = None
+    stream: bool | None = None
+    stream_options: Any = None
+    tools: list[Item] | None = None
+    tool_choice: str | Item | None = None
+    parallel_tool_calls: bool | None = None
+    text: Text | None = None
+    reasoning: Reasoning | None = None
+    previous_response_id: str | None = None
+    store: bool | None = None
+    include: list[str] | None = None
+    metadata: dict[str, Any] | None = None
+    seed: int | None = None
+    # change no answer
+    user: Any = None
+    truncation: Any = None  # nothing is cut here: what is too long is an error
+    service_tier: Any = None
+    safety_identifier: Any = None
+    prompt_cache_key: Any = None
+    prompt_cache_options: Any = None
+    prompt_cache_retention: Any = None
+    max_tool_calls: Any = None  # of tools that a server runs; there are none
+    context_management: Any = None
+    # would change it
+    background: Any = None
+    conversation: Any = None
+    prompt: Any = None
+
+
+NEUTRAL = {"background": (None, False), "conversation": (None,), "prompt": (None,)}
+
+
+async def create(request: Request) -> None:
+    given = await request.json()
+    asked = fields.read(request, given, Responses)
+    for name, allowed in NEUTRAL.items():
+        if getattr(asked, name) not in allowed:
+            raise Problem(400, f"{name}: this server cannot do that", param=name, code="unsupported_parameter")
+    model = await fields.model_for(request, asked.model)
+    messages = _messages(request, asked)
+    chat = fields.chat(_as_chat(asked, messages), model)
+    answer = Answer(asked, model.name, chat)
+    if asked.stream:
+        await generation.stream(request, chat.args, ResponseForm(answer))
+    else:
+        (result,) = await generation.results(request, chat.args)
+        answer.take(result)
+        await request.reply(answer.shown())
+    if asked.store is not False:
+        _keep(request, answer.id, [*messages, answer.message()])
+
+
+# ── what is asked for ─────────────────────────────────────────────────────────────────────────────────────
+
+
+def _as_chat(asked: Responses, messages: list[Item]) -> fields.Chat:
+    for i, tool in enumerate(asked.tools or []):
+        if tool.get("type") != "function":
+            message = f"tools[{i}].type: only functions, not {tool.get('type')!r:.60}"
+            raise Problem(400, message, param=f"tools[{i}].type", code="unsupported_parameter")
+    wants = "message.output_text.logprobs" in (asked.include or []) or bool(asked.top_logprobs)
+    instructions = [{"role": "system", "content": asked.instructions}] if asked.instructions else []
+    return fields.Chat(
+        messages=[*instructions, *messages],
+        max_tokens=asked.max_output_tokens,
+        temperature=asked.temperature,
+        top_p=asked.top_p,
+        logprobs=wants,
+        top_logprobs=asked.top_logprobs,
+        seed=asked.seed,
+        stream=asked.stream,
+        tools=asked.tools,
+        tool_choice=asked.tool_choice,
+        parallel_tool_calls=asked.parallel_tool_calls,
+        response_format=asked.text.format if asked.text is not None else None,
+        reasoning_effort=asked.reasoning.effort if asked.reasoning is not None else None,
+    )
+
+
+def _messages(request: Request, asked: Responses) -> list[Item]:
+    """The conversation without the instructions, which are of one call only."""
+    if isinstance(asked.input, UnsetType):
+        raise Problem(400, "input: it is missing", param="input")
+    items = [{"role": "user", "content": asked.input}] if isinstance(asked.input, str) else asked.input
+    before = _kept(request, asked.previous_response_id) if asked.previous_response_id is not None else []
+    messages = list(before)
+    for i, item in enumerate(items):
+        _add(messages, item, f"input[{i}]")
+    return messages
+
+
+def _add(messages: list[Item], item: Item, where: str) -> None:
+    """Put an item at the end of a conversation."""
+    match item.get("type", "message"):
+        case "message":
+            _say(messages, item.get("role"), _content(item.get("content"), where))
+        case "function_call":
+            function = {"name": item.get("name"), "arguments": item.get("arguments", "{}")}
+            call = {"id": str(item.get("call_id", "")), "type": "function", "function": function}
+            _of_assistant(messages).setdefault("tool_calls", []).append(call)
+        case "function_call_output":
+            output = _content(item.get("output"), where)
+            messages.append({"role": "tool", "tool_call_id": str(item.get("call_id", "")), "content": output})
+        case "reasoning":
+            parts = item.get("content") or item.get("summary") or []
+            text = "".join(str(part.get("text", "")) for part in parts if isinstance(part, dict))
+            messages.append({"role": "assistant", "content": "", "reasoning": text})
+        case other:
+            raise Problem(400, f"{where}.type: {other!r:.60} is not supported", param=f"{where}.type")
+
+
+def _say(messages: list[Item], role: Any, content: Any) -> None:
+    """A message; one of the assistant's belongs to the thoughts before it."""
+    last = messages[-1] if messages else {}
+    if role == "assistant" == last.get("role") and not last["content"] and "tool_calls" not in last:
+        last["content"] = content
+    else:
+        messages.append({"role": role, "content": content})
+
+
+def _of_assistant(messages: list[Item]) -> Item:
+    """The message of the assistant's that a call belongs to."""
+    if not messages or messages[-1].get("role") != "assistant":
+        messages.append({"role": "assistant", "content": ""})
+    return messages[-1]
+
+
+_TEXTS = ("input_text", "output_text", "text", "refusal")
+
+
+def _content(content: Any, where: str) -> Any:
+    """With the names that parts have in a chat. What is no text is refused by the kernel."""
+    if not isinstance(content, list):
+        return content
+    parts = []
+    for part in content:
+        if isinstance(part, dict) and part.get("type") in _TEXTS:
+            parts.append({"type": "text", "text": str(part.get("text", part.get("refusal", "")))})
+        else:
+            kind = part.get("type") if isinstance(part, dict) else part
+            raise Problem(400, f"{where}.content: {kind!r:.60} is not supported, only text", param=f"{where}.content")
+    return parts
+
+
+def _kept(request: Request, ident: str) -> list[Item]:
+    kept = request.account.conversations.get(ident)
+    if kept is None:
+        message = f"previous_response_id: {ident[:80]!r} is not known (any more); send the whole conversation"
+        raise Problem(404, message, param="previous_response_id", code="previous_response_not_found")
+    messages: list[Item] = msgspec.json.decode(kept)
+    return messages
+
+
+def _keep(request: Request, ident: str, messages: list[Item]) -> None:
+    conversations = request.account.conversations
+    conversations[ident] = encode(messages)
+    while len(conversations) > 1 and sum(map(len, conversations.values())) > KEPT_BYTES:
+        del conversations[next(iter(conversations))]
+
+
+# ── what is answered ──────────────────────────────────────────────────────────────────────────────────────
+
+
+class Answer:
+    """A response as it grows."""
+
+    def __init__(self, asked: Responses, model: str, chat: fields.Asked) -> None:
+        self.id = new_id("resp").replace("-", "_")
+        self.chat = chat
+        self.items: list[Item] = []
+        self.status = "in_progress"
+        self.usage: wire.Usage | None = None
+        self._asked, self._model = asked, model
+        self._created = int(time.time())
+
+    def take(self, result: Result) -> None:
+        """All at once."""
+        if result.reasoning:
+            self.items.append(reasoning_item(result.reasoning))
+        mine = [call for call in result.tool_calls if call.name != self.chat.answer_tool]
+        answers = [arguments(call) for call in result.tool_calls if call.name == self.chat.answer_tool]
+        text = result.text + "".join(answers)
+        if text or not mine:
+            self.items.append(message_item(text, result.logprobs))
+        self.items += [call_item(call) for call in mine]
+        self.finish(result.finish_reason, result.usage)
+
+    def finish(self, reason: str, usage: wire.Usage) -> None:
+        self.status = "incomplete" if reason in ("length", "limit") else "completed"
+        self.usage = usage
+
+    def message(self) -> Item:
+        """As the conversation goes on with it."""
+        message: Item = {"role": "assistant", "content": ""}
+        for item in self.items:
+            if item["type"] == "message":
+                message["content"] += item["content"][0]["text"]
+            elif item["type"] == "reasoning":
+                message["reasoning"] = item["content"][0]["text"]
+            else:
+                function = {"name": item["name"], "arguments": item["arguments"]}
+                call = {"id": item["call_id"], "type": "function", "function": function}
+                message.setdefault("tool_calls", []).append(call)
+        return message
+
+    def shown(self) -> dict[str, Any]:
+        asked, used = self._asked, self.usage
+        text = asked.text.format if asked.text is not None and asked.text.format is not None else {"type": "text"}
+        effort = asked.reasoning.effort if asked.reasoning is not None else None
+        return {
+            "id": self.id,
+            "object": "response",
+            "created_at": self._created,
+            "status": self.status,
+            "background": False,
+            "error": None,
+            "incomplete_details": {"reason": "max_output_tokens"} if self.status == "incomplete" else None,
+            "instructions": asked.instructions,
+            "max_output_tokens": asked.max_output_tokens,
+            "model": self._model,
+            "output": self.items,
+            "parallel_tool_calls": asked.parallel_tool_calls is not False,
+            "previous_response_id": asked.previous_response_id,
+            "reasoning": {"effort": effort, "summary": None},
+            "store": asked.store is not False,
+            "temperature": asked.temperature,
+            "text": {"format": text},
+            "tool_choice": asked.tool_choice or "auto",
+            "tools": asked.tools or [],
+            "top_p": asked.top_p,
+            "truncation": "disabled",
+            "usage": None if used is None else _usage(used),
+            "user": None,
+            "metadata": asked.metadata or {},
+        }
+
+
+def _usage(used: wire.Usage) -> dict[str, Any]:
+    return {
+        "input_tokens": used.prompt_tokens,
+        "input_tokens_details": {"cached_tokens": used.cached_tokens},
+        "output_tokens": used.completion_tokens,
+        "output_tokens_details": {"reasoning_tokens": 0},
+        "total_tokens": used.prompt_tokens + used.completion_tokens,
+    }
+
+
+def message_item(text: str, chances: wire.Logprobs | None = None) -> Item:
+    part = {"type": "output_text", "text": text, "annotations": [], "logprobs": logprobs(chances or [])}
+    return {"type": "message", "id": new_id("msg"), "status": "completed", "role": "assistant", "content": [part]}
+
+
+def reasoning_item(text: str) -> Item:
+    parts = [{"type": "reasoning_text", "text": text}]
+    return {"type": "reasoning", "id": new_id("rs"), "summary": [], "content": parts, "status": "completed"}
+
+
+def call_item(call: ToolCall) -> Item:
+    return _call_item(call.id, call.name, arguments(call))
+
+
+def _call_item(ident: str, name: str, text: str) -> Item:
+    return {
+        "type": "function_call",
+        "id": new_id("fc"),
+        "call_id": ident,
+        "name": name,
+        "arguments": text,
+        "status": "completed",
+    }
+
+
+# ── in parts ──────────────────────────────────────────────────────────────────────────────────────────────
+
+
+NAMES = {"message": "output_text", "reasoning": "reasoning_text", "function_call": "function_call_arguments"}
+
+
+class Open:
+    """The item that is being written: its kind, what it is so far, and the events around its text."""
+
+    def __init__(self, key: str | int, item: Item) -> None:
+        self.key = key  # "message", "reasoning", or the number of a call
+        self.item = item
+        self.text = ""
+        self.chances: wire.Logprobs = []
+
+    @property
+    def name(self) -> str:
+        return NAMES[self.item["type"]]
+
+
+class ResponseForm:
+    """The events of a streamed response, in the order that OpenAI documents: each item is added, gets its text, and is
+    done before the next one is added."""
+
+    kind, comment = generation.EVENTS, generation.COMMENT
+
+    def __init__(self, answer: Answer) -> None:
+        self._answer = answer
+        self._number = 0
+        self._open: Open | None = None
+        self._seen: set[int] = set()  # calls that have been written piece by piece
+        self._answers: set[int] = set()
+
+    def begin(self) -> bytes:
+        shown = self._answer.shown()
+        return self._event("response.created", response=shown) + self._event("response.in_progress", response=shown)
+
+    def piece(self, index: int, piece: Piece) -> bytes:
+        return b"".join(self._events(piece))
+
+    def end(self, usages: Any) -> bytes:
+        return self._event(f"response.{self._answer.status}", response=self._answer.shown())
+
+    def _events(self, piece: Piece) -> Iterator[bytes]:
+        if piece.reasoning:
+            yield from self._write("reasoning", reasoning_item(""), piece.reasoning)
+        if piece.text:
+            yield from self._write("message", message_item(""), piece.text, piece.logprobs)
+        for part in piece.calls:
+            yield from self._call(part.index, part.id, part.name, part.arguments)
+        if piece.finish_reason is None or piece.usage is None:
+            return
+        for i, call in enumerate(piece.tool_calls):
+            if i not in self._seen:
+                yield from self._call(i, call.id, call.name, arguments(call))
+        if self._open is None and not self._answer.items:
+            yield from self._write("message", message_item(""), "")
+        yield from self._close()
+        self._answer.finish(piece.finish_reason, piece.usage)
+
+    def _call(self, index: int, ident: str | None, name: str | None, text: str) -> Iterator[bytes]:
+        if name is not None:
+            self._seen.add(index)
+            if name == self._answer.chat.answer_tool:
+                self._answers.add(index)
+        if index in self._answers:
+            yield from self._write("message", message_item(""), text)
+        else:
+            yield from self._write(index, _call_item(ident or "", name or "", ""), text)
+
+    def _write(self, key: str | int, item: Item, text: str, chances: wire.Logprobs | None = None) -> Iterator[bytes]:
+        """Add to the open item, or open this one."""
+        if self._open is None or self._open.key != key:
+            yield from self._close()
+            self._open = Open(key, item)
+            yield from self._added(self._open)
+        one = self._open
+        one.text += text
+        one.chances += chances or []
+        if text:
+            extra = {"logprobs": logprobs(chances or [])} if one.name == "output_text" else {}
+            yield self._event(f"response.{one.name}.delta", **self._place(one), delta=text, **extra)
+
+    def _added(self, one: Open) -> Iterator[bytes]:
+        bare = {**one.item, "status": "in_progress"}
+        if "content" in bare:
+            bare["content"] = []
+        yield self._event("response.output_item.added", output_index=self._index, item=bare)
+        if "content" in one.item:
+            yield self._event("response.content_part.added", **self._place(one), part=one.item["content"][0])
+
+    def _close(self) -> Iterator[bytes]:
+        one, self._open = self._open, None
+        if one is None:
+            return
+        place, item = self._place(one), one.item
+        if "content" in item:
+            part = item["content"][0] = {**item["content"][0], "text": one.text}
+            extra = {}
+            if one.name == "output_text":
+                part["logprobs"] = extra["logprobs"] = logprobs(one.chances)
+            yield self._event(f"response.{one.name}.done", **place, text=one.text, **extra)
+            yield self._event("response.content_part.done", **place, part=part)
+        else:
+            item["arguments"] = one.text
+            yield self._event(f"response.{one.name}.done", **place, name=item["name"], arguments=one.text)
+        yield self._event("response.output_item.done", output_index=self._index, item=item)
+        self._answer.items.append(item)
+
+    @property
+    def _index(self) -> int:
+        return len(self._answer.items)
+
+    def _place(self, one: Open) -> dict[str, Any]:
+        place = {"item_id": one.item["id"], "output_index": self._index}
+        return place | {"content_index": 0} if "content" in one.item else place
+
+    def _event(self, kind: str, **values: Any) -> bytes:
+        event = {"type": kind, "sequence_number": self._number, **values}
+        self._number += 1
+        return b"event: %b\ndata: %b\n\n" % (kind.encode(), encode(event))

@@ -1,0 +1,49 @@
+"""POST /tokenize and /detokenize, as llama-server has them."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from msgspec import Struct
+
+from aiosd.gateway.calls import ask
+from aiosd.gateway.openai import fields
+from aiosd.gateway.web import Problem, Request
+from libaios import wire
+from libaios.wire import Sys
+
+MOST_PIECES = 4096
+
+
+class Text(Struct, kw_only=True):
+    content: str = ""
+    prompt: str | None = None  # as vLLM names it
+    model: str | None = None
+    parse_special: bool = True
+    with_pieces: bool = False
+
+
+class Ids(Struct, kw_only=True):
+    tokens: list[int] = []
+    model: str | None = None
+
+
+async def tokenize(request: Request) -> None:
+    asked = fields.read(request, await request.json(), Text)
+    model = await fields.model_for(request, asked.model)
+    connection, text = request.account.connection, asked.content if asked.prompt is None else asked.prompt
+    ids = await ask(connection, Sys.TOKENIZE, wire.Tokenize(text, model.name, asked.parse_special), list[int])
+    tokens: list[Any] = ids
+    if asked.with_pieces:
+        if len(ids) > MOST_PIECES:
+            raise Problem(400, f"with_pieces: only for texts of up to {MOST_PIECES} tokens", param="with_pieces")
+        pieces = [await ask(connection, Sys.DETOKENIZE, wire.Detokenize([one], model.name), str) for one in ids]
+        tokens = [{"id": one, "piece": piece} for one, piece in zip(ids, pieces, strict=True)]
+    await request.reply({"tokens": tokens, "count": len(ids), "max_model_len": model.n_ctx})
+
+
+async def detokenize(request: Request) -> None:
+    asked = fields.read(request, await request.json(), Ids)
+    model = await fields.model_for(request, asked.model)
+    text = await ask(request.account.connection, Sys.DETOKENIZE, wire.Detokenize(asked.tokens, model.name), str)
+    await request.reply({"content": text, "prompt": text})

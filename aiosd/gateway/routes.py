@@ -1,0 +1,40 @@
+"""Which function answers which path."""
+
+from __future__ import annotations
+
+from aiosd.gateway import health, ollama
+from aiosd.gateway.openai import chat, completions, embeddings, listing, responses, tokens
+from aiosd.gateway.web import Handler, Route, route
+
+#: Before the paths of OpenAI's API: nothing, a version, or an engine as older clients have it.
+PREFIX = r"(?:/v1)?(?:/(?:engines|openai/deployments)/{engine})?"
+
+
+def _openai(method: str, path: str, handler: Handler) -> Route:
+    return route(method, PREFIX + path, handler)
+
+
+def _ollama(method: str, path: str, handler: Handler, open: bool = False) -> Route:
+    return route(method, "/api" + path, handler, open, ollama.error)
+
+
+ROUTES = [
+    route("GET", "(?:/v1)?/health", health.health, open=True),
+    route("GET", "/metrics", health.metrics, open=True),
+    _openai("POST", "/chat/completions", chat.complete),
+    _openai("POST", "/completions", completions.complete),
+    _openai("POST", "/responses", responses.create),
+    _openai("POST", "/embeddings", embeddings.embed),
+    _openai("POST", "/tokenize", tokens.tokenize),
+    _openai("POST", "/detokenize", tokens.detokenize),
+    _openai("GET", "/models", listing.models),
+    _openai("GET", "/models/{model:path}", listing.model),
+    _ollama("POST", "/chat", ollama.chat),
+    _ollama("POST", "/generate", ollama.generate),
+    _ollama("POST", "/embed", ollama.embed),
+    _ollama("POST", "/embeddings", ollama.embeddings),
+    _ollama("POST", "/show", ollama.show),
+    _ollama("GET", "/tags", ollama.tags),
+    _ollama("GET", "/ps", ollama.running),
+    _ollama("GET", "/version", ollama.version, open=True),
+]

@@ -1,0 +1,156 @@
+"""HTTP: uvicorn's protocol on the socket that the guardian has made, with limits of our own.
+
+A connection is a *stranger* until a request of it was shown to be an agent's. There are few strangers, each has little
+time, and the oldest makes room for the next: so silent connections, however many, keep no agent out.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import socket
+from typing import Any
+
+from uvicorn import Config
+from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol
+from uvicorn.server import ServerState
+
+from aiosd.gateway.accounts import Account, Accounts
+from aiosd.gateway.identity import Address
+from aiosd.gateway.routes import ROUTES
+from aiosd.gateway.superior import GatewaySpec, Superior
+from aiosd.gateway.web import App, Counters
+from aiosd.heartbeat import BEAT_S, Rounds
+
+STRANGERS = 128
+STRANGER_S = 20.0  # until its first request is shown to be an agent's
+HEAD_BYTES = 64 << 10  # of a request's line and headers
+KEEP_ALIVE_S = 75
+
+
+class Strangers:
+    """Connections that are nobody's yet, oldest first."""
+
+    def __init__(self) -> None:
+        self._all: dict[Guarded, asyncio.TimerHandle] = {}
+
+    def add(self, one: Guarded) -> None:
+        if len(self._all) >= STRANGERS:
+            oldest = next(iter(self._all))
+            self.forget(oldest)
+            oldest.abort()
+        self._all[one] = asyncio.get_running_loop().call_later(STRANGER_S, one.transport.abort)
+
+    def forget(self, one: Guarded) -> None:
+        timer = self._all.pop(one, None)
+        if timer is not None:
+            timer.cancel()
+
+    def __len__(self) -> int:
+        return len(self._all)
+
+
+class Guarded(HttpToolsProtocol):
+    """One TCP connection. `account`: the agent that it was shown to belong to."""
+
+    strangers: Strangers  # of the server; set on a subclass
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        self.account: Account | None = None
+        self._head_bytes = 0
+
+    def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
+        super().connection_made(transport)
+        self.strangers.add(self)
+
+    def connection_lost(self, exc: Exception | None) -> None:
+        self.strangers.forget(self)
+        if self.account is not None:
+            self.account.users.discard(self)
+        super().connection_lost(exc)
+
+    def known(self, account: Account) -> None:
+        """Raises Full."""
+        account.admit(self)
+        self.account = account
+        self.strangers.forget(self)
+
+    def abort(self) -> None:
+        self.transport.abort()
+
+    @property
+    def ends(self) -> tuple[Address, Address]:
+        """The address of the other end, and ours."""
+        theirs, ours = self.transport.get_extra_info("peername"), self.transport.get_extra_info("sockname")
+        return Address(*theirs[:2]), Address(*ours[:2])
+
+    def on_message_begin(self) -> None:
+        super().on_message_begin()
+        self._head_bytes = 0
+        self.scope["connection"] = self  # type: ignore[typeddict-unknown-key]
+
+    def on_url(self, url: bytes) -> None:
+        self._count(len(url))
+        super().on_url(url)
+
+    def on_header(self, name: bytes, value: bytes) -> None:
+        self._count(len(name) + len(value))
+        super().on_header(name, value)
+
+    def _count(self, size: int) -> None:
+        self._head_bytes += size
+        if self._head_bytes > HEAD_BYTES:
+            raise ValueError("too long")  # the parser makes an invalid request of that
+
+    def data_received(self, data: bytes) -> None:
+        super().data_received(data)
+        # A request to change the protocol is none for us; what follows it would not be read.
+        if self.parser is not None and self.headers and self.parser.should_upgrade():
+            self.transport.close()
+
+
+def serve(superior: Superior, spec: GatewaySpec, rounds: Rounds) -> int:
+    return asyncio.run(_serve(superior, spec, rounds))
+
+
+async def _serve(superior: Superior, spec: GatewaySpec, rounds: Rounds) -> int:
+    loop = asyncio.get_running_loop()
+    ended = asyncio.Event()
+    accounts = Accounts(spec.home)
+    strangers, counters = Strangers(), Counters()
+    superior.on_gone = accounts.gone
+    superior.stats = lambda: {
+        **counters.totals(),
+        "agents": len(accounts.live()),
+        "strangers": len(strangers),
+        "port": spec.door.port,
+    }
+
+    def look() -> None:
+        superior.look()
+        if superior.over:
+            ended.set()
+
+    loop.add_reader(superior.channel.fileno(), look)
+    look()
+    _beat(loop, rounds)
+    for name in ("uvicorn.error", "uvicorn.access"):
+        logging.getLogger(name).setLevel(logging.ERROR)  # not a line for each broken request
+    app = App(accounts, counters, spec.door, ROUTES)
+    config = Config(app, lifespan="off", ws="none", access_log=False, log_config=None, timeout_keep_alive=KEEP_ALIVE_S)
+    config.load()
+    kind = type("Connection", (Guarded,), {"strangers": strangers})
+    state = ServerState()
+    server = await loop.create_server(
+        lambda: kind(config=config, server_state=state, app_state={}), sock=socket.socket(fileno=spec.door.fd)
+    )
+    await ended.wait()
+    server.close()
+    return 0
+
+
+def _beat(loop: asyncio.AbstractEventLoop, rounds: Rounds) -> None:
+    """The loop comes round."""
+    rounds.begin()
+    loop.call_later(BEAT_S, _beat, loop, rounds)

@@ -1,0 +1,57 @@
+"""Which agent a token of the gateway belongs to.
+
+Each agent that shall find the gateway gets 256 random bits in its environment, in its letter (`aiosd.letter`). The
+kernel alone makes them, and keeps their hashes only; these are in the agents' records, so that a successor of this
+kernel knows them too. So the supervisor, from which all agents are forked, has never more than that. A token is good as
+long as its agent lives.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import secrets
+
+import msgspec
+
+from aiosd import endpoint, link
+from aiosd.endpoint import Endpoint
+from aiosd.kernel.proc import Proc
+from aiosd.letter import Letter
+
+
+class Tokens:
+    """`door`: where the gateway listens; None: there is none, and nobody gets a token."""
+
+    def __init__(self, door: Endpoint | None) -> None:
+        self._door = door
+        self._agents: dict[bytes, Proc] = {}  # by the hash of their token
+
+    def give(
+        self, spec: link.Fork, letter: Letter, parent: Proc | None, wanted: bool | None
+    ) -> tuple[link.Fork, Letter]:
+        """The same agent with a token, and with the variables that lead programs to the gateway. `wanted` None: if its
+        parent has one."""
+        if wanted is None:
+            wanted = parent is None or bool(parent.token)
+        if self._door is None or not wanted:
+            return spec, letter
+        token = f"aios-{secrets.token_urlsafe(32)}"
+        env = endpoint.environment(letter.env, self._door, token)
+        replace = msgspec.structs.replace
+        return replace(spec, token=_hash(token)), replace(letter, env=env)
+
+    def add(self, proc: Proc) -> None:
+        if proc.token:
+            self._agents[proc.token] = proc
+
+    def forget(self, proc: Proc) -> None:
+        self._agents.pop(proc.token, None)
+
+    def bearer(self, token: str) -> Proc | None:
+        """The agent of this token. None: it is none, or its agent is dead or waits to be started again."""
+        proc = self._agents.get(_hash(token))
+        return proc if proc is not None and proc.ospid else None
+
+
+def _hash(token: str) -> bytes:
+    return hashlib.sha256(token.encode("utf-8", "surrogatepass")).digest()
