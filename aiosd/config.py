@@ -247,6 +247,8 @@ def _folders(value: Any) -> tuple[str, ...]:
         if not path.startswith("/") or (equals and mode != "write"):
             raise ValueError(f"{folder!r} is neither an absolute path nor one with =write behind it")
     return folders
+
+
 def _files(value: Any) -> tuple[str, ...]:
     """ "a.py:b.py" · ["a.py", "b.py"]"""
     words = value.split(os.pathsep) if isinstance(value, str) else value

@@ -608,6 +608,8 @@ class StoFinish(Struct, array_like=True, frozen=True):
 
 class StoAbort(Struct, array_like=True, frozen=True):
     upload: Uint
+
+
 class CallTool(Struct, array_like=True, frozen=True):
     """Call a tool. `arguments` are checked against the tool's schema by the toolbox."""
 
@@ -842,6 +844,8 @@ class FoundFile(Struct, frozen=True):
     of: str
     excerpt: str
     score: float
+
+
 class ToolInfo(Struct, frozen=True):
     """A tool. `parameters`: the JSON Schema of its arguments; `source`: "built in", or the file it comes from."""
 
