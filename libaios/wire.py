@@ -837,8 +837,8 @@ class Mount(Struct, frozen=True):
 
 
 class FoundFile(Struct, frozen=True):
-    """`excerpt`: some of the text around the words, "" where only the name has them. `score`: more is better, and means
-    nothing across searches."""
+    """`excerpt`: some of the text around the words, or its beginning where none of them is in it; "" for what is no
+    text. `score`: more is better, and means nothing across searches."""
 
     file: File
     of: str

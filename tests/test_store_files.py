@@ -6,7 +6,7 @@ from __future__ import annotations
 import errno
 import os
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Generator, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -18,10 +18,12 @@ from msgspec import Raw, msgpack
 from aiosd import link
 from aiosd.store import archive, contents, fsck, rebuild
 from aiosd.store.database import Database
+from aiosd.store.meaning import Meaning
 from aiosd.store.room import Room
 from aiosd.store.storage import Storage
 from libaios import wire
 from libaios.wire import PIECE, TABLE, Sys
+from tests.test_store_meaning import Fake
 
 ME = link.Caller(7, 1000, "me", True, "default")
 SCRIPT = link.Caller(8, 1000, "me", False, "default")
@@ -32,13 +34,15 @@ LARGE = os.urandom(PIECE + 100_000)
 
 
 class Store:
-    def __init__(self, folder: Path, quota: int = 1 << 30, versions: int = 100) -> None:
+    def __init__(self, folder: Path, quota: int = 1 << 30, versions: int = 100, embedder: Any = None) -> None:
         self.now = 1000.0
         self.calls = 0
         self.folder = folder / "data" / "store"
         self.folder.mkdir(parents=True, exist_ok=True)
         self.database = Database(self.folder, Room(self.folder, wal=0, ballast=0, floor=0))
-        self.storage = Storage(self.database, self.folder, quota, versions, clock=lambda: self.now)
+        meaning = Meaning(self.database, embedder, 1 << 20)
+        self.storage = Storage(self.database, self.folder, quota, versions, clock=lambda: self.now, meaning=meaning)
+        meaning.begin(self.storage.files.words)
         self.database.undone.append(self.storage.undone)
         if self.database.begin_system("one"):
             self.storage.forget_system()
@@ -52,6 +56,8 @@ class Store:
         raw = wire.encode(args)
         ask = link.Ask((caller.pid or -1, self.calls), caller, sys, Raw(raw), again)
         reply = self.handlers[sys](ask, wire.decode_args[sys](raw))
+        if isinstance(reply, Generator):
+            reply = drained(reply)
         return msgpack.decode(wire.encode(reply), type=TABLE[sys].reply)
 
     def close(self) -> None:
@@ -86,6 +92,15 @@ class Store:
             pass
         assert os.listdir(self.folder / "new") == []
         return set(os.listdir(self.folder / "contents"))
+
+
+def drained(call: Generator[Any, None, Any]) -> Any:
+    """What it returns; it pauses for others, who are not here."""
+    while True:
+        try:
+            next(call)
+        except StopIteration as end:
+            return end.value
 
 
 @pytest.fixture
@@ -356,6 +371,24 @@ def test_search_finds_names_and_words_of_the_newest_version(store: Store) -> Non
     assert store.found("brown") == []
     assert store.found("slow", folder="other") == []
     assert store.found("slow", k=1) == ["report.txt"]
+
+
+def test_files_are_found_by_what_they_mean(tmp_path: Path) -> None:
+    store = Store(tmp_path, embedder=Fake())
+    store.write("a", b"the kitten sleeps")
+    store.write("b/car", b"\0 no text")
+    store.write("b/c", b"tea")
+    assert store.found("cat", k=1) == ["a"]
+    assert store.found("automobile", k=1) == ["b/car"], "by the words of its path"
+    assert store.found("cat", k=1, folder="b") != ["a"], "the folder holds before the limit"
+    store.write("a", b"rain")
+    assert store.found("cat storm", k=1) == ["a"]
+    assert store.found("feline", OTHER) == []
+    store(Sys.STO_SHARE, wire.StoShare("b", "agent:other"))
+    assert set(store.found("weather", OTHER)) == {"b/c", "b/car"}, "and nothing of what is not shared"
+    store(Sys.STO_REMOVE, wire.StoPath("a"))
+    assert "a" not in store.found("storm")
+    store.close()
 
 
 def test_a_follower_is_told_in_the_same_transaction(store: Store) -> None:

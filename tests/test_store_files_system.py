@@ -221,7 +221,7 @@ def test_the_command(system: System, tmp_path: Path) -> None:
     assert len(run("history", "notes/plan", *of).splitlines()) == 3
     assert run("rollback", "notes/plan", "1", *of) == "notes/plan: version 3\n"
     assert run("rollback", "notes/plan", "--time", "2001-01-01", *of, code=1)
-    assert run("search", "plan", *of) == "notes/plan\n"
+    assert run("search", "plan", *of) == "notes/plan: one\n"
     assert run("search", "one", *of) == "notes/plan: one\n"
     run("get", "notes/plan", str(tmp_path / "copy"), *of)
     assert (tmp_path / "copy").read_text() == "one\n"

@@ -182,8 +182,7 @@ class Contents:
         if not rows:
             return
         for (name,) in rows:
-            if self._db.row("SELECT 1 FROM contents WHERE hash = ?", name) is None:
-                self._path(name).unlink(missing_ok=True)
+            self._path(name).unlink(missing_ok=True)  # `put` would have taken it off the list
         with self._db.transaction():
             for (name,) in rows:
                 self._db.do("DELETE FROM doomed WHERE hash = ?", name)

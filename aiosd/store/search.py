@@ -84,21 +84,11 @@ class NoteSearch:
         now = self._clock()
         among = {owner: passing(self._db, owner, args.filters, now) for owner in owners}
         words = {} if args.by == "meaning" else self._by_words(among, args)
-        scores = words if vector is None else self._with_meaning(among, args.k, vector, words)
+        scores = words if vector is None else with_meaning(self._meaning, NOTES, among, args.k, vector, words)
         for note in self._by_text(owners, args):
             scores[note] = ITSELF + scores.get(note, 0.0)
         best = sorted(scores, key=lambda note: (scores[note], note), reverse=True)[: args.k]
         return self._fetch(best, scores)
-
-    def _with_meaning(self, among: Among, k: int, vector: Floats, words: Mapping[int, float]) -> dict[int, float]:
-        cosines = dict(self._meaning.nearest(NOTES, vector, max(k, LEAST), among))
-        # Words alone may have found what is farther away, or has no vector yet: that is put level with the last.
-        level = min(cosines.values(), default=0.0)
-        others = [note for note in words if note not in cosines]
-        if others:
-            cosines |= dict.fromkeys(others, level)
-            cosines |= dict(self._meaning.nearest(NOTES, vector, len(others), dict.fromkeys(among, others)))
-        return {note: cosine + WORDS * fit(words.get(note, 0.0)) for note, cosine in cosines.items()}
 
     def _by_words(self, among: Among, args: wire.MemSearch) -> dict[int, float]:
         """The notes that have at least one of the words, and how well they fit (bm25)."""
@@ -134,6 +124,20 @@ class NoteSearch:
             sql = f"SELECT {COLUMNS} {FROM} WHERE n.id IN ({marks(some)}) AND {LIVE}"
             found |= {row[0]: row for row in self._db.rows(sql, *some, self._clock())}
         return [wire.Found(note_of(found[note]), scores[note]) for note in notes if note in found]
+
+
+def with_meaning(
+    meaning: Meaning, kind: int, among: Among, k: int, vector: Floats, words: Mapping[int, float]
+) -> dict[int, float]:
+    """Scores of what words have found, and of what is nearest to the vector."""
+    cosines = dict(meaning.nearest(kind, vector, max(k, LEAST), among))
+    # Words alone may have found what is farther away, or has no vector yet: that is put level with the last.
+    level = min(cosines.values(), default=0.0)
+    others = [item for item in words if item not in cosines]
+    if others:
+        cosines |= dict.fromkeys(others, level)
+        cosines |= dict(meaning.nearest(kind, vector, len(others), dict.fromkeys(among, others)))
+    return {item: cosine + WORDS * fit(words.get(item, 0.0)) for item, cosine in cosines.items()}
 
 
 def fit(bm25: float) -> float:

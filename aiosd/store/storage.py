@@ -24,6 +24,7 @@ from aiosd.store import owners, spaces
 from aiosd.store.contents import Contents
 from aiosd.store.database import Database
 from aiosd.store.files import Files, Row
+from aiosd.store.filesearch import FileSearch
 from aiosd.store.meaning import Meaning
 from aiosd.store.mounts import Mounts
 from aiosd.store.spaces import Space, Spaces, clean_folder, clean_path
@@ -33,7 +34,6 @@ from libaios.wire import PIECE, Sys
 
 logger = logging.getLogger("store")
 
-EXCERPTS = 10  # of one search
 EXPIRE_S = 3600.0  # between two looks for uploads that were given up
 REST_S, RETRY_S = 5.0, 5.0
 
@@ -56,6 +56,7 @@ class Storage:
         self.uploads = Uploads(database, self.files)
         self.meaning = meaning if meaning is not None else Meaning(database, None, 0)
         self.files.words.followers.append(self.meaning)
+        self._search = FileSearch(database, self.files, self.meaning)
         self.mounts = Mounts(database, self.files, hidden=folder.parent, grants=grants)
         self._expire_at = 0.0
 
@@ -108,17 +109,10 @@ class Storage:
     def history(self, ask: link.Ask, args: wire.StoHistory) -> list[wire.Version]:
         return self.files.history(self._find(*self._meant(ask, args)), args.before, args.limit)
 
-    def search(self, ask: link.Ask, args: wire.StoSearch) -> list[wire.FoundFile]:
-        """By words. With `of` None in all that the caller can read."""
-        caller = ask.caller
-        seen = self.spaces.all_seen(caller) if args.of is None else [self.spaces.find(caller, args.of)]
-        found: list[wire.FoundFile] = []
-        for file, space, score in self.files.words.search(seen, args.query, clean_folder(args.folder), args.k):
-            row = self.files.by_id(file)
-            if row is not None:
-                excerpt = self.files.words.excerpt(file, args.query) if len(found) < EXCERPTS else ""
-                found.append(wire.FoundFile(row.shown(), spaces.shown(caller, space.name), excerpt, score))
-        return found
+    def search(self, ask: link.Ask, args: wire.StoSearch) -> Any:
+        """With `of` None in all that the caller can read."""
+        seen = self.spaces.all_seen(ask.caller) if args.of is None else [self.spaces.find(ask.caller, args.of)]
+        return self._search.search(ask.caller, seen, args.query, clean_folder(args.folder), args.k)
 
     def _meant(self, ask: link.Ask, args: Any, write: bool = False) -> tuple[Space, str]:
         """Space and path, which the caller may see, or change. Raises OSError: EINVAL, ENOENT, EACCES."""

@@ -1,0 +1,107 @@
+"""Search for files: by words, and where there is an embedder by meaning too, in one ranking as for notes (`search`).
+
+What the caller may see, and the folder that is asked for, hold before any limit. A query is split into words and each
+is quoted; the owner is a word of its own in the index, so no query leads to files that the caller may not see.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Generator, Sequence
+from typing import TYPE_CHECKING, Any
+
+from aiosd import link
+from aiosd.service import Pause
+from aiosd.store.database import Database
+from aiosd.store.files import Files
+from aiosd.store.filewords import FILES, as_text
+from aiosd.store.meaning import Meaning
+from aiosd.store.search import LEAST, MOST_WORDS, with_meaning
+from aiosd.store.spaces import Space, below, shown
+from libaios import wire
+
+if TYPE_CHECKING:
+    from aiosd.store.meaning import Floats
+
+EXCERPT = 160  # characters
+EXCERPTS = 10  # of one search
+_WORD = re.compile(r"[^\W_]+")
+
+
+class FileSearch:
+    def __init__(self, database: Database, files: Files, meaning: Meaning) -> None:
+        self._db, self._files, self._meaning = database, files, meaning
+
+    def search(
+        self, caller: link.Caller, seen: Sequence[Space], query: str, folder: str, k: int
+    ) -> list[wire.FoundFile] | Generator[Pause, None, list[wire.FoundFile]]:
+        """Files of these spaces, the best first: at once, or what brings them after a while."""
+        spaces = {space.owner: space for space in seen if space.owner is not None}
+        if self._meaning.embedder is None or not spaces:
+            return self._ranked(caller, spaces, query, folder, k, None)
+        return self._by_meaning(caller, spaces, query, folder, k)
+
+    def _by_meaning(
+        self, caller: link.Caller, spaces: dict[int, Space], query: str, folder: str, k: int
+    ) -> Generator[Pause, None, list[wire.FoundFile]]:
+        vector = yield from self._meaning.vector_of(query)
+        if vector is not None:
+            yield from self._meaning.finish(spaces)
+            yield from self._meaning.load(FILES, spaces)
+        return self._ranked(caller, spaces, query, folder, k, vector)
+
+    def _ranked(
+        self, caller: link.Caller, spaces: dict[int, Space], query: str, folder: str, k: int, vector: Floats | None
+    ) -> list[wire.FoundFile]:
+        scores = self._by_words(spaces, query, folder, max(k, LEAST))
+        if vector is not None:
+            among = {owner: self._visible(space, folder) for owner, space in spaces.items()}
+            scores = with_meaning(self._meaning, FILES, among, k, vector, scores)
+        found: list[wire.FoundFile] = []
+        for file in sorted(scores, key=lambda file: (scores[file], file), reverse=True)[:k]:
+            row = self._files.by_id(file)
+            if row is not None:
+                excerpt = self._excerpt(file, query) if len(found) < EXCERPTS else ""
+                of = shown(caller, spaces[row.owner].name)
+                found.append(wire.FoundFile(row.shown(), of, excerpt, scores[file]))
+        return found
+
+    def _by_words(self, spaces: dict[int, Space], query: str, folder: str, limit: int) -> dict[int, float]:
+        """The files that have at least one of the words, and how well they fit (bm25)."""
+        words = list(dict.fromkeys(_WORD.findall(query)))[:MOST_WORDS]
+        if not words or not spaces:
+            return {}
+        either = " OR ".join(f'"own{owner}"' for owner in spaces)
+        wanted = " OR ".join(f'"{word}"' for word in words)
+        conditions: list[str] = []
+        values: list[Any] = []
+        for owner, space in spaces.items():
+            visible, parts = space.where()
+            conditions.append(f"(f.owner = ? AND {visible})")
+            values += [owner, *parts]
+        sql = (
+            "SELECT f.id, -bm25(file_words, 0.0, 2.0, 1.0) AS score FROM file_words w JOIN files f ON f.id = w.rowid "
+            f"WHERE file_words MATCH ? AND f.removed IS NULL AND ({' OR '.join(conditions)}) "
+            "AND f.path >= ? AND f.path < ? ORDER BY score DESC, f.id DESC LIMIT ?"
+        )
+        match = f"{{owner}} : ({either}) AND {{path text}} : ({wanted})"
+        return dict(self._db.rows(sql, match, *values, *below(folder), limit))
+
+    def _visible(self, space: Space, folder: str) -> list[int] | None:
+        """The files of a space that may be found; None: all."""
+        if space.grants is None and not folder:
+            return None
+        visible, values = space.where()
+        sql = (
+            "SELECT f.id FROM files f WHERE f.owner = ? AND f.removed IS NULL AND f.path >= ? AND f.path < ? "
+            f"AND {visible}"
+        )
+        return [file for (file,) in self._db.rows(sql, space.owner, *below(folder), *values)]
+
+    def _excerpt(self, file: int, query: str) -> str:
+        """A piece of the text around the first of the words that is in it; where none is, its beginning."""
+        text = as_text(self._files.words.read(file))
+        words = [re.escape(word) for word in _WORD.findall(query)[:MOST_WORDS]]
+        found = re.search(rf"(?<!\w)(?:{'|'.join(words)})(?!\w)", text, re.IGNORECASE) if words else None
+        begin = 0 if found is None else max(0, found.start() - EXCERPT // 3)
+        return " ".join(text[begin : begin + EXCERPT].split())
