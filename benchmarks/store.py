@@ -244,7 +244,8 @@ found = {
     "add": timed(lambda i: made.add(ids=[str(i)], embeddings=[vectors[i]], documents=["x" * 1024], metadatas=[meta(i)]),
                  range(notes, notes + 200)),
     "search": timed(lambda i: made.query(query_embeddings=[vectors[i]], n_results=10), range(100)),
-    "filtered": timed(lambda i: made.query(query_embeddings=[vectors[i]], n_results=10, where={"tag": "t7"}), range(100)),
+    "filtered": timed(lambda i: made.query(query_embeddings=[vectors[i]], n_results=10, where={"tag": "t7"}),
+                      range(100)),
 }
 print(json.dumps(found))
 """
