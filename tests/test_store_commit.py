@@ -38,6 +38,8 @@ class FakeChannel:
     def send(self, payload: bytes) -> None:
         self.sent.append(link.decode_from_service(payload))
 
+    leave = send
+
 
 class Store:
     """Database, memory manager and server; `turn` gives the server what is at hand, and returns its answers."""
