@@ -95,6 +95,7 @@ def test_what_is_removed_is_nowhere(store: Store) -> None:
     refused(errno.ENOENT, lambda: store("get", wire.MemGet(note)))
     refused(errno.ENOENT, lambda: store("remove", wire.MemGet(note)))
     assert store("search", wire.MemSearch("secret")) == []
+    assert store.database.row("SELECT count(*) FROM note_words") == (0,)
     assert store("stats_of", wire.MemStats())["bytes"] == 0
 
 
