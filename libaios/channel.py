@@ -224,7 +224,7 @@ class Channel:
         else:
             self._queue(payload)
 
-    def leave(self, payload: bytes) -> None:
+    def send_silently(self, payload: bytes) -> None:
         """As `send`, but without a ring: for what the other side need not know before the next frame."""
         if self._outbox or not self._producer.put_whole((payload,)):
             self._queue(payload)

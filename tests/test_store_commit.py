@@ -38,7 +38,7 @@ class FakeChannel:
     def send(self, payload: bytes) -> None:
         self.sent.append(link.decode_from_service(payload))
 
-    leave = send
+    send_silently = send
 
 
 class Store:
