@@ -267,7 +267,7 @@ class Server:
             self._send(link.Failed(ask.key, errno.EIO, reason))
         else:
             if ask.sys not in self.queued:
-                self._send(link.Working(ask.key))
+                self.channel.send_silently(link.encode(link.Working(ask.key)))  # read with the answer, or at a death
             self._lives[ask.key] = ask.life
             self._begin(ask)
 

@@ -185,6 +185,19 @@ def test_the_bell_of_one_that_never_listens_does_not_block(ends: Ends) -> None:
     assert not ends.kernel.hung_up
 
 
+def test_what_is_sent_silently_comes_with_the_next_frame_or_at_the_end(ends: Ends) -> None:
+    ends.agent.receive()  # asleep: a frame rings
+    ends.kernel.send_silently(b"one")
+    assert not rung(ends.agent)
+    ends.kernel.send(b"two")
+    assert rung(ends.agent)
+    assert ends.agent.receive() == [b"one", b"two"]
+    ends.kernel.send_silently(b"last words")
+    ends.kernel.close()
+    assert ends.agent.wait(LOST_S)
+    assert ends.agent.receive() == [b"last words"]
+
+
 def test_a_hang_up_is_seen(ends: Ends) -> None:
     ends.agent.send(b"last words")
     ends.agent.close()

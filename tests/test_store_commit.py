@@ -38,6 +38,8 @@ class FakeChannel:
     def send(self, payload: bytes) -> None:
         self.sent.append(link.decode_from_service(payload))
 
+    send_silently = send
+
 
 class Store:
     """Database, memory manager and server; `turn` gives the server what is at hand, and returns its answers."""
@@ -122,6 +124,22 @@ def test_a_call_that_fails_undoes_itself_alone(store: Store) -> None:
     assert store.texts() == ["one", "three"]
 
 
+def test_what_a_failing_call_has_done_already_is_undone(store: Store) -> None:
+    database = store.database
+
+    def effect() -> None:
+        database.do("UPDATE notes SET text = 'half'")
+        raise wire.error(errno.EDQUOT, "no more")
+
+    store.turn(add(1, "one"))
+    database.begin()
+    database.once(add(2, "two"), lambda: database.do("UPDATE notes SET version = 5"))
+    with pytest.raises(OSError, match="no more"):
+        database.once(add(3, "three"), effect)
+    database.commit()
+    assert database.rows("SELECT text, version FROM notes") == [("one", 5)]
+
+
 def test_when_there_is_no_room_each_call_gets_its_own_answer(store: Store) -> None:
     """SQLite undoes the whole transaction then: the removal goes through, the additions do not, none is half done."""
     store.turn(*(add(call, f"{call} " + "x" * 3000) for call in range(1, 41)))
@@ -158,9 +176,10 @@ def test_what_was_made_in_memory_of_a_lost_transaction_is_dropped(
 
     with monkeypatch.context() as patch:
         patch.setattr(store.database.memos, "write", fails)
-        lost, read = store.turn(add(2, "new", key="k"), ask(3, Sys.MEM_GET, wire.MemGet(1)))
-    assert (lost, read["text"]) == (errno.EIO, "old"), "nothing that was lost was given out"
-    (note,) = store.turn(ask(4, Sys.MEM_GET, wire.MemGet(1)))
+        get = (ask(call, Sys.MEM_GET, wire.MemGet(1)) for call in (3, 4))
+        before, lost, after = store.turn(next(get), add(2, "new", key="k"), next(get))
+    assert (before["text"], lost, after["text"]) == ("old", errno.EIO, "old"), "nothing that was lost was given out"
+    (note,) = store.turn(ask(5, Sys.MEM_GET, wire.MemGet(1)))
     assert note["text"] == "old"
 
 

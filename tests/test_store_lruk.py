@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import random
 from typing import Any
 
+import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -78,6 +80,21 @@ DEEDS = st.one_of(
 
 @given(st.integers(1, 3), st.lists(DEEDS, max_size=200))
 def test_it_does_what_the_model_does(k: int, deeds: list[Any]) -> None:
+    compare(k, deeds)
+
+
+@pytest.mark.parametrize("seed", range(20))
+def test_it_does_what_the_model_does_for_long(seed: int) -> None:
+    """Each key has one size and one owner, as notes have: what goes depends on references alone."""
+    draw = random.Random(seed)
+    deeds: list[Any] = []
+    for _ in range(400):
+        key = min(draw.randrange(18), draw.randrange(18))
+        deeds.append(draw.choice((("get", key), ("put", key, 2 + key % 5, "abc"[key % 3]))))
+    compare(1 + seed % 3, deeds)
+
+
+def compare(k: int, deeds: list[Any]) -> None:
     cache: LruK[int] = LruK(MOST, OF_OWNER, k, CORRELATED)
     model = Model(k)
     for deed, key, *rest in deeds:

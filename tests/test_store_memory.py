@@ -95,6 +95,7 @@ def test_what_is_removed_is_nowhere(store: Store) -> None:
     refused(errno.ENOENT, lambda: store("get", wire.MemGet(note)))
     refused(errno.ENOENT, lambda: store("remove", wire.MemGet(note)))
     assert store("search", wire.MemSearch("secret")) == []
+    assert store.database.row("SELECT count(*) FROM note_words") == (0,)
     assert store("stats_of", wire.MemStats())["bytes"] == 0
 
 
@@ -226,3 +227,19 @@ def test_a_newer_schema_is_refused(tmp_path: Path) -> None:
         Database(tmp_path)
     assert (tmp_path / "store.db").read_bytes() == before
     assert apsw.apswversion()
+
+
+def test_a_key_leads_to_the_note_that_has_it_now(store: Store) -> None:
+    """Also when the note was found by its key before."""
+    first = store("add", wire.MemAdd("mine", key="k"))
+    group = store("add", wire.MemAdd("the group's", key="k", shared=True), OTHER)
+    assert [store("get", wire.MemGet("k"), who).id for who in (ME, ME, OTHER, OTHER)] == [first, first, group, group]
+    store("update", wire.MemUpdate("k", "changed"))
+    assert store("get", wire.MemGet("k")).text == "changed"
+    store("remove", wire.MemGet(first))
+    assert store("get", wire.MemGet("k")).id == group
+    again = store("add", wire.MemAdd("again", key="k", ttl_s=10))
+    assert store("get", wire.MemGet("k")).id == again
+    store.now += 11
+    assert store("get", wire.MemGet("k")).id == group
+    refused(errno.ENOENT, lambda: store("get", wire.MemGet("k"), STRANGER))

@@ -24,7 +24,7 @@ import os
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 import apsw
 import apsw.sqlite_extra
@@ -88,6 +88,22 @@ MIGRATIONS: tuple[str, ...] = (
 )
 
 
+class _Part:
+    """One for all transactions of a database: how deep they are is in its books. (A generator for each would take as
+    long as the statements within it.)"""
+
+    __slots__ = ("_database",)
+
+    def __init__(self, database: Database) -> None:
+        self._database = database
+
+    def __enter__(self) -> None:
+        self._database._enter()
+
+    def __exit__(self, kind: object, err: BaseException | None, trace: object) -> None:
+        self._database._leave(err)
+
+
 class Database:
     """Raises WorldError, with a sentence, when the file cannot be used."""
 
@@ -97,6 +113,7 @@ class Database:
         self.undone: list[Callable[[], None]] = []  # called when a whole transaction was lost: drop what you made of it
         self.counts = {"commits": 0, "calls": 0, "undone": 0, "damaged": 0}
         self.memos = Memos(self.rows)
+        self._part = _Part(self)
         self._grouping = False
         self._depth = 0
         self._begun = False  # a transaction of ours is open,
@@ -136,8 +153,10 @@ class Database:
     # ── statements ────────────────────────────────────────────────────────────────────────────────────────
 
     def rows(self, sql: str, *values: Any) -> list[tuple[Any, ...]]:
-        with self.as_oserror():
+        try:
             return list(self.db.execute(sql, values))
+        except apsw.Error as err:
+            self._fail(err)
 
     def row(self, sql: str, *values: Any) -> tuple[Any, ...] | None:
         found = self.rows(sql, *values)
@@ -148,30 +167,40 @@ class Database:
 
     # ── transactions ──────────────────────────────────────────────────────────────────────────────────────
 
-    @contextmanager
-    def transaction(self) -> Iterator[None]:
+    def transaction(self) -> _Part:
         """All that is done within it, or, when anything is raised, nothing. May be nested. Durable when the outermost
         ends, or with `commit` where calls are grouped."""
-        alone = not self._grouping and not self._depth
+        return self._part
+
+    def _enter(self) -> None:
         if self._lost is not None:
             raise self._lost  # this call will be done again, alone
-        with self.as_oserror():
+        try:
             if not self._begun:
                 self.room.look()
                 self.db.execute("BEGIN IMMEDIATE")
                 self._begun = True
             self.db.execute("SAVEPOINT part")
+        except apsw.Error as err:
+            self._fail(err)
         self._depth += 1
+
+    def _leave(self, err: BaseException | None) -> None:
         try:
-            with self.as_oserror():
-                yield
+            if err is None:
                 self.db.execute("RELEASE part")
-        except BaseException:
+            elif isinstance(err, apsw.Error):
+                raise err
+        except apsw.Error as failed:
+            self._note_lost(failed)
             self._undo_part()
-            raise
+            self._fail(failed)
+        else:
+            if err is not None:
+                self._undo_part()
         finally:
             self._depth -= 1
-        if alone:
+        if err is None and not self._grouping and not self._depth:
             self._commit()
 
     def _undo_part(self) -> None:
@@ -200,10 +229,9 @@ class Database:
         try:
             if self._lost is not None:
                 raise self._lost
-            with self.as_oserror():
-                self.memos.write()
-                self.db.execute("COMMIT")
-        except OSError:
+            self.memos.write()
+            self.rows("COMMIT")
+        except BaseException:
             self._drop()
             raise
         self._begun = self._quiet = False
@@ -295,12 +323,18 @@ class Database:
         try:
             yield
         except apsw.Error as err:
-            error = self._meaning(err)
-            if self._begun and not self.db.in_transaction:
-                self._lost = self._lost or error or wire.error(errno.EIO, f"the transaction was undone ({err})")
-            if error is None:
-                raise
-            raise error from err
+            self._fail(err)
+
+    def _fail(self, err: apsw.Error) -> NoReturn:
+        self._note_lost(err)
+        error = self._meaning(err)
+        if error is None:
+            raise err
+        raise error from err
+
+    def _note_lost(self, err: apsw.Error) -> None:
+        if self._begun and self._lost is None and not self.db.in_transaction:
+            self._lost = self._meaning(err) or wire.error(errno.EIO, f"the transaction was undone ({err})")
 
     def _meaning(self, err: apsw.Error) -> OSError | None:
         if isinstance(err, apsw.FullError):

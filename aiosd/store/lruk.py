@@ -91,6 +91,10 @@ class LruK(Generic[Value]):
         """Keep a value, and return the keys that had to go for it. One that is larger than an owner may have is not
         kept. Counts as a reference."""
         old = self._entries.get(key)
+        if old is not None and old.size == size and old.owner == owner:  # nothing has to go for it
+            old.value = value
+            self._refer(old)
+            return []
         times, last = (old.times, old.last) if old is not None else self._history.pop(key, ((), 0))
         if old is not None:
             self._drop(key)

@@ -29,6 +29,7 @@ from aiosd.store.search import NOTES, NoteSearch
 from libaios import wire
 from libaios.wire import Note, Sys
 
+KEYS = 10_000  # whose notes are found without a query
 FILL = 0.8  # of `ram`
 CLEAN_S = 10.0  # between two looks for notes whose time is over,
 CLEAN_AT_ONCE = 100  # … of which so many are removed in one transaction
@@ -43,6 +44,7 @@ class Memory:
         self._search = NoteSearch(database, self.meaning, clock)
         size = int(ram * FILL)
         self.cache: LruK[tuple[str, Note]] = LruK(size, size // 4)
+        self._ids: dict[tuple[str, str], int] = {}  # by owner and key, of notes that may be in the cache
 
     def handlers(self) -> dict[int, Any]:
         return {
@@ -59,10 +61,13 @@ class Memory:
     # ── reading ───────────────────────────────────────────────────────────────────────────────────────────
 
     def get(self, ask: link.Ask, args: wire.MemGet) -> Note:
-        if isinstance(args.note, int):
-            held = self.cache.get(args.note, owners.own(ask.caller))
-            if held is not None and held[0] in visible(ask.caller) and not self._over(held[1]):
-                return held[1]
+        own = owners.own(ask.caller)
+        wanted = args.note if isinstance(args.note, int) else self._ids.get((own, args.note))
+        held = self.cache.get(wanted, own) if wanted is not None else None
+        if held is not None and not self._over(held[1]):
+            name, note = held
+            if name in visible(ask.caller) if wanted == args.note else (name, note.key) == (own, args.note):
+                return note
         return self._find(ask.caller, args.note)
 
     def search(self, ask: link.Ask, args: wire.MemSearch) -> Any:
@@ -290,6 +295,10 @@ class Memory:
 
     def _keep(self, name: str, note: Note) -> None:
         self.cache.put(note.id, (name, note), _size(note), name)
+        if note.key is not None:
+            if len(self._ids) >= KEYS:
+                self._ids.clear()
+            self._ids[name, note.key] = note.id
 
 
 def _size(note: Note) -> int:

@@ -1,0 +1,341 @@
+#!/usr/bin/env python
+"""What notes cost: reading one, and writing them durably from many agents at once, beside SQLite and chromadb.
+
+    $ python benchmarks/store.py
+    one agent, µs                               p50      p99   × getpid
+    getpid                                     27.1     61.0
+    mem.get of 1 KB by id                      81.0    130.2       2.99
+    …
+
+Reading: one agent calls getpid, and reads notes of 1 KB by id (which lie in the store's memory) and by key (which is a
+query); the calls alternate in rounds, and a ratio is the median of the rounds'.
+
+Writing: 32 agents add notes of 1 KB, one call in flight each; a call returns when the note is on the disk, found by its
+words, counted in its owner's quota, and its reply remembered. Against that SQLite alone, by one process that commits
+each row of 1 KB by itself into a table without any index: WAL, `synchronous=FULL`, with a new WAL and with one that has
+its full size already; and 32 processes with a connection of their own each. All on one disk, in alternating rounds.
+
+chromadb (with --chroma PYTHON, an interpreter that has it): its adding, searching and reopening at --notes vectors of
+384 dimensions, which are given to it, beside the same of notes, by words.
+
+Results go to benchmarks/results/store.json. Exit status 1 when a bar is missed.
+"""
+
+import argparse
+import json
+import os
+import random
+import signal
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+from typing import Any
+
+ROOT = Path(__file__).resolve().parents[1]
+sys.path.insert(0, str(ROOT))
+
+from benchmarks.harness import AGENT, Aiosd, makespan, model_path, percentile, race, verdict, write  # noqa: E402
+
+READ_BAR, WRITE_BAR = 4.5, 5.0
+
+#: The order: what to do, how often, and from which number the texts go on.
+SCRIPT = (
+    AGENT
+    + """
+import random
+WORDS = [a + b + c for a in "bdfgklmnprst" for b in ("a", "e", "i", "o", "u", "ar", "en") for c in "nslrtkm"]
+def text_of(number):
+    draw = random.Random(number)
+    return " ".join(draw.choices(WORDS, k=400))[:1015] + f" {number:08}"
+def run(order):
+    what, calls, first = order["what"], order["calls"], order.get("first", 0)
+    numbers = range(first, first + calls)
+    if what == "write":
+        for number in numbers:
+            aios.mem.add(text_of(number), tags=[f"t{number % 100}"])
+        return {}
+    call = {"getpid": lambda number: aios.proc.getpid(),
+            "get": lambda number: aios.mem.get(note),
+            "key": lambda number: aios.mem.get("key"),
+            "add": lambda number: aios.mem.add(text_of(number), tags=[f"t{number % 100}"]),
+            "search": lambda number: aios.mem.search(" ".join(text_of(number).split()[:3]), k=10),
+            "filtered": lambda number: aios.mem.search(" ".join(text_of(number).split()[:3]), k=10, tags=["t7"])}[what]
+    took = []
+    for number in numbers:
+        began = time.perf_counter()
+        call(number)
+        took.append((time.perf_counter() - began) * 1e6)
+    return {"took": took}
+note = aios.mem.add(text_of(0), key="key")
+serve(run)
+"""
+)
+
+
+# ── SQLite alone ──────────────────────────────────────────────────────────────────────────────────────────
+
+
+def text() -> str:
+    return "".join(random.choices("abcdefghij ", k=1024))
+
+
+def connect(path: Path) -> Any:
+    import apsw
+
+    db = apsw.Connection(str(path))
+    db.set_busy_timeout(60_000)
+    db.pragma("journal_mode", "WAL")
+    db.pragma("synchronous", "FULL")
+    db.execute("CREATE TABLE IF NOT EXISTS notes(id INTEGER PRIMARY KEY, text TEXT)")
+    return db
+
+
+def sqlite_alone(folder: Path, writes: int, warm: bool) -> float:
+    """Durable writes per second of one process, each a commit of its own."""
+    db = connect(folder / "alone.db")
+    if warm:
+        with db:
+            db.execute("INSERT INTO notes(text) VALUES(?)", ("x" * (8 << 20),))
+        db.execute("DELETE FROM notes")
+        db.pragma("wal_checkpoint(RESTART)")
+    texts = [text() for _ in range(writes)]
+    began = time.monotonic()
+    for one in texts:
+        db.execute("INSERT INTO notes(text) VALUES(?)", (one,))
+    took = time.monotonic() - began
+    db.close()
+    return writes / took
+
+
+PROCESS = """
+import sys, time
+sys.path.insert(0, sys.argv[1])
+from pathlib import Path
+from benchmarks.store import connect, text
+db = connect(Path(sys.argv[2]))
+texts = [text() for _ in range(int(sys.argv[3]))]
+print("ready", flush=True)
+sys.stdin.readline()
+for one in texts:
+    db.execute("INSERT INTO notes(text) VALUES(?)", (one,))
+print(time.monotonic(), flush=True)
+"""
+
+
+def sqlite_together(folder: Path, processes: int, writes: int) -> float:
+    """The same by many processes at once, each with a connection of its own."""
+    connect(folder / "together.db").close()
+    argv = [sys.executable, "-c", PROCESS, str(ROOT), str(folder / "together.db"), str(writes)]
+    running = [
+        subprocess.Popen(argv, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True) for _ in range(processes)
+    ]
+    for one in running:
+        assert one.stdout is not None
+        one.stdout.readline()
+    began = time.monotonic()
+    for one in running:
+        assert one.stdin is not None
+        one.stdin.write("go\n")
+        one.stdin.flush()
+    ended = max(float(one.communicate()[0]) for one in running)
+    return processes * writes / (ended - began)
+
+
+# ── aiosd ─────────────────────────────────────────────────────────────────────────────────────────────────
+
+
+def reading(system: Aiosd, rounds: int, calls: int) -> dict[str, dict[str, float]]:
+    """Microseconds, and how many times a getpid that is."""
+    (agent,) = system.start(1, SCRIPT, options=("--name", "reader"))
+    took: dict[str, list[list[float]]] = {"getpid": [], "get": [], "key": []}
+    for what in took:
+        race([agent], [{"what": what, "calls": 300}])
+    for number in range(rounds):
+        order = list(took)
+        random.Random(number).shuffle(order)
+        for what in order:
+            took[what].append(race([agent], [{"what": what, "calls": calls}])[0]["took"])
+    base = [statistics.median(one) for one in took["getpid"]]
+    found = {}
+    for what, all_rounds in took.items():
+        ratios = [statistics.median(one) / other for one, other in zip(all_rounds, base, strict=True)]
+        flat = [value for one in all_rounds for value in one]
+        found[what] = {
+            "p50": statistics.median(flat),
+            "p99": percentile(flat, 0.99),
+            "ratio": statistics.median(ratios),
+        }
+    return found
+
+
+def writing(system: Aiosd, folder: Path, options: argparse.Namespace) -> dict[str, list[float]]:
+    """Durable writes per second, of each kind in each round."""
+    agents = system.start(options.agents, SCRIPT)
+    race(agents, [{"what": "write", "calls": 5}] * options.agents)
+    found: dict[str, list[float]] = {"aiosd": [], "new": [], "warm": [], "together": []}
+    for number in range(options.rounds):
+        scratch = folder / f"round-{number}"
+        for name in ("new", "warm", "together"):
+            (scratch / name).mkdir(parents=True)
+        sides = {
+            "aiosd": lambda number=number: through_aiosd(agents, options.writes, number),
+            "new": lambda scratch=scratch: sqlite_alone(scratch / "new", options.alone, warm=False),
+            "warm": lambda scratch=scratch: sqlite_alone(scratch / "warm", options.alone, warm=True),
+            "together": lambda scratch=scratch: sqlite_together(
+                scratch / "together", options.agents, max(3, options.alone // options.agents)
+            ),
+        }
+        for name in random.Random(number).sample(list(sides), len(sides)):
+            found[name].append(sides[name]())
+    return found
+
+
+def through_aiosd(agents: list[Any], writes: int, number: int) -> float:
+    orders = [
+        {"what": "write", "calls": writes, "first": (number * len(agents) + place) * writes}
+        for place in range(len(agents))
+    ]
+    return len(agents) * writes / makespan(race(agents, orders))
+
+
+def as_chroma(system: Aiosd, notes: int) -> dict[str, float]:
+    """The same as chromadb is asked for, by words. Milliseconds."""
+    (agent,) = system.start(1, SCRIPT, options=("--name", "many"))
+    race([agent], [{"what": "write", "calls": notes, "first": 1_000_000}])
+    found = {
+        what: statistics.median(race([agent], [{"what": what, "calls": calls, "first": 1_000_100}])[0]["took"]) / 1e3
+        for what, calls in (("add", 200), ("search", 100), ("filtered", 100))
+    }
+    store = next(int(process["ospid"]) for process in system.processes() if process["name"] == "store")
+    began = time.monotonic()
+    os.kill(store, signal.SIGKILL)
+    race([agent], [{"what": "search", "calls": 1, "first": 1_000_100}])
+    return found | {"reopen": (time.monotonic() - began) * 1e3}
+
+
+# ── chromadb ──────────────────────────────────────────────────────────────────────────────────────────────
+
+CHROMA = """
+import json, random, statistics, sys, time
+import chromadb, numpy
+from chromadb.config import Settings
+notes, folder = int(sys.argv[1]), sys.argv[2]
+vectors = numpy.random.default_rng(1).standard_normal((notes + 400, 384), dtype="float32")
+vectors /= numpy.linalg.norm(vectors, axis=1, keepdims=True)
+def meta(i): return {"tag": f"t{i % 100}"}
+def open_():
+    client = chromadb.PersistentClient(folder, settings=Settings(anonymized_telemetry=False))
+    return client.get_or_create_collection("notes", embedding_function=None)
+made = open_()
+for i in range(0, notes, 1000):
+    made.add(ids=[str(j) for j in range(i, i + 1000)], embeddings=vectors[i:i + 1000], documents=["x" * 1024] * 1000,
+             metadatas=[meta(j) for j in range(i, i + 1000)])
+def timed(call, numbers):
+    took = []
+    for i in numbers:
+        began = time.perf_counter()
+        call(i)
+        took.append((time.perf_counter() - began) * 1e3)
+    return statistics.median(took)
+found = {
+    "add": timed(lambda i: made.add(ids=[str(i)], embeddings=[vectors[i]], documents=["x" * 1024], metadatas=[meta(i)]),
+                 range(notes, notes + 200)),
+    "search": timed(lambda i: made.query(query_embeddings=[vectors[i]], n_results=10), range(100)),
+    "filtered": timed(lambda i: made.query(query_embeddings=[vectors[i]], n_results=10, where={"tag": "t7"}),
+                      range(100)),
+}
+print(json.dumps(found))
+"""
+
+REOPEN = """
+import sys, time
+import chromadb, numpy
+from chromadb.config import Settings
+vector = numpy.random.default_rng(1).standard_normal(384, dtype="float32")
+began = time.monotonic()
+client = chromadb.PersistentClient(sys.argv[1], settings=Settings(anonymized_telemetry=False))
+client.get_collection("notes", embedding_function=None).query(query_embeddings=[vector], n_results=10)
+print((time.monotonic() - began) * 1e3)
+"""
+
+
+def chroma(python: str, notes: int, folder: Path) -> dict[str, float]:
+    """Milliseconds."""
+    done = subprocess.run([python, "-c", CHROMA, str(notes), str(folder)], capture_output=True, text=True, check=True)
+    found = dict(json.loads(done.stdout.splitlines()[-1]))
+    again = subprocess.run([python, "-c", REOPEN, str(folder)], capture_output=True, text=True, check=True)
+    return found | {"reopen": float(again.stdout.splitlines()[-1])}
+
+
+# ── the run ───────────────────────────────────────────────────────────────────────────────────────────────
+
+
+def show(reads: dict[str, Any], writes: dict[str, list[float]], peers: dict[str, Any], agents: int) -> list[str]:
+    """Print the tables; the bars that were missed."""
+    titles = {"getpid": "getpid", "get": "mem.get of 1 KB by id", "key": "mem.get of 1 KB by key"}
+    missed = []
+    print(f"{'one agent, µs':40}{'p50':>8}{'p99':>9}{'× getpid':>11}")
+    for what, row in reads.items():
+        bar = None if what == "getpid" else READ_BAR
+        word = verdict(row["ratio"], bar)
+        print(f"{titles[what]:40}{row['p50']:8.1f}{row['p99']:9.1f}{row['ratio']:11.2f}  {word}")
+        missed += [what] if word == "MISSED" else []
+    print(f"\n{'durable writes of 1 KB a second':48}{'median':>8}{'worst':>8}{'best':>8}{'aiosd ×':>9}")
+    names = {
+        "aiosd": f"aiosd, {agents} agents",
+        "new": "SQLite, a commit each",
+        "warm": "SQLite, a commit each, its WAL at full size",
+        "together": f"SQLite, {agents} processes",
+    }
+    for name, values in writes.items():
+        ratio = statistics.median(ours / theirs for ours, theirs in zip(writes["aiosd"], values, strict=True))
+        bar = WRITE_BAR if name == "warm" else None
+        word = verdict(ratio, bar, at_least=True)
+        row = f"{names[name]:48}{statistics.median(values):8.0f}{min(values):8.0f}{max(values):8.0f}"
+        print(row + ("" if name == "aiosd" else f"{ratio:9.1f}  {word}"))
+        missed += [name] if word == "MISSED" else []
+    if peers:
+        print(f"\n{'ms':24}" + "".join(f"{what:>10}" for what in next(iter(peers.values()))))
+        for name, row in peers.items():
+            print(f"{name:24}" + "".join(f"{value:10.2f}" for value in row.values()))
+    return missed
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument("--calls", type=int, default=2000, help="of each kind in a round, one agent")
+    parser.add_argument("--agents", type=int, default=32)
+    parser.add_argument("--writes", type=int, default=100, help="of each agent in a round")
+    parser.add_argument("--alone", type=int, default=400, help="writes of SQLite in a round")
+    parser.add_argument("--notes", type=int, default=10_000, help="beside chromadb; 0: leave that out")
+    parser.add_argument("--chroma", metavar="PYTHON", help="an interpreter with chromadb")
+    parser.add_argument("--folder", type=Path, help="on the disk that is to be measured")
+    parser.add_argument("--out", type=Path)
+    options = parser.parse_args()
+    if options.folder:
+        tempfile.tempdir = str(options.folder)
+    with tempfile.TemporaryDirectory(prefix="aios-store-") as scratch:
+        with Aiosd(model_path("nano"), "--threads", "1", "--note-quota", "1G") as system:
+            reads = reading(system, options.rounds, options.calls)
+            writes = writing(system, Path(scratch), options)
+            stats = next(one for one in system.status()["services"] if one["name"] == "store")["stats"]
+            peers = {"aiosd, by words": as_chroma(system, options.notes)} if options.notes else {}
+        if options.notes and options.chroma:
+            peers["chromadb, by vectors"] = chroma(options.chroma, options.notes, Path(scratch) / "chroma")
+        elif options.notes:
+            print("chromadb is left out: --chroma names no interpreter that has it\n")
+    missed = show(reads, writes, peers, options.agents)
+    print(f"\ncalls in a commit: {stats['calls'] / max(1, stats['commits']):.1f}")
+    rows = [{"reading": what, **row} for what, row in reads.items()]
+    rows += [{"writing": name, "per_s": values} for name, values in writes.items()]
+    rows += [{"peer": name, "ms": row} for name, row in peers.items()]
+    write("store", rows, options.out, missed=missed, agents=options.agents, notes=options.notes)
+    sys.exit(1 if missed else 0)
+
+
+if __name__ == "__main__":
+    main()
