@@ -285,7 +285,7 @@ class Server:
         try:
             handler = self.handlers[ask.sys]
             result = handler(ask, wire.decode_args[ask.sys](ask.args))
-        except Exception as err:
+        except Exception as err:  # a bug of one handler: it costs this call, and no other
             self._failed(ask.key, err)
             return
         if isinstance(result, Generator):
@@ -304,7 +304,7 @@ class Server:
             part = next(self._under_way[key])
         except StopIteration as end:
             self._answered(key, end.value)
-        except Exception as err:
+        except Exception as err:  # a bug of one handler: it costs this call, and no other
             self._failed(key, err)
         else:
             self._paused.pop(key, None)

@@ -230,7 +230,7 @@ class Connection:
                 if self._renewing:  # a handler's exception interrupted that: older calls reach the new kernel first
                     self._submit_again()
                 self._send(call)
-        except BaseException:
+        except BaseException:  # of any kind, a signal handler's too: the kernel must not work for no caller
             self.abandon(call)
             self._after_sending()
             raise
@@ -273,7 +273,7 @@ class Connection:
         try:
             self._blocked.add(call)
             self._wait(lambda: not transport.outbox_bytes or call.final is not None or bool(self._dead), call, None)
-        except BaseException:
+        except BaseException:  # of any kind, a signal handler's too: the kernel must not work for no caller
             self.abandon(call)
             raise
         finally:
@@ -285,7 +285,7 @@ class Connection:
             try:
                 deadline = None if timeout is None else time.monotonic() + timeout + SLACK_S
                 self._wait(lambda: call.final is not None, call, deadline)
-            except BaseException:
+            except BaseException:  # of any kind, a signal handler's too: the kernel must not work for no caller
                 self.abandon(call)
                 raise
         assert call.final is not None

@@ -217,7 +217,7 @@ def _be_daemon(settings: Settings, log: Path) -> NoReturn:
         code = _serve(settings)
     except AiosdError as err:
         edge.complain("aiosd", str(err))
-    except BaseException:
+    except BaseException:  # of any kind: the child of a fork must not return into its parent's code
         import traceback
 
         traceback.print_exc()

@@ -105,7 +105,7 @@ class Database:
             self.db = connect(self.path)
             try:
                 self._migrate()
-            except BaseException:
+            except BaseException:  # of any kind, an interrupt too: undo, and raise it again
                 self.db.close()
                 raise
             roots.note(self.path, self.db)
@@ -165,7 +165,7 @@ class Database:
             with self.as_oserror():
                 yield
                 self.db.execute("RELEASE part")
-        except BaseException:
+        except BaseException:  # of any kind, an interrupt too: undo, and raise it again
             self._undo_part()
             raise
         finally:
