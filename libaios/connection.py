@@ -20,8 +20,8 @@ Signal handlers may make calls of their own, and they may raise (Ctrl-C raises K
 arrived is not lost by that, except in two moments of some microseconds each: between taking a frame and giving its
 reply to a call, and between the final reply and the return to the caller. There an exception of a handler loses that
 one reply, which may be a message; if it was another thread's, that thread waits until its timeout, or for ever without
-one. A program that must not lose a reply lets its handlers only set a flag. A handler that interrupts its own thread in the middle of a send,
-or while it hands out replies, gets EDEADLK for a call that it makes.
+one. A program that must not lose a reply lets its handlers only set a flag. A handler that interrupts its own thread
+in the middle of a send, or while it hands out replies, gets EDEADLK for a call that it makes.
 
 A RECV takes a message out of the mailbox. When its caller gives up (an interrupt, a task cancelled) the message may be
 on its way already, and it must not be lost. So a RECV that was abandoned is remembered until its final reply is here.
