@@ -41,9 +41,9 @@ class Heart:
         if self.write >= 0:
             os.close(self.write)
 
-    def hangs(self, clock: Callable[[], float] = time.monotonic) -> bool:
-        """To be asked about every `BEAT_S`. A watcher that was stopped itself has received nothing meanwhile, which
-        proves nothing: then the count starts anew."""
+    def hangs(self, clock: Callable[[], float] = time.monotonic, silent_s: float = HANG_S) -> bool:
+        """Whether no beat came for `silent_s`; to be asked about every `BEAT_S`. A watcher that was stopped itself has
+        received nothing meanwhile, which proves nothing: then the count starts anew."""
         now = clock()
         late = now - self._looked > 2 * BEAT_S
         self._looked = now
@@ -52,7 +52,7 @@ class Heart:
             heard = bool(os.read(self.read, 4096))
         if heard or late:
             self._heard = now
-        return now - self._heard > HANG_S
+        return now - self._heard > silent_s
 
 
 def beat(write: int) -> None:

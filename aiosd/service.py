@@ -17,6 +17,7 @@ loop sleeps on the descriptors that are watched and on timers, too.
 from __future__ import annotations
 
 import contextlib
+import enum
 import errno
 import importlib
 import logging
@@ -28,7 +29,7 @@ from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
 from aiosd import link
-from aiosd.heartbeat import Rounds
+from aiosd.heartbeat import HANG_S, Rounds
 from aiosd.timers import Timers
 from libaios import wire
 from libaios.channel import Channel, restless
@@ -53,6 +54,13 @@ LATER = object()
 Handler = Callable[[link.Ask, Any], Any]
 
 
+class Stopped(enum.IntEnum):
+    """The order in which the system's own processes are told to end, after all agents; those of one step together."""
+
+    FIRST = 0  # before the kernel, which still serves: what lets calls in from outside
+    LAST = 1  # together with the kernel
+
+
 @dataclass(frozen=True, slots=True)
 class Service:
     """One system process below the supervisor. `entry` is `module:function`, called in the forked process with its
@@ -64,6 +72,8 @@ class Service:
     title: str = ""  # in aios-ps and logs; "": the name
     argument: Any = None
     awaited: bool = True  # the system is not ready before this is
+    silent_s: float = HANG_S  # it is killed, and replaced, when no heartbeat came for this long
+    stopped: Stopped = Stopped.LAST  # when the end of the system is its end
     keep: tuple[int, ...] = ()  # descriptors of the supervisor's that it needs
 
     @property
@@ -275,7 +285,7 @@ class Server:
         try:
             handler = self.handlers[ask.sys]
             result = handler(ask, wire.decode_args[ask.sys](ask.args))
-        except Exception as err:
+        except Exception as err:  # a bug of one handler: it costs this call, and no other
             self._failed(ask.key, err)
             return
         if isinstance(result, Generator):
@@ -294,7 +304,7 @@ class Server:
             part = next(self._under_way[key])
         except StopIteration as end:
             self._answered(key, end.value)
-        except Exception as err:
+        except Exception as err:  # a bug of one handler: it costs this call, and no other
             self._failed(key, err)
         else:
             self._paused.pop(key, None)

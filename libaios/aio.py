@@ -80,7 +80,7 @@ async def _submit(conn: Connection, sys: int, args: Any, stream: bool = False) -
             while not conn.may_send(call):
                 await _reply(conn, replied)
             conn.send(call)
-    except BaseException:
+    except BaseException:  # of any kind, an interrupt too: cancel the call, and raise it again
         conn.abandon(call)
         raise
     return call, replied
@@ -91,7 +91,7 @@ async def _final(conn: Connection, call: Pending, replied: asyncio.Event, timeou
         async with asyncio.timeout(None if timeout is None else timeout + SLACK_S):
             while call.final is None:
                 await _reply(conn, replied)
-    except BaseException as err:
+    except BaseException as err:  # of any kind, an interrupt too: cancel the call, and raise it again
         conn.abandon(call)
         if isinstance(err, TimeoutError):
             raise TimeoutError(errno.ETIMEDOUT, "no answer in time") from None
@@ -127,7 +127,7 @@ async def _run_all(steps: Steps[T]) -> T:
         while True:
             try:
                 result = await _run(plan)
-            except BaseException as err:
+            except BaseException as err:  # into the generator, which decides what it means
                 plan = steps.throw(err)
             else:
                 plan = steps.send(result)
@@ -179,7 +179,7 @@ class Generation(Coroutine[Any, Any, Any]):
         self._turns = self._turns or self.__await__()
         try:
             return step(self._turns)
-        except BaseException:
+        except BaseException:  # whatever ended it
             self._turns = None  # it is over; `_task` has the result
             raise
 
@@ -208,7 +208,7 @@ class Generation(Coroutine[Any, Any, Any]):
         tasks = [asyncio.create_task(_run(plan)) for plan in plans]
         try:
             return Result.of(await asyncio.gather(*tasks))
-        except BaseException:
+        except BaseException:  # of any kind: no task of it may run on
             for task in tasks:
                 task.cancel()
             await asyncio.gather(*tasks, return_exceptions=True)

@@ -71,7 +71,7 @@ def make_channel(sub_size: int = 1 << 16, comp_size: int = 1 << 16) -> tuple[int
     memfd = ring.create(sub_size, comp_size)
     try:
         ends = multiprocessing.Pipe(duplex=True)
-    except BaseException:
+    except BaseException:  # of any kind, an interrupt too: undo, and raise it again
         os.close(memfd)
         raise
     bells = []
@@ -162,7 +162,7 @@ class Channel:
             self._producer = ring.Producer(self._segment, agent, self.epoch)
             self._consumer = ring.Consumer(self._segment, not agent, self.epoch)
             self.ids = ring.CallIds(self._segment)
-        except BaseException:
+        except BaseException:  # of any kind, an interrupt too: undo, and raise it again
             os.close(memfd)
             os.close(bell)
             self._bell = -1
@@ -254,7 +254,7 @@ class Channel:
             total = len(payload)
             try:
                 done = producer.put(payload, offset)
-            except BaseException:
+            except BaseException:  # of any kind, mostly a signal handler's
                 # A signal handler raised, and the number of bytes written is unknown. To the consumer a first fragment
                 # is a new start.
                 outbox[0] = (payload, 0)

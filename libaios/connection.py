@@ -16,8 +16,12 @@ frame found no room sends it into the outbox, gives up the right, and waits unti
 so it must not wait for the right to send either: it puts a cancel into a queue, and the thread that has the right sends
 what is in the queue.
 
-Signal handlers may make calls of their own, and they may raise: nothing that arrived is lost. Only a handler that
-interrupts its own thread in the middle of a send, or while it hands out replies, gets EDEADLK for its call.
+Signal handlers may make calls of their own, and they may raise (Ctrl-C raises KeyboardInterrupt). A reply that has
+arrived is not lost by that, except in two moments of some microseconds each: between taking a frame and giving its
+reply to a call, and between the final reply and the return to the caller. There an exception of a handler loses that
+one reply, which may be a message; if it was another thread's, that thread waits until its timeout, or for ever without
+one. A program that must not lose a reply lets its handlers only set a flag. A handler that interrupts its own thread
+in the middle of a send, or while it hands out replies, gets EDEADLK for a call that it makes.
 
 A RECV takes a message out of the mailbox. When its caller gives up (an interrupt, a task cancelled) the message may be
 on its way already, and it must not be lost. So a RECV that was abandoned is remembered until its final reply is here.
@@ -230,7 +234,7 @@ class Connection:
                 if self._renewing:  # a handler's exception interrupted that: older calls reach the new kernel first
                     self._submit_again()
                 self._send(call)
-        except BaseException:
+        except BaseException:  # of any kind, a signal handler's too: the kernel must not work for no caller
             self.abandon(call)
             self._after_sending()
             raise
@@ -273,7 +277,7 @@ class Connection:
         try:
             self._blocked.add(call)
             self._wait(lambda: not transport.outbox_bytes or call.final is not None or bool(self._dead), call, None)
-        except BaseException:
+        except BaseException:  # of any kind, a signal handler's too: the kernel must not work for no caller
             self.abandon(call)
             raise
         finally:
@@ -285,7 +289,7 @@ class Connection:
             try:
                 deadline = None if timeout is None else time.monotonic() + timeout + SLACK_S
                 self._wait(lambda: call.final is not None, call, deadline)
-            except BaseException:
+            except BaseException:  # of any kind, a signal handler's too: the kernel must not work for no caller
                 self.abandon(call)
                 raise
         assert call.final is not None

@@ -266,7 +266,7 @@ def generate(args: wire.Generate, n: Any = 1) -> Result | Stream:
         for each in several:
             calls.append(conn.submit(Sys.GENERATE, each))
         return Result.of([conn.result(call, wire.Generated, args.timeout_s) for call in calls])
-    except BaseException:
+    except BaseException:  # of any kind: the others must not run on
         for call in calls:
             conn.abandon(call)
         raise

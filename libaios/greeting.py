@@ -60,7 +60,7 @@ def connect(home: Home) -> socket.socket | None:
     except BlockingIOError:
         sock.close()
         return None
-    except BaseException as err:
+    except BaseException as err:  # of any kind: the socket must not stay open
         if isinstance(err, OSError) and err.errno == errno.EISCONN:  # in a sandbox it was made connected to aiosd
             return sock
         sock.close()
@@ -157,7 +157,7 @@ def greet(home: Home, token: str = "") -> tuple[FrameSocket, wire.Welcome]:
             if greeting.frames is not None:
                 poll.register(greeting.frames.fileno(), select.POLLIN)
             poll.poll(greeting.wait_s() * 1000)
-    except BaseException:
+    except BaseException:  # of any kind, an interrupt too: the socket must not stay open
         greeting.close()
         raise
     assert greeting.frames is not None

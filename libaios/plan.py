@@ -61,7 +61,7 @@ def run_all(steps: Steps[T]) -> T:
         while True:
             try:
                 result = run(plan)
-            except BaseException as err:
+            except BaseException as err:  # into the generator, which decides what it means
                 plan = steps.throw(err)
             else:
                 plan = steps.send(result)

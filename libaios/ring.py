@@ -108,7 +108,7 @@ def create(sub_size: int, comp_size: int) -> int:
         for ring in (_SUB, _COMP):  # no consumer is there yet: the first frame rings the bell
             os.pwrite(memfd, struct.pack("=Q", 1), (ring + _SLEEPS) * 8)
         fcntl.fcntl(memfd, fcntl.F_ADD_SEALS, _SEALS)
-    except BaseException:
+    except BaseException:  # of any kind, an interrupt too: undo, and raise it again
         os.close(memfd)
         raise
     return memfd

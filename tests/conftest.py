@@ -110,7 +110,7 @@ def segments() -> set[str]:
     return {f"mapping {line.split()[0]} {line.split()[5]}" for line in lines if "/memfd:aios" in line}
 
 
-def describe(process: psutil.Process) -> str:
+def in_words(process: psutil.Process) -> str:
     with contextlib.suppress(psutil.Error):
         return f"process {process.pid} ({process.status()}) {' '.join(process.cmdline()) or process.name()}"
     return f"process {process.pid}"
@@ -139,7 +139,7 @@ def nothing_left_behind(request: pytest.FixtureRequest) -> Iterator[None]:
 
     eventually(lambda: left() == (set(), set()))
     alive, drift = left()
-    complaints = sorted(map(describe, alive)) + sorted(drift)
+    complaints = sorted(map(in_words, alive)) + sorted(drift)
     for process in alive:
         with contextlib.suppress(psutil.Error):
             process.kill()
@@ -238,7 +238,7 @@ class System:
         self._end_clients()
         eventually(lambda: not _running(tree | set(self.processes())), timeout=3.0)
         for process in _running(tree | set(self.processes())):
-            left.append(describe(process))
+            left.append(in_words(process))
             with contextlib.suppress(psutil.Error):
                 process.kill()
         if self.daemon is not None:

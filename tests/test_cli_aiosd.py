@@ -516,7 +516,7 @@ def test_no_line_of_a_short_status_is_wider_than_a_terminal() -> None:
 
 
 def test_status_shows_what_it_does_not_know() -> None:
-    lines = summary.describe(
+    lines = summary.full(
         {
             "version": "1", "state": "ready", "pid": 7, "uptime_s": 3700.2, "home": "/h", "agents": {"S": 2, "R": 1},
             "max_agents": 99, "new_thing": {"a_bytes": 2048, "b": [1, 2]}, "check": ["books are wrong"],
@@ -564,7 +564,7 @@ def test_a_usage_error_is_one_plain_line(fresh_aiosd: Fresh, words: list[str], m
 
 
 def test_status_of_an_empty_reply_is_no_error() -> None:
-    assert summary.describe({})
+    assert summary.full({})
 
 
 # ── completion ────────────────────────────────────────────────────────────────────────────────────────────

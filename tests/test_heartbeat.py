@@ -25,6 +25,7 @@ def test_silence_is_a_hang_only_after_a_while(heart: Heart) -> None:
         assert not heart.hangs(lambda s=s: start + s)
     assert heart.hangs(lambda: start + HANG_S + 0.1)
     assert heart.hangs(lambda: start + HANG_S + 1.0)
+    assert not heart.hangs(lambda: start + HANG_S + 1.0, silent_s=2 * HANG_S)
 
 
 def test_a_beat_starts_the_count_anew(heart: Heart) -> None:

@@ -4,15 +4,19 @@ from __future__ import annotations
 
 import os
 import select
+import signal
 import socket
 import subprocess
+from types import SimpleNamespace
 
 import pytest
 
 from aiosd import link
 from aiosd.init import signals
 from aiosd.init.records import Agent, Process
-from aiosd.init.supervisor import KERNEL, Supervisor
+from aiosd.init.supervisor import KERNEL, LAST_WAIT_S, Supervisor
+from aiosd.service import Service, Stopped
+from aiosd.timers import Timers
 from libaios.stream import FrameSocket
 
 
@@ -79,3 +83,29 @@ def test_descendants_are_signalled_through_pidfds_and_no_others(monkeypatch: pyt
         signals.signal_descendants(1 << 30, 15)  # by now the number is a child of another process
         assert signalled == [15]
         child.stdin.close()  # type: ignore[union-attr]
+
+
+def test_own_processes_are_told_to_end_in_the_order_of_their_records(monkeypatch: pytest.MonkeyPatch) -> None:
+    now, done = 0.0, []
+    supervisor = object.__new__(Supervisor)
+    supervisor.timers = Timers(lambda: now)
+    supervisor.children, supervisor.stopping, supervisor.last_step, supervisor.exit_code = {}, "asked to", None, None
+    supervisor.orphans = SimpleNamespace(any=lambda: False)  # type: ignore[assignment]
+    supervisor.kernel = Process(KERNEL, 2, ospid=102)
+    door = Process(Service("door", "door", "", stopped=Stopped.FIRST), 3, ospid=103)
+    store = Process(Service("store", "store", ""), 4, ospid=104)
+    supervisor.services = {"store": store, "door": door}
+    monkeypatch.setattr(os, "kill", lambda ospid, number: done.append((ospid, number)))
+    monkeypatch.setattr(supervisor, "_tell", lambda message: done.append((102, message.last)))
+    supervisor._continue_stop()
+    supervisor._continue_stop()
+    assert done == [(103, signal.SIGTERM)], "once"
+    now = LAST_WAIT_S + 0.1
+    supervisor.timers.run_due()
+    assert done.pop() == (103, signal.SIGKILL)
+    door.ospid = 0
+    supervisor._continue_stop()
+    assert done[1:] == [(102, True), (104, signal.SIGTERM)]
+    supervisor.kernel.ospid = store.ospid = 0
+    supervisor._continue_stop()
+    assert supervisor.exit_code == 0

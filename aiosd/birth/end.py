@@ -47,7 +47,7 @@ def leave(status: int) -> NoReturn:
         files = _write_out_files()
         exec(_NOWHERE, {"steps": _steps()})
         for stream in (sys.stdout, sys.stderr):
-            with contextlib.suppress(BaseException):
+            with contextlib.suppress(BaseException):  # the script's own object may raise anything
                 stream.flush()
         _close_files(files)
     if status == INTERRUPTED:
@@ -74,7 +74,7 @@ def _exit(status: int, by_exit: bool) -> NoReturn:
 def _join_threads() -> None:
     try:
         threading._shutdown()  # type: ignore[attr-defined]
-    except BaseException as err:
+    except BaseException as err:  # of a thread, or Ctrl-C: python3 reports it and goes on
         unraisable(err, threading)
     threading.excepthook = _silent  # remaining threads fail, because their modules are emptied
 
@@ -90,7 +90,7 @@ def _flush(name: str) -> bool:
         return True
     try:
         stream.flush()
-    except BaseException as err:
+    except BaseException as err:  # the script's own object may raise anything
         if name == "stdout":
             unraisable(err, stream)
         return False
@@ -182,7 +182,7 @@ def _close_files(files: list[weakref.ref[_IOBase]]) -> None:
     for reference in files:
         stream = reference()
         if stream is not None:
-            with contextlib.suppress(BaseException):
+            with contextlib.suppress(BaseException):  # python3 is silent there too
                 stream.close()
 
 
@@ -210,7 +210,7 @@ _HookArguments = _hook_arguments()
 
 def unraisable(err: BaseException, source: object) -> None:
     """`Exception ignored in: …`, as the interpreter reports what it cannot raise."""
-    with contextlib.suppress(BaseException):
+    with contextlib.suppress(BaseException):  # the script may have replaced the hook
         sys.unraisablehook(_HookArguments((type(err), err, err.__traceback__, None, source)))
 
 

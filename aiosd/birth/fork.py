@@ -92,7 +92,7 @@ def _in_child(child: Callable[[], int], parent: int) -> NoReturn:
         die_with_parent(parent, signal.SIGKILL)
         _signal.pthread_sigmask(signal.SIG_SETMASK, ())
         code = child()
-    except BaseException:
+    except BaseException:  # of any kind: the child of a fork must not return into its parent's code
         traceback.print_exc()
     finally:
         with contextlib.suppress(Exception):  # a broken stderr must not keep the child from leaving

@@ -204,7 +204,7 @@ def _result(code: Callable[[], CodeType]) -> int:
         exec(code(), sys.modules["__main__"].__dict__)
     except SystemExit as err:
         return _exit_code(err)
-    except BaseException as err:
+    except BaseException as err:  # whatever the script raises
         return _uncaught(err)
     return 0
 
@@ -256,7 +256,7 @@ def _uncaught(err: BaseException) -> int:
         sys.excepthook(type(err), err, err.__traceback__)
     except SystemExit as exit:
         return _exit_code(exit)
-    except BaseException as second:
+    except BaseException as second:  # whatever the script's hook raises
         _hook_failed(second, err)
     return end.INTERRUPTED if type(err) is KeyboardInterrupt else 1
 

@@ -25,7 +25,7 @@ import click
 
 from aiosd import config
 from aiosd.commands import edge, getembedder, models, started, store, tools
-from aiosd.commands.summary import brief, describe
+from aiosd.commands.summary import brief, full
 from aiosd.errors import AiosdError, WorldError
 from libaios.client import Home, NoKernel
 from libaios.wire import ENV_HOME, NoArgs, Set, Status, Sys
@@ -217,7 +217,7 @@ def _be_daemon(settings: Settings, log: Path) -> NoReturn:
         code = _serve(settings)
     except AiosdError as err:
         edge.complain("aiosd", str(err))
-    except BaseException:
+    except BaseException:  # of any kind: the child of a fork must not return into its parent's code
         import traceback
 
         traceback.print_exc()
@@ -245,7 +245,7 @@ def status(verbose: bool, as_json: bool, check: bool) -> int:
         from aiosd.commands import machine
 
         figures = machine.one_line(machine.measure(str(Home().data), interval_s=0.1))
-        print("\n".join((describe if verbose else brief)(found, figures)))
+        print("\n".join((full if verbose else brief)(found, figures)))
     return 1 if check and found.get("check") else 0
 
 

@@ -180,7 +180,7 @@ def _write(file: Path, fill: Callable[[IO[bytes]], T]) -> T:
             target.flush()
             os.fsync(target.fileno())
         os.rename(part, file)
-    except BaseException:
+    except BaseException:  # of any kind, an interrupt too: undo, and raise it again
         part.unlink(missing_ok=True)
         raise
     return result

@@ -128,7 +128,7 @@ def _checked(problems: list[str] | None) -> list[str]:
 # ── all of it ─────────────────────────────────────────────────────────────────────────────────────────────
 
 
-def describe(found: dict[str, Any], machine: str = "") -> list[str]:
+def full(found: dict[str, Any], machine: str = "") -> list[str]:
     """All figures. One that this function does not know is shown under its own name."""
     rest = dict(found)
     lines = [_head(found)]
@@ -143,20 +143,20 @@ def describe(found: dict[str, Any], machine: str = "") -> list[str]:
     rows |= {name: value for name, value in rest.items() if name not in known}
     lines += [f"  {name.replace('_', ' '):18} {_value(name, value)}" for name, value in rows.items()]
     for model in models:
-        lines += _describe_model(dict(model))
+        lines += _full_model(dict(model))
     for service in services:
-        lines += _describe_service(dict(service))
+        lines += _full_service(dict(service))
     return lines + _checked(checked)
 
 
-def _describe_service(service: dict[str, Any]) -> list[str]:
+def _full_service(service: dict[str, Any]) -> list[str]:
     lines = [f"service {service.pop('name', '?')}, {service.pop('state', '?')}, pid {service.pop('pid', '?')}"]
     service.pop("kind", None)
     rows = {**(service.pop("stats", None) or {}), **{name: value for name, value in service.items() if value}}
     return [*lines, *(f"  {name.replace('_', ' '):18} {_value(name, value)}" for name, value in rows.items())]
 
 
-def _describe_model(model: dict[str, Any]) -> list[str]:
+def _full_model(model: dict[str, Any]) -> list[str]:
     info, stats = dict(model.pop("info", None) or {}), model.pop("stats", None) or {}
     default = " (default)" if model.pop("default", False) else ""
     lines = [f"model {model.pop('name', '?')}{default}, {model.pop('state', '?')}, pid {model.pop('pid', '?')}"]

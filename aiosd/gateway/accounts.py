@@ -101,7 +101,7 @@ class Accounts:
         try:
             while (welcome := greeting.step()) is None:
                 await _readable(greeting)
-        except BaseException:
+        except BaseException:  # of any kind, an interrupt too: undo, and raise it again
             greeting.close()
             raise
         assert greeting.frames is not None

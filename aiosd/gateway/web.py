@@ -270,7 +270,7 @@ class App:
             await request.fail(problem_of(err))
         except asyncio.CancelledError:
             raise
-        except Exception:
+        except Exception:  # a bug: it costs this request, and no other
             logger.exception("%s %s: a bug of the gateway", request.method, request.path[:80])
             await request.fail(Problem(500, "the gateway made a mistake; aiosd's log has the details", "server_error"))
 

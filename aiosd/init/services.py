@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 from aiosd.gateway.superior import GatewaySpec
-from aiosd.service import GATEWAY, LLM, Service
+from aiosd.service import GATEWAY, LLM, Service, Stopped
 from aiosd.store.main import StoreSpec
 from aiosd.tools.spec import ToolboxSpec
 
@@ -83,6 +83,7 @@ def _gateway(settings: Settings) -> list[Service]:
             entry="aiosd.gateway.main:main",
             argument=GatewaySpec(settings.home, door),
             awaited=False,
+            stopped=Stopped.FIRST,
             keep=(door.fd,),
         )
     ]

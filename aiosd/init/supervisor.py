@@ -35,7 +35,7 @@ from aiosd import link, log, procfs, restart
 from aiosd.birth import confinement, fork, heap, modules
 from aiosd.birth.spares import Spares
 from aiosd.errors import Bug
-from aiosd.heartbeat import BEAT_S, HANG_S, Heart, Rounds, beat, beat_in_background
+from aiosd.heartbeat import BEAT_S, Heart, Rounds, beat, beat_in_background
 from aiosd.init import environment, notify, services
 from aiosd.init.births import Birth, Births
 from aiosd.init.orphans import Orphans
@@ -45,7 +45,7 @@ from aiosd.init.signals import Received, describe_sender, open_signals, read_sig
 from aiosd.init.signals import name as signal_name
 from aiosd.init.sweep import sweep
 from aiosd.sandbox.probe import Offer
-from aiosd.service import Service
+from aiosd.service import Service, Stopped
 from aiosd.timers import Timers
 from libaios.channel import Channel, Side, make_channel, raise_epoch
 from libaios.stream import FrameSocket
@@ -98,6 +98,7 @@ class Supervisor:
         self.replies: Memo[link.Key, bytes] = Memo()
         # the end
         self.stopping = ""
+        self.last_step: Stopped | None = None  # which of our own processes have been told to end
         self.exit_code: int | None = None
         self.signals = open_signals(SIGNALS)
         self.journal = (os.memfd_create("aios-journal"), os.memfd_create("aios-journal"))
@@ -149,8 +150,9 @@ class Supervisor:
         self.timers.after(BEAT_S, self._beat)
         beat(self.heartbeat)
         for process in (self.kernel, *self.services.values()):
-            if process.ospid and process.heart is not None and process.heart.hangs():
-                logger.error("%s hangs (no heartbeat for %.0f s); killed", _title(process), HANG_S)
+            silent_s = process.service.silent_s
+            if process.ospid and process.heart is not None and process.heart.hangs(silent_s=silent_s):
+                logger.error("%s hangs (no heartbeat for %g s); killed", _title(process), silent_s)
                 os.kill(process.ospid, signal.SIGKILL)
 
     def _on_signals(self, received: list[Received]) -> None:
@@ -753,13 +755,27 @@ class Supervisor:
         if not own:
             self.exit_code = 0
             return
-        if self.stopping != "last":
-            self._tell(link.Stop(self.stopping, last=True))
-            self.stopping = "last"
-            for process in own:
-                if process is not self.kernel:
-                    os.kill(process.ospid, signal.SIGTERM)
-            self.timers.after(LAST_WAIT_S, self._give_up)
+        step = min(process.service.stopped for process in own)
+        if self.last_step is None or step > self.last_step:
+            self.last_step = step
+            self._end_step([process for process in own if process.service.stopped is step])
+
+    def _end_step(self, processes: list[Process]) -> None:
+        for process in processes:
+            if process is self.kernel:
+                self._tell(link.Stop(self.stopping, last=True))
+            else:
+                os.kill(process.ospid, signal.SIGTERM)
+        self.timers.after(LAST_WAIT_S, lambda: self._step_over(processes))
+
+    def _step_over(self, processes: list[Process]) -> None:
+        """Whether or not all of them have ended: the next step follows."""
+        if self.kernel in processes:
+            self._give_up()
+        for process in processes:
+            if process.ospid:
+                logger.warning("%s has not ended in time; killed", _title(process))
+                os.kill(process.ospid, signal.SIGKILL)
 
     def _give_up(self) -> None:
         logger.warning("not all has ended in time; killed")

@@ -89,7 +89,7 @@ class Dispatcher:
             body = self._execute(call, request)
         except OSError as err:
             calls.fail(call, err.errno or errno.EIO, err.strerror or str(err))
-        except Exception:
+        except Exception:  # a bug of one handler: it costs this call, and no other
             logger.exception("system call %s of %d: a bug of the kernel", wire.call_name(request.sys), peer.id)
             calls.fail(call, errno.EIO, "the kernel made a mistake; its log has the details")
         else:

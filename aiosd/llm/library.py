@@ -84,7 +84,7 @@ class Library:
         for future, finish, key in done:
             try:
                 self._answer(key, finish(future.result()))
-            except Exception as error:
+            except Exception as error:  # a bug in one of these: it costs this call, and no other
                 self._fail(key, as_oserror(error))
 
     def close(self) -> None:

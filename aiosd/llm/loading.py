@@ -131,7 +131,7 @@ def load(spec: ModelSpec, report: Report) -> Loaded:
         if spec.exact:
             _check_exact(context, model, chosen.slots + 1)
         number = _threads(spec, context, chosen.slots, report)
-    except BaseException:
+    except BaseException:  # of any kind: llama.cpp's memory is freed by us alone
         model.close()
         raise
     return Loaded(

@@ -221,7 +221,7 @@ class Local:
         self._front.cancel(lambda key: key == ask.key)
         try:
             self._calls[ask.sys](ask, wire.decode_args[ask.sys](ask.args))
-        except Exception as error:
+        except Exception as error:  # a bug in one of these: it costs this call, and no other
             self._line.refuse(ask.key, as_oserror(error))
         self._line.send(link.Working(None))
 
@@ -232,7 +232,7 @@ class Local:
         def done(encoded: bytes) -> None:
             try:
                 then(msgpack.decode(encoded, type=result))
-            except Exception as error:
+            except Exception as error:  # a bug in one of these: it costs this call, and no other
                 self._line.refuse(key, as_oserror(error))
 
         self._front.ask(key, kind, wire.encode(request), done, lambda error: self._line.refuse(key, error))
@@ -294,7 +294,7 @@ class Local:
         key, steps = next(iter(self._embeds.items()))
         try:
             embedded = next(steps)
-        except Exception as error:
+        except Exception as error:  # a bug in one of these: it costs this call, and no other
             del self._embeds[key]
             self._line.refuse(key, as_oserror(error))
             return

@@ -311,11 +311,7 @@ def parsed(pattern: Any) -> list[Any]:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
             tree = importlib.import_module("re._parser").parse(source)
-    except (ValueError, OverflowError, RecursionError) as error:  # re.error is a ValueError from 3.13 on
-        raise refuse(f"pattern: {error}") from None
-    except Exception as error:
-        if type(error).__name__ not in ("error", "PatternError"):
-            raise
+    except (ValueError, OverflowError, RecursionError, re.error) as error:
         raise refuse(f"pattern: {error}") from None
     if tree.state.flags & ~re.UNICODE:
         raise refuse("pattern: flags are not supported")

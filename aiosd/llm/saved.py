@@ -115,7 +115,7 @@ class Saved:
                 os.fsync(file.fileno())
                 size = file.tell()
             os.replace(partial, path)
-        except BaseException:
+        except BaseException:  # of any kind, an interrupt too: undo, and raise it again
             partial.unlink(missing_ok=True)
             raise
         _sync_folder(path.parent)

@@ -58,7 +58,7 @@ def snapshot(database: Database) -> Generator[int, None, str]:
             link_contents(copy, database.path.parent, folder)
         finally:
             copy.close()
-    except BaseException:
+    except BaseException:  # of any kind, an interrupt too: undo, and raise it again
         shutil.rmtree(folder, ignore_errors=True)
         raise
     return str(folder)

@@ -123,7 +123,7 @@ class Database:
             self.db = connect(self.path)
             try:
                 self._migrate()
-            except BaseException:
+            except BaseException:  # of any kind, an interrupt too: undo, and raise it again
                 self.db.close()
                 raise
             roots.note(self.path, self.db)

@@ -107,7 +107,7 @@ class RealFolder:
                     view = view[os.write(fd, view) :]
                 os.fsync(fd)
                 os.rename(TEMPORARY, names[-1], src_dir_fd=folder, dst_dir_fd=folder)
-            except BaseException:
+            except BaseException:  # of any kind, an interrupt too: undo, and raise it again
                 os.unlink(TEMPORARY, dir_fd=folder)
                 raise
             finally:
