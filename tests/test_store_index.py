@@ -96,7 +96,7 @@ def test_dead_rows_cannot_hide_a_live_one() -> None:
     mine = Index(64, len(many))
     mine.add(range(len(many)), many)
     own = vectors(1, 5, 64)[0]
-    for _ in range(2000):
+    for _ in range(4000):
         mine.add([7], own.reshape(1, -1))
     other = own + 0.1 * many[8]
     mine.add([8], (other / np.linalg.norm(other)).reshape(1, -1))
