@@ -3,9 +3,9 @@
 
 FIFO, LRU, LRU-2 and LRU-3 (`aiosd/store/lruk.py`) with several correlated reference periods, S3-FIFO, W-TinyLFU, and
 Belady's, which knows the future and is the limit. All entries have one size. The traces: Zipf; Zipf with scans of what
-is read once; a set that moves on; and two of agents. An agent works on one note at a time (reads it, thinks, reads it
+is read once; a set that moves on; and three of agents. An agent works on one note at a time (reads it, thinks, reads it
 again some references later), goes back to the notes that it uses most, lists all its notes now and then, and shares
-some with its group; so references of many agents mix.
+some with its group; the references of all that work at the same time mix.
 
     $ python benchmarks/lruk.py
     trace             fifo   lru  lru-2 …  belady
@@ -64,26 +64,29 @@ def moving(rng: random.Random, references: int) -> Trace:
     return [number // 20 + int(abs(rng.gauss(0, 300))) for number in range(references)]
 
 
-def agents(rng: random.Random, references: int, count: int, notes: int = 60) -> Trace:
-    """`count` agents with `notes` notes each, in turns of some references."""
+def agents(rng: random.Random, references: int, count: int, working: int, notes: int = 60) -> Trace:
+    """`count` agents with `notes` notes each, `working` of them at a time, whose references mix."""
     favourites = [rng.sample(range(notes), notes) for _ in range(count)]
-    weights, shared = zipf_weights(notes, 1.0), zipf_weights(200, 1.0)
+    own, shared = zipf_weights(notes, 1.0), zipf_weights(200, 1.0)
+
+    def task() -> Trace:
+        agent = rng.randrange(count)
+        base = 1000 + agent * notes
+        note = base + favourites[agent][rng.choices(range(notes), cum_weights=own)[0]]
+        steps = [note] * rng.randint(1, 4)  # reads, thinks, reads again
+        if rng.random() < 0.3:
+            steps.append(rng.choices(range(200), cum_weights=shared)[0])
+        if rng.random() < 0.05:
+            steps += range(base, base + notes)  # lists all
+        return steps
+
+    tasks = [task() for _ in range(working)]
     trace: Trace = []
     while len(trace) < references:
-        turn = []
-        for agent in rng.sample(range(count), 3):  # three work at a time: their references mix
-            base = 1000 + agent * notes
-            note = base + favourites[agent][rng.choices(range(notes), cum_weights=weights)[0]]
-            steps = [note] * rng.randint(1, 3)  # reads, thinks, reads again
-            if rng.random() < 0.3:
-                steps.append(rng.choices(range(200), cum_weights=shared)[0])
-            if rng.random() < 0.05:
-                steps += range(base, base + notes)  # lists all
-            turn.append(steps)
-        while any(turn):
-            steps = rng.choice([steps for steps in turn if steps])
-            trace.append(steps.pop(0))
-    return trace[:references]
+        number = rng.randrange(working)
+        trace.append(tasks[number].pop(0))
+        tasks[number] = tasks[number] or task()
+    return trace
 
 
 #: Name → (references, entries that fit into the cache).
@@ -91,8 +94,9 @@ TRACES: dict[str, Callable[[random.Random, int], tuple[Trace, int]]] = {
     "zipf": lambda rng, n: (zipf(rng, n), 1000),
     "zipf+scans": lambda rng, n: (scans(rng, n), 500),
     "moving set": lambda rng, n: (moving(rng, n), 500),
-    "200 agents": lambda rng, n: (agents(rng, n, 200), 3000),
-    "40 agents, tight": lambda rng, n: (agents(rng, n, 40), 300),
+    "200 agents": lambda rng, n: (agents(rng, n, 200, 16), 3000),
+    "40 agents, tight": lambda rng, n: (agents(rng, n, 40, 8), 300),
+    "40, 3 at a time": lambda rng, n: (agents(rng, n, 40, 3), 300),
 }
 
 
@@ -294,7 +298,9 @@ def plot(rows: Sequence[dict[str, Any]], path: Path) -> None:
     width = 0.8 / len(POLICIES)
     for number, name in enumerate(POLICIES):
         places = [row + number * width for row in range(len(rows))]
-        axes.bar(places, [100 * row[name] for row in rows], width, label=name, edgecolor="black" * (name == OURS))
+        axes.bar(
+            places, [100 * row[name] for row in rows], width, label=name, edgecolor="black" if name == OURS else "none"
+        )
     axes.set_xticks([row + 0.4 for row in range(len(rows))], [row["trace"] for row in rows])
     axes.set_ylabel("hits, %")
     axes.legend(ncols=3, fontsize=8)

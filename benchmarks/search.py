@@ -95,7 +95,8 @@ class Store:
         """A note as an agent adds it."""
         self.calls += 1
         caller = link.Caller(7, 1000, owner, True, "default")
-        self.memory.add(link.Ask((7, self.calls), caller, 0, wire.raw([])), wire.MemAdd(text, tags=list(tags)))
+        ask = link.Ask((7, self.calls), caller, 0, wire.raw([]), settled=self.calls)
+        self.memory.add(ask, wire.MemAdd(text, tags=list(tags)))
 
     def embed(self, given: Any) -> None:
         """Their vectors, as when the embedder has answered."""
@@ -149,12 +150,13 @@ def one_owner(options: argparse.Namespace, folder: Path) -> dict[str, float]:
     single = min(500, options.notes // 2)
     store = Store(folder)
     began = time.process_time()
-    with store.database.transaction():
-        for begin in range(0, options.notes - single, LOT):
-            lot = range(begin, min(begin + LOT, options.notes - single))
-            for number in lot:
-                store.add("one", text_of(rng), tags_of(number))
-            store.embed(given[lot.start : lot.stop])
+    for begin in range(0, options.notes - single, LOT):
+        lot = range(begin, min(begin + LOT, options.notes - single))
+        store.database.begin()  # as calls that come together share a commit
+        for number in lot:
+            store.add("one", text_of(rng), tags_of(number))
+        store.embed(given[lot.start : lot.stop])
+        store.database.commit()
     filling = time.process_time() - began
     owner = store.owner("one")
     store.load(owner)
@@ -172,7 +174,7 @@ def one_owner(options: argparse.Namespace, folder: Path) -> dict[str, float]:
     found["adding one, p50 CPU ms"] = statistics.median(times)
     found["adding one, with its vector, mean CPU ms"] = (time.process_time() - cpu) * 1e3 / single
     found["adding one, with its vector, mean wall ms"] = (time.monotonic() - wall) * 1e3 / single
-    found["adding in one transaction, CPU ms each"] = filling * 1e3 / (options.notes - single)
+    found["adding with 1,000 a commit, with its vector, CPU ms each"] = filling * 1e3 / (options.notes - single)
     found |= searching(store, owner, given, queries, rng)
     found["file, bytes a note"] = store.database.stats()["file_bytes"] / options.notes
     store.database.close()
@@ -222,12 +224,13 @@ def many_owners(options: argparse.Namespace, folder: Path) -> dict[str, float]:
     queries = vectors(options.queries, options.dimensions, 4, middles)
     rng = random.Random(2)
     store = Store(folder)
-    with store.database.transaction():
-        for begin in range(0, len(given), LOT):
-            lot = range(begin, min(begin + LOT, len(given)))
-            for number in lot:
-                store.add(f"n{number % options.owners}", text_of(rng), tags_of(number))
-            store.embed(given[lot.start : lot.stop])
+    for begin in range(0, len(given), LOT):
+        lot = range(begin, min(begin + LOT, len(given)))
+        store.database.begin()
+        for number in lot:
+            store.add(f"n{number % options.owners}", text_of(rng), tags_of(number))
+        store.embed(given[lot.start : lot.stop])
+        store.database.commit()
     owners = [store.owner(f"n{number}") for number in range(options.owners)]
     first = [lambda o=owner: store.load(o) for owner in owners]
     found = {f"{options.owners:,} owners, the first search reads, p50 CPU ms": median_ms(first)}
@@ -304,7 +307,7 @@ def line(name: str, value: float, bars: bool = True) -> str:
     recall = name.endswith("recall@10")
     bar = RECALL if recall and bars else BARS.get(name) if bars else None
     shown = f"{value:,.0f}" if "bytes" in name else f"{value:.3f}"
-    return f"  {name:<55}{shown:>10}{'' if bar is None else f'{bar:>8g}'}  {harness.verdict(value, bar, recall)}"
+    return f"  {name:<58}{shown:>10}{'' if bar is None else f'{bar:>8g}'}  {harness.verdict(value, bar, recall)}"
 
 
 def main() -> None:

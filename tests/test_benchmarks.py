@@ -1,7 +1,9 @@
 """The cheap parts of the benchmarks: options, workloads, arithmetic, tables, plots, and one tiny run of each that needs
 nothing but aiosd."""
 
+import argparse
 import json
+import random
 import subprocess
 import sys
 
@@ -17,9 +19,11 @@ from benchmarks import (
     fairness,
     floor,
     harness,
+    lruk,
     models,
     quality,
     scale,
+    search,
     switch,
     talk,
 )
@@ -246,3 +250,30 @@ def test_random_weights_of_four_bits_are_a_model(tmp_path):
     assert 0.1 < logits.std() < 100
     context.close()
     model.close()
+
+
+def test_policies_of_eviction_are_what_they_are_called():
+    trace = [1, 2, 3, 1, 4, 1, 2, 3, 5, 1]
+    assert lruk.fifo(trace, 3) == 1
+    assert lruk.lru(trace, 3) == 2
+    assert lruk.belady(trace, 3) == 4
+    rng = random.Random(3)
+    for name in lruk.TRACES:
+        found, size = lruk.TRACES[name](rng, 3000)
+        hits = {policy: run(found, size) for policy, run in lruk.POLICIES.items()}
+        assert len(found) == 3000
+        assert max(hits.values()) == hits["belady"], name
+        assert min(hits.values()) > 0, name
+    scan = lruk.zipf(rng, 4000, 200, 1.0) + list(range(10_000, 14_000)) + lruk.zipf(rng, 4000, 200, 1.0)
+    assert lruk.s3fifo(scan, 100) > lruk.lru(scan, 100)
+    assert lruk.tinylfu(scan, 100) > lruk.lru(scan, 100)
+
+
+def test_a_search_is_measured_and_right(tmp_path):
+    options = argparse.Namespace(notes=1200, owners=3, dimensions=64, queries=5, peer_notes=0)
+    row = search.one_owner(options, tmp_path / "one")
+    assert row["search, recall@10"] == row["filtered, 10 %, recall@10"] == 1.0
+    assert all(value >= 0 for value in row.values())
+    assert "kept" in search.line("search, p50 CPU ms", 1.0)
+    assert "MISSED" in search.line("filtered, 1 %, recall@10", 0.9)
+    assert len(search.many_owners(options, tmp_path / "many")) == 4

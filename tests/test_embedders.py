@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import shutil
 import signal
 from pathlib import Path
 
@@ -124,8 +125,8 @@ def test_a_fingerprint_is_of_the_whole_file(tmp_path: Path) -> None:
 # ── the command, and a whole system ───────────────────────────────────────────────────────────────────────
 
 
-def get_embedder(system: System, folder: Path, *options: str) -> str:
-    done = system.run("aiosd", "get-embedder", "--from", str(folder / "original"), *options)
+def get_embedder(system: System, source: Path, *options: str) -> str:
+    done = system.run("aiosd", "get-embedder", "--from", str(source), *options)
     assert done.returncode == 0, done.stderr
     return done.stdout.strip()
 
@@ -144,7 +145,7 @@ def system_with(folder: Path, embedder: str) -> System:
 def test_a_table_serves_a_whole_system(models: Path) -> None:
     system = system_with(models, "all-MiniLM-L6-v2.vectors")
     try:
-        assert get_embedder(system, models, "--static").endswith("all-MiniLM-L6-v2.vectors")
+        assert get_embedder(system, models / "original", "--static").endswith("all-MiniLM-L6-v2.vectors")
         system.start()
         with Client(Home(str(system.home))) as client:
             client.call(wire.Sys.MEM_ADD, wire.MemAdd("the cat"), int)
@@ -162,7 +163,7 @@ def test_a_core_makes_the_vectors_of_a_whole_system(models: Path) -> None:
     """And when it dies, or the kernel does, words serve, the queue waits, and then all goes on."""
     system = system_with(models, "all-MiniLM-L6-v2")
     try:
-        get_embedder(system, models)
+        get_embedder(system, Path(shutil.make_archive(str(models / "package"), "zip", models, "original")))
         system.start()
         with Client(Home(str(system.home))) as client:
 
@@ -204,6 +205,11 @@ def test_what_makes_no_vectors_is_told_at_the_start(models: Path) -> None:
         done = system.run("aiosd", "--embed-model", "nothing.vectors")
         assert done.returncode != 0
         assert "aiosd get-embedder --static makes one" in done.stderr
+        done = system.run("aiosd", "get-embedder", "--from", str(models))
+        assert done.returncode == 0
+        shutil.rmtree(models / "original")
+        done = system.run("aiosd", "get-embedder", "--from", str(models / "models"))
+        assert (done.returncode, "no model.safetensors in it" in done.stderr) == (1, True)
         (models / "broken.vectors").write_bytes(b"x")
         done = system.run("aiosd", "--embed-model", str(models / "broken.vectors"))
         assert done.returncode != 0

@@ -12,6 +12,7 @@ import textwrap
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from types import SimpleNamespace
+from typing import Any
 
 import msgspec
 import pytest
@@ -24,7 +25,9 @@ from aiosd.init import guardian
 from aiosd.init.signals import Received
 from aiosd.init.supervisor import Supervisor
 from aiosd.kernel import ancestry
-from aiosd.kernel.ancestry import TRIES, Origin, Unproven, Unsettled, agent_above, peer_of
+from aiosd.kernel.access import Access, Verdict
+from aiosd.kernel.ancestry import TRIES, Origin, Unproven, Unsettled, agent_above, is_child, peer_of
+from aiosd.kernel.proc import ProcTable
 from libaios import wire
 from libaios.home import Home
 from tests.conftest import System, eventually
@@ -198,6 +201,30 @@ def test_an_orphan_is_settled_by_nothing_but_its_agent(proc: Processes, alive: i
     proc.parents[500] = (SUPERVISOR, 7)
     with pytest.raises(Unsettled):
         above(500, alive)
+
+
+def test_a_service_is_a_live_child_of_the_supervisor(proc: Processes, alive: int) -> None:
+    """The number that the supervisor told is not enough: it may be another process's by now, or a dead one's."""
+    proc.parents[500] = (SUPERVISOR, 7)
+    assert is_child(Origin(500, 0, alive), SUPERVISOR)
+    assert not is_child(Origin(400, 0, alive), SUPERVISOR)
+    assert not is_child(Origin(600, 0, alive), SUPERVISOR)
+    ended = subprocess.Popen(["true"])
+    pidfd = os.pidfd_open(ended.pid)
+    ended.wait()
+    assert not is_child(Origin(500, 0, pidfd), SUPERVISOR)
+    os.close(pidfd)
+
+
+def test_a_service_may_have_vectors_made_and_nothing_else() -> None:
+    access = Access(ProcTable(10), set)
+    peer: Any = SimpleNamespace(service="store", proc=None)
+    for row in wire.TABLE.values():
+        if row.sys == wire.Sys.EMBED:
+            assert access.check(peer, row, wire.Embed(["x"])) is Verdict.NOW
+        else:
+            with pytest.raises(PermissionError, match="store: a service may not call"):
+                access.check(peer, row, None)
 
 
 @pytest.mark.parametrize("gone", [300, 400])

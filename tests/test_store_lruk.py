@@ -41,6 +41,11 @@ class Model:
         while len(self.gone) > max(len(self.here), LEAST_HISTORY):
             del self.refs[self.gone.pop(0)]
 
+    def first(self, keys: list[int]) -> int:
+        """The one that goes first: of those that no agent is at work on, if there are any."""
+        free = [key for key in keys if self.clock - self.refs[key][1] > CORRELATED]
+        return min(free, key=self.rank) if free else min(keys, key=lambda key: self.refs[key][1])
+
     def get(self, key: int) -> bool:
         if key in self.here:
             self.refer(key)
@@ -55,10 +60,10 @@ class Model:
             return []
         victims = []
         while sum(s for s, o in self.here.values() if o == owner) + size > OF_OWNER:
-            victims.append(min((k for k, (_, o) in self.here.items() if o == owner), key=self.rank))
+            victims.append(self.first([key for key, (_, o) in self.here.items() if o == owner]))
             self.to_history(victims[-1])
         while sum(s for s, _ in self.here.values()) + size > MOST:
-            victims.append(min(self.here, key=self.rank))
+            victims.append(self.first(list(self.here)))
             self.to_history(victims[-1])
         self.here[key] = (size, owner)
         return victims
@@ -120,6 +125,19 @@ def test_one_pass_over_much_does_not_drive_out_what_is_wanted_again() -> None:
     for filler in range(1000):
         cache.put(("once", filler), 0, 1, "a")
     assert all(key in cache for key in range(5))
+
+
+def test_what_an_agent_is_at_work_on_stays() -> None:
+    """A new note among well-known ones, read again a few references later."""
+    cache: LruK[int] = LruK(10, correlated=5)
+    for _ in range(3):
+        for key in range(10):
+            if cache.get(key) is None:
+                cache.put(key, key, 1, "a")
+    cache.put("new", 1, 1, "a")
+    for filler in range(4):
+        cache.put(("once", filler), 0, 1, "b")
+    assert cache.get("new") == 1
 
 
 def test_what_comes_back_soon_after_its_eviction_is_known() -> None:

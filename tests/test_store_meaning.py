@@ -284,6 +284,25 @@ def test_a_search_waits_for_its_own_texts_and_not_for_long(make: Callable[..., S
     assert not store.meaning.away
 
 
+def test_who_adds_much_does_not_hold_up_the_others(make: Callable[..., Store]) -> None:
+    """The queue takes the owners in turn, and a batch goes on with the next where one has no more."""
+    fake = Fake()
+    store = make(fake)
+    others = [link.Caller(30 + number, 1000, f"n{number}", True, "default") for number in range(5)]
+    store.add(*(f"tea {number}" for number in range(200)), caller=OTHER)
+    for caller in others:
+        store.add("a cat", f"of {caller.name}", caller=caller)
+    for _ in range(3):
+        store.meaning.work()
+    embedded = [text for texts in fake.asked for text in texts]
+    assert {f"of {caller.name}" for caller in others} <= set(embedded)
+    assert [len(texts) for texts in fake.asked] == 3 * [meaning.BATCH]
+    while store.meaning.work() == 0.0:
+        pass
+    assert store.meaning.stats()["pending"] == 0
+    assert len(embedded) == len(set(embedded)) + 4
+
+
 def test_an_embedder_that_fails_is_asked_again_later(make: Callable[..., Store]) -> None:
     fake = Fake()
     fake.broken = True

