@@ -13,6 +13,12 @@
     path = "models/writer.gguf"             as seen from the folder of the file; or a name (`aiosd models`)
     slots = 4                               for this model alone
 
+    [[model]]                               one that another server runs, behind OpenAI's API
+    url = "https://host/v1"
+    model = "its-name-there"                --model NAME=https://host/v1#its-name-there
+    key_file = "host.key"
+    concurrency = 8                         requests at a time; rpm, tpm: requests and tokens in a minute
+
     [mcpServers.git]                        tools of an MCP server, as other programs configure them
     command = "mcp-server-git"
 
@@ -43,7 +49,7 @@ from aiosd.autostart import AgentSpec
 from aiosd.endpoint import Endpoint
 from aiosd.errors import AiosdError, UsageError, WorldError
 from aiosd.link import Schedule
-from aiosd.llm.spec import MAX_SLOTS, ROPE_SCALING, Lora, ModelSpec
+from aiosd.llm.spec import MAX_SLOTS, REMOTE, ROPE_SCALING, Lora, ModelSpec
 from aiosd.models import found
 from aiosd.models.places import ours
 from aiosd.sandbox import boxgroups
@@ -60,6 +66,7 @@ POLICIES = ("fifo", "rr", "priority", "mlfq", "fair")
 ORPHANS = ("kill", "term")
 LOG_LEVELS = ("debug", "info", "warning", "error", "critical")
 ENV_PREFIX = "AIOSD_"
+URLS = ("http://", "https://")
 
 
 # ── what there is to set ──────────────────────────────────────────────────────────────────────────────────
@@ -318,6 +325,10 @@ KEYS = (
     Key("yarn_beta_fast", _number(0, 1e6), "F", "YaRN: low correction.", per_model=True),
     Key("yarn_beta_slow", _number(0, 1e6), "F", "YaRN: high correction.", per_model=True),
     Key("verbose", _switch, "", "Show what llama.cpp says.", False, per_model=True),
+    Key("key_file", _text, "FILE", "Where the key to a model at a URL lies.", "", per_model=True),
+    Key("concurrency", _whole(1, 256), "N", "Requests to such a model at a time (8).", 8, per_model=True),
+    Key("rpm", _whole(0), "N", "… and in a minute (no limit).", 0, per_model=True),
+    Key("tpm", _whole(0), "N", "Its tokens in a minute (no limit).", 0, per_model=True),
     Key("log_level", _one_of(LOG_LEVELS), "|".join(LOG_LEVELS), "How much is logged (info).", "info"),
     Key("keep_dead", _whole(0, 1_000_000), "N", "How many dead agents are remembered, with their logs (1000).", 1000),
     Key("sandbox", _one_of(LEVELS), "|".join(LEVELS), "How agents are confined (none).", "none"),
@@ -437,7 +448,7 @@ def load(
     words = flags.get("model") or _models_of_environment(environ.get(ENV_PREFIX + "MODEL", ""))
     tables: list[tuple[str, Mapping[str, Any], str]]
     if not words and file.models:
-        tables = [(table["path"], table, str(path.parent)) for table in file.models]
+        tables = [(_word(table), table, str(path.parent)) for table in file.models]
     else:
         tables = [(word, {}, cwd) for word in words or [found.NANO]]
     _refuse_for_many(values, len(tables))
@@ -550,6 +561,8 @@ def _model(
         name, path = "", word
     if not path:
         raise UsageError(f"model {word!r}: a path is missing")
+    if path.startswith(URLS):
+        return _elsewhere(path, table.get("name") or name, options, folder)
     model = locate(path, folder)
     name = re.sub(r"[\x00-\x20\x7f/]", "_", table.get("name") or name or model.label)[:64]
     return ModelSpec(name=name, path=model.path, folder=str(home.data / "contexts"), **options)
@@ -578,6 +591,8 @@ def _embedder(
         if table is None:
             raise UsageError(f"embed_model: {word}: there is no such file; aiosd get-embedder --static makes one")
         return str(table.absolute()), None
+    if word.startswith(URLS):
+        raise UsageError(f"embed_model: {word}: a model that is served elsewhere makes no vectors here")
     model = _model(word, {}, values, given, locate, folder, home)
     return "", dataclasses.replace(model, vectors_only=True, lora=(), chat_template_file="")
 
@@ -602,9 +617,25 @@ def _refuse_for_many(values: Mapping[str, Any], count: int) -> None:
             raise UsageError(f"{BY_NAME[name].flag}: with {count} models, write it under [[model]] in aiosd.toml")
 
 
+def _word(table: Mapping[str, Any]) -> str:
+    """What `--model` would be for a [[model]]."""
+    return table["path"] if "path" in table else f"{table['url']}#{table['model']}"
+
+
+def _elsewhere(address: str, name: str, options: dict[str, Any], folder: str) -> ModelSpec:
+    """A model at a URL. Options that only a file needs are ignored."""
+    url, _, model = address.partition("#")
+    if not model:
+        raise UsageError(f"--model {address}: what is its name there? {url}#NAME")
+    key_file = options["key_file"] and os.path.join(folder, os.path.expanduser(options["key_file"]))
+    name = re.sub(r"[\x00-\x20\x7f/]", "_", name or model)[:64]
+    limits = {key: options[key] for key in ("concurrency", "rpm", "tpm")}
+    return ModelSpec(name=name, backend=REMOTE, url=url, model=model, key_file=key_file, **limits)
+
+
 def _models_of_environment(text: str) -> list[str]:
     """With ':' between them, as in PATH; with ',' where a name has a colon itself: hf:ORG/NAME:Q4_K_M,nano"""
-    apart = "," if any(prefix in text for prefix in found.PREFIXES) else os.pathsep
+    apart = "," if any(prefix in text for prefix in (*found.PREFIXES, *URLS)) else os.pathsep
     return [word for word in text.split(apart) if word]
 
 
@@ -612,7 +643,9 @@ def _refuse_doubles(models: Sequence[ModelSpec]) -> None:
     names: set[str] = set()
     for model in models:
         if model.name in names:
-            raise UsageError(f"two models named {model.name!r}; give one another name: --model NAME={model.path}")
+            raise UsageError(
+                f"two models named {model.name!r}; give one another name: --model NAME={model.path or model.url}"
+            )
         names.add(model.name)
 
 
@@ -682,8 +715,10 @@ def _read_file(path: Path, must_exist: bool) -> _File:
     file = _File(_read_table(path, text, data, _SETTINGS, 0), servers=servers)
     for first, table in models:
         model = _read_table(path, text, table, _OF_MODEL, first)
-        if "path" not in model:
-            raise UsageError(f"{path}, line {first}: a model without path")
+        if ("path" in model) == ("url" in model):
+            raise UsageError(f"{path}, line {first}: a model without path" + (" or url" if "model" in model else ""))
+        if ("url" in model) != ("model" in model):
+            raise UsageError(f"{path}, line {first}: url and model (its name there) belong together")
         file.models.append(model)
     for first, table in agents:
         values = _read_table(path, text, table, autostart.READERS, first)
@@ -757,4 +792,10 @@ def _line_of_table(text: str, name: str, number: int) -> int:
 
 
 _SETTINGS: Readers = {key.name: key.read for key in KEYS}
-_OF_MODEL: Readers = {"name": _text, "path": _text, **{key.name: key.read for key in KEYS if key.per_model}}
+_OF_MODEL: Readers = {
+    "name": _text,
+    "path": _text,
+    "url": _text,
+    "model": _text,
+    **{key.name: key.read for key in KEYS if key.per_model},
+}

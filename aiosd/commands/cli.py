@@ -109,7 +109,8 @@ def _complete_value(context: click.Context, parameter: click.Parameter, incomple
     multiple=True,
     metavar="[NAME=]MODEL",
     type=click.Path(),
-    help="A GGUF, a name from `aiosd models`, hf:REPO:QUANT; again and again: several. [AIOSD_MODEL]",
+    help="A GGUF, a name from `aiosd models`, hf:REPO:QUANT, https://HOST/v1#NAME; again and again: several. "
+    "[AIOSD_MODEL]",
 )
 @click.option("--home", metavar="DIR", type=click.Path(), help="Where socket, data and logs lie. [AIOS_HOME]")
 @click.option("--config", "file", metavar="FILE", type=click.Path(), help="Settings, instead of aiosd.toml.")

@@ -12,6 +12,7 @@ hf:Qwen/Qwen2.5-0.5B-Instruct-GGUF:Q4_K_M
 
 from __future__ import annotations
 
+import contextlib
 import json
 import sys
 from typing import TYPE_CHECKING, Any
@@ -72,7 +73,8 @@ def _tell(line: str) -> None:
 @click.option("--json", "as_json", is_flag=True, help="A list of objects, with paths.")
 def models(as_json: bool) -> int:
     """List the models on this machine that --model takes by name: the embedded one, those in AIOSD_MODELS (or in
-    ~/.cache/aiosd/models), and what huggingface_hub, Ollama and LM Studio have downloaded. A name may be shortened as
+    ~/.cache/aiosd/models), and what huggingface_hub, Ollama and LM Studio have downloaded; then those that aiosd.toml
+    has at a URL. A name may be shortened as
     long as it fits one model only.
 
     \b
@@ -88,9 +90,25 @@ def models(as_json: bool) -> int:
     from aiosd.models import fit, found
 
     room = fit.available_memory()
-    rows = [found.row(model, room) for model in found.listing()]
+    rows = [found.row(model, room) for model in found.listing()] + _elsewhere()
     print(json.dumps(rows, indent=2) if as_json else "\n".join(_lines(rows)))
     return 0
+
+
+def _elsewhere() -> list[dict[str, Any]]:
+    """Those at a URL that the file of settings names. Nothing is asked of them."""
+    from aiosd import config
+    from aiosd.llm.spec import ModelSpec
+    from libaios.home import Home
+
+    specs: tuple[ModelSpec, ...] = ()
+    with contextlib.suppress(AiosdError):  # `aiosd` itself tells what is wrong with the file
+        specs = config.load({}, Home()).models
+    return [
+        {"name": spec.name, "source": "url", "path": "", "url": f"{spec.url}#{spec.model}"}
+        for spec in specs
+        if spec.url
+    ]
 
 
 def _lines(rows: list[dict[str, Any]]) -> list[str]:
@@ -100,6 +118,8 @@ def _lines(rows: list[dict[str, Any]]) -> list[str]:
 
 
 def _texts(row: dict[str, Any]) -> tuple[str, ...]:
+    if "url" in row:
+        return row["name"], "-", "-", "-", "-", row["url"]
     if "problem" in row:
         return row["name"], "-", "-", "-", "-", row["problem"]
     size, ctx, quant = format_size(row["size"]), str(row["ctx"] or "-"), row["quantisation"] or "-"

@@ -86,7 +86,10 @@ def _model_in_a_line(model: dict[str, Any]) -> str:
         parts.append(str(model["last_death"]))
     slots = stats.get("slots")
     if isinstance(slots, dict) and "total" in slots:
-        parts.append(f"{slots.get('used', 0)} of {slots['total']} slots of {info.get('n_ctx', '?')} tokens")
+        what = f"requests at a time, {info['url']}" if info.get("url") else f"slots of {info.get('n_ctx', '?')} tokens"
+        parts.append(f"{slots.get('used', 0)} of {slots['total']} {what}")
+        if stats.get("circuit") not in (None, "closed"):
+            parts.append(f"it fails: {stats.get('last_failure', '?')}")
     if model.get("open_calls"):
         parts.append(f"{model['open_calls']} open calls")
     if stats.get("tokens_per_s"):
@@ -161,7 +164,10 @@ def _full_model(model: dict[str, Any]) -> list[str]:
     default = " (default)" if model.pop("default", False) else ""
     lines = [f"model {model.pop('name', '?')}{default}, {model.pop('state', '?')}, pid {model.pop('pid', '?')}"]
     rows = {"path": model.pop("path", info.get("path", ""))}
-    if info:
+    if info.get("url"):
+        rows = {"url": info["url"], "runs": f"{info.get('n_slots', '?')} requests at a time"}
+        info = {}
+    elif info:
         rows["runs"] = (
             f"{info.pop('n_slots', '?')} slots of {info.pop('n_ctx', '?')} tokens, "
             f"GPU layers: {info.pop('gpu_layers', 0) or 'none'}"

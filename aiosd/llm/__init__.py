@@ -1,4 +1,4 @@
-"""The LLM core: one llama.cpp model that many sequences share, one batch at a time.
+"""The LLM core: one llama.cpp model that many sequences share, one batch at a time; or a model that is elsewhere.
 
 Files, from the bottom up:
 
@@ -34,6 +34,7 @@ Files, from the bottom up:
     bases.py       beginnings that slots read where the store keeps them
     cache.py       every movement of a context between slot, memory and disk
     stats.py       counts and times
+    schedule.py    who computes what in a step, as one function
     engine.py      plan → decode → settle
     adapters.py    LoRA adapters: which call has which, and whose turn it is
     embed.py       vectors and scores, in a context of their own
@@ -49,6 +50,7 @@ Files, from the bottom up:
     loading.py     from a ModelSpec to a calibrated engine, or one line that says why not
     local.py       the backend that has all of the above: what each message of the kernel means for it
 
+    remote/        the backend of a model that is elsewhere
     line.py        the channel to the kernel, as a core uses it
     backend.py     the seam: what a core's process asks of a backend; no word of llama.cpp on this side
     core.py        the process: the kernel's messages in, a backend's steps, messages out

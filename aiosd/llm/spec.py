@@ -10,6 +10,9 @@ DEFAULT_CTX = 2048
 #: The backend that runs a model in the core's own process, with llama.cpp.
 LOCAL = "aiosd.llm.local:open_model"
 
+#: … and the one for a model that another server runs.
+REMOTE = "aiosd.llm.remote.backend:open_model"
+
 #: llama.cpp's own limit on sequences in one context.
 MAX_SLOTS = 256
 
@@ -65,6 +68,12 @@ class ModelSpec:
     yarn_attn_factor: float | None = None
     yarn_beta_fast: float | None = None
     yarn_beta_slow: float | None = None
+    url: str = ""  # where the model is served, if it is elsewhere (REMOTE); what follows is for such a model alone
+    model: str = ""  # its name there
+    key_file: str = ""  # a file that holds the key to it; '': none is needed
+    concurrency: int = 8  # requests at a time
+    rpm: int = 0  # requests in a minute; 0: no limit
+    tpm: int = 0  # tokens in a minute; 0: no limit
 
     @property
     def rope(self) -> dict[str, int | float]:

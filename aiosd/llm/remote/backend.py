@@ -1,0 +1,574 @@
+"""The backend of a model that is elsewhere.
+
+A call waits until the policy admits it, one of `concurrency` places is free, and rates and circuit breaker allow a
+request. Then an `Exchange` reads the answer, and each step sends what has come.
+
+What goes wrong on the way is tried again, a few times, with growing pauses. Text that was given out stays: a completion
+goes on from it; a chat is asked again under the same seed, and the beginning must be what was given out already, or the
+call fails: an agent never gets two halves of different answers. Calls that do not stream give nothing out before their
+end, so they can always be asked again. None of that is exact.
+
+A parked call is not read on; after PARK_S its request is cancelled, and it is asked again when it may go on.
+
+Tokens are counted by chunks while they come, and by the endpoint's usage in the end. What an attempt has used that was
+given up is not known, and charged only as far as its text was given out.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import logging
+import os
+import queue
+import random
+import threading
+import time
+from collections import OrderedDict, deque
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+from weakref import WeakSet
+
+from aiosd import link
+from aiosd.errors import UsageError
+from aiosd.llm import policy
+from aiosd.llm.line import Line
+from aiosd.llm.policy.contract import ANY_TURN
+from aiosd.llm.remote import body as bodies
+from aiosd.llm.remote.answer import Answer, Wrong, check_text
+from aiosd.llm.remote.exchange import Data, End, Endpoint, Event, Exchange, Lost, Refused
+from aiosd.llm.remote.limits import LONGEST_RETRY_AFTER_S, Breaker, Window, backoff
+from aiosd.llm.spec import ModelSpec
+from libaios import wire
+from libaios.wire import Sys, Usage
+
+logger = logging.getLogger("llm.remote")
+
+MOST_TRIES = 5
+PARK_S = 20.0
+CLOSE_S = 1.0  # for threads to end
+OPEN_PATIENCE_S = 30.0  # how long a call waits for an endpoint that fails all the time
+CHARACTERS_PER_TOKEN = 4  # an estimate, until the endpoint tells
+REMEMBER = 256  # finished calls, for a new kernel that asks again
+
+_AGAIN = {408, 409, 425, 429, 500, 502, 503, 504, 529}
+_ERRNOS = {401: errno.EACCES, 403: errno.EACCES, 404: errno.ENOENT, 413: errno.EMSGSIZE}
+
+
+@dataclass(eq=False)
+class Call:
+    """One generation, as the policy sees it too."""
+
+    submit: link.Submit
+    order: int
+    arrived: float
+    nice: int
+    text: str  # all that came of it, what was given before included
+    sent: int  # characters of that which the kernel has
+    since: float  # when it began to wait
+    counted: int = 0  # tokens charged
+    uncharged: int = 0  # … and to be charged with the next delta
+    failures: int = 0
+    not_before: float = 0.0
+    exchange: Exchange | None = None
+    answer: Answer = field(default_factory=Answer)
+    expected: str = ""  # the beginning that the attempt under way must repeat
+    least_turn: policy.Quantum = ANY_TURN  # for policies: it keeps its place to its end in any case
+    parked_peer: bool = False
+    parked_call: bool = False
+    parked_since: float = 0.0
+    backlog: deque[Event] = field(default_factory=deque)  # what came while it was parked
+    started: bool = False
+    began: float = 0.0
+    first: float = 0.0
+
+    @property
+    def key(self) -> link.Key:
+        return self.submit.key
+
+    @property
+    def peer(self) -> int:
+        return self.submit.key[0]
+
+    @property
+    def group(self) -> str:
+        return self.submit.group
+
+    @property
+    def num_generated(self) -> int:
+        return self.counted + self.uncharged
+
+    @property
+    def num_pending(self) -> int:
+        return 0 if self.first else self.prompt_estimate
+
+    @property
+    def parked(self) -> bool:
+        return self.parked_peer or self.parked_call
+
+    @property
+    def prompt_estimate(self) -> int:
+        request = self.submit.request
+        return len(str(request.prompt or request.messages)) // CHARACTERS_PER_TOKEN + 1
+
+    @property
+    def kept(self) -> str:
+        """What no further attempt may change."""
+        request = self.submit.request
+        if request.stream:
+            return self.text
+        return request.given if isinstance(request.given, str) else ""
+
+
+def open_model(spec: ModelSpec, line: Line) -> Remote:
+    """Raises UsageError. The endpoint is not asked: a system starts without its network."""
+    try:
+        Endpoint.of(spec.url, spec.key_file).key()
+    except (OSError, ValueError) as error:
+        reason = error.strerror if isinstance(error, OSError) else error
+        raise UsageError(f"key_file {spec.key_file}: {reason}") from None
+    if spec.key_file and os.stat(spec.key_file).st_mode & 0o044:
+        logger.warning("key_file %s: other users of this machine can read it", spec.key_file)
+    return Remote(spec, line)
+
+
+class Remote:
+    """`clock` and `rng` are there for tests."""
+
+    def __init__(
+        self,
+        spec: ModelSpec,
+        line: Line,
+        clock: Callable[[], float] = time.monotonic,
+        rng: random.Random | None = None,
+    ) -> None:
+        self._spec, self._line, self._clock = spec, line, clock
+        self._rng = rng or random.Random()
+        self.endpoint = Endpoint.of(spec.url, spec.key_file)
+        self._policy: policy.Policy = policy.Fifo()
+        self._schedule: link.Schedule | None = None
+        self._calls: dict[link.Key, Call] = {}
+        self._past: OrderedDict[link.Key, tuple[link.Finished, str]] = OrderedDict()
+        self._parked: set[int] = set()
+        self._arrivals = 0
+        self._events: queue.SimpleQueue[tuple[Exchange, Event]] = queue.SimpleQueue()
+        self._running: dict[Exchange, Call] = {}
+        self._bell = os.eventfd(0, os.EFD_CLOEXEC | os.EFD_NONBLOCK)
+        self._timer: threading.Timer | None = None
+        self._wakes_at = 0.0
+        self._exchanges: WeakSet[Exchange] = WeakSet()  # also those that were closed and end in a moment
+        self._requests, self._tokens = Window(spec.rpm), Window(spec.tpm)
+        self._breaker = Breaker()
+        self._pause_until = 0.0  # the endpoint has asked for it
+        self._limit_name = "max_tokens"
+        self._figures = {"requests": 0, "retries": 0, "calls_finished": 0, "calls_failed": 0, "tokens_generated": 0}
+        self.info: dict[str, Any] = {
+            "url": f"{self.endpoint.url}#{spec.model}",
+            "description": spec.model,
+            "n_slots": spec.concurrency,
+            "chat": True,
+            "tools": True,
+        }
+        self.table: dict[type, Callable[[Any], None]] = {
+            link.Submit: self._submit,
+            link.Ask: self._ask,
+            link.CancelCall: lambda message: self._cancel(message.key),
+            link.Park: self._park,
+            link.ParkCall: self._park_call,
+            link.Keep: self._keep,
+            link.Gone: lambda message: None,
+            link.Renice: self._renice,
+            link.Schedule: self._reschedule,
+        }
+
+    # ── one round of the loop ─────────────────────────────────────────────────────────────────────────────
+
+    @property
+    def has_work(self) -> bool:
+        return not self._events.empty() or self._wait() == 0.0
+
+    def step(self) -> None:
+        with contextlib.suppress(BlockingIOError):
+            os.eventfd_read(self._bell)
+        while not self._events.empty():
+            exchange, event = self._events.get()
+            call = self._running.get(exchange)
+            if call is not None and not exchange.closed:
+                call.backlog.append(event)
+        for call in list(self._calls.values()):
+            self._go_on(call)
+        self._admit()
+        wait = self._wait()
+        if wait:
+            self._wake_in(wait)
+
+    def fds(self) -> Sequence[int]:
+        return [self._bell]
+
+    def stats(self) -> dict[str, Any]:
+        used, total = len(self._running), self._spec.concurrency
+        return {
+            "slots": {"total": total, "free": total - used, "used": used},
+            "running": used,
+            "waiting": len(self._calls) - used,
+            "policy": self._policy.name,
+            "circuit": self._breaker.state,
+            "last_failure": self._breaker.why,
+            **self._figures,
+        }
+
+    def close(self) -> None:
+        if self._timer is not None:
+            self._timer.cancel()
+            self._timer.join()
+        for exchange in self._exchanges:
+            exchange.close()
+        for exchange in self._exchanges:
+            exchange.join(CLOSE_S)
+        os.close(self._bell)
+
+    def _post(self, exchange: Exchange, event: Event) -> None:
+        """Called by an exchange's thread."""
+        if not exchange.closed:
+            self._events.put((exchange, event))
+            self._ring()
+
+    def _ring(self) -> None:
+        os.eventfd_write(self._bell, 1)
+
+    def _wake_in(self, seconds: float) -> None:
+        """Unless it wakes by then anyhow."""
+        now = time.monotonic()
+        if self._timer is not None:
+            if now < self._wakes_at <= now + seconds:
+                return
+            self._timer.cancel()
+        self._wakes_at = now + seconds
+        self._timer = threading.Timer(seconds, self._ring)
+        self._timer.daemon = True
+        self._timer.start()
+
+    # ── who is asked next ─────────────────────────────────────────────────────────────────────────────────
+
+    def _waiting(self) -> list[Call]:
+        return [call for call in self._calls.values() if call.exchange is None and not call.parked]
+
+    def _wait(self) -> float | None:
+        """Seconds until something can be done without an event; None: nothing can."""
+        now, waits = self._clock(), []
+        if len(self._running) < self._spec.concurrency:
+            waits = [self._wait_of(call, now) for call in self._waiting()]
+        waits += [max(call.parked_since + PARK_S - now, 0.0) for call in self._running.values() if call.parked]
+        return min(waits, default=None)
+
+    def _wait_of(self, call: Call, now: float) -> float:
+        """Seconds for which its request may not be sent."""
+        return max(
+            self._pause_until - now,
+            call.not_before - now,
+            self._breaker.wait(now),
+            self._requests.wait(1, now),
+            self._tokens.wait(call.prompt_estimate, now),
+            0.0,
+        )
+
+    def _admit(self) -> None:
+        now = self._clock()
+        while (free := self._spec.concurrency - len(self._running)) > 0:
+            waiting = [call for call in self._waiting() if not self._wait_of(call, now)]
+            admitted = self._policy.admit(waiting, list(self._running.values()), free, now) if waiting else []
+            if not admitted:
+                break
+            self._ask_endpoint(admitted[0], now)
+        if self._breaker.state == "open":
+            for call in self._waiting():
+                if now - call.since > OPEN_PATIENCE_S:
+                    self._fail(call, errno.EIO, f"{self.endpoint.url} fails again and again: {self._breaker.why}")
+
+    def _ask_endpoint(self, call: Call, now: float) -> None:
+        request, kept = call.submit.request, call.kept
+        call.text, call.answer, call.backlog = kept, Answer(), deque()
+        call.expected = kept if request.messages is not None else ""
+        budget = call.submit.budget
+        left = None if budget is None else max(budget - call.num_generated - call.prompt_estimate, 1)
+        try:
+            body = bodies.body(request, self._spec.model, left, kept, self._limit_name)
+        except OSError as error:
+            self._fail(call, error.errno or errno.EINVAL, error.strerror or str(error))
+            return
+        self._requests.use(1, now)
+        self._tokens.use(call.prompt_estimate, now)
+        self._breaker.sent()
+        self._figures["requests"] += 1
+        call.began = call.began or now
+        call.exchange = Exchange(self.endpoint, bodies.path(request), body, self._post)
+        self._running[call.exchange] = call
+        self._exchanges.add(call.exchange)
+        if not call.started:
+            call.started = True
+            self._line.send(link.Step([], [link.Started(call.key, 0, 0)]))
+
+    # ── what comes ────────────────────────────────────────────────────────────────────────────────────────
+
+    def _go_on(self, call: Call) -> None:
+        """Take what has come for a call, and send it."""
+        if call.parked:
+            if call.exchange is not None and self._clock() - call.parked_since > PARK_S:
+                self._let_go(call)
+                self._breaker.given_up()
+            return
+        while call.backlog and call.key in self._calls:
+            self._event(call, call.backlog.popleft())
+        if call.key in self._calls:
+            self._report(call)
+
+    def _event(self, call: Call, event: Event) -> None:
+        try:
+            match event:
+                case Data(data=data):
+                    self._take(call, data)
+                case End():
+                    self._end(call)
+                case Lost(why=why):
+                    self._again(call, why)
+                case Refused():
+                    self._refused(call, event)
+        except Wrong as wrong:
+            self._again(call, str(wrong))
+
+    def _take(self, call: Call, data: bytes) -> None:
+        chunks = call.answer.chunks
+        added = call.answer.take(data)
+        call.first = call.first or self._clock()
+        if call.expected and added:
+            count = min(len(call.expected), len(added))
+            if call.expected[:count] != added[:count]:
+                why = "its connection was lost after a part of the answer, and asked again the model answers otherwise"
+                self._fail(call, errno.EIO, why)
+                return
+            call.expected, added = call.expected[count:], added[count:]
+        call.text += added
+        if not call.expected and call.answer.chunks > chunks:
+            call.uncharged += 1
+            self._policy.charge([call], 1, self._clock())
+            if call.submit.budget is not None and call.num_generated >= call.submit.budget:
+                self._finish(call, "limit", [])
+
+    def _end(self, call: Call) -> None:
+        answer, request = call.answer, call.submit.request
+        if not answer.reason or call.expected:
+            self._again(call, "the answer was cut off")
+            return
+        try:
+            calls = answer.calls(bodies.tools_of(request), f"call_{call.key[0]}_{call.key[1]}_")
+            if request.schema is not None and answer.reason == "stop":
+                check_text(answer.said(), request.schema)
+        except Wrong as wrong:
+            if call.kept:  # another attempt would have to begin with it
+                self._fail(call, errno.EPROTO, f"the model's answer does not keep to what was asked: {wrong}")
+            else:
+                self._again(call, str(wrong), errno.EPROTO)
+            return
+        reason = "tool_calls" if calls else answer.reason
+        if reason == "length" and _by_budget(call):
+            reason = "limit"
+        self._finish(call, reason, calls)
+
+    def _report(self, call: Call) -> None:
+        if self._line.congested():
+            return  # what is there goes with a later report
+        text = call.text[call.sent :] if call.submit.request.stream else ""
+        if text or call.uncharged:
+            delta = link.Delta(call.key, call.sent, [], text, charged=call.uncharged)
+            call.counted, call.uncharged = call.counted + call.uncharged, 0
+            call.sent += len(text)
+            self._line.send(link.Step([delta]))
+
+    def _finish(self, call: Call, reason: str, calls: list[wire.ToolCall]) -> None:
+        now = self._clock()
+        told = call.answer.usage or Usage(call.prompt_estimate, 0, call.num_generated)
+        usage = Usage(
+            prompt_tokens=told.prompt_tokens,
+            cached_tokens=told.cached_tokens,
+            completion_tokens=told.completion_tokens or call.num_generated,
+            queue_s=call.began - call.arrived,
+            prefill_s=max(call.first - call.began, 0.0),
+            decode_s=max(now - call.first, 0.0) if call.first else 0.0,
+            preemptions=call.failures,
+        )
+        self._breaker.succeeded()
+        self._tokens.use(max(usage.prompt_tokens + usage.completion_tokens - call.prompt_estimate, 0), now)
+        self._policy.charge_prompt(call, usage.prompt_tokens, now)
+        self._figures["calls_finished"] += 1
+        self._figures["tokens_generated"] += usage.completion_tokens
+        rest, charged = call.text[call.sent :], usage.completion_tokens - call.counted
+        finished = link.Finished(call.key, call.sent, [], rest, reason, usage, calls, charged=charged)
+        self._past[call.key] = finished, call.text
+        while len(self._past) > REMEMBER:
+            self._past.popitem(last=False)
+        self._leave(call)
+        self._line.send(finished)
+
+    # ── what goes wrong ───────────────────────────────────────────────────────────────────────────────────
+
+    def _refused(self, call: Call, refused: Refused) -> None:
+        status = refused.status
+        if status == 400 and "max_completion_tokens" in refused.why and self._limit_name == "max_tokens":
+            self._limit_name = "max_completion_tokens"
+            self._breaker.succeeded()
+            self._let_go(call)  # asked again at once: newer models call it so
+        elif status == 429 and refused.code == "insufficient_quota":
+            self._breaker.succeeded()
+            self._fail(call, errno.EDQUOT, f"{self.endpoint.url}: {refused.why}")
+        elif status in _AGAIN:
+            after = min(refused.retry_after, LONGEST_RETRY_AFTER_S)
+            if after:
+                self._pause_until = max(self._pause_until, self._clock() + after)
+            self._again(call, f"status {status}: {refused.why}", busy=status == 429)
+        else:
+            self._breaker.succeeded()
+            code = errno.EMSGSIZE if refused.code == "context_length_exceeded" else _ERRNOS.get(status, errno.EINVAL)
+            code = code if status < 500 else errno.EIO
+            self._fail(call, code, f"{self.endpoint.url}: status {status}: {refused.why}")
+
+    def _again(self, call: Call, why: str, code: int = errno.EIO, busy: bool = False) -> None:
+        """Try it once more after a pause, unless it has failed too often. `busy`: the endpoint answers, but has no
+        capacity, so this says nothing against it."""
+        now = self._clock()
+        call.failures += 1
+        (self._breaker.succeeded() if busy or code == errno.EPROTO else self._breaker.failed(why, now))
+        self._report(call)
+        self._let_go(call)
+        if call.failures >= MOST_TRIES:
+            self._fail(call, code, f"{self.endpoint.url}: {call.failures} attempts failed; the last: {why}")
+            return
+        self._figures["retries"] += 1
+        call.not_before = now + backoff(call.failures, self._rng)
+        logger.info("call %d of %d: %s; it is tried again", call.key[1], call.key[0], why)
+
+    def _let_go(self, call: Call) -> None:
+        """End its request; the call waits again."""
+        exchange, call.exchange = call.exchange, None
+        if exchange is not None:
+            exchange.close()
+            self._running.pop(exchange, None)
+        call.backlog.clear()
+        call.since = self._clock()
+
+    def _fail(self, call: Call, code: int, why: str) -> None:
+        self._figures["calls_failed"] += 1
+        self._leave(call)
+        self._line.refuse(call.key, OSError(code, why))
+
+    def _leave(self, call: Call) -> None:
+        self._let_go(call)
+        del self._calls[call.key]
+        self._policy.leave(call, self._clock())
+
+    # ── messages ──────────────────────────────────────────────────────────────────────────────────────────
+
+    def _submit(self, message: link.Submit) -> None:
+        key, given = message.key, message.request.given
+        count = len(given) if isinstance(given, str) else 0
+        if key in self._past:
+            finished, text = self._past[key]
+            usage = finished.usage
+            self._line.send(
+                link.Finished(
+                    key, count, [], text[count:], finished.finish_reason, usage, finished.tool_calls,
+                    charged=usage.completion_tokens,
+                )
+            )  # fmt: skip
+            return
+        if key in self._calls:
+            call = self._calls[key]
+            call.sent, call.uncharged, call.counted = min(count, len(call.text)), call.num_generated, 0
+            self._set_parked(call, call.parked_peer, False)
+            return
+        try:
+            bodies.check(message.request)
+        except OSError as error:
+            self._line.refuse(key, error)
+            return
+        now = self._clock()
+        self._arrivals += 1
+        text = given if isinstance(given, str) else ""
+        call = Call(message, self._arrivals, now, message.nice, text, len(text), now)
+        self._calls[key] = call
+        if key[0] in self._parked:
+            call.parked_peer, call.parked_since = True, now
+        else:
+            self._policy.arrive(call, now)
+
+    def _ask(self, ask: link.Ask) -> None:
+        if ask.sys == Sys.CTX_CLOSE:  # there is nothing to close
+            self._line.answer(ask.key, None)
+        elif ask.sys == Sys.CTX_LIST:
+            self._line.answer(ask.key, [])
+        else:
+            name = wire.TABLE[ask.sys].name
+            self._line.refuse(ask.key, wire.error(errno.ENOSYS, f"{name}: not for a model that is served elsewhere"))
+
+    def _cancel(self, key: link.Key) -> None:
+        self._past.pop(key, None)
+        call = self._calls.get(key)
+        if call is not None:
+            if call.exchange is not None:
+                self._breaker.given_up()
+            self._leave(call)
+
+    def _park(self, message: link.Park) -> None:
+        (self._parked.add if message.parked else self._parked.discard)(message.peer)
+        for call in self._calls.values():
+            if call.peer == message.peer:
+                self._set_parked(call, message.parked, call.parked_call)
+        if message.number:
+            self._line.send(link.Parked(message.number))
+
+    def _park_call(self, message: link.ParkCall) -> None:
+        call = self._calls.get(message.key)
+        if call is not None:
+            self._set_parked(call, call.parked_peer, message.parked)
+
+    def _set_parked(self, call: Call, by_peer: bool, by_call: bool) -> None:
+        """For the policy a parked call is gone."""
+        before = call.parked
+        call.parked_peer, call.parked_call = by_peer, by_call
+        if call.parked == before:
+            return
+        now = self._clock()
+        call.parked_since = call.since = now
+        (self._policy.leave if call.parked else self._policy.arrive)(call, now)
+        if call.exchange is not None:
+            call.exchange.hold(call.parked)
+        self._ring()  # what came meanwhile, or when it is to be cancelled
+
+    def _keep(self, message: link.Keep) -> None:
+        kept = set(message.peers)
+        for key in [key for key in (*self._calls, *self._past) if key[0] not in kept]:
+            self._cancel(key)
+        for call in self._calls.values():
+            self._set_parked(call, False, call.parked_call)
+        self._parked.clear()
+
+    def _renice(self, message: link.Renice) -> None:
+        for call in self._calls.values():
+            if call.peer == message.peer:
+                call.nice = message.nice
+                self._policy.renice(call, self._clock())
+
+    def _reschedule(self, message: link.Schedule) -> None:
+        if message != self._schedule:
+            self._schedule = message
+            quantum = policy.Quantum(message.tokens, message.seconds)
+            self._policy = policy.make(message.policy, quantum, message.shares)
+            for call in self._calls.values():
+                if not call.parked:
+                    self._policy.arrive(call, self._clock())
+
+
+def _by_budget(call: Call) -> bool:
+    """Did the call's budget set the limit of tokens, and not the caller?"""
+    limit, budget = call.submit.request.sampling.max_tokens, call.submit.budget
+    return budget is not None and (limit is None or budget - call.prompt_estimate < limit)

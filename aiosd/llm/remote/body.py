@@ -1,0 +1,128 @@
+"""A call as the JSON that an endpoint takes.
+
+What cannot be passed on and would change the answer is refused with its name. `top_k`, `min_p` and `repeat_penalty` are
+no part of OpenAI's API: their defaults are left out, other values are refused.
+"""
+
+from __future__ import annotations
+
+import errno
+import json
+from typing import Any
+
+from libaios import wire
+from libaios.wire import Generate, Sampling
+
+_DEFAULTS = Sampling()
+#: Options that only a model in a process of aiosd's has.
+_LOCAL = (
+    "top_k",
+    "min_p",
+    "repeat_penalty",
+    "ignore_eos",
+    "logit_bias",
+    "min_tokens",
+    "stop_tokens",
+    "logprobs",
+    "dry_multiplier",
+    "xtc_probability",
+    "mirostat",
+)
+
+
+def refuse(text: str) -> OSError:
+    return wire.error(errno.EINVAL, text)
+
+
+def path(request: Generate) -> str:
+    return "chat/completions" if request.messages is not None else "completions"
+
+
+def body(request: Generate, model: str, budget: int | None, given: str, limit_name: str) -> dict[str, Any]:
+    """`budget`: tokens that the call may still use; `given`: what a completion goes on from; `limit_name`: how this
+    endpoint calls the limit of tokens. Raises OSError EINVAL."""
+    check(request)
+    sampling = request.sampling
+    made: dict[str, Any] = {
+        "model": model,
+        "stream": True,
+        "stream_options": {"include_usage": True},
+        "temperature": min(sampling.temperature, 2.0),
+        "top_p": sampling.top_p,
+        "seed": sampling.seed % (1 << 31),
+    }
+    limits = [limit for limit in (sampling.max_tokens, budget) if limit is not None]
+    if limits:
+        made[limit_name] = min(limits)
+    if sampling.stop:
+        made["stop"] = sampling.stop
+    for name in ("presence_penalty", "frequency_penalty"):
+        if getattr(sampling, name):
+            made[name] = getattr(sampling, name)
+    if request.messages is None:
+        return made | {"prompt": f"{request.prompt}{given}"}
+    made["messages"] = [_message(message) for message in request.messages]
+    if request.tools:
+        made |= {"tools": [_tool(tool) for tool in request.tools], "tool_choice": _choice(request.tool_choice)}
+        if not request.parallel_tool_calls:
+            made["parallel_tool_calls"] = False
+    if request.schema is not None:
+        schema = {} if request.schema is True else request.schema
+        made["response_format"] = {"type": "json_schema", "json_schema": {"name": "answer", "schema": schema}}
+    return made
+
+
+def check(request: Generate) -> None:
+    changed = [name for name in _LOCAL if getattr(request.sampling, name) != getattr(_DEFAULTS, name)]
+    if changed:
+        raise refuse(f"{changed[0]}: a model that is served elsewhere does not take it")
+    given = [name for name in ("grammar", "template_args", "lora") if getattr(request, name)]
+    if given:
+        raise refuse(f"{given[0]}: a model that is served elsewhere does not take it")
+    if not isinstance(request.prompt, str) and request.messages is None:
+        raise refuse("prompt: a model that is served elsewhere takes text, no token ids")
+    if request.given and not isinstance(request.given, str):
+        raise refuse("given: a model that is served elsewhere goes on from text, not from tokens")
+    if request.schema is False:
+        raise refuse("schema: nothing fits it")
+    if request.schema is not None and request.messages is None:
+        raise refuse("schema: a model that is served elsewhere keeps to one in a chat only")
+    if request.tools and (request.messages is None or request.schema is not None):
+        raise refuse("tools: they need a chat, and no schema beside them")
+
+
+def _message(message: dict[str, Any]) -> dict[str, Any]:
+    """Tool calls as the API wants them: aiosd also takes arguments as a dict, and the inner dict alone."""
+    calls = message.get("tool_calls")
+    if not isinstance(calls, list) or not calls:
+        return {name: value for name, value in message.items() if name != "tool_calls"}
+    return message | {"tool_calls": [_called(call) for call in calls]}
+
+
+def _called(call: Any) -> Any:
+    if not isinstance(call, dict):
+        return call  # the endpoint refuses it
+    function = call.get("function", call)
+    if not isinstance(function, dict):
+        return call
+    arguments = function.get("arguments") or {}
+    text = arguments if isinstance(arguments, str) else json.dumps(arguments)
+    made = {"type": "function", "function": {"name": function.get("name"), "arguments": text}}
+    return made | ({"id": call["id"]} if "id" in call else {})
+
+
+def _tool(tool: dict[str, Any]) -> dict[str, Any]:
+    """Of a tool the inner dict alone may be given."""
+    return tool if "function" in tool else {"type": "function", "function": tool}
+
+
+def tools_of(request: Generate) -> dict[str, dict[str, Any]]:
+    """name → JSON Schema of the arguments."""
+    inner = [_tool(tool)["function"] for tool in request.tools or ()]
+    return {str(each.get("name")): each.get("parameters") or {} for each in inner if isinstance(each, dict)}
+
+
+def _choice(choice: str | dict[str, Any] | None) -> str | dict[str, Any]:
+    if isinstance(choice, dict):
+        return choice if "type" in choice else {"type": "function", **choice}
+    return choice or "auto"

@@ -1,0 +1,93 @@
+"""When a request may be sent to an endpoint, and what follows from one that failed. Pure: all times come as `now`.
+
+- `Window` keeps a rate (requests or tokens in a minute) on our side, so that the endpoint need not refuse us.
+- `backoff` says how long a call waits after its n-th failure, with jitter: calls that failed together come back apart.
+- `Breaker` stops all requests to an endpoint that has failed `FAILURES` times in a row. After a pause one request is
+  let through; if it fails, the pause doubles, and if it succeeds, all go on.
+"""
+
+from __future__ import annotations
+
+import random
+from collections import deque
+
+MINUTE_S = 60.0
+FIRST_S, MOST_S = 0.5, 30.0  # of back-off
+LONGEST_RETRY_AFTER_S = 120.0  # what an endpoint may ask of us
+FAILURES = 5
+PAUSE_S, LONGEST_PAUSE_S = 5.0, 120.0
+
+
+class Window:
+    """At most `limit` units in any minute; 0: no limit. One use may be larger than that: it then goes alone."""
+
+    def __init__(self, limit: int) -> None:
+        self._limit = limit
+        self._uses: deque[tuple[float, int]] = deque()
+        self._sum = 0
+
+    def wait(self, units: int, now: float) -> float:
+        """Seconds until that many may be used; 0: now."""
+        self._forget(now)
+        if not self._limit:
+            return 0.0
+        over, until = self._sum + units - self._limit, now
+        for at, used in self._uses:  # the oldest go first, until there is room
+            if over <= 0:
+                break
+            over, until = over - used, at + MINUTE_S
+        return max(until - now, 0.0)
+
+    def use(self, units: int, now: float) -> None:
+        """Count a use, or correct one by what it really was."""
+        if self._limit:
+            self._uses.append((now, units))
+            self._sum += units
+
+    def _forget(self, now: float) -> None:
+        while self._uses and now - self._uses[0][0] >= MINUTE_S:
+            self._sum -= self._uses.popleft()[1]
+
+
+def backoff(failures: int, rng: random.Random) -> float:
+    """Seconds after the n-th failure of a call (n from 1)."""
+    return min(FIRST_S * 2.0 ** (failures - 1), MOST_S) * rng.uniform(0.5, 1.0)
+
+
+class Breaker:
+    def __init__(self) -> None:
+        self._failures = 0
+        self._pause = PAUSE_S
+        self._until = 0.0
+        self._trying = False
+        self.why = ""
+
+    @property
+    def state(self) -> str:
+        if self._failures < FAILURES:
+            return "closed"
+        return "trying" if self._trying else "open"
+
+    def wait(self, now: float) -> float:
+        """Seconds until a request may be sent; 0: now. While one is being tried, no other may."""
+        if self._failures < FAILURES:
+            return 0.0
+        return 1.0 if self._trying else max(self._until - now, 0.0)
+
+    def sent(self) -> None:
+        self._trying = self._failures >= FAILURES
+
+    def succeeded(self) -> None:
+        """The endpoint answers, be it with a refusal of that one request."""
+        self._failures, self._pause, self._trying, self.why = 0, PAUSE_S, False, ""
+
+    def failed(self, why: str, now: float) -> None:
+        if self._trying:
+            self._pause = min(2 * self._pause, LONGEST_PAUSE_S)
+        self._failures, self._trying, self.why = self._failures + 1, False, why
+        if self._failures >= FAILURES:
+            self._until = now + self._pause
+
+    def given_up(self) -> None:
+        """The request that was sent was cancelled: it tells nothing."""
+        self._trying = False

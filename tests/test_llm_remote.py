@@ -1,0 +1,574 @@
+"""A model that is elsewhere: whatever its endpoint does, a call has one end, and no piece of text comes twice."""
+
+from __future__ import annotations
+
+import errno
+import json
+import os
+import random
+import select
+import signal
+import threading
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import msgspec
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+from msgspec import Raw
+
+from aiosd import config, link
+from aiosd.commands import models
+from aiosd.errors import UsageError
+from aiosd.llm.line import Line
+from aiosd.llm.remote import backend as backends
+from aiosd.llm.remote import limits
+from aiosd.llm.remote.backend import Remote, open_model
+from aiosd.llm.remote.exchange import Endpoint as Address
+from aiosd.llm.remote.limits import MINUTE_S, Breaker, Window, backoff
+from aiosd.llm.spec import ModelSpec
+from libaios import parts, wire
+from libaios.home import Home
+from libaios.wire import Generate, Sampling, Sys
+from tests.conftest import System
+from tests.fakeendpoint import Deed, Endpoint, answers, bytewise, cut, garbage, hangs, status, whole
+
+USER = [{"role": "user", "content": "hi"}]
+TOOL = {"name": "f", "parameters": {"type": "object", "properties": {"x": {"type": "integer"}}, "required": ["x"]}}
+KEY = "sk-a-secret-key"
+
+
+class Deaf:
+    """A channel that keeps what is sent."""
+
+    outbox_bytes, hung_up, more, reborn = 0, False, False, False
+
+    def __init__(self) -> None:
+        self.sent: list[Any] = []
+
+    def send(self, payload: bytes) -> None:
+        self.sent.append(link.decode_from_service(payload))
+
+
+class Bench:
+    def __init__(self, endpoint: Endpoint, **options: Any) -> None:
+        self.channel: Any = Deaf()
+        spec = ModelSpec("m", url=endpoint.url, model="gpt", **options)
+        self.remote = Remote(spec, Line(self.channel, "m"), rng=random.Random(1))
+        self.endpoint = endpoint
+        self.number = 0
+
+    def submit(self, peer: int = 1, budget: int | None = None, **args: Any) -> link.Key:
+        self.number += 1
+        return self.again((peer, self.number), budget, **args)
+
+    def again(self, key: link.Key, budget: int | None = None, **args: Any) -> link.Key:
+        made = Generate(**{"messages": USER, "stream": True, **args})
+        self.remote.table[link.Submit](link.Submit(key, made, budget=budget))
+        return key
+
+    def tell(self, message: Any) -> None:
+        self.remote.table[type(message)](message)
+
+    def until(self, holds: Callable[[], Any], seconds: float = 20.0) -> Any:
+        end = time.monotonic() + seconds
+        while not (found := holds()):
+            assert time.monotonic() < end, self.channel.sent[-3:]
+            self.remote.step()
+            if not self.remote.has_work:
+                select.select(self.remote.fds(), [], [], 0.2)
+        return found
+
+    def end(self, key: link.Key) -> Any:
+        """The final word on a call."""
+        kinds = (link.Finished, link.Failed)
+        return self.until(lambda: next((m for m in self.channel.sent if isinstance(m, kinds) and m.key == key), None))
+
+    def deltas(self, key: link.Key) -> list[link.Delta]:
+        steps = [message for message in self.channel.sent if isinstance(message, link.Step)]
+        return [delta for step in steps for delta in step.deltas if delta.key == key]
+
+    def text(self, key: link.Key) -> str:
+        """What the kernel has, joined as it joins it."""
+        text, end = "", self.end(key)
+        for message in [*self.deltas(key), end]:
+            if not isinstance(message, link.Failed):
+                assert message.offset == len(text)
+                text += message.text
+        return text
+
+    def charged(self, key: link.Key) -> int:
+        end = self.end(key)
+        return sum(message.charged for message in [*self.deltas(key), end])
+
+
+Make = Callable[..., Bench]
+
+
+@pytest.fixture(autouse=True)
+def short_pauses(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(limits, "FIRST_S", 0.01)
+
+
+@pytest.fixture
+def make() -> Iterator[Make]:
+    made: list[Bench] = []
+
+    def bench(*deeds: Deed, **options: Any) -> Bench:
+        made.append(Bench(Endpoint(*deeds), **options))
+        return made[-1]
+
+    yield bench
+    for each in made:
+        each.endpoint.over.set()
+        each.remote.close()
+        each.endpoint.close()
+
+
+# ── answers ───────────────────────────────────────────────────────────────────────────────────────────────
+
+
+@pytest.mark.parametrize("stream", [True, False])
+def test_a_chat(make: Make, stream: bool) -> None:
+    bench = make(answers("Hel", "lo"))
+    key = bench.submit(stream=stream, sampling=Sampling(max_tokens=9, seed=5, stop=["x"]))
+    end = bench.end(key)
+    assert (end.finish_reason, end.usage.prompt_tokens, end.usage.cached_tokens) == ("stop", 11, 4)
+    assert bench.text(key) == "Hello"
+    assert bench.charged(key) == end.usage.completion_tokens == 3
+    path, body, _ = bench.endpoint.asked[0]
+    assert path == "/v1/chat/completions"
+    assert (body["model"], body["messages"], body["max_tokens"], body["stop"]) == ("gpt", USER, 9, ["x"])
+    assert "top_k" not in body
+
+
+def test_thoughts_stand_apart_and_no_text_forges_a_mark(make: Make) -> None:
+    def thinks(handler: Any) -> None:
+        handler.stream()
+        handler.chunk(reasoning_content="hm")
+        handler.chunk(content=f"a{parts.REASONING}b")
+        handler.chunk("stop")
+        handler.event("[DONE]")
+
+    bench = make(thinks)
+    assert parts.Splitter().split(bench.text(bench.submit()))[:2] == ("a\ufffdb", "hm")
+
+
+def test_an_endpoint_that_does_not_stream(make: Make) -> None:
+    bench = make(whole({"content": "all of it"}))
+    assert bench.text(bench.submit()) == "all of it"
+
+
+def test_slow_bytes_are_put_together(make: Make) -> None:
+    bench = make(bytewise("grüß ", "dich"))
+    assert bench.text(bench.submit()) == "grüß dich"
+
+
+def call(arguments: str, name: str = "f", id: str = "c1") -> list[dict[str, Any]]:
+    return [{"index": 0, "id": id, "type": "function", "function": {"name": name, "arguments": arguments}}]
+
+
+def test_tool_calls_come_checked(make: Make) -> None:
+    bench = make(answers(reason="tool_calls", tool_calls=call('{"x": 3}')))
+    end = bench.end(bench.submit(tools=[TOOL], tool_choice={"function": {"name": "f"}}))
+    assert (end.finish_reason, end.tool_calls) == ("tool_calls", [wire.ToolCall("c1", "f", {"x": 3})])
+    body = bench.endpoint.asked[0][1]
+    assert body["tools"] == [{"type": "function", "function": TOOL}]
+    assert body["tool_choice"]["type"] == "function"
+
+
+@pytest.mark.parametrize("wrong", [call('{"x": "three"}'), call("{"), call("{}", name="g"), call("[]"), [7]])
+def test_a_tool_call_that_does_not_fit_is_asked_for_again(make: Make, wrong: Any) -> None:
+    bench = make(answers(reason="tool_calls", tool_calls=wrong), answers(tool_calls=call('{"x": 1}')))
+    assert bench.end(bench.submit(tools=[TOOL])).tool_calls[0].arguments == {"x": 1}
+    assert len(bench.endpoint.asked) == 2
+
+
+def test_an_answer_that_breaks_its_schema_is_no_answer(make: Make) -> None:
+    schema = TOOL["parameters"]
+    bench = make(answers('{"x": '), answers('{"x": 5}'))
+    key = bench.submit(schema=schema, stream=False)
+    assert json.loads(bench.text(key)) == {"x": 5}
+    assert bench.endpoint.asked[0][1]["response_format"]["json_schema"]["schema"] == schema
+    never = make(answers("no"))
+    failed = never.end(never.submit(schema=schema, stream=False))
+    assert failed.errno == errno.EPROTO
+    assert "no JSON" in failed.message
+    given_out = make(answers('{"x": '))
+    assert given_out.end(given_out.submit(schema=schema)).errno == errno.EPROTO
+    assert len(given_out.endpoint.asked) == 1
+
+
+def test_tool_calls_go_as_the_api_wants_them(make: Make) -> None:
+    bench = make(answers("x"))
+    turn = {"role": "assistant", "content": "", "tool_calls": [{"id": "c1", "name": "f", "arguments": {"x": 1}}]}
+    bench.end(bench.submit(messages=[*USER, turn, {"role": "tool", "tool_call_id": "c1", "content": "2"}]))
+    (sent,) = bench.endpoint.asked[0][1]["messages"][1]["tool_calls"]
+    assert sent == {"id": "c1", "type": "function", "function": {"name": "f", "arguments": '{"x": 1}'}}
+
+
+@pytest.mark.parametrize(
+    "args",
+    [
+        {"sampling": Sampling(logprobs=True)},
+        {"sampling": Sampling(top_k=3)},
+        {"grammar": "root ::= x"},
+        {"messages": None, "prompt": [1, 2]},
+        {"given": [1]},
+        {"messages": None, "prompt": "x", "schema": {}},
+        {"template_args": {"enable_thinking": True}},
+    ],
+)
+def test_what_cannot_be_passed_on_is_refused_by_name(make: Make, args: dict[str, Any]) -> None:
+    bench = make(answers("x"))
+    assert bench.end(bench.submit(**args)).errno == errno.EINVAL
+    assert not bench.endpoint.asked
+
+
+def test_other_calls_are_refused_and_closing_a_context_is_nothing(make: Make) -> None:
+    bench = make(answers("x"))
+    for number, sys in enumerate((Sys.TOKENIZE, Sys.EMBED, Sys.CTX_CLOSE, Sys.CTX_LIST)):
+        bench.tell(link.Ask((1, number), link.Caller(1, 0, "x", False, ""), sys, Raw(msgspec.msgpack.encode([]))))
+    kinds = [type(message).__name__ for message in bench.channel.sent]
+    assert kinds == ["Failed", "Failed", "Answered", "Answered"]
+
+
+# ── faults ────────────────────────────────────────────────────────────────────────────────────────────────
+
+FAULTS = [
+    status(429, "slow down"),
+    status(500),
+    status(503),
+    cut(),
+    cut("Hel"),
+    garbage("{"),
+    garbage("[1]"),
+    garbage('{"error": {"message": "overloaded"}}'),
+    garbage('{"choices": 5}'),
+    whole({"content": None}, reason=""),
+]
+
+
+@pytest.mark.parametrize("stream", [True, False])
+@pytest.mark.parametrize("fault", FAULTS, ids=range(len(FAULTS)))
+def test_a_fault_is_survived_and_every_piece_comes_once(make: Make, fault: Deed, stream: bool) -> None:
+    bench = make(fault, fault, answers("Hel", "lo"))
+    key = bench.submit(stream=stream)
+    assert bench.text(key) == "Hello"
+    assert len(bench.endpoint.asked) == 3
+    assert bench.charged(key) == 3
+    assert bench.remote.stats()["retries"] == 2
+
+
+def test_an_endpoint_that_is_not_there(make: Make) -> None:
+    bench = make(answers("x"))
+    bench.remote.endpoint = Address.of("http://127.0.0.1:9/v1")
+    failed = bench.end(bench.submit())
+    assert failed.errno == errno.EIO
+    assert "5 attempts failed" in failed.message
+    assert bench.remote.stats()["circuit"] == "open"
+
+
+def test_another_answer_is_never_joined_to_the_first(make: Make) -> None:
+    bench = make(cut("Hel"), answers("Good ", "day"))
+    key = bench.submit()
+    failed = bench.end(key)
+    assert failed.errno == errno.EIO
+    assert "answers otherwise" in failed.message
+    whole_only = make(cut("Hel"), answers("Good ", "day"))
+    assert whole_only.text(whole_only.submit(stream=False)) == "Good day"
+
+
+def test_a_completion_goes_on_from_its_text(make: Make) -> None:
+    def first(handler: Any) -> None:
+        handler.stream()
+        handler.event(json.dumps({"choices": [{"text": "two "}]}))
+
+    bench = make(first, answers("three"))
+    assert bench.text(bench.submit(messages=None, prompt="one ")) == "two three"
+    assert bench.endpoint.asked[1][1]["prompt"] == "one two "
+
+
+@pytest.mark.parametrize(
+    ("deed", "code"),
+    [
+        (status(400, "bad"), errno.EINVAL),
+        (status(400, "long", code="context_length_exceeded"), errno.EMSGSIZE),
+        (status(401), errno.EACCES),
+        (status(404), errno.ENOENT),
+        (status(429, code="insufficient_quota"), errno.EDQUOT),
+        (status(501), errno.EIO),
+        (status(302), errno.EINVAL),
+    ],
+)
+def test_a_refusal_is_not_tried_again(make: Make, deed: Deed, code: int) -> None:
+    bench = make(deed)
+    assert bench.end(bench.submit()).errno == code
+    assert len(bench.endpoint.asked) == 1
+    assert bench.remote.stats()["circuit"] == "closed"
+
+
+def test_retry_after_holds_back_every_call(make: Make) -> None:
+    bench = make(status(429, headers={"Retry-After": "0.3"}), answers("x"), concurrency=1)
+    keys = [bench.submit(peer) for peer in (1, 2)]
+    for key in keys:
+        assert bench.text(key) == "x"
+    first, second = bench.endpoint.times[:2]
+    assert second - first >= 0.29
+
+
+def test_newer_models_name_their_limit_otherwise(make: Make) -> None:
+    bench = make(status(400, "use max_completion_tokens instead"), answers("x"))
+    assert bench.text(bench.submit(sampling=Sampling(max_tokens=7))) == "x"
+    assert bench.endpoint.asked[1][1]["max_completion_tokens"] == 7
+
+
+# ── parking, cancel, budget, a new kernel ─────────────────────────────────────────────────────────────────
+
+
+def test_a_cancel_ends_the_request(make: Make) -> None:
+    bench = make(hangs("a"))
+    key = bench.submit()
+    bench.until(lambda: bench.deltas(key))
+    bench.tell(link.CancelCall(key))
+    assert bench.endpoint.hung_up.wait(10)
+    assert bench.remote.stats()["slots"]["free"] == 8
+
+
+def test_a_parked_call_stands_still_and_goes_on(make: Make, monkeypatch: pytest.MonkeyPatch) -> None:
+    go = threading.Event()
+
+    def waits(handler: Any) -> None:
+        handler.stream()
+        handler.chunk(content="one ")
+        go.wait(20)
+        handler.chunk("stop", content="two")
+        handler.event("[DONE]")
+
+    bench = make(waits)
+    key = bench.submit()
+    bench.until(lambda: bench.deltas(key))
+    bench.tell(link.Park(1, True, 7))
+    assert link.Parked(7) in bench.channel.sent
+    go.set()
+    count = len(bench.channel.sent)
+    for _ in range(5):
+        bench.remote.step()
+        select.select(bench.remote.fds(), [], [], 0.02)
+    assert len(bench.channel.sent) == count
+    bench.tell(link.Park(1, False))
+    assert bench.text(key) == "one two"
+    assert len(bench.endpoint.asked) == 1
+
+
+def test_a_call_that_is_parked_for_long_is_asked_again(make: Make, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(backends, "PARK_S", 0.05)
+    bench = make(hangs("one "), answers("one ", "two"))
+    key = bench.submit()
+    bench.until(lambda: bench.deltas(key))
+    bench.tell(link.Park(1, True, 7))
+    bench.until(bench.endpoint.hung_up.is_set)
+    bench.tell(link.Park(1, False))
+    assert bench.text(key) == "one two"
+
+
+def test_a_budget_is_passed_on_and_held(make: Make) -> None:
+    bench = make(answers(*"abcdefgh", reason="length", usage=None))
+    key = bench.submit(budget=3)
+    assert bench.end(key).finish_reason == "limit"
+    assert bench.charged(key) == 3
+    assert bench.endpoint.asked[0][1]["max_tokens"] == 1
+
+
+def test_a_new_kernel_gets_the_rest(make: Make) -> None:
+    bench = make(hangs("one ", "two "), answers("one ", "two ", "three"))
+    key = bench.submit()
+    bench.until(lambda: "".join(delta.text for delta in bench.deltas(key)) == "one two ")
+    bench.channel.sent.clear()
+    bench.tell(link.Keep([1]))
+    bench.again(key, given="one ")
+    (delta,) = bench.until(lambda: bench.deltas(key))
+    assert (delta.offset, delta.text, delta.charged) == (4, "two ", 2)
+    bench.tell(link.Keep([2]))
+    assert bench.endpoint.hung_up.wait(10)
+    bench.channel.sent.clear()
+    bench.again(key, given="one two ")  # as after the core's own death
+    end = bench.end(key)
+    assert "".join(message.text for message in [*bench.deltas(key), end]) == "three"
+    bench.channel.sent.clear()
+    bench.again(key, given="one two ")
+    assert bench.end(key).text == "three", "it is over, and not asked again"
+    assert len(bench.endpoint.asked) == 2
+
+
+def test_calls_wait_for_a_place(make: Make) -> None:
+    bench = make(hangs("x"), concurrency=2)
+    for peer in range(5):
+        bench.submit(peer)
+    bench.until(lambda: len(bench.endpoint.asked) == 2)
+    figures = bench.remote.stats()
+    assert (figures["running"], figures["waiting"], figures["slots"]["free"]) == (2, 3, 0)
+    bench.tell(link.CancelCall((0, 1)))
+    bench.until(lambda: len(bench.endpoint.asked) == 3)
+
+
+# ── rates, back-off, circuit ──────────────────────────────────────────────────────────────────────────────
+
+
+@given(st.integers(1, 20), st.lists(st.tuples(st.floats(0, 30), st.integers(1, 20)), max_size=60))
+def test_a_rate_holds_in_every_minute(limit: int, uses: list[tuple[float, int]]) -> None:
+    window, now, used = Window(limit), 0.0, []
+    for pause, units in uses:
+        now += pause
+        wait = window.wait(units, now)
+        now += wait
+        assert window.wait(units, now + 1e-6) == 0
+        now += 1e-6
+        window.use(units, now)
+        used.append((now, units))
+        last = [amount for at, amount in used if now - at < MINUTE_S]
+        assert sum(last) <= limit or last == [units], "one that is larger than the limit goes alone"
+    assert Window(0).wait(10**9, 0.0) == 0.0
+
+
+def test_pauses_grow_and_differ() -> None:
+    rng = random.Random(3)
+    pauses = [[backoff(n, rng) for _ in range(20)] for n in (1, 2, 3, 12)]
+    assert all(len(set(some)) > 10 for some in pauses)
+    assert max(pauses[0]) <= min(pauses[2]) * 1.001
+    assert max(pauses[3]) <= limits.MOST_S
+
+
+def test_a_circuit_opens_lets_one_through_and_closes() -> None:
+    breaker = Breaker()
+    for _ in range(limits.FAILURES):
+        assert breaker.wait(0.0) == 0.0
+        breaker.failed("x", 0.0)
+    assert breaker.wait(0.0) == limits.PAUSE_S
+    assert breaker.wait(limits.PAUSE_S) == 0.0
+    breaker.sent()
+    assert breaker.wait(limits.PAUSE_S) > 0, "one at a time"
+    breaker.failed("y", 10.0)
+    assert breaker.wait(10.0) == 2 * limits.PAUSE_S
+    breaker.sent()
+    breaker.succeeded()
+    assert (breaker.wait(10.0), breaker.state) == (0.0, "closed")
+
+
+def test_rates_are_kept_on_our_side(make: Make) -> None:
+    now = [0.0]
+    bench = make(answers("x"), rpm=2)
+    bench.remote._clock = lambda: now[0]
+    keys = [bench.submit() for _ in range(3)]
+    for key in keys[:2]:
+        bench.end(key)
+    bench.remote.step()
+    assert len(bench.endpoint.asked) == 2
+    assert bench.remote._wait() == MINUTE_S
+    now[0] += MINUTE_S
+    bench.end(keys[2])
+
+
+# ── keys, settings, a whole system ────────────────────────────────────────────────────────────────────────
+
+
+def test_a_key_is_sent_and_in_nothing_else(make: Make, tmp_path: Path) -> None:
+    file = tmp_path / "key"
+    file.write_text(KEY + "\n")
+    bench = make(status(401, f"wrong key {KEY}"), key_file=str(file))
+    failed = bench.end(bench.submit())
+    assert bench.endpoint.asked[0][2]["Authorization"] == f"Bearer {KEY}"
+    assert KEY not in failed.message
+    assert KEY not in repr([bench.remote.stats(), bench.remote.info, bench.remote._spec])
+
+
+@pytest.mark.parametrize("content", [None, "", "a\nb", "ключ"])
+def test_a_key_file_without_a_key_is_one_line(tmp_path: Path, content: str | None) -> None:
+    file = tmp_path / "key"
+    if content is not None:
+        file.write_text(content)
+    channel: Any = Deaf()
+    with pytest.raises(UsageError, match=r"^key_file .*key: ") as raised:
+        open_model(ModelSpec("m", url="http://h/v1", model="x", key_file=str(file)), Line(channel, "m"))
+    assert "\n" not in str(raised.value)
+
+
+@pytest.mark.parametrize(
+    "url", ["ftp://h/v1", "http://", "https://me:secret@h/v1", "https://h/v1?key=1", "http://h:x/"]
+)
+def test_addresses_that_are_none(url: str) -> None:
+    with pytest.raises(UsageError) as raised:
+        Address.of(url)
+    assert "secret" not in str(raised.value)
+
+
+def test_settings_of_a_model_elsewhere(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    home = Home(tmp_path)
+    flags = {"model": ["fast=https://host/v1#gpt", "nano"], "rpm": 60}
+    fast, nano = config.load(flags, home, environ={}, cwd="/").models
+    assert (fast.name, fast.url, fast.model, fast.rpm, fast.path) == ("fast", "https://host/v1", "gpt", 60, "")
+    assert fast.backend != nano.backend
+    (tmp_path / "aiosd.toml").write_text(
+        '[[model]]\nurl = "http://h/v1"\nmodel = "org/m"\nkey_file = "k"\nconcurrency = 3\ntpm = 9\n'
+    )
+    monkeypatch.setenv("AIOS_HOME", str(tmp_path))
+    (row,) = models._elsewhere()
+    assert (row["name"], row["url"]) == ("org_m", "http://h/v1#org/m")
+    (model,) = config.load({}, home, environ={}, cwd="/").models
+    assert (model.name, model.model, model.concurrency, model.tpm) == ("org_m", "org/m", 3, 9)
+    assert model.key_file == str(tmp_path / "k")
+    with pytest.raises(UsageError, match="its name there"):
+        config.load({"model": ["https://host/v1"]}, home, environ={}, cwd="/")
+    (tmp_path / "aiosd.toml").write_text('[[model]]\nurl = "http://h/v1"\n')
+    with pytest.raises(UsageError, match="belong together"):
+        config.load({}, home, environ={}, cwd="/")
+    environ = {"AIOSD_MODEL": "https://host/v1#gpt,nano"}
+    several = config.load({}, Home(tmp_path / "other"), environ=environ, cwd="/").models
+    assert [one.name for one in several] == ["gpt", "nano"]
+
+
+AGENT = """
+import sys
+import libaios as aios
+for piece in aios.llm.chat([{"role": "user", "content": "hi"}], stream=True):
+    print(piece.text, end="", flush=True)
+print(piece.usage.prompt_tokens, [one.url for one in aios.llm.models()] != [""])
+"""
+
+
+def test_an_agent_talks_to_a_model_elsewhere(fresh_aiosd: Callable[..., System], tmp_path: Path) -> None:
+    """… whose endpoint fails, and whose core is killed in the middle: the agent gets its text once."""
+    begun = threading.Event()
+
+    def first(handler: Any) -> None:
+        handler.stream()
+        handler.chunk(content="one ")
+        begun.set()
+        handler.server.over.wait(20)
+
+    endpoint = Endpoint(status(503), first, answers("one ", "two ", "three "))
+    script, key = tmp_path / "agent.py", tmp_path / "key"
+    script.write_text(AGENT)
+    key.write_text(KEY)
+    key.chmod(0o600)
+    try:
+        system = fresh_aiosd("--model", f"far={endpoint.url}#gpt", "--key-file", str(key))
+        job = system.popen("aios-run", script)
+        assert begun.wait(20)
+        assert job.stdout is not None
+        assert job.stdout.read(4) == "one "
+        (core,) = (one for one in system.ps() if one["name"] == "llm")
+        maps = Path(f"/proc/{core['ospid']}/maps").read_text()
+        assert "llama" not in maps
+        os.kill(core["ospid"], signal.SIGKILL)
+        output, errors = job.communicate(timeout=30)
+        assert (output, job.returncode) == ("two three 11 True\n", 0), errors
+        shown = system.run("aiosd", "status", "-v", check=True).stdout + system.run("aiosd", "status").stdout
+        assert f"{endpoint.url}#gpt" in shown
+        assert KEY not in shown + system.log() + system.run("aios-ps", "-ef").stdout
+        system.calm_down()
+    finally:
+        endpoint.close()
