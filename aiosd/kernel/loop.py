@@ -18,6 +18,7 @@ import sys
 from typing import TYPE_CHECKING
 
 from aiosd import link, log
+from aiosd.config import agents_of
 from aiosd.errors import WorldError
 from aiosd.heartbeat import BEAT_S, beat
 from aiosd.kernel import sandboxes, syscalls
@@ -311,7 +312,7 @@ class Kernel:
 
     def _on_ready(self) -> None:
         names = ", ".join(self.cores.by_model)
-        self.agents.start_with_system(self.live.settings.agents)
+        self.agents.start_with_system(agents_of(self.live.settings))
         self.uplink.send(link.Ready(f"aiosd: ready ({names}; {self.live.settings.home.root})"))
 
     # ── supervisor ────────────────────────────────────────────────────────────────────────────────────────
