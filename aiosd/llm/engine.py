@@ -576,7 +576,8 @@ class Engine:
         calls: list[ToolCall] = []
         if sequence.dialect is not None and sequence.text.triggered:
             calls = sequence.dialect.read(sequence.text.rest, sequence.key)
-            if calls and reason == "stop":
+            whole = sequence.constraint is not None and sequence.constraint.can_end
+            if calls and (reason == "stop" or (reason == "length" and whole)):  # only the end token was missing
                 reason = "tool_calls"
         first, slot_at = sequence.first_at or now, sequence.slot_at or now
         usage = Usage(
@@ -674,7 +675,9 @@ class Engine:
         self._feed(sequence)
         offset, sequence.sent = sequence.sent, len(sequence.out)
         logprobs = sequence.logprobs[offset:] if sequence.logprobs is not None else None
-        return Delta(sequence.key, offset, sequence.out[offset:], sequence.text.take(), logprobs)
+        mirostat = sequence.choice.mirostat
+        mu = mirostat.mu if mirostat is not None else None
+        return Delta(sequence.key, offset, sequence.out[offset:], sequence.text.take(), logprobs, mu=mu)
 
     def _say_started(self) -> None:
         """Report which calls got or lost slots. Before a call's end, because the kernel expects its start first."""
