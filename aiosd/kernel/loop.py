@@ -218,7 +218,7 @@ class Kernel:
                 self._connect(service, process.ospid, process.deaths, process.memfd, process.kernel_bell)
         self.agents.adopt(self.born.agents)
         if self.born.ready:  # those that the settings list have been started
-            self.agents.listed.expect(self.born.settings.agents)
+            self.agents.listed.expect(agents_of(self.born.settings))
         self.logs.start({agent.pid for agent in self.born.agents}, len(self.table.history))
         self.mail.adopt({proc.pid: proc for proc in self.table.live()})
         self.budgets.adopt({proc.pid for proc in self.table} | set(self.table.history))
