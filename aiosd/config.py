@@ -36,8 +36,10 @@ error with its place, not silently ignored.
 from __future__ import annotations
 
 import dataclasses
+import hashlib
 import math
 import os
+import pickle
 import re
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -393,7 +395,9 @@ class Settings:
     stop_timeout_s: float = 5.0
     log_size: int = 64 << 20  # bytes of an agent's log before a new file begins; 0: no limit
     log_keep: int = 3  # full files of a log beside the one that is being written
-    agents: tuple[AgentSpec, ...] = ()  # those that start with the system
+    agents: tuple[AgentSpec, ...] = ()  # those that start with the system;
+    sealed: int = -1  # … or a descriptor with them, which the kernel alone reads,
+    sealed_digest: str = ""  # … and what tells whether they have changed
     ready_fd: int | None = None  # where to write one line, `ready …` or `error …`, for a starter that waits
     flags: Mapping[str, Any] = field(default_factory=dict)  # the values from the command line, for `reload`
     config: Path | None = None  # a file named on the command line
@@ -492,13 +496,32 @@ def load(
     )
 
 
+def seal(settings: Settings, fd: int) -> Settings:
+    """With the agents of the file in `fd` instead: what belongs to an agent must not lie in the supervisor's memory."""
+    content = pickle.dumps(settings.agents)
+    os.pwrite(fd, content, 0)
+    return dataclasses.replace(settings, agents=(), sealed=fd, sealed_digest=hashlib.sha256(content).hexdigest())
+
+
+def agents_of(settings: Settings) -> tuple[AgentSpec, ...]:
+    """Those that start with the system."""
+    if settings.sealed < 0:
+        return settings.agents
+    agents: tuple[AgentSpec, ...] = pickle.loads(os.pread(settings.sealed, os.fstat(settings.sealed).st_size, 0))
+    return agents
+
+
 def reload(settings: Settings) -> tuple[Settings, list[str]]:
     """Read everything again: the settings that are in force now, and the names of those that have changed but
     wait for a restart."""
     new = load(settings.flags, settings.home, settings.config, cwd=settings.cwd)
+    if settings.sealed >= 0:
+        new = seal(new, os.memfd_create("aios-settings"))
     changed = [f.name for f in dataclasses.fields(Settings) if getattr(new, f.name) != getattr(settings, f.name)]
     live = set(LIVE.values())
-    waiting = [name for name in changed if name not in live and name not in ("ready_fd", "home", "reread", "door")]
+    changed = ["agents" if name == "sealed_digest" else name for name in changed]
+    own = ("ready_fd", "home", "reread", "door", "sealed")
+    waiting = [name for name in changed if name not in live and name not in own]
     return dataclasses.replace(settings, **{name: getattr(new, name) for name in live}), waiting
 
 

@@ -234,6 +234,10 @@ def test_settings_groups_and_status(fresh_aiosd: Fresh, tmp_path: Path) -> None:
     assert system.run("aios-run", path, env={"KEY": "k"}).stdout == "[] k none\n"
     for word in ("cage", "hosts"):
         assert system.run("aios-run", "--sandbox", word, path).returncode == 2
+    missing = system.run("aios-run", *FLAT, "--write", "nonesuch", path)
+    assert (missing.returncode, missing.stderr) == (
+        125, "aios-run: nonesuch: there is no such file or folder to grant\n",
+    )  # fmt: skip
     assert system.run("aios-run", "--net", "example.org", path).stderr.endswith(
         "must be none or all; single hosts cannot be granted (see aios-run --help)\n"
     )

@@ -124,13 +124,18 @@ def test_nor_of_the_environment_in_which_aiosd_was_started(fresh_aiosd: Fresh, f
     system = fresh_aiosd(start=False, env={"API_KEY": f"{MARK}-user", "OTHER": "x" * 5000 + f"{MARK}-long"})
     (folder / "first.py").write_text("import os\nprint(os.environ['API_KEY'], len(os.environ['OTHER']), flush=True)\n")
     system.home.mkdir(exist_ok=True)
-    (system.home / "aiosd.toml").write_text(f'[[agent]]\nname = "first"\nfile = "{folder}/first.py"\n')
+    (system.home / "aiosd.toml").write_text(
+        f'[[agent]]\nname = "first"\nfile = "{folder}/first.py"\nargs = ["{MARK}-filed"]\nenv = {{K = "{MARK}-toml"}}\n'
+    )
     system.start()
     (first,) = eventually(lambda: [one for one in system.ps("--dead") if one["name"] == "first"])
     assert system.run("aios-logs", str(first["pid"])).stdout == f"{MARK}-user {5000 + len(MARK) + 5}\n"
     clean = {"env": {"API_KEY": "", "OTHER": ""}}
     found = system.run("aios-run", "search.py", cwd=folder.parent / "search", check=True, **clean).stdout.split()
-    assert set(found) <= {f"{MARK}-folder"}, "the path in aiosd.toml"
+    assert found == []
+    system.run("aiosd", "reload", check=True)
+    found = system.run("aios-run", "search.py", cwd=folder.parent / "search", check=True, **clean).stdout.split()
+    assert found == []
 
 
 # ── letters ───────────────────────────────────────────────────────────────────────────────────────────────

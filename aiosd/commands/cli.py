@@ -23,7 +23,7 @@ from typing import TYPE_CHECKING, Any, NoReturn
 
 import click
 
-from aiosd import config
+from aiosd import apart, config
 from aiosd.commands import edge, getembedder, models, started, store, tools
 from aiosd.commands.summary import brief, full
 from aiosd.errors import AiosdError, WorldError
@@ -142,7 +142,8 @@ def _settings(names: tuple[str, ...], file: str | None, flags: dict[str, Any]) -
     if names:
         given["model"] = list(names)
     path = None if file is None else Path(os.path.abspath(file))
-    settings = config.load(given, Home(), path, locate=models.locate)
+    agents = os.memfd_create("aios-settings")
+    settings = apart.run(lambda: config.seal(config.load(given, Home(), path, locate=models.locate), agents))
     _require_home(settings.home)
     return settings
 

@@ -225,6 +225,9 @@ def command(
         raise edge.Failed("-d -t: only a person can start an agent on a terminal that is held, not an agent")
     if not all(map(_is_utf8, (name or "", group or ""))):
         raise edge.Failed("a name is not valid UTF-8", NOT_STARTED)
+    for path in (*read, *write):
+        if not os.path.exists(os.path.expanduser(path)):
+            raise edge.Failed(f"{path}: there is no such file or folder to grant", NOT_STARTED)
     kind, environment, cwd = context.meta["kind"], _environment(variables), _working_directory()
     names = [word.partition("=")[0] for word in variables]
     grants = wish(kind, target[0], cwd, environment, level=sandbox, read=read, write=write, variables=names, net=net)

@@ -151,6 +151,7 @@ COLUMNS: dict[str, Column] = {
     "restarts": _number("RESTARTS", lambda p: p.restarts),
     "ni": _number("NI", lambda p: p.nice),
     "group": _word("GROUP", lambda p: p.group or "-"),
+    "sandbox": _word("SANDBOX", lambda p: p.sandbox),
     "calls": _number("CALLS", lambda p: p.calls),
     "tokens": _number("TOKENS", tokens),
     "prompt": _number("PROMPT", lambda p: p.prompt_tokens),

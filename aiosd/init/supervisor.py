@@ -31,7 +31,7 @@ import time
 from collections.abc import Callable
 from typing import TYPE_CHECKING, ClassVar
 
-from aiosd import link, log, procfs, restart
+from aiosd import apart, link, log, procfs, restart
 from aiosd.birth import confinement, fork, heap, modules
 from aiosd.birth.spares import Spares
 from aiosd.errors import Bug
@@ -203,7 +203,7 @@ class Supervisor:
         from aiosd.config import reload_and_report
 
         try:
-            self.settings = reload_and_report(self.settings)
+            self.settings = apart.run(lambda: reload_and_report(self.settings))
         except Exception:  # neither a broken file nor an error in reading it may end a running system
             logger.exception("settings not read again")
             return
@@ -258,6 +258,7 @@ class Supervisor:
         )
         keep = [self.listener.fileno(), theirs.fileno(), heart.write, *self.journal, self.ledger]
         keep += [fd for agent in self._live_agents() for fd in (agent.memfd, agent.bell)]
+        keep.append(self.settings.sealed)
         keep += [fd for agent in self.agents.values() for fd in (agent.letter, agent.door)]
         keep += [fd for process in running for fd in (process.memfd, process.kernel_bell)]
 

@@ -203,7 +203,7 @@ class Control:
             return
         try:
             question = Question(door)
-        except FileNotFoundError:  # it has ended meanwhile
+        except (FileNotFoundError, InterruptedError):  # it has ended meanwhile; or epoll reports it again
             return
         if self._connections_of(proc) >= CLIENTS_OF_AGENT or not self._descriptors().room_for_client():
             question.refuse(errno.EMFILE)

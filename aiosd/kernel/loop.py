@@ -18,6 +18,7 @@ import sys
 from typing import TYPE_CHECKING
 
 from aiosd import link, log
+from aiosd.config import agents_of
 from aiosd.errors import WorldError
 from aiosd.heartbeat import BEAT_S, beat
 from aiosd.kernel import sandboxes, syscalls
@@ -217,7 +218,7 @@ class Kernel:
                 self._connect(service, process.ospid, process.deaths, process.memfd, process.kernel_bell)
         self.agents.adopt(self.born.agents)
         if self.born.ready:  # those that the settings list have been started
-            self.agents.listed.expect(self.born.settings.agents)
+            self.agents.listed.expect(agents_of(self.born.settings))
         self.logs.start({agent.pid for agent in self.born.agents}, len(self.table.history))
         self.mail.adopt({proc.pid: proc for proc in self.table.live()})
         self.budgets.adopt({proc.pid for proc in self.table} | set(self.table.history))
@@ -313,7 +314,7 @@ class Kernel:
         return "stopping" if self.stopping else "ready" if self.loading.ready else "loading"
 
     def _on_ready(self) -> None:
-        self.agents.start_with_system(self.live.settings.agents)
+        self.agents.start_with_system(agents_of(self.live.settings))
         self.agents.listed.when_over(self._tell_ready)
 
     def _tell_ready(self) -> None:
