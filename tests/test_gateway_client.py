@@ -1,0 +1,153 @@
+"""The official client of OpenAI's API as an agent, and that of Ollama's API by hand."""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+import textwrap
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from aiosd import endpoint
+from tests.conftest import System
+from tests.gatewayagent import HELLO, Agent
+
+pytestmark = pytest.mark.skipif(not endpoint.installed(), reason="the extra `gateway` is not installed")
+official = pytest.mark.skipif(importlib.util.find_spec("openai") is None, reason="openai is not installed")
+
+EXAMPLE = Path(__file__).parent.parent / "examples" / "openai_agent.py"
+
+TOUR = """
+import asyncio, openai, sys
+from openai import AsyncOpenAI, OpenAI
+from pydantic import BaseModel, Field
+
+client = OpenAI()
+say = [{"role": "user", "content": "Hello!"}]
+
+class Point(BaseModel):
+    x: int = Field(ge=0, le=9)
+    kind: bool
+
+parsed = client.chat.completions.parse(model="gpt-4o", messages=say, response_format=Point).choices[0].message.parsed
+print("parsed", type(parsed).__name__, parsed.model_dump().keys() == {"x", "kind"})
+
+tool = openai.pydantic_function_tool(Point, name="draw")
+with client.chat.completions.stream(
+    model="x", messages=say, tools=[tool], tool_choice="required", parallel_tool_calls=False
+) as stream:
+    kinds = {event.type for event in stream}
+    call = stream.get_final_completion().choices[0].message.tool_calls[0]
+print("tool", call.function.name, type(call.function.parsed_arguments).__name__)
+print("events", "tool_calls.function.arguments.done" in kinds)
+
+with client.responses.stream(model="x", input="Hello!", temperature=0) as stream:
+    kinds = [event.type for event in stream]
+    print("response", kinds[0], kinds[-1], bool(stream.get_final_response().output_text))
+
+print("completion", bool(client.completions.create(model="x", prompt="Once", max_tokens=4).choices[0].text))
+
+long = [{"role": "user", "content": "w " * 9000}]
+for wrong in ({"messages": []}, {"messages": say, "temperature": -5}, {"messages": long}):
+    try:
+        client.chat.completions.create(model="x", **wrong)
+    except openai.BadRequestError as err:
+        print("refused", err.code, err.param)
+try:
+    OpenAI(api_key="aios-wrong").models.list()
+except openai.AuthenticationError as err:
+    print("stranger", err.code)
+
+async def cancelled():
+    async with AsyncOpenAI() as client:
+        task = asyncio.create_task(client.completions.create(model="x", prompt="Once", extra_body={"ignore_eos": True}))
+        await client.models.list()
+        task.cancel()
+        print("cancelled", isinstance((await asyncio.gather(task, return_exceptions=True))[0], asyncio.CancelledError))
+asyncio.run(cancelled())
+
+try:
+    while True:
+        client.completions.create(model="x", prompt="Once", extra_body={"ignore_eos": True})
+except openai.RateLimitError as err:
+    print("budget", err.code, err.response.headers["x-should-retry"])
+"""
+
+
+@official
+def test_the_official_client_finds_what_it_expects(aiosd: System, tmp_path: Path) -> None:
+    script = tmp_path / "tour.py"
+    script.write_text(TOUR)
+    done = aiosd.run("aios-run", "--tokens", "6000", script, timeout=100)
+    assert done.stdout == textwrap.dedent("""\
+        parsed Point True
+        tool draw Point
+        events True
+        response response.created response.completed True
+        completion True
+        refused None messages
+        refused None temperature
+        refused context_length_exceeded prompt
+        stranger invalid_api_key
+        cancelled True
+        budget insufficient_quota false
+    """), done.stderr
+
+
+@official
+def test_the_example_runs(aiosd: System) -> None:
+    done = aiosd.run("aios-run", EXAMPLE, timeout=60, check=True)
+    lines = dict(line.split(": ", 1) for line in done.stdout.splitlines() if ": " in line)
+    assert lines["model"] == "nano"
+    assert lines["call"] == "multiply ['a', 'b']"
+    assert lines["form"] == "['number']"
+    assert lines["vectors"].startswith("2 of ")
+    assert {"stream", "answer", "response"} <= set(lines)
+
+
+# ── Ollama ────────────────────────────────────────────────────────────────────────────────────────────────
+
+
+@pytest.fixture
+def agent(aiosd: System) -> Agent:
+    return Agent(aiosd)
+
+
+def lines(agent: Agent, path: str, body: dict[str, Any]) -> list[Any]:
+    answer = agent.do(path=path, body=body)
+    assert answer["status"] == 200, answer
+    assert answer["headers"]["content-type"] == "application/x-ndjson"
+    return [json.loads(line) for line in answer["body"].splitlines()]
+
+
+def test_ollamas_chats_are_lines_unless_they_are_not_to_be(agent: Agent) -> None:
+    body = {"model": "llama3.2", "messages": HELLO, "options": {"num_predict": 6, "temperature": 0, "num_ctx": 4096}}
+    parts = lines(agent, "/api/chat", body)
+    whole = agent.post("/api/chat", {**body, "stream": False})[1]
+    assert "".join(part["message"]["content"] for part in parts) == whole["message"]["content"] != ""
+    assert [part["done"] for part in parts] == [False] * (len(parts) - 1) + [True]
+    assert parts[-1]["eval_count"] == whole["eval_count"] == 6
+    assert (whole["done_reason"], whole["model"]) == ("length", "nano")
+    generated = lines(agent, "/api/generate", {"model": "x", "prompt": "Hello!", "options": {"num_predict": 3}})
+    assert all("response" in part for part in generated)
+    raw = {"model": "x", "prompt": "Once", "raw": True, "stream": False, "options": {"num_predict": 3}}
+    assert agent.post("/api/generate", raw)[1]["eval_count"] == 3
+
+
+def test_ollamas_tools_forms_and_models(agent: Agent) -> None:
+    tools = [{"type": "function", "function": {"name": "stop", "parameters": {"type": "object", "properties": {}}}}]
+    form = {"type": "object", "properties": {"n": {"type": "integer", "maximum": 9, "minimum": 0}}, "required": ["n"]}
+    body = {"model": "x", "messages": HELLO, "stream": False}
+    assert list(json.loads(agent.post("/api/chat", {**body, "format": form})[1]["message"]["content"])) == ["n"]
+    both = agent.post("/api/chat", {**body, "format": form, "tools": tools})[1]["message"]
+    assert both["content"] or both["tool_calls"][0]["function"]["arguments"] == {}
+    assert agent.post("/api/tags", method="GET")[1]["models"][0]["name"] == "nano"
+    assert "completion" in agent.post("/api/show", {"model": "nano"})[1]["capabilities"]
+    assert len(agent.post("/api/embed", {"model": "x", "input": ["a", "b"]})[1]["embeddings"]) == 2
+    assert agent.post("/api/embeddings", {"model": "x", "prompt": "a"})[1]["embedding"]
+    assert agent.post("/api/version", method="GET", headers={"Authorization": None})[0] == 200
+    assert agent.post("/api/chat", {**body, "format": "xml"}) == (400, {"error": "format: json, or a schema"})
+    image = [{"role": "user", "content": "x", "images": ["aGk="]}]
+    assert agent.post("/api/chat", {**body, "messages": image})[0] == 400
