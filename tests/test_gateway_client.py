@@ -151,3 +151,61 @@ def test_ollamas_tools_forms_and_models(agent: Agent) -> None:
     assert agent.post("/api/chat", {**body, "format": "xml"}) == (400, {"error": "format: json, or a schema"})
     image = [{"role": "user", "content": "x", "images": ["aGk="]}]
     assert agent.post("/api/chat", {**body, "messages": image})[0] == 400
+
+
+# ── Cerebrum ──────────────────────────────────────────────────────────────────────────────────────────────
+
+
+def query(agent: Agent, kind: str, **data: Any) -> dict[str, Any]:
+    status, found = agent.post("/query", {"query_type": kind, "agent_name": "x", "query_data": data})
+    assert status == 200, found
+    assert found["response"]["response_class"] == kind
+    assert len(found["turnaround_times"]) == 1
+    return found["response"]
+
+
+def test_cerebrums_queries_of_a_model(agent: Agent) -> None:
+    schema = {"type": "object", "properties": {"n": {"type": "integer", "minimum": 0, "maximum": 9}}, "required": ["n"]}
+    chat: dict[str, Any] = {"llms": None, "messages": HELLO, "tools": None, "temperature": 1.0, "max_new_tokens": 30}
+    answer = query(agent, "llm", **chat, action_type="chat", message_return_type="text", response_format=None)
+    assert answer["response_message"]
+    assert (answer["finished"], answer["status_code"], answer["tool_calls"]) == (True, 200, None)
+    form = {"type": "json_schema", "json_schema": {"name": "n", "schema": schema}}
+    answer = query(agent, "llm", **chat, action_type="chat_with_json_output", response_format=form)
+    assert list(json.loads(answer["response_message"])) == ["n"]
+    tool = {"name": "demo_author/calc", "description": "d", "parameters": schema}
+    chat["tools"] = [{"type": "function", "function": tool}]
+    answer = query(agent, "llm", **chat, action_type="chat_with_tool_call_output")
+    assert all(call["name"] == "demo_author/calc" for call in answer["tool_calls"] or [])
+    answer = query(agent, "llm", **chat | {"max_new_tokens": 1000}, action_type="call_tool")  # the toolbox's own calc wants an expression
+    assert (answer["status_code"], answer["response_message"]) == (400, None)
+    assert "expression" in answer["error"]
+    assert query(agent, "llm", **chat, action_type="operate_file")["status_code"] == 501
+    assert agent.error("/query", {"query_type": "x", "query_data": {}})[:2] == (400, "query_type")
+
+
+def test_cerebrums_memories_are_notes(agent: Agent) -> None:
+    metadata = {"tags": ["t"], "keywords": ["deep"], "nested": {"a": [1]}}
+    params = {"content": "the sky is blue", "metadata": metadata}
+    ident = query(agent, "memory", operation_type="add_memory", params=params)["memory_id"]
+    assert query(agent, "memory", operation_type="get_memory", params={"memory_id": ident})["metadata"] == metadata
+    change = {"memory_id": ident, "content": "the sky is grey"}
+    assert query(agent, "memory", operation_type="update_memory", params=change)["success"]
+    found = query(agent, "memory", operation_type="retrieve_memory", params={"content": "sky", "k": 3})
+    assert [(one["content"], one["tags"], one["keywords"]) for one in found["search_results"]] == [
+        ("the sky is grey", ["t"], ["deep"])
+    ]
+    assert query(agent, "memory", operation_type="remove_memory", params={"memory_id": ident})["success"]
+    for wrong in ({"memory_id": ident}, {"memory_id": "x"}, {}):
+        assert not query(agent, "memory", operation_type="get_memory", params=wrong)["success"]
+    for wrong in ({}, {"content": 5}, {"content": "x", "metadata": 5}, {"content": "x" * (2 << 20)}):
+        assert not query(agent, "memory", operation_type="add_memory", params=wrong)["success"]
+
+
+def test_cerebrums_tools_and_lists(agent: Agent) -> None:
+    call = {"name": "someone/calc", "parameters": {"expression": "6*7"}}
+    assert query(agent, "tool", tool_calls=[call])["response_message"] == "42"
+    assert query(agent, "tool", tool_calls=[{"name": "nothing", "parameters": {}}])["status_code"] == 404
+    assert query(agent, "storage", operation_type="mount", params={})["status_code"] == 501
+    assert agent.post("/core/llms/list", method="GET")[1]["llms"] == [{"name": "nano", "backend": "aiosd"}]
+    assert agent.post("/status", method="GET")[0] == agent.post("/core/llm/setup", {})[0] == 200
