@@ -177,9 +177,10 @@ def test_cerebrums_queries_of_a_model(agent: Agent) -> None:
     chat["tools"] = [{"type": "function", "function": tool}]
     answer = query(agent, "llm", **chat, action_type="chat_with_tool_call_output")
     assert all(call["name"] == "demo_author/calc" for call in answer["tool_calls"] or [])
-    answer = query(agent, "llm", **chat | {"max_new_tokens": 1000}, action_type="call_tool")  # the toolbox's own calc wants an expression
+    chat["max_new_tokens"] = 1000
+    answer = query(agent, "llm", **chat, action_type="call_tool")  # our own calc wants an expression
     assert (answer["status_code"], answer["response_message"]) == (400, None)
-    assert "expression" in answer["error"]
+    assert answer["error"].startswith("calc: ")
     assert query(agent, "llm", **chat, action_type="operate_file")["status_code"] == 501
     assert agent.error("/query", {"query_type": "x", "query_data": {}})[:2] == (400, "query_type")
 
