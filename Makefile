@@ -9,9 +9,9 @@ VENV   := .venv
 BIN    := $(VENV)/bin
 ARGS   ?=
 
-RECIPE := tools/bootstrap.py tools/llama_cpp.cmake constraints.txt setup.cfg setup.py pyproject.toml $(wildcard bin/* aiosd/llm/native/*)
+RECIPE := tools/bootstrap.py tools/llama_cpp.cmake constraints.txt setup.cfg setup.py pyproject.toml $(wildcard bin/* aiosd/llm/native/* aiosd/sandbox/native/*)
 
-.PHONY: help demo test check lint man nano peers models install again clean distclean
+.PHONY: help demo test check lint man nano peers models embedder install again clean distclean
 .DEFAULT_GOAL := help
 
 help: ## this list
@@ -45,6 +45,9 @@ peers: $(VENV)/.bench ## llama-server and its benchmarks, natively built, for be
 
 models: $(VENV)/.base ## real models for tests and benchmarks, 350 MB (ARGS=smollm2: one of them)
 	@$(BIN)/python -m tools.models $(ARGS)
+
+embedder: $(VENV)/.base ## what finds notes by their meaning, 46 MB (ARGS=--static: a table, 8 MB)
+	@$(BIN)/aiosd get-embedder $(ARGS)
 
 install: $(VENV)/.base ## only the set-up: .venv with the package and its commands
 

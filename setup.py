@@ -1,10 +1,16 @@
-"""What setup.cfg cannot say: the parts in C. Without a compiler the rest works, with llama.cpp's own attention and
-tokens drawn by numpy."""
+"""What setup.cfg cannot say: the parts in C. Without a compiler the rest works, with llama.cpp's own attention, tokens
+drawn by numpy, and no sandbox."""
 
 from setuptools import Extension, setup
 
 setup(
     ext_modules=[
+        Extension(
+            "aiosd.sandbox._confine",
+            sources=["aiosd/sandbox/native/confine.c"],
+            extra_compile_args=["-O2"],
+            optional=True,
+        ),
         Extension(
             "aiosd.llm._attention",
             sources=["aiosd/llm/native/attention.c"],

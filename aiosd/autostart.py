@@ -10,6 +10,7 @@
     tokens = 100000                   budgets: tokens, time (60, "10m"), memory ("512M")
     restart = "on-failure:3"          see aiosd.restart
     env = { PLAN = "day" }            beside the environment that aiosd has
+    sandbox = "flat"                  also net, read, write: see aiosd.sandbox.boxgroups
 
 `READERS` checks one such table key by key, `read` as a whole; `spawn` makes of it what `aios-run -d` would send.
 """
@@ -25,8 +26,9 @@ from typing import Any
 import msgspec
 
 from aiosd import restart
+from aiosd.sandbox import boxgroups
 from aiosd.units import parse_duration, parse_size
-from libaios import wire
+from libaios import sandbox, wire
 
 KINDS = {"file": "file", "module": "module", "command": "exec"}  # a key, and what wire.Spawn calls it
 
@@ -45,6 +47,7 @@ class AgentSpec:
     limits: wire.Limits = field(default_factory=wire.Limits)
     restart: restart.Policy = field(default_factory=restart.Policy)
     env: Mapping[str, str] = field(default_factory=dict)
+    sandbox: wire.Sandbox = field(default_factory=wire.Sandbox)
 
 
 def spawn(spec: AgentSpec, environ: Mapping[str, str], umask: int = 0o022) -> wire.Spawn:
@@ -63,6 +66,7 @@ def spawn(spec: AgentSpec, environ: Mapping[str, str], umask: int = 0o022) -> wi
         umask=umask,
         detached=True,
         restart=str(spec.restart),
+        sandbox=spec.sandbox,
     )
 
 
@@ -72,18 +76,30 @@ def read(values: Mapping[str, Any], folder: str) -> AgentSpec:
     if len(given) != 1:
         found = f", not {' and '.join(given)}" if given else ""
         raise ValueError(f"an agent has one of file, module and command{found}")
-    words = list(values[given[0]])
+    kind, words = KINDS[given[0]], list(values[given[0]])
+    cwd = os.path.normpath(os.path.join(folder, os.path.expanduser(values.get("cwd", "."))))
     return AgentSpec(
-        kind=KINDS[given[0]],
+        kind=kind,
         target=words[0],
         args=(*words[1:], *values.get("args", ())),
-        cwd=os.path.normpath(os.path.join(folder, os.path.expanduser(values.get("cwd", ".")))),
+        cwd=cwd,
         name=values.get("name"),
         nice=values.get("nice"),
         group=values.get("group"),
         limits=wire.Limits(values.get("tokens"), values.get("time"), values.get("memory")),
         restart=values.get("restart", restart.Policy()),
         env=values.get("env", {}),
+        sandbox=sandbox.wish(
+            kind,
+            words[0],
+            cwd,
+            os.environ,
+            level=values.get("sandbox"),
+            read=values.get("read", ()),
+            write=values.get("write", ()),
+            variables=values.get("env", {}),
+            net=values.get("net"),
+        ),
     )
 
 
@@ -187,4 +203,8 @@ READERS: dict[str, Callable[[Any], Any]] = {
     "restart": _restart,
     "env": _env,
     "cwd": _text,
+    "sandbox": boxgroups.level,
+    "net": boxgroups.net,
+    "read": boxgroups.texts,
+    "write": boxgroups.texts,
 }

@@ -19,6 +19,10 @@
     [[agent]]                               starts with the system; see aiosd.autostart
     file = "agents/planner.py"
 
+    [[group]]                               how its agents are confined; see aiosd.sandbox.boxgroups
+    name = "web"
+    sandbox = "flat"
+
 `KEYS` is the only list of settings; file, environment and command line are all read with it. An unknown key is an
 error with its place, not silently ignored.
 """
@@ -26,6 +30,7 @@ error with its place, not silently ignored.
 from __future__ import annotations
 
 import dataclasses
+import math
 import os
 import re
 from collections.abc import Callable, Mapping, Sequence
@@ -38,11 +43,15 @@ from aiosd.autostart import AgentSpec
 from aiosd.endpoint import Endpoint
 from aiosd.errors import AiosdError, UsageError, WorldError
 from aiosd.link import Schedule
-from aiosd.llm.spec import MAX_SLOTS, ModelSpec
+from aiosd.llm.spec import MAX_SLOTS, ROPE_SCALING, Lora, ModelSpec
 from aiosd.models import found
+from aiosd.models.places import ours
+from aiosd.sandbox import boxgroups
+from aiosd.sandbox.box import LEVELS, NETS, Rules
 from aiosd.tools.spec import McpServer, read_servers
 from aiosd.units import format_size, parse_size
 from libaios.home import Home
+from libaios.wire import NAME_PATTERN
 
 if TYPE_CHECKING:
     from aiosd.service import Service
@@ -66,6 +75,7 @@ class Key:
     help: str
     default: Any = None
     per_model: bool = False  # belongs to a ModelSpec; may stand in [[model]]
+    many: bool = False  # on the command line it may be given again and again; the value is a tuple
 
     @property
     def env(self) -> str:
@@ -103,6 +113,60 @@ def _seconds(value: Any) -> float:
     if not 0 <= seconds <= 1e9:
         raise ValueError(f"{value} is out of range (from 0 to 1000000000)")
     return seconds
+
+
+def _number(low: float, high: float) -> Callable[[Any], float]:
+    def read(value: Any) -> float:
+        try:
+            number = float(value)
+        except (TypeError, ValueError):
+            number = math.nan
+        if isinstance(value, bool) or math.isnan(number):
+            raise ValueError(f"{value!r} is no number")
+        if not low <= number <= high:
+            raise ValueError(f"{value} is out of range (from {low:g} to {high:g})")
+        return number
+
+    return read
+
+
+def _pairs(value: Any, sample: str) -> list[tuple[str, str]]:
+    """ "a=1,b=2" · ["a=1", "b=2"]"""
+    items = value if isinstance(value, list) else [value]
+    if not all(isinstance(item, str) for item in items):
+        raise ValueError(f"{value!r} is not of the form {sample}")
+    pairs = [part.strip().partition("=") for item in items for part in item.split(",") if part.strip()]
+    if not pairs or not all(name and equals and rest for name, equals, rest in pairs):
+        raise ValueError(f"{value!r} is not of the form {sample}")
+    return [(name, rest) for name, _, rest in pairs]
+
+
+def _loras(value: Any) -> tuple[Lora, ...]:
+    """ "sql=sql.gguf" · "sql=sql.gguf:0.5,chat=chat.gguf" · a list of these"""
+    return tuple(_lora(name, rest) for name, rest in _pairs(value, "NAME=PATH[:SCALE]"))
+
+
+def _lora(name: str, rest: str) -> Lora:
+    path, colon, scale = rest.rpartition(":")
+    try:
+        number = float(scale) if colon else 1.0
+    except ValueError:  # a colon in the path
+        path, colon, number = rest, "", 1.0
+    if not re.fullmatch(NAME_PATTERN, name) or len(name) > 64:
+        raise ValueError(f"{name!r} is no name for an adapter")
+    if not -1000 <= number <= 1000 or number == 0:
+        raise ValueError(f"{name}: a scale of {scale} is out of range (from -1000 to 1000, not 0)")
+    return Lora(name, path if colon else rest, number)
+
+
+def _places(value: Any) -> tuple[tuple[str, str], ...]:
+    return tuple(_pairs(value, "PATTERN=BUFFER"))
+
+
+def _text(value: Any) -> str:
+    if not isinstance(value, str) or not value:
+        raise ValueError(f"{value!r} is no text")
+    return value
 
 
 def _one_of(words: Sequence[str]) -> Callable[[Any], str]:
@@ -180,13 +244,21 @@ def _files(value: Any) -> tuple[str, ...]:
     return tuple(word for word in words if word)
 
 
+def _any_text(value: Any) -> str:
+    if not isinstance(value, str):
+        raise ValueError(f"{value!r} is no text")
+    return value
+
+
 DEFAULT_QUANTUM = (64, 10.0)
+#: How the file of a table of vectors ends (`aiosd.store.static`).
+TABLE_SUFFIX = ".vectors"
 
 KEYS = (
     Key("policy", _one_of(POLICIES), "|".join(POLICIES), "Who runs next on the model (fair).", "fair"),
     Key("quantum", _quantum, "TOKENS[,S]", "How long a call runs on while others wait (64,10).", DEFAULT_QUANTUM),
     Key("shares", _shares, "GROUP=N,…", "What groups get under fair, in agents of nice 0.", {}),
-    Key("ctx", _whole(1), "N", "Tokens per slot (2048).", per_model=True),
+    Key("ctx", _whole(1), "N", "Tokens per slot (what model and memory allow).", per_model=True),
     Key("slots", _whole(1, MAX_SLOTS), "N", "Sequences that run at a time (as many as fit).", per_model=True),
     Key("threads", _whole(1, 4096), "N", "Threads of a model (measured at the start).", per_model=True),
     Key("gpu_layers", _whole(-1, 1 << 16), "N", "Layers on the GPU; -1: all (0).", 0, per_model=True),
@@ -203,9 +275,40 @@ KEYS = (
     Key("kv_memory", _size, "SIZE", "Memory for slots, such as 2G (a quarter of what is free).", per_model=True),
     Key("context_ram", _size, "SIZE", "Memory for contexts without a slot (1/8 of what is free).", per_model=True),
     Key("context_disk", _size, "SIZE", "Disk for contexts that do not fit there (2G).", 2 << 30, per_model=True),
+    Key(
+        "lora",
+        _loras,
+        "NAME=PATH[:SCALE]",
+        "An adapter that calls may ask for; again and again.",
+        (),
+        per_model=True,
+        many=True,
+    ),
+    Key("chat_template_file", _text, "FILE", "A chat template instead of the model's.", "", per_model=True),
+    Key(
+        "override_tensor",
+        _places,
+        "PATTERN=BUFFER",
+        "Where tensors lie, as in llama.cpp.",
+        (),
+        per_model=True,
+        many=True,
+    ),
+    Key("cpu_moe", _switch, "", "Weights of experts stay in main memory.", False, per_model=True),
+    Key("n_cpu_moe", _whole(0, 4096), "N", "… those of the first N layers (0).", 0, per_model=True),
+    Key("rope_scaling", _one_of(tuple(ROPE_SCALING)), "|".join(ROPE_SCALING), "For longer contexts.", per_model=True),
+    Key("rope_freq_base", _number(1, 1e12), "F", "RoPE's base frequency (the model's).", per_model=True),
+    Key("rope_freq_scale", _number(1e-6, 1e3), "F", "RoPE's scale; 0.25: for four times the context.", per_model=True),
+    Key("yarn_orig_ctx", _whole(1), "N", "YaRN: tokens of the training.", per_model=True),
+    Key("yarn_ext_factor", _number(0, 1e3), "F", "YaRN: extrapolation mix.", per_model=True),
+    Key("yarn_attn_factor", _number(0, 1e3), "F", "YaRN: factor of attention.", per_model=True),
+    Key("yarn_beta_fast", _number(0, 1e6), "F", "YaRN: low correction.", per_model=True),
+    Key("yarn_beta_slow", _number(0, 1e6), "F", "YaRN: high correction.", per_model=True),
     Key("verbose", _switch, "", "Show what llama.cpp says.", False, per_model=True),
     Key("log_level", _one_of(LOG_LEVELS), "|".join(LOG_LEVELS), "How much is logged (info).", "info"),
     Key("keep_dead", _whole(0, 1_000_000), "N", "How many dead agents are remembered, with their logs (1000).", 1000),
+    Key("sandbox", _one_of(LEVELS), "|".join(LEVELS), "How agents are confined (none).", "none"),
+    Key("net", _one_of(NETS), "|".join(NETS), "Whether confined agents have a network (all).", "all"),
     Key("orphans", _one_of(ORPHANS), "|".join(ORPHANS), "What processes get that outlive their agent (kill).", "kill"),
     Key(
         "log_size",
@@ -219,6 +322,14 @@ KEYS = (
     Key("note_quota", _size, "SIZE", "Notes that each owner may keep on the disk (64M).", 64 << 20),
     Key("tools", _files, "FILE[:FILE…]", "Python files with more tools for agents (libaios.tool.define).", ()),
     Key("tool_workers", _whole(1, 256), "N", "Calls of tools that run at a time (8).", 8),
+    Key(
+        "embed_model",
+        _any_text,
+        "MODEL",
+        "Makes vectors of notes: a GGUF or a table (none).",
+        "",
+    ),
+    Key("index_ram", _size, "SIZE", "Memory for vectors that are searched (256M).", 256 << 20),
     Key(
         "gateway",
         endpoint.read,
@@ -268,9 +379,14 @@ class Settings:
     tools: tuple[str, ...] = ()  # files of tools
     tool_workers: int = 8
     mcp_servers: Mapping[str, McpServer] = field(default_factory=dict)
+    index_ram: int = 256 << 20
+    embedder: ModelSpec | None = None  # the model that makes vectors of notes,
+    embed_table: str = ""  # … or the file of a table that does
     services: tuple[Service, ...] = ()  # besides the cores
     gateway: Endpoint = field(default_factory=Endpoint)  # as it was asked for, …
     door: Endpoint | None = None  # … and where it listens
+    sandbox: Rules = field(default_factory=Rules)  # for agents of groups that `groups` does not name
+    groups: Mapping[str, Rules] = field(default_factory=dict)
 
     def schedule(self) -> Schedule:
         """The settings that cores get."""
@@ -295,6 +411,7 @@ def load(
     cwd = _working_directory() if cwd is None else cwd
     path = config or home.config
     file = _read_file(path, must_exist=config is not None)
+    file.values |= _with_paths(file.values, str(path.parent))
     values = {key.name: key.default for key in KEYS}
     values |= file.values | _from_environment(environ) | {name: flags[name] for name in BY_NAME if name in flags}
     given = {name for name in _PER_MODEL if name in flags or environ.get(BY_NAME[name].env)}
@@ -304,10 +421,14 @@ def load(
         tables = [(table["path"], table, str(path.parent)) for table in file.models]
     else:
         tables = [(word, {}, cwd) for word in words or [found.NANO]]
+    _refuse_for_many(values, len(tables))
+    values |= _with_paths(values, cwd)
     models = [_model(word, table, values, given, locate, folder, home) for word, table, folder in tables]
     typed = "tools" in flags or BY_NAME["tools"].env in environ
     tools = _tool_files(values["tools"], cwd if typed else str(path.parent.absolute()))
-    _refuse_doubles(models)
+    table, embedder = _embedder(values, given, file, path, cwd, flags, environ, locate, home)
+    _refuse_doubles([*models, *([embedder] if embedder is not None else [])])
+    rules = Rules(values["sandbox"], values["net"])
     return Settings(
         home=home,
         models=tuple(models),
@@ -320,10 +441,15 @@ def load(
         orphans=values["orphans"],
         store_ram=values["store_ram"],
         note_quota=values["note_quota"],
+        index_ram=values["index_ram"],
+        embedder=embedder,
+        embed_table=table,
         log_size=values["log_size"],
         log_keep=values["log_keep"],
         gateway=values["gateway"],
         agents=tuple(file.agents),
+        sandbox=rules,
+        groups=_groups(path, file.groups, rules),
         tools=tools,
         tool_workers=values["tool_workers"],
         mcp_servers=file.servers,
@@ -392,7 +518,11 @@ def _model(
     """A model with its options: those given by flag or environment, else its own in the file, else the general
     ones of the file, else the defaults."""
     options = {name: values[name] for name in _PER_MODEL}
-    options |= {name: value for name, value in table.items() if name in _PER_MODEL and name not in given}
+    own = {name: value for name, value in table.items() if name in _PER_MODEL and name not in given}
+    options |= own | _with_paths(own, folder)
+    adapters = [lora.name for lora in options["lora"]]
+    if len(set(adapters)) < len(adapters):
+        raise UsageError(f"model {word!r}: two adapters of one name: {', '.join(adapters)}")
     name, equals, path = word.partition("=")
     if not equals or "/" in name or ":" in name:
         name, path = "", word
@@ -401,6 +531,53 @@ def _model(
     model = locate(path, folder)
     name = re.sub(r"[\x00-\x20\x7f/]", "_", table.get("name") or name or model.label)[:64]
     return ModelSpec(name=name, path=model.path, folder=str(home.data / "contexts"), **options)
+
+
+def _embedder(
+    values: Mapping[str, Any],
+    given: set[str],
+    file: _File,
+    path: Path,
+    cwd: str,
+    flags: Mapping[str, Any],
+    environ: Mapping[str, str],
+    locate: found.Locate,
+    home: Home,
+) -> tuple[str, ModelSpec | None]:
+    """A table, or a model, that makes vectors; or neither."""
+    word = values["embed_model"]
+    if not word:
+        return "", None
+    in_file = "embed_model" not in flags and not environ.get(BY_NAME["embed_model"].env)
+    folder = str(path.parent) if in_file else cwd
+    if word.endswith(TABLE_SUFFIX):
+        places = [Path(folder, os.path.expanduser(word)), ours() / word]
+        table = next((place for place in places if place.is_file()), None)
+        if table is None:
+            raise UsageError(f"embed_model: {word}: there is no such file; aiosd get-embedder --static makes one")
+        return str(table.absolute()), None
+    model = _model(word, {}, values, given, locate, folder, home)
+    return "", dataclasses.replace(model, vectors_only=True, lora=(), chat_template_file="")
+
+
+def _with_paths(values: Mapping[str, Any], folder: str) -> dict[str, Any]:
+    """Those of the values that hold paths, with full ones, as seen from this folder."""
+    found: dict[str, Any] = {}
+    if values.get("lora"):
+        found["lora"] = tuple(
+            dataclasses.replace(lora, path=os.path.join(folder, os.path.expanduser(lora.path)))
+            for lora in values["lora"]
+        )
+    if values.get("chat_template_file"):
+        found["chat_template_file"] = os.path.join(folder, os.path.expanduser(values["chat_template_file"]))
+    return found
+
+
+def _refuse_for_many(values: Mapping[str, Any], count: int) -> None:
+    """What fits one model only must be said of that model."""
+    for name in ("lora", "chat_template_file"):
+        if count > 1 and values[name]:
+            raise UsageError(f"{BY_NAME[name].flag}: with {count} models, write it under [[model]] in aiosd.toml")
 
 
 def _models_of_environment(text: str) -> list[str]:
@@ -452,6 +629,7 @@ class _File:
     values: dict[str, Any] = field(default_factory=dict)
     models: list[dict[str, Any]] = field(default_factory=list)
     agents: list[AgentSpec] = field(default_factory=list)
+    groups: list[tuple[int, dict[str, Any]]] = field(default_factory=list)  # with the line of each
     servers: Mapping[str, McpServer] = field(default_factory=dict)
 
 
@@ -474,7 +652,7 @@ def _read_file(path: Path, must_exist: bool) -> _File:
         data = tomllib.loads(text)
     except tomllib.TOMLDecodeError as err:
         raise UsageError(f"{path}: {err}") from None
-    models, agents = (_tables(path, text, data, name) for name in ("model", "agent"))
+    models, agents, groups = (_tables(path, text, data, name) for name in ("model", "agent", "group"))
     try:
         servers = read_servers(data.pop("mcpServers", {}))
     except ValueError as err:
@@ -491,7 +669,21 @@ def _read_file(path: Path, must_exist: bool) -> _File:
             file.agents.append(autostart.read(values, str(path.parent.absolute())))
         except ValueError as err:
             raise UsageError(f"{path}, line {first}: {err}") from None
+    file.groups = [(first, _read_table(path, text, table, boxgroups.READERS, first)) for first, table in groups]
     return file
+
+
+def _groups(path: Path, tables: Sequence[tuple[int, Mapping[str, Any]]], general: Rules) -> dict[str, Rules]:
+    found: dict[str, Rules] = {}
+    for first, values in tables:
+        try:
+            name, rules = boxgroups.read(values, str(path.parent.absolute()), general)
+            if name in found:
+                raise ValueError(f"group {name!r} is there twice")
+        except ValueError as err:
+            raise UsageError(f"{path}, line {first}: {err}") from None
+        found[name] = rules
+    return found
 
 
 def _tables(path: Path, text: str, data: dict[str, Any], name: str) -> list[tuple[int, dict[str, Any]]]:
@@ -517,12 +709,6 @@ def _read_table(path: Path, text: str, table: Mapping[str, Any], readers: Reader
         except ValueError as err:
             raise UsageError(f"{place}: {name}: {err}") from None
     return values
-
-
-def _text(value: Any) -> str:
-    if not isinstance(value, str) or not value:
-        raise ValueError(f"{value!r} is no text")
-    return value
 
 
 def _meant(name: str, known: set[str]) -> str:

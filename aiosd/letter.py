@@ -20,6 +20,7 @@ import os
 
 from msgspec import Struct, msgpack
 
+from aiosd.sandbox.box import Box
 from libaios.wire import os_shown
 
 _SEALS = fcntl.F_SEAL_WRITE | fcntl.F_SEAL_GROW | fcntl.F_SEAL_SHRINK | fcntl.F_SEAL_SEAL
@@ -34,6 +35,7 @@ class Letter(Struct, array_like=True, frozen=True):
     args: list[str]
     env: dict[str, str]
     cwd: str
+    box: Box | None = None  # how its process confines itself
 
 
 _decode = msgpack.Decoder(Letter).decode

@@ -301,6 +301,7 @@ class Fork(Struct, array_like=True, frozen=True, tag=True):
     client: tuple[int, int] = (0, 0)  # the process that it is attached to: Linux pid and start time
     restart: str = "no"  # see aiosd.restart
     token: bytes = b""  # the hash of its token for the gateway, see kernel.tokens
+    sandbox: str = "none"  # its level; the rest of its box is in the letter
 
 
 class SendSignal(Struct, array_like=True, frozen=True, tag=True):
@@ -355,8 +356,8 @@ class Set(Struct, array_like=True, frozen=True, tag=True):
 
 
 class Forked(Struct, array_like=True, frozen=True, tag=True):
-    """Descriptors with the frame: the agent's memfd and the kernel's end of its doorbell (none when the key
-    was known and the kernel has them already)."""
+    """Descriptors with the frame: the agent's memfd, the kernel's end of its doorbell, and of a confined agent its door
+    (none when the key was known and the kernel has them already)."""
 
     key: Key
     pid: int

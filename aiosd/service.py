@@ -5,10 +5,10 @@ from that record, and forks it again when it dies; the kernel, `aios-ps -e`, `ai
 same record. The calls that it answers are the rows of `wire.TABLE` whose `by` is its kind.
 
 A service that is no llm core serves with a `Server`: one function for each call. A function gets the `link.Ask` (with
-key and caller) and the arguments, and returns the body of the reply; a generator yields parts of it before that. What
-it raises becomes the reply: an OSError as it is, anything else as EIO. The server keeps what `wire.Again` promises: a
-call that it has, or has answered, is not done again when it is submitted again. (A call that is to take effect ONCE
-also over a death of the service must keep its key with its effect.)
+key and caller) and the arguments, and returns the body of the reply; a generator yields parts of it before that, or a
+`Pause` when it has to wait for something. What it raises becomes the reply: an OSError as it is, anything else as EIO.
+The server keeps what `wire.Again` promises: a call that it has, or has answered, is not done again when it is submitted
+again. (A call that is to take effect ONCE also over a death of the service must keep its key with its effect.)
 
 A service that waits for others (workers, files) returns LATER, and answers by `Server.answer`, `part` and `fail`. Its
 loop sleeps on the descriptors that are watched and on timers, too.
@@ -21,10 +21,11 @@ import errno
 import importlib
 import logging
 import select
+import time
 from collections import OrderedDict
 from collections.abc import Callable, Generator, Mapping
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, NamedTuple
 
 from aiosd import link
 from aiosd.heartbeat import Rounds
@@ -37,6 +38,8 @@ logger = logging.getLogger("service")
 
 #: The kind of the llm cores.
 LLM = "llm"
+#: The name of the service that acts for agents: see `aiosd.kernel.control`.
+GATEWAY = "gateway"
 
 REMEMBERED = 4096  # answers, for calls that are submitted again,
 REMEMBERED_BYTES = 32 << 20  # … and no more than that of them
@@ -74,6 +77,13 @@ class Service:
         return entry(channel, self.argument, rounds)
 
 
+class Pause(NamedTuple):
+    """What a call that cannot go on yields. It is called again when something has come, whatever that is, and at
+    `until` (monotonic clock) at the latest; with 0 after all others have had their turn."""
+
+    until: float = 0.0
+
+
 @dataclass(slots=True)
 class _Answer:
     """What a call got, for when it is submitted again."""
@@ -103,6 +113,10 @@ class Server:
     timers: Timers = field(default_factory=Timers)
     _watched: dict[int, Callable[[], None]] = field(default_factory=dict)
     _later: set[link.Key] = field(default_factory=set)
+    info: Mapping[str, Any] = field(default_factory=dict)  # for `link.Loaded`
+    others: Callable[[link.ToService], link.FromService | None] = lambda message: None  # any other message, its answer
+    charge: Callable[[Any], int] = lambda body: 0  # tokens that the caller pays for this answer
+    background: Callable[[], float] = lambda: SLEEP_S  # called in each round; for how many seconds it can wait then
     _answers: OrderedDict[link.Key, _Answer] = field(default_factory=OrderedDict)
     _bytes: int = 0
     _under_way: dict[link.Key, Generator[Any, None, Any]] = field(default_factory=dict)
@@ -110,12 +124,13 @@ class Server:
     _lives: dict[link.Key, int] = field(default_factory=dict)  # of the calls that were begun and have no answer yet
     _rested: bool = False  # since the last message
     _asleep: bool = False
+    _paused: dict[link.Key, float] = field(default_factory=dict)
     _quit: bool = False
 
     def run(self, rounds: Rounds) -> int:
         """Serve until told to end, or the kernel's end of the channel is gone for good."""
         channel = self.channel
-        self._send(link.Loaded())
+        self._send(link.Loaded(dict(self.info)))
         while not self._quit and not channel.hung_up:
             rounds.begin()
             messages = [link.decode_to_service(payload) for payload in channel.receive(MESSAGES_AT_ONCE)]
@@ -126,15 +141,24 @@ class Server:
                 channel.pump()
             if channel.reborn:  # a new kernel: it submits again what is open
                 channel.renew()
-                self._send(link.Loaded())
+                self._send(link.Loaded(dict(self.info)))
+            wait = min(SLEEP_S, self.background())
             for key in list(self._under_way):
                 self._step(key)
             self.timers.run_due()
-            if not self._under_way and not channel.more and not self._quit:
+            if self._under_way:
+                wait = min(wait, self._next_turn())
+            if wait > 0 and not channel.more and not self._quit:
                 rounds.end()
                 with contextlib.suppress(_Woken):
-                    self._pause()
+                    self._pause(wait)
         return 0
+
+    def _next_turn(self) -> float:
+        """For how many seconds no call can go on."""
+        if len(self._paused) < len(self._under_way):
+            return 0.0
+        return min(self._paused.values()) - time.monotonic()
 
     def end(self, *_: object) -> None:
         """For a signal handler: end in order, after the turn that is under way."""
@@ -151,14 +175,14 @@ class Server:
         """Of a call whose function is a generator."""
         self._go_on(key)
 
-    def _pause(self) -> None:
+    def _pause(self, wait: float) -> None:
         """Until there is something to do. The rest is for a pause, not for the moment between two calls."""
         try:
             self._asleep = True
             if self._quit:
                 return
             due = self.timers.until_next()
-            timeout = SLEEP_S if due is None else min(SLEEP_S, due)
+            timeout = wait if due is None else min(wait, due)
             if self._rested or timeout <= PAUSE_S:
                 self._sleep(timeout)
                 return
@@ -216,6 +240,10 @@ class Server:
                 self._send(link.Stats(req, self.stats()))
             case link.Quit():
                 self._quit = True
+            case _:
+                answer = self.others(message)
+                if answer is not None:
+                    self._send(answer)
 
     @staticmethod
     def _quietly(act: Callable[[], None]) -> None:
@@ -269,8 +297,13 @@ class Server:
         except Exception as err:
             self._failed(key, err)
         else:
-            self._send(link.Part(key, self._offsets[key], wire.encode(part)))
-            self._offsets[key] += 1
+            self._paused.pop(key, None)
+            if isinstance(part, Pause):
+                self._paused[key] = part.until
+                self._send(link.Working(None))  # a death while it waits is not its fault
+            else:
+                self._send(link.Part(key, self._offsets[key], wire.encode(part)))
+                self._offsets[key] += 1
 
     def begun(self, key: link.Key) -> None:
         """A queued call begins now. From here on one that is made NEVER again is lost with this process."""
@@ -299,7 +332,7 @@ class Server:
         if len(encoded) > wire.MAX_FRAME - 1024:
             self._failed(key, wire.error(errno.EMSGSIZE, f"an answer of {len(encoded)} bytes; ask for less at a time"))
         else:
-            self._finish(key, link.Answered(key, encoded), len(encoded))
+            self._finish(key, link.Answered(key, encoded, self.charge(body)), len(encoded))
 
     def _failed(self, key: link.Key, err: Exception) -> None:
         if not isinstance(err, OSError):
@@ -327,6 +360,7 @@ class Server:
             self.on_cancel(key)
         generator = self._under_way.pop(key, None)
         self._offsets.pop(key, None)
+        self._paused.pop(key, None)
         if generator is not None:
             generator.close()
 

@@ -247,7 +247,7 @@ class Context(_context.Conversation):
 
     def fork(self) -> Context:
         """As `Context.fork`."""
-        return Context(self.messages, tools=self.tools, model=self.model)
+        return Context(self.messages, tools=self.tools, model=self.model, lora=self.lora)
 
     async def save(self, name: str) -> wire.SavedContext:
         """As `Context.save`."""
@@ -310,7 +310,8 @@ class llm:
     @staticmethod
     async def restore(name: str, model: str | None = None) -> Context:
         """As `libaios.llm.restore`."""
-        return Context((await _run(_context.restored(name, model))).messages, model=model)
+        found = await _run(_context.restored(name, model))
+        return Context(found.messages, model=model, lora=found.lora or None)
 
     @staticmethod
     def complete(prompt: str | Sequence[int], **options: Any) -> Generation:

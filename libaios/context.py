@@ -24,7 +24,7 @@ __all__ = ["Context", "Conversation", "SavedContext", "forget", "restored", "sav
 
 
 class Conversation:
-    """Messages, and the options that each call has (tools, model)."""
+    """Messages, and the options that each call has (tools, model, LoRA adapter)."""
 
     def __init__(
         self,
@@ -32,10 +32,12 @@ class Conversation:
         *,
         tools: Sequence[Mapping[str, Any]] | None = None,
         model: str | None = None,
+        lora: str | None = None,
     ) -> None:
         self.messages = objects(messages, "messages")
         self.tools = None if tools is None else objects(tools, "tools")
         self.model = model
+        self.lora = lora
 
     def __repr__(self) -> str:
         return f"<{type(self).__name__} of {len(self.messages)} messages>"
@@ -49,7 +51,7 @@ class Conversation:
         return [*self.messages, *new]
 
     def _options(self, options: dict[str, Any]) -> dict[str, Any]:
-        return {"tools": self.tools, "model": self.model, **options}
+        return {"tools": self.tools, "model": self.model, "lora": self.lora, **options}
 
     def _keep(
         self, messages: list[dict[str, Any]], text: str, calls: Sequence[wire.ToolCall], reasoning: str = ""
@@ -65,10 +67,10 @@ class Conversation:
         self.messages = [*messages, answer]
 
     def _save(self, name: str) -> Plan[SavedContext]:
-        return Plan(Sys.CTX_SAVE, wire.SaveContext(name, self.messages, self.tools, self.model))
+        return Plan(Sys.CTX_SAVE, wire.SaveContext(name, self.messages, self.tools, self.model, self.lora))
 
     def _close(self) -> Plan[None]:
-        return Plan(Sys.CTX_CLOSE, wire.CloseContext(self.messages, self.tools, self.model))
+        return Plan(Sys.CTX_CLOSE, wire.CloseContext(self.messages, self.tools, self.model, self.lora))
 
 
 class Context(Conversation):
@@ -89,7 +91,7 @@ class Context(Conversation):
     def fork(self) -> Context:
         """Another context with the same messages. It costs nothing until it is used, and then a copy of the state, not
         a prefill."""
-        return Context(self.messages, tools=self.tools, model=self.model)
+        return Context(self.messages, tools=self.tools, model=self.model, lora=self.lora)
 
     def save(self, name: str) -> SavedContext:
         """Keep it on disk under a name. The agent's group has its own names; a context with the same name is replaced.

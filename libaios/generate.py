@@ -165,6 +165,7 @@ def generate_args(
     logprobs: bool = False,
     top_logprobs: int = 0,
     grammar: str | None = None,
+    lora: str | None = None,
     dry_multiplier: float = 0.0,
     dry_base: float = 1.75,
     dry_allowed_length: int = 2,
@@ -220,6 +221,7 @@ def generate_args(
         parallel_tool_calls=parallel_tool_calls,
         template_args=dict(template_args or {}),
         grammar=grammar,
+        lora=lora,
     )
 
 

@@ -24,7 +24,7 @@ has been generated. `logit_bias` is added to what the model gives for a token. `
 model's own end does; neither comes before `min_tokens` tokens (a grammar may still end). A `grammar` (GBNF, the
 notation of llama.cpp) describes the whole text. DRY (`dry_multiplier` > 0), XTC (`xtc_probability` > 0) and `mirostat`
 (1 or 2) work as in llama.cpp, with the same parameters. `n` results of one prompt, with seeds seed, seed + 1, …: they
-are in `.choices`, the first of them is what is returned.
+are in `.choices`, the first of them is what is returned. `lora` names an adapter that the model was loaded with.
 
 `finish_reason`: "stop" (the model or a stop string ended it), "length" (max_tokens or the context), "tool_calls",
 "limit" (the agent's token budget). Errors are OSErrors: EINVAL with what was wrong with which argument, EMSGSIZE for a
@@ -83,9 +83,9 @@ def chat(messages: Sequence[Mapping[str, Any]], **options: Any) -> Result | Stre
     Options: max_tokens, temperature (0.8), top_p (0.95), top_k (40), min_p (0.05), repeat_penalty (1.0),
     presence_penalty, frequency_penalty (0), logit_bias ({token id: -100 to 100}), seed, stop, stop_tokens, min_tokens,
     ignore_eos, logprobs, top_logprobs (up to 20), n, tools, tool_choice, parallel_tool_calls, schema, grammar,
-    template_args, stream, timeout (seconds), model, public; dry_*, xtc_* and mirostat* as in llama.cpp; see the top of
-    this module. Returns a `Result`, or a `Stream` of `Piece`s. Tool calls are in `.tool_calls`, valid for the tool's
-    schema. Raises OSError.
+    template_args, stream, timeout (seconds), model, lora, public; dry_*, xtc_* and mirostat* as in llama.cpp; see the
+    top of this module. Returns a `Result`, or a `Stream` of `Piece`s. Tool calls are in `.tool_calls`, valid for the
+    tool's schema. Raises OSError.
     """
     n = options.pop("n", 1)
     if names := tool.names_in(options.get("tools")):
@@ -180,13 +180,15 @@ def context(
     *,
     tools: Sequence[Mapping[str, Any]] | None = None,
     model: str | None = None,
+    lora: str | None = None,
 ) -> Context:
     """A conversation that stays with the model between calls: `.chat()`, `.fork()`, `.save(name)`, `.close()`; see
     `libaios.context`."""
-    return Context(messages, tools=tools, model=model)
+    return Context(messages, tools=tools, model=model, lora=lora)
 
 
 def restore(name: str, model: str | None = None) -> Context:
     """A context that an agent of this group has saved, perhaps before aiosd was started again. Raises
     FileNotFoundError, or EIO when the file is damaged. State that no longer fits the model is computed again."""
-    return Context(run_plan(restored(name, model)).messages, model=model)
+    found = run_plan(restored(name, model))
+    return Context(found.messages, model=model, lora=found.lora or None)

@@ -76,13 +76,18 @@ def search(
     metadata: Mapping[str, Any] | None = None,
     since: float | None = None,
     until: float | None = None,
+    by: str = "",
 ) -> Plan[builtins.list[Found]]:
-    """At most `k` notes that have words of `query`, the best first. The query is words and nothing else.
+    """At most `k` notes that fit `query`, the best first: that have words of it, or (where aiosd has an embedder) mean
+    about the same. `by`: "words" or "meaning" alone. The query is words and nothing else. `stats` tells how the search
+    works here.
 
     Only notes that have all `tags` and `metadata` and were changed from `since` on and before `until` (Unix times).
+    A note is found by its meaning as soon as that has been computed; a search waits for the caller's own notes, but no
+    longer than a second. For "meaning" raises OSError(EOPNOTSUPP) where there is no embedder, EAGAIN where it is away.
     """
     filters = NoteFilters(builtins.list(tags), dict(metadata or {}), since, until)
-    return Plan(Sys.MEM_SEARCH, wire.MemSearch(query, k, filters))
+    return Plan(Sys.MEM_SEARCH, wire.MemSearch(query, k, filters, by))
 
 
 @syscall
@@ -107,5 +112,6 @@ def clear() -> Plan[int]:
 
 @syscall
 def stats() -> Plan[dict[str, Any]]:
-    """Of the caller's own notes: `notes`, `bytes`, `quota`, `ram_bytes` (held in memory), and how `search` works."""
-    return Plan(Sys.MEM_STATS, wire.NoArgs())
+    """Of the caller's own notes: `notes`, `bytes`, `quota`, `ram_bytes` (held in memory), `hits`, `faults` and
+    `evictions` of that memory, `pending` (texts that cannot be found by their meaning yet), and how `search` works."""
+    return Plan(Sys.MEM_STATS, wire.MemStats())

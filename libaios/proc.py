@@ -15,6 +15,7 @@ from collections.abc import Mapping
 from libaios import wire
 from libaios.agent import is_agent
 from libaios.plan import Plan, syscall
+from libaios.sandbox import wish
 from libaios.wire import Limits, ProcInfo, Sys
 
 __all__ = ["Limits", "ProcInfo", "getpid", "getppid", "kill", "nice", "ps", "spawn", "wait"]
@@ -45,6 +46,7 @@ def spawn(
     cwd: str | os.PathLike[str] | None = None,
     detached: bool | None = None,
     restart: str = "no",
+    sandbox: str | None = None,
 ) -> Plan[int]:
     """Start an agent and return its pid.
 
@@ -54,19 +56,25 @@ def spawn(
     goes to its log. `limits` gives it a budget of its own. `restart` ("on-failure", "on-failure:3", "always") has a
     detached one started again when it ends.
 
-    Raises FileNotFoundError, PermissionError (not executable; or a nice value below the caller's), OSError(EAGAIN).
+    `sandbox` ("flat") confines it; an agent that is confined can start none with more rights, and its children have its
+    files and its workspace.
+
+    Raises FileNotFoundError, PermissionError (not executable; a nice value below the caller's; a weaker sandbox),
+    OSError(EAGAIN).
     """
     target = os.fspath(target)
     if kind is None:
         kind = "file" if target.endswith(".py") else "exec"
     if detached is None:
         detached = not is_agent()
+    environment = os.environ if env is None else env
+    folder = os.path.abspath(os.getcwd() if cwd is None else cwd)
     spec = wire.Spawn(
         kind=kind,
         target=wire.os_text(target),
         args=[wire.os_text(str(arg)) for arg in args],
-        env={wire.os_text(key): wire.os_text(value) for key, value in (os.environ if env is None else env).items()},
-        cwd=wire.os_text(os.path.abspath(os.getcwd() if cwd is None else cwd)),
+        env={wire.os_text(key): wire.os_text(value) for key, value in environment.items()},
+        cwd=wire.os_text(folder),
         name=name,
         nice=nice,
         group=group,
@@ -74,10 +82,18 @@ def spawn(
         umask=_umask(),
         detached=detached,
         restart=restart,
+        sandbox=_sandbox(kind, target, folder, environment, sandbox),
     )
     with contextlib.suppress(AttributeError, ValueError, OSError):  # stdout is None, or closed, or has no reader
         _sys.stdout.flush()  # so that what was printed here comes before what the child prints
     return Plan(Sys.SPAWN, spec, lambda spawned: int(spawned.pid))
+
+
+def _sandbox(kind: str, target: str, folder: str, environment: Mapping[str, str], level: str | None) -> wire.Sandbox:
+    """An agent's child has its parent's box, so nothing has to be looked up for it, unless it asks for one."""
+    if level is None and is_agent():
+        return wire.Sandbox()
+    return wish(kind, target, folder, environment, level=level)
 
 
 def _umask() -> int:

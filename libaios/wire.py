@@ -173,6 +173,24 @@ class Limits(Struct, array_like=True, frozen=True):
     memory_bytes: Annotated[int, Meta(ge=1)] | None = None  # PSS of the agent and its descendants
 
 
+Paths = Annotated[list[Annotated[str, Meta(min_length=1, max_length=4096)]], Meta(max_length=256)]
+
+
+class Sandbox(Struct, array_like=True, frozen=True):
+    """How an agent is to be confined; "" is what the settings say for its group. Paths are `os_text`, absolute, without
+    symbolic links: the kernel looks up none (`libaios.sandbox` makes this). A confined agent's child gets its parent's
+    files, and never more."""
+
+    level: Annotated[str, Meta(pattern=r"\A(|none|flat)\Z")] = ""
+    net: Annotated[str, Meta(pattern=r"\A(|none|all)\Z")] = ""
+    read: Paths = []
+    write: Paths = []
+    own: Paths = []  # what its program needs to be read
+    env: Annotated[list[Annotated[str, Meta(min_length=1, max_length=256)]], Meta(max_length=1024)] = []
+    program: Annotated[str, Meta(max_length=4096)] = ""  # by which its workspace is found again
+    alone: bool = False  # `own` has its script, not the folder where that lies
+
+
 class Spawn(Struct, array_like=True, frozen=True):
     """Start an agent.
 
@@ -198,6 +216,7 @@ class Spawn(Struct, array_like=True, frozen=True):
     tty: bool = False  # stdin is a terminal of the agent's own: make it the controlling one
     restart: Annotated[str, Meta(max_length=32)] = "no"  # when it is started again; only for `detached` ones
     gateway: bool | None = None  # its environment leads programs to the gateway; None: as its parent's does
+    sandbox: Sandbox = Sandbox()
 
 
 class Wait(Struct, array_like=True, frozen=True):
@@ -295,6 +314,7 @@ class Generate(Struct, array_like=True, frozen=True):
     parallel_tool_calls: bool = True  # may there be several calls in one answer?
     template_args: dict[str, Any] = {}  # more that the chat template can ask for (enable_thinking, date_string, …)
     grammar: Annotated[str, Meta(max_length=1 << 16)] | None = None  # GBNF; the text is one of its `root`
+    lora: Name | None = None  # the adapter to compute it with
 
 
 class Embed(Struct, array_like=True, frozen=True):
@@ -321,6 +341,7 @@ class SaveContext(Struct, array_like=True, frozen=True):
     messages: Annotated[list[dict[str, Any]], Meta(max_length=1 << 16)]
     tools: Annotated[list[dict[str, Any]], Meta(max_length=1024)] | None = None
     model: str | None = None
+    lora: Name | None = None
 
 
 class NamedContext(Struct, array_like=True, frozen=True):
@@ -334,6 +355,7 @@ class CloseContext(Struct, array_like=True, frozen=True):
     messages: Annotated[list[dict[str, Any]], Meta(max_length=1 << 16)]
     tools: Annotated[list[dict[str, Any]], Meta(max_length=1024)] | None = None
     model: str | None = None
+    lora: Name | None = None
 
 
 class ListContexts(Struct, array_like=True, frozen=True):
@@ -402,9 +424,12 @@ class MemUpdate(Struct, array_like=True, frozen=True):
 
 
 class MemSearch(Struct, array_like=True, frozen=True):
+    """`by` "words" or "meaning"; "": by both, as far as there is an embedder."""
+
     query: Annotated[str, Meta(max_length=1 << 16)]
     k: Annotated[int, Meta(ge=1, le=1000)] = 5
     filters: NoteFilters = NoteFilters()
+    by: Annotated[str, Meta(pattern=r"\A(|words|meaning)\Z")] = ""
 
 
 class MemList(Struct, array_like=True, frozen=True):
@@ -426,6 +451,12 @@ class TrustTool(Struct, array_like=True, frozen=True):
     """Offer a tool again whose description has changed. Only a person may."""
 
     name: Annotated[str, Meta(max_length=64)]
+
+
+class MemStats(Struct, array_like=True, frozen=True):
+    """Of the caller; a person may ask about any `owner`, as aiosd names it."""
+
+    owner: Annotated[str, Meta(max_length=512)] = ""
 
 
 # ── bodies of replies ─────────────────────────────────────────────────────────────────────────────────────
@@ -544,6 +575,7 @@ class RestoredContext(Struct, array_like=True, frozen=True):
     tokens: int
     cached: int
     refused: str = ""
+    lora: str = ""  # the adapter that it was saved with
 
 
 class Note(Struct, frozen=True):
@@ -592,6 +624,7 @@ class ModelInfo(Struct, frozen=True):
     gpu_layers: int = 0
     chat: bool = False  # has a chat template
     tools: bool = False  # whose template takes tools
+    loras: list[str] = []  # adapters that a call can name
     url: str = ""  # where it is served, if it is not on this machine
 
 
@@ -621,6 +654,7 @@ class ProcInfo(Struct, frozen=True):
     ctx_kept: int = 0  # tokens of the context that the core keeps for it …
     ctx_place: str = ""  # … and where: "slot", "ram" or "disk"
     restarts: int = 0  # how often it was started again
+    sandbox: str = "none"  # how it is confined
 
 
 class Waited(Struct, array_like=True, frozen=True):
@@ -635,6 +669,7 @@ class Waited(Struct, array_like=True, frozen=True):
 class Spawned(Struct, array_like=True, frozen=True):
     pid: int
     log: str = ""  # path of the agent's log when detached
+    sandbox: str = "none"  # the level in which it is confined
 
 
 class Received(Struct, array_like=True, frozen=True):
@@ -728,7 +763,7 @@ add(
     Row(Sys.MEM_SEARCH, MemSearch, list[Found], by="store"),
     Row(Sys.MEM_LIST, MemList, list[Note], by="store"),
     Row(Sys.MEM_CLEAR, NoArgs, int, by="store", again=_ONCE),
-    Row(Sys.MEM_STATS, NoArgs, dict[str, Any], by="store"),
+    Row(Sys.MEM_STATS, MemStats, dict[str, Any], by="store"),
     Row(Sys.STORE_SNAPSHOT, NoArgs, str, by="store", piece=int),
     Row(Sys.TOOL_LIST, NoArgs, list[ToolInfo], by="toolbox"),
     Row(Sys.TOOL_CALL, CallTool, Any, by="toolbox", again=_NEVER, piece=str),

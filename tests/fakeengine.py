@@ -10,7 +10,8 @@ from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
 from heapq import heappop, heappush
 
-from aiosd.llm.policy import Policy
+from aiosd.llm.policy import Policy, Quantum
+from aiosd.llm.policy.contract import ANY_TURN
 
 STEP_S, ROW_S, PROMPT_S, SWITCH_S = 0.003, 0.0012, 0.0005, 0.005
 CHUNK = 512  # prompt tokens in a step
@@ -32,6 +33,7 @@ class Call:
     finished: float | None = None
     waits: list[tuple[float, float]] = field(default_factory=list)  # from, to
     since: float = 0.0
+    least_turn: Quantum = ANY_TURN
 
 
 @dataclass(frozen=True, slots=True)

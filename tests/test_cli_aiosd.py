@@ -203,10 +203,12 @@ cwd = "/srv"
     planner, shell, clerk = load(toml).agents
     assert (str(planner.restart), str(shell.restart)) == ("on-failure:3", "no")
     environ = {"HOME": "/home/me", "PLAN": "night", wire.ENV_PID: "7"}
+    folder = str(tmp_path / "agents")
     assert autostart.spawn(planner, environ) == wire.Spawn(
         kind="file", target="planner.py", args=["--fast"], env={"HOME": "/home/me", "PLAN": "day"},
-        cwd=str(tmp_path / "agents"), name="planner", nice=5, group="web", detached=True,
+        cwd=folder, name="planner", nice=5, group="web", detached=True,
         limits=wire.Limits(1000, 600.0, 512 << 20), restart="on-failure:3",
+        sandbox=wire.Sandbox(own=[folder], env=["PLAN"], program=folder + "/planner.py"),
     )  # fmt: skip
     assert (shell.kind, shell.target, shell.args, shell.cwd) == ("exec", "sh", ("-c", "echo hi"), str(tmp_path))
     assert (clerk.kind, clerk.target, clerk.cwd) == ("module", "my.clerk", "/srv")

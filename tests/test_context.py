@@ -19,6 +19,7 @@ from aiosd import link
 from aiosd.llm.blob import Piece
 from aiosd.llm.library import Library
 from aiosd.llm.saved import MAGIC, Saved, file_sha256
+from aiosd.llm.spec import ModelSpec
 from libaios.wire import Sys
 from tests.conftest import System, eventually
 
@@ -260,7 +261,8 @@ def test_a_mistake_of_ours_in_one_call_is_that_calls_alone(tmp_path: Path) -> No
 
 def a_library(model: Path, folder: Path, fail: Any = None) -> Library:
     nothing: Any = None
-    return Library(str(folder), str(model), SimpleNamespace(store=None), nothing, fail)  # type: ignore[arg-type]
+    spec = ModelSpec("m", str(model), folder=str(folder))
+    return Library(spec, SimpleNamespace(store=None), nothing, fail)  # type: ignore[arg-type]
 
 
 def test_state_of_another_model_is_refused_and_the_messages_are_not(tmp_path: Path) -> None:

@@ -134,6 +134,11 @@ def test_llm_ggml_alone_touches_llama_cpp() -> None:
     assert callers <= {"aiosd.llm.llama", "aiosd.llm.attention", "aiosd.llm.library"}
 
 
+def test_store_index_alone_touches_faiss() -> None:
+    users = {module_of(path) for path in SOURCES for imported, _ in imports(path) if within(imported, "faiss")}
+    assert users == {"aiosd.store.index"}
+
+
 @pytest.mark.parametrize("pure", ["aiosd.llm.policy", "aiosd.llm.prefix"])
 def test_pure_parts_know_no_model(pure: str) -> None:
     paths = [path for path in SOURCES if within(module_of(path), pure)]

@@ -19,7 +19,7 @@ import pytest
 from aiosd.errors import Bug
 from aiosd.link import Failed, Finished, Step, Submit
 from aiosd.llm import engine as engine_module
-from aiosd.llm import llama, loading
+from aiosd.llm import llama, loading, schedule
 from aiosd.llm.dialects import call_id
 from aiosd.llm.engine import Engine
 from aiosd.llm.sampling import Drawer
@@ -32,7 +32,7 @@ from tests import tinymodels
 from tests.minischema import valid
 
 SLOTS, CTX = 4, 512
-REQUEST = ("messages", "tools", "schema", "stream", "given", "public", "grammar")
+REQUEST = ("messages", "tools", "schema", "stream", "given", "public", "grammar", "lora")
 
 TOOLS = [
     {
@@ -67,7 +67,7 @@ NO_NUMBER = "the model gave no number for any token at this place"
 class Bench:
     """An engine, and what it says: final words by key, and the streams put together."""
 
-    def __init__(self, loaded: loading.Loaded, slots: int = SLOTS) -> None:
+    def __init__(self, loaded: loading.Loaded, slots: int = SLOTS, ram: int = 0) -> None:
         self.loaded = loaded
         self.clock = Clock()
         self.said: list[Step | Finished | Failed] = []
@@ -79,6 +79,7 @@ class Bench:
             exact=loaded.spec.exact,
             emit=self.said.append,
             clock=self.clock,
+            ram=ram,
         )
         self._next = 0
 
@@ -368,7 +369,7 @@ def test_seeded_sampling_repeats_itself_among_neighbours(exact: Bench) -> None:
 
 
 def test_a_crowd_begins_to_decode_together(bench: Bench) -> None:
-    bench.engine.meter._prefill_rate = 4 * CTX / engine_module.PREFILL_ALONE
+    bench.engine.meter._prefill_rate = 4 * CTX / schedule.PREFILL_ALONE
     keys = [bench.submit([5 + i, *range(10, 250)], peer=1 + i) for i in range(SLOTS)]  # more than one batch can take
     bench.run(1)
     assert [len(s.out) for s in bench.engine.slots.owners()] == [2] * SLOTS, "none waits for another's prompt any more"
@@ -378,14 +379,14 @@ def test_a_crowd_begins_to_decode_together(bench: Bench) -> None:
 
 def test_long_prompt_does_not_stop_the_others(bench: Bench) -> None:
     """While a prompt of many steps is computed, a running call gets a token in every step."""
-    bench.engine.meter._prefill_rate = 16 / engine_module.PREFILL_SLICE
+    bench.engine.meter._prefill_rate = 16 / schedule.PREFILL_SLICE
     running = bench.submit([5, 6], max_tokens=40)
     bench.run(2)
     long = bench.submit([7] * 400, max_tokens=1)
     sequence = bench.engine._calls[running]
     for _ in range(8):
         before = len(sequence.out)
-        bench.engine.meter._prefill_rate = 16 / engine_module.PREFILL_SLICE
+        bench.engine.meter._prefill_rate = 16 / schedule.PREFILL_SLICE
         bench.engine.step()
         assert len(sequence.out) == before + 1
     assert 0 < bench.engine._calls[long].length < 400
@@ -524,7 +525,7 @@ def test_parked_twice_by_agent_and_reader_needs_both_to_go_on(bench: Bench) -> N
 
 @pytest.mark.parametrize("steps", [0, 1, 5])
 def test_cancelled_call_frees_its_slot_and_is_not_heard_of(bench: Bench, steps: int) -> None:
-    bench.engine.meter._prefill_rate = 16 / engine_module.PREFILL_SLICE
+    bench.engine.meter._prefill_rate = 16 / schedule.PREFILL_SLICE
     other = bench.submit([9, 9], max_tokens=60)
     bench.run(2)
     key = bench.submit([5] * 300, max_tokens=100)
@@ -846,7 +847,7 @@ def test_a_long_prompt_is_given_up_in_the_middle_of_its_batch(loaded: loading.Lo
     loaded.context.clear()
     bench = Bench(loaded)
     gone: set[Any] = set()
-    bench.engine._cancelled = lambda: gone  # what the core does by looking at its messages
+    bench.engine.cancelled = lambda: gone  # what the core does by looking at its messages
     other = bench.submit("hello", max_tokens=40)
     bench.run(3)
     long = bench.submit([7] * 400, peer=2)

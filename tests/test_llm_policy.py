@@ -12,6 +12,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from aiosd.llm.policy import NAMES, Fair, Fifo, Mlfq, Priority, Quantum, RoundRobin, fair, make, mlfq
+from aiosd.llm.policy.contract import ANY_TURN, LONGER
 from aiosd.llm.policy.priority import AGEING_S
 from tests.fakeengine import ENDLESS, PROMPT_S, ROW_S, STEP_S, SWITCH_S, Call, FakeEngine, Turn, crowd
 
@@ -67,6 +68,32 @@ def disturb(engine: FakeEngine, chance: random.Random) -> None:
             engine.renice(agent, chance.randint(-20, 19))
         case 3 | 4:
             engine.call(agent, chance.randint(1, 60), chance.choice([0, 30]))
+
+
+@pytest.mark.parametrize(("name", "times"), [("rr", 2), ("mlfq", 1), ("fair", 2)])
+def test_where_states_are_large_turns_are_longer(name: str, times: int) -> None:
+    """But never more than LONGER quanta, so that no other call waits without end."""
+    evictions = []
+    for least in (ANY_TURN, Quantum(3 * Q.tokens, 0.0), Quantum(1 << 30, 1e9)):
+        engine = FakeEngine(make(name, Q), 2)
+        for peer in range(1, 6):
+            engine.agent(peer, [Turn(0.0, 0, 600)])
+        while engine.open_calls or not engine.now:
+            for call in engine.open_calls:
+                call.least_turn = least
+            engine.step()
+        evictions.append(len(engine.evictions))
+    assert evictions[0] > times * evictions[1]
+    assert evictions[1] > times * evictions[2] > 0
+
+
+def test_a_quantum_grows_with_the_state_up_to_a_limit() -> None:
+    call = Call(1, 1)
+    assert Q.of(call) is Q
+    call.least_turn = Quantum(20, 1.0)
+    assert Q.of(call) == Quantum(20, Q.seconds)
+    call.least_turn = Quantum(1 << 30, 1e9)
+    assert Q.of(call) == Quantum(LONGER * Q.tokens, LONGER * Q.seconds)
 
 
 @pytest.mark.parametrize("name", NAMES)

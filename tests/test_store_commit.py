@@ -53,6 +53,9 @@ class Store:
     def turn(self, *messages: link.ToService) -> list[Any]:
         begin = len(self.channel.sent)
         self.server._turn(list(messages))
+        while self.server._under_way:
+            for key in list(self.server._under_way):
+                self.server._step(key)
         answers = [one for one in self.channel.sent[begin:] if isinstance(one, link.Answered | link.Failed)]
         assert [one.key for one in answers] == [one.key for one in messages if isinstance(one, link.Ask)]
         return [msgpack.decode(one.body) if isinstance(one, link.Answered) else one.errno for one in answers]

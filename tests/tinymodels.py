@@ -54,6 +54,42 @@ def quantise(path: Path, kind: str) -> Path:
     return target
 
 
+def write_lora(
+    path: Path,
+    model: Path,
+    *,
+    seed: int = 0,
+    strength: float = 4.0,
+    targets: tuple[str, ...] = ("ffn_down", "attn_v"),
+    arch: str = "llama",
+    kind: str = "lora",
+    width: int = 0,
+    halves: str = "ab",
+) -> Path:
+    """A LoRA adapter of rank 2 for a model, with random changes of some weights of its first layer, so strong that the
+    text is another one. `width`, `halves`: to make a file that fits no model."""
+    rng = np.random.default_rng(seed)
+    writer = gguf.GGUFWriter(path, arch)
+    writer.add_type("adapter")
+    writer.add_string("adapter.type", kind)
+    writer.add_float32("adapter.lora.alpha", 2.0)
+    shapes = {tensor.name: tensor.shape for tensor in gguf.GGUFReader(model).tensors}
+    for target in targets:
+        name = f"blk.0.{target}.weight"
+        columns, rows = (int(size) for size in shapes[name])
+        made = {
+            "a": rng.standard_normal((2, width or columns)) / np.sqrt(columns),
+            "b": rng.standard_normal((rows, 2)) * strength,
+        }
+        for half in halves:
+            writer.add_tensor(f"{name}.lora_{half}", made[half].astype(np.float32))
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
+    return path
+
+
 def spoil(path: Path, token: int, how: str) -> Path:
     """The value of a token in the first layer becomes inf, or its embedding no number at all."""
     tensors = {tensor.name: tensor.data for tensor in gguf.GGUFReader(path, "r+").tensors}

@@ -1,7 +1,8 @@
 """From a forked child to an agent.
 
-It is made in this order: session, subreaper → its letter read → folder and program looked up, and the supervisor told
-(`report`) → descriptors → umask, limits, environment, streams → the program (`program`).
+It is made in this order: session, subreaper → its letter read → what is written to /proc → confined (`sandbox`) →
+folder and program looked up, and the supervisor told (`report`) → descriptors → umask, limits, environment, streams →
+the program (`program`). A confined agent's own program is looked up with no more rights than the agent has.
 
 An agent is a child subreaper, so that every process it starts, however often that forks, stays below it in the process
 tree while the agent lives, and becomes a child of the supervisor (which ends it) when the agent dies: so the owner of
@@ -32,7 +33,7 @@ from typing import Any
 import msgspec
 
 from aiosd import letter, link
-from aiosd.birth import program, title
+from aiosd.birth import confinement, program, title
 from aiosd.birth.fork import (
     LIBC,
     PR_SET_CHILD_SUBREAPER,
@@ -65,22 +66,24 @@ def become_agent(spec: link.Fork, pid: int, home: str, fds: Descriptors) -> int:
     _above_stdio(fds)
     content = with_bytes(letter.read(fds.letter))
     report = Report(fds.report)
+    name_process(spec.name)
+    _lower_oom_protection()
     try:
-        _enter_folder(content.cwd)
+        if content.box is not None:
+            confinement.enter(content.box, report)
+        content = _enter_folder(content)
         found = program.find(content)
     except OSError as err:
         return report.refuse(err, err.strerror or str(err))
     if found.is_python:
         report.ready()  # before the rest, because the parent waits for it
     _take_descriptors(fds)
-    name_process(spec.name)
     if spec.tty:
         _take_terminal()
     os.umask(spec.umask)
     _restore_nofile()
     _set_environment(content, pid, home, fds)
     _reopen_streams(spec)
-    _lower_oom_protection()
     gc.enable()
     _reset_library()
     _register_exit_functions()
@@ -96,11 +99,13 @@ def with_bytes(content: Letter) -> Letter:
     return msgspec.structs.replace(content, target=wire.os_str(content.target), cwd=wire.os_str(content.cwd), args=args)
 
 
-def _enter_folder(path: str) -> None:
+def _enter_folder(content: Letter) -> Letter:
+    """Enter the agent's working directory. A confined agent that cannot read it begins in its workspace."""
     try:
-        os.chdir(path)
+        os.chdir(content.cwd)
     except OSError as err:
-        raise OSError(err.errno, f"{path}: {err.strerror}") from None
+        raise OSError(err.errno, f"{content.cwd}: {err.strerror}") from None
+    return content if content.box is None else confinement.in_reach(content)
 
 
 def _above_stdio(fds: Descriptors) -> None:

@@ -19,7 +19,7 @@ from dataclasses import dataclass
 from importlib.machinery import SourceFileLoader
 from types import CodeType, ModuleType
 
-from aiosd.birth import end, frames
+from aiosd.birth import confinement, end, frames
 from aiosd.birth.report import NOT_FOUND, Report
 from aiosd.letter import Letter
 from libaios import wire
@@ -249,6 +249,8 @@ def _uncaught(err: BaseException) -> int:
         trace = trace.tb_next
     err.__traceback__ = trace
     frames.trim(err)
+    if note := confinement.explain(err):
+        err.add_note(note)
     sys.last_type, sys.last_value, sys.last_traceback = type(err), err, err.__traceback__
     try:
         sys.excepthook(type(err), err, err.__traceback__)

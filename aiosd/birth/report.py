@@ -2,9 +2,10 @@
 
 Folder and program of an agent are looked up in the agent's own process, because a name may lead to a file system that
 never replies, and the supervisor must not wait for that. The child has one end of a socket pair. When nothing but the
-program itself can fail any more, it closes that end (or Linux does, when another program is executed). If it cannot
-start, it sends an errno and a descriptor, and exits. In the descriptor is a sentence, which may name the agent's files:
-the supervisor passes it on to the kernel and does not read it (see `aiosd.letter`).
+program itself can fail any more, it closes that end (or Linux does, when another program is executed). A confined agent
+sends its door before that (see `sandbox.doors`). If it cannot start, it sends an errno and a descriptor, and exits. In
+the descriptor is a sentence, which may name the agent's files: the supervisor passes it on to the kernel and does not
+read it (see `aiosd.letter`).
 """
 
 from __future__ import annotations
@@ -25,6 +26,7 @@ SHOWN = 4096  # characters of a reason
 
 _ERRNO = struct.Struct("=i")
 Refusal = tuple[int, int]  # errno, and a descriptor with the reason
+DOOR = 0  # in place of the errno: the descriptor is the agent's door
 
 
 class Report:
@@ -35,6 +37,13 @@ class Report:
 
     def ready(self) -> None:
         os.close(self.fd)
+
+    def door(self, fd: int) -> None:
+        """Send it, and close it here."""
+        rights = [(socket.SOL_SOCKET, socket.SCM_RIGHTS, array.array("i", [fd]))]
+        with socket.socket(fileno=os.dup(self.fd)) as sock:
+            sock.sendmsg([_ERRNO.pack(DOOR)], rights)
+        os.close(fd)
 
     def refuse(self, err: OSError, words: str) -> int:
         """`words`: the reason, beginning with its subject. Returns the exit code for this process."""
@@ -49,8 +58,8 @@ class Report:
 
 
 def read(sock: socket.socket) -> Refusal | None:
-    """In the supervisor: why a child cannot start, with a descriptor that the caller closes; None: it runs, or has
-    died. Raises BlockingIOError when there is no report yet."""
+    """In the supervisor: why a child cannot start, or its door, with a descriptor that the caller closes; None: it
+    runs, or has died. Raises BlockingIOError when there is no report yet."""
     flags = socket.MSG_DONTWAIT | socket.MSG_CMSG_CLOEXEC
     try:
         payload, ancillary, _, _ = sock.recvmsg(_ERRNO.size, socket.CMSG_SPACE(4), flags)

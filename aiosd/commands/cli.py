@@ -24,7 +24,7 @@ from typing import TYPE_CHECKING, Any, NoReturn
 import click
 
 from aiosd import config
-from aiosd.commands import edge, models, started, store, tools
+from aiosd.commands import edge, getembedder, models, started, store, tools
 from aiosd.commands.summary import brief, describe
 from aiosd.errors import AiosdError, WorldError
 from libaios.client import Home, NoKernel
@@ -56,9 +56,16 @@ def _settings_options(function: Callable[..., Any]) -> Callable[..., Any]:
     """One option for each of `config.KEYS`."""
     for key in reversed(config.KEYS):
         extra: dict[str, Any] = {"is_flag": True} if not key.metavar else {"metavar": key.metavar, "type": _Value(key)}
+        if key.many:
+            extra |= {"multiple": True, "callback": _joined}
         help_text = f"{key.help} [{key.env}]"
         function = click.option(key.flag, key.name, default=None, help=help_text, **extra)(function)
     return function
+
+
+def _joined(_context: click.Context, _parameter: click.Parameter, values: tuple[tuple[Any, ...], ...]) -> Any:
+    """Of an option that may be given again and again: one tuple of all its values, None where it was not given."""
+    return tuple(value for part in values for value in part) or None
 
 
 class _Value(click.ParamType[Any]):
@@ -394,6 +401,7 @@ def _ended(pidfd: int, timeout_s: float) -> bool:
 models.register(command)
 tools.register(command)
 store.register(command)
+getembedder.register(command)
 
 
 # ── systemd ───────────────────────────────────────────────────────────────────────────────────────────────

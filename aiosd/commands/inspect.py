@@ -10,7 +10,10 @@ from typing import Any
 import click
 
 from aiosd.commands import agents, edge
-from libaios.wire import PidArgs, Sys
+from libaios.client import Client
+from libaios.wire import MemStats, PidArgs, Sys
+
+STORE_S = 2.0  # for what the store tells
 
 EXAMPLES = """
   aios-inspect 7                agent 7, dead or alive
@@ -34,7 +37,8 @@ def command(words: tuple[str, ...]) -> int:
     with edge.connect() as client:
         for word in words:
             try:
-                found.append(client.call(Sys.INSPECT, PidArgs(agents.newest(client, word)), dict[str, Any]))
+                agent = client.call(Sys.INSPECT, PidArgs(agents.newest(client, word)), dict[str, Any])
+                found.append({**agent, "memory": _memory(client, agent)})
             except edge.Failed as err:
                 edge.complain("aios-inspect", str(err))
                 failed = True
@@ -43,3 +47,16 @@ def command(words: tuple[str, ...]) -> int:
                 failed = True
     print(json.format(json.encode(found)).decode())
     return 1 if failed else 0
+
+
+def _memory(client: Client, agent: dict[str, Any]) -> dict[str, Any] | None:
+    """What its notes take, and how often they were found in memory. None: the store does not answer, or this caller may
+    not ask."""
+    from aiosd.link import Caller
+    from aiosd.store import owners
+
+    owner = owners.own(Caller(*(agent[field] for field in ("pid", "uid", "name", "named", "group"))))
+    try:
+        return dict(client.call(Sys.MEM_STATS, MemStats(owner), dict[str, Any], timeout=STORE_S))
+    except (PermissionError, TimeoutError):
+        return None

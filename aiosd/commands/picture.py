@@ -76,6 +76,7 @@ def head(status: dict[str, Any], width: int, clock: float, machine: str = "") ->
     indent = max((len(table.printable(model.get("name", "?"))) for model in models), default=0)
     for model in models:
         lines += _model(model, min(indent, 12))
+    lines += _notes(status)
     lines += [machine] * bool(machine)
     return [table.cut(line, width) for line in lines]
 
@@ -105,6 +106,21 @@ def _model(model: dict[str, Any], indent: int) -> list[str]:
         return [f"{title}{model.get('state', '?')}{why}"]
     lines = [_join(_slots(stats)), _join(_speed(stats)), _join(_tiers(stats.get("tiers")))]
     return [(" " * len(title) if number else title) + line for number, line in enumerate(filter(None, lines))]
+
+
+def _notes(status: dict[str, Any]) -> list[str]:
+    """Of the store, if it was used: what its memory holds, and how often that was enough."""
+    stats = next((one.get("stats") or {} for one in status.get("services", []) if one.get("kind") == "store"), {})
+    parts = []
+    if stats.get("bytes") or stats.get("faults"):
+        held = format_size(stats.get("bytes", 0))
+        parts += [f"{held} in memory", f"{stats.get('hits', 0)} hits", f"{stats.get('faults', 0)} faults"]
+        parts.append(f"{stats.get('evictions', 0)} evictions")
+    if stats.get("vectors"):
+        parts.append(f"{stats['vectors']} vectors ({format_size(stats.get('index_bytes', 0))})")
+    if stats.get("pending"):
+        parts.append(f"{stats['pending']} pending")
+    return ["notes: " + ", ".join(parts)] if parts else []
 
 
 def _join(parts: Sequence[str]) -> str:

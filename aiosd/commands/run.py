@@ -39,6 +39,7 @@ from aiosd.units import format_size, parse_count, parse_duration, parse_size
 from libaios import wire
 from libaios.client import Client, NoKernel
 from libaios.connection import Pending, decode_body
+from libaios.sandbox import wish
 from libaios.wire import Kill, Limits, Spawn, Spawned, Sys, Wait, Waited
 
 if TYPE_CHECKING:
@@ -165,12 +166,27 @@ def _complete_file(context: click.Context, parameter: click.Parameter, incomplet
     help="With -d: start it again when it ends: on-failure[:N], always[:N] or no. Waits grow from 0.1 to 30 s.",
 )
 @click.option("-n", "--nice", type=edge.Whole(-20, 19), metavar="NICE", help="From -20 (goes first) to 19.")
-@click.option("-e", "--env", "variables", multiple=True, metavar="K=V", help="Set a variable in its environment.")
+@click.option(
+    "-e",
+    "--env",
+    "variables",
+    multiple=True,
+    metavar="K=V|K",
+    help="Set a variable in its environment; K alone: pass ours on into a sandbox.",
+)
 @click.option("-g", "--group", metavar="GROUP", help="Privilege group.")
 @click.option("--no-gateway-env", "own_env", is_flag=True, help="Leave OPENAI_BASE_URL and the like as they are.")
 @click.option("--tokens", type=Count(), metavar="N", help="Budget of tokens, computed and generated, such as 10k.")
 @click.option("--time", "seconds", type=Duration(min=0), metavar="S", help="Budget of wall seconds, or 1h30m.")
 @click.option("--memory", type=Size(), metavar="SIZE", help="Budget of memory, such as 512M.")
+@click.option(
+    "--sandbox",
+    type=click.Choice(["none", "flat"]),
+    help="How it is confined; else as the settings say. An agent can only choose more for what it starts.",
+)
+@click.option("--read", "read", multiple=True, metavar="PATH", help="A file or folder that it may read in a sandbox.")
+@click.option("--write", "write", multiple=True, metavar="PATH", help="One that it may change.")
+@click.option("--net", metavar="none|all", help="Whether it has a network in a sandbox; else as the settings say.")
 @click.argument(
     "target",
     nargs=-1,
@@ -192,24 +208,33 @@ def command(
     tokens: int | None,
     seconds: float | None,
     memory: int | None,
+    sandbox: str | None,
+    read: tuple[str, ...],
+    write: tuple[str, ...],
+    net: str | None,
     target: tuple[str, ...],
 ) -> int:
     if not target or not target[0]:
         what = "-m needs a module" if context.meta["kind"] == "module" else "give FILE.py, -m MODULE or -- PROGRAM"
         raise click.UsageError(f"nothing to run: {what}")
+    if net not in (None, "none", "all"):
+        raise click.UsageError(f"--net {net}: must be none or all; single hosts cannot be granted")
     if restart != "no" and (terminal or not detach):
         raise click.UsageError("--restart goes with -d, and not with -t: the terminal ends with the agent")
     if detach and terminal and wire.ENV_PID in os.environ:
         raise edge.Failed("-d -t: only a person can start an agent on a terminal that is held, not an agent")
     if not all(map(_is_utf8, (name or "", group or ""))):
         raise edge.Failed("a name is not valid UTF-8", NOT_STARTED)
+    kind, environment, cwd = context.meta["kind"], _environment(variables), _working_directory()
+    names = [word.partition("=")[0] for word in variables]
+    grants = wish(kind, target[0], cwd, environment, level=sandbox, read=read, write=write, variables=names, net=net)
     try:
         spawn = Spawn(
-            kind=context.meta["kind"],
+            kind=kind,
             target=wire.os_text(target[0]),
             args=[wire.os_text(arg) for arg in target[1:]],
-            env=_environment(variables),
-            cwd=wire.os_text(_working_directory()),
+            env={wire.os_text(key): wire.os_text(value) for key, value in environment.items()},
+            cwd=wire.os_text(cwd),
             name=name,
             nice=nice,
             group=group,
@@ -220,6 +245,7 @@ def command(
             restart=restart,
             tty=terminal,
             gateway=False if own_env else None,
+            sandbox=grants,
         )
         if detach and terminal:
             from aiosd.commands import holder
@@ -227,7 +253,9 @@ def command(
             return _print_pid(holder.start(spawn))
         with edge.connect() as client:
             if detach:
-                return _print_pid(client.call(Sys.SPAWN, spawn, Spawned).pid)
+                spawned = client.call(Sys.SPAWN, spawn, Spawned)
+                _note_alone(spawn, spawned)
+                return _print_pid(spawned.pid)
             return Attachment(client, spawn).run()
     except NoKernel as err:
         raise edge.Failed(edge.reason(err), NOT_STARTED) from None
@@ -244,16 +272,28 @@ def _print_pid(pid: int) -> int:
 
 
 def _environment(variables: Sequence[str]) -> dict[str, str]:
-    """The agent's environment: ours, and what -e adds. If an agent runs this command, its channel is not passed on."""
+    """The agent's environment: ours, and what -e adds. If an agent runs this command, its channel is not passed on. A
+    name alone only says that a confined agent is to have that variable."""
     environment = dict(os.environ)
     for word in variables:
         key, equals, value = word.partition("=")
-        if not key or not equals:
-            raise click.UsageError(f"-e {word}: must be NAME=VALUE")
-        environment[key] = value
+        if not key:
+            raise click.UsageError(f"-e {word}: must be NAME=VALUE or NAME")
+        if equals:
+            environment[key] = value
     environment.pop(wire.ENV_CHANNEL, None)
     environment.pop(wire.ENV_PID, None)
-    return {wire.os_text(key): wire.os_text(value) for key, value in environment.items()}
+    return environment
+
+
+def _note_alone(spawn: Spawn, spawned: Spawned) -> None:
+    """A script in the home folder itself does not bring the whole home into its sandbox."""
+    if spawned.sandbox != "none" and spawn.sandbox.alone:
+        script = wire.os_shown(spawn.sandbox.own[0])
+        folder = os.path.dirname(script)
+        edge.complain(
+            "aios-run", f"agent {spawned.pid} can read {script}, nothing else in {folder} (--read grants more)"
+        )
 
 
 def _is_utf8(text: str) -> bool:
@@ -314,6 +354,7 @@ class Attachment:
             self._connect_stdio()
             spawned: Spawned = self._await(self.client.submit(Sys.SPAWN, self.spawn, self.given_fds), Spawned)
             self._agent_lives(spawned.pid)
+            _note_alone(self.spawn, spawned)
             waited: Waited = self._await(self.client.submit(Sys.WAIT, Wait(self.pid)), Waited)
             self.ended = True
             for relay in self.outputs:

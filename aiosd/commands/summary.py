@@ -13,9 +13,11 @@ def brief(found: dict[str, Any], machine: str = "") -> list[str]:
     rows = {"home": str(found.get("home", "")), "policy": _policy(found), "agents": _agents(found)}
     rows["gateway"] = f"{found['gateway']}/v1" if found.get("gateway") else ""
     rows |= {f"model {model.get('name', '?')}": _model_in_a_line(model) for model in found.get("models", [])}
+    rows["notes"] = _notes(found)
     others = [service for service in found.get("services", []) if service.get("state") not in (None, "ready")]
     rows |= {str(service.get("name", "?")): str(service["state"]) for service in others}
     rows |= {str(service["name"]): text for service in found.get("services", []) if (text := _errors(service))}
+    rows["sandbox"] = _sandbox(found.get("sandbox") or {})
     rows["machine"] = machine
     width = max(map(len, rows))
     lines = [_head(found)]
@@ -36,6 +38,17 @@ def _policy(found: dict[str, Any]) -> str:
     if "tokens" not in quantum:
         return str(found.get("policy", ""))
     return f"{found.get('policy', '')} ({quantum['tokens']} tokens or {quantum.get('seconds', 0):g} s)"
+
+
+def _sandbox(found: dict[str, Any]) -> str:
+    """How agents are confined, and why no more than that is possible."""
+    if not found:
+        return ""
+    parts = [str(found.get("default", ""))]
+    parts += [f"{name} {level}" for name, level in found.get("groups", {}).items()]
+    if found.get("why_no_more"):
+        parts.append(f"no more than {found.get('possible')} is possible: {found['why_no_more']}")
+    return ", ".join(parts)
 
 
 def _agents(found: dict[str, Any]) -> str:
@@ -73,6 +86,19 @@ def _errors(service: dict[str, Any]) -> str:
         return ""
     more = f" (and {len(errors) - 1} more: aiosd status -v)" if len(errors) > 1 else ""
     return f"{service.get('state', '?')}, but {first[0]}: {first[1]}{more}"
+
+
+def _notes(found: dict[str, Any]) -> str:
+    stats = next((one.get("stats") or {} for one in found.get("services", []) if one.get("kind") == "store"), {})
+    parts = [f"search {stats['search']}"] if "search" in stats else []
+    if stats.get("pending"):
+        parts.append(f"{stats['pending']:,} texts wait for their vectors")
+    if "hits" in stats:
+        parts.append(
+            f"{stats['hits']:,} hits, {stats.get('faults', 0):,} faults, {stats.get('evictions', 0):,} evictions"
+        )
+        parts.append(f"{format_size(stats.get('bytes', 0) + stats.get('index_bytes', 0))} in memory")
+    return ", ".join(parts)
 
 
 def _checked(problems: list[str] | None) -> list[str]:

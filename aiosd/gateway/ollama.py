@@ -221,9 +221,7 @@ async def embed(request: Request) -> None:
     if asked.dimensions not in (None, model.n_embd):
         raise Problem(400, f"dimensions: this model's vectors have {model.n_embd}", param="dimensions")
     durations = {"total_duration": 0, "load_duration": 0}
-    await request.reply(
-        {"model": model.name, "embeddings": vectors, **durations, "prompt_eval_count": tokens}
-    )
+    await request.reply({"model": model.name, "embeddings": vectors, **durations, "prompt_eval_count": tokens})
 
 
 async def embeddings(request: Request) -> None:

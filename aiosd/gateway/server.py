@@ -138,9 +138,7 @@ async def _serve(superior: Superior, spec: GatewaySpec, rounds: Rounds) -> int:
     for name in ("uvicorn.error", "uvicorn.access"):
         logging.getLogger(name).setLevel(logging.ERROR)  # not a line for each broken request
     app = App(accounts, counters, spec.door, ROUTES)
-    config = Config(
-        app, lifespan="off", ws="none", access_log=False, log_config=None, timeout_keep_alive=KEEP_ALIVE_S
-    )
+    config = Config(app, lifespan="off", ws="none", access_log=False, log_config=None, timeout_keep_alive=KEEP_ALIVE_S)
     config.load()
     kind = type("Connection", (Guarded,), {"strangers": strangers})
     state = ServerState()

@@ -90,9 +90,7 @@ def problem_of(err: OSError) -> Problem:
 
 
 def openai_error(problem: Problem) -> dict[str, Any]:
-    return {
-        "error": {"message": problem.message, "type": problem.kind, "param": problem.param, "code": problem.code}
-    }
+    return {"error": {"message": problem.message, "type": problem.kind, "param": problem.param, "code": problem.code}}
 
 
 @dataclass(slots=True)

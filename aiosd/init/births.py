@@ -63,7 +63,11 @@ class Births:
         if birth is None:
             return
         with contextlib.suppress(BlockingIOError):
-            self._end(birth, report.read(birth.report))
+            found = report.read(birth.report)
+            if found is not None and found[0] == report.DOOR:
+                birth.agent.door = found[1]
+                found = report.read(birth.report)
+            self._end(birth, found)
 
     def ended(self, agent: Agent) -> None:
         """Its process has ended: what it has reported before is all that will come. (The end of its socket may come

@@ -15,6 +15,7 @@ from aiosd import link
 from aiosd.heartbeat import Heart
 from aiosd.link import Key
 from aiosd.restart import Restarts
+from aiosd.sandbox.probe import Offer
 from aiosd.service import Service
 from aiosd.timers import Timer
 
@@ -79,7 +80,8 @@ class Agent:
     # of an agent that is started again when it ends (its `ospid` is 0 while it waits for that)
     restarts: Restarts | None = None
     forked_at: float = 0.0  # when its process was forked, on the monotonic clock
-    letter: int = -1  # what it runs: a descriptor, kept for its next start
+    letter: int = -1  # what it runs: a descriptor, kept for its next start and for the next kernel
+    door: int = -1  # of a confined one: a descriptor, see `sandbox.doors`
     last_status: int = 0
     again: Timer | None = None  # None while it waits: STOP holds it
     # changed by signals sent to it
@@ -122,5 +124,6 @@ class Inheritance:
     ledger: int  # a memfd, see kernel.ledger
     memo: Memo[Key, bytes]  # replies of calls that take effect once
     ready: bool = False  # the system has been ready before
+    offer: Offer = field(default_factory=lambda: Offer("none"))  # which sandbox this machine can do
     agents: list[Agent] = field(default_factory=list)
     services: list[Process] = field(default_factory=list)

@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 from aiosd.gateway.superior import GatewaySpec
-from aiosd.service import LLM, Service
+from aiosd.service import GATEWAY, LLM, Service
 from aiosd.store.main import StoreSpec
 from aiosd.tools.spec import ToolboxSpec
 
@@ -26,11 +26,22 @@ def of(settings: Settings) -> list[Service]:
         )
         for model in settings.models
     ]
+    vectors = [
+        Service(
+            name=f"{LLM}:{model.name}",
+            kind=LLM,
+            entry="aiosd.llm.embedcore:main",
+            title=f"{LLM}:{model.name}",
+            argument=model,
+        )
+        for model in [settings.embedder]
+        if model is not None
+    ]
     store = Service(
         name="store",
         kind="store",
         entry="aiosd.store.main:main",
-        argument=StoreSpec(str(settings.home.data / "store"), settings.store_ram, settings.note_quota),
+        argument=_store(settings),
     )
     toolbox = Service(
         name="toolbox",
@@ -40,7 +51,21 @@ def of(settings: Settings) -> list[Service]:
             str(settings.home.data / "work"), settings.tools, settings.tool_workers, dict(settings.mcp_servers)
         ),
     )
-    return [*cores, store, toolbox, *_gateway(settings), *settings.services]
+    return [*cores, *vectors, store, toolbox, *_gateway(settings), *settings.services]
+
+
+def _store(settings: Settings) -> StoreSpec:
+    model, home = settings.embedder, settings.home
+    return StoreSpec(
+        str(home.data / "store"),
+        settings.store_ram,
+        settings.note_quota,
+        settings.index_ram,
+        settings.embed_table,
+        model.name if model is not None else "",
+        model.path if model is not None else "",
+        str(home.root) if home.explicit else None,
+    )
 
 
 def _gateway(settings: Settings) -> list[Service]:
@@ -50,8 +75,8 @@ def _gateway(settings: Settings) -> list[Service]:
         return []
     return [
         Service(
-            name="gateway",
-            kind="gateway",
+            name=GATEWAY,
+            kind=GATEWAY,
             entry="aiosd.gateway.main:main",
             argument=GatewaySpec(settings.home, door),
             awaited=False,

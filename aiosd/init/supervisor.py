@@ -32,7 +32,7 @@ from collections.abc import Callable
 from typing import TYPE_CHECKING, ClassVar
 
 from aiosd import link, log, procfs, restart
-from aiosd.birth import fork, heap, modules
+from aiosd.birth import confinement, fork, heap, modules
 from aiosd.birth.spares import Spares
 from aiosd.errors import Bug
 from aiosd.heartbeat import BEAT_S, HANG_S, Heart, Rounds, beat, beat_in_background
@@ -44,6 +44,7 @@ from aiosd.init.records import BACKOFF_S, Agent, Inheritance, Memo, Process
 from aiosd.init.signals import Received, describe_sender, open_signals, read_signals, signal_tree
 from aiosd.init.signals import name as signal_name
 from aiosd.init.sweep import sweep
+from aiosd.sandbox.probe import Offer
 from aiosd.service import Service
 from aiosd.timers import Timers
 from libaios.channel import Channel, Side, make_channel, raise_epoch
@@ -101,6 +102,7 @@ class Supervisor:
         self.signals = open_signals(SIGNALS)
         self.journal = (os.memfd_create("aios-journal"), os.memfd_create("aios-journal"))
         self.ledger = os.memfd_create("aios-ledger")
+        self.offer = Offer("none")  # which sandbox this machine can do
 
     def _known_children(self) -> set[int]:
         return {*self.children, *self.spares.ospids()}
@@ -116,6 +118,7 @@ class Supervisor:
         for service in services.of(self.settings):
             self.services[service.name] = Process(service, self.pids.next())
         self.kernel.pid = self.pids.next()
+        self.offer = confinement.prepare()
         _preload()
         self._fork_kernel()
         for process in self.services.values():
@@ -246,11 +249,13 @@ class Supervisor:
             ledger=self.ledger,
             memo=self.replies,
             ready=self.served_once,
+            offer=self.offer,
             agents=list(self.agents.values()),
             services=list(self.services.values()),
         )
         keep = [self.listener.fileno(), theirs.fileno(), heart.write, *self.journal, self.ledger]
         keep += [fd for agent in self._live_agents() for fd in (agent.memfd, agent.bell)]
+        keep += [fd for agent in self.agents.values() for fd in (agent.letter, agent.door)]
         keep += [fd for process in running for fd in (process.memfd, process.kernel_bell)]
 
         def child() -> int:
@@ -418,19 +423,20 @@ class Supervisor:
         """An agent runs, or cannot start: only now the kernel gets its reply. A kernel that was forked during the birth
         has inherited the agent, and asks again."""
         agent = birth.agent
+        doors = (agent.door,) if agent.door >= 0 else ()
         if agent.restarts is not None and agent.restarts.total:
             if birth.refusal is None:
-                self._tell(link.ChildRestarted(agent.pid, agent.ospid), (agent.memfd, agent.bell))
+                self._tell(link.ChildRestarted(agent.pid, agent.ospid), (agent.memfd, agent.bell, *doors))
             return  # else it ends now, which is handled like any other end
         if birth.refusal is None:
             if birth.epoch == self.epoch:
-                self._tell(_forked(agent.spec.key, agent), () if birth.claimed else (agent.memfd, agent.bell))
+                self._tell(_forked(agent.spec.key, agent), () if birth.claimed else (agent.memfd, agent.bell, *doors))
             return
         if birth.epoch == self.epoch:
             number, reason = birth.refusal
             self._tell(link.ForkFailed(agent.spec.key, number, ""), (reason,))
         self.agents.pop(agent.pid, None)
-        _drop_letter(agent)
+        _drop(agent)
         self.spawned.forget(agent.spec.key)
         if agent.log:
             with contextlib.suppress(OSError):
@@ -441,11 +447,12 @@ class Supervisor:
         log_path = str(self.home.logs / f"{pid}.log") if spec.detached else ""
         policy = restart.parse(spec.restart)
         again = policy.when is not restart.When.NO
-        letter = os.dup(fds[0]) if again else -1
+        kept = again or spec.sandbox != "none"  # else nothing in it is needed any more
+        letter = os.dup(fds[0]) if kept else -1
         try:
             ospid, report, memfd, bell = self._start(spec, pid, fds, log_path)
         except OSError:
-            if again:
+            if kept:
                 os.close(letter)
             raise
         agent = Agent(
@@ -520,7 +527,7 @@ class Supervisor:
             agent.again.cancel()
             agent.again = None
         agent.status = agent.last_status
-        _drop_letter(agent)
+        _drop(agent)
         self._tell(link.ChildExited(agent.pid, agent.status))
 
     def _stdio(self, spec: link.Fork, fds: list[int], log_path: str) -> tuple[tuple[int, int, int], list[int]]:
@@ -664,12 +671,15 @@ class Supervisor:
         self.births.ended(agent)
         os.close(agent.memfd)
         os.close(agent.bell)
+        if agent.door >= 0:
+            os.close(agent.door)
+            agent.door = -1
         agent.ended, agent.stopped = time.time(), False
         self.orphans.agent_ended(agent.ospid, agent.told_to_end)
         wait_s = self._wait_before_restart(agent, status)
         if wait_s is None:
             agent.status = status
-            _drop_letter(agent)
+            _drop(agent)
         else:
             agent.ospid, agent.last_status = 0, status
             self._wait_for_start(agent, wait_s)
@@ -759,8 +769,8 @@ def _forked(key: link.Key, agent: Agent) -> link.Forked:
     return link.Forked(key, agent.pid, agent.ospid, agent.pgid, agent.started, agent.since, agent.log)
 
 
-def _drop_letter(agent: Agent) -> None:
-    """It is not started again."""
+def _drop(agent: Agent) -> None:
+    """The letter of an agent that is not started again."""
     if agent.letter >= 0:
         os.close(agent.letter)
         agent.letter = -1

@@ -20,6 +20,9 @@ from aiosd.kernel.proc import INIT, Proc, ProcTable
 from libaios import wire
 from libaios.wire import Sys
 
+#: What a service (the store) may ask of others, over the control socket. (The gateway asks in the name of an agent.)
+_OF_SERVICES = (Sys.EMBED,)
+
 
 class Verdict(enum.Enum):
     NOW = "now"
@@ -42,6 +45,9 @@ class Access:
         }
 
     def check(self, peer: Peer, row: wire.Row, args: Any) -> Verdict:
+        service = getattr(peer, "service", "")
+        if service and peer.proc is None and row.sys not in _OF_SERVICES:
+            raise wire.error(errno.EPERM, f"{service}: a service may not call {row.name}")
         rule = self._rules.get(row.sys)
         if rule is not None:
             rule(peer, args)

@@ -10,7 +10,7 @@ import errno
 import logging
 import os
 import signal
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
@@ -25,11 +25,13 @@ from aiosd.kernel.logkeeper import LogKeeper
 from aiosd.kernel.mail import Mail
 from aiosd.kernel.peer import AgentPeer, Call
 from aiosd.kernel.proc import INIT, Event, Proc, ProcTable, State
+from aiosd.kernel.sandboxes import Sandboxes
 from aiosd.kernel.tokens import Tokens
 from aiosd.kernel.turns import Turns
 from aiosd.kernel.uplink import Uplink
 from aiosd.kernel.waiters import Waiters
 from aiosd.letter import Letter
+from aiosd.sandbox.box import Box
 from aiosd.timers import Timers
 from libaios import wire
 from libaios.channel import Channel, Side
@@ -54,6 +56,7 @@ class UnderWay:
     call: Call | None  # None: the system's own
     spec: link.Fork
     command: str
+    box: Box | None
 
 
 class Agents:
@@ -72,6 +75,7 @@ class Agents:
         mail: Mail,
         logs: LogKeeper,
         tokens: Tokens,
+        sandboxes: Sandboxes,
     ) -> None:
         self.tokens = tokens
         self.table = table
@@ -87,10 +91,13 @@ class Agents:
         self.waiters = waiters
         self.mail = mail
         self.logs = logs
+        self.sandboxes = sandboxes
         self.by_ospid: dict[int, Proc] = {}  # live ones
         self.forks: dict[link.Key, UnderWay] = {}
         self._patience: dict[int, float] = {}  # attached agents whose client may still come back, until when
         self.stopping = False  # the system goes down
+        self.open_door: Callable[[Proc, int], None]  # of a confined agent, see `control`
+        self.close_door: Callable[[Proc], None]
 
     # ── birth ─────────────────────────────────────────────────────────────────────────────────────────────
 
@@ -99,6 +106,9 @@ class Agents:
         for agent in agents:
             started, command = (agent.started, agent.since), self.ledger.command(agent.pid)
             proc = self._make(agent.spec, command, agent.pid, agent.ospid, agent.pgid, started, agent.log)
+            if agent.letter >= 0:
+                proc.box = letter.read(agent.letter).box
+                os.close(agent.letter)
             proc.ppid, proc.nice, proc.budget, proc.reason = agent.ppid, agent.nice, agent.budget, agent.reason
             self.table.add(proc)
         for agent in agents:
@@ -112,6 +122,8 @@ class Agents:
             return
         if agent.status is None:
             self.connect(proc, agent.memfd, agent.bell)
+            if agent.door >= 0:
+                self.open_door(proc, agent.door)
             if agent.stopped:
                 self.table.advance(proc, Event.STOP)
                 self.generations.park(proc, True)
@@ -150,7 +162,7 @@ class Agents:
             self.uplink.send(spec, (sealed, *fds))
         finally:
             os.close(sealed)
-        self.forks[spec.key] = UnderWay(call, spec, letter.command(content)[:COMMAND_SHOWN])
+        self.forks[spec.key] = UnderWay(call, spec, letter.command(content)[:COMMAND_SHOWN], content.box)
 
     def forked(self, message: link.Forked, fds: list[int]) -> None:
         under_way = self.forks.pop(message.key)
@@ -158,24 +170,25 @@ class Agents:
         proc = self.table.find(message.pid)
         if proc is None and not fds:  # an old one, forgotten since
             self.budgets.arrived(spec.shares)
-            self._answer_spawn(call, wire.Spawned(message.pid, message.log))
+            self._answer_spawn(call, wire.Spawned(message.pid, message.log, spec.sandbox))
             return
         if proc is None:
             started = (message.started, message.since)
             command = under_way.command
             proc = self._make(spec, command, message.pid, message.ospid, message.pgid, started, message.log)
+            proc.box = under_way.box
             self.ledger.keep_command(proc.pid, command)
             parent = self.table.get(proc.ppid)
             if proc.ppid != INIT and (parent is None or not parent.alive):  # it died while we forked
                 proc.ppid = INIT
                 self.uplink.send(link.Mark(proc.pid, ppid=INIT))
             self.table.add(proc)
-            self.connect(proc, *fds)
+            self._connect_all(proc, fds)
             self.enforcer.born(proc)
             if parent is not None and parent.halted:  # it was told to stop, with all its children, while we forked
                 self.deliver(proc, signal.SIGSTOP)
         self.budgets.arrived(spec.shares)
-        self._answer_spawn(call, wire.Spawned(proc.pid, proc.log))
+        self._answer_spawn(call, wire.Spawned(proc.pid, proc.log, spec.sandbox))
         if proc.attached_to and proc.attached_to not in self.peers.clients:
             self.deliver(proc, signal.SIGHUP)  # the client went while we forked
 
@@ -199,10 +212,19 @@ class Agents:
         for number, spec in enumerate(specs):
             try:
                 spawn = autostart.spawn(spec, os.environ)
-                fork = spawning.fork(spawn, (0, number + 1), None)
-                self._send_fork(None, *self.tokens.give(fork, spawning.letter(spawn), None, None))
+                box = self.sandboxes.decide(spawn, None)
+                fork = spawning.fork(spawn, (0, number + 1), None, box)
+                letter = spawning.letter(spawn, self.sandboxes.environment(spawn, None, box), box)
+                self._send_fork(None, *self.tokens.give(fork, letter, None, None))
             except OSError as err:
                 logger.error("agent %s, which starts with the system: %s", spec.name or spec.target, err.strerror)
+
+    def _connect_all(self, proc: Proc, fds: list[int]) -> None:
+        """Its channel, and of a confined agent its door."""
+        memfd, bell, *doors = fds
+        self.connect(proc, memfd, bell)
+        for door in doors:
+            self.open_door(proc, door)
 
     def connect(self, proc: Proc, memfd: int, bell: int) -> None:
         """Serve an agent's channel; one whose header it has ruined already ends it here."""
@@ -359,6 +381,7 @@ class Agents:
         for peer in self.peers.of(proc):
             self.calls.drop(peer)
         self.by_ospid.pop(proc.ospid, None)
+        self.close_door(proc)
         self.generations.forget(proc)
         proc.ospid = 0
 
@@ -368,7 +391,7 @@ class Agents:
         self.table.advance(proc, Event.START)
         proc.halted = False
         proc.ospid, proc.restarts, proc.looked, proc.sampled = message.ospid, proc.restarts + 1, 0.0, 0.0
-        self.connect(proc, *fds)
+        self._connect_all(proc, fds)
 
     def _orphaned(self, child: Proc) -> None:
         """Its parent is dead."""

@@ -79,6 +79,12 @@ def agent_above(origin: Origin, agents: Mapping[int, A], supervisor: int) -> A |
     raise Unproven("its ancestors change too fast to be followed")
 
 
+def is_child(origin: Origin, supervisor: int) -> bool:
+    """Whether it lives, as a child of the supervisor: a service is one, with the number that the supervisor told."""
+    stat = procfs.read_stat(origin.ospid)
+    return stat is not None and stat.ppid == supervisor and not has_ended(origin.pidfd)
+
+
 def _way_up(ospid: int, agents: Mapping[int, A], supervisor: int) -> list[tuple[int, int]] | None:
     """(Linux pid, start time) from the process up to an agent, the supervisor, or the top; None: the path broke off."""
     way: list[tuple[int, int]] = []

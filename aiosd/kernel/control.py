@@ -25,13 +25,14 @@ from collections.abc import Callable, Mapping
 import msgspec
 
 from aiosd import __version__
-from aiosd.kernel.ancestry import Unproven, Unsettled, agent_above, has_ended, peer_of
+from aiosd.kernel.ancestry import Unproven, Unsettled, agent_above, is_child, peer_of
 from aiosd.kernel.calls import Calls, failure
 from aiosd.kernel.dispatch import Dispatcher
 from aiosd.kernel.events import Events, Source, Turn
 from aiosd.kernel.peer import OUTBOX_PAUSE, ClientPeer, Peer
 from aiosd.kernel.proc import Proc
 from aiosd.kernel.system import Descriptors
+from aiosd.sandbox.doors import Question
 from aiosd.timers import Timer, Timers
 from libaios import wire
 from libaios.ring import ProtocolError
@@ -67,10 +68,10 @@ class Control:
         dispatcher: Dispatcher,
         agents: Mapping[int, Proc],
         descriptors: Callable[[], Descriptors],
+        services: Callable[[], Mapping[int, str]],
         caught_up: Callable[[Peer], None],
         joined: Callable[[Peer], None],
         hang_up: Callable[[int], None],
-        gateway: Callable[[], int],
         bearer: Callable[[str], Proc | None],
     ) -> None:
         self._listener = listener
@@ -82,13 +83,14 @@ class Control:
         self._dispatcher = dispatcher
         self._agents = agents  # by Linux pid
         self._descriptors = descriptors
+        self._services = services  # names by Linux pid
         self._caught_up = caught_up
         self._joined = joined
         self._hang_up = hang_up
-        self._gateway = gateway  # its Linux pid
         self._bearer = bearer  # the agent of a token
         self.strangers: dict[ClientPeer, Timer] = {}  # before their Hello, oldest first
         self._fds_held: dict[ClientPeer, int] = {}  # descriptors that came with unfinished frames
+        self._doors: dict[int, Source] = {}  # of confined agents, by pid
         self._unsettled = 0  # connections that are looked at again
         self._refused = 0  # … and refused since the last line in the log about that
         self._source: Source
@@ -164,18 +166,51 @@ class Control:
         try:
             if origin.uid not in (os.getuid(), 0):
                 raise Unproven(f"user {origin.uid}")
-            of_gateway = origin.ospid == self._gateway() and not has_ended(origin.pidfd)
-            proc = None if of_gateway else agent_above(origin, self._agents, os.getppid())
+            service = self._services().get(origin.ospid, "")
+            if service and is_child(origin, os.getppid()):
+                proc = None
+            else:
+                service, proc = "", agent_above(origin, self._agents, os.getppid())
         finally:
             os.close(origin.pidfd)
         if proc is not None and self._connections_of(proc) >= CLIENTS_OF_AGENT:
             sock.close()  # without a line in the log: there may be many
             return
+        self._receive(sock, origin.ospid, proc, service)
+
+    def _receive(self, sock: socket.socket, ospid: int, proc: Proc | None, service: str = "") -> None:
         frames = FrameSocket(sock, HELLO_BYTES)
         frames.max_fds = 0
-        peer = ClientPeer(frames, origin.ospid, proc, lambda: self._watch(peer))
-        peer.of_gateway = of_gateway
+        peer = ClientPeer(frames, ospid, proc, lambda: self._watch(peer), service)
         self._meet(peer)
+
+    # ── doors of confined agents ──────────────────────────────────────────────────────────────────────────
+
+    def open_door(self, proc: Proc, door: int) -> None:
+        """Serve the door of a confined agent; it is ours from now on."""
+        self._doors[proc.pid] = self._events.watch(door, lambda mask: self._at_door(proc, door, mask), of_clients=True)
+
+    def close_door(self, proc: Proc) -> None:
+        source = self._doors.pop(proc.pid, None)
+        if source is not None:
+            self._events.unwatch(source)
+            os.close(source.fd)
+
+    def _at_door(self, proc: Proc, door: int, mask: int) -> None:
+        """A process of the agent wants a socket. Whose it is needs no proof: see `sandbox.doors`."""
+        if not mask & select.EPOLLIN:  # the last of its processes has ended
+            self.close_door(proc)
+            return
+        try:
+            question = Question(door)
+        except FileNotFoundError:  # it has ended meanwhile
+            return
+        if self._connections_of(proc) >= CLIENTS_OF_AGENT or not self._descriptors().room_for_client():
+            question.refuse(errno.EMFILE)
+            return
+        sock = question.connect()
+        if sock is not None:
+            self._receive(sock, question.ospid, proc)
 
     def _connections_of(self, proc: Proc) -> int:
         return len(self._peers.clients_of(proc)) + sum(other.proc is proc for other in self.strangers)

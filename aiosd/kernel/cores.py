@@ -44,6 +44,7 @@ class Core(Service):
     path: str
     default: bool
     listener: Listener
+    vectors_only: bool = False
     info: wire.ModelInfo | None = None
     parked: set[int] = field(default_factory=set)  # peers whose generations are to stand still
     unconfirmed: dict[int, int] = field(default_factory=dict)  # number of a `Park` that is not in force yet → peer,
@@ -177,6 +178,10 @@ class Cores:
         if model is None:
             return next(iter(self.by_model.values()))
         return self.by_model.get(model)
+
+    def for_vectors(self) -> Core:
+        """The core that makes vectors where none is named: one that does nothing else, if there is one."""
+        return next((core for core in self if core.vectors_only), next(iter(self)))
 
     def context_of(self, peer: int) -> tuple[str, int]:
         """Where the longest context of a peer lies, and its tokens."""

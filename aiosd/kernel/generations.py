@@ -78,6 +78,8 @@ class Generations:
         """The core that another call than a generation goes to. Raises OSError: EINVAL, EDQUOT."""
         if call.row.sys == Sys.EMBED:
             self.check_budget(call)
+            if args.model is None:
+                return self.cores.for_vectors()
         return self.core_for(args.model)
 
     def caller_of(self, call: Call) -> link.Caller:

@@ -8,6 +8,7 @@ from typing import Any
 from aiosd.kernel.budget import Budget
 from aiosd.kernel.peer import AgentPeer, ClientPeer, Peer
 from aiosd.kernel.proc import Proc, shell_status
+from aiosd.sandbox.box import Box
 from libaios import wire
 
 
@@ -19,6 +20,7 @@ def inspect(
         **{field: getattr(line, field) for field in line.__struct_fields__},
         "state": proc.state.value,
         "log": proc.log,
+        "named": proc.named,
         "attached": bool(proc.attached_to),
         "ended": proc.ended or None,
         "signal": -proc.status if proc.status is not None and proc.status < 0 else None,
@@ -29,6 +31,7 @@ def inspect(
         "budgets": [_budget(budget) for budget in proc.budgets],
         "restart": proc.restart,
         "restarts": proc.restarts,
+        "box": None if proc.box is None else _box(proc.box),
         "mailbox": mailbox,
         "connected": any(isinstance(peer, AgentPeer) for peer in peers),
         "clients": [peer.ospid for peer in peers if isinstance(peer, ClientPeer)],
@@ -37,6 +40,17 @@ def inspect(
             for peer in peers
             for call in peer.calls.values()
         ],
+    }
+
+
+def _box(box: Box) -> dict[str, Any]:
+    """What a confined agent may reach."""
+    return {
+        "level": box.level,
+        "net": box.net,
+        "workspace": wire.os_shown(box.workspace),
+        "read": [wire.os_shown(path) for path in box.read],
+        "write": [wire.os_shown(path) for path in box.write],
     }
 
 

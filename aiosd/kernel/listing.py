@@ -77,4 +77,5 @@ def line(proc: Proc, calls: Sequence[Call], context: tuple[str, int] = ("", 0), 
         ctx_kept=context[1],
         ctx_place=context[0],
         restarts=proc.restarts,
+        sandbox=proc.box.level if proc.box is not None else "none",
     )

@@ -20,7 +20,7 @@ from typing import TYPE_CHECKING
 from aiosd import link, log
 from aiosd.errors import WorldError
 from aiosd.heartbeat import BEAT_S, beat
-from aiosd.kernel import syscalls
+from aiosd.kernel import sandboxes, syscalls
 from aiosd.kernel.access import Access
 from aiosd.kernel.agents import REATTACH_S, Agents
 from aiosd.kernel.books import Books
@@ -43,6 +43,7 @@ from aiosd.kernel.measure import Measure
 from aiosd.kernel.peer import AgentPeer, ClientPeer, Peer
 from aiosd.kernel.peers import Peers
 from aiosd.kernel.proc import Proc, ProcTable
+from aiosd.kernel.sandboxes import Sandboxes
 from aiosd.kernel.service import Asker, Service, Services
 from aiosd.kernel.status import StatusRequests
 from aiosd.kernel.system import Descriptors, System
@@ -100,6 +101,9 @@ class Kernel:
         self.generations = Generations(self.calls, self.table, self.cores, self.live.schedule)
         self.enforcer = Enforcer(self.table, self.uplink, self.timers, self._deliver)
         settings = born.settings
+        self.sandboxes = Sandboxes(settings.sandbox, settings.groups, born.offer, sandboxes.folder(settings.home.data))
+        for line in self.sandboxes.warnings():
+            logger.warning("%s", line)
         self.logs = LogKeeper(settings.home.logs, settings.log_size, settings.log_keep, settings.keep_dead)
         self.measure = Measure(self.table, self.timers, self.jobs, self.enforcer.memory_exceeded, self.logs)
         self.handlers: dict[int, Handler] = {}
@@ -120,6 +124,7 @@ class Kernel:
             self.mail,
             self.logs,
             Tokens(settings.door),
+            self.sandboxes,
         )
         self.generations.spent, self.generations.refused = self.enforcer.spent, self.enforcer.refused
         self.generations.stood_still = self.agents.stood_still
@@ -139,15 +144,16 @@ class Kernel:
             self.dispatcher,
             self.agents.by_ospid,
             lambda: self.descriptors,
+            self._services_by_ospid,
             self.generations.resume_streams,
             self.generations.joined,
             self.agents.hang_up,
-            self._gateway,
             self.agents.tokens.bearer,
         )
         self.descriptors = Descriptors(
             lambda: len(self.agents.by_ospid) + len(self.agents.forks), self.control.descriptors
         )
+        self.agents.open_door, self.agents.close_door = self.control.open_door, self.control.close_door
         books = Books(
             self.table,
             self.calls,
@@ -170,6 +176,7 @@ class Kernel:
             lambda: self.live.settings,
             self._phase,
             self.agents.is_parked,
+            self.sandboxes,
         )
         self.loading = Loading(
             self.services,
@@ -184,6 +191,7 @@ class Kernel:
             syscalls.ProcessCalls(
                 self.table,
                 self.agents,
+                self.sandboxes,
                 self.waiters,
                 self.rights,
                 self.system,
@@ -231,6 +239,7 @@ class Kernel:
             path=record.argument.path,
             default=not self.cores.by_model,
             listener=self.generations,
+            vectors_only=record.argument.vectors_only,
         )
         self.cores.add(core)
         return core
@@ -291,13 +300,11 @@ class Kernel:
         if client not in self.calls.peers.clients:
             self._tell_services(link.Gone(client))
 
-    def _gateway(self) -> int:
-        """Linux pid of the gateway; 0: there is none just now."""
-        service = self.services.of_kind("gateway")
-        return service.ospid if service is not None else 0
-
     def _live_peers(self) -> list[int]:
         return [*(proc.pid for proc in self.table.live()), *self.calls.peers.clients]
+
+    def _services_by_ospid(self) -> dict[int, str]:
+        return {service.ospid: service.name for service in self.services if service.channel is not None}
 
     def _phase(self) -> str:
         return "stopping" if self.stopping else "ready" if self.loading.ready else "loading"

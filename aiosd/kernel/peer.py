@@ -22,6 +22,7 @@ from aiosd.kernel.explain import explain
 from aiosd.kernel.generation import Generation
 from aiosd.kernel.proc import Proc
 from aiosd.link import Key
+from aiosd.service import GATEWAY
 from aiosd.timers import Timer
 from libaios import wire
 from libaios.channel import Channel
@@ -109,16 +110,23 @@ class AgentPeer(Peer):
 class ClientPeer(Peer):
     """A client on the control socket. Until its Hello it has no id and may not call."""
 
-    __slots__ = ("fds", "of_gateway", "on_pending", "ospid", "socket", "welcome")
+    __slots__ = ("fds", "on_pending", "ospid", "service", "socket", "welcome")
 
-    def __init__(self, socket: FrameSocket, ospid: int, proc: Proc | None, on_pending: Callable[[], None]) -> None:
+    def __init__(
+        self, socket: FrameSocket, ospid: int, proc: Proc | None, on_pending: Callable[[], None], service: str = ""
+    ) -> None:
         super().__init__(0, proc)
+        self.service = service  # a part of the system itself, of this name
         self.socket = socket
         self.ospid = ospid
         self.on_pending = on_pending  # called when something could not be sent at once
         self.welcome = False
-        self.of_gateway = False  # the gateway has made it: it acts for the agent that its Hello names
         self.fds: list[int] = []  # those that came with the frame now being handled
+
+    @property
+    def of_gateway(self) -> bool:
+        """The gateway has made it: it acts for the agent that its Hello names."""
+        return self.service == GATEWAY
 
     def send(self, payload: bytes) -> None:
         self.socket.send(payload)

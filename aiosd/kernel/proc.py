@@ -38,6 +38,7 @@ from dataclasses import dataclass, field
 from aiosd.errors import Bug
 from aiosd.kernel.budget import Budget
 from aiosd.kernel.ledger import Row
+from aiosd.sandbox.box import Box
 
 INIT = 1  # the pid of aiosd itself
 
@@ -92,6 +93,7 @@ class Proc:
     client: tuple[int, int] = (0, 0)  # the process of that client: Linux pid and start time
     named: bool = False  # the name was given, not made from the program's
     token: bytes = b""  # the hash of its token for the gateway; b"": it has none
+    box: Box | None = None  # how it is confined
     row: Row = field(default_factory=lambda: memoryview(bytearray(64)).cast("Q"))  # in the ledger
     budgets: list[Budget] = field(default_factory=list)  # those it shares: of its ancestors, and its own
 

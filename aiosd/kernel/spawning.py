@@ -11,16 +11,22 @@ from pathlib import PurePath
 from aiosd import link, procfs, restart
 from aiosd.kernel.proc import INIT, Proc
 from aiosd.letter import Letter
+from aiosd.sandbox.box import Box
 from libaios import wire
 
 SPAWN_CHARS = 1 << 20
 
 
 def fork(
-    args: wire.Spawn, key: link.Key, parent: Proc | None, attached: bool = False, client: tuple[int, int] = (0, 0)
+    args: wire.Spawn,
+    key: link.Key,
+    parent: Proc | None,
+    box: Box | None,
+    attached: bool = False,
+    client: tuple[int, int] = (0, 0),
 ) -> link.Fork:
-    """`parent`: the agent that starts it, None: the person. `client`: the process that it is attached to. Raises
-    OSError: EINVAL, E2BIG, EPERM."""
+    """`parent`: the agent that starts it, None: the person. `box`: how it is confined. `client`: the process that it is
+    attached to. Raises OSError: EINVAL, E2BIG, EPERM."""
     _check(args)
     shares = [] if parent is None else [budget.share for budget in parent.budgets]
     if args.limits != wire.Limits():
@@ -33,7 +39,7 @@ def fork(
         name=args.name or _default_name(args),
         named=args.name is not None,
         nice=_nice_of_child(parent, args.nice),
-        group=_group_of_child(parent, args.group),
+        group=group_of_child(parent, args.group),
         shares=shares,
         umask=args.umask,
         detached=args.detached,
@@ -41,12 +47,13 @@ def fork(
         client=client,
         tty=args.tty,
         restart=args.restart,
+        sandbox=box.level if box is not None else "none",
     )
 
 
-def letter(args: wire.Spawn) -> Letter:
+def letter(args: wire.Spawn, env: dict[str, str], box: Box | None) -> Letter:
     """What the agent's own process alone is to know. `fork` has checked it."""
-    return Letter(args.kind, args.target, args.args, args.env, args.cwd)
+    return Letter(args.kind, args.target, args.args, env, args.cwd, box)
 
 
 def _check(args: wire.Spawn) -> None:
@@ -103,7 +110,7 @@ def _nice_of_child(parent: Proc | None, nice: int | None) -> int:
     return parent.nice if nice is None else nice
 
 
-def _group_of_child(parent: Proc | None, group: str | None) -> str:
+def group_of_child(parent: Proc | None, group: str | None) -> str:
     if parent is None:
         return group or "default"
     if group is not None and group != parent.group:

@@ -22,6 +22,7 @@ from aiosd.kernel.cores import Core
 from aiosd.kernel.jobs import Jobs
 from aiosd.kernel.peer import Call
 from aiosd.kernel.proc import Proc, ProcTable
+from aiosd.kernel.sandboxes import Sandboxes
 from aiosd.kernel.service import Service, Services, State
 from aiosd.kernel.system import Descriptors
 
@@ -55,6 +56,7 @@ class StatusRequests:
         settings: Callable[[], Settings],
         phase: Callable[[], str],
         is_parked: Callable[[Proc], bool],
+        sandboxes: Sandboxes,
     ) -> None:
         self._born = born
         self._calls = calls
@@ -66,6 +68,7 @@ class StatusRequests:
         self._settings = settings
         self._phase = phase
         self._is_parked = is_parked
+        self._sandboxes = sandboxes
         self._open: dict[int, _Request] = {}
         self._numbers = itertools.count(1)
 
@@ -130,6 +133,7 @@ class StatusRequests:
             "agents": letters,
             "dead_remembered": len(self._table.history),
             "max_agents": self._descriptors.max_agents,
+            "sandbox": self._sandboxes.shown(),
             "memory_limits_by": f"sampling PSS every {SAMPLE_S} s",
             "kernel": {
                 "epoch": born.epoch,

@@ -30,6 +30,7 @@ from aiosd.kernel.mail import Mail
 from aiosd.kernel.measure import Measure
 from aiosd.kernel.peer import Call, ClientPeer
 from aiosd.kernel.proc import Proc, ProcTable, State
+from aiosd.kernel.sandboxes import Sandboxes
 from aiosd.kernel.service import Services
 from aiosd.kernel.status import StatusRequests
 from aiosd.kernel.system import Descriptors, System
@@ -46,6 +47,7 @@ class ProcessCalls:
         self,
         table: ProcTable,
         agents: Agents,
+        sandboxes: Sandboxes,
         waiters: Waiters,
         rights: Access,
         system: System,
@@ -56,6 +58,7 @@ class ProcessCalls:
     ) -> None:
         self.table = table
         self.agents = agents
+        self.sandboxes = sandboxes
         self.calls = agents.calls
         self.peers = agents.peers
         self.waiters = waiters
@@ -83,8 +86,10 @@ class ProcessCalls:
             raise wire.error(errno.EINVAL, "stdin, stdout and stderr must come with an attached spawn")
         attached = args.attached and isinstance(peer, ClientPeer) and not args.detached
         client = spawning.process_of(peer.ospid) if isinstance(peer, ClientPeer) and attached else (0, 0)
-        spec = spawning.fork(args, call.key, parent, attached=attached, client=client)
-        spec, letter = self.agents.tokens.give(spec, spawning.letter(args), parent, args.gateway)
+        box = self.sandboxes.decide(args, parent)
+        spec = spawning.fork(args, call.key, parent, box, attached=attached, client=client)
+        letter = spawning.letter(args, self.sandboxes.environment(args, parent, box), box)
+        spec, letter = self.agents.tokens.give(spec, letter, parent, args.gateway)
         self.agents.fork(call, spec, letter, fds)
         return PENDING
 

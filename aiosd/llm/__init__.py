@@ -35,9 +35,13 @@ Files, from the bottom up:
     cache.py       every movement of a context between slot, memory and disk
     stats.py       counts and times
     engine.py      plan → decode → settle
+    adapters.py    LoRA adapters: which call has which, and whose turn it is
     embed.py       vectors, in a context of their own
     saved.py       contexts by name, as files
     library.py     the calls about those
+    rope.py        positions beyond those of the training
+    placement.py   on which device tensors lie
+    room.py        how many tokens a slot holds, and how many slots there are
     threads.py     how many compute a step, measured
     exact.py       does a row depend on the others in its batch?
     trial.py       is our attention right for this model?

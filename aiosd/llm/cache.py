@@ -31,6 +31,9 @@ from aiosd.llm.slots import Held, Slots
 WORTH = 16
 WORTH_NOTHING = 1
 
+#: How many bytes of states are moved in a second: assumed, until MEASURED bytes have been moved.
+COPIED_PER_S, MEASURED = 1 << 30, 64 << 20
+
 #: The part of the memory for contexts that bases of slots may pin: what is pinned cannot be evicted.
 MOST_PINNED = 1 / 2
 
@@ -244,6 +247,22 @@ class Cache:
     def tokens_in(self, slot: int) -> int:
         """How many tokens a slot holds, its base included."""
         return max(self._context.last_position(slot) + 1, self.bases.length(slot))
+
+    def state_bytes(self, *slots: int) -> int:
+        """Bytes of the states in these slots, without their bases."""
+        if self.store is None:
+            return 0
+        tokens = sum(self.tokens_in(slot) - self.bases.length(slot) for slot in slots)
+        return tokens * self.store.layout.bytes_per_token
+
+    @property
+    def move_s(self) -> float:
+        """Seconds for moving the state of one token out of a slot and that of another into it."""
+        if self.store is None:
+            return 0.0
+        copied = sum(self.copied.values())
+        rate = copied / self.copy_s if copied >= MEASURED and self.copy_s else COPIED_PER_S
+        return 2 * self.store.layout.bytes_per_token / rate
 
     def exchange(self, sequence: Sequence, slot: int) -> None:
         """Exchange the sequence with the content of a free slot."""

@@ -379,13 +379,14 @@ class ChatTemplate:
         self.source = source if source is not None else PLAIN_TEMPLATE if self.plain else DEFAULT_TEMPLATE
         self._tokens = {"bos_token": bos, "eos_token": eos}
         self._environment = _Sandbox()
-        self.broken = ""
+        self.broken, self.broken_line = "", 0
         self.quick = False  # raise `Later` instead of working for long
         self._template: Template | None = None
         try:
             self._template = self._environment.from_string(self.source)
         except Exception as error:  # compiled templates fail with more errors than Jinja documents
             self.broken = " ".join(f"{type(error).__name__}: {error}".split())[:300]
+            self.broken_line = getattr(error, "lineno", None) or 1
         self.can = Abilities() if self.broken else _tried(self)
         self.marks = marks_of(self.source)
         self._nine = "[TOOL_CALLS]" in self.source

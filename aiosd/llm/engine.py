@@ -11,7 +11,7 @@ This loop is written in Python though it runs for every token, so it does little
 views, and while the same calls run only their positions are increased; one call draws the tokens of all rows; a call
 without stop strings, stream or grammar needs a few list operations per token. Text is made only when it is sent.
 
-Invariants: a sequence is either in `_waiting` (QUEUED) or owns a slot (PREFILL, DECODE), never both; the first
+Invariants: a sequence is either in `waiting` (QUEUED) or owns a slot (PREFILL, DECODE), never both; the first
 `length` tokens of its prompt and output lie in its slot; when no call is left, all slots are free (else `Bug`).
 
 In exact mode a batch never holds a single token alone: llama.cpp multiplies a vector with other code than a matrix,
@@ -36,12 +36,13 @@ import numpy as np
 
 from aiosd.errors import Bug
 from aiosd.link import Delta, Failed, Finished, Key, Started, Step, Submit
-from aiosd.llm import llama
+from aiosd.llm import adapters, llama
 from aiosd.llm.cache import Cache
 from aiosd.llm.picking import Picker, Rows
-from aiosd.llm.policy import Fifo, Policy
+from aiosd.llm.policy import Fifo, Policy, Quantum
 from aiosd.llm.request import Prepared, Requests
 from aiosd.llm.sampling import NOTHING, Drawer
+from aiosd.llm.schedule import prompt_left, schedule
 from aiosd.llm.sequence import Phase, Sequence
 from aiosd.llm.slots import Slots
 from aiosd.llm.stats import Meter
@@ -56,13 +57,6 @@ REPORT_EVERY = 0.1
 #: How long (seconds) and how many finished calls are remembered: a kernel that was started again asks for them.
 REMEMBER_S, REMEMBER = 60.0, 256
 
-#: How many seconds of a step prompts may use: while other calls decode, and while none does. The second is limited too,
-#: because a cancel or a new call waits for the end of the step.
-PREFILL_SLICE, PREFILL_ALONE = 0.25, 1.0
-
-#: A step computes at least twice this many tokens of prompts, however short its time is, or all that are left.
-LEAST_PROMPT = 16
-
 #: While a batch of prompts is computed that takes at least LONG_BATCH seconds, the engine looks every LOOK_EVERY
 #: seconds whether its calls were cancelled, so that a cancel need not wait for the end of the batch.
 LONG_BATCH, LOOK_EVERY = 0.02, 0.002
@@ -72,7 +66,11 @@ LONG_BATCH, LOOK_EVERY = 0.02, 0.002
 LEAST_GAIN = 16
 
 #: After this many steps in which the slots of the batch were not consecutive, calls are moved (see `_close_gap`).
+#: After more where states are large: each piece more reads the weights again, an exchange copies two states twice.
 PATIENCE = 4
+
+#: The part of the time that moving states may take while calls take turns.
+MOVING = 1 / 8
 
 
 @dataclass(slots=True)
@@ -108,18 +106,19 @@ class Engine:
         self.policy: Policy = policy or Fifo()
         self.meter = Meter(clock)
         self.cache = Cache(context, self.slots, exact=exact, ram=ram, disk=disk, folder=folder, clock=clock)
+        self.ubatch = context.ubatch
         self._context = context
         self._ctx = ctx
-        self._exact = exact
+        self.exact = exact
         self._emit = emit
         self._congested = congested
-        self._cancelled = cancelled
-        self._clock = clock
+        self.cancelled = cancelled
+        self.clock = clock
         self._pieces = model.pieces
         self._picker = Picker(Drawer())
 
         self._calls: dict[Key, Sequence] = {}
-        self._waiting: dict[Key, Sequence] = {}
+        self.waiting: dict[Key, Sequence] = {}
         self._past: OrderedDict[Key, _Past] = OrderedDict()
         self._parked_peers: set[int] = set()
         self._arrivals = 0
@@ -129,6 +128,7 @@ class Engine:
         self._ready: list[Sequence] = []  # calls that can decode, ascending by slot
         self._rows: list[Sequence] = []  # the calls of the decode batch, row by row
         self._drawn = Rows([])  # the same for the sampler
+        self._turns = adapters.Turns()
         self._chosen: list[Sequence] = self._rows  # the calls of `_ready` that the policy has chosen
         self._dummies: list[tuple[int, int]] = []  # (slot, position) to remove after the step
         self._stale = False  # the rows must be made again: calls came, left or changed
@@ -148,7 +148,7 @@ class Engine:
     def submit(self, submit: Submit, prepared: Prepared | None = None) -> None:
         """Queue a call. Where its key is known already, its reports are sent again instead. Refusals are reported, not
         raised. `prepared`: the result of the work on its text, where that was done before."""
-        now = self._clock()
+        now = self.clock()
         if self._attach(submit):
             return
         self._arrivals += 1
@@ -162,7 +162,7 @@ class Engine:
             self._emit(Failed(submit.key, errno.EIO, "the llm core made a mistake; aiosd's log has the details"))
             return
         sequence.parked_peer = sequence.peer in self._parked_peers
-        self._calls[sequence.key] = self._waiting[sequence.key] = sequence
+        self._calls[sequence.key] = self.waiting[sequence.key] = sequence
         if not sequence.parked:
             self.policy.arrive(sequence, now)
         if sequence.stream:
@@ -198,7 +198,7 @@ class Engine:
         before = sequence.parked
         sequence.parked_peer, sequence.parked_call = by_peer, by_call
         if sequence.parked != before:
-            (self.policy.leave if sequence.parked else self.policy.arrive)(sequence, self._clock())
+            (self.policy.leave if sequence.parked else self.policy.arrive)(sequence, self.clock())
             self._stale = True
 
     def gone(self, peer: int) -> None:
@@ -225,18 +225,18 @@ class Engine:
 
     @property
     def num_waiting(self) -> int:
-        return len(self._waiting)
+        return len(self.waiting)
 
     def set_policy(self, policy: Policy) -> None:
         """Use this policy from the next step on. For it, all calls that are here arrive now."""
-        self.policy, now = policy, self._clock()
+        self.policy, now = policy, self.clock()
         for sequence in self._calls.values():
             if not sequence.parked:
                 policy.arrive(sequence, now)
         self._stale = True
 
     def renice(self, peer: int, nice: int) -> None:
-        now = self._clock()
+        now = self.clock()
         for sequence in self._calls.values():
             if sequence.peer == peer:
                 sequence.nice = nice
@@ -245,63 +245,41 @@ class Engine:
     def step(self) -> None:
         """Compute one token for every call that decodes, and for prompts as much as the time of a step allows."""
         self.meter.begin()
-        if self._waiting:
-            self._plan()
+        for batch in schedule(self):
             self._say_started()  # first: if a call ends this process, the kernel must know which ones ran
-        self._prefill()
-        self._choose()
-        generated = len(self._rows)
-        if generated:
-            self._decode()
+            if batch.tokens:
+                self._prefill(batch.calls, batch.tokens)
+            else:
+                self._arrange(batch.calls)
+                self._decode()
         self._report()
-        self.meter.end(generated)
+        self.meter.end(len(self._rows))
         if not self._calls:
             self._count()
 
-    # ── plan ──────────────────────────────────────────────────────────────────────────────────────────────
+    # ── what `schedule` needs ─────────────────────────────────────────────────────────────────────────────
 
-    def _plan(self) -> None:
-        now = self._clock()
-        waiting = [s for s in self._waiting.values() if not s.parked and (s.leader is None or not self._follows(s))]
-        if not waiting:
-            return
-        running = list(self.slots.owners())
-        lacking = len(waiting) - self.slots.num_free
-        if lacking > 0:  # a stopped agent does not keep a slot that another call needs
-            parked = [sequence for sequence in running if sequence.parked]
-            for sequence in parked[:lacking]:
-                self._take_off(sequence)
-            running = [sequence for sequence in running if not sequence.parked]
-        running = [sequence for sequence in running if len(sequence.out) >= sequence.least]
-        for sequence in self.policy.evict(waiting, running, self.slots.num_free, now):
-            self._take_off(sequence)
-        while waiting and self.slots.num_free:
-            running = [sequence for sequence in self.slots.owners() if not sequence.parked]
-            admitted = self.policy.admit(waiting, running, self.slots.num_free, now)
-            followers = [sequence for sequence in admitted if not self._put_on(sequence, now)]
-            if not followers:
-                return
-            out = set(map(id, admitted))
-            waiting = [sequence for sequence in waiting if id(sequence) not in out]
+    def give_turns(self, running: list[Sequence]) -> None:
+        """Set how long the running calls should keep their slots, so that moving states takes little of the time."""
+        step_s, move_s = self.meter.step_s, self.cache.move_s
+        for sequence in running:
+            seconds = len(running) * sequence.length * move_s / MOVING
+            if 0 < step_s < seconds:
+                sequence.least_turn = Quantum(int(seconds / step_s), seconds)
 
-    def _follows(self, sequence: Sequence) -> bool:
-        """Is the beginning of this prompt just being computed for another call (its leader), so that it should wait?"""
-        leader = sequence.leader
-        assert leader is not None
-        if leader.phase is Phase.PREFILL and not leader.parked and leader.length < sequence.leader_stop:
-            return True
-        sequence.leader = None
-        return False
+    @property
+    def num_decoding(self) -> int:
+        return len(self._rows)
 
-    def _put_on(self, sequence: Sequence, now: float) -> bool:
-        """Give the call a slot and fill that with what is stored of its tokens. False: it gets none now, because it
-        waits for a beginning that is being computed for another call."""
-        led = self.cache.leader(sequence)
-        if led is not None:
-            sequence.leader, sequence.leader_stop = led
-            self._cut_at(*led)
-            return False
-        del self._waiting[sequence.key]
+    def ready(self) -> list[Sequence]:
+        """The calls that can decode, ascending by slot; where there are adapters, those of one of them."""
+        if self._stale:
+            self._ready = [s for s in self.slots.owners() if s.phase is Phase.DECODE and not s.parked]
+        return self._turns.of(self._ready) if self.model.adapters and self._ready else self._ready
+
+    def put_on(self, sequence: Sequence, now: float) -> None:
+        """Give the call a slot and fill that with what is stored of its tokens."""
+        del self.waiting[sequence.key]
         self.cache.seat(sequence, now)
         if sequence.out and sequence.length < sequence.target:  # its state is lost: it is computed again
             sequence.least = len(sequence.out) + LEAST_GAIN
@@ -313,44 +291,29 @@ class Engine:
             reason = self._over(sequence)
             if reason:
                 self._finish_unbegun(sequence, reason)
-                return True
+                return
             self._started.append(Started(sequence.key, len(sequence.prompt), sequence.cached))
         elif sequence.key in self._preempted:  # not reported to the kernel yet: both reports are dropped
             self._preempted.remove(sequence.key)
         else:
             self._started.append(Started(sequence.key, len(sequence.prompt), sequence.cached))
         self._place(sequence)
-        return True
-
-    def _cut_at(self, leader: Sequence, stop: int) -> None:
-        """Let a batch of the leader's prompt end at `stop`, where other calls continue from it. Not where that would
-        leave a single token before or after `stop` (see the opening of this file)."""
-        if stop - leader.length < 2 or len(leader.prompt) - stop < 2:
-            return
-        if not leader.length < leader.cut_at <= stop:
-            leader.cut_at = stop
 
     def _place(self, sequence: Sequence) -> None:
         """Set the phase by what the cache holds of it: PREFILL while a part of the prompt is missing, else DECODE."""
-        sequence.phase = Phase.PREFILL if self._pending(sequence) else Phase.DECODE
+        sequence.phase = Phase.PREFILL if prompt_left(sequence, self.exact) else Phase.DECODE
         if sequence.phase is Phase.DECODE and not sequence.first_at and sequence.out:  # they came with the call
-            sequence.first_at = self._clock()
+            sequence.first_at = self.clock()
         self._stale = True
 
-    def _pending(self, sequence: Sequence) -> int:
-        """How many tokens are still to be computed as a prompt. In exact mode generated tokens do not count: they are
-        decoded again one by one."""
-        target = len(sequence.prompt) if self._exact else sequence.target
-        return max(target - sequence.length, 0)
-
-    def _take_off(self, sequence: Sequence) -> None:
+    def take_off(self, sequence: Sequence) -> None:
         """Take its slot away and put it back into the queue. Its state is saved: it continues exactly where it was."""
-        self.cache.unseat(sequence, self._clock())
+        self.cache.unseat(sequence, self.clock())
         sequence.phase = Phase.QUEUED
         sequence.preemptions += 1
         self.meter.preemptions += 1
         self._preempted.append(sequence.key)
-        self._waiting[sequence.key] = sequence
+        self.waiting[sequence.key] = sequence
         self._stale = True
 
     def _limit(self, sequence: Sequence, computed: int) -> None:
@@ -371,42 +334,7 @@ class Engine:
 
     # ── prompts ───────────────────────────────────────────────────────────────────────────────────────────
 
-    def _prefill(self) -> None:
-        pending = [s for s in self.slots.owners() if s.phase is Phase.PREFILL and not s.parked]
-        if not pending:
-            return
-        # If at least as many calls decode as have prompts to compute, prompts get a short part of the step. If fewer
-        # do, prompts get more of it: calls that came together then decode together, and a step for a part of a crowd
-        # costs nearly as much as a step for all of it.
-        seconds = PREFILL_SLICE if len(self._rows) >= len(pending) else PREFILL_ALONE
-        pending = self.policy.order(pending, self._clock())
-        budget = self.meter.tokens_in(seconds, least=2 * LEAST_PROMPT)
-        while pending and budget >= LEAST_PROMPT:
-            group, size = self._group(pending, min(budget, self._context.ubatch))
-            budget -= size * len(group)
-            self._prefill_group(group, size)
-            gone = self._cancelled()
-            pending = [s for s in pending if s.phase is Phase.PREFILL and s.slot >= 0 and s.key not in gone]
-
-    def _group(self, pending: list[Sequence], budget: int) -> tuple[list[Sequence], int]:
-        """The calls of the next batch, and how many tokens of each: the first call and those with the same number of
-        tokens left, as many as fit. Where the first one alone does not fit, a part of it. A part never leaves a single
-        token for later (see the opening of this file)."""
-        first = self._due(pending[0])
-        if first > budget:
-            return pending[:1], budget - 1 if first - budget == 1 else budget
-        if first == 1 and self._exact:
-            return pending[:1], 1
-        same = [sequence for sequence in pending if self._due(sequence) == first][: budget // first]
-        return sorted(same, key=lambda sequence: sequence.slot), first
-
-    def _due(self, sequence: Sequence) -> int:
-        """How many tokens to compute up to the place that other calls wait for, else up to the end of the prompt."""
-        if sequence.length < sequence.cut_at:
-            return sequence.cut_at - sequence.length
-        return self._pending(sequence)
-
-    def _prefill_group(self, group: list[Sequence], size: int) -> None:
+    def _prefill(self, group: list[Sequence], size: int) -> None:
         batch = self._prompts
         batch.size = total = size * len(group)
         batch.wanted[:total] = 0
@@ -420,17 +348,17 @@ class Engine:
             if not sequence.out and start + size == len(sequence.prompt):
                 batch.wanted[part.stop - 1] = 1
                 last.append(sequence)
-        lone = self._exact and total == 1
+        lone = self.exact and total == 1
         if lone:
             self._pad_prompt(group[0].slot)
-        began = self._clock()
+        began = self.clock()
         with self._abortable(group, total):
             went = self._decoded(batch, group)
         if not went:
             return
         if lone:
             self._context.cut(self._dummies.pop()[0], batch.positions[1])
-        now = self._clock()
+        now = self.clock()
         self.meter.prefilled(total, now - began)
         logits = self._context.logits(len(last)) if last else None
         for sequence in group:
@@ -438,7 +366,7 @@ class Engine:
             sequence.computed += size
             sequence.prefilled = sequence.length
             self.policy.charge_prompt(sequence, size, now)
-            if not self._pending(sequence):
+            if not prompt_left(sequence, self.exact):
                 self._place(sequence)
         picks = self._picker.pick(Rows(last), logits) if logits is not None else []
         for row, sequence in enumerate(last):
@@ -454,15 +382,15 @@ class Engine:
             yield
             return
         keys = {sequence.key for sequence in group}
-        looked = self._clock()
+        looked = self.clock()
 
         def all_cancelled() -> bool:
             nonlocal looked
-            now = self._clock()
+            now = self.clock()
             if now - looked < LOOK_EVERY:
                 return False
             looked = now
-            return keys <= self._cancelled()
+            return keys <= self.cancelled()
 
         self._context.abort_when(all_cancelled)
         try:
@@ -485,17 +413,11 @@ class Engine:
 
     # ── one token for each call ───────────────────────────────────────────────────────────────────────────
 
-    def _choose(self) -> None:
-        """Choose the calls of this decode step. The batch is filled again only if they are others than last time."""
-        stale = self._stale
-        if stale:
-            self._ready = [s for s in self.slots.owners() if s.phase is Phase.DECODE and not s.parked]
-        chosen = self.policy.select(self._ready, self._clock()) if self._ready else self._ready
-        if stale or chosen != self._chosen:
-            self._chosen = chosen
-            self._arrange(chosen)
-
     def _arrange(self, chosen: list[Sequence]) -> None:
+        """Fill the batch with the calls of this decode step, if they are others than last time."""
+        if not self._stale and chosen == self._chosen:
+            return
+        self._chosen = chosen
         rows = chosen if chosen is self._ready else sorted(chosen, key=lambda sequence: sequence.slot)
         self._rows = rows
         self._stale = False
@@ -506,7 +428,7 @@ class Engine:
         self._drawn = Rows(rows)
         batch = self._batch
         entries = [(s.slot, s.upcoming, s.length, 1) for s in rows]
-        self._dummies = self._lone_neighbours(slots) if self._exact else []
+        self._dummies = self._lone_neighbours(slots) if self.exact else []
         if self._dummies:
             entries = sorted([*entries, *((slot, 0, position, 0) for slot, position in self._dummies)])
         batch.size = n = len(entries)
@@ -525,10 +447,10 @@ class Engine:
 
     def _decode(self) -> None:
         rows, batch = self._rows, self._batch
-        if not self._decoded(batch, rows):
+        if not rows or not self._decoded(batch, rows):
             return
         n = len(rows)
-        self.policy.charge(rows, 1, self._clock())
+        self.policy.charge(rows, 1, self.clock())
         logits = self._context.logits(n)
         picks = self._picker.pick(self._drawn, logits)
         self._drawn.next_step()
@@ -616,13 +538,17 @@ class Engine:
         if move is None:
             return
         sequence, hole = move
+        if self._pieces_for < PATIENCE + 2 * self.cache.state_bytes(sequence.slot, hole) // self.model.size:
+            return
         self.cache.exchange(sequence, hole)
         self._stale = True
 
     # ── llama_decode and its results ──────────────────────────────────────────────────────────────────────
 
     def _decoded(self, batch: llama.Batch, sequences: list[Sequence]) -> bool:
-        """Compute a batch. False: it was broken off or failed; its calls are set back or ended already."""
+        """Compute a batch, of calls with one adapter. False: it was broken off or failed; its calls are set back or
+        ended already."""
+        self._context.use(sequences[0].lora)
         result = self._context.decode(batch)
         if result == llama.OK:
             return True
@@ -644,7 +570,7 @@ class Engine:
 
     def _finish(self, sequence: Sequence, reason: str) -> None:
         """End a call with a result. This is the only place that does."""
-        now = self._clock()
+        now = self.clock()
         self._feed(sequence)
         sequence.text.finish()
         calls: list[ToolCall] = []
@@ -682,9 +608,9 @@ class Engine:
 
     def _leave(self, sequence: Sequence) -> None:
         """At any end: free everything that the call holds. What lies in its slot may still be used as a prefix."""
-        now = self._clock()
+        now = self.clock()
         self._calls.pop(sequence.key, None)
-        self._waiting.pop(sequence.key, None)
+        self.waiting.pop(sequence.key, None)
         self._streams.pop(sequence.key, None)
         self.cache.leave(sequence, now)
         self.policy.leave(sequence, now)
@@ -732,7 +658,7 @@ class Engine:
             sequence.fed = len(sequence.out)
 
     def _report(self) -> None:
-        now = self._clock()
+        now = self.clock()
         due = now - self._reported >= REPORT_EVERY
         if not (due or self._started or self._streams):
             return
@@ -783,15 +709,15 @@ class Engine:
     def _count(self) -> None:
         """No call is left: check that everything is free."""
         self.slots.check()
-        if self._waiting or self._streams or self.slots.num_free != self.slots.total:
+        if self.waiting or self._streams or self.slots.num_free != self.slots.total:
             raise Bug(f"idle, but {self.slots.total - self.slots.num_free} slots are in use")
 
     def stats(self) -> dict[str, object]:
         free = self.slots.num_free
         return {
             "slots": {"total": self.slots.total, "free": free, "used": self.slots.total - free},
-            "running": len(self._calls) - len(self._waiting),
-            "waiting": len(self._waiting),
+            "running": len(self._calls) - len(self.waiting),
+            "waiting": len(self.waiting),
             "policy": self.policy.name,
             **self.cache.stats(),
             **self.meter.stats(),

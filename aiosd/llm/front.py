@@ -39,6 +39,7 @@ CANCELLED_SECONDS = 2.0  # … for a cancelled job: starting a new process takes
 #: Kinds of jobs, by what is sent → what comes back: `Generate` → `Prepared`; `Tokenize` → tokens; texts → the tokens of
 #: each, as it is embedded; (messages, tools) → the tokens with which the next call about this conversation begins.
 PREPARE, TOKENIZE, TEXTS, CONVERSATION = "prepare", "tokenize", "texts", "conversation"
+TEMPLATE = "template"  # no job: there is no answer
 
 
 class Reply(Struct, array_like=True):
@@ -58,17 +59,20 @@ class _Job(Struct):
 
 
 class Front:
-    """The core's side. `clock` and `command` are there for tests."""
+    """The core's side. `template`: the chat template that is used instead of the model's. `clock` and `command` are
+    there for tests."""
 
     def __init__(
         self,
         path: str,
         ctx: int,
+        template: str = "",
         *,
         clock: Callable[[], float] = time.monotonic,
         command: list[str] | None = None,
     ) -> None:
         self._command = command or [sys.executable, "-m", "aiosd.llm.front", path, str(ctx)]
+        self._template = template
         self._clock = clock
         self._process: subprocess.Popen[bytes] | None = None
         self._connection: Connection | None = None
@@ -138,8 +142,12 @@ class Front:
         assert self._connection is not None
         job = self._waiting[0]
         job.began = self._clock()
+        self._send((job.kind, job.payload))
+
+    def _send(self, message: tuple[str, bytes]) -> None:
+        assert self._connection is not None
         with contextlib.suppress(OSError):  # it is dead: `poll` finds out
-            self._connection.send_bytes(msgpack.encode((job.kind, job.payload)))
+            self._connection.send_bytes(msgpack.encode(message))
 
     def _give_up(self, job: _Job, why: str) -> None:
         logger.warning("the process that prepares texts: %s", why)
@@ -155,6 +163,8 @@ class Front:
                 [*self._command, str(theirs.fileno())], stdin=subprocess.DEVNULL, pass_fds=[theirs.fileno()]
             )
         self._connection = Connection(ours.detach())
+        if self._template:
+            self._send((TEMPLATE, self._template.encode()))
 
     def _end(self) -> None:
         if self._connection is not None:
@@ -192,6 +202,10 @@ def main(path: str, ctx: str, fd: str) -> int:
             kind, payload = msgpack.decode(connection.recv_bytes())
         except (EOFError, OSError):
             return 0
+        if kind == TEMPLATE:
+            model.own_template = payload.decode()
+            requests = Requests(model, int(ctx))
+            continue
         try:
             reply = Reply(0, "", msgpack.encode(work[kind](payload)))
         except Exception as error:  # whatever goes wrong with one job, the next one is served

@@ -18,10 +18,11 @@ import numpy as np
 
 from aiosd import link
 from aiosd.errors import as_oserror
-from aiosd.llm import ggml, modelfile
+from aiosd.llm import adapters, ggml, modelfile
 from aiosd.llm.cache import Cache
 from aiosd.llm.prefix import Tokens
 from aiosd.llm.saved import Opened, Saved, file_sha256
+from aiosd.llm.spec import ModelSpec
 from libaios import wire
 from libaios.wire import Sys
 
@@ -29,17 +30,19 @@ Answer = Callable[[link.Key, object], None]
 Refuse = Callable[[link.Key, OSError], None]
 
 
-def _identity(path: str) -> list[tuple[int, int, int, int]]:
-    found = [os.stat(part) for part in modelfile.parts(path)]
+def _identity(spec: ModelSpec) -> list[tuple[int, int, int, int]]:
+    """Changes when a file of the model or of an adapter is replaced."""
+    paths = [*map(str, modelfile.parts(spec.path)), *(lora.path for lora in spec.lora)]
+    found = [os.stat(path) for path in paths]
     return [(part.st_dev, part.st_ino, part.st_size, part.st_mtime_ns) for part in found]
 
 
 class Library:
-    """Contexts by name, for one core. `folder` '': they cannot be saved."""
+    """Contexts by name, for one core. Without a folder they cannot be saved."""
 
-    def __init__(self, folder: str, model: str, cache: Cache, answer: Answer, fail: Refuse, **fits: Any) -> None:
-        self._folder, self._model, self._fits = folder, model, fits
-        self._loaded = _identity(model)
+    def __init__(self, spec: ModelSpec, cache: Cache, answer: Answer, fail: Refuse, **fits: Any) -> None:
+        self._folder, self._spec, self._fits = spec.folder, spec, fits
+        self._loaded = _identity(spec)
         self._cache = cache
         self._answer, self._fail = answer, fail
         self._thread = ThreadPoolExecutor(1, "saved-contexts")
@@ -65,7 +68,7 @@ class Library:
             case Sys.CTX_RESTORE:
                 self._restore(message, args)
             case Sys.CTX_CLOSE:
-                self._cache.release(group, tokens, message.key[0])
+                self._cache.release(adapters.scope(group, args.lora or ""), tokens, message.key[0])
                 self._answer(message.key, None)
             case Sys.CTX_LIST:
                 self._later(message.key, lambda: self._files().list(group), lambda found: found)
@@ -97,21 +100,22 @@ class Library:
         if not self._folder:
             raise wire.error(errno.ENOSYS, "this core has no folder for saved contexts")
         if self._saved is None:
-            digest = file_sha256(self._model)
-            if _identity(self._model) != self._loaded:  # the file was replaced: the states are of the old one
+            digest, known = file_sha256(self._spec.path), adapters.fingerprints(self._spec)
+            if _identity(self._spec) != self._loaded:  # the file was replaced: the states are of the old one
                 digest = f"replaced while it was in use, {os.getpid()} {time.time()}"
             fits = {"model": digest, "llama.cpp": ggml.build(), **self._fits}
             layout = self._cache.store.layout if self._cache.store is not None else None
             if layout is not None:
                 fits["layout of the state"] = layout.description
-            self._saved = Saved(self._folder, fits, layout)
+            self._saved = Saved(self._folder, fits, layout, known)
         return self._saved
 
     def _save(self, message: link.Ask, args: wire.SaveContext, tokens: Tokens) -> None:
-        piece = self._cache.export(message.caller.group, tokens, message.key[0])
+        lora = args.lora or ""
+        piece = self._cache.export(adapters.scope(message.caller.group, lora), tokens, message.key[0])
         self._later(
             message.key,
-            lambda: self._files().write(message.caller.group, args.name, args.messages, tokens, piece),
+            lambda: self._files().write(message.caller.group, args.name, args.messages, tokens, piece, lora),
             lambda saved: saved,
         )
 
@@ -119,7 +123,8 @@ class Library:
         def taken(opened: Opened) -> wire.RestoredContext:
             cached = 0
             if opened.piece is not None:
-                cached = self._cache.take_in(message.caller.group, opened.tokens, opened.piece, message.key[0])
-            return wire.RestoredContext(opened.messages, len(opened.tokens), cached, opened.refused)
+                scope = adapters.scope(message.caller.group, opened.lora)
+                cached = self._cache.take_in(scope, opened.tokens, opened.piece, message.key[0])
+            return wire.RestoredContext(opened.messages, len(opened.tokens), cached, opened.refused, opened.lora)
 
         self._later(message.key, lambda: self._files().read(message.caller.group, args.name), taken)

@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import ctypes
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -68,9 +68,18 @@ class Model:
     """
 
     def __init__(
-        self, path: str, gpu_layers: int, progress: Callable[[float], None], vocabulary_only: bool = False
+        self,
+        path: str,
+        gpu_layers: int,
+        progress: Callable[[float], None],
+        vocabulary_only: bool = False,
+        places: Sequence[tuple[str, str]] = (),
     ) -> None:
+        """`places`: where tensors lie, as (pattern of their names, kind of buffer); the first that fits counts."""
         params = C.llama_model_default_params()
+        overrides = _overrides(places)
+        if overrides is not None:
+            params.tensor_buft_overrides = ctypes.cast(overrides, ctypes.c_void_p)
         params.vocab_only = vocabulary_only
         params.n_gpu_layers = gpu_layers
         last = -1.0
@@ -89,6 +98,8 @@ class Model:
         if not self._model:
             raise WorldError("; ".join(_reasons(take_errors())) or "llama.cpp gave no reason")
         self._vocab = C.llama_model_get_vocab(self._model)
+        self.adapters: dict[str, tuple[Any, float]] = {}  # llama.cpp's handle of each, and its scale
+        self.own_template = ""  # a chat template that is used instead of the file's, '' if none is
         self._facts()
         self._vocabulary()
 
@@ -186,10 +197,50 @@ class Model:
         C.llama_model_meta_val_str(self._model, key.encode(), buffer, size + 1)
         return buffer.value.decode(errors="replace")
 
+    @property
+    def chat_templates(self) -> tuple[str | None, str | None]:
+        """The chat template, and another one for conversations with tools; None where there is none."""
+        if self.own_template:
+            return self.own_template, None
+        return self.meta("tokenizer.chat_template"), self.meta("tokenizer.chat_template.tool_use")
+
+    def add_adapter(self, name: str, path: str, scale: float) -> None:
+        """Load a LoRA adapter; it is freed with the model. Raises WorldError with llama.cpp's reason."""
+        take_errors()
+        adapter = C.llama_adapter_lora_init(self._model, path.encode())
+        if not adapter:
+            raise WorldError("; ".join(_reasons(take_errors())) or "llama.cpp gave no reason")
+        self.adapters[name] = adapter, scale
+
     def close(self) -> None:
         if self._model:
             C.llama_model_free(self._model)
             self._model = None
+
+
+class _Override(ctypes.Structure):
+    """llama_model_tensor_buft_override, which llama_cpp does not declare."""
+
+    _fields_ = (("pattern", ctypes.c_char_p), ("buffer_type", ctypes.c_void_p))
+
+
+def buffer_types() -> dict[str, int]:
+    """The kinds of buffers in which tensors can lie, by name: CPU, CUDA0, …; and llama.cpp's handle of each."""
+    found: dict[str, int] = {}
+    for device in range(int(_dev_count())):
+        kind = _dev_buffer_type(_dev_get(device))
+        if kind:
+            found.setdefault(_buffer_type_name(kind).decode(errors="replace"), kind)
+    return found
+
+
+def _overrides(places: Sequence[tuple[str, str]]) -> Any:
+    """The array that llama.cpp reads while it loads a model. None: nothing is overridden."""
+    if not places:
+        return None
+    known = buffer_types()
+    entries = [_Override(pattern.encode(), known[kind]) for pattern, kind in places]
+    return (_Override * (len(entries) + 1))(*entries)  # the last one, empty, ends it
 
 
 def _reasons(errors: list[str]) -> list[str]:
@@ -251,6 +302,10 @@ _state_seq_size_ext = ctypes.CFUNCTYPE(ctypes.c_size_t, ctypes.c_void_p, ctypes.
 _state_seq_get_ext = ctypes.CFUNCTYPE(
     ctypes.c_size_t, ctypes.c_void_p, ctypes.c_void_p, ctypes.c_size_t, ctypes.c_int32, ctypes.c_uint32
 )(("llama_state_seq_get_data_ext", C._lib))
+_dev_count = ctypes.CFUNCTYPE(ctypes.c_size_t)(("ggml_backend_dev_count", C._lib))
+_dev_get = ctypes.CFUNCTYPE(ctypes.c_void_p, ctypes.c_size_t)(("ggml_backend_dev_get", C._lib))
+_dev_buffer_type = ctypes.CFUNCTYPE(ctypes.c_void_p, ctypes.c_void_p)(("ggml_backend_dev_buffer_type", C._lib))
+_buffer_type_name = ctypes.CFUNCTYPE(ctypes.c_char_p, ctypes.c_void_p)(("ggml_backend_buft_name", C._lib))
 _KV_TYPES = {"f16": 1, "q8_0": 8}  # ggml's numbers
 _WINDOW_ONLY = 1  # LLAMA_STATE_SEQ_FLAGS_SWA_ONLY
 
@@ -272,8 +327,11 @@ class Context:
         embeddings: bool = False,
         pooling: int | None = None,
         attention: Attention | None = None,
+        rope: Mapping[str, int | float] | None = None,
     ) -> None:
         params = C.llama_context_default_params()
+        for name, value in (rope or {}).items():
+            setattr(params, name, value)
         padded = -(-ctx // 256) * 256
         params.n_ctx = padded if embeddings else padded * slots
         params.n_seq_max = slots
@@ -311,6 +369,21 @@ class Context:
         self._decode: Callable[[Any, Any], int] = C.llama_decode
         self._buffers = [np.empty(0, np.uint8), np.empty(0, np.uint8)]  # for states that are moved
         self._abort: Any = None
+        self._adapters = model.adapters
+        self._adapter = ""
+
+    def use(self, adapter: str) -> None:
+        """Apply this LoRA adapter of the model ('': none) from the next decode on."""
+        if adapter == self._adapter:
+            return
+        handles, scales = [], []
+        if adapter:
+            handle, scale = self._adapters[adapter]
+            handles, scales = [handle], [scale]
+        n = len(handles)
+        array = (C.llama_adapter_lora_p_ctypes * n)(*handles)
+        C.llama_set_adapters_lora(self._ctx, array, n, (ctypes.c_float * n)(*scales))
+        self._adapter = adapter
 
     def decode(self, batch: Batch) -> int:
         """OK; NO_ROOM: nothing changed; ABORTED: a part stays, see `last_position`; below 0: an error (-1:

@@ -1,8 +1,8 @@
 """From a ModelSpec to a core that can serve, or one line with the reason why not.
 
-In this order, the cheap checks first: the file's head (`modelfile`), memory for weights and KV cache, llama.cpp,
-the number of slots, the threads. A value that the user gave (`ctx`, `slots`, `threads`, `gpu_layers`) is used or
-refused, never changed; values that were not given are chosen here.
+In this order, the cheap checks first: the file's head (`modelfile`), tokens and number of slots (`room`), memory for
+weights and KV cache, llama.cpp, adapters, the threads. A value that the user gave (`ctx`, `slots`, `threads`,
+`gpu_layers`) is used or refused, never changed; values that were not given are chosen here.
 """
 
 from __future__ import annotations
@@ -11,19 +11,19 @@ import logging
 import os
 from collections.abc import Callable
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 from aiosd.errors import UsageError, WorldError
-from aiosd.llm import exact, llama, modelfile, threads, trial
+from aiosd.llm import adapters, exact, llama, modelfile, placement, room, rope, threads, trial
 from aiosd.llm.attention import Attention, Unavailable
-from aiosd.llm.spec import DEFAULT_CTX, MAX_SLOTS, ModelSpec
+from aiosd.llm.chat import ChatTemplate
+from aiosd.llm.room import Room
+from aiosd.llm.spec import MAX_SLOTS, ModelSpec
 from aiosd.llm.threads import Threads
 from aiosd.models.fit import available_memory
 
 logger = logging.getLogger("llm")
-
-#: Slots where the user gives no number: 64 would give 5 % more throughput for twice the memory.
-AUTO_SLOTS = 32
 
 #: Largest batch that llama.cpp computes at once.
 UBATCH = 512
@@ -37,6 +37,9 @@ MEASURED_ROWS = 8
 #: On a CPU flash attention is used with at most FEW_SLOTS slots or SHORT_CTX tokens, and keys of at least WIDE_KEYS.
 FEW_SLOTS, SHORT_CTX, WIDE_KEYS = 8, 512, 64
 
+#: Bytes of a chat template that are read; the longest of known models has 20,000.
+MOST_TEMPLATE = 1 << 20
+
 Report = Callable[[str, float], None]
 
 
@@ -47,14 +50,21 @@ class Loaded:
     spec: ModelSpec
     model: llama.Model
     context: llama.Context
-    ctx: int
-    slots: int
+    room: Room
     threads: Threads
     gpu_layers: int
     kv_bytes: int
     flash_attention: bool | None  # None: llama.cpp decides
     why_not_own: str  # why llama.cpp's attention is used, '' if our own is
     path: str
+
+    @property
+    def ctx(self) -> int:
+        return self.room.ctx
+
+    @property
+    def slots(self) -> int:
+        return self.room.slots
 
     def info(self, chat: bool, tools: bool) -> dict[str, Any]:
         """The fields of `wire.ModelInfo` without name and default."""
@@ -70,6 +80,7 @@ class Loaded:
             "gpu_layers": self.gpu_layers,
             "chat": chat,
             "tools": tools,
+            "loras": list(model.adapters),
         }
 
     def measure_again(self, slots: list[int]) -> None:
@@ -101,26 +112,25 @@ def load(spec: ModelSpec, report: Report) -> Loaded:
     """Raises UsageError (not possible as asked) or WorldError (the machine refuses), each with one line."""
     file = modelfile.read(spec.path)
     file.kv_bytes = KV_BYTES[spec.kv_type]
-    ctx = spec.ctx or DEFAULT_CTX
-    _check_options(spec, file, ctx)
-    slots = _slots(spec, file, ctx)
-    _check_memory(spec, file, ctx, slots)
+    rope.check(spec, file)
+    template = _own_template(spec.chat_template_file)
+    _check_options(spec, file)
+    free = available_memory()
+    chosen = room.choose(spec, file, free)
+    weights = (0 if spec.gpu_layers and llama.supports_gpu() else file.size) + adapters.size(spec)
+    kv_bytes = chosen.slots * file.kv_bytes_per_slot(chosen.ctx)
+    room.check_memory(spec.path, weights, kv_bytes, chosen, free)
+    logger.info("%d slots of %d tokens: %s", chosen.slots, chosen.ctx, chosen.why)
     model = _weights(spec, report)
     try:
-        trained = model.n_ctx_train
-        if trained and ctx > trained and spec.ctx is not None:
-            raise UsageError(f"--ctx {ctx}: the model was trained for {trained} tokens")
-        ctx = min(ctx, trained) if trained else ctx
+        model.own_template = template
+        adapters.load(spec, model, file.architecture)
         if spec.exact and model.recurrent:
             raise UsageError("--exact: not for a model with a recurrent state, of which no part can be taken back")
-        context, flash_attention, why = _context(spec, model, ctx, slots, file.key_width())
-        if spec.exact and not exact.holds(context, slots + 1):
-            context.close()
-            raise UsageError(
-                f"--exact: not with this file ({model.description}): llama.cpp computes it in another way in larger "
-                "batches (so it does with K-quants; F16, Q8_0, Q4_0 and Q4_1 are the same in all)"
-            )
-        chosen = _threads(spec, context, slots, report)
+        context, flash_attention, why = _context(spec, model, chosen, file.key_width())
+        if spec.exact:
+            _check_exact(context, model, chosen.slots + 1)
+        number = _threads(spec, context, chosen.slots, report)
     except BaseException:
         model.close()
         raise
@@ -128,20 +138,48 @@ def load(spec: ModelSpec, report: Report) -> Loaded:
         spec,
         model,
         context,
-        ctx,
-        slots,
         chosen,
+        number,
         gpu_layers=_offloaded(spec, model),
-        kv_bytes=slots * file.kv_bytes_per_slot(ctx),
+        kv_bytes=kv_bytes,
         flash_attention=flash_attention,
         why_not_own=why,
         path=os.path.abspath(spec.path),
     )
 
 
-def _check_options(spec: ModelSpec, file: modelfile.ModelFile, ctx: int) -> None:
-    if ctx < 16:
-        raise UsageError(f"--ctx {ctx}: too small (at least 16)")
+def _own_template(path: str) -> str:
+    """The chat template that is to be used instead of the model's, '' if it is the model's. Raises UsageError."""
+    if not path:
+        return ""
+    try:
+        text = Path(path).read_bytes()[:MOST_TEMPLATE].decode()
+    except OSError as error:
+        raise UsageError(f"--chat-template-file {path}: {error.strerror}") from error
+    except UnicodeDecodeError:
+        raise UsageError(f"--chat-template-file {path}: is not UTF-8") from None
+    template = ChatTemplate(text, "", "")
+    if template.broken or not text.strip():
+        line = template.broken_line or 1
+        raise UsageError(f"--chat-template-file {path}, line {line}: {template.broken or 'it is empty'}")
+    return text
+
+
+def _check_exact(context: llama.Context, model: llama.Model, slots: int) -> None:
+    """Raises UsageError where a row depends on the others of its batch, with any of the adapters or without."""
+    for adapter in ("", *model.adapters):
+        context.use(adapter)
+        if not exact.holds(context, slots):
+            context.close()
+            what = f"--lora {adapter}" if adapter else f"this file ({model.description})"
+            raise UsageError(
+                f"--exact: not with {what}: llama.cpp computes it in another way in larger "
+                "batches (so it does with K-quants; F16, Q8_0, Q4_0 and Q4_1 are the same in all)"
+            )
+    context.use("")
+
+
+def _check_options(spec: ModelSpec, file: modelfile.ModelFile) -> None:
     if spec.slots is not None and not 1 <= spec.slots <= MAX_SLOTS - spec.exact:
         raise UsageError(f"--slots {spec.slots}: must be between 1 and {MAX_SLOTS - spec.exact}")
     if spec.threads is not None and not 1 <= spec.threads <= 512:
@@ -180,51 +218,15 @@ def _offloaded(spec: ModelSpec, model: llama.Model) -> int:
     return model.n_layer + 1 if spec.gpu_layers < 0 else min(spec.gpu_layers, model.n_layer + 1)
 
 
-# ── memory ────────────────────────────────────────────────────────────────────────────────────────────────
-
-
-def _slots(spec: ModelSpec, file: modelfile.ModelFile, ctx: int) -> int:
-    per_slot = max(file.kv_bytes_per_slot(ctx), 1)
-    if spec.slots is not None:
-        if spec.kv_memory is not None and spec.slots * per_slot > spec.kv_memory:
-            raise UsageError(
-                f"--slots {spec.slots}: {spec.slots} × {ctx} tokens need {_size(spec.slots * per_slot)} of KV cache, "
-                f"more than the {_size(spec.kv_memory)} allowed"
-            )
-        return spec.slots
-    budget = spec.kv_memory if spec.kv_memory is not None else max(available_memory() - file.size, 0) // 4
-    if budget < per_slot and spec.kv_memory is not None:
-        raise UsageError(
-            f"--ctx {ctx}: one slot needs {_size(per_slot)} of KV cache, more than the {_size(budget)} allowed"
-        )
-    return max(1, min(AUTO_SLOTS, budget // per_slot))
-
-
-def _check_memory(spec: ModelSpec, file: modelfile.ModelFile, ctx: int, slots: int) -> None:
-    """Refuse a model for which memory would run out later. Weights are mapped, not copied, but need memory in use."""
-    kv = file.kv_bytes_per_slot(ctx) * slots
-    room = available_memory()
-    weights = 0 if spec.gpu_layers and llama.supports_gpu() else file.size
-    if weights > room:
-        raise UsageError(f"{spec.path}: too large for the memory: {_size(weights)}, but {_size(room)} are free")
-    if weights + kv > room:
-        raise UsageError(
-            f"{spec.path}: {slots} slots of {ctx} tokens need {_size(kv)} of KV cache beside {_size(weights)} of "
-            f"weights, but {_size(room)} are free: use a smaller --ctx or --slots"
-        )
-
-
-def _size(count: int) -> str:
-    return f"{count / 2**30:.1f} GiB" if count >= 2**30 else f"{count / 2**20:.0f} MiB"
-
-
 # ── llama.cpp ─────────────────────────────────────────────────────────────────────────────────────────────
 
 
 def _weights(spec: ModelSpec, report: Report) -> llama.Model:
     layers = spec.gpu_layers if spec.gpu_layers >= 0 else 1 << 20
     try:
-        model = llama.Model(spec.path, layers, lambda fraction: report("loading", fraction))
+        model = llama.Model(
+            spec.path, layers, lambda fraction: report("loading", fraction), places=placement.places(spec)
+        )
     except WorldError as error:
         raise UsageError(f"{spec.path}: {error}") from error
     if not model.has_decoder or model.has_encoder:
@@ -236,10 +238,11 @@ def _weights(spec: ModelSpec, report: Report) -> llama.Model:
 
 
 def _context(
-    spec: ModelSpec, model: llama.Model, ctx: int, slots: int, key_width: int
+    spec: ModelSpec, model: llama.Model, chosen: Room, key_width: int
 ) -> tuple[llama.Context, bool | None, str]:
     """The context, whether llama.cpp uses flash attention (None: it decides), and why our own attention is not used
     (see `attention.py`)."""
+    ctx, slots = chosen.ctx, chosen.slots
 
     def make(flash_attention: bool | None, attention: Attention | None = None) -> llama.Context:
         try:
@@ -252,6 +255,7 @@ def _context(
                 flash_attention=flash_attention,
                 kv_type=spec.kv_type,
                 attention=attention,
+                rope=spec.rope,
             )
         except WorldError as error:
             raise UsageError(f"{spec.path}: {slots} slots of {ctx} tokens: {error}") from error

@@ -83,8 +83,8 @@ class Local:
         self._embeds: dict[link.Key, Iterator[wire.Embedded | None]] = {}  # being computed, the oldest first
         template = self.engine.requests.template
         self.info: dict[str, Any] = loaded.info(chat=template.given, tools=template.takes_tools)
-        self._library = Library(spec.folder, loaded.path, self.engine.cache, line.answer, line.refuse, exact=spec.exact)
-        self._front = Front(loaded.path, loaded.ctx)
+        self._library = Library(spec, self.engine.cache, line.answer, line.refuse, exact=spec.exact, rope=spec.rope)
+        self._front = Front(loaded.path, loaded.ctx, loaded.model.own_template)
         self._places_due = 0.0
         self._places: dict[int, tuple[str, int]] = {}
         self._quiet_since = time.monotonic()
@@ -254,6 +254,7 @@ class Local:
         def handle(tokens: list[int]) -> None:
             self._library.handle(ask, args, tokens)
 
+        self.engine.requests.check_lora(args.lora)
         try:
             tokens = self.engine.requests.conversation(args.messages, args.tools, quick=True)
         except Later:
@@ -289,7 +290,7 @@ class Local:
     # ── figures for `aiosd status` ────────────────────────────────────────────────────────────────────────
 
     def stats(self) -> dict[str, Any]:
-        from aiosd.llm import llama
+        from aiosd.llm import llama, placement, rope
 
         loaded = self._loaded
         return {
@@ -303,10 +304,20 @@ class Local:
             "flash_attention": "auto" if loaded.flash_attention is None else loaded.flash_attention,
             "attention": loaded.attention,
             "exact": self._spec.exact,
-            "chat_template": "the model's" if self.engine.requests.template.given else "ChatML (the model has none)",
+            "chat_template": self._template(),
+            "ctx_why": loaded.room.why,
+            "rope": rope.described(self._spec),
+            "tensors": [f"{pattern}={kind}" for pattern, kind in placement.places(self._spec)],
+            "lora": [f"{lora.name} × {lora.scale:g} ({lora.path})" for lora in self._spec.lora],
             "llama_cpp": llama.version(),
             **self.engine.stats(),
         }
+
+    def _template(self) -> str:
+        """Where the chat template comes from, for people."""
+        if self._spec.chat_template_file:
+            return self._spec.chat_template_file
+        return "the model's" if self.engine.requests.template.given else "ChatML (the model has none)"
 
 
 def context_ram(spec: ModelSpec) -> int:

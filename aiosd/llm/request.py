@@ -15,7 +15,7 @@ import numpy as np
 from msgspec import Struct, msgpack
 
 from aiosd.link import Submit
-from aiosd.llm import llama
+from aiosd.llm import adapters, llama
 from aiosd.llm.chat import PLAIN_STOPS, ChatTemplate, Message, normal_messages, normal_tools, refuse
 from aiosd.llm.dialects import CallStream, Reader, Tool
 from aiosd.llm.gbnf import GrammarConstraint, check
@@ -70,12 +70,9 @@ class Requests:
         self._grammars: dict[bytes, str] = {}  # those of recent tools and schemas, the oldest first
         self._grammar_bytes = 0
         self._options = Options(model)
+        template, for_tools = model.chat_templates
         self.template = ChatTemplate(
-            model.meta("tokenizer.chat_template"),
-            model.token_text(model.bos),
-            model.token_text(model.eos),
-            self._tokenizer.controls,
-            model.meta("tokenizer.chat_template.tool_use"),
+            template, model.token_text(model.bos), model.token_text(model.eos), self._tokenizer.controls, for_tools
         )
         if self.template.broken:
             logger.warning("the model's chat template is broken, chats will be refused: %s", self.template.broken)
@@ -160,13 +157,15 @@ class Requests:
         template = self.template.suited([{}]) if prepared.second else self.template
         reader = Reader(template.dialect, prepared.tools) if prepared.tools else None
         sampling = request.sampling
+        self.check_lora(request.lora)
         self.check_ids(list(sampling.logit_bias), "logit_bias")
         self.check_ids(sampling.stop_tokens, "stop_tokens")
         constraint = self._constraint(request, prepared, reader)
         sequence = Sequence(
             key=submit.key,
             group=submit.group,
-            scope=PUBLIC if request.public else submit.group,
+            scope=adapters.scope(PUBLIC if request.public else submit.group, request.lora or ""),
+            lora=request.lora or "",
             nice=submit.nice,
             order=order,
             arrived=now,
@@ -315,6 +314,11 @@ class Requests:
         bad = next((i for i, token in enumerate(tokens) if not 0 <= token < n), None)
         if bad is not None:
             raise refuse(f"{argument}[{bad}]: token {tokens[bad]}, but the vocabulary has ids 0 to {n - 1}")
+
+    def check_lora(self, name: str | None) -> None:
+        if name is not None and name not in self._model.adapters:
+            there = ", ".join(self._model.adapters) or "none (aiosd --lora NAME=PATH)"
+            raise refuse(f"lora: this model has no adapter {name!r}; there are: {there}")
 
     def _constraint(self, request: Generate, prepared: Prepared, reader: Reader | None) -> Constraint | None:
         constraint: Constraint

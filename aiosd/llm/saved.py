@@ -18,6 +18,7 @@ import os
 import struct
 import time
 import zlib
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -46,6 +47,7 @@ class Header(msgspec.Struct):
     state_size: int
     state_crc: int
     created: float
+    lora: str = ""  # the adapter that the state was computed with
 
 
 @dataclass(frozen=True, slots=True)
@@ -56,11 +58,16 @@ class Opened:
     tokens: Tokens
     piece: Piece | None
     refused: str  # why the state is not used, '' if it is
+    lora: str = ""
 
 
 class Saved:
-    def __init__(self, folder: str, fits: dict[str, Any], layout: Layout | None = None) -> None:
-        """`layout`: of the context whose pieces are written and read; None: pieces are kept unchanged."""
+    def __init__(
+        self, folder: str, fits: dict[str, Any], layout: Layout | None = None, adapters: Mapping[str, str] | None = None
+    ) -> None:
+        """`layout`: of the context whose pieces are written and read; None: pieces are kept unchanged. `adapters`:
+        by name, what must be equal for a state that was computed with the adapter."""
+        self._adapters = adapters or {}
         self._folder = Path(folder)
         self._fits = fits
         self._layout = layout
@@ -69,7 +76,13 @@ class Saved:
         return self._folder / (quote(scope, safe="") or "_") / (quote(name, safe=" ") + _SUFFIX)
 
     def write(
-        self, scope: str, name: str, messages: list[dict[str, Any]], tokens: Tokens, piece: Piece | None
+        self,
+        scope: str,
+        name: str,
+        messages: list[dict[str, Any]],
+        tokens: Tokens,
+        piece: Piece | None,
+        lora: str = "",
     ) -> wire.SavedContext:
         """Raises OSError (ENOSPC, EDQUOT, …), and then leaves no part of a file behind."""
         path = self.path(scope, name)
@@ -82,7 +95,7 @@ class Saved:
         ids = np.ascontiguousarray(tokens, np.int32).data.cast("B")
         header = msgspec.msgpack.encode(
             Header(
-                self._fits,
+                self._fits | self._adapter(lora),
                 messages,
                 len(tokens),
                 zlib.crc32(ids),
@@ -90,6 +103,7 @@ class Saved:
                 len(state),
                 zlib.crc32(state),
                 created,
+                lora,
             )
         )
         partial = path.with_name(f".{path.name}.{os.getpid()}")
@@ -116,14 +130,16 @@ class Saved:
                 data = file.read(4 * header.tokens)
                 tokens = np.frombuffer(data, np.int32) if len(data) == 4 * header.tokens else np.zeros(0, np.int32)
                 if len(tokens) != header.tokens or zlib.crc32(data) != header.tokens_crc:
-                    return Opened(header.messages, np.zeros(0, np.int32), None, "its tokens are damaged")
+                    return Opened(header.messages, np.zeros(0, np.int32), None, "its tokens are damaged", header.lora)
                 piece, refused = self._state(file, header)
-                return Opened(header.messages, tokens, piece, refused)
+                return Opened(header.messages, tokens, piece, refused, header.lora)
         except FileNotFoundError:
             raise wire.error(errno.ENOENT, f"{name}: no such saved context") from None
 
     def _state(self, file: Any, header: Header) -> tuple[Piece | None, str]:
-        for what, mine in self._fits.items():
+        if header.lora and header.lora not in self._adapters:
+            return None, f"the adapter {header.lora!r} is not loaded"
+        for what, mine in (self._fits | self._adapter(header.lora)).items():
             if header.fits.get(what) != mine:
                 return None, f"it was saved under another {what}"
         if not header.state:
@@ -133,6 +149,9 @@ class Saved:
             return None, "its state is damaged"
         piece = Piece(data, header.state)
         return (self._layout.own(piece) if self._layout is not None else piece), ""
+
+    def _adapter(self, lora: str) -> dict[str, Any]:
+        return {"adapter": self._adapters[lora]} if lora else {}
 
     def list(self, scope: str) -> list[wire.SavedContext]:
         """By name. Files that cannot be read are left out."""

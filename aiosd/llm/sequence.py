@@ -18,6 +18,7 @@ import numpy as np
 import numpy.typing as npt
 
 from aiosd.link import Key
+from aiosd.llm.policy.contract import ANY_TURN, Quantum
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -56,6 +57,7 @@ class Sequence:
     dialect: Reader | None = None
     budget: int | None = None  # how many tokens it may still use, those of the prompt included
     watched: bool = False  # the text of each token must be looked at when it is generated
+    lora: str = ""  # the adapter that it is computed with
 
     text: TextStream = field(init=False)
 
@@ -78,6 +80,7 @@ class Sequence:
     leader: Sequence | None = None  # the call for which the beginning of this prompt is being computed …
     leader_stop: int = 0  # … up to this place
     least: int = 0  # its slot is not taken away before `out` holds this many tokens
+    least_turn: Quantum = ANY_TURN  # how long it should keep its slot, because moving its state takes time
     cut_at: int = 0  # other calls wait for this prompt up to this place: a batch ends there
 
     # what was reported to the kernel

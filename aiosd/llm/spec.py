@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-#: Tokens per slot when the user says nothing.
+#: Tokens per slot at least, where the user says nothing and the model was trained for them (see `room.py`).
 DEFAULT_CTX = 2048
 
 #: The backend that runs a model in the core's own process, with llama.cpp.
@@ -12,6 +12,20 @@ LOCAL = "aiosd.llm.local:open_model"
 
 #: llama.cpp's own limit on sequences in one context.
 MAX_SLOTS = 256
+
+#: How positions beyond those of the training are handled, as llama.cpp numbers it.
+ROPE_SCALING = {"none": 0, "linear": 1, "yarn": 2, "longrope": 3}
+
+YARN = ("yarn_orig_ctx", "yarn_ext_factor", "yarn_attn_factor", "yarn_beta_fast", "yarn_beta_slow")
+
+
+@dataclass(frozen=True, slots=True)
+class Lora:
+    """A LoRA adapter: `--lora NAME=PATH[:SCALE]`."""
+
+    name: str
+    path: str
+    scale: float = 1.0
 
 
 @dataclass(frozen=True, slots=True)
@@ -24,7 +38,7 @@ class ModelSpec:
     name: str
     path: str = ""  # its file; "": it has none on this machine
     backend: str = LOCAL  # what runs it, see backend.py
-    ctx: int | None = None  # tokens per slot; None: DEFAULT_CTX
+    ctx: int | None = None  # tokens per slot; None: as many as model and memory allow
     slots: int | None = None  # None: as many as fit into kv_memory, at most 32
     threads: int | None = None  # None: measured at the start
     gpu_layers: int = 0  # -1: all
@@ -36,3 +50,25 @@ class ModelSpec:
     context_disk: int = 2 << 30  # bytes of disk for those that do not fit there either
     folder: str = ""  # where contexts on disk lie; '': nowhere
     verbose: bool = False  # llama.cpp's own log to stderr
+    vectors_only: bool = False  # it embeds texts and does not generate: see `embedcore`
+    lora: tuple[Lora, ...] = ()  # adapters that calls may ask for
+    chat_template_file: str = ""  # instead of the template in the model's file
+    override_tensor: tuple[tuple[str, str], ...] = ()  # where tensors lie: pattern of their names, kind of buffer
+    cpu_moe: bool = False  # the weights of all experts stay in main memory
+    n_cpu_moe: int = 0  # … or those of this number of layers, the first
+    # RoPE, as in llama.cpp; None: as the model's file says
+    rope_scaling: str | None = None
+    rope_freq_base: float | None = None
+    rope_freq_scale: float | None = None
+    yarn_orig_ctx: int | None = None
+    yarn_ext_factor: float | None = None
+    yarn_attn_factor: float | None = None
+    yarn_beta_fast: float | None = None
+    yarn_beta_slow: float | None = None
+
+    @property
+    def rope(self) -> dict[str, int | float]:
+        """What is given of RoPE, by the names of llama.cpp's parameters."""
+        names = ("rope_freq_base", "rope_freq_scale", *YARN)
+        given = {name: getattr(self, name) for name in names if getattr(self, name) is not None}
+        return given if self.rope_scaling is None else {"rope_scaling_type": ROPE_SCALING[self.rope_scaling], **given}

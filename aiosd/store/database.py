@@ -39,7 +39,7 @@ from libaios import wire
 
 logger = logging.getLogger("store")
 
-VERSION = 1
+VERSION = 3
 FILE = "store.db"
 CHECKPOINT_PAGES = 1000  # of the WAL: a commit that exceeds this copies them into the file, in a tenth of a second
 CHECKSUM_BYTES = 8  # at the end of each page, as cksumvfs wants it
@@ -58,6 +58,31 @@ MIGRATIONS: tuple[str, ...] = (
     CREATE INDEX notes_of_owner ON notes(owner, updated);
     CREATE INDEX note_ends ON notes(owner, expires) WHERE expires IS NOT NULL;
     CREATE VIRTUAL TABLE note_words USING fts5(owner, text, tokenize='unicode61');
+    """,
+    "",
+    # Search: filters by tag and metadata without a look at each note, a note by its own text, and vectors. `pending` is
+    # what has no vector yet of the embedder that `embedder.current` names.
+    """
+    CREATE TABLE note_tags(owner INTEGER, tag TEXT, note INTEGER, PRIMARY KEY(owner, tag, note)) WITHOUT ROWID;
+    CREATE TABLE note_fields(owner INTEGER, name TEXT, value TEXT, note INTEGER,
+                             PRIMARY KEY(owner, name, value, note)) WITHOUT ROWID;
+    INSERT OR IGNORE INTO note_tags SELECT n.owner, j.value, n.id FROM notes n, json_each(n.tags) j;
+    INSERT OR IGNORE INTO note_fields
+        SELECT n.owner, j.key, json_quote(CASE
+            WHEN j.type IN ('true', 'false') THEN json(j.type)
+            WHEN j.type = 'real' AND abs(j.value) < 1e15 AND j.value = CAST(j.value AS INTEGER)
+            THEN CAST(j.value AS INTEGER) ELSE j.value END), n.id
+        FROM notes n, json_each(n.metadata) j;
+    CREATE INDEX notes_over ON notes(expires) WHERE expires IS NOT NULL;
+    CREATE INDEX note_texts ON notes(owner, length(text), substr(text, 1, 32));
+    CREATE TABLE embedders(id INTEGER PRIMARY KEY AUTOINCREMENT, name TEXT NOT NULL UNIQUE,
+                           current INTEGER NOT NULL DEFAULT 0);
+    CREATE TABLE vectors(id INTEGER PRIMARY KEY, kind INTEGER NOT NULL, item INTEGER NOT NULL, owner INTEGER NOT NULL,
+                         embedder INTEGER NOT NULL REFERENCES embedders(id), vector BLOB NOT NULL, UNIQUE(kind, item));
+    CREATE INDEX vectors_of_owner ON vectors(owner, kind, embedder);
+    CREATE TABLE pending(number INTEGER PRIMARY KEY AUTOINCREMENT, kind INTEGER NOT NULL, item INTEGER NOT NULL,
+                         owner INTEGER NOT NULL, UNIQUE(kind, item));
+    CREATE INDEX pending_of_owner ON pending(owner);
     """,
 )
 

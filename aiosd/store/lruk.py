@@ -60,6 +60,7 @@ class LruK(Generic[Value]):
         self._history: OrderedDict[Hashable, tuple[tuple[int, ...], int]] = OrderedDict()
         self._of_owner: dict[Hashable, set[Hashable]] = {}
         self._owner_bytes: dict[Hashable, int] = {}
+        self._counts: dict[Hashable, list[int]] = {}  # of owners: hits, misses, evictions
         # Heaps of (rank, number, key), one for all and one for each owner. A rank only grows, so one that is out of
         # date is too small: it comes up early, and is put back with the present one.
         self._heaps: dict[Hashable, list[tuple[tuple[int, int], int, Hashable]]] = {}
@@ -74,13 +75,15 @@ class LruK(Generic[Value]):
     def bytes_of(self, owner: Hashable) -> int:
         return self._owner_bytes.get(owner, 0)
 
-    def get(self, key: Hashable) -> Value | None:
-        """The value, and a reference to it; None: it is not here."""
+    def get(self, key: Hashable, asking: Hashable = None) -> Value | None:
+        """The value, and a reference to it; None: it is not here. `asking`: the owner for which a miss is counted."""
         entry = self._entries.get(key)
         if entry is None:
             self.misses += 1
+            self._count(asking, 1)
             return None
         self.hits += 1
+        self._count(entry.owner, 0)
         self._refer(entry)
         return entry.value
 
@@ -113,6 +116,7 @@ class LruK(Generic[Value]):
     def forget_owner(self, owner: Hashable) -> None:
         for key in list(self._of_owner.get(owner, ())):
             self.remove(key)
+        self._counts.pop(owner, None)
 
     def clear(self) -> None:
         """Keep no value. What was referred to how often is forgotten, too."""
@@ -133,6 +137,14 @@ class LruK(Generic[Value]):
             "evictions": self.evictions,
             "history": len(self._history),
         }
+
+    def stats_of(self, owner: Hashable) -> dict[str, int]:
+        """Of what an owner has here, and of its references."""
+        hits, misses, evictions = self._counts.get(owner, (0, 0, 0))
+        return {"ram_bytes": self.bytes_of(owner), "hits": hits, "faults": misses, "evictions": evictions}
+
+    def _count(self, owner: Hashable, which: int) -> None:
+        self._counts.setdefault(owner, [0, 0, 0])[which] += 1
 
     def _refer(self, entry: _Entry[Value]) -> None:
         self.clock += 1
@@ -186,6 +198,7 @@ class LruK(Generic[Value]):
                 continue
             self._remember(key, self._drop(key))
             self.evictions += 1
+            self._count(entry.owner, 2)
             return key
 
     def _remember(self, key: Hashable, entry: _Entry[Value]) -> None:

@@ -1,11 +1,12 @@
-"""The store's process: opens the database and serves. Only this process imports apsw."""
+"""The store's process: opens the database and serves. Only this process imports apsw and FAISS."""
 
 from __future__ import annotations
 
 import logging
 import os
 import signal
-from typing import Any
+import time
+from typing import TYPE_CHECKING, Any
 
 from msgspec import Struct
 
@@ -15,15 +16,51 @@ from aiosd.heartbeat import Rounds
 from libaios.channel import Channel
 from libaios.wire import Sys
 
+if TYPE_CHECKING:
+    from aiosd.store.meaning import Embedder
+    from aiosd.store.memory import Memory
+
 logger = logging.getLogger("store")
+
+FAILED_S = 5.0  # after a chore that failed
 
 
 class StoreSpec(Struct, frozen=True):
-    """Settings of the store: its folder; bytes of memory for all, and of notes for each owner."""
+    """Settings of the store: its folder; bytes of memory for copies of notes, of notes for each owner, and of memory
+    for vectors. Vectors come from a `table`, from the core of `model`, whose file is `model_path`, or from nowhere."""
 
     folder: str
     ram: int
     quota: int
+    index_ram: int = 256 << 20
+    table: str = ""
+    model: str = ""
+    model_path: str = ""
+    home: str | None = None  # of the system, as in AIOS_HOME
+
+
+class Chores:
+    """What the store does between calls: vectors for texts that wait for theirs, and the removal of notes whose time is
+    over. What fails is tried again later."""
+
+    def __init__(self, memory: Memory) -> None:
+        self._memory = memory
+        self._clean_at = self._next_at = 0.0
+
+    def __call__(self) -> float:
+        """Returns for how many seconds there is nothing to do."""
+        now = time.monotonic()
+        if now < self._next_at:
+            return self._next_at - now
+        try:
+            if now >= self._clean_at:
+                self._clean_at = now + self._memory.clean()
+            wait = self._memory.meaning.work()
+        except OSError as err:
+            logger.warning("%s", err.strerror)
+            self._next_at = now + FAILED_S
+            return FAILED_S
+        return max(0.0, min(wait, self._clean_at - now))
 
 
 def main(channel: Channel, spec: StoreSpec, rounds: Rounds) -> int:
@@ -31,16 +68,22 @@ def main(channel: Channel, spec: StoreSpec, rounds: Rounds) -> int:
 
     from aiosd.store import archive
     from aiosd.store.database import Database
+    from aiosd.store.embedders import OfCore
     from aiosd.store.grouping import GroupServer
+    from aiosd.store.meaning import Meaning
     from aiosd.store.memory import Memory
+    from aiosd.store.search import Notes
 
     try:
         database = Database(Path(spec.folder))
+        embedder = _embedder(spec)
+        meaning = Meaning(database, embedder, spec.index_ram)
+        meaning.begin(Notes(database))
     except (WorldError, OSError) as err:
         channel.send(link.encode(link.LoadFailed(f"the store cannot start: {err}")))
         return 1
-    memory = Memory(database, spec.ram, spec.quota)
-    database.undone.append(memory.cache.clear)
+    memory = Memory(database, spec.ram, spec.quota, meaning=meaning)
+    database.undone += [memory.cache.clear, meaning.forget]
     try:
         if database.begin_system(_boot()):
             memory.only_alive(())
@@ -48,7 +91,7 @@ def main(channel: Channel, spec: StoreSpec, rounds: Rounds) -> int:
         logger.warning("what an earlier system has left stays for now: %s", err.strerror)
 
     def stats() -> dict[str, Any]:
-        return {**memory.cache.stats(), **database.stats(), "search": "by words"}
+        return {**memory.cache.stats(), **database.stats(), **meaning.stats()}
 
     def gone(peer: int) -> None:
         with database.transaction():
@@ -63,12 +106,31 @@ def main(channel: Channel, spec: StoreSpec, rounds: Rounds) -> int:
 
     archive.sweep_snapshots(Path(spec.folder))
     handlers = {**memory.handlers(), Sys.STORE_SNAPSHOT: lambda ask, args: archive.snapshot(database)}
-    server = GroupServer(channel, handlers, stats, gone, keep, rest=database.rest, group=database)
+    server = GroupServer(
+        channel, handlers, stats, gone, keep, rest=database.rest, group=database, background=Chores(memory)
+    )
     signal.signal(signal.SIGTERM, server.end)
+    if isinstance(embedder, OfCore):
+        server.watch(embedder.fileno(), embedder.poll)
     try:
         return server.run(rounds)
     finally:
         database.close()
+
+
+def _embedder(spec: StoreSpec) -> Embedder | None:
+    """Raises WorldError, OSError."""
+    from pathlib import Path
+
+    if spec.table:
+        from aiosd.store import static
+
+        return static.read(Path(spec.table))
+    if spec.model:
+        from aiosd.store.embedders import OfCore
+
+        return OfCore(spec.home, spec.model, spec.model_path)
+    return None
 
 
 def _boot() -> str:

@@ -3,7 +3,7 @@
 Contract. A call that returned is on the disk. `add` adds, and with a key replaces the note of that key; nothing else
 is judged, merged or dropped. A note is a text with an optional key, tags, metadata, times and a version, which grows
 by one with each change; `if_version` refuses a change (EAGAIN) when the note has another one by now. A note with a
-`ttl` is not found after it, and its row goes with the next change of its owner. Notes, their words and the bytes of
+`ttl` is not found after it, and its row goes within seconds (`clean`). Notes, their words and the bytes of
 their owner change in one transaction. Other owners' notes are ENOENT, as those that are not there.
 
 Memory holds clean copies of notes that were read or written, under LRU-K: evicting one costs nothing. `quota` limits
@@ -13,7 +13,6 @@ what an owner stores; `ram` what is held in memory.
 from __future__ import annotations
 
 import errno
-import re
 import time
 from collections.abc import Iterable
 from typing import Any
@@ -24,20 +23,24 @@ from aiosd import link
 from aiosd.store import owners
 from aiosd.store.database import Database
 from aiosd.store.lruk import LruK
+from aiosd.store.meaning import Meaning
+from aiosd.store.noterows import COLUMNS, FROM, LIVE, OVERHEAD, enter_labels, filtered, note_of, remove_labels, visible
+from aiosd.store.search import NOTES, NoteSearch
 from libaios import wire
 from libaios.wire import Note, Sys
 
-OVERHEAD = 200  # bytes that a note takes besides its text
 FILL = 0.8  # of `ram`
-_COLUMNS = "n.id, n.key, n.text, n.tags, n.metadata, n.created, n.updated, n.expires, n.version, o.name, n.bytes"
-_FROM = "FROM notes n JOIN owners o ON o.id = n.owner"
-_LIVE = "(n.expires IS NULL OR n.expires > ?)"
-_SCORE = "(-bm25(note_words, 0.0, 1.0))"
+CLEAN_S = 10.0  # between two looks for notes whose time is over,
+CLEAN_AT_ONCE = 100  # … of which so many are removed in one transaction
 
 
 class Memory:
-    def __init__(self, database: Database, ram: int, quota: int, clock: Any = time.time) -> None:
+    def __init__(
+        self, database: Database, ram: int, quota: int, clock: Any = time.time, meaning: Meaning | None = None
+    ) -> None:
         self._db, self.quota, self._clock = database, quota, clock
+        self.meaning = meaning if meaning is not None else Meaning(database, None, 0)
+        self._search = NoteSearch(database, self.meaning, clock)
         size = int(ram * FILL)
         self.cache: LruK[tuple[str, Note]] = LruK(size, size // 4)
 
@@ -57,39 +60,35 @@ class Memory:
 
     def get(self, ask: link.Ask, args: wire.MemGet) -> Note:
         if isinstance(args.note, int):
-            held = self.cache.get(args.note)
-            if held is not None and held[0] in _visible(ask.caller) and not self._over(held[1]):
+            held = self.cache.get(args.note, owners.own(ask.caller))
+            if held is not None and held[0] in visible(ask.caller) and not self._over(held[1]):
                 return held[1]
         return self._find(ask.caller, args.note)
 
-    def search(self, ask: link.Ask, args: wire.MemSearch) -> list[wire.Found]:
-        """By words: the notes that have at least one, by bm25."""
-        words = re.findall(r"[^\W_]+", args.query)
-        ids = [owner_id for name in _visible(ask.caller) if (owner_id := self._owner_id(name)) is not None]
-        if not words or not ids:
-            return []
-        either = " OR ".join(f'"own{owner_id}"' for owner_id in ids)
-        wanted = " OR ".join(f'"{word}"' for word in dict.fromkeys(words))
-        where, values = _filters(args.filters, self._clock())
-        sql = (
-            f"SELECT {_COLUMNS}, {_SCORE} AS score FROM note_words w JOIN notes n ON n.id = w.rowid "
-            f"JOIN owners o ON o.id = n.owner WHERE note_words MATCH ? AND n.owner IN ({_marks(ids)}) AND {where} "
-            "ORDER BY score DESC, n.id DESC LIMIT ?"
-        )
-        match = f"{{owner}} : ({either}) AND {{text}} : ({wanted})"
-        return [wire.Found(_note(row), row[-1]) for row in self._db.rows(sql, match, *ids, *values, args.k)]
+    def search(self, ask: link.Ask, args: wire.MemSearch) -> Any:
+        return self._search.search(ask.caller, args)
 
     def list(self, ask: link.Ask, args: wire.MemList) -> list[Note]:
-        where, values = _filters(args.filters, self._clock())
-        names = _visible(ask.caller)
-        sql = f"SELECT {_COLUMNS} {_FROM} WHERE o.name IN (?, ?) AND {where} ORDER BY n.id DESC LIMIT ? OFFSET ?"
-        return [_note(row) for row in self._db.rows(sql, *names, *values, args.limit, args.offset)]
+        where, values = filtered(self._db, args.filters, self._clock())
+        names = visible(ask.caller)
+        sql = f"SELECT {COLUMNS} {FROM} WHERE o.name IN (?, ?) AND {where} ORDER BY n.id DESC LIMIT ? OFFSET ?"
+        return [note_of(row) for row in self._db.rows(sql, *names, *values, args.limit, args.offset)]
 
-    def stats_of(self, ask: link.Ask, args: wire.NoArgs) -> dict[str, Any]:
+    def stats_of(self, ask: link.Ask, args: wire.MemStats) -> dict[str, Any]:
         name = owners.own(ask.caller)
-        count, stored = self._count(name), self._stored(name)
-        held = self.cache.bytes_of(name)
-        return {"notes": count, "bytes": stored, "quota": self.quota, "ram_bytes": held, "search": "by words"}
+        if args.owner not in ("", name):
+            if ask.caller.pid:
+                raise wire.error(errno.EPERM, f"{args.owner!r}: another owner's memory")
+            name = args.owner
+        owner_id = self._owner_id(name)
+        return {
+            "notes": self._count(name),
+            "bytes": self._stored(name),
+            "quota": self.quota,
+            **self.cache.stats_of(name),
+            "pending": self.meaning.waiting([owner_id] if owner_id is not None else []),
+            "search": self.meaning.how,
+        }
 
     # ── changing ──────────────────────────────────────────────────────────────────────────────────────────
 
@@ -98,7 +97,7 @@ class Memory:
 
         def effect() -> int:
             name = owners.group(ask.caller) if args.shared else owners.own(ask.caller)
-            owner_id = self._owner_id(name, make=True)
+            owner_id = self._made_owner(name)
             self._sweep(owner_id)
             old = self._of_key(name, args.key) if args.key is not None else None
             now = self._clock()
@@ -137,7 +136,7 @@ class Memory:
             changes = {field: value for field, value in given.items() if value is not None}
             note = msgspec.structs.replace(old, **changes, updated=now, version=old.version + 1)
             name = owners.group(ask.caller) if old.shared else owners.own(ask.caller)
-            kept.append((name, self._write(name, self._owner_id(name), note, old)))
+            kept.append((name, self._write(name, self._made_owner(name), note, old)))
             return note.version
 
         return self._changed(self._db.once(ask, effect), kept)
@@ -160,7 +159,7 @@ class Memory:
         name = owners.own(ask.caller)
 
         def effect() -> int:
-            ids = [row[0] for row in self._db.rows(f"SELECT n.id {_FROM} WHERE o.name = ?", name)]
+            ids = [row[0] for row in self._db.rows(f"SELECT n.id {FROM} WHERE o.name = ?", name)]
             self._delete(ids)
             return len(ids)
 
@@ -183,33 +182,39 @@ class Memory:
 
     def _find(self, caller: link.Caller, note: int | str, keep: bool = True) -> Note:
         """Of the notes that the caller may see; of two with one key its own. Raises FileNotFoundError."""
-        names = _visible(caller)
+        names = visible(caller)
         which = "n.id" if isinstance(note, int) else "n.key"
-        sql = f"SELECT {_COLUMNS} {_FROM} WHERE {which} = ? AND o.name IN (?, ?) AND {_LIVE} ORDER BY o.name = ? DESC"
+        sql = f"SELECT {COLUMNS} {FROM} WHERE {which} = ? AND o.name IN (?, ?) AND {LIVE} ORDER BY o.name = ? DESC"
         row = self._db.row(sql, note, *names, self._clock(), names[0])
         if row is None:
             raise wire.error(errno.ENOENT, f"there is no note {note!r}")
-        found = _note(row)
+        found = note_of(row)
         if keep:
             self._keep(row[9], found)
         return found
 
     def _of_key(self, name: str, key: str) -> Note | None:
-        row = self._db.row(f"SELECT {_COLUMNS} {_FROM} WHERE o.name = ? AND n.key = ?", name, key)
-        return None if row is None else _note(row)
+        row = self._db.row(f"SELECT {COLUMNS} {FROM} WHERE o.name = ? AND n.key = ?", name, key)
+        return None if row is None else note_of(row)
 
-    def _owner_id(self, name: str, make: bool = False) -> int | None:
-        if make:
-            self._db.do("INSERT OR IGNORE INTO owners(name) VALUES(?)", name)
+    def _made_owner(self, name: str) -> int:
+        self._db.do("INSERT OR IGNORE INTO owners(name) VALUES(?)", name)
+        owner_id = self._owner_id(name)
+        assert owner_id is not None
+        return owner_id
+
+    def _owner_id(self, name: str) -> int | None:
         row = self._db.row("SELECT id FROM owners WHERE name = ?", name)
         return None if row is None else int(row[0])
 
-    def _write(self, name: str, owner_id: int | None, note: Note, old: Note | None) -> Note:
+    def _write(self, name: str, owner_id: int, note: Note, old: Note | None) -> Note:
         size = _size(note)
         grown = size - (_size(old) if old is not None else 0)
         if grown > 0 and self._stored(name) + grown > self.quota:
             raise wire.error(errno.EDQUOT, f"the quota of {self.quota} bytes of notes is used up")
         tags, metadata = (msgspec.json.encode(part).decode() for part in (note.tags, note.metadata))
+        if old is not None:
+            remove_labels(self._db, old.id)
         self._db.do(
             "INSERT OR REPLACE INTO notes VALUES(?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?)",
             *(note.id or None, owner_id, note.key, note.text, tags, metadata),
@@ -223,11 +228,18 @@ class Memory:
             f"own{owner_id}",
             note.text,
         )
+        enter_labels(self._db, owner_id, note.id, tags, metadata)
+        if old is None or old.text != note.text:
+            self.meaning.changed(NOTES, note.id, owner_id)
         self._db.do("UPDATE owners SET note_bytes = note_bytes + ? WHERE id = ?", grown, owner_id)
         return note
 
     def _delete(self, ids: Iterable[int]) -> None:
         for note_id in ids:
+            row = self._db.row("SELECT owner FROM notes WHERE id = ?", note_id)
+            if row is not None:
+                self.meaning.gone(NOTES, note_id, row[0])
+            remove_labels(self._db, note_id)
             self._db.do(
                 "UPDATE owners SET note_bytes = note_bytes - (SELECT bytes FROM notes WHERE id = ?1) "
                 "WHERE id = (SELECT owner FROM notes WHERE id = ?1)",
@@ -236,14 +248,26 @@ class Memory:
             self._db.do("DELETE FROM note_words WHERE rowid = ?", note_id)
             self._db.do("DELETE FROM notes WHERE id = ?", note_id)
 
-    def _sweep(self, owner_id: int | None) -> None:
+    def _sweep(self, owner_id: int) -> None:
         """Rows of this owner whose time is over."""
         sql = "SELECT id FROM notes WHERE owner = ? AND expires <= ?"
         self._delete([row[0] for row in self._db.rows(sql, owner_id, self._clock())])
 
+    def clean(self) -> float:
+        """Remove notes of all owners whose time is over, some at a time; returns after how many seconds to call this
+        again."""
+        sql = "SELECT id FROM notes WHERE expires <= ? ORDER BY expires LIMIT ?"
+        over = [row[0] for row in self._db.rows(sql, self._clock(), CLEAN_AT_ONCE)]
+        if over:
+            with self._db.transaction():
+                self._delete(over)
+            for note_id in over:
+                self.cache.remove(note_id)
+        return 0.0 if len(over) == CLEAN_AT_ONCE else CLEAN_S
+
     def _end(self, name: str) -> None:
         with self._db.transaction():
-            self._delete([row[0] for row in self._db.rows(f"SELECT n.id {_FROM} WHERE o.name = ?", name)])
+            self._delete([row[0] for row in self._db.rows(f"SELECT n.id {FROM} WHERE o.name = ?", name)])
             self._db.do("DELETE FROM owners WHERE name = ?", name)
         self.cache.forget_owner(name)
 
@@ -252,7 +276,7 @@ class Memory:
         return 0 if row is None else int(row[0])
 
     def _count(self, name: str) -> int:
-        row = self._db.row(f"SELECT count(*) {_FROM} WHERE o.name = ? AND {_LIVE}", name, self._clock())
+        row = self._db.row(f"SELECT count(*) {FROM} WHERE o.name = ? AND {LIVE}", name, self._clock())
         return 0 if row is None else int(row[0])
 
     def _over(self, note: Note) -> bool:
@@ -268,51 +292,6 @@ class Memory:
         self.cache.put(note.id, (name, note), _size(note), name)
 
 
-def _visible(caller: link.Caller) -> tuple[str, str]:
-    return owners.own(caller), owners.group(caller)
-
-
 def _size(note: Note) -> int:
     parts = (note.text, note.key or "", *note.tags)
     return OVERHEAD + sum(len(part.encode()) for part in parts) + len(msgspec.json.encode(note.metadata))
-
-
-def _note(row: tuple[Any, ...]) -> Note:
-    note_id, key, text, tags, metadata, created, updated, expires, version, owner, size = row[:11]
-    if size < OVERHEAD:  # the last page of the note has become zeros, whose checksum is right
-        raise wire.error(errno.EIO, f"note {note_id} is damaged on the disk")
-    return Note(
-        id=note_id,
-        text=text,
-        key=key,
-        tags=msgspec.json.decode(tags),
-        metadata=msgspec.json.decode(metadata),
-        created=created,
-        updated=updated,
-        expires=expires,
-        version=version,
-        shared=owner.startswith("group/"),
-    )
-
-
-def _marks(values: Iterable[Any]) -> str:
-    return ", ".join("?" for _ in values)
-
-
-def _filters(filters: wire.NoteFilters, now: float) -> tuple[str, list[Any]]:
-    """They hold before any limit: a search for k notes finds k that fit, if there are."""
-    where = [_LIVE]
-    parts: list[Any] = [now]
-    for tag in filters.tags:
-        where.append("EXISTS (SELECT 1 FROM json_each(n.tags) WHERE value = ?)")
-        parts.append(tag)
-    for name, value in filters.metadata.items():
-        where.append("EXISTS (SELECT 1 FROM json_each(n.metadata) WHERE key = ? AND value IS ?)")
-        parts += [name, value]
-    if filters.since is not None:
-        where.append("n.updated >= ?")
-        parts.append(filters.since)
-    if filters.until is not None:
-        where.append("n.updated < ?")
-        parts.append(filters.until)
-    return " AND ".join(where), parts

@@ -1,7 +1,8 @@
 """Which tables hold what agents keep, for all that handles the store as a whole: fsck, repair, export, import, backup.
 
-A table that is not named here is made from those that are (`REBUILD`), or belongs to the running system alone. Contents
-that are too large for the database lie in files that are named by their hash.
+A table that is not named here is made from those that are (`REBUILD`; vectors by the embedder, at the next start), or
+belongs to the running system alone. Contents that are too large for the database lie in files that are named by their
+hash.
 """
 
 from __future__ import annotations
@@ -11,6 +12,8 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
+
+from aiosd.store.noterows import FIELD
 
 CONTENTS = "contents"  # the folder of such files, in that of the store
 
@@ -39,6 +42,16 @@ REBUILD: tuple[tuple[str, str], ...] = (
     (
         "notes",
         "UPDATE owners SET note_bytes = (SELECT coalesce(sum(bytes), 0) FROM notes WHERE notes.owner = owners.id)",
+    ),
+    (
+        "note_tags",
+        "INSERT OR IGNORE INTO note_tags SELECT n.owner, j.value, n.id "
+        "FROM notes n, json_each(iif(json_valid(n.tags), n.tags, '[]')) j",
+    ),
+    (
+        "note_fields",
+        f"INSERT OR IGNORE INTO note_fields SELECT n.owner, j.key, {FIELD}, n.id "
+        "FROM notes n, json_each(iif(json_valid(n.metadata), n.metadata, '{}')) j",
     ),
     ("note_words", "INSERT INTO note_words(rowid, owner, text) SELECT id, 'own' || owner, text FROM notes"),
 )

@@ -1,6 +1,6 @@
 """The API of OpenAI, and what llama-server has besides.
 
-    fields.py        what may stand in a request, and what it becomes: the arguments of GENERATE
-    generation.py    from those to the reply: whole, or in parts
-    chat.py completions.py embeddings.py listing.py     the forms of the replies, one file for each family
+fields.py        what may stand in a request, and what it becomes: the arguments of GENERATE
+generation.py    from those to the reply: whole, or in parts
+chat.py completions.py embeddings.py listing.py     the forms of the replies, one file for each family
 """

@@ -385,9 +385,7 @@ class ResponseForm:
         else:
             yield from self._write(index, _call_item(ident or "", name or "", ""), text)
 
-    def _write(
-        self, key: str | int, item: Item, text: str, chances: wire.Logprobs | None = None
-    ) -> Iterator[bytes]:
+    def _write(self, key: str | int, item: Item, text: str, chances: wire.Logprobs | None = None) -> Iterator[bytes]:
         """Add to the open item, or open this one."""
         if self._open is None or self._open.key != key:
             yield from self._close()

@@ -13,8 +13,9 @@ the model did for each call. Then, in every step, it asks:
 Promises that all policies keep, so that the engine can rely on them:
 
 - A call gives up its slot only for another that `admit` chooses next, with the same `now`; never for nothing.
-- A change of calls costs about 5 ms (a state is saved, another restored), so it must be paid for: either the victim
-  has run for a quantum, or the call it makes room for has just arrived and is the more urgent one.
+- A change of calls costs time (a state is saved, another restored: 5 ms for some hundred tokens of a small model), so
+  it must be paid for: either the victim has run for a quantum (`Quantum.of`: longer where states are large), or the
+  call it makes room for has just arrived and is the more urgent one.
 - Every step gets on: `select` of a list that is not empty returns one that is not empty; `order` may leave prompts
   out for the sake of one that decodes, but never twice without a `select` between.
 - What is kept about agents is bounded: an agent without calls is forgotten in the end.
@@ -40,6 +41,22 @@ class Quantum:
     tokens: int = 64
     seconds: float = 10.0
 
+    def of(self, call: Entry) -> Quantum:
+        """The quantum of this call: longer where its state is large (`Entry.least_turn`), but never more than LONGER
+        quanta, so that other calls do not wait too long."""
+        least = call.least_turn
+        if least is ANY_TURN:
+            return self
+        tokens, seconds = min(least.tokens, LONGER * self.tokens), min(least.seconds, LONGER * self.seconds)
+        return Quantum(max(self.tokens, tokens), max(self.seconds, seconds))
+
+
+#: How many quanta the turn of a call with a large state may last.
+LONGER = 8
+
+#: The least turn of a call whose state is small.
+ANY_TURN = Quantum(0, 0.0)
+
 
 class Entry(Protocol):
     """What a policy may know of a call. Where the same call is meant, it is the same object."""
@@ -58,6 +75,8 @@ class Entry(Protocol):
     def num_generated(self) -> int: ...
     @property
     def num_pending(self) -> int: ...  # prompt tokens that are not in the cache yet
+    @property
+    def least_turn(self) -> Quantum: ...  # how long it should keep its slot, because moving its state takes time
 
 
 E = TypeVar("E", bound=Entry)
@@ -146,5 +165,5 @@ class Turns:
         """Has it run for a quantum (or `times` quanta)? A call that got its slot under another policy begins its
         turn when it is first asked about."""
         tokens, seconds = self._began.setdefault(call.order, (call.num_generated, now))
-        quantum = self._quantum
+        quantum = self._quantum.of(call)
         return call.num_generated - tokens >= quantum.tokens * times or now - seconds >= quantum.seconds * times

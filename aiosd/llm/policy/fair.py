@@ -267,10 +267,10 @@ class Fair(Base):
 
     def _patience(self, call: Entry, now: float) -> float:
         """How far ahead of a waiting call this running one may be, in virtual tokens."""
-        cost = self._of[call.order].cost
-        if now - self._seated.setdefault(call.order, now) >= self._quantum.seconds:
+        cost, quantum = self._of[call.order].cost, self._quantum.of(call)
+        if now - self._seated.setdefault(call.order, now) >= quantum.seconds:
             return cost
-        return self._tokens * cost
+        return quantum.tokens * cost
 
     def evict(self, waiting: Sequence[E], running: Sequence[E], free: int, now: float) -> list[E]:
         if len(waiting) <= free or not running or self._none_gives_way(waiting, running, now):

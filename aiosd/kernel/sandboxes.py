@@ -1,0 +1,82 @@
+"""How new agents are confined: by the settings, the rules of their group, what this machine can do and what was asked
+for.
+
+What a box is, and who may have which, is in `sandbox.box`; this joins it to the settings.
+"""
+
+from __future__ import annotations
+
+import errno
+import os
+from collections.abc import Mapping
+
+from aiosd.kernel.proc import Proc
+from aiosd.kernel.spawning import group_of_child
+from aiosd.sandbox import box as boxes
+from aiosd.sandbox.box import LEVELS, Box, Rules
+from aiosd.sandbox.probe import Offer
+from libaios import wire
+
+
+class Sandboxes:
+    def __init__(self, rules: Rules, groups: Mapping[str, Rules], offer: Offer, folder: str) -> None:
+        self.rules = rules
+        self._groups = groups
+        self.offer = offer
+        self._folder = folder  # of the workspaces
+
+    def decide(self, args: wire.Spawn, parent: Proc | None) -> Box | None:
+        """The box of a new agent, None: it is not confined. Raises OSError: EINVAL, EPERM, ENOTSUP."""
+        wish = args.sandbox
+        boxes.check(wish)
+        if parent is not None and parent.box is not None:
+            return boxes.of_child(wish, parent.box)
+        group = group_of_child(parent, args.group)
+        rules = self.of_group(group)
+        if parent is not None and wish.level and LEVELS.index(wish.level) < LEVELS.index(rules.level):
+            raise wire.error(errno.EPERM, f"sandbox: agents of group {group!r} run in {rules.level!r} or more")
+        if LEVELS.index(wish.level or "none") > LEVELS.index(self.offer.level):
+            raise wire.error(errno.ENOTSUP, f"sandbox: {wish.level} is not possible here: {self.offer.reason}")
+        place = boxes.workspace(self._folder, group, wish.program or args.target, args.name or "")
+        return boxes.of_person(wish, rules, place)
+
+    def environment(self, args: wire.Spawn, parent: Proc | None, box: Box | None) -> dict[str, str]:
+        """What of its environment the agent gets. A confined agent has passed the list itself: its children get all."""
+        if box is None:
+            return args.env
+        if parent is not None and parent.box is not None:
+            return boxes.at_home(args.env, box.workspace)
+        allowed = (*self.of_group(group_of_child(parent, args.group)).env, *args.sandbox.env)
+        return boxes.at_home(boxes.environment(args.env, allowed), box.workspace)
+
+    def of_group(self, group: str) -> Rules:
+        """In force here: a level that this machine cannot do is one lower, which the log says."""
+        rules = self._groups.get(group, self.rules)
+        weakest = min(rules.level, self.offer.level, key=LEVELS.index)
+        return Rules(weakest, rules.net, rules.read, rules.write, rules.env)
+
+    def shown(self) -> dict[str, object]:
+        """For `aiosd status`."""
+        groups = {name: self.of_group(name).level for name in self._groups}
+        shown: dict[str, object] = {"default": self.of_group("").level, "possible": self.offer.level}
+        if groups:
+            shown["groups"] = groups
+        if self.offer.reason:
+            shown["why_no_more"] = self.offer.reason
+        if self.offer.open:
+            shown["left_open"] = list(self.offer.open)
+        return shown
+
+    def warnings(self) -> list[str]:
+        """One line for each setting that this machine cannot do."""
+        wanted = {"": self.rules.level} | {name: rules.level for name, rules in self._groups.items()}
+        return [
+            f"sandbox {level}{f' of group {name}' if name else ''} is not possible here, agents run in "
+            f"{self.offer.level}: {self.offer.reason}"
+            for name, level in wanted.items()
+            if LEVELS.index(level) > LEVELS.index(self.offer.level)
+        ]
+
+
+def folder(data: os.PathLike[str]) -> str:
+    return os.path.join(data, "workspaces")

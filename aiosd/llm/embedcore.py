@@ -1,0 +1,129 @@
+"""The process of a model that only makes vectors (`--embed-model`): EMBED and TOKENIZE, no generations.
+
+Encoders such as BERT cannot generate, and what can generate makes poor vectors, so an embedding model is a core of its
+own kind. It is a `service.Server` that the kernel takes for one more llm core: what a core is told about generations it
+refuses, and a `Park` it confirms at once, since nothing is decoded here.
+"""
+
+from __future__ import annotations
+
+import errno
+import faulthandler
+import os
+import signal
+import sys
+from collections.abc import Generator
+from typing import TYPE_CHECKING, Any
+
+from aiosd import link
+from aiosd.errors import WorldError
+from aiosd.heartbeat import Rounds
+from aiosd.llm.spec import ModelSpec
+from aiosd.service import Pause, Server
+from libaios import wire
+from libaios.channel import Channel
+from libaios.wire import Sys
+
+if TYPE_CHECKING:
+    from aiosd.llm.embed import Embedder
+    from aiosd.llm.llama import Model
+
+_THREADS = 2  # more bring little for texts of a few dozen tokens, and agents share the machine
+
+
+def main(channel: Channel, spec: ModelSpec, rounds: Rounds) -> int:
+    """As `core.main`."""
+    faulthandler.enable(sys.stderr)
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    os.environ.setdefault("GOMP_SPINCOUNT", "1000")  # see core.THREADS_WAIT
+    from aiosd.llm import llama
+    from aiosd.llm.embed import Embedder
+
+    llama.start(spec.verbose)
+    threads = spec.threads or min(_THREADS, len(os.sched_getaffinity(0)))
+    layers = spec.gpu_layers if spec.gpu_layers >= 0 else 1 << 20
+    try:
+        model = llama.Model(spec.path, layers, lambda fraction: _tell(channel, link.Progress("loading", fraction)))
+        embedder = Embedder(model, threads)
+        width = len(embedder.embed(["vectors"]).data) // 4
+    except (WorldError, OSError) as err:
+        _tell(channel, link.LoadFailed(f"{spec.name}: {spec.path}: makes no vectors: {err}".replace("\n", " ")))
+        channel.pump()
+        return 1
+    calls = Calls(model, embedder, spec, threads, width)
+    server = Server(
+        channel,
+        calls.handlers(),
+        calls.stats,
+        info=calls.info(),
+        others=others,
+        charge=lambda body: body.prompt_tokens if isinstance(body, wire.Embedded) else 0,
+    )
+    return server.run(rounds)
+
+
+def _tell(channel: Channel, message: link.FromService) -> None:
+    channel.send(link.encode(message))
+
+
+def others(message: link.ToService) -> link.FromService | None:
+    """What the kernel tells cores of generations, of which there are none here."""
+    match message:
+        case link.Submit(key=key):
+            return link.Failed(key, errno.EINVAL, "this model makes vectors; it does not generate")
+        case link.Park(number=number) if number:
+            return link.Parked(number)
+    return None
+
+
+class Calls:
+    def __init__(self, model: Model, embedder: Embedder, spec: ModelSpec, threads: int, width: int) -> None:
+        self._model, self._embedder, self._spec = model, embedder, spec
+        self._threads, self._width = threads, width
+        self._texts = 0
+
+    def handlers(self) -> dict[int, Any]:
+        contexts = (Sys.CTX_SAVE, Sys.CTX_RESTORE, Sys.CTX_CLOSE, Sys.CTX_LIST, Sys.CTX_REMOVE)
+        handlers: dict[int, Any] = dict.fromkeys(contexts, self._no_context)
+        return handlers | {Sys.EMBED: self._embed, Sys.TOKENIZE: self._tokenize, Sys.DETOKENIZE: self._detokenize}
+
+    def _embed(self, ask: link.Ask, args: wire.Embed) -> Generator[Pause, None, wire.Embedded]:
+        """A batch at a time: between two of them other calls have their turn, so a query does not wait for thousands of
+        notes."""
+        embedded = None
+        for embedded in self._embedder.in_steps(args.texts):
+            if embedded is None:
+                yield Pause()
+        assert embedded is not None
+        self._texts += embedded.n
+        return embedded
+
+    def _tokenize(self, ask: link.Ask, args: wire.Tokenize) -> list[int]:
+        return self._model.tokenize(args.text, bos=False, special=args.special)
+
+    def _detokenize(self, ask: link.Ask, args: wire.Detokenize) -> str:
+        if any(token >= self._model.n_vocab for token in args.tokens):
+            raise wire.error(errno.EINVAL, f"tokens: the model has {self._model.n_vocab}")
+        return self._model.text(args.tokens)
+
+    def _no_context(self, ask: link.Ask, args: Any) -> None:
+        raise wire.error(errno.EINVAL, "this model makes vectors; it keeps no contexts")
+
+    def info(self) -> dict[str, Any]:
+        """For `link.Loaded`."""
+        model = self._model
+        return {
+            "path": self._spec.path,
+            "description": model.description,
+            "n_params": model.n_params,
+            "n_ctx": model.n_ctx_train,
+            "n_slots": 0,
+            "n_vocab": model.n_vocab,
+            "n_embd": self._width,
+            "gpu_layers": self._spec.gpu_layers,
+            "chat": False,
+            "tools": False,
+        }
+
+    def stats(self) -> dict[str, Any]:
+        return {"model_bytes": self._model.size, "threads": self._threads, "texts": self._texts, "vectors_only": True}

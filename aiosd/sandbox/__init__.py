@@ -1,0 +1,12 @@
+"""The sandbox: what an agent may reach on the machine.
+
+An agent that is confined has a *box*: a level, files that it may read and write, a workspace, and whether it has a
+network. The kernel decides on the box (`box`); the agent's own process makes a plan of it (`plan`) and carries it out
+with one call of C (`confine`, `native/confine.c`), before the agent's program is looked up. What is carried out cannot
+be undone, and holds for everything that the agent starts.
+
+    none   nothing is confined: the agent has all the rights of the user
+    flat   files by Landlock, system calls by seccomp (`filter`), no capabilities
+
+`probe` finds out at the start what this machine can do, by doing it: what its settings say misleads.
+"""

@@ -1,0 +1,120 @@
+"""The kernel's decision: the box of a new agent, from what was asked for, the rules of its group, and its parent's box.
+
+    a person's agent    what was asked for, else the rules of the group, else the settings. With `strict` settings no
+                        less than these
+    an agent's child    the rules of the group or more. A confined agent's child has its parent's box: the same files,
+                        the same workspace. It may have less network, and it can never have more of anything
+
+Names are not looked up here. A client that starts an agent for a person sends absolute paths without symbolic links.
+"""
+
+from __future__ import annotations
+
+import errno
+import hashlib
+import os.path
+from collections.abc import Iterable, Mapping
+from fnmatch import fnmatchcase
+
+import msgspec
+from msgspec import Struct
+
+from libaios import wire
+
+LEVELS = ("none", "flat")  # from the weakest on
+NETS = ("all", "none")
+
+#: Variables that a confined agent gets of the environment in which it was started. All others may be secrets.
+_VARIABLES = (
+    "PATH", "LANG", "LANGUAGE", "LC_*", "TZ", "TERM", "COLORTERM", "NO_COLOR", "LINES", "COLUMNS", "USER", "LOGNAME",
+    "SHELL", "PAGER", "EDITOR", "PYTHON*", "VIRTUAL_ENV", "AIOS*", "OMP_*", "CC", "CXX", "CFLAGS", "LDFLAGS",
+)  # fmt: skip
+
+
+class Box(Struct, array_like=True, frozen=True):
+    """What one agent may reach. Paths are `os_text`, absolute and without symbolic links."""
+
+    level: str
+    net: str
+    workspace: str
+    read: list[str] = []
+    write: list[str] = []
+
+
+class Rules(Struct, frozen=True):
+    """The settings for agents, or what a [[group]] of aiosd.toml says for its own."""
+
+    level: str = "none"
+    net: str = "all"
+    read: tuple[str, ...] = ()
+    write: tuple[str, ...] = ()
+    env: tuple[str, ...] = ()
+
+
+def of_person(wish: wire.Sandbox, rules: Rules, workspace: str) -> Box | None:
+    """The box of an agent that a person starts, or an agent that is not confined; None: it is not confined."""
+    level = wish.level or rules.level
+    if level == "none":
+        _refuse_paths(wish)
+        return None
+    return Box(
+        level,
+        wish.net or rules.net,
+        workspace,
+        _once(rules.read, (*wish.own, *wish.read)),
+        _once(rules.write, wish.write),
+    )
+
+
+def of_child(wish: wire.Sandbox, parent: Box) -> Box:
+    """The box of a child of a confined agent. Raises OSError (EPERM)."""
+    if wish.level and LEVELS.index(wish.level) < LEVELS.index(parent.level):
+        raise wire.error(errno.EPERM, f"sandbox: an agent in {parent.level!r} may not start one in {wish.level!r}")
+    if wish.net == "all" and parent.net != "all":
+        raise wire.error(errno.EPERM, "sandbox: an agent without network may not start one that has it")
+    for path in wish.write:
+        if not _within(path, (*parent.write, parent.workspace)):
+            raise wire.error(errno.EPERM, f"sandbox: {wire.os_shown(path)}: an agent may not let others write there")
+    for path in wish.read:
+        if not _within(path, (*parent.read, *parent.write, parent.workspace)):
+            raise wire.error(errno.EPERM, f"sandbox: {wire.os_shown(path)}: an agent may not let others read there")
+    return msgspec.structs.replace(parent, net=wish.net or parent.net)
+
+
+def check(wish: wire.Sandbox) -> None:
+    """What the types of its fields cannot tell. Raises OSError (EINVAL)."""
+    for path in (*wish.own, *wish.read, *wish.write):
+        plain = wire.os_bytes(path)
+        if not plain.startswith(b"/") or plain.startswith(b"//") or b"\0" in plain or os.path.normpath(plain) != plain:
+            raise wire.error(errno.EINVAL, f"sandbox: {wire.os_shown(path)!r} is no plain absolute path")
+
+
+def environment(env: Mapping[str, str], allowed: Iterable[str]) -> dict[str, str]:
+    """Those variables that a confined agent gets; names may end in '*'."""
+    patterns = (*_VARIABLES, *allowed)
+    return {name: value for name, value in env.items() if any(fnmatchcase(name, pattern) for pattern in patterns)}
+
+
+def at_home(env: Mapping[str, str], workspace: str) -> dict[str, str]:
+    """The environment with the workspace as home."""
+    return {**env, "HOME": workspace, "TMPDIR": workspace + "/tmp"}
+
+
+def workspace(folder: str, group: str, program: str, name: str) -> str:
+    """Where agents of this group, program and name keep their files. `name` is "" when none was given on purpose."""
+    key = hashlib.blake2b(wire.os_bytes(program), digest_size=4).hexdigest()
+    stem = "".join(c if c.isalnum() or c in "._-" else "_" for c in wire.os_shown(program).rpartition("/")[2])
+    return os.path.join(folder, group, f"{stem.lstrip('.')[:32] or 'agent'}-{key}", f"={name}" if name else "-")
+
+
+def _once(rules: Iterable[str], wish: Iterable[str]) -> list[str]:
+    return list(dict.fromkeys((*rules, *wish)))
+
+
+def _refuse_paths(wish: wire.Sandbox) -> None:
+    if wish.read or wish.write or wish.net == "none":
+        raise wire.error(errno.EINVAL, "sandbox: --read, --write and --net none need a sandbox: --sandbox flat")
+
+
+def _within(path: str, folders: Iterable[str]) -> bool:
+    return any(path == folder or path.startswith(folder.rstrip("/") + "/") for folder in folders)

@@ -1,0 +1,76 @@
+"""The tables [[group]] of aiosd.toml: how agents of a group are confined.
+
+    [[group]]
+    name = "web"
+    sandbox = "flat"                  none or flat
+    net = "none"                      none or all
+    read = ["~/data"]                 files and folders, as seen from the folder of aiosd.toml
+    write = ["out"]
+    env = ["OPENAI_API_KEY", "AWS_*"] variables that they get of the environment in which they are started
+
+What a group does not say is as for all agents.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import msgspec
+
+from aiosd.sandbox.box import LEVELS, NETS, Rules
+from libaios import wire
+
+
+def read(values: Mapping[str, Any], folder: str, general: Rules) -> tuple[str, Rules]:
+    """A group's name and its rules, of keys that their readers have read. ValueError with a sentence."""
+    if "name" not in values:
+        raise ValueError("a group without name")
+    rules = Rules(
+        values.get("sandbox", general.level),
+        values.get("net", general.net),
+        _paths(values.get("read", ()), folder),
+        _paths(values.get("write", ()), folder),
+        tuple(values.get("env", ())),
+    )
+    return values["name"], rules
+
+
+def _paths(texts: Any, folder: str) -> tuple[str, ...]:
+    return tuple(wire.os_text(os.path.realpath(os.path.join(folder, os.path.expanduser(text)))) for text in texts)
+
+
+def _word(words: tuple[str, ...]) -> Callable[[Any], str]:
+    def read_word(value: Any) -> str:
+        if value not in words:
+            raise ValueError(f"{value!r} is none of {', '.join(words)}")
+        return str(value)
+
+    return read_word
+
+
+def _texts(value: Any) -> list[str]:
+    if not isinstance(value, list) or not all(isinstance(text, str) and text and "\0" not in text for text in value):
+        raise ValueError(f"{value!r} is no list of texts")
+    return value
+
+
+def _name(value: Any) -> str:
+    try:
+        return msgspec.convert(value, wire.Name)
+    except msgspec.ValidationError:
+        raise ValueError(f"{value!r} is no name of a group (up to 64 characters, no blank, no '/')") from None
+
+
+level, net, texts = _word(LEVELS), _word(NETS), _texts
+
+#: Every key of [[group]], and what makes its value of what TOML gave, or raises ValueError.
+READERS: dict[str, Callable[[Any], Any]] = {
+    "name": _name,
+    "sandbox": level,
+    "net": net,
+    "read": texts,
+    "write": texts,
+    "env": texts,
+}

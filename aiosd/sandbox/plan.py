@@ -1,0 +1,85 @@
+"""From an agent's box to the plan that `native/confine.c` carries out: bytes, made in the agent's own process.
+
+Most of a plan is the same for all agents (`Ground`): what of the system they may read, and the seccomp programs. It is
+made once in the supervisor, before any agent is forked. The rest are the agent's own paths.
+"""
+
+from __future__ import annotations
+
+import os
+import struct
+import sys
+from collections.abc import Iterable
+from dataclasses import dataclass
+
+from aiosd.sandbox import filter, landlock
+from aiosd.sandbox.box import Box
+from libaios.wire import os_bytes
+
+_HEAD = struct.Struct("=6I3Q")
+_RULE = struct.Struct("=Q4I")
+
+#: Programs and libraries.
+_PROGRAMS = ("/usr", "/bin", "/sbin", "/lib", "/lib32", "/lib64", "/libx32", "/opt", "/nix/store", "/etc/alternatives")
+#: Of /etc only what programs need: other files there are secrets (/etc/shadow, /etc/ssl/private).
+_ETC = (
+    "passwd", "group", "nsswitch.conf", "hosts", "host.conf", "resolv.conf", "gai.conf", "services", "protocols",
+    "localtime", "timezone", "ld.so.cache", "ld.so.conf", "ld.so.conf.d", "ssl/certs", "ssl/openssl.cnf",
+    "ca-certificates", "pki/tls/certs", "pki/ca-trust", "mime.types", "os-release", "gitconfig", "inputrc", "terminfo",
+    "profile", "bash.bashrc", "fonts", "magic", "login.defs", "shells", "java",
+)  # fmt: skip
+#: All of /proc, because a rule on /proc/self would hold for one process only; Landlock itself guards what is another
+#: process's memory, files and environment.
+_KERNEL = ("/proc", "/sys/devices/system/cpu", "/sys/fs/cgroup")
+_DEVICES = ("/dev/null", "/dev/zero", "/dev/full", "/dev/random", "/dev/urandom", "/dev/tty")
+
+
+@dataclass(frozen=True, slots=True)
+class Ground:
+    """What the plans of all agents have in common on this machine."""
+
+    ruleset: landlock.Ruleset
+    rules: bytes
+    count: int
+    filters: dict[tuple[bool, bool], bytes]  # by whether there is a network, and a door
+
+
+def ground(python_path: Iterable[str]) -> Ground:
+    """`python_path`: the folders where a Python agent looks for modules."""
+    ruleset = landlock.ruleset(landlock.abi())
+    python = {sys.prefix, sys.base_prefix, sys.exec_prefix, *(os.path.realpath(path) for path in python_path)}
+    rules = [_rule(path, landlock.READ) for path in (*_PROGRAMS, *sorted(python))]
+    rules += [_rule(f"/etc/{name}", landlock.READ) for name in _ETC]
+    rules += [_rule(path, landlock.READ_FILE | landlock.READ_DIR) for path in _KERNEL]
+    rules += [_rule(path, landlock.DEVICE & ruleset.files) for path in _DEVICES]
+    filters = {(network, doors): filter.program(network, doors) for network in (False, True) for doors in (False, True)}
+    return Ground(ruleset, b"".join(rules), len(rules), filters)
+
+
+def plan(ground: Ground, box: Box, doors: bool) -> bytes:
+    """The whole plan for one agent. `doors`: its Unix sockets are asked of a listener (see `doors`)."""
+    ruleset, network = ground.ruleset, box.net == "all"
+    own = [_rule(path, landlock.READ, strict=True) for path in box.read]
+    own += [_rule(path, landlock.WRITE & ruleset.files, strict=True) for path in box.write]
+    own.append(_rule(box.workspace, landlock.WRITE & ruleset.files, must=True))
+    program = ground.filters[network, doors]
+    head = _HEAD.pack(
+        ground.count + len(own),
+        len(program) // 8,
+        ruleset.size,
+        True,
+        doors,
+        0,
+        ruleset.files,
+        0 if network else ruleset.net,
+        ruleset.scoped,
+    )
+    return b"".join((head, program, ground.rules, *own))
+
+
+def _rule(path: str, rights: int, strict: bool = False, must: bool = False) -> bytes:
+    """One that is not there grants nothing, or is an error if it `must` be there. `strict`: nor does one that leads
+    through a symbolic link, because it was none when the path was named: another process has changed it since."""
+    encoded = os_bytes(path) + b"\0"
+    encoded += bytes(-len(encoded) % 8)
+    return _RULE.pack(rights & ~landlock.MAKE_DEVICES, must, strict, len(encoded), 0) + encoded

@@ -1,0 +1,141 @@
+"""Search for notes: by words, by meaning, or by both.
+
+By both: the candidates of words and those of meaning, each of which gets one score, `cosine + WORDS · bm25 / (HALF +
+bm25)`. (To mix the two rankings instead of the scores ruins a good embedder: what stands first by chance in the words
+counts as much as what means the same.) A note whose text is the query itself stands before all others, so a live note
+is always found by its own text, whatever that is.
+
+Filters hold before any limit: SQLite gives the ids that pass, and only these are compared. A query is split into words
+and each is quoted; the owner is a token of its own in the index of words, so no query leads to another's notes.
+"""
+
+from __future__ import annotations
+
+import errno
+import re
+from collections.abc import Callable, Generator, Mapping, Sequence
+from typing import TYPE_CHECKING, Any
+
+from aiosd import link
+from aiosd.service import Pause
+from aiosd.store.database import Database
+from aiosd.store.meaning import Meaning
+from aiosd.store.noterows import COLUMNS, FROM, LIVE, filtered, marks, note_of, passing, visible
+from libaios import wire
+
+if TYPE_CHECKING:
+    from aiosd.store.meaning import Floats
+
+#: For each owner the notes that pass the filters; None: all do.
+Among = Mapping[int, Sequence[int] | None]
+
+NOTES = 0  # the kind of notes in `meaning`
+WORDS, HALF = 0.15, 8.0
+ITSELF = 2.0  # for a note whose text is the query: more than any other score
+LEAST = 50  # candidates of each side
+MOST_WORDS = 256  # of a query
+_BM25 = "(-bm25(note_words, 0.0, 1.0))"
+
+
+class Notes:
+    """The texts of notes, as `meaning.Searchable`."""
+
+    kind = NOTES
+    everything = "SELECT id AS item, owner FROM notes"
+
+    def __init__(self, database: Database) -> None:
+        self._db = database
+
+    def texts(self, items: Sequence[int]) -> list[tuple[int, str]]:
+        rows = self._db.rows(f"SELECT id, text FROM notes WHERE id IN ({marks(items)})", *items)
+        return [(row[0], row[1]) for row in rows]
+
+
+class NoteSearch:
+    def __init__(self, database: Database, meaning: Meaning, clock: Callable[[], float]) -> None:
+        self._db, self._meaning, self._clock = database, meaning, clock
+
+    def search(
+        self, caller: link.Caller, args: wire.MemSearch
+    ) -> list[wire.Found] | Generator[Pause, None, list[wire.Found]]:
+        """The answer, or what brings it after a while. Raises OSError (EOPNOTSUPP, EAGAIN)."""
+        if args.by == "meaning" and self._meaning.embedder is None:
+            raise wire.error(errno.EOPNOTSUPP, "there is no embedder, so nothing can be found by meaning")
+        names = visible(caller)
+        rows = self._db.rows(f"SELECT id FROM owners WHERE name IN ({marks(names)})", *names)
+        owners = [row[0] for row in rows]
+        if args.by == "words" or not owners or self._meaning.embedder is None:
+            return self.ranked(owners, args, None)
+        return self._by_meaning(owners, args)
+
+    def _by_meaning(self, owners: Sequence[int], args: wire.MemSearch) -> Generator[Pause, None, list[wire.Found]]:
+        vector = yield from self._meaning.vector_of(args.query)
+        if args.by == "meaning" and self._meaning.away:
+            raise wire.error(errno.EAGAIN, "the embedder does not answer")
+        if vector is not None:
+            yield from self._meaning.finish(owners)
+            yield from self._meaning.load(NOTES, owners)
+        return self.ranked(owners, args, vector)
+
+    def ranked(self, owners: Sequence[int], args: wire.MemSearch, vector: Floats | None) -> list[wire.Found]:
+        """The answer, at once; without a vector by words alone."""
+        if not owners:
+            return []
+        now = self._clock()
+        among = {owner: passing(self._db, owner, args.filters, now) for owner in owners}
+        words = {} if args.by == "meaning" else self._by_words(among, args)
+        scores = words if vector is None else self._with_meaning(among, args.k, vector, words)
+        for note in self._by_text(owners, args):
+            scores[note] = ITSELF + scores.get(note, 0.0)
+        best = sorted(scores, key=lambda note: (scores[note], note), reverse=True)[: args.k]
+        return self._fetch(best, scores)
+
+    def _with_meaning(self, among: Among, k: int, vector: Floats, words: Mapping[int, float]) -> dict[int, float]:
+        cosines = dict(self._meaning.nearest(NOTES, vector, max(k, LEAST), among))
+        # Words alone may have found what is farther away, or has no vector yet: that is put level with the last.
+        level = min(cosines.values(), default=0.0)
+        others = [note for note in words if note not in cosines]
+        if others:
+            cosines |= dict.fromkeys(others, level)
+            cosines |= dict(self._meaning.nearest(NOTES, vector, len(others), dict.fromkeys(among, others)))
+        return {note: cosine + WORDS * fit(words.get(note, 0.0)) for note, cosine in cosines.items()}
+
+    def _by_words(self, among: Among, args: wire.MemSearch) -> dict[int, float]:
+        """The notes that have at least one of the words, and how well they fit (bm25)."""
+        words = re.findall(r"[^\W_]+", args.query)
+        if not words:
+            return {}
+        either = " OR ".join(f'"own{owner}"' for owner in among)
+        wanted = " OR ".join(f'"{word}"' for word in list(dict.fromkeys(words))[:MOST_WORDS])
+        match = f"{{owner}} : ({either}) AND {{text}} : ({wanted})"
+        source, where, values = "note_words w", "", list[Any]()
+        if any(notes is not None for notes in among.values()):
+            where, values = filtered(self._db, args.filters, self._clock())
+            source, where = f"{source} JOIN notes n ON n.id = w.rowid", f"AND {where}"
+        sql = (
+            f"SELECT w.rowid, {_BM25} AS score FROM {source} WHERE note_words MATCH ? {where} "
+            "ORDER BY score DESC, w.rowid DESC LIMIT ?"
+        )
+        return {row[0]: row[1] for row in self._db.rows(sql, match, *values, max(args.k, LEAST))}
+
+    def _by_text(self, owners: Sequence[int], args: wire.MemSearch) -> list[int]:
+        where, values = filtered(self._db, args.filters, self._clock())
+        sql = (
+            f"SELECT n.id FROM notes n WHERE n.owner IN ({marks(owners)}) AND length(n.text) = length(?) "
+            f"AND substr(n.text, 1, 32) = substr(?, 1, 32) AND n.text = ? AND {where} ORDER BY n.id DESC LIMIT ?"
+        )
+        query = args.query
+        return [row[0] for row in self._db.rows(sql, *owners, query, query, query, *values, args.k)]
+
+    def _fetch(self, notes: Sequence[int], scores: Mapping[int, float]) -> list[wire.Found]:
+        found: dict[int, tuple[Any, ...]] = {}
+        for begin in range(0, len(notes), 500):
+            some = notes[begin : begin + 500]
+            sql = f"SELECT {COLUMNS} {FROM} WHERE n.id IN ({marks(some)}) AND {LIVE}"
+            found |= {row[0]: row for row in self._db.rows(sql, *some, self._clock())}
+        return [wire.Found(note_of(found[note]), scores[note]) for note in notes if note in found]
+
+
+def fit(bm25: float) -> float:
+    """From 0 to 1."""
+    return bm25 / (HALF + bm25) if bm25 > 0 else 0.0

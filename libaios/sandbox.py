@@ -1,0 +1,77 @@
+"""What a person who starts an agent grants it: the paths of its program, looked up here, by the person's process.
+
+The kernel looks up no path that it is given, and a confined agent's own process cannot see more than it was granted. So
+paths are made absolute and free of symbolic links here, before the agent is there.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterable, Mapping
+
+from libaios import wire
+
+
+def wish(
+    kind: str,
+    target: str,
+    cwd: str,
+    env: Mapping[str, str],
+    *,
+    level: str | None = None,
+    read: Iterable[str] = (),
+    write: Iterable[str] = (),
+    variables: Iterable[str] = (),
+    net: str | None = None,
+) -> wire.Sandbox:
+    """What is sent with a spawn. `target` and so on as in `wire.Spawn`, but as Python has them."""
+    program, own = _own(kind, target, cwd, env)
+    alone = own == [program]
+    own += [path for path in map(_real, env.get("PYTHONPATH", "").split(os.pathsep)) if path and not is_broad(path)]
+    return wire.Sandbox(
+        level=level or "",
+        net=net or "",
+        read=[wire.os_text(_real(path, cwd)) for path in read],
+        write=[wire.os_text(_real(path, cwd)) for path in write],
+        own=[wire.os_text(path) for path in dict.fromkeys(own)],
+        env=list(variables),
+        program=wire.os_text(program),
+        alone=alone,
+    )
+
+
+def _own(kind: str, target: str, cwd: str, env: Mapping[str, str]) -> tuple[str, list[str]]:
+    """The program by which agents of a kind know each other again, and what it needs to be read: the folder in which it
+    lies, or where that is too broad the file alone."""
+    if kind == "module":
+        return target, [] if is_broad(_real(cwd)) else [_real(cwd)]
+    if kind == "file" and target == "-":
+        return "-", []
+    named = os.path.join(cwd, target)
+    if kind == "exec" and "/" not in target:
+        named = _in_path(target, env) or named
+    real = _real(named)
+    folder = os.path.dirname(real)
+    own = [real] if is_broad(folder) else [folder]
+    linked = _real(os.path.dirname(named))
+    if linked != folder and not is_broad(linked):
+        own.append(linked)  # a link to the program lies there
+    return real, own
+
+
+def _in_path(name: str, env: Mapping[str, str]) -> str | None:
+    for folder in env.get("PATH", os.defpath).split(os.pathsep):
+        path = os.path.join(folder or os.curdir, name)
+        if os.access(path, os.X_OK) and os.path.isfile(path):
+            return path
+    return None
+
+
+def is_broad(folder: str) -> bool:
+    """Whether it is the user's home, or a folder above it: too much to be granted without being asked for."""
+    home = _real(os.path.expanduser("~"))
+    return home == folder or home.startswith(folder.rstrip("/") + "/")
+
+
+def _real(path: str, cwd: str = "/") -> str:
+    return os.path.realpath(os.path.join(cwd, os.path.expanduser(path))) if path else ""

@@ -1,0 +1,23 @@
+"""What a level leaves open, and why. Everything else must be stopped."""
+
+from __future__ import annotations
+
+NAMES = "Landlock does not hide names, sizes and times"
+OWN = "modes and times of the user's own files: programs such as git, tar and pip must change those of theirs"
+PROC = "/proc shows which processes there are"
+NET = "the agent was given a network"
+
+ACCEPTED: dict[str, dict[str, str]] = {
+    "flat": {
+        "see_that_it_is_there": NAMES,
+        "watch_hidden": NAMES,
+        "change_mode_of_hidden": OWN,
+        "change_times_of_hidden": OWN,
+        "tag_hidden": OWN,
+        "see_its_command_line": PROC,
+        "see_its_status": PROC,
+    },
+}
+#: With `--net all`, besides.
+WITH_NETWORK = dict.fromkeys(("tcp_local", "tcp_fast_open", "tcp_listen", "tcp_listen_unbound", "udp", "udp_six"), NET)
+WITH_NETWORK |= dict.fromkeys(("routes", "socket_of_32_bits"), NET)

@@ -1,0 +1,262 @@
+"""Who may have which sandbox; the seccomp program, run here as Linux runs it; the tables of aiosd.toml."""
+
+from __future__ import annotations
+
+import errno
+import os
+import struct
+from pathlib import Path
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from aiosd.sandbox import box, boxgroups, filter, landlock, plan
+from aiosd.sandbox.box import Box, Rules
+from libaios import sandbox, wire
+
+PARENT = Box("flat", "none", "/w/mine", ["/r"], ["/rw"])
+
+# ── boxes ─────────────────────────────────────────────────────────────────────────────────────────────────
+
+
+def test_what_is_not_asked_for_is_as_the_rules_say() -> None:
+    rules = Rules("flat", "none", read=("/data",), write=("/out",))
+    assert box.of_person(wire.Sandbox(own=["/app"]), rules, "/w") == Box(
+        "flat", "none", "/w", ["/data", "/app"], ["/out"]
+    )
+    wish = wire.Sandbox(net="all", read=["/more"])
+    assert box.of_person(wish, rules, "/w") == Box("flat", "all", "/w", ["/data", "/more"], ["/out"])
+    assert box.of_person(wire.Sandbox(level="none"), rules, "/w") is None
+
+
+def test_grants_without_a_sandbox_are_a_mistake() -> None:
+    for wish in (wire.Sandbox(read=["/x"]), wire.Sandbox(write=["/x"]), wire.Sandbox(net="none")):
+        with pytest.raises(OSError, match="need a sandbox"):
+            box.of_person(wish, Rules(), "/w")
+
+
+def test_a_child_has_its_parents_box() -> None:
+    assert box.of_child(wire.Sandbox(own=["/elsewhere"]), PARENT) == PARENT
+    assert box.of_child(wire.Sandbox(level="flat", net="none", read=["/r/a"], write=["/w/mine/x"]), PARENT) == PARENT
+    open_ = Box("flat", "all", "/w/mine")
+    assert box.of_child(wire.Sandbox(net="none"), open_) == Box("flat", "none", "/w/mine")
+
+
+@pytest.mark.parametrize(
+    "wish",
+    [
+        wire.Sandbox(level="none"),
+        wire.Sandbox(net="all"),
+        wire.Sandbox(read=["/"]),
+        wire.Sandbox(read=["/rx"]),
+        wire.Sandbox(write=["/r"]),
+        wire.Sandbox(write=["/w"]),
+    ],
+)
+def test_a_child_has_no_more_than_its_parent(wish: wire.Sandbox) -> None:
+    with pytest.raises(PermissionError):
+        box.of_child(wish, PARENT)
+
+
+@pytest.mark.parametrize("path", ["x", "../x", "/a/../b", "/a/", "/a//b", "//a", "", "\0", "\0/\xff/.."])
+def test_only_plain_absolute_paths_are_granted(path: str) -> None:
+    for wish in (wire.Sandbox(read=[path]), wire.Sandbox(write=[path]), wire.Sandbox(own=[path])):
+        with pytest.raises(OSError, match="no plain absolute path") as caught:
+            box.check(wish)
+        assert caught.value.errno == errno.EINVAL
+
+
+def test_names_that_are_no_utf8_are_granted() -> None:
+    box.check(wire.Sandbox(read=[wire.os_text(b"/a/\xff")]))
+
+
+def test_of_the_environment_only_what_is_listed() -> None:
+    env = {"PATH": "/bin", "LC_ALL": "C", "API_KEY": "x", "OPENAI_KEY": "y", "PYTHONPATH": "/p"}
+    assert set(box.environment(env, [])) == {"PATH", "LC_ALL", "PYTHONPATH"}
+    assert set(box.environment(env, ["OPENAI_*"])) == {"PATH", "LC_ALL", "PYTHONPATH", "OPENAI_KEY"}
+
+
+@given(st.text(min_size=1, max_size=40), st.text(min_size=1, max_size=40))
+def test_a_workspace_lies_below_its_folder_whatever_the_program_is_called(program: str, other: str) -> None:
+    one = box.workspace("/w", "g", program, "")
+    assert os.path.dirname(os.path.dirname(os.path.normpath(one))) == "/w/g"
+    assert program == other or box.workspace("/w", "g", other, "") != one
+    assert box.workspace("/w", "g", program, "x") != one
+
+
+# ── what a person's program brings with it ────────────────────────────────────────────────────────────────
+
+
+def test_a_script_brings_its_folder_and_one_at_home_comes_alone(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    home = tmp_path / "home"
+    (home / "project").mkdir(parents=True)
+    (home / "project" / "a.py").touch()
+    (home / "b.py").touch()
+    (tmp_path / "link.py").symlink_to(home / "project" / "a.py")
+    monkeypatch.setenv("HOME", str(home))
+    wish = sandbox.wish("file", "a.py", str(home / "project"), {})
+    assert (wish.own, wish.alone) == ([str(home / "project")], False)
+    assert wish.program == str(home / "project" / "a.py")
+    for cwd, target in ((home, "b.py"), (home / "project", "../b.py")):
+        wish = sandbox.wish("file", target, str(cwd), {})
+        assert (wish.own, wish.alone) == ([str(home / "b.py")], True)
+    wish = sandbox.wish("file", "link.py", str(tmp_path), {})
+    assert wish.own == [str(home / "project")], "the folder of the link is above the home"
+    assert sandbox.wish("module", "m", str(home), {}).own == []
+    assert sandbox.wish("module", "m", str(home / "project"), {}).own == [str(home / "project")]
+    assert sandbox.wish("file", "-", str(home), {}).own == []
+    assert sandbox.wish("file", "a.py", str(home / "project"), {"PYTHONPATH": str(tmp_path)}).own == [
+        str(home / "project")
+    ]
+    assert sandbox.wish("exec", "sh", "/", {"PATH": "/bin"}).program == os.path.realpath("/bin/sh")
+
+
+# ── the filter ────────────────────────────────────────────────────────────────────────────────────────────
+
+
+def run(program: bytes, number: int, *args: int, arch: int = 0xC000003E) -> int:
+    """What the program answers, as the virtual machine in Linux would."""
+    instructions = [struct.unpack("=HBBI", program[at : at + 8]) for at in range(0, len(program), 8)]
+    words = [arg & (1 << 64) - 1 for arg in (*args, 0, 0, 0, 0, 0, 0)[:6]]
+    data = struct.pack("=iIQ6Q", number - (1 << 32) if number >= 1 << 31 else number, arch, 0, *words)
+    value = at = 0
+    while True:
+        code, yes, no, operand = instructions[at]
+        at += 1
+        match code:
+            case 0x20:
+                (value,) = struct.unpack_from("=I", data, operand)
+            case 0x54:
+                value &= operand
+            case 0x05:
+                at += operand
+            case 0x15:
+                at += yes if value == operand else no
+            case 0x25:
+                at += yes if value > operand else no
+            case 0x35:
+                at += yes if value >= operand else no
+            case 0x45:
+                at += yes if value & operand else no
+            case 0x06:
+                return int(operand)
+            case _:
+                raise AssertionError(hex(code))
+
+
+ALLOW, KILL, ASK = 0x7FFF0000, 0x80000000, 0x7FC00000
+EPERM, ENOSYS, EAFNOSUPPORT = (0x50000 | number for number in (errno.EPERM, errno.ENOSYS, errno.EAFNOSUPPORT))
+
+
+def test_every_call_gets_the_answer_of_the_table() -> None:
+    for network in (False, True):
+        program = filter.program(network, doors=True)
+        looked_into = {56, 16, 41, 53, 302, 141, 251, 133, 259, *filter._SCHEDULING.values()}
+        for number in set(range(480)) - looked_into:
+            denied = EPERM if number in filter._DENIED.values() else ALLOW
+            missing = number in filter._MISSING.values() or number > 469
+            assert run(program, number) == (ENOSYS if missing else denied), number
+        assert run(program, 0x40000000) == run(program, 0xFFFFFFFF) == ENOSYS
+        assert run(program, 0, arch=0x40000003) == KILL
+
+
+HIGH = 1 << 32  # in an int argument, Linux does not look at it
+
+
+@pytest.mark.parametrize(
+    ("number", "args", "offline", "online"),
+    [
+        (41, (1, 1, 0), ASK, ASK),
+        (41, (1 | HIGH, 0x80801, 0), ASK, ASK),
+        (41, (1, 2, 0), EAFNOSUPPORT, EAFNOSUPPORT),
+        (41, (1, 5, 0), EAFNOSUPPORT, EAFNOSUPPORT),
+        (41, (2, 1, 0), EAFNOSUPPORT, ALLOW),
+        (41, (2 | HIGH, 1, 6), EAFNOSUPPORT, ALLOW),
+        (41, (10, 2, 17), EAFNOSUPPORT, ALLOW),
+        (41, (2, 1, 262), EAFNOSUPPORT, EAFNOSUPPORT),
+        (41, (2, 3, 1), EAFNOSUPPORT, EAFNOSUPPORT),
+        (41, (2, 2, 1), EAFNOSUPPORT, EAFNOSUPPORT),
+        (41, (16, 3, 0), EAFNOSUPPORT, ALLOW),
+        (41, (16, 3, 9), EAFNOSUPPORT, EAFNOSUPPORT),
+        (41, (17, 3, 0), EAFNOSUPPORT, EAFNOSUPPORT),
+        (53, (1, 1, 0), ALLOW, ALLOW),
+        (53, (1, 0x80005, 0), ALLOW, ALLOW),
+        (53, (1, 2, 0), EPERM, EPERM),
+        (53, (2, 1, 0), EPERM, EPERM),
+        (56, (0x01200011,), ALLOW, ALLOW),
+        (56, (0x10000000,), EPERM, EPERM),
+        (56, (0x00020000 | HIGH,), EPERM, EPERM),
+        (16, (0, 0x5401), ALLOW, ALLOW),
+        (16, (0, 0x5412), EPERM, EPERM),
+        (16, (0, 0x5412 | HIGH), EPERM, EPERM),
+        (302, (0, 7, 1), ALLOW, ALLOW),
+        (302, (9, 7, 0), ALLOW, ALLOW),
+        (302, (9, 7, 1), EPERM, EPERM),
+        (302, (9, 7, HIGH), EPERM, EPERM),
+        (203, (0,), ALLOW, ALLOW),
+        (203, (9,), EPERM, EPERM),
+        (141, (0, 0), ALLOW, ALLOW),
+        (141, (0, 9), EPERM, EPERM),
+        (141, (2, 0), EPERM, EPERM),
+        (141, (1, 0), ALLOW, ALLOW),
+        (251, (3, 0), EPERM, EPERM),
+        (251, (1, 0), ALLOW, ALLOW),
+        (251, (1, 9), EPERM, EPERM),
+        (133, (0, 0o10644), ALLOW, ALLOW),
+        (133, (0, 0o20644), EPERM, EPERM),
+        (259, (0, 0, 0o60644), EPERM, EPERM),
+        (259, (0, 0, 0o140644), ALLOW, ALLOW),
+    ],
+)  # fmt: skip
+def test_calls_that_depend_on_their_arguments(number: int, args: tuple[int, ...], offline: int, online: int) -> None:
+    assert run(filter.program(False, doors=True), number, *args) == offline
+    assert run(filter.program(True, doors=True), number, *args) == online
+
+
+def test_without_a_door_there_is_no_unix_socket() -> None:
+    assert run(filter.program(True, doors=False), 41, 1, 1, 0) == EAFNOSUPPORT
+
+
+# ── plans ─────────────────────────────────────────────────────────────────────────────────────────────────
+
+
+@pytest.mark.parametrize(("version", "files", "net", "scoped", "size"), [
+    (1, 0x1FFF, 0, 0, 8), (2, 0x3FFF, 0, 0, 8), (3, 0x7FFF, 0, 0, 8), (4, 0x7FFF, 3, 0, 16), (6, 0xFFFF, 3, 3, 24),
+    (9, 0xFFFF, 3, 3, 24),
+])  # fmt: skip
+def test_an_older_linux_is_asked_for_what_it_knows(version: int, files: int, net: int, scoped: int, size: int) -> None:
+    assert landlock.ruleset(version) == landlock.Ruleset(files, net, scoped, size)
+
+
+def test_no_rule_grants_more_than_is_governed() -> None:
+    for version in range(1, 8):
+        ruleset = landlock.ruleset(version)
+        ground = plan.Ground(ruleset, b"", 0, {(True, False): b""})
+        one = plan.plan(ground, Box("flat", "all", "/w", ["/r"], ["/rw"]), doors=False)
+        count, _, _, _, _, _, governed, net, _ = struct.unpack_from("=6I3Q", one)
+        at, rights = 48, []
+        for _ in range(count):
+            right, _, _, length, _ = struct.unpack_from("=Q4I", one, at)
+            rights.append(right)
+            at += 24 + length
+        assert (at, count, net) == (len(one), 3, 0)
+        assert all(right & ~governed == 0 and not right & landlock.MAKE_DEVICES for right in rights)
+        assert rights[0] == landlock.READ < rights[1] == rights[2]
+
+
+# ── aiosd.toml ────────────────────────────────────────────────────────────────────────────────────────────
+
+
+def test_a_group_says_what_it_wants_and_has_the_rest(tmp_path: Path) -> None:
+    general = Rules("flat", "none")
+    values = {"name": "web", "net": "all", "read": ["data"], "env": ["KEY"]}
+    name, rules = boxgroups.read(values, str(tmp_path), general)
+    assert (name, rules) == ("web", Rules("flat", "all", read=(str(tmp_path / "data"),), env=("KEY",)))
+    with pytest.raises(ValueError, match="without name"):
+        boxgroups.read({}, "/", general)
+    for key, value in (("sandbox", "cage"), ("net", "hosts"), ("read", "x"), ("env", [1]), ("name", "a/b")):
+        with pytest.raises(ValueError, match="is no"):
+            boxgroups.READERS[key](value)

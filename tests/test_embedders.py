@@ -1,0 +1,212 @@
+"""What makes vectors: a table, a model that is converted and runs in a core, and the command that gets both."""
+
+from __future__ import annotations
+
+import os
+import signal
+from pathlib import Path
+
+import gguf
+import numpy as np
+import psutil
+import pytest
+
+from aiosd.errors import UsageError, WorldError
+from aiosd.llm import llama
+from aiosd.llm.embed import Embedder
+from aiosd.models import bert
+from aiosd.store import static
+from aiosd.store.embedders import fingerprint
+from libaios import wire
+from libaios.client import Client
+from libaios.home import Home
+from tests import tinybert
+from tests.conftest import System, eventually
+
+
+def table(folder: Path) -> Path:
+    path = folder / "tiny.vectors"
+    words = ["cat", "dog", "##s", "tea", "."]
+    rows = np.array([[100, 0, 0], [90, 40, 0], [1, 1, 1], [0, 0, 127], [0, 127, 0]], np.int8)
+    static.write(path, "tiny", words, np.array([1, 1, 0.1, 1, 0.2], np.float32), rows)
+    return path
+
+
+# ── the table ─────────────────────────────────────────────────────────────────────────────────────────────
+
+
+def test_a_table_makes_vectors_of_unit_length(tmp_path: Path) -> None:
+    made = static.read(table(tmp_path))
+    answers: list[object] = []
+    made.ask(["Cats.", "CÀT", "xyz", ""], answers.append)
+    (vectors,) = answers
+    assert isinstance(vectors, list)
+    assert [vector is None for vector in vectors] == [False, False, True, True]
+    assert float(np.linalg.norm(vectors[0])) == pytest.approx(1)
+    assert vectors[1] == pytest.approx([1, 0, 0])
+    assert made.width == 3
+
+
+def test_words_are_cut_into_the_longest_pieces() -> None:
+    known = {word: number for number, word in enumerate(["un", "##know", "##n", "unkno", "##wn", "a", "!", "猫"])}
+    assert list(static.pieces("Unknown a! 猫猫", known)) == [3, 4, 5, 6, 7, 7]
+    assert list(static.pieces("unknowx", known)) == [], "a word that cannot be cut is left out as a whole"
+    assert list(static.pieces("a" * 101, known)) == []
+
+
+@pytest.mark.parametrize("place", [0, 20, 60, -1])
+def test_a_damaged_table_is_refused(tmp_path: Path, place: int) -> None:
+    path = table(tmp_path)
+    content = bytearray(path.read_bytes())
+    content[place] ^= 1
+    path.write_bytes(content)
+    with pytest.raises(WorldError, match="damaged"):
+        static.read(path)
+    path.write_bytes(b"")
+    with pytest.raises(WorldError, match="damaged"):
+        static.read(path)
+
+
+# ── the model ─────────────────────────────────────────────────────────────────────────────────────────────
+
+
+def test_a_converted_model_gives_what_the_original_gives(tmp_path: Path) -> None:
+    """llama.cpp on the GGUF against numpy on the original's tensors, and another reader on the file."""
+    original = bert.read(tinybert.write_original(tinybert.make(), tmp_path / "original"), "tiny")
+    bert.write_gguf(original, tmp_path / "tiny.gguf")
+    assert len(gguf.GGUFReader(tmp_path / "tiny.gguf").tensors) == len(original.tensors)
+    llama.start()
+    model = llama.Model(str(tmp_path / "tiny.gguf"), 0, lambda fraction: None)
+    embedder = Embedder(model, 1)
+    got = np.frombuffer(embedder.embed(["cat", "tea"]).data, "<f4").reshape(2, -1)
+    expected = bert.embed(original, np.array([original.words.index("cat"), original.words.index("tea")]))
+    expected /= np.linalg.norm(expected, axis=1, keepdims=True)
+    assert np.abs(got - expected).max() < 2e-3
+    embedder.close()
+    model.close()
+
+
+def test_a_table_is_near_to_what_it_was_distilled_from() -> None:
+    """With all dimensions kept, two pieces are as far apart as for the model (whose mean is taken out)."""
+    model = tinybert.make()
+    words, weights, rows = bert.distil(model, 32)
+    assert words[0] == "the"
+    assert rows.shape == (len(words), 32)
+    numbers = np.array([model.words.index(word) for word in words])
+    exact = bert.embed(model, numbers)
+    exact -= exact.mean(axis=0)
+    made = rows.astype(np.float32)
+    for vectors in (exact, made):
+        vectors /= np.linalg.norm(vectors, axis=1, keepdims=True)
+    assert np.abs(exact @ exact.T - made @ made.T).max() < 0.05
+    assert weights[0] > 0
+
+
+@pytest.mark.parametrize("spoilt", ["config.json", "model.safetensors", "vocab.txt"])
+def test_what_is_no_bert_is_refused_with_a_sentence(tmp_path: Path, spoilt: str) -> None:
+    folder = tinybert.write_original(tinybert.make(), tmp_path / "original")
+    (folder / spoilt).write_text('{"model_type": "t5", "num_hidden_layers": 1}')
+    with pytest.raises(UsageError, match=r"original: "):
+        bert.read(folder, "x")
+
+
+def test_a_fingerprint_is_of_the_whole_file(tmp_path: Path) -> None:
+    path = tmp_path / "f"
+    path.write_bytes(bytes(1000))
+    first = fingerprint(path)
+    for place in (0, 500, 999):
+        content = bytearray(1000)
+        content[place] = 1
+        path.write_bytes(content)
+        assert fingerprint(path) != first
+
+
+# ── the command, and a whole system ───────────────────────────────────────────────────────────────────────
+
+
+def get_embedder(system: System, folder: Path, *options: str) -> str:
+    done = system.run("aiosd", "get-embedder", "--from", str(folder / "original"), *options)
+    assert done.returncode == 0, done.stderr
+    return done.stdout.strip()
+
+
+@pytest.fixture
+def models(tmp_path: Path) -> Path:
+    tinybert.write_original(tinybert.make(), tmp_path / "original")
+    return tmp_path
+
+
+def system_with(folder: Path, embedder: str) -> System:
+    """One whose models lie in a folder of its own: the user's are not touched."""
+    return System("--embed-model", embedder, env={"AIOSD_MODELS": str(folder / "models")})
+
+
+def test_a_table_serves_a_whole_system(models: Path) -> None:
+    system = system_with(models, "all-MiniLM-L6-v2.vectors")
+    try:
+        assert get_embedder(system, models, "--static").endswith("all-MiniLM-L6-v2.vectors")
+        system.start()
+        with Client(Home(str(system.home))) as client:
+            client.call(wire.Sys.MEM_ADD, wire.MemAdd("the cat"), int)
+            found = client.call(wire.Sys.MEM_SEARCH, wire.MemSearch("tea", by="meaning"), list[wire.Found])
+            assert [one.note.text for one in found] == ["the cat"]
+        stats = next(one for one in system.status()["services"] if one["name"] == "store")["stats"]
+        assert (stats["vectors"], stats["pending"]) == (1, 0)
+        assert stats["search"] == "by words and by meaning (all-MiniLM-L6-v2)"
+        assert "by meaning" in system.run("aiosd", "status").stdout
+    finally:
+        assert system.destroy() == []
+
+
+def test_a_core_makes_the_vectors_of_a_whole_system(models: Path) -> None:
+    """And when it dies, or the kernel does, words serve, the queue waits, and then all goes on."""
+    system = system_with(models, "all-MiniLM-L6-v2")
+    try:
+        get_embedder(system, models)
+        system.start()
+        with Client(Home(str(system.home))) as client:
+
+            def found(query: str) -> list[str]:
+                args = wire.MemSearch(query, 3)
+                return [one.note.text for one in client.call(wire.Sys.MEM_SEARCH, args, list[wire.Found])]
+
+            def vectors() -> int:
+                stats = next(one for one in system.status()["services"] if one["name"] == "store")["stats"]
+                return int(stats["vectors"])
+
+            client.call(wire.Sys.MEM_ADD, wire.MemAdd("the cat " * 200), int)  # longer than the model takes
+            client.call(wire.Sys.MEM_ADD, wire.MemAdd("tea"), int)
+            assert eventually(lambda: vectors() == 2)
+            assert len(found("dog")) == 2, "by meaning: no word of it is there"
+            embedded = client.call(wire.Sys.EMBED, wire.Embed(["cat"]), wire.Embedded)
+            assert embedded.d == 32, "without a name the model that makes vectors is meant"
+            with pytest.raises(OSError, match="does not generate"):
+                client.call(wire.Sys.GENERATE, wire.Generate(prompt="x", model="all-MiniLM-L6-v2"), None)
+            for name in ("llm:all-MiniLM-L6-v2", "kernel"):
+                kill(system, name)
+                before = vectors()
+                client.call(wire.Sys.MEM_ADD, wire.MemAdd(f"after {name}"), int)
+                assert f"after {name}" in found(f"after {name}")
+                assert eventually(lambda before=before: vectors() == before + 1)
+    finally:
+        assert system.destroy() == []
+
+
+def kill(system: System, name: str) -> None:
+    old = next(entry["ospid"] for entry in system.ps() if entry["name"] == name)
+    os.kill(old, signal.SIGKILL)
+    assert eventually(lambda: not psutil.pid_exists(old))
+
+
+def test_what_makes_no_vectors_is_told_at_the_start(models: Path) -> None:
+    system = system_with(models, "nothing.vectors")
+    try:
+        done = system.run("aiosd", "--embed-model", "nothing.vectors")
+        assert done.returncode != 0
+        assert "aiosd get-embedder --static makes one" in done.stderr
+        (models / "broken.vectors").write_bytes(b"x")
+        done = system.run("aiosd", "--embed-model", str(models / "broken.vectors"))
+        assert done.returncode != 0
+        assert "damaged" in done.stderr
+    finally:
+        system.destroy()

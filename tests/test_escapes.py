@@ -1,0 +1,48 @@
+"""What must not be possible in a sandbox. The deeds are in `deeds`, each is first shown to work outside."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from tests.conftest import System
+from tests.deeds.accepted import ACCEPTED, WITH_NETWORK
+from tests.deeds.stage import RUN, Stage
+
+#: Deeds that show that the filter lets nothing pass; and a person may do this one.
+ALWAYS = {"door_as_person"}
+FEWEST = 90  # deeds that work outside: else the comparison proves little
+
+
+@pytest.fixture
+def stage(aiosd: System, tmp_path: Path) -> Iterator[Stage]:
+    supervisor = next(entry["ospid"] for entry in aiosd.ps() if entry["name"] == "supervisor")
+    with Stage(tmp_path, aiosd.home / "data", supervisor) as stage:
+        yield stage
+
+
+def inside(system: System, stage: Stage, *options: str) -> dict[str, str]:
+    """What becomes of each deed in an agent."""
+    with stage.for_inside() as inherited:
+        done = system.run(
+            "aios-run", *options, "--read", stage.path.parent, RUN, stage.path,
+            cwd=stage.folder, check=True, pass_fds=[inherited], timeout=100,
+        )  # fmt: skip
+    return dict(json.loads(done.stdout))
+
+
+def test_flat_stops_all_deeds_but_those_that_are_accepted(aiosd: System, stage: Stage) -> None:
+    if aiosd.status()["sandbox"]["possible"] == "none":
+        pytest.skip(aiosd.status()["sandbox"]["why_no_more"])
+    possible = {name for name, outcome in stage.outside().items() if outcome == "done"} | ALWAYS
+    assert len(possible) >= FEWEST
+    accepted = set(ACCEPTED["flat"])
+    found = inside(aiosd, stage, "--sandbox", "flat", "--net", "none")
+    assert {name for name in possible if found[name] == "done"} <= accepted
+    assert found["call_of_32_bits"] == "killed by SIGSYS"
+    with_network = inside(aiosd, stage, "--sandbox", "flat", "--net", "all")
+    assert {name for name in possible if with_network[name] == "done"} <= accepted | set(WITH_NETWORK)
+    assert with_network["tcp_local"] == "done"

@@ -1,0 +1,120 @@
+"""A call that waits: others go on, it is called again when something comes, and a death meanwhile is not its fault."""
+
+from __future__ import annotations
+
+import os
+import threading
+import time
+from collections.abc import Callable, Generator, Iterator
+from typing import Any
+
+import pytest
+
+from aiosd import link
+from aiosd.heartbeat import Rounds
+from aiosd.service import Pause, Server
+from libaios import wire
+from libaios.channel import Channel, Side, make_channel
+from tests import toy
+
+CALLER = link.Caller(7, 1000, "me", True, "default")
+
+
+class Running:
+    """A server in a thread, with this test as its kernel. Calls of ECHO wait until their text is in `arrived`."""
+
+    def __init__(self) -> None:
+        memfd, kernel_bell, service_bell = make_channel()
+        self.channel = Channel(os.dup(memfd), kernel_bell, Side.AGENT)
+        self.bell = os.eventfd(0, os.EFD_NONBLOCK)
+        self.arrived: set[str] = set()
+        self.turns = self.rounds = 0
+        self.messages: list[Any] = []
+        self.server = Server(
+            Channel(memfd, service_bell, Side.KERNEL),
+            {toy.ECHO: self.echo},
+            background=self.background,
+            others=lambda message: link.Parked(message.number) if isinstance(message, link.Park) else None,
+            charge=lambda body: 3,
+            info={"n": 1},
+        )
+        self.server.watch(self.bell, self.ring)
+        self.thread = threading.Thread(target=self.server.run, args=(Rounds(),))
+        self.thread.start()
+
+    def echo(self, ask: link.Ask, args: toy.Text) -> Generator[Pause, None, str]:
+        until = time.monotonic() + (0.05 if args.text == "late" else 60)
+        while args.text not in self.arrived and time.monotonic() < until:
+            self.turns += 1
+            yield Pause(until)
+        return args.text
+
+    def ring(self) -> None:
+        os.eventfd_read(self.bell)
+
+    def background(self) -> float:
+        self.rounds += 1
+        return 60.0
+
+    def ask(self, number: int, text: str) -> None:
+        self.channel.send(link.encode(link.Ask((7, number), CALLER, toy.ECHO, wire.raw(toy.Text(text)))))
+
+    def until(self, found: Callable[[Any], bool]) -> Any:
+        """The first message of which this is true."""
+        end = time.monotonic() + 20
+        while time.monotonic() < end:
+            for message in self.messages:
+                if found(message):
+                    self.messages.remove(message)
+                    return message
+            if not self.channel.more:
+                self.channel.wait(0.2)
+            self.messages += [link.decode_from_service(payload) for payload in self.channel.receive()]
+        raise AssertionError(self.messages)
+
+    def answer(self, number: int) -> Any:
+        return self.until(lambda message: isinstance(message, link.Answered) and message.key == (7, number))
+
+
+@pytest.fixture
+def running() -> Iterator[Running]:
+    made = Running()
+    yield made
+    made.channel.send(link.encode(link.Quit()))
+    made.thread.join(20)
+    assert not made.thread.is_alive()
+    made.channel.close()
+    made.server.channel.close()
+    os.close(made.bell)
+
+
+def test_a_call_that_waits_holds_up_no_other(running: Running) -> None:
+    assert running.until(lambda message: isinstance(message, link.Loaded)).info == {"n": 1}
+    running.ask(1, "slow")
+    running.until(lambda message: isinstance(message, link.Working) and message.key == (7, 1))
+    running.until(lambda message: isinstance(message, link.Working) and message.key is None)
+    running.arrived.add("quick")
+    running.ask(2, "quick")
+    assert running.answer(2).prompt_tokens == 3
+    running.arrived.add("slow")
+    os.eventfd_write(running.bell, 1)
+    running.answer(1)
+    assert running.turns < 20, "it sleeps while there is nothing for it"
+
+
+def test_a_pause_ends_at_its_time(running: Running) -> None:
+    running.ask(1, "late")
+    running.answer(1)
+    assert running.turns <= 4
+
+
+def test_other_messages_get_their_answers(running: Running) -> None:
+    running.channel.send(link.encode(link.Park(7, True, 5)))
+    assert running.until(lambda message: isinstance(message, link.Parked)).number == 5
+    running.ask(1, "slow")
+    running.channel.send(link.encode(link.CancelCall((7, 1))))
+    running.arrived.add("quick")
+    running.ask(2, "quick")
+    running.answer(2)
+    assert not running.server._under_way
+    assert not running.server._paused
