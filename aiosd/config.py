@@ -236,6 +236,17 @@ def _share(name: str, value: Any) -> float:
     return share
 
 
+def _folders(value: Any) -> tuple[str, ...]:
+    """ "/srv/docs,/srv/out=write" · ["/srv/docs", "/srv/out=write"]"""
+    parts = value.split(",") if isinstance(value, str) else value
+    if not isinstance(parts, list | tuple) or not all(isinstance(part, str) for part in parts):
+        raise ValueError(f"{value!r} is no list of folders (such as /srv/docs,/srv/out=write)")
+    folders = tuple(part.strip() for part in parts if part.strip())
+    for folder in folders:
+        path, equals, mode = folder.partition("=")
+        if not path.startswith("/") or (equals and mode != "write"):
+            raise ValueError(f"{folder!r} is neither an absolute path nor one with =write behind it")
+    return folders
 def _files(value: Any) -> tuple[str, ...]:
     """ "a.py:b.py" · ["a.py", "b.py"]"""
     words = value.split(os.pathsep) if isinstance(value, str) else value
@@ -320,6 +331,9 @@ KEYS = (
     Key("log_keep", _whole(1, 1000), "N", "How many full files of a log are kept beside it (3).", 3),
     Key("store_ram", _size, "SIZE", "Memory for copies of notes, such as 64M (32M).", 32 << 20),
     Key("note_quota", _size, "SIZE", "Notes that each owner may keep on the disk (64M).", 64 << 20),
+    Key("file_quota", _size, "SIZE", "Files that each owner may keep, with old versions and trash (4G).", 4 << 30),
+    Key("file_versions", _whole(1, 1_000_000), "N", "Versions kept of a file; the oldest goes first (100).", 100),
+    Key("store_folders", _folders, "DIR,…", "Folders that agents may mount; DIR=write: for writing, too (none).", ()),
     Key("tools", _files, "FILE[:FILE…]", "Python files with more tools for agents (libaios.tool.define).", ()),
     Key("tool_workers", _whole(1, 256), "N", "Calls of tools that run at a time (8).", 8),
     Key(
@@ -376,6 +390,9 @@ class Settings:
     orphans: str = "kill"  # or "term": the first signal to a process that outlives its agent
     store_ram: int = 32 << 20
     note_quota: int = 64 << 20
+    file_quota: int = 4 << 30
+    file_versions: int = 100
+    store_folders: tuple[str, ...] = ()
     tools: tuple[str, ...] = ()  # files of tools
     tool_workers: int = 8
     mcp_servers: Mapping[str, McpServer] = field(default_factory=dict)
@@ -441,6 +458,9 @@ def load(
         orphans=values["orphans"],
         store_ram=values["store_ram"],
         note_quota=values["note_quota"],
+        file_quota=values["file_quota"],
+        file_versions=values["file_versions"],
+        store_folders=values["store_folders"],
         index_ram=values["index_ram"],
         embedder=embedder,
         embed_table=table,

@@ -334,9 +334,10 @@ class Forget(Struct, array_like=True, frozen=True, tag=True):
 
 
 class Ready(Struct, array_like=True, frozen=True, tag=True):
-    """All models are loaded: the system can serve. `line` is what the terminal shows."""
+    """The system can serve. `line` is what the terminal shows, `notes` are lines of what has failed all the same."""
 
     line: str
+    notes: list[str] = []
 
 
 class Shutdown(Struct, array_like=True, frozen=True, tag=True):

@@ -13,6 +13,7 @@ There is no clock in here: who keeps the agent says how long it lived, and waits
 from __future__ import annotations
 
 import enum
+import signal
 from dataclasses import dataclass
 
 FIRST_WAIT_S = 0.1
@@ -82,3 +83,13 @@ class Restarts:
 
     def _wanted(self, status: int) -> bool:
         return self.policy.when is When.ALWAYS or (self.policy.when is When.ON_FAILURE and status != 0)
+
+
+def exit_in_words(status: int) -> str:
+    """An exit status (as of os.waitstatus_to_exitcode) in words."""
+    if status >= 0:
+        return f"exit code {status}"
+    try:
+        return f"signal {signal.Signals(-status).name}"
+    except ValueError:  # a real-time signal
+        return f"signal {-status}"

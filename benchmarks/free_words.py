@@ -108,7 +108,7 @@ class System:
             (desk / name).parent.mkdir(parents=True, exist_ok=True)
             (desk / name).write_text(text, "utf-8")
         notes.write_text("".join(f"{note}\n" for note in task["notes"]), "utf-8")
-        agent = ["-m", "libaios.agents.react", "--notes", str(notes), task["prompt"]]
+        agent = ["-m", "libaios.agents.react", "--folder", ".", "--notes", str(notes), task["prompt"]]
         try:
             done = self.run("aios-run", "--time", str(TASK_S), *agent, cwd=desk, capture_output=True)
         except subprocess.TimeoutExpired:

@@ -1,8 +1,9 @@
 #!/usr/bin/env python
 """How many held-out tasks the embedded model solves, per family, through the whole system.
 
-Every task runs as an agent of its own (`aios-run -m libaios.agents.react`) in a folder of its own, on an aiosd that
-this script starts in a temporary home. The checker looks at the answer, the files and the notes.
+Every task runs as an agent of its own (`aios-run --name … -m libaios.agents.react`) on an aiosd that
+this script starts in a temporary home; its files and notes are in the store. The checker looks at the answer, the files
+and the notes.
 
     $ python benchmarks/nano.py
                                held-out tasks       in fresh phrases
@@ -16,6 +17,7 @@ also asked in phrases that were kept back from training.
 """
 
 import argparse
+import itertools
 import json
 import os
 import platform
@@ -34,6 +36,7 @@ from typing import Any
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 
+import libaios as aios  # noqa: E402
 from aiosd.nano.tasks import FAMILIES, FRESH, HELD, Task, check, make  # noqa: E402  the checkout comes first
 from libaios.agents.react import AgentError, Toolkit, react  # noqa: E402
 
@@ -75,12 +78,39 @@ def command(name: str) -> list[str]:
     return [sys.executable, str(here)] if here.exists() else [shutil.which(name) or name]
 
 
+NUMBERS = itertools.count(1)
+#: Adds the notes on stdin, and prints all that there are.
+NOTES = """
+import sys, libaios as aios
+for line in sys.stdin: aios.mem.add(line.strip())
+for note in reversed(aios.mem.list()): print(note.text)
+"""
+
+
 def solve_by_agent(prompt: str, folder: Path, notes_file: Path) -> str:
-    react_args = ["-m", "libaios.agents.react", "--notes", str(notes_file), "--", prompt]
+    """In a space of the store of its own, which has the task's files and notes; they are copied out again."""
+    name = f"task{next(NUMBERS)}"
+    keep, empty = folder.with_name("notes.py"), folder.with_name("empty")
+    keep.write_text(NOTES)
+    empty.mkdir()
+    for path in [path for path in folder.rglob("*") if path.is_file()]:
+        aios.sto.upload(str(path.relative_to(folder)), path, of=f"agent:{name}")
+    run_agent(name, empty, str(keep), given=notes_file.read_text())
+    answer = run_agent(name, empty, "-m", "libaios.agents.react", "--", prompt)
+    for file in aios.sto.list(of=f"agent:{name}"):
+        (folder / file.path).parent.mkdir(parents=True, exist_ok=True)
+        aios.sto.download(file.path, folder / file.path, of=f"agent:{name}")
+    notes_file.write_text(run_agent(name, empty, str(keep)))
+    return answer.strip()
+
+
+def run_agent(name: str, folder: Path, *words: str, given: str = "") -> str:
+    """What it has printed."""
     try:
         run = subprocess.run(
-            [*command("aios-run"), *react_args],
+            [*command("aios-run"), "--name", name, *words],
             cwd=folder,
+            input=given,
             capture_output=True,
             text=True,
             timeout=PATIENCE,
@@ -90,7 +120,7 @@ def solve_by_agent(prompt: str, folder: Path, notes_file: Path) -> str:
         raise AgentError(f"no end after {PATIENCE} s") from None
     if run.returncode:
         raise AgentError(f"exit {run.returncode}: {run.stderr.strip()[-300:]}")
-    return run.stdout.strip()
+    return run.stdout
 
 
 class System:

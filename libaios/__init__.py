@@ -6,9 +6,9 @@
     pid = aios.proc.spawn("agent.py", "argument")
     aios.msg.send(pid, {"any": "object"})
 
-Families: `llm` (the model), `proc` (processes), `msg` (messages), `mem` (notes), `sto`, `tool` (both later); `aio` has
-the same names as coroutines. Errors are OSErrors with POSIX numbers and a sentence. Outside an agent the same calls go
-through the control socket of the system that AIOS_HOME names.
+Families: `llm` (the model), `proc` (processes), `msg` (messages), `mem` (notes), `sto` (files), `tool` (later); `aio`
+has the same names as coroutines. Errors are OSErrors with POSIX numbers and a sentence. Outside an agent the same
+calls go through the control socket of the system that AIOS_HOME names.
 """
 
 from __future__ import annotations

@@ -29,7 +29,7 @@ from libaios.channel import BACKSTOP_S
 from libaios.connection import SLACK_S, Connection, Pending, decode_body
 from libaios.generate import Piece, Pieces, Result, generate_args, variants
 from libaios.loop import Finished, Think, observation, steps
-from libaios.plan import Plan, plan_of
+from libaios.plan import Plan, Steps, plan_of, steps_of
 from libaios.wire import Sys
 
 P = ParamSpec("P")
@@ -115,6 +115,34 @@ def twin(function: Callable[P, T]) -> Callable[P, Coroutine[Any, Any, T]]:
 
     async def make(*args: P.args, **kwargs: P.kwargs) -> T:
         return await _run(plan(*args, **kwargs))
+
+    make.__name__ = make.__qualname__ = function.__name__
+    make.__doc__ = function.__doc__
+    return make
+
+
+async def _run_all(steps: Steps[T]) -> T:
+    try:
+        plan = next(steps)
+        while True:
+            try:
+                result = await _run(plan)
+            except BaseException as err:
+                plan = steps.throw(err)
+            else:
+                plan = steps.send(result)
+    except StopIteration as end:
+        return end.value  # type: ignore[no-any-return] # what a generator returns has no type
+    finally:
+        steps.close()
+
+
+def twin_of_steps(function: Callable[P, T]) -> Callable[P, Coroutine[Any, Any, T]]:
+    """The coroutine of a function made by `plan.syscalls`."""
+    steps = steps_of(function)
+
+    async def make(*args: P.args, **kwargs: P.kwargs) -> T:
+        return await _run_all(steps(*args, **kwargs))
 
     make.__name__ = make.__qualname__ = function.__name__
     make.__doc__ = function.__doc__
@@ -355,7 +383,28 @@ class mem:
 class sto:
     """`libaios.sto` for coroutines."""
 
-    write = read = list = history = rollback = share = remove = search = mount = staticmethod(twin(_sto.read))
+    write = staticmethod(twin_of_steps(_sto.write))
+    append = staticmethod(twin_of_steps(_sto.append))
+    upload = staticmethod(twin_of_steps(_sto.upload))
+    read = staticmethod(twin_of_steps(_sto.read))
+    download = staticmethod(twin_of_steps(_sto.download))
+    diff = staticmethod(twin_of_steps(_sto.diff))
+    list = staticmethod(twin_of_steps(_sto.list))
+    stat = staticmethod(twin(_sto.stat))
+    history = staticmethod(twin(_sto.history))
+    rollback = staticmethod(twin(_sto.rollback))
+    remove = staticmethod(twin(_sto.remove))
+    trash = staticmethod(twin(_sto.trash))
+    restore = staticmethod(twin(_sto.restore))
+    empty_trash = staticmethod(twin_of_steps(_sto.empty_trash))
+    share = staticmethod(twin(_sto.share))
+    unshare = staticmethod(twin(_sto.unshare))
+    shares = staticmethod(twin(_sto.shares))
+    mount = staticmethod(twin(_sto.mount))
+    unmount = staticmethod(twin(_sto.unmount))
+    mounts = staticmethod(twin(_sto.mounts))
+    search = staticmethod(twin(_sto.search))
+    stats = staticmethod(twin(_sto.stats))
 
 
 class tool:

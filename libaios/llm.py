@@ -26,10 +26,10 @@ notation of llama.cpp) describes the whole text. DRY (`dry_multiplier` > 0), XTC
 (1 or 2) work as in llama.cpp, with the same parameters. `n` results of one prompt, with seeds seed, seed + 1, …: they
 are in `.choices`, the first of them is what is returned. `lora` names an adapter that the model was loaded with.
 
-`finish_reason`: "stop" (the model or a stop string ended it), "length" (max_tokens or the context), "tool_calls",
-"limit" (the agent's token budget). Errors are OSErrors: EINVAL with what was wrong with which argument, EMSGSIZE for a
-prompt longer than the context, TimeoutError, EDQUOT over a budget, EIO when the model's process died twice
-under a call.
+`finish_reason`: "stop" (the model or a stop string ended it), "length" (max_tokens or the context), "tool_calls"
+(also if max_tokens was reached at the very end of a call), "limit" (the agent's token budget). Errors are OSErrors:
+EINVAL with what was wrong with which argument, EMSGSIZE for a prompt longer than the context, TimeoutError, EDQUOT over
+a budget, EIO when the model's process died twice under a call.
 """
 
 from __future__ import annotations

@@ -7,7 +7,7 @@ For each call a family file (`proc`, `msg`, `llm`, …) has a function that chec
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable
+from collections.abc import Callable, Generator
 from typing import Any, Generic, ParamSpec, TypeVar
 
 from msgspec import Struct
@@ -51,6 +51,41 @@ def syscall(plan: Callable[P, Plan[T]]) -> Callable[P, T]:
     return make
 
 
+#: Several calls as one: yields plans, gets what they give, and returns the result.
+Steps = Generator[Plan[Any], Any, T]
+
+
+def run_all(steps: Steps[T]) -> T:
+    try:
+        plan = next(steps)
+        while True:
+            try:
+                result = run(plan)
+            except BaseException as err:
+                plan = steps.throw(err)
+            else:
+                plan = steps.send(result)
+    except StopIteration as end:
+        return end.value  # type: ignore[no-any-return] # what a generator returns has no type
+    finally:
+        steps.close()
+
+
+def syscalls(steps: Callable[P, Steps[T]]) -> Callable[P, T]:
+    """The function that makes the calls of these steps, one after the other."""
+
+    @functools.wraps(steps)
+    def make(*args: P.args, **kwargs: P.kwargs) -> T:
+        return run_all(steps(*args, **kwargs))
+
+    return make
+
+
 def plan_of(function: Callable[P, T]) -> Callable[P, Plan[T]]:
     """The plan behind a function made by `syscall`."""
+    return function.__wrapped__  # type: ignore[attr-defined, no-any-return] # functools.wraps put it there
+
+
+def steps_of(function: Callable[P, T]) -> Callable[P, Steps[T]]:
+    """The steps behind a function made by `syscalls`."""
     return function.__wrapped__  # type: ignore[attr-defined, no-any-return] # functools.wraps put it there

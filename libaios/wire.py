@@ -88,9 +88,7 @@ class Sys(enum.IntEnum):
     STATUS = 49
     SHUTDOWN = 50
     SET = 51
-    # answered with ENOSYS until its manager exists
-    STO = 65
-    # 66 was the placeholder of the tool manager
+    # 65 and 66 were the placeholders of the storage and the tool manager
     # notes
     MEM_ADD = 80
     MEM_GET = 81
@@ -100,6 +98,29 @@ class Sys(enum.IntEnum):
     MEM_LIST = 85
     MEM_CLEAR = 86
     MEM_STATS = 87
+    # files
+    STO_WRITE = 96
+    STO_READ = 97
+    STO_LIST = 98
+    STO_STAT = 99
+    STO_HISTORY = 100
+    STO_ROLLBACK = 101
+    STO_REMOVE = 102
+    STO_TRASH = 103
+    STO_RESTORE = 104
+    STO_EMPTY = 105
+    STO_SHARE = 106
+    STO_UNSHARE = 107
+    STO_SHARES = 108
+    STO_MOUNT = 109
+    STO_UNMOUNT = 110
+    STO_MOUNTS = 111
+    STO_SEARCH = 112
+    STO_UPLOAD = 113
+    STO_PIECE = 114
+    STO_FINISH = 115
+    STO_ABORT = 116
+    STO_STATS = 117
     # the store as a whole
     STORE_SNAPSHOT = 120
     # tools
@@ -438,6 +459,145 @@ class MemList(Struct, array_like=True, frozen=True):
     offset: Uint = 0
 
 
+#: Names with a slash between them. The store checks each name, and takes NFC for what is written in another way.
+FilePath = Annotated[str, Meta(min_length=1, max_length=1024)]
+Folder = Annotated[str, Meta(max_length=1024)]
+#: Whose files are meant: "" the caller's own; "group", "group:NAME"; "agent:NAME" (of the caller's group),
+#: "agent:GROUP/NAME"; "pid:N", an agent without a name of its own; "person", at the terminal.
+Space = Annotated[str, Meta(max_length=200)]
+#: The largest piece of a file that one call carries, and the size of all pieces but the last.
+PIECE = 1 << 20
+PieceData = Annotated[bytes, Meta(max_length=PIECE)]
+
+
+class StoPath(Struct, array_like=True, frozen=True):
+    path: FilePath
+    of: Space = ""
+
+
+class StoWrite(Struct, array_like=True, frozen=True):
+    """`append`: to what the file has. `if_version`: the file has this version, and 0: there is none."""
+
+    path: FilePath
+    data: PieceData
+    of: Space = ""
+    append: bool = False
+    if_version: Uint | None = None
+
+
+class StoRead(Struct, array_like=True, frozen=True):
+    path: FilePath
+    of: Space = ""
+    version: Annotated[int, Meta(ge=1, le=(1 << 63) - 1)] | None = None  # None: the newest
+    offset: Uint = 0
+    size: Annotated[int, Meta(ge=0, le=PIECE)] = PIECE
+
+
+class StoList(Struct, array_like=True, frozen=True):
+    """Files in this folder and below it whose path comes behind `after`."""
+
+    folder: Folder = ""
+    of: Space = ""
+    limit: Annotated[int, Meta(ge=1, le=1000)] = 1000
+    after: Folder = ""
+
+
+class StoHistory(Struct, array_like=True, frozen=True):
+    """Versions below `before`, the newest first."""
+
+    path: FilePath
+    of: Space = ""
+    limit: Annotated[int, Meta(ge=1, le=1000)] = 1000
+    before: Uint = 0
+
+
+class StoRollback(Struct, array_like=True, frozen=True):
+    """Exactly one of the two. `time`: to the newest version that is not later (Unix time)."""
+
+    path: FilePath
+    of: Space = ""
+    version: Annotated[int, Meta(ge=1, le=(1 << 63) - 1)] | None = None
+    time: Finite | None = None
+
+
+class StoTrash(Struct, array_like=True, frozen=True):
+    of: Space = ""
+    limit: Annotated[int, Meta(ge=1, le=1000)] = 1000
+    after: Uint = 0
+
+
+class StoRestore(Struct, array_like=True, frozen=True):
+    """`id`: as in the list of the trash."""
+
+    id: Uint
+    of: Space = ""
+
+
+class StoEmpty(Struct, array_like=True, frozen=True):
+    """None: all that is in the trash."""
+
+    of: Space = ""
+    ids: Annotated[list[Uint], Meta(max_length=1000)] | None = None
+
+
+class StoShare(Struct, array_like=True, frozen=True):
+    """A file, or all files of a folder, those to come included."""
+
+    path: FilePath
+    to: Annotated[str, Meta(min_length=1, max_length=200)]
+    write: bool = False
+    of: Space = ""
+
+
+class StoUnshare(Struct, array_like=True, frozen=True):
+    path: FilePath
+    to: Annotated[str, Meta(min_length=1, max_length=200)]
+    of: Space = ""
+
+
+class StoSpace(Struct, array_like=True, frozen=True):
+    of: Space = ""
+
+
+class StoMount(Struct, array_like=True, frozen=True):
+    """`folder` is `os_text`."""
+
+    folder: Annotated[str, Meta(min_length=1, max_length=4096)]
+    at: FilePath
+    write: bool = False
+    of: Space = ""
+
+
+class StoSearch(Struct, array_like=True, frozen=True):
+    query: Annotated[str, Meta(max_length=1 << 16)]
+    k: Annotated[int, Meta(ge=1, le=1000)] = 10
+    folder: Folder = ""
+    of: Space | None = None  # None: all that the caller can read
+
+
+class StoUpload(Struct, array_like=True, frozen=True):
+    path: FilePath
+    of: Space = ""
+    if_version: Uint | None = None
+
+
+class StoPiece(Struct, array_like=True, frozen=True):
+    """`offset` is a multiple of PIECE. A piece that is there already is replaced."""
+
+    upload: Uint
+    offset: Uint
+    data: PieceData
+
+
+class StoFinish(Struct, array_like=True, frozen=True):
+    """`size`: of the whole."""
+
+    upload: Uint
+    size: Uint
+
+
+class StoAbort(Struct, array_like=True, frozen=True):
+    upload: Uint
 class CallTool(Struct, array_like=True, frozen=True):
     """Call a tool. `arguments` are checked against the tool's schema by the toolbox."""
 
@@ -600,6 +760,71 @@ class Found(Struct, frozen=True):
     score: float
 
 
+class File(Struct, frozen=True):
+    """A file as it is. Times are Unix times. A file of a mounted folder has version 0, and no history."""
+
+    path: str
+    size: int
+    version: int
+    created: float
+    updated: float
+    by: str  # the agent that made this version
+    mounted: bool = False
+
+
+class Version(Struct, frozen=True):
+    number: int
+    size: int
+    time: float
+    by: str
+
+
+class FileData(Struct, array_like=True, frozen=True):
+    """A part of a version, which may be less than was asked for; empty: behind the end. `size`: of the whole."""
+
+    data: bytes
+    size: int
+    version: int
+
+
+class Trashed(Struct, frozen=True):
+    """A file that was removed; `id` names it from now on."""
+
+    id: int
+    path: str
+    size: int
+    version: int
+    removed: float
+
+
+class Share(Struct, frozen=True):
+    """`of` and `to` as in calls: whose it is, and with which agent or group it is shared."""
+
+    path: str
+    of: str
+    to: str
+    write: bool
+
+
+class Mount(Struct, frozen=True):
+    """A real folder and the path under which its files are found. `files`: that are known; `note`: what is missing."""
+
+    at: str
+    folder: str
+    write: bool
+    files: int
+    complete: bool  # the folder has been looked through
+    note: str = ""
+
+
+class FoundFile(Struct, frozen=True):
+    """`excerpt`: some of the text around the words, "" where only the name has them. `score`: more is better, and means
+    nothing across searches."""
+
+    file: File
+    of: str
+    excerpt: str
+    score: float
 class ToolInfo(Struct, frozen=True):
     """A tool. `parameters`: the JSON Schema of its arguments; `source`: "built in", or the file it comes from."""
 
@@ -764,12 +989,32 @@ add(
     Row(Sys.MEM_LIST, MemList, list[Note], by="store"),
     Row(Sys.MEM_CLEAR, NoArgs, int, by="store", again=_ONCE),
     Row(Sys.MEM_STATS, MemStats, dict[str, Any], by="store"),
+    Row(Sys.STO_WRITE, StoWrite, File, by="store", again=_ONCE),
+    Row(Sys.STO_READ, StoRead, FileData, by="store"),
+    Row(Sys.STO_LIST, StoList, list[File], by="store"),
+    Row(Sys.STO_STAT, StoPath, File, by="store"),
+    Row(Sys.STO_HISTORY, StoHistory, list[Version], by="store"),
+    Row(Sys.STO_ROLLBACK, StoRollback, File, by="store", again=_ONCE),
+    Row(Sys.STO_REMOVE, StoPath, int, by="store", again=_ONCE),
+    Row(Sys.STO_TRASH, StoTrash, list[Trashed], by="store"),
+    Row(Sys.STO_RESTORE, StoRestore, File, by="store", again=_ONCE),
+    Row(Sys.STO_EMPTY, StoEmpty, int, by="store", again=_ONCE),
+    Row(Sys.STO_SHARE, StoShare, by="store", again=_ONCE),
+    Row(Sys.STO_UNSHARE, StoUnshare, bool, by="store", again=_ONCE),
+    Row(Sys.STO_SHARES, NoArgs, list[Share], by="store"),
+    Row(Sys.STO_MOUNT, StoMount, Mount, by="store", again=_ONCE),
+    Row(Sys.STO_UNMOUNT, StoPath, bool, by="store", again=_ONCE),
+    Row(Sys.STO_MOUNTS, StoSpace, list[Mount], by="store"),
+    Row(Sys.STO_SEARCH, StoSearch, list[FoundFile], by="store"),
+    Row(Sys.STO_UPLOAD, StoUpload, int, by="store", again=_ONCE),
+    Row(Sys.STO_PIECE, StoPiece, by="store"),
+    Row(Sys.STO_FINISH, StoFinish, File, by="store", again=_ONCE),
+    Row(Sys.STO_ABORT, StoAbort, by="store", again=_ONCE),
+    Row(Sys.STO_STATS, StoSpace, dict[str, Any], by="store"),
     Row(Sys.STORE_SNAPSHOT, NoArgs, str, by="store", piece=int),
     Row(Sys.TOOL_LIST, NoArgs, list[ToolInfo], by="toolbox"),
     Row(Sys.TOOL_CALL, CallTool, Any, by="toolbox", again=_NEVER, piece=str),
     Row(Sys.TOOL_TRUST, TrustTool, by="toolbox"),
-    # No service of this release answers this.
-    Row(Sys.STO, NoArgs, by="storage", again=_ONCE),
 )
 
 

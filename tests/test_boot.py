@@ -275,6 +275,7 @@ def test_agents_get_term_then_kill(fresh_aiosd: Fresh) -> None:
     assert 4 < time.monotonic() - began < 12
     assert polite.wait(5) in (3, 125)
     assert stubborn.wait(5) in (125, 137)
+    assert polite.stderr.read().endswith(": aiosd was stopped\n")
 
 
 @pytest.mark.parametrize("who", ["guardian", "supervisor"])

@@ -348,7 +348,10 @@ def test_a_log_that_cannot_be_written(fresh_aiosd: Fresh) -> None:
 def test_a_home_that_is_a_file(fresh_aiosd: Fresh, tmp_path: Path) -> None:
     (tmp_path / "file").touch()
     done = fresh_aiosd(start=False).run("aiosd", env={"AIOS_HOME": str(tmp_path / "file")})
-    assert (done.returncode, done.stderr) == (1, f"aiosd: {tmp_path}/file: is no directory\n")
+    assert (done.returncode, done.stderr) == (
+        1,
+        f"aiosd: {tmp_path}/file: is no directory; put it elsewhere with --home DIR or AIOS_HOME\n",
+    )
 
 
 def test_home_as_an_option(aiosd: System) -> None:
@@ -503,6 +506,15 @@ def test_a_short_status_of_trouble() -> None:
     assert summary.brief({})
 
 
+def test_no_line_of_a_short_status_is_wider_than_a_terminal() -> None:
+    machine = "2 CPUs 100% busy, load 10.51 10.40 10.38, memory 13.2G of 15.6G, disk 76.0G of 252G free"
+    agents = dict.fromkeys("DQRSTZ", 1000)
+    lines = summary.brief({"agents": agents, "max_agents": 6645, "home": "/h", "pid": 4_000_000}, machine)
+    assert max(map(len, lines)) <= 80
+    for words in ("6 load", "memory 13.2G of 15.6G", "6645 at once (limit on open files)"):
+        assert words in " ".join("\n".join(lines).split()).replace("busy, ", "6 ")
+
+
 def test_status_shows_what_it_does_not_know() -> None:
     lines = summary.describe(
         {
@@ -515,7 +527,7 @@ def test_status_shows_what_it_does_not_know() -> None:
     assert lines[0] == "aiosd 1, ready, up 1 h 1 min, pid 7"
     text = "\n".join(lines)
     for words in (
-        "3 (1 R, 2 S), at most 99",
+        "3 (1 R, 2 S), at most 99 at once (limit on open files)",
         "a bytes 2.0K, b 1, 2",
         "ram budget 2.0G",
         "up 4.0K",

@@ -213,6 +213,16 @@ def test_wrong_use_is_exit_2_and_one_line(fresh_aiosd: Callable[..., System], op
     assert done.stderr.startswith("aios-ps: ")
 
 
+@pytest.mark.parametrize(
+    ("word", "hint"), [("aux", "aios-ps -e"), ("7", "aios-ps -p 7"), ("planner", "aios-ps -C planner")]
+)
+def test_a_word_that_is_no_option_gets_a_hint(fresh_aiosd: Callable[..., System], word: str, hint: str) -> None:
+    done = fresh_aiosd(start=False).run("aios-ps", word)
+    assert done.returncode == 2
+    assert done.stderr.startswith(f"aios-ps: {word}: ")
+    assert hint in done.stderr
+
+
 def test_json_has_what_was_promised(aiosd: System, sleepers: list[str]) -> None:
     found = json.loads(aiosd.run("aios-ps", "--json", "-p", sleepers[0], check=True).stdout)
     promised = {

@@ -59,7 +59,7 @@ def test_the_head_has_what_the_system_tells() -> None:
     lines = picture.head(STATUS, 80, 0.0)
     assert re.fullmatch(r"aios-top \d\d:\d\d:\d\d, up 1 min 15 s, policy fair \(64 tokens or 10 s\)", lines[0])
     assert lines[1:] == [
-        "agents 3: 2 R, 1 S, at most 333; 5 open calls",
+        "agents 3: 2 R, 1 S, at most 333 at once; 5 open calls",
         "nano  slots 5 of 32  [####................]  5 running  0 waiting  7 preempted",
         "      1,234.6 tokens/s  prefill 4,100/s  step 6.4 ms  prefix hits 67%",
         "      contexts: slot 5 (96.0K), ram 3 (1.0M of 1.0G), disk 0 (0 of 2.0G)",

@@ -383,6 +383,28 @@ def test_t_stopped_from_outside_and_continued(shell: Terminal, aiosd: System) ->
     assert shell.exit_code() == 2
 
 
+def test_t_in_the_background_runs_on_and_takes_the_terminal_in_the_foreground(shell: Terminal, aiosd: System) -> None:
+    """Linux stops a process that changes the terminal from the background: by TTOU, at each attempt."""
+    shell.command("aios-run -t --name raw -- sh -c 'echo up; read line; echo got $line' &")
+    shell.expect("up\r*\n")
+    shell.command("jobs")
+    shell.expect(r"\[1\]\+ +Running +aios-run -t")
+    cooked = shell.modes()
+    shell.command("fg")
+    assert eventually(lambda: shell.modes() != cooked)
+    os.kill(shell.foreground(), signal.SIGTSTP)
+    shell.expect("Stopped.*raw")
+    shell.command("bg")
+    assert eventually(lambda: stat_of(aiosd, "raw") == "S")
+    shell.command("jobs")
+    shell.expect(r"\[1\]\+ +Running +aios-run -t")
+    shell.command("fg")
+    assert eventually(lambda: shell.modes() != cooked)
+    shell.type("word\r")
+    shell.expect("got word\n")
+    assert shell.exit_code() == 0
+
+
 def test_t_all_output_arrives(shell: Terminal) -> None:
     shell.command("aios-run -t -- seq 1 20000 | tail -n 1")
     shell.expect("20000\r?\n")

@@ -727,6 +727,17 @@ def test_tool_call_ids_do_not_change_over_a_restart(bench: Bench) -> None:
         ]
 
 
+def test_a_whole_call_is_no_less_a_call_where_max_tokens_leaves_no_room_for_the_end_token(bench: Bench) -> None:
+    tokens = call_text(bench, '<tool_call>\n{"name": "stop", "arguments": {}}\n</tool_call>')
+    reasons = []
+    for count in (len(tokens), len(tokens) - 1):
+        key = bench.submit(messages=[{"role": "user", "content": "?"}], tools=TOOLS[1:], given=tokens[:count],
+                           max_tokens=count)  # fmt: skip
+        bench.run()
+        reasons.append(bench.end(key).finish_reason)
+    assert reasons == ["tool_calls", "length"]
+
+
 def test_a_stream_of_thoughts_goes_on_after_the_kernels_death(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     template = tinymodels.CHATML.replace("<|im_start|>assistant\\n'", "<|im_start|>assistant\\n<think>\\n'")
     loaded = load(tinymodels.write(tmp_path / "thinks.gguf", template=template))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 import signal
 from collections.abc import Callable
 from pathlib import Path
@@ -135,6 +136,25 @@ def test_agents_of_the_settings_start_with_the_system(fresh_aiosd: Fresh, tmp_pa
         """
     )
     system.start()
+    assert "aiosd: agent none has not started: /there/is/none: not found\n" in system.log()
     assert [agent["name"] for agent in system.agents()][:1] == ["first"]
     assert eventually(lambda: (tmp_path / "word").exists() and (tmp_path / "word").read_text() == "given\n")
-    assert eventually(lambda: "agent none, which starts with the system: " in system.log())
+    assert "agent none, which starts with the system: " in system.log()
+    status = system.run("aiosd", "status").stdout
+    assert re.search(r"  agent none +has not started: /there/is/none: not found\n", status)
+    assert eventually(lambda: "agent second" in system.run("aiosd", "status").stdout)
+    ended = r"  agent second +has ended with exit code 1 \(aios-logs [0-9]+\)\n"
+    assert eventually(lambda: re.search(ended, system.run("aiosd", "status").stdout))
+    os.kill(next(row["ospid"] for row in system.ps() if row["name"] == "kernel"), signal.SIGKILL)
+    assert re.search(ended, system.run("aiosd", "status").stdout), "a new kernel knows less"
+    assert "agent first" not in system.run("aiosd", "status").stdout
+
+
+def test_the_start_in_the_background_shows_which_agent_of_the_settings_has_failed(fresh_aiosd: Fresh) -> None:
+    system = fresh_aiosd(start=False)
+    (system.home / "aiosd.toml").write_text("[[agent]]\nname = 'none'\ncommand = '/there/is/none'\n")
+    try:
+        done = system.run("aiosd", "--threads", "1", "-d")
+        assert done.stderr.splitlines()[1:] == ["aiosd: agent none has not started: /there/is/none: not found"]
+    finally:
+        system.run("aiosd", "stop")

@@ -908,11 +908,10 @@ def test_a_channel_is_only_its_owners(monkeypatch: pytest.MonkeyPatch) -> None:
         os.close(bell)
 
 
-@pytest.mark.parametrize("name", ["read", "write", "search", "list"])
-def test_what_is_not_there_yet_says_so(kernel: ChannelKernel, connection: Connection, name: str) -> None:
+def test_what_is_not_there_yet_says_so(kernel: ChannelKernel, connection: Connection) -> None:
     with as_process_connection(connection):
-        call = aside(getattr(aios.sto, name))
-        kernel.fail(kernel.take(Sys.STO), errno.ENOSYS, "comes with a later release")
+        call = aside(aios.tool.list)
+        kernel.fail(kernel.take(Sys.TOOL), errno.ENOSYS, "comes with a later release")
         with pytest.raises(OSError, match="later release"):
             call.result(PATIENCE_S)
 

@@ -209,7 +209,7 @@ def test_the_file_belongs_to_one_process_and_pages_are_checked(tmp_path: Path) -
     store.database.close()
     path = tmp_path / "store.db"
     raw = bytearray(path.read_bytes())
-    for page in range(20 * 4096, len(raw), 4096):
+    for page in range(40 * 4096, len(raw), 4096):
         raw[page + 2000] ^= 1
     path.write_bytes(raw)
     store = Store(tmp_path)

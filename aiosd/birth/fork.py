@@ -135,16 +135,6 @@ def reset_signals() -> None:
     _signal.signal(signal.SIGPIPE, _signal.SIG_IGN)  # as at Python's start: EPIPE becomes an exception
 
 
-def exit_in_words(status: int) -> str:
-    """An exit status (as of os.waitstatus_to_exitcode) in words."""
-    if status >= 0:
-        return f"exit code {status}"
-    try:
-        return f"signal {signal.Signals(-status).name}"
-    except ValueError:  # a real-time signal
-        return f"signal {-status}"
-
-
 malloc = LIBC.malloc
 malloc.restype = ctypes.c_void_p
 

@@ -31,6 +31,7 @@ MODULES = {
     "aios-inspect": "aiosd.commands.inspect",
     "aios-renice": "aiosd.commands.renice",
     "aios-top": "aiosd.commands.top",
+    "aios-sto": "aiosd.commands.sto",
 }
 
 

@@ -186,11 +186,14 @@ def _to_background(settings: Settings, words: list[str]) -> int:
     try:
         with open(reading, encoding="utf-8", errors="replace") as told:
             state, _, line = told.readline().rstrip("\n").partition(" ")
+            notes = told.read().splitlines()
     except KeyboardInterrupt:
         os.kill(pid, signal.SIGTERM)
         raise
     if state == "ready":
         print(line, file=sys.stderr)
+        for note in notes:
+            edge.complain("aiosd", note)
         started.remember(settings.home, pid, words, settings.cwd)
         return 0
     raise edge.Failed(line if state == "error" else f"ended before it could serve; see {log}")

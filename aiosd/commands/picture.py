@@ -93,7 +93,7 @@ def _agents(status: dict[str, Any]) -> str:
     if states:
         text += ": " + ", ".join(f"{count} {stat}" for stat, count in sorted(states.items()))
     if "max_agents" in status:
-        text += f", at most {status['max_agents']}"
+        text += f", at most {status['max_agents']} at once"
     calls = sum(model.get("open_calls", 0) for model in status.get("models", []))
     return f"{text}; {calls} open calls"
 

@@ -35,12 +35,32 @@ EXAMPLES = """
 """
 
 
+class PsCommand(click.Command):
+    """Takes words that are no options, to say what is meant by them: `aios-ps aux`, `aios-ps 7`."""
+
+    allow_extra_args = True
+
+    def parse_args(self, ctx: click.Context, args: list[str]) -> list[str]:
+        rest = super().parse_args(ctx, args)
+        if ctx.args and not ctx.resilient_parsing:
+            raise click.UsageError(_hint(ctx.args[0]))
+        return rest
+
+
+def _hint(word: str) -> str:
+    if word.isascii() and word.isdigit():
+        return f"{word}: pids go with -p: aios-ps -p {word}"
+    if set(word) <= set("auxefw"):
+        return f"{word}: options begin with -: for all agents aios-ps -e, with more columns aios-ps -ef"
+    return f"{word}: names go with -C: aios-ps -C {word}"
+
+
 def _complete_columns(context: click.Context, parameter: click.Parameter, incomplete: str) -> list[CompletionItem]:
     return edge.completions({name: column.header for name, column in table.COLUMNS.items()}, incomplete, listed=True)
 
 
 @edge.new(
-    click.Command,
+    PsCommand,
     "List agents: the caller's live ones, unless -e, -p, -C or --dead say otherwise.\n\n"
     f"Columns for -o and --sort: {' '.join(table.COLUMNS)}.\n\n"
     "STAT: R on the LLM or computing, Q waiting for the LLM, S sleeping, D waiting for tool or store, T stopped, "

@@ -417,7 +417,15 @@ class Attachment:
         self.relays = [Relay(0, self.master, foreground, last_words=EOT), *self.outputs]
         if os.isatty(0):
             self.raw = RawMode(0)
-            self.raw.enter()
+            self._enter_raw_mode()
+
+    def _enter_raw_mode(self) -> None:
+        """Once this process is in the foreground. Started with & it would be stopped for changing the terminal."""
+        if self.raw is not None and not self.raw.entered:
+            from aiosd.commands import terminal
+
+            if terminal.in_foreground(0):
+                self.raw.enter()
 
     def _give_no_reading(self) -> None:
         """A shell opens a terminal once, for reading and writing, as 0, 1 and 2. The agent gets stdout and stderr that
@@ -466,6 +474,7 @@ class Attachment:
             self.client.pump()
 
     def _turn(self) -> None:
+        self._enter_raw_mode()
         poll = select.poll()
         poll.register(self.wakeup, select.POLLIN)
         poll.register(self.readable, select.POLLIN)
@@ -541,8 +550,7 @@ class Attachment:
         os.kill(os.getpid(), signal.SIGTSTP)
         # Here this process is stopped until CONT. (Or not at all: Linux does not stop processes of an orphaned group.)
         signal.signal(signal.SIGTSTP, handler)
-        if self.raw is not None:
-            self.raw.enter()
+        self._enter_raw_mode()
         self._read_signals()
         self.signals = [number for number in self.signals if number not in JOB_CONTROL]
         self._send(signal.SIGCONT)

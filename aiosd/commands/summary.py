@@ -7,6 +7,8 @@ from typing import Any
 from aiosd.commands.edge import printable
 from aiosd.units import format_duration, format_size
 
+LINE = 80  # characters in a line of the short form
+
 
 def brief(found: dict[str, Any], machine: str = "") -> list[str]:
     """The most important figures. One that the system does not report is left out."""
@@ -17,12 +19,28 @@ def brief(found: dict[str, Any], machine: str = "") -> list[str]:
     others = [service for service in found.get("services", []) if service.get("state") not in (None, "ready")]
     rows |= {str(service.get("name", "?")): str(service["state"]) for service in others}
     rows |= {str(service["name"]): text for service in found.get("services", []) if (text := _errors(service))}
+    rows |= {f"agent {name}": text for name, text in found.get("agent_problems", {}).items()}
     rows["sandbox"] = _sandbox(found.get("sandbox") or {})
     rows["machine"] = machine
     width = max(map(len, rows))
     lines = [_head(found)]
-    lines += [f"  {printable(name):{width}}  {printable(text)}" for name, text in rows.items() if text]
+    for name, text in rows.items():
+        if text:
+            first, *more = _wrapped(printable(text), LINE - width - 4)
+            lines += [f"  {printable(name):{width}}  {first}", *(" " * (width + 4) + line for line in more)]
     return lines + _checked(found.get("check"))
+
+
+def _wrapped(text: str, width: int) -> list[str]:
+    """The text in lines, broken only where it has a comma: figures and paths stay whole."""
+    lines = [""]
+    for part in text.split(", "):
+        if lines[-1] and len(lines[-1]) + len(part) + 3 > width:
+            lines[-1] += ","
+            lines.append(part)
+        else:
+            lines[-1] += (", " if lines[-1] else "") + part
+    return lines
 
 
 def _head(found: dict[str, Any]) -> str:
@@ -57,7 +75,7 @@ def _agents(found: dict[str, Any]) -> str:
     if states:
         text += f" ({', '.join(f'{count} {stat}' for stat, count in sorted(states.items()))})"
     if "max_agents" in found:
-        text += f", at most {found['max_agents']}"
+        text += f", at most {found['max_agents']} at once (limit on open files)"
     return text
 
 

@@ -2,7 +2,7 @@
 
 $ aios-top -b
 aios-top 14:05:22, up 12 min 3 s, policy fair (64 tokens or 10 s)
-agents 3: 2 R, 1 S, at most 333; 2 open calls
+agents 3: 2 R, 1 S, at most 333 at once; 2 open calls
 nano  slots 2 of 32  [##..................]  2 running  0 waiting  0 preempted
       310.2 tokens/s  prefill 4,100/s  step 6.4 ms  prefix hits 67%
       contexts: slot 2 (96.0K), ram 3 (120K of 1.0G), disk 0 (0 of 2.0G)

@@ -20,7 +20,7 @@ import stat
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from aiosd import endpoint, log, procfs
+from aiosd import endpoint, log, procfs, restart
 from aiosd.birth import fork
 from aiosd.errors import UsageError, WorldError
 from aiosd.heartbeat import BEAT_S, HANG_S, Heart
@@ -68,7 +68,7 @@ def prepare(home: Home) -> None:
         try:
             folder.mkdir(mode=0o700, parents=True, exist_ok=True)
         except FileExistsError as err:
-            raise UsageError(f"{folder}: is no directory") from err
+            raise WorldError(f"{folder}: is no directory") from err
         except OSError as err:
             raise WorldError(f"{folder}: {err.strerror}") from err
         _check_private(folder)
@@ -185,5 +185,5 @@ def _reap(supervisor: int) -> int | None:
         if ospid == supervisor:
             code = os.waitstatus_to_exitcode(status)
             if code < 0:
-                logger.critical("the supervisor died (%s)", fork.exit_in_words(code))
+                logger.critical("the supervisor died (%s)", restart.exit_in_words(code))
             return code if code >= 0 else 1

@@ -5,14 +5,15 @@ from __future__ import annotations
 import contextlib
 import os
 import socket
+from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
     from aiosd.config import Settings
 
 
-def ready(settings: Settings, line: str) -> None:
-    _tell_starter(settings, f"ready {line}\n")
+def ready(settings: Settings, line: str, notes: Sequence[str] = ()) -> None:
+    _tell_starter(settings, f"ready {line}\n" + "".join(f"{note}\n" for note in notes))
     _sd_notify(f"READY=1\nSTATUS={line}\n")
 
 
@@ -25,12 +26,12 @@ def stopping(settings: Settings) -> None:
     _sd_notify("STOPPING=1\n")
 
 
-def _tell_starter(settings: Settings, line: str) -> None:
-    """Write one line to the descriptor that `aiosd -d` reads, then close it."""
+def _tell_starter(settings: Settings, lines: str) -> None:
+    """Write lines to the descriptor that `aiosd -d` reads, then close it."""
     if settings.ready_fd is None:
         return
     with contextlib.suppress(OSError):  # it has ended, or already has the message
-        os.write(settings.ready_fd, line.encode())
+        os.write(settings.ready_fd, lines.encode())
         os.close(settings.ready_fd)
 
 

@@ -368,7 +368,7 @@ class Supervisor:
             while self.link is not None:  # what it had sent before is still carried out
                 self._on_kernel(self.link)
         if not self.stopping and self.exit_code is None:
-            self._replace(process, fork.exit_in_words(status))
+            self._replace(process, restart.exit_in_words(status))
 
     def _replace(self, process: Process, reason: str) -> None:
         is_kernel = process is self.kernel
@@ -603,8 +603,10 @@ class Supervisor:
         if not self.served_once:
             self.served_once = True
             with contextlib.suppress(OSError):  # no room for the log file: no reason to stop serving
-                print(message.line, file=sys.stderr, flush=True)
-            notify.ready(self.settings, message.line)
+                print(
+                    message.line, *(f"aiosd: {note}" for note in message.notes), sep="\n", file=sys.stderr, flush=True
+                )
+            notify.ready(self.settings, message.line, message.notes)
 
     def _on_shutdown(self, message: link.Shutdown, fds: list[int]) -> None:
         if message.error:
@@ -683,7 +685,7 @@ class Supervisor:
         else:
             agent.ospid, agent.last_status = 0, status
             self._wait_for_start(agent, wait_s)
-            reason = fork.exit_in_words(status)
+            reason = restart.exit_in_words(status)
             logger.info("agent %d (%s) ended: %s; started again in %.1f s", agent.pid, agent.spec.name, reason, wait_s)
         self._tell(link.ChildExited(agent.pid, status, again_s=wait_s))
 

@@ -41,6 +41,7 @@ class Access:
             Sys.STATUS: self._status,
             Sys.SHUTDOWN: lambda peer, args: require_person(peer, "stop the system"),
             Sys.SET: lambda peer, args: require_person(peer, "change settings"),
+            Sys.STO_EMPTY: lambda peer, args: require_person(peer, "empty the trash"),
             Sys.STORE_SNAPSHOT: lambda peer, args: require_person(peer, "copy what all agents keep"),
         }
 

@@ -21,6 +21,7 @@ from aiosd.kernel.calls import Calls
 from aiosd.kernel.enforce import Enforcer
 from aiosd.kernel.generations import Generations
 from aiosd.kernel.ledger import Ledger
+from aiosd.kernel.listed import Listed, key_of
 from aiosd.kernel.logkeeper import LogKeeper
 from aiosd.kernel.mail import Mail
 from aiosd.kernel.peer import AgentPeer, Call
@@ -95,6 +96,7 @@ class Agents:
         self.by_ospid: dict[int, Proc] = {}  # live ones
         self.forks: dict[link.Key, UnderWay] = {}
         self._patience: dict[int, float] = {}  # attached agents whose client may still come back, until when
+        self.listed = Listed(table, timers)
         self.stopping = False  # the system goes down
         self.open_door: Callable[[Proc, int], None]  # of a confined agent, see `control`
         self.close_door: Callable[[Proc], None]
@@ -111,6 +113,7 @@ class Agents:
                 os.close(agent.letter)
             proc.ppid, proc.nice, proc.budget, proc.reason = agent.ppid, agent.nice, agent.budget, agent.reason
             self.table.add(proc)
+            self.listed.started(agent.spec.key, agent.pid)
         for agent in agents:
             self._adopt(self.table.procs[agent.pid], agent)
         self._repair_families()
@@ -166,6 +169,7 @@ class Agents:
 
     def forked(self, message: link.Forked, fds: list[int]) -> None:
         under_way = self.forks.pop(message.key)
+        self.listed.started(message.key, message.pid)
         call, spec = under_way.call, under_way.spec
         proc = self.table.find(message.pid)
         if proc is None and not fds:  # an old one, forgotten since
@@ -202,22 +206,31 @@ class Agents:
             self.calls.fail(under_way.call, message.errno, words)
         else:
             logger.error("agent %s, which starts with the system: %s", under_way.spec.name, words)
+            self.listed.refused(message.key, f"has not started: {words}")
 
     def _answer_spawn(self, call: Call | None, answer: wire.Spawned) -> None:
         if call is not None:
             self.calls.finish(call, answer)
 
+    def system_stops(self) -> None:
+        """Commands that wait for an agent show why it ended. Not recorded: no kernel comes after this one."""
+        self.stopping = True
+        for proc in self.table.live():
+            proc.reason = proc.reason or "aiosd was stopped"
+
     def start_with_system(self, specs: Sequence[AgentSpec]) -> None:
         """Those that the settings list, once, when the system is ready."""
-        for number, spec in enumerate(specs):
+        self.listed.expect(specs)
+        for number, spec in enumerate(specs, 1):
             try:
                 spawn = autostart.spawn(spec, os.environ)
                 box = self.sandboxes.decide(spawn, None)
-                fork = spawning.fork(spawn, (0, number + 1), None, box)
+                fork = spawning.fork(spawn, key_of(number), None, box)
                 letter = spawning.letter(spawn, self.sandboxes.environment(spawn, None, box), box)
                 self._send_fork(None, *self.tokens.give(fork, letter, None, None))
             except OSError as err:
                 logger.error("agent %s, which starts with the system: %s", spec.name or spec.target, err.strerror)
+                self.listed.refused(key_of(number), f"has not started: {err.strerror}")
 
     def _connect_all(self, proc: Proc, fds: list[int]) -> None:
         """Its channel, and of a confined agent its door."""

@@ -176,6 +176,7 @@ class Kernel:
             lambda: self.live.settings,
             self._phase,
             self.agents.is_parked,
+            self.agents.listed.problems,
             self.sandboxes,
         )
         self.loading = Loading(
@@ -215,6 +216,8 @@ class Kernel:
             if process.ospid:
                 self._connect(service, process.ospid, process.deaths, process.memfd, process.kernel_bell)
         self.agents.adopt(self.born.agents)
+        if self.born.ready:  # those that the settings list have been started
+            self.agents.listed.expect(self.born.settings.agents)
         self.logs.start({agent.pid for agent in self.born.agents}, len(self.table.history))
         self.mail.adopt({proc.pid: proc for proc in self.table.live()})
         self.budgets.adopt({proc.pid for proc in self.table} | set(self.table.history))
@@ -310,9 +313,13 @@ class Kernel:
         return "stopping" if self.stopping else "ready" if self.loading.ready else "loading"
 
     def _on_ready(self) -> None:
-        names = ", ".join(self.cores.by_model)
         self.agents.start_with_system(self.live.settings.agents)
-        self.uplink.send(link.Ready(f"aiosd: ready ({names}; {self.live.settings.home.root})"))
+        self.agents.listed.when_over(self._tell_ready)
+
+    def _tell_ready(self) -> None:
+        names = ", ".join(self.cores.by_model)
+        notes = [f"agent {name} {problem}" for name, problem in self.agents.listed.problems().items()]
+        self.uplink.send(link.Ready(f"aiosd: ready ({names}; {self.live.settings.home.root})", notes))
 
     # ── supervisor ────────────────────────────────────────────────────────────────────────────────────────
 
@@ -340,7 +347,7 @@ class Kernel:
                 self.live.reread(message)
             case link.Stop():
                 self.stopping = message.reason
-                self.agents.stopping = True
+                self.agents.system_stops()
                 self.over = message.last
 
     def _tell_services(self, message: link.ToService) -> None:

@@ -56,6 +56,7 @@ class StatusRequests:
         settings: Callable[[], Settings],
         phase: Callable[[], str],
         is_parked: Callable[[Proc], bool],
+        agent_problems: Callable[[], dict[str, str]],
         sandboxes: Sandboxes,
     ) -> None:
         self._born = born
@@ -68,6 +69,7 @@ class StatusRequests:
         self._settings = settings
         self._phase = phase
         self._is_parked = is_parked
+        self._agent_problems = agent_problems
         self._sandboxes = sandboxes
         self._open: dict[int, _Request] = {}
         self._numbers = itertools.count(1)
@@ -131,6 +133,7 @@ class StatusRequests:
             "quantum": dict(zip(("tokens", "seconds"), settings.quantum, strict=True)),
             "group_shares": dict(settings.shares),
             "agents": letters,
+            "agent_problems": self._agent_problems(),  # of those that aiosd.toml lists
             "dead_remembered": len(self._table.history),
             "max_agents": self._descriptors.max_agents,
             "sandbox": self._sandboxes.shown(),

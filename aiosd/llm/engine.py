@@ -576,7 +576,8 @@ class Engine:
         calls: list[ToolCall] = []
         if sequence.dialect is not None and sequence.text.triggered:
             calls = sequence.dialect.read(sequence.text.rest, sequence.key)
-            if calls and reason == "stop":
+            whole = sequence.constraint is not None and sequence.constraint.can_end
+            if calls and (reason == "stop" or (reason == "length" and whole)):  # only the end token was missing
                 reason = "tool_calls"
         first, slot_at = sequence.first_at or now, sequence.slot_at or now
         usage = Usage(

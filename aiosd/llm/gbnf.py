@@ -279,5 +279,9 @@ class GrammarConstraint:
             raise refuse("given: these tokens do not fit the grammar")
         self._guide.accept(token)
 
+    @property
+    def can_end(self) -> bool:
+        return self._guide.can_end
+
     def close(self) -> None:
         self._guide.close()

@@ -44,6 +44,11 @@ class Constraint(Protocol):
         """Take a token that was generated before; OSError if the grammar does not allow it."""
         ...
 
+    @property
+    def can_end(self) -> bool:
+        """Whether the text so far is whole."""
+        ...
+
     def close(self) -> None: ...
 
 
@@ -76,6 +81,7 @@ class Guide:
 
     @property
     def can_end(self) -> bool:
+        """Whether the text so far is whole. (A model without end tokens has no way to show it.)"""
         return any(self._grammar.allows(token) for token in list(self._model.end_tokens)[:1])
 
     def accept(self, token: int) -> None:
@@ -167,6 +173,10 @@ class SchemaConstraint:
             raise refuse("given: these tokens do not fit the schema")
         self._guide.accept(token)
 
+    @property
+    def can_end(self) -> bool:
+        return self._guide.can_end
+
     def close(self) -> None:
         self._guide.close()
 
@@ -230,6 +240,10 @@ class ToolConstraint:
             return False
         return True
 
+    @property
+    def can_end(self) -> bool:
+        return self._guide is None or self._guide.can_end
+
     def _enter(self) -> None:
         self._guide = Guide(self._model, self._gbnf, self._dialect.controls)
 
@@ -258,6 +272,10 @@ class AfterThoughts:
     def replay(self, text: TextStream, token: int) -> None:
         if not self._thinks(text, token):
             self._inner.replay(text, token)
+
+    @property
+    def can_end(self) -> bool:
+        return self._inner.can_end
 
     def _thinks(self, text: TextStream, token: int) -> bool:
         """Is this token part of the thoughts, of their marks or of the blanks after them?"""

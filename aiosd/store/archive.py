@@ -112,18 +112,19 @@ def export(folder: Path, target: IO[bytes]) -> tuple[dict[str, int], list[str]]:
                 files[kept.name].write(json.dumps(row, default=_plain, ensure_ascii=False).encode() + b"\n")
                 if kept.contents and (name := row[kept.contents]) is not None:
                     names[name.hex() if isinstance(name, bytes) else name] = None
+            counts = {name: number for name, number in counts.items() if number or salvage.lost[name]}
             about = {"format": FORMAT, "kind": "export", "release": __version__, "schema": salvage.plan.schema}
             given_out = sequences(folder / FILE, salvage.plan)
             _add_json(tar, ABOUT, about | {"rows": counts, "sequences": given_out})
-            for name, file in files.items():
-                _add_stream(tar, f"{name}.jsonl", file)
+            for name in counts:
+                _add_stream(tar, f"{name}.jsonl", files[name])
             for name in names:
                 if content_path(folder, name).exists():
                     tar.add(content_path(folder, name), f"{CONTENTS}/{name}")
     finally:
         model.close()
         salvage.close()
-    lost = [f"{name}: page {one.page} is damaged" for name in counts for one in salvage.lost[name]]
+    lost = [f"{name}: page {one.page} is damaged" for name in files for one in salvage.lost[name]]
     return counts, lost + salvage.missing
 
 

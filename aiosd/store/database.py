@@ -33,6 +33,7 @@ from msgspec import Raw
 from aiosd import link
 from aiosd.errors import WorldError
 from aiosd.store import roots
+from aiosd.store.fileschema import FILES
 from aiosd.store.memos import Memos
 from aiosd.store.room import WAL_BYTES, Room
 from libaios import wire
@@ -59,7 +60,7 @@ MIGRATIONS: tuple[str, ...] = (
     CREATE INDEX note_ends ON notes(owner, expires) WHERE expires IS NOT NULL;
     CREATE VIRTUAL TABLE note_words USING fts5(owner, text, tokenize='unicode61');
     """,
-    "",
+    FILES,
     # Search: filters by tag and metadata without a look at each note, a note by its own text, and vectors. `pending` is
     # what has no vector yet of the embedder that `embedder.current` names.
     """

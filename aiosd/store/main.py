@@ -26,12 +26,17 @@ FAILED_S = 5.0  # after a chore that failed
 
 
 class StoreSpec(Struct, frozen=True):
-    """Settings of the store: its folder; bytes of memory for copies of notes, of notes for each owner, and of memory
-    for vectors. Vectors come from a `table`, from the core of `model`, whose file is `model_path`, or from nowhere."""
+    """Settings of the store: its folder; bytes of memory for copies of notes; for each owner bytes of notes and of
+    files; versions that are kept of a file; folders that agents may mount, with `=write` behind those that they may
+    write to; bytes of memory for vectors. These come from a `table`, from the core of `model`, whose file is
+    `model_path`, or from nowhere."""
 
     folder: str
     ram: int
     quota: int
+    file_quota: int
+    versions: int
+    folders: tuple[str, ...] = ()
     index_ram: int = 256 << 20
     table: str = ""
     model: str = ""
@@ -73,48 +78,62 @@ def main(channel: Channel, spec: StoreSpec, rounds: Rounds) -> int:
     from aiosd.store.meaning import Meaning
     from aiosd.store.memory import Memory
     from aiosd.store.search import Notes
+    from aiosd.store.storage import Storage
+    from aiosd.store.ticker import Ticker
 
     try:
         database = Database(Path(spec.folder))
         embedder = _embedder(spec)
         meaning = Meaning(database, embedder, spec.index_ram)
-        meaning.begin(Notes(database))
+        storage = Storage(database, Path(spec.folder), spec.file_quota, spec.versions, spec.folders, meaning=meaning)
+        meaning.begin(Notes(database), storage.files.words)
     except (WorldError, OSError) as err:
         channel.send(link.encode(link.LoadFailed(f"the store cannot start: {err}")))
         return 1
     memory = Memory(database, spec.ram, spec.quota, meaning=meaning)
-    database.undone += [memory.cache.clear, meaning.forget]
+    database.undone += [memory.cache.clear, meaning.forget, storage.undone]
     try:
         if database.begin_system(_boot()):
+            storage.forget_system()
             memory.only_alive(())
+        storage.mounts.open_all()
     except OSError as err:
         logger.warning("what an earlier system has left stays for now: %s", err.strerror)
 
     def stats() -> dict[str, Any]:
-        return {**memory.cache.stats(), **database.stats(), **meaning.stats()}
+        return {**memory.cache.stats(), **database.stats(), **storage.stats(), **meaning.stats()}
 
     def gone(peer: int) -> None:
         with database.transaction():
             database.memos.gone(peer)
+            storage.peer_gone(peer)
             if peer > 0:
-                memory.owner_gone(peer)
+                memory.owner_gone(peer)  # behind the files: the owner's row goes, too
 
     def keep(peers: list[int]) -> None:
         with database.transaction():
             database.memos.only(peers)
+            storage.only_alive(peers)
             memory.only_alive(peers)
 
+    def rest() -> None:
+        database.rest()
+        ticker.now()
+
     archive.sweep_snapshots(Path(spec.folder))
-    handlers = {**memory.handlers(), Sys.STORE_SNAPSHOT: lambda ask, args: archive.snapshot(database)}
-    server = GroupServer(
-        channel, handlers, stats, gone, keep, rest=database.rest, group=database, background=Chores(memory)
-    )
+    handlers = memory.handlers() | storage.handlers()
+    handlers[Sys.STORE_SNAPSHOT] = lambda ask, args: archive.snapshot(database)
+    server = GroupServer(channel, handlers, stats, gone, keep, rest=rest, group=database, background=Chores(memory))
+    ticker = Ticker(server.timers, storage.background)
+    for fd in storage.watched:
+        server.watch(fd, ticker.now)
     signal.signal(signal.SIGTERM, server.end)
     if isinstance(embedder, OfCore):
         server.watch(embedder.fileno(), embedder.poll)
     try:
         return server.run(rounds)
     finally:
+        storage.mounts.close()
         database.close()
 
 

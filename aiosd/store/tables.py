@@ -29,7 +29,15 @@ class Kept:
 
 
 #: In the order in which rows may refer to each other.
-KEPT: tuple[Kept, ...] = (Kept("owners"), Kept("notes", whole=lambda row: row["bytes"] > 0))
+KEPT: tuple[Kept, ...] = (
+    Kept("owners"),
+    Kept("notes", whole=lambda row: row["bytes"] > 0),
+    Kept("contents", contents="file", whole=lambda row: row["data"] is None or _blake(row["data"]) == row["hash"]),
+    Kept("files", whole=lambda row: bool(row["path"]) and bool(row["updated"])),
+    Kept("versions", whole=lambda row: row["contents"][-1:] == "]"),
+    Kept("grants", whole=lambda row: bool(row["grantee"])),
+    Kept("mounts", whole=lambda row: bool(row["folder"])),
+)
 
 #: What is made from them, where rows have been put in: the table that has to exist, and the statements.
 REBUILD: tuple[tuple[str, str], ...] = (
@@ -53,8 +61,49 @@ REBUILD: tuple[tuple[str, str], ...] = (
         f"INSERT OR IGNORE INTO note_fields SELECT n.owner, j.key, {FIELD}, n.id "
         "FROM notes n, json_each(iif(json_valid(n.metadata), n.metadata, '{}')) j",
     ),
+    # Files: their rows first, then what is counted. Those of mounted folders are made by looking there.
+    ("files", "DELETE FROM files WHERE mount IS NOT NULL"),
+    (
+        "files",
+        "INSERT OR IGNORE INTO owners(name) SELECT 'lost/files' FROM versions "
+        "WHERE file NOT IN (SELECT id FROM files) LIMIT 1",
+    ),
+    (
+        "files",
+        "INSERT INTO files(id, owner, path, version, size, created, updated, author) "
+        "SELECT v.file, (SELECT id FROM owners WHERE name = 'lost/files'), 'lost-' || v.file, max(v.number), v.size, "
+        "min(v.time), max(v.time), v.author FROM versions v WHERE v.file NOT IN (SELECT id FROM files) GROUP BY v.file",
+    ),
+    (
+        "files",
+        "INSERT OR IGNORE INTO owners(id, name) SELECT DISTINCT owner, 'lost/' || owner FROM files "
+        "WHERE owner NOT IN (SELECT id FROM owners)",
+    ),
+    (
+        "files",
+        "UPDATE files SET (version, size) = (SELECT v.number, v.size FROM versions v WHERE v.file = files.id "
+        "ORDER BY v.number DESC LIMIT 1) WHERE EXISTS (SELECT 1 FROM versions v WHERE v.file = files.id)",
+    ),
+    ("grants", "DELETE FROM grants WHERE owner NOT IN (SELECT id FROM owners)"),
+    ("mounts", "DELETE FROM mounts WHERE owner NOT IN (SELECT id FROM owners)"),
+    (
+        "content_uses",
+        "INSERT INTO content_uses SELECT f.owner, c.id, count(*) FROM versions v JOIN files f ON f.id = v.file, "
+        "json_each(v.contents) j JOIN contents c ON c.id = j.value GROUP BY f.owner, c.id",
+    ),
+    (
+        "file_bytes",
+        "INSERT INTO file_bytes SELECT owner, sum(bytes) FROM (SELECT u.owner AS owner, c.size AS bytes "
+        "FROM content_uses u JOIN contents c ON c.id = u.content UNION ALL "
+        "SELECT f.owner, 200 FROM versions v JOIN files f ON f.id = v.file) GROUP BY owner",
+    ),
+    ("unindexed", "INSERT INTO unindexed SELECT id FROM files WHERE removed IS NULL"),
     ("note_words", "INSERT INTO note_words(rowid, owner, text) SELECT id, 'own' || owner, text FROM notes"),
 )
+
+
+def _blake(data: bytes) -> bytes:
+    return hashlib.blake2b(data, digest_size=32).digest()
 
 
 def content_path(folder: Path, name: str) -> Path:

@@ -4,15 +4,20 @@
     The answer is 3367.
 
 `react()` is the whole loop. It takes a `chat` callable (`aios.llm.chat`, or a script in a test) and a `Toolkit`, and
-works with any chat model that can call tools. The tools are plain functions inside this process: arithmetic, notes, and
-files of one folder. What a model sends to them is untrusted: arithmetic is bounded in size and never done by `eval`,
-and no path leads out of the folder. When a tool fails the model gets the error as an observation and decides what to
+works with any chat model that can call tools. The tools are arithmetic, notes and files: those of `Toolkit` are plain
+functions inside this process, over a list and a folder; those of `Stored`, which the command uses, are system calls
+(`aios.mem`, `aios.sto`), so an agent that is started again under its name has its notes and files again. What a model
+sends to them is untrusted: arithmetic is bounded in size and never done by `eval`, and no path leads out of the
+folder. When a tool fails the model gets the error as an observation and decides what to
 do. The loop itself ends with an answer or with an `AgentError`.
 """
 
 import ast
+import errno
 import math
 import operator
+import os
+import posixpath
 import re
 import sys
 from collections.abc import Callable, Sequence
@@ -20,6 +25,8 @@ from pathlib import Path
 from typing import Any, Protocol
 
 import click
+
+from libaios import mem, sto
 
 SYSTEM = "You are a helpful agent. Think, use a tool when you need one, and then answer briefly."
 
@@ -160,6 +167,7 @@ def search(notes: Sequence[str], query: str) -> list[str]:
 # --- the five tools -------------------------------------------------------------------------------
 
 MAX_FILE = 100_000  # bytes
+MAX_NOTES = 1_000  # that one call lists
 
 
 class Toolkit:
@@ -242,10 +250,89 @@ class Toolkit:
         return target
 
 
+class Stored(Toolkit):
+    """The same tools over the store. Files of an agent without a name of its own would end with it: those are the
+    group's. A file that the store has not is read from the working folder. With `folder` the files, with `notes_file`
+    the notes are real ones instead, as in `Toolkit`."""
+
+    def __init__(self, folder: Path | None = None, notes_file: Path | None = None) -> None:
+        super().__init__(folder or Path.cwd(), notes_file)
+        self.files_stored, self.notes_stored = folder is None, notes_file is None
+        self._space: str | None = None
+
+    def remember(self, text: str) -> str:
+        if not self.notes_stored:
+            return super().remember(text)
+        note = " ".join(text.split())
+        if not note:
+            raise ToolError("nothing to remember")
+        try:
+            mem.add(note)
+        except OSError as e:
+            raise ToolError(f"cannot keep notes: {e.strerror}") from e
+        return "ok"
+
+    def recall(self, query: str) -> str:
+        if self.notes_stored:
+            try:
+                self.notes = _notes(query)
+            except OSError as e:
+                raise ToolError(f"cannot read notes: {e.strerror}") from e
+        return super().recall(query)
+
+    def read_file(self, path: str) -> str:
+        if not self.files_stored:
+            return super().read_file(path)
+        try:
+            name, of = self._stored(path), self._whose()
+            if sto.stat(name, of).size > MAX_FILE:
+                raise ToolError(f"file too large: {path}")
+            return sto.read(name, of=of).decode().rstrip("\n")
+        except FileNotFoundError:
+            return super().read_file(path)
+        except OSError as e:
+            raise _file_error(path, e) from e
+        except UnicodeDecodeError:
+            raise ToolError(f"not a text file: {path}") from None
+
+    def write_file(self, path: str, content: str) -> str:
+        if not self.files_stored:
+            return super().write_file(path, content)
+        if len(content.encode()) > MAX_FILE:
+            raise ToolError("content too large")
+        try:
+            sto.write(self._stored(path), content + "\n", self._whose())
+        except OSError as e:
+            raise _file_error(path, e) from e
+        return "ok"
+
+    def _whose(self) -> str:
+        if self._space is None:
+            self._space = "" if sto.stats()["lasting"] else "group"
+        return self._space
+
+    @staticmethod
+    def _stored(path: str) -> str:
+        name = posixpath.normpath(path)
+        if name.startswith(("/", "../")) or name == "..":
+            raise ToolError(f"outside the working folder: {path}")
+        return name
+
+
+def _notes(query: str) -> list[str]:
+    """Those that `search` is to choose from, the oldest first: all, or of more than MAX_NOTES those with words of the
+    query and the newest."""
+    notes = mem.list(limit=MAX_NOTES)
+    if len(notes) == MAX_NOTES:
+        known = {note.id for note in notes}
+        notes += [found.note for found in mem.search(query, MAX_NOTES) if found.note.id not in known]
+    return [note.text for note in sorted(notes, key=lambda note: note.id)]
+
+
 def _file_error(path: str, error: OSError) -> ToolError:
     if isinstance(error, FileNotFoundError):
         return ToolError(f"no such file: {path}")
-    return ToolError(f"{(error.strerror or 'failed').lower()}: {path}")
+    return ToolError(f"{os.strerror(error.errno or errno.EIO).lower()}: {path}")
 
 
 def _tool(name: str, description: str, **parameters: str) -> dict[str, Any]:
@@ -330,19 +417,30 @@ def _as_message(reply: Reply) -> Message:
 @click.option("-v", "--verbose", is_flag=True, help="Show thoughts, calls and observations on stderr.")
 @click.option("--max-steps", default=8, show_default=True, type=click.IntRange(1), help="Turns of the model at most.")
 @click.option("--max-tokens", default=512, show_default=True, type=click.IntRange(1), help="Tokens of one turn.")
-@click.option("--notes", type=click.Path(dir_okay=False, path_type=Path), help="Keep notes in this file.")
+@click.option("--notes", type=click.Path(dir_okay=False, path_type=Path), help="Keep notes in this file instead.")
+@click.option(
+    "--folder", type=click.Path(file_okay=False, exists=True, path_type=Path), help="Work on the files of this folder."
+)
 @click.option("--model", default=None, help="Which model to ask; the first one loaded by default.")
 def main(
-    question: tuple[str, ...], verbose: bool, max_steps: int, max_tokens: int, notes: Path | None, model: str | None
+    question: tuple[str, ...],
+    verbose: bool,
+    max_steps: int,
+    max_tokens: int,
+    notes: Path | None,
+    folder: Path | None,
+    model: str | None,
 ) -> None:
     """Answer QUESTION (or the text on stdin) with the tools calc, remember, recall, read_file and write_file.
 
-    Files are those of the working folder.
+    Notes and files are kept in the store: for the agent's --name, and files of one without a name for its group
+    (aios-sto ls --of group). Files of the working folder can be read, too.
 
     \b
     aios-run -m libaios.agents.react "What is 37 * 91?"
-    aios-run -m libaios.agents.react --notes notes.txt "Remember that the rent is 850."
-    aios-run -m libaios.agents.react -v "Read a.txt, double the number in it and write it to b.txt"
+    aios-run --name bob -m libaios.agents.react "Remember that the rent is 850."
+    aios-run --name bob -m libaios.agents.react "What is the rent?"
+    aios-run -m libaios.agents.react --folder . "Read a.txt, double the number in it and write it to b.txt"
     """
     import libaios as aios  # here, since loop and tools can be used without a kernel
 
@@ -353,7 +451,7 @@ def main(
     if not text:
         raise click.UsageError("no question")
     try:
-        toolkit = Toolkit(Path.cwd(), notes)
+        toolkit = Stored(folder, notes)
         watch = (lambda line: print(line, file=sys.stderr, flush=True)) if verbose else (lambda line: None)
         print(react(text, chat, toolkit, max_steps, max_tokens, watch))
     except (AgentError, OSError, UnicodeDecodeError) as e:

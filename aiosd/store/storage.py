@@ -1,0 +1,426 @@
+"""The storage manager: files that agents keep, with all their versions.
+
+Contract. A call that returned is on the disk, and takes effect once, whatever dies. A write makes a new version; old
+ones stay, up to the number that is set, and the oldest goes first. What is removed lies in the trash until a person
+empties it. All that is kept counts for the quota of its owner, the trash and old versions too, and what exceeds that is
+EDQUOT: nothing is deleted to make room. Rows, words, uses of contents and the memo of the call change in one
+transaction.
+
+Who may do what is `spaces`, the rows are `files`, the bytes `contents`, what comes in pieces `uploads`, and real
+folders are `mounts`. This file is the calls, and says in which order these are asked.
+"""
+
+from __future__ import annotations
+
+import errno
+import logging
+import time
+from collections.abc import Callable, Iterable
+from pathlib import Path
+from typing import Any
+
+from aiosd import link
+from aiosd.store import owners, spaces
+from aiosd.store.contents import Contents
+from aiosd.store.database import Database
+from aiosd.store.files import Files, Row
+from aiosd.store.meaning import Meaning
+from aiosd.store.mounts import Mounts
+from aiosd.store.spaces import Space, Spaces, clean_folder, clean_path
+from aiosd.store.uploads import Uploads
+from libaios import wire
+from libaios.wire import PIECE, Sys
+
+logger = logging.getLogger("store")
+
+EXCERPTS = 10  # of one search
+EXPIRE_S = 3600.0  # between two looks for uploads that were given up
+REST_S, RETRY_S = 5.0, 5.0
+
+
+class Storage:
+    def __init__(
+        self,
+        database: Database,
+        folder: Path,
+        quota: int,
+        most_versions: int,
+        grants: Iterable[str] = (),
+        clock: Callable[[], float] = time.time,
+        meaning: Meaning | None = None,
+    ) -> None:
+        self._db, self._clock = database, clock
+        self.contents = Contents(database, folder)
+        self.files = Files(database, self.contents, quota, most_versions)
+        self.spaces = Spaces(database)
+        self.uploads = Uploads(database, self.files)
+        self.meaning = meaning if meaning is not None else Meaning(database, None, 0)
+        self.files.words.followers.append(self.meaning)
+        self.mounts = Mounts(database, self.files, hidden=folder.parent, grants=grants)
+        self._expire_at = 0.0
+
+    def handlers(self) -> dict[int, Any]:
+        return {
+            Sys.STO_WRITE: self.write,
+            Sys.STO_READ: self.read,
+            Sys.STO_LIST: self.list_files,
+            Sys.STO_STAT: self.stat,
+            Sys.STO_HISTORY: self.history,
+            Sys.STO_ROLLBACK: self.rollback,
+            Sys.STO_REMOVE: self.remove,
+            Sys.STO_TRASH: self.trash,
+            Sys.STO_RESTORE: self.restore,
+            Sys.STO_EMPTY: self.empty,
+            Sys.STO_SHARE: self.share,
+            Sys.STO_UNSHARE: self.unshare,
+            Sys.STO_SHARES: self.shares,
+            Sys.STO_MOUNT: self.mount,
+            Sys.STO_UNMOUNT: self.unmount,
+            Sys.STO_MOUNTS: self.list_mounts,
+            Sys.STO_SEARCH: self.search,
+            Sys.STO_UPLOAD: self.upload,
+            Sys.STO_PIECE: self.piece,
+            Sys.STO_FINISH: self.finish,
+            Sys.STO_ABORT: self.abort,
+            Sys.STO_STATS: self.stats_of,
+        }
+
+    # ── reading ───────────────────────────────────────────────────────────────────────────────────────────
+
+    def read(self, ask: link.Ask, args: wire.StoRead) -> wire.FileData:
+        space, path = self._meant(ask, args)
+        mount = self.mounts.over(space.owner, path)
+        if mount is not None:
+            require_no_version(path, args.version)
+            return wire.FileData(*self.mounts.read(mount, path, args.offset, args.size), 0)
+        row = self.files.require(space.owner, path)
+        version = row.version if args.version is None else args.version
+        data, size = self.files.piece(row, version, args.offset, args.size)
+        return wire.FileData(data, size, version)
+
+    def stat(self, ask: link.Ask, args: wire.StoPath) -> wire.File:
+        return self._find(*self._meant(ask, args)).shown()
+
+    def list_files(self, ask: link.Ask, args: wire.StoList) -> list[wire.File]:
+        space = self.spaces.find(ask.caller, args.of)
+        return [row.shown() for row in self.files.listed(space, clean_folder(args.folder), args.after, args.limit)]
+
+    def history(self, ask: link.Ask, args: wire.StoHistory) -> list[wire.Version]:
+        return self.files.history(self._find(*self._meant(ask, args)), args.before, args.limit)
+
+    def search(self, ask: link.Ask, args: wire.StoSearch) -> list[wire.FoundFile]:
+        """By words. With `of` None in all that the caller can read."""
+        caller = ask.caller
+        seen = self.spaces.all_seen(caller) if args.of is None else [self.spaces.find(caller, args.of)]
+        found: list[wire.FoundFile] = []
+        for file, space, score in self.files.words.search(seen, args.query, clean_folder(args.folder), args.k):
+            row = self.files.by_id(file)
+            if row is not None:
+                excerpt = self.files.words.excerpt(file, args.query) if len(found) < EXCERPTS else ""
+                found.append(wire.FoundFile(row.shown(), spaces.shown(caller, space.name), excerpt, score))
+        return found
+
+    def _meant(self, ask: link.Ask, args: Any, write: bool = False) -> tuple[Space, str]:
+        """Space and path, which the caller may see, or change. Raises OSError: EINVAL, ENOENT, EACCES."""
+        path = clean_path(args.path)
+        space = self.spaces.find(ask.caller, args.of)
+        space.require(path, write)
+        return space, path
+
+    def _find(self, space: Space, path: str) -> Row:
+        mount = self.mounts.over(space.owner, path)
+        return self.mounts.fresh(mount, path) if mount is not None else self.files.require(space.owner, path)
+
+    # ── changing ──────────────────────────────────────────────────────────────────────────────────────────
+
+    def write(self, ask: link.Ask, args: wire.StoWrite) -> Any:
+        def effect() -> wire.File:
+            space, path = self._meant(ask, args, write=True)
+            mount = self.mounts.over(space.owner, path)
+            if mount is not None:
+                return self.mounts.write(mount, path, args).shown()
+            owner = self.spaces.make(space)
+            old = self.files.find(owner, path)
+            require_version(path, old, args.if_version)
+            before = self.contents.bytes_of(owner)
+            size, parts = self._appended(owner, old, args.data) if args.append else self._whole(owner, args.data)
+            return self._add(ask, owner, path, old, size, parts, before)
+
+        return self._db.once(ask, effect)
+
+    def _whole(self, owner: int, data: bytes) -> tuple[int, list[int]]:
+        return len(data), [self.contents.put(owner, data)] if data else []
+
+    def _appended(self, owner: int, old: Row | None, data: bytes) -> tuple[int, list[int]]:
+        """What there is, shared as far as whole pieces go, and `data` behind it."""
+        if old is None:
+            return self._whole(owner, data)
+        size, parts = self.files.version(old, None)
+        if size % PIECE:
+            data = self.contents.read(parts.pop()) + data
+        self.contents.use(owner, parts)
+        new = [self.contents.put(owner, data[begin : begin + PIECE]) for begin in range(0, len(data), PIECE)]
+        return len(parts) * PIECE + len(data), [*parts, *new]
+
+    def _add(
+        self, ask: link.Ask, owner: int, path: str, old: Row | None, size: int, parts: list[int], before: int
+    ) -> wire.File:
+        row = self.files.add(owner, path, old, size, parts, self._clock(), author(ask.caller))
+        self.files.require_quota(owner, before)
+        return row.shown()
+
+    def rollback(self, ask: link.Ask, args: wire.StoRollback) -> Any:
+        """A new version that is as an old one."""
+        if (args.version is None) == (args.time is None):
+            raise wire.error(errno.EINVAL, "exactly one of version and time is needed")
+
+        def effect() -> wire.File:
+            space, path = self._meant(ask, args, write=True)
+            self._require_kept(space, path, "has no old versions")
+            row = self.files.require(space.owner, path)
+            number = self.files.version_at(row, args.time) if args.time is not None else args.version
+            size, parts = self.files.version(row, number)
+            before = self.contents.bytes_of(row.owner)
+            self.contents.use(row.owner, parts)
+            return self._add(ask, row.owner, path, row, size, parts, before)
+
+        return self._db.once(ask, effect)
+
+    def remove(self, ask: link.Ask, args: wire.StoPath) -> Any:
+        """Into the trash. Returns its number there."""
+
+        def effect() -> int:
+            space, path = self._meant(ask, args, write=True)
+            self._require_kept(space, path, "is not removed from here")
+            row = self.files.require(space.owner, path)
+            self.files.remove(row, self._clock())
+            return row.id
+
+        return self._db.once(ask, effect, frees=True)
+
+    def _require_kept(self, space: Space, path: str, reason: str) -> None:
+        mount = self.mounts.over(space.owner, path)
+        if mount is not None:
+            raise wire.error(errno.EINVAL, f"{path}: lies in a folder mounted at {mount.at}, and {reason}")
+
+    # ── the trash ─────────────────────────────────────────────────────────────────────────────────────────
+
+    def trash(self, ask: link.Ask, args: wire.StoTrash) -> list[wire.Trashed]:
+        return self.files.trash(self._all_of(ask, args.of, "look into the trash").owner, args.after, args.limit)
+
+    def restore(self, ask: link.Ask, args: wire.StoRestore) -> Any:
+        def effect() -> wire.File:
+            owner = self._all_of(ask, args.of, "restore from the trash").owner
+            if owner is None:
+                raise wire.error(errno.ENOENT, f"there is no {args.id} in the trash")
+            return self.files.restore(owner, args.id).shown()
+
+        return self._db.once(ask, effect)
+
+    def empty(self, ask: link.Ask, args: wire.StoEmpty) -> Any:
+        """For good; the kernel lets only a person do that. Returns how many files went, at most REMOVE_AT_ONCE."""
+
+        def effect() -> int:
+            return self.files.empty(self.spaces.find(ask.caller, args.of).owner, args.ids)
+
+        return self._db.once(ask, effect, frees=True)
+
+    def _all_of(self, ask: link.Ask, of: str, what: str) -> Space:
+        space = self.spaces.find(ask.caller, of)
+        space.require_all(what)
+        return space
+
+    # ── shares ────────────────────────────────────────────────────────────────────────────────────────────
+
+    def share(self, ask: link.Ask, args: wire.StoShare) -> Any:
+        def effect() -> None:
+            path, grantee = clean_folder(args.path), spaces.named(ask.caller, args.to)
+            space = self.spaces.find(ask.caller, args.of)
+            space.require(path)
+            space.require_all("share this")
+            if self.files.find(space.owner, path) is None and not self.files.is_folder(space.owner, path):
+                raise spaces.no_file(path)
+            self.spaces.share(self.spaces.make(space), path, grantee, args.write)
+
+        return self._db.once(ask, effect)
+
+    def unshare(self, ask: link.Ask, args: wire.StoUnshare) -> Any:
+        def effect() -> bool:
+            path, grantee = clean_folder(args.path), spaces.named(ask.caller, args.to)
+            owner = self._all_of(ask, args.of, "end a share").owner
+            return owner is not None and self.spaces.unshare(owner, path, grantee)
+
+        return self._db.once(ask, effect, frees=True)
+
+    def shares(self, ask: link.Ask, args: wire.NoArgs) -> list[wire.Share]:
+        return self.spaces.shares(ask.caller)
+
+    # ── mounts ────────────────────────────────────────────────────────────────────────────────────────────
+
+    def mount(self, ask: link.Ask, args: wire.StoMount) -> Any:
+        def effect() -> wire.Mount:
+            space = self._all_of(ask, args.of, "mount a folder there")
+            at = clean_path(args.at)
+            folder = self.mounts.checked_folder(ask.caller, args.folder, args.write)
+            return self.mounts.add(self.spaces.make(space), at, folder, args.write)
+
+        return self._db.once(ask, effect)
+
+    def unmount(self, ask: link.Ask, args: wire.StoPath) -> Any:
+        def effect() -> bool:
+            owner = self._all_of(ask, args.of, "unmount a folder there").owner
+            return owner is not None and self.mounts.remove(owner, clean_path(args.path))
+
+        return self._db.once(ask, effect, frees=True)
+
+    def list_mounts(self, ask: link.Ask, args: wire.StoSpace) -> list[wire.Mount]:
+        return self.mounts.of_owner(self._all_of(ask, args.of, "list the mounted folders").owner)
+
+    # ── files in pieces ───────────────────────────────────────────────────────────────────────────────────
+
+    def upload(self, ask: link.Ask, args: wire.StoUpload) -> Any:
+        def effect() -> int:
+            space, path = self._meant(ask, args, write=True)
+            if self.mounts.over(space.owner, path) is not None:
+                raise wire.error(errno.EFBIG, f"{path}: at most {PIECE} bytes can be written to a mounted folder")
+            owner = self.spaces.make(space)
+            return self.uploads.begin(ask.key[0], owner, path, args.if_version, self._clock())
+
+        return self._db.once(ask, effect)
+
+    def piece(self, ask: link.Ask, args: wire.StoPiece) -> None:
+        self._db.room.require()
+        with self._db.transaction():
+            self.uploads.put(self.uploads.find(ask.key[0], args.upload), args.offset, args.data)
+
+    def finish(self, ask: link.Ask, args: wire.StoFinish) -> Any:
+        def effect() -> wire.File:
+            upload = self.uploads.find(ask.key[0], args.upload)
+            self.spaces.of_owner(ask.caller, upload.owner).require(upload.path, write=True)  # it may have been unshared
+            old = self.files.find(upload.owner, upload.path)
+            require_version(upload.path, old, upload.if_version)
+            before = self.contents.bytes_of(upload.owner)
+            parts = self.uploads.take(upload, args.size)
+            return self._add(ask, upload.owner, upload.path, old, args.size, parts, before)
+
+        return self._db.once(ask, effect)
+
+    def abort(self, ask: link.Ask, args: wire.StoAbort) -> Any:
+        def effect() -> None:
+            upload = self.uploads.find(ask.key[0], args.upload)
+            self.uploads.drop(upload.id, upload.owner)
+
+        return self._db.once(ask, effect, frees=True)
+
+    # ── figures ───────────────────────────────────────────────────────────────────────────────────────────
+
+    def stats_of(self, ask: link.Ask, args: wire.StoSpace) -> dict[str, Any]:
+        space = self._all_of(ask, args.of, "see these figures")
+        counts = "SELECT sum(removed IS NULL), sum(removed IS NOT NULL) FROM files WHERE owner = ? AND mount IS NULL"
+        live, removed = self._db.rows(counts, space.owner)[0]
+        found: dict[str, Any] = {
+            "files": live or 0,
+            "trash": removed or 0,
+            "bytes": self.contents.bytes_of(space.owner) if space.owner is not None else 0,
+            "quota": self.files.quota,
+            "versions": self.files.most_versions,
+            "lasting": not space.name.startswith(owners.ALONE),
+        }
+        if not ask.caller.pid:
+            sql = "SELECT o.name, b.bytes FROM file_bytes b JOIN owners o ON o.id = b.owner ORDER BY o.name LIMIT 1000"
+            found["spaces"] = {spaces.shown(ask.caller, name): size for name, size in self._db.rows(sql)}
+        return found
+
+    def stats(self) -> dict[str, Any]:
+        return {"file_bytes": self.contents.stored(), **self.mounts.stats()}
+
+    # ── owners that end, and what is done between calls ───────────────────────────────────────────────────
+
+    def forget_system(self) -> None:
+        """Another system begins: none of the agents of the last one will come back, and no client."""
+        with self._db.transaction():
+            self.uploads.drop_all()
+            self.only_alive(())
+
+    def peer_gone(self, peer: int) -> None:
+        """A connection has ended: its uploads end; with an agent what it kept without a name of its own, too."""
+        with self._db.transaction():
+            self.uploads.drop_of_peer(peer)
+            if peer > 0:
+                self._end(owners.alone(peer))
+
+    def undone(self) -> None:
+        """A transaction was lost, and what it did is not so."""
+        self.mounts.undone()
+
+    def only_alive(self, pids: Iterable[int]) -> None:
+        peers = list(pids)
+        alive = {owners.alone(pid) for pid in peers}
+        with self._db.transaction():
+            self.uploads.only(peers)
+            for (name,) in self._db.rows("SELECT name FROM owners WHERE name LIKE ?", owners.ALONE + "%"):
+                if name not in alive:
+                    self._end(name)
+
+    def _end(self, name: str) -> None:
+        self.spaces.forget(name)
+        row = self._db.row("SELECT id FROM owners WHERE name = ?", name)
+        if row is None:
+            return
+        (owner,) = row
+        self.uploads.drop_of_owner(owner)
+        for mount in self.mounts.of_owner(owner):
+            self.mounts.remove(owner, mount.at)
+        for (file,) in self._db.rows("SELECT id FROM files WHERE owner = ?", owner):
+            self.files.destroy(owner, file)
+        self._db.do("DELETE FROM file_bytes WHERE owner = ?", owner)
+
+    @property
+    def watched(self) -> tuple[int, ...]:
+        """Descriptors that are readable when `background` has something to do."""
+        try:
+            return (self.mounts.fileno(),)
+        except OSError as err:
+            logger.warning("changes in mounted folders are not noticed: %s", err.strerror)
+            return ()
+
+    def background(self) -> float:
+        """Between calls. Returns the seconds until there is something to do again."""
+        try:
+            return self._work()
+        except OSError as err:  # a full disk, say
+            logger.warning("what is done between calls has to wait: %s", err.strerror)
+            return RETRY_S
+
+    def _work(self) -> float:
+        self.mounts.take_events()  # always, else the descriptor stays readable
+        if self._db.db.in_transaction:
+            return 0.0
+        if self.contents.clean():
+            return 0.0
+        self._db.room.look()
+        if self._db.room.tight:
+            return RETRY_S
+        if self.files.index_some():
+            return 0.0
+        if self._clock() >= self._expire_at:
+            self._expire_at = self._clock() + EXPIRE_S
+            with self._db.transaction():
+                self.uploads.drop_expired(self._clock())
+        return min(REST_S, self.mounts.work())
+
+
+def author(caller: link.Caller) -> str:
+    return f"{caller.name}({caller.pid})" if caller.pid else "person"
+
+
+def require_version(path: str, old: Row | None, wanted: int | None) -> None:
+    """Raises OSError (EAGAIN)."""
+    version = 0 if old is None else old.version
+    if wanted is not None and wanted != version:
+        raise wire.error(errno.EAGAIN, f"{path}: has version {version}, not {wanted}")
+
+
+def require_no_version(path: str, version: int | None) -> None:
+    if version is not None:
+        raise wire.error(errno.EINVAL, f"{path}: lies in a mounted folder, and has no versions")

@@ -1,0 +1,19 @@
+"""Work that is done between calls, a little at a time: now and then, and when there is a reason."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+from aiosd.timers import Timer, Timers
+
+
+class Ticker:
+    """`work` does a little, and returns the seconds until it wants to be called again."""
+
+    def __init__(self, timers: Timers, work: Callable[[], float]) -> None:
+        self._timers, self._work = timers, work
+        self._next: Timer = timers.after(0.0, self.now)
+
+    def now(self) -> None:
+        self._next.cancel()
+        self._next = self._timers.after(self._work(), self.now)
