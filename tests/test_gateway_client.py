@@ -203,10 +203,35 @@ def test_cerebrums_memories_are_notes(agent: Agent) -> None:
         assert not query(agent, "memory", operation_type="add_memory", params=wrong)["success"]
 
 
+def test_cerebrums_files_are_kept_with_their_versions(agent: Agent) -> None:
+    def do(operation: str, **params: Any) -> tuple[int, str]:
+        answer = query(agent, "storage", operation_type=operation, params=params)
+        return answer["status_code"], answer["response_message"] or answer["error"]
+
+    assert do("mount", root_dir="/tmp/r")[0] == 200
+    assert do("create_file", file_path="/r/plan.txt")[0] == 200
+    assert do("create_file", file_path="r/plan.txt")[0] != 200  # it is there
+    assert [do("write", file_path="r/plan.txt", content=text)[0] for text in ("blue sky", "green sea")] == [200, 200]
+    assert json.loads(do("retrieve", query_text="green", n=3, keywords=None)[1])[0]["file_path"] == "r/plan.txt"
+    assert do("rollback", file_path="r/plan.txt", n=1)[0] == 200
+    assert json.loads(do("retrieve", query_text="blue", n=3)[1])[0]["content"]
+    assert do("share", file_path="r/plan.txt")[0] == 200
+    wrong: list[tuple[str, dict[str, Any]]] = [
+        ("rollback", {"file_path": "r/plan.txt", "n": 50}),
+        ("rollback", {"file_path": "r/plan.txt", "n": "x"}),
+        ("write", {"file_path": "../escape", "content": "x"}),
+        ("write", {"file_path": 5, "content": "x"}),
+        ("write", {"file_path": "x", "content": "x" * (2 << 20)}),
+        ("share", {"file_path": "nothing"}),
+        ("format", {}),
+    ]
+    for operation, params in wrong:
+        assert 400 <= do(operation, **params)[0] < 500, operation
+
+
 def test_cerebrums_tools_and_lists(agent: Agent) -> None:
     call = {"name": "someone/calc", "parameters": {"expression": "6*7"}}
     assert query(agent, "tool", tool_calls=[call])["response_message"] == "42"
     assert query(agent, "tool", tool_calls=[{"name": "nothing", "parameters": {}}])["status_code"] == 404
-    assert query(agent, "storage", operation_type="mount", params={})["status_code"] == 501
     assert agent.post("/core/llms/list", method="GET")[1]["llms"] == [{"name": "nano", "backend": "aiosd"}]
     assert agent.post("/status", method="GET")[0] == agent.post("/core/llm/setup", {})[0] == 200

@@ -2,7 +2,7 @@
 
 A query names an agent; that is a label here: whose the call is follows from the token in CEREBRUM_KERNEL_URL. What goes
 wrong in a query is told in its reply (`error`, `status_code`), as the SDK expects; HTTP's own errors are for requests
-that are none. Files are not served: there is no storage manager.
+that are none.
 """
 
 from __future__ import annotations
@@ -13,10 +13,10 @@ import time
 from collections.abc import Awaitable, Callable
 from typing import Any, Literal
 
-import msgspec
 from msgspec import Struct
 
 from aiosd.gateway.calls import ask
+from aiosd.gateway.filing import checked, storage
 from aiosd.gateway.openai import fields, generation
 from aiosd.gateway.web import Problem, Request, encode, problem_of
 from libaios import wire
@@ -92,7 +92,7 @@ def _failed(kind: str, problem: Problem) -> dict[str, Any]:
 async def _llm(request: Request, data: dict[str, Any]) -> dict[str, Any]:
     asked = fields.read(request, data, LlmQuery)
     if asked.action_type == "operate_file":
-        raise Problem(501, "operate_file: there is no storage manager")
+        raise Problem(501, "operate_file: this server cannot do that")
     result = await _generate(request, asked)
     calls = [
         {"name": call.name.replace(SLASH, "/"), "parameters": call.arguments, "id": call.id, "type": "function"}
@@ -212,7 +212,7 @@ def _ident(params: dict[str, Any]) -> int:
 
 async def _add(request: Request, params: dict[str, Any]) -> dict[str, Any]:
     tags, metadata = _kept(params.get("metadata"))
-    args = _checked(wire.MemAdd(_text(params), tags=tags, metadata=metadata))
+    args = checked(wire.MemAdd(_text(params), tags=tags, metadata=metadata))
     ident = await ask(request.account.connection, Sys.MEM_ADD, args, int)
     return _memory(ident=str(ident))
 
@@ -226,7 +226,7 @@ async def _update(request: Request, params: dict[str, Any]) -> dict[str, Any]:
     tags, metadata = _kept(given)
     text = _text(params) if params.get("content") is not None else None
     whole = (tags, metadata) if given is not None else (None, None)
-    args = _checked(wire.MemUpdate(_ident(params), text, *whole))
+    args = checked(wire.MemUpdate(_ident(params), text, *whole))
     await ask(request.account.connection, Sys.MEM_UPDATE, args, int)
     return _memory(ident=str(_ident(params)))
 
@@ -238,7 +238,7 @@ async def _remove(request: Request, params: dict[str, Any]) -> dict[str, Any]:
 
 async def _search(request: Request, params: dict[str, Any]) -> dict[str, Any]:
     k = params.get("k", 5)
-    args = _checked(wire.MemSearch(_text(params), k if isinstance(k, int) else 5))
+    args = checked(wire.MemSearch(_text(params), k if isinstance(k, int) else 5))
     found = await ask(request.account.connection, Sys.MEM_SEARCH, args, list[wire.Found])
     return _memory(found=[_found(one) for one in found])
 
@@ -257,14 +257,6 @@ def _found(one: wire.Found) -> dict[str, Any]:
     }
 
 
-def _checked(args: Struct) -> Struct:
-    """The kernel would name positions; what is checked here is what this file has put together."""
-    try:
-        return msgspec.msgpack.decode(wire.encode(args), type=type(args))
-    except msgspec.ValidationError as err:
-        raise Problem(400, str(err)) from None
-
-
 Operation = Callable[[Request, dict[str, Any]], Awaitable[dict[str, Any]]]
 
 _OPERATIONS: dict[str, Operation] = {
@@ -279,11 +271,7 @@ _OPERATIONS: dict[str, Operation] = {
 }
 
 
-async def _storage(request: Request, data: dict[str, Any]) -> dict[str, Any]:
-    raise Problem(501, "storage: there is no storage manager")
-
-
-_KINDS: dict[str, Operation] = {"llm": _llm, "memory": _memories, "storage": _storage, "tool": _tools}
+_KINDS: dict[str, Operation] = {"llm": _llm, "memory": _memories, "storage": storage, "tool": _tools}
 
 
 # ── about the system ──────────────────────────────────────────────────────────────────────────────────────
@@ -295,8 +283,8 @@ async def llms(request: Request) -> None:
 
 
 async def status(request: Request) -> None:
-    parts = dict.fromkeys(("llm", "memory", "tool", "factory"), "active")
-    await request.reply({"status": "ok", "message": "All components active", "components": parts | {"storage": "none"}})
+    parts = dict.fromkeys(("llm", "memory", "storage", "tool", "factory"), "active")
+    await request.reply({"status": "ok", "message": "All components active", "components": parts})
 
 
 async def setup(request: Request) -> None:
