@@ -35,6 +35,7 @@ class Caller(Struct, array_like=True, frozen=True):
     group: str
     nice: int = 0
     budget: int | None = None  # how many more tokens it may use; None: unlimited
+    box: bytes = b""  # how it is confined: an encoded `sandbox.box.Box`; b"": not at all
 
 
 class Ask(Struct, array_like=True, frozen=True, tag=True):
@@ -56,13 +57,15 @@ class Ask(Struct, array_like=True, frozen=True, tag=True):
 
 class Submit(Struct, array_like=True, frozen=True, tag=True):
     """To an llm core: run a generation. One that the core has already goes on, and its pieces are sent from the end
-    of `request.given` on. `budget`: how many more tokens the agent may use (None: unlimited)."""
+    of `request.given` on. `budget`: how many more tokens the agent may use (None: unlimited). `mu`: mirostat's state
+    after `request.given`, where it is known."""
 
     key: Key
     request: Generate
     nice: int = 0
     group: str = ""
     budget: int | None = None
+    mu: float | None = None
 
 
 class CancelCall(Struct, array_like=True, frozen=True, tag=True):
@@ -171,7 +174,7 @@ class Delta(Struct, array_like=True, frozen=True):
     `text` is exactly the text of `tokens`: where text is held back (half a character, a stop string or a tool call that
     may be under way), so are its tokens. So what was given out is always a list of whole tokens, and can be forced back
     after a death. A core whose model is elsewhere sends text alone. `charged`: how many tokens it costs; None: as many
-    as there are in `tokens`."""
+    as there are in `tokens`. `mu`: mirostat's state after them, where the call uses it."""
 
     key: Key
     offset: int
@@ -179,6 +182,7 @@ class Delta(Struct, array_like=True, frozen=True):
     text: str
     logprobs: Logprobs | None = None
     charged: int | None = None
+    mu: float | None = None
 
 
 class Started(Struct, array_like=True, frozen=True):

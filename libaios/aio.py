@@ -291,6 +291,7 @@ class llm:
     """`libaios.llm` for coroutines."""
 
     embed = staticmethod(twin(_llm.embed))
+    rerank = staticmethod(twin(_llm.rerank))
     tokenize = staticmethod(twin(_llm.tokenize))
     detokenize = staticmethod(twin(_llm.detokenize))
     models = staticmethod(twin(_llm.models))

@@ -65,6 +65,7 @@ __all__ = [
     "embed",
     "forget",
     "models",
+    "rerank",
     "restore",
     "run",
     "saved",
@@ -155,6 +156,20 @@ def _vectors(body: wire.Embedded) -> npt.NDArray[np.float32]:
     import numpy as np
 
     return np.frombuffer(body.data, np.float32).reshape(body.n, body.d).copy()
+
+
+@syscall
+def rerank(
+    query: str, documents: Sequence[str], model: str | None = None, timeout: float | None = None
+) -> Plan[list[float]]:
+    """How well each document answers the query: one score each, in the order of the documents. More is better; what a
+    score of 1 means depends on the model, which must be one that ranks. Raises OSError: EINVAL for another model."""
+    args = wire.Rerank(query, list(documents), model, timeout)
+    return Plan(Sys.RERANK, args, _scores, timeout)
+
+
+def _scores(body: wire.Ranked) -> list[float]:
+    return body.scores
 
 
 @syscall

@@ -83,6 +83,7 @@ class Sys(enum.IntEnum):
     CTX_CLOSE = 39
     CTX_LIST = 40
     CTX_REMOVE = 41
+    RERANK = 42
     # calls about calls and about the system
     CANCEL = 48
     STATUS = 49
@@ -340,6 +341,15 @@ class Generate(Struct, array_like=True, frozen=True):
 
 class Embed(Struct, array_like=True, frozen=True):
     texts: Annotated[list[str], Meta(max_length=65536)]
+    model: str | None = None
+    timeout_s: Seconds | None = None
+
+
+class Rerank(Struct, array_like=True, frozen=True):
+    """How well does each document answer the query?"""
+
+    query: str
+    documents: Annotated[list[str], Meta(max_length=65536)]
     model: str | None = None
     timeout_s: Seconds | None = None
 
@@ -719,6 +729,13 @@ class Embedded(Struct, array_like=True, frozen=True):
     prompt_tokens: int = 0
 
 
+class Ranked(Struct, array_like=True, frozen=True):
+    """One score for each document, in their order."""
+
+    scores: list[float]
+    prompt_tokens: int = 0
+
+
 class SavedContext(Struct, frozen=True):
     """A context that lies on disk under a name."""
 
@@ -969,6 +986,7 @@ add(
     # A generation goes on from the tokens that its caller has.
     Row(Sys.GENERATE, Generate, Generated, by="llm", piece=Piece),
     Row(Sys.EMBED, Embed, Embedded, by="llm"),
+    Row(Sys.RERANK, Rerank, Ranked, by="llm"),
     Row(Sys.TOKENIZE, Tokenize, list[int], by="llm"),
     Row(Sys.DETOKENIZE, Detokenize, str, by="llm"),
     Row(Sys.MODELS, NoArgs, list[ModelInfo]),

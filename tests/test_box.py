@@ -5,14 +5,19 @@ from __future__ import annotations
 import errno
 import os
 import struct
+import sys
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from aiosd.sandbox import box, boxgroups, filter, landlock, plan
+from aiosd.kernel.sandboxes import Sandboxes
+from aiosd.sandbox import box, boxgroups, filter, landlock, plan, probe
 from aiosd.sandbox.box import Box, Rules
+from aiosd.sandbox.confine import load
+from aiosd.sandbox.probe import Offer
 from libaios import sandbox, wire
 
 PARENT = Box("flat", "none", "/w/mine", ["/r"], ["/rw"])
@@ -260,3 +265,48 @@ def test_a_group_says_what_it_wants_and_has_the_rest(tmp_path: Path) -> None:
     for key, value in (("sandbox", "cage"), ("net", "hosts"), ("read", "x"), ("env", [1]), ("name", "a/b")):
         with pytest.raises(ValueError, match="is no"):
             boxgroups.READERS[key](value)
+
+
+# ── a machine that cannot do it ───────────────────────────────────────────────────────────────────────────
+
+
+def test_what_is_not_possible_is_one_level_lower_and_said_in_one_line() -> None:
+    lacking = Offer("none", "Linux has no Landlock; boot with it")
+    rooms = Sandboxes(Rules("flat"), {"web": Rules("flat", env=("K",)), "free": Rules()}, lacking, "/w")
+    assert [rooms.of_group(name).level for name in ("", "web", "free")] == ["none"] * 3
+    assert rooms.of_group("web").env == ("K",)
+    assert len(rooms.warnings()) == 2
+    assert all(line.endswith(lacking.reason) for line in rooms.warnings())
+    assert rooms.shown()["why_no_more"] == lacking.reason
+    spawn = wire.Spawn("exec", "true", sandbox=wire.Sandbox(level="flat"))
+    with pytest.raises(OSError, match="Linux has no Landlock") as caught:
+        rooms.decide(spawn, None)
+    assert caught.value.errno == errno.ENOTSUP
+    assert rooms.decide(wire.Spawn("exec", "true"), None) is None
+
+
+def test_what_is_missing_is_found_by_trying(monkeypatch: pytest.MonkeyPatch) -> None:
+    ground = plan.ground(sys.path)
+
+    def fork(child: Callable[[], int]) -> int:
+        pid = os.fork()
+        if pid == 0:
+            os._exit(child())
+        return pid
+
+    assert "C compiler" in probe.offer(None, ground, fork).reason
+    found = probe.offer(lambda plan: 0, ground, fork)
+    assert (found.level, found.reason) == ("none", "Landlock is in force, but denies nothing")
+    monkeypatch.setattr(landlock, "abi", lambda: 0)
+    assert "no Landlock" in probe.offer(lambda plan: 0, ground, fork).reason
+    monkeypatch.setattr(filter, "MACHINE", "another")
+    assert "processor" in probe.offer(lambda plan: 0, ground, fork).reason
+
+
+def test_every_failure_of_the_c_function_has_a_sentence() -> None:
+    confine = load()
+    if confine is None:
+        pytest.skip("not compiled")
+    for wrong in (b"", b"\xff" * 47, b"\xff" * 48):
+        with pytest.raises(OSError, match="the plan is wrong"):
+            confine(wrong)

@@ -17,6 +17,7 @@ import pytest
 from aiosd import link
 from aiosd.llm import front as fronts
 from aiosd.llm import llama
+from aiosd.llm.chat import ChatTemplate
 from aiosd.llm.document import Later
 from aiosd.llm.front import CONVERSATION, PREPARE, TEXTS, TOKENIZE, Front
 from aiosd.llm.request import Prepared, Requests
@@ -121,6 +122,54 @@ def test_one_that_hangs_is_killed_and_the_next_job_is_done(gguf: Path) -> None:
     assert not answers.all
     hung = front.pid
     front._command = Front(str(gguf), 4096)._command
+    now[0] += fronts.MAX_SECONDS + 1
+    (_, failed), (_, result) = answers.wait(2)
+    assert failed.errno == errno.EIO
+    assert "more than 60 s" in failed.strerror
+    assert isinstance(result, bytes)
+    with pytest.raises(ProcessLookupError):
+        os.kill(hung, 0)
+    front.close()
+
+
+#: Loops whose bodies call nothing, and steps that take long.
+LOOPS = {
+    "nested": "{% for m in messages %}{% for n in messages %}{% endfor %}{% endfor %}",
+    "filtered": "{% for m in messages %}{% for n in messages if n is none %}{% endfor %}{% endfor %}",
+    "letters": "{% for m in messages %}{% for c in m.content * 99 %}{% endfor %}{% endfor %}",
+    "searching": "{% for m in messages %}{% if {'a': 1} in messages %}{% endif %}{% endfor %}",
+}
+MANY = [{"role": "user", "content": "hello"}] * 20_000
+
+
+@pytest.mark.parametrize("loop", LOOPS)
+def test_no_loop_of_a_template_holds_up_the_core(loop: str) -> None:
+    template = ChatTemplate(LOOPS[loop] + "ok", "", "")
+    template.quick = True
+    began = time.monotonic()
+    with pytest.raises(Later):
+        template.render(MANY, [])
+    assert time.monotonic() - began < 5, "it does not end by itself in minutes"
+    template.quick = False
+    assert template.render(MANY[:10], []) == "ok"
+
+
+def test_loops_know_where_they_are() -> None:
+    shown = "{{ loop.index }}/{{ loop.length }}{{ loop.last }}{{ loop.previtem is defined }} "
+    text = "{% for m in messages %}" + shown + "{% endfor %}"
+    assert ChatTemplate(text, "", "").render(MANY[:2], []) == "1/2FalseFalse 2/2TrueTrue "
+
+
+def test_one_that_is_stuck_in_a_template_is_killed_and_costs_one_call(gguf: Path) -> None:
+    now = [0.0]
+    stuck = "{% if messages | length > 1 %}" + LOOPS["searching"] * 99 + "{% endif %}ok"
+    front = Front(str(gguf), 4096, stuck, clock=lambda: now[0])
+    answers = Answers(front)
+    answers.ask(1, PREPARE, Generate(messages=MANY))
+    answers.ask(2, PREPARE, Generate(messages=MANY[:1]))
+    front.poll(0.5)
+    assert not answers.all
+    hung = front.pid
     now[0] += fronts.MAX_SECONDS + 1
     (_, failed), (_, result) = answers.wait(2)
     assert failed.errno == errno.EIO

@@ -8,18 +8,23 @@ import re
 import time
 from collections.abc import Iterator
 from contextlib import suppress
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
 import pytest
 from msgspec.structs import replace
 
-from aiosd.link import Finished, Step
+from aiosd.kernel.cores import Core
+from aiosd.kernel.generation import Generation
+from aiosd.kernel.generations import Generations
+from aiosd.kernel.service import Open
+from aiosd.link import Delta, Finished, Step, Submit
 from aiosd.llm import llama, loading
 from aiosd.llm.gbnf import check
 from aiosd.llm.picking import Picker
 from aiosd.llm.sampling import Drawer
-from libaios.wire import Logprobs
+from libaios.wire import Generate, Logprobs, Progress, Sampling
 from tests import tinymodels
 from tests.test_llm_engine import Bench, load
 
@@ -84,6 +89,37 @@ def test_a_seeded_text_is_the_same_among_neighbours_and_without_a_compiler(bench
     assert bench.whole(key)[0] == expected
     bench.engine._picker = Picker(Drawer(native=False))
     assert bench.alone("seeded", **options) == expected
+
+
+@pytest.mark.parametrize("version", [1, 2])
+def test_mirostat_goes_on_after_a_death_as_if_there_had_been_none(bench: Bench, version: int) -> None:
+    options: dict[str, Any] = {"mirostat": version, "mirostat_tau": 3.0, "temperature": 1.0, "seed": 3}
+    key = bench.submit("once upon a time", max_tokens=40, stream=True, **options)
+    bench.run()
+    whole = bench.whole(key)[0]
+    deltas = [d for message in bench.said if isinstance(message, Step) for d in message.deltas if d.key == key]
+    delta = next(d for d in deltas if d.offset + len(d.tokens) >= 20)
+    given = whole[: delta.offset + len(delta.tokens)]
+    rest = []
+    for mu in (delta.mu, None):
+        sampling = Sampling(max_tokens=40, ignore_eos=True, **options)
+        request = Generate(prompt="once upon a time", sampling=sampling, given=given)
+        bench.engine.submit(Submit((9, len(rest)), request, mu=mu))
+        bench.run()
+        rest.append(bench.whole((9, len(rest)), len(given))[0])
+    assert rest[0] == whole[len(given) :]
+    assert rest[1] != rest[0], "it would have begun anew"
+
+
+def test_the_kernel_gives_a_new_core_mirostats_state() -> None:
+    request = Generate(prompt=[1], sampling=Sampling(mirostat=2))
+    call: Any = SimpleNamespace(key=(1, 1), generation=Generation(request, "m", Progress()))
+    kernel: Any = SimpleNamespace(_count_completion=lambda *_: None)
+    Generations.on_delta(kernel, call, Delta((1, 1), 0, [5, 6], "ab", mu=3.5))
+    core: Any = SimpleNamespace(listener=SimpleNamespace(call_budget=lambda call: (0, "g", None)))
+    again = Core.fresh(core, Open(call, Submit((1, 1), request)))
+    assert isinstance(again, Submit)
+    assert (again.request.given, again.mu) == ([5, 6], 3.5)
 
 
 @pytest.mark.parametrize("more", [{}, OPEN, {**OPEN, "mirostat": 1}, {"schema": LONG}])

@@ -36,7 +36,8 @@ def choose(found: ModelFile, free: int, **options: Any) -> room.Room:
         (file(trained=8192), 20 * GIB, 8192, 28, "all that the model was trained for"),
         (file(trained=8192), 4 * GIB, 8192, 5, "all that the model was trained for"),
         (file(), 20 * GIB, 8192, 28, "32 slots of 16384 tokens need 11.2 GiB, more than the 5.0 GiB for slots"),
-        (file(), 1024 * GIB, MOST_CTX, 32, "the most without --ctx; trained for 131072"),
+        (file(), 1024 * GIB, 16384, 32, "32 slots of 32768 tokens need 22.5 GiB, more than the 16.0 GiB for slots"),
+        (file(per_token=8192), 1024 * GIB, MOST_CTX, 32, "the most without --ctx; trained for 131072"),
         (file(per_token=131_072, size=5 * GIB), 12 * GIB, 4096, 3, "2 slots of 8192 tokens need 2.0 GiB"),
         (file(per_token=131_072, size=5 * GIB), 6 * GIB, 2048, 1, "2 slots of 4096 tokens need 1.0 GiB"),
         (file(trained=1000), 20 * GIB, 1000, 32, "all that the model was trained for"),
@@ -80,7 +81,7 @@ def test_memory_is_never_exceeded_for_more_than_the_least(
 ) -> None:
     found = file(trained=trained, per_token=per_token)
     chosen = choose(found, free, slots=slots)
-    budget = max(free - found.size, 0) // room.PART
+    budget = min(max(free - found.size, 0) // room.PART, room.MOST_BYTES)
     assert 0 < chosen.ctx <= min(trained or GOOD_CTX, MOST_CTX)
     taken = chosen.slots * found.kv_bytes_per_slot(chosen.ctx)
     assert taken <= budget or chosen.ctx <= 2048

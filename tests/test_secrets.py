@@ -119,6 +119,20 @@ def test_nor_after_restarts_of_agents_and_of_the_kernel(fresh_aiosd: Fresh, fold
     assert found_by(system, folder) == ""
 
 
+def test_nor_of_the_environment_in_which_aiosd_was_started(fresh_aiosd: Fresh, folder: Path) -> None:
+    """An agent that starts with the system has it all the same, and so have aiosd's own processes."""
+    system = fresh_aiosd(start=False, env={"API_KEY": f"{MARK}-user", "OTHER": "x" * 5000 + f"{MARK}-long"})
+    (folder / "first.py").write_text("import os\nprint(os.environ['API_KEY'], len(os.environ['OTHER']), flush=True)\n")
+    system.home.mkdir(exist_ok=True)
+    (system.home / "aiosd.toml").write_text(f'[[agent]]\nname = "first"\nfile = "{folder}/first.py"\n')
+    system.start()
+    (first,) = eventually(lambda: [one for one in system.ps("--dead") if one["name"] == "first"])
+    assert system.run("aios-logs", str(first["pid"])).stdout == f"{MARK}-user {5000 + len(MARK) + 5}\n"
+    clean = {"env": {"API_KEY": "", "OTHER": ""}}
+    found = system.run("aios-run", "search.py", cwd=folder.parent / "search", check=True, **clean).stdout.split()
+    assert set(found) <= {f"{MARK}-folder"}, "the path in aiosd.toml"
+
+
 # ── letters ───────────────────────────────────────────────────────────────────────────────────────────────
 
 

@@ -279,3 +279,21 @@ def test_the_environment_of_aiosd_is_no_tools_business(tmp_path: Path) -> None:
             assert "sk-secret" not in call(client, "shell", command="env")["output"]
     finally:
         assert system.destroy() == []
+
+
+def test_built_in_tools_of_a_confined_agent_are_confined_too(system: System, tmp_path: Path) -> None:
+    (folder := tmp_path / "its folder").mkdir()
+    (secret := tmp_path / "secret").write_text("private")
+    (script := folder / "agent.py").write_text(
+        "import os, sys, libaios as aios\n"
+        "open(os.path.join(os.environ['HOME'], 'mine'), 'w').write('x')\n"
+        "print(aios.tool.call('shell', command=f'cat {sys.argv[1]}')['output'].rpartition(': ')[2])\n"
+        "print(aios.tool.call('python', code='open(\\'made\\', \\'w\\'); print(open(\\'mine\\').read())')['output'])\n"
+        "print(os.path.exists(os.path.join(os.environ['HOME'], 'made')))\n"
+        "try: aios.tool.call('fetch', url='http://192.0.2.1/')\n"
+        "except OSError as err: print('no network' if err.errno in (1, 13, 97, 113) else err)\n"
+    )
+    done = system.run("aios-run", "--sandbox", "flat", "--net", "none", str(script), str(secret))
+    if "not possible here" in done.stderr:
+        pytest.skip(done.stderr)
+    assert done.stdout.splitlines() == ["Permission denied", "", "x", "", "True", "no network"], done.stderr

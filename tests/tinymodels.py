@@ -497,8 +497,10 @@ def write_like(
     layers: int = 2,
     ctx: int = 4096,
     window: int = 64,
+    ranks: str = "",
 ) -> Path:
-    """A random model of one of ARCHITECTURES with the vocabulary of a family. `window`: of its sliding layers."""
+    """A random model of one of ARCHITECTURES with the vocabulary of a family. `window`: of its sliding layers. `ranks`:
+    it scores pairs of texts that are written like this."""
     writer = gguf.GGUFWriter(path, arch)
     writer.add_name(path.stem)
     writer.add_context_length(ctx)
@@ -519,6 +521,11 @@ def write_like(
     writer.add_tensor("token_embd.weight", matrix(len(vocab), d, 3.0))
     writer.add_tensor("output_norm.weight", np.ones(d, np.float32))
     ARCHITECTURES[arch](writer, d, layers, window, matrix)
+    if ranks:
+        writer.add_uint32(f"{arch}.pooling_type", 4)
+        writer.add_array(f"{arch}.classifier.output_labels", ["yes", "no"])
+        writer.add_string("tokenizer.chat_template.rerank", ranks)
+        writer.add_tensor("cls.output.weight", matrix(2, d))
     writer.write_header_to_file()
     writer.write_kv_data_to_file()
     writer.write_tensors_to_file()
@@ -568,6 +575,10 @@ def _gemma3(writer: gguf.GGUFWriter, d: int, layers: int, window: int, matrix: M
     _attention(writer, d, layers, matrix, ("post_attention_norm", "post_ffw_norm", "attn_q_norm", "attn_k_norm"))
 
 
+def _qwen3(writer: gguf.GGUFWriter, d: int, layers: int, window: int, matrix: Matrix) -> None:
+    _attention(writer, d, layers, matrix, ("attn_q_norm", "attn_k_norm"))
+
+
 def _mamba(writer: gguf.GGUFWriter, d: int, layers: int, window: int, matrix: Matrix) -> None:
     inner, state, rank, kernel = 2 * d, 8, 4, 4
     writer.add_ssm_conv_kernel(kernel)
@@ -588,7 +599,7 @@ def _mamba(writer: gguf.GGUFWriter, d: int, layers: int, window: int, matrix: Ma
         writer.add_tensor(f"{block}.ssm_out.weight", matrix(d, inner))
 
 
-ARCHITECTURES = {"llama": _llama, "gemma2": _gemma2, "gemma3": _gemma3, "mamba": _mamba}
+ARCHITECTURES = {"llama": _llama, "gemma2": _gemma2, "gemma3": _gemma3, "qwen3": _qwen3, "mamba": _mamba}
 
 
 # ── vocabularies ──────────────────────────────────────────────────────────────────────────────────────────

@@ -36,7 +36,7 @@ from aiosd.birth import confinement, fork, heap, modules
 from aiosd.birth.spares import Spares
 from aiosd.errors import Bug
 from aiosd.heartbeat import BEAT_S, HANG_S, Heart, Rounds, beat, beat_in_background
-from aiosd.init import notify, services
+from aiosd.init import environment, notify, services
 from aiosd.init.births import Birth, Births
 from aiosd.init.orphans import Orphans
 from aiosd.init.pids import PidCounter
@@ -102,6 +102,7 @@ class Supervisor:
         self.signals = open_signals(SIGNALS)
         self.journal = (os.memfd_create("aios-journal"), os.memfd_create("aios-journal"))
         self.ledger = os.memfd_create("aios-ledger")
+        self.environment = environment.hide()
         self.offer = Offer("none")  # which sandbox this machine can do
 
     def _known_children(self) -> set[int]:
@@ -260,6 +261,7 @@ class Supervisor:
 
         def child() -> int:
             os.setsid()
+            environment.restore(self.environment)
             modules.show()
             fork.name_process("aios:kernel")
             fork.keep_only(keep)
@@ -337,6 +339,7 @@ class Supervisor:
     def _fork_service_with(self, process: Process, heart: Heart) -> int:
         def child() -> int:
             os.setsid()
+            environment.restore(self.environment)
             modules.show()
             fork.name_process(f"aios:{_title(process)}")
             fork.keep_only((process.memfd, process.own_bell, heart.write, *process.service.keep))

@@ -62,7 +62,7 @@ class Core(Service):
             return Service.fresh(self, opened)
         nice, group, budget = self.listener.call_budget(call)
         request = msgspec.structs.replace(generation.request, given=generation.progress.given())
-        return link.Submit(call.key, request, nice, group, budget)
+        return link.Submit(call.key, request, nice, group, budget, generation.mu)
 
     def under_way(self, opened: Open) -> bool:
         generation = opened.call.generation

@@ -14,6 +14,7 @@ class Generation:
     progress: wire.Progress  # all that was given out, `request.given` included
     texts: list[str] = field(default_factory=list)  # what a caller that does not stream is still to get …
     logprobs: wire.Logprobs = field(default_factory=list)  # … and these, where they were asked for
+    mu: float | None = None  # mirostat's state after `progress`, where the call uses it
     new_from: int = 0  # how long `progress` was when this kernel got the call
     budget: int | None = None  # tokens left when it was submitted, and used since
     used: int = 0

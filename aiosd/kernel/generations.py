@@ -76,7 +76,7 @@ class Generations:
 
     def choose(self, call: Call, args: Any) -> Core:
         """The core that another call than a generation goes to. Raises OSError: EINVAL, EDQUOT."""
-        if call.row.sys == Sys.EMBED:
+        if call.row.sys in (Sys.EMBED, Sys.RERANK):
             self.check_budget(call)
             if args.model is None:
                 return self.cores.for_vectors()
@@ -87,7 +87,8 @@ class Generations:
         if proc is None:
             return link.Caller(0, os.getuid(), "", False, "default")
         left = budgets.tokens_left(proc.budgets)
-        return link.Caller(proc.pid, proc.uid, proc.name, proc.named, proc.group, proc.nice, left)
+        box = b"" if proc.box is None else wire.encode(proc.box)
+        return link.Caller(proc.pid, proc.uid, proc.name, proc.named, proc.group, proc.nice, left, box)
 
     def call_budget(self, call: Call) -> tuple[int, str, int | None]:
         """nice, group and tokens left of the agent that made the call."""
@@ -144,6 +145,7 @@ class Generations:
             return
         generation.resyncing = False
         generation.progress.add(delta.tokens, delta.text)
+        generation.mu = delta.mu
         if generation.request.stream:
             self.calls.send_piece(call, delta.offset, wire.raw(wire.Piece(delta.text, delta.tokens, delta.logprobs)))
             self._pause_if_slow(call, generation)

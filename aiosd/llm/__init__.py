@@ -36,7 +36,8 @@ Files, from the bottom up:
     stats.py       counts and times
     engine.py      plan → decode → settle
     adapters.py    LoRA adapters: which call has which, and whose turn it is
-    embed.py       vectors, in a context of their own
+    embed.py       vectors and scores, in a context of their own
+    pairs.py       a query and a document as one text
     saved.py       contexts by name, as files
     library.py     the calls about those
     rope.py        positions beyond those of the training

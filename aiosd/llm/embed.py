@@ -1,4 +1,4 @@
-"""Vectors for texts, computed in a separate small context, which is created when first needed.
+"""Vectors for texts, and scores for pairs of texts, in a separate small context, which is created when first needed.
 
 The model's own pooling is used where its file names one, else the mean over a text's tokens (a causal model was not
 trained for this: the vectors are usable, not good). Unit length, float32.
@@ -10,12 +10,12 @@ split. The last bits of a vector depend on the other texts in the batch.
 from __future__ import annotations
 
 import errno
-from collections.abc import Iterator
+from collections.abc import Generator, Iterable, Iterator
 
 import numpy as np
 
 from aiosd.llm import llama
-from libaios.wire import Embedded
+from libaios.wire import Embedded, Ranked
 
 #: Limits of one step, in tokens and in texts: generations wait during a step.
 BATCH, TEXTS = 512, 32
@@ -30,6 +30,9 @@ class Embedder:
         self._threads = threads
         self._context: llama.Context | None = None
         self._limit = min(MOST_TOKENS, model.n_ctx_train or MOST_TOKENS)
+        own = model.meta("general.architecture")
+        self._pooling = model.meta(f"{own}.pooling_type") or "0"
+        self._ranks = self._pooling == str(llama.POOLING_RANK)
 
     def embed(self, texts: list[str]) -> Embedded:
         """OSError EINVAL for an empty text, EMSGSIZE for one that is too long."""
@@ -40,36 +43,53 @@ class Embedder:
     def in_steps(self, texts: list[str], known: list[list[int]] | None = None) -> Iterator[Embedded | None]:
         """The same in steps, one batch each: yields None after each step, the result after the last. `known`: the
         tokens of all texts, if they have been made already."""
+        if self._ranks:
+            raise OSError(errno.EINVAL, "this model scores pairs of texts; it makes no vectors")
         rows: list[llama.Floats] = []
+        tokens = known if known is not None else (self._model.tokenize(text, bos=True, special=False) for text in texts)
+        total = yield from self._computed(tokens, "texts", rows)
+        width = self._model.n_embd_out
+        data = np.stack([_unit(row) for row in rows]) if rows else np.zeros((0, width), np.float32)
+        yield Embedded(len(rows), width, data.astype("<f4").tobytes(), total)
+
+    def ranked_in_steps(self, pairs: Iterable[list[int]]) -> Iterator[Ranked | None]:
+        """Scores of pairs of a query and a document (see `pairs.py`), in steps as above."""
+        if not self._ranks:
+            raise OSError(errno.EINVAL, "this model makes no scores: rerank needs one that ranks (pooling type: rank)")
+        rows: list[llama.Floats] = []
+        total = yield from self._computed(pairs, "documents", rows)
+        scores = [float(row[0]) for row in rows]
+        if not np.isfinite(scores).all():
+            raise OSError(errno.EIO, "the model gives a score that is no number")
+        yield Ranked(scores, total)
+
+    def _computed(self, texts: Iterable[list[int]], what: str, rows: list[llama.Floats]) -> Generator[None, None, int]:
+        """Append to `rows` what the model pools of each text, one batch between two yields. Returns the number of
+        tokens."""
         batch: list[list[int]] = []
         total = 0
-        for i, text in enumerate(texts):
-            tokens = self._model.tokenize(text, bos=True, special=False) if known is None else known[i]
-            self._check(i, tokens)
+        for i, tokens in enumerate(texts):
+            self._check(f"{what}[{i}]", tokens)
             total += len(tokens)
             if batch and (len(batch) == TEXTS or sum(map(len, batch)) + len(tokens) > BATCH):
-                rows += self._vectors(batch)
+                rows += self._pooled(batch)
                 batch = []
                 yield None
             batch.append(tokens)
         if batch:
-            rows += self._vectors(batch)
+            rows += self._pooled(batch)
             yield None
-        width = self._model.n_embd_out
-        data = np.stack(rows) if rows else np.zeros((0, width), np.float32)
-        yield Embedded(len(rows), width, data.astype("<f4").tobytes(), total)
+        return total
 
-    def _check(self, i: int, tokens: list[int]) -> None:
+    def _check(self, what: str, tokens: list[int]) -> None:
         if not tokens:
-            raise OSError(errno.EINVAL, f"texts[{i}]: it is empty")
+            raise OSError(errno.EINVAL, f"{what}: it is empty")
         if len(tokens) > self._limit:
-            raise OSError(errno.EMSGSIZE, f"texts[{i}]: {len(tokens)} tokens, at most {self._limit} can be embedded")
+            raise OSError(errno.EMSGSIZE, f"{what}: {len(tokens)} tokens, at most {self._limit} can be embedded")
 
-    def _vectors(self, texts: list[list[int]]) -> list[llama.Floats]:
+    def _pooled(self, texts: list[list[int]]) -> list[llama.Floats]:
         lengths = [len(tokens) for tokens in texts]
         context = self._opened(sum(lengths))
-        if context.pooling == llama.POOLING_RANK:
-            raise OSError(errno.EINVAL, "this model scores pairs of texts; it makes no vectors")
         batch = llama.Batch(sum(lengths))
         batch.size = sum(lengths)
         batch.tokens[:] = np.concatenate(texts)
@@ -80,7 +100,7 @@ class Embedder:
         result = context.decode(batch)
         if result != llama.OK:
             raise OSError(errno.EIO, f"llama.cpp could not compute an embedding (result {result})")
-        return [_unit(context.embedding(sequence)) for sequence in range(len(texts))]
+        return [context.embedding(sequence) for sequence in range(len(texts))]
 
     def _opened(self, tokens: int) -> llama.Context:
         """A context whose batch takes `tokens` tokens. It grows only when a long text needs it, as its buffers have a
@@ -91,8 +111,6 @@ class Embedder:
         return self._context
 
     def _open(self, tokens: int) -> llama.Context:
-        own = self._model.meta("general.architecture")
-        named = self._model.meta(f"{own}.pooling_type")
         return llama.Context(
             self._model,
             slots=TEXTS,
@@ -101,7 +119,7 @@ class Embedder:
             threads=self._threads,
             flash_attention=False,
             embeddings=True,
-            pooling=None if named not in (None, "0") else llama.POOLING_MEAN,
+            pooling=None if self._pooling != "0" else llama.POOLING_MEAN,
         )
 
     def close(self) -> None:

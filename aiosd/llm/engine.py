@@ -675,7 +675,9 @@ class Engine:
         self._feed(sequence)
         offset, sequence.sent = sequence.sent, len(sequence.out)
         logprobs = sequence.logprobs[offset:] if sequence.logprobs is not None else None
-        return Delta(sequence.key, offset, sequence.out[offset:], sequence.text.take(), logprobs)
+        mirostat = sequence.choice.mirostat
+        mu = mirostat.mu if mirostat is not None else None
+        return Delta(sequence.key, offset, sequence.out[offset:], sequence.text.take(), logprobs, mu=mu)
 
     def _say_started(self) -> None:
         """Report which calls got or lost slots. Before a call's end, because the kernel expects its start first."""

@@ -37,8 +37,9 @@ MAX_SECONDS = 60.0
 CANCELLED_SECONDS = 2.0  # … for a cancelled job: starting a new process takes a second
 
 #: Kinds of jobs, by what is sent → what comes back: `Generate` → `Prepared`; `Tokenize` → tokens; texts → the tokens of
-#: each, as it is embedded; (messages, tools) → the tokens with which the next call about this conversation begins.
-PREPARE, TOKENIZE, TEXTS, CONVERSATION = "prepare", "tokenize", "texts", "conversation"
+#: each, as it is embedded; (messages, tools) → the tokens with which the next call about this conversation begins;
+#: (query, documents) → the tokens of each pair.
+PREPARE, TOKENIZE, TEXTS, CONVERSATION, PAIRS = "prepare", "tokenize", "texts", "conversation", "pairs"
 TEMPLATE = "template"  # no job: there is no answer
 
 
@@ -185,6 +186,7 @@ def main(path: str, ctx: str, fd: str) -> int:
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     connection = Connection(int(fd))
     from aiosd.llm import llama
+    from aiosd.llm.pairs import tokens_of_pairs
     from aiosd.llm.request import Requests
     from libaios import wire
 
@@ -195,6 +197,7 @@ def main(path: str, ctx: str, fd: str) -> int:
         PREPARE: lambda payload: requests.prepare(msgpack.decode(payload, type=wire.Generate)),
         TOKENIZE: lambda payload: _tokenized(model, msgpack.decode(payload, type=wire.Tokenize)),
         TEXTS: lambda payload: [model.tokenize(text, bos=True, special=False) for text in msgpack.decode(payload)],
+        PAIRS: lambda payload: list(tokens_of_pairs(model, *msgpack.decode(payload))),
         CONVERSATION: lambda payload: requests.conversation(*msgpack.decode(payload)),
     }
     while True:

@@ -127,12 +127,21 @@ class Model:
         self.has_tokenizer = self._kind != C.LLAMA_VOCAB_TYPE_NONE
         self.bos, self.eos = int(C.llama_vocab_bos(vocab)), int(C.llama_vocab_eos(vocab))
         self.adds_bos = bool(C.llama_vocab_get_add_bos(vocab))
+        self.query_marks = self._query_marks()
         self.end_tokens = frozenset(t for t in range(n) if C.llama_vocab_is_eog(vocab, t))
         self.control = np.array([C.llama_vocab_is_control(vocab, t) for t in range(n)], dtype=bool)
         self._buffer = ctypes.create_string_buffer(1024)
         #: Bytes of every token as shown to a reader: control tokens are empty.
         self.pieces = [self._piece(t, False) for t in range(n)]
         self.longest_piece = max(map(len, self.pieces), default=0)
+
+    def _query_marks(self) -> tuple[list[int], list[int], list[int]]:
+        """What stands before, between and behind a query and a document, where the model's file has no template."""
+        vocab, sep = self._vocab, int(C.llama_vocab_sep(self._vocab))
+        end = [self.eos if self.eos >= 0 else sep] if C.llama_vocab_get_add_eos(vocab) else []
+        between = [*end, sep] if C.llama_vocab_get_add_sep(vocab) else end
+        begin = [self.bos] if self.adds_bos else []
+        return begin, [token for token in between if token >= 0], [token for token in end if token >= 0]
 
     def _piece(self, token: int, special: bool) -> bytes:
         n = C.llama_token_to_piece(self._vocab, token, self._buffer, len(self._buffer), 0, special)

@@ -9,7 +9,7 @@ from __future__ import annotations
 import logging
 import os
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any
 
 from msgspec import msgpack
@@ -18,7 +18,7 @@ from aiosd import link
 from aiosd.errors import as_oserror
 from aiosd.llm import policy
 from aiosd.llm.document import Later
-from aiosd.llm.front import CONVERSATION, PREPARE, TEXTS, TOKENIZE, Front
+from aiosd.llm.front import CONVERSATION, PAIRS, PREPARE, TEXTS, TOKENIZE, Front
 from aiosd.llm.line import Line
 from aiosd.llm.spec import ModelSpec
 from libaios import wire
@@ -80,7 +80,8 @@ class Local:
             cancelled=line.cancelled,
         )
         self._embedder = Embedder(loaded.model, loaded.threads.number)
-        self._embeds: dict[link.Key, Iterator[wire.Embedded | None]] = {}  # being computed, the oldest first
+        # Vectors and scores that are being computed, the oldest first.
+        self._embeds: dict[link.Key, Iterator[wire.Embedded | wire.Ranked | None]] = {}
         template = self.engine.requests.template
         self.info: dict[str, Any] = loaded.info(chat=template.given, tools=template.takes_tools)
         self._library = Library(spec, self.engine.cache, line.answer, line.refuse, exact=spec.exact, rope=spec.rope)
@@ -91,6 +92,7 @@ class Local:
         self._schedule: link.Schedule | None = None
         self._calls: dict[int, Callable[[link.Ask, Any], None]] = {
             Sys.EMBED: self._embed,
+            Sys.RERANK: self._rerank,
             Sys.TOKENIZE: self._tokenize,
             Sys.DETOKENIZE: self._detokenize,
             Sys.CTX_SAVE: self._about_conversation,
@@ -262,7 +264,7 @@ class Local:
         else:
             handle(tokens)
 
-    # ── embeddings: one batch in each round of the loop, so that many texts do not delay other calls for long ──
+    # ── embeddings and scores: one batch in each round of the loop, so that many do not delay other calls for long ──
 
     def _embed(self, ask: link.Ask, request: wire.Embed) -> None:
         def begin(tokens: list[list[int]] | None) -> None:
@@ -274,6 +276,19 @@ class Local:
             self._aside(ask.key, TEXTS, request.texts, list[list[int]], begin)
         else:
             begin(None)
+
+    def _rerank(self, ask: link.Ask, request: wire.Rerank) -> None:
+        from aiosd.llm.pairs import tokens_of_pairs
+
+        def begin(pairs: Iterable[list[int]]) -> None:
+            self._embeds[ask.key] = self._embedder.ranked_in_steps(pairs)
+
+        if ask.key in self._embeds:
+            return
+        if max(map(len, [request.query, *request.documents])) > LONG_TEXT:
+            self._aside(ask.key, PAIRS, (request.query, request.documents), list[list[int]], begin)
+        else:
+            begin(tokens_of_pairs(self._loaded.model, request.query, request.documents))
 
     def _embed_one(self) -> None:
         key, steps = next(iter(self._embeds.items()))

@@ -1,9 +1,9 @@
 """Mirostat (Basu et al., 2020), versions 1 and 2: keeps the surprise of the text near a target.
 
 The surprise of a token is -log2 of its probability. `mu` is the largest surprise that is allowed; it changes with each
-token that is drawn. It is the only state that any sampler has. A call keeps it when it loses its slot. After the death
-of the model's process the call continues from the tokens it has sent, and `mu` begins anew, because their surprise is
-not known any more.
+token that is drawn. It is the only state that any sampler has. A call keeps it when it loses its slot. It is sent to
+the kernel with the tokens, so that after the death of the model's process the call continues with it. Only if the
+kernel dies, too, before it has got any tokens, does `mu` begin anew.
 """
 
 from __future__ import annotations

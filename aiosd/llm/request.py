@@ -179,6 +179,8 @@ class Requests:
             budget=submit.budget,
             watched=request.stream or bool(prepared.stops) or reader is not None,
         )
+        if sequence.choice.mirostat is not None and submit.mu is not None:
+            sequence.choice.mirostat.mu = submit.mu
         try:
             self._force(sequence, request.given)
         except BaseException:  # the constraint's memory is llama.cpp's: it must be freed whatever was raised

@@ -25,8 +25,8 @@ GOOD_CTX, FEW = 8192, 2
 #: The most tokens per slot without `--ctx`. Few agents ever use more, and all would wait at the start.
 MOST_CTX = 32768
 
-#: Slots get 1/PART of the free memory.
-PART = 4
+#: Slots get 1/PART of the free memory; without `--ctx` never more than MOST_BYTES, which take ten seconds to write.
+PART, MOST_BYTES = 4, 16 << 30
 
 
 @dataclass(frozen=True, slots=True)
@@ -40,6 +40,7 @@ def choose(spec: ModelSpec, file: ModelFile, free: int) -> Room:
     """`free`: bytes of memory. Raises UsageError where what was asked for is not possible."""
     budget = spec.kv_memory if spec.kv_memory is not None else max(free - file.size, 0) // PART
     if spec.ctx is None:
+        budget = budget if spec.kv_memory is not None else min(budget, MOST_BYTES)
         ctx, why = _largest(spec, file, budget)
     else:
         ctx, why = spec.ctx, "asked for"

@@ -25,7 +25,7 @@ LEVELS = ("none", "flat")  # from the weakest on
 NETS = ("all", "none")
 
 #: Variables that a confined agent gets of the environment in which it was started. All others may be secrets.
-_VARIABLES = (
+VARIABLES = (
     "PATH", "LANG", "LANGUAGE", "LC_*", "TZ", "TERM", "COLORTERM", "NO_COLOR", "LINES", "COLUMNS", "USER", "LOGNAME",
     "SHELL", "PAGER", "EDITOR", "PYTHON*", "VIRTUAL_ENV", "AIOS*", "OMP_*", "CC", "CXX", "CFLAGS", "LDFLAGS",
 )  # fmt: skip
@@ -91,7 +91,7 @@ def check(wish: wire.Sandbox) -> None:
 
 def environment(env: Mapping[str, str], allowed: Iterable[str]) -> dict[str, str]:
     """Those variables that a confined agent gets; names may end in '*'."""
-    patterns = (*_VARIABLES, *allowed)
+    patterns = (*VARIABLES, *allowed)
     return {name: value for name, value in env.items() if any(fnmatchcase(name, pattern) for pattern in patterns)}
 
 

@@ -4,6 +4,9 @@ A call is checked against the schema of its tool, waits in `Admission` until eve
 worker of `Pool`. It has begun when a worker gets it; before that it survives the death of the toolbox, after that it is
 never done again.
 
+A built-in tool of a confined agent runs in a worker that is confined like that agent. Tools of a person's files and of
+MCP servers run with the person's rights: that is what the person gives agents by them.
+
 Where a tool works: in a folder that belongs to the caller. Agents with a name of their own find it again; that of an
 agent without one goes with the agent.
 """
@@ -22,8 +25,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import msgspec
+
 from aiosd import link
 from aiosd.heartbeat import Rounds
+from aiosd.sandbox.box import Box
 from aiosd.service import LATER, Server
 from aiosd.tools.admission import Admission, Needs
 from aiosd.tools.messages import Described, Done, Run, Tool
@@ -62,6 +68,7 @@ class Known:
 class _Call:
     job: Job
     source: str
+    box: bytes
 
 
 class Toolbox:
@@ -188,7 +195,7 @@ class Toolbox:
             on_done=lambda done: self._done(ask.key, done),
             on_over=lambda: self._over(ask.key),
         )
-        self._calls[ask.key] = _Call(job, known.source)
+        self._calls[ask.key] = _Call(job, known.source, ask.caller.box if known.source == BUILT_IN else b"")
         self.admission.submit(ask.key, ask.caller.pid, needs_of(tool, args.arguments, folder))
         self.server.timers.after(0.0, self._begin)  # once this call is known as one that is answered later
         return LATER
@@ -217,7 +224,7 @@ class Toolbox:
         for key in self.admission.begin():
             call = self._calls[key]  # type: ignore[index] # every waiting call has one
             self.server.begun(key)  # type: ignore[arg-type]
-            self.pool.run(call.source, call.job)
+            self.pool.run(call.source, call.box, call.job)
 
     def _done(self, key: link.Key, done: Done) -> None:
         if done.errno:
@@ -245,6 +252,8 @@ class Toolbox:
 
     def _folder(self, caller: link.Caller) -> str:
         """The caller's folder, which is there when this returns."""
+        if caller.box:
+            return msgspec.msgpack.decode(caller.box, type=Box).workspace  # where the agent itself works
         if not caller.pid:
             name = f"person-{caller.uid}"
         elif caller.named:

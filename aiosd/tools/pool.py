@@ -58,6 +58,7 @@ class Job:
 @dataclass(slots=True, eq=False)
 class Worker:
     source: str
+    box: bytes  # as `link.Caller`: it has confined itself so, for good
     process: subprocess.Popen[bytes]
     frames: FrameSocket
     job: Job | None = None
@@ -67,6 +68,10 @@ class Worker:
     verdict: Done | None = None  # why it is being ended
     ending: Job | None = None  # … with this call, which has its answer
     idle: Timer | None = field(default=None)
+
+    @property
+    def kind(self) -> tuple[str, bytes]:
+        return self.source, self.box
 
 
 class Pool:
@@ -89,7 +94,8 @@ class Pool:
         self._described = described
         self._servers = servers
         self._workers: list[Worker] = []
-        self._queue: dict[str, list[Job]] = {}  # of each source: admitted, and waiting for a worker that starts
+        # By source and box: admitted, and waiting for a worker that starts.
+        self._queue: dict[tuple[str, bytes], list[Job]] = {}
         self._sampler: Timer | None = None
         self.deaths = 0
 
@@ -97,18 +103,19 @@ class Pool:
 
     def load(self, source: str) -> None:
         """Start a first worker of a source, which describes it."""
-        self._start(source)
+        self._start(source, b"")
 
-    def run(self, source: str, job: Job) -> None:
-        """Run a call, in a worker that is idle or in a new one."""
-        for worker in self._workers:
-            if worker.source == source and worker.described and worker.job is None and worker.verdict is None:
+    def run(self, source: str, box: bytes, job: Job) -> None:
+        """Run a call, in a worker that is idle or in a new one. `box`: how it must be confined."""
+        kind = source, box
+        same = [worker for worker in self._workers if worker.kind == kind and worker.verdict is None]
+        for worker in same:
+            if worker.described and worker.job is None:
                 self._give(worker, job)
                 return
-        self._queue.setdefault(source, []).append(job)
-        starting = sum(not w.described and w.verdict is None for w in self._workers if w.source == source)
-        if starting < len(self._queue[source]):
-            self._start(source)
+        self._queue.setdefault(kind, []).append(job)
+        if sum(not worker.described for worker in same) < len(self._queue[kind]):
+            self._start(*kind)
 
     def cancel(self, job: Job) -> None:
         """The call is not wanted any more: TERM, a second later KILL for its worker, which is not used again."""
@@ -133,13 +140,14 @@ class Pool:
 
     # ── life of a worker ──────────────────────────────────────────────────────────────────────────────────
 
-    def _start(self, source: str) -> None:
+    def _start(self, source: str, box: bytes) -> None:
         ours, theirs = socket.socketpair()
         server = self._servers.get(source.removeprefix(MCP)) if source.startswith(MCP) else None
         module = "worker" if server is None else "bridge"
         with theirs:
             process = subprocess.Popen(
-                [sys.executable, "-m", f"aiosd.tools.{module}", str(theirs.fileno()), source.removeprefix(MCP)],
+                [sys.executable, "-m", f"aiosd.tools.{module}", str(theirs.fileno()), source.removeprefix(MCP)]
+                + (["boxed"] if box else []),
                 stdin=subprocess.DEVNULL,
                 stdout=subprocess.DEVNULL,
                 stderr=subprocess.DEVNULL,
@@ -147,10 +155,12 @@ class Pool:
                 pass_fds=[theirs.fileno()],
                 start_new_session=True,
             )
-        worker = Worker(source, process, FrameSocket(ours, FRAME_BYTES))
+        worker = Worker(source, box, process, FrameSocket(ours, FRAME_BYTES))
         self._workers.append(worker)
         if server is not None:
             worker.frames.send(encode(server))  # not as an argument: it may hold keys, and everyone can read those
+        if box:
+            worker.frames.send(box)
         self._watch(worker.frames.fileno(), lambda: self._on_readable(worker))
         late = Done(None, errno.ETIMEDOUT, f"{source} was not loaded after {LOAD_S:.0f} s")
         worker.deadline = self._timers.after(LOAD_S, lambda: self._end(worker, late))
@@ -188,7 +198,7 @@ class Pool:
             case Described() if not worker.described:
                 self._on_described(worker, message)
             case Described() if worker.source.startswith(MCP):
-                self._described(worker.source, message)
+                self._report(worker, message)
             case Wrote(text=text) if worker.job is not None:
                 worker.wrote += len(text.encode())
                 if worker.wrote <= worker.job.tool.output_bytes:
@@ -201,11 +211,16 @@ class Pool:
     def _on_described(self, worker: Worker, message: Described) -> None:
         worker.described = True
         self._stop_clock(worker)
-        self._described(worker.source, message)
+        self._report(worker, message)
         if message.error:
-            self._fail_queue(worker.source, f"{worker.source} cannot be loaded: {message.error}")
+            self._fail_queue(worker, f"{worker.source} cannot be loaded: {message.error}")
         else:
             self._next(worker)
+
+    def _report(self, worker: Worker, described: Described) -> None:
+        """What a confined worker cannot load says nothing of its source."""
+        if not worker.box:
+            self._described(worker.source, described)
 
     def _over(self, worker: Worker, done: Done) -> None:
         """A call has ended in order. What it left running below the worker must not outlive it."""
@@ -222,17 +237,17 @@ class Pool:
             job.on_over()
 
     def _next(self, worker: Worker) -> None:
-        queue = self._queue.get(worker.source)
+        queue = self._queue.get(worker.kind)
         if queue:
             self._give(worker, queue.pop(0))
         else:
             worker.idle = self._timers.after(IDLE_S, lambda: self._retire(worker))
 
     def _retire(self, worker: Worker) -> None:
-        """End a worker that was idle for long. The last one of a source stays, unless it is one of an MCP server, which
-        with its server takes a hundred megabytes."""
-        same = [other for other in self._workers if other.source == worker.source and other.verdict is None]
-        if worker.job is None and (len(same) > 1 or worker.source.startswith(MCP)):
+        """End a worker that was idle for long. The last one of a source stays, unless it is confined (there may be one
+        for each agent), or one of an MCP server, which with its server takes a hundred megabytes."""
+        same = [other for other in self._workers if other.kind == worker.kind and other.verdict is None]
+        if worker.job is None and (len(same) > 1 or worker.box or worker.source.startswith(MCP)):
             self._kill(worker)
 
     # ── the end of a worker ───────────────────────────────────────────────────────────────────────────────
@@ -278,18 +293,18 @@ class Pool:
             how = f"signal {signal.Signals(-status).name}" if status < 0 else f"exit code {status}"
             reason = f"the process of this call ended ({how}); it is not done again"
             if not worker.described:
-                self._described(worker.source, Described([], f"its worker ended ({how})"))
-                self._fail_queue(worker.source, f"{worker.source} cannot be loaded ({how})")
+                self._report(worker, Described([], f"its worker ended ({how})"))
+                self._fail_queue(worker, f"{worker.source} cannot be loaded ({how})")
             worker.verdict = Done(None, errno.EIO, reason)
             self._answer(worker, worker.verdict)
         self._kill(worker)
-        self._replace(worker.source)
+        self._replace(worker.kind)
 
-    def _replace(self, source: str) -> None:
-        """Calls that wait for a worker of this source still get one."""
-        starting = sum(w.source == source and not w.described for w in self._workers)
-        for _ in range(len(self._queue.get(source, ())) - starting):
-            self._start(source)
+    def _replace(self, kind: tuple[str, bytes]) -> None:
+        """Calls that wait for a worker of this kind still get one."""
+        starting = sum(worker.kind == kind and not worker.described for worker in self._workers)
+        for _ in range(len(self._queue.get(kind, ())) - starting):
+            self._start(*kind)
 
     def _answer(self, worker: Worker, done: Done) -> None:
         job, worker.job = worker.job, None
@@ -297,11 +312,11 @@ class Pool:
             worker.ending = job
             job.on_done(done)
         elif not worker.described:
-            self._described(worker.source, Described([], done.message))
-            self._fail_queue(worker.source, done.message)
+            self._report(worker, Described([], done.message))
+            self._fail_queue(worker, done.message)
 
-    def _fail_queue(self, source: str, reason: str) -> None:
-        for job in self._queue.pop(source, []):
+    def _fail_queue(self, worker: Worker, reason: str) -> None:
+        for job in self._queue.pop(worker.kind, []):
             job.on_done(Done(None, errno.EIO, reason))
             job.on_over()
 

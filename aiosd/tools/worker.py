@@ -1,10 +1,11 @@
 """A worker: a process that has loaded one source of tools, and runs their calls, one at a time.
 
-    python -m aiosd.tools.worker FD SOURCE          SOURCE: a module, or the path of a file
+    python -m aiosd.tools.worker FD SOURCE [boxed]          SOURCE: a module, or the path of a file
 
-It first sends `Described`, then serves `Run`s until its other end is closed. What a tool prints or yields is sent while
-it runs (`Wrote`); its return value comes with `Done`. The service trusts nothing that comes from here: a tool may do
-with this process what it likes.
+A boxed one gets a box (`sandbox.box`) as its first frame, and confines itself to it for the rest of its life. It sends
+`Described`, then serves `Run`s until its other end is closed. What a tool prints or yields is sent while it runs
+(`Wrote`); its return value comes with `Done`. The service trusts nothing that comes from here: a tool may do with this
+process what it likes.
 """
 
 from __future__ import annotations
@@ -52,7 +53,7 @@ class _Output(io.TextIOBase):
         return len(text)
 
 
-def main(fd: str, source: str) -> int:
+def main(fd: str, source: str, boxed: str = "") -> int:
     die_with_parent()
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     os.environ.pop("PYTHONPATH", None)  # for this process, not for what a tool starts
@@ -64,6 +65,8 @@ def main(fd: str, source: str) -> int:
     sys.stdout = sys.stderr = output
     try:
         functions = functions_of(_load(source))
+        if boxed:
+            _confine(frames.recv_blocking()[0])
     except BaseException as err:  # a person's file may raise anything, SystemExit included
         send(frames, Described([], f"{type(err).__name__}: {err}"[:MESSAGE_BYTES]))
         return 1
@@ -78,6 +81,17 @@ def main(fd: str, source: str) -> int:
         send(frames, done)
         if done.spent:
             return 0
+
+
+def _confine(box: bytes) -> None:
+    """Raises OSError."""
+    from aiosd.sandbox import confine, filter, plan
+    from aiosd.sandbox.box import Box
+
+    function = confine.load()
+    if function is None or not filter.known_here():
+        raise OSError(errno.ENOTSUP, "a process cannot be confined here")
+    function(plan.plan(plan.ground(sys.path), msgpack.decode(box, type=Box), doors=False))
 
 
 def _load(source: str) -> dict[str, Any]:
@@ -101,7 +115,7 @@ def _serve(function: Function, request: Run, output: _Output) -> Done:
     resource.setrlimit(resource.RLIMIT_DATA, (function.tool.memory_bytes, hard))
     try:
         os.chdir(request.folder)
-        os.environ["HOME"] = os.environ["TMPDIR"] = os.environ["PWD"] = request.folder
+        os.environ.update(HOME=request.folder, TMPDIR=request.folder, PWD=request.folder)
         result = function.run(request.arguments)
         if isinstance(result, Iterator):
             result = _written(result, output)

@@ -52,6 +52,7 @@ def unix_abstract_after_shutdown(stage: Stage) -> object:
 def unix_listen(stage: Stage) -> object:
     sock = socket.socket(socket.AF_UNIX)
     sock.bind("listening")
+    os.unlink("listening")
     return sock.listen()
 
 

@@ -48,6 +48,7 @@ class Stage:
         """As it was, for the next run of all deeds."""
         hidden = self.folder / "hidden"
         for name in ("secret.txt", "victim.txt", "removable.txt", "movable.txt"):
+            (hidden / name).unlink(missing_ok=True)  # a deed may have given it to another user
             (hidden / name).write_text("a secret")
         for name in ("new", "fifo", "link", "mine"):
             (hidden / name).unlink(missing_ok=True)
