@@ -8,7 +8,6 @@ connections wait in the socket's queue.
 from __future__ import annotations
 
 import importlib.util
-import ipaddress
 import socket
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
@@ -57,6 +56,8 @@ def read(value: Any) -> Endpoint:
 
 def _loopback(host: str) -> str:
     """Which process is at the other end can only be found out on the machine itself."""
+    import ipaddress  # takes milliseconds, and most systems never need it
+
     try:
         if ipaddress.ip_address(host).is_loopback:
             return host

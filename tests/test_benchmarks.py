@@ -18,6 +18,7 @@ from benchmarks import (
     exactness,
     fairness,
     floor,
+    gateway,
     harness,
     lruk,
     models,
@@ -277,3 +278,14 @@ def test_a_search_is_measured_and_right(tmp_path):
     assert "kept" in search.line("search, p50 CPU ms", 1.0)
     assert "MISSED" in search.line("filtered, 1 %, recall@10", 0.9)
     assert len(search.many_owners(options, tmp_path / "many")) == 4
+
+
+def test_gateways_ratios_are_those_of_neighbours():
+    first, again = (gateway.orders(3, 5, 8, seed, 1000) for seed in (1, 1))
+    assert first == again != gateway.orders(3, 5, 8, 2, 1000)
+    figures = [("sdk", 100, 2.0), ("gateway", 95, 2.2), ("gateway", 50, 4.4), ("sdk", 50, 4.0)]
+    rows = [{"side": side, "tokens_per_s": rate, "first_s": first, "cpu_us": 30.0} for side, rate, first in figures]
+    found = gateway.summary(rows)
+    assert (found["rate_ratio"], found["first_ratio"]) == (0.975, pytest.approx(1.1))
+    assert "MISSED" not in gateway.table(rows, found)[-1]
+    assert "MISSED" in gateway.table(rows, found | {"rate_ratio": 0.8})[-1]

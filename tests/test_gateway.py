@@ -54,9 +54,13 @@ def entry(system: System, name: str) -> dict[str, Any]:
     return next(one for one in system.agents() if one["name"] == name)
 
 
+def gateway(system: System) -> dict[str, Any]:
+    """Its figures."""
+    return next(one["stats"] for one in system.status()["services"] if one["name"] == "gateway")
+
+
 def url(system: System) -> tuple[str, int]:
-    stats = next(one for one in system.status()["services"] if one["name"] == "gateway")
-    return "127.0.0.1", stats["stats"]["port"]
+    return "127.0.0.1", gateway(system)["port"]
 
 
 # ── where it listens ──────────────────────────────────────────────────────────────────────────────────────
@@ -179,6 +183,8 @@ def test_environment_is_left_alone_on_request(aiosd: System) -> None:
     given = {"OPENAI_BASE_URL": "http://elsewhere", "OPENAI_ORG_ID": "org"}
     assert aiosd.run("aios-run", "--no-gateway-env", *show, env=given).stdout == "http://elsewhere org\n"
     assert aiosd.run("aios-run", *show, env=given).stdout.startswith("http://127.0.0.1:")
+    by_hand = ("-e", "OPENAI_BASE_URL=http://mine", *show)
+    assert aiosd.run("aios-run", *by_hand, env=given).stdout == "http://mine org\n"
     nested = ("--no-gateway-env", "--", "aios-run", *show)
     assert aiosd.run("aios-run", *nested, env=given).stdout == "http://elsewhere org\n"
 
@@ -246,7 +252,11 @@ def test_a_stream_outlives_the_kernel_and_ends_with_the_gateway(fresh_aiosd: Any
     assert "data: [DONE]" not in agent.rest(stream)
     assert agent.post("/v1/models", method="GET")[0] == 200  # it waits in the socket's queue
     assert eventually(lambda: open_calls(system, "http") == 0)
-    agent.end()
+    assert gateway(system)["agents"] == 1
+    victims = ospid(system, "kernel"), entry(system, "http")["ospid"]
+    for victim in victims:  # the agent dies when there is no kernel to tell the gateway
+        os.kill(victim, signal.SIGKILL)
+    assert eventually(lambda: gateway(system)["agents"] == 0)
 
 
 def test_an_agent_that_is_started_again_keeps_its_token(aiosd: System, tmp_path: Path) -> None:

@@ -58,6 +58,9 @@ FOREGROUND_POLL_S = 0.2  # between two checks: no signal reports that a running 
 STOP_PATIENCE_S = 1.0  # how long to wait for the agent's stop: a shell cannot stop while a child of its vfork runs
 LAST_OUTPUT_S = 2.0  # how long a slow reader of our stdout may take after the agent's end
 
+#: Who gives one of these by hand means another server than the gateway.
+OWN = ("OPENAI_", "CEREBRUM_KERNEL_URL")
+
 EXAMPLES = """
   aios-run agent.py "some task"            a Python script, with its arguments
   aios-run -m libaios.agents.react -v "What is 37 * 91?"
@@ -247,7 +250,7 @@ def command(
             attached=not detach,
             restart=restart,
             tty=terminal,
-            gateway=False if own_env else None,
+            gateway=False if own_env or any(name.startswith(OWN) for name in names) else None,
             sandbox=grants,
         )
         if detach and terminal:

@@ -13,4 +13,6 @@ kernel made for one agent, from a process that is, or descends from, that agent 
     accounts.py   the agents that are served, with a connection to the kernel for each
     calls.py      system calls for coroutines, and streams that end when their reader leaves
     openai/       the API of OpenAI
+    ollama.py cerebrum.py filing.py     those of Ollama and of AIOS, made from the same parts
+    routes.py health.py       which function answers which path; what is open to all
 """

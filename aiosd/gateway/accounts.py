@@ -20,7 +20,8 @@ from libaios.greeting import Greeting
 from libaios.home import Home
 
 CONNECTIONS = 256  # of one agent
-BODY_BYTES = 64 << 20  # of one agent's requests that are being received
+BODY_BYTES = 64 << 20  # of one agent's requests that are being received,
+BODY_BYTES_ALL = 512 << 20  # … and of all agents'
 
 
 class User(Protocol):
@@ -48,6 +49,7 @@ class Account:
     pid: int
     ospid: int
     connection: Connection
+    all: Accounts
     users: set[User] = field(default_factory=set)  # TCP connections that were shown to be its own
     body_bytes: int = 0
     conversations: dict[str, bytes] = field(default_factory=dict)  # by the id of their last response; oldest first
@@ -72,20 +74,29 @@ class Account:
         """Raises Full."""
         if self.body_bytes + size > BODY_BYTES:
             raise Full(f"the requests of this agent that are on their way hold more than {BODY_BYTES} bytes")
+        if self.all.body_bytes + size > BODY_BYTES_ALL:
+            raise Full(f"the requests of all agents that are on their way hold more than {BODY_BYTES_ALL} bytes")
         self.body_bytes += size
+        self.all.body_bytes += size
+
+    def drop_body(self, size: int) -> None:
+        """It was read, or will not be."""
+        self.body_bytes -= size
+        self.all.body_bytes -= size
 
 
 class Accounts:
     def __init__(self, home: Home) -> None:
         self._home = home
         self._by_token: dict[str, asyncio.Task[Account]] = {}
+        self.body_bytes = 0  # of all agents
         self._threads = ThreadPoolExecutor(2, "identity")
 
     async def of(self, token: str) -> Account:
         """The account of a token, connected. Raises NoKernel: `Refused` where it is no agent's that lives."""
         task = self._by_token.get(token)
-        if task is not None and task.done() and (task.exception() is not None or task.result().over):
-            self._by_token.pop(token)
+        if task is not None and task.done() and (task.cancelled() or task.exception() or task.result().over):
+            self.sweep()
             task = None
         if task is None:
             task = self._by_token[token] = asyncio.create_task(self._connect(token))
@@ -107,7 +118,7 @@ class Accounts:
         assert greeting.frames is not None
         connection = Connection(ControlSocket(self._home, token, (greeting.frames, welcome)))
         connection.attach_loop(asyncio.get_running_loop())
-        return Account(welcome.pid, welcome.ospid, connection)
+        return Account(welcome.pid, welcome.ospid, connection, self)
 
     async def is_of(self, account: Account, theirs: Address, ours: Address) -> bool:
         """Whether the TCP connection is one of this agent."""
@@ -121,9 +132,16 @@ class Accounts:
                 del self._by_token[token]
                 task.result().close()
 
-    def live(self) -> list[Account]:
-        done = [task for task in self._by_token.values() if task.done() and not task.cancelled()]
-        return [task.result() for task in done if task.exception() is None and not task.result().over]
+    def sweep(self) -> None:
+        """Close the accounts whose connection the kernel has ended: their agents have died, perhaps while there was no
+        kernel to tell it."""
+        for token, task in list(self._by_token.items()):
+            if task.done() and not task.cancelled() and task.exception() is None and task.result().over:
+                del self._by_token[token]
+                task.result().close()
+
+    def __len__(self) -> int:
+        return len(self._by_token)
 
 
 async def _readable(greeting: Greeting) -> None:

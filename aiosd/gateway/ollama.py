@@ -139,7 +139,7 @@ def _chat(
 def _sampling(asked: Common, kind: type[fields.Sampling] = fields.Sampling, **more: Any) -> fields.Sampling:
     given = asked.options or Options()
     same = {name: getattr(given, name) for name in given.__struct_fields__}
-    return kind(stream=asked.stream is not False, **same, **more)
+    return kind(stream=asked.stream is not False, n_predict=same.pop("num_predict"), **same, **more)
 
 
 async def _answer(request: Request, asked: Common, model: ModelInfo, chat: fields.Asked, part: str = "message") -> None:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from aiosd.gateway import health, ollama
+from aiosd.gateway import cerebrum, health, ollama
 from aiosd.gateway.openai import chat, completions, embeddings, listing, responses, tokens
 from aiosd.gateway.web import Handler, Route, route
 
@@ -29,6 +29,10 @@ ROUTES = [
     _openai("POST", "/detokenize", tokens.detokenize),
     _openai("GET", "/models", listing.models),
     _openai("GET", "/models/{model:path}", listing.model),
+    route("POST", "/query", cerebrum.query),
+    route("GET", "/core/llms/list", cerebrum.llms),
+    route("GET", "(?:/core)?/status", cerebrum.status),
+    route("POST", "/core/{part}/setup", cerebrum.setup),
     _ollama("POST", "/chat", ollama.chat),
     _ollama("POST", "/generate", ollama.generate),
     _ollama("POST", "/embed", ollama.embed),

@@ -122,7 +122,7 @@ async def _serve(superior: Superior, spec: GatewaySpec, rounds: Rounds) -> int:
     superior.on_gone = accounts.gone
     superior.stats = lambda: {
         **counters.totals(),
-        "agents": len(accounts.live()),
+        "agents": len(accounts),
         "strangers": len(strangers),
         "port": spec.door.port,
     }
@@ -134,7 +134,7 @@ async def _serve(superior: Superior, spec: GatewaySpec, rounds: Rounds) -> int:
 
     loop.add_reader(superior.channel.fileno(), look)
     look()
-    _beat(loop, rounds)
+    _beat(loop, rounds, accounts)
     for name in ("uvicorn.error", "uvicorn.access"):
         logging.getLogger(name).setLevel(logging.ERROR)  # not a line for each broken request
     app = App(accounts, counters, spec.door, ROUTES)
@@ -150,7 +150,8 @@ async def _serve(superior: Superior, spec: GatewaySpec, rounds: Rounds) -> int:
     return 0
 
 
-def _beat(loop: asyncio.AbstractEventLoop, rounds: Rounds) -> None:
+def _beat(loop: asyncio.AbstractEventLoop, rounds: Rounds, accounts: Accounts) -> None:
     """The loop comes round."""
     rounds.begin()
-    loop.call_later(BEAT_S, _beat, loop, rounds)
+    accounts.sweep()
+    loop.call_later(BEAT_S, _beat, loop, rounds, accounts)

@@ -166,7 +166,7 @@ class Request:
                 if not message["more_body"]:
                     return bytes(parts)
         finally:
-            self.account.body_bytes -= taken
+            self.account.drop_body(taken)
 
     async def json(self) -> dict[str, Any]:
         """Raises Problem as `body`, and 400."""

@@ -1,7 +1,7 @@
 """POST /v1/responses: the newer form of a chat. Input items become messages, and what was generated becomes items.
 
-What `previous_response_id` names is kept in this process, for its own agent, newest first and no more than
-`KEPT_BYTES`; when the gateway has died in between, the program gets a 404 and sends the whole conversation.
+What `previous_response_id` names is kept in this process, for its own agent, the newest ones and no more
+than `KEPT_BYTES`; when the gateway has died in between, the program gets a 404 and sends the whole conversation.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from libaios import wire
 from libaios.generate import Piece, Result
 from libaios.wire import ToolCall
 
-KEPT_BYTES = 8 << 20  # of conversations, for one agent
+KEPT, KEPT_BYTES = 256, 8 << 20  # conversations, for one agent
 
 Item = dict[str, Any]
 
@@ -199,7 +199,7 @@ def _kept(request: Request, ident: str) -> list[Item]:
 def _keep(request: Request, ident: str, messages: list[Item]) -> None:
     conversations = request.account.conversations
     conversations[ident] = encode(messages)
-    while len(conversations) > 1 and sum(map(len, conversations.values())) > KEPT_BYTES:
+    while len(conversations) > KEPT or (len(conversations) > 1 and sum(map(len, conversations.values())) > KEPT_BYTES):
         del conversations[next(iter(conversations))]
 
 

@@ -1,0 +1,116 @@
+"""Cerebrum's queries of a storage: files in the agent's own space of `aios.sto`.
+
+A root folder of the real file system is a name here, not a place: what an agent may mount is the person's to say
+(`--store-folders`). Folders need not be made, they are there with their files.
+"""
+
+from __future__ import annotations
+
+import errno
+from collections.abc import Awaitable, Callable
+from typing import Any, TypeVar
+
+import msgspec
+from msgspec import Struct
+
+from aiosd.gateway.calls import ask
+from aiosd.gateway.openai import fields
+from aiosd.gateway.web import Problem, Request, encode
+from libaios import wire
+from libaios.wire import Sys
+
+A = TypeVar("A", bound=Struct)
+
+
+class StorageQuery(Struct, kw_only=True):
+    operation_type: str
+    params: dict[str, Any] = {}
+
+
+def checked(args: A) -> A:
+    """The kernel would name positions; what is checked here is what the gateway has put together. Raises Problem."""
+    try:
+        return msgspec.msgpack.decode(wire.encode(args), type=type(args))
+    except (msgspec.ValidationError, OverflowError) as err:
+        raise Problem(400, str(err).partition(" - at")[0]) from None
+
+
+async def storage(request: Request, data: dict[str, Any]) -> dict[str, Any]:
+    asked = fields.read(request, data, StorageQuery)
+    operation = _OPERATIONS.get(asked.operation_type)
+    if operation is None:
+        raise Problem(400, f"operation_type: {asked.operation_type[:60]!r} is none of {', '.join(_OPERATIONS)}")
+    message = await operation(request, asked.params)
+    return {"response_message": message, "finished": True, "error": None, "status_code": 200}
+
+
+def _text(params: dict[str, Any], name: str) -> str:
+    value = params.get(name)
+    if not isinstance(value, str):
+        raise Problem(400, f"{name}: a text", param=name)
+    return value
+
+
+def _path(params: dict[str, Any], name: str = "file_path") -> str:
+    """Within the agent's own space, whatever folder it seems to lie in."""
+    return _text(params, name).strip("/")
+
+
+async def _mount(request: Request, params: dict[str, Any]) -> str:
+    _text(params, "root_dir")
+    return "files are kept in the agent's own space"
+
+
+async def _create_folder(request: Request, params: dict[str, Any]) -> str:
+    return f"{_path(params, 'dir_path')}: a folder is there with its first file"
+
+
+async def _create(request: Request, params: dict[str, Any]) -> str:
+    args = checked(wire.StoWrite(_path(params), b"", if_version=0))
+    await ask(request.account.connection, Sys.STO_WRITE, args, wire.File)
+    return f"{args.path} is created"
+
+
+async def _write(request: Request, params: dict[str, Any]) -> str:
+    args = checked(wire.StoWrite(_path(params), _text(params, "content").encode()))
+    file = await ask(request.account.connection, Sys.STO_WRITE, args, wire.File)
+    return f"{args.path} has version {file.version}"
+
+
+async def _retrieve(request: Request, params: dict[str, Any]) -> str:
+    """The files that were found, as JSON."""
+    k = params.get("n", 5)
+    args = checked(wire.StoSearch(_text(params, "query_text"), k if isinstance(k, int) else 5, of=""))
+    found = await ask(request.account.connection, Sys.STO_SEARCH, args, list[wire.FoundFile])
+    return encode([{"file_path": one.file.path, "content": one.excerpt, "score": one.score} for one in found]).decode()
+
+
+async def _rollback(request: Request, params: dict[str, Any]) -> str:
+    """`n` versions back."""
+    path, n = _path(params), params.get("n", 1)
+    if not isinstance(n, int) or not 1 <= n < 1000:
+        raise Problem(400, "n: how many versions to go back, from 1 to 999", param="n")
+    connection = request.account.connection
+    versions = await ask(connection, Sys.STO_HISTORY, checked(wire.StoHistory(path, limit=n + 1)), list[wire.Version])
+    if len(versions) <= n:
+        raise wire.error(errno.ENOENT, f"{path}: there are {len(versions)} versions")
+    args = wire.StoRollback(path, version=versions[n].number)
+    file = await ask(connection, Sys.STO_ROLLBACK, args, wire.File)
+    return f"{path} is as it was in version {args.version}; that is version {file.version}"
+
+
+async def _share(request: Request, params: dict[str, Any]) -> str:
+    args = checked(wire.StoShare(_path(params), "group"))
+    await ask(request.account.connection, Sys.STO_SHARE, args, None)
+    return f"{args.path} can be read by the agent's group"
+
+
+_OPERATIONS: dict[str, Callable[[Request, dict[str, Any]], Awaitable[str]]] = {
+    "mount": _mount,
+    "create_file": _create,
+    "create_dir": _create_folder,
+    "write": _write,
+    "retrieve": _retrieve,
+    "rollback": _rollback,
+    "share": _share,
+}

@@ -1,0 +1,35 @@
+"""smolagents as an agent: its own loop of thoughts and tools, on the model that aiosd shares.
+
+    pip install 'smolagents[openai]'
+    aios-run --tokens 20k -- /path/to/venv/bin/python examples/smolagents_agent.py
+
+A ToolCallingAgent asks for `tool_choice: required`, so each of its steps is a valid call, whatever the model is.
+"""
+
+from __future__ import annotations
+
+import os
+
+from smolagents import OpenAIModel, ToolCallingAgent, tool
+
+
+@tool
+def multiply(a: int, b: int) -> int:
+    """Multiplies two numbers.
+
+    Args:
+        a: the first number
+        b: the second number
+    """
+    return a * b
+
+
+def main() -> None:
+    model = OpenAIModel(model_id="local", api_base=os.environ["OPENAI_BASE_URL"], max_tokens=200)
+    agent = ToolCallingAgent(tools=[multiply], model=model, max_steps=2, verbosity_level=0)
+    print("result:", agent.run("What is 6 * 7?"))
+    print("steps:", len(agent.memory.steps))
+
+
+if __name__ == "__main__":
+    main()

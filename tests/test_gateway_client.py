@@ -1,0 +1,237 @@
+"""The official client of OpenAI's API as an agent, and that of Ollama's API by hand."""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+import textwrap
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from aiosd import endpoint
+from tests.conftest import System
+from tests.gatewayagent import HELLO, Agent
+
+pytestmark = pytest.mark.skipif(not endpoint.installed(), reason="the extra `gateway` is not installed")
+official = pytest.mark.skipif(importlib.util.find_spec("openai") is None, reason="openai is not installed")
+
+EXAMPLE = Path(__file__).parent.parent / "examples" / "openai_agent.py"
+
+TOUR = """
+import asyncio, openai, sys
+from openai import AsyncOpenAI, OpenAI
+from pydantic import BaseModel, Field
+
+client = OpenAI()
+say = [{"role": "user", "content": "Hello!"}]
+
+class Point(BaseModel):
+    x: int = Field(ge=0, le=9)
+    kind: bool
+
+parsed = client.chat.completions.parse(model="gpt-4o", messages=say, response_format=Point).choices[0].message.parsed
+print("parsed", type(parsed).__name__, parsed.model_dump().keys() == {"x", "kind"})
+
+tool = openai.pydantic_function_tool(Point, name="draw")
+with client.chat.completions.stream(
+    model="x", messages=say, tools=[tool], tool_choice="required", parallel_tool_calls=False
+) as stream:
+    kinds = {event.type for event in stream}
+    call = stream.get_final_completion().choices[0].message.tool_calls[0]
+print("tool", call.function.name, type(call.function.parsed_arguments).__name__)
+print("events", "tool_calls.function.arguments.done" in kinds)
+
+with client.responses.stream(model="x", input="Hello!", temperature=0) as stream:
+    kinds = [event.type for event in stream]
+    print("response", kinds[0], kinds[-1], bool(stream.get_final_response().output_text))
+
+print("completion", bool(client.completions.create(model="x", prompt="Once", max_tokens=4).choices[0].text))
+
+long = [{"role": "user", "content": "w " * 9000}]
+for wrong in ({"messages": []}, {"messages": say, "temperature": -5}, {"messages": long}):
+    try:
+        client.chat.completions.create(model="x", **wrong)
+    except openai.BadRequestError as err:
+        print("refused", err.code, err.param)
+try:
+    OpenAI(api_key="aios-wrong").models.list()
+except openai.AuthenticationError as err:
+    print("stranger", err.code)
+
+async def cancelled():
+    async with AsyncOpenAI() as client:
+        task = asyncio.create_task(client.completions.create(model="x", prompt="Once", extra_body={"ignore_eos": True}))
+        await client.models.list()
+        task.cancel()
+        print("cancelled", isinstance((await asyncio.gather(task, return_exceptions=True))[0], asyncio.CancelledError))
+asyncio.run(cancelled())
+
+try:
+    while True:
+        client.completions.create(model="x", prompt="Once", extra_body={"ignore_eos": True})
+except openai.RateLimitError as err:
+    print("budget", err.code, err.response.headers["x-should-retry"])
+"""
+
+
+@official
+def test_the_official_client_finds_what_it_expects(aiosd: System, tmp_path: Path) -> None:
+    script = tmp_path / "tour.py"
+    script.write_text(TOUR)
+    done = aiosd.run("aios-run", "--tokens", "6000", script, timeout=100)
+    assert done.stdout == textwrap.dedent("""\
+        parsed Point True
+        tool draw Point
+        events True
+        response response.created response.completed True
+        completion True
+        refused None messages
+        refused None temperature
+        refused context_length_exceeded prompt
+        stranger invalid_api_key
+        cancelled True
+        budget insufficient_quota false
+    """), done.stderr
+
+
+@official
+def test_the_example_runs(aiosd: System) -> None:
+    done = aiosd.run("aios-run", EXAMPLE, timeout=60, check=True)
+    lines = dict(line.split(": ", 1) for line in done.stdout.splitlines() if ": " in line)
+    assert lines["model"] == "nano"
+    assert lines["call"] == "multiply ['a', 'b']"
+    assert lines["form"] == "['number']"
+    assert lines["vectors"].startswith("2 of ")
+    assert {"stream", "answer", "response"} <= set(lines)
+
+
+# ── Ollama ────────────────────────────────────────────────────────────────────────────────────────────────
+
+
+@pytest.fixture
+def agent(aiosd: System) -> Agent:
+    return Agent(aiosd)
+
+
+def lines(agent: Agent, path: str, body: dict[str, Any]) -> list[Any]:
+    answer = agent.do(path=path, body=body)
+    assert answer["status"] == 200, answer
+    assert answer["headers"]["content-type"] == "application/x-ndjson"
+    return [json.loads(line) for line in answer["body"].splitlines()]
+
+
+def test_ollamas_chats_are_lines_unless_they_are_not_to_be(agent: Agent) -> None:
+    body = {"model": "llama3.2", "messages": HELLO, "options": {"num_predict": 6, "temperature": 0, "num_ctx": 4096}}
+    parts = lines(agent, "/api/chat", body)
+    whole = agent.post("/api/chat", {**body, "stream": False})[1]
+    assert "".join(part["message"]["content"] for part in parts) == whole["message"]["content"] != ""
+    assert [part["done"] for part in parts] == [False] * (len(parts) - 1) + [True]
+    assert parts[-1]["eval_count"] == whole["eval_count"] == 6
+    assert (whole["done_reason"], whole["model"]) == ("length", "nano")
+    generated = lines(agent, "/api/generate", {"model": "x", "prompt": "Hello!", "options": {"num_predict": 3}})
+    assert all("response" in part for part in generated)
+    raw = {"model": "x", "prompt": "Once", "raw": True, "stream": False, "options": {"num_predict": 3}}
+    assert agent.post("/api/generate", raw)[1]["eval_count"] == 3
+
+
+def test_ollamas_tools_forms_and_models(agent: Agent) -> None:
+    tools = [{"type": "function", "function": {"name": "stop", "parameters": {"type": "object", "properties": {}}}}]
+    form = {"type": "object", "properties": {"n": {"type": "integer", "maximum": 9, "minimum": 0}}, "required": ["n"]}
+    body = {"model": "x", "messages": HELLO, "stream": False}
+    assert list(json.loads(agent.post("/api/chat", {**body, "format": form})[1]["message"]["content"])) == ["n"]
+    both = agent.post("/api/chat", {**body, "format": form, "tools": tools})[1]["message"]
+    assert both["content"] or both["tool_calls"][0]["function"]["arguments"] == {}
+    assert agent.post("/api/tags", method="GET")[1]["models"][0]["name"] == "nano"
+    assert "completion" in agent.post("/api/show", {"model": "nano"})[1]["capabilities"]
+    assert len(agent.post("/api/embed", {"model": "x", "input": ["a", "b"]})[1]["embeddings"]) == 2
+    assert agent.post("/api/embeddings", {"model": "x", "prompt": "a"})[1]["embedding"]
+    assert agent.post("/api/version", method="GET", headers={"Authorization": None})[0] == 200
+    assert agent.post("/api/chat", {**body, "format": "xml"}) == (400, {"error": "format: json, or a schema"})
+    image = [{"role": "user", "content": "x", "images": ["aGk="]}]
+    assert agent.post("/api/chat", {**body, "messages": image})[0] == 400
+
+
+# ── Cerebrum ──────────────────────────────────────────────────────────────────────────────────────────────
+
+
+def query(agent: Agent, kind: str, **data: Any) -> dict[str, Any]:
+    status, found = agent.post("/query", {"query_type": kind, "agent_name": "x", "query_data": data})
+    assert status == 200, found
+    assert found["response"]["response_class"] == kind
+    assert len(found["turnaround_times"]) == 1
+    return found["response"]
+
+
+def test_cerebrums_queries_of_a_model(agent: Agent) -> None:
+    schema = {"type": "object", "properties": {"n": {"type": "integer", "minimum": 0, "maximum": 9}}, "required": ["n"]}
+    chat: dict[str, Any] = {"llms": None, "messages": HELLO, "tools": None, "temperature": 1.0, "max_new_tokens": 30}
+    answer = query(agent, "llm", **chat, action_type="chat", message_return_type="text", response_format=None)
+    assert answer["response_message"]
+    assert (answer["finished"], answer["status_code"], answer["tool_calls"]) == (True, 200, None)
+    form = {"type": "json_schema", "json_schema": {"name": "n", "schema": schema}}
+    answer = query(agent, "llm", **chat, action_type="chat_with_json_output", response_format=form)
+    assert list(json.loads(answer["response_message"])) == ["n"]
+    tool = {"name": "demo_author/calc", "description": "d", "parameters": schema}
+    chat["tools"] = [{"type": "function", "function": tool}]
+    answer = query(agent, "llm", **chat, action_type="chat_with_tool_call_output")
+    assert all(call["name"] == "demo_author/calc" for call in answer["tool_calls"] or [])
+    chat["max_new_tokens"] = 1000
+    answer = query(agent, "llm", **chat, action_type="call_tool")  # our own calc wants an expression
+    assert (answer["status_code"], answer["response_message"]) == (400, None)
+    assert answer["error"].startswith("calc: ")
+    assert query(agent, "llm", **chat, action_type="operate_file")["status_code"] == 501
+    assert agent.error("/query", {"query_type": "x", "query_data": {}})[:2] == (400, "query_type")
+
+
+def test_cerebrums_memories_are_notes(agent: Agent) -> None:
+    metadata = {"tags": ["t"], "keywords": ["deep"], "nested": {"a": [1]}}
+    params = {"content": "the sky is blue", "metadata": metadata}
+    ident = query(agent, "memory", operation_type="add_memory", params=params)["memory_id"]
+    assert query(agent, "memory", operation_type="get_memory", params={"memory_id": ident})["metadata"] == metadata
+    change = {"memory_id": ident, "content": "the sky is grey"}
+    assert query(agent, "memory", operation_type="update_memory", params=change)["success"]
+    found = query(agent, "memory", operation_type="retrieve_memory", params={"content": "sky", "k": 3})
+    assert [(one["content"], one["tags"], one["keywords"]) for one in found["search_results"]] == [
+        ("the sky is grey", ["t"], ["deep"])
+    ]
+    assert query(agent, "memory", operation_type="remove_memory", params={"memory_id": ident})["success"]
+    for wrong in ({"memory_id": ident}, {"memory_id": "x"}, {}):
+        assert not query(agent, "memory", operation_type="get_memory", params=wrong)["success"]
+    for wrong in ({}, {"content": 5}, {"content": "x", "metadata": 5}, {"content": "x" * (2 << 20)}):
+        assert not query(agent, "memory", operation_type="add_memory", params=wrong)["success"]
+
+
+def test_cerebrums_files_are_kept_with_their_versions(agent: Agent) -> None:
+    def do(operation: str, **params: Any) -> tuple[int, str]:
+        answer = query(agent, "storage", operation_type=operation, params=params)
+        return answer["status_code"], answer["response_message"] or answer["error"]
+
+    assert do("mount", root_dir="/tmp/r")[0] == 200
+    assert do("create_file", file_path="/r/plan.txt")[0] == 200
+    assert do("create_file", file_path="r/plan.txt")[0] != 200  # it is there
+    assert [do("write", file_path="r/plan.txt", content=text)[0] for text in ("blue sky", "green sea")] == [200, 200]
+    assert json.loads(do("retrieve", query_text="green", n=3, keywords=None)[1])[0]["file_path"] == "r/plan.txt"
+    assert do("rollback", file_path="r/plan.txt", n=1)[0] == 200
+    assert json.loads(do("retrieve", query_text="blue", n=3)[1])[0]["content"]
+    assert do("share", file_path="r/plan.txt")[0] == 200
+    wrong: list[tuple[str, dict[str, Any]]] = [
+        ("rollback", {"file_path": "r/plan.txt", "n": 50}),
+        ("rollback", {"file_path": "r/plan.txt", "n": "x"}),
+        ("write", {"file_path": "../escape", "content": "x"}),
+        ("write", {"file_path": 5, "content": "x"}),
+        ("write", {"file_path": "x", "content": "x" * (2 << 20)}),
+        ("share", {"file_path": "nothing"}),
+        ("format", {}),
+    ]
+    for operation, params in wrong:
+        assert 400 <= do(operation, **params)[0] < 500, operation
+
+
+def test_cerebrums_tools_and_lists(agent: Agent) -> None:
+    call = {"name": "someone/calc", "parameters": {"expression": "6*7"}}
+    assert query(agent, "tool", tool_calls=[call])["response_message"] == "42"
+    assert query(agent, "tool", tool_calls=[{"name": "nothing", "parameters": {}}])["status_code"] == 404
+    assert agent.post("/core/llms/list", method="GET")[1]["llms"] == [{"name": "nano", "backend": "aiosd"}]
+    assert agent.post("/status", method="GET")[0] == agent.post("/core/llm/setup", {})[0] == 200
