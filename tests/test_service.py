@@ -13,7 +13,6 @@ from typing import Any
 import psutil
 import pytest
 
-from libaios import wire
 from libaios.client import Client
 from libaios.connection import Pending
 from libaios.home import Home
@@ -127,6 +126,6 @@ def test_a_call_that_ends_its_service_is_given_up_and_its_neighbours_go_on(syste
 
 
 def test_a_call_that_no_process_answers_is_refused(system: System) -> None:
-    with Client(Home(str(system.home))) as client, pytest.raises(OSError, match="has no storage") as caught:
-        client.call(wire.Sys.STO, wire.NoArgs(), None)
+    with Client(Home(str(system.home))) as client, pytest.raises(OSError, match="has no storeroom") as caught:
+        client.call(toy.NOWHERE, toy.Text(""), None)
     assert caught.value.errno == errno.ENOSYS

@@ -23,7 +23,7 @@ from libaios.channel import Channel
 from libaios.home import Home
 from libaios.wire import Again, Row
 
-REPEAT, ONCE, NEVER, ECHO, CRASH = range(900, 905)
+REPEAT, ONCE, NEVER, ECHO, CRASH, NOWHERE = range(900, 906)
 
 
 class Work(Struct, array_like=True, frozen=True):
@@ -40,6 +40,7 @@ ROWS = (
     Row(NEVER, Work, str, by="toy", again=Again.NEVER, piece=str),
     Row(ECHO, Text, list[Any], by="toy"),
     Row(CRASH, Text, by="toy"),
+    Row(NOWHERE, Text, by="storeroom"),
 )
 TOY = Service("toy", kind="toy", entry="tests.toy:main")
 
