@@ -364,6 +364,30 @@ def test_a_parked_call_stands_still_and_goes_on(make: Make, monkeypatch: pytest.
     assert len(bench.endpoint.asked) == 1
 
 
+def test_nothing_is_read_for_a_parked_call(make: Make) -> None:
+    """More than the system's buffers hold: the endpoint stands still, too, until the call may go on."""
+    go, all_written = threading.Event(), threading.Event()
+
+    def floods(handler: Any) -> None:
+        handler.stream()
+        handler.chunk(content="one ")
+        go.wait(20)
+        for _ in range(256):
+            handler.wfile.write(b": " + b"x" * (1 << 16) + b"\n")
+        all_written.set()
+        handler.chunk("stop", content="two")
+        handler.event("[DONE]")
+
+    bench = make(floods)
+    key = bench.submit()
+    bench.until(lambda: bench.deltas(key))
+    bench.tell(link.Park(1, True, 7))
+    go.set()
+    assert not all_written.wait(1.5)
+    bench.tell(link.Park(1, False))
+    assert bench.text(key) == "one two"
+
+
 def test_a_call_that_is_parked_for_long_is_asked_again(make: Make, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(backends, "PARK_S", 0.05)
     bench = make(hangs("one "), answers("one ", "two"))
