@@ -84,7 +84,7 @@ def test_where_states_are_large_turns_are_longer(name: str, times: int) -> None:
             engine.step()
         evictions.append(len(engine.evictions))
     assert evictions[0] > times * evictions[1]
-    assert evictions[1] > times * evictions[2] > 0
+    assert evictions[1] >= times * evictions[2] > 0
 
 
 def test_a_quantum_grows_with_the_state_up_to_a_limit() -> None:
