@@ -95,8 +95,8 @@ def canonical(name: str) -> str:
 
 
 def test_every_import_is_required() -> None:
-    """Nothing is imported that only happens to be installed. Trainer of the embedded model, hub and gateway are
-    extra."""
+    """Nothing is imported that only happens to be installed. Trainer of the embedded model, hub, gateway and MCP
+    are extra."""
     distributions = importlib.metadata.packages_distributions()
     required = requirements(CONFIG["options"]["install_requires"])
     missing = set()
@@ -106,6 +106,8 @@ def test_every_import_is_required() -> None:
             allowed = required | requirements(CONFIG["options.extras_require"]["nano"])
         elif module_of(path) == "aiosd.models.hub":
             allowed = required | requirements(CONFIG["options.extras_require"]["hub"])
+        elif module_of(path) == "aiosd.tools.bridge":
+            allowed = required | requirements(CONFIG["options.extras_require"]["mcp"])
         elif module_of(path).startswith("aiosd.gateway"):
             allowed = required | requirements(CONFIG["options.extras_require"]["gateway"])
         for imported, _ in imports(path):
