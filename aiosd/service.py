@@ -32,7 +32,7 @@ from aiosd import link
 from aiosd.heartbeat import HANG_S, Rounds
 from aiosd.timers import Timers
 from libaios import wire
-from libaios.channel import Channel, restless
+from libaios.channel import LOOKS, Channel
 from libaios.wire import Again
 
 logger = logging.getLogger("service")
@@ -207,7 +207,8 @@ class Server:
         """Until a message comes, and handle what the watched descriptors bring. False: nothing has come."""
         if not self._watched:
             return self.channel.wait(timeout)
-        if restless([self.channel]):
+        looked = not self.channel.fall_asleep(LOOKS)
+        if looked:
             timeout = 0.0
         poll = select.poll()
         for fd in (self.channel.fileno(), *self._watched):
@@ -218,7 +219,7 @@ class Server:
                 self.channel.drain_bell()
             elif fd in self._watched:  # an earlier one may have ended it
                 self._watched[fd]()
-        return bool(found)
+        return looked or bool(found)
 
     def watch(self, fd: int, callback: Callable[[], None]) -> None:
         """Call back whenever the descriptor is readable or hung up."""
