@@ -485,7 +485,7 @@ def test_check_balances(aiosd: System) -> None:
 
 def test_status_is_short_by_default(aiosd: System) -> None:
     text = aiosd.run("aiosd", "status", check=True).stdout
-    assert len(text.splitlines()) <= 10
+    assert len(text.splitlines()) <= 12
     for words in ("ready, up ", f"home        {aiosd.home}", "fair (64 tokens or 10 s)", "0 of ", "load ", "memory "):
         assert words in text
     everything = aiosd.run("aiosd", "status", "-v", check=True).stdout

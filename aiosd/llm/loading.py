@@ -120,7 +120,6 @@ def load(spec: ModelSpec, report: Report) -> Loaded:
     weights = (0 if spec.gpu_layers and llama.supports_gpu() else file.size) + adapters.size(spec)
     kv_bytes = chosen.slots * file.kv_bytes_per_slot(chosen.ctx)
     room.check_memory(spec.path, weights, kv_bytes, chosen, free)
-    logger.info("%d slots of %d tokens: %s", chosen.slots, chosen.ctx, chosen.why)
     model = _weights(spec, report)
     try:
         model.own_template = template
@@ -130,6 +129,7 @@ def load(spec: ModelSpec, report: Report) -> Loaded:
         context, flash_attention, why = _context(spec, model, chosen, file.key_width())
         if spec.exact:
             _check_exact(context, model, chosen.slots + 1)
+        logger.info("%d slots of %d tokens: %s", chosen.slots, chosen.ctx, chosen.why)  # not before it is known to load
         number = _threads(spec, context, chosen.slots, report)
     except BaseException:  # of any kind: llama.cpp's memory is freed by us alone
         model.close()
