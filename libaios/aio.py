@@ -413,3 +413,32 @@ class tool:
 
     list = staticmethod(twin(_tool.list))
     call = staticmethod(twin(_tool.call))
+    define = staticmethod(_tool.define)
+
+    @staticmethod
+    async def schema(name: str) -> dict[str, Any]:
+        """As `libaios.tool.schema`."""
+        there = {info.name: info for info in await tool.list()}
+        return _tool.chosen(there, [name])[0].parameters
+
+    @staticmethod
+    async def stream(
+        name: str, arguments: Mapping[str, Any] | None = None, /, **more: Any
+    ) -> AsyncGenerator[str, None]:
+        """As `libaios.tool.stream`, with `async for`."""
+        conn = await _connection()
+        args = replace(_tool.call_args(name, arguments, more, None), stream=True)
+        call, replied = await _submit(conn, Sys.TOOL_CALL, args)
+        wrote = False
+        try:
+            while call.pieces or call.final is None:
+                if call.pieces:
+                    wrote = True
+                    yield call.pieces.popleft()
+                else:
+                    await _reply(conn, replied)
+            result = decode_body(call.final, Any)
+            if isinstance(result, str) and not wrote:
+                yield result
+        finally:
+            conn.abandon(call)

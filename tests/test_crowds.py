@@ -92,7 +92,7 @@ def lister(house: House, clock: Clock) -> tuple[ProcessCalls, Jobs]:
     cores: Any = SimpleNamespace(context_of=lambda pid: ("", 0))
     system: Any = SimpleNamespace(lines=lambda pids, name: [])
     made = ProcessCalls(
-        house.table, agents, house.waiters, nothing, system, nothing, cores, Measure.__new__(Measure), jobs
+        house.table, agents, nothing, house.waiters, nothing, system, nothing, cores, Measure.__new__(Measure), jobs
     )
     return made, jobs
 

@@ -164,6 +164,9 @@ def test_an_agent_calls_tools_and_so_does_its_model(system: System, tmp_path: Pa
         "    print((await aio.llm.chat(asked, tools=['calc'], temperature=0.0)).tool_calls[0].name)\n"
         "    done = await aio.llm.run(asked[0]['content'], tools=['calc'], temperature=0.0)\n"
         "    print(done.text, await aio.tool.call('calc', {'expression': '3'}))\n"
+        "    texts = [text async for text in aio.tool.stream('shell', command='echo three')]\n"
+        "    print(texts, [text async for text in aio.tool.stream('calc', expression='4')])\n"
+        "    print((await aio.tool.schema('calc'))['required'])\n"
         "asyncio.run(main())\n"
         "try: aios.llm.chat(asked, tools=['nope'])\n"
         "except FileNotFoundError as err: print(err.strerror[:20])\n"
@@ -178,6 +181,8 @@ def test_an_agent_calls_tools_and_so_does_its_model(system: System, tmp_path: Pa
         f"{answer} 1 stop 4",
         "calc",
         f"{answer} 3",
+        "['three\\n'] ['4']",
+        "['expression']",
         "no such tool: nope (",
     ]
 
