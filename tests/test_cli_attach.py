@@ -268,7 +268,14 @@ def held(
 
 
 def holders() -> list[psutil.Process]:
-    return [process for process in offspring() if process.name() == "aios-holder"]
+    return [process for process in offspring() if is_holder(process)]
+
+
+def is_holder(process: psutil.Process) -> bool:
+    try:
+        return process.name() == "aios-holder"
+    except psutil.NoSuchProcess:  # it has ended since
+        return False
 
 
 def sockets(system: System) -> list[Path]:
