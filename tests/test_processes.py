@@ -478,17 +478,6 @@ def test_a_forked_child_has_no_connection_and_its_commands_have(aiosd: System, a
     assert "forked" in run(aiosd, script)
 
 
-def test_managers_that_are_not_there_say_so(aiosd: System, agent: Write) -> None:
-    script = agent("""
-        import errno
-        try: aios.tool.list()
-        except OSError as err: print(errno.errorcode[err.errno], err.strerror)
-    """)
-    (line,) = run(aiosd, script).splitlines()
-    assert line.startswith("ENOSYS ")
-    assert "this system has no " in line
-
-
 def test_inspect_tells_how_an_agent_ended(aiosd: System) -> None:
     pid = aiosd.run("aios-run", "-d", "--time", "0.1", "--", "sleep", "1000", check=True).stdout.strip()
     assert aiosd.run("aios-wait", pid).returncode == 124

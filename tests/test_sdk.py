@@ -908,11 +908,11 @@ def test_a_channel_is_only_its_owners(monkeypatch: pytest.MonkeyPatch) -> None:
         os.close(bell)
 
 
-def test_what_is_not_there_yet_says_so(kernel: ChannelKernel, connection: Connection) -> None:
+def test_a_service_that_is_not_there_says_so(kernel: ChannelKernel, connection: Connection) -> None:
     with as_process_connection(connection):
         call = aside(aios.tool.list)
-        kernel.fail(kernel.take(Sys.TOOL), errno.ENOSYS, "comes with a later release")
-        with pytest.raises(OSError, match="later release"):
+        kernel.fail(kernel.take(Sys.TOOL_LIST), errno.ENOSYS, "this system has no toolbox")
+        with pytest.raises(OSError, match="no toolbox"):
             call.result(PATIENCE_S)
 
 

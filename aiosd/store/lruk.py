@@ -88,9 +88,7 @@ class LruK(Generic[Value]):
             return None
         self.hits += 1
         self._count(entry.owner, 0)
-        self._refer(entry)
-        self._young[key] = None
-        self._young.move_to_end(key)
+        self._touch(key, entry)
         return entry.value
 
     def put(self, key: Hashable, value: Value, size: int, owner: Hashable) -> list[Hashable]:
@@ -99,7 +97,7 @@ class LruK(Generic[Value]):
         old = self._entries.get(key)
         if old is not None and old.size == size and old.owner == owner:  # nothing has to go for it
             old.value = value
-            self._refer(old)
+            self._touch(key, old)
             return []
         times, last = (old.times, old.last) if old is not None else self._history.pop(key, ((), 0))
         if old is not None:
@@ -156,6 +154,12 @@ class LruK(Generic[Value]):
 
     def _count(self, owner: Hashable, which: int) -> None:
         self._counts.setdefault(owner, [0, 0, 0])[which] += 1
+
+    def _touch(self, key: Hashable, entry: _Entry[Value]) -> None:
+        """A reference to a resident."""
+        self._refer(entry)
+        self._young[key] = None
+        self._young.move_to_end(key)
 
     def _refer(self, entry: _Entry[Value]) -> None:
         self.clock += 1
