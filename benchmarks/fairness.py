@@ -110,7 +110,7 @@ def ours(model: Path, policy: str, slots: int, vocab: int, options: argparse.Nam
 
 
 def theirs(model: Path, slots: int, vocab: int, options: argparse.Namespace) -> dict[str, Any]:
-    """llama-server chooses slots by what they hold; whoever finds none free waits in its queue."""
+    """llama-server chooses slots by what they hold; a call that finds none free waits in its queue."""
     with Server(model, slots, CTX, options.threads) as server:
         talker = server.start(1, HTTP + TALKING)[0]
         crowd = server.start(CROWD, HTTP + ENDLESS)

@@ -29,7 +29,7 @@ KEEP_ALIVE_S = 75
 
 
 class Strangers:
-    """Connections that are nobody's yet, oldest first."""
+    """Connections of which it is not known yet whose they are, oldest first."""
 
     def __init__(self) -> None:
         self._all: dict[Guarded, asyncio.TimerHandle] = {}

@@ -20,7 +20,7 @@ from aiosd.letter import Letter
 
 
 class Tokens:
-    """`door`: where the gateway listens; None: there is none, and nobody gets a token."""
+    """`door`: where the gateway listens; None: there is none, and no agent gets a token."""
 
     def __init__(self, door: Endpoint | None) -> None:
         self._door = door

@@ -33,7 +33,7 @@ PART, MOST_BYTES = 4, 16 << 30
 class Room:
     ctx: int  # tokens per slot
     slots: int
-    why: str  # why so many tokens, for people
+    why: str  # why this number of tokens, for people
 
 
 def choose(spec: ModelSpec, file: ModelFile, free: int) -> Room:

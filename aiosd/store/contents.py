@@ -81,7 +81,7 @@ class Contents:
                 self.charge(owner, self._size(content))
 
     def release(self, owner: int, contents: Iterable[int]) -> None:
-        """One use less of each. What nobody uses any more is gone with the commit."""
+        """One use less of each. What is not used any more is gone with the commit."""
         for content, times in Counter(contents).items():
             sql = "UPDATE content_uses SET uses = uses - ? WHERE owner = ? AND content = ? RETURNING uses"
             row = self._db.row(sql, times, owner, content)

@@ -84,7 +84,7 @@ class OfCore:
             os.eventfd_write(self._bell, 1)
 
     def _vectors(self, texts: list[str]) -> list[Floats | None] | None:
-        """None: nobody answers."""
+        """None: there is no answer."""
         try:
             return list(self._call(texts))
         except OSError as err:

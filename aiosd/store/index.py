@@ -132,7 +132,7 @@ class Index:
         return self._compare(query, k, self._candidates(query, max(RESCORED, 4 * k) * -(-BITS // self.width)))
 
     def _candidates(self, query: Floats, wanted: int) -> Ints:
-        """Rows that may be the nearest: at least so many live ones, or all."""
+        """Rows that may be the nearest: at least this number of live ones, or all."""
         count = wanted
         while True:
             count = min(count, self.rows)

@@ -32,7 +32,7 @@ from libaios.wire import Note, Sys
 KEYS = 10_000  # whose notes are found without a query
 FILL = 0.8  # of `ram`
 CLEAN_S = 10.0  # between two looks for notes whose time is over,
-CLEAN_AT_ONCE = 100  # … of which so many are removed in one transaction
+CLEAN_AT_ONCE = 100  # … of which at most this number are removed in one transaction
 
 
 class Memory:

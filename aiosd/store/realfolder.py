@@ -1,6 +1,6 @@
 """A real folder, and the way to what lies in it: step by step from its descriptor, never through a link.
 
-So no link, whoever made it and whenever, leads out of the folder; and since what is opened is looked at afterwards, a
+So no link, whenever it was made, leads out of the folder; and since what is opened is looked at afterwards, a
 file that was exchanged for a pipe or a device is not read. `hidden` is aiosd's own data, which is in no mounted folder,
 even if it lies below one. Raises OSError in all functions.
 """
@@ -92,7 +92,7 @@ class RealFolder:
             os.close(fd)
 
     def write(self, names: tuple[bytes, ...], data: bytes) -> None:
-        """Beside the file, and then in its place: whoever reads gets the old one or the new one."""
+        """Beside the file, and then in its place: a reader gets the old one or the new one."""
         with self.folder(names[:-1], make=True) as folder:
             mode = self._mode_of(folder, names[-1])
             with contextlib.suppress(FileNotFoundError):

@@ -37,7 +37,7 @@ LOAD_S = 60.0  # for a source to be imported
 GRACE_S = 1.0  # between TERM and KILL
 SAMPLE_S = 0.2
 MOST_PROCESSES = 64  # of one call
-IDLE_S = 60.0  # a worker that nobody needs is kept that long
+IDLE_S = 60.0  # seconds for which a worker without a call is kept
 FRAME_BYTES = 16 << 20
 #: A tool sees this of the environment of aiosd and nothing else: no keys, no tokens.
 KEPT_VARIABLES = ("PATH", "LANG", "LC_ALL", "LC_CTYPE", "TZ", "SSL_CERT_FILE", "SSL_CERT_DIR", "VIRTUAL_ENV")

@@ -1,8 +1,8 @@
 """What a request asks for.
 
 Every field that OpenAI documents is known here, and those of llama-server and vLLM that programs use. A field that
-cannot be honoured, and that would change the answer, is a 400 with its name; one that changes nothing is accepted. What
-nobody documents is accepted too, and named in the reply's `x-aios-ignored`.
+cannot be honoured, and that would change the answer, is a 400 with its name; one that changes nothing is accepted. A
+field that is not documented is accepted too, and named in the reply's `x-aios-ignored`.
 """
 
 from __future__ import annotations
