@@ -39,6 +39,8 @@ logger = logging.getLogger("service")
 
 #: The kind of the llm cores.
 LLM = "llm"
+#: The name and kind of the tool manager.
+TOOLBOX = "toolbox"
 #: The name of the service that acts for agents: see `aiosd.kernel.control`.
 GATEWAY = "gateway"
 
@@ -118,6 +120,7 @@ class Server:
     on_gone: Callable[[int], None] = lambda peer: None  # this peer is dead
     on_keep: Callable[[list[int]], None] = lambda peers: None  # all peers but these are
     on_cancel: Callable[[link.Key], None] = lambda key: None  # of a call whose answer was to come later
+    on_again: Callable[[link.Key], None] = lambda key: None  # such a call is open in a new kernel, too
     queued: frozenset[int] = frozenset()
     rest: Callable[[], None] = lambda: None  # there is a pause: time for what can wait
     timers: Timers = field(default_factory=Timers)
@@ -229,8 +232,10 @@ class Server:
         """Before the descriptor is closed."""
         self._watched.pop(fd, None)
 
-    def _send(self, message: link.FromService) -> None:
+    def send(self, message: link.FromService) -> None:
         self.channel.send(link.encode(message))
+
+    _send = send
 
     def _handle(self, message: link.ToService) -> None:
         match message:
@@ -272,7 +277,7 @@ class Server:
         if known is not None and known.life == ask.life:
             self._send(known.message)
         elif ask.key in self._under_way or ask.key in self._later:
-            pass  # it goes on, and its answer goes to the new kernel
+            self.on_again(ask.key)  # it goes on, and its answer goes to the new kernel
         elif ask.again and row.again is Again.NEVER:
             reason = f"{row.name}: it had begun before a process died, and is not done again"
             self._send(link.Failed(ask.key, errno.EIO, reason))
@@ -318,7 +323,7 @@ class Server:
 
     def begun(self, key: link.Key) -> None:
         """A queued call begins now. From here on one that is made NEVER again is lost with this process."""
-        self._send(link.Begun(key))
+        self.channel.send_silently(link.encode(link.Begun(key)))  # read with what comes next, or at our death
 
     def part(self, key: link.Key, body: object) -> None:
         """A part of an answer that comes later."""
