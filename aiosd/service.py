@@ -145,7 +145,7 @@ class Server:
     def run(self, rounds: Rounds) -> int:
         """Serve until told to end, or the kernel's end of the channel is gone for good."""
         channel = self.channel
-        self._send(link.Loaded(dict(self.info)))
+        self.send(link.Loaded(dict(self.info)))
         while not self._quit and not channel.hung_up:
             rounds.begin()
             frames: list[bytes] = []
@@ -159,7 +159,7 @@ class Server:
                 channel.pump()
             if channel.reborn:  # a new kernel: it submits again what is open
                 channel.renew()
-                self._send(link.Loaded(dict(self.info)))
+                self.send(link.Loaded(dict(self.info)))
             wait = min(SLEEP_S, self.background())
             for key in list(self._under_way):
                 self._step(key)
@@ -250,8 +250,6 @@ class Server:
     def send(self, message: link.FromService) -> None:
         self.channel.send(link.encode(message))
 
-    _send = send
-
     def _handle(self, message: link.ToService) -> None:
         match message:
             case link.Ask():
@@ -268,13 +266,13 @@ class Server:
             case link.Gone(peer=peer):
                 self._quietly(lambda: self.on_gone(peer))
             case link.GetStats(req=req):
-                self._send(link.Stats(req, self.stats()))
+                self.send(link.Stats(req, self.stats()))
             case link.Quit():
                 self._quit = True
             case _:
                 answer = self.others(message)
                 if answer is not None:
-                    self._send(answer)
+                    self.send(answer)
 
     @staticmethod
     def _quietly(act: Callable[[], None]) -> None:
@@ -290,12 +288,12 @@ class Server:
         row = wire.TABLE[ask.sys]
         known = self._answers.get(ask.key) if ask.again else None
         if known is not None and known.life == ask.life:
-            self._send(known.message)
+            self.send(known.message)
         elif ask.key in self._under_way or ask.key in self._later:
             self.on_again(ask.key)  # it goes on, and its answer goes to the new kernel
         elif ask.again and row.again is Again.NEVER:
             reason = f"{row.name}: it had begun before a process died, and is not done again"
-            self._send(link.Failed(ask.key, errno.EIO, reason))
+            self.send(link.Failed(ask.key, errno.EIO, reason))
         else:
             if ask.sys not in self.queued:
                 self.channel.send_silently(link.encode(link.Working(ask.key)))  # read with the answer, or at a death
@@ -320,7 +318,7 @@ class Server:
 
     def _go_on(self, key: link.Key) -> None:
         """One more part of a long answer, so that no call waits for all of another's."""
-        self._send(link.Working(key))
+        self.send(link.Working(key))
         try:
             part = next(self._under_way[key])
         except StopIteration as end:
@@ -331,9 +329,9 @@ class Server:
             self._paused.pop(key, None)
             if isinstance(part, Pause):
                 self._paused[key] = part.until
-                self._send(link.Working(None))  # a death while it waits is not its fault
+                self.send(link.Working(None))  # a death while it waits is not its fault
             else:
-                self._send(link.Part(key, self._offsets[key], wire.encode(part)))
+                self.send(link.Part(key, self._offsets[key], wire.encode(part)))
                 self._offsets[key] += 1
 
     def begun(self, key: link.Key) -> None:
@@ -343,7 +341,7 @@ class Server:
     def part(self, key: link.Key, body: object) -> None:
         """A part of an answer that comes later."""
         if key in self._later:
-            self._send(link.Part(key, self._offsets[key], wire.encode(body)))
+            self.send(link.Part(key, self._offsets[key], wire.encode(body)))
             self._offsets[key] += 1
 
     def answer(self, key: link.Key, body: object) -> None:
@@ -377,7 +375,7 @@ class Server:
 
     def _out(self, message: link.Answered | link.Failed, size: int) -> None:
         key = message.key
-        self._send(message)
+        self.send(message)
         old = self._answers.pop(key, None)
         self._answers[key] = _Answer(message, size, self._lives.pop(key, 0))
         self._bytes += size - (old.size if old is not None else 0)

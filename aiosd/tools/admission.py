@@ -75,7 +75,8 @@ class _Held:
 
 
 class Admission(Generic[K]):
-    """`K`: how calls are named. `submit` a call, ask `begin` for those that may run now, `end` each. `running` is bounded by `workers`."""
+    """`submit` a call, ask `begin` for those that may run now, `end` each. `running` is bounded by `workers`. `K`: what
+    calls are named by."""
 
     def __init__(self, workers: int) -> None:
         self.workers = workers
