@@ -122,17 +122,22 @@ QUIET = {
 _PROXIES = ("http_proxy", "https_proxy", "all_proxy")
 
 
+def variables(url: str, token: str) -> dict[str, str]:
+    """What leads a program to the gateway at `url`."""
+    return {
+        "OPENAI_BASE_URL": f"{url}/v1",
+        "OPENAI_API_BASE": f"{url}/v1",
+        "OPENAI_API_KEY": token,
+        "CEREBRUM_KERNEL_URL": url.replace("//", f"//agent:{token}@", 1),
+    }
+
+
 def environment(given: Mapping[str, str], door: Endpoint, token: str) -> dict[str, str]:
     """The variables of a program that shall find the gateway, made from those that it was given."""
     env = {name: value for name, value in given.items() if name not in LEAKING}
     for name, value in QUIET.items():
         env.setdefault(name, value)
-    env |= {
-        "OPENAI_BASE_URL": f"{door.url}/v1",
-        "OPENAI_API_BASE": f"{door.url}/v1",
-        "OPENAI_API_KEY": token,
-        "CEREBRUM_KERNEL_URL": f"http://agent:{token}@{door.address}",
-    }
+    env |= variables(door.url, token)
     if any(name.lower() in _PROXIES for name in env):
         for name in ("no_proxy", "NO_PROXY"):
             env[name] = ",".join(filter(None, (env.get(name, ""), door.host, "localhost")))
