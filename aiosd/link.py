@@ -119,6 +119,13 @@ class Renice(Struct, array_like=True, frozen=True, tag=True):
     nice: int
 
 
+class ErrandDone(Struct, array_like=True, frozen=True, tag=True):
+    """What the system call of an `Errand` got: an encoded `wire.Reply`, whose id is the number again."""
+
+    number: int
+    reply: bytes
+
+
 class GetStats(Struct, array_like=True, frozen=True, tag=True):
     req: int
 
@@ -233,6 +240,18 @@ class Part(Struct, array_like=True, frozen=True, tag=True):
     body: bytes
 
 
+class Errand(Struct, array_like=True, frozen=True, tag=True):
+    """Make this system call in the name of the caller of `key`, a call that the service has open. Answered with one
+    `ErrandDone`, unless that call ends before. `number`: no two errands of a service have the same, and a later one has
+    a higher one; `again`: it was sent before, to a kernel that has died since."""
+
+    key: Key
+    number: int
+    sys: int
+    args: Raw
+    again: bool = False
+
+
 class Failed(Struct, array_like=True, frozen=True, tag=True):
     """Final word on any call that could not be served."""
 
@@ -253,7 +272,7 @@ class Stats(Struct, array_like=True, frozen=True, tag=True):
     stats: dict[str, Any]
 
 
-ToService = Ask | Submit | CancelCall | Park | ParkCall | Keep | Gone | Schedule | Renice | GetStats | Quit
+ToService = Ask | Submit | CancelCall | Park | ParkCall | Keep | Gone | Schedule | Renice | ErrandDone | GetStats | Quit
 FromService = (
     Progress
     | Loaded
@@ -265,6 +284,7 @@ FromService = (
     | Finished
     | Answered
     | Part
+    | Errand
     | Failed
     | Contexts
     | Stats

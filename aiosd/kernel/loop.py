@@ -31,6 +31,7 @@ from aiosd.kernel.control import Control
 from aiosd.kernel.cores import Core, Cores
 from aiosd.kernel.dispatch import Dispatcher, Handler
 from aiosd.kernel.enforce import Enforcer
+from aiosd.kernel.errands import Errander, ErrandPeer
 from aiosd.kernel.events import Events, Source, Turn
 from aiosd.kernel.generations import Generations
 from aiosd.kernel.jobs import Jobs
@@ -53,7 +54,7 @@ from aiosd.kernel.tokens import Tokens
 from aiosd.kernel.turns import Turns
 from aiosd.kernel.uplink import Uplink
 from aiosd.kernel.waiters import Waiters
-from aiosd.service import LLM
+from aiosd.service import LLM, TOOLBOX
 from aiosd.timers import Timers
 from libaios.channel import Channel, Side
 from libaios.stream import FrameSocket
@@ -231,6 +232,8 @@ class Kernel:
 
     def _make_service(self, process: Process) -> Service:
         record = process.service
+        if record.kind == TOOLBOX:
+            return self._make_toolbox(process)
         if record.kind != LLM:
             return Service(
                 record.name, record.kind, record.shown, self.calls, self.loading, record.awaited, process.pid
@@ -251,6 +254,21 @@ class Kernel:
         )
         self.cores.add(core)
         return core
+
+    def _make_toolbox(self, process: Process) -> Service:
+        record = process.service
+        toolbox = Errander(
+            record.name,
+            record.kind,
+            record.shown,
+            self.calls,
+            self.loading,
+            record.awaited,
+            process.pid,
+            dispatch=self.dispatcher.dispatch,
+        )
+        self.calls.peers.others.append(ErrandPeer(toolbox, None, toolbox.errands))
+        return toolbox
 
     def _connect(self, service: Service, ospid: int, deaths: int, memfd: int, bell: int) -> None:
         channel = Channel(memfd, bell, Side.AGENT)
@@ -318,7 +336,8 @@ class Kernel:
             self._tell_services(link.Gone(client))
 
     def _live_peers(self) -> list[int]:
-        return [*(proc.pid for proc in self.table.live()), *self.calls.peers.clients]
+        others = (peer.id for peer in self.calls.peers.others)
+        return [*(proc.pid for proc in self.table.live()), *self.calls.peers.clients, *others]
 
     def _services_by_ospid(self) -> dict[int, str]:
         return {service.ospid: service.name for service in self.services if service.channel is not None}
