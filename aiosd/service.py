@@ -32,7 +32,7 @@ from aiosd import link
 from aiosd.heartbeat import HANG_S, Rounds
 from aiosd.timers import Timers
 from libaios import wire
-from libaios.channel import LOOKS, Channel
+from libaios.channel import Channel
 from libaios.wire import Again
 
 logger = logging.getLogger("service")
@@ -46,6 +46,7 @@ REMEMBERED = 4096  # answers, for calls that are submitted again,
 REMEMBERED_BYTES = 32 << 20  # … and no more than that of them
 MESSAGES_AT_ONCE = 64
 SLEEP_S = 5.0  # a back-stop: any message wakes the service at once
+LOOK_S = 0.002  # while messages come one after another: how often the watched descriptors are looked at
 PAUSE_S = 0.05  # without a message, before what can wait is done
 
 #: What a function returns whose answer comes later.
@@ -134,6 +135,7 @@ class Server:
     _lives: dict[link.Key, int] = field(default_factory=dict)  # of the calls that were begun and have no answer yet
     _rested: bool = False  # since the last message
     _asleep: bool = False
+    _looked_at: float = 0.0
     _paused: dict[link.Key, float] = field(default_factory=dict)
     _quit: bool = False
 
@@ -143,7 +145,10 @@ class Server:
         self._send(link.Loaded(dict(self.info)))
         while not self._quit and not channel.hung_up:
             rounds.begin()
-            messages = [link.decode_to_service(payload) for payload in channel.receive(MESSAGES_AT_ONCE)]
+            frames: list[bytes] = []
+            channel.take(frames, MESSAGES_AT_ONCE)
+            messages = [link.decode_to_service(payload) for payload in frames]
+            more = len(frames) == MESSAGES_AT_ONCE or channel.fragmented
             if messages:
                 self._rested = False
                 self._turn(messages)
@@ -158,10 +163,12 @@ class Server:
             self.timers.run_due()
             if self._under_way:
                 wait = min(wait, self._next_turn())
-            if wait > 0 and not channel.more and not self._quit:
+            if wait > 0 and not more and not self._quit:
                 rounds.end()
                 with contextlib.suppress(_Woken):
                     self._pause(wait)
+            else:
+                self._look_in_time()
         return 0
 
     def _next_turn(self) -> float:
@@ -204,22 +211,30 @@ class Server:
         self.rest()
 
     def _sleep(self, timeout: float) -> bool:
-        """Until a message comes, and handle what the watched descriptors bring. False: nothing has come."""
+        """Until a message comes, or something for a watched descriptor. False: nothing has come."""
         if not self._watched:
             return self.channel.wait(timeout)
-        looked = not self.channel.fall_asleep(LOOKS)
-        if looked:
-            timeout = 0.0
+        awake = self.channel.wait(timeout, tuple(self._watched))
+        if self.channel.filled():
+            self._look_in_time()
+        else:
+            self._look()
+        return awake
+
+    def _look_in_time(self) -> None:
+        """Messages wait: look at the watched descriptors now and then."""
+        if self._watched and time.monotonic() >= self._looked_at + LOOK_S:
+            self._look()
+
+    def _look(self) -> None:
+        """At the watched descriptors, and handle what they bring."""
+        self._looked_at = time.monotonic()
         poll = select.poll()
-        for fd in (self.channel.fileno(), *self._watched):
+        for fd in self._watched:
             poll.register(fd, select.POLLIN)
-        found = poll.poll(timeout * 1000)
-        for fd, _ in found:
-            if fd == self.channel.fileno():
-                self.channel.drain_bell()
-            elif fd in self._watched:  # an earlier one may have ended it
+        for fd, _ in poll.poll(0):
+            if fd in self._watched:  # an earlier one may have ended it
                 self._watched[fd]()
-        return looked or bool(found)
 
     def watch(self, fd: int, callback: Callable[[], None]) -> None:
         """Call back whenever the descriptor is readable or hung up."""

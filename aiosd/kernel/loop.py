@@ -253,11 +253,20 @@ class Kernel:
         service.forked(ospid, deaths, channel)
         source: Source
 
-        def on_event(mask: int = 0) -> None:
-            if service.channel is channel and service.receive():
-                self.events.move(source, Turn.HUNGRY)
+        def serve() -> None:
+            if service.channel is channel:
+                self.events.move(source, Turn.HUNGRY if service.receive() else Turn.AWAKE)
 
-        source = service.source = self.events.watch(channel.fileno(), on_event, serve=on_event)
+        def on_bell(mask: int) -> None:
+            channel.drain_bell()
+            serve()
+
+        def asked() -> None:
+            if source.turn is Turn.ASLEEP:
+                self.events.move(source, Turn.AWAKE)
+
+        source = service.source = self.events.watch(channel.fileno(), on_bell, serve=serve, channel=channel)
+        service.asked = asked
         self.events.move(source, Turn.HUNGRY)
 
     def _is_alive(self, pid: int) -> bool:
