@@ -304,9 +304,10 @@ class Share(Struct, array_like=True, frozen=True):
 
 
 class Fork(Struct, array_like=True, frozen=True, tag=True):
-    """Fork an agent. The same `key` again names the same agent. What it runs, its arguments, environment and folder are
-    in its letter (see `aiosd.letter`), which the supervisor does not read. Descriptors with the frame: the letter, and
-    then stdin, stdout, stderr; without these the agent inherits those of agent `ppid`, or gets /dev/null and its log.
+    """Fork an agent, or (`outside`) only remember one. The same `key` again names the same agent. What it runs, its
+    arguments, environment and folder are in its letter (see `aiosd.letter`), which the supervisor does not read.
+    Descriptors with the frame: the letter, and then stdin, stdout, stderr; without these the agent inherits those of
+    agent `ppid`, or gets /dev/null and its log.
     """
 
     key: Key
@@ -326,6 +327,7 @@ class Fork(Struct, array_like=True, frozen=True, tag=True):
     restart: str = "no"  # see aiosd.restart
     token: bytes = b""  # the hash of its token for the gateway, see kernel.tokens
     sandbox: str = "none"  # its level; the rest of its box is in the letter
+    outside: bool = False  # it has no process: programs from outside are it, see kernel.outside
 
 
 class SendSignal(Struct, array_like=True, frozen=True, tag=True):
@@ -382,7 +384,7 @@ class Set(Struct, array_like=True, frozen=True, tag=True):
 
 class Forked(Struct, array_like=True, frozen=True, tag=True):
     """Descriptors with the frame: the agent's memfd, the kernel's end of its doorbell, and of a confined agent its door
-    (none when the key was known and the kernel has them already)."""
+    (none when the key was known and the kernel has them already, or it has no process)."""
 
     key: Key
     pid: int

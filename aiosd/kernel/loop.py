@@ -42,6 +42,7 @@ from aiosd.kernel.loading import Loading
 from aiosd.kernel.logkeeper import LogKeeper
 from aiosd.kernel.mail import Mail
 from aiosd.kernel.measure import Measure
+from aiosd.kernel.outside import Outside
 from aiosd.kernel.peer import AgentPeer, ClientPeer, Peer
 from aiosd.kernel.peers import Peers
 from aiosd.kernel.proc import Proc, ProcTable
@@ -128,6 +129,7 @@ class Kernel:
             Tokens(settings.door),
             self.sandboxes,
         )
+        self.outside = Outside(settings.home.data / "tokens.json", self.agents, self.sandboxes)
         self.generations.spent, self.generations.refused = self.enforcer.spent, self.enforcer.refused
         self.generations.stood_still = self.agents.stood_still
         self.budgets.time_is_up = self.enforcer.time_is_up
@@ -205,6 +207,7 @@ class Kernel:
             ),
             syscalls.MessageCalls(self.table, self.mail, self.calls, self.services),
             syscalls.ModelCalls(self.generations),
+            syscalls.TokenCalls(self.agents, self.outside),
             syscalls.SystemCalls(self.status, lambda: self.uplink.send(link.Shutdown()), self.live.change),
         )
 
@@ -220,6 +223,7 @@ class Kernel:
         self.agents.adopt(self.born.agents)
         if self.born.ready:  # those that the settings list have been started
             self.agents.listed.expect(agents_of(self.born.settings))
+            self.outside.restore()
         self.logs.start({agent.pid for agent in self.born.agents}, len(self.table.history))
         self.mail.adopt({proc.pid: proc for proc in self.table.live()})
         self.budgets.adopt({proc.pid for proc in self.table} | set(self.table.history))
@@ -342,6 +346,7 @@ class Kernel:
         return "stopping" if self.stopping else "ready" if self.loading.ready else "loading"
 
     def _on_ready(self) -> None:
+        self.outside.restore()
         self.agents.start_with_system(agents_of(self.live.settings))
         self.agents.listed.when_over(self._tell_ready)
 
@@ -376,6 +381,7 @@ class Kernel:
                 self.live.reread(message)
             case link.Stop():
                 self.stopping = message.reason
+                self.outside.save()
                 self.agents.system_stops()
                 self.over = message.last
 

@@ -161,7 +161,7 @@ class Toolbox:
             logger.error("%s: there is a tool %s already (%s)", source, tool.name, known.info.source)
             return
         try:
-            validator = jsonschema_rs.validator_for(tool.parameters)
+            validator = jsonschema_rs.validator_for(tool.parameters, offline=True)  # nothing is fetched for it
         except ValueError as err:
             self.errors[f"{source}: {tool.name}"] = f"its parameters are no JSON Schema: {err}"
             logger.error("%s: the parameters of %s are no JSON Schema: %s", source, tool.name, err)
