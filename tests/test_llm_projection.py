@@ -143,7 +143,8 @@ values = st.recursive(words | st.integers(-20, 20), lambda inner: st.lists(inner
         "pattern": st.sampled_from(["(?<!x)y", "^a", "("]),
         "not": st.sampled_from([{"type": "string"}, {"pattern": "^a"}, {"const": 1}]),
         "multipleOf": st.sampled_from([2, 7, 0.3]), "uniqueItems": st.just(True), "maxLength": st.integers(0, 3),
-        "minimum": st.integers(-5, 5), "contains": st.just({"const": 1}), "enum": st.lists(values, min_size=1, max_size=3),
+        "minimum": st.integers(-5, 5), "contains": st.just({"const": 1}),
+        "enum": st.lists(values, min_size=1, max_size=3),
         "oneOf": st.just([{"type": "string"}, {"maxLength": 2}]),
     }),
     values,
@@ -164,8 +165,10 @@ from typing import Annotated, Any
 from msgspec import Meta
 from libaios.tool import define
 
+Code = Annotated[str, Meta(pattern="^(?!secret)\\\\w+\\\\b")]
+
 @define
-def even(number: Annotated[int, Meta(multiple_of=7, ge=0)], code: Annotated[str, Meta(pattern="^(?!secret)\\\\w+\\\\b")]) -> str:
+def even(number: Annotated[int, Meta(multiple_of=7, ge=0)], code: Code) -> str:
     """Takes what no grammar can express."""
     return f"{number} {code}"
 '''
