@@ -18,7 +18,7 @@ from aiosd.sandbox.box import Box
 from aiosd.sandbox.probe import Offer
 from libaios import wire
 
-_confine: confine.Confine | None = None
+_native: confine.Native | None = None
 _ground: plan.Ground | None = None
 #: How this process is confined, for the words that explain an error.
 box: Box | None = None
@@ -26,33 +26,42 @@ box: Box | None = None
 
 def prepare() -> Offer:
     """In the supervisor, before the first fork: what this machine can do."""
-    global _confine, _ground
-    _confine = confine.load()
-    _ground = plan.ground(sys.path) if filter.known_here() else None
-    return probe.offer(_confine, _ground, fork.fork)
+    global _native, _ground
+    _native = confine.load()
+    offer, _ground = probe.offer(_native, plan.ground(sys.path) if filter.known_here() else None, fork.fork)
+    return offer
+
+
+def cage() -> tuple[int, ...]:
+    """The descriptors of the cage, which a process needs that is to enter it; none where there is no cage."""
+    return () if _ground is None or _ground.cage is None else _ground.cage.fds()
 
 
 def enter(new: Box, report: Report) -> None:
     """Confine this process, for good. Raises OSError with a sentence."""
     global box
-    if _confine is None or _ground is None:
+    if _native is None or _ground is None:
         raise OSError(1, f"sandbox: {new.level} is not possible here")
     workspace = wire.os_str(new.workspace)
     for folder in (workspace, os.path.join(workspace, "tmp")):
         os.makedirs(folder, mode=0o700, exist_ok=True)
-    report.door(_confine(plan.plan(_ground, new, doors=True)))
+    report.door(_native.confine(plan.plan(_ground, new, doors=True)))
     box = new
 
 
-def in_reach(content: Letter) -> Letter:
-    """In the working directory: where it cannot be read, go to the workspace, and name the program in full."""
+def enter_folder(content: Letter) -> Letter:
+    """Enter the working directory; where that cannot be read, or seen, the workspace, and name the program in full."""
+    assert content.box is not None
     try:
+        os.chdir(content.cwd)
         os.close(os.open(".", os.O_RDONLY | os.O_DIRECTORY))
     except PermissionError:
         pass
+    except FileNotFoundError:
+        if content.box.level != "cage":
+            raise
     else:
         return content
-    assert content.box is not None
     workspace = wire.os_str(content.box.workspace)
     os.chdir(workspace)
     target = content.target

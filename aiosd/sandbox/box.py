@@ -21,7 +21,7 @@ from msgspec import Struct
 
 from libaios import wire
 
-LEVELS = ("none", "flat")  # from the weakest on
+LEVELS = ("none", "flat", "cage")  # from the weakest on
 NETS = ("all", "none")
 
 #: Variables that a confined agent gets of the environment in which it was started. All others may be secrets.
