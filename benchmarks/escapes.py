@@ -29,7 +29,9 @@ from tests.deeds.accepted import ACCEPTED, WITH_NETWORK  # noqa: E402
 from tests.deeds.stage import RUN, Stage  # noqa: E402
 
 LEVELS = {
-    f"{level}{', network' if net == 'all' else ''}": (level, net) for level in ("flat", "cage") for net in ("none", "all")
+    f"{level}{', network' if net == 'all' else ''}": (level, net)
+    for level in ("flat", "cage")
+    for net in ("none", "all")
 }
 
 

@@ -31,6 +31,15 @@ class Cage:
         return self.user, self.machine, self.cage, self.ipc, self.net
 
 
+#: That of this process, set when it was built; forked processes have it, too.
+current: Cage | None = None
+
+
+def descriptors() -> tuple[int, ...]:
+    """What a process must keep that is to enter the cage; nothing where there is none."""
+    return current.fds() if current is not None else ()
+
+
 def look(system: Iterable[str], needed: Iterable[str]) -> Machine:
     """What of the machine belongs into a cage: folders of the system, and files that are `needed` wherever they lie
     (/etc/resolv.conf leads to /run in many a machine)."""

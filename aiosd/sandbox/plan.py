@@ -52,8 +52,8 @@ class Ground:
     cage: Cage | None = None  # the one that was built, if this machine can do it
 
 
-def ground(python_path: Iterable[str]) -> Ground:
-    """`python_path`: the folders where a Python agent looks for modules."""
+def ground(python_path: Iterable[str], built: Cage | None = None) -> Ground:
+    """`python_path`: the folders where a Python agent looks for modules. `built`: the cage, if there is one."""
     ruleset = landlock.ruleset(landlock.abi())
     python = {sys.prefix, sys.base_prefix, sys.exec_prefix, *(os.path.realpath(path) for path in python_path)}
     programs, etc = (*_PROGRAMS, *sorted(python)), [f"/etc/{name}" for name in _ETC]
@@ -62,7 +62,7 @@ def ground(python_path: Iterable[str]) -> Ground:
     rules += [_rule(path, landlock.DEVICE & ruleset.files) for path in places.DEVICES]
     filters = {(network, doors): filter.program(network, doors) for network in (False, True) for doors in (False, True)}
     machine = cage.look((*programs, "/etc", *_KERNEL), etc)
-    return Ground(ruleset, b"".join(rules), len(rules), filters, machine)
+    return Ground(ruleset, b"".join(rules), len(rules), filters, machine, built)
 
 
 def plan(ground: Ground, box: Box, doors: bool) -> bytes:
