@@ -6,13 +6,13 @@ program to configure, and might lead back here.
 
 from __future__ import annotations
 
+import asyncio
 import errno
 import signal
 import sys
 from importlib.metadata import version
 from typing import Any
 
-import anyio
 import msgspec
 from mcp.server import Server, ServerRequestContext
 from mcp.server.stdio import stdio_server
@@ -70,7 +70,7 @@ def serve(only: frozenset[str] | None) -> int:
         "aiosd", version=version("aiosd"), instructions=ABOUT, on_list_tools=on_list, on_call_tool=on_call
     )
     signal.signal(signal.SIGINT, signal.SIG_DFL)  # as an exception it would wait for the thread that reads stdin
-    anyio.run(_serve, server)
+    asyncio.run(_serve(server))
     return 0
 
 
