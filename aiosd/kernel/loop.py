@@ -18,12 +18,16 @@ import sys
 from typing import TYPE_CHECKING
 
 from aiosd import link, log
+from aiosd.access.rules import Policy
 from aiosd.config import agents_of
 from aiosd.errors import WorldError
 from aiosd.heartbeat import BEAT_S, beat
-from aiosd.kernel import sandboxes, syscalls
+from aiosd.kernel import sandboxes, spawning, syscalls
 from aiosd.kernel.access import Access
 from aiosd.kernel.agents import REATTACH_S, Agents
+from aiosd.kernel.always import LastingApprovals
+from aiosd.kernel.approvals import Approvals
+from aiosd.kernel.audit import Audit
 from aiosd.kernel.books import Books
 from aiosd.kernel.budget import Budgets
 from aiosd.kernel.calls import Calls
@@ -54,6 +58,7 @@ from aiosd.kernel.uplink import Uplink
 from aiosd.kernel.waiters import Waiters
 from aiosd.service import LLM
 from aiosd.timers import Timers
+from libaios import wire
 from libaios.channel import Channel, Side
 from libaios.stream import FrameSocket
 
@@ -95,16 +100,25 @@ class Kernel:
         """What is done with agents and services."""
         born = self.born
         self.services, self.cores = Services(), Cores()
-        self.live = Live(born.settings, self.uplink, self.cores)
+        self.live = Live(born.settings, self.uplink, self.cores, self._rule)
         self.system = System(born, self.services)
-        self.rights = Access(self.table, self.system.pids)
-        self.waiters = Waiters(self.table, self.calls, self.rights)
-        self.generations = Generations(self.calls, self.table, self.cores, self.live.schedule)
-        self.enforcer = Enforcer(self.table, self.uplink, self.timers, self._deliver)
         settings = born.settings
         self.sandboxes = Sandboxes(settings.sandbox, settings.groups, born.offer, sandboxes.folder(settings.home.data))
         for line in self.sandboxes.warnings():
             logger.warning("%s", line)
+        self.approvals = Approvals(
+            settings.access,
+            self.table,
+            self.calls,
+            LastingApprovals(settings.home.data / "always.json"),
+            Audit(settings.home.data / "audit.jsonl"),
+            born.boot,
+            born.epoch > 1,
+        )
+        self.rights = Access(self.table, self.system.pids, self.approvals, self._raised)
+        self.waiters = Waiters(self.table, self.calls, self.rights)
+        self.generations = Generations(self.calls, self.table, self.cores, self.live.schedule)
+        self.enforcer = Enforcer(self.table, self.uplink, self.timers, self._deliver)
         self.logs = LogKeeper(settings.home.logs, settings.log_size, settings.log_keep, settings.keep_dead)
         self.measure = Measure(self.table, self.timers, self.jobs, self.enforcer.memory_exceeded, self.logs)
         self.handlers: dict[int, Handler] = {}
@@ -179,6 +193,7 @@ class Kernel:
             self.agents.is_parked,
             self.agents.listed.problems,
             self.sandboxes,
+            self.approvals,
         )
         self.loading = Loading(
             self.services,
@@ -188,6 +203,8 @@ class Kernel:
             self.status.part,
             self._live_peers,
             self.generations.charge,
+            self.calls,
+            self.approvals,
         )
         self.handlers |= syscalls.bound(
             syscalls.ProcessCalls(
@@ -205,6 +222,7 @@ class Kernel:
             syscalls.MessageCalls(self.table, self.mail, self.calls, self.services),
             syscalls.ModelCalls(self.generations),
             syscalls.SystemCalls(self.status, lambda: self.uplink.send(link.Shutdown()), self.live.change),
+            syscalls.AccessCalls(self.approvals),
         )
 
     # ── birth of a successor ──────────────────────────────────────────────────────────────────────────────
@@ -259,6 +277,14 @@ class Kernel:
 
         source = service.source = self.events.watch(channel.fileno(), on_event, serve=on_event)
         self.events.move(source, Turn.HUNGRY)
+
+    def _rule(self, policy: Policy) -> None:
+        """These rules are in force from now on."""
+        self.approvals.change(policy)
+        self._tell_services(link.Rules(policy))
+
+    def _raised(self, args: wire.Spawn, parent: Proc) -> str:
+        return self.sandboxes.raised(args, parent) or spawning.raised(args, parent)
 
     def _is_alive(self, pid: int) -> bool:
         proc = self.table.get(pid)

@@ -94,6 +94,7 @@ class Proc:
     named: bool = False  # the name was given, not made from the program's
     token: bytes = b""  # the hash of its token for the gateway; b"": it has none
     box: Box | None = None  # how it is confined
+    program: bytes = b""  # which one a person has started, see `access.deed.Subject`
     row: Row = field(default_factory=lambda: memoryview(bytearray(64)).cast("Q"))  # in the ledger
     budgets: list[Budget] = field(default_factory=list)  # those it shares: of its ancestors, and its own
 

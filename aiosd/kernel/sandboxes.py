@@ -25,15 +25,30 @@ class Sandboxes:
         self.offer = offer
         self._folder = folder  # of the workspaces
 
-    def decide(self, args: wire.Spawn, parent: Proc | None) -> Box | None:
-        """The box of a new agent, None: it is not confined. Raises OSError: EINVAL, EPERM, ENOTSUP."""
+    def raised(self, args: wire.Spawn, parent: Proc) -> str:
+        """In which way the new agent would be less confined than its parent, or its group; "": in none."""
+        try:
+            self.decide(args, parent)
+        except PermissionError as err:
+            return err.strerror or str(err)
+        except OSError:  # it will not start at all
+            pass
+        return ""
+
+    def decide(self, args: wire.Spawn, parent: Proc | None, allowed: bool = False) -> Box | None:
+        """The box of a new agent, None: it is not confined. `allowed`: it may be less confined than its parent. Raises
+        OSError: EINVAL, EPERM, ENOTSUP."""
         wish = args.sandbox
         boxes.check(wish)
         if parent is not None and parent.box is not None:
-            return boxes.of_child(wish, parent.box)
-        group = group_of_child(parent, args.group)
+            try:
+                return boxes.of_child(wish, parent.box)
+            except PermissionError:
+                if not allowed:
+                    raise
+        group = group_of_child(parent, args.group, allowed)
         rules = self.of_group(group)
-        if parent is not None and wish.level and LEVELS.index(wish.level) < LEVELS.index(rules.level):
+        if not allowed and parent is not None and wish.level and LEVELS.index(wish.level) < LEVELS.index(rules.level):
             raise wire.error(errno.EPERM, f"sandbox: agents of group {group!r} run in {rules.level!r} or more")
         if LEVELS.index(wish.level or "none") > LEVELS.index(self.offer.level):
             raise wire.error(errno.ENOTSUP, f"sandbox: {wish.level} is not possible here: {self.offer.reason}")

@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any
 
 from aiosd import __version__, link
 from aiosd.kernel import listing
+from aiosd.kernel.approvals import Approvals
 from aiosd.kernel.books import Books
 from aiosd.kernel.budget import SAMPLE_S
 from aiosd.kernel.calls import Calls
@@ -58,6 +59,7 @@ class StatusRequests:
         is_parked: Callable[[Proc], bool],
         agent_problems: Callable[[], dict[str, str]],
         sandboxes: Sandboxes,
+        approvals: Approvals,
     ) -> None:
         self._born = born
         self._calls = calls
@@ -71,6 +73,7 @@ class StatusRequests:
         self._is_parked = is_parked
         self._agent_problems = agent_problems
         self._sandboxes = sandboxes
+        self._approvals = approvals
         self._open: dict[int, _Request] = {}
         self._numbers = itertools.count(1)
 
@@ -137,6 +140,7 @@ class StatusRequests:
             "dead_remembered": len(self._table.history),
             "max_agents": self._descriptors.max_agents,
             "sandbox": self._sandboxes.shown(),
+            "access": self._approvals.status(),
             "memory_limits_by": f"sampling PSS every {SAMPLE_S} s",
             "kernel": {
                 "epoch": born.epoch,

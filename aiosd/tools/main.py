@@ -26,11 +26,14 @@ from pathlib import Path
 from typing import Any
 
 import msgspec
+from msgspec.structs import replace
 
 from aiosd import link
+from aiosd.access.deed import Unapproved
 from aiosd.heartbeat import Rounds
 from aiosd.sandbox.box import Box
 from aiosd.service import LATER, Server
+from aiosd.tools import concerns
 from aiosd.tools.admission import Admission, Needs
 from aiosd.tools.messages import Described, Done, Run, Tool
 from aiosd.tools.pins import Pins
@@ -44,8 +47,8 @@ logger = logging.getLogger("toolbox")
 
 BUILT_IN = "aiosd.tools.builtin"
 CHANGED = (
-    "the server describes {0} otherwise than before; it is not offered until a person has looked at it: "
-    "aiosd tools --trust {0}"
+    "the server describes {0} otherwise than before; it is not offered, and asks a person at each call, until one has "
+    "accepted that: aiosd tools --trust {0}"
 )
 PR_SET_CHILD_SUBREAPER = 36
 
@@ -57,6 +60,7 @@ class Known:
     tool: Tool
     source: str
     validator: Any
+    changed: bool = False  # its server describes it otherwise than before, and nobody has accepted that
 
     @property
     def info(self) -> ToolInfo:
@@ -75,6 +79,7 @@ class Toolbox:
     def __init__(self, channel: Channel, spec: ToolboxSpec) -> None:
         self.spec = spec
         self.tools: dict[str, Known] = {}
+        self.changed: dict[str, Known] = {}  # those that are not offered, but can be asked for
         self.errors: dict[str, str] = {}  # of sources that could not be loaded
         self.server = Server(
             channel,
@@ -134,15 +139,17 @@ class Toolbox:
     def _replace(self, source: str, tools: list[Tool]) -> None:
         """These are the tools of a source from now on."""
         self.tools = {name: known for name, known in self.tools.items() if known.source != source}
+        self.changed = {name: known for name, known in self.changed.items() if known.source != source}
         self.errors = {place: why for place, why in self.errors.items() if place.partition(": ")[0] != source}
         for tool in tools:
             if source.startswith(MCP) and not self.pins.holds(tool):
                 self.errors[f"{source}: {tool.name}"] = CHANGED.format(tool.name)
                 logger.warning("%s: %s", source, CHANGED.format(tool.name))
+                self._add(tool, source, changed=True)
             else:
                 self._add(tool, source)
 
-    def _add(self, tool: Tool, source: str) -> None:
+    def _add(self, tool: Tool, source: str, changed: bool = False) -> None:
         import jsonschema_rs  # 15 MB, in this process alone
 
         known = self.tools.get(tool.name)
@@ -156,7 +163,7 @@ class Toolbox:
             self.errors[f"{source}: {tool.name}"] = f"its parameters are no JSON Schema: {err}"
             logger.error("%s: the parameters of %s are no JSON Schema: %s", source, tool.name, err)
             return
-        self.tools[tool.name] = Known(tool, source, validator)
+        (self.changed if changed else self.tools)[tool.name] = Known(tool, source, validator, changed)
 
     # ── calls ─────────────────────────────────────────────────────────────────────────────────────────────
 
@@ -186,11 +193,12 @@ class Toolbox:
             return LATER
         known = self._check(args)
         tool = known.tool
-        self._served += 1
         folder = self._folder(ask.caller)
+        run = self._allowed(ask, known, args, folder)
+        self._served += 1
         job = Job(
             tool,
-            Run(tool.name, args.arguments, folder),
+            run,
             on_text=(lambda text: self.server.part(ask.key, text)) if args.stream else lambda text: None,
             on_done=lambda done: self._done(ask.key, done),
             on_over=lambda: self._over(ask.key),
@@ -200,18 +208,35 @@ class Toolbox:
         self.server.timers.after(0.0, self._begin)  # once this call is known as one that is answered later
         return LATER
 
+    def _allowed(self, ask: link.Ask, known: Known, args: CallTool, folder: str) -> Run:
+        """The call for its worker. Raises Unapproved."""
+        tool, policy = known.tool, self.server.policy
+        run = Run(tool.name, args.arguments, folder)
+        if not (policy.concerns(tool.name, True) or tool.asks or known.changed) or not ask.caller.pid:
+            return run
+        deed = concerns.deed(tool, args.arguments, folder, known.changed, known=known.source == BUILT_IN)
+        self.server.require(ask, deed)
+        if known.source != BUILT_IN:
+            return run
+        ruled = policy.kinds_for(tool.name, True) if not ask.approved else {"path", "host"}
+        return replace(
+            run,
+            files=concerns.files_of(deed.resources) if "path" in ruled else None,
+            hosts=concerns.hosts_of(deed.resources) if "host" in ruled else None,
+        )
+
     def _resume(self, ask: link.Ask, args: Any) -> None:
         """An early call, now that everything is loaded."""
         try:
             answer = self.listing(ask, args) if ask.sys == Sys.TOOL_LIST else self.call(ask, args)
-        except OSError as err:
+        except (OSError, Unapproved) as err:
             self.server.fail(ask.key, err)
             return
         if answer is not LATER:
             self.server.answer(ask.key, answer)
 
     def _check(self, args: CallTool) -> Known:
-        known = self.tools.get(args.name)
+        known = self.tools.get(args.name) or self.changed.get(args.name)
         if known is None:
             there = ", ".join(sorted(self.tools)) or "none"
             raise wire.error(errno.ENOENT, f"no such tool: {args.name} (there are: {there})")
