@@ -20,21 +20,22 @@ import posixpath
 import shutil
 import signal
 import threading
-from collections.abc import Iterable
+from collections.abc import Callable, Generator, Iterable
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import msgspec
-from msgspec.structs import replace
 
-from aiosd import link
+from aiosd import link, sealed
 from aiosd.access.deed import Unapproved
 from aiosd.heartbeat import Rounds
 from aiosd.sandbox.box import Box
 from aiosd.service import LATER, Server
-from aiosd.tools import concerns
+from aiosd.tools import concerns, direct, held
 from aiosd.tools.admission import Admission, Needs
+from aiosd.tools.errands import Errands
 from aiosd.tools.messages import Described, Done, Run, Tool
 from aiosd.tools.pins import Pins
 from aiosd.tools.pool import Job, Pool
@@ -50,6 +51,7 @@ CHANGED = (
     "the server describes {0} otherwise than before; it is not offered, and asks a person at each call, until one has "
     "accepted that: aiosd tools --trust {0}"
 )
+ERRANDS = 256  # that are with the kernel at a time
 PR_SET_CHILD_SUBREAPER = 36
 
 
@@ -88,18 +90,24 @@ class Toolbox:
             on_gone=self.peer_gone,
             on_keep=self.only_alive,
             on_cancel=self.cancelled,
+            on_again=lambda key: self.errands.again(key),
+            others=self._other,
             queued=frozenset((Sys.TOOL_CALL, Sys.TOOL_LIST)),
         )
-        self.admission = Admission(spec.workers)
+        self.admission: Admission[link.Key] = Admission(spec.workers)
+        self.errands = Errands(self.server.send)
+        self.direct: Admission[link.Key] = Admission(ERRANDS)  # of calls whose tool is a system call
+        self._direct: dict[link.Key, Callable[[], None]] = {}  # what begins each of them
         self.pins = Pins(Path(spec.folder).parent / "tools.json")
         self._loading = {BUILT_IN, *spec.files}
-        self._starting = {f"{MCP}{name}" for name in spec.servers}  # servers, on which only their own calls wait
+        servers = sealed.servers(spec.sealed) if spec.sealed >= 0 else {}
+        self._starting = {f"{MCP}{name}" for name in servers}  # servers, on which only their own calls wait
         self._early: list[tuple[link.Ask, Any]] = []  # calls that came before all sources were loaded
         self._calls: dict[link.Key, _Call] = {}
         self._served = 0
         os.makedirs(spec.folder, mode=0o700, exist_ok=True)
         self.pool = Pool(
-            self.server.timers, self.server.watch, self.server.forget, spec.folder, self._described, spec.servers
+            self.server.timers, self.server.watch, self.server.forget, spec.folder, self._described, servers
         )
 
     def run(self, rounds: Rounds) -> int:
@@ -158,7 +166,7 @@ class Toolbox:
             logger.error("%s: there is a tool %s already (%s)", source, tool.name, known.info.source)
             return
         try:
-            validator = jsonschema_rs.validator_for(tool.parameters)
+            validator = jsonschema_rs.validator_for(tool.parameters, offline=True)  # nothing is fetched for it
         except ValueError as err:
             self.errors[f"{source}: {tool.name}"] = f"its parameters are no JSON Schema: {err}"
             logger.error("%s: the parameters of %s are no JSON Schema: %s", source, tool.name, err)
@@ -193,12 +201,14 @@ class Toolbox:
             return LATER
         known = self._check(args)
         tool = known.tool
-        folder = self._folder(ask.caller)
-        run = self._allowed(ask, known, args, folder)
+        files, hosts = self._allowed(ask, known, args)
         self._served += 1
+        if known.source == BUILT_IN and tool.name in direct.FUNCTIONS:
+            return self._call_direct(ask, tool, args)
+        folder = self._folder(ask.caller)
         job = Job(
             tool,
-            run,
+            Run(tool.name, args.arguments, folder, files, hosts),
             on_text=(lambda text: self.server.part(ask.key, text)) if args.stream else lambda text: None,
             on_done=lambda done: self._done(ask.key, done),
             on_over=lambda: self._over(ask.key),
@@ -208,22 +218,52 @@ class Toolbox:
         self.server.timers.after(0.0, self._begin)  # once this call is known as one that is answered later
         return LATER
 
-    def _allowed(self, ask: link.Ask, known: Known, args: CallTool, folder: str) -> Run:
-        """The call for its worker. Raises Unapproved."""
+    def _allowed(
+        self, ask: link.Ask, known: Known, args: CallTool
+    ) -> tuple[dict[str, held.Identity] | None, list[str] | None]:
+        """What a built-in tool may open in this call, for `held`. Raises Unapproved."""
         tool, policy = known.tool, self.server.policy
-        run = Run(tool.name, args.arguments, folder)
         if not (policy.concerns(tool.name, True) or tool.asks or known.changed) or not ask.caller.pid:
-            return run
-        deed = concerns.deed(tool, args.arguments, folder, known.changed, known=known.source == BUILT_IN)
+            return None, None
+        built_in = known.source == BUILT_IN
+        deed = concerns.deed(tool, args.arguments, self._folder(ask.caller), known.changed, known=built_in)
         self.server.require(ask, deed)
-        if known.source != BUILT_IN:
-            return run
-        ruled = policy.kinds_for(tool.name, True) if not ask.approved else {"path", "host"}
-        return replace(
-            run,
-            files=concerns.files_of(deed.resources) if "path" in ruled else None,
-            hosts=concerns.hosts_of(deed.resources) if "host" in ruled else None,
+        ruled = {"path", "host"} if ask.approved else policy.kinds_for(tool.name, True)
+        return (
+            concerns.files_of(deed.resources) if built_in and "path" in ruled else None,
+            concerns.hosts_of(deed.resources) if built_in and "host" in ruled else None,
         )
+
+    def _call_direct(self, ask: link.Ask, tool: Tool, args: CallTool) -> Any:
+        """A tool that needs no worker."""
+        key = ask.key
+        try:
+            result = direct.FUNCTIONS[tool.name](**args.arguments)
+        except ValueError as err:
+            raise wire.error(errno.EINVAL, str(err)) from None
+        if not isinstance(result, Generator):
+            return result
+        self._direct[key] = lambda: self.errands.begin(key, result, partial(self._errand_done, key))
+        self.direct.submit(key, ask.caller.pid, Needs(tool.name, tool.instances))
+        self.server.timers.after(0.0, self._begin_direct)  # once this call is known as one that is answered later
+        return LATER
+
+    def _begin_direct(self) -> None:
+        for key in self.direct.begin():
+            self.server.begun(key)
+            self._direct.pop(key)()
+
+    def _errand_done(self, key: link.Key, result: Any, error: OSError | None) -> None:
+        self.direct.end(key)
+        if error is not None:
+            self.server.fail(key, error)
+        else:
+            self.server.answer(key, direct.plain(result))
+        self._begin_direct()
+
+    def _other(self, message: link.ToService) -> None:
+        if isinstance(message, link.ErrandDone):
+            self.errands.replied(message)
 
     def _resume(self, ask: link.Ask, args: Any) -> None:
         """An early call, now that everything is loaded."""
@@ -247,8 +287,8 @@ class Toolbox:
 
     def _begin(self) -> None:
         for key in self.admission.begin():
-            call = self._calls[key]  # type: ignore[index] # every waiting call has one
-            self.server.begun(key)  # type: ignore[arg-type]
+            call = self._calls[key]
+            self.server.begun(key)
             self.pool.run(call.source, call.box, call.job)
 
     def _done(self, key: link.Key, done: Done) -> None:
@@ -265,6 +305,10 @@ class Toolbox:
     def cancelled(self, key: link.Key) -> None:
         """The caller does not wait for the call any more."""
         self._early = [(ask, args) for ask, args in self._early if ask.key != key]
+        if self._direct.pop(key, None) is not None or key in self.errands:
+            self.direct.end(key)
+            self.errands.cancel(key)
+            self._begin_direct()
         call = self._calls.get(key)
         if call is None:
             return
