@@ -900,7 +900,7 @@ class ToolInfo(Struct, frozen=True):
 class Asked(Struct, frozen=True):
     """Something that an agent may do only when a person allows it. `details`: what exactly, as labels and texts, and
     nothing of it is made safe for a terminal; `rule`: why it is asked; `always`: what an answer for all times would
-    allow. `state`: "open", or how it ended: "allowed", "denied", "gone"."""
+    allow, "": there is none. `state`: "open", or how it ended: "allowed", "denied", "gone"."""
 
     id: str
     digest: str
@@ -914,6 +914,7 @@ class Asked(Struct, frozen=True):
     rule: str
     always: str
     since: float  # Unix time
+    folder: str = ""  # where it is done
     state: str = "open"
 
 

@@ -21,7 +21,8 @@ _encode = msgpack.Encoder().encode
 
 class Deed(Struct, array_like=True, frozen=True):
     """`default`: why a person is asked where no rule says anything; "": nobody is. `unknown`: types of resources that
-    it may concern without stating it. `base`: the folder from which relative paths in rules are seen."""
+    it may concern without stating it. `base`: the folder from which relative paths in rules are seen. `once`: it cannot
+    be allowed for all times."""
 
     what: str  # the name of a tool, or of a system call as in `wire.call_name`
     tool: bool = False
@@ -31,11 +32,29 @@ class Deed(Struct, array_like=True, frozen=True):
     default: str = ""
     unknown: list[str] = []
     base: str = ""
+    once: bool = False
 
     @property
     def digest(self) -> bytes:
-        content = (self.what, self.tool, self.resources, self.details, self.bound)
-        return hashlib.blake2b(_encode(content), digest_size=16).digest()
+        return _hash((self.what, self.tool, self.resources, self.details, self.bound, self.base))
+
+    @property
+    def arguments(self) -> bytes:
+        """The digest of what was said in the call, wherever it works and whatever is there now."""
+        return _hash((self.what, self.tool, self.details))
+
+    @property
+    def schema(self) -> str:
+        """Of a tool what it is described by: the first part of what is bound."""
+        return self.bound[:16].hex() if self.tool else ""
+
+    def lasting(self) -> list[tuple[str, str]]:
+        """Its resources so that they mean the same for another agent: paths in its own folder begin with `./`."""
+        own = f"{self.base}/" if self.base else "\0"
+        return sorted(
+            (kind, f"./{value.removeprefix(own)}" if kind == "path" and value.startswith(own) else value)
+            for kind, value in self.resources
+        )
 
     @property
     def shown(self) -> str:
@@ -61,6 +80,10 @@ class Unapproved(Exception):
     def __init__(self, deed: Deed) -> None:
         super().__init__(deed.shown)
         self.deed = deed
+
+
+def _hash(content: object) -> bytes:
+    return hashlib.blake2b(_encode(content), digest_size=16).digest()
 
 
 def program_key(path: bytes) -> bytes:

@@ -114,7 +114,7 @@ class Policy(Struct, frozen=True, array_like=True):
 
 class Lasting(Struct, frozen=True):
     """An approval for all times: for agents of one group (and of one program, where that was proved), of one tool or
-    call, and of these very resources; where there are none, of these very arguments. `bound`: the tool's schema."""
+    call, and of these very resources; where there are none, of these very arguments. `schema`: of the tool."""
 
     number: int
     group: str
@@ -122,8 +122,8 @@ class Lasting(Struct, frozen=True):
     what: str
     tool: bool
     resources: list[tuple[str, str]]
-    bound: str
-    arguments: str  # the digest of the deed, "" where resources say it
+    schema: str
+    arguments: str  # their digest, "" where resources say it
     agent: str  # what it was called when it was given, for people alone
     given: float  # Unix time
 
@@ -131,9 +131,10 @@ class Lasting(Struct, frozen=True):
         return (
             (self.group, self.what, self.tool) == (subject.group, deed.what, deed.tool)
             and self.program == subject.program.hex()
-            and self.resources == [tuple(one) for one in lasting_resources(deed)]
-            and self.bound == (schema_of(deed) if deed.tool else "")
-            and self.arguments == ("" if deed.resources else deed.digest.hex())
+            and not deed.once
+            and self.resources == deed.lasting()
+            and self.schema == deed.schema
+            and self.arguments == ("" if deed.resources else deed.arguments.hex())
         )
 
     @property
@@ -150,21 +151,12 @@ def lasting(number: int, subject: Subject, deed: Deed, agent: str, now: float) -
         subject.program.hex(),
         deed.what,
         deed.tool,
-        lasting_resources(deed),
-        schema_of(deed) if deed.tool else "",
-        "" if deed.resources else deed.digest.hex(),
+        deed.lasting(),
+        deed.schema,
+        "" if deed.resources else deed.arguments.hex(),
         agent,
         now,
     )
-
-
-def lasting_resources(deed: Deed) -> list[tuple[str, str]]:
-    return sorted((kind, value) for kind, value in deed.resources)
-
-
-def schema_of(deed: Deed) -> str:
-    """Of a tool: the first part of what is bound is the hash of its description."""
-    return deed.bound[:16].hex()
 
 
 def _named(pattern: str, name: str) -> bool:

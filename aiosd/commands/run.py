@@ -33,7 +33,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from aiosd.commands import edge
+from aiosd.commands import asks, edge
 from aiosd.commands.wait import exit_code
 from aiosd.units import format_size, parse_count, parse_duration, parse_size
 from libaios import wire
@@ -352,6 +352,7 @@ class Attachment:
         self.master = -1  # of the pty
         self.raw: RawMode | None = None
         self.wakeup = -1
+        self.asked: Pending | None = None  # brings what the agent needs a person's approval for
 
     def run(self) -> int:
         """Run the agent from spawn to end; returns the exit code."""
@@ -361,6 +362,7 @@ class Attachment:
             spawned: Spawned = self._await(self.client.submit(Sys.SPAWN, self.spawn, self.given_fds), Spawned)
             self._agent_lives(spawned.pid)
             _note_alone(self.spawn, spawned)
+            self.asked = asks.watch(self.client, self.pid)
             waited: Waited = self._await(self.client.submit(Sys.WAIT, Wait(self.pid)), Waited)
             self.ended = True
             for relay in self.outputs:
@@ -465,6 +467,7 @@ class Attachment:
             while self.signals:
                 self._on_signal(self.signals.pop(0))
             self._pump()
+            self._show_asks()
             if call.final is not None:
                 return decode_body(call.final, result)
             self._turn()
@@ -475,6 +478,13 @@ class Attachment:
         self.client.pump()
         if self.client.socket.reborn:
             self.client.pump()
+
+    def _show_asks(self) -> None:
+        for line in asks.notices(self.asked):
+            if self.raw is not None and self.raw.entered:
+                os.write(2, f"\r\naios-run: {line}\r\n".encode())
+            else:
+                edge.complain("aios-run", line)
 
     def _turn(self) -> None:
         self._enter_raw_mode()

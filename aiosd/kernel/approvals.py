@@ -38,9 +38,9 @@ from aiosd.kernel.proc import Proc, ProcTable
 from aiosd.timers import Timer
 from libaios import wire
 
-OPEN_OF_AGENT = 64  # asks
+OPEN_OF_AGENT = 16  # asks
 BACK_S = 10.0  # for those who listened to the kernel that died
-REMEDY = "aios-approve -f listens, and [access] in aiosd.toml can allow it"
+REMEDY = "aios-approve -f would, and [access] in aiosd.toml can have it allowed"
 
 
 @dataclass(slots=True, eq=False)
@@ -144,7 +144,8 @@ class Approvals:
             resources=deed.resources,
             details=deed.details,
             rule=rule,
-            always=always.shown,
+            folder=deed.base,
+            always="" if deed.once else always.shown,
             since=time.time(),
         )
 
@@ -198,6 +199,8 @@ class Approvals:
             raise wire.error(errno.ESRCH, f"{args.id}: nothing of this name is asked")
         if args.digest != ask.shown.digest:
             raise wire.error(errno.EAGAIN, f"{args.id}: something else is asked by now; look at it again")
+        if args.always and ask.deed.once:
+            raise wire.error(errno.EINVAL, f"{args.id}: this can only be allowed once at a time")
         by = {"ask": ask.shown.id, "rule": ask.shown.rule, "by": _person(peer)}
         if args.allow and args.always:
             proc = ask.proc

@@ -81,7 +81,13 @@ def spawned(args: wire.Spawn, raised: str = "") -> Deed:
     ]
     what += [(name, getattr(args, name)) for name in ("group", "nice", "name") if getattr(args, name) is not None]
     bound = msgspec.msgpack.encode(args)
-    return Deed("spawn", details=details_of(what), bound=bound, default=f"{RAISES} ({raised})" if raised else "")
+    return Deed(
+        "spawn",
+        details=details_of(what),
+        bound=bound,
+        default=f"{RAISES} ({raised})" if raised else "",
+        once=bool(raised),
+    )
 
 
 _SIGNALS = {number.value for number in signal.Signals}

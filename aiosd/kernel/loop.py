@@ -315,7 +315,7 @@ class Kernel:
         self._tell_services(link.Rules(policy))
 
     def _raised(self, args: wire.Spawn, parent: Proc) -> str:
-        return self.sandboxes.raised(args, parent) or spawning.raised(args, parent)
+        return "; ".join(filter(None, (self.sandboxes.raised(args, parent), spawning.raised(args, parent))))
 
     def _is_alive(self, pid: int) -> bool:
         proc = self.table.get(pid)

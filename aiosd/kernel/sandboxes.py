@@ -10,6 +10,8 @@ import errno
 import os
 from collections.abc import Mapping
 
+import msgspec
+
 from aiosd.kernel.proc import Proc
 from aiosd.kernel.spawning import group_of_child
 from aiosd.sandbox import box as boxes
@@ -26,9 +28,9 @@ class Sandboxes:
         self._folder = folder  # of the workspaces
 
     def raised(self, args: wire.Spawn, parent: Proc) -> str:
-        """In which way the new agent would be less confined than its parent, or its group; "": in none."""
+        """In which way the new agent would be less confined than its parent, or its parent's group; "": in none."""
         try:
-            self.decide(args, parent)
+            self.decide(msgspec.structs.replace(args, group=None), parent)
         except PermissionError as err:
             return err.strerror or str(err)
         except OSError:  # it will not start at all

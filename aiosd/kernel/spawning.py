@@ -123,12 +123,13 @@ def group_of_child(parent: Proc | None, group: str | None, allowed: bool = False
 
 def raised(args: wire.Spawn, parent: Proc) -> str:
     """In which way the new agent would have more rights than its parent, but for its sandbox; "": in none."""
-    try:
-        _nice_of_child(parent, args.nice)
-        group_of_child(parent, args.group)
-    except PermissionError as err:
-        return err.strerror or str(err)
-    return ""
+    reasons = []
+    for check in (lambda: _nice_of_child(parent, args.nice), lambda: group_of_child(parent, args.group)):
+        try:
+            check()
+        except PermissionError as err:
+            reasons.append(err.strerror or str(err))
+    return "; ".join(reasons)
 
 
 def program_path(args: wire.Spawn) -> bytes:

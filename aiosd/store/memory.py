@@ -21,6 +21,7 @@ import msgspec
 
 from aiosd import link
 from aiosd.store import owners
+from aiosd.store.consent import Consent
 from aiosd.store.database import Database
 from aiosd.store.lruk import LruK
 from aiosd.store.meaning import Meaning
@@ -41,6 +42,7 @@ class Memory:
     ) -> None:
         self._db, self.quota, self._clock = database, quota, clock
         self.meaning = meaning if meaning is not None else Meaning(database, None, 0)
+        self.consent = Consent()
         self._search = NoteSearch(database, self.meaning, clock)
         size = int(ram * FILL)
         self.cache: LruK[tuple[str, Note]] = LruK(size, size // 4)
@@ -151,6 +153,7 @@ class Memory:
 
         def effect() -> None:
             note = self._find(ask.caller, args.note, keep=False)
+            self.consent.to_remove_note(ask, note)
             gone.append(note.id)
             self._delete([note.id])
 

@@ -27,7 +27,7 @@ def deed(tool: Tool, arguments: dict[str, Any], folder: str, changed: bool = Fal
     the tool does not name is one that it has not."""
     resources, unclear = resources_of(tool, arguments, folder)
     stated = {concern.partition(":")[0] for concern in tool.concerns}
-    details = [("tool", tool.name), *details_of(arguments.items()), ("in", folder)]
+    details = details_of(arguments.items())
     if changed:
         details += [detail("described now", tool.description), detail("parameters now", tool.parameters)]
     return Deed(

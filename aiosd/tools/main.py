@@ -199,7 +199,7 @@ class Toolbox:
         if self._waits(args):
             self._early.append((ask, args))
             return LATER
-        known = self._check(args)
+        known = self._check(args, asks=bool(ask.caller.pid))
         tool = known.tool
         files, hosts = self._allowed(ask, known, args)
         self._served += 1
@@ -275,8 +275,9 @@ class Toolbox:
         if answer is not LATER:
             self.server.answer(ask.key, answer)
 
-    def _check(self, args: CallTool) -> Known:
-        known = self.tools.get(args.name) or self.changed.get(args.name)
+    def _check(self, args: CallTool, asks: bool) -> Known:
+        """`asks`: a person is asked for its caller, who so may call what is not offered."""
+        known = self.tools.get(args.name) or (self.changed.get(args.name) if asks else None)
         if known is None:
             there = ", ".join(sorted(self.tools)) or "none"
             raise wire.error(errno.ENOENT, f"no such tool: {args.name} (there are: {there})")

@@ -12,6 +12,15 @@ from msgspec import Struct
 #: The built-in tools, with the types of resources that their calls state: rules name them before any is loaded.
 BUILT_IN_KINDS: dict[str, tuple[str, ...]] = {
     "calc": (),
+    "remember": (),
+    "recall": (),
+    "search_notes": (),
+    "list_notes": (),
+    "forget_note": (),
+    "list_stored": (),
+    "read_stored": (),
+    "write_stored": (),
+    "stored_history": (),
     "python": (),
     "shell": (),
     "read_file": ("path",),
