@@ -50,6 +50,7 @@ from aiosd.kernel.outside import Outside
 from aiosd.kernel.peer import AgentPeer, ClientPeer, Peer
 from aiosd.kernel.peers import Peers
 from aiosd.kernel.proc import Proc, ProcTable
+from aiosd.kernel.routes import Routes
 from aiosd.kernel.sandboxes import Sandboxes
 from aiosd.kernel.service import Asker, Service, Services
 from aiosd.kernel.status import StatusRequests
@@ -105,8 +106,9 @@ class Kernel:
         self.live = Live(born.settings, self.uplink, self.cores, self._rule)
         self.system = System(born, self.services)
         settings = born.settings
-        self.sandboxes = Sandboxes(settings.sandbox, settings.groups, born.offer, sandboxes.folder(settings.home.data))
-        for line in self.sandboxes.warnings():
+        places = sandboxes.folder(settings.home.data)
+        self.sandboxes = Sandboxes(settings.sandbox, settings.groups, born.offer, places, settings.strict)
+        for line in (*self.sandboxes.warnings(), *settings.access_warnings):
             logger.warning("%s", line)
         self.approvals = Approvals(
             settings.access,
@@ -119,7 +121,8 @@ class Kernel:
         )
         self.rights = Access(self.table, self.system.pids, self.approvals, self._raised)
         self.waiters = Waiters(self.table, self.calls, self.rights)
-        self.generations = Generations(self.calls, self.table, self.cores, self.live.schedule)
+        routes = Routes(self.cores.find, settings.routes)
+        self.generations = Generations(self.calls, self.table, self.cores, routes, self.live.schedule)
         self.enforcer = Enforcer(self.table, self.uplink, self.timers, self._deliver)
         self.logs = LogKeeper(settings.home.logs, settings.log_size, settings.log_keep, settings.keep_dead)
         self.measure = Measure(self.table, self.timers, self.jobs, self.enforcer.memory_exceeded, self.logs)
@@ -197,6 +200,7 @@ class Kernel:
             self.agents.listed.problems,
             self.sandboxes,
             self.approvals,
+            self.generations.routes,
         )
         self.loading = Loading(
             self.services,
@@ -378,7 +382,8 @@ class Kernel:
 
     def _tell_ready(self) -> None:
         names = ", ".join(self.cores.by_model)
-        notes = [f"agent {name} {problem}" for name, problem in self.agents.listed.problems().items()]
+        notes = self.sandboxes.warnings()
+        notes += [f"agent {name} {problem}" for name, problem in self.agents.listed.problems().items()]
         self.uplink.send(link.Ready(f"aiosd: ready ({names}; {self.live.settings.home.root})", notes))
 
     # ── supervisor ────────────────────────────────────────────────────────────────────────────────────────

@@ -21,21 +21,34 @@ from libaios import wire
 
 
 class Sandboxes:
-    def __init__(self, rules: Rules, groups: Mapping[str, Rules], offer: Offer, folder: str) -> None:
+    def __init__(
+        self, rules: Rules, groups: Mapping[str, Rules], offer: Offer, folder: str, strict: bool = False
+    ) -> None:
+        """`folder`: of the workspaces. `strict`: nobody chooses less than the rules say."""
         self.rules = rules
+        self._strict = strict
         self._groups = groups
         self.offer = offer
-        self._folder = folder  # of the workspaces
+        self._folder = folder
 
     def raised(self, args: wire.Spawn, parent: Proc) -> str:
         """In which way the new agent would be less confined than its parent, or its parent's group; "": in none."""
+        same = msgspec.structs.replace(args, group=None)
         try:
-            self.decide(msgspec.structs.replace(args, group=None), parent)
+            self.decide(same, parent)
         except PermissionError as err:
-            return err.strerror or str(err)
+            return err.strerror or str(err) if self._possible(same, parent) else ""
         except OSError:  # it will not start at all
             pass
         return ""
+
+    def _possible(self, args: wire.Spawn, parent: Proc) -> bool:
+        """Whether a person could allow it."""
+        try:
+            self.decide(args, parent, allowed=True)
+        except OSError:
+            return False
+        return True
 
     def decide(self, args: wire.Spawn, parent: Proc | None, allowed: bool = False) -> Box | None:
         """The box of a new agent, None: it is not confined. `allowed`: it may be less confined than its parent. Raises
@@ -50,7 +63,8 @@ class Sandboxes:
                     raise
         group = group_of_child(parent, args.group, allowed)
         rules = self.of_group(group)
-        if not allowed and parent is not None and wish.level and LEVELS.index(wish.level) < LEVELS.index(rules.level):
+        fixed = (parent is not None and not allowed) or self._strict
+        if fixed and wish.level and LEVELS.index(wish.level) < LEVELS.index(rules.level):
             raise wire.error(errno.EPERM, f"sandbox: agents of group {group!r} run in {rules.level!r} or more")
         if LEVELS.index(wish.level or "none") > LEVELS.index(self.offer.level):
             raise wire.error(errno.ENOTSUP, f"sandbox: {wish.level} is not possible here: {self.offer.reason}")
@@ -63,7 +77,8 @@ class Sandboxes:
             return args.env
         if parent is not None and parent.box is not None:
             return boxes.at_home(args.env, box.workspace)
-        allowed = (*self.of_group(group_of_child(parent, args.group)).env, *args.sandbox.env)
+        group = group_of_child(parent, args.group, allowed=True)  # `decide` has asked
+        allowed = (*self.of_group(group).env, *args.sandbox.env)
         return boxes.at_home(boxes.environment(args.env, allowed), box.workspace)
 
     def of_group(self, group: str) -> Rules:
@@ -76,6 +91,8 @@ class Sandboxes:
         """For `aiosd status`."""
         groups = {name: self.of_group(name).level for name in self._groups}
         shown: dict[str, object] = {"default": self.of_group("").level, "possible": self.offer.level}
+        if self._strict:
+            shown["strict"] = True
         if groups:
             shown["groups"] = groups
         if self.offer.reason:
