@@ -646,10 +646,11 @@ class TrustTool(Struct, array_like=True, frozen=True):
 
 
 class WatchAsks(Struct, array_like=True, frozen=True):
-    """Be told of all asks, or of those of agent `pid` and its descendants. As long as this call is open there is a
-    person who can answer, and they wait."""
+    """Be told of all asks, or of those of agent `pid`, or of agents `attached` to this very connection, and their
+    descendants. As long as this call is open there is a person who can answer, and they wait."""
 
     pid: Uint = 0
+    attached: bool = False
 
 
 class AnswerAsk(Struct, array_like=True, frozen=True):

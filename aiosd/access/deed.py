@@ -33,6 +33,7 @@ class Deed(Struct, array_like=True, frozen=True):
     unknown: list[str] = []
     base: str = ""
     once: bool = False
+    reason: str = ""  # why it is refused where nobody allows it
 
     @property
     def digest(self) -> bytes:

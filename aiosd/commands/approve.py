@@ -22,11 +22,11 @@ from libaios.wire import Always, AnswerAsk, Asked, NoArgs, RevokeAlways, RulesIn
 
 EXAMPLES = """
   aios-approve                  what is asked now
-  aios-approve -f               waits, and shows what is asked from now on (on a terminal: asks you)
-  aios-approve 6f1b             shows one in full, and asks you on a terminal
-  aios-approve --allow 6f1b     allows it once; --always: and the like for all times
+  aios-approve -f               waits for more; on a terminal asks you
+  aios-approve 6f1b             shows one, and asks you on a terminal
+  aios-approve --allow 6f1b     once; --always: and the like for all times
   aios-approve --deny 6f1b --reason "not on a Friday"
-  aios-approve --list-always    what is allowed for all times; --revoke 3: not any more
+  aios-approve --list-always    --revoke 3: number 3 not any more
   aios-approve --rules          the rules in force
 """
 WORDS = {"y": "allow", "yes": "allow", "a": "always", "always": "always", "n": "deny", "no": "deny", "s": "skip"}

@@ -55,11 +55,9 @@ def _deed(asked: Asked) -> str:
 # ── on the terminal of an attached agent ──────────────────────────────────────────────────────────────────
 
 
-def watch(client: Client, pid: int) -> Pending | None:
-    """Be told what this agent and its descendants ask for, if there is a terminal to show it; they wait meanwhile."""
-    if not os.isatty(2):
-        return None
-    return client.submit(Sys.ASK_WATCH, WatchAsks(pid), stream=False)
+def watch(client: Client, which: WatchAsks) -> Pending | None:
+    """Be told what agents ask for, if there is a terminal to show it; they wait meanwhile."""
+    return client.submit(Sys.ASK_WATCH, which) if os.isatty(2) else None
 
 
 def notices(call: Pending | None) -> list[str]:

@@ -33,7 +33,7 @@ from aiosd.commands import agents, asks, detachkeys, edge
 from aiosd.commands.wait import UNKNOWN, exit_code
 from libaios.client import Client, NoKernel
 from libaios.connection import Pending, decode_body
-from libaios.wire import Kill, PidArgs, Sys, Wait, Waited
+from libaios.wire import Kill, PidArgs, Sys, Wait, Waited, WatchAsks
 
 if TYPE_CHECKING:
     from aiosd.commands.terminal import RawMode
@@ -147,7 +147,7 @@ class View:
         self.detached = False  # by the keys for it
         self.wakeup = -1
         self.end: Pending = client.submit(Sys.WAIT, Wait(pid))
-        self.asked = asks.watch(client, pid)
+        self.asked = asks.watch(client, WatchAsks(pid))
         self.end_by = 0.0  # how long to wait for the last output; 0: the agent lives
 
     def run(self, tail: int | None) -> int:

@@ -40,7 +40,7 @@ from libaios import wire
 from libaios.client import Client, NoKernel
 from libaios.connection import Pending, decode_body
 from libaios.sandbox import wish
-from libaios.wire import Kill, Limits, Spawn, Spawned, Sys, Wait, Waited
+from libaios.wire import Kill, Limits, Spawn, Spawned, Sys, Wait, Waited, WatchAsks
 
 if TYPE_CHECKING:
     from click.shell_completion import CompletionItem
@@ -359,10 +359,10 @@ class Attachment:
         self._catch_signals()
         try:
             self._connect_stdio()
+            self.asked = asks.watch(self.client, WatchAsks(attached=True))  # before: it may ask at once
             spawned: Spawned = self._await(self.client.submit(Sys.SPAWN, self.spawn, self.given_fds), Spawned)
             self._agent_lives(spawned.pid)
             _note_alone(self.spawn, spawned)
-            self.asked = asks.watch(self.client, self.pid)
             waited: Waited = self._await(self.client.submit(Sys.WAIT, Wait(self.pid)), Waited)
             self.ended = True
             for relay in self.outputs:

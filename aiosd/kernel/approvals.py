@@ -11,7 +11,7 @@ Promises:
       anew (`link.Ask.approved`).
     * No agent answers, lists or watches: all of that is for persons (`Access`).
     * An ask outlives the kernel: its call is submitted again to the next one, and becomes the same ask, by the same
-      name. Those who listened come back meanwhile: for BACK_S nothing is denied for lack of them. An answer that the
+      name. Those who listened come back meanwhile: for BACK_S it is not denied for lack of them. An answer that the
       dead kernel had taken and not passed on is lost, and the person is asked again.
 
 Who listens: `aios-approve -f`, and the terminal that an agent is attached to, for it and its descendants.
@@ -39,7 +39,8 @@ from aiosd.timers import Timer
 from libaios import wire
 
 OPEN_OF_AGENT = 16  # asks
-BACK_S = 10.0  # for those who listened to the kernel that died
+BACK_S = 10.0  # for those who listened to the kernel that died, of what had been asked already,
+BACK_NEW_S = 1.0  # … and of what had not
 REMEDY = "aios-approve -f would, and [access] in aiosd.toml can have it allowed"
 
 
@@ -74,8 +75,8 @@ class Approvals:
         self._boot = boot
         self._ruled: dict[str, bool] = {}
         self._asks: dict[str, _Ask] = {}
-        self._watchers: dict[Call, int] = {}  # with the agent that each is about, 0: all
-        self._back_until = calls.timers.clock() + BACK_S if reborn else 0.0
+        self._watchers: dict[Call, wire.WatchAsks] = {}
+        self._born = calls.timers.clock() if reborn else -BACK_S
 
     def concerns(self, call: str) -> bool:
         """Whether any rule names this system call. Asked for almost every call."""
@@ -153,10 +154,10 @@ class Approvals:
 
     def watch(self, call: Call, args: wire.WatchAsks) -> None:
         """The call stays open, and brings what is asked and what became of it."""
-        self._watchers[call] = args.pid
+        self._watchers[call] = args
         call.forget = lambda: self._unwatch(call)
         for ask in self._asks.values():
-            if self._concerns(args.pid, ask):
+            if self._concerns(call, ask):
                 self._send(call, ask.shown)
                 self._set_clock(ask, None)
 
@@ -165,14 +166,21 @@ class Approvals:
         for ask in list(self._asks.values()):
             self._set_clock(ask, self._patience(ask))
 
-    def _concerns(self, pid: int, ask: _Ask) -> bool:
-        return not pid or self._table.is_ancestor(pid, ask.proc)
+    def _concerns(self, watcher: Call, ask: _Ask) -> bool:
+        args = self._watchers[watcher]
+        if not args.attached:
+            return not args.pid or self._table.is_ancestor(args.pid, ask.proc)
+        proc: Proc | None = ask.proc
+        while proc is not None and proc.attached_to != watcher.peer.id:
+            proc = self._table.get(proc.ppid)
+        return proc is not None
 
     def _patience(self, ask: _Ask) -> float | None:
         """For how many seconds it waits from now on; None: as long as somebody listens."""
-        if any(self._concerns(pid, ask) for pid in self._watchers.values()):
+        if any(self._concerns(watcher, ask) for watcher in self._watchers):
             return None
-        return max(self.policy.ask_timeout_s, self._back_until - self._calls.timers.clock())
+        back_s = BACK_S if ask.call.again else BACK_NEW_S
+        return max(self.policy.ask_timeout_s, self._born + back_s - self._calls.timers.clock())
 
     def _set_clock(self, ask: _Ask, seconds: float | None) -> None:
         if ask.patience is not None:
@@ -188,7 +196,8 @@ class Approvals:
 
     @staticmethod
     def _unheard(ask: _Ask) -> str:
-        return f"{ask.deed.shown}: needs a person's approval ({ask.shown.rule}), and nobody listens: {REMEDY}"
+        what = ask.deed.reason or ask.deed.shown
+        return f"{what}: needs a person's approval ({ask.shown.rule}), and nobody listens: {REMEDY}"
 
     # ── answers ───────────────────────────────────────────────────────────────────────────────────────────
 
@@ -248,7 +257,7 @@ class Approvals:
 
     def in_force(self) -> wire.RulesInForce:
         rules = [rule.shown for act in Act for rule in self.policy.rules if rule.act is act]
-        everywhere = sum(not pid for pid in self._watchers.values())
+        everywhere = sum(args == wire.WatchAsks() for args in self._watchers.values())
         return wire.RulesInForce(rules, self.policy.ask_timeout_s, everywhere, str(self.audit.path))
 
     def status(self) -> dict[str, object]:
@@ -261,9 +270,9 @@ class Approvals:
         }
 
     def _tell(self, ask: _Ask) -> None:
-        for call, pid in list(self._watchers.items()):
-            if self._concerns(pid, ask):
-                self._send(call, ask.shown)
+        for watcher in list(self._watchers):
+            if watcher in self._watchers and self._concerns(watcher, ask):
+                self._send(watcher, ask.shown)
 
     def _send(self, call: Call, shown: wire.Asked) -> None:
         self._calls.send_piece(call, 0, Raw(wire.encode(shown)))

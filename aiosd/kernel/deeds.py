@@ -58,7 +58,9 @@ def renice(args: wire.NiceArgs, target: Proc, new: int) -> Deed:
         "nice",
         resources=_groups([target]),
         details=details_of(what),
-        default=f"{RAISES} (nice: from {target.nice} to {new})",
+        default=RAISES,
+        once=True,
+        reason=f"nice: an agent may not lower it (from {target.nice} to {new})",
     )
 
 
@@ -85,8 +87,9 @@ def spawned(args: wire.Spawn, raised: str = "") -> Deed:
         "spawn",
         details=details_of(what),
         bound=bound,
-        default=f"{RAISES} ({raised})" if raised else "",
+        default=RAISES if raised else "",
         once=bool(raised),
+        reason=raised,
     )
 
 

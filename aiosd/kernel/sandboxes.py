@@ -56,11 +56,11 @@ class Sandboxes:
         wish = args.sandbox
         boxes.check(wish)
         if parent is not None and parent.box is not None:
-            try:
+            if not allowed:
                 return boxes.of_child(wish, parent.box)
-            except PermissionError:
-                if not allowed:
-                    raise
+            if not self._strict or wish.level in ("", *LEVELS[LEVELS.index(parent.box.level) :]):
+                return boxes.of_child_with_more(wish, parent.box)
+            raise wire.error(errno.EPERM, f"sandbox: {wish.level} is less than strict settings allow anyone")
         group = group_of_child(parent, args.group, allowed)
         rules = self.of_group(group)
         fixed = (parent is not None and not allowed) or self._strict
