@@ -10,9 +10,9 @@ import contextlib
 import os
 import signal as _signal
 import sys as _sys
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 
-from libaios import wire
+from libaios import template, wire
 from libaios.agent import is_agent
 from libaios.plan import Plan, syscall
 from libaios.sandbox import wish
@@ -47,6 +47,8 @@ def spawn(
     detached: bool | None = None,
     restart: str = "no",
     sandbox: str | None = None,
+    preload: Sequence[str] = (),
+    python: str | os.PathLike[str] | None = None,
 ) -> Plan[int]:
     """Start an agent and return its pid.
 
@@ -57,7 +59,8 @@ def spawn(
     detached one started again when it ends.
 
     `sandbox` ("flat") confines it; an agent that is confined can start none with more rights, and its children have its
-    files and its workspace.
+    files and its workspace. `preload` has it forked from a warm process that has imported these modules, in the
+    interpreter or virtual environment `python`; a confined agent may not name any (PermissionError).
 
     Raises FileNotFoundError, PermissionError (not executable; a nice value below the caller's; a weaker sandbox),
     OSError(EAGAIN).
@@ -83,6 +86,7 @@ def spawn(
         detached=detached,
         restart=restart,
         sandbox=_sandbox(kind, target, folder, environment, sandbox),
+        template=template.wish(preload, os.fspath(python or "")) if preload or python else None,
     )
     with contextlib.suppress(AttributeError, ValueError, OSError):  # stdout is None, or closed, or has no reader
         _sys.stdout.flush()  # so that what was printed here comes before what the child prints

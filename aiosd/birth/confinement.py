@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import os
 import sys
+from collections.abc import Iterable
 
 import msgspec
 
@@ -26,10 +27,15 @@ box: Box | None = None
 
 def prepare() -> Offer:
     """In the supervisor, before the first fork: what this machine can do."""
+    load(sys.path)
+    return probe.offer(_confine, _ground, fork.fork)
+
+
+def load(python_path: Iterable[str]) -> None:
+    """Before the first fork: what all confined agents have in common. `python_path`: where they look for modules."""
     global _confine, _ground
     _confine = confine.load()
-    _ground = plan.ground(sys.path) if filter.known_here() else None
-    return probe.offer(_confine, _ground, fork.fork)
+    _ground = plan.ground(python_path) if filter.known_here() else None
 
 
 def enter(new: Box, report: Report) -> None:
