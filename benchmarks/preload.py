@@ -8,8 +8,8 @@
 
 All are started at once. "imported": every one of them has imported what it needs; start s: until the last one has.
 "called": every one has also made one call of the embedded model through the gateway, as its framework makes it.
-Memory is PSS of all these agents, of the template too, divided by their number. One alone: the first has to wait for its
-template, the next has not.
+Memory is PSS of all these agents, of the template too, divided by their number. One alone: the first has to wait for
+its template, the next has not.
 
 Frameworks are those of `make frameworks` (build/frameworks); those that are not there are left out.
 Results go to benchmarks/results/preload.json.

@@ -65,8 +65,7 @@ _SERVER = ("http.server", "socketserver")
 def _use_openai() -> None:
     import asyncio
 
-    import openai
-
+    openai: Any = sys.modules["openai"]
     with _Server() as url:
         options: dict[str, Any] = {"base_url": url, "api_key": "x", "max_retries": 0, "timeout": 5.0}
         ask: dict[str, Any] = {"model": "x", "messages": [{"role": "user", "content": "x"}]}
