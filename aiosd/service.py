@@ -32,13 +32,15 @@ from aiosd import link
 from aiosd.heartbeat import HANG_S, Rounds
 from aiosd.timers import Timers
 from libaios import wire
-from libaios.channel import LOOKS, Channel
+from libaios.channel import Channel
 from libaios.wire import Again
 
 logger = logging.getLogger("service")
 
 #: The kind of the llm cores.
 LLM = "llm"
+#: The name and kind of the tool manager.
+TOOLBOX = "toolbox"
 #: The name of the service that acts for agents: see `aiosd.kernel.control`.
 GATEWAY = "gateway"
 
@@ -46,6 +48,7 @@ REMEMBERED = 4096  # answers, for calls that are submitted again,
 REMEMBERED_BYTES = 32 << 20  # … and no more than that of them
 MESSAGES_AT_ONCE = 64
 SLEEP_S = 5.0  # a back-stop: any message wakes the service at once
+LOOK_S = 0.002  # while messages come one after another: how often the watched descriptors are looked at
 PAUSE_S = 0.05  # without a message, before what can wait is done
 
 #: What a function returns whose answer comes later.
@@ -118,6 +121,7 @@ class Server:
     on_gone: Callable[[int], None] = lambda peer: None  # this peer is dead
     on_keep: Callable[[list[int]], None] = lambda peers: None  # all peers but these are
     on_cancel: Callable[[link.Key], None] = lambda key: None  # of a call whose answer was to come later
+    on_again: Callable[[link.Key], None] = lambda key: None  # such a call is open in a new kernel, too
     queued: frozenset[int] = frozenset()
     rest: Callable[[], None] = lambda: None  # there is a pause: time for what can wait
     timers: Timers = field(default_factory=Timers)
@@ -134,16 +138,20 @@ class Server:
     _lives: dict[link.Key, int] = field(default_factory=dict)  # of the calls that were begun and have no answer yet
     _rested: bool = False  # since the last message
     _asleep: bool = False
+    _looked_at: float = 0.0
     _paused: dict[link.Key, float] = field(default_factory=dict)
     _quit: bool = False
 
     def run(self, rounds: Rounds) -> int:
         """Serve until told to end, or the kernel's end of the channel is gone for good."""
         channel = self.channel
-        self._send(link.Loaded(dict(self.info)))
+        self.send(link.Loaded(dict(self.info)))
         while not self._quit and not channel.hung_up:
             rounds.begin()
-            messages = [link.decode_to_service(payload) for payload in channel.receive(MESSAGES_AT_ONCE)]
+            frames: list[bytes] = []
+            channel.take(frames, MESSAGES_AT_ONCE)
+            messages = [link.decode_to_service(payload) for payload in frames]
+            more = len(frames) == MESSAGES_AT_ONCE or channel.fragmented
             if messages:
                 self._rested = False
                 self._turn(messages)
@@ -151,17 +159,19 @@ class Server:
                 channel.pump()
             if channel.reborn:  # a new kernel: it submits again what is open
                 channel.renew()
-                self._send(link.Loaded(dict(self.info)))
+                self.send(link.Loaded(dict(self.info)))
             wait = min(SLEEP_S, self.background())
             for key in list(self._under_way):
                 self._step(key)
             self.timers.run_due()
             if self._under_way:
                 wait = min(wait, self._next_turn())
-            if wait > 0 and not channel.more and not self._quit:
+            if wait > 0 and not more and not self._quit:
                 rounds.end()
                 with contextlib.suppress(_Woken):
                     self._pause(wait)
+            else:
+                self._look_in_time()
         return 0
 
     def _next_turn(self) -> float:
@@ -204,22 +214,30 @@ class Server:
         self.rest()
 
     def _sleep(self, timeout: float) -> bool:
-        """Until a message comes, and handle what the watched descriptors bring. False: nothing has come."""
+        """Until a message comes, or something for a watched descriptor. False: nothing has come."""
         if not self._watched:
             return self.channel.wait(timeout)
-        looked = not self.channel.fall_asleep(LOOKS)
-        if looked:
-            timeout = 0.0
+        awake = self.channel.wait(timeout, tuple(self._watched))
+        if self.channel.filled():
+            self._look_in_time()
+        else:
+            self._look()
+        return awake
+
+    def _look_in_time(self) -> None:
+        """Messages wait: look at the watched descriptors now and then."""
+        if self._watched and time.monotonic() >= self._looked_at + LOOK_S:
+            self._look()
+
+    def _look(self) -> None:
+        """At the watched descriptors, and handle what they bring."""
+        self._looked_at = time.monotonic()
         poll = select.poll()
-        for fd in (self.channel.fileno(), *self._watched):
+        for fd in self._watched:
             poll.register(fd, select.POLLIN)
-        found = poll.poll(timeout * 1000)
-        for fd, _ in found:
-            if fd == self.channel.fileno():
-                self.channel.drain_bell()
-            elif fd in self._watched:  # an earlier one may have ended it
+        for fd, _ in poll.poll(0):
+            if fd in self._watched:  # an earlier one may have ended it
                 self._watched[fd]()
-        return looked or bool(found)
 
     def watch(self, fd: int, callback: Callable[[], None]) -> None:
         """Call back whenever the descriptor is readable or hung up."""
@@ -229,7 +247,7 @@ class Server:
         """Before the descriptor is closed."""
         self._watched.pop(fd, None)
 
-    def _send(self, message: link.FromService) -> None:
+    def send(self, message: link.FromService) -> None:
         self.channel.send(link.encode(message))
 
     def _handle(self, message: link.ToService) -> None:
@@ -248,13 +266,13 @@ class Server:
             case link.Gone(peer=peer):
                 self._quietly(lambda: self.on_gone(peer))
             case link.GetStats(req=req):
-                self._send(link.Stats(req, self.stats()))
+                self.send(link.Stats(req, self.stats()))
             case link.Quit():
                 self._quit = True
             case _:
                 answer = self.others(message)
                 if answer is not None:
-                    self._send(answer)
+                    self.send(answer)
 
     @staticmethod
     def _quietly(act: Callable[[], None]) -> None:
@@ -270,12 +288,12 @@ class Server:
         row = wire.TABLE[ask.sys]
         known = self._answers.get(ask.key) if ask.again else None
         if known is not None and known.life == ask.life:
-            self._send(known.message)
+            self.send(known.message)
         elif ask.key in self._under_way or ask.key in self._later:
-            pass  # it goes on, and its answer goes to the new kernel
+            self.on_again(ask.key)  # it goes on, and its answer goes to the new kernel
         elif ask.again and row.again is Again.NEVER:
             reason = f"{row.name}: it had begun before a process died, and is not done again"
-            self._send(link.Failed(ask.key, errno.EIO, reason))
+            self.send(link.Failed(ask.key, errno.EIO, reason))
         else:
             if ask.sys not in self.queued:
                 self.channel.send_silently(link.encode(link.Working(ask.key)))  # read with the answer, or at a death
@@ -300,7 +318,7 @@ class Server:
 
     def _go_on(self, key: link.Key) -> None:
         """One more part of a long answer, so that no call waits for all of another's."""
-        self._send(link.Working(key))
+        self.send(link.Working(key))
         try:
             part = next(self._under_way[key])
         except StopIteration as end:
@@ -311,19 +329,19 @@ class Server:
             self._paused.pop(key, None)
             if isinstance(part, Pause):
                 self._paused[key] = part.until
-                self._send(link.Working(None))  # a death while it waits is not its fault
+                self.send(link.Working(None))  # a death while it waits is not its fault
             else:
-                self._send(link.Part(key, self._offsets[key], wire.encode(part)))
+                self.send(link.Part(key, self._offsets[key], wire.encode(part)))
                 self._offsets[key] += 1
 
     def begun(self, key: link.Key) -> None:
         """A queued call begins now. From here on one that is made NEVER again is lost with this process."""
-        self._send(link.Begun(key))
+        self.channel.send_silently(link.encode(link.Begun(key)))  # read with what comes next, or at our death
 
     def part(self, key: link.Key, body: object) -> None:
         """A part of an answer that comes later."""
         if key in self._later:
-            self._send(link.Part(key, self._offsets[key], wire.encode(body)))
+            self.send(link.Part(key, self._offsets[key], wire.encode(body)))
             self._offsets[key] += 1
 
     def answer(self, key: link.Key, body: object) -> None:
@@ -357,7 +375,7 @@ class Server:
 
     def _out(self, message: link.Answered | link.Failed, size: int) -> None:
         key = message.key
-        self._send(message)
+        self.send(message)
         old = self._answers.pop(key, None)
         self._answers[key] = _Answer(message, size, self._lives.pop(key, 0))
         self._bytes += size - (old.size if old is not None else 0)

@@ -105,15 +105,27 @@ class Patience:
 
     def look(self, items: Items, item: int, value: int, looks: int) -> bool:
         """True when the item differs from `value` within `looks` looks; False at once while looking does not pay."""
-        if self._rest:
-            self._rest -= 1
+        if not self.willing():
             return False
         for _ in range(looks):
             if items[item] != value:
-                self._failed >>= 1
+                self.paid()
                 return True
-        self._rest = self._failed = min(2 * self._failed + 1, RESTS)
+        self.failed()
         return False
+
+    def willing(self) -> bool:
+        """Ask once before each sleep."""
+        if self._rest:
+            self._rest -= 1
+            return False
+        return True
+
+    def paid(self) -> None:
+        self._failed >>= 1
+
+    def failed(self) -> None:
+        self._rest = self._failed = min(2 * self._failed + 1, RESTS)
 
 
 class Channel:
@@ -365,17 +377,6 @@ class Channel:
         consumer = self._consumer
         return self._items[consumer.written_item] != consumer.read
 
-    def fall_asleep(self, looks: int) -> bool:
-        """Look at the ring once more (up to `looks` times, while that pays), then announce sleep. False: do not sleep,
-        something has come, or there may be room for the outbox."""
-        consumer, items = self._consumer, self._items
-        written, read = consumer.written_item, consumer.read
-        if items[written] != read or self._patience.look(items, written, read, looks):
-            return False
-        items[consumer.sleeps] = 1
-        ring.fence()
-        return self.settled()
-
     def settled(self) -> bool:
         """After sleep was announced: True when there is nothing to take or to pump. The bell rings when there is."""
         consumer, items = self._consumer, self._items
@@ -452,6 +453,22 @@ class Channel:
             return True
         self.nudge()
         return False
+
+
+def look(channels: Sequence[Channel], looks: int) -> bool:
+    """Look at the rings of all of these, `looks` times in all while that pays for one of them. True: something has
+    come. Sleep is not announced."""
+    willing = [channel for channel in channels if channel._patience.willing()]
+    rings = [(each._items, each._consumer.written_item, each._consumer.read, each) for each in channels]
+    for _ in range(looks // len(rings) if willing else 1):
+        for items, written, read, channel in rings:
+            if items[written] != read:
+                if channel in willing:
+                    channel._patience.paid()
+                return True
+    for channel in willing:
+        channel._patience.failed()
+    return False
 
 
 def restless(channels: Sequence[Channel]) -> list[Channel]:

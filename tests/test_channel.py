@@ -112,7 +112,23 @@ def test_all_that_fall_asleep_are_told_of_what_came_meanwhile(ends: Ends, monkey
         assert channels.restless([ends.kernel]) == []
         ends.agent.send(b"rings")
         assert rung(ends.kernel)
-        assert not ends.kernel.fall_asleep(0)
+        assert channels.look([other.kernel, ends.kernel], 4)
+    finally:
+        other.close()
+
+
+def test_a_look_at_several_rings_finds_the_one_that_has_something(ends: Ends) -> None:
+    other = Ends()
+    try:
+        both = [ends.kernel, other.kernel]
+        for side in both:
+            side.receive()
+            side._items[side._consumer.sleeps] = 0  # as it is while they are looked after
+        assert not channels.look(both, 100)
+        other.agent.send(b"found without a bell")
+        assert not rung(other.kernel)
+        assert channels.look(both, 100)
+        assert [side.filled() for side in both] == [False, True]
     finally:
         other.close()
 

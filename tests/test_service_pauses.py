@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 
-from aiosd import link
+from aiosd import link, service
 from aiosd.heartbeat import Rounds
 from aiosd.service import Pause, Server
 from libaios import wire
@@ -118,3 +118,22 @@ def test_other_messages_get_their_answers(running: Running) -> None:
     running.answer(2)
     assert not running.server._under_way
     assert not running.server._paused
+
+
+def test_watched_descriptors_have_their_turn_while_messages_keep_coming(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(service, "LOOK_S", 0.0)
+    memfd, kernel_bell, service_bell = make_channel()
+    kernel = Channel(os.dup(memfd), kernel_bell, Side.AGENT)
+    bell = os.eventfd(1, os.EFD_NONBLOCK)
+    handled: list[Any] = []
+    server = Server(Channel(memfd, service_bell, Side.KERNEL), {}, others=handled.append)
+    server.watch(bell, server.end)
+    try:
+        for number in range(5 * service.MESSAGES_AT_ONCE):
+            kernel.send(link.encode(link.Park(number, parked=True)))
+        assert server.run(Rounds()) == 0
+        assert 0 < len(handled) <= service.MESSAGES_AT_ONCE
+    finally:
+        os.close(bell)
+        kernel.close()
+        server.channel.close()

@@ -163,6 +163,7 @@ class Templates:
         self._drop(order)
         if order.cancelled:
             sock.close()
+            self._rest(template)
             return
         template.agents += 1
         try:
@@ -213,7 +214,8 @@ class Templates:
         if order.template is template and not template.over:
             self._drop(order)
             sock.close()
-            order.failed(errno.EIO, f"{template.name} has forked no process: memory may be short")
+            _fail(order, errno.EIO, f"{template.name} has forked no process: memory may be short")
+            self._rest(template)
         elif order.sock is sock:
             self._unwatch(sock)
 
@@ -267,6 +269,8 @@ class Templates:
         logger.info("%s ended: %s", template.name, why)
         orders = self._remove(template)
         for order in orders:
+            if order.cancelled:
+                continue
             try:
                 if order.tries >= TRIES:
                     raise OSError(errno.EAGAIN, f"{template.name}, tried {TRIES} times: {why}")
@@ -279,8 +283,7 @@ class Templates:
         orders = self._remove(template)
         logger.info("%s ended: %s", template.name, words)
         for order in orders:
-            if not order.cancelled:
-                order.failed(number, words)
+            _fail(order, number, words)
 
     def _remove(self, template: Template) -> list[Order]:
         """Forget it; returns its orders."""
@@ -359,6 +362,11 @@ class Templates:
     def _unwatch(self, sock: socket.socket) -> None:
         if self._by_fd.pop(sock.fileno(), None) is not None:
             self._epoll.unregister(sock.fileno())
+
+
+def _fail(order: Order, number: int, words: str) -> None:
+    if not order.cancelled:
+        order.failed(number, words)
 
 
 def _is_from(ospid: int, template: int) -> bool:

@@ -58,6 +58,7 @@ class UnderWay:
     spec: link.Fork
     command: str
     box: Box | None
+    used: int  # tokens that it was charged with in an earlier life of the system
 
 
 class Agents:
@@ -98,6 +99,7 @@ class Agents:
         self._patience: dict[int, float] = {}  # attached agents whose client may still come back, until when
         self.listed = Listed(table, timers)
         self.stopping = False  # the system goes down
+        self.outside_changed: Callable[[], None] = lambda: None  # an agent without a process has come, or ended
         self.open_door: Callable[[Proc, int], None]  # of a confined agent, see `control`
         self.close_door: Callable[[Proc], None]
 
@@ -121,7 +123,8 @@ class Agents:
     def _adopt(self, proc: Proc, agent: Agent) -> None:
         proc.restarts = agent.restarts.total if agent.restarts is not None else 0
         if agent.status is None and not agent.ospid:
-            self.table.advance(proc, Event.FAIL)
+            self._enrolled(proc)
+            self.generations.park(proc, agent.stopped)
             return
         if agent.status is None:
             self.connect(proc, agent.memfd, agent.bell)
@@ -159,26 +162,29 @@ class Agents:
         self._send_fork(call, spec, content, fds)
         self.budgets.expect(spec.shares)
 
-    def _send_fork(self, call: Call | None, spec: link.Fork, content: Letter, fds: tuple[int, ...] = ()) -> None:
+    def _send_fork(
+        self, call: Call | None, spec: link.Fork, content: Letter, fds: tuple[int, ...] = (), used: int = 0
+    ) -> None:
         sealed = letter.write(content)
         try:
             self.uplink.send(spec, (sealed, *fds))
         finally:
             os.close(sealed)
-        self.forks[spec.key] = UnderWay(call, spec, letter.command(content)[:COMMAND_SHOWN], content.box)
+        self.forks[spec.key] = UnderWay(call, spec, letter.command(content)[:COMMAND_SHOWN], content.box, used)
 
     def forked(self, message: link.Forked, fds: list[int]) -> None:
         under_way = self.forks.pop(message.key)
         self.listed.started(message.key, message.pid)
         call, spec = under_way.call, under_way.spec
         proc = self.table.find(message.pid)
-        if proc is None and not fds:  # an old one, forgotten since
+        if proc is None and not fds and not spec.outside:  # an old one, forgotten since
             self.budgets.arrived(spec.shares)
             self._answer_spawn(call, wire.Spawned(message.pid, message.log, spec.sandbox))
             return
         if proc is None:
             started = (message.started, message.since)
             command = under_way.command
+            self.ledger.row(message.pid)[ledger.CHARGED] = under_way.used
             proc = self._make(spec, command, message.pid, message.ospid, message.pgid, started, message.log)
             proc.box = under_way.box
             self.ledger.keep_command(proc.pid, command)
@@ -187,7 +193,11 @@ class Agents:
                 proc.ppid = INIT
                 self.uplink.send(link.Mark(proc.pid, ppid=INIT))
             self.table.add(proc)
-            self._connect_all(proc, fds)
+            if spec.outside:
+                self._enrolled(proc)
+                self.outside_changed()
+            else:
+                self._connect_all(proc, fds)
             self.enforcer.born(proc)
             if parent is not None and parent.halted:  # it was told to stop, with all its children, while we forked
                 self.deliver(proc, signal.SIGSTOP)
@@ -231,6 +241,16 @@ class Agents:
             except OSError as err:
                 logger.error("agent %s, which starts with the system: %s", spec.name or spec.target, err.strerror)
                 self.listed.refused(key_of(number), f"has not started: {err.strerror}")
+
+    def enrol(self, call: Call | None, spec: link.Fork, content: Letter, used: int = 0) -> None:
+        """Add an agent without a process; the call is finished when the supervisor has noted it."""
+        self._send_fork(call, spec, content, used=used)
+
+    def _enrolled(self, proc: Proc) -> None:
+        """It has no process: it never had one, or is between two."""
+        self.table.advance(proc, Event.FAIL)
+        if proc.outside:
+            self.tokens.add(proc)
 
     def _connect_all(self, proc: Proc, fds: list[int]) -> None:
         """Its channel, and of a confined agent its door."""
@@ -294,6 +314,7 @@ class Agents:
             budgets=self.budgets.join(pid, started[1], spec.shares),
             restart=spec.restart,
             token=spec.token,
+            outside=spec.outside,
         )
 
     # ── attached agents ───────────────────────────────────────────────────────────────────────────────────
@@ -357,12 +378,13 @@ class Agents:
 
     def stood_still(self, proc: Proc) -> None:
         """A core has taken generations of this agent out of decoding: if it has stopped, its STOP may be done."""
-        if proc.state is State.STOPPED:
+        if proc.state is State.STOPPED or proc.outside:
             self.waiters.on_change(proc)
 
     def is_parked(self, proc: Proc) -> bool:
         """Stopped, and nothing of it is generated any more."""
-        return proc.state is State.STOPPED and self.generations.stands_still(proc)
+        stopped = proc.halted if proc.outside else proc.state is State.STOPPED
+        return stopped and self.generations.stands_still(proc)
 
     # ── death ─────────────────────────────────────────────────────────────────────────────────────────────
 
@@ -384,6 +406,8 @@ class Agents:
             self.enforcer.set_reason(proc, message.reason)
         for child in self.table.exit(proc, message.status):
             self._orphaned(child)
+        if proc.outside:
+            self.outside_changed()
         ppid = proc.ppid
         self.waiters.on_exit(proc, ppid)
         if ppid == INIT and proc.state is State.ZOMBIE:

@@ -62,6 +62,8 @@ class Enforcer:
         budget.stage = max(budget.stage, stage)
         number = signal.SIGKILL if stage is Stage.KILL else signal.SIGTERM
         for proc in [proc for pid in list(budget.sharers) if (proc := self._table.get(pid)) is not None]:
+            if proc.outside:  # there is nothing to end: each request gets EDQUOT until a person revokes its token
+                continue
             self._deliver(proc, number)
             if number == signal.SIGTERM:
                 self._deliver(proc, signal.SIGCONT)  # a stopped one must get its TERM, too

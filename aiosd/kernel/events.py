@@ -20,11 +20,13 @@ import select
 from collections.abc import Callable, Iterable
 
 from aiosd.timers import Timers
-from libaios.channel import Channel, restless
+from libaios.channel import Channel, look, restless
 
 TURN_S = 0.002  # of one agent, if possible, before the others have their turn
 EVENTS_PER_ROUND = 256
-LOOKS = 700  # about 20 µs, for which all others wait: to find an agent that calls again right after its reply
+FEW = 2  # an agent, and the service that answers it
+LOOKS = 700  # about 20 µs, for which all others wait: to find an agent that calls again right after its reply,
+LOOKS_AT_TWO = 2000  # … or the answer of a service that has to be woken, about 60 µs
 
 
 class Turn(enum.IntEnum):
@@ -55,7 +57,7 @@ class Source:
         self.fd = fd
         self.act = act
         self.serve = serve
-        self.channel = channel  # of an agent: we look into it before the agent is asked to ring
+        self.channel = channel  # of an agent or a service: we look into it before the other side is asked to ring
         self.of_clients = of_clients
         self.turn = ASLEEP
 
@@ -158,15 +160,16 @@ class Events:
                     break
 
     def _look(self) -> None:
-        """Look at the rings of served agents that need not ring: has one sent something meanwhile? Before the kernel
-        sleeps, all of them are asked to ring; otherwise only those whose rings were found empty twice."""
+        """Look at the rings of those just served, which need not ring: has one sent something meanwhile? Before the
+        kernel sleeps, all of them are asked to ring; otherwise only those whose rings were found empty twice."""
         awake, quiet, hungry = self._lines[AWAKE], self._lines[QUIET], self._lines[HUNGRY]
-        if len(awake) == 1 and not quiet and not hungry:
-            # No other agent is active: where it has paid off before, waiting briefly saves both sides their bells.
-            source = next(iter(awake))
-            asleep = source.channel is None or source.channel.fall_asleep(LOOKS)
-            self.move(source, ASLEEP if asleep else FOUND)
-            return
+        if len(awake) <= FEW and not quiet and not hungry:
+            # Few are active: where it has paid off before, waiting briefly saves all sides their bells.
+            rings = {source.channel: source for source in awake if source.channel is not None}
+            if look(list(rings), LOOKS if len(rings) == 1 else LOOKS_AT_TWO):
+                for source in [one for channel, one in rings.items() if channel.filled()]:
+                    self.move(source, FOUND)
+                return
         for line in (quiet, awake):
             for source in [one for one in line if one.channel is not None and one.channel.filled()]:
                 self.move(source, FOUND)

@@ -89,6 +89,7 @@ class Service:
     last_death: str = ""
     channel: Channel | None = None
     source: Source | None = None  # while the kernel listens to its channel
+    asked: Callable[[], None] = lambda: None  # it was given a call, whose answer may come soon
     stats: dict[str, Any] = field(default_factory=dict)
     calls: dict[link.Key, Open] = field(default_factory=dict)
     working: link.Key | None = None  # the one call that it has announced to work on
@@ -128,6 +129,7 @@ class Service:
         assert self.channel is not None
         opened.given = True
         self.channel.send(payload)
+        self.asked()
 
     # ── what a kind of service adds ───────────────────────────────────────────────────────────────────────
 
@@ -212,9 +214,11 @@ class Service:
             return False
         if channel.outbox_bytes:
             channel.pump()
-        for payload in channel.receive(limit):
+        frames: list[bytes] = []
+        channel.take(frames, limit)
+        for payload in frames:
             self.on_message(link.decode_from_service(payload))
-        return channel.more
+        return len(frames) == limit or channel.fragmented
 
     def on_message(self, message: link.FromService) -> None:
         match message:
