@@ -3,7 +3,8 @@
     pip install crewai
     aios-run -- /path/to/venv/bin/python examples/crewai_agent.py
 
-aios-run switches its telemetry off, which it would send at the import already.
+aios-run switches its telemetry off, which it would send at the import already. A model's name that CrewAI does not know
+needs `provider`, else it looks for litellm.
 """
 
 from __future__ import annotations
@@ -14,7 +15,7 @@ from crewai.tools import tool
 
 
 def main() -> None:
-    model = LLM(model=f"openai/{MODEL}", temperature=0, max_tokens=128)
+    model = LLM(model=MODEL, provider="openai", temperature=0, max_tokens=128)
     agent = Agent(role="assistant", goal="Answer briefly.", backstory=SYSTEM, llm=model, tools=[tool(calc)], max_iter=4)
     task = Task(description=QUESTION, expected_output="A number.", agent=agent)
     print("answer:", Crew(agents=[agent], tasks=[task]).kickoff().raw)
