@@ -71,6 +71,7 @@ def spawn(
     if detached is None:
         detached = not is_agent()
     environment = os.environ if env is None else env
+    forked_from = template.wish(preload, os.fspath(python or "")) if preload or python else None
     folder = os.path.abspath(os.getcwd() if cwd is None else cwd)
     spec = wire.Spawn(
         kind=kind,
@@ -85,19 +86,26 @@ def spawn(
         umask=_umask(),
         detached=detached,
         restart=restart,
-        sandbox=_sandbox(kind, target, folder, environment, sandbox),
-        template=template.wish(preload, os.fspath(python or "")) if preload or python else None,
+        sandbox=_sandbox(kind, target, folder, environment, sandbox, forked_from),
+        template=forked_from,
     )
     with contextlib.suppress(AttributeError, ValueError, OSError):  # stdout is None, or closed, or has no reader
         _sys.stdout.flush()  # so that what was printed here comes before what the child prints
     return Plan(Sys.SPAWN, spec, lambda spawned: int(spawned.pid))
 
 
-def _sandbox(kind: str, target: str, folder: str, environment: Mapping[str, str], level: str | None) -> wire.Sandbox:
+def _sandbox(
+    kind: str,
+    target: str,
+    folder: str,
+    environment: Mapping[str, str],
+    level: str | None,
+    forked_from: wire.Template | None,
+) -> wire.Sandbox:
     """An agent's child has its parent's box, so nothing has to be looked up for it, unless it asks for one."""
     if level is None and is_agent():
         return wire.Sandbox()
-    return wish(kind, target, folder, environment, level=level)
+    return wish(kind, target, folder, environment, level=level, needed=template.folders(forked_from))
 
 
 def _umask() -> int:

@@ -16,6 +16,7 @@ from typing import Any
 import psutil
 import pytest
 
+from aiosd.sandbox.box import LEVELS
 from libaios import wire
 from libaios.client import Client
 from libaios.home import Home
@@ -37,6 +38,7 @@ sys.exit(int(sys.argv[1]) if len(sys.argv) > 1 else 0)
 MODULES = {
     "warm": "import os\nIMPORTED_IN = os.getpid()\ndef use():\n    return 1\n",
     "threaded": "import threading as t, time\nt.Thread(target=time.sleep, args=(9,), name='ticker').start()\n",
+    "late": "VALUE = 5\n",
     "broken": "raise ValueError('no luck')\n",
     "needy": "import not_there\n",
     "leaving": "raise SystemExit(0)\n",
@@ -274,26 +276,31 @@ def test_a_template_that_is_killed_while_it_loads(system: System, environment: P
     assert "template:gated" in err
 
 
-def test_confined_agents(system: System, environment: Path, tmp_path: Path) -> None:
+@pytest.mark.parametrize("level", LEVELS[1:])
+def test_confined_agents(system: System, environment: Path, tmp_path: Path, level: str) -> None:
     """One is forked from a template and confined; and none may name a template, whose modules run unconfined."""
-    if system.status()["sandbox"]["possible"] == "none":
-        pytest.skip("no sandbox on this machine")
+    if LEVELS.index(system.status()["sandbox"]["possible"]) < LEVELS.index(level):
+        pytest.skip(f"no {level} on this machine")
+    (tmp_path / "own").mkdir()
+    (tmp_path / "secret").write_text("secret")
     source = """
         import libaios, os, warm
         try:
-            open(os.path.expanduser("~root/.profile"))
-        except PermissionError:
+            print(open("../secret").read())
+        except OSError:
             print("confined")
         try:
             libaios.proc.spawn("x.py", preload=["warm"])
         except PermissionError as err:
             print(err.strerror)
-        print(libaios.tool.list()[:0], warm.use())
+        import late
+        print(libaios.tool.list()[:0], late.VALUE)
     """
-    done = run(system, environment, "--sandbox", "flat", script(tmp_path, source), cwd=tmp_path)
+    script(tmp_path / "own", source)
+    done = run(system, environment, "--sandbox", level, "agent.py", cwd=tmp_path / "own")
     assert (done.returncode, done.stderr) == (0, "")
     first, second, third = done.stdout.splitlines()
-    assert (first, "no confined agent" in second, third) == ("confined", True, "[] 1")
+    assert (first, "no confined agent" in second, third) == ("confined", True, "[] 5")
 
 
 def test_random_numbers_of_numpy_differ(system: System, tmp_path: Path) -> None:

@@ -1,6 +1,6 @@
 """The first code of a template, run as a script by whatever interpreter a person has named.
 
-    python bootstrap.py SOCKET SUPERVISOR FOLDER-OF-AIOSD FOLDER-OF-MSGSPEC [MODULE]...
+    python bootstrap.py SOCKET SUPERVISOR GROUND FOLDER-OF-AIOSD FOLDER-OF-MSGSPEC [MODULE]...
 
 Only the standard library, and syntax that an old interpreter reads too, so that it can report what is wrong. It makes
 `aiosd`, `libaios` and `msgspec` importable, and nothing else of the folders in which they lie: these may be another
@@ -48,7 +48,8 @@ def why_not(finder: Finder, msgspec_folder: str) -> str:
 
 def main() -> None:
     del sys.path[0]  # the folder of this file
-    number, supervisor, ours, msgspec_folder = int(sys.argv[1]), int(sys.argv[2]), sys.argv[3], sys.argv[4]
+    number, supervisor, ground = map(int, sys.argv[1:4])
+    ours, msgspec_folder, *modules = sys.argv[4:]
     finder = Finder()
     finder.folders.update({"aiosd": ours, "libaios": ours})
     sys.meta_path.insert(0, finder)
@@ -58,7 +59,7 @@ def main() -> None:
         os._exit(1)
     from aiosd.birth import template
 
-    template.main(number, supervisor, sys.argv[5:])
+    template.main(number, supervisor, ground, modules)
 
 
 if __name__ == "__main__":

@@ -20,7 +20,6 @@ from __future__ import annotations
 
 import array
 import errno
-import gc
 import importlib
 import os
 import platform
@@ -35,10 +34,10 @@ from collections.abc import Iterable
 
 import msgspec
 
-from aiosd.birth import confinement, heap, modules, spares, warmup
+from aiosd.birth import confinement, modules, rehearsal, spares, warmup
 from aiosd.birth.fork import die_with_parent, fork, name_process
-from aiosd.birth.rehearsal import rehearse, rehearse_birth
 from aiosd.link import TemplateSaid
+from aiosd.sandbox import cage
 
 FD_BYTES = 4
 LOOK_S = 1.0  # at most that often it is looked whether files have changed
@@ -50,11 +49,13 @@ class Refused(Exception):
         self.errno = number
 
 
-def main(number: int, supervisor: int, names: list[str]) -> None:
-    """Never returns."""
+def main(number: int, supervisor: int, ground: int, names: list[str]) -> None:
+    """`number`: of the socket to the supervisor; `ground`: of a memfd, see `confinement.packed`. Never returns."""
     code = 1
     sock = socket.socket(fileno=number)
-    sock.set_inheritable(False)
+    confinement.unpack(os.pread(ground, os.fstat(ground).st_size, 0))
+    for fd in (number, ground, *cage.descriptors()):
+        os.set_inheritable(fd, False)
     try:
         name_process("aios:template")
         sys.stdout.reconfigure(line_buffering=True)  # type: ignore[union-attr] # a module may keep it
@@ -79,13 +80,8 @@ def _load(names: list[str]) -> None:
     for name in warmup.lazily_loaded():
         _import_if_there(name)
     _refuse_threads()
-    confinement.load([*sys.path, *_own_folders()])
-    rehearse()
-    rehearse_birth()
     modules.share()
-    gc.collect()
-    heap.fill_holes()
-    gc.freeze()
+    rehearsal.warm_up(hides=False)
 
 
 def _import(name: str) -> None:
@@ -114,11 +110,6 @@ def _refuse_threads() -> None:
     known = [one.name for one in threading.enumerate() if one is not threading.main_thread()]
     found = ", ".join(known) or f"{len(tasks) - 1} of a library in C"
     raise Refused(errno.EINVAL, f"template: a module has started threads, which agents would not have: {found}")
-
-
-def _own_folders() -> list[str]:
-    """Where the code of agents lies that is in no folder of sys.path: confined agents must be able to read it."""
-    return [os.path.dirname(str(sys.modules[name].__file__)) for name in ("aiosd", "libaios", "msgspec")]
 
 
 class Files:

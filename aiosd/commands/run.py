@@ -185,7 +185,7 @@ def _complete_file(context: click.Context, parameter: click.Parameter, incomplet
 @click.option("--memory", type=Size(), metavar="SIZE", help="Budget of memory, such as 512M.")
 @click.option(
     "--sandbox",
-    type=click.Choice(["none", "flat"]),
+    type=click.Choice(["none", "flat", "cage"]),
     help="How it is confined; else as the settings say. An agent can only choose more for what it starts.",
 )
 @click.option("--read", "read", multiple=True, metavar="PATH", help="A file or folder that it may read in a sandbox.")
@@ -244,8 +244,20 @@ def command(
             raise edge.Failed(f"{path}: there is no such file or folder to grant", NOT_STARTED)
     kind, environment, cwd = context.meta["kind"], _environment(variables), _working_directory()
     names = [word.partition("=")[0] for word in variables]
-    grants = wish(kind, target[0], cwd, environment, level=sandbox, read=read, write=write, variables=names, net=net)
     try:
+        forked_from = _template(kind, preload, python)
+        grants = wish(
+            kind,
+            target[0],
+            cwd,
+            environment,
+            level=sandbox,
+            read=read,
+            write=write,
+            variables=names,
+            net=net,
+            needed=template.folders(forked_from),
+        )
         spawn = Spawn(
             kind=kind,
             target=wire.os_text(target[0]),
@@ -263,7 +275,7 @@ def command(
             tty=terminal,
             gateway=False if own_env or any(name.startswith(OWN) for name in names) else None,
             sandbox=grants,
-            template=_template(kind, preload, python),
+            template=forked_from,
         )
         if detach and terminal:
             from aiosd.commands import holder

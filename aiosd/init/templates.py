@@ -33,9 +33,10 @@ from typing import Any
 import msgspec
 
 from aiosd import endpoint, link, procfs
-from aiosd.birth import fork, spares
+from aiosd.birth import confinement, fork, spares
 from aiosd.birth.spares import PID
 from aiosd.link import TemplateSaid
+from aiosd.sandbox import cage
 from aiosd.timers import Timer, Timers
 from libaios import wire
 
@@ -392,13 +393,19 @@ def _execute(of: wire.Template, sock: socket.socket) -> int:
     number = fcntl.fcntl(sock, fcntl.F_DUPFD, 3)  # aiosd may have been started without stdio
     for standard in (0, 1, 2):
         os.dup2(silent, standard)
-    fork.keep_only((number,))
+    ground = os.memfd_create("aios-ground")
+    os.write(ground, confinement.packed())
+    inherited = (number, ground, *cage.descriptors())
+    fork.keep_only(inherited)
+    for fd in inherited:
+        os.set_inheritable(fd, True)
     python = wire.os_str(of.python) or sys.executable
     here = Path(__file__).resolve().parent.parent
-    words = [python, str(here / "birth" / "bootstrap.py"), str(number), str(supervisor), str(here.parent)]
+    numbers = [str(one) for one in (number, supervisor, ground)]
+    words = [python, str(here / "birth" / "bootstrap.py"), *numbers, str(here.parent), _folder_of(msgspec), *of.modules]
     try:
         os.chdir("/")
-        os.execve(python, [*words, _folder_of(msgspec), *of.modules], _environment())
+        os.execve(python, words, _environment())
     except OSError as err:
         said = TemplateSaid(errno=err.errno or errno.EIO, words=f"{python}: {err.strerror}")
         os.write(number, msgspec.json.encode(said))
