@@ -47,9 +47,7 @@ def of(settings: Settings) -> list[Service]:
         name=TOOLBOX,
         kind=TOOLBOX,
         entry="aiosd.tools.main:main",
-        argument=ToolboxSpec(
-            str(settings.home.data / "work"), settings.tools, settings.tool_workers, settings.sealed
-        ),
+        argument=ToolboxSpec(str(settings.home.data / "work"), settings.tools, settings.tool_workers, settings.sealed),
         keep=(settings.sealed,),
     )
     return [*cores, *vectors, store, toolbox, *_gateway(settings), *settings.services]

@@ -33,6 +33,7 @@ if TYPE_CHECKING:
     from aiosd.store.index import Index
 
     Floats = NDArray[np.float32]
+    Ints = NDArray[np.int64]
 
 logger = logging.getLogger("store")
 
@@ -356,7 +357,7 @@ class Meaning:
     # ── the search itself ─────────────────────────────────────────────────────────────────────────────────
 
     def nearest(
-        self, kind: int, vector: Floats, k: int, among: Mapping[int, Sequence[int] | None]
+        self, kind: int, vector: Floats, k: int, among: Mapping[int, Sequence[int] | Ints | None]
     ) -> list[tuple[int, float]]:
         """(item, cosine) of the `k` nearest texts of these owners, the nearest first. `among`: for each owner the items
         that may be found (None: all). Of owners whose index is not in memory (`load`) nothing is found."""
