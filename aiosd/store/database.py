@@ -239,6 +239,23 @@ class Database:
         elif self.db.total_changes() != self._changes:
             self._lost = wire.error(errno.EIO, "a call failed in the middle of what it does")
 
+    @contextmanager
+    def lazily(self) -> Iterator[None]:
+        """A transaction that does not wait for the disk, unless it is a part of another one: it is durable with the
+        next that does. For what is made from other rows, or would be done again."""
+        if self._begun or self._grouping:
+            with self._part:
+                yield
+            return
+        with self.as_oserror():
+            self.db.pragma("synchronous", "NORMAL")
+        try:
+            with self._part:
+                yield
+        finally:
+            with self.as_oserror():
+                self.db.pragma("synchronous", "FULL")
+
     def begin(self) -> None:
         """From now on calls share a transaction, until `commit`."""
         self._grouping = True

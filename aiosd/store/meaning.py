@@ -229,7 +229,7 @@ class Meaning:
             return
         stored: list[tuple[Row, Floats]] = []
         try:
-            with self._db.transaction():
+            with self._db.lazily():
                 for number, row in enumerate(rows):
                     self._db.do("DELETE FROM pending WHERE number = ?", row[0])
                     vector = None if vectors is None else vectors[number]
