@@ -30,6 +30,8 @@ def fork(
     """`parent`: the agent that starts it, None: the person. `box`: how it is confined. `client`: the process that it is
     attached to. `allowed`: it may have more rights than its parent. Raises OSError: EINVAL, E2BIG, EPERM."""
     _check(args)
+    if args.template is not None and parent is not None and parent.box is not None:
+        raise wire.error(errno.EPERM, "template: its modules run unconfined, so no confined agent may name them")
     shares = [] if parent is None else [budget.share for budget in parent.budgets]
     if args.limits != wire.Limits():
         shares.append(link.Share(0, args.limits))
@@ -51,6 +53,7 @@ def fork(
         restart=args.restart,
         sandbox=box.level if box is not None else "none",
         program=program_key(path) if parent is None and (path := program_path(args)) else b"",
+        template=args.template,
     )
 
 
@@ -66,6 +69,7 @@ def _check(args: wire.Spawn) -> None:
     if args.name is not None and (args.name.isdecimal() or args.name.startswith("-")):
         raise wire.error(errno.EINVAL, f"name: {args.name!r} would be taken for a pid or an option")
     _check_restart(args)
+    _check_template(args)
     texts = (args.target, args.cwd, *args.args, *args.env, *args.env.values())
     if any("\0" in text and not _is_bytes(text) for text in texts):
         raise wire.error(errno.EINVAL, "a string with a null byte")
@@ -88,6 +92,18 @@ def _check_restart(args: wire.Spawn) -> None:
         raise wire.error(errno.EINVAL, f"restart: {err}") from None
     if policy.when is not restart.When.NO and not args.detached:
         raise wire.error(errno.EINVAL, "restart: only a detached agent can be started again")
+
+
+def _check_template(args: wire.Spawn) -> None:
+    if args.template is None:
+        return
+    python = args.template.python
+    if args.kind == "exec":
+        raise wire.error(errno.EINVAL, "template: a script or a module is forked from one; a program is executed")
+    if python and (not os.path.isabs(wire.os_str(python)) or ("\0" in python and not _is_bytes(python))):
+        raise wire.error(errno.EINVAL, "template: python must be an absolute path")
+    if not python and not args.template.modules:
+        raise wire.error(errno.EINVAL, "template: neither an interpreter nor a module is named")
 
 
 def process_of(ospid: int) -> tuple[int, int]:
