@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING
 
 from aiosd import autostart, letter, link, procfs
 from aiosd.kernel import ledger, spawning
-from aiosd.kernel.budget import Budgets
+from aiosd.kernel.budget import Budgets, Stage, sentence
 from aiosd.kernel.calls import Calls
 from aiosd.kernel.enforce import Enforcer
 from aiosd.kernel.generations import Generations
@@ -98,6 +98,7 @@ class Agents:
         self._patience: dict[int, float] = {}  # attached agents whose client may still come back, until when
         self.listed = Listed(table, timers)
         self.stopping = False  # the system goes down
+        self.process_over: Callable[[Proc, float], None]  # with the seconds that it has used, see `measure`
         self.open_door: Callable[[Proc, int], None]  # of a confined agent, see `control`
         self.close_door: Callable[[Proc], None]
 
@@ -120,6 +121,7 @@ class Agents:
 
     def _adopt(self, proc: Proc, agent: Agent) -> None:
         proc.restarts = agent.restarts.total if agent.restarts is not None else 0
+        self.budgets.born(proc.pid, proc.row, proc.budgets)
         if agent.status is None and not agent.ospid:
             self.table.advance(proc, Event.FAIL)
             return
@@ -132,6 +134,9 @@ class Agents:
                 self.generations.park(proc, True)
             self.enforcer.adopted(proc)
             return
+        if not proc.row[ledger.ENDED]:
+            self.process_over(proc, agent.cpu_s)
+            proc.row[ledger.ENDED] = 1
         self.budgets.leave(proc.pid, proc.budgets)
         self.table.advance(proc, Event.EXIT)
         proc.status, proc.ended = agent.status, agent.ended
@@ -147,6 +152,21 @@ class Agents:
         for proc in list(self.table):
             if proc.ppid == INIT and proc.state is State.ZOMBIE:
                 self._reap(proc)
+
+    def shares(self, args: wire.Spawn, parent: Proc | None) -> list[link.Share]:
+        """The budgets that a new agent will share. Raises OSError (EDQUOT, EAGAIN): one has no room for it."""
+        group = spawning.group_of_child(parent, args.group)
+        shares = self.budgets.of_new(None if parent is None else parent.budgets, group, args.limits)
+        if shares and not self.ledger.room:
+            raise wire.error(errno.EAGAIN, f"at most {ledger.ROWS} agents can be remembered while budgets are kept")
+        full = self.budgets.full(shares, "children")
+        if full is not None and full.stage >= Stage.TERM:
+            raise wire.error(errno.EDQUOT, sentence(full))
+        if full is not None:
+            if parent is not None:
+                self.enforcer.refused(full, "children", parent)
+            raise wire.error(errno.EDQUOT, sentence(full, "children"))
+        return shares
 
     def fork(self, call: Call, spec: link.Fork, content: Letter, fds: tuple[int, ...]) -> None:
         """Have the supervisor fork an agent; the call is finished when it has."""
@@ -187,6 +207,7 @@ class Agents:
                 proc.ppid = INIT
                 self.uplink.send(link.Mark(proc.pid, ppid=INIT))
             self.table.add(proc)
+            self.budgets.born(proc.pid, proc.row, proc.budgets)
             self._connect_all(proc, fds)
             self.enforcer.born(proc)
             if parent is not None and parent.halted:  # it was told to stop, with all its children, while we forked
@@ -225,7 +246,7 @@ class Agents:
             try:
                 spawn = autostart.spawn(spec, os.environ)
                 box = self.sandboxes.decide(spawn, None)
-                fork = spawning.fork(spawn, key_of(number), None, box)
+                fork = spawning.fork(spawn, key_of(number), None, box, shares=self.shares(spawn, None))
                 letter = spawning.letter(spawn, self.sandboxes.environment(spawn, None, box), box)
                 self._send_fork(None, *self.tokens.give(fork, letter, None, None))
             except OSError as err:
@@ -370,13 +391,15 @@ class Agents:
         proc = self.table.get(message.pid)
         if proc is None or not proc.alive:
             return
-        self._process_ended(proc)
+        self._process_ended(proc, message.cpu_s)
         if message.again_s is not None:
             self.table.advance(proc, Event.FAIL)
             self.waiters.on_change(proc)
             return
         self.mail.forget(proc.pid)
         self.tokens.forget(proc)
+        self.enforcer.ended(proc, message.status)
+        proc.row[ledger.ENDED] = 1
         self.budgets.leave(proc.pid, proc.budgets)
         if proc.log:
             self.logs.close(proc.log)
@@ -389,8 +412,9 @@ class Agents:
         if ppid == INIT and proc.state is State.ZOMBIE:
             self._reap(proc)
 
-    def _process_ended(self, proc: Proc) -> None:
+    def _process_ended(self, proc: Proc, cpu_s: float) -> None:
         """Its connections are gone, and what was kept for them."""
+        self.process_over(proc, cpu_s)
         for peer in self.peers.of(proc):
             self.calls.drop(peer)
         self.by_ospid.pop(proc.ospid, None)
