@@ -41,14 +41,13 @@ import dataclasses
 import hashlib
 import math
 import os
-import pickle
 import re
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from aiosd import autostart, endpoint, limits
+from aiosd import autostart, endpoint, limits, sealed
 from aiosd.autostart import AgentSpec
 from aiosd.endpoint import Endpoint
 from aiosd.errors import AiosdError, UsageError, WorldError
@@ -406,8 +405,8 @@ class Settings:
     log_size: int = 64 << 20  # bytes of an agent's log before a new file begins; 0: no limit
     log_keep: int = 3  # full files of a log beside the one that is being written
     agents: tuple[AgentSpec, ...] = ()  # those that start with the system;
-    sealed: int = -1  # … or a descriptor with them, which the kernel alone reads,
-    sealed_digest: str = ""  # … and what tells whether they have changed
+    sealed: int = -1  # … or a descriptor with them and the MCP servers, see `aiosd.sealed`,
+    sealed_digest: str = ""  # … and what tells whether these have changed
     ready_fd: int | None = None  # where to write one line, `ready …` or `error …`, for a starter that waits
     flags: Mapping[str, Any] = field(default_factory=dict)  # the values from the command line, for `reload`
     config: Path | None = None  # a file named on the command line
@@ -511,18 +510,15 @@ def load(
 
 
 def seal(settings: Settings, fd: int) -> Settings:
-    """With the agents of the file in `fd` instead: what belongs to an agent must not lie in the supervisor's memory."""
-    content = pickle.dumps(settings.agents)
-    os.pwrite(fd, content, 0)
-    return dataclasses.replace(settings, agents=(), sealed=fd, sealed_digest=hashlib.sha256(content).hexdigest())
+    """With agents and MCP servers of the file in `fd` instead: the supervisor's memory must not have their keys."""
+    content = sealed.write(fd, settings.agents, settings.mcp_servers)
+    digest = hashlib.sha256(content).hexdigest()
+    return dataclasses.replace(settings, agents=(), mcp_servers={}, sealed=fd, sealed_digest=digest)
 
 
 def agents_of(settings: Settings) -> tuple[AgentSpec, ...]:
     """Those that start with the system."""
-    if settings.sealed < 0:
-        return settings.agents
-    agents: tuple[AgentSpec, ...] = pickle.loads(os.pread(settings.sealed, os.fstat(settings.sealed).st_size, 0))
-    return agents
+    return settings.agents if settings.sealed < 0 else sealed.agents(settings.sealed)
 
 
 def reload(settings: Settings) -> tuple[Settings, list[str]]:
@@ -533,7 +529,7 @@ def reload(settings: Settings) -> tuple[Settings, list[str]]:
         new = seal(new, os.memfd_create("aios-settings"))
     changed = [f.name for f in dataclasses.fields(Settings) if getattr(new, f.name) != getattr(settings, f.name)]
     live = set(LIVE.values())
-    changed = ["agents" if name == "sealed_digest" else name for name in changed]
+    changed = ["agents or mcpServers" if name == "sealed_digest" else name for name in changed]
     own = ("ready_fd", "home", "reread", "door", "sealed")
     waiting = [name for name in changed if name not in live and name not in own]
     return dataclasses.replace(settings, **{name: getattr(new, name) for name in live}), waiting

@@ -17,6 +17,7 @@ from aiosd.errors import UsageError
 
 BACKLOG = 1024
 NEEDS = ("uvicorn", "httptools")
+INSTALL = "pip install 'aiosd[gateway]'"
 
 
 @dataclass(frozen=True, slots=True)
@@ -66,6 +67,11 @@ def _loopback(host: str) -> str:
     raise ValueError(f"{host} is no loopback address (the gateway serves this machine only)")
 
 
+def why_none(wanted: Endpoint) -> str:
+    """Why there is no gateway."""
+    return "off" if not wanted.on else f"none, it needs more packages: {INSTALL}"
+
+
 def installed() -> bool:
     return all(importlib.util.find_spec(name) is not None for name in NEEDS)
 
@@ -76,7 +82,7 @@ def listen(wanted: Endpoint) -> Endpoint | None:
         return None
     if not installed():
         if wanted.asked:
-            raise UsageError("the gateway needs more packages: pip install 'aiosd[gateway]'")
+            raise UsageError(f"the gateway needs more packages: {INSTALL}")
         return None
     sock = socket.socket(socket.AF_INET6 if ":" in wanted.host else socket.AF_INET, socket.SOCK_STREAM)
     try:
@@ -122,17 +128,22 @@ QUIET = {
 _PROXIES = ("http_proxy", "https_proxy", "all_proxy")
 
 
+def variables(url: str, token: str) -> dict[str, str]:
+    """What leads a program to the gateway at `url`."""
+    return {
+        "OPENAI_BASE_URL": f"{url}/v1",
+        "OPENAI_API_BASE": f"{url}/v1",
+        "OPENAI_API_KEY": token,
+        "CEREBRUM_KERNEL_URL": url.replace("//", f"//agent:{token}@", 1),
+    }
+
+
 def environment(given: Mapping[str, str], door: Endpoint, token: str) -> dict[str, str]:
     """The variables of a program that shall find the gateway, made from those that it was given."""
     env = {name: value for name, value in given.items() if name not in LEAKING}
     for name, value in QUIET.items():
         env.setdefault(name, value)
-    env |= {
-        "OPENAI_BASE_URL": f"{door.url}/v1",
-        "OPENAI_API_BASE": f"{door.url}/v1",
-        "OPENAI_API_KEY": token,
-        "CEREBRUM_KERNEL_URL": f"http://agent:{token}@{door.address}",
-    }
+    env |= variables(door.url, token)
     if any(name.lower() in _PROXIES for name in env):
         for name in ("no_proxy", "NO_PROXY"):
             env[name] = ",".join(filter(None, (env.get(name, ""), door.host, "localhost")))

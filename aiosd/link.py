@@ -119,6 +119,13 @@ class Renice(Struct, array_like=True, frozen=True, tag=True):
     nice: int
 
 
+class ErrandDone(Struct, array_like=True, frozen=True, tag=True):
+    """What the system call of an `Errand` got: an encoded `wire.Reply`, whose id is the number again."""
+
+    number: int
+    reply: bytes
+
+
 class GetStats(Struct, array_like=True, frozen=True, tag=True):
     req: int
 
@@ -233,6 +240,18 @@ class Part(Struct, array_like=True, frozen=True, tag=True):
     body: bytes
 
 
+class Errand(Struct, array_like=True, frozen=True, tag=True):
+    """Make this system call in the name of the caller of `key`, a call that the service has open. Answered with one
+    `ErrandDone`, unless that call ends before. `number`: no two errands of a service have the same, and a later one has
+    a higher one; `again`: it was sent before, to a kernel that has died since."""
+
+    key: Key
+    number: int
+    sys: int
+    args: Raw
+    again: bool = False
+
+
 class Failed(Struct, array_like=True, frozen=True, tag=True):
     """Final word on any call that could not be served."""
 
@@ -253,7 +272,7 @@ class Stats(Struct, array_like=True, frozen=True, tag=True):
     stats: dict[str, Any]
 
 
-ToService = Ask | Submit | CancelCall | Park | ParkCall | Keep | Gone | Schedule | Renice | GetStats | Quit
+ToService = Ask | Submit | CancelCall | Park | ParkCall | Keep | Gone | Schedule | Renice | ErrandDone | GetStats | Quit
 FromService = (
     Progress
     | Loaded
@@ -265,6 +284,7 @@ FromService = (
     | Finished
     | Answered
     | Part
+    | Errand
     | Failed
     | Contexts
     | Stats
@@ -284,9 +304,10 @@ class Share(Struct, array_like=True, frozen=True):
 
 
 class Fork(Struct, array_like=True, frozen=True, tag=True):
-    """Fork an agent. The same `key` again names the same agent. What it runs, its arguments, environment and folder are
-    in its letter (see `aiosd.letter`), which the supervisor does not read. Descriptors with the frame: the letter, and
-    then stdin, stdout, stderr; without these the agent inherits those of agent `ppid`, or gets /dev/null and its log.
+    """Fork an agent, or (`outside`) only remember one. The same `key` again names the same agent. What it runs, its
+    arguments, environment and folder are in its letter (see `aiosd.letter`), which the supervisor does not read.
+    Descriptors with the frame: the letter, and then stdin, stdout, stderr; without these the agent inherits those of
+    agent `ppid`, or gets /dev/null and its log.
     """
 
     key: Key
@@ -306,6 +327,7 @@ class Fork(Struct, array_like=True, frozen=True, tag=True):
     restart: str = "no"  # see aiosd.restart
     token: bytes = b""  # the hash of its token for the gateway, see kernel.tokens
     sandbox: str = "none"  # its level; the rest of its box is in the letter
+    outside: bool = False  # it has no process: programs from outside are it, see kernel.outside
 
 
 class SendSignal(Struct, array_like=True, frozen=True, tag=True):
@@ -362,7 +384,7 @@ class Set(Struct, array_like=True, frozen=True, tag=True):
 
 class Forked(Struct, array_like=True, frozen=True, tag=True):
     """Descriptors with the frame: the agent's memfd, the kernel's end of its doorbell, and of a confined agent its door
-    (none when the key was known and the kernel has them already)."""
+    (none when the key was known and the kernel has them already, or it has no process)."""
 
     key: Key
     pid: int

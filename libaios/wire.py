@@ -129,6 +129,9 @@ class Sys(enum.IntEnum):
     TOOL_LIST = 128
     TOOL_CALL = 129
     TOOL_TRUST = 130
+    # tokens of the gateway
+    TOKEN_NEW = 152
+    TOKEN_LIST = 153
 
 
 class Request(Struct, array_like=True, frozen=True):
@@ -247,6 +250,16 @@ class Spawn(Struct, array_like=True, frozen=True):
     restart: Annotated[str, Meta(max_length=32)] = "no"  # when it is started again; only for `detached` ones
     gateway: bool | None = None  # its environment leads programs to the gateway; None: as its parent's does
     sandbox: Sandbox = Sandbox()
+
+
+class NewToken(Struct, array_like=True, frozen=True):
+    """Make an agent without a process: programs from outside that have its token are it. The kernel gets the SHA-256
+    of the token and never the token itself."""
+
+    name: Name
+    hash: Annotated[bytes, Meta(min_length=32, max_length=32)]
+    group: Name | None = None
+    tokens: Annotated[int, Meta(ge=0)] | None = None  # as in `Limits`
 
 
 class Wait(Struct, array_like=True, frozen=True):
@@ -929,6 +942,23 @@ class Spawned(Struct, array_like=True, frozen=True):
     sandbox: str = "none"  # the level in which it is confined
 
 
+class TokenInfo(Struct, frozen=True):
+    """An agent without a process. `used`: tokens that it was charged with, in all; `limit` None: no budget."""
+
+    pid: int
+    name: str
+    group: str
+    used: int
+    limit: int | None
+
+
+class TokenList(Struct, frozen=True):
+    """`url`: where the gateway listens; "": there is none."""
+
+    url: str
+    tokens: list[TokenInfo]
+
+
 class Received(Struct, array_like=True, frozen=True):
     sender: int
     obj: Raw
@@ -1045,6 +1075,8 @@ add(
     Row(Sys.STO_ABORT, StoAbort, by="store", again=_ONCE),
     Row(Sys.STO_STATS, StoSpace, dict[str, Any], by="store"),
     Row(Sys.STORE_SNAPSHOT, NoArgs, str, by="store", piece=int),
+    Row(Sys.TOKEN_NEW, NewToken, Spawned, again=_ONCE),
+    Row(Sys.TOKEN_LIST, NoArgs, TokenList),
     Row(Sys.TOOL_LIST, NoArgs, list[ToolInfo], by="toolbox"),
     Row(Sys.TOOL_CALL, CallTool, Any, by="toolbox", again=_NEVER, piece=str),
     Row(Sys.TOOL_TRUST, TrustTool, by="toolbox"),

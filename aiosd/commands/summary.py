@@ -13,7 +13,7 @@ LINE = 80  # characters in a line of the short form
 def brief(found: dict[str, Any], machine: str = "") -> list[str]:
     """The most important figures. One that the system does not report is left out."""
     rows = {"home": str(found.get("home", "")), "policy": _policy(found), "agents": _agents(found)}
-    rows["gateway"] = f"{found['gateway']}/v1" if found.get("gateway") else ""
+    rows["gateway"] = f"{found['gateway']}/v1" if found.get("gateway") else found.get("gateway_why", "")
     rows |= {f"model {model.get('name', '?')}": _model_in_a_line(model) for model in found.get("models", [])}
     rows["notes"] = _notes(found)
     others = [service for service in found.get("services", []) if service.get("state") not in (None, "ready")]
@@ -143,7 +143,7 @@ def full(found: dict[str, Any], machine: str = "") -> list[str]:
     if machine:
         rows["machine"] = machine
     known = ("version", "state", "uptime_s", "pid", "agents", "max_agents")
-    rows |= {name: value for name, value in rest.items() if name not in known}
+    rows |= {name: value for name, value in rest.items() if name not in known and value != ""}
     lines += [f"  {name.replace('_', ' '):18} {_value(name, value)}" for name, value in rows.items()]
     for model in models:
         lines += _full_model(dict(model))

@@ -2,18 +2,20 @@
 
 A token leads to an account; the kernel alone knows whose it is. A TCP connection may use the account of an agent if the
 process at its other end is that agent or descends from it: that is looked up once for each connection, in a thread,
-because there may be many processes to look at. So a token that another agent has read somewhere is of no use to it.
+because there may be many processes to look at. So a token that another agent has read somewhere is of no use to it; nor
+is the token of a person's own programs, which no process of the system may use.
 """
 
 from __future__ import annotations
 
 import asyncio
 import contextlib
+import os
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from typing import Protocol
 
-from aiosd.gateway.identity import Address, belongs
+from aiosd.gateway.identity import Address, belongs, is_outside
 from libaios.client import ControlSocket
 from libaios.connection import Connection
 from libaios.greeting import Greeting
@@ -47,7 +49,7 @@ class Account:
     """One agent."""
 
     pid: int
-    ospid: int
+    ospid: int  # 0: it has no process, programs from outside are it
     connection: Connection
     all: Accounts
     users: set[User] = field(default_factory=set)  # TCP connections that were shown to be its own
@@ -123,7 +125,9 @@ class Accounts:
     async def is_of(self, account: Account, theirs: Address, ours: Address) -> bool:
         """Whether the TCP connection is one of this agent."""
         loop = asyncio.get_running_loop()
-        return await loop.run_in_executor(self._threads, belongs, theirs, ours, account.ospid)
+        if account.ospid:
+            return await loop.run_in_executor(self._threads, belongs, theirs, ours, account.ospid)
+        return await loop.run_in_executor(self._threads, is_outside, theirs, ours, os.getppid())
 
     def gone(self, pid: int) -> None:
         """The agent is dead."""

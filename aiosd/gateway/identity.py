@@ -2,7 +2,8 @@
 
 A Unix socket tells that by itself, a TCP socket does not. But Linux tells the number (inode) of the socket at the other
 end, by NETLINK_SOCK_DIAG, and in /proc each process's sockets are listed by number. So it can be shown that a
-connection belongs to an agent or to what descends from it: one of these processes has the socket.
+connection belongs to an agent or to what descends from it: one of these processes has the socket. In the same way it
+can be shown that it comes from outside: a process of aiosd's own user has it, and none of the system's.
 """
 
 from __future__ import annotations
@@ -26,7 +27,7 @@ _REQUEST = struct.Struct("=BBBBI")  # family, protocol, extensions, padding, sta
 _PORTS = struct.Struct(">HH")
 _INTERFACE = struct.Struct("=III")  # interface, and a cookie: any
 _ANY_COOKIE = (0, 0xFFFFFFFF, 0xFFFFFFFF)
-_INODE_AT = 16 + 68  # in the answer: behind its header, the last field of inet_diag_msg
+_UID_AT = 16 + 64  # in the answer: behind its header, the last but one field of inet_diag_msg; the last is the inode
 
 
 class Address(NamedTuple):
@@ -34,8 +35,13 @@ class Address(NamedTuple):
     port: int
 
 
-def socket_number(theirs: Address, ours: Address) -> int:
-    """The inode of the socket that is connected from `theirs` to `ours`; 0: there is none."""
+class Socket(NamedTuple):
+    inode: int  # 0: there is none
+    uid: int
+
+
+def other_end(theirs: Address, ours: Address) -> Socket:
+    """The socket that is connected from `theirs` to `ours`."""
     family = socket.AF_INET6 if ":" in theirs.host else socket.AF_INET
     addresses = (socket.inet_pton(family, host).ljust(16, b"\0") for host in (theirs.host, ours.host))
     ident = _PORTS.pack(theirs.port, ours.port) + b"".join(addresses) + _INTERFACE.pack(*_ANY_COOKIE)
@@ -45,13 +51,14 @@ def socket_number(theirs: Address, ours: Address) -> int:
         netlink.sendto(frame, (0, 0))
         answer = netlink.recv(4096)
     if _HEADER.unpack_from(answer)[1] == _NLMSG_ERROR:
-        return 0
-    return int(struct.unpack_from("=I", answer, _INODE_AT)[0])
+        return Socket(0, 0)
+    uid, inode = struct.unpack_from("=II", answer, _UID_AT)
+    return Socket(inode, uid)
 
 
 def belongs(theirs: Address, ours: Address, ospid: int) -> bool:
     """Whether the process of this number, or one that descends from it, has the other end of this connection."""
-    inode = socket_number(theirs, ours)
+    inode = other_end(theirs, ours).inode
     if not inode:
         return False
     wanted, left = f"socket:[{inode}]", MOST_DESCRIPTORS
@@ -62,6 +69,21 @@ def belongs(theirs: Address, ours: Address, ospid: int) -> bool:
             if found or left <= 0:
                 return found
     return False
+
+
+def is_outside(theirs: Address, ours: Address, supervisor: int) -> bool:
+    """Whether a process of aiosd's own user (or root) has the other end of this connection, and none below the
+    supervisor has. A process that does not let its descriptors be looked at counts as none."""
+    inode, uid = other_end(theirs, ours)
+    if not inode or uid not in (os.getuid(), 0):
+        return False
+    wanted = f"socket:[{inode}]"
+    holders = [pid for pid in _processes() if _has(pid, wanted, MOST_DESCRIPTORS)[0]]
+    return bool(holders) and all(procfs.descends(pid, supervisor) is False for pid in holders)
+
+
+def _processes() -> list[int]:
+    return [int(name) for name in os.listdir("/proc") if name.isdecimal()]
 
 
 def _has(pid: int, wanted: str, most: int) -> tuple[bool, int]:

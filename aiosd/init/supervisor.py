@@ -421,7 +421,10 @@ class Supervisor:
         try:
             if self.stopping:
                 raise OSError(errno.EAGAIN, "aiosd is shutting down")
-            self._spawn(message, fds)
+            if message.outside:
+                self._enrol(message, fds)
+            else:
+                self._spawn(message, fds)
         except OSError as err:
             self._tell(link.ForkFailed(message.key, err.errno or 5, err.strerror or str(err)))
 
@@ -481,6 +484,27 @@ class Supervisor:
         self.spawned.put(spec.key, pid)
         self.births.expect(Birth(agent, report, self.epoch))
 
+    def _enrol(self, spec: link.Fork, fds: list[int]) -> None:
+        """An agent without a process: a record, for the next kernel."""
+        pid, now = self.pids.next(), time.monotonic()
+        agent = Agent(
+            pid=pid,
+            ospid=0,
+            spec=spec,
+            letter=os.dup(fds[0]),
+            pgid=pid,
+            started=time.time(),
+            since=now,
+            log="",
+            memfd=-1,
+            bell=-1,
+            ppid=spec.ppid,
+            nice=spec.nice,
+        )
+        self.agents[pid] = agent
+        self.spawned.put(spec.key, pid)
+        self._tell(_forked(spec.key, agent))
+
     def _start(self, spec: link.Fork, pid: int, fds: list[int], log_path: str) -> tuple[int, socket.socket, int, int]:
         """`fds`: its letter, and what was given as its stdin, stdout and stderr. Returns its Linux pid, the socket of
         its report, and its channel: memfd and the kernel's end of the bell."""
@@ -518,9 +542,13 @@ class Supervisor:
         agent.again = self.timers.after(seconds, lambda: self._start_again(agent))
 
     def _signal_waiting(self, agent: Agent, number: int) -> None:
-        """To an agent that waits to be started again: what would end it ends the wait, STOP and CONT hold it."""
+        """To an agent that waits to be started again: what would end it ends the wait, STOP and CONT hold it. One that
+        has no process at all ends in the same way."""
         if number in (*ENDING, signal.SIGKILL):
+            agent.last_status = -number if agent.spec.outside else agent.last_status
             self._end_waiting(agent)
+        elif agent.spec.outside:
+            agent.stopped = number == signal.SIGSTOP or (agent.stopped and number != signal.SIGCONT)
         elif number == signal.SIGSTOP and agent.again is not None:
             agent.again.cancel()
             agent.again = None

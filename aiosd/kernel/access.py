@@ -40,6 +40,8 @@ class Access:
             Sys.RECV: lambda peer, args: require_agent(peer, "has a mailbox"),
             Sys.STATUS: self._status,
             Sys.SHUTDOWN: lambda peer, args: require_person(peer, "stop the system"),
+            Sys.TOKEN_NEW: lambda peer, args: require_person(peer, "make tokens"),
+            Sys.TOKEN_LIST: lambda peer, args: require_person(peer, "list tokens"),
             Sys.SET: lambda peer, args: require_person(peer, "change settings"),
             Sys.STO_EMPTY: lambda peer, args: require_person(peer, "empty the trash"),
             Sys.STORE_SNAPSHOT: lambda peer, args: require_person(peer, "copy what all agents keep"),

@@ -58,6 +58,7 @@ class UnderWay:
     spec: link.Fork
     command: str
     box: Box | None
+    used: int  # tokens that it was charged with in an earlier life of the system
 
 
 class Agents:
@@ -95,10 +96,12 @@ class Agents:
         self.sandboxes = sandboxes
         self.by_ospid: dict[int, Proc] = {}  # live ones
         self.forks: dict[link.Key, UnderWay] = {}
+        self._adopted: set[link.Key] = set()  # the calls that a dead kernel has started agents for
         self._patience: dict[int, float] = {}  # attached agents whose client may still come back, until when
         self.listed = Listed(table, timers)
         self.stopping = False  # the system goes down
         self.process_over: Callable[[Proc, float], None]  # with the seconds that it has used, see `measure`
+        self.outside_changed: Callable[[], None] = lambda: None  # an agent without a process has come, or ended
         self.open_door: Callable[[Proc, int], None]  # of a confined agent, see `control`
         self.close_door: Callable[[Proc], None]
 
@@ -115,6 +118,7 @@ class Agents:
             proc.ppid, proc.nice, proc.budget, proc.reason = agent.ppid, agent.nice, agent.budget, agent.reason
             self.table.add(proc)
             self.listed.started(agent.spec.key, agent.pid)
+            self._adopted.add(agent.spec.key)
         for agent in agents:
             self._adopt(self.table.procs[agent.pid], agent)
         self._repair_families()
@@ -122,8 +126,11 @@ class Agents:
     def _adopt(self, proc: Proc, agent: Agent) -> None:
         proc.restarts = agent.restarts.total if agent.restarts is not None else 0
         self.budgets.born(proc.pid, proc.row, proc.budgets)
+        if not agent.ospid or agent.status is not None:
+            self._used(proc, agent.cpu_s)
         if agent.status is None and not agent.ospid:
-            self.table.advance(proc, Event.FAIL)
+            self._enrolled(proc)
+            self.generations.park(proc, agent.stopped)
             return
         if agent.status is None:
             self.connect(proc, agent.memfd, agent.bell)
@@ -134,9 +141,6 @@ class Agents:
                 self.generations.park(proc, True)
             self.enforcer.adopted(proc)
             return
-        if not proc.row[ledger.ENDED]:
-            self.process_over(proc, agent.cpu_s)
-            proc.row[ledger.ENDED] = 1
         self.budgets.leave(proc.pid, proc.budgets)
         self.table.advance(proc, Event.EXIT)
         proc.status, proc.ended = agent.status, agent.ended
@@ -153,12 +157,14 @@ class Agents:
             if proc.ppid == INIT and proc.state is State.ZOMBIE:
                 self._reap(proc)
 
-    def shares(self, args: wire.Spawn, parent: Proc | None) -> list[link.Share]:
+    def shares(self, args: wire.Spawn, parent: Proc | None, key: link.Key) -> list[link.Share]:
         """The budgets that a new agent will share. Raises OSError (EDQUOT, EAGAIN): one has no room for it."""
         group = spawning.group_of_child(parent, args.group)
         shares = self.budgets.of_new(None if parent is None else parent.budgets, group, args.limits)
         if shares and not self.ledger.room:
             raise wire.error(errno.EAGAIN, f"at most {ledger.ROWS} agents can be remembered while budgets are kept")
+        if key in self._adopted or key in self.forks:
+            return shares  # asked for once more: that agent is counted
         full = self.budgets.full(shares, "children")
         if full is not None and full.stage >= Stage.TERM:
             raise wire.error(errno.EDQUOT, sentence(full))
@@ -179,26 +185,29 @@ class Agents:
         self._send_fork(call, spec, content, fds)
         self.budgets.expect(spec.shares)
 
-    def _send_fork(self, call: Call | None, spec: link.Fork, content: Letter, fds: tuple[int, ...] = ()) -> None:
+    def _send_fork(
+        self, call: Call | None, spec: link.Fork, content: Letter, fds: tuple[int, ...] = (), used: int = 0
+    ) -> None:
         sealed = letter.write(content)
         try:
             self.uplink.send(spec, (sealed, *fds))
         finally:
             os.close(sealed)
-        self.forks[spec.key] = UnderWay(call, spec, letter.command(content)[:COMMAND_SHOWN], content.box)
+        self.forks[spec.key] = UnderWay(call, spec, letter.command(content)[:COMMAND_SHOWN], content.box, used)
 
     def forked(self, message: link.Forked, fds: list[int]) -> None:
         under_way = self.forks.pop(message.key)
         self.listed.started(message.key, message.pid)
         call, spec = under_way.call, under_way.spec
         proc = self.table.find(message.pid)
-        if proc is None and not fds:  # an old one, forgotten since
+        if proc is None and not fds and not spec.outside:  # an old one, forgotten since
             self.budgets.arrived(spec.shares)
             self._answer_spawn(call, wire.Spawned(message.pid, message.log, spec.sandbox))
             return
         if proc is None:
             started = (message.started, message.since)
             command = under_way.command
+            self.ledger.row(message.pid)[ledger.CHARGED] = under_way.used
             proc = self._make(spec, command, message.pid, message.ospid, message.pgid, started, message.log)
             proc.box = under_way.box
             self.ledger.keep_command(proc.pid, command)
@@ -208,7 +217,11 @@ class Agents:
                 self.uplink.send(link.Mark(proc.pid, ppid=INIT))
             self.table.add(proc)
             self.budgets.born(proc.pid, proc.row, proc.budgets)
-            self._connect_all(proc, fds)
+            if spec.outside:
+                self._enrolled(proc)
+                self.outside_changed()
+            else:
+                self._connect_all(proc, fds)
             self.enforcer.born(proc)
             if parent is not None and parent.halted:  # it was told to stop, with all its children, while we forked
                 self.deliver(proc, signal.SIGSTOP)
@@ -246,12 +259,22 @@ class Agents:
             try:
                 spawn = autostart.spawn(spec, os.environ)
                 box = self.sandboxes.decide(spawn, None)
-                fork = spawning.fork(spawn, key_of(number), None, box, shares=self.shares(spawn, None))
+                fork = spawning.fork(spawn, key_of(number), None, box, shares=self.shares(spawn, None, key_of(number)))
                 letter = spawning.letter(spawn, self.sandboxes.environment(spawn, None, box), box)
                 self._send_fork(None, *self.tokens.give(fork, letter, None, None))
             except OSError as err:
                 logger.error("agent %s, which starts with the system: %s", spec.name or spec.target, err.strerror)
                 self.listed.refused(key_of(number), f"has not started: {err.strerror}")
+
+    def enrol(self, call: Call | None, spec: link.Fork, content: Letter, used: int = 0) -> None:
+        """Add an agent without a process; the call is finished when the supervisor has noted it."""
+        self._send_fork(call, spec, content, used=used)
+
+    def _enrolled(self, proc: Proc) -> None:
+        """It has no process: it never had one, or is between two."""
+        self.table.advance(proc, Event.FAIL)
+        if proc.outside:
+            self.tokens.add(proc)
 
     def _connect_all(self, proc: Proc, fds: list[int]) -> None:
         """Its channel, and of a confined agent its door."""
@@ -315,6 +338,7 @@ class Agents:
             budgets=self.budgets.join(pid, started[1], spec.shares),
             restart=spec.restart,
             token=spec.token,
+            outside=spec.outside,
         )
 
     # ── attached agents ───────────────────────────────────────────────────────────────────────────────────
@@ -378,12 +402,13 @@ class Agents:
 
     def stood_still(self, proc: Proc) -> None:
         """A core has taken generations of this agent out of decoding: if it has stopped, its STOP may be done."""
-        if proc.state is State.STOPPED:
+        if proc.state is State.STOPPED or proc.outside:
             self.waiters.on_change(proc)
 
     def is_parked(self, proc: Proc) -> bool:
         """Stopped, and nothing of it is generated any more."""
-        return proc.state is State.STOPPED and self.generations.stands_still(proc)
+        stopped = proc.halted if proc.outside else proc.state is State.STOPPED
+        return stopped and self.generations.stands_still(proc)
 
     # ── death ─────────────────────────────────────────────────────────────────────────────────────────────
 
@@ -399,7 +424,6 @@ class Agents:
         self.mail.forget(proc.pid)
         self.tokens.forget(proc)
         self.enforcer.ended(proc, message.status)
-        proc.row[ledger.ENDED] = 1
         self.budgets.leave(proc.pid, proc.budgets)
         if proc.log:
             self.logs.close(proc.log)
@@ -407,6 +431,8 @@ class Agents:
             self.enforcer.set_reason(proc, message.reason)
         for child in self.table.exit(proc, message.status):
             self._orphaned(child)
+        if proc.outside:
+            self.outside_changed()
         ppid = proc.ppid
         self.waiters.on_exit(proc, ppid)
         if ppid == INIT and proc.state is State.ZOMBIE:
@@ -414,7 +440,7 @@ class Agents:
 
     def _process_ended(self, proc: Proc, cpu_s: float) -> None:
         """Its connections are gone, and what was kept for them."""
-        self.process_over(proc, cpu_s)
+        self._used(proc, cpu_s)
         for peer in self.peers.of(proc):
             self.calls.drop(peer)
         self.by_ospid.pop(proc.ospid, None)
@@ -422,11 +448,18 @@ class Agents:
         self.generations.forget(proc)
         proc.ospid = 0
 
+    def _used(self, proc: Proc, cpu_s: float) -> None:
+        """Count what its process had used at its end, once, whichever kernel counts it."""
+        if not proc.row[ledger.ENDED]:
+            self.process_over(proc, cpu_s)
+            proc.row[ledger.ENDED] = 1
+
     def restarted(self, message: link.ChildRestarted, fds: list[int]) -> None:
         """It goes on under its pid, with its mailbox, its budgets and its children."""
         proc = self.table.procs[message.pid]
         self.table.advance(proc, Event.START)
         proc.halted = False
+        proc.row[ledger.ENDED] = 0
         proc.ospid, proc.restarts, proc.looked, proc.sampled = message.ospid, proc.restarts + 1, 0.0, 0.0
         self._connect_all(proc, fds)
 

@@ -144,9 +144,13 @@ class Budgets:
         if parent is not None:
             shares = [budget.share for budget in parent]
         else:
-            shares = [self._of_group[group].share] if group in self._of_group else []
+            shares = self.of_group(group)
             wanted = kinds.least(wanted, self._each.get(group, Limits()))
         return [*shares, link.Share(0, wanted)] if kinds.is_any(wanted) else shares
+
+    def of_group(self, group: str) -> list[link.Share]:
+        """That of the group, where it has one."""
+        return [self._of_group[group].share] if group in self._of_group else []
 
     def full(self, shares: Sequence[link.Share], kind: str) -> Budget | None:
         """One of these of which nothing is left for one more, or that is over."""

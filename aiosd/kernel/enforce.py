@@ -76,7 +76,7 @@ class Enforcer:
             self._timers.after(GRACE_S, lambda: self.end(budget, Stage.TERM))
 
     def _give_notice(self, budget: Budget, which: str, proc: Proc) -> None:
-        if not proc.budget:
+        if not proc.budget and not proc.outside:
             self._mark(proc, which, budgets.sentence(budget, which))
             self._timers.after(GRACE_S, lambda: self._end_one(proc, signal.SIGTERM))
 
@@ -102,6 +102,8 @@ class Enforcer:
         budget.stage = max(budget.stage, stage)
         number = signal.SIGKILL if stage is Stage.KILL else signal.SIGTERM
         for proc in [proc for pid in list(budget.sharers) if (proc := self._table.get(pid)) is not None]:
+            if proc.outside:  # there is nothing to end: each request gets EDQUOT until a person revokes its token
+                continue
             self._mark(proc, budget.reached, why or budgets.sentence(budget))
             self._signal(proc, number)
         if budget.sharers and stage is not Stage.KILL:
@@ -119,7 +121,7 @@ class Enforcer:
         for budget in proc.budgets:
             if budget.tokens_left == 0 and not budget.group:
                 self.refused(budget, "tokens", proc)
-        if proc.budget:
+        if proc.budget and not proc.outside:
             self._timers.after(GRACE_S, lambda: self._end_one(proc, signal.SIGTERM))
 
     def born(self, proc: Proc) -> None:

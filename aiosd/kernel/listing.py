@@ -28,7 +28,9 @@ def stat_letter(proc: Proc, calls: Sequence[Call], os_state: str, parked: bool =
         return "Z" if proc.state is State.ZOMBIE else "X"
     if proc.state is State.STOPPED and parked:
         return "T"
-    if proc.state is State.WAITING:
+    if proc.outside and proc.halted and parked:
+        return "T"
+    if proc.state is State.WAITING and not proc.outside:
         return "W"
     generations = [call.generation for call in calls if call.generation is not None]
     if any(generation.started for generation in generations):

@@ -32,6 +32,7 @@ from aiosd.kernel.control import Control
 from aiosd.kernel.cores import Core, Cores
 from aiosd.kernel.dispatch import Dispatcher, Handler
 from aiosd.kernel.enforce import Enforcer
+from aiosd.kernel.errands import Errander, ErrandPeer
 from aiosd.kernel.events import Events, Source, Turn
 from aiosd.kernel.generations import Generations
 from aiosd.kernel.jobs import Jobs
@@ -43,6 +44,7 @@ from aiosd.kernel.logkeeper import LogKeeper
 from aiosd.kernel.mail import Mail
 from aiosd.kernel.measure import Measure
 from aiosd.kernel.notices import Notices
+from aiosd.kernel.outside import Outside
 from aiosd.kernel.peer import AgentPeer, ClientPeer, Peer
 from aiosd.kernel.peers import Peers
 from aiosd.kernel.proc import Proc, ProcTable
@@ -54,7 +56,7 @@ from aiosd.kernel.tokens import Tokens
 from aiosd.kernel.turns import Turns
 from aiosd.kernel.uplink import Uplink
 from aiosd.kernel.waiters import Waiters
-from aiosd.service import LLM
+from aiosd.service import LLM, TOOLBOX
 from aiosd.timers import Timers
 from libaios.channel import Channel, Side
 from libaios.stream import FrameSocket
@@ -139,6 +141,7 @@ class Kernel:
             Tokens(settings.door),
             self.sandboxes,
         )
+        self.outside = Outside(settings.home.data / "tokens.json", self.agents, self.sandboxes)
         self.generations.spent, self.generations.refused = self.enforcer.spent, self.enforcer.refused
         self.generations.stood_still = self.agents.stood_still
         self.budgets.time_is_up = self.enforcer.time_is_up
@@ -218,6 +221,7 @@ class Kernel:
             ),
             syscalls.MessageCalls(self.table, self.mail, self.calls, self.services),
             syscalls.ModelCalls(self.generations),
+            syscalls.TokenCalls(self.agents, self.outside),
             syscalls.SystemCalls(self.status, lambda: self.uplink.send(link.Shutdown()), self.live.change),
         )
 
@@ -233,6 +237,7 @@ class Kernel:
         self.agents.adopt(self.born.agents)
         if self.born.ready:  # those that the settings list have been started
             self.agents.listed.expect(agents_of(self.born.settings))
+            self.outside.restore()
         self.logs.start({agent.pid for agent in self.born.agents}, len(self.table.history))
         self.mail.adopt({proc.pid: proc for proc in self.table.live()})
         self.budgets.adopt({proc.pid for proc in self.table} | set(self.table.history))
@@ -241,6 +246,8 @@ class Kernel:
 
     def _make_service(self, process: Process) -> Service:
         record = process.service
+        if record.kind == TOOLBOX:
+            return self._make_toolbox(process)
         if record.kind != LLM:
             return Service(
                 record.name, record.kind, record.shown, self.calls, self.loading, record.awaited, process.pid
@@ -261,6 +268,21 @@ class Kernel:
         )
         self.cores.add(core)
         return core
+
+    def _make_toolbox(self, process: Process) -> Service:
+        record = process.service
+        toolbox = Errander(
+            record.name,
+            record.kind,
+            record.shown,
+            self.calls,
+            self.loading,
+            record.awaited,
+            process.pid,
+            dispatch=self.dispatcher.dispatch,
+        )
+        self.calls.peers.others.append(ErrandPeer(toolbox, None, toolbox.errands))
+        return toolbox
 
     def _connect(self, service: Service, ospid: int, deaths: int, memfd: int, bell: int) -> None:
         channel = Channel(memfd, bell, Side.AGENT)
@@ -328,7 +350,8 @@ class Kernel:
             self._tell_services(link.Gone(client))
 
     def _live_peers(self) -> list[int]:
-        return [*(proc.pid for proc in self.table.live()), *self.calls.peers.clients]
+        others = (peer.id for peer in self.calls.peers.others)
+        return [*(proc.pid for proc in self.table.live()), *self.calls.peers.clients, *others]
 
     def _services_by_ospid(self) -> dict[int, str]:
         return {service.ospid: service.name for service in self.services if service.channel is not None}
@@ -337,6 +360,7 @@ class Kernel:
         return "stopping" if self.stopping else "ready" if self.loading.ready else "loading"
 
     def _on_ready(self) -> None:
+        self.outside.restore()
         self.agents.start_with_system(agents_of(self.live.settings))
         self.agents.listed.when_over(self._tell_ready)
 
@@ -371,6 +395,7 @@ class Kernel:
                 self.live.reread(message)
             case link.Stop():
                 self.stopping = message.reason
+                self.outside.save()
                 self.agents.system_stops()
                 self.over = message.last
 

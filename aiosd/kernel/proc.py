@@ -8,7 +8,8 @@
              │ │      CONT        │
         FAIL │ │ START            │ FAIL
              ▼ │                  │
-            WAITING ◀─────────────┘     its process has ended, and it is started again after a while (`restart`)
+            WAITING ◀─────────────┘     its process has ended, and it is started again after a while (`restart`);
+                                        or it never has one (`outside`)
 
             RUNNING, STOPPED, WAITING
                │
@@ -94,6 +95,7 @@ class Proc:
     client: tuple[int, int] = (0, 0)  # the process of that client: Linux pid and start time
     named: bool = False  # the name was given, not made from the program's
     token: bytes = b""  # the hash of its token for the gateway; b"": it has none
+    outside: bool = False  # programs from outside are it: it has no process of ours, and its state is WAITING
     box: Box | None = None  # how it is confined
     row: Row = field(default_factory=loose_row)  # in the ledger
     budgets: list[Budget] = field(default_factory=list)  # those it shares: of its ancestors, and its own

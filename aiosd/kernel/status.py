@@ -13,7 +13,7 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-from aiosd import __version__, link
+from aiosd import __version__, endpoint, link
 from aiosd.kernel import listing
 from aiosd.kernel.books import Books
 from aiosd.kernel.calls import Calls
@@ -129,6 +129,7 @@ class StatusRequests:
             "home": str(settings.home.root),
             "logs": str(settings.home.logs),
             "gateway": settings.door.url if settings.door is not None else "",
+            "gateway_why": "" if settings.door is not None else endpoint.why_none(settings.gateway),
             "policy": settings.policy,
             "quantum": dict(zip(("tokens", "seconds"), settings.quantum, strict=True)),
             "group_shares": dict(settings.shares),

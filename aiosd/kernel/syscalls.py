@@ -28,6 +28,7 @@ from aiosd.kernel.inspection import inspect
 from aiosd.kernel.jobs import Jobs
 from aiosd.kernel.mail import Mail
 from aiosd.kernel.measure import Measure
+from aiosd.kernel.outside import Outside
 from aiosd.kernel.peer import Call, ClientPeer
 from aiosd.kernel.proc import Proc, ProcTable, State
 from aiosd.kernel.sandboxes import Sandboxes
@@ -87,7 +88,7 @@ class ProcessCalls:
         attached = args.attached and isinstance(peer, ClientPeer) and not args.detached
         client = spawning.process_of(peer.ospid) if isinstance(peer, ClientPeer) and attached else (0, 0)
         box = self.sandboxes.decide(args, parent)
-        shares = self.agents.shares(args, parent)
+        shares = self.agents.shares(args, parent, call.key)
         spec = spawning.fork(args, call.key, parent, box, attached=attached, client=client, shares=shares)
         letter = spawning.letter(args, self.sandboxes.environment(args, parent, box), box)
         spec, letter = self.agents.tokens.give(spec, letter, parent, args.gateway)
@@ -118,7 +119,7 @@ class ProcessCalls:
 
     def _stopped(self, proc: Proc, continued: int) -> bool:
         """Or will not stop any more. Nothing is generated for it then, and nothing counted."""
-        if not proc.alive or proc.state is State.WAITING:
+        if not proc.alive or (proc.state is State.WAITING and not proc.outside):
             return True
         return proc.continued != continued or self.agents.is_parked(proc)
 
@@ -280,10 +281,29 @@ class SystemCalls:
     HANDLERS: ClassVar[Family] = {Sys.STATUS: status, Sys.SHUTDOWN: shutdown, Sys.SET: set}
 
 
-FAMILIES = (ProcessCalls, MessageCalls, ModelCalls, SystemCalls)
+class TokenCalls:
+    """Agents without a process."""
+
+    def __init__(self, agents: Agents, outside: Outside) -> None:
+        self._agents = agents
+        self._outside = outside
+
+    def new(self, call: Call, args: wire.NewToken) -> Any:
+        if self._agents.stopping:
+            raise wire.error(errno.EAGAIN, "aiosd is shutting down")
+        self._outside.new(call, args)
+        return PENDING
+
+    def listed(self, call: Call, args: wire.NoArgs) -> wire.TokenList:
+        return self._outside.listed()
+
+    HANDLERS: ClassVar[Family] = {Sys.TOKEN_NEW: new, Sys.TOKEN_LIST: listed}
 
 
-def bound(*families: ProcessCalls | MessageCalls | ModelCalls | SystemCalls) -> dict[int, Handler]:
+FAMILIES = (ProcessCalls, MessageCalls, ModelCalls, SystemCalls, TokenCalls)
+
+
+def bound(*families: ProcessCalls | MessageCalls | ModelCalls | SystemCalls | TokenCalls) -> dict[int, Handler]:
     """The handlers of these, by number."""
     return {sys: handler.__get__(family) for family in families for sys, handler in family.HANDLERS.items()}
 

@@ -3,7 +3,7 @@
 Each agent that shall find the gateway gets 256 random bits in its environment, in its letter (`aiosd.letter`). The
 kernel alone makes them, and keeps their hashes only; these are in the agents' records, so that a successor of this
 kernel knows them too. So the supervisor, from which all agents are forked, has never more than that. A token is good as
-long as its agent lives.
+long as its agent lives. Those of a person's own programs are made by the person's command (`outside`).
 """
 
 from __future__ import annotations
@@ -40,6 +40,14 @@ class Tokens:
         replace = msgspec.structs.replace
         return replace(spec, token=_hash(token)), replace(letter, env=env)
 
+    @property
+    def url(self) -> str:
+        """Of the gateway; "": there is none."""
+        return self._door.url if self._door is not None else ""
+
+    def knows(self, token_hash: bytes) -> bool:
+        return token_hash in self._agents
+
     def add(self, proc: Proc) -> None:
         if proc.token:
             self._agents[proc.token] = proc
@@ -50,7 +58,7 @@ class Tokens:
     def bearer(self, token: str) -> Proc | None:
         """The agent of this token. None: it is none, or its agent is dead or waits to be started again."""
         proc = self._agents.get(_hash(token))
-        return proc if proc is not None and proc.ospid else None
+        return proc if proc is not None and (proc.ospid or proc.outside) else None
 
 
 def _hash(token: str) -> bytes:

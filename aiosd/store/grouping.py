@@ -51,7 +51,7 @@ class GroupServer(Server):
         for message in messages:
             self._handle(message)
         if group.open and len(messages) > 1:
-            self._send(link.Working(None))  # a death from here on is no single call's fault
+            self.send(link.Working(None))  # a death from here on is no single call's fault
         try:
             group.commit()
         except OSError as err:

@@ -1,0 +1,117 @@
+"""aiosd token: programs that aiosd has not started use its models, with a group and a budget.
+
+$ export OPENAI_API_KEY=$(aiosd token editor --tokens 1000000)
+aiosd: editor: http://127.0.0.1:8000/v1; the token is shown this once
+$ aiosd token --list
+NAME    PID  GROUP    USED    BUDGET
+editor  42   default  1520    1000000
+$ aiosd token editor --revoke
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import secrets
+import shlex
+import signal
+import sys
+
+import click
+
+from aiosd.commands import edge
+from libaios.client import Client
+from libaios.wire import Kill, NewToken, NoArgs, Spawned, Sys, TokenInfo, TokenList
+
+
+def register(group: click.Group) -> None:
+    group.add_command(token)
+
+
+@click.command("token", context_settings=edge.SETTINGS, short_help="Let programs from outside use the gateway.")
+@click.argument("name", required=False)
+@click.option("-g", "--group", metavar="G", help="Whose share of the models it gets, and whose files it may read.")
+@click.option("--tokens", type=click.IntRange(min=0), metavar="N", help="Its budget, in all; then it gets 429.")
+@click.option("--export", "as_export", is_flag=True, help="Print lines for a shell: OPENAI_BASE_URL and so on.")
+@click.option("--revoke", is_flag=True, help="End it: requests that run are cancelled, later ones get 401.")
+@click.option("--list", "listed", is_flag=True, help="List those that there are.")
+@click.option("--json", "as_json", is_flag=True, help="The list as one JSON array.")
+def token(
+    name: str | None,
+    group: str | None,
+    tokens: int | None,
+    as_export: bool,
+    revoke: bool,
+    listed: bool,
+    as_json: bool,
+) -> int:
+    """Make a token for a program of yours that aiosd has not started (an editor, a notebook, a script), and print it.
+
+    A program that shows it is an agent of this NAME: it stands in aios-ps, has a group and a budget, and aios-kill
+    stops and ends it. No agent can use it, nor another user. The token is shown once and kept nowhere; it is good
+    until it is revoked, also when aiosd is started again.
+
+    \b
+      aiosd token editor --tokens 1000000
+      eval "$(aiosd token notebook --export)"
+      aiosd token --list
+      aiosd token editor --revoke
+      aiosd --gateway 8000                    the same address at each start
+    """
+    if listed or as_json:
+        _exclude(name, "a NAME", "--list")
+        with edge.connect() as client:
+            found = client.call(Sys.TOKEN_LIST, NoArgs(), TokenList)
+        print(_as_json(found.tokens) if as_json else "\n".join(_lines(found.tokens)))
+        return 0
+    if name is None:
+        raise click.UsageError("the NAME of a token is needed, or --list")
+    with edge.connect() as client:
+        if revoke:
+            _exclude(group or tokens or as_export, "an option of a new token", "--revoke")
+            _revoke(client, name)
+        else:
+            _make(client, NewToken(name, b"", group, tokens), as_export)
+    return 0
+
+
+def _exclude(given: object, what: str, option: str) -> None:
+    if given:
+        raise click.UsageError(f"{option} goes without {what}")
+
+
+def _make(client: Client, wanted: NewToken, as_export: bool) -> None:
+    secret = f"aios-{secrets.token_urlsafe(32)}"
+    digest = hashlib.sha256(secret.encode()).digest()
+    client.call(Sys.TOKEN_NEW, NewToken(wanted.name, digest, wanted.group, wanted.tokens), Spawned)
+    url = client.call(Sys.TOKEN_LIST, NoArgs(), TokenList).url
+    if as_export:
+        from aiosd import endpoint
+
+        for variable, value in endpoint.variables(url, secret).items():
+            print(f"export {variable}={shlex.quote(value)}")
+    else:
+        print(secret)
+    sys.stdout.flush()
+    edge.complain("aiosd", f"{wanted.name}: {url}/v1; the token is shown this once")
+
+
+def _revoke(client: Client, name: str) -> None:
+    for one in client.call(Sys.TOKEN_LIST, NoArgs(), TokenList).tokens:
+        if one.name == name:
+            client.call(Sys.KILL, Kill(one.pid, signal.SIGTERM, timeout_s=5.0), None)
+            return
+    raise edge.Failed(f"{name}: no token of this name")
+
+
+def _as_json(tokens: list[TokenInfo]) -> str:
+    return json.dumps([{field: getattr(one, field) for field in one.__struct_fields__} for one in tokens], indent=2)
+
+
+def _lines(tokens: list[TokenInfo]) -> list[str]:
+    rows = [("NAME", "PID", "GROUP", "USED", "BUDGET")]
+    for one in tokens:
+        limit = "-" if one.limit is None else str(one.limit)
+        rows.append((edge.printable(one.name), str(one.pid), edge.printable(one.group), str(one.used), limit))
+    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+    return ["  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip() for row in rows]

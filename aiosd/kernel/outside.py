@@ -1,0 +1,162 @@
+"""Agents without a process: a person's own programs, which aiosd has not started, are these for the gateway.
+
+`aiosd token NAME` makes one. It has a pid, a group and a budget, stands in `aios-ps`, is stopped by `aios-kill -STOP`
+and ended by TERM or KILL, as every agent: its token is revoked then. In the process table it is WAITING for ever, and
+the supervisor has its record, so it survives the kernel's death. It also survives the end of aiosd, with what it has
+used:
+
+    data/tokens.json     name, group, nice value, budget, tokens used, and the SHA-256 of each token
+
+That file is written when a token comes or goes, when aiosd stops, and every `SAVE_S` if something was used. So a budget
+can be short of that much after a power cut, and of no more.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import logging
+import os
+from pathlib import Path
+
+import msgspec
+from msgspec import Struct
+
+from aiosd import link
+from aiosd.kernel import spawning
+from aiosd.kernel.agents import Agents
+from aiosd.kernel.peer import Call
+from aiosd.kernel.proc import Proc
+from aiosd.kernel.sandboxes import Sandboxes
+from libaios import wire
+
+logger = logging.getLogger("kernel")
+
+SAVE_S = 10.0
+OWNER = -(1 << 50)  # of the keys under which they are enrolled again; no client's id is as small
+
+
+class Kept(Struct):
+    """One of them, in the file."""
+
+    name: str
+    group: str
+    hash: bytes
+    limit: int | None = None
+    used: int = 0
+    nice: int = 0
+
+
+class Outside:
+    """`path`: the file."""
+
+    def __init__(self, path: Path, agents: Agents, sandboxes: Sandboxes) -> None:
+        self._path = path
+        self._agents = agents
+        self._sandboxes = sandboxes
+        self._written: list[Kept] = []
+        agents.outside_changed = self.save
+
+    # ── what a person asks for ────────────────────────────────────────────────────────────────────────────
+
+    def new(self, call: Call, args: wire.NewToken) -> None:
+        """The call is finished when it is there. Raises OSError: ENOTSUP, EEXIST, EINVAL."""
+        if not self._agents.tokens.url:
+            raise wire.error(errno.ENOTSUP, "there is no gateway (pip install 'aiosd[gateway]', and --gateway not off)")
+        names = {proc.name for proc in self._live() if proc.token != args.hash}
+        names |= {one.spec.name for one in self._agents.forks.values() if one.spec.outside and one.call is not call}
+        if args.name in names:
+            raise wire.error(errno.EEXIST, f"{args.name}: has a token already (to take it away: --revoke)")
+        self._enrol(call, call.key, Kept(args.name, args.group or "default", args.hash, args.tokens))
+
+    def listed(self) -> wire.TokenList:
+        tokens = [
+            wire.TokenInfo(proc.pid, proc.name, proc.group, _used(proc), proc.budgets[0].limits.tokens)
+            for proc in self._live()
+        ]
+        return wire.TokenList(self._agents.tokens.url, tokens)
+
+    def _enrol(self, call: Call | None, key: link.Key, kept: Kept) -> None:
+        spawn = wire.Spawn("exec", kept.name, name=kept.name, group=kept.group, nice=kept.nice)
+        box = self._sandboxes.decide(spawn, None)
+        if box is not None:  # its tools work there; no process of its own makes the folder
+            os.makedirs(os.path.join(wire.os_str(box.workspace), "tmp"), 0o700, exist_ok=True)
+        spec = msgspec.structs.replace(
+            spawning.fork(spawn, key, None, box),
+            shares=[link.Share(0, wire.Limits(tokens=kept.limit)), *self._agents.budgets.of_group(kept.group)],
+            token=kept.hash,
+            outside=True,
+        )
+        letter = msgspec.structs.replace(spawning.letter(spawn, {}, box), target="[token]")
+        self._agents.enrol(call, spec, letter, kept.used)
+
+    def _live(self) -> list[Proc]:
+        return [proc for proc in self._agents.table.live() if proc.outside]
+
+    # ── over the end of aiosd ─────────────────────────────────────────────────────────────────────────────
+
+    def restore(self) -> None:
+        """Enrol those of the file that no record is left of: aiosd has been started again."""
+        self._written = self._read()
+        table = self._agents.table
+        there = {proc.token for proc in (*table, *table.history.values())}
+        if self._agents.tokens.url:
+            for kept in self._written:
+                if kept.hash not in there:
+                    self._restore(kept)
+        self._save_later()
+
+    def _restore(self, kept: Kept) -> None:
+        try:
+            self._enrol(None, (OWNER, int.from_bytes(kept.hash[:6])), kept)
+        except OSError as err:
+            logger.error("token of %s: %s", kept.name, err.strerror)
+
+    def _read(self) -> list[Kept]:
+        try:
+            return msgspec.json.decode(self._path.read_bytes(), type=list[Kept])
+        except FileNotFoundError:
+            return []
+        except (OSError, msgspec.MsgspecError, UnicodeDecodeError) as err:
+            logger.error("%s cannot be read, its tokens are of no use: %s", self._path, err)
+            with contextlib.suppress(OSError):
+                os.replace(self._path, self._path.with_suffix(".damaged"))
+            return []
+
+    def _save_later(self) -> None:
+        self._agents.timers.after(SAVE_S, self._save_again)
+
+    def _save_again(self) -> None:
+        self.save()
+        self._save_later()
+
+    def save(self) -> None:
+        if self._agents.stopping:
+            return  # what ends now ends with the system, and comes back with it
+        if any(one.spec.outside and one.call is None for one in self._agents.forks.values()):
+            return  # not all of the file are there yet
+        kept = [
+            Kept(proc.name, proc.group, proc.token, proc.budgets[0].limits.tokens, _used(proc), proc.nice)
+            for proc in self._live()
+        ]
+        if kept == self._written or not self._agents.tokens.url:
+            return
+        try:
+            _write(self._path, msgspec.json.encode(kept))
+            self._written = kept
+        except OSError as err:
+            logger.error("%s cannot be written: %s", self._path, err.strerror)
+
+
+def _used(proc: Proc) -> int:
+    return proc.budgets[0].tokens_used
+
+
+def _write(path: Path, data: bytes) -> None:
+    new = path.with_suffix(".new")
+    fd = os.open(new, os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_CLOEXEC, 0o600)
+    with open(fd, "wb") as file:
+        file.write(data)
+        file.flush()
+        os.fsync(file.fileno())
+    os.replace(new, path)
