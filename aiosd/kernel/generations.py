@@ -73,7 +73,8 @@ class Generations:
                 return  # they were the last of the budget
         nice, group, left = self.call_budget(call)
         call.generation.budget = None if left is None else left + call.generation.used
-        core.submit(call, link.Submit(call.key, args, nice, group, left))
+        shares = budgets.purses(call.peer.proc.budgets) if call.peer.proc is not None else []
+        core.submit(call, link.Submit(call.key, args, nice, group, left, shares=shares))
 
     def choose(self, call: Call, args: Any) -> Core:
         """The core that another call than a generation goes to. Raises OSError: EINVAL, EDQUOT."""
@@ -89,14 +90,17 @@ class Generations:
             return link.Caller(0, os.getuid(), "", False, "default")
         left = budgets.tokens_left(proc.budgets)
         box = b"" if proc.box is None else wire.encode(proc.box)
-        return link.Caller(proc.pid, proc.uid, proc.name, proc.named, proc.group, proc.nice, left, box)
+        shares = budgets.purses(proc.budgets)
+        return link.Caller(proc.pid, proc.uid, proc.name, proc.named, proc.group, proc.nice, left, box, shares)
 
     def call_budget(self, call: Call) -> tuple[int, str, int | None]:
         """nice, group and tokens left of the agent that made the call."""
         proc = call.peer.proc
         if proc is None:
             return 0, "default", None
-        return proc.nice, proc.group, budgets.tokens_left(proc.budgets)
+        left = budgets.tokens_left(proc.budgets)
+        room = [budget.limits.context for budget in proc.budgets if budget.limits.context is not None]
+        return proc.nice, proc.group, min(room, default=None) if left is None else min([left, *room])
 
     def check_budget(self, call: Call) -> None:
         """Raises OSError (EDQUOT) when no token is left."""
@@ -114,6 +118,7 @@ class Generations:
         generation, proc = call.generation, call.peer.proc
         if generation is not None and proc is not None:
             proc.ctx_tokens -= generation.ctx_tokens
+            budgets.hold(proc.budgets, -generation.ctx_tokens)
             proc.row[ledger.PROMPT] += generation.prompt_tokens
             proc.row[ledger.CACHED] += generation.cached_tokens
             proc.row[ledger.COMPLETION] += generation.completion_tokens
@@ -174,7 +179,15 @@ class Generations:
             for budget in call.peer.proc.budgets:
                 if budget.tokens_left == 0:
                     self.spent(budget)
+            if finished.short == "context":
+                self._no_room(call.peer.proc)
         self._answer(call, finished.tokens, finished.text, finished.finish_reason, finished)
+
+    def _no_room(self, proc: Proc) -> None:
+        """A call of this agent was to hold more tokens than one of its budgets allows."""
+        limited = [budget for budget in proc.budgets if budget.limits.context is not None]
+        if limited:
+            self.refused(min(limited, key=lambda budget: budget.left("context") or 0), "context", proc)
 
     def charge(self, call: Call, tokens: int) -> None:
         """A call that is no generation has used this number of tokens (an embedding)."""
@@ -230,6 +243,7 @@ class Generations:
         generation.ctx_tokens += context
         proc.ctx_tokens += context
         if proc.budgets:
+            budgets.hold(proc.budgets, context)
             empty = budgets.charge(proc.budgets, charged)
             if empty is not None:
                 self._cut(empty)
