@@ -19,6 +19,9 @@
     key_file = "host.key"
     concurrency = 8                         requests at a time; rpm, tpm: requests and tokens in a minute
 
+    [route]                                 names for lists of models: the first that can answers
+    fast = ["writer", "its-name-there"]     AIOSD_ROUTE="fast=writer,big;deep=big", --route fast=writer,big
+
     [mcpServers.git]                        tools of an MCP server, as other programs configure them
     command = "mcp-server-git"
 
@@ -57,7 +60,7 @@ from aiosd.llm.spec import MAX_SLOTS, REMOTE, ROPE_SCALING, Lora, ModelSpec
 from aiosd.models import found
 from aiosd.models.places import ours
 from aiosd.sandbox import boxgroups
-from aiosd.sandbox.box import LEVELS, NETS, Rules
+from aiosd.sandbox.box import LEVELS, NETS, STRICT, Rules
 from aiosd.tools.spec import McpServer, read_servers
 from aiosd.units import format_size, parse_size
 from libaios.home import Home
@@ -247,6 +250,25 @@ def _share(name: str, value: Any) -> float:
     return share
 
 
+def _routes(value: Any) -> tuple[tuple[str, tuple[str, ...]], ...]:
+    """ "fast=small,gpt" · "fast=small,gpt;deep=big,gpt" · {fast = ["small", "gpt"]}"""
+    if isinstance(value, str):
+        value = {name.strip(): models for name, _, models in (one.partition("=") for one in value.split(";") if one)}
+    if not isinstance(value, dict):
+        raise ValueError(f"{value!r} is no route (such as fast=small,gpt)")
+    return tuple((name, _route(name, models)) for name, models in value.items())
+
+
+def _route(name: str, value: Any) -> tuple[str, ...]:
+    words = value.split(",") if isinstance(value, str) else value
+    if not isinstance(words, list) or not all(isinstance(word, str) for word in words):
+        raise ValueError(f"{name}={value!r} is no list of models (such as fast=small,gpt)")
+    models = tuple(dict.fromkeys(word.strip() for word in words if word.strip()))
+    if not models or not re.fullmatch(NAME_PATTERN, name) or len(name) > 64:
+        raise ValueError(f"{name}={value} is no route (such as fast=small,gpt)")
+    return models
+
+
 def _folders(value: Any) -> tuple[str, ...]:
     """ "/srv/docs,/srv/out=write" · ["/srv/docs", "/srv/out=write"]"""
     parts = value.split(",") if isinstance(value, str) else value
@@ -333,9 +355,23 @@ KEYS = (
     Key("concurrency", _whole(1, 256), "N", "Requests to such a model at a time (8).", 8, per_model=True),
     Key("rpm", _whole(0), "N", "… and in a minute (no limit).", 0, per_model=True),
     Key("tpm", _whole(0), "N", "Its tokens in a minute (no limit).", 0, per_model=True),
+    Key(
+        "route",
+        _routes,
+        "NAME=MODEL,…",
+        "A name for several models: the first that can answers; again and again.",
+        (),
+        many=True,
+    ),
     Key("log_level", _one_of(LOG_LEVELS), "|".join(LOG_LEVELS), "How much is logged (info).", "info"),
     Key("keep_dead", _whole(0, 1_000_000), "N", "How many dead agents are remembered, with their logs (1000).", 1000),
-    Key("sandbox", _one_of(LEVELS), "|".join(LEVELS), "How agents are confined (none).", "none"),
+    Key(
+        "sandbox",
+        _one_of((*LEVELS, STRICT)),
+        "|".join((*LEVELS, STRICT)),
+        "How agents are confined (none); strict: in the cage, or aiosd does not start.",
+        "none",
+    ),
     Key("net", _one_of(NETS), "|".join(NETS), "Whether confined agents have a network (all).", "all"),
     Key(
         "soft_limit",
@@ -396,6 +432,7 @@ class Settings:
 
     home: Home
     models: tuple[ModelSpec, ...]
+    routes: Mapping[str, tuple[str, ...]] = field(default_factory=dict)  # names for lists of models
     policy: str = "fair"
     quantum: tuple[int, float] = DEFAULT_QUANTUM  # tokens, seconds
     shares: Mapping[str, float] = field(default_factory=dict)  # of groups, in agents of nice 0
@@ -432,6 +469,7 @@ class Settings:
     groups: Mapping[str, Rules] = field(default_factory=dict)
     budgets: Mapping[str, GroupLimits] = field(default_factory=dict)  # of groups
     soft_limit: int = 0  # percent of a budget at which its agent gets a message
+    strict: bool = False  # no agent is confined less than in the cage
 
     def schedule(self) -> Schedule:
         """The settings that cores get."""
@@ -473,10 +511,12 @@ def load(
     tools = _tool_files(values["tools"], cwd if typed else str(path.parent.absolute()))
     table, embedder = _embedder(values, given, file, path, cwd, flags, environ, locate, home)
     _refuse_doubles([*models, *([embedder] if embedder is not None else [])])
-    rules = Rules(values["sandbox"], values["net"])
+    strict = values["sandbox"] == STRICT
+    rules = Rules(LEVELS[-1] if strict else values["sandbox"], values["net"])
     return Settings(
         home=home,
         models=tuple(models),
+        routes=_checked_routes(values["route"], models),
         policy=values["policy"],
         quantum=values["quantum"],
         shares=values["shares"],
@@ -497,7 +537,8 @@ def load(
         gateway=values["gateway"],
         agents=tuple(file.agents),
         sandbox=rules,
-        groups=_groups(path, file.groups, rules),
+        groups=_groups(path, file.groups, rules, strict),
+        strict=strict,
         budgets={values["name"]: limits.group_limits_of(values) for _, values in file.groups if "name" in values},
         soft_limit=values["soft_limit"],
         tools=tools,
@@ -682,6 +723,19 @@ def _refuse_doubles(models: Sequence[ModelSpec]) -> None:
         names.add(model.name)
 
 
+def _checked_routes(
+    given: Sequence[tuple[str, tuple[str, ...]]], models: Sequence[ModelSpec]
+) -> dict[str, tuple[str, ...]]:
+    known, routes = [model.name for model in models], dict(given)
+    for name, words in routes.items():
+        if name in known:
+            raise UsageError(f"route {name}: there is a model of this name")
+        for word in words:
+            if word not in known:
+                raise UsageError(f"route {name}: no model is named {word!r}; there are: {', '.join(known)}")
+    return routes
+
+
 def _from_environment(environ: Mapping[str, str]) -> dict[str, Any]:
     values = {}
     for key in KEYS:
@@ -764,13 +818,17 @@ def _read_file(path: Path, must_exist: bool) -> _File:
     return file
 
 
-def _groups(path: Path, tables: Sequence[tuple[int, Mapping[str, Any]]], general: Rules) -> dict[str, Rules]:
+def _groups(
+    path: Path, tables: Sequence[tuple[int, Mapping[str, Any]]], general: Rules, strict: bool
+) -> dict[str, Rules]:
     found: dict[str, Rules] = {}
     for first, values in tables:
         try:
             name, rules = boxgroups.read(values, str(path.parent.absolute()), general)
             if name in found:
                 raise ValueError(f"group {name!r} is there twice")
+            if strict and rules.level != general.level:
+                raise ValueError(f"group {name!r}: sandbox = {rules.level!r} is less than strict allows")
         except ValueError as err:
             raise UsageError(f"{path}, line {first}: {err}") from None
         found[name] = rules

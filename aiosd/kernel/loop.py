@@ -48,6 +48,7 @@ from aiosd.kernel.outside import Outside
 from aiosd.kernel.peer import AgentPeer, ClientPeer, Peer
 from aiosd.kernel.peers import Peers
 from aiosd.kernel.proc import Proc, ProcTable
+from aiosd.kernel.routes import Routes
 from aiosd.kernel.sandboxes import Sandboxes
 from aiosd.kernel.service import Asker, Service, Services
 from aiosd.kernel.status import StatusRequests
@@ -103,10 +104,12 @@ class Kernel:
         self.system = System(born, self.services)
         self.rights = Access(self.table, self.system.pids)
         self.waiters = Waiters(self.table, self.calls, self.rights)
-        self.generations = Generations(self.calls, self.table, self.cores, self.live.schedule)
+        routes = Routes(self.cores.find, born.settings.routes)
+        self.generations = Generations(self.calls, self.table, self.cores, routes, self.live.schedule)
         self.enforcer = Enforcer(self.table, self.uplink, self.timers, self._deliver)
         settings = born.settings
-        self.sandboxes = Sandboxes(settings.sandbox, settings.groups, born.offer, sandboxes.folder(settings.home.data))
+        places = sandboxes.folder(settings.home.data)
+        self.sandboxes = Sandboxes(settings.sandbox, settings.groups, born.offer, places, settings.strict)
         for line in self.sandboxes.warnings():
             logger.warning("%s", line)
         self.logs = LogKeeper(settings.home.logs, settings.log_size, settings.log_keep, settings.keep_dead)
@@ -196,6 +199,7 @@ class Kernel:
             self.agents.is_parked,
             self.agents.listed.problems,
             self.sandboxes,
+            self.generations.routes,
         )
         self.loading = Loading(
             self.services,
@@ -366,7 +370,8 @@ class Kernel:
 
     def _tell_ready(self) -> None:
         names = ", ".join(self.cores.by_model)
-        notes = [f"agent {name} {problem}" for name, problem in self.agents.listed.problems().items()]
+        notes = self.sandboxes.warnings()
+        notes += [f"agent {name} {problem}" for name, problem in self.agents.listed.problems().items()]
         self.uplink.send(link.Ready(f"aiosd: ready ({names}; {self.live.settings.home.root})", notes))
 
     # ── supervisor ────────────────────────────────────────────────────────────────────────────────────────
