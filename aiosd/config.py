@@ -34,6 +34,8 @@
     [[group]]                               how its agents are confined; see aiosd.sandbox.boxgroups
     name = "web"
     sandbox = "flat"
+    tokens = 1000000                        what they may use together, see aiosd.limits,
+    each = { time = "10m" }                 … and what each may that a person starts
 
 `KEYS` is the only list of settings; file, environment and command line are all read with it. An unknown key is an
 error with its place, not silently ignored.
@@ -51,12 +53,13 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from aiosd import autostart, endpoint, sealed
+from aiosd import autostart, endpoint, limits, sealed
 from aiosd.access import table as access_table
 from aiosd.access.rules import Policy
 from aiosd.autostart import AgentSpec
 from aiosd.endpoint import Endpoint
 from aiosd.errors import AiosdError, UsageError, WorldError
+from aiosd.limits import GroupLimits
 from aiosd.link import Schedule
 from aiosd.llm.spec import MAX_SLOTS, REMOTE, ROPE_SCALING, Lora, ModelSpec
 from aiosd.models import found
@@ -375,6 +378,13 @@ KEYS = (
         "none",
     ),
     Key("net", _one_of(NETS), "|".join(NETS), "Whether confined agents have a network (all).", "all"),
+    Key(
+        "soft_limit",
+        limits.read_percent,
+        "PERCENT",
+        "At this part of a budget its agent gets a message; 0: never (0).",
+        0,
+    ),
     Key("orphans", _one_of(ORPHANS), "|".join(ORPHANS), "What processes get that outlive their agent (kill).", "kill"),
     Key(
         "log_size",
@@ -472,6 +482,8 @@ class Settings:
     groups: Mapping[str, Rules] = field(default_factory=dict)
     access: Policy = field(default_factory=Policy)  # what agents may do, …
     access_warnings: tuple[str, ...] = ()  # … and which rules never decide
+    budgets: Mapping[str, GroupLimits] = field(default_factory=dict)  # of groups
+    soft_limit: int = 0  # percent of a budget at which its agent gets a message
     strict: bool = False  # no agent is confined less than in the cage
 
     def schedule(self) -> Schedule:
@@ -546,6 +558,8 @@ def load(
         strict=strict,
         access=policy,
         access_warnings=warnings,
+        budgets={values["name"]: limits.group_limits_of(values) for _, values in file.groups if "name" in values},
+        soft_limit=values["soft_limit"],
         tools=tools,
         tool_workers=values["tool_workers"],
         mcp_servers=file.servers,
@@ -823,7 +837,8 @@ def _read_file(path: Path, must_exist: bool) -> _File:
             file.agents.append(autostart.read(values, str(path.parent.absolute())))
         except ValueError as err:
             raise UsageError(f"{path}, line {first}: {err}") from None
-    file.groups = [(first, _read_table(path, text, table, boxgroups.READERS, first)) for first, table in groups]
+    readers = boxgroups.READERS | limits.GROUP_READERS
+    file.groups = [(first, _read_table(path, text, table, readers, first)) for first, table in groups]
     return file
 
 

@@ -27,6 +27,15 @@ Key = tuple[int, int]  # (peer: agent pid, or -client id; call id)
 # ── kernel → service ──────────────────────────────────────────────────────────────────────────────────────
 
 
+class PurseShare(Struct, array_like=True, frozen=True):
+    """A budget in which a call has a part: whose it is, the tokens that are left of it, and how many its calls may hold
+    at a time; None: it does not limit that."""
+
+    owner: int
+    left: int | None
+    context: int | None
+
+
 class Caller(Struct, array_like=True, frozen=True):
     """The agent that a service works for; `pid` 0: the person at the terminal."""
 
@@ -39,6 +48,7 @@ class Caller(Struct, array_like=True, frozen=True):
     budget: int | None = None  # how many more tokens it may use; None: unlimited
     box: bytes = b""  # how it is confined: an encoded `sandbox.box.Box`; b"": not at all
     program: bytes = b""  # which program it is, see `access.deed.Subject`
+    shares: list[PurseShare] = []  # its budgets of tokens
 
 
 class Ask(Struct, array_like=True, frozen=True, tag=True):
@@ -62,7 +72,7 @@ class Ask(Struct, array_like=True, frozen=True, tag=True):
 class Submit(Struct, array_like=True, frozen=True, tag=True):
     """To an llm core: run a generation. One that the core has already goes on, and its pieces are sent from the end
     of `request.given` on. `budget`: how many more tokens the agent may use (None: unlimited). `mu`: mirostat's state
-    after `request.given`, where it is known."""
+    after `request.given`, where it is known. `shares`: the budgets, so that calls do not go beyond one together."""
 
     key: Key
     request: Generate
@@ -71,6 +81,7 @@ class Submit(Struct, array_like=True, frozen=True, tag=True):
     budget: int | None = None
     mu: float | None = None
     others: bool = False  # other models stand ready for it: rather than make it wait, let it fail
+    shares: list[PurseShare] = []
 
 
 class CancelCall(Struct, array_like=True, frozen=True, tag=True):
@@ -231,7 +242,8 @@ class Step(Struct, array_like=True, frozen=True, tag=True):
 
 class Finished(Struct, array_like=True, frozen=True, tag=True):
     """The one final word on a generation; `tokens` and `text` are those after the last delta. `charged`: as in a delta;
-    negative where the deltas had charged too many, so that in the end `usage` is what was charged."""
+    negative where the deltas had charged too many, so that in the end `usage` is what was charged. `short`: the kind of
+    budget that has ended it, where the core knows."""
 
     key: Key
     offset: int
@@ -242,6 +254,7 @@ class Finished(Struct, array_like=True, frozen=True, tag=True):
     tool_calls: list[ToolCall] = []
     logprobs: Logprobs | None = None
     charged: int | None = None
+    short: str = ""
 
 
 class Answered(Struct, array_like=True, frozen=True, tag=True):
@@ -444,12 +457,14 @@ class ChildStopped(Struct, array_like=True, frozen=True, tag=True):
 
 class ChildExited(Struct, array_like=True, frozen=True, tag=True):
     """`status` as from os.waitstatus_to_exitcode; `reason` set when the supervisor knows more. `again_s`: its process
-    has ended, and it is started again after that time."""
+    has ended, and it is started again after that time. `cpu_s`: what its process has used of processors, with the
+    children that it had waited for."""
 
     pid: int
     status: int
     reason: str = ""
     again_s: float | None = None
+    cpu_s: float = 0.0
 
 
 class ChildRestarted(Struct, array_like=True, frozen=True, tag=True):

@@ -19,6 +19,7 @@ from typing import Protocol
 import msgspec
 
 from aiosd import link
+from aiosd.kernel.budget import purses
 from aiosd.kernel.peer import Call
 from aiosd.kernel.service import POISON_DEATHS, POISON_OTHERS, Open, Service, State
 from libaios import wire
@@ -65,7 +66,8 @@ class Core(Service):
             return Service.fresh(self, opened)
         nice, group, budget = self.listener.call_budget(call)
         request = msgspec.structs.replace(generation.request, given=generation.progress.given())
-        return link.Submit(call.key, request, nice, group, budget, generation.mu, generation.others)
+        shares = purses(call.peer.proc.budgets) if call.peer.proc is not None else []
+        return link.Submit(call.key, request, nice, group, budget, generation.mu, generation.others, shares)
 
     def under_way(self, opened: Open) -> bool:
         generation = opened.call.generation

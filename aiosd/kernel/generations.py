@@ -20,6 +20,7 @@ from aiosd.kernel import budget as budgets
 from aiosd.kernel import ledger
 from aiosd.kernel.budget import Budget
 from aiosd.kernel.calls import Calls
+from aiosd.kernel.charges import check_open
 from aiosd.kernel.cores import Core, Cores
 from aiosd.kernel.generation import Generation
 from aiosd.kernel.peer import OUTBOX_PAUSE, OUTBOX_RESUME, Call, Peer
@@ -30,7 +31,7 @@ from libaios.wire import Sys
 
 
 class Generations:
-    """`spent` is called with a budget that has no tokens left; `refused` with one of which more was asked for;
+    """`spent` is called with a budget that has no tokens left; `refused` with one of which an agent asked for more;
     `stood_still` when a core has taken the generations of a stopped agent out of decoding; `schedule` tells what
     policy is in force."""
 
@@ -49,7 +50,7 @@ class Generations:
         self.routes = routes
         self.schedule = schedule
         self.spent: Callable[[Budget], None]
-        self.refused: Callable[[Budget], None]
+        self.refused: Callable[[Budget, str, Proc], None]
         self.stood_still: Callable[[Proc], None]
 
     # ── submitting ────────────────────────────────────────────────────────────────────────────────────────
@@ -83,9 +84,15 @@ class Generations:
             self._count_completion(call, len(args.given) if isinstance(args.given, list) else 0)
             if call.peer.calls.get(call.id) is not call:
                 return  # they were the last of the budget
+        self._submit(call, core, args)
+
+    def _submit(self, call: Call, core: Core, request: wire.Generate) -> None:
+        generation = call.generation
+        assert generation is not None
         nice, group, left = self.call_budget(call)
         generation.budget = None if left is None else left + generation.used
-        core.submit(call, link.Submit(call.key, args, nice, group, left, others=generation.others))
+        shares = budgets.purses(call.peer.proc.budgets) if call.peer.proc is not None else []
+        core.submit(call, link.Submit(call.key, request, nice, group, left, others=generation.others, shares=shares))
 
     def choose(self, call: Call, args: Any) -> Core:
         """The core that another call than a generation goes to. Raises OSError: EINVAL, EDQUOT."""
@@ -101,22 +108,28 @@ class Generations:
             return link.Caller(0, os.getuid(), "", False, "default")
         left = budgets.tokens_left(proc.budgets)
         box = b"" if proc.box is None else wire.encode(proc.box)
-        return link.Caller(proc.pid, proc.uid, proc.name, proc.named, proc.group, proc.nice, left, box, proc.program)
+        rest = (left, box, proc.program, budgets.purses(proc.budgets))
+        return link.Caller(proc.pid, proc.uid, proc.name, proc.named, proc.group, proc.nice, *rest)
 
     def call_budget(self, call: Call) -> tuple[int, str, int | None]:
         """nice, group and tokens left of the agent that made the call."""
         proc = call.peer.proc
         if proc is None:
             return 0, "default", None
-        return proc.nice, proc.group, budgets.tokens_left(proc.budgets)
+        left = budgets.tokens_left(proc.budgets)
+        room = [budget.limits.context for budget in proc.budgets if budget.limits.context is not None]
+        return proc.nice, proc.group, min(room, default=None) if left is None else min([left, *room])
 
     def check_budget(self, call: Call) -> None:
         """Raises OSError (EDQUOT) when no token is left."""
         proc = call.peer.proc
-        if proc is not None and budgets.tokens_left(proc.budgets) == 0:
+        if proc is None or not proc.budgets:
+            return
+        check_open(proc)
+        if budgets.tokens_left(proc.budgets) == 0:
             budget = next(budget for budget in proc.budgets if budget.tokens_left == 0)
-            self.refused(budget)
-            raise wire.error(errno.EDQUOT, budgets.sentence(budget))
+            self.refused(budget, "tokens", proc)
+            raise wire.error(errno.EDQUOT, budgets.sentence(budget, "tokens"))
 
     def _closed(self, call: Call) -> None:
         generation, proc = call.generation, call.peer.proc
@@ -124,6 +137,7 @@ class Generations:
             self.cores.by_model[generation.model].cancel(call)
         if generation is not None and proc is not None:
             proc.ctx_tokens -= generation.ctx_tokens
+            budgets.hold(proc.budgets, -generation.ctx_tokens)
             proc.row[ledger.PROMPT] += generation.prompt_tokens
             proc.row[ledger.CACHED] += generation.cached_tokens
             proc.row[ledger.COMPLETION] += generation.completion_tokens
@@ -187,7 +201,15 @@ class Generations:
             for budget in call.peer.proc.budgets:
                 if budget.tokens_left == 0:
                     self.spent(budget)
+            if finished.short == "context":
+                self._no_room(call.peer.proc)
         self._answer(call, finished.tokens, finished.text, finished.finish_reason, finished)
+
+    def _no_room(self, proc: Proc) -> None:
+        """A call of this agent was to hold more tokens than one of its budgets allows."""
+        limited = [budget for budget in proc.budgets if budget.limits.context is not None]
+        if limited:
+            self.refused(min(limited, key=lambda budget: budget.left("context") or 0), "context", proc)
 
     def on_failed(self, call: Call, failed: link.Failed) -> None:
         if not (failed.elsewhere or failed.errno == errno.EMSGSIZE) or not self._move(call, failed.message):
@@ -212,10 +234,9 @@ class Generations:
         old.cancel(call)
         if call.peer.proc is not None:
             call.peer.proc.ctx_tokens -= generation.ctx_tokens
+            budgets.hold(call.peer.proc.budgets, -generation.ctx_tokens)
         generation.restart(core.model)
-        nice, group, left = self.call_budget(call)
-        generation.budget = None if left is None else left + generation.used
-        core.submit(call, link.Submit(call.key, generation.request, nice, group, left, others=generation.others))
+        self._submit(call, core, generation.request)
         return True
 
     def charge(self, call: Call, tokens: int) -> None:
@@ -272,6 +293,7 @@ class Generations:
         generation.ctx_tokens += context
         proc.ctx_tokens += context
         if proc.budgets:
+            budgets.hold(proc.budgets, context)
             empty = budgets.charge(proc.budgets, charged)
             if empty is not None:
                 self._cut(empty)
