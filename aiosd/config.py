@@ -31,6 +31,8 @@
     [[group]]                               how its agents are confined; see aiosd.sandbox.boxgroups
     name = "web"
     sandbox = "flat"
+    tokens = 1000000                        what they may use together, see aiosd.limits,
+    each = { time = "10m" }                 … and what each may that a person starts
 
 `KEYS` is the only list of settings; file, environment and command line are all read with it. An unknown key is an
 error with its place, not silently ignored.
@@ -48,10 +50,11 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from aiosd import autostart, endpoint, sealed
+from aiosd import autostart, endpoint, limits, sealed
 from aiosd.autostart import AgentSpec
 from aiosd.endpoint import Endpoint
 from aiosd.errors import AiosdError, UsageError, WorldError
+from aiosd.limits import GroupLimits
 from aiosd.link import Schedule
 from aiosd.llm.spec import MAX_SLOTS, REMOTE, ROPE_SCALING, Lora, ModelSpec
 from aiosd.models import found
@@ -364,6 +367,13 @@ KEYS = (
     Key("keep_dead", _whole(0, 1_000_000), "N", "How many dead agents are remembered, with their logs (1000).", 1000),
     Key("sandbox", _one_of(LEVELS), "|".join(LEVELS), "How agents are confined (none).", "none"),
     Key("net", _one_of(NETS), "|".join(NETS), "Whether confined agents have a network (all).", "all"),
+    Key(
+        "soft_limit",
+        limits.read_percent,
+        "PERCENT",
+        "At this part of a budget its agent gets a message; 0: never (0).",
+        0,
+    ),
     Key("orphans", _one_of(ORPHANS), "|".join(ORPHANS), "What processes get that outlive their agent (kill).", "kill"),
     Key(
         "log_size",
@@ -451,6 +461,8 @@ class Settings:
     door: Endpoint | None = None  # … and where it listens
     sandbox: Rules = field(default_factory=Rules)  # for agents of groups that `groups` does not name
     groups: Mapping[str, Rules] = field(default_factory=dict)
+    budgets: Mapping[str, GroupLimits] = field(default_factory=dict)  # of groups
+    soft_limit: int = 0  # percent of a budget at which its agent gets a message
 
     def schedule(self) -> Schedule:
         """The settings that cores get."""
@@ -518,6 +530,8 @@ def load(
         agents=tuple(file.agents),
         sandbox=rules,
         groups=_groups(path, file.groups, rules),
+        budgets={values["name"]: limits.group_limits_of(values) for _, values in file.groups if "name" in values},
+        soft_limit=values["soft_limit"],
         tools=tools,
         tool_workers=values["tool_workers"],
         mcp_servers=file.servers,
@@ -790,7 +804,8 @@ def _read_file(path: Path, must_exist: bool) -> _File:
             file.agents.append(autostart.read(values, str(path.parent.absolute())))
         except ValueError as err:
             raise UsageError(f"{path}, line {first}: {err}") from None
-    file.groups = [(first, _read_table(path, text, table, boxgroups.READERS, first)) for first, table in groups]
+    readers = boxgroups.READERS | limits.GROUP_READERS
+    file.groups = [(first, _read_table(path, text, table, readers, first)) for first, table in groups]
     return file
 
 

@@ -420,12 +420,14 @@ class ChildStopped(Struct, array_like=True, frozen=True, tag=True):
 
 class ChildExited(Struct, array_like=True, frozen=True, tag=True):
     """`status` as from os.waitstatus_to_exitcode; `reason` set when the supervisor knows more. `again_s`: its process
-    has ended, and it is started again after that time."""
+    has ended, and it is started again after that time. `cpu_s`: what its process has used of processors, with the
+    children that it had waited for."""
 
     pid: int
     status: int
     reason: str = ""
     again_s: float | None = None
+    cpu_s: float = 0.0
 
 
 class ChildRestarted(Struct, array_like=True, frozen=True, tag=True):

@@ -165,6 +165,8 @@ COLUMNS: dict[str, Column] = {
     "started": Column("STARTED", lambda p: p.started, lambda p: date(p.started)),
     "etime": Column("ELAPSED", lambda p: -p.started, lambda p: elapsed(time.time() - p.started)),
     "exit": Column("EXIT", _exit, lambda p: "-" if p.exit is None else str(p.exit)),
+    "budget": _word("BUDGET", lambda p: p.budget or "-"),
+    "reason": _word("REASON", lambda p: p.reason or "-"),
     "name": _word("NAME", lambda p: p.name),
     "command": _word("COMMAND", lambda p: p.command or f"[{p.name}]"),
 }

@@ -135,7 +135,7 @@ def tokens(books: Books) -> Iterator[str]:
     for budget in books.budgets:
         sharers = [one for pid in budget.sharers if (one := books.table.get(pid)) is not None]
         under_way = sum(one.used for sharer in sharers for one in _generations(books, sharer))
-        settled = budget.row[ledger.CHARGED] if budget.row is not None else 0
+        settled = budget.row[ledger.CHARGED]
         if budget.tokens_used != settled + under_way:
             yield f"budget of {budget.owner}: {budget.tokens_used} tokens charged, {settled} + {under_way} generated"
 

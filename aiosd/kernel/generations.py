@@ -20,6 +20,7 @@ from aiosd.kernel import budget as budgets
 from aiosd.kernel import ledger
 from aiosd.kernel.budget import Budget
 from aiosd.kernel.calls import Calls
+from aiosd.kernel.charges import check_open
 from aiosd.kernel.cores import Core, Cores
 from aiosd.kernel.generation import Generation
 from aiosd.kernel.peer import OUTBOX_PAUSE, OUTBOX_RESUME, Call, Peer
@@ -30,7 +31,7 @@ from libaios.wire import Sys
 
 
 class Generations:
-    """`spent` is called with a budget that has no tokens left; `refused` with one of which more was asked for;
+    """`spent` is called with a budget that has no tokens left; `refused` with one of which an agent asked for more;
     `stood_still` when a core has taken the generations of a stopped agent out of decoding; `schedule` tells what
     policy is in force."""
 
@@ -49,7 +50,7 @@ class Generations:
         self.routes = routes
         self.schedule = schedule
         self.spent: Callable[[Budget], None]
-        self.refused: Callable[[Budget], None]
+        self.refused: Callable[[Budget, str, Proc], None]
         self.stood_still: Callable[[Proc], None]
 
     # ── submitting ────────────────────────────────────────────────────────────────────────────────────────
@@ -113,10 +114,13 @@ class Generations:
     def check_budget(self, call: Call) -> None:
         """Raises OSError (EDQUOT) when no token is left."""
         proc = call.peer.proc
-        if proc is not None and budgets.tokens_left(proc.budgets) == 0:
+        if proc is None or not proc.budgets:
+            return
+        check_open(proc)
+        if budgets.tokens_left(proc.budgets) == 0:
             budget = next(budget for budget in proc.budgets if budget.tokens_left == 0)
-            self.refused(budget)
-            raise wire.error(errno.EDQUOT, budgets.sentence(budget))
+            self.refused(budget, "tokens", proc)
+            raise wire.error(errno.EDQUOT, budgets.sentence(budget, "tokens"))
 
     def _closed(self, call: Call) -> None:
         generation, proc = call.generation, call.peer.proc

@@ -11,7 +11,7 @@ from collections.abc import Sequence
 
 from aiosd import procfs
 from aiosd.kernel.peer import Call
-from aiosd.kernel.proc import Proc, State, shell_status
+from aiosd.kernel.proc import Proc, State, shown_exit
 from libaios import wire
 
 FRESH_S = 0.2
@@ -75,9 +75,11 @@ def line(proc: Proc, calls: Sequence[Call], context: tuple[str, int] = ("", 0), 
         mem_bytes=proc.mem_bytes,
         cpu_s=round(proc.cpu_s, 3),
         started=proc.started,
-        exit=None if proc.status is None else shell_status(proc.status),
+        exit=shown_exit(proc),
         ctx_kept=context[1],
         ctx_place=context[0],
         restarts=proc.restarts,
         sandbox=proc.box.level if proc.box is not None else "none",
+        budget=proc.budget,
+        reason=proc.reason,
     )

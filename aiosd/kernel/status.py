@@ -16,7 +16,6 @@ from typing import TYPE_CHECKING, Any
 from aiosd import __version__, endpoint, link
 from aiosd.kernel import listing
 from aiosd.kernel.books import Books
-from aiosd.kernel.budget import SAMPLE_S
 from aiosd.kernel.calls import Calls
 from aiosd.kernel.cores import Core
 from aiosd.kernel.jobs import Jobs
@@ -26,6 +25,7 @@ from aiosd.kernel.routes import Routes
 from aiosd.kernel.sandboxes import Sandboxes
 from aiosd.kernel.service import Service, Services, State
 from aiosd.kernel.system import Descriptors
+from aiosd.limits import SAMPLE_S
 
 if TYPE_CHECKING:
     from aiosd.config import Settings
@@ -141,7 +141,7 @@ class StatusRequests:
             "dead_remembered": len(self._table.history),
             "max_agents": self._descriptors.max_agents,
             "sandbox": self._sandboxes.shown(),
-            "memory_limits_by": f"sampling PSS every {SAMPLE_S} s",
+            "memory_limits_by": f"samples every {SAMPLE_S:g} s, and RLIMIT_DATA in each process",
             "kernel": {
                 "epoch": born.epoch,
                 **self._calls.counters,

@@ -88,7 +88,8 @@ class ProcessCalls:
         attached = args.attached and isinstance(peer, ClientPeer) and not args.detached
         client = spawning.process_of(peer.ospid) if isinstance(peer, ClientPeer) and attached else (0, 0)
         box = self.sandboxes.decide(args, parent)
-        spec = spawning.fork(args, call.key, parent, box, attached=attached, client=client)
+        shares = self.agents.shares(args, parent, call.key)
+        spec = spawning.fork(args, call.key, parent, box, attached=attached, client=client, shares=shares)
         letter = spawning.letter(args, self.sandboxes.environment(args, parent, box), box)
         spec, letter = self.agents.tokens.give(spec, letter, parent, args.gateway)
         self.agents.fork(call, spec, letter, fds)
