@@ -18,6 +18,7 @@
     model = "its-name-there"                --model NAME=https://host/v1#its-name-there
     key_file = "host.key"
     concurrency = 8                         requests at a time; rpm, tpm: requests and tokens in a minute
+    price = "0.15,0.60"                     of a million tokens of prompt, and of answer
 
     [route]                                 names for lists of models: the first that can answers
     fast = ["writer", "its-name-there"]     AIOSD_ROUTE="fast=writer,big;deep=big", --route fast=writer,big
@@ -50,7 +51,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from aiosd import autostart, endpoint, limits, sealed
+from aiosd import autostart, endpoint, limits, price, sealed
 from aiosd.autostart import AgentSpec
 from aiosd.endpoint import Endpoint
 from aiosd.errors import AiosdError, UsageError, WorldError
@@ -355,6 +356,7 @@ KEYS = (
     Key("concurrency", _whole(1, 256), "N", "Requests to such a model at a time (8).", 8, per_model=True),
     Key("rpm", _whole(0), "N", "… and in a minute (no limit).", 0, per_model=True),
     Key("tpm", _whole(0), "N", "Its tokens in a minute (no limit).", 0, per_model=True),
+    Key("price", price.read, "IN,OUT[,CACHED]", "What a million of its tokens cost.", per_model=True),
     Key(
         "route",
         _routes,
@@ -694,7 +696,7 @@ def _elsewhere(address: str, name: str, options: dict[str, Any], folder: str) ->
         raise UsageError(f"--model {address}: what is its name there? {url}#NAME")
     key_file = options["key_file"] and os.path.join(folder, os.path.expanduser(options["key_file"]))
     name = re.sub(r"[\x00-\x20\x7f/]", "_", name or model)[:64]
-    limits = {key: options[key] for key in ("concurrency", "rpm", "tpm")}
+    limits = {key: options[key] for key in ("concurrency", "rpm", "tpm", "price")}
     return ModelSpec(name=name, backend=REMOTE, url=url, model=model, key_file=key_file, **limits)
 
 
