@@ -20,7 +20,6 @@ from __future__ import annotations
 
 import contextlib
 import errno
-import gc
 import logging
 import os
 import select
@@ -32,7 +31,7 @@ from collections.abc import Callable
 from typing import TYPE_CHECKING, ClassVar
 
 from aiosd import apart, link, log, procfs, restart
-from aiosd.birth import confinement, fork, heap, modules
+from aiosd.birth import confinement, fork, modules
 from aiosd.birth.spares import Spares
 from aiosd.errors import Bug
 from aiosd.heartbeat import BEAT_S, Heart, Rounds, beat, beat_in_background
@@ -44,6 +43,8 @@ from aiosd.init.records import BACKOFF_S, Agent, Inheritance, Memo, Process
 from aiosd.init.signals import Received, describe_sender, open_signals, read_signals, signal_tree
 from aiosd.init.signals import name as signal_name
 from aiosd.init.sweep import sweep
+from aiosd.sandbox import cage
+from aiosd.sandbox.box import LEVELS
 from aiosd.sandbox.probe import Offer
 from aiosd.service import Service, Stopped
 from aiosd.timers import Timers
@@ -121,6 +122,8 @@ class Supervisor:
             self.services[service.name] = Process(service, self.pids.next())
         self.kernel.pid = self.pids.next()
         self.offer = confinement.prepare()
+        if self.settings.strict and self.offer.level != LEVELS[-1]:
+            return self._refuse(f"sandbox strict: {self.offer.reason}")
         _preload()
         self._fork_kernel()
         for process in self.services.values():
@@ -134,6 +137,12 @@ class Supervisor:
         except OSError as err:  # a full disk: numbers are wasted, but none is repeated
             logger.warning("pids: %s", err)
         return self.exit_code
+
+    def _refuse(self, error: str) -> int:
+        """Do not start; returns the exit code."""
+        print(f"aiosd: {error}", file=sys.stderr, flush=True)
+        notify.failed(self.settings, error)
+        return 1
 
     def _turn(self) -> None:
         for fd, _ in self.epoll.poll(self.timers.until_next()):
@@ -345,7 +354,8 @@ class Supervisor:
             environment.restore(self.environment)
             modules.show()
             fork.name_process(f"aios:{_title(process)}")
-            fork.keep_only((process.memfd, process.own_bell, heart.write, *process.service.keep))
+            cage_fds = cage.descriptors() if process.service.confines else ()
+            fork.keep_only((process.memfd, process.own_bell, heart.write, *process.service.keep, *cage_fds))
             rounds = Rounds()
             beat_in_background(heart.write, rounds)
             log.setup(_title(process), self.settings.log_level)
@@ -644,9 +654,7 @@ class Supervisor:
 
     def _on_shutdown(self, message: link.Shutdown, fds: list[int]) -> None:
         if message.error:
-            print(f"aiosd: {message.error}", file=sys.stderr, flush=True)
-            notify.failed(self.settings, message.error)
-            self.exit_code = 1
+            self.exit_code = self._refuse(message.error)
         else:
             self.stop("asked to")
 
@@ -838,21 +846,14 @@ def _backoff(last_s: float, lived_s: float) -> float:
 
 
 def _preload() -> None:
-    """Import and run once what agents use, before they are forked; then see that neither the garbage collector nor new
-    objects change these pages."""
+    """Import what agents use, and run it once, before they are forked."""
     import asyncio  # noqa: F401
     import runpy  # noqa: F401
 
     import libaios.aio  # noqa: F401
-    from aiosd.birth.rehearsal import rehearse, rehearse_birth, rehearse_imports
+    from aiosd.birth import rehearsal
 
-    rehearse()
-    rehearse_birth()
-    modules.hide()
-    rehearse_imports()
-    gc.collect()
-    heap.fill_holes()
-    gc.freeze()
+    rehearsal.warm_up()
 
 
 def main(settings: Settings, listener: socket.socket, guardian: int, heartbeat: int) -> int:
