@@ -25,6 +25,15 @@ Key = tuple[int, int]  # (peer: agent pid, or -client id; call id)
 # ── kernel → service ──────────────────────────────────────────────────────────────────────────────────────
 
 
+class PurseShare(Struct, array_like=True, frozen=True):
+    """A budget in which a call has a part: whose it is, the tokens that are left of it, and how many its calls may hold
+    at a time; None: it does not limit that."""
+
+    owner: int
+    left: int | None
+    context: int | None
+
+
 class Caller(Struct, array_like=True, frozen=True):
     """The agent that a service works for; `pid` 0: the person at the terminal."""
 
@@ -36,6 +45,7 @@ class Caller(Struct, array_like=True, frozen=True):
     nice: int = 0
     budget: int | None = None  # how many more tokens it may use; None: unlimited
     box: bytes = b""  # how it is confined: an encoded `sandbox.box.Box`; b"": not at all
+    shares: list[PurseShare] = []  # its budgets of tokens
 
 
 class Ask(Struct, array_like=True, frozen=True, tag=True):
@@ -58,7 +68,7 @@ class Ask(Struct, array_like=True, frozen=True, tag=True):
 class Submit(Struct, array_like=True, frozen=True, tag=True):
     """To an llm core: run a generation. One that the core has already goes on, and its pieces are sent from the end
     of `request.given` on. `budget`: how many more tokens the agent may use (None: unlimited). `mu`: mirostat's state
-    after `request.given`, where it is known."""
+    after `request.given`, where it is known. `shares`: the budgets, so that calls do not go beyond one together."""
 
     key: Key
     request: Generate
@@ -66,6 +76,7 @@ class Submit(Struct, array_like=True, frozen=True, tag=True):
     group: str = ""
     budget: int | None = None
     mu: float | None = None
+    shares: list[PurseShare] = []
     others: bool = False  # other models stand ready for it: rather than make it wait, let it fail
     money: int | None = None  # how much more the agent may spend, in 10^-12 of a unit; None: unlimited
 
@@ -223,7 +234,8 @@ class Step(Struct, array_like=True, frozen=True, tag=True):
 
 class Finished(Struct, array_like=True, frozen=True, tag=True):
     """The one final word on a generation; `tokens` and `text` are those after the last delta. `charged`: as in a delta;
-    negative where the deltas had charged too many, so that in the end `usage` is what was charged."""
+    negative where the deltas had charged too many, so that in the end `usage` is what was charged. `short`: the kind of
+    budget that has ended it, where the core knows."""
 
     key: Key
     offset: int
@@ -234,6 +246,7 @@ class Finished(Struct, array_like=True, frozen=True, tag=True):
     tool_calls: list[ToolCall] = []
     logprobs: Logprobs | None = None
     charged: int | None = None
+    short: str = ""
     spent: Spent | None = None  # what is still to be charged for the prompt, or given back
 
 
@@ -266,14 +279,14 @@ class Errand(Struct, array_like=True, frozen=True, tag=True):
 
 
 class Failed(Struct, array_like=True, frozen=True, tag=True):
-    """Final word on any call that could not be served. `elsewhere`: another model may be able to. `over`: the kind of
+    """Final word on any call that could not be served. `elsewhere`: another model may be able to. `short`: the kind of
     budget of which it would need more than is left."""
 
     key: Key
     errno: int
     message: str
     elsewhere: bool = False
-    over: str = ""
+    short: str = ""
 
 
 class Health(Struct, array_like=True, frozen=True, tag=True):

@@ -91,7 +91,7 @@ def test_no_more_is_asked_for_than_money_is_there_for(make: Make) -> None:
     assert bench.end(key).finish_reason == "limit"
     assert bench.endpoint.asked[-1][1]["max_tokens"] == 3
     failed = bench.end(submit(bench, prompt + PRICE.completion - 1))
-    assert (failed.errno, failed.over, failed.elsewhere) == (errno.EDQUOT, "cost", True)
+    assert (failed.errno, failed.short, failed.elsewhere) == (errno.EDQUOT, "cost", True)
     assert len(bench.endpoint.asked) == 2
 
 

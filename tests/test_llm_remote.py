@@ -322,7 +322,7 @@ def test_a_budget_is_passed_on_and_held(make: Make) -> None:
     assert (bench.prompts(key), bench.charged(key)) == (prompt, 3)
     assert bench.endpoint.asked[1][1]["max_tokens"] == 3
     failed = bench.end(bench.submit(budget=prompt))
-    assert (failed.errno, failed.over) == (errno.EDQUOT, "tokens")
+    assert (failed.errno, failed.short) == (errno.EDQUOT, "tokens")
     assert len(bench.endpoint.asked) == 2, "nothing was asked that could not be paid for"
 
 

@@ -36,6 +36,7 @@ import click
 from aiosd import limits
 from aiosd.commands import edge
 from aiosd.commands.wait import exit_code
+from aiosd.units import parse_duration
 from libaios import wire
 from libaios.client import Client, NoKernel
 from libaios.connection import Pending, decode_body
@@ -108,6 +109,16 @@ def split(args: Sequence[str], takes_value: set[str]) -> tuple[list[str], str, l
     return list(args), "file", []
 
 
+class Duration(edge.Seconds):
+    """A number of seconds, or a length of time with units."""
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> float:
+        if isinstance(value, str):
+            with contextlib.suppress(ValueError):
+                value = parse_duration(value)
+        return super().convert(value, param, ctx)
+
+
 class Amount(click.ParamType[float]):
     """How much of a budget: read as in aiosd.toml."""
 
@@ -129,8 +140,9 @@ def budget_options(command: Callable[..., int]) -> Callable[..., int]:
     words = "Send it a message when that much of a budget is used, such as 80."
     command = click.option("--soft-limit", "budget_soft_limit", type=percent, metavar="PERCENT", help=words)(command)
     for kind in reversed(limits.KINDS):
+        amount = Duration(min=0) if kind.metavar == "S" else Amount(kind)
         option = click.option(
-            kind.flag, f"budget_{kind.name}", type=Amount(kind), metavar=kind.metavar, help=f"Budget: {kind.help}"
+            kind.flag, f"budget_{kind.name}", type=amount, metavar=kind.metavar, help=f"Budget: {kind.help}"
         )
         command = option(command)
     return command

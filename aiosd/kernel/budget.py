@@ -285,6 +285,23 @@ def tokens_left(budgets: list[Budget]) -> int | None:
     return min((n for n in left if n is not None), default=None)
 
 
+def purses(budgets: Sequence[Budget]) -> list[link.PurseShare]:
+    """For a core: of which budgets its calls pay."""
+    return [
+        link.PurseShare(budget.owner, budget.tokens_left, budget.limits.context)
+        for budget in budgets
+        if budget.limits.tokens is not None or budget.limits.context is not None
+    ]
+
+
+def hold(budgets: Sequence[Budget], tokens: int) -> None:
+    """An open call holds so many more tokens, or fewer."""
+    for budget in budgets:
+        if budget.limits.context is not None:
+            budget.levels["context"] = budget.levels.get("context", 0.0) + tokens
+            check_near(budget, "context")
+
+
 def charge(budgets: list[Budget], tokens: int) -> Budget | None:
     """Count tokens against every budget; returns one that has now nothing left, if any."""
     empty = None

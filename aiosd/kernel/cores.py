@@ -19,6 +19,7 @@ from typing import Protocol
 import msgspec
 
 from aiosd import link
+from aiosd.kernel.budget import purses
 from aiosd.kernel.peer import Call
 from aiosd.kernel.service import POISON_DEATHS, POISON_OTHERS, Open, Service, State
 from aiosd.price import Price
@@ -69,8 +70,9 @@ class Core(Service):
             return Service.fresh(self, opened)
         nice, group, budget = self.listener.call_budget(call)
         request = msgspec.structs.replace(generation.request, given=generation.progress.given())
+        shares = purses(call.peer.proc.budgets) if call.peer.proc is not None else []
         money = self.listener.money_left(call)
-        return link.Submit(call.key, request, nice, group, budget, generation.mu, generation.others, money)
+        return link.Submit(call.key, request, nice, group, budget, generation.mu, shares, generation.others, money)
 
     def under_way(self, opened: Open) -> bool:
         generation = opened.call.generation

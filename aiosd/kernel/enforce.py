@@ -44,7 +44,7 @@ class Enforcer:
             return
         budget.reached = which
         why = why or budgets.sentence(budget)
-        logger.warning("%s: %s", f"group {budget.group}" if budget.group else f"agent {budget.owner}", why)
+        logger.warning("%s", why if budget.group else f"agent {budget.owner}: {why}")
         owner = self._table.get(budget.owner)
         if owner is not None and owner.alive:
             self._mark(owner, which, why)

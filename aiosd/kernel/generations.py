@@ -89,7 +89,13 @@ class Generations:
                 return  # they were the last of the budget
         nice, group, left = self.call_budget(call)
         generation.budget = None if left is None else left + generation.used
-        core.submit(call, link.Submit(call.key, args, nice, group, left, others=generation.others, money=money))
+        self._submit(core, call, args, nice, group, left)
+
+    def _submit(self, core: Core, call: Call, args: wire.Generate, nice: int, group: str, left: int | None) -> None:
+        assert call.generation is not None
+        shares = budgets.purses(call.peer.proc.budgets) if call.peer.proc is not None else []
+        others, money = call.generation.others, self.money_left(call)
+        core.submit(call, link.Submit(call.key, args, nice, group, left, shares=shares, others=others, money=money))
 
     def _check_money(self, call: Call, core: Core, money: int) -> None:
         """Raises OSError (EDQUOT, EINVAL) where a budget of money forbids this model. One that is free may always be
@@ -122,14 +128,17 @@ class Generations:
             return link.Caller(0, os.getuid(), "", False, "default")
         left = budgets.tokens_left(proc.budgets)
         box = b"" if proc.box is None else wire.encode(proc.box)
-        return link.Caller(proc.pid, proc.uid, proc.name, proc.named, proc.group, proc.nice, left, box)
+        shares = budgets.purses(proc.budgets)
+        return link.Caller(proc.pid, proc.uid, proc.name, proc.named, proc.group, proc.nice, left, box, shares)
 
     def call_budget(self, call: Call) -> tuple[int, str, int | None]:
         """nice, group and tokens left of the agent that made the call."""
         proc = call.peer.proc
         if proc is None:
             return 0, "default", None
-        return proc.nice, proc.group, budgets.tokens_left(proc.budgets)
+        left = budgets.tokens_left(proc.budgets)
+        room = [budget.limits.context for budget in proc.budgets if budget.limits.context is not None]
+        return proc.nice, proc.group, min(room, default=None) if left is None else min([left, *room])
 
     def check_budget(self, call: Call) -> None:
         """Raises OSError (EDQUOT) when no token is left."""
@@ -148,6 +157,7 @@ class Generations:
             self.cores.by_model[generation.model].cancel(call)
         if generation is not None and proc is not None:
             proc.ctx_tokens -= generation.ctx_tokens
+            budgets.hold(proc.budgets, -generation.ctx_tokens)
             proc.row[ledger.PROMPT] += generation.prompt_tokens
             proc.row[ledger.CACHED] += generation.cached_tokens
             proc.row[ledger.COMPLETION] += generation.completion_tokens
@@ -211,15 +221,17 @@ class Generations:
                 for kind, left in (("tokens", budget.tokens_left), ("cost", budget.cost_left)):
                     if left == 0:
                         self.spent(budget, kind)
+            if finished.short == "context":
+                self._no_room(call.peer.proc)
         self._answer(call, finished.tokens, finished.text, finished.finish_reason, finished)
 
     def on_failed(self, call: Call, failed: link.Failed) -> None:
         if (failed.elsewhere or failed.errno == errno.EMSGSIZE) and self._move(call, failed.message):
             return
         proc = call.peer.proc
-        budget = budgets.tightest(proc.budgets, failed.over) if failed.over and proc is not None else None
+        budget = budgets.tightest(proc.budgets, failed.short) if failed.short and proc is not None else None
         if budget is not None and proc is not None:
-            self.refused(budget, failed.over, proc)
+            self.refused(budget, failed.short, proc)
         self.calls.fail(call, failed.errno, failed.message)
 
     def on_death(self, call: Call, reason: str) -> None:
@@ -244,12 +256,18 @@ class Generations:
         old.cancel(call)
         if call.peer.proc is not None:
             call.peer.proc.ctx_tokens -= generation.ctx_tokens
+            budgets.hold(call.peer.proc.budgets, -generation.ctx_tokens)
         generation.restart(core.model)
         nice, group, left = self.call_budget(call)
         generation.budget = None if left is None else left + generation.used
-        others = generation.others
-        core.submit(call, link.Submit(call.key, generation.request, nice, group, left, others=others, money=money))
+        self._submit(core, call, generation.request, nice, group, left)
         return True
+
+    def _no_room(self, proc: Proc) -> None:
+        """A call of this agent was to hold more tokens than one of its budgets allows."""
+        budget = budgets.tightest(proc.budgets, "context")
+        if budget is not None:
+            self.refused(budget, "context", proc)
 
     def charge(self, call: Call, tokens: int) -> None:
         """A call that is no generation has used this number of tokens (an embedding)."""
@@ -322,6 +340,7 @@ class Generations:
         proc.ctx_tokens += context
         proc.cost += cost
         if proc.budgets:
+            budgets.hold(proc.budgets, context)
             poor = budgets.pay(proc.budgets, cost) if cost else None
             empty = budgets.charge(proc.budgets, charged)
             if empty is not None:

@@ -289,10 +289,10 @@ class Remote:
         call.answer, call.heard, call.moved = Answer(), False, now
         call.backlog.clear()
         call.expected = kept if request.messages is not None else ""
-        allowed, over = self._allowed(call)
-        if over:
+        allowed, short = self._allowed(call)
+        if short:
             why = f"a prompt of about {call.prompt_estimate} tokens and an answer are more than is left of the budget"
-            self._fail(call, errno.EDQUOT, why, elsewhere=over == "cost", over=over)
+            self._fail(call, errno.EDQUOT, why, elsewhere=short == "cost", short=short)
             return
         try:
             body = self._body(call, kept, allowed)
@@ -546,10 +546,10 @@ class Remote:
         call.backlog.clear()
         call.since = self._clock()
 
-    def _fail(self, call: Call, code: int, why: str, elsewhere: bool = False, over: str = "") -> None:
+    def _fail(self, call: Call, code: int, why: str, elsewhere: bool = False, short: str = "") -> None:
         self._figures["calls_failed"] += 1
         self._leave(call)
-        self._line.refuse(call.key, OSError(code, why), elsewhere, over)
+        self._line.refuse(call.key, OSError(code, why), elsewhere, short)
 
     def _leave(self, call: Call) -> None:
         self._let_go(call)
