@@ -159,7 +159,8 @@ def test_a_budget_of_money_ends_an_agent(
     toml = f'[[model]]\nname = "far"\nurl = "{endpoint.url}"\nmodel = "m"\nprice = "10,100"\n'
     toml += f'[[model]]\nname = "unpriced"\nurl = "{endpoint.url}"\nmodel = "m"\n'
     toml += '[[model]]\nname = "near"\npath = "nano"\n[route]\nany = ["far", "near"]\n'
-    system = fresh_aiosd(toml=toml)
+    (tmp_path / "aiosd.toml").write_text(toml)
+    system = fresh_aiosd("--config", str(tmp_path / "aiosd.toml"))
     # A call costs 1000 * 0.00001 + 100 * 0.0001 = 0.02.
     done = system.run("aios-run", "--cost", "0.05", "--name", "spender", script, "far")
     assert done.returncode == 124, done.stderr
