@@ -469,9 +469,9 @@ class Settings:
     door: Endpoint | None = None  # … and where it listens
     sandbox: Rules = field(default_factory=Rules)  # for agents of groups that `groups` does not name
     groups: Mapping[str, Rules] = field(default_factory=dict)
-    strict: bool = False  # no agent is confined less than in the cage
     budgets: Mapping[str, GroupLimits] = field(default_factory=dict)  # of groups
     soft_limit: int = 0  # percent of a budget at which its agent gets a message
+    strict: bool = False  # no agent is confined less than in the cage
 
     def schedule(self) -> Schedule:
         """The settings that cores get."""

@@ -76,8 +76,8 @@ class Submit(Struct, array_like=True, frozen=True, tag=True):
     group: str = ""
     budget: int | None = None
     mu: float | None = None
-    shares: list[PurseShare] = []
     others: bool = False  # other models stand ready for it: rather than make it wait, let it fail
+    shares: list[PurseShare] = []
     money: int | None = None  # how much more the agent may spend, in 10^-12 of a unit; None: unlimited
 
 

@@ -24,15 +24,15 @@ Fresh = Callable[..., System]
 
 HEADER = "import errno, os, subprocess, sys, time\nimport libaios as aios\n"
 
-#: Calls tools until it is refused, and prints how many had an answer.
+#: Calls tools until it is refused, and prints how many had an answer. One that the kernel had when it died has none.
 CALLS = """
-done = 0
-try:
-    while True:
+done = err = 0
+while not err or err.errno == errno.EIO:
+    try:
         aios.tool.call("calc", expression="6*7")
         done += 1
-except OSError as err:
-    print(done, errno.errorcode[err.errno], err.strerror, flush=True)
+    except OSError as error: err = error
+print(done, errno.errorcode[err.errno], err.strerror, flush=True)
 """
 
 GROUPS = """

@@ -72,7 +72,7 @@ class Core(Service):
         request = msgspec.structs.replace(generation.request, given=generation.progress.given())
         shares = purses(call.peer.proc.budgets) if call.peer.proc is not None else []
         money = self.listener.money_left(call)
-        return link.Submit(call.key, request, nice, group, budget, generation.mu, shares, generation.others, money)
+        return link.Submit(call.key, request, nice, group, budget, generation.mu, generation.others, shares, money)
 
     def under_way(self, opened: Open) -> bool:
         generation = opened.call.generation

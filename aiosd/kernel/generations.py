@@ -87,15 +87,16 @@ class Generations:
             self._count_completion(call, len(args.given) if isinstance(args.given, list) else 0)
             if call.peer.calls.get(call.id) is not call:
                 return  # they were the last of the budget
+        self._submit(call, core, args)
+
+    def _submit(self, call: Call, core: Core, request: wire.Generate) -> None:
+        generation = call.generation
+        assert generation is not None
         nice, group, left = self.call_budget(call)
         generation.budget = None if left is None else left + generation.used
-        self._submit(core, call, args, nice, group, left)
-
-    def _submit(self, core: Core, call: Call, args: wire.Generate, nice: int, group: str, left: int | None) -> None:
-        assert call.generation is not None
         shares = budgets.purses(call.peer.proc.budgets) if call.peer.proc is not None else []
-        others, money = call.generation.others, self.money_left(call)
-        core.submit(call, link.Submit(call.key, args, nice, group, left, shares=shares, others=others, money=money))
+        others, money = generation.others, self.money_left(call)
+        core.submit(call, link.Submit(call.key, request, nice, group, left, others=others, shares=shares, money=money))
 
     def _check_money(self, call: Call, core: Core, money: int) -> None:
         """Raises OSError (EDQUOT, EINVAL) where a budget of money forbids this model. One that is free may always be
@@ -258,9 +259,7 @@ class Generations:
             call.peer.proc.ctx_tokens -= generation.ctx_tokens
             budgets.hold(call.peer.proc.budgets, -generation.ctx_tokens)
         generation.restart(core.model)
-        nice, group, left = self.call_budget(call)
-        generation.budget = None if left is None else left + generation.used
-        self._submit(core, call, generation.request, nice, group, left)
+        self._submit(call, core, generation.request)
         return True
 
     def _no_room(self, proc: Proc) -> None:

@@ -352,7 +352,10 @@ class Engine:
                 self._finish(sequence, "limit")
             else:
                 rest.append(sequence)
-        return rest if len(rest) < len(chosen) else chosen
+        if len(rest) == len(chosen):
+            return chosen
+        self._ready = [sequence for sequence in self._ready if sequence.phase is Phase.DECODE]
+        return rest
 
     def _over(self, sequence: Sequence) -> str:
         """The finish reason of a call that must not run another step, or ''."""
