@@ -413,6 +413,13 @@ KEYS = (
         "Where programs find the OpenAI API (auto: any free port).",
         Endpoint(),
     ),
+    Key(
+        "template_idle",
+        _seconds,
+        "S",
+        "A template (aios-run --preload) that has no work ends after S seconds (600).",
+        600.0,
+    ),
     Key("stop_timeout", _seconds, "S", "At the end agents get TERM, and KILL after S seconds (5).", 5.0),
 )
 BY_NAME = {key.name: key for key in KEYS}
@@ -441,6 +448,7 @@ class Settings:
     log_level: str = "info"
     keep_dead: int = 1000
     stop_timeout_s: float = 5.0
+    template_idle_s: float = 600.0  # of a template without work
     log_size: int = 64 << 20  # bytes of an agent's log before a new file begins; 0: no limit
     log_keep: int = 3  # full files of a log beside the one that is being written
     agents: tuple[AgentSpec, ...] = ()  # those that start with the system;
@@ -525,6 +533,7 @@ def load(
         log_level=values["log_level"],
         keep_dead=values["keep_dead"],
         stop_timeout_s=values["stop_timeout"],
+        template_idle_s=values["template_idle"],
         orphans=values["orphans"],
         store_ram=values["store_ram"],
         note_quota=values["note_quota"],

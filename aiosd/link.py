@@ -17,7 +17,7 @@ from typing import Any
 
 from msgspec import Raw, Struct, msgpack
 
-from libaios.wire import Generate, Limits, Logprobs, ToolCall, Usage
+from libaios.wire import Generate, Limits, Logprobs, Template, ToolCall, Usage
 
 Key = tuple[int, int]  # (peer: agent pid, or -client id; call id)
 
@@ -364,6 +364,7 @@ class Fork(Struct, array_like=True, frozen=True, tag=True):
     token: bytes = b""  # the hash of its token for the gateway, see kernel.tokens
     sandbox: str = "none"  # its level; the rest of its box is in the letter
     outside: bool = False  # it has no process: programs from outside are it, see kernel.outside
+    template: Template | None = None  # from which it is forked; None: the supervisor
 
 
 class SendSignal(Struct, array_like=True, frozen=True, tag=True):
@@ -478,6 +479,38 @@ class ServiceDied(Struct, array_like=True, frozen=True, tag=True):
     reason: str
 
 
+class TemplateSaid(Struct, frozen=True):
+    """From a template to the supervisor, as JSON. Neither `ready` nor `stale`: it cannot serve, for the reason in
+    `words`."""
+
+    ready: bool = False
+    stale: bool = False  # what it has imported has changed; it serves no more
+    version: str = ""  # of Python
+    loaded: int = 0  # modules
+    errno: int = 0
+    words: str = ""
+
+
+class TemplateShown(Struct, array_like=True, frozen=True):
+    """A template, for people."""
+
+    name: str
+    pid: int
+    ospid: int
+    state: str  # "loading" or "ready"
+    of: Template
+    python: str  # version of its interpreter; "": not known yet
+    loaded: int  # modules
+    agents: int  # forked from it so far
+    started: float  # Unix time
+
+
+class Templates(Struct, array_like=True, frozen=True, tag=True):
+    """All templates that there are now."""
+
+    shown: list[TemplateShown]
+
+
 class Reread(Struct, array_like=True, frozen=True, tag=True):
     """The settings were read again: those that can change in a running system."""
 
@@ -495,7 +528,16 @@ class Stop(Struct, array_like=True, frozen=True, tag=True):
 
 ToSupervisor = Fork | SendSignal | Mark | Forget | Ready | Shutdown | Set
 FromSupervisor = (
-    Forked | ForkFailed | ChildStopped | ChildExited | ChildRestarted | ServiceForked | ServiceDied | Reread | Stop
+    Forked
+    | ForkFailed
+    | ChildStopped
+    | ChildExited
+    | ChildRestarted
+    | ServiceForked
+    | ServiceDied
+    | Templates
+    | Reread
+    | Stop
 )
 
 encode = msgpack.Encoder().encode

@@ -225,6 +225,18 @@ class Sandbox(Struct, array_like=True, frozen=True):
     alone: bool = False  # `own` has its script, not the folder where that lies
 
 
+#: `a.b.c`, as in an import.
+Module = Annotated[str, Meta(pattern=r"\A[^\W\d]\w*(\.[^\W\d]\w*)*\Z", max_length=200)]
+
+
+class Template(Struct, array_like=True, frozen=True):
+    """A process from which agents are forked: its interpreter (`os_text`, absolute; "": aiosd's own), and the modules
+    that it has imported before. It is public: all agents may see it."""
+
+    python: Annotated[str, Meta(max_length=4096)] = ""
+    modules: Annotated[list[Module], Meta(max_length=64)] = []
+
+
 class Spawn(Struct, array_like=True, frozen=True):
     """Start an agent.
 
@@ -251,6 +263,7 @@ class Spawn(Struct, array_like=True, frozen=True):
     restart: Annotated[str, Meta(max_length=32)] = "no"  # when it is started again; only for `detached` ones
     gateway: bool | None = None  # its environment leads programs to the gateway; None: as its parent's does
     sandbox: Sandbox = Sandbox()
+    template: Template | None = None  # forked from there; for "file" and "module" only
 
 
 class NewToken(Struct, array_like=True, frozen=True):

@@ -37,7 +37,7 @@ from aiosd import limits
 from aiosd.commands import edge
 from aiosd.commands.wait import exit_code
 from aiosd.units import parse_duration
-from libaios import wire
+from libaios import template, wire
 from libaios.client import Client, NoKernel
 from libaios.connection import Pending, decode_body
 from libaios.sandbox import wish
@@ -68,6 +68,7 @@ EXAMPLES = """
   aios-run -t -- bash                      any program; -t: on a terminal
   aios-run -d --name crawler crawl.py      in the background: prints the pid
   aios-run -dt --name sh -- bash           the same, for aios-attach sh
+  aios-run --preload autogen_agentchat.agents --python venv agent.py
   aios-run -n 5 --time 60 --tokens 10000 --memory 512M agent.py
 """
 
@@ -194,6 +195,14 @@ def _complete_file(context: click.Context, parameter: click.Parameter, incomplet
 @click.option("--read", "read", multiple=True, metavar="PATH", help="A file or folder that it may read in a sandbox.")
 @click.option("--write", "write", multiple=True, metavar="PATH", help="One that it may change.")
 @click.option("--net", metavar="none|all", help="Whether it has a network in a sandbox; else as the settings say.")
+@click.option(
+    "--preload",
+    "preload",
+    multiple=True,
+    metavar="MODULE,...",
+    help="Fork it from a warm process that has imported these: it starts at once, and shares their memory.",
+)
+@click.option("--python", "python", metavar="ENV", help="With --preload: an interpreter or a virtual environment.")
 @click.argument(
     "target",
     nargs=-1,
@@ -217,6 +226,8 @@ def command(
     read: tuple[str, ...],
     write: tuple[str, ...],
     net: str | None,
+    preload: tuple[str, ...],
+    python: str | None,
     target: tuple[str, ...],
     **budgets: float | None,
 ) -> int:
@@ -236,8 +247,20 @@ def command(
             raise edge.Failed(f"{path}: there is no such file or folder to grant", NOT_STARTED)
     kind, environment, cwd = context.meta["kind"], _environment(variables), _working_directory()
     names = [word.partition("=")[0] for word in variables]
-    grants = wish(kind, target[0], cwd, environment, level=sandbox, read=read, write=write, variables=names, net=net)
     try:
+        forked_from = _template(kind, preload, python)
+        grants = wish(
+            kind,
+            target[0],
+            cwd,
+            environment,
+            level=sandbox,
+            read=read,
+            write=write,
+            variables=names,
+            net=net,
+            needed=template.folders(forked_from),
+        )
         spawn = Spawn(
             kind=kind,
             target=wire.os_text(target[0]),
@@ -255,6 +278,7 @@ def command(
             tty=terminal,
             gateway=False if own_env or any(name.startswith(OWN) for name in names) else None,
             sandbox=grants,
+            template=forked_from,
         )
         if detach and terminal:
             from aiosd.commands import holder
@@ -270,6 +294,21 @@ def command(
         raise edge.Failed(edge.reason(err), NOT_STARTED) from None
     except OSError as err:
         raise _failure(err) from None
+
+
+def _template(kind: str, preload: Sequence[str], python: str | None) -> wire.Template | None:
+    """From which process the agent is forked, None: from aiosd's own."""
+    named = [name.strip() for words in preload for name in words.split(",")]
+    if not named and python is None:
+        return None
+    if not named:
+        raise click.UsageError("--python goes with --preload; without: aios-run -- ENV/bin/python FILE.py")
+    if kind == "exec":
+        raise click.UsageError("--preload goes with FILE.py or -m MODULE: a program after -- starts afresh")
+    for name in named:
+        if not all(part.isidentifier() for part in name.split(".")):
+            raise click.UsageError(f"--preload {name}: is no name of a module")
+    return template.wish(named, python or "")
 
 
 def _print_pid(pid: int) -> int:

@@ -186,6 +186,7 @@ class Kernel:
             self.budgets,
             self.agents.by_ospid,
             self.control.strangers,
+            self.system,
         )
         self.status = StatusRequests(
             born,
@@ -200,6 +201,7 @@ class Kernel:
             self.agents.is_parked,
             self.agents.listed.problems,
             self.sandboxes,
+            self.system,
             self.generations.routes,
         )
         self.loading = Loading(
@@ -398,6 +400,8 @@ class Kernel:
                 self._connect(service, message.ospid, message.deaths, *fds)
             case link.ServiceDied():
                 self._service_died(self.services.by_name[message.name], message.reason)
+            case link.Templates():
+                self.system.templates = message.shown
             case link.Reread():
                 self.live.reread(message)
             case link.Stop():

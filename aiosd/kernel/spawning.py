@@ -31,6 +31,8 @@ def fork(
     attached to. `shares`: the budgets that it shares. Raises OSError: EINVAL, E2BIG, EPERM."""
     _check(args)
     _check_disk(shares, box)
+    if args.template is not None and parent is not None and parent.box is not None:
+        raise wire.error(errno.EPERM, "template: its modules run unconfined, so no confined agent may name them")
     return link.Fork(
         key=key,
         ppid=INIT if parent is None else parent.pid,
@@ -48,6 +50,7 @@ def fork(
         tty=args.tty,
         restart=args.restart,
         sandbox=box.level if box is not None else "none",
+        template=args.template,
     )
 
 
@@ -63,6 +66,7 @@ def _check(args: wire.Spawn) -> None:
     if args.name is not None and (args.name.isdecimal() or args.name.startswith("-")):
         raise wire.error(errno.EINVAL, f"name: {args.name!r} would be taken for a pid or an option")
     _check_restart(args)
+    _check_template(args)
     texts = (args.target, args.cwd, *args.args, *args.env, *args.env.values())
     if any("\0" in text and not _is_bytes(text) for text in texts):
         raise wire.error(errno.EINVAL, "a string with a null byte")
@@ -95,6 +99,18 @@ def _check_disk(shares: Sequence[link.Share], box: Box | None) -> None:
             raise wire.error(errno.EINVAL, "disk budget: cannot be measured without a sandbox (--sandbox flat)")
         if box.write:
             raise wire.error(errno.EINVAL, "disk budget: cannot be measured where it may write outside its workspace")
+
+
+def _check_template(args: wire.Spawn) -> None:
+    if args.template is None:
+        return
+    python = args.template.python
+    if args.kind == "exec":
+        raise wire.error(errno.EINVAL, "template: a script or a module is forked from one; a program is executed")
+    if python and (not os.path.isabs(wire.os_str(python)) or ("\0" in python and not _is_bytes(python))):
+        raise wire.error(errno.EINVAL, "template: python must be an absolute path")
+    if not python and not args.template.modules:
+        raise wire.error(errno.EINVAL, "template: neither an interpreter nor a module is named")
 
 
 def process_of(ospid: int) -> tuple[int, int]:
