@@ -18,6 +18,7 @@
     model = "its-name-there"                --model NAME=https://host/v1#its-name-there
     key_file = "host.key"
     concurrency = 8                         requests at a time; rpm, tpm: requests and tokens in a minute
+    price = "0.15,0.60"                     of a million tokens of prompt, and of answer
 
     [access]                                what agents may do; see aiosd.access.table
     deny = [{ tool = "shell", by = "web" }]
@@ -53,7 +54,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from aiosd import autostart, endpoint, limits, sealed
+from aiosd import autostart, endpoint, limits, price, sealed
 from aiosd.access import table as access_table
 from aiosd.access.rules import Policy
 from aiosd.autostart import AgentSpec
@@ -360,6 +361,7 @@ KEYS = (
     Key("concurrency", _whole(1, 256), "N", "Requests to such a model at a time (8).", 8, per_model=True),
     Key("rpm", _whole(0), "N", "… and in a minute (no limit).", 0, per_model=True),
     Key("tpm", _whole(0), "N", "Its tokens in a minute (no limit).", 0, per_model=True),
+    Key("price", price.read, "IN,OUT[,CACHED]", "What a million of its tokens cost.", per_model=True),
     Key(
         "route",
         _routes,
@@ -724,7 +726,7 @@ def _elsewhere(address: str, name: str, options: dict[str, Any], folder: str) ->
         raise UsageError(f"--model {address}: what is its name there? {url}#NAME")
     key_file = options["key_file"] and os.path.join(folder, os.path.expanduser(options["key_file"]))
     name = re.sub(r"[\x00-\x20\x7f/]", "_", name or model)[:64]
-    limits = {key: options[key] for key in ("concurrency", "rpm", "tpm")}
+    limits = {key: options[key] for key in ("concurrency", "rpm", "tpm", "price")}
     return ModelSpec(name=name, backend=REMOTE, url=url, model=model, key_file=key_file, **limits)
 
 

@@ -82,6 +82,7 @@ class Submit(Struct, array_like=True, frozen=True, tag=True):
     mu: float | None = None
     others: bool = False  # other models stand ready for it: rather than make it wait, let it fail
     shares: list[PurseShare] = []
+    money: int | None = None  # how much more the agent may spend, in 10^-12 of a unit; None: unlimited
 
 
 class CancelCall(Struct, array_like=True, frozen=True, tag=True):
@@ -231,6 +232,15 @@ class Started(Struct, array_like=True, frozen=True):
     cached_tokens: int
 
 
+class Spent(Struct, array_like=True, frozen=True):
+    """Prompt tokens that a core charges when it knows them, in place of `Started` and of what `Finished.usage` says: of
+    an attempt at an endpoint when it is sent. Negative: an attempt that cost nothing is given back."""
+
+    key: Key
+    prompt_tokens: int
+    cached_tokens: int = 0
+
+
 class Step(Struct, array_like=True, frozen=True, tag=True):
     """What one or several steps brought. Calls that stream are in every step's message, others now and then
     (so that their tokens are known should the core die)."""
@@ -238,6 +248,7 @@ class Step(Struct, array_like=True, frozen=True, tag=True):
     deltas: list[Delta] = []
     started: list[Started] = []  # they have a slot: the first time, or again
     preempted: list[Key] = []  # they have none any more, and wait
+    spent: list[Spent] = []
 
 
 class Finished(Struct, array_like=True, frozen=True, tag=True):
@@ -255,6 +266,7 @@ class Finished(Struct, array_like=True, frozen=True, tag=True):
     logprobs: Logprobs | None = None
     charged: int | None = None
     short: str = ""
+    spent: Spent | None = None  # what is still to be charged for the prompt, or given back
 
 
 class Answered(Struct, array_like=True, frozen=True, tag=True):
@@ -286,12 +298,14 @@ class Errand(Struct, array_like=True, frozen=True, tag=True):
 
 
 class Failed(Struct, array_like=True, frozen=True, tag=True):
-    """Final word on any call that could not be served. `elsewhere`: another model may be able to."""
+    """Final word on any call that could not be served. `elsewhere`: another model may be able to. `short`: the kind of
+    budget of which it would need more than is left."""
 
     key: Key
     errno: int
     message: str
     elsewhere: bool = False
+    short: str = ""
 
 
 class Health(Struct, array_like=True, frozen=True, tag=True):

@@ -210,6 +210,7 @@ class Limits(Struct, array_like=True, frozen=True):
     children: Uint | None = None  # agents that it starts, and that these start
     processes: Amount | None = None  # Linux processes at a time
     disk_bytes: Amount | None = None  # written to the store, and in its workspace
+    cost: Uint | None = None  # what its generations cost by the prices of models, in 10^-12 of the currency's unit
     soft: Annotated[int, Meta(ge=0, le=100)] | None = None  # percent of each at which it gets a message; 0: never
 
 
@@ -1010,6 +1011,7 @@ class ProcInfo(Struct, frozen=True):
     ctx_place: str = ""  # … and where: "slot", "ram" or "disk"
     restarts: int = 0  # how often it was started again
     sandbox: str = "none"  # how it is confined
+    cost: str = "0.00"  # what its generations cost, exactly
     budget: str = ""  # which budget ended it, by its name in aiosd.toml
     reason: str = ""  # why it ended, where kernel or supervisor know
 

@@ -61,6 +61,7 @@ from aiosd.kernel.tokens import Tokens
 from aiosd.kernel.turns import Turns
 from aiosd.kernel.uplink import Uplink
 from aiosd.kernel.waiters import Waiters
+from aiosd.price import FREE
 from aiosd.service import LLM, TOOLBOX
 from aiosd.timers import Timers
 from libaios import wire
@@ -289,6 +290,7 @@ class Kernel:
             default=not self.cores.by_model,
             listener=self.generations,
             vectors_only=record.argument.vectors_only,
+            price=record.argument.price or (None if record.argument.url else FREE),
         )
         self.cores.add(core)
         return core

@@ -119,6 +119,7 @@ class Proc:
     prompt_tokens: int = 0
     cached_tokens: int = 0
     completion_tokens: int = 0
+    cost: int = 0  # in 10^-12 of the currency's unit
     ctx_tokens: int = 0
     mem_bytes: int = 0
     sampled: float = 0.0  # when mem_bytes was (monotonic)
