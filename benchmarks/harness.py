@@ -105,6 +105,12 @@ def peer(name: str) -> Path:
     return path
 
 
+def chroma() -> str | None:
+    """An interpreter that has chromadb."""
+    folder = PEERS.parent / "chroma"
+    return str(folder / "bin" / "python") if (folder / ".installed").exists() else None
+
+
 def write(name: str, rows: Sequence[dict[str, Any]], out: Path | None = None, **also: Any) -> Path:
     """The results as JSON, with the machine they come from."""
     path = out or RESULTS / f"{name}.json"
@@ -218,7 +224,7 @@ def command(name: str) -> list[str]:
 class Aiosd:
     """A system in a home of its own, with agents that are connected and wait. Close it."""
 
-    def __init__(self, model: Path, *options: str) -> None:
+    def __init__(self, model: Path | str, *options: str) -> None:
         self._home = tempfile.TemporaryDirectory(prefix="aios-bench-")
         self.home = Path(self._home.name)
         self.env = {name: value for name, value in os.environ.items() if not name.startswith("AIOS")}
