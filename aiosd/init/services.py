@@ -48,9 +48,7 @@ def of(settings: Settings) -> list[Service]:
         kind=TOOLBOX,
         entry="aiosd.tools.main:main",
         confines=True,
-        argument=ToolboxSpec(
-            str(settings.home.data / "work"), settings.tools, settings.tool_workers, settings.sealed
-        ),
+        argument=ToolboxSpec(str(settings.home.data / "work"), settings.tools, settings.tool_workers, settings.sealed),
         keep=(settings.sealed,),
     )
     return [*cores, *vectors, store, toolbox, *_gateway(settings), *settings.services]
