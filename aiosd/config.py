@@ -19,6 +19,9 @@
     key_file = "host.key"
     concurrency = 8                         requests at a time; rpm, tpm: requests and tokens in a minute
 
+    [route]                                 names for lists of models: the first that can answers
+    fast = ["writer", "its-name-there"]     AIOSD_ROUTE="fast=writer,big;deep=big", --route fast=writer,big
+
     [mcpServers.git]                        tools of an MCP server, as other programs configure them
     command = "mcp-server-git"
 
@@ -244,6 +247,25 @@ def _share(name: str, value: Any) -> float:
     return share
 
 
+def _routes(value: Any) -> tuple[tuple[str, tuple[str, ...]], ...]:
+    """ "fast=small,gpt" · "fast=small,gpt;deep=big,gpt" · {fast = ["small", "gpt"]}"""
+    if isinstance(value, str):
+        value = {name.strip(): models for name, _, models in (one.partition("=") for one in value.split(";") if one)}
+    if not isinstance(value, dict):
+        raise ValueError(f"{value!r} is no route (such as fast=small,gpt)")
+    return tuple((name, _route(name, models)) for name, models in value.items())
+
+
+def _route(name: str, value: Any) -> tuple[str, ...]:
+    words = value.split(",") if isinstance(value, str) else value
+    if not isinstance(words, list) or not all(isinstance(word, str) for word in words):
+        raise ValueError(f"{name}={value!r} is no list of models (such as fast=small,gpt)")
+    models = tuple(dict.fromkeys(word.strip() for word in words if word.strip()))
+    if not models or not re.fullmatch(NAME_PATTERN, name) or len(name) > 64:
+        raise ValueError(f"{name}={value} is no route (such as fast=small,gpt)")
+    return models
+
+
 def _folders(value: Any) -> tuple[str, ...]:
     """ "/srv/docs,/srv/out=write" · ["/srv/docs", "/srv/out=write"]"""
     parts = value.split(",") if isinstance(value, str) else value
@@ -330,6 +352,14 @@ KEYS = (
     Key("concurrency", _whole(1, 256), "N", "Requests to such a model at a time (8).", 8, per_model=True),
     Key("rpm", _whole(0), "N", "… and in a minute (no limit).", 0, per_model=True),
     Key("tpm", _whole(0), "N", "Its tokens in a minute (no limit).", 0, per_model=True),
+    Key(
+        "route",
+        _routes,
+        "NAME=MODEL,…",
+        "A name for several models: the first that can answers; again and again.",
+        (),
+        many=True,
+    ),
     Key("log_level", _one_of(LOG_LEVELS), "|".join(LOG_LEVELS), "How much is logged (info).", "info"),
     Key("keep_dead", _whole(0, 1_000_000), "N", "How many dead agents are remembered, with their logs (1000).", 1000),
     Key(
@@ -392,6 +422,7 @@ class Settings:
 
     home: Home
     models: tuple[ModelSpec, ...]
+    routes: Mapping[str, tuple[str, ...]] = field(default_factory=dict)  # names for lists of models
     policy: str = "fair"
     quantum: tuple[int, float] = DEFAULT_QUANTUM  # tokens, seconds
     shares: Mapping[str, float] = field(default_factory=dict)  # of groups, in agents of nice 0
@@ -473,6 +504,7 @@ def load(
     return Settings(
         home=home,
         models=tuple(models),
+        routes=_checked_routes(values["route"], models),
         policy=values["policy"],
         quantum=values["quantum"],
         shares=values["shares"],
@@ -675,6 +707,19 @@ def _refuse_doubles(models: Sequence[ModelSpec]) -> None:
                 f"two models named {model.name!r}; give one another name: --model NAME={model.path or model.url}"
             )
         names.add(model.name)
+
+
+def _checked_routes(
+    given: Sequence[tuple[str, tuple[str, ...]]], models: Sequence[ModelSpec]
+) -> dict[str, tuple[str, ...]]:
+    known, routes = [model.name for model in models], dict(given)
+    for name, words in routes.items():
+        if name in known:
+            raise UsageError(f"route {name}: there is a model of this name")
+        for word in words:
+            if word not in known:
+                raise UsageError(f"route {name}: no model is named {word!r}; there are: {', '.join(known)}")
+    return routes
 
 
 def _from_environment(environ: Mapping[str, str]) -> dict[str, Any]:

@@ -66,6 +66,7 @@ class Submit(Struct, array_like=True, frozen=True, tag=True):
     group: str = ""
     budget: int | None = None
     mu: float | None = None
+    others: bool = False  # other models stand ready for it: rather than make it wait, let it fail
 
 
 class CancelCall(Struct, array_like=True, frozen=True, tag=True):
@@ -253,11 +254,18 @@ class Errand(Struct, array_like=True, frozen=True, tag=True):
 
 
 class Failed(Struct, array_like=True, frozen=True, tag=True):
-    """Final word on any call that could not be served."""
+    """Final word on any call that could not be served. `elsewhere`: another model may be able to."""
 
     key: Key
     errno: int
     message: str
+    elsewhere: bool = False
+
+
+class Health(Struct, array_like=True, frozen=True, tag=True):
+    """From an llm core, when it changes: why a call that comes now would have to wait long; "": it would not."""
+
+    why: str
 
 
 class Contexts(Struct, array_like=True, frozen=True, tag=True):
@@ -286,6 +294,7 @@ FromService = (
     | Part
     | Errand
     | Failed
+    | Health
     | Contexts
     | Stats
 )

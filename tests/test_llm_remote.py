@@ -178,6 +178,7 @@ def test_an_endpoint_that_is_not_there(make: Make) -> None:
     bench = make(answers("x"), url="http://127.0.0.1:9/v1")
     failed = bench.end(bench.submit())
     assert failed.errno == errno.EIO
+    assert failed.elsewhere
     assert "5 attempts failed" in failed.message
     assert bench.remote.stats()["circuit"] == "open"
 

@@ -46,6 +46,7 @@ from aiosd.kernel.outside import Outside
 from aiosd.kernel.peer import AgentPeer, ClientPeer, Peer
 from aiosd.kernel.peers import Peers
 from aiosd.kernel.proc import Proc, ProcTable
+from aiosd.kernel.routes import Routes
 from aiosd.kernel.sandboxes import Sandboxes
 from aiosd.kernel.service import Asker, Service, Services
 from aiosd.kernel.status import StatusRequests
@@ -101,7 +102,8 @@ class Kernel:
         self.system = System(born, self.services)
         self.rights = Access(self.table, self.system.pids)
         self.waiters = Waiters(self.table, self.calls, self.rights)
-        self.generations = Generations(self.calls, self.table, self.cores, self.live.schedule)
+        routes = Routes(self.cores.find, born.settings.routes)
+        self.generations = Generations(self.calls, self.table, self.cores, routes, self.live.schedule)
         self.enforcer = Enforcer(self.table, self.uplink, self.timers, self._deliver)
         settings = born.settings
         places = sandboxes.folder(settings.home.data)
@@ -183,6 +185,7 @@ class Kernel:
             self.agents.is_parked,
             self.agents.listed.problems,
             self.sandboxes,
+            self.generations.routes,
         )
         self.loading = Loading(
             self.services,

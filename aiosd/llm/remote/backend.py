@@ -46,6 +46,8 @@ from libaios.wire import Sys, Usage
 logger = logging.getLogger("llm.remote")
 
 MOST_TRIES = 5
+TRIES_BESIDE_OTHERS = 2  # of a call for which other models stand ready,
+WAIT_BESIDE_OTHERS_S = 2.0  # … and how long it waits for this one to be well
 PARK_S = 20.0
 CLOSE_S = 1.0  # for threads to end
 OPEN_PATIENCE_S = 30.0  # how long a call waits for an endpoint that fails all the time
@@ -103,7 +105,8 @@ class Remote:
         self._exchanges: WeakSet[Exchange] = WeakSet()  # also those that were closed and end in a moment
         self._requests, self._tokens = Window(spec.rpm), Window(spec.tpm)
         self._breaker = Breaker()
-        self._pause_until = 0.0  # the endpoint has asked for it
+        self._pause_until, self._pause_why = 0.0, ""  # the endpoint has asked for it
+        self._health = ""  # as the kernel knows it
         self._limit_name = "max_tokens"
         self._figures = {"requests": 0, "retries": 0, "calls_finished": 0, "calls_failed": 0, "tokens_generated": 0}
         self.info: dict[str, Any] = {
@@ -142,6 +145,7 @@ class Remote:
         for call in list(self._running.values()):
             self._go_on(call)
         self._admit()
+        self._tell_health()
         wait = self._wait()
         if wait:
             self._wake_in(wait)
@@ -215,7 +219,30 @@ class Remote:
         if self._free > 0:
             waits = [self._wait_of(call, now) for call in self._waiting()]
         waits += [max(self._patience_until(call) - now, 0.0) for call in self._running.values()]
+        if self._health:
+            waits.append(max(self._unwell_s(now), 0.01))
         return min(waits, default=None)
+
+    def _unwell_s(self, now: float) -> float:
+        """For how long no request at all may be sent."""
+        return max(
+            self._pause_until - now, self._breaker.wait(now), self._requests.wait(1, now), self._tokens.wait(1, now)
+        )
+
+    def _tell_health(self) -> None:
+        """What a call of a route should know that might come here."""
+        now = self._clock()
+        why = ""
+        if self._unwell_s(now) > (0.0 if self._health else WAIT_BESIDE_OTHERS_S):
+            if self._breaker.wait(now):
+                why = f"it fails again and again: {self._breaker.why}"
+            elif self._pause_until > now:
+                why = self._pause_why
+            else:
+                why = "its rate is used up"
+        if why != self._health:
+            self._health = why
+            self._line.send(link.Health(why))
 
     def _patience_until(self, call: Call) -> float:
         """When its request is given up, if nothing happens."""
@@ -240,10 +267,15 @@ class Remote:
             if not admitted:
                 break
             self._ask_endpoint(admitted[0], now)
-        if self._breaker.state == "open":
-            for call in self._waiting():
-                if now - call.since > OPEN_PATIENCE_S:
-                    self._fail(call, errno.EIO, f"{self.endpoint.url} fails again and again: {self._breaker.why}")
+        for call in self._waiting():
+            others = call.submit.others and not call.kept
+            if others and self._wait_of(call, now) > WAIT_BESIDE_OTHERS_S:
+                self._fail(
+                    call, errno.EAGAIN, f"{self.endpoint.url}: a call would have to wait for long", elsewhere=True
+                )
+            elif self._breaker.state == "open" and now - call.since > OPEN_PATIENCE_S:
+                why = f"{self.endpoint.url} fails again and again: {self._breaker.why}"
+                self._fail(call, errno.EIO, why, elsewhere=True)
 
     def _ask_endpoint(self, call: Call, now: float) -> None:
         request = call.submit.request
@@ -431,28 +463,30 @@ class Remote:
             self._let_go(call)  # asked again at once: newer models call it so
         elif status == 429 and refused.code == "insufficient_quota":
             self._breaker.succeeded()
-            self._fail(call, errno.EDQUOT, f"{self.endpoint.url}: {refused.why}")
+            self._fail(call, errno.EDQUOT, f"{self.endpoint.url}: {refused.why}", elsewhere=True)
         elif status in _AGAIN:
             after = min(refused.retry_after, LONGEST_RETRY_AFTER_S)
             if after:
                 self._pause_until = max(self._pause_until, self._clock() + after)
-            self._again(call, f"status {status}: {refused.why}", busy=status == 429)
+                self._pause_why = f"it asks for {after:g} s of rest: status {status}: {refused.why}"
+            self._again(call, f"status {status}: {refused.why}", errno.EAGAIN if status == 429 else errno.EIO)
         else:
             self._breaker.succeeded()
             code = errno.EMSGSIZE if refused.code == "context_length_exceeded" else _ERRNOS.get(status, errno.EINVAL)
             code = code if status < 500 else errno.EIO
-            self._fail(call, code, f"{self.endpoint.url}: status {status}: {refused.why}")
+            self._fail(call, code, f"{self.endpoint.url}: status {status}: {refused.why}", elsewhere=True)
 
-    def _again(self, call: Call, why: str, code: int = errno.EIO, busy: bool = False) -> None:
-        """Try it once more after a pause, unless it has failed too often. `busy`: the endpoint answers, but has no
-        capacity, so this says nothing against it."""
+    def _again(self, call: Call, why: str, code: int = errno.EIO) -> None:
+        """Try it once more after a pause, unless it has failed too often. `code`: what that is then; EAGAIN (it has no
+        capacity) and EPROTO (its model does not keep to a form) say nothing against the endpoint."""
         now = self._clock()
         call.failures += 1
-        (self._breaker.succeeded() if busy or code == errno.EPROTO else self._breaker.failed(why, now))
+        (self._breaker.failed(why, now) if code == errno.EIO else self._breaker.succeeded())
         self._report(call)
         self._let_go(call)
-        if call.failures >= MOST_TRIES:
-            self._fail(call, code, f"{self.endpoint.url}: {call.failures} attempts failed; the last: {why}")
+        if call.failures >= (TRIES_BESIDE_OTHERS if call.submit.others else MOST_TRIES):
+            why = f"{self.endpoint.url}: {call.failures} attempts failed; the last: {why}"
+            self._fail(call, code, why, elsewhere=True)
             return
         self._figures["retries"] += 1
         call.not_before = now + backoff(call.failures, self._rng)
@@ -471,10 +505,10 @@ class Remote:
         call.backlog.clear()
         call.since = self._clock()
 
-    def _fail(self, call: Call, code: int, why: str) -> None:
+    def _fail(self, call: Call, code: int, why: str, elsewhere: bool = False) -> None:
         self._figures["calls_failed"] += 1
         self._leave(call)
-        self._line.refuse(call.key, OSError(code, why))
+        self._line.refuse(call.key, OSError(code, why), elsewhere)
 
     def _leave(self, call: Call) -> None:
         self._let_go(call)
@@ -505,7 +539,7 @@ class Remote:
         try:
             size = len(bodies.encoded(message.request, self._spec.model, None, "", self._limit_name))
         except OSError as error:
-            self._line.refuse(key, error)
+            self._line.refuse(key, error, elsewhere=True)
             return
         now = self._clock()
         self._arrivals += 1
@@ -565,6 +599,7 @@ class Remote:
         for call in self._calls.values():
             self._set_parked(call, False, call.parked_call)
         self._parked.clear()
+        self._health = ""  # whoever sends this does not know it
 
     def _renice(self, message: link.Renice) -> None:
         for call in self._calls.values():
