@@ -316,6 +316,8 @@ def test_responses_are_written_item_by_item(agent: Agent) -> None:
     last = found[-1]["response"]
     assert last["output"][0]["content"][0]["text"] == text
     assert f"response.{last['status']}" == found[-1]["type"]
+    assert (last["status"], last["output"][0]["status"]) == ("incomplete", "incomplete")
+    assert last["output"][0]["id"].startswith("msg_")
     _, whole = agent.post("/v1/responses", body)
     assert whole["output"][0]["content"][0]["text"] == text
     assert whole["usage"]["output_tokens"] == last["usage"]["output_tokens"]
@@ -336,6 +338,14 @@ def test_responses_go_on_from_an_earlier_one(agent: Agent) -> None:
     )
     assert status == 200
     assert more["usage"]["input_tokens"] > found[-1]["response"]["usage"]["input_tokens"]
+    ident = more["id"]
+    _, items = agent.post(f"/v1/responses/{ident}/input_items", method="GET")
+    assert [item["output"] for item in items["data"]] == ["3"]
+    assert agent.post(f"/v1/responses/{ident}", method="GET") == (200, more)
+    assert agent.post("/v1/responses", {"previous_response_id": ident, "max_output_tokens": 1})[0] == 200
+    assert agent.post(f"/v1/responses/{ident}", method="DELETE")[1]["deleted"]
+    assert agent.error(f"/v1/responses/{ident}", method="GET")[0] == 404
+    assert agent.error("/v1/responses", {"max_output_tokens": 1})[:2] == (400, "input")
     lost = {"input": "x", "previous_response_id": "resp_0"}
     assert agent.error("/v1/responses", lost)[::2] == (404, "previous_response_not_found")
     assert agent.error("/v1/responses", {"input": "x", "tools": [{"type": "web_search"}]})[:2] == (400, "tools[0].type")

@@ -54,7 +54,7 @@ class Account:
     all: Accounts
     users: set[User] = field(default_factory=set)  # TCP connections that were shown to be its own
     body_bytes: int = 0
-    conversations: dict[str, bytes] = field(default_factory=dict)  # by the id of their last response; oldest first
+    responses: dict[str, bytes] = field(default_factory=dict)  # those that are kept (`openai.kept`); oldest first
 
     @property
     def over(self) -> bool:

@@ -120,6 +120,7 @@ class Request:
         self.app = app
         self.method: str = scope["method"]
         self.path: str = scope["path"]
+        self.query: bytes = scope["query_string"]
         self.connection: User = scope["connection"]
         self.headers: dict[bytes, bytes] = dict(scope["headers"])
         self.account: Account
