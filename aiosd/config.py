@@ -19,6 +19,9 @@
     key_file = "host.key"
     concurrency = 8                         requests at a time; rpm, tpm: requests and tokens in a minute
 
+    [route]                                 names for lists of models: the first that can answers
+    fast = ["writer", "its-name-there"]     AIOSD_ROUTE="fast=writer,big;deep=big", --route fast=writer,big
+
     [mcpServers.git]                        tools of an MCP server, as other programs configure them
     command = "mcp-server-git"
 
@@ -39,14 +42,13 @@ import dataclasses
 import hashlib
 import math
 import os
-import pickle
 import re
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from aiosd import autostart, endpoint
+from aiosd import autostart, endpoint, sealed
 from aiosd.autostart import AgentSpec
 from aiosd.endpoint import Endpoint
 from aiosd.errors import AiosdError, UsageError, WorldError
@@ -245,6 +247,25 @@ def _share(name: str, value: Any) -> float:
     return share
 
 
+def _routes(value: Any) -> tuple[tuple[str, tuple[str, ...]], ...]:
+    """ "fast=small,gpt" · "fast=small,gpt;deep=big,gpt" · {fast = ["small", "gpt"]}"""
+    if isinstance(value, str):
+        value = {name.strip(): models for name, _, models in (one.partition("=") for one in value.split(";") if one)}
+    if not isinstance(value, dict):
+        raise ValueError(f"{value!r} is no route (such as fast=small,gpt)")
+    return tuple((name, _route(name, models)) for name, models in value.items())
+
+
+def _route(name: str, value: Any) -> tuple[str, ...]:
+    words = value.split(",") if isinstance(value, str) else value
+    if not isinstance(words, list) or not all(isinstance(word, str) for word in words):
+        raise ValueError(f"{name}={value!r} is no list of models (such as fast=small,gpt)")
+    models = tuple(dict.fromkeys(word.strip() for word in words if word.strip()))
+    if not models or not re.fullmatch(NAME_PATTERN, name) or len(name) > 64:
+        raise ValueError(f"{name}={value} is no route (such as fast=small,gpt)")
+    return models
+
+
 def _folders(value: Any) -> tuple[str, ...]:
     """ "/srv/docs,/srv/out=write" · ["/srv/docs", "/srv/out=write"]"""
     parts = value.split(",") if isinstance(value, str) else value
@@ -331,6 +352,14 @@ KEYS = (
     Key("concurrency", _whole(1, 256), "N", "Requests to such a model at a time (8).", 8, per_model=True),
     Key("rpm", _whole(0), "N", "… and in a minute (no limit).", 0, per_model=True),
     Key("tpm", _whole(0), "N", "Its tokens in a minute (no limit).", 0, per_model=True),
+    Key(
+        "route",
+        _routes,
+        "NAME=MODEL,…",
+        "A name for several models: the first that can answers; again and again.",
+        (),
+        many=True,
+    ),
     Key("log_level", _one_of(LOG_LEVELS), "|".join(LOG_LEVELS), "How much is logged (info).", "info"),
     Key("keep_dead", _whole(0, 1_000_000), "N", "How many dead agents are remembered, with their logs (1000).", 1000),
     Key("sandbox", _one_of(LEVELS), "|".join(LEVELS), "How agents are confined (none).", "none"),
@@ -387,6 +416,7 @@ class Settings:
 
     home: Home
     models: tuple[ModelSpec, ...]
+    routes: Mapping[str, tuple[str, ...]] = field(default_factory=dict)  # names for lists of models
     policy: str = "fair"
     quantum: tuple[int, float] = DEFAULT_QUANTUM  # tokens, seconds
     shares: Mapping[str, float] = field(default_factory=dict)  # of groups, in agents of nice 0
@@ -396,8 +426,8 @@ class Settings:
     log_size: int = 64 << 20  # bytes of an agent's log before a new file begins; 0: no limit
     log_keep: int = 3  # full files of a log beside the one that is being written
     agents: tuple[AgentSpec, ...] = ()  # those that start with the system;
-    sealed: int = -1  # … or a descriptor with them, which the kernel alone reads,
-    sealed_digest: str = ""  # … and what tells whether they have changed
+    sealed: int = -1  # … or a descriptor with them and the MCP servers, see `aiosd.sealed`,
+    sealed_digest: str = ""  # … and what tells whether these have changed
     ready_fd: int | None = None  # where to write one line, `ready …` or `error …`, for a starter that waits
     flags: Mapping[str, Any] = field(default_factory=dict)  # the values from the command line, for `reload`
     config: Path | None = None  # a file named on the command line
@@ -466,6 +496,7 @@ def load(
     return Settings(
         home=home,
         models=tuple(models),
+        routes=_checked_routes(values["route"], models),
         policy=values["policy"],
         quantum=values["quantum"],
         shares=values["shares"],
@@ -497,18 +528,15 @@ def load(
 
 
 def seal(settings: Settings, fd: int) -> Settings:
-    """With the agents of the file in `fd` instead: what belongs to an agent must not lie in the supervisor's memory."""
-    content = pickle.dumps(settings.agents)
-    os.pwrite(fd, content, 0)
-    return dataclasses.replace(settings, agents=(), sealed=fd, sealed_digest=hashlib.sha256(content).hexdigest())
+    """With agents and MCP servers of the file in `fd` instead: the supervisor's memory must not have their keys."""
+    content = sealed.write(fd, settings.agents, settings.mcp_servers)
+    digest = hashlib.sha256(content).hexdigest()
+    return dataclasses.replace(settings, agents=(), mcp_servers={}, sealed=fd, sealed_digest=digest)
 
 
 def agents_of(settings: Settings) -> tuple[AgentSpec, ...]:
     """Those that start with the system."""
-    if settings.sealed < 0:
-        return settings.agents
-    agents: tuple[AgentSpec, ...] = pickle.loads(os.pread(settings.sealed, os.fstat(settings.sealed).st_size, 0))
-    return agents
+    return settings.agents if settings.sealed < 0 else sealed.agents(settings.sealed)
 
 
 def reload(settings: Settings) -> tuple[Settings, list[str]]:
@@ -519,7 +547,7 @@ def reload(settings: Settings) -> tuple[Settings, list[str]]:
         new = seal(new, os.memfd_create("aios-settings"))
     changed = [f.name for f in dataclasses.fields(Settings) if getattr(new, f.name) != getattr(settings, f.name)]
     live = set(LIVE.values())
-    changed = ["agents" if name == "sealed_digest" else name for name in changed]
+    changed = ["agents or mcpServers" if name == "sealed_digest" else name for name in changed]
     own = ("ready_fd", "home", "reread", "door", "sealed")
     waiting = [name for name in changed if name not in live and name not in own]
     return dataclasses.replace(settings, **{name: getattr(new, name) for name in live}), waiting
@@ -670,6 +698,19 @@ def _refuse_doubles(models: Sequence[ModelSpec]) -> None:
                 f"two models named {model.name!r}; give one another name: --model NAME={model.path or model.url}"
             )
         names.add(model.name)
+
+
+def _checked_routes(
+    given: Sequence[tuple[str, tuple[str, ...]]], models: Sequence[ModelSpec]
+) -> dict[str, tuple[str, ...]]:
+    known, routes = [model.name for model in models], dict(given)
+    for name, words in routes.items():
+        if name in known:
+            raise UsageError(f"route {name}: there is a model of this name")
+        for word in words:
+            if word not in known:
+                raise UsageError(f"route {name}: no model is named {word!r}; there are: {', '.join(known)}")
+    return routes
 
 
 def _from_environment(environ: Mapping[str, str]) -> dict[str, Any]:

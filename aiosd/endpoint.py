@@ -17,6 +17,7 @@ from aiosd.errors import UsageError
 
 BACKLOG = 1024
 NEEDS = ("uvicorn", "httptools")
+INSTALL = "pip install 'aiosd[gateway]'"
 
 
 @dataclass(frozen=True, slots=True)
@@ -66,6 +67,11 @@ def _loopback(host: str) -> str:
     raise ValueError(f"{host} is no loopback address (the gateway serves this machine only)")
 
 
+def why_none(wanted: Endpoint) -> str:
+    """Why there is no gateway."""
+    return "off" if not wanted.on else f"none, it needs more packages: {INSTALL}"
+
+
 def installed() -> bool:
     return all(importlib.util.find_spec(name) is not None for name in NEEDS)
 
@@ -76,7 +82,7 @@ def listen(wanted: Endpoint) -> Endpoint | None:
         return None
     if not installed():
         if wanted.asked:
-            raise UsageError("the gateway needs more packages: pip install 'aiosd[gateway]'")
+            raise UsageError(f"the gateway needs more packages: {INSTALL}")
         return None
     sock = socket.socket(socket.AF_INET6 if ":" in wanted.host else socket.AF_INET, socket.SOCK_STREAM)
     try:

@@ -66,6 +66,7 @@ class Submit(Struct, array_like=True, frozen=True, tag=True):
     group: str = ""
     budget: int | None = None
     mu: float | None = None
+    others: bool = False  # other models stand ready for it: rather than make it wait, let it fail
 
 
 class CancelCall(Struct, array_like=True, frozen=True, tag=True):
@@ -117,6 +118,13 @@ class Renice(Struct, array_like=True, frozen=True, tag=True):
 
     peer: int
     nice: int
+
+
+class ErrandDone(Struct, array_like=True, frozen=True, tag=True):
+    """What the system call of an `Errand` got: an encoded `wire.Reply`, whose id is the number again."""
+
+    number: int
+    reply: bytes
 
 
 class GetStats(Struct, array_like=True, frozen=True, tag=True):
@@ -233,12 +241,31 @@ class Part(Struct, array_like=True, frozen=True, tag=True):
     body: bytes
 
 
+class Errand(Struct, array_like=True, frozen=True, tag=True):
+    """Make this system call in the name of the caller of `key`, a call that the service has open. Answered with one
+    `ErrandDone`, unless that call ends before. `number`: no two errands of a service have the same, and a later one has
+    a higher one; `again`: it was sent before, to a kernel that has died since."""
+
+    key: Key
+    number: int
+    sys: int
+    args: Raw
+    again: bool = False
+
+
 class Failed(Struct, array_like=True, frozen=True, tag=True):
-    """Final word on any call that could not be served."""
+    """Final word on any call that could not be served. `elsewhere`: another model may be able to."""
 
     key: Key
     errno: int
     message: str
+    elsewhere: bool = False
+
+
+class Health(Struct, array_like=True, frozen=True, tag=True):
+    """From an llm core, when it changes: why a call that comes now would have to wait long; "": it would not."""
+
+    why: str
 
 
 class Contexts(Struct, array_like=True, frozen=True, tag=True):
@@ -253,7 +280,7 @@ class Stats(Struct, array_like=True, frozen=True, tag=True):
     stats: dict[str, Any]
 
 
-ToService = Ask | Submit | CancelCall | Park | ParkCall | Keep | Gone | Schedule | Renice | GetStats | Quit
+ToService = Ask | Submit | CancelCall | Park | ParkCall | Keep | Gone | Schedule | Renice | ErrandDone | GetStats | Quit
 FromService = (
     Progress
     | Loaded
@@ -265,7 +292,9 @@ FromService = (
     | Finished
     | Answered
     | Part
+    | Errand
     | Failed
+    | Health
     | Contexts
     | Stats
 )

@@ -39,6 +39,8 @@ logger = logging.getLogger("service")
 
 #: The kind of the llm cores.
 LLM = "llm"
+#: The name and kind of the tool manager.
+TOOLBOX = "toolbox"
 #: The name of the service that acts for agents: see `aiosd.kernel.control`.
 GATEWAY = "gateway"
 
@@ -119,6 +121,7 @@ class Server:
     on_gone: Callable[[int], None] = lambda peer: None  # this peer is dead
     on_keep: Callable[[list[int]], None] = lambda peers: None  # all peers but these are
     on_cancel: Callable[[link.Key], None] = lambda key: None  # of a call whose answer was to come later
+    on_again: Callable[[link.Key], None] = lambda key: None  # such a call is open in a new kernel, too
     queued: frozenset[int] = frozenset()
     rest: Callable[[], None] = lambda: None  # there is a pause: time for what can wait
     timers: Timers = field(default_factory=Timers)
@@ -142,7 +145,7 @@ class Server:
     def run(self, rounds: Rounds) -> int:
         """Serve until told to end, or the kernel's end of the channel is gone for good."""
         channel = self.channel
-        self._send(link.Loaded(dict(self.info)))
+        self.send(link.Loaded(dict(self.info)))
         while not self._quit and not channel.hung_up:
             rounds.begin()
             frames: list[bytes] = []
@@ -156,7 +159,7 @@ class Server:
                 channel.pump()
             if channel.reborn:  # a new kernel: it submits again what is open
                 channel.renew()
-                self._send(link.Loaded(dict(self.info)))
+                self.send(link.Loaded(dict(self.info)))
             wait = min(SLEEP_S, self.background())
             for key in list(self._under_way):
                 self._step(key)
@@ -244,7 +247,7 @@ class Server:
         """Before the descriptor is closed."""
         self._watched.pop(fd, None)
 
-    def _send(self, message: link.FromService) -> None:
+    def send(self, message: link.FromService) -> None:
         self.channel.send(link.encode(message))
 
     def _handle(self, message: link.ToService) -> None:
@@ -263,13 +266,13 @@ class Server:
             case link.Gone(peer=peer):
                 self._quietly(lambda: self.on_gone(peer))
             case link.GetStats(req=req):
-                self._send(link.Stats(req, self.stats()))
+                self.send(link.Stats(req, self.stats()))
             case link.Quit():
                 self._quit = True
             case _:
                 answer = self.others(message)
                 if answer is not None:
-                    self._send(answer)
+                    self.send(answer)
 
     @staticmethod
     def _quietly(act: Callable[[], None]) -> None:
@@ -285,12 +288,12 @@ class Server:
         row = wire.TABLE[ask.sys]
         known = self._answers.get(ask.key) if ask.again else None
         if known is not None and known.life == ask.life:
-            self._send(known.message)
+            self.send(known.message)
         elif ask.key in self._under_way or ask.key in self._later:
-            pass  # it goes on, and its answer goes to the new kernel
+            self.on_again(ask.key)  # it goes on, and its answer goes to the new kernel
         elif ask.again and row.again is Again.NEVER:
             reason = f"{row.name}: it had begun before a process died, and is not done again"
-            self._send(link.Failed(ask.key, errno.EIO, reason))
+            self.send(link.Failed(ask.key, errno.EIO, reason))
         else:
             if ask.sys not in self.queued:
                 self.channel.send_silently(link.encode(link.Working(ask.key)))  # read with the answer, or at a death
@@ -315,7 +318,7 @@ class Server:
 
     def _go_on(self, key: link.Key) -> None:
         """One more part of a long answer, so that no call waits for all of another's."""
-        self._send(link.Working(key))
+        self.send(link.Working(key))
         try:
             part = next(self._under_way[key])
         except StopIteration as end:
@@ -326,19 +329,19 @@ class Server:
             self._paused.pop(key, None)
             if isinstance(part, Pause):
                 self._paused[key] = part.until
-                self._send(link.Working(None))  # a death while it waits is not its fault
+                self.send(link.Working(None))  # a death while it waits is not its fault
             else:
-                self._send(link.Part(key, self._offsets[key], wire.encode(part)))
+                self.send(link.Part(key, self._offsets[key], wire.encode(part)))
                 self._offsets[key] += 1
 
     def begun(self, key: link.Key) -> None:
         """A queued call begins now. From here on one that is made NEVER again is lost with this process."""
-        self._send(link.Begun(key))
+        self.channel.send_silently(link.encode(link.Begun(key)))  # read with what comes next, or at our death
 
     def part(self, key: link.Key, body: object) -> None:
         """A part of an answer that comes later."""
         if key in self._later:
-            self._send(link.Part(key, self._offsets[key], wire.encode(body)))
+            self.send(link.Part(key, self._offsets[key], wire.encode(body)))
             self._offsets[key] += 1
 
     def answer(self, key: link.Key, body: object) -> None:
@@ -372,7 +375,7 @@ class Server:
 
     def _out(self, message: link.Answered | link.Failed, size: int) -> None:
         key = message.key
-        self._send(message)
+        self.send(message)
         old = self._answers.pop(key, None)
         self._answers[key] = _Answer(message, size, self._lives.pop(key, 0))
         self._bytes += size - (old.size if old is not None else 0)

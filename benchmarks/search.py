@@ -38,7 +38,8 @@ from aiosd import link  # noqa: E402  the checkout comes first
 from aiosd.store.database import Database  # noqa: E402
 from aiosd.store.meaning import BATCH, Meaning  # noqa: E402
 from aiosd.store.memory import Memory  # noqa: E402
-from aiosd.store.search import NOTES, Notes, NoteSearch  # noqa: E402
+from aiosd.store.search import Notes  # noqa: E402
+from aiosd.store.words import NOTES  # noqa: E402
 from benchmarks import harness  # noqa: E402
 from libaios import wire  # noqa: E402
 
@@ -88,7 +89,7 @@ class Store:
         self.meaning = Meaning(self.database, Given(), 1 << 30)
         self.memory = Memory(self.database, 32 << 20, 1 << 40, meaning=self.meaning)
         self.meaning.begin(Notes(self.database))
-        self.finder = NoteSearch(self.database, self.meaning, time.time)
+        self.finder = self.memory.finder
         self.calls = 0
 
     def add(self, owner: str, text: str, tags: Sequence[str]) -> None:
@@ -99,7 +100,9 @@ class Store:
         self.memory.add(ask, wire.MemAdd(text, tags=list(tags)))
 
     def embed(self, given: Any) -> None:
-        """Their vectors, as when the embedder has answered."""
+        """Their words, and their vectors, as when the embedder has answered."""
+        while not self.memory.words.work():
+            pass
         rows = self.database.rows("SELECT number, kind, item, owner FROM pending ORDER BY number")
         self.meaning._settle(rows, list(given))  # type: ignore[arg-type]
 

@@ -96,6 +96,7 @@ class Pending(Struct, eq=False):
     fds: list[int] = []  # duplicates, for this kernel and the next: the caller may close its own
     pieces: deque[Any] = msgspec.field(default_factory=deque)
     progress: wire.Progress | None = None  # of a stream: all that it has been given
+    model: str = ""  # … and by which model, where it named a route
     final: wire.Reply | None = None
     gate: threading.Lock | None = None  # the lock on which a follower sleeps
     abandoned: bool = False  # a RECV whose caller has given up
@@ -111,6 +112,8 @@ class Pending(Struct, eq=False):
         args = self.args
         if self.progress is not None and self.progress.length:
             args = msgspec.structs.replace(args, given=self.progress.given())
+            if self.model:
+                args = msgspec.structs.replace(args, model=self.model)
         return wire.encode((self.id, self.sys, args, True))
 
 
@@ -605,6 +608,7 @@ class Connection:
             if reply.offset != call.progress.length:
                 return  # a dead kernel has sent it, and its successor has sent the same already
             call.progress.add(piece.tokens, piece.text)
+            call.model = call.model or piece.model
         call.pieces.append(piece)
         self._signal(call)
 

@@ -26,9 +26,10 @@ MOST_CHOICES = 128
 class Result:
     """A finished generation. `tokens` are the ids of the generated tokens, without the stop token; `logprobs` belong to
     them one by one where they were asked for, else None. `reasoning`: what a thinking model thought before its answer.
-    `choices`: with `n` > 1 all results, this one first."""
+    `model`: whose answer it is (of a route one cannot know before). `choices`: with `n` > 1 all results, this one
+    first."""
 
-    __slots__ = ("_others", "finish_reason", "logprobs", "reasoning", "text", "tokens", "tool_calls", "usage")
+    __slots__ = ("_others", "finish_reason", "logprobs", "model", "reasoning", "text", "tokens", "tool_calls", "usage")
 
     def __init__(self, body: wire.Generated) -> None:
         self._others: list[Result] = []
@@ -38,6 +39,7 @@ class Result:
         self.tool_calls: list[ToolCall] = body.tool_calls
         self.finish_reason: str = body.finish_reason
         self.usage: Usage = body.usage
+        self.model: str = body.model
 
     @property
     def choices(self) -> list[Result]:
@@ -58,9 +60,9 @@ class Piece:
     """Part of a stream: whole characters of the answer or of the thoughts before it (`reasoning`), parts of tool calls
     (`calls`, where the model's way of writing them allows it), and the tokens that they are made of, with their
     `logprobs` where they were asked for. Only the last piece has `finish_reason`, `usage` and `tool_calls`, which are
-    complete."""
+    complete, and `model`; where the call named a route, the first one has that, too."""
 
-    __slots__ = ("calls", "finish_reason", "logprobs", "reasoning", "text", "tokens", "tool_calls", "usage")
+    __slots__ = ("calls", "finish_reason", "logprobs", "model", "reasoning", "text", "tokens", "tool_calls", "usage")
 
     def __init__(
         self,
@@ -70,6 +72,7 @@ class Piece:
         reasoning: str = "",
         calls: Sequence[CallPiece] = (),
         logprobs: wire.Logprobs | None = None,
+        model: str = "",
     ) -> None:
         self.logprobs = logprobs
         self.text = text
@@ -78,6 +81,7 @@ class Piece:
         self.tokens = tokens
         self.finish_reason: str | None = end.finish_reason if end is not None else None
         self.usage: Usage | None = end.usage if end is not None else None
+        self.model = model
         self.tool_calls: list[ToolCall] = end.tool_calls if end is not None else []
 
     def __repr__(self) -> str:
@@ -124,7 +128,7 @@ class Pieces:
     def piece(self, part: wire.Piece | wire.Generated) -> Piece:
         text, reasoning, calls = self._splitter.split(part.text)
         end = part if isinstance(part, wire.Generated) else None
-        return Piece(text, part.tokens, end, reasoning, calls, part.logprobs)
+        return Piece(text, part.tokens, end, reasoning, calls, part.logprobs, part.model)
 
 
 def _pieces(connection: Connection, call: Pending, timeout: float | None) -> Iterator[Piece]:

@@ -135,8 +135,9 @@ def resolved(tools: Sequence[Any], there: Sequence[ToolInfo]) -> builtins.list[d
 
 
 def function_of(tool: ToolInfo) -> dict[str, Any]:
-    """The tool as a chat takes it."""
-    inner = {"name": tool.name, "description": tool.description, "parameters": tool.parameters}
+    """The tool as a chat takes it. Its arguments are checked by the toolbox before it is called, so what no grammar can
+    express need not keep the model from being offered it."""
+    inner = {"name": tool.name, "description": tool.description, "parameters": tool.parameters, "strict": False}
     return {"type": "function", "function": inner}
 
 

@@ -692,11 +692,13 @@ Logprobs = list[Logprob | None]
 
 class Piece(Struct, array_like=True, frozen=True):
     """Body of a partial reply of a stream: whole characters only, and the tokens they came from. In `text` are marks
-    that say which part of the answer follows (`libaios.parts`)."""
+    that say which part of the answer follows (`libaios.parts`). `model`: with the first piece of a call that named a
+    route, the model that writes it; no other can go on from there."""
 
     text: str
     tokens: list[int]
     logprobs: Logprobs | None = None
+    model: str = ""
 
 
 class Progress:
@@ -733,6 +735,7 @@ class Generated(Struct, array_like=True, frozen=True):
     usage: Usage
     tool_calls: list[ToolCall] = []
     logprobs: Logprobs | None = None
+    model: str = ""  # whose answer it is
 
 
 class Embedded(Struct, array_like=True, frozen=True):
@@ -885,6 +888,7 @@ class ModelInfo(Struct, frozen=True):
     tools: bool = False  # whose template takes tools
     loras: list[str] = []  # adapters that a call can name
     url: str = ""  # where it is served, if it is not on this machine
+    route: list[str] = []  # it is a route: the first of these models that can answers
 
 
 class ProcInfo(Struct, frozen=True):

@@ -57,6 +57,7 @@ class Endpoint(ThreadingHTTPServer):
         self.deeds = list(deeds)
         self.asked: list[tuple[str, dict[str, Any], dict[str, str]]] = []
         self.times: list[float] = []
+        self.ports: list[int] = []  # of clients, where a deed notes them
         self.lock = threading.Lock()
         self.hung_up = threading.Event()
         self.over = threading.Event()  # ends deeds that wait
@@ -80,7 +81,7 @@ class Endpoint(ThreadingHTTPServer):
 # ── deeds ─────────────────────────────────────────────────────────────────────────────────────────────────
 
 
-def answers(*words: str, reason: str = "stop", usage: dict[str, Any] | None = USAGE, **more: Any) -> Deed:
+def answers(*words: str, reason: str | None = "stop", usage: dict[str, Any] | None = USAGE, **more: Any) -> Deed:
     def deed(handler: Handler) -> None:
         handler.stream()
         for word in words:
@@ -167,5 +168,17 @@ def bytewise(*words: str) -> Deed:
         for byte in "".join(f"data: {line}\r\n\r\n" for line in lines).encode():
             handler.wfile.write(bytes([byte]))
             handler.wfile.flush()
+
+    return deed
+
+
+def raw(head: bytes, again: bytes | None = None, pause: float = 0.0) -> Deed:
+    """These bytes, and then the others again and again until the client is gone."""
+
+    def deed(handler: Handler) -> None:
+        handler.close_connection = True
+        handler.wfile.write(head)
+        while again is not None and not handler.server.over.wait(pause):
+            handler.wfile.write(again)
 
     return deed

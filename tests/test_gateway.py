@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import signal
 import socket
 import sys
@@ -194,6 +195,7 @@ def test_without_a_gateway_the_environment_stays_as_it_is(fresh_aiosd: Any) -> N
     assert "gateway" not in [one["name"] for one in system.ps()]
     done = system.run("aios-run", "--", "sh", "-c", "echo $OPENAI_BASE_URL", env={"OPENAI_BASE_URL": "http://mine"})
     assert done.stdout == "http://mine\n"
+    assert re.search(r"^ *gateway +off$", system.run("aiosd", "status").stdout, re.MULTILINE)
 
 
 # ── budgets, stopping, leaving ────────────────────────────────────────────────────────────────────────────

@@ -415,3 +415,13 @@ def test_a_stream_that_waits_shows_signs_of_life(monkeypatch: pytest.MonkeyPatch
         assert connection.abandoned == 1
 
     asyncio.run(run())
+
+
+def test_a_tool_is_strict_only_where_it_says_so() -> None:
+    """In this API a schema that no grammar can keep is no reason to refuse a request; that of the answer is."""
+    given = [{"type": "function", "function": {"name": name, "parameters": {}, **strict}}
+             for name, strict in (("a", {}), ("b", {"strict": True}), ("c", {"strict": None}))]  # fmt: skip
+    (args,) = read(tools=given).args
+    assert [tool["function"]["strict"] for tool in args.tools] == [False, True, False]
+    asked = read(tools=given, response_format={"type": "json_schema", "json_schema": {"schema": {"type": "object"}}})
+    assert "strict" not in asked.args[0].tools[-1]["function"]

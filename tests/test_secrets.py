@@ -126,6 +126,8 @@ def test_nor_of_the_environment_in_which_aiosd_was_started(fresh_aiosd: Fresh, f
     system.home.mkdir(exist_ok=True)
     (system.home / "aiosd.toml").write_text(
         f'[[agent]]\nname = "first"\nfile = "{folder}/first.py"\nargs = ["{MARK}-filed"]\nenv = {{K = "{MARK}-toml"}}\n'
+        f'[mcpServers.it]\ncommand = "false"\nargs = ["{MARK}-serverword"]\nenv = {{ KEY = "{MARK}-serverkey" }}\n'
+        f'[mcpServers.there]\nurl = "http://127.0.0.1:1"\nheaders = {{ Authorization = "{MARK}-bearer" }}\n'
     )
     system.start()
     (first,) = eventually(lambda: [one for one in system.ps("--dead") if one["name"] == "first"])

@@ -63,8 +63,7 @@ def test_each_of_a_crowd_is_the_agent_it_should_be(aiosd: System, tmp_path: Path
 
 
 def test_spares_leave_when_they_are_not_needed(aiosd: System, tmp_path: Path) -> None:
-    crowd(aiosd, tmp_path, 3)
-    assert spares(aiosd)
+    assert eventually(lambda: crowd(aiosd, tmp_path, 3) and spares(aiosd), 60)  # on a busy machine they may have left
     assert aiosd.run("aiosd", "status", "--check").returncode == 0
     assert eventually(lambda: not spares(aiosd), 10)
 

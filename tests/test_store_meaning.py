@@ -19,7 +19,8 @@ from aiosd.store import index, meaning
 from aiosd.store.database import Database
 from aiosd.store.meaning import Meaning
 from aiosd.store.memory import Memory
-from aiosd.store.search import NOTES, Notes
+from aiosd.store.search import Notes
+from aiosd.store.words import NOTES
 from libaios import wire
 
 ME = link.Caller(7, 1000, "me", True, "default")
@@ -83,6 +84,8 @@ class Store:
         found = getattr(self.memory, name)(ask, args)
         if isinstance(found, Generator):
             found = self.drain(found)
+        while not self.memory.words.work():  # as between calls
+            pass
         return msgpack.decode(found) if isinstance(found, Raw) else found
 
     def drain(self, call: Generator[Pause, None, Any]) -> Any:

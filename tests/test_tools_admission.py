@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import random
 from collections import Counter
+from typing import Any
 
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -26,7 +27,7 @@ class Crowd:
     """Runs an admission to its end, and checks at every step what must never be broken."""
 
     def __init__(self, workers: int) -> None:
-        self.admission = Admission(workers)
+        self.admission: Admission[int] = Admission(workers)
         self.workers = workers
         self.running: dict[int, Needs] = {}
         self.begun: list[int] = []
@@ -45,7 +46,6 @@ class Crowd:
 
     def go_on(self) -> None:
         for key in self.admission.begin():
-            assert isinstance(key, int)
             self.running[key] = self.all[key][1]
             self.begun.append(key)
             self.check()
@@ -80,21 +80,21 @@ def test_every_call_begins_once_and_holds_its_locks_alone(
 
 
 def test_agents_take_turns() -> None:
-    admission = Admission(workers=1)
+    admission: Admission[tuple[int, int]] = Admission(workers=1)
     one = Needs("t", limit=1)
     for agent, number in ((1, 10), (2, 3), (3, 1)):
         for i in range(number):
             admission.submit((agent, i), agent, one)
     order = []
     while begun := admission.begin():
-        order += [key[0] for key in begun]  # type: ignore[index] # the keys above
+        order += [key[0] for key in begun]
         admission.end(begun[0])
     assert order == [1, 2, 3, 1, 2, 1, 2, *[1] * 7]
 
 
 def test_a_call_of_many_locks_is_overtaken_so_often_and_no_more() -> None:
     """A stream of small calls, of which at least one always runs, cannot keep a call that needs both keys waiting."""
-    admission = Admission(workers=4)
+    admission: Admission[Any] = Admission(workers=4)
     small = [Needs("s", 100, writes=frozenset(key)) for key in "ab"]
     for i in range(2):
         admission.submit(("small", i), i, small[i])
@@ -110,7 +110,7 @@ def test_a_call_of_many_locks_is_overtaken_so_often_and_no_more() -> None:
 
 
 def test_a_call_is_overtaken_only_by_those_that_use_the_same() -> None:
-    admission = Admission(workers=4)
+    admission: Admission[Any] = Admission(workers=4)
     admission.submit("a1", 1, Needs("t", 9, writes=frozenset("a")))
     admission.begin()
     admission.submit("a2", 2, Needs("t", 9, writes=frozenset("a")))
@@ -122,7 +122,7 @@ def test_a_call_is_overtaken_only_by_those_that_use_the_same() -> None:
 
 
 def test_a_call_that_is_given_up_holds_nothing() -> None:
-    admission = Admission(workers=4)
+    admission: Admission[Any] = Admission(workers=4)
     for key in ("x", "y", "z"):
         admission.submit(key, 1, Needs("t"))
     assert admission.begin() == ["x"]

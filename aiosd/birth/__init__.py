@@ -5,6 +5,8 @@ spares.py      processes forked ahead of need, in batches
 report.py      how a forked child reports whether it can be the agent that it should be
 modules.py     which modules an agent finds imported
 rehearsal.py   an agent's first calls, made before the first fork, so that agents share the warm memory
+heap.py        new objects do not go into holes between shared ones
+layout.py      the code that every agent runs lies side by side
 agent.py       from a forked child to an agent
 title.py       the agent's name in `ps`
 program.py     the agent's program: a script, a module, another program

@@ -2,7 +2,7 @@
 
 An agent shares the supervisor's pages until it writes to one, which is then copied. Where imports and the first calls
 have left holes between objects that stay, an agent's own objects would go into these holes: a few bytes on each of
-some hundred pages, and every such page is copied. So `fill_holes` fills them once, before the first fork, with objects
+some hundred pages, and every such page is copied. So `fill_holes` fills them before the first fork, with objects
 and blocks that are never freed. After that Python and the C library take whole pages for what an agent allocates. It
 saves each agent a tenth of its memory (benchmarks/spawn.py measures it), and costs the supervisor only holes that it
 would hardly have used.
@@ -40,7 +40,7 @@ def tidy() -> None:
 
 
 def fill_holes() -> None:
-    """To be called once, when all has been imported and rehearsed, and garbage has been collected."""
+    """To be called when all has been imported and rehearsed, and garbage has been collected."""
     for size in _SIZES:
         _fill_pools(size, _maker(size))
     _fill_heap()

@@ -1,4 +1,4 @@
-"""The first calls of an agent's life, made once in the supervisor, before any agent is forked.
+"""The first calls of an agent's life, made once in the supervisor, before any agent is forked (`warm_up`).
 
 When code runs for the first time, the interpreter specialises it, fills caches of attributes and types, and builds
 decoders. Otherwise every agent would do that again, and copy pages that all agents share. So it is done here, with a
@@ -8,16 +8,18 @@ memory (benchmarks/spawn.py measures both).
 
 from __future__ import annotations
 
+import gc
 import os
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 from msgspec import msgpack
 
 import libaios as aios
 from aiosd import letter
-from aiosd.birth import modules, program, title
+from aiosd.birth import agent as birth
+from aiosd.birth import confinement, end, fork, frames, heap, layout, modules, program, report, title
 from aiosd.birth.agent import environment_of, with_bytes
 from aiosd.letter import Letter
 from libaios import agent, wire
@@ -26,6 +28,9 @@ from libaios.connection import Connection
 from libaios.wire import Sys
 
 ROUNDS = 20  # the interpreter specialises code that has run a few times
+
+#: Modules whose functions are run once in the life of an agent, and cannot be rehearsed in this process.
+_ONCE = frozenset(one.__name__ for one in (birth, confinement, end, fork, frames, letter, program, report, title))
 
 _GENERATED = wire.Generated("x", [1], "stop", wire.Usage(), [])
 ANSWERS: dict[int, Any] = {
@@ -65,20 +70,52 @@ class _Stage(agent.AgentTransport):
         self._kernel.close()
 
 
+def warm_up() -> None:
+    """Run what agents run, until that changes nothing in memory any more; then see that neither the garbage collector
+    nor new objects change these pages."""
+    heap.fill_holes()  # so that what is gathered does not go into holes
+    layout.gather(_first_steps, _ONCE)
+    layout.forget_attributes()
+    rehearse()
+    _rehearse_birth()
+    modules.hide()
+    _rehearse_imports()
+    gc.collect()
+    heap.fill_holes()
+    gc.freeze()
+
+
+def _first_steps() -> None:
+    """What nearly every agent does, and no more."""
+    _connected(_first_calls)
+    _rehearse_birth()
+
+
+def _first_calls() -> None:
+    aios.proc.getpid(), aios.proc.nice()
+    aios.msg.send(1, 0)
+    aios.msg.recv()
+
+
 def rehearse() -> None:
     """Run an agent's first calls. Leaves nothing behind but warm code."""
+    for _ in range(ROUNDS):
+        _connected(_play)
+
+
+def _connected(calls: Callable[[], None]) -> None:
+    """With a connection of their own."""
     stage = _Stage()
     agent._connection = connection = Connection(stage)
     try:
-        for _ in range(ROUNDS):
-            _play()
+        calls()
     finally:
         agent._connection = None
         connection.close()
         stage.leave()
 
 
-def rehearse_birth() -> None:
+def _rehearse_birth() -> None:
     """Run what a child does before its program runs, except steps that would change this process."""
     sealed = letter.write(Letter("file", __file__, ["x"], {"HOME": "/", "LANG": "x"}, "/"))
     for _ in range(ROUNDS):
@@ -89,7 +126,7 @@ def rehearse_birth() -> None:
     os.close(sealed)
 
 
-def rehearse_imports() -> None:
+def _rehearse_imports() -> None:
     """Import hidden modules as a script would. They are hidden afterwards."""
     folder = os.path.dirname(__file__)  # any that the supervisor does not import from
     for _ in range(ROUNDS):

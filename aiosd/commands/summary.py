@@ -13,8 +13,9 @@ LINE = 80  # characters in a line of the short form
 def brief(found: dict[str, Any], machine: str = "") -> list[str]:
     """The most important figures. One that the system does not report is left out."""
     rows = {"home": str(found.get("home", "")), "policy": _policy(found), "agents": _agents(found)}
-    rows["gateway"] = f"{found['gateway']}/v1" if found.get("gateway") else ""
+    rows["gateway"] = f"{found['gateway']}/v1" if found.get("gateway") else found.get("gateway_why", "")
     rows |= {f"model {model.get('name', '?')}": _model_in_a_line(model) for model in found.get("models", [])}
+    rows |= {f"route {route.get('name', '?')}": _route_in_a_line(route) for route in found.get("routes", [])}
     rows["notes"] = _notes(found)
     others = [service for service in found.get("services", []) if service.get("state") not in (None, "ready")]
     rows |= {str(service.get("name", "?")): str(service["state"]) for service in others}
@@ -99,6 +100,17 @@ def _model_in_a_line(model: dict[str, Any]) -> str:
     return ", ".join(parts)
 
 
+def _route_in_a_line(route: dict[str, Any]) -> str:
+    return ", ".join(map(_model_of_route, route.get("models", [])))
+
+
+def _model_of_route(model: dict[str, Any]) -> str:
+    text = f"{model.get('name', '?')} ({model.get('calls', 0)} calls"
+    if model.get("passed_over"):
+        text += f"; passed over {model['passed_over']} times: {model.get('why', '?')}"
+    return f"{text})" + (" now in trouble" if model.get("trouble") else "")
+
+
 def _errors(service: dict[str, Any]) -> str:
     """What a service that is ready could not do."""
     errors = (service.get("stats") or {}).get("errors") or {}
@@ -142,8 +154,9 @@ def full(found: dict[str, Any], machine: str = "") -> list[str]:
     rows["agents"] = _agents(found)
     if machine:
         rows["machine"] = machine
+    rows |= {f"route {route.get('name', '?')}": _route_in_a_line(route) for route in rest.pop("routes", [])}
     known = ("version", "state", "uptime_s", "pid", "agents", "max_agents")
-    rows |= {name: value for name, value in rest.items() if name not in known}
+    rows |= {name: value for name, value in rest.items() if name not in known and value != ""}
     lines += [f"  {name.replace('_', ' '):18} {_value(name, value)}" for name, value in rows.items()]
     for model in models:
         lines += _full_model(dict(model))
@@ -164,6 +177,7 @@ def _full_model(model: dict[str, Any]) -> list[str]:
     default = " (default)" if model.pop("default", False) else ""
     lines = [f"model {model.pop('name', '?')}{default}, {model.pop('state', '?')}, pid {model.pop('pid', '?')}"]
     rows = {"path": model.pop("path", info.get("path", ""))}
+    info.pop("route", None)  # a model that is started has none
     if info.get("url"):
         rows = {"url": info["url"], "runs": f"{info.get('n_slots', '?')} requests at a time"}
         info = {}

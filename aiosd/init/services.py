@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 from aiosd.gateway.superior import GatewaySpec
-from aiosd.service import GATEWAY, LLM, Service, Stopped
+from aiosd.service import GATEWAY, LLM, TOOLBOX, Service, Stopped
 from aiosd.store.main import StoreSpec
 from aiosd.tools.spec import ToolboxSpec
 
@@ -44,12 +44,11 @@ def of(settings: Settings) -> list[Service]:
         argument=_store(settings),
     )
     toolbox = Service(
-        name="toolbox",
-        kind="toolbox",
+        name=TOOLBOX,
+        kind=TOOLBOX,
         entry="aiosd.tools.main:main",
-        argument=ToolboxSpec(
-            str(settings.home.data / "work"), settings.tools, settings.tool_workers, dict(settings.mcp_servers)
-        ),
+        argument=ToolboxSpec(str(settings.home.data / "work"), settings.tools, settings.tool_workers, settings.sealed),
+        keep=(settings.sealed,),
     )
     return [*cores, *vectors, store, toolbox, *_gateway(settings), *settings.services]
 

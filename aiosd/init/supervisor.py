@@ -20,7 +20,6 @@ from __future__ import annotations
 
 import contextlib
 import errno
-import gc
 import logging
 import os
 import select
@@ -32,7 +31,7 @@ from collections.abc import Callable
 from typing import TYPE_CHECKING, ClassVar
 
 from aiosd import apart, link, log, procfs, restart
-from aiosd.birth import confinement, fork, heap, modules
+from aiosd.birth import confinement, fork, modules
 from aiosd.birth.spares import Spares
 from aiosd.errors import Bug
 from aiosd.heartbeat import BEAT_S, Heart, Rounds, beat, beat_in_background
@@ -839,21 +838,14 @@ def _backoff(last_s: float, lived_s: float) -> float:
 
 
 def _preload() -> None:
-    """Import and run once what agents use, before they are forked; then see that neither the garbage collector nor new
-    objects change these pages."""
+    """Import what agents use, and run it once, before they are forked."""
     import asyncio  # noqa: F401
     import runpy  # noqa: F401
 
     import libaios.aio  # noqa: F401
-    from aiosd.birth.rehearsal import rehearse, rehearse_birth, rehearse_imports
+    from aiosd.birth import rehearsal
 
-    rehearse()
-    rehearse_birth()
-    modules.hide()
-    rehearse_imports()
-    gc.collect()
-    heap.fill_holes()
-    gc.freeze()
+    rehearsal.warm_up()
 
 
 def main(settings: Settings, listener: socket.socket, guardian: int, heartbeat: int) -> int:

@@ -31,6 +31,8 @@ class Listener(Protocol):
     def on_preempted(self, call: Call) -> None: ...
     def on_delta(self, call: Call, delta: link.Delta) -> None: ...
     def on_finished(self, call: Call, finished: link.Finished) -> None: ...
+    def on_failed(self, call: Call, failed: link.Failed) -> None: ...
+    def on_death(self, call: Call, reason: str) -> None: ...
     def on_parked(self, peer: int) -> None: ...
     def call_budget(self, call: Call) -> tuple[int, str, int | None]: ...
     def schedule(self) -> link.Schedule: ...
@@ -46,6 +48,7 @@ class Core(Service):
     listener: Listener
     vectors_only: bool = False
     info: wire.ModelInfo | None = None
+    unwell: str = ""  # why a new call would have to wait long
     parked: set[int] = field(default_factory=set)  # peers whose generations are to stand still
     unconfirmed: dict[int, int] = field(default_factory=dict)  # number of a `Park` that is not in force yet → peer,
     latest: dict[int, int] = field(default_factory=dict)  # … and by peer the last of these
@@ -62,7 +65,7 @@ class Core(Service):
             return Service.fresh(self, opened)
         nice, group, budget = self.listener.call_budget(call)
         request = msgspec.structs.replace(generation.request, given=generation.progress.given())
-        return link.Submit(call.key, request, nice, group, budget, generation.mu)
+        return link.Submit(call.key, request, nice, group, budget, generation.mu, generation.others)
 
     def under_way(self, opened: Open) -> bool:
         generation = opened.call.generation
@@ -73,7 +76,7 @@ class Core(Service):
 
     def died(self, reason: str) -> None:
         Service.died(self, reason)
-        self.contexts = {}
+        self.contexts, self.unwell = {}, ""
         waiting = list(self.latest)
         self.unconfirmed.clear()
         self.latest.clear()
@@ -82,6 +85,23 @@ class Core(Service):
                 opened.call.generation.started = False
         for peer in waiting:
             self.listener.on_parked(peer)
+        for opened in list(self.calls.values()):
+            if opened.call.generation is not None:
+                self.listener.on_death(opened.call, reason)
+
+    def failed(self, call: Call, message: link.Failed) -> None:
+        if call.generation is not None:
+            self.listener.on_failed(call, message)
+        else:
+            Service.failed(self, call, message)
+
+    @property
+    def trouble(self) -> str:
+        """Why a call that comes now would have to wait long; "": it would not. A core that this kernel has not seen
+        dying loads for the first time, or has not told a new kernel yet that it has."""
+        if self.state is State.DOWN or (self.state is not State.READY and self.last_death):
+            return f"it is down: {self.last_death}"
+        return self.unwell
 
     def loaded(self, message: link.Loaded) -> None:
         self.info = wire.ModelInfo(name=self.model, default=self.default, **message.info)
@@ -113,6 +133,8 @@ class Core(Service):
                 if (call := self.generation(key)) is not None:
                     del self.calls[key]
                     listener.on_finished(call, message)
+            case link.Health():
+                self.unwell = message.why
             case link.Contexts():
                 self.contexts = message.places
             case link.Parked():

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 
+from aiosd.kernel.routes import Route
 from libaios import wire
 
 
@@ -19,6 +20,10 @@ class Generation:
     budget: int | None = None  # tokens left when it was submitted, and used since
     used: int = 0
     started: bool = False  # it has a slot
+    prompt_counted: bool = False  # by the core that has it
+    route: Route | None = None  # that its caller has named
+    tried: set[str] = field(default_factory=set)  # the models of it that had the call
+    others: bool = False  # … and there are more
     ending: bool = False  # its final word is here
     prompt_tokens: int = 0
     cached_tokens: int = 0
@@ -26,3 +31,12 @@ class Generation:
     ctx_tokens: int = 0
     paused: bool = False  # its reader is slow
     resyncing: bool = False  # the core was asked to send again what is missing here
+
+    def restart(self, model: str) -> None:
+        """Another model has it now, from the beginning. What was used before stays counted."""
+        self.model = model
+        self.tried.add(model)
+        self.others = self.route is not None and len(self.tried) < len(self.route.cores)
+        self.progress, self.new_from = wire.Progress(), 0
+        self.texts, self.logprobs, self.mu, self.ctx_tokens = [], [], None, 0
+        self.started = self.prompt_counted = self.paused = self.resyncing = False

@@ -24,6 +24,7 @@ from aiosd.kernel.cores import Core, Cores
 from aiosd.kernel.generation import Generation
 from aiosd.kernel.peer import OUTBOX_PAUSE, OUTBOX_RESUME, Call, Peer
 from aiosd.kernel.proc import Proc, ProcTable
+from aiosd.kernel.routes import Routes
 from libaios import wire
 from libaios.wire import Sys
 
@@ -38,12 +39,14 @@ class Generations:
         calls: Calls,
         table: ProcTable,
         cores: Cores,
+        routes: Routes,
         schedule: Callable[[], link.Schedule],
     ) -> None:
         self.calls = calls
         self.peers = calls.peers
         self.table = table
         self.cores = cores
+        self.routes = routes
         self.schedule = schedule
         self.spent: Callable[[Budget], None]
         self.refused: Callable[[Budget], None]
@@ -54,25 +57,35 @@ class Generations:
     def core_for(self, model: str | None) -> Core:
         core = self.cores.find(model)
         if core is None:
-            names = ", ".join(core.model for core in self.cores)
+            if (route := self.routes.find(model)) is not None:
+                models = ", ".join(core.model for core in route.cores)
+                raise wire.error(
+                    errno.EINVAL, f"model: {model} is a route, for chats and completions; name one of {models}"
+                )
+            names = ", ".join([*(core.model for core in self.cores), *(route.name for route in self.routes)])
             raise wire.error(errno.EINVAL, f"model: no model named {model!r}; there are: {names}")
         return core
 
     def generate(self, call: Call, args: wire.Generate) -> None:
         if (args.messages is None) == (args.prompt is None):
             raise wire.error(errno.EINVAL, "exactly one of messages and prompt is needed")
-        core = self.core_for(args.model)
         self.check_budget(call)
-        call.generation = Generation(args, core.model, wire.Progress(args.given), new_from=len(args.given))
-        call.forget = lambda: self._closed(core, call)
+        route = self.routes.find(args.model)
+        core = self.core_for(route.choose(args, set()) if route is not None else args.model)
+        progress = wire.Progress(args.given)
+        generation = Generation(args, core.model, progress, new_from=len(args.given), route=route)
+        generation.tried.add(core.model)
+        generation.others = route is not None and len(route.cores) > 1
+        call.generation = generation
+        call.forget = lambda: self._closed(call)
         self.calls.set_timeout(call, args.timeout_s, "answer")
         if args.given:  # generated, and charged, by a call whose kernel died
             self._count_completion(call, len(args.given) if isinstance(args.given, list) else 0)
             if call.peer.calls.get(call.id) is not call:
                 return  # they were the last of the budget
         nice, group, left = self.call_budget(call)
-        call.generation.budget = None if left is None else left + call.generation.used
-        core.submit(call, link.Submit(call.key, args, nice, group, left))
+        generation.budget = None if left is None else left + generation.used
+        core.submit(call, link.Submit(call.key, args, nice, group, left, others=generation.others))
 
     def choose(self, call: Call, args: Any) -> Core:
         """The core that another call than a generation goes to. Raises OSError: EINVAL, EDQUOT."""
@@ -105,9 +118,10 @@ class Generations:
             self.refused(budget)
             raise wire.error(errno.EDQUOT, budgets.sentence(budget))
 
-    def _closed(self, core: Core, call: Call) -> None:
-        core.cancel(call)
+    def _closed(self, call: Call) -> None:
         generation, proc = call.generation, call.peer.proc
+        if generation is not None:
+            self.cores.by_model[generation.model].cancel(call)
         if generation is not None and proc is not None:
             proc.ctx_tokens -= generation.ctx_tokens
             proc.row[ledger.PROMPT] += generation.prompt_tokens
@@ -121,10 +135,11 @@ class Generations:
         generation = call.generation
         assert generation is not None
         generation.started = True
-        if generation.prompt_tokens or not started.prompt_tokens:
+        if generation.prompt_counted or not started.prompt_tokens:
             return  # again, on a new core; or it is not known yet
-        generation.prompt_tokens = started.prompt_tokens
-        generation.cached_tokens = started.cached_tokens
+        generation.prompt_counted = True
+        generation.prompt_tokens += started.prompt_tokens
+        generation.cached_tokens += started.cached_tokens
         proc = call.peer.proc
         if proc is not None:
             proc.prompt_tokens += started.prompt_tokens
@@ -147,7 +162,9 @@ class Generations:
         generation.progress.add(delta.tokens, delta.text)
         generation.mu = delta.mu
         if generation.request.stream:
-            self.calls.send_piece(call, delta.offset, wire.raw(wire.Piece(delta.text, delta.tokens, delta.logprobs)))
+            model = generation.model if generation.route is not None and not delta.offset else ""
+            piece = wire.Piece(delta.text, delta.tokens, delta.logprobs, model)
+            self.calls.send_piece(call, delta.offset, wire.raw(piece))
             self._pause_if_slow(call, generation)
         else:
             generation.texts.append(delta.text)
@@ -171,6 +188,35 @@ class Generations:
                 if budget.tokens_left == 0:
                     self.spent(budget)
         self._answer(call, finished.tokens, finished.text, finished.finish_reason, finished)
+
+    def on_failed(self, call: Call, failed: link.Failed) -> None:
+        if not (failed.elsewhere or failed.errno == errno.EMSGSIZE) or not self._move(call, failed.message):
+            self.calls.fail(call, failed.errno, failed.message)
+
+    def on_death(self, call: Call, reason: str) -> None:
+        """Its core is dead. It waits for the next one, unless another model can take it."""
+        self._move(call, f"it is down: {reason}")
+
+    def _move(self, call: Call, why: str) -> bool:
+        """To the next model of its route, if its caller has got nothing yet. What it has used stays charged."""
+        generation = call.generation
+        assert generation is not None
+        if generation.route is None or (generation.request.stream and generation.progress.length):
+            return False
+        old = self.cores.by_model[generation.model]
+        generation.route.failed(old.model, why)
+        model = generation.route.choose(generation.request, generation.tried)
+        if model is None:
+            return False
+        core = self.cores.by_model[model]
+        old.cancel(call)
+        if call.peer.proc is not None:
+            call.peer.proc.ctx_tokens -= generation.ctx_tokens
+        generation.restart(core.model)
+        nice, group, left = self.call_budget(call)
+        generation.budget = None if left is None else left + generation.used
+        core.submit(call, link.Submit(call.key, generation.request, nice, group, left, others=generation.others))
+        return True
 
     def charge(self, call: Call, tokens: int) -> None:
         """A call that is no generation has used this number of tokens (an embedding)."""
@@ -206,7 +252,7 @@ class Generations:
         else:
             used = generation.prompt_tokens, generation.cached_tokens, generation.completion_tokens
             usage, tool_calls = wire.Usage(*used), []
-        self.calls.finish(call, wire.Generated(text, tokens, reason, usage, tool_calls, logprobs))
+        self.calls.finish(call, wire.Generated(text, tokens, reason, usage, tool_calls, logprobs, generation.model))
 
     # ── accounting ────────────────────────────────────────────────────────────────────────────────────────
 

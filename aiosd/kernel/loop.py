@@ -31,6 +31,7 @@ from aiosd.kernel.control import Control
 from aiosd.kernel.cores import Core, Cores
 from aiosd.kernel.dispatch import Dispatcher, Handler
 from aiosd.kernel.enforce import Enforcer
+from aiosd.kernel.errands import Errander, ErrandPeer
 from aiosd.kernel.events import Events, Source, Turn
 from aiosd.kernel.generations import Generations
 from aiosd.kernel.jobs import Jobs
@@ -45,6 +46,7 @@ from aiosd.kernel.outside import Outside
 from aiosd.kernel.peer import AgentPeer, ClientPeer, Peer
 from aiosd.kernel.peers import Peers
 from aiosd.kernel.proc import Proc, ProcTable
+from aiosd.kernel.routes import Routes
 from aiosd.kernel.sandboxes import Sandboxes
 from aiosd.kernel.service import Asker, Service, Services
 from aiosd.kernel.status import StatusRequests
@@ -53,7 +55,7 @@ from aiosd.kernel.tokens import Tokens
 from aiosd.kernel.turns import Turns
 from aiosd.kernel.uplink import Uplink
 from aiosd.kernel.waiters import Waiters
-from aiosd.service import LLM
+from aiosd.service import LLM, TOOLBOX
 from aiosd.timers import Timers
 from libaios.channel import Channel, Side
 from libaios.stream import FrameSocket
@@ -100,7 +102,8 @@ class Kernel:
         self.system = System(born, self.services)
         self.rights = Access(self.table, self.system.pids)
         self.waiters = Waiters(self.table, self.calls, self.rights)
-        self.generations = Generations(self.calls, self.table, self.cores, self.live.schedule)
+        routes = Routes(self.cores.find, born.settings.routes)
+        self.generations = Generations(self.calls, self.table, self.cores, routes, self.live.schedule)
         self.enforcer = Enforcer(self.table, self.uplink, self.timers, self._deliver)
         settings = born.settings
         self.sandboxes = Sandboxes(settings.sandbox, settings.groups, born.offer, sandboxes.folder(settings.home.data))
@@ -181,6 +184,7 @@ class Kernel:
             self.agents.is_parked,
             self.agents.listed.problems,
             self.sandboxes,
+            self.generations.routes,
         )
         self.loading = Loading(
             self.services,
@@ -231,6 +235,8 @@ class Kernel:
 
     def _make_service(self, process: Process) -> Service:
         record = process.service
+        if record.kind == TOOLBOX:
+            return self._make_toolbox(process)
         if record.kind != LLM:
             return Service(
                 record.name, record.kind, record.shown, self.calls, self.loading, record.awaited, process.pid
@@ -251,6 +257,21 @@ class Kernel:
         )
         self.cores.add(core)
         return core
+
+    def _make_toolbox(self, process: Process) -> Service:
+        record = process.service
+        toolbox = Errander(
+            record.name,
+            record.kind,
+            record.shown,
+            self.calls,
+            self.loading,
+            record.awaited,
+            process.pid,
+            dispatch=self.dispatcher.dispatch,
+        )
+        self.calls.peers.others.append(ErrandPeer(toolbox, None, toolbox.errands))
+        return toolbox
 
     def _connect(self, service: Service, ospid: int, deaths: int, memfd: int, bell: int) -> None:
         channel = Channel(memfd, bell, Side.AGENT)
@@ -318,7 +339,8 @@ class Kernel:
             self._tell_services(link.Gone(client))
 
     def _live_peers(self) -> list[int]:
-        return [*(proc.pid for proc in self.table.live()), *self.calls.peers.clients]
+        others = (peer.id for peer in self.calls.peers.others)
+        return [*(proc.pid for proc in self.table.live()), *self.calls.peers.clients, *others]
 
     def _services_by_ospid(self) -> dict[int, str]:
         return {service.ospid: service.name for service in self.services if service.channel is not None}

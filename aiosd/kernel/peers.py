@@ -17,11 +17,13 @@ class Peers:
     def __init__(self) -> None:
         self.channels: dict[int, AgentPeer] = {}  # by pid
         self.clients: dict[int, ClientPeer] = {}  # by id (negative), once they have sent their Hello
+        self.others: list[Peer] = []  # those that act for services
         self._of_agent: dict[int, dict[ClientPeer, None]] = {}  # clients that descend from the agent of this pid
 
     def __iter__(self) -> Iterator[Peer]:
         yield from self.channels.values()
         yield from self.clients.values()
+        yield from self.others
 
     def add(self, peer: Peer) -> None:
         if isinstance(peer, AgentPeer):

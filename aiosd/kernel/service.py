@@ -151,6 +151,10 @@ class Service:
     def on_ready(self) -> None:
         """Called when it has loaded, or has a new kernel: send what it must know before its calls."""
 
+    def failed(self, call: Call, message: link.Failed) -> None:
+        """It will not answer this call."""
+        self.calls_of_all.fail(call, message.errno, message.message)
+
     def handle(self, message: link.FromService) -> None:
         """Handle a message that only this kind of service sends."""
         logger.error("%s sent %s, which is not for this kernel", self.name, type(message).__name__)
@@ -194,7 +198,7 @@ class Service:
 
     def _lost(self, opened: Open, message: str) -> None:
         self.calls.pop(opened.call.key, None)
-        self.calls_of_all.fail(opened.call, errno.EIO, message)
+        self.failed(opened.call, link.Failed(opened.call.key, errno.EIO, message, elsewhere=True))
 
     def resubmit(self) -> None:
         for opened in list(self.calls.values()):
@@ -234,7 +238,7 @@ class Service:
             case link.Failed(key=key):
                 opened = self.calls.pop(key, None)
                 if opened is not None:
-                    self.calls_of_all.fail(opened.call, message.errno, message.message)
+                    self.failed(opened.call, message)
             case link.Working():
                 self.working = message.key
                 self._begun(message.key)

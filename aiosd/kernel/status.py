@@ -13,7 +13,7 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-from aiosd import __version__, link
+from aiosd import __version__, endpoint, link
 from aiosd.kernel import listing
 from aiosd.kernel.books import Books
 from aiosd.kernel.budget import SAMPLE_S
@@ -22,6 +22,7 @@ from aiosd.kernel.cores import Core
 from aiosd.kernel.jobs import Jobs
 from aiosd.kernel.peer import Call
 from aiosd.kernel.proc import Proc, ProcTable
+from aiosd.kernel.routes import Routes
 from aiosd.kernel.sandboxes import Sandboxes
 from aiosd.kernel.service import Service, Services, State
 from aiosd.kernel.system import Descriptors
@@ -58,6 +59,7 @@ class StatusRequests:
         is_parked: Callable[[Proc], bool],
         agent_problems: Callable[[], dict[str, str]],
         sandboxes: Sandboxes,
+        routes: Routes,
     ) -> None:
         self._born = born
         self._calls = calls
@@ -71,6 +73,7 @@ class StatusRequests:
         self._is_parked = is_parked
         self._agent_problems = agent_problems
         self._sandboxes = sandboxes
+        self._routes = routes
         self._open: dict[int, _Request] = {}
         self._numbers = itertools.count(1)
 
@@ -129,6 +132,7 @@ class StatusRequests:
             "home": str(settings.home.root),
             "logs": str(settings.home.logs),
             "gateway": settings.door.url if settings.door is not None else "",
+            "gateway_why": "" if settings.door is not None else endpoint.why_none(settings.gateway),
             "policy": settings.policy,
             "quantum": dict(zip(("tokens", "seconds"), settings.quantum, strict=True)),
             "group_shares": dict(settings.shares),
@@ -145,6 +149,7 @@ class StatusRequests:
                 "open_calls": sum(len(peer.calls) for peer in peers),
             },
             "models": [_model(core) for core in self._services if isinstance(core, Core)],
+            "routes": [route.shown() for route in self._routes],
             "services": [_service(service) for service in self._services],
         }
         if settings.reread:

@@ -252,7 +252,8 @@ class ModelCalls:
         return PENDING
 
     def models(self, call: Call, args: wire.NoArgs) -> list[wire.ModelInfo]:
-        return [core.info for core in self.generations.cores if core.info is not None]
+        models = [core.info for core in self.generations.cores if core.info is not None]
+        return [*models, *(route.info for route in self.generations.routes)]
 
     HANDLERS: ClassVar[Family] = {Sys.GENERATE: generate, Sys.MODELS: models}
 

@@ -7,7 +7,8 @@ seam imports llama.cpp, so a backend decides alone what is loaded into its proce
 
 What a backend owes the kernel, message by message (`link` has their fields):
 
-    Submit      one `Step` that has it among `started`, deltas in any number, then one `Finished`; or one `Failed`.
+    Submit      one `Step` that has it among `started`, deltas in any number, then one `Finished`; or one `Failed`,
+                with `elsewhere` where another model may be able to serve it. With `others` it fails rather than wait.
                 A key that it has already: it goes on, and sends again what comes after `request.given`. When
                 `budget` tokens have been charged it ends, with the reason "limit".
     Ask         one `Answered` or `Failed` (`Line.answer`, `Line.refuse`)
@@ -19,7 +20,8 @@ What a backend owes the kernel, message by message (`link` has their fields):
 
 The kernel does not look into what a generation has given out: it sends it back as `request.given`, tokens or text as
 the deltas were, when the call must go on in a new core. It charges what the deltas name as `charged`, and at the end
-what `usage` and the last `charged` say.
+what `usage` and the last `charged` say. A backend whose calls would wait long for a reason of its own tells that
+(`Health`), and when it is over: routes pass it over meanwhile.
 """
 
 from __future__ import annotations

@@ -180,12 +180,22 @@ def normal_tools(tools: list[Tool] | None) -> list[Tool]:
         parameters = given or {"type": "object", "properties": {}}
         if not isinstance(parameters, dict) or parameters.get("type", "object") != "object":
             raise refuse(f"tools[{i}].parameters must be a JSON Schema of type object")
-        known = {key: value for key, value in function.items() if key not in ("inputSchema", "input_schema", "type")}
+        known = {key: value for key, value in function.items() if key not in _NOT_SHOWN}
         normal.append({"type": "function", "function": {"description": "", **known, "parameters": parameters}})
     names = [tool["function"]["name"] for tool in normal]
     if len(set(names)) < len(names):
         raise refuse("tools: two tools have the same name")
     return normal
+
+
+#: Of a tool's function: not for the model.
+_NOT_SHOWN = ("inputSchema", "input_schema", "type", "strict")
+
+
+def loose_tools(tools: list[Tool] | None) -> frozenset[str]:
+    """The names of those with `"strict": false`: their arguments are checked by what makes the calls."""
+    functions = [tool.get("function", tool) for tool in tools or []]
+    return frozenset(str(function["name"]) for function in functions if function.get("strict") is False)
 
 
 # ── templates ─────────────────────────────────────────────────────────────────────────────────────────────

@@ -23,7 +23,7 @@ import errno
 import hashlib
 import json
 import re
-from collections.abc import Iterable
+from collections.abc import Collection, Iterable
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -353,8 +353,11 @@ _WRITTEN = (
 )
 
 
-def call_rules(dialect: ToolDialect, tools: Iterable[Tool], converter: Converter) -> str:
-    """The rule `call`: the name of any of the tools, with arguments that fit its schema."""
+def call_rules(
+    dialect: ToolDialect, tools: Iterable[Tool], converter: Converter, loose: Collection[str] = frozenset()
+) -> str:
+    """The rule `call`: the name of any of the tools, with arguments that fit its schema; those of the tools `loose`
+    only as far as a grammar can ensure it."""
     alternatives = []
     for i, tool in enumerate(tools):
         name, parameters = tool["function"]["name"], closed(tool["function"]["parameters"])
@@ -365,14 +368,29 @@ def call_rules(dialect: ToolDialect, tools: Iterable[Tool], converter: Converter
             "<more>": "",
         }
         try:
-            if "<tagged>" in dialect.form:
-                words["<tagged>"] = _tagged(dialect, converter, f"tool{i}", parameters)
-            else:
-                words["<arguments>"] = converter.convert(f"tool{i}", parameters)
+            words |= _arguments(dialect, converter, f"tool{i}", parameters, name in loose)
         except OSError as error:
             raise OSError(error.errno or errno.EINVAL, f"tools[{i}].parameters: {error.strerror}") from None
         alternatives.append(_filled(dialect.form, words))
     return "call ::= " + " | ".join(alternatives)
+
+
+def _arguments(
+    dialect: ToolDialect, converter: Converter, name: str, parameters: dict[str, Any], loose: bool
+) -> dict[str, str]:
+    """What stands for the arguments in the form."""
+    if loose:
+        try:
+            with converter.loosely():
+                return _arguments(dialect, converter, name, parameters, False)
+        except OSError:  # what no dropped keyword mends: it is too large, or allows nothing
+            names = parameters.get("properties")
+            parameters = {"type": "object"}
+            if "<tagged>" in dialect.form and isinstance(names, dict):
+                parameters = {"type": "object", "properties": dict.fromkeys(names, True)}
+    if "<tagged>" in dialect.form:
+        return {"<tagged>": _tagged(dialect, converter, name, parameters)}
+    return {"<arguments>": converter.convert(name, parameters)}
 
 
 def _filled(form: str, words: dict[str, str]) -> str:
@@ -395,7 +413,7 @@ def _tagged(dialect: ToolDialect, converter: Converter, name: str, parameters: d
     assert dialect.tags is not None
     opens, middle, end, shut = dialect.tags
     whole = Document(parameters, lambda work: None).merged(parameters)
-    if set(whole) - _PLAIN:
+    if set(whole) - _PLAIN and not converter.loose:
         raise OSError(errno.EINVAL, f"{min(set(whole) - _PLAIN)}: cannot be kept where parameters are written as tags")
     properties, required = whole.get("properties", {}), whole.get("required", [])
     rules = []

@@ -16,7 +16,7 @@ from msgspec import Struct, msgpack
 
 from aiosd.link import Submit
 from aiosd.llm import adapters, llama
-from aiosd.llm.chat import PLAIN_STOPS, ChatTemplate, Message, normal_messages, normal_tools, refuse
+from aiosd.llm.chat import PLAIN_STOPS, ChatTemplate, Message, loose_tools, normal_messages, normal_tools, refuse
 from aiosd.llm.dialects import CallStream, Reader, Tool
 from aiosd.llm.gbnf import GrammarConstraint, check
 from aiosd.llm.options import Options
@@ -130,10 +130,10 @@ class Requests:
             schema = request.schema
             prepared.grammar = self._remembered([schema], lambda: schema_grammar(schema, quick))
         elif tools:
-            several, dialect = request.parallel_tool_calls, template.dialect
+            several, dialect, loose = request.parallel_tool_calls, template.dialect, loose_tools(request.tools)
             prepared.grammar = self._remembered(
-                [tools, choice, several, dialect.name],
-                lambda: tools_grammar(self._model, dialect, tools, choice, several, quick),
+                [tools, choice, several, dialect.name, sorted(loose)],
+                lambda: tools_grammar(self._model, dialect, tools, choice, several, quick, loose),
             )
         return prepared
 

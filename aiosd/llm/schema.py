@@ -11,6 +11,10 @@ others only where `additionalProperties` asks for them; a tuple is written whole
 `\u` escapes exclude surrogates (half a pair is no character, and msgpack refuses it). `oneOf` is kept only where no
 value can match two of its branches.
 
+A *loose* conversion (`loosely`) drops what a grammar cannot keep, where it stands, instead of refusing it. Then a text
+may be not valid, but every value that the schema allows can still be written. It is for arguments that are checked
+against the whole schema before they are used; what is final, like the answer under a schema, is never converted so.
+
 Any agent can send any schema, and llama.cpp recurses over grammars and prints what it cannot parse. So this file limits
 its output: depth, number of rules, bytes, repetitions, work, and the number of ways in which a rule can begin
 (llama.cpp follows all of them, and a rule that can begin with itself is an error there).
@@ -18,9 +22,10 @@ its output: depth, number of rules, bytes, repetitions, work, and the number of 
 
 from __future__ import annotations
 
+import errno
 import json
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from decimal import Decimal
 from typing import Any
 
@@ -89,12 +94,35 @@ def _escaped(char: str) -> str:
     return f"\\x{point:02X}" if point < 0x100 else f"\\U{point:08X}"
 
 
+class TooLarge(OSError):
+    """No keyword can be dropped that would help."""
+
+    def __init__(self, sentence: str) -> None:
+        super().__init__(errno.EINVAL, sentence)
+
+
+#: What a loose conversion tries to do without, the first that helps.
+_DROPPED = (
+    (*REFUSED, "then", "else", "not"),
+    ("pattern", "format"),
+    ("multipleOf",),
+    ("uniqueItems",),
+    ("patternProperties", "propertyNames"),
+    ("minLength", "maxLength", "minItems", "maxItems", "minProperties", "maxProperties"),
+    ("minimum", "maximum", "exclusiveMinimum", "exclusiveMaximum"),
+    ("oneOf",),
+    ("allOf",),
+    ("anyOf", "enum", "const"),
+)
+
+
 class Converter:
     """Collects the rules of one grammar. `convert` may be called several times; `text` is the whole grammar."""
 
     def __init__(self, quick: bool = False) -> None:
         self._most_work = QUICK_WORK if quick else MAX_WORK
         self._quick = quick
+        self.loose = False  # see `loosely`
         self._rules = dict(_BASE)
         self._begins: dict[str, list[str]] = {}  # rule → rules that can be its first element
         self._known: dict[tuple[int, str], str] = {}  # (document, schema) → rule
@@ -121,6 +149,27 @@ class Converter:
         return rule
 
     @contextmanager
+    def loosely(self) -> Iterator[None]:
+        """Inside this block, keywords that a grammar cannot keep are dropped instead of refused. What is refused all
+        the same (it is too large, or allows nothing) leaves nothing behind."""
+        rules, begins, known, size, work = (
+            dict(self._rules),
+            dict(self._begins),
+            dict(self._known),
+            self._bytes,
+            self._work,
+        )
+        self.loose = True
+        try:
+            yield
+        except OSError:
+            self._rules, self._begins, self._known, self._bytes, self._work = rules, begins, known, size, work
+            self._strings = Strings(self.add, self._repeat, self._spend)
+            raise
+        finally:
+            self.loose = False
+
+    @contextmanager
     def _open(self, root: Schema) -> Iterator[None]:
         self._document = Document(root, self._spend)
         self._documents.append(self._document)  # keeps it alive: its address is used as a key
@@ -143,7 +192,7 @@ class Converter:
         if key not in self._rules:
             self._bytes += len(body) + len(key) + 8
             if len(self._rules) >= MAX_RULES or self._bytes > MAX_BYTES:
-                raise refuse("the schema is too large for a grammar")
+                raise TooLarge("the schema is too large for a grammar")
             self._rules[key] = body
         return key
 
@@ -154,7 +203,7 @@ class Converter:
             i += 1
             key = f"{name}-{i}"
         if len(self._rules) >= MAX_RULES:
-            raise refuse("the schema is too large for a grammar")
+            raise TooLarge("the schema is too large for a grammar")
         self._rules[key] = "value"
         return key
 
@@ -163,7 +212,7 @@ class Converter:
         if self._work > self._most_work:
             if self._quick:
                 raise Later
-            raise refuse("the schema is too complex for a grammar")
+            raise TooLarge("the schema is too complex for a grammar")
 
     @contextmanager
     def _at(self, *parts: str | int) -> Iterator[None]:
@@ -200,7 +249,25 @@ class Converter:
                 return "value"
             if not isinstance(schema, dict):
                 raise refuse(f"a schema must be an object or a boolean, not {json.dumps(schema)[:40]}")
-            return self._of(essential(schema), name, depth)
+            return self._kept(essential(schema), name, depth)
+
+    def _kept(self, schema: dict[str, Any], name: str, depth: int) -> str:
+        """The rule of a schema; of a loose conversion, of as much of it as a grammar can keep."""
+        try:
+            return self._of(schema, name, depth)
+        except (Impossible, TooLarge):
+            raise
+        except OSError:
+            if not self.loose:
+                raise
+        for weaker in _weaker(schema):
+            try:
+                return self._of(weaker, name, depth)
+            except TooLarge:
+                raise
+            except OSError:
+                continue
+        return "value"
 
     def _of(self, schema: dict[str, Any], name: str, depth: int) -> str:
         if not schema:
@@ -242,8 +309,8 @@ class Converter:
                 body = self._visit(target, f"{rule}-", depth + 1)
                 self._path = outside
             else:
-                body = self._of(self._document.merged(schema), f"{rule}-", depth + 1)
-        except Impossible:
+                body = self._kept(self._document.merged(schema), f"{rule}-", depth + 1)
+        except OSError:
             for stale in list(self._known)[before:]:  # rules made since then may refer to it
                 del self._known[stale]
             raise
@@ -347,11 +414,17 @@ class Converter:
         self._spend(len(branches) * (len(branches) - 1) // 2)
         for i, a in enumerate(branches):
             for j, b in enumerate(branches[:i]):
-                if not self._document.disjoint(a, b):
+                if not self._disjoint(a, b):
                     raise refuse(
                         f"oneOf: a value could match both branch {j} and branch {i}; use anyOf, or tell them apart "
                         "by type, by a required property or by a const"
                     )
+
+    def _disjoint(self, a: Schema, b: Schema) -> bool:
+        try:
+            return self._document.disjoint(a, b)
+        except Impossible:  # one of them allows no value at all
+            return True
 
     def _choice(self, schema: dict[str, Any], name: str) -> str:
         return self.add(name, self._trie(name, sorted({_json(value) for value in self._values(schema)})))
@@ -726,6 +799,20 @@ class Converter:
         return self.add(name, f'"0" | "-"? ({begin})')
 
 
+def _weaker(schema: dict[str, Any]) -> Iterator[dict[str, Any]]:
+    """The schema with less and less in it: without one group of keywords, then without more and more of these."""
+    for dropped in (*_DROPPED, *(sum(_DROPPED[:n], ()) for n in range(2, len(_DROPPED) + 1))):
+        weaker = {key: value for key, value in schema.items() if key not in dropped}
+        if "patternProperties" in schema and "patternProperties" not in weaker:
+            weaker["additionalProperties"] = True  # what the patterns allowed
+        if "oneOf" in schema and dropped == ("oneOf",):
+            weaker["anyOf"] = [*schema["oneOf"]]
+        if len(weaker) < len(schema) or "anyOf" in weaker:
+            yield weaker
+    if isinstance(schema.get("type"), str):
+        yield {"type": schema["type"]}
+
+
 def written_raw(schema: Schema, root: Schema) -> bool:
     """Is every value of this schema a string, so that it needs no quotes between tags?"""
     inner = Document(root, lambda work: None).follow(schema)
@@ -775,8 +862,9 @@ def _step(schema: dict[str, Any]) -> Decimal | None:
     return Decimal(repr(step)).normalize()
 
 
-def grammar_of(schema: Schema, quick: bool = False) -> str:
-    """The grammar of one schema. `quick`: raises `Later` where it takes long."""
+def grammar_of(schema: Schema, quick: bool = False, loose: bool = False) -> str:
+    """The grammar of one schema. `quick`: raises `Later` where it takes long. `loose`: see `Converter.loosely`."""
     converter = Converter(quick)
-    rule = converter.convert("s", schema)
+    with converter.loosely() if loose else nullcontext():
+        rule = converter.convert("s", schema)
     return converter.text() + f"root ::= {rule}\n"

@@ -151,10 +151,12 @@ def tools_grammar(
     choice: str = "auto",
     several: bool = True,
     quick: bool = False,
+    loose: frozenset[str] = frozenset(),
 ) -> str:
-    """The grammar of calls of these tools. `choice` "required": it includes the trigger of the first call."""
+    """The grammar of calls of these tools. `choice` "required": it includes the trigger of the first call. `loose`:
+    names of tools whose arguments are checked before the call is made (see `schema`)."""
     converter = Converter(quick)
-    calls = call_rules(dialect, tools, converter)
+    calls = call_rules(dialect, tools, converter, loose)
     root = dialect.rules(begun=choice != "required", several=several)
     return f"{converter.text()}{_by_token(model, f'{calls}{chr(10)}{root}', dialect)}\n"
 

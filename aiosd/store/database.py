@@ -7,10 +7,10 @@ a page that the disk has changed is an error for those who need it, and never a 
 
 **Group commit.** Most of a commit's time is the wait for the disk, which is the same for one call and for fifty. So the
 calls of one turn of the service share a transaction: `begin`, the calls, `commit`, and only then their answers. Each
-call has a savepoint, and one that fails undoes itself alone. When the whole transaction is lost (`commit` raises; or
-SQLite itself has undone it, which it does when a page cannot be read or the disk is full), nothing of it has happened:
-what was made in memory from it is dropped (`undone`), and the service does the calls again, each on its own. Outside of
-`begin` and `commit` each transaction is durable when it ends.
+call has a savepoint, or checks all before it changes anything (`bare`), and one that fails undoes itself alone. When
+the whole transaction is lost (`commit` raises; or SQLite itself has undone it, which it does when a page cannot be read
+or the disk is full), nothing of it has happened: what was made in memory from it is dropped (`undone`), and the service
+does the calls again, each on its own. Outside of `begin` and `commit` each transaction is durable when it ends.
 
 **Once.** `once` is how a call takes effect once, whatever dies: its effect and a memo of its reply are one transaction
 (see `memos`). **Room.** On a disk that is nearly full nothing may grow, and removals go on (see `room`).
@@ -21,7 +21,7 @@ from __future__ import annotations
 import errno
 import logging
 import os
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, NoReturn
@@ -40,9 +40,10 @@ from libaios import wire
 
 logger = logging.getLogger("store")
 
-VERSION = 3
+VERSION = 4
 FILE = "store.db"
 CHECKPOINT_PAGES = 1000  # of the WAL: a commit that exceeds this copies them into the file, in a tenth of a second
+IN_MEMORY = ("temp_store=MEMORY",)  # what a savepoint would put back
 CHECKSUM_BYTES = 8  # at the end of each page, as cksumvfs wants it
 
 #: What makes a schema of version n one of version n + 1. A migration is never changed after its release.
@@ -85,6 +86,15 @@ MIGRATIONS: tuple[str, ...] = (
                          owner INTEGER NOT NULL, UNIQUE(kind, item));
     CREATE INDEX pending_of_owner ON pending(owner);
     """,
+    # The indexes of notes' words and texts follow in the background (see `words`), and keep no copy of the texts.
+    """
+    CREATE TABLE wordless(note INTEGER PRIMARY KEY, owner INTEGER NOT NULL);
+    INSERT INTO wordless SELECT id, owner FROM notes;
+    DROP TABLE note_words;
+    DROP INDEX note_texts;
+    CREATE VIRTUAL TABLE note_words USING fts5(owner, text, content='', contentless_delete=1, tokenize='unicode61');
+    CREATE TABLE note_sums(owner INTEGER, sum INTEGER, note INTEGER, PRIMARY KEY(owner, sum, note)) WITHOUT ROWID;
+    """,
 )
 
 
@@ -92,16 +102,16 @@ class _Part:
     """One for all transactions of a database: how deep they are is in its books. (A generator for each would take as
     long as the statements within it.)"""
 
-    __slots__ = ("_database",)
+    __slots__ = ("_database", "_saved")
 
-    def __init__(self, database: Database) -> None:
-        self._database = database
+    def __init__(self, database: Database, saved: bool) -> None:
+        self._database, self._saved = database, saved
 
     def __enter__(self) -> None:
-        self._database._enter()
+        self._database._enter(self._saved)
 
     def __exit__(self, kind: object, err: BaseException | None, trace: object) -> None:
-        self._database._leave(err)
+        self._database._leave(err, self._saved)
 
 
 class Database:
@@ -113,7 +123,8 @@ class Database:
         self.undone: list[Callable[[], None]] = []  # called when a whole transaction was lost: drop what you made of it
         self.counts = {"commits": 0, "calls": 0, "undone": 0, "damaged": 0}
         self.memos = Memos(self.rows)
-        self._part = _Part(self)
+        self._part, self._bare = _Part(self, True), _Part(self, False)
+        self._changes = 0  # when the bare part began
         self._grouping = False
         self._depth = 0
         self._begun = False  # a transaction of ours is open,
@@ -163,7 +174,18 @@ class Database:
         return found[0] if found else None
 
     def do(self, sql: str, *values: Any) -> None:
-        self.rows(sql, *values)
+        """A statement that gives no rows."""
+        try:
+            self.db.execute(sql, values)
+        except apsw.Error as err:
+            self._fail(err)
+
+    def many(self, sql: str, all_values: Iterable[Sequence[Any]]) -> None:
+        """The same for each of these."""
+        try:
+            self.db.executemany(sql, all_values)
+        except apsw.Error as err:
+            self._fail(err)
 
     # ── transactions ──────────────────────────────────────────────────────────────────────────────────────
 
@@ -172,7 +194,7 @@ class Database:
         ends, or with `commit` where calls are grouped."""
         return self._part
 
-    def _enter(self) -> None:
+    def _enter(self, saved: bool) -> None:
         if self._lost is not None:
             raise self._lost  # this call will be done again, alone
         try:
@@ -180,35 +202,42 @@ class Database:
                 self.room.look()
                 self.db.execute("BEGIN IMMEDIATE")
                 self._begun = True
-            self.db.execute("SAVEPOINT part")
+            if saved:
+                self.db.execute("SAVEPOINT part")
+            else:
+                self._changes = self.db.total_changes()
         except apsw.Error as err:
             self._fail(err)
         self._depth += 1
 
-    def _leave(self, err: BaseException | None) -> None:
+    def _leave(self, err: BaseException | None, saved: bool) -> None:
         try:
-            if err is None:
-                self.db.execute("RELEASE part")
-            elif isinstance(err, apsw.Error):
+            if isinstance(err, apsw.Error):
                 raise err
+            if err is None and saved:
+                self.db.execute("RELEASE part")
         except apsw.Error as failed:
             self._note_lost(failed)
-            self._undo_part()
+            self._undo_part(saved)
             self._fail(failed)
         else:
             if err is not None:
-                self._undo_part()
+                self._undo_part(saved)
         finally:
             self._depth -= 1
         if err is None and not self._grouping and not self._depth:
             self._commit()
 
-    def _undo_part(self) -> None:
+    def _undo_part(self, saved: bool) -> None:
         if self._depth == 1 and not self._grouping:
             self._drop()
-        elif self._lost is None:
+        elif self._lost is not None:
+            pass
+        elif saved:
             self.db.execute("ROLLBACK TO part")
             self.db.execute("RELEASE part")
+        elif self.db.total_changes() != self._changes:
+            self._lost = wire.error(errno.EIO, "a call failed in the middle of what it does")
 
     def begin(self) -> None:
         """From now on calls share a transaction, until `commit`."""
@@ -295,15 +324,17 @@ class Database:
                 self.db.pragma("writable_schema", "RESET")
             self.do(make)
 
-    def once(self, ask: link.Ask, effect: Callable[[], Any], frees: bool = False) -> Any:
+    def once(self, ask: link.Ask, effect: Callable[[], Any], frees: bool = False, bare: bool = False) -> Any:
         """The reply of the call: of `effect`, or the one that it got before a death. `frees`: the call removes
-        something, and is done on a full disk, too."""
+        something, and is done on a full disk, too. `bare`: it makes its checks before its first change, so it needs no
+        savepoint, for which SQLite copies each page that is changed. Where it fails later all the same, the whole
+        transaction is lost."""
         assert not self._depth, "a memo belongs to the whole of a call"
         if ask.again:
             known = self.memos.find(ask)
             if known is not None:
                 return Raw(known)
-        with self.transaction():
+        with self._bare if bare else self._part:
             if not frees:
                 self.room.require()
             self.memos.make_room(ask)
@@ -371,7 +402,7 @@ def connect(path: Path) -> apsw.Connection:
     if new or not path.stat().st_size:
         db.reserve_bytes(None, CHECKSUM_BYTES)
     db.set_busy_timeout(0)
-    for setting in ("locking_mode=EXCLUSIVE", "journal_mode=WAL", "synchronous=FULL", "foreign_keys=ON"):
+    for setting in ("locking_mode=EXCLUSIVE", "journal_mode=WAL", "synchronous=FULL", "foreign_keys=ON", *IN_MEMORY):
         name, _, value = setting.partition("=")
         db.pragma(name, value)
     db.pragma("journal_size_limit", WAL_BYTES)

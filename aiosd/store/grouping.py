@@ -7,6 +7,7 @@ removal goes through on a disk on which its neighbour's addition does not.
 from __future__ import annotations
 
 import logging
+import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from functools import partial
@@ -16,6 +17,8 @@ from aiosd import link
 from aiosd.service import Server, failure
 
 logger = logging.getLogger("store")
+
+BUSY_S = 0.02  # after a message more are expected
 
 
 class Group(Protocol):
@@ -44,14 +47,21 @@ class Nothing:
 class GroupServer(Server):
     group: Group = field(default_factory=Nothing)
     _held: list[tuple[link.Answered | link.Failed, int]] = field(default_factory=list)  # answers before their commit
+    _came: float = 0.0  # when the last messages came
+
+    @property
+    def busy(self) -> bool:
+        """Calls keep coming."""
+        return time.monotonic() - self._came < BUSY_S
 
     def _turn(self, messages: list[link.ToService]) -> None:
+        self._came = time.monotonic()
         group = self.group
         group.begin()
         for message in messages:
             self._handle(message)
         if group.open and len(messages) > 1:
-            self._send(link.Working(None))  # a death from here on is no single call's fault
+            self.send(link.Working(None))  # a death from here on is no single call's fault
         try:
             group.commit()
         except OSError as err:

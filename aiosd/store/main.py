@@ -17,12 +17,16 @@ from libaios.channel import Channel
 from libaios.wire import Sys
 
 if TYPE_CHECKING:
+    from collections.abc import Callable
+
     from aiosd.store.meaning import Embedder
     from aiosd.store.memory import Memory
 
 logger = logging.getLogger("store")
 
 FAILED_S = 5.0  # after a chore that failed
+SHARE = 0.25  # of the time, for chores while calls keep coming
+MOST_WORDLESS = 8192  # texts that may wait for their words with that
 
 
 class StoreSpec(Struct, frozen=True):
@@ -45,11 +49,12 @@ class StoreSpec(Struct, frozen=True):
 
 
 class Chores:
-    """What the store does between calls: vectors for texts that wait for theirs, and the removal of notes whose time is
-    over. What fails is tried again later."""
+    """What the store does between calls: words and vectors for texts that wait for theirs, and the removal of notes
+    whose time is over. While calls keep coming (`busy`) a part of the time goes to that, unless too many texts wait.
+    What fails is tried again later."""
 
-    def __init__(self, memory: Memory) -> None:
-        self._memory = memory
+    def __init__(self, memory: Memory, busy: Callable[[], bool]) -> None:
+        self._memory, self._busy = memory, busy
         self._clean_at = self._next_at = 0.0
 
     def __call__(self) -> float:
@@ -57,14 +62,17 @@ class Chores:
         now = time.monotonic()
         if now < self._next_at:
             return self._next_at - now
+        memory = self._memory
         try:
             if now >= self._clean_at:
-                self._clean_at = now + self._memory.clean()
-            wait = self._memory.meaning.work()
+                self._clean_at = now + memory.clean()
+            wait = min(memory.words.work(), memory.meaning.work())
         except OSError as err:
             logger.warning("%s", err.strerror)
             self._next_at = now + FAILED_S
             return FAILED_S
+        if self._busy() and memory.words.waiting < MOST_WORDLESS:
+            self._next_at = now + (time.monotonic() - now) / SHARE
         return max(0.0, min(wait, self._clean_at - now))
 
 
@@ -91,7 +99,7 @@ def main(channel: Channel, spec: StoreSpec, rounds: Rounds) -> int:
         channel.send(link.encode(link.LoadFailed(f"the store cannot start: {err}")))
         return 1
     memory = Memory(database, spec.ram, spec.quota, meaning=meaning)
-    database.undone += [memory.cache.clear, meaning.forget, storage.undone]
+    database.undone += [meaning.forget, storage.undone]
     try:
         if database.begin_system(_boot()):
             storage.forget_system()
@@ -101,7 +109,8 @@ def main(channel: Channel, spec: StoreSpec, rounds: Rounds) -> int:
         logger.warning("what an earlier system has left stays for now: %s", err.strerror)
 
     def stats() -> dict[str, Any]:
-        return {**memory.cache.stats(), **database.stats(), **storage.stats(), **meaning.stats()}
+        parts = (memory.cache, database, storage, meaning, memory.words)
+        return {name: value for part in parts for name, value in part.stats().items()}
 
     def gone(peer: int) -> None:
         with database.transaction():
@@ -123,7 +132,8 @@ def main(channel: Channel, spec: StoreSpec, rounds: Rounds) -> int:
     archive.sweep_snapshots(Path(spec.folder))
     handlers = memory.handlers() | storage.handlers()
     handlers[Sys.STORE_SNAPSHOT] = lambda ask, args: archive.snapshot(database)
-    server = GroupServer(channel, handlers, stats, gone, keep, rest=rest, group=database, background=Chores(memory))
+    chores = Chores(memory, lambda: server.busy)
+    server = GroupServer(channel, handlers, stats, gone, keep, rest=rest, group=database, background=chores)
     ticker = Ticker(server.timers, storage.background)
     for fd in storage.watched:
         server.watch(fd, ticker.now)

@@ -133,13 +133,17 @@ class Meaning:
 
     def changed(self, kind: int, item: int, owner: int) -> None:
         """This text is new, or another one than before."""
-        self._db.do("DELETE FROM vectors WHERE kind = ? AND item = ?", kind, item)
+        self.gone(kind, item, owner)
+        self.enqueue(kind, [(item, owner)])
+
+    def enqueue(self, kind: int, texts: Iterable[tuple[int, int]]) -> None:
+        """These (item, owner) have no vectors."""
         if self.embedder is not None:
-            self._db.do("INSERT OR REPLACE INTO pending(kind, item, owner) VALUES(?, ?, ?)", kind, item, owner)
+            rows = [(kind, item, owner) for item, owner in texts]
+            self._db.many("INSERT OR REPLACE INTO pending(kind, item, owner) VALUES(?, ?, ?)", rows)
             self._queue_may_have_more = True
         elif self._incomplete:
             self._db.do("UPDATE embedders SET current = 0 WHERE current")
-        self._touch(kind, item, owner)
 
     def gone(self, kind: int, item: int, owner: int) -> None:
         self._db.do("DELETE FROM vectors WHERE kind = ? AND item = ?", kind, item)

@@ -14,7 +14,7 @@ from __future__ import annotations
 
 import errno
 import time
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from typing import Any
 
 import msgspec
@@ -25,11 +25,13 @@ from aiosd.store.database import Database
 from aiosd.store.lruk import LruK
 from aiosd.store.meaning import Meaning
 from aiosd.store.noterows import COLUMNS, FROM, LIVE, OVERHEAD, enter_labels, filtered, note_of, remove_labels, visible
-from aiosd.store.search import NOTES, NoteSearch
+from aiosd.store.search import NoteSearch
+from aiosd.store.words import NoteWords
 from libaios import wire
 from libaios.wire import Note, Sys
 
 KEYS = 10_000  # whose notes are found without a query
+OWNERS = 10_000  # whose numbers are known without one
 FILL = 0.8  # of `ram`
 CLEAN_S = 10.0  # between two looks for notes whose time is over,
 CLEAN_AT_ONCE = 100  # … of which at most this number are removed in one transaction
@@ -41,10 +43,13 @@ class Memory:
     ) -> None:
         self._db, self.quota, self._clock = database, quota, clock
         self.meaning = meaning if meaning is not None else Meaning(database, None, 0)
-        self._search = NoteSearch(database, self.meaning, clock)
+        self.words = NoteWords(database, self.meaning)
+        self.finder = NoteSearch(database, self.words, self.meaning, clock)
         size = int(ram * FILL)
         self.cache: LruK[tuple[str, Note]] = LruK(size, size // 4)
         self._ids: dict[tuple[str, str], int] = {}  # by owner and key, of notes that may be in the cache
+        self._owners: dict[str, int] = {}  # the numbers of owners
+        database.undone.append(self._undone)
 
     def handlers(self) -> dict[int, Any]:
         return {
@@ -71,7 +76,7 @@ class Memory:
         return self._find(ask.caller, args.note)
 
     def search(self, ask: link.Ask, args: wire.MemSearch) -> Any:
-        return self._search.search(ask.caller, args)
+        return self.finder.search(ask.caller, args)
 
     def list(self, ask: link.Ask, args: wire.MemList) -> list[Note]:
         where, values = filtered(self._db, args.filters, self._clock())
@@ -91,7 +96,7 @@ class Memory:
             "bytes": self._stored(name),
             "quota": self.quota,
             **self.cache.stats_of(name),
-            "pending": self.meaning.waiting([owner_id] if owner_id is not None else []),
+            "pending": 0 if owner_id is None else self.words.waiting_of(owner_id) + self.meaning.waiting([owner_id]),
             "search": self.meaning.how,
         }
 
@@ -99,11 +104,12 @@ class Memory:
 
     def add(self, ask: link.Ask, args: wire.MemAdd) -> Any:
         kept: list[tuple[str, Note]] = []
+        name = owners.group(ask.caller) if args.shared else owners.own(ask.caller)
+
+        if args.key is not None:
+            self._sweep(name)  # a note whose time is over is no earlier version
 
         def effect() -> int:
-            name = owners.group(ask.caller) if args.shared else owners.own(ask.caller)
-            owner_id = self._made_owner(name)
-            self._sweep(owner_id)
             old = self._of_key(name, args.key) if args.key is not None else None
             now = self._clock()
             note = Note(
@@ -118,11 +124,11 @@ class Memory:
                 version=old.version + 1 if old is not None else 1,
                 shared=args.shared,
             )
-            note = self._write(name, owner_id, note, old)
+            note = self._write(name, note, old)
             kept.append((name, note))
             return note.id
 
-        return self._changed(self._db.once(ask, effect), kept)
+        return self._changed(self._in_quota(ask, lambda: self._db.once(ask, effect, bare=True)), kept)
 
     def update(self, ask: link.Ask, args: wire.MemUpdate) -> Any:
         kept: list[tuple[str, Note]] = []
@@ -141,10 +147,10 @@ class Memory:
             changes = {field: value for field, value in given.items() if value is not None}
             note = msgspec.structs.replace(old, **changes, updated=now, version=old.version + 1)
             name = owners.group(ask.caller) if old.shared else owners.own(ask.caller)
-            kept.append((name, self._write(name, self._made_owner(name), note, old)))
+            kept.append((name, self._write(name, note, old)))
             return note.version
 
-        return self._changed(self._db.once(ask, effect), kept)
+        return self._changed(self._in_quota(ask, lambda: self._db.once(ask, effect)), kept)
 
     def remove(self, ask: link.Ask, args: wire.MemGet) -> Any:
         gone: list[int] = []
@@ -202,61 +208,82 @@ class Memory:
         row = self._db.row(f"SELECT {COLUMNS} {FROM} WHERE o.name = ? AND n.key = ?", name, key)
         return None if row is None else note_of(row)
 
-    def _made_owner(self, name: str) -> int:
-        self._db.do("INSERT OR IGNORE INTO owners(name) VALUES(?)", name)
-        owner_id = self._owner_id(name)
-        assert owner_id is not None
-        return owner_id
+    def _known_owner(self, name: str) -> int | None:
+        known = self._owners.get(name)
+        if known is None and (known := self._owner_id(name)) is not None:
+            if len(self._owners) >= OWNERS:
+                self._owners.clear()
+            self._owners[name] = known
+        return known
 
     def _owner_id(self, name: str) -> int | None:
         row = self._db.row("SELECT id FROM owners WHERE name = ?", name)
         return None if row is None else int(row[0])
 
-    def _write(self, name: str, owner_id: int, note: Note, old: Note | None) -> Note:
+    def _write(self, name: str, note: Note, old: Note | None) -> Note:
+        """Raises OSError (EDQUOT) before the first change."""
         size = _size(note)
-        grown = size - (_size(old) if old is not None else 0)
-        if grown > 0 and self._stored(name) + grown > self.quota:
-            raise wire.error(errno.EDQUOT, f"the quota of {self.quota} bytes of notes is used up")
+        owner_id = self._charge(name, size - (_size(old) if old is not None else 0))
         tags, metadata = (msgspec.json.encode(part).decode() for part in (note.tags, note.metadata))
         if old is not None:
             remove_labels(self._db, old.id)
+        how = "INSERT" if old is None else "REPLACE"
         self._db.do(
-            "INSERT OR REPLACE INTO notes VALUES(?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?)",
+            f"{how} INTO notes VALUES(?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?)",
             *(note.id or None, owner_id, note.key, note.text, tags, metadata),
             *(note.created, note.updated, note.expires, note.version, size),
         )
-        if not note.id:
+        if old is None:
             note = msgspec.structs.replace(note, id=self._db.db.last_insert_rowid())
-        self._db.do(
-            "INSERT OR REPLACE INTO note_words(rowid, owner, text) VALUES(?, ?, ?)",
-            note.id,
-            f"own{owner_id}",
-            note.text,
-        )
-        enter_labels(self._db, owner_id, note.id, tags, metadata)
-        if old is None or old.text != note.text:
-            self.meaning.changed(NOTES, note.id, owner_id)
-        self._db.do("UPDATE owners SET note_bytes = note_bytes + ? WHERE id = ?", grown, owner_id)
+            self.words.added(note.id, owner_id)
+        elif old.text != note.text:
+            self.words.changed(note.id, owner_id, old.text)
+        enter_labels(self._db, owner_id, note, metadata)
         return note
+
+    def _charge(self, name: str, grown: int) -> int:
+        """Returns the owner's number."""
+        owner_id = self._known_owner(name)
+        if owner_id is not None:
+            sql = "UPDATE owners SET note_bytes = note_bytes + ?1 WHERE id = ?2 AND (?1 <= 0 OR note_bytes + ?1 <= ?3)"
+            self._db.do(sql, grown, owner_id, self.quota)
+            if self._db.db.changes():
+                return owner_id
+        elif grown <= self.quota:  # its number is not remembered yet, for the call may be undone
+            self._db.do("INSERT INTO owners(name, note_bytes) VALUES(?, ?)", name, grown)
+            return self._db.db.last_insert_rowid()
+        raise wire.error(errno.EDQUOT, f"the quota of {self.quota} bytes of notes is used up")
+
+    def _in_quota(self, ask: link.Ask, act: Callable[[], Any]) -> Any:
+        """Where the quota is used up, notes go whose time is over."""
+        try:
+            return act()
+        except OSError as err:
+            if err.errno != errno.EDQUOT or not sum([self._sweep(name) for name in visible(ask.caller)]):
+                raise
+        return act()
 
     def _delete(self, ids: Iterable[int]) -> None:
         for note_id in ids:
-            row = self._db.row("SELECT owner FROM notes WHERE id = ?", note_id)
+            row = self._db.row("SELECT owner, text FROM notes WHERE id = ?", note_id)
             if row is not None:
-                self.meaning.gone(NOTES, note_id, row[0])
+                self.words.gone(note_id, *row)
             remove_labels(self._db, note_id)
             self._db.do(
                 "UPDATE owners SET note_bytes = note_bytes - (SELECT bytes FROM notes WHERE id = ?1) "
                 "WHERE id = (SELECT owner FROM notes WHERE id = ?1)",
                 note_id,
             )
-            self._db.do("DELETE FROM note_words WHERE rowid = ?", note_id)
             self._db.do("DELETE FROM notes WHERE id = ?", note_id)
 
-    def _sweep(self, owner_id: int) -> None:
-        """Rows of this owner whose time is over."""
+    def _sweep(self, name: str) -> int:
+        """Remove this owner's notes whose time is over; returns how many."""
         sql = "SELECT id FROM notes WHERE owner = ? AND expires <= ?"
-        self._delete([row[0] for row in self._db.rows(sql, owner_id, self._clock())])
+        over = [row[0] for row in self._db.rows(sql, self._known_owner(name), self._clock())]
+        if over:
+            with self._db.transaction():
+                self._delete(over)
+        return len(over)
 
     def clean(self) -> float:
         """Remove notes of all owners whose time is over, some at a time; returns after how many seconds to call this
@@ -274,6 +301,7 @@ class Memory:
         with self._db.transaction():
             self._delete([row[0] for row in self._db.rows(f"SELECT n.id {FROM} WHERE o.name = ?", name)])
             self._db.do("DELETE FROM owners WHERE name = ?", name)
+        self._owners.pop(name, None)
         self.cache.forget_owner(name)
 
     def _stored(self, name: str) -> int:
@@ -283,6 +311,12 @@ class Memory:
     def _count(self, name: str) -> int:
         row = self._db.row(f"SELECT count(*) {FROM} WHERE o.name = ? AND {LIVE}", name, self._clock())
         return 0 if row is None else int(row[0])
+
+    def _undone(self) -> None:
+        """A transaction was lost after it had ended: drop what was made in memory from it."""
+        self.cache.clear()
+        self._owners.clear()
+        self.words.recount()
 
     def _over(self, note: Note) -> bool:
         return note.expires is not None and note.expires <= self._clock()
@@ -303,4 +337,5 @@ class Memory:
 
 def _size(note: Note) -> int:
     parts = (note.text, note.key or "", *note.tags)
-    return OVERHEAD + sum(len(part.encode()) for part in parts) + len(msgspec.json.encode(note.metadata))
+    size = sum([len(part) if part.isascii() else len(part.encode()) for part in parts])
+    return OVERHEAD + size + (len(msgspec.json.encode(note.metadata)) if note.metadata else 2)

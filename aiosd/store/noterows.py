@@ -56,11 +56,14 @@ def marks(values: Iterable[Any]) -> str:
     return ", ".join("?" for _ in values)
 
 
-def enter_labels(db: Database, owner: int, note: int, tags: str, metadata: str) -> None:
+def enter_labels(db: Database, owner: int, note: Note, metadata: str) -> None:
     """Tags and metadata (JSON) of a note, where filters look for them."""
-    db.do("INSERT OR IGNORE INTO note_tags SELECT ?, value, ? FROM json_each(?)", owner, note, tags)
-    insert = f"INSERT OR IGNORE INTO note_fields SELECT ?, j.key, {FIELD}, ? FROM json_each(?) j"
-    db.do(insert, owner, note, metadata)
+    if note.tags:
+        rows = [(owner, tag, note.id) for tag in note.tags]
+        db.many("INSERT OR IGNORE INTO note_tags VALUES(?, ?, ?)", rows)
+    if note.metadata:
+        insert = f"INSERT OR IGNORE INTO note_fields SELECT ?, j.key, {FIELD}, ? FROM json_each(?) j"
+        db.do(insert, owner, note.id, metadata)
 
 
 def remove_labels(db: Database, note: int) -> None:

@@ -21,6 +21,7 @@ from aiosd.service import Pause
 from aiosd.store.database import Database
 from aiosd.store.meaning import Meaning
 from aiosd.store.noterows import COLUMNS, FROM, LIVE, filtered, marks, note_of, passing, visible
+from aiosd.store.words import NOTES, NoteWords
 from libaios import wire
 
 if TYPE_CHECKING:
@@ -29,7 +30,6 @@ if TYPE_CHECKING:
 #: For each owner the notes that pass the filters; None: all do.
 Among = Mapping[int, Sequence[int] | None]
 
-NOTES = 0  # the kind of notes in `meaning`
 WORDS, HALF = 0.15, 8.0
 ITSELF = 2.0  # for a note whose text is the query: more than any other score
 LEAST = 50  # candidates of each side
@@ -52,8 +52,8 @@ class Notes:
 
 
 class NoteSearch:
-    def __init__(self, database: Database, meaning: Meaning, clock: Callable[[], float]) -> None:
-        self._db, self._meaning, self._clock = database, meaning, clock
+    def __init__(self, database: Database, words: NoteWords, meaning: Meaning, clock: Callable[[], float]) -> None:
+        self._db, self._words, self._meaning, self._clock = database, words, meaning, clock
 
     def search(
         self, caller: link.Caller, args: wire.MemSearch
@@ -64,11 +64,19 @@ class NoteSearch:
         names = visible(caller)
         rows = self._db.rows(f"SELECT id FROM owners WHERE name IN ({marks(names)})", *names)
         owners = [row[0] for row in rows]
-        if args.by == "words" or not owners or self._meaning.embedder is None:
+        words = self._words.finish(owners)
+        by_words = args.by == "words" or not owners or self._meaning.embedder is None
+        if words is None and by_words:
             return self.ranked(owners, args, None)
-        return self._by_meaning(owners, args)
+        return self._later(owners, args, words, by_words)
 
-    def _by_meaning(self, owners: Sequence[int], args: wire.MemSearch) -> Generator[Pause, None, list[wire.Found]]:
+    def _later(
+        self, owners: Sequence[int], args: wire.MemSearch, words: Generator[Pause, None, None] | None, by_words: bool
+    ) -> Generator[Pause, None, list[wire.Found]]:
+        if words is not None:
+            yield from words
+        if by_words:
+            return self.ranked(owners, args, None)
         vector = yield from self._meaning.vector_of(args.query)
         if args.by == "meaning" and self._meaning.away:
             raise wire.error(errno.EAGAIN, "the embedder does not answer")
@@ -110,12 +118,7 @@ class NoteSearch:
 
     def _by_text(self, owners: Sequence[int], args: wire.MemSearch) -> list[int]:
         where, values = filtered(self._db, args.filters, self._clock())
-        sql = (
-            f"SELECT n.id FROM notes n WHERE n.owner IN ({marks(owners)}) AND length(n.text) = length(?) "
-            f"AND substr(n.text, 1, 32) = substr(?, 1, 32) AND n.text = ? AND {where} ORDER BY n.id DESC LIMIT ?"
-        )
-        query = args.query
-        return [row[0] for row in self._db.rows(sql, *owners, query, query, query, *values, args.k)]
+        return self._words.same(owners, args.query, where, values, args.k)
 
     def _fetch(self, notes: Sequence[int], scores: Mapping[int, float]) -> list[wire.Found]:
         found: dict[int, tuple[Any, ...]] = {}

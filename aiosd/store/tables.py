@@ -98,7 +98,12 @@ REBUILD: tuple[tuple[str, str], ...] = (
         "SELECT f.owner, 200 FROM versions v JOIN files f ON f.id = v.file) GROUP BY owner",
     ),
     ("unindexed", "INSERT INTO unindexed SELECT id FROM files WHERE removed IS NULL"),
-    ("note_words", "INSERT INTO note_words(rowid, owner, text) SELECT id, 'own' || owner, text FROM notes"),
+    ("wordless", "INSERT INTO wordless SELECT id, owner FROM notes"),
+    (
+        "note_words",  # of a schema that has no such queue
+        "INSERT INTO note_words(rowid, owner, text) SELECT id, 'own' || owner, text FROM notes "
+        "WHERE NOT EXISTS (SELECT 1 FROM sqlite_schema WHERE name = 'wordless')",
+    ),
 )
 
 

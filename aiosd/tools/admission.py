@@ -16,6 +16,9 @@ from collections import Counter
 from collections.abc import Hashable, Iterator, Mapping
 from dataclasses import dataclass, field
 from itertools import count
+from typing import Generic, TypeVar
+
+K = TypeVar("K", bound=Hashable)
 
 OVERTAKES = 16
 
@@ -37,8 +40,8 @@ class Needs:
 
 
 @dataclass(slots=True, eq=False)
-class _Waiting:
-    key: Hashable
+class _Waiting(Generic[K]):
+    key: K
     agent: int
     needs: Needs
     number: int  # the order of arrival
@@ -71,13 +74,14 @@ class _Held:
         return _Held(Counter(self.tools), Counter(self.readers), Counter(self.writers))
 
 
-class Admission:
-    """`submit` a call, ask `begin` for those that may run now, `end` each. `running` is bounded by `workers`."""
+class Admission(Generic[K]):
+    """`submit` a call, ask `begin` for those that may run now, `end` each. `running` is bounded by `workers`. `K`: what
+    calls are named by."""
 
     def __init__(self, workers: int) -> None:
         self.workers = workers
-        self._waiting: dict[Hashable, _Waiting] = {}  # in order of arrival
-        self._running: dict[Hashable, Needs] = {}
+        self._waiting: dict[K, _Waiting[K]] = {}  # in order of arrival
+        self._running: dict[K, Needs] = {}
         self._held = _Held()
         self._turns: dict[int, int] = {}  # when each agent with calls began one last
         self._arrivals = count()
@@ -91,7 +95,7 @@ class Admission:
     def running(self) -> int:
         return len(self._running)
 
-    def position(self, key: Hashable) -> Mapping[str, int] | None:
+    def position(self, key: K) -> Mapping[str, int] | None:
         """Of a waiting call: how many came before it, and how many have overtaken it. None: it does not wait."""
         call = self._waiting.get(key)
         if call is None:
@@ -99,13 +103,13 @@ class Admission:
         before = sum(other.number < call.number for other in self._waiting.values())
         return {"before": before, "overtaken": call.overtaken}
 
-    def submit(self, key: Hashable, agent: int, needs: Needs) -> None:
+    def submit(self, key: K, agent: int, needs: Needs) -> None:
         self._waiting[key] = _Waiting(key, agent, needs, next(self._arrivals))
         self._turns.setdefault(agent, 0)
 
-    def begin(self) -> list[Hashable]:
+    def begin(self) -> list[K]:
         """The calls that begin now, in this order. They hold what they need until `end`."""
-        begun: list[Hashable] = []
+        begun: list[K] = []
         while len(self._running) < self.workers:
             call = next(self._able(), None)
             if call is None:
@@ -114,7 +118,7 @@ class Admission:
             begun.append(call.key)
         return begun
 
-    def end(self, key: Hashable) -> None:
+    def end(self, key: K) -> None:
         """The call is over, or is not wanted any more. May be called again."""
         waiting = self._waiting.pop(key, None)
         needs = self._running.pop(key, None)
@@ -123,10 +127,10 @@ class Admission:
         if waiting is not None or needs is not None:
             self._forget_agents()
 
-    def _able(self) -> Iterator[_Waiting]:
+    def _able(self) -> Iterator[_Waiting[K]]:
         """The waiting calls that can begin, the one whose turn it is first."""
         held = self._held.copy()
-        first: dict[tuple[int, str], _Waiting] = {}
+        first: dict[tuple[int, str], _Waiting[K]] = {}
         for call in self._waiting.values():
             first.setdefault((call.agent, call.needs.tool), call)
         able = []
@@ -137,7 +141,7 @@ class Admission:
                 held.change(call.needs, 1)  # kept for it: nothing that came later takes any of this
         yield from sorted(able, key=lambda call: (call.overtaken < OVERTAKES, self._turns[call.agent], call.number))
 
-    def _begin(self, call: _Waiting) -> None:
+    def _begin(self, call: _Waiting[K]) -> None:
         del self._waiting[call.key]
         for older in self._waiting.values():
             if older.number < call.number and older.needs.conflicts(call.needs):

@@ -16,8 +16,7 @@ from typing import Annotated, Any
 
 from msgspec import Meta
 
-from aiosd.tools import web
-from libaios.agents import react
+from aiosd.tools import direct, web
 from libaios.tool import define
 
 MAX_FILE = 1 << 20  # bytes
@@ -26,18 +25,7 @@ KEPT_OUTPUT = 200_000  # bytes of what a program writes
 Text = Annotated[str, Meta(max_length=MAX_FILE)]
 Name = Annotated[str, Meta(min_length=1, max_length=1024)]
 
-
-@define(instances=64, time=10)
-def calc(expression: Annotated[str, Meta(max_length=react.MAX_EXPRESSION)]) -> str:
-    """Computes arithmetic.
-
-    Args:
-        expression: for example (3 + 4) * 2.5
-    """
-    try:
-        return react.calc(expression)
-    except react.ToolError as err:
-        raise ValueError(str(err)) from None
+globals().update(direct.FUNCTIONS)  # described with the others; the toolbox runs them itself
 
 
 @define(instances=4, time=60)

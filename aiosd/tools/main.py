@@ -20,18 +20,21 @@ import posixpath
 import shutil
 import signal
 import threading
-from collections.abc import Iterable
+from collections.abc import Callable, Generator, Iterable
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import msgspec
 
-from aiosd import link
+from aiosd import link, sealed
 from aiosd.heartbeat import Rounds
 from aiosd.sandbox.box import Box
 from aiosd.service import LATER, Server
+from aiosd.tools import direct
 from aiosd.tools.admission import Admission, Needs
+from aiosd.tools.errands import Errands
 from aiosd.tools.messages import Described, Done, Run, Tool
 from aiosd.tools.pins import Pins
 from aiosd.tools.pool import Job, Pool
@@ -47,6 +50,7 @@ CHANGED = (
     "the server describes {0} otherwise than before; it is not offered until a person has looked at it: "
     "aiosd tools --trust {0}"
 )
+ERRANDS = 256  # that are with the kernel at a time
 PR_SET_CHILD_SUBREAPER = 36
 
 
@@ -83,18 +87,24 @@ class Toolbox:
             on_gone=self.peer_gone,
             on_keep=self.only_alive,
             on_cancel=self.cancelled,
+            on_again=lambda key: self.errands.again(key),
+            others=self._other,
             queued=frozenset((Sys.TOOL_CALL, Sys.TOOL_LIST)),
         )
-        self.admission = Admission(spec.workers)
+        self.admission: Admission[link.Key] = Admission(spec.workers)
+        self.errands = Errands(self.server.send)
+        self.direct: Admission[link.Key] = Admission(ERRANDS)  # of calls whose tool is a system call
+        self._direct: dict[link.Key, Callable[[], None]] = {}  # what begins each of them
         self.pins = Pins(Path(spec.folder).parent / "tools.json")
         self._loading = {BUILT_IN, *spec.files}
-        self._starting = {f"{MCP}{name}" for name in spec.servers}  # servers, on which only their own calls wait
+        servers = sealed.servers(spec.sealed) if spec.sealed >= 0 else {}
+        self._starting = {f"{MCP}{name}" for name in servers}  # servers, on which only their own calls wait
         self._early: list[tuple[link.Ask, Any]] = []  # calls that came before all sources were loaded
         self._calls: dict[link.Key, _Call] = {}
         self._served = 0
         os.makedirs(spec.folder, mode=0o700, exist_ok=True)
         self.pool = Pool(
-            self.server.timers, self.server.watch, self.server.forget, spec.folder, self._described, spec.servers
+            self.server.timers, self.server.watch, self.server.forget, spec.folder, self._described, servers
         )
 
     def run(self, rounds: Rounds) -> int:
@@ -151,7 +161,7 @@ class Toolbox:
             logger.error("%s: there is a tool %s already (%s)", source, tool.name, known.info.source)
             return
         try:
-            validator = jsonschema_rs.validator_for(tool.parameters)
+            validator = jsonschema_rs.validator_for(tool.parameters, offline=True)  # nothing is fetched for it
         except ValueError as err:
             self.errors[f"{source}: {tool.name}"] = f"its parameters are no JSON Schema: {err}"
             logger.error("%s: the parameters of %s are no JSON Schema: %s", source, tool.name, err)
@@ -187,6 +197,8 @@ class Toolbox:
         known = self._check(args)
         tool = known.tool
         self._served += 1
+        if known.source == BUILT_IN and tool.name in direct.FUNCTIONS:
+            return self._call_direct(ask, tool, args)
         folder = self._folder(ask.caller)
         job = Job(
             tool,
@@ -199,6 +211,37 @@ class Toolbox:
         self.admission.submit(ask.key, ask.caller.pid, needs_of(tool, args.arguments, folder))
         self.server.timers.after(0.0, self._begin)  # once this call is known as one that is answered later
         return LATER
+
+    def _call_direct(self, ask: link.Ask, tool: Tool, args: CallTool) -> Any:
+        """A tool that needs no worker."""
+        key = ask.key
+        try:
+            result = direct.FUNCTIONS[tool.name](**args.arguments)
+        except ValueError as err:
+            raise wire.error(errno.EINVAL, str(err)) from None
+        if not isinstance(result, Generator):
+            return result
+        self._direct[key] = lambda: self.errands.begin(key, result, partial(self._errand_done, key))
+        self.direct.submit(key, ask.caller.pid, Needs(tool.name, tool.instances))
+        self.server.timers.after(0.0, self._begin_direct)  # once this call is known as one that is answered later
+        return LATER
+
+    def _begin_direct(self) -> None:
+        for key in self.direct.begin():
+            self.server.begun(key)
+            self._direct.pop(key)()
+
+    def _errand_done(self, key: link.Key, result: Any, error: OSError | None) -> None:
+        self.direct.end(key)
+        if error is not None:
+            self.server.fail(key, error)
+        else:
+            self.server.answer(key, direct.plain(result))
+        self._begin_direct()
+
+    def _other(self, message: link.ToService) -> None:
+        if isinstance(message, link.ErrandDone):
+            self.errands.replied(message)
 
     def _resume(self, ask: link.Ask, args: Any) -> None:
         """An early call, now that everything is loaded."""
@@ -222,8 +265,8 @@ class Toolbox:
 
     def _begin(self) -> None:
         for key in self.admission.begin():
-            call = self._calls[key]  # type: ignore[index] # every waiting call has one
-            self.server.begun(key)  # type: ignore[arg-type]
+            call = self._calls[key]
+            self.server.begun(key)
             self.pool.run(call.source, call.box, call.job)
 
     def _done(self, key: link.Key, done: Done) -> None:
@@ -240,6 +283,10 @@ class Toolbox:
     def cancelled(self, key: link.Key) -> None:
         """The caller does not wait for the call any more."""
         self._early = [(ask, args) for ask, args in self._early if ask.key != key]
+        if self._direct.pop(key, None) is not None or key in self.errands:
+            self.direct.end(key)
+            self.errands.cancel(key)
+            self._begin_direct()
         call = self._calls.get(key)
         if call is None:
             return

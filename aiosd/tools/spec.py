@@ -29,13 +29,13 @@ class McpServer(Struct, frozen=True, forbid_unknown_fields=True):
 
 
 class ToolboxSpec(Struct, frozen=True):
-    """Settings of the toolbox: the folder for its callers' folders, files of tools, calls that run at a time, and MCP
-    servers by name."""
+    """Settings of the toolbox: the folder for its callers' folders, files of tools, calls that run at a time, and the
+    descriptor in which the MCP servers are (`aiosd.sealed`; -1: there are none)."""
 
     folder: str
     files: tuple[str, ...] = ()
     workers: int = 8
-    servers: dict[str, McpServer] = {}
+    sealed: int = -1
 
 
 def read_servers(table: Any) -> dict[str, McpServer]:

@@ -56,7 +56,13 @@ _BINARY: dict[type[ast.operator], Callable[[Any, Any], Any]] = {
     ast.Pow: lambda a, b: _power(a, b),
 }
 _UNARY: dict[type[ast.unaryop], Callable[[Any], Any]] = {ast.UAdd: operator.pos, ast.USub: operator.neg}
-_FUNCTIONS: dict[str, Callable[..., Any]] = {"sqrt": math.sqrt, "abs": abs, "round": round, "min": min, "max": max}
+_FUNCTIONS: dict[str, Callable[..., Any]] = {
+    "sqrt": math.sqrt,
+    "abs": abs,
+    "round": lambda *args: _rounded(*args),
+    "min": min,
+    "max": max,
+}
 
 # How people write arithmetic, and how Python writes it.
 _SPELLINGS = [
@@ -115,6 +121,13 @@ def _power(base: int | float, exponent: int | float) -> Any:
     if isinstance(base, int) and isinstance(exponent, int) and base.bit_length() * abs(exponent) > MAX_BITS:
         raise OverflowError
     return base**exponent
+
+
+def _rounded(value: int | float, digits: int = 0) -> Any:
+    """Refuses digits for which Python would first compute a power of ten that does not end."""
+    if abs(digits) > MAX_BITS:
+        raise OverflowError
+    return round(value, digits) if digits else round(value)
 
 
 def _written(value: int | float) -> str:

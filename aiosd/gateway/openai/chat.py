@@ -37,6 +37,7 @@ async def complete(request: Request) -> None:
     await request.reply(
         {
             **head,
+            "model": found[0].model or model.name,  # of a route, the one that answered
             "object": "chat.completion",
             "system_fingerprint": FINGERPRINT,
             "choices": [_choice(i, result, asked) for i, result in enumerate(found)],
@@ -105,12 +106,15 @@ class ChatForm:
     kind, comment = generation.EVENTS, generation.COMMENT
 
     def __init__(self, head: dict[str, Any], asked: fields.Asked, with_usage: bool) -> None:
-        whole = {**head, "object": "chat.completion.chunk", "system_fingerprint": FINGERPRINT}
-        self._front = b"data: " + encode(whole)[:-1] + b',"choices":['
+        self._head = {**head, "object": "chat.completion.chunk", "system_fingerprint": FINGERPRINT}
+        self._front = self._fronted()
         self._back = b'],"usage":null}\n\n' if with_usage else b"]}\n\n"
         self._with_usage = with_usage
         self._asked = asked
         self._calls = [Written(asked) for _ in asked.args]
+
+    def _fronted(self, **other: str) -> bytes:
+        return b"data: " + encode({**self._head, **other})[:-1] + b',"choices":['
 
     def begin(self) -> bytes:
         first = {"role": "assistant", "content": "", "refusal": None}
@@ -118,6 +122,8 @@ class ChatForm:
 
     def piece(self, index: int, piece: Piece) -> bytes:
         made = []
+        if piece.model and piece.model != self._head["model"]:
+            self._front = self._fronted(model=piece.model)  # of a route, the one that answers
         if piece.reasoning:
             made.append(self._delta(index, b'{"reasoning_content":' + encode(piece.reasoning) + b"}"))
         if piece.text or piece.logprobs:

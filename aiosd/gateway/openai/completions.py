@@ -42,7 +42,8 @@ async def complete(request: Request) -> None:
         for i, result in enumerate(found)
     ]
     used = usage(generation.total([result.usage for result in found], per_prompt))
-    await request.reply({**head, "system_fingerprint": FINGERPRINT, "choices": choices, "usage": used})
+    named = {"model": found[0].model or model.name}  # of a route, the one that answered
+    await request.reply({**head, **named, "system_fingerprint": FINGERPRINT, "choices": choices, "usage": used})
 
 
 def _arguments(asked: Completion, model: ModelInfo) -> tuple[list[wire.Generate], list[str]]:

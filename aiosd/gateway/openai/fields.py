@@ -302,9 +302,20 @@ def _tools(fields: Chat) -> tuple[list[dict[str, Any]], str | dict[str, Any]]:
     for i, tool in enumerate(tools):
         if tool.get("type", "function") != "function":
             raise Problem(400, f"tools[{i}].type: only functions, not {tool['type']!r:.60}", param=f"tools[{i}].type")
+    tools = [_not_strict(tool) for tool in tools]
     if isinstance(choice, dict) and choice.get("type") == "allowed_tools":
         return _allowed(tools, choice.get("allowed_tools", choice))
     return tools, choice
+
+
+def _not_strict(tool: dict[str, Any]) -> dict[str, Any]:
+    """In this API arguments need not fit the schema, unless the tool is `strict`: what no grammar can keep is left to
+    the program, which checks them, instead of refusing the whole request."""
+    function = tool.get("function", tool)
+    if not isinstance(function, dict) or function.get("strict"):
+        return tool
+    loose = {**function, "strict": False}
+    return {**tool, "function": loose} if "function" in tool else loose
 
 
 def _allowed(tools: list[dict[str, Any]], allowed: Any) -> tuple[list[dict[str, Any]], str]:

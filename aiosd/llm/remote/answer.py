@@ -1,14 +1,17 @@
 """The chunks of a streamed answer, as what a core sends: text with marks between its parts (`libaios.parts`), tool
-calls, usage, and why it ended. What an endpoint sends is not trusted: `Wrong` says what does not fit."""
+calls, usage, and why it ended. What an endpoint sends is not trusted: `Wrong` says what does not fit.
+
+Only the fields that are named here are looked at; what else a chunk holds is skipped without being built.
+"""
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
 import msgspec
+from msgspec import Raw, Struct
 
 from libaios import parts
 from libaios.wire import ToolCall, Usage
@@ -16,10 +19,67 @@ from libaios.wire import ToolCall, Usage
 _REASONS = {"stop": "stop", "length": "length", "tool_calls": "tool_calls", "function_call": "tool_calls"}
 MOST_CHARACTERS = 2 << 20
 MOST_CALLS = 128
+MOST_NAME = 256  # characters of a tool's name, or of a call's id
+MOST_DEPTH = 64  # of the values in arguments: what travels on must be decoded elsewhere, too
+_UNBUILT = (msgspec.DecodeError, RecursionError)
 
 
 class Wrong(Exception):
     """The endpoint's answer is not one."""
+
+
+# ── the fields of a chunk ─────────────────────────────────────────────────────────────────────────────────
+
+
+class _Function(Struct):
+    name: str | None = None
+    arguments: str | dict[str, Any] | None = None
+
+
+class _CallPiece(Struct):
+    index: int | None = None
+    id: str | int | None = None
+    function: _Function | None = None
+
+
+class _ContentPart(Struct):
+    text: str | None = None
+
+
+class _Message(Struct):
+    content: str | list[_ContentPart] | None = None
+    reasoning_content: str | None = None
+    reasoning: str | None = None
+    tool_calls: list[_CallPiece] | None = None
+
+
+class _Choice(Struct):
+    delta: _Message | None = None
+    message: _Message | None = None  # where it does not stream
+    text: str | None = None  # of a completion
+    finish_reason: str | None = None
+
+
+class _Chunk(Struct):
+    choices: list[_Choice] | None = None
+    usage: Raw = Raw()
+    error: Raw = Raw()
+
+
+class _Details(Struct):
+    cached_tokens: Any = 0
+
+
+class _UsageFields(Struct):
+    prompt_tokens: Any = 0
+    completion_tokens: Any = 0
+    prompt_tokens_details: _Details | None = None
+
+
+_decode = msgspec.json.Decoder(_Chunk).decode
+
+
+# ── one attempt ───────────────────────────────────────────────────────────────────────────────────────────
 
 
 @dataclass
@@ -36,27 +96,24 @@ class Answer:
     text: list[str] = field(default_factory=list)  # pieces, with marks
     usage: Usage | None = None
     reason: str = ""
-    length: int = 0
+    length: int = 0  # characters of all of it
     chunks: int = 0  # those with something in them: about as many as there are tokens
     _part: str = parts.TEXT
-    _calls: dict[int, _Call] = field(default_factory=dict)
+    _calls: list[_Call] = field(default_factory=list)
+    _by_index: dict[int | None, _Call] = field(default_factory=dict)
 
     def take(self, data: bytes) -> str:
         """One event of the stream; the text that it adds. Raises Wrong."""
         try:
-            chunk = msgspec.json.decode(data)
-        except msgspec.DecodeError:
+            chunk = _decode(data)
+        except msgspec.ValidationError as error:
+            raise Wrong(f"a chunk that is none: {error}") from None
+        except _UNBUILT:
             raise Wrong(f"a chunk that is no JSON: {data[:80]!r}") from None
-        if not isinstance(chunk, dict):
-            raise Wrong("a chunk that is no object")
-        if chunk.get("error"):
-            raise Wrong(f"an error in the stream: {sentence(chunk)}")
-        if isinstance(chunk.get("usage"), dict):
-            self.usage = _usage(chunk["usage"])
-        choices = chunk.get("choices") or []
-        if not isinstance(choices, list) or not all(isinstance(choice, dict) for choice in choices):
-            raise Wrong("choices that are none")
-        added = "".join(self._choice(choice) for choice in choices[:1])
+        if bytes(chunk.error) not in (b"", b"null"):
+            raise Wrong(f"an error in the stream: {sentence(loosely(chunk.error))}")
+        self.usage = _usage(chunk.usage) or self.usage
+        added = "".join(self._choice(choice) for choice in (chunk.choices or ())[:1])
         if added:
             self.text.append(added)
             self.length += len(added)
@@ -64,96 +121,146 @@ class Answer:
             raise Wrong(f"more than {MOST_CHARACTERS} characters")
         return added
 
-    def _choice(self, choice: dict[str, Any]) -> str:
-        if choice.get("finish_reason"):
-            self.reason = _REASONS.get(str(choice["finish_reason"]), "stop")
-        delta = choice.get("delta") or choice.get("message")  # the second where it does not stream
-        if not isinstance(delta, dict):
-            delta = {"content": choice.get("text")}
-        thoughts = self._said(parts.REASONING, delta.get("reasoning_content") or delta.get("reasoning"))
-        added = thoughts + self._said(parts.TEXT, delta.get("content"))
-        calls = delta.get("tool_calls") or []
+    def _choice(self, choice: _Choice) -> str:
+        if choice.finish_reason:
+            self.reason = _REASONS.get(choice.finish_reason, "stop")
+        message = choice.delta or choice.message or _Message(content=choice.text)
+        thoughts = self._written(parts.REASONING, message.reasoning_content or message.reasoning)
+        added = thoughts + self._written(parts.TEXT, _content(message.content))
+        calls = message.tool_calls or []
         if added or calls:
             self.chunks += 1
-        for number, call in enumerate(calls if isinstance(calls, list) else []):
-            self._call(call, number)
+        for place, piece in enumerate(calls):
+            self._call(piece, place)
         return added
 
-    def _said(self, part: str, text: object) -> str:
-        if not isinstance(text, str) or not text:
+    def _written(self, part: str, text: str | None) -> str:
+        if not text:
             return ""
         mark = part if part != self._part else ""
         self._part = part
         return mark + parts.cleaned(text)
 
-    def _call(self, piece: Any, number: int) -> None:
-        if not isinstance(piece, dict) or not isinstance(piece.get("index", number), int):
-            raise Wrong("a tool call that is none")
-        index, function = piece.get("index", number), piece.get("function") or {}
-        if not 0 <= index < MOST_CALLS or not isinstance(function, dict):
-            raise Wrong("a tool call that is none")
-        call = self._calls.setdefault(index, _Call())
-        call.id = call.id or str(piece.get("id") or "")
-        call.name = call.name or str(function.get("name") or "")
-        call.arguments.append(str(function.get("arguments") or ""))
-        self.length += len(call.arguments[-1])
+    def _call(self, piece: _CallPiece, place: int) -> None:
+        """Some endpoints give calls no index, or all of them the same one: an id or a name that differs begins a call,
+        too."""
+        function = piece.function or _Function()
+        index = place if piece.index is None else piece.index
+        name, id_ = function.name or "", "" if piece.id is None else str(piece.id)
+        call = self._by_index.get(index)
+        if call is None or (name and call.name and ((id_ and id_ != call.id) or (piece.index is None and not id_))):
+            if len(self._calls) >= MOST_CALLS:
+                raise Wrong(f"more than {MOST_CALLS} tool calls")
+            call = self._by_index[index] = _Call()
+            self._calls.append(call)
+        call.id = call.id or id_[:MOST_NAME]
+        call.name = call.name or name[:MOST_NAME]
+        arguments = function.arguments or ""
+        text = arguments if isinstance(arguments, str) else msgspec.json.encode(arguments).decode()
+        call.arguments.append(text)
+        self.length += len(text) + 1
 
     def calls(self, tools: Mapping[str, dict[str, Any]], default_id: str) -> list[ToolCall]:
         """The tool calls, each checked against its tool. Raises Wrong."""
         found = []
-        for index, call in sorted(self._calls.items()):
+        for number, call in enumerate(self._calls):
             if call.name not in tools:
                 raise Wrong(f"a call of {call.name!r:.80}, which is none of the tools")
-            try:
-                arguments = json.loads("".join(call.arguments) or "{}")
-            except ValueError:
-                raise Wrong(f"arguments of {call.name} that are no JSON") from None
-            check(arguments, tools[call.name], f"arguments of {call.name}")
+            arguments = parsed("".join(call.arguments) or "{}", f"arguments of {call.name}")
             if not isinstance(arguments, dict):
                 raise Wrong(f"arguments of {call.name} that are no object")
-            found.append(ToolCall(call.id or f"{default_id}{index}", call.name, arguments))
+            check(arguments, tools[call.name], f"arguments of {call.name}")
+            found.append(ToolCall(call.id or f"{default_id}{number}", call.name, arguments))
         return found
 
-    def said(self) -> str:
+    def spoken(self) -> str:
         """The answer without thoughts."""
         return parts.Splitter().split("".join(self.text))[0]
 
 
+def _content(content: str | list[_ContentPart] | None) -> str | None:
+    if not isinstance(content, list):
+        return content
+    return "".join(part.text or "" for part in content)
+
+
+# ── checks ────────────────────────────────────────────────────────────────────────────────────────────────
+
+
+def parsed(text: str, what: str) -> Any:
+    """JSON whose value every process on the way to the agent can carry. Raises Wrong."""
+    try:
+        value = msgspec.json.decode(text)
+    except _UNBUILT:
+        raise Wrong(f"{what} that are no JSON" if what.startswith("arg") else f"{what} that is no JSON") from None
+    level = [value]
+    for _ in range(MOST_DEPTH):
+        if any(isinstance(one, int) and not -(1 << 63) <= one < 1 << 64 for one in level):
+            raise Wrong(f"{what} with a number of more than 64 bits")
+        level = [inner for one in level if isinstance(one, dict | list) for inner in _inside(one)]
+        if not level:
+            return value
+    raise Wrong(f"{what} of more than {MOST_DEPTH} levels")
+
+
+def _inside(value: dict[str, Any] | list[Any]) -> Any:
+    return value.values() if isinstance(value, dict) else value
+
+
 def check(value: Any, schema: dict[str, Any] | bool, what: str) -> None:
-    """Raises Wrong with the place. A schema that cannot be used checks nothing: the endpoint has taken it."""
+    """Raises Wrong with the place. A schema that cannot be used checks nothing: the endpoint has taken it. `offline`:
+    an agent's schema must not make this process fetch what its references name."""
     import jsonschema_rs  # only where there is a schema: 15 MB
 
     try:
-        validator = jsonschema_rs.validator_for(schema)
+        validator = jsonschema_rs.validator_for(schema, offline=True)
     except Exception:  # of any kind: its references, its patterns
         return
-    for error in validator.iter_errors(value):
+    try:
+        error = next(iter(validator.iter_errors(value)), None)
+    except Exception as found:  # of any kind: an answer that cannot be looked through
+        raise Wrong(f"{what} that cannot be checked: {found!s:.200}") from None
+    if error is not None:
         place = "".join(f"[{each!r}]" for each in error.instance_path)
         raise Wrong(f"{what}{place}: {error.message:.200}")
 
 
 def check_text(text: str, schema: dict[str, Any] | bool) -> None:
     """An answer that must be JSON of this schema."""
+    check(parsed(text, "an answer"), schema, "the answer")
+
+
+def _usage(given: Raw) -> Usage | None:
+    if bytes(given) in (b"", b"null"):
+        return None
     try:
-        value = json.loads(text)
-    except ValueError:
-        raise Wrong("an answer that is no JSON") from None
-    check(value, schema, "the answer")
-
-
-def _usage(given: dict[str, Any]) -> Usage:
-    details = given.get("prompt_tokens_details")
-    cached = _count(details.get("cached_tokens")) if isinstance(details, dict) else 0
-    prompt = _count(given.get("prompt_tokens"))
-    return Usage(prompt, min(cached, prompt), _count(given.get("completion_tokens")))
+        fields = msgspec.json.decode(given, type=_UsageFields)
+    except _UNBUILT:
+        return None
+    cached = _count(fields.prompt_tokens_details.cached_tokens) if fields.prompt_tokens_details is not None else 0
+    prompt = _count(fields.prompt_tokens)
+    return Usage(prompt, min(cached, prompt), _count(fields.completion_tokens))
 
 
 def _count(value: object) -> int:
-    return value if isinstance(value, int) and 0 <= value <= 1 << 40 else 0
+    return value if isinstance(value, int) and not isinstance(value, bool) and 0 <= value <= 1 << 40 else 0
+
+
+def loosely(data: bytes | Raw) -> Any:
+    """What an endpoint sends as its complaint: JSON, or else a text."""
+    try:
+        return msgspec.json.decode(data)
+    except _UNBUILT:
+        return bytes(data)[:300].decode(errors="replace")
 
 
 def sentence(found: Any) -> str:
     """The message in an error of the endpoint."""
     error = found.get("error", found) if isinstance(found, dict) else found
     message = error.get("message", error) if isinstance(error, dict) else error
-    return " ".join(str(message).split())[:300]
+    return printable(str(message) if isinstance(message, str | int | float) else f"{message!r:.300}")
+
+
+def printable(text: str) -> str:
+    """For logs and terminals, which an endpoint must not command."""
+    return "".join(c if c.isprintable() else "\ufffd" for c in " ".join(text[:2000].split()))[:300]

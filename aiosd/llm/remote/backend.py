@@ -24,9 +24,8 @@ import queue
 import random
 import threading
 import time
-from collections import OrderedDict, deque
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from collections import OrderedDict
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 from weakref import WeakSet
 
@@ -34,10 +33,11 @@ from aiosd import link
 from aiosd.errors import UsageError
 from aiosd.llm import policy
 from aiosd.llm.line import Line
-from aiosd.llm.policy.contract import ANY_TURN
 from aiosd.llm.remote import body as bodies
-from aiosd.llm.remote.answer import Answer, Wrong, check_text
-from aiosd.llm.remote.exchange import Data, End, Endpoint, Event, Exchange, Lost, Refused
+from aiosd.llm.remote.answer import Answer, Wrong, check_text, printable
+from aiosd.llm.remote.call import Call, Text
+from aiosd.llm.remote.connections import Connections, Endpoint
+from aiosd.llm.remote.exchange import Data, End, Event, Exchange, Lost, Refused
 from aiosd.llm.remote.limits import LONGEST_RETRY_AFTER_S, Breaker, Window, backoff
 from aiosd.llm.spec import ModelSpec
 from libaios import wire
@@ -46,79 +46,21 @@ from libaios.wire import Sys, Usage
 logger = logging.getLogger("llm.remote")
 
 MOST_TRIES = 5
+TRIES_BESIDE_OTHERS = 2  # of a call for which other models stand ready,
+WAIT_BESIDE_OTHERS_S = 2.0  # … and how long it waits for this one to be well
 PARK_S = 20.0
 CLOSE_S = 1.0  # for threads to end
 OPEN_PATIENCE_S = 30.0  # how long a call waits for an endpoint that fails all the time
-CHARACTERS_PER_TOKEN = 4  # an estimate, until the endpoint tells
+SILENT_S = 300.0  # how long an attempt may bring nothing, whatever bytes come
+BYTES_PER_TOKEN = 4  # of a request: an estimate, until the endpoint tells
+MOST_TEMPLATE = 4096  # tokens that an endpoint's template may add to a prompt
 REMEMBER = 256  # finished calls, for a new kernel that asks again
+REMEMBER_CHARACTERS = 16 << 20  # … and no more of them than have this much text
+SPARE_THREADS = 32  # of requests that were given up and end in a moment
+EVENTS_AT_ONCE = 64  # of one call in one step
 
 _AGAIN = {408, 409, 425, 429, 500, 502, 503, 504, 529}
 _ERRNOS = {401: errno.EACCES, 403: errno.EACCES, 404: errno.ENOENT, 413: errno.EMSGSIZE}
-
-
-@dataclass(eq=False)
-class Call:
-    """One generation, as the policy sees it too."""
-
-    submit: link.Submit
-    order: int
-    arrived: float
-    nice: int
-    text: str  # all that came of it, what was given before included
-    sent: int  # characters of that which the kernel has
-    since: float  # when it began to wait
-    counted: int = 0  # tokens charged
-    uncharged: int = 0  # … and to be charged with the next delta
-    failures: int = 0
-    not_before: float = 0.0
-    exchange: Exchange | None = None
-    answer: Answer = field(default_factory=Answer)
-    expected: str = ""  # the beginning that the attempt under way must repeat
-    least_turn: policy.Quantum = ANY_TURN  # for policies: it keeps its place to its end in any case
-    parked_peer: bool = False
-    parked_call: bool = False
-    parked_since: float = 0.0
-    backlog: deque[Event] = field(default_factory=deque)  # what came while it was parked
-    started: bool = False
-    began: float = 0.0
-    first: float = 0.0
-
-    @property
-    def key(self) -> link.Key:
-        return self.submit.key
-
-    @property
-    def peer(self) -> int:
-        return self.submit.key[0]
-
-    @property
-    def group(self) -> str:
-        return self.submit.group
-
-    @property
-    def num_generated(self) -> int:
-        return self.counted + self.uncharged
-
-    @property
-    def num_pending(self) -> int:
-        return 0 if self.first else self.prompt_estimate
-
-    @property
-    def parked(self) -> bool:
-        return self.parked_peer or self.parked_call
-
-    @property
-    def prompt_estimate(self) -> int:
-        request = self.submit.request
-        return len(str(request.prompt or request.messages)) // CHARACTERS_PER_TOKEN + 1
-
-    @property
-    def kept(self) -> str:
-        """What no further attempt may change."""
-        request = self.submit.request
-        if request.stream:
-            return self.text
-        return request.given if isinstance(request.given, str) else ""
 
 
 def open_model(spec: ModelSpec, line: Line) -> Remote:
@@ -146,21 +88,25 @@ class Remote:
         self._spec, self._line, self._clock = spec, line, clock
         self._rng = rng or random.Random()
         self.endpoint = Endpoint.of(spec.url, spec.key_file)
+        self._connections = Connections(self.endpoint)
         self._policy: policy.Policy = policy.Fifo()
         self._schedule: link.Schedule | None = None
         self._calls: dict[link.Key, Call] = {}
         self._past: OrderedDict[link.Key, tuple[link.Finished, str]] = OrderedDict()
+        self._past_characters = 0
         self._parked: set[int] = set()
         self._arrivals = 0
-        self._events: queue.SimpleQueue[tuple[Exchange, Event]] = queue.SimpleQueue()
+        self._events: queue.SimpleQueue[tuple[Exchange, Event | None]] = queue.SimpleQueue()
         self._running: dict[Exchange, Call] = {}
         self._bell = os.eventfd(0, os.EFD_CLOEXEC | os.EFD_NONBLOCK)
+        self._closed = False
         self._timer: threading.Timer | None = None
         self._wakes_at = 0.0
         self._exchanges: WeakSet[Exchange] = WeakSet()  # also those that were closed and end in a moment
         self._requests, self._tokens = Window(spec.rpm), Window(spec.tpm)
         self._breaker = Breaker()
-        self._pause_until = 0.0  # the endpoint has asked for it
+        self._pause_until, self._pause_why = 0.0, ""  # the endpoint has asked for it
+        self._health = ""  # as the kernel knows it
         self._limit_name = "max_tokens"
         self._figures = {"requests": 0, "retries": 0, "calls_finished": 0, "calls_failed": 0, "tokens_generated": 0}
         self.info: dict[str, Any] = {
@@ -186,7 +132,7 @@ class Remote:
 
     @property
     def has_work(self) -> bool:
-        return not self._events.empty() or self._wait() == 0.0
+        return not self._events.empty() or self._wait() == 0.0 or any(self._unread())
 
     def step(self) -> None:
         with contextlib.suppress(BlockingIOError):
@@ -194,11 +140,12 @@ class Remote:
         while not self._events.empty():
             exchange, event = self._events.get()
             call = self._running.get(exchange)
-            if call is not None and not exchange.closed:
+            if call is not None and not exchange.closed and event is not None:
                 call.backlog.append(event)
-        for call in list(self._calls.values()):
+        for call in list(self._running.values()):
             self._go_on(call)
         self._admit()
+        self._tell_health()
         wait = self._wait()
         if wait:
             self._wake_in(wait)
@@ -222,20 +169,23 @@ class Remote:
         if self._timer is not None:
             self._timer.cancel()
             self._timer.join()
+        self._connections.close()
         for exchange in self._exchanges:
             exchange.close()
         for exchange in self._exchanges:
             exchange.join(CLOSE_S)
+        self._closed = True  # a thread that hangs all the same must not ring what the number stands for by then
         os.close(self._bell)
 
-    def _post(self, exchange: Exchange, event: Event) -> None:
+    def _post(self, exchange: Exchange, event: Event | None) -> None:
         """Called by an exchange's thread."""
-        if not exchange.closed:
+        if event is not None and not exchange.closed:
             self._events.put((exchange, event))
-            self._ring()
+        self._ring()  # its end, too: another may begin
 
     def _ring(self) -> None:
-        os.eventfd_write(self._bell, 1)
+        if not self._closed:
+            os.eventfd_write(self._bell, 1)
 
     def _wake_in(self, seconds: float) -> None:
         """Unless it wakes by then anyhow."""
@@ -254,13 +204,49 @@ class Remote:
     def _waiting(self) -> list[Call]:
         return [call for call in self._calls.values() if call.exchange is None and not call.parked]
 
+    def _unread(self) -> Iterator[bool]:
+        return (bool(call.backlog) and not call.parked for call in self._running.values())
+
+    @property
+    def _free(self) -> int:
+        """How many requests may be sent: those that were given up count as long as their threads live."""
+        concurrency = self._spec.concurrency
+        return min(concurrency - len(self._running), concurrency + SPARE_THREADS - len(self._exchanges))
+
     def _wait(self) -> float | None:
         """Seconds until something can be done without an event; None: nothing can."""
         now, waits = self._clock(), []
-        if len(self._running) < self._spec.concurrency:
+        if self._free > 0:
             waits = [self._wait_of(call, now) for call in self._waiting()]
-        waits += [max(call.parked_since + PARK_S - now, 0.0) for call in self._running.values() if call.parked]
+        waits += [max(self._patience_until(call) - now, 0.0) for call in self._running.values()]
+        if self._health:
+            waits.append(max(self._unwell_s(now), 0.01))
         return min(waits, default=None)
+
+    def _unwell_s(self, now: float) -> float:
+        """For how long no request at all may be sent."""
+        return max(
+            self._pause_until - now, self._breaker.wait(now), self._requests.wait(1, now), self._tokens.wait(1, now)
+        )
+
+    def _tell_health(self) -> None:
+        """What a call of a route should know that might come here."""
+        now = self._clock()
+        why = ""
+        if self._unwell_s(now) > (0.0 if self._health else WAIT_BESIDE_OTHERS_S):
+            if self._breaker.wait(now):
+                why = f"it fails again and again: {self._breaker.why}"
+            elif self._pause_until > now:
+                why = self._pause_why
+            else:
+                why = "its rate is used up"
+        if why != self._health:
+            self._health = why
+            self._line.send(link.Health(why))
+
+    def _patience_until(self, call: Call) -> float:
+        """When its request is given up, if nothing happens."""
+        return call.parked_since + PARK_S if call.parked else call.moved + SILENT_S
 
     def _wait_of(self, call: Call, now: float) -> float:
         """Seconds for which its request may not be sent."""
@@ -275,72 +261,99 @@ class Remote:
 
     def _admit(self) -> None:
         now = self._clock()
-        while (free := self._spec.concurrency - len(self._running)) > 0:
+        while (free := self._free) > 0:
             waiting = [call for call in self._waiting() if not self._wait_of(call, now)]
             admitted = self._policy.admit(waiting, list(self._running.values()), free, now) if waiting else []
             if not admitted:
                 break
             self._ask_endpoint(admitted[0], now)
-        if self._breaker.state == "open":
-            for call in self._waiting():
-                if now - call.since > OPEN_PATIENCE_S:
-                    self._fail(call, errno.EIO, f"{self.endpoint.url} fails again and again: {self._breaker.why}")
+        for call in self._waiting():
+            others = call.submit.others and not call.kept
+            if others and self._wait_of(call, now) > WAIT_BESIDE_OTHERS_S:
+                self._fail(
+                    call, errno.EAGAIN, f"{self.endpoint.url}: a call would have to wait for long", elsewhere=True
+                )
+            elif self._breaker.state == "open" and now - call.since > OPEN_PATIENCE_S:
+                why = f"{self.endpoint.url} fails again and again: {self._breaker.why}"
+                self._fail(call, errno.EIO, why, elsewhere=True)
 
     def _ask_endpoint(self, call: Call, now: float) -> None:
-        request, kept = call.submit.request, call.kept
-        call.text, call.answer, call.backlog = kept, Answer(), deque()
+        request = call.submit.request
+        if not request.stream:
+            call.text = Text(call.kept)
+        kept = call.kept
+        call.answer, call.moved = Answer(), now
+        call.backlog.clear()
         call.expected = kept if request.messages is not None else ""
-        budget = call.submit.budget
-        left = None if budget is None else max(budget - call.num_generated - call.prompt_estimate, 1)
         try:
-            body = bodies.body(request, self._spec.model, left, kept, self._limit_name)
+            body = self._body(call, kept)
+            call.exchange = Exchange(self._connections, bodies.path(request), body, self._post)
         except OSError as error:
             self._fail(call, error.errno or errno.EINVAL, error.strerror or str(error))
             return
+        except RuntimeError as error:  # no thread
+            self._again(call, str(error))
+            return
         self._requests.use(1, now)
         self._tokens.use(call.prompt_estimate, now)
-        self._breaker.sent()
+        call.is_trial = self._breaker.sent()
         self._figures["requests"] += 1
         call.began = call.began or now
-        call.exchange = Exchange(self.endpoint, bodies.path(request), body, self._post)
         self._running[call.exchange] = call
         self._exchanges.add(call.exchange)
         if not call.started:
             call.started = True
             self._line.send(link.Step([], [link.Started(call.key, 0, 0)]))
 
+    def _body(self, call: Call, kept: str) -> bytes:
+        """Raises OSError."""
+        budget = call.submit.budget
+        left = None if budget is None else max(budget - call.num_generated - call.prompt_estimate, 1)
+        return bodies.encoded(call.submit.request, self._spec.model, left, kept, self._limit_name)
+
     # ── what comes ────────────────────────────────────────────────────────────────────────────────────────
 
     def _go_on(self, call: Call) -> None:
-        """Take what has come for a call, and send it."""
-        if call.parked:
-            if call.exchange is not None and self._clock() - call.parked_since > PARK_S:
-                self._let_go(call)
-                self._breaker.given_up()
-            return
-        while call.backlog and call.key in self._calls:
-            self._event(call, call.backlog.popleft())
-        if call.key in self._calls:
+        """Take what has come for a call, and send it. No more at a time than keeps the loop going."""
+        for _ in range(EVENTS_AT_ONCE):
+            if call.parked or call.exchange is None or not call.backlog:
+                break
+            exchange, event = call.exchange, call.backlog.popleft()
+            self._event(call, event)
+            exchange.taken(event)
+        if call.exchange is None:
+            return  # it is over, or waits again
+        if not call.parked:
             self._report(call)
+        if self._clock() >= self._patience_until(call):
+            if call.parked:
+                self._let_go(call)
+            else:
+                self._again(call, f"nothing came for {SILENT_S:g} s")
 
     def _event(self, call: Call, event: Event) -> None:
         try:
             match event:
                 case Data(data=data):
                     self._take(call, data)
-                case End():
-                    self._end(call)
+                case End(done=done):
+                    self._end(call, done)
                 case Lost(why=why):
                     self._again(call, why)
                 case Refused():
                     self._refused(call, event)
         except Wrong as wrong:
-            self._again(call, str(wrong))
+            self._again(call, printable(str(wrong)))
+        except Exception:  # whatever an endpoint sends, it ends one call and not this process
+            logger.exception("call %d of %d: an answer that was not understood", call.key[1], call.key[0])
+            self._fail(call, errno.EPROTO, f"{self.endpoint.url}: an answer that was not understood")
 
     def _take(self, call: Call, data: bytes) -> None:
         chunks = call.answer.chunks
         added = call.answer.take(data)
-        call.first = call.first or self._clock()
+        if added or call.answer.chunks > chunks:
+            call.moved = self._clock()
+            call.first = call.first or call.moved
         if call.expected and added:
             count = min(len(call.expected), len(added))
             if call.expected[:count] != added[:count]:
@@ -348,67 +361,97 @@ class Remote:
                 self._fail(call, errno.EIO, why)
                 return
             call.expected, added = call.expected[count:], added[count:]
-        call.text += added
+        call.text.add(added)
         if not call.expected and call.answer.chunks > chunks:
             call.uncharged += 1
             self._policy.charge([call], 1, self._clock())
             if call.submit.budget is not None and call.num_generated >= call.submit.budget:
                 self._finish(call, "limit", [])
 
-    def _end(self, call: Call) -> None:
-        answer, request = call.answer, call.submit.request
+    def _end(self, call: Call, done: bool) -> None:
+        answer = call.answer
+        if done and answer.length:
+            answer.reason = answer.reason or "stop"  # some never say why
         if not answer.reason or call.expected:
             self._again(call, "the answer was cut off")
             return
+        self._line.send(link.Working(call.key))  # a schema can be made that takes for ever: it is this call's
         try:
-            calls = answer.calls(bodies.tools_of(request), f"call_{call.key[0]}_{call.key[1]}_")
-            if request.schema is not None and answer.reason == "stop":
-                check_text(answer.said(), request.schema)
+            calls = self._checked(call)
         except Wrong as wrong:
+            why = printable(str(wrong))
             if call.kept:  # another attempt would have to begin with it
-                self._fail(call, errno.EPROTO, f"the model's answer does not keep to what was asked: {wrong}")
+                self._fail(call, errno.EPROTO, f"the model's answer does not keep to what was asked: {why}")
             else:
-                self._again(call, str(wrong), errno.EPROTO)
+                self._again(call, why, errno.EPROTO)
             return
+        finally:
+            self._line.send(link.Working(None))
         reason = "tool_calls" if calls else answer.reason
         if reason == "length" and _by_budget(call):
             reason = "limit"
         self._finish(call, reason, calls)
 
+    def _checked(self, call: Call) -> list[wire.ToolCall]:
+        """The tool calls of the answer. Raises Wrong where it is not what was asked for."""
+        answer, request = call.answer, call.submit.request
+        calls = answer.calls(bodies.tools_of(request), f"call_{call.key[0]}_{call.key[1]}_")
+        if request.schema is not None and answer.reason == "stop":
+            check_text(answer.spoken(), request.schema)
+        return calls
+
     def _report(self, call: Call) -> None:
         if self._line.congested():
             return  # what is there goes with a later report
-        text = call.text[call.sent :] if call.submit.request.stream else ""
+        offset = call.text.num_sent
+        text = call.text.send() if call.submit.request.stream else ""
         if text or call.uncharged:
-            delta = link.Delta(call.key, call.sent, [], text, charged=call.uncharged)
+            delta = link.Delta(call.key, offset, [], text, charged=call.uncharged)
             call.counted, call.uncharged = call.counted + call.uncharged, 0
-            call.sent += len(text)
             self._line.send(link.Step([delta]))
 
     def _finish(self, call: Call, reason: str, calls: list[wire.ToolCall]) -> None:
         now = self._clock()
-        told = call.answer.usage or Usage(call.prompt_estimate, 0, call.num_generated)
-        usage = Usage(
-            prompt_tokens=told.prompt_tokens,
-            cached_tokens=told.cached_tokens,
-            completion_tokens=told.completion_tokens or call.num_generated,
-            queue_s=call.began - call.arrived,
-            prefill_s=max(call.first - call.began, 0.0),
-            decode_s=max(now - call.first, 0.0) if call.first else 0.0,
-            preemptions=call.failures,
-        )
+        usage = self._usage(call, now)
         self._breaker.succeeded()
         self._tokens.use(max(usage.prompt_tokens + usage.completion_tokens - call.prompt_estimate, 0), now)
         self._policy.charge_prompt(call, usage.prompt_tokens, now)
         self._figures["calls_finished"] += 1
         self._figures["tokens_generated"] += usage.completion_tokens
-        rest, charged = call.text[call.sent :], usage.completion_tokens - call.counted
-        finished = link.Finished(call.key, call.sent, [], rest, reason, usage, calls, charged=charged)
-        self._past[call.key] = finished, call.text
-        while len(self._past) > REMEMBER:
-            self._past.popitem(last=False)
+        offset, rest = call.text.num_sent, call.text.send()
+        charged = usage.completion_tokens - call.counted
+        finished = link.Finished(call.key, offset, [], rest, reason, usage, calls, charged=charged)
+        self._remember(finished, call.text.whole())
         self._leave(call)
         self._line.send(finished)
+
+    def _usage(self, call: Call, now: float) -> Usage:
+        """What the endpoint tells, where it is possible; else what was counted here."""
+        told = call.answer.usage or Usage()
+        prompt = told.prompt_tokens or call.prompt_estimate
+        most = call.prompt_estimate * BYTES_PER_TOKEN + MOST_TEMPLATE
+        if prompt > most:  # no token is less than a byte
+            logger.warning("%s: a prompt of %d tokens, it says; counted as %d", self.endpoint.url, prompt, most)
+            prompt = most
+        return Usage(
+            prompt_tokens=prompt,
+            cached_tokens=min(told.cached_tokens, prompt),
+            completion_tokens=told.completion_tokens or call.num_generated,
+            queue_s=call.began - call.arrived,
+            prefill_s=max(call.first - call.began, 0.0) if call.first else 0.0,
+            decode_s=max(now - call.first, 0.0) if call.first else 0.0,
+            preemptions=call.failures,
+        )
+
+    def _remember(self, finished: link.Finished, text: str) -> None:
+        self._past[finished.key] = finished, text
+        self._past_characters += len(text)
+        while len(self._past) > REMEMBER or (self._past_characters > REMEMBER_CHARACTERS and len(self._past) > 1):
+            self._forget(next(iter(self._past)))
+
+    def _forget(self, key: link.Key) -> None:
+        _, text = self._past.pop(key, (None, ""))
+        self._past_characters -= len(text)
 
     # ── what goes wrong ───────────────────────────────────────────────────────────────────────────────────
 
@@ -420,28 +463,30 @@ class Remote:
             self._let_go(call)  # asked again at once: newer models call it so
         elif status == 429 and refused.code == "insufficient_quota":
             self._breaker.succeeded()
-            self._fail(call, errno.EDQUOT, f"{self.endpoint.url}: {refused.why}")
+            self._fail(call, errno.EDQUOT, f"{self.endpoint.url}: {refused.why}", elsewhere=True)
         elif status in _AGAIN:
             after = min(refused.retry_after, LONGEST_RETRY_AFTER_S)
             if after:
                 self._pause_until = max(self._pause_until, self._clock() + after)
-            self._again(call, f"status {status}: {refused.why}", busy=status == 429)
+                self._pause_why = f"it asks for {after:g} s of rest: status {status}: {refused.why}"
+            self._again(call, f"status {status}: {refused.why}", errno.EAGAIN if status == 429 else errno.EIO)
         else:
             self._breaker.succeeded()
             code = errno.EMSGSIZE if refused.code == "context_length_exceeded" else _ERRNOS.get(status, errno.EINVAL)
             code = code if status < 500 else errno.EIO
-            self._fail(call, code, f"{self.endpoint.url}: status {status}: {refused.why}")
+            self._fail(call, code, f"{self.endpoint.url}: status {status}: {refused.why}", elsewhere=True)
 
-    def _again(self, call: Call, why: str, code: int = errno.EIO, busy: bool = False) -> None:
-        """Try it once more after a pause, unless it has failed too often. `busy`: the endpoint answers, but has no
-        capacity, so this says nothing against it."""
+    def _again(self, call: Call, why: str, code: int = errno.EIO) -> None:
+        """Try it once more after a pause, unless it has failed too often. `code`: what that is then; EAGAIN (it has no
+        capacity) and EPROTO (its model does not keep to a form) say nothing against the endpoint."""
         now = self._clock()
         call.failures += 1
-        (self._breaker.succeeded() if busy or code == errno.EPROTO else self._breaker.failed(why, now))
+        (self._breaker.failed(why, now) if code == errno.EIO else self._breaker.succeeded())
         self._report(call)
         self._let_go(call)
-        if call.failures >= MOST_TRIES:
-            self._fail(call, code, f"{self.endpoint.url}: {call.failures} attempts failed; the last: {why}")
+        if call.failures >= (TRIES_BESIDE_OTHERS if call.submit.others else MOST_TRIES):
+            why = f"{self.endpoint.url}: {call.failures} attempts failed; the last: {why}"
+            self._fail(call, code, why, elsewhere=True)
             return
         self._figures["retries"] += 1
         call.not_before = now + backoff(call.failures, self._rng)
@@ -451,15 +496,19 @@ class Remote:
         """End its request; the call waits again."""
         exchange, call.exchange = call.exchange, None
         if exchange is not None:
-            exchange.close()
+            if not exchange.ended:
+                exchange.close()
             self._running.pop(exchange, None)
+        if call.is_trial:
+            call.is_trial = False
+            self._breaker.given_up()  # where it has said neither yet
         call.backlog.clear()
         call.since = self._clock()
 
-    def _fail(self, call: Call, code: int, why: str) -> None:
+    def _fail(self, call: Call, code: int, why: str, elsewhere: bool = False) -> None:
         self._figures["calls_failed"] += 1
         self._leave(call)
-        self._line.refuse(call.key, OSError(code, why))
+        self._line.refuse(call.key, OSError(code, why), elsewhere)
 
     def _leave(self, call: Call) -> None:
         self._let_go(call)
@@ -483,18 +532,19 @@ class Remote:
             return
         if key in self._calls:
             call = self._calls[key]
-            call.sent, call.uncharged, call.counted = min(count, len(call.text)), call.num_generated, 0
+            call.text.send_from(count)
+            call.uncharged, call.counted = call.num_generated, 0
             self._set_parked(call, call.parked_peer, False)
             return
         try:
-            bodies.check(message.request)
+            size = len(bodies.encoded(message.request, self._spec.model, None, "", self._limit_name))
         except OSError as error:
-            self._line.refuse(key, error)
+            self._line.refuse(key, error, elsewhere=True)
             return
         now = self._clock()
         self._arrivals += 1
-        text = given if isinstance(given, str) else ""
-        call = Call(message, self._arrivals, now, message.nice, text, len(text), now)
+        come = Text(given if isinstance(given, str) else "")
+        call = Call(message, self._arrivals, now, message.nice, come, size // BYTES_PER_TOKEN + 1, now)
         self._calls[key] = call
         if key[0] in self._parked:
             call.parked_peer, call.parked_since = True, now
@@ -511,11 +561,9 @@ class Remote:
             self._line.refuse(ask.key, wire.error(errno.ENOSYS, f"{name}: not for a model that is served elsewhere"))
 
     def _cancel(self, key: link.Key) -> None:
-        self._past.pop(key, None)
+        self._forget(key)
         call = self._calls.get(key)
         if call is not None:
-            if call.exchange is not None:
-                self._breaker.given_up()
             self._leave(call)
 
     def _park(self, message: link.Park) -> None:
@@ -538,7 +586,7 @@ class Remote:
         if call.parked == before:
             return
         now = self._clock()
-        call.parked_since = call.since = now
+        call.parked_since = call.since = call.moved = now
         (self._policy.leave if call.parked else self._policy.arrive)(call, now)
         if call.exchange is not None:
             call.exchange.hold(call.parked)
@@ -551,6 +599,7 @@ class Remote:
         for call in self._calls.values():
             self._set_parked(call, False, call.parked_call)
         self._parked.clear()
+        self._health = ""  # whoever sends this does not know it
 
     def _renice(self, message: link.Renice) -> None:
         for call in self._calls.values():

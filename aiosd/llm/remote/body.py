@@ -10,6 +10,8 @@ import errno
 import json
 from typing import Any
 
+import msgspec
+
 from libaios import wire
 from libaios.wire import Generate, Sampling
 
@@ -70,6 +72,14 @@ def body(request: Generate, model: str, budget: int | None, given: str, limit_na
         schema = {} if request.schema is True else request.schema
         made["response_format"] = {"type": "json_schema", "json_schema": {"name": "answer", "schema": schema}}
     return made
+
+
+def encoded(request: Generate, model: str, budget: int | None, given: str, limit_name: str) -> bytes:
+    """The same as JSON. Raises OSError EINVAL also for what is no JSON: msgpack has more."""
+    try:
+        return msgspec.json.encode(body(request, model, budget, given, limit_name))
+    except (TypeError, ValueError, OverflowError, RecursionError) as error:
+        raise refuse(f"messages: not to be written as JSON: {error}") from None
 
 
 def check(request: Generate) -> None:

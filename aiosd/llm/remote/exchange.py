@@ -1,7 +1,8 @@
 """One request to an endpoint, on a thread of its own: http.client blocks, and the core's loop must not.
 
-The thread reads the answer as server-sent events and posts each; `hold` stops the reading (TCP slows the endpoint
-down), `close` ends it from outside. After a close nothing that the thread posts counts.
+The thread reads the answer as server-sent events and posts each. It reads on only when the core has taken what was
+read (`taken`), so a fast endpoint fills no memory; `hold` stops the reading (TCP slows the endpoint down), `close` ends
+it from outside. After a close nothing that the thread posts counts. Whatever happens, the last that is posted is None.
 """
 
 from __future__ import annotations
@@ -9,25 +10,25 @@ from __future__ import annotations
 import contextlib
 import email.utils
 import http.client
+import math
 import socket
-import ssl
 import threading
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from typing import Any
-from urllib.parse import urlsplit
+from typing import AnyStr
 
-import msgspec
+from aiosd.llm.remote.answer import Wrong, loosely, printable, sentence
+from aiosd.llm.remote.connections import Connections
 
-from aiosd.errors import UsageError
-from aiosd.llm.remote.answer import Wrong, sentence
-
-CONNECT_S = 10.0
-IDLE_S = 60.0  # without a byte
-SILENT_S = 300.0  # without an event, though bytes come (comments, a line that does not end)
-_MOST_LINE = 8 << 20
+FIRST_S = 300.0  # without a byte before the first event: endpoints have queues, and long prompts
+IDLE_S = 60.0  # … and after it
+MOST_LINE = 2 << 20
+MOST_WHOLE = 8 << 20  # of an answer that does not stream
+MOST_STREAM = 256 << 20  # of one that does
+MOST_UNREAD = 1 << 20  # read, and not yet taken
 _MOST_REFUSAL = 64 << 10
+_REST_S = 0.5  # for the end of the body behind the last event
 _DONE = b"[DONE]"
 
 
@@ -40,7 +41,9 @@ class Data:
 
 @dataclass(frozen=True)
 class End:
-    """The answer is over."""
+    """The answer is over; `done`: the endpoint has said so."""
+
+    done: bool = False
 
 
 @dataclass(frozen=True)
@@ -61,162 +64,194 @@ class Refused:
 
 
 Event = Data | End | Lost | Refused
-
-
-@dataclass(frozen=True)
-class Endpoint:
-    url: str  # as it is shown: without user, password and query
-    https: bool
-    host: str
-    port: int | None
-    path: str
-    key_file: str = ""
-
-    @classmethod
-    def of(cls, url: str, key_file: str = "") -> Endpoint:
-        """Raises UsageError."""
-        try:
-            parts = urlsplit(url)
-            port = parts.port
-        except ValueError as error:
-            raise UsageError(f"{url}: {error}") from None
-        if parts.scheme not in ("http", "https") or not parts.hostname:
-            raise UsageError(f"{url}: an address such as https://host/v1 is wanted")
-        if parts.username or parts.password or parts.query:
-            raise UsageError("url: neither user, password nor query belong there; a key is put into key_file")
-        path = parts.path.rstrip("/")
-        return cls(
-            f"{parts.scheme}://{parts.netloc}{path}", parts.scheme == "https", parts.hostname, port, path, key_file
-        )
-
-    def key(self) -> str:
-        """Read anew for each request, so that it can be exchanged while the system runs. Raises OSError, ValueError."""
-        if not self.key_file:
-            return ""
-        with open(self.key_file, encoding="utf-8") as file:
-            key = file.read(65536).strip()
-        if not key or not key.isascii() or not key.isprintable():  # http.client would put it into its complaint
-            raise ValueError("it holds no key: one line of printable characters")
-        return key
-
-    def connection(self) -> http.client.HTTPConnection:
-        if self.https:
-            return http.client.HTTPSConnection(
-                self.host, self.port, timeout=CONNECT_S, context=ssl.create_default_context()
-            )
-        return http.client.HTTPConnection(self.host, self.port, timeout=CONNECT_S)
+Post = Callable[["Exchange", Event | None], None]
 
 
 class Exchange:
-    def __init__(self, endpoint: Endpoint, path: str, body: dict[str, Any], post: Callable[[Exchange, Event], None]):
-        self._endpoint = endpoint
-        self._path = f"{endpoint.path}/{path}"
-        self._body = msgspec.json.encode(body)
+    """Raises RuntimeError where no thread can be had."""
+
+    def __init__(self, connections: Connections, path: str, body: bytes, post: Post) -> None:
+        self._connections = connections
+        self._path = f"{connections.endpoint.path}/{path}"
+        self._body = body
         self._post = post
-        self._go = threading.Event()
-        self._go.set()
+        self._changed = threading.Condition()
+        self._held = False
+        self._unread = 0
         self._socket: socket.socket | None = None
         self.closed = False
+        self.ended = False  # all of the answer has come: there is nothing to close
         self._thread = threading.Thread(target=self._run, name="exchange", daemon=True)
         self._thread.start()
 
+    # ── for the core's loop ───────────────────────────────────────────────────────────────────────────────
+
     def hold(self, held: bool) -> None:
         """Read nothing more for the time being."""
-        (self._go.clear if held else self._go.set)()
+        with self._changed:
+            self._held = held
+            self._changed.notify()
+
+    def taken(self, event: Event) -> None:
+        """The core has done with it."""
+        if isinstance(event, Data):
+            with self._changed:
+                self._unread -= len(event.data)
+                self._changed.notify()
 
     def close(self) -> None:
-        self.closed = True
-        self._go.set()
-        if self._socket is not None:
-            with contextlib.suppress(OSError):
-                self._socket.shutdown(socket.SHUT_RDWR)
+        with self._changed:
+            self.closed = True
+            self._changed.notify()
+            if self._socket is not None:
+                with contextlib.suppress(OSError):
+                    socket.socket.shutdown(self._socket, socket.SHUT_RDWR)  # of TLS, too: what lies below it
 
     def join(self, seconds: float) -> None:
         self._thread.join(seconds)
 
-    def _run(self) -> None:
-        key = ""
-        connection = self._endpoint.connection()
-        try:
-            key = self._endpoint.key()
-            for event in self._events(connection, key):
-                self._post(self, event)
-        except (OSError, http.client.HTTPException, Wrong, ValueError) as error:
-            why = str(error) or type(error).__name__
-            self._post(self, Lost(_without(key, why)))
-        finally:
-            connection.close()
+    # ── the thread ────────────────────────────────────────────────────────────────────────────────────────
 
-    def _events(self, connection: http.client.HTTPConnection, key: str) -> Iterator[Event]:
-        connection.connect()
+    def _run(self) -> None:
+        key, connection = "", None
+        try:
+            key = self._connections.endpoint.key()
+            connection, response = self._asked(key)
+            for event in self._events(response, key):
+                self._post(self, self._counted(event))
+            if self._over(connection, response):
+                self._connections.keep(connection)
+                connection = None
+        except Exception as error:  # of any kind: a call whose thread has ended in silence would wait for ever
+            why = str(error) or type(error).__name__
+            self._post(self, Lost(printable(_without(key, why))))
+        finally:
+            if connection is not None:
+                connection.close()
+            self._post(self, None)
+
+    def _asked(self, key: str) -> tuple[http.client.HTTPConnection, http.client.HTTPResponse]:
+        """The request is sent, and the answer has begun. A kept connection may be closed by the endpoint at the very
+        moment when it is used: then a new one is."""
+        connection = self._connections.kept()
+        if connection is not None:
+            try:
+                return connection, self._ask(connection, key)
+            except (http.client.RemoteDisconnected, ConnectionError):
+                connection.close()
+        connection = self._connections.new()
+        try:
+            return connection, self._ask(connection, key)
+        except BaseException:
+            connection.close()
+            raise
+
+    def _ask(self, connection: http.client.HTTPConnection, key: str) -> http.client.HTTPResponse:
+        if connection.sock is None:
+            connection.connect()
         self._socket = connection.sock
         if self.closed:
-            return
-        connection.sock.settimeout(IDLE_S)
+            raise OSError("given up")
+        connection.sock.settimeout(FIRST_S)
         headers = {"Content-Type": "application/json", "Accept": "text/event-stream", "User-Agent": "aiosd"}
         if key:
             headers["Authorization"] = f"Bearer {key}"
         connection.request("POST", self._path, self._body, headers)
-        response = connection.getresponse()
+        return connection.getresponse()
+
+    def _events(self, response: http.client.HTTPResponse, key: str) -> Iterator[Event]:
+        kind = response.headers.get_content_type()
         if response.status != http.client.OK:
             yield _refusal(response, key)
-        elif "json" in response.headers.get_content_type():  # it does not stream
-            yield Data(self._all(response))
+        elif response.headers.get("Content-Encoding", "identity") != "identity":
+            raise Wrong("an answer that is compressed, though none was asked for")
+        elif "json" in kind:  # it does not stream
+            yield Data(_without(key, self._all(response)))
             yield End()
+        elif kind != "text/event-stream" and response.headers.get("Content-Type"):
+            raise Wrong(f"an answer of the type {kind}, which is neither text/event-stream nor JSON")
         else:
-            yield from self._stream(response)
+            yield from self._stream(response, key)
 
     def _all(self, response: http.client.HTTPResponse) -> bytes:
-        data = response.read(_MOST_LINE)
+        data = response.read(MOST_WHOLE)
         if response.read(1):
-            raise Wrong("an answer without end")
+            raise Wrong(f"an answer of more than {MOST_WHOLE} bytes")
         return data
 
-    def _stream(self, response: http.client.HTTPResponse) -> Iterator[Event]:
-        rest, since = b"", time.monotonic()
-        while True:
-            self._go.wait()
+    def _stream(self, response: http.client.HTTPResponse, key: str) -> Iterator[Event]:
+        begun, total = bytearray(), 0  # of a line
+        while self._may_read():
             read = response.read1(1 << 16)
-            *lines, rest = (rest + read).split(b"\n")
+            total += len(read)
+            *lines, rest = read.split(b"\n")
             for line in lines:
-                if not line.startswith(b"data:"):
-                    continue
-                data, since = line[5:].strip(), time.monotonic()
+                begun += line
+                data = bytes(begun[5:]).strip() if begun.startswith(b"data:") else b""
+                begun.clear()
                 if data == _DONE:
-                    yield End()
+                    yield End(done=True)
                     return
-                yield Data(data)
+                if data:
+                    yield Data(_without(key, data))
+            begun += rest
             if not read:
                 yield End()  # whether it is complete, its finish_reason tells
                 return
-            if len(rest) > _MOST_LINE or time.monotonic() - since > SILENT_S:
-                raise Wrong("a line without end" if len(rest) > _MOST_LINE else f"nothing came for {SILENT_S:g} s")
+            if len(begun) > MOST_LINE or total > MOST_STREAM:
+                raise Wrong("a line without end" if len(begun) > MOST_LINE else "a stream without end")
+
+    def _counted(self, event: Event) -> Event:
+        if isinstance(event, End):
+            self.ended = True
+        if isinstance(event, Data):
+            if self._socket is not None:
+                self._socket.settimeout(IDLE_S)
+            with self._changed:
+                self._unread += len(event.data)
+        return event
+
+    def _may_read(self) -> bool:
+        """Waits while nothing is to be read. False: it was closed."""
+        with self._changed:
+            self._changed.wait_for(lambda: self.closed or (not self._held and self._unread < MOST_UNREAD))
+        return not self.closed
+
+    def _over(self, connection: http.client.HTTPConnection, response: http.client.HTTPResponse) -> bool:
+        """Has the whole answer been read, so that the connection can serve again?"""
+        if self.closed or response.will_close:
+            return False
+        if not response.isclosed() and connection.sock is not None:
+            connection.sock.settimeout(_REST_S)
+            with contextlib.suppress(OSError):
+                response.read1(1)
+        with self._changed:
+            self._socket = None  # from now on it is not this exchange's to close
+            return response.isclosed() and connection.sock is not None and not self.closed
 
 
 def _refusal(response: http.client.HTTPResponse, key: str) -> Refused:
-    data = response.read(_MOST_REFUSAL)
-    try:
-        found = msgspec.json.decode(data)
-    except msgspec.DecodeError:
-        found = data[:300].decode(errors="replace")
+    found = loosely(_without(key, response.read(_MOST_REFUSAL)))
     error = found.get("error") if isinstance(found, dict) else None
-    code = str(error.get("code") or error.get("type") or "") if isinstance(error, dict) else ""
-    why = _without(key, sentence(found) or response.reason)
-    return Refused(response.status, why, code, _seconds(response.headers.get("Retry-After", "")))
+    code = str(error.get("code") or error.get("type") or "")[:100] if isinstance(error, dict) else ""
+    why = sentence(found) or printable(_without(key, response.reason))
+    return Refused(response.status, why, printable(code), seconds(response.headers.get("Retry-After", "")))
 
 
-def _seconds(text: str) -> float:
+def seconds(text: str) -> float:
     """Of a Retry-After: seconds, or a date. 0: there is none that can be read."""
     try:
-        return max(float(text), 0.0) if text else 0.0
+        found = float(text)
     except ValueError:
-        pass
-    try:
-        return max(email.utils.parsedate_to_datetime(text).timestamp() - time.time(), 0.0)
-    except ValueError:
-        return 0.0
+        try:
+            found = email.utils.parsedate_to_datetime(text).timestamp() - time.time()
+        except (ValueError, TypeError, OverflowError):
+            return 0.0
+    return found if math.isfinite(found) and found > 0 else 0.0
 
 
-def _without(key: str, text: str) -> str:
-    """Endpoints repeat what they were sent; no key goes into a message or a log."""
-    return text.replace(key, "…") if key else text
+def _without(key: str, text: AnyStr) -> AnyStr:
+    """Endpoints repeat what they were sent; no key goes into a message, a log or an answer."""
+    if not key:
+        return text
+    return text.replace(key, "…") if isinstance(text, str) else text.replace(key.encode(), b"...")

@@ -74,8 +74,10 @@ class Breaker:
             return 0.0
         return 1.0 if self._trying else max(self._until - now, 0.0)
 
-    def sent(self) -> None:
+    def sent(self) -> bool:
+        """Is it the one that is let through?"""
         self._trying = self._failures >= FAILURES
+        return self._trying
 
     def succeeded(self) -> None:
         """The endpoint answers, be it with a refusal of that one request."""
@@ -89,5 +91,5 @@ class Breaker:
             self._until = now + self._pause
 
     def given_up(self) -> None:
-        """The request that was sent was cancelled: it tells nothing."""
+        """The one that was let through was cancelled: it tells nothing."""
         self._trying = False

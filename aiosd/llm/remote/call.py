@@ -1,0 +1,103 @@
+"""One generation of a model that is elsewhere, as the backend and its policy see it."""
+
+from __future__ import annotations
+
+from collections import deque
+from dataclasses import dataclass, field
+
+from aiosd import link
+from aiosd.llm import policy
+from aiosd.llm.policy.contract import ANY_TURN
+from aiosd.llm.remote.answer import Answer
+from aiosd.llm.remote.exchange import Event, Exchange
+
+
+class Text:
+    """What has come of a call, and how much of it was sent to the kernel. Costs the same for each piece, however long
+    the text is."""
+
+    def __init__(self, given: str) -> None:
+        self._sent, self._new = [given], list[str]()
+        self.num_sent = len(given)
+
+    def add(self, text: str) -> None:
+        self._new.append(text)
+
+    def send(self) -> str:
+        """What was not sent yet; it counts as sent from now on."""
+        if not self._new:
+            return ""
+        new = "".join(self._new)
+        self._sent.append(new)
+        self._new.clear()
+        self.num_sent += len(new)
+        return new
+
+    def send_from(self, offset: int) -> None:
+        """The kernel has this much: all that follows is to be sent again."""
+        text = self.whole()
+        offset = min(offset, len(text))
+        self._sent, self._new, self.num_sent = [text[:offset]], [text[offset:]], offset
+
+    def whole(self) -> str:
+        return "".join(self._sent) + "".join(self._new)
+
+
+@dataclass(eq=False)
+class Call:
+    submit: link.Submit
+    order: int
+    arrived: float
+    nice: int
+    text: Text  # all that came of it, what was given before included
+    prompt_estimate: int  # tokens
+    since: float  # when it began to wait
+    counted: int = 0  # tokens charged
+    uncharged: int = 0  # … and to be charged with the next delta
+    failures: int = 0
+    not_before: float = 0.0
+    exchange: Exchange | None = None
+    is_trial: bool = False  # of the circuit breaker
+    answer: Answer = field(default_factory=Answer)
+    expected: str = ""  # the beginning that the attempt under way must repeat
+    least_turn: policy.Quantum = ANY_TURN  # for policies: it keeps its place to its end in any case
+    parked_peer: bool = False
+    parked_call: bool = False
+    parked_since: float = 0.0
+    backlog: deque[Event] = field(default_factory=deque)  # what came and was not looked at yet
+    moved: float = 0.0  # when the attempt under way has brought something
+    started: bool = False
+    began: float = 0.0
+    first: float = 0.0
+
+    @property
+    def key(self) -> link.Key:
+        return self.submit.key
+
+    @property
+    def peer(self) -> int:
+        return self.submit.key[0]
+
+    @property
+    def group(self) -> str:
+        return self.submit.group
+
+    @property
+    def num_generated(self) -> int:
+        return self.counted + self.uncharged
+
+    @property
+    def num_pending(self) -> int:
+        return 0 if self.first else self.prompt_estimate
+
+    @property
+    def parked(self) -> bool:
+        return self.parked_peer or self.parked_call
+
+    @property
+    def kept(self) -> str:
+        """What no further attempt may change."""
+        request = self.submit.request
+        if request.stream:
+            return self.text.whole()
+        return request.given if isinstance(request.given, str) else ""
