@@ -7,7 +7,8 @@ setup(
     ext_modules=[
         Extension(
             "aiosd.sandbox._confine",
-            sources=["aiosd/sandbox/native/confine.c"],
+            sources=["aiosd/sandbox/native/confine.c", "aiosd/sandbox/native/cage.c"],
+            depends=["aiosd/sandbox/native/cage.h"],
             extra_compile_args=["-O2"],
             optional=True,
         ),

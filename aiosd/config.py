@@ -57,7 +57,7 @@ from aiosd.llm.spec import MAX_SLOTS, REMOTE, ROPE_SCALING, Lora, ModelSpec
 from aiosd.models import found
 from aiosd.models.places import ours
 from aiosd.sandbox import boxgroups
-from aiosd.sandbox.box import LEVELS, NETS, Rules
+from aiosd.sandbox.box import LEVELS, NETS, STRICT, Rules
 from aiosd.tools.spec import McpServer, read_servers
 from aiosd.units import format_size, parse_size
 from libaios.home import Home
@@ -362,7 +362,13 @@ KEYS = (
     ),
     Key("log_level", _one_of(LOG_LEVELS), "|".join(LOG_LEVELS), "How much is logged (info).", "info"),
     Key("keep_dead", _whole(0, 1_000_000), "N", "How many dead agents are remembered, with their logs (1000).", 1000),
-    Key("sandbox", _one_of(LEVELS), "|".join(LEVELS), "How agents are confined (none).", "none"),
+    Key(
+        "sandbox",
+        _one_of((*LEVELS, STRICT)),
+        "|".join((*LEVELS, STRICT)),
+        "How agents are confined (none); strict: in the cage, or aiosd does not start.",
+        "none",
+    ),
     Key("net", _one_of(NETS), "|".join(NETS), "Whether confined agents have a network (all).", "all"),
     Key("orphans", _one_of(ORPHANS), "|".join(ORPHANS), "What processes get that outlive their agent (kill).", "kill"),
     Key(
@@ -451,6 +457,7 @@ class Settings:
     door: Endpoint | None = None  # … and where it listens
     sandbox: Rules = field(default_factory=Rules)  # for agents of groups that `groups` does not name
     groups: Mapping[str, Rules] = field(default_factory=dict)
+    strict: bool = False  # no agent is confined less than in the cage
 
     def schedule(self) -> Schedule:
         """The settings that cores get."""
@@ -492,7 +499,8 @@ def load(
     tools = _tool_files(values["tools"], cwd if typed else str(path.parent.absolute()))
     table, embedder = _embedder(values, given, file, path, cwd, flags, environ, locate, home)
     _refuse_doubles([*models, *([embedder] if embedder is not None else [])])
-    rules = Rules(values["sandbox"], values["net"])
+    strict = values["sandbox"] == STRICT
+    rules = Rules(LEVELS[-1] if strict else values["sandbox"], values["net"])
     return Settings(
         home=home,
         models=tuple(models),
@@ -517,7 +525,8 @@ def load(
         gateway=values["gateway"],
         agents=tuple(file.agents),
         sandbox=rules,
-        groups=_groups(path, file.groups, rules),
+        groups=_groups(path, file.groups, rules, strict),
+        strict=strict,
         tools=tools,
         tool_workers=values["tool_workers"],
         mcp_servers=file.servers,
@@ -794,13 +803,17 @@ def _read_file(path: Path, must_exist: bool) -> _File:
     return file
 
 
-def _groups(path: Path, tables: Sequence[tuple[int, Mapping[str, Any]]], general: Rules) -> dict[str, Rules]:
+def _groups(
+    path: Path, tables: Sequence[tuple[int, Mapping[str, Any]]], general: Rules, strict: bool
+) -> dict[str, Rules]:
     found: dict[str, Rules] = {}
     for first, values in tables:
         try:
             name, rules = boxgroups.read(values, str(path.parent.absolute()), general)
             if name in found:
                 raise ValueError(f"group {name!r} is there twice")
+            if strict and rules.level != general.level:
+                raise ValueError(f"group {name!r}: sandbox = {rules.level!r} is less than strict allows")
         except ValueError as err:
             raise UsageError(f"{path}, line {first}: {err}") from None
         found[name] = rules

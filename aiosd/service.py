@@ -78,6 +78,7 @@ class Service:
     silent_s: float = HANG_S  # it is killed, and replaced, when no heartbeat came for this long
     stopped: Stopped = Stopped.LAST  # when the end of the system is its end
     keep: tuple[int, ...] = ()  # descriptors of the supervisor's that it needs
+    confines: bool = False  # it starts processes that enter the cage
 
     @property
     def shown(self) -> str:

@@ -28,7 +28,11 @@ from benchmarks import harness  # noqa: E402
 from tests.deeds.accepted import ACCEPTED, WITH_NETWORK  # noqa: E402
 from tests.deeds.stage import RUN, Stage  # noqa: E402
 
-LEVELS = {"flat": ("flat", "none"), "flat, network": ("flat", "all")}
+LEVELS = {
+    f"{level}{', network' if net == 'all' else ''}": (level, net)
+    for level in ("flat", "cage")
+    for net in ("none", "all")
+}
 
 
 def inside(system: harness.Aiosd, stage: Stage, level: str, net: str) -> dict[str, str]:

@@ -47,6 +47,8 @@ def _no_kernel(message: str, kind: type[NoKernel] = NoKernel) -> NoKernel:
 def connect(home: Home) -> socket.socket | None:
     """Connect to the control socket, however long its path is. None: its queue is full just now. Raises NoKernel."""
     sock = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM | socket.SOCK_CLOEXEC | socket.SOCK_NONBLOCK)
+    if _is_connected(sock):
+        return sock
     try:
         place, name = os.path.split(_socket_path(home))
         folder = os.open(place, os.O_PATH | os.O_DIRECTORY | os.O_CLOEXEC)
@@ -61,8 +63,6 @@ def connect(home: Home) -> socket.socket | None:
         sock.close()
         return None
     except BaseException as err:  # of any kind: the socket must not stay open
-        if isinstance(err, OSError) and err.errno == errno.EISCONN:  # in a sandbox it was made connected to aiosd
-            return sock
         sock.close()
         if not isinstance(err, OSError) or isinstance(err, NoKernel):
             raise
@@ -71,6 +71,15 @@ def connect(home: Home) -> socket.socket | None:
             raise _no_kernel(message, Gone) from None
         raise _no_kernel(f"{home.texts['socket']}: {err.strerror or err}") from None
     return sock
+
+
+def _is_connected(sock: socket.socket) -> bool:
+    """In a sandbox it was made connected to aiosd, whose socket may not be seen there."""
+    try:
+        sock.getpeername()
+    except OSError:
+        return False
+    return True
 
 
 def _socket_path(home: Home) -> str:

@@ -206,7 +206,7 @@ class Sandbox(Struct, array_like=True, frozen=True):
     symbolic links: the kernel looks up none (`libaios.sandbox` makes this). A confined agent's child gets its parent's
     files, and never more."""
 
-    level: Annotated[str, Meta(pattern=r"\A(|none|flat)\Z")] = ""
+    level: Annotated[str, Meta(pattern=r"\A(|none|flat|cage)\Z")] = ""
     net: Annotated[str, Meta(pattern=r"\A(|none|all)\Z")] = ""
     read: Paths = []
     write: Paths = []

@@ -8,15 +8,18 @@ import struct
 import sys
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
 from aiosd.kernel.sandboxes import Sandboxes
-from aiosd.sandbox import box, boxgroups, filter, landlock, plan, probe
+from aiosd.sandbox import box, boxgroups, filter, landlock, places, plan, probe
 from aiosd.sandbox.box import Box, Rules
 from aiosd.sandbox.confine import load
+from aiosd.sandbox.places import Machine
 from aiosd.sandbox.probe import Offer
 from libaios import sandbox, wire
 
@@ -239,10 +242,11 @@ def test_an_older_linux_is_asked_for_what_it_knows(version: int, files: int, net
 def test_no_rule_grants_more_than_is_governed() -> None:
     for version in range(1, 8):
         ruleset = landlock.ruleset(version)
-        ground = plan.Ground(ruleset, b"", 0, {(True, False): b""})
+        ground = plan.Ground(ruleset, b"", 0, {(True, False): b""}, Machine(()))
         one = plan.plan(ground, Box("flat", "all", "/w", ["/r"], ["/rw"]), doors=False)
-        count, _, _, _, _, _, governed, net, _ = struct.unpack_from("=6I3Q", one)
-        at, rights = 48, []
+        count, _, _, _, _, _, governed, net, _, *cage = struct.unpack_from("=6I3Q5iI", one)
+        at, rights = 72, []
+        assert cage[-1] == 0
         for _ in range(count):
             right, _, _, length, _ = struct.unpack_from("=Q4I", one, at)
             rights.append(right)
@@ -250,6 +254,61 @@ def test_no_rule_grants_more_than_is_governed() -> None:
         assert (at, count, net) == (len(one), 3, 0)
         assert all(right & ~governed == 0 and not right & landlock.MAKE_DEVICES for right in rights)
         assert rights[0] == landlock.READ < rights[1] == rights[2]
+
+
+# ── places in the cage ────────────────────────────────────────────────────────────────────────────────────
+
+MACHINE = Machine(("/etc", "/home/u/venv", "/usr"), ("/dev", "/etc", "/home", "/proc", "/sys", "/tmp", "/usr", "/work"))
+_NAMES = st.lists(st.sampled_from(["home", "u", "venv", "w", "x", "usr", "tmp"]), min_size=1, max_size=4)
+_PATHS = _NAMES.map(lambda names: "/" + "/".join(names))
+
+
+def shown(read: list[str], write: list[str]) -> dict[str, bool]:
+    """What is attached, and whether it can be written to, as the last step has it."""
+    steps = places.of_agent(MACHINE, "/home/u/w", read, write)
+    return {step.target: not step.attributes & places.READ_ONLY for step in steps if step.kind == places.ATTACH}
+
+
+def test_a_workspace_is_attached_where_it_lies_and_the_system_beside_it() -> None:
+    assert shown([], []) == {"/home/u/venv": False, "/home/u/w": True}
+    kinds = [(step.kind, step.target) for step in places.of_agent(MACHINE, "/home/u/w", [], [])]
+    assert kinds[0] == (places.MEMORY, "/home")
+    assert kinds[-1] == (places.SEAL, "/home")
+
+
+def test_what_can_be_seen_anyway_is_not_attached_again() -> None:
+    assert "/usr/lib/x" not in shown(["/usr/lib/x"], [])
+    assert shown([], ["/usr/lib/x"])["/usr/lib/x"]
+    assert "/work/a/b" not in shown(["/work/a", "/work/a/b"], [])
+    both = shown(["/work/a"], ["/work/a/b"])
+    assert (both["/work/a"], both["/work/a/b"]) == (False, True)
+    assert "/work/a/b" not in shown(["/work/a/b"], ["/work/a"])
+
+
+def test_the_whole_root_is_all_that_lies_there_but_devices() -> None:
+    assert set(shown(["/"], [])) == {"/home", "/home/u/w", "/tmp", "/work"}
+
+
+@given(st.lists(_PATHS, max_size=4), st.lists(_PATHS, max_size=4))
+def test_all_that_was_granted_can_be_seen_and_nothing_else_be_changed(read: list[str], write: list[str]) -> None:
+    attached = {"/etc": False, "/usr": False} | shown(read, write)
+    for path in (*read, *write):
+        assert places.inside(path, attached)
+    for path in write:
+        nearest = max((folder for folder in attached if places.inside(path, (folder,))), key=len)
+        assert attached[nearest]
+    for path, writable in attached.items():
+        assert writable == (path in (*write, "/home/u/w"))
+        assert places.inside(path, (*read, *write, "/home/u/w", *MACHINE.system))
+
+
+@given(st.lists(_PATHS, max_size=4), st.lists(_PATHS, max_size=4))
+def test_no_memory_covers_what_was_attached(read: list[str], write: list[str]) -> None:
+    steps = places.of_agent(MACHINE, "/home/u/w", read, write)
+    for number, step in enumerate(steps):
+        if step.kind == places.MEMORY:
+            before = [other.target for other in steps[:number] if other.kind == places.ATTACH]
+            assert not any(places.inside(other, (step.target,)) for other in before)
 
 
 # ── aiosd.toml ────────────────────────────────────────────────────────────────────────────────────────────
@@ -262,7 +321,7 @@ def test_a_group_says_what_it_wants_and_has_the_rest(tmp_path: Path) -> None:
     assert (name, rules) == ("web", Rules("flat", "all", read=(str(tmp_path / "data"),), env=("KEY",)))
     with pytest.raises(ValueError, match="without name"):
         boxgroups.read({}, "/", general)
-    for key, value in (("sandbox", "cage"), ("net", "hosts"), ("read", "x"), ("env", [1]), ("name", "a/b")):
+    for key, value in (("sandbox", "cave"), ("net", "hosts"), ("read", "x"), ("env", [1]), ("name", "a/b")):
         with pytest.raises(ValueError, match="is no"):
             boxgroups.READERS[key](value)
 
@@ -294,19 +353,38 @@ def test_what_is_missing_is_found_by_trying(monkeypatch: pytest.MonkeyPatch) -> 
             os._exit(child())
         return pid
 
-    assert "C compiler" in probe.offer(None, ground, fork).reason
-    found = probe.offer(lambda plan: 0, ground, fork)
-    assert (found.level, found.reason) == ("none", "Landlock is in force, but denies nothing")
+    def offered(native: Any) -> Offer:
+        return probe.offer(native, ground, fork)[0]
+
+    idle: Any = SimpleNamespace(confine=lambda plan: 0)
+    assert "C compiler" in offered(None).reason
+    assert (offered(idle).level, offered(idle).reason) == ("none", "Landlock is in force, but denies nothing")
     monkeypatch.setattr(landlock, "abi", lambda: 0)
-    assert "no Landlock" in probe.offer(lambda plan: 0, ground, fork).reason
+    assert "no Landlock" in offered(idle).reason
     monkeypatch.setattr(filter, "MACHINE", "another")
-    assert "processor" in probe.offer(lambda plan: 0, ground, fork).reason
+    assert "processor" in offered(idle).reason
+
+
+@pytest.mark.parametrize(
+    ("number", "settings", "words"),
+    [
+        (errno.ENOSPC, {}, "sysctl user.max_user_namespaces=10000 allows"),
+        (errno.EPERM, {"kernel/apparmor_restrict_unprivileged_userns": "1"}, "apparmor_restrict_unprivileged_userns=0"),
+        (errno.EPERM, {"kernel/unprivileged_userns_clone": "0"}, "kernel.unprivileged_userns_clone=1 allows"),
+        (errno.EINVAL, {}, "no cage: the root cannot be exchanged"),
+    ],
+)
+def test_without_a_cage_the_remedy_is_named(
+    number: int, settings: dict[str, str], words: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(probe, "_reads", lambda name: settings.get(name, ""))
+    assert words in probe._no_cage(OSError(number, "sandbox: the root cannot be exchanged"))
 
 
 def test_every_failure_of_the_c_function_has_a_sentence() -> None:
-    confine = load()
-    if confine is None:
+    native = load()
+    if native is None:
         pytest.skip("not compiled")
-    for wrong in (b"", b"\xff" * 47, b"\xff" * 48):
+    for wrong in (b"", b"\xff" * 71, b"\xff" * 72):
         with pytest.raises(OSError, match="the plan is wrong"):
-            confine(wrong)
+            native.confine(wrong)

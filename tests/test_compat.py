@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 
+from aiosd.sandbox.box import LEVELS
 from tests.conftest import System
 
 #: What is run, in a shell in the workspace. The first word that needs to be there is looked up first.
@@ -76,6 +77,17 @@ PYTHON = {
     "dns": "import socket\ntry: socket.getaddrinfo('localhost', 80)\nexcept socket.gaierror: pass",
 }
 
+#: What needs /tmp, /dev/shm or terminals, of which an agent has its own in the cage alone.
+IN_CAGE = {
+    "pty": "import pty, os; pid, fd = pty.fork()\nif not pid: os.execlp('tty', 'tty')\n"
+    "assert os.read(fd, 99).startswith(b'/dev/pts/'); os.wait()",
+    "shared memory": "import multiprocessing.shared_memory as m; m.SharedMemory(create=True, size=9).unlink()",
+    "locks of processes": "import multiprocessing as m; m.Lock(); m.Queue().put(1)",
+    "pool": "import multiprocessing as m\nwith m.Pool(2) as p: assert p.map(abs, [-1, 2]) == [1, 2]",
+    "/tmp": "import tempfile; open('/tmp/x', 'w').write('x'); tempfile.mkdtemp(dir='/tmp')",
+    "script": "import subprocess; subprocess.run(['script', '-qc', 'echo x', '/dev/null'], check=True)",
+}
+
 RUNNER = """
 import json, os, subprocess, sys
 what, failed = json.load(sys.stdin), {}
@@ -93,19 +105,22 @@ def missing(name: str) -> bool:
     return shutil.which(name) is None
 
 
-def test_ordinary_programs_work(aiosd: System, tmp_path: Path) -> None:
+@pytest.mark.parametrize("level", LEVELS[1:])
+def test_ordinary_programs_work(aiosd: System, level: str, tmp_path: Path) -> None:
     found = aiosd.status()["sandbox"]
-    if found["possible"] == "none":
+    if LEVELS.index(found["possible"]) < LEVELS.index(level):
         pytest.skip(found["why_no_more"])
     what = [("shell", name, code) for name, code in SHELL.items() if not missing(name)]
     what += [("python", f"python {name}", code) for name, code in PYTHON.items()]
+    if level == "cage":
+        what += [("python", f"python {name}", code) for name, code in IN_CAGE.items()]
     assert len(what) >= 40
     (tmp_path / "project").mkdir()
     (tmp_path / "project" / "runner.py").write_text(RUNNER)
     done = aiosd.run(
         "aios-run",
         "--sandbox",
-        "flat",
+        level,
         "project/runner.py",
         cwd=tmp_path,
         input=json.dumps(what),

@@ -11,18 +11,36 @@ from pathlib import Path
 
 import pytest
 
+from aiosd.sandbox.box import LEVELS
 from tests.conftest import System, eventually
 
 Fresh = Callable[..., System]
 FLAT = ("--sandbox", "flat")
 
+#: What a change of the script's folder, and a look at what lies beside it, end with.
+HIDDEN = {
+    "flat": ("Permission denied", "Permission denied"),
+    "cage": ("Read-only file system", "No such file or directory"),
+}
+
+
+def skip_unless_possible(system: System, level: str) -> None:
+    found = system.status()["sandbox"]
+    if LEVELS.index(found["possible"]) < LEVELS.index(level):
+        pytest.skip(found["why_no_more"])
+
+
+@pytest.fixture(params=LEVELS[1:])
+def level(request: pytest.FixtureRequest, aiosd: System) -> str:
+    """Each level that this machine offers."""
+    skip_unless_possible(aiosd, request.param)
+    return str(request.param)
+
 
 @pytest.fixture(autouse=True)
 def possible(request: pytest.FixtureRequest) -> None:
     if "aiosd" in request.fixturenames:
-        found = request.getfixturevalue("aiosd").status()["sandbox"]
-        if found["possible"] == "none":
-            pytest.skip(found["why_no_more"])
+        skip_unless_possible(request.getfixturevalue("aiosd"), "flat")
 
 
 def script(folder: Path, code: str, name: str = "agent.py") -> Path:
@@ -32,7 +50,7 @@ def script(folder: Path, code: str, name: str = "agent.py") -> Path:
     return path
 
 
-def test_what_an_agent_sees(aiosd: System, tmp_path: Path) -> None:
+def test_what_an_agent_sees(aiosd: System, level: str, tmp_path: Path) -> None:
     """Its own folder to be read, a workspace as home, and of the environment what is no secret."""
     (tmp_path / "beside.txt").write_text("x")
     path = script(tmp_path, """
@@ -49,10 +67,12 @@ def test_what_an_agent_sees(aiosd: System, tmp_path: Path) -> None:
             "HOME": os.environ["HOME"], "temporary": temporary,
         }))
     """)  # fmt: skip
-    done = aiosd.run("aios-run", *FLAT, path, cwd=tmp_path, check=True, env={"API_KEY": "x", "LC_ALL": "C.UTF-8"})
+    done = aiosd.run(
+        "aios-run", "--sandbox", level, path, cwd=tmp_path, check=True, env={"API_KEY": "x", "LC_ALL": "C.UTF-8"}
+    )
     seen = json.loads(done.stdout)
     assert [seen[name] for name in ("own", "change", "beside", "home")] == [
-        "done", "Permission denied", "Permission denied", "done",
+        "done", *HIDDEN[level], "done",
     ]  # fmt: skip
     assert "API_KEY" not in seen["names"]
     assert "LC_ALL" in seen["names"]
@@ -63,7 +83,7 @@ def test_what_an_agent_sees(aiosd: System, tmp_path: Path) -> None:
     assert os.stat(seen["HOME"]).st_mode & 0o777 == 0o700
 
 
-def test_what_is_granted(aiosd: System, tmp_path: Path) -> None:
+def test_what_is_granted(aiosd: System, level: str, tmp_path: Path) -> None:
     for name in ("in", "out"):
         (tmp_path / name).mkdir()
     (tmp_path / "in" / "a.txt").write_text("text")
@@ -77,38 +97,71 @@ def test_what_is_granted(aiosd: System, tmp_path: Path) -> None:
     """,
     )
     options = ("--read", "in", "--write", "out", "-e", "KEY", "-e", "OTHER=2")
-    done = aiosd.run("aios-run", *FLAT, *options, path, cwd=tmp_path, env={"KEY": "1"})
+    done = aiosd.run("aios-run", "--sandbox", level, *options, path, cwd=tmp_path, env={"KEY": "1"})
     assert done.stdout == "text 1 2\n"
     assert (tmp_path / "out" / "b.txt").read_text() == "written"
     last = done.stderr.splitlines()[-1]
     assert last == (
-        f"(sandbox flat: aios-run --write {tmp_path}/in/a.txt, or write of [[group]] in aiosd.toml, would allow it)"
+        f"(sandbox {level}: aios-run --write {tmp_path}/in/a.txt, or write of [[group]] in aiosd.toml, would allow it)"
     )
     assert (done.returncode, (tmp_path / "in" / "a.txt").read_text()) == (1, "text")
 
 
-def test_a_link_in_what_is_granted_leads_nowhere(aiosd: System, tmp_path: Path) -> None:
+DENIALS = [
+    ("open('{0}/hidden/secret')", "--read {0}/hidden/secret"),
+    ("open('{0}/hidden/secret', mode='w')", "--write {0}/hidden/secret"),
+    ("open('{0}/hidden/new', 'w')", "--write {0}/hidden"),
+    ("pathlib.Path('{0}/hidden/secret').write_text('x')", "--write {0}/hidden/secret"),
+    ("pathlib.Path('{0}/hidden/secret').read_text()", "--read {0}/hidden/secret"),
+    ("os.open('{0}/project/new', os.O_WRONLY | os.O_CREAT)", "--write {0}/project"),
+    ("os.mkdir('{0}/project/new')", "--write {0}/project"),
+    ("os.listdir('{0}/hidden')", "--read {0}/hidden"),
+    ("shutil.copy(__file__, '{0}/project/copy')", "--write {0}/project"),
+]
+
+
+def test_a_denial_names_what_would_allow_it(aiosd: System, level: str, tmp_path: Path) -> None:
+    (tmp_path / "hidden").mkdir()
+    (tmp_path / "hidden" / "secret").touch()
+    deeds = "\n".join(f"def deed{number}(): {deed.format(tmp_path)}" for number, (deed, _) in enumerate(DENIALS))
+    ask = f"""
+for number in range({len(DENIALS)}):
+    try: globals()[f"deed{{number}}"]()
+    except OSError as err: print(confinement.explain(err))
+"""
+    path = script(tmp_path, f"import os, pathlib, shutil\nfrom aiosd.birth import confinement\n{deeds}\n{ask}")
+    done = aiosd.run("aios-run", "--sandbox", level, path, check=True)
+    found = [line.split("aios-run ")[1].split(", or")[0] for line in done.stdout.splitlines()]
+    # In the cage it cannot be told whether a file is there that is to be changed: its folder is named.
+    hidden = "hidden" if level == "cage" else "hidden/secret"
+    assert found == [
+        grant.format(tmp_path).replace("hidden/secret", hidden if "--write" in grant else "hidden/secret")
+        for _, grant in DENIALS
+    ]
+
+
+def test_a_link_in_what_is_granted_leads_nowhere(aiosd: System, level: str, tmp_path: Path) -> None:
     (tmp_path / "hidden").mkdir()
     (tmp_path / "hidden" / "a.txt").write_text("secret")
     path = script(tmp_path, "print(open('link/a.txt').read())")
     (path.parent / "link").symlink_to(tmp_path / "hidden")
-    done = aiosd.run("aios-run", *FLAT, path, cwd=path.parent)
+    done = aiosd.run("aios-run", "--sandbox", level, path, cwd=path.parent)
     assert (done.returncode, done.stdout) == (1, "")
 
 
-def test_programs_are_confined_alike(aiosd: System, tmp_path: Path) -> None:
+def test_programs_are_confined_alike(aiosd: System, level: str, tmp_path: Path) -> None:
     (tmp_path / "hidden.txt").write_text("secret")
-    assert aiosd.run("aios-run", *FLAT, "--", "cat", tmp_path / "hidden.txt").returncode == 1
+    assert aiosd.run("aios-run", "--sandbox", level, "--", "cat", tmp_path / "hidden.txt").returncode == 1
     tool = tmp_path / "tools" / "tool"
     tool.parent.mkdir()
     tool.write_text("#!/bin/sh\ncat ~/../../../../../../hidden.txt; cd; pwd; exit 3\n")
     tool.chmod(0o755)
-    done = aiosd.run("aios-run", *FLAT, "--", "tools/tool", cwd=tmp_path)
+    done = aiosd.run("aios-run", "--sandbox", level, "--", "tools/tool", cwd=tmp_path)
     assert done.returncode == 3, done.stderr
     assert "workspaces/default/tool-" in done.stdout
 
 
-def test_a_script_is_looked_up_with_its_own_rights(aiosd: System, tmp_path: Path) -> None:
+def test_a_script_is_looked_up_with_its_own_rights(aiosd: System, level: str, tmp_path: Path) -> None:
     """An agent that starts another names a file that it cannot read itself."""
     (tmp_path / "hidden.py").write_text("print('ran')")
     path = script(
@@ -120,11 +173,12 @@ def test_a_script_is_looked_up_with_its_own_rights(aiosd: System, tmp_path: Path
             except OSError as err: print(err.strerror)
     """,
     )
-    done = aiosd.run("aios-run", *FLAT, path, check=True)
-    assert done.stdout == f"{tmp_path}/hidden.py: permission denied\n" * 2
+    done = aiosd.run("aios-run", "--sandbox", level, path, check=True)
+    words = {"flat": "permission denied", "cage": "not found"}[level]
+    assert done.stdout == f"{tmp_path}/hidden.py: {words}\n" * 2
 
 
-def test_children_have_the_same_box_and_no_way_out(aiosd: System, tmp_path: Path) -> None:
+def test_children_have_the_same_box_and_no_way_out(aiosd: System, level: str, tmp_path: Path) -> None:
     (tmp_path / "hidden.txt").write_text("secret")
     path = script(
         tmp_path,
@@ -143,13 +197,13 @@ def test_children_have_the_same_box_and_no_way_out(aiosd: System, tmp_path: Path
         print(open(os.path.expanduser("~/common")).read(), flush=True)
         open("{tmp_path}/hidden.txt")
     """, "child.py")  # fmt: skip
-    done = aiosd.run("aios-run", *FLAT, "--net", "none", path, cwd=path.parent, check=True)
+    done = aiosd.run("aios-run", "--sandbox", level, "--net", "none", path, cwd=path.parent, check=True)
     assert done.stdout == "seen\n1\n"
     refusals = [line for line in done.stderr.splitlines() if line.startswith("aios-run: ")]
     assert [line.split(": ")[1] for line in refusals] == ["sandbox"] * 4, done.stderr
 
 
-def test_commands_work_with_the_agents_rights(aiosd: System, tmp_path: Path) -> None:
+def test_commands_work_with_the_agents_rights(aiosd: System, level: str, tmp_path: Path) -> None:
     path = script(
         tmp_path,
         """
@@ -173,7 +227,7 @@ def test_commands_work_with_the_agents_rights(aiosd: System, tmp_path: Path) -> 
         os.waitpid(pid, 0)
     """,
     )
-    done = aiosd.run("aios-run", *FLAT, "--net", "none", path, check=True)
+    done = aiosd.run("aios-run", "--sandbox", level, "--net", "none", path, check=True)
     assert done.stdout.splitlines() == [
         "0 asleep", "0 ", "1 aiosd: an agent may not change settings", "0 from below", "True",
     ]  # fmt: skip
@@ -232,8 +286,7 @@ def test_settings_groups_and_status(fresh_aiosd: Fresh, tmp_path: Path) -> None:
     done = system.run("aios-run", "-g", "web", path, env={"KEY": "k"})
     assert done.stdout == "[] k flat\n", done.stderr
     assert system.run("aios-run", path, env={"KEY": "k"}).stdout == "[] k none\n"
-    for word in ("cage", "hosts"):
-        assert system.run("aios-run", "--sandbox", word, path).returncode == 2
+    assert system.run("aios-run", "--sandbox", "cave", path).returncode == 2
     missing = system.run("aios-run", *FLAT, "--write", "nonesuch", path)
     assert (missing.returncode, missing.stderr) == (
         125, "aios-run: nonesuch: there is no such file or folder to grant\n",
@@ -241,6 +294,52 @@ def test_settings_groups_and_status(fresh_aiosd: Fresh, tmp_path: Path) -> None:
     assert system.run("aios-run", "--net", "example.org", path).stderr.endswith(
         "must be none or all; single hosts cannot be granted (see aios-run --help)\n"
     )
+
+
+#: In a namespace of users whose own limit on more of them is 0, there can be no cage.
+WITHOUT = ("unshare", "-Ur", "sh", "-c", 'echo 0 > /proc/sys/user/max_user_namespaces && exec "$@"', "sh")
+REMEDY = "user namespaces are switched off; sysctl user.max_user_namespaces=10000 allows them"
+
+
+def test_where_there_is_no_cage_strict_does_not_start_and_all_else_is_one_level_lower(
+    fresh_aiosd: Fresh, aiosd: System
+) -> None:
+    skip_unless_possible(aiosd, "cage")
+    system = fresh_aiosd(start=False)
+    refused = system.run(*WITHOUT, "aiosd", "--sandbox", "strict")
+    assert (refused.returncode, refused.stderr) == (1, f"aiosd: sandbox strict: {REMEDY}\n")
+    started = system.run(*WITHOUT, "aiosd", "-d", "--sandbox", "cage")
+    lines = [line for line in started.stderr.splitlines() if "sandbox" in line]
+    assert lines == [f"aiosd: sandbox cage is not possible here, agents run in flat: {REMEDY}"]
+    assert system.status()["sandbox"]["default"] == "flat"
+    assert REMEDY in system.run("aiosd", "status").stdout
+    assert system.run("aios-run", "--", "ls", "/").returncode == 2
+    system.run("aiosd", "stop", check=True)
+
+
+def test_under_strict_nobody_chooses_less(fresh_aiosd: Fresh, aiosd: System) -> None:
+    skip_unless_possible(aiosd, "cage")
+    system = fresh_aiosd("--sandbox", "strict")
+    assert "cage (strict)" in system.run("aiosd", "status").stdout
+    assert "run in 'cage' or more" in system.run("aios-run", "--sandbox", "flat", "--", "true").stderr
+    assert system.run("aios-run", "--", "true").returncode == 0
+
+
+def test_what_an_agent_makes_in_tmp_is_its_own(aiosd: System, tmp_path: Path) -> None:
+    skip_unless_possible(aiosd, "cage")
+    path = script(
+        tmp_path,
+        """
+        import os
+        for folder in ("/tmp", "/dev/shm"):
+            print(os.path.exists(folder + "/of-an-agent"))
+            open(folder + "/of-an-agent", "w").close()
+        print(os.statvfs("/tmp").f_blocks * os.statvfs("/tmp").f_frsize >> 20)
+    """,
+    )
+    for _ in range(2):
+        assert aiosd.run("aios-run", "--sandbox", "cage", path, check=True).stdout == "False\nFalse\n64\n"
+    assert not any(os.path.exists(folder + "/of-an-agent") for folder in ("/tmp", "/dev/shm"))
 
 
 def test_a_restarted_agent_is_confined_again(aiosd: System, tmp_path: Path) -> None:
@@ -260,7 +359,7 @@ def test_a_restarted_agent_is_confined_again(aiosd: System, tmp_path: Path) -> N
     assert eventually(lambda: aiosd.run("aios-logs", pid).stdout == "confined twice\n" * 2)
 
 
-def test_workspaces_stay_and_are_kept_apart(aiosd: System, tmp_path: Path) -> None:
+def test_workspaces_stay_and_are_kept_apart(aiosd: System, level: str, tmp_path: Path) -> None:
     path = script(
         tmp_path,
         """
@@ -271,7 +370,7 @@ def test_workspaces_stay_and_are_kept_apart(aiosd: System, tmp_path: Path) -> No
     """,
     )
     options = [(), (), ("--name", "ada"), ("--name", "ada"), ("-g", "others")]
-    assert [aiosd.run("aios-run", *FLAT, *more, path).stdout for more in options] == [
+    assert [aiosd.run("aios-run", "--sandbox", level, *more, path).stdout for more in options] == [
         "False", "True", "False", "True", "False",
     ]  # fmt: skip
 

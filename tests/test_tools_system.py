@@ -286,7 +286,10 @@ def test_the_environment_of_aiosd_is_no_tools_business(tmp_path: Path) -> None:
         assert system.destroy() == []
 
 
-def test_built_in_tools_of_a_confined_agent_are_confined_too(system: System, tmp_path: Path) -> None:
+@pytest.mark.parametrize(("level", "denied"), [("flat", "Permission denied"), ("cage", "No such file or directory")])
+def test_built_in_tools_of_a_confined_agent_are_confined_too(
+    system: System, level: str, denied: str, tmp_path: Path
+) -> None:
     (folder := tmp_path / "its folder").mkdir()
     (secret := tmp_path / "secret").write_text("private")
     (script := folder / "agent.py").write_text(
@@ -298,7 +301,7 @@ def test_built_in_tools_of_a_confined_agent_are_confined_too(system: System, tmp
         "try: aios.tool.call('fetch', url='http://192.0.2.1/')\n"
         "except OSError as err: print('no network' if err.errno in (1, 13, 97, 113) else err)\n"
     )
-    done = system.run("aios-run", "--sandbox", "flat", "--net", "none", str(script), str(secret))
+    done = system.run("aios-run", "--sandbox", level, "--net", "none", str(script), str(secret))
     if "not possible here" in done.stderr:
         pytest.skip(done.stderr)
-    assert done.stdout.splitlines() == ["Permission denied", "", "x", "", "True", "no network"], done.stderr
+    assert done.stdout.splitlines() == [denied, "", "x", "", "True", "no network"], done.stderr

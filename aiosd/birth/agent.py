@@ -102,10 +102,12 @@ def with_bytes(content: Letter) -> Letter:
 def _enter_folder(content: Letter) -> Letter:
     """Enter the agent's working directory. A confined agent that cannot read it begins in its workspace."""
     try:
+        if content.box is not None:
+            return confinement.enter_folder(content)
         os.chdir(content.cwd)
     except OSError as err:
         raise OSError(err.errno, f"{content.cwd}: {err.strerror}") from None
-    return content if content.box is None else confinement.in_reach(content)
+    return content
 
 
 def _above_stdio(fds: Descriptors) -> None:

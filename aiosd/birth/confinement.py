@@ -13,12 +13,12 @@ import msgspec
 from aiosd.birth import fork
 from aiosd.birth.report import Report
 from aiosd.letter import Letter
-from aiosd.sandbox import confine, filter, plan, probe
+from aiosd.sandbox import cage, confine, filter, places, plan, probe
 from aiosd.sandbox.box import Box
 from aiosd.sandbox.probe import Offer
 from libaios import wire
 
-_confine: confine.Confine | None = None
+_native: confine.Native | None = None
 _ground: plan.Ground | None = None
 #: How this process is confined, for the words that explain an error.
 box: Box | None = None
@@ -26,33 +26,36 @@ box: Box | None = None
 
 def prepare() -> Offer:
     """In the supervisor, before the first fork: what this machine can do."""
-    global _confine, _ground
-    _confine = confine.load()
-    _ground = plan.ground(sys.path) if filter.known_here() else None
-    return probe.offer(_confine, _ground, fork.fork)
+    global _native, _ground
+    _native = confine.load()
+    offer, _ground = probe.offer(_native, plan.ground(sys.path) if filter.known_here() else None, fork.fork)
+    cage.current = _ground.cage if _ground is not None else None
+    return offer
 
 
 def enter(new: Box, report: Report) -> None:
     """Confine this process, for good. Raises OSError with a sentence."""
     global box
-    if _confine is None or _ground is None:
+    if _native is None or _ground is None:
         raise OSError(1, f"sandbox: {new.level} is not possible here")
     workspace = wire.os_str(new.workspace)
     for folder in (workspace, os.path.join(workspace, "tmp")):
         os.makedirs(folder, mode=0o700, exist_ok=True)
-    report.door(_confine(plan.plan(_ground, new, doors=True)))
+    report.door(_native.confine(plan.plan(_ground, new, doors=True)))
     box = new
 
 
-def in_reach(content: Letter) -> Letter:
-    """In the working directory: where it cannot be read, go to the workspace, and name the program in full."""
-    try:
-        os.close(os.open(".", os.O_RDONLY | os.O_DIRECTORY))
-    except PermissionError:
-        pass
-    else:
-        return content
+def enter_folder(content: Letter) -> Letter:
+    """Enter the working directory; where that cannot be read, or seen, the workspace, and name the program in full."""
     assert content.box is not None
+    if _is_shown(content.cwd, content.box):
+        try:
+            os.chdir(content.cwd)
+            os.close(os.open(".", os.O_RDONLY | os.O_DIRECTORY))
+        except PermissionError:
+            pass
+        else:
+            return content
     workspace = wire.os_str(content.box.workspace)
     os.chdir(workspace)
     target = content.target
@@ -61,18 +64,17 @@ def in_reach(content: Letter) -> Letter:
     return msgspec.structs.replace(content, target=target, cwd=workspace)
 
 
+def _is_shown(path: str, box: Box) -> bool:
+    """Whether the agent sees that folder of the machine. In a cage there may be an empty one in its place."""
+    if box.level != "cage" or _ground is None:
+        return True
+    return places.inside(wire.os_text(path), (*_ground.machine.system, box.workspace, *box.read, *box.write))
+
+
 def explain(err: BaseException) -> str:
     """Words about a file that the sandbox has denied; "": it was something else."""
-    if box is None or not isinstance(err, PermissionError) or not isinstance(err.filename, str | bytes):
+    if box is None or _ground is None or not isinstance(err, OSError):
         return ""
-    path = os.path.abspath(os.fsdecode(err.filename))
-    grant = "write" if _is_readable(path) else "read"
-    return f"(sandbox {box.level}: aios-run --{grant} {path}, or {grant} of [[group]] in aiosd.toml, would allow it)"
+    from aiosd.birth import denial
 
-
-def _is_readable(path: str) -> bool:
-    try:
-        os.close(os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_NOCTTY | os.O_CLOEXEC))
-    except OSError:
-        return False
-    return True
+    return denial.words(err, box, _ground.machine.system)

@@ -4,9 +4,9 @@ An agent shares its memory with the supervisor until one of them writes to it. B
 to about 0.8 MB of pages (mostly reference counts), which costs every agent a copy of these. The agents of a batch,
 forked with nothing done in between, share these pages; and the next spawns need not wait for a fork.
 
-A spare waits at a socket for the agent that it becomes, and holds no other descriptor; through the same socket it then
-reports whether it can start (`report`). The first of many spawns is forked alone, the second forks a small batch, and
-each later batch is larger. Spares that are not used for a while exit.
+A spare waits at a socket for the agent that it becomes, and holds no other descriptor but the cage's; through the same
+socket it then reports whether it can start (`report`). The first of many spawns is forked alone, the second forks a
+small batch, and each later batch is larger. Spares that are not used for a while exit.
 """
 
 from __future__ import annotations
@@ -21,6 +21,7 @@ from aiosd import link
 from aiosd.birth import heap, modules
 from aiosd.birth.agent import Descriptors, become_agent
 from aiosd.birth.fork import fork, keep_only, name_process
+from aiosd.sandbox import cage
 from aiosd.timers import Timers
 
 BATCH = (4, 64)  # the first one and the largest; each is twice the one before
@@ -109,7 +110,7 @@ def _pair() -> tuple[socket.socket, socket.socket]:
 
 def _wait(sock: socket.socket) -> int:
     """In the spare: wait for the agent that it becomes."""
-    keep_only((sock.fileno(),))
+    keep_only((sock.fileno(), *cage.descriptors()))
     name_process("aios:spare")
     payload, ancillary, _, _ = sock.recvmsg(LARGEST, socket.CMSG_SPACE(6 * 4))
     if not payload:

@@ -184,7 +184,7 @@ def _complete_file(context: click.Context, parameter: click.Parameter, incomplet
 @click.option("--memory", type=Size(), metavar="SIZE", help="Budget of memory, such as 512M.")
 @click.option(
     "--sandbox",
-    type=click.Choice(["none", "flat"]),
+    type=click.Choice(["none", "flat", "cage"]),
     help="How it is confined; else as the settings say. An agent can only choose more for what it starts.",
 )
 @click.option("--read", "read", multiple=True, metavar="PATH", help="A file or folder that it may read in a sandbox.")

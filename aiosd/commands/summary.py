@@ -63,8 +63,11 @@ def _sandbox(found: dict[str, Any]) -> str:
     """How agents are confined, and why no more than that is possible."""
     if not found:
         return ""
-    parts = [str(found.get("default", ""))]
+    default = str(found.get("default", ""))
+    parts = [f"{default} (strict)" if found.get("strict") else default]
     parts += [f"{name} {level}" for name, level in found.get("groups", {}).items()]
+    if found.get("possible") not in (None, default) and not found.get("why_no_more"):
+        parts.append(f"{found['possible']} is possible")
     if found.get("why_no_more"):
         parts.append(f"no more than {found.get('possible')} is possible: {found['why_no_more']}")
     return ", ".join(parts)

@@ -47,6 +47,7 @@ def of(settings: Settings) -> list[Service]:
         name=TOOLBOX,
         kind=TOOLBOX,
         entry="aiosd.tools.main:main",
+        confines=True,
         argument=ToolboxSpec(str(settings.home.data / "work"), settings.tools, settings.tool_workers, settings.sealed),
         keep=(settings.sealed,),
     )

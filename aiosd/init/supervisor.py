@@ -43,6 +43,8 @@ from aiosd.init.records import BACKOFF_S, Agent, Inheritance, Memo, Process
 from aiosd.init.signals import Received, describe_sender, open_signals, read_signals, signal_tree
 from aiosd.init.signals import name as signal_name
 from aiosd.init.sweep import sweep
+from aiosd.sandbox import cage
+from aiosd.sandbox.box import LEVELS
 from aiosd.sandbox.probe import Offer
 from aiosd.service import Service, Stopped
 from aiosd.timers import Timers
@@ -120,6 +122,8 @@ class Supervisor:
             self.services[service.name] = Process(service, self.pids.next())
         self.kernel.pid = self.pids.next()
         self.offer = confinement.prepare()
+        if self.settings.strict and self.offer.level != LEVELS[-1]:
+            return self._refuse(f"sandbox strict: {self.offer.reason}")
         _preload()
         self._fork_kernel()
         for process in self.services.values():
@@ -133,6 +137,12 @@ class Supervisor:
         except OSError as err:  # a full disk: numbers are wasted, but none is repeated
             logger.warning("pids: %s", err)
         return self.exit_code
+
+    def _refuse(self, error: str) -> int:
+        """Do not start; returns the exit code."""
+        print(f"aiosd: {error}", file=sys.stderr, flush=True)
+        notify.failed(self.settings, error)
+        return 1
 
     def _turn(self) -> None:
         for fd, _ in self.epoll.poll(self.timers.until_next()):
@@ -344,7 +354,8 @@ class Supervisor:
             environment.restore(self.environment)
             modules.show()
             fork.name_process(f"aios:{_title(process)}")
-            fork.keep_only((process.memfd, process.own_bell, heart.write, *process.service.keep))
+            cage_fds = cage.descriptors() if process.service.confines else ()
+            fork.keep_only((process.memfd, process.own_bell, heart.write, *process.service.keep, *cage_fds))
             rounds = Rounds()
             beat_in_background(heart.write, rounds)
             log.setup(_title(process), self.settings.log_level)
@@ -643,9 +654,7 @@ class Supervisor:
 
     def _on_shutdown(self, message: link.Shutdown, fds: list[int]) -> None:
         if message.error:
-            print(f"aiosd: {message.error}", file=sys.stderr, flush=True)
-            notify.failed(self.settings, message.error)
-            self.exit_code = 1
+            self.exit_code = self._refuse(message.error)
         else:
             self.stop("asked to")
 

@@ -106,7 +106,8 @@ class Kernel:
         self.generations = Generations(self.calls, self.table, self.cores, routes, self.live.schedule)
         self.enforcer = Enforcer(self.table, self.uplink, self.timers, self._deliver)
         settings = born.settings
-        self.sandboxes = Sandboxes(settings.sandbox, settings.groups, born.offer, sandboxes.folder(settings.home.data))
+        places = sandboxes.folder(settings.home.data)
+        self.sandboxes = Sandboxes(settings.sandbox, settings.groups, born.offer, places, settings.strict)
         for line in self.sandboxes.warnings():
             logger.warning("%s", line)
         self.logs = LogKeeper(settings.home.logs, settings.log_size, settings.log_keep, settings.keep_dead)
@@ -355,7 +356,8 @@ class Kernel:
 
     def _tell_ready(self) -> None:
         names = ", ".join(self.cores.by_model)
-        notes = [f"agent {name} {problem}" for name, problem in self.agents.listed.problems().items()]
+        notes = self.sandboxes.warnings()
+        notes += [f"agent {name} {problem}" for name, problem in self.agents.listed.problems().items()]
         self.uplink.send(link.Ready(f"aiosd: ready ({names}; {self.live.settings.home.root})", notes))
 
     # ── supervisor ────────────────────────────────────────────────────────────────────────────────────────

@@ -19,11 +19,15 @@ from libaios import wire
 
 
 class Sandboxes:
-    def __init__(self, rules: Rules, groups: Mapping[str, Rules], offer: Offer, folder: str) -> None:
+    def __init__(
+        self, rules: Rules, groups: Mapping[str, Rules], offer: Offer, folder: str, strict: bool = False
+    ) -> None:
+        """`folder`: of the workspaces. `strict`: nobody chooses less than the rules say."""
         self.rules = rules
+        self._strict = strict
         self._groups = groups
         self.offer = offer
-        self._folder = folder  # of the workspaces
+        self._folder = folder
 
     def decide(self, args: wire.Spawn, parent: Proc | None) -> Box | None:
         """The box of a new agent, None: it is not confined. Raises OSError: EINVAL, EPERM, ENOTSUP."""
@@ -33,7 +37,8 @@ class Sandboxes:
             return boxes.of_child(wish, parent.box)
         group = group_of_child(parent, args.group)
         rules = self.of_group(group)
-        if parent is not None and wish.level and LEVELS.index(wish.level) < LEVELS.index(rules.level):
+        fixed = parent is not None or self._strict
+        if fixed and wish.level and LEVELS.index(wish.level) < LEVELS.index(rules.level):
             raise wire.error(errno.EPERM, f"sandbox: agents of group {group!r} run in {rules.level!r} or more")
         if LEVELS.index(wish.level or "none") > LEVELS.index(self.offer.level):
             raise wire.error(errno.ENOTSUP, f"sandbox: {wish.level} is not possible here: {self.offer.reason}")
@@ -59,6 +64,8 @@ class Sandboxes:
         """For `aiosd status`."""
         groups = {name: self.of_group(name).level for name in self._groups}
         shown: dict[str, object] = {"default": self.of_group("").level, "possible": self.offer.level}
+        if self._strict:
+            shown["strict"] = True
         if groups:
             shown["groups"] = groups
         if self.offer.reason:

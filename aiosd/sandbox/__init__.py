@@ -7,6 +7,7 @@ be undone, and holds for everything that the agent starts.
 
     none   nothing is confined: the agent has all the rights of the user
     flat   files by Landlock, system calls by seccomp (`filter`), no capabilities
+    cage   the same, and of the machine's files it sees only what it may reach: mounts of its own (`places`, `cage`)
 
 `probe` finds out at the start what this machine can do, by doing it: what its settings say misleads.
 """

@@ -1,7 +1,7 @@
 """The kernel's decision: the box of a new agent, from what was asked for, the rules of its group, and its parent's box.
 
-    a person's agent    what was asked for, else the rules of the group, else the settings. With `strict` settings no
-                        less than these
+    a person's agent    what was asked for, else the rules of the group, else the settings; when these are `strict`,
+                        the cage
     an agent's child    the rules of the group or more. A confined agent's child has its parent's box: the same files,
                         the same workspace. It may have less network, and it can never have more of anything
 
@@ -21,7 +21,8 @@ from msgspec import Struct
 
 from libaios import wire
 
-LEVELS = ("none", "flat")  # from the weakest on
+LEVELS = ("none", "flat", "cage")  # from the weakest on
+STRICT = "strict"  # a setting: no agent is in less than the strongest level
 NETS = ("all", "none")
 
 #: Variables that a confined agent gets of the environment in which it was started. All others may be secrets.
@@ -113,7 +114,7 @@ def _once(rules: Iterable[str], wish: Iterable[str]) -> list[str]:
 
 def _refuse_paths(wish: wire.Sandbox) -> None:
     if wish.read or wish.write or wish.net == "none":
-        raise wire.error(errno.EINVAL, "sandbox: --read, --write and --net none need a sandbox: --sandbox flat")
+        raise wire.error(errno.EINVAL, "sandbox: --read, --write and --net none need a sandbox: --sandbox cage")
 
 
 def _within(path: str, folders: Iterable[str]) -> bool:

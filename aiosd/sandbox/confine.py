@@ -1,4 +1,4 @@
-"""The C function that confines the calling process, and what its result means."""
+"""The functions in C that confine the calling process, and what their results mean."""
 
 from __future__ import annotations
 
@@ -6,7 +6,6 @@ import ctypes
 import errno
 import importlib.util
 import os
-from collections.abc import Callable
 
 _STEPS = (
     "",
@@ -18,26 +17,43 @@ _STEPS = (
     "a rule of Landlock is refused",
     "Landlock cannot be put in force",
     "seccomp is refused",
+    "namespaces are refused",
+    "the user cannot be mapped",
+    "a folder cannot be opened",
+    "a folder cannot be mounted",
+    "the root cannot be exchanged",
 )
 
-Confine = Callable[[bytes], int]
+
+class Native:
+    """Each raises OSError when a step failed; then the process is half done, and can only end."""
+
+    def __init__(self, path: str) -> None:
+        library = ctypes.CDLL(path, use_errno=True)
+        self._confine, self._build = library.aios_confine, library.aios_build_cage
+        self._confine.argtypes, self._confine.restype = [ctypes.c_char_p, ctypes.c_uint64], ctypes.c_int
+        self._made = ctypes.c_int32 * 5
+        self._build.argtypes = [ctypes.c_char_p, ctypes.c_uint64, ctypes.c_uint32, self._made]
+
+    def confine(self, plan: bytes) -> int:
+        """Confine this process as a `plan` says; returns the descriptor of the filter's listener (0: there is none)."""
+        return _checked(self._confine(plan, len(plan)))
+
+    def build_cage(self, places: bytes, count: int) -> list[int]:
+        """In a process of its own: descriptors of the namespaces of a cage, as `cage.Cage` has them."""
+        made = self._made()
+        _checked(self._build(places, len(places), count, made))
+        return list(made)
 
 
-def load() -> Confine | None:
-    """The function; None: it was not compiled. It returns the descriptor of the filter's listener (0: there is none),
-    and raises OSError when the process could not be confined as planned."""
+def load() -> Native | None:
+    """None: they were not compiled."""
     spec = importlib.util.find_spec("aiosd.sandbox._confine")
-    if spec is None or spec.origin is None:
-        return None
-    library = ctypes.CDLL(spec.origin, use_errno=True)
-    call = library.aios_confine
-    call.argtypes, call.restype = [ctypes.c_char_p, ctypes.c_uint64], ctypes.c_int
+    return Native(spec.origin) if spec is not None and spec.origin is not None else None
 
-    def confine(plan: bytes) -> int:
-        result = call(plan, len(plan))
-        if result < 0:
-            number = ctypes.get_errno() or errno.EIO
-            raise OSError(number, f"sandbox: {_STEPS[-result]} ({os.strerror(number)})")
-        return int(result)
 
-    return confine
+def _checked(result: int) -> int:
+    if result < 0:
+        number = ctypes.get_errno() or errno.EIO
+        raise OSError(number, f"sandbox: {_STEPS[-result]} ({os.strerror(number)})")
+    return result

@@ -1,22 +1,25 @@
 """From an agent's box to the plan that `native/confine.c` carries out: bytes, made in the agent's own process.
 
-Most of a plan is the same for all agents (`Ground`): what of the system they may read, and the seccomp programs. It is
-made once in the supervisor, before any agent is forked. The rest are the agent's own paths.
+Most of a plan is the same for all agents (`Ground`): what of the system they may read, the seccomp programs, the cage.
+It is made once in the supervisor, before any agent is forked. The rest are the agent's own paths.
 """
 
 from __future__ import annotations
 
+import errno
 import os
 import struct
 import sys
 from collections.abc import Iterable
 from dataclasses import dataclass
 
-from aiosd.sandbox import filter, landlock
+from aiosd.sandbox import cage, filter, landlock, places
 from aiosd.sandbox.box import Box
+from aiosd.sandbox.cage import Cage
+from aiosd.sandbox.places import Machine
 from libaios.wire import os_bytes
 
-_HEAD = struct.Struct("=6I3Q")
+_HEAD = struct.Struct("=6I3Q5iI")
 _RULE = struct.Struct("=Q4I")
 
 #: Programs and libraries.
@@ -31,7 +34,10 @@ _ETC = (
 #: All of /proc, because a rule on /proc/self would hold for one process only; Landlock itself guards what is another
 #: process's memory, files and environment.
 _KERNEL = ("/proc", "/sys/devices/system/cpu", "/sys/fs/cgroup")
-_DEVICES = ("/dev/null", "/dev/zero", "/dev/full", "/dev/random", "/dev/urandom", "/dev/tty")
+#: What a cage has of its own.
+_PRIVATE = {"/tmp": landlock.WRITE, "/dev/shm": landlock.WRITE, "/dev/pts": landlock.DEVICE | landlock.READ_DIR}
+_PRIVATE |= {"/dev": landlock.READ_DIR}
+_NO_CAGE = (-1, -1, -1, -1, -1, 0)
 
 
 @dataclass(frozen=True, slots=True)
@@ -42,26 +48,32 @@ class Ground:
     rules: bytes
     count: int
     filters: dict[tuple[bool, bool], bytes]  # by whether there is a network, and a door
+    machine: Machine
+    cage: Cage | None = None  # the one that was built, if this machine can do it
 
 
-def ground(python_path: Iterable[str]) -> Ground:
-    """`python_path`: the folders where a Python agent looks for modules."""
+def ground(python_path: Iterable[str], built: Cage | None = None) -> Ground:
+    """`python_path`: the folders where a Python agent looks for modules. `built`: the cage, if there is one."""
     ruleset = landlock.ruleset(landlock.abi())
     python = {sys.prefix, sys.base_prefix, sys.exec_prefix, *(os.path.realpath(path) for path in python_path)}
-    rules = [_rule(path, landlock.READ) for path in (*_PROGRAMS, *sorted(python))]
-    rules += [_rule(f"/etc/{name}", landlock.READ) for name in _ETC]
+    programs, etc = (*_PROGRAMS, *sorted(python)), [f"/etc/{name}" for name in _ETC]
+    rules = [_rule(path, landlock.READ) for path in (*programs, *etc)]
     rules += [_rule(path, landlock.READ_FILE | landlock.READ_DIR) for path in _KERNEL]
-    rules += [_rule(path, landlock.DEVICE & ruleset.files) for path in _DEVICES]
+    rules += [_rule(path, landlock.DEVICE & ruleset.files) for path in places.DEVICES]
     filters = {(network, doors): filter.program(network, doors) for network in (False, True) for doors in (False, True)}
-    return Ground(ruleset, b"".join(rules), len(rules), filters)
+    machine = cage.look((*programs, "/etc", *_KERNEL), etc)
+    return Ground(ruleset, b"".join(rules), len(rules), filters, machine, built)
 
 
 def plan(ground: Ground, box: Box, doors: bool) -> bytes:
     """The whole plan for one agent. `doors`: its Unix sockets are asked of a listener (see `doors`)."""
     ruleset, network = ground.ruleset, box.net == "all"
+    entry, mounts = _cage(ground, box) if box.level == "cage" else (_NO_CAGE, b"")
     own = [_rule(path, landlock.READ, strict=True) for path in box.read]
     own += [_rule(path, landlock.WRITE & ruleset.files, strict=True) for path in box.write]
     own.append(_rule(box.workspace, landlock.WRITE & ruleset.files, must=True))
+    if mounts:
+        own += [_rule(path, rights & ruleset.files, must=True) for path, rights in _PRIVATE.items()]
     program = ground.filters[network, doors]
     head = _HEAD.pack(
         ground.count + len(own),
@@ -73,8 +85,18 @@ def plan(ground: Ground, box: Box, doors: bool) -> bytes:
         ruleset.files,
         0 if network else ruleset.net,
         ruleset.scoped,
+        *entry,
     )
-    return b"".join((head, program, ground.rules, *own))
+    return b"".join((head, program, mounts, ground.rules, *own))
+
+
+def _cage(ground: Ground, box: Box) -> tuple[tuple[int, ...], bytes]:
+    """The cage's part of the head, and the records of its places. Raises OSError where there is no cage."""
+    if ground.cage is None:
+        raise OSError(errno.ENOTSUP, "sandbox: there is no cage here")
+    found = places.of_agent(ground.machine, box.workspace, box.read, box.write)
+    user, machine, root, ipc, net = ground.cage.fds()
+    return (user, machine, root, ipc, net if box.net == "none" else -1, len(found)), places.packed(found)
 
 
 def _rule(path: str, rights: int, strict: bool = False, must: bool = False) -> bytes:

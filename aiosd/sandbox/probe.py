@@ -6,15 +6,19 @@ once, when the system starts.
 
 from __future__ import annotations
 
+import dataclasses
+import errno
 import os
 import socket
 from collections.abc import Callable
 from dataclasses import dataclass
 
-from aiosd.sandbox import filter, landlock
+from aiosd.sandbox import cage, filter, landlock
 from aiosd.sandbox.box import Box
-from aiosd.sandbox.confine import Confine
+from aiosd.sandbox.confine import Native
 from aiosd.sandbox.plan import Ground, plan
+
+Fork = Callable[[Callable[[], int]], int]
 
 
 @dataclass(frozen=True, slots=True)
@@ -26,33 +30,74 @@ class Offer:
     open: tuple[str, ...] = ()  # what a confined agent can still do, for people
 
 
-def offer(confine: Confine | None, ground: Ground | None, fork: Callable[[Callable[[], int]], int]) -> Offer:
-    """`fork`: runs a function in a child, and returns its Linux pid."""
-    why = _missing(confine)
-    if not why and confine is not None and ground is not None:
-        why = _tried(confine, ground, fork)
-    return Offer("none", why) if why else Offer("flat", "", tuple(_open(landlock.abi())))
+def offer(native: Native | None, ground: Ground | None, fork: Fork) -> tuple[Offer, Ground | None]:
+    """What is possible here, and the ground with its cage, if there can be one. `fork`: runs a function in a child, and
+    returns its Linux pid."""
+    why = _missing(native)
+    if native is None or ground is None or why:
+        return Offer("none", why), ground
+    why = _tried(native, ground, "flat", fork)
+    if why:
+        return Offer("none", why), ground
+    abi = landlock.abi()
+    try:
+        caged = dataclasses.replace(ground, cage=cage.build(native, ground.machine, fork))
+    except OSError as err:
+        return Offer("flat", _no_cage(err), _open("flat", abi)), ground
+    why = _tried(native, caged, "cage", fork)
+    if why:
+        return Offer("flat", f"no cage: {why}", _open("flat", abi)), ground
+    return Offer("cage", "", _open("cage", abi)), caged
 
 
-def _missing(confine: Confine | None) -> str:
+def _missing(native: Native | None) -> str:
     if not filter.known_here():
         return f"the system calls of this processor are not known; only those of {filter.MACHINE} are"
-    if confine is None:
+    if native is None:
         return "aiosd was installed without a C compiler; install one, then aiosd again"
     if landlock.abi() < 1:
         return "Linux has no Landlock; boot with lsm=landlock,… or a kernel from 5.13 on"
     return ""
 
 
-def _tried(confine: Confine, ground: Ground, fork: Callable[[Callable[[], int]], int]) -> str:
+def _no_cage(err: OSError) -> str:
+    """Why there is no cage, and what to do about it."""
+    words = (err.strerror or str(err)).removeprefix("sandbox: ")
+    if err.errno == errno.ENOSPC:
+        return "user namespaces are switched off; sysctl user.max_user_namespaces=10000 allows them"
+    if err.errno in (errno.EPERM, errno.EACCES):
+        for setting, value, remedy in _SETTINGS:
+            if _reads(setting) == value:
+                return f"user namespaces are denied; sysctl {setting.replace('/', '.')}={remedy} allows them"
+        if any(map(os.path.exists, ("/.dockerenv", "/run/.containerenv"))):
+            return "the container denies user namespaces; --security-opt seccomp=unconfined allows them"
+    return f"no cage: {words}"
+
+
+#: Settings that deny user namespaces, with the value that does, and the one that does not.
+_SETTINGS = (
+    ("kernel/apparmor_restrict_unprivileged_userns", "1", "0"),
+    ("kernel/unprivileged_userns_clone", "0", "1"),
+)
+
+
+def _reads(setting: str) -> str:
+    try:
+        with open(f"/proc/sys/{setting}") as file:
+            return file.read().strip()
+    except OSError:
+        return ""
+
+
+def _tried(native: Native, ground: Ground, level: str, fork: Fork) -> str:
     """Confine a child; what went wrong, or nothing."""
     reading, writing = os.pipe()
-    box = Box("flat", "none", "/usr")
+    box = Box(level, "none", "/usr")
 
     def child() -> int:
         try:
-            confine(plan(ground, box, doors=False))
-            os.write(writing, _attempts().encode())
+            native.confine(plan(ground, box, doors=False))
+            os.write(writing, (_attempts() or (_attempts_in_cage() if level == "cage" else "")).encode())
         except OSError as err:
             os.write(writing, (err.strerror or str(err)).encode())
         return 0
@@ -88,13 +133,25 @@ def _attempts() -> str:
         return ""
 
 
-def _open(abi: int) -> list[str]:
-    found = [
-        "names, sizes and times of hidden files can be seen",
-        "modes and times of the user's own files can be changed",
-    ]
-    if abi < 3:
+def _attempts_in_cage() -> str:
+    try:
+        os.close(os.open("/tmp/probe", os.O_WRONLY | os.O_CREAT | os.O_EXCL))
+        for fd in os.openpty():
+            os.close(fd)
+    except OSError as err:
+        return f"in the cage there is no {err.filename or 'terminal'}"
+    return "" if os.listdir("/tmp") == ["probe"] else "the cage shows files of the machine"
+
+
+def _open(level: str, abi: int) -> tuple[str, ...]:
+    found = ["/proc shows which processes there are, with their command lines"]
+    if level == "flat":
+        found += [
+            "names, sizes and times of hidden files can be seen",
+            "modes and times of the user's own files can be changed",
+        ]
+    if abi < 3 and level == "flat":
         found.append("files can be truncated (Linux 6.2 ends that)")
     if abi < 6:
         found.append("the user's other processes can be signalled (Linux 6.12 ends that)")
-    return found
+    return tuple(found)

@@ -25,6 +25,7 @@ from dataclasses import dataclass, field
 import msgspec
 
 from aiosd import procfs
+from aiosd.sandbox import cage
 from aiosd.timers import Timer, Timers
 from aiosd.tools.messages import Described, Done, Run, Tool, Wrote, decode_from_worker, encode
 from aiosd.tools.spec import MCP, McpServer
@@ -147,12 +148,12 @@ class Pool:
         with theirs:
             process = subprocess.Popen(
                 [sys.executable, "-m", f"aiosd.tools.{module}", str(theirs.fileno()), source.removeprefix(MCP)]
-                + (["boxed"] if box else []),
+                + ([",".join(["boxed", *map(str, cage.descriptors())])] if box else []),
                 stdin=subprocess.DEVNULL,
                 stdout=subprocess.DEVNULL,
                 stderr=subprocess.DEVNULL,
                 env=self._environment(),
-                pass_fds=[theirs.fileno()],
+                pass_fds=[theirs.fileno(), *(cage.descriptors() if box else ())],
                 start_new_session=True,
             )
         worker = Worker(source, box, process, FrameSocket(ours, FRAME_BYTES))

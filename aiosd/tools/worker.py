@@ -1,11 +1,11 @@
 """A worker: a process that has loaded one source of tools, and runs their calls, one at a time.
 
-    python -m aiosd.tools.worker FD SOURCE [boxed]          SOURCE: a module, or the path of a file
+    python -m aiosd.tools.worker FD SOURCE [boxed[,FD…]]    SOURCE: a module, or the path of a file
 
-A boxed one gets a box (`sandbox.box`) as its first frame, and confines itself to it for the rest of its life. It sends
-`Described`, then serves `Run`s until its other end is closed. What a tool prints or yields is sent while it runs
-(`Wrote`); its return value comes with `Done`. The service trusts nothing that comes from here: a tool may do with this
-process what it likes.
+A boxed one gets a box (`sandbox.box`) as its first frame, and confines itself to it for the rest of its life; FD… are
+the cage (`sandbox.cage`), if there is one. It sends `Described`, then serves `Run`s until its other end is closed. What
+a tool prints or yields is sent while it runs (`Wrote`); its return value comes with `Done`. The service trusts nothing
+that comes from here: a tool may do with this process what it likes.
 """
 
 from __future__ import annotations
@@ -66,7 +66,7 @@ def main(fd: str, source: str, boxed: str = "") -> int:
     try:
         functions = functions_of(_load(source))
         if boxed:
-            _confine(frames.recv_blocking()[0])
+            _confine(frames.recv_blocking()[0], [int(fd) for fd in boxed.split(",")[1:]])
     except BaseException as err:  # a person's file may raise anything, SystemExit included
         send(frames, Described([], f"{type(err).__name__}: {err}"[:MESSAGE_BYTES]))
         return 1
@@ -83,15 +83,19 @@ def main(fd: str, source: str, boxed: str = "") -> int:
             return 0
 
 
-def _confine(box: bytes) -> None:
+def _confine(box: bytes, cage_fds: list[int]) -> None:
     """Raises OSError."""
     from aiosd.sandbox import confine, filter, plan
     from aiosd.sandbox.box import Box
+    from aiosd.sandbox.cage import Cage
 
-    function = confine.load()
-    if function is None or not filter.known_here():
+    native = confine.load()
+    if native is None or not filter.known_here():
         raise OSError(errno.ENOTSUP, "a process cannot be confined here")
-    function(plan.plan(plan.ground(sys.path), msgpack.decode(box, type=Box), doors=False))
+    cage = Cage(*cage_fds) if cage_fds else None
+    native.confine(plan.plan(plan.ground(sys.path, cage), msgpack.decode(box, type=Box), doors=False))
+    for fd in cage_fds:
+        os.close(fd)
 
 
 def _load(source: str) -> dict[str, Any]:

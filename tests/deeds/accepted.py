@@ -5,6 +5,7 @@ from __future__ import annotations
 NAMES = "Landlock does not hide names, sizes and times"
 OWN = "modes and times of the user's own files: programs such as git, tar and pip must change those of theirs"
 PROC = "/proc shows which processes there are"
+PRIVATE = "it has one of its own, in its own memory, which no other process sees"
 NET = "the agent was given a network"
 
 ACCEPTED: dict[str, dict[str, str]] = {
@@ -16,6 +17,13 @@ ACCEPTED: dict[str, dict[str, str]] = {
         "tag_hidden": OWN,
         "see_its_command_line": PROC,
         "see_its_status": PROC,
+    },
+    "cage": {
+        "see_its_command_line": PROC,
+        "see_its_status": PROC,
+        "write_common_tmp": PRIVATE,
+        "write_shared_memory_folder": PRIVATE,
+        "open_new_terminals": PRIVATE,
     },
 }
 #: With `--net all`, besides.

@@ -1,14 +1,18 @@
 /* Confines the calling process, as a plan says (plan.py makes it). One call does all of it, because it runs in every new
  * agent: the same steps through ctypes would cost each of them 400 kB of memory and a millisecond.
  *
- * The order matters. Capabilities go while their system calls are still allowed; no_new_privs comes before Landlock and
- * seccomp, which demand it; seccomp is last, because it forbids what the others need.
+ * The order matters. The cage is first, because it needs capabilities; these go while their system calls are still
+ * allowed. no_new_privs comes before Landlock and seccomp, which demand it. Landlock's rules are about files, so the mounts
+ * must be there; seccomp is last, because it forbids what the others need.
  *
- * A plan is: a `head`, `filter_len` instructions of the seccomp program, `rules` records of `rule` with their paths.
+ * A plan is: a `head`, `filter_len` instructions of the seccomp program, records of `place` if there is a cage, then
+ * `rules` records of `rule`, each with its paths.
  * No step is skipped when it fails: the caller gets the number of that step, and ends the process.
  */
 
 #define _GNU_SOURCE
+#include "cage.h"
+
 #include <errno.h>
 #include <fcntl.h>
 #include <linux/capability.h>
@@ -34,8 +38,6 @@
 /* What a rule may grant on a file that is no folder: execute, write, read, truncate, ioctl of a device. */
 #define ON_FILES ((1u << 0) | (1u << 1) | (1u << 2) | (1u << 14) | (1u << 15))
 
-enum step { OK, PLAN, CAPABILITIES, NO_NEW_PRIVS, RULESET, PATH, RULE, RESTRICT, FILTER };
-
 typedef struct {
     uint32_t rules, filter_len;
     uint32_t ruleset_size; /* bytes of `ruleset` that this kernel knows */
@@ -45,6 +47,7 @@ typedef struct {
     struct {
         uint64_t files, net, scoped;
     } ruleset;
+    cage_entry cage;
 } head;
 
 typedef struct {
@@ -120,7 +123,10 @@ int aios_confine(const void *plan, uint64_t size) {
 
     if (size < sizeof *all || filter_bytes > size - sizeof *all || all->filter_len > BPF_MAXINSNS)
         return errno = EINVAL, -PLAN;
-    const char *filter = (const char *)(all + 1);
+    const char *filter = (const char *)(all + 1), *at = filter + filter_bytes;
+    int failed = all->cage.places ? cage_enter(&all->cage, at, end, &at) : 0;
+    if (failed)
+        return failed;
     if (all->drop && drop_capabilities())
         return -CAPABILITIES;
     if (prctl(PR_SET_NO_NEW_PRIVS, 1, 0, 0, 0))
@@ -129,7 +135,7 @@ int aios_confine(const void *plan, uint64_t size) {
     int ruleset = (int)syscall(SYS_CREATE_RULESET, &all->ruleset, all->ruleset_size, 0);
     if (ruleset < 0)
         return -RULESET;
-    int failed = add_rules(ruleset, filter + filter_bytes, end, all->rules);
+    failed = add_rules(ruleset, at, end, all->rules);
     if (!failed && syscall(SYS_RESTRICT_SELF, ruleset, 0))
         failed = -RESTRICT;
     int reason = errno;

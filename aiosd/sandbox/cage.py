@@ -1,0 +1,81 @@
+"""The cage of a system: namespaces that are made once at the start, which its agents enter (see `native/cage.c`).
+
+A child makes them, sends their descriptors here and ends; the descriptors keep them. Every process that is forked
+inherits these, and may enter. An agent closes them before its program runs.
+"""
+
+from __future__ import annotations
+
+import array
+import os
+import socket
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+
+from aiosd.sandbox import places
+from aiosd.sandbox.confine import Native
+from aiosd.sandbox.places import Machine
+
+
+@dataclass(frozen=True, slots=True)
+class Cage:
+    """Descriptors of its namespaces."""
+
+    user: int
+    machine: int
+    cage: int
+    ipc: int
+    net: int
+
+    def fds(self) -> tuple[int, ...]:
+        return self.user, self.machine, self.cage, self.ipc, self.net
+
+
+#: That of this process, set when it was built; forked processes have it, too.
+current: Cage | None = None
+
+
+def descriptors() -> tuple[int, ...]:
+    """What a process must keep that is to enter the cage; nothing where there is none."""
+    return current.fds() if current is not None else ()
+
+
+def look(system: Iterable[str], needed: Iterable[str]) -> Machine:
+    """What of the machine belongs into a cage: folders of the system, and files that are `needed` wherever they lie
+    (/etc/resolv.conf leads to /run in many a machine)."""
+    real = [os.path.realpath(path) for path in (*system, *places.DEVICES) if os.path.exists(path)]
+    kept = places.outermost(real)
+    more = [os.path.realpath(path) for path in needed if os.path.exists(path)]
+    kept = places.outermost([*kept, *(path for path in more if not places.inside(path, kept))])
+    folders: list[str] = []
+    links: dict[str, str] = {}
+    for entry in os.scandir("/"):
+        if entry.is_symlink() and entry.path != "/tmp":
+            links[entry.path] = os.readlink(entry.path)
+        elif entry.is_dir():
+            folders.append(entry.path)
+    return Machine(tuple(path for path in kept if path != "/"), tuple(sorted(folders)), links)
+
+
+def build(native: Native, machine: Machine, fork: Callable[[Callable[[], int]], int]) -> Cage:
+    """Raises OSError with a sentence. `fork`: runs a function in a child, and returns its Linux pid."""
+    ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+
+    def child() -> int:
+        try:
+            fds = native.build_cage(places.packed(found), len(found))
+            theirs.sendmsg([b"\0"], [(socket.SOL_SOCKET, socket.SCM_RIGHTS, array.array("i", fds))])
+        except OSError as err:
+            theirs.send(f"{err.errno}:{err.strerror}".encode())
+        return 0
+
+    found = places.of_cage(machine)
+    with ours:
+        with theirs:
+            ospid = fork(child)
+        payload, ancillary, _, _ = ours.recvmsg(4096, socket.CMSG_SPACE(5 * 4), socket.MSG_CMSG_CLOEXEC)
+        os.waitpid(ospid, 0)
+    if ancillary:
+        return Cage(*array.array("i", ancillary[0][2]))
+    number, _, words = payload.decode(errors="replace").partition(":")
+    raise OSError(int(number) if number.isdigit() else 1, words or "the process that should build it has died")

@@ -1,0 +1,145 @@
+"""Which mounts a cage has, and which an agent in it gets besides: pure, and without a single look at the disk.
+
+The cage's root is a small file system in memory, read-only. It has the system's folders (`system`) and, for everything
+else that lies directly below the machine's root, an empty folder. A path that an agent was granted lies in one of these
+(/home, say): the agent covers it with memory of its own, makes the folders above the path there, and attaches the path.
+
+    invariant: what an agent sees is `system`, its own memory, and what it was granted; of the names above that,
+               those that lead there, and no others
+"""
+
+from __future__ import annotations
+
+import struct
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, field
+
+from libaios.wire import os_bytes
+
+ATTACH, MEMORY, TERMINALS, FOLDER, LINK, SEAL = range(6)
+READ_ONLY, NO_SUID, NO_DEVICES = 1, 2, 4
+
+_RECORD = struct.Struct("=6I")
+_SHARED = "size=64m,mode=1777"  # of /tmp and of /dev/shm; what needs more uses TMPDIR, which is on the disk
+_COVER = "size=1m,mode=755"
+_TERMINALS = "mode=600,ptmxmode=666"
+
+DEVICES = ("/dev/null", "/dev/zero", "/dev/full", "/dev/random", "/dev/urandom", "/dev/tty")
+_DEVICE_LINKS = {
+    "/dev/ptmx": "pts/ptmx", "/dev/fd": "/proc/self/fd", "/dev/stdin": "/proc/self/fd/0",
+    "/dev/stdout": "/proc/self/fd/1", "/dev/stderr": "/proc/self/fd/2",
+}  # fmt: skip
+
+
+@dataclass(frozen=True, slots=True)
+class Place:
+    """One step of building: what `native/cage.h` calls a place. Paths are `os_text`, absolute."""
+
+    kind: int
+    target: str
+    source: str = ""  # of a mount: a path; of memory: options; of a link: where it leads
+    attributes: int = 0
+    must: bool = False
+
+
+@dataclass(frozen=True, slots=True)
+class Machine:
+    """What of the machine is in the cage, and what lies beside it."""
+
+    system: tuple[str, ...]  # folders and files, resolved, none of them inside of another
+    folders: tuple[str, ...] = ()  # directly below the root, without links
+    links: dict[str, str] = field(default_factory=dict)  # … and the links there
+
+
+def outermost(paths: Iterable[str]) -> list[str]:
+    """Sorted, without those that lie inside of others."""
+    kept: list[str] = []
+    for path in sorted(set(paths)):
+        if not any(inside(path, (other,)) for other in kept):
+            kept.append(path)
+    return kept
+
+
+def inside(path: str, folders: Iterable[str]) -> bool:
+    return any(path == folder or folder == "/" or path.startswith(folder + "/") for folder in folders)
+
+
+def of_cage(machine: Machine) -> list[Place]:
+    """The steps that build the cage, once."""
+    places = [Place(LINK, link, source) for link, source in machine.links.items()]
+    places += [Place(FOLDER, folder) for folder in (*machine.folders, "/dev/shm", "/dev/pts", "/tmp")]
+    places += [Place(LINK, link, source) for link, source in _DEVICE_LINKS.items()]
+    return places + [_system(path) for path in machine.system]
+
+
+def of_agent(machine: Machine, workspace: str, read: Iterable[str], write: Iterable[str]) -> list[Place]:
+    """The steps of one agent, when it has entered the cage."""
+    granted = dict.fromkeys(_below_root(machine, read), False)
+    granted |= dict.fromkeys(_below_root(machine, write), True)
+    granted[workspace] = True
+    covers: list[Place] = []
+    grants: list[Place] = []
+    seals: list[Place] = []
+    seen = dict.fromkeys(machine.system, False)  # what can be seen, and whether it can be written to
+    covered = {"/tmp"}
+    for path in sorted(granted):
+        writable = granted[path]
+        above = [folder for folder in seen if inside(path, (folder,))]
+        if above and (not writable or any(seen[folder] for folder in above)):
+            continue
+        if not above and (top := _top(path)) != path and top not in covered:
+            covered.add(top)
+            covers += _covering(machine, top)
+            seals.append(Place(SEAL, top))
+        attributes = NO_SUID | (0 if writable else READ_ONLY) | (0 if _top(path) == "/dev" else NO_DEVICES)
+        grants.append(Place(ATTACH, path, path, attributes, must=path == workspace))
+        seen[path] = writable
+    private = [
+        Place(MEMORY, "/tmp", _SHARED, NO_SUID | NO_DEVICES),
+        Place(MEMORY, "/dev/shm", _SHARED, NO_SUID | NO_DEVICES),
+        Place(TERMINALS, "/dev/pts", _TERMINALS, NO_SUID),
+    ]
+    in_tmp = [_system(path) for path in machine.system if _top(path) == "/tmp"]
+    return [*covers, *private, *in_tmp, *grants, *seals]
+
+
+def packed(places: Sequence[Place]) -> bytes:
+    """As `native/cage.h` has them, one behind the other."""
+    return b"".join(map(_pack, places))
+
+
+def _pack(place: Place) -> bytes:
+    source = os_bytes(place.source)[place.kind == ATTACH :]  # paths without the slash at their beginning
+    texts = source + b"\0" + os_bytes(place.target)[1:] + b"\0"
+    texts += bytes(-len(texts) % 8)
+    head = _RECORD.pack(place.kind, place.attributes, place.must, len(source) + 1, len(texts), 0)
+    return head + texts
+
+
+def _system(path: str) -> Place:
+    return Place(ATTACH, path, path, NO_SUID if _top(path) == "/dev" else NO_SUID | READ_ONLY)
+
+
+def _covering(machine: Machine, top: str) -> list[Place]:
+    """Memory over a folder below the root, and into it again what of the system lies there."""
+    again: list[Place] = []
+    if top == "/dev":
+        again = [Place(FOLDER, "/dev/shm"), Place(FOLDER, "/dev/pts")]
+        again += [Place(LINK, link, source) for link, source in _DEVICE_LINKS.items()]
+    again += [_system(path) for path in machine.system if _top(path) == top]
+    return [Place(MEMORY, top, _COVER, NO_SUID), *again]
+
+
+def _top(path: str) -> str:
+    return "/" + path.split("/", 2)[1]
+
+
+def _below_root(machine: Machine, paths: Iterable[str]) -> list[str]:
+    """The paths, and instead of the root itself what lies there."""
+    found: list[str] = []
+    for path in paths:
+        if path == "/":
+            found += [folder for folder in machine.folders if folder not in ("/dev", "/proc", "/sys")]
+        else:
+            found.append(path)
+    return found
