@@ -276,6 +276,16 @@ def test_completions_take_texts_and_ids_one_or_many(agent: Agent) -> None:
     assert agent.error(COMPLETION, {"prompt": ["Once", 5]})[:2] == (400, "prompt")
 
 
+def test_completions_tell_their_token_ids(agent: Agent) -> None:
+    body = {"prompt": [300, 301], "max_tokens": 6, "temperature": 0, "ignore_eos": True, "return_token_ids": True}
+    _, whole = agent.post("/v1/completions", body)
+    ids = whole["choices"][0]["token_ids"]
+    assert len(ids) == whole["usage"]["completion_tokens"] == 6
+    lines = agent.do(path="/v1/completions", body={**body, "stream": True})["body"].split("\n\n")
+    parts = [json.loads(line[6:])["choices"][0] for line in lines if line.startswith("data: {")]
+    assert [one for part in parts for one in part.get("token_ids", [])] == ids
+
+
 def test_embeddings_are_the_same_in_both_encodings(agent: Agent) -> None:
     _, floats = agent.post("/v1/embeddings", {"input": ["one", "two"]})
     _, packed = agent.post("/v1/embeddings", {"input": ["one", "two"], "encoding_format": "base64"})

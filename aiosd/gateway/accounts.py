@@ -24,6 +24,7 @@ from libaios.home import Home
 CONNECTIONS = 256  # of one agent
 BODY_BYTES = 64 << 20  # of one agent's requests that are being received,
 BODY_BYTES_ALL = 512 << 20  # … and of all agents'
+PACE_OF_STREAM_S, PACE_S = 0.0015, 0.03  # between two parts of a stream: for each that there is, and at most
 
 
 class User(Protocol):
@@ -92,6 +93,7 @@ class Accounts:
         self._home = home
         self._by_token: dict[str, asyncio.Task[Account]] = {}
         self.body_bytes = 0  # of all agents
+        self.streams = 0  # replies that are being sent in parts
         self._threads = ThreadPoolExecutor(2, "identity")
 
     async def of(self, token: str) -> Account:
@@ -119,8 +121,13 @@ class Accounts:
             raise
         assert greeting.frames is not None
         connection = Connection(ControlSocket(self._home, token, (greeting.frames, welcome)))
-        connection.attach_loop(asyncio.get_running_loop())
+        connection.attach_loop(asyncio.get_running_loop(), self._pace_s)
         return Account(welcome.pid, welcome.ospid, connection, self)
+
+    def _pace_s(self) -> float:
+        """A crowd's tokens are passed on some at a time: each part of a stream costs a program, the kernel and this
+        process more than the token in it."""
+        return min(PACE_S, self.streams * PACE_OF_STREAM_S)
 
     async def is_of(self, account: Account, theirs: Address, ours: Address) -> bool:
         """Whether the TCP connection is one of this agent."""
