@@ -298,7 +298,8 @@ def test_embeddings_are_the_same_in_both_encodings(agent: Agent) -> None:
 
 
 def test_models_are_listed_and_found(agent: Agent) -> None:
-    _, found = agent.post("/v1/models", method="GET")
+    status, found = agent.post("/v1/models", method="GET")
+    assert status == 200, found
     assert [model["id"] for model in found["data"]] == ["nano"]
     assert agent.post("/v1/models/nano", method="GET")[1]["object"] == "model"
     assert agent.error("/v1/models/gpt-9", method="GET")[::2] == (404, "model_not_found")
@@ -404,6 +405,15 @@ class Asker:
         self.arrived.set()
 
 
+def test_pieces_that_have_come_together_are_one() -> None:
+    from aiosd.gateway.openai import generation
+
+    one, two = (wire.Logprob(i, -0.5, b"x") for i in (1, 2))
+    joined = generation._joined([wire.Piece("a", [1], [one]), wire.Piece("b", [2, 3], [two], "m")])
+    assert joined == wire.Piece("ab", [1, 2, 3], [one, two], "m")
+    assert generation._joined([wire.Piece("a", [1]), wire.Piece("b", [2])]).logprobs is None
+
+
 def test_a_stream_that_waits_shows_signs_of_life(monkeypatch: pytest.MonkeyPatch) -> None:
     from aiosd.gateway.openai import chat, fields, generation
 
@@ -423,6 +433,7 @@ def test_a_stream_that_waits_shows_signs_of_life(monkeypatch: pytest.MonkeyPatch
         with pytest.raises(OSError, match="broken"):
             await task
         assert connection.abandoned == 1
+        assert request.app.counters.streams == 0
 
     asyncio.run(run())
 

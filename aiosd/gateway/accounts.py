@@ -11,6 +11,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import os
+from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from typing import Protocol
@@ -89,11 +90,13 @@ class Account:
 
 
 class Accounts:
-    def __init__(self, home: Home) -> None:
+    """`streams`: how many replies are being sent in parts."""
+
+    def __init__(self, home: Home, streams: Callable[[], int]) -> None:
         self._home = home
+        self._streams = streams
         self._by_token: dict[str, asyncio.Task[Account]] = {}
         self.body_bytes = 0  # of all agents
-        self.streams = 0  # replies that are being sent in parts
         self._threads = ThreadPoolExecutor(2, "identity")
 
     async def of(self, token: str) -> Account:
@@ -127,7 +130,7 @@ class Accounts:
     def _pace_s(self) -> float:
         """A crowd's tokens are passed on some at a time: each part of a stream costs a program, the kernel and this
         process more than the token in it."""
-        return min(PACE_S, self.streams * PACE_OF_STREAM_S)
+        return min(PACE_S, self._streams() * PACE_OF_STREAM_S)
 
     async def is_of(self, account: Account, theirs: Address, ours: Address) -> bool:
         """Whether the TCP connection is one of this agent."""

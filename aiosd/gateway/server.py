@@ -134,8 +134,8 @@ class Gathering(selectors.EpollSelector):
 async def _serve(superior: Superior, spec: GatewaySpec, rounds: Rounds) -> int:
     loop = asyncio.get_running_loop()
     ended = asyncio.Event()
-    accounts = Accounts(spec.home)
     strangers, counters = Strangers(), Counters()
+    accounts = Accounts(spec.home, lambda: counters.streams)
     superior.on_gone = accounts.gone
     superior.stats = lambda: {
         **counters.totals(),

@@ -12,9 +12,8 @@ from collections.abc import AsyncIterator, Callable, Sequence
 from contextlib import asynccontextmanager
 from typing import Protocol
 
-from aiosd.gateway.accounts import Accounts
 from aiosd.gateway.calls import Calls, all_over
-from aiosd.gateway.web import COMMENT_S, Left, Request
+from aiosd.gateway.web import COMMENT_S, Counters, Left, Request
 from libaios import wire
 from libaios.connection import Pending, decode_body
 from libaios.generate import Piece, Pieces, Result
@@ -69,7 +68,7 @@ async def results(request: Request, args: Sequence[wire.Generate]) -> list[Resul
 
 async def stream(request: Request, args: Sequence[wire.Generate], form: Form) -> None:
     """Generate all of these, and send what comes. Raises OSError, Left."""
-    async with Calls(request.account.connection) as calls, _counted(request.app.accounts):
+    async with Calls(request.account.connection) as calls, _counted(request.app.counters):
         pending = [await calls.submit(Sys.GENERATE, one, stream=True) for one in args]
         front = form.begin()
         readers = [Reader(index, call) for index, call in enumerate(pending)]
@@ -113,13 +112,13 @@ class Reader:
 
 
 @asynccontextmanager
-async def _counted(accounts: Accounts) -> AsyncIterator[None]:
+async def _counted(counters: Counters) -> AsyncIterator[None]:
     """While it is one of the streams."""
-    accounts.streams += 1
+    counters.streams += 1
     try:
         yield
     finally:
-        accounts.streams -= 1
+        counters.streams -= 1
 
 
 def _joined(pieces: Sequence[wire.Piece]) -> wire.Piece:
