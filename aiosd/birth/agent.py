@@ -59,8 +59,9 @@ class Descriptors:
     report: int
 
 
-def become_agent(spec: link.Fork, pid: int, home: str, fds: Descriptors) -> int:
-    """In the forked child: turn into the agent, run its code, return its exit code."""
+def become_agent(spec: link.Fork, pid: int, home: str, fds: Descriptors, keeps_library: bool = False) -> int:
+    """In the forked child: turn into the agent, run its code, return its exit code. `keeps_library`: what the standard
+    library has stored before the fork is the agent's, too, because modules that it would import have stored it."""
     os.setsid()
     prctl(PR_SET_CHILD_SUBREAPER, 1)
     _above_stdio(fds)
@@ -85,8 +86,9 @@ def become_agent(spec: link.Fork, pid: int, home: str, fds: Descriptors) -> int:
     _set_environment(content, pid, home, fds)
     _reopen_streams(spec)
     gc.enable()
-    _reset_library()
-    _register_exit_functions()
+    if not keeps_library:
+        _reset_library()
+        _register_exit_functions()
 
     return found.run(found, report)
 

@@ -6,6 +6,7 @@ What is the same for all agents is made once in the supervisor (`prepare`), so t
 from __future__ import annotations
 
 import os
+import pickle
 import sys
 
 import msgspec
@@ -31,6 +32,18 @@ def prepare() -> Offer:
     offer, _ground = probe.offer(_native, plan.ground(sys.path) if filter.known_here() else None, fork.fork)
     cage.current = _ground.cage if _ground is not None else None
     return offer
+
+
+def packed() -> bytes:
+    """What all confined agents have in common, for a template: it is not forked from this process."""
+    return pickle.dumps(_ground)
+
+
+def unpack(content: bytes) -> None:
+    """In a template, what `packed` has made there. It has inherited the descriptors of the cage under their numbers."""
+    global _native, _ground
+    _native, _ground = confine.load(), pickle.loads(content)
+    cage.current = _ground.cage if _ground is not None else None
 
 
 def enter(new: Box, report: Report) -> None:

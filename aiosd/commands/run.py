@@ -33,14 +33,14 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from aiosd.commands import edge
+from aiosd.commands import asks, edge
 from aiosd.commands.wait import exit_code
 from aiosd.units import format_size, parse_count, parse_duration, parse_size
-from libaios import wire
+from libaios import template, wire
 from libaios.client import Client, NoKernel
 from libaios.connection import Pending, decode_body
 from libaios.sandbox import wish
-from libaios.wire import Kill, Limits, Spawn, Spawned, Sys, Wait, Waited
+from libaios.wire import Kill, Limits, Spawn, Spawned, Sys, Wait, Waited, WatchAsks
 
 if TYPE_CHECKING:
     from click.shell_completion import CompletionItem
@@ -67,6 +67,7 @@ EXAMPLES = """
   aios-run -t -- bash                      any program; -t: on a terminal
   aios-run -d --name crawler crawl.py      in the background: prints the pid
   aios-run -dt --name sh -- bash           the same, for aios-attach sh
+  aios-run --preload autogen_agentchat.agents --python venv agent.py
   aios-run -n 5 --time 60 --tokens 10000 --memory 512M agent.py
 """
 
@@ -190,6 +191,14 @@ def _complete_file(context: click.Context, parameter: click.Parameter, incomplet
 @click.option("--read", "read", multiple=True, metavar="PATH", help="A file or folder that it may read in a sandbox.")
 @click.option("--write", "write", multiple=True, metavar="PATH", help="One that it may change.")
 @click.option("--net", metavar="none|all", help="Whether it has a network in a sandbox; else as the settings say.")
+@click.option(
+    "--preload",
+    "preload",
+    multiple=True,
+    metavar="MODULE,...",
+    help="Fork it from a warm process that has imported these: it starts at once, and shares their memory.",
+)
+@click.option("--python", "python", metavar="ENV", help="With --preload: an interpreter or a virtual environment.")
 @click.argument(
     "target",
     nargs=-1,
@@ -215,6 +224,8 @@ def command(
     read: tuple[str, ...],
     write: tuple[str, ...],
     net: str | None,
+    preload: tuple[str, ...],
+    python: str | None,
     target: tuple[str, ...],
 ) -> int:
     if not target or not target[0]:
@@ -233,8 +244,20 @@ def command(
             raise edge.Failed(f"{path}: there is no such file or folder to grant", NOT_STARTED)
     kind, environment, cwd = context.meta["kind"], _environment(variables), _working_directory()
     names = [word.partition("=")[0] for word in variables]
-    grants = wish(kind, target[0], cwd, environment, level=sandbox, read=read, write=write, variables=names, net=net)
     try:
+        forked_from = _template(kind, preload, python)
+        grants = wish(
+            kind,
+            target[0],
+            cwd,
+            environment,
+            level=sandbox,
+            read=read,
+            write=write,
+            variables=names,
+            net=net,
+            needed=template.folders(forked_from),
+        )
         spawn = Spawn(
             kind=kind,
             target=wire.os_text(target[0]),
@@ -252,6 +275,7 @@ def command(
             tty=terminal,
             gateway=False if own_env or any(name.startswith(OWN) for name in names) else None,
             sandbox=grants,
+            template=forked_from,
         )
         if detach and terminal:
             from aiosd.commands import holder
@@ -267,6 +291,21 @@ def command(
         raise edge.Failed(edge.reason(err), NOT_STARTED) from None
     except OSError as err:
         raise _failure(err) from None
+
+
+def _template(kind: str, preload: Sequence[str], python: str | None) -> wire.Template | None:
+    """From which process the agent is forked, None: from aiosd's own."""
+    named = [name.strip() for words in preload for name in words.split(",")]
+    if not named and python is None:
+        return None
+    if not named:
+        raise click.UsageError("--python goes with --preload; without: aios-run -- ENV/bin/python FILE.py")
+    if kind == "exec":
+        raise click.UsageError("--preload goes with FILE.py or -m MODULE: a program after -- starts afresh")
+    for name in named:
+        if not all(part.isidentifier() for part in name.split(".")):
+            raise click.UsageError(f"--preload {name}: is no name of a module")
+    return template.wish(named, python or "")
 
 
 def _print_pid(pid: int) -> int:
@@ -352,12 +391,14 @@ class Attachment:
         self.master = -1  # of the pty
         self.raw: RawMode | None = None
         self.wakeup = -1
+        self.asked: Pending | None = None  # brings what the agent needs a person's approval for
 
     def run(self) -> int:
         """Run the agent from spawn to end; returns the exit code."""
         self._catch_signals()
         try:
             self._connect_stdio()
+            self.asked = asks.watch(self.client, WatchAsks(attached=True))  # before: it may ask at once
             spawned: Spawned = self._await(self.client.submit(Sys.SPAWN, self.spawn, self.given_fds), Spawned)
             self._agent_lives(spawned.pid)
             _note_alone(self.spawn, spawned)
@@ -465,6 +506,7 @@ class Attachment:
             while self.signals:
                 self._on_signal(self.signals.pop(0))
             self._pump()
+            self._show_asks()
             if call.final is not None:
                 return decode_body(call.final, result)
             self._turn()
@@ -475,6 +517,13 @@ class Attachment:
         self.client.pump()
         if self.client.socket.reborn:
             self.client.pump()
+
+    def _show_asks(self) -> None:
+        for line in asks.notices(self.asked):
+            if self.raw is not None and self.raw.entered:
+                os.write(2, f"\r\naios-run: {line}\r\n".encode())
+            else:
+                edge.complain("aios-run", line)
 
     def _turn(self) -> None:
         self._enter_raw_mode()

@@ -13,11 +13,11 @@ from typing import TYPE_CHECKING, Generic, TypeVar
 
 from aiosd import link
 from aiosd.heartbeat import Heart
-from aiosd.link import Key
+from aiosd.link import Key, TemplateShown
 from aiosd.restart import Restarts
 from aiosd.sandbox.probe import Offer
 from aiosd.service import Service
-from aiosd.timers import Timer
+from aiosd.timers import Cancellable
 
 if TYPE_CHECKING:
     from aiosd.config import Settings
@@ -83,7 +83,7 @@ class Agent:
     letter: int = -1  # what it runs: a descriptor, kept for its next start and for the next kernel
     door: int = -1  # of a confined one: a descriptor, see `sandbox.doors`
     last_status: int = 0
-    again: Timer | None = None  # None while it waits: STOP holds it
+    again: Cancellable | None = None  # its next start; None while it waits: STOP holds it
     # changed by signals sent to it
     told_to_end: bool = False  # by TERM: its orphans get time to end in order
     meant: bool = False  # a signal that ends it was sent through aiosd: it is not started again
@@ -127,3 +127,4 @@ class Inheritance:
     offer: Offer = field(default_factory=lambda: Offer("none"))  # which sandbox this machine can do
     agents: list[Agent] = field(default_factory=list)
     services: list[Process] = field(default_factory=list)
+    templates: list[TemplateShown] = field(default_factory=list)

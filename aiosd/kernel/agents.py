@@ -314,6 +314,7 @@ class Agents:
             budgets=self.budgets.join(pid, started[1], spec.shares),
             restart=spec.restart,
             token=spec.token,
+            program=spec.program,
             outside=spec.outside,
         )
 

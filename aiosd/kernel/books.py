@@ -22,6 +22,7 @@ from aiosd.kernel.peer import AgentPeer, Peer
 from aiosd.kernel.peers import Peers
 from aiosd.kernel.proc import Proc, ProcTable, State
 from aiosd.kernel.service import Services
+from aiosd.kernel.system import System
 from aiosd.kernel.waiters import Waiters
 
 
@@ -38,6 +39,7 @@ class Books:
     budgets: Budgets
     by_ospid: Mapping[int, Proc]
     strangers: Iterable[Peer]
+    system: System
 
     @property
     def peers(self) -> Peers:
@@ -65,7 +67,7 @@ def processes(books: Books) -> Iterator[str]:
     for ospid, proc in live.items():
         if ospid not in children and proc.alive:
             yield f"agent {proc.pid}: the supervisor has no child {ospid}"
-    own = {os.getpid(), *(service.ospid for service in books.services)}
+    own = {ospid for _, ospid in books.system.processes().values()}
     for ospid in children - set(live) - own:
         stat, name = procfs.read_stat(ospid), procfs.name(ospid)
         if stat is not None and stat.state != "Z" and stat.ppid == supervisor and name != "aios:spare":
