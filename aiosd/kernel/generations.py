@@ -101,7 +101,9 @@ class Generations:
             return link.Caller(0, os.getuid(), "", False, "default")
         left = budgets.tokens_left(proc.budgets)
         box = b"" if proc.box is None else wire.encode(proc.box)
-        return link.Caller(proc.pid, proc.uid, proc.name, proc.named, proc.group, proc.nice, left, box, proc.program)
+        return link.Caller(
+            proc.pid, proc.uid, proc.name, proc.named, proc.group, proc.nice, left, box, proc.program, proc.sha256
+        )
 
     def call_budget(self, call: Call) -> tuple[int, str, int | None]:
         """nice, group and tokens left of the agent that made the call."""

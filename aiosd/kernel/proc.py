@@ -96,7 +96,8 @@ class Proc:
     token: bytes = b""  # the hash of its token for the gateway; b"": it has none
     outside: bool = False  # programs from outside are it: it has no process of ours, and its state is WAITING
     box: Box | None = None  # how it is confined
-    program: bytes = b""  # which one a person has started, see `access.deed.Subject`
+    program: bytes = b""  # which one a person has started, see `access.deed.Subject`,
+    sha256: bytes = b""  # … and with which content
     row: Row = field(default_factory=lambda: memoryview(bytearray(64)).cast("Q"))  # in the ledger
     budgets: list[Budget] = field(default_factory=list)  # those it shares: of its ancestors, and its own
 
