@@ -160,7 +160,7 @@ class Agents:
 
     def shares(self, args: wire.Spawn, parent: Proc | None, key: link.Key) -> list[link.Share]:
         """The budgets that a new agent will share. Raises OSError (EDQUOT, EAGAIN): one has no room for it."""
-        group = spawning.group_of_child(parent, args.group)
+        group = spawning.group_of_child(parent, args.group, allowed=True)  # `fork` asks whether it is
         shares = self.budgets.of_new(None if parent is None else parent.budgets, group, args.limits)
         if shares and not self.ledger.room:
             raise wire.error(errno.EAGAIN, f"at most {ledger.ROWS} agents can be remembered while budgets are kept")
