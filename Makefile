@@ -11,7 +11,7 @@ ARGS   ?=
 
 RECIPE := tools/bootstrap.py tools/llama_cpp.cmake constraints.txt setup.cfg setup.py pyproject.toml $(wildcard bin/* aiosd/llm/native/* aiosd/sandbox/native/*)
 
-.PHONY: help demo test check lint man nano peers frameworks models embedder install again clean distclean
+.PHONY: help demo test check lint man nano peers chroma frameworks models embedder install again clean distclean
 .DEFAULT_GOAL := help
 
 help: ## this list
@@ -45,6 +45,16 @@ peers: $(VENV)/.bench ## llama-server and its benchmarks, natively built, for be
 
 frameworks: $(VENV)/.dev ## frameworks for agents, each in an environment of its own, run as agents (ARGS="openai autogen": some)
 	@$(BIN)/python -m tools.frameworks $(ARGS)
+
+#: Has a .venv of its own: its packages are not ours.
+CHROMA := build/peers/chroma
+
+chroma: $(CHROMA)/.installed ## chromadb, for benchmarks/store.py and search.py to compare with, 400 MB
+
+$(CHROMA)/.installed:
+	$(PYTHON) -m venv $(CHROMA)
+	$(CHROMA)/bin/python -m pip install -q --disable-pip-version-check chromadb==1.5.9
+	@touch $@
 
 models: $(VENV)/.base ## real models for tests and benchmarks, 350 MB (ARGS=smollm2: one of them)
 	@$(BIN)/python -m tools.models $(ARGS)

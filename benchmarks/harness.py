@@ -105,6 +105,12 @@ def peer(name: str) -> Path:
     return path
 
 
+def chroma() -> str | None:
+    """An interpreter that has chromadb."""
+    folder = PEERS.parent / "chroma"
+    return str(folder / "bin" / "python") if (folder / ".installed").exists() else None
+
+
 def write(name: str, rows: Sequence[dict[str, Any]], out: Path | None = None, **also: Any) -> Path:
     """The results as JSON, with the machine they come from."""
     path = out or RESULTS / f"{name}.json"

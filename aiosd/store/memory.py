@@ -291,7 +291,7 @@ class Memory:
         sql = "SELECT id FROM notes WHERE expires <= ? ORDER BY expires LIMIT ?"
         over = [row[0] for row in self._db.rows(sql, self._clock(), CLEAN_AT_ONCE)]
         if over:
-            with self._db.transaction():
+            with self._db.lazily():
                 self._delete(over)
             for note_id in over:
                 self.cache.remove(note_id)
