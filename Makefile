@@ -11,7 +11,7 @@ ARGS   ?=
 
 RECIPE := tools/bootstrap.py tools/llama_cpp.cmake constraints.txt setup.cfg setup.py pyproject.toml $(wildcard bin/* aiosd/llm/native/* aiosd/sandbox/native/*)
 
-.PHONY: help demo test check lint man nano peers chroma models embedder install again clean distclean
+.PHONY: help demo test check lint conformance man nano peers chroma frameworks models embedder install again clean distclean
 .DEFAULT_GOAL := help
 
 help: ## this list
@@ -34,6 +34,9 @@ lint: $(VENV)/.dev ## ruff and mypy --strict
 	$(BIN)/python -m ruff check . $(wildcard bin/*)
 	$(BIN)/python -m mypy
 
+conformance: $(VENV)/.dev ## other projects' tests of OpenAI's API, against the gateway
+	@$(BIN)/python tools/conformance.py $(VENV) $(ARGS)
+
 man: $(VENV)/.base ## manual pages of all commands, from their help, in build/man
 	@$(BIN)/python tools/manpages.py
 
@@ -42,6 +45,9 @@ nano: $(VENV)/.nano ## trains the embedded model again from its seeds
 
 peers: $(VENV)/.bench ## llama-server and its benchmarks, natively built, for benchmarks/ to compare with
 	@$(PYTHON) tools/peers.py $(VENV)
+
+frameworks: $(VENV)/.dev ## frameworks for agents, each in an environment of its own, run as agents (ARGS="openai autogen": some)
+	@$(BIN)/python -m tools.frameworks $(ARGS)
 
 #: Has a .venv of its own: its packages are not ours.
 CHROMA := build/peers/chroma

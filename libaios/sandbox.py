@@ -23,10 +23,13 @@ def wish(
     write: Iterable[str] = (),
     variables: Iterable[str] = (),
     net: str | None = None,
+    needed: Iterable[str] = (),
 ) -> wire.Sandbox:
-    """What is sent with a spawn. `target` and so on as in `wire.Spawn`, but as Python has them."""
+    """What is sent with a spawn. `target` and so on as in `wire.Spawn`, but as Python has them. `needed`: what the
+    program needs besides its own folder."""
     program, own = _own(kind, target, cwd, env)
     alone = own == [program]
+    own += map(_real, needed)
     own += [path for path in map(_real, env.get("PYTHONPATH", "").split(os.pathsep)) if path and not is_broad(path)]
     return wire.Sandbox(
         level=level or "",

@@ -247,7 +247,7 @@ def test_a_key_leads_to_the_note_that_has_it_now(store: Store) -> None:
 
 def test_any_character_is_one_like_the_others(store: Store) -> None:
     """A NUL too, in all that a note has; and quotes, and what SQL and JSON write in another way."""
-    odd = 'a\0b "c\' \u2028 %_\\ {x}'
+    odd = "a\0b \"c' \u2028 %_\\ {x}"
     note = store("add", wire.MemAdd(odd, key=odd, tags=[odd, "a"], metadata={odd: odd, "a": None}))
     for filters in (wire.NoteFilters([odd]), wire.NoteFilters(metadata={odd: odd})):
         assert [one.id for one in store("list", wire.MemList(filters))] == [note]

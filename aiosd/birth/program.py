@@ -113,6 +113,7 @@ def _execute(program: Program, report: Report) -> int:
     letter = program.letter
     # Undo changes by Python, such as ignored signals, that a program does not expect.
     signal.signal(signal.SIGPIPE, signal.SIG_DFL)
+    signal.signal(signal.SIGXFSZ, signal.SIG_DFL)
     signal.signal(signal.SIGINT, signal.SIG_DFL)
     path = program.path if "/" in program.path else _in_path(letter)
     try:
