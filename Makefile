@@ -52,7 +52,7 @@ frameworks: $(VENV)/.dev ## frameworks for agents, each in an environment of its
 #: Has a .venv of its own: its packages are not ours.
 CHROMA := build/peers/chroma
 
-chroma: $(CHROMA)/.installed ## chromadb, for benchmarks/store.py and search.py to compare with, 400 MB
+chroma: $(CHROMA)/.installed ## chromadb, for benchmarks/store.py and search.py to compare with, 500 MB
 
 $(CHROMA)/.installed:
 	$(PYTHON) -m venv $(CHROMA)
