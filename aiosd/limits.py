@@ -15,7 +15,7 @@ from typing import Any
 
 from msgspec import Struct
 
-from aiosd.units import format_size, parse_count, parse_duration, parse_size
+from aiosd.units import format_money, format_size, parse_count, parse_duration, parse_money, parse_size
 from libaios.wire import Limits
 
 SAMPLE_S = 0.1  # between two samples of an agent with a sampled budget; longer where there are many of them
@@ -37,6 +37,7 @@ class Kind(Struct, frozen=True):
     metavar: str
     help: str
     lag_s: float = 0.0
+    shown: Callable[[float], Any] = lambda number: round(number, 3)  # in JSON, for programs
 
     @property
     def flag(self) -> str:
@@ -93,10 +94,15 @@ def _tokens(number: float) -> str:
     return f"{int(number)} tokens"
 
 
+def _money(number: float) -> str:
+    return format_money(int(number))
+
+
 _USED, _EXCEEDED = "used up", "exceeded"
 
 KINDS = (
     Kind("tokens", "tokens", "token", _count(0), _whole, _USED, "N", "Tokens, computed and generated, such as 10k."),
+    Kind("cost", "cost", "cost", parse_money, _money, _USED, "AMOUNT", "Money, by models' prices.", shown=_money),
     Kind("time", "time_s", "time", _seconds, _time, _USED, "S", "Wall seconds, or 1h30m."),
     Kind("cpu", "cpu_s", "CPU", _seconds, _time, _USED, "S", "Seconds on processors.", SAMPLE_S),
     Kind("memory", "memory_bytes", "memory", _size, format_size, _EXCEEDED, "SIZE", "Memory, such as 512M.", SAMPLE_S),

@@ -17,6 +17,8 @@ from typing import Any
 
 from msgspec import Raw, Struct, msgpack
 
+from aiosd.access.deed import Deed
+from aiosd.access.rules import Policy
 from libaios.wire import Generate, Limits, Logprobs, Template, ToolCall, Usage
 
 Key = tuple[int, int]  # (peer: agent pid, or -client id; call id)
@@ -45,6 +47,7 @@ class Caller(Struct, array_like=True, frozen=True):
     nice: int = 0
     budget: int | None = None  # how many more tokens it may use; None: unlimited
     box: bytes = b""  # how it is confined: an encoded `sandbox.box.Box`; b"": not at all
+    program: bytes = b""  # which program it is, see `access.deed.Subject`
     shares: list[PurseShare] = []  # its budgets of tokens
 
 
@@ -54,7 +57,7 @@ class Ask(Struct, array_like=True, frozen=True, tag=True):
 
     `settled`: of the calls of this peer that take effect ONCE, those with a lower id are over. Their replies are with
     the peer, and none of them will be submitted again; 0: that is not known. `life`: how often the peer was started
-    again; its call ids begin anew each time."""
+    again; its call ids begin anew each time. `approved`: the digest of the deed that the call may do."""
 
     key: Key
     caller: Caller
@@ -63,6 +66,7 @@ class Ask(Struct, array_like=True, frozen=True, tag=True):
     again: bool = False
     settled: int = 0
     life: int = 0
+    approved: bytes = b""
 
 
 class Submit(Struct, array_like=True, frozen=True, tag=True):
@@ -78,6 +82,7 @@ class Submit(Struct, array_like=True, frozen=True, tag=True):
     mu: float | None = None
     others: bool = False  # other models stand ready for it: rather than make it wait, let it fail
     shares: list[PurseShare] = []
+    money: int | None = None  # how much more the agent may spend, in 10^-12 of a unit; None: unlimited
 
 
 class CancelCall(Struct, array_like=True, frozen=True, tag=True):
@@ -131,6 +136,13 @@ class Renice(Struct, array_like=True, frozen=True, tag=True):
     nice: int
 
 
+class Rules(Struct, array_like=True, frozen=True, tag=True):
+    """What agents may do. Sent to every service that has loaded, and when it changes. A service may know from it that
+    a deed needs nobody's leave; whatever else is to be decided it leaves to the kernel (`Needs`)."""
+
+    policy: Policy
+
+
 class ErrandDone(Struct, array_like=True, frozen=True, tag=True):
     """What the system call of an `Errand` got: an encoded `wire.Reply`, whose id is the number again."""
 
@@ -181,6 +193,14 @@ class Begun(Struct, array_like=True, frozen=True, tag=True):
     key: Key
 
 
+class Needs(Struct, array_like=True, frozen=True, tag=True):
+    """This call amounts to a deed that the kernel has to decide on. The service keeps nothing of the call: it is
+    denied, or comes again with `Ask.approved`."""
+
+    key: Key
+    deed: Deed
+
+
 class Parked(Struct, array_like=True, frozen=True, tag=True):
     """The `Park` of this number is in force: what comes from now on was decoded after it."""
 
@@ -212,6 +232,15 @@ class Started(Struct, array_like=True, frozen=True):
     cached_tokens: int
 
 
+class Spent(Struct, array_like=True, frozen=True):
+    """Prompt tokens that a core charges when it knows them, in place of `Started` and of what `Finished.usage` says: of
+    an attempt at an endpoint when it is sent. Negative: an attempt that cost nothing is given back."""
+
+    key: Key
+    prompt_tokens: int
+    cached_tokens: int = 0
+
+
 class Step(Struct, array_like=True, frozen=True, tag=True):
     """What one or several steps brought. Calls that stream are in every step's message, others now and then
     (so that their tokens are known should the core die)."""
@@ -219,6 +248,7 @@ class Step(Struct, array_like=True, frozen=True, tag=True):
     deltas: list[Delta] = []
     started: list[Started] = []  # they have a slot: the first time, or again
     preempted: list[Key] = []  # they have none any more, and wait
+    spent: list[Spent] = []
 
 
 class Finished(Struct, array_like=True, frozen=True, tag=True):
@@ -236,6 +266,7 @@ class Finished(Struct, array_like=True, frozen=True, tag=True):
     logprobs: Logprobs | None = None
     charged: int | None = None
     short: str = ""
+    spent: Spent | None = None  # what is still to be charged for the prompt, or given back
 
 
 class Answered(Struct, array_like=True, frozen=True, tag=True):
@@ -267,12 +298,14 @@ class Errand(Struct, array_like=True, frozen=True, tag=True):
 
 
 class Failed(Struct, array_like=True, frozen=True, tag=True):
-    """Final word on any call that could not be served. `elsewhere`: another model may be able to."""
+    """Final word on any call that could not be served. `elsewhere`: another model may be able to. `short`: the kind of
+    budget of which it would need more than is left."""
 
     key: Key
     errno: int
     message: str
     elsewhere: bool = False
+    short: str = ""
 
 
 class Health(Struct, array_like=True, frozen=True, tag=True):
@@ -293,13 +326,16 @@ class Stats(Struct, array_like=True, frozen=True, tag=True):
     stats: dict[str, Any]
 
 
-ToService = Ask | Submit | CancelCall | Park | ParkCall | Keep | Gone | Schedule | Renice | ErrandDone | GetStats | Quit
+ToService = (
+    Ask | Submit | CancelCall | Park | ParkCall | Keep | Gone | Schedule | Renice | Rules | ErrandDone | GetStats | Quit
+)
 FromService = (
     Progress
     | Loaded
     | LoadFailed
     | Working
     | Begun
+    | Needs
     | Parked
     | Step
     | Finished
@@ -349,6 +385,7 @@ class Fork(Struct, array_like=True, frozen=True, tag=True):
     restart: str = "no"  # see aiosd.restart
     token: bytes = b""  # the hash of its token for the gateway, see kernel.tokens
     sandbox: str = "none"  # its level; the rest of its box is in the letter
+    program: bytes = b""  # the hash of its path, if a person has started it
     outside: bool = False  # it has no process: programs from outside are it, see kernel.outside
     template: Template | None = None  # from which it is forked; None: the supervisor
 
@@ -502,6 +539,7 @@ class Reread(Struct, array_like=True, frozen=True, tag=True):
 
     log_level: str
     schedule: Schedule
+    access: Policy
     report: dict[str, Any]  # what came of it, see config.Settings
 
 

@@ -224,7 +224,7 @@ def command(name: str) -> list[str]:
 class Aiosd:
     """A system in a home of its own, with agents that are connected and wait. Close it."""
 
-    def __init__(self, model: Path, *options: str) -> None:
+    def __init__(self, model: Path | str, *options: str) -> None:
         self._home = tempfile.TemporaryDirectory(prefix="aios-bench-")
         self.home = Path(self._home.name)
         self.env = {name: value for name, value in os.environ.items() if not name.startswith("AIOS")}

@@ -335,9 +335,11 @@ class Agents:
             prompt_tokens=row[ledger.PROMPT],
             cached_tokens=row[ledger.CACHED],
             completion_tokens=row[ledger.COMPLETION],
+            cost=row[ledger.COST],
             budgets=self.budgets.join(pid, started[1], spec.shares),
             restart=spec.restart,
             token=spec.token,
+            program=spec.program,
             outside=spec.outside,
         )
 

@@ -7,6 +7,7 @@ agent (`link.Share`) and in the ledger. So spawning is no way out of it, and no 
 open (`enforce`). How each kind is counted:
 
     tokens, context       by the model's core, before it computes them (`llm.purse`), and here once they are given out
+    cost                  here, by the prices of the models: of a prompt when it is sent, of an answer as it comes
     tool_calls            here, when a call goes to the toolbox
     children              here, when an agent is forked; those that are being forked count
     disk                  here, when bytes go to the store; and its workspace, sampled
@@ -25,6 +26,7 @@ from aiosd import link
 from aiosd.kernel.ledger import (
     CHARGED,
     CHILDREN,
+    COST_CHARGED,
     COUNTED,
     CPU_US,
     SINCE_US,
@@ -67,6 +69,7 @@ class Budget:
     limits: Limits
     since: float = 0.0  # on the monotonic clock
     tokens_used: int = 0
+    cost_used: int = 0  # in 10^-12 of the currency's unit
     group: str = ""  # whose it is; "": the owner is an agent
     reached: str = ""  # the first kind that was
     stage: Stage = Stage.OPEN
@@ -85,6 +88,10 @@ class Budget:
         return None if self.limits.tokens is None else max(0, self.limits.tokens - self.tokens_used)
 
     @property
+    def cost_left(self) -> int | None:
+        return None if self.limits.cost is None else max(0, self.limits.cost - self.cost_used)
+
+    @property
     def share(self) -> link.Share:
         return link.Share(self.owner, self.limits, self.since)
 
@@ -96,6 +103,8 @@ class Budget:
         """How much of it is used; `now` on the monotonic clock, for its seconds."""
         if kind == "tokens":
             return self.tokens_used
+        if kind == "cost":
+            return self.cost_used
         if kind == "time":
             return max(now - self.since, 0.0) if self.since else 0.0
         if kind == "cpu":
@@ -195,7 +204,8 @@ class Budgets:
     def _new(self, owner: int, limits: Limits) -> Budget:
         row = self._ledger.row(owner)
         soft = self._soft if limits.soft is None else limits.soft / 100
-        budget = self._by_owner[owner] = Budget(owner, limits, tokens_used=row[CHARGED], row=row, soft=soft)
+        budget = Budget(owner, limits, tokens_used=row[CHARGED], cost_used=row[COST_CHARGED], row=row, soft=soft)
+        self._by_owner[owner] = budget
         budget.near = lambda budget, which: self.near(budget, which)
         if limits.tokens is not None and soft and not told(budget, "tokens"):
             budget.tokens_near = int(soft * limits.tokens)
@@ -305,10 +315,36 @@ def charge(budgets: list[Budget], tokens: int) -> Budget | None:
     return empty
 
 
-def settle(budgets: list[Budget], tokens: int) -> None:
-    """A call that used this number of tokens is closed: they are on the books now."""
+def settle(budgets: list[Budget], tokens: int, cost: int = 0) -> None:
+    """A call that used this is closed: it is on the books now."""
     for budget in budgets:
         budget.row[CHARGED] += tokens
+        budget.row[COST_CHARGED] += cost
+
+
+# ── money ─────────────────────────────────────────────────────────────────────────────────────────────────
+
+
+def cost_left(budgets: list[Budget]) -> int | None:
+    """The smallest of what is left; None: unlimited."""
+    return min((left for budget in budgets if (left := budget.cost_left) is not None), default=None)
+
+
+def pay(budgets: list[Budget], cost: int) -> Budget | None:
+    """Count money against every budget; returns one that has now nothing left, if any. Negative: it is given back."""
+    empty = None
+    for budget in budgets:
+        budget.cost_used += cost
+        check_near(budget, "cost")
+        if budget.cost_left == 0:
+            empty = budget
+    return empty
+
+
+def tightest(budgets: list[Budget], kind: str) -> Budget | None:
+    """The one that has the least left of a kind; None: none limits it."""
+    limited = [(left, budget) for budget in budgets if (left := budget.left(kind)) is not None]
+    return min(limited, key=lambda pair: pair[0])[1] if limited else None
 
 
 # ── other kinds ───────────────────────────────────────────────────────────────────────────────────────────

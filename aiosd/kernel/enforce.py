@@ -62,9 +62,9 @@ class Enforcer:
 
     # ── what is done ──────────────────────────────────────────────────────────────────────────────────────
 
-    def spent(self, budget: Budget) -> None:
-        """No token is left. Agents may end by themselves; a call for more puts them on notice."""
-        self.reached(budget, "tokens")
+    def spent(self, budget: Budget, which: str) -> None:
+        """Nothing is left of tokens or money. Agents may end by themselves; a call for more puts them on notice."""
+        self.reached(budget, which)
 
     def refused(self, budget: Budget, which: str, proc: Proc) -> None:
         """This agent has asked for more than is left: those that do not end by themselves now are ended."""

@@ -72,7 +72,8 @@ def _budget(budget: Budget) -> dict[str, Any]:
 
 def _kind(budget: Budget, kind: Kind, now: float) -> dict[str, Any]:
     """`lag_s`: how old what is used may be at most; null: it is exact. `age_s`: how old it is."""
-    shown = {"limit": kind.of(budget.limits), "used": round(budget.used(kind.name, now), 3), "lag_s": None}
+    limit = kind.of(budget.limits) or 0
+    shown = {"limit": kind.shown(limit), "used": kind.shown(budget.used(kind.name, now)), "lag_s": None}
     if kind.lag_s:
         shown |= {"lag_s": kind.lag_s, "age_s": round(now - budget.sampled, 3) if budget.sampled else None}
     return shown

@@ -1,12 +1,13 @@
 """The usage of each agent, kept where it survives the kernel's death.
 
-A memfd of rows, one per agent, made by the supervisor and mapped by every kernel; sixteen 8-byte numbers a row. A
+A memfd of rows, one per agent, made by the supervisor and mapped by every kernel; two dozen 8-byte numbers a row. A
 group's budget has a row of its own, under a number that no agent has.
 
-    of an agent     pid; calls, prompt tokens, cached tokens, completion tokens; microseconds on processors; whether it
-                    has been counted as a child, and its end as an end
-    of the budget   that it owns: tokens charged, calls of tools, children, bytes written to the store, microseconds on
-                    processors, since when its time runs (a group's), which kinds are known to be nearly used up
+    of an agent     pid; calls, prompt tokens, cached tokens, completion tokens, what they cost; microseconds on
+                    processors; whether it has been counted as a child, and its end as an end
+    of the budget   that it owns: tokens and money charged, calls of tools, children, bytes written to the store,
+                    microseconds on processors, since when its time runs (a group's), which kinds are known to be
+                    nearly used up
 
 and behind these the beginning of its command line, which the kernel shows and the supervisor is not to know.
 
@@ -21,9 +22,10 @@ import mmap
 import os
 
 ROWS = 16384
-ITEMS = 16
+ITEMS = 24
 PID, CALLS, PROMPT, CACHED, COMPLETION, CHARGED = range(6)
 TOOL_CALLS, CHILDREN, STORED, CPU_US, SINCE_US, TOLD, OWN_CPU_US, COUNTED, ENDED = range(6, 15)
+COST, COST_CHARGED = range(15, 17)
 NUMBERS_BYTES = ROWS * ITEMS * 8
 COMMAND_BYTES = 1024  # of a command line, with a NUL at its end
 BYTES = NUMBERS_BYTES + ROWS * COMMAND_BYTES

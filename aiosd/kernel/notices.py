@@ -21,11 +21,11 @@ class Notices:
 
     def near(self, budget: Budget, which: str) -> None:
         """Tell the owner, or if that is dead, or a group, all that share the budget."""
-        amount = limits.BY_NAME[which].of(budget.limits)
+        kind = limits.BY_NAME[which]
         message = {
             "budget": which,
-            "used": round(budget.used(which, time.monotonic()), 3),
-            "limit": amount,
+            "used": kind.shown(budget.used(which, time.monotonic())),
+            "limit": kind.shown(kind.of(budget.limits) or 0),
             "group": budget.group,
         }
         for proc in self._receivers(budget):

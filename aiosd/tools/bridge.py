@@ -130,10 +130,17 @@ async def _describe(frames: FrameSocket, client: Client, name: str, server: McpS
                 memory_bytes=MEMORY_BYTES,
                 output_bytes=OUTPUT_BYTES,
                 writes=(f"server:{name}",),  # one process of the server, one call at a time
+                asks=_is_destructive(entry),
             )
         )
     send(frames, Described(tools))
     return names
+
+
+def _is_destructive(entry: dict[str, Any]) -> bool:
+    """What the server says itself. Only this way: that a tool is harmless is not believed."""
+    annotations = entry.get("annotations")
+    return isinstance(annotations, dict) and annotations.get("destructiveHint") is True
 
 
 async def _listed(client: Client) -> list[dict[str, Any]]:
