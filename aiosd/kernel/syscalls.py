@@ -89,7 +89,7 @@ class ProcessCalls:
         attached = args.attached and isinstance(peer, ClientPeer) and not args.detached
         client = spawning.process_of(peer.ospid) if isinstance(peer, ClientPeer) and attached else (0, 0)
         box = self.sandboxes.decide(args, parent, call.allowed)
-        shares = self.agents.shares(args, parent, call.key)
+        shares = self.agents.shares(args, parent, call.key, call.allowed)
         spec = spawning.fork(args, call.key, parent, box, attached, client, call.allowed, shares)
         letter = spawning.letter(args, self.sandboxes.environment(args, parent, box), box)
         spec, letter = self.agents.tokens.give(spec, letter, parent, args.gateway)
