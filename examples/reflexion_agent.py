@@ -3,8 +3,8 @@
     aios-run --name learner examples/reflexion_agent.py "What is 37 * 91?"
 
 An evaluator is a function of a trial: here the answer must contain the number that Python computes. Where there is no
-such check, `libaios.agents.reflexion.judging` asks the model. Lessons and verdicts are notes of the agent: with a --name
-they are there when it is started again.
+such check, `libaios.agents.reflexion.judging` asks the model. Lessons and verdicts are notes of the agent; with a
+--name they are there when it is started again.
 """
 
 from __future__ import annotations
