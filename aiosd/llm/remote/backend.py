@@ -37,6 +37,7 @@ from aiosd.errors import UsageError
 from aiosd.llm import policy
 from aiosd.llm.line import Line
 from aiosd.llm.remote import body as bodies
+from aiosd.llm.remote import keys
 from aiosd.llm.remote.answer import Answer, Wrong, check_text, printable
 from aiosd.llm.remote.call import Call, Text
 from aiosd.llm.remote.connections import Connections, Endpoint
@@ -74,7 +75,7 @@ def open_model(spec: ModelSpec, line: Line) -> Remote:
     except (OSError, ValueError) as error:
         reason = error.strerror if isinstance(error, OSError) else error
         raise UsageError(f"key_file {spec.key_file}: {reason}") from None
-    if spec.key_file and os.stat(spec.key_file).st_mode & 0o044:
+    if spec.key_file and not spec.key_file.startswith(keys.PREFIX) and os.stat(spec.key_file).st_mode & 0o044:
         logger.warning("key_file %s: other users of this machine can read it", spec.key_file)
     return Remote(spec, line)
 
@@ -286,6 +287,10 @@ class Remote:
         if not request.stream:
             call.text = Text(call.kept)
         kept = call.kept
+        if kept:
+            how = "goes on from them" if request.messages is None else "is asked for all of it again"
+            why = "its caller has %d characters already, and the model %s: not exactly the same"
+            logger.info(f"call %d of %d: {why}", call.key[1], call.key[0], len(kept), how)
         call.answer, call.heard, call.moved = Answer(), False, now
         call.backlog.clear()
         call.expected = kept if request.messages is not None else ""
