@@ -1,0 +1,1 @@
+"""What builds, fetches and documents; run by hand and by the Makefile."""
