@@ -11,7 +11,7 @@ ARGS   ?=
 
 RECIPE := tools/bootstrap.py tools/llama_cpp.cmake constraints.txt setup.cfg setup.py pyproject.toml $(wildcard bin/* aiosd/llm/native/* aiosd/sandbox/native/*)
 
-.PHONY: help demo test check lint man nano peers chroma frameworks models embedder install again clean distclean
+.PHONY: help demo test check lint conformance man nano peers chroma frameworks models embedder install again clean distclean
 .DEFAULT_GOAL := help
 
 help: ## this list
@@ -33,6 +33,9 @@ check: $(VENV)/.dev ## a slice of the tests, for while you work
 lint: $(VENV)/.dev ## ruff and mypy --strict
 	$(BIN)/python -m ruff check . $(wildcard bin/*)
 	$(BIN)/python -m mypy
+
+conformance: $(VENV)/.dev ## other projects' tests of OpenAI's API, against the gateway
+	@$(BIN)/python tools/conformance.py $(VENV) $(ARGS)
 
 man: $(VENV)/.base ## manual pages of all commands, from their help, in build/man
 	@$(BIN)/python tools/manpages.py

@@ -20,6 +20,9 @@
     concurrency = 8                         requests at a time; rpm, tpm: requests and tokens in a minute
     price = "0.15,0.60"                     of a million tokens of prompt, and of answer
 
+    [access]                                what agents may do; see aiosd.access.table
+    deny = [{ tool = "shell", by = "web" }]
+
     [route]                                 names for lists of models: the first that can answers
     fast = ["writer", "its-name-there"]     AIOSD_ROUTE="fast=writer,big;deep=big", --route fast=writer,big
 
@@ -52,6 +55,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from aiosd import autostart, endpoint, limits, price, sealed
+from aiosd.access import table as access_table
+from aiosd.access.rules import Policy
 from aiosd.autostart import AgentSpec
 from aiosd.endpoint import Endpoint
 from aiosd.errors import AiosdError, UsageError, WorldError
@@ -62,7 +67,7 @@ from aiosd.models import found
 from aiosd.models.places import ours
 from aiosd.sandbox import boxgroups
 from aiosd.sandbox.box import LEVELS, NETS, STRICT, Rules
-from aiosd.tools.spec import McpServer, read_servers
+from aiosd.tools.spec import BUILT_IN_KINDS, McpServer, read_servers
 from aiosd.units import format_size, parse_size
 from libaios.home import Home
 from libaios.wire import NAME_PATTERN
@@ -478,6 +483,8 @@ class Settings:
     door: Endpoint | None = None  # … and where it listens
     sandbox: Rules = field(default_factory=Rules)  # for agents of groups that `groups` does not name
     groups: Mapping[str, Rules] = field(default_factory=dict)
+    access: Policy = field(default_factory=Policy)  # what agents may do, …
+    access_warnings: tuple[str, ...] = ()  # … and which rules never decide
     budgets: Mapping[str, GroupLimits] = field(default_factory=dict)  # of groups
     soft_limit: int = 0  # percent of a budget at which its agent gets a message
     strict: bool = False  # no agent is confined less than in the cage
@@ -524,6 +531,7 @@ def load(
     _refuse_doubles([*models, *([embedder] if embedder is not None else [])])
     strict = values["sandbox"] == STRICT
     rules = Rules(LEVELS[-1] if strict else values["sandbox"], values["net"])
+    policy, warnings = _access(path, file, bool(tools))
     return Settings(
         home=home,
         models=tuple(models),
@@ -551,6 +559,8 @@ def load(
         sandbox=rules,
         groups=_groups(path, file.groups, rules, strict),
         strict=strict,
+        access=policy,
+        access_warnings=warnings,
         budgets={values["name"]: limits.group_limits_of(values) for _, values in file.groups if "name" in values},
         soft_limit=values["soft_limit"],
         tools=tools,
@@ -581,7 +591,7 @@ def reload(settings: Settings) -> tuple[Settings, list[str]]:
     if settings.sealed >= 0:
         new = seal(new, os.memfd_create("aios-settings"))
     changed = [f.name for f in dataclasses.fields(Settings) if getattr(new, f.name) != getattr(settings, f.name)]
-    live = set(LIVE.values())
+    live = {*LIVE.values(), "access", "access_warnings"}
     changed = ["agents or mcpServers" if name == "sealed_digest" else name for name in changed]
     own = ("ready_fd", "home", "reread", "door", "sealed")
     waiting = [name for name in changed if name not in live and name not in own]
@@ -597,6 +607,8 @@ def reload_and_report(settings: Settings) -> Settings:
         new, report["after_restart"] = reload(settings)
         shown = [(name, show(settings, name), show(new, name)) for name in LIVE]
         report["changed"] = [f"{name} {now or '-'} (was {was or '-'})" for name, was, now in shown if was != now]
+        if new.access != settings.access:
+            report["changed"].append(f"access: {len(new.access.rules)} rules (were {len(settings.access.rules)})")
     except AiosdError as err:
         report["error"] = str(err)
     return dataclasses.replace(new, reread=report)
@@ -787,6 +799,8 @@ class _File:
     agents: list[AgentSpec] = field(default_factory=list)
     groups: list[tuple[int, dict[str, Any]]] = field(default_factory=list)  # with the line of each
     servers: Mapping[str, McpServer] = field(default_factory=dict)
+    access: Any = None  # the table [access], and the text of the file
+    text: str = ""
 
 
 def _read_file(path: Path, must_exist: bool) -> _File:
@@ -813,7 +827,8 @@ def _read_file(path: Path, must_exist: bool) -> _File:
         servers = read_servers(data.pop("mcpServers", {}))
     except ValueError as err:
         raise UsageError(f"{path}, line {_line(text, 'mcpServers')}: {err}") from None
-    file = _File(_read_table(path, text, data, _SETTINGS, 0), servers=servers)
+    access = data.pop("access", None)
+    file = _File(_read_table(path, text, data, _SETTINGS, 0), servers=servers, access=access, text=text)
     for first, table in models:
         model = _read_table(path, text, table, _OF_MODEL, first)
         if ("path" in model) == ("url" in model):
@@ -830,6 +845,18 @@ def _read_file(path: Path, must_exist: bool) -> _File:
     readers = boxgroups.READERS | limits.GROUP_READERS
     file.groups = [(first, _read_table(path, text, table, readers, first)) for first, table in groups]
     return file
+
+
+def _access(path: Path, file: _File, more_tools: bool) -> tuple[Policy, tuple[str, ...]]:
+    """What agents may do. `more_tools`: there are tools whose names are not known yet."""
+    if file.access is None:
+        return Policy(), ()
+    names = access_table.Names(BUILT_IN_KINDS, file.servers, more_tools)
+    try:
+        policy, warnings = access_table.read(file.access, file.text, str(path.parent.absolute()), names)
+    except access_table.Wrong as err:
+        raise UsageError(f"{path}, line {err.line}: {err}") from None
+    return policy, tuple(warnings)
 
 
 def _groups(

@@ -17,6 +17,8 @@ from typing import Any
 
 from msgspec import Raw, Struct, msgpack
 
+from aiosd.access.deed import Deed
+from aiosd.access.rules import Policy
 from libaios.wire import Generate, Limits, Logprobs, Template, ToolCall, Usage
 
 Key = tuple[int, int]  # (peer: agent pid, or -client id; call id)
@@ -45,6 +47,7 @@ class Caller(Struct, array_like=True, frozen=True):
     nice: int = 0
     budget: int | None = None  # how many more tokens it may use; None: unlimited
     box: bytes = b""  # how it is confined: an encoded `sandbox.box.Box`; b"": not at all
+    program: bytes = b""  # which program it is, see `access.deed.Subject`
     shares: list[PurseShare] = []  # its budgets of tokens
 
 
@@ -54,7 +57,7 @@ class Ask(Struct, array_like=True, frozen=True, tag=True):
 
     `settled`: of the calls of this peer that take effect ONCE, those with a lower id are over. Their replies are with
     the peer, and none of them will be submitted again; 0: that is not known. `life`: how often the peer was started
-    again; its call ids begin anew each time."""
+    again; its call ids begin anew each time. `approved`: the digest of the deed that the call may do."""
 
     key: Key
     caller: Caller
@@ -63,6 +66,7 @@ class Ask(Struct, array_like=True, frozen=True, tag=True):
     again: bool = False
     settled: int = 0
     life: int = 0
+    approved: bytes = b""
 
 
 class Submit(Struct, array_like=True, frozen=True, tag=True):
@@ -132,6 +136,13 @@ class Renice(Struct, array_like=True, frozen=True, tag=True):
     nice: int
 
 
+class Rules(Struct, array_like=True, frozen=True, tag=True):
+    """What agents may do. Sent to every service that has loaded, and when it changes. A service may know from it that
+    a deed needs nobody's leave; whatever else is to be decided it leaves to the kernel (`Needs`)."""
+
+    policy: Policy
+
+
 class ErrandDone(Struct, array_like=True, frozen=True, tag=True):
     """What the system call of an `Errand` got: an encoded `wire.Reply`, whose id is the number again."""
 
@@ -180,6 +191,14 @@ class Begun(Struct, array_like=True, frozen=True, tag=True):
     """A call that had waited in the service begins now, beside others."""
 
     key: Key
+
+
+class Needs(Struct, array_like=True, frozen=True, tag=True):
+    """This call amounts to a deed that the kernel has to decide on. The service keeps nothing of the call: it is
+    denied, or comes again with `Ask.approved`."""
+
+    key: Key
+    deed: Deed
 
 
 class Parked(Struct, array_like=True, frozen=True, tag=True):
@@ -307,13 +326,16 @@ class Stats(Struct, array_like=True, frozen=True, tag=True):
     stats: dict[str, Any]
 
 
-ToService = Ask | Submit | CancelCall | Park | ParkCall | Keep | Gone | Schedule | Renice | ErrandDone | GetStats | Quit
+ToService = (
+    Ask | Submit | CancelCall | Park | ParkCall | Keep | Gone | Schedule | Renice | Rules | ErrandDone | GetStats | Quit
+)
 FromService = (
     Progress
     | Loaded
     | LoadFailed
     | Working
     | Begun
+    | Needs
     | Parked
     | Step
     | Finished
@@ -363,6 +385,7 @@ class Fork(Struct, array_like=True, frozen=True, tag=True):
     restart: str = "no"  # see aiosd.restart
     token: bytes = b""  # the hash of its token for the gateway, see kernel.tokens
     sandbox: str = "none"  # its level; the rest of its box is in the letter
+    program: bytes = b""  # the hash of its path, if a person has started it
     outside: bool = False  # it has no process: programs from outside are it, see kernel.outside
     template: Template | None = None  # from which it is forked; None: the supervisor
 
@@ -516,6 +539,7 @@ class Reread(Struct, array_like=True, frozen=True, tag=True):
 
     log_level: str
     schedule: Schedule
+    access: Policy
     report: dict[str, Any]  # what came of it, see config.Settings
 
 

@@ -129,6 +129,13 @@ class Sys(enum.IntEnum):
     TOOL_LIST = 128
     TOOL_CALL = 129
     TOOL_TRUST = 130
+    # what a person allows
+    ASK_LIST = 140
+    ASK_WATCH = 141
+    ASK_ANSWER = 142
+    RULES = 143
+    ALWAYS_LIST = 144
+    ALWAYS_REVOKE = 145
     # tokens of the gateway
     TOKEN_NEW = 152
     TOKEN_LIST = 153
@@ -660,6 +667,29 @@ class TrustTool(Struct, array_like=True, frozen=True):
     name: Annotated[str, Meta(max_length=64)]
 
 
+class WatchAsks(Struct, array_like=True, frozen=True):
+    """Be told of all asks, or of those of agent `pid`, or of agents `attached` to this very connection, and their
+    descendants. As long as this call is open there is a person who can answer, and they wait."""
+
+    pid: Uint = 0
+    attached: bool = False
+
+
+class AnswerAsk(Struct, array_like=True, frozen=True):
+    """`digest`: of what was shown (`Asked`), so that nothing else can be allowed by it. `always`: and never ask for the
+    like again. `reason`: for the agent that is denied."""
+
+    id: Annotated[str, Meta(max_length=64)]
+    digest: Annotated[str, Meta(max_length=64)]
+    allow: bool
+    always: bool = False
+    reason: Annotated[str, Meta(max_length=500)] = ""
+
+
+class RevokeAlways(Struct, array_like=True, frozen=True):
+    number: Uint
+
+
 class MemStats(Struct, array_like=True, frozen=True):
     """Of the caller; a person may ask about any `owner`, as aiosd names it."""
 
@@ -893,6 +923,46 @@ class ToolInfo(Struct, frozen=True):
     source: str = ""
 
 
+class Asked(Struct, frozen=True):
+    """Something that an agent may do only when a person allows it. `details`: what exactly, as labels and texts, and
+    nothing of it is made safe for a terminal; `rule`: why it is asked; `always`: what an answer for all times would
+    allow, "": there is none. `state`: "open", or how it ended: "allowed", "denied", "gone"."""
+
+    id: str
+    digest: str
+    pid: int
+    name: str
+    group: str
+    what: str
+    tool: bool
+    resources: list[tuple[str, str]]
+    details: list[tuple[str, str]]
+    rule: str
+    always: str
+    since: float  # Unix time
+    folder: str = ""  # where it is done
+    state: str = "open"
+
+
+class RulesInForce(Struct, frozen=True):
+    """The rules of [access] in the order in which they decide, in words; how long an ask waits while nobody is there to
+    answer; how many could answer now; and where decisions are written down."""
+
+    rules: list[str]
+    ask_timeout_s: float
+    listening: int
+    audit: str
+
+
+class Always(Struct, frozen=True):
+    """What is allowed for all times. `text`: in words; `agent`: which one it was asked for first."""
+
+    number: int
+    text: str
+    agent: str
+    given: float  # Unix time
+
+
 class ModelInfo(Struct, frozen=True):
     """A figure of 0 is not known: of a model that another server runs, little is."""
 
@@ -1099,6 +1169,12 @@ add(
     Row(Sys.TOOL_LIST, NoArgs, list[ToolInfo], by="toolbox"),
     Row(Sys.TOOL_CALL, CallTool, Any, by="toolbox", again=_NEVER, piece=str),
     Row(Sys.TOOL_TRUST, TrustTool, by="toolbox"),
+    Row(Sys.ASK_LIST, NoArgs, list[Asked]),
+    Row(Sys.ASK_WATCH, WatchAsks, piece=Asked),
+    Row(Sys.ASK_ANSWER, AnswerAsk),
+    Row(Sys.RULES, NoArgs, RulesInForce),
+    Row(Sys.ALWAYS_LIST, NoArgs, list[Always]),
+    Row(Sys.ALWAYS_REVOKE, RevokeAlways),
 )
 
 

@@ -34,14 +34,14 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from aiosd import limits
-from aiosd.commands import edge
+from aiosd.commands import asks, edge
 from aiosd.commands.wait import exit_code
 from aiosd.units import parse_duration
 from libaios import template, wire
 from libaios.client import Client, NoKernel
 from libaios.connection import Pending, decode_body
 from libaios.sandbox import wish
-from libaios.wire import Kill, Spawn, Spawned, Sys, Wait, Waited
+from libaios.wire import Kill, Spawn, Spawned, Sys, Wait, Waited, WatchAsks
 
 if TYPE_CHECKING:
     from click.shell_completion import CompletionItem
@@ -394,12 +394,14 @@ class Attachment:
         self.master = -1  # of the pty
         self.raw: RawMode | None = None
         self.wakeup = -1
+        self.asked: Pending | None = None  # brings what the agent needs a person's approval for
 
     def run(self) -> int:
         """Run the agent from spawn to end; returns the exit code."""
         self._catch_signals()
         try:
             self._connect_stdio()
+            self.asked = asks.watch(self.client, WatchAsks(attached=True))  # before: it may ask at once
             spawned: Spawned = self._await(self.client.submit(Sys.SPAWN, self.spawn, self.given_fds), Spawned)
             self._agent_lives(spawned.pid)
             _note_alone(self.spawn, spawned)
@@ -502,6 +504,7 @@ class Attachment:
             while self.signals:
                 self._on_signal(self.signals.pop(0))
             self._pump()
+            self._show_asks()
             if call.final is not None:
                 return decode_body(call.final, result)
             self._turn()
@@ -512,6 +515,13 @@ class Attachment:
         self.client.pump()
         if self.client.socket.reborn:
             self.client.pump()
+
+    def _show_asks(self) -> None:
+        for line in asks.notices(self.asked):
+            if self.raw is not None and self.raw.entered:
+                os.write(2, f"\r\naios-run: {line}\r\n".encode())
+            else:
+                edge.complain("aios-run", line)
 
     def _turn(self) -> None:
         self._enter_raw_mode()

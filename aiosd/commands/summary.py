@@ -23,6 +23,7 @@ def brief(found: dict[str, Any], machine: str = "") -> list[str]:
     rows["templates"] = ", ".join(_template(one) for one in found.get("templates", []))
     rows |= {f"agent {name}": text for name, text in found.get("agent_problems", {}).items()}
     rows["sandbox"] = _sandbox(found.get("sandbox") or {})
+    rows["access"] = _access(found.get("access") or {})
     rows["machine"] = machine
     width = max(map(len, rows))
     lines = [_head(found)]
@@ -71,6 +72,16 @@ def _sandbox(found: dict[str, Any]) -> str:
         parts.append(f"{found['possible']} is possible")
     if found.get("why_no_more"):
         parts.append(f"no more than {found.get('possible')} is possible: {found['why_no_more']}")
+    return ", ".join(parts)
+
+
+def _access(found: dict[str, Any]) -> str:
+    """The rules, and what waits for a person."""
+    parts = [f"{found.get(name)} {name}" for name in ("rules",) if found.get(name)]
+    if found.get("always"):
+        parts.append(f"{found['always']} allowed for all times")
+    if found.get("asks"):
+        parts.append(f"{found['asks']} asked for now (aios-approve)")
     return ", ".join(parts)
 
 

@@ -229,7 +229,7 @@ class Supervisor:
             waiting = ", ".join(report["after_restart"])
             logger.info("settings read again%s", f"; after a restart: {waiting}" if waiting else "")
         log.set_level(self.settings.log_level)
-        self._tell(link.Reread(self.settings.log_level, self.settings.schedule(), dict(report)))
+        self._tell(link.Reread(self.settings.log_level, self.settings.schedule(), self.settings.access, dict(report)))
 
     # ── the kernel ────────────────────────────────────────────────────────────────────────────────────────
 

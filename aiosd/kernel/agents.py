@@ -157,9 +157,10 @@ class Agents:
             if proc.ppid == INIT and proc.state is State.ZOMBIE:
                 self._reap(proc)
 
-    def shares(self, args: wire.Spawn, parent: Proc | None, key: link.Key) -> list[link.Share]:
-        """The budgets that a new agent will share. Raises OSError (EDQUOT, EAGAIN): one has no room for it."""
-        group = spawning.group_of_child(parent, args.group)
+    def shares(self, args: wire.Spawn, parent: Proc | None, key: link.Key, allowed: bool = False) -> list[link.Share]:
+        """The budgets that a new agent will share. `allowed`: as for `spawning.fork`. Raises OSError (EDQUOT, EAGAIN):
+        one has no room for it."""
+        group = spawning.group_of_child(parent, args.group, allowed)
         shares = self.budgets.of_new(None if parent is None else parent.budgets, group, args.limits)
         if shares and not self.ledger.room:
             raise wire.error(errno.EAGAIN, f"at most {ledger.ROWS} agents can be remembered while budgets are kept")
@@ -339,6 +340,7 @@ class Agents:
             budgets=self.budgets.join(pid, started[1], spec.shares),
             restart=spec.restart,
             token=spec.token,
+            program=spec.program,
             outside=spec.outside,
         )
 

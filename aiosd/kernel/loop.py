@@ -18,12 +18,16 @@ import sys
 from typing import TYPE_CHECKING
 
 from aiosd import link, log
+from aiosd.access.rules import Policy
 from aiosd.config import agents_of
 from aiosd.errors import WorldError
 from aiosd.heartbeat import BEAT_S, beat
-from aiosd.kernel import sandboxes, syscalls
+from aiosd.kernel import sandboxes, spawning, syscalls
 from aiosd.kernel.access import Access
 from aiosd.kernel.agents import REATTACH_S, Agents
+from aiosd.kernel.always import LastingApprovals
+from aiosd.kernel.approvals import Approvals
+from aiosd.kernel.audit import Audit
 from aiosd.kernel.books import Books
 from aiosd.kernel.budget import Budgets
 from aiosd.kernel.calls import Calls
@@ -60,6 +64,7 @@ from aiosd.kernel.waiters import Waiters
 from aiosd.price import FREE
 from aiosd.service import LLM, TOOLBOX
 from aiosd.timers import Timers
+from libaios import wire
 from libaios.channel import Channel, Side
 from libaios.stream import FrameSocket
 
@@ -101,18 +106,27 @@ class Kernel:
         """What is done with agents and services."""
         born = self.born
         self.services, self.cores = Services(), Cores()
-        self.live = Live(born.settings, self.uplink, self.cores)
+        self.live = Live(born.settings, self.uplink, self.cores, self._rule)
         self.system = System(born, self.services)
-        self.rights = Access(self.table, self.system.pids)
-        self.waiters = Waiters(self.table, self.calls, self.rights)
-        routes = Routes(self.cores.find, born.settings.routes)
-        self.generations = Generations(self.calls, self.table, self.cores, routes, self.live.schedule)
-        self.enforcer = Enforcer(self.table, self.uplink, self.timers, self._deliver)
         settings = born.settings
         places = sandboxes.folder(settings.home.data)
         self.sandboxes = Sandboxes(settings.sandbox, settings.groups, born.offer, places, settings.strict)
-        for line in self.sandboxes.warnings():
+        for line in (*self.sandboxes.warnings(), *settings.access_warnings):
             logger.warning("%s", line)
+        self.approvals = Approvals(
+            settings.access,
+            self.table,
+            self.calls,
+            LastingApprovals(settings.home.data / "always.json"),
+            Audit(settings.home.data / "audit.jsonl"),
+            born.boot,
+            born.epoch > 1,
+        )
+        self.rights = Access(self.table, self.system.pids, self.approvals, self._raised)
+        self.waiters = Waiters(self.table, self.calls, self.rights)
+        routes = Routes(self.cores.find, settings.routes)
+        self.generations = Generations(self.calls, self.table, self.cores, routes, self.live.schedule)
+        self.enforcer = Enforcer(self.table, self.uplink, self.timers, self._deliver)
         self.logs = LogKeeper(settings.home.logs, settings.log_size, settings.log_keep, settings.keep_dead)
         self.measure = Measure(
             self.table,
@@ -201,6 +215,7 @@ class Kernel:
             self.agents.is_parked,
             self.agents.listed.problems,
             self.sandboxes,
+            self.approvals,
             self.system,
             self.generations.routes,
         )
@@ -212,6 +227,8 @@ class Kernel:
             self.status.part,
             self._live_peers,
             self.generations.charge,
+            self.calls,
+            self.approvals,
         )
         self.handlers |= syscalls.bound(
             syscalls.ProcessCalls(
@@ -230,6 +247,7 @@ class Kernel:
             syscalls.ModelCalls(self.generations),
             syscalls.TokenCalls(self.agents, self.outside),
             syscalls.SystemCalls(self.status, lambda: self.uplink.send(link.Shutdown()), self.live.change),
+            syscalls.AccessCalls(self.approvals),
         )
 
     # ── birth of a successor ──────────────────────────────────────────────────────────────────────────────
@@ -312,6 +330,14 @@ class Kernel:
         source = service.source = self.events.watch(channel.fileno(), on_bell, serve=serve, channel=channel)
         service.asked = asked
         self.events.move(source, Turn.HUNGRY)
+
+    def _rule(self, policy: Policy) -> None:
+        """These rules are in force from now on."""
+        self.approvals.change(policy)
+        self._tell_services(link.Rules(policy))
+
+    def _raised(self, args: wire.Spawn, parent: Proc) -> str:
+        return "; ".join(filter(None, (self.sandboxes.raised(args, parent), spawning.raised(args, parent))))
 
     def _is_alive(self, pid: int) -> bool:
         proc = self.table.get(pid)

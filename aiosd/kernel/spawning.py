@@ -10,6 +10,7 @@ from collections.abc import Sequence
 from pathlib import PurePath
 
 from aiosd import link, procfs, restart
+from aiosd.access.deed import program_key
 from aiosd.kernel.proc import INIT, Proc
 from aiosd.letter import Letter
 from aiosd.sandbox.box import Box
@@ -25,14 +26,16 @@ def fork(
     box: Box | None,
     attached: bool = False,
     client: tuple[int, int] = (0, 0),
+    allowed: bool = False,
     shares: Sequence[link.Share] = (),
 ) -> link.Fork:
     """`parent`: the agent that starts it, None: the person. `box`: how it is confined. `client`: the process that it is
-    attached to. `shares`: the budgets that it shares. Raises OSError: EINVAL, E2BIG, EPERM."""
+    attached to. `allowed`: it may have more rights than its parent. `shares`: the budgets that it shares. Raises
+    OSError: EINVAL, E2BIG, EPERM."""
     _check(args)
-    _check_disk(shares, box)
     if args.template is not None and parent is not None and parent.box is not None:
         raise wire.error(errno.EPERM, "template: its modules run unconfined, so no confined agent may name them")
+    _check_disk(shares, box)
     return link.Fork(
         key=key,
         ppid=INIT if parent is None else parent.pid,
@@ -40,8 +43,8 @@ def fork(
         uid=os.getuid(),
         name=args.name or _default_name(args),
         named=args.name is not None,
-        nice=_nice_of_child(parent, args.nice),
-        group=group_of_child(parent, args.group),
+        nice=_nice_of_child(parent, args.nice, allowed),
+        group=group_of_child(parent, args.group, allowed),
         shares=list(shares),
         umask=args.umask,
         detached=args.detached,
@@ -50,6 +53,7 @@ def fork(
         tty=args.tty,
         restart=args.restart,
         sandbox=box.level if box is not None else "none",
+        program=program_key(path) if parent is None and (path := program_path(args)) else b"",
         template=args.template,
     )
 
@@ -128,17 +132,39 @@ def _default_name(args: wire.Spawn) -> str:
     return f"_{name}"[:64] if name.isdecimal() or name.startswith("-") else name
 
 
-def _nice_of_child(parent: Proc | None, nice: int | None) -> int:
+def _nice_of_child(parent: Proc | None, nice: int | None, allowed: bool = False) -> int:
     if parent is None:
         return nice or 0
-    if nice is not None and nice < parent.nice:
+    if nice is not None and nice < parent.nice and not allowed:
         raise wire.error(errno.EPERM, f"nice: an agent may not start one nicer than itself ({parent.nice})")
     return parent.nice if nice is None else nice
 
 
-def group_of_child(parent: Proc | None, group: str | None) -> str:
+def group_of_child(parent: Proc | None, group: str | None, allowed: bool = False) -> str:
     if parent is None:
         return group or "default"
-    if group is not None and group != parent.group:
+    if group is not None and group != parent.group and not allowed:
         raise wire.error(errno.EPERM, f"group: an agent of {parent.group!r} may not start one of {group!r}")
-    return parent.group
+    return group or parent.group
+
+
+def raised(args: wire.Spawn, parent: Proc) -> str:
+    """In which way the new agent would have more rights than its parent, but for its sandbox; "": in none."""
+    reasons = []
+    for check in (lambda: _nice_of_child(parent, args.nice), lambda: group_of_child(parent, args.group)):
+        try:
+            check()
+        except PermissionError as err:
+            reasons.append(err.strerror or str(err))
+    return "; ".join(reasons)
+
+
+def program_path(args: wire.Spawn) -> bytes:
+    """The path by which rules know the program; b"": there is none."""
+    if args.sandbox.program:
+        path = wire.os_bytes(args.sandbox.program)
+    elif args.kind == "file" and args.target != "-":
+        path = os.path.normpath(os.path.join(wire.os_bytes(args.cwd), wire.os_bytes(args.target)))
+    else:
+        return b""
+    return path if os.path.isabs(path) else b""

@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any
 
 from aiosd import __version__, endpoint, link
 from aiosd.kernel import listing
+from aiosd.kernel.approvals import Approvals
 from aiosd.kernel.books import Books
 from aiosd.kernel.calls import Calls
 from aiosd.kernel.cores import Core
@@ -60,6 +61,7 @@ class StatusRequests:
         is_parked: Callable[[Proc], bool],
         agent_problems: Callable[[], dict[str, str]],
         sandboxes: Sandboxes,
+        approvals: Approvals,
         system: System,
         routes: Routes,
     ) -> None:
@@ -75,6 +77,7 @@ class StatusRequests:
         self._is_parked = is_parked
         self._agent_problems = agent_problems
         self._sandboxes = sandboxes
+        self._approvals = approvals
         self._system = system
         self._routes = routes
         self._open: dict[int, _Request] = {}
@@ -144,6 +147,7 @@ class StatusRequests:
             "dead_remembered": len(self._table.history),
             "max_agents": self._descriptors.max_agents,
             "sandbox": self._sandboxes.shown(),
+            "access": self._approvals.status(),
             "memory_limits_by": f"samples every {SAMPLE_S:g} s, and RLIMIT_DATA in each process",
             "kernel": {
                 "epoch": born.epoch,

@@ -82,6 +82,20 @@ def of_child(wish: wire.Sandbox, parent: Box) -> Box:
     return msgspec.structs.replace(parent, net=wish.net or parent.net)
 
 
+def of_child_with_more(wish: wire.Sandbox, parent: Box) -> Box | None:
+    """The same where a person has allowed it to be less confined; None: it is not confined at all."""
+    level = wish.level or parent.level
+    if level == "none":
+        return None
+    return msgspec.structs.replace(
+        parent,
+        level=level,
+        net=wish.net or parent.net,
+        read=_once(parent.read, (*wish.own, *wish.read)),
+        write=_once(parent.write, wish.write),
+    )
+
+
 def check(wish: wire.Sandbox) -> None:
     """What the types of its fields cannot tell. Raises OSError (EINVAL)."""
     for path in (*wish.own, *wish.read, *wish.write):

@@ -9,6 +9,27 @@ from typing import Any
 import msgspec
 from msgspec import Struct
 
+#: The built-in tools, with the types of resources that their calls state: rules name them before any is loaded.
+BUILT_IN_KINDS: dict[str, tuple[str, ...]] = {
+    "calc": (),
+    "remember": (),
+    "recall": (),
+    "search_notes": (),
+    "list_notes": (),
+    "forget_note": (),
+    "list_stored": (),
+    "read_stored": (),
+    "write_stored": (),
+    "stored_history": (),
+    "python": (),
+    "shell": (),
+    "read_file": ("path",),
+    "write_file": ("path",),
+    "edit_file": ("path",),
+    "list_files": ("path",),
+    "fetch": ("host",),
+}
+
 MCP = "mcp:"  # how a source begins that is an MCP server
 SERVER_NAME = re.compile(r"[A-Za-z0-9_-]{1,32}\Z")
 
