@@ -303,3 +303,10 @@ def test_a_model_elsewhere_is_measured_against_its_endpoint():
     lines = remote.table([{**short, "endpoint": "llama-server", "ratio": 1.2}, short, {**long, "cpu_ms": 9.0}])
     assert "MISSED" in lines[1]
     assert lines[-1].startswith("aiosd adds, 1 at a time: ")
+
+
+@pytest.mark.parametrize("script", ["store", "tools"])
+def test_a_script_may_be_named_as_a_package(script):
+    """Run as a file, its folder is on the path: `tools` there must not be taken for ours."""
+    argv = [sys.executable, str(harness.ROOT / "benchmarks" / f"{script}.py"), "--help"]
+    assert subprocess.run(argv, capture_output=True, text=True, check=True).stdout.startswith("usage: ")

@@ -1,1 +1,1 @@
-"""What builds, fetches and documents; run by hand and by the Makefile."""
+"""What is run by hand, or by make: set-up, models, peers, frameworks, manual pages."""
