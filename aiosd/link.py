@@ -47,7 +47,8 @@ class Caller(Struct, array_like=True, frozen=True):
     nice: int = 0
     budget: int | None = None  # how many more tokens it may use; None: unlimited
     box: bytes = b""  # how it is confined: an encoded `sandbox.box.Box`; b"": not at all
-    program: bytes = b""  # which program it is, see `access.deed.Subject`
+    program: bytes = b""  # which program it is, see `access.deed.Subject`,
+    sha256: bytes = b""  # … and with which content
     shares: list[PurseShare] = []  # its budgets of tokens
 
 
@@ -385,7 +386,8 @@ class Fork(Struct, array_like=True, frozen=True, tag=True):
     restart: str = "no"  # see aiosd.restart
     token: bytes = b""  # the hash of its token for the gateway, see kernel.tokens
     sandbox: str = "none"  # its level; the rest of its box is in the letter
-    program: bytes = b""  # the hash of its path, if a person has started it
+    program: bytes = b""  # the hash of its path, if a person has started it,
+    sha256: bytes = b""  # … and of its content, which its process has checked
     outside: bool = False  # it has no process: programs from outside are it, see kernel.outside
     template: Template | None = None  # from which it is forked; None: the supervisor
 

@@ -230,6 +230,7 @@ class Sandbox(Struct, array_like=True, frozen=True):
     env: Annotated[list[Annotated[str, Meta(min_length=1, max_length=256)]], Meta(max_length=1024)] = []
     program: Annotated[str, Meta(max_length=4096)] = ""  # by which its workspace is found again
     alone: bool = False  # `own` has its script, not the folder where that lies
+    sha256: Annotated[bytes, Meta(max_length=32)] = b""  # of a script, as the person who starts it has it
 
 
 #: `a.b.c`, as in an import.

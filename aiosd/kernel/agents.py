@@ -10,7 +10,7 @@ import errno
 import logging
 import os
 import signal
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Container, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
@@ -104,6 +104,7 @@ class Agents:
         self.outside_changed: Callable[[], None] = lambda: None  # an agent without a process has come, or ended
         self.open_door: Callable[[Proc, int], None]  # of a confined agent, see `control`
         self.close_door: Callable[[Proc], None]
+        self.contents: Callable[[], Container[bytes]] = frozenset  # hashes of programs' contents that matter to a rule
 
     # ── birth ─────────────────────────────────────────────────────────────────────────────────────────────
 
@@ -260,8 +261,10 @@ class Agents:
             try:
                 spawn = autostart.spawn(spec, os.environ)
                 box = self.sandboxes.decide(spawn, None)
-                fork = spawning.fork(spawn, key_of(number), None, box, shares=self.shares(spawn, None, key_of(number)))
-                letter = spawning.letter(spawn, self.sandboxes.environment(spawn, None, box), box)
+                key, content = key_of(number), spawning.content(spawn, None, self.contents())
+                shares = self.shares(spawn, None, key)
+                fork = spawning.fork(spawn, key, None, box, shares=shares, content=content)
+                letter = spawning.letter(spawn, self.sandboxes.environment(spawn, None, box), box, content)
                 self._send_fork(None, *self.tokens.give(fork, letter, None, None))
             except OSError as err:
                 logger.error("agent %s, which starts with the system: %s", spec.name or spec.target, err.strerror)
@@ -341,6 +344,7 @@ class Agents:
             restart=spec.restart,
             token=spec.token,
             program=spec.program,
+            sha256=spec.sha256,
             outside=spec.outside,
         )
 

@@ -160,6 +160,7 @@ class Kernel:
             self.sandboxes,
         )
         self.outside = Outside(settings.home.data / "tokens.json", self.agents, self.sandboxes)
+        self.agents.contents = lambda: self.approvals.policy.contents()
         self.generations.spent, self.generations.refused = self.enforcer.spent, self.enforcer.refused
         self.generations.stood_still = self.agents.stood_still
         self.budgets.time_is_up = self.enforcer.time_is_up

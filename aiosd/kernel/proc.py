@@ -97,7 +97,8 @@ class Proc:
     token: bytes = b""  # the hash of its token for the gateway; b"": it has none
     outside: bool = False  # programs from outside are it: it has no process of ours, and its state is WAITING
     box: Box | None = None  # how it is confined
-    program: bytes = b""  # which one a person has started, see `access.deed.Subject`
+    program: bytes = b""  # which one a person has started, see `access.deed.Subject`,
+    sha256: bytes = b""  # … and with which content
     row: Row = field(default_factory=loose_row)  # in the ledger
     budgets: list[Budget] = field(default_factory=list)  # those it shares: of its ancestors, and its own
 

@@ -6,7 +6,7 @@ from __future__ import annotations
 import errno
 import os
 import re
-from collections.abc import Sequence
+from collections.abc import Container, Sequence
 from pathlib import PurePath
 
 from aiosd import link, procfs, restart
@@ -28,6 +28,7 @@ def fork(
     client: tuple[int, int] = (0, 0),
     allowed: bool = False,
     shares: Sequence[link.Share] = (),
+    content: bytes = b"",
 ) -> link.Fork:
     """`parent`: the agent that starts it, None: the person. `box`: how it is confined. `client`: the process that it is
     attached to. `allowed`: it may have more rights than its parent. `shares`: the budgets that it shares. Raises
@@ -54,13 +55,20 @@ def fork(
         restart=args.restart,
         sandbox=box.level if box is not None else "none",
         program=program_key(path) if parent is None and (path := program_path(args)) else b"",
+        sha256=content,
         template=args.template,
     )
 
 
-def letter(args: wire.Spawn, env: dict[str, str], box: Box | None) -> Letter:
+def content(args: wire.Spawn, parent: Proc | None, wanted: Container[bytes]) -> bytes:
+    """The hash of its script's content, which its process shall check, if that is one of those `wanted`."""
+    known = parent is None and args.kind == "file" and args.sandbox.sha256 in wanted
+    return args.sandbox.sha256 if known else b""
+
+
+def letter(args: wire.Spawn, env: dict[str, str], box: Box | None, content: bytes = b"") -> Letter:
     """What the agent's own process alone is to know. `fork` has checked it."""
-    return Letter(args.kind, args.target, args.args, env, args.cwd, box)
+    return Letter(args.kind, args.target, args.args, env, args.cwd, box, content)
 
 
 def _check(args: wire.Spawn) -> None:

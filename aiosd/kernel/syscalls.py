@@ -90,8 +90,9 @@ class ProcessCalls:
         client = spawning.process_of(peer.ospid) if isinstance(peer, ClientPeer) and attached else (0, 0)
         box = self.sandboxes.decide(args, parent, call.allowed)
         shares = self.agents.shares(args, parent, call.key, call.allowed)
-        spec = spawning.fork(args, call.key, parent, box, attached, client, call.allowed, shares)
-        letter = spawning.letter(args, self.sandboxes.environment(args, parent, box), box)
+        content = spawning.content(args, parent, self.agents.contents())
+        spec = spawning.fork(args, call.key, parent, box, attached, client, call.allowed, shares, content)
+        letter = spawning.letter(args, self.sandboxes.environment(args, parent, box), box, content)
         spec, letter = self.agents.tokens.give(spec, letter, parent, args.gateway)
         self.agents.fork(call, spec, letter, fds)
         return PENDING
