@@ -84,7 +84,8 @@ def search(
 
     Only notes that have all `tags` and `metadata` and were changed from `since` on and before `until` (Unix times).
     A note is found by its very text at once, by its words and its meaning when these have been indexed: a search has
-    that done first for the caller's own notes, for a second or two at most. For "meaning" raises OSError(EOPNOTSUPP) where there is no embedder, EAGAIN where it is away.
+    that done first for the caller's own notes, for a second or two at most. For "meaning" raises OSError(EOPNOTSUPP)
+    where there is no embedder, EAGAIN where it is away.
     """
     filters = NoteFilters(_tags(tags), _metadata(metadata), since, until)
     return Plan(Sys.MEM_SEARCH, wire.MemSearch(query, k, filters, by))
