@@ -69,8 +69,8 @@ class Deed(Struct, array_like=True, frozen=True):
 
 
 class Subject(Struct, array_like=True, frozen=True):
-    """The agent that does it, never by a name that an agent chose. `program`: the hash of its path (`program_key`), `sha256`: that
-    of its content; b"" where that is not proved, or matters to no rule."""
+    """The agent that does it, never by a name that an agent chose. `program`: the hash of its path (`program_key`),
+    `sha256`: that of its content; b"" where that is not proved, or matters to no rule."""
 
     group: str
     program: bytes = b""

@@ -1,6 +1,7 @@
 """What a call of a tool amounts to, for rules and people: its typed resources, and what an approval binds.
 
-A tool declares which of its arguments are resources (`libaios.tool.define`: concerns). The text of a command is never looked at.
+A tool declares which of its arguments are resources (`libaios.tool.define`: concerns). The text of a command is never
+looked at.
 """
 
 from __future__ import annotations
