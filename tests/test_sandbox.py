@@ -376,8 +376,9 @@ def test_hooks_and_settings_of_repositories_stay_as_they_are(aiosd: System, tmp_
             return "done"
         for top in ("{tmp_path}/mine", "{tmp_path}/mine/sub/other"):
             git = top + "/.git"
-            print(tried(os.mkdir, git + "/hooks/x"), tried(open, git + "/config", "a"), tried(os.rename, git, top + "y"),
-                  tried(os.rename, git + "/hooks", git + "/y"), tried(open, git + "/index", "w"), sep=", ")
+            print(tried(os.mkdir, git + "/hooks/x"), tried(open, git + "/config", "a"),
+                tried(os.rename, git, git + "x"),
+                tried(os.rename, git + "/hooks", git + "/y"), tried(open, git + "/index", "w"), sep=", ")
         print(tried(os.rename, "{tmp_path}/mine/sub", "{tmp_path}/mine/x"), tried(open, "{tmp_path}/mine/.envrc", "w"))
         print(tried(open, "{tmp_path}/mine/new", "w"))
     """,
