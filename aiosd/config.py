@@ -18,6 +18,10 @@
     model = "its-name-there"                --model NAME=https://host/v1#its-name-there
     key_file = "host.key"
     concurrency = 8                         requests at a time; rpm, tpm: requests and tokens in a minute
+    price = "0.15,0.60"                     of a million tokens of prompt, and of answer
+
+    [access]                                what agents may do; see aiosd.access.table
+    deny = [{ tool = "shell", by = "web" }]
 
     [route]                                 names for lists of models: the first that can answers
     fast = ["writer", "its-name-there"]     AIOSD_ROUTE="fast=writer,big;deep=big", --route fast=writer,big
@@ -31,6 +35,8 @@
     [[group]]                               how its agents are confined; see aiosd.sandbox.boxgroups
     name = "web"
     sandbox = "flat"
+    tokens = 1000000                        what they may use together, see aiosd.limits,
+    each = { time = "10m" }                 … and what each may that a person starts
 
 `KEYS` is the only list of settings; file, environment and command line are all read with it. An unknown key is an
 error with its place, not silently ignored.
@@ -48,17 +54,20 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from aiosd import autostart, endpoint, sealed
+from aiosd import autostart, endpoint, limits, price, sealed
+from aiosd.access import table as access_table
+from aiosd.access.rules import Policy
 from aiosd.autostart import AgentSpec
 from aiosd.endpoint import Endpoint
 from aiosd.errors import AiosdError, UsageError, WorldError
+from aiosd.limits import GroupLimits
 from aiosd.link import Schedule
 from aiosd.llm.spec import MAX_SLOTS, REMOTE, ROPE_SCALING, Lora, ModelSpec
 from aiosd.models import found
 from aiosd.models.places import ours
 from aiosd.sandbox import boxgroups
 from aiosd.sandbox.box import LEVELS, NETS, STRICT, Rules
-from aiosd.tools.spec import McpServer, read_servers
+from aiosd.tools.spec import BUILT_IN_KINDS, McpServer, read_servers
 from aiosd.units import format_size, parse_size
 from libaios.home import Home
 from libaios.wire import NAME_PATTERN
@@ -352,6 +361,7 @@ KEYS = (
     Key("concurrency", _whole(1, 256), "N", "Requests to such a model at a time (8).", 8, per_model=True),
     Key("rpm", _whole(0), "N", "… and in a minute (no limit).", 0, per_model=True),
     Key("tpm", _whole(0), "N", "Its tokens in a minute (no limit).", 0, per_model=True),
+    Key("price", price.read, "IN,OUT[,CACHED]", "What a million of its tokens cost.", per_model=True),
     Key(
         "route",
         _routes,
@@ -370,6 +380,13 @@ KEYS = (
         "none",
     ),
     Key("net", _one_of(NETS), "|".join(NETS), "Whether confined agents have a network (all).", "all"),
+    Key(
+        "soft_limit",
+        limits.read_percent,
+        "PERCENT",
+        "At this part of a budget its agent gets a message; 0: never (0).",
+        0,
+    ),
     Key("orphans", _one_of(ORPHANS), "|".join(ORPHANS), "What processes get that outlive their agent (kill).", "kill"),
     Key(
         "log_size",
@@ -401,6 +418,13 @@ KEYS = (
         "Where programs find the OpenAI API (auto: any free port).",
         Endpoint(),
     ),
+    Key(
+        "template_idle",
+        _seconds,
+        "S",
+        "A template (aios-run --preload) that has no work ends after S seconds (600).",
+        600.0,
+    ),
     Key("stop_timeout", _seconds, "S", "At the end agents get TERM, and KILL after S seconds (5).", 5.0),
 )
 BY_NAME = {key.name: key for key in KEYS}
@@ -429,6 +453,7 @@ class Settings:
     log_level: str = "info"
     keep_dead: int = 1000
     stop_timeout_s: float = 5.0
+    template_idle_s: float = 600.0  # of a template without work
     log_size: int = 64 << 20  # bytes of an agent's log before a new file begins; 0: no limit
     log_keep: int = 3  # full files of a log beside the one that is being written
     agents: tuple[AgentSpec, ...] = ()  # those that start with the system;
@@ -457,6 +482,10 @@ class Settings:
     door: Endpoint | None = None  # … and where it listens
     sandbox: Rules = field(default_factory=Rules)  # for agents of groups that `groups` does not name
     groups: Mapping[str, Rules] = field(default_factory=dict)
+    access: Policy = field(default_factory=Policy)  # what agents may do, …
+    access_warnings: tuple[str, ...] = ()  # … and which rules never decide
+    budgets: Mapping[str, GroupLimits] = field(default_factory=dict)  # of groups
+    soft_limit: int = 0  # percent of a budget at which its agent gets a message
     strict: bool = False  # no agent is confined less than in the cage
 
     def schedule(self) -> Schedule:
@@ -501,6 +530,7 @@ def load(
     _refuse_doubles([*models, *([embedder] if embedder is not None else [])])
     strict = values["sandbox"] == STRICT
     rules = Rules(LEVELS[-1] if strict else values["sandbox"], values["net"])
+    policy, warnings = _access(path, file, bool(tools))
     return Settings(
         home=home,
         models=tuple(models),
@@ -511,6 +541,7 @@ def load(
         log_level=values["log_level"],
         keep_dead=values["keep_dead"],
         stop_timeout_s=values["stop_timeout"],
+        template_idle_s=values["template_idle"],
         orphans=values["orphans"],
         store_ram=values["store_ram"],
         note_quota=values["note_quota"],
@@ -527,6 +558,10 @@ def load(
         sandbox=rules,
         groups=_groups(path, file.groups, rules, strict),
         strict=strict,
+        access=policy,
+        access_warnings=warnings,
+        budgets={values["name"]: limits.group_limits_of(values) for _, values in file.groups if "name" in values},
+        soft_limit=values["soft_limit"],
         tools=tools,
         tool_workers=values["tool_workers"],
         mcp_servers=file.servers,
@@ -555,7 +590,7 @@ def reload(settings: Settings) -> tuple[Settings, list[str]]:
     if settings.sealed >= 0:
         new = seal(new, os.memfd_create("aios-settings"))
     changed = [f.name for f in dataclasses.fields(Settings) if getattr(new, f.name) != getattr(settings, f.name)]
-    live = set(LIVE.values())
+    live = {*LIVE.values(), "access", "access_warnings"}
     changed = ["agents or mcpServers" if name == "sealed_digest" else name for name in changed]
     own = ("ready_fd", "home", "reread", "door", "sealed")
     waiting = [name for name in changed if name not in live and name not in own]
@@ -571,6 +606,8 @@ def reload_and_report(settings: Settings) -> Settings:
         new, report["after_restart"] = reload(settings)
         shown = [(name, show(settings, name), show(new, name)) for name in LIVE]
         report["changed"] = [f"{name} {now or '-'} (was {was or '-'})" for name, was, now in shown if was != now]
+        if new.access != settings.access:
+            report["changed"].append(f"access: {len(new.access.rules)} rules (were {len(settings.access.rules)})")
     except AiosdError as err:
         report["error"] = str(err)
     return dataclasses.replace(new, reread=report)
@@ -689,7 +726,7 @@ def _elsewhere(address: str, name: str, options: dict[str, Any], folder: str) ->
         raise UsageError(f"--model {address}: what is its name there? {url}#NAME")
     key_file = options["key_file"] and os.path.join(folder, os.path.expanduser(options["key_file"]))
     name = re.sub(r"[\x00-\x20\x7f/]", "_", name or model)[:64]
-    limits = {key: options[key] for key in ("concurrency", "rpm", "tpm")}
+    limits = {key: options[key] for key in ("concurrency", "rpm", "tpm", "price")}
     return ModelSpec(name=name, backend=REMOTE, url=url, model=model, key_file=key_file, **limits)
 
 
@@ -759,6 +796,8 @@ class _File:
     agents: list[AgentSpec] = field(default_factory=list)
     groups: list[tuple[int, dict[str, Any]]] = field(default_factory=list)  # with the line of each
     servers: Mapping[str, McpServer] = field(default_factory=dict)
+    access: Any = None  # the table [access], and the text of the file
+    text: str = ""
 
 
 def _read_file(path: Path, must_exist: bool) -> _File:
@@ -785,7 +824,8 @@ def _read_file(path: Path, must_exist: bool) -> _File:
         servers = read_servers(data.pop("mcpServers", {}))
     except ValueError as err:
         raise UsageError(f"{path}, line {_line(text, 'mcpServers')}: {err}") from None
-    file = _File(_read_table(path, text, data, _SETTINGS, 0), servers=servers)
+    access = data.pop("access", None)
+    file = _File(_read_table(path, text, data, _SETTINGS, 0), servers=servers, access=access, text=text)
     for first, table in models:
         model = _read_table(path, text, table, _OF_MODEL, first)
         if ("path" in model) == ("url" in model):
@@ -799,8 +839,21 @@ def _read_file(path: Path, must_exist: bool) -> _File:
             file.agents.append(autostart.read(values, str(path.parent.absolute())))
         except ValueError as err:
             raise UsageError(f"{path}, line {first}: {err}") from None
-    file.groups = [(first, _read_table(path, text, table, boxgroups.READERS, first)) for first, table in groups]
+    readers = boxgroups.READERS | limits.GROUP_READERS
+    file.groups = [(first, _read_table(path, text, table, readers, first)) for first, table in groups]
     return file
+
+
+def _access(path: Path, file: _File, more_tools: bool) -> tuple[Policy, tuple[str, ...]]:
+    """What agents may do. `more_tools`: there are tools whose names are not known yet."""
+    if file.access is None:
+        return Policy(), ()
+    names = access_table.Names(BUILT_IN_KINDS, file.servers, more_tools)
+    try:
+        policy, warnings = access_table.read(file.access, file.text, str(path.parent.absolute()), names)
+    except access_table.Wrong as err:
+        raise UsageError(f"{path}, line {err.line}: {err}") from None
+    return policy, tuple(warnings)
 
 
 def _groups(

@@ -17,12 +17,23 @@ from typing import Any
 
 from msgspec import Raw, Struct, msgpack
 
-from libaios.wire import Generate, Limits, Logprobs, ToolCall, Usage
+from aiosd.access.deed import Deed
+from aiosd.access.rules import Policy
+from libaios.wire import Generate, Limits, Logprobs, Template, ToolCall, Usage
 
 Key = tuple[int, int]  # (peer: agent pid, or -client id; call id)
 
 
 # ── kernel → service ──────────────────────────────────────────────────────────────────────────────────────
+
+
+class PurseShare(Struct, array_like=True, frozen=True):
+    """A budget in which a call has a part: whose it is, the tokens that are left of it, and how many its calls may hold
+    at a time; None: it does not limit that."""
+
+    owner: int
+    left: int | None
+    context: int | None
 
 
 class Caller(Struct, array_like=True, frozen=True):
@@ -36,6 +47,9 @@ class Caller(Struct, array_like=True, frozen=True):
     nice: int = 0
     budget: int | None = None  # how many more tokens it may use; None: unlimited
     box: bytes = b""  # how it is confined: an encoded `sandbox.box.Box`; b"": not at all
+    program: bytes = b""  # which program it is, see `access.deed.Subject`,
+    sha256: bytes = b""  # … and with which content
+    shares: list[PurseShare] = []  # its budgets of tokens
 
 
 class Ask(Struct, array_like=True, frozen=True, tag=True):
@@ -44,7 +58,7 @@ class Ask(Struct, array_like=True, frozen=True, tag=True):
 
     `settled`: of the calls of this peer that take effect ONCE, those with a lower id are over. Their replies are with
     the peer, and none of them will be submitted again; 0: that is not known. `life`: how often the peer was started
-    again; its call ids begin anew each time."""
+    again; its call ids begin anew each time. `approved`: the digest of the deed that the call may do."""
 
     key: Key
     caller: Caller
@@ -53,12 +67,13 @@ class Ask(Struct, array_like=True, frozen=True, tag=True):
     again: bool = False
     settled: int = 0
     life: int = 0
+    approved: bytes = b""
 
 
 class Submit(Struct, array_like=True, frozen=True, tag=True):
     """To an llm core: run a generation. One that the core has already goes on, and its pieces are sent from the end
     of `request.given` on. `budget`: how many more tokens the agent may use (None: unlimited). `mu`: mirostat's state
-    after `request.given`, where it is known."""
+    after `request.given`, where it is known. `shares`: the budgets, so that calls do not go beyond one together."""
 
     key: Key
     request: Generate
@@ -67,6 +82,8 @@ class Submit(Struct, array_like=True, frozen=True, tag=True):
     budget: int | None = None
     mu: float | None = None
     others: bool = False  # other models stand ready for it: rather than make it wait, let it fail
+    shares: list[PurseShare] = []
+    money: int | None = None  # how much more the agent may spend, in 10^-12 of a unit; None: unlimited
 
 
 class CancelCall(Struct, array_like=True, frozen=True, tag=True):
@@ -120,6 +137,13 @@ class Renice(Struct, array_like=True, frozen=True, tag=True):
     nice: int
 
 
+class Rules(Struct, array_like=True, frozen=True, tag=True):
+    """What agents may do. Sent to every service that has loaded, and when it changes. A service may know from it that
+    a deed needs nobody's leave; whatever else is to be decided it leaves to the kernel (`Needs`)."""
+
+    policy: Policy
+
+
 class ErrandDone(Struct, array_like=True, frozen=True, tag=True):
     """What the system call of an `Errand` got: an encoded `wire.Reply`, whose id is the number again."""
 
@@ -170,6 +194,14 @@ class Begun(Struct, array_like=True, frozen=True, tag=True):
     key: Key
 
 
+class Needs(Struct, array_like=True, frozen=True, tag=True):
+    """This call amounts to a deed that the kernel has to decide on. The service keeps nothing of the call: it is
+    denied, or comes again with `Ask.approved`."""
+
+    key: Key
+    deed: Deed
+
+
 class Parked(Struct, array_like=True, frozen=True, tag=True):
     """The `Park` of this number is in force: what comes from now on was decoded after it."""
 
@@ -201,6 +233,15 @@ class Started(Struct, array_like=True, frozen=True):
     cached_tokens: int
 
 
+class Spent(Struct, array_like=True, frozen=True):
+    """Prompt tokens that a core charges when it knows them, in place of `Started` and of what `Finished.usage` says: of
+    an attempt at an endpoint when it is sent. Negative: an attempt that cost nothing is given back."""
+
+    key: Key
+    prompt_tokens: int
+    cached_tokens: int = 0
+
+
 class Step(Struct, array_like=True, frozen=True, tag=True):
     """What one or several steps brought. Calls that stream are in every step's message, others now and then
     (so that their tokens are known should the core die)."""
@@ -208,11 +249,13 @@ class Step(Struct, array_like=True, frozen=True, tag=True):
     deltas: list[Delta] = []
     started: list[Started] = []  # they have a slot: the first time, or again
     preempted: list[Key] = []  # they have none any more, and wait
+    spent: list[Spent] = []
 
 
 class Finished(Struct, array_like=True, frozen=True, tag=True):
     """The one final word on a generation; `tokens` and `text` are those after the last delta. `charged`: as in a delta;
-    negative where the deltas had charged too many, so that in the end `usage` is what was charged."""
+    negative where the deltas had charged too many, so that in the end `usage` is what was charged. `short`: the kind of
+    budget that has ended it, where the core knows."""
 
     key: Key
     offset: int
@@ -223,6 +266,8 @@ class Finished(Struct, array_like=True, frozen=True, tag=True):
     tool_calls: list[ToolCall] = []
     logprobs: Logprobs | None = None
     charged: int | None = None
+    short: str = ""
+    spent: Spent | None = None  # what is still to be charged for the prompt, or given back
 
 
 class Answered(Struct, array_like=True, frozen=True, tag=True):
@@ -254,12 +299,14 @@ class Errand(Struct, array_like=True, frozen=True, tag=True):
 
 
 class Failed(Struct, array_like=True, frozen=True, tag=True):
-    """Final word on any call that could not be served. `elsewhere`: another model may be able to."""
+    """Final word on any call that could not be served. `elsewhere`: another model may be able to. `short`: the kind of
+    budget of which it would need more than is left."""
 
     key: Key
     errno: int
     message: str
     elsewhere: bool = False
+    short: str = ""
 
 
 class Health(Struct, array_like=True, frozen=True, tag=True):
@@ -280,13 +327,16 @@ class Stats(Struct, array_like=True, frozen=True, tag=True):
     stats: dict[str, Any]
 
 
-ToService = Ask | Submit | CancelCall | Park | ParkCall | Keep | Gone | Schedule | Renice | ErrandDone | GetStats | Quit
+ToService = (
+    Ask | Submit | CancelCall | Park | ParkCall | Keep | Gone | Schedule | Renice | Rules | ErrandDone | GetStats | Quit
+)
 FromService = (
     Progress
     | Loaded
     | LoadFailed
     | Working
     | Begun
+    | Needs
     | Parked
     | Step
     | Finished
@@ -336,7 +386,10 @@ class Fork(Struct, array_like=True, frozen=True, tag=True):
     restart: str = "no"  # see aiosd.restart
     token: bytes = b""  # the hash of its token for the gateway, see kernel.tokens
     sandbox: str = "none"  # its level; the rest of its box is in the letter
+    program: bytes = b""  # the hash of its path, if a person has started it,
+    sha256: bytes = b""  # … and of its content, which its process has checked
     outside: bool = False  # it has no process: programs from outside are it, see kernel.outside
+    template: Template | None = None  # from which it is forked; None: the supervisor
 
 
 class SendSignal(Struct, array_like=True, frozen=True, tag=True):
@@ -420,12 +473,14 @@ class ChildStopped(Struct, array_like=True, frozen=True, tag=True):
 
 class ChildExited(Struct, array_like=True, frozen=True, tag=True):
     """`status` as from os.waitstatus_to_exitcode; `reason` set when the supervisor knows more. `again_s`: its process
-    has ended, and it is started again after that time."""
+    has ended, and it is started again after that time. `cpu_s`: what its process has used of processors, with the
+    children that it had waited for."""
 
     pid: int
     status: int
     reason: str = ""
     again_s: float | None = None
+    cpu_s: float = 0.0
 
 
 class ChildRestarted(Struct, array_like=True, frozen=True, tag=True):
@@ -449,11 +504,44 @@ class ServiceDied(Struct, array_like=True, frozen=True, tag=True):
     reason: str
 
 
+class TemplateSaid(Struct, frozen=True):
+    """From a template to the supervisor, as JSON. Neither `ready` nor `stale`: it cannot serve, for the reason in
+    `words`."""
+
+    ready: bool = False
+    stale: bool = False  # what it has imported has changed; it serves no more
+    version: str = ""  # of Python
+    loaded: int = 0  # modules
+    errno: int = 0
+    words: str = ""
+
+
+class TemplateShown(Struct, array_like=True, frozen=True):
+    """A template, for people."""
+
+    name: str
+    pid: int
+    ospid: int
+    state: str  # "loading" or "ready"
+    of: Template
+    python: str  # version of its interpreter; "": not known yet
+    loaded: int  # modules
+    agents: int  # forked from it so far
+    started: float  # Unix time
+
+
+class Templates(Struct, array_like=True, frozen=True, tag=True):
+    """All templates that there are now."""
+
+    shown: list[TemplateShown]
+
+
 class Reread(Struct, array_like=True, frozen=True, tag=True):
     """The settings were read again: those that can change in a running system."""
 
     log_level: str
     schedule: Schedule
+    access: Policy
     report: dict[str, Any]  # what came of it, see config.Settings
 
 
@@ -466,7 +554,16 @@ class Stop(Struct, array_like=True, frozen=True, tag=True):
 
 ToSupervisor = Fork | SendSignal | Mark | Forget | Ready | Shutdown | Set
 FromSupervisor = (
-    Forked | ForkFailed | ChildStopped | ChildExited | ChildRestarted | ServiceForked | ServiceDied | Reread | Stop
+    Forked
+    | ForkFailed
+    | ChildStopped
+    | ChildExited
+    | ChildRestarted
+    | ServiceForked
+    | ServiceDied
+    | Templates
+    | Reread
+    | Stop
 )
 
 encode = msgpack.Encoder().encode

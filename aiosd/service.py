@@ -10,6 +10,9 @@ key and caller) and the arguments, and returns the body of the reply; a generato
 The server keeps what `wire.Again` promises: a call that it has, or has answered, is not done again when it is submitted
 again. (A call that is to take effect ONCE also over a death of the service must keep its key with its effect.)
 
+A function that finds out that its call amounts to something which has to be allowed calls `require`; nothing must have
+been done by then, or it must be undone by the exception.
+
 A service that waits for others (workers, files) returns LATER, and answers by `Server.answer`, `part` and `fail`. Its
 loop sleeps on the descriptors that are watched and on timers, too.
 """
@@ -29,6 +32,8 @@ from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
 from aiosd import link
+from aiosd.access.deed import Deed, Subject, Unapproved
+from aiosd.access.rules import Act, Policy
 from aiosd.heartbeat import HANG_S, Rounds
 from aiosd.timers import Timers
 from libaios import wire
@@ -44,6 +49,7 @@ TOOLBOX = "toolbox"
 #: The name of the service that acts for agents: see `aiosd.kernel.control`.
 GATEWAY = "gateway"
 
+TURNED_BACK = 4096  # calls that were sent back to be allowed, and are no less new when they come again
 REMEMBERED = 4096  # answers, for calls that are submitted again,
 REMEMBERED_BYTES = 32 << 20  # … and no more than that of them
 MESSAGES_AT_ONCE = 64
@@ -136,6 +142,8 @@ class Server:
     _bytes: int = 0
     _under_way: dict[link.Key, Generator[Any, None, Any]] = field(default_factory=dict)
     _offsets: dict[link.Key, int] = field(default_factory=dict)
+    policy: Policy = field(default_factory=Policy)
+    _turned_back: OrderedDict[link.Key, int] = field(default_factory=OrderedDict)  # with their lives
     _lives: dict[link.Key, int] = field(default_factory=dict)  # of the calls that were begun and have no answer yet
     _rested: bool = False  # since the last message
     _asleep: bool = False
@@ -266,6 +274,8 @@ class Server:
                 self._quietly(lambda: self.on_keep(peers))
             case link.Gone(peer=peer):
                 self._quietly(lambda: self.on_gone(peer))
+            case link.Rules(policy=policy):
+                self.policy = policy
             case link.GetStats(req=req):
                 self.send(link.Stats(req, self.stats()))
             case link.Quit():
@@ -292,7 +302,7 @@ class Server:
             self.send(known.message)
         elif ask.key in self._under_way or ask.key in self._later:
             self.on_again(ask.key)  # it goes on, and its answer goes to the new kernel
-        elif ask.again and row.again is Again.NEVER:
+        elif ask.again and row.again is Again.NEVER and self._turned_back.get(ask.key) != ask.life:
             reason = f"{row.name}: it had begun before a process died, and is not done again"
             self.send(link.Failed(ask.key, errno.EIO, reason))
         else:
@@ -301,6 +311,15 @@ class Server:
             self._lives[ask.key] = ask.life
             self._begin(ask)
 
+    def require(self, ask: link.Ask, deed: Deed) -> None:
+        """Raises Unapproved unless the call may do this: it was allowed to, or nothing stands against it."""
+        caller = ask.caller
+        if not caller.pid or ask.approved == deed.digest:
+            return
+        decision = self.policy.decide(Subject(caller.group, caller.program, caller.sha256), deed)
+        if decision.act is not Act.ALLOW or decision.rule:
+            raise Unapproved(deed)
+
     def _begin(self, ask: link.Ask) -> None:
         try:
             handler = self.handlers[ask.sys]
@@ -308,6 +327,7 @@ class Server:
         except Exception as err:  # a bug of one handler: it costs this call, and no other
             self._failed(ask.key, err)
             return
+        self._turned_back.pop(ask.key, None)
         if isinstance(result, Generator):
             self._under_way[ask.key] = result
             self._offsets[ask.key] = 0
@@ -365,10 +385,22 @@ class Server:
             self._finish(key, link.Answered(key, encoded, self.charge(body)), len(encoded))
 
     def _failed(self, key: link.Key, err: Exception) -> None:
+        if isinstance(err, Unapproved):
+            self._turn_back(key, err.deed)
+            return
         if not isinstance(err, OSError):
             logger.error("a call cannot be served", exc_info=err)
             err = OSError(errno.EIO, "the service made a mistake; aiosd's log has the details")
         self._finish(key, failure(key, err), 0)
+
+    def _turn_back(self, key: link.Key, deed: Deed) -> None:
+        """The kernel decides on it; here it was never begun."""
+        life = self._lives.pop(key, 0)
+        self._end(key)
+        self._turned_back[key] = life
+        if len(self._turned_back) > TURNED_BACK:
+            self._turned_back.popitem(last=False)
+        self.send(link.Needs(key, deed))
 
     def _finish(self, key: link.Key, message: link.Answered | link.Failed, size: int) -> None:
         self._end(key)

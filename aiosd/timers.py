@@ -11,8 +11,15 @@ import heapq
 import itertools
 import time
 from collections.abc import Callable
+from typing import Protocol
 
 FEW = 64  # this number of cancelled timers is never removed early
+
+
+class Cancellable(Protocol):
+    """Something under way that may be called off."""
+
+    def cancel(self) -> None: ...
 
 
 class Timer:

@@ -71,6 +71,25 @@ def complete(tokens, number):
     + TURNS_OF
 )
 
+#: The same through the gateway (`--http`): a program that knows nothing of aiosd.
+OURS_HTTP = (
+    LOOP
+    + """
+import http.client, os
+from urllib.parse import urlsplit
+url = urlsplit(os.environ["OPENAI_BASE_URL"])
+connection = http.client.HTTPConnection(url.hostname, url.port)
+headers = {"Authorization": "Bearer " + os.environ["OPENAI_API_KEY"], "Content-Type": "application/json"}
+connection.request("GET", "/v1/models", headers=headers)  # connected, as the server's clients are
+connection.getresponse().read()
+def complete(tokens, number):
+    body = {"prompt": tokens, "max_tokens": number, "temperature": 0, "ignore_eos": True, "return_token_ids": True}
+    connection.request("POST", "/v1/completions", json.dumps(body), headers)
+    return json.loads(connection.getresponse().read())["choices"][0]["token_ids"]
+"""
+    + TURNS_OF
+)
+
 THEIRS = (
     HTTP
     + """
@@ -152,11 +171,13 @@ class Work:
     run: Callable[[list[Client], list[dict[str, Any]]], float]  # the makespan
 
 
-def by_ids(model: Path, n: int, prefix: int, seed: int) -> Work:
+def by_ids(model: Path, n: int, prefix: int, seed: int, http: bool = False) -> Work:
     vocab = harness.vocabulary(model)
-    return Work(
-        context_of(prefix), lambda salt: workload(n, prefix, seed * 1000 + salt, vocab), OURS, THEIRS, complete_run
-    )
+
+    def orders(salt: int) -> list[dict[str, Any]]:
+        return workload(n, prefix, seed * 1000 + salt, vocab)
+
+    return Work(context_of(prefix), orders, OURS_HTTP if http else OURS, THEIRS, complete_run)
 
 
 def by_text(model: Path, n: int, prefix: int, seed: int, temperature: float) -> Work:
@@ -202,11 +223,15 @@ def ratios(row: dict[str, Any], ours: str, theirs: str) -> list[float]:
 def cell(name: str, n: int, prefix: int, temperature: float, options: argparse.Namespace) -> dict[str, Any]:
     model = harness.model_path(name)
     real = name in REAL or options.text
-    work = by_text(model, n, prefix, options.seed, temperature) if real else by_ids(model, n, prefix, options.seed)
+    if real:
+        work = by_text(model, n, prefix, options.seed, temperature)
+    else:
+        work = by_ids(model, n, prefix, options.seed, options.http)
     row: dict[str, Any] = {"model": name, "agents": n, "prefix": prefix, "temperature": temperature}
     with ExitStack() as stack:
         flags = ["--slots", str(n), "--ctx", str(work.ctx), "--threads", str(options.threads)]
-        ours = stack.enter_context(Aiosd(model, *flags, *options.aiosd_options.split()))
+        gateway = ["--gateway", "auto"] if options.http else []
+        ours = stack.enter_context(Aiosd(model, *flags, *gateway, *options.aiosd_options.split()))
         agents = ours.start(n, work.ours)
         theirs, row["server_flash"] = best_server(model, n, work, options)
         stack.enter_context(theirs)
@@ -315,6 +340,7 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--quick", action="store_true", help="64 agents with 512 shared tokens on the small model only")
     parser.add_argument("--threads", type=int, default=2, help="of each side")
     parser.add_argument("--seed", type=int, default=1)
+    parser.add_argument("--http", action="store_true", help="our side through the gateway, by plain HTTP (token ids)")
     parser.add_argument("--no-lock", action="store_true", help="without one prompt at a time, which is slow")
     parser.add_argument("--flash", default="on,off", help="what is tried for llama-server")
     parser.add_argument("--aiosd-options", default="", help="more options for aiosd")

@@ -1,13 +1,13 @@
 #!/usr/bin/env python
 """Search by meaning in the store, in one process, with given vectors: 100,000 notes of 384 dimensions of one owner, and
-2,000 owners with 50 each; chromadb beside it on the same vectors, if an interpreter that has it is named.
+2,000 owners with 50 each; chromadb beside it on the same vectors, where `make chroma` has installed it.
 
 Vectors lie in groups, as those of real texts do, and the queries beside them. A search is all that the store does for
 one: the nearest vectors, conditions and notes from SQLite, the ranking. CPU milliseconds of one thread; the medians of
 many. `words` is a search by words and meaning together; `10 %` and `1 %` go through a tag that this share of the notes
 has. Recall is against all vectors compared in single precision.
 
-    $ taskset -c 0 python benchmarks/search.py [--peer PYTHON]
+    $ taskset -c 0 python benchmarks/search.py
     what                                     value   bar
     search, p50 CPU ms                        1.60     3  kept
     …
@@ -319,7 +319,7 @@ def main() -> None:
     parser.add_argument("--owners", type=int, default=2000)
     parser.add_argument("--dimensions", type=int, default=384)
     parser.add_argument("--queries", type=int, default=300)
-    parser.add_argument("--peer", metavar="PYTHON", help="an interpreter that has chromadb")
+    parser.add_argument("--peer", metavar="PYTHON", default=harness.chroma(), help="an interpreter that has chromadb")
     parser.add_argument("--peer-notes", type=int, default=100_000)
     parser.add_argument("--out", type=Path, default=harness.RESULTS / "search.json")
     options = parser.parse_args()
@@ -339,7 +339,7 @@ def main() -> None:
             print(line(key, value, name.startswith("aiosd")), flush=True)
         harness.write("search", rows, options.out, notes=options.notes, dimensions=options.dimensions)
     if not options.peer:
-        print("no chromadb beside it: name an interpreter that has it with --peer")
+        print("no chromadb beside it: `make chroma` installs it")
 
 
 if __name__ == "__main__":

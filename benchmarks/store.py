@@ -15,8 +15,13 @@ words, counted in its owner's quota, and its reply remembered. Against that SQLi
 each row of 1 KB by itself into a table without any index: WAL, `synchronous=FULL`, with a new WAL and with one that has
 its full size already; and 32 processes with a connection of their own each. All on one disk, in alternating rounds.
 
-chromadb (with --chroma PYTHON, an interpreter that has it): its adding, searching and reopening at --notes vectors of
-384 dimensions, which are given to it, beside the same of notes, by words.
+Beside it what limits this: how long the disk takes for `fdatasync`, and how many calls a second the 32 agents make that
+need none (reads). The words of notes are indexed in the background; the rate at which notes arrive together with their
+words is told, too. `--sync-ms` makes each wait for the disk longer by that, for both sides alike (through a library
+that is loaded before libc, and sleeps): disks without a protected cache take 1 to 10 ms.
+
+chromadb (`make chroma`): its adding, searching and reopening at --notes vectors of 384 dimensions, which are given to
+it, beside the same of notes, by words.
 
 Results go to benchmarks/results/store.json. Exit status 1 when a bar is missed.
 """
@@ -38,6 +43,7 @@ ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 
 from benchmarks.harness import AGENT, Aiosd, makespan, model_path, percentile, race, verdict, write  # noqa: E402
+from benchmarks.harness import chroma as chroma_there  # noqa: E402
 
 READ_BAR, WRITE_BAR = 4.5, 5.0
 
@@ -50,23 +56,27 @@ WORDS = [a + b + c for a in "bdfgklmnprst" for b in ("a", "e", "i", "o", "u", "a
 def text_of(number):
     draw = random.Random(number)
     return " ".join(draw.choices(WORDS, k=400))[:1015] + f" {number:08}"
+texts = []
 def run(order):
     what, calls, first = order["what"], order["calls"], order.get("first", 0)
-    numbers = range(first, first + calls)
-    if what == "write":
-        for number in numbers:
-            aios.mem.add(text_of(number), tags=[f"t{number % 100}"])
+    if what == "prepare":  # so that no time of what is measured goes into texts
+        texts[:] = [text_of(number) for number in range(first, first + calls)]
         return {}
-    call = {"getpid": lambda number: aios.proc.getpid(),
-            "get": lambda number: aios.mem.get(note),
-            "key": lambda number: aios.mem.get("key"),
-            "add": lambda number: aios.mem.add(text_of(number), tags=[f"t{number % 100}"]),
-            "search": lambda number: aios.mem.search(" ".join(text_of(number).split()[:3]), k=10),
-            "filtered": lambda number: aios.mem.search(" ".join(text_of(number).split()[:3]), k=10, tags=["t7"])}[what]
+    if what == "write":
+        for number, text in enumerate(texts, first):
+            aios.mem.add(text, tags=[f"t{number % 100}"])
+        return {}
+    call = {"getpid": lambda text: aios.proc.getpid(),
+            "get": lambda text: aios.mem.get(note),
+            "key": lambda text: aios.mem.get("key"),
+            "add": lambda text: aios.mem.add(text, tags=["t7"]),
+            "search": lambda text: aios.mem.search(text, k=10),
+            "filtered": lambda text: aios.mem.search(text, k=10, tags=["t7"])}[what]
+    given = {"add": texts, "search": [" ".join(text.split()[:3]) for text in texts]}
     took = []
-    for number in numbers:
+    for text in given.get("search" if what == "filtered" else what, [""] * calls):
         began = time.perf_counter()
-        call(number)
+        call(text)
         took.append((time.perf_counter() - began) * 1e6)
     return {"took": took}
 note = aios.mem.add(text_of(0), key="key")
@@ -91,6 +101,43 @@ def connect(path: Path) -> Any:
     db.pragma("synchronous", "FULL")
     db.execute("CREATE TABLE IF NOT EXISTS notes(id INTEGER PRIMARY KEY, text TEXT)")
     return db
+
+
+SLOWER = """
+#define _GNU_SOURCE
+#include <dlfcn.h>
+#include <unistd.h>
+#define SLOWER(name) int name(int fd) { \
+    int (*real)(int) = (int (*)(int))dlsym(RTLD_NEXT, #name); \
+    usleep(SLEEP_US); \
+    return real(fd); }
+SLOWER(fsync)
+SLOWER(fdatasync)
+"""
+
+
+def slow_down(milliseconds: float) -> None:
+    """Begin this program again, with a slower disk."""
+    folder = Path(tempfile.mkdtemp(prefix="aios-slower-"))
+    (folder / "slower.c").write_text(SLOWER)
+    out = folder / "slower.so"
+    argv = ["cc", "-shared", "-fPIC", "-O2", f"-DSLEEP_US={milliseconds * 1000:.0f}", "-o", str(out)]
+    subprocess.run([*argv, str(folder / "slower.c"), "-ldl"], check=True)
+    os.execve(sys.executable, [sys.executable, *sys.argv], os.environ | {"LD_PRELOAD": str(out)})
+
+
+def sync_us(folder: Path) -> list[float]:
+    """Microseconds of `fdatasync` after 4 KB were written over others."""
+    took = []
+    with open(folder / "sync", "w+b", buffering=0) as file:
+        file.write(bytes(1 << 20))
+        os.fsync(file.fileno())
+        for number in range(300):
+            os.pwrite(file.fileno(), os.urandom(4096), number * 4096 % (1 << 20))
+            began = time.perf_counter()
+            os.fdatasync(file.fileno())
+            took.append((time.perf_counter() - began) * 1e6)
+    return took
 
 
 def sqlite_alone(folder: Path, writes: int, warm: bool) -> float:
@@ -174,8 +221,8 @@ def reading(system: Aiosd, rounds: int, calls: int) -> dict[str, dict[str, float
 def writing(system: Aiosd, folder: Path, options: argparse.Namespace) -> dict[str, list[float]]:
     """Durable writes per second, of each kind in each round."""
     agents = system.start(options.agents, SCRIPT)
-    race(agents, [{"what": "write", "calls": 5}] * options.agents)
-    found: dict[str, list[float]] = {"aiosd": [], "new": [], "warm": [], "together": []}
+    through_aiosd(agents, 5, 0)
+    found: dict[str, list[float]] = {"aiosd": [], "new": [], "warm": [], "together": [], "reads": []}
     for number in range(options.rounds):
         scratch = folder / f"round-{number}"
         for name in ("new", "warm", "together"):
@@ -187,32 +234,56 @@ def writing(system: Aiosd, folder: Path, options: argparse.Namespace) -> dict[st
             "together": lambda scratch=scratch: sqlite_together(
                 scratch / "together", options.agents, max(3, options.alone // options.agents)
             ),
+            "reads": lambda: through_aiosd(agents, options.writes, 0, "get"),
         }
         for name in random.Random(number).sample(list(sides), len(sides)):
             found[name].append(sides[name]())
+    found["with words"] = [with_words(system, agents, options.writes, options.rounds)]
     return found
 
 
-def through_aiosd(agents: list[Any], writes: int, number: int) -> float:
-    orders = [
-        {"what": "write", "calls": writes, "first": (number * len(agents) + place) * writes}
-        for place in range(len(agents))
-    ]
-    return len(agents) * writes / makespan(race(agents, orders))
+def through_aiosd(agents: list[Any], calls: int, number: int, what: str = "write") -> float:
+    """Calls a second, of all agents together."""
+    if what == "write":
+        race(agents, orders("prepare", len(agents), calls, number))
+    return len(agents) * calls / makespan(race(agents, orders(what, len(agents), calls, number)))
+
+
+def orders(what: str, agents: int, calls: int, number: int) -> list[dict[str, Any]]:
+    return [{"what": what, "calls": calls, "first": (number * agents + place) * calls} for place in range(agents)]
+
+
+def with_words(system: Aiosd, agents: list[Any], calls: int, number: int) -> float:
+    """Notes a second, until the words of all are indexed."""
+    race(agents, orders("prepare", len(agents), calls, number))
+    began = time.monotonic()
+    race(agents, orders("write", len(agents), calls, number))
+    while store_stats(system)["wordless"]:
+        time.sleep(0.01)
+    return len(agents) * calls / (time.monotonic() - began)
+
+
+def store_stats(system: Aiosd) -> dict[str, Any]:
+    return dict(next(one for one in system.status()["services"] if one["name"] == "store")["stats"])
 
 
 def as_chroma(system: Aiosd, notes: int) -> dict[str, float]:
     """The same as chromadb is asked for, by words. Milliseconds."""
     (agent,) = system.start(1, SCRIPT, options=("--name", "many"))
-    race([agent], [{"what": "write", "calls": notes, "first": 1_000_000}])
-    found = {
-        what: statistics.median(race([agent], [{"what": what, "calls": calls, "first": 1_000_100}])[0]["took"]) / 1e3
-        for what, calls in (("add", 200), ("search", 100), ("filtered", 100))
-    }
+
+    def took(what: str, calls: int, first: int) -> list[float]:
+        order = {"what": what, "calls": calls, "first": first}
+        race([agent], [order | {"what": "prepare"}])
+        return race([agent], [order])[0].get("took", [])
+
+    took("write", notes, 1_000_000)
+    found = {"add": statistics.median(took("add", 200, 2_000_000)) / 1e3}
+    for what in ("search", "filtered"):
+        found[what] = statistics.median(took(what, 100, 1_000_100)) / 1e3
     store = next(int(process["ospid"]) for process in system.processes() if process["name"] == "store")
     began = time.monotonic()
     os.kill(store, signal.SIGKILL)
-    race([agent], [{"what": "search", "calls": 1, "first": 1_000_100}])
+    took("search", 1, 1_000_100)
     return found | {"reopen": (time.monotonic() - began) * 1e3}
 
 
@@ -289,9 +360,11 @@ def show(reads: dict[str, Any], writes: dict[str, list[float]], peers: dict[str,
         "new": "SQLite, a commit each",
         "warm": "SQLite, a commit each, its WAL at full size",
         "together": f"SQLite, {agents} processes",
+        "reads": f"aiosd, {agents} agents that read, no disk",
+        "with words": "aiosd, until their words are indexed, too",
     }
     for name, values in writes.items():
-        ratio = statistics.median(ours / theirs for ours, theirs in zip(writes["aiosd"], values, strict=True))
+        ratio = statistics.median(ours / theirs for ours, theirs in zip(writes["aiosd"], values, strict=False))
         bar = WRITE_BAR if name == "warm" else None
         word = verdict(ratio, bar, at_least=True)
         row = f"{names[name]:48}{statistics.median(values):8.0f}{min(values):8.0f}{max(values):8.0f}"
@@ -312,28 +385,34 @@ def main() -> None:
     parser.add_argument("--writes", type=int, default=100, help="of each agent in a round")
     parser.add_argument("--alone", type=int, default=400, help="writes of SQLite in a round")
     parser.add_argument("--notes", type=int, default=10_000, help="beside chromadb; 0: leave that out")
-    parser.add_argument("--chroma", metavar="PYTHON", help="an interpreter with chromadb")
+    parser.add_argument("--chroma", metavar="PYTHON", default=chroma_there(), help="an interpreter with chromadb")
+    parser.add_argument("--sync-ms", type=float, default=0.0, help="by which the disk is slower")
     parser.add_argument("--folder", type=Path, help="on the disk that is to be measured")
     parser.add_argument("--out", type=Path)
     options = parser.parse_args()
+    if options.sync_ms and "LD_PRELOAD" not in os.environ:
+        slow_down(options.sync_ms)
     if options.folder:
         tempfile.tempdir = str(options.folder)
     with tempfile.TemporaryDirectory(prefix="aios-store-") as scratch:
+        disk = sync_us(Path(scratch))
         with Aiosd(model_path("nano"), "--threads", "1", "--note-quota", "1G") as system:
             reads = reading(system, options.rounds, options.calls)
             writes = writing(system, Path(scratch), options)
-            stats = next(one for one in system.status()["services"] if one["name"] == "store")["stats"]
+            stats = store_stats(system)
             peers = {"aiosd, by words": as_chroma(system, options.notes)} if options.notes else {}
         if options.notes and options.chroma:
             peers["chromadb, by vectors"] = chroma(options.chroma, options.notes, Path(scratch) / "chroma")
         elif options.notes:
-            print("chromadb is left out: --chroma names no interpreter that has it\n")
+            print("chromadb is left out: `make chroma` installs it\n")
     missed = show(reads, writes, peers, options.agents)
     print(f"\ncalls in a commit: {stats['calls'] / max(1, stats['commits']):.1f}")
+    print(f"fdatasync, µs: p50 {statistics.median(disk):.0f}, p99 {percentile(disk, 0.99):.0f}")
     rows = [{"reading": what, **row} for what, row in reads.items()]
     rows += [{"writing": name, "per_s": values} for name, values in writes.items()]
     rows += [{"peer": name, "ms": row} for name, row in peers.items()]
-    write("store", rows, options.out, missed=missed, agents=options.agents, notes=options.notes)
+    about = {"agents": options.agents, "notes": options.notes, "sync_us": statistics.median(disk)}
+    write("store", rows, options.out, missed=missed, **about)
     sys.exit(1 if missed else 0)
 
 

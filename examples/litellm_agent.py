@@ -1,4 +1,4 @@
-"""litellm as an agent: one call whole, one in parts, one with tools.
+"""litellm as an agent: a loop of its own around `litellm.completion`, and an answer in parts.
 
     pip install litellm
     aios-run -- /path/to/venv/bin/python examples/litellm_agent.py
@@ -8,26 +8,37 @@ litellm reads OPENAI_BASE_URL and OPENAI_API_KEY, which aios-run sets, and names
 
 from __future__ import annotations
 
+import json
 from typing import Any
 
 import litellm
+from arithmetic import MODEL, QUESTION, SYSTEM, calc
 
-MODEL = "openai/local"  # no model's name here, so the default one answers
-HELLO: list[Any] = [{"role": "user", "content": "Hello!"}]
-STOP: Any = {"type": "function", "function": {"name": "stop", "parameters": {"type": "object", "properties": {}}}}
+EXPRESSION = {"type": "string", "description": "for example 3 * 4", "maxLength": 30}
+CALC: Any = {
+    "type": "function",
+    "function": {
+        "name": "calc",
+        "description": "Computes arithmetic.",
+        "parameters": {"type": "object", "properties": {"expression": EXPRESSION}, "required": ["expression"]},
+    },
+}
 
 
 def main() -> None:
-    answer: Any = litellm.completion(model=MODEL, messages=HELLO, max_tokens=16)
-    print("answer:", answer.choices[0].message.content)
-
-    print("stream: ", end="")
-    for chunk in litellm.completion(model=MODEL, messages=HELLO, max_tokens=16, stream=True):
-        print(chunk.choices[0].delta.content or "", end="")
+    model = f"openai/{MODEL}"
+    messages: list[Any] = [{"role": "system", "content": SYSTEM}, {"role": "user", "content": QUESTION}]
+    reply: Any = litellm.completion(model=model, messages=messages, tools=[CALC], tool_choice="required", temperature=0)
+    messages.append(reply.choices[0].message)
+    for call in messages[-1].tool_calls:
+        result = calc(**json.loads(call.function.arguments))
+        messages.append({"role": "tool", "tool_call_id": call.id, "content": result})
+    print("answer: ", end="")
+    for chunk in litellm.completion(
+        model=model, messages=messages, tools=[CALC], tool_choice="none", temperature=0, max_tokens=64, stream=True
+    ):
+        print(chunk.choices[0].delta.content or "", end="", flush=True)
     print()
-
-    call: Any = litellm.completion(model=MODEL, messages=HELLO, tools=[STOP], tool_choice="required")
-    print("call:", call.choices[0].message.tool_calls[0].function.name)
 
 
 if __name__ == "__main__":

@@ -10,24 +10,14 @@ from __future__ import annotations
 
 import os
 
+from arithmetic import MODEL, QUESTION, calc
 from smolagents import OpenAIModel, ToolCallingAgent, tool
 
 
-@tool
-def multiply(a: int, b: int) -> int:
-    """Multiplies two numbers.
-
-    Args:
-        a: the first number
-        b: the second number
-    """
-    return a * b
-
-
 def main() -> None:
-    model = OpenAIModel(model_id="local", api_base=os.environ["OPENAI_BASE_URL"], max_tokens=200)
-    agent = ToolCallingAgent(tools=[multiply], model=model, max_steps=2, verbosity_level=0)
-    print("result:", agent.run("What is 6 * 7?"))
+    model = OpenAIModel(model_id=MODEL, api_base=os.environ["OPENAI_BASE_URL"], max_tokens=200)
+    agent = ToolCallingAgent(tools=[tool(calc)], model=model, max_steps=2, verbosity_level=0)
+    print("answer:", agent.run(QUESTION))
     print("steps:", len(agent.memory.steps))
 
 

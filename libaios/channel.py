@@ -412,6 +412,11 @@ class Channel:
         return True
 
     @property
+    def tells(self) -> bool:
+        """Of `connection.Transport`: what lies in the ring does not show in `fileno` once the bell was heard."""
+        return False
+
+    @property
     def reborn(self) -> bool:
         """Whether the epoch was raised since the channel was made or renewed."""
         return self._items[_EPOCH] & 0xFFFFFFFF != self.epoch

@@ -102,6 +102,10 @@ class ControlSocket:
         return self._epoll.fileno()
 
     @property
+    def tells(self) -> bool:
+        return self._search is None and not self.reborn
+
+    @property
     def outbox_bytes(self) -> int:
         return self._frames.pending if self._search is None else 0
 

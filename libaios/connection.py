@@ -66,6 +66,8 @@ class Transport(Protocol):
     @property
     def reborn(self) -> bool: ...
     @property
+    def tells(self) -> bool: ...  # `fileno` is readable as long as there is more: a second look for it is not needed
+    @property
     def outbox_bytes(self) -> int: ...  # bytes of frames that were passed to `send` and have not left this process
     @property
     def why(self) -> str: ...  # the sentence for callers when `hung_up` is true
@@ -404,7 +406,7 @@ class Connection:
         me = (threading.get_ident(), None)
         try:
             if self._leader.setdefault(0, me) is me:
-                while self._read() and not self._dead:
+                while self._read() and not self._dead and not self.transport.tells:
                     pass
         finally:
             self._leave(me)
@@ -617,8 +619,10 @@ class Connection:
         if call.gate is not None:
             self._wake(call)
         if call.notify is not None:
-            with contextlib.suppress(RuntimeError):  # its event loop is closed
+            try:  # noqa: SIM105  once for each token
                 call.notify()
+            except RuntimeError:  # its event loop is closed
+                pass
 
     def _submit_again(self) -> None:
         """Send all open calls to a new kernel, which knows of them only what they have done."""
@@ -695,8 +699,9 @@ class Connection:
 
     # ── asyncio ───────────────────────────────────────────────────────────────────────────────────────────
 
-    def attach_loop(self, loop: asyncio.AbstractEventLoop) -> None:
-        """Let an event loop take part in leading, from its own thread, as long as it lives."""
+    def attach_loop(self, loop: asyncio.AbstractEventLoop, pace: Callable[[], float] | None = None) -> None:
+        """Let an event loop take part in leading, from its own thread, as long as it lives. `pace`: for how many
+        seconds it may leave pieces of streams lying that come faster than that, so that it gets several at once."""
         if loop in self._loops or self._dead:
             return
         for known in list(self._loops):
@@ -705,9 +710,30 @@ class Connection:
         # A number of its own: were it that of the connection, another thread could close that, and the loop's next
         # socket get the number, before the loop has removed its reader.
         fd = self._loops[loop] = os.dup(self.transport.fileno())
-        loop.add_reader(fd, self.pump)
+        if pace is None:
+            loop.add_reader(fd, self.pump)
+        else:
+            loop.add_reader(fd, self._look, loop, pace, 0.0)
         self._watched = True
         self.pump()  # announces sleep: from now on the bell rings
+
+    def _look(self, loop: asyncio.AbstractEventLoop, pace: Callable[[], float], last: float) -> None:
+        """Hand out what has arrived; the next look is later where only pieces come, and fast. `last`: of the looks."""
+        open_before, now = len(self._open), loop.time()
+        self.pump()
+        fd, wait_s = self._loops.get(loop), pace()
+        if fd is None:
+            return  # the connection has ended
+        if len(self._open) < open_before or now - last > 2 * wait_s:
+            loop.add_reader(fd, self._look, loop, pace, now)
+        else:
+            loop.remove_reader(fd)
+            loop.call_later(wait_s, self._look_again, loop, pace, now)
+
+    def _look_again(self, loop: asyncio.AbstractEventLoop, pace: Callable[[], float], last: float) -> None:
+        fd = self._loops.get(loop)
+        if fd is not None:
+            loop.add_reader(fd, self._look, loop, pace, last)
 
     def _detach_loops(self) -> None:
         """Remove the readers: the descriptor of a connection that has ended stays readable."""

@@ -10,7 +10,7 @@ OSError: FileNotFoundError, EAGAIN, EDQUOT, ENOSPC, EINVAL with a sentence.
 from __future__ import annotations
 
 import builtins
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping, Sequence, Set
 from typing import Any
 
 from libaios import wire
@@ -34,7 +34,7 @@ def add(
     `metadata` is flat: texts, numbers, truth values. `ttl`: seconds after which the note is not found any more.
     `shared`: for all agents of the group. Raises OSError(EDQUOT) when the quota of the owner is used up.
     """
-    return Plan(Sys.MEM_ADD, wire.MemAdd(text, key, builtins.list(tags), dict(metadata or {}), ttl, shared))
+    return Plan(Sys.MEM_ADD, wire.MemAdd(text, key, _tags(tags), _metadata(metadata), ttl, shared))
 
 
 @syscall
@@ -57,8 +57,8 @@ def update(
     With `if_version` the note must still have that version, else BlockingIOError (EAGAIN) and nothing is changed.
     Raises FileNotFoundError, OSError(EDQUOT).
     """
-    new_tags = None if tags is None else builtins.list(tags)
-    new_metadata = None if metadata is None else dict(metadata)
+    new_tags = None if tags is None else _tags(tags)
+    new_metadata = None if metadata is None else _metadata(metadata)
     return Plan(Sys.MEM_UPDATE, wire.MemUpdate(note, text, new_tags, new_metadata, ttl, if_version))
 
 
@@ -86,7 +86,7 @@ def search(
     A note is found by its meaning as soon as that has been computed; a search waits for the caller's own notes, but no
     longer than a second. For "meaning" raises OSError(EOPNOTSUPP) where there is no embedder, EAGAIN where it is away.
     """
-    filters = NoteFilters(builtins.list(tags), dict(metadata or {}), since, until)
+    filters = NoteFilters(_tags(tags), _metadata(metadata), since, until)
     return Plan(Sys.MEM_SEARCH, wire.MemSearch(query, k, filters, by))
 
 
@@ -100,7 +100,7 @@ def list(
     offset: int = 0,
 ) -> Plan[builtins.list[Note]]:
     """Notes, the newest first; filters as in `search`. At most 1,000 at a time."""
-    filters = NoteFilters(builtins.list(tags), dict(metadata or {}), since, until)
+    filters = NoteFilters(_tags(tags), _metadata(metadata), since, until)
     return Plan(Sys.MEM_LIST, wire.MemList(filters, limit, offset))
 
 
@@ -115,3 +115,15 @@ def stats() -> Plan[dict[str, Any]]:
     """Of the caller's own notes: `notes`, `bytes`, `quota`, `ram_bytes` (held in memory), `hits`, `faults` and
     `evictions` of that memory, `pending` (texts that cannot be found by their meaning yet), and how `search` works."""
     return Plan(Sys.MEM_STATS, wire.MemStats())
+
+
+# What is of another kind is sent as it is: the kernel's refusal names the argument.
+
+
+def _tags(tags: Any) -> Any:
+    """(A text is a sequence, too, and its letters are no tags.)"""
+    return builtins.list(tags) if isinstance(tags, Sequence | Set) and not isinstance(tags, str | bytes) else tags
+
+
+def _metadata(metadata: Any) -> Any:
+    return dict(metadata or {}) if isinstance(metadata, Mapping | None) else metadata

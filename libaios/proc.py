@@ -10,9 +10,9 @@ import contextlib
 import os
 import signal as _signal
 import sys as _sys
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 
-from libaios import wire
+from libaios import template, wire
 from libaios.agent import is_agent
 from libaios.plan import Plan, syscall
 from libaios.sandbox import wish
@@ -47,6 +47,8 @@ def spawn(
     detached: bool | None = None,
     restart: str = "no",
     sandbox: str | None = None,
+    preload: Sequence[str] = (),
+    python: str | os.PathLike[str] | None = None,
 ) -> Plan[int]:
     """Start an agent and return its pid.
 
@@ -57,7 +59,8 @@ def spawn(
     detached one started again when it ends.
 
     `sandbox` ("flat") confines it; an agent that is confined can start none with more rights, and its children have its
-    files and its workspace.
+    files and its workspace. `preload` has it forked from a warm process that has imported these modules, in the
+    interpreter or virtual environment `python`; a confined agent may not name any (PermissionError).
 
     Raises FileNotFoundError, PermissionError (not executable; a nice value below the caller's; a weaker sandbox),
     OSError(EAGAIN).
@@ -68,6 +71,7 @@ def spawn(
     if detached is None:
         detached = not is_agent()
     environment = os.environ if env is None else env
+    forked_from = template.wish(preload, os.fspath(python or "")) if preload or python else None
     folder = os.path.abspath(os.getcwd() if cwd is None else cwd)
     spec = wire.Spawn(
         kind=kind,
@@ -82,18 +86,26 @@ def spawn(
         umask=_umask(),
         detached=detached,
         restart=restart,
-        sandbox=_sandbox(kind, target, folder, environment, sandbox),
+        sandbox=_sandbox(kind, target, folder, environment, sandbox, forked_from),
+        template=forked_from,
     )
     with contextlib.suppress(AttributeError, ValueError, OSError):  # stdout is None, or closed, or has no reader
         _sys.stdout.flush()  # so that what was printed here comes before what the child prints
     return Plan(Sys.SPAWN, spec, lambda spawned: int(spawned.pid))
 
 
-def _sandbox(kind: str, target: str, folder: str, environment: Mapping[str, str], level: str | None) -> wire.Sandbox:
+def _sandbox(
+    kind: str,
+    target: str,
+    folder: str,
+    environment: Mapping[str, str],
+    level: str | None,
+    forked_from: wire.Template | None,
+) -> wire.Sandbox:
     """An agent's child has its parent's box, so nothing has to be looked up for it, unless it asks for one."""
     if level is None and is_agent():
         return wire.Sandbox()
-    return wish(kind, target, folder, environment, level=level)
+    return wish(kind, target, folder, environment, level=level, needed=template.folders(forked_from))
 
 
 def _umask() -> int:

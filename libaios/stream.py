@@ -35,7 +35,9 @@ _CHUNK = 1 << 12  # bytes that are read at once: some small frames,
 _CHUNK_MAX = 1 << 18  # … or this much of a large one
 _TURN = 1 << 20  # bytes read in one `receive`, so that a peer that writes as fast as we read cannot hold us
 _ANCILLARY = socket.CMSG_SPACE(MAX_FDS * 4)
-_RECV_FLAGS = socket.MSG_CMSG_CLOEXEC | socket.MSG_DONTWAIT
+# As plain numbers: an enum costs as much as the rest of a read.
+_RECV_FLAGS = int(socket.MSG_CMSG_CLOEXEC | socket.MSG_DONTWAIT)
+_TRUNCATED = int(socket.MSG_CTRUNC)
 
 
 class FrameSocket:
@@ -51,6 +53,7 @@ class FrameSocket:
         # Descriptors, each list with the position in the stream of the byte that it came with.
         self._in_fds: deque[tuple[int, list[int]]] = deque()
         self._out: deque[tuple[memoryview, list[int]]] = deque()
+        self._emptied = False  # the last read left room, so there was no more: whoever polls the socket is told of more
         self._eof = False
         self._broken = ""  # how the peer broke the protocol
         self.pending = 0  # bytes in the outbox
@@ -130,10 +133,11 @@ class FrameSocket:
         """
         frames: list[tuple[bytes, list[int]]] = []
         stop = self._consumed + len(self._in) + _TURN
+        self._emptied = False
         while True:
             self._split(frames, limit)
             full = limit is not None and len(frames) >= limit
-            if full or (frames and (self._eof or self._broken)):
+            if full or (frames and (self._eof or self._broken or self._emptied)):
                 return frames
             if self._broken:
                 raise ProtocolError(self._broken)
@@ -150,10 +154,9 @@ class FrameSocket:
     def _fill(self) -> bool:
         """Read from the socket. False: there is nothing to read."""
         wanted = _LENGTH.unpack_from(self._in)[0] - len(self._in) if len(self._in) >= _LENGTH.size else 0
+        room = max(_CHUNK, min(wanted + _LENGTH.size, _CHUNK_MAX))
         try:
-            data, ancillary, flags, _ = self._sock.recvmsg(
-                max(_CHUNK, min(wanted + _LENGTH.size, _CHUNK_MAX)), _ANCILLARY, _RECV_FLAGS
-            )
+            data, ancillary, flags, _ = self._sock.recvmsg(room, _ANCILLARY, _RECV_FLAGS)
         except (BlockingIOError, InterruptedError):
             return False
         except ConnectionError:
@@ -163,7 +166,7 @@ class FrameSocket:
         for level, kind, content in ancillary:
             if level == socket.SOL_SOCKET and kind == socket.SCM_RIGHTS:
                 fds.extend(array.array("i", content[: len(content) & ~3]))
-        if flags & socket.MSG_CTRUNC:
+        if flags & _TRUNCATED:
             few = len(fds) < MAX_FDS
             _close(fds)
             if few:
@@ -171,6 +174,7 @@ class FrameSocket:
             self._broken = f"more than {MAX_FDS} descriptors with a frame"
             return True
         self._in += data
+        self._emptied = len(data) < room and not fds
         if fds:
             # All complete frames were cut off before this, so what is in the queue belongs to one unfinished frame.
             self._in_fds.append((self._consumed + len(self._in) - 1, fds))

@@ -75,7 +75,8 @@ def call(
     Arguments by keyword, or as one mapping (which is needed for an argument named `timeout`). `timeout` in seconds
     includes the time in which the call waits for its turn; the tool's own limit does not.
 
-    Raises FileNotFoundError (no such tool), EINVAL (arguments that do not fit the schema, or that the tool refuses),
+    Raises FileNotFoundError (no such tool), PermissionError (a rule denies it, a person did, or nobody was there to be
+    asked: the message names the rule), EINVAL (arguments that do not fit the schema, or that the tool refuses),
     TimeoutError, ENOMEM, EIO (its process died; it is not done again), EREMOTEIO (the tool failed: the message has its
     exception).
     """
@@ -154,6 +155,7 @@ class Definition(Struct, frozen=True):
     output_bytes: int = 1 << 20
     reads: tuple[str, ...] = ()
     writes: tuple[str, ...] = ()
+    concerns: tuple[str, ...] = ()
 
 
 @overload
@@ -168,6 +170,7 @@ def define(
     output: int = 1 << 20,
     reads: Sequence[str] = (),
     writes: Sequence[str] = (),
+    concerns: Sequence[str] = (),
 ) -> Callable[[F], F]: ...
 def define(
     function: F | None = None,
@@ -180,6 +183,7 @@ def define(
     output: int = 1 << 20,
     reads: Sequence[str] = (),
     writes: Sequence[str] = (),
+    concerns: Sequence[str] = (),
 ) -> F | Callable[[F], F]:
     """Make a function a tool. Its type hints become the JSON Schema, its docstring the descriptions.
 
@@ -191,10 +195,15 @@ def define(
     reads, writes
                what a call reads and changes, as keys of your own: "file:{path}", "server:git". `{path}` stands for an
                argument. Calls that write a key run alone among those of all tools that name it.
+    concerns   which arguments are what, so that rules (aiosd.toml, [access]) can be about them: "path:{path}",
+               "host:{url}", "group:{group}", "signal:{signal}"
 
     Raises ValueError.
     """
-    wanted = Definition(name, instances, float(time), memory, output, tuple(reads), tuple(writes))
+    wanted = Definition(name, instances, float(time), memory, output, tuple(reads), tuple(writes), tuple(concerns))
+    for concern in concerns:
+        if not re.fullmatch(r"(path|host|group|signal):\{\w+\}", concern):
+            raise ValueError(f'{concern!r}: a tool concerns "path:{{argument}}", or a host, a group or a signal alike')
     if instances < 1 or not time > 0 or memory < 1 << 20 or output < 1:
         raise ValueError("a tool needs at least 1 instance, some time, 1 MB of memory and 1 byte of output")
 

@@ -37,6 +37,7 @@ ENV_PID = "AIOS_PID"
 ENV_HOME = "AIOS_HOME"
 
 Uint = Annotated[int, Meta(ge=0, le=(1 << 63) - 1)]
+Amount = Annotated[int, Meta(ge=1, le=(1 << 63) - 1)]
 Pid = Annotated[int, Meta(ge=1, lt=1 << 53)]
 Seconds = Annotated[float, Meta(ge=0, le=1e9)]
 Nice = Annotated[int, Meta(ge=-20, le=19)]
@@ -128,6 +129,13 @@ class Sys(enum.IntEnum):
     TOOL_LIST = 128
     TOOL_CALL = 129
     TOOL_TRUST = 130
+    # what a person allows
+    ASK_LIST = 140
+    ASK_WATCH = 141
+    ASK_ANSWER = 142
+    RULES = 143
+    ALWAYS_LIST = 144
+    ALWAYS_REVOKE = 145
     # tokens of the gateway
     TOKEN_NEW = 152
     TOKEN_LIST = 153
@@ -191,11 +199,19 @@ class NoArgs(Struct, array_like=True, frozen=True):
 
 
 class Limits(Struct, array_like=True, frozen=True):
-    """Budgets of one agent; None: unlimited."""
+    """Budgets of one agent, which all that it starts shares; None: unlimited."""
 
-    tokens: Annotated[int, Meta(ge=0)] | None = None  # prompt tokens computed + completion tokens
+    tokens: Uint | None = None  # prompt tokens computed + completion tokens
     time_s: Seconds | None = None  # wall seconds since the spawn
-    memory_bytes: Annotated[int, Meta(ge=1)] | None = None  # PSS of the agent and its descendants
+    memory_bytes: Amount | None = None  # PSS of its processes, and what they hold in memfds
+    cpu_s: Seconds | None = None  # on processors, of its processes
+    context: Amount | None = None  # tokens that its open calls hold at a time, prompts and answers
+    tool_calls: Uint | None = None
+    children: Uint | None = None  # agents that it starts, and that these start
+    processes: Amount | None = None  # Linux processes at a time
+    disk_bytes: Amount | None = None  # written to the store, and in its workspace
+    cost: Uint | None = None  # what its generations cost by the prices of models, in 10^-12 of the currency's unit
+    soft: Annotated[int, Meta(ge=0, le=100)] | None = None  # percent of each at which it gets a message; 0: never
 
 
 Paths = Annotated[list[Annotated[str, Meta(min_length=1, max_length=4096)]], Meta(max_length=256)]
@@ -214,6 +230,19 @@ class Sandbox(Struct, array_like=True, frozen=True):
     env: Annotated[list[Annotated[str, Meta(min_length=1, max_length=256)]], Meta(max_length=1024)] = []
     program: Annotated[str, Meta(max_length=4096)] = ""  # by which its workspace is found again
     alone: bool = False  # `own` has its script, not the folder where that lies
+    sha256: Annotated[bytes, Meta(max_length=32)] = b""  # of a script, as the person who starts it has it
+
+
+#: `a.b.c`, as in an import.
+Module = Annotated[str, Meta(pattern=r"\A[^\W\d]\w*(\.[^\W\d]\w*)*\Z", max_length=200)]
+
+
+class Template(Struct, array_like=True, frozen=True):
+    """A process from which agents are forked: its interpreter (`os_text`, absolute; "": aiosd's own), and the modules
+    that it has imported before. It is public: all agents may see it."""
+
+    python: Annotated[str, Meta(max_length=4096)] = ""
+    modules: Annotated[list[Module], Meta(max_length=64)] = []
 
 
 class Spawn(Struct, array_like=True, frozen=True):
@@ -242,6 +271,7 @@ class Spawn(Struct, array_like=True, frozen=True):
     restart: Annotated[str, Meta(max_length=32)] = "no"  # when it is started again; only for `detached` ones
     gateway: bool | None = None  # its environment leads programs to the gateway; None: as its parent's does
     sandbox: Sandbox = Sandbox()
+    template: Template | None = None  # forked from there; for "file" and "module" only
 
 
 class NewToken(Struct, array_like=True, frozen=True):
@@ -638,6 +668,29 @@ class TrustTool(Struct, array_like=True, frozen=True):
     name: Annotated[str, Meta(max_length=64)]
 
 
+class WatchAsks(Struct, array_like=True, frozen=True):
+    """Be told of all asks, or of those of agent `pid`, or of agents `attached` to this very connection, and their
+    descendants. As long as this call is open there is a person who can answer, and they wait."""
+
+    pid: Uint = 0
+    attached: bool = False
+
+
+class AnswerAsk(Struct, array_like=True, frozen=True):
+    """`digest`: of what was shown (`Asked`), so that nothing else can be allowed by it. `always`: and never ask for the
+    like again. `reason`: for the agent that is denied."""
+
+    id: Annotated[str, Meta(max_length=64)]
+    digest: Annotated[str, Meta(max_length=64)]
+    allow: bool
+    always: bool = False
+    reason: Annotated[str, Meta(max_length=500)] = ""
+
+
+class RevokeAlways(Struct, array_like=True, frozen=True):
+    number: Uint
+
+
 class MemStats(Struct, array_like=True, frozen=True):
     """Of the caller; a person may ask about any `owner`, as aiosd names it."""
 
@@ -871,6 +924,46 @@ class ToolInfo(Struct, frozen=True):
     source: str = ""
 
 
+class Asked(Struct, frozen=True):
+    """Something that an agent may do only when a person allows it. `details`: what exactly, as labels and texts, and
+    nothing of it is made safe for a terminal; `rule`: why it is asked; `always`: what an answer for all times would
+    allow, "": there is none. `state`: "open", or how it ended: "allowed", "denied", "gone"."""
+
+    id: str
+    digest: str
+    pid: int
+    name: str
+    group: str
+    what: str
+    tool: bool
+    resources: list[tuple[str, str]]
+    details: list[tuple[str, str]]
+    rule: str
+    always: str
+    since: float  # Unix time
+    folder: str = ""  # where it is done
+    state: str = "open"
+
+
+class RulesInForce(Struct, frozen=True):
+    """The rules of [access] in the order in which they decide, in words; how long an ask waits while nobody is there to
+    answer; how many could answer now; and where decisions are written down."""
+
+    rules: list[str]
+    ask_timeout_s: float
+    listening: int
+    audit: str
+
+
+class Always(Struct, frozen=True):
+    """What is allowed for all times. `text`: in words; `agent`: which one it was asked for first."""
+
+    number: int
+    text: str
+    agent: str
+    given: float  # Unix time
+
+
 class ModelInfo(Struct, frozen=True):
     """A figure of 0 is not known: of a model that another server runs, little is."""
 
@@ -892,7 +985,8 @@ class ModelInfo(Struct, frozen=True):
 
 
 class ProcInfo(Struct, frozen=True):
-    """One line of aios-ps. `exit` is None while alive, else as in a shell: 0–255, 128+n for signal n."""
+    """One line of aios-ps. `exit` is None while alive, else as in a shell: 0–255, 128+n for signal n; 124 when a budget
+    ended it."""
 
     pid: int
     ppid: int
@@ -918,6 +1012,9 @@ class ProcInfo(Struct, frozen=True):
     ctx_place: str = ""  # … and where: "slot", "ram" or "disk"
     restarts: int = 0  # how often it was started again
     sandbox: str = "none"  # how it is confined
+    cost: str = "0.00"  # what its generations cost, exactly
+    budget: str = ""  # which budget ended it, by its name in aiosd.toml
+    reason: str = ""  # why it ended, where kernel or supervisor know
 
 
 class Waited(Struct, array_like=True, frozen=True):
@@ -925,7 +1022,7 @@ class Waited(Struct, array_like=True, frozen=True):
 
     pid: int
     status: int
-    budget: str = ""  # which budget ended it: "", "tokens", "time", "memory"
+    budget: str = ""  # which budget ended it, by its name in aiosd.toml; "": none
     reason: str = ""  # why it ended, in a sentence of the kernel or the supervisor; "" when it ended by itself
 
 
@@ -1073,6 +1170,12 @@ add(
     Row(Sys.TOOL_LIST, NoArgs, list[ToolInfo], by="toolbox"),
     Row(Sys.TOOL_CALL, CallTool, Any, by="toolbox", again=_NEVER, piece=str),
     Row(Sys.TOOL_TRUST, TrustTool, by="toolbox"),
+    Row(Sys.ASK_LIST, NoArgs, list[Asked]),
+    Row(Sys.ASK_WATCH, WatchAsks, piece=Asked),
+    Row(Sys.ASK_ANSWER, AnswerAsk),
+    Row(Sys.RULES, NoArgs, RulesInForce),
+    Row(Sys.ALWAYS_LIST, NoArgs, list[Always]),
+    Row(Sys.ALWAYS_REVOKE, RevokeAlways),
 )
 
 

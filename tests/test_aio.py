@@ -7,6 +7,7 @@ import errno
 import os
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -406,6 +407,54 @@ def test_a_loop_that_runs_on_when_another_thread_closes_keeps_its_other_readers(
             os.close(fd)
 
     asyncio.run(main())
+
+
+class Clock:
+    """What a connection needs of a loop, with a time of its own."""
+
+    def __init__(self) -> None:
+        self.now, self.watched, self.later = 0.0, True, [0.0]
+
+    def time(self) -> float:
+        return self.now
+
+    def add_reader(self, fd: int, act: Any, *args: Any) -> None:
+        self.watched, self.look = True, lambda: act(*args)
+
+    def remove_reader(self, fd: int) -> None:
+        self.watched = False
+
+    def call_later(self, wait_s: float, act: Any, *args: Any) -> None:
+        self.later.append(wait_s)
+        self.again = lambda: act(*args)
+
+    def is_closed(self) -> bool:
+        return False
+
+    def is_running(self) -> bool:
+        return False
+
+
+def test_a_loop_looks_less_often_only_where_pieces_come_fast(kernel: ChannelKernel) -> None:
+    clock: Any = Clock()
+    connection = kernel.connection
+    connection.attach_loop(clock, lambda: 0.02)
+    clock.now = 1.0
+    clock.look()
+    assert clock.watched, "the first look after a pause of the stream"
+    clock.now = 1.01
+    clock.look()
+    assert not clock.watched
+    assert clock.later[-1] == 0.02
+    clock.again()
+    assert clock.watched
+    call = connection.prepare(Sys.GETPID, wire.NoArgs())
+    connection.send(call)
+    kernel.reply(kernel.take(Sys.GETPID), 5)
+    clock.look()
+    assert call.final is not None
+    assert clock.watched, "a final reply is no piece of a stream"
+    connection.close()
 
 
 def test_a_reply_and_the_end_of_the_system_at_once(kernel: ChannelKernel, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -23,10 +23,12 @@ from benchmarks import (
     lruk,
     models,
     quality,
+    remote,
     scale,
     search,
     switch,
     talk,
+    tools,
 )
 from tests.tinymodels import OWN_ATTENTION, write
 
@@ -49,6 +51,16 @@ def test_the_prefix_is_shared_and_nothing_else():
 def test_a_seed_gives_the_same_workload_and_another_another():
     assert crowd.workload(2, 16, 1, 500) == crowd.workload(2, 16, 1, 500)
     assert crowd.workload(2, 16, 1, 500)[0]["prompt"][:16] != crowd.workload(2, 16, 2, 500)[0]["prompt"][:16]
+
+
+def test_turns_of_a_tool_are_read_from_what_it_wrote():
+    lines = ["begin 1 0", "end 1 0", "begin 2 0", "end 2 0", "begin 1 1", "end 1 1", "begin 2 1", "end 2 1"]
+    order = tools.turns(lines)
+    assert order == [(1, 0), (2, 0), (1, 1), (2, 1)]
+    assert tools.apart(order, 2) == 1
+    assert tools.apart([(1, 0), (1, 1), (2, 0), (2, 1)], 2) == 2
+    with pytest.raises(SystemExit, match="two calls at once"):
+        tools.turns(["begin 1 0", "begin 2 0", "end 1 0", "end 2 0"])
 
 
 def test_distinct_tokens_are_those_that_must_be_computed_once():
@@ -289,3 +301,23 @@ def test_gateways_ratios_are_those_of_neighbours():
     assert (found["rate_ratio"], found["first_ratio"]) == (0.975, pytest.approx(1.1))
     assert "MISSED" not in gateway.table(rows, found)[-1]
     assert "MISSED" in gateway.table(rows, found | {"rate_ratio": 0.8})[-1]
+
+
+def test_a_model_elsewhere_is_measured_against_its_endpoint():
+    options = remote.parse(["--only-fake", "-n", "1", "--generate", "1", "8", "--tokens", "30", "--pairs", "1"])
+    rows = remote.run(options)
+    assert [row["side"] for row in rows[:4]] == ["direct", "aiosd", "aiosd", "direct"]
+    assert {row["tokens"] / row["calls"] for row in rows} == {1, 8}
+    short, long = remote.summary(rows)
+    assert short["aiosd_ms"] > short["direct_ms"] > 0
+    assert short["cpu_ms"] > 0
+    lines = remote.table([{**short, "endpoint": "llama-server", "ratio": 1.2}, short, {**long, "cpu_ms": 9.0}])
+    assert "MISSED" in lines[1]
+    assert lines[-1].startswith("aiosd adds, 1 at a time: ")
+
+
+@pytest.mark.parametrize("script", ["store", "tools"])
+def test_a_script_may_be_named_as_a_package(script):
+    """Run as a file, its folder is on the path: `tools` there must not be taken for ours."""
+    argv = [sys.executable, str(harness.ROOT / "benchmarks" / f"{script}.py"), "--help"]
+    assert subprocess.run(argv, capture_output=True, text=True, check=True).stdout.startswith("usage: ")

@@ -276,6 +276,16 @@ def test_completions_take_texts_and_ids_one_or_many(agent: Agent) -> None:
     assert agent.error(COMPLETION, {"prompt": ["Once", 5]})[:2] == (400, "prompt")
 
 
+def test_completions_tell_their_token_ids(agent: Agent) -> None:
+    body = {"prompt": [300, 301], "max_tokens": 6, "temperature": 0, "ignore_eos": True, "return_token_ids": True}
+    _, whole = agent.post("/v1/completions", body)
+    ids = whole["choices"][0]["token_ids"]
+    assert len(ids) == whole["usage"]["completion_tokens"] == 6
+    lines = agent.do(path="/v1/completions", body={**body, "stream": True})["body"].split("\n\n")
+    parts = [json.loads(line[6:])["choices"][0] for line in lines if line.startswith("data: {")]
+    assert [one for part in parts for one in part.get("token_ids", [])] == ids
+
+
 def test_embeddings_are_the_same_in_both_encodings(agent: Agent) -> None:
     _, floats = agent.post("/v1/embeddings", {"input": ["one", "two"]})
     _, packed = agent.post("/v1/embeddings", {"input": ["one", "two"], "encoding_format": "base64"})
@@ -288,7 +298,8 @@ def test_embeddings_are_the_same_in_both_encodings(agent: Agent) -> None:
 
 
 def test_models_are_listed_and_found(agent: Agent) -> None:
-    _, found = agent.post("/v1/models", method="GET")
+    status, found = agent.post("/v1/models", method="GET")
+    assert status == 200, found
     assert [model["id"] for model in found["data"]] == ["nano"]
     assert agent.post("/v1/models/nano", method="GET")[1]["object"] == "model"
     assert agent.error("/v1/models/gpt-9", method="GET")[::2] == (404, "model_not_found")
@@ -316,6 +327,8 @@ def test_responses_are_written_item_by_item(agent: Agent) -> None:
     last = found[-1]["response"]
     assert last["output"][0]["content"][0]["text"] == text
     assert f"response.{last['status']}" == found[-1]["type"]
+    assert (last["status"], last["output"][0]["status"]) == ("incomplete", "incomplete")
+    assert last["output"][0]["id"].startswith("msg_")
     _, whole = agent.post("/v1/responses", body)
     assert whole["output"][0]["content"][0]["text"] == text
     assert whole["usage"]["output_tokens"] == last["usage"]["output_tokens"]
@@ -336,6 +349,14 @@ def test_responses_go_on_from_an_earlier_one(agent: Agent) -> None:
     )
     assert status == 200
     assert more["usage"]["input_tokens"] > found[-1]["response"]["usage"]["input_tokens"]
+    ident = more["id"]
+    _, items = agent.post(f"/v1/responses/{ident}/input_items", method="GET")
+    assert [item["output"] for item in items["data"]] == ["3"]
+    assert agent.post(f"/v1/responses/{ident}", method="GET") == (200, more)
+    assert agent.post("/v1/responses", {"previous_response_id": ident, "max_output_tokens": 1})[0] == 200
+    assert agent.post(f"/v1/responses/{ident}", method="DELETE")[1]["deleted"]
+    assert agent.error(f"/v1/responses/{ident}", method="GET")[0] == 404
+    assert agent.error("/v1/responses", {"max_output_tokens": 1})[:2] == (400, "input")
     lost = {"input": "x", "previous_response_id": "resp_0"}
     assert agent.error("/v1/responses", lost)[::2] == (404, "previous_response_not_found")
     assert agent.error("/v1/responses", {"input": "x", "tools": [{"type": "web_search"}]})[:2] == (400, "tools[0].type")
@@ -384,6 +405,15 @@ class Asker:
         self.arrived.set()
 
 
+def test_pieces_that_have_come_together_are_one() -> None:
+    from aiosd.gateway.openai import generation
+
+    one, two = (wire.Logprob(i, -0.5, b"x") for i in (1, 2))
+    joined = generation._joined([wire.Piece("a", [1], [one]), wire.Piece("b", [2, 3], [two], "m")])
+    assert joined == wire.Piece("ab", [1, 2, 3], [one, two], "m")
+    assert generation._joined([wire.Piece("a", [1]), wire.Piece("b", [2])]).logprobs is None
+
+
 def test_a_stream_that_waits_shows_signs_of_life(monkeypatch: pytest.MonkeyPatch) -> None:
     from aiosd.gateway.openai import chat, fields, generation
 
@@ -403,6 +433,7 @@ def test_a_stream_that_waits_shows_signs_of_life(monkeypatch: pytest.MonkeyPatch
         with pytest.raises(OSError, match="broken"):
             await task
         assert connection.abandoned == 1
+        assert request.app.counters.streams == 0
 
     asyncio.run(run())
 

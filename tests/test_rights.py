@@ -27,6 +27,7 @@ from aiosd.init.supervisor import Supervisor
 from aiosd.kernel import ancestry
 from aiosd.kernel.access import Access, Verdict
 from aiosd.kernel.ancestry import TRIES, Origin, Unproven, Unsettled, agent_above, is_child, peer_of
+from aiosd.kernel.peer import Call
 from aiosd.kernel.proc import ProcTable
 from libaios import wire
 from libaios.home import Home
@@ -217,14 +218,16 @@ def test_a_service_is_a_live_child_of_the_supervisor(proc: Processes, alive: int
 
 
 def test_a_service_may_have_vectors_made_and_nothing_else() -> None:
-    access = Access(ProcTable(10), set)
+    approvals: Any = None  # it is not asked
+    access = Access(ProcTable(10), set, approvals, lambda args, parent: "")
     peer: Any = SimpleNamespace(service="store", proc=None)
     for row in wire.TABLE.values():
+        call = Call(peer, 1, row)
         if row.sys == wire.Sys.EMBED:
-            assert access.check(peer, row, wire.Embed(["x"])) is Verdict.NOW
+            assert access.check(call, wire.Embed(["x"]), lambda: None) is Verdict.NOW
         else:
             with pytest.raises(PermissionError, match="store: a service may not call"):
-                access.check(peer, row, None)
+                access.check(call, None, lambda: None)
 
 
 @pytest.mark.parametrize("gone", [300, 400])

@@ -88,6 +88,14 @@ def test_a_large_index_finds_nearly_all() -> None:
         found = {number for number, _ in mine.search(query, 10)}
         hits += len(found & set(np.argsort(-(many @ query))[:10].tolist()))
     assert hits >= 0.99 * 200
+    among = np.arange(3, 20_000, 10)
+    mine.remove(int(among[0]))
+    assert len(among) > 2 * index.RESCORED, "so many that bits are compared first"
+    hits = 0
+    for query in queries:
+        found = {number for number, _ in mine.search(query, 10, among)}
+        hits += len(found & set(among[1 + np.argsort(-(many[among[1:]] @ query))[:10]].tolist()))
+    assert hits >= 0.99 * 200
 
 
 def test_dead_rows_cannot_hide_a_live_one() -> None:

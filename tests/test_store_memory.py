@@ -243,3 +243,19 @@ def test_a_key_leads_to_the_note_that_has_it_now(store: Store) -> None:
     store.now += 11
     assert store("get", wire.MemGet("k")).id == group
     refused(errno.ENOENT, lambda: store("get", wire.MemGet("k"), STRANGER))
+
+
+def test_any_character_is_one_like_the_others(store: Store) -> None:
+    """A NUL too, in all that a note has; and quotes, and what SQL and JSON write in another way."""
+    odd = "a\0b \"c' \u2028 %_\\ {x}"
+    note = store("add", wire.MemAdd(odd, key=odd, tags=[odd, "a"], metadata={odd: odd, "a": None}))
+    for filters in (wire.NoteFilters([odd]), wire.NoteFilters(metadata={odd: odd})):
+        assert [one.id for one in store("list", wire.MemList(filters))] == [note]
+        assert texts(store("search", wire.MemSearch(odd, filters=filters))) == [odd]
+    for filters in (wire.NoteFilters(["a\0"]), wire.NoteFilters(metadata={odd: "a"})):
+        assert store("list", wire.MemList(filters)) == []
+    found = store("get", wire.MemGet(odd))
+    assert (found.text, found.tags, found.metadata) == (odd, [odd, "a"], {odd: odd, "a": None})
+    store("remove", wire.MemGet(odd))
+    for table in ("notes", "note_tags", "note_fields", "wordless", "note_words", "note_sums"):
+        assert store.database.row(f"SELECT count(*) FROM {table}") == (0,)

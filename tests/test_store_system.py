@@ -18,6 +18,21 @@ from libaios.home import Home
 from tests.conftest import System, eventually
 
 ADD = "import sys, libaios as aios\naios.mem.add(sys.argv[1])\n"
+#: What does not get as far as the kernel, or is not what it looks like.
+BAD = """
+import libaios as aios
+for act in (
+    lambda: aios.mem.add("a\\udc80"),
+    lambda: aios.mem.get(1 << 70),
+    lambda: aios.mem.add("x" * (100 << 20)),
+    lambda: aios.mem.add("x", tags="abc"),
+    lambda: aios.mem.add("x", metadata=[("a", 1)]),
+    lambda: aios.mem.search("x", tags=5),
+):
+    try: act()
+    except OSError as err: print(err.errno, err.strerror.partition(":")[0])
+print(aios.mem.stats()["notes"])
+"""
 LIST = "import libaios as aios\nprint([note.text for note in aios.mem.list()])\n"
 
 
@@ -60,7 +75,7 @@ def test_acknowledged_notes_outlive_the_store(fresh_aiosd: Callable[..., System]
     assert sorted(note.text for note in notes) == sorted(f"note {number}" for number in range(written))
 
 
-def test_bad_input_is_refused_with_a_sentence(fresh_aiosd: Callable[..., System]) -> None:
+def test_bad_input_is_refused_with_a_sentence(fresh_aiosd: Callable[..., System], tmp_path: Path) -> None:
     system = fresh_aiosd()
     nan = float("nan")
     with Client(Home(str(system.home))) as client:
@@ -76,13 +91,35 @@ def test_bad_input_is_refused_with_a_sentence(fresh_aiosd: Callable[..., System]
             (wire.Sys.MEM_ADD, wire.MemAdd("x", ttl_s=nan)),
             (wire.Sys.MEM_ADD, wire.MemAdd("x", metadata={"n": nan})),
             (wire.Sys.MEM_ADD, wire.MemAdd("x", metadata={"n": [1]})),
+            (wire.Sys.MEM_ADD, wire.MemAdd("x", tags=["t"] * 65)),
+            (wire.Sys.MEM_ADD, wire.MemAdd("x", tags=["t" * 257])),
+            (wire.Sys.MEM_SEARCH, wire.MemSearch("x", 5, wire.NoteFilters(metadata={"n": {"$gt": 1}}))),
+            (wire.Sys.MEM_SEARCH, wire.MemSearch("x", 5, by="sql")),
+            (wire.Sys.MEM_SEARCH, wire.MemSearch("x" * 65537)),
+            (wire.Sys.MEM_LIST, wire.MemList(limit=0)),
+            (wire.Sys.MEM_LIST, wire.MemList(offset=-1)),
         ):
             with pytest.raises(OSError, match=r": (expected|at most) ") as caught:
                 client.call(number, args, None)
             assert caught.value.errno == errno.EINVAL, args
+        large = client.submit(wire.Sys.MEM_ADD, wire.MemAdd("x" * (15 << 20)))
+        with pytest.raises(OSError, match="text") as caught:
+            client.result(large, int)
+        assert caught.value.errno == errno.EINVAL
         assert client.call(wire.Sys.MEM_LIST, wire.MemList(), list[wire.Note]) == []
         services = {service["name"]: service for service in system.status()["services"]}
         assert services["store"]["stats"]["search"].startswith("by words (no embedder")
+    (script := tmp_path / "bad.py").write_text(BAD)
+    said = system.run("aios-run", str(script), check=True).stdout.splitlines()
+    assert said == [
+        "22 an argument cannot be sent",
+        "22 an argument cannot be sent",
+        "90 a call of 104857614 bytes; the limit is 16777216",
+        "22 tags",
+        "22 metadata",
+        "22 tags",
+        "0",
+    ]
 
 
 def test_inspect_shows_what_an_agent_keeps(fresh_aiosd: Callable[..., System], tmp_path: Path) -> None:

@@ -17,8 +17,9 @@ from aiosd.store.database import FILE, MIGRATIONS, Database, connect
 from aiosd.store.main import MOST_WORDLESS, SHARE, Chores
 from aiosd.store.room import Room
 from libaios import wire
+from libaios.wire import Sys
 from tests.test_store_commit import Store as GroupStore
-from tests.test_store_commit import add
+from tests.test_store_commit import add, ask
 from tests.test_store_memory import ME, OTHER, Store, drain, texts
 
 Found = list[str]
@@ -263,3 +264,23 @@ def test_the_file_of_an_index_has_no_copy_of_the_texts(tmp_path: Path) -> None:
     database.do("INSERT INTO note_words(rowid, owner, text) VALUES(1, 'own1', 'unmistakable')")
     assert database.row("SELECT text FROM note_words") == (None,)
     database.close()
+
+
+def test_words_do_not_wait_for_the_disk(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Their commits are on it with the next call's, which waits as ever."""
+    store = GroupStore(tmp_path)
+    levels: list[Any] = []
+
+    def committing() -> bool:
+        levels.append(store.database.db.pragma("synchronous"))
+        return False
+
+    store.database.db.set_commit_hook(committing)
+    store.turn(add(1, "one"))
+    store.memory.words.work()
+    store.turn(add(2, "two"))
+    store.turn(ask(3, Sys.MEM_SEARCH, wire.MemSearch("two")))
+    store.database.db.set_commit_hook(None)
+    full, normal = 2, 1
+    assert levels == [full, normal, full, full]
+    store.close()

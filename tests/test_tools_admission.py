@@ -92,6 +92,49 @@ def test_agents_take_turns() -> None:
     assert order == [1, 2, 3, 1, 2, 1, 2, *[1] * 7]
 
 
+def test_calls_that_came_in_a_heap_do_not_go_before_those_of_others() -> None:
+    """Each agent sends all its calls at once, one agent after the other."""
+    admission: Admission[tuple[int, int]] = Admission(workers=8)
+    for agent in range(64):
+        for number in range(6):
+            admission.submit((agent, number), agent, Needs("t"))
+    served: Counter[int] = Counter(dict.fromkeys(range(64), 0))
+    while begun := admission.begin():
+        served[begun[0][0]] += 1
+        assert max(served.values()) - min(served.values()) <= 1
+        admission.end(begun[0])
+    assert set(served.values()) == {6}
+
+
+def test_an_agent_that_calls_much_else_is_not_passed_over() -> None:
+    """Agent 1 streams calls of a tool of its own; its one call of the shared tool has its turn all the same."""
+    admission: Admission[Any] = Admission(workers=2)
+    admission.submit("shared-0", 2, Needs("shared"))
+    admission.submit("mine", 1, Needs("shared"))
+    begun, late = admission.begin(), []
+    for step in range(1, 60):
+        for agent, tool in ((1, "own"), (2, "shared")):
+            admission.submit(f"{tool}-{step}", agent, Needs(tool))
+        for key in begun:
+            admission.end(key)
+        begun = admission.begin()
+        late.append(step)
+        if "mine" in begun:
+            break
+    assert len(late) <= OVERTAKES + 2
+
+
+def test_a_call_that_is_given_up_costs_no_turn() -> None:
+    admission: Admission[Any] = Admission(workers=1)
+    admission.submit("running", 9, Needs("t"))
+    admission.begin()
+    for key, agent in (("a1", 1), ("a2", 1), ("b1", 2)):
+        admission.submit(key, agent, Needs("t"))
+    admission.end("a1")
+    admission.end("running")
+    assert admission.begin() == ["a2"]
+
+
 def test_a_call_of_many_locks_is_overtaken_so_often_and_no_more() -> None:
     """A stream of small calls, of which at least one always runs, cannot keep a call that needs both keys waiting."""
     admission: Admission[Any] = Admission(workers=4)

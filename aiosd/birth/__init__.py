@@ -12,4 +12,7 @@ title.py       the agent's name in `ps`
 program.py     the agent's program: a script, a module, another program
 frames.py      its tracebacks
 end.py         its end
+bootstrap.py   the first code of a template, in any interpreter
+template.py    a process that has imported modules, and from which agents are forked
+warmup.py      what a template does with them, so that agents share what is made in use
 """

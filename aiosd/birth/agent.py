@@ -45,6 +45,7 @@ from aiosd.birth.fork import (
 )
 from aiosd.birth.report import Report
 from aiosd.letter import Letter
+from aiosd.limits import bounds
 from libaios import wire
 
 
@@ -59,8 +60,9 @@ class Descriptors:
     report: int
 
 
-def become_agent(spec: link.Fork, pid: int, home: str, fds: Descriptors) -> int:
-    """In the forked child: turn into the agent, run its code, return its exit code."""
+def become_agent(spec: link.Fork, pid: int, home: str, fds: Descriptors, keeps_library: bool = False) -> int:
+    """In the forked child: turn into the agent, run its code, return its exit code. `keeps_library`: what the standard
+    library has stored before the fork is the agent's, too, because modules that it would import have stored it."""
     os.setsid()
     prctl(PR_SET_CHILD_SUBREAPER, 1)
     _above_stdio(fds)
@@ -82,11 +84,13 @@ def become_agent(spec: link.Fork, pid: int, home: str, fds: Descriptors) -> int:
         _take_terminal()
     os.umask(spec.umask)
     _restore_nofile()
+    _bound(spec)
     _set_environment(content, pid, home, fds)
     _reopen_streams(spec)
     gc.enable()
-    _reset_library()
-    _register_exit_functions()
+    if not keeps_library:
+        _reset_library()
+        _register_exit_functions()
 
     return found.run(found, report)
 
@@ -142,6 +146,14 @@ def _restore_nofile() -> None:
     """Python and aiosd raise the soft limit; programs that use select() need the usual one."""
     _, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
     resource.setrlimit(resource.RLIMIT_NOFILE, (min(1024, hard), hard))
+
+
+def _bound(spec: link.Fork) -> None:
+    """What Linux keeps of its budgets, in each of its processes. It cannot raise these again, unless it is root."""
+    for which, amount in bounds(share.limits for share in spec.shares):
+        _, hard = resource.getrlimit(which)
+        amount = amount if hard == resource.RLIM_INFINITY else min(amount, hard)
+        resource.setrlimit(which, (amount, amount))
 
 
 def _lower_oom_protection() -> None:

@@ -6,6 +6,7 @@ What is the same for all agents is made once in the supervisor (`prepare`), so t
 from __future__ import annotations
 
 import os
+import pickle
 import resource
 import sys
 
@@ -42,6 +43,18 @@ def rehearse() -> None:
     if _native is not None and _ground is not None:
         for level in ("flat", "flat" if _ground.cage is None else "cage"):
             plan.plan(_ground, Box(level, "all", "/srv/workspace", ["/usr/share"], []), doors=True)
+
+
+def packed() -> bytes:
+    """What all confined agents have in common, for a template: it is not forked from this process."""
+    return pickle.dumps(_ground)
+
+
+def unpack(content: bytes) -> None:
+    """In a template, what `packed` has made there. It has inherited the descriptors of the cage under their numbers."""
+    global _native, _ground
+    _native, _ground = confine.load(), pickle.loads(content)
+    cage.current = _ground.cage if _ground is not None else None
 
 
 def enter(new: Box, report: Report) -> None:

@@ -1,8 +1,8 @@
 """Forking, and what happens in a child before its own code runs.
 
-Only the supervisor forks. Every child of it leaves through `fork()` below, whose child branch ends in
-`os._exit`, so that neither the supervisor's `finally` blocks nor its `atexit` handlers ever run in a child.
-A child keeps exactly the descriptors it is told to keep, and starts with default signal handlers and a
+Only the supervisor forks, and the templates that it has started (see `template`). Every child leaves through `fork()`
+below, whose child branch ends in `os._exit`, so that neither `finally` blocks nor `atexit` handlers of the parent ever
+run in a child. A child keeps exactly the descriptors it is told to keep, and starts with default signal handlers and a
 parent-death signal. How such a child becomes an agent is in `agent`.
 """
 
@@ -49,15 +49,17 @@ def pidfd_getfd(ospid: int, number: int) -> int:
         os.close(pidfd)
 
 
-def fork(child: Callable[[], int]) -> int:
-    """Fork; the child runs `child` and exits with what it returns. Returns the child's pid in the parent."""
+def fork(child: Callable[[], int], *, tied: bool = True, exits: bool = False) -> int:
+    """Fork; the child runs `child` and exits with what it returns. Returns the child's pid in the parent.
+
+    `tied`: the child dies with its parent. `exits`: it keeps what was registered to run at the exit."""
     parent = os.getpid()
     # Signals that come between the fork and the reset of the handlers must not run the parent's handlers.
     old = _signal.pthread_sigmask(signal.SIG_BLOCK, SIGNALS)
     try:
         ospid = _fork()
         if ospid == 0:
-            _in_child(child, parent)
+            _in_child(child, parent if tied else 0, exits)
         return ospid
     finally:
         _signal.pthread_sigmask(signal.SIG_SETMASK, old)
@@ -82,14 +84,16 @@ def _nothing() -> None:
     pass
 
 
-def _in_child(child: Callable[[], int], parent: int) -> NoReturn:
+def _in_child(child: Callable[[], int], parent: int, exits: bool) -> NoReturn:
     code = 70  # EX_SOFTWARE: the exit code when even the child's error handling fails
     try:
         gc.freeze()  # inherited objects must not be collected here
-        atexit._clear()
+        if not exits:
+            atexit._clear()
         signal.set_wakeup_fd(-1)
         reset_signals()
-        die_with_parent(parent, signal.SIGKILL)
+        if parent:
+            die_with_parent(parent, signal.SIGKILL)
         _signal.pthread_sigmask(signal.SIG_SETMASK, ())
         code = child()
     except BaseException:  # of any kind: the child of a fork must not return into its parent's code
@@ -132,7 +136,8 @@ def reset_signals() -> None:
         if number not in (signal.SIGKILL, signal.SIGSTOP):
             _signal.signal(number, _signal.SIG_DFL)
     _signal.signal(signal.SIGINT, signal.default_int_handler)
-    _signal.signal(signal.SIGPIPE, _signal.SIG_IGN)  # as at Python's start: EPIPE becomes an exception
+    for number in (signal.SIGPIPE, signal.SIGXFSZ):  # as at Python's start: EPIPE and EFBIG become exceptions
+        _signal.signal(number, _signal.SIG_IGN)
 
 
 malloc = LIBC.malloc

@@ -65,6 +65,13 @@ def hide() -> None:
         sys.meta_path.insert(0, _finder)
 
 
+def share() -> None:
+    """In a template: all that it has imported is visible to its agents, and not theirs alone."""
+    global last_visible
+    inherited.update(sys.modules)
+    last_visible = next(reversed(sys.modules))
+
+
 def show() -> None:
     """Undo `hide`, in one of aiosd's own processes."""
     if _finder in sys.meta_path:

@@ -70,16 +70,17 @@ class _Stage(agent.AgentTransport):
         self._kernel.close()
 
 
-def warm_up() -> None:
+def warm_up(hides: bool = True) -> None:
     """Run what agents run, until that changes nothing in memory any more; then see that neither the garbage collector
-    nor new objects change these pages."""
+    nor new objects change these pages. `hides`: agents find the modules of a fresh interpreter."""
     heap.fill_holes()  # so that what is gathered does not go into holes
     layout.gather(_first_steps, _ONCE)
     layout.forget_attributes()
     rehearse()
     _rehearse_birth()
-    modules.hide()
-    _rehearse_imports()
+    if hides:
+        modules.hide()
+        _rehearse_imports()
     gc.collect()
     heap.fill_holes()
     gc.freeze()

@@ -12,7 +12,9 @@ small batch, and each later batch is larger. Spares that are not used for a whil
 from __future__ import annotations
 
 import array
+import errno
 import socket
+import struct
 from collections import deque
 
 from msgspec import msgpack
@@ -27,6 +29,7 @@ from aiosd.timers import Timers
 BATCH = (4, 64)  # the first one and the largest; each is twice the one before
 HURRY_S = 0.1  # after two spawns within this time, more are likely to follow
 IDLE_S = 0.5
+PID = struct.Struct("=i")  # of a spare, as a template reports it
 LARGEST = 64 << 10  # bytes of a message that a new socket always takes at once
 
 _decode = msgpack.Decoder(tuple[link.Fork, int, str]).decode
@@ -57,12 +60,11 @@ class Spares:
             while self._waiting:
                 ospid, sock = self._waiting.popleft()
                 try:
-                    rights = array.array("i", (*stdio, memfd, bell, letter))
-                    sock.sendmsg([payload], [(socket.SOL_SOCKET, socket.SCM_RIGHTS, rights)], socket.MSG_DONTWAIT)
+                    _send(sock, payload, (*stdio, memfd, bell, letter))
                     return ospid, sock
                 except OSError:
                     sock.close()  # it was killed, or no descriptor is left: the next attempt shows which
-        ours, theirs = _pair()
+        ours, theirs = pair()
         try:
             fds = Descriptors(stdio, memfd, bell, letter, theirs.fileno())
             return fork(lambda: become_agent(spec, pid, home, fds)), ours
@@ -80,9 +82,9 @@ class Spares:
         heap.tidy()
         try:
             for _ in range(size):
-                pairs.append(_pair())
+                pairs.append(pair())
             for ours, theirs in pairs:
-                self._waiting.append((fork(lambda theirs=theirs: _wait(theirs)), ours))  # type: ignore[misc]
+                self._waiting.append((fork(lambda theirs=theirs: become(theirs)), ours))  # type: ignore[misc]
         except OSError:  # fewer then, or none: the spawn raises the error
             for ours, _ in pairs[len(self._waiting) :]:
                 ours.close()
@@ -104,12 +106,28 @@ class Spares:
             self._waiting.popleft()[1].close()
 
 
-def _pair() -> tuple[socket.socket, socket.socket]:
+def pair() -> tuple[socket.socket, socket.socket]:
+    """The supervisor's end, and that of the process that becomes an agent."""
     return socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
 
 
-def _wait(sock: socket.socket) -> int:
-    """In the spare: wait for the agent that it becomes."""
+def tell(
+    sock: socket.socket, spec: link.Fork, pid: int, home: str, stdio: tuple[int, int, int], channel: tuple[int, ...]
+) -> None:
+    """Tell a process that waits in `become` which agent it is. `channel`: memfd, bell, letter. Raises OSError."""
+    payload = msgpack.encode((spec, pid, home))
+    if len(payload) > LARGEST:
+        raise OSError(errno.E2BIG, "what is known of this agent is too long")
+    _send(sock, payload, (*stdio, *channel))
+
+
+def _send(sock: socket.socket, payload: bytes, fds: tuple[int, ...]) -> None:
+    rights = array.array("i", fds)
+    sock.sendmsg([payload], [(socket.SOL_SOCKET, socket.SCM_RIGHTS, rights)], socket.MSG_DONTWAIT)
+
+
+def become(sock: socket.socket, keeps_library: bool = False) -> int:
+    """In the spare: wait for the agent that it becomes. `keeps_library`: see `become_agent`."""
     keep_only((sock.fileno(), *cage.descriptors()))
     name_process("aios:spare")
     payload, ancillary, _, _ = sock.recvmsg(LARGEST, socket.CMSG_SPACE(6 * 4))
@@ -117,4 +135,5 @@ def _wait(sock: socket.socket) -> int:
         return 0
     stdin, stdout, stderr, memfd, bell, letter = array.array("i", ancillary[0][2])
     spec, pid, home = _decode(payload)
-    return become_agent(spec, pid, home, Descriptors((stdin, stdout, stderr), memfd, bell, letter, sock.detach()))
+    fds = Descriptors((stdin, stdout, stderr), memfd, bell, letter, sock.detach())
+    return become_agent(spec, pid, home, fds, keeps_library)

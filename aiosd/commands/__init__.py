@@ -32,6 +32,7 @@ MODULES = {
     "aios-renice": "aiosd.commands.renice",
     "aios-top": "aiosd.commands.top",
     "aios-sto": "aiosd.commands.sto",
+    "aios-approve": "aiosd.commands.approve",
 }
 
 

@@ -29,11 +29,11 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from aiosd import agentlog
-from aiosd.commands import agents, detachkeys, edge
+from aiosd.commands import agents, asks, detachkeys, edge
 from aiosd.commands.wait import UNKNOWN, exit_code
 from libaios.client import Client, NoKernel
 from libaios.connection import Pending, decode_body
-from libaios.wire import Kill, PidArgs, Sys, Wait, Waited
+from libaios.wire import Kill, PidArgs, Sys, Wait, Waited, WatchAsks
 
 if TYPE_CHECKING:
     from aiosd.commands.terminal import RawMode
@@ -147,6 +147,7 @@ class View:
         self.detached = False  # by the keys for it
         self.wakeup = -1
         self.end: Pending = client.submit(Sys.WAIT, Wait(pid))
+        self.asked = asks.watch(client, WatchAsks(pid))
         self.end_by = 0.0  # how long to wait for the last output; 0: the agent lives
 
     def run(self, tail: int | None) -> int:
@@ -178,6 +179,7 @@ class View:
             self.client.pump()
             if self.client.socket.reborn:  # a new kernel: send at once again what we wait for
                 self.client.pump()
+            self._show_asks()
             over = self._over()
             if not self.buffer:
                 self.buffer = self.log.read()
@@ -187,6 +189,10 @@ class View:
                 self._leave()
                 self.raw = None
             self._turn()
+
+    def _show_asks(self) -> None:
+        for line in asks.notices(self.asked):
+            os.write(2, f"\r\naios-attach: {line}\r\n".encode())
 
     def _over(self) -> bool:
         """Whether the agent has ended and its last output is in the log. Must be called before the log is read."""

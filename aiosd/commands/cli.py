@@ -24,7 +24,7 @@ from typing import TYPE_CHECKING, Any, NoReturn
 import click
 
 from aiosd import apart, config
-from aiosd.commands import edge, getembedder, models, started, store, tokens, tools
+from aiosd.commands import edge, getembedder, mcp, models, started, store, tokens, tools
 from aiosd.commands.summary import brief, full
 from aiosd.errors import AiosdError, WorldError
 from libaios.client import Home, NoKernel
@@ -405,6 +405,7 @@ def _ended(pidfd: int, timeout_s: float) -> bool:
 
 models.register(command)
 tools.register(command)
+mcp.register(command)
 tokens.register(command)
 store.register(command)
 getembedder.register(command)

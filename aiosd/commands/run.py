@@ -28,19 +28,20 @@ import os
 import select
 import signal
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any
 
 import click
 
-from aiosd.commands import edge
+from aiosd import limits
+from aiosd.commands import asks, edge
 from aiosd.commands.wait import exit_code
-from aiosd.units import format_size, parse_count, parse_duration, parse_size
-from libaios import wire
+from aiosd.units import parse_duration
+from libaios import template, wire
 from libaios.client import Client, NoKernel
 from libaios.connection import Pending, decode_body
 from libaios.sandbox import wish
-from libaios.wire import Kill, Limits, Spawn, Spawned, Sys, Wait, Waited
+from libaios.wire import Kill, Spawn, Spawned, Sys, Wait, Waited, WatchAsks
 
 if TYPE_CHECKING:
     from click.shell_completion import CompletionItem
@@ -67,6 +68,7 @@ EXAMPLES = """
   aios-run -t -- bash                      any program; -t: on a terminal
   aios-run -d --name crawler crawl.py      in the background: prints the pid
   aios-run -dt --name sh -- bash           the same, for aios-attach sh
+  aios-run --preload autogen_agentchat.agents --python venv agent.py
   aios-run -n 5 --time 60 --tokens 10000 --memory 512M agent.py
 """
 
@@ -108,30 +110,6 @@ def split(args: Sequence[str], takes_value: set[str]) -> tuple[list[str], str, l
     return list(args), "file", []
 
 
-class Size(click.ParamType[int]):
-    """Bytes, with a suffix of K, M, G or T."""
-
-    name = "size"
-
-    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> int:
-        try:
-            return value if isinstance(value, int) else parse_size(value)
-        except ValueError as err:
-            self.fail(str(err), param, ctx)
-
-
-class Count(click.ParamType[int]):
-    """A number, with a suffix of k or M."""
-
-    name = "whole number"
-
-    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> int:
-        try:
-            return value if isinstance(value, int) else parse_count(value)
-        except ValueError as err:
-            self.fail(str(err), param, ctx)
-
-
 class Duration(edge.Seconds):
     """A number of seconds, or a length of time with units."""
 
@@ -140,6 +118,35 @@ class Duration(edge.Seconds):
             with contextlib.suppress(ValueError):
                 value = parse_duration(value)
         return super().convert(value, param, ctx)
+
+
+class Amount(click.ParamType[float]):
+    """How much of a budget: read as in aiosd.toml."""
+
+    def __init__(self, kind: limits.Kind) -> None:
+        self.kind = kind
+        self.name = kind.metavar
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> float:
+        try:
+            amount: float = self.kind.read(value)
+            return amount
+        except ValueError as err:
+            self.fail(str(err), param, ctx)
+
+
+def budget_options(command: Callable[..., int]) -> Callable[..., int]:
+    """An option for each kind of budget, which arrives as `budget_NAME`, and one for their messages."""
+    percent = click.IntRange(0, 100)
+    words = "Send it a message when that much of a budget is used, such as 80."
+    command = click.option("--soft-limit", "budget_soft_limit", type=percent, metavar="PERCENT", help=words)(command)
+    for kind in reversed(limits.KINDS):
+        amount = Duration(min=0) if kind.metavar == "S" else Amount(kind)
+        option = click.option(
+            kind.flag, f"budget_{kind.name}", type=amount, metavar=kind.metavar, help=f"Budget: {kind.help}"
+        )
+        command = option(command)
+    return command
 
 
 def _complete_file(context: click.Context, parameter: click.Parameter, incomplete: str) -> list[CompletionItem]:
@@ -179,9 +186,7 @@ def _complete_file(context: click.Context, parameter: click.Parameter, incomplet
 )
 @click.option("-g", "--group", metavar="GROUP", help="Privilege group.")
 @click.option("--no-gateway-env", "own_env", is_flag=True, help="Leave OPENAI_BASE_URL and the like as they are.")
-@click.option("--tokens", type=Count(), metavar="N", help="Budget of tokens, computed and generated, such as 10k.")
-@click.option("--time", "seconds", type=Duration(min=0), metavar="S", help="Budget of wall seconds, or 1h30m.")
-@click.option("--memory", type=Size(), metavar="SIZE", help="Budget of memory, such as 512M.")
+@budget_options
 @click.option(
     "--sandbox",
     type=click.Choice(["none", "flat", "cage"]),
@@ -190,6 +195,14 @@ def _complete_file(context: click.Context, parameter: click.Parameter, incomplet
 @click.option("--read", "read", multiple=True, metavar="PATH", help="A file or folder that it may read in a sandbox.")
 @click.option("--write", "write", multiple=True, metavar="PATH", help="One that it may change.")
 @click.option("--net", metavar="none|all", help="Whether it has a network in a sandbox; else as the settings say.")
+@click.option(
+    "--preload",
+    "preload",
+    multiple=True,
+    metavar="MODULE,...",
+    help="Fork it from a warm process that has imported these: it starts at once, and shares their memory.",
+)
+@click.option("--python", "python", metavar="ENV", help="With --preload: an interpreter or a virtual environment.")
 @click.argument(
     "target",
     nargs=-1,
@@ -200,6 +213,7 @@ def _complete_file(context: click.Context, parameter: click.Parameter, incomplet
 @click.pass_context
 def command(
     context: click.Context,
+    /,
     detach: bool,
     terminal: bool,
     restart: str,
@@ -208,14 +222,14 @@ def command(
     variables: tuple[str, ...],
     group: str | None,
     own_env: bool,
-    tokens: int | None,
-    seconds: float | None,
-    memory: int | None,
     sandbox: str | None,
     read: tuple[str, ...],
     write: tuple[str, ...],
     net: str | None,
+    preload: tuple[str, ...],
+    python: str | None,
     target: tuple[str, ...],
+    **budgets: float | None,
 ) -> int:
     if not target or not target[0]:
         what = "-m needs a module" if context.meta["kind"] == "module" else "give FILE.py, -m MODULE or -- PROGRAM"
@@ -233,8 +247,20 @@ def command(
             raise edge.Failed(f"{path}: there is no such file or folder to grant", NOT_STARTED)
     kind, environment, cwd = context.meta["kind"], _environment(variables), _working_directory()
     names = [word.partition("=")[0] for word in variables]
-    grants = wish(kind, target[0], cwd, environment, level=sandbox, read=read, write=write, variables=names, net=net)
     try:
+        forked_from = _template(kind, preload, python)
+        grants = wish(
+            kind,
+            target[0],
+            cwd,
+            environment,
+            level=sandbox,
+            read=read,
+            write=write,
+            variables=names,
+            net=net,
+            needed=template.folders(forked_from),
+        )
         spawn = Spawn(
             kind=kind,
             target=wire.os_text(target[0]),
@@ -244,7 +270,7 @@ def command(
             name=name,
             nice=nice,
             group=group,
-            limits=Limits(tokens, seconds, memory),
+            limits=limits.limits_of({name.removeprefix("budget_"): amount for name, amount in budgets.items()}),
             umask=_umask(),
             detached=detach,
             attached=not detach,
@@ -252,6 +278,7 @@ def command(
             tty=terminal,
             gateway=False if own_env or any(name.startswith(OWN) for name in names) else None,
             sandbox=grants,
+            template=forked_from,
         )
         if detach and terminal:
             from aiosd.commands import holder
@@ -267,6 +294,21 @@ def command(
         raise edge.Failed(edge.reason(err), NOT_STARTED) from None
     except OSError as err:
         raise _failure(err) from None
+
+
+def _template(kind: str, preload: Sequence[str], python: str | None) -> wire.Template | None:
+    """From which process the agent is forked, None: from aiosd's own."""
+    named = [name.strip() for words in preload for name in words.split(",")]
+    if not named and python is None:
+        return None
+    if not named:
+        raise click.UsageError("--python goes with --preload; without: aios-run -- ENV/bin/python FILE.py")
+    if kind == "exec":
+        raise click.UsageError("--preload goes with FILE.py or -m MODULE: a program after -- starts afresh")
+    for name in named:
+        if not all(part.isidentifier() for part in name.split(".")):
+            raise click.UsageError(f"--preload {name}: is no name of a module")
+    return template.wish(named, python or "")
 
 
 def _print_pid(pid: int) -> int:
@@ -352,12 +394,14 @@ class Attachment:
         self.master = -1  # of the pty
         self.raw: RawMode | None = None
         self.wakeup = -1
+        self.asked: Pending | None = None  # brings what the agent needs a person's approval for
 
     def run(self) -> int:
         """Run the agent from spawn to end; returns the exit code."""
         self._catch_signals()
         try:
             self._connect_stdio()
+            self.asked = asks.watch(self.client, WatchAsks(attached=True))  # before: it may ask at once
             spawned: Spawned = self._await(self.client.submit(Sys.SPAWN, self.spawn, self.given_fds), Spawned)
             self._agent_lives(spawned.pid)
             _note_alone(self.spawn, spawned)
@@ -380,12 +424,7 @@ class Attachment:
         self.signals = self.early + self.signals
 
     def _explain(self, waited: Waited) -> None:
-        limits = self.spawn.limits
-        words = waited.reason
-        if waited.budget and not words:
-            memory = None if limits.memory_bytes is None else format_size(limits.memory_bytes)
-            amounts = {"tokens": limits.tokens, "time": limits.time_s, "memory": memory}
-            words = f"{waited.budget} budget of {amounts.get(waited.budget)} used up"
+        words = waited.reason or limits.sentence(self.spawn.limits, waited.budget)
         if words:
             edge.complain("aios-run", f"agent {self.pid}: {words}")
 
@@ -465,6 +504,7 @@ class Attachment:
             while self.signals:
                 self._on_signal(self.signals.pop(0))
             self._pump()
+            self._show_asks()
             if call.final is not None:
                 return decode_body(call.final, result)
             self._turn()
@@ -475,6 +515,13 @@ class Attachment:
         self.client.pump()
         if self.client.socket.reborn:
             self.client.pump()
+
+    def _show_asks(self) -> None:
+        for line in asks.notices(self.asked):
+            if self.raw is not None and self.raw.entered:
+                os.write(2, f"\r\naios-run: {line}\r\n".encode())
+            else:
+                edge.complain("aios-run", line)
 
     def _turn(self) -> None:
         self._enter_raw_mode()

@@ -20,8 +20,10 @@ def brief(found: dict[str, Any], machine: str = "") -> list[str]:
     others = [service for service in found.get("services", []) if service.get("state") not in (None, "ready")]
     rows |= {str(service.get("name", "?")): str(service["state"]) for service in others}
     rows |= {str(service["name"]): text for service in found.get("services", []) if (text := _errors(service))}
+    rows["templates"] = ", ".join(_template(one) for one in found.get("templates", []))
     rows |= {f"agent {name}": text for name, text in found.get("agent_problems", {}).items()}
     rows["sandbox"] = _sandbox(found.get("sandbox") or {})
+    rows["access"] = _access(found.get("access") or {})
     rows["machine"] = machine
     width = max(map(len, rows))
     lines = [_head(found)]
@@ -73,6 +75,16 @@ def _sandbox(found: dict[str, Any]) -> str:
     return ", ".join(parts)
 
 
+def _access(found: dict[str, Any]) -> str:
+    """The rules, and what waits for a person."""
+    parts = [f"{found.get(name)} {name}" for name in ("rules",) if found.get(name)]
+    if found.get("always"):
+        parts.append(f"{found['always']} allowed for all times")
+    if found.get("asks"):
+        parts.append(f"{found['asks']} asked for now (aios-approve)")
+    return ", ".join(parts)
+
+
 def _agents(found: dict[str, Any]) -> str:
     states = found.get("agents", {})
     text = str(sum(states.values()))
@@ -101,6 +113,14 @@ def _model_in_a_line(model: dict[str, Any]) -> str:
     if model.get("default"):
         parts.append("the default")
     return ", ".join(parts)
+
+
+def _template(one: dict[str, Any]) -> str:
+    """`openai (Python 3.11.7; 612 modules; 5 agents)`: without commas, at which lines are broken."""
+    name = str(one.get("name", "?")).partition(":")[2]
+    if one.get("state") != "ready":
+        return f"{name} ({one.get('state', '?')})"
+    return f"{name} (Python {one.get('version')}; {one.get('loaded')} modules; {one.get('agents')} forked)"
 
 
 def _route_in_a_line(route: dict[str, Any]) -> str:
@@ -153,6 +173,7 @@ def full(found: dict[str, Any], machine: str = "") -> list[str]:
     models, checked = rest.pop("models", []), rest.pop("check", None)
     cores = {str(model.get("pid")) for model in models}
     services = [service for service in rest.pop("services", []) if str(service.get("pid")) not in cores]
+    templates = rest.pop("templates", [])
     rows: dict[str, Any] = {name: rest.pop(name) for name in ("home", "logs", "log", "policy") if name in rest}
     rows["agents"] = _agents(found)
     if machine:
@@ -165,6 +186,10 @@ def full(found: dict[str, Any], machine: str = "") -> list[str]:
         lines += _full_model(dict(model))
     for service in services:
         lines += _full_service(dict(service))
+    for template in templates:
+        name = template.get("name", "?")
+        rows = {key: value for key, value in template.items() if key != "name"}
+        lines += [str(name), *(f"  {key:18} {_value(key, value)}" for key, value in rows.items())]
     return lines + _checked(checked)
 
 

@@ -11,6 +11,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import os
+from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from typing import Protocol
@@ -24,6 +25,7 @@ from libaios.home import Home
 CONNECTIONS = 256  # of one agent
 BODY_BYTES = 64 << 20  # of one agent's requests that are being received,
 BODY_BYTES_ALL = 512 << 20  # … and of all agents'
+PACE_OF_STREAM_S, PACE_S = 0.0015, 0.03  # between two parts of a stream: for each that there is, and at most
 
 
 class User(Protocol):
@@ -54,7 +56,7 @@ class Account:
     all: Accounts
     users: set[User] = field(default_factory=set)  # TCP connections that were shown to be its own
     body_bytes: int = 0
-    conversations: dict[str, bytes] = field(default_factory=dict)  # by the id of their last response; oldest first
+    responses: dict[str, bytes] = field(default_factory=dict)  # those that are kept (`openai.kept`); oldest first
 
     @property
     def over(self) -> bool:
@@ -88,8 +90,11 @@ class Account:
 
 
 class Accounts:
-    def __init__(self, home: Home) -> None:
+    """`streams`: how many replies are being sent in parts."""
+
+    def __init__(self, home: Home, streams: Callable[[], int]) -> None:
         self._home = home
+        self._streams = streams
         self._by_token: dict[str, asyncio.Task[Account]] = {}
         self.body_bytes = 0  # of all agents
         self._threads = ThreadPoolExecutor(2, "identity")
@@ -119,8 +124,13 @@ class Accounts:
             raise
         assert greeting.frames is not None
         connection = Connection(ControlSocket(self._home, token, (greeting.frames, welcome)))
-        connection.attach_loop(asyncio.get_running_loop())
+        connection.attach_loop(asyncio.get_running_loop(), self._pace_s)
         return Account(welcome.pid, welcome.ospid, connection, self)
+
+    def _pace_s(self) -> float:
+        """A crowd's tokens are passed on some at a time: each part of a stream costs a program, the kernel and this
+        process more than the token in it."""
+        return min(PACE_S, self._streams() * PACE_OF_STREAM_S)
 
     async def is_of(self, account: Account, theirs: Address, ours: Address) -> bool:
         """Whether the TCP connection is one of this agent."""

@@ -21,4 +21,5 @@ async def metrics(request: Request) -> None:
         ("completion_tokens", counters.completion_tokens),
     ):
         lines += [f"# TYPE aios_gateway_{name}_total counter", f"aios_gateway_{name}_total {value}"]
+    lines += ["# TYPE aios_gateway_streams gauge", f"aios_gateway_streams {counters.streams}"]
     await request.reply_bytes("".join(f"{line}\n" for line in lines).encode(), b"text/plain; version=0.0.4")

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from aiosd.gateway import cerebrum, health, ollama
-from aiosd.gateway.openai import chat, completions, embeddings, listing, responses, tokens
+from aiosd.gateway.openai import chat, completions, embeddings, kept, listing, responses, tokens
 from aiosd.gateway.web import Handler, Route, route
 
 #: Before the paths of OpenAI's API: nothing, a version, or an engine as older clients have it.
@@ -24,6 +24,10 @@ ROUTES = [
     _openai("POST", "/chat/completions", chat.complete),
     _openai("POST", "/completions", completions.complete),
     _openai("POST", "/responses", responses.create),
+    _openai("GET", "/responses/{response}", kept.get),
+    _openai("DELETE", "/responses/{response}", kept.delete),
+    _openai("POST", "/responses/{response}/cancel", kept.cancel),
+    _openai("GET", "/responses/{response}/input_items", kept.input_items),
     _openai("POST", "/embeddings", embeddings.embed),
     _openai("POST", "/tokenize", tokens.tokenize),
     _openai("POST", "/detokenize", tokens.detokenize),

@@ -8,7 +8,9 @@ from __future__ import annotations
 
 import asyncio
 import logging
+import selectors
 import socket
+import time
 from typing import Any
 
 from uvicorn import Config
@@ -26,6 +28,7 @@ STRANGERS = 128
 STRANGER_S = 20.0  # until its first request is shown to be an agent's
 HEAD_BYTES = 64 << 10  # of a request's line and headers
 KEEP_ALIVE_S = 75
+GATHER_S = 0.0003
 
 
 class Strangers:
@@ -111,14 +114,28 @@ class Guarded(HttpToolsProtocol):
 
 
 def serve(superior: Superior, spec: GatewaySpec, rounds: Rounds) -> int:
-    return asyncio.run(_serve(superior, spec, rounds))
+    with asyncio.Runner(loop_factory=lambda: asyncio.SelectorEventLoop(Gathering())) as runner:
+        return runner.run(_serve(superior, spec, rounds))
+
+
+class Gathering(selectors.EpollSelector):
+    """Waits a moment longer when there is something. A model gives out the tokens of all its streams at once, and the
+    kernel sends them on one by one: without that each of them would wake this process, and the process of the model
+    would have to wait for the processor as often."""
+
+    def select(self, timeout: float | None = None) -> list[tuple[selectors.SelectorKey, int]]:
+        found = super().select(timeout)
+        if not found or timeout == 0:
+            return found
+        time.sleep(GATHER_S)
+        return super().select(0)
 
 
 async def _serve(superior: Superior, spec: GatewaySpec, rounds: Rounds) -> int:
     loop = asyncio.get_running_loop()
     ended = asyncio.Event()
-    accounts = Accounts(spec.home)
     strangers, counters = Strangers(), Counters()
+    accounts = Accounts(spec.home, lambda: counters.streams)
     superior.on_gone = accounts.gone
     superior.stats = lambda: {
         **counters.totals(),
@@ -138,7 +155,15 @@ async def _serve(superior: Superior, spec: GatewaySpec, rounds: Rounds) -> int:
     for name in ("uvicorn.error", "uvicorn.access"):
         logging.getLogger(name).setLevel(logging.ERROR)  # not a line for each broken request
     app = App(accounts, counters, spec.door, ROUTES)
-    config = Config(app, lifespan="off", ws="none", access_log=False, log_config=None, timeout_keep_alive=KEEP_ALIVE_S)
+    config = Config(
+        app,
+        lifespan="off",
+        ws="none",
+        access_log=False,
+        log_config=None,
+        proxy_headers=False,
+        timeout_keep_alive=KEEP_ALIVE_S,
+    )
     config.load()
     kind = type("Connection", (Guarded,), {"strangers": strangers})
     state = ServerState()

@@ -101,6 +101,7 @@ class Counters:
     prompt_tokens: int = 0
     completion_tokens: int = 0
     cancelled: int = 0
+    streams: int = 0  # replies that are being sent in parts now
 
     def note(self, status: int) -> None:
         self.requests[status] = self.requests.get(status, 0) + 1
@@ -120,6 +121,7 @@ class Request:
         self.app = app
         self.method: str = scope["method"]
         self.path: str = scope["path"]
+        self.query: bytes = scope["query_string"]
         self.connection: User = scope["connection"]
         self.headers: dict[bytes, bytes] = dict(scope["headers"])
         self.account: Account

@@ -13,11 +13,11 @@ from typing import TYPE_CHECKING, Generic, TypeVar
 
 from aiosd import link
 from aiosd.heartbeat import Heart
-from aiosd.link import Key
+from aiosd.link import Key, TemplateShown
 from aiosd.restart import Restarts
 from aiosd.sandbox.probe import Offer
 from aiosd.service import Service
-from aiosd.timers import Timer
+from aiosd.timers import Cancellable
 
 if TYPE_CHECKING:
     from aiosd.config import Settings
@@ -77,13 +77,14 @@ class Agent:
     stopped: bool = False
     status: int | None = None  # exit code or -signal; None while alive
     ended: float = 0.0  # Unix time
+    cpu_s: float = 0.0  # what its last process has used, with the children that it had waited for
     # of an agent that is started again when it ends (its `ospid` is 0 while it waits for that)
     restarts: Restarts | None = None
     forked_at: float = 0.0  # when its process was forked, on the monotonic clock
     letter: int = -1  # what it runs: a descriptor, kept for its next start and for the next kernel
     door: int = -1  # of a confined one: a descriptor, see `sandbox.doors`
     last_status: int = 0
-    again: Timer | None = None  # None while it waits: STOP holds it
+    again: Cancellable | None = None  # its next start; None while it waits: STOP holds it
     # changed by signals sent to it
     told_to_end: bool = False  # by TERM: its orphans get time to end in order
     meant: bool = False  # a signal that ends it was sent through aiosd: it is not started again
@@ -127,3 +128,4 @@ class Inheritance:
     offer: Offer = field(default_factory=lambda: Offer("none"))  # which sandbox this machine can do
     agents: list[Agent] = field(default_factory=list)
     services: list[Process] = field(default_factory=list)
+    templates: list[TemplateShown] = field(default_factory=list)

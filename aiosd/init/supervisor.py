@@ -31,8 +31,7 @@ from collections.abc import Callable
 from typing import TYPE_CHECKING, ClassVar
 
 from aiosd import apart, link, log, procfs, restart
-from aiosd.birth import confinement, fork, modules
-from aiosd.birth.spares import Spares
+from aiosd.birth import confinement, fork, modules, spares
 from aiosd.errors import Bug
 from aiosd.heartbeat import BEAT_S, Heart, Rounds, beat, beat_in_background
 from aiosd.init import environment, notify, services
@@ -43,11 +42,13 @@ from aiosd.init.records import BACKOFF_S, Agent, Inheritance, Memo, Process
 from aiosd.init.signals import Received, describe_sender, open_signals, read_signals, signal_tree
 from aiosd.init.signals import name as signal_name
 from aiosd.init.sweep import sweep
+from aiosd.init.templates import Order, Template, Templates
 from aiosd.sandbox import cage
 from aiosd.sandbox.box import LEVELS
 from aiosd.sandbox.probe import Offer
 from aiosd.service import Service, Stopped
 from aiosd.timers import Timers
+from libaios import wire
 from libaios.channel import Channel, Side, make_channel, raise_epoch
 from libaios.stream import FrameSocket
 
@@ -66,6 +67,7 @@ GUARDIAN_DIED = signal.SIGUSR1
 ORDERS = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP)
 SIGNALS = (signal.SIGCHLD, *ORDERS, GUARDIAN_DIED)
 ENDING = (signal.SIGTERM, signal.SIGHUP, signal.SIGINT, signal.SIGQUIT)  # signals that tell an agent to end
+Spare = tuple[int, socket.socket]
 KERNEL = Service("kernel", kind="", entry="")  # forked by `_fork_kernel`
 
 
@@ -83,14 +85,18 @@ class Supervisor:
         self.epoll = select.epoll()
         self.pids = PidCounter(self.home.data / "last-pid", self.home.logs)
         # processes
-        self.children: dict[int, Agent | Process] = {}  # live ones, by Linux pid
+        self.children: dict[int, Agent | Process | Template] = {}  # live ones, by Linux pid
         self.agents: dict[int, Agent] = {}  # by pid, live and dead until forgotten
-        self.spares = Spares(self.timers)
+        self.spares = spares.Spares(self.timers)
         self.orphans = Orphans(self.timers, self._known_children, settings.stop_timeout_s, settings.orphans == "term")
         self.kernel = Process(KERNEL, 0)
         self.services: dict[str, Process] = {}
         self.link: FrameSocket | None = None  # to the kernel
         self.births = Births(self.epoll, self.timers, self._born)
+        self.templates = Templates(
+            self.epoll, self.timers, self.children, self.pids.next, self._tell_templates, settings.template_idle_s
+        )
+        self.orders: dict[link.Key, int] = {}  # spawns that wait for a template, with the epoch of their kernel
         self.served_once = False  # the system has been ready
         self.epoch = 0
         # results of calls that take effect once
@@ -150,7 +156,7 @@ class Supervisor:
                 self._on_signals(read_signals(fd))
             elif self.link is not None and fd == self.link.fileno():
                 self._on_kernel(self.link)
-            else:
+            elif not self.templates.look(fd):
                 self.births.look(fd)
         self.timers.run_due()
 
@@ -223,7 +229,7 @@ class Supervisor:
             waiting = ", ".join(report["after_restart"])
             logger.info("settings read again%s", f"; after a restart: {waiting}" if waiting else "")
         log.set_level(self.settings.log_level)
-        self._tell(link.Reread(self.settings.log_level, self.settings.schedule(), dict(report)))
+        self._tell(link.Reread(self.settings.log_level, self.settings.schedule(), self.settings.access, dict(report)))
 
     # ── the kernel ────────────────────────────────────────────────────────────────────────────────────────
 
@@ -264,6 +270,7 @@ class Supervisor:
             offer=self.offer,
             agents=list(self.agents.values()),
             services=list(self.services.values()),
+            templates=self.templates.shown(),
         )
         keep = [self.listener.fileno(), theirs.fileno(), heart.write, *self.journal, self.ledger]
         keep += [fd for agent in self._live_agents() for fd in (agent.memfd, agent.bell)]
@@ -428,15 +435,60 @@ class Supervisor:
                 return  # the reply is sent when the birth is over
             self._tell(_forked(message.key, known))
             return
+        if message.key in self.orders:
+            self.orders[message.key] = self.epoch
+            return
         try:
             if self.stopping:
                 raise OSError(errno.EAGAIN, "aiosd is shutting down")
             if message.outside:
                 self._enrol(message, fds)
+            elif message.template is not None:
+                self._order(message, fds)
             else:
                 self._spawn(message, fds)
         except OSError as err:
-            self._tell(link.ForkFailed(message.key, err.errno or 5, err.strerror or str(err)))
+            self._fork_failed(message.key, err.errno or 5, err.strerror or str(err))
+
+    def _fork_failed(self, key: link.Key, number: int, words: str) -> None:
+        self._tell(link.ForkFailed(key, number, words))
+
+    def _order(self, spec: link.Fork, fds: list[int]) -> None:
+        """Have a template fork the agent's process, and spawn it then. Raises OSError."""
+        assert spec.template is not None
+        kept = [os.dup(fd) for fd in fds]
+
+        def over() -> bool:
+            """Whether the kernel that waits for it is still there: another one knows nothing of it."""
+            return self.orders.pop(spec.key, -1) == self.epoch and not self.stopping
+
+        def done(ospid: int, sock: socket.socket) -> None:
+            try:
+                if over():
+                    self._spawn(spec, kept, (ospid, sock))
+                else:
+                    sock.close()
+            except OSError as err:
+                sock.close()
+                self._fork_failed(spec.key, err.errno or 5, err.strerror or str(err))
+            finally:
+                _close(kept)
+
+        def failed(number: int, words: str) -> None:
+            _close(kept)
+            if over():
+                self._fork_failed(spec.key, number, words)
+
+        self.orders[spec.key] = self.epoch
+        try:
+            self.templates.order(spec.template, done, failed)
+        except OSError:
+            del self.orders[spec.key]
+            _close(kept)
+            raise
+
+    def _tell_templates(self) -> None:
+        self._tell(link.Templates(self.templates.shown()))
 
     def _born(self, birth: Birth) -> None:
         """An agent runs, or cannot start: only now the kernel gets its reply. A kernel that was forked during the birth
@@ -461,7 +513,8 @@ class Supervisor:
             with contextlib.suppress(OSError):
                 os.unlink(agent.log)
 
-    def _spawn(self, spec: link.Fork, fds: list[int]) -> None:
+    def _spawn(self, spec: link.Fork, fds: list[int], spare: Spare | None = None) -> None:
+        """`spare`: the process that becomes the agent, with the socket at which it waits; None: one is forked."""
         pid = self.pids.next()
         log_path = str(self.home.logs / f"{pid}.log") if spec.detached else ""
         policy = restart.parse(spec.restart)
@@ -469,7 +522,7 @@ class Supervisor:
         kept = again or spec.sandbox != "none"  # else nothing in it is needed any more
         letter = os.dup(fds[0]) if kept else -1
         try:
-            ospid, report, memfd, bell = self._start(spec, pid, fds, log_path)
+            ospid, report, memfd, bell = self._start(spec, pid, fds, log_path, spare)
         except OSError:
             if kept:
                 os.close(letter)
@@ -515,7 +568,9 @@ class Supervisor:
         self.spawned.put(spec.key, pid)
         self._tell(_forked(spec.key, agent))
 
-    def _start(self, spec: link.Fork, pid: int, fds: list[int], log_path: str) -> tuple[int, socket.socket, int, int]:
+    def _start(
+        self, spec: link.Fork, pid: int, fds: list[int], log_path: str, spare: Spare | None = None
+    ) -> tuple[int, socket.socket, int, int]:
         """`fds`: its letter, and what was given as its stdin, stdout and stderr. Returns its Linux pid, the socket of
         its report, and its channel: memfd and the kernel's end of the bell."""
         letter, *given = fds
@@ -524,7 +579,12 @@ class Supervisor:
             memfd, bell, agent_bell = make_channel(RING_BYTES, RING_BYTES)
             opened.append(agent_bell)
             try:
-                ospid, report = self.spares.start(spec, pid, str(self.home.root), stdio, memfd, agent_bell, letter)
+                home = str(self.home.root)
+                if spare is None:
+                    ospid, report = self.spares.start(spec, pid, home, stdio, memfd, agent_bell, letter)
+                else:
+                    ospid, report = spare
+                    spares.tell(report, spec, pid, home, stdio, (memfd, agent_bell, letter))
             except OSError:
                 opened += (memfd, bell)
                 raise
@@ -539,14 +599,34 @@ class Supervisor:
         if self.stopping:
             return
         try:
-            ospid, report, agent.memfd, agent.bell = self._start(agent.spec, agent.pid, [agent.letter], agent.log)
+            if agent.spec.template is None:
+                self._restart(agent)
+            else:
+                agent.again = self._order_again(agent, agent.spec.template)
         except OSError as err:
-            logger.error("agent %d cannot be started again: %s", agent.pid, err.strerror)
-            self._wait_for_start(agent, BACKOFF_S[1])
-            return
+            self._not_again(agent, err.strerror or str(err))
+
+    def _order_again(self, agent: Agent, template: wire.Template) -> Order:
+        def done(ospid: int, sock: socket.socket) -> None:
+            agent.again = None
+            try:
+                self._restart(agent, (ospid, sock))
+            except OSError as err:
+                sock.close()
+                self._not_again(agent, err.strerror or str(err))
+
+        return self.templates.order(template, done, lambda number, words: self._not_again(agent, words))
+
+    def _restart(self, agent: Agent, spare: Spare | None = None) -> None:
+        ospid, report, agent.memfd, agent.bell = self._start(agent.spec, agent.pid, [agent.letter], agent.log, spare)
         agent.ospid, agent.forked_at, agent.told_to_end = ospid, time.monotonic(), False
         self.children[ospid] = agent
         self.births.expect(Birth(agent, report, self.epoch))
+
+    def _not_again(self, agent: Agent, why: str) -> None:
+        if not self.stopping:
+            logger.error("agent %d cannot be started again: %s", agent.pid, why)
+            self._wait_for_start(agent, BACKOFF_S[1])
 
     def _wait_for_start(self, agent: Agent, seconds: float) -> None:
         agent.again = self.timers.after(seconds, lambda: self._start_again(agent))
@@ -677,19 +757,17 @@ class Supervisor:
     # ── children ──────────────────────────────────────────────────────────────────────────────────────────
 
     def _reap(self) -> None:
-        options = os.WEXITED | os.WSTOPPED | os.WCONTINUED | os.WNOHANG
         while True:
             try:
-                child = os.waitid(os.P_ALL, 0, options)
+                ospid, status, used = os.wait4(-1, os.WUNTRACED | os.WCONTINUED | os.WNOHANG)
             except ChildProcessError:
                 break
-            if child is None:
+            if not ospid:
                 break
-            if child.si_code in (os.CLD_STOPPED, os.CLD_TRAPPED, os.CLD_CONTINUED):
-                self._child_stopped(child.si_pid, child.si_code != os.CLD_CONTINUED)
+            if os.WIFSTOPPED(status) or os.WIFCONTINUED(status):
+                self._child_stopped(ospid, os.WIFSTOPPED(status))
             else:
-                status = child.si_status if child.si_code == os.CLD_EXITED else -child.si_status
-                self._child_ended(child.si_pid, status)
+                self._child_ended(ospid, os.waitstatus_to_exitcode(status), used.ru_utime + used.ru_stime)
         if self.stopping:
             self._continue_stop()
 
@@ -701,12 +779,15 @@ class Supervisor:
             signal_tree(ospid, signal.SIGSTOP if stopped else signal.SIGCONT)
             self._tell(link.ChildStopped(agent.pid, stopped))
 
-    def _child_ended(self, ospid: int, status: int) -> None:
+    def _child_ended(self, ospid: int, status: int, cpu_s: float) -> None:
         """Handles the end of every child. A child without a record was an orphan."""
         child = self.children.pop(ospid, None)
         if isinstance(child, Process):
             self._process_ended(child, status)
+        elif isinstance(child, Template):
+            self.templates.ended(child, restart.exit_in_words(status))
         elif child is not None:
+            child.cpu_s = cpu_s
             self._agent_ended(child, status)
         else:
             self.orphans.ended()
@@ -729,7 +810,7 @@ class Supervisor:
             self._wait_for_start(agent, wait_s)
             reason = restart.exit_in_words(status)
             logger.info("agent %d (%s) ended: %s; started again in %.1f s", agent.pid, agent.spec.name, reason, wait_s)
-        self._tell(link.ChildExited(agent.pid, status, again_s=wait_s))
+        self._tell(link.ChildExited(agent.pid, status, again_s=wait_s, cpu_s=agent.cpu_s))
 
     def _wait_before_restart(self, agent: Agent, status: int) -> float | None:
         """Seconds to wait; None: it is not started again."""
@@ -747,6 +828,7 @@ class Supervisor:
             return
         self.stopping = why
         self.spares.dismiss()
+        self.templates.stop()
         logger.info("stopping (%s)", why)
         notify.stopping(self.settings)
         self._tell(link.Stop(why))
@@ -832,6 +914,11 @@ def _drop(agent: Agent) -> None:
     if agent.letter >= 0:
         os.close(agent.letter)
         agent.letter = -1
+
+
+def _close(fds: list[int]) -> None:
+    for fd in fds:
+        os.close(fd)
 
 
 def _ring(bell: int) -> None:

@@ -5,7 +5,9 @@ everything. An agent, and a client that descends from one, may read the process 
 its descendants, and nothing else. The identity comes from the connection (see `peer`, `control`).
 
 `check` is asked once for every call, before its handler or its service sees it. It raises OSError (EPERM, …) or returns
-whether the call may go on now or later; "later" is for calls that a person has to allow first.
+whether the call may go on now or later; "later" is for calls that a person has to allow first. What an agent may do at
+all is said here; what rules and people say to that is `approvals`. Some things that an agent may not do, a person may
+allow it once: to raise its rights (`Call.allowed`).
 """
 
 from __future__ import annotations
@@ -15,7 +17,10 @@ import errno
 from collections.abc import Callable
 from typing import Any
 
-from aiosd.kernel.peer import Peer
+from aiosd.access.deed import Deed
+from aiosd.kernel import deeds
+from aiosd.kernel.approvals import Approvals
+from aiosd.kernel.peer import Call, Peer
 from aiosd.kernel.proc import INIT, Proc, ProcTable
 from libaios import wire
 from libaios.wire import Sys
@@ -30,8 +35,18 @@ class Verdict(enum.Enum):
 
 
 class Access:
-    def __init__(self, table: ProcTable, system_pids: Callable[[], set[int]]) -> None:
+    """`raised` says in which way a new agent would have more rights than its parent, ""."""
+
+    def __init__(
+        self,
+        table: ProcTable,
+        system_pids: Callable[[], set[int]],
+        approvals: Approvals,
+        raised: Callable[[wire.Spawn, Proc], str],
+    ) -> None:
         self._table = table
+        self._approvals = approvals
+        self._raised = raised
         self._system_pids = system_pids  # of aiosd's own processes
         self._rules: dict[int, Callable[[Peer, Any], object]] = {
             Sys.KILL: lambda peer, args: self.targets(peer, args.pid),
@@ -45,16 +60,65 @@ class Access:
             Sys.SET: lambda peer, args: require_person(peer, "change settings"),
             Sys.STO_EMPTY: lambda peer, args: require_person(peer, "empty the trash"),
             Sys.STORE_SNAPSHOT: lambda peer, args: require_person(peer, "copy what all agents keep"),
+            Sys.ASK_LIST: lambda peer, args: require_person(peer, "see what is asked of people"),
+            Sys.ASK_WATCH: lambda peer, args: require_person(peer, "see what is asked of people"),
+            Sys.ASK_ANSWER: lambda peer, args: require_person(peer, "answer what is asked of a person"),
+            Sys.RULES: lambda peer, args: require_person(peer, "see all rules"),
+            Sys.ALWAYS_LIST: lambda peer, args: require_person(peer, "see what is allowed for all times"),
+            Sys.ALWAYS_REVOKE: lambda peer, args: require_person(peer, "revoke what is allowed"),
         }
 
-    def check(self, peer: Peer, row: wire.Row, args: Any) -> Verdict:
+    def check(self, call: Call, args: Any, go_on: Callable[[], None]) -> Verdict:
+        """`go_on` is called when a call that was told LATER is allowed."""
+        peer, row = call.peer, call.row
+        try:
+            self._check_identity(peer, row, args)
+        except PermissionError as err:
+            if peer.proc is not None:
+                self._approvals.denied(peer.proc, Deed(row.name), err.strerror or "not its own")
+            raise
+        if peer.proc is None or row.sys in deeds.OF_SERVICES or row.sys in deeds.FREE:
+            return Verdict.NOW
+        deed = self._deed(peer.proc, row, args)
+        if deed is None or self._approvals.judge(call, deed, go_on):
+            call.allowed = deed is not None
+            return Verdict.NOW
+        return Verdict.LATER
+
+    def _deed(self, proc: Proc, row: wire.Row, args: Any) -> Deed | None:
+        """What has to be decided about; None: nothing, as about almost every call."""
+        if row.sys == Sys.SPAWN:
+            raised = self._raised(args, proc)
+            return deeds.spawned(args, raised) if raised or self._ruled(row) else None
+        if row.sys == Sys.NICE:
+            target = proc if not args.pid else self.known(args.pid)
+            new = new_nice(target, args)
+            if new < target.nice:
+                return deeds.renice(args, target, new)
+        if not self._ruled(row):
+            return None
+        if row.sys == Sys.KILL:
+            return deeds.signalled(args, self._meant(args.pid, proc))
+        target_of = self._table.find(args.pid) if row.sys in (Sys.NICE, Sys.INSPECT, Sys.SEND) else None
+        return deeds.concerning(row, args, target_of) if target_of is not None else deeds.plain(row, args)
+
+    def _ruled(self, row: wire.Row) -> bool:
+        return self._approvals.concerns(row.name)
+
+    def _meant(self, pid: int, proc: Proc) -> list[Proc]:
+        if pid > 0:
+            return [self._table.procs[pid]]
+        members = self._table.members(-pid or proc.pgid)
+        family = {one.pid for one in self._table.subtrees([proc])}
+        return [member for member in members if member.pid in family]
+
+    def _check_identity(self, peer: Peer, row: wire.Row, args: Any) -> None:
         service = getattr(peer, "service", "")
         if service and peer.proc is None and row.sys not in _OF_SERVICES:
             raise wire.error(errno.EPERM, f"{service}: a service may not call {row.name}")
         rule = self._rules.get(row.sys)
         if rule is not None:
             rule(peer, args)
-        return Verdict.NOW
 
     def _status(self, peer: Peer, args: wire.Status) -> None:
         if args.check:  # it takes long
@@ -65,6 +129,10 @@ class Access:
             self.targets(peer, args.pid)
         else:
             require_agent(peer, "has a nice value of its own")
+
+    def asks_of(self, proc: Proc) -> list[dict[str, str]]:
+        """What it has asked for and waits to be allowed."""
+        return self._approvals.of(proc)
 
     # ── the objects of calls ──────────────────────────────────────────────────────────────────────────────
 
@@ -113,6 +181,13 @@ class Access:
     def require_control(self, peer: Peer, target: Proc) -> None:
         if not self.may_control(peer, target):
             raise wire.error(errno.EPERM, f"{target.pid}: permission denied")
+
+
+def new_nice(target: Proc, args: wire.NiceArgs) -> int:
+    """What the call would make of its nice value."""
+    if args.value is None:
+        return target.nice
+    return max(-20, min(19, target.nice + args.value if args.relative else args.value))
 
 
 def require_person(peer: Peer, what: str) -> None:

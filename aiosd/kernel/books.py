@@ -22,6 +22,7 @@ from aiosd.kernel.peer import AgentPeer, Peer
 from aiosd.kernel.peers import Peers
 from aiosd.kernel.proc import Proc, ProcTable, State
 from aiosd.kernel.service import Services
+from aiosd.kernel.system import System
 from aiosd.kernel.waiters import Waiters
 
 
@@ -38,6 +39,7 @@ class Books:
     budgets: Budgets
     by_ospid: Mapping[int, Proc]
     strangers: Iterable[Peer]
+    system: System
 
     @property
     def peers(self) -> Peers:
@@ -65,7 +67,7 @@ def processes(books: Books) -> Iterator[str]:
     for ospid, proc in live.items():
         if ospid not in children and proc.alive:
             yield f"agent {proc.pid}: the supervisor has no child {ospid}"
-    own = {os.getpid(), *(service.ospid for service in books.services)}
+    own = {ospid for _, ospid in books.system.processes().values()}
     for ospid in children - set(live) - own:
         stat, name = procfs.read_stat(ospid), procfs.name(ospid)
         if stat is not None and stat.state != "Z" and stat.ppid == supervisor and name != "aios:spare":
@@ -124,20 +126,25 @@ def tokens(books: Books) -> Iterator[str]:
     connection of it."""
     for proc in books.table:
         open_ones = _generations(books, proc)
-        shown = (proc.prompt_tokens, proc.cached_tokens, proc.completion_tokens)
+        shown = (proc.prompt_tokens, proc.cached_tokens, proc.completion_tokens, proc.cost)
         counted = (
             proc.row[ledger.PROMPT] + sum(one.prompt_tokens for one in open_ones),
             proc.row[ledger.CACHED] + sum(one.cached_tokens for one in open_ones),
             proc.row[ledger.COMPLETION] + sum(one.completion_tokens for one in open_ones),
+            proc.row[ledger.COST] + sum(one.cost for one in open_ones),
         )
         if shown != counted:
-            yield f"agent {proc.pid}: prompt, cached, completion tokens {shown}, counted {counted}"
+            yield f"agent {proc.pid}: prompt, cached, completion tokens, cost {shown}, counted {counted}"
     for budget in books.budgets:
         sharers = [one for pid in budget.sharers if (one := books.table.get(pid)) is not None]
-        under_way = sum(one.used for sharer in sharers for one in _generations(books, sharer))
-        settled = budget.row[ledger.CHARGED] if budget.row is not None else 0
+        open_ones = [one for sharer in sharers for one in _generations(books, sharer)]
+        under_way = sum(one.used for one in open_ones)
+        settled = budget.row[ledger.CHARGED]
         if budget.tokens_used != settled + under_way:
             yield f"budget of {budget.owner}: {budget.tokens_used} tokens charged, {settled} + {under_way} generated"
+        settled, under_way = budget.row[ledger.COST_CHARGED], sum(one.cost for one in open_ones)
+        if budget.cost_used != settled + under_way:
+            yield f"budget of {budget.owner}: {budget.cost_used} of money charged, {settled} + {under_way} spent"
 
 
 def _generations(books: Books, proc: Proc) -> list[Generation]:

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import errno
 import logging
+import os
 from collections.abc import Callable, Mapping
 from typing import Any
 
@@ -17,7 +18,7 @@ from msgspec import Raw
 from aiosd.kernel import ledger
 from aiosd.kernel.access import Access, Verdict
 from aiosd.kernel.calls import PENDING, Calls, reply
-from aiosd.kernel.peer import UNKNOWN, Call, Peer, read_args, read_request
+from aiosd.kernel.peer import UNKNOWN, Call, ClientPeer, Peer, read_args, read_request
 from aiosd.kernel.service import Asker
 from aiosd.link import Key
 from libaios import wire
@@ -43,6 +44,41 @@ KNOWN: dict[int, Callable[[Peer], int]] = {
     Sys.GETPID: pid_of,
     Sys.GETPPID: ppid_of,
 }
+
+
+class Held:
+    """The descriptors of a request that waits to be allowed. As a context: they are the peer's again."""
+
+    def __init__(self, peer: Peer) -> None:
+        self._peer = peer
+        self._fds: list[int] = []
+
+    def keep(self, call: Call) -> None:
+        if not isinstance(self._peer, ClientPeer) or not self._peer.fds:
+            return
+        self._fds = [os.dup(fd) for fd in self._peer.fds]
+        forget = call.forget
+
+        def gone() -> None:
+            self.close()
+            if forget is not None:
+                forget()
+
+        call.forget = gone
+
+    def close(self) -> None:
+        fds, self._fds = self._fds, []
+        for fd in fds:
+            os.close(fd)
+
+    def __enter__(self) -> None:
+        if isinstance(self._peer, ClientPeer) and self._fds:
+            self._peer.fds = list(self._fds)
+
+    def __exit__(self, *exc: object) -> None:
+        if isinstance(self._peer, ClientPeer) and self._fds:
+            self._peer.fds = []
+        self.close()
 
 
 class Dispatcher:
@@ -85,17 +121,21 @@ class Dispatcher:
         if known is not None and request.args == NO_ARGS:
             return reply(request.id, known(peer))
         call = calls.open(peer, request, len(payload))
-        try:
-            body = self._execute(call, request)
-        except OSError as err:
-            calls.fail(call, err.errno or errno.EIO, err.strerror or str(err))
-        except Exception:  # a bug of one handler: it costs this call, and no other
-            logger.exception("system call %s of %d: a bug of the kernel", wire.call_name(request.sys), peer.id)
-            calls.fail(call, errno.EIO, "the kernel made a mistake; its log has the details")
-        else:
-            if body is not PENDING and calls.close(call):
-                return reply(call.id, body)
+        body = self._tried(call, lambda: self._execute(call, request))
+        if body is not PENDING and calls.close(call):
+            return reply(call.id, body)
         return None
+
+    def _tried(self, call: Call, act: Callable[[], Any]) -> Any:
+        """What the act returns; PENDING, too, when it has failed, and the call with it."""
+        try:
+            return act()
+        except OSError as err:
+            self._calls.fail(call, err.errno or errno.EIO, err.strerror or str(err))
+        except Exception:  # a bug of one handler: it costs this call, and no other
+            logger.exception("system call %s of %d: a bug of the kernel", call.row.name, call.peer.id)
+            self._calls.fail(call, errno.EIO, "the kernel made a mistake; its log has the details")
+        return PENDING
 
     def _execute(self, call: Call, request: wire.Request) -> Any:
         row = call.row
@@ -104,17 +144,27 @@ class Dispatcher:
             raise wire.error(errno.ENOSYS, f"there is no system call {request.sys}")
         self._calls.check_room(call)
         args = read_args(row, request.args)
-        if self._rights.check(call.peer, row, args) is Verdict.LATER:
-            return PENDING
-        return self.proceed(call, args, request.args)
-
-    def proceed(self, call: Call, args: Any, raw: Raw) -> Any:
-        """A call that is allowed. Returns the body of its reply, or PENDING."""
-        row = call.row
         if row.again is Again.ONCE and call.again:
             served = self._memo(call.key)
             if served is not None:
                 return Raw(served)
+        held = Held(call.peer)
+        if self._rights.check(call, args, lambda: self._resume(call, args, request.args, held)) is Verdict.LATER:
+            held.keep(call)
+            return PENDING
+        return self.proceed(call, args, request.args)
+
+    def _resume(self, call: Call, args: Any, raw: Raw, held: Held) -> None:
+        """A person has allowed it."""
+        call.allowed = True
+        with held:
+            body = self._tried(call, lambda: self.proceed(call, args, raw))
+            if body is not PENDING:
+                self._calls.finish(call, body)
+
+    def proceed(self, call: Call, args: Any, raw: Raw) -> Any:
+        """A call that is allowed. Returns the body of its reply, or PENDING."""
+        row = call.row
         handler = self._handlers.get(row.sys)
         if handler is not None:
             return handler(call, args)

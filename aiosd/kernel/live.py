@@ -8,9 +8,11 @@ from __future__ import annotations
 
 import dataclasses
 import errno
+from collections.abc import Callable
 from typing import TYPE_CHECKING
 
 from aiosd import config, link, log
+from aiosd.access.rules import Policy
 from aiosd.kernel.cores import Cores
 from aiosd.kernel.uplink import Uplink
 from libaios import wire
@@ -22,10 +24,11 @@ if TYPE_CHECKING:
 class Live:
     """`settings` are those in force."""
 
-    def __init__(self, settings: Settings, uplink: Uplink, cores: Cores) -> None:
+    def __init__(self, settings: Settings, uplink: Uplink, cores: Cores, rules: Callable[[Policy], None]) -> None:
         self.settings = settings
         self._uplink = uplink
         self._cores = cores
+        self._rules = rules  # told what agents may do from now on
 
     def change(self, name: str, text: str) -> tuple[str, str]:
         """Set one; its old value and its new one, as on the command line. Raises OSError (EINVAL)."""
@@ -48,8 +51,10 @@ class Live:
                 quantum=(schedule.tokens, schedule.seconds),
                 shares=schedule.shares,
                 reread=message.report,
+                access=message.access,
             )
         )
+        self._rules(message.access)
 
     def schedule(self) -> link.Schedule:
         return self.settings.schedule()

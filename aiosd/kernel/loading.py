@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+import errno
 import logging
 import sys
 from collections.abc import Callable
 
 from aiosd import link
+from aiosd.access.deed import Deed
+from aiosd.kernel.approvals import Approvals
+from aiosd.kernel.calls import Calls
 from aiosd.kernel.peer import Call
 from aiosd.kernel.service import Service, Services
 from aiosd.service import LLM
@@ -29,6 +33,8 @@ class Loading:
         stats: Callable[[int], None],
         peers: Callable[[], list[int]],
         charge: Callable[[Call, int], None],
+        calls: Calls,
+        approvals: Approvals,
     ) -> None:
         self._services = services
         self._timers = timers
@@ -37,6 +43,8 @@ class Loading:
         self._stats = stats
         self._peers = peers
         self._charge = charge
+        self._calls = calls
+        self._approvals = approvals
         self.error = ""  # a service could not be loaded at boot: the system does not come up
         self._shown: dict[str, int] = {}  # percent shown last, by service
         self._last_line = timers.clock()
@@ -81,6 +89,17 @@ class Loading:
 
     def charge(self, call: Call, tokens: int) -> None:
         self._charge(call, tokens)
+
+    def rules(self) -> link.Rules:
+        return link.Rules(self._approvals.policy)
+
+    def judge(self, call: Call, deed: Deed, go_on: Callable[[], None]) -> None:
+        """Of a call that its service has sent back."""
+        try:
+            if self._approvals.judge(call, deed, go_on):
+                go_on()
+        except OSError as err:
+            self._calls.fail(call, err.errno or errno.EIO, err.strerror or str(err))
 
 
 def _clear_line() -> None:

@@ -18,15 +18,20 @@ import sys
 from typing import TYPE_CHECKING
 
 from aiosd import link, log
+from aiosd.access.rules import Policy
 from aiosd.config import agents_of
 from aiosd.errors import WorldError
 from aiosd.heartbeat import BEAT_S, beat
-from aiosd.kernel import sandboxes, syscalls
+from aiosd.kernel import sandboxes, spawning, syscalls
 from aiosd.kernel.access import Access
 from aiosd.kernel.agents import REATTACH_S, Agents
+from aiosd.kernel.always import LastingApprovals
+from aiosd.kernel.approvals import Approvals
+from aiosd.kernel.audit import Audit
 from aiosd.kernel.books import Books
 from aiosd.kernel.budget import Budgets
 from aiosd.kernel.calls import Calls
+from aiosd.kernel.charges import Charges
 from aiosd.kernel.control import Control
 from aiosd.kernel.cores import Core, Cores
 from aiosd.kernel.dispatch import Dispatcher, Handler
@@ -42,6 +47,7 @@ from aiosd.kernel.loading import Loading
 from aiosd.kernel.logkeeper import LogKeeper
 from aiosd.kernel.mail import Mail
 from aiosd.kernel.measure import Measure
+from aiosd.kernel.notices import Notices
 from aiosd.kernel.outside import Outside
 from aiosd.kernel.peer import AgentPeer, ClientPeer, Peer
 from aiosd.kernel.peers import Peers
@@ -55,8 +61,10 @@ from aiosd.kernel.tokens import Tokens
 from aiosd.kernel.turns import Turns
 from aiosd.kernel.uplink import Uplink
 from aiosd.kernel.waiters import Waiters
+from aiosd.price import FREE
 from aiosd.service import LLM, TOOLBOX
 from aiosd.timers import Timers
+from libaios import wire
 from libaios.channel import Channel, Side
 from libaios.stream import FrameSocket
 
@@ -90,7 +98,7 @@ class Kernel:
         self.calls = Calls(Peers(), self.events, self.timers)
         self.uplink = Uplink(_socket_of(born.link), self.events, self._on_supervisor)
         self.ledger = Ledger(born.ledger)
-        self.budgets = Budgets(self.ledger, self.timers)
+        self.budgets = Budgets(self.ledger, self.timers, born.settings.budgets, born.settings.soft_limit / 100)
         self.journal = Journal(born.journal, self._is_alive)
         self.mail = Mail(self.journal, self.calls)
 
@@ -98,22 +106,41 @@ class Kernel:
         """What is done with agents and services."""
         born = self.born
         self.services, self.cores = Services(), Cores()
-        self.live = Live(born.settings, self.uplink, self.cores)
+        self.live = Live(born.settings, self.uplink, self.cores, self._rule)
         self.system = System(born, self.services)
-        self.rights = Access(self.table, self.system.pids)
-        self.waiters = Waiters(self.table, self.calls, self.rights)
-        routes = Routes(self.cores.find, born.settings.routes)
-        self.generations = Generations(self.calls, self.table, self.cores, routes, self.live.schedule)
-        self.enforcer = Enforcer(self.table, self.uplink, self.timers, self._deliver)
         settings = born.settings
         places = sandboxes.folder(settings.home.data)
         self.sandboxes = Sandboxes(settings.sandbox, settings.groups, born.offer, places, settings.strict)
-        for line in self.sandboxes.warnings():
+        for line in (*self.sandboxes.warnings(), *settings.access_warnings):
             logger.warning("%s", line)
+        self.approvals = Approvals(
+            settings.access,
+            self.table,
+            self.calls,
+            LastingApprovals(settings.home.data / "always.json"),
+            Audit(settings.home.data / "audit.jsonl"),
+            born.boot,
+            born.epoch > 1,
+        )
+        self.rights = Access(self.table, self.system.pids, self.approvals, self._raised)
+        self.waiters = Waiters(self.table, self.calls, self.rights)
+        routes = Routes(self.cores.find, settings.routes)
+        self.generations = Generations(self.calls, self.table, self.cores, routes, self.live.schedule)
+        self.enforcer = Enforcer(self.table, self.uplink, self.timers, self._deliver)
         self.logs = LogKeeper(settings.home.logs, settings.log_size, settings.log_keep, settings.keep_dead)
-        self.measure = Measure(self.table, self.timers, self.jobs, self.enforcer.memory_exceeded, self.logs)
+        self.measure = Measure(
+            self.table,
+            self.budgets,
+            self.timers,
+            self.jobs,
+            self.enforcer.exceeded,
+            self.logs,
+            sandboxes.folder(settings.home.data),
+        )
         self.handlers: dict[int, Handler] = {}
-        asker = Asker(self.services, self.calls, self.generations.caller_of, {LLM: self.generations.choose})
+        charges = Charges(self.services, self.enforcer.refused)
+        choose = {LLM: self.generations.choose, "toolbox": charges.tool, "store": charges.store}
+        asker = Asker(self.services, self.calls, self.generations.caller_of, choose)
         self.dispatcher = Dispatcher(self.calls, self.rights, asker, self.handlers, born.memo.get)
         self.turns = Turns(self.calls, self.events, self.timers, self.dispatcher, self.generations.resume_streams)
         self.agents = Agents(
@@ -133,9 +160,12 @@ class Kernel:
             self.sandboxes,
         )
         self.outside = Outside(settings.home.data / "tokens.json", self.agents, self.sandboxes)
+        self.agents.contents = lambda: self.approvals.policy.contents()
         self.generations.spent, self.generations.refused = self.enforcer.spent, self.enforcer.refused
         self.generations.stood_still = self.agents.stood_still
         self.budgets.time_is_up = self.enforcer.time_is_up
+        self.budgets.near = Notices(self.table, self.mail).near
+        self.agents.process_over = self.measure.ended
         self.waiters.collect = self.agents.collect
         self.calls.offended, self.calls.gone = self._offended, self._gone
 
@@ -171,6 +201,7 @@ class Kernel:
             self.budgets,
             self.agents.by_ospid,
             self.control.strangers,
+            self.system,
         )
         self.status = StatusRequests(
             born,
@@ -185,6 +216,8 @@ class Kernel:
             self.agents.is_parked,
             self.agents.listed.problems,
             self.sandboxes,
+            self.approvals,
+            self.system,
             self.generations.routes,
         )
         self.loading = Loading(
@@ -195,6 +228,8 @@ class Kernel:
             self.status.part,
             self._live_peers,
             self.generations.charge,
+            self.calls,
+            self.approvals,
         )
         self.handlers |= syscalls.bound(
             syscalls.ProcessCalls(
@@ -213,6 +248,7 @@ class Kernel:
             syscalls.ModelCalls(self.generations),
             syscalls.TokenCalls(self.agents, self.outside),
             syscalls.SystemCalls(self.status, lambda: self.uplink.send(link.Shutdown()), self.live.change),
+            syscalls.AccessCalls(self.approvals),
         )
 
     # ── birth of a successor ──────────────────────────────────────────────────────────────────────────────
@@ -255,6 +291,7 @@ class Kernel:
             default=not self.cores.by_model,
             listener=self.generations,
             vectors_only=record.argument.vectors_only,
+            price=record.argument.price or (None if record.argument.url else FREE),
         )
         self.cores.add(core)
         return core
@@ -294,6 +331,14 @@ class Kernel:
         source = service.source = self.events.watch(channel.fileno(), on_bell, serve=serve, channel=channel)
         service.asked = asked
         self.events.move(source, Turn.HUNGRY)
+
+    def _rule(self, policy: Policy) -> None:
+        """These rules are in force from now on."""
+        self.approvals.change(policy)
+        self._tell_services(link.Rules(policy))
+
+    def _raised(self, args: wire.Spawn, parent: Proc) -> str:
+        return "; ".join(filter(None, (self.sandboxes.raised(args, parent), spawning.raised(args, parent))))
 
     def _is_alive(self, pid: int) -> bool:
         proc = self.table.get(pid)
@@ -382,6 +427,8 @@ class Kernel:
                 self._connect(service, message.ospid, message.deaths, *fds)
             case link.ServiceDied():
                 self._service_died(self.services.by_name[message.name], message.reason)
+            case link.Templates():
+                self.system.templates = message.shown
             case link.Reread():
                 self.live.reread(message)
             case link.Stop():

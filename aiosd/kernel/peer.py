@@ -52,6 +52,7 @@ class Call:
     generation: Generation | None = None
     timer: Timer | None = None
     forget: Callable[[], None] | None = None  # takes the call off the list that it waits on
+    allowed: bool = False  # it was decided that it may do what it does, though it raises rights
 
     @property
     def key(self) -> Key:

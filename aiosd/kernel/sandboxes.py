@@ -10,6 +10,8 @@ import errno
 import os
 from collections.abc import Mapping
 
+import msgspec
+
 from aiosd.kernel.proc import Proc
 from aiosd.kernel.spawning import group_of_child
 from aiosd.sandbox import box as boxes
@@ -28,16 +30,47 @@ class Sandboxes:
         self._groups = groups
         self.offer = offer
         self._folder = folder
+        self._data = os.path.dirname(os.path.realpath(folder))  # of the system itself
 
-    def decide(self, args: wire.Spawn, parent: Proc | None) -> Box | None:
-        """The box of a new agent, None: it is not confined. Raises OSError: EINVAL, EPERM, ENOTSUP."""
-        wish = args.sandbox
-        boxes.check(wish)
+    def raised(self, args: wire.Spawn, parent: Proc) -> str:
+        """In which way the new agent would be less confined than its parent, or its parent's group; "": in none."""
+        same = msgspec.structs.replace(args, group=None)
+        try:
+            self.decide(same, parent)
+        except PermissionError as err:
+            return err.strerror or str(err) if self._possible(same, parent) else ""
+        except OSError:  # it will not start at all
+            pass
+        return ""
+
+    def _possible(self, args: wire.Spawn, parent: Proc) -> bool:
+        """Whether a person could allow it."""
+        try:
+            self.decide(args, parent, allowed=True)
+        except OSError:
+            return False
+        return True
+
+    def decide(self, args: wire.Spawn, parent: Proc | None, allowed: bool = False) -> Box | None:
+        """The box of a new agent, None: it is not confined. `allowed`: it may be less confined than its parent. Raises
+        OSError: EINVAL, EPERM, ENOTSUP."""
+        boxes.check(args.sandbox)
+        wish = boxes.without_data(args.sandbox, self._data)
+        box = self._decide(args, wish, parent, allowed)
+        if box is not None:
+            boxes.refuse_data(box, self._data, self._folder)
+        return box
+
+    def _decide(self, args: wire.Spawn, wish: wire.Sandbox, parent: Proc | None, allowed: bool) -> Box | None:
         if parent is not None and parent.box is not None:
-            return boxes.of_child(wish, parent.box)
-        group = group_of_child(parent, args.group)
+            if not allowed:
+                return boxes.of_child(wish, parent.box)
+            if not self._strict or wish.level in ("", *LEVELS[LEVELS.index(parent.box.level) :]):
+                return boxes.of_child_with_more(wish, parent.box)
+            raise wire.error(errno.EPERM, f"sandbox: {wish.level} is less than strict settings allow anyone")
+        group = group_of_child(parent, args.group, allowed)
         rules = self.of_group(group)
-        fixed = parent is not None or self._strict
+        fixed = (parent is not None and not allowed) or self._strict
         if fixed and wish.level and LEVELS.index(wish.level) < LEVELS.index(rules.level):
             raise wire.error(errno.EPERM, f"sandbox: agents of group {group!r} run in {rules.level!r} or more")
         if LEVELS.index(wish.level or "none") > LEVELS.index(self.offer.level):
@@ -51,7 +84,8 @@ class Sandboxes:
             return args.env
         if parent is not None and parent.box is not None:
             return boxes.at_home(args.env, box.workspace)
-        allowed = (*self.of_group(group_of_child(parent, args.group)).env, *args.sandbox.env)
+        group = group_of_child(parent, args.group, allowed=True)  # `decide` has asked
+        allowed = (*self.of_group(group).env, *args.sandbox.env)
         return boxes.at_home(boxes.environment(args.env, allowed), box.workspace)
 
     def of_group(self, group: str) -> Rules:

@@ -26,6 +26,7 @@ import msgspec
 from msgspec import Raw
 
 from aiosd import link
+from aiosd.access.deed import Deed
 from aiosd.kernel.calls import Calls
 from aiosd.kernel.events import Source
 from aiosd.kernel.peer import AgentPeer, Call
@@ -70,6 +71,8 @@ class Owner(Protocol):
     def on_stats(self, service: Service, req: int) -> None: ...
     def live_peers(self) -> list[int]: ...
     def charge(self, call: Call, tokens: int) -> None: ...
+    def rules(self) -> link.Rules: ...
+    def judge(self, call: Call, deed: Deed, go_on: Callable[[], None]) -> None: ...
 
 
 @dataclass(slots=True, eq=False)
@@ -150,6 +153,7 @@ class Service:
 
     def on_ready(self) -> None:
         """Called when it has loaded, or has a new kernel: send what it must know before its calls."""
+        self.send(self.owner.rules())
 
     def failed(self, call: Call, message: link.Failed) -> None:
         """It will not answer this call."""
@@ -244,6 +248,8 @@ class Service:
                 self._begun(message.key)
             case link.Begun():
                 self._begun(message.key)
+            case link.Needs():
+                self._needs(message)
             case link.Stats():
                 self.stats = message.stats
                 self.owner.on_stats(self, message.req)
@@ -266,6 +272,20 @@ class Service:
         opened = self.calls.get(key) if key is not None else None
         if opened is not None:
             opened.begun = True
+
+    def _needs(self, message: link.Needs) -> None:
+        """The service has sent a call back: it has to be allowed first. Meanwhile it is none of the service's calls."""
+        opened = self.calls.pop(message.key, None)
+        if opened is None or not isinstance(opened.message, link.Ask):
+            return
+        call, ask, digest = opened.call, opened.message, message.deed.digest
+
+        def go_on() -> None:
+            call.forget = lambda: self.cancel(call)
+            self.submit(call, msgspec.structs.replace(ask, approved=digest))
+
+        call.forget = None
+        self.owner.judge(call, message.deed, go_on)
 
     def loaded(self, message: link.Loaded) -> None:
         """Take what the service reports about itself."""

@@ -6,9 +6,11 @@ from __future__ import annotations
 import errno
 import os
 import re
+from collections.abc import Container, Sequence
 from pathlib import PurePath
 
 from aiosd import link, procfs, restart
+from aiosd.access.deed import program_key
 from aiosd.kernel.proc import INIT, Proc
 from aiosd.letter import Letter
 from aiosd.sandbox.box import Box
@@ -24,13 +26,17 @@ def fork(
     box: Box | None,
     attached: bool = False,
     client: tuple[int, int] = (0, 0),
+    allowed: bool = False,
+    shares: Sequence[link.Share] = (),
+    content: bytes = b"",
 ) -> link.Fork:
     """`parent`: the agent that starts it, None: the person. `box`: how it is confined. `client`: the process that it is
-    attached to. Raises OSError: EINVAL, E2BIG, EPERM."""
+    attached to. `allowed`: it may have more rights than its parent. `shares`: the budgets that it shares. Raises
+    OSError: EINVAL, E2BIG, EPERM."""
     _check(args)
-    shares = [] if parent is None else [budget.share for budget in parent.budgets]
-    if args.limits != wire.Limits():
-        shares.append(link.Share(0, args.limits))
+    if args.template is not None and parent is not None and parent.box is not None:
+        raise wire.error(errno.EPERM, "template: its modules run unconfined, so no confined agent may name them")
+    _check_disk(shares, box)
     return link.Fork(
         key=key,
         ppid=INIT if parent is None else parent.pid,
@@ -38,9 +44,9 @@ def fork(
         uid=os.getuid(),
         name=args.name or _default_name(args),
         named=args.name is not None,
-        nice=_nice_of_child(parent, args.nice),
-        group=group_of_child(parent, args.group),
-        shares=shares,
+        nice=_nice_of_child(parent, args.nice, allowed),
+        group=group_of_child(parent, args.group, allowed),
+        shares=list(shares),
         umask=args.umask,
         detached=args.detached,
         attached=attached,
@@ -48,12 +54,21 @@ def fork(
         tty=args.tty,
         restart=args.restart,
         sandbox=box.level if box is not None else "none",
+        program=program_key(path) if parent is None and (path := program_path(args)) else b"",
+        sha256=content,
+        template=args.template,
     )
 
 
-def letter(args: wire.Spawn, env: dict[str, str], box: Box | None) -> Letter:
+def content(args: wire.Spawn, parent: Proc | None, wanted: Container[bytes]) -> bytes:
+    """The hash of its script's content, which its process shall check, if that is one of those `wanted`."""
+    known = parent is None and args.kind == "file" and args.sandbox.sha256 in wanted
+    return args.sandbox.sha256 if known else b""
+
+
+def letter(args: wire.Spawn, env: dict[str, str], box: Box | None, content: bytes = b"") -> Letter:
     """What the agent's own process alone is to know. `fork` has checked it."""
-    return Letter(args.kind, args.target, args.args, env, args.cwd, box)
+    return Letter(args.kind, args.target, args.args, env, args.cwd, box, content)
 
 
 def _check(args: wire.Spawn) -> None:
@@ -63,6 +78,7 @@ def _check(args: wire.Spawn) -> None:
     if args.name is not None and (args.name.isdecimal() or args.name.startswith("-")):
         raise wire.error(errno.EINVAL, f"name: {args.name!r} would be taken for a pid or an option")
     _check_restart(args)
+    _check_template(args)
     texts = (args.target, args.cwd, *args.args, *args.env, *args.env.values())
     if any("\0" in text and not _is_bytes(text) for text in texts):
         raise wire.error(errno.EINVAL, "a string with a null byte")
@@ -87,6 +103,28 @@ def _check_restart(args: wire.Spawn) -> None:
         raise wire.error(errno.EINVAL, "restart: only a detached agent can be started again")
 
 
+def _check_disk(shares: Sequence[link.Share], box: Box | None) -> None:
+    """What files of an agent take is measured in its workspace: a budget of an agent that can write elsewhere would
+    limit nothing."""
+    if any(share.limits.disk_bytes is not None for share in shares):
+        if box is None:
+            raise wire.error(errno.EINVAL, "disk budget: cannot be measured without a sandbox (--sandbox flat)")
+        if box.write:
+            raise wire.error(errno.EINVAL, "disk budget: cannot be measured where it may write outside its workspace")
+
+
+def _check_template(args: wire.Spawn) -> None:
+    if args.template is None:
+        return
+    python = args.template.python
+    if args.kind == "exec":
+        raise wire.error(errno.EINVAL, "template: a script or a module is forked from one; a program is executed")
+    if python and (not os.path.isabs(wire.os_str(python)) or ("\0" in python and not _is_bytes(python))):
+        raise wire.error(errno.EINVAL, "template: python must be an absolute path")
+    if not python and not args.template.modules:
+        raise wire.error(errno.EINVAL, "template: neither an interpreter nor a module is named")
+
+
 def process_of(ospid: int) -> tuple[int, int]:
     """Linux pid and start time of a client, which name it for ever."""
     stat = procfs.read_stat(ospid)
@@ -102,17 +140,39 @@ def _default_name(args: wire.Spawn) -> str:
     return f"_{name}"[:64] if name.isdecimal() or name.startswith("-") else name
 
 
-def _nice_of_child(parent: Proc | None, nice: int | None) -> int:
+def _nice_of_child(parent: Proc | None, nice: int | None, allowed: bool = False) -> int:
     if parent is None:
         return nice or 0
-    if nice is not None and nice < parent.nice:
+    if nice is not None and nice < parent.nice and not allowed:
         raise wire.error(errno.EPERM, f"nice: an agent may not start one nicer than itself ({parent.nice})")
     return parent.nice if nice is None else nice
 
 
-def group_of_child(parent: Proc | None, group: str | None) -> str:
+def group_of_child(parent: Proc | None, group: str | None, allowed: bool = False) -> str:
     if parent is None:
         return group or "default"
-    if group is not None and group != parent.group:
+    if group is not None and group != parent.group and not allowed:
         raise wire.error(errno.EPERM, f"group: an agent of {parent.group!r} may not start one of {group!r}")
-    return parent.group
+    return group or parent.group
+
+
+def raised(args: wire.Spawn, parent: Proc) -> str:
+    """In which way the new agent would have more rights than its parent, but for its sandbox; "": in none."""
+    reasons = []
+    for check in (lambda: _nice_of_child(parent, args.nice), lambda: group_of_child(parent, args.group)):
+        try:
+            check()
+        except PermissionError as err:
+            reasons.append(err.strerror or str(err))
+    return "; ".join(reasons)
+
+
+def program_path(args: wire.Spawn) -> bytes:
+    """The path by which rules know the program; b"": there is none."""
+    if args.sandbox.program:
+        path = wire.os_bytes(args.sandbox.program)
+    elif args.kind == "file" and args.target != "-":
+        path = os.path.normpath(os.path.join(wire.os_bytes(args.cwd), wire.os_bytes(args.target)))
+    else:
+        return b""
+    return path if os.path.isabs(path) else b""

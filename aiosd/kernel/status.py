@@ -15,8 +15,8 @@ from typing import TYPE_CHECKING, Any
 
 from aiosd import __version__, endpoint, link
 from aiosd.kernel import listing
+from aiosd.kernel.approvals import Approvals
 from aiosd.kernel.books import Books
-from aiosd.kernel.budget import SAMPLE_S
 from aiosd.kernel.calls import Calls
 from aiosd.kernel.cores import Core
 from aiosd.kernel.jobs import Jobs
@@ -25,7 +25,9 @@ from aiosd.kernel.proc import Proc, ProcTable
 from aiosd.kernel.routes import Routes
 from aiosd.kernel.sandboxes import Sandboxes
 from aiosd.kernel.service import Service, Services, State
-from aiosd.kernel.system import Descriptors
+from aiosd.kernel.system import Descriptors, System
+from aiosd.limits import SAMPLE_S
+from libaios import wire
 
 if TYPE_CHECKING:
     from aiosd.config import Settings
@@ -59,6 +61,8 @@ class StatusRequests:
         is_parked: Callable[[Proc], bool],
         agent_problems: Callable[[], dict[str, str]],
         sandboxes: Sandboxes,
+        approvals: Approvals,
+        system: System,
         routes: Routes,
     ) -> None:
         self._born = born
@@ -73,6 +77,8 @@ class StatusRequests:
         self._is_parked = is_parked
         self._agent_problems = agent_problems
         self._sandboxes = sandboxes
+        self._approvals = approvals
+        self._system = system
         self._routes = routes
         self._open: dict[int, _Request] = {}
         self._numbers = itertools.count(1)
@@ -141,7 +147,8 @@ class StatusRequests:
             "dead_remembered": len(self._table.history),
             "max_agents": self._descriptors.max_agents,
             "sandbox": self._sandboxes.shown(),
-            "memory_limits_by": f"sampling PSS every {SAMPLE_S} s",
+            "access": self._approvals.status(),
+            "memory_limits_by": f"samples every {SAMPLE_S:g} s, and RLIMIT_DATA in each process",
             "kernel": {
                 "epoch": born.epoch,
                 **self._calls.counters,
@@ -151,6 +158,7 @@ class StatusRequests:
             "models": [_model(core) for core in self._services if isinstance(core, Core)],
             "routes": [route.shown() for route in self._routes],
             "services": [_service(service) for service in self._services],
+            "templates": [_template(one) for one in self._system.templates],
         }
         if settings.reread:
             status["reread"] = dict(settings.reread)
@@ -170,6 +178,21 @@ def _service(service: Service) -> dict[str, Any]:
         "last_death": service.last_death,
         "open_calls": len(service.calls),
         "stats": {} if isinstance(service, Core) else service.stats,  # a core's are with its model
+    }
+
+
+def _template(one: link.TemplateShown) -> dict[str, Any]:
+    return {
+        "name": one.name,
+        "state": one.state,
+        "pid": one.pid,
+        "ospid": one.ospid,
+        "python": wire.os_shown(one.of.python),
+        "version": one.python,
+        "modules": one.of.modules,
+        "loaded": one.loaded,
+        "agents": one.agents,
+        "started": one.started,
     }
 
 

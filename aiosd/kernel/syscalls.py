@@ -20,6 +20,7 @@ from aiosd.errors import Bug
 from aiosd.kernel import access, listing, spawning
 from aiosd.kernel.access import Access
 from aiosd.kernel.agents import Agents
+from aiosd.kernel.approvals import Approvals
 from aiosd.kernel.calls import PENDING, Calls
 from aiosd.kernel.cores import Cores
 from aiosd.kernel.dispatch import KNOWN, Handler
@@ -87,9 +88,11 @@ class ProcessCalls:
             raise wire.error(errno.EINVAL, "stdin, stdout and stderr must come with an attached spawn")
         attached = args.attached and isinstance(peer, ClientPeer) and not args.detached
         client = spawning.process_of(peer.ospid) if isinstance(peer, ClientPeer) and attached else (0, 0)
-        box = self.sandboxes.decide(args, parent)
-        spec = spawning.fork(args, call.key, parent, box, attached=attached, client=client)
-        letter = spawning.letter(args, self.sandboxes.environment(args, parent, box), box)
+        box = self.sandboxes.decide(args, parent, call.allowed)
+        shares = self.agents.shares(args, parent, call.key, call.allowed)
+        content = spawning.content(args, parent, self.agents.contents())
+        spec = spawning.fork(args, call.key, parent, box, attached, client, call.allowed, shares, content)
+        letter = spawning.letter(args, self.sandboxes.environment(args, parent, box), box, content)
         spec, letter = self.agents.tokens.give(spec, letter, parent, args.gateway)
         self.agents.fork(call, spec, letter, fds)
         return PENDING
@@ -177,8 +180,8 @@ class ProcessCalls:
             proc = access.require_agent(call.peer, "has a nice value of its own")
         if args.value is None:
             return proc.nice
-        new = max(-20, min(19, proc.nice + args.value if args.relative else args.value))
-        if new < proc.nice and call.peer.proc is not None:
+        new = access.new_nice(proc, args)
+        if new < proc.nice and call.peer.proc is not None and not call.allowed:
             raise wire.error(errno.EACCES, f"nice: an agent may not lower it (from {proc.nice} to {new})")
         self.agents.renice(proc, new, call.key, wire.encode(new))
         return new
@@ -187,7 +190,8 @@ class ProcessCalls:
         proc = self.rights.known(args.pid)
         children = [child.pid for child in self.table.children_of(proc.pid)]
         mailbox = self.agents.mail.box(proc.pid)
-        return inspect(proc, self._line(proc), self.peers.of(proc), children, len(mailbox.messages))
+        shown = inspect(proc, self._line(proc), self.peers.of(proc), children, len(mailbox.messages))
+        return {**shown, "asks": self.rights.asks_of(proc)}
 
     HANDLERS: ClassVar[Family] = {
         Sys.GETPID: known,
@@ -281,6 +285,41 @@ class SystemCalls:
     HANDLERS: ClassVar[Family] = {Sys.STATUS: status, Sys.SHUTDOWN: shutdown, Sys.SET: set}
 
 
+class AccessCalls:
+    """What people ask and answer."""
+
+    def __init__(self, approvals: Approvals) -> None:
+        self._approvals = approvals
+
+    def asks(self, call: Call, args: wire.NoArgs) -> list[wire.Asked]:
+        return self._approvals.listed()
+
+    def watch(self, call: Call, args: wire.WatchAsks) -> Any:
+        self._approvals.watch(call, args)
+        return PENDING
+
+    def answer(self, call: Call, args: wire.AnswerAsk) -> None:
+        self._approvals.answer(call.peer, args)
+
+    def rules(self, call: Call, args: wire.NoArgs) -> wire.RulesInForce:
+        return self._approvals.in_force()
+
+    def always(self, call: Call, args: wire.NoArgs) -> list[wire.Always]:
+        return self._approvals.always.listed()
+
+    def revoke(self, call: Call, args: wire.RevokeAlways) -> None:
+        self._approvals.revoke(call.peer, args.number)
+
+    HANDLERS: ClassVar[Family] = {
+        Sys.ASK_LIST: asks,
+        Sys.ASK_WATCH: watch,
+        Sys.ASK_ANSWER: answer,
+        Sys.RULES: rules,
+        Sys.ALWAYS_LIST: always,
+        Sys.ALWAYS_REVOKE: revoke,
+    }
+
+
 class TokenCalls:
     """Agents without a process."""
 
@@ -300,10 +339,11 @@ class TokenCalls:
     HANDLERS: ClassVar[Family] = {Sys.TOKEN_NEW: new, Sys.TOKEN_LIST: listed}
 
 
-FAMILIES = (ProcessCalls, MessageCalls, ModelCalls, SystemCalls, TokenCalls)
+FAMILIES = (ProcessCalls, MessageCalls, ModelCalls, SystemCalls, AccessCalls, TokenCalls)
+Handlers = ProcessCalls | MessageCalls | ModelCalls | SystemCalls | AccessCalls | TokenCalls
 
 
-def bound(*families: ProcessCalls | MessageCalls | ModelCalls | SystemCalls | TokenCalls) -> dict[int, Handler]:
+def bound(*families: Handlers) -> dict[int, Handler]:
     """The handlers of these, by number."""
     return {sys: handler.__get__(family) for family in families for sys, handler in family.HANDLERS.items()}
 

@@ -9,13 +9,13 @@ from collections.abc import Callable
 from typing import TYPE_CHECKING
 
 from aiosd import procfs
-from aiosd.kernel.budget import SAMPLE_S
 from aiosd.kernel.service import Services
 from libaios import wire
 
 if TYPE_CHECKING:
     from aiosd.init.records import Inheritance
 
+SAMPLE_S = 0.5  # between two looks at the memory of aiosd's own processes
 FDS_PER_AGENT = 3  # in the kernel: its memfd, the mapping of that, its doorbell
 FDS_SPARE = 64  # for itself, and
 FDS_CLIENTS = 32  # of these for clients
@@ -25,6 +25,7 @@ class System:
     def __init__(self, born: Inheritance, services: Services) -> None:
         self._born = born
         self._services = services
+        self.templates = list(born.templates)
         self._pss: dict[int, int] = {}  # by Linux pid, read since `_sampled`
         self._sampled = 0.0
 
@@ -32,7 +33,8 @@ class System:
         """name → (pid, Linux pid)."""
         pids = self._born.pids
         found = {"supervisor": (pids["supervisor"], os.getppid()), "kernel": (pids["kernel"], os.getpid())}
-        return found | {service.title: (service.pid, service.ospid) for service in self._services}
+        found |= {service.title: (service.pid, service.ospid) for service in self._services}
+        return found | {one.name: (one.pid, one.ospid) for one in self.templates}
 
     def pids(self) -> set[int]:
         return {pid for pid, _ in self.processes().values()}

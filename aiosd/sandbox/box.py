@@ -82,12 +82,45 @@ def of_child(wish: wire.Sandbox, parent: Box) -> Box:
     return msgspec.structs.replace(parent, net=wish.net or parent.net)
 
 
+def of_child_with_more(wish: wire.Sandbox, parent: Box) -> Box | None:
+    """The same where a person has allowed it to be less confined; None: it is not confined at all."""
+    level = wish.level or parent.level
+    if level == "none":
+        return None
+    return msgspec.structs.replace(
+        parent,
+        level=level,
+        net=wish.net or parent.net,
+        read=_once(parent.read, (*wish.own, *wish.read)),
+        write=_once(parent.write, wish.write),
+    )
+
+
 def check(wish: wire.Sandbox) -> None:
     """What the types of its fields cannot tell. Raises OSError (EINVAL)."""
     for path in (*wish.own, *wish.read, *wish.write):
         plain = wire.os_bytes(path)
         if not plain.startswith(b"/") or plain.startswith(b"//") or b"\0" in plain or os.path.normpath(plain) != plain:
             raise wire.error(errno.EINVAL, f"sandbox: {wire.os_shown(path)!r} is no plain absolute path")
+
+
+def without_data(wish: wire.Sandbox, data: str) -> wire.Sandbox:
+    """The folder of an agent's program is granted unasked. Where aiosd's own data lies in it, too (approvals, the
+    audit, what other agents keep), the program alone is."""
+    own = [path for path in wish.own if not _within(wire.os_text(data), [path])]
+    if len(own) < len(wish.own) and wish.program.startswith("/"):
+        own.append(wish.program)
+    return msgspec.structs.replace(wish, own=own)
+
+
+def refuse_data(box: Box, data: str, workspaces: str) -> None:
+    """No agent gets the data of the system itself, whoever grants it. Raises OSError (EINVAL)."""
+    text = wire.os_text(data)
+    for path in (*box.read, *box.write):
+        inside = _within(path, [text]) and not _within(path, [wire.os_text(workspaces)])
+        if inside or _within(text, [path]):
+            shown = wire.os_shown(path)
+            raise wire.error(errno.EINVAL, f"sandbox: {shown}: aiosd's own data is there ({data}), which no agent gets")
 
 
 def environment(env: Mapping[str, str], allowed: Iterable[str]) -> dict[str, str]:

@@ -121,7 +121,7 @@ class Database:
         self.path = folder / FILE
         folder.mkdir(parents=True, exist_ok=True, mode=0o700)
         self.undone: list[Callable[[], None]] = []  # called when a whole transaction was lost: drop what you made of it
-        self.counts = {"commits": 0, "calls": 0, "undone": 0, "damaged": 0}
+        self.counts = {"commits": 0, "lazy_commits": 0, "calls": 0, "undone": 0, "damaged": 0}
         self.memos = Memos(self.rows)
         self._part, self._bare = _Part(self, True), _Part(self, False)
         self._changes = 0  # when the bare part began
@@ -129,6 +129,7 @@ class Database:
         self._depth = 0
         self._begun = False  # a transaction of ours is open,
         self._lost: OSError | None = None  # … or SQLite has undone it
+        self._lazy = False  # the commit does not wait for the disk
         self._quiet = True  # nothing was written since the last checkpoint
         try:
             self.db = connect(self.path)
@@ -239,6 +240,25 @@ class Database:
         elif self.db.total_changes() != self._changes:
             self._lost = wire.error(errno.EIO, "a call failed in the middle of what it does")
 
+    @contextmanager
+    def lazily(self) -> Iterator[None]:
+        """A transaction that does not wait for the disk, unless it is a part of another one: it is durable with the
+        next that does. For what is made from other rows, or would be done again."""
+        if self._begun or self._grouping:
+            with self._part:
+                yield
+            return
+        with self.as_oserror():
+            self.db.pragma("synchronous", "NORMAL")
+        self._lazy = True
+        try:
+            with self._part:
+                yield
+        finally:
+            self._lazy = False
+            with self.as_oserror():
+                self.db.pragma("synchronous", "FULL")
+
     def begin(self) -> None:
         """From now on calls share a transaction, until `commit`."""
         self._grouping = True
@@ -264,7 +284,7 @@ class Database:
             self._drop()
             raise
         self._begun = self._quiet = False
-        self.counts["commits"] += 1
+        self.counts["lazy_commits" if self._lazy else "commits"] += 1
 
     def _drop(self) -> None:
         """The whole transaction is lost."""

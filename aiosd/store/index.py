@@ -2,12 +2,13 @@
 
 A vector is a row, in half precision, as it is in the database. Rows of up to LARGE vectors are all compared with the
 query. Above that a second copy, of one bit for each dimension (RaBitQ), finds RESCORED candidates, which are compared
-exactly. What is removed or replaced leaves a dead row, a tombstone: it is found no more, and when a fifth of the rows
+exactly. A third one of the same bits, row by row, does that among the rows that a filter lets pass, where these are
+many. What is removed or replaced leaves a dead row, a tombstone: it is found no more, and when a fifth of the rows
 is dead the owner of this object makes it anew (`worn`).
 
 A live vector is always found by itself. The estimates of RaBitQ are too good to miss it, and dead rows cannot hide
 it: candidates are asked for until RESCORED of them are live (a note that is changed a thousand times leaves a thousand
-rows beside its own). `among` is for filters: then these rows, and no others, are compared.
+rows beside its own). `among` is for filters: then these rows, and no others, are candidates.
 
 Nothing of this is ever saved. FAISS loads a damaged file and uses it, or dies of it, and the rows come back from the
 database in a second. It runs in one thread: a process that has used more cannot be forked safely.
@@ -17,7 +18,7 @@ from __future__ import annotations
 
 import itertools
 import logging
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
@@ -32,6 +33,7 @@ RESCORED = 500  # candidates of that copy, for BITS dimensions; more where fewer
 BITS = 384
 WORN = 0.2  # the share of dead rows at which it is time for a new index,
 WORN_LEAST = 64  # … if there are more than this
+LOOKED_UP = 20  # the part of all rows above which ids are not looked up one by one
 PER_ENTRY = 120  # bytes of memory for the numbers of one vector
 
 
@@ -49,6 +51,7 @@ class Index:
         self.width = width
         self._exact: Any = self._new_exact()
         self._rough: Any = None
+        self._bits: Any = None  # as `_rough`, but each row by itself
         self._expected = expected
         self._rows: dict[int, int] = {}  # of the live ones, by id
         self._ids: Ints = np.zeros(0, np.int64)  # by row; -1: dead. Longer than there are rows
@@ -66,7 +69,7 @@ class Index:
 
     @property
     def bytes(self) -> int:
-        rough = self.width // 8 + 16 if self._rough is not None else 0
+        rough = 2 * (self.width // 8 + 16) if self._rough is not None else 0
         return self.rows * (2 * self.width + rough) + len(self._rows) * PER_ENTRY
 
     @property
@@ -95,6 +98,7 @@ class Index:
             self._rows[number] = row
         if self._rough is not None:
             self._rough.add(vectors)
+            self._bits.add(vectors)
         elif max(self.rows, self._expected) > LARGE:
             self._begin_rough()
 
@@ -111,25 +115,51 @@ class Index:
             self._ids = longer
 
     def _begin_rough(self) -> None:
-        """The copy in bits, of all rows so far. Their mean is what its bits are relative to."""
-        faiss = self._faiss
+        """The copies in bits, of all rows so far. Their mean is what the bits are relative to."""
         vectors = self._exact.reconstruct_n(0, self.rows)
-        self._rough = faiss.IndexRaBitQFastScan(self.width, faiss.METRIC_INNER_PRODUCT)
-        self._rough.train(vectors)
-        self._rough.add(vectors)
+        self._rough = self._faiss.IndexRaBitQFastScan(self.width, self._faiss.METRIC_INNER_PRODUCT)
+        self._bits = self._new_bits()
+        for index in (self._rough, self._bits):
+            index.train(vectors)
+            index.add(vectors)
+
+    def _new_bits(self) -> Any:
+        return self._faiss.IndexRaBitQ(self.width, self._faiss.METRIC_INNER_PRODUCT)
 
     # ── searching ─────────────────────────────────────────────────────────────────────────────────────────
 
-    def search(self, vector: Floats, k: int, among: Iterable[int] | None = None) -> list[tuple[int, float]]:
+    def search(self, vector: Floats, k: int, among: Sequence[int] | Ints | None = None) -> list[tuple[int, float]]:
         """(id, cosine) of the `k` nearest, the nearest first; of ids that are in `among` (each once), if that is
         given."""
         query = self._np.ascontiguousarray(vector, self._np.float32).reshape(1, self.width)
         if among is not None:
-            rows: Any = self._np.fromiter(map(self._rows.get, among, itertools.repeat(-1)), self._np.int64)
-            return self._compare(query, k, rows[rows >= 0])
+            return self._compare(query, k, self._sifted(query, self._rows_of(among), self._wanted(k)))
         if self._rough is None:
             return self._compare_all(query, k)
-        return self._compare(query, k, self._candidates(query, max(RESCORED, 4 * k) * -(-BITS // self.width)))
+        return self._compare(query, k, self._candidates(query, self._wanted(k)))
+
+    def _rows_of(self, ids: Sequence[int] | Ints) -> Ints:
+        """The rows of those that are here. To look up each takes long where they are many."""
+        np = self._np
+        if len(ids) * LOOKED_UP > self.rows:
+            here: Ints = np.flatnonzero(np.isin(self._ids[: self.rows], np.asarray(ids, np.int64)))
+            return here
+        numbers = ids.tolist() if isinstance(ids, np.ndarray) else ids
+        rows: Ints = np.fromiter(map(self._rows.get, numbers, itertools.repeat(-1)), np.int64)
+        return rows[rows >= 0]
+
+    def _wanted(self, k: int) -> int:
+        """Candidates."""
+        return max(RESCORED, 4 * k) * -(-BITS // self.width)
+
+    def _sifted(self, query: Floats, rows: Ints, wanted: int) -> Ints:
+        """Those of these rows that may be the nearest: this number of them, where there are many more."""
+        if self._bits is None or len(rows) < 2 * wanted:
+            return rows
+        chosen = self._new_bits()
+        chosen.center, chosen.is_trained = self._bits.center, True
+        chosen.add_sa_codes(self._np.take(self._codes(self._bits), rows, axis=0))
+        return rows[chosen.search(query, wanted)[1][0]]  # type: ignore[no-any-return]
 
     def _candidates(self, query: Floats, wanted: int) -> Ints:
         """Rows that may be the nearest: at least this number of live ones, or all."""
@@ -156,12 +186,15 @@ class Index:
         """With these rows, which are copied to lie side by side: to find each where it is takes longer."""
         if not len(rows):
             return []
-        size = int(self._exact.code_size)
-        codes = self._faiss.rev_swig_ptr(self._exact.codes.data(), self.rows * size).reshape(self.rows, size)
         chosen = self._new_exact()
-        chosen.add_sa_codes(self._np.take(codes, rows, axis=0))
+        chosen.add_sa_codes(self._np.take(self._codes(self._exact), rows, axis=0))
         scores, places = chosen.search(query, min(k, len(rows)))
         return self._named(scores[0], rows[places[0]])
+
+    def _codes(self, index: Any) -> Any:
+        """Its memory, row by row. Of use until the index changes."""
+        size = int(index.code_size)
+        return self._faiss.rev_swig_ptr(index.codes.data(), self.rows * size).reshape(self.rows, size)
 
     def _named(self, scores: Floats, rows: Ints) -> list[tuple[int, float]]:
         return list(zip(self._ids[rows].tolist(), scores.tolist(), strict=True))

@@ -25,7 +25,7 @@ if TYPE_CHECKING:
 logger = logging.getLogger("store")
 
 FAILED_S = 5.0  # after a chore that failed
-SHARE = 0.25  # of the time, for chores while calls keep coming
+SHARE = 0.1  # of the time, for chores while calls keep coming
 MOST_WORDLESS = 8192  # texts that may wait for their words with that
 
 
@@ -134,6 +134,8 @@ def main(channel: Channel, spec: StoreSpec, rounds: Rounds) -> int:
     handlers[Sys.STORE_SNAPSHOT] = lambda ask, args: archive.snapshot(database)
     chores = Chores(memory, lambda: server.busy)
     server = GroupServer(channel, handlers, stats, gone, keep, rest=rest, group=database, background=chores)
+    consent = memory.consent = storage.consent
+    consent.require, consent.ruled = server.require, lambda call: server.policy.concerns(call, False)
     ticker = Ticker(server.timers, storage.background)
     for fd in storage.watched:
         server.watch(fd, ticker.now)

@@ -33,6 +33,7 @@ if TYPE_CHECKING:
     from aiosd.store.index import Index
 
     Floats = NDArray[np.float32]
+    Ints = NDArray[np.int64]
 
 logger = logging.getLogger("store")
 
@@ -228,7 +229,7 @@ class Meaning:
             return
         stored: list[tuple[Row, Floats]] = []
         try:
-            with self._db.transaction():
+            with self._db.lazily():
                 for number, row in enumerate(rows):
                     self._db.do("DELETE FROM pending WHERE number = ?", row[0])
                     vector = None if vectors is None else vectors[number]
@@ -356,7 +357,7 @@ class Meaning:
     # ── the search itself ─────────────────────────────────────────────────────────────────────────────────
 
     def nearest(
-        self, kind: int, vector: Floats, k: int, among: Mapping[int, Sequence[int] | None]
+        self, kind: int, vector: Floats, k: int, among: Mapping[int, Sequence[int] | Ints | None]
     ) -> list[tuple[int, float]]:
         """(item, cosine) of the `k` nearest texts of these owners, the nearest first. `among`: for each owner the items
         that may be found (None: all). Of owners whose index is not in memory (`load`) nothing is found."""

@@ -21,6 +21,7 @@ import msgspec
 
 from aiosd import link
 from aiosd.store import owners
+from aiosd.store.consent import Consent
 from aiosd.store.database import Database
 from aiosd.store.lruk import LruK
 from aiosd.store.meaning import Meaning
@@ -43,6 +44,7 @@ class Memory:
     ) -> None:
         self._db, self.quota, self._clock = database, quota, clock
         self.meaning = meaning if meaning is not None else Meaning(database, None, 0)
+        self.consent = Consent()
         self.words = NoteWords(database, self.meaning)
         self.finder = NoteSearch(database, self.words, self.meaning, clock)
         size = int(ram * FILL)
@@ -157,6 +159,7 @@ class Memory:
 
         def effect() -> None:
             note = self._find(ask.caller, args.note, keep=False)
+            self.consent.to_remove_note(ask, note)
             gone.append(note.id)
             self._delete([note.id])
 
@@ -291,7 +294,7 @@ class Memory:
         sql = "SELECT id FROM notes WHERE expires <= ? ORDER BY expires LIMIT ?"
         over = [row[0] for row in self._db.rows(sql, self._clock(), CLEAN_AT_ONCE)]
         if over:
-            with self._db.transaction():
+            with self._db.lazily():
                 self._delete(over)
             for note_id in over:
                 self.cache.remove(note_id)

@@ -19,8 +19,6 @@ COLUMNS = "n.id, n.key, n.text, n.tags, n.metadata, n.created, n.updated, n.expi
 FROM = "FROM notes n JOIN owners o ON o.id = n.owner"
 LIVE = "(n.expires IS NULL OR n.expires > ?)"
 
-_decode_ids = msgspec.json.Decoder(list[int]).decode
-
 #: A value of metadata as a text: the same for 2 and 2.0, and not the same for 1 and true.
 FIELD = """json_quote(CASE
     WHEN j.type IN ('true', 'false') THEN json(j.type)
@@ -106,8 +104,8 @@ def filtered(db: Database, filters: wire.NoteFilters, now: float) -> tuple[str, 
     return " AND ".join(where), parts
 
 
-def passing(db: Database, owner: int, filters: wire.NoteFilters, now: float) -> list[int] | None:
-    """The ids of an owner's live notes that pass; None: all do."""
+def passing(db: Database, owner: int, filters: wire.NoteFilters, now: float) -> str | None:
+    """The ids of an owner's live notes that pass, with commas between them; None: all do."""
     sets: list[str] = []
     parts: list[Any] = []
     for tag in filters.tags:
@@ -128,5 +126,5 @@ def passing(db: Database, owner: int, filters: wire.NoteFilters, now: float) -> 
     if not sets:
         return None
     # As one text: it takes a third of the time of as many rows.
-    row = db.row(f"SELECT json_group_array(note) FROM ({' INTERSECT '.join(sets)})", *parts)
-    return _decode_ids(row[0]) if row is not None else []
+    row = db.row(f"SELECT group_concat(note) FROM ({' INTERSECT '.join(sets)})", *parts)
+    return (row[0] if row is not None else None) or ""

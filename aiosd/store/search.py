@@ -25,10 +25,10 @@ from aiosd.store.words import NOTES, NoteWords
 from libaios import wire
 
 if TYPE_CHECKING:
-    from aiosd.store.meaning import Floats
+    from aiosd.store.meaning import Floats, Ints
 
 #: For each owner the notes that pass the filters; None: all do.
-Among = Mapping[int, Sequence[int] | None]
+Among = Mapping[int, "Sequence[int] | Ints | None"]
 
 WORDS, HALF = 0.15, 8.0
 ITSELF = 2.0  # for a note whose text is the query: more than any other score
@@ -92,13 +92,16 @@ class NoteSearch:
         now = self._clock()
         among = {owner: passing(self._db, owner, args.filters, now) for owner in owners}
         words = {} if args.by == "meaning" else self._by_words(among, args)
-        scores = words if vector is None else with_meaning(self._meaning, NOTES, among, args.k, vector, words)
+        scores = words
+        if vector is not None:
+            chosen = {owner: None if ids is None else _numbers(ids) for owner, ids in among.items()}
+            scores = with_meaning(self._meaning, NOTES, chosen, args.k, vector, words)
         for note in self._by_text(owners, args):
             scores[note] = ITSELF + scores.get(note, 0.0)
         best = sorted(scores, key=lambda note: (scores[note], note), reverse=True)[: args.k]
         return self._fetch(best, scores)
 
-    def _by_words(self, among: Among, args: wire.MemSearch) -> dict[int, float]:
+    def _by_words(self, among: Mapping[int, str | None], args: wire.MemSearch) -> dict[int, float]:
         """The notes that have at least one of the words, and how well they fit (bm25)."""
         words = re.findall(r"[^\W_]+", args.query)
         if not words:
@@ -127,6 +130,13 @@ class NoteSearch:
             sql = f"SELECT {COLUMNS} {FROM} WHERE n.id IN ({marks(some)}) AND {LIVE}"
             found |= {row[0]: row for row in self._db.rows(sql, *some, self._clock())}
         return [wire.Found(note_of(found[note]), scores[note]) for note in notes if note in found]
+
+
+def _numbers(ids: str) -> Ints:
+    """From a text with commas between them."""
+    import numpy as np
+
+    return np.fromstring(ids, np.int64, sep=",") if ids else np.zeros(0, np.int64)
 
 
 def with_meaning(

@@ -21,6 +21,7 @@ from typing import Any
 
 from aiosd import link
 from aiosd.store import owners, spaces
+from aiosd.store.consent import Consent
 from aiosd.store.contents import Contents
 from aiosd.store.database import Database
 from aiosd.store.files import Files, Row
@@ -57,6 +58,7 @@ class Storage:
         self.meaning = meaning if meaning is not None else Meaning(database, None, 0)
         self.files.words.followers.append(self.meaning)
         self._search = FileSearch(database, self.files, self.meaning)
+        self.consent = Consent()
         self.mounts = Mounts(database, self.files, hidden=folder.parent, grants=grants)
         self._expire_at = 0.0
 
@@ -90,6 +92,7 @@ class Storage:
 
     def read(self, ask: link.Ask, args: wire.StoRead) -> wire.FileData:
         space, path = self._meant(ask, args)
+        self.consent.to(ask, "sto_read", space, path)
         mount = self.mounts.over(space.owner, path)
         if mount is not None:
             require_no_version(path, args.version)
@@ -100,19 +103,24 @@ class Storage:
         return wire.FileData(data, size, version)
 
     def stat(self, ask: link.Ask, args: wire.StoPath) -> wire.File:
-        return self._find(*self._meant(ask, args)).shown()
+        return self._find(*self._readable(ask, args, "sto_stat")).shown()
 
     def list_files(self, ask: link.Ask, args: wire.StoList) -> list[wire.File]:
         space = self.spaces.find(ask.caller, args.of)
         return [row.shown() for row in self.files.listed(space, clean_folder(args.folder), args.after, args.limit)]
 
     def history(self, ask: link.Ask, args: wire.StoHistory) -> list[wire.Version]:
-        return self.files.history(self._find(*self._meant(ask, args)), args.before, args.limit)
+        return self.files.history(self._find(*self._readable(ask, args, "sto_history")), args.before, args.limit)
 
     def search(self, ask: link.Ask, args: wire.StoSearch) -> Any:
         """With `of` None in all that the caller can read."""
         seen = self.spaces.all_seen(ask.caller) if args.of is None else [self.spaces.find(ask.caller, args.of)]
         return self._search.search(ask.caller, seen, args.query, clean_folder(args.folder), args.k)
+
+    def _readable(self, ask: link.Ask, args: Any, call: str) -> tuple[Space, str]:
+        space, path = self._meant(ask, args)
+        self.consent.to(ask, call, space, path)
+        return space, path
 
     def _meant(self, ask: link.Ask, args: Any, write: bool = False) -> tuple[Space, str]:
         """Space and path, which the caller may see, or change. Raises OSError: EINVAL, ENOENT, EACCES."""
@@ -132,10 +140,12 @@ class Storage:
             space, path = self._meant(ask, args, write=True)
             mount = self.mounts.over(space.owner, path)
             if mount is not None:
+                self.consent.to(ask, "sto_write", space, path, content=args.data)
                 return self.mounts.write(mount, path, args).shown()
             owner = self.spaces.make(space)
             old = self.files.find(owner, path)
             require_version(path, old, args.if_version)
+            self.consent.to(ask, "sto_write", space, path, old, "" if args.append else "overwritten", args.data)
             before = self.contents.bytes_of(owner)
             size, parts = self._appended(owner, old, args.data) if args.append else self._whole(owner, args.data)
             return self._add(ask, owner, path, old, size, parts, before)
@@ -172,6 +182,8 @@ class Storage:
             space, path = self._meant(ask, args, write=True)
             self._require_kept(space, path, "has no old versions")
             row = self.files.require(space.owner, path)
+            to = [("to", f"version {args.version}" if args.time is None else f"what it was at {args.time} (Unix time)")]
+            self.consent.to(ask, "sto_rollback", space, path, row, "rolled back", more=to)
             number = self.files.version_at(row, args.time) if args.time is not None else args.version
             size, parts = self.files.version(row, number)
             before = self.contents.bytes_of(row.owner)
@@ -187,6 +199,7 @@ class Storage:
             space, path = self._meant(ask, args, write=True)
             self._require_kept(space, path, "is not removed from here")
             row = self.files.require(space.owner, path)
+            self.consent.to(ask, "sto_remove", space, path, row, "removed")
             self.files.remove(row, self._clock())
             return row.id
 
@@ -234,6 +247,8 @@ class Storage:
             space.require_all("share this")
             if self.files.find(space.owner, path) is None and not self.files.is_folder(space.owner, path):
                 raise spaces.no_file(path)
+            to = [("with", args.to), ("for", "writing" if args.write else "reading")]
+            self.consent.to(ask, "sto_share", space, path, more=to)
             self.spaces.share(self.spaces.make(space), path, grantee, args.write)
 
         return self._db.once(ask, effect)
@@ -241,7 +256,9 @@ class Storage:
     def unshare(self, ask: link.Ask, args: wire.StoUnshare) -> Any:
         def effect() -> bool:
             path, grantee = clean_folder(args.path), spaces.named(ask.caller, args.to)
-            owner = self._all_of(ask, args.of, "end a share").owner
+            space = self._all_of(ask, args.of, "end a share")
+            self.consent.to(ask, "sto_unshare", space, path, more=[("with", args.to)])
+            owner = space.owner
             return owner is not None and self.spaces.unshare(owner, path, grantee)
 
         return self._db.once(ask, effect, frees=True)
@@ -290,14 +307,23 @@ class Storage:
     def finish(self, ask: link.Ask, args: wire.StoFinish) -> Any:
         def effect() -> wire.File:
             upload = self.uploads.find(ask.key[0], args.upload)
-            self.spaces.of_owner(ask.caller, upload.owner).require(upload.path, write=True)  # it may have been unshared
+            space = self.spaces.of_owner(ask.caller, upload.owner)
+            space.require(upload.path, write=True)  # it may have been unshared
             old = self.files.find(upload.owner, upload.path)
             require_version(upload.path, old, upload.if_version)
             before = self.contents.bytes_of(upload.owner)
             parts = self.uploads.take(upload, args.size)
+            whole = [("writes", f"{args.size} bytes, which came in pieces and are not shown")]
+            self._consent_to_pieces(ask, space, upload.path, old, parts, whole)
             return self._add(ask, upload.owner, upload.path, old, args.size, parts, before)
 
         return self._db.once(ask, effect)
+
+    def _consent_to_pieces(
+        self, ask: link.Ask, space: Space, path: str, old: Row | None, parts: list[int], shown: list[tuple[str, str]]
+    ) -> None:
+        names = self.contents.names(parts)
+        self.consent.to(ask, "sto_write", space, path, old, "overwritten", more=shown, names=names)
 
     def abort(self, ask: link.Ask, args: wire.StoAbort) -> Any:
         def effect() -> None:

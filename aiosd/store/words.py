@@ -114,7 +114,7 @@ class NoteWords:
         read = self._texts(places)
         done = [(note, owner) for note, owner, _ in read]
         rows = [(note, owner, text) for note, owner, text in read if text is not None]
-        with self._db.transaction():
+        with self._db.lazily():
             self._db.room.require()
             words = ((note, f"own{owner}", text) for note, owner, text in rows)
             self._db.many("INSERT INTO note_words(rowid, owner, text) VALUES(?, ?, ?)", words)

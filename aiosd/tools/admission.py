@@ -4,15 +4,18 @@ A call needs an instance of its tool and its locks: keys that it reads or writes
 writer runs alone. The promise:
 
     * All or nothing: a call begins with everything it needs, or holds nothing. So there is no deadlock.
-    * Calls of one agent to one tool begin in the order in which they came.
-    * Agents take turns: of those with a call that can begin, the one that began a call longest ago is first.
-    * Bounded overtaking: at most OVERTAKES calls that came later begin while an older one waits for something that they
-      use. Then what it needs is kept for it, and it is first. So every call begins, provided that calls that run end.
+    * Calls of one agent to one tool begin in the order in which they came. The first of them stands in line since it
+      came, or since the one before it began, whichever is later.
+    * Agents take turns: of those with a call that can begin, the one that has waited longest is first: since its last
+      call began, or since this one stands in line.
+    * Bounded overtaking: at most OVERTAKES calls that stand in line for less long begin while one waits for something
+      that they use. Then what it needs is kept for it, and it is first. So every call begins, provided that calls that
+      run end.
 """
 
 from __future__ import annotations
 
-from collections import Counter
+from collections import Counter, deque
 from collections.abc import Hashable, Iterator, Mapping
 from dataclasses import dataclass, field
 from itertools import count
@@ -44,8 +47,13 @@ class _Waiting(Generic[K]):
     key: K
     agent: int
     needs: Needs
-    number: int  # the order of arrival
+    number: int  # when it came
+    since: int = 0  # when it became the first of its agent's calls to this tool
     overtaken: int = 0
+
+    @property
+    def line(self) -> tuple[int, str]:
+        return self.agent, self.needs.tool
 
 
 @dataclass(slots=True)
@@ -81,11 +89,11 @@ class Admission(Generic[K]):
     def __init__(self, workers: int) -> None:
         self.workers = workers
         self._waiting: dict[K, _Waiting[K]] = {}  # in order of arrival
+        self._lines: dict[tuple[int, str], deque[_Waiting[K]]] = {}  # the same by agent and tool; none is empty
         self._running: dict[K, Needs] = {}
         self._held = _Held()
-        self._turns: dict[int, int] = {}  # when each agent with calls began one last
-        self._arrivals = count()
-        self._begins = count(1)
+        self._turns: dict[int, int] = {}  # when each agent with waiting calls began one last
+        self._clock = count(1)  # ticks with each arrival and each beginning
 
     @property
     def waiting(self) -> int:
@@ -104,8 +112,12 @@ class Admission(Generic[K]):
         return {"before": before, "overtaken": call.overtaken}
 
     def submit(self, key: K, agent: int, needs: Needs) -> None:
-        self._waiting[key] = _Waiting(key, agent, needs, next(self._arrivals))
-        self._turns.setdefault(agent, 0)
+        now = next(self._clock)
+        call = self._waiting[key] = _Waiting(key, agent, needs, now)
+        line = self._lines.setdefault(call.line, deque())
+        line.append(call)
+        if len(line) == 1:
+            call.since = now
 
     def begin(self) -> list[K]:
         """The calls that begin now, in this order. They hold what they need until `end`."""
@@ -120,38 +132,49 @@ class Admission(Generic[K]):
 
     def end(self, key: K) -> None:
         """The call is over, or is not wanted any more. May be called again."""
-        waiting = self._waiting.pop(key, None)
+        waiting = self._waiting.get(key)
+        if waiting is not None:
+            line = self._leave(waiting)
+            if line and line[0].since == 0:  # it was the first, and the next one takes its place
+                line[0].since = max(line[0].number, waiting.since)
         needs = self._running.pop(key, None)
         if needs is not None:
             self._held.change(needs, -1)
-        if waiting is not None or needs is not None:
-            self._forget_agents()
 
     def _able(self) -> Iterator[_Waiting[K]]:
-        """The waiting calls that can begin, the one whose turn it is first."""
+        """The first calls of all lines that can begin, the one whose turn it is first."""
         held = self._held.copy()
-        first: dict[tuple[int, str], _Waiting[K]] = {}
-        for call in self._waiting.values():
-            first.setdefault((call.agent, call.needs.tool), call)
         able = []
-        for call in sorted(first.values(), key=lambda call: call.number):
+        for call in sorted((line[0] for line in self._lines.values()), key=lambda call: call.since):
             if held.fits(call.needs):
                 able.append(call)
             elif call.overtaken >= OVERTAKES:
                 held.change(call.needs, 1)  # kept for it: nothing that came later takes any of this
-        yield from sorted(able, key=lambda call: (call.overtaken < OVERTAKES, self._turns[call.agent], call.number))
+        yield from sorted(able, key=lambda call: (call.overtaken < OVERTAKES, self._turn(call), call.number))
+
+    def _turn(self, call: _Waiting[K]) -> int:
+        return max(call.since, self._turns.get(call.agent, 0))
 
     def _begin(self, call: _Waiting[K]) -> None:
-        del self._waiting[call.key]
-        for older in self._waiting.values():
-            if older.number < call.number and older.needs.conflicts(call.needs):
-                older.overtaken += 1
+        now = next(self._clock)
+        behind = self._leave(call)
+        if behind:
+            behind[0].since = now
+        if any(agent == call.agent for agent, _ in self._lines):
+            self._turns[call.agent] = now
+        for line in self._lines.values():
+            if line[0].since < call.since and line[0].needs.conflicts(call.needs):
+                line[0].overtaken += 1
         self._running[call.key] = call.needs
         self._held.change(call.needs, 1)
-        self._turns[call.agent] = next(self._begins)
 
-    def _forget_agents(self) -> None:
-        """Turns of agents without a waiting call; a new call of theirs is the first again, as that of any newcomer."""
-        if len(self._turns) > 64 + 2 * len(self._waiting):
-            wanted = {call.agent for call in self._waiting.values()}
-            self._turns = {agent: turn for agent, turn in self._turns.items() if agent in wanted}
+    def _leave(self, call: _Waiting[K]) -> deque[_Waiting[K]]:
+        """A call does not wait any more. Returns its line."""
+        del self._waiting[call.key]
+        line = self._lines[call.line]
+        line.remove(call)
+        if not line:
+            del self._lines[call.line]
+            if not any(agent == call.agent for agent, _ in self._lines):
+                self._turns.pop(call.agent, None)  # what it calls next stands in line from then on
+        return line

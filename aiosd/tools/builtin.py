@@ -12,11 +12,11 @@ import subprocess
 import sys
 from collections.abc import Generator
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, BinaryIO
 
 from msgspec import Meta
 
-from aiosd.tools import direct, web
+from aiosd.tools import direct, held, web
 from libaios.tool import define
 
 MAX_FILE = 1 << 20  # bytes
@@ -48,25 +48,18 @@ def shell(command: Text) -> Generator[str, None, dict[str, Any]]:
     return _program(["/bin/sh", "-c", command])
 
 
-@define(instances=64, reads=["file:{path}"])
+@define(instances=64, reads=["file:{path}"], concerns=["path:{path}"])
 def read_file(path: Name) -> str:
     """Reads a text file of the working folder.
 
     Args:
         path: the file's name
     """
-    target = _inside(path)
-    with target.open("rb") as file:
-        data = file.read(MAX_FILE + 1)
-    if len(data) > MAX_FILE:
-        raise ValueError(f"{path} is larger than {MAX_FILE >> 20} MB")
-    try:
-        return data.decode()
-    except UnicodeDecodeError:
-        raise ValueError(f"{path} is no text file") from None
+    with os.fdopen(held.open_file(str(_inside(path)), os.O_RDONLY), "rb") as file:
+        return _text(file, path)
 
 
-@define(instances=64, writes=["file:{path}"])
+@define(instances=64, writes=["file:{path}"], concerns=["path:{path}"])
 def write_file(path: Name, content: Text) -> str:
     """Writes a text file of the working folder. An old one of this name is replaced.
 
@@ -76,11 +69,11 @@ def write_file(path: Name, content: Text) -> str:
     """
     target = _inside(path)
     target.parent.mkdir(parents=True, exist_ok=True)
-    target.write_text(content, "utf-8")
+    _replace(held.open_file(str(target), os.O_WRONLY | os.O_CREAT), content)
     return f"{len(content.encode())} bytes written"
 
 
-@define(instances=64, writes=["file:{path}"])
+@define(instances=64, writes=["file:{path}"], concerns=["path:{path}"])
 def edit_file(path: Name, old: Annotated[Text, Meta(min_length=1)], new: Text) -> str:
     """Replaces one passage of a text file.
 
@@ -89,25 +82,32 @@ def edit_file(path: Name, old: Annotated[Text, Meta(min_length=1)], new: Text) -
         old: the passage as it stands there, which must be there exactly once
         new: what takes its place
     """
-    text = read_file(path)
+    fd = held.open_file(str(_inside(path)), os.O_RDWR)
+    with os.fdopen(os.dup(fd), "rb") as file:
+        text = _text(file, path)
     if (times := text.count(old)) != 1:
+        os.close(fd)
         raise ValueError(f"the passage is there {times} times, not once")
-    _inside(path).write_text(text.replace(old, new), "utf-8")
+    _replace(fd, text.replace(old, new))
     return "changed"
 
 
-@define(instances=64)
+@define(instances=64, concerns=["path:{path}"])
 def list_files(path: Annotated[str, Meta(max_length=1024)] = ".") -> list[str]:
     """Lists a folder; names of folders end with a slash.
 
     Args:
         path: the folder
     """
-    found = sorted(_inside(path).iterdir())
-    return [f"{entry.name}/" if entry.is_dir() else entry.name for entry in found[:10_000]]
+    fd = held.open_file(str(_inside(path)), os.O_RDONLY | os.O_DIRECTORY)
+    try:
+        with os.scandir(fd) as entries:
+            return sorted(f"{entry.name}/" if entry.is_dir() else entry.name for entry in entries)[:10_000]
+    finally:
+        os.close(fd)
 
 
-@define(instances=8, time=30)
+@define(instances=8, time=30, concerns=["host:{url}"])
 def fetch(url: Annotated[str, Meta(max_length=4096)]) -> str:
     """Fetches a text from the web. Addresses that are not public are refused.
 
@@ -115,6 +115,24 @@ def fetch(url: Annotated[str, Meta(max_length=4096)]) -> str:
         url: http:// or https://
     """
     return web.fetch(url)
+
+
+def _text(file: BinaryIO, path: str) -> str:
+    data = file.read(MAX_FILE + 1)
+    if len(data) > MAX_FILE:
+        raise ValueError(f"{path} is larger than {MAX_FILE >> 20} MB")
+    try:
+        return data.decode()
+    except UnicodeDecodeError:
+        raise ValueError(f"{path} is no text file") from None
+
+
+def _replace(fd: int, content: str) -> None:
+    """The whole content of an open file."""
+    with os.fdopen(fd, "wb") as file:
+        file.seek(0)
+        file.truncate()
+        file.write(content.encode())
 
 
 def _inside(path: str) -> Path:

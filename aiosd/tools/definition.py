@@ -40,6 +40,7 @@ class Function:
             definition.output_bytes,
             definition.reads,
             definition.writes,
+            definition.concerns,
         )
 
     def run(self, arguments: dict[str, Any]) -> Any:

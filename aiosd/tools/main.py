@@ -29,10 +29,12 @@ from typing import Any
 import msgspec
 
 from aiosd import link, sealed
+from aiosd.access.deed import Unapproved
+from aiosd.access.rules import matcher
 from aiosd.heartbeat import Rounds
 from aiosd.sandbox.box import Box
 from aiosd.service import LATER, Server
-from aiosd.tools import direct
+from aiosd.tools import concerns, direct, held
 from aiosd.tools.admission import Admission, Needs
 from aiosd.tools.errands import Errands
 from aiosd.tools.messages import Described, Done, Run, Tool
@@ -47,8 +49,8 @@ logger = logging.getLogger("toolbox")
 
 BUILT_IN = "aiosd.tools.builtin"
 CHANGED = (
-    "the server describes {0} otherwise than before; it is not offered until a person has looked at it: "
-    "aiosd tools --trust {0}"
+    "the server describes {0} otherwise than before; it is not offered, and asks a person at each call, until one has "
+    "accepted that: aiosd tools --trust {0}"
 )
 ERRANDS = 256  # that are with the kernel at a time
 PR_SET_CHILD_SUBREAPER = 36
@@ -61,6 +63,7 @@ class Known:
     tool: Tool
     source: str
     validator: Any
+    changed: bool = False  # its server describes it otherwise than before, and nobody has accepted that
 
     @property
     def info(self) -> ToolInfo:
@@ -79,6 +82,7 @@ class Toolbox:
     def __init__(self, channel: Channel, spec: ToolboxSpec) -> None:
         self.spec = spec
         self.tools: dict[str, Known] = {}
+        self.changed: dict[str, Known] = {}  # those that are not offered, but can be asked for
         self.errors: dict[str, str] = {}  # of sources that could not be loaded
         self.server = Server(
             channel,
@@ -96,6 +100,7 @@ class Toolbox:
         self.direct: Admission[link.Key] = Admission(ERRANDS)  # of calls whose tool is a system call
         self._direct: dict[link.Key, Callable[[], None]] = {}  # what begins each of them
         self.pins = Pins(Path(spec.folder).parent / "tools.json")
+        self._unknown: set[str] = set()  # of the tools in rules, those that the log names
         self._loading = {BUILT_IN, *spec.files}
         servers = sealed.servers(spec.sealed) if spec.sealed >= 0 else {}
         self._starting = {f"{MCP}{name}" for name in servers}  # servers, on which only their own calls wait
@@ -137,22 +142,35 @@ class Toolbox:
             self._replace(source, described.tools)
         self._loading.discard(source)
         self._starting.discard(source)
+        if not self._loading and not self._starting:
+            self._note_unknown()
         early, self._early = self._early, []
         for ask, args in early:
             self._resume(ask, args)
 
+    def _note_unknown(self) -> None:
+        """Rules about tools that nobody has: for tools of files and servers that is known now, and not before."""
+        there = {*self.tools, *self.changed}
+        for rule in self.server.policy.rules:
+            missing = [name for name in rule.names if rule.tool and not any(map(matcher(name), there))]
+            for name in set(missing) - self._unknown:
+                self._unknown.add(name)
+                logger.warning("%s: there is no tool %s", rule.shown, name)
+
     def _replace(self, source: str, tools: list[Tool]) -> None:
         """These are the tools of a source from now on."""
         self.tools = {name: known for name, known in self.tools.items() if known.source != source}
+        self.changed = {name: known for name, known in self.changed.items() if known.source != source}
         self.errors = {place: why for place, why in self.errors.items() if place.partition(": ")[0] != source}
         for tool in tools:
             if source.startswith(MCP) and not self.pins.holds(tool):
                 self.errors[f"{source}: {tool.name}"] = CHANGED.format(tool.name)
                 logger.warning("%s: %s", source, CHANGED.format(tool.name))
+                self._add(tool, source, changed=True)
             else:
                 self._add(tool, source)
 
-    def _add(self, tool: Tool, source: str) -> None:
+    def _add(self, tool: Tool, source: str, changed: bool = False) -> None:
         import jsonschema_rs  # 15 MB, in this process alone
 
         known = self.tools.get(tool.name)
@@ -163,10 +181,11 @@ class Toolbox:
         try:
             validator = jsonschema_rs.validator_for(tool.parameters, offline=True)  # nothing is fetched for it
         except ValueError as err:
-            self.errors[f"{source}: {tool.name}"] = f"its parameters are no JSON Schema: {err}"
-            logger.error("%s: the parameters of %s are no JSON Schema: %s", source, tool.name, err)
+            reason = str(err).partition("\n")[0]
+            self.errors[f"{source}: {tool.name}"] = f"its parameters are no JSON Schema: {reason}"
+            logger.error("%s: the parameters of %s are no JSON Schema: %s", source, tool.name, reason)
             return
-        self.tools[tool.name] = Known(tool, source, validator)
+        (self.changed if changed else self.tools)[tool.name] = Known(tool, source, validator, changed)
 
     # ── calls ─────────────────────────────────────────────────────────────────────────────────────────────
 
@@ -194,15 +213,16 @@ class Toolbox:
         if self._waits(args):
             self._early.append((ask, args))
             return LATER
-        known = self._check(args)
+        known = self._check(args, asks=bool(ask.caller.pid))
         tool = known.tool
+        files, hosts = self._allowed(ask, known, args)
         self._served += 1
         if known.source == BUILT_IN and tool.name in direct.FUNCTIONS:
             return self._call_direct(ask, tool, args)
         folder = self._folder(ask.caller)
         job = Job(
             tool,
-            Run(tool.name, args.arguments, folder),
+            Run(tool.name, args.arguments, folder, files, hosts),
             on_text=(lambda text: self.server.part(ask.key, text)) if args.stream else lambda text: None,
             on_done=lambda done: self._done(ask.key, done),
             on_over=lambda: self._over(ask.key),
@@ -211,6 +231,23 @@ class Toolbox:
         self.admission.submit(ask.key, ask.caller.pid, needs_of(tool, args.arguments, folder))
         self.server.timers.after(0.0, self._begin)  # once this call is known as one that is answered later
         return LATER
+
+    def _allowed(
+        self, ask: link.Ask, known: Known, args: CallTool
+    ) -> tuple[dict[str, held.Identity] | None, list[str] | None]:
+        """What a built-in tool may open in this call, for `held`. Raises Unapproved."""
+        tool, policy = known.tool, self.server.policy
+        if not (policy.concerns(tool.name, True) or tool.asks or known.changed) or not ask.caller.pid:
+            return None, None
+        built_in = known.source == BUILT_IN
+        folder = "" if known.source.startswith(MCP) else self._folder(ask.caller)
+        deed = concerns.deed(tool, args.arguments, folder, known.changed, known=built_in)
+        self.server.require(ask, deed)
+        ruled = {"path", "host"} if ask.approved else policy.kinds_for(tool.name, True)
+        return (
+            concerns.files_of(deed.resources) if built_in and "path" in ruled else None,
+            concerns.hosts_of(deed.resources) if built_in and "host" in ruled else None,
+        )
 
     def _call_direct(self, ask: link.Ask, tool: Tool, args: CallTool) -> Any:
         """A tool that needs no worker."""
@@ -247,14 +284,15 @@ class Toolbox:
         """An early call, now that everything is loaded."""
         try:
             answer = self.listing(ask, args) if ask.sys == Sys.TOOL_LIST else self.call(ask, args)
-        except OSError as err:
+        except (OSError, Unapproved) as err:
             self.server.fail(ask.key, err)
             return
         if answer is not LATER:
             self.server.answer(ask.key, answer)
 
-    def _check(self, args: CallTool) -> Known:
-        known = self.tools.get(args.name)
+    def _check(self, args: CallTool, asks: bool) -> Known:
+        """`asks`: a person is asked for its caller, who so may call what is not offered."""
+        known = self.tools.get(args.name) or (self.changed.get(args.name) if asks else None)
         if known is None:
             there = ", ".join(sorted(self.tools)) or "none"
             raise wire.error(errno.ENOENT, f"no such tool: {args.name} (there are: {there})")

@@ -22,6 +22,8 @@ class Tool(Struct, array_like=True, frozen=True):
     output_bytes: int = 1 << 20
     reads: tuple[str, ...] = ()
     writes: tuple[str, ...] = ()
+    concerns: tuple[str, ...] = ()  # its resources, `type:{argument}`; see `concerns`
+    asks: bool = False  # its server says that it destroys something
 
 
 class Described(Struct, array_like=True, frozen=True, tag=True):
@@ -32,11 +34,13 @@ class Described(Struct, array_like=True, frozen=True, tag=True):
 
 
 class Run(Struct, array_like=True, frozen=True, tag=True):
-    """Service → worker. `folder`: the working directory of the call."""
+    """Service → worker. `folder`: the working directory of the call. `files` and `hosts`: see `held`."""
 
     tool: str
     arguments: dict[str, Any]
     folder: str
+    files: dict[str, tuple[int, ...]] | None = None
+    hosts: list[str] | None = None
 
 
 class Wrote(Struct, array_like=True, frozen=True, tag=True):

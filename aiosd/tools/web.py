@@ -13,6 +13,9 @@ import socket
 import ssl
 from urllib.parse import SplitResult, urljoin, urlsplit
 
+from aiosd.access.patterns import host_of
+from aiosd.tools import held
+
 MAX_BYTES = 1 << 20
 MAX_REDIRECTS = 5
 TIMEOUT_S = 15.0
@@ -61,6 +64,7 @@ def _checked(url: str) -> SplitResult:
         raise ValueError(f"{url[:200]} is no http or https URL")
     if any(ord(character) <= 32 for character in url):
         raise ValueError("a URL has no blanks and no control characters")
+    held.require_host(host_of(parts.hostname))
     return parts
 
 

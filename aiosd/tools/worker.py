@@ -26,6 +26,7 @@ from typing import Any
 import msgspec
 from msgspec import msgpack
 
+from aiosd.tools import held
 from aiosd.tools.definition import Function, functions_of
 from aiosd.tools.messages import Described, Done, FromWorker, Run, Wrote, encode
 from libaios.stream import FrameSocket
@@ -117,6 +118,7 @@ def _serve(function: Function, request: Run, output: _Output) -> Done:
     output.left = function.tool.output_bytes
     _, hard = resource.getrlimit(resource.RLIMIT_DATA)
     resource.setrlimit(resource.RLIMIT_DATA, (function.tool.memory_bytes, hard))
+    held.files, held.hosts = request.files, request.hosts
     try:
         os.chdir(request.folder)
         os.environ.update(HOME=request.folder, TMPDIR=request.folder, PWD=request.folder)

@@ -396,10 +396,14 @@ def react(
     max_steps: int = 8,
     max_tokens: int = 512,
     watch: Callable[[str], None] = lambda line: None,
+    lessons: Sequence[str] = (),
 ) -> str:
-    """Answers a question. `watch` is called with every thought, call and observation. Raises AgentError when the model
-    finds no answer in `max_steps` turns or is cut off, and whatever `chat` raises."""
-    messages: list[Message] = [{"role": "system", "content": SYSTEM}, {"role": "user", "content": question}]
+    """Answers a question. `watch` is called with every thought, call and observation; `lessons` are what the agent has
+    learnt before. Raises AgentError when the model finds no answer in `max_steps` turns or is cut off, and whatever
+    `chat` raises."""
+    learnt = "".join(f"\n- {lesson}" for lesson in lessons)
+    system = f"{SYSTEM}\nLearnt from earlier attempts:{learnt}" if lessons else SYSTEM
+    messages: list[Message] = [{"role": "system", "content": system}, {"role": "user", "content": question}]
     for _ in range(max_steps):
         reply: Reply = chat(messages, tools=TOOLS, temperature=0.0, max_tokens=max_tokens)
         if not reply.tool_calls:

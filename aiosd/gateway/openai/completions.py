@@ -24,6 +24,7 @@ class Completion(fields.Sampling, kw_only=True):
     echo: bool | None = None
     best_of: int | None = None
     suffix: Any = None
+    return_token_ids: bool | None = None  # as vLLM has it
 
 
 async def complete(request: Request) -> None:
@@ -33,12 +34,19 @@ async def complete(request: Request) -> None:
     head = {"id": new_id("cmpl"), "object": "text_completion", "created": int(time.time()), "model": model.name}
     with_usage = fields.wants_usage(asked)
     if asked.stream:
-        await generation.stream(request, args, CompletionForm(head, echoes, len(args), with_usage))
+        form = CompletionForm(head, echoes, len(args), with_usage, bool(asked.return_token_ids))
+        await generation.stream(request, args, form)
         return
     found = await generation.results(request, args)
     per_prompt = len(args) // len(echoes)
     choices = [
-        choice(i, echoes[i // per_prompt] + result.text, result.logprobs, FINISH.get(result.finish_reason, "stop"))
+        choice(
+            i,
+            echoes[i // per_prompt] + result.text,
+            result.logprobs,
+            FINISH.get(result.finish_reason, "stop"),
+            result.tokens if asked.return_token_ids else None,
+        )
         for i, result in enumerate(found)
     ]
     used = usage(generation.total([result.usage for result in found], per_prompt))
@@ -78,8 +86,11 @@ def _is_ids(value: list[Any]) -> bool:
     return bool(value) and all(isinstance(one, int) for one in value)
 
 
-def choice(index: int, text: str, found: wire.Logprobs | None, reason: str | None) -> dict[str, Any]:
-    return {"index": index, "text": text, "logprobs": _logprobs(found), "finish_reason": reason}
+def choice(
+    index: int, text: str, found: wire.Logprobs | None, reason: str | None, ids: list[int] | None = None
+) -> dict[str, Any]:
+    made = {"index": index, "text": text, "logprobs": _logprobs(found), "finish_reason": reason}
+    return made if ids is None else {**made, "token_ids": ids}
 
 
 def _logprobs(found: wire.Logprobs | None) -> dict[str, Any] | None:
@@ -107,7 +118,10 @@ def _text(piece: bytes) -> str:
 class CompletionForm:
     kind, comment = generation.EVENTS, generation.COMMENT
 
-    def __init__(self, head: dict[str, Any], echoes: list[str], count: int, with_usage: bool) -> None:
+    def __init__(
+        self, head: dict[str, Any], echoes: list[str], count: int, with_usage: bool, with_ids: bool = False
+    ) -> None:
+        self._with_ids = with_ids
         self._front = b"data: " + encode({**head, "system_fingerprint": FINGERPRINT})[:-1] + b',"choices":['
         self._back = b'],"usage":null}\n\n' if with_usage else b"]}\n\n"
         self._with_usage = with_usage
@@ -122,8 +136,9 @@ class CompletionForm:
 
     def piece(self, index: int, piece: Piece) -> bytes:
         made = b""
-        if piece.text or piece.logprobs:
-            made += self._front + encode(choice(index, piece.text, piece.logprobs, None)) + self._back
+        ids = piece.tokens if self._with_ids else None
+        if piece.text or piece.logprobs or ids:
+            made += self._front + encode(choice(index, piece.text, piece.logprobs, None, ids)) + self._back
         if piece.finish_reason is not None:
             reason = FINISH.get(piece.finish_reason, "stop")
             made += self._front + encode(choice(index, "", None, reason)) + self._back

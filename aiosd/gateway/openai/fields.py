@@ -100,7 +100,7 @@ F = TypeVar("F", bound=Struct)
 def read(request: Request, value: dict[str, Any], kind: type[F]) -> F:
     """Raises Problem (400) with the name of the field that is wrong."""
     try:
-        fields = msgspec.convert(value, kind)
+        fields = msgspec.convert({name: _whole(given) for name, given in value.items()}, kind)
     except msgspec.ValidationError as err:
         said, _, place = str(err).partition(" - at `$")
         param = place.removesuffix("`").lstrip(".") or None
@@ -113,6 +113,11 @@ def read(request: Request, value: dict[str, Any], kind: type[F]) -> F:
         listed = re.sub(r"[^\w,.-]", "?", ",".join(unknown)[:200], flags=re.ASCII)
         request.extra.append((b"x-aios-ignored", listed.encode()))
     return fields
+
+
+def _whole(value: Any) -> Any:
+    """A number without a fraction is an integer in JSON, however it is written."""
+    return int(value) if isinstance(value, float) and value.is_integer() and abs(value) < 1 << 53 else value
 
 
 # ── models ────────────────────────────────────────────────────────────────────────────────────────────────

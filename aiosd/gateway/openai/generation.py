@@ -8,11 +8,12 @@ queue), a comment every few seconds keeps the program from giving up.
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Callable, Sequence
+from collections.abc import AsyncIterator, Callable, Sequence
+from contextlib import asynccontextmanager
 from typing import Protocol
 
 from aiosd.gateway.calls import Calls, all_over
-from aiosd.gateway.web import COMMENT_S, Left, Request
+from aiosd.gateway.web import COMMENT_S, Counters, Left, Request
 from libaios import wire
 from libaios.connection import Pending, decode_body
 from libaios.generate import Piece, Pieces, Result
@@ -67,7 +68,7 @@ async def results(request: Request, args: Sequence[wire.Generate]) -> list[Resul
 
 async def stream(request: Request, args: Sequence[wire.Generate], form: Form) -> None:
     """Generate all of these, and send what comes. Raises OSError, Left."""
-    async with Calls(request.account.connection) as calls:
+    async with Calls(request.account.connection) as calls, _counted(request.app.counters):
         pending = [await calls.submit(Sys.GENERATE, one, stream=True) for one in args]
         front = form.begin()
         readers = [Reader(index, call) for index, call in enumerate(pending)]
@@ -100,13 +101,33 @@ class Reader:
     def parts(self, form: Form) -> bytes:
         """What has come since. Raises OSError."""
         call, made = self._call, []
-        while call.pieces:
-            made.append(form.piece(self._index, self._pieces.piece(call.pieces.popleft())))
+        if call.pieces:
+            made.append(form.piece(self._index, self._pieces.piece(_joined(call.pieces))))
+            call.pieces.clear()
         if call.final is not None and self.usage is None:
             last = self._pieces.piece(_body(call))
             made.append(form.piece(self._index, last))
             self.usage = last.usage
         return b"".join(made)
+
+
+@asynccontextmanager
+async def _counted(counters: Counters) -> AsyncIterator[None]:
+    """While it is one of the streams."""
+    counters.streams += 1
+    try:
+        yield
+    finally:
+        counters.streams -= 1
+
+
+def _joined(pieces: Sequence[wire.Piece]) -> wire.Piece:
+    """Those that have come since the last look, as one."""
+    if len(pieces) == 1:
+        return pieces[0]
+    chances = [one for piece in pieces for one in piece.logprobs or ()]
+    tokens = [token for piece in pieces for token in piece.tokens]
+    return wire.Piece("".join([piece.text for piece in pieces]), tokens, chances or None, pieces[-1].model)
 
 
 def _body(call: Pending) -> wire.Generated:

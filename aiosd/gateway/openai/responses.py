@@ -1,8 +1,5 @@
 """POST /v1/responses: the newer form of a chat. Input items become messages, and what was generated becomes items.
-
-What `previous_response_id` names is kept in this process, for its own agent, the newest ones and no more
-than `KEPT_BYTES`; when the gateway has died in between, the program gets a 404 and sends the whole conversation.
-"""
+What `previous_response_id` names is in `kept`."""
 
 from __future__ import annotations
 
@@ -10,17 +7,17 @@ import time
 from collections.abc import Iterator
 from typing import Any
 
-import msgspec
 from msgspec import UNSET, Struct, UnsetType
 
-from aiosd.gateway.openai import fields, generation
-from aiosd.gateway.openai.chat import arguments, logprobs, new_id
+from aiosd.gateway.openai import chat as chats
+from aiosd.gateway.openai import fields, generation, kept
+from aiosd.gateway.openai.chat import arguments, logprobs
 from aiosd.gateway.web import Problem, Request, encode
 from libaios import wire
 from libaios.generate import Piece, Result
 from libaios.wire import ToolCall
 
-KEPT, KEPT_BYTES = 256, 8 << 20  # conversations, for one agent
+CUT = ("length", "limit")  # reasons of a generation's end by which something of it may be missing
 
 Item = dict[str, Any]
 
@@ -82,7 +79,8 @@ async def create(request: Request) -> None:
         if getattr(asked, name) not in allowed:
             raise Problem(400, f"{name}: this server cannot do that", param=name, code="unsupported_parameter")
     model = await fields.model_for(request, asked.model)
-    messages = _messages(request, asked)
+    items = _items(asked)
+    messages = _messages(request, asked, items)
     chat = fields.chat(_as_chat(asked, messages), model)
     answer = Answer(asked, model.name, chat)
     if asked.stream:
@@ -92,7 +90,7 @@ async def create(request: Request) -> None:
         answer.take(result)
         await request.reply(answer.shown())
     if asked.store is not False:
-        _keep(request, answer.id, [*messages, answer.message()])
+        kept.keep(request, answer.id, [*messages, answer.message()], [_shown(item) for item in items], answer.shown())
 
 
 # ── what is asked for ─────────────────────────────────────────────────────────────────────────────────────
@@ -122,13 +120,30 @@ def _as_chat(asked: Responses, messages: list[Item]) -> fields.Chat:
     )
 
 
-def _messages(request: Request, asked: Responses) -> list[Item]:
+def _items(asked: Responses) -> list[Item]:
+    """What is sent now; behind an earlier response that may be nothing."""
+    if isinstance(asked.input, UnsetType) or asked.input == []:
+        if asked.previous_response_id is None:
+            raise Problem(400, "input: it is missing, and there is no previous_response_id", param="input")
+        return []
+    return [{"role": "user", "content": asked.input}] if isinstance(asked.input, str) else asked.input
+
+
+def _shown(item: Item) -> Item:
+    """As it is listed later."""
+    kind = item.get("type", "message")
+    prefix = {"message": "msg", "function_call": "fc", "function_call_output": "fco"}.get(kind, "item")
+    shown: Item = {"id": new_id(prefix), "type": kind, "status": "completed", **item}
+    if kind == "message" and isinstance(item.get("content"), str):
+        part = "output_text" if item.get("role") == "assistant" else "input_text"
+        shown["content"] = [{"type": part, "text": item["content"]}]
+    return shown
+
+
+def _messages(request: Request, asked: Responses, items: list[Item]) -> list[Item]:
     """The conversation without the instructions, which are of one call only."""
-    if isinstance(asked.input, UnsetType):
-        raise Problem(400, "input: it is missing", param="input")
-    items = [{"role": "user", "content": asked.input}] if isinstance(asked.input, str) else asked.input
-    before = _kept(request, asked.previous_response_id) if asked.previous_response_id is not None else []
-    messages = list(before)
+    before = asked.previous_response_id
+    messages = kept.messages_of(request, before) if before is not None else []
     for i, item in enumerate(items):
         _add(messages, item, f"input[{i}]")
     return messages
@@ -187,30 +202,19 @@ def _content(content: Any, where: str) -> Any:
     return parts
 
 
-def _kept(request: Request, ident: str) -> list[Item]:
-    kept = request.account.conversations.get(ident)
-    if kept is None:
-        message = f"previous_response_id: {ident[:80]!r} is not known (any more); send the whole conversation"
-        raise Problem(404, message, param="previous_response_id", code="previous_response_not_found")
-    messages: list[Item] = msgspec.json.decode(kept)
-    return messages
-
-
-def _keep(request: Request, ident: str, messages: list[Item]) -> None:
-    conversations = request.account.conversations
-    conversations[ident] = encode(messages)
-    while len(conversations) > KEPT or (len(conversations) > 1 and sum(map(len, conversations.values())) > KEPT_BYTES):
-        del conversations[next(iter(conversations))]
-
-
 # ── what is answered ──────────────────────────────────────────────────────────────────────────────────────
+
+
+def new_id(kind: str) -> str:
+    """As this API writes them."""
+    return chats.new_id(kind).replace("-", "_")
 
 
 class Answer:
     """A response as it grows."""
 
     def __init__(self, asked: Responses, model: str, chat: fields.Asked) -> None:
-        self.id = new_id("resp").replace("-", "_")
+        self.id = new_id("resp")
         self.chat = chat
         self.items: list[Item] = []
         self.status = "in_progress"
@@ -231,7 +235,9 @@ class Answer:
         self.finish(result.finish_reason, result.usage)
 
     def finish(self, reason: str, usage: wire.Usage) -> None:
-        self.status = "incomplete" if reason in ("length", "limit") else "completed"
+        self.status = "incomplete" if reason in CUT else "completed"
+        if self.items:
+            self.items[-1]["status"] = self.status
         self.usage = usage
 
     def message(self) -> Item:
@@ -372,7 +378,7 @@ class ResponseForm:
                 yield from self._call(i, call.id, call.name, arguments(call))
         if self._open is None and not self._answer.items:
             yield from self._write("message", message_item(""), "")
-        yield from self._close()
+        yield from self._close("incomplete" if piece.finish_reason in CUT else "completed")
         self._answer.finish(piece.finish_reason, piece.usage)
 
     def _call(self, index: int, ident: str | None, name: str | None, text: str) -> Iterator[bytes]:
@@ -406,10 +412,11 @@ class ResponseForm:
         if "content" in one.item:
             yield self._event("response.content_part.added", **self._place(one), part=one.item["content"][0])
 
-    def _close(self) -> Iterator[bytes]:
+    def _close(self, status: str = "completed") -> Iterator[bytes]:
         one, self._open = self._open, None
         if one is None:
             return
+        one.item["status"] = status
         place, item = self._place(one), one.item
         if "content" in item:
             part = item["content"][0] = {**item["content"][0], "text": one.text}

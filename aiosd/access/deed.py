@@ -1,0 +1,120 @@
+"""What an agent is about to do: the form in which rules and people see a call.
+
+A deed is a tool or a system call, with the things that it concerns (its resources) by type. What a person is shown are
+its `details`, word for word. An approval is for the `digest`: it covers tool, arguments, resources, and in `bound` what
+else must stay as it is (the schema of the tool, the version of the file), so that nothing else is done than was shown.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Iterable
+
+from msgspec import Struct, json, msgpack
+
+#: Types of resources, in the order in which they are shown.
+KINDS = ("path", "host", "group", "signal")
+DETAIL_CHARS = 1 << 16  # of one text that people are shown,
+ALL_CHARS = 1 << 18  # … and about as many of all together
+
+_encode = msgpack.Encoder().encode
+
+
+class Deed(Struct, array_like=True, frozen=True):
+    """`default`: why a person is asked where no rule says anything; "": nobody is. `unknown`: types of resources that
+    it may concern without stating it. `base`: the folder from which relative paths in rules are seen. `once`: it cannot
+    be allowed for all times."""
+
+    what: str  # the name of a tool, or of a system call as in `wire.call_name`
+    tool: bool = False
+    resources: list[tuple[str, str]] = []  # type and value
+    details: list[tuple[str, str]] = []  # label and text
+    bound: bytes = b""
+    default: str = ""
+    unknown: list[str] = []
+    base: str = ""
+    once: bool = False
+    reason: str = ""  # why it is refused where nobody allows it
+
+    @property
+    def digest(self) -> bytes:
+        return _hash((self.what, self.tool, self.resources, self.details, self.bound, self.base))
+
+    @property
+    def arguments(self) -> bytes:
+        """The digest of what was said in the call, wherever it works and whatever is there now."""
+        return _hash((self.what, self.tool, self.details))
+
+    @property
+    def schema(self) -> str:
+        """Of a tool what it is described by: the first part of what is bound."""
+        return self.bound[:16].hex() if self.tool else ""
+
+    def lasting(self) -> list[tuple[str, str]]:
+        """Its resources so that they mean the same for another agent: paths in its own folder begin with `./`."""
+        own = f"{self.base}/" if self.base else "\0"
+        return sorted(
+            (kind, f"./{value.removeprefix(own)}" if kind == "path" and value.startswith(own) else value)
+            for kind, value in self.resources
+        )
+
+    @property
+    def shown(self) -> str:
+        """In a few words."""
+        things = ", ".join(f"{kind} {value}" for kind, value in self.resources)
+        return f"{self.what} {things}" if things else self.what
+
+    def values(self, kind: str) -> list[str]:
+        return [value for other, value in self.resources if other == kind]
+
+
+class Subject(Struct, array_like=True, frozen=True):
+    """Who does it: never by a name that an agent chose. `program`: the hash of its path (`program_key`), `sha256`: that
+    of its content; b"" where that is not proved, or matters to no rule."""
+
+    group: str
+    program: bytes = b""
+    sha256: bytes = b""
+
+
+class Unapproved(Exception):
+    """Raised by a service: this must be allowed before the call is done."""
+
+    def __init__(self, deed: Deed) -> None:
+        super().__init__(deed.shown)
+        self.deed = deed
+
+
+def _hash(content: object) -> bytes:
+    return hashlib.blake2b(_encode(content), digest_size=16).digest()
+
+
+def program_key(path: bytes) -> bytes:
+    """What stands for the path of a program where the path itself is nobody else's business."""
+    return hashlib.blake2b(path, digest_size=16, person=b"aiosd program").digest()
+
+
+def detail(label: str, value: object) -> tuple[str, str]:
+    """A text for people. One that is too long is cut, which it says itself, with the hash of the whole."""
+    text = value if isinstance(value, str) else json.encode(value).decode()
+    if len(text) > DETAIL_CHARS:
+        left = len(text) - DETAIL_CHARS
+        whole = hashlib.sha256(text.encode("utf-8", "surrogatepass")).hexdigest()
+        text = f"{text[:DETAIL_CHARS]}[… {left} more characters, not shown; SHA-256 of the whole: {whole}]"
+    return label, text
+
+
+def details_of(arguments: Iterable[tuple[str, object]]) -> list[tuple[str, str]]:
+    """The same for many. Together they have a limit, too; what comes behind it is cut as one."""
+    found: list[tuple[str, str]] = []
+    left, rest = ALL_CHARS, []
+    for name, value in arguments:
+        if left > 0:
+            found.append(detail(name[:DETAIL_CHARS], value))
+            left -= len(found[-1][0]) + len(found[-1][1])
+        else:
+            rest.append((name, value))
+    if rest:
+        whole = hashlib.sha256(json.encode(rest)).hexdigest()
+        found.append(("more", f"[… {len(rest)} more arguments, not shown; SHA-256 of them: {whole}]"))
+    return found

@@ -1,0 +1,66 @@
+"""The first code of a template, run as a script by whatever interpreter a person has named.
+
+    python bootstrap.py SOCKET SUPERVISOR GROUND FOLDER-OF-AIOSD FOLDER-OF-MSGSPEC [MODULE]...
+
+Only the standard library, and syntax that an old interpreter reads too, so that it can report what is wrong. It makes
+`aiosd`, `libaios` and `msgspec` importable, and nothing else of the folders in which they lie: these may be another
+environment's, with other versions of what this one has. `msgspec` is the environment's own where it has one, because
+ours is compiled for our version of Python.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import sys
+from importlib.machinery import ModuleSpec, PathFinder
+
+OLDEST = (3, 11)
+
+
+class Finder:
+    """Finds single packages in folders that are not in sys.path."""
+
+    def __init__(self) -> None:
+        self.folders: dict[str, str] = {}
+
+    def find_spec(self, name: str, path: object = None, target: object = None) -> ModuleSpec | None:
+        folder = self.folders.get(name)
+        return None if folder is None else PathFinder.find_spec(name, [folder])
+
+
+def why_not(finder: Finder, msgspec_folder: str) -> str:
+    """What keeps this interpreter from running aiosd's code; "": nothing."""
+    version = "{}.{}".format(*sys.version_info)
+    if sys.version_info < OLDEST:
+        return f"{sys.executable} is Python {version}; aiosd needs {OLDEST[0]}.{OLDEST[1]} or later"
+    try:
+        import msgspec
+    except ImportError:
+        finder.folders["msgspec"] = msgspec_folder
+        try:
+            import msgspec  # noqa: F401
+        except ImportError:
+            hint = "pip install msgspec in that environment"
+            return f"{sys.executable} is Python {version}, for which aiosd has no msgspec: {hint}"
+    return ""
+
+
+def main() -> None:
+    del sys.path[0]  # the folder of this file
+    number, supervisor, ground = map(int, sys.argv[1:4])
+    ours, msgspec_folder, *modules = sys.argv[4:]
+    finder = Finder()
+    finder.folders.update({"aiosd": ours, "libaios": ours})
+    sys.meta_path.insert(0, finder)
+    words = why_not(finder, msgspec_folder)
+    if words:
+        os.write(number, json.dumps({"errno": 8, "words": words}).encode())  # ENOEXEC
+        os._exit(1)
+    from aiosd.birth import template
+
+    template.main(number, supervisor, ground, modules)
+
+
+if __name__ == "__main__":
+    main()

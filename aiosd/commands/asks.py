@@ -1,0 +1,71 @@
+"""How asks are shown. All of their text may come from agents: nothing of it reaches the terminal as it is."""
+
+from __future__ import annotations
+
+import os
+import time
+from typing import TYPE_CHECKING
+
+from aiosd.commands.edge import printable
+from aiosd.units import format_duration
+from libaios.wire import Asked, Sys, WatchAsks
+
+if TYPE_CHECKING:
+    from libaios.client import Client
+    from libaios.connection import Pending
+
+SHOWN_CHARS = 2000  # of each text, unless all is wanted
+
+
+def title(asked: Asked) -> str:
+    """One line."""
+    return printable(f"{asked.id}  agent {asked.name} (pid {asked.pid}, group {asked.group}): {_deed(asked)}")
+
+
+def lines(asked: Asked, full: bool = False) -> list[str]:
+    """All that it is about: what a person must have seen before it is allowed."""
+    ago = format_duration(max(0.0, time.time() - asked.since))
+    found = [printable(f"{asked.id}  agent {asked.name} (pid {asked.pid}, group {asked.group}) asks since {ago}")]
+    rows = [("tool" if asked.tool else "call", _deed(asked)), ("because of", asked.rule), *asked.details]
+    rows += [("in", asked.folder)] if asked.folder else []
+    rows += [("always means", asked.always or "(it can only be allowed once at a time)")]
+    width = max(len(printable(label)) for label, _ in rows)
+    for label, text in rows:
+        first, *more = _text(text, full)
+        found.append(f"  {printable(label):{width}}  {first}")
+        found += [f"  {'':{width}}  | {line}" for line in more]
+    return found
+
+
+def _text(text: str, full: bool) -> list[str]:
+    """Line by line, and with a mark where something is left out."""
+    left = len(text) - SHOWN_CHARS
+    shown = text if full or left <= 0 else text[:SHOWN_CHARS]
+    parts = [printable(line) for line in shown.split("\n")]
+    if len(shown) < len(text):
+        parts[-1] += f" [… {left} more characters: --full shows them]"
+    return parts
+
+
+def _deed(asked: Asked) -> str:
+    things = ", ".join(f"{kind} {value}" for kind, value in asked.resources)
+    return f"{asked.what} {things}" if things else asked.what
+
+
+# ── on the terminal of an attached agent ──────────────────────────────────────────────────────────────────
+
+
+def watch(client: Client, which: WatchAsks) -> Pending | None:
+    """Be told what agents ask for, if there is a terminal to show it; they wait meanwhile."""
+    return client.submit(Sys.ASK_WATCH, which) if os.isatty(2) else None
+
+
+def notices(call: Pending | None) -> list[str]:
+    """A line for each ask that has come since the last time."""
+    found = []
+    while call is not None and call.pieces:
+        asked = call.pieces.popleft()
+        if isinstance(asked, Asked) and asked.state == "open":
+            words = printable(f"agent {asked.pid} ({asked.name}) needs your approval: {_deed(asked)}")
+            found.append(f"{words}; answer it in another terminal: aios-approve {asked.id}")
+    return found

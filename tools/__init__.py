@@ -1,0 +1,1 @@
+"""What builds, fetches, compares and documents; run by hand and by the Makefile."""
