@@ -11,11 +11,11 @@ ARGS   ?=
 
 RECIPE := tools/bootstrap.py tools/llama_cpp.cmake constraints.txt setup.cfg setup.py pyproject.toml $(wildcard bin/* aiosd/llm/native/* aiosd/sandbox/native/*)
 
-.PHONY: help demo test check lint conformance man nano peers chroma frameworks models embedder install again clean distclean
+.PHONY: help demo test check lint conformance man nano peers chroma frameworks models embedder install again clean distclean mcp-servers
 .DEFAULT_GOAL := help
 
 help: ## this list
-	@sed -n 's/^\([a-z]*\):.*## \(.*\)/  make \1|\2/p' $(MAKEFILE_LIST) | awk -F'|' '{ printf "%-16s %s\n", $$1, $$2 }'
+	@sed -n 's/^\([a-z-]*\):.*## \(.*\)/  make \1|\2/p' $(MAKEFILE_LIST) | awk -F'|' '{ printf "%-20s %s\n", $$1, $$2 }'
 
 demo: $(VENV)/.base ## boots the system, runs three agents, shows and kills one, shuts down
 	@$(BIN)/python demo/demo.py
@@ -52,7 +52,7 @@ frameworks: $(VENV)/.dev ## frameworks for agents, each in an environment of its
 #: Has a .venv of its own: its packages are not ours.
 CHROMA := build/peers/chroma
 
-chroma: $(CHROMA)/.installed ## chromadb, for benchmarks/store.py and search.py to compare with, 400 MB
+chroma: $(CHROMA)/.installed ## chromadb, for benchmarks/store.py and search.py to compare with, 500 MB
 
 $(CHROMA)/.installed:
 	$(PYTHON) -m venv $(CHROMA)
@@ -64,6 +64,9 @@ models: $(VENV)/.base ## real models for tests and benchmarks, 350 MB (ARGS=smol
 
 embedder: $(VENV)/.base ## what finds notes by their meaning, 46 MB (ARGS=--static: a table, 8 MB)
 	@$(BIN)/aiosd get-embedder $(ARGS)
+
+mcp-servers: $(VENV)/.base ## real MCP servers for the tests, 300 MB (ARGS=time: one of them; three need npm)
+	@$(BIN)/python tools/mcpservers.py $(ARGS)
 
 install: $(VENV)/.base ## only the set-up: .venv with the package and its commands
 

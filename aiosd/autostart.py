@@ -7,7 +7,7 @@
     cwd = "agents"                    as seen from the folder of aiosd.toml, which is also what it is without
     nice = 5
     group = "web"
-    tokens = 100000                   budgets: tokens, time (60, "10m"), memory ("512M")
+    tokens = 100000                   budgets: tokens, time (60, "10m"), memory ("512M"), … see aiosd.limits
     restart = "on-failure:3"          see aiosd.restart
     env = { PLAN = "day" }            beside the environment that aiosd has
     sandbox = "flat"                  also net, read, write: see aiosd.sandbox.boxgroups
@@ -25,9 +25,8 @@ from typing import Any
 
 import msgspec
 
-from aiosd import restart
+from aiosd import limits, restart
 from aiosd.sandbox import boxgroups
-from aiosd.units import parse_duration, parse_size
 from libaios import sandbox, wire
 
 KINDS = {"file": "file", "module": "module", "command": "exec"}  # a key, and what wire.Spawn calls it
@@ -86,7 +85,7 @@ def read(values: Mapping[str, Any], folder: str) -> AgentSpec:
         name=values.get("name"),
         nice=values.get("nice"),
         group=values.get("group"),
-        limits=wire.Limits(values.get("tokens"), values.get("time"), values.get("memory")),
+        limits=limits.limits_of(values),
         restart=values.get("restart", restart.Policy()),
         env=values.get("env", {}),
         sandbox=sandbox.wish(
@@ -160,19 +159,6 @@ def _number(low: int, high: int) -> Callable[[Any], int]:
     return read_number
 
 
-def _time(value: Any) -> float:
-    seconds = parse_duration(value) if isinstance(value, str) else value
-    if not isinstance(seconds, int | float) or isinstance(seconds, bool) or not 0 <= seconds <= 1e9:
-        raise ValueError(f"{value!r} is no length of time (such as 60 or '10m')")
-    return float(seconds)
-
-
-def _memory(value: Any) -> int:
-    if isinstance(value, bool) or not isinstance(value, int | str):
-        raise ValueError(f"{value!r} is no size (such as 512M or 2G)")
-    return parse_size(str(value))
-
-
 def _env(value: Any) -> dict[str, str]:
     if not isinstance(value, dict):
         raise ValueError(f"{value!r} is no table of variables (such as {{ NAME = 'value' }})")
@@ -197,9 +183,7 @@ READERS: dict[str, Callable[[Any], Any]] = {
     "name": _name,
     "nice": _number(-20, 19),
     "group": _group,
-    "tokens": _number(0, 1 << 62),
-    "time": _time,
-    "memory": _memory,
+    **limits.READERS,
     "restart": _restart,
     "env": _env,
     "cwd": _text,

@@ -18,6 +18,7 @@
     model = "its-name-there"                --model NAME=https://host/v1#its-name-there
     key_file = "host.key"
     concurrency = 8                         requests at a time; rpm, tpm: requests and tokens in a minute
+    price = "0.15,0.60"                     of a million tokens of prompt, and of answer
 
     [access]                                what agents may do; see aiosd.access.table
     deny = [{ tool = "shell", by = "web" }]
@@ -34,6 +35,8 @@
     [[group]]                               how its agents are confined; see aiosd.sandbox.boxgroups
     name = "web"
     sandbox = "flat"
+    tokens = 1000000                        what they may use together, see aiosd.limits,
+    each = { time = "10m" }                 … and what each may that a person starts
 
 `KEYS` is the only list of settings; file, environment and command line are all read with it. An unknown key is an
 error with its place, not silently ignored.
@@ -51,12 +54,13 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from aiosd import autostart, endpoint, sealed
+from aiosd import autostart, endpoint, limits, price, sealed
 from aiosd.access import table as access_table
 from aiosd.access.rules import Policy
 from aiosd.autostart import AgentSpec
 from aiosd.endpoint import Endpoint
 from aiosd.errors import AiosdError, UsageError, WorldError
+from aiosd.limits import GroupLimits
 from aiosd.link import Schedule
 from aiosd.llm.spec import MAX_SLOTS, REMOTE, ROPE_SCALING, Lora, ModelSpec
 from aiosd.models import found
@@ -357,6 +361,7 @@ KEYS = (
     Key("concurrency", _whole(1, 256), "N", "Requests to such a model at a time (8).", 8, per_model=True),
     Key("rpm", _whole(0), "N", "… and in a minute (no limit).", 0, per_model=True),
     Key("tpm", _whole(0), "N", "Its tokens in a minute (no limit).", 0, per_model=True),
+    Key("price", price.read, "IN,OUT[,CACHED]", "What a million of its tokens cost.", per_model=True),
     Key(
         "route",
         _routes,
@@ -375,6 +380,13 @@ KEYS = (
         "none",
     ),
     Key("net", _one_of(NETS), "|".join(NETS), "Whether confined agents have a network (all).", "all"),
+    Key(
+        "soft_limit",
+        limits.read_percent,
+        "PERCENT",
+        "At this part of a budget its agent gets a message; 0: never (0).",
+        0,
+    ),
     Key("orphans", _one_of(ORPHANS), "|".join(ORPHANS), "What processes get that outlive their agent (kill).", "kill"),
     Key(
         "log_size",
@@ -472,6 +484,8 @@ class Settings:
     groups: Mapping[str, Rules] = field(default_factory=dict)
     access: Policy = field(default_factory=Policy)  # what agents may do, …
     access_warnings: tuple[str, ...] = ()  # … and which rules never decide
+    budgets: Mapping[str, GroupLimits] = field(default_factory=dict)  # of groups
+    soft_limit: int = 0  # percent of a budget at which its agent gets a message
     strict: bool = False  # no agent is confined less than in the cage
 
     def schedule(self) -> Schedule:
@@ -546,6 +560,8 @@ def load(
         strict=strict,
         access=policy,
         access_warnings=warnings,
+        budgets={values["name"]: limits.group_limits_of(values) for _, values in file.groups if "name" in values},
+        soft_limit=values["soft_limit"],
         tools=tools,
         tool_workers=values["tool_workers"],
         mcp_servers=file.servers,
@@ -710,7 +726,7 @@ def _elsewhere(address: str, name: str, options: dict[str, Any], folder: str) ->
         raise UsageError(f"--model {address}: what is its name there? {url}#NAME")
     key_file = options["key_file"] and os.path.join(folder, os.path.expanduser(options["key_file"]))
     name = re.sub(r"[\x00-\x20\x7f/]", "_", name or model)[:64]
-    limits = {key: options[key] for key in ("concurrency", "rpm", "tpm")}
+    limits = {key: options[key] for key in ("concurrency", "rpm", "tpm", "price")}
     return ModelSpec(name=name, backend=REMOTE, url=url, model=model, key_file=key_file, **limits)
 
 
@@ -823,7 +839,8 @@ def _read_file(path: Path, must_exist: bool) -> _File:
             file.agents.append(autostart.read(values, str(path.parent.absolute())))
         except ValueError as err:
             raise UsageError(f"{path}, line {first}: {err}") from None
-    file.groups = [(first, _read_table(path, text, table, boxgroups.READERS, first)) for first, table in groups]
+    readers = boxgroups.READERS | limits.GROUP_READERS
+    file.groups = [(first, _read_table(path, text, table, readers, first)) for first, table in groups]
     return file
 
 

@@ -36,6 +36,7 @@ class Letter(Struct, array_like=True, frozen=True):
     env: dict[str, str]
     cwd: str
     box: Box | None = None  # how its process confines itself
+    sha256: bytes = b""  # what its script must have; b"": that does not matter
 
 
 _decode = msgpack.Decoder(Letter).decode

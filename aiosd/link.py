@@ -27,6 +27,15 @@ Key = tuple[int, int]  # (peer: agent pid, or -client id; call id)
 # ── kernel → service ──────────────────────────────────────────────────────────────────────────────────────
 
 
+class PurseShare(Struct, array_like=True, frozen=True):
+    """A budget in which a call has a part: whose it is, the tokens that are left of it, and how many its calls may hold
+    at a time; None: it does not limit that."""
+
+    owner: int
+    left: int | None
+    context: int | None
+
+
 class Caller(Struct, array_like=True, frozen=True):
     """The agent that a service works for; `pid` 0: the person at the terminal."""
 
@@ -38,7 +47,9 @@ class Caller(Struct, array_like=True, frozen=True):
     nice: int = 0
     budget: int | None = None  # how many more tokens it may use; None: unlimited
     box: bytes = b""  # how it is confined: an encoded `sandbox.box.Box`; b"": not at all
-    program: bytes = b""  # which program it is, see `access.deed.Subject`
+    program: bytes = b""  # which program it is, see `access.deed.Subject`,
+    sha256: bytes = b""  # … and with which content
+    shares: list[PurseShare] = []  # its budgets of tokens
 
 
 class Ask(Struct, array_like=True, frozen=True, tag=True):
@@ -62,7 +73,7 @@ class Ask(Struct, array_like=True, frozen=True, tag=True):
 class Submit(Struct, array_like=True, frozen=True, tag=True):
     """To an llm core: run a generation. One that the core has already goes on, and its pieces are sent from the end
     of `request.given` on. `budget`: how many more tokens the agent may use (None: unlimited). `mu`: mirostat's state
-    after `request.given`, where it is known."""
+    after `request.given`, where it is known. `shares`: the budgets, so that calls do not go beyond one together."""
 
     key: Key
     request: Generate
@@ -71,6 +82,8 @@ class Submit(Struct, array_like=True, frozen=True, tag=True):
     budget: int | None = None
     mu: float | None = None
     others: bool = False  # other models stand ready for it: rather than make it wait, let it fail
+    shares: list[PurseShare] = []
+    money: int | None = None  # how much more the agent may spend, in 10^-12 of a unit; None: unlimited
 
 
 class CancelCall(Struct, array_like=True, frozen=True, tag=True):
@@ -220,6 +233,15 @@ class Started(Struct, array_like=True, frozen=True):
     cached_tokens: int
 
 
+class Spent(Struct, array_like=True, frozen=True):
+    """Prompt tokens that a core charges when it knows them, in place of `Started` and of what `Finished.usage` says: of
+    an attempt at an endpoint when it is sent. Negative: an attempt that cost nothing is given back."""
+
+    key: Key
+    prompt_tokens: int
+    cached_tokens: int = 0
+
+
 class Step(Struct, array_like=True, frozen=True, tag=True):
     """What one or several steps brought. Calls that stream are in every step's message, others now and then
     (so that their tokens are known should the core die)."""
@@ -227,11 +249,13 @@ class Step(Struct, array_like=True, frozen=True, tag=True):
     deltas: list[Delta] = []
     started: list[Started] = []  # they have a slot: the first time, or again
     preempted: list[Key] = []  # they have none any more, and wait
+    spent: list[Spent] = []
 
 
 class Finished(Struct, array_like=True, frozen=True, tag=True):
     """The one final word on a generation; `tokens` and `text` are those after the last delta. `charged`: as in a delta;
-    negative where the deltas had charged too many, so that in the end `usage` is what was charged."""
+    negative where the deltas had charged too many, so that in the end `usage` is what was charged. `short`: the kind of
+    budget that has ended it, where the core knows."""
 
     key: Key
     offset: int
@@ -242,6 +266,8 @@ class Finished(Struct, array_like=True, frozen=True, tag=True):
     tool_calls: list[ToolCall] = []
     logprobs: Logprobs | None = None
     charged: int | None = None
+    short: str = ""
+    spent: Spent | None = None  # what is still to be charged for the prompt, or given back
 
 
 class Answered(Struct, array_like=True, frozen=True, tag=True):
@@ -273,12 +299,14 @@ class Errand(Struct, array_like=True, frozen=True, tag=True):
 
 
 class Failed(Struct, array_like=True, frozen=True, tag=True):
-    """Final word on any call that could not be served. `elsewhere`: another model may be able to."""
+    """Final word on any call that could not be served. `elsewhere`: another model may be able to. `short`: the kind of
+    budget of which it would need more than is left."""
 
     key: Key
     errno: int
     message: str
     elsewhere: bool = False
+    short: str = ""
 
 
 class Health(Struct, array_like=True, frozen=True, tag=True):
@@ -358,7 +386,8 @@ class Fork(Struct, array_like=True, frozen=True, tag=True):
     restart: str = "no"  # see aiosd.restart
     token: bytes = b""  # the hash of its token for the gateway, see kernel.tokens
     sandbox: str = "none"  # its level; the rest of its box is in the letter
-    program: bytes = b""  # the hash of its path, if a person has started it
+    program: bytes = b""  # the hash of its path, if a person has started it,
+    sha256: bytes = b""  # … and of its content, which its process has checked
     outside: bool = False  # it has no process: programs from outside are it, see kernel.outside
     template: Template | None = None  # from which it is forked; None: the supervisor
 
@@ -444,12 +473,14 @@ class ChildStopped(Struct, array_like=True, frozen=True, tag=True):
 
 class ChildExited(Struct, array_like=True, frozen=True, tag=True):
     """`status` as from os.waitstatus_to_exitcode; `reason` set when the supervisor knows more. `again_s`: its process
-    has ended, and it is started again after that time."""
+    has ended, and it is started again after that time. `cpu_s`: what its process has used of processors, with the
+    children that it had waited for."""
 
     pid: int
     status: int
     reason: str = ""
     again_s: float | None = None
+    cpu_s: float = 0.0
 
 
 class ChildRestarted(Struct, array_like=True, frozen=True, tag=True):

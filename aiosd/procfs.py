@@ -10,6 +10,7 @@ import os
 from typing import NamedTuple
 
 _TICKS = os.sysconf("SC_CLK_TCK")
+_PAGE = os.sysconf("SC_PAGE_SIZE")
 
 
 class Stat(NamedTuple):
@@ -21,6 +22,8 @@ class Stat(NamedTuple):
     session: int
     cpu_s: float  # user + system seconds, waited-for children not included
     started: int  # in ticks since the machine's boot: with the pid it names one process for ever
+    waited_s: float = 0.0  # user + system seconds of the children that it has waited for, and theirs
+    rss_bytes: int = 0  # resident, shared pages in full
 
 
 def read_stat(ospid: int) -> Stat | None:
@@ -31,8 +34,17 @@ def read_stat(ospid: int) -> Stat | None:
         return None
     # The name in parentheses may hold anything, so fields count from its end.
     fields = data[data.rindex(b")") + 2 :].split()
-    ticks = int(fields[11]) + int(fields[12])
-    return Stat(fields[0].decode(), int(fields[1]), int(fields[2]), int(fields[3]), ticks / _TICKS, int(fields[19]))
+    own, waited = int(fields[11]) + int(fields[12]), int(fields[13]) + int(fields[14])
+    return Stat(
+        fields[0].decode(),
+        int(fields[1]),
+        int(fields[2]),
+        int(fields[3]),
+        own / _TICKS,
+        int(fields[19]),
+        waited / _TICKS,
+        int(fields[21]) * _PAGE,
+    )
 
 
 def is_there(ospid: int, started: int) -> bool:
@@ -80,6 +92,18 @@ def descendants(ospid: int) -> list[int]:
     return found
 
 
+def tree(ospid: int) -> dict[int, Stat]:
+    """A process and all its descendants, each looked at before its children are."""
+    found: dict[int, Stat] = {}
+    pids = [ospid]
+    for pid in pids:  # grows while we walk it
+        stat = read_stat(pid)
+        if stat is not None and pid not in found:
+            found[pid] = stat
+            pids.extend(children(pid))
+    return found
+
+
 def descends(ospid: int, ancestor: int) -> bool | None:
     """Whether a process is, or descends from, another. None: unknown, because one of them has ended."""
     while ospid != ancestor:
@@ -102,6 +126,37 @@ def pss_bytes(ospid: int) -> int:
     except OSError:
         pass
     return 0
+
+
+def measured_pss_bytes(ospid: int) -> int | None:
+    """The same; None: it cannot be read, because the process is another user's, or has made itself unreadable."""
+    try:
+        with open(f"/proc/{ospid}/smaps_rollup", "rb") as file:
+            return next((int(line.split()[1]) * 1024 for line in file if line.startswith(b"Pss:")), 0)
+    except PermissionError:
+        return None
+    except OSError:
+        return 0
+
+
+def memfds(ospid: int) -> dict[tuple[int, int], int] | None:
+    """The memfds that a process holds, by device and inode, with their bytes. None: they cannot be read."""
+    found = {}
+    folder = f"/proc/{ospid}/fd"
+    try:
+        for fd in os.listdir(folder):
+            path = f"{folder}/{fd}"
+            try:
+                if os.readlink(path).startswith("/memfd:"):
+                    stat = os.stat(path)
+                    found[stat.st_dev, stat.st_ino] = stat.st_blocks * 512
+            except FileNotFoundError:
+                continue  # closed meanwhile
+    except PermissionError:
+        return None
+    except OSError:
+        return {}
+    return found
 
 
 def tree_pss_bytes(ospid: int) -> int:

@@ -316,7 +316,7 @@ class Server:
         caller = ask.caller
         if not caller.pid or ask.approved == deed.digest:
             return
-        decision = self.policy.decide(Subject(caller.group, caller.program), deed)
+        decision = self.policy.decide(Subject(caller.group, caller.program, caller.sha256), deed)
         if decision.act is not Act.ALLOW or decision.rule:
             raise Unapproved(deed)
 

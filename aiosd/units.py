@@ -1,4 +1,4 @@
-"""Reads and writes sizes, counts and lengths of time (`512M`, `10k`, `1h30m`)."""
+"""Reads and writes sizes, counts, lengths of time and money (`512M`, `10k`, `1h30m`, `2.50`)."""
 
 from __future__ import annotations
 
@@ -41,6 +41,32 @@ def parse_duration(text: str) -> float:
     if not parts or "".join(number + unit for number, unit in parts) != text:
         raise ValueError(f"{text!r} is no length of time (such as 42s or 10m)")
     return sum(float(number) * _SECONDS[unit] for number, unit in parts)
+
+
+MONEY = 10**12  # amounts of money are counted in this part of the currency's unit
+_MOST_MONEY = 1_000_000  # units: so that sums fit 64 bits
+
+
+def parse_money(value: object) -> int:
+    """`2.50`, `"2.5"`, `3`: in 10^-12 of a unit, exactly. Raises ValueError for anything else."""
+    text = str(value).strip() if isinstance(value, str | int | float) and not isinstance(value, bool) else ""
+    match = re.fullmatch(r"([0-9]+)(?:\.([0-9]+))?(?:e-([0-9]{1,2}))?", text, re.IGNORECASE)
+    if match is None:
+        raise ValueError(f"{value!r} is no amount of money (such as 2.50)")
+    digits, decimals = match[1] + (match[2] or ""), len(match[2] or "") + int(match[3] or 0)
+    scale: int = 10**decimals
+    amount, rest = divmod(int(digits) * MONEY, scale)
+    if rest:
+        raise ValueError(f"{value} has more than twelve decimals")
+    if amount > _MOST_MONEY * MONEY:
+        raise ValueError(f"{value} is out of range (from 0 to {_MOST_MONEY})")
+    return amount
+
+
+def format_money(amount: int) -> str:
+    """`2.50`, `0.000153`: exactly, with two decimals at least."""
+    whole, part = divmod(amount, MONEY)
+    return f"{whole}.{f'{part:012d}'.rstrip('0'):0<2}"
 
 
 def format_duration(seconds: float) -> str:

@@ -47,7 +47,8 @@ def inside(system: harness.Aiosd, stage: Stage, level: str, net: str) -> dict[st
             check=True,
             pass_fds=[inherited],
         )
-    return dict(json.loads(done.stdout))
+    found = json.loads(done.stdout)
+    return Stage.survivor(found, Path(found.pop("workspace")))
 
 
 def accepted(level: str, net: str) -> set[str]:

@@ -24,7 +24,8 @@ from pathlib import Path
 from typing import Any
 
 ROOT = Path(__file__).resolve().parents[1]
-sys.path.insert(0, str(ROOT))
+# A script's own folder comes first on the path, and one of the scripts there is named as a package of ours.
+sys.path[:] = [str(ROOT), *(path for path in sys.path if Path(path).resolve() != ROOT / "benchmarks")]
 
 from tools.models import MODELS  # noqa: E402  the checkout comes first
 
@@ -224,7 +225,7 @@ def command(name: str) -> list[str]:
 class Aiosd:
     """A system in a home of its own, with agents that are connected and wait. Close it."""
 
-    def __init__(self, model: Path, *options: str) -> None:
+    def __init__(self, model: Path | str, *options: str) -> None:
         self._home = tempfile.TemporaryDirectory(prefix="aios-bench-")
         self.home = Path(self._home.name)
         self.env = {name: value for name, value in os.environ.items() if not name.startswith("AIOS")}

@@ -56,23 +56,27 @@ WORDS = [a + b + c for a in "bdfgklmnprst" for b in ("a", "e", "i", "o", "u", "a
 def text_of(number):
     draw = random.Random(number)
     return " ".join(draw.choices(WORDS, k=400))[:1015] + f" {number:08}"
+texts = []
 def run(order):
     what, calls, first = order["what"], order["calls"], order.get("first", 0)
-    numbers = range(first, first + calls)
-    if what == "write":
-        for number in numbers:
-            aios.mem.add(text_of(number), tags=[f"t{number % 100}"])
+    if what == "prepare":  # so that no time of what is measured goes into texts
+        texts[:] = [text_of(number) for number in range(first, first + calls)]
         return {}
-    call = {"getpid": lambda number: aios.proc.getpid(),
-            "get": lambda number: aios.mem.get(note),
-            "key": lambda number: aios.mem.get("key"),
-            "add": lambda number: aios.mem.add(text_of(number), tags=[f"t{number % 100}"]),
-            "search": lambda number: aios.mem.search(" ".join(text_of(number).split()[:3]), k=10),
-            "filtered": lambda number: aios.mem.search(" ".join(text_of(number).split()[:3]), k=10, tags=["t7"])}[what]
+    if what == "write":
+        for number, text in enumerate(texts, first):
+            aios.mem.add(text, tags=[f"t{number % 100}"])
+        return {}
+    call = {"getpid": lambda text: aios.proc.getpid(),
+            "get": lambda text: aios.mem.get(note),
+            "key": lambda text: aios.mem.get("key"),
+            "add": lambda text: aios.mem.add(text, tags=["t7"]),
+            "search": lambda text: aios.mem.search(text, k=10),
+            "filtered": lambda text: aios.mem.search(text, k=10, tags=["t7"])}[what]
+    given = {"add": texts, "search": [" ".join(text.split()[:3]) for text in texts]}
     took = []
-    for number in numbers:
+    for text in given.get("search" if what == "filtered" else what, [""] * calls):
         began = time.perf_counter()
-        call(number)
+        call(text)
         took.append((time.perf_counter() - began) * 1e6)
     return {"took": took}
 note = aios.mem.add(text_of(0), key="key")
@@ -217,7 +221,7 @@ def reading(system: Aiosd, rounds: int, calls: int) -> dict[str, dict[str, float
 def writing(system: Aiosd, folder: Path, options: argparse.Namespace) -> dict[str, list[float]]:
     """Durable writes per second, of each kind in each round."""
     agents = system.start(options.agents, SCRIPT)
-    race(agents, [{"what": "write", "calls": 5}] * options.agents)
+    through_aiosd(agents, 5, 0)
     found: dict[str, list[float]] = {"aiosd": [], "new": [], "warm": [], "together": [], "reads": []}
     for number in range(options.rounds):
         scratch = folder / f"round-{number}"
@@ -234,20 +238,29 @@ def writing(system: Aiosd, folder: Path, options: argparse.Namespace) -> dict[st
         }
         for name in random.Random(number).sample(list(sides), len(sides)):
             found[name].append(sides[name]())
-    began = time.monotonic()
-    through_aiosd(agents, options.writes, options.rounds)
-    while store_stats(system)["wordless"]:
-        time.sleep(0.01)
-    found["with words"] = [len(agents) * options.writes / (time.monotonic() - began)]
+    found["with words"] = [with_words(system, agents, options.writes, options.rounds)]
     return found
 
 
 def through_aiosd(agents: list[Any], calls: int, number: int, what: str = "write") -> float:
     """Calls a second, of all agents together."""
-    orders = [
-        {"what": what, "calls": calls, "first": (number * len(agents) + place) * calls} for place in range(len(agents))
-    ]
-    return len(agents) * calls / makespan(race(agents, orders))
+    if what == "write":
+        race(agents, orders("prepare", len(agents), calls, number))
+    return len(agents) * calls / makespan(race(agents, orders(what, len(agents), calls, number)))
+
+
+def orders(what: str, agents: int, calls: int, number: int) -> list[dict[str, Any]]:
+    return [{"what": what, "calls": calls, "first": (number * agents + place) * calls} for place in range(agents)]
+
+
+def with_words(system: Aiosd, agents: list[Any], calls: int, number: int) -> float:
+    """Notes a second, until the words of all are indexed."""
+    race(agents, orders("prepare", len(agents), calls, number))
+    began = time.monotonic()
+    race(agents, orders("write", len(agents), calls, number))
+    while store_stats(system)["wordless"]:
+        time.sleep(0.01)
+    return len(agents) * calls / (time.monotonic() - began)
 
 
 def store_stats(system: Aiosd) -> dict[str, Any]:
@@ -257,15 +270,20 @@ def store_stats(system: Aiosd) -> dict[str, Any]:
 def as_chroma(system: Aiosd, notes: int) -> dict[str, float]:
     """The same as chromadb is asked for, by words. Milliseconds."""
     (agent,) = system.start(1, SCRIPT, options=("--name", "many"))
-    race([agent], [{"what": "write", "calls": notes, "first": 1_000_000}])
-    found = {
-        what: statistics.median(race([agent], [{"what": what, "calls": calls, "first": 1_000_100}])[0]["took"]) / 1e3
-        for what, calls in (("add", 200), ("search", 100), ("filtered", 100))
-    }
+
+    def took(what: str, calls: int, first: int) -> list[float]:
+        order = {"what": what, "calls": calls, "first": first}
+        race([agent], [order | {"what": "prepare"}])
+        return race([agent], [order])[0].get("took", [])
+
+    took("write", notes, 1_000_000)
+    found = {"add": statistics.median(took("add", 200, 2_000_000)) / 1e3}
+    for what in ("search", "filtered"):
+        found[what] = statistics.median(took(what, 100, 1_000_100)) / 1e3
     store = next(int(process["ospid"]) for process in system.processes() if process["name"] == "store")
     began = time.monotonic()
     os.kill(store, signal.SIGKILL)
-    race([agent], [{"what": "search", "calls": 1, "first": 1_000_100}])
+    took("search", 1, 1_000_100)
     return found | {"reopen": (time.monotonic() - began) * 1e3}
 
 

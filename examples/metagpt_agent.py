@@ -1,4 +1,4 @@
-"""MetaGPT as an agent: a role with an action.
+"""MetaGPT as an agent: a role with an action. What a role does is decided by its actions, not by tools.
 
     uv pip install metagpt==0.8.2 --override overrides.txt        # see docs/frameworks.md
     aios-run -- /path/to/venv/bin/python examples/metagpt_agent.py
@@ -14,7 +14,7 @@ import os
 import tempfile
 from pathlib import Path
 
-from arithmetic import MODEL, QUESTION, SYSTEM, calc
+from arithmetic import MODEL, QUESTION, SYSTEM
 
 CONFIG = """
 llm:
@@ -35,8 +35,7 @@ async def answer() -> str:
         name: str = "Answer"
 
         async def run(self, history: list[Message]) -> str:
-            result = calc(QUESTION.removeprefix("What is ").removesuffix("?"))
-            return await self._aask(f"{history[-1].content} A tool says: {result}", [SYSTEM])
+            return str(await self._aask(history[-1].content, [SYSTEM]))
 
     class Assistant(Role):
         name: str = "Ann"

@@ -9,7 +9,8 @@ from __future__ import annotations
 import os
 from collections.abc import Iterable, Mapping
 
-from libaios import wire
+from libaios import digest, wire
+from libaios.home import Home
 
 
 def wish(
@@ -28,6 +29,7 @@ def wish(
     """What is sent with a spawn. `target` and so on as in `wire.Spawn`, but as Python has them. `needed`: what the
     program needs besides its own folder."""
     program, own = _own(kind, target, cwd, env)
+    of_agent = wire.ENV_PID in os.environ  # what agents start proves nothing to rules
     alone = own == [program]
     own += map(_real, needed)
     own += [path for path in map(_real, env.get("PYTHONPATH", "").split(os.pathsep)) if path and not is_broad(path)]
@@ -40,6 +42,7 @@ def wish(
         env=list(variables),
         program=wire.os_text(program),
         alone=alone,
+        sha256=digest.of_file(program) if kind == "file" and program != "-" and not of_agent else b"",
     )
 
 
@@ -71,9 +74,9 @@ def _in_path(name: str, env: Mapping[str, str]) -> str | None:
 
 
 def is_broad(folder: str) -> bool:
-    """Whether it is the user's home, or a folder above it: too much to be granted without being asked for."""
-    home = _real(os.path.expanduser("~"))
-    return home == folder or home.startswith(folder.rstrip("/") + "/")
+    """Whether it has the user's home in it, or the data of aiosd: too much to be granted without being asked for."""
+    places = (_real(os.path.expanduser("~")), _real(Home().texts["data"]))
+    return any(place == folder or place.startswith(folder.rstrip("/") + "/") for place in places)
 
 
 def _real(path: str, cwd: str = "/") -> str:

@@ -37,6 +37,7 @@ ENV_PID = "AIOS_PID"
 ENV_HOME = "AIOS_HOME"
 
 Uint = Annotated[int, Meta(ge=0, le=(1 << 63) - 1)]
+Amount = Annotated[int, Meta(ge=1, le=(1 << 63) - 1)]
 Pid = Annotated[int, Meta(ge=1, lt=1 << 53)]
 Seconds = Annotated[float, Meta(ge=0, le=1e9)]
 Nice = Annotated[int, Meta(ge=-20, le=19)]
@@ -198,11 +199,19 @@ class NoArgs(Struct, array_like=True, frozen=True):
 
 
 class Limits(Struct, array_like=True, frozen=True):
-    """Budgets of one agent; None: unlimited."""
+    """Budgets of one agent, which all that it starts shares; None: unlimited."""
 
-    tokens: Annotated[int, Meta(ge=0)] | None = None  # prompt tokens computed + completion tokens
+    tokens: Uint | None = None  # prompt tokens computed + completion tokens
     time_s: Seconds | None = None  # wall seconds since the spawn
-    memory_bytes: Annotated[int, Meta(ge=1)] | None = None  # PSS of the agent and its descendants
+    memory_bytes: Amount | None = None  # PSS of its processes, and what they hold in memfds
+    cpu_s: Seconds | None = None  # on processors, of its processes
+    context: Amount | None = None  # tokens that its open calls hold at a time, prompts and answers
+    tool_calls: Uint | None = None
+    children: Uint | None = None  # agents that it starts, and that these start
+    processes: Amount | None = None  # Linux processes at a time
+    disk_bytes: Amount | None = None  # written to the store, and in its workspace
+    cost: Uint | None = None  # what its generations cost by the prices of models, in 10^-12 of the currency's unit
+    soft: Annotated[int, Meta(ge=0, le=100)] | None = None  # percent of each at which it gets a message; 0: never
 
 
 Paths = Annotated[list[Annotated[str, Meta(min_length=1, max_length=4096)]], Meta(max_length=256)]
@@ -221,6 +230,7 @@ class Sandbox(Struct, array_like=True, frozen=True):
     env: Annotated[list[Annotated[str, Meta(min_length=1, max_length=256)]], Meta(max_length=1024)] = []
     program: Annotated[str, Meta(max_length=4096)] = ""  # by which its workspace is found again
     alone: bool = False  # `own` has its script, not the folder where that lies
+    sha256: Annotated[bytes, Meta(max_length=32)] = b""  # of a script, as the person who starts it has it
 
 
 #: `a.b.c`, as in an import.
@@ -975,7 +985,8 @@ class ModelInfo(Struct, frozen=True):
 
 
 class ProcInfo(Struct, frozen=True):
-    """One line of aios-ps. `exit` is None while alive, else as in a shell: 0–255, 128+n for signal n."""
+    """One line of aios-ps. `exit` is None while alive, else as in a shell: 0–255, 128+n for signal n; 124 when a budget
+    ended it."""
 
     pid: int
     ppid: int
@@ -1001,6 +1012,9 @@ class ProcInfo(Struct, frozen=True):
     ctx_place: str = ""  # … and where: "slot", "ram" or "disk"
     restarts: int = 0  # how often it was started again
     sandbox: str = "none"  # how it is confined
+    cost: str = "0.00"  # what its generations cost, exactly
+    budget: str = ""  # which budget ended it, by its name in aiosd.toml
+    reason: str = ""  # why it ended, where kernel or supervisor know
 
 
 class Waited(Struct, array_like=True, frozen=True):
@@ -1008,7 +1022,7 @@ class Waited(Struct, array_like=True, frozen=True):
 
     pid: int
     status: int
-    budget: str = ""  # which budget ended it: "", "tokens", "time", "memory"
+    budget: str = ""  # which budget ended it, by its name in aiosd.toml; "": none
     reason: str = ""  # why it ended, in a sentence of the kernel or the supervisor; "" when it ended by itself
 
 

@@ -83,8 +83,15 @@ class Bench:
         return text
 
     def charged(self, key: link.Key) -> int:
+        """Tokens of answers."""
         end = self.end(key)
-        return sum(message.charged for message in [*self.deltas(key), end])
+        return sum(message.charged for message in [*self.deltas(key), end] if not isinstance(message, link.Failed))
+
+    def prompts(self, key: link.Key) -> int:
+        """Tokens of prompts that have been charged so far."""
+        spent = [one for message in self.channel.sent if isinstance(message, link.Step) for one in message.spent]
+        spent += [one.spent for one in self.channel.sent if isinstance(one, link.Finished) and one.spent is not None]
+        return sum(one.prompt_tokens for one in spent if one.key == key)
 
 
 Make = Callable[..., Bench]

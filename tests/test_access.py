@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import os
 import signal
@@ -418,6 +419,40 @@ def test_the_terminal_of_an_attached_agent_shows_what_it_asks(
         os.close(master)
 
 
+def test_a_person_answers_at_a_terminal(system: System, start: Start, agent: str) -> None:
+    """What was typed before a question is no answer to it; Ctrl-C ends it."""
+    master, slave = os.openpty()
+    follow = system.popen("aios-approve", "-f", stdin=slave, stdout=slave, stderr=slave)
+    os.close(slave)
+    try:
+        until(master, "Ctrl-C ends this")
+        os.write(master, b"y\ny\n")  # too early
+        running = start(agent, CALC, CALC, CALC)
+        until(master, "[s]kip: ")
+        os.write(master, b"what\n")
+        until(master, "[s]kip: ")
+        os.write(master, b"y\n")
+        assert result(running) == ["ok", "'42'"]
+        until(master, "[s]kip: ")
+        os.write(master, b"n\n")
+        assert result(running)[0] == "PermissionError"
+        until(master, "[s]kip: ")
+        running.kill()
+        until(master, "not asked any more")
+        os.write(master, b"\x03")
+        follow.send_signal(signal.SIGINT)
+        assert follow.wait(20) in (-signal.SIGINT, 130)
+    finally:
+        os.close(master)
+
+
+def until(master: int, words: str) -> None:
+    """Read from a terminal until this was printed."""
+    shown = b""
+    while words.encode() not in shown:
+        shown += os.read(master, 1)
+
+
 # ── rules that change ─────────────────────────────────────────────────────────────────────────────────────
 
 
@@ -434,6 +469,27 @@ def test_rules_are_read_again(system: System, agent: str) -> None:
         config.write_text(RULES)
         system.run("aiosd", "reload", check=True)
     assert "ask tool=calc" in system.run("aios-approve", "--rules", check=True).stdout
+
+
+def test_a_rule_for_a_program_and_its_content(fresh_aiosd: Callable[..., System], agent: str, tmp_path: Path) -> None:
+    """It holds for that very script, started by a person; not for a changed one, a copy, or what an agent starts."""
+    script = tmp_path / "trusted.py"
+    script.write_text(AGENT)
+    digest = hashlib.sha256(script.read_bytes()).hexdigest()
+    (tmp_path / "aiosd.toml").write_text(
+        f'[access]\nallow = [{{ call = "sto_remove", program = "trusted.py", sha256 = "{digest}" }}]\n'
+    )
+    own = fresh_aiosd("--config", str(tmp_path / "aiosd.toml"), "--threads", "1")
+    for name in "ab":
+        did(own, agent, f'aios.sto.write("{name}", b"1", of="group")')
+    remove = 'aios.sto.remove("%s", of="group")'
+    assert did(own, str(script), remove % "a")[0][0] == "ok"
+    below = did(own, agent, f"""aios.proc.wait(aios.proc.spawn("{script}", '{remove % "b"}'))""")
+    assert [kind for kind, _ in below] == ["PermissionError", "ok"]  # the child's line, and its parent's
+    script.write_text(AGENT + "\n# changed\n")
+    assert did(own, str(script), remove % "b")[0][0] == "PermissionError"
+    (tmp_path / "copy.py").write_text(AGENT)
+    assert did(own, str(tmp_path / "copy.py"), remove % "b")[0][0] == "PermissionError"
 
 
 def _fields(asked: Asked) -> dict[str, Any]:

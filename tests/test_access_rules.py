@@ -303,6 +303,8 @@ def test_a_table_as_people_write_it() -> None:
         (["", "deny = 3"], 3, "is a list of rules"),
         (["denied = []"], 2, "unknown key 'denied'"),
         (["ask_timeout = true"], 2, "no number of seconds"),
+        (['deny = [{ tool = "shell", sha256 = "ab" }]'], 2, "which one?"),
+        (['deny = [{ tool = "shell", program = "x", sha256 = "ab" }]'], 2, "64 digits"),
     ],
 )  # fmt: skip
 def test_what_is_wrong_is_refused_with_its_line(lines: list[str], number: int, words: str, tmp_path: Path) -> None:

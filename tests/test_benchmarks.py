@@ -23,6 +23,7 @@ from benchmarks import (
     lruk,
     models,
     quality,
+    remote,
     scale,
     search,
     switch,
@@ -289,3 +290,23 @@ def test_gateways_ratios_are_those_of_neighbours():
     assert (found["rate_ratio"], found["first_ratio"]) == (0.975, pytest.approx(1.1))
     assert "MISSED" not in gateway.table(rows, found)[-1]
     assert "MISSED" in gateway.table(rows, found | {"rate_ratio": 0.8})[-1]
+
+
+def test_a_model_elsewhere_is_measured_against_its_endpoint():
+    options = remote.parse(["--only-fake", "-n", "1", "--generate", "1", "8", "--tokens", "30", "--pairs", "1"])
+    rows = remote.run(options)
+    assert [row["side"] for row in rows[:4]] == ["direct", "aiosd", "aiosd", "direct"]
+    assert {row["tokens"] / row["calls"] for row in rows} == {1, 8}
+    short, long = remote.summary(rows)
+    assert short["aiosd_ms"] > short["direct_ms"] > 0
+    assert short["cpu_ms"] > 0
+    lines = remote.table([{**short, "endpoint": "llama-server", "ratio": 1.2}, short, {**long, "cpu_ms": 9.0}])
+    assert "MISSED" in lines[1]
+    assert lines[-1].startswith("aiosd adds, 1 at a time: ")
+
+
+@pytest.mark.parametrize("script", ["store", "tools"])
+def test_a_script_may_be_named_as_a_package(script):
+    """Run as a file, its folder is on the path: `tools` there must not be taken for ours."""
+    argv = [sys.executable, str(harness.ROOT / "benchmarks" / f"{script}.py"), "--help"]
+    assert subprocess.run(argv, capture_output=True, text=True, check=True).stdout.startswith("usage: ")

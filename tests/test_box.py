@@ -67,6 +67,29 @@ def test_a_child_has_no_more_than_its_parent(wish: wire.Sandbox) -> None:
         box.of_child(wish, PARENT)
 
 
+def sandboxes(tmp_path: Path) -> Sandboxes:
+    return Sandboxes(Rules("flat"), {}, Offer("flat"), str(tmp_path / "home/data/workspaces"))
+
+
+@pytest.mark.parametrize("path", ["home/data", "home/data/store", "home", "."])
+@pytest.mark.parametrize("kind", ["read", "write"])
+def test_nobody_grants_the_data_of_aiosd(path: str, kind: str, tmp_path: Path) -> None:
+    """What was approved for all times, the audit, and what other agents keep."""
+    wish = wire.Sandbox(**{kind: [os.path.normpath(tmp_path / path)]})
+    with pytest.raises(OSError, match="aiosd's own data is there"):
+        sandboxes(tmp_path).decide(wire.Spawn("file", "a.py", sandbox=wish), None)
+    wish = wire.Sandbox(**{kind: [str(tmp_path / "home/data/workspaces/x"), str(tmp_path / "home/database")]})
+    assert sandboxes(tmp_path).decide(wire.Spawn("file", "a.py", sandbox=wish), None) is not None
+
+
+def test_a_script_beside_the_data_of_aiosd_comes_alone(tmp_path: Path) -> None:
+    script = str(tmp_path / "a.py")
+    wish = wire.Sandbox(own=[str(tmp_path)], program=script)
+    found = sandboxes(tmp_path).decide(wire.Spawn("file", script, sandbox=wish), None)
+    assert found is not None
+    assert found.read == [script]
+
+
 @pytest.mark.parametrize("path", ["x", "../x", "/a/../b", "/a/", "/a//b", "//a", "", "\0", "\0/\xff/.."])
 def test_only_plain_absolute_paths_are_granted(path: str) -> None:
     for wish in (wire.Sandbox(read=[path]), wire.Sandbox(write=[path]), wire.Sandbox(own=[path])):

@@ -3,12 +3,20 @@
 from __future__ import annotations
 
 import os
+import signal
+from types import SimpleNamespace
+from typing import Any
 
+import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from aiosd.kernel.budget import Budget, Budgets, charge, sentence, settle, tokens_left
-from aiosd.kernel.ledger import Ledger
+from aiosd.kernel.budget import FIRST_GROUP, Budget, Budgets, Stage, charge, sentence, settle, take, tokens_left
+from aiosd.kernel.charges import check_open
+from aiosd.kernel.enforce import Enforcer
+from aiosd.kernel.ledger import COUNTED, Ledger
+from aiosd.kernel.proc import Proc, ProcTable
+from aiosd.limits import GroupLimits
 from aiosd.link import Share
 from aiosd.timers import Timers
 from libaios.wire import Limits
@@ -136,3 +144,236 @@ def test_a_budget_ends_when_the_last_could_not_be_forked() -> None:
     budgets.forget(2)
     budgets.arrived([budget.share])
     assert (ledger.pids(), list(budgets)) == (set(), [])
+
+
+# ── what is counted as it happens ─────────────────────────────────────────────────────────────────────────
+
+
+@given(st.integers(0, 50), st.lists(st.tuples(st.integers(0, 2), st.integers(0, 20))))
+def test_nothing_is_counted_beyond_any_of_the_shared_budgets(limit: int, takes: list[tuple[int, int]]) -> None:
+    """Three agents, of which two share a budget, and all that of an ancestor: whoever asks in whatever order."""
+    all_of_them, pair = Budget(2, Limits(tool_calls=limit)), Budget(3, Limits(tool_calls=limit // 2))
+    shares = [[all_of_them, pair], [all_of_them, pair], [all_of_them]]
+    begun = [0, 0, 0]
+    for who, amount in takes:
+        short = take(shares[who], "tool_calls", amount)
+        if short is None:
+            begun[who] += amount
+        else:
+            assert (short.left("tool_calls") or 0) < amount
+    assert sum(begun) == all_of_them.used("tool_calls") <= limit
+    assert begun[0] + begun[1] == pair.used("tool_calls") <= limit // 2
+
+
+def test_a_new_kernel_finds_what_was_counted() -> None:
+    budgets, timers, _, ledger, _ = books()
+    owned = budgets.join(2, 100.0, [Share(0, Limits(tool_calls=3, disk_bytes=100))])
+    assert take(owned, "tool_calls", 2) is None
+    assert take(owned, "disk", 60) is None
+    successor = Budgets(ledger, timers)
+    successor.time_is_up = lambda budget: None
+    again = successor.join(2, 100.0, [owned[0].share])
+    assert take(again, "tool_calls", 2) is again[0]
+    assert take(again, "tool_calls", 1) is None
+    assert take(again, "disk", 41) is again[0]
+
+
+def test_children_count_from_the_moment_that_they_are_being_forked_and_once() -> None:
+    budgets, timers, _, ledger, _ = books()
+    (budget,) = owned = budgets.join(2, 100.0, [Share(0, Limits(children=2))])
+    shares = budgets.of_new(owned, "", Limits())
+    budgets.expect(shares)
+    budgets.expect(shares)
+    assert budgets.full(shares, "children") is budget
+    budgets.arrived(shares)  # one could not be forked
+    assert budgets.full(shares, "children") is None
+    for kernel in (budgets, Budgets(ledger, timers)):
+        kernel.time_is_up = lambda budget: None
+        (budget,) = joined = kernel.join(3, 101.0, shares)
+        kernel.born(3, ledger.row(3), joined)
+        assert budget.used("children") - budget.coming == 1
+    assert not ledger.row(2)[COUNTED]
+
+
+def test_an_owner_is_no_child_of_its_own_budget() -> None:
+    budgets, _, _, ledger, _ = books()
+    owned = budgets.join(2, 100.0, [Share(0, Limits(children=0))])
+    budgets.born(2, ledger.row(2), owned)
+    assert owned[0].used("children") == 0
+
+
+# ── groups ────────────────────────────────────────────────────────────────────────────────────────────────
+
+WEB = {"web": GroupLimits(all=Limits(tokens=100, time_s=10), each=Limits(time_s=3))}
+
+
+def group_books() -> tuple[Budgets, Timers, Clock, Ledger, list[str]]:
+    _, timers, clock, ledger, _ = books()
+    up: list[str] = []
+    budgets = Budgets(ledger, timers, WEB)
+    budgets.time_is_up = lambda budget: up.append(budget.group or str(budget.owner))
+    return budgets, timers, clock, ledger, up
+
+
+def test_a_group_has_one_budget_and_each_agent_of_a_person_its_own() -> None:
+    budgets, *_ = group_books()
+    first = budgets.join(7, 100.0, budgets.of_new(None, "web", Limits(tokens=5)))
+    second = budgets.join(8, 101.0, budgets.of_new(None, "web", Limits()))
+    child = budgets.join(9, 101.0, budgets.of_new(second, "web", Limits()))
+    assert first[0] is second[0] is child[0]
+    assert first[1].limits == Limits(tokens=5, time_s=3)
+    assert second[1] is child[1]
+    assert budgets.of_new(None, "other", Limits()) == []
+
+
+def test_the_time_of_a_group_runs_from_its_first_agent_on_over_every_death() -> None:
+    budgets, timers, clock, ledger, up = group_books()
+    clock.now = 150.0
+    owned = budgets.join(7, 150.0, budgets.of_new(None, "web", Limits()))
+    budgets.leave(7, owned)
+    budgets.forget(7)
+    successor = Budgets(ledger, Timers(clock), WEB)
+    successor.time_is_up = budgets.time_is_up
+    successor.adopt(set())
+    later = successor.join(8, 158.0, successor.of_new(None, "web", Limits()))
+    assert later[0].used("time", 158.0) == 8.0
+    clock.now = 160.5
+    timers.run_due()
+    assert "web" in up
+
+
+def test_what_a_group_used_stays_used_and_what_it_had_is_free_again() -> None:
+    budgets, *_ = group_books()
+    owned = budgets.join(7, 100.0, budgets.of_new(None, "web", Limits()))
+    charge(owned[:1], 60)
+    owned[0].levels["memory"], owned[0].reached, owned[0].stage = 5.0, "memory", Stage.KILL
+    budgets.leave(7, owned)
+    (again, _) = budgets.join(8, 101.0, budgets.of_new(None, "web", Limits()))
+    assert (again.tokens_left, again.used("memory"), again.stage) == (40, 0.0, Stage.OPEN)
+
+
+# ── messages ──────────────────────────────────────────────────────────────────────────────────────────────
+
+
+def test_an_agent_is_told_once_whichever_kernel_tells_it() -> None:
+    _, _, clock, ledger, _ = books()
+    said: list[tuple[int, str]] = []
+
+    def kernel() -> Budgets:
+        budgets = Budgets(ledger, Timers(clock), soft=0.8)
+        budgets.time_is_up = lambda budget: None
+        budgets.near = lambda budget, which: said.append((budget.owner, which))
+        return budgets
+
+    limits = Limits(tokens=100, tool_calls=5, time_s=10)
+    first = kernel()
+    owned = first.join(2, 100.0, [Share(0, limits)])
+    charge(owned, 79)
+    take(owned, "tool_calls", 3)
+    assert said == []
+    charge(owned, 1)
+    take(owned, "tool_calls", 1)
+    charge(owned, 5)
+    assert said == [(2, "tokens"), (2, "tool_calls")]
+    settle(owned, 85)
+    again = kernel().join(2, 100.0, [owned[0].share])
+    charge(again, 5)
+    take(again, "tool_calls", 1)
+    assert said == [(2, "tokens"), (2, "tool_calls")]
+    clock.now = 108.5
+    first._timers.run_due()
+    assert said[2:] == [(2, "time")]
+
+
+def test_a_budget_may_say_itself_when_to_tell() -> None:
+    budgets, *_ = books()
+    said: list[str] = []
+    budgets.near = lambda budget, which: said.append(which)
+    for pid, soft in ((2, 50), (3, 0), (4, None)):
+        owned = budgets.join(pid, 100.0, [Share(0, Limits(tokens=100, soft=soft))])
+        charge(owned, 60)
+    assert said == ["tokens"]
+
+
+# ── the end ───────────────────────────────────────────────────────────────────────────────────────────────
+
+
+class House:
+    """Agents that share a budget, or a group's, and what is sent to them."""
+
+    def __init__(self, limits: Limits, group: str = "") -> None:
+        self.clock = Clock()
+        self.timers = Timers(self.clock)
+        self.sent: list[tuple[float, int, int]] = []
+        self.table = ProcTable(10)
+        uplink: Any = SimpleNamespace(send=lambda message: None)
+        self.enforcer = Enforcer(self.table, uplink, self.timers, self._deliver)
+        self.budget = Budget(FIRST_GROUP if group else 2, limits, group=group, sharers={2, 3})
+        for pid in (2, 3):
+            proc = Proc(pid, pid, pid, 0, "x", "x", group, "", 0.0, 0, budgets=[self.budget])
+            self.table.add(proc)
+
+    def _deliver(self, proc: Proc, number: int) -> None:
+        if number != signal.SIGCONT:
+            self.sent.append((round(self.clock.now - 100, 1), proc.pid, number))
+
+    def run(self, seconds: float) -> None:
+        self.clock.now += seconds
+        self.timers.run_due()
+
+
+TERM, KILL = signal.SIGTERM, signal.SIGKILL
+
+
+def test_who_asks_for_more_has_time_to_end_and_then_all_are_ended() -> None:
+    house = House(Limits(tool_calls=1))
+    house.enforcer.refused(house.budget, "tool_calls", house.table.procs[3])
+    house.run(4.9)
+    assert house.sent == []
+    house.run(0.2)
+    house.run(5.0)
+    assert house.sent == [(5.1, 2, TERM), (5.1, 3, TERM), (10.1, 2, KILL), (10.1, 3, KILL)]
+    assert {proc.budget for proc in house.table} == {"tool_calls"}
+    assert house.table.procs[3].reason == "tool call budget of 1 used up"
+
+
+def test_of_a_group_the_agent_that_asks_is_ended_and_no_other() -> None:
+    house = House(Limits(tool_calls=1), group="web")
+    for _ in range(2):
+        house.enforcer.refused(house.budget, "tool_calls", house.table.procs[3])
+    house.run(5.1)
+    house.run(5.1)
+    assert house.sent == [(5.1, 3, TERM), (10.2, 3, KILL)]
+    assert house.table.procs[2].budget == ""
+
+
+def test_what_is_sampled_or_cannot_be_measured_is_ended_at_once() -> None:
+    house = House(Limits(memory_bytes=5))
+    house.enforcer.exceeded(house.budget, "memory", "memory budget: it cannot be measured (x)")
+    house.enforcer.exceeded(house.budget, "memory", "")
+    assert house.sent == [(0.0, 2, KILL), (0.0, 3, KILL)]
+    assert house.table.procs[2].reason == "memory budget: it cannot be measured (x)"
+
+
+def test_a_notice_stands_over_a_kernels_death() -> None:
+    house = House(Limits(tool_calls=1))
+    house.table.procs[3].budget = "tool_calls"
+    house.enforcer.adopted(house.table.procs[3])
+    house.run(5.1)
+    assert house.sent == [(5.1, 3, TERM)]
+
+
+def test_a_process_that_linux_ends_for_a_bound_was_ended_by_its_budget() -> None:
+    house = House(Limits(cpu_s=1))
+    house.enforcer.ended(house.table.procs[3], -signal.SIGXFSZ)
+    assert house.table.procs[3].budget == ""
+    house.enforcer.ended(house.table.procs[3], -signal.SIGXCPU)
+    assert house.table.procs[3].reason == "CPU budget of 1 s used up"
+
+
+def test_a_budget_at_its_end_allows_no_further_call() -> None:
+    house = House(Limits(time_s=1, tool_calls=5))
+    check_open(house.table.procs[3])
+    house.enforcer.time_is_up(house.budget)
+    with pytest.raises(OSError, match="time budget of 1 s used up"):
+        check_open(house.table.procs[3])

@@ -82,7 +82,7 @@ def test_what_is_missing_is_left_out_and_nothing_is_too_wide(missing: set[str], 
 
 def test_the_store_is_shown_when_it_is_used() -> None:
     store = {"kind": "store", "stats": {"bytes": 2048, "hits": 5, "faults": 2, "evictions": 1, "vectors": 3,
-                                        "index_bytes": 1024, "pending": 4}}  # fmt: skip
+                                        "index_bytes": 1024, "pending": 3, "wordless": 1}}  # fmt: skip
     shown = "notes: 2.0K in memory, 5 hits, 2 faults, 1 evictions, 3 vectors (1.0K), 4 pending"
     assert picture.head({"services": [store]}, 100, 0.0)[2:] == [shown]
     assert picture.head({"services": [{"kind": "store", "stats": {"hits": 0, "bytes": 0}}]}, 100, 0.0)[2:] == []

@@ -32,7 +32,8 @@ def inside(system: System, stage: Stage, *options: str) -> dict[str, str]:
             "aios-run", *options, "--read", stage.path.parent, RUN, stage.path,
             cwd=stage.folder, check=True, pass_fds=[inherited], timeout=100,
         )  # fmt: skip
-    return dict(json.loads(done.stdout))
+    found = json.loads(done.stdout)
+    return Stage.survivor(found, Path(found.pop("workspace")))
 
 
 def test_all_deeds_are_stopped_but_those_that_are_accepted(aiosd: System, stage: Stage) -> None:

@@ -24,7 +24,9 @@ FLOORS: list[list[str]] = [
     ["aiosd"],  # config, link, errors and the other small things that any part may use
     ["aiosd.models"],  # which models there are: settings name them
     ["aiosd.llm.modelfile"],
-    ["aiosd.llm.spec", "aiosd.tools.spec", "aiosd.errors", "aiosd.units", "aiosd.nano"],  # what a model is described by
+    ["aiosd.llm.spec", "aiosd.tools.spec", "aiosd.errors", "aiosd.nano"],  # what a model is described by
+    ["aiosd.price"],
+    ["aiosd.units"],
     ["libaios"],
 ]
 #: Rooms outside the house: run by hand, imported by no part of the system.

@@ -50,6 +50,7 @@ def test_a_chat(make: Make, stream: bool) -> None:
     assert (end.finish_reason, end.usage.prompt_tokens, end.usage.cached_tokens) == ("stop", 11, 4)
     assert bench.text(key) == "Hello"
     assert bench.charged(key) == end.usage.completion_tokens == 3
+    assert bench.prompts(key) == end.usage.prompt_tokens
     path, body, _ = bench.endpoint.asked[0]
     assert path == "/v1/chat/completions"
     assert (body["model"], body["messages"], body["max_tokens"], body["stop"]) == ("gpt", USER, 9, ["x"])
@@ -170,7 +171,9 @@ def test_a_fault_is_survived_and_every_piece_comes_once(make: Make, fault: Deed,
     key = bench.submit(stream=stream)
     assert bench.text(key) == "Hello"
     assert len(bench.endpoint.asked) == 3
-    assert bench.charged(key) == 3
+    with_text = fault is FAULTS[4]  # what had come, and the prompt for it, are to be paid for
+    assert bench.charged(key) == 3 + 2 * with_text
+    assert bench.prompts(key) >= 11
     assert bench.remote.stats()["retries"] == 2
 
 
@@ -312,10 +315,15 @@ def test_a_call_that_is_parked_for_long_is_asked_again(make: Make, monkeypatch: 
 
 def test_a_budget_is_passed_on_and_held(make: Make) -> None:
     bench = make(answers(*"abcdefgh", reason="length", usage=None))
-    key = bench.submit(budget=3)
+    bench.end(bench.submit())
+    prompt = bench.prompts((1, 1))
+    key = bench.submit(budget=prompt + 3)
     assert bench.end(key).finish_reason == "limit"
-    assert bench.charged(key) == 3
-    assert bench.endpoint.asked[0][1]["max_tokens"] == 1
+    assert (bench.prompts(key), bench.charged(key)) == (prompt, 3)
+    assert bench.endpoint.asked[1][1]["max_tokens"] == 3
+    failed = bench.end(bench.submit(budget=prompt))
+    assert (failed.errno, failed.short) == (errno.EDQUOT, "tokens")
+    assert len(bench.endpoint.asked) == 2, "nothing was asked that could not be paid for"
 
 
 def test_a_new_kernel_gets_the_rest(make: Make) -> None:

@@ -106,7 +106,7 @@ def test_every_import_is_required() -> None:
             allowed = required | requirements(CONFIG["options.extras_require"]["nano"])
         elif module_of(path) == "aiosd.models.hub":
             allowed = required | requirements(CONFIG["options.extras_require"]["hub"])
-        elif module_of(path) in ("aiosd.tools.bridge", "aiosd.commands.mcpserver"):
+        elif module_of(path) in ("aiosd.tools.bridge", "aiosd.tools.mcpstreams", "aiosd.commands.mcpserver"):
             allowed = required | requirements(CONFIG["options.extras_require"]["mcp"])
         elif module_of(path).startswith("aiosd.gateway"):
             allowed = required | requirements(CONFIG["options.extras_require"]["gateway"])

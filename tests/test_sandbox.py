@@ -140,6 +140,40 @@ for number in range({len(DENIALS)}):
     ]
 
 
+def test_inspect_says_why(aiosd: System, level: str, tmp_path: Path) -> None:
+    for name in ("in", "out", "hidden"):
+        (tmp_path / name).mkdir()
+    (tmp_path / "out" / "locked").touch(mode=0o000)
+    options = ("--sandbox", level, "--read", tmp_path / "in", "--write", tmp_path / "out")
+    pid = aiosd.run("aios-run", "-d", *options, "--", "sleep", "600", check=True).stdout.strip()
+
+    def why(path: Path | str) -> list[str]:
+        done = aiosd.run("aios-inspect", pid, "--why", path, check=True)
+        return [line.strip() for line in done.stdout.splitlines()]
+
+    private = "in the cage /tmp is the agent's own: no such file"
+    hidden = {"flat": "no rule of Landlock grants it", "cage": private}[level]
+    error = {"flat": "EACCES", "cage": "ENOENT"}[level]
+    frozen = {"flat": "", "cage": "mounted read-only (EROFS), and "}[level]
+    remedy = 'to allow it: aios-run --{0} {1}, or {0} of [[group]] "default" in aiosd.toml'
+    inner, mine, shown = tmp_path / "in", tmp_path / "out", tmp_path / "hidden"
+    assert why(inner) == [
+        f"{inner}, for agent {pid} ({level})", f"read  yes  granted by read: {inner}",
+        f"write no   {frozen}no rule of Landlock grants it (EACCES)", f"run   yes  granted by read: {inner}",
+        remedy.format("write", inner),
+    ]  # fmt: skip
+    assert why(mine)[1:] == [f"{deed:6}yes  granted by write: {mine}" for deed in ("read", "write", "run")]
+    assert why(shown)[1:] == [
+        *(f"{deed:6}no   {hidden} ({error})" for deed in ("read", "write", "run")),
+        remedy.format("read", shown), remedy.format("write", shown),
+    ]  # fmt: skip
+    assert f"its mode (----------) denies it (EACCES), although granted by write: {mine}" in why(mine / "locked")[1]
+    if level == "cage":
+        assert why("/var")[1] == "read  no   not in the cage: no such file (ENOENT)"
+    assert why("/etc/passwd")[1] == "read  yes  all agents may: /etc/passwd"
+    aiosd.run("aios-kill", "-KILL", pid, check=True)
+
+
 def test_a_link_in_what_is_granted_leads_nowhere(aiosd: System, level: str, tmp_path: Path) -> None:
     (tmp_path / "hidden").mkdir()
     (tmp_path / "hidden" / "a.txt").write_text("secret")

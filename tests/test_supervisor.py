@@ -61,7 +61,7 @@ def test_a_bug_in_what_is_done_for_a_dead_child_is_not_swallowed() -> None:
     supervisor = object.__new__(Supervisor)
     supervisor.stopping = ""
 
-    def child_ended(ospid: int, status: int) -> None:
+    def child_ended(ospid: int, status: int, cpu_s: float) -> None:
         raise BlockingIOError(11, "a bug of ours")
 
     supervisor._child_ended = child_ended  # type: ignore[method-assign]

@@ -47,6 +47,27 @@ MODULES = {
 }
 
 
+#: A client that loads a part of itself when it is used.
+CLIENT = """
+import json, urllib.request
+
+class OpenAI:
+    def __init__(self, base_url, **options):
+        self.url, self.chat, self.completions = base_url, self, self
+    def __enter__(self):
+        return self
+    def __exit__(self, *of_error):
+        pass
+    def create(self, **ask):
+        import lazy
+        request = urllib.request.Request(self.url + "/chat/completions", json.dumps(ask).encode())
+        with urllib.request.urlopen(request) as reply:
+            lazy.ANSWERS.append(reply.read().decode())
+        return lazy.ANSWERS
+"""
+MODULES |= {"openai": CLIENT, "lazy": "ANSWERS = []\n"}
+
+
 @pytest.fixture(scope="module")
 def environment(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A virtual environment that has neither aiosd nor msgspec, and a few modules of its own."""
@@ -166,6 +187,18 @@ def test_a_module_as_the_program_and_what_it_registers_for_its_end(system: Syste
     assert done.returncode == 0
     assert "1 loop" in done.stdout
     assert done.stdout.endswith("at exit\n")
+
+
+def test_what_is_made_in_use_is_there_before(system: System, environment: Path, tmp_path: Path) -> None:
+    source = """
+        import sys
+        whole, stream = sys.modules["lazy"].ANSWERS
+        print('"content": "x"' in whole, stream.startswith("data: {"), stream.endswith("[DONE]\\n\\n"))
+    """
+    done = system.run("aios-run", "--preload", "openai", "--python", environment, script(tmp_path, source))
+    assert (done.returncode, done.stdout, done.stderr) == (0, "True True True\n", "")
+    (template,) = templates(system)
+    assert template.children() == []
 
 
 def test_a_template_knows_nothing_of_its_agents(system: System, environment: Path, tmp_path: Path) -> None:

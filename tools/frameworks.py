@@ -10,7 +10,7 @@ versions for some of these. Models are the embedded one and, where `make models`
 
     started             the program ran, and has called the model
     answered            it ended well, and has printed an answer
-    tool called         the model has called its tool (a small one does not always)
+    tool called         the model has called its tool (a small one does not always; MetaGPT's example has none)
     killed              `aios-kill` while a call is open: it is gone with all that it had started, and books balance
     parked and resumed  STOP while it works, so that nothing more is generated for it; CONT; and it answers
 """

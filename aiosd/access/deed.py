@@ -68,11 +68,12 @@ class Deed(Struct, array_like=True, frozen=True):
 
 
 class Subject(Struct, array_like=True, frozen=True):
-    """Who does it: never by a name that an agent chose. `program`: the hash of its path, b"" where that is not proved;
-    see `program_key`."""
+    """Who does it: never by a name that an agent chose. `program`: the hash of its path (`program_key`), `sha256`: that
+    of its content; b"" where that is not proved, or matters to no rule."""
 
     group: str
     program: bytes = b""
+    sha256: bytes = b""
 
 
 class Unapproved(Exception):

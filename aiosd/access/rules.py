@@ -27,13 +27,15 @@ class Act(enum.Enum):
 
 class Rule(Struct, frozen=True, array_like=True):
     """`names`: of tools or of calls; `*` for all, `git__*` for those of a server. `by`: groups of agents, [] for all.
-    `programs`: hashes of paths (`deed.program_key`), [] for all. `resources`: type and patterns."""
+    `programs`: hashes of paths (`deed.program_key`), `contents`: of files, [] for all. `resources`: type and
+    patterns."""
 
     act: Act
     tool: bool
     names: list[str]
     by: list[str] = []
     programs: list[bytes] = []
+    contents: list[bytes] = []
     resources: list[tuple[str, list[str]]] = []
     text: str = ""  # as it stands in the file
     line: int = 0
@@ -48,6 +50,7 @@ class Rule(Struct, frozen=True, array_like=True):
             and any(_named(name, deed.what) for name in self.names)
             and (not self.by or subject.group in self.by)
             and (not self.programs or subject.program in self.programs)
+            and (not self.contents or subject.sha256 in self.contents)
             and all(self._concerns(kind, wanted, deed) for kind, wanted in self.resources)
         )
 
@@ -66,6 +69,7 @@ class Rule(Struct, frozen=True, array_like=True):
             and all(any(_named(mine, name) for mine in self.names) for name in other.names)
             and _contains(self.by, other.by)
             and _contains(self.programs, other.programs)
+            and _contains(self.contents, other.contents)
             and all(_covers_resource(kind, wanted, other) for kind, wanted in self.resources)
         )
 
@@ -100,6 +104,10 @@ class Policy(Struct, frozen=True, array_like=True):
         """Types of resources that rules about it look at."""
         about = [rule for rule in self.rules if rule.tool == tool and any(_named(name, what) for name in rule.names)]
         return {kind for rule in about for kind, _ in rule.resources}
+
+    def contents(self) -> set[bytes]:
+        """The hashes of programs' contents that matter to a rule."""
+        return {content for rule in self.rules for content in rule.contents}
 
     def shadowed(self) -> list[tuple[Rule, Rule]]:
         """Rules that can never decide, each with the one that always decides before it."""

@@ -12,9 +12,10 @@
       { call = "sto_write", path = "reports", program = "agents/report.py" },
     ]
 
-What a rule is about is `tool` or `call`, for whom `by` (groups) and `program` (the program that a person started, not
-what that starts), and the rest is resources. Every value may be a list. A name that ends in `*` stands for all that
-begin so. All rules that deny come first, then those that ask, then those that allow.
+What a rule is about is `tool` or `call`, for whom `by` (groups), `program` (the program that a person started, not what
+that starts) and its `sha256` (of a Python script; what it imports is not looked at), and the rest is resources. Every
+value may be a list. A name that ends in `*` stands for all that begin so. All rules that deny come first, then those
+that ask, then those that allow.
 """
 
 from __future__ import annotations
@@ -53,7 +54,7 @@ KINDS_OF_CALLS = {
     "mem_remove": ("group",),
     **dict.fromkeys(_STORED, ("path", "group")),
 }
-KEYS = ("tool", "call", "by", "program", *KINDS)
+KEYS = ("tool", "call", "by", "program", "sha256", *KINDS)
 
 
 @dataclass(frozen=True, slots=True)
@@ -113,6 +114,8 @@ def _rule(act: Act, given: Mapping[str, Any], line: int, folder: str, names: Nam
             raise ValueError(f"unknown key {key!r}{_meant(key, KEYS)}")
     if ("tool" in given) == ("call" in given):
         raise ValueError("a rule is about one of: tool, call")
+    if "sha256" in given and "program" not in given:
+        raise ValueError("sha256 is that of a program: which one?")
     tool = "tool" in given
     what = _texts("tool" if tool else "call", given["tool" if tool else "call"])
     kinds = [kind for kind in KINDS if kind in given]
@@ -126,6 +129,7 @@ def _rule(act: Act, given: Mapping[str, Any], line: int, folder: str, names: Nam
         what,
         [_group(name) for name in _texts("by", given["by"])] if "by" in given else [],
         [_program(path, folder) for path in _texts("program", given["program"])] if "program" in given else [],
+        [_sha256(text) for text in _texts("sha256", given["sha256"])] if "sha256" in given else [],
         resources,
         " ".join(f"{key}={_shown(value)}" for key, value in given.items()),
         line,
@@ -185,6 +189,12 @@ def _group(name: str) -> str:
 
 def _program(path: str, folder: str) -> bytes:
     return program_key(os.fsencode(os.path.realpath(os.path.join(folder, os.path.expanduser(path)))))
+
+
+def _sha256(text: str) -> bytes:
+    if not re.fullmatch(r"[0-9a-fA-F]{64}", text):
+        raise ValueError(f"sha256: {text!r} is none (64 digits, as sha256sum prints them)")
+    return bytes.fromhex(text)
 
 
 def _texts(key: str, value: Any) -> list[str]:

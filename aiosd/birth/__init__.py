@@ -14,5 +14,5 @@ frames.py      its tracebacks
 end.py         its end
 bootstrap.py   the first code of a template, in any interpreter
 template.py    a process that has imported modules, and from which agents are forked
-warmup.py      which modules are loaded only in use
+warmup.py      what a template does with them, so that agents share what is made in use
 """

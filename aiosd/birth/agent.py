@@ -45,6 +45,7 @@ from aiosd.birth.fork import (
 )
 from aiosd.birth.report import Report
 from aiosd.letter import Letter
+from aiosd.limits import bounds
 from libaios import wire
 
 
@@ -83,6 +84,7 @@ def become_agent(spec: link.Fork, pid: int, home: str, fds: Descriptors, keeps_l
         _take_terminal()
     os.umask(spec.umask)
     _restore_nofile()
+    _bound(spec)
     _set_environment(content, pid, home, fds)
     _reopen_streams(spec)
     gc.enable()
@@ -144,6 +146,14 @@ def _restore_nofile() -> None:
     """Python and aiosd raise the soft limit; programs that use select() need the usual one."""
     _, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
     resource.setrlimit(resource.RLIMIT_NOFILE, (min(1024, hard), hard))
+
+
+def _bound(spec: link.Fork) -> None:
+    """What Linux keeps of its budgets, in each of its processes. It cannot raise these again, unless it is root."""
+    for which, amount in bounds(share.limits for share in spec.shares):
+        _, hard = resource.getrlimit(which)
+        amount = amount if hard == resource.RLIM_INFINITY else min(amount, hard)
+        resource.setrlimit(which, (amount, amount))
 
 
 def _lower_oom_protection() -> None:

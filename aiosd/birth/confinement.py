@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import os
 import pickle
+import resource
 import sys
 
 import msgspec
@@ -18,6 +19,9 @@ from aiosd.sandbox import cage, confine, filter, places, plan, probe
 from aiosd.sandbox.box import Box
 from aiosd.sandbox.probe import Offer
 from libaios import wire
+
+FILES = 4096  # that a process in a sandbox may have open at most
+PROCESSES, PROCESSES_PER_CPU = 256, 128  # and threads, that an agent in a cage may have; root is not bound by this
 
 _native: confine.Native | None = None
 _ground: plan.Ground | None = None
@@ -55,7 +59,17 @@ def enter(new: Box, report: Report) -> None:
     for folder in (workspace, os.path.join(workspace, "tmp")):
         os.makedirs(folder, mode=0o700, exist_ok=True)
     report.door(_native.confine(plan.plan(_ground, new, doors=True)))
+    _limit(resource.RLIMIT_NOFILE, FILES)
+    if new.level == "cage":  # where Linux counts this agent's processes alone
+        _limit(resource.RLIMIT_NPROC, PROCESSES + PROCESSES_PER_CPU * (os.cpu_count() or 1))
     box = new
+
+
+def _limit(which: int, most: int) -> None:
+    """At most so many, for good."""
+    soft, hard = resource.getrlimit(which)
+    if hard == resource.RLIM_INFINITY or hard > most:
+        resource.setrlimit(which, (most if soft == resource.RLIM_INFINITY else min(soft, most), most))
 
 
 def enter_folder(content: Letter) -> Letter:

@@ -136,7 +136,8 @@ def reset_signals() -> None:
         if number not in (signal.SIGKILL, signal.SIGSTOP):
             _signal.signal(number, _signal.SIG_DFL)
     _signal.signal(signal.SIGINT, signal.default_int_handler)
-    _signal.signal(signal.SIGPIPE, _signal.SIG_IGN)  # as at Python's start: EPIPE becomes an exception
+    for number in (signal.SIGPIPE, signal.SIGXFSZ):  # as at Python's start: EPIPE and EFBIG become exceptions
+        _signal.signal(number, _signal.SIG_IGN)
 
 
 malloc = LIBC.malloc

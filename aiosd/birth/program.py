@@ -22,7 +22,7 @@ from types import CodeType, ModuleType
 from aiosd.birth import confinement, end, frames
 from aiosd.birth.report import NOT_FOUND, Report
 from aiosd.letter import Letter
-from libaios import wire
+from libaios import digest, wire
 
 STDIN = "-"  # name of a script that is read from stdin
 
@@ -63,7 +63,11 @@ def _find_file(letter: Letter) -> Program:
         raise OSError(errno.ENOENT, f"{target}: not found{hint}") from None
     except OSError as err:
         raise OSError(err.errno, f"{target}: {_words(err)}") from None
+    if letter.sha256 and digest.of(source) != letter.sha256:
+        raise OSError(errno.ESTALE, f"{target}: has changed since it was to be started, and a rule names its content")
     if not target.endswith(".py") and _is_for_others(source):
+        if letter.sha256:  # it would be read once more
+            raise OSError(errno.ENOEXEC, f"{target}: a rule names its content, which only Python scripts can prove")
         if not os.access(path, os.X_OK):
             raise OSError(errno.EACCES, f"{target}: is no Python script, and not executable")
         return Program(letter, _execute, path)
@@ -113,6 +117,7 @@ def _execute(program: Program, report: Report) -> int:
     letter = program.letter
     # Undo changes by Python, such as ignored signals, that a program does not expect.
     signal.signal(signal.SIGPIPE, signal.SIG_DFL)
+    signal.signal(signal.SIGXFSZ, signal.SIG_DFL)
     signal.signal(signal.SIGINT, signal.SIG_DFL)
     path = program.path if "/" in program.path else _in_path(letter)
     try:

@@ -12,7 +12,7 @@ in its memory.
 
     invariant: a template has one thread when it forks; a module that starts another is refused
 
-What is imported: the modules that were named, and what these load only when they are used (`warmup`). A template ends
+It imports the modules that were named, and uses those that it knows how to use (`warmup`). A template ends
 when a file that it has imported has changed: the supervisor starts another.
 """
 
@@ -77,8 +77,7 @@ def _load(names: list[str]) -> None:
     """Import everything, and prepare the memory that all agents will share. Raises Refused."""
     for name in names:
         _import(name)
-    for name in warmup.lazily_loaded():
-        _import_if_there(name)
+    warmup.use_modules()
     _refuse_threads()
     modules.share()
     rehearsal.warm_up(hides=False)
@@ -93,13 +92,6 @@ def _import(name: str) -> None:
     except BaseException as err:  # whatever a module raises, SystemExit too
         why = traceback.format_exception_only(err)[-1].strip()
         raise Refused(errno.EIO, f"template: the import of {name} failed: {why}") from None
-
-
-def _import_if_there(name: str) -> None:
-    try:
-        importlib.import_module(name)
-    except BaseException:  # it could be loaded in another order; it is no module that was asked for
-        sys.modules.pop(name, None)
 
 
 def _refuse_threads() -> None:

@@ -1,10 +1,12 @@
-"""aios-inspect: all that the kernel knows about agents, as JSON.
+"""aios-inspect: all that the kernel knows about agents, as JSON; with --why, what its sandbox makes of a path.
 
 $ aios-inspect planner | jq '.[0].budgets'
 """
 
 from __future__ import annotations
 
+import os
+import sys
 from typing import Any
 
 import click
@@ -18,6 +20,7 @@ STORE_S = 2.0  # for what the store tells
 EXAMPLES = """
   aios-inspect 7                agent 7, dead or alive
   aios-inspect planner worker   the newest agent of each name
+  aios-inspect 7 --why ~/notes  whether agent 7 may read, write and run that, by which rule, and what would allow it
 """
 
 
@@ -28,8 +31,9 @@ EXAMPLES = """
     "",
     EXAMPLES,
 )
+@click.option("--why", "path", metavar="PATH", help="Explain what its sandbox makes of a file or folder, in words.")
 @click.argument("words", nargs=-1, required=True, metavar="PID|NAME...", shell_complete=agents.complete)
-def command(words: tuple[str, ...]) -> int:
+def command(words: tuple[str, ...], path: str | None) -> int:
     from msgspec import json
 
     found: list[dict[str, Any]] = []
@@ -38,6 +42,9 @@ def command(words: tuple[str, ...]) -> int:
         for word in words:
             try:
                 agent = client.call(Sys.INSPECT, PidArgs(agents.newest(client, word)), dict[str, Any])
+                if path is not None:
+                    _explain(agent, path)
+                    continue
                 found.append({**agent, "memory": _memory(client, agent)})
             except edge.Failed as err:
                 edge.complain("aios-inspect", str(err))
@@ -45,8 +52,30 @@ def command(words: tuple[str, ...]) -> int:
             except (ProcessLookupError, PermissionError) as err:
                 edge.complain("aios-inspect", edge.reason_about(word, err))
                 failed = True
-    print(json.format(json.encode(found)).decode())
+    if path is None:
+        print(json.format(json.encode(found)).decode())
     return 1 if failed else 0
+
+
+def _explain(agent: dict[str, Any], named: str) -> None:
+    """Print what the agent's sandbox makes of a path."""
+    from aiosd.sandbox import plan, why
+    from aiosd.sandbox.box import Box
+
+    path = os.path.realpath(os.path.expanduser(named))
+    confined = agent["box"]
+    print(f"{edge.printable(path)}, for agent {agent['pid']} ({confined['level'] if confined else 'not confined'})")
+    if confined is None:
+        print("  it has all the rights of the user")
+        return
+    common = plan.common_rules(sys.path)
+    found = why.verdicts(path, Box(**confined), plan.machine(common), common)
+    for one in found:
+        print(f"  {one.deed:6}{'yes' if one.allowed else 'no':5}{edge.printable(one.why)}")
+    group = f'[[group]] "{agent["group"]}"'
+    for option in dict.fromkeys(one.remedy for one in found if one.remedy):
+        key = option.split()[0].removeprefix("--")
+        print(f"  to allow it: aios-run {edge.printable(option)}, or {key} of {edge.printable(group)} in aiosd.toml")
 
 
 def _memory(client: Client, agent: dict[str, Any]) -> dict[str, Any] | None:

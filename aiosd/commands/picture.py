@@ -118,8 +118,8 @@ def _notes(status: dict[str, Any]) -> list[str]:
         parts.append(f"{stats.get('evictions', 0)} evictions")
     if stats.get("vectors"):
         parts.append(f"{stats['vectors']} vectors ({format_size(stats.get('index_bytes', 0))})")
-    if stats.get("pending"):
-        parts.append(f"{stats['pending']} pending")
+    if waiting := stats.get("pending", 0) + stats.get("wordless", 0):
+        parts.append(f"{waiting} pending")
     return ["notes: " + ", ".join(parts)] if parts else []
 
 

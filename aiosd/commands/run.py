@@ -28,19 +28,20 @@ import os
 import select
 import signal
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any
 
 import click
 
+from aiosd import limits
 from aiosd.commands import asks, edge
 from aiosd.commands.wait import exit_code
-from aiosd.units import format_size, parse_count, parse_duration, parse_size
+from aiosd.units import parse_duration
 from libaios import template, wire
 from libaios.client import Client, NoKernel
 from libaios.connection import Pending, decode_body
 from libaios.sandbox import wish
-from libaios.wire import Kill, Limits, Spawn, Spawned, Sys, Wait, Waited, WatchAsks
+from libaios.wire import Kill, Spawn, Spawned, Sys, Wait, Waited, WatchAsks
 
 if TYPE_CHECKING:
     from click.shell_completion import CompletionItem
@@ -109,30 +110,6 @@ def split(args: Sequence[str], takes_value: set[str]) -> tuple[list[str], str, l
     return list(args), "file", []
 
 
-class Size(click.ParamType[int]):
-    """Bytes, with a suffix of K, M, G or T."""
-
-    name = "size"
-
-    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> int:
-        try:
-            return value if isinstance(value, int) else parse_size(value)
-        except ValueError as err:
-            self.fail(str(err), param, ctx)
-
-
-class Count(click.ParamType[int]):
-    """A number, with a suffix of k or M."""
-
-    name = "whole number"
-
-    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> int:
-        try:
-            return value if isinstance(value, int) else parse_count(value)
-        except ValueError as err:
-            self.fail(str(err), param, ctx)
-
-
 class Duration(edge.Seconds):
     """A number of seconds, or a length of time with units."""
 
@@ -141,6 +118,35 @@ class Duration(edge.Seconds):
             with contextlib.suppress(ValueError):
                 value = parse_duration(value)
         return super().convert(value, param, ctx)
+
+
+class Amount(click.ParamType[float]):
+    """How much of a budget: read as in aiosd.toml."""
+
+    def __init__(self, kind: limits.Kind) -> None:
+        self.kind = kind
+        self.name = kind.metavar
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> float:
+        try:
+            amount: float = self.kind.read(value)
+            return amount
+        except ValueError as err:
+            self.fail(str(err), param, ctx)
+
+
+def budget_options(command: Callable[..., int]) -> Callable[..., int]:
+    """An option for each kind of budget, which arrives as `budget_NAME`, and one for their messages."""
+    percent = click.IntRange(0, 100)
+    words = "Send it a message when that much of a budget is used, such as 80."
+    command = click.option("--soft-limit", "budget_soft_limit", type=percent, metavar="PERCENT", help=words)(command)
+    for kind in reversed(limits.KINDS):
+        amount = Duration(min=0) if kind.metavar == "S" else Amount(kind)
+        option = click.option(
+            kind.flag, f"budget_{kind.name}", type=amount, metavar=kind.metavar, help=f"Budget: {kind.help}"
+        )
+        command = option(command)
+    return command
 
 
 def _complete_file(context: click.Context, parameter: click.Parameter, incomplete: str) -> list[CompletionItem]:
@@ -180,9 +186,7 @@ def _complete_file(context: click.Context, parameter: click.Parameter, incomplet
 )
 @click.option("-g", "--group", metavar="GROUP", help="Privilege group.")
 @click.option("--no-gateway-env", "own_env", is_flag=True, help="Leave OPENAI_BASE_URL and the like as they are.")
-@click.option("--tokens", type=Count(), metavar="N", help="Budget of tokens, computed and generated, such as 10k.")
-@click.option("--time", "seconds", type=Duration(min=0), metavar="S", help="Budget of wall seconds, or 1h30m.")
-@click.option("--memory", type=Size(), metavar="SIZE", help="Budget of memory, such as 512M.")
+@budget_options
 @click.option(
     "--sandbox",
     type=click.Choice(["none", "flat", "cage"]),
@@ -209,6 +213,7 @@ def _complete_file(context: click.Context, parameter: click.Parameter, incomplet
 @click.pass_context
 def command(
     context: click.Context,
+    /,
     detach: bool,
     terminal: bool,
     restart: str,
@@ -217,9 +222,6 @@ def command(
     variables: tuple[str, ...],
     group: str | None,
     own_env: bool,
-    tokens: int | None,
-    seconds: float | None,
-    memory: int | None,
     sandbox: str | None,
     read: tuple[str, ...],
     write: tuple[str, ...],
@@ -227,6 +229,7 @@ def command(
     preload: tuple[str, ...],
     python: str | None,
     target: tuple[str, ...],
+    **budgets: float | None,
 ) -> int:
     if not target or not target[0]:
         what = "-m needs a module" if context.meta["kind"] == "module" else "give FILE.py, -m MODULE or -- PROGRAM"
@@ -267,7 +270,7 @@ def command(
             name=name,
             nice=nice,
             group=group,
-            limits=Limits(tokens, seconds, memory),
+            limits=limits.limits_of({name.removeprefix("budget_"): amount for name, amount in budgets.items()}),
             umask=_umask(),
             detached=detach,
             attached=not detach,
@@ -421,12 +424,7 @@ class Attachment:
         self.signals = self.early + self.signals
 
     def _explain(self, waited: Waited) -> None:
-        limits = self.spawn.limits
-        words = waited.reason
-        if waited.budget and not words:
-            memory = None if limits.memory_bytes is None else format_size(limits.memory_bytes)
-            amounts = {"tokens": limits.tokens, "time": limits.time_s, "memory": memory}
-            words = f"{waited.budget} budget of {amounts.get(waited.budget)} used up"
+        words = waited.reason or limits.sentence(self.spawn.limits, waited.budget)
         if words:
             edge.complain("aios-run", f"agent {self.pid}: {words}")
 

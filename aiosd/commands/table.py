@@ -16,7 +16,7 @@ import time
 from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
-from aiosd.units import format_size
+from aiosd.units import format_size, parse_money
 from libaios.wire import ProcInfo
 
 Value = int | float | str
@@ -165,6 +165,9 @@ COLUMNS: dict[str, Column] = {
     "started": Column("STARTED", lambda p: p.started, lambda p: date(p.started)),
     "etime": Column("ELAPSED", lambda p: -p.started, lambda p: elapsed(time.time() - p.started)),
     "exit": Column("EXIT", _exit, lambda p: "-" if p.exit is None else str(p.exit)),
+    "cost": Column("COST", lambda p: parse_money(p.cost), lambda p: p.cost),
+    "budget": _word("BUDGET", lambda p: p.budget or "-"),
+    "reason": _word("REASON", lambda p: p.reason or "-"),
     "name": _word("NAME", lambda p: p.name),
     "command": _word("COMMAND", lambda p: p.command or f"[{p.name}]"),
 }

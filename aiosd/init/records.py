@@ -77,6 +77,7 @@ class Agent:
     stopped: bool = False
     status: int | None = None  # exit code or -signal; None while alive
     ended: float = 0.0  # Unix time
+    cpu_s: float = 0.0  # what its last process has used, with the children that it had waited for
     # of an agent that is started again when it ends (its `ospid` is 0 while it waits for that)
     restarts: Restarts | None = None
     forked_at: float = 0.0  # when its process was forked, on the monotonic clock

@@ -757,19 +757,17 @@ class Supervisor:
     # ── children ──────────────────────────────────────────────────────────────────────────────────────────
 
     def _reap(self) -> None:
-        options = os.WEXITED | os.WSTOPPED | os.WCONTINUED | os.WNOHANG
         while True:
             try:
-                child = os.waitid(os.P_ALL, 0, options)
+                ospid, status, used = os.wait4(-1, os.WUNTRACED | os.WCONTINUED | os.WNOHANG)
             except ChildProcessError:
                 break
-            if child is None:
+            if not ospid:
                 break
-            if child.si_code in (os.CLD_STOPPED, os.CLD_TRAPPED, os.CLD_CONTINUED):
-                self._child_stopped(child.si_pid, child.si_code != os.CLD_CONTINUED)
+            if os.WIFSTOPPED(status) or os.WIFCONTINUED(status):
+                self._child_stopped(ospid, os.WIFSTOPPED(status))
             else:
-                status = child.si_status if child.si_code == os.CLD_EXITED else -child.si_status
-                self._child_ended(child.si_pid, status)
+                self._child_ended(ospid, os.waitstatus_to_exitcode(status), used.ru_utime + used.ru_stime)
         if self.stopping:
             self._continue_stop()
 
@@ -781,7 +779,7 @@ class Supervisor:
             signal_tree(ospid, signal.SIGSTOP if stopped else signal.SIGCONT)
             self._tell(link.ChildStopped(agent.pid, stopped))
 
-    def _child_ended(self, ospid: int, status: int) -> None:
+    def _child_ended(self, ospid: int, status: int, cpu_s: float) -> None:
         """Handles the end of every child. A child without a record was an orphan."""
         child = self.children.pop(ospid, None)
         if isinstance(child, Process):
@@ -789,6 +787,7 @@ class Supervisor:
         elif isinstance(child, Template):
             self.templates.ended(child, restart.exit_in_words(status))
         elif child is not None:
+            child.cpu_s = cpu_s
             self._agent_ended(child, status)
         else:
             self.orphans.ended()
@@ -811,7 +810,7 @@ class Supervisor:
             self._wait_for_start(agent, wait_s)
             reason = restart.exit_in_words(status)
             logger.info("agent %d (%s) ended: %s; started again in %.1f s", agent.pid, agent.spec.name, reason, wait_s)
-        self._tell(link.ChildExited(agent.pid, status, again_s=wait_s))
+        self._tell(link.ChildExited(agent.pid, status, again_s=wait_s, cpu_s=agent.cpu_s))
 
     def _wait_before_restart(self, agent: Agent, status: int) -> float | None:
         """Seconds to wait; None: it is not started again."""

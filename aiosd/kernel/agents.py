@@ -10,13 +10,13 @@ import errno
 import logging
 import os
 import signal
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Container, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from aiosd import autostart, letter, link, procfs
 from aiosd.kernel import ledger, spawning
-from aiosd.kernel.budget import Budgets
+from aiosd.kernel.budget import Budgets, Stage, sentence
 from aiosd.kernel.calls import Calls
 from aiosd.kernel.enforce import Enforcer
 from aiosd.kernel.generations import Generations
@@ -96,12 +96,15 @@ class Agents:
         self.sandboxes = sandboxes
         self.by_ospid: dict[int, Proc] = {}  # live ones
         self.forks: dict[link.Key, UnderWay] = {}
+        self._adopted: set[link.Key] = set()  # the calls that a dead kernel has started agents for
         self._patience: dict[int, float] = {}  # attached agents whose client may still come back, until when
         self.listed = Listed(table, timers)
         self.stopping = False  # the system goes down
+        self.process_over: Callable[[Proc, float], None]  # with the seconds that it has used, see `measure`
         self.outside_changed: Callable[[], None] = lambda: None  # an agent without a process has come, or ended
         self.open_door: Callable[[Proc, int], None]  # of a confined agent, see `control`
         self.close_door: Callable[[Proc], None]
+        self.contents: Callable[[], Container[bytes]] = frozenset  # hashes of programs' contents that matter to a rule
 
     # ── birth ─────────────────────────────────────────────────────────────────────────────────────────────
 
@@ -116,12 +119,16 @@ class Agents:
             proc.ppid, proc.nice, proc.budget, proc.reason = agent.ppid, agent.nice, agent.budget, agent.reason
             self.table.add(proc)
             self.listed.started(agent.spec.key, agent.pid)
+            self._adopted.add(agent.spec.key)
         for agent in agents:
             self._adopt(self.table.procs[agent.pid], agent)
         self._repair_families()
 
     def _adopt(self, proc: Proc, agent: Agent) -> None:
         proc.restarts = agent.restarts.total if agent.restarts is not None else 0
+        self.budgets.born(proc.pid, proc.row, proc.budgets)
+        if not agent.ospid or agent.status is not None:
+            self._used(proc, agent.cpu_s)
         if agent.status is None and not agent.ospid:
             self._enrolled(proc)
             self.generations.park(proc, agent.stopped)
@@ -150,6 +157,24 @@ class Agents:
         for proc in list(self.table):
             if proc.ppid == INIT and proc.state is State.ZOMBIE:
                 self._reap(proc)
+
+    def shares(self, args: wire.Spawn, parent: Proc | None, key: link.Key, allowed: bool = False) -> list[link.Share]:
+        """The budgets that a new agent will share. `allowed`: as for `spawning.fork`. Raises OSError (EDQUOT, EAGAIN):
+        one has no room for it."""
+        group = spawning.group_of_child(parent, args.group, allowed)
+        shares = self.budgets.of_new(None if parent is None else parent.budgets, group, args.limits)
+        if shares and not self.ledger.room:
+            raise wire.error(errno.EAGAIN, f"at most {ledger.ROWS} agents can be remembered while budgets are kept")
+        if key in self._adopted or key in self.forks:
+            return shares  # asked for once more: that agent is counted
+        full = self.budgets.full(shares, "children")
+        if full is not None and full.stage >= Stage.TERM:
+            raise wire.error(errno.EDQUOT, sentence(full))
+        if full is not None:
+            if parent is not None:
+                self.enforcer.refused(full, "children", parent)
+            raise wire.error(errno.EDQUOT, sentence(full, "children"))
+        return shares
 
     def fork(self, call: Call, spec: link.Fork, content: Letter, fds: tuple[int, ...]) -> None:
         """Have the supervisor fork an agent; the call is finished when it has."""
@@ -193,6 +218,7 @@ class Agents:
                 proc.ppid = INIT
                 self.uplink.send(link.Mark(proc.pid, ppid=INIT))
             self.table.add(proc)
+            self.budgets.born(proc.pid, proc.row, proc.budgets)
             if spec.outside:
                 self._enrolled(proc)
                 self.outside_changed()
@@ -235,8 +261,10 @@ class Agents:
             try:
                 spawn = autostart.spawn(spec, os.environ)
                 box = self.sandboxes.decide(spawn, None)
-                fork = spawning.fork(spawn, key_of(number), None, box)
-                letter = spawning.letter(spawn, self.sandboxes.environment(spawn, None, box), box)
+                key, content = key_of(number), spawning.content(spawn, None, self.contents())
+                shares = self.shares(spawn, None, key)
+                fork = spawning.fork(spawn, key, None, box, shares=shares, content=content)
+                letter = spawning.letter(spawn, self.sandboxes.environment(spawn, None, box), box, content)
                 self._send_fork(None, *self.tokens.give(fork, letter, None, None))
             except OSError as err:
                 logger.error("agent %s, which starts with the system: %s", spec.name or spec.target, err.strerror)
@@ -311,10 +339,12 @@ class Agents:
             prompt_tokens=row[ledger.PROMPT],
             cached_tokens=row[ledger.CACHED],
             completion_tokens=row[ledger.COMPLETION],
+            cost=row[ledger.COST],
             budgets=self.budgets.join(pid, started[1], spec.shares),
             restart=spec.restart,
             token=spec.token,
             program=spec.program,
+            sha256=spec.sha256,
             outside=spec.outside,
         )
 
@@ -393,13 +423,14 @@ class Agents:
         proc = self.table.get(message.pid)
         if proc is None or not proc.alive:
             return
-        self._process_ended(proc)
+        self._process_ended(proc, message.cpu_s)
         if message.again_s is not None:
             self.table.advance(proc, Event.FAIL)
             self.waiters.on_change(proc)
             return
         self.mail.forget(proc.pid)
         self.tokens.forget(proc)
+        self.enforcer.ended(proc, message.status)
         self.budgets.leave(proc.pid, proc.budgets)
         if proc.log:
             self.logs.close(proc.log)
@@ -414,8 +445,9 @@ class Agents:
         if ppid == INIT and proc.state is State.ZOMBIE:
             self._reap(proc)
 
-    def _process_ended(self, proc: Proc) -> None:
+    def _process_ended(self, proc: Proc, cpu_s: float) -> None:
         """Its connections are gone, and what was kept for them."""
+        self._used(proc, cpu_s)
         for peer in self.peers.of(proc):
             self.calls.drop(peer)
         self.by_ospid.pop(proc.ospid, None)
@@ -423,11 +455,18 @@ class Agents:
         self.generations.forget(proc)
         proc.ospid = 0
 
+    def _used(self, proc: Proc, cpu_s: float) -> None:
+        """Count what its process had used at its end, once, whichever kernel counts it."""
+        if not proc.row[ledger.ENDED]:
+            self.process_over(proc, cpu_s)
+            proc.row[ledger.ENDED] = 1
+
     def restarted(self, message: link.ChildRestarted, fds: list[int]) -> None:
         """It goes on under its pid, with its mailbox, its budgets and its children."""
         proc = self.table.procs[message.pid]
         self.table.advance(proc, Event.START)
         proc.halted = False
+        proc.row[ledger.ENDED] = 0
         proc.ospid, proc.restarts, proc.looked, proc.sampled = message.ospid, proc.restarts + 1, 0.0, 0.0
         self._connect_all(proc, fds)
 

@@ -292,7 +292,7 @@ class Approvals:
 
 
 def subject_of(proc: Proc) -> Subject:
-    return Subject(proc.group, proc.program)
+    return Subject(proc.group, proc.program, proc.sha256)
 
 
 def _person(peer: Peer) -> str:

@@ -126,20 +126,25 @@ def tokens(books: Books) -> Iterator[str]:
     connection of it."""
     for proc in books.table:
         open_ones = _generations(books, proc)
-        shown = (proc.prompt_tokens, proc.cached_tokens, proc.completion_tokens)
+        shown = (proc.prompt_tokens, proc.cached_tokens, proc.completion_tokens, proc.cost)
         counted = (
             proc.row[ledger.PROMPT] + sum(one.prompt_tokens for one in open_ones),
             proc.row[ledger.CACHED] + sum(one.cached_tokens for one in open_ones),
             proc.row[ledger.COMPLETION] + sum(one.completion_tokens for one in open_ones),
+            proc.row[ledger.COST] + sum(one.cost for one in open_ones),
         )
         if shown != counted:
-            yield f"agent {proc.pid}: prompt, cached, completion tokens {shown}, counted {counted}"
+            yield f"agent {proc.pid}: prompt, cached, completion tokens, cost {shown}, counted {counted}"
     for budget in books.budgets:
         sharers = [one for pid in budget.sharers if (one := books.table.get(pid)) is not None]
-        under_way = sum(one.used for sharer in sharers for one in _generations(books, sharer))
-        settled = budget.row[ledger.CHARGED] if budget.row is not None else 0
+        open_ones = [one for sharer in sharers for one in _generations(books, sharer)]
+        under_way = sum(one.used for one in open_ones)
+        settled = budget.row[ledger.CHARGED]
         if budget.tokens_used != settled + under_way:
             yield f"budget of {budget.owner}: {budget.tokens_used} tokens charged, {settled} + {under_way} generated"
+        settled, under_way = budget.row[ledger.COST_CHARGED], sum(one.cost for one in open_ones)
+        if budget.cost_used != settled + under_way:
+            yield f"budget of {budget.owner}: {budget.cost_used} of money charged, {settled} + {under_way} spent"
 
 
 def _generations(books: Books, proc: Proc) -> list[Generation]:

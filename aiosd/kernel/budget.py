@@ -1,32 +1,53 @@
-"""Budgets: tokens, seconds and memory that an agent may use, its descendants included.
+"""Budgets: what an agent may use, all that it starts included (`aiosd.limits` has the kinds).
 
-A budget belongs to the agent that it was given to (its owner) and is shared by all that the owner starts, directly or
-not. It lasts as long as any agent that shares it, whether or not the owner is alive, and a new kernel finds it again
-in what the supervisor remembers of each agent (`link.Share`): so spawning is no way out of it, and no death is. A
-reached budget never fails open:
+A budget belongs to the agent that it was given to (its owner), or to a group, and is shared by all that the owner
+starts, directly or not, or by all agents of the group. It lasts as long as any agent that shares it, whether or not the
+owner is alive, a group's as long as aiosd; and a new kernel finds it again in what the supervisor remembers of each
+agent (`link.Share`) and in the ledger. So spawning is no way out of it, and no death is. A reached budget never fails
+open (`enforce`). How each kind is counted:
 
-    tokens   running generations end with finish_reason "limit"; a further one gets EDQUOT, and an agent that
-             is still there `GRACE_S` later gets TERM and then KILL
-    time     wall seconds since the spawn; TERM, then KILL `GRACE_S` later
-    memory   PSS of the owner's and its descendants' processes, sampled every `SAMPLE_S`; KILL at once
-
-and the owner's exit status tells which budget it was.
+    tokens, context       by the model's core, before it computes them (`llm.purse`), and here once they are given out
+    cost                  here, by the prices of the models: of a prompt when it is sent, of an answer as it comes
+    tool_calls            here, when a call goes to the toolbox
+    children              here, when an agent is forked; those that are being forked count
+    disk                  here, when bytes go to the store; and its workspace, sampled
+    time                  wall seconds since the spawn (a group's: since its first agent's)
+    cpu, memory, processes    sampled (`measure`)
 """
 
 from __future__ import annotations
 
 import enum
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 
+from aiosd import limits as kinds
 from aiosd import link
-from aiosd.kernel.ledger import CHARGED, Ledger, Row
+from aiosd.kernel.ledger import (
+    CHARGED,
+    CHILDREN,
+    COST_CHARGED,
+    COUNTED,
+    CPU_US,
+    SINCE_US,
+    STORED,
+    TOLD,
+    TOOL_CALLS,
+    Ledger,
+    Row,
+    loose_row,
+)
+from aiosd.limits import GroupLimits
 from aiosd.timers import Timer, Timers
-from aiosd.units import format_size
 from libaios.wire import Limits
 
 GRACE_S = 5.0
-SAMPLE_S = 0.5  # the lag of the memory limit
+NEVER = 1 << 63
+#: Owners of budgets from this number on are groups.
+FIRST_GROUP = 1 << 53
+
+#: Counted as it happens, in the ledger.
+_COUNTERS = {"tool_calls": TOOL_CALLS, "children": CHILDREN, "disk": STORED}
 
 
 class Stage(enum.IntEnum):
@@ -38,37 +59,87 @@ class Stage(enum.IntEnum):
     KILL = 3
 
 
+def _nobody(budget: Budget, which: str) -> None:
+    pass
+
+
 @dataclass(slots=True, eq=False)
 class Budget:
     owner: int
     limits: Limits
     since: float = 0.0  # on the monotonic clock
     tokens_used: int = 0
-    reached: str = ""  # the first one that was: "tokens", "time", "memory"
+    cost_used: int = 0  # in 10^-12 of the currency's unit
+    group: str = ""  # whose it is; "": the owner is an agent
+    reached: str = ""  # the first kind that was
     stage: Stage = Stage.OPEN
-    row: Row | None = None  # its owner's, in the ledger
-    timer: Timer | None = None  # of its seconds
+    row: Row = field(default_factory=loose_row)  # its owner's, in the ledger
+    timers: list[Timer] = field(default_factory=list)  # of its seconds
     sharers: set[int] = field(default_factory=set)  # pids of live agents
     coming: int = 0  # agents that are being forked and will share it
+    levels: dict[str, float] = field(default_factory=dict)  # what was sampled last, by kind,
+    sampled: float = 0.0  # … and when
+    soft: float = 0.0  # at this part of each kind its agent gets a message; 0: never
+    tokens_near: int = NEVER  # from here on it is told that tokens run short
+    near: Callable[[Budget, str], None] = _nobody  # called then
 
     @property
     def tokens_left(self) -> int | None:
         return None if self.limits.tokens is None else max(0, self.limits.tokens - self.tokens_used)
 
     @property
+    def cost_left(self) -> int | None:
+        return None if self.limits.cost is None else max(0, self.limits.cost - self.cost_used)
+
+    @property
     def share(self) -> link.Share:
         return link.Share(self.owner, self.limits, self.since)
 
+    @property
+    def cpu_s(self) -> float:
+        return float(self.row[CPU_US]) / 1e6
+
+    def used(self, kind: str, now: float = 0.0) -> float:
+        """How much of it is used; `now` on the monotonic clock, for its seconds."""
+        if kind == "tokens":
+            return self.tokens_used
+        if kind == "cost":
+            return self.cost_used
+        if kind == "time":
+            return max(now - self.since, 0.0) if self.since else 0.0
+        if kind == "cpu":
+            return self.cpu_s
+        counted = self.row[_COUNTERS[kind]] if kind in _COUNTERS else 0
+        return counted + self.levels.get(kind, 0.0) + (self.coming if kind == "children" else 0)
+
+    def left(self, kind: str) -> float | None:
+        """How much of a counted or sampled kind is left; None: it is not limited."""
+        amount = kinds.BY_NAME[kind].of(self.limits)
+        return None if amount is None else amount - self.used(kind)
+
+    def count(self, kind: str, amount: int) -> None:
+        self.row[_COUNTERS[kind]] += amount
+
 
 class Budgets:
-    """All budgets that a live agent shares. `time_is_up` is called with one whose seconds are over."""
+    """All budgets that a live agent shares, and those of groups. `time_is_up` is called with one whose seconds are
+    over, `near` when a kind is nearly used up: at the part that its limits name, else at `soft` (0: never)."""
 
-    def __init__(self, ledger: Ledger, timers: Timers) -> None:
+    def __init__(
+        self, ledger: Ledger, timers: Timers, groups: Mapping[str, GroupLimits] | None = None, soft: float = 0.0
+    ) -> None:
         self._ledger = ledger
         self._timers = timers
         self._by_owner: dict[int, Budget] = {}
         self._forgotten: set[int] = set()  # owners that have left the history, while their budget is still shared
+        self._each = {name: group.each for name, group in (groups or {}).items()}
+        self._of_group: dict[str, Budget] = {}
+        self._soft = soft
         self.time_is_up: Callable[[Budget], None]
+        self.near: Callable[[Budget, str], None] = _nobody
+        for number, (name, group) in enumerate(sorted((groups or {}).items())):
+            if kinds.is_any(group.all):
+                self._of_group[name] = self._group(FIRST_GROUP + number, name, group.all)
 
     def __iter__(self) -> Iterator[Budget]:
         return iter(self._by_owner.values())
@@ -76,23 +147,79 @@ class Budgets:
     def owners(self) -> set[int]:
         return set(self._by_owner)
 
+    def of_new(self, parent: Sequence[Budget] | None, group: str, wanted: Limits) -> list[link.Share]:
+        """What an agent will share that is started in a group: by an agent with these budgets, or by a person (None).
+        A child's group is its parent's, whose budgets have that of the group."""
+        if parent is not None:
+            shares = [budget.share for budget in parent]
+        else:
+            shares = self.of_group(group)
+            wanted = kinds.least(wanted, self._each.get(group, Limits()))
+        return [*shares, link.Share(0, wanted)] if kinds.is_any(wanted) else shares
+
+    def of_group(self, group: str) -> list[link.Share]:
+        """That of the group, where it has one."""
+        return [self._of_group[group].share] if group in self._of_group else []
+
+    def full(self, shares: Sequence[link.Share], kind: str) -> Budget | None:
+        """One of these of which nothing is left for one more, or that is over."""
+        found = [budget for share in shares if (budget := self._by_owner.get(share.owner)) is not None]
+        return next((budget for budget in found if budget.stage >= Stage.TERM), None) or without_room(found, kind, 1)
+
     def join(self, pid: int, since: float, shares: Sequence[link.Share]) -> list[Budget]:
         """What a new agent, or one adopted from a dead kernel, has a share in. `since`: when it was forked."""
         joined = []
         for share in shares:
             budget = self._find(share.owner or pid, share.limits, share.since or since)
+            if not budget.since:  # a group's first agent
+                budget.row[SINCE_US] = int(since * 1e6)
+                self._run(budget, since)
             budget.sharers.add(pid)
             joined.append(budget)
         return joined
 
+    def born(self, pid: int, row: Row, budgets: Sequence[Budget]) -> None:
+        """Count a new agent as a child, once, whichever kernel counts it. `row`: its own in the ledger."""
+        if not row[COUNTED]:
+            for budget in budgets:
+                if budget.owner != pid:
+                    budget.count("children", 1)
+                    check_near(budget, "children")
+            row[COUNTED] = 1
+
     def _find(self, owner: int, limits: Limits, since: float) -> Budget:
         budget = self._by_owner.get(owner)
         if budget is None:
-            row = self._ledger.row(owner)
-            budget = self._by_owner[owner] = Budget(owner, limits, since, row[CHARGED], row=row)
-            if limits.time_s is not None:
-                budget.timer = self._timers.at(since + limits.time_s, lambda: self.time_is_up(budget))
+            budget = self._new(owner, limits)
+            self._run(budget, since)
         return budget
+
+    def _group(self, owner: int, name: str, limits: Limits) -> Budget:
+        budget = self._new(owner, limits)
+        budget.group = name
+        if budget.row[SINCE_US]:
+            self._run(budget, budget.row[SINCE_US] / 1e6)
+        return budget
+
+    def _new(self, owner: int, limits: Limits) -> Budget:
+        row = self._ledger.row(owner)
+        soft = self._soft if limits.soft is None else limits.soft / 100
+        budget = Budget(owner, limits, tokens_used=row[CHARGED], cost_used=row[COST_CHARGED], row=row, soft=soft)
+        self._by_owner[owner] = budget
+        budget.near = lambda budget, which: self.near(budget, which)
+        if limits.tokens is not None and soft and not told(budget, "tokens"):
+            budget.tokens_near = int(soft * limits.tokens)
+        return budget
+
+    def _run(self, budget: Budget, since: float) -> None:
+        """Its time runs from now on, or since then."""
+        budget.since = since
+        seconds = budget.limits.time_s
+        if seconds is None:
+            return
+        budget.timers.append(self._timers.at(since + seconds, lambda: self.time_is_up(budget)))
+        if budget.soft:
+            budget.timers.append(self._timers.at(since + budget.soft * seconds, lambda: tell_near(budget, "time")))
 
     def expect(self, shares: Sequence[link.Share]) -> None:
         """An agent is being forked that will share these: they last until `arrived`, though all others may be dead."""
@@ -118,9 +245,12 @@ class Budgets:
     def _drop_if_unused(self, budget: Budget) -> None:
         if budget.sharers or budget.coming or self._by_owner.get(budget.owner) is not budget:
             return
+        if budget.group:
+            _recover(budget)
+            return
         del self._by_owner[budget.owner]
-        if budget.timer is not None:
-            budget.timer.cancel()
+        for timer in budget.timers:
+            timer.cancel()
         if budget.owner in self._forgotten:
             self._forgotten.discard(budget.owner)
             self._ledger.forget(budget.owner)
@@ -138,10 +268,38 @@ class Budgets:
             self.forget(pid)
 
 
+def _recover(budget: Budget) -> None:
+    """Of a group without an agent: what its agents had at a time is free again, what they have used is not."""
+    for kind in ("memory", "processes", "context"):
+        budget.levels.pop(kind, None)
+    if budget.reached in ("memory", "processes", "context"):
+        budget.reached, budget.stage = "", Stage.OPEN
+
+
+# ── tokens ────────────────────────────────────────────────────────────────────────────────────────────────
+
+
 def tokens_left(budgets: list[Budget]) -> int | None:
     """The smallest of what is left; None: unlimited."""
     left = [budget.tokens_left for budget in budgets if budget.limits.tokens is not None]
     return min((n for n in left if n is not None), default=None)
+
+
+def purses(budgets: Sequence[Budget]) -> list[link.PurseShare]:
+    """For a core: of which budgets its calls pay."""
+    return [
+        link.PurseShare(budget.owner, budget.tokens_left, budget.limits.context)
+        for budget in budgets
+        if budget.limits.tokens is not None or budget.limits.context is not None
+    ]
+
+
+def hold(budgets: Sequence[Budget], tokens: int) -> None:
+    """An open call holds so many more tokens, or fewer."""
+    for budget in budgets:
+        if budget.limits.context is not None:
+            budget.levels["context"] = budget.levels.get("context", 0.0) + tokens
+            check_near(budget, "context")
 
 
 def charge(budgets: list[Budget], tokens: int) -> Budget | None:
@@ -149,23 +307,90 @@ def charge(budgets: list[Budget], tokens: int) -> Budget | None:
     empty = None
     for budget in budgets:
         budget.tokens_used += tokens
+        if budget.tokens_used >= budget.tokens_near:
+            budget.tokens_near = NEVER
+            tell_near(budget, "tokens")
         if budget.tokens_left == 0:
             empty = budget
     return empty
 
 
-def settle(budgets: list[Budget], tokens: int) -> None:
-    """A call that used this number of tokens is closed: they are on the books now."""
+def settle(budgets: list[Budget], tokens: int, cost: int = 0) -> None:
+    """A call that used this is closed: it is on the books now."""
     for budget in budgets:
-        if budget.row is not None:
-            budget.row[CHARGED] += tokens
+        budget.row[CHARGED] += tokens
+        budget.row[COST_CHARGED] += cost
 
 
-def sentence(budget: Budget) -> str:
-    """In words, for the person who gave it."""
-    limits = budget.limits
-    return {
-        "tokens": f"token budget of {limits.tokens} used up",
-        "time": f"time budget of {limits.time_s:g} s used up" if limits.time_s is not None else "",
-        "memory": f"memory budget of {format_size(limits.memory_bytes or 0)} exceeded",
-    }.get(budget.reached, "")
+# ── money ─────────────────────────────────────────────────────────────────────────────────────────────────
+
+
+def cost_left(budgets: list[Budget]) -> int | None:
+    """The smallest of what is left; None: unlimited."""
+    return min((left for budget in budgets if (left := budget.cost_left) is not None), default=None)
+
+
+def pay(budgets: list[Budget], cost: int) -> Budget | None:
+    """Count money against every budget; returns one that has now nothing left, if any. Negative: it is given back."""
+    empty = None
+    for budget in budgets:
+        budget.cost_used += cost
+        check_near(budget, "cost")
+        if budget.cost_left == 0:
+            empty = budget
+    return empty
+
+
+def tightest(budgets: list[Budget], kind: str) -> Budget | None:
+    """The one that has the least left of a kind; None: none limits it."""
+    limited = [(left, budget) for budget in budgets if (left := budget.left(kind)) is not None]
+    return min(limited, key=lambda pair: pair[0])[1] if limited else None
+
+
+# ── other kinds ───────────────────────────────────────────────────────────────────────────────────────────
+
+
+def without_room(budgets: Sequence[Budget], kind: str, amount: int) -> Budget | None:
+    """A budget that has no room for this amount more."""
+    for budget in budgets:
+        left = budget.left(kind)
+        if left is not None and left < amount:
+            return budget
+    return None
+
+
+def take(budgets: Sequence[Budget], kind: str, amount: int) -> Budget | None:
+    """Count this amount against every budget, or nothing: then it returns the one that has no room for it."""
+    short = without_room(budgets, kind, amount)
+    if short is None:
+        for budget in budgets:
+            budget.count(kind, amount)
+            check_near(budget, kind)
+    return short
+
+
+def told(budget: Budget, kind: str) -> bool:
+    """Whether its agent has had the message that this kind is nearly used up."""
+    return bool(budget.row[TOLD] & _bit(kind))
+
+
+def tell_near(budget: Budget, kind: str) -> None:
+    """Once, whichever kernel tells it."""
+    if not told(budget, kind):
+        budget.row[TOLD] |= _bit(kind)
+        budget.near(budget, kind)
+
+
+def check_near(budget: Budget, kind: str) -> None:
+    amount = kinds.BY_NAME[kind].of(budget.limits)
+    if budget.soft and amount is not None and budget.used(kind) >= budget.soft * amount:
+        tell_near(budget, kind)
+
+
+def _bit(kind: str) -> int:
+    return 1 << next(number for number, one in enumerate(kinds.KINDS) if one.name == kind)
+
+
+def sentence(budget: Budget, kind: str = "") -> str:
+    """In words, for the person who gave it. `kind`: else the one that was reached."""
+    return kinds.sentence(budget.limits, kind or budget.reached, budget.group)

@@ -19,8 +19,10 @@ from typing import Protocol
 import msgspec
 
 from aiosd import link
+from aiosd.kernel.budget import purses
 from aiosd.kernel.peer import Call
 from aiosd.kernel.service import POISON_DEATHS, POISON_OTHERS, Open, Service, State
+from aiosd.price import Price
 from libaios import wire
 
 
@@ -28,6 +30,7 @@ class Listener(Protocol):
     """What the kernel does with a core's messages about generations."""
 
     def on_started(self, call: Call, started: link.Started) -> None: ...
+    def on_spent(self, call: Call, spent: link.Spent) -> None: ...
     def on_preempted(self, call: Call) -> None: ...
     def on_delta(self, call: Call, delta: link.Delta) -> None: ...
     def on_finished(self, call: Call, finished: link.Finished) -> None: ...
@@ -35,6 +38,7 @@ class Listener(Protocol):
     def on_death(self, call: Call, reason: str) -> None: ...
     def on_parked(self, peer: int) -> None: ...
     def call_budget(self, call: Call) -> tuple[int, str, int | None]: ...
+    def money_left(self, call: Call) -> int | None: ...
     def schedule(self) -> link.Schedule: ...
 
 
@@ -47,6 +51,7 @@ class Core(Service):
     default: bool
     listener: Listener
     vectors_only: bool = False
+    price: Price | None = None  # None: it is not known
     info: wire.ModelInfo | None = None
     unwell: str = ""  # why a new call would have to wait long
     parked: set[int] = field(default_factory=set)  # peers whose generations are to stand still
@@ -65,7 +70,9 @@ class Core(Service):
             return Service.fresh(self, opened)
         nice, group, budget = self.listener.call_budget(call)
         request = msgspec.structs.replace(generation.request, given=generation.progress.given())
-        return link.Submit(call.key, request, nice, group, budget, generation.mu, generation.others)
+        shares = purses(call.peer.proc.budgets) if call.peer.proc is not None else []
+        money = self.listener.money_left(call)
+        return link.Submit(call.key, request, nice, group, budget, generation.mu, generation.others, shares, money)
 
     def under_way(self, opened: Open) -> bool:
         generation = opened.call.generation
@@ -123,6 +130,9 @@ class Core(Service):
                 for started in message.started:
                     if (call := self.generation(started.key)) is not None:
                         listener.on_started(call, started)
+                for spent in message.spent:
+                    if (call := self.generation(spent.key)) is not None:
+                        listener.on_spent(call, spent)
                 for key in message.preempted:
                     if (call := self.generation(key)) is not None:
                         listener.on_preempted(call)

@@ -1,7 +1,16 @@
-"""What happens when a budget is reached (`budget` tells what budgets are)."""
+"""What happens when a budget is reached (`budget` tells what budgets are).
+
+    asked for more      EDQUOT, whatever the kind. An agent that is still there `GRACE_S` later gets TERM, and KILL
+                        `GRACE_S` after that
+    time                TERM, and KILL `GRACE_S` later; meanwhile no call that a budget counts begins
+    sampled kinds       KILL at once: what cannot be refused is ended. The same if it cannot be measured
+
+That concerns all that share the budget; where it is a group's and an agent has asked for more, that agent alone.
+"""
 
 from __future__ import annotations
 
+import logging
 import signal
 from collections.abc import Callable
 
@@ -11,6 +20,11 @@ from aiosd.kernel.budget import GRACE_S, Budget, Stage
 from aiosd.kernel.proc import Proc, ProcTable
 from aiosd.kernel.uplink import Uplink
 from aiosd.timers import Timers
+
+logger = logging.getLogger("kernel.budgets")
+
+#: Signals by which Linux ends a process that is beyond a bound of its own, and the budget that the bound is made from.
+BOUNDS = {-signal.SIGXCPU: "cpu", -signal.SIGXFSZ: "disk"}
 
 
 class Enforcer:
@@ -22,61 +36,106 @@ class Enforcer:
         self._timers = timers
         self._deliver = deliver
 
-    def reached(self, budget: Budget, which: str) -> None:
-        """Note that a budget was reached; its owner's exit status will tell."""
+    # ── what is noted ─────────────────────────────────────────────────────────────────────────────────────
+
+    def reached(self, budget: Budget, which: str, why: str = "") -> None:
+        """Note that a budget was reached; its owner's exit status will tell. `why`: if it is another reason."""
         if budget.reached:
             return
         budget.reached = which
+        why = why or budgets.sentence(budget)
+        logger.warning("%s", why if budget.group else f"agent {budget.owner}: {why}")
         owner = self._table.get(budget.owner)
-        if owner is not None and not owner.budget:
-            owner.budget = which
-            self._uplink.send(link.Mark(owner.pid, budget=which))
-            self.set_reason(owner, budgets.sentence(budget))
+        if owner is not None and owner.alive:
+            self._mark(owner, which, why)
+
+    def _mark(self, proc: Proc, which: str, why: str) -> None:
+        if not proc.budget:
+            proc.budget = which
+            self._uplink.send(link.Mark(proc.pid, budget=which))
+            self.set_reason(proc, why)
 
     def set_reason(self, proc: Proc, reason: str) -> None:
         if not proc.reason:
             proc.reason = reason
             self._uplink.send(link.Mark(proc.pid, reason=reason))
 
-    def spent(self, budget: Budget) -> None:
-        """No token is left. Agents may end by themselves; a call for more puts them on notice."""
-        self.reached(budget, "tokens")
+    # ── what is done ──────────────────────────────────────────────────────────────────────────────────────
 
-    def refused(self, budget: Budget) -> None:
-        """More was asked for than is left: those that do not end by themselves now are ended."""
-        self.reached(budget, "tokens")
-        if budget.stage < Stage.NOTICE:
+    def spent(self, budget: Budget, which: str) -> None:
+        """Nothing is left of tokens or money. Agents may end by themselves; a call for more puts them on notice."""
+        self.reached(budget, which)
+
+    def refused(self, budget: Budget, which: str, proc: Proc) -> None:
+        """This agent has asked for more than is left: those that do not end by themselves now are ended."""
+        self.reached(budget, which)
+        if budget.group:
+            self._give_notice(budget, which, proc)
+        elif budget.stage < Stage.NOTICE:
             budget.stage = Stage.NOTICE
             self._timers.after(GRACE_S, lambda: self.end(budget, Stage.TERM))
+
+    def _give_notice(self, budget: Budget, which: str, proc: Proc) -> None:
+        if not proc.budget and not proc.outside:
+            self._mark(proc, which, budgets.sentence(budget, which))
+            self._timers.after(GRACE_S, lambda: self._end_one(proc, signal.SIGTERM))
+
+    def _end_one(self, proc: Proc, number: int) -> None:
+        if not proc.alive:
+            return
+        self._signal(proc, number)
+        if number == signal.SIGTERM:
+            self._timers.after(GRACE_S, lambda: self._end_one(proc, signal.SIGKILL))
 
     def time_is_up(self, budget: Budget) -> None:
         self.reached(budget, "time")
         self.end(budget, Stage.TERM)
 
-    def memory_exceeded(self, budget: Budget) -> None:
-        self.reached(budget, "memory")
-        self.end(budget, Stage.KILL)
+    def exceeded(self, budget: Budget, which: str, why: str = "") -> None:
+        """A sample has shown it. `why`: it could not be measured."""
+        if budget.stage < Stage.KILL:
+            self.reached(budget, which, why)
+            self.end(budget, Stage.KILL, why)
 
-    def end(self, budget: Budget, stage: Stage) -> None:
+    def end(self, budget: Budget, stage: Stage, why: str = "") -> None:
         """End all that share the budget: TERM, and KILL after a grace."""
         budget.stage = max(budget.stage, stage)
         number = signal.SIGKILL if stage is Stage.KILL else signal.SIGTERM
         for proc in [proc for pid in list(budget.sharers) if (proc := self._table.get(pid)) is not None]:
             if proc.outside:  # there is nothing to end: each request gets EDQUOT until a person revokes its token
                 continue
-            self._deliver(proc, number)
-            if number == signal.SIGTERM:
-                self._deliver(proc, signal.SIGCONT)  # a stopped one must get its TERM, too
+            self._mark(proc, budget.reached, why or budgets.sentence(budget))
+            self._signal(proc, number)
         if budget.sharers and stage is not Stage.KILL:
             self._timers.after(GRACE_S, lambda: self.end(budget, Stage.KILL))
 
+    def _signal(self, proc: Proc, number: int) -> None:
+        self._deliver(proc, number)
+        if number == signal.SIGTERM:
+            self._deliver(proc, signal.SIGCONT)  # a stopped one must get its TERM, too
+
+    # ── births and deaths ─────────────────────────────────────────────────────────────────────────────────
+
     def adopted(self, proc: Proc) -> None:
-        """A new kernel has found this agent: what it had used up it has used up."""
+        """A new kernel has found this agent: what it had used up it has used up, and a notice that it had stands."""
         for budget in proc.budgets:
-            if budget.tokens_left == 0:
-                self.refused(budget)
+            if budget.tokens_left == 0 and not budget.group:
+                self.refused(budget, "tokens", proc)
+        if proc.budget and not proc.outside:
+            self._timers.after(GRACE_S, lambda: self._end_one(proc, signal.SIGTERM))
 
     def born(self, proc: Proc) -> None:
         """It was being forked while a budget that it shares came to its end."""
-        if any(budget.stage >= Stage.TERM for budget in proc.budgets):
-            self._deliver(proc, signal.SIGKILL)
+        for budget in proc.budgets:
+            if budget.stage >= Stage.TERM:
+                self._mark(proc, budget.reached, budgets.sentence(budget))
+                self._deliver(proc, signal.SIGKILL)
+                return
+
+    def ended(self, proc: Proc, status: int) -> None:
+        """Linux has ended it, when that was for a bound made from a budget."""
+        which = BOUNDS.get(status, "")
+        for budget in proc.budgets:
+            if which and budgets.sentence(budget, which):
+                self.reached(budget, which)
+                self._mark(proc, which, budgets.sentence(budget, which))

@@ -28,6 +28,7 @@ class Generation:
     prompt_tokens: int = 0
     cached_tokens: int = 0
     completion_tokens: int = 0
+    cost: int = 0  # in 10^-12 of the currency's unit
     ctx_tokens: int = 0
     paused: bool = False  # its reader is slow
     resyncing: bool = False  # the core was asked to send again what is missing here

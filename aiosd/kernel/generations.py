@@ -20,19 +20,21 @@ from aiosd.kernel import budget as budgets
 from aiosd.kernel import ledger
 from aiosd.kernel.budget import Budget
 from aiosd.kernel.calls import Calls
+from aiosd.kernel.charges import check_open
 from aiosd.kernel.cores import Core, Cores
 from aiosd.kernel.generation import Generation
 from aiosd.kernel.peer import OUTBOX_PAUSE, OUTBOX_RESUME, Call, Peer
 from aiosd.kernel.proc import Proc, ProcTable
 from aiosd.kernel.routes import Routes
+from aiosd.price import FREE, Price
 from libaios import wire
 from libaios.wire import Sys
 
 
 class Generations:
-    """`spent` is called with a budget that has no tokens left; `refused` with one of which more was asked for;
-    `stood_still` when a core has taken the generations of a stopped agent out of decoding; `schedule` tells what
-    policy is in force."""
+    """`spent` is called with a budget that has no tokens or no money left; `refused` with one of which an agent asked
+    for more; `stood_still` when a core has taken the generations of a stopped agent out of decoding; `schedule` tells
+    what policy is in force."""
 
     def __init__(
         self,
@@ -48,8 +50,8 @@ class Generations:
         self.cores = cores
         self.routes = routes
         self.schedule = schedule
-        self.spent: Callable[[Budget], None]
-        self.refused: Callable[[Budget], None]
+        self.spent: Callable[[Budget, str], None]
+        self.refused: Callable[[Budget, str, Proc], None]
         self.stood_still: Callable[[Proc], None]
 
     # ── submitting ────────────────────────────────────────────────────────────────────────────────────────
@@ -70,8 +72,10 @@ class Generations:
         if (args.messages is None) == (args.prompt is None):
             raise wire.error(errno.EINVAL, "exactly one of messages and prompt is needed")
         self.check_budget(call)
-        route = self.routes.find(args.model)
-        core = self.core_for(route.choose(args, set()) if route is not None else args.model)
+        route, money = self.routes.find(args.model), self.money_left(call)
+        core = self.core_for(route.choose(args, set(), money) if route is not None else args.model)
+        if money is not None:
+            self._check_money(call, core, money)
         progress = wire.Progress(args.given)
         generation = Generation(args, core.model, progress, new_from=len(args.given), route=route)
         generation.tried.add(core.model)
@@ -83,9 +87,33 @@ class Generations:
             self._count_completion(call, len(args.given) if isinstance(args.given, list) else 0)
             if call.peer.calls.get(call.id) is not call:
                 return  # they were the last of the budget
+        self._submit(call, core, args)
+
+    def _submit(self, call: Call, core: Core, request: wire.Generate) -> None:
+        generation = call.generation
+        assert generation is not None
         nice, group, left = self.call_budget(call)
         generation.budget = None if left is None else left + generation.used
-        core.submit(call, link.Submit(call.key, args, nice, group, left, others=generation.others))
+        shares = budgets.purses(call.peer.proc.budgets) if call.peer.proc is not None else []
+        others, money = generation.others, self.money_left(call)
+        core.submit(call, link.Submit(call.key, request, nice, group, left, others=others, shares=shares, money=money))
+
+    def _check_money(self, call: Call, core: Core, money: int) -> None:
+        """Raises OSError (EDQUOT, EINVAL) where a budget of money forbids this model. One that is free may always be
+        used."""
+        proc = call.peer.proc
+        if core.price is None:
+            why = f'model: what {core.model} costs is not known: set its price (price = "0,0" if it is free)'
+            raise wire.error(errno.EINVAL, f"{why}, or use no budget of money")
+        if money == 0 and not core.price.is_free and proc is not None:
+            budget = next(budget for budget in proc.budgets if budget.cost_left == 0)
+            self.refused(budget, "cost", proc)
+            raise wire.error(errno.EDQUOT, budgets.sentence(budget, "cost"))
+
+    def money_left(self, call: Call) -> int | None:
+        """What the agent may still spend; None: it has no budget of money."""
+        proc = call.peer.proc
+        return None if proc is None else budgets.cost_left(proc.budgets)
 
     def choose(self, call: Call, args: Any) -> Core:
         """The core that another call than a generation goes to. Raises OSError: EINVAL, EDQUOT."""
@@ -101,22 +129,28 @@ class Generations:
             return link.Caller(0, os.getuid(), "", False, "default")
         left = budgets.tokens_left(proc.budgets)
         box = b"" if proc.box is None else wire.encode(proc.box)
-        return link.Caller(proc.pid, proc.uid, proc.name, proc.named, proc.group, proc.nice, left, box, proc.program)
+        rest = (left, box, proc.program, proc.sha256, budgets.purses(proc.budgets))
+        return link.Caller(proc.pid, proc.uid, proc.name, proc.named, proc.group, proc.nice, *rest)
 
     def call_budget(self, call: Call) -> tuple[int, str, int | None]:
         """nice, group and tokens left of the agent that made the call."""
         proc = call.peer.proc
         if proc is None:
             return 0, "default", None
-        return proc.nice, proc.group, budgets.tokens_left(proc.budgets)
+        left = budgets.tokens_left(proc.budgets)
+        room = [budget.limits.context for budget in proc.budgets if budget.limits.context is not None]
+        return proc.nice, proc.group, min(room, default=None) if left is None else min([left, *room])
 
     def check_budget(self, call: Call) -> None:
         """Raises OSError (EDQUOT) when no token is left."""
         proc = call.peer.proc
-        if proc is not None and budgets.tokens_left(proc.budgets) == 0:
+        if proc is None or not proc.budgets:
+            return
+        check_open(proc)
+        if budgets.tokens_left(proc.budgets) == 0:
             budget = next(budget for budget in proc.budgets if budget.tokens_left == 0)
-            self.refused(budget)
-            raise wire.error(errno.EDQUOT, budgets.sentence(budget))
+            self.refused(budget, "tokens", proc)
+            raise wire.error(errno.EDQUOT, budgets.sentence(budget, "tokens"))
 
     def _closed(self, call: Call) -> None:
         generation, proc = call.generation, call.peer.proc
@@ -124,10 +158,12 @@ class Generations:
             self.cores.by_model[generation.model].cancel(call)
         if generation is not None and proc is not None:
             proc.ctx_tokens -= generation.ctx_tokens
+            budgets.hold(proc.budgets, -generation.ctx_tokens)
             proc.row[ledger.PROMPT] += generation.prompt_tokens
             proc.row[ledger.CACHED] += generation.cached_tokens
             proc.row[ledger.COMPLETION] += generation.completion_tokens
-            budgets.settle(proc.budgets, generation.used)
+            proc.row[ledger.COST] += generation.cost
+            budgets.settle(proc.budgets, generation.used, generation.cost)
 
     # ── what a core sends ─────────────────────────────────────────────────────────────────────────────────
 
@@ -137,14 +173,10 @@ class Generations:
         generation.started = True
         if generation.prompt_counted or not started.prompt_tokens:
             return  # again, on a new core; or it is not known yet
-        generation.prompt_counted = True
-        generation.prompt_tokens += started.prompt_tokens
-        generation.cached_tokens += started.cached_tokens
-        proc = call.peer.proc
-        if proc is not None:
-            proc.prompt_tokens += started.prompt_tokens
-            proc.cached_tokens += started.cached_tokens
-        self._count(call, started.prompt_tokens - started.cached_tokens, started.prompt_tokens)
+        self._count_prompt(call, started.prompt_tokens, started.cached_tokens)
+
+    def on_spent(self, call: Call, spent: link.Spent) -> None:
+        self._count_prompt(call, spent.prompt_tokens, spent.cached_tokens)
 
     def on_preempted(self, call: Call) -> None:
         """It waits again: another has its slot."""
@@ -182,16 +214,26 @@ class Generations:
         generation.ending = True  # by itself: a budget that is reached now need not end it
         # Over within its first step, or what the prompt cost is known only now; else this changes nothing.
         self.on_started(call, link.Started(call.key, finished.usage.prompt_tokens, finished.usage.cached_tokens))
+        if finished.spent is not None:
+            self.on_spent(call, finished.spent)
         self._count_completion(call, len(finished.tokens) if finished.charged is None else finished.charged)
         if finished.finish_reason == "limit" and call.peer.proc is not None:
             for budget in call.peer.proc.budgets:
-                if budget.tokens_left == 0:
-                    self.spent(budget)
+                for kind, left in (("tokens", budget.tokens_left), ("cost", budget.cost_left)):
+                    if left == 0:
+                        self.spent(budget, kind)
+            if finished.short == "context":
+                self._no_room(call.peer.proc)
         self._answer(call, finished.tokens, finished.text, finished.finish_reason, finished)
 
     def on_failed(self, call: Call, failed: link.Failed) -> None:
-        if not (failed.elsewhere or failed.errno == errno.EMSGSIZE) or not self._move(call, failed.message):
-            self.calls.fail(call, failed.errno, failed.message)
+        if (failed.elsewhere or failed.errno == errno.EMSGSIZE) and self._move(call, failed.message):
+            return
+        proc = call.peer.proc
+        budget = budgets.tightest(proc.budgets, failed.short) if failed.short and proc is not None else None
+        if budget is not None and proc is not None:
+            self.refused(budget, failed.short, proc)
+        self.calls.fail(call, failed.errno, failed.message)
 
     def on_death(self, call: Call, reason: str) -> None:
         """Its core is dead. It waits for the next one, unless another model can take it."""
@@ -205,18 +247,26 @@ class Generations:
             return False
         old = self.cores.by_model[generation.model]
         generation.route.failed(old.model, why)
-        model = generation.route.choose(generation.request, generation.tried)
+        money = self.money_left(call)
+        model = generation.route.choose(generation.request, generation.tried, money)
         if model is None:
             return False
         core = self.cores.by_model[model]
+        if money is not None and (core.price is None or (money == 0 and not core.price.is_free)):
+            return False
         old.cancel(call)
         if call.peer.proc is not None:
             call.peer.proc.ctx_tokens -= generation.ctx_tokens
+            budgets.hold(call.peer.proc.budgets, -generation.ctx_tokens)
         generation.restart(core.model)
-        nice, group, left = self.call_budget(call)
-        generation.budget = None if left is None else left + generation.used
-        core.submit(call, link.Submit(call.key, generation.request, nice, group, left, others=generation.others))
+        self._submit(call, core, generation.request)
         return True
+
+    def _no_room(self, proc: Proc) -> None:
+        """A call of this agent was to hold more tokens than one of its budgets allows."""
+        budget = budgets.tightest(proc.budgets, "context")
+        if budget is not None:
+            self.refused(budget, "context", proc)
 
     def charge(self, call: Call, tokens: int) -> None:
         """A call that is no generation has used this number of tokens (an embedding)."""
@@ -227,7 +277,7 @@ class Generations:
             empty = budgets.charge(proc.budgets, tokens)
             budgets.settle(proc.budgets, tokens)
             if empty is not None:
-                self._cut(empty)
+                self._cut(empty, "tokens")
 
     def on_parked(self, peer: int) -> None:
         found = self.peers.find(peer)
@@ -256,39 +306,63 @@ class Generations:
 
     # ── accounting ────────────────────────────────────────────────────────────────────────────────────────
 
+    def _count_prompt(self, call: Call, tokens: int, cached: int) -> None:
+        generation, proc = call.generation, call.peer.proc
+        assert generation is not None
+        generation.prompt_counted = True
+        generation.prompt_tokens += tokens
+        generation.cached_tokens += cached
+        if proc is not None:
+            proc.prompt_tokens += tokens
+            proc.cached_tokens += cached
+        self._count(call, tokens - cached, tokens, self._price(generation).of_prompt(tokens, cached))
+
     def _count_completion(self, call: Call, tokens: int) -> None:
-        assert call.generation is not None
-        call.generation.completion_tokens += tokens
+        generation = call.generation
+        assert generation is not None
+        generation.completion_tokens += tokens
         if call.peer.proc is not None:
             call.peer.proc.completion_tokens += tokens
-        self._count(call, tokens, tokens)
+        self._count(call, tokens, tokens, self._price(generation).of_completion(tokens))
 
-    def _count(self, call: Call, charged: int, context: int) -> None:
+    def _price(self, generation: Generation) -> Price:
+        return self.cores.by_model[generation.model].price or FREE
+
+    def _count(self, call: Call, charged: int, context: int, cost: int) -> None:
         proc, generation = call.peer.proc, call.generation
         assert generation is not None
         generation.used += charged
+        generation.cost += cost
         if proc is None:
             return
         generation.ctx_tokens += context
         proc.ctx_tokens += context
+        proc.cost += cost
         if proc.budgets:
+            budgets.hold(proc.budgets, context)
+            poor = budgets.pay(proc.budgets, cost) if cost else None
             empty = budgets.charge(proc.budgets, charged)
             if empty is not None:
-                self._cut(empty)
+                self._cut(empty, "tokens")
+            if poor is not None:
+                self._cut(poor, "cost")
 
-    def _cut(self, empty: budgets.Budget) -> None:
-        """End every generation that shares a budget of which nothing is left.
+    def _cut(self, empty: budgets.Budget, kind: str) -> None:
+        """End every generation that shares a budget of which nothing is left. A model that is free goes on without
+        money.
 
         A generation that has used up all it was submitted with is ended by the core itself, which knows its
         figures; the others are ended here.
         """
-        self.spent(empty)
+        self.spent(empty, kind)
         sharers = [proc for pid in list(empty.sharers) if (proc := self.table.get(pid)) is not None]
         for call in [call for proc in sharers for call in self.peers.calls_of(proc)]:
             generation = call.generation
             if generation is None or generation.ending:
                 continue
-            if generation.budget is not None and generation.used >= generation.budget:
+            if kind == "cost" and self._price(generation).is_free:
+                continue
+            if kind == "tokens" and generation.budget is not None and generation.used >= generation.budget:
                 continue
             self._answer(call, [], "", "limit", None)
 

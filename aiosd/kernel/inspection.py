@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Sequence
 from typing import Any
 
 from aiosd.kernel.budget import Budget
 from aiosd.kernel.peer import AgentPeer, ClientPeer, Peer
-from aiosd.kernel.proc import Proc, shell_status
+from aiosd.kernel.proc import Proc, shown_exit
+from aiosd.limits import KINDS, Kind
 from aiosd.sandbox.box import Box
 from libaios import wire
 
@@ -24,7 +26,7 @@ def inspect(
         "attached": bool(proc.attached_to),
         "ended": proc.ended or None,
         "signal": -proc.status if proc.status is not None and proc.status < 0 else None,
-        "exit": None if proc.status is None else shell_status(proc.status),
+        "exit": shown_exit(proc),
         "budget": proc.budget,
         "reason": proc.reason,
         "children": children,
@@ -55,11 +57,23 @@ def _box(box: Box) -> dict[str, Any]:
 
 
 def _budget(budget: Budget) -> dict[str, Any]:
+    now = time.monotonic()
     return {
-        "owner": budget.owner,
+        "owner": 0 if budget.group else budget.owner,
+        "group": budget.group,
         "tokens": budget.limits.tokens,
         "tokens_used": budget.tokens_used,
         "time_s": budget.limits.time_s,
         "memory_bytes": budget.limits.memory_bytes,
         "reached": budget.reached,
+        "kinds": {kind.name: _kind(budget, kind, now) for kind in KINDS if kind.of(budget.limits) is not None},
     }
+
+
+def _kind(budget: Budget, kind: Kind, now: float) -> dict[str, Any]:
+    """`lag_s`: how old what is used may be at most; null: it is exact. `age_s`: how old it is."""
+    limit = kind.of(budget.limits) or 0
+    shown = {"limit": kind.shown(limit), "used": kind.shown(budget.used(kind.name, now)), "lag_s": None}
+    if kind.lag_s:
+        shown |= {"lag_s": kind.lag_s, "age_s": round(now - budget.sampled, 3) if budget.sampled else None}
+    return shown

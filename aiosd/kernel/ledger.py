@@ -1,14 +1,19 @@
 """The usage of each agent, kept where it survives the kernel's death.
 
-A memfd of rows, one per agent, made by the supervisor and mapped by every kernel; eight 8-byte numbers a row:
+A memfd of rows, one per agent, made by the supervisor and mapped by every kernel; two dozen 8-byte numbers a row. A
+group's budget has a row of its own, under a number that no agent has.
 
-    pid, calls, prompt tokens, cached tokens, completion tokens, tokens charged to its budget, –, –
+    of an agent     pid; calls, prompt tokens, cached tokens, completion tokens, what they cost; microseconds on
+                    processors; whether it has been counted as a child, and its end as an end
+    of the budget   that it owns: tokens and money charged, calls of tools, children, bytes written to the store,
+                    microseconds on processors, since when its time runs (a group's), which kinds are known to be
+                    nearly used up
 
 and behind these the beginning of its command line, which the kernel shows and the supervisor is not to know.
 
 A row holds the usage of *closed* calls. The usage of open calls is only in the kernel's memory: after its death they
 are submitted again, and their usage is counted again from their tokens. So nothing is counted twice and nothing is
-lost, without a record per token.
+lost, without a record per token. What else a budget counts is written when it happens.
 """
 
 from __future__ import annotations
@@ -17,13 +22,20 @@ import mmap
 import os
 
 ROWS = 16384
-ITEMS = 8
+ITEMS = 24
 PID, CALLS, PROMPT, CACHED, COMPLETION, CHARGED = range(6)
+TOOL_CALLS, CHILDREN, STORED, CPU_US, SINCE_US, TOLD, OWN_CPU_US, COUNTED, ENDED = range(6, 15)
+COST, COST_CHARGED = range(15, 17)
 NUMBERS_BYTES = ROWS * ITEMS * 8
 COMMAND_BYTES = 1024  # of a command line, with a NUL at its end
 BYTES = NUMBERS_BYTES + ROWS * COMMAND_BYTES
 
 Row = memoryview  # of ITEMS unsigned 8-byte numbers
+
+
+def loose_row() -> Row:
+    """One that no later kernel finds."""
+    return memoryview(bytearray(ITEMS * 8)).cast("Q")
 
 
 class Ledger:
@@ -45,10 +57,15 @@ class Ledger:
         number = self._rows.get(pid)
         if number is None:
             if not self._free:
-                return memoryview(bytearray(ITEMS * 8)).cast("Q")
+                return loose_row()
             number = self._rows[pid] = self._free.pop()
             self._items[number * ITEMS + PID] = pid
         return self._items[number * ITEMS : (number + 1) * ITEMS]
+
+    @property
+    def room(self) -> bool:
+        """Whether one more row would survive."""
+        return bool(self._free)
 
     def keep_command(self, pid: int, command: str) -> None:
         """For the next kernel. It is not mapped, because it is read only once."""

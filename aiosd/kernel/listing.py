@@ -11,7 +11,8 @@ from collections.abc import Sequence
 
 from aiosd import procfs
 from aiosd.kernel.peer import Call
-from aiosd.kernel.proc import Proc, State, shell_status
+from aiosd.kernel.proc import Proc, State, shown_exit
+from aiosd.units import format_money
 from libaios import wire
 
 FRESH_S = 0.2
@@ -71,13 +72,16 @@ def line(proc: Proc, calls: Sequence[Call], context: tuple[str, int] = ("", 0), 
         prompt_tokens=proc.prompt_tokens,
         cached_tokens=proc.cached_tokens,
         completion_tokens=proc.completion_tokens,
+        cost=format_money(proc.cost),
         ctx_tokens=proc.ctx_tokens,
         mem_bytes=proc.mem_bytes,
         cpu_s=round(proc.cpu_s, 3),
         started=proc.started,
-        exit=None if proc.status is None else shell_status(proc.status),
+        exit=shown_exit(proc),
         ctx_kept=context[1],
         ctx_place=context[0],
         restarts=proc.restarts,
         sandbox=proc.box.level if proc.box is not None else "none",
+        budget=proc.budget,
+        reason=proc.reason,
     )

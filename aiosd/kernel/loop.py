@@ -31,6 +31,7 @@ from aiosd.kernel.audit import Audit
 from aiosd.kernel.books import Books
 from aiosd.kernel.budget import Budgets
 from aiosd.kernel.calls import Calls
+from aiosd.kernel.charges import Charges
 from aiosd.kernel.control import Control
 from aiosd.kernel.cores import Core, Cores
 from aiosd.kernel.dispatch import Dispatcher, Handler
@@ -46,6 +47,7 @@ from aiosd.kernel.loading import Loading
 from aiosd.kernel.logkeeper import LogKeeper
 from aiosd.kernel.mail import Mail
 from aiosd.kernel.measure import Measure
+from aiosd.kernel.notices import Notices
 from aiosd.kernel.outside import Outside
 from aiosd.kernel.peer import AgentPeer, ClientPeer, Peer
 from aiosd.kernel.peers import Peers
@@ -59,6 +61,7 @@ from aiosd.kernel.tokens import Tokens
 from aiosd.kernel.turns import Turns
 from aiosd.kernel.uplink import Uplink
 from aiosd.kernel.waiters import Waiters
+from aiosd.price import FREE
 from aiosd.service import LLM, TOOLBOX
 from aiosd.timers import Timers
 from libaios import wire
@@ -95,7 +98,7 @@ class Kernel:
         self.calls = Calls(Peers(), self.events, self.timers)
         self.uplink = Uplink(_socket_of(born.link), self.events, self._on_supervisor)
         self.ledger = Ledger(born.ledger)
-        self.budgets = Budgets(self.ledger, self.timers)
+        self.budgets = Budgets(self.ledger, self.timers, born.settings.budgets, born.settings.soft_limit / 100)
         self.journal = Journal(born.journal, self._is_alive)
         self.mail = Mail(self.journal, self.calls)
 
@@ -125,9 +128,19 @@ class Kernel:
         self.generations = Generations(self.calls, self.table, self.cores, routes, self.live.schedule)
         self.enforcer = Enforcer(self.table, self.uplink, self.timers, self._deliver)
         self.logs = LogKeeper(settings.home.logs, settings.log_size, settings.log_keep, settings.keep_dead)
-        self.measure = Measure(self.table, self.timers, self.jobs, self.enforcer.memory_exceeded, self.logs)
+        self.measure = Measure(
+            self.table,
+            self.budgets,
+            self.timers,
+            self.jobs,
+            self.enforcer.exceeded,
+            self.logs,
+            sandboxes.folder(settings.home.data),
+        )
         self.handlers: dict[int, Handler] = {}
-        asker = Asker(self.services, self.calls, self.generations.caller_of, {LLM: self.generations.choose})
+        charges = Charges(self.services, self.enforcer.refused)
+        choose = {LLM: self.generations.choose, "toolbox": charges.tool, "store": charges.store}
+        asker = Asker(self.services, self.calls, self.generations.caller_of, choose)
         self.dispatcher = Dispatcher(self.calls, self.rights, asker, self.handlers, born.memo.get)
         self.turns = Turns(self.calls, self.events, self.timers, self.dispatcher, self.generations.resume_streams)
         self.agents = Agents(
@@ -147,9 +160,12 @@ class Kernel:
             self.sandboxes,
         )
         self.outside = Outside(settings.home.data / "tokens.json", self.agents, self.sandboxes)
+        self.agents.contents = lambda: self.approvals.policy.contents()
         self.generations.spent, self.generations.refused = self.enforcer.spent, self.enforcer.refused
         self.generations.stood_still = self.agents.stood_still
         self.budgets.time_is_up = self.enforcer.time_is_up
+        self.budgets.near = Notices(self.table, self.mail).near
+        self.agents.process_over = self.measure.ended
         self.waiters.collect = self.agents.collect
         self.calls.offended, self.calls.gone = self._offended, self._gone
 
@@ -275,6 +291,7 @@ class Kernel:
             default=not self.cores.by_model,
             listener=self.generations,
             vectors_only=record.argument.vectors_only,
+            price=record.argument.price or (None if record.argument.url else FREE),
         )
         self.cores.add(core)
         return core

@@ -17,7 +17,8 @@ from msgspec import Raw
 from aiosd.kernel.calls import Calls
 from aiosd.kernel.journal import Journal
 from aiosd.kernel.peer import Call
-from aiosd.kernel.proc import Proc
+from aiosd.kernel.proc import INIT, Proc
+from aiosd.link import Key
 from libaios import wire
 
 MAILBOX_MESSAGES = 1000
@@ -80,11 +81,19 @@ class Mail:
         sender = call.peer.proc.pid if call.peer.proc is not None else 0
         obj = Raw(bytes(obj))
         self._check_room(to.pid, sender, len(memoryview(obj)))
-        self._put(to.pid, Message(self.journal.sent(call.key, to.pid, sender, obj), sender, obj))
+        self._accept(call.key, to, sender, obj)
+
+    def _accept(self, key: Key, to: Proc, sender: int, obj: Raw) -> None:
+        self._put(to.pid, Message(self.journal.sent(key, to.pid, sender, obj), sender, obj))
         receivers = self._boxes[to.pid].receivers
         if receivers:
             receiver = receivers[0]
             self._calls.finish(receiver, self._take(receiver, to.pid))
+
+    def post(self, to: Proc, obj: Raw) -> None:
+        """A message from aiosd itself, to which nobody waits for a reply. Raises OSError: EAGAIN."""
+        self._check_room(to.pid, INIT, len(memoryview(obj)))
+        self._accept((INIT, 0), to, INIT, obj)
 
     def _check_room(self, to: int, sender: int, size: int) -> None:
         box = self.box(to)

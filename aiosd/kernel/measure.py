@@ -1,60 +1,223 @@
-"""What is sampled of live agents: memory, and how their logs grow. A few agents at a time (`jobs`): each takes long."""
+"""What is sampled of live agents: what budgets limit, memory, and how logs grow.
+
+A few agents at a time (`jobs`): each takes long. Agents with a sampled budget are looked at every `SAMPLE_S`, or later
+where looking at all of them takes a quarter of the time; where a budget of CPU time is nearly used up, as soon as
+all processors together could have used the rest. Memory is first taken from /proc/PID/stat, where what is shared counts
+in full, and only if that is too much from smaps_rollup, which takes fifty times as long.
+"""
 
 from __future__ import annotations
 
+import os
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
 
+from aiosd import limits as kinds
 from aiosd import procfs
-from aiosd.kernel.budget import SAMPLE_S, Budget
+from aiosd.kernel import budget as budgets
+from aiosd.kernel import ledger
+from aiosd.kernel.budget import Budget, Budgets
+from aiosd.kernel.cputime import CpuMeter, Used
+from aiosd.kernel.diskwatch import DiskWatch
 from aiosd.kernel.jobs import Jobs
 from aiosd.kernel.logkeeper import LogKeeper
 from aiosd.kernel.proc import Proc, ProcTable
+from aiosd.limits import DISK_S, SAMPLE_S
+from aiosd.procfs import Stat
 from aiosd.timers import Timers
+from libaios.wire import Limits
 
 LOG_SAMPLE_S = 1.0
-SAMPLE_FEW = 16  # agents without a memory budget that are measured in one sample
+MEMORY_SAMPLE_S = 0.5  # of agents without a budget
+SAMPLE_FEW = 16  # of them that are measured in one sample
+SHORTEST_S = 0.01  # Linux counts CPU time in steps of that
+PART = 4  # sampling takes at most one part in that many of the time
+DISK_LATE_S = 10.0  # a folder that takes longer to look through cannot be measured
+
+UNMEASURED = "{} budget: it cannot be measured ({})"
+
+
+@dataclass(slots=True)
+class _Taken:
+    """One sample of the agents that share a budget."""
+
+    memory: int = 0
+    processes: int = 0
+    unreadable: str = ""
+    memfds: dict[tuple[int, int], int] = field(default_factory=dict)
+    trees: list[Mapping[int, Stat]] = field(default_factory=list)
+
+    @property
+    def ospids(self) -> list[int]:
+        return [ospid for tree in self.trees for ospid, stat in tree.items() if stat.state != "Z"]
 
 
 class Measure:
-    """`exceeded` is called with a memory budget that was found exceeded."""
+    """`exceeded` is called with a budget, the kind that was found exceeded, and a sentence where that is because it
+    could not be measured. `folder`: of the workspaces."""
 
     def __init__(
-        self, table: ProcTable, timers: Timers, jobs: Jobs, exceeded: Callable[[Budget], None], logs: LogKeeper
+        self,
+        table: ProcTable,
+        budgets: Budgets,
+        timers: Timers,
+        jobs: Jobs,
+        exceeded: Callable[[Budget, str, str], None],
+        logs: LogKeeper,
+        folder: str,
     ) -> None:
         self._table = table
+        self._budgets = budgets
         self._timers = timers
         self._jobs = jobs
         self._exceeded = exceeded
         self._logs = logs
+        self._folder = folder
+        self._cores = len(os.sched_getaffinity(0))
+        self._meters: dict[int, CpuMeter] = {}  # by Linux pid
+        self._disk = DiskWatch()
+        self._disk_asked = 0.0
 
     def start(self) -> None:
         self._jobs.start(self._sample_logs())
         self._jobs.start(self._sample_memory())
+        self._jobs.start(self._sample_limited())
 
     def _again(self, after_s: float, job: Callable[[], Iterator[None]]) -> None:
         """When it is over: so that it does not pile up on a machine that is too slow for it."""
         self._timers.after(after_s, lambda: self._jobs.start(job()))
 
+    # ── budgets ───────────────────────────────────────────────────────────────────────────────────────────
+
+    def _sample_limited(self) -> Iterator[None]:
+        """Look at all agents that share a sampled budget, and judge the budgets."""
+        began = time.monotonic()
+        limited = [budget for budget in self._budgets if budget.sharers and _sampled(budget.limits)]
+        taken: dict[Budget, _Taken] = {budget: _Taken() for budget in limited}
+        for pid in sorted({pid for budget in limited for pid in budget.sharers}):
+            proc = self._table.get(pid)
+            if proc is not None and proc.ospid and proc.alive:
+                self._look(proc, taken)
+                yield
+        for budget, sample in taken.items():
+            yield from self._judge(budget, sample)
+        self._look_at_disks(taken)
+        waits = [self._wait(budget) for budget in limited]
+        self._again(max(min(waits, default=SAMPLE_S), (PART - 1) * (time.monotonic() - began)), self._sample_limited)
+
+    def _look(self, proc: Proc, taken: Mapping[Budget, _Taken]) -> None:
+        tree = procfs.tree(proc.ospid)
+        self._count_cpu(proc, tree)
+        for budget in proc.budgets:
+            sample = taken.get(budget)
+            if sample is not None:
+                sample.trees.append(tree)
+                sample.processes += len(tree)
+                sample.memory += sum(stat.rss_bytes for stat in tree.values())
+
+    def _count_cpu(self, proc: Proc, tree: Mapping[int, Stat]) -> None:
+        if not any(budget.limits.cpu_s is not None for budget in proc.budgets):
+            return
+        meter = self._meters.get(proc.ospid)
+        if meter is None:
+            meter = self._meters[proc.ospid] = CpuMeter(proc.row[ledger.OWN_CPU_US] / 1e6)
+        used = [Used((ospid, stat.started), stat.cpu_s, stat.waited_s) for ospid, stat in tree.items()]
+        self._charge_cpu(proc, meter.update(used))
+
+    @staticmethod
+    def _charge_cpu(proc: Proc, seconds: float) -> None:
+        amount = round(seconds * 1e6)
+        proc.row[ledger.OWN_CPU_US] += amount
+        for budget in proc.budgets:
+            budget.row[ledger.CPU_US] += amount
+
+    def ended(self, proc: Proc, cpu_s: float) -> None:
+        """Its process has ended, and has used this much; what no sample has shown is counted now."""
+        meter = self._meters.pop(proc.ospid, None) or CpuMeter(proc.row[ledger.OWN_CPU_US] / 1e6)
+        if proc.budgets:
+            self._charge_cpu(proc, meter.end(cpu_s))
+        proc.row[ledger.OWN_CPU_US] = 0  # started again, it begins anew
+
+    def _judge(self, budget: Budget, sample: _Taken) -> Iterator[None]:
+        if budget.limits.memory_bytes is not None:
+            yield from self._take_memory(budget, sample)
+        budget.levels["processes"] = sample.processes
+        budget.sampled = time.monotonic()
+        if sample.unreadable:
+            why = UNMEASURED.format("memory", f"process {sample.unreadable} cannot be read")
+            self._exceeded(budget, "memory", why)
+        for kind in ("cpu", "memory", "processes"):
+            left = budget.left(kind)
+            budgets.check_near(budget, kind)
+            if left is not None and (left < 0 or (kind == "cpu" and left == 0)):
+                self._exceeded(budget, kind, "")
+
+    def _take_memory(self, budget: Budget, sample: _Taken) -> Iterator[None]:
+        """Resident memory if that is within the budget, else the proportional one; and what lies in memfds."""
+        limit = budget.limits.memory_bytes or 0
+        for ospid in sample.ospids:
+            held = procfs.memfds(ospid)
+            if held is None:
+                sample.unreadable = sample.unreadable or str(ospid)
+            sample.memfds |= held or {}
+            yield
+        if sample.memory + sum(sample.memfds.values()) > limit:
+            sample.memory = 0
+            for ospid in sample.ospids:
+                size = procfs.measured_pss_bytes(ospid)
+                if size is None:
+                    sample.unreadable = sample.unreadable or str(ospid)
+                sample.memory += size or 0
+                yield
+        budget.levels["memory"] = sample.memory + sum(sample.memfds.values())
+
+    def _wait(self, budget: Budget) -> float:
+        """Until the budget must be looked at again."""
+        left = budget.left("cpu")
+        return SAMPLE_S if left is None else min(SAMPLE_S, max(SHORTEST_S, left / self._cores))
+
+    # ── files ─────────────────────────────────────────────────────────────────────────────────────────────
+
+    def _look_at_disks(self, taken: Mapping[Budget, _Taken]) -> None:
+        """Take what the thread has found, and have it look again."""
+        now = time.monotonic()
+        watched = {budget: self._folders(budget) for budget in taken if budget.limits.disk_bytes is not None}
+        if not watched and not self._disk.sizes:
+            return
+        if now - self._disk_asked < DISK_S:
+            return
+        sizes = self._disk.sizes
+        writers = {folder: taken[budget].ospids for budget, folders in watched.items() for folder in folders}
+        if self._disk.ask(writers):
+            self._disk_asked = now
+        for budget, folders in watched.items():
+            found = [sizes[folder] for folder in folders if folder in sizes]
+            late = now - self._disk_asked > DISK_LATE_S
+            if late or None in found:
+                self._exceeded(budget, "disk", UNMEASURED.format("disk", "its workspace cannot be looked through"))
+                continue
+            budget.levels["disk"] = sum(size or 0 for size in found)
+            budgets.check_near(budget, "disk")
+            left = budget.left("disk")
+            if left is not None and left < 0:
+                self._exceeded(budget, "disk", "")
+
+    def _folders(self, budget: Budget) -> set[str]:
+        """Where its agents write. Those of a group are all in one folder, those of the dead too."""
+        if budget.group:
+            return {os.path.join(self._folder, budget.group)}
+        procs = [proc for pid in budget.sharers if (proc := self._table.get(pid)) is not None]
+        return {proc.box.workspace for proc in procs if proc.box is not None}
+
+    # ── all agents ────────────────────────────────────────────────────────────────────────────────────────
+
     def _sample_memory(self) -> Iterator[None]:
-        """PSS of agents: of all with a memory budget each time, of a few others in turn."""
-        limited = [proc for proc in self._table.live() if _limited(proc)]
-        for proc in limited:
+        """PSS of agents, a few of them in turn."""
+        for proc in sorted(self._table.live(), key=lambda proc: proc.sampled)[:SAMPLE_FEW]:
             self._sample(proc)
             yield
-        used: dict[Budget, int] = {}
-        for proc in limited:
-            if proc.alive:
-                for budget in proc.budgets:
-                    used[budget] = used.get(budget, 0) + proc.mem_bytes
-        for budget, size in used.items():
-            if budget.limits.memory_bytes is not None and size > budget.limits.memory_bytes:
-                self._exceeded(budget)
-        others = [proc for proc in self._table.live() if not _limited(proc)]
-        for proc in sorted(others, key=lambda proc: proc.sampled)[:SAMPLE_FEW]:
-            yield
-            self._sample(proc)
-        self._again(SAMPLE_S, self._sample_memory)
+        self._again(MEMORY_SAMPLE_S, self._sample_memory)
 
     def _sample(self, proc: Proc) -> None:
         if proc.alive:
@@ -75,5 +238,5 @@ class Measure:
         self._again(LOG_SAMPLE_S, self._sample_logs)
 
 
-def _limited(proc: Proc) -> bool:
-    return any(budget.limits.memory_bytes is not None for budget in proc.budgets)
+def _sampled(limits: Limits) -> bool:
+    return any(kind.of(limits) is not None for kind in kinds.SAMPLED)

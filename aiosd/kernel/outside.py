@@ -83,7 +83,7 @@ class Outside:
             os.makedirs(os.path.join(wire.os_str(box.workspace), "tmp"), 0o700, exist_ok=True)
         spec = msgspec.structs.replace(
             spawning.fork(spawn, key, None, box),
-            shares=[link.Share(0, wire.Limits(tokens=kept.limit))],
+            shares=[link.Share(0, wire.Limits(tokens=kept.limit)), *self._agents.budgets.of_group(kept.group)],
             token=kept.hash,
             outside=True,
         )

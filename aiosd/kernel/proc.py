@@ -38,10 +38,11 @@ from dataclasses import dataclass, field
 
 from aiosd.errors import Bug
 from aiosd.kernel.budget import Budget
-from aiosd.kernel.ledger import Row
+from aiosd.kernel.ledger import Row, loose_row
 from aiosd.sandbox.box import Box
 
 INIT = 1  # the pid of aiosd itself
+BUDGET_ENDED = 124
 
 
 class State(enum.Enum):
@@ -96,8 +97,9 @@ class Proc:
     token: bytes = b""  # the hash of its token for the gateway; b"": it has none
     outside: bool = False  # programs from outside are it: it has no process of ours, and its state is WAITING
     box: Box | None = None  # how it is confined
-    program: bytes = b""  # which one a person has started, see `access.deed.Subject`
-    row: Row = field(default_factory=lambda: memoryview(bytearray(64)).cast("Q"))  # in the ledger
+    program: bytes = b""  # which one a person has started, see `access.deed.Subject`,
+    sha256: bytes = b""  # … and with which content
+    row: Row = field(default_factory=loose_row)  # in the ledger
     budgets: list[Budget] = field(default_factory=list)  # those it shares: of its ancestors, and its own
 
     # life
@@ -118,6 +120,7 @@ class Proc:
     prompt_tokens: int = 0
     cached_tokens: int = 0
     completion_tokens: int = 0
+    cost: int = 0  # in 10^-12 of the currency's unit
     ctx_tokens: int = 0
     mem_bytes: int = 0
     sampled: float = 0.0  # when mem_bytes was (monotonic)
@@ -235,3 +238,10 @@ class ProcTable:
 def shell_status(status: int) -> int:
     """An exit status as a shell shows it: the code, or 128 + n for signal n."""
     return status if status >= 0 else 128 - status
+
+
+def shown_exit(proc: Proc) -> int | None:
+    """The same for a dead agent, 124 for one that a budget ended; None: it lives."""
+    if proc.status is None:
+        return None
+    return BUDGET_ENDED if proc.budget else shell_status(proc.status)

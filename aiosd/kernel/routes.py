@@ -13,6 +13,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Protocol
 
+from aiosd.price import Price
 from libaios import wire
 
 logger = logging.getLogger("kernel.routes")
@@ -27,6 +28,8 @@ class Core(Protocol):
     def info(self) -> wire.ModelInfo | None: ...
     @property
     def trouble(self) -> str: ...
+    @property
+    def price(self) -> Price | None: ...
 
 
 @dataclass(slots=True, eq=False)
@@ -38,12 +41,13 @@ class Route:
     reasons: dict[str, str] = field(default_factory=dict)  # why each was, the last time
     _last: str = ""  # the model that had the last call
 
-    def choose(self, request: wire.Generate, tried: set[str]) -> str | None:
-        """The next model for a call. None: all have tried."""
+    def choose(self, request: wire.Generate, tried: set[str], money: int | None = None) -> str | None:
+        """The next model for a call of an agent that has this much money left (None: no budget of it). None: all have
+        tried."""
         found = None
         for core in (core for core in self.cores if core.model not in tried):
             found = found or core
-            trouble = _trouble(core, request)
+            trouble = _trouble(core, request, money)
             if not trouble:
                 return self._take(core)
             self.passed_over[core.model] += 1
@@ -93,10 +97,14 @@ class Route:
         }
 
 
-def _trouble(core: Core, request: wire.Generate) -> str:
+def _trouble(core: Core, request: wire.Generate, money: int | None) -> str:
     """Why this model is not the one for the call; "": it is."""
     if core.trouble:
         return core.trouble
+    if money is not None and core.price is None:
+        return "its price is not known"
+    if money == 0 and core.price is not None and not core.price.is_free:
+        return "no money is left"
     if request.tools and core.info is not None and not core.info.tools:
         return "it takes no tools"
     return ""

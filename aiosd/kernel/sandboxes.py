@@ -30,6 +30,7 @@ class Sandboxes:
         self._groups = groups
         self.offer = offer
         self._folder = folder
+        self._data = os.path.dirname(os.path.realpath(folder))  # of the system itself
 
     def raised(self, args: wire.Spawn, parent: Proc) -> str:
         """In which way the new agent would be less confined than its parent, or its parent's group; "": in none."""
@@ -53,8 +54,14 @@ class Sandboxes:
     def decide(self, args: wire.Spawn, parent: Proc | None, allowed: bool = False) -> Box | None:
         """The box of a new agent, None: it is not confined. `allowed`: it may be less confined than its parent. Raises
         OSError: EINVAL, EPERM, ENOTSUP."""
-        wish = args.sandbox
-        boxes.check(wish)
+        boxes.check(args.sandbox)
+        wish = boxes.without_data(args.sandbox, self._data)
+        box = self._decide(args, wish, parent, allowed)
+        if box is not None:
+            boxes.refuse_data(box, self._data, self._folder)
+        return box
+
+    def _decide(self, args: wire.Spawn, wish: wire.Sandbox, parent: Proc | None, allowed: bool) -> Box | None:
         if parent is not None and parent.box is not None:
             if not allowed:
                 return boxes.of_child(wish, parent.box)

@@ -6,6 +6,7 @@ from __future__ import annotations
 import errno
 import os
 import re
+from collections.abc import Container, Sequence
 from pathlib import PurePath
 
 from aiosd import link, procfs, restart
@@ -26,15 +27,16 @@ def fork(
     attached: bool = False,
     client: tuple[int, int] = (0, 0),
     allowed: bool = False,
+    shares: Sequence[link.Share] = (),
+    content: bytes = b"",
 ) -> link.Fork:
     """`parent`: the agent that starts it, None: the person. `box`: how it is confined. `client`: the process that it is
-    attached to. `allowed`: it may have more rights than its parent. Raises OSError: EINVAL, E2BIG, EPERM."""
+    attached to. `allowed`: it may have more rights than its parent. `shares`: the budgets that it shares. Raises
+    OSError: EINVAL, E2BIG, EPERM."""
     _check(args)
     if args.template is not None and parent is not None and parent.box is not None:
         raise wire.error(errno.EPERM, "template: its modules run unconfined, so no confined agent may name them")
-    shares = [] if parent is None else [budget.share for budget in parent.budgets]
-    if args.limits != wire.Limits():
-        shares.append(link.Share(0, args.limits))
+    _check_disk(shares, box)
     return link.Fork(
         key=key,
         ppid=INIT if parent is None else parent.pid,
@@ -44,7 +46,7 @@ def fork(
         named=args.name is not None,
         nice=_nice_of_child(parent, args.nice, allowed),
         group=group_of_child(parent, args.group, allowed),
-        shares=shares,
+        shares=list(shares),
         umask=args.umask,
         detached=args.detached,
         attached=attached,
@@ -53,13 +55,20 @@ def fork(
         restart=args.restart,
         sandbox=box.level if box is not None else "none",
         program=program_key(path) if parent is None and (path := program_path(args)) else b"",
+        sha256=content,
         template=args.template,
     )
 
 
-def letter(args: wire.Spawn, env: dict[str, str], box: Box | None) -> Letter:
+def content(args: wire.Spawn, parent: Proc | None, wanted: Container[bytes]) -> bytes:
+    """The hash of its script's content, which its process shall check, if that is one of those `wanted`."""
+    known = parent is None and args.kind == "file" and args.sandbox.sha256 in wanted
+    return args.sandbox.sha256 if known else b""
+
+
+def letter(args: wire.Spawn, env: dict[str, str], box: Box | None, content: bytes = b"") -> Letter:
     """What the agent's own process alone is to know. `fork` has checked it."""
-    return Letter(args.kind, args.target, args.args, env, args.cwd, box)
+    return Letter(args.kind, args.target, args.args, env, args.cwd, box, content)
 
 
 def _check(args: wire.Spawn) -> None:
@@ -92,6 +101,16 @@ def _check_restart(args: wire.Spawn) -> None:
         raise wire.error(errno.EINVAL, f"restart: {err}") from None
     if policy.when is not restart.When.NO and not args.detached:
         raise wire.error(errno.EINVAL, "restart: only a detached agent can be started again")
+
+
+def _check_disk(shares: Sequence[link.Share], box: Box | None) -> None:
+    """What files of an agent take is measured in its workspace: a budget of an agent that can write elsewhere would
+    limit nothing."""
+    if any(share.limits.disk_bytes is not None for share in shares):
+        if box is None:
+            raise wire.error(errno.EINVAL, "disk budget: cannot be measured without a sandbox (--sandbox flat)")
+        if box.write:
+            raise wire.error(errno.EINVAL, "disk budget: cannot be measured where it may write outside its workspace")
 
 
 def _check_template(args: wire.Spawn) -> None:

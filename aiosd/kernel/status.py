@@ -17,7 +17,6 @@ from aiosd import __version__, endpoint, link
 from aiosd.kernel import listing
 from aiosd.kernel.approvals import Approvals
 from aiosd.kernel.books import Books
-from aiosd.kernel.budget import SAMPLE_S
 from aiosd.kernel.calls import Calls
 from aiosd.kernel.cores import Core
 from aiosd.kernel.jobs import Jobs
@@ -27,6 +26,7 @@ from aiosd.kernel.routes import Routes
 from aiosd.kernel.sandboxes import Sandboxes
 from aiosd.kernel.service import Service, Services, State
 from aiosd.kernel.system import Descriptors, System
+from aiosd.limits import SAMPLE_S
 from libaios import wire
 
 if TYPE_CHECKING:
@@ -148,7 +148,7 @@ class StatusRequests:
             "max_agents": self._descriptors.max_agents,
             "sandbox": self._sandboxes.shown(),
             "access": self._approvals.status(),
-            "memory_limits_by": f"sampling PSS every {SAMPLE_S} s",
+            "memory_limits_by": f"samples every {SAMPLE_S:g} s, and RLIMIT_DATA in each process",
             "kernel": {
                 "epoch": born.epoch,
                 **self._calls.counters,

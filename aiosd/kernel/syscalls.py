@@ -89,8 +89,10 @@ class ProcessCalls:
         attached = args.attached and isinstance(peer, ClientPeer) and not args.detached
         client = spawning.process_of(peer.ospid) if isinstance(peer, ClientPeer) and attached else (0, 0)
         box = self.sandboxes.decide(args, parent, call.allowed)
-        spec = spawning.fork(args, call.key, parent, box, attached, client, call.allowed)
-        letter = spawning.letter(args, self.sandboxes.environment(args, parent, box), box)
+        shares = self.agents.shares(args, parent, call.key, call.allowed)
+        content = spawning.content(args, parent, self.agents.contents())
+        spec = spawning.fork(args, call.key, parent, box, attached, client, call.allowed, shares, content)
+        letter = spawning.letter(args, self.sandboxes.environment(args, parent, box), box, content)
         spec, letter = self.agents.tokens.give(spec, letter, parent, args.gateway)
         self.agents.fork(call, spec, letter, fds)
         return PENDING

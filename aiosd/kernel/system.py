@@ -9,13 +9,13 @@ from collections.abc import Callable
 from typing import TYPE_CHECKING
 
 from aiosd import procfs
-from aiosd.kernel.budget import SAMPLE_S
 from aiosd.kernel.service import Services
 from libaios import wire
 
 if TYPE_CHECKING:
     from aiosd.init.records import Inheritance
 
+SAMPLE_S = 0.5  # between two looks at the memory of aiosd's own processes
 FDS_PER_AGENT = 3  # in the kernel: its memfd, the mapping of that, its doorbell
 FDS_SPARE = 64  # for itself, and
 FDS_CLIENTS = 32  # of these for clients

@@ -10,7 +10,7 @@ split. The last bits of a vector depend on the other texts in the batch.
 from __future__ import annotations
 
 import errno
-from collections.abc import Generator, Iterable, Iterator
+from collections.abc import Callable, Generator, Iterable, Iterator
 
 import numpy as np
 
@@ -22,6 +22,10 @@ BATCH, TEXTS = 512, 32
 
 #: The longest text (tokens): it is computed in one step, and generations wait for that.
 MOST_TOKENS = 2048
+
+
+#: Pays for a number of tokens, or raises OSError; None: they are free.
+Pay = Callable[[int], None] | None
 
 
 class Embedder:
@@ -40,32 +44,40 @@ class Embedder:
         assert embedded is not None
         return embedded
 
-    def in_steps(self, texts: list[str], known: list[list[int]] | None = None) -> Iterator[Embedded | None]:
+    def in_steps(
+        self, texts: list[str], known: list[list[int]] | None = None, pay: Pay = None
+    ) -> Iterator[Embedded | None]:
         """The same in steps, one batch each: yields None after each step, the result after the last. `known`: the
-        tokens of all texts, if they have been made already."""
+        tokens of all texts, if they have been made already. `pay` is called with their number before they are computed,
+        and may raise OSError."""
         if self._ranks:
             raise OSError(errno.EINVAL, "this model scores pairs of texts; it makes no vectors")
         rows: list[llama.Floats] = []
         tokens = known if known is not None else (self._model.tokenize(text, bos=True, special=False) for text in texts)
-        total = yield from self._computed(tokens, "texts", rows)
+        total = yield from self._computed(tokens, "texts", rows, pay)
         width = self._model.n_embd_out
         data = np.stack([_unit(row) for row in rows]) if rows else np.zeros((0, width), np.float32)
         yield Embedded(len(rows), width, data.astype("<f4").tobytes(), total)
 
-    def ranked_in_steps(self, pairs: Iterable[list[int]]) -> Iterator[Ranked | None]:
+    def ranked_in_steps(self, pairs: Iterable[list[int]], pay: Pay = None) -> Iterator[Ranked | None]:
         """Scores of pairs of a query and a document (see `pairs.py`), in steps as above."""
         if not self._ranks:
             raise OSError(errno.EINVAL, "this model makes no scores: rerank needs one that ranks (pooling type: rank)")
         rows: list[llama.Floats] = []
-        total = yield from self._computed(pairs, "documents", rows)
+        total = yield from self._computed(pairs, "documents", rows, pay)
         scores = [float(row[0]) for row in rows]
         if not np.isfinite(scores).all():
             raise OSError(errno.EIO, "the model gives a score that is no number")
         yield Ranked(scores, total)
 
-    def _computed(self, texts: Iterable[list[int]], what: str, rows: list[llama.Floats]) -> Generator[None, None, int]:
+    def _computed(
+        self, texts: Iterable[list[int]], what: str, rows: list[llama.Floats], pay: Pay
+    ) -> Generator[None, None, int]:
         """Append to `rows` what the model pools of each text, one batch between two yields. Returns the number of
         tokens."""
+        if pay is not None:
+            texts = list(texts)
+            pay(sum(map(len, texts)))
         batch: list[list[int]] = []
         total = 0
         for i, tokens in enumerate(texts):

@@ -12,12 +12,14 @@ import faulthandler
 import os
 import signal
 import sys
+import time
 from collections.abc import Generator
 from typing import TYPE_CHECKING, Any
 
 from aiosd import link
 from aiosd.errors import WorldError
 from aiosd.heartbeat import Rounds
+from aiosd.llm.purse import Purses
 from aiosd.llm.spec import ModelSpec
 from aiosd.service import Pause, Server
 from libaios import wire
@@ -81,6 +83,7 @@ class Calls:
         self._model, self._embedder, self._spec = model, embedder, spec
         self._threads, self._width = threads, width
         self._texts = 0
+        self._purses = Purses()
 
     def handlers(self) -> dict[int, Any]:
         contexts = (Sys.CTX_SAVE, Sys.CTX_RESTORE, Sys.CTX_CLOSE, Sys.CTX_LIST, Sys.CTX_REMOVE)
@@ -91,7 +94,11 @@ class Calls:
         """A batch at a time: between two of them other calls have their turn, so a query does not wait for thousands of
         notes."""
         embedded = None
-        for embedded in self._embedder.in_steps(args.texts):
+
+        def pay(tokens: int) -> None:
+            self._purses.spend(ask.key, ask.caller.shares, tokens, time.monotonic())
+
+        for embedded in self._embedder.in_steps(args.texts, pay=pay if ask.caller.shares else None):
             if embedded is None:
                 yield Pause()
         assert embedded is not None

@@ -40,6 +40,7 @@ from aiosd.llm import adapters, llama
 from aiosd.llm.cache import Cache
 from aiosd.llm.picking import Picker, Rows
 from aiosd.llm.policy import Fifo, Policy, Quantum
+from aiosd.llm.purse import Purses
 from aiosd.llm.request import Prepared, Requests
 from aiosd.llm.sampling import NOTHING, Drawer
 from aiosd.llm.schedule import prompt_left, schedule
@@ -120,6 +121,8 @@ class Engine:
         self._calls: dict[Key, Sequence] = {}
         self.waiting: dict[Key, Sequence] = {}
         self._past: OrderedDict[Key, _Past] = OrderedDict()
+        self.purses = Purses()
+        self._paying = 0  # calls with an account
         self._parked_peers: set[int] = set()
         self._arrivals = 0
 
@@ -161,6 +164,8 @@ class Engine:
             logger.exception("call %d of %d cannot be read", submit.key[1], submit.key[0])
             self._emit(Failed(submit.key, errno.EIO, "the llm core made a mistake; aiosd's log has the details"))
             return
+        sequence.account = self.purses.open(submit.key, submit.shares, now)
+        self._paying += sequence.account is not None
         sequence.parked_peer = sequence.peer in self._parked_peers
         self._calls[sequence.key] = self.waiting[sequence.key] = sequence
         if not sequence.parked:
@@ -250,7 +255,7 @@ class Engine:
             if batch.tokens:
                 self._prefill(batch.calls, batch.tokens)
             else:
-                self._arrange(batch.calls)
+                self._arrange(self._paid(batch.calls))
                 self._decode()
         self._report()
         self.meter.end(len(self._rows))
@@ -288,7 +293,7 @@ class Engine:
             self.cache.count(sequence.cached)
             sequence.slot_at, sequence.started_told = now, True
             self._limit(sequence, computed=len(sequence.prompt) - sequence.cached)
-            reason = self._over(sequence)
+            reason = self._over(sequence) or self._pay_prompt(sequence)
             if reason:
                 self._finish_unbegun(sequence, reason)
                 return
@@ -325,6 +330,32 @@ class Engine:
             allowed = sequence.forced + sequence.budget - computed
             if allowed < sequence.limit:
                 sequence.limit, sequence.limit_reason = max(allowed, 0), "limit"
+
+    def _pay_prompt(self, sequence: Sequence) -> str:
+        """Pay for what is computed of the prompt, and for the first token; "limit" if too little is left for that."""
+        account = sequence.account
+        if account is not None:
+            whole = len(sequence.prompt) + len(sequence.out) + 1
+            sequence.short = account.pay(len(sequence.prompt) - sequence.cached + 1, whole)
+        return "limit" if sequence.short else ""
+
+    def _paid(self, chosen: list[Sequence]) -> list[Sequence]:
+        """Those of them that have paid for their next token; the others end."""
+        if not self._paying:
+            return chosen
+        rest = []
+        for sequence in chosen:
+            account = sequence.account
+            if account is not None and not sequence.replaying:
+                sequence.short = account.pay(1, 1)
+            if sequence.short:
+                self._finish(sequence, "limit")
+            else:
+                rest.append(sequence)
+        if len(rest) == len(chosen):
+            return chosen
+        self._ready = [sequence for sequence in self._ready if sequence.phase is Phase.DECODE]
+        return rest
 
     def _over(self, sequence: Sequence) -> str:
         """The finish reason of a call that must not run another step, or ''."""
@@ -571,6 +602,8 @@ class Engine:
     def _finish(self, sequence: Sequence, reason: str) -> None:
         """End a call with a result. This is the only place that does."""
         now = self.clock()
+        if reason == "limit":
+            sequence.short = sequence.short or "tokens"
         self._feed(sequence)
         sequence.text.finish()
         calls: list[ToolCall] = []
@@ -618,6 +651,10 @@ class Engine:
         if sequence.constraint is not None:
             sequence.constraint.close()
             sequence.constraint = None
+        if sequence.account is not None:
+            self.purses.close(sequence.account, sequence.used, now)
+            sequence.account = None
+            self._paying -= 1
         sequence.leader = None
         sequence.phase = Phase.DONE
         self._stale = True
@@ -704,6 +741,7 @@ class Engine:
                 past.usage,
                 past.calls,
                 sequence.logprobs[offset:] if sequence.logprobs is not None else None,
+                short=sequence.short,
             )
         )
 

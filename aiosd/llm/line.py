@@ -60,9 +60,9 @@ class Line:
         else:
             self.send(link.Answered(key, encoded, prompt_tokens))
 
-    def refuse(self, key: link.Key, error: OSError, elsewhere: bool = False) -> None:
-        """The end of any call that cannot be served. `elsewhere`: another model may be able to."""
-        self.send(link.Failed(key, error.errno or errno.EINVAL, error.strerror or str(error), elsewhere))
+    def refuse(self, key: link.Key, error: OSError, elsewhere: bool = False, short: str = "") -> None:
+        """The end of any call that cannot be served. `elsewhere` and `short`: see `link.Failed`."""
+        self.send(link.Failed(key, error.errno or errno.EINVAL, error.strerror or str(error), elsewhere, short))
 
     def progress(self, what: str, fraction: float) -> None:
         """While the backend is being opened: what it does, and how far it is (0 to 1)."""

@@ -268,7 +268,7 @@ class Local:
 
     def _embed(self, ask: link.Ask, request: wire.Embed) -> None:
         def begin(tokens: list[list[int]] | None) -> None:
-            self._embeds[ask.key] = self._embedder.in_steps(request.texts, tokens)
+            self._embeds[ask.key] = self._embedder.in_steps(request.texts, tokens, self._payer(ask))
 
         if ask.key in self._embeds:
             return
@@ -281,7 +281,7 @@ class Local:
         from aiosd.llm.pairs import tokens_of_pairs
 
         def begin(pairs: Iterable[list[int]]) -> None:
-            self._embeds[ask.key] = self._embedder.ranked_in_steps(pairs)
+            self._embeds[ask.key] = self._embedder.ranked_in_steps(pairs, self._payer(ask))
 
         if ask.key in self._embeds:
             return
@@ -289,6 +289,12 @@ class Local:
             self._aside(ask.key, PAIRS, (request.query, request.documents), list[list[int]], begin)
         else:
             begin(tokens_of_pairs(self._loaded.model, request.query, request.documents))
+
+    def _payer(self, ask: link.Ask) -> Callable[[int], None] | None:
+        """Pays for a number of tokens out of the caller's budgets, or raises OSError (EDQUOT). None: it has none."""
+        if not ask.caller.shares:
+            return None
+        return lambda tokens: self.engine.purses.spend(ask.key, ask.caller.shares, tokens, time.monotonic())
 
     def _embed_one(self) -> None:
         key, steps = next(iter(self._embeds.items()))

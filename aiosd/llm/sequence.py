@@ -27,6 +27,7 @@ if TYPE_CHECKING:
     from aiosd.llm.logprobs import Raw
     from aiosd.llm.options import Choice
     from aiosd.llm.prefix import Node
+    from aiosd.llm.purse import Account
     from aiosd.llm.structured import Constraint
     from aiosd.llm.text import TextStream
     from libaios.wire import Logprobs
@@ -56,6 +57,7 @@ class Sequence:
     constraint: Constraint | None = None
     dialect: Reader | None = None
     budget: int | None = None  # how many tokens it may still use, those of the prompt included
+    account: Account | None = None  # what it pays out of budgets that it shares
     watched: bool = False  # the text of each token must be looked at when it is generated
     lora: str = ""  # the adapter that it is computed with
 
@@ -72,6 +74,7 @@ class Sequence:
     forced: int = 0  # how many tokens at the beginning of `out` came with the call and were not drawn here
     limit: int = 0  # how many tokens `out` may hold at most
     limit_reason: str = "length"
+    short: str = ""  # the kind of budget of which too little was left
     plain: bool = False  # the next token is what the sampler draws; nothing else reads or changes the row
     raw: Raw | None = None  # the last row before anything changed it, where log probabilities are wanted
     logprobs: Logprobs | None = None  # of the tokens of `out`
@@ -114,6 +117,12 @@ class Sequence:
         """How many tokens must be in the cache before a decode step: the prompt and all generated tokens but the last.
         The last one is put in by the decode step itself."""
         return len(self.prompt) + max(len(self.out) - 1, 0)
+
+    @property
+    def used(self) -> int:
+        """Tokens that are charged for it: those of its prompt that were not cached, and those drawn here."""
+        prompt = len(self.prompt) - self.cached if self.started_told else 0
+        return prompt + len(self.out) - self.forced
 
     @property
     def num_pending(self) -> int:

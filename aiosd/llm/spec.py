@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+from aiosd.price import Price
+
 #: Tokens per slot at least, where the user says nothing and the model was trained for them (see `room.py`).
 DEFAULT_CTX = 2048
 
@@ -74,6 +76,7 @@ class ModelSpec:
     concurrency: int = 8  # requests at a time
     rpm: int = 0  # requests in a minute; 0: no limit
     tpm: int = 0  # tokens in a minute; 0: no limit
+    price: Price | None = None  # of any model; None: of one on this machine nothing, else it is not known
 
     @property
     def rope(self) -> dict[str, int | float]:

@@ -104,6 +104,25 @@ def check(wish: wire.Sandbox) -> None:
             raise wire.error(errno.EINVAL, f"sandbox: {wire.os_shown(path)!r} is no plain absolute path")
 
 
+def without_data(wish: wire.Sandbox, data: str) -> wire.Sandbox:
+    """The folder of an agent's program is granted unasked. Where aiosd's own data lies in it, too (approvals, the
+    audit, what other agents keep), the program alone is."""
+    own = [path for path in wish.own if not _within(wire.os_text(data), [path])]
+    if len(own) < len(wish.own) and wish.program.startswith("/"):
+        own.append(wish.program)
+    return msgspec.structs.replace(wish, own=own)
+
+
+def refuse_data(box: Box, data: str, workspaces: str) -> None:
+    """No agent gets the data of the system itself, whoever grants it. Raises OSError (EINVAL)."""
+    text = wire.os_text(data)
+    for path in (*box.read, *box.write):
+        inside = _within(path, [text]) and not _within(path, [wire.os_text(workspaces)])
+        if inside or _within(text, [path]):
+            shown = wire.os_shown(path)
+            raise wire.error(errno.EINVAL, f"sandbox: {shown}: aiosd's own data is there ({data}), which no agent gets")
+
+
 def environment(env: Mapping[str, str], allowed: Iterable[str]) -> dict[str, str]:
     """Those variables that a confined agent gets; names may end in '*'."""
     patterns = (*VARIABLES, *allowed)

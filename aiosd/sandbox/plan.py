@@ -55,14 +55,25 @@ class Ground:
 def ground(python_path: Iterable[str], built: Cage | None = None) -> Ground:
     """`python_path`: the folders where a Python agent looks for modules. `built`: the cage, if there is one."""
     ruleset = landlock.ruleset(landlock.abi())
-    python = {sys.prefix, sys.base_prefix, sys.exec_prefix, *(os.path.realpath(path) for path in python_path)}
-    programs, etc = (*_PROGRAMS, *sorted(python)), [f"/etc/{name}" for name in _ETC]
-    rules = [_rule(path, landlock.READ) for path in (*programs, *etc)]
-    rules += [_rule(path, landlock.READ_FILE | landlock.READ_DIR) for path in _KERNEL]
-    rules += [_rule(path, landlock.DEVICE & ruleset.files) for path in places.DEVICES]
+    common = common_rules(python_path)
+    rules = [_rule(path, rights & ruleset.files) for path, rights in common]
     filters = {(network, doors): filter.program(network, doors) for network in (False, True) for doors in (False, True)}
-    machine = cage.look((*programs, "/etc", *_KERNEL), etc)
-    return Ground(ruleset, b"".join(rules), len(rules), filters, machine, built)
+    return Ground(ruleset, b"".join(rules), len(rules), filters, machine(common), built)
+
+
+def common_rules(python_path: Iterable[str]) -> list[tuple[str, int]]:
+    """What all confined agents may do below which path, or with which file."""
+    python = {sys.prefix, sys.base_prefix, sys.exec_prefix, *(os.path.realpath(path) for path in python_path)}
+    rules = [(path, landlock.READ) for path in (*_PROGRAMS, *sorted(python), *(f"/etc/{name}" for name in _ETC))]
+    rules += [(path, landlock.READ_FILE | landlock.READ_DIR) for path in _KERNEL]
+    return rules + [(path, landlock.DEVICE) for path in places.DEVICES]
+
+
+def machine(common: Iterable[tuple[str, int]]) -> Machine:
+    """What of it is in a cage: /etc as a whole, because files in it are replaced by others."""
+    paths = [path for path, _ in common]
+    etc = [path for path in paths if path.startswith("/etc/")]
+    return cage.look((*(path for path in paths if path not in etc), "/etc"), etc)
 
 
 def plan(ground: Ground, box: Box, doors: bool) -> bytes:

@@ -25,7 +25,7 @@ if TYPE_CHECKING:
 logger = logging.getLogger("store")
 
 FAILED_S = 5.0  # after a chore that failed
-SHARE = 0.25  # of the time, for chores while calls keep coming
+SHARE = 0.1  # of the time, for chores while calls keep coming
 MOST_WORDLESS = 8192  # texts that may wait for their words with that
 
 

@@ -4,7 +4,8 @@
 
 The first frame is the server's record (`spec.McpServer`); for the rest see `worker`. The server is a child of this
 process and ends with it. It is not trusted: names are made such as models can write, of two tools with one name the
-first counts, errors and results have a limit, and lines without end meet the memory limit of this process.
+first counts, malformed tools are left out, lines, errors and results have a limit (`mcpstreams`). When it says that its
+tools are others now they are described anew, once in RELIST_S at most.
 """
 
 from __future__ import annotations
@@ -20,6 +21,7 @@ import sys
 from typing import TYPE_CHECKING, Any
 
 from msgspec import msgpack
+from msgspec.structs import replace
 
 from aiosd.tools.messages import Described, Done, Run, Tool, Wrote
 from aiosd.tools.spec import McpServer
@@ -33,6 +35,7 @@ MEMORY_BYTES = 2 << 30  # of this process, and of each of the server's
 OUTPUT_BYTES = 1 << 20
 MOST_TOOLS = 512
 MOST_PAGES = 100
+RELIST_S = 1.0
 
 
 def main(fd: str, name: str) -> int:
@@ -59,54 +62,54 @@ def main(fd: str, name: str) -> int:
 async def _serve(frames: FrameSocket, name: str, server: McpServer) -> None:
     from mcp import Client
 
+    from aiosd.tools.mcpstreams import Streams
+
     changed = asyncio.Event()
+    streams = Streams(server, os.environ)
 
     async def on_message(message: Any) -> None:
         if "list_changed" in str(getattr(message, "method", "")):
             changed.set()
 
-    async with Client(_transport(server), message_handler=on_message) as client:
+    async with Client(streams, message_handler=on_message) as client:
         names = await _describe(frames, client, name, server)
+        relist = asyncio.create_task(_pause_and(changed))
         while True:
-            request = msgpack.decode(await _next(frames), type=Run)
-            done = await _call(frames, client, names[request.tool], request.arguments)
-            if done.spent:  # the server is gone: another process starts another one
+            payload = await _next(frames, relist)
+            if payload is not None:
+                request = msgpack.decode(payload, type=Run)
+                done = await _call(frames, client, names[request.tool], request.arguments)
+                if done.spent:  # the server is gone: another process starts another one
+                    send(frames, replace(done, message=streams.fault or done.message))
+                    return
                 send(frames, done)
-                return
-            if changed.is_set():
+            if relist.done():
                 changed.clear()
-                names = await _describe(frames, client, name, server)
-            send(frames, done)
+                names |= await _describe(frames, client, name, server)  # a call of an old one may be on its way
+                relist = asyncio.create_task(_pause_and(changed))
 
 
-def _transport(server: McpServer) -> Any:
-    if server.url:
-        if not server.headers:
-            return server.url
-        import httpx2
-        from mcp.client.streamable_http import streamable_http_client
-
-        return streamable_http_client(server.url, http_client=httpx2.AsyncClient(headers=server.headers))
-    from mcp import StdioServerParameters, stdio_client
-
-    env = {**os.environ, **server.env}
-    params = StdioServerParameters(command=server.command, args=server.args, env=env, cwd=server.cwd or None)
-    return stdio_client(params, errlog=sys.stderr)
+async def _pause_and(changed: asyncio.Event) -> None:
+    await asyncio.sleep(RELIST_S)
+    await changed.wait()
 
 
-async def _next(frames: FrameSocket) -> bytes:
-    """The next frame of the toolbox. Raises EOFError."""
+async def _next(frames: FrameSocket, relist: asyncio.Task[None]) -> bytes | None:
+    """The next frame of the toolbox, or None when the tools are to be listed anew. Raises EOFError."""
     loop = asyncio.get_running_loop()
-    while True:
+    while not relist.done():
         found = frames.receive(1)
         if found:
             return found[0][0]
         readable = asyncio.Event()
         loop.add_reader(frames.fileno(), readable.set)
+        waiting = asyncio.create_task(readable.wait())
         try:
-            await readable.wait()
+            await asyncio.wait((waiting, relist), return_when=asyncio.FIRST_COMPLETED)
         finally:
+            waiting.cancel()
             loop.remove_reader(frames.fileno())
+    return None
 
 
 # ── what there is ─────────────────────────────────────────────────────────────────────────────────────────

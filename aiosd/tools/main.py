@@ -168,8 +168,9 @@ class Toolbox:
         try:
             validator = jsonschema_rs.validator_for(tool.parameters, offline=True)  # nothing is fetched for it
         except ValueError as err:
-            self.errors[f"{source}: {tool.name}"] = f"its parameters are no JSON Schema: {err}"
-            logger.error("%s: the parameters of %s are no JSON Schema: %s", source, tool.name, err)
+            reason = str(err).partition("\n")[0]
+            self.errors[f"{source}: {tool.name}"] = f"its parameters are no JSON Schema: {reason}"
+            logger.error("%s: the parameters of %s are no JSON Schema: %s", source, tool.name, reason)
             return
         (self.changed if changed else self.tools)[tool.name] = Known(tool, source, validator, changed)
 

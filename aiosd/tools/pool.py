@@ -37,6 +37,7 @@ logger = logging.getLogger("toolbox")
 LOAD_S = 60.0  # for a source to be imported
 GRACE_S = 1.0  # between TERM and KILL
 SAMPLE_S = 0.2
+STRAYS_S = 0.2  # after which what a dead worker had started has ended, and is our child
 MOST_PROCESSES = 64  # of one call
 IDLE_S = 60.0  # seconds for which a worker without a call is kept
 FRAME_BYTES = 16 << 20
@@ -279,6 +280,7 @@ class Pool:
         kill_tree(worker.process.pid)
         worker.process.wait()
         self._kill_strays()
+        self._timers.after(STRAYS_S, self._kill_strays)
         ending, worker.ending = worker.ending, None
         if ending is not None:
             ending.on_over()

@@ -2,10 +2,15 @@
 
 from __future__ import annotations
 
+import os
+
 NAMES = "Landlock does not hide names, sizes and times"
 OWN = "modes and times of the user's own files: programs such as git, tar and pip must change those of theirs"
 PROC = "/proc shows which processes there are"
 PRIVATE = "it has one of its own, in its own memory, which no other process sees"
+AMOUNT = "what it may use of this is a matter of its budget, not of its sandbox"
+USERS = "Linux counts processes by user: a limit would be one on all of the user's"
+ROOT = "Linux limits no processes of uid 0"
 NET = "the agent was given a network"
 
 ACCEPTED: dict[str, dict[str, str]] = {
@@ -17,6 +22,9 @@ ACCEPTED: dict[str, dict[str, str]] = {
         "tag_hidden": OWN,
         "see_its_command_line": PROC,
         "see_its_status": PROC,
+        "fork_bomb": USERS,
+        "fill_own_folder": AMOUNT,
+        "memory_without_map": AMOUNT,
     },
     "cage": {
         "see_its_command_line": PROC,
@@ -24,6 +32,9 @@ ACCEPTED: dict[str, dict[str, str]] = {
         "write_common_tmp": PRIVATE,
         "write_shared_memory_folder": PRIVATE,
         "open_new_terminals": PRIVATE,
+        "fill_own_folder": AMOUNT,
+        "memory_without_map": AMOUNT,
+        **({"fork_bomb": ROOT} if os.getuid() == 0 else {}),
     },
 }
 #: With `--net all`, besides.

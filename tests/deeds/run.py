@@ -10,7 +10,7 @@ import sys
 
 sys.path.insert(0, os.path.dirname(os.path.dirname(os.path.dirname(os.path.abspath(__file__)))))
 
-from tests.deeds import files, linux, processes, sockets  # noqa: F401
+from tests.deeds import amounts, files, linux, processes, sockets  # noqa: F401
 from tests.deeds.table import DEEDS, Stage
 
 LIMIT_S = 10
@@ -43,7 +43,8 @@ def main(path: str, *names: str) -> None:
     stage["inside"] = "AIOS_PID" in os.environ
     if stage["inside"]:
         stage["beside"] = os.path.expanduser("~/beside")
-    print(json.dumps({name: outcome(name, stage) for name in names or DEEDS}))
+    found = {name: outcome(name, stage) for name in names or DEEDS}
+    print(json.dumps(found | ({"workspace": os.getcwd()} if stage["inside"] else {})))
 
 
 if __name__ == "__main__":

@@ -5,9 +5,11 @@ from __future__ import annotations
 import contextlib
 import json
 import os
+import signal
 import socket
 import subprocess
 import sys
+import time
 from collections.abc import Iterator
 from pathlib import Path
 from types import TracebackType
@@ -44,8 +46,28 @@ class Stage:
         for fd in self._fds:
             os.close(fd)
 
+    @staticmethod
+    def survivor(found: dict[str, str], folder: Path, patience_s: float = 5.0) -> dict[str, str]:
+        """What became of `survive_end`, now that the process that had started it has ended; `folder` was its own."""
+        path = folder / "survivor"
+        if not path.exists():
+            return found
+        pid = int(path.read_text())
+        path.unlink()
+        end = time.monotonic() + patience_s
+        try:
+            while time.monotonic() < end:
+                os.kill(pid, 0)
+                time.sleep(0.01)
+            os.kill(pid, signal.SIGKILL)
+        except ProcessLookupError:
+            return found | {"survive_end": "killed with its agent"}
+        return found | {"survive_end": "done"}
+
     def reset(self) -> None:
         """As it was, for the next run of all deeds."""
+        if self._victim is not None:
+            self._victim.send_signal(signal.SIGCONT)
         hidden = self.folder / "hidden"
         for name in ("secret.txt", "victim.txt", "removable.txt", "movable.txt"):
             (hidden / name).unlink(missing_ok=True)  # a deed may have given it to another user
@@ -125,7 +147,7 @@ class Stage:
         finally:
             for fd in (secret, master, slave):
                 os.close(fd)
-        return dict(json.loads(done.stdout))
+        return self.survivor(dict(json.loads(done.stdout)), scratch, patience_s=0)
 
     @contextlib.contextmanager
     def for_inside(self) -> Iterator[int]:

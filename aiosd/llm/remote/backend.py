@@ -10,8 +10,9 @@ end, so they can always be asked again. None of that is exact.
 
 A parked call is not read on; after PARK_S its request is cancelled, and it is asked again when it may go on.
 
-Tokens are counted by chunks while they come, and by the endpoint's usage in the end. What an attempt has used that was
-given up is not known, and charged only as far as its text was given out.
+Tokens are counted by chunks while they come, and by the endpoint's usage in the end. The prompt is charged by an
+estimate when it is sent, so that an agent cannot have prompts computed for nothing by leaving; what an attempt that was
+refused, or got no answer, was charged is given back, and one that was given up later is charged by what came of it.
 """
 
 from __future__ import annotations
@@ -29,6 +30,8 @@ from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 from weakref import WeakSet
 
+import msgspec
+
 from aiosd import link
 from aiosd.errors import UsageError
 from aiosd.llm import policy
@@ -40,6 +43,7 @@ from aiosd.llm.remote.connections import Connections, Endpoint
 from aiosd.llm.remote.exchange import Data, End, Event, Exchange, Lost, Refused
 from aiosd.llm.remote.limits import LONGEST_RETRY_AFTER_S, Breaker, Window, backoff
 from aiosd.llm.spec import ModelSpec
+from aiosd.price import FREE
 from libaios import wire
 from libaios.wire import Sys, Usage
 
@@ -282,11 +286,16 @@ class Remote:
         if not request.stream:
             call.text = Text(call.kept)
         kept = call.kept
-        call.answer, call.moved = Answer(), now
+        call.answer, call.heard, call.moved = Answer(), False, now
         call.backlog.clear()
         call.expected = kept if request.messages is not None else ""
+        allowed, short = self._allowed(call)
+        if short:
+            why = f"a prompt of about {call.prompt_estimate} tokens and an answer are more than is left of the budget"
+            self._fail(call, errno.EDQUOT, why, elsewhere=short == "cost", short=short)
+            return
         try:
-            body = self._body(call, kept)
+            body = self._body(call, kept, allowed)
             call.exchange = Exchange(self._connections, bodies.path(request), body, self._post)
         except OSError as error:
             self._fail(call, error.errno or errno.EINVAL, error.strerror or str(error))
@@ -301,15 +310,31 @@ class Remote:
         call.began = call.began or now
         self._running[call.exchange] = call
         self._exchanges.add(call.exchange)
-        if not call.started:
-            call.started = True
-            self._line.send(link.Step([], [link.Started(call.key, 0, 0)]))
+        call.on_account = call.prompt_estimate
+        call.prompt_charged += call.on_account
+        started = [] if call.started else [link.Started(call.key, 0, 0)]
+        call.started = True
+        self._line.send(link.Step([], started, spent=[link.Spent(call.key, call.on_account)]))
 
-    def _body(self, call: Call, kept: str) -> bytes:
+    def _body(self, call: Call, kept: str, allowed: int | None) -> bytes:
         """Raises OSError."""
-        budget = call.submit.budget
-        left = None if budget is None else max(budget - call.num_generated - call.prompt_estimate, 1)
-        return bodies.encoded(call.submit.request, self._spec.model, left, kept, self._limit_name)
+        most = call.submit.request.sampling.max_tokens
+        call.limited = allowed is not None and (most is None or allowed < most)
+        return bodies.encoded(call.submit.request, self._spec.model, allowed, kept, self._limit_name)
+
+    def _allowed(self, call: Call) -> tuple[int | None, str]:
+        """How many tokens of an answer the budgets allow, and which kind of budget allows none."""
+        found: list[tuple[int, str]] = []
+        if call.submit.budget is not None:
+            left = call.submit.budget - call.prompt_charged - call.num_generated - call.prompt_estimate
+            found.append((left, "tokens"))
+        if call.submit.money is not None:
+            price = self._spec.price or FREE
+            prompts = price.of_prompt(call.prompt_charged + call.prompt_estimate, 0)
+            left = call.submit.money - prompts - price.of_completion(call.num_generated)
+            found.append((left // price.completion if price.completion else left + 1, "cost"))
+        tokens, kind = min(found, default=(None, ""))
+        return tokens, kind if tokens is not None and tokens < 1 else ""
 
     # ── what comes ────────────────────────────────────────────────────────────────────────────────────────
 
@@ -349,7 +374,7 @@ class Remote:
             self._fail(call, errno.EPROTO, f"{self.endpoint.url}: an answer that was not understood")
 
     def _take(self, call: Call, data: bytes) -> None:
-        chunks = call.answer.chunks
+        chunks, call.heard = call.answer.chunks, True
         added = call.answer.take(data)
         if added or call.answer.chunks > chunks:
             call.moved = self._clock()
@@ -365,7 +390,8 @@ class Remote:
         if not call.expected and call.answer.chunks > chunks:
             call.uncharged += 1
             self._policy.charge([call], 1, self._clock())
-            if call.submit.budget is not None and call.num_generated >= call.submit.budget:
+            budget = call.submit.budget
+            if budget is not None and call.num_generated + call.prompt_charged >= budget:
                 self._finish(call, "limit", [])
 
     def _end(self, call: Call, done: bool) -> None:
@@ -388,7 +414,7 @@ class Remote:
         finally:
             self._line.send(link.Working(None))
         reason = "tool_calls" if calls else answer.reason
-        if reason == "length" and _by_budget(call):
+        if reason == "length" and call.limited:
             reason = "limit"
         self._finish(call, reason, calls)
 
@@ -419,9 +445,12 @@ class Remote:
         self._figures["calls_finished"] += 1
         self._figures["tokens_generated"] += usage.completion_tokens
         offset, rest = call.text.num_sent, call.text.send()
-        charged = usage.completion_tokens - call.counted
-        finished = link.Finished(call.key, offset, [], rest, reason, usage, calls, charged=charged)
-        self._remember(finished, call.text.whole())
+        spent = link.Spent(call.key, usage.prompt_tokens - call.on_account, usage.cached_tokens)
+        charged = usage.completion_tokens + call.wasted - call.counted
+        finished = link.Finished(call.key, offset, [], rest, reason, usage, calls, charged=charged, spent=spent)
+        whole = link.Spent(call.key, call.prompt_charged + spent.prompt_tokens, usage.cached_tokens)
+        of_all = msgspec.structs.replace(finished, charged=usage.completion_tokens + call.wasted, spent=whole)
+        self._remember(of_all, call.text.whole())
         self._leave(call)
         self._line.send(finished)
 
@@ -436,7 +465,7 @@ class Remote:
         return Usage(
             prompt_tokens=prompt,
             cached_tokens=min(told.cached_tokens, prompt),
-            completion_tokens=told.completion_tokens or call.num_generated,
+            completion_tokens=told.completion_tokens or call.answer.chunks,
             queue_s=call.began - call.arrived,
             prefill_s=max(call.first - call.began, 0.0) if call.first else 0.0,
             decode_s=max(now - call.first, 0.0) if call.first else 0.0,
@@ -457,6 +486,7 @@ class Remote:
 
     def _refused(self, call: Call, refused: Refused) -> None:
         status = refused.status
+        self._give_back(call)
         if status == 400 and "max_completion_tokens" in refused.why and self._limit_name == "max_tokens":
             self._limit_name = "max_completion_tokens"
             self._breaker.succeeded()
@@ -483,6 +513,8 @@ class Remote:
         call.failures += 1
         (self._breaker.failed(why, now) if code == errno.EIO else self._breaker.succeeded())
         self._report(call)
+        if not call.heard:
+            self._give_back(call)
         self._let_go(call)
         if call.failures >= (TRIES_BESIDE_OTHERS if call.submit.others else MOST_TRIES):
             why = f"{self.endpoint.url}: {call.failures} attempts failed; the last: {why}"
@@ -492,10 +524,19 @@ class Remote:
         call.not_before = now + backoff(call.failures, self._rng)
         logger.info("call %d of %d: %s; it is tried again", call.key[1], call.key[0], why)
 
+    def _give_back(self, call: Call) -> None:
+        """The attempt under way cost nothing."""
+        if call.on_account:
+            self._line.send(link.Step(spent=[link.Spent(call.key, -call.on_account)]))
+            call.prompt_charged -= call.on_account
+            call.on_account = 0
+
     def _let_go(self, call: Call) -> None:
         """End its request; the call waits again."""
         exchange, call.exchange = call.exchange, None
+        call.on_account = 0
         if exchange is not None:
+            call.wasted += call.answer.chunks
             if not exchange.ended:
                 exchange.close()
             self._running.pop(exchange, None)
@@ -505,10 +546,10 @@ class Remote:
         call.backlog.clear()
         call.since = self._clock()
 
-    def _fail(self, call: Call, code: int, why: str, elsewhere: bool = False) -> None:
+    def _fail(self, call: Call, code: int, why: str, elsewhere: bool = False, short: str = "") -> None:
         self._figures["calls_failed"] += 1
         self._leave(call)
-        self._line.refuse(call.key, OSError(code, why), elsewhere)
+        self._line.refuse(call.key, OSError(code, why), elsewhere, short)
 
     def _leave(self, call: Call) -> None:
         self._let_go(call)
@@ -522,18 +563,13 @@ class Remote:
         count = len(given) if isinstance(given, str) else 0
         if key in self._past:
             finished, text = self._past[key]
-            usage = finished.usage
-            self._line.send(
-                link.Finished(
-                    key, count, [], text[count:], finished.finish_reason, usage, finished.tool_calls,
-                    charged=usage.completion_tokens,
-                )
-            )  # fmt: skip
+            self._line.send(msgspec.structs.replace(finished, offset=count, text=text[count:]))
             return
         if key in self._calls:
             call = self._calls[key]
             call.text.send_from(count)
             call.uncharged, call.counted = call.num_generated, 0
+            self._line.send(link.Step(spent=[link.Spent(key, call.prompt_charged)]))
             self._set_parked(call, call.parked_peer, False)
             return
         try:
@@ -615,9 +651,3 @@ class Remote:
             for call in self._calls.values():
                 if not call.parked:
                     self._policy.arrive(call, self._clock())
-
-
-def _by_budget(call: Call) -> bool:
-    """Did the call's budget set the limit of tokens, and not the caller?"""
-    limit, budget = call.submit.request.sampling.max_tokens, call.submit.budget
-    return budget is not None and (limit is None or budget - call.prompt_estimate < limit)

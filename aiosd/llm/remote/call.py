@@ -59,6 +59,11 @@ class Call:
     exchange: Exchange | None = None
     is_trial: bool = False  # of the circuit breaker
     answer: Answer = field(default_factory=Answer)
+    heard: bool = False  # the attempt under way has got an answer, so it is to be paid for
+    prompt_charged: int = 0  # tokens of prompts charged, of all attempts that are to be paid for,
+    on_account: int = 0  # … of these for the attempt under way
+    wasted: int = 0  # tokens of answers that came to nothing
+    limited: bool = False  # the attempt's limit of tokens comes from a budget
     expected: str = ""  # the beginning that the attempt under way must repeat
     least_turn: policy.Quantum = ANY_TURN  # for policies: it keeps its place to its end in any case
     parked_peer: bool = False

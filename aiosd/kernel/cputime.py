@@ -1,0 +1,77 @@
+"""The processor time of one agent's processes, from samples of those that live.
+
+Linux adds what a process has used to its parent's account when the parent waits for it. So the time of a process that
+lived between two samples is not lost, provided that its parent waited; what a sample has shown is never lost. Pure: no
+clock, no /proc.
+
+    counted = growth of each process's own time + growth of what their parents were given − what was seen of the ended
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from typing import NamedTuple
+
+
+class Used(NamedTuple):
+    """One process in a sample. `process`: what names it for ever. `waited_s`: of children that it has waited for."""
+
+    process: tuple[int, int]
+    own_s: float
+    waited_s: float
+
+
+class CpuMeter:
+    """`counted_s`: all that a meter before this one has counted of the same processes."""
+
+    def __init__(self, counted_s: float = 0.0) -> None:
+        self.total_s = counted_s
+        self._first = True
+        self._seen: dict[tuple[int, int], Used] = {}
+        self._ended: dict[tuple[int, int], Used] = {}  # those of the sample before that have ended since
+
+    def update(self, sample: Iterable[Used]) -> float:
+        """Seconds that have come since the last sample."""
+        now = {used.process: used for used in sample}
+        if self._first:
+            self._first = False
+            self._seen = now
+            return self._count(sum(used.own_s + used.waited_s for used in now.values()) - self.total_s)
+        known = self._seen | {key: used for key, used in self._ended.items() if key in now}
+        own = waited = 0.0
+        for key, used in now.items():
+            before = known.get(key)
+            own += used.own_s - (before.own_s if before is not None else 0.0)
+            waited += used.waited_s - (before.waited_s if before is not None else 0.0)
+        ended = {key: used for key, used in self._seen.items() if key not in now}
+        # The parent may have been looked at before it waited: its growth is in the next sample.
+        late = {key: used for key, used in self._ended.items() if key not in now}
+        credit = sum(used.own_s + used.waited_s for used in (*ended.values(), *late.values()))
+        excess = min(waited, credit)
+        self._seen, self._ended = now, self._left(ended, late, excess)
+        return self._count(own + waited - excess)
+
+    @staticmethod
+    def _left(
+        ended: dict[tuple[int, int], Used], late: dict[tuple[int, int], Used], excess: float
+    ) -> dict[tuple[int, int], Used]:
+        """Those whose time no parent has been given yet; what is late for a second time comes no more."""
+        for used in late.values():
+            excess -= used.own_s + used.waited_s
+        left = {}
+        for key, used in ended.items():
+            seconds = used.own_s + used.waited_s
+            if excess < seconds:
+                left[key] = used
+            excess -= seconds
+        return left
+
+    def end(self, seconds: float) -> float:
+        """The agent has ended; Linux tells what it has used, with the children that it had waited for. Returns what was
+        not counted yet."""
+        return self._count(seconds - self.total_s)
+
+    def _count(self, seconds: float) -> float:
+        seconds = max(seconds, 0.0)
+        self.total_s += seconds
+        return seconds

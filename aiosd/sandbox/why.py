@@ -1,0 +1,88 @@
+"""Why an agent can or cannot use a path: which layer allows or denies it, by which rule, and what would allow it.
+
+All but the path's own mode follows from the agent's box, and from what the plans of all agents have in common
+(`plan.common_rules`).
+"""
+
+from __future__ import annotations
+
+import os
+import stat
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+
+from aiosd.sandbox import landlock
+from aiosd.sandbox.box import Box
+from aiosd.sandbox.places import Machine, inside
+
+_DEEDS = {"read": landlock.READ_FILE | landlock.READ_DIR, "write": landlock.WRITE_FILE, "run": landlock.EXECUTE}
+_MODES = {"read": 4, "write": 2, "run": 1}
+_PRIVATE = ("/tmp", "/dev/shm", "/dev/pts")
+
+
+@dataclass(frozen=True, slots=True)
+class Verdict:
+    """Of one deed."""
+
+    deed: str  # read, write or run
+    allowed: bool
+    why: str
+    remedy: str = ""  # an option of aios-run, with its argument
+
+
+def verdicts(path: str, box: Box, machine: Machine, common: Sequence[tuple[str, int]]) -> list[Verdict]:
+    """`path`: absolute, without links. `common`: what all agents are granted, by path."""
+    return [_verdict(deed, path, box, machine, common) for deed in _DEEDS]
+
+
+def _verdict(deed: str, path: str, box: Box, machine: Machine, common: Sequence[tuple[str, int]]) -> Verdict:
+    caged = box.level == "cage"
+    granted = _granted(box)
+    mine = next((folder for folder in _PRIVATE if caged and inside(path, (folder,))), "")
+    if mine and not inside(path, (folder for folder, _, _ in granted)):
+        if path == mine or not os.path.lexists(path):
+            return Verdict(deed, True, f"in the cage {mine} is the agent's own")
+        return Verdict(
+            deed, False, f"in the cage {mine} is the agent's own: no such file (ENOENT)", _remedy(deed, path)
+        )
+    shared = [(os.path.realpath(folder), rights, f"all agents may: {folder}") for folder, rights in common]
+    found = _rule(deed, path, [*granted, *shared])
+    remedy = _remedy(deed, path)
+    if caged and not inside(path, (*machine.system, *(folder for folder, _, _ in granted))):
+        return Verdict(deed, False, "not in the cage: no such file (ENOENT)", remedy)
+    if not found:
+        writable = [folder for folder, rights, _ in granted if rights & landlock.WRITE_FILE]
+        first = "mounted read-only (EROFS), and " if caged and deed == "write" and not inside(path, writable) else ""
+        return Verdict(deed, False, f"{first}no rule of Landlock grants it (EACCES)", remedy)
+    mode = _mode(deed, path)
+    return Verdict(deed, not mode, f"{mode}, although {found}" if mode else found)
+
+
+def _remedy(deed: str, path: str) -> str:
+    """Nothing for `run`, because what may be read may be run."""
+    return {"read": f"--read {path}", "write": f"--write {path}"}.get(deed, "")
+
+
+def _granted(box: Box) -> list[tuple[str, int, str]]:
+    """Path, rights, and by which rule."""
+    granted = [(box.workspace, landlock.WRITE, "its workspace")]
+    granted += [(path, landlock.READ, f"granted by read: {path}") for path in box.read]
+    return granted + [(path, landlock.WRITE, f"granted by write: {path}") for path in box.write]
+
+
+def _rule(deed: str, path: str, rules: Iterable[tuple[str, int, str]]) -> str:
+    return next((words for folder, rights, words in rules if rights & _DEEDS[deed] and inside(path, (folder,))), "")
+
+
+def _mode(deed: str, path: str) -> str:
+    """What the file's own mode denies to a process of this user without capabilities, as agents are: also to root."""
+    try:
+        found = os.stat(path)
+    except OSError as err:
+        return f"the file cannot be looked at ({err.strerror})"
+    if deed == "run" and stat.S_ISDIR(found.st_mode):
+        return ""
+    shift = 6 if found.st_uid == os.geteuid() else 3 if found.st_gid in {os.getegid(), *os.getgroups()} else 0
+    if found.st_mode >> shift & _MODES[deed]:
+        return ""
+    return f"its mode ({stat.filemode(found.st_mode)}) denies it (EACCES)"

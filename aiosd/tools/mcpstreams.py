@@ -1,0 +1,158 @@
+"""How an MCP server's messages come to the `mcp` package: over the pipes of a process, or over HTTP.
+
+The package's own way over pipes has no limit for a line, and cuts a long one again for each piece that comes; and one
+malformed tool makes it refuse the whole list. So the pipes are read here, and malformed tools are left out both ways.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+from collections.abc import AsyncIterator, Mapping
+from typing import Any
+
+from mcp.client.streamable_http import streamable_http_client
+from mcp.shared.message import SessionMessage
+from mcp_types import JSONRPCResponse, Tool, jsonrpc_message_adapter
+
+from aiosd.tools.spec import McpServer
+
+LINE_BYTES = 16 << 20
+LEAVE_S = 1.0  # that a server has to end when its input has ended
+
+
+class Streams:
+    """A transport for `mcp.Client`. `fault`: why it has ended, where the server is to blame; `dropped`: how many
+    malformed tools its last list had."""
+
+    def __init__(self, server: McpServer, env: Mapping[str, str]) -> None:
+        self._server = server
+        self._env = {**env, **server.env}
+        self._stack = contextlib.AsyncExitStack()
+        self.fault = ""
+        self.dropped = 0
+
+    async def __aenter__(self) -> tuple[Any, Any]:
+        if self._server.url:
+            reading, writing = await self._stack.enter_async_context(self._http())
+            return _Reading(self._cleaned(reading)), writing
+        process = await self._stack.enter_async_context(self._process())
+        return _Reading(self._cleaned(self._lines(process))), _Writing(process)
+
+    async def __aexit__(self, *error: Any) -> None:
+        await self._stack.aclose()
+
+    def _http(self) -> Any:
+        if not self._server.headers:
+            return streamable_http_client(self._server.url)
+        import httpx2
+
+        client = httpx2.AsyncClient(headers=self._server.headers)
+        return streamable_http_client(self._server.url, http_client=client)
+
+    @contextlib.asynccontextmanager
+    async def _process(self) -> AsyncIterator[asyncio.subprocess.Process]:
+        pipe, server = asyncio.subprocess.PIPE, self._server
+        process = await asyncio.create_subprocess_exec(
+            server.command,
+            *server.args,
+            stdin=pipe,
+            stdout=pipe,
+            stderr=asyncio.subprocess.DEVNULL,
+            env=self._env,
+            cwd=server.cwd or None,
+            limit=LINE_BYTES,
+        )
+        try:
+            yield process
+        finally:
+            assert process.stdin is not None
+            process.stdin.close()
+            with contextlib.suppress(TimeoutError):
+                await asyncio.wait_for(process.wait(), LEAVE_S)
+            with contextlib.suppress(ProcessLookupError):
+                process.kill()
+            await process.wait()
+
+    async def _lines(self, process: asyncio.subprocess.Process) -> AsyncIterator[SessionMessage]:
+        """What the server writes; what is no message is noise."""
+        assert process.stdout is not None
+        while True:
+            try:
+                line = await process.stdout.readline()
+            except ValueError:
+                self.fault = f"the server wrote a line of more than {LINE_BYTES >> 20} MB"
+                return
+            if not line:
+                return
+            with contextlib.suppress(ValueError):
+                yield SessionMessage(jsonrpc_message_adapter.validate_json(line, by_name=False))
+
+    async def _cleaned(self, messages: Any) -> AsyncIterator[SessionMessage | Exception]:
+        async for message in messages:
+            if isinstance(message, SessionMessage) and isinstance(message.message, JSONRPCResponse):
+                result = message.message.result
+                if isinstance(result.get("tools"), list):
+                    result["tools"], self.dropped = _well_formed(result["tools"])
+            yield message
+
+
+def _well_formed(tools: list[Any]) -> tuple[list[Any], int]:
+    """Those that are tools, and how many are not."""
+    kept = [tool for tool in tools if _is_tool(tool)]
+    return kept, len(tools) - len(kept)
+
+
+def _is_tool(entry: Any) -> bool:
+    try:
+        Tool.model_validate(entry, by_name=False)
+    except ValueError:
+        return False
+    return isinstance(entry, dict) and isinstance(entry.get("inputSchema"), dict)
+
+
+class _Reading:
+    """An iterator as the package wants to read it."""
+
+    def __init__(self, messages: AsyncIterator[SessionMessage | Exception]) -> None:
+        self._messages = messages
+
+    def __aiter__(self) -> _Reading:
+        return self
+
+    async def __anext__(self) -> SessionMessage | Exception:
+        return await anext(self._messages)
+
+    async def receive(self) -> SessionMessage | Exception:
+        return await anext(self._messages)
+
+    async def aclose(self) -> None:
+        pass
+
+    async def __aenter__(self) -> _Reading:
+        return self
+
+    async def __aexit__(self, *error: Any) -> None:
+        pass
+
+
+class _Writing:
+    """The input of a process as the package wants to write it."""
+
+    def __init__(self, process: asyncio.subprocess.Process) -> None:
+        assert process.stdin is not None
+        self._input = process.stdin
+
+    async def send(self, message: SessionMessage) -> None:
+        text = message.message.model_dump_json(by_alias=True, exclude_unset=True)
+        self._input.write(text.encode() + b"\n")
+        await self._input.drain()
+
+    async def aclose(self) -> None:
+        self._input.close()
+
+    async def __aenter__(self) -> _Writing:
+        return self
+
+    async def __aexit__(self, *error: Any) -> None:
+        await self.aclose()

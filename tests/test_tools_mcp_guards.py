@@ -1,0 +1,168 @@
+"""What MCP servers do wrong, each thing by a server of the tests' own: it costs that server's call, and no other's."""
+
+from __future__ import annotations
+
+import errno
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import psutil
+import pytest
+
+from libaios import wire
+from libaios.client import Client
+from libaios.home import Home
+from libaios.wire import CallTool, Sys, ToolInfo
+from tests.conftest import System, eventually
+
+pytest.importorskip("mcp")
+
+#: Speaks an old version, deaf to TERM; what it does wrong is the name of the tool.
+SERVER = """
+import json, os, signal, subprocess, sys, time
+signal.signal(signal.SIGTERM, signal.SIG_IGN)
+REFS = {"type": "object", "$defs": {"point": {"type": "object", "properties": {"x": {"type": "integer"}}}},
+        "properties": {"at": {"anyOf": [{"$ref": "#/$defs/point"}, {"type": "null"}]}}}
+ANY = {"type": "object"}
+NAMES = ["env", "long_line", "large", "progress", "strange", "hangs", "changes", "deep"]
+TOOLS = [{"name": name, "inputSchema": ANY} for name in NAMES] + [
+    {"name": "refs", "inputSchema": REFS},
+    {"name": "elsewhere", "inputSchema": {"type": "object", "$ref": "http://127.0.0.1:9/x"}},
+    {"name": "no_schema"}, {"inputSchema": ANY}, "no tool", {"name": "odd", "inputSchema": 7},
+    {"name": "wrong", "inputSchema": {"type": "object", "properties": {"a": {"type": "no type"}}}}]
+
+def send(**message): print(json.dumps({"jsonrpc": "2.0", **message}), flush=True)
+
+def called(name, params):
+    if name == "env": return [{"type": "text", "text": ",".join(sorted(os.environ))}]
+    if name == "long_line":
+        sys.stdout.write("x" * (20 << 20)); sys.stdout.flush()
+    if name == "large": return [{"type": "text", "text": "y" * (3 << 20)}]
+    if name == "progress":
+        for token in (None, "unknown", (params.get("_meta") or {}).get("progressToken")):
+            send(method="notifications/progress", params={"progressToken": token, "progress": 1, "message": "half"})
+    if name == "strange":
+        send(id=12345, result={}); send(method="notifications/none", params={"a": 1}); print('{"jsonrpc": "2.0"}')
+        print("[" * 100000, flush=True)
+        return [{"type": "image", "data": "AA==", "mimeType": "image/png"}, {"type": "text", "text": "seen"}]
+    if name == "hangs":
+        subprocess.Popen([sys.executable, "-c", "import os, signal, time; os.setsid();"
+                          "signal.signal(15, signal.SIG_IGN);"
+                          "open(os.environ['MARK'], 'w').write(str(os.getpid())); time.sleep(1000)"])
+        time.sleep(1000)
+    if name == "changes":
+        TOOLS.append({"name": "new", "inputSchema": ANY})
+        for _ in range(300): send(method="notifications/tools/list_changed")
+    if name == "deep":
+        value = "[" * 500 + "]" * 500
+        print('{"jsonrpc": "2.0", "id": %d, "result": {"content": [], "structuredContent": {"a": %s}}}'
+              % (params["id"], value))
+    return [{"type": "text", "text": name}]
+
+for line in sys.stdin:
+    message = json.loads(line)
+    method, params = message["method"], message.get("params") or {}
+    if "id" not in message: continue
+    if method == "initialize":
+        result = {"protocolVersion": "2024-11-05", "capabilities": {"tools": {}},
+                  "serverInfo": {"name": "t", "version": "1"}}
+    elif method == "tools/list": result = {"tools": TOOLS}
+    elif method == "tools/call": result = {"content": called(params["name"], {**params, "id": message["id"]})}
+    else:
+        send(id=message["id"], error={"code": -32601, "message": "no"})
+        continue
+    send(id=message["id"], result=result)
+"""
+
+#: Speaks the newest version, in which there is no handshake.
+MODERN = """
+from mcp.server import MCPServer
+server = MCPServer("modern")
+@server.tool()
+def add(a: int, b: int = 1) -> int:
+    return a + b
+server.run()
+"""
+
+
+@pytest.fixture
+def system(fresh_aiosd: Callable[..., System], tmp_path: Path) -> System:
+    (tmp_path / "odd.py").write_text(SERVER)
+    (tmp_path / "modern.py").write_text(MODERN)
+    (tmp_path / "aiosd.toml").write_text(
+        f'[mcpServers.odd]\ncommand = "{sys.executable}"\nargs = ["{tmp_path / "odd.py"}"]\ntimeout = 5\n'
+        f'env = {{ MARK = "{tmp_path / "mark"}" }}\n'
+        f'[mcpServers.modern]\ncommand = "{sys.executable}"\nargs = ["{tmp_path / "modern.py"}"]\n'
+    )
+    return fresh_aiosd("--config", str(tmp_path / "aiosd.toml"), "--threads", "1", env={"SECRET_TOKEN": "hush"})
+
+
+def call(client: Client, name: str, **arguments: Any) -> Any:
+    return client.call(Sys.TOOL_CALL, CallTool(name, arguments), Any, timeout=60.0)
+
+
+def names(client: Client) -> set[str]:
+    return {tool.name for tool in client.call(Sys.TOOL_LIST, wire.NoArgs(), list[ToolInfo]) if "__" in tool.name}
+
+
+def test_what_a_server_does_wrong_costs_its_call_alone(system: System, tmp_path: Path) -> None:
+    with Client(Home(str(system.home))) as client:
+        both_ways_of_the_protocol_are_spoken(client)
+        malformed_tools_cost_no_other(client)
+        a_server_has_its_own_environment_alone(client)
+        noise_and_strange_messages_are_passed_over(client)
+        tools_that_change_are_seen_without_a_call(client)
+        what_is_too_much_costs_its_call(client)
+        a_server_that_is_deaf_to_term_is_ended_with_all_it_started(client, tmp_path / "mark")
+
+
+def both_ways_of_the_protocol_are_spoken(client: Client) -> None:
+    assert call(client, "modern__add", a=2) == "3"
+    assert call(client, "odd__refs", at={"x": 1}) == "refs"
+
+
+def malformed_tools_cost_no_other(client: Client) -> None:
+    assert {"odd__env", "odd__refs", "odd__deep"} < names(client)
+    assert not names(client) & {"odd__no_schema", "odd__odd", "odd__wrong", "odd__elsewhere"}
+    with pytest.raises(OSError, match=r"odd__refs.at: .*anyOf"):
+        call(client, "odd__refs", at={"x": "1"})
+
+
+def a_server_has_its_own_environment_alone(client: Client) -> None:
+    found = call(client, "odd__env").split(",")
+    assert {"MARK", "PATH"} < set(found)
+    assert not {"SECRET_TOKEN", "AIOS_HOME", "PYTHONPATH"} & set(found)
+
+
+def noise_and_strange_messages_are_passed_over(client: Client) -> None:
+    assert call(client, "odd__strange")[1] == {"type": "text", "text": "seen"}
+    pending = client.submit(Sys.TOOL_CALL, CallTool("odd__progress", {}, stream=True))
+    assert client.result(pending, Any, timeout=60.0) == "progress"
+    assert [*pending.pieces] == ["half\n"]
+    assert call(client, "odd__deep") == "deep"
+
+
+def tools_that_change_are_seen_without_a_call(client: Client) -> None:
+    assert call(client, "odd__changes") == "changes"
+    assert eventually(lambda: "odd__new" in names(client), 30.0)
+
+
+def what_is_too_much_costs_its_call(client: Client) -> None:
+    for name, code, message in (
+        ("large", errno.EMSGSIZE, "1048576 are allowed"),
+        ("long_line", errno.EIO, "a line of more than 16 MB"),
+    ):
+        with pytest.raises(OSError, match=message) as caught:
+            call(client, f"odd__{name}")
+        assert caught.value.errno == code
+        assert call(client, "odd__refs") == "refs"
+
+
+def a_server_that_is_deaf_to_term_is_ended_with_all_it_started(client: Client, mark: Path) -> None:
+    with pytest.raises(TimeoutError, match="ran for 5 s"):
+        call(client, "odd__hangs")
+    child = int(mark.read_text())
+    assert eventually(lambda: not psutil.pid_exists(child), 10.0)
+    assert call(client, "odd__refs") == "refs"

@@ -1,0 +1,68 @@
+"""Installs real MCP servers for the tests: `mcpservers.py [NAME…]`, each into an environment of its own.
+
+Three come from PyPI, three from npm. They go into build/mcp-servers/NAME; what is there already stays. A server that
+cannot be installed is named, and its tests are skipped then.
+"""
+
+import os
+import shutil
+import subprocess
+import sys
+
+ROOT = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
+FOLDER = os.path.join(ROOT, "build", "mcp-servers")
+#: name → registry, package, the program in there
+SERVERS = {
+    "time": ("pypi", "mcp-server-time", "bin/mcp-server-time"),
+    "git": ("pypi", "mcp-server-git", "bin/mcp-server-git"),
+    "fetch": ("pypi", "mcp-server-fetch", "bin/mcp-server-fetch"),
+    "filesystem": ("npm", "@modelcontextprotocol/server-filesystem", "node_modules/.bin/mcp-server-filesystem"),
+    "everything": ("npm", "@modelcontextprotocol/server-everything", "node_modules/.bin/mcp-server-everything"),
+    "memory": ("npm", "@modelcontextprotocol/server-memory", "node_modules/.bin/mcp-server-memory"),
+}
+
+
+def program(name):
+    return os.path.join(FOLDER, name, SERVERS[name][2])
+
+
+def main():
+    names = sys.argv[1:] or list(SERVERS)
+    unknown = [name for name in names if name not in SERVERS]
+    if unknown:
+        sys.exit(f"{unknown[0]}: no such server (there are: {', '.join(SERVERS)})")
+    failed = [name for name in names if not install(name)]
+    if failed:
+        sys.exit(f"not installed: {', '.join(failed)}")
+
+
+def install(name):
+    """Whether it is there now."""
+    registry, package, _ = SERVERS[name]
+    if os.path.exists(program(name)):
+        print(f"  {name}: is there")
+        return True
+    folder = os.path.join(FOLDER, name)
+    shutil.rmtree(folder, ignore_errors=True)
+    print(f"  {name}: installing {package}", flush=True)
+    try:
+        if registry == "npm":
+            os.makedirs(folder)
+            run("npm", "install", "--silent", "--no-audit", "--no-fund", "--prefix", folder, package)
+        else:
+            run(sys.executable, "-m", "venv", folder)
+            python = os.path.join(folder, "bin", "python")
+            run(python, "-m", "pip", "install", "-q", "--disable-pip-version-check", package)
+    except (OSError, subprocess.CalledProcessError) as error:
+        print(f"  {name}: {error}", file=sys.stderr)
+        shutil.rmtree(folder, ignore_errors=True)
+        return False
+    return os.path.exists(program(name))
+
+
+def run(*words):
+    subprocess.run(words, check=True, stdin=subprocess.DEVNULL)
+
+
+if __name__ == "__main__":
+    main()
