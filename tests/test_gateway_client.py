@@ -83,7 +83,7 @@ except openai.RateLimitError as err:
 def test_the_official_client_finds_what_it_expects(aiosd: System, tmp_path: Path) -> None:
     script = tmp_path / "tour.py"
     script.write_text(TOUR)
-    done = aiosd.run("aios-run", "--tokens", "6000", script, timeout=100)
+    done = aiosd.run("aios-run", "--tokens", "4000", script, timeout=100)
     assert done.stdout == textwrap.dedent("""\
         parsed Point True
         tool draw Point
