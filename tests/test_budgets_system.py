@@ -142,8 +142,8 @@ def test_a_disk_budget_is_refused_where_it_could_not_be_measured(system: System)
 
 def test_files_and_the_store_count_as_disk(system: System, write: Write) -> None:
     script = write("""
-        home = os.environ["HOME"]
-        try: open(home + "/large", "wb").write(bytes(2 << 20))
+        fd = os.open(os.environ["HOME"] + "/large", os.O_WRONLY | os.O_CREAT)
+        try: os.pwrite(fd, b"x", 2 << 20)
         except OSError as err: print(errno.errorcode[err.errno])
         try:
             for number in range(30): aios.mem.add("x" * (100 << 10))
