@@ -15,7 +15,7 @@ RECIPE := tools/bootstrap.py tools/llama_cpp.cmake constraints.txt setup.cfg set
 .DEFAULT_GOAL := help
 
 help: ## this list
-	@sed -n 's/^\([a-z-]*\):.*## \(.*\)/  make \1|\2/p' $(MAKEFILE_LIST) | awk -F'|' '{ printf "%-18s %s\n", $$1, $$2 }'
+	@sed -n 's/^\([a-z-]*\):.*## \(.*\)/  make \1|\2/p' $(MAKEFILE_LIST) | awk -F'|' '{ printf "%-20s %s\n", $$1, $$2 }'
 
 demo: $(VENV)/.base ## boots the system, runs three agents, shows and kills one, shuts down
 	@$(BIN)/python demo/demo.py

@@ -19,7 +19,7 @@ from aiosd.units import format_money, format_size, parse_count, parse_duration, 
 from libaios.wire import Limits
 
 SAMPLE_S = 0.1  # between two samples of an agent with a sampled budget; longer where there are many of them
-DISK_S = 1.0  # the same for files
+DISK_S = 0.2  # the same for files
 #: One process may have twice the memory budget and this number of bytes of private memory: programs such as node
 #: reserve that much before they use any of it.
 DATA_BYTES = 256 << 20

@@ -34,7 +34,8 @@ from pathlib import Path
 from typing import Any
 
 ROOT = Path(__file__).resolve().parents[1]
-sys.path[0] = str(ROOT)  # instead of this folder, in which this file hides the package `tools`
+# Without this folder, in which this file hides the package `tools`.
+sys.path[:] = [str(ROOT), *(path for path in sys.path if path != str(ROOT / "benchmarks"))]
 
 from benchmarks import harness  # noqa: E402
 

@@ -1,7 +1,8 @@
 """`make demo`: a whole life of the system, on the embedded model, in a home that is thrown away afterwards.
 
 Boots aiosd, asks one agent a question, runs three more side by side with a fourth that never ends, looks at them,
-kills the fourth, shuts down, and makes sure that nothing is left. Every command is shown as it would be typed.
+kills the fourth, lets a guest call a tool and try what it may not do, shuts down, and makes sure that nothing is left.
+Every command is shown as it would be typed.
 """
 
 from __future__ import annotations
@@ -20,6 +21,11 @@ from pathlib import Path
 
 HERE = Path(__file__).resolve().parent
 CLERKS = ("adder", "keeper", "writer")
+#: What guests may not do, for all of this system.
+RULES = """\
+[access]
+deny = [{ tool = "shell", by = "guests" }]
+"""
 PATIENCE_S = 60.0
 BOLD, DIM, PLAIN = ("\x1b[1m", "\x1b[2m", "\x1b[m") if sys.stdout.isatty() else ("", "", "")
 
@@ -67,6 +73,13 @@ class Terminal:
             job.wait(PATIENCE_S)
             print(f"{name}:\n{output.read_text()}", end="", flush=True)
 
+    def sandbox(self) -> str:
+        """What this machine can do."""
+        done = subprocess.run(
+            ["aiosd", "status", "--json"], env=self.env, stdout=subprocess.PIPE, check=True, timeout=20
+        )
+        return str(json.loads(done.stdout)["sandbox"]["possible"])
+
     def live_agents(self) -> set[str]:
         done = subprocess.run(["aios-ps", "-e", "--json"], env=self.env, stdout=subprocess.PIPE, check=True, timeout=20)
         return {entry["name"] for entry in json.loads(done.stdout) if entry["exit"] is None}
@@ -88,6 +101,10 @@ def main() -> int:
     desk.mkdir()
     for file in [*HERE.glob("*.txt"), HERE / "clerk.py", HERE / "endless.py"]:
         shutil.copy(file, desk)
+    (desk / "guests").mkdir()
+    shutil.copy(HERE / "guest.py", desk / "guests")
+    (desk / "keys.txt").write_text("a secret\n")
+    (home / "aiosd.toml").write_text(RULES)
     terminal = Terminal(home, desk)
     try:
         return show(terminal)
@@ -123,6 +140,13 @@ def show(terminal: Terminal) -> int:
 
     terminal.say("the others did not notice")
     terminal.wait()
+
+    terminal.say("a guest: a tool for its model; a rule and a sandbox against the rest, and why")
+    terminal.type("tail -n 1 ../aiosd.toml")
+    level = terminal.sandbox()
+    terminal.type(f"aios-run -g guests --sandbox {level} --tool-calls 5 guests/guest.py {terminal.desk}/keys.txt")
+    if level != "none":
+        terminal.type("aios-inspect guest --why keys.txt")
 
     terminal.say("shut down")
     if terminal.type("aiosd stop"):

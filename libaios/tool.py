@@ -75,7 +75,8 @@ def call(
     Arguments by keyword, or as one mapping (which is needed for an argument named `timeout`). `timeout` in seconds
     includes the time in which the call waits for its turn; the tool's own limit does not.
 
-    Raises FileNotFoundError (no such tool), EINVAL (arguments that do not fit the schema, or that the tool refuses),
+    Raises FileNotFoundError (no such tool), PermissionError (a rule denies it, a person did, or nobody was there to be
+    asked: the message names the rule), EINVAL (arguments that do not fit the schema, or that the tool refuses),
     TimeoutError, ENOMEM, EIO (its process died; it is not done again), EREMOTEIO (the tool failed: the message has its
     exception).
     """

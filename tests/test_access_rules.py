@@ -13,11 +13,12 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from aiosd.access import patterns, table
-from aiosd.access.deed import DETAIL_CHARS, KINDS, Deed, Subject, detail, program_key
+from aiosd.access.deed import ALL_CHARS, DETAIL_CHARS, KINDS, Deed, Subject, detail, details_of, program_key
 from aiosd.access.rules import Act, Policy, Rule, lasting
 from aiosd.config import load, reload
 from aiosd.errors import UsageError
 from aiosd.tools import builtin, held
+from aiosd.tools.concerns import MOST
 from aiosd.tools.concerns import deed as deed_of
 from aiosd.tools.definition import functions_of
 from aiosd.tools.messages import Tool
@@ -259,6 +260,14 @@ def test_a_text_that_is_cut_says_so_and_still_counts_as_a_whole() -> None:
     assert detail("text", long[:-1] + "y") != detail("text", long)
 
 
+def test_however_much_a_call_says_what_is_kept_of_it_is_bounded() -> None:
+    arguments = {f"a{number}": "x" * 5000 for number in range(1000)}
+    shown = details_of(arguments.items())
+    assert sum(len(label) + len(text) for label, text in shown) < 2 * ALL_CHARS
+    assert "more arguments, not shown" in shown[-1][1]
+    assert details_of({**arguments, "a999": "y"}.items()) != shown
+
+
 # ── the file ──────────────────────────────────────────────────────────────────────────────────────────────
 
 NAMES_THERE = table.Names({"shell": (), "fetch": ("host",), "read_file": ("path",)}, servers=("git",))
@@ -361,6 +370,8 @@ def test_the_resources_of_a_call(tmp_path: Path) -> None:
     ]
     assert deed.unknown == ["group", "signal"]
     assert deed_of(tool, {"path": "a", "url": "http://[bad"}, str(tmp_path)).unknown == ["group", "host", "signal"]
+    assert "path" in deed_of(tool, {"path": ["a"] * (MOST + 1)}, str(tmp_path)).unknown
+    assert "path" in deed_of(tool, {"path": "a"}, "").unknown  # of a server: seen from where?
 
 
 def test_a_file_that_changes_is_another_deed(tmp_path: Path) -> None:

@@ -28,6 +28,7 @@ from benchmarks import (
     search,
     switch,
     talk,
+    tools,
 )
 from tests.tinymodels import OWN_ATTENTION, write
 
@@ -50,6 +51,16 @@ def test_the_prefix_is_shared_and_nothing_else():
 def test_a_seed_gives_the_same_workload_and_another_another():
     assert crowd.workload(2, 16, 1, 500) == crowd.workload(2, 16, 1, 500)
     assert crowd.workload(2, 16, 1, 500)[0]["prompt"][:16] != crowd.workload(2, 16, 2, 500)[0]["prompt"][:16]
+
+
+def test_turns_of_a_tool_are_read_from_what_it_wrote():
+    lines = ["begin 1 0", "end 1 0", "begin 2 0", "end 2 0", "begin 1 1", "end 1 1", "begin 2 1", "end 2 1"]
+    order = tools.turns(lines)
+    assert order == [(1, 0), (2, 0), (1, 1), (2, 1)]
+    assert tools.apart(order, 2) == 1
+    assert tools.apart([(1, 0), (1, 1), (2, 0), (2, 1)], 2) == 2
+    with pytest.raises(SystemExit, match="two calls at once"):
+        tools.turns(["begin 1 0", "begin 2 0", "end 1 0", "end 2 0"])
 
 
 def test_distinct_tokens_are_those_that_must_be_computed_once():

@@ -224,6 +224,7 @@ def test_a_group_has_one_budget_and_each_agent_of_a_person_its_own() -> None:
     assert first[1].limits == Limits(tokens=5, time_s=3)
     assert second[1] is child[1]
     assert budgets.of_new(None, "other", Limits()) == []
+    assert [share.owner for share in budgets.of_new([], "web", Limits())] == [first[0].owner]
 
 
 def test_the_time_of_a_group_runs_from_its_first_agent_on_over_every_death() -> None:

@@ -113,6 +113,16 @@ def test_what_is_sampled_is_ended(
     assert f"agent {found['pid']}: {words}" in system.log()
 
 
+def test_linux_refuses_what_is_far_beyond_a_memory_budget(system: System, write: Write) -> None:
+    """No sample could be in time for that."""
+    script = write("""
+        try: bytes(1 << 30)
+        except MemoryError: print("refused")
+    """)
+    done = system.run("aios-run", "--memory", "80M", script)
+    assert (done.returncode, done.stdout) == (0, "refused\n")
+
+
 def test_calls_of_tools_are_counted_and_the_next_is_refused(system: System, write: Write) -> None:
     done = system.run("aios-run", "--tool-calls", "3", write(CALLS))
     assert done.stdout == "3 EDQUOT tool call budget of 3 used up\n"
@@ -142,8 +152,8 @@ def test_a_disk_budget_is_refused_where_it_could_not_be_measured(system: System)
 
 def test_files_and_the_store_count_as_disk(system: System, write: Write) -> None:
     script = write("""
-        home = os.environ["HOME"]
-        try: open(home + "/large", "wb").write(bytes(2 << 20))
+        fd = os.open(os.environ["HOME"] + "/large", os.O_WRONLY | os.O_CREAT)
+        try: os.pwrite(fd, b"x", 2 << 20)
         except OSError as err: print(errno.errorcode[err.errno])
         try:
             for number in range(30): aios.mem.add("x" * (100 << 10))

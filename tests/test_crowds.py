@@ -49,6 +49,11 @@ def table_of(procs: Iterator[Proc]) -> ProcTable:
     return table
 
 
+def access_to(table: ProcTable) -> Access:
+    approvals: Any = None  # it is not asked
+    return Access(table, set, approvals, lambda args, parent: "")
+
+
 class House:
     """A table of agents, and calls that note with what they were closed."""
 
@@ -59,7 +64,7 @@ class House:
         self.calls = Calls(Peers(), events, self.timers)
         self.calls.send = lambda peer, payload: self.sent.append(payload)  # type: ignore[method-assign]
         self.sent: list[bytes] = []
-        self.waiters = Waiters(table, self.calls, Access(table, set))
+        self.waiters = Waiters(table, self.calls, access_to(table))
 
     def call(self, peer: Peer, number: int, sys: int) -> Call:
         return self.calls.open(peer, wire.Request(number, sys), 10)
@@ -199,7 +204,7 @@ def test_a_long_line_of_ancestors_is_walked_once(chain: ProcTable) -> None:
     me = Peer(1000, chain.procs[1000])
     call = house.call(me, 1, Sys.PS)
     assert [proc.pid for proc in calls._chosen(call, wire.Ps())] == list(range(1000, MANY + 2))
-    targets = Access(chain, set).targets(me, -2)
+    targets = access_to(chain).targets(me, -2)
     assert [proc.pid for proc in targets] == list(range(1000, MANY + 2))
     assert Counted.looks <= MANY
     assert len(chain.subtrees(list(chain))) == MANY

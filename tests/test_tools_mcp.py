@@ -153,6 +153,7 @@ def test_pins_outlive_the_process(tmp_path: Path) -> None:
         ('[mcpServers.a]\ncommand = "x"\ncomand = "y"\n', "unknown field `comand`"),
         ('[mcpServers."a b"]\ncommand = "x"\n', "no name of a server"),
         ("mcpServers = 3\n", "is a table"),
+        ('[mcpServers.a]\ncommand = "x"\nconcerns = { t = ["path"] }\n', "is a list of"),
     ],
 )
 def test_a_wrong_table_is_refused(tmp_path: Path, table: str, message: str) -> None:

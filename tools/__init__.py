@@ -1,1 +1,1 @@
-"""What is run by hand, or by make: set-up, models, peers, frameworks, manual pages."""
+"""What builds, fetches, compares and documents; run by hand and by the Makefile."""

@@ -14,7 +14,8 @@ from msgspec import Struct, json, msgpack
 
 #: Types of resources, in the order in which they are shown.
 KINDS = ("path", "host", "group", "signal")
-DETAIL_CHARS = 1 << 16
+DETAIL_CHARS = 1 << 16  # of one text that people are shown,
+ALL_CHARS = 1 << 18  # … and about as many of all together
 
 _encode = msgpack.Encoder().encode
 
@@ -104,4 +105,16 @@ def detail(label: str, value: object) -> tuple[str, str]:
 
 
 def details_of(arguments: Iterable[tuple[str, object]]) -> list[tuple[str, str]]:
-    return [detail(name, value) for name, value in arguments]
+    """The same for many. Together they have a limit, too; what comes behind it is cut as one."""
+    found: list[tuple[str, str]] = []
+    left, rest = ALL_CHARS, []
+    for name, value in arguments:
+        if left > 0:
+            found.append(detail(name[:DETAIL_CHARS], value))
+            left -= len(found[-1][0]) + len(found[-1][1])
+        else:
+            rest.append((name, value))
+    if rest:
+        whole = hashlib.sha256(json.encode(rest)).hexdigest()
+        found.append(("more", f"[… {len(rest)} more arguments, not shown; SHA-256 of them: {whole}]"))
+    return found

@@ -11,7 +11,7 @@
 from __future__ import annotations
 
 import enum
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 
 from msgspec import Struct
 
@@ -165,6 +165,11 @@ def lasting(number: int, subject: Subject, deed: Deed, agent: str, now: float) -
         agent,
         now,
     )
+
+
+def matcher(pattern: str) -> Callable[[str], bool]:
+    """Whether a name is meant by the name in a rule."""
+    return lambda name: _named(pattern, name)
 
 
 def _named(pattern: str, name: str) -> bool:

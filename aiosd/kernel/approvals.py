@@ -38,7 +38,7 @@ from aiosd.kernel.proc import Proc, ProcTable
 from aiosd.timers import Timer
 from libaios import wire
 
-OPEN_OF_AGENT = 16  # asks
+OPEN_OF_AGENT, OPEN_OF_ALL = 16, 1024  # asks
 BACK_S = 10.0  # for those who listened to the kernel that died, of what had been asked already,
 BACK_NEW_S = 1.0  # … and of what had not
 REMEDY = "aios-approve -f would, and [access] in aiosd.toml can have it allowed"
@@ -116,6 +116,8 @@ class Approvals:
     def _ask(self, call: Call, proc: Proc, deed: Deed, rule: str, go_on: Callable[[], None]) -> None:
         if sum(ask.proc is proc for ask in self._asks.values()) >= OPEN_OF_AGENT:
             raise wire.error(errno.EAGAIN, f"{deed.shown}: {OPEN_OF_AGENT} asks of this agent wait already")
+        if len(self._asks) >= OPEN_OF_ALL:
+            raise wire.error(errno.EAGAIN, f"{deed.shown}: {OPEN_OF_ALL} asks wait already")
         ask = _Ask(call, proc, deed, go_on, self._shown(call, proc, deed, rule))
         wait_s = self._patience(ask)
         if wait_s is not None and wait_s <= 0:

@@ -149,9 +149,10 @@ class Budgets:
 
     def of_new(self, parent: Sequence[Budget] | None, group: str, wanted: Limits) -> list[link.Share]:
         """What an agent will share that is started in a group: by an agent with these budgets, or by a person (None).
-        A child's group is its parent's, whose budgets have that of the group."""
+        A child's group is its parent's, whose budgets have that of the group, or one that a person has allowed."""
         if parent is not None:
             shares = [budget.share for budget in parent]
+            shares += [share for share in self.of_group(group) if all(share.owner != one.owner for one in shares)]
         else:
             shares = self.of_group(group)
             wanted = kinds.least(wanted, self._each.get(group, Limits()))

@@ -9,36 +9,32 @@ from __future__ import annotations
 import contextlib
 import os
 import threading
-from collections.abc import Iterable, Mapping
+import time
+from collections.abc import Mapping, Sequence
 
 
 class DiskWatch:
     """`ask` for folders, with the processes that write there, and later find their `sizes`: bytes, or None where one
-    could not be looked through."""
+    could not be looked through. `took_s`: how long that took."""
 
     def __init__(self) -> None:
-        self._lock = threading.Lock()
-        self._wanted: dict[str, list[int]] = {}
-        self._busy = False
         self.sizes: dict[str, int | None] = {}
+        self.took_s = 0.0
+        self._thread: threading.Thread | None = None
 
-    def ask(self, folders: Mapping[str, Iterable[int]]) -> bool:
-        """Have these looked at. False: it is still busy with those of the last time."""
-        with self._lock:
-            if self._busy:
-                return False
-            self._wanted = {folder: list(ospids) for folder, ospids in folders.items()}
-            if self._wanted:
-                self._busy = True
-                threading.Thread(target=self._look, name="disk", daemon=True).start()
-            else:
-                self.sizes = {}
-        return True
+    @property
+    def busy(self) -> bool:
+        return self._thread is not None and self._thread.is_alive()
 
-    def _look(self) -> None:
-        sizes = {folder: _sum([size_of(folder), *map(held, ospids)]) for folder, ospids in self._wanted.items()}
-        with self._lock:
-            self.sizes, self._busy = sizes, False
+    def ask(self, folders: Mapping[str, Sequence[int]]) -> None:
+        """Have these looked at. It must not be busy."""
+        self._thread = threading.Thread(target=self._look, args=(dict(folders),), name="disk", daemon=True)
+        self._thread.start()
+
+    def _look(self, folders: Mapping[str, Sequence[int]]) -> None:
+        began = time.monotonic()
+        self.sizes = {folder: _sum([size_of(folder), *map(held, ospids)]) for folder, ospids in folders.items()}
+        self.took_s = time.monotonic() - began
 
 
 def _sum(sizes: list[int | None]) -> int | None:

@@ -117,6 +117,9 @@ class Generations:
 
     def choose(self, call: Call, args: Any) -> Core:
         """The core that another call than a generation goes to. Raises OSError: EINVAL, EDQUOT."""
+        shared = call.peer.proc.budgets if call.peer.proc is not None else []
+        if call.row.sys == Sys.CTX_SAVE and any(budget.limits.disk_bytes is not None for budget in shared):
+            raise wire.error(errno.EDQUOT, "disk budget: what a saved context takes cannot be measured")
         if call.row.sys in (Sys.EMBED, Sys.RERANK):
             self.check_budget(call)
             if args.model is None:

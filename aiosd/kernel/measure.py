@@ -181,27 +181,30 @@ class Measure:
 
     def _look_at_disks(self, taken: Mapping[Budget, _Taken]) -> None:
         """Take what the thread has found, and have it look again."""
-        now = time.monotonic()
+        now, disk = time.monotonic(), self._disk
         watched = {budget: self._folders(budget) for budget in taken if budget.limits.disk_bytes is not None}
-        if not watched and not self._disk.sizes:
+        if not watched:
+            disk.sizes = {}  # the next agent in a workspace is not judged by what the last one has left
             return
-        if now - self._disk_asked < DISK_S:
-            return
-        sizes = self._disk.sizes
-        writers = {folder: taken[budget].ospids for budget, folders in watched.items() for folder in folders}
-        if self._disk.ask(writers):
-            self._disk_asked = now
         for budget, folders in watched.items():
-            found = [sizes[folder] for folder in folders if folder in sizes]
-            late = now - self._disk_asked > DISK_LATE_S
-            if late or None in found:
-                self._exceeded(budget, "disk", UNMEASURED.format("disk", "its workspace cannot be looked through"))
-                continue
-            budget.levels["disk"] = sum(size or 0 for size in found)
-            budgets.check_near(budget, "disk")
-            left = budget.left("disk")
-            if left is not None and left < 0:
-                self._exceeded(budget, "disk", "")
+            self._judge_disk(budget, [disk.sizes[folder] for folder in folders if folder in disk.sizes])
+            if disk.busy and now - self._disk_asked > DISK_LATE_S:
+                self._exceeded(
+                    budget, "disk", UNMEASURED.format("disk", "looking through its workspace takes too long")
+                )
+        if not disk.busy and now - self._disk_asked >= max(DISK_S, PART * disk.took_s):
+            self._disk_asked = now
+            disk.ask({folder: taken[budget].ospids for budget, folders in watched.items() for folder in folders})
+
+    def _judge_disk(self, budget: Budget, sizes: Sequence[int | None]) -> None:
+        if None in sizes:
+            self._exceeded(budget, "disk", UNMEASURED.format("disk", "its workspace cannot be looked through"))
+            return
+        budget.levels["disk"] = sum(size or 0 for size in sizes)
+        budgets.check_near(budget, "disk")
+        left = budget.left("disk")
+        if left is not None and left < 0:
+            self._exceeded(budget, "disk", "")
 
     def _folders(self, budget: Budget) -> set[str]:
         """Where its agents write. Those of a group are all in one folder, those of the dead too."""

@@ -133,6 +133,7 @@ async def _describe(frames: FrameSocket, client: Client, name: str, server: McpS
                 memory_bytes=MEMORY_BYTES,
                 output_bytes=OUTPUT_BYTES,
                 writes=(f"server:{name}",),  # one process of the server, one call at a time
+                concerns=tuple(server.concerns.get(entry["name"], ())),
                 asks=_is_destructive(entry),
             )
         )

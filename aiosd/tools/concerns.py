@@ -19,12 +19,13 @@ from aiosd.tools import held
 from aiosd.tools.messages import Tool
 
 DESTRUCTIVE = "a tool that its server calls destructive asks"
+MOST = 256  # resources of one type that are looked at; a call that names more may mean anything
 CHANGED = "a tool that its server describes otherwise than before asks"
 
 
 def deed(tool: Tool, arguments: dict[str, Any], folder: str, changed: bool = False, known: bool = False) -> Deed:
-    """`folder`: where the call works. `changed`: its description is not the one that was accepted. `known`: a type that
-    the tool does not name is one that it has not."""
+    """`folder`: where the call works, "" if that is not known. `changed`: its description is not the one that was
+    accepted. `known`: a type that the tool does not name is one that it has not."""
     resources, unclear = resources_of(tool, arguments, folder)
     stated = {concern.partition(":")[0] for concern in tool.concerns}
     details = details_of(arguments.items())
@@ -48,7 +49,10 @@ def resources_of(tool: Tool, arguments: dict[str, Any], folder: str) -> tuple[li
     unclear: set[str] = set()
     for concern in tool.concerns:
         kind, _, template = concern.partition(":")
-        for text in _filled(template, tool, arguments):
+        texts = _filled(template, tool, arguments)
+        if len(texts) > MOST:
+            unclear.add(kind)
+        for text in texts[:MOST]:
             try:
                 found |= dict.fromkeys((kind, value) for value in _values(kind, text, folder))
             except (ValueError, OSError):
@@ -90,6 +94,8 @@ def _values(kind: str, text: str, folder: str) -> list[str]:
     if kind == "host":
         return [host_of((urlsplit(text).hostname or "") if "://" in text else text)]
     if kind == "path":
+        if not folder and not os.path.isabs(text):
+            raise ValueError(f"{text!r}: as seen from where?")
         plain = os.path.normpath(os.path.join(folder, text))
         return list(dict.fromkeys((plain, os.path.realpath(plain))))
     return [text]

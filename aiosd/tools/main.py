@@ -30,6 +30,7 @@ import msgspec
 
 from aiosd import link, sealed
 from aiosd.access.deed import Unapproved
+from aiosd.access.rules import matcher
 from aiosd.heartbeat import Rounds
 from aiosd.sandbox.box import Box
 from aiosd.service import LATER, Server
@@ -99,6 +100,7 @@ class Toolbox:
         self.direct: Admission[link.Key] = Admission(ERRANDS)  # of calls whose tool is a system call
         self._direct: dict[link.Key, Callable[[], None]] = {}  # what begins each of them
         self.pins = Pins(Path(spec.folder).parent / "tools.json")
+        self._unknown: set[str] = set()  # of the tools in rules, those that the log names
         self._loading = {BUILT_IN, *spec.files}
         servers = sealed.servers(spec.sealed) if spec.sealed >= 0 else {}
         self._starting = {f"{MCP}{name}" for name in servers}  # servers, on which only their own calls wait
@@ -140,9 +142,20 @@ class Toolbox:
             self._replace(source, described.tools)
         self._loading.discard(source)
         self._starting.discard(source)
+        if not self._loading and not self._starting:
+            self._note_unknown()
         early, self._early = self._early, []
         for ask, args in early:
             self._resume(ask, args)
+
+    def _note_unknown(self) -> None:
+        """Rules about tools that nobody has: for tools of files and servers that is known now, and not before."""
+        there = {*self.tools, *self.changed}
+        for rule in self.server.policy.rules:
+            missing = [name for name in rule.names if rule.tool and not any(map(matcher(name), there))]
+            for name in set(missing) - self._unknown:
+                self._unknown.add(name)
+                logger.warning("%s: there is no tool %s", rule.shown, name)
 
     def _replace(self, source: str, tools: list[Tool]) -> None:
         """These are the tools of a source from now on."""
@@ -227,7 +240,8 @@ class Toolbox:
         if not (policy.concerns(tool.name, True) or tool.asks or known.changed) or not ask.caller.pid:
             return None, None
         built_in = known.source == BUILT_IN
-        deed = concerns.deed(tool, args.arguments, self._folder(ask.caller), known.changed, known=built_in)
+        folder = "" if known.source.startswith(MCP) else self._folder(ask.caller)
+        deed = concerns.deed(tool, args.arguments, folder, known.changed, known=built_in)
         self.server.require(ask, deed)
         ruled = {"path", "host"} if ask.approved else policy.kinds_for(tool.name, True)
         return (

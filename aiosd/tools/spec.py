@@ -31,6 +31,7 @@ BUILT_IN_KINDS: dict[str, tuple[str, ...]] = {
 }
 
 MCP = "mcp:"  # how a source begins that is an MCP server
+CONCERN = re.compile(r"(path|host|group|signal):\{\w+\}\Z")
 SERVER_NAME = re.compile(r"[A-Za-z0-9_-]{1,32}\Z")
 
 
@@ -47,6 +48,7 @@ class McpServer(Struct, frozen=True, forbid_unknown_fields=True):
     timeout: float = 60.0  # seconds that a call may take
     type: str = ""  # "stdio", "http": follows from the rest, and is accepted because files have it
     disabled: bool = False
+    concerns: dict[str, list[str]] = {}  # by tool, as in `libaios.tool.define`: what rules can be about
 
 
 class ToolboxSpec(Struct, frozen=True):
@@ -73,6 +75,11 @@ def read_servers(table: Any) -> dict[str, McpServer]:
             raise ValueError(f"mcpServers.{name}: {err}") from None
         if bool(server.command) == bool(server.url):
             raise ValueError(f"mcpServers.{name}: one of command and url")
+        for tool, concerns in server.concerns.items():
+            if not all(CONCERN.match(concern) for concern in concerns):
+                raise ValueError(
+                    f'mcpServers.{name}: concerns.{tool}: is a list of "path:{{argument}}", "host:{{argument}}"'
+                )
         if not server.timeout > 0:
             raise ValueError(f"mcpServers.{name}: timeout is a number of seconds")
         if not server.disabled:

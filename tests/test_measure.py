@@ -1,0 +1,158 @@
+"""What is sampled for budgets: files of workspaces, memory in memfds, and what cannot be measured."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+
+from aiosd import procfs
+from aiosd.kernel import diskwatch, measure
+from aiosd.kernel.budget import Budget
+from aiosd.kernel.diskwatch import DiskWatch, held, size_of
+from aiosd.kernel.ledger import CPU_US
+from aiosd.kernel.measure import Measure
+from aiosd.kernel.proc import Proc, ProcTable
+from aiosd.procfs import Stat
+from aiosd.timers import Timers
+from libaios.wire import Limits
+
+# ── files ─────────────────────────────────────────────────────────────────────────────────────────────────
+
+
+def test_files_count_by_what_they_take_and_once_for_all_their_names(tmp_path: Path) -> None:
+    (tmp_path / "a").mkdir()
+    empty = size_of(str(tmp_path))
+    (tmp_path / "a" / "file").write_bytes(bytes(1 << 20))
+    os.link(tmp_path / "a" / "file", tmp_path / "again")
+    (tmp_path / "elsewhere").symlink_to("/usr")
+    with open(tmp_path / "sparse", "wb") as file:
+        file.truncate(1 << 40)
+    found = size_of(str(tmp_path))
+    assert empty is not None
+    assert found is not None
+    assert 1 << 20 <= found - empty < 2 << 20
+    assert size_of(str(tmp_path / "none")) == 0
+
+
+def test_a_folder_that_cannot_be_looked_through_has_no_size(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def scandir(path: str) -> Any:
+        raise PermissionError(13, "no")
+
+    monkeypatch.setattr(diskwatch.os, "scandir", scandir)
+    assert size_of(str(tmp_path)) is None
+
+
+def test_a_file_without_a_name_counts_for_who_holds_it(tmp_path: Path) -> None:
+    with open(tmp_path / "file", "wb") as file:
+        file.write(bytes(1 << 20))
+        file.flush()
+        before = held(os.getpid())
+        (tmp_path / "file").unlink()
+        after = held(os.getpid())
+    assert before is not None
+    assert after is not None
+    assert after - before >= 1 << 20
+
+
+def test_the_thread_looks_and_ends(tmp_path: Path) -> None:
+    watch = DiskWatch()
+    watch.ask({str(tmp_path): [os.getpid()]})
+    assert watch._thread is not None
+    watch._thread.join(20)
+    assert not watch.busy
+    assert watch.sizes[str(tmp_path)] is not None
+
+
+# ── memory ────────────────────────────────────────────────────────────────────────────────────────────────
+
+
+def test_what_lies_in_a_memfd_is_found_by_its_descriptor() -> None:
+    fd = os.memfd_create("test")
+    try:
+        before = procfs.memfds(os.getpid())
+        os.write(fd, bytes(1 << 20))
+        after = procfs.memfds(os.getpid())
+    finally:
+        os.close(fd)
+    assert before is not None
+    assert after is not None
+    assert sum(after.values()) - sum(before.values()) >= 1 << 20
+
+
+class House:
+    """A measure of one agent, which is made up."""
+
+    def __init__(self, limits: Limits, monkeypatch: pytest.MonkeyPatch) -> None:
+        self.budget = Budget(7, limits, sharers={7})
+        table = ProcTable(10)
+        table.add(Proc(7, 70, 7, 0, "x", "x", "", "", 0.0, 0, budgets=[self.budget]))
+        self.exceeded: list[tuple[str, str]] = []
+        self.tree = {70: Stat("S", 1, 70, 70, 0.0, 5, 0.0, 10 << 20)}
+        everything: Any = SimpleNamespace()
+        self.measure = Measure(
+            table,
+            [self.budget],  # type: ignore[arg-type]
+            Timers(),
+            everything,
+            lambda budget, which, why: self.exceeded.append((which, why)),
+            everything,
+            "/none",
+        )
+        monkeypatch.setattr(measure.procfs, "tree", lambda ospid: self.tree)
+        monkeypatch.setattr(measure.procfs, "memfds", lambda ospid: {})
+        monkeypatch.setattr(measure.procfs, "measured_pss_bytes", lambda ospid: 3 << 20)
+
+    def sample(self) -> None:
+        for _ in self.measure._sample_limited():
+            pass
+
+
+def test_shared_memory_counts_in_proportion_where_that_matters(monkeypatch: pytest.MonkeyPatch) -> None:
+    house = House(Limits(memory_bytes=20 << 20), monkeypatch)
+    house.sample()
+    assert house.budget.used("memory") == 10 << 20
+    house = House(Limits(memory_bytes=5 << 20), monkeypatch)
+    house.sample()
+    assert (house.budget.used("memory"), house.exceeded) == (3 << 20, [])
+    monkeypatch.setattr(measure.procfs, "memfds", lambda ospid: {(1, ospid): 4 << 20})
+    house.sample()
+    assert house.exceeded == [("memory", "")]
+
+
+def test_memory_that_cannot_be_read_is_over_every_budget(monkeypatch: pytest.MonkeyPatch) -> None:
+    for unreadable in ("memfds", "measured_pss_bytes"):
+        house = House(Limits(memory_bytes=5 << 20), monkeypatch)
+        monkeypatch.setattr(measure.procfs, unreadable, lambda ospid: None)
+        house.sample()
+        assert house.exceeded == [("memory", "memory budget: it cannot be measured (process 70 cannot be read)")]
+
+
+def test_processes_and_their_time(monkeypatch: pytest.MonkeyPatch) -> None:
+    house = House(Limits(processes=1, cpu_s=2.0), monkeypatch)
+    house.sample()
+    assert house.exceeded == []
+    house.tree = {70: house.tree[70], 71: Stat("R", 70, 70, 70, 2.5, 6)}
+    house.sample()
+    assert house.exceeded == [("cpu", ""), ("processes", "")]
+    assert house.budget.row[CPU_US] == 2_500_000
+
+
+def test_what_an_agent_used_last_is_counted_at_its_end(monkeypatch: pytest.MonkeyPatch) -> None:
+    house = House(Limits(cpu_s=2.0), monkeypatch)
+    house.sample()
+    house.measure.ended(house.measure._table.procs[7], 0.75)
+    assert house.budget.cpu_s == 0.75
+
+
+def test_the_nearer_the_end_of_its_time_the_sooner_it_is_looked_at_again(monkeypatch: pytest.MonkeyPatch) -> None:
+    house = House(Limits(cpu_s=2.0), monkeypatch)
+    house.measure._cores = 4
+    waits = []
+    for used in (0.0, 1.8, 2.0):
+        house.budget.row[CPU_US] = int(used * 1e6)
+        waits.append(round(house.measure._wait(house.budget), 3))
+    assert waits == [0.1, 0.05, 0.01]
