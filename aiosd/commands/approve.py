@@ -184,7 +184,7 @@ class _Follow:
 
     def _receive(self) -> None:
         self._client.pump()
-        if self._client.socket.reborn:  # a new kernel: it is told at once that we listen
+        if self._client.socket.reborn:  # a new kernel must know at once that we listen
             self._client.pump()
         while self._call.pieces:
             asked: Any = self._call.pieces.popleft()

@@ -16,7 +16,7 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from typing import Protocol
 
-from aiosd.gateway.identity import Address, belongs, is_outside
+from aiosd.gateway.identity import Address, belongs, holder, is_outside
 from libaios.client import ControlSocket
 from libaios.connection import Connection
 from libaios.greeting import Greeting
@@ -138,6 +138,10 @@ class Accounts:
         if account.ospid:
             return await loop.run_in_executor(self._threads, belongs, theirs, ours, account.ospid)
         return await loop.run_in_executor(self._threads, is_outside, theirs, ours, os.getppid())
+
+    async def process_of(self, user: User) -> int:
+        """The process at the other end of a TCP connection that is known; 0: it is not found."""
+        return await asyncio.get_running_loop().run_in_executor(self._threads, holder, *user.ends)
 
     def gone(self, pid: int) -> None:
         """The agent is dead."""

@@ -14,7 +14,9 @@ from collections.abc import Awaitable, Callable
 from typing import Any, Literal
 
 from msgspec import Struct
+from msgspec.structs import replace
 
+from aiosd.gateway import filing
 from aiosd.gateway.calls import ask
 from aiosd.gateway.filing import checked, storage
 from aiosd.gateway.openai import fields, generation
@@ -92,7 +94,7 @@ def _failed(kind: str, problem: Problem) -> dict[str, Any]:
 async def _llm(request: Request, data: dict[str, Any]) -> dict[str, Any]:
     asked = fields.read(request, data, LlmQuery)
     if asked.action_type == "operate_file":
-        raise Problem(501, "operate_file: this server cannot do that")
+        return await _operate(request, asked)
     result = await _generate(request, asked)
     calls = [
         {"name": call.name.replace(SLASH, "/"), "parameters": call.arguments, "id": call.id, "type": "function"}
@@ -102,6 +104,18 @@ async def _llm(request: Request, data: dict[str, Any]) -> dict[str, Any]:
     if asked.action_type == "call_tool" and calls:
         text = await _run_tools(request, calls)
     return {"response_message": text, "tool_calls": calls or None, "finished": True, "error": None, "status_code": 200}
+
+
+async def _operate(request: Request, asked: LlmQuery) -> dict[str, Any]:
+    """The model says what is to be done with files, and that is done. The answer is what came of it, operation by
+    operation, in the words of the store: another model's summary could say that it was done when it was not."""
+    messages = [{"role": "system", "content": filing.PARSER}, *asked.messages]
+    result = await _generate(request, replace(asked, messages=messages, tools=filing.TOOLS, action_type="call_tool"))
+    if not result.tool_calls:
+        raise Problem(422, "operate_file: the model has not said what is to be done within max_new_tokens")
+    done = [await filing.do(request, call.name, call.arguments) for call in result.tool_calls]
+    message = "\n".join(done)
+    return {"response_message": message, "tool_calls": None, "finished": True, "error": None, "status_code": 200}
 
 
 async def _generate(request: Request, asked: LlmQuery) -> Result:
@@ -284,7 +298,7 @@ async def llms(request: Request) -> None:
 
 async def status(request: Request) -> None:
     parts = dict.fromkeys(("llm", "memory", "storage", "tool", "factory"), "active")
-    await request.reply({"status": "ok", "message": "All components active", "components": parts})
+    await request.reply({**parts, "status": "ok", "message": "All components active", "components": parts})
 
 
 async def setup(request: Request) -> None:

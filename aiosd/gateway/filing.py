@@ -37,11 +37,16 @@ def checked(args: A) -> A:
 
 async def storage(request: Request, data: dict[str, Any]) -> dict[str, Any]:
     asked = fields.read(request, data, StorageQuery)
-    operation = _OPERATIONS.get(asked.operation_type)
-    if operation is None:
-        raise Problem(400, f"operation_type: {asked.operation_type[:60]!r} is none of {', '.join(_OPERATIONS)}")
-    message = await operation(request, asked.params)
+    message = await do(request, asked.operation_type, asked.params)
     return {"response_message": message, "finished": True, "error": None, "status_code": 200}
+
+
+async def do(request: Request, operation: str, params: dict[str, Any]) -> str:
+    """Returns a sentence that says what was done, or what was found. Raises Problem, OSError."""
+    function = _OPERATIONS.get(operation)
+    if function is None:
+        raise Problem(400, f"operation_type: {operation[:60]!r} is none of {', '.join(_OPERATIONS)}")
+    return await function(request, params)
 
 
 def _text(params: dict[str, Any], name: str) -> str:
@@ -114,3 +119,25 @@ _OPERATIONS: dict[str, Callable[[Request, dict[str, Any]], Awaitable[str]]] = {
     "rollback": _rollback,
     "share": _share,
 }
+
+
+# ── for a model that is to work on files ──────────────────────────────────────────────────────────────────
+
+PARSER = "You turn instructions about files into calls of the tools that you have, and do nothing else."
+_PATH = {"file_path": {"type": "string", "description": "path of the file"}}
+_COUNT = {"n": {"type": "integer", "minimum": 1, "maximum": 100}}
+
+
+def _tool(name: str, description: str, properties: dict[str, Any], required: list[str]) -> dict[str, Any]:
+    parameters = {"type": "object", "properties": properties, "required": required, "additionalProperties": False}
+    return {"type": "function", "function": {"name": name, "description": description, "parameters": parameters}}
+
+
+TOOLS = [
+    _tool("create_file", "Make an empty file.", _PATH, ["file_path"]),
+    _tool("create_dir", "Make a folder.", {"dir_path": {"type": "string"}}, ["dir_path"]),
+    _tool("write", "Write a text into a file.", {**_PATH, "content": {"type": "string"}}, ["file_path", "content"]),
+    _tool("retrieve", "Find files by what is in them.", {"query_text": {"type": "string"}, **_COUNT}, ["query_text"]),
+    _tool("rollback", "Go back by n versions of a file.", {**_PATH, **_COUNT}, ["file_path", "n"]),
+    _tool("share", "Let the group read a file.", _PATH, ["file_path"]),
+]

@@ -56,6 +56,15 @@ def other_end(theirs: Address, ours: Address) -> Socket:
     return Socket(inode, uid)
 
 
+def holder(theirs: Address, ours: Address) -> int:
+    """A process that has the other end of this connection; 0: none is found."""
+    inode = other_end(theirs, ours).inode
+    if not inode:
+        return 0
+    wanted = f"socket:[{inode}]"
+    return next((pid for pid in reversed(_processes()) if _has(pid, wanted, MOST_DESCRIPTORS)[0]), 0)
+
+
 def belongs(theirs: Address, ours: Address, ospid: int) -> bool:
     """Whether the process of this number, or one that descends from it, has the other end of this connection."""
     inode = other_end(theirs, ours).inode

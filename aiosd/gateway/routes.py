@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from aiosd.gateway import cerebrum, health, ollama
+from aiosd.gateway import cerebrum, health, ollama, submitted
 from aiosd.gateway.openai import chat, completions, embeddings, kept, listing, responses, tokens
 from aiosd.gateway.web import Handler, Route, route
 
@@ -37,6 +37,9 @@ ROUTES = [
     route("GET", "/core/llms/list", cerebrum.llms),
     route("GET", "(?:/core)?/status", cerebrum.status),
     route("POST", "/core/{part}/setup", cerebrum.setup),
+    route("POST", "/agents/submit", submitted.submit),
+    route("GET", "/agents/ps", submitted.ps),
+    route("GET", "/agents/{pid}/status", submitted.status),
     _ollama("POST", "/chat", ollama.chat),
     _ollama("POST", "/generate", ollama.generate),
     _ollama("POST", "/embed", ollama.embed),

@@ -114,27 +114,32 @@ class Guarded(HttpToolsProtocol):
 
 
 def serve(superior: Superior, spec: GatewaySpec, rounds: Rounds) -> int:
-    with asyncio.Runner(loop_factory=lambda: asyncio.SelectorEventLoop(Gathering())) as runner:
-        return runner.run(_serve(superior, spec, rounds))
+    counters = Counters()
+    with asyncio.Runner(loop_factory=lambda: asyncio.SelectorEventLoop(Gathering(counters))) as runner:
+        return runner.run(_serve(superior, spec, rounds, counters))
 
 
 class Gathering(selectors.EpollSelector):
-    """Waits a moment longer when there is something. A model gives out the tokens of all its streams at once, and the
-    kernel sends them on one by one: without that each of them would wake this process, and the process of the model
-    would have to wait for the processor as often."""
+    """Waits a moment longer when there is something, while there are several streams. A model gives out the tokens of
+    all of them at once, and the kernel sends them on one by one: without that each would wake this process, and the
+    process of the model would have to wait for the processor as often."""
+
+    def __init__(self, counters: Counters) -> None:
+        super().__init__()
+        self._counters = counters
 
     def select(self, timeout: float | None = None) -> list[tuple[selectors.SelectorKey, int]]:
         found = super().select(timeout)
-        if not found or timeout == 0:
+        if not found or timeout == 0 or self._counters.streams < 2:
             return found
         time.sleep(GATHER_S)
         return super().select(0)
 
 
-async def _serve(superior: Superior, spec: GatewaySpec, rounds: Rounds) -> int:
+async def _serve(superior: Superior, spec: GatewaySpec, rounds: Rounds, counters: Counters) -> int:
     loop = asyncio.get_running_loop()
     ended = asyncio.Event()
-    strangers, counters = Strangers(), Counters()
+    strangers = Strangers()
     accounts = Accounts(spec.home, lambda: counters.streams)
     superior.on_gone = accounts.gone
     superior.stats = lambda: {
