@@ -11,8 +11,7 @@ The endpoint is llama-server (`make peers`), for the ratios that count, and a fa
 nothing is to be waited for: what is between the two sides there is aiosd's own time, for each call and each token.
 
     $ python benchmarks/remote.py --model smollm2
-    endpoint      n tokens  direct ms  aiosd ms  ratio
-    llama-server  1      1      18.31     19.12  1.04 (bar 1.10 kept)
+    endpoint      n tokens  direct ms  aiosd ms  ratio  CPU ms  endpoint's
     …
 """
 
@@ -31,8 +30,9 @@ from typing import Any
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 
-from benchmarks import harness  # noqa: E402  the checkout comes first
-from benchmarks.harness import AGENT, LOOP, Aiosd, Client, cpu_seconds, makespan, race  # noqa: E402
+from aiosd import procfs  # noqa: E402  the checkout comes first
+from benchmarks import harness  # noqa: E402
+from benchmarks.harness import AGENT, LOOP, Aiosd, Client, makespan, race  # noqa: E402
 
 BAR = 1.10
 
@@ -127,11 +127,12 @@ def orders(count: int, calls: int, generate: int, seed: int) -> list[dict[str, A
 
 
 @contextlib.contextmanager
-def fake() -> Iterator[int]:
+def fake() -> Iterator[tuple[int, int]]:
+    """Port and pid."""
     process = subprocess.Popen([sys.executable, "-c", FAKE], stdout=subprocess.PIPE, text=True)
     try:
         assert process.stdout is not None
-        yield int(process.stdout.readline())
+        yield int(process.stdout.readline()), process.pid
     finally:
         process.kill()
         process.wait()
@@ -140,25 +141,34 @@ def fake() -> Iterator[int]:
 
 
 @contextlib.contextmanager
-def llama_server(options: argparse.Namespace) -> Iterator[int]:
+def llama_server(options: argparse.Namespace) -> Iterator[tuple[int, int]]:
     path = harness.model_path(options.model)
     with harness.Server(path, max(options.n), 1024, options.threads, "--jinja") as server:
-        yield server.port
+        yield server.port, server.process.pid
 
 
-def measure(clients: Sequence[Client], given: list[dict[str, Any]], processes: Sequence[int]) -> dict[str, float]:
-    before = sum(map(cpu_seconds, processes))
+def cpu_seconds(pid: int) -> float:
+    """Of a process with all its threads, also those that have ended: an exchange has one of its own."""
+    stat = procfs.read_stat(pid)
+    return stat.cpu_s if stat is not None else 0.0
+
+
+def measure(
+    clients: Sequence[Client], given: list[dict[str, Any]], processes: Sequence[int], endpoint: int
+) -> dict[str, float]:
+    before, its = sum(map(cpu_seconds, processes)), cpu_seconds(endpoint)
     told = race(clients, given)
     calls = len(given) * len(given[0]["prompts"])
     return {
         "calls": calls,
         "tokens": sum(one["tokens"] for one in told),
         "ms": makespan(told) / len(given[0]["prompts"]) * 1e3,  # of a call, with n of them at a time
+        "endpoint_ms": (cpu_seconds(endpoint) - its) / calls * 1e3,
         "cpu_ms": (sum(map(cpu_seconds, processes)) - before) / calls * 1e3,  # of kernel and core
     }
 
 
-def run_cells(name: str, port: int, options: argparse.Namespace) -> list[dict[str, Any]]:
+def run_cells(name: str, port: int, endpoint: int, options: argparse.Namespace) -> list[dict[str, Any]]:
     rows = []
     with Aiosd(f"http://127.0.0.1:{port}/v1#m", "--concurrency", str(max(options.n))) as system:
         own = [int(one["ospid"]) for one in system.processes() if one["name"] in ("llm", "kernel")]
@@ -170,14 +180,14 @@ def run_cells(name: str, port: int, options: argparse.Namespace) -> list[dict[st
             for generate in options.generate:
                 calls = max(1, options.tokens // (generate + 8) // n)
                 for clients in sides.values():  # warm
-                    measure(clients, orders(n, 2, generate, options.seed), own)
+                    measure(clients, orders(n, 2, generate, options.seed), own, endpoint)
                 for turn in range(2 * options.pairs):
                     given = orders(n, calls, generate, options.seed + 1 + turn * 1000)
                     for side in ("direct", "aiosd") if turn % 2 == 0 else ("aiosd", "direct"):
                         if side == "aiosd":
                             given = orders(n, calls, generate, options.seed + 500 + turn * 1000)
                         cell = {"endpoint": name, "n": n, "generate": generate, "side": side, "turn": turn}
-                        rows.append({**cell, **measure(sides[side], given, own)})
+                        rows.append({**cell, **measure(sides[side], given, own, endpoint)})
             for client in direct:
                 client.close()
     return rows
@@ -186,10 +196,10 @@ def run_cells(name: str, port: int, options: argparse.Namespace) -> list[dict[st
 def run(options: argparse.Namespace) -> list[dict[str, Any]]:
     rows = []
     if not options.only_fake:
-        with llama_server(options) as port:
-            rows += run_cells("llama-server", port, options)
-    with fake() as port:
-        rows += run_cells("fake", port, options)
+        with llama_server(options) as (port, pid):
+            rows += run_cells("llama-server", port, pid, options)
+    with fake() as (port, pid):
+        rows += run_cells("fake", port, pid, options)
     return rows
 
 
@@ -208,6 +218,7 @@ def summary(rows: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
                 "direct_ms": statistics.median(row["ms"] for row in direct),
                 "aiosd_ms": statistics.median(row["ms"] for row in ours),
                 "cpu_ms": statistics.median(row["cpu_ms"] for row in ours),
+                "endpoint_ms": statistics.median(row["endpoint_ms"] for row in direct),
                 # Greedy texts end where they end, so a side may have more tokens: time is compared for as many.
                 "ratio": harness.median_ratio([(a["ms"] / a["tokens"], b["ms"] / b["tokens"]) for a, b in pairs]),
             }
@@ -230,14 +241,15 @@ def added(found: Sequence[dict[str, Any]]) -> list[str]:
 
 
 def table(found: Sequence[dict[str, Any]]) -> list[str]:
-    lines = ["endpoint      n tokens  direct ms  aiosd ms  CPU ms  ratio"]
+    """CPU is that of aiosd's kernel and core, and of the endpoint, for a call."""
+    lines = ["endpoint      n tokens  direct ms  aiosd ms  ratio  CPU ms  endpoint's"]
     for cell in found:
         verdict = ""
         if cell["endpoint"] != "fake":
             verdict = f" (bar {BAR:.2f} {harness.verdict(cell['ratio'], BAR)})"
         lines.append(
             f"{cell['endpoint']:12} {cell['n']:2} {cell['generate']:6} {cell['direct_ms']:10.2f} "
-            f"{cell['aiosd_ms']:9.2f} {cell['cpu_ms']:7.2f}  {cell['ratio']:.3f}{verdict}"
+            f"{cell['aiosd_ms']:9.2f} {cell['ratio']:6.3f} {cell['cpu_ms']:7.2f} {cell['endpoint_ms']:11.2f}{verdict}"
         )
     return lines + added(found)
 

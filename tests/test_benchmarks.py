@@ -310,7 +310,7 @@ def test_a_model_elsewhere_is_measured_against_its_endpoint():
     assert {row["tokens"] / row["calls"] for row in rows} == {1, 8}
     short, long = remote.summary(rows)
     assert short["aiosd_ms"] > short["direct_ms"] > 0
-    assert short["cpu_ms"] > 0
+    assert short["cpu_ms"] >= 0 <= short["endpoint_ms"]
     lines = remote.table([{**short, "endpoint": "llama-server", "ratio": 1.2}, short, {**long, "cpu_ms": 9.0}])
     assert "MISSED" in lines[1]
     assert lines[-1].startswith("aiosd adds, 1 at a time: ")
