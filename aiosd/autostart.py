@@ -11,6 +11,8 @@
     restart = "on-failure:3"          see aiosd.restart
     env = { PLAN = "day" }            beside the environment that aiosd has
     sandbox = "flat"                  also net, read, write: see aiosd.sandbox.boxgroups
+    preload = "openai,my.tools"       forked from a process that has imported these, of the interpreter or environment
+    python = "venv"                   … that is named here, else of aiosd's
 
 `READERS` checks one such table key by key, `read` as a whole; `spawn` makes of it what `aios-run -d` would send.
 """
@@ -27,7 +29,7 @@ import msgspec
 
 from aiosd import limits, restart
 from aiosd.sandbox import boxgroups
-from libaios import sandbox, wire
+from libaios import sandbox, template, wire
 
 KINDS = {"file": "file", "module": "module", "command": "exec"}  # a key, and what wire.Spawn calls it
 
@@ -47,6 +49,7 @@ class AgentSpec:
     restart: restart.Policy = field(default_factory=restart.Policy)
     env: Mapping[str, str] = field(default_factory=dict)
     sandbox: wire.Sandbox = field(default_factory=wire.Sandbox)
+    template: wire.Template | None = None
 
 
 def spawn(spec: AgentSpec, environ: Mapping[str, str], umask: int = 0o022) -> wire.Spawn:
@@ -66,6 +69,7 @@ def spawn(spec: AgentSpec, environ: Mapping[str, str], umask: int = 0o022) -> wi
         detached=True,
         restart=str(spec.restart),
         sandbox=spec.sandbox,
+        template=spec.template,
     )
 
 
@@ -77,6 +81,7 @@ def read(values: Mapping[str, Any], folder: str) -> AgentSpec:
         raise ValueError(f"an agent has one of file, module and command{found}")
     kind, words = KINDS[given[0]], list(values[given[0]])
     cwd = os.path.normpath(os.path.join(folder, os.path.expanduser(values.get("cwd", "."))))
+    forked_from = _template(kind, values, folder)
     return AgentSpec(
         kind=kind,
         target=words[0],
@@ -98,8 +103,23 @@ def read(values: Mapping[str, Any], folder: str) -> AgentSpec:
             write=values.get("write", ()),
             variables=values.get("env", {}),
             net=values.get("net"),
+            needed=template.folders(forked_from),
         ),
+        template=forked_from,
     )
+
+
+def _template(kind: str, values: Mapping[str, Any], folder: str) -> wire.Template | None:
+    """The process from which it is forked, None: aiosd's own."""
+    if "preload" not in values and "python" not in values:
+        return None
+    if "preload" not in values or kind == "exec":
+        raise ValueError("preload goes with file or module, and python with preload")
+    python = values.get("python", "")
+    try:
+        return template.wish(values["preload"], os.path.join(folder, os.path.expanduser(python)) if python else "")
+    except OSError as err:
+        raise ValueError(err.strerror) from None
 
 
 # ── the keys ──────────────────────────────────────────────────────────────────────────────────────────────
@@ -121,6 +141,15 @@ def _words(value: Any) -> list[str]:
     if not isinstance(value, list) or not all(isinstance(word, str) and "\0" not in word for word in value):
         raise ValueError(f"{value!r} is no list of texts")
     return value
+
+
+def _modules(value: Any) -> list[str]:
+    """A list of names, or one text with commas between them."""
+    names = value.split(",") if isinstance(value, str) else _words(value)
+    try:
+        return msgspec.convert([name.strip() for name in names], list[wire.Module])
+    except msgspec.ValidationError:
+        raise ValueError(f"{value!r} are no names of modules") from None
 
 
 def _command(value: Any) -> list[str]:
@@ -191,4 +220,6 @@ READERS: dict[str, Callable[[Any], Any]] = {
     "net": boxgroups.net,
     "read": boxgroups.texts,
     "write": boxgroups.texts,
+    "preload": _modules,
+    "python": _text,
 }

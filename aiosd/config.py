@@ -16,7 +16,7 @@
     [[model]]                               one that another server runs, behind OpenAI's API
     url = "https://host/v1"
     model = "its-name-there"                --model NAME=https://host/v1#its-name-there
-    key_file = "host.key"
+    key_file = "host.key"                   or "keyring:NAME": a key of that name in Linux's user keyring
     concurrency = 8                         requests at a time; rpm, tpm: requests and tokens in a minute
     price = "0.15,0.60"                     of a million tokens of prompt, and of answer
 
@@ -80,6 +80,7 @@ ORPHANS = ("kill", "term")
 LOG_LEVELS = ("debug", "info", "warning", "error", "critical")
 ENV_PREFIX = "AIOSD_"
 URLS = ("http://", "https://")
+KEYRING = "keyring:"  # a key is there and not in a file (`aiosd.llm.remote.keys`)
 
 
 # ── what there is to set ──────────────────────────────────────────────────────────────────────────────────
@@ -357,7 +358,7 @@ KEYS = (
     Key("yarn_beta_fast", _number(0, 1e6), "F", "YaRN: low correction.", per_model=True),
     Key("yarn_beta_slow", _number(0, 1e6), "F", "YaRN: high correction.", per_model=True),
     Key("verbose", _switch, "", "Show what llama.cpp says.", False, per_model=True),
-    Key("key_file", _text, "FILE", "Where the key to a model at a URL lies.", "", per_model=True),
+    Key("key_file", _text, "FILE", "The key to a model at a URL; keyring:NAME.", "", per_model=True),
     Key("concurrency", _whole(1, 256), "N", "Requests to such a model at a time (8).", 8, per_model=True),
     Key("rpm", _whole(0), "N", "… and in a minute (no limit).", 0, per_model=True),
     Key("tpm", _whole(0), "N", "Its tokens in a minute (no limit).", 0, per_model=True),
@@ -724,7 +725,9 @@ def _elsewhere(address: str, name: str, options: dict[str, Any], folder: str) ->
     url, _, model = address.partition("#")
     if not model:
         raise UsageError(f"--model {address}: what is its name there? {url}#NAME")
-    key_file = options["key_file"] and os.path.join(folder, os.path.expanduser(options["key_file"]))
+    key_file = options["key_file"]
+    if key_file and not key_file.startswith(KEYRING):
+        key_file = os.path.join(folder, os.path.expanduser(key_file))
     name = re.sub(r"[\x00-\x20\x7f/]", "_", name or model)[:64]
     limits = {key: options[key] for key in ("concurrency", "rpm", "tpm", "price")}
     return ModelSpec(name=name, backend=REMOTE, url=url, model=model, key_file=key_file, **limits)

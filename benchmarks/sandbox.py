@@ -2,12 +2,13 @@
 """What confining an agent costs: its start, its memory, and its work afterwards.
 
     $ python benchmarks/sandbox.py
-                                        none      flat     ratio
-    agents spawned per second          241.0     213.0      0.88
+                                        none      flat      cage     flat     cage
+    agents spawned per second          241.0     213.0     190.0     0.88     0.79
     …
 
-Both levels take turns, `--rounds` times; each figure is the median. A crowd is spawned by one agent through the SDK,
-and its memory is read while all are alive. What an agent does inside is timed there, each thing many times.
+The last columns are ratios to none. The levels take turns, `--rounds` times; each figure is the median. A crowd is
+spawned by one agent through the SDK, and its memory is read while all are alive. What an agent does inside is timed
+there, each thing many times.
 
 Results go to benchmarks/results/sandbox.json.
 """
@@ -26,7 +27,7 @@ sys.path.insert(0, str(ROOT))
 
 from benchmarks import harness  # noqa: E402
 
-LEVELS = ("none", "flat")
+LEVELS = ("none", "flat", "cage")
 BOUND = 1.1
 
 MEMBER = "import libaios as aios\naios.proc.getpid()\naios.msg.send(aios.proc.getppid(), 0)\naios.msg.recv()\n"
@@ -115,22 +116,22 @@ def measure(rounds: int, agents: int) -> dict[str, dict[str, float]]:
 
 
 def rows(found: dict[str, dict[str, float]]) -> list[dict[str, Any]]:
-    first, second = LEVELS
     return [
         {
             "figure": name,
             **{level: round(found[level][name], 3) for level in LEVELS},
-            "ratio": round(found[second][name] / found[first][name], 3),
+            **{f"{level}_ratio": round(found[level][name] / found[LEVELS[0]][name], 3) for level in LEVELS[1:]},
         }
         for name in FIGURES
     ]
 
 
 def show(table: list[dict[str, Any]]) -> None:
-    print(f"{'':34}{''.join(f'{level:>12}' for level in LEVELS)}{'ratio':>10}")
+    print(f"{'':34}{''.join(f'{level:>12}' for level in LEVELS)}{''.join(f'{level:>10}' for level in LEVELS[1:])}")
     for row in table:
         cells = "".join(f"{row[level]:12.2f}" for level in LEVELS)
-        print(f"{FIGURES[row['figure']]:34}{cells}{row['ratio']:10.2f}")
+        cells += "".join(f"{row[level + '_ratio']:10.2f}" for level in LEVELS[1:])
+        print(f"{FIGURES[row['figure']]:34}{cells}")
 
 
 def main() -> None:

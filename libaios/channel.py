@@ -452,8 +452,10 @@ class Channel:
             if self._read_bell():
                 return True
             os.set_blocking(self._bell, True)  # after a `rouse`; a test for that could miss another handler
-        elif _readable(self._bell, BACKSTOP_S if timeout is None else max(0.0, min(BACKSTOP_S, timeout)), also):
-            if not also or _readable(self._bell, 0):
+        elif found := _readable(
+            self._bell, BACKSTOP_S if timeout is None else max(0.0, min(BACKSTOP_S, timeout)), also
+        ):
+            if self._bell in found:
                 self._read_bell()
             return True
         self.nudge()
@@ -485,11 +487,12 @@ def restless(channels: Sequence[Channel]) -> list[Channel]:
     return [channel for channel in channels if not channel.settled()]
 
 
-def _readable(fd: int, seconds: float, also: Sequence[int] = ()) -> bool:
+def _readable(fd: int, seconds: float, also: Sequence[int] = ()) -> list[int]:
+    """Which of these can be read, or are hung up, as soon as one can."""
     poll = select.poll()  # a new one each time: a signal handler may come here while this thread polls, further up
     for each in (fd, *also):
         poll.register(each, select.POLLIN)
-    return bool(poll.poll(seconds * 1000))
+    return [ready for ready, _ in poll.poll(seconds * 1000)]
 
 
 def _timeval(seconds: float) -> bytes:

@@ -3,18 +3,17 @@
 from __future__ import annotations
 
 import os
+import sys
+from importlib import import_module
 
-try:
-    from _sha2 import sha256  # type: ignore[import-not-found,unused-ignore] # from Python 3.12 on
-except ImportError:
-    from _sha256 import sha256  # type: ignore[import-not-found,unused-ignore]
+_sha256 = import_module("_sha2" if sys.version_info >= (3, 12) else "_sha256").sha256
 
 MOST_BYTES = 16 << 20  # of a file whose content is looked at
 
 
 def of(content: bytes) -> bytes:
     """32 bytes."""
-    digest: bytes = sha256(content).digest()
+    digest: bytes = _sha256(content).digest()
     return digest
 
 

@@ -83,8 +83,9 @@ def search(
     works here.
 
     Only notes that have all `tags` and `metadata` and were changed from `since` on and before `until` (Unix times).
-    A note is found by its meaning as soon as that has been computed; a search waits for the caller's own notes, but no
-    longer than a second. For "meaning" raises OSError(EOPNOTSUPP) where there is no embedder, EAGAIN where it is away.
+    A note is found by its very text at once, by its words and its meaning when these have been indexed: a search has
+    that done first for the caller's own notes, for a second or two at most. For "meaning" raises OSError(EOPNOTSUPP)
+    where there is no embedder, EAGAIN where it is away.
     """
     filters = NoteFilters(_tags(tags), _metadata(metadata), since, until)
     return Plan(Sys.MEM_SEARCH, wire.MemSearch(query, k, filters, by))

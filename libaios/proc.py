@@ -55,8 +55,9 @@ def spawn(
     `target` is a Python script, a module (`kind="module"`) or a program (`kind="exec"`); without `kind`, a name that
     ends in .py is a script and anything else a program. The child has the caller's environment, working directory,
     stdin, stdout and stderr, its nice value and its budgets; outside an agent, or with `detached=True`, its output
-    goes to its log. `limits` gives it a budget of its own. `restart` ("on-failure", "on-failure:3", "always") has a
-    detached one started again when it ends.
+    goes to its log. `limits` gives it a budget of its own: `Limits(tokens=10_000)`; `cost` is in 10^-12 of the unit of
+    prices, so 2_500_000_000_000 is 2.50. `restart` ("on-failure", "on-failure:3", "always") has a detached one started
+    again when it ends.
 
     `sandbox` ("flat") confines it; an agent that is confined can start none with more rights, and its children have its
     files and its workspace. `preload` has it forked from a warm process that has imported these modules, in the

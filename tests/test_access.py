@@ -164,6 +164,8 @@ def test_what_is_the_agents_own_never_asks(system: System, agent: str) -> None:
         "aios.proc.nice(1)",
     )
     assert [kind for kind, _ in did(system, "--name", "own", agent, *own)] == ["ok"] * len(own)
+    for _ in range(2):  # an agent of the same name finds its files again, whatever its pid is
+        assert did(system, "--name", "own", agent, 'aios.sto.write("again", b"1")')[0][0] == "ok"
 
 
 def test_what_belongs_to_others_too_asks(system: System, agent: str) -> None:
@@ -488,6 +490,11 @@ def test_a_rule_for_a_program_and_its_content(fresh_aiosd: Callable[..., System]
     assert [kind for kind, _ in below] == ["PermissionError", "ok"]  # the child's line, and its parent's
     script.write_text(AGENT + "\n# changed\n")
     assert did(own, str(script), remove % "b")[0][0] == "PermissionError"
+    with Client(Home(str(own.home))) as client:  # what it was when it was hashed, and another thing when it starts
+        forged = wire.Sandbox(program=str(script), sha256=bytes.fromhex(digest))
+        spawn = wire.Spawn("file", str(script), detached=True, sandbox=forged)
+        with pytest.raises(OSError, match="has changed since it was to be started"):
+            client.call(Sys.SPAWN, spawn, wire.Spawned)
     (tmp_path / "copy.py").write_text(AGENT)
     assert did(own, str(tmp_path / "copy.py"), remove % "b")[0][0] == "PermissionError"
 

@@ -113,6 +113,16 @@ def test_what_is_sampled_is_ended(
     assert f"agent {found['pid']}: {words}" in system.log()
 
 
+def test_linux_refuses_what_is_far_beyond_a_memory_budget(system: System, write: Write) -> None:
+    """No sample could be in time for that."""
+    script = write("""
+        try: bytes(1 << 30)
+        except MemoryError: print("refused")
+    """)
+    done = system.run("aios-run", "--memory", "80M", script)
+    assert (done.returncode, done.stdout) == (0, "refused\n")
+
+
 def test_calls_of_tools_are_counted_and_the_next_is_refused(system: System, write: Write) -> None:
     done = system.run("aios-run", "--tool-calls", "3", write(CALLS))
     assert done.stdout == "3 EDQUOT tool call budget of 3 used up\n"

@@ -315,7 +315,8 @@ def test_wait_for_a_signal_a_budget_no_agent(aiosd: System) -> None:
     pid = start(aiosd, "kill -INT $$")
     assert aiosd.run("aios-wait", pid).returncode == 130
     budget = aiosd.run("aios-run", "-d", "--time", "0.2", "--", "sleep", "300", check=True).stdout.strip()
-    assert aiosd.run("aios-wait", budget).returncode == 124
+    done = aiosd.run("aios-wait", budget)
+    assert (done.returncode, done.stderr) == (124, f"aios-wait: {budget}: time budget of 0.2 s used up\n")
     done = aiosd.run("aios-wait", pid, "999999")
     assert (done.returncode, done.stderr) == (127, "aios-wait: 999999: no such agent\n")
 

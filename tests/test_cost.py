@@ -153,12 +153,13 @@ def endpoint() -> Any:
 def test_a_budget_of_money_ends_an_agent(
     fresh_aiosd: Callable[..., System], tmp_path: Path, endpoint: Endpoint
 ) -> None:
-    """… shared with all that it starts, over a kernel's death; what is free may be used on."""
+    """… and those of a group; what is free may be used on."""
     script = tmp_path / "agent.py"
     script.write_text(AGENT)
     toml = f'[[model]]\nname = "far"\nurl = "{endpoint.url}"\nmodel = "m"\nprice = "10,100"\n'
     toml += f'[[model]]\nname = "unpriced"\nurl = "{endpoint.url}"\nmodel = "m"\n'
     toml += '[[model]]\nname = "near"\npath = "nano"\n[route]\nany = ["far", "near"]\n'
+    toml += '[[group]]\nname = "g"\ncost = "0.07"\n'
     (tmp_path / "aiosd.toml").write_text(toml)
     system = fresh_aiosd("--config", str(tmp_path / "aiosd.toml"))
     # A call costs 1000 * 0.00001 + 100 * 0.0001 = 0.02.
@@ -168,6 +169,11 @@ def test_a_budget_of_money_ends_an_agent(
     assert done.stdout.split() == ["stop", "far"] * 2 + ["stop", "far"]
     shown = system.run("aios-ps", "-e", "--dead", "-C", "spender", "-o", "cost=,budget=").stdout.split()
     assert shown == ["0.06", "cost"], "the endpoint alone knows at the end how long a prompt was"
+    first = system.run("aios-run", "-g", "g", "--cost", "0.03", script, "far")
+    rest = system.run("aios-run", "-g", "g", script, "far")  # has what the group has left
+    assert (first.returncode, len(first.stdout.splitlines())) == (124, 2)
+    assert (rest.returncode, len(rest.stdout.splitlines())) == (124, 2)
+    assert "cost budget of 0.07 used up by group g" in rest.stderr
     unpriced = system.run("aios-run", "--cost", "1", script, "unpriced")
     assert "what unpriced costs is not known" in unpriced.stderr
     job = system.popen("aios-run", "--cost", "0.03", script, "any", "0.01")

@@ -452,6 +452,8 @@ def failing(failed: list[int]) -> Any:
     return SimpleNamespace(
         fail=lambda call, code, why: failed.append(call.id),
         on_parked=lambda peer: None,
+        on_death=lambda call, reason: None,
+        on_failed=lambda call, message: failed.append(call.id),
         call_budget=lambda call: (0, "", 0),
     )
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import errno
 import json
 import os
+import platform
 import random
 import select
 import signal
@@ -24,7 +25,7 @@ from aiosd.commands import models
 from aiosd.errors import UsageError
 from aiosd.llm.line import Line
 from aiosd.llm.remote import backend as backends
-from aiosd.llm.remote import limits
+from aiosd.llm.remote import keys, limits
 from aiosd.llm.remote.backend import open_model
 from aiosd.llm.remote.connections import Endpoint as Address
 from aiosd.llm.remote.limits import MINUTE_S, Breaker, Window, backoff
@@ -426,6 +427,22 @@ def test_a_key_is_sent_and_in_nothing_else(make: Make, tmp_path: Path) -> None:
     assert bench.endpoint.asked[0][2]["Authorization"] == f"Bearer {KEY}"
     assert KEY not in failed.message
     assert KEY not in repr([bench.remote.stats(), bench.remote.info, bench.remote._spec])
+
+
+def test_a_key_comes_from_the_keyring(make: Make) -> None:
+    name = f"aiosd-test-{os.getpid()}".encode()
+    try:
+        made = keys._call(248 if platform.machine() == "x86_64" else 217, b"user", name, KEY.encode(), len(KEY), -4)
+    except OSError as err:
+        pytest.skip(f"no keyring: {err}")
+    try:
+        bench = make(answers("x"), key_file=f"keyring:{name.decode()}")
+        bench.end(bench.submit())
+        assert bench.endpoint.asked[0][2]["Authorization"] == f"Bearer {KEY}"
+    finally:
+        keys._call(keys._NUMBERS[platform.machine()][1], 9, made, -4)  # unlink
+    with pytest.raises(OSError, match="key"):
+        keys.read(f"keyring:{name.decode()}")
 
 
 @pytest.mark.parametrize("content", [None, "", "a\nb", "ключ"])

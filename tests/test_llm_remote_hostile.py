@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import errno
 import json
 import threading
@@ -11,16 +12,23 @@ from typing import Any
 
 import msgspec
 import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
 from aiosd import link
 from aiosd.llm.remote import backend as backends
 from aiosd.llm.remote import exchange, limits
-from aiosd.llm.remote.answer import Wrong, parsed, printable
+from aiosd.llm.remote.answer import Answer, Wrong, loosely, parsed, printable, sentence
 from tests.fakeendpoint import Deed, Handler, answers, cut, garbage, hangs, raw, status, whole
 from tests.remotebench import KEY, TOOL, USER, Make, make, short_pauses
 
 __all__ = ["make", "short_pauses"]  # fixtures
 
+FIELDS = [
+    "choices", "delta", "message", "content", "tool_calls", "function", "name", "arguments", "index", "id", "usage",
+    "prompt_tokens", "completion_tokens", "prompt_tokens_details", "cached_tokens", "error", "finish_reason", "text",
+    "reasoning", "reasoning_content",
+]  # fmt: skip
 WHOLE = b"HTTP/1.1 200 OK\r\nContent-Type: application/json\r\n"
 EVENTS = b"HTTP/1.1 200 OK\r\nContent-Type: text/event-stream\r\n\r\n"
 
@@ -85,7 +93,7 @@ NO_PROGRESS = {
 
 @pytest.mark.parametrize("deed", NO_PROGRESS.values(), ids=NO_PROGRESS)
 def test_bytes_that_bring_nothing_are_silence(make: Make, monkeypatch: pytest.MonkeyPatch, deed: Deed) -> None:
-    monkeypatch.setattr(backends, "SILENT_S", 0.3)
+    monkeypatch.setattr(backends, "SILENT_S", 0.1)
     bench = make(deed, answers("x"))
     assert bench.text(bench.submit()) == "x"
 
@@ -105,7 +113,7 @@ def test_a_fast_endpoint_fills_no_memory(make: Make) -> None:
     bench = make(floods)
     key = bench.submit()
     bench.remote.step()
-    assert not all_written.wait(1.0)
+    assert not all_written.wait(0.5)
     assert bench.remote._events.qsize() < 2 * exchange.MOST_UNREAD >> 16
     assert bench.text(key) == "there"
 
@@ -114,6 +122,38 @@ def test_a_fast_endpoint_fills_no_memory(make: Make) -> None:
 def test_what_can_be_asked_of_us_is_bounded(after: str) -> None:
     found = exchange.seconds(after)
     assert 0 <= found < float("inf")
+
+
+#: Values as endpoints send them, and as none should.
+JUNK = st.recursive(
+    st.none() | st.booleans() | st.integers(-(1 << 70), 1 << 70) | st.floats(allow_nan=False) | st.text(max_size=5),
+    lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.sampled_from(FIELDS), inner, max_size=4),
+    max_leaves=12,
+)
+
+
+@settings(max_examples=300, deadline=None)
+@given(st.dictionaries(st.sampled_from(FIELDS), JUNK, max_size=5).map(lambda value: json.dumps(value).encode()))
+def test_a_chunk_of_any_kind_is_taken_or_wrong(data: bytes) -> None:
+    answer = Answer()
+    with contextlib.suppress(Wrong):
+        assert isinstance(answer.take(data), str)
+        answer.calls({"f": {}}, "x")
+    usage = answer.usage
+    assert usage is None or 0 <= usage.cached_tokens <= usage.prompt_tokens
+
+
+@settings(max_examples=200, deadline=None)
+@given(st.binary(max_size=60))
+def test_bytes_of_any_kind_are_taken_or_wrong(data: bytes) -> None:
+    with contextlib.suppress(Wrong):
+        Answer().take(data)
+    assert isinstance(sentence(loosely(data)), str)
+
+
+@given(st.text(max_size=40))
+def test_a_retry_after_of_any_kind_is_a_time(text: str) -> None:
+    assert 0 <= exchange.seconds(text) < float("inf")
 
 
 def test_a_pause_that_is_no_number_holds_up_nothing(make: Make) -> None:

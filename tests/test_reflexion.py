@@ -96,6 +96,13 @@ def test_the_model_as_the_judge(text: str, correct: bool) -> None:
     assert script.options[0]["schema"]["required"] == ["correct", "why"]
 
 
+def test_the_example(aiosd: System) -> None:
+    path = Path(__file__).parent.parent / "examples" / "reflexion_agent.py"
+    done = aiosd.run("aios-run", path)
+    assert (done.returncode, done.stdout) == (0, "answer: The answer is 3367.\n")
+    assert "verdict: correct: it is what Python computes" in done.stderr
+
+
 AGENT = ("-m", "libaios.agents.reflexion", "-v")
 
 

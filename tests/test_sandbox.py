@@ -359,6 +359,37 @@ def test_under_strict_nobody_chooses_less(fresh_aiosd: Fresh, aiosd: System) -> 
     assert system.run("aios-run", "--", "true").returncode == 0
 
 
+def test_hooks_and_settings_of_repositories_stay_as_they_are(aiosd: System, tmp_path: Path) -> None:
+    """A hook that an agent left in a person's repository would run with the person's rights."""
+    skip_unless_possible(aiosd, "cage")
+    for repository in ("mine", "mine/sub/other"):
+        (tmp_path / repository / ".git" / "hooks").mkdir(parents=True)
+        (tmp_path / repository / ".git" / "config").write_text("[core]")
+    (tmp_path / "mine" / ".envrc").touch()
+    path = script(
+        tmp_path,
+        f"""
+        import os
+        def tried(deed, *args):
+            try: deed(*args)
+            except OSError as err: return err.strerror
+            return "done"
+        for top in ("{tmp_path}/mine", "{tmp_path}/mine/sub/other"):
+            git = top + "/.git"
+            print(tried(os.mkdir, git + "/hooks/x"), tried(open, git + "/config", "a"),
+                tried(os.rename, git, git + "x"),
+                tried(os.rename, git + "/hooks", git + "/y"), tried(open, git + "/index", "w"), sep=", ")
+        print(tried(os.rename, "{tmp_path}/mine/sub", "{tmp_path}/mine/x"), tried(open, "{tmp_path}/mine/.envrc", "w"))
+        print(tried(open, "{tmp_path}/mine/new", "w"))
+    """,
+    )
+    done = aiosd.run("aios-run", "--sandbox", "cage", "--write", tmp_path / "mine", path, check=True)
+    frozen, busy = "Read-only file system", "Device or resource busy"
+    assert done.stdout.splitlines() == [
+        *[f"{frozen}, {frozen}, {busy}, {busy}, done"] * 2, f"{busy} {frozen}", "done",
+    ]  # fmt: skip
+
+
 def test_what_an_agent_makes_in_tmp_is_its_own(aiosd: System, tmp_path: Path) -> None:
     skip_unless_possible(aiosd, "cage")
     path = script(

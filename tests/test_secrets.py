@@ -18,6 +18,7 @@ import pytest
 from aiosd import letter
 from aiosd.birth import report
 from tests.conftest import System, eventually
+from tests.fakeendpoint import Endpoint, answers
 
 Fresh = Callable[..., System]
 
@@ -119,12 +120,19 @@ def test_nor_after_restarts_of_agents_and_of_the_kernel(fresh_aiosd: Fresh, fold
     assert found_by(system, folder) == ""
 
 
-def test_nor_of_the_environment_in_which_aiosd_was_started(fresh_aiosd: Fresh, folder: Path) -> None:
-    """An agent that starts with the system has it all the same, and so have aiosd's own processes."""
+def test_nor_of_the_environment_in_which_aiosd_was_started(
+    fresh_aiosd: Fresh, folder: Path, request: pytest.FixtureRequest
+) -> None:
+    """An agent that starts with the system has it all the same, and so have aiosd's own processes. Nor is there the
+    key to a model elsewhere, whatever its endpoint sends back."""
     system = fresh_aiosd(start=False, env={"API_KEY": f"{MARK}-user", "OTHER": "x" * 5000 + f"{MARK}-long"})
     (folder / "first.py").write_text("import os\nprint(os.environ['API_KEY'], len(os.environ['OTHER']), flush=True)\n")
     system.home.mkdir(exist_ok=True)
+    (system.home / "far.key").write_text(f"{MARK}-modelkey")
+    endpoint = Endpoint(answers(f"{MARK}-modelkey is yours"))
+    request.addfinalizer(endpoint.close)
     (system.home / "aiosd.toml").write_text(
+        f'[[model]]\nurl = "{endpoint.url}"\nmodel = "far"\nkey_file = "far.key"\n[[model]]\npath = "nano"\n'
         f'[[agent]]\nname = "first"\nfile = "{folder}/first.py"\nargs = ["{MARK}-filed"]\nenv = {{K = "{MARK}-toml"}}\n'
         f'[mcpServers.it]\ncommand = "false"\nargs = ["{MARK}-serverword"]\nenv = {{ KEY = "{MARK}-serverkey" }}\n'
         f'[mcpServers.there]\nurl = "http://127.0.0.1:1"\nheaders = {{ Authorization = "{MARK}-bearer" }}\n'
@@ -135,6 +143,11 @@ def test_nor_of_the_environment_in_which_aiosd_was_started(fresh_aiosd: Fresh, f
     clean = {"env": {"API_KEY": "", "OTHER": ""}}
     found = system.run("aios-run", "search.py", cwd=folder.parent / "search", check=True, **clean).stdout.split()
     assert found == []
+    ask = "import libaios as aios\nprint(aios.llm.complete('x').text)\n"
+    (folder.parent / "search" / "asks.py").write_text(ask + textwrap.dedent(SEARCHER))
+    found = system.run("aios-run", "asks.py", cwd=folder.parent / "search", check=True, **clean).stdout.split("\n")
+    assert endpoint.asked[0][2]["Authorization"] == f"Bearer {MARK}-modelkey"
+    assert found[:2] == ["... is yours", ""]
     system.run("aiosd", "reload", check=True)
     found = system.run("aios-run", "search.py", cwd=folder.parent / "search", check=True, **clean).stdout.split()
     assert found == []

@@ -16,6 +16,7 @@ from typing import Any
 import psutil
 import pytest
 
+from aiosd import autostart
 from aiosd.sandbox.box import LEVELS
 from libaios import wire
 from libaios.client import Client
@@ -343,8 +344,29 @@ def test_random_numbers_of_numpy_differ(system: System, tmp_path: Path) -> None:
     assert len(drawn) == 2
 
 
-def test_an_idle_template_ends(fresh_aiosd: Callable[..., System], environment: Path, tmp_path: Path) -> None:
-    system = fresh_aiosd("--template-idle", "0.3")
-    assert run(system, environment, script(tmp_path, "print(1)")).stdout == "1\n"
+def test_an_agent_that_starts_with_the_system(
+    fresh_aiosd: Callable[..., System], environment: Path, tmp_path: Path
+) -> None:
+    """From a template, which ends when it has been idle for a while."""
+    script(tmp_path, "import warm\nprint(warm.use())")
+    agent = f'[[agent]]\nfile = "agent.py"\npreload = "warm"\npython = "{environment}"\n'
+    (tmp_path / "aiosd.toml").write_text(agent)
+    system = fresh_aiosd("--template-idle", "0.3", "--config", str(tmp_path / "aiosd.toml"))
+    assert eventually(lambda: system.run("aios-logs", "agent").stdout == "1\n")
     assert eventually(lambda: not system.status()["templates"])
     assert templates(system) == []
+
+
+@pytest.mark.parametrize(
+    "values",
+    [
+        {"command": ["true"], "preload": ["json"]},
+        {"file": ["x.py"], "python": "venv"},
+        {"file": ["x.py"], "preload": ["json"], "python": "nowhere"},
+    ],
+)
+def test_what_cannot_be_in_the_settings(values: dict[str, Any], tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match=r"preload goes with|there is no such interpreter"):
+        autostart.read(values, str(tmp_path))
+    with pytest.raises(ValueError, match="no names of modules"):
+        autostart.READERS["preload"]("json,2x")

@@ -92,7 +92,7 @@ def system(fresh_aiosd: Callable[..., System], tmp_path: Path) -> System:
     (tmp_path / "odd.py").write_text(SERVER)
     (tmp_path / "modern.py").write_text(MODERN)
     (tmp_path / "aiosd.toml").write_text(
-        f'[mcpServers.odd]\ncommand = "{sys.executable}"\nargs = ["{tmp_path / "odd.py"}"]\ntimeout = 5\n'
+        f'[mcpServers.odd]\ncommand = "{sys.executable}"\nargs = ["{tmp_path / "odd.py"}"]\ntimeout = 3\n'
         f'env = {{ MARK = "{tmp_path / "mark"}" }}\n'
         f'[mcpServers.modern]\ncommand = "{sys.executable}"\nargs = ["{tmp_path / "modern.py"}"]\n'
     )
@@ -161,7 +161,7 @@ def what_is_too_much_costs_its_call(client: Client) -> None:
 
 
 def a_server_that_is_deaf_to_term_is_ended_with_all_it_started(client: Client, mark: Path) -> None:
-    with pytest.raises(TimeoutError, match="ran for 5 s"):
+    with pytest.raises(TimeoutError, match="ran for 3 s"):
         call(client, "odd__hangs")
     child = int(mark.read_text())
     assert eventually(lambda: not psutil.pid_exists(child), 10.0)

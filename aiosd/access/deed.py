@@ -21,7 +21,7 @@ _encode = msgpack.Encoder().encode
 
 
 class Deed(Struct, array_like=True, frozen=True):
-    """`default`: why a person is asked where no rule says anything; "": nobody is. `unknown`: types of resources that
+    """`default`: why a person is asked where no rule matches; "": nobody is. `unknown`: types of resources that
     it may concern without stating it. `base`: the folder from which relative paths in rules are seen. `once`: it cannot
     be allowed for all times."""
 
@@ -42,7 +42,7 @@ class Deed(Struct, array_like=True, frozen=True):
 
     @property
     def arguments(self) -> bytes:
-        """The digest of what was said in the call, wherever it works and whatever is there now."""
+        """The digest of the call's arguments, wherever it works and whatever is there now."""
         return _hash((self.what, self.tool, self.details))
 
     @property
@@ -69,8 +69,8 @@ class Deed(Struct, array_like=True, frozen=True):
 
 
 class Subject(Struct, array_like=True, frozen=True):
-    """Who does it: never by a name that an agent chose. `program`: the hash of its path (`program_key`), `sha256`: that
-    of its content; b"" where that is not proved, or matters to no rule."""
+    """The agent that does it, never by a name that an agent chose. `program`: the hash of its path (`program_key`),
+    `sha256`: that of its content; b"" where that is not proved, or matters to no rule."""
 
     group: str
     program: bytes = b""
@@ -95,7 +95,7 @@ def program_key(path: bytes) -> bytes:
 
 
 def detail(label: str, value: object) -> tuple[str, str]:
-    """A text for people. One that is too long is cut, which it says itself, with the hash of the whole."""
+    """A text for people. One that is too long is cut, with a mark that has the hash of the whole."""
     text = value if isinstance(value, str) else json.encode(value).decode()
     if len(text) > DETAIL_CHARS:
         left = len(text) - DETAIL_CHARS

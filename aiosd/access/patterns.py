@@ -1,4 +1,4 @@
-"""What a rule says of a resource, by the type of the resource. Pure: nothing is looked up.
+"""Which resources a rule means, by their type. Pure: nothing is looked up.
 
 path     a file, or a folder with all below it; `*` stands for any text within one name. One that begins with `/` is
          seen from the root, others from the caller's own folder (in the store: from its space)
@@ -24,7 +24,7 @@ def matches(kind: str, pattern: str, value: str, base: str = "") -> bool:
 
 
 def covers(kind: str, wide: str, narrow: str) -> bool:
-    """Whether all that `narrow` matches is matched by `wide`, too. False where that is hard to tell."""
+    """Whether all that `narrow` matches is matched by `wide`, too. False where that is not certain."""
     if kind == "path":
         if wide.startswith("/") != narrow.startswith("/"):
             return False

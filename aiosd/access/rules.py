@@ -4,7 +4,7 @@
   matches decides; that another is more specific does not count.
 * Where none matches, the deed's own default decides: it asks if it has one, else it is allowed.
 * A rule for a resource denies or asks when one of the deed's resources of that type matches, and allows when all
-  do. What a deed does not tell (`Deed.unknown`) may be anything: such a rule denies it or asks, and never allows it.
+  do. What is not known of a deed (`Deed.unknown`) may be anything: such a rule denies it or asks, and never allows it.
 * What is kept as "always" (`Lasting`) answers an ask, and never a denial.
 """
 
@@ -63,7 +63,7 @@ class Rule(Struct, frozen=True, array_like=True):
         return all(hits) and bool(hits) if self.act is Act.ALLOW else any(hits)
 
     def covers(self, other: Rule) -> bool:
-        """Whether this matches all that the other matches. False where that is hard to tell."""
+        """Whether this matches all that the other matches. False where that is not certain."""
         return (
             self.tool == other.tool
             and all(any(_named(mine, name) for mine in self.names) for name in other.names)
@@ -131,7 +131,7 @@ class Lasting(Struct, frozen=True):
     tool: bool
     resources: list[tuple[str, str]]
     schema: str
-    arguments: str  # their digest, "" where resources say it
+    arguments: str  # their digest, "" where there are resources
     agent: str  # what it was called when it was given, for people alone
     given: float  # Unix time
 

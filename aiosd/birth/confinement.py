@@ -38,6 +38,13 @@ def prepare() -> Offer:
     return offer
 
 
+def rehearse() -> None:
+    """Make plans, and carry none out."""
+    if _native is not None and _ground is not None:
+        for level in ("flat", "flat" if _ground.cage is None else "cage"):
+            plan.plan(_ground, Box(level, "all", "/srv/workspace", ["/usr/share"], []), doors=True)
+
+
 def packed() -> bytes:
     """What all confined agents have in common, for a template: it is not forked from this process."""
     return pickle.dumps(_ground)

@@ -123,6 +123,7 @@ def _rehearse_birth() -> None:
         content = with_bytes(letter.read(sealed))
         program.find(content)
         environment_of(content, 1, "/", -1, -1)
+        confinement.rehearse()
         title.show(*title.inherited())
     os.close(sealed)
 

@@ -166,6 +166,7 @@ class _Follow:
         self._interactive = os.isatty(0) and os.isatty(1) and not as_json
         self._open: dict[str, Asked] = {}
         self._current = ""  # the one that is being answered
+        self._readable = client.fileno()  # first of all: this receives, too
         self._call: Pending = client.submit(Sys.ASK_WATCH, WatchAsks())
 
     def run(self) -> int:
@@ -183,7 +184,7 @@ class _Follow:
 
     def _receive(self) -> None:
         self._client.pump()
-        if self._client.socket.reborn:  # a new kernel: it is told at once that we listen
+        if self._client.socket.reborn:  # a new kernel must know at once that we listen
             self._client.pump()
         while self._call.pieces:
             asked: Any = self._call.pieces.popleft()
@@ -215,7 +216,7 @@ class _Follow:
     def _wait(self) -> bool:
         """Until something comes; False: nobody types any more."""
         poll = select.poll()
-        poll.register(self._client.fileno(), select.POLLIN)
+        poll.register(self._readable, select.POLLIN)
         if self._current:
             poll.register(0, select.POLLIN)
         ready = dict(poll.poll())

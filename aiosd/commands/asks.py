@@ -56,7 +56,7 @@ def _deed(asked: Asked) -> str:
 
 
 def watch(client: Client, which: WatchAsks) -> Pending | None:
-    """Be told what agents ask for, if there is a terminal to show it; they wait meanwhile."""
+    """Receive what agents ask for, if there is a terminal to show it; they wait meanwhile."""
     return client.submit(Sys.ASK_WATCH, which) if os.isatty(2) else None
 
 

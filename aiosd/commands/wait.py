@@ -71,7 +71,10 @@ def _wait(client: Client, timeout: float | None, words: tuple[str, ...]) -> int:
         try:
             if call is None:
                 raise ProcessLookupError(3, "no such agent")
-            code = exit_code(client.result(call, Waited))
+            waited = client.result(call, Waited)
+            code = exit_code(waited)
+            if waited.budget:
+                edge.complain("aios-wait", f"{word}: {waited.reason}")
         except TimeoutError:
             edge.complain("aios-wait", f"{word}: still running after {timeout:g} s")
             return RUNNING

@@ -1,7 +1,7 @@
 """What has to be allowed: the decision about a deed, and the asks that wait for a person.
 
     deed → rules (`aiosd.access.rules`) → denied, allowed, or asked for
-    asked for → allowed for all times? → somebody listening? → the call stays open until a person has answered
+    asked for → allowed for all times? → does a person listen? → the call stays open until a person has answered
 
 Promises:
 
@@ -11,10 +11,10 @@ Promises:
       anew (`link.Ask.approved`).
     * No agent answers, lists or watches: all of that is for persons (`Access`).
     * An ask outlives the kernel: its call is submitted again to the next one, and becomes the same ask, by the same
-      name. Those who listened come back meanwhile: for BACK_S it is not denied for lack of them. An answer that the
+      name. Listeners come back meanwhile: for BACK_S it is not denied for lack of them. An answer that the
       dead kernel had taken and not passed on is lost, and the person is asked again.
 
-Who listens: `aios-approve -f`, and the terminal that an agent is attached to, for it and its descendants.
+A person listens by `aios-approve -f`, and at the terminal that an agent is attached to, to it and its descendants.
 """
 
 from __future__ import annotations
@@ -39,8 +39,8 @@ from aiosd.timers import Timer
 from libaios import wire
 
 OPEN_OF_AGENT, OPEN_OF_ALL = 16, 1024  # asks
-BACK_S = 10.0  # for those who listened to the kernel that died, of what had been asked already,
-BACK_NEW_S = 1.0  # … and of what had not
+BACK_S = 10.0  # for listeners to come back after a kernel's death, to what had been asked before,
+BACK_NEW_S = 1.0  # … and to what is asked then
 REMEDY = "aios-approve -f would, and [access] in aiosd.toml can have it allowed"
 
 
@@ -178,7 +178,7 @@ class Approvals:
         return proc is not None
 
     def _patience(self, ask: _Ask) -> float | None:
-        """For how many seconds it waits from now on; None: as long as somebody listens."""
+        """For how many seconds it waits from now on; None: as long as a person listens."""
         if any(self._concerns(watcher, ask) for watcher in self._watchers):
             return None
         back_s = BACK_S if ask.call.again else BACK_NEW_S

@@ -120,4 +120,5 @@ class Sandboxes:
 
 
 def folder(data: os.PathLike[str]) -> str:
-    return os.path.join(data, "workspaces")
+    """Of the workspaces; without links, because a cage follows none."""
+    return os.path.realpath(os.path.join(data, "workspaces"))

@@ -11,7 +11,7 @@ else that lies directly below the machine's root, an empty folder. A path that a
 from __future__ import annotations
 
 import struct
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 
 from libaios.wire import os_bytes
@@ -72,8 +72,14 @@ def of_cage(machine: Machine) -> list[Place]:
     return places + [_system(path) for path in machine.system]
 
 
-def of_agent(machine: Machine, workspace: str, read: Iterable[str], write: Iterable[str]) -> list[Place]:
-    """The steps of one agent, when it has entered the cage."""
+def of_agent(
+    machine: Machine,
+    workspace: str,
+    read: Iterable[str],
+    write: Iterable[str],
+    protected: Mapping[str, bool] | None = None,
+) -> list[Place]:
+    """The steps of one agent, when it has entered the cage. `protected`: see `sandbox.protected`."""
     granted = dict.fromkeys(_below_root(machine, read), False)
     granted |= dict.fromkeys(_below_root(machine, write), True)
     granted[workspace] = True
@@ -99,8 +105,13 @@ def of_agent(machine: Machine, workspace: str, read: Iterable[str], write: Itera
         Place(MEMORY, "/dev/shm", _SHARED, NO_SUID | NO_DEVICES),
         Place(TERMINALS, "/dev/pts", _TERMINALS, NO_SUID),
     ]
+    fixed = [
+        Place(ATTACH, path, path, NO_SUID | NO_DEVICES | (0 if writable else READ_ONLY))
+        for path, writable in (protected or {}).items()
+        if inside(path, write)
+    ]
     in_tmp = [_system(path) for path in machine.system if _top(path) == "/tmp"]
-    return [*covers, *private, *in_tmp, *grants, *seals]
+    return [*covers, *private, *in_tmp, *grants, *fixed, *seals]
 
 
 def packed(places: Sequence[Place]) -> bytes:

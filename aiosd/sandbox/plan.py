@@ -13,11 +13,11 @@ import sys
 from collections.abc import Iterable
 from dataclasses import dataclass
 
-from aiosd.sandbox import cage, filter, landlock, places
+from aiosd.sandbox import cage, filter, landlock, places, protected
 from aiosd.sandbox.box import Box
 from aiosd.sandbox.cage import Cage
 from aiosd.sandbox.places import Machine
-from libaios.wire import os_bytes
+from libaios.wire import os_bytes, os_str, os_text
 
 _HEAD = struct.Struct("=6I3Q5iI")
 _RULE = struct.Struct("=Q4I")
@@ -105,7 +105,10 @@ def _cage(ground: Ground, box: Box) -> tuple[tuple[int, ...], bytes]:
     """The cage's part of the head, and the records of its places. Raises OSError where there is no cage."""
     if ground.cage is None:
         raise OSError(errno.ENOTSUP, "sandbox: there is no cage here")
-    found = places.of_agent(ground.machine, box.workspace, box.read, box.write)
+    fixed: dict[str, bool] = {}
+    for folder in box.write:
+        fixed |= {os_text(path): writable for path, writable in protected.find(os_str(folder)).items()}
+    found = places.of_agent(ground.machine, box.workspace, box.read, box.write, fixed)
     user, machine, root, ipc, net = ground.cage.fds()
     return (user, machine, root, ipc, net if box.net == "none" else -1, len(found)), places.packed(found)
 

@@ -93,11 +93,12 @@ def _tried(native: Native, ground: Ground, level: str, fork: Fork) -> str:
     """Confine a child; what went wrong, or nothing."""
     reading, writing = os.pipe()
     box = Box(level, "none", "/usr")
+    outside = os.stat("/tmp").st_dev if os.path.exists("/tmp") else -1
 
     def child() -> int:
         try:
             native.confine(plan(ground, box, doors=False))
-            os.write(writing, (_attempts() or (_attempts_in_cage() if level == "cage" else "")).encode())
+            os.write(writing, (_attempts() or (_attempts_in_cage(outside) if level == "cage" else "")).encode())
         except OSError as err:
             os.write(writing, (err.strerror or str(err)).encode())
         return 0
@@ -133,18 +134,19 @@ def _attempts() -> str:
         return ""
 
 
-def _attempts_in_cage() -> str:
+def _attempts_in_cage(outside: int) -> str:
+    """`outside`: the device of the machine's /tmp."""
     try:
         os.close(os.open("/tmp/probe", os.O_WRONLY | os.O_CREAT | os.O_EXCL))
         for fd in os.openpty():
             os.close(fd)
     except OSError as err:
         return f"in the cage there is no {err.filename or 'terminal'}"
-    return "" if os.listdir("/tmp") == ["probe"] else "the cage shows files of the machine"
+    return "" if os.stat("/tmp").st_dev != outside else "the cage shows files of the machine"
 
 
 def _open(level: str, abi: int) -> tuple[str, ...]:
-    found = ["/proc shows which processes there are, with their command lines"]
+    found = ["/proc shows which processes there are, with their command lines", "names in /etc can be seen"]
     if level == "flat":
         found += [
             "names, sizes and times of hidden files can be seen",

@@ -1,9 +1,9 @@
 """What a call of the store amounts to, for rules and people.
 
 What an agent keeps in its own space is its own. What belongs to its group, or to another agent, belongs to others, too:
-to remove it, to roll it back, or to write over what another one wrote last, asks a person where no rule says otherwise.
+to remove it, to roll it back, or to write over what another one wrote last, asks a person where no rule decides.
 Two things do not ask: to append, which takes nothing away; and to write where the owner has shared a path for writing,
-because it has said so. An agent may also write over what it wrote last itself.
+because it has allowed that. An agent may also write over what it wrote last itself.
 
 The question is asked within the transaction of the call, when all is known and nothing has been done: the exception
 ends the transaction. The call that comes again, allowed, does the same once more, and what it is about must be the

@@ -1,6 +1,7 @@
 """What a call of a tool amounts to, for rules and people: its typed resources, and what an approval binds.
 
-A tool says which of its arguments are what (`libaios.tool.define`: concerns). The text of a command is never looked at.
+A tool declares which of its arguments are resources (`libaios.tool.define`: concerns). The text of a command is never
+looked at.
 """
 
 from __future__ import annotations
@@ -70,7 +71,7 @@ def hosts_of(resources: Iterable[tuple[str, str]]) -> list[str]:
 
 
 def fingerprint(tool: Tool) -> bytes:
-    """Of what the tool says it is: 16 bytes."""
+    """The hash of the tool's description: 16 bytes."""
     content = msgspec.json.encode((tool.name, tool.description, tool.parameters), order="sorted")
     return hashlib.blake2b(content, digest_size=16).digest()
 

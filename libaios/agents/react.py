@@ -75,6 +75,8 @@ _SPELLINGS = [
     (re.compile(r"(?<=[\d)])\s*[xX]\s*(?=[\d(])"), " * "),
     (re.compile(r"(\d)\s*(?:%|percent)\s*of\b"), r"\1 / 100 *"),
 ]
+#: What none of these changes.
+_PLAIN = re.compile(r"[\d .+*/()-]*\Z", re.ASCII)
 
 
 def calc(expression: str) -> str:
@@ -82,8 +84,9 @@ def calc(expression: str) -> str:
     if len(expression) > MAX_EXPRESSION:
         raise ToolError(f"expression longer than {MAX_EXPRESSION} characters")
     text = expression
-    for pattern, replacement in _SPELLINGS:
-        text = pattern.sub(replacement, text)
+    if not _PLAIN.match(text):
+        for pattern, replacement in _SPELLINGS:
+            text = pattern.sub(replacement, text)
     try:
         value = _value(ast.parse(text.strip(), mode="eval").body)
         return _written(value)

@@ -160,6 +160,10 @@ class Answer:
         call.arguments.append(text)
         self.length += len(text) + 1
 
+    @property
+    def has_calls(self) -> bool:
+        return bool(self._calls)
+
     def calls(self, tools: Mapping[str, dict[str, Any]], default_id: str) -> list[ToolCall]:
         """The tool calls, each checked against its tool. Raises Wrong."""
         found = []

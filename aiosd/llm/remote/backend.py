@@ -37,6 +37,7 @@ from aiosd.errors import UsageError
 from aiosd.llm import policy
 from aiosd.llm.line import Line
 from aiosd.llm.remote import body as bodies
+from aiosd.llm.remote import keys
 from aiosd.llm.remote.answer import Answer, Wrong, check_text, printable
 from aiosd.llm.remote.call import Call, Text
 from aiosd.llm.remote.connections import Connections, Endpoint
@@ -74,7 +75,7 @@ def open_model(spec: ModelSpec, line: Line) -> Remote:
     except (OSError, ValueError) as error:
         reason = error.strerror if isinstance(error, OSError) else error
         raise UsageError(f"key_file {spec.key_file}: {reason}") from None
-    if spec.key_file and os.stat(spec.key_file).st_mode & 0o044:
+    if spec.key_file and not spec.key_file.startswith(keys.PREFIX) and os.stat(spec.key_file).st_mode & 0o044:
         logger.warning("key_file %s: other users of this machine can read it", spec.key_file)
     return Remote(spec, line)
 
@@ -274,9 +275,8 @@ class Remote:
         for call in self._waiting():
             others = call.submit.others and not call.kept
             if others and self._wait_of(call, now) > WAIT_BESIDE_OTHERS_S:
-                self._fail(
-                    call, errno.EAGAIN, f"{self.endpoint.url}: a call would have to wait for long", elsewhere=True
-                )
+                why = f"{self.endpoint.url}: a call would have to wait for long"
+                self._fail(call, errno.EAGAIN, why, elsewhere=True)
             elif self._breaker.state == "open" and now - call.since > OPEN_PATIENCE_S:
                 why = f"{self.endpoint.url} fails again and again: {self._breaker.why}"
                 self._fail(call, errno.EIO, why, elsewhere=True)
@@ -286,6 +286,10 @@ class Remote:
         if not request.stream:
             call.text = Text(call.kept)
         kept = call.kept
+        if kept:
+            how = "goes on from them" if request.messages is None else "is asked for all of it again"
+            why = "its caller has %d characters already, and the model %s: not exactly the same"
+            logger.info(f"call %d of %d: {why}", call.key[1], call.key[0], len(kept), how)
         call.answer, call.heard, call.moved = Answer(), False, now
         call.backlog.clear()
         call.expected = kept if request.messages is not None else ""
@@ -401,7 +405,6 @@ class Remote:
         if not answer.reason or call.expected:
             self._again(call, "the answer was cut off")
             return
-        self._line.send(link.Working(call.key))  # a schema can be made that takes for ever: it is this call's
         try:
             calls = self._checked(call)
         except Wrong as wrong:
@@ -411,8 +414,6 @@ class Remote:
             else:
                 self._again(call, why, errno.EPROTO)
             return
-        finally:
-            self._line.send(link.Working(None))
         reason = "tool_calls" if calls else answer.reason
         if reason == "length" and call.limited:
             reason = "limit"
@@ -421,9 +422,15 @@ class Remote:
     def _checked(self, call: Call) -> list[wire.ToolCall]:
         """The tool calls of the answer. Raises Wrong where it is not what was asked for."""
         answer, request = call.answer, call.submit.request
-        calls = answer.calls(bodies.tools_of(request), f"call_{call.key[0]}_{call.key[1]}_")
-        if request.schema is not None and answer.reason == "stop":
-            check_text(answer.spoken(), request.schema)
+        if not answer.has_calls and request.schema is None:
+            return []
+        self._line.send(link.Working(call.key))  # a schema can be made that takes for ever: that is this call's fault
+        try:
+            calls = answer.calls(bodies.tools_of(request), f"call_{call.key[0]}_{call.key[1]}_")
+            if request.schema is not None and answer.reason == "stop":
+                check_text(answer.spoken(), request.schema)
+        finally:
+            self._line.send(link.Working(None))
         return calls
 
     def _report(self, call: Call) -> None:

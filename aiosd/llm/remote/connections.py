@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from urllib.parse import urlsplit
 
 from aiosd.errors import UsageError
+from aiosd.llm.remote import keys
 
 CONNECT_S = 10.0
 KEEP_S = 30.0  # an idle connection
@@ -25,7 +26,7 @@ class Endpoint:
     host: str
     port: int | None
     path: str
-    key_file: str = ""
+    key_file: str = ""  # or a name in the keyring, see `keys`
 
     @classmethod
     def of(cls, url: str, key_file: str = "") -> Endpoint:
@@ -45,14 +46,8 @@ class Endpoint:
         )
 
     def key(self) -> str:
-        """Read anew for each request, so that it can be exchanged while the system runs. Raises OSError, ValueError."""
-        if not self.key_file:
-            return ""
-        with open(self.key_file, encoding="utf-8") as file:
-            key = file.read(65536).strip()
-        if not key or not key.isascii() or not key.isprintable():  # http.client would put it into its complaint
-            raise ValueError("it holds no key: one line of printable characters")
-        return key
+        """Raises OSError, ValueError."""
+        return keys.read(self.key_file)
 
 
 class Connections:

@@ -1,0 +1,49 @@
+"""A Reflexion agent with an evaluator of its own: it tries until its answer passes the check, and learns in between.
+
+    aios-run --name learner examples/reflexion_agent.py "What is 37 * 91?"
+
+An evaluator is a function of a trial: here the answer must contain the number that Python computes. Where there is no
+such check, `libaios.agents.reflexion.judging` asks the model. Lessons and verdicts are notes of the agent; with a
+--name they are there when it is started again.
+"""
+
+from __future__ import annotations
+
+import re
+import sys
+from pathlib import Path
+
+import libaios as aios
+from libaios.agents.react import AgentError, Stored, calc
+from libaios.agents.reflexion import Notes, Trial, Verdict, reflexion
+
+QUESTION = "What is 37 * 91?"
+
+
+def evaluate(trial: Trial) -> Verdict:
+    """Whether the answer contains the value of the expression in the question."""
+    expression = re.search(r"\d[\d\s+*/().-]*\d", trial.question)
+    if expression is None:
+        return Verdict(True, "there is nothing to compute")
+    wanted = calc(expression[0])
+    if wanted in trial.answer:
+        return Verdict(True, "it is what Python computes")
+    return Verdict(False, "the number is wrong; calc computes it")
+
+
+def main() -> int:
+    question = " ".join(sys.argv[1:]) or QUESTION
+
+    def watch(line: str) -> None:
+        print(line, file=sys.stderr, flush=True)
+
+    try:
+        print("answer:", reflexion(question, aios.llm.chat, Stored(Path.cwd()), Notes(question), evaluate, watch=watch))
+    except AgentError as err:
+        print(err, file=sys.stderr)
+        return 1
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
