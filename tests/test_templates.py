@@ -340,7 +340,7 @@ def test_confined_agents(system: System, environment: Path, tmp_path: Path, leve
 def test_random_numbers_of_numpy_differ(system: System, tmp_path: Path) -> None:
     pytest.importorskip("numpy")
     path = script(tmp_path, "import numpy as np\nprint(np.random.rand())")
-    drawn = {system.run("aios-run", "--preload", "numpy", path, check=True).stdout for _ in range(2)}
+    drawn = {system.run("aios-run", "--preload", "numpy.random", path, check=True).stdout for _ in range(2)}
     assert len(drawn) == 2
 
 
