@@ -20,7 +20,7 @@ STORE_S = 2.0  # for what the store tells
 EXAMPLES = """
   aios-inspect 7                agent 7, dead or alive
   aios-inspect planner worker   the newest agent of each name
-  aios-inspect 7 --why ~/notes  whether agent 7 may read, write and run that, and why
+  aios-inspect 7 --why ~/notes  whether agent 7 may use that file, and why
 """
 
 
