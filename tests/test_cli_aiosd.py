@@ -17,6 +17,7 @@ import pytest
 
 from aiosd import autostart, config
 from aiosd.commands import MODULES, cli, summary
+from aiosd.config import keys
 from aiosd.errors import UsageError
 from aiosd.llm import policy
 from libaios import wire
@@ -224,8 +225,8 @@ def test_how_large_a_log_may_get(load: Load, toml: str, size: int) -> None:
 def test_reload_changes_what_can_change_and_names_the_rest(
     load: Load, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    for key in ("MODEL", *(key.name.upper() for key in config.KEYS)):
-        monkeypatch.delenv(config.ENV_PREFIX + key, raising=False)
+    for key in ("MODEL", *(key.name.upper() for key in keys.KEYS)):
+        monkeypatch.delenv(keys.ENV_PREFIX + key, raising=False)
     settings = load("log_level = 'info'")
     assert config.reload(settings) == (settings, [])
     (tmp_path / "aiosd.toml").write_text("log_level = 'debug'\nstop_timeout = 9\nslots = 3\nkeep_dead = 7\n")
@@ -250,7 +251,7 @@ def test_shares_of_groups(load: Load, toml: str) -> None:
 
 
 def test_the_settings_know_the_policies_that_there_are() -> None:
-    assert policy.NAMES == config.POLICIES
+    assert policy.NAMES == keys.POLICIES
 
 
 @pytest.mark.parametrize(

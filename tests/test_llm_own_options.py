@@ -12,6 +12,7 @@ import numpy as np
 import pytest
 
 from aiosd import config
+from aiosd.config import keys
 from aiosd.errors import AiosdError, UsageError
 from aiosd.llm import llama, loading, placement, rope
 from aiosd.llm.front import PREPARE, Front
@@ -219,8 +220,8 @@ def test_values_that_cannot_be_are_refused(tmp_path: Path, name: str, value: str
 
 
 def test_a_path_may_have_a_colon() -> None:
-    assert config.BY_NAME["lora"].read("a=/x:y/z.gguf") == (Lora("a", "/x:y/z.gguf", 1.0),)
-    assert config.BY_NAME["lora"].read("a=/x:y/z.gguf:2") == (Lora("a", "/x:y/z.gguf", 2.0),)
+    assert keys.BY_NAME["lora"].read("a=/x:y/z.gguf") == (Lora("a", "/x:y/z.gguf", 1.0),)
+    assert keys.BY_NAME["lora"].read("a=/x:y/z.gguf:2") == (Lora("a", "/x:y/z.gguf", 2.0),)
 
 
 def test_what_fits_one_model_is_not_given_to_several(tmp_path: Path, path: Path) -> None:

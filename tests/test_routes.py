@@ -14,6 +14,7 @@ from typing import Any
 import pytest
 
 from aiosd import config
+from aiosd.config import keys
 from aiosd.errors import UsageError
 from aiosd.kernel.routes import Route
 from libaios.home import Home
@@ -74,7 +75,7 @@ def test_a_change_is_in_the_log_once(caplog: pytest.LogCaptureFixture) -> None:
 
 
 def test_settings_of_routes(tmp_path: Path) -> None:
-    flags = {"model": ["small=nano", "gpt=https://h/v1#g"], "route": config.BY_NAME["route"].read("fast=small,gpt")}
+    flags = {"model": ["small=nano", "gpt=https://h/v1#g"], "route": keys.BY_NAME["route"].read("fast=small,gpt")}
     assert config.load(flags, Home(tmp_path), environ={}, cwd="/").routes == {"fast": ("small", "gpt")}
     environ = {"AIOSD_ROUTE": "fast=nano; deep=nano"}
     assert list(config.load({}, Home(tmp_path), environ=environ, cwd="/").routes) == ["fast", "deep"]
@@ -82,7 +83,7 @@ def test_settings_of_routes(tmp_path: Path) -> None:
     assert config.load({}, Home(tmp_path), environ={}, cwd="/").routes == {"fast": ("nano",)}
     for wrong, why in (("fast=", "no route"), ("=nano", "no route"), ("fast", "no route"), ("a/b=nano", "no route")):
         with pytest.raises(ValueError, match=why):
-            config.BY_NAME["route"].read(wrong)
+            keys.BY_NAME["route"].read(wrong)
     for name, models, why in (("x", ("y",), "no model is named 'y'"), ("nano", ("nano",), "there is a model")):
         with pytest.raises(UsageError, match=why):
             config.load({"route": ((name, models),)}, Home(tmp_path), environ={}, cwd="/")

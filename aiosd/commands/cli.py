@@ -26,6 +26,7 @@ import click
 from aiosd import apart, config
 from aiosd.commands import edge, getembedder, mcp, models, started, store, tokens, tools
 from aiosd.commands.summary import brief, full
+from aiosd.config import keys
 from aiosd.errors import AiosdError, WorldError
 from libaios.client import Home, NoKernel
 from libaios.wire import ENV_HOME, NoArgs, Set, Status, Sys
@@ -53,8 +54,8 @@ SHELLS = ("bash", "zsh", "fish")
 
 
 def _settings_options(function: Callable[..., Any]) -> Callable[..., Any]:
-    """One option for each of `config.KEYS`."""
-    for key in reversed(config.KEYS):
+    """One option for each of `config.keys.KEYS`."""
+    for key in reversed(keys.KEYS):
         extra: dict[str, Any] = {"is_flag": True} if not key.metavar else {"metavar": key.metavar, "type": _Value(key)}
         if key.many:
             extra |= {"multiple": True, "callback": _joined}
@@ -71,7 +72,7 @@ def _joined(_context: click.Context, _parameter: click.Parameter, values: tuple[
 class _Value(click.ParamType[Any]):
     """A value that is read by the function of its setting in `config`."""
 
-    def __init__(self, key: config.Key) -> None:
+    def __init__(self, key: keys.Key) -> None:
         self.name = key.name
         self._read = key.read
         self._words = key.words
@@ -88,7 +89,7 @@ class _Value(click.ParamType[Any]):
 
 def _complete_value(context: click.Context, parameter: click.Parameter, incomplete: str) -> list[CompletionItem]:
     """The values of the setting that is named before it."""
-    key = config.BY_NAME.get(context.params.get("name", ""))
+    key = keys.BY_NAME.get(context.params.get("name", ""))
     return edge.completions(dict.fromkeys(key.words if key else [], ""), incomplete)
 
 
@@ -265,7 +266,7 @@ class _Setting(click.Choice[str]):
 
 
 @command.command("set", context_settings=edge.SETTINGS, short_help="Change a setting of the running system.")
-@click.argument("name", metavar="NAME", type=_Setting([*config.LIVE]))
+@click.argument("name", metavar="NAME", type=_Setting([*keys.LIVE]))
 @click.argument("value", shell_complete=_complete_value)
 def change(name: str, value: str) -> int:
     """Change a setting of the running system.

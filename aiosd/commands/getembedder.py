@@ -66,7 +66,7 @@ def get_embedder(static: bool, source: str | None) -> int:
 
 
 def _make(folder: Path, static: bool) -> Path:
-    from aiosd.config import TABLE_SUFFIX
+    from aiosd.config.keys import TABLE_SUFFIX
     from aiosd.models import bert, places
 
     model = bert.read(folder, NAME)

@@ -213,8 +213,8 @@ class Supervisor:
         return self._on_terminal and not os.isatty(2)
 
     def _reload(self) -> None:
-        """SIGHUP: some settings can change in a running system (`config.LIVE`); the rest needs a restart, and the log
-        says so."""
+        """SIGHUP: some settings can change in a running system (`config.keys.LIVE`); the rest needs a restart, and the
+        log says so."""
         from aiosd.config import reload_and_report
 
         try:
