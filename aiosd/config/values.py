@@ -147,17 +147,17 @@ def shares(value: Any) -> dict[str, float]:
         value = dict(part.partition("=")[::2] for part in value.split(",") if part.strip())
     if not isinstance(value, dict):
         raise ValueError(f"{value!r} is no list of shares (such as web=4,batch=0.5)")
-    return {name.strip(): share(name.strip(), share) for name, share in value.items()}
+    return {name.strip(): share(name.strip(), part) for name, part in value.items()}
 
 
 def share(name: str, value: Any) -> float:
     try:
-        share = float(value)
+        found = float(value)
     except (TypeError, ValueError):
-        share = 0.0
-    if not name or not 0.001 <= share <= 1e6 or isinstance(value, bool):
+        found = 0.0
+    if not name or not 0.001 <= found <= 1e6 or isinstance(value, bool):
         raise ValueError(f"{name}={value} is no share of a group (from 0.001 to 1000000)")
-    return share
+    return found
 
 
 def routes(value: Any) -> tuple[tuple[str, tuple[str, ...]], ...]:
