@@ -113,10 +113,12 @@ def test_mirostat_goes_on_after_a_death_as_if_there_had_been_none(bench: Bench, 
 
 def test_the_kernel_gives_a_new_core_mirostats_state() -> None:
     request = Generate(prompt=[1], sampling=Sampling(mirostat=2))
-    call: Any = SimpleNamespace(key=(1, 1), generation=Generation(request, "m", Progress()))
+    peer = SimpleNamespace(proc=None)
+    call: Any = SimpleNamespace(key=(1, 1), peer=peer, generation=Generation(request, "m", Progress()))
     kernel: Any = SimpleNamespace(_count_completion=lambda *_: None)
     Generations.on_delta(kernel, call, Delta((1, 1), 0, [5, 6], "ab", mu=3.5))
-    core: Any = SimpleNamespace(listener=SimpleNamespace(call_budget=lambda call: (0, "g", None)))
+    kernel.call_budget, kernel.money_left = lambda call: (0, "g", None), lambda call: None
+    core: Any = SimpleNamespace(listener=kernel)
     again = Core.fresh(core, Open(call, Submit((1, 1), request)))
     assert isinstance(again, Submit)
     assert (again.request.given, again.mu) == ([5, 6], 3.5)
