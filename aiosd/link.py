@@ -58,7 +58,8 @@ class Ask(Struct, array_like=True, frozen=True, tag=True):
 
     `settled`: of the calls of this peer that take effect ONCE, those with a lower id are over. Their replies are with
     the peer, and none of them will be submitted again; 0: that is not known. `life`: how often the peer was started
-    again; its call ids begin anew each time. `approved`: the digest of the deed that the call may do."""
+    again; its call ids begin anew each time. `approved`: the digest of the deed that the call may do. `moved`: another
+    process of this service had it, and had not begun it."""
 
     key: Key
     caller: Caller
@@ -68,6 +69,7 @@ class Ask(Struct, array_like=True, frozen=True, tag=True):
     settled: int = 0
     life: int = 0
     approved: bytes = b""
+    moved: bool = False
 
 
 class Submit(Struct, array_like=True, frozen=True, tag=True):

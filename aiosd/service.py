@@ -35,6 +35,7 @@ from aiosd import link
 from aiosd.access.deed import Deed, Subject, Unapproved
 from aiosd.access.rules import Act, Policy
 from aiosd.heartbeat import HANG_S, Rounds
+from aiosd.newcomers import Newcomers
 from aiosd.timers import Timers
 from libaios import wire
 from libaios.channel import Channel
@@ -143,6 +144,7 @@ class Server:
     _under_way: dict[link.Key, Generator[Any, None, Any]] = field(default_factory=dict)
     _offsets: dict[link.Key, int] = field(default_factory=dict)
     policy: Policy = field(default_factory=Policy)
+    _newcomers: Newcomers = field(default_factory=Newcomers)
     _turned_back: OrderedDict[link.Key, int] = field(default_factory=OrderedDict)  # with their lives
     _lives: dict[link.Key, int] = field(default_factory=dict)  # of the calls that were begun and have no answer yet
     _rested: bool = False  # since the last message
@@ -264,15 +266,18 @@ class Server:
             case link.Ask():
                 self._ask(message)
             case link.CancelCall(key=key):
+                self._newcomers.drop(key)
                 self._end(key)
                 self._lives.pop(key, None)
             case link.Keep(peers=peers):
                 kept = set(peers)
                 for key in [key for key in (*self._under_way, *self._later) if key[0] not in kept]:
+                    self._newcomers.drop(key)
                     self._end(key)
                     self._lives.pop(key, None)
                 self._quietly(lambda: self.on_keep(peers))
             case link.Gone(peer=peer):
+                self._newcomers.forget(peer)
                 self._quietly(lambda: self.on_gone(peer))
             case link.Rules(policy=policy):
                 self.policy = policy
@@ -297,12 +302,14 @@ class Server:
 
     def _ask(self, ask: link.Ask) -> None:
         row = wire.TABLE[ask.sys]
+        if not ask.again and not ask.moved:
+            self._newcomers.note(ask)
         known = self._answers.get(ask.key) if ask.again else None
         if known is not None and known.life == ask.life:
             self.send(known.message)
         elif ask.key in self._under_way or ask.key in self._later:
             self.on_again(ask.key)  # it goes on, and its answer goes to the new kernel
-        elif ask.again and row.again is Again.NEVER and self._turned_back.get(ask.key) != ask.life:
+        elif ask.again and row.again is Again.NEVER and not self._may_begin(ask):
             reason = f"{row.name}: it had begun before a process died, and is not done again"
             self.send(link.Failed(ask.key, errno.EIO, reason))
         else:
@@ -310,6 +317,10 @@ class Server:
                 self.channel.send_silently(link.encode(link.Working(ask.key)))  # read with the answer, or at a death
             self._lives[ask.key] = ask.life
             self._begin(ask)
+
+    def _may_begin(self, ask: link.Ask) -> bool:
+        """Whether it is certain that a call that is submitted again has not been begun."""
+        return self._turned_back.get(ask.key) == ask.life or self._newcomers.has(ask)
 
     def require(self, ask: link.Ask, deed: Deed) -> None:
         """Raises Unapproved unless the call may do this: it was allowed to, or nothing stands against it."""
@@ -413,7 +424,9 @@ class Server:
         self._answers[key] = _Answer(message, size, self._lives.pop(key, 0))
         self._bytes += size - (old.size if old is not None else 0)
         while len(self._answers) > REMEMBERED or self._bytes > max(REMEMBERED_BYTES, size):
-            self._bytes -= self._answers.popitem(last=False)[1].size
+            dropped, answer = self._answers.popitem(last=False)
+            self._newcomers.drop(dropped)
+            self._bytes -= answer.size
 
     def _end(self, key: link.Key) -> None:
         """Of a call that goes on: it is over, or not wanted any more."""

@@ -227,7 +227,7 @@ def test_long_texts_of_contexts_and_embeddings_hold_up_nothing(path: Path) -> No
     outside = Kernel(path, ctx=4096)
     outside.of(link.Loaded)
     long = [{"role": "user", "content": "hello there " * 20_000}]
-    options = Sampling(temperature=0.0, max_tokens=300, ignore_eos=True)
+    options = Sampling(temperature=0.0, max_tokens=60, ignore_eos=True)
     outside.send(link.Submit((1, 1), Generate(prompt="hello", sampling=options, stream=True)))
     outside.send(ask(2, Sys.EMBED, Embed(["a", "hello there " * 20_000])))
     outside.send(ask(3, Sys.CTX_CLOSE, CloseContext(long)))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import os
 import threading
 import time
@@ -32,7 +33,7 @@ class Running:
         self.messages: list[Any] = []
         self.server = Server(
             Channel(memfd, service_bell, Side.KERNEL),
-            {toy.ECHO: self.echo},
+            {toy.ECHO: self.echo, toy.NEVER: lambda ask, args: args.folder},
             background=self.background,
             others=lambda message: link.Parked(message.number) if isinstance(message, link.Park) else None,
             charge=lambda body: 3,
@@ -58,6 +59,13 @@ class Running:
 
     def ask(self, number: int, text: str) -> None:
         self.channel.send(link.encode(link.Ask((7, number), CALLER, toy.ECHO, wire.raw(toy.Text(text)))))
+
+    def once(self, peer: int, number: int, text: str, again: bool, **more: Any) -> link.FromService:
+        """The answer to a call that must not be done twice."""
+        args = wire.raw(toy.Work(text))
+        key = (peer, number)
+        self.channel.send(link.encode(link.Ask(key, CALLER, toy.NEVER, args, again, **more)))
+        return self.until(lambda found: isinstance(found, link.Answered | link.Failed) and found.key == key)
 
     def until(self, found: Callable[[Any], bool]) -> Any:
         """The first message of which this is true."""
@@ -137,3 +145,29 @@ def test_watched_descriptors_have_their_turn_while_messages_keep_coming(monkeypa
         os.close(bell)
         kernel.close()
         server.channel.close()
+
+
+def test_what_must_not_be_done_twice_begins_when_it_has_certainly_not_begun(
+    running: Running, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def failed(found: link.FromService) -> bool:
+        return isinstance(found, link.Failed) and found.errno == errno.EIO
+
+    assert failed(running.once(7, 5, "an earlier process may have begun it", again=True))
+    assert not failed(running.once(7, 5, "an earlier process had it, and had not begun it", again=False, moved=True))
+    assert failed(running.once(7, 6, "this one it may have begun", again=True))
+    assert not failed(running.once(7, 6, "new", again=False))
+    assert not failed(running.once(7, 6, "its answer is remembered", again=True))
+    assert not failed(running.once(7, 9, "the kernel died before it was passed on", again=True))
+    assert failed(running.once(7, 4, "older than what came here first", again=True))
+    assert failed(running.once(8, 10, "of another peer", again=True))
+    assert failed(running.once(7, 12, "of another life", again=True, life=1))
+    running.channel.send(link.encode(link.CancelCall((7, 20))))
+    assert failed(running.once(7, 20, "it was here, and was cancelled", again=True))
+    assert not failed(running.once(7, 21, "later", again=True))
+    monkeypatch.setattr(service, "REMEMBERED", 1)
+    for number in (30, 31):
+        assert not failed(running.once(7, number, "new", again=False))
+    assert failed(running.once(7, 30, "its answer was dropped", again=True))
+    running.channel.send(link.encode(link.Gone(7)))
+    assert failed(running.once(7, 40, "nothing is known of it", again=True))

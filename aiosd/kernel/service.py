@@ -59,7 +59,8 @@ class Open:
     deaths: int = 0
     given: bool = False  # was sent to this instance of the service,
     begun: bool = False  # … which has begun to work on it
-    again: bool = False  # it was sent to an instance that has died
+    again: bool = False  # it was sent to an instance that has died, and may have begun there
+    moved: bool = False  # it was sent to an instance that has died
 
 
 class Owner(Protocol):
@@ -140,7 +141,7 @@ class Service:
         """The message for submitting the call again, to a successor or to the same service."""
         message = opened.message
         if isinstance(message, link.Ask):
-            return msgspec.structs.replace(message, again=message.again or opened.again)
+            return msgspec.structs.replace(message, again=message.again or opened.again, moved=opened.moved)
         return message
 
     def under_way(self, opened: Open) -> bool:
@@ -190,6 +191,7 @@ class Service:
             if never and opened.begun:
                 self._lost(opened, f"{self.title} died while this call was under way ({reason}); it is not done again")
             opened.again = opened.again or (opened.given and not never)
+            opened.moved = opened.moved or opened.given
             opened.given = opened.begun = False
 
     def _receive_last(self) -> None:
