@@ -256,7 +256,7 @@ def test_a_kernels_death_in_the_middle_gives_nothing_back(fresh_aiosd: Fresh, wr
     system = fresh_aiosd("--threads", "1")
     write("aios.msg.recv()\n" + CALLS + "\naios.msg.recv()", "child.py")
     parent = write("for _ in range(3): print(aios.proc.spawn('child.py'), flush=True)")
-    options = ("--tool-calls", str(limit := 1500), "--children", "5", "--cpu", "100")
+    options = ("--tool-calls", str(limit := 10_000), "--children", "5", "--cpu", "100")
     job = system.popen("aios-run", *options, parent, cwd=parent.parent)
     assert job.stdout is not None
     pids = [int(job.stdout.readline()) for _ in range(3)]
@@ -285,3 +285,19 @@ def test_a_kernels_death_in_the_middle_gives_nothing_back(fresh_aiosd: Fresh, wr
     assert after["cpu"]["used"] >= before["cpu"]["used"]
     system.run("aios-kill", "-KILL", *map(str, pids))
     job.wait(20)
+
+
+def test_no_answer_is_empty_because_too_little_is_left(fresh_aiosd: Fresh, write: Write) -> None:
+    """Whatever is left, the last call is refused: an empty answer would be asked for again and again."""
+    system = fresh_aiosd("--threads", "1")
+    agent = write("""
+        try:
+            while aios.llm.complete("Once", max_tokens=8, ignore_eos=True).tokens:
+                pass
+            print("empty")
+        except OSError as err:
+            print(err.errno == errno.EDQUOT)
+    """)
+    for tokens in range(20, 32):
+        done = system.run("aios-run", "--tokens", str(tokens), agent)
+        assert done.stdout == "True\n", (tokens, done.stderr)

@@ -221,6 +221,8 @@ class Generations:
             self.on_spent(call, finished.spent)
         self._count_completion(call, len(finished.tokens) if finished.charged is None else finished.charged)
         if finished.finish_reason == "limit" and call.peer.proc is not None:
+            if finished.short == "tokens" and not generation.progress.length and self._refuse(call, call.peer.proc):
+                return
             for budget in call.peer.proc.budgets:
                 for kind, left in (("tokens", budget.tokens_left), ("cost", budget.cost_left)):
                     if left == 0:
@@ -228,6 +230,16 @@ class Generations:
             if finished.short == "context":
                 self._no_room(call.peer.proc)
         self._answer(call, finished.tokens, finished.text, finished.finish_reason, finished)
+
+    def _refuse(self, call: Call, proc: Proc) -> bool:
+        """A generation got no token, because less is left than its first would cost. An empty answer would be asked for
+        again and again. False: nothing is left, and that ends the agent."""
+        budget = budgets.tightest(proc.budgets, "tokens")
+        if budget is None or not budget.tokens_left:
+            return False
+        self.refused(budget, "tokens", proc)
+        self.calls.fail(call, errno.EDQUOT, budgets.sentence(budget, "tokens"))
+        return True
 
     def on_failed(self, call: Call, failed: link.Failed) -> None:
         if (failed.elsewhere or failed.errno == errno.EMSGSIZE) and self._move(call, failed.message):
