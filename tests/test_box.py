@@ -302,10 +302,10 @@ def test_a_workspace_is_attached_where_it_lies_and_the_system_beside_it() -> Non
 def test_what_can_be_seen_anyway_is_not_attached_again() -> None:
     assert "/usr/lib/x" not in shown(["/usr/lib/x"], [])
     assert shown([], ["/usr/lib/x"])["/usr/lib/x"]
-    assert "/work/a/b" not in shown(["/work/a", "/work/a/b"], [])
-    both = shown(["/work/a"], ["/work/a/b"])
-    assert (both["/work/a"], both["/work/a/b"]) == (False, True)
-    assert "/work/a/b" not in shown(["/work/a/b"], ["/work/a"])
+    assert "/srv/a/b" not in shown(["/srv/a", "/srv/a/b"], [])
+    both = shown(["/srv/a"], ["/srv/a/b"])
+    assert (both["/srv/a"], both["/srv/a/b"]) == (False, True)
+    assert "/srv/a/b" not in shown(["/srv/a/b"], ["/srv/a"])
 
 
 def test_the_whole_root_is_all_that_lies_there_but_devices() -> None:

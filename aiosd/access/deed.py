@@ -90,7 +90,7 @@ def _hash(content: object) -> bytes:
 
 
 def program_key(path: bytes) -> bytes:
-    """What stands for the path of a program where the path itself is nobody else's business."""
+    """What stands for the path of a program where the path itself must not be shown."""
     return hashlib.blake2b(path, digest_size=16, person=b"aiosd program").digest()
 
 

@@ -1,7 +1,7 @@
 """The table [access] of aiosd.toml.
 
     [access]
-    ask_timeout = 60                            an ask waits so long while nobody is there to answer (0: denied at once)
+    ask_timeout = 60                            seconds that an ask waits while no person listens (0: denied at once)
     deny  = [
       { tool = "shell", by = "web" },           agents of group web run no shell
       { call = "kill", signal = "KILL" },

@@ -73,7 +73,7 @@ def enter(new: Box, report: Report) -> None:
 
 
 def _limit(which: int, most: int) -> None:
-    """At most so many, for good."""
+    """Lower a limit of this process to `most`, for good."""
     soft, hard = resource.getrlimit(which)
     if hard == resource.RLIM_INFINITY or hard > most:
         resource.setrlimit(which, (most if soft == resource.RLIM_INFINITY else min(soft, most), most))

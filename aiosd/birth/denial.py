@@ -90,7 +90,7 @@ def _opens_to_change(call: ast.Call, frame: FrameType) -> bool | None:
         return None
     try:
         value = eval(compile(ast.Expression(mode), "<mode>", "eval"), frame.f_globals, frame.f_locals)
-    except Exception:
+    except Exception:  # of the agent's code, whatever it raises: then the mode is not known
         return None
     if isinstance(value, str):
         return any(letter in value for letter in "wax+")

@@ -30,7 +30,7 @@ def use_modules() -> None:
     if uses:
         with _Server() as url:
             for use in uses:
-                with contextlib.suppress(Exception):
+                with contextlib.suppress(Exception):  # of another program's library, whatever its version raises
                     use(url)
 
 

@@ -280,7 +280,7 @@ class Database:
                 raise self._lost
             self.memos.write()
             self.rows("COMMIT")
-        except BaseException:
+        except BaseException:  # of any kind: undo, and raise it again
             self._drop()
             raise
         self._begun = self._quiet = False

@@ -84,7 +84,7 @@ class Errands:
         errand = self._open.pop(key, None)
         if errand is not None:
             self._keys.pop(errand.number, None)
-            with contextlib.suppress(Exception):
+            with contextlib.suppress(Exception):  # what a tool does at its end: no call waits for it any more
                 errand.steps.close()
 
     def _go_on(self, key: link.Key, advance: Callable[[], Plan[Any]]) -> None:

@@ -142,7 +142,7 @@ class Exchange:
         connection = self._connections.new()
         try:
             return connection, self._ask(connection, key)
-        except BaseException:
+        except BaseException:  # of any kind: close it, and raise it again
             connection.close()
             raise
 
