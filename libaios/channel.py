@@ -105,11 +105,12 @@ class Patience:
 
     def look(self, items: Items, item: int, value: int, looks: int) -> bool:
         """True when the item differs from `value` within `looks` looks; False at once while looking does not pay."""
-        if not self.willing():
+        if self._rest:
+            self._rest -= 1
             return False
         for _ in range(looks):
             if items[item] != value:
-                self.paid()
+                self._failed >>= 1
                 return True
         self.failed()
         return False
@@ -377,6 +378,13 @@ class Channel:
         consumer = self._consumer
         return self._items[consumer.written_item] != consumer.read
 
+    def look(self, looks: int) -> bool:
+        """Look at the ring, up to `looks` times where that has paid before. True: something has come. Sleep is not
+        announced."""
+        consumer, items = self._consumer, self._items
+        written, read = consumer.written_item, consumer.read
+        return items[written] != read or self._patience.look(items, written, read, looks)
+
     def settled(self) -> bool:
         """After sleep was announced: True when there is nothing to take or to pump. The bell rings when there is."""
         consumer, items = self._consumer, self._items
@@ -463,8 +471,7 @@ class Channel:
 
 
 def look(channels: Sequence[Channel], looks: int) -> bool:
-    """Look at the rings of all of these, `looks` times in all while that pays for one of them. True: something has
-    come. Sleep is not announced."""
+    """`Channel.look` at several rings at once, `looks` times in all while that pays for one of them."""
     willing = [channel for channel in channels if channel._patience.willing()]
     rings = [(each._items, each._consumer.written_item, each._consumer.read, each) for each in channels]
     for _ in range(looks // len(rings) if willing else 1):

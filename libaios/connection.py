@@ -95,8 +95,8 @@ class Pending(Struct, eq=False):
     notify: Callable[[], None] | None = None  # called by the leader after every reply
     id: int = 0
     life: int = 0  # which kernel it was sent to (`Connection._life`)
-    fds: list[int] = []  # duplicates, for this kernel and the next: the caller may close its own
-    pieces: deque[Any] = msgspec.field(default_factory=deque)
+    fds: Sequence[int] = ()  # duplicates, for this kernel and the next: the caller may close its own
+    pieces: deque[Any] | None = None  # made for the first one: most calls have none
     progress: wire.Progress | None = None  # of a stream: all that it has been given
     model: str = ""  # … and by which model, where it named a route
     final: wire.Reply | None = None
@@ -105,7 +105,7 @@ class Pending(Struct, eq=False):
 
     def release(self) -> None:
         """Close the descriptors: the call is over and will not be sent again."""
-        fds, self.fds = self.fds, []
+        fds, self.fds = self.fds, ()
         for fd in fds:
             os.close(fd)
 
@@ -197,7 +197,7 @@ class Connection:
     def submit(self, sys: int, args: Any, fds: Sequence[int] = (), stream: bool = False) -> Pending:
         """Send a call without waiting for its reply; when the ring is full, wait for room. The caller must take the
         `result` of the call, or `abandon` it."""
-        call = self.prepare(sys, args, fds, stream)
+        call = self.prepare(sys, args, fds, stream) if fds or stream else Pending(sys, args)
         self.send(call)
         if self.transport.outbox_bytes:
             self._wait_for_room(call)
@@ -245,7 +245,8 @@ class Connection:
             raise
         if self._returned:
             self._match()
-        self._after_sending()
+        if self._pump_wanted or self._cancels:
+            self._after_sending()
 
     def _send(self, call: Pending) -> None:
         """With the right to send."""
@@ -611,6 +612,8 @@ class Connection:
                 return  # a dead kernel has sent it, and its successor has sent the same already
             call.progress.add(piece.tokens, piece.text)
             call.model = call.model or piece.model
+        if call.pieces is None:
+            call.pieces = deque()
         call.pieces.append(piece)
         self._signal(call)
 

@@ -13,12 +13,12 @@ import os
 from collections.abc import Callable, Mapping
 from typing import Any
 
-from msgspec import Raw
+from msgspec import MsgspecError, Raw
 
 from aiosd.kernel import ledger
 from aiosd.kernel.access import Access, Verdict
 from aiosd.kernel.calls import PENDING, Calls, reply
-from aiosd.kernel.peer import UNKNOWN, Call, ClientPeer, Peer, read_args, read_request
+from aiosd.kernel.peer import UNKNOWN, Call, ClientPeer, Peer, no_request, read_args
 from aiosd.kernel.service import Asker
 from aiosd.link import Key
 from libaios import wire
@@ -29,6 +29,7 @@ logger = logging.getLogger("kernel")
 Handler = Callable[[Call, Any], Any]
 
 NO_ARGS = wire.raw(wire.NoArgs())
+_decode, _encode = wire.decode_request, wire.encode
 
 
 def pid_of(peer: Peer) -> int:
@@ -101,25 +102,32 @@ class Dispatcher:
 
     def dispatch(self, peer: Peer, payload: bytes) -> None:
         """Do what a request asks for, and answer."""
+        self.count(peer, 1)
         answer = self.answer(peer, payload)
         if answer is not None:
             self._calls.send(peer, answer)
 
+    def count(self, peer: Peer, requests: int) -> None:
+        """To be called before the answers to these requests leave."""
+        self._calls.counters["calls"] += requests
+        proc = peer.proc
+        if proc is not None:
+            proc.row[ledger.CALLS] = proc.calls = proc.calls + requests
+
     def answer(self, peer: Peer, payload: bytes) -> bytes | None:
         """Do what a request asks for. Returns its final reply, or None: it was sent, or will be. Raises ProtocolError
         for what is no request."""
-        request = read_request(payload)
-        calls = self._calls
-        if request.id in peer.calls:
-            calls.refuse(peer, request.id, errno.EINVAL, f"call id {request.id} is in use")
+        try:
+            request = _decode(payload)
+        except (MsgspecError, RecursionError) as err:
+            raise no_request(err) from None
+        number, calls = request.id, self._calls
+        if number in peer.calls:
+            calls.refuse(peer, number, errno.EINVAL, f"call id {number} is in use")
             return None
-        calls.counters["calls"] += 1
-        proc = peer.proc
-        if proc is not None:
-            proc.row[ledger.CALLS] = proc.calls = proc.calls + 1
         known = KNOWN.get(request.sys)
         if known is not None and request.args == NO_ARGS:
-            return reply(request.id, known(peer))
+            return _encode((number, 0, False, 0, known(peer)))  # as `reply` does, without a call
         call = calls.open(peer, request, len(payload))
         body = self._tried(call, lambda: self._execute(call, request))
         if body is not PENDING and calls.close(call):

@@ -104,10 +104,11 @@ class Events:
         """The only place where a source changes its turn. A source that is not watched stays ASLEEP."""
         old = source.turn
         if old is not turn:
-            if old:
-                self._lines[old].pop(source, None)
-            if turn and self._sources.get(source.fd) is source:
-                self._lines[turn][source] = None
+            lines = self._lines
+            if old is not ASLEEP:
+                lines[old].pop(source, None)
+            if turn is not ASLEEP and self._sources.get(source.fd) is source:
+                lines[turn][source] = None
                 source.turn = turn
             else:
                 source.turn = ASLEEP
@@ -129,20 +130,23 @@ class Events:
                 clients.append((source, mask))
             else:
                 source.act(mask)
-        until = self._timers.clock() + TURN_S
-        if lines[HUNGRY] or lines[FOUND]:
-            self._feed(until)
-        if clients:
+        if lines[FOUND]:
+            self._serve_found()
+        if lines[HUNGRY] or clients:
+            until = self._timers.clock() + TURN_S
+            self._serve_hungry(until)
             self._serve_clients(clients, until)
 
-    def _feed(self, until: float) -> None:
-        """A turn for each FOUND source, and then for the HUNGRY ones, one after another, while there is time; for at
-        least one of them."""
+    def _serve_found(self) -> None:
+        """A turn for each FOUND source."""
         found, self._lines[FOUND] = self._lines[FOUND], {}
         for source in found:
             if source.turn is FOUND:  # else: dropped while another's requests were handled
                 source.turn = ASLEEP
                 source.serve()
+
+    def _serve_hungry(self, until: float) -> None:
+        """A turn for the HUNGRY sources, one after another, while there is time; for at least one of them."""
         for source in list(self._lines[HUNGRY]):
             if source.turn is HUNGRY:
                 self.move(source, ASLEEP)
@@ -165,9 +169,13 @@ class Events:
         awake, quiet, hungry = self._lines[AWAKE], self._lines[QUIET], self._lines[HUNGRY]
         if len(awake) <= FEW and not quiet and not hungry:
             # Few are active: where it has paid off before, waiting briefly saves all sides their bells.
-            rings = {source.channel: source for source in awake if source.channel is not None}
-            if look(list(rings), LOOKS if len(rings) == 1 else LOOKS_AT_TWO):
-                for source in [one for channel, one in rings.items() if channel.filled()]:
+            if len(awake) == 1:
+                (source,) = awake
+                if source.channel is not None and source.channel.look(LOOKS):
+                    self.move(source, FOUND)
+                    return
+            elif look([source.channel for source in awake if source.channel is not None], LOOKS_AT_TWO):
+                for source in [one for one in awake if one.channel is not None and one.channel.filled()]:
                     self.move(source, FOUND)
                 return
         for line in (quiet, awake):

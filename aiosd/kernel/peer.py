@@ -176,14 +176,10 @@ def failure(call_id: int, errno: int, message: str) -> bytes:
 _skip = msgspec.msgpack.Decoder(msgspec.Raw).decode
 
 
-def read_request(payload: bytes) -> wire.Request:
-    """What a peer sent. Raises ProtocolError when it is no request at all."""
-    try:
-        return wire.decode_request(payload)
-    except msgspec.MsgspecError as err:
-        raise ProtocolError(f"a frame that is no request: {err}") from None
-    except RecursionError:
-        raise ProtocolError("a frame that is no request: it is nested too deeply") from None
+def no_request(err: msgspec.MsgspecError | RecursionError) -> ProtocolError:
+    """For a frame that could not be decoded as a request."""
+    why = "it is nested too deeply" if isinstance(err, RecursionError) else err
+    return ProtocolError(f"a frame that is no request: {why}")
 
 
 def read_args(row: wire.Row, args: Any) -> Any:

@@ -37,6 +37,7 @@ class Turns:
         self._events = events
         self._timers = timers
         self._answer = dispatcher.answer
+        self._count = dispatcher.count
         self._caught_up = caught_up
         self._rung: list[AgentPeer] = []  # peers whose bells have rung since the last beat
 
@@ -116,6 +117,7 @@ class Turns:
         """Execute requests. One ring of the bell serves for several replies."""
         channel, answer_to = peer.channel, self._answer
         answers: list[bytes] = []
+        self._count(peer, len(requests))
         for payload in requests:
             answer = answer_to(peer, payload)
             if peer.gone:
