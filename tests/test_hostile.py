@@ -510,7 +510,8 @@ def test_the_call_that_a_core_works_on_alone_is_blamed_alone() -> None:
 def turns_with(now: Any, resumed: list[Any], answer: Any = None) -> Turns:
     timers: Any = SimpleNamespace(clock=now)
     events: Any = SimpleNamespace(move=lambda source, turn: None)
-    return Turns(Calls(Peers(), events, timers), events, timers, SimpleNamespace(answer=answer), resumed.append)
+    dispatcher: Any = SimpleNamespace(answer=answer, count=lambda peer, requests: None)
+    return Turns(Calls(Peers(), events, timers), events, timers, dispatcher, resumed.append)
 
 
 def test_a_paused_stream_goes_on_though_another_reply_emptied_the_outbox() -> None:
