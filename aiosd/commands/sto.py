@@ -40,8 +40,9 @@ Cells = Sequence[str]
     click.Group,
     "Look at the files that agents keep in the store, and put files there. Without --of they are those of the person "
     "at the terminal; --of takes agent:NAME, agent:GROUP/NAME, pid:N, group or group:NAME.",
-    "[OPTIONS] COMMAND",
+    "[OPTIONS]",
     EXAMPLES,
+    no_args_is_help=False,  # an error is one line
 )
 def command() -> None:
     pass
