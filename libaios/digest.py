@@ -1,4 +1,5 @@
-"""SHA-256 without OpenSSL, which `hashlib` would load: a command starts faster, and an agent's memory stays shared."""
+"""SHA-256 and BLAKE2b without OpenSSL, which `hashlib` would load: a command starts faster, and an agent's memory stays
+shared."""
 
 from __future__ import annotations
 
@@ -7,6 +8,7 @@ import sys
 from importlib import import_module
 
 _sha256 = import_module("_sha2" if sys.version_info >= (3, 12) else "_sha256").sha256
+_blake2b = import_module("_blake2").blake2b
 
 MOST_BYTES = 16 << 20  # of a file whose content is looked at
 
@@ -14,6 +16,12 @@ MOST_BYTES = 16 << 20  # of a file whose content is looked at
 def of(content: bytes) -> bytes:
     """32 bytes."""
     digest: bytes = _sha256(content).digest()
+    return digest
+
+
+def short(content: bytes, size: int, purpose: bytes = b"") -> bytes:
+    """BLAKE2b of `size` bytes, different for each `purpose`."""
+    digest: bytes = _blake2b(content, digest_size=size, person=purpose).digest()
     return digest
 
 
