@@ -1081,10 +1081,11 @@ class Row(Struct, frozen=True):
     @property
     def name(self) -> str:
         """As in aios-inspect and in the log."""
-        return call_name(self.sys)
+        return _names.get(self.sys) or call_name(self.sys)
 
 
 TABLE: dict[int, Row] = {}
+_names: dict[int, str] = {}
 
 
 def add(*rows: Row) -> None:
@@ -1093,6 +1094,7 @@ def add(*rows: Row) -> None:
         if row.sys in TABLE:
             raise ValueError(f"system call {row.sys} is in the table already")
         TABLE[row.sys] = row
+        _names[row.sys] = call_name(row.sys)
         decode_args[row.sys] = msgpack.Decoder(row.args).decode
 
 

@@ -49,7 +49,6 @@ models.py   which models there are, and with which options
 from __future__ import annotations
 
 import dataclasses
-import hashlib
 import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
@@ -71,6 +70,7 @@ from aiosd.llm.spec import ModelSpec
 from aiosd.models import found
 from aiosd.sandbox.box import LEVELS, STRICT, Rules
 from aiosd.tools.spec import McpServer
+from libaios import digest
 from libaios.home import Home
 
 if TYPE_CHECKING:
@@ -213,8 +213,8 @@ def load(
 def seal(settings: Settings, fd: int) -> Settings:
     """With agents and MCP servers of the file in `fd` instead: the supervisor's memory must not have their keys."""
     content = sealed.write(fd, settings.agents, settings.mcp_servers)
-    digest = hashlib.sha256(content).hexdigest()
-    return dataclasses.replace(settings, agents=(), mcp_servers={}, sealed=fd, sealed_digest=digest)
+    shown = digest.of(content).hex()
+    return dataclasses.replace(settings, agents=(), mcp_servers={}, sealed=fd, sealed_digest=shown)
 
 
 def agents_of(settings: Settings) -> tuple[AgentSpec, ...]:
