@@ -261,7 +261,8 @@ def _each(items: Iterable[Any], act: Callable[[Any], object]) -> int:
         try:
             act(item)
         except OSError as err:
-            edge.complain("aios-sto", edge.reason_about(str(item), err))
+            words = edge.reason(err)
+            edge.complain("aios-sto", words if str(item) in words else f"{item}: {words}")
             failed = True
     return 1 if failed else 0
 
