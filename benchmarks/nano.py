@@ -276,7 +276,11 @@ def main() -> None:
     if bare is not None:
         found = [judge(task, bare.solve) for task in flat]
     else:
-        with tempfile.NamedTemporaryFile("w", suffix=".py") as loose, System(), ThreadPoolExecutor(options.jobs) as pool:
+        with (
+            tempfile.NamedTemporaryFile("w", suffix=".py") as loose,
+            System(),
+            ThreadPoolExecutor(options.jobs) as pool,
+        ):
             loose.write(NO_SCHEMAS)
             loose.flush()
             solve = partial(solve_by_agent, react=[loose.name] if options.no_schemas else REACT)
