@@ -4,6 +4,7 @@ shared."""
 from __future__ import annotations
 
 import os
+import stat
 import sys
 from importlib import import_module
 
@@ -26,8 +27,10 @@ def short(content: bytes, size: int, purpose: bytes = b"") -> bytes:
 
 
 def of_file(path: str) -> bytes:
-    """Of what is in the file now; b"" if that cannot be read, or is more than a program is."""
+    """Of what is in the file now; b"" if that cannot be read, is more than a program is, or can be read only once."""
     try:
+        if not stat.S_ISREG(os.stat(path).st_mode):  # looked at before it is opened: a pipe's writer would notice
+            return b""
         fd = os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC)
     except OSError:
         return b""

@@ -281,7 +281,7 @@ class NewToken(Struct, array_like=True, frozen=True):
     name: Name
     hash: Annotated[bytes, Meta(min_length=32, max_length=32)]
     group: Name | None = None
-    tokens: Annotated[int, Meta(ge=0)] | None = None  # as in `Limits`
+    limits: Limits = Limits()  # of kinds that need no process
 
 
 class Wait(Struct, array_like=True, frozen=True):
@@ -1033,13 +1033,15 @@ class Spawned(Struct, array_like=True, frozen=True):
 
 
 class TokenInfo(Struct, frozen=True):
-    """An agent without a process. `used`: tokens that it was charged with, in all; `limit` None: no budget."""
+    """An agent without a process. `used`: tokens that it was charged with, in all; `limit` None: no budget of tokens.
+    `budgets`: for each kind that is limited the "limit" and what is "used", as `aios-inspect` has them."""
 
     pid: int
     name: str
     group: str
     used: int
     limit: int | None
+    budgets: dict[str, dict[str, Any]] = {}
 
 
 class TokenList(Struct, frozen=True):
