@@ -38,8 +38,8 @@ def main() -> int:
         print(line, file=sys.stderr, flush=True)
 
     try:
-        tools = Toolbox(Path.cwd())
-        print("answer:", reflexion(question, aios.llm.chat, tools, Notes(question), evaluate, watch=watch))
+        answer = reflexion(question, aios.llm.chat, Toolbox(Path.cwd()), Notes(question), evaluate, watch=watch)
+        print("answer:", answer)
     except AgentError as err:
         print(err, file=sys.stderr)
         return 1
