@@ -10,10 +10,11 @@ from __future__ import annotations
 import asyncio
 import base64
 import binascii
+import contextlib
 import errno
 import logging
 import re
-from collections.abc import Awaitable, Callable, Mapping
+from collections.abc import Awaitable, Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 from urllib.parse import urlsplit
@@ -21,6 +22,7 @@ from urllib.parse import urlsplit
 import msgspec
 
 from aiosd.endpoint import Endpoint
+from aiosd.gateway import places
 from aiosd.gateway.accounts import Account, Accounts, Full, User
 from libaios.greeting import NoKernel, Refused
 from libaios.wire import ModelInfo
@@ -51,6 +53,22 @@ class Problem(Exception):
         self.status, self.message, self.kind, self.param, self.code = status, message, kind, param, code
         self.headers = dict(headers or {})
 
+    def renamed(self, names: places.Names) -> Problem:
+        """The same with the names of another API."""
+        new = self.param and names(self.param)
+        if self.param and new:
+            self.message, self.param = places.renamed(self.message, self.param, new), new
+        return self
+
+
+@contextlib.contextmanager
+def renaming(names: places.Names) -> Iterator[None]:
+    """Around what is shared with another API, and says the names of that one."""
+    try:
+        yield
+    except Problem as problem:
+        raise problem.renamed(names) from None
+
 
 class Left(Exception):
     """The program does not wait for the reply any more."""
@@ -58,20 +76,15 @@ class Left(Exception):
 
 NO_RETRY = {"x-should-retry": "false"}
 _SOON = {"retry-after": "1"}
-#: What the kernel calls otherwise than the API.
-RENAMED = {"schema": "response_format"}
-_PLACE = re.compile(r"([a-z_]+(?:\[\d+\]|\.[a-z_]+)*)\b")
 
 
-def problem_of(err: OSError) -> Problem:
-    """What an answer of the kernel is in HTTP."""
+def problem_of(err: OSError, names: places.Names = places.same) -> Problem:
+    """What an answer of the kernel is in HTTP. `names`: how this API calls what the kernel has named."""
     message = err.strerror or str(err)
     match err.errno:
         case errno.EINVAL | errno.EMSGSIZE:
-            found = _PLACE.match(message)
-            param = RENAMED.get(found[1], found[1]) if found is not None else None
             code = "context_length_exceeded" if err.errno == errno.EMSGSIZE else None
-            return Problem(400, message, param=param, code=code)
+            return Problem(400, message, param=places.found(message), code=code).renamed(names)
         case errno.EDQUOT:
             return Problem(429, message, "insufficient_quota", code="insufficient_quota", headers=NO_RETRY)
         case errno.EAGAIN:
@@ -127,6 +140,7 @@ class Request:
         self.account: Account
         self.words: dict[str, str] = {}  # parts of the path
         self.error_form: Callable[[Problem], dict[str, Any]] = openai_error
+        self.names: places.Names = places.same  # how the handler's API calls what the kernel names
         self.extra: list[tuple[bytes, bytes]] = []  # headers of the reply
         self.begun = False  # the head of the reply is sent
         self._events = False  # it is a stream of events, not of lines
@@ -269,7 +283,7 @@ class App:
         except Full as full:
             await request.fail(Problem(429, str(full), "rate_limit_error", headers=_SOON))
         except OSError as err:
-            await request.fail(problem_of(err))
+            await request.fail(problem_of(err, request.names))
         except asyncio.CancelledError:
             raise
         except Exception:  # a bug: it costs this request, and no other
