@@ -62,7 +62,7 @@ class Embedder:
     def ranked_in_steps(self, pairs: Iterable[list[int]], pay: Pay = None) -> Iterator[Ranked | None]:
         """Scores of pairs of a query and a document (see `pairs.py`), in steps as above."""
         if not self._ranks:
-            raise OSError(errno.EINVAL, "model: this one makes no scores; rerank needs one that does (pooling type: rank)")
+            raise OSError(errno.EINVAL, "model: this one makes no scores; rerank needs a pooling type of rank")
         rows: list[llama.Floats] = []
         total = yield from self._computed(pairs, "documents", rows, pay)
         scores = [float(row[0]) for row in rows]
