@@ -393,7 +393,7 @@ class App:
         """Whose request is it? Raises Problem: 401, 403, 503."""
         token, connection = request.token(), request.connection
         if not token:
-            message = "a token is needed: aios-run gives each agent its own in OPENAI_API_KEY"
+            message = "a token is needed: agents have theirs in OPENAI_API_KEY, others get one by aiosd token NAME"
             raise Problem(401, message, code="no_api_key")
         try:
             if len(token) > TOKEN_CHARS:
