@@ -20,9 +20,10 @@ from uvicorn.server import ServerState
 from aiosd.gateway.accounts import Account, Accounts
 from aiosd.gateway.identity import Address
 from aiosd.gateway.routes import ROUTES
-from aiosd.gateway.superior import GatewaySpec, Superior
+from aiosd.gateway.spec import GatewaySpec
 from aiosd.gateway.web import App, Counters
 from aiosd.heartbeat import BEAT_S, Rounds
+from aiosd.superior import Superior
 
 STRANGERS = 128
 STRANGER_S = 20.0  # until its first request is shown to be an agent's

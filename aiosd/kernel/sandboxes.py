@@ -55,7 +55,7 @@ class Sandboxes:
         """The box of a new agent, None: it is not confined. `allowed`: it may be less confined than its parent. Raises
         OSError: EINVAL, EPERM, ENOTSUP."""
         boxes.check(args.sandbox)
-        wish = boxes.without_data(args.sandbox, self._data)
+        wish = boxes.without_data(boxes.with_hosts(args.sandbox), self._data)
         box = self._decide(args, wish, parent, allowed)
         if box is not None:
             boxes.refuse_data(box, self._data, self._folder)
@@ -83,10 +83,10 @@ class Sandboxes:
         if box is None:
             return args.env
         if parent is not None and parent.box is not None:
-            return boxes.at_home(args.env, box.workspace)
+            return boxes.at_home(args.env, box)
         group = group_of_child(parent, args.group, allowed=True)  # `decide` has asked
         allowed = (*self.of_group(group).env, *args.sandbox.env)
-        return boxes.at_home(boxes.environment(args.env, allowed), box.workspace)
+        return boxes.at_home(boxes.environment(args.env, allowed), box)
 
     def of_group(self, group: str) -> Rules:
         """In force here: a level that this machine cannot do is one lower, which the log says."""
