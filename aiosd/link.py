@@ -458,8 +458,8 @@ class Set(Struct, array_like=True, frozen=True, tag=True):
 
 class Forked(Struct, array_like=True, frozen=True, tag=True):
     """Descriptors with the frame: the agent's memfd, the kernel's end of its doorbell, of a confined agent its door,
-    and of one in a network of its own its gates (none when the key was known and the kernel has them already, or it has no
-    process)."""
+    and of one in a network of its own its gates (none when the key was known and the kernel has them already, or it has
+    no process)."""
 
     key: Key
     pid: int

@@ -7,16 +7,20 @@ time, and the oldest makes room for the next: so silent connections, however man
 from __future__ import annotations
 
 import asyncio
+import contextlib
+import functools
 import logging
 import selectors
 import socket
 import time
+from collections.abc import Callable
 from typing import Any
 
 from uvicorn import Config
 from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol
 from uvicorn.server import ServerState
 
+from aiosd import passage
 from aiosd.gateway.accounts import Account, Accounts
 from aiosd.gateway.identity import Address
 from aiosd.gateway.routes import ROUTES
@@ -30,6 +34,7 @@ STRANGER_S = 20.0  # until its first request is shown to be an agent's
 HEAD_BYTES = 64 << 10  # of a request's line and headers
 KEEP_ALIVE_S = 75
 GATHER_S = 0.0003
+GUESTS_AT_ONCE = 16
 
 
 class Strangers:
@@ -55,13 +60,15 @@ class Strangers:
 
 
 class Guarded(HttpToolsProtocol):
-    """One TCP connection. `account`: the agent that it was shown to belong to."""
+    """One TCP connection. `account`: the agent that it was shown to belong to; `agent`: the one at whose own gate it
+    was accepted (`birth.gates`), 0: it came in at the door of all."""
 
     strangers: Strangers  # of the server; set on a subclass
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
         self.account: Account | None = None
+        self.agent = 0
         self._head_bytes = 0
 
     def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
@@ -176,9 +183,39 @@ async def _serve(superior: Superior, spec: GatewaySpec, rounds: Rounds, counters
     server = await loop.create_server(
         lambda: kind(config=config, server_state=state, app_state={}), sock=socket.socket(fileno=spec.door.fd)
     )
+    if spec.guests >= 0:
+        guests = socket.socket(fileno=spec.guests)
+
+        def connection_of(agent: int) -> Guarded:
+            connection: Guarded = kind(config=config, server_state=state, app_state={})
+            connection.agent = agent
+            return connection
+
+        loop.add_reader(guests, _take_guests, guests, connection_of)
     await ended.wait()
     server.close()
     return 0
+
+
+def _take_guests(guests: socket.socket, connection_of: Callable[[int], Guarded]) -> None:
+    """Connections that the proxy has accepted at gates of agents."""
+    loop = asyncio.get_running_loop()
+    with contextlib.suppress(BlockingIOError):
+        for _ in range(GUESTS_AT_ONCE):
+            message, fds = passage.receive(guests)
+            for sock in [socket.socket(fileno=fd) for fd in fds]:
+                if not isinstance(message, passage.Guest):
+                    sock.close()
+                    continue
+                sock.setblocking(False)
+                connecting = loop.create_task(
+                    loop.connect_accepted_socket(functools.partial(connection_of, message.pid), sock)
+                )
+                _connecting.add(connecting)
+                connecting.add_done_callback(_connecting.discard)
+
+
+_connecting: set[asyncio.Task[Any]] = set()  # asyncio keeps no task alive by itself
 
 
 def _beat(loop: asyncio.AbstractEventLoop, rounds: Rounds, accounts: Accounts) -> None:

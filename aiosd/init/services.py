@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 from aiosd.gateway.spec import GatewaySpec
-from aiosd.net.main import ProxySpec
+from aiosd.net.spec import ProxySpec
 from aiosd.service import GATEWAY, LLM, PROXY, TOOLBOX, Service, Stopped
 from aiosd.store.main import StoreSpec
 from aiosd.tools.spec import ToolboxSpec

@@ -99,6 +99,7 @@ class Agents:
         self._adopted: set[link.Key] = set()  # the calls that a dead kernel has started agents for
         self._patience: dict[int, float] = {}  # attached agents whose client may still come back, until when
         self.listed = Listed(table, timers)
+        tokens.agent = table.get
         self.stopping = False  # the system goes down
         self.process_over: Callable[[Proc, float], None]  # with the seconds that it has used, see `measure`
         self.outside_changed: Callable[[], None] = lambda: None  # an agent without a process has come, or ended

@@ -15,6 +15,7 @@ import msgspec
 from aiosd.kernel.proc import Proc
 from aiosd.kernel.spawning import group_of_child
 from aiosd.sandbox import box as boxes
+from aiosd.sandbox import hosts
 from aiosd.sandbox.box import LEVELS, Box, Rules
 from aiosd.sandbox.probe import Offer
 from libaios import wire
@@ -75,6 +76,9 @@ class Sandboxes:
             raise wire.error(errno.EPERM, f"sandbox: agents of group {group!r} run in {rules.level!r} or more")
         if LEVELS.index(wish.level or "none") > LEVELS.index(self.offer.level):
             raise wire.error(errno.ENOTSUP, f"sandbox: {wish.level} is not possible here: {self.offer.reason}")
+        confined = (wish.level or rules.level) != "none"
+        if confined and hosts.are_named(wish.net or rules.net) and self.offer.level != LEVELS[-1]:
+            raise wire.error(errno.ENOTSUP, f"sandbox: --net HOST needs a cage, not possible here: {self.offer.reason}")
         place = boxes.workspace(self._folder, group, wish.program or args.target, args.name or "")
         return boxes.of_person(wish, rules, place)
 

@@ -4,20 +4,11 @@ no more than an agent that sleeps."""
 from __future__ import annotations
 
 import select
-from dataclasses import dataclass
 
 from aiosd.heartbeat import Rounds
+from aiosd.net.spec import ProxySpec
 from aiosd.superior import Superior
 from libaios.channel import Channel
-
-
-@dataclass(frozen=True, slots=True)
-class ProxySpec:
-    """Descriptors of `aiosd.passage`: where gates come from, and where connections to the gateway go; -1: there is no
-    gateway."""
-
-    gates: int
-    guests: int = -1
 
 
 def main(channel: Channel, spec: ProxySpec, rounds: Rounds) -> int:

@@ -9,8 +9,8 @@ import socket
 from aiosd import link, passage
 from aiosd.heartbeat import BEAT_S, Rounds
 from aiosd.net.dialing import Dialer
-from aiosd.net.main import ProxySpec
 from aiosd.net.proxy import Proxy
+from aiosd.net.spec import ProxySpec
 from aiosd.superior import Superior
 
 GATES_AT_ONCE = 64
