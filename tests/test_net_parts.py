@@ -44,8 +44,8 @@ def test_a_network_is_written_in_one_way() -> None:
     [
         "", "a.org,", "*", "*.", "a*.org", "*.*.org", "a.org:", "a.org:0", "a.org:70000", "a.org:x", "all,a.org", "a b",
         "http://a.org", "a.org/x", "a..org", "-a.org", "a.org:80:90", "[a.org]", "[::1", "a\n.org", "a@b.org",
-        "*.1.1.1.1", "10.0.0.1", "127.0.0.1", "127.1", "0x7f.1", "2130706433", "[::1]", "[::ffff:10.0.0.1]", "[fe80::1%eth0]",
-        "169.254.169.254", "x" * 64 + ".org", ",".join(f"h{number}.org" for number in range(65)),
+        "*.1.1.1.1", "10.0.0.1", "127.0.0.1", "127.1", "0x7f.1", "2130706433", "[::1]", "[::ffff:10.0.0.1]",
+        "[fe80::1%eth0]", "169.254.169.254", "x" * 64 + ".org", ",".join(f"h{number}.org" for number in range(65)),
     ],
 )  # fmt: skip
 def test_what_is_no_network_is_refused(word: str) -> None:
