@@ -7,6 +7,8 @@ import os
 import signal
 import sys
 import textwrap
+import urllib.error
+import urllib.request
 from collections.abc import Callable, Iterator
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
@@ -15,6 +17,7 @@ from typing import Any
 
 import pytest
 
+from libaios.wire import GATE
 from tests.conftest import System, eventually
 from tests.netboot import UPSTREAM
 
@@ -176,6 +179,15 @@ def test_the_gateway_is_found_at_its_own_and_at_fixed_addresses_without_a_token(
     if found[0] != "yes":  # its packages are not installed
         pytest.skip(found[0])
     assert found == ["yes"] * 5 + ["{", "{", True]
+    pid = system.run("aios-run", "-d", "--sandbox", "cage", "--net", "a.org", "--", "sleep", "600").stdout.strip()
+    pretending = urllib.request.Request(
+        system.status()["gateway"] + "/v1/models", headers={"Authorization": f"Bearer {GATE}{pid}"}
+    )
+    with pytest.raises(urllib.error.HTTPError) as refused:
+        urllib.request.urlopen(pretending)
+    assert refused.value.code == 401
+    refused.value.close()
+    system.run("aios-kill", pid, check=True)
 
 
 def test_children_and_other_agents_reach_only_their_own_hosts(system: System, upstream: int, tmp_path: Path) -> None:

@@ -212,7 +212,13 @@ def _take_guests(guests: socket.socket, connection_of: Callable[[int], Guarded])
                     loop.connect_accepted_socket(functools.partial(connection_of, message.pid), sock)
                 )
                 _connecting.add(connecting)
-                connecting.add_done_callback(_connecting.discard)
+                connecting.add_done_callback(_guest_connected)
+
+
+def _guest_connected(task: asyncio.Task[Any]) -> None:
+    _connecting.discard(task)
+    if not task.cancelled():
+        task.exception()  # it has gone again; asked for, or asyncio complains
 
 
 _connecting: set[asyncio.Task[Any]] = set()  # asyncio keeps no task alive by itself

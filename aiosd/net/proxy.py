@@ -35,7 +35,8 @@ HEAD_S = 20.0  # for a request's head
 DIAL_S = 30.0  # until its host is connected
 IDLE_S = 900.0  # without a byte in either direction
 LINGER_S = 2.0  # for a client to read why it was refused
-PAUSE_S = 0.2  # after a descriptor was missing
+GUESTS = 64  # connections of one agent that are passed on to the gateway, until there is a pause
+PAUSE_S = 0.2  # for that, and after a descriptor was missing
 BUFFER = request.HEAD_BYTES  # of a read; twice that lies here in each direction
 DENIED_AGAIN_S = 60.0  # after which the same denial is told again
 DENIED_KNOWN = 256  # of one agent
@@ -55,7 +56,7 @@ class Gate:
     listeners: list[socket.socket]
     lookups: asyncio.Semaphore
     connections: set[asyncio.Task[None]] = field(default_factory=set)
-    paused: bool = False
+    guests: int = 0  # passed on since the last pause
     denied: OrderedDict[tuple[str, int], float] = field(default_factory=OrderedDict)  # when that was told
 
 
@@ -73,6 +74,8 @@ class Proxy:
         self._guests = guests
         self._loop = asyncio.get_running_loop()
         self.gates: dict[int, Gate] = {}
+        self._full: set[Gate] = set()  # whose further connections wait
+        self.connections = 0
         self.served = 0
         self.refused = 0
         soft, _ = resource.getrlimit(resource.RLIMIT_NOFILE)
@@ -111,6 +114,7 @@ class Proxy:
         for listener in gate.listeners:
             self._loop.remove_reader(listener)
             listener.close()
+        self._full.discard(gate)
         for task in gate.connections:
             task.cancel()
 
@@ -119,30 +123,28 @@ class Proxy:
             self._close(pid)
 
     def _listen(self, gate: Gate) -> None:
-        gate.paused = False
+        self._full.discard(gate)
         for number, listener in enumerate(gate.listeners):
             self._loop.add_reader(listener, self._accept, gate, listener, number > 0)
 
     def _pause(self, gate: Gate) -> None:
         """At the proxy. (Connections of the gateway are counted there.)"""
-        gate.paused = True
+        self._full.add(gate)
         self._loop.remove_reader(gate.listeners[0])
 
     def _resume(self) -> None:
         """There is room again."""
-        for gate in self.gates.values():
-            if gate.paused and self._room(gate):
-                self._listen(gate)
-
-    @property
-    def connections(self) -> int:
-        return sum(len(gate.connections) for gate in self.gates.values())
+        for gate in [gate for gate in self._full if self._room(gate)]:
+            self._listen(gate)
 
     def _room(self, gate: Gate) -> bool:
         return len(gate.connections) < (CONNECTIONS if self.connections < self._most else FEW)
 
     def _accept(self, gate: Gate, listener: socket.socket, to_gateway: bool) -> None:
         for _ in range(ACCEPTED_AT_ONCE):
+            if to_gateway and gate.guests >= GUESTS:
+                self._rest(gate, gate.listeners[1:])
+                return
             if not to_gateway and not self._room(gate):
                 self._pause(gate)
                 return
@@ -152,20 +154,27 @@ class Proxy:
                 return
             except OSError as err:  # out of descriptors: those that wait keep waiting, and we do not spin meanwhile
                 logger.warning("connections of agents: %s", err)
-                for one in gate.listeners:
-                    self._loop.remove_reader(one)
-                self._loop.call_later(PAUSE_S, self._listen_again, gate)
+                self._rest(gate, gate.listeners)
                 return
             if to_gateway:
                 self._pass_on(gate, sock)
             else:
                 self._begin(gate, sock)
 
-    def _listen_again(self, gate: Gate) -> None:
+    def _rest(self, gate: Gate, listeners: list[socket.socket]) -> None:
+        for one in listeners:
+            self._loop.remove_reader(one)
+        self._loop.call_later(PAUSE_S, self._rested, gate)
+
+    def _rested(self, gate: Gate) -> None:
+        gate.guests = 0
         if self.gates.get(gate.pid) is gate:
             self._listen(gate)
 
     def _pass_on(self, gate: Gate, sock: socket.socket) -> None:
+        gate.guests += 1
+        if gate.guests == 1:
+            self._loop.call_later(PAUSE_S, self._rested, gate)
         with sock, contextlib.suppress(OSError):  # it does not keep up: the connection is refused
             if self._guests is not None:
                 passage.send(self._guests, passage.Guest(gate.pid), [sock.fileno()])
@@ -173,10 +182,12 @@ class Proxy:
     def _begin(self, gate: Gate, sock: socket.socket) -> None:
         sock.setblocking(False)
         task = self._loop.create_task(self._serve(gate, sock))
+        self.connections += 1
         gate.connections.add(task)
         task.add_done_callback(lambda done: self._end(gate, done))
 
     def _end(self, gate: Gate, done: asyncio.Task[None]) -> None:
+        self.connections -= 1
         gate.connections.discard(done)
         if not done.cancelled() and (err := done.exception()) is not None:  # a bug: it costs this connection
             logger.error("a connection of agent %d: a bug of the proxy", gate.pid, exc_info=err)
