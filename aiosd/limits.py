@@ -114,6 +114,8 @@ KINDS = (
 )
 BY_NAME = {kind.name: kind for kind in KINDS}
 SAMPLED = tuple(kind for kind in KINDS if kind.lag_s)
+#: Of an agent without a process (`aiosd token`): what Linux would have to be asked about is not known of it.
+WITHOUT_PROCESS = tuple(kind for kind in KINDS if not kind.lag_s)
 
 
 def sentence(limits: Limits, name: str, group: str = "") -> str:

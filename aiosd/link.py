@@ -19,6 +19,7 @@ from msgspec import Raw, Struct, msgpack
 
 from aiosd.access.deed import Deed
 from aiosd.access.rules import Policy
+from aiosd.price import Price
 from libaios.wire import Generate, Limits, Logprobs, Template, ToolCall, Usage
 
 Key = tuple[int, int]  # (peer: agent pid, or -client id; call id)
@@ -86,6 +87,7 @@ class Submit(Struct, array_like=True, frozen=True, tag=True):
     others: bool = False  # other models stand ready for it: rather than make it wait, let it fail
     shares: list[PurseShare] = []
     money: int | None = None  # how much more the agent may spend, in 10^-12 of a unit; None: unlimited
+    price: Price | None = None  # what it pays for tokens, where money is limited
 
 
 class CancelCall(Struct, array_like=True, frozen=True, tag=True):

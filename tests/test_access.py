@@ -160,6 +160,8 @@ def test_what_is_the_agents_own_never_asks(system: System, agent: str) -> None:
         'aios.sto.remove("mine")',
         '[aios.sto.write("new", text, of="group") for text in (b"1", b"2")], aios.sto.remove("new", of="group")',
         'aios.mem.remove(aios.mem.add("a note"))',
+        '[aios.mem.add(text, key="mine", shared=True) for text in "ab"], aios.mem.update("mine", "c")',
+        'aios.mem.remove("mine")',
         'aios.tool.call("write_file", path="kept/not", content="x")',
         "aios.proc.nice(1)",
     )
@@ -175,10 +177,14 @@ def test_what_belongs_to_others_too_asks(system: System, agent: str) -> None:
         'aios.sto.remove("shared", of="group")',
         'aios.sto.rollback("shared", 1, of="group")',
         'aios.mem.remove("all")',
+        'aios.mem.add("mine now", key="all", shared=True)',
+        'aios.mem.update("all", tags=["mine"])',
+        'aios.tool.call("remember", text="mine now", key="all", shared=True)',
     )
     results = did(system, agent, *tries, 'aios.sto.append("shared", b"!", of="group")')
-    assert [kind for kind, _ in results] == ["PermissionError"] * 4 + ["ok"]
-    for (_, words), what in zip(results[:4], ("overwritten", "removed", "rolled back", "removed"), strict=True):
+    assert [kind for kind, _ in results] == ["PermissionError"] * 7 + ["ok"]
+    whats = ("overwritten", "removed", "rolled back", "removed", *["overwritten"] * 3)
+    for (_, words), what in zip(results[:7], whats, strict=True):
         assert f"default: what belongs to others, too, is not {what} without asking" in words
     assert did(system, agent, 'aios.sto.read("shared", of="group")') == [["ok", "b'1!'"]]
 

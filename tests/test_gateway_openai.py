@@ -409,7 +409,7 @@ def test_pieces_that_have_come_together_are_one() -> None:
     from aiosd.gateway.openai import generation
 
     one, two = (wire.Logprob(i, -0.5, b"x") for i in (1, 2))
-    joined = generation._joined([wire.Piece("a", [1], [one]), wire.Piece("b", [2, 3], [two], "m")])
+    joined = generation._joined([wire.Piece("a", [1], [one], "m"), wire.Piece("b", [2, 3], [two])])
     assert joined == wire.Piece("ab", [1, 2, 3], [one, two], "m")
     assert generation._joined([wire.Piece("a", [1]), wire.Piece("b", [2])]).logprobs is None
 
@@ -423,7 +423,7 @@ def test_a_stream_that_waits_shows_signs_of_life(monkeypatch: pytest.MonkeyPatch
         request = Asker()
         asked = fields.Asked([wire.Generate()])
         task = asyncio.create_task(
-            generation.stream(request, asked.args, chat.ChatForm({"id": "x"}, asked, False))  # type: ignore[arg-type]
+            generation.stream(request, asked.args, chat.ChatForm({"id": "x", "model": "m"}, asked, False))  # type: ignore[arg-type]
         )
         await request.arrived.wait()
         assert request.sent[0].startswith(b": ")

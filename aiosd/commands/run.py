@@ -28,16 +28,15 @@ import os
 import select
 import signal
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
 import click
 
 from aiosd import limits
-from aiosd.commands import asks, edge
+from aiosd.commands import asks, budgets, edge
 from aiosd.commands.wait import exit_code
 from aiosd.sandbox import hosts
-from aiosd.units import parse_duration
 from libaios import template, wire
 from libaios.client import Client, NoKernel
 from libaios.connection import Pending, decode_body
@@ -111,45 +110,6 @@ def split(args: Sequence[str], takes_value: set[str]) -> tuple[list[str], str, l
     return list(args), "file", []
 
 
-class Duration(edge.Seconds):
-    """A number of seconds, or a length of time with units."""
-
-    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> float:
-        if isinstance(value, str):
-            with contextlib.suppress(ValueError):
-                value = parse_duration(value)
-        return super().convert(value, param, ctx)
-
-
-class Amount(click.ParamType[float]):
-    """How much of a budget: read as in aiosd.toml."""
-
-    def __init__(self, kind: limits.Kind) -> None:
-        self.kind = kind
-        self.name = kind.metavar
-
-    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> float:
-        try:
-            amount: float = self.kind.read(value)
-            return amount
-        except ValueError as err:
-            self.fail(str(err), param, ctx)
-
-
-def budget_options(command: Callable[..., int]) -> Callable[..., int]:
-    """An option for each kind of budget, which arrives as `budget_NAME`, and one for their messages."""
-    percent = click.IntRange(0, 100)
-    words = "Send it a message when that much of a budget is used, such as 80."
-    command = click.option("--soft-limit", "budget_soft_limit", type=percent, metavar="PERCENT", help=words)(command)
-    for kind in reversed(limits.KINDS):
-        amount = Duration(min=0) if kind.metavar == "S" else Amount(kind)
-        option = click.option(
-            kind.flag, f"budget_{kind.name}", type=amount, metavar=kind.metavar, help=f"Budget: {kind.help}"
-        )
-        command = option(command)
-    return command
-
-
 def _complete_file(context: click.Context, parameter: click.Parameter, incomplete: str) -> list[CompletionItem]:
     from click.shell_completion import CompletionItem
 
@@ -193,7 +153,7 @@ def _complete_net(context: click.Context, parameter: click.Parameter, incomplete
 )
 @click.option("-g", "--group", metavar="GROUP", help="Privilege group.")
 @click.option("--no-gateway-env", "own_env", is_flag=True, help="Leave OPENAI_BASE_URL and the like as they are.")
-@budget_options
+@budgets.options(limits.KINDS, soft=True)
 @click.option(
     "--sandbox",
     type=click.Choice(["none", "flat", "cage"]),
@@ -244,7 +204,7 @@ def command(
     preload: tuple[str, ...],
     python: str | None,
     target: tuple[str, ...],
-    **budgets: float | None,
+    **amounts: float | None,
 ) -> int:
     if not target or not target[0]:
         what = "-m needs a module" if context.meta["kind"] == "module" else "give FILE.py, -m MODULE or -- PROGRAM"
@@ -287,7 +247,7 @@ def command(
             name=name,
             nice=nice,
             group=group,
-            limits=limits.limits_of({name.removeprefix("budget_"): amount for name, amount in budgets.items()}),
+            limits=budgets.limits_of(amounts),
             umask=_umask(),
             detached=detach,
             attached=not detach,

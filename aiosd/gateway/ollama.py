@@ -143,11 +143,12 @@ def _sampling(asked: Common, kind: type[fields.Sampling] = fields.Sampling, **mo
 
 
 async def _answer(request: Request, asked: Common, model: ModelInfo, chat: fields.Asked, part: str = "message") -> None:
-    form = LinesForm(model, chat, part)
+    form = LinesForm(model.name, chat, part)
     if asked.stream is not False:
         await generation.stream(request, chat.args, form)
         return
     (result,) = await generation.results(request, chat.args)
+    form.begin(result.model)
     body = form.shown(result.text, result.reasoning, result.tool_calls)
     await request.reply({**body, **form.last(result.finish_reason, result.usage)})
 
@@ -158,12 +159,13 @@ class LinesForm:
     kind = LINES
     comment = b""  # every line is taken for a part of the answer
 
-    def __init__(self, model: ModelInfo, chat: fields.Asked, part: str) -> None:
+    def __init__(self, model: str, chat: fields.Asked, part: str) -> None:
         self._model, self._chat, self._part = model, chat, part
         self._since = time.monotonic()
         self._reason = ""
 
-    def begin(self) -> bytes:
+    def begin(self, model: str) -> bytes:
+        self._model = model or self._model
         return b""
 
     def piece(self, index: int, piece: Piece) -> bytes:
@@ -178,7 +180,7 @@ class LinesForm:
         return encode({**self.shown("", "", []), **self.last(self._reason, usages[0])}) + b"\n"
 
     def shown(self, text: str, thoughts: str, calls: Sequence[ToolCall]) -> dict[str, Any]:
-        body: dict[str, Any] = {"model": self._model.name, "created_at": _now()}
+        body: dict[str, Any] = {"model": self._model, "created_at": _now()}
         answers = [call for call in calls if call.name == self._chat.answer_tool]
         text += "".join(encode(call.arguments).decode() for call in answers)
         if self._part == "response":

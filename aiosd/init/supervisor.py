@@ -517,7 +517,7 @@ class Supervisor:
     def _spawn(self, spec: link.Fork, fds: list[int], spare: Spare | None = None) -> None:
         """`spare`: the process that becomes the agent, with the socket at which it waits; None: one is forked."""
         pid = self.pids.next()
-        log_path = str(self.home.logs / f"{pid}.log") if spec.detached else ""
+        log_path = os.path.join(self.home.texts["logs"], f"{pid}.log") if spec.detached else ""
         policy = restart.parse(spec.restart)
         again = policy.when is not restart.When.NO
         kept = again or spec.sandbox != "none"  # else nothing in it is needed any more
@@ -580,7 +580,7 @@ class Supervisor:
             memfd, bell, agent_bell = make_channel(RING_BYTES, RING_BYTES)
             opened.append(agent_bell)
             try:
-                home = str(self.home.root)
+                home = self.home.texts["root"]
                 if spare is None:
                     ospid, report = self.spares.start(spec, pid, home, stdio, memfd, agent_bell, letter)
                 else:

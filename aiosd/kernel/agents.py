@@ -10,7 +10,7 @@ import errno
 import logging
 import os
 import signal
-from collections.abc import Callable, Container, Sequence
+from collections.abc import Callable, Container, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
@@ -58,7 +58,7 @@ class UnderWay:
     spec: link.Fork
     command: str
     box: Box | None
-    used: int  # tokens that it was charged with in an earlier life of the system
+    used: Mapping[int, int]  # what its row in the ledger begins with, from an earlier life of the system
 
 
 class Agents:
@@ -192,14 +192,19 @@ class Agents:
         self.budgets.expect(spec.shares)
 
     def _send_fork(
-        self, call: Call | None, spec: link.Fork, content: Letter, fds: tuple[int, ...] = (), used: int = 0
+        self,
+        call: Call | None,
+        spec: link.Fork,
+        content: Letter,
+        fds: tuple[int, ...] = (),
+        used: Mapping[int, int] | None = None,
     ) -> None:
         sealed = letter.write(content)
         try:
             self.uplink.send(spec, (sealed, *fds))
         finally:
             os.close(sealed)
-        self.forks[spec.key] = UnderWay(call, spec, letter.command(content)[:COMMAND_SHOWN], content.box, used)
+        self.forks[spec.key] = UnderWay(call, spec, letter.command(content)[:COMMAND_SHOWN], content.box, used or {})
 
     def forked(self, message: link.Forked, fds: list[int]) -> None:
         under_way = self.forks.pop(message.key)
@@ -213,7 +218,9 @@ class Agents:
         if proc is None:
             started = (message.started, message.since)
             command = under_way.command
-            self.ledger.row(message.pid)[ledger.CHARGED] = under_way.used
+            row = self.ledger.row(message.pid)
+            for column, amount in under_way.used.items():
+                row[column] = amount
             proc = self._make(spec, command, message.pid, message.ospid, message.pgid, started, message.log)
             proc.box = under_way.box
             self.ledger.keep_command(proc.pid, command)
@@ -274,7 +281,7 @@ class Agents:
                 logger.error("agent %s, which starts with the system: %s", spec.name or spec.target, err.strerror)
                 self.listed.refused(key_of(number), f"has not started: {err.strerror}")
 
-    def enrol(self, call: Call | None, spec: link.Fork, content: Letter, used: int = 0) -> None:
+    def enrol(self, call: Call | None, spec: link.Fork, content: Letter, used: Mapping[int, int]) -> None:
         """Add an agent without a process; the call is finished when the supervisor has noted it."""
         self._send_fork(call, spec, content, used=used)
 

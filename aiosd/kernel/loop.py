@@ -350,7 +350,8 @@ class Kernel:
             if source.turn is Turn.ASLEEP:
                 self.events.move(source, Turn.AWAKE)
 
-        source = service.source = self.events.watch(channel.fileno(), on_bell, serve=serve, channel=channel)
+        source = self.events.watch(channel.fileno(), on_bell, serve=serve, channel=channel, answers=True)
+        service.source = source
         service.asked = asked
         self.events.move(source, Turn.HUNGRY)
 

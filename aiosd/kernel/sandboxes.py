@@ -35,6 +35,8 @@ class Sandboxes:
 
     def raised(self, args: wire.Spawn, parent: Proc) -> str:
         """In which way the new agent would be less confined than its parent, or its parent's group; "": in none."""
+        if parent.box is None and not args.sandbox.level:
+            return ""
         same = msgspec.structs.replace(args, group=None)
         try:
             self.decide(same, parent)

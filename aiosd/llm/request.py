@@ -31,6 +31,7 @@ from aiosd.llm.structured import (
 )
 from aiosd.llm.text import TextStream
 from aiosd.llm.tokens import QUOTED, Tokens
+from aiosd.price import FREE
 from libaios import parts
 from libaios.wire import Generate
 
@@ -177,6 +178,8 @@ class Requests:
             constraint=constraint,
             dialect=reader,
             budget=submit.budget,
+            money=submit.money,
+            price=submit.price or FREE,
             watched=request.stream or bool(prepared.stops) or reader is not None,
         )
         if sequence.choice.mirostat is not None and submit.mu is not None:

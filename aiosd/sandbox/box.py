@@ -13,7 +13,6 @@ Names are not looked up here. A client that starts an agent for a person sends a
 from __future__ import annotations
 
 import errno
-import hashlib
 import os.path
 from collections.abc import Iterable, Mapping
 from fnmatch import fnmatchcase
@@ -22,7 +21,7 @@ import msgspec
 from msgspec import Struct
 
 from aiosd.sandbox import hosts
-from libaios import wire
+from libaios import digest, wire
 
 LEVELS = ("none", "flat", "cage")  # from the weakest on
 STRICT = "strict"  # a setting: no agent is in less than the strongest level
@@ -150,7 +149,7 @@ def at_home(env: Mapping[str, str], box: Box) -> dict[str, str]:
 
 def workspace(folder: str, group: str, program: str, name: str) -> str:
     """Where agents of this group, program and name keep their files. `name` is "" when none was given on purpose."""
-    key = hashlib.blake2b(wire.os_bytes(program), digest_size=4).hexdigest()
+    key = digest.short(wire.os_bytes(program), 4).hex()
     stem = "".join(c if c.isalnum() or c in "._-" else "_" for c in wire.os_shown(program).rpartition("/")[2])
     return os.path.join(folder, group, f"{stem.lstrip('.')[:32] or 'agent'}-{key}", f"={name}" if name else "-")
 

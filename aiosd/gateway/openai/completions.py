@@ -122,12 +122,15 @@ class CompletionForm:
         self, head: dict[str, Any], echoes: list[str], count: int, with_usage: bool, with_ids: bool = False
     ) -> None:
         self._with_ids = with_ids
-        self._front = b"data: " + encode({**head, "system_fingerprint": FINGERPRINT})[:-1] + b',"choices":['
+        self._head = {**head, "system_fingerprint": FINGERPRINT}
+        self._front = b""
         self._back = b'],"usage":null}\n\n' if with_usage else b"]}\n\n"
         self._with_usage = with_usage
         self._echoes, self._count = echoes, count
 
-    def begin(self) -> bytes:
+    def begin(self, model: str) -> bytes:
+        head = {**self._head, "model": model or self._head["model"]}
+        self._front = b"data: " + encode(head)[:-1] + b',"choices":['
         parts = [choice(i, self._echo_of(i), None, None) for i in range(self._count) if self._echo_of(i)]
         return b"".join([self._front + encode(part) + self._back for part in parts])
 

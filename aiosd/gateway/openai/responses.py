@@ -219,11 +219,13 @@ class Answer:
         self.items: list[Item] = []
         self.status = "in_progress"
         self.usage: wire.Usage | None = None
-        self._asked, self._model = asked, model
+        self.model = model
+        self._asked = asked
         self._created = int(time.time())
 
     def take(self, result: Result) -> None:
         """All at once."""
+        self.model = result.model or self.model  # of a route, the one that answered
         if result.reasoning:
             self.items.append(reasoning_item(result.reasoning))
         mine = [call for call in result.tool_calls if call.name != self.chat.answer_tool]
@@ -268,7 +270,7 @@ class Answer:
             "incomplete_details": {"reason": "max_output_tokens"} if self.status == "incomplete" else None,
             "instructions": asked.instructions,
             "max_output_tokens": asked.max_output_tokens,
-            "model": self._model,
+            "model": self.model,
             "output": self.items,
             "parallel_tool_calls": asked.parallel_tool_calls is not False,
             "previous_response_id": asked.previous_response_id,
@@ -354,7 +356,8 @@ class ResponseForm:
         self._seen: set[int] = set()  # calls that have been written piece by piece
         self._answers: set[int] = set()
 
-    def begin(self) -> bytes:
+    def begin(self, model: str) -> bytes:
+        self._answer.model = model or self._answer.model
         shown = self._answer.shown()
         return self._event("response.created", response=shown) + self._event("response.in_progress", response=shown)
 
