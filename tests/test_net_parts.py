@@ -19,7 +19,7 @@ from aiosd.sandbox.box import Box, Rules
 from libaios import wire
 from libaios.sandbox import wish
 
-NAMES = st.sampled_from(["a.org", "b.a.org", "c.b.a.org", "aa.org", "org", "x.net", "93.184.216.34", "2606:4700::1111"])
+NAMES = st.sampled_from(["a.org", "b.a.org", "c.b.a.org", "aa.org", "x.net", "93.184.216.34", "2606:4700::1111"])
 PORTS = st.sampled_from([0, 80, 443, 8443])
 WORDS = st.builds(
     lambda star, host, port: str(hosts.Grant("*." + host if star and host[0].isalpha() else host, port)),
@@ -42,7 +42,8 @@ def test_a_network_is_written_in_one_way() -> None:
 @pytest.mark.parametrize(
     "word",
     [
-        "", "a.org,", "*", "*.", "a*.org", "*.*.org", "a.org:", "a.org:0", "a.org:70000", "a.org:x", "all,a.org", "a b",
+        "", "a.org,", "*", "*.", "a*.org", "*.*.org", "a.org:", "a.org:0", "a.org:70000", "a.org:x", "all,a.org", "off",
+        "a b",
         "http://a.org", "a.org/x", "a..org", "-a.org", "a.org:80:90", "[a.org]", "[::1", "a\n.org", "a@b.org",
         "*.1.1.1.1", "10.0.0.1", "127.0.0.1", "127.1", "0x7f.1", "2130706433", "[::1]", "[::ffff:10.0.0.1]",
         "[fe80::1%eth0]", "169.254.169.254", "x" * 64 + ".org", ",".join(f"h{number}.org" for number in range(65)),

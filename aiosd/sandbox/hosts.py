@@ -132,6 +132,8 @@ def _grant(word: str) -> Grant:
     host, port = address(word)
     if _is_address(host):
         _refuse_private(host)
+    elif "." not in host:  # none has a public address: it is another word that was meant to be understood
+        raise ValueError(f"{word[:80]!r} is no host (such as example.org), and neither all nor none")
     return Grant(host, port)
 
 
