@@ -23,10 +23,11 @@ AGAIN_S = 0.05  # after the passage was full
 
 
 class Gates:
-    """`sock`: the passage to the proxy; None: there is no proxy."""
+    """`sock`: the passage to the proxy; None: there is no proxy. `used`: another kernel may have sent gates there."""
 
-    def __init__(self, sock: socket.socket | None, timers: Timers) -> None:
+    def __init__(self, sock: socket.socket | None, timers: Timers, used: bool) -> None:
         self._sock = sock
+        self._used = used
         self._timers = timers
         self._open: dict[int, tuple[Gate, tuple[int, ...]]] = {}  # with their descriptors, by pid
         self._waiting: deque[Gate | Closed | Kept] = deque()
@@ -38,6 +39,7 @@ class Gates:
         gates = tuple(fds)
         if not gates or proc.box is None:
             return
+        self._used = True
         self._open[proc.pid] = Gate(proc.pid, proc.restarts, proc.box.net), gates
         self._send(self._open[proc.pid][0])
 
@@ -53,7 +55,10 @@ class Gates:
         return sum(len(fds) for _, fds in self._open.values())
 
     def begin(self) -> None:
-        """There is a new proxy, or it has a new kernel."""
+        """There is a new proxy, or it has a new kernel. As long as there was no gate it hears nothing, and has loaded
+        nothing."""
+        if not self._used:
+            return
         self._waiting.clear()
         self._send(Kept(list(self._open)))
         for gate, _ in list(self._open.values()):

@@ -103,7 +103,7 @@ class Kernel:
         self.journal = Journal(born.journal, self._is_alive)
         self.mail = Mail(self.journal, self.calls)
         passages = born.settings.passages
-        self.gates = Gates(_socket_of(passages.kernel) if passages is not None else None, self.timers)
+        self.gates = Gates(_socket_of(passages.kernel) if passages is not None else None, self.timers, born.epoch > 1)
 
     def _make_rooms(self) -> None:
         """What is done with agents and services."""

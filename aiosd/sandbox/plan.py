@@ -28,7 +28,8 @@ _PROGRAMS = ("/usr", "/bin", "/sbin", "/lib", "/lib32", "/lib64", "/libx32", "/o
 _ETC = (
     "passwd", "group", "nsswitch.conf", "hosts", "host.conf", "resolv.conf", "gai.conf", "services", "protocols",
     "localtime", "timezone", "ld.so.cache", "ld.so.conf", "ld.so.conf.d", "ssl/certs", "ssl/openssl.cnf",
-    "ca-certificates", "pki/tls/certs", "pki/ca-trust", "mime.types", "os-release", "gitconfig", "inputrc", "terminfo",
+    "ca-certificates", "pki/tls/certs", "pki/ca-trust", "mime.types", "os-release", "debian_version", "lsb-release",
+    "gitconfig", "inputrc", "terminfo",
     "profile", "bash.bashrc", "fonts", "magic", "login.defs", "shells", "java",
 )  # fmt: skip
 #: All of /proc, because a rule on /proc/self would hold for one process only; Landlock itself guards what is another
