@@ -406,6 +406,21 @@ class Fork(Struct, array_like=True, frozen=True, tag=True):
     template: Template | None = None  # from which it is forked; None: the supervisor
 
 
+class StartServer(Struct, array_like=True, frozen=True, tag=True):
+    """Of the toolbox to the supervisor: fork this MCP server; `number` is for the answers. Descriptors: see
+    `aiosd.init.servers`."""
+
+    number: int
+    name: str
+
+
+class ServerIs(Struct, array_like=True, frozen=True, tag=True):
+    """The answer: its Linux pid; 0 when it has ended."""
+
+    number: int
+    ospid: int
+
+
 class SendSignal(Struct, array_like=True, frozen=True, tag=True):
     """To the agent's process group, then to every descendant found outside it. A `key` is served once."""
 

@@ -54,7 +54,8 @@ def _net(net: str | Iterable[str] | None) -> str:
 
 def _own(kind: str, target: str, cwd: str, env: Mapping[str, str]) -> tuple[str, list[str]]:
     """The program by which agents of a kind know each other again, and what it needs to be read: the folder in which it
-    lies, or where that is too broad the file alone."""
+    lies, or where that is too broad the file alone. A program that is executed gets the folder in which it starts, too,
+    because its arguments mostly name files there (`python app.py`), and an environment of Python in which it lies."""
     if kind == "module":
         return target, [] if is_broad(_real(cwd)) else [_real(cwd)]
     if kind == "file" and target == "-":
@@ -68,7 +69,32 @@ def _own(kind: str, target: str, cwd: str, env: Mapping[str, str]) -> tuple[str,
     linked = _real(os.path.dirname(named))
     if linked != folder and not is_broad(linked):
         own.append(linked)  # a link to the program lies there
+    if kind == "exec":
+        found = [_real(cwd), *_environments(linked), *_environments(folder)]
+        own += [path for path in found if path not in own and not is_broad(path)]
     return real, own
+
+
+def _environments(folder: str) -> list[str]:
+    """The roots of the environment of Python whose programs are in this folder; [] if it is none. That of a virtual
+    environment has its interpreter and its library elsewhere."""
+    root = os.path.dirname(folder)
+    try:
+        with open(os.path.join(root, "pyvenv.cfg"), encoding="utf-8", errors="replace") as file:
+            settings = dict(line.partition("=")[::2] for line in file)
+    except OSError:
+        own = root not in ("/", "/usr")  # these all agents may read
+        return [root] if own and _has_library(os.path.join(root, "lib")) else []
+    home = next((value.strip() for name, value in settings.items() if name.strip() == "home"), "")
+    return [root, *([os.path.dirname(_real(home))] if os.path.isabs(home) else [])]
+
+
+def _has_library(folder: str) -> bool:
+    try:
+        versions = [name for name in os.listdir(folder) if name.startswith("python3")]
+    except OSError:
+        return False
+    return any(os.path.isfile(os.path.join(folder, name, "os.py")) for name in versions)
 
 
 def _in_path(name: str, env: Mapping[str, str]) -> str | None:

@@ -62,21 +62,27 @@ def unpack(content: bytes) -> None:
 def enter(new: Box, report: Report) -> None:
     """Confine this process, for good. Raises OSError with a sentence."""
     global box
-    if _native is None or _ground is None:
-        raise OSError(1, f"sandbox: {new.level} is not possible here")
     workspace = wire.os_str(new.workspace)
     for folder in (workspace, os.path.join(workspace, "tmp")):
         os.makedirs(folder, mode=0o700, exist_ok=True)
-    report.door(_native.confine(plan.plan(_ground, new, doors=True)))
+    report.door(apply(new, doors=True))
     if hosts.are_named(new.net):
         report.gates(gates.made(_gates))
-    _limit(resource.RLIMIT_NOFILE, FILES)
-    if new.level == "cage":  # where Linux counts this agent's processes alone
-        _limit(resource.RLIMIT_NPROC, PROCESSES + PROCESSES_PER_CPU * (os.cpu_count() or 1))
+    limit(resource.RLIMIT_NOFILE, FILES)
     box = new
 
 
-def _limit(which: int, most: int) -> None:
+def apply(new: Box, doors: bool = False) -> int:
+    """Also for a process that is no agent. Its workspace must be there. Returns the listener of its door, if any."""
+    if _native is None or _ground is None:
+        raise OSError(1, f"sandbox: {new.level} is not possible here")
+    listener = _native.confine(plan.plan(_ground, new, doors))
+    if new.level == "cage":  # where Linux counts this agent's processes alone
+        limit(resource.RLIMIT_NPROC, PROCESSES + PROCESSES_PER_CPU * (os.cpu_count() or 1))
+    return listener
+
+
+def limit(which: int, most: int) -> None:
     """Lower a limit of this process to `most`, for good."""
     soft, hard = resource.getrlimit(which)
     if hard == resource.RLIM_INFINITY or hard > most:

@@ -14,8 +14,9 @@ if TYPE_CHECKING:
     from aiosd.config import Settings
 
 
-def of(settings: Settings) -> list[Service]:
-    """In the order in which they are started. The first core is the default one."""
+def of(settings: Settings, servers: int) -> list[Service]:
+    """In the order in which they are started. The first core is the default one. `servers`: the socket over which the
+    toolbox has MCP servers forked."""
     alone = len(settings.models) == 1
     cores = [
         Service(
@@ -49,8 +50,10 @@ def of(settings: Settings) -> list[Service]:
         kind=TOOLBOX,
         entry="aiosd.tools.main:main",
         confines=True,
-        argument=ToolboxSpec(str(settings.home.data / "work"), settings.tools, settings.tool_workers, settings.sealed),
-        keep=(settings.sealed,),
+        argument=ToolboxSpec(
+            str(settings.home.data / "work"), settings.tools, settings.tool_workers, settings.sealed, servers
+        ),
+        keep=(settings.sealed, servers),
     )
     return [*cores, *vectors, store, toolbox, *_proxy(settings), *_gateway(settings), *settings.services]
 

@@ -32,6 +32,7 @@ from typing import TYPE_CHECKING, ClassVar
 
 from aiosd import apart, link, log, procfs, restart
 from aiosd.birth import confinement, fork, gates, modules, spares
+from aiosd.birth.server import House
 from aiosd.errors import Bug
 from aiosd.heartbeat import BEAT_S, Heart, Rounds, beat, beat_in_background
 from aiosd.init import environment, notify, services
@@ -39,6 +40,7 @@ from aiosd.init.births import Birth, Births
 from aiosd.init.orphans import Orphans
 from aiosd.init.pids import PidCounter
 from aiosd.init.records import BACKOFF_S, Agent, Inheritance, Memo, Process
+from aiosd.init.servers import Server, Servers
 from aiosd.init.signals import Received, describe_sender, open_signals, read_signals, signal_tree
 from aiosd.init.signals import name as signal_name
 from aiosd.init.sweep import sweep
@@ -85,7 +87,7 @@ class Supervisor:
         self.epoll = select.epoll()
         self.pids = PidCounter(self.home.data / "last-pid", self.home.logs)
         # processes
-        self.children: dict[int, Agent | Process | Template] = {}  # live ones, by Linux pid
+        self.children: dict[int, Agent | Process | Template | Server] = {}  # live ones, by Linux pid
         self.agents: dict[int, Agent] = {}  # by pid, live and dead until forgotten
         self.spares = spares.Spares(self.timers)
         self.orphans = Orphans(self.timers, self._known_children, settings.stop_timeout_s, settings.orphans == "term")
@@ -96,6 +98,7 @@ class Supervisor:
         self.templates = Templates(
             self.epoll, self.timers, self.children, self.pids.next, self._tell_templates, settings.template_idle_s
         )
+        self.servers = Servers(self.epoll, self.children, self._house)
         self.orders: dict[link.Key, int] = {}  # spawns that wait for a template, with the epoch of their kernel
         self.served_once = False  # the system has been ready
         self.epoch = 0
@@ -116,6 +119,10 @@ class Supervisor:
     def _known_children(self) -> set[int]:
         return {*self.children, *self.spares.ospids()}
 
+    def _house(self) -> House:
+        data = self.home.data
+        return House(self.offer.level, self.settings.strict, str(data), str(data / "servers"))
+
     def _live_agents(self) -> list[Agent]:
         return [child for child in self.children.values() if isinstance(child, Agent)]
 
@@ -124,7 +131,7 @@ class Supervisor:
     def run(self) -> int:
         """Boot, serve until told to stop, leave nothing behind. Returns aiosd's exit code."""
         self.epoll.register(self.signals, select.EPOLLIN)
-        for service in services.of(self.settings):
+        for service in services.of(self.settings, self.servers.theirs.fileno()):
             self.services[service.name] = Process(service, self.pids.next())
         self.kernel.pid = self.pids.next()
         self.offer = confinement.prepare(gates.of(self.settings.door))
@@ -156,7 +163,7 @@ class Supervisor:
                 self._on_signals(read_signals(fd))
             elif self.link is not None and fd == self.link.fileno():
                 self._on_kernel(self.link)
-            elif not self.templates.look(fd):
+            elif not self.templates.look(fd) and not self.servers.look(fd):
                 self.births.look(fd)
         self.timers.run_due()
 
@@ -787,6 +794,9 @@ class Supervisor:
             self._process_ended(child, status)
         elif isinstance(child, Template):
             self.templates.ended(child, restart.exit_in_words(status))
+        elif isinstance(child, Server):
+            self.servers.ended(child, restart.exit_in_words(status))
+            self.orphans.ended()  # what it had started is ours now
         elif child is not None:
             child.cpu_s = cpu_s
             self._agent_ended(child, status)
