@@ -3,7 +3,6 @@ can be the server. Nothing that a setting, an option or an agent could do has th
 
 from __future__ import annotations
 
-import dataclasses
 import socket
 import sys
 
@@ -36,5 +35,4 @@ def boot() -> None:
     addresses.why_not_public = lambda address: "" if address == UPSTREAM else plain(address)
     dialing._is_ours = lambda address: False
     dialing._resolve = resolve
-    settings = config.load({"threads": 1}, Home())
-    sys.exit(guardian.main(dataclasses.replace(settings)))
+    sys.exit(guardian.main(config.load({"threads": 1}, Home())))

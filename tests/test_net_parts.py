@@ -5,11 +5,13 @@ from __future__ import annotations
 import asyncio
 import ipaddress
 import re
+from pathlib import Path
 
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from aiosd import config
 from aiosd.birth import denial
 from aiosd.net import request
 from aiosd.net.dialing import Dialer, Private, Unreachable
@@ -17,6 +19,7 @@ from aiosd.net.request import Bad, Request
 from aiosd.sandbox import addresses, box, hosts, why
 from aiosd.sandbox.box import Box, Rules
 from libaios import wire
+from libaios.home import Home
 from libaios.sandbox import wish
 
 NAMES = st.sampled_from(["a.org", "b.a.org", "c.b.a.org", "aa.org", "x.net", "93.184.216.34", "2606:4700::1111"])
@@ -54,6 +57,17 @@ def test_what_is_no_network_is_refused(word: str) -> None:
         hosts.normal([word])
 
 
+def test_settings_have_a_text_or_a_list(tmp_path: Path) -> None:
+    (tmp_path / "aiosd.toml").write_text(
+        'net = ["a.org", "*.b.org:8443"]\n[[group]]\nname = "web"\nnet = "c.org, d.org"\n'
+        '[[agent]]\nname = "own"\ncommand = "true"\nnet = ["e.org"]\n'
+    )
+    settings = config.load({}, Home(root=tmp_path), tmp_path / "aiosd.toml", {})
+    assert settings.sandbox.net == "a.org,*.b.org:8443"
+    assert settings.groups["web"].net == "c.org,d.org"
+    assert settings.agents[0].sandbox.net == "e.org"
+
+
 def test_which_grant_reaches_a_host() -> None:
     granted = hosts.grants("a.org,*.a.org,b.org:8443")
     assert [str(one) for one in granted] == ["a.org", "*.a.org", "b.org:8443"]
@@ -82,7 +96,7 @@ def test_the_environment_leads_to_the_proxy() -> None:
     env = hosts.proxied({"PATH": "/bin", "HTTP_PROXY": "http://elsewhere", "No_Proxy": "*"})
     assert env["PATH"] == "/bin"
     assert {env[name] for name in ("http_proxy", "HTTPS_PROXY", "all_proxy", "ALL_PROXY")} == {"http://127.0.0.1:3128"}
-    assert env["NO_PROXY"] == env["no_proxy"] == "localhost,127.0.0.1,::1"
+    assert env["NO_PROXY"] == env["no_proxy"] == "localhost,127.0.0.1"
     assert "No_Proxy" not in env
 
 

@@ -116,7 +116,7 @@ def address(text: str) -> tuple[str, int]:
 def proxied(env: Mapping[str, str]) -> dict[str, str]:
     """The environment of an agent that has a network of single hosts."""
     url = f"http://{PROXY_HOST}:{PROXY_PORT}"
-    own = {"http_proxy": url, "https_proxy": url, "all_proxy": url, "no_proxy": "localhost,127.0.0.1,::1"}
+    own = {"http_proxy": url, "https_proxy": url, "all_proxy": url, "no_proxy": "localhost,127.0.0.1"}
     kept = {name: value for name, value in env.items() if name.lower() not in own}
     return kept | own | {name.upper(): value for name, value in own.items()}
 
