@@ -21,7 +21,7 @@ FLOORS: list[list[str]] = [
     ["aiosd.commands"],
     ["aiosd.init"],
     ["aiosd.birth"],
-    ["aiosd.kernel", "aiosd.llm", "aiosd.store", "aiosd.tools", "aiosd.gateway"],
+    ["aiosd.kernel", "aiosd.llm", "aiosd.store", "aiosd.tools", "aiosd.gateway", "aiosd.net"],
     ["aiosd"],  # config, link, errors and the other small things that any part may use
     ["aiosd.models"],  # which models there are: settings name them
     ["aiosd.llm.modelfile"],

@@ -78,7 +78,7 @@ def others(message: link.ToService) -> link.FromService | None:
     """What the kernel tells cores of generations, of which there are none here."""
     match message:
         case link.Submit(key=key):
-            return link.Failed(key, errno.EINVAL, "this model makes vectors; it does not generate")
+            return link.Failed(key, errno.EINVAL, "model: this one makes vectors; it does not generate")
         case link.Park(number=number) if number:
             return link.Parked(number)
     return None
@@ -120,7 +120,7 @@ class Calls:
         return self._model.text(args.tokens)
 
     def _no_context(self, ask: link.Ask, args: Any) -> None:
-        raise wire.error(errno.EINVAL, "this model makes vectors; it keeps no contexts")
+        raise wire.error(errno.EINVAL, "model: this one makes vectors; it keeps no contexts")
 
     def info(self) -> dict[str, Any]:
         """For `link.Loaded`."""
