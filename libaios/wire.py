@@ -1019,6 +1019,7 @@ class ProcInfo(Struct, frozen=True):
     cost: str = "0.00"  # what its generations cost, exactly
     budget: str = ""  # which budget ended it, by its name in aiosd.toml
     reason: str = ""  # why it ended, where kernel or supervisor know
+    ended: float | None = None  # Unix time
 
 
 class Waited(Struct, array_like=True, frozen=True):
