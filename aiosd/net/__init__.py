@@ -4,6 +4,7 @@ Such an agent is in a network of its own, from which no route leads out. What li
 here: a proxy for HTTP, which resolves names itself and connects only to what the agent was granted.
 
     main.py       the process; it has loaded nothing until the first agent needs it
+    spec.py serving.py        its settings; its loop
     proxy.py      gates, their connections, and the limits of each agent
     request.py    what a client sends, taken apart (pure)
     dialing.py    from a granted host to a connection with a public address
