@@ -281,9 +281,13 @@ def test_words_do_not_wait_for_the_disk(tmp_path: Path, monkeypatch: pytest.Monk
     store.memory.words.work()
     store.turn(add(2, "two"))
     store.turn(ask(3, Sys.MEM_SEARCH, wire.MemSearch("two")))
-    store.database.db.set_commit_hook(None)
     full, normal = 2, 1
-    assert levels == [full, normal, full, full]
+    assert levels == [full, normal, full, normal]
+    levels.clear()
+    store.turn(add(4, "three"))
+    store.server._turn([ask(5, Sys.MEM_SEARCH, wire.MemSearch("three")), add(6, "four")])
+    store.database.db.set_commit_hook(None)
+    assert levels == [full, normal, full], "who waits for the disk does not share a commit that does not"
     store.close()
 
 

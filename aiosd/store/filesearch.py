@@ -115,7 +115,6 @@ def _files_of(space: Space, folder: str) -> tuple[str, list[Any]] | None:
         return None
     visible, values = space.where()
     sql = (
-        "SELECT f.id FROM files f WHERE f.owner = ? AND f.removed IS NULL AND f.path >= ? AND f.path < ? "
-        f"AND {visible}"
+        f"SELECT f.id FROM files f WHERE f.owner = ? AND f.removed IS NULL AND f.path >= ? AND f.path < ? AND {visible}"
     )
     return sql, [space.owner, *below(folder), *values]
