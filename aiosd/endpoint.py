@@ -125,7 +125,7 @@ QUIET = {
     "OPENAI_AGENTS_DISABLE_TRACING": "1",
 }
 
-_PROXIES = ("http_proxy", "https_proxy", "all_proxy")
+_PROXIES = frozenset({"http_proxy", "https_proxy", "all_proxy"})
 
 
 def variables(url: str, token: str) -> dict[str, str]:
@@ -140,11 +140,12 @@ def variables(url: str, token: str) -> dict[str, str]:
 
 def environment(given: Mapping[str, str], door: Endpoint, token: str) -> dict[str, str]:
     """The variables of a program that shall find the gateway, made from those that it was given."""
-    env = {name: value for name, value in given.items() if name not in LEAKING}
-    for name, value in QUIET.items():
-        env.setdefault(name, value)
+    env = {**QUIET, **given}
+    for name in LEAKING:
+        env.pop(name, None)
     env |= variables(door.url, token)
-    if any(name.lower() in _PROXIES for name in env):
+    if not _PROXIES.isdisjoint(map(str.lower, env)):
         for name in ("no_proxy", "NO_PROXY"):
-            env[name] = ",".join(filter(None, (env.get(name, ""), door.host, "localhost")))
+            known = [word for word in env.get(name, "").split(",") if word]
+            env[name] = ",".join(dict.fromkeys([*known, door.host, "localhost"]))
     return env

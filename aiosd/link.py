@@ -19,6 +19,7 @@ from msgspec import Raw, Struct, msgpack
 
 from aiosd.access.deed import Deed
 from aiosd.access.rules import Policy
+from aiosd.price import Price
 from libaios.wire import Generate, Limits, Logprobs, Template, ToolCall, Usage
 
 Key = tuple[int, int]  # (peer: agent pid, or -client id; call id)
@@ -86,6 +87,7 @@ class Submit(Struct, array_like=True, frozen=True, tag=True):
     others: bool = False  # other models stand ready for it: rather than make it wait, let it fail
     shares: list[PurseShare] = []
     money: int | None = None  # how much more the agent may spend, in 10^-12 of a unit; None: unlimited
+    price: Price | None = None  # what it pays for tokens, where money is limited
 
 
 class CancelCall(Struct, array_like=True, frozen=True, tag=True):
@@ -317,6 +319,15 @@ class Health(Struct, array_like=True, frozen=True, tag=True):
     why: str
 
 
+class Denied(Struct, array_like=True, frozen=True, tag=True):
+    """From the proxy: it has not connected this agent to a host. Told once in a while for each."""
+
+    pid: int
+    host: str
+    port: int
+    why: str
+
+
 class Contexts(Struct, array_like=True, frozen=True, tag=True):
     """Where the contexts of peers lie that have one: "slot", "ram" or "disk", and how many tokens they have.
     Sent now and then while calls run."""
@@ -347,6 +358,7 @@ FromService = (
     | Errand
     | Failed
     | Health
+    | Denied
     | Contexts
     | Stats
 )
@@ -392,6 +404,21 @@ class Fork(Struct, array_like=True, frozen=True, tag=True):
     sha256: bytes = b""  # … and of its content, which its process has checked
     outside: bool = False  # it has no process: programs from outside are it, see kernel.outside
     template: Template | None = None  # from which it is forked; None: the supervisor
+
+
+class StartServer(Struct, array_like=True, frozen=True, tag=True):
+    """Of the toolbox to the supervisor: fork this MCP server; `number` is for the answers. Descriptors: see
+    `aiosd.init.servers`."""
+
+    number: int
+    name: str
+
+
+class ServerIs(Struct, array_like=True, frozen=True, tag=True):
+    """The answer: its Linux pid; 0 when it has ended."""
+
+    number: int
+    ospid: int
 
 
 class SendSignal(Struct, array_like=True, frozen=True, tag=True):
@@ -447,8 +474,9 @@ class Set(Struct, array_like=True, frozen=True, tag=True):
 
 
 class Forked(Struct, array_like=True, frozen=True, tag=True):
-    """Descriptors with the frame: the agent's memfd, the kernel's end of its doorbell, and of a confined agent its door
-    (none when the key was known and the kernel has them already, or it has no process)."""
+    """Descriptors with the frame: the agent's memfd, the kernel's end of its doorbell, of a confined agent its door,
+    and of one in a network of its own its gates (none when the key was known and the kernel has them already, or it has
+    no process)."""
 
     key: Key
     pid: int

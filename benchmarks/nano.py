@@ -13,7 +13,11 @@ and the notes.
 Held-out tasks are about names, words and numbers that no task of the training has; those of the second column are
 also asked in phrases that were kept back from training.
 
-`--direct GGUF` leaves aiosd out: the same loop over a bare llama.cpp in this process, to judge a model in training.
+`--no-schemas` offers the tools with the names of their arguments alone, so that no grammar keeps the model from sending
+what does not fit, and the toolbox refuses it.
+
+`--direct GGUF` leaves aiosd out: the same loop over a bare llama.cpp in this process, without schemas and toolbox, to
+judge a model in training.
 """
 
 import argparse
@@ -30,6 +34,7 @@ import time
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -79,6 +84,15 @@ def command(name: str) -> list[str]:
 
 
 NUMBERS = itertools.count(1)
+REACT = ["-m", "libaios.agents.react"]
+#: The same agent, whose model may send what it likes.
+NO_SCHEMAS = """
+from libaios.agents import react
+for tool in react.TOOLS:
+    names = tool["function"]["parameters"]["properties"]
+    tool["function"]["parameters"] = {"type": "object", "properties": {name: {} for name in names}}
+react.main()
+"""
 #: Adds the notes on stdin, and prints all that there are.
 NOTES = """
 import sys, libaios as aios
@@ -87,7 +101,7 @@ for note in reversed(aios.mem.list()): print(note.text)
 """
 
 
-def solve_by_agent(prompt: str, folder: Path, notes_file: Path) -> str:
+def solve_by_agent(prompt: str, folder: Path, notes_file: Path, react: list[str] = REACT) -> str:
     """In a space of the store of its own, which has the task's files and notes; they are copied out again."""
     name = f"task{next(NUMBERS)}"
     keep, empty = folder.with_name("notes.py"), folder.with_name("empty")
@@ -96,7 +110,7 @@ def solve_by_agent(prompt: str, folder: Path, notes_file: Path) -> str:
     for path in [path for path in folder.rglob("*") if path.is_file()]:
         aios.sto.upload(str(path.relative_to(folder)), path, of=f"agent:{name}")
     run_agent(name, empty, str(keep), given=notes_file.read_text())
-    answer = run_agent(name, empty, "-m", "libaios.agents.react", "--", prompt)
+    answer = run_agent(name, empty, *react, "--", prompt)
     for file in aios.sto.list(of=f"agent:{name}"):
         (folder / file.path).parent.mkdir(parents=True, exist_ok=True)
         aios.sto.download(file.path, folder / file.path, of=f"agent:{name}")
@@ -249,6 +263,7 @@ def main() -> None:
     parser.add_argument("--tasks", type=int, default=300, help="of each of the two kinds")
     parser.add_argument("--seed", type=int, default=1)
     parser.add_argument("--jobs", type=int, default=8, help="agents at a time")
+    parser.add_argument("--no-schemas", action="store_true", help="what the model sends to tools is not constrained")
     parser.add_argument("--direct", type=Path, metavar="GGUF", help="without aiosd")
     parser.add_argument("--show", choices=(HELD, FRESH), help="print what went wrong with one kind")
     parser.add_argument("--out", type=Path, default=ROOT / "benchmarks" / "results" / "nano.json")
@@ -261,8 +276,15 @@ def main() -> None:
     if bare is not None:
         found = [judge(task, bare.solve) for task in flat]
     else:
-        with System(), ThreadPoolExecutor(options.jobs) as pool:
-            found = list(pool.map(lambda task: judge(task, solve_by_agent), flat))
+        with (
+            tempfile.NamedTemporaryFile("w", suffix=".py") as loose,
+            System(),
+            ThreadPoolExecutor(options.jobs) as pool,
+        ):
+            loose.write(NO_SCHEMAS)
+            loose.flush()
+            solve = partial(solve_by_agent, react=[loose.name] if options.no_schemas else REACT)
+            found = list(pool.map(lambda task: judge(task, solve), flat))
     seconds = time.monotonic() - begin
 
     judged = {split: [*zip(tasks[split], found[i * options.tasks :], strict=False)] for i, split in enumerate(tasks)}

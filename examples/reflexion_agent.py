@@ -14,7 +14,7 @@ import sys
 from pathlib import Path
 
 import libaios as aios
-from libaios.agents.react import AgentError, Stored, calc
+from libaios.agents.react import AgentError, Toolbox, calc
 from libaios.agents.reflexion import Notes, Trial, Verdict, reflexion
 
 QUESTION = "What is 37 * 91?"
@@ -38,7 +38,8 @@ def main() -> int:
         print(line, file=sys.stderr, flush=True)
 
     try:
-        print("answer:", reflexion(question, aios.llm.chat, Stored(Path.cwd()), Notes(question), evaluate, watch=watch))
+        answer = reflexion(question, aios.llm.chat, Toolbox(Path.cwd()), Notes(question), evaluate, watch=watch)
+        print("answer:", answer)
     except AgentError as err:
         print(err, file=sys.stderr)
         return 1

@@ -41,11 +41,14 @@ import select
 import socket
 import struct
 from collections import deque
-from collections.abc import MutableSequence, Sequence
-from typing import Protocol
+from collections.abc import Callable, MutableSequence, Sequence
+from typing import TYPE_CHECKING, Any, Protocol
 
 from libaios import ring
 from libaios.ring import ProtocolError, raise_epoch
+
+if TYPE_CHECKING:
+    from multiprocessing.connection import Connection
 
 __all__ = ["Channel", "ProtocolError", "Side", "make_channel", "raise_epoch"]
 
@@ -57,6 +60,10 @@ RESTS = 255  # sleeps that follow a failure without a look before, at most
 BELL_BYTES = 448  # more than a bell can hold; small enough for Python's allocator of small objects
 
 
+#: `multiprocessing`'s, once it is imported.
+_pipe: Callable[[bool], tuple[Connection[Any, Any], Connection[Any, Any]]] | None = None
+
+
 class Side(enum.Enum):
     """AGENT writes submissions and reads completions; KERNEL does the reverse."""
 
@@ -66,11 +73,15 @@ class Side(enum.Enum):
 
 def make_channel(sub_size: int = 1 << 16, comp_size: int = 1 << 16) -> tuple[int, int, int]:
     """Three descriptors, which the caller owns: memfd, the kernel's end of the bell, the agent's end."""
-    import multiprocessing  # here: the commands, which make no channel, start faster without
+    global _pipe
+    if _pipe is None:
+        from multiprocessing.connection import Pipe  # here: commands, which make no channel, start faster without
+
+        _pipe = Pipe
 
     memfd = ring.create(sub_size, comp_size)
     try:
-        ends = multiprocessing.Pipe(duplex=True)
+        ends = _pipe(True)
     except BaseException:  # of any kind, an interrupt too: undo, and raise it again
         os.close(memfd)
         raise

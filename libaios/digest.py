@@ -1,12 +1,15 @@
-"""SHA-256 without OpenSSL, which `hashlib` would load: a command starts faster, and an agent's memory stays shared."""
+"""SHA-256 and BLAKE2b without OpenSSL, which `hashlib` would load: a command starts faster, and an agent's memory stays
+shared."""
 
 from __future__ import annotations
 
 import os
+import stat
 import sys
 from importlib import import_module
 
 _sha256 = import_module("_sha2" if sys.version_info >= (3, 12) else "_sha256").sha256
+_blake2b = import_module("_blake2").blake2b
 
 MOST_BYTES = 16 << 20  # of a file whose content is looked at
 
@@ -17,9 +20,17 @@ def of(content: bytes) -> bytes:
     return digest
 
 
+def short(content: bytes, size: int, purpose: bytes = b"") -> bytes:
+    """BLAKE2b of `size` bytes, different for each `purpose`."""
+    digest: bytes = _blake2b(content, digest_size=size, person=purpose).digest()
+    return digest
+
+
 def of_file(path: str) -> bytes:
-    """Of what is in the file now; b"" if that cannot be read, or is more than a program is."""
+    """Of what is in the file now; b"" if that cannot be read, is more than a program is, or can be read only once."""
     try:
+        if not stat.S_ISREG(os.stat(path).st_mode):  # looked at before it is opened: a pipe's writer would notice
+            return b""
         fd = os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC)
     except OSError:
         return b""

@@ -32,7 +32,8 @@ def add(
     """Keep a note and return its id. One with the same key is replaced, and keeps its id.
 
     `metadata` is flat: texts, numbers, truth values. `ttl`: seconds after which the note is not found any more.
-    `shared`: for all agents of the group. Raises OSError(EDQUOT) when the quota of the owner is used up.
+    `shared`: for all agents of the group. Raises OSError(EDQUOT) when the quota of the owner is used up,
+    PermissionError where a note of the group would be overwritten that another agent wrote last, and nobody allows it.
     """
     return Plan(Sys.MEM_ADD, wire.MemAdd(text, key, _tags(tags), _metadata(metadata), ttl, shared))
 
@@ -55,7 +56,7 @@ def update(
     """Change what is given, and return the new version.
 
     With `if_version` the note must still have that version, else BlockingIOError (EAGAIN) and nothing is changed.
-    Raises FileNotFoundError, OSError(EDQUOT).
+    Raises FileNotFoundError, OSError(EDQUOT), and PermissionError as `add`.
     """
     new_tags = None if tags is None else _tags(tags)
     new_metadata = None if metadata is None else _metadata(metadata)
@@ -64,7 +65,7 @@ def update(
 
 @syscall
 def remove(note: int | str) -> Plan[None]:
-    """Remove a note for good. Raises FileNotFoundError."""
+    """Remove a note for good. Raises FileNotFoundError, and PermissionError as `add`."""
     return Plan(Sys.MEM_REMOVE, wire.MemGet(note))
 
 

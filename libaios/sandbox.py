@@ -23,7 +23,7 @@ def wish(
     read: Iterable[str] = (),
     write: Iterable[str] = (),
     variables: Iterable[str] = (),
-    net: str | None = None,
+    net: str | Iterable[str] | None = None,
     needed: Iterable[str] = (),
 ) -> wire.Sandbox:
     """What is sent with a spawn. `target` and so on as in `wire.Spawn`, but as Python has them. `needed`: what the
@@ -35,7 +35,7 @@ def wish(
     own += [path for path in map(_real, env.get("PYTHONPATH", "").split(os.pathsep)) if path and not is_broad(path)]
     return wire.Sandbox(
         level=level or "",
-        net=net or "",
+        net=_net(net),
         read=[wire.os_text(_real(path, cwd)) for path in read],
         write=[wire.os_text(_real(path, cwd)) for path in write],
         own=[wire.os_text(path) for path in dict.fromkeys(own)],
@@ -46,9 +46,16 @@ def wish(
     )
 
 
+def _net(net: str | Iterable[str] | None) -> str:
+    """As it is sent: without blanks, in small letters, each host once. The kernel checks it."""
+    words = [net] if isinstance(net, str) else net or ()
+    return ",".join(dict.fromkeys(word.strip().lower() for text in words for word in text.split(",")))
+
+
 def _own(kind: str, target: str, cwd: str, env: Mapping[str, str]) -> tuple[str, list[str]]:
     """The program by which agents of a kind know each other again, and what it needs to be read: the folder in which it
-    lies, or where that is too broad the file alone."""
+    lies, or where that is too broad the file alone. A program that is executed gets the folder in which it starts, too,
+    because its arguments mostly name files there (`python app.py`), and an environment of Python in which it lies."""
     if kind == "module":
         return target, [] if is_broad(_real(cwd)) else [_real(cwd)]
     if kind == "file" and target == "-":
@@ -62,7 +69,32 @@ def _own(kind: str, target: str, cwd: str, env: Mapping[str, str]) -> tuple[str,
     linked = _real(os.path.dirname(named))
     if linked != folder and not is_broad(linked):
         own.append(linked)  # a link to the program lies there
+    if kind == "exec":
+        found = [_real(cwd), *_environments(linked), *_environments(folder)]
+        own += [path for path in found if path not in own and not is_broad(path)]
     return real, own
+
+
+def _environments(folder: str) -> list[str]:
+    """The roots of the environment of Python whose programs are in this folder; [] if it is none. That of a virtual
+    environment has its interpreter and its library elsewhere."""
+    root = os.path.dirname(folder)
+    try:
+        with open(os.path.join(root, "pyvenv.cfg"), encoding="utf-8", errors="replace") as file:
+            settings = dict(line.partition("=")[::2] for line in file)
+    except OSError:
+        own = root not in ("/", "/usr")  # these all agents may read
+        return [root] if own and _has_library(os.path.join(root, "lib")) else []
+    home = next((value.strip() for name, value in settings.items() if name.strip() == "home"), "")
+    return [root, *([os.path.dirname(_real(home))] if os.path.isabs(home) else [])]
+
+
+def _has_library(folder: str) -> bool:
+    try:
+        versions = [name for name in os.listdir(folder) if name.startswith("python3")]
+    except OSError:
+        return False
+    return any(os.path.isfile(os.path.join(folder, name, "os.py")) for name in versions)
 
 
 def _in_path(name: str, env: Mapping[str, str]) -> str | None:

@@ -169,9 +169,13 @@ class Failure(Struct, array_like=True, frozen=True):
 # ── control socket ────────────────────────────────────────────────────────────────────────────────────────
 
 
+#: Before the pid of an agent in place of a token: a program has connected at that agent's own gate.
+GATE = "gate:"
+
+
 class Hello(Struct, array_like=True, frozen=True):
     """First frame of a client on the control socket. `client` 0 asks for a new identity. `token`: of the agent that the
-    client acts for, which only aiosd's own gateway may."""
+    client acts for, or GATE and its pid, which only aiosd's own gateway may."""
 
     version: int
     client: Uint = 0
@@ -223,7 +227,7 @@ class Sandbox(Struct, array_like=True, frozen=True):
     files, and never more."""
 
     level: Annotated[str, Meta(pattern=r"\A(|none|flat|cage)\Z")] = ""
-    net: Annotated[str, Meta(pattern=r"\A(|none|all)\Z")] = ""
+    net: Annotated[str, Meta(max_length=8192)] = ""  # none, all, or hosts: "example.org,*.example.net:8443"
     read: Paths = []
     write: Paths = []
     own: Paths = []  # what its program needs to be read
@@ -281,7 +285,7 @@ class NewToken(Struct, array_like=True, frozen=True):
     name: Name
     hash: Annotated[bytes, Meta(min_length=32, max_length=32)]
     group: Name | None = None
-    tokens: Annotated[int, Meta(ge=0)] | None = None  # as in `Limits`
+    limits: Limits = Limits()  # of kinds that need no process
 
 
 class Wait(Struct, array_like=True, frozen=True):
@@ -1033,13 +1037,15 @@ class Spawned(Struct, array_like=True, frozen=True):
 
 
 class TokenInfo(Struct, frozen=True):
-    """An agent without a process. `used`: tokens that it was charged with, in all; `limit` None: no budget."""
+    """An agent without a process. `used`: tokens that it was charged with, in all; `limit` None: no budget of tokens.
+    `budgets`: for each kind that is limited the "limit" and what is "used", as `aios-inspect` has them."""
 
     pid: int
     name: str
     group: str
     used: int
     limit: int | None
+    budgets: dict[str, dict[str, Any]] = {}
 
 
 class TokenList(Struct, frozen=True):
@@ -1079,10 +1085,11 @@ class Row(Struct, frozen=True):
     @property
     def name(self) -> str:
         """As in aios-inspect and in the log."""
-        return call_name(self.sys)
+        return _names.get(self.sys) or call_name(self.sys)
 
 
 TABLE: dict[int, Row] = {}
+_names: dict[int, str] = {}
 
 
 def add(*rows: Row) -> None:
@@ -1091,6 +1098,7 @@ def add(*rows: Row) -> None:
         if row.sys in TABLE:
             raise ValueError(f"system call {row.sys} is in the table already")
         TABLE[row.sys] = row
+        _names[row.sys] = call_name(row.sys)
         decode_args[row.sys] = msgpack.Decoder(row.args).decode
 
 

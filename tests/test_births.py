@@ -21,6 +21,7 @@ from aiosd.init import births
 from aiosd.init.births import Birth, Births
 from aiosd.init.records import Agent
 from aiosd.timers import Timers
+from libaios import digest
 from tests.conftest import System, eventually
 
 Fresh = Callable[..., System]
@@ -53,6 +54,17 @@ def test_a_program_that_cannot_be_looked_up_holds_up_no_other_agent(fresh_aiosd:
     assert run.poll() is None
     slow.write_text("print('found'); raise SystemExit(3)")
     assert (run.wait(20), run.stdout.read()) == (3, "found\n")
+
+
+def test_a_pipe_is_left_to_the_agent_that_reads_it(slow: Path) -> None:
+    """It can be read only once: the command that starts the agent must not take its program away."""
+    reader = os.open(slow, os.O_RDONLY | os.O_NONBLOCK)
+    try:
+        slow.write_text("print()")
+        assert digest.of_file(str(slow)) == b""
+        assert os.read(reader, 100) == b"print()"
+    finally:
+        os.close(reader)
 
 
 def test_aiosd_stops_while_a_program_is_looked_up(fresh_aiosd: Fresh, slow: Path) -> None:

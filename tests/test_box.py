@@ -108,7 +108,10 @@ def test_of_the_environment_only_what_is_listed() -> None:
     assert set(box.environment(env, ["OPENAI_*"])) == {"PATH", "LC_ALL", "PYTHONPATH", "OPENAI_KEY"}
 
 
-@given(st.text(min_size=1, max_size=40), st.text(min_size=1, max_size=40))
+PROGRAMS = st.binary(min_size=1, max_size=40).map(lambda path: wire.os_text(os.fsdecode(path)))  # as they are sent
+
+
+@given(PROGRAMS, PROGRAMS)
 def test_a_workspace_lies_below_its_folder_whatever_the_program_is_called(program: str, other: str) -> None:
     one = box.workspace("/w", "g", program, "")
     assert os.path.dirname(os.path.dirname(os.path.normpath(one))) == "/w/g"
@@ -143,6 +146,43 @@ def test_a_script_brings_its_folder_and_one_at_home_comes_alone(
         str(home / "project")
     ]
     assert sandbox.wish("exec", "sh", "/", {"PATH": "/bin"}).program == os.path.realpath("/bin/sh")
+
+
+def test_a_program_brings_the_folder_that_it_starts_in(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("HOME", str(tmp_path / "home"))
+    project = tmp_path / "home" / "project"
+    project.mkdir(parents=True)
+    assert sandbox.wish("exec", "/bin/sh", str(project), {}).own[-1] == str(project)
+    for broad in (tmp_path, tmp_path / "home"):
+        assert str(broad) not in sandbox.wish("exec", "/bin/sh", str(broad), {}).own
+
+
+def test_a_program_of_an_environment_of_python_brings_all_of_it(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    home = tmp_path / "home"
+    monkeypatch.setenv("HOME", str(home))
+    base, venv = home / ".versions" / "3.13", home / "venv"
+    for folder in (base / "bin", base / "lib" / "python3.13", venv / "bin", home / ".tool" / "bin", home / "bin"):
+        folder.mkdir(parents=True)
+    (base / "lib" / "python3.13" / "os.py").touch()
+    (base / "bin" / "python3").touch(0o755)
+    (venv / "bin" / "python").symlink_to(base / "bin" / "python3")
+    (venv / "pyvenv.cfg").write_text(f"home = {base}/bin\nversion = 3.13\n")
+    for program in (venv / "bin" / "tool", home / ".tool" / "bin" / "tool", home / "bin" / "tool"):
+        program.touch(0o755)
+
+    def own(program: Path) -> set[str]:
+        return {path for path in sandbox.wish("exec", str(program), "/", {}).own if path.startswith(str(home))}
+
+    both = {str(venv), str(base)}
+    assert own(venv / "bin" / "python") >= both, "through the link"
+    assert own(venv / "bin" / "tool") >= both, "its first line names the interpreter"
+    assert own(base / "bin" / "python3") >= {str(base)}
+    assert own(home / ".tool" / "bin" / "tool") == {str(home / ".tool" / "bin")}, "what lies beside may be secret"
+    assert own(home / "bin" / "tool") == {str(home / "bin")}
+    (home / "pyvenv.cfg").touch()
+    assert str(home) not in own(home / "bin" / "tool"), "an environment is not a reason to grant all"
 
 
 # ── the filter ────────────────────────────────────────────────────────────────────────────────────────────

@@ -348,6 +348,20 @@ def test_of_a_group_the_agent_that_asks_is_ended_and_no_other() -> None:
     assert house.table.procs[2].budget == ""
 
 
+def test_who_has_no_process_is_refused_for_ever_and_never_ended() -> None:
+    """What it started is not ended for its requests either; and what its budget still allows goes on."""
+    house = House(Limits(tool_calls=1, tokens=100))
+    house.table.procs[2].outside = True
+    house.enforcer.refused(house.budget, "tool_calls", house.table.procs[2])
+    house.run(5.1)
+    house.run(5.1)
+    assert house.sent == []
+    check_open(house.table.procs[2])
+    house.enforcer.refused(house.budget, "tool_calls", house.table.procs[3])
+    house.run(5.1)
+    assert house.sent == [(15.3, 3, TERM)]
+
+
 def test_what_is_sampled_or_cannot_be_measured_is_ended_at_once() -> None:
     house = House(Limits(memory_bytes=5))
     house.enforcer.exceeded(house.budget, "memory", "memory budget: it cannot be measured (x)")

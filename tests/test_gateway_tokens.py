@@ -21,6 +21,9 @@ from aiosd.gateway.identity import Address
 from aiosd.kernel.outside import Outside
 from aiosd.kernel.proc import ProcTable
 from aiosd.timers import Timers
+from libaios.client import Client
+from libaios.home import Home
+from libaios.wire import Limits, NewToken, Spawned, Sys
 from tests.conftest import System, eventually
 from tests.gatewayagent import CHAT, HELLO, LONG, Agent
 from tests.test_gateway import entry, kill
@@ -142,21 +145,47 @@ def test_what_runs_when_it_is_revoked_is_cancelled(aiosd: System) -> None:
 
 
 def test_it_outlives_the_kernel_and_the_system(tmp_path: Path) -> None:
-    system = System("--threads", "1", home=tmp_path / "h").start()
-    program = Program(system, "editor", "--tokens", "1000", "-g", "desk")
-    assert program.ask("/v1/completions", {"prompt": "one", "max_tokens": 20, "ignore_eos": True})[0] == 200
-    used = program.listed()["used"]
-    assert used > 0
+    """With what it has used of each budget; of money and tools, too, each of which is reached on its own."""
+    system = System("--threads", "1", "--price", "1000,10000", home=tmp_path / "h").start()
+    limits = ("--tokens", "1000", "--cost", "0.25", "--tool-calls", "1", "--time", "1h")
+    program = Program(system, "editor", *limits, "-g", "desk")
+    brief = Program(system, "brief", "--time", "0")
+    text = {"prompt": "one", "max_tokens": 20, "ignore_eos": True}
+    tool = {"query_type": "tool", "query_data": {"tool_calls": [{"name": "calc", "parameters": {"expression": "1"}}]}}
+    assert program.ask("/v1/completions", text)[0] == 200
+    assert program.ask("/query", tool)[1]["response"]["status_code"] == 200
+    assert program.ask("/query", tool)[1]["response"]["status_code"] == 429
+    used = program.listed()
+    assert used["used"] > 20
+    assert float(used["budgets"]["cost"]["used"]) > 0.2
     kill(system, "kernel")
     assert eventually(lambda: program.ask("/v1/models")[0] == 200)
     system.run("aiosd", "token", "other", check=True)
     system.run("aiosd", "token", "other", "--revoke", check=True)
     assert system.stop() == 0
     system.start()
-    assert program.listed() | {"pid": 0} == {"pid": 0, "name": "editor", "group": "desk", "used": used, "limit": 1000}
+    again = program.listed()
+    assert again["budgets"]["time"].pop("used") >= used["budgets"]["time"].pop("used")
+    assert again | {"pid": 0} == used | {"pid": 0}
+    assert again["budgets"]["tool_calls"] == {"limit": 1, "used": 1, "lag_s": None}
     assert program.ask("/v1/models")[0] == 200
-    assert "other" not in system.run("aiosd", "token", "--list", check=True).stdout
+    for _ in range(2):
+        status, found = program.ask("/v1/completions", text)
+    assert (status, found["error"]["code"]) == (429, "insufficient_quota")
+    assert "cost budget of 0.25 used up" in found["error"]["message"]
+    status, found = brief.ask("/v1/completions", text)
+    assert (status, found["error"]["message"]) == (429, "time budget of 0 s used up")
+    listed = system.run("aiosd", "token", "--list", check=True).stdout
+    assert "other" not in listed
+    assert re.search(r"cost 0\.2[0-9]* of 0\.25, time ", listed), "a model of this machine does not go beyond it"
     assert not system.destroy()
+
+
+def test_a_budget_needs_what_it_is_measured_by(aiosd: System) -> None:
+    wanted = NewToken("x", b"x" * 32, None, Limits(memory_bytes=1))
+    refused = pytest.raises(OSError, match="memory budget: cannot be measured of an agent without a process")
+    with Client(Home(aiosd.home)) as client, refused:
+        client.call(Sys.TOKEN_NEW, wanted, Spawned)
 
 
 def test_a_damaged_file_costs_its_tokens_and_no_start(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:

@@ -26,6 +26,7 @@ from aiosd.llm.sampling import Drawer
 from aiosd.llm.sequence import Phase
 from aiosd.llm.spec import ModelSpec
 from aiosd.llm.text import TextStream
+from aiosd.price import FREE, Price
 from libaios.parts import Splitter
 from libaios.wire import Generate, Sampling
 from tests import tinymodels
@@ -88,7 +89,7 @@ class Bench:
     ) -> Any:
         """Queue a call; greedy, 24 tokens unless told otherwise. Returns its key."""
         self._next += 1
-        fields = {name: more.pop(name) for name in ("nice", "group", "budget") if name in more}
+        fields = {name: more.pop(name) for name in ("nice", "group", "budget", "money", "price") if name in more}
         request = {name: more.pop(name) for name in REQUEST if name in more}
         sampling = Sampling(**{"temperature": 0.0, "max_tokens": 24, "ignore_eos": True, **more})
         call = (peer, self._next if key is None else key)
@@ -655,6 +656,18 @@ def test_token_budget_is_a_limit(bench: Bench) -> None:
     assert bench.end(none).finish_reason == "limit"
     assert bench.end(none).usage.completion_tokens == 0
     assert bench.end(zero).finish_reason == "limit"
+
+
+def test_money_is_a_limit(bench: Bench) -> None:
+    """A prompt of ten costs 20, and each token of the answer 7."""
+    price = Price(prompt=2, completion=7, cached=1)
+    key = bench.submit([5] * 10, money=20 + 5 * 7 + 6, price=price)
+    none = bench.submit([6] * 10, money=20 + 6, price=price)
+    free = bench.submit([7] * 10, money=0, price=FREE, max_tokens=3)
+    bench.run()
+    for call, count, reason, short in ((key, 5, "limit", "cost"), (none, 0, "limit", "cost"), (free, 3, "length", "")):
+        end = bench.end(call)
+        assert (end.usage.completion_tokens, end.finish_reason, end.short) == (count, reason, short)
 
 
 # ── structured output ─────────────────────────────────────────────────────────────────────────────────────

@@ -22,7 +22,10 @@ from tools import manpages
 def test_a_page_has_all_options_and_commands(program: str) -> None:
     page = manpages.page(program).replace("\\-", "-")
     command: click.Command = importlib.import_module(MODULES[program]).command
-    commands = [command, *(command.commands.values() if isinstance(command, click.Group) else ())]
+    commands = [command]
+    if isinstance(command, click.Group):
+        context = click.Context(command)
+        commands += [one for name in command.list_commands(context) if (one := command.get_command(context, name))]
     for option in (word for one in commands for p in one.params if isinstance(p, click.Option) for word in p.opts):
         assert option in page
     for one in commands[1:]:

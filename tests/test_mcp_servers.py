@@ -79,6 +79,7 @@ def config(name: str, folder: Path) -> str:
     env = {"memory": {"MEMORY_FILE_PATH": str(folder / "graph")}}.get(name, {})
     table = "".join(f"{key} = {json.dumps(value)}\n" for key, value in env.items())
     command = f"command = {json.dumps(program(name))}\nargs = {json.dumps(args)}\n"
+    command += f"write = {json.dumps([str(folder)])}\n" if name in ("filesystem", "git", "memory") else ""
     return f"[mcpServers.{name}]\n{command}" + (f"[mcpServers.{name}.env]\n{table}" if table else "")
 
 

@@ -1,6 +1,8 @@
 """The ReAct agent: its loop against scripted models, its tools against hostile ones."""
 
+import errno
 import json
+import re
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -9,8 +11,10 @@ import pytest
 from click.testing import CliRunner
 
 import libaios
+import libaios.tool
+from libaios import wire
 from libaios.agents import react as agent
-from libaios.agents.react import AgentError, ToolError, Toolkit, calc, react, search
+from libaios.agents.react import AgentError, Toolbox, ToolError, Toolkit, calc, react, search
 
 
 @dataclass
@@ -245,6 +249,40 @@ def test_cut_off_answer_is_an_error(tmp_path: Path) -> None:
         react("?", Script(Reply("The ans", finish_reason="length")), Toolkit(tmp_path), max_tokens=7)
 
 
+# --- the toolbox
+
+
+def test_each_tool_is_one_of_the_toolbox(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    asked: list[str] = []
+    results = {"list_notes": [{"id": 1, "text": "the rent is 850"}], "read_stored": "850\n", "fetch": {"a": 1}}
+    monkeypatch.setattr(libaios.tool, "call", lambda name, arguments: asked.append(name) or results.get(name, "42"))
+    tools = Toolbox(tmp_path.parent, more=[wire.ToolInfo("fetch", "Fetches.", {}, "")])
+    tools.files_stored, tools._space = True, ""
+    given = [{"expression": "6*7"}, {"text": "a"}, {"query": "the rent"}, {"path": "a"}, {"path": "a", "content": "b"}]
+    called = zip(agent.IN_TOOLBOX, given, strict=True)
+    assert [tools.call(*one) for one in called] == ["42", "ok", "the rent is 850", "850", "ok"]
+    assert asked == ["calc", "remember", "list_notes", "read_stored", "write_stored"]
+    assert tools.call("fetch", {"url": "x"}) == '{"a":1}'
+    assert [tool["function"]["name"] for tool in tools.tools] == [*agent.IN_TOOLBOX, "fetch"]
+
+
+def test_denials_are_observations_and_a_budget_is_the_end(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(libaios.tool, "call", toolbox)
+    tools = Toolbox()
+    tools._space = ""
+    for name, arguments in (("remember", {"text": "a"}), ("recall", {"query": "a"}), ("read_file", {"path": "a"})):
+        assert re.fullmatch("error: \\w+: denied by a rule", tools.call(name, arguments))
+    assert tools.call("calc", {"expression": "1 +"}) == "error: not arithmetic: 1 +"
+
+    def spent(name: str, arguments: dict[str, Any]) -> Any:
+        raise wire.error(errno.EDQUOT, "no more calls")
+
+    monkeypatch.setattr(libaios.tool, "call", spent)
+    for name, arguments in (("calc", {"expression": "1"}), ("write_file", {"path": "a", "content": "b"})):
+        with pytest.raises(OSError, match="no more calls"):
+            tools.call(name, arguments)
+
+
 # --- the command
 
 
@@ -253,8 +291,15 @@ class FakeLlm:
         self.chat = chat
 
 
+def toolbox(name: str, arguments: dict[str, Any]) -> Any:
+    if name != "calc":
+        raise wire.error(errno.EACCES, f"{name}: denied by a rule")
+    return calc(arguments["expression"])
+
+
 def run(monkeypatch: pytest.MonkeyPatch, chat: Any, *args: str, stdin: str = "") -> Any:
     monkeypatch.setattr(libaios, "llm", FakeLlm(chat), raising=False)
+    monkeypatch.setattr(libaios.tool, "call", toolbox)
     return CliRunner().invoke(agent.main, list(args), input=stdin)
 
 

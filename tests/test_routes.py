@@ -14,6 +14,7 @@ from typing import Any
 import pytest
 
 from aiosd import config
+from aiosd import endpoint as gateway
 from aiosd.config import keys
 from aiosd.errors import UsageError
 from aiosd.kernel.routes import Route
@@ -89,9 +90,18 @@ def test_settings_of_routes(tmp_path: Path) -> None:
             config.load({"route": ((name, models),)}, Home(tmp_path), environ={}, cwd="/")
 
 
-AGENT = """
-import json, sys
+AGENT = r"""
+import json, os, re, sys, urllib.request
 import libaios as aios
+HELLO = [{"role": "user", "content": "hi"}]
+SHORT = {"options": {"num_predict": 4}}
+ASKED = {
+    "/v1/chat/completions": {"messages": HELLO, "max_tokens": 4, "n": 2},
+    "/v1/completions": {"prompt": "hi", "max_tokens": 4},
+    "/v1/responses": {"input": "hi", "max_output_tokens": 4},
+    "/api/chat": {"messages": HELLO, **SHORT},
+    "/api/generate": {"prompt": "hi", **SHORT},
+}
 def call(**more):
     return aios.llm.chat([{"role": "user", "content": "hi"}], max_tokens=4, model="fast", **more)
 for line in sys.stdin:
@@ -101,6 +111,17 @@ for line in sys.stdin:
             text, model = text + piece.text, model or piece.model
             print("part" + piece.text, flush=True)
         print(json.dumps([model, text]), flush=True)
+    elif line.startswith("http"):
+        named = {}
+        for path, asked in ASKED.items():
+            for stream in (True, False):
+                body = json.dumps({"model": "fast", "stream": stream, **asked}).encode()
+                address = os.environ["OPENAI_BASE_URL"].removesuffix("/v1") + path
+                key = "Bearer " + os.environ["OPENAI_API_KEY"]
+                request = urllib.request.Request(address, body, {"authorization": key})
+                answer = urllib.request.urlopen(request).read().decode()
+                named[f"{path} {stream}"] = sorted(set(re.findall(r'"model":"([^"]*)"', answer)))
+        print(json.dumps(named), flush=True)
     elif line.startswith("tokens"):
         try:
             aios.llm.tokenize("x", model="fast")
@@ -161,6 +182,8 @@ def test_a_call_goes_on_to_the_next_model(fresh_aiosd: Callable[..., System], tm
         count = len(endpoint.asked)
         assert answer("chat")[0] == "near"
         assert len(endpoint.asked) == count, "it has asked for rest"
+        if gateway.installed():
+            assert {tuple(models) for models in answer("http").values()} == {("near",)}, "it is named in all replies"
         assert "fast is a route" in answer("tokens")[0]
         shown = json.loads(system.run("aiosd", "status", "--json", check=True).stdout)["routes"]
         assert shown[0]["models"][0]["trouble"].startswith("it asks for 60 s of rest")

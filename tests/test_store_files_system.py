@@ -239,7 +239,7 @@ def test_the_command(system: System, tmp_path: Path) -> None:
     run("rm", "notes/plan", *of)
     assert run("empty-trash", *of) == "1 removed\n"
     assert run("cat", "notes/plan", *of, code=1) == "aios-sto: there is no file 'notes/plan'\n"
-    assert run("rm", "none", *of, code=1) == "aios-sto: none: there is no file 'none'\n"
+    assert run("rm", "none", *of, code=1) == "aios-sto: there is no file 'none'\n"
     services = {service["name"]: service for service in system.status()["services"]}
     assert {"file_bytes", "mounts"} <= set(services["store"]["stats"])
 
@@ -249,8 +249,8 @@ def test_the_command(system: System, tmp_path: Path) -> None:
 REACT = ("-m", "libaios.agents.react", "--")
 TOOLS = """
 import sys
-from libaios.agents.react import Stored
-tools = Stored()
+from libaios.agents.react import Toolbox
+tools = Toolbox()
 for name, arguments in {calls!r}:
     print(repr(tools.call(name, arguments)))
 """
@@ -267,7 +267,7 @@ def test_an_agent_that_is_started_again_under_its_name_remembers(system: System)
     assert sto.read("a.txt", of="agent:bob") == b"hello\n"
 
 
-def test_its_tools_are_system_calls(system: System, tmp_path: Path) -> None:
+def test_its_tools_are_those_of_the_toolbox(system: System, tmp_path: Path) -> None:
     (tmp_path / "real.txt").write_text("on the disk\n")
     (tmp_path / "big").write_text("x" * 200_000)
     calls = [

@@ -8,12 +8,14 @@ from pathlib import Path
 from typing import Any
 
 import apsw
+import msgspec
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 from msgspec import Raw, msgpack
 
 from aiosd import link
+from aiosd.access.deed import Deed
 from aiosd.errors import WorldError
 from aiosd.store.database import VERSION, Database
 from aiosd.store.memory import Memory
@@ -119,6 +121,36 @@ def test_a_shared_note_is_the_groups(store: Store) -> None:
     refused(errno.ENOENT, lambda: store("get", wire.MemGet(note), STRANGER))
     store("clear", wire.NoArgs())
     assert texts(store("list", wire.MemList(), OTHER)) == ["for all"]
+
+
+def test_what_another_one_wrote_last_for_the_group_asks(store: Store) -> None:
+    asked: list[Deed] = []
+    store.memory.consent.require = lambda ask, deed: asked.append(deed)
+    note = store("add", wire.MemAdd("first", key="k", shared=True))
+    store("add", wire.MemAdd("second", key="k", shared=True))
+    store("update", wire.MemUpdate("k", "third"), msgspec.structs.replace(ME, pid=99))  # started again, with its name
+    store("add", wire.MemAdd("own", key="k"), OTHER)
+    store("update", wire.MemUpdate("k", "own again"), OTHER)
+    assert asked == []
+    store("update", wire.MemUpdate(note, "theirs"), OTHER)
+    assert asked[0].default == "what belongs to others, too, is not overwritten without asking"
+    assert dict(asked[0].details)["writes text"] == "theirs"
+    assert ("there is version 3, by me", "third") in asked[0].details
+    store("update", wire.MemUpdate(note, "theirs again"), OTHER)
+    store("add", wire.MemAdd("mine", key="k", shared=True))
+    store("remove", wire.MemGet(note), SCRIPT)
+    assert [deed.what for deed in asked] == ["mem_update", "mem_add", "mem_remove"]
+    assert len({deed.digest for deed in asked}) == 3
+    assert store.database.row("SELECT count(*) FROM note_authors") == (0,)
+
+
+def test_a_note_of_an_unknown_author_asks(store: Store) -> None:
+    asked: list[Deed] = []
+    store.memory.consent.require = lambda ask, deed: asked.append(deed)
+    store("add", wire.MemAdd("old", key="k", shared=True))
+    store.database.do("DELETE FROM note_authors")
+    store("update", wire.MemUpdate("k", "new"))
+    assert ("there is version 1, by nobody knows whom", "old") in asked[0].details
 
 
 def test_notes_without_an_explicit_name_end_with_the_agent(store: Store) -> None:

@@ -9,10 +9,12 @@ from typing import Any
 
 import pytest
 
+from aiosd.birth.server import House, box_of, level_of
 from aiosd.config import load
 from aiosd.errors import UsageError
 from aiosd.tools.messages import Tool
 from aiosd.tools.pins import Pins
+from aiosd.tools.spec import McpServer
 from libaios import wire
 from libaios.client import Client
 from libaios.home import Home
@@ -144,11 +146,40 @@ def test_pins_outlive_the_process(tmp_path: Path) -> None:
     assert Pins(tmp_path / "pins").holds(one)
 
 
+def test_how_a_server_is_confined(tmp_path: Path) -> None:
+    (home := tmp_path / "home").mkdir()
+    (data := home / "aios").mkdir()
+    (tool := tmp_path / "env" / "bin" / "tool").parent.mkdir(parents=True)
+    tool.touch()
+    (script := home / "script.py").touch()
+    (alone := data / "in-the-data.py").touch()
+
+    def box(level: str = "flat", **more: Any) -> Any:
+        server = McpServer(command="tool", args=["-x", str(script), str(alone), "relative", "/nowhere"], **more)
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setenv("HOME", str(home))
+            return box_of(server, str(tool), level, str(data / "servers" / "it"), str(data))
+
+    given = box(write=[str(tmp_path)[:-1] + "/../" + tmp_path.name + "/out"], net="none")
+    assert given.read == [str(tmp_path / "env"), str(script)], "of the home a file alone, of aiosd's data nothing"
+    assert (given.net, given.workspace) == ("none", str(data / "servers" / "it"))
+    for path in (data, home, data / "work"):
+        with pytest.raises(OSError, match="aiosd's own data"):
+            box(read=[str(path)])
+    weak, strict = House("flat", False, "", ""), House("cage", True, "", "")
+    levels = [level_of(McpServer(sandbox=word), weak) for word in ("", "none", "flat", "cage")]
+    assert levels == ["flat", "none", "flat", "flat"]
+    assert level_of(McpServer(sandbox="none"), strict) == "cage"
+
+
 @pytest.mark.parametrize(
     ("table", "message"),
     [
         ("[mcpServers.a]\n", "one of command and url"),
         ('[mcpServers.a]\ncommand = "x"\nurl = "y"\n', "one of command and url"),
+        ('[mcpServers.a]\ncommand = "x"\nsandbox = "jail"\n', "Invalid enum value 'jail'"),
+        ('[mcpServers.a]\nurl = "x"\nsandbox = "flat"\n', "are about a program"),
+        ('[mcpServers.a]\ncommand = "x"\nsandbox = "none"\nread = ["/"]\n', "need a sandbox"),
         ("[mcpServers.a]\ncommand = 7\n", "Expected `str`, got `int`"),
         ('[mcpServers.a]\ncommand = "x"\ncomand = "y"\n', "unknown field `comand`"),
         ('[mcpServers."a b"]\ncommand = "x"\n', "no name of a server"),

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+import os
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -19,14 +20,14 @@ from tests.conftest import System, eventually
 
 pytest.importorskip("mcp")
 
-#: Speaks an old version, deaf to TERM; what it does wrong is the name of the tool.
+#: Speaks an old version, deaf to TERM and to the end of its input; what it does wrong is the name of the tool.
 SERVER = """
 import json, os, signal, subprocess, sys, time
 signal.signal(signal.SIGTERM, signal.SIG_IGN)
 REFS = {"type": "object", "$defs": {"point": {"type": "object", "properties": {"x": {"type": "integer"}}}},
         "properties": {"at": {"anyOf": [{"$ref": "#/$defs/point"}, {"type": "null"}]}}}
 ANY = {"type": "object"}
-NAMES = ["env", "long_line", "large", "progress", "strange", "hangs", "changes", "deep"]
+NAMES = ["env", "long_line", "large", "progress", "strange", "hangs", "changes", "deep", "reach", "starts"]
 TOOLS = [{"name": name, "inputSchema": ANY} for name in NAMES] + [
     {"name": "refs", "inputSchema": REFS},
     {"name": "elsewhere", "inputSchema": {"type": "object", "$ref": "http://127.0.0.1:9/x"}},
@@ -47,6 +48,15 @@ def called(name, params):
         send(id=12345, result={}); send(method="notifications/none", params={"a": 1}); print('{"jsonrpc": "2.0"}')
         print("[" * 100000, flush=True)
         return [{"type": "image", "data": "AA==", "mimeType": "image/png"}, {"type": "text", "text": "seen"}]
+    if name == "reach":
+        found = []
+        for path in params["arguments"]["paths"]:
+            try: found.append(str(os.listdir(path)))
+            except OSError as err: found.append(type(err).__name__)
+        return [{"type": "text", "text": ";".join(found)}]
+    if name == "starts":
+        child = subprocess.Popen([sys.executable, "-c", "import os, time; os.setsid(); time.sleep(1000)"])
+        return [{"type": "text", "text": f"{os.getpid()} {os.getppid()} {child.pid}"}]
     if name == "hangs":
         subprocess.Popen([sys.executable, "-c", "import os, signal, time; os.setsid();"
                           "signal.signal(15, signal.SIG_IGN);"
@@ -74,6 +84,7 @@ for line in sys.stdin:
         send(id=message["id"], error={"code": -32601, "message": "no"})
         continue
     send(id=message["id"], result=result)
+time.sleep(1000)  # deaf to the end of its input, too
 """
 
 #: Speaks the newest version, in which there is no handshake.
@@ -91,10 +102,12 @@ server.run()
 def system(fresh_aiosd: Callable[..., System], tmp_path: Path) -> System:
     (tmp_path / "odd.py").write_text(SERVER)
     (tmp_path / "modern.py").write_text(MODERN)
+    (tmp_path / "written").mkdir()
     (tmp_path / "aiosd.toml").write_text(
         f'[mcpServers.odd]\ncommand = "{sys.executable}"\nargs = ["{tmp_path / "odd.py"}"]\ntimeout = 3\n'
-        f'env = {{ MARK = "{tmp_path / "mark"}" }}\n'
+        f'env = {{ MARK = "{tmp_path / "written" / "mark"}" }}\nwrite = ["written"]\n'
         f'[mcpServers.modern]\ncommand = "{sys.executable}"\nargs = ["{tmp_path / "modern.py"}"]\n'
+        'sandbox = "flat"\nnet = "none"\n'
     )
     return fresh_aiosd("--config", str(tmp_path / "aiosd.toml"), "--threads", "1", env={"SECRET_TOKEN": "hush"})
 
@@ -115,7 +128,9 @@ def test_what_a_server_does_wrong_costs_its_call_alone(system: System, tmp_path:
         noise_and_strange_messages_are_passed_over(client)
         tools_that_change_are_seen_without_a_call(client)
         what_is_too_much_costs_its_call(client)
-        a_server_that_is_deaf_to_term_is_ended_with_all_it_started(client, tmp_path / "mark")
+        a_server_reaches_what_it_was_given(client, system.home)
+        a_server_is_the_supervisors_and_ends_with_its_bridge(client, system)
+        a_server_that_is_deaf_to_term_is_ended_with_all_it_started(client, tmp_path / "written" / "mark")
 
 
 def both_ways_of_the_protocol_are_spoken(client: Client) -> None:
@@ -158,6 +173,24 @@ def what_is_too_much_costs_its_call(client: Client) -> None:
             call(client, f"odd__{name}")
         assert caught.value.errno == code
         assert call(client, "odd__refs") == "refs"
+
+
+def a_server_reaches_what_it_was_given(client: Client, home: Path) -> None:
+    (work := home / "data" / "work" / "agent-7").mkdir(parents=True)
+    secrets = [str(work), str(home / "data" / "store"), os.path.expanduser("~/.cache")]
+    found = call(client, "odd__reach", paths=[*secrets, os.path.dirname(os.__file__)]).split(";")
+    assert set(found[:3]) <= {"PermissionError", "FileNotFoundError"}
+    assert "os.py" in found[3]
+
+
+def a_server_is_the_supervisors_and_ends_with_its_bridge(client: Client, system: System) -> None:
+    server, parent, child = map(int, call(client, "odd__starts").split())
+    assert system.daemon is not None
+    tree = psutil.Process(system.daemon.pid).children(recursive=True)
+    assert parent == tree[0].pid, "the supervisor's"
+    next(one for one in tree if {"aiosd.tools.bridge", "odd"} <= set(one.cmdline())).kill()
+    assert eventually(lambda: not psutil.pid_exists(server) and not psutil.pid_exists(child), 10.0)
+    assert call(client, "odd__refs") == "refs"
 
 
 def a_server_that_is_deaf_to_term_is_ended_with_all_it_started(client: Client, mark: Path) -> None:

@@ -97,18 +97,8 @@ def source_of(package, python, log):
     name = f"{package}-{pinned(package)}"
     folder = os.path.join(FOLDER, name)
     if not os.path.exists(os.path.join(folder, "tests")):
-        pip = [
-            python,
-            "-m",
-            "pip",
-            "download",
-            "--no-deps",
-            "--no-binary",
-            ":all:",
-            "--no-build-isolation",
-            "-d",
-            FOLDER,
-        ]
+        # Only the package itself as sources: what builds its metadata is taken as it comes.
+        pip = [python, "-m", "pip", "download", "--no-deps", "--no-binary", package, "-d", FOLDER]
         archive = f"{folder}.tar.gz"
         if not os.path.exists(archive):
             watch([*pip, name.replace("-", "==")], log, f"downloading the sources of {name}")

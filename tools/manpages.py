@@ -41,7 +41,9 @@ def page(program: str) -> str:
     if isinstance(command, click.Group):
         lines += [".SH COMMANDS"]
         for name in command.list_commands(context):
-            lines += _subcommand(name, command.commands[name])
+            subcommand = command.get_command(context, name)
+            assert subcommand is not None
+            lines += _subcommand(name, subcommand)
     if command.epilog:
         lines += [".SH EXAMPLES", *_text(command.epilog.replace("Examples:\n", "", 1))]
     lines += [".SH ENVIRONMENT AND FILES"]

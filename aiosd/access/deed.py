@@ -7,10 +7,11 @@ else must stay as it is (the schema of the tool, the version of the file), so th
 
 from __future__ import annotations
 
-import hashlib
 from collections.abc import Iterable
 
 from msgspec import Struct, json, msgpack
+
+from libaios import digest
 
 #: Types of resources, in the order in which they are shown.
 KINDS = ("path", "host", "group", "signal")
@@ -86,12 +87,12 @@ class Unapproved(Exception):
 
 
 def _hash(content: object) -> bytes:
-    return hashlib.blake2b(_encode(content), digest_size=16).digest()
+    return digest.short(_encode(content), 16)
 
 
 def program_key(path: bytes) -> bytes:
     """What stands for the path of a program where the path itself must not be shown."""
-    return hashlib.blake2b(path, digest_size=16, person=b"aiosd program").digest()
+    return digest.short(path, 16, b"aiosd program")
 
 
 def detail(label: str, value: object) -> tuple[str, str]:
@@ -99,7 +100,7 @@ def detail(label: str, value: object) -> tuple[str, str]:
     text = value if isinstance(value, str) else json.encode(value).decode()
     if len(text) > DETAIL_CHARS:
         left = len(text) - DETAIL_CHARS
-        whole = hashlib.sha256(text.encode("utf-8", "surrogatepass")).hexdigest()
+        whole = digest.of(text.encode("utf-8", "surrogatepass")).hex()
         text = f"{text[:DETAIL_CHARS]}[… {left} more characters, not shown; SHA-256 of the whole: {whole}]"
     return label, text
 
@@ -115,6 +116,6 @@ def details_of(arguments: Iterable[tuple[str, object]]) -> list[tuple[str, str]]
         else:
             rest.append((name, value))
     if rest:
-        whole = hashlib.sha256(json.encode(rest)).hexdigest()
+        whole = digest.of(json.encode(rest)).hex()
         found.append(("more", f"[… {len(rest)} more arguments, not shown; SHA-256 of them: {whole}]"))
     return found

@@ -51,7 +51,7 @@ KINDS_OF_CALLS = {
     "nice": ("group",),
     "inspect": ("group",),
     "send": ("group",),
-    "mem_remove": ("group",),
+    **dict.fromkeys(("mem_add", "mem_update", "mem_remove"), ("group",)),
     **dict.fromkeys(_STORED, ("path", "group")),
 }
 KEYS = ("tool", "call", "by", "program", "sha256", *KINDS)

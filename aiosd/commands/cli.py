@@ -18,14 +18,14 @@ import signal
 import sys
 import time
 from collections.abc import Callable
+from importlib import import_module
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NoReturn
+from typing import TYPE_CHECKING, Any, ClassVar, NoReturn
 
 import click
 
 from aiosd import apart, config
-from aiosd.commands import edge, getembedder, mcp, models, started, store, tokens, tools
-from aiosd.commands.summary import brief, full
+from aiosd.commands import edge
 from aiosd.config import keys
 from aiosd.errors import AiosdError, WorldError
 from libaios.client import Home, NoKernel
@@ -93,8 +93,34 @@ def _complete_value(context: click.Context, parameter: click.Parameter, incomple
     return edge.completions(dict.fromkeys(key.words if key else [], ""), incomplete)
 
 
+class _Commands(click.Group):
+    """Commands in files of their own are imported when they are asked for. The system is forked from the process that
+    runs this file, and every agent from the system: what is imported here, all of them have in their memory."""
+
+    APART: ClassVar = {
+        "models": "models",
+        "pull": "models",
+        "tools": "tools",
+        "mcp": "mcp",
+        "token": "tokens",
+        "fsck": "store",
+        "backup": "store",
+        "export": "store",
+        "import": "store",
+        "get-embedder": "getembedder",
+    }
+
+    def list_commands(self, ctx: click.Context) -> list[str]:
+        return sorted({*self.APART, *super().list_commands(ctx)})
+
+    def get_command(self, ctx: click.Context, cmd_name: str) -> click.Command | None:
+        if cmd_name in self.APART and cmd_name not in self.commands:
+            import_module(f"aiosd.commands.{self.APART[cmd_name]}").register(self)
+        return super().get_command(ctx, cmd_name)
+
+
 @edge.new(
-    click.Group,
+    _Commands,
     "Run the operating system for LLM agents. Without a command: start it, in the foreground, until SIGTERM or "
     "Ctrl-C. It prints a line that begins with `aiosd: ready` when it can serve.\n\n"
     "Settings are taken from options, else from the environment, else from the file aiosd.toml in AIOS_HOME (or "
@@ -144,7 +170,12 @@ def _settings(names: tuple[str, ...], file: str | None, flags: dict[str, Any]) -
         given["model"] = list(names)
     path = None if file is None else Path(os.path.abspath(file))
     agents = os.memfd_create("aios-settings")
-    settings = apart.run(lambda: config.seal(config.load(given, Home(), path, locate=models.locate), agents))
+    def load() -> Settings:
+        from aiosd.commands.models import locate
+
+        return config.seal(config.load(given, Home(), path, locate=locate), agents)
+
+    settings = apart.run(load)
     _require_home(settings.home)
     return settings
 
@@ -197,6 +228,8 @@ def _to_background(settings: Settings, words: list[str]) -> int:
         print(line, file=sys.stderr)
         for note in notes:
             edge.complain("aiosd", note)
+        from aiosd.commands import started
+
         started.remember(settings.home, pid, words, settings.cwd)
         return 0
     raise edge.Failed(line if state == "error" else f"ended before it could serve; see {log}")
@@ -246,6 +279,7 @@ def status(verbose: bool, as_json: bool, check: bool) -> int:
         print(json.format(json.encode(found)).decode())
     else:
         from aiosd.commands import machine
+        from aiosd.commands.summary import brief, full
 
         figures = machine.one_line(machine.measure(str(Home().data), interval_s=0.1))
         print("\n".join((full if verbose else brief)(found, figures)))
@@ -333,6 +367,8 @@ def restart(timeout: float) -> int:
     it).
     """
     home = Home()
+    from aiosd.commands import started
+
     start, running = started.recall(home), _pid_of_lock()
     if running and (start is None or start.pid != running):
         raise edge.Failed(f"runs in the foreground (pid {running}); restart it where it was started")
@@ -402,14 +438,6 @@ def _ended(pidfd: int, timeout_s: float) -> bool:
     poll = select.poll()
     poll.register(pidfd, select.POLLIN)
     return bool(poll.poll(max(0.0, timeout_s) * 1000))
-
-
-models.register(command)
-tools.register(command)
-mcp.register(command)
-tokens.register(command)
-store.register(command)
-getembedder.register(command)
 
 
 # ── systemd ───────────────────────────────────────────────────────────────────────────────────────────────

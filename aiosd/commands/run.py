@@ -28,15 +28,15 @@ import os
 import select
 import signal
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
 import click
 
 from aiosd import limits
-from aiosd.commands import asks, edge
+from aiosd.commands import asks, budgets, edge
 from aiosd.commands.wait import exit_code
-from aiosd.units import parse_duration
+from aiosd.sandbox import hosts
 from libaios import template, wire
 from libaios.client import Client, NoKernel
 from libaios.connection import Pending, decode_body
@@ -110,49 +110,16 @@ def split(args: Sequence[str], takes_value: set[str]) -> tuple[list[str], str, l
     return list(args), "file", []
 
 
-class Duration(edge.Seconds):
-    """A number of seconds, or a length of time with units."""
-
-    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> float:
-        if isinstance(value, str):
-            with contextlib.suppress(ValueError):
-                value = parse_duration(value)
-        return super().convert(value, param, ctx)
-
-
-class Amount(click.ParamType[float]):
-    """How much of a budget: read as in aiosd.toml."""
-
-    def __init__(self, kind: limits.Kind) -> None:
-        self.kind = kind
-        self.name = kind.metavar
-
-    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> float:
-        try:
-            amount: float = self.kind.read(value)
-            return amount
-        except ValueError as err:
-            self.fail(str(err), param, ctx)
-
-
-def budget_options(command: Callable[..., int]) -> Callable[..., int]:
-    """An option for each kind of budget, which arrives as `budget_NAME`, and one for their messages."""
-    percent = click.IntRange(0, 100)
-    words = "Send it a message when that much of a budget is used, such as 80."
-    command = click.option("--soft-limit", "budget_soft_limit", type=percent, metavar="PERCENT", help=words)(command)
-    for kind in reversed(limits.KINDS):
-        amount = Duration(min=0) if kind.metavar == "S" else Amount(kind)
-        option = click.option(
-            kind.flag, f"budget_{kind.name}", type=amount, metavar=kind.metavar, help=f"Budget: {kind.help}"
-        )
-        command = option(command)
-    return command
-
-
 def _complete_file(context: click.Context, parameter: click.Parameter, incomplete: str) -> list[CompletionItem]:
     from click.shell_completion import CompletionItem
 
     return [CompletionItem(incomplete, type="file")]
+
+
+def _complete_net(context: click.Context, parameter: click.Parameter, incomplete: str) -> list[CompletionItem]:
+    from click.shell_completion import CompletionItem
+
+    return [CompletionItem(word) for word in (hosts.NONE, hosts.ALL) if word.startswith(incomplete)]
 
 
 @edge.new(
@@ -186,7 +153,7 @@ def _complete_file(context: click.Context, parameter: click.Parameter, incomplet
 )
 @click.option("-g", "--group", metavar="GROUP", help="Privilege group.")
 @click.option("--no-gateway-env", "own_env", is_flag=True, help="Leave OPENAI_BASE_URL and the like as they are.")
-@budget_options
+@budgets.options(limits.KINDS, soft=True)
 @click.option(
     "--sandbox",
     type=click.Choice(["none", "flat", "cage"]),
@@ -194,7 +161,15 @@ def _complete_file(context: click.Context, parameter: click.Parameter, incomplet
 )
 @click.option("--read", "read", multiple=True, metavar="PATH", help="A file or folder that it may read in a sandbox.")
 @click.option("--write", "write", multiple=True, metavar="PATH", help="One that it may change.")
-@click.option("--net", metavar="none|all", help="Whether it has a network in a sandbox; else as the settings say.")
+@click.option(
+    "--net",
+    "net",
+    multiple=True,
+    metavar="none|all|HOST,...",
+    help="Its network in a sandbox; else as the settings say. HOST: example.org, *.example.org (all below it), "
+    "example.org:8443 (else ports 80 and 443); in the cage only.",
+    shell_complete=_complete_net,
+)
 @click.option(
     "--preload",
     "preload",
@@ -225,17 +200,19 @@ def command(
     sandbox: str | None,
     read: tuple[str, ...],
     write: tuple[str, ...],
-    net: str | None,
+    net: tuple[str, ...],
     preload: tuple[str, ...],
     python: str | None,
     target: tuple[str, ...],
-    **budgets: float | None,
+    **amounts: float | None,
 ) -> int:
     if not target or not target[0]:
         what = "-m needs a module" if context.meta["kind"] == "module" else "give FILE.py, -m MODULE or -- PROGRAM"
         raise click.UsageError(f"nothing to run: {what}")
-    if net not in (None, "none", "all"):
-        raise click.UsageError(f"--net {net}: must be none or all; single hosts cannot be granted")
+    try:
+        network = hosts.normal(net) if net else None
+    except ValueError as err:
+        raise click.UsageError(f"--net: {err}") from None
     if restart != "no" and (terminal or not detach):
         raise click.UsageError("--restart goes with -d, and not with -t: the terminal ends with the agent")
     if detach and terminal and wire.ENV_PID in os.environ:
@@ -244,7 +221,8 @@ def command(
         raise edge.Failed("a name is not valid UTF-8", NOT_STARTED)
     for path in (*read, *write):
         if not os.path.exists(os.path.expanduser(path)):
-            raise edge.Failed(f"{path}: there is no such file or folder to grant", NOT_STARTED)
+            hint = "" if path in read else "; make it first"  # nobody knows which of the two it is to be
+            raise edge.Failed(f"{path}: there is no such file or folder to grant{hint}", NOT_STARTED)
     kind, environment, cwd = context.meta["kind"], _environment(variables), _working_directory()
     names = [word.partition("=")[0] for word in variables]
     try:
@@ -258,7 +236,7 @@ def command(
             read=read,
             write=write,
             variables=names,
-            net=net,
+            net=network,
             needed=template.folders(forked_from),
         )
         spawn = Spawn(
@@ -270,7 +248,7 @@ def command(
             name=name,
             nice=nice,
             group=group,
-            limits=limits.limits_of({name.removeprefix("budget_"): amount for name, amount in budgets.items()}),
+            limits=budgets.limits_of(amounts),
             umask=_umask(),
             detached=detach,
             attached=not detach,

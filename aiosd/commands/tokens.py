@@ -3,8 +3,8 @@
 $ export OPENAI_API_KEY=$(aiosd token editor --tokens 1000000)
 aiosd: editor: http://127.0.0.1:8000/v1; the token is shown this once
 $ aiosd token --list
-NAME    PID  GROUP    USED    BUDGET
-editor  42   default  1520    1000000
+NAME    PID  GROUP    USED    BUDGET   OTHER BUDGETS
+editor  42   default  1520    1000000  cost 0.02 of 2.5
 $ aiosd token editor --revoke
 """
 
@@ -18,8 +18,10 @@ import signal
 import sys
 
 import click
+from msgspec.structs import replace
 
-from aiosd.commands import edge
+from aiosd import limits
+from aiosd.commands import budgets, edge
 from libaios.client import Client
 from libaios.wire import Kill, NewToken, NoArgs, Spawned, Sys, TokenInfo, TokenList
 
@@ -31,7 +33,7 @@ def register(group: click.Group) -> None:
 @click.command("token", context_settings=edge.SETTINGS, short_help="Let programs from outside use the gateway.")
 @click.argument("name", required=False)
 @click.option("-g", "--group", metavar="G", help="Whose share of the models it gets, and whose files it may read.")
-@click.option("--tokens", type=click.IntRange(min=0), metavar="N", help="Its budget, in all; then it gets 429.")
+@budgets.options(limits.WITHOUT_PROCESS)
 @click.option("--export", "as_export", is_flag=True, help="Print lines for a shell: OPENAI_BASE_URL and so on.")
 @click.option("--revoke", is_flag=True, help="End it: requests that run are cancelled, later ones get 401.")
 @click.option("--list", "listed", is_flag=True, help="List those that there are.")
@@ -39,20 +41,22 @@ def register(group: click.Group) -> None:
 def token(
     name: str | None,
     group: str | None,
-    tokens: int | None,
     as_export: bool,
     revoke: bool,
     listed: bool,
     as_json: bool,
+    **amounts: float | None,
 ) -> int:
     """Make a token for a program of yours that aiosd has not started (an editor, a notebook, a script), and print it.
 
     A program that shows it is an agent of this NAME: it stands in aios-ps, has a group and a budget, and aios-kill
     stops and ends it. No agent can use it, nor another user. The token is shown once and kept nowhere; it is good
-    until it is revoked, also when aiosd is started again.
+    until it is revoked, also when aiosd is started again. A request that needs more than is left of a budget gets
+    429; a budget of time runs from now on.
 
     \b
       aiosd token editor --tokens 1000000
+      aiosd token notebook --cost 2.50 --time 30d
       eval "$(aiosd token notebook --export)"
       aiosd token --list
       aiosd token editor --revoke
@@ -68,10 +72,11 @@ def token(
         raise click.UsageError("the NAME of a token is needed, or --list")
     with edge.connect() as client:
         if revoke:
-            _exclude(group or tokens or as_export, "an option of a new token", "--revoke")
+            given = any(amount is not None for amount in amounts.values())
+            _exclude(group or given or as_export, "an option of a new token", "--revoke")
             _revoke(client, name)
         else:
-            _make(client, NewToken(name, b"", group, tokens), as_export)
+            _make(client, NewToken(name, b"", group, budgets.limits_of(amounts)), as_export)
     return 0
 
 
@@ -83,7 +88,7 @@ def _exclude(given: object, what: str, option: str) -> None:
 def _make(client: Client, wanted: NewToken, as_export: bool) -> None:
     secret = f"aios-{secrets.token_urlsafe(32)}"
     digest = hashlib.sha256(secret.encode()).digest()
-    client.call(Sys.TOKEN_NEW, NewToken(wanted.name, digest, wanted.group, wanted.tokens), Spawned)
+    client.call(Sys.TOKEN_NEW, replace(wanted, hash=digest), Spawned)
     url = client.call(Sys.TOKEN_LIST, NoArgs(), TokenList).url
     if as_export:
         from aiosd import endpoint
@@ -109,9 +114,11 @@ def _as_json(tokens: list[TokenInfo]) -> str:
 
 
 def _lines(tokens: list[TokenInfo]) -> list[str]:
-    rows = [("NAME", "PID", "GROUP", "USED", "BUDGET")]
+    rows = [("NAME", "PID", "GROUP", "USED", "BUDGET", "OTHER BUDGETS")]
     for one in tokens:
         limit = "-" if one.limit is None else str(one.limit)
-        rows.append((edge.printable(one.name), str(one.pid), edge.printable(one.group), str(one.used), limit))
+        others = [f"{name} {kind['used']} of {kind['limit']}" for name, kind in one.budgets.items() if name != "tokens"]
+        row = (edge.printable(one.name), str(one.pid), edge.printable(one.group), str(one.used), limit)
+        rows.append((*row, ", ".join(others) or "-"))
     widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
     return ["  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip() for row in rows]

@@ -49,7 +49,6 @@ models.py   which models there are, and with which options
 from __future__ import annotations
 
 import dataclasses
-import hashlib
 import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
@@ -59,8 +58,6 @@ from typing import TYPE_CHECKING, Any
 from aiosd import limits, sealed
 from aiosd.access.rules import Policy
 from aiosd.autostart import AgentSpec
-from aiosd.config import file as toml
-from aiosd.config import models as of_models
 from aiosd.config.keys import BY_NAME, ENV_PREFIX, KEYS, LIVE, PER_MODEL
 from aiosd.config.values import DEFAULT_QUANTUM
 from aiosd.endpoint import Endpoint
@@ -68,12 +65,14 @@ from aiosd.errors import AiosdError, UsageError
 from aiosd.limits import GroupLimits
 from aiosd.link import Schedule
 from aiosd.llm.spec import ModelSpec
-from aiosd.models import found
+from aiosd.passage import Passages
 from aiosd.sandbox.box import LEVELS, STRICT, Rules
 from aiosd.tools.spec import McpServer
+from libaios import digest
 from libaios.home import Home
 
 if TYPE_CHECKING:
+    from aiosd.models.found import Locate
     from aiosd.service import Service
 
 
@@ -117,6 +116,7 @@ class Settings:
     services: tuple[Service, ...] = ()  # besides the cores
     gateway: Endpoint = field(default_factory=Endpoint)  # as it was asked for, …
     door: Endpoint | None = None  # … and where it listens
+    passages: Passages | None = None  # between aiosd's own processes
     sandbox: Rules = field(default_factory=Rules)  # for agents of groups that `groups` does not name
     groups: Mapping[str, Rules] = field(default_factory=dict)
     access: Policy = field(default_factory=Policy)  # what agents may do, …
@@ -139,11 +139,17 @@ def load(
     config: Path | None = None,
     environ: Mapping[str, str] | None = None,
     cwd: str | None = None,
-    locate: found.Locate = found.find,
+    locate: Locate | None = None,
 ) -> Settings:
     """Settings from everywhere. `flags` holds what was given on the command line, by key, and `model`: a list of
-    `[NAME=]MODEL`, paths or names that `locate` knows; it may fetch what is not here, which only a command may do.
-    Raises UsageError that names the place of what is wrong."""
+    `[NAME=]MODEL`, paths or names that `locate` knows (None: `found.find`); it may fetch what is not here, which only a
+    command may do. Raises UsageError that names the place of what is wrong."""
+    # Here, because the process from which agents are forked has settings, and has them read in another one (`apart`).
+    from aiosd.config import file as toml
+    from aiosd.config import models as of_models
+    from aiosd.models import found
+
+    locate = locate or found.find
     environ = os.environ if environ is None else environ
     cwd = _working_directory() if cwd is None else cwd
     path = config or home.config
@@ -213,8 +219,8 @@ def load(
 def seal(settings: Settings, fd: int) -> Settings:
     """With agents and MCP servers of the file in `fd` instead: the supervisor's memory must not have their keys."""
     content = sealed.write(fd, settings.agents, settings.mcp_servers)
-    digest = hashlib.sha256(content).hexdigest()
-    return dataclasses.replace(settings, agents=(), mcp_servers={}, sealed=fd, sealed_digest=digest)
+    shown = digest.of(content).hex()
+    return dataclasses.replace(settings, agents=(), mcp_servers={}, sealed=fd, sealed_digest=shown)
 
 
 def agents_of(settings: Settings) -> tuple[AgentSpec, ...]:
@@ -231,7 +237,7 @@ def reload(settings: Settings) -> tuple[Settings, list[str]]:
     changed = [f.name for f in dataclasses.fields(Settings) if getattr(new, f.name) != getattr(settings, f.name)]
     live = {*LIVE.values(), "access", "access_warnings"}
     changed = ["agents or mcpServers" if name == "sealed_digest" else name for name in changed]
-    own = ("ready_fd", "home", "reread", "door", "sealed")
+    own = ("ready_fd", "home", "reread", "door", "passages", "sealed")
     waiting = [name for name in changed if name not in live and name not in own]
     return dataclasses.replace(settings, **{name: getattr(new, name) for name in live}), waiting
 
@@ -254,6 +260,8 @@ def reload_and_report(settings: Settings) -> Settings:
 
 def change(settings: Settings, name: str, text: str) -> Settings:
     """With one of LIVE set anew, as the command line would. Raises ValueError with a sentence."""
+    from aiosd.config import file as toml
+
     name = name.replace("-", "_")
     if name not in LIVE:
         why = "cannot change in a running system" if name in BY_NAME else f"is no setting{toml.meant(name, set(LIVE))}"

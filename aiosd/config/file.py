@@ -52,7 +52,7 @@ def read(path: Path, must_exist: bool) -> File:
         raise UsageError(f"{path}: {err}") from None
     models, agents, groups = (_tables(path, text, data, name) for name in ("model", "agent", "group"))
     try:
-        servers = read_servers(data.pop("mcpServers", {}))
+        servers = read_servers(data.pop("mcpServers", {}), str(path.resolve().parent))
     except ValueError as err:
         raise UsageError(f"{path}, line {_line(text, 'mcpServers')}: {err}") from None
     access = data.pop("access", None)

@@ -1,9 +1,10 @@
 """The agents that are served: for each a connection to the kernel, and proof of who may use it.
 
-A token leads to an account; the kernel alone knows whose it is. A TCP connection may use the account of an agent if the
-process at its other end is that agent or descends from it: that is looked up once for each connection, in a thread,
-because there may be many processes to look at. So a token that another agent has read somewhere is of no use to it; nor
-is the token of a person's own programs, which no process of the system may use.
+A token leads to an account; the kernel alone knows whose it is. A connection that was accepted at an agent's own gate
+(`birth.gates`) needs none: only this agent's processes can connect there. Any other TCP connection may use the account
+of an agent if the process at its other end is that agent or descends from it: that is looked up once for each
+connection, in a thread, because there may be many processes to look at. So a token that another agent has read
+somewhere is of no use to it; nor is the token of a person's own programs, which no process of the system may use.
 """
 
 from __future__ import annotations
@@ -11,12 +12,14 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import os
+import time
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from typing import Protocol
 
 from aiosd.gateway.identity import Address, belongs, holder, is_outside
+from libaios import wire
 from libaios.client import ControlSocket
 from libaios.connection import Connection
 from libaios.greeting import Greeting
@@ -25,6 +28,7 @@ from libaios.home import Home
 CONNECTIONS = 256  # of one agent
 BODY_BYTES = 64 << 20  # of one agent's requests that are being received,
 BODY_BYTES_ALL = 512 << 20  # … and of all agents'
+SLOW_S = 10.0  # for one request, when these are full
 PACE_OF_STREAM_S, PACE_S = 0.0015, 0.03  # between two parts of a stream: for each that there is, and at most
 
 
@@ -32,6 +36,7 @@ class User(Protocol):
     """A TCP connection (`server.Guarded`). `account`: the agent that it was shown to belong to."""
 
     account: Account | None
+    agent: int  # at whose own gate it was accepted; 0: at none
 
     @property
     def ends(self) -> tuple[Address, Address]:
@@ -74,17 +79,20 @@ class Account:
             raise Full(f"more than {CONNECTIONS} connections of one agent")
         self.users.add(user)
 
-    def take_body(self, size: int) -> None:
-        """Raises Full."""
+    def take_body(self, user: User, size: int) -> None:
+        """So much more of a request has come. Raises Full."""
         if self.body_bytes + size > BODY_BYTES:
             raise Full(f"the requests of this agent that are on their way hold more than {BODY_BYTES} bytes")
         if self.all.body_bytes + size > BODY_BYTES_ALL:
+            self.all.drop_slow()
             raise Full(f"the requests of all agents that are on their way hold more than {BODY_BYTES_ALL} bytes")
         self.body_bytes += size
         self.all.body_bytes += size
+        self.all.receiving.setdefault(user, time.monotonic())
 
-    def drop_body(self, size: int) -> None:
+    def drop_body(self, user: User, size: int) -> None:
         """It was read, or will not be."""
+        self.all.receiving.pop(user, None)
         self.body_bytes -= size
         self.all.body_bytes -= size
 
@@ -97,7 +105,12 @@ class Accounts:
         self._streams = streams
         self._by_token: dict[str, asyncio.Task[Account]] = {}
         self.body_bytes = 0  # of all agents
+        self.receiving: dict[User, float] = {}  # whose request is on its way, since when
         self._threads = ThreadPoolExecutor(2, "identity")
+
+    async def of_gate(self, agent: int) -> Account:
+        """The account of the agent at whose gate a connection was accepted. Raises NoKernel."""
+        return await self.of(f"{wire.GATE}{agent}")
 
     async def of(self, token: str) -> Account:
         """The account of a token, connected. Raises NoKernel: `Refused` where it is no agent's that lives."""
@@ -140,8 +153,18 @@ class Accounts:
         return await loop.run_in_executor(self._threads, is_outside, theirs, ours, os.getppid())
 
     async def process_of(self, user: User) -> int:
-        """The process at the other end of a TCP connection that is known; 0: it is not found."""
+        """The process at the other end of a TCP connection that is known; 0: it is not found. Of a network that is an
+        agent's own Linux tells nothing: there it is the agent itself."""
+        if user.agent and user.account is not None:
+            return user.account.ospid
         return await asyncio.get_running_loop().run_in_executor(self._threads, holder, *user.ends)
+
+    def drop_slow(self) -> None:
+        """All requests that are on their way hold too much: who has not sent all of one for long makes room."""
+        for user, since in list(self.receiving.items()):
+            if time.monotonic() - since > SLOW_S:
+                del self.receiving[user]
+                user.abort()
 
     def gone(self, pid: int) -> None:
         """The agent is dead."""

@@ -31,7 +31,8 @@ from collections.abc import Callable
 from typing import TYPE_CHECKING, ClassVar
 
 from aiosd import apart, link, log, procfs, restart
-from aiosd.birth import confinement, fork, modules, spares
+from aiosd.birth import confinement, fork, gates, modules, spares
+from aiosd.birth.server import House
 from aiosd.errors import Bug
 from aiosd.heartbeat import BEAT_S, Heart, Rounds, beat, beat_in_background
 from aiosd.init import environment, notify, services
@@ -39,6 +40,7 @@ from aiosd.init.births import Birth, Births
 from aiosd.init.orphans import Orphans
 from aiosd.init.pids import PidCounter
 from aiosd.init.records import BACKOFF_S, Agent, Inheritance, Memo, Process
+from aiosd.init.servers import Server, Servers
 from aiosd.init.signals import Received, describe_sender, open_signals, read_signals, signal_tree
 from aiosd.init.signals import name as signal_name
 from aiosd.init.sweep import sweep
@@ -85,7 +87,7 @@ class Supervisor:
         self.epoll = select.epoll()
         self.pids = PidCounter(self.home.data / "last-pid", self.home.logs)
         # processes
-        self.children: dict[int, Agent | Process | Template] = {}  # live ones, by Linux pid
+        self.children: dict[int, Agent | Process | Template | Server] = {}  # live ones, by Linux pid
         self.agents: dict[int, Agent] = {}  # by pid, live and dead until forgotten
         self.spares = spares.Spares(self.timers)
         self.orphans = Orphans(self.timers, self._known_children, settings.stop_timeout_s, settings.orphans == "term")
@@ -96,6 +98,7 @@ class Supervisor:
         self.templates = Templates(
             self.epoll, self.timers, self.children, self.pids.next, self._tell_templates, settings.template_idle_s
         )
+        self.servers = Servers(self.epoll, self.children, self._house)
         self.orders: dict[link.Key, int] = {}  # spawns that wait for a template, with the epoch of their kernel
         self.served_once = False  # the system has been ready
         self.epoch = 0
@@ -116,6 +119,10 @@ class Supervisor:
     def _known_children(self) -> set[int]:
         return {*self.children, *self.spares.ospids()}
 
+    def _house(self) -> House:
+        data = self.home.data
+        return House(self.offer.level, self.settings.strict, str(data), str(data / "servers"))
+
     def _live_agents(self) -> list[Agent]:
         return [child for child in self.children.values() if isinstance(child, Agent)]
 
@@ -124,10 +131,10 @@ class Supervisor:
     def run(self) -> int:
         """Boot, serve until told to stop, leave nothing behind. Returns aiosd's exit code."""
         self.epoll.register(self.signals, select.EPOLLIN)
-        for service in services.of(self.settings):
+        for service in services.of(self.settings, self.servers.theirs.fileno()):
             self.services[service.name] = Process(service, self.pids.next())
         self.kernel.pid = self.pids.next()
-        self.offer = confinement.prepare()
+        self.offer = confinement.prepare(gates.of(self.settings.door))
         if self.settings.strict and self.offer.level != LEVELS[-1]:
             return self._refuse(f"sandbox strict: {self.offer.reason}")
         _preload()
@@ -156,7 +163,7 @@ class Supervisor:
                 self._on_signals(read_signals(fd))
             elif self.link is not None and fd == self.link.fileno():
                 self._on_kernel(self.link)
-            elif not self.templates.look(fd):
+            elif not self.templates.look(fd) and not self.servers.look(fd):
                 self.births.look(fd)
         self.timers.run_due()
 
@@ -275,7 +282,8 @@ class Supervisor:
         keep = [self.listener.fileno(), theirs.fileno(), heart.write, *self.journal, self.ledger]
         keep += [fd for agent in self._live_agents() for fd in (agent.memfd, agent.bell)]
         keep.append(self.settings.sealed)
-        keep += [fd for agent in self.agents.values() for fd in (agent.letter, agent.door)]
+        keep += [self.settings.passages.kernel] if self.settings.passages is not None else []
+        keep += [fd for agent in self.agents.values() for fd in (agent.letter, agent.door, *agent.gates)]
         keep += [fd for process in running for fd in (process.memfd, process.kernel_bell)]
 
         def child() -> int:
@@ -494,7 +502,7 @@ class Supervisor:
         """An agent runs, or cannot start: only now the kernel gets its reply. A kernel that was forked during the birth
         has inherited the agent, and asks again."""
         agent = birth.agent
-        doors = (agent.door,) if agent.door >= 0 else ()
+        doors = (agent.door, *agent.gates) if agent.door >= 0 else ()
         if agent.restarts is not None and agent.restarts.total:
             if birth.refusal is None:
                 self._tell(link.ChildRestarted(agent.pid, agent.ospid), (agent.memfd, agent.bell, *doors))
@@ -516,7 +524,7 @@ class Supervisor:
     def _spawn(self, spec: link.Fork, fds: list[int], spare: Spare | None = None) -> None:
         """`spare`: the process that becomes the agent, with the socket at which it waits; None: one is forked."""
         pid = self.pids.next()
-        log_path = str(self.home.logs / f"{pid}.log") if spec.detached else ""
+        log_path = os.path.join(self.home.texts["logs"], f"{pid}.log") if spec.detached else ""
         policy = restart.parse(spec.restart)
         again = policy.when is not restart.When.NO
         kept = again or spec.sandbox != "none"  # else nothing in it is needed any more
@@ -579,7 +587,7 @@ class Supervisor:
             memfd, bell, agent_bell = make_channel(RING_BYTES, RING_BYTES)
             opened.append(agent_bell)
             try:
-                home = str(self.home.root)
+                home = self.home.texts["root"]
                 if spare is None:
                     ospid, report = self.spares.start(spec, pid, home, stdio, memfd, agent_bell, letter)
                 else:
@@ -786,6 +794,9 @@ class Supervisor:
             self._process_ended(child, status)
         elif isinstance(child, Template):
             self.templates.ended(child, restart.exit_in_words(status))
+        elif isinstance(child, Server):
+            self.servers.ended(child, restart.exit_in_words(status))
+            self.orphans.ended()  # what it had started is ours now
         elif child is not None:
             child.cpu_s = cpu_s
             self._agent_ended(child, status)
@@ -799,6 +810,9 @@ class Supervisor:
         if agent.door >= 0:
             os.close(agent.door)
             agent.door = -1
+        for fd in agent.gates:
+            os.close(fd)
+        agent.gates = ()
         agent.ended, agent.stopped = time.time(), False
         self.orphans.agent_ended(agent.ospid, agent.told_to_end)
         wait_s = self._wait_before_restart(agent, status)

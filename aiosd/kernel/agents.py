@@ -10,7 +10,7 @@ import errno
 import logging
 import os
 import signal
-from collections.abc import Callable, Container, Sequence
+from collections.abc import Callable, Container, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
@@ -58,7 +58,7 @@ class UnderWay:
     spec: link.Fork
     command: str
     box: Box | None
-    used: int  # tokens that it was charged with in an earlier life of the system
+    used: Mapping[int, int]  # what its row in the ledger begins with, from an earlier life of the system
 
 
 class Agents:
@@ -99,11 +99,14 @@ class Agents:
         self._adopted: set[link.Key] = set()  # the calls that a dead kernel has started agents for
         self._patience: dict[int, float] = {}  # attached agents whose client may still come back, until when
         self.listed = Listed(table, timers)
+        tokens.agent = table.get
         self.stopping = False  # the system goes down
         self.process_over: Callable[[Proc, float], None]  # with the seconds that it has used, see `measure`
         self.outside_changed: Callable[[], None] = lambda: None  # an agent without a process has come, or ended
         self.open_door: Callable[[Proc, int], None]  # of a confined agent, see `control`
         self.close_door: Callable[[Proc], None]
+        self.open_gates: Callable[[Proc, Sequence[int]], None]  # of one in a network of its own, see `gates`
+        self.close_gates: Callable[[Proc], None]
         self.contents: Callable[[], Container[bytes]] = frozenset  # hashes of programs' contents that matter to a rule
 
     # ── birth ─────────────────────────────────────────────────────────────────────────────────────────────
@@ -137,6 +140,7 @@ class Agents:
             self.connect(proc, agent.memfd, agent.bell)
             if agent.door >= 0:
                 self.open_door(proc, agent.door)
+            self.open_gates(proc, agent.gates)
             if agent.stopped:
                 self.table.advance(proc, Event.STOP)
                 self.generations.park(proc, True)
@@ -188,14 +192,19 @@ class Agents:
         self.budgets.expect(spec.shares)
 
     def _send_fork(
-        self, call: Call | None, spec: link.Fork, content: Letter, fds: tuple[int, ...] = (), used: int = 0
+        self,
+        call: Call | None,
+        spec: link.Fork,
+        content: Letter,
+        fds: tuple[int, ...] = (),
+        used: Mapping[int, int] | None = None,
     ) -> None:
         sealed = letter.write(content)
         try:
             self.uplink.send(spec, (sealed, *fds))
         finally:
             os.close(sealed)
-        self.forks[spec.key] = UnderWay(call, spec, letter.command(content)[:COMMAND_SHOWN], content.box, used)
+        self.forks[spec.key] = UnderWay(call, spec, letter.command(content)[:COMMAND_SHOWN], content.box, used or {})
 
     def forked(self, message: link.Forked, fds: list[int]) -> None:
         under_way = self.forks.pop(message.key)
@@ -209,7 +218,9 @@ class Agents:
         if proc is None:
             started = (message.started, message.since)
             command = under_way.command
-            self.ledger.row(message.pid)[ledger.CHARGED] = under_way.used
+            row = self.ledger.row(message.pid)
+            for column, amount in under_way.used.items():
+                row[column] = amount
             proc = self._make(spec, command, message.pid, message.ospid, message.pgid, started, message.log)
             proc.box = under_way.box
             self.ledger.keep_command(proc.pid, command)
@@ -270,7 +281,7 @@ class Agents:
                 logger.error("agent %s, which starts with the system: %s", spec.name or spec.target, err.strerror)
                 self.listed.refused(key_of(number), f"has not started: {err.strerror}")
 
-    def enrol(self, call: Call | None, spec: link.Fork, content: Letter, used: int = 0) -> None:
+    def enrol(self, call: Call | None, spec: link.Fork, content: Letter, used: Mapping[int, int]) -> None:
         """Add an agent without a process; the call is finished when the supervisor has noted it."""
         self._send_fork(call, spec, content, used=used)
 
@@ -281,11 +292,12 @@ class Agents:
             self.tokens.add(proc)
 
     def _connect_all(self, proc: Proc, fds: list[int]) -> None:
-        """Its channel, and of a confined agent its door."""
+        """Its channel, of a confined agent its door, and then its gates."""
         memfd, bell, *doors = fds
         self.connect(proc, memfd, bell)
-        for door in doors:
+        for door in doors[:1]:
             self.open_door(proc, door)
+        self.open_gates(proc, doors[1:])
 
     def connect(self, proc: Proc, memfd: int, bell: int) -> None:
         """Serve an agent's channel; one whose header it has ruined already ends it here."""
@@ -452,6 +464,7 @@ class Agents:
             self.calls.drop(peer)
         self.by_ospid.pop(proc.ospid, None)
         self.close_door(proc)
+        self.close_gates(proc)
         self.generations.forget(proc)
         proc.ospid = 0
 

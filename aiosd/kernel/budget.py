@@ -155,8 +155,12 @@ class Budgets:
             shares += [share for share in self.of_group(group) if all(share.owner != one.owner for one in shares)]
         else:
             shares = self.of_group(group)
-            wanted = kinds.least(wanted, self._each.get(group, Limits()))
+            wanted = kinds.least(wanted, self.each_of(group))
         return [*shares, link.Share(0, wanted)] if kinds.is_any(wanted) else shares
+
+    def each_of(self, group: str) -> Limits:
+        """What each agent of the group may use that a person starts."""
+        return self._each.get(group, Limits())
 
     def of_group(self, group: str) -> list[link.Share]:
         """That of the group, where it has one."""

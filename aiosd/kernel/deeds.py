@@ -22,7 +22,8 @@ OF_SERVICES = frozenset(
     (
         Sys.TOOL_CALL,
         Sys.STO_WRITE, Sys.STO_READ, Sys.STO_STAT, Sys.STO_HISTORY, Sys.STO_ROLLBACK, Sys.STO_REMOVE, Sys.STO_SHARE,
-        Sys.STO_UNSHARE, Sys.STO_UPLOAD, Sys.STO_PIECE, Sys.STO_FINISH, Sys.STO_ABORT, Sys.MEM_REMOVE,
+        Sys.STO_UNSHARE, Sys.STO_UPLOAD, Sys.STO_PIECE, Sys.STO_FINISH, Sys.STO_ABORT, Sys.MEM_ADD, Sys.MEM_UPDATE,
+        Sys.MEM_REMOVE,
     )
 )  # fmt: skip
 #: Calls that are never ruled: without them nothing can be given up.

@@ -5,7 +5,8 @@
     time                TERM, and KILL `GRACE_S` later; meanwhile no call that a budget counts begins
     sampled kinds       KILL at once: what cannot be refused is ended. The same if it cannot be measured
 
-That concerns all that share the budget; where it is a group's and an agent has asked for more, that agent alone.
+That concerns all that share the budget; where it is a group's, or of an agent without a process, and an agent has asked
+for more, that agent alone. One without a process is never ended: each of its requests that needs more is refused.
 """
 
 from __future__ import annotations
@@ -69,7 +70,8 @@ class Enforcer:
     def refused(self, budget: Budget, which: str, proc: Proc) -> None:
         """This agent has asked for more than is left: those that do not end by themselves now are ended."""
         self.reached(budget, which)
-        if budget.group:
+        owner = self._table.get(budget.owner)
+        if budget.group or (owner is not None and owner.outside):
             self._give_notice(budget, which, proc)
         elif budget.stage < Stage.NOTICE:
             budget.stage = Stage.NOTICE

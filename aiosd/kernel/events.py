@@ -44,7 +44,7 @@ ASLEEP, AWAKE, QUIET, FOUND, HUNGRY = Turn
 class Source:
     """One descriptor. `act` is called with the events that epoll reported; `serve` does a turn without an event."""
 
-    __slots__ = ("act", "channel", "fd", "of_clients", "serve", "turn")
+    __slots__ = ("act", "answers", "channel", "fd", "of_clients", "serve", "turn")
 
     def __init__(
         self,
@@ -53,12 +53,14 @@ class Source:
         serve: Callable[[], None],
         channel: Channel | None,
         of_clients: bool,
+        answers: bool,
     ) -> None:
         self.fd = fd
         self.act = act
         self.serve = serve
         self.channel = channel  # of an agent or a service: we look into it before the other side is asked to ring
         self.of_clients = of_clients
+        self.answers = answers  # a service: what an agent waits for may come from it
         self.turn = ASLEEP
 
 
@@ -79,10 +81,11 @@ class Events:
         serve: Callable[[], None] | None = None,
         channel: Channel | None = None,
         of_clients: bool = False,
+        answers: bool = False,
     ) -> Source:
         """Watch a descriptor. Without `serve` a turn is `act` with EPOLLIN."""
         turn = serve if serve is not None else lambda: act(select.EPOLLIN)
-        source = self._sources[fd] = Source(fd, act, turn, channel, of_clients)
+        source = self._sources[fd] = Source(fd, act, turn, channel, of_clients, answers)
         self._epoll.register(fd, events)
         return source
 
@@ -174,7 +177,9 @@ class Events:
                 if source.channel is not None and source.channel.look(LOOKS):
                     self.move(source, FOUND)
                     return
-            elif look([source.channel for source in awake if source.channel is not None], LOOKS_AT_TWO):
+            elif any(source.answers for source in awake) and look(
+                [source.channel for source in awake if source.channel is not None], LOOKS_AT_TWO
+            ):
                 for source in [one for one in awake if one.channel is not None and one.channel.filled()]:
                     self.move(source, FOUND)
                 return

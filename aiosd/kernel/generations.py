@@ -96,7 +96,9 @@ class Generations:
         generation.budget = None if left is None else left + generation.used
         shares = budgets.purses(call.peer.proc.budgets) if call.peer.proc is not None else []
         others, money = generation.others, self.money_left(call)
-        core.submit(call, link.Submit(call.key, request, nice, group, left, others=others, shares=shares, money=money))
+        price = None if money is None else core.price
+        more = link.Submit(call.key, request, nice, group, left, others=others, shares=shares, money=money, price=price)
+        core.submit(call, more)
 
     def _check_money(self, call: Call, core: Core, money: int) -> None:
         """Raises OSError (EDQUOT, EINVAL) where a budget of money forbids this model. One that is free may always be
@@ -221,7 +223,8 @@ class Generations:
             self.on_spent(call, finished.spent)
         self._count_completion(call, len(finished.tokens) if finished.charged is None else finished.charged)
         if finished.finish_reason == "limit" and call.peer.proc is not None:
-            if finished.short == "tokens" and not generation.progress.length and self._refuse(call, call.peer.proc):
+            short = finished.short if finished.short in ("tokens", "cost") else ""
+            if short and not generation.progress.length and self._refuse(call, call.peer.proc, short):
                 return
             for budget in call.peer.proc.budgets:
                 for kind, left in (("tokens", budget.tokens_left), ("cost", budget.cost_left)):
@@ -231,14 +234,17 @@ class Generations:
                 self._no_room(call.peer.proc)
         self._answer(call, finished.tokens, finished.text, finished.finish_reason, finished)
 
-    def _refuse(self, call: Call, proc: Proc) -> bool:
+    def _refuse(self, call: Call, proc: Proc, kind: str) -> bool:
         """A generation got no token, because less is left than its first would cost. An empty answer would be asked for
         again and again. False: nothing is left, and that ends the agent."""
-        budget = budgets.tightest(proc.budgets, "tokens")
-        if budget is None or not budget.tokens_left:
+        budget = budgets.tightest(proc.budgets, kind)
+        left = None if budget is None else budget.left(kind)
+        if budget is None or left is None or left <= 0:
             return False
-        self.refused(budget, "tokens", proc)
-        self.calls.fail(call, errno.EDQUOT, budgets.sentence(budget, "tokens"))
+        if kind == "cost" and self._move(call, budgets.sentence(budget, kind)):
+            return True
+        self.refused(budget, kind, proc)
+        self.calls.fail(call, errno.EDQUOT, budgets.sentence(budget, kind))
         return True
 
     def on_failed(self, call: Call, failed: link.Failed) -> None:

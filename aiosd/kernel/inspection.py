@@ -66,8 +66,13 @@ def _budget(budget: Budget) -> dict[str, Any]:
         "time_s": budget.limits.time_s,
         "memory_bytes": budget.limits.memory_bytes,
         "reached": budget.reached,
-        "kinds": {kind.name: _kind(budget, kind, now) for kind in KINDS if kind.of(budget.limits) is not None},
+        "kinds": kinds(budget, now),
     }
+
+
+def kinds(budget: Budget, now: float) -> dict[str, dict[str, Any]]:
+    """Of each that it limits, how much, and what is used."""
+    return {kind.name: _kind(budget, kind, now) for kind in KINDS if kind.of(budget.limits) is not None}
 
 
 def _kind(budget: Budget, kind: Kind, now: float) -> dict[str, Any]:

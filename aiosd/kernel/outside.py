@@ -5,10 +5,12 @@ and ended by TERM or KILL, as every agent: its token is revoked then. In the pro
 the supervisor has its record, so it survives the kernel's death. It also survives the end of aiosd, with what it has
 used:
 
-    data/tokens.json     name, group, nice value, budget, tokens used, and the SHA-256 of each token
+    data/tokens.json     name, group, nice value, budgets, what of them is used, and the SHA-256 of each token
 
 That file is written when a token comes or goes, when aiosd stops, and every `SAVE_S` if something was used. So a budget
-can be short of that much after a power cut, and of no more.
+can be short of that much after a power cut, and of no more. A budget of time runs on while there is no aiosd.
+
+What such an agent may use is limited by the kinds of budgets that need no process (`limits.WITHOUT_PROCESS`).
 """
 
 from __future__ import annotations
@@ -17,17 +19,20 @@ import contextlib
 import errno
 import logging
 import os
+import time
 from pathlib import Path
 
 import msgspec
 from msgspec import Struct
 
+from aiosd import limits as kinds
 from aiosd import link
-from aiosd.kernel import spawning
+from aiosd.kernel import inspection, ledger, spawning
 from aiosd.kernel.agents import Agents
 from aiosd.kernel.peer import Call
 from aiosd.kernel.proc import Proc
 from aiosd.kernel.sandboxes import Sandboxes
+from aiosd.limits import KINDS, WITHOUT_PROCESS, limits_of
 from libaios import wire
 
 logger = logging.getLogger("kernel")
@@ -36,15 +41,31 @@ SAVE_S = 10.0
 OWNER = -(1 << 50)  # of the keys under which they are enrolled again; no client's id is as small
 
 
+#: Where the ledger has what is used of a kind. Of time it is known when it began, and open calls alone hold context.
+COUNTED = {
+    "tokens": ledger.CHARGED,
+    "cost": ledger.COST_CHARGED,
+    "tool_calls": ledger.TOOL_CALLS,
+    "children": ledger.CHILDREN,
+}
+
+
 class Kept(Struct):
     """One of them, in the file."""
 
     name: str
     group: str
     hash: bytes
-    limit: int | None = None
+    limit: int | None = None  # of tokens,
     used: int = 0
     nice: int = 0
+    limits: dict[str, int | float] = {}  # … and of other kinds
+    counted: dict[str, int] = {}
+    made: float = 0.0  # Unix time
+
+    @property
+    def wanted(self) -> wire.Limits:
+        return limits_of({**self.limits, "tokens": self.limit})
 
 
 class Outside:
@@ -55,6 +76,7 @@ class Outside:
         self._agents = agents
         self._sandboxes = sandboxes
         self._written: list[Kept] = []
+        self._known: dict[bytes, Kept] = {}  # by hash, as they were made or read
         agents.outside_changed = self.save
 
     # ── what a person asks for ────────────────────────────────────────────────────────────────────────────
@@ -67,13 +89,21 @@ class Outside:
         names |= {one.spec.name for one in self._agents.forks.values() if one.spec.outside and one.call is not call}
         if args.name in names:
             raise wire.error(errno.EEXIST, f"{args.name}: has a token already (to take it away: --revoke)")
-        self._enrol(call, call.key, Kept(args.name, args.group or "default", args.hash, args.tokens))
+        amounts = {kind.name: amount for kind in KINDS if (amount := kind.of(args.limits)) is not None}
+        for kind in KINDS:
+            if kind.name in amounts and kind not in WITHOUT_PROCESS:
+                raise wire.error(errno.EINVAL, f"{kind.what} budget: cannot be measured of an agent without a process")
+        tokens = amounts.pop("tokens", None)
+        limit = None if tokens is None else int(tokens)
+        kept = Kept(args.name, args.group or "default", args.hash, limit, limits=amounts, made=time.time())
+        self._enrol(call, call.key, kept)
 
     def listed(self) -> wire.TokenList:
-        tokens = [
-            wire.TokenInfo(proc.pid, proc.name, proc.group, _used(proc), proc.budgets[0].limits.tokens)
-            for proc in self._live()
-        ]
+        tokens = []
+        for proc in self._live():
+            own = proc.budgets[0]
+            shown = inspection.kinds(own, time.monotonic())
+            tokens.append(wire.TokenInfo(proc.pid, proc.name, proc.group, own.tokens_used, own.limits.tokens, shown))
         return wire.TokenList(self._agents.tokens.url, tokens)
 
     def _enrol(self, call: Call | None, key: link.Key, kept: Kept) -> None:
@@ -81,14 +111,19 @@ class Outside:
         box = self._sandboxes.decide(spawn, None)
         if box is not None:  # its tools work there; no process of its own makes the folder
             os.makedirs(os.path.join(wire.os_str(box.workspace), "tmp"), 0o700, exist_ok=True)
+        self._known[kept.hash] = kept
+        budgets = self._agents.budgets
+        own = kinds.least(kept.wanted, budgets.each_of(kept.group))
+        age = max(time.time() - kept.made, 0.0) if kept.made else 0.0
         spec = msgspec.structs.replace(
             spawning.fork(spawn, key, None, box),
-            shares=[link.Share(0, wire.Limits(tokens=kept.limit)), *self._agents.budgets.of_group(kept.group)],
+            shares=[link.Share(0, own, time.monotonic() - age), *budgets.of_group(kept.group)],
             token=kept.hash,
             outside=True,
         )
         letter = msgspec.structs.replace(spawning.letter(spawn, {}, box), target="[token]")
-        self._agents.enrol(call, spec, letter, kept.used)
+        used = {COUNTED[name]: amount for name, amount in kept.counted.items() if name in COUNTED}
+        self._agents.enrol(call, spec, letter, {**used, ledger.CHARGED: kept.used})
 
     def _live(self) -> list[Proc]:
         return [proc for proc in self._agents.table.live() if proc.outside]
@@ -98,6 +133,7 @@ class Outside:
     def restore(self) -> None:
         """Enrol those of the file that no record is left of: aiosd has been started again."""
         self._written = self._read()
+        self._known = {kept.hash: kept for kept in self._written}
         table = self._agents.table
         there = {proc.token for proc in (*table, *table.history.values())}
         if self._agents.tokens.url:
@@ -135,10 +171,9 @@ class Outside:
             return  # what ends now ends with the system, and comes back with it
         if any(one.spec.outside and one.call is None for one in self._agents.forks.values()):
             return  # not all of the file are there yet
-        kept = [
-            Kept(proc.name, proc.group, proc.token, proc.budgets[0].limits.tokens, _used(proc), proc.nice)
-            for proc in self._live()
-        ]
+        live = self._live()
+        kept = [self._now(proc) for proc in live]
+        self._known = {one.hash: one for one in kept}
         if kept == self._written or not self._agents.tokens.url:
             return
         try:
@@ -147,9 +182,15 @@ class Outside:
         except OSError as err:
             logger.error("%s cannot be written: %s", self._path, err.strerror)
 
-
-def _used(proc: Proc) -> int:
-    return proc.budgets[0].tokens_used
+    def _now(self, proc: Proc) -> Kept:
+        """As it is kept."""
+        own, known = proc.budgets[0], self._known.get(proc.token)
+        if known is None:  # the kernel died before it was written
+            amounts = {kind.name: amount for kind in WITHOUT_PROCESS if (amount := kind.of(own.limits)) is not None}
+            amounts.pop("tokens", None)
+            known = Kept(proc.name, proc.group, proc.token, own.limits.tokens, limits=amounts, made=proc.started)
+        counted = {name: int(own.used(name)) for name in known.limits if name in COUNTED}
+        return msgspec.structs.replace(known, group=proc.group, used=own.tokens_used, nice=proc.nice, counted=counted)
 
 
 def _write(path: Path, data: bytes) -> None:

@@ -329,7 +329,14 @@ class Engine:
         if sequence.budget is not None:
             allowed = sequence.forced + sequence.budget - computed
             if allowed < sequence.limit:
-                sequence.limit, sequence.limit_reason = max(allowed, 0), "limit"
+                sequence.limit, sequence.limit_reason, sequence.limit_kind = max(allowed, 0), "limit", "tokens"
+        price = sequence.price
+        if sequence.money is not None and price.completion:
+            num_prompt = len(sequence.prompt)
+            left = sequence.money - price.of_prompt(num_prompt, num_prompt - computed)
+            allowed = sequence.forced + max(left, 0) // price.completion
+            if allowed < sequence.limit:
+                sequence.limit, sequence.limit_reason, sequence.limit_kind = allowed, "limit", "cost"
 
     def _pay_prompt(self, sequence: Sequence) -> str:
         """Pay for what is computed of the prompt, and for the first token; "limit" if too little is left for that."""
@@ -603,7 +610,7 @@ class Engine:
         """End a call with a result. This is the only place that does."""
         now = self.clock()
         if reason == "limit":
-            sequence.short = sequence.short or "tokens"
+            sequence.short = sequence.short or sequence.limit_kind
         self._feed(sequence)
         sequence.text.finish()
         calls: list[ToolCall] = []

@@ -31,6 +31,7 @@ from aiosd.llm.structured import (
 )
 from aiosd.llm.text import TextStream
 from aiosd.llm.tokens import QUOTED, Tokens
+from aiosd.price import FREE
 from libaios import parts
 from libaios.wire import Generate
 
@@ -177,6 +178,8 @@ class Requests:
             constraint=constraint,
             dialect=reader,
             budget=submit.budget,
+            money=submit.money,
+            price=submit.price or FREE,
             watched=request.stream or bool(prepared.stops) or reader is not None,
         )
         if sequence.choice.mirostat is not None and submit.mu is not None:
@@ -293,7 +296,7 @@ class Requests:
     def _tokens(self, text: str, *, quoted: bool = False) -> list[int]:
         """The tokens of a text, with the model's BOS token first, but not twice: many templates write it themselves."""
         if not self._model.has_tokenizer:
-            raise refuse("this model has no tokenizer: give token ids")
+            raise refuse("prompt: this model has no tokenizer, give token ids")
         if len(text) > self._ctx * max(self._model.longest_piece, 64):  # too long in any case: refused without the work
             raise refuse(f"prompt: {len(text)} characters, but the context holds {self._ctx} tokens", errno.EMSGSIZE)
         tokens, bos = self._tokenizer.of(text, quoted=quoted, quick=self._quick), self._model.bos

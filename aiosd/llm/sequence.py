@@ -19,6 +19,7 @@ import numpy.typing as npt
 
 from aiosd.link import Key
 from aiosd.llm.policy.contract import ANY_TURN, Quantum
+from aiosd.price import FREE, Price
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -57,6 +58,8 @@ class Sequence:
     constraint: Constraint | None = None
     dialect: Reader | None = None
     budget: int | None = None  # how many tokens it may still use, those of the prompt included
+    money: int | None = None  # how much more it may cost,
+    price: Price = FREE  # … at these prices
     account: Account | None = None  # what it pays out of budgets that it shares
     watched: bool = False  # the text of each token must be looked at when it is generated
     lora: str = ""  # the adapter that it is computed with
@@ -74,6 +77,7 @@ class Sequence:
     forced: int = 0  # how many tokens at the beginning of `out` came with the call and were not drawn here
     limit: int = 0  # how many tokens `out` may hold at most
     limit_reason: str = "length"
+    limit_kind: str = "tokens"  # which kind of budget, where that is "limit"
     short: str = ""  # the kind of budget of which too little was left
     plain: bool = False  # the next token is what the sampler draws; nothing else reads or changes the row
     raw: Raw | None = None  # the last row before anything changed it, where log probabilities are wanted

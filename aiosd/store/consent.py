@@ -2,8 +2,9 @@
 
 What an agent keeps in its own space is its own. What belongs to its group, or to another agent, belongs to others, too:
 to remove it, to roll it back, or to write over what another one wrote last, asks a person where no rule decides.
-Two things do not ask: to append, which takes nothing away; and to write where the owner has shared a path for writing,
-because it has allowed that. An agent may also write over what it wrote last itself.
+That holds for files and for the group's notes. Two things do not ask: to append to a file, which takes nothing away;
+and to write where the owner has shared a path for writing, because it has allowed that. An agent may also change, write
+over and (a note) remove what it wrote last itself. Nobody knows who wrote a note that an older aiosd has kept: it asks.
 
 The question is asked within the transaction of the call, when all is known and nothing has been done: the exception
 ends the transaction. The call that comes again, allowed, does the same once more, and what it is about must be the
@@ -15,11 +16,14 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Callable, Sequence
 
+import msgspec
+
 from aiosd import link
 from aiosd.access.deed import Deed, detail
 from aiosd.store import owners, spaces
 from aiosd.store.files import Row
 from aiosd.store.spaces import Space
+from libaios import wire
 from libaios.wire import Note
 
 SHARED = "what belongs to others, too, is not {} without asking"
@@ -61,16 +65,37 @@ class Consent:
         deed = Deed(call, False, [("path", path), *_groups(space)], details, bound, default)
         self.require(ask, deed)
 
-    def to_remove_note(self, ask: link.Ask, note: Note) -> None:
-        """One of the group asks, whoever wrote it: that is not kept."""
-        default = SHARED.format("removed") if note.shared else ""
-        if not default and not self.ruled("mem_remove"):
+    def to_note(
+        self,
+        ask: link.Ask,
+        call: str,
+        old: Note | None,
+        author: str,
+        shared: bool,
+        done: str = "",
+        writes: wire.MemAdd | wire.MemUpdate | None = None,
+    ) -> None:
+        """The caller is about to do `call` to this note, which `author` (an owner, "": nobody knows) wrote last; None:
+        there is none yet. `done`: what becomes of it ("removed"), "". `writes`: what is written. Raises Unapproved."""
+        asks = done and old is not None and shared and author != owners.own(ask.caller)
+        default = SHARED.format(done) if asks else ""
+        if not default and not self.ruled(call):
             return
-        groups = [("group", ask.caller.group)] if note.shared else []
-        of = f"group {ask.caller.group}" if note.shared else "its own"
-        details = [("note", note.key or str(note.id)), ("of", of), detail("text", note.text)]
-        bound = note.id.to_bytes(8, "little") + note.version.to_bytes(8, "little")
-        self.require(ask, Deed("mem_remove", False, groups, details, bound, default))
+        details: list[tuple[str, str]] = []
+        if old is not None:
+            details.append(("note", old.key or str(old.id)))
+        details.append(("of", f"group {ask.caller.group}" if shared else "its own"))
+        if old is not None:
+            by = f", by {owners.shown(author)}" if shared else ""
+            details.append(detail(f"there is version {old.version}{by}", old.text))
+        if writes is not None:
+            details += [detail(name, value) for name, value in _given(writes)]
+        content = b"" if writes is None else msgspec.msgpack.encode(writes)
+        number, version = (0, 0) if old is None else (old.id, old.version)
+        bound = number.to_bytes(8, "little") + version.to_bytes(8, "little")
+        bound += hashlib.blake2b(content, digest_size=16).digest()
+        groups = [("group", ask.caller.group)] if shared else []
+        self.require(ask, Deed(call, False, groups, details, bound, default))
 
     @staticmethod
     def _of_others(caller: link.Caller, space: Space, old: Row, call: str) -> bool:
@@ -86,6 +111,13 @@ def _groups(space: Space) -> list[tuple[str, str]]:
 
 def _shown(caller: link.Caller, space: Space) -> str:
     return spaces.shown(caller, space.name) or "its own"
+
+
+def _given(args: wire.MemAdd | wire.MemUpdate) -> list[tuple[str, object]]:
+    """What a call writes into a note: of its arguments those that are not as by default."""
+    fields = [field for field in msgspec.structs.fields(args) if field.name not in ("note", "if_version", "shared")]
+    given = [(field.name, getattr(args, field.name), field.default) for field in fields]
+    return [(f"writes {name}", value) for name, value, default in given if value not in (default, [], {}, None)]
 
 
 def _text(content: bytes) -> str:

@@ -40,7 +40,7 @@ from libaios import wire
 
 logger = logging.getLogger("store")
 
-VERSION = 4
+VERSION = 5
 FILE = "store.db"
 CHECKPOINT_PAGES = 1000  # of the WAL: a commit that exceeds this copies them into the file, in a tenth of a second
 IN_MEMORY = ("temp_store=MEMORY",)  # what a savepoint would put back
@@ -95,6 +95,8 @@ MIGRATIONS: tuple[str, ...] = (
     CREATE VIRTUAL TABLE note_words USING fts5(owner, text, content='', contentless_delete=1, tokenize='unicode61');
     CREATE TABLE note_sums(owner INTEGER, sum INTEGER, note INTEGER, PRIMARY KEY(owner, sum, note)) WITHOUT ROWID;
     """,
+    # Which owner wrote a group's note last. An agent's own notes have no row: nobody else writes them.
+    "CREATE TABLE note_authors(note INTEGER PRIMARY KEY, author TEXT NOT NULL);",
 )
 
 

@@ -130,7 +130,9 @@ class Memory:
                 version=old.version + 1 if old is not None else 1,
                 shared=args.shared,
             )
-            note = self._write(name, note, old)
+            done = "overwritten" if old is not None else ""
+            self.consent.to_note(ask, "mem_add", old, self._author(old), args.shared, done, args)
+            note = self._write(name, note, old, ask.caller)
             kept.append((name, note))
             return note.id
 
@@ -143,6 +145,7 @@ class Memory:
             old = self._find(ask.caller, args.note, keep=False)
             if args.if_version is not None and args.if_version != old.version:
                 raise wire.error(errno.EAGAIN, f"note {old.id} has version {old.version}, not {args.if_version}")
+            self.consent.to_note(ask, "mem_update", old, self._author(old), old.shared, "overwritten", args)
             now = self._clock()
             given = {
                 "text": args.text,
@@ -153,7 +156,7 @@ class Memory:
             changes = {field: value for field, value in given.items() if value is not None}
             note = msgspec.structs.replace(old, **changes, updated=now, version=old.version + 1)
             name = owners.group(ask.caller) if old.shared else owners.own(ask.caller)
-            kept.append((name, self._write(name, note, old)))
+            kept.append((name, self._write(name, note, old, ask.caller)))
             return note.version
 
         return self._changed(self._in_quota(ask, lambda: self._db.once(ask, effect)), kept)
@@ -163,7 +166,7 @@ class Memory:
 
         def effect() -> None:
             note = self._find(ask.caller, args.note, keep=False)
-            self.consent.to_remove_note(ask, note)
+            self.consent.to_note(ask, "mem_remove", note, self._author(note), note.shared, "removed")
             gone.append(note.id)
             self._delete([note.id])
 
@@ -227,7 +230,14 @@ class Memory:
         row = self._db.row("SELECT id FROM owners WHERE name = ?", name)
         return None if row is None else int(row[0])
 
-    def _write(self, name: str, note: Note, old: Note | None) -> Note:
+    def _author(self, note: Note | None) -> str:
+        """The owner that wrote a note of a group last; "": nobody knows."""
+        if note is None or not note.shared:
+            return ""
+        row = self._db.row("SELECT author FROM note_authors WHERE note = ?", note.id)
+        return "" if row is None else str(row[0])
+
+    def _write(self, name: str, note: Note, old: Note | None, caller: link.Caller) -> Note:
         """Raises OSError (EDQUOT) before the first change."""
         size = _size(note)
         owner_id = self._charge(name, size - (_size(old) if old is not None else 0))
@@ -246,6 +256,8 @@ class Memory:
         elif old.text != note.text:
             self.words.changed(note.id, owner_id, old.text)
         enter_labels(self._db, owner_id, note, metadata)
+        if note.shared:
+            self._db.do("INSERT OR REPLACE INTO note_authors VALUES(?, ?)", note.id, owners.own(caller))
         return note
 
     def _charge(self, name: str, grown: int) -> int:
@@ -281,6 +293,7 @@ class Memory:
                 "WHERE id = (SELECT owner FROM notes WHERE id = ?1)",
                 note_id,
             )
+            self._db.do("DELETE FROM note_authors WHERE note = ?", note_id)
             self._db.do("DELETE FROM notes WHERE id = ?", note_id)
 
     def _sweep(self, name: str) -> int:

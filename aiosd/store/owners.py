@@ -24,5 +24,13 @@ def alone(pid: int) -> str:
     return f"{ALONE}{pid}"
 
 
+def shown(name: str) -> str:
+    """Who is an owner, for a person."""
+    kind, _, rest = name.partition("/")
+    if kind == "name":
+        return rest.split("/", 2)[2]
+    return f"agent {rest}" if kind == "agent" else "a person" if kind == "person" else "nobody knows whom"
+
+
 def group(caller: Caller) -> str:
     return f"group/{caller.uid}/{caller.group}"

@@ -32,6 +32,7 @@ class Kept:
 KEPT: tuple[Kept, ...] = (
     Kept("owners"),
     Kept("notes", whole=lambda row: row["bytes"] > 0),
+    Kept("note_authors", whole=lambda row: bool(row["author"])),
     Kept("contents", contents="file", whole=lambda row: row["data"] is None or _blake(row["data"]) == row["hash"]),
     Kept("files", whole=lambda row: bool(row["path"]) and bool(row["updated"])),
     Kept("versions", whole=lambda row: row["contents"][-1:] == "]"),

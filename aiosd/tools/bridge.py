@@ -1,9 +1,10 @@
 """A worker whose tools are those of an MCP server, through the `mcp` package (extra `mcp`).
 
-    python -m aiosd.tools.bridge FD NAME
+    python -m aiosd.tools.bridge FD NAME [IN,OUT,REASON,LEASE]
 
-The first frame is the server's record (`spec.McpServer`); for the rest see `worker`. The server is a child of this
-process and ends with it. It is not trusted: names are made such as models can write, of two tools with one name the
+The first frame is the server's record (`spec.McpServer`); for the rest see `worker`. The server is no child of this
+process: the supervisor has forked it, with pipes to here (`tools.servers`), and kills it when this process ends, since
+nobody else has its lease. It is not trusted: names are made such as models can write, of two tools with one name the
 first counts, malformed tools are left out, lines, errors and results have a limit (`mcpstreams`). When it says that its
 tools are others now they are described anew, once in RELIST_S at most.
 """
@@ -24,32 +25,32 @@ from msgspec import msgpack
 from msgspec.structs import replace
 
 from aiosd.tools.messages import Described, Done, Run, Tool, Wrote
-from aiosd.tools.spec import McpServer
+from aiosd.tools.spec import MEMORY_BYTES, McpServer
 from aiosd.tools.worker import LIMITS, MESSAGE_BYTES, die_with_parent, limit, send
 from libaios.stream import FrameSocket
 
 if TYPE_CHECKING:
     from mcp import Client
 
-MEMORY_BYTES = 2 << 30  # of this process, and of each of the server's
 OUTPUT_BYTES = 1 << 20
 MOST_TOOLS = 512
 MOST_PAGES = 100
 RELIST_S = 1.0
 
 
-def main(fd: str, name: str) -> int:
+def main(fd: str, name: str, ends: str = "") -> int:
     die_with_parent()
     signal.signal(signal.SIGINT, signal.SIG_IGN)
-    os.environ.pop("PYTHONPATH", None)  # for this process, not for the server
     limit(*LIMITS, (resource.RLIMIT_DATA, MEMORY_BYTES))
     frames = FrameSocket(socket.socket(fileno=int(fd)))
-    os.set_inheritable(int(fd), False)
+    pipes = [int(end) for end in ends.split(",") if end]
+    for one in (int(fd), *pipes):
+        os.set_inheritable(one, False)
     sys.stdin = open(os.devnull)  # noqa: SIM115 - for the whole life of the process
     sys.stdout = sys.stderr = open(os.devnull, "w")  # noqa: SIM115 - the server's noise
     try:
         payload, _ = frames.recv_blocking()
-        asyncio.run(_serve(frames, name, msgpack.decode(payload, type=McpServer)))
+        asyncio.run(_serve(frames, name, msgpack.decode(payload, type=McpServer), pipes))
     except (EOFError, ConnectionError):
         return 0
     except ModuleNotFoundError as err:
@@ -59,13 +60,13 @@ def main(fd: str, name: str) -> int:
     return 1
 
 
-async def _serve(frames: FrameSocket, name: str, server: McpServer) -> None:
+async def _serve(frames: FrameSocket, name: str, server: McpServer, pipes: list[int]) -> None:
     from mcp import Client
 
     from aiosd.tools.mcpstreams import Streams
 
     changed = asyncio.Event()
-    streams = Streams(server, os.environ)
+    streams = Streams(server, pipes)
 
     async def on_message(message: Any) -> None:
         if "list_changed" in str(getattr(message, "method", "")):

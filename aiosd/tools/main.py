@@ -4,8 +4,8 @@ A call is checked against the schema of its tool, waits in `Admission` until eve
 worker of `Pool`. It has begun when a worker gets it; before that it survives the death of the toolbox, after that it is
 never done again.
 
-A built-in tool of a confined agent runs in a worker that is confined like that agent. Tools of a person's files and of
-MCP servers run with the person's rights: that is what the person gives agents by them.
+A built-in tool of a confined agent runs in a worker that is confined like that agent. Tools of a person's files run
+with the person's rights: that is what the person gives agents by them. An MCP server is confined as its settings say.
 
 Where a tool works: in a folder that belongs to the caller. Agents with a name of their own find it again; that of an
 agent without one goes with the agent.
@@ -40,6 +40,7 @@ from aiosd.tools.errands import Errands
 from aiosd.tools.messages import Described, Done, Run, Tool
 from aiosd.tools.pins import Pins
 from aiosd.tools.pool import Job, Pool
+from aiosd.tools.servers import Servers
 from aiosd.tools.spec import MCP, ToolboxSpec
 from libaios import wire
 from libaios.channel import Channel
@@ -109,7 +110,12 @@ class Toolbox:
         self._served = 0
         os.makedirs(spec.folder, mode=0o700, exist_ok=True)
         self.pool = Pool(
-            self.server.timers, self.server.watch, self.server.forget, spec.folder, self._described, servers
+            self.server.timers,
+            self.server.watch,
+            self.server.forget,
+            spec.folder,
+            self._described,
+            Servers(servers, spec.servers, self.server.watch),
         )
 
     def run(self, rounds: Rounds) -> int:

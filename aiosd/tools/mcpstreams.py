@@ -8,7 +8,8 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-from collections.abc import AsyncIterator, Mapping
+import os
+from collections.abc import AsyncIterator
 from typing import Any
 
 from mcp.client.streamable_http import streamable_http_client
@@ -18,16 +19,28 @@ from mcp_types import JSONRPCResponse, Tool, jsonrpc_message_adapter
 from aiosd.tools.spec import McpServer
 
 LINE_BYTES = 16 << 20
+REASON_BYTES = 4096
 LEAVE_S = 1.0  # that a server has to end when its input has ended
+
+
+class NotStarted(Exception):
+    """The server's program cannot be started; why."""
+
+
+async def _reader(fd: int, limit: int) -> asyncio.StreamReader:
+    reader = asyncio.StreamReader(limit)
+    protocol = asyncio.StreamReaderProtocol(reader)
+    await asyncio.get_running_loop().connect_read_pipe(lambda: protocol, os.fdopen(fd, "rb", 0))
+    return reader
 
 
 class Streams:
     """A transport for `mcp.Client`. `fault`: why it has ended, where the server is to blame; `dropped`: how many
-    malformed tools its last list had."""
+    malformed tools its last list had. `pipes`: of a server that is a program, as the bridge gets them."""
 
-    def __init__(self, server: McpServer, env: Mapping[str, str]) -> None:
+    def __init__(self, server: McpServer, pipes: list[int]) -> None:
         self._server = server
-        self._env = {**env, **server.env}
+        self._pipes = pipes
         self._stack = contextlib.AsyncExitStack()
         self.fault = ""
         self.dropped = 0
@@ -36,8 +49,8 @@ class Streams:
         if self._server.url:
             reading, writing = await self._stack.enter_async_context(self._http())
             return _Reading(self._cleaned(reading)), writing
-        process = await self._stack.enter_async_context(self._process())
-        return _Reading(self._cleaned(self._lines(process))), _Writing(process)
+        reader, writer = await self._stack.enter_async_context(self._process())
+        return _Reading(self._cleaned(self._lines(reader))), _Writing(writer)
 
     async def __aexit__(self, *error: Any) -> None:
         await self._stack.aclose()
@@ -51,35 +64,28 @@ class Streams:
         return streamable_http_client(self._server.url, http_client=client)
 
     @contextlib.asynccontextmanager
-    async def _process(self) -> AsyncIterator[asyncio.subprocess.Process]:
-        pipe, server = asyncio.subprocess.PIPE, self._server
-        process = await asyncio.create_subprocess_exec(
-            server.command,
-            *server.args,
-            stdin=pipe,
-            stdout=pipe,
-            stderr=asyncio.subprocess.DEVNULL,
-            env=self._env,
-            cwd=server.cwd or None,
-            limit=LINE_BYTES,
-        )
+    async def _process(self) -> AsyncIterator[tuple[asyncio.StreamReader, asyncio.StreamWriter]]:
+        stdin, stdout, reason, _ = self._pipes
+        reader, why = await _reader(stdout, LINE_BYTES), await _reader(reason, REASON_BYTES)
+        if words := (await why.read()).decode(errors="replace"):  # it ends when the program begins
+            raise NotStarted(words)
+        loop = asyncio.get_running_loop()
+        transport, protocol = await loop.connect_write_pipe(asyncio.streams.FlowControlMixin, os.fdopen(stdin, "wb", 0))
+        writer = asyncio.StreamWriter(transport, protocol, reader, loop)
         try:
-            yield process
+            yield reader, writer
         finally:
-            assert process.stdin is not None
-            process.stdin.close()
-            with contextlib.suppress(TimeoutError):
-                await asyncio.wait_for(process.wait(), LEAVE_S)
-            with contextlib.suppress(ProcessLookupError):
-                process.kill()
-            await process.wait()
+            writer.close()
+            with contextlib.suppress(TimeoutError, ValueError, OSError):  # time to end in order, before it is killed
+                async with asyncio.timeout(LEAVE_S):
+                    while await reader.read(LINE_BYTES):
+                        pass
 
-    async def _lines(self, process: asyncio.subprocess.Process) -> AsyncIterator[SessionMessage]:
+    async def _lines(self, reader: asyncio.StreamReader) -> AsyncIterator[SessionMessage]:
         """What the server writes; what is no message is noise."""
-        assert process.stdout is not None
         while True:
             try:
-                line = await process.stdout.readline()
+                line = await reader.readline()
             except ValueError:
                 self.fault = f"the server wrote a line of more than {LINE_BYTES >> 20} MB"
                 return
@@ -139,9 +145,8 @@ class _Reading:
 class _Writing:
     """The input of a process as the package wants to write it."""
 
-    def __init__(self, process: asyncio.subprocess.Process) -> None:
-        assert process.stdin is not None
-        self._input = process.stdin
+    def __init__(self, writer: asyncio.StreamWriter) -> None:
+        self._input = writer
 
     async def send(self, message: SessionMessage) -> None:
         text = message.message.model_dump_json(by_alias=True, exclude_unset=True)

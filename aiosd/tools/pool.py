@@ -19,7 +19,7 @@ import signal
 import socket
 import subprocess
 import sys
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from dataclasses import dataclass, field
 
 import msgspec
@@ -28,7 +28,8 @@ from aiosd import procfs
 from aiosd.sandbox import cage
 from aiosd.timers import Timer, Timers
 from aiosd.tools.messages import Described, Done, Run, Tool, Wrote, decode_from_worker, encode
-from aiosd.tools.spec import MCP, McpServer
+from aiosd.tools.servers import Servers
+from aiosd.tools.spec import MCP
 from libaios.ring import ProtocolError
 from libaios.stream import FrameSocket
 
@@ -70,6 +71,7 @@ class Worker:
     verdict: Done | None = None  # why it is being ended
     ending: Job | None = None  # … with this call, which has its answer
     idle: Timer | None = field(default=None)
+    server: int = 0  # of one for an MCP server: as `Servers` knows that
 
     @property
     def kind(self) -> tuple[str, bytes]:
@@ -78,7 +80,7 @@ class Worker:
 
 class Pool:
     """`watch` and `forget`: the loop's descriptors. `described` is called at each start of a worker, and when an MCP
-    server (`servers`, by name) has other tools than before."""
+    server (`servers`) has other tools than before."""
 
     def __init__(
         self,
@@ -87,7 +89,7 @@ class Pool:
         forget: Callable[[int], None],
         home: str,
         described: Callable[[str, Described], None],
-        servers: Mapping[str, McpServer],
+        servers: Servers,
     ) -> None:
         self._timers = timers
         self._watch = watch
@@ -138,26 +140,38 @@ class Pool:
             "workers": len(self._workers),
             "busy": sum(worker.job is not None for worker in self._workers),
             "deaths": self.deaths,
+            "servers": self._servers.running,
         }
 
     # ── life of a worker ──────────────────────────────────────────────────────────────────────────────────
 
     def _start(self, source: str, box: bytes) -> None:
         ours, theirs = socket.socketpair()
-        server = self._servers.get(source.removeprefix(MCP)) if source.startswith(MCP) else None
-        module = "worker" if server is None else "bridge"
-        with theirs:
+        name = source.removeprefix(MCP)
+        server = self._servers.wanted.get(name) if source.startswith(MCP) else None
+        number = 0
+        with theirs, contextlib.ExitStack() as ends:
+            words, passed = [], [theirs.fileno()]
+            if server is not None and server.command:
+                number, given = self._servers.start(name, self._environment())
+                for fd in given:
+                    ends.callback(os.close, fd)
+                words, passed = [",".join(map(str, given))], [*passed, *given]
+            if box:
+                words, passed = [",".join(["boxed", *map(str, cage.descriptors())])], [*passed, *cage.descriptors()]
             process = subprocess.Popen(
-                [sys.executable, "-m", f"aiosd.tools.{module}", str(theirs.fileno()), source.removeprefix(MCP)]
-                + ([",".join(["boxed", *map(str, cage.descriptors())])] if box else []),
+                [
+                    *(sys.executable, "-m", f"aiosd.tools.{'worker' if server is None else 'bridge'}"),
+                    *(str(theirs.fileno()), name, *words),
+                ],
                 stdin=subprocess.DEVNULL,
                 stdout=subprocess.DEVNULL,
                 stderr=subprocess.DEVNULL,
-                env=self._environment(),
-                pass_fds=[theirs.fileno(), *(cage.descriptors() if box else ())],
+                env={**self._environment(), "HOME": self._home, "PYTHONPATH": os.pathsep.join(filter(None, sys.path))},
+                pass_fds=passed,
                 start_new_session=True,
             )
-        worker = Worker(source, box, process, FrameSocket(ours, FRAME_BYTES))
+        worker = Worker(source, box, process, FrameSocket(ours, FRAME_BYTES), server=number)
         self._workers.append(worker)
         if server is not None:
             worker.frames.send(encode(server))  # not as an argument: it may hold keys, and everyone can read those
@@ -167,9 +181,9 @@ class Pool:
         late = Done(None, errno.ETIMEDOUT, f"{source} was not loaded after {LOAD_S:.0f} s")
         worker.deadline = self._timers.after(LOAD_S, lambda: self._end(worker, late))
 
-    def _environment(self) -> dict[str, str]:
-        kept = {name: os.environ[name] for name in KEPT_VARIABLES if name in os.environ}
-        return {**kept, "HOME": self._home, "PYTHONPATH": os.pathsep.join(filter(None, sys.path))}
+    @staticmethod
+    def _environment() -> dict[str, str]:
+        return {name: os.environ[name] for name in KEPT_VARIABLES if name in os.environ}
 
     def _give(self, worker: Worker, job: Job) -> None:
         worker.job, worker.wrote = job, 0
@@ -349,6 +363,8 @@ class Pool:
         assert worker.job is not None
         tool = worker.job.tool
         below = procfs.descendants(worker.process.pid)
+        if server := self._servers.ospid(worker.server):
+            below += [server, *procfs.descendants(server)]
         if len(below) > MOST_PROCESSES:
             reason = f"{tool.name} started more than {MOST_PROCESSES} processes"
             self._end(worker, Done(None, errno.EAGAIN, reason), at_once=True)

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import os
 import re
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, Literal
 
 import msgspec
 from msgspec import Struct
+from msgspec.structs import replace
 
 #: The built-in tools, with the types of resources that their calls state: rules name them before any is loaded.
 BUILT_IN_KINDS: dict[str, tuple[str, ...]] = {
@@ -35,9 +37,14 @@ CONCERN = re.compile(r"(path|host|group|signal):\{\w+\}\Z")
 SERVER_NAME = re.compile(r"[A-Za-z0-9_-]{1,32}\Z")
 
 
+MEMORY_BYTES = 2 << 30  # of each process of an MCP server
+
+
 class McpServer(Struct, frozen=True, forbid_unknown_fields=True):
     """One of [mcpServers] in aiosd.toml: a program (`command`), or an address (`url`). Keys as other programs have
-    them; `env` is all of its environment but PATH and the like."""
+    them; `env` is all of its environment but PATH and the like. How it is confined: `sandbox` ("": as strictly as the
+    machine can), `net` ("": all), and what it may reach besides its program and what its arguments name: `read` and
+    `write`, from which on `read_servers` are absolute."""
 
     command: str = ""
     args: list[str] = []
@@ -48,21 +55,27 @@ class McpServer(Struct, frozen=True, forbid_unknown_fields=True):
     timeout: float = 60.0  # seconds that a call may take
     type: str = ""  # "stdio", "http": follows from the rest, and is accepted because files have it
     disabled: bool = False
+    sandbox: Literal["", "none", "flat", "cage"] = ""
+    net: Literal["", "none", "all"] = ""
+    read: list[str] = []
+    write: list[str] = []
     concerns: dict[str, list[str]] = {}  # by tool, as in `libaios.tool.define`: what rules can be about
 
 
 class ToolboxSpec(Struct, frozen=True):
     """Settings of the toolbox: the folder for its callers' folders, files of tools, calls that run at a time, and the
-    descriptor in which the MCP servers are (`aiosd.sealed`; -1: there are none)."""
+    descriptor in which the MCP servers are (`aiosd.sealed`; -1: there are none), and the socket over which the
+    supervisor is asked to fork them."""
 
     folder: str
     files: tuple[str, ...] = ()
     workers: int = 8
     sealed: int = -1
+    servers: int = -1
 
 
-def read_servers(table: Any) -> dict[str, McpServer]:
-    """The servers of a table [mcpServers]. Raises ValueError with a sentence."""
+def read_servers(table: Any, folder: str = "/") -> dict[str, McpServer]:
+    """The servers of a table [mcpServers]; paths are as seen from `folder`. Raises ValueError with a sentence."""
     if not isinstance(table, Mapping):
         raise ValueError("mcpServers is a table: [mcpServers.NAME]")
     found = {}
@@ -80,8 +93,17 @@ def read_servers(table: Any) -> dict[str, McpServer]:
                 raise ValueError(
                     f'mcpServers.{name}: concerns.{tool}: is a list of "path:{{argument}}", "host:{{argument}}"'
                 )
+        if server.url and (server.sandbox or server.net or server.read or server.write):
+            raise ValueError(f"mcpServers.{name}: sandbox, net, read and write are about a program (command)")
+        if server.sandbox == "none" and (server.net == "none" or server.read or server.write):
+            raise ValueError(f"mcpServers.{name}: net, read and write need a sandbox")
+        server = replace(server, read=_paths(server.read, folder), write=_paths(server.write, folder))
         if not server.timeout > 0:
             raise ValueError(f"mcpServers.{name}: timeout is a number of seconds")
         if not server.disabled:
             found[name] = server
     return found
+
+
+def _paths(texts: list[str], folder: str) -> list[str]:
+    return [os.path.join(folder, os.path.expanduser(text)) for text in texts]

@@ -4,12 +4,13 @@
     The answer is 3367.
 
 `react()` is the whole loop. It takes a `chat` callable (`aios.llm.chat`, or a script in a test) and a `Toolkit`, and
-works with any chat model that can call tools. The tools are arithmetic, notes and files: those of `Toolkit` are plain
-functions inside this process, over a list and a folder; those of `Stored`, which the command uses, are system calls
-(`aios.mem`, `aios.sto`), so an agent that is started again under its name has its notes and files again. What a model
-sends to them is untrusted: arithmetic is bounded in size and never done by `eval`, and no path leads out of the
-folder. When a tool fails the model gets the error as an observation and decides what to
-do. The loop itself ends with an answer or with an `AgentError`.
+works with any chat model that can call tools. The tools are arithmetic, notes and files. Those of `Toolbox`, which the
+command uses, are tools of aiosd's toolbox (`aios.tool`, which one is in `IN_TOOLBOX`): so limits, access rules and
+denials hold for them as for any agent, and an agent that is started again under its name has its notes and files again.
+Those of `Toolkit` are plain functions inside this process, over a list and a folder. What a model sends to either is
+untrusted: arithmetic is bounded in size and never done by `eval`, and no path leads out of the folder. When a tool
+fails or is denied the model gets the reason as an observation and decides what to do. The loop itself ends with an
+answer or with an `AgentError`.
 """
 
 import ast
@@ -26,7 +27,8 @@ from typing import Any, Protocol
 
 import click
 
-from libaios import mem, sto
+from libaios import sto, tool
+from libaios.loop import observation
 
 SYSTEM = "You are a helpful agent. Think, use a tool when you need one, and then answer briefly."
 
@@ -183,11 +185,16 @@ def search(notes: Sequence[str], query: str) -> list[str]:
 # --- the five tools -------------------------------------------------------------------------------
 
 MAX_FILE = 100_000  # bytes
-MAX_NOTES = 1_000  # that one call lists
+MAX_NOTES = 50  # that one call of the toolbox lists or finds
 
 
 class Toolkit:
-    """The tools over one folder and one list of notes. Every tool takes and returns text or raises ToolError."""
+    """The tools over one folder and one list of notes. Every tool takes and returns text or raises ToolError. `tools`:
+    what the model is offered."""
+
+    @property
+    def tools(self) -> list[dict[str, Any]]:
+        return TOOLS
 
     def __init__(self, folder: Path, notes_file: Path | None = None) -> None:
         self.folder = folder.resolve()
@@ -199,7 +206,7 @@ class Toolkit:
     def call(self, name: str, arguments: dict[str, Any]) -> str:
         """One tool call as the model wrote it, and the observation it gets; a failure reads `error: …`."""
         tools: dict[str, Callable[..., str]] = {
-            "calc": calc,
+            "calc": self.calc,
             "remember": self.remember,
             "recall": self.recall,
             "read_file": self.read_file,
@@ -214,6 +221,9 @@ class Toolkit:
             return tools[name](**arguments)
         except ToolError as e:
             return f"error: {e}"
+
+    def calc(self, expression: str) -> str:
+        return calc(expression)
 
     def remember(self, text: str) -> str:
         note = " ".join(text.split())
@@ -266,15 +276,45 @@ class Toolkit:
         return target
 
 
-class Stored(Toolkit):
-    """The same tools over the store. Files of an agent without a name of its own would end with it: those are the
-    group's. A file that the store has not is read from the working folder. With `folder` the files, with `notes_file`
-    the notes are real ones instead, as in `Toolkit`."""
+#: By which tools of the toolbox each of the agent's is done. The embedded model has learnt these five names, their
+#: arguments (`TOOLS`) and how their observations are worded, and knows no others; so calls and results are translated.
+IN_TOOLBOX = {
+    "calc": ("calc",),
+    "remember": ("remember",),
+    "recall": ("list_notes", "search_notes"),
+    "read_file": ("read_stored",),
+    "write_file": ("write_stored",),
+}
 
-    def __init__(self, folder: Path | None = None, notes_file: Path | None = None) -> None:
+
+class Toolbox(Toolkit):
+    """The same tools, done by the toolbox, and `more` of its tools, which the model is offered as they are. Files of an
+    agent without a name of its own would end with it: those are the group's. A file that is not stored is read from the
+    working folder, as this process may read it. With `folder` the files, with `notes_file` the notes are real ones
+    instead, as in `Toolkit`. What concerns the agent and not the tool (a budget, a lost connection) is raised."""
+
+    def __init__(
+        self, folder: Path | None = None, notes_file: Path | None = None, more: Sequence[tool.ToolInfo] = ()
+    ) -> None:
         super().__init__(folder or Path.cwd(), notes_file)
         self.files_stored, self.notes_stored = folder is None, notes_file is None
+        self.more = {info.name: info for info in more if info.name not in IN_TOOLBOX}
         self._space: str | None = None
+
+    @property
+    def tools(self) -> list[dict[str, Any]]:
+        return [*TOOLS, *map(tool.function_of, self.more.values())] if self.more else TOOLS
+
+    def call(self, name: str, arguments: dict[str, Any]) -> str:
+        if name not in self.more:
+            return super().call(name, arguments)
+        try:
+            return tool.result_text(tool.call(name, arguments))
+        except OSError as err:
+            return observation(err)
+
+    def calc(self, expression: str) -> str:
+        return str(_done("calc", expression=expression))
 
     def remember(self, text: str) -> str:
         if not self.notes_stored:
@@ -282,34 +322,30 @@ class Stored(Toolkit):
         note = " ".join(text.split())
         if not note:
             raise ToolError("nothing to remember")
-        try:
-            mem.add(note)
-        except OSError as e:
-            raise ToolError(f"cannot keep notes: {e.strerror}") from e
+        _done("remember", text=note)
         return "ok"
 
     def recall(self, query: str) -> str:
+        """From the newest notes, and of many those that fit the query, the one that tells most of it."""
         if self.notes_stored:
-            try:
-                self.notes = _notes(query)
-            except OSError as e:
-                raise ToolError(f"cannot read notes: {e.strerror}") from e
+            found = _done("list_notes", limit=MAX_NOTES)
+            if len(found) == MAX_NOTES:
+                found += _done("search_notes", query=query, k=MAX_NOTES)
+            self.notes = [text for _, text in sorted({note["id"]: note["text"] for note in found}.items())]
         return super().recall(query)
 
     def read_file(self, path: str) -> str:
         if not self.files_stored:
             return super().read_file(path)
         try:
-            name, of = self._stored(path), self._whose()
-            if sto.stat(name, of).size > MAX_FILE:
-                raise ToolError(f"file too large: {path}")
-            return sto.read(name, of=of).decode().rstrip("\n")
+            text = str(_called("read_stored", path=self._stored(path), of=self._whose()))
         except FileNotFoundError:
             return super().read_file(path)
-        except OSError as e:
-            raise _file_error(path, e) from e
-        except UnicodeDecodeError:
-            raise ToolError(f"not a text file: {path}") from None
+        except OSError as err:
+            raise _file_error(path, err) from err
+        if len(text.encode()) > MAX_FILE:
+            raise ToolError(f"file too large: {path}")
+        return text.rstrip("\n")
 
     def write_file(self, path: str, content: str) -> str:
         if not self.files_stored:
@@ -317,9 +353,9 @@ class Stored(Toolkit):
         if len(content.encode()) > MAX_FILE:
             raise ToolError("content too large")
         try:
-            sto.write(self._stored(path), content + "\n", self._whose())
-        except OSError as e:
-            raise _file_error(path, e) from e
+            _called("write_stored", path=self._stored(path), content=content + "\n", of=self._whose())
+        except OSError as err:
+            raise _file_error(path, err) from err
         return "ok"
 
     def _whose(self) -> str:
@@ -335,17 +371,24 @@ class Stored(Toolkit):
         return name
 
 
-def _notes(query: str) -> list[str]:
-    """Those that `search` is to choose from, the oldest first: all, or of more than MAX_NOTES those with words of the
-    query and the newest."""
-    notes = mem.list(limit=MAX_NOTES)
-    if len(notes) == MAX_NOTES:
-        known = {note.id for note in notes}
-        notes += [found.note for found in mem.search(query, MAX_NOTES) if found.note.id not in known]
-    return [note.text for note in sorted(notes, key=lambda note: note.id)]
+def _called(name: str, **arguments: Any) -> Any:
+    """Call a tool of the toolbox. Raises OSError."""
+    return tool.call(name, arguments)
+
+
+def _done(name: str, **arguments: Any) -> Any:
+    """The same, where the model gets the error in the toolbox's words."""
+    try:
+        return _called(name, **arguments)
+    except OSError as err:
+        raise ToolError(observation(err).removeprefix("error: ")) from err
 
 
 def _file_error(path: str, error: OSError) -> ToolError:
+    """For the model. A denial has its own words, which name the rule; raises again what concerns the agent itself."""
+    words = observation(error).removeprefix("error: ")
+    if isinstance(error, PermissionError) and error.filename is None:
+        return ToolError(words)
     if isinstance(error, FileNotFoundError):
         return ToolError(f"no such file: {path}")
     return ToolError(f"{os.strerror(error.errno or errno.EIO).lower()}: {path}")
@@ -408,7 +451,7 @@ def react(
     system = f"{SYSTEM}\nLearnt from earlier attempts:{learnt}" if lessons else SYSTEM
     messages: list[Message] = [{"role": "system", "content": system}, {"role": "user", "content": question}]
     for _ in range(max_steps):
-        reply: Reply = chat(messages, tools=TOOLS, temperature=0.0, max_tokens=max_tokens)
+        reply: Reply = chat(messages, tools=toolkit.tools, temperature=0.0, max_tokens=max_tokens)
         if not reply.tool_calls:
             if reply.finish_reason == "length":
                 raise AgentError(f"the model was cut off after {max_tokens} tokens")
@@ -441,6 +484,7 @@ def _as_message(reply: Reply) -> Message:
 @click.option(
     "--folder", type=click.Path(file_okay=False, exists=True, path_type=Path), help="Work on the files of this folder."
 )
+@click.option("--tool", "tools", multiple=True, metavar="NAME", help="Offer this tool, too (aiosd tools lists them).")
 @click.option("--model", default=None, help="Which model to ask; the first one loaded by default.")
 def main(
     question: tuple[str, ...],
@@ -449,9 +493,13 @@ def main(
     max_tokens: int,
     notes: Path | None,
     folder: Path | None,
+    tools: tuple[str, ...],
     model: str | None,
 ) -> None:
     """Answer QUESTION (or the text on stdin) with the tools calc, remember, recall, read_file and write_file.
+
+    They are done by aiosd's toolbox (calc, remember, list_notes, search_notes, read_stored, write_stored), so rules and
+    budgets are about these.
 
     Notes and files are kept in the store: for the agent's --name, and files of one without a name for its group
     (aios-sto ls --of group). Files of the working folder can be read, too.
@@ -470,8 +518,10 @@ def main(
     text = " ".join(question).strip() or sys.stdin.read().strip()
     if not text:
         raise click.UsageError("no question")
+    if taken := [name for name in tools if name in IN_TOOLBOX]:
+        raise click.UsageError(f"--tool {taken[0]}: the agent has a tool of this name already")
     try:
-        toolkit = Stored(folder, notes)
+        toolkit = Toolbox(folder, notes, aios.tool.known(tools) if tools else ())
         watch = (lambda line: print(line, file=sys.stderr, flush=True)) if verbose else (lambda line: None)
         print(react(text, chat, toolkit, max_steps, max_tokens, watch))
     except (AgentError, OSError, UnicodeDecodeError) as e:

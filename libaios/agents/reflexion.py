@@ -31,7 +31,7 @@ from typing import Any, Protocol
 import click
 
 from libaios import mem
-from libaios.agents.react import AgentError, Chat, Message, Stored, Toolkit, react
+from libaios.agents.react import IN_TOOLBOX, AgentError, Chat, Message, Toolbox, Toolkit, react
 
 MOST_LESSONS = 3  # the paper's Ω: more do not fit into a prompt, and help little
 TRAJECTORY_CHARS = 4000  # of a trial that self-reflection is shown: its end
@@ -225,6 +225,7 @@ def _shown(trial: Trial) -> str:
 @click.option(
     "--folder", type=click.Path(file_okay=False, exists=True, path_type=Path), help="Work on the files of this folder."
 )
+@click.option("--tool", "tools", multiple=True, metavar="NAME", help="Offer this tool, too (aiosd tools lists them).")
 @click.option("--model", default=None, help="Which model to ask; the first one loaded by default.")
 def main(
     question: tuple[str, ...],
@@ -234,6 +235,7 @@ def main(
     max_steps: int,
     max_tokens: int,
     folder: Path | None,
+    tools: tuple[str, ...],
     model: str | None,
 ) -> None:
     """Answer QUESTION (or the text on stdin), and learn from attempts that were judged wrong.
@@ -252,13 +254,16 @@ def main(
     text = " ".join(question).strip() or sys.stdin.read().strip()
     if not text:
         raise click.UsageError("no question")
+    if taken := [name for name in tools if name in IN_TOOLBOX]:
+        raise click.UsageError(f"--tool {taken[0]}: the agent has a tool of this name already")
     try:
         evaluate = expecting(expect) if expect is not None else judging(chat)
     except re.error as err:
         raise click.UsageError(f"--expect {expect}: {err}") from None
     try:
         watch = (lambda line: print(line, file=sys.stderr, flush=True)) if verbose else (lambda line: None)
-        print(reflexion(text, chat, Stored(folder), Notes(text), evaluate, max_trials, max_steps, max_tokens, watch))
+        toolkit = Toolbox(folder, more=aios.tool.known(tools) if tools else ())
+        print(reflexion(text, chat, toolkit, Notes(text), evaluate, max_trials, max_steps, max_tokens, watch))
     except (AgentError, OSError, UnicodeDecodeError) as err:
         print(f"reflexion: {err}", file=sys.stderr)
         sys.exit(1)

@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from typing import Any
 
 from aiosd import __version__
-from aiosd.gateway.openai import fields, generation
+from aiosd.gateway.openai import fields, generation, named
 from aiosd.gateway.web import Request, encode
 from libaios import wire
 from libaios.generate import CallPiece, Piece, Result
@@ -25,6 +25,7 @@ def new_id(kind: str) -> str:
 
 async def complete(request: Request) -> None:
     asked_for = fields.read(request, await request.json(), fields.Chat)
+    request.names = named.of_chat(asked_for)
     model = await fields.model_for(request, asked_for.model)
     asked = fields.chat(asked_for, model)
     head = {"id": new_id("chatcmpl"), "created": int(time.time()), "model": model.name}
@@ -107,23 +108,20 @@ class ChatForm:
 
     def __init__(self, head: dict[str, Any], asked: fields.Asked, with_usage: bool) -> None:
         self._head = {**head, "object": "chat.completion.chunk", "system_fingerprint": FINGERPRINT}
-        self._front = self._fronted()
+        self._front = b""
         self._back = b'],"usage":null}\n\n' if with_usage else b"]}\n\n"
         self._with_usage = with_usage
         self._asked = asked
         self._calls = [Written(asked) for _ in asked.args]
 
-    def _fronted(self, **other: str) -> bytes:
-        return b"data: " + encode({**self._head, **other})[:-1] + b',"choices":['
-
-    def begin(self) -> bytes:
+    def begin(self, model: str) -> bytes:
+        head = {**self._head, "model": model or self._head["model"]}
+        self._front = b"data: " + encode(head)[:-1] + b',"choices":['
         first = {"role": "assistant", "content": "", "refusal": None}
         return b"".join(self._delta(index, encode(first)) for index in range(len(self._calls)))
 
     def piece(self, index: int, piece: Piece) -> bytes:
         made = []
-        if piece.model and piece.model != self._head["model"]:
-            self._front = self._fronted(model=piece.model)  # of a route, the one that answers
         if piece.reasoning:
             made.append(self._delta(index, b'{"reasoning_content":' + encode(piece.reasoning) + b"}"))
         if piece.text or piece.logprobs:

@@ -33,8 +33,9 @@ class Form(Protocol):
     @property
     def comment(self) -> bytes: ...
 
-    def begin(self) -> bytes:
-        """Before all others."""
+    def begin(self, model: str) -> bytes:
+        """Before all others. `model`: the one that answers, which of a route is known only now; "": as it was asked
+        for."""
 
     def piece(self, index: int, piece: Piece) -> bytes:
         """Of the choice with this number; the last one of a choice has its `finish_reason`."""
@@ -70,21 +71,23 @@ async def stream(request: Request, args: Sequence[wire.Generate], form: Form) ->
     """Generate all of these, and send what comes. Raises OSError, Left."""
     async with Calls(request.account.connection) as calls, _counted(request.app.counters):
         pending = [await calls.submit(Sys.GENERATE, one, stream=True) for one in args]
-        front = form.begin()
+        begun = False
         readers = [Reader(index, call) for index, call in enumerate(pending)]
         async with Leaving(request, calls.bell.set) as leaving, Comments(calls.bell.set) as comments:
             while not all(reader.usage is not None for reader in readers):
                 await calls.rung()
                 leaving.check()
-                parts = b"".join([reader.parts(form) for reader in readers])
+                pieces = [(reader.index, piece) for reader in readers for piece in reader.pieces()]
+                front = b""
+                if pieces and not begun:
+                    front, begun = form.begin(next((piece.model for _, piece in pieces if piece.model), "")), True
+                parts = front + b"".join([form.piece(index, piece) for index, piece in pieces])
                 if parts:
-                    await request.stream(front + parts, form.kind)
+                    await request.stream(parts, form.kind)
                     comments.sent()
-                    front = b""
                 elif comments.due and form.comment:
-                    await request.stream(form.comment + front, form.kind)
+                    await request.stream(form.comment, form.kind)
                     comments.sent()
-                    front = b""
         usages = [reader.usage for reader in readers if reader.usage is not None]
         _count(request, usages)
         await request.stream(form.end(usages), form.kind, last=True)
@@ -95,20 +98,20 @@ class Reader:
 
     def __init__(self, index: int, call: Pending) -> None:
         self.usage: wire.Usage | None = None
-        self._index, self._call = index, call
+        self.index, self._call = index, call
         self._pieces = Pieces()
 
-    def parts(self, form: Form) -> bytes:
+    def pieces(self) -> list[Piece]:
         """What has come since. Raises OSError."""
-        call, made = self._call, []
+        call, come = self._call, []
         if call.pieces:
-            made.append(form.piece(self._index, self._pieces.piece(_joined(call.pieces))))
+            come.append(self._pieces.piece(_joined(call.pieces)))
             call.pieces.clear()
         if call.final is not None and self.usage is None:
             last = self._pieces.piece(_body(call))
-            made.append(form.piece(self._index, last))
+            come.append(last)
             self.usage = last.usage
-        return b"".join(made)
+        return come
 
 
 @asynccontextmanager
@@ -127,7 +130,8 @@ def _joined(pieces: Sequence[wire.Piece]) -> wire.Piece:
         return pieces[0]
     chances = [one for piece in pieces for one in piece.logprobs or ()]
     tokens = [token for piece in pieces for token in piece.tokens]
-    return wire.Piece("".join([piece.text for piece in pieces]), tokens, chances or None, pieces[-1].model)
+    model = next((piece.model for piece in pieces if piece.model), "")  # the first of a stream names it
+    return wire.Piece("".join([piece.text for piece in pieces]), tokens, chances or None, model)
 
 
 def _body(call: Pending) -> wire.Generated:

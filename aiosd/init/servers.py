@@ -1,0 +1,107 @@
+"""MCP servers, from the supervisor's side: forked when the toolbox wants one, ended with whoever wanted it.
+
+The toolbox asks over a socket that all toolboxes of this system share (`theirs`). A request brings the server's
+settings, which are not read here, the pipes that become its stdin and stdout, and the end of a *lease*: a pipe whose
+other end only the toolbox's worker for this server has (`tools.bridge`). When that worker ends, by whatever means, the
+lease hangs up, and the server is killed with all that it has started.
+"""
+
+from __future__ import annotations
+
+import array
+import contextlib
+import logging
+import os
+import select
+import signal
+import socket
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import msgspec
+
+from aiosd import link
+from aiosd.birth import fork, server
+from aiosd.birth.server import House
+from aiosd.init.signals import signal_tree
+
+logger = logging.getLogger("supervisor")
+
+MOST = 64
+FDS = 5  # of a request: settings, stdin, stdout, the pipe for a failure, the lease
+REQUEST_BYTES = 4096
+
+
+@dataclass(slots=True, eq=False)
+class Server:
+    number: int  # as the toolbox knows it
+    name: str
+    ospid: int
+    lease: int
+
+
+class Servers:
+    """`children`: the supervisor's map of live children. `house` is there when the first one is wanted."""
+
+    def __init__(self, epoll: select.epoll, children: dict[int, Any], house: Callable[[], House]) -> None:
+        self._epoll, self._children, self._house = epoll, children, house
+        self._ours, self.theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+        self._ours.setblocking(False)
+        self._by_lease: dict[int, Server] = {}
+        epoll.register(self._ours.fileno(), select.EPOLLIN)
+
+    def look(self, fd: int) -> bool:
+        """Handle an event of this descriptor; whether it is one of ours."""
+        if fd == self._ours.fileno():
+            self._requested()
+            return True
+        held = self._by_lease.get(fd)
+        if held is None:
+            return False
+        self._drop_lease(held)
+        signal_tree(held.ospid, signal.SIGKILL)
+        return True
+
+    def _requested(self) -> None:
+        try:
+            room = socket.CMSG_SPACE(FDS * 4)
+            payload, ancillary, _, _ = self._ours.recvmsg(REQUEST_BYTES, room, socket.MSG_CMSG_CLOEXEC)
+        except OSError:
+            return
+        fds = [fd for _, _, data in ancillary for fd in array.array("i", data)]
+        try:
+            wanted = msgspec.msgpack.decode(payload, type=link.StartServer)
+            if len(fds) == FDS:
+                self._start(wanted, fds)
+        except (msgspec.MsgspecError, OSError) as err:  # the worker sees its pipes end
+            logger.error("an MCP server cannot be started: %s", err)
+        finally:
+            for fd in fds:
+                if fd not in self._by_lease:
+                    os.close(fd)
+
+    def _start(self, wanted: link.StartServer, fds: list[int]) -> None:
+        if len(self._by_lease) >= MOST:
+            raise OSError(f"there are {MOST} already")
+        *given, lease = fds
+        ospid = fork.fork(lambda: server.become(wanted.name, given, self._house()))
+        self._children[ospid] = self._by_lease[lease] = Server(wanted.number, wanted.name, ospid, lease)
+        self._epoll.register(lease, 0)  # a hang-up is always told
+        self._tell(link.ServerIs(wanted.number, ospid))
+
+    def ended(self, one: Server, why: str) -> None:
+        """Its process has ended, and was reaped."""
+        if self._by_lease.get(one.lease) is one:  # else it is closed, and its number may be another's
+            logger.debug("the MCP server %s ended: %s", one.name, why)
+            self._drop_lease(one)
+        self._tell(link.ServerIs(one.number, 0))
+
+    def _drop_lease(self, one: Server) -> None:
+        del self._by_lease[one.lease]
+        self._epoll.unregister(one.lease)
+        os.close(one.lease)
+
+    def _tell(self, message: link.ServerIs) -> None:
+        with contextlib.suppress(OSError):  # no toolbox reads: it has just died, and its servers end
+            self._ours.send(link.encode(message))
