@@ -353,6 +353,7 @@ class Agents:
             program=spec.program,
             sha256=spec.sha256,
             outside=spec.outside,
+            template=spec.template,
         )
 
     # ── attached agents ───────────────────────────────────────────────────────────────────────────────────
