@@ -146,5 +146,6 @@ def environment(given: Mapping[str, str], door: Endpoint, token: str) -> dict[st
     env |= variables(door.url, token)
     if not _PROXIES.isdisjoint(map(str.lower, env)):
         for name in ("no_proxy", "NO_PROXY"):
-            env[name] = ",".join(filter(None, (env.get(name, ""), door.host, "localhost")))
+            known = [word for word in env.get(name, "").split(",") if word]
+            env[name] = ",".join(dict.fromkeys([*known, door.host, "localhost"]))
     return env

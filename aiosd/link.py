@@ -319,6 +319,15 @@ class Health(Struct, array_like=True, frozen=True, tag=True):
     why: str
 
 
+class Denied(Struct, array_like=True, frozen=True, tag=True):
+    """From the proxy: it has not connected this agent to a host. Told once in a while for each."""
+
+    pid: int
+    host: str
+    port: int
+    why: str
+
+
 class Contexts(Struct, array_like=True, frozen=True, tag=True):
     """Where the contexts of peers lie that have one: "slot", "ram" or "disk", and how many tokens they have.
     Sent now and then while calls run."""
@@ -349,6 +358,7 @@ FromService = (
     | Errand
     | Failed
     | Health
+    | Denied
     | Contexts
     | Stats
 )
@@ -464,8 +474,9 @@ class Set(Struct, array_like=True, frozen=True, tag=True):
 
 
 class Forked(Struct, array_like=True, frozen=True, tag=True):
-    """Descriptors with the frame: the agent's memfd, the kernel's end of its doorbell, and of a confined agent its door
-    (none when the key was known and the kernel has them already, or it has no process)."""
+    """Descriptors with the frame: the agent's memfd, the kernel's end of its doorbell, of a confined agent its door,
+    and of one in a network of its own its gates (none when the key was known and the kernel has them already, or it has
+    no process)."""
 
     key: Key
     pid: int

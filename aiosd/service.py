@@ -47,6 +47,8 @@ logger = logging.getLogger("service")
 LLM = "llm"
 #: The name and kind of the tool manager.
 TOOLBOX = "toolbox"
+#: The name and kind of the proxy for agents that reach single hosts.
+PROXY = "proxy"
 #: The name of the service that acts for agents: see `aiosd.kernel.control`.
 GATEWAY = "gateway"
 

@@ -47,6 +47,7 @@ def spawn(
     detached: bool | None = None,
     restart: str = "no",
     sandbox: str | None = None,
+    net: str | Sequence[str] | None = None,
     preload: Sequence[str] = (),
     python: str | os.PathLike[str] | None = None,
 ) -> Plan[int]:
@@ -59,9 +60,10 @@ def spawn(
     prices, so 2_500_000_000_000 is 2.50. `restart` ("on-failure", "on-failure:3", "always") has a detached one started
     again when it ends.
 
-    `sandbox` ("flat") confines it; an agent that is confined can start none with more rights, and its children have its
-    files and its workspace. `preload` has it forked from a warm process that has imported these modules, in the
-    interpreter or virtual environment `python`; a confined agent may not name any (PermissionError).
+    `sandbox` ("flat", "cage") confines it; an agent that is confined can start none with more rights, and its children
+    have its files and its workspace. `net` is its network then: "none", "all", or in the cage single hosts, such as
+    ["example.org", "*.example.net:8443"]. `preload` has it forked from a warm process that has imported these modules,
+    in the interpreter or virtual environment `python`; a confined agent may not name any (PermissionError).
 
     Raises FileNotFoundError, PermissionError (not executable; a nice value below the caller's; a weaker sandbox),
     OSError(EAGAIN).
@@ -87,7 +89,7 @@ def spawn(
         umask=_umask(),
         detached=detached,
         restart=restart,
-        sandbox=_sandbox(kind, target, folder, environment, sandbox, forked_from),
+        sandbox=_sandbox(kind, target, folder, environment, sandbox, net, forked_from),
         template=forked_from,
     )
     with contextlib.suppress(AttributeError, ValueError, OSError):  # stdout is None, or closed, or has no reader
@@ -101,12 +103,13 @@ def _sandbox(
     folder: str,
     environment: Mapping[str, str],
     level: str | None,
+    net: str | Sequence[str] | None,
     forked_from: wire.Template | None,
 ) -> wire.Sandbox:
     """An agent's child has its parent's box, so nothing has to be looked up for it, unless it asks for one."""
-    if level is None and is_agent():
+    if level is None and net is None and is_agent():
         return wire.Sandbox()
-    return wish(kind, target, folder, environment, level=level, needed=template.folders(forked_from))
+    return wish(kind, target, folder, environment, level=level, net=net, needed=template.folders(forked_from))
 
 
 def _umask() -> int:

@@ -23,7 +23,7 @@ def wish(
     read: Iterable[str] = (),
     write: Iterable[str] = (),
     variables: Iterable[str] = (),
-    net: str | None = None,
+    net: str | Iterable[str] | None = None,
     needed: Iterable[str] = (),
 ) -> wire.Sandbox:
     """What is sent with a spawn. `target` and so on as in `wire.Spawn`, but as Python has them. `needed`: what the
@@ -35,7 +35,7 @@ def wish(
     own += [path for path in map(_real, env.get("PYTHONPATH", "").split(os.pathsep)) if path and not is_broad(path)]
     return wire.Sandbox(
         level=level or "",
-        net=net or "",
+        net=_net(net),
         read=[wire.os_text(_real(path, cwd)) for path in read],
         write=[wire.os_text(_real(path, cwd)) for path in write],
         own=[wire.os_text(path) for path in dict.fromkeys(own)],
@@ -44,6 +44,12 @@ def wish(
         alone=alone,
         sha256=digest.of_file(program) if kind == "file" and program != "-" and not of_agent else b"",
     )
+
+
+def _net(net: str | Iterable[str] | None) -> str:
+    """As it is sent: without blanks, in small letters, each host once. The kernel checks it."""
+    words = [net] if isinstance(net, str) else net or ()
+    return ",".join(dict.fromkeys(word.strip().lower() for text in words for word in text.split(",")))
 
 
 def _own(kind: str, target: str, cwd: str, env: Mapping[str, str]) -> tuple[str, list[str]]:

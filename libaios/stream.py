@@ -28,7 +28,7 @@ from libaios.ring import ProtocolError
 
 __all__ = ["MAX_FDS", "FrameSocket", "ProtocolError"]
 
-MAX_FDS = 8
+MAX_FDS = 10
 MAX_OUTBOX = 128 << 20
 _LENGTH = struct.Struct("<I")
 _CHUNK = 1 << 12  # bytes that are read at once: some small frames,

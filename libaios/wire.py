@@ -169,9 +169,13 @@ class Failure(Struct, array_like=True, frozen=True):
 # ── control socket ────────────────────────────────────────────────────────────────────────────────────────
 
 
+#: Before the pid of an agent in place of a token: a program has connected at that agent's own gate.
+GATE = "gate:"
+
+
 class Hello(Struct, array_like=True, frozen=True):
     """First frame of a client on the control socket. `client` 0 asks for a new identity. `token`: of the agent that the
-    client acts for, which only aiosd's own gateway may."""
+    client acts for, or GATE and its pid, which only aiosd's own gateway may."""
 
     version: int
     client: Uint = 0
@@ -223,7 +227,7 @@ class Sandbox(Struct, array_like=True, frozen=True):
     files, and never more."""
 
     level: Annotated[str, Meta(pattern=r"\A(|none|flat|cage)\Z")] = ""
-    net: Annotated[str, Meta(pattern=r"\A(|none|all)\Z")] = ""
+    net: Annotated[str, Meta(max_length=8192)] = ""  # none, all, or hosts: "example.org,*.example.net:8443"
     read: Paths = []
     write: Paths = []
     own: Paths = []  # what its program needs to be read

@@ -165,7 +165,7 @@ def test_bare_lists_live_agents_alone(aiosd: System, sleepers: list[str]) -> Non
 
 def test_e_adds_the_system(aiosd: System, sleepers: list[str]) -> None:
     names = [line.split()[-1] for line in aiosd.run("aios-ps", "-e", "--no-headers", check=True).stdout.splitlines()]
-    assert {"supervisor", "kernel", "llm", "store", "toolbox", "twin", "single"} == set(names) - {"gateway"}
+    assert {"supervisor", "kernel", "llm", "store", "toolbox", "proxy", "twin", "single"} == set(names) - {"gateway"}
 
 
 def test_f_has_more_columns(aiosd: System, sleepers: list[str]) -> None:

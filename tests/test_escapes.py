@@ -10,7 +10,7 @@ import pytest
 
 from aiosd.sandbox.box import LEVELS
 from tests.conftest import System
-from tests.deeds.accepted import ACCEPTED, WITH_NETWORK
+from tests.deeds.accepted import ACCEPTED, WITH_HOSTS, WITH_NETWORK
 from tests.deeds.stage import RUN, Stage
 
 #: Deeds that show that the filter lets nothing pass; and a person may do this one.
@@ -37,7 +37,7 @@ def inside(system: System, stage: Stage, *options: str) -> dict[str, str]:
 
 
 def test_all_deeds_are_stopped_but_those_that_are_accepted(aiosd: System, stage: Stage) -> None:
-    """In each level that this machine offers, without a network and with one."""
+    """In each level that this machine offers, without a network, with one, and with single hosts."""
     offered = aiosd.status()["sandbox"]
     levels = LEVELS[1 : LEVELS.index(offered["possible"]) + 1]
     if not levels:
@@ -52,3 +52,7 @@ def test_all_deeds_are_stopped_but_those_that_are_accepted(aiosd: System, stage:
         with_network = inside(aiosd, stage, "--sandbox", level, "--net", "all")
         assert {name for name in possible if with_network[name] == "done"} <= accepted | set(WITH_NETWORK), level
         assert with_network["tcp_local"] == "done"
+        if level == "cage":
+            with_hosts = inside(aiosd, stage, "--sandbox", level, "--net", "example.org")
+            assert {name for name in possible if with_hosts[name] == "done"} <= accepted | set(WITH_HOSTS)
+            assert with_hosts["tcp_local"] != "done"

@@ -177,6 +177,7 @@ def test_a_refusal_reaches_the_supervisor_as_a_number_and_a_descriptor() -> None
         assert report.Report(theirs.detach()).refuse(FileNotFoundError(2, "x"), words) == report.CANNOT_EXECUTE
         refusal = report.read(ours)
         assert refusal is not None
-        assert (refusal[0], letter.read_text(refusal[1])) == (2, f"{MARK}-\\xff: not found")
-        os.close(refusal[1])
+        number, (reason,) = refusal
+        assert (number, letter.read_text(reason)) == (2, f"{MARK}-\\xff: not found")
+        os.close(reason)
         assert report.read(ours) is None

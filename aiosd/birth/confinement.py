@@ -12,10 +12,10 @@ import sys
 
 import msgspec
 
-from aiosd.birth import fork
+from aiosd.birth import fork, gates
 from aiosd.birth.report import Report
 from aiosd.letter import Letter
-from aiosd.sandbox import cage, confine, filter, places, plan, probe
+from aiosd.sandbox import cage, confine, filter, hosts, places, plan, probe
 from aiosd.sandbox.box import Box
 from aiosd.sandbox.probe import Offer
 from libaios import wire
@@ -25,14 +25,15 @@ PROCESSES, PROCESSES_PER_CPU = 256, 128  # and threads, that an agent in a cage 
 
 _native: confine.Native | None = None
 _ground: plan.Ground | None = None
+_gates: list[gates.Address] = []
 #: How this process is confined, for the words that explain an error.
 box: Box | None = None
 
 
-def prepare() -> Offer:
-    """In the supervisor, before the first fork: what this machine can do."""
-    global _native, _ground
-    _native = confine.load()
+def prepare(addresses: list[gates.Address]) -> Offer:
+    """In the supervisor, before the first fork: what this machine can do. `addresses`: of the gates."""
+    global _native, _ground, _gates
+    _native, _gates = confine.load(), addresses
     offer, _ground = probe.offer(_native, plan.ground(sys.path) if filter.known_here() else None, fork.fork)
     cage.current = _ground.cage if _ground is not None else None
     return offer
@@ -47,13 +48,14 @@ def rehearse() -> None:
 
 def packed() -> bytes:
     """What all confined agents have in common, for a template: it is not forked from this process."""
-    return pickle.dumps(_ground)
+    return pickle.dumps((_ground, _gates))
 
 
 def unpack(content: bytes) -> None:
     """In a template, what `packed` has made there. It has inherited the descriptors of the cage under their numbers."""
-    global _native, _ground
-    _native, _ground = confine.load(), pickle.loads(content)
+    global _native, _ground, _gates
+    _native = confine.load()
+    _ground, _gates = pickle.loads(content)
     cage.current = _ground.cage if _ground is not None else None
 
 
@@ -64,6 +66,8 @@ def enter(new: Box, report: Report) -> None:
     for folder in (workspace, os.path.join(workspace, "tmp")):
         os.makedirs(folder, mode=0o700, exist_ok=True)
     report.door(apply(new, doors=True))
+    if hosts.are_named(new.net):
+        report.gates(gates.made(_gates))
     limit(resource.RLIMIT_NOFILE, FILES)
     box = new
 

@@ -1,4 +1,5 @@
-"""What to say when the sandbox has denied a confined agent a file: what was denied, and which setting would allow it.
+"""What to say when the sandbox has denied a confined agent a file, or a network: what was denied, and which setting
+would allow it.
 
 The exception names the file, not what was to be done with it. That is read from the call that failed, in the source at
 the end of the traceback: the mode of an `open`, the name of the function.
@@ -10,10 +11,11 @@ import ast
 import errno
 import linecache
 import os
+import socket
 from itertools import islice
 from types import FrameType, TracebackType
 
-from aiosd.sandbox import places
+from aiosd.sandbox import hosts, places
 from aiosd.sandbox.box import Box
 
 _CHANGES = {
@@ -21,14 +23,17 @@ _CHANGES = {
     "symlink", "symlink_to", "link", "hardlink_to", "chmod", "lchmod", "chown", "lchown", "utime", "mkfifo", "mknod",
     "touch", "write_text", "write_bytes", "setxattr", "removexattr",
 }  # fmt: skip
+_NO_NETWORK = {errno.ENETUNREACH, errno.EAFNOSUPPORT}
 _READS = {"listdir", "scandir", "iterdir", "stat", "lstat", "chdir", "readlink", "read_text", "read_bytes", "walk"}
 _PLAIN = (ast.Name, ast.Attribute, ast.BinOp, ast.BitOr, ast.Constant, ast.Load)  # may be evaluated once more
 
 
 def words(err: BaseException, box: Box, seen: tuple[str, ...]) -> str:
     """A sentence in parentheses; "": it was something else. `seen`: what of the machine is in the cage."""
-    if not isinstance(err, OSError) or not isinstance(err.filename, str | bytes):
+    if not isinstance(err, OSError):
         return ""
+    if not isinstance(err.filename, str | bytes):
+        return _network(err, box)
     path = os.path.abspath(os.fsdecode(err.filename))
     change = err.errno == errno.EROFS or _wants_to_change(err)
     if err.errno == errno.ENOENT:
@@ -46,6 +51,18 @@ def words(err: BaseException, box: Box, seen: tuple[str, ...]) -> str:
     if grant == "write" and not os.path.lexists(path):
         path = os.path.dirname(path)  # what is to be made cannot be granted before it is there
     return f"(sandbox {box.level}: aios-run --{grant} {path}, or {grant} of [[group]] in aiosd.toml, {end})"
+
+
+def _network(err: OSError, box: Box) -> str:
+    """Of a program that knows of no proxy, or has no network at all."""
+    inner = getattr(err, "reason", None)  # of urllib
+    cause = inner if isinstance(inner, OSError) else err
+    if box.net == hosts.ALL or not (isinstance(cause, socket.gaierror) or cause.errno in _NO_NETWORK):
+        return ""
+    if hosts.are_named(box.net):
+        return f"(sandbox {box.level}: its network is the proxy of HTTPS_PROXY in its environment, to {box.net})"
+    which = "HOST" if box.level == "cage" else "all"
+    return f"(sandbox {box.level}: aios-run --net {which}, or net of [[group]] in aiosd.toml, would allow it)"
 
 
 def _wants_to_change(err: BaseException) -> bool | None:

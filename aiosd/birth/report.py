@@ -3,7 +3,8 @@
 Folder and program of an agent are looked up in the agent's own process, because a name may lead to a file system that
 never replies, and the supervisor must not wait for that. The child has one end of a socket pair. When nothing but the
 program itself can fail any more, it closes that end (or Linux does, when another program is executed). A confined agent
-sends its door before that (see `sandbox.doors`). If it cannot start, it sends an errno and a descriptor, and exits. In
+sends its door before that (see `sandbox.doors`), and what listens in its own network, if it has one (see
+`birth.gates`). If it cannot start, it sends an errno and a descriptor, and exits. In
 the descriptor is a sentence, which may name the agent's files: the supervisor passes it on to the kernel and does not
 read it (see `aiosd.letter`).
 """
@@ -26,7 +27,9 @@ SHOWN = 4096  # characters of a reason
 
 _ERRNO = struct.Struct("=i")
 Refusal = tuple[int, int]  # errno, and a descriptor with the reason
-DOOR = 0  # in place of the errno: the descriptor is the agent's door
+#: In place of the errno: the descriptors are the agent's door, or its gates.
+DOOR, GATES = 0, -1
+MOST = 8  # descriptors of a report
 
 
 class Report:
@@ -40,10 +43,18 @@ class Report:
 
     def door(self, fd: int) -> None:
         """Send it, and close it here."""
-        rights = [(socket.SOL_SOCKET, socket.SCM_RIGHTS, array.array("i", [fd]))]
+        self._send(DOOR, [fd])
+
+    def gates(self, fds: list[int]) -> None:
+        """The same."""
+        self._send(GATES, fds)
+
+    def _send(self, what: int, fds: list[int]) -> None:
+        rights = [(socket.SOL_SOCKET, socket.SCM_RIGHTS, array.array("i", fds))]
         with socket.socket(fileno=os.dup(self.fd)) as sock:
-            sock.sendmsg([_ERRNO.pack(DOOR)], rights)
-        os.close(fd)
+            sock.sendmsg([_ERRNO.pack(what)], rights)
+        for fd in fds:
+            os.close(fd)
 
     def refuse(self, err: OSError, words: str) -> int:
         """`words`: the reason, beginning with its subject. Returns the exit code for this process."""
@@ -57,14 +68,14 @@ class Report:
         return CANNOT_EXECUTE
 
 
-def read(sock: socket.socket) -> Refusal | None:
-    """In the supervisor: why a child cannot start, or its door, with a descriptor that the caller closes; None: it
-    runs, or has died. Raises BlockingIOError when there is no report yet."""
+def read(sock: socket.socket) -> tuple[int, list[int]] | None:
+    """In the supervisor: why a child cannot start, or its door, or its gates, with descriptors that the caller closes;
+    None: it runs, or has died. Raises BlockingIOError when there is no report yet."""
     flags = socket.MSG_DONTWAIT | socket.MSG_CMSG_CLOEXEC
     try:
-        payload, ancillary, _, _ = sock.recvmsg(_ERRNO.size, socket.CMSG_SPACE(4), flags)
+        payload, ancillary, _, _ = sock.recvmsg(_ERRNO.size, socket.CMSG_SPACE(MOST * 4), flags)
     except ConnectionError:
         return None
     if not payload or not ancillary:  # without a descriptor: this process has none left
         return None
-    return _ERRNO.unpack(payload)[0], array.array("i", ancillary[0][2])[0]
+    return _ERRNO.unpack(payload)[0], list(array.array("i", ancillary[0][2]))

@@ -1,4 +1,4 @@
-"""aios-inspect: all that the kernel knows about agents, as JSON; with --why, what its sandbox makes of a path.
+"""aios-inspect: all that the kernel knows about agents, as JSON; with --why, what its sandbox makes of a path or host.
 
 $ aios-inspect planner | jq '.[0].budgets'
 """
@@ -21,6 +21,7 @@ EXAMPLES = """
   aios-inspect 7                agent 7, dead or alive
   aios-inspect planner worker   the newest agent of each name
   aios-inspect 7 --why ~/notes  whether agent 7 may use that file, and why
+  aios-inspect 7 --why https://example.org   … reach that host
 """
 
 
@@ -31,7 +32,9 @@ EXAMPLES = """
     "",
     EXAMPLES,
 )
-@click.option("--why", "path", metavar="PATH", help="Explain what its sandbox makes of a file or folder, in words.")
+@click.option(
+    "--why", "path", metavar="PATH|URL", help="Explain what its sandbox makes of a file, a folder or a host, in words."
+)
 @click.argument("words", nargs=-1, required=True, metavar="PID|NAME...", shell_complete=agents.complete)
 def command(words: tuple[str, ...], path: str | None) -> int:
     from msgspec import json
@@ -58,18 +61,23 @@ def command(words: tuple[str, ...], path: str | None) -> int:
 
 
 def _explain(agent: dict[str, Any], named: str) -> None:
-    """Print what the agent's sandbox makes of a path."""
+    """Print what the agent's sandbox makes of a path, or of the host of a URL."""
     from aiosd.sandbox import plan, why
     from aiosd.sandbox.box import Box
 
-    path = os.path.realpath(os.path.expanduser(named))
+    is_url = "://" in named
+    path = named if is_url else os.path.realpath(os.path.expanduser(named))
     confined = agent["box"]
     print(f"{edge.printable(path)}, for agent {agent['pid']} ({confined['level'] if confined else 'not confined'})")
     if confined is None:
         print("  it has all the rights of the user")
         return
     common = plan.common_rules(sys.path)
-    found = why.verdicts(path, Box(**confined), plan.machine(common), common)
+    try:
+        box = Box(**confined)
+        found = [why.of_host(path, box)] if is_url else why.verdicts(path, box, plan.machine(common), common)
+    except ValueError as err:
+        raise edge.Failed(f"--why: {err}") from None
     for one in found:
         print(f"  {one.deed:6}{'yes' if one.allowed else 'no':5}{edge.printable(one.why)}")
     group = f'[[group]] "{agent["group"]}"'

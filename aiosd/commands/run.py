@@ -36,6 +36,7 @@ import click
 from aiosd import limits
 from aiosd.commands import asks, budgets, edge
 from aiosd.commands.wait import exit_code
+from aiosd.sandbox import hosts
 from libaios import template, wire
 from libaios.client import Client, NoKernel
 from libaios.connection import Pending, decode_body
@@ -115,6 +116,12 @@ def _complete_file(context: click.Context, parameter: click.Parameter, incomplet
     return [CompletionItem(incomplete, type="file")]
 
 
+def _complete_net(context: click.Context, parameter: click.Parameter, incomplete: str) -> list[CompletionItem]:
+    from click.shell_completion import CompletionItem
+
+    return [CompletionItem(word) for word in (hosts.NONE, hosts.ALL) if word.startswith(incomplete)]
+
+
 @edge.new(
     RunCommand,
     "Start an agent and wait for it: a Python script, a Python module or any program (a FILE that is none of Python's, "
@@ -154,7 +161,15 @@ def _complete_file(context: click.Context, parameter: click.Parameter, incomplet
 )
 @click.option("--read", "read", multiple=True, metavar="PATH", help="A file or folder that it may read in a sandbox.")
 @click.option("--write", "write", multiple=True, metavar="PATH", help="One that it may change.")
-@click.option("--net", metavar="none|all", help="Whether it has a network in a sandbox; else as the settings say.")
+@click.option(
+    "--net",
+    "net",
+    multiple=True,
+    metavar="none|all|HOST,...",
+    help="Its network in a sandbox; else as the settings say. HOST: example.org, *.example.org (all below it), "
+    "example.org:8443 (else ports 80 and 443); in the cage only.",
+    shell_complete=_complete_net,
+)
 @click.option(
     "--preload",
     "preload",
@@ -185,7 +200,7 @@ def command(
     sandbox: str | None,
     read: tuple[str, ...],
     write: tuple[str, ...],
-    net: str | None,
+    net: tuple[str, ...],
     preload: tuple[str, ...],
     python: str | None,
     target: tuple[str, ...],
@@ -194,8 +209,10 @@ def command(
     if not target or not target[0]:
         what = "-m needs a module" if context.meta["kind"] == "module" else "give FILE.py, -m MODULE or -- PROGRAM"
         raise click.UsageError(f"nothing to run: {what}")
-    if net not in (None, "none", "all"):
-        raise click.UsageError(f"--net {net}: must be none or all; single hosts cannot be granted")
+    try:
+        network = hosts.normal(net) if net else None
+    except ValueError as err:
+        raise click.UsageError(f"--net: {err}") from None
     if restart != "no" and (terminal or not detach):
         raise click.UsageError("--restart goes with -d, and not with -t: the terminal ends with the agent")
     if detach and terminal and wire.ENV_PID in os.environ:
@@ -204,7 +221,8 @@ def command(
         raise edge.Failed("a name is not valid UTF-8", NOT_STARTED)
     for path in (*read, *write):
         if not os.path.exists(os.path.expanduser(path)):
-            raise edge.Failed(f"{path}: there is no such file or folder to grant", NOT_STARTED)
+            hint = "" if path in read else "; make it first"  # nobody knows which of the two it is to be
+            raise edge.Failed(f"{path}: there is no such file or folder to grant{hint}", NOT_STARTED)
     kind, environment, cwd = context.meta["kind"], _environment(variables), _working_directory()
     names = [word.partition("=")[0] for word in variables]
     try:
@@ -218,7 +236,7 @@ def command(
             read=read,
             write=write,
             variables=names,
-            net=net,
+            net=network,
             needed=template.folders(forked_from),
         )
         spawn = Spawn(

@@ -65,6 +65,7 @@ from aiosd.errors import AiosdError, UsageError
 from aiosd.limits import GroupLimits
 from aiosd.link import Schedule
 from aiosd.llm.spec import ModelSpec
+from aiosd.passage import Passages
 from aiosd.sandbox.box import LEVELS, STRICT, Rules
 from aiosd.tools.spec import McpServer
 from libaios import digest
@@ -115,6 +116,7 @@ class Settings:
     services: tuple[Service, ...] = ()  # besides the cores
     gateway: Endpoint = field(default_factory=Endpoint)  # as it was asked for, …
     door: Endpoint | None = None  # … and where it listens
+    passages: Passages | None = None  # between aiosd's own processes
     sandbox: Rules = field(default_factory=Rules)  # for agents of groups that `groups` does not name
     groups: Mapping[str, Rules] = field(default_factory=dict)
     access: Policy = field(default_factory=Policy)  # what agents may do, …
@@ -235,7 +237,7 @@ def reload(settings: Settings) -> tuple[Settings, list[str]]:
     changed = [f.name for f in dataclasses.fields(Settings) if getattr(new, f.name) != getattr(settings, f.name)]
     live = {*LIVE.values(), "access", "access_warnings"}
     changed = ["agents or mcpServers" if name == "sealed_digest" else name for name in changed]
-    own = ("ready_fd", "home", "reread", "door", "sealed")
+    own = ("ready_fd", "home", "reread", "door", "passages", "sealed")
     waiting = [name for name in changed if name not in live and name not in own]
     return dataclasses.replace(settings, **{name: getattr(new, name) for name in live}), waiting
 

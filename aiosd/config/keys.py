@@ -28,7 +28,8 @@ from aiosd.config.values import (
 )
 from aiosd.endpoint import Endpoint
 from aiosd.llm.spec import MAX_SLOTS, ROPE_SCALING
-from aiosd.sandbox.box import LEVELS, NETS, STRICT
+from aiosd.sandbox import boxgroups
+from aiosd.sandbox.box import LEVELS, STRICT
 
 POLICIES = ("fifo", "rr", "priority", "mlfq", "fair")
 ORPHANS = ("kill", "term")
@@ -138,7 +139,7 @@ KEYS = (
         "How agents are confined (none); strict: in the cage, or aiosd does not start.",
         "none",
     ),
-    Key("net", one_of(NETS), "|".join(NETS), "Whether confined agents have a network (all).", "all"),
+    Key("net", boxgroups.net, "all|none|HOST,…", "Which network confined agents have (all).", "all"),
     Key(
         "soft_limit",
         limits.read_percent,

@@ -1,9 +1,10 @@
 """The agents that are served: for each a connection to the kernel, and proof of who may use it.
 
-A token leads to an account; the kernel alone knows whose it is. A TCP connection may use the account of an agent if the
-process at its other end is that agent or descends from it: that is looked up once for each connection, in a thread,
-because there may be many processes to look at. So a token that another agent has read somewhere is of no use to it; nor
-is the token of a person's own programs, which no process of the system may use.
+A token leads to an account; the kernel alone knows whose it is. A connection that was accepted at an agent's own gate
+(`birth.gates`) needs none: only this agent's processes can connect there. Any other TCP connection may use the account
+of an agent if the process at its other end is that agent or descends from it: that is looked up once for each
+connection, in a thread, because there may be many processes to look at. So a token that another agent has read
+somewhere is of no use to it; nor is the token of a person's own programs, which no process of the system may use.
 """
 
 from __future__ import annotations
@@ -18,6 +19,7 @@ from dataclasses import dataclass, field
 from typing import Protocol
 
 from aiosd.gateway.identity import Address, belongs, holder, is_outside
+from libaios import wire
 from libaios.client import ControlSocket
 from libaios.connection import Connection
 from libaios.greeting import Greeting
@@ -34,6 +36,7 @@ class User(Protocol):
     """A TCP connection (`server.Guarded`). `account`: the agent that it was shown to belong to."""
 
     account: Account | None
+    agent: int  # at whose own gate it was accepted; 0: at none
 
     @property
     def ends(self) -> tuple[Address, Address]:
@@ -105,6 +108,10 @@ class Accounts:
         self.receiving: dict[User, float] = {}  # whose request is on its way, since when
         self._threads = ThreadPoolExecutor(2, "identity")
 
+    async def of_gate(self, agent: int) -> Account:
+        """The account of the agent at whose gate a connection was accepted. Raises NoKernel."""
+        return await self.of(f"{wire.GATE}{agent}")
+
     async def of(self, token: str) -> Account:
         """The account of a token, connected. Raises NoKernel: `Refused` where it is no agent's that lives."""
         task = self._by_token.get(token)
@@ -146,7 +153,10 @@ class Accounts:
         return await loop.run_in_executor(self._threads, is_outside, theirs, ours, os.getppid())
 
     async def process_of(self, user: User) -> int:
-        """The process at the other end of a TCP connection that is known; 0: it is not found."""
+        """The process at the other end of a TCP connection that is known; 0: it is not found. Of a network that is an
+        agent's own Linux tells nothing: there it is the agent itself."""
+        if user.agent and user.account is not None:
+            return user.account.ospid
         return await asyncio.get_running_loop().run_in_executor(self._threads, holder, *user.ends)
 
     def drop_slow(self) -> None:

@@ -5,8 +5,9 @@ from __future__ import annotations
 
 import select
 
-from aiosd.gateway.superior import GatewaySpec, Superior
+from aiosd.gateway.spec import GatewaySpec
 from aiosd.heartbeat import Rounds
+from aiosd.superior import Superior
 from libaios.channel import Channel
 
 
@@ -14,10 +15,12 @@ def main(channel: Channel, spec: GatewaySpec, rounds: Rounds) -> int:
     superior = Superior(channel)
     poll = select.poll()
     poll.register(channel.fileno(), select.POLLIN)
-    poll.register(spec.door.fd, select.POLLIN)
+    ways_in = {spec.door.fd, spec.guests} - {-1}
+    for fd in ways_in:
+        poll.register(fd, select.POLLIN)
     while not superior.over:
         superior.look()
-        if any(fd == spec.door.fd for fd, _ in poll.poll()):
+        if any(fd in ways_in for fd, _ in poll.poll()):
             from aiosd.gateway.server import serve
 
             return serve(superior, spec, rounds)

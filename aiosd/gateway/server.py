@@ -7,10 +7,13 @@ time, and the oldest makes room for the next: so silent connections, however man
 from __future__ import annotations
 
 import asyncio
+import contextlib
+import functools
 import logging
 import selectors
 import socket
 import time
+from collections.abc import Callable
 from http import HTTPStatus
 from typing import Any
 
@@ -19,12 +22,14 @@ from uvicorn import Config
 from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol, RequestResponseCycle
 from uvicorn.server import ServerState
 
+from aiosd import passage
 from aiosd.gateway.accounts import Account, Accounts
 from aiosd.gateway.identity import Address
 from aiosd.gateway.routes import ROUTES
-from aiosd.gateway.superior import GatewaySpec, Superior
+from aiosd.gateway.spec import GatewaySpec
 from aiosd.gateway.web import App, Counters, Problem, encode, openai_error
 from aiosd.heartbeat import BEAT_S, Rounds
+from aiosd.superior import Superior
 
 STRANGERS = 128
 STRANGER_S = 20.0  # until its first request is shown to be an agent's
@@ -33,6 +38,7 @@ KEEP_ALIVE_S = 75
 FRAMING = (b"content-length", b"transfer-encoding")
 PIPELINED = 8  # requests that wait behind another one of their connection; then no more is read
 GATHER_S = 0.0003
+GUESTS_AT_ONCE = 16
 
 
 class Strangers:
@@ -58,13 +64,15 @@ class Strangers:
 
 
 class Guarded(HttpToolsProtocol):
-    """One TCP connection. `account`: the agent that it was shown to belong to."""
+    """One TCP connection. `account`: the agent that it was shown to belong to; `agent`: the one at whose own gate it
+    was accepted (`birth.gates`), 0: it came in at the door of all."""
 
     strangers: Strangers  # of the server; set on a subclass
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
         self.account: Account | None = None
+        self.agent = 0
         self._head_bytes = 0
         self._served: RequestResponseCycle | None = None  # the request that is answered; `cycle` is the last one
         self._deaf = False  # what comes is not read any more
@@ -257,9 +265,45 @@ async def _serve(superior: Superior, spec: GatewaySpec, rounds: Rounds, counters
     server = await loop.create_server(
         lambda: kind(config=config, server_state=state, app_state={}), sock=socket.socket(fileno=spec.door.fd)
     )
+    if spec.guests >= 0:
+        guests = socket.socket(fileno=spec.guests)
+
+        def connection_of(agent: int) -> Guarded:
+            connection: Guarded = kind(config=config, server_state=state, app_state={})
+            connection.agent = agent
+            return connection
+
+        loop.add_reader(guests, _take_guests, guests, connection_of)
     await ended.wait()
     server.close()
     return 0
+
+
+def _take_guests(guests: socket.socket, connection_of: Callable[[int], Guarded]) -> None:
+    """Connections that the proxy has accepted at gates of agents."""
+    loop = asyncio.get_running_loop()
+    with contextlib.suppress(BlockingIOError):
+        for _ in range(GUESTS_AT_ONCE):
+            message, fds = passage.receive(guests)
+            for sock in [socket.socket(fileno=fd) for fd in fds]:
+                if not isinstance(message, passage.Guest):
+                    sock.close()
+                    continue
+                sock.setblocking(False)
+                connecting = loop.create_task(
+                    loop.connect_accepted_socket(functools.partial(connection_of, message.pid), sock)
+                )
+                _connecting.add(connecting)
+                connecting.add_done_callback(_guest_connected)
+
+
+def _guest_connected(task: asyncio.Task[Any]) -> None:
+    _connecting.discard(task)
+    if not task.cancelled():
+        task.exception()  # it has gone again; asked for, or asyncio complains
+
+
+_connecting: set[asyncio.Task[Any]] = set()  # asyncio keeps no task alive by itself
 
 
 def _beat(loop: asyncio.AbstractEventLoop, rounds: Rounds, accounts: Accounts) -> None:

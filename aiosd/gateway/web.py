@@ -25,6 +25,7 @@ import msgspec
 from aiosd.endpoint import Endpoint
 from aiosd.gateway import places
 from aiosd.gateway.accounts import Account, Accounts, Full, User
+from libaios import wire
 from libaios.greeting import NoKernel, Refused
 from libaios.wire import ModelInfo
 
@@ -392,11 +393,14 @@ class App:
     async def _identify(self, request: Request) -> None:
         """Whose request is it? Raises Problem: 401, 403, 503."""
         token, connection = request.token(), request.connection
+        if connection.agent:
+            await self._identify_guest(request)
+            return
         if not token:
-            message = "a token is needed: aios-run gives each agent its own in OPENAI_API_KEY"
+            message = "a token is needed: agents have theirs in OPENAI_API_KEY, others get one by aiosd token NAME"
             raise Problem(401, message, code="no_api_key")
         try:
-            if len(token) > TOKEN_CHARS:
+            if len(token) > TOKEN_CHARS or token.startswith(wire.GATE):
                 raise Refused
             account = await self.accounts.of(token)
         except Refused:
@@ -408,6 +412,21 @@ class App:
                 raise Problem(403, "this token belongs to another agent", "permission_error", code="wrong_agent")
             if connection.account is None:  # it was not shown meanwhile, by a request in front of this one
                 connection.known(account)
+        request.account = account
+
+    async def _identify_guest(self, request: Request) -> None:
+        """The gate tells whose request it is, whatever token a program sends. Raises Problem: 403, 503."""
+        connection = request.connection
+        try:
+            account = await self.accounts.of_gate(connection.agent)
+        except Refused:
+            raise Problem(403, "this agent has ended", "permission_error") from None
+        except NoKernel as err:
+            raise Problem(503, err.strerror or str(err), "server_error", headers=_SOON) from None
+        if connection.account is not account:
+            if connection.account is not None:
+                raise Problem(403, "this agent was started again", "permission_error")
+            connection.known(account)
         request.account = account
 
 

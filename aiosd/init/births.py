@@ -63,11 +63,16 @@ class Births:
         if birth is None:
             return
         with contextlib.suppress(BlockingIOError):
-            found = report.read(birth.report)
-            if found is not None and found[0] == report.DOOR:
-                birth.agent.door = found[1]
-                found = report.read(birth.report)
-            self._end(birth, found)
+            while (found := report.read(birth.report)) is not None:
+                what, fds = found
+                if what == report.DOOR:
+                    birth.agent.door = fds[0]
+                elif what == report.GATES:
+                    birth.agent.gates = tuple(fds)
+                else:
+                    self._end(birth, (what, fds[0]))
+                    return
+            self._end(birth, None)
 
     def ended(self, agent: Agent) -> None:
         """Its process has ended: what it has reported before is all that will come. (The end of its socket may come

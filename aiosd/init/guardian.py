@@ -20,7 +20,7 @@ import stat
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from aiosd import endpoint, log, procfs, restart
+from aiosd import endpoint, log, passage, procfs, restart
 from aiosd.birth import fork
 from aiosd.errors import UsageError, WorldError
 from aiosd.heartbeat import BEAT_S, HANG_S, Heart
@@ -42,7 +42,7 @@ def main(settings: Settings) -> int:
     prepare(home)
     lock = take_lock(home)
     listener = bind(home)
-    settings = dataclasses.replace(settings, door=endpoint.listen(settings.gateway))
+    settings = dataclasses.replace(settings, door=endpoint.listen(settings.gateway), passages=passage.make())
     _raise_nofile()
     fork.prctl(fork.PR_SET_CHILD_SUBREAPER, 1)
     log.setup("guardian", settings.log_level)

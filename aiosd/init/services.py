@@ -4,8 +4,9 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from aiosd.gateway.superior import GatewaySpec
-from aiosd.service import GATEWAY, LLM, TOOLBOX, Service, Stopped
+from aiosd.gateway.spec import GatewaySpec
+from aiosd.net.spec import ProxySpec
+from aiosd.service import GATEWAY, LLM, PROXY, TOOLBOX, Service, Stopped
 from aiosd.store.main import StoreSpec
 from aiosd.tools.spec import ToolboxSpec
 
@@ -54,7 +55,7 @@ def of(settings: Settings, servers: int) -> list[Service]:
         ),
         keep=(settings.sealed, servers),
     )
-    return [*cores, *vectors, store, toolbox, *_gateway(settings), *settings.services]
+    return [*cores, *vectors, store, toolbox, *_proxy(settings), *_gateway(settings), *settings.services]
 
 
 def _store(settings: Settings) -> StoreSpec:
@@ -74,19 +75,38 @@ def _store(settings: Settings) -> StoreSpec:
     )
 
 
+def _proxy(settings: Settings) -> list[Service]:
+    ends = settings.passages
+    if ends is None:
+        return []
+    guests = ends.proxy if settings.door is not None else -1
+    return [
+        Service(
+            name=PROXY,
+            kind=PROXY,
+            entry="aiosd.net.main:main",
+            argument=ProxySpec(ends.gates, guests),
+            awaited=False,
+            stopped=Stopped.FIRST,
+            keep=(ends.gates, *([guests] if guests >= 0 else [])),
+        )
+    ]
+
+
 def _gateway(settings: Settings) -> list[Service]:
     """None where its packages are not installed, or it was not wanted."""
-    door = settings.door
+    door, ends = settings.door, settings.passages
     if door is None:
         return []
+    guests = ends.guests if ends is not None else -1
     return [
         Service(
             name=GATEWAY,
             kind=GATEWAY,
             entry="aiosd.gateway.main:main",
-            argument=GatewaySpec(settings.home, door),
+            argument=GatewaySpec(settings.home, door, guests),
             awaited=False,
             stopped=Stopped.FIRST,
-            keep=(door.fd,),
+            keep=(door.fd, *([guests] if guests >= 0 else [])),
         )
     ]

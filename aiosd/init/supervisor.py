@@ -31,7 +31,7 @@ from collections.abc import Callable
 from typing import TYPE_CHECKING, ClassVar
 
 from aiosd import apart, link, log, procfs, restart
-from aiosd.birth import confinement, fork, modules, spares
+from aiosd.birth import confinement, fork, gates, modules, spares
 from aiosd.birth.server import House
 from aiosd.errors import Bug
 from aiosd.heartbeat import BEAT_S, Heart, Rounds, beat, beat_in_background
@@ -134,7 +134,7 @@ class Supervisor:
         for service in services.of(self.settings, self.servers.theirs.fileno()):
             self.services[service.name] = Process(service, self.pids.next())
         self.kernel.pid = self.pids.next()
-        self.offer = confinement.prepare()
+        self.offer = confinement.prepare(gates.of(self.settings.door))
         if self.settings.strict and self.offer.level != LEVELS[-1]:
             return self._refuse(f"sandbox strict: {self.offer.reason}")
         _preload()
@@ -282,7 +282,8 @@ class Supervisor:
         keep = [self.listener.fileno(), theirs.fileno(), heart.write, *self.journal, self.ledger]
         keep += [fd for agent in self._live_agents() for fd in (agent.memfd, agent.bell)]
         keep.append(self.settings.sealed)
-        keep += [fd for agent in self.agents.values() for fd in (agent.letter, agent.door)]
+        keep += [self.settings.passages.kernel] if self.settings.passages is not None else []
+        keep += [fd for agent in self.agents.values() for fd in (agent.letter, agent.door, *agent.gates)]
         keep += [fd for process in running for fd in (process.memfd, process.kernel_bell)]
 
         def child() -> int:
@@ -501,7 +502,7 @@ class Supervisor:
         """An agent runs, or cannot start: only now the kernel gets its reply. A kernel that was forked during the birth
         has inherited the agent, and asks again."""
         agent = birth.agent
-        doors = (agent.door,) if agent.door >= 0 else ()
+        doors = (agent.door, *agent.gates) if agent.door >= 0 else ()
         if agent.restarts is not None and agent.restarts.total:
             if birth.refusal is None:
                 self._tell(link.ChildRestarted(agent.pid, agent.ospid), (agent.memfd, agent.bell, *doors))
@@ -514,6 +515,7 @@ class Supervisor:
             number, reason = birth.refusal
             self._tell(link.ForkFailed(agent.spec.key, number, ""), (reason,))
         self.agents.pop(agent.pid, None)
+        agent.restarts = None  # it was never an agent: nobody knows its pid, and its letter is gone
         _drop(agent)
         self.spawned.forget(agent.spec.key)
         if agent.log:
@@ -809,6 +811,9 @@ class Supervisor:
         if agent.door >= 0:
             os.close(agent.door)
             agent.door = -1
+        for fd in agent.gates:
+            os.close(fd)
+        agent.gates = ()
         agent.ended, agent.stopped = time.time(), False
         self.orphans.agent_ended(agent.ospid, agent.told_to_end)
         wait_s = self._wait_before_restart(agent, status)

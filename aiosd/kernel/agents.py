@@ -99,11 +99,14 @@ class Agents:
         self._adopted: set[link.Key] = set()  # the calls that a dead kernel has started agents for
         self._patience: dict[int, float] = {}  # attached agents whose client may still come back, until when
         self.listed = Listed(table, timers)
+        tokens.agent = table.get
         self.stopping = False  # the system goes down
         self.process_over: Callable[[Proc, float], None]  # with the seconds that it has used, see `measure`
         self.outside_changed: Callable[[], None] = lambda: None  # an agent without a process has come, or ended
         self.open_door: Callable[[Proc, int], None]  # of a confined agent, see `control`
         self.close_door: Callable[[Proc], None]
+        self.open_gates: Callable[[Proc, Sequence[int]], None]  # of one in a network of its own, see `gates`
+        self.close_gates: Callable[[Proc], None]
         self.contents: Callable[[], Container[bytes]] = frozenset  # hashes of programs' contents that matter to a rule
 
     # ── birth ─────────────────────────────────────────────────────────────────────────────────────────────
@@ -137,6 +140,7 @@ class Agents:
             self.connect(proc, agent.memfd, agent.bell)
             if agent.door >= 0:
                 self.open_door(proc, agent.door)
+            self.open_gates(proc, agent.gates)
             if agent.stopped:
                 self.table.advance(proc, Event.STOP)
                 self.generations.park(proc, True)
@@ -288,11 +292,12 @@ class Agents:
             self.tokens.add(proc)
 
     def _connect_all(self, proc: Proc, fds: list[int]) -> None:
-        """Its channel, and of a confined agent its door."""
+        """Its channel, of a confined agent its door, and then its gates."""
         memfd, bell, *doors = fds
         self.connect(proc, memfd, bell)
-        for door in doors:
+        for door in doors[:1]:
             self.open_door(proc, door)
+        self.open_gates(proc, doors[1:])
 
     def connect(self, proc: Proc, memfd: int, bell: int) -> None:
         """Serve an agent's channel; one whose header it has ruined already ends it here."""
@@ -460,6 +465,7 @@ class Agents:
             self.calls.drop(peer)
         self.by_ospid.pop(proc.ospid, None)
         self.close_door(proc)
+        self.close_gates(proc)
         self.generations.forget(proc)
         proc.ospid = 0
 

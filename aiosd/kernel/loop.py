@@ -38,6 +38,7 @@ from aiosd.kernel.dispatch import Dispatcher, Handler
 from aiosd.kernel.enforce import Enforcer
 from aiosd.kernel.errands import Errander, ErrandPeer
 from aiosd.kernel.events import Events, Source, Turn
+from aiosd.kernel.gates import Gates, Proxy
 from aiosd.kernel.generations import Generations
 from aiosd.kernel.jobs import Jobs
 from aiosd.kernel.journal import Journal
@@ -62,7 +63,7 @@ from aiosd.kernel.turns import Turns
 from aiosd.kernel.uplink import Uplink
 from aiosd.kernel.waiters import Waiters
 from aiosd.price import FREE
-from aiosd.service import LLM, TOOLBOX
+from aiosd.service import LLM, PROXY, TOOLBOX
 from aiosd.timers import Timers
 from libaios import wire
 from libaios.channel import Channel, Side
@@ -101,6 +102,8 @@ class Kernel:
         self.budgets = Budgets(self.ledger, self.timers, born.settings.budgets, born.settings.soft_limit / 100)
         self.journal = Journal(born.journal, self._is_alive)
         self.mail = Mail(self.journal, self.calls)
+        passages = born.settings.passages
+        self.gates = Gates(_socket_of(passages.kernel) if passages is not None else None, self.timers, born.epoch > 1)
 
     def _make_rooms(self) -> None:
         """What is done with agents and services."""
@@ -188,9 +191,11 @@ class Kernel:
             self.agents.tokens.bearer,
         )
         self.descriptors = Descriptors(
-            lambda: len(self.agents.by_ospid) + len(self.agents.forks), self.control.descriptors
+            lambda: len(self.agents.by_ospid) + len(self.agents.forks),
+            lambda: self.control.descriptors() + self.gates.descriptors(),
         )
         self.agents.open_door, self.agents.close_door = self.control.open_door, self.control.close_door
+        self.agents.open_gates, self.agents.close_gates = self.gates.open, self.gates.close
         books = Books(
             self.table,
             self.calls,
@@ -274,6 +279,8 @@ class Kernel:
         record = process.service
         if record.kind == TOOLBOX:
             return self._make_toolbox(process)
+        if record.kind == PROXY:
+            return self._make_proxy(process)
         if record.kind != LLM:
             return Service(
                 record.name, record.kind, record.shown, self.calls, self.loading, record.awaited, process.pid
@@ -295,6 +302,21 @@ class Kernel:
         )
         self.cores.add(core)
         return core
+
+    def _make_proxy(self, process: Process) -> Service:
+        record = process.service
+        return Proxy(
+            record.name,
+            record.kind,
+            record.shown,
+            self.calls,
+            self.loading,
+            record.awaited,
+            process.pid,
+            gates=self.gates,
+            audit=self.approvals.audit,
+            agent=self.table.get,
+        )
 
     def _make_toolbox(self, process: Process) -> Service:
         record = process.service

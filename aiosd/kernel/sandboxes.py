@@ -15,6 +15,7 @@ import msgspec
 from aiosd.kernel.proc import Proc
 from aiosd.kernel.spawning import group_of_child
 from aiosd.sandbox import box as boxes
+from aiosd.sandbox import hosts
 from aiosd.sandbox.box import LEVELS, Box, Rules
 from aiosd.sandbox.probe import Offer
 from libaios import wire
@@ -57,7 +58,7 @@ class Sandboxes:
         """The box of a new agent, None: it is not confined. `allowed`: it may be less confined than its parent. Raises
         OSError: EINVAL, EPERM, ENOTSUP."""
         boxes.check(args.sandbox)
-        wish = boxes.without_data(args.sandbox, self._data)
+        wish = boxes.without_data(boxes.with_hosts(args.sandbox), self._data)
         box = self._decide(args, wish, parent, allowed)
         if box is not None:
             boxes.refuse_data(box, self._data, self._folder)
@@ -77,6 +78,9 @@ class Sandboxes:
             raise wire.error(errno.EPERM, f"sandbox: agents of group {group!r} run in {rules.level!r} or more")
         if LEVELS.index(wish.level or "none") > LEVELS.index(self.offer.level):
             raise wire.error(errno.ENOTSUP, f"sandbox: {wish.level} is not possible here: {self.offer.reason}")
+        confined = (wish.level or rules.level) != "none"
+        if confined and hosts.are_named(wish.net or rules.net) and self.offer.level != LEVELS[-1]:
+            raise wire.error(errno.ENOTSUP, f"sandbox: --net HOST needs a cage, not possible here: {self.offer.reason}")
         place = boxes.workspace(self._folder, group, wish.program or args.target, args.name or "")
         return boxes.of_person(wish, rules, place)
 
@@ -85,10 +89,10 @@ class Sandboxes:
         if box is None:
             return args.env
         if parent is not None and parent.box is not None:
-            return boxes.at_home(args.env, box.workspace)
+            return boxes.at_home(args.env, box)
         group = group_of_child(parent, args.group, allowed=True)  # `decide` has asked
         allowed = (*self.of_group(group).env, *args.sandbox.env)
-        return boxes.at_home(boxes.environment(args.env, allowed), box.workspace)
+        return boxes.at_home(boxes.environment(args.env, allowed), box)
 
     def of_group(self, group: str) -> Rules:
         """In force here: a level that this machine cannot do is one lower, which the log says."""

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import hashlib
 import secrets
+from collections.abc import Callable
 
 import msgspec
 
@@ -17,6 +18,8 @@ from aiosd import endpoint, link
 from aiosd.endpoint import Endpoint
 from aiosd.kernel.proc import Proc
 from aiosd.letter import Letter
+from aiosd.sandbox import hosts
+from libaios import wire
 
 
 class Tokens:
@@ -25,6 +28,7 @@ class Tokens:
     def __init__(self, door: Endpoint | None) -> None:
         self._door = door
         self._agents: dict[bytes, Proc] = {}  # by the hash of their token
+        self.agent: Callable[[int], Proc | None] = lambda pid: None  # by its pid
 
     def give(
         self, spec: link.Fork, letter: Letter, parent: Proc | None, wanted: bool | None
@@ -56,9 +60,17 @@ class Tokens:
         self._agents.pop(proc.token, None)
 
     def bearer(self, token: str) -> Proc | None:
-        """The agent of this token. None: it is none, or its agent is dead or waits to be started again."""
+        """The agent of this token, or of this gate. None: it is none, or its agent is dead or waits to be started
+        again. (The gateway alone may ask, and it takes no gates from programs.)"""
+        if token.startswith(wire.GATE):
+            return self._at_gate(token.removeprefix(wire.GATE))
         proc = self._agents.get(_hash(token))
         return proc if proc is not None and (proc.ospid or proc.outside) else None
+
+    def _at_gate(self, pid: str) -> Proc | None:
+        proc = self.agent(int(pid)) if pid.isascii() and pid.isdecimal() and len(pid) < 16 else None
+        has_gates = proc is not None and proc.box is not None and hosts.are_named(proc.box.net)
+        return proc if proc is not None and has_gates and proc.ospid else None
 
 
 def _hash(token: str) -> bytes:

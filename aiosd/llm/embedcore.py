@@ -17,8 +17,9 @@ from collections.abc import Generator
 from typing import TYPE_CHECKING, Any
 
 from aiosd import link
-from aiosd.errors import WorldError
+from aiosd.errors import UsageError, WorldError
 from aiosd.heartbeat import Rounds
+from aiosd.llm import modelfile
 from aiosd.llm.purse import Purses
 from aiosd.llm.spec import ModelSpec
 from aiosd.service import Pause, Server
@@ -45,9 +46,14 @@ def main(channel: Channel, spec: ModelSpec, rounds: Rounds) -> int:
     threads = spec.threads or min(_THREADS, len(os.sched_getaffinity(0)))
     layers = spec.gpu_layers if spec.gpu_layers >= 0 else 1 << 20
     try:
+        modelfile.read(spec.path)  # says better what is wrong with a file than llama.cpp does
         model = llama.Model(spec.path, layers, lambda fraction: _tell(channel, link.Progress("loading", fraction)))
         embedder = Embedder(model, threads)
         width = len(embedder.embed(["vectors"]).data) // 4
+    except UsageError as err:
+        _tell(channel, link.LoadFailed(f"{spec.name}: {err}"))
+        channel.pump()
+        return 1
     except (WorldError, OSError) as err:
         _tell(channel, link.LoadFailed(f"{spec.name}: {spec.path}: makes no vectors: {err}".replace("\n", " ")))
         channel.pump()

@@ -5,6 +5,8 @@
     an agent's child    the rules of the group or more. A confined agent's child has its parent's box: the same files,
                         the same workspace. It may have less network, and it can never have more of anything
 
+Single hosts (`hosts`) can only be granted in the cage, because only there an agent has a network of its own.
+
 Names are not looked up here. A client that starts an agent for a person sends absolute paths without symbolic links.
 """
 
@@ -18,11 +20,11 @@ from fnmatch import fnmatchcase
 import msgspec
 from msgspec import Struct
 
+from aiosd.sandbox import hosts
 from libaios import digest, wire
 
 LEVELS = ("none", "flat", "cage")  # from the weakest on
 STRICT = "strict"  # a setting: no agent is in less than the strongest level
-NETS = ("all", "none")
 
 #: Variables that a confined agent gets of the environment in which it was started. All others may be secrets.
 VARIABLES = (
@@ -35,7 +37,7 @@ class Box(Struct, array_like=True, frozen=True):
     """What one agent may reach. Paths are `os_text`, absolute and without symbolic links."""
 
     level: str
-    net: str
+    net: str  # see `hosts`
     workspace: str
     read: list[str] = []
     write: list[str] = []
@@ -55,11 +57,11 @@ def of_person(wish: wire.Sandbox, rules: Rules, workspace: str) -> Box | None:
     """The box of an agent that a person starts, or an agent that is not confined; None: it is not confined."""
     level = wish.level or rules.level
     if level == "none":
-        _refuse_paths(wish)
+        _refuse_grants(wish)
         return None
     return Box(
         level,
-        wish.net or rules.net,
+        _possible(wish.net or rules.net, level),
         workspace,
         _once(rules.read, (*wish.own, *wish.read)),
         _once(rules.write, wish.write),
@@ -70,15 +72,15 @@ def of_child(wish: wire.Sandbox, parent: Box) -> Box:
     """The box of a child of a confined agent. Raises OSError (EPERM)."""
     if wish.level and LEVELS.index(wish.level) < LEVELS.index(parent.level):
         raise wire.error(errno.EPERM, f"sandbox: an agent in {parent.level!r} may not start one in {wish.level!r}")
-    if wish.net == "all" and parent.net != "all":
-        raise wire.error(errno.EPERM, "sandbox: an agent without network may not start one that has it")
+    if wish.net and not hosts.covers(parent.net, wish.net):
+        raise wire.error(errno.EPERM, _more_network(wish.net, parent.net))
     for path in wish.write:
         if not _within(path, (*parent.write, parent.workspace)):
             raise wire.error(errno.EPERM, f"sandbox: {wire.os_shown(path)}: an agent may not let others write there")
     for path in wish.read:
         if not _within(path, (*parent.read, *parent.write, parent.workspace)):
             raise wire.error(errno.EPERM, f"sandbox: {wire.os_shown(path)}: an agent may not let others read there")
-    return msgspec.structs.replace(parent, net=wish.net or parent.net)
+    return msgspec.structs.replace(parent, net=_possible(wish.net or parent.net, parent.level))
 
 
 def of_child_with_more(wish: wire.Sandbox, parent: Box) -> Box | None:
@@ -89,7 +91,7 @@ def of_child_with_more(wish: wire.Sandbox, parent: Box) -> Box | None:
     return msgspec.structs.replace(
         parent,
         level=level,
-        net=wish.net or parent.net,
+        net=_possible(wish.net or parent.net, level),
         read=_once(parent.read, (*wish.own, *wish.read)),
         write=_once(parent.write, wish.write),
     )
@@ -101,6 +103,17 @@ def check(wish: wire.Sandbox) -> None:
         plain = wire.os_bytes(path)
         if not plain.startswith(b"/") or plain.startswith(b"//") or b"\0" in plain or os.path.normpath(plain) != plain:
             raise wire.error(errno.EINVAL, f"sandbox: {wire.os_shown(path)!r} is no plain absolute path")
+
+
+def with_hosts(wish: wire.Sandbox) -> wire.Sandbox:
+    """Its hosts as they are compared. Raises OSError (EINVAL)."""
+    if not hosts.are_named(wish.net):
+        return wish
+    try:
+        net = hosts.normal([wish.net])
+    except ValueError as err:
+        raise wire.error(errno.EINVAL, f"sandbox: --net: {err}") from None
+    return msgspec.structs.replace(wish, net=net)
 
 
 def without_data(wish: wire.Sandbox, data: str) -> wire.Sandbox:
@@ -128,9 +141,10 @@ def environment(env: Mapping[str, str], allowed: Iterable[str]) -> dict[str, str
     return {name: value for name, value in env.items() if any(fnmatchcase(name, pattern) for pattern in patterns)}
 
 
-def at_home(env: Mapping[str, str], workspace: str) -> dict[str, str]:
-    """The environment with the workspace as home."""
-    return {**env, "HOME": workspace, "TMPDIR": workspace + "/tmp"}
+def at_home(env: Mapping[str, str], box: Box) -> dict[str, str]:
+    """The environment with the workspace as home, and where its hosts are reached."""
+    own = hosts.proxied(env) if hosts.are_named(box.net) else env
+    return {**own, "HOME": box.workspace, "TMPDIR": box.workspace + "/tmp"}
 
 
 def workspace(folder: str, group: str, program: str, name: str) -> str:
@@ -144,7 +158,22 @@ def _once(rules: Iterable[str], wish: Iterable[str]) -> list[str]:
     return list(dict.fromkeys((*rules, *wish)))
 
 
-def _refuse_paths(wish: wire.Sandbox) -> None:
+def _possible(net: str, level: str) -> str:
+    """Raises OSError (ENOTSUP)."""
+    if hosts.are_named(net) and level != "cage":
+        words = f"--net {net[:200]} needs --sandbox cage: in {level} an agent has the machine's network, or none"
+        raise wire.error(errno.ENOTSUP, f"sandbox: {words}")
+    return net
+
+
+def _more_network(wanted: str, has: str) -> str:
+    if has == hosts.NONE:
+        return "sandbox: an agent without network may not start one that has it"
+    return f"sandbox: an agent that reaches {has[:200]} may not start one that reaches {wanted[:200]}"
+
+
+def _refuse_grants(wish: wire.Sandbox) -> None:
+    _possible(wish.net, "none")
     if wish.read or wish.write or wish.net == "none":
         raise wire.error(errno.EINVAL, "sandbox: --read, --write and --net none need a sandbox: --sandbox cage")
 

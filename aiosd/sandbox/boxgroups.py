@@ -3,7 +3,7 @@
     [[group]]
     name = "web"
     sandbox = "flat"                  none or flat
-    net = "none"                      none or all
+    net = "none"                      none, all, or hosts: ["example.org", "*.example.net:8443"]
     read = ["~/data"]                 files and folders, as seen from the folder of aiosd.toml
     write = ["out"]
     env = ["OPENAI_API_KEY", "AWS_*"] variables that they get of the environment in which they are started
@@ -19,7 +19,8 @@ from typing import Any
 
 import msgspec
 
-from aiosd.sandbox.box import LEVELS, NETS, Rules
+from aiosd.sandbox import hosts
+from aiosd.sandbox.box import LEVELS, Rules
 from libaios import wire
 
 
@@ -63,7 +64,12 @@ def _name(value: Any) -> str:
         raise ValueError(f"{value!r} is no name of a group (up to 64 characters, no blank, no '/')") from None
 
 
-level, net, texts = _word(LEVELS), _word(NETS), _texts
+def net(value: Any) -> str:
+    """ "none" · "all" · "example.org,*.example.net:8443" · a list of hosts"""
+    return hosts.normal([value] if isinstance(value, str) else _texts(value))
+
+
+level, texts = _word(LEVELS), _texts
 
 #: Every key of [[group]], and what makes its value of what TOML gave, or raises ValueError.
 READERS: dict[str, Callable[[Any], Any]] = {

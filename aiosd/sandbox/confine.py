@@ -22,6 +22,7 @@ _STEPS = (
     "a folder cannot be opened",
     "a folder cannot be mounted",
     "the root cannot be exchanged",
+    "a network of its own is refused",
 )
 
 

@@ -13,7 +13,7 @@ import sys
 from collections.abc import Iterable
 from dataclasses import dataclass
 
-from aiosd.sandbox import cage, filter, landlock, places, protected
+from aiosd.sandbox import cage, filter, hosts, landlock, places, protected
 from aiosd.sandbox.box import Box
 from aiosd.sandbox.cage import Cage
 from aiosd.sandbox.places import Machine
@@ -28,7 +28,8 @@ _PROGRAMS = ("/usr", "/bin", "/sbin", "/lib", "/lib32", "/lib64", "/libx32", "/o
 _ETC = (
     "passwd", "group", "nsswitch.conf", "hosts", "host.conf", "resolv.conf", "gai.conf", "services", "protocols",
     "localtime", "timezone", "ld.so.cache", "ld.so.conf", "ld.so.conf.d", "ssl/certs", "ssl/openssl.cnf",
-    "ca-certificates", "pki/tls/certs", "pki/ca-trust", "mime.types", "os-release", "gitconfig", "inputrc", "terminfo",
+    "ca-certificates", "pki/tls/certs", "pki/ca-trust", "mime.types", "os-release", "debian_version", "lsb-release",
+    "gitconfig", "inputrc", "terminfo",
     "profile", "bash.bashrc", "fonts", "magic", "login.defs", "shells", "java",
 )  # fmt: skip
 #: All of /proc, because a rule on /proc/self would hold for one process only; Landlock itself guards what is another
@@ -37,7 +38,8 @@ _KERNEL = ("/proc", "/sys/devices/system/cpu", "/sys/fs/cgroup")
 #: What a cage has of its own.
 _PRIVATE = {"/tmp": landlock.WRITE, "/dev/shm": landlock.WRITE, "/dev/pts": landlock.DEVICE | landlock.READ_DIR}
 _PRIVATE |= {"/dev": landlock.READ_DIR}
-_NO_CAGE = (-1, -1, -1, -1, -1, 0)
+_KEEP_NETWORK, _OWN_NETWORK = -1, -2  # in `native/cage.h`
+_NO_CAGE = (-1, -1, -1, -1, _KEEP_NETWORK, 0)
 
 
 @dataclass(frozen=True, slots=True)
@@ -78,7 +80,7 @@ def machine(common: Iterable[tuple[str, int]]) -> Machine:
 
 def plan(ground: Ground, box: Box, doors: bool) -> bytes:
     """The whole plan for one agent. `doors`: its Unix sockets are asked of a listener (see `doors`)."""
-    ruleset, network = ground.ruleset, box.net == "all"
+    ruleset, network = ground.ruleset, box.net != hosts.NONE
     entry, mounts = _cage(ground, box) if box.level == "cage" else (_NO_CAGE, b"")
     own = [_rule(path, landlock.READ, strict=True) for path in box.read]
     own += [_rule(path, landlock.WRITE & ruleset.files, strict=True) for path in box.write]
@@ -109,8 +111,9 @@ def _cage(ground: Ground, box: Box) -> tuple[tuple[int, ...], bytes]:
     for folder in box.write:
         fixed |= {os_text(path): writable for path, writable in protected.find(os_str(folder)).items()}
     found = places.of_agent(ground.machine, box.workspace, box.read, box.write, fixed)
-    user, machine, root, ipc, net = ground.cage.fds()
-    return (user, machine, root, ipc, net if box.net == "none" else -1, len(found)), places.packed(found)
+    user, machine, root, ipc, none = ground.cage.fds()
+    net = {hosts.NONE: none, hosts.ALL: _KEEP_NETWORK}.get(box.net, _OWN_NETWORK)
+    return (user, machine, root, ipc, net, len(found)), places.packed(found)
 
 
 def _rule(path: str, rights: int, strict: bool = False, must: bool = False) -> bytes:

@@ -1,4 +1,5 @@
-"""Why an agent can or cannot use a path: which layer allows or denies it, by which rule, and what would allow it.
+"""Why an agent can or cannot use a path, or reach a host: which layer allows or denies it, by which rule, and what
+would allow it.
 
 All but the path's own mode follows from the agent's box, and from what the plans of all agents have in common
 (`plan.common_rules`).
@@ -11,7 +12,7 @@ import stat
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
-from aiosd.sandbox import landlock
+from aiosd.sandbox import hosts, landlock
 from aiosd.sandbox.box import Box
 from aiosd.sandbox.places import Machine, inside
 
@@ -24,7 +25,7 @@ _PRIVATE = ("/tmp", "/dev/shm", "/dev/pts")
 class Verdict:
     """Of one deed."""
 
-    deed: str  # read, write or run
+    deed: str  # read, write or run, or reach
     allowed: bool
     why: str
     remedy: str = ""  # an option of aios-run, with its argument
@@ -33,6 +34,25 @@ class Verdict:
 def verdicts(path: str, box: Box, machine: Machine, common: Sequence[tuple[str, int]]) -> list[Verdict]:
     """`path`: absolute, without links. `common`: what all agents are granted, by path."""
     return [_verdict(deed, path, box, machine, common) for deed in _DEEDS]
+
+
+def of_host(url: str, box: Box) -> Verdict:
+    """`url`: SCHEME://HOST[:PORT][/…]. Raises ValueError."""
+    scheme, _, rest = url.partition("://")
+    host, port = hosts.address(rest.partition("/")[0])
+    port = port or {"http": 80, "https": 443, "ws": 80, "wss": 443}.get(scheme.lower(), 0)
+    if not port:
+        raise ValueError(f"{url}: which port is meant? ({scheme}://{host}:PORT)")
+    if box.net == hosts.ALL:
+        return Verdict("reach", True, "it has the machine's network")
+    shown = f"[{host}]" if ":" in host else host
+    remedy = f"--net {shown if port in hosts.PORTS else f'{shown}:{port}'}" if box.level == "cage" else "--net all"
+    if box.net == hosts.NONE:
+        return Verdict("reach", False, "it has no network (EAFNOSUPPORT)", remedy)
+    found = hosts.rule(hosts.grants(box.net), host, port)
+    if found is None:
+        return Verdict("reach", False, f"no rule of net names it, only {box.net} (403 of the proxy)", remedy)
+    return Verdict("reach", True, f"granted by net: {found}, through the proxy, where its addresses are public")
 
 
 def _verdict(deed: str, path: str, box: Box, machine: Machine, common: Sequence[tuple[str, int]]) -> Verdict:

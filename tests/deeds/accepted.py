@@ -12,6 +12,7 @@ AMOUNT = "what it may use of this is a matter of its budget, not of its sandbox"
 USERS = "Linux counts processes by user: a limit would be one on all of the user's"
 ROOT = "Linux limits no processes of uid 0"
 NET = "the agent was given a network"
+ALONE = "it has a network of its own, in which no other process is, and no route leads out"
 
 ACCEPTED: dict[str, dict[str, str]] = {
     "flat": {
@@ -40,3 +41,5 @@ ACCEPTED: dict[str, dict[str, str]] = {
 #: With `--net all`, besides.
 WITH_NETWORK = dict.fromkeys(("tcp_local", "tcp_fast_open", "tcp_listen", "tcp_listen_unbound", "udp", "udp_six"), NET)
 WITH_NETWORK |= dict.fromkeys(("routes", "socket_of_32_bits"), NET)
+#: With `--net HOST`, besides.
+WITH_HOSTS = dict.fromkeys(("tcp_listen", "tcp_listen_unbound", "udp", "udp_six", "routes", "socket_of_32_bits"), ALONE)

@@ -1,5 +1,5 @@
-"""What a call has cost, as far as that is known: an estimate until the endpoint tells, and what was counted here where
-it never does. Pure.
+"""What a call has cost, as far as that is known: an estimate until the endpoint tells, and what was counted
+where it never does. Pure.
 
     a prompt    a token for `BYTES_PER_TOKEN` bytes of the request
     an answer   a token for each piece that came, and no fewer than one for `CHARACTERS_PER_TOKEN` characters: some
@@ -51,7 +51,8 @@ def of_prompt(answer: Answer, estimated: int, endpoint: str) -> tuple[int, int]:
 
 def allowed(call: Call, price: Price) -> tuple[int | None, str]:
     """How many tokens of an answer the budgets allow to an attempt that is about to begin, and which kind of budget
-    allows none. Nothing is under way then: what its call has cost is all in `wasted` and `prompt_charged`."""
+    allows none. Before that one nothing is under way: what its call has cost is all in `wasted` and
+    `prompt_charged`."""
     found: list[tuple[int, str]] = []
     if call.submit.budget is not None:
         left = call.submit.budget - call.prompt_charged - call.wasted - call.prompt_estimate

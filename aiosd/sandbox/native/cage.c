@@ -9,6 +9,9 @@
  * on to `cage`, makes namespaces of users and mounts of its own there, and puts the copies into their places. So nobody
  * holds rights for others, and a process copies the few mounts of the cage, not the hundreds that a machine may have.
  *
+ * A process that is to reach single hosts gets a network of its own besides, without a way out: what listens on its
+ * loopback is handed out of it before its program runs (see `aiosd/net`).
+ *
  * No path is followed through a symbolic link, neither of a source nor of a target. */
 
 #define _GNU_SOURCE
@@ -16,11 +19,14 @@
 
 #include <errno.h>
 #include <fcntl.h>
+#include <linux/if.h>
 #include <linux/mount.h>
 #include <linux/openat2.h>
 #include <sched.h>
 #include <stdio.h>
 #include <string.h>
+#include <sys/ioctl.h>
+#include <sys/socket.h>
 #include <sys/stat.h>
 #include <sys/syscall.h>
 #include <unistd.h>
@@ -232,6 +238,21 @@ static int unshare_as_same_user(int self, int namespaces) {
     return write_text(self, "gid_map", line) ? -MAPPING : 0;
 }
 
+/* The loopback of a new network is down until someone raises it. */
+static int raise_loopback(void) {
+    struct ifreq request = {.ifr_name = "lo"};
+    int sock = socket(AF_INET, SOCK_DGRAM | SOCK_CLOEXEC, 0);
+    if (sock < 0)
+        return -NETWORK;
+    int failed = ioctl(sock, SIOCGIFFLAGS, &request);
+    request.ifr_flags |= IFF_UP;
+    failed = failed || ioctl(sock, SIOCSIFFLAGS, &request);
+    int reason = errno;
+    close(sock);
+    errno = reason;
+    return failed ? -NETWORK : 0;
+}
+
 int cage_enter(const cage_entry *cage, const char *at, const char *end, const char **next) {
     int copies[MOST_PLACES];
 
@@ -246,7 +267,10 @@ int cage_enter(const cage_entry *cage, const char *at, const char *end, const ch
     if (setns(cage->cage, CLONE_NEWNS) || setns(cage->ipc, CLONE_NEWIPC) ||
         (cage->net >= 0 && setns(cage->net, CLONE_NEWNET)))
         return -NAMESPACES;
-    failed = unshare_as_same_user(self, CLONE_NEWNS);
+    int own_network = cage->net == OWN_NETWORK;
+    failed = unshare_as_same_user(self, CLONE_NEWNS | (own_network ? CLONE_NEWNET : 0));
+    if (!failed && own_network)
+        failed = raise_loopback();
     if (failed)
         return failed;
     int root = open("/", O_PATH | O_DIRECTORY | O_CLOEXEC);

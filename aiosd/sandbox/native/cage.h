@@ -21,10 +21,14 @@ enum step {
     SOURCE,
     PLACE,
     ROOT,
+    NETWORK,
 };
 
-/* Descriptors of namespaces: that of users, all mounts of the machine, those of the cage, IPC, network (-1: the
- * process keeps its network). */
+/* In place of the descriptor of a network. */
+#define KEEP_NETWORK -1
+#define OWN_NETWORK -2 /* a new one, in which there is nothing but its own loopback */
+
+/* Descriptors of namespaces: that of users, all mounts of the machine, those of the cage, IPC, network. */
 typedef struct {
     int32_t user, machine, cage, ipc, net;
     uint32_t places; /* records of `place`; 0: there is no cage to enter */

@@ -1,0 +1,55 @@
+"""Gates: what listens in the network of an agent that has one of its own.
+
+From that network no route leads out. An agent's process makes sockets that listen on its loopback, before its program
+runs, and hands them to the supervisor; with them the kernel gives them to the proxy (`aiosd.net`), which accepts
+connections there and serves them outside. Only processes of this network can connect, so the socket tells whose a
+connection is.
+
+    the first     the proxy for HTTP, see `sandbox.hosts`
+    the others    the gateway, where it listens on the machine; fixed addresses of other model servers, so that programs
+                  which know no other find it, too
+"""
+
+from __future__ import annotations
+
+import contextlib
+import socket
+
+from aiosd.endpoint import Endpoint
+from aiosd.sandbox import hosts
+
+Address = tuple[str, int]
+
+#: Of vLLM, llama.cpp's server, Ollama and LM Studio.
+FIXED = (8000, 8080, 11434, 1234)
+BACKLOG = 64
+
+
+def of(gateway: Endpoint | None) -> list[Address]:
+    """Where they listen."""
+    found: list[Address] = [(hosts.PROXY_HOST, hosts.PROXY_PORT)]
+    if gateway is not None:
+        found += [(gateway.host, gateway.port), *(("127.0.0.1", port) for port in FIXED)]
+    return list(dict.fromkeys(found))
+
+
+def made(addresses: list[Address]) -> list[int]:
+    """In the agent's process: descriptors of sockets that listen there. Raises OSError where the first cannot be made;
+    of the others an address may be refused (ports below 1024)."""
+    found = [_listening(addresses[0])]
+    for address in addresses[1:]:
+        with contextlib.suppress(OSError):
+            found.append(_listening(address))
+    return found
+
+
+def _listening(address: Address) -> int:
+    sock = socket.socket(socket.AF_INET6 if ":" in address[0] else socket.AF_INET, socket.SOCK_STREAM)
+    try:
+        sock.bind(address)
+        sock.listen(BACKLOG)
+        sock.setblocking(False)
+    except OSError as err:
+        sock.close()
+        raise OSError(err.errno, f"sandbox: nothing can listen on {address[0]}:{address[1]} ({err.strerror})") from None
+    return sock.detach()

@@ -1,0 +1,111 @@
+"""Gates of agents that reach single hosts, on their way from the supervisor to the proxy.
+
+The kernel knows which hosts an agent may reach; the proxy serves its gates (`birth.gates`). Both may die: the kernel
+has the gates again from the supervisor, and sends all of them to every proxy that begins.
+"""
+
+from __future__ import annotations
+
+import os
+import socket
+from collections import deque
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+from aiosd import link, passage
+from aiosd.kernel.audit import Audit
+from aiosd.kernel.proc import Proc
+from aiosd.kernel.service import Service
+from aiosd.passage import Closed, Gate, Kept
+from aiosd.timers import Timers
+
+AGAIN_S = 0.05  # after the passage was full
+
+
+class Gates:
+    """`sock`: the passage to the proxy; None: there is no proxy. `used`: another kernel may have sent gates there."""
+
+    def __init__(self, sock: socket.socket | None, timers: Timers, used: bool) -> None:
+        self._sock = sock
+        self._used = used
+        self._timers = timers
+        self._open: dict[int, tuple[Gate, tuple[int, ...]]] = {}  # with their descriptors, by pid
+        self._waiting: deque[Gate | Closed | Kept] = deque()
+        self._due = False  # what waits is sent soon
+
+    def open(self, proc: Proc, fds: Sequence[int]) -> None:
+        """The gates of an agent; they are ours from now on."""
+        self.close(proc)
+        gates = tuple(fds)
+        if not gates or proc.box is None:
+            return
+        self._used = True
+        self._open[proc.pid] = Gate(proc.pid, proc.restarts, proc.box.net), gates
+        self._send(self._open[proc.pid][0])
+
+    def close(self, proc: Proc) -> None:
+        """The agent's process has ended."""
+        known = self._open.pop(proc.pid, None)
+        if known is not None:
+            for fd in known[1]:
+                os.close(fd)
+            self._send(Closed(proc.pid))
+
+    def descriptors(self) -> int:
+        return sum(len(fds) for _, fds in self._open.values())
+
+    def begin(self) -> None:
+        """There is a new proxy, or it has a new kernel. As long as there was no gate it hears nothing, and has loaded
+        nothing."""
+        if not self._used:
+            return
+        self._waiting.clear()
+        self._send(Kept(list(self._open)))
+        for gate, _ in list(self._open.values()):
+            self._send(gate)
+
+    def _send(self, message: Gate | Closed | Kept) -> None:
+        self._waiting.append(message)
+        if not self._due:
+            self._flush()
+
+    def _flush(self) -> None:
+        self._due = False
+        while self._waiting and self._sock is not None:
+            message = self._waiting[0]
+            fds: tuple[int, ...] = ()
+            if isinstance(message, Gate):
+                gate, fds = self._open.get(message.pid, (None, ()))
+                if gate is not message:  # it has ended meanwhile
+                    self._waiting.popleft()
+                    continue
+            try:
+                passage.send(self._sock, message, fds)
+            except OSError:  # the proxy does not keep up, or there is none
+                self._due = True
+                self._timers.after(AGAIN_S, self._flush)
+                return
+            self._waiting.popleft()
+
+
+@dataclass(slots=True, eq=False, kw_only=True)
+class Proxy(Service):
+    """As the kernel sees it."""
+
+    gates: Gates
+    audit: Audit
+    agent: Callable[[int], Proc | None]
+
+    def on_ready(self) -> None:
+        Service.on_ready(self)
+        self.gates.begin()
+
+    def handle(self, message: link.FromService) -> None:
+        if not isinstance(message, link.Denied):
+            Service.handle(self, message)
+            return
+        proc = self.agent(message.pid)
+        if proc is not None:
+            about = {"name": proc.name, "group": proc.group}
+            what = f"net {message.host}:{message.port}"
+            self.audit.note("denied", message.pid, **about, what=what, by=message.why)

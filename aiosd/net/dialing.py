@@ -1,0 +1,103 @@
+"""From a granted host to a connection: resolved here, every address checked, and connected to the address that was
+checked. So a name that is resolved to another address a moment later (DNS rebinding) leads nowhere.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import socket
+from collections.abc import Callable
+from concurrent.futures import Future, ThreadPoolExecutor
+
+from aiosd.sandbox import addresses
+
+THREADS = 32  # that look names up,
+LOOKUPS = 2  # … and how many of them for one agent
+CONNECT_S = 8.0  # for one address of a host,
+ADDRESSES = 4  # … of which so many are tried
+
+Address = tuple[str, int] | tuple[str, int, int, int]
+Found = tuple[socket.AddressFamily, Address]
+
+
+class Unreachable(Exception):
+    """The host cannot be reached now; the message tells why."""
+
+
+class Private(Exception):
+    """The host's address is not public; the message tells which."""
+
+
+def why_not(address: str) -> str:
+    """Why agents may not connect to an address, in a few words; "": they may."""
+    return addresses.why_not_public(address) or ("an address of this machine" if _is_ours(address) else "")
+
+
+def _is_ours(address: str) -> bool:
+    """A public address of this machine itself: what listens there may listen for this machine only. No packet is
+    sent."""
+    family = socket.AF_INET6 if ":" in address else socket.AF_INET
+    with contextlib.suppress(OSError), socket.socket(family, socket.SOCK_DGRAM) as sock:
+        sock.connect((address, 9))
+        return bool(sock.getsockname()[0] == address)
+    return False
+
+
+class Dialer:
+    """`why_not`: as the function; tests put another in its place."""
+
+    def __init__(self, why_not: Callable[[str], str] = why_not) -> None:
+        self._why_not = why_not
+        self._threads = ThreadPoolExecutor(THREADS, "lookup")
+
+    async def dial(self, host: str, port: int, lookups: asyncio.Semaphore) -> socket.socket:
+        """`lookups`: of the agent. Raises Unreachable, Private."""
+        found = await self._look_up(host, port, lookups)
+        for _, address in found:
+            if why := self._why_not(address[0]):
+                raise Private(f"{host} is {address[0]}, {why}")
+        reason = "it has no address"
+        for family, address in found[:ADDRESSES]:
+            try:
+                async with asyncio.timeout(CONNECT_S):
+                    return await _connected(family, address)
+            except TimeoutError:
+                reason = "it does not answer"
+            except OSError as err:
+                reason = err.strerror or str(err)
+        raise Unreachable(f"{host}:{port} cannot be reached: {reason}")
+
+    async def _look_up(self, host: str, port: int, lookups: asyncio.Semaphore) -> list[Found]:
+        """An agent that waits no longer still has its thread until that is through: Linux's resolver cannot be
+        interrupted."""
+        loop = asyncio.get_running_loop()
+        await lookups.acquire()
+
+        def over(_: Future[list[Found]]) -> None:
+            with contextlib.suppress(RuntimeError):  # the loop has ended
+                loop.call_soon_threadsafe(lookups.release)
+
+        future = self._threads.submit(_resolve, host, port)
+        future.add_done_callback(over)
+        try:
+            return await asyncio.wrap_future(future)
+        except (OSError, UnicodeError) as err:
+            raise Unreachable(f"{host} is not known: {getattr(err, 'strerror', None) or err}") from None
+
+
+def _resolve(host: str, port: int) -> list[Found]:
+    entries = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM, proto=socket.IPPROTO_TCP)
+    return list(dict.fromkeys((entry[0], entry[4]) for entry in entries))  # type: ignore[misc]
+
+
+async def _connected(family: socket.AddressFamily, address: Address) -> socket.socket:
+    sock = socket.socket(family, socket.SOCK_STREAM | socket.SOCK_CLOEXEC)
+    try:
+        sock.setblocking(False)
+        await asyncio.get_running_loop().sock_connect(sock, address)
+        sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+    except BaseException:  # of any kind, an interrupt too: undo, and raise it again
+        sock.close()
+        raise
+    return sock

@@ -1,0 +1,25 @@
+"""The proxy's process. Until the first agent has a network of single hosts it waits and has loaded nothing, so it costs
+no more than an agent that sleeps."""
+
+from __future__ import annotations
+
+import select
+
+from aiosd.heartbeat import Rounds
+from aiosd.net.spec import ProxySpec
+from aiosd.superior import Superior
+from libaios.channel import Channel
+
+
+def main(channel: Channel, spec: ProxySpec, rounds: Rounds) -> int:
+    superior = Superior(channel)
+    poll = select.poll()
+    poll.register(channel.fileno(), select.POLLIN)
+    poll.register(spec.gates, select.POLLIN)
+    while not superior.over:
+        superior.look()
+        if any(fd == spec.gates for fd, _ in poll.poll()):
+            from aiosd.net.serving import serve
+
+            return serve(superior, spec, rounds)
+    return 0

@@ -1,0 +1,64 @@
+"""The loop of the proxy's process: gates from the kernel, the channel, heartbeats."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import socket
+
+from aiosd import link, passage
+from aiosd.heartbeat import BEAT_S, Rounds
+from aiosd.net.dialing import Dialer
+from aiosd.net.proxy import Proxy
+from aiosd.net.spec import ProxySpec
+from aiosd.superior import Superior
+
+GATES_AT_ONCE = 64
+OUTBOX_BYTES = 1 << 20  # for the kernel, above which denials are told no more
+
+
+def serve(superior: Superior, spec: ProxySpec, rounds: Rounds) -> int:
+    return asyncio.run(_serve(superior, spec, rounds))
+
+
+async def _serve(superior: Superior, spec: ProxySpec, rounds: Rounds) -> int:
+    loop = asyncio.get_running_loop()
+    ended = asyncio.Event()
+    guests = socket.socket(fileno=spec.guests) if spec.guests >= 0 else None
+    gates = socket.socket(fileno=spec.gates)
+
+    def denied(pid: int, host: str, port: int, why: str) -> None:
+        if superior.channel.outbox_bytes < OUTBOX_BYTES:
+            superior.send(link.Denied(pid, host, port, why))
+
+    proxy = Proxy(Dialer(), denied, guests)
+    superior.stats = lambda: {
+        "agents": len(proxy.gates),
+        "connections": proxy.connections,
+        "served": proxy.served,
+        "refused": proxy.refused,
+    }
+
+    def look() -> None:
+        superior.look()
+        if superior.over:
+            ended.set()
+
+    def take() -> None:
+        with contextlib.suppress(BlockingIOError):
+            for _ in range(GATES_AT_ONCE):
+                proxy.handle(*passage.receive(gates))
+
+    loop.add_reader(superior.channel.fileno(), look)
+    loop.add_reader(gates, take)
+    look()
+    _beat(loop, rounds)
+    await ended.wait()
+    proxy.close()
+    return 0
+
+
+def _beat(loop: asyncio.AbstractEventLoop, rounds: Rounds) -> None:
+    """The loop comes round."""
+    rounds.begin()
+    loop.call_later(BEAT_S, _beat, loop, rounds)

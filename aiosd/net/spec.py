@@ -1,0 +1,14 @@
+"""What the supervisor gives the proxy. Apart, so that the supervisor imports nothing else of it."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True, slots=True)
+class ProxySpec:
+    """Descriptors of `aiosd.passage`: where gates come from, and where connections to the gateway go; -1: there is no
+    gateway."""
+
+    gates: int
+    guests: int = -1

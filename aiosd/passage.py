@@ -1,0 +1,86 @@
+"""Passages: how descriptors go from one of aiosd's own processes to another.
+
+A channel (`libaios.channel`) carries none. A passage is a pair of sockets, made before anything is forked and kept by
+the supervisor, so what lies in it outlives both ends. There are two:
+
+    kernel ──gates──▶ proxy      what listens in agents' own networks (`birth.gates`), and the hosts of each
+    proxy ──guests──▶ gateway    connections that were accepted at the gates of the gateway, with the agent of each
+"""
+
+from __future__ import annotations
+
+import array
+import socket
+from dataclasses import dataclass
+
+from msgspec import Struct, msgpack
+
+BYTES = 256 << 10  # of a message
+MOST_FDS = 16
+
+
+class Gate(Struct, array_like=True, frozen=True, tag=True):
+    """Serve this agent. Descriptors with it: its gates. `life`: how often the agent was started again."""
+
+    pid: int
+    life: int
+    net: str
+
+
+class Closed(Struct, array_like=True, frozen=True, tag=True):
+    """The agent's process has ended."""
+
+    pid: int
+
+
+class Kept(Struct, array_like=True, frozen=True, tag=True):
+    """These agents have gates, and no others; each will be sent, once more perhaps."""
+
+    pids: list[int]
+
+
+class Guest(Struct, array_like=True, frozen=True, tag=True):
+    """A connection of this agent, which comes with it."""
+
+    pid: int
+
+
+Message = Gate | Closed | Kept | Guest
+
+_encode = msgpack.Encoder().encode
+_decode = msgpack.Decoder(Message).decode
+
+
+@dataclass(frozen=True, slots=True)
+class Passages:
+    """Their ends: descriptors."""
+
+    kernel: int
+    gates: int  # the proxy's end
+    proxy: int
+    guests: int  # the gateway's end
+
+
+def make() -> Passages:
+    return Passages(*_pair(), *_pair())
+
+
+def _pair() -> tuple[int, int]:
+    first, second = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET | socket.SOCK_NONBLOCK)
+    return first.detach(), second.detach()
+
+
+def send(sock: socket.socket, message: Message, fds: list[int] | tuple[int, ...] = ()) -> None:
+    """Raises OSError when it cannot be sent now: BlockingIOError, or too many descriptors are on their way."""
+    rights = [(socket.SOL_SOCKET, socket.SCM_RIGHTS, array.array("i", fds))] if fds else []
+    sock.sendmsg([_encode(message)], rights, socket.MSG_DONTWAIT)
+
+
+def receive(sock: socket.socket) -> tuple[Message, list[int]]:
+    """Raises BlockingIOError when there is none, EOFError when the other end is gone."""
+    flags = socket.MSG_DONTWAIT | socket.MSG_CMSG_CLOEXEC
+    payload, ancillary, _, _ = sock.recvmsg(BYTES, socket.CMSG_SPACE(MOST_FDS * 4), flags)
+    if not payload:
+        raise EOFError
+    fds = [fd for _, _, data in ancillary for fd in array.array("i", data[: len(data) // 4 * 4])]
+    return _decode(payload), fds

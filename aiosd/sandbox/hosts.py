@@ -1,0 +1,174 @@
+"""Networks of single hosts: which there are, what of them covers what, and what an agent is told. Pure.
+
+- `all`: the machine's network.
+- `none`: no network.
+- `example.org,*.example.net:8443`: a network of its own without a way out, but for a proxy (`aiosd.net`) that connects
+  to these. Without a port 80 and 443 are meant; `*.` is all below a name, not that itself.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterable, Mapping
+from typing import NamedTuple
+
+from aiosd.access.patterns import covers as _covers
+from aiosd.access.patterns import host_of, matches
+
+ALL, NONE = "all", "none"
+PORTS = (80, 443)  # of a host without a port
+MOST = 64  # hosts of one agent
+CHARACTERS = 8192  # of all of them
+
+#: Where the proxy listens in an agent's own network.
+PROXY_HOST, PROXY_PORT = "127.0.0.1", 3128
+
+_LABEL = r"[a-z0-9_](?:[a-z0-9_-]{0,61}[a-z0-9_])?"
+_NAME = re.compile(rf"{_LABEL}(?:\.{_LABEL})*")
+_NUMBER = re.compile(r"[0-9]+|0x[0-9a-f]*")  # as the last part of a name it makes an address of that
+_CONTROL = re.compile(r"[\x00-\x20\x7f]")
+
+
+class Grant(NamedTuple):
+    host: str  # a name, *.NAME, or an address
+    port: int = 0  # 0: any of PORTS
+
+    @property
+    def ports(self) -> tuple[int, ...]:
+        return (self.port,) if self.port else PORTS
+
+    def __str__(self) -> str:
+        shown = f"[{self.host}]" if ":" in self.host else self.host
+        return f"{shown}:{self.port}" if self.port else shown
+
+
+def are_named(net: str) -> bool:
+    """Whether this network is one of single hosts."""
+    return net not in ("", ALL, NONE)
+
+
+def normal(words: Iterable[str]) -> str:
+    """One network from what a person wrote: `all`, `none`, or hosts, in one text or several. Raises ValueError."""
+    found = [word.strip() for text in words for word in text.split(",")]
+    if found in ([ALL], [NONE]):
+        return found[0]
+    if ALL in found or NONE in found:
+        raise ValueError("all and none stand alone")
+    net = ",".join(dict.fromkeys(str(_grant(word)) for word in found))
+    grants(net)  # how many there are
+    return net
+
+
+def grants(net: str) -> tuple[Grant, ...]:
+    """Of a network as `normal` writes it; none of `all` and `none`. Raises ValueError."""
+    if not are_named(net):
+        return ()
+    if len(net) > CHARACTERS:
+        raise ValueError(f"hosts of more than {CHARACTERS} characters")
+    words = net.split(",")
+    if len(words) > MOST:
+        raise ValueError(f"{len(words)} hosts; the limit is {MOST}")
+    return tuple(map(_grant, words))
+
+
+def rule(granted: Iterable[Grant], host: str, port: int) -> Grant | None:
+    """By which grant a host (as `host_of` writes it) may be reached at a port; None: by none."""
+    return next((one for one in granted if port in one.ports and matches("host", one.host, host)), None)
+
+
+def covers(wide: str, narrow: str) -> bool:
+    """Whether a network reaches all that another one does."""
+    if wide in (ALL, narrow) or narrow == NONE:
+        return True
+    mine = grants(wide)
+    return are_named(narrow) and all(
+        any(port in one.ports and _covers("host", one.host, other.host) for one in mine)
+        for other in grants(narrow)
+        for port in other.ports
+    )
+
+
+def refusal(granted: Iterable[Grant], host: str, port: int) -> str:
+    """Why a host that no grant names is not reached, with what would allow it."""
+    shown = f"[{host}]" if ":" in host else host
+    found = [str(one) for one in granted if matches("host", one.host, host)]
+    wanted = shown if port in PORTS else f"{shown}:{port}"
+    what = f"port {port} of {shown} is not granted, only {', '.join(found)}" if found else f"{shown} is not granted"
+    return f"sandbox: {what} (aios-run --net {wanted}, or net of [[group]] in aiosd.toml, would allow it)"
+
+
+def address(text: str) -> tuple[str, int]:
+    """HOST or HOST:PORT, [v6] or [v6]:PORT, as a host that can be compared, and its port (0: none was given). Raises
+    ValueError for what is none."""
+    host, port = text, 0
+    if text.startswith("["):
+        inside, closed, rest = text[1:].partition("]")
+        if not closed or ":" not in inside or (rest and not rest.startswith(":")):
+            raise ValueError(f"{text[:80]!r} is no host")
+        host, number = inside, rest[1:]
+        port = _port(number, text) if rest else 0
+    elif text.count(":") == 1:
+        host, _, number = text.partition(":")
+        port = _port(number, text)
+    return _host(host, text), port
+
+
+def proxied(env: Mapping[str, str]) -> dict[str, str]:
+    """The environment of an agent that has a network of single hosts."""
+    url = f"http://{PROXY_HOST}:{PROXY_PORT}"
+    own = {"http_proxy": url, "https_proxy": url, "all_proxy": url, "no_proxy": "localhost,127.0.0.1"}
+    kept = {name: value for name, value in env.items() if name.lower() not in own}
+    return kept | own | {name.upper(): value for name, value in own.items()}
+
+
+def _grant(word: str) -> Grant:
+    if word.startswith("*."):
+        host, port = address(word[2:])
+        if ":" in host or _is_address(host):
+            raise ValueError(f"{word[:80]!r}: '*.' stands before a name")
+        return Grant("*." + host, port)
+    if "*" in word:
+        raise ValueError(f"{word[:80]!r} is no host (such as example.org, *.example.org or example.org:8443)")
+    host, port = address(word)
+    if _is_address(host):
+        _refuse_private(host)
+    elif "." not in host:  # none has a public address: it is another word that was meant to be understood
+        raise ValueError(f"{word[:80]!r} is no host (such as example.org), and neither all nor none")
+    return Grant(host, port)
+
+
+def _port(number: str, text: str) -> int:
+    if not (number.isascii() and number.isdecimal() and len(number) <= 5 and 1 <= int(number) <= 65535):
+        raise ValueError(f"{text[:80]!r} has no port (from 1 to 65535) behind its colon")
+    return int(number)
+
+
+def _host(host: str, text: str) -> str:
+    if ":" in host or _is_address(host):
+        import ipaddress  # takes milliseconds, and most systems never need it
+
+        if "%" in host:
+            raise ValueError(f"{text[:80]!r} is an address of one interface")
+        try:
+            return str(ipaddress.ip_address(host))
+        except ValueError:
+            raise ValueError(f"{text[:80]!r} is no host") from None
+    if _CONTROL.search(host) or len(host) > 253:
+        raise ValueError(f"{text[:80]!r} is no host")
+    plain = host_of(host)
+    if len(plain) > 253 or not _NAME.fullmatch(plain):
+        raise ValueError(f"{text[:80]!r} is no host (such as example.org, *.example.org or example.org:8443)")
+    return plain
+
+
+def _is_address(host: str) -> bool:
+    """Whether the C library would take it for an address, in whatever form: 127.1 and 0x7f000001 are some."""
+    return ":" in host or _NUMBER.fullmatch(host.rstrip(".").rpartition(".")[2].lower()) is not None
+
+
+def _refuse_private(host: str) -> None:
+    from aiosd.sandbox.addresses import why_not_public
+
+    why = why_not_public(host)
+    if why:
+        raise ValueError(f"{host} is {why}, which a proxy does not connect to (--net all reaches it)")
