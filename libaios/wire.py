@@ -248,6 +248,11 @@ class Template(Struct, array_like=True, frozen=True):
     python: Annotated[str, Meta(max_length=4096)] = ""
     modules: Annotated[list[Module], Meta(max_length=64)] = []
 
+    @property
+    def name(self) -> str:
+        """What its process is called. Where there are several of this name, all but the first have a number, too."""
+        return f"template:{self.modules[0] if self.modules else os.path.basename(os_shown(self.python))}"
+
 
 class Spawn(Struct, array_like=True, frozen=True):
     """Start an agent.
@@ -1019,6 +1024,7 @@ class ProcInfo(Struct, frozen=True):
     cost: str = "0.00"  # what its generations cost, exactly
     budget: str = ""  # which budget ended it, by its name in aiosd.toml
     reason: str = ""  # why it ended, where kernel or supervisor know
+    template: str = ""  # the name of the template that it was forked from; "": of none
 
 
 class Waited(Struct, array_like=True, frozen=True):
