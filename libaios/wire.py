@@ -1025,6 +1025,7 @@ class ProcInfo(Struct, frozen=True):
     budget: str = ""  # which budget ended it, by its name in aiosd.toml
     reason: str = ""  # why it ended, where kernel or supervisor know
     template: str = ""  # the name of the template that it was forked from; "": of none
+    ended: float | None = None  # Unix time
 
 
 class Waited(Struct, array_like=True, frozen=True):
