@@ -101,16 +101,16 @@ def _money(number: float) -> str:
 _USED, _EXCEEDED = "used up", "exceeded"
 
 KINDS = (
-    Kind("tokens", "tokens", "token", _count(0), _whole, _USED, "N", "Tokens, computed and generated, such as 10k."),
-    Kind("cost", "cost", "cost", parse_money, _money, _USED, "AMOUNT", "Money, by models' prices.", shown=_money),
-    Kind("time", "time_s", "time", _seconds, _time, _USED, "S", "Wall seconds, or 1h30m."),
-    Kind("cpu", "cpu_s", "CPU", _seconds, _time, _USED, "S", "Seconds on processors.", SAMPLE_S),
-    Kind("memory", "memory_bytes", "memory", _size, format_size, _EXCEEDED, "SIZE", "Memory, such as 512M.", SAMPLE_S),
-    Kind("context", "context", "context", _count(1), _tokens, _USED, "N", "Tokens that open calls hold at a time."),
-    Kind("tool_calls", "tool_calls", "tool call", _count(0), _whole, _USED, "N", "Calls of tools."),
-    Kind("children", "children", "child", _count(0), _whole, _USED, "N", "Agents that it starts, and these start."),
+    Kind("tokens", "tokens", "token", _count(0), _whole, _USED, "N", "tokens, computed and generated, such as 10k."),
+    Kind("cost", "cost", "cost", parse_money, _money, _USED, "AMOUNT", "money, by models' prices.", shown=_money),
+    Kind("time", "time_s", "time", _seconds, _time, _USED, "S", "wall seconds, or 1h30m."),
+    Kind("cpu", "cpu_s", "CPU", _seconds, _time, _USED, "S", "seconds on processors.", SAMPLE_S),
+    Kind("memory", "memory_bytes", "memory", _size, format_size, _EXCEEDED, "SIZE", "memory, such as 512M.", SAMPLE_S),
+    Kind("context", "context", "context", _count(1), _tokens, _USED, "N", "tokens that open calls hold at a time."),
+    Kind("tool_calls", "tool_calls", "tool call", _count(0), _whole, _USED, "N", "calls of tools."),
+    Kind("children", "children", "child", _count(0), _whole, _USED, "N", "agents that it starts, and these start."),
     Kind("processes", "processes", "process", _count(1), _whole, _EXCEEDED, "N", "Linux processes.", SAMPLE_S),
-    Kind("disk", "disk_bytes", "disk", _size, format_size, _EXCEEDED, "SIZE", "Store and workspace (sandbox).", DISK_S),
+    Kind("disk", "disk_bytes", "disk", _size, format_size, _EXCEEDED, "SIZE", "store and workspace (sandbox).", DISK_S),
 )
 BY_NAME = {kind.name: kind for kind in KINDS}
 SAMPLED = tuple(kind for kind in KINDS if kind.lag_s)

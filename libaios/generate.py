@@ -229,6 +229,10 @@ def generate_args(
     )
 
 
+#: What Python calls it when an option is not known: a caller has used one of these.
+generate_args.__qualname__ = "chat/complete"
+
+
 def objects(value: Sequence[Mapping[str, Any]], what: str) -> list[dict[str, Any]]:
     """Check that this is a list of dicts, and copy it. Raises OSError EINVAL."""
     items = _list(value, what, "dicts")

@@ -129,11 +129,11 @@ def garbage(data: str) -> Deed:
     return deed
 
 
-def whole(message: dict[str, Any], reason: str = "stop") -> Deed:
+def whole(message: dict[str, Any], reason: str = "stop", usage: dict[str, Any] | None = USAGE) -> Deed:
     """It does not stream."""
 
     def deed(handler: Handler) -> None:
-        found = {"choices": [{"message": message, "finish_reason": reason}], "usage": USAGE}
+        found = {"choices": [{"message": message, "finish_reason": reason}], "usage": usage}
         data = json.dumps(found).encode()
         handler.send_response(200)
         handler.send_header("Content-Type", "application/json")

@@ -16,6 +16,7 @@ from typing import Any
 import psutil
 import pytest
 
+from aiosd.commands import approve, asks
 from libaios import wire
 from libaios.client import Client
 from libaios.home import Home
@@ -402,6 +403,30 @@ def _kill(system: System, name: str) -> None:
     eventually(lambda: [one["ospid"] for one in system.ps("-e") if one["name"] == name] not in ([], [process.pid]))
 
 
+# ── how it is shown ───────────────────────────────────────────────────────────────────────────────────────
+
+
+def an_ask(what: str, resources: list[tuple[str, str]], details: list[tuple[str, str]], always: str = "") -> Asked:
+    return Asked("6f1b20c9", "d", 7, "clerk", "web", what, False, resources, details, "a rule", always, time.time())
+
+
+def test_one_line_tells_what_would_happen() -> None:
+    renice = an_ask("nice", [("group", "web")], [("agent", "clerk(7)"), ("nice", "from 0 to -5")])
+    assert asks.in_short(renice) == "nice (group web, agent clerk(7), nice from 0 to -5)"
+    written = an_ask("sto_write", [("path", "a.txt")], [("file", "a.txt"), ("text", "one\ntwo"), ("why", "x" * 61)])
+    assert asks.in_short(written) == "sto_write (path a.txt)"
+    assert asks.in_short(an_ask("reload", [], [])) == "reload"
+    assert "\x1b" not in asks.title(an_ask("calc", [], [("expression", "\x1b[2J")]))
+
+
+def test_always_is_no_answer_where_it_can_only_be_allowed_once() -> None:
+    once, lasting = an_ask("nice", [], []), an_ask("calc", [], [], always="calc by clerk")
+    assert [approve.verdict_of(ask, "Always\n") for ask in (once, lasting)] == [None, "always"]
+    assert [approve.verdict_of(ask, "y\n") for ask in (once, lasting)] == ["allow", "allow"]
+    assert [approve.verdict_of(ask, "what?\n") for ask in (once, lasting)] == [None, None]
+    assert ["[a]lways" in approve.question(ask) for ask in (once, lasting)] == [False, True]
+
+
 # ── the terminal of an attached agent ─────────────────────────────────────────────────────────────────────
 
 
@@ -417,7 +442,7 @@ def test_the_terminal_of_an_attached_agent_shows_what_it_asks(
         while b"aios-approve " not in shown or not shown.endswith(b"\n"):
             shown += os.read(master, 4096)
         words = shown.decode()
-        assert "needs your approval: calc; answer it in another terminal: aios-approve " in words
+        assert "needs your approval: calc (expression 6*7); answer it in another terminal: aios-approve " in words
         (asked,) = person.call(Sys.ASK_LIST, NoArgs(), list[Asked])
         assert words.split()[-1] == asked.id
         person.call(Sys.ASK_ANSWER, AnswerAsk(asked.id, asked.digest, True), None)

@@ -17,7 +17,7 @@ import msgspec
 import pytest
 
 from aiosd import autostart, config
-from aiosd.commands import MODULES, cli, summary
+from aiosd.commands import MODULES, cli, edge, summary
 from aiosd.config import keys
 from aiosd.errors import UsageError
 from aiosd.llm import policy
@@ -509,7 +509,7 @@ def test_a_short_status_of_trouble() -> None:
 
 
 def test_no_line_of_a_short_status_is_wider_than_a_terminal() -> None:
-    machine = "2 CPUs 100% busy, load 10.51 10.40 10.38, memory 13.2G of 15.6G, disk 76.0G of 252G free"
+    machine = "2 CPUs 100% busy, load 10.51 10.40 10.38, memory 13.2G of 15.6G, disk 76.0G free"
     agents = dict.fromkeys("DQRSTZ", 1000)
     lines = summary.brief({"agents": agents, "max_agents": 6645, "home": "/h", "pid": 4_000_000}, machine)
     assert max(map(len, lines)) <= 80
@@ -565,7 +565,23 @@ def test_no_line_of_help_is_wider_than_80_columns(fresh_aiosd: Fresh, words: lis
 )
 def test_a_usage_error_is_one_plain_line(fresh_aiosd: Fresh, words: list[str], message: str) -> None:
     done = fresh_aiosd(start=False).run("aiosd", *words)
-    assert (done.returncode, done.stderr) == (2, f"aiosd: {message} (see aiosd --help)\n")
+    told_by = " ".join(["aiosd", *(words[:1] if words[0] in SUBCOMMANDS else [])])
+    assert (done.returncode, done.stderr) == (2, f"aiosd: {message} (see {told_by} --help)\n")
+
+
+def test_no_files_command_is_one_line(fresh_aiosd: Fresh) -> None:
+    done = fresh_aiosd(start=False).run("aios-sto")
+    assert (done.returncode, done.stdout, done.stderr) == (2, "", "aios-sto: missing command (see aios-sto --help)\n")
+
+
+def test_help_breaks_no_word_at_its_hyphen() -> None:
+    text = "on-failure aios-attach --context-ram " * 20
+    formatter = edge.HelpFormatter(width=40)
+    formatter.write_text(text)
+    formatter.write_dl([("--restart-it", text)])
+    lines = formatter.getvalue().splitlines()
+    assert max(map(len, lines)) <= 40
+    assert {word for line in lines for word in line.split()} == {*text.split(), "--restart-it"}
 
 
 def test_status_of_an_empty_reply_is_no_error() -> None:

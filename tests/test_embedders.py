@@ -205,6 +205,9 @@ def test_what_makes_no_vectors_is_told_at_the_start(models: Path) -> None:
         done = system.run("aiosd", "--embed-model", "nothing.vectors")
         assert done.returncode != 0
         assert "aiosd get-embedder --static makes one" in done.stderr
+        done = system.run("aiosd", "--embed-model", "/nothing.gguf")
+        told = "aiosd: nothing: /nothing.gguf: no such file (aiosd models lists what is on this machine)\n"
+        assert (done.returncode, done.stderr) == (1, told)
         done = system.run("aiosd", "get-embedder", "--from", str(models))
         assert done.returncode == 0
         shutil.rmtree(models / "original")

@@ -92,7 +92,7 @@ def test_the_official_client_finds_what_it_expects(aiosd: System, tmp_path: Path
         completion True
         refused None messages
         refused None temperature
-        refused context_length_exceeded prompt
+        refused context_length_exceeded messages
         stranger invalid_api_key
         cancelled True
         budget insufficient_quota false

@@ -97,7 +97,7 @@ def test_messages_may_have_any_form_that_programs_send(agent: Agent) -> None:
 def test_a_prompt_that_is_too_long_is_never_cut(agent: Agent) -> None:
     for content in ("word " * 3000, "word " * 500_000):
         found = agent.error(CHAT, {"messages": [{"role": "user", "content": content}]})
-        assert found == (400, "prompt", "context_length_exceeded")
+        assert found == (400, "messages", "context_length_exceeded")
     _, found = agent.post(COMPLETION, {"prompt": "word " * 3000})
     assert "2048" in found["error"]["message"]
 
@@ -237,6 +237,83 @@ def read(**body: Any) -> Any:
 )
 def test_a_field_that_cannot_be_honoured_is_named(field: str, value: Any) -> None:
     assert read(**{field: value}) == (400, field)
+
+
+SAY = {"role": "user", "content": "x"}
+CALLED = {"role": "assistant", "tool_calls": [{"id": "a", "type": "function", "function": {"name": "f"}}]}
+BAD_CALL = {"role": "assistant", "tool_calls": [{"function": {"name": "f", "arguments": "{"}}]}
+BAD_OLD = {"role": "assistant", "function_call": {"name": "f", "arguments": "{"}}
+BAD_TOOL = {"type": "function", "function": {"name": "f", "parameters": {"type": "array"}}}
+NAMELESS = {"type": "function", "function": {"parameters": {}}}
+FLAT = {"type": "function", "name": "f", "parameters": {"type": "array"}}
+ALLOWED = {"type": "allowed_tools", "mode": "auto", "tools": [{"name": "f"}]}
+TEXT, RESPONSE = "/v1/completions", "/v1/responses"
+IMAGE = [{"type": "image_url", "image_url": {"url": "data:,"}}]
+LONGEST = "word " * 3000
+IMPOSSIBLE = {"type": "object", "properties": {"a": {"type": "string", "pattern": "("}}, "required": ["a"]}
+FORM = {"type": "json_schema", "json_schema": {"name": "x", "schema": IMPOSSIBLE}}
+
+WRONG: list[tuple[str, dict[str, Any], str]] = [
+    (CHAT, {}, "messages"),
+    (CHAT, {"messages": [SAY, 5]}, "messages[1]"),
+    (CHAT, {"messages": [SAY, {"role": "user"}]}, "messages[1].content"),
+    (CHAT, {"messages": [SAY, {"role": "nobody", "content": "x"}]}, "messages[1].role"),
+    (CHAT, {"messages": [SAY, {"role": "user", "content": IMAGE}]}, "messages[1].content"),
+    (CHAT, {"messages": [SAY, BAD_CALL, SAY]}, "messages[1].tool_calls[0].function.arguments"),
+    (CHAT, {"messages": [SAY, BAD_OLD, SAY]}, "messages[1].function_call.arguments"),
+    (CHAT, {"messages": [{**SAY, "tool_calls": 5}]}, "messages[0].tool_calls"),
+    (CHAT, {"messages": [{**SAY, "content": LONGEST}]}, "messages"),
+    (CHAT, {"messages": [SAY], "tools": [tool("g"), BAD_TOOL]}, "tools[1].function.parameters"),
+    (CHAT, {"messages": [SAY], "tools": [tool("g"), BAD_TOOL], "tool_choice": ALLOWED}, "tools[1].function.parameters"),
+    (CHAT, {"messages": [SAY], "tools": [NAMELESS]}, "tools[0].function.name"),
+    (CHAT, {"messages": [SAY], "tools": [{"type": "x"}]}, "tools[0].type"),
+    (CHAT, {"messages": [SAY], "functions": [{"name": "f", "parameters": 5}]}, "functions[0].parameters"),
+    (CHAT, {"messages": [SAY], "tools": [tool("f")], "tool_choice": "x"}, "tool_choice"),
+    (CHAT, {"messages": [SAY], "functions": [{"name": "f"}], "function_call": {"name": "x"}}, "function_call"),
+    (CHAT, {"messages": [SAY], "response_format": FORM}, "response_format"),
+    (CHAT, {"messages": [SAY], "json_schema": IMPOSSIBLE}, "json_schema"),
+    (CHAT, {"messages": [SAY], "guided_grammar": "x"}, "guided_grammar"),
+    (CHAT, {"messages": [SAY], "top_p": 7}, "top_p"),
+    (CHAT, {"messages": [SAY], "stop": ["a", 5]}, "stop[1]"),
+    (CHAT, {"messages": [SAY], "stop_token_ids": [-1]}, "stop_token_ids[0]"),
+    (CHAT, {"messages": [SAY], "max_completion_tokens": 0, "ignore_eos": 5}, "ignore_eos"),
+    (CHAT, {"messages": [SAY], "stream_options": {"include_usage": "x"}}, "stream_options.include_usage"),
+    (TEXT, {"prompt": []}, "prompt"),
+    (TEXT, {"prompt": LONGEST}, "prompt"),
+    (TEXT, {"prompt": [1, 1 << 20]}, "prompt[1]"),
+    (TEXT, {"prompt": "x", "repetition_penalty": -3}, "repetition_penalty"),
+    (RESPONSE, {"input": [SAY, {"type": "image"}]}, "input[1].type"),
+    (RESPONSE, {"input": [SAY, {"role": "nobody", "content": "x"}], "instructions": "x"}, "input[1].role"),
+    (RESPONSE, {"input": [SAY, {"role": "user", "content": 5}]}, "input[1].content"),
+    (RESPONSE, {"input": [SAY, {"type": "function_call_output", "call_id": "a", "output": 5}]}, "input[1].output"),
+    (RESPONSE, {"input": [SAY, {"type": "function_call", "name": "f", "arguments": "{"}]}, "input[1].arguments"),
+    (RESPONSE, {"input": [SAY, {"type": "function_call", "arguments": "{}"}]}, "input[1].name"),
+    (RESPONSE, {"input": LONGEST}, "input"),
+    (RESPONSE, {"input": "x", "tools": [FLAT]}, "tools[0].parameters"),
+    (RESPONSE, {"input": "x", "text": {"format": {"type": "xml"}}}, "text.format"),
+    (RESPONSE, {"input": "x", "text": {"format": {"type": "json_schema", "schema": IMPOSSIBLE}}}, "text.format.schema"),
+    (RESPONSE, {"input": "x", "top_logprobs": 99}, "top_logprobs"),
+    ("/v1/embeddings", {"input": ["x", ""]}, "input[1]"),
+    ("/v1/embeddings", {"input": [[1, 2]]}, "input"),
+    ("/v1/detokenize", {"tokens": [1, 1 << 20]}, "tokens[1]"),
+    ("/query", {"query_data": {}}, "query_type"),
+    ("/agents/submit", {"agent_id": "x", "agent_config": {}}, "agent_config.task"),
+    ("/agents/submit", {"agent_config": {"task": "x"}}, "agent_id"),
+]
+
+
+def test_an_error_names_its_field_as_the_api_has_it(agent: Agent) -> None:
+    found = []
+    for path, body, param in WRONG:
+        status, answer = agent.post(path, {"max_tokens": 4, **body} if path in (CHAT, TEXT) else body)
+        error = answer["error"]
+        if (status, error["param"]) != (400, param) or not error["message"]:
+            found.append((path, body, param, status, error))
+    assert not found
+    message = agent.post(CHAT, {"messages": [SAY], "tools": [BAD_TOOL]})[1]["error"]["message"]
+    assert message == "tools[0].function.parameters must be a JSON Schema of type object"
+    ollama = {"messages": [SAY], "options": {"top_p": 7}}
+    assert agent.post("/api/chat", ollama)[1]["error"].startswith("options.top_p: ")
 
 
 def test_fields_that_change_nothing_are_accepted() -> None:

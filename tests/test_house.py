@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import re
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -209,3 +210,31 @@ for name in {modules!r}:
         [sys.executable, "-c", code], capture_output=True, text=True, timeout=60, check=False, cwd=ROOT
     )
     assert (done.returncode, done.stdout) == (0, ""), done.stdout + done.stderr
+
+
+# ── what is written about it ──────────────────────────────────────────────────────────────────────────────
+
+ARCHITECTURE = (ROOT / "docs/architecture.md").read_text()
+
+
+
+def test_every_file_is_described() -> None:
+    """In the picture of the tree, or in its package's list of files. (Commands are named after their files.)"""
+    tree = ARCHITECTURE.partition("\n## The tree\n")[2]
+    lists = {path.parent: ast.get_docstring(ast.parse(path.read_text())) for path in SOURCES if path.stem == "__init__"}
+    missing = [
+        module_of(path)
+        for path in SOURCES
+        if not path.stem.startswith("__")
+        and f"aios-{path.stem}" not in MODULES
+        and not re.search(rf"\b{path.name}\b", tree)
+        and not re.search(rf"\b{path.stem}\b", lists[path.parent] or "")
+    ]
+    assert missing == []
+
+
+def test_every_file_that_is_described_is_there() -> None:
+    paths = [*SOURCES, *(ROOT / "tests").rglob("*.py")]
+    there = {"/" + str(path.relative_to(ROOT)) for path in paths}
+    named = re.findall(r"[\w/]+\.py\b", ARCHITECTURE)
+    assert [name for name in named if not any(path.endswith(f"/{name}") for path in there)] == []

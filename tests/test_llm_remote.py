@@ -34,8 +34,8 @@ from libaios import parts, wire
 from libaios.home import Home
 from libaios.wire import Sampling, Sys
 from tests.conftest import System
-from tests.fakeendpoint import Deed, Endpoint, answers, bytewise, cut, garbage, hangs, status, whole
-from tests.remotebench import KEY, TOOL, USER, Deaf, Make, make, short_pauses
+from tests.fakeendpoint import Deed, Endpoint, Handler, answers, bytewise, cut, garbage, hangs, status, whole
+from tests.remotebench import KEY, TOOL, USER, Bench, Deaf, Make, make, short_pauses
 
 __all__ = ["make", "short_pauses"]  # fixtures
 
@@ -173,7 +173,8 @@ def test_a_fault_is_survived_and_every_piece_comes_once(make: Make, fault: Deed,
     assert bench.text(key) == "Hello"
     assert len(bench.endpoint.asked) == 3
     with_text = fault is FAULTS[4]  # what had come, and the prompt for it, are to be paid for
-    assert bench.charged(key) == 3 + 2 * with_text
+    with_usage = fault is FAULTS[-1]
+    assert bench.charged(key) == 3 + 2 * with_text + 2 * 3 * with_usage
     assert bench.prompts(key) >= 11
     assert bench.remote.stats()["retries"] == 2
 
@@ -325,6 +326,58 @@ def test_a_budget_is_passed_on_and_held(make: Make) -> None:
     failed = bench.end(bench.submit(budget=prompt))
     assert (failed.errno, failed.short) == (errno.EDQUOT, "tokens")
     assert len(bench.endpoint.asked) == 2, "nothing was asked that could not be paid for"
+
+
+def paid(bench: Bench, key: link.Key) -> tuple[int, int]:
+    """Tokens of prompts and of answers, whatever the end was."""
+    return bench.prompts(key), sum(delta.charged or 0 for delta in bench.deltas(key))
+
+
+def test_an_answer_without_figures_is_counted_by_what_came(make: Make) -> None:
+    """… whether it came in many pieces, in few, or in one."""
+    text = "word " * 120
+    for deed in (answers(text[:300], text[300:], usage=None), whole({"content": text}, usage=None)):
+        bench = make(deed)
+        key = bench.submit()
+        assert bench.end(key).usage.completion_tokens == bench.charged(key) == 100
+    bench = make(answers(*"abcdef", usage=None))
+    key = bench.submit()
+    assert (bench.end(key).usage.completion_tokens, bench.charged(key)) == (6, 6)
+
+
+def test_each_attempt_is_paid_for_by_its_own_figures(make: Make) -> None:
+    """One that was cut off after its usage came; and one that a call has failed by, although all of it was known."""
+    used = {"prompt_tokens": 50, "completion_tokens": 7}
+
+    def cut_off(handler: Handler) -> None:
+        handler.stream()
+        handler.chunk(content="Hel")
+        handler.event(json.dumps({"choices": [], "usage": used}))
+
+    bench = make(cut_off, answers("Hel", "lo"))
+    key = bench.submit()
+    assert bench.text(key) == "Hello"
+    assert (bench.prompts(key), bench.charged(key)) == (50 + 11, 7 + 3)
+
+    bench = make(answers("no JSON", usage=used))
+    key = bench.submit(schema={"type": "object"}, stream=False)
+    assert bench.end(key).errno == errno.EPROTO
+    assert paid(bench, key) == (50 * 5, 7 * 5)
+
+
+def test_what_comes_again_is_paid_for_again_and_counts_against_the_budget(make: Make) -> None:
+    """A stream that is cut off again and again gives its caller the beginning once; the endpoint works each time."""
+    bench = make(cut("Hel", "lo"))
+    key = bench.submit()
+    assert bench.end(key).errno == errno.EIO
+    prompts, tokens = paid(bench, key)
+    assert (prompts % 5, tokens) == (0, 2 * 5)
+    estimated = prompts // 5
+    bench = make(cut("Hel", "lo"))
+    key = bench.submit(budget=3 * estimated + 2 + 2 + 1)
+    assert bench.end(key).finish_reason == "limit"
+    assert bench.prompts(key) + bench.charged(key) == 3 * estimated + 5
+    assert [asked[1]["max_tokens"] for asked in bench.endpoint.asked] == [2 * estimated + 5, estimated + 3, 1]
 
 
 def test_a_new_kernel_gets_the_rest(make: Make) -> None:

@@ -17,7 +17,7 @@ from hypothesis import strategies as st
 
 from aiosd import link
 from aiosd.llm.remote import backend as backends
-from aiosd.llm.remote import exchange, limits
+from aiosd.llm.remote import bill, exchange, limits
 from aiosd.llm.remote.answer import Answer, Wrong, loosely, parsed, printable, sentence
 from tests.fakeendpoint import Deed, Handler, answers, cut, garbage, hangs, raw, status, whole
 from tests.remotebench import KEY, TOOL, USER, Make, make, short_pauses
@@ -254,7 +254,7 @@ def test_a_check_is_announced_so_that_it_alone_is_blamed(make: Make) -> None:
         ({"prompt_tokens": -4, "completion_tokens": True}, 30, 2),
         ({"prompt_tokens": "many", "completion_tokens": None, "prompt_tokens_details": None}, 30, 2),
         ({"prompt_tokens": 1 << 60, "completion_tokens": 5}, 30, 5),
-        ({"prompt_tokens": 1 << 39, "completion_tokens": 5}, backends.MOST_TEMPLATE, 5),
+        ({"prompt_tokens": 1 << 39, "completion_tokens": 5}, bill.MOST_TEMPLATE, 5),
         ({"prompt_tokens": 7, "completion_tokens": 5, "prompt_tokens_details": {"cached_tokens": 1 << 30}}, 7, 5),
     ],
 )

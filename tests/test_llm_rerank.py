@@ -124,7 +124,7 @@ def test_agents_rank_documents(fresh_aiosd: Callable[..., System], tmp_path: Pat
     found, again, errors = json.loads(done.stdout)
     assert found == pytest.approx(again)
     assert len(set(found)) == 2
-    assert "this model makes no scores" in errors[0]
+    assert "this one makes no scores" in errors[0]
     assert "documents[1]: " in errors[1]
     assert "at most 2048" in errors[1]
     assert "it makes no vectors" in errors[2]

@@ -94,8 +94,20 @@ def test_tags_and_owners_of_ollama(home: Path, tiny: Path) -> None:
     assert sorted(names[1:]) == ["ollama:hf.co/org/name:Q8_0", "ollama:me/mine", "ollama:qwen3:14b", "ollama:qwen3:8b"]
     assert found.find("qwen3:8b").path.endswith("01")
     assert found.find("ollama:me/mine").label == "me_mine"
-    with pytest.raises(UsageError, match=r"several models have this name: ollama:qwen3:14b, ollama:qwen3:8b"):
+    with pytest.raises(UsageError, match=r"several models may be meant: ollama:qwen3:14b, ollama:qwen3:8b"):
         found.find("qwen3")
+
+
+def test_our_own_files_by_their_beginning(home: Path, tiny: Path) -> None:
+    folder = home / ".cache/aiosd/models"
+    for stem in ("qwen2.5-7b-q4_k_m", "qwen2.5-3b-q4_k_m", "SmolLM2-135M.Q4_1"):
+        put(tiny, folder / f"{stem}.gguf")
+    assert found.find("qwen2.5-7B").label == "qwen2.5-7b-q4_k_m"
+    assert found.find("smollm2").path == found.find("SmolLM2-135M").path == str(folder / "SmolLM2-135M.Q4_1.gguf")
+    with pytest.raises(UsageError, match=r"may be meant: qwen2\.5-3b-q4_k_m, qwen2\.5-7b-q4_k_m"):
+        found.find("qwen2.5")
+    assert found.find("qwen2").source == "path"  # another model, which is not here
+    assert found.find("qwen2.5-7").source == "path"
 
 
 def test_what_ollama_has_not_finished_is_not_there(home: Path, tiny: Path) -> None:

@@ -194,7 +194,7 @@ def test_only_children_can_be_waited_for(aiosd: System, agent: Write) -> None:
             try: aios.proc.wait(pid)
             except ChildProcessError as err: print(err.strerror)
     """)
-    assert run(aiosd, script) == "1: is part of aiosd itself, which ends by: aiosd stop\n999999: no such agent\n"
+    assert run(aiosd, script) == "1: is part of aiosd itself (see aiosd status, aiosd stop)\n999999: no such agent\n"
 
 
 def test_what_cannot_be_started_is_said_with_its_errno(aiosd: System, agent: Write, tmp_path: Path) -> None:

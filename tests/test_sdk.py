@@ -58,6 +58,11 @@ def generate(stream: bool = True, timeout: float | None = None) -> wire.Generate
 # ── calls ─────────────────────────────────────────────────────────────────────────────────────────────────
 
 
+def test_an_option_that_is_not_known_is_one_of_the_function_that_was_called() -> None:
+    with pytest.raises(TypeError, match=r"^chat/complete\(\) got an unexpected keyword argument 'max_token'"):
+        aios.llm.chat([], max_token=3)
+
+
 def test_replies_in_any_order_find_their_calls(kernel: ChannelKernel, connection: Connection) -> None:
     results = [aside(connection.call, Sys.TOKENIZE, wire.Tokenize(str(number)), str) for number in range(8)]
     requests = [kernel.take() for _ in results]

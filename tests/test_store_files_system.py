@@ -239,7 +239,7 @@ def test_the_command(system: System, tmp_path: Path) -> None:
     run("rm", "notes/plan", *of)
     assert run("empty-trash", *of) == "1 removed\n"
     assert run("cat", "notes/plan", *of, code=1) == "aios-sto: there is no file 'notes/plan'\n"
-    assert run("rm", "none", *of, code=1) == "aios-sto: none: there is no file 'none'\n"
+    assert run("rm", "none", *of, code=1) == "aios-sto: there is no file 'none'\n"
     services = {service["name"]: service for service in system.status()["services"]}
     assert {"file_bytes", "mounts"} <= set(services["store"]["stats"])
 

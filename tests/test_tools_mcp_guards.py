@@ -107,6 +107,7 @@ def system(fresh_aiosd: Callable[..., System], tmp_path: Path) -> System:
         f'[mcpServers.odd]\ncommand = "{sys.executable}"\nargs = ["{tmp_path / "odd.py"}"]\ntimeout = 3\n'
         f'env = {{ MARK = "{tmp_path / "written" / "mark"}" }}\nwrite = ["written"]\n'
         f'[mcpServers.modern]\ncommand = "{sys.executable}"\nargs = ["{tmp_path / "modern.py"}"]\n'
+        'sandbox = "flat"\nnet = "none"\n'
     )
     return fresh_aiosd("--config", str(tmp_path / "aiosd.toml"), "--threads", "1", env={"SECRET_TOKEN": "hush"})
 

@@ -7,9 +7,11 @@ modules.py     which modules an agent finds imported
 rehearsal.py   an agent's first calls, made before the first fork, so that agents share the warm memory
 heap.py        new objects do not go into holes between shared ones
 layout.py      the code that every agent runs lies side by side
+confinement.py a new agent confines itself
 agent.py       from a forked child to an agent
 title.py       the agent's name in `ps`
 program.py     the agent's program: a script, a module, another program
+denial.py      what the sandbox has denied it, and what would allow that
 frames.py      its tracebacks
 end.py         its end
 bootstrap.py   the first code of a template, in any interpreter

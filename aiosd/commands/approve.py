@@ -1,7 +1,7 @@
 """aios-approve: what agents ask for, and the answers of a person.
 
 $ aios-approve
-6f1b20c9  agent cleaner (pid 7, group web): sto_remove path reports/a.txt, group web
+6f1b20c9  agent cleaner (pid 7, group web): sto_remove (path reports/a.txt, group web)
 $ aios-approve 6f1b
 """
 
@@ -31,6 +31,7 @@ EXAMPLES = """
 """
 WORDS = {"y": "allow", "yes": "allow", "a": "always", "always": "always", "n": "deny", "no": "deny", "s": "skip"}
 PROMPT = "[y]es, once · [a]lways · [n]o · [s]kip: "
+PROMPT_ONCE = "[y]es · [n]o · [s]kip: "  # of what cannot be allowed for all times
 
 
 @edge.new(
@@ -108,7 +109,7 @@ def _answer_all(
                 _print_json(asked)
             else:
                 print("\n".join(asks.lines(asked, full)), flush=True)
-            answer(client, asked, verdict or _prompt(), reason)
+            answer(client, asked, verdict or _prompt(asked), reason)
         except edge.Failed as err:
             edge.complain("aios-approve", str(err))
             code = 1
@@ -121,7 +122,7 @@ def _answer_all(
 def _one_of(there: list[Asked], word: str) -> Asked:
     found = [asked for asked in there if asked.id.startswith(word)] if word else []
     if not found:
-        raise edge.Failed(f"{word}: nothing of this name is asked")
+        raise edge.Failed(f"{word}: nothing with this ID is asked (any more)")
     if len(found) > 1:
         raise edge.Failed(f"{word}: may be {', '.join(asked.id for asked in found)}")
     return found[0]
@@ -134,18 +135,28 @@ def answer(client: Client, asked: Asked, verdict: str, reason: str = "") -> None
         client.call(Sys.ASK_ANSWER, args, None)
 
 
-def _prompt() -> str:
+def question(asked: Asked) -> str:
+    return PROMPT if asked.always else PROMPT_ONCE
+
+
+def verdict_of(asked: Asked, line: str) -> str | None:
+    """What a person has typed; None: that is no answer here."""
+    verdict = WORDS.get(line.strip().lower())
+    return None if verdict == "always" and not asked.always else verdict
+
+
+def _prompt(asked: Asked) -> str:
     """What a person types; without a terminal nothing is answered."""
     if not os.isatty(0):
         return "skip"
     while True:
         _forget_typed()
-        print(PROMPT, end="", flush=True)
+        print(question(asked), end="", flush=True)
         line = sys.stdin.readline()
         if not line:
             return "skip"
-        if (word := line.strip().lower()) in WORDS:
-            return WORDS[word]
+        if verdict := verdict_of(asked, line):
+            return verdict
 
 
 def _forget_typed() -> None:
@@ -211,7 +222,7 @@ class _Follow:
 
     def _prompt(self) -> None:
         _forget_typed()
-        print(PROMPT, end="", flush=True)
+        print(question(self._open[self._current]), end="", flush=True)
 
     def _wait(self) -> bool:
         """Until something comes; False: nobody types any more."""
@@ -226,7 +237,7 @@ class _Follow:
         line = sys.stdin.readline()
         if not line:
             return False
-        verdict = WORDS.get(line.strip().lower())
+        verdict = verdict_of(self._open[self._current], line)
         if verdict is None:
             self._prompt()
             return True
@@ -250,9 +261,9 @@ def _print_rules(rules: RulesInForce, as_json: bool) -> int:
     if as_json:
         _print_json(rules)
         return 0
-    timeout = f"for {rules.ask_timeout_s:g} s" if rules.ask_timeout_s else "not at all"
+    fate = f"waits for {rules.ask_timeout_s:g} s" if rules.ask_timeout_s else "is denied at once"
     lines = rules.rules or ["no rules: defaults alone decide"]
-    lines += [f"while nobody listens an ask waits {timeout}; listening now: {rules.listening}", f"audit: {rules.audit}"]
+    lines += [f"while nobody listens an ask {fate}; listening now: {rules.listening}", f"audit: {rules.audit}"]
     print("\n".join(map(edge.printable, lines)))
     return 0
 

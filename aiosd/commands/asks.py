@@ -15,20 +15,22 @@ if TYPE_CHECKING:
     from libaios.connection import Pending
 
 SHOWN_CHARS = 2000  # of each text, unless all is wanted
+NEVER_ALWAYS = "(it can only be allowed once at a time)"
+SHORT_CHARS, SHORT_DETAILS = 60, 2  # of what is shown in one line: how long a detail may be, and how many there are
 
 
 def title(asked: Asked) -> str:
     """One line."""
-    return printable(f"{asked.id}  agent {asked.name} (pid {asked.pid}, group {asked.group}): {_deed(asked)}")
+    return printable(f"{asked.id}  agent {asked.name} (pid {asked.pid}, group {asked.group}): {in_short(asked)}")
 
 
 def lines(asked: Asked, full: bool = False) -> list[str]:
     """All that it is about: what a person must have seen before it is allowed."""
     ago = format_duration(max(0.0, time.time() - asked.since))
-    found = [printable(f"{asked.id}  agent {asked.name} (pid {asked.pid}, group {asked.group}) asks since {ago}")]
+    found = [printable(f"{asked.id}  agent {asked.name} (pid {asked.pid}, group {asked.group}) has asked for {ago}")]
     rows = [("tool" if asked.tool else "call", _deed(asked)), ("because of", asked.rule), *asked.details]
     rows += [("in", asked.folder)] if asked.folder else []
-    rows += [("always means", asked.always or "(it can only be allowed once at a time)")]
+    rows += [("always means", asked.always or NEVER_ALWAYS)]
     width = max(len(printable(label)) for label, _ in rows)
     for label, text in rows:
         first, *more = _text(text, full)
@@ -49,7 +51,19 @@ def _text(text: str, full: bool) -> list[str]:
 
 def _deed(asked: Asked) -> str:
     things = ", ".join(f"{kind} {value}" for kind, value in asked.resources)
-    return f"{asked.what} {things}" if things else asked.what
+    return f"{asked.what} ({things})" if things else asked.what
+
+
+def in_short(asked: Asked) -> str:
+    """`nice (group web, nice from 0 to -5)`: the deed, with the details that go into a line."""
+    told = {word for resource in asked.resources for word in resource}
+    short = [
+        f"{label} {text}"
+        for label, text in asked.details
+        if label not in told and text not in told and "\n" not in text and len(text) <= SHORT_CHARS
+    ]
+    things = [f"{kind} {value}" for kind, value in asked.resources] + short[:SHORT_DETAILS]
+    return f"{asked.what} ({', '.join(things)})" if things else asked.what
 
 
 # ── on the terminal of an attached agent ──────────────────────────────────────────────────────────────────
@@ -66,6 +80,6 @@ def notices(call: Pending | None) -> list[str]:
     while call is not None and call.pieces:
         asked = call.pieces.popleft()
         if isinstance(asked, Asked) and asked.state == "open":
-            words = printable(f"agent {asked.pid} ({asked.name}) needs your approval: {_deed(asked)}")
+            words = printable(f"agent {asked.pid} ({asked.name}) needs your approval: {in_short(asked)}")
             found.append(f"{words}; answer it in another terminal: aios-approve {asked.id}")
     return found

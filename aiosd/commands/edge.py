@@ -11,7 +11,7 @@ import gc
 import os
 import re
 import sys
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from importlib import import_module
 from typing import TYPE_CHECKING, Any, TypeVar
 
@@ -37,6 +37,7 @@ def run(program: str, module: str, args: list[str]) -> int:
     """Run the click command `command` of `module`; returns its exit code. Raises KeyboardInterrupt."""
     sys.stdout.reconfigure(errors="backslashreplace")  # type: ignore[union-attr] # a TextIOWrapper, never a pipe object
     command: click.Command = import_module(module).command
+    click.Context.formatter_class = HelpFormatter
     gc.enable()
     variable = completion_variable(program)
     try:
@@ -47,8 +48,7 @@ def run(program: str, module: str, args: list[str]) -> int:
     except click.exceptions.Exit as end:
         return end.exit_code
     except click.ClickException as err:
-        hint = f" (see {program} --help)" if isinstance(err, click.UsageError) else ""
-        complain(program, _one_line(err.format_message()) + hint)
+        complain(program, _one_line(err.format_message()) + _where_to_look(program, err))
         return err.exit_code
     except Failed as err:
         complain(program, str(err))
@@ -163,6 +163,29 @@ def _show_version(context: click.Context, _: click.Parameter, wanted: bool) -> N
 
         click.echo(f"{context.find_root().info_name} {__version__}")
         context.exit()
+
+
+class HelpFormatter(click.HelpFormatter):
+    """Breaks lines of help between words alone: not within `aios-attach` or `--context-ram`, which one may want to
+    copy. (textwrap breaks after hyphens, and click has no way to tell it not to.)"""
+
+    STAND_IN = "\ue000"  # for a hyphen, while lines are broken
+
+    def write(self, string: str) -> None:
+        super().write(string.replace(self.STAND_IN, "-"))
+
+    def write_text(self, text: str) -> None:
+        super().write_text(text.replace("-", self.STAND_IN))
+
+    def write_dl(self, rows: Iterable[tuple[str, str]], col_max: int = 30, col_spacing: int = 2) -> None:
+        super().write_dl([(name, text.replace("-", self.STAND_IN)) for name, text in rows], col_max, col_spacing)
+
+
+def _where_to_look(program: str, err: click.ClickException) -> str:
+    """Behind the message of a command that was used wrongly: whose help tells more, `aiosd tools`' for instance."""
+    if not isinstance(err, click.UsageError):
+        return ""
+    return f" (see {err.ctx.command_path if err.ctx else program} --help)"
 
 
 def _one_line(text: str) -> str:

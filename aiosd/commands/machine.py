@@ -20,7 +20,6 @@ class Figures(NamedTuple):
     memory_used: int
     memory_total: int
     disk_free: int | None  # None: not known
-    disk_total: int | None
 
 
 def measure(folder: str, interval_s: float | None = None) -> Figures:
@@ -40,7 +39,6 @@ def measure(folder: str, interval_s: float | None = None) -> Figures:
         memory_used=memory.total - memory.available,
         memory_total=memory.total,
         disk_free=disk.free if disk else None,
-        disk_total=disk.total if disk else None,
     )
 
 
@@ -53,12 +51,12 @@ def _asked_before() -> bool:
 
 
 def one_line(machine: Figures) -> str:
-    """`2 CPUs 35% busy, load 0.51 0.40 0.38, memory 3.2G of 15.6G, disk 76.0G of 252G free`"""
+    """`2 CPUs 35% busy, load 0.51 0.40 0.38, memory 3.2G of 15.6G, disk 76.0G free`"""
     cpus = f"{machine.cpus} CPU{'s' * (machine.cpus != 1)}"
     if machine.cpu_percent is not None:
         cpus += f" {machine.cpu_percent:.0f}% busy"
     parts = [cpus, "load " + " ".join(f"{load:.2f}" for load in machine.load)]
     parts.append(f"memory {format_size(machine.memory_used)} of {format_size(machine.memory_total)}")
-    if machine.disk_free is not None and machine.disk_total is not None:
-        parts.append(f"disk {format_size(machine.disk_free)} of {format_size(machine.disk_total)} free")
+    if machine.disk_free is not None:  # without its size: that would not fit into a window of 80 columns
+        parts.append(f"disk {format_size(machine.disk_free)} free")
     return ", ".join(parts)

@@ -40,8 +40,9 @@ Cells = Sequence[str]
     click.Group,
     "Look at the files that agents keep in the store, and put files there. Without --of they are those of the person "
     "at the terminal; --of takes agent:NAME, agent:GROUP/NAME, pid:N, group or group:NAME.",
-    "[OPTIONS] COMMAND",
+    "[OPTIONS]",
     EXAMPLES,
+    no_args_is_help=False,  # an error is one line
 )
 def command() -> None:
     pass
@@ -260,7 +261,8 @@ def _each(items: Iterable[Any], act: Callable[[Any], object]) -> int:
         try:
             act(item)
         except OSError as err:
-            edge.complain("aios-sto", edge.reason_about(str(item), err))
+            words = edge.reason(err)
+            edge.complain("aios-sto", words if str(item) in words else f"{item}: {words}")
             failed = True
     return 1 if failed else 0
 

@@ -16,7 +16,7 @@ from typing import IO, TypeVar
 import click
 
 from aiosd.commands import edge
-from aiosd.errors import AiosdError
+from aiosd.errors import AiosdError, UsageError
 from libaios.client import NoKernel
 from libaios.home import Home
 from libaios.wire import NoArgs, Sys
@@ -102,7 +102,10 @@ def load(file: Path, replace: bool) -> int:
         if not replace and (kept := archive.counted(folder)):
             raise edge.Failed(f"the store has {_counted(kept)}; --replace keeps them beside what is imported")
         with open(file, "rb") as source:
-            counts, old = archive.load(source, folder)
+            try:
+                counts, old = archive.load(source, folder)
+            except UsageError as err:
+                raise edge.Failed(f"{file}: {err}") from None
     print(f"{file}: {_counted(counts)}")
     if old is not None:
         print(f"what was there is {old}")
@@ -173,6 +176,8 @@ def _write(file: Path, fill: Callable[[IO[bytes]], T]) -> T:
     """The file is there when all of it is on the disk, and not before. One that exists is left alone."""
     if file.exists():
         raise edge.Failed(f"{file}: exists already")
+    if not file.parent.is_dir():
+        raise edge.Failed(f"{file.parent}: there is no such folder")
     part = file.with_name(file.name + ".part")
     try:
         with open(os.open(part, os.O_RDWR | os.O_CREAT | os.O_TRUNC | os.O_CLOEXEC, 0o600), "w+b") as target:
@@ -187,4 +192,4 @@ def _write(file: Path, fill: Callable[[IO[bytes]], T]) -> T:
 
 
 def _counted(counts: dict[str, int]) -> str:
-    return ", ".join(f"{number} {name}" for name, number in counts.items()) or "nothing"
+    return ", ".join(f"{n} {name.removesuffix('s') if n == 1 else name}" for name, n in counts.items()) or "nothing"

@@ -100,6 +100,8 @@ def _model_in_a_line(model: dict[str, Any]) -> str:
     parts = [str(model.get("state", "?"))]
     if model.get("state") != "ready" and model.get("last_death"):
         parts.append(str(model["last_death"]))
+    if model.get("default"):
+        parts.append("the default")
     slots = stats.get("slots")
     if isinstance(slots, dict) and "total" in slots:
         what = f"requests at a time, {info['url']}" if info.get("url") else f"slots of {info.get('n_ctx', '?')} tokens"
@@ -110,8 +112,6 @@ def _model_in_a_line(model: dict[str, Any]) -> str:
         parts.append(f"{model['open_calls']} open calls")
     if stats.get("tokens_per_s"):
         parts.append(f"{stats['tokens_per_s']:,.1f} tokens/s")
-    if model.get("default"):
-        parts.append("the default")
     return ", ".join(parts)
 
 

@@ -6,7 +6,7 @@ agents 3: 2 R, 1 S, at most 333 at once; 2 open calls
 nano  slots 2 of 32  [##..................]  2 running  0 waiting  0 preempted
       310.2 tokens/s  prefill 4,100/s  step 6.4 ms  prefix hits 67%
       contexts: slot 2 (96.0K), ram 3 (120K of 1.0G), disk 0 (0 of 2.0G)
-2 CPUs 97% busy, load 1.80 1.10 0.90, memory 3.2G of 15.6G, disk 76.0G of 252G free
+2 CPUs 97% busy, load 1.80 1.10 0.90, memory 3.2G of 15.6G, disk 76.0G free
 
 PID STAT NI TOK/S TOKENS CACHED CTX  MEM %CPU    TIME NAME
   7 R     0 155.1   1412    512 380 9.1M  1.0 0:00.31 planner

@@ -8,11 +8,13 @@ kernel made for one agent, from a process that is, or descends from, that agent 
 
     main.py       the process: idle until the first connection, then `server`
     server.py     HTTP (uvicorn's protocol), with limits for those who are not known yet
-    web.py        a request and its reply; errors; which function answers which path
+    web.py        a request and its reply; errors
+    places.py     which field an error is about, in each API's words
     identity.py   which process is at the other end of a connection
     accounts.py   the agents that are served, with a connection to the kernel for each
     calls.py      system calls for coroutines, and streams that end when their reader leaves
     openai/       the API of OpenAI
-    ollama.py cerebrum.py filing.py     those of Ollama and of AIOS, made from the same parts
+    ollama.py cerebrum.py filing.py submitted.py     those of Ollama and of AIOS, made from the same parts
     routes.py health.py       which function answers which path; what is open to all
+    superior.py   what those above the process tell it
 """

@@ -12,6 +12,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import os
+import time
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
@@ -27,6 +28,7 @@ from libaios.home import Home
 CONNECTIONS = 256  # of one agent
 BODY_BYTES = 64 << 20  # of one agent's requests that are being received,
 BODY_BYTES_ALL = 512 << 20  # … and of all agents'
+SLOW_S = 10.0  # for one request, when these are full
 PACE_OF_STREAM_S, PACE_S = 0.0015, 0.03  # between two parts of a stream: for each that there is, and at most
 
 
@@ -77,17 +79,20 @@ class Account:
             raise Full(f"more than {CONNECTIONS} connections of one agent")
         self.users.add(user)
 
-    def take_body(self, size: int) -> None:
-        """Raises Full."""
+    def take_body(self, user: User, size: int) -> None:
+        """So much more of a request has come. Raises Full."""
         if self.body_bytes + size > BODY_BYTES:
             raise Full(f"the requests of this agent that are on their way hold more than {BODY_BYTES} bytes")
         if self.all.body_bytes + size > BODY_BYTES_ALL:
+            self.all.drop_slow()
             raise Full(f"the requests of all agents that are on their way hold more than {BODY_BYTES_ALL} bytes")
         self.body_bytes += size
         self.all.body_bytes += size
+        self.all.receiving.setdefault(user, time.monotonic())
 
-    def drop_body(self, size: int) -> None:
+    def drop_body(self, user: User, size: int) -> None:
         """It was read, or will not be."""
+        self.all.receiving.pop(user, None)
         self.body_bytes -= size
         self.all.body_bytes -= size
 
@@ -100,6 +105,7 @@ class Accounts:
         self._streams = streams
         self._by_token: dict[str, asyncio.Task[Account]] = {}
         self.body_bytes = 0  # of all agents
+        self.receiving: dict[User, float] = {}  # whose request is on its way, since when
         self._threads = ThreadPoolExecutor(2, "identity")
 
     async def of_gate(self, agent: int) -> Account:
@@ -152,6 +158,13 @@ class Accounts:
         if user.agent and user.account is not None:
             return user.account.ospid
         return await asyncio.get_running_loop().run_in_executor(self._threads, holder, *user.ends)
+
+    def drop_slow(self) -> None:
+        """All requests that are on their way hold too much: who has not sent all of one for long makes room."""
+        for user, since in list(self.receiving.items()):
+            if time.monotonic() - since > SLOW_S:
+                del self.receiving[user]
+                user.abort()
 
     def gone(self, pid: int) -> None:
         """The agent is dead."""

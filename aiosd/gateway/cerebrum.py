@@ -174,7 +174,8 @@ async def _memories(request: Request, data: dict[str, Any]) -> dict[str, Any]:
     asked = fields.read(request, data, MemoryQuery)
     operation = _OPERATIONS.get(asked.operation_type)
     if operation is None:
-        raise Problem(400, f"operation_type: {asked.operation_type[:60]!r} is none of {', '.join(_OPERATIONS)}")
+        message = f"operation_type: {asked.operation_type[:60]!r} is none of {', '.join(_OPERATIONS)}"
+        raise Problem(400, message, param="operation_type")
     return await operation(request, asked.params)
 
 

@@ -7,12 +7,14 @@ A root folder of the real file system is a name here, not a place: what an agent
 from __future__ import annotations
 
 import errno
+import re
 from collections.abc import Awaitable, Callable
 from typing import Any, TypeVar
 
 import msgspec
 from msgspec import Struct
 
+from aiosd.gateway import places
 from aiosd.gateway.calls import ask
 from aiosd.gateway.openai import fields
 from aiosd.gateway.web import Problem, Request, encode
@@ -28,11 +30,14 @@ class StorageQuery(Struct, kw_only=True):
 
 
 def checked(args: A) -> A:
-    """The kernel would name positions; what is checked here is what the gateway has put together. Raises Problem."""
+    """What the gateway has put together, before the kernel gets it. Raises Problem."""
     try:
         return msgspec.msgpack.decode(wire.encode(args), type=type(args))
     except (msgspec.ValidationError, OverflowError) as err:
-        raise Problem(400, str(err).partition(" - at")[0]) from None
+        place, said = places.of_error(str(err))
+        position = re.match(r"\[(\d+)\]", place)  # arguments travel as arrays
+        name = args.__struct_fields__[int(position[1])] if position is not None else ""
+        raise Problem(400, f"{name}: {said}" if name else said, param=name or None) from None
 
 
 async def storage(request: Request, data: dict[str, Any]) -> dict[str, Any]:
@@ -45,7 +50,9 @@ async def do(request: Request, operation: str, params: dict[str, Any]) -> str:
     """Returns a sentence that says what was done, or what was found. Raises Problem, OSError."""
     function = _OPERATIONS.get(operation)
     if function is None:
-        raise Problem(400, f"operation_type: {operation[:60]!r} is none of {', '.join(_OPERATIONS)}")
+        raise Problem(
+            400, f"operation_type: {operation[:60]!r} is none of {', '.join(_OPERATIONS)}", param="operation_type"
+        )
     return await function(request, params)
 
 

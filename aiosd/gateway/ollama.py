@@ -15,9 +15,10 @@ from typing import Any
 from msgspec import Struct
 
 from aiosd.gateway.calls import ask
-from aiosd.gateway.openai import fields, generation
+from aiosd.gateway.openai import fields, generation, named
 from aiosd.gateway.openai.chat import FINISH
-from aiosd.gateway.web import Problem, Request, encode
+from aiosd.gateway.places import split
+from aiosd.gateway.web import Problem, Request, encode, renaming
 from libaios import wire
 from libaios.generate import Piece, generate_args
 from libaios.wire import ModelInfo, Sys, ToolCall
@@ -91,12 +92,14 @@ def error(problem: Problem) -> dict[str, Any]:
 
 async def chat(request: Request) -> None:
     asked = fields.read(request, await request.json(), Chat)
+    request.names = lambda place: "messages" if place == "prompt" else _names(place)
     model = await fields.model_for(request, asked.model)
     await _answer(request, asked, model, _chat(asked, [_message(one) for one in asked.messages], asked.tools, model))
 
 
 async def generate(request: Request) -> None:
     asked = fields.read(request, await request.json(), Generate)
+    request.names = lambda place: "prompt" if place.startswith("messages") else _names(place)
     for name in ("suffix", "images", "context", "template"):
         if getattr(asked, name):
             raise Problem(400, f"{name}: this server cannot do that", param=name)
@@ -108,6 +111,17 @@ async def generate(request: Request) -> None:
     messages = [{"role": "system", "content": asked.system}] if asked.system else []
     messages.append({"role": "user", "content": asked.prompt})
     await _answer(request, asked, model, _chat(asked, messages, None, model), "response")
+
+
+#: What OpenAI's API and the kernel call otherwise.
+NAMES = {"max_tokens": "options.num_predict", "n_predict": "options.num_predict", "template_args": "think"}
+NAMES |= {"response_format": "format", "schema": "format"}
+
+
+def _names(place: str) -> str:
+    root, rest = split(place)
+    name = f"options.{root}" if root in Options.__struct_fields__ else NAMES.get(root, root)
+    return name + rest
 
 
 def _message(message: dict[str, Any]) -> dict[str, Any]:
@@ -133,7 +147,8 @@ def _chat(
     assert isinstance(chat, fields.Chat)
     if asked.think is not None:
         chat.chat_template_kwargs = {"enable_thinking": bool(asked.think)}
-    return fields.chat(chat, model)
+    with renaming(_names):
+        return fields.chat(chat, model)
 
 
 def _sampling(asked: Common, kind: type[fields.Sampling] = fields.Sampling, **more: Any) -> fields.Sampling:
@@ -234,6 +249,7 @@ async def embeddings(request: Request) -> None:
 
 
 async def _vectors(request: Request, asked: Embed) -> tuple[ModelInfo, list[list[float]], int]:
+    request.names = named.of(asked)
     given = asked.input or asked.prompt
     texts = [given] if isinstance(given, str) else given
     if not texts:

@@ -2,16 +2,19 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 from aiosd.gateway import cerebrum, health, ollama, submitted
 from aiosd.gateway.openai import chat, completions, embeddings, kept, listing, responses, tokens
 from aiosd.gateway.web import Handler, Route, route
 
 #: Before the paths of OpenAI's API: nothing, a version, or an engine as older clients have it.
 PREFIX = r"(?:/v1)?(?:/(?:engines|openai/deployments)/{engine})?"
+VERSION = r"(?:/v1)?"
 
 
 def _openai(method: str, path: str, handler: Handler) -> Route:
-    return route(method, PREFIX + path, handler)
+    return replace(route(method, path, handler, before=PREFIX), name=f"/v1{path.replace(':path', '')}")
 
 
 def _ollama(method: str, path: str, handler: Handler, open: bool = False) -> Route:
@@ -19,7 +22,7 @@ def _ollama(method: str, path: str, handler: Handler, open: bool = False) -> Rou
 
 
 ROUTES = [
-    route("GET", "(?:/v1)?/health", health.health, open=True),
+    route("GET", "/health", health.health, open=True, before=VERSION),
     route("GET", "/metrics", health.metrics, open=True),
     _openai("POST", "/chat/completions", chat.complete),
     _openai("POST", "/completions", completions.complete),
@@ -35,7 +38,7 @@ ROUTES = [
     _openai("GET", "/models/{model:path}", listing.model),
     route("POST", "/query", cerebrum.query),
     route("GET", "/core/llms/list", cerebrum.llms),
-    route("GET", "(?:/core)?/status", cerebrum.status),
+    route("GET", "/status", cerebrum.status, before="(?:/core)?"),
     route("POST", "/core/{part}/setup", cerebrum.setup),
     route("POST", "/agents/submit", submitted.submit),
     route("GET", "/agents/ps", submitted.ps),

@@ -10,10 +10,12 @@ from __future__ import annotations
 import asyncio
 import base64
 import binascii
+import contextlib
 import errno
 import logging
 import re
-from collections.abc import Awaitable, Callable, Mapping
+import zlib
+from collections.abc import Awaitable, Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 from urllib.parse import urlsplit
@@ -21,6 +23,7 @@ from urllib.parse import urlsplit
 import msgspec
 
 from aiosd.endpoint import Endpoint
+from aiosd.gateway import places
 from aiosd.gateway.accounts import Account, Accounts, Full, User
 from libaios import wire
 from libaios.greeting import NoKernel, Refused
@@ -31,6 +34,7 @@ logger = logging.getLogger("gateway")
 BODY_BYTES = 16 << 20  # of one request
 COMMENT_S = 5.0  # between two signs of life in a stream in which nothing else is sent
 
+BOM = b"\xef\xbb\xbf"  # some editors put it before a text
 TOKEN_CHARS = 128  # the kernel reads no long ones
 
 encode = msgspec.json.Encoder().encode
@@ -52,6 +56,22 @@ class Problem(Exception):
         self.status, self.message, self.kind, self.param, self.code = status, message, kind, param, code
         self.headers = dict(headers or {})
 
+    def renamed(self, names: places.Names) -> Problem:
+        """The same with the names of another API."""
+        new = self.param and names(self.param)
+        if self.param and new:
+            self.message, self.param = places.renamed(self.message, self.param, new), new
+        return self
+
+
+@contextlib.contextmanager
+def renaming(names: places.Names) -> Iterator[None]:
+    """Around what is shared with another API, and says the names of that one."""
+    try:
+        yield
+    except Problem as problem:
+        raise problem.renamed(names) from None
+
 
 class Left(Exception):
     """The program does not wait for the reply any more."""
@@ -59,20 +79,15 @@ class Left(Exception):
 
 NO_RETRY = {"x-should-retry": "false"}
 _SOON = {"retry-after": "1"}
-#: What the kernel calls otherwise than the API.
-RENAMED = {"schema": "response_format"}
-_PLACE = re.compile(r"([a-z_]+(?:\[\d+\]|\.[a-z_]+)*)\b")
 
 
-def problem_of(err: OSError) -> Problem:
-    """What an answer of the kernel is in HTTP."""
+def problem_of(err: OSError, names: places.Names = places.same) -> Problem:
+    """What an answer of the kernel is in HTTP. `names`: how this API calls what the kernel has named."""
     message = err.strerror or str(err)
     match err.errno:
         case errno.EINVAL | errno.EMSGSIZE:
-            found = _PLACE.match(message)
-            param = RENAMED.get(found[1], found[1]) if found is not None else None
             code = "context_length_exceeded" if err.errno == errno.EMSGSIZE else None
-            return Problem(400, message, param=param, code=code)
+            return Problem(400, message, param=places.found(message), code=code).renamed(names)
         case errno.EDQUOT:
             return Problem(429, message, "insufficient_quota", code="insufficient_quota", headers=NO_RETRY)
         case errno.EAGAIN:
@@ -128,8 +143,10 @@ class Request:
         self.account: Account
         self.words: dict[str, str] = {}  # parts of the path
         self.error_form: Callable[[Problem], dict[str, Any]] = openai_error
+        self.names: places.Names = places.same  # how the handler's API calls what the kernel names
         self.extra: list[tuple[bytes, bytes]] = []  # headers of the reply
         self.begun = False  # the head of the reply is sent
+        self._heard = False  # its whole body has come
         self._events = False  # it is a stream of events, not of lines
         self._receive, self._send = receive, send
 
@@ -163,21 +180,43 @@ class Request:
                 message = await self._receive()
                 if message["type"] != "http.request":
                     raise Left
-                self.account.take_body(len(message["body"]))
+                self._heard = not message["more_body"]
+                self.account.take_body(self.connection, len(message["body"]))
                 taken += len(message["body"])
                 parts += message["body"]
-                if not message["more_body"]:
-                    return bytes(parts)
+                if self._heard:
+                    return self._decoded(bytes(parts))
         finally:
-            self.account.drop_body(taken)
+            self.account.drop_body(self.connection, taken)
+
+    def _decoded(self, body: bytes) -> bytes:
+        """Programs may send it compressed. Raises Problem (400, 413, 415)."""
+        coding = self.headers.get(b"content-encoding", b"identity").decode("latin-1").strip().lower()
+        if coding in ("", "identity"):
+            return body
+        if coding not in ("gzip", "x-gzip", "deflate"):
+            self.extra.append((b"accept-encoding", b"gzip, deflate, identity"))
+            raise Problem(415, f"content-encoding: gzip or deflate, not {coding:.40}")
+        unpacker = zlib.decompressobj(zlib.MAX_WBITS | 32)  # it finds out by itself which of the two it is
+        try:
+            found = unpacker.decompress(body, BODY_BYTES + 1)
+        except zlib.error:
+            raise Problem(400, f"the body is not compressed as its content-encoding says: {coding}") from None
+        if len(found) > BODY_BYTES:
+            raise Problem(413, f"a body of more than {BODY_BYTES} bytes")
+        if not unpacker.eof:
+            raise Problem(400, "the body ends before it is complete")
+        return found
 
     async def json(self) -> dict[str, Any]:
         """Raises Problem as `body`, and 400."""
         body = await self.body()
         try:
-            value = msgspec.json.decode(body)
+            value = msgspec.json.decode(body.removeprefix(BOM))
         except (msgspec.MsgspecError, UnicodeDecodeError) as err:
-            raise Problem(400, f"the body is no JSON: {err}") from None
+            kind = self.headers.get(b"content-type", b"").decode("latin-1").partition(";")[0].strip()
+            named = f", but {kind:.80}" if kind and "json" not in kind.lower() else ""
+            raise Problem(400, f"the body is no JSON{named}: {err}") from None
         except RecursionError:
             raise Problem(400, "the body is nested too deeply") from None
         if not isinstance(value, dict):
@@ -195,7 +234,7 @@ class Request:
         await self.reply_bytes(encode(value), b"application/json", status)
 
     async def reply_bytes(self, body: bytes, kind: bytes, status: int = 200) -> None:
-        await self._begin(status, kind, len(body))
+        await self._begin(status, kind, None if status == 204 else len(body))
         await self._send({"type": "http.response.body", "body": body})
 
     async def stream(self, part: bytes, kind: bytes, last: bool = False) -> None:
@@ -209,10 +248,22 @@ class Request:
     async def _begin(self, status: int, kind: bytes, size: int | None) -> None:
         self.begun = True
         self.app.counters.note(status)
-        headers = [(b"content-type", kind), *self.extra]
+        headers = [*self.extra]
+        if kind:
+            headers.append((b"content-type", kind))
+        if not self._heard and self._waits_or_is_long():
+            headers.append((b"connection", b"close"))
         if size is not None:
             headers.append((b"content-length", str(size).encode()))
         await self._send({"type": "http.response.start", "status": status, "headers": headers})
+
+    def _waits_or_is_long(self) -> bool:
+        """Its body was not asked for, and may never come, or is not worth being read to its end: the next request
+        cannot be told from it."""
+        size = self.headers.get(b"content-length", b"0")
+        if b"expect" in self.headers or b"transfer-encoding" in self.headers:
+            return True
+        return not size.isdigit() or len(size) > 9 or int(size) > BODY_BYTES
 
     async def fail(self, problem: Problem) -> None:
         if self.begun:
@@ -228,9 +279,10 @@ Handler = Callable[[Request], Awaitable[None]]
 
 @dataclass(frozen=True, slots=True)
 class Route:
-    """`path`: a pattern for all of the path. `open`: without a token."""
+    """`path`: a pattern for all of the path; `name`: the path as people write it. `open`: without a token."""
 
     method: str
+    name: str
     path: re.Pattern[str]
     handler: Handler
     open: bool = False
@@ -243,10 +295,12 @@ def route(
     handler: Handler,
     open: bool = False,
     error_form: Callable[[Problem], dict[str, Any]] = openai_error,
+    before: str = "",
 ) -> Route:
-    """`path` with {name} for a part between slashes; {name:path} for all that follows."""
-    pattern = re.sub(r"\{(\w+)\}", r"(?P<\1>[^/]+)", re.sub(r"\{(\w+):path\}", r"(?P<\1>.+)", path))
-    return Route(method, re.compile(pattern), handler, open, error_form)
+    """`path` with {name} for a part between slashes; {name:path} for all that follows. `before`: a pattern for what
+    may stand in front of it."""
+    pattern = re.sub(r"\{(\w+)\}", r"(?P<\1>[^/]+)", re.sub(r"\{(\w+):path\}", r"(?P<\1>.+)", before + path))
+    return Route(method, path.replace(":path", ""), re.compile(pattern), handler, open, error_form)
 
 
 class App:
@@ -270,7 +324,7 @@ class App:
         except Full as full:
             await request.fail(Problem(429, str(full), "rate_limit_error", headers=_SOON))
         except OSError as err:
-            await request.fail(problem_of(err))
+            await request.fail(problem_of(err, request.names))
         except asyncio.CancelledError:
             raise
         except Exception:  # a bug: it costs this request, and no other
@@ -279,6 +333,9 @@ class App:
 
     async def _serve(self, request: Request) -> None:
         self._check_origin(request)
+        if request.method == "OPTIONS":
+            await self._tell_methods(request)
+            return
         chosen = self._route(request)
         if not chosen.open:
             await self._identify(request)
@@ -288,26 +345,50 @@ class App:
         """A page in a browser must not reach an agent's model, whatever name it has given this machine."""
         host = request.headers.get(b"host", b"").decode("latin-1")
         origin = request.headers.get(b"origin", b"").decode("latin-1")
-        if _host(f"//{host}") not in self._hosts:
+        if host and _host(f"//{host}") not in self._hosts:  # browsers always send it
             raise Problem(403, f"host: {host[:80]!r} is not this machine")
-        if origin and _host(origin) not in self._hosts:
+        if not origin:
+            return
+        if _host(origin) not in self._hosts:
             raise Problem(403, f"origin: requests from pages of {origin[:80]!r} are refused")
+        # A page of this machine may read the replies; it needs a token as any other program.
+        request.extra += [(b"access-control-allow-origin", origin.encode("latin-1")), (b"vary", b"origin")]
+
+    async def _tell_methods(self, request: Request) -> None:
+        """OPTIONS: what is allowed here. A browser asks that, without a token, before a page's request."""
+        methods = self._methods(request.path) if request.path != "*" else sorted({one.method for one in self._routes})
+        if not methods:
+            raise self._nothing_at(request)
+        allowed = ", ".join(_with_head(methods)).encode()
+        request.extra.append((b"allow", allowed))
+        if b"access-control-request-method" in request.headers:
+            wanted = request.headers.get(b"access-control-request-headers", b"")
+            request.extra += [(b"access-control-allow-methods", allowed), (b"access-control-max-age", b"600")]
+            if wanted:
+                request.extra.append((b"access-control-allow-headers", wanted))
+        await request.reply_bytes(b"", b"", 204)
+
+    def _methods(self, path: str) -> list[str]:
+        return [one.method for one in self._routes if _matched(one, path) is not None]
 
     def _route(self, request: Request) -> Route:
-        allowed = []
         for one in self._routes:
-            match = one.path.fullmatch(request.path)
-            if match is None:
-                continue
-            if one.method == request.method or (one.method == "GET" and request.method == "HEAD"):
+            match = _matched(one, request.path)
+            if match is not None and one.method == ("GET" if request.method == "HEAD" else request.method):
                 request.words = {name: word for name, word in match.groupdict().items() if word is not None}
                 request.error_form = one.error_form
                 return one
-            allowed.append(one.method)
-        if allowed:
-            request.extra.append((b"allow", ", ".join(allowed).encode()))
-            raise Problem(405, f"{request.method} is not allowed here; {' and '.join(allowed)} is")
-        raise Problem(404, f"there is nothing at {request.method} {request.path[:200]}", code="unknown_url")
+        methods = self._methods(request.path)
+        if not methods:
+            raise self._nothing_at(request)
+        request.extra.append((b"allow", ", ".join(_with_head(methods)).encode()))
+        raise Problem(405, f"{request.method} is not allowed here; {' and '.join(methods)} is")
+
+    def _nothing_at(self, request: Request) -> Problem:
+        """The reply says what there is."""
+        there = ", ".join(dict.fromkeys(f"{one.method} {one.name}" for one in self._routes))
+        path = request.path[:200]
+        return Problem(404, f"there is nothing at {request.method} {path}; there are: {there}", code="unknown_url")
 
     async def _identify(self, request: Request) -> None:
         """Whose request is it? Raises Problem: 401, 403, 503."""
@@ -316,7 +397,7 @@ class App:
             await self._identify_guest(request)
             return
         if not token:
-            message = "a token is needed: aios-run gives each agent its own in OPENAI_API_KEY"
+            message = "a token is needed: agents have theirs in OPENAI_API_KEY, others get one by aiosd token NAME"
             raise Problem(401, message, code="no_api_key")
         try:
             if len(token) > TOKEN_CHARS or token.startswith(wire.GATE):
@@ -347,6 +428,16 @@ class App:
                 raise Problem(403, "this agent was started again", "permission_error")
             connection.known(account)
         request.account = account
+
+
+def _matched(one: Route, path: str) -> re.Match[str] | None:
+    """A slash at the end, or two of them where one is meant, make no other path."""
+    return one.path.fullmatch(path.rstrip("/")) or one.path.fullmatch(re.sub("/+", "/", path).rstrip("/"))
+
+
+def _with_head(methods: list[str]) -> list[str]:
+    more = ["HEAD"] if "GET" in methods else []
+    return [*methods, *more, "OPTIONS"]
 
 
 def _host(url: str) -> str:

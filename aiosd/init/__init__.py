@@ -2,6 +2,12 @@
 
 guardian.py    the process that the user started: lock, control socket, signals; waits, and sweeps up
 supervisor.py  forks, reaps, forks again; starts and signals agents for the kernel
+births.py      agents that are forked, and have not reported yet whether they can start
+templates.py   warm processes from which agents may be forked: started when wanted, ended when idle
+orphans.py     processes that a dead agent has left behind
+signals.py     who has sent us a signal, and whether it is obeyed
+services.py    which services a system has
+environment.py the environment in which aiosd was started, out of the agents' sight
 records.py     what the supervisor remembers, and a new kernel inherits
 pids.py        pids that are never used twice
 notify.py      readiness and stopping, for systemd and for the process that started us in the background

@@ -92,7 +92,7 @@ class Servers:
 
     def ended(self, one: Server, why: str) -> None:
         """Its process has ended, and was reaped."""
-        if one.lease in self._by_lease:
+        if self._by_lease.get(one.lease) is one:  # else it is closed, and its number may be another's
             logger.debug("the MCP server %s ended: %s", one.name, why)
             self._drop_lease(one)
         self._tell(link.ServerIs(one.number, 0))

@@ -171,7 +171,7 @@ class Access:
     def no_agent(self, pid: int) -> OSError:
         """What a caller gets that takes this pid for an agent's."""
         if pid in self._system_pids():
-            return wire.error(errno.EPERM, f"{pid}: is part of aiosd itself, which ends by: aiosd stop")
+            return wire.error(errno.EPERM, f"{pid}: is part of aiosd itself (see aiosd status, aiosd stop)")
         return wire.error(errno.ESRCH, f"{pid}: no such agent")
 
     def may_control(self, peer: Peer, target: Proc) -> bool:

@@ -207,7 +207,7 @@ class Approvals:
         """Raises OSError: ESRCH, EAGAIN; of an answer for all times that could not be kept, what was wrong."""
         ask = self._asks.get(args.id)
         if ask is None:
-            raise wire.error(errno.ESRCH, f"{args.id}: nothing of this name is asked")
+            raise wire.error(errno.ESRCH, f"{args.id}: nothing with this ID is asked (any more)")
         if args.digest != ask.shown.digest:
             raise wire.error(errno.EAGAIN, f"{args.id}: something else is asked by now; look at it again")
         if args.always and ask.deed.once:

@@ -55,7 +55,8 @@ class Loading:
         if percent == self._shown.get(name):
             return
         if sys.stderr.isatty():
-            print(f"\r\x1b[Kaiosd: {name}: {message.what} {percent} %", end="", file=sys.stderr, flush=True)
+            # The cursor goes back to the beginning: what another process logs meanwhile is written over this line.
+            print(f"\r\x1b[Kaiosd: {name}: {message.what} {percent} %", end="\r", file=sys.stderr, flush=True)
         elif self._timers.clock() - self._last_line >= PROGRESS_S:
             self._last_line = self._timers.clock()
             logger.info("%s: %s %d %%", name, message.what, percent)

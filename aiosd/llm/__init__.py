@@ -36,8 +36,10 @@ Files, from the bottom up:
     stats.py       counts and times
     schedule.py    who computes what in a step, as one function
     engine.py      plan → decode → settle
+    purse.py       what calls may still use of budgets, before tokens are computed
     adapters.py    LoRA adapters: which call has which, and whose turn it is
     embed.py       vectors and scores, in a context of their own
+    embedcore.py   the process of a model that does nothing else (`--embed-model`)
     pairs.py       a query and a document as one text
     saved.py       contexts by name, as files
     library.py     the calls about those

@@ -173,7 +173,7 @@ def normal_tools(tools: list[Tool] | None) -> list[Tool]:
         if not isinstance(function, dict) or not isinstance(function.get("name"), str):
             raise refuse(f"tools[{i}] has no name")
         if not _NAME.match(function["name"]):
-            raise refuse(f"tools[{i}]: name must be 1 to 64 letters, digits, '_', '-' or '.'")
+            raise refuse(f"tools[{i}].name must be 1 to 64 letters, digits, '_', '-' or '.'")
         given = next(
             (function[key] for key in ("parameters", "inputSchema", "input_schema") if function.get(key)), None
         )
@@ -483,7 +483,7 @@ class ChatTemplate:
     ) -> str:
         """The template's own output for these messages, nothing adapted."""
         if self._template is None:
-            raise refuse(f"the model's chat template is broken: {self.broken}")
+            raise refuse(f"messages: the model's chat template is broken: {self.broken}")
         self._environment.begin(self.quick)
         values = {
             **args,
@@ -503,10 +503,10 @@ class ChatTemplate:
         except Later:
             raise
         except TemplateError as error:
-            raise refuse(f"the model's chat template refuses the messages: {error}") from None
+            raise refuse(f"messages: the model's chat template refuses them: {error}") from None
         except Exception as error:  # any error here is the template's
             raise refuse(
-                f"the model's chat template cannot render the messages: {type(error).__name__}: {error}"[:500]
+                f"messages: the model's chat template cannot render them: {type(error).__name__}: {error}"[:500]
             ) from None
         return "".join(out)
 

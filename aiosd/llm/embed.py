@@ -51,7 +51,7 @@ class Embedder:
         tokens of all texts, if they have been made already. `pay` is called with their number before they are computed,
         and may raise OSError."""
         if self._ranks:
-            raise OSError(errno.EINVAL, "this model scores pairs of texts; it makes no vectors")
+            raise OSError(errno.EINVAL, "model: this one scores pairs of texts; it makes no vectors")
         rows: list[llama.Floats] = []
         tokens = known if known is not None else (self._model.tokenize(text, bos=True, special=False) for text in texts)
         total = yield from self._computed(tokens, "texts", rows, pay)
@@ -62,7 +62,7 @@ class Embedder:
     def ranked_in_steps(self, pairs: Iterable[list[int]], pay: Pay = None) -> Iterator[Ranked | None]:
         """Scores of pairs of a query and a document (see `pairs.py`), in steps as above."""
         if not self._ranks:
-            raise OSError(errno.EINVAL, "this model makes no scores: rerank needs one that ranks (pooling type: rank)")
+            raise OSError(errno.EINVAL, "model: this one makes no scores; rerank needs a pooling type of rank")
         rows: list[llama.Floats] = []
         total = yield from self._computed(pairs, "documents", rows, pay)
         scores = [float(row[0]) for row in rows]

@@ -17,8 +17,9 @@ from collections.abc import Generator
 from typing import TYPE_CHECKING, Any
 
 from aiosd import link
-from aiosd.errors import WorldError
+from aiosd.errors import UsageError, WorldError
 from aiosd.heartbeat import Rounds
+from aiosd.llm import modelfile
 from aiosd.llm.purse import Purses
 from aiosd.llm.spec import ModelSpec
 from aiosd.service import Pause, Server
@@ -45,9 +46,14 @@ def main(channel: Channel, spec: ModelSpec, rounds: Rounds) -> int:
     threads = spec.threads or min(_THREADS, len(os.sched_getaffinity(0)))
     layers = spec.gpu_layers if spec.gpu_layers >= 0 else 1 << 20
     try:
+        modelfile.read(spec.path)  # says better what is wrong with a file than llama.cpp does
         model = llama.Model(spec.path, layers, lambda fraction: _tell(channel, link.Progress("loading", fraction)))
         embedder = Embedder(model, threads)
         width = len(embedder.embed(["vectors"]).data) // 4
+    except UsageError as err:
+        _tell(channel, link.LoadFailed(f"{spec.name}: {err}"))
+        channel.pump()
+        return 1
     except (WorldError, OSError) as err:
         _tell(channel, link.LoadFailed(f"{spec.name}: {spec.path}: makes no vectors: {err}".replace("\n", " ")))
         channel.pump()
@@ -72,7 +78,7 @@ def others(message: link.ToService) -> link.FromService | None:
     """What the kernel tells cores of generations, of which there are none here."""
     match message:
         case link.Submit(key=key):
-            return link.Failed(key, errno.EINVAL, "this model makes vectors; it does not generate")
+            return link.Failed(key, errno.EINVAL, "model: this one makes vectors; it does not generate")
         case link.Park(number=number) if number:
             return link.Parked(number)
     return None
@@ -114,7 +120,7 @@ class Calls:
         return self._model.text(args.tokens)
 
     def _no_context(self, ask: link.Ask, args: Any) -> None:
-        raise wire.error(errno.EINVAL, "this model makes vectors; it keeps no contexts")
+        raise wire.error(errno.EINVAL, "model: this one makes vectors; it keeps no contexts")
 
     def info(self) -> dict[str, Any]:
         """For `link.Loaded`."""

@@ -296,7 +296,7 @@ class Requests:
     def _tokens(self, text: str, *, quoted: bool = False) -> list[int]:
         """The tokens of a text, with the model's BOS token first, but not twice: many templates write it themselves."""
         if not self._model.has_tokenizer:
-            raise refuse("this model has no tokenizer: give token ids")
+            raise refuse("prompt: this model has no tokenizer, give token ids")
         if len(text) > self._ctx * max(self._model.longest_piece, 64):  # too long in any case: refused without the work
             raise refuse(f"prompt: {len(text)} characters, but the context holds {self._ctx} tokens", errno.EMSGSIZE)
         tokens, bos = self._tokenizer.of(text, quoted=quoted, quick=self._quick), self._model.bos

@@ -81,7 +81,7 @@ def _named(word: str) -> Found | None:
     exact = [model for model in models if model.name.lower() == wanted]
     fitting = exact or [model for model in models if wanted in model.shorter]
     if len({os.path.realpath(model.path) for model in fitting}) > 1:
-        raise UsageError(f"{word}: several models have this name: {', '.join(model.name for model in fitting)}")
+        raise UsageError(f"{word}: several models may be meant: {', '.join(model.name for model in fitting)}")
     return fitting[0] if fitting else None
 
 
@@ -118,7 +118,13 @@ def row(model: Found, room: int) -> dict[str, Any]:
 
 def _ours() -> list[Found]:
     files = [path for path in _ggufs(places.ours()) if not any(".parts" in part for part in path.parts[:-1])]
-    return [Found(stem, "aiosd", str(path), stem) for path in files for stem in [quants.stem_of(path.name)]]
+    stems = [(path, quants.stem_of(path.name)) for path in files]
+    return [Found(stem, "aiosd", str(path), stem, _beginnings(stem)) for path, stem in stems]
+
+
+def _beginnings(stem: str) -> frozenset[str]:
+    """`qwen2.5-7b` and `qwen2.5` of `qwen2.5-7b-q4_k_m`; not `qwen2`, which is another model."""
+    return frozenset(stem[: end.start()].lower() for end in re.finditer(r"[-_]|\.(?!\d)", stem) if end.start())
 
 
 def _ggufs(folder: Path) -> list[Path]:

@@ -9,5 +9,7 @@ be undone, and holds for everything that the agent starts.
     flat   files by Landlock, system calls by seccomp (`filter`), no capabilities
     cage   the same, and of the machine's files it sees only what it may reach: mounts of its own (`places`, `cage`)
 
-`probe` finds out at the start what this machine can do, by doing it: what its settings say misleads.
+Which groups have which box is in `boxgroups`, what stays read-only in `protected`, the way to aiosd's socket in
+`doors`, rights on files in `landlock`; `why` tells why a path is denied. `probe` finds out at the start what this
+machine can do, by doing it: what its settings say misleads.
 """

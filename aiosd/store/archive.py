@@ -179,7 +179,8 @@ def load(source: IO[bytes], folder: Path) -> tuple[dict[str, int], Path | None]:
             _load_contents(tar, folder)
     except (tarfile.TarError, EOFError, KeyError, ValueError, TypeError, apsw.Error) as err:
         new.unlink(missing_ok=True)
-        raise UsageError(f"it is no export and no backup of aiosd, or a damaged one ({err})") from err
+        why = str(err).partition(":\n")[0]  # without the list of all compressions that it does not have
+        raise UsageError(f"is no export and no backup of aiosd, or a damaged one ({why})") from err
     return counts, take_place(new, folder / FILE, "before-import")
 
 

@@ -6,6 +6,9 @@
     pool         the worker processes: start, limits, results, end
     main         the service: registry, checks of arguments, and the calls on their way through the other parts
     builtin      the tools that every system has (web: what fetches for them)
+    direct       … those that need no worker; errands: calls that the kernel makes for them
+    bridge       a worker whose tools are an MCP server's; mcpstreams: its messages; pins: its descriptions, remembered
+    concerns     what a call amounts to, for rules and people; held: what it may open, as it was when it was allowed
     messages     what service and workers send each other
     spec         its settings
 

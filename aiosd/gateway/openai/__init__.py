@@ -2,5 +2,6 @@
 
 fields.py        what may stand in a request, and what it becomes: the arguments of GENERATE
 generation.py    from those to the reply: whole, or in parts
+tokens.py        /tokenize and /detokenize
 chat.py completions.py embeddings.py listing.py responses.py kept.py     the forms of the replies, one file for a family
 """

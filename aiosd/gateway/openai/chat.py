@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from typing import Any
 
 from aiosd import __version__
-from aiosd.gateway.openai import fields, generation
+from aiosd.gateway.openai import fields, generation, named
 from aiosd.gateway.web import Request, encode
 from libaios import wire
 from libaios.generate import CallPiece, Piece, Result
@@ -25,6 +25,7 @@ def new_id(kind: str) -> str:
 
 async def complete(request: Request) -> None:
     asked_for = fields.read(request, await request.json(), fields.Chat)
+    request.names = named.of_chat(asked_for)
     model = await fields.model_for(request, asked_for.model)
     asked = fields.chat(asked_for, model)
     head = {"id": new_id("chatcmpl"), "created": int(time.time()), "model": model.name}

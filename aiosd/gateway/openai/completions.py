@@ -8,7 +8,7 @@ from typing import Any
 
 from msgspec import UNSET, UnsetType
 
-from aiosd.gateway.openai import fields, generation
+from aiosd.gateway.openai import fields, generation, named
 from aiosd.gateway.openai.chat import DONE, FINGERPRINT, FINISH, new_id, usage
 from aiosd.gateway.web import Problem, Request, encode
 from libaios import wire
@@ -29,6 +29,7 @@ class Completion(fields.Sampling, kw_only=True):
 
 async def complete(request: Request) -> None:
     asked = fields.read(request, await request.json(), Completion)
+    request.names = named.of(asked)
     model = await fields.model_for(request, asked.model)
     args, echoes = _arguments(asked, model)
     head = {"id": new_id("cmpl"), "object": "text_completion", "created": int(time.time()), "model": model.name}
@@ -50,8 +51,8 @@ async def complete(request: Request) -> None:
         for i, result in enumerate(found)
     ]
     used = usage(generation.total([result.usage for result in found], per_prompt))
-    named = {"model": found[0].model or model.name}  # of a route, the one that answered
-    await request.reply({**head, **named, "system_fingerprint": FINGERPRINT, "choices": choices, "usage": used})
+    answered = {"model": found[0].model or model.name}  # of a route, the one that did
+    await request.reply({**head, **answered, "system_fingerprint": FINGERPRINT, "choices": choices, "usage": used})
 
 
 def _arguments(asked: Completion, model: ModelInfo) -> tuple[list[wire.Generate], list[str]]:

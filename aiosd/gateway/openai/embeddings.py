@@ -9,7 +9,7 @@ from typing import Any
 from msgspec import UNSET, Struct, UnsetType
 
 from aiosd.gateway.calls import ask
-from aiosd.gateway.openai import fields
+from aiosd.gateway.openai import fields, named
 from aiosd.gateway.web import Problem, Request
 from libaios import wire
 from libaios.wire import Sys
@@ -25,6 +25,7 @@ class Embedding(Struct, kw_only=True):
 
 async def embed(request: Request) -> None:
     asked = fields.read(request, await request.json(), Embedding)
+    request.names = named.of(asked)
     texts = _texts(asked.input)
     if asked.encoding_format not in (None, "float", "base64"):
         raise Problem(400, "encoding_format: float or base64", param="encoding_format")

@@ -13,6 +13,7 @@ from typing import Any, TypeVar
 import msgspec
 from msgspec import UNSET, Struct, UnsetType
 
+from aiosd.gateway import places
 from aiosd.gateway.calls import ask
 from aiosd.gateway.web import Problem, Request
 from libaios import wire
@@ -102,9 +103,8 @@ def read(request: Request, value: dict[str, Any], kind: type[F]) -> F:
     try:
         fields = msgspec.convert({name: _whole(given) for name, given in value.items()}, kind)
     except msgspec.ValidationError as err:
-        said, _, place = str(err).partition(" - at `$")
-        param = place.removesuffix("`").lstrip(".") or None
-        raise Problem(400, f"{param}: {said[:1].lower()}{said[1:]}" if param else said, param=param) from None
+        place, said = places.of_error(str(err))
+        raise Problem(400, f"{place}: {said}" if place else said, param=place or None) from None
     for name, allowed in NEUTRAL.items():
         if name in value and name in kind.__struct_fields__ and value[name] not in allowed:
             raise Problem(400, f"{name}: this server cannot do that", param=name, code="unsupported_parameter")
@@ -320,14 +320,27 @@ def _not_strict(tool: dict[str, Any]) -> dict[str, Any]:
 
 def _allowed(tools: list[dict[str, Any]], allowed: Any) -> tuple[list[dict[str, Any]], str]:
     try:
-        names = {entry.get("function", entry)["name"] for entry in allowed["tools"]}
+        kept = _which(tools, allowed)
         mode = allowed.get("mode", "auto")
-        kept = [tool for tool in tools if tool.get("function", tool)["name"] in names]
     except (AttributeError, KeyError, TypeError):
         raise Problem(400, "tool_choice: allowed_tools needs mode and tools", param="tool_choice") from None
     if not kept or not isinstance(mode, str):
         raise Problem(400, "tool_choice: none of the allowed tools is among the tools", param="tool_choice")
-    return kept, mode
+    return [tools[i] for i in kept], mode
+
+
+def _which(tools: list[dict[str, Any]], allowed: Any) -> list[int]:
+    """The numbers of those that are allowed. Raises AttributeError, KeyError, TypeError where that is not said."""
+    names = {entry.get("function", entry)["name"] for entry in allowed["tools"]}
+    return [i for i, tool in enumerate(tools) if tool.get("function", tool)["name"] in names]
+
+
+def order_of_tools(fields: Chat) -> list[int]:
+    """Of each tool that goes to the kernel, its number in the request."""
+    tools, choice = _first(fields.tools or None, fields.functions, []), fields.tool_choice
+    if isinstance(choice, dict) and choice.get("type") == "allowed_tools":
+        return _which(tools, choice.get("allowed_tools", choice))
+    return list(range(len(tools)))
 
 
 def _both(

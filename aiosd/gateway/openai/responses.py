@@ -3,6 +3,7 @@ What `previous_response_id` names is in `kept`."""
 
 from __future__ import annotations
 
+import re
 import time
 from collections.abc import Iterator
 from typing import Any
@@ -12,7 +13,8 @@ from msgspec import UNSET, Struct, UnsetType
 from aiosd.gateway.openai import chat as chats
 from aiosd.gateway.openai import fields, generation, kept
 from aiosd.gateway.openai.chat import arguments, logprobs
-from aiosd.gateway.web import Problem, Request, encode
+from aiosd.gateway.places import split
+from aiosd.gateway.web import Problem, Request, encode, renaming
 from libaios import wire
 from libaios.generate import Piece, Result
 from libaios.wire import ToolCall
@@ -80,8 +82,11 @@ async def create(request: Request) -> None:
             raise Problem(400, f"{name}: this server cannot do that", param=name, code="unsupported_parameter")
     model = await fields.model_for(request, asked.model)
     items = _items(asked)
-    messages = _messages(request, asked, items)
-    chat = fields.chat(_as_chat(asked, messages), model)
+    conversation = _conversation(request, asked, items)
+    messages = conversation.messages
+    request.names = lambda place: _name(conversation, asked, place)
+    with renaming(request.names):
+        chat = fields.chat(_as_chat(asked, messages), model)
     answer = Answer(asked, model.name, chat)
     if asked.stream:
         await generation.stream(request, chat.args, ResponseForm(answer))
@@ -140,49 +145,95 @@ def _shown(item: Item) -> Item:
     return shown
 
 
-def _messages(request: Request, asked: Responses, items: list[Item]) -> list[Item]:
-    """The conversation without the instructions, which are of one call only."""
+def _conversation(request: Request, asked: Responses, items: list[Item]) -> Conversation:
+    """Without the instructions, which are of one call only."""
     before = asked.previous_response_id
-    messages = kept.messages_of(request, before) if before is not None else []
+    conversation = Conversation(kept.messages_of(request, before) if before is not None else [])
     for i, item in enumerate(items):
-        _add(messages, item, f"input[{i}]")
-    return messages
+        conversation.add(item, "input" if isinstance(asked.input, str) else f"input[{i}]")
+    return conversation
 
 
-def _add(messages: list[Item], item: Item, where: str) -> None:
-    """Put an item at the end of a conversation."""
-    match item.get("type", "message"):
-        case "message":
-            _say(messages, item.get("role"), _content(item.get("content"), where))
-        case "function_call":
-            function = {"name": item.get("name"), "arguments": item.get("arguments", "{}")}
-            call = {"id": str(item.get("call_id", "")), "type": "function", "function": function}
-            _of_assistant(messages).setdefault("tool_calls", []).append(call)
-        case "function_call_output":
-            output = _content(item.get("output"), where)
-            messages.append({"role": "tool", "tool_call_id": str(item.get("call_id", "")), "content": output})
-        case "reasoning":
-            parts = item.get("content") or item.get("summary") or []
-            text = "".join(str(part.get("text", "")) for part in parts if isinstance(part, dict))
-            messages.append({"role": "assistant", "content": "", "reasoning": text})
-        case other:
-            raise Problem(400, f"{where}.type: {other!r:.60} is not supported", param=f"{where}.type")
+class Conversation:
+    """Messages made of items. `places` and `calls`: of which item a message, and a tool call of it, was made."""
+
+    def __init__(self, messages: list[Item]) -> None:
+        self.messages = messages
+        self.places = ["previous_response_id"] * len(messages)
+        self.calls: dict[tuple[int, int], str] = {}
+
+    def add(self, item: Item, where: str) -> None:
+        """Put an item at its end."""
+        match item.get("type", "message"):
+            case "message":
+                self._say(item.get("role"), _content(item.get("content"), where), where)
+            case "function_call":
+                function = {"name": item.get("name"), "arguments": item.get("arguments", "{}")}
+                call = {"id": str(item.get("call_id", "")), "type": "function", "function": function}
+                self._call(call, where)
+            case "function_call_output":
+                output = _content(item.get("output"), where)
+                self._append({"role": "tool", "tool_call_id": str(item.get("call_id", "")), "content": output}, where)
+            case "reasoning":
+                parts = item.get("content") or item.get("summary") or []
+                text = "".join(str(part.get("text", "")) for part in parts if isinstance(part, dict))
+                self._append({"role": "assistant", "content": "", "reasoning": text}, where)
+            case other:
+                raise Problem(400, f"{where}.type: {other!r:.60} is not supported", param=f"{where}.type")
+
+    def _append(self, message: Item, where: str) -> None:
+        self.messages.append(message)
+        self.places.append(where)
+
+    def _say(self, role: Any, content: Any, where: str) -> None:
+        """A message; one of the assistant's belongs to the thoughts before it."""
+        last = self.messages[-1] if self.messages else {}
+        if role == "assistant" == last.get("role") and not last["content"] and "tool_calls" not in last:
+            last["content"] = content
+            self.places[-1] = where
+        else:
+            self._append({"role": role, "content": content}, where)
+
+    def _call(self, call: Item, where: str) -> None:
+        """It belongs to the message of the assistant's before it."""
+        if not self.messages or self.messages[-1].get("role") != "assistant":
+            self._append({"role": "assistant", "content": ""}, where)
+        calls = self.messages[-1].setdefault("tool_calls", [])
+        self.calls[len(self.messages) - 1, len(calls)] = where
+        calls.append(call)
 
 
-def _say(messages: list[Item], role: Any, content: Any) -> None:
-    """A message; one of the assistant's belongs to the thoughts before it."""
-    last = messages[-1] if messages else {}
-    if role == "assistant" == last.get("role") and not last["content"] and "tool_calls" not in last:
-        last["content"] = content
-    else:
-        messages.append({"role": role, "content": content})
+# ── its names ─────────────────────────────────────────────────────────────────────────────────────────────
+
+_NAMES = {
+    "prompt": "input",
+    "max_tokens": "max_output_tokens",
+    "schema": "text.format.schema",
+    "response_format": "text.format",
+    "reasoning_effort": "reasoning.effort",
+    "template_args": "reasoning.effort",
+    "logprobs": "include",
+}
+_MESSAGE = re.compile(r"\[(\d+)\](?:\.tool_calls\[(\d+)\])?(.*)\Z", re.DOTALL)
 
 
-def _of_assistant(messages: list[Item]) -> Item:
-    """The message of the assistant's that a call belongs to."""
-    if not messages or messages[-1].get("role") != "assistant":
-        messages.append({"role": "assistant", "content": ""})
-    return messages[-1]
+def _name(conversation: Conversation, asked: Responses, place: str) -> str:
+    root, rest = split(place)
+    if root != "messages":
+        return _NAMES.get(root, root) + (rest if root not in _NAMES else "")
+    match = _MESSAGE.match(rest)
+    if match is None:
+        return "input"
+    number = int(match[1]) - bool(asked.instructions)
+    if not 0 <= number < len(conversation.places):
+        return "instructions" if number < 0 else "input"
+    where = conversation.places[number]
+    if match[2] is not None:
+        where = conversation.calls.get((number, int(match[2])), where)
+    if where in ("input", "previous_response_id"):
+        return where
+    output = conversation.messages[number]["role"] == "tool"
+    return where + (".output" if output and match[3] == ".content" else match[3])
 
 
 _TEXTS = ("input_text", "output_text", "text", "refusal")

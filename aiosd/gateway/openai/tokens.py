@@ -7,7 +7,7 @@ from typing import Any
 from msgspec import Struct
 
 from aiosd.gateway.calls import ask
-from aiosd.gateway.openai import fields
+from aiosd.gateway.openai import fields, named
 from aiosd.gateway.web import Problem, Request
 from libaios import wire
 from libaios.wire import Sys
@@ -30,6 +30,7 @@ class Ids(Struct, kw_only=True):
 
 async def tokenize(request: Request) -> None:
     asked = fields.read(request, await request.json(), Text)
+    request.names = named.of(asked)
     model = await fields.model_for(request, asked.model)
     connection, text = request.account.connection, asked.content if asked.prompt is None else asked.prompt
     ids = await ask(connection, Sys.TOKENIZE, wire.Tokenize(text, model.name, asked.parse_special), list[int])

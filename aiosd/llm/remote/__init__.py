@@ -7,6 +7,7 @@
     connections.py   where it is, and connections that are kept
     exchange.py   one request on a thread of its own
     call.py       one generation
+    bill.py       what it has cost (pure)
     backend.py    the backend: queue, policy, parking, retries, going on after a loss
 
 Nothing here imports llama.cpp. The key is read for every request, and is in no message, log or setting.

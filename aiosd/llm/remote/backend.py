@@ -10,9 +10,9 @@ end, so they can always be asked again. None of that is exact.
 
 A parked call is not read on; after PARK_S its request is cancelled, and it is asked again when it may go on.
 
-Tokens are counted by chunks while they come, and by the endpoint's usage in the end. The prompt is charged by an
-estimate when it is sent, so that an agent cannot have prompts computed for nothing by leaving; what an attempt that was
-refused, or got no answer, was charged is given back, and one that was given up later is charged by what came of it.
+Tokens are counted by chunks while they come, and by the endpoint's usage in the end (`bill`). The prompt is charged by
+an estimate when it is sent, so that an agent cannot have prompts computed for nothing by leaving; what an attempt that
+was refused, or got no answer, was charged is given back, and one that was given up later is charged by what came of it.
 """
 
 from __future__ import annotations
@@ -36,8 +36,8 @@ from aiosd import link
 from aiosd.errors import UsageError
 from aiosd.llm import policy
 from aiosd.llm.line import Line
+from aiosd.llm.remote import bill, keys
 from aiosd.llm.remote import body as bodies
-from aiosd.llm.remote import keys
 from aiosd.llm.remote.answer import Answer, Wrong, check_text, printable
 from aiosd.llm.remote.call import Call, Text
 from aiosd.llm.remote.connections import Connections, Endpoint
@@ -57,8 +57,6 @@ PARK_S = 20.0
 CLOSE_S = 1.0  # for threads to end
 OPEN_PATIENCE_S = 30.0  # how long a call waits for an endpoint that fails all the time
 SILENT_S = 300.0  # how long an attempt may bring nothing, whatever bytes come
-BYTES_PER_TOKEN = 4  # of a request: an estimate, until the endpoint tells
-MOST_TEMPLATE = 4096  # tokens that an endpoint's template may add to a prompt
 REMEMBER = 256  # finished calls, for a new kernel that asks again
 REMEMBER_CHARACTERS = 16 << 20  # … and no more of them than have this much text
 SPARE_THREADS = 32  # of requests that were given up and end in a moment
@@ -293,7 +291,7 @@ class Remote:
         call.answer, call.heard, call.moved = Answer(), False, now
         call.backlog.clear()
         call.expected = kept if request.messages is not None else ""
-        allowed, short = self._allowed(call)
+        allowed, short = bill.allowed(call, self._spec.price or FREE)
         if short:
             why = f"a prompt of about {call.prompt_estimate} tokens and an answer are more than is left of the budget"
             self._fail(call, errno.EDQUOT, why, elsewhere=short == "cost", short=short)
@@ -326,20 +324,6 @@ class Remote:
         call.limited = allowed is not None and (most is None or allowed < most)
         return bodies.encoded(call.submit.request, self._spec.model, allowed, kept, self._limit_name)
 
-    def _allowed(self, call: Call) -> tuple[int | None, str]:
-        """How many tokens of an answer the budgets allow, and which kind of budget allows none."""
-        found: list[tuple[int, str]] = []
-        if call.submit.budget is not None:
-            left = call.submit.budget - call.prompt_charged - call.num_generated - call.prompt_estimate
-            found.append((left, "tokens"))
-        if call.submit.money is not None:
-            price = self._spec.price or FREE
-            prompts = price.of_prompt(call.prompt_charged + call.prompt_estimate, 0)
-            left = call.submit.money - prompts - price.of_completion(call.num_generated)
-            found.append((left // price.completion if price.completion else left + 1, "cost"))
-        tokens, kind = min(found, default=(None, ""))
-        return tokens, kind if tokens is not None and tokens < 1 else ""
-
     # ── what comes ────────────────────────────────────────────────────────────────────────────────────────
 
     def _go_on(self, call: Call) -> None:
@@ -356,6 +340,8 @@ class Remote:
             self._report(call)
         if self._clock() >= self._patience_until(call):
             if call.parked:
+                if call.heard:
+                    self._settle(call)
                 self._let_go(call)
             else:
                 self._again(call, f"nothing came for {SILENT_S:g} s")
@@ -394,9 +380,8 @@ class Remote:
         if not call.expected and call.answer.chunks > chunks:
             call.uncharged += 1
             self._policy.charge([call], 1, self._clock())
-            budget = call.submit.budget
-            if budget is not None and call.num_generated + call.prompt_charged >= budget:
-                self._finish(call, "limit", [])
+        if call.answer.chunks > chunks and bill.is_spent(call):
+            self._finish(call, "limit", [])
 
     def _end(self, call: Call, done: bool) -> None:
         answer = call.answer
@@ -463,16 +448,11 @@ class Remote:
 
     def _usage(self, call: Call, now: float) -> Usage:
         """What the endpoint tells, where it is possible; else what was counted here."""
-        told = call.answer.usage or Usage()
-        prompt = told.prompt_tokens or call.prompt_estimate
-        most = call.prompt_estimate * BYTES_PER_TOKEN + MOST_TEMPLATE
-        if prompt > most:  # no token is less than a byte
-            logger.warning("%s: a prompt of %d tokens, it says; counted as %d", self.endpoint.url, prompt, most)
-            prompt = most
+        prompt, cached = bill.of_prompt(call.answer, call.prompt_estimate, self.endpoint.url)
         return Usage(
             prompt_tokens=prompt,
-            cached_tokens=min(told.cached_tokens, prompt),
-            completion_tokens=told.completion_tokens or call.answer.chunks,
+            cached_tokens=cached,
+            completion_tokens=bill.of_answer(call.answer),
             queue_s=call.began - call.arrived,
             prefill_s=max(call.first - call.began, 0.0) if call.first else 0.0,
             decode_s=max(now - call.first, 0.0) if call.first else 0.0,
@@ -520,8 +500,7 @@ class Remote:
         call.failures += 1
         (self._breaker.failed(why, now) if code == errno.EIO else self._breaker.succeeded())
         self._report(call)
-        if not call.heard:
-            self._give_back(call)
+        self._settle(call)
         self._let_go(call)
         if call.failures >= (TRIES_BESIDE_OTHERS if call.submit.others else MOST_TRIES):
             why = f"{self.endpoint.url}: {call.failures} attempts failed; the last: {why}"
@@ -538,12 +517,27 @@ class Remote:
             call.prompt_charged -= call.on_account
             call.on_account = 0
 
+    def _settle(self, call: Call) -> None:
+        """The attempt under way leads to nothing. What came of it is paid for, and no more."""
+        if not call.heard:
+            self._give_back(call)
+            return
+        prompt, cached = bill.of_prompt(call.answer, call.prompt_estimate, self.endpoint.url)
+        more = prompt - call.on_account
+        call.wasted += bill.of_answer(call.answer)
+        owed = call.wasted - call.counted
+        deltas = [link.Delta(call.key, call.text.num_sent, [], "", charged=owed)] if owed else []
+        spent = [link.Spent(call.key, more, cached)] if more or cached else []
+        if deltas or spent:
+            self._line.send(link.Step(deltas, spent=spent))
+        call.prompt_charged, call.on_account = call.prompt_charged + more, 0
+        call.counted, call.uncharged, call.heard = call.wasted, 0, False
+
     def _let_go(self, call: Call) -> None:
         """End its request; the call waits again."""
         exchange, call.exchange = call.exchange, None
         call.on_account = 0
         if exchange is not None:
-            call.wasted += call.answer.chunks
             if not exchange.ended:
                 exchange.close()
             self._running.pop(exchange, None)
@@ -555,6 +549,8 @@ class Remote:
 
     def _fail(self, call: Call, code: int, why: str, elsewhere: bool = False, short: str = "") -> None:
         self._figures["calls_failed"] += 1
+        if call.heard:
+            self._settle(call)
         self._leave(call)
         self._line.refuse(call.key, OSError(code, why), elsewhere, short)
 
@@ -587,7 +583,7 @@ class Remote:
         now = self._clock()
         self._arrivals += 1
         come = Text(given if isinstance(given, str) else "")
-        call = Call(message, self._arrivals, now, message.nice, come, size // BYTES_PER_TOKEN + 1, now)
+        call = Call(message, self._arrivals, now, message.nice, come, bill.estimate(size), now)
         self._calls[key] = call
         if key[0] in self._parked:
             call.parked_peer, call.parked_since = True, now

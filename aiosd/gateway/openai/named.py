@@ -1,0 +1,82 @@
+"""How chats and completions name what the kernel's arguments are made from (see `places`)."""
+
+from __future__ import annotations
+
+import re
+from typing import Any
+
+from msgspec import UNSET, Struct
+
+from aiosd.gateway.openai import fields
+from aiosd.gateway.places import Names, in_function, split
+
+#: For an argument of the kernel's the fields that it may come from.
+SOURCES = {
+    "prompt": ("prompt", "messages"),
+    "max_tokens": ("max_completion_tokens", "max_tokens", "n_predict"),
+    "repeat_penalty": ("repeat_penalty", "repetition_penalty"),
+    "stop_tokens": ("stop_token_ids",),
+    "grammar": ("grammar", "guided_grammar"),
+    "schema": ("response_format", "json_schema", "guided_json"),
+    "dry_breakers": ("dry_sequence_breakers",),
+    "tools": ("tools", "functions"),
+    "tool_choice": ("tool_choice", "function_call"),
+    "template_args": ("chat_template_kwargs", "reasoning_effort"),
+    "texts": ("input",),
+    "text": ("prompt", "content"),
+}
+_CALLS = re.compile(r"\[(\d+)\]\.tool_calls(.*)\Z", re.DOTALL)
+_ITEM = re.compile(r"\[(\d+)\](.*)\Z", re.DOTALL)
+
+
+def source(asked: Struct, argument: str) -> str:
+    """The field of this request."""
+    there = [name for name in SOURCES.get(argument, (argument,)) if name in asked.__struct_fields__]
+    given = [name for name in there if getattr(asked, name) is not None and getattr(asked, name) is not UNSET]
+    return next(iter(given or there), argument)
+
+
+def of(asked: Struct) -> Names:
+    """Of a request whose fields are plain."""
+
+    def names(place: str) -> str:
+        root, rest = split(place)
+        field = source(asked, root)
+        whole = isinstance(getattr(asked, field, None), str)  # one text where there may be several
+        return field if whole else field + rest
+
+    return names
+
+
+def of_chat(asked: fields.Chat) -> Names:
+    plain = of(asked)
+
+    def names(place: str) -> str:
+        root, rest = split(place)
+        if root == "tools" and rest:
+            return _tool(asked, rest)
+        if root == "messages" and rest and isinstance(asked.messages, list):
+            return "messages" + _message(asked.messages, rest)
+        return plain(place)
+
+    return names
+
+
+def _tool(asked: fields.Chat, rest: str) -> str:
+    match = _ITEM.match(rest)
+    order = fields.order_of_tools(asked)
+    if match is None or int(match[1]) >= len(order):
+        return "response_format"  # the tool that is the answer
+    rest = f"[{order[int(match[1])]}]{match[2]}"
+    return f"functions{rest}" if asked.functions is not None else f"tools{in_function(rest, asked.tools)}"
+
+
+def _message(messages: list[dict[str, Any]], rest: str) -> str:
+    """What is behind `messages`."""
+    match = _CALLS.match(rest)
+    if match is None or int(match[1]) >= len(messages):
+        return rest
+    message, calls = messages[int(match[1])], match[2]
+    if not message.get("tool_calls") and "function_call" in message:
+        return f"[{match[1]}].function_call{calls.removeprefix('[0]')}"
+    return f"[{match[1]}].tool_calls{in_function(calls, message.get('tool_calls'))}"

@@ -1,0 +1,72 @@
+"""What a call has cost, as far as that is known: an estimate until the endpoint tells, and what was counted
+where it never does. Pure.
+
+    a prompt    a token for `BYTES_PER_TOKEN` bytes of the request
+    an answer   a token for each piece that came, and no fewer than one for `CHARACTERS_PER_TOKEN` characters: some
+                endpoints put many tokens into a piece, or all of them
+
+Each attempt is paid for on its own, by its usage where that came, whether or not the attempt has led to an answer.
+"""
+
+from __future__ import annotations
+
+import logging
+from typing import TYPE_CHECKING
+
+from aiosd.llm.remote.answer import Answer
+from aiosd.price import Price
+from libaios.wire import Usage
+
+if TYPE_CHECKING:
+    from aiosd.llm.remote.call import Call
+
+logger = logging.getLogger("llm.remote")
+
+BYTES_PER_TOKEN = 4  # of a request
+CHARACTERS_PER_TOKEN = 6  # of an answer: rarely more, as models write
+MOST_TEMPLATE = 4096  # tokens that an endpoint's template may add to a prompt
+
+
+def estimate(size: int) -> int:
+    """Tokens of the prompt of a request of this many bytes."""
+    return size // BYTES_PER_TOKEN + 1
+
+
+def of_answer(answer: Answer) -> int:
+    """Tokens of it."""
+    told = answer.usage.completion_tokens if answer.usage is not None else 0
+    return told or max(answer.chunks, answer.length // CHARACTERS_PER_TOKEN)
+
+
+def of_prompt(answer: Answer, estimated: int, endpoint: str) -> tuple[int, int]:
+    """Tokens of the prompt of this attempt, and how many of them the endpoint had in its cache."""
+    told = answer.usage or Usage()
+    prompt = told.prompt_tokens or estimated
+    most = estimated * BYTES_PER_TOKEN + MOST_TEMPLATE
+    if prompt > most:  # no token is less than a byte
+        logger.warning("%s: a prompt of %d tokens, it says; counted as %d", endpoint, prompt, most)
+        prompt = most
+    return prompt, min(told.cached_tokens, prompt)
+
+
+def allowed(call: Call, price: Price) -> tuple[int | None, str]:
+    """How many tokens of an answer the budgets allow to an attempt that is about to begin, and which kind of budget
+    allows none. Before that one nothing is under way: what its call has cost is all in `wasted` and
+    `prompt_charged`."""
+    found: list[tuple[int, str]] = []
+    if call.submit.budget is not None:
+        left = call.submit.budget - call.prompt_charged - call.wasted - call.prompt_estimate
+        found.append((left, "tokens"))
+    if call.submit.money is not None:
+        prompts = price.of_prompt(call.prompt_charged + call.prompt_estimate, 0)
+        left = call.submit.money - prompts - price.of_completion(call.wasted)
+        found.append((left // price.completion if price.completion else left + 1, "cost"))
+    tokens, kind = min(found, default=(None, ""))
+    return tokens, kind if tokens is not None and tokens < 1 else ""
+
+
+def is_spent(call: Call) -> bool:
+    """Whether the pieces that have come are all that its budget allows. An endpoint that is told how many tokens it may
+    give out ends by itself before; some are not to be relied on."""
+    budget = call.submit.budget
+    return budget is not None and call.prompt_charged + call.wasted + call.answer.chunks >= budget
