@@ -16,5 +16,5 @@ kernel made for one agent, from a process that is, or descends from, that agent 
     openai/       the API of OpenAI
     ollama.py cerebrum.py filing.py submitted.py     those of Ollama and of AIOS, made from the same parts
     routes.py health.py       which function answers which path; what is open to all
-    superior.py   what those above the process tell it
+    spec.py       what the supervisor gives it
 """
