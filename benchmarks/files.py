@@ -8,8 +8,8 @@ much memory it takes in any process.
     upload                 9.8        110   4.7
     download               4.2        256   2.0
 
-    MB of memory        before      peak    more    bar
-    agent                   28        34       6     64   kept
+    MB of memory        before      peak    more    bar     CPU ms a MB
+    agent                   28        34       6     64             3.1   kept
     …
 
 The file is random bytes, so that no piece is like another. Memory is the resident set (`VmHWM`, which is reset before);
@@ -59,6 +59,11 @@ def memory_mb(pid: int, what: str) -> float:
     return next(int(line.split()[1]) / 1024 for line in lines if line.startswith(what))
 
 
+def cpu_s(pid: int) -> float:
+    fields = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
+    return (int(fields[11]) + int(fields[12])) / os.sysconf("SC_CLK_TCK")
+
+
 def make(path: Path, size: int) -> None:
     with open(path, "wb") as file:
         for _ in range(size // MB):
@@ -96,24 +101,27 @@ def main() -> None:
             before = {name: memory_mb(pid, "VmRSS") for name, pid in pids.items()}
             for pid in pids.values():
                 Path(f"/proc/{pid}/clear_refs").write_text("5")  # resets VmHWM
+            cpu = {name: cpu_s(pid) for name, pid in pids.items()}
             seconds = {"cp, and sync": copy(large, Path(scratch) / "copy")}
             for what, path in (("upload", large), ("download", back)):
                 seconds[what] = float(race([agent], [{"what": what, "path": str(path)}])[0]["took"])
+            cpu = {name: cpu_s(pid) - cpu[name] for name, pid in pids.items()}
             peak = {name: memory_mb(pid, "VmHWM") for name, pid in pids.items()}
         whole = digest(large) == digest(back)
     print(f"{'':20}{'s':>8}{'MB/s':>10}{'× cp':>8}")
     for what, took in seconds.items():
         print(f"{what:20}{took:8.1f}{size / MB / took:10.0f}{took / seconds['cp, and sync']:8.1f}")
-    print(f"\n{'MB of memory':20}{'before':>8}{'peak':>10}{'more':>8}{'bar':>6}")
+    print(f"\n{'MB of memory':20}{'before':>8}{'peak':>10}{'more':>8}{'bar':>6}{'CPU ms a MB':>16}")
     missed = [] if whole else ["bytes"]
     for name in pids:
         more = peak[name] - before[name]
         word = verdict(more, BAR_MB)
-        print(f"{name:20}{before[name]:8.0f}{peak[name]:10.0f}{more:8.0f}{BAR_MB:6}  {word}")
+        row = f"{name:20}{before[name]:8.0f}{peak[name]:10.0f}{more:8.0f}{BAR_MB:6}"
+        print(f"{row}{cpu[name] * 1e3 * MB / size:16.1f}  {word}")
         missed += [name] if word == "MISSED" else []
     print("\nall bytes are as they were" if whole else "\nWRONG: not all bytes are as they were")
     rows = [{"what": what, "s": took, "mb_per_s": size / MB / took} for what, took in seconds.items()]
-    rows += [{"process": name, "before_mb": before[name], "peak_mb": peak[name]} for name in pids]
+    rows += [{"process": name, "before_mb": before[name], "peak_mb": peak[name], "cpu_s": cpu[name]} for name in pids]
     write("files", rows, options.out, missed=missed, bytes=size)
     sys.exit(1 if missed else 0)
 

@@ -7,6 +7,10 @@ one: the nearest vectors, conditions and notes from SQLite, the ranking. CPU mil
 many. `words` is a search by words and meaning together; `10 %` and `1 %` go through a tag that this share of the notes
 has. Recall is against all vectors compared in single precision.
 
+`--filters` measures searches with conditions instead: notes of 1 KB, of whose words each note has half, 3,000, 30,000
+and 100,000 of them (`--sizes`), by words, by meaning and by both, with a tag, metadata and times that some of them
+have; and as many files by the folder in which they lie.
+
     $ taskset -c 0 python benchmarks/search.py
     what                                     value   bar
     search, p50 CPU ms                        1.60     3  kept
@@ -39,6 +43,7 @@ from aiosd.store.database import Database  # noqa: E402
 from aiosd.store.meaning import BATCH, Meaning  # noqa: E402
 from aiosd.store.memory import Memory  # noqa: E402
 from aiosd.store.search import Notes  # noqa: E402
+from aiosd.store.storage import Storage  # noqa: E402
 from aiosd.store.words import NOTES  # noqa: E402
 from benchmarks import harness  # noqa: E402
 from libaios import wire  # noqa: E402
@@ -92,12 +97,17 @@ class Store:
         self.finder = self.memory.finder
         self.calls = 0
 
-    def add(self, owner: str, text: str, tags: Sequence[str]) -> None:
-        """A note as an agent adds it."""
+    def ask(self, owner: str) -> link.Ask:
         self.calls += 1
         caller = link.Caller(7, 1000, owner, True, "default")
-        ask = link.Ask((7, self.calls), caller, 0, wire.raw([]), settled=self.calls)
-        self.memory.add(ask, wire.MemAdd(text, tags=list(tags)))
+        return link.Ask((7, self.calls), caller, 0, wire.raw([]), settled=self.calls)
+
+    def add(self, owner: str, text: str, tags: Sequence[str], metadata: dict[str, Any] | None = None) -> None:
+        """A note as an agent adds it."""
+        self.memory.add(self.ask(owner), wire.MemAdd(text, tags=list(tags), metadata=metadata or {}))
+
+    def listed(self, owner: str, filters: wire.NoteFilters) -> None:
+        self.memory.list(self.ask(owner), wire.MemList(filters, K, 0))
 
     def embed(self, given: Any) -> None:
         """Their words, and their vectors, as when the embedder has answered."""
@@ -253,6 +263,93 @@ def many_owners(options: argparse.Namespace, folder: Path) -> dict[str, float]:
     return found
 
 
+# ── conditions ────────────────────────────────────────────────────────────────────────────────────────────
+
+#: What is asked for, and which share of the notes has it.
+CONDITIONS: dict[str, dict[str, Any]] = {
+    "none": {},
+    "tag, 1 %": {"tags": ["t7"]},
+    "tag, 10 %": {"tags": ["tenth"]},
+    "tag, 50 %": {"tags": ["half"]},
+    "metadata, 1 %": {"metadata": {"lot": 7}},
+    "metadata, 50 %": {"metadata": {"even": True}},
+    "the newest 10 %": {"since": 0.9},
+    "all but the newest 10 %": {"until": 0.9},
+    "tag, 50 %, of the newest 10 %": {"tags": ["half"], "since": 0.9},
+}
+COMMON = [f"{a}{b}{c}" for a in "bdfgklmnprst" for b in ("a", "e", "i", "o", "u", "ar", "en") for c in "nslrtkm"]
+FOLDERS = {"none": "", "folder, 1 %": "h7", "folder, 50 %": "even"}
+
+
+def long_text(number: int) -> str:
+    return " ".join(random.Random(number).choices(COMMON, k=400))[:1015]
+
+
+def conditions(options: argparse.Namespace, count: int, folder: Path) -> dict[str, float]:
+    middles = groups(options.dimensions)
+    given = vectors(count, options.dimensions, 1, middles)
+    store = Store(folder)
+    store.memory._clock = lambda: store.calls / count  # the first note was changed at 0, the last one at 1
+    for begin in range(0, count, LOT):
+        lot = range(begin, min(begin + LOT, count))
+        store.database.begin()
+        for number in lot:
+            tags = [f"t{number % 100}", *["tenth"] * (number % 10 == 3), *["half"] * (number % 2)]
+            store.add("one", long_text(number), tags, {"lot": number % 100, "even": number % 2 == 0})
+        store.embed(given[lot.start : lot.stop])
+        store.database.commit()
+    owner = store.owner("one")
+    store.load(owner)
+    queries = vectors(options.queries, options.dimensions, 2, middles)
+    asked = [(" ".join(long_text(-1 - number).split()[:3]), vector) for number, vector in enumerate(queries)]
+    found = {}
+    for name, condition in CONDITIONS.items():
+        filters = wire.NoteFilters(**condition)
+        for by, mode in (("words", "words"), ("meaning", "meaning"), ("both", "")):
+            more = {"filters": filters, "by": mode}
+            acts = [
+                lambda q=query, v=None if by == "words" else vector, m=more: store.search(owner, q, v, **m)
+                for query, vector in asked
+            ]
+            found[f"{name}; by {by}"] = median_ms(acts)
+        found[f"{name}; the newest 10 listed"] = median_ms([lambda f=filters: store.listed("one", f)] * 20)
+    store.database.close()
+    return found | files_by_folder(options, count, folder / "files")
+
+
+def files_by_folder(options: argparse.Namespace, count: int, folder: Path) -> dict[str, float]:
+    store = Store(folder)
+    storage = Storage(store.database, folder, 1 << 40, 1)
+    for begin in range(0, count, LOT):
+        store.database.begin()
+        for number in range(begin, min(begin + LOT, count)):
+            path = f"{'odd' if number % 2 else 'even'}/h{number % 100}/{number}.txt"
+            path = f"h7/{number}.txt" if number % 100 == 7 else path
+            storage.write(store.ask("one"), wire.StoWrite(path, long_text(number).encode()))
+        store.database.commit()
+    found = {}
+    texts = [" ".join(long_text(-1 - number).split()[:3]) for number in range(options.queries)]
+    for name, under in FOLDERS.items():
+        wanted = [wire.StoSearch(text, K, under, "") for text in texts]
+        acts = [lambda w=one: storage.search(store.ask("one"), w) for one in wanted]
+        found[f"files: {name}; by words"] = median_ms(acts)
+    store.database.close()
+    return found
+
+
+def with_conditions(options: argparse.Namespace) -> None:
+    rows: dict[str, list[float]] = {}
+    for count in options.sizes:
+        with tempfile.TemporaryDirectory(prefix="aios-bench-") as folder:
+            for name, value in conditions(options, count, Path(folder)).items():
+                rows.setdefault(name, []).append(value)
+    print(f"  {'CPU ms, medians':58}" + "".join(f"{count:>10,}" for count in options.sizes))
+    for name, values in rows.items():
+        print(f"  {name:58}" + "".join(f"{value:10.2f}" for value in values))
+    kept = [{"what": name, "ms": values} for name, values in rows.items()]
+    harness.write("filters", kept, harness.RESULTS / "filters.json", sizes=options.sizes)
+
+
 # ── the peer ──────────────────────────────────────────────────────────────────────────────────────────────
 
 PEER = """
@@ -322,7 +419,12 @@ def main() -> None:
     parser.add_argument("--peer", metavar="PYTHON", default=harness.chroma(), help="an interpreter that has chromadb")
     parser.add_argument("--peer-notes", type=int, default=100_000)
     parser.add_argument("--out", type=Path, default=harness.RESULTS / "search.json")
+    parser.add_argument("--filters", action="store_true", help="searches with conditions, and nothing else")
+    parser.add_argument("--sizes", type=int, nargs="+", default=[3_000, 30_000, 100_000], help="notes, for --filters")
     options = parser.parse_args()
+    if options.filters:
+        with_conditions(options)
+        return
     rows = []
     parts: list[tuple[str, Callable[..., dict[str, float]]]] = [
         ("aiosd", one_owner),

@@ -11,6 +11,7 @@ import asyncio
 import errno
 import inspect
 import time
+from collections import deque
 from collections.abc import AsyncGenerator, AsyncIterator, Callable, Coroutine, Generator, Mapping, Sequence
 from typing import Any, ParamSpec, TypeVar
 
@@ -29,7 +30,7 @@ from libaios.channel import BACKSTOP_S
 from libaios.connection import SLACK_S, Connection, Pending, decode_body
 from libaios.generate import Piece, Pieces, Result, generate_args, variants
 from libaios.loop import Finished, Think, observation, steps
-from libaios.plan import Plan, Steps, plan_of, steps_of
+from libaios.plan import AT_ONCE, Plan, Steps, Window, plan_of, steps_of
 from libaios.wire import Sys
 
 P = ParamSpec("P")
@@ -121,12 +122,31 @@ def twin(function: Callable[P, T]) -> Callable[P, Coroutine[Any, Any, T]]:
     return make
 
 
+async def _run_window(window: Window) -> None:
+    under_way: deque[asyncio.Task[Any]] = deque()
+    try:
+        for plan in window.plans:
+            if len(under_way) >= AT_ONCE:
+                window.take(await under_way.popleft())
+            under_way.append(asyncio.create_task(_run(plan)))
+        while under_way:
+            window.take(await under_way.popleft())
+    finally:
+        for task in under_way:  # one has failed
+            task.cancel()
+        await asyncio.gather(*under_way, return_exceptions=True)
+
+
 async def _run_all(steps: Steps[T]) -> T:
     try:
         plan = next(steps)
         while True:
             try:
-                result = await _run(plan)
+                result = None
+                if isinstance(plan, Window):
+                    await _run_window(plan)
+                else:
+                    result = await _run(plan)
             except BaseException as err:  # into the generator, which decides what it means
                 plan = steps.throw(err)
             else:

@@ -7,12 +7,14 @@ For each call a family file (`proc`, `msg`, `llm`, …) has a function that chec
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable, Generator
+from collections import deque
+from collections.abc import Callable, Generator, Iterator
 from typing import Any, Generic, ParamSpec, TypeVar
 
 from msgspec import Struct
 
 from libaios.agent import connection
+from libaios.connection import Pending
 from libaios.wire import TABLE
 
 P = ParamSpec("P")
@@ -51,8 +53,41 @@ def syscall(plan: Callable[P, Plan[T]]) -> Callable[P, T]:
     return make
 
 
-#: Several calls as one: yields plans, gets what they give, and returns the result.
-Steps = Generator[Plan[Any], Any, T]
+AT_ONCE = 4  # calls of a window that are under way: each may hold a megabyte in three processes
+
+
+class Window(Struct):
+    """Calls that do not wait for each other: some are under way at the same time. `take` gets what each gives, in the
+    order of the plans. When one fails, what is under way is given up."""
+
+    plans: Iterator[Plan[Any]]
+    take: Callable[[Any], Any]
+
+
+#: Several calls as one: yields plans, gets what they give (None of a window), and returns the result.
+Steps = Generator[Plan[Any] | Window, Any, T]
+
+
+def run_window(window: Window) -> None:
+    conn = connection()
+    under_way: deque[tuple[Plan[Any], Pending]] = deque()
+
+    def take() -> None:
+        plan, call = under_way[0]
+        result = plan.finish(conn.result(call, plan.body, timeout=plan.timeout))
+        under_way.popleft()
+        window.take(result)
+
+    try:
+        for plan in window.plans:
+            if len(under_way) >= AT_ONCE:
+                take()
+            under_way.append((plan, conn.submit(plan.sys, plan.args)))
+        while under_way:
+            take()
+    finally:
+        for _, call in under_way:
+            conn.abandon(call)
 
 
 def run_all(steps: Steps[T]) -> T:
@@ -60,7 +95,11 @@ def run_all(steps: Steps[T]) -> T:
         plan = next(steps)
         while True:
             try:
-                result = run(plan)
+                result = None
+                if isinstance(plan, Window):
+                    run_window(plan)
+                else:
+                    result = run(plan)
             except BaseException as err:  # into the generator, which decides what it means
                 plan = steps.throw(err)
             else:
@@ -69,6 +108,26 @@ def run_all(steps: Steps[T]) -> T:
         return end.value  # type: ignore[no-any-return] # what a generator returns has no type
     finally:
         steps.close()
+
+
+def one_by_one(steps: Steps[T]) -> Generator[Plan[Any], Any, T]:
+    """The same steps for one who makes one call at a time."""
+    advance: Callable[[Any], Plan[Any] | Window] = steps.send
+    value: Any = None
+    while True:
+        try:
+            plan = advance(value)
+        except StopIteration as end:
+            return end.value  # type: ignore[no-any-return] # what a generator returns has no type
+        advance, value = steps.send, None
+        try:
+            if isinstance(plan, Window):
+                for one in plan.plans:
+                    plan.take((yield one))
+            else:
+                value = yield plan
+        except BaseException as err:  # into the generator, which decides what it means
+            advance, value = steps.throw, err
 
 
 def syscalls(steps: Callable[P, Steps[T]]) -> Callable[P, T]:

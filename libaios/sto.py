@@ -18,12 +18,12 @@ import builtins
 import errno
 import io
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, BinaryIO, TypeVar
 
 from libaios import wire
-from libaios.plan import Plan, Steps, syscall, syscalls
+from libaios.plan import Plan, Steps, Window, syscall, syscalls
 from libaios.wire import PIECE, File, FoundFile, Mount, Share, Sys, Trashed, Version
 
 __all__ = [
@@ -100,15 +100,20 @@ def upload(
 
 def _upload(path: str, source: BinaryIO, of: str, if_version: int | None) -> Steps[File]:
     number: int = yield Plan(Sys.STO_UPLOAD, wire.StoUpload(path, of, if_version))
-    size = 0
+    sizes: builtins.list[int] = []
     try:
-        while piece := _full_piece(source):
-            yield Plan(Sys.STO_PIECE, wire.StoPiece(number, size, piece))
-            size += len(piece)
-        return (yield from _call(Plan(Sys.STO_FINISH, wire.StoFinish(number, size))))
+        yield Window(_sent(number, source, sizes), lambda nothing: None)
+        return (yield from _call(Plan(Sys.STO_FINISH, wire.StoFinish(number, sum(sizes)))))
     except (Exception, KeyboardInterrupt):
         yield Plan(Sys.STO_ABORT, wire.StoAbort(number))
         raise
+
+
+def _sent(upload: int, source: BinaryIO, sizes: builtins.list[int]) -> Iterator[Plan[Any]]:
+    while piece := _full_piece(source):
+        offset = sum(sizes)
+        sizes.append(len(piece))
+        yield Plan(Sys.STO_PIECE, wire.StoPiece(upload, offset, piece))
 
 
 def _full_piece(source: BinaryIO) -> bytes:
@@ -153,14 +158,25 @@ def download(
 
 def _pieces(path: str, version: int | None, of: str, take: Callable[[bytes], Any]) -> Steps[int]:
     """All pieces of one version, whatever is written meanwhile."""
+    first: wire.FileData = yield Plan(Sys.STO_READ, wire.StoRead(path, of, version))
     offset = 0
-    while True:
-        found = yield Plan(Sys.STO_READ, wire.StoRead(path, of, version, offset))
-        version = found.version or None  # 0: a file of a mounted folder, which has no versions
+
+    def keep(found: wire.FileData) -> None:
+        nonlocal offset
         take(found.data)
         offset += len(found.data)
-        if not found.data or offset >= found.size:
-            return offset
+
+    keep(first)
+    if first.version:
+        ahead = range(offset, first.size, PIECE) if offset else range(0)
+        plans = (Plan[Any](Sys.STO_READ, wire.StoRead(path, of, first.version, place)) for place in ahead)
+        yield Window(plans, keep)
+        return offset
+    found = first  # of a mounted folder: there are no versions, and it may change at any time
+    while found.data and offset < found.size:
+        found = yield Plan(Sys.STO_READ, wire.StoRead(path, of, None, offset))
+        keep(found)
+    return offset
 
 
 @syscalls

@@ -17,10 +17,12 @@ from msgspec import Raw, msgpack
 
 from aiosd import link
 from aiosd.store import archive, contents, fsck, rebuild
+from aiosd.store.contents import hash_of
 from aiosd.store.database import Database
 from aiosd.store.meaning import Meaning
 from aiosd.store.room import Room
-from aiosd.store.storage import Storage
+from aiosd.store.storage import SYNC_AT_ONCE, Storage
+from aiosd.store.tables import CONTENTS
 from libaios import wire
 from libaios.wire import PIECE, TABLE, Sys
 from tests.test_store_meaning import Fake
@@ -450,6 +452,26 @@ def test_a_piece_may_come_again_and_replace_another(store: Store) -> None:
     assert store.read("x") == b"2" * PIECE + b"3"
     assert len(store.files()) == 1
     refused(errno.ENOENT, lambda: store(Sys.STO_FINISH, wire.StoFinish(number, PIECE + 1)))
+
+
+def test_pieces_wait_for_the_disk_when_the_file_is_finished(
+    store: Store, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """… or when another call, which is answered then, keeps the same bytes."""
+    synced: set[str] = set()
+    fsync = os.fsync
+    monkeypatch.setattr(os, "fsync", lambda fd: synced.add(Path(os.readlink(f"/proc/self/fd/{fd}")).name) or fsync(fd))
+    pieces = [os.urandom(PIECE) for _ in range(SYNC_AT_ONCE + 2)]
+    names = [hash_of(piece).hex() for piece in pieces]
+    number = store(Sys.STO_UPLOAD, wire.StoUpload("large"))
+    for place, piece in enumerate(pieces):
+        store(Sys.STO_PIECE, wire.StoPiece(number, place * PIECE, piece))
+    assert not synced & set(names)
+    store(Sys.STO_WRITE, wire.StoWrite("another", pieces[3]), OTHER)
+    assert synced & set(names) == {names[3]}
+    assert CONTENTS in synced
+    assert store(Sys.STO_FINISH, wire.StoFinish(number, len(pieces) * PIECE)).size == len(pieces) * PIECE
+    assert synced >= set(names)
 
 
 def test_bad_pieces_are_refused(tmp_path: Path) -> None:

@@ -16,6 +16,7 @@ from aiosd.store import words
 from aiosd.store.database import FILE, MIGRATIONS, Database, connect
 from aiosd.store.main import MOST_WORDLESS, SHARE, Chores
 from aiosd.store.room import Room
+from aiosd.store.storage import Storage
 from libaios import wire
 from libaios.wire import Sys
 from tests.test_store_commit import Store as GroupStore
@@ -280,7 +281,36 @@ def test_words_do_not_wait_for_the_disk(tmp_path: Path, monkeypatch: pytest.Monk
     store.memory.words.work()
     store.turn(add(2, "two"))
     store.turn(ask(3, Sys.MEM_SEARCH, wire.MemSearch("two")))
-    store.database.db.set_commit_hook(None)
     full, normal = 2, 1
-    assert levels == [full, normal, full, full]
+    assert levels == [full, normal, full, normal]
+    levels.clear()
+    store.turn(add(4, "three"))
+    store.server._turn([ask(5, Sys.MEM_SEARCH, wire.MemSearch("three")), add(6, "four")])
+    store.database.db.set_commit_hook(None)
+    assert levels == [full, normal, full], "who waits for the disk does not share a commit that does not"
     store.close()
+
+
+def test_conditions_are_looked_up_in_indexes_and_words_are_looked_for_once(
+    store: Store, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A search asks for no row of a note that only may be found, and never for words in one note after the other: with
+    thousands of notes that takes seconds."""
+    for number in range(20):
+        store("add", wire.MemAdd(f"tea {number}", tags=["t"], metadata={"n": number}))
+    found(store, "tea")
+    asked: list[tuple[str, tuple[Any, ...]]] = []
+    rows = store.database.rows
+    monkeypatch.setattr(store.database, "rows", lambda sql, *values: asked.append((sql, values)) or rows(sql, *values))
+    filters = wire.NoteFilters(["t"], {"n": 3}, 0.0, 1e12)
+    assert found(store, "tea", filters=filters) == ["tea 3"]
+    assert [note.text for note in store("list", wire.MemList(filters, 5, 0))] == ["tea 3"]
+    storage = Storage(store.database, store.database.path.parent, 1 << 30, 5)
+    for folder in ("", "folder"):
+        storage.search(store.ask(ME), wire.StoSearch("tea", 5, folder, ""))
+    searches = [one for one in asked if " MATCH " in one[0]]
+    assert len(searches) == 3
+    for sql, values in searches:
+        plan = [row[3] for row in store.database.db.execute(f"EXPLAIN QUERY PLAN {sql}", values)]
+        assert [step for step in plan if "VIRTUAL" in step] == [step for step in plan[:1] if "=" not in step], plan
+        assert not [step for step in plan if step.startswith("SEARCH n ")], plan

@@ -22,7 +22,7 @@ from libaios import mem, wire
 from libaios.agents import react
 from libaios.client import Client
 from libaios.home import Home
-from libaios.plan import Steps, plan_of
+from libaios.plan import Steps, Window, plan_of
 from libaios.wire import CallTool, Sys
 from tests.conftest import System, eventually
 
@@ -103,6 +103,27 @@ def test_steps_get_results_and_errors_of_their_calls() -> None:
     assert [one.sys for one in kernel.got] == [Sys.MEM_GET, Sys.MEM_ADD]
     assert kernel.got[0].number < kernel.got[1].number
     assert (1, 7) not in kernel.errands
+
+
+def windowed(got: list[Any]) -> Steps[str]:
+    try:
+        yield Window((plan_of(mem.add)(text) for text in "abc"), got.append)
+    except FileExistsError:
+        yield plan_of(mem.remove)(1)
+    return "done"
+
+
+def test_calls_that_others_make_at_the_same_time_are_made_one_by_one() -> None:
+    kernel, got = Kernel(), []
+    kernel.begin(windowed(got))
+    for number in (1, 2, 3):
+        kernel.reply(number)
+    assert (kernel.results, got, len(kernel.got)) == (["done"], [1, 2, 3], 3)
+    kernel.begin(windowed(got))
+    kernel.reply("it failed", errno.EEXIST)
+    kernel.reply(None)
+    assert [one.sys for one in kernel.got[3:]] == [Sys.MEM_ADD, Sys.MEM_REMOVE]
+    assert kernel.results == ["done", "done"]
 
 
 def test_a_new_kernel_gets_what_is_open_under_its_number() -> None:

@@ -9,15 +9,18 @@ a content, however often it uses it, and pays the same whether or not others hav
 what others keep; and since no call takes a hash, to guess one leads nowhere.
 
 **A file and its row.** A file is complete before the transaction that refers to it can commit: it is written under a
-name of its own in `new/`, synced, and linked into `contents/`, whose folder is synced. A file is removed only after
-the commit that drops the last use: that transaction puts its hash into `doomed`. `clean`, outside of any transaction,
-looks at both. What is doomed, and a link in `new/` whose content got no row, because its transaction was lost or this
-process was killed, goes then. Other files without a row are left alone: they may be all that is left of damaged rows.
+name of its own in `new/`, synced, and linked into `contents/`, whose folder is synced. (A piece of a file that comes
+in pieces is synced with all others when that is finished: a power cut ends what has been begun.) A file is removed only
+after the commit that drops the last use: that transaction puts its hash into `doomed`. `clean`, outside of any
+transaction, looks at both. What is doomed, and a link in `new/` whose content got no row, because its transaction was
+lost or this process was killed, goes then. Other files without a row are left alone: they may be all that is left of
+damaged rows.
 """
 
 from __future__ import annotations
 
 import contextlib
+import ctypes
 import errno
 import os
 from collections import Counter
@@ -31,6 +34,9 @@ from libaios import wire
 from libaios.wire import PIECE
 
 SMALL = 64 << 10
+_WRITE = 2  # SYNC_FILE_RANGE_WRITE
+_SYNC_FILE_RANGE = ctypes.CDLL(None).sync_file_range
+_SYNC_FILE_RANGE.argtypes = (ctypes.c_int, ctypes.c_int64, ctypes.c_int64, ctypes.c_uint)
 CLEAN_AT_ONCE = 200  # files
 
 
@@ -53,16 +59,17 @@ class Contents:
 
     # ── changing ──────────────────────────────────────────────────────────────────────────────────────────
 
-    def put(self, owner: int, data: bytes) -> int:
-        """Keep these bytes (at most PIECE) for an owner. Returns the number of the content. Raises OSError."""
+    def put(self, owner: int, data: bytes, sync: bool = True) -> int:
+        """Keep these bytes (at most PIECE) for an owner. Returns the number of the content. Without `sync` its file may
+        still be lost with the power, until `sync` was called for it. Raises OSError."""
         assert len(data) <= PIECE
         name = hash_of(data)
         row = self._db.row("SELECT id FROM contents WHERE hash = ?", name)
         in_file = len(data) > SMALL
         if in_file and not self._path(name).exists():
-            self._write(name, data)
-        elif in_file and row is None:  # left by a transaction that was lost, maybe with its process
-            _sync_folder(self._folder)
+            self._write(name, data, sync)
+        elif in_file and sync:  # left by a transaction that was lost, or a piece of what is not finished
+            self.sync([name])
         if row is None:
             sql = "INSERT INTO contents(hash, size, data, file) VALUES(?, ?, ?, ?)"
             self._db.do(sql, name, len(data), *((None, name) if in_file else (data, None)))
@@ -71,6 +78,23 @@ class Contents:
         content = int(row[0])
         self.use(owner, [content])
         return content
+
+    def sync(self, names: Iterable[bytes]) -> None:
+        """These files are on the disk when this returns. Takes little time where the disk has written them already.
+        Raises OSError (EIO)."""
+        names = list(names)
+        if not names:
+            return
+        for name in names:
+            try:
+                fd = os.open(self._path(name), os.O_RDONLY | os.O_CLOEXEC)
+            except FileNotFoundError:
+                raise wire.error(errno.EIO, f"a part of this file is missing on the disk ({name.hex()})") from None
+            try:
+                os.fsync(fd)
+            finally:
+                os.close(fd)
+        _sync_folder(self._folder)
 
     def names(self, contents: Iterable[int]) -> bytes:
         """The hashes of these contents, one behind the other."""
@@ -145,7 +169,7 @@ class Contents:
     def _path(self, name: bytes) -> Path:
         return self._folder / name.hex()
 
-    def _write(self, name: bytes, data: bytes) -> None:
+    def _write(self, name: bytes, data: bytes, sync: bool) -> None:
         self._number += 1
         link = f"{name.hex()}.{self._number}"
         path = self._new / link
@@ -156,11 +180,15 @@ class Contents:
             view = memoryview(data)
             while view:
                 view = view[os.write(fd, view) :]
-            os.fsync(fd)
+            if sync:
+                os.fsync(fd)
+            else:
+                _begin_writing(fd)
         finally:
             os.close(fd)
         os.link(path, self._path(name))
-        _sync_folder(self._folder)
+        if sync:
+            _sync_folder(self._folder)
 
     def clean(self) -> bool:
         """Remove files that no committed row names. True: there may be more of them."""
@@ -195,6 +223,11 @@ class Contents:
     def stored(self) -> int:
         row = self._db.row("SELECT coalesce(sum(bytes), 0) FROM file_bytes")
         return int(row[0]) if row is not None else 0
+
+
+def _begin_writing(fd: int) -> None:
+    """Have the disk begin with what this file has, and do not wait for it: a later fsync then waits for little."""
+    _SYNC_FILE_RANGE(fd, 0, 0, _WRITE)  # where that is refused the fsync does it all
 
 
 def _sync_folder(path: Path) -> None:

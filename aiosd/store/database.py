@@ -132,6 +132,7 @@ class Database:
         self._begun = False  # a transaction of ours is open,
         self._lost: OSError | None = None  # … or SQLite has undone it
         self._lazy = False  # the commit does not wait for the disk
+        self._joins = False  # what enters a transaction next does not ask it to, either
         self._quiet = True  # nothing was written since the last checkpoint
         try:
             self.db = connect(self.path)
@@ -200,6 +201,9 @@ class Database:
     def _enter(self, saved: bool) -> None:
         if self._lost is not None:
             raise self._lost  # this call will be done again, alone
+        joins, self._joins = self._joins, False
+        if self._begun and self._lazy and not joins and not self._depth:
+            self._end_lazy()
         try:
             if not self._begun:
                 self.room.look()
@@ -244,22 +248,39 @@ class Database:
 
     @contextmanager
     def lazily(self) -> Iterator[None]:
-        """A transaction that does not wait for the disk, unless it is a part of another one: it is durable with the
-        next that does. For what is made from other rows, or would be done again."""
-        if self._begun or self._grouping:
+        """A transaction that does not wait for the disk, unless it is a part of one that does: it is durable with the
+        next that does. A killed process loses nothing of it, a power cut may. For what is made from other rows, or
+        would be done again."""
+        if self._begun:
+            self._joins = not self._depth
             with self._part:
                 yield
             return
         with self.as_oserror():
             self.db.pragma("synchronous", "NORMAL")
-        self._lazy = True
+        self._lazy = self._joins = True
         try:
             with self._part:
                 yield
         finally:
+            if not self._begun:
+                self._wait_for_disk_again()
+
+    def _wait_for_disk_again(self) -> None:
+        """No transaction is open."""
+        if self._lazy:
             self._lazy = False
             with self.as_oserror():
                 self.db.pragma("synchronous", "FULL")
+
+    def _end_lazy(self) -> None:
+        """Calls that share a transaction have begun with some that do not wait for the disk, and here is one that does.
+        (What a transaction does is said before it begins.)"""
+        try:
+            self._commit()
+        except OSError as err:
+            self._begun, self._lost = True, err  # `commit` tells, and all are done again
+            raise
 
     def begin(self) -> None:
         """From now on calls share a transaction, until `commit`."""
@@ -287,6 +308,7 @@ class Database:
             raise
         self._begun = self._quiet = False
         self.counts["lazy_commits" if self._lazy else "commits"] += 1
+        self._wait_for_disk_again()
 
     def _drop(self) -> None:
         """The whole transaction is lost."""
@@ -294,6 +316,7 @@ class Database:
         self.counts["undone"] += 1
         if self.db.in_transaction:
             self.db.execute("ROLLBACK")
+        self._wait_for_disk_again()
         self.memos.forget_all()
         for drop in self.undone:
             drop()

@@ -16,7 +16,7 @@ from aiosd.store.database import Database
 from aiosd.store.files import Files
 from aiosd.store.filewords import FILES, as_text
 from aiosd.store.meaning import Meaning
-from aiosd.store.search import LEAST, MOST_WORDS, with_meaning
+from aiosd.store.search import AMONG, LEAST, MOST_WORDS, with_meaning
 from aiosd.store.spaces import Space, below, shown
 from libaios import wire
 
@@ -25,6 +25,7 @@ if TYPE_CHECKING:
 
 EXCERPT = 160  # characters
 EXCERPTS = 10  # of one search
+SPACES_AT_ONCE = 100  # of which a part may be seen: SQLite has limits
 _WORD = re.compile(r"[^\W_]+")
 
 
@@ -71,32 +72,33 @@ class FileSearch:
         words = list(dict.fromkeys(_WORD.findall(query)))[:MOST_WORDS]
         if not words or not spaces:
             return {}
-        either = " OR ".join(f'"own{owner}"' for owner in spaces)
         wanted = " OR ".join(f'"{word}"' for word in words)
-        conditions: list[str] = []
-        values: list[Any] = []
-        for owner, space in spaces.items():
-            visible, parts = space.where()
-            conditions.append(f"(f.owner = ? AND {visible})")
-            values += [owner, *parts]
+        allowed = {owner: _files_of(space, folder) for owner, space in spaces.items()}
+        found = self._matching([owner for owner, part in allowed.items() if part is None], wanted, "", [], limit)
+        limited = [(owner, part) for owner, part in allowed.items() if part is not None]
+        for begin in range(0, len(limited), SPACES_AT_ONCE):
+            some = limited[begin : begin + SPACES_AT_ONCE]
+            among = AMONG.format(" UNION ALL ".join(select for _, (select, _) in some))
+            values = [value for _, (_, parts) in some for value in parts]
+            found |= self._matching([owner for owner, _ in some], wanted, f"AND {among}", values, limit)
+        return found
+
+    def _matching(
+        self, owners: Sequence[int], wanted: str, among: str, values: Sequence[Any], limit: int
+    ) -> dict[int, float]:
+        if not owners:
+            return {}
+        either = " OR ".join(f'"own{owner}"' for owner in owners)
         sql = (
-            "SELECT f.id, -bm25(file_words, 0.0, 2.0, 1.0) AS score FROM file_words w JOIN files f ON f.id = w.rowid "
-            f"WHERE file_words MATCH ? AND f.removed IS NULL AND ({' OR '.join(conditions)}) "
-            "AND f.path >= ? AND f.path < ? ORDER BY score DESC, f.id DESC LIMIT ?"
+            "SELECT w.rowid, -bm25(file_words, 0.0, 2.0, 1.0) AS score FROM file_words w "
+            f"WHERE file_words MATCH ? {among} ORDER BY score DESC, w.rowid DESC LIMIT ?"
         )
-        match = f"{{owner}} : ({either}) AND {{path text}} : ({wanted})"
-        return dict(self._db.rows(sql, match, *values, *below(folder), limit))
+        return dict(self._db.rows(sql, f"{{owner}} : ({either}) AND {{path text}} : ({wanted})", *values, limit))
 
     def _visible(self, space: Space, folder: str) -> list[int] | None:
         """The files of a space that may be found; None: all."""
-        if space.grants is None and not folder:
-            return None
-        visible, values = space.where()
-        sql = (
-            "SELECT f.id FROM files f WHERE f.owner = ? AND f.removed IS NULL AND f.path >= ? AND f.path < ? "
-            f"AND {visible}"
-        )
-        return [file for (file,) in self._db.rows(sql, space.owner, *below(folder), *values)]
+        part = _files_of(space, folder)
+        return None if part is None else [file for (file,) in self._db.rows(part[0], *part[1])]
 
     def _excerpt(self, file: int, query: str) -> str:
         """A piece of the text around the first of the words that is in it; where none is, its beginning."""
@@ -105,3 +107,14 @@ class FileSearch:
         found = re.search(rf"(?<!\w)(?:{'|'.join(words)})(?!\w)", text, re.IGNORECASE) if words else None
         begin = 0 if found is None else max(0, found.start() - EXCERPT // 3)
         return " ".join(text[begin : begin + EXCERPT].split())
+
+
+def _files_of(space: Space, folder: str) -> tuple[str, list[Any]] | None:
+    """A SELECT of the files of a space that may be found, from an index alone; None: all."""
+    if space.grants is None and not folder:
+        return None
+    visible, values = space.where()
+    sql = (
+        f"SELECT f.id FROM files f WHERE f.owner = ? AND f.removed IS NULL AND f.path >= ? AND f.path < ? AND {visible}"
+    )
+    return sql, [space.owner, *below(folder), *values]

@@ -25,7 +25,7 @@ from aiosd.store.consent import Consent
 from aiosd.store.database import Database
 from aiosd.store.lruk import LruK
 from aiosd.store.meaning import Meaning
-from aiosd.store.noterows import COLUMNS, FROM, LIVE, OVERHEAD, enter_labels, filtered, note_of, remove_labels, visible
+from aiosd.store.noterows import COLUMNS, FROM, LIVE, OVERHEAD, enter_labels, note_of, remove_labels, union, visible
 from aiosd.store.search import NoteSearch
 from aiosd.store.words import NoteWords
 from libaios import wire
@@ -81,10 +81,14 @@ class Memory:
         return self.finder.search(ask.caller, args)
 
     def list(self, ask: link.Ask, args: wire.MemList) -> list[Note]:
-        where, values = filtered(self._db, args.filters, self._clock())
-        names = visible(ask.caller)
-        sql = f"SELECT {COLUMNS} {FROM} WHERE o.name IN (?, ?) AND {where} ORDER BY n.id DESC LIMIT ? OFFSET ?"
-        return [note_of(row) for row in self._db.rows(sql, *names, *values, args.limit, args.offset)]
+        names, now = visible(ask.caller), self._clock()
+        owner_ids = [owner for name in names if (owner := self._known_owner(name)) is not None]
+        if not owner_ids:
+            return []
+        select, values = union(self._db, owner_ids, args.filters, now)
+        chosen = f"SELECT note FROM ({select}) ORDER BY note DESC LIMIT ? OFFSET ?"
+        sql = f"SELECT {COLUMNS} {FROM} WHERE n.id IN ({chosen}) ORDER BY n.id DESC"
+        return [note_of(row) for row in self._db.rows(sql, *values, args.limit, args.offset)]
 
     def stats_of(self, ask: link.Ask, args: wire.MemStats) -> dict[str, Any]:
         name = owners.own(ask.caller)

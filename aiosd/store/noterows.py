@@ -18,6 +18,7 @@ OVERHEAD = 200  # bytes that a note takes besides its text
 COLUMNS = "n.id, n.key, n.text, n.tags, n.metadata, n.created, n.updated, n.expires, n.version, o.name, n.bytes"
 FROM = "FROM notes n JOIN owners o ON o.id = n.owner"
 LIVE = "(n.expires IS NULL OR n.expires > ?)"
+EVERY = "SELECT id AS note FROM notes WHERE owner = ?"
 
 #: A value of metadata as a text: the same for 2 and 2.0, and not the same for 1 and true.
 FIELD = """json_quote(CASE
@@ -85,7 +86,8 @@ def _fields(db: Database, metadata: wire.Metadata) -> list[tuple[Any, ...]]:
 
 
 def filtered(db: Database, filters: wire.NoteFilters, now: float) -> tuple[str, list[Any]]:
-    """As a condition. It holds before any limit: a search for k notes finds k that fit, if there are."""
+    """As a condition, for a few notes that are found by something else. (Of many each would be looked up: `passing`.)
+    It holds before any limit: a search for k notes finds k that fit, if there are."""
     where = [LIVE]
     parts: list[Any] = [now]
     for tag in filters.tags:
@@ -104,8 +106,9 @@ def filtered(db: Database, filters: wire.NoteFilters, now: float) -> tuple[str, 
     return " AND ".join(where), parts
 
 
-def passing(db: Database, owner: int, filters: wire.NoteFilters, now: float) -> str | None:
-    """The ids of an owner's live notes that pass, with commas between them; None: all do."""
+def passing(db: Database, owner: int, filters: wire.NoteFilters, now: float) -> tuple[str, list[Any]] | None:
+    """A SELECT of the ids of an owner's live notes that pass, from indexes alone: rows of notes are long. None: all
+    do."""
     sets: list[str] = []
     parts: list[Any] = []
     for tag in filters.tags:
@@ -120,11 +123,25 @@ def passing(db: Database, owner: int, filters: wire.NoteFilters, now: float) -> 
         parts += [owner, least, 1e308 if filters.until is None else filters.until]
     over = db.row("SELECT count(*) FROM notes WHERE owner = ? AND expires <= ?", owner, now)
     if over is not None and over[0]:
-        sets = sets or ["SELECT id AS note FROM notes WHERE owner = ?"]
-        parts = [*(parts or [owner]), owner, now]
+        if not sets:
+            sets, parts = [EVERY], [owner]
+        parts += [owner, now]
         sets[-1] += " EXCEPT SELECT id FROM notes WHERE owner = ? AND expires <= ?"
-    if not sets:
-        return None
-    # As one text: it takes a third of the time of as many rows.
-    row = db.row(f"SELECT group_concat(note) FROM ({' INTERSECT '.join(sets)})", *parts)
+    return (" INTERSECT ".join(sets), parts) if sets else None
+
+
+def union(db: Database, owners: Iterable[int], filters: wire.NoteFilters, now: float) -> tuple[str, list[Any]]:
+    """The same of all these owners."""
+    selects: list[str] = []
+    parts: list[Any] = []
+    for owner in owners:
+        select, values = passing(db, owner, filters, now) or (EVERY, [owner])
+        selects.append(f"SELECT note FROM ({select})")
+        parts += values
+    return " UNION ALL ".join(selects), parts
+
+
+def ids_of(db: Database, select: str, parts: Iterable[Any]) -> str:
+    """With commas between them. As one text they take a third of the time of as many rows."""
+    row = db.row(f"SELECT group_concat(note) FROM ({select})", *parts)
     return (row[0] if row is not None else None) or ""

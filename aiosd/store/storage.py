@@ -15,11 +15,12 @@ from __future__ import annotations
 import errno
 import logging
 import time
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Generator, Iterable
 from pathlib import Path
 from typing import Any
 
 from aiosd import link
+from aiosd.service import Pause
 from aiosd.store import owners, spaces
 from aiosd.store.consent import Consent
 from aiosd.store.contents import Contents
@@ -35,6 +36,7 @@ from libaios.wire import PIECE, Sys
 
 logger = logging.getLogger("store")
 
+SYNC_AT_ONCE = 8  # files of a megabyte
 EXPIRE_S = 3600.0  # between two looks for uploads that were given up
 REST_S, RETRY_S = 5.0, 5.0
 
@@ -301,11 +303,23 @@ class Storage:
 
     def piece(self, ask: link.Ask, args: wire.StoPiece) -> None:
         self._db.room.require()
-        with self._db.transaction():
+        with self._db.lazily():  # a power cut ends all uploads
             self.uploads.put(self.uploads.find(ask.key[0], args.upload), args.offset, args.data)
 
     def finish(self, ask: link.Ask, args: wire.StoFinish) -> Any:
+        files = self.uploads.files(ask.key[0], args.upload)
+        return self._finish_later(ask, args, files) if len(files) > SYNC_AT_ONCE else self._finish(ask, args, set())
+
+    def _finish_later(self, ask: link.Ask, args: wire.StoFinish, files: list[bytes]) -> Generator[Pause, None, Any]:
+        """Others are served while the disk writes."""
+        for begin in range(0, len(files), SYNC_AT_ONCE):
+            self.contents.sync(files[begin : begin + SYNC_AT_ONCE])
+            yield Pause(0.0)
+        return self._finish(ask, args, set(files))
+
+    def _finish(self, ask: link.Ask, args: wire.StoFinish, synced: set[bytes]) -> Any:
         def effect() -> wire.File:
+            self.contents.sync(set(self.uploads.files(ask.key[0], args.upload)) - synced)
             upload = self.uploads.find(ask.key[0], args.upload)
             space = self.spaces.of_owner(ask.caller, upload.owner)
             space.require(upload.path, write=True)  # it may have been unshared

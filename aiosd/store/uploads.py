@@ -2,7 +2,8 @@
 
 A piece becomes a content at once, so no process holds more of a file than one piece, however large the file is. A piece
 may be sent again, and in any order: at its offset it is what was sent last. Nothing is seen of a file before `finish`,
-which makes a version of all pieces in one transaction. An upload belongs to the connection that began it, and ends with
+which has the disk write what it has not written yet, and makes a version of all pieces in one
+transaction. An upload belongs to the connection that began it, and ends with
 that, or after a day.
 """
 
@@ -62,7 +63,7 @@ class Uploads:
         if number >= 1 << 32:
             raise wire.error(errno.EINVAL, "offset: beyond what any quota allows")
         before = self._contents.bytes_of(upload.owner)
-        content = self._contents.put(upload.owner, data)
+        content = self._contents.put(upload.owner, data, sync=False)
         sql = "SELECT content FROM upload_pieces WHERE upload = ? AND number = ?"
         old = self._db.row(sql, upload.id, number)
         if old is not None:
@@ -70,6 +71,14 @@ class Uploads:
         sql = "INSERT OR REPLACE INTO upload_pieces VALUES(?, ?, ?, ?)"
         self._db.do(sql, upload.id, number, len(data), content)
         self._files.require_quota(upload.owner, before)
+
+    def files(self, peer: int, upload: int) -> list[bytes]:
+        """The names of the files in which what has come lies."""
+        sql = (
+            "SELECT DISTINCT c.file FROM uploads u JOIN upload_pieces p ON p.upload = u.id "
+            "JOIN contents c ON c.id = p.content WHERE u.id = ? AND u.peer = ? AND c.file IS NOT NULL"
+        )
+        return [name for (name,) in self._db.rows(sql, upload, peer)]
 
     def take(self, upload: Upload, size: int) -> list[int]:
         """The contents of the whole, whose uses are the caller's from now on. Raises OSError (EINVAL)."""

@@ -13,7 +13,7 @@ import contextlib
 import errno
 import itertools
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Generator
 from dataclasses import dataclass
 from typing import Any
 
@@ -22,14 +22,14 @@ from msgspec import Raw
 
 from aiosd import link
 from libaios import wire
-from libaios.plan import Plan, Steps
+from libaios.plan import Plan, Steps, one_by_one
 
 Finished = Callable[[Any, OSError | None], None]
 
 
 @dataclass(slots=True)
 class _Errand:
-    steps: Steps[Any]
+    steps: Generator[Plan[Any], Any, Any]
     finished: Finished
     plan: Plan[Any] | None = None  # the one that is with the kernel,
     number: int = 0  # … under this number
@@ -50,8 +50,8 @@ class Errands:
 
     def begin(self, key: link.Key, steps: Steps[Any], finished: Finished) -> None:
         """Run these steps for a call. `finished` gets the result, or the error, unless the call is cancelled before."""
-        self._open[key] = _Errand(steps, finished)
-        self._go_on(key, lambda: next(steps))
+        errand = self._open[key] = _Errand(one_by_one(steps), finished)
+        self._go_on(key, lambda: next(errand.steps))
 
     def replied(self, message: link.ErrandDone) -> None:
         key = self._keys.pop(message.number, None)
