@@ -110,6 +110,20 @@ def test_a_budget_ends_it_for_good(aiosd: System, lives: Path) -> None:
     assert aiosd.run("aios-wait", str(pid)).returncode == 124
 
 
+def test_one_that_could_not_be_started_is_not_started_again(aiosd: System, lives: Path) -> None:
+    """It has no pid, and no kernel knows it."""
+
+    def kernel() -> list[int]:
+        return [row["ospid"] for row in aiosd.ps("-e") if row["name"] == "kernel"]
+
+    before = kernel()
+    done = aiosd.run("aios-run", "-d", "--restart", "always", "nonesuch.py", cwd=str(lives))
+    assert (done.returncode, done.stderr) == (127, "aios-run: nonesuch.py: not found\n")
+    assert aiosd.run("aios-wait", str(start(aiosd, lives, "on-failure:1"))).returncode == 3  # it has waited as long
+    assert kernel() == before
+    assert "(nonesuch) ended" not in aiosd.log()
+
+
 def test_only_a_detached_one(aiosd: System, lives: Path) -> None:
     assert aiosd.run("aios-run", "--restart", "always", "agent.py", cwd=str(lives)).returncode == 2
     done = aiosd.run("aios-run", "-d", "--restart", "sometimes", "agent.py", cwd=str(lives))

@@ -6,6 +6,7 @@ It is a service with a process of its own, and keeps nothing that matters: it di
 comes back, and a program sees at most a connection that broke. Who calls is proved, never believed: a token that the
 kernel made for one agent, from a process that is, or descends from, that agent (`identity`, `accounts`).
 
+    spec.py       what it is told at its start
     main.py       the process: idle until the first connection, then `server`
     server.py     HTTP (uvicorn's protocol), with limits for those who are not known yet
     web.py        a request and its reply; errors
@@ -16,5 +17,4 @@ kernel made for one agent, from a process that is, or descends from, that agent 
     openai/       the API of OpenAI
     ollama.py cerebrum.py filing.py submitted.py     those of Ollama and of AIOS, made from the same parts
     routes.py health.py       which function answers which path; what is open to all
-    superior.py   what those above the process tell it
 """

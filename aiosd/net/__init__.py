@@ -3,7 +3,9 @@
 Such an agent is in a network of its own, from which no route leads out. What listens there (`birth.gates`) is served
 here: a proxy for HTTP, which resolves names itself and connects only to what the agent was granted.
 
+    spec.py       its settings
     main.py       the process; it has loaded nothing until the first agent needs it
+    serving.py    its loop: gates from the kernel, the channel, heartbeats
     proxy.py      gates, their connections, and the limits of each agent
     request.py    what a client sends, taken apart (pure)
     dialing.py    from a granted host to a connection with a public address
