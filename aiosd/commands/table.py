@@ -173,6 +173,7 @@ COLUMNS: dict[str, Column] = {
     "cost": Column("COST", lambda p: parse_money(p.cost), lambda p: p.cost),
     "budget": _word("BUDGET", lambda p: p.budget or "-"),
     "reason": _word("REASON", lambda p: p.reason or "-"),
+    "template": _word("TEMPLATE", lambda p: p.template or "-"),
     "name": _word("NAME", lambda p: p.name),
     "command": _word("COMMAND", lambda p: p.command or f"[{p.name}]"),
 }

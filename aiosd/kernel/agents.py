@@ -358,6 +358,7 @@ class Agents:
             program=spec.program,
             sha256=spec.sha256,
             outside=spec.outside,
+            template=spec.template,
         )
 
     # ── attached agents ───────────────────────────────────────────────────────────────────────────────────
