@@ -227,7 +227,7 @@ class Sandbox(Struct, array_like=True, frozen=True):
     files, and never more."""
 
     level: Annotated[str, Meta(pattern=r"\A(|none|flat|cage)\Z")] = ""
-    net: Annotated[str, Meta(max_length=8192)] = ""  # none, all, or hosts: "example.org,*.example.net:8443"
+    net: Annotated[str, Meta(max_length=8192)] = ""  # none, all, gateway, or hosts: "example.org,*.example.net:8443"
     read: Paths = []
     write: Paths = []
     own: Paths = []  # what its program needs to be read
@@ -247,6 +247,11 @@ class Template(Struct, array_like=True, frozen=True):
 
     python: Annotated[str, Meta(max_length=4096)] = ""
     modules: Annotated[list[Module], Meta(max_length=64)] = []
+
+    @property
+    def name(self) -> str:
+        """What its process is called. Where there are several of this name, all but the first have a number, too."""
+        return f"template:{self.modules[0] if self.modules else os.path.basename(os_shown(self.python))}"
 
 
 class Spawn(Struct, array_like=True, frozen=True):
@@ -1019,6 +1024,8 @@ class ProcInfo(Struct, frozen=True):
     cost: str = "0.00"  # what its generations cost, exactly
     budget: str = ""  # which budget ended it, by its name in aiosd.toml
     reason: str = ""  # why it ended, where kernel or supervisor know
+    template: str = ""  # the name of the template that it was forked from; "": of none
+    ended: float | None = None  # Unix time
 
 
 class Waited(Struct, array_like=True, frozen=True):

@@ -269,6 +269,9 @@ HIGH = 1 << 32  # in an int argument, Linux does not look at it
         (302, (9, 7, HIGH), EPERM, EPERM),
         (203, (0,), ALLOW, ALLOW),
         (203, (9,), EPERM, EPERM),
+        (144, (0, 3), ALLOW, ALLOW),
+        (144, (9, 3), EPERM, EPERM),
+        (144, (9, HIGH), 0x50000, 0x50000),  # it "has succeeded", and nothing was done
         (141, (0, 0), ALLOW, ALLOW),
         (141, (0, 9), EPERM, EPERM),
         (141, (2, 0), EPERM, EPERM),

@@ -380,6 +380,36 @@ def test_what_comes_again_is_paid_for_again_and_counts_against_the_budget(make: 
     assert [asked[1]["max_tokens"] for asked in bench.endpoint.asked] == [2 * estimated + 5, estimated + 3, 1]
 
 
+def test_calls_side_by_side_go_beyond_no_budget_together(make: Make) -> None:
+    """… by more than a piece each."""
+    bench = make(answers(*"abcdefgh", usage=None))
+    bench.end(bench.submit())
+    estimated = bench.prompts((1, 1))
+
+    def submit(key: int, left: int, context: int | None = None, owner: int = 1) -> link.Key:
+        share = link.PurseShare(owner, left, context)
+        made = wire.Generate(messages=USER, stream=True)
+        bench.tell(link.Submit((1, key), made, budget=left, shares=[share]))
+        return 1, key
+
+    left = 2 * estimated + 3
+    keys = [submit(key, left) for key in (11, 12, 13)]
+    ends = [bench.end(key) for key in keys]
+    used = sum(sum(paid(bench, key)) for key in keys) + sum(end.charged for end in ends if hasattr(end, "charged"))
+    assert used <= left + 2, "of each that ran, the piece that could not be paid for"
+    assert [type(end) for end in ends].count(link.Failed) == 1
+    failed = next(end for end in ends if isinstance(end, link.Failed))
+    assert (failed.errno, failed.short) == (errno.EDQUOT, "tokens")
+    (purse,) = bench.remote._purses._by_owner.values()
+    assert purse.left == left - used
+
+    bench = make(answers(*"abcdefgh", usage=None))
+    held = bench.end(submit(21, 1 << 20, estimated + 3))
+    assert (held.finish_reason, held.short, bench.charged((1, 21))) == ("limit", "context", 4)
+    key = submit(22, 1 << 20, estimated, owner=2)
+    assert (bench.end(key).errno, bench.end(key).short) == (errno.EDQUOT, "context")
+
+
 def test_a_new_kernel_gets_the_rest(make: Make) -> None:
     bench = make(hangs("one ", "two "), answers("one ", "two ", "three"))
     key = bench.submit()

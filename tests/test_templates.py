@@ -151,6 +151,11 @@ def test_an_agent_of_another_environment(system: System, environment: Path, tmp_
     assert line["system"]
     assert line["mem_bytes"] > 0
     assert "templates" in system.run("aiosd", "status").stdout
+    shown = system.run("aios-ps", "-e", "--dead", "-C", "agent", "-o", "template=", check=True).stdout.split()
+    assert set(shown) == {"template:warm"}
+    (about,) = json.loads(system.run("aios-inspect", "agent", check=True).stdout)
+    python = str(environment / "bin" / "python")
+    assert about["template"] == {"name": "template:warm", "modules": ["warm"], "python": python}
     refused = system.run("aios-kill", "template:warm")
     assert refused.returncode == 1
 

@@ -352,9 +352,8 @@ class Templates:
 
     def _name(self, of: wire.Template) -> str:
         """In aios-ps."""
-        name = f"template:{of.modules[0] if of.modules else Path(wire.os_shown(of.python)).name}"
-        taken = Counter(one.name.partition("#")[0] for one in self._all)[name]
-        return f"{name}#{taken + 1}" if taken else name
+        taken = Counter(one.name.partition("#")[0] for one in self._all)[of.name]
+        return f"{of.name}#{taken + 1}" if taken else of.name
 
     def _watch(self, sock: socket.socket, source: Template | Order) -> None:
         self._by_fd[sock.fileno()] = source

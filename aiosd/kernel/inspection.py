@@ -33,6 +33,7 @@ def inspect(
         "budgets": [_budget(budget) for budget in proc.budgets],
         "restart": proc.restart,
         "restarts": proc.restarts,
+        "template": None if proc.template is None else _template(proc.template),
         "box": None if proc.box is None else _box(proc.box),
         "mailbox": mailbox,
         "connected": any(isinstance(peer, AgentPeer) for peer in peers),
@@ -43,6 +44,11 @@ def inspect(
             for call in peer.calls.values()
         ],
     }
+
+
+def _template(template: wire.Template) -> dict[str, Any]:
+    """`python` "": aiosd's own."""
+    return {"name": template.name, "modules": template.modules, "python": wire.os_shown(template.python)}
 
 
 def _box(box: Box) -> dict[str, Any]:

@@ -84,4 +84,6 @@ def line(proc: Proc, calls: Sequence[Call], context: tuple[str, int] = ("", 0), 
         sandbox=proc.box.level if proc.box is not None else "none",
         budget=proc.budget,
         reason=proc.reason,
+        template=proc.template.name if proc.template is not None else "",
+        ended=proc.ended or None,
     )

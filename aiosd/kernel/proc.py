@@ -40,6 +40,7 @@ from aiosd.errors import Bug
 from aiosd.kernel.budget import Budget
 from aiosd.kernel.ledger import Row, loose_row
 from aiosd.sandbox.box import Box
+from libaios import wire
 
 INIT = 1  # the pid of aiosd itself
 BUDGET_ENDED = 124
@@ -97,6 +98,7 @@ class Proc:
     token: bytes = b""  # the hash of its token for the gateway; b"": it has none
     outside: bool = False  # programs from outside are it: it has no process of ours, and its state is WAITING
     box: Box | None = None  # how it is confined
+    template: wire.Template | None = None  # from which its process is forked
     program: bytes = b""  # which one a person has started, see `access.deed.Subject`,
     sha256: bytes = b""  # … and with which content
     row: Row = field(default_factory=loose_row)  # in the ledger

@@ -49,6 +49,14 @@ class Account:
         self._change(tokens, held)
         return ""
 
+    def give_back(self, tokens: int) -> None:
+        """These were paid for, and cost nothing."""
+        self._change(-tokens, 0)
+
+    def let_go(self) -> None:
+        """It holds nothing for the time being."""
+        self._change(0, -self.held)
+
     def close(self, used: int) -> None:
         """The call is over, and this many tokens of it are charged."""
         self._change(used - self.paid, -self.held)

@@ -101,6 +101,7 @@ def program(network: bool, doors: bool) -> bytes:
         _MKNOD: _file_type(1),
         _MKNODAT: _file_type(2),
         **dict.fromkeys(_SCHEDULING.values(), _one_of(0, (0,), then=_ALLOW, other=EPERM)),
+        _SCHEDULING["sched_setscheduler"]: _own_scheduling(),
     }
     actions: dict[int, list[Instruction]] = {number: [_return(EPERM)] for number in _DENIED.values()}
     actions |= {number: [_return(ENOSYS)] for number in _MISSING.values()}
@@ -152,6 +153,21 @@ def _own_priority(user: int) -> list[Instruction]:
         _argument(1),
         (_IF_EQUAL, 1, 0, 0),
         _return(EPERM),
+        _return(_ALLOW),
+    ]
+
+
+def _own_scheduling() -> list[Instruction]:
+    """Of oneself: number 0. C libraries name threads by their numbers, which nothing here tells from processes, and
+    libzmq (Jupyter) ends the program if it may not give its own ones the ordinary policy, which they have: that is
+    called a success, and nothing is done."""
+    return [
+        _argument(0),
+        (_IF_EQUAL, 4, 0, 0),
+        _argument(1),
+        (_IF_EQUAL, 1, 0, 0),
+        _return(EPERM),
+        _return(_ERRNO),
         _return(_ALLOW),
     ]
 

@@ -128,7 +128,7 @@ def move_to_one_processor(stage: Stage) -> object:
 
 @deed
 def schedule_it(stage: Stage) -> object:
-    return os.sched_setscheduler(stage["victim"], os.SCHED_OTHER, os.sched_param(0))
+    return os.sched_setscheduler(stage["victim"], os.SCHED_BATCH, os.sched_param(0))
 
 
 @deed

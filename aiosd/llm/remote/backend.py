@@ -36,6 +36,7 @@ from aiosd import link
 from aiosd.errors import UsageError
 from aiosd.llm import policy
 from aiosd.llm.line import Line
+from aiosd.llm.purse import Purses
 from aiosd.llm.remote import bill, keys
 from aiosd.llm.remote import body as bodies
 from aiosd.llm.remote.answer import Answer, Wrong, check_text, printable
@@ -97,6 +98,7 @@ class Remote:
         self._calls: dict[link.Key, Call] = {}
         self._past: OrderedDict[link.Key, tuple[link.Finished, str]] = OrderedDict()
         self._past_characters = 0
+        self._purses = Purses()
         self._parked: set[int] = set()
         self._arrivals = 0
         self._events: queue.SimpleQueue[tuple[Exchange, Event | None]] = queue.SimpleQueue()
@@ -296,6 +298,11 @@ class Remote:
             why = f"a prompt of about {call.prompt_estimate} tokens and an answer are more than is left of the budget"
             self._fail(call, errno.EDQUOT, why, elsewhere=short == "cost", short=short)
             return
+        short = bill.pay(call, call.prompt_estimate + 1)  # with the first token of the answer
+        if short:
+            why = f"a prompt of about {call.prompt_estimate} tokens is more than its budget has room for"
+            self._fail(call, errno.EDQUOT, why, short=short)
+            return
         try:
             body = self._body(call, kept, allowed)
             call.exchange = Exchange(self._connections, bodies.path(request), body, self._post)
@@ -303,6 +310,8 @@ class Remote:
             self._fail(call, error.errno or errno.EINVAL, error.strerror or str(error))
             return
         except RuntimeError as error:  # no thread
+            if call.account is not None:
+                call.account.give_back(call.prompt_estimate + 1)
             self._again(call, str(error))
             return
         self._requests.use(1, now)
@@ -380,8 +389,10 @@ class Remote:
         if not call.expected and call.answer.chunks > chunks:
             call.uncharged += 1
             self._policy.charge([call], 1, self._clock())
-        if call.answer.chunks > chunks and bill.is_spent(call):
-            self._finish(call, "limit", [])
+        if call.answer.chunks > chunks:
+            short = bill.pay(call, 1) if call.answer.chunks > 1 else ""  # the first was paid for with the prompt
+            if short or bill.is_spent(call):
+                self._finish(call, "limit", [], short)
 
     def _end(self, call: Call, done: bool) -> None:
         answer = call.answer
@@ -428,7 +439,7 @@ class Remote:
             call.counted, call.uncharged = call.counted + call.uncharged, 0
             self._line.send(link.Step([delta]))
 
-    def _finish(self, call: Call, reason: str, calls: list[wire.ToolCall]) -> None:
+    def _finish(self, call: Call, reason: str, calls: list[wire.ToolCall], short: str = "") -> None:
         now = self._clock()
         usage = self._usage(call, now)
         self._breaker.succeeded()
@@ -439,8 +450,12 @@ class Remote:
         offset, rest = call.text.num_sent, call.text.send()
         spent = link.Spent(call.key, usage.prompt_tokens - call.on_account, usage.cached_tokens)
         charged = usage.completion_tokens + call.wasted - call.counted
-        finished = link.Finished(call.key, offset, [], rest, reason, usage, calls, charged=charged, spent=spent)
-        whole = link.Spent(call.key, call.prompt_charged + spent.prompt_tokens, usage.cached_tokens)
+        finished = link.Finished(
+            call.key, offset, [], rest, reason, usage, calls, charged=charged, spent=spent, short=short
+        )
+        call.prompt_charged, call.on_account = call.prompt_charged + spent.prompt_tokens, 0
+        call.counted, call.uncharged, call.cached = call.counted + charged, 0, call.cached + usage.cached_tokens
+        whole = link.Spent(call.key, call.prompt_charged, call.cached)
         of_all = msgspec.structs.replace(finished, charged=usage.completion_tokens + call.wasted, spent=whole)
         self._remember(of_all, call.text.whole())
         self._leave(call)
@@ -514,6 +529,8 @@ class Remote:
         """The attempt under way cost nothing."""
         if call.on_account:
             self._line.send(link.Step(spent=[link.Spent(call.key, -call.on_account)]))
+            if call.account is not None:
+                call.account.give_back(call.on_account + 1)
             call.prompt_charged -= call.on_account
             call.on_account = 0
 
@@ -532,11 +549,14 @@ class Remote:
             self._line.send(link.Step(deltas, spent=spent))
         call.prompt_charged, call.on_account = call.prompt_charged + more, 0
         call.counted, call.uncharged, call.heard = call.wasted, 0, False
+        call.cached += cached
 
     def _let_go(self, call: Call) -> None:
         """End its request; the call waits again."""
         exchange, call.exchange = call.exchange, None
         call.on_account = 0
+        if call.account is not None:
+            call.account.let_go()
         if exchange is not None:
             if not exchange.ended:
                 exchange.close()
@@ -557,6 +577,9 @@ class Remote:
     def _leave(self, call: Call) -> None:
         self._let_go(call)
         del self._calls[call.key]
+        if call.account is not None:
+            used = call.prompt_charged - call.cached + call.num_generated
+            self._purses.close(call.account, used, self._clock())
         self._policy.leave(call, self._clock())
 
     # ── messages ──────────────────────────────────────────────────────────────────────────────────────────
@@ -584,6 +607,7 @@ class Remote:
         self._arrivals += 1
         come = Text(given if isinstance(given, str) else "")
         call = Call(message, self._arrivals, now, message.nice, come, bill.estimate(size), now)
+        call.account = self._purses.open(key, message.shares, now)
         self._calls[key] = call
         if key[0] in self._parked:
             call.parked_peer, call.parked_since = True, now

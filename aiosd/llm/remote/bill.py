@@ -61,8 +61,16 @@ def allowed(call: Call, price: Price) -> tuple[int | None, str]:
         prompts = price.of_prompt(call.prompt_charged + call.prompt_estimate, 0)
         left = call.submit.money - prompts - price.of_completion(call.wasted)
         found.append((left // price.completion if price.completion else left + 1, "cost"))
+    if call.account is not None:  # others may have used of it meanwhile
+        lefts = [purse.left for purse in call.account.purses if purse.left is not None]
+        found += [(left - call.prompt_estimate, "tokens") for left in lefts]
     tokens, kind = min(found, default=(None, ""))
     return tokens, kind if tokens is not None and tokens < 1 else ""
+
+
+def pay(call: Call, tokens: int) -> str:
+    """Pay for these before they come, or for nothing: then the kind is returned that is short."""
+    return "" if call.account is None else call.account.pay(tokens, tokens)
 
 
 def is_spent(call: Call) -> bool:

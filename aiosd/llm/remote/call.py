@@ -8,6 +8,7 @@ from dataclasses import dataclass, field
 from aiosd import link
 from aiosd.llm import policy
 from aiosd.llm.policy.contract import ANY_TURN
+from aiosd.llm.purse import Account
 from aiosd.llm.remote.answer import Answer
 from aiosd.llm.remote.exchange import Event, Exchange
 
@@ -61,8 +62,10 @@ class Call:
     answer: Answer = field(default_factory=Answer)
     heard: bool = False  # the attempt under way has got an answer, so it is to be paid for
     prompt_charged: int = 0  # tokens of prompts charged, of all attempts that are to be paid for,
+    cached: int = 0  # … of these in the endpoint's cache
     on_account: int = 0  # … of these for the attempt under way
     wasted: int = 0  # tokens of answers that came to nothing
+    account: Account | None = None  # what it pays out of budgets that it shares with others
     limited: bool = False  # the attempt's limit of tokens comes from a budget
     expected: str = ""  # the beginning that the attempt under way must repeat
     least_turn: policy.Quantum = ANY_TURN  # for policies: it keeps its place to its end in any case
