@@ -47,7 +47,7 @@ def test_from_one_home_to_another(fresh_aiosd: Callable[..., System], tmp_path: 
         assert "aiosd is running" in done.stderr
 
     export, backup = tmp_path / "export.tar", tmp_path / "backup.tar"
-    assert system.run("aiosd", "export", export, check=True).stdout == f"{export}: 1 owners, 20 notes\n"
+    assert system.run("aiosd", "export", export, check=True).stdout == f"{export}: 1 owner, 20 notes\n"
     system.run("aiosd", "backup", backup, check=True)
     assert texts(export) == noted
     assert system.run("aiosd", "export", export).stderr == f"aiosd: {export}: exists already\n"
@@ -57,7 +57,7 @@ def test_from_one_home_to_another(fresh_aiosd: Callable[..., System], tmp_path: 
     assert "nothing is damaged" in system.run("aiosd", "fsck", check=True).stdout
     refused = system.run("aiosd", "import", backup)
     assert refused.returncode == 1
-    assert "the store has 1 owners, 20 notes; --replace" in refused.stderr
+    assert "the store has 1 owner, 20 notes; --replace" in refused.stderr
     system.run("aiosd", "import", "--replace", backup, check=True)
     system.run("aiosd", "export", tmp_path / "again.tar", check=True)
     assert texts(tmp_path / "again.tar") == noted
