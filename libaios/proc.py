@@ -61,9 +61,10 @@ def spawn(
     again when it ends.
 
     `sandbox` ("flat", "cage") confines it; an agent that is confined can start none with more rights, and its children
-    have its files and its workspace. `net` is its network then: "none", "all", or in the cage single hosts, such as
-    ["example.org", "*.example.net:8443"]. `preload` has it forked from a warm process that has imported these modules,
-    in the interpreter or virtual environment `python`; a confined agent may not name any (PermissionError).
+    have its files and its workspace. `net` is its network then: "none", "all", or in the cage "gateway" alone or single
+    hosts, such as ["example.org", "*.example.net:8443"]. `preload` has it forked from a warm process that has
+    imported these modules, in the interpreter or virtual environment `python`; a confined agent may not name any
+    (PermissionError).
 
     Raises FileNotFoundError, PermissionError (not executable; a nice value below the caller's; a weaker sandbox),
     OSError(EAGAIN).

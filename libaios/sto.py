@@ -80,7 +80,11 @@ def write(path: str, data: bytes | str, of: str = "", if_version: int | None = N
 
 @syscalls
 def append(path: str, data: bytes | str, of: str = "") -> Steps[File]:
-    """Make a new version with `data` (at most 1 MB) behind what there is. It shares with the old one what is alike."""
+    """Make a new version with `data` (at most 1 MB) behind what there is. It shares with the old one what is alike.
+
+    A file of a folder that is mounted for writing is copied, and may have 16 MB (EFBIG); EAGAIN where others change it
+    all the time.
+    """
     raw = _bytes(data)
     if len(raw) > PIECE:
         raise wire.error(errno.EMSGSIZE, f"{len(raw)} bytes; at most {PIECE} are appended at a time")
@@ -261,7 +265,8 @@ def rollback(path: str, version: int | None = None, time: float | None = None, o
 
 @syscall
 def remove(path: str, of: str = "") -> Plan[int]:
-    """Move a file with all its versions into the trash. Returns its number there."""
+    """Move a file with all its versions into the trash. Returns its number there; 0 for a file of a mounted folder,
+    which is removed for good."""
     return Plan(Sys.STO_REMOVE, wire.StoPath(_text(path), _text(of)))
 
 

@@ -227,7 +227,7 @@ class Sandbox(Struct, array_like=True, frozen=True):
     files, and never more."""
 
     level: Annotated[str, Meta(pattern=r"\A(|none|flat|cage)\Z")] = ""
-    net: Annotated[str, Meta(max_length=8192)] = ""  # none, all, or hosts: "example.org,*.example.net:8443"
+    net: Annotated[str, Meta(max_length=8192)] = ""  # none, all, gateway, or hosts: "example.org,*.example.net:8443"
     read: Paths = []
     write: Paths = []
     own: Paths = []  # what its program needs to be read
@@ -1025,6 +1025,7 @@ class ProcInfo(Struct, frozen=True):
     budget: str = ""  # which budget ended it, by its name in aiosd.toml
     reason: str = ""  # why it ended, where kernel or supervisor know
     template: str = ""  # the name of the template that it was forked from; "": of none
+    ended: float | None = None  # Unix time
 
 
 class Waited(Struct, array_like=True, frozen=True):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -148,3 +149,16 @@ def test_two_agents_draw_different_random_numbers(aiosd: System, tmp_path: Path)
     script = tmp_path / "script.py"
     script.write_text("import random, uuid; print(random.random(), uuid.uuid4())")
     assert aiosd.run("aios-run", script).stdout != aiosd.run("aios-run", script).stdout
+
+
+TO_BEGIN_WITH = re.findall(
+    r"```python\n(.*?)```", (Path(__file__).parent.parent / "docs/agents.md").read_text(), re.DOTALL
+)
+
+
+@pytest.mark.parametrize("text", TO_BEGIN_WITH, ids=range(len(TO_BEGIN_WITH)))
+def test_the_agents_of_the_documentation_run(aiosd: System, tmp_path: Path, text: str) -> None:
+    (tmp_path / "agent.py").write_text(text)
+    done = aiosd.run("aios-run", "agent.py", cwd=tmp_path)
+    assert (done.returncode, done.stderr) == (0, "")
+    assert done.stdout

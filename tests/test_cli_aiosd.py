@@ -620,6 +620,7 @@ def test_completion_knows_options_pids_and_names(aiosd: System) -> None:
     assert complete(aiosd, "aios-ps --fo") == ["--format", "--forest"]
     assert complete(aiosd, "aiosd sta") == ["status"]
     assert complete(aiosd, "aios-run --memo") == ["--memory"]
+    assert complete(aiosd, "aiosd tools ca") == ["calc"]
     assert complete(aiosd, "aios-ps -C ") == ["completed"]
     assert complete(aiosd, "aios-top -b -C other,comp") == ["other,completed"]
     assert complete(aiosd, "aios-ps -p ") == [pid]

@@ -259,6 +259,16 @@ def test_the_dead_that_are_remembered(aiosd: System) -> None:
         assert [pid, "X", "3", "gone"] in [line.split() for line in lines]
 
 
+def test_of_the_dead_all_their_time_is_known_and_grows_no_more(aiosd: System) -> None:
+    work = "import time\nwhile time.process_time() < 0.3: pass"
+    pid = aiosd.run("aios-run", "-d", "--", "python3", "-c", work, check=True).stdout.strip()
+    aiosd.run("aios-wait", pid, check=True)
+    ask = ["--dead", "--json", "-p", pid, "-o", "cpu_s,etime"]
+    first, second = (json.loads(aiosd.run("aios-ps", *ask, check=True).stdout)[0] for _ in range(2))
+    assert first["cpu_s"] >= 0.3  # nobody had asked while it lived
+    assert first == second
+
+
 def test_forest_below_the_supervisor(aiosd: System, sleepers: list[str]) -> None:
     lines = aiosd.run("aios-ps", "-e", "--forest", "--no-headers", check=True).stdout.splitlines()
     assert lines[0].endswith(" supervisor")

@@ -6,6 +6,7 @@ import os
 import shutil
 import signal
 from pathlib import Path
+from types import SimpleNamespace
 
 import gguf
 import numpy as np
@@ -17,7 +18,7 @@ from aiosd.llm import llama
 from aiosd.llm.embed import Embedder
 from aiosd.models import bert
 from aiosd.store import static
-from aiosd.store.embedders import fingerprint
+from aiosd.store.embedders import OfCore, fingerprint
 from libaios import wire
 from libaios.client import Client
 from libaios.home import Home
@@ -109,6 +110,18 @@ def test_what_is_no_bert_is_refused_with_a_sentence(tmp_path: Path, spoilt: str)
     (folder / spoilt).write_text('{"model_type": "t5", "num_hidden_layers": 1}')
     with pytest.raises(UsageError, match=r"original: "):
         bert.read(folder, "x")
+
+
+def test_a_vector_that_is_no_number_is_none(tmp_path: Path) -> None:
+    rows = np.array([[1, 0], [np.nan, 0], [np.inf, 0]], "<f4")
+    model = tmp_path / "model.gguf"
+    model.write_bytes(b"x")
+    embedder = OfCore(str(tmp_path), "model", str(model))
+    client = SimpleNamespace(call=lambda *args, **more: wire.Embedded(3, 2, rows.tobytes()))
+    embedder._client = client  # type: ignore[assignment]
+    found = embedder._call(["a", "b", "c"])
+    os.close(embedder.fileno())
+    assert [one is None for one in found] == [False, True, True]
 
 
 def test_a_fingerprint_is_of_the_whole_file(tmp_path: Path) -> None:

@@ -30,7 +30,7 @@ WORDS = st.builds(
     NAMES,
     PORTS,
 )
-NETS = st.one_of(st.sampled_from(["all", "none"]), st.lists(WORDS, min_size=1, max_size=4).map(",".join))
+NETS = st.one_of(st.sampled_from(["all", "none", "gateway"]), st.lists(WORDS, min_size=1, max_size=4).map(",".join))
 
 # ── hosts ─────────────────────────────────────────────────────────────────────────────────────────────────
 
@@ -40,6 +40,7 @@ def test_a_network_is_written_in_one_way() -> None:
     assert hosts.normal(["bücher.example"]) == "xn--bcher-kva.example"
     assert hosts.normal(["[2606:4700:0::1111]:53,1.1.1.1"]) == "[2606:4700::1111]:53,1.1.1.1"
     assert hosts.normal(["none"]) == "none"
+    assert [hosts.normal([text]) for text in ("gateway", "a.org,gateway")] == ["gateway", "a.org"]
 
 
 @pytest.mark.parametrize(
@@ -121,13 +122,16 @@ def test_single_hosts_need_the_cage() -> None:
 
 def test_a_child_reaches_no_host_that_its_parent_does_not() -> None:
     parent = Box("cage", "a.org,*.b.org:8443", "/w")
-    for net in ("", "none", "a.org", "a.org:80", "x.b.org:8443", "*.c.b.org:8443,a.org"):
+    for net in ("", "none", "gateway", "a.org", "a.org:80", "x.b.org:8443", "*.c.b.org:8443,a.org"):
         assert box.of_child(wire.Sandbox(net=net), parent).net == (net or parent.net)
     for net in ("all", "b.org:8443", "x.b.org", "*.a.org", "a.org:8443", "a.org,c.org"):
         with pytest.raises(PermissionError, match="may not start one that reaches"):
             box.of_child(wire.Sandbox(net=net), parent)
-    with pytest.raises(PermissionError, match="without network"):
-        box.of_child(wire.Sandbox(net="a.org"), Box("cage", "none", "/w"))
+    for net in ("a.org", "gateway"):
+        with pytest.raises(PermissionError, match="without network"):
+            box.of_child(wire.Sandbox(net=net), Box("cage", "none", "/w"))
+    with pytest.raises(PermissionError, match="may not start one that reaches"):
+        box.of_child(wire.Sandbox(net="a.org"), Box("cage", "gateway", "/w"))
 
 
 def test_what_the_sdk_sends() -> None:

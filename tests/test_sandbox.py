@@ -323,7 +323,7 @@ def test_settings_groups_and_status(fresh_aiosd: Fresh, tmp_path: Path) -> None:
     assert system.run("aios-run", "--sandbox", "cave", path).returncode == 2
     missing = system.run("aios-run", *FLAT, "--write", "nonesuch", path)
     assert (missing.returncode, missing.stderr) == (
-        125, "aios-run: nonesuch: there is no such file or folder to grant\n",
+        125, "aios-run: nonesuch: there is no such file or folder to grant; make it first\n",
     )  # fmt: skip
     assert system.run("aios-run", "--net", "x/y", path).stderr.startswith("aios-run: --net: 'x/y' is no host")
 

@@ -166,6 +166,7 @@ def test_bad_input_is_refused_with_a_sentence(system: System) -> None:
             (Sys.STO_LIST, wire.StoList(limit=0)),
             (Sys.STO_SEARCH, wire.StoSearch("x", 0)),
             (Sys.STO_SEARCH, wire.StoSearch("x", 10**6)),
+            (Sys.STO_SEARCH, wire.StoSearch("x", -1)),
             (Sys.STO_ROLLBACK, wire.StoRollback("x", version=-1)),
             (Sys.STO_ROLLBACK, wire.StoRollback("x", time=float("nan"))),
             (Sys.STO_WRITE, wire.StoWrite("x", bytes(PIECE + 1))),

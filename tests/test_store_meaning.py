@@ -17,11 +17,13 @@ from aiosd import link
 from aiosd.service import Pause
 from aiosd.store import index, meaning
 from aiosd.store.database import Database
+from aiosd.store.main import Chores
 from aiosd.store.meaning import Meaning
 from aiosd.store.memory import Memory
 from aiosd.store.search import Notes
 from aiosd.store.words import NOTES
 from libaios import wire
+from tests.test_store_commit import flip, leaf_of
 
 ME = link.Caller(7, 1000, "me", True, "default")
 OTHER = link.Caller(9, 1000, "other", True, "default")
@@ -364,6 +366,46 @@ def test_indexes_are_read_in_slices_and_dropped(make: Callable[..., Store], monk
     stats = store.meaning.stats()
     assert stats["index_evictions"] >= 3
     assert stats["index_bytes"] <= 3000
+
+
+def test_a_damaged_note_whose_time_is_over_holds_up_nothing(make: Callable[..., Store]) -> None:
+    store = make(Fake())
+    store.add(*(f"tea {number} " + "x" * 900 for number in range(60)), ttl_s=10)
+    path = store.database.path
+    store.database.close()
+    flip(path, leaf_of(path, "notes", 30))
+    store = make(Fake())
+    store.memory.add(link.Ask((7, 99), ME, 0, Raw(b"\x90")), wire.MemAdd("later"))
+    store.now += 11
+    chores = Chores(store.memory, lambda: False)
+    while chores() <= 0:
+        pass
+    left = [note for (note,) in store.database.rows("SELECT id FROM notes INDEXED BY notes_of_owner WHERE owner = 1")]
+    assert 30 in left
+    assert 61 in left
+    assert len(left) < 30, "what lies beside it may need its page, too"
+    assert store.memory.words.waiting == 0
+
+
+@pytest.mark.parametrize("table", ["vectors", "notes"])
+def test_a_damaged_page_costs_what_is_on_it(make: Callable[..., Store], table: str) -> None:
+    store = make(Fake())
+    ids = store.add(*(f"tea {number}" for number in range(400)))
+    store.drain(store.meaning.finish([1]))
+    path = store.database.path
+    store.database.close()
+    flip(path, leaf_of(path, table, 30))
+    store = make(Fake())
+    for by in ("words", "meaning", ""):
+        found = {one.note.id for one in store("search", wire.MemSearch("tea", len(ids), by=by))}
+        assert ids[-1] in found
+        assert (len(found) == len(ids)) == (table == "vectors" and by != "meaning"), by
+    if table == "notes":
+        with pytest.raises(OSError, match="damaged"):
+            store("get", wire.MemGet(30))
+        store = make(Fake("another"))  # all are embedded again
+        store.drain(store.meaning.finish([1]))
+        assert store.meaning.waiting([1]) == 0
 
 
 def test_a_change_while_an_index_is_read_is_not_lost(

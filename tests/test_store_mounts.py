@@ -13,7 +13,7 @@ from typing import Any
 import pytest
 
 from aiosd import link
-from aiosd.store import inotify, mounts
+from aiosd.store import inotify, mounts, realfolder
 from aiosd.store.realfolder import RealFolder
 from libaios import wire
 from libaios.wire import Sys
@@ -188,6 +188,8 @@ def test_aiosds_own_folder_is_in_no_mount(store: Store, tmp_path: Path) -> None:
 def test_writing_needs_a_grant(store: Store, folder: Path) -> None:
     mount(store, folder)
     refused(errno.EROFS, lambda: store.write("docs/a.txt", b"x"))
+    refused(errno.EROFS, lambda: store.write("docs/a.txt", b"x", append=True))
+    refused(errno.EROFS, lambda: store(Sys.STO_REMOVE, wire.StoPath("docs/a.txt")))
     store(Sys.STO_UNMOUNT, wire.StoPath("docs"))
     assert store.paths() == []
     assert (folder / "a.txt").read_text() == "first words"
@@ -201,14 +203,60 @@ def test_writing_needs_a_grant(store: Store, folder: Path) -> None:
     assert store.found("made") == ["docs/deep/new/c.txt"]
     assert sorted(os.listdir(folder)) == ["a.txt", "deep"], "nothing is left beside it"
     for act in (
-        lambda: store.write("docs/a.txt", b"x", append=True),
         lambda: store.write("docs/a.txt", b"x", if_version=0),
         lambda: store.read("docs/a.txt", version=1),
-        lambda: store(Sys.STO_REMOVE, wire.StoPath("docs/a.txt")),
         lambda: store(Sys.STO_ROLLBACK, wire.StoRollback("docs/a.txt", version=1)),
     ):
         assert "mounted" in refused(errno.EINVAL, act)
     refused(errno.EFBIG, lambda: store(Sys.STO_UPLOAD, wire.StoUpload("docs/x")))
+
+
+def test_what_is_appended_is_there_once(store: Store, folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The effect is on a real disk before the memo is in the database: a call may come again without its memo."""
+    mount(store, folder, write=True)
+    os.chmod(folder / "a.txt", 0o640)
+    assert store.write("docs/a.txt", b", and more", append=True).size == 21
+    store.database.do("DELETE FROM replies")
+    store.database.memos.forget_all()
+    assert store(Sys.STO_WRITE, wire.StoWrite("docs/a.txt", b", and more", append=True), again=True).size == 21
+    store.write("docs/a.txt", b"!", append=True)
+    assert (folder / "a.txt").read_text() == "first words, and more!"
+    assert (folder / "a.txt").stat().st_mode & 0o777 == 0o640
+    assert store.write("docs/new/log", b"1", append=True).size == 1
+    monkeypatch.setattr(realfolder, "MOST_APPENDED", 29)
+    refused(errno.EFBIG, lambda: store.write("docs/a.txt", b"too much", append=True))
+    os.symlink(folder / "a.txt", folder / "link")
+    refused(errno.ENOENT, lambda: store.write("docs/link", b"x", append=True))
+    stamps = [realfolder.RealFolder._stamp_of]
+
+    def changed_once(fd: int, name: bytes) -> str:
+        if len(stamps) > 1:
+            return stamps[0](fd, name)
+        stamps.append(stamps[0])
+        (folder / "a.txt").write_text("by another")
+        return stamps[0](fd, name)
+
+    monkeypatch.setattr(realfolder.RealFolder, "_stamp_of", staticmethod(changed_once))
+    store.write("docs/a.txt", b"?", append=True)
+    assert (folder / "a.txt").read_text() == "by another?"
+    assert sorted(os.listdir(folder)) == ["a.txt", "deep", "link", "new"], "nothing is left beside it"
+
+
+def test_what_is_removed_is_gone_once(store: Store, folder: Path) -> None:
+    mount(store, folder, write=True)
+    outside = folder.parent / "outside"
+    outside.write_text("secret")
+    os.symlink(outside, folder / "link")
+    refused(errno.EISDIR, lambda: store(Sys.STO_REMOVE, wire.StoPath("docs/deep")))
+    for path in ("docs/link", "docs/none"):
+        refused(errno.ENOENT, lambda path=path: store(Sys.STO_REMOVE, wire.StoPath(path)))
+    assert store.found("first") == ["docs/a.txt"]
+    assert store(Sys.STO_REMOVE, wire.StoPath("docs/a.txt")) == 0
+    store.database.do("DELETE FROM replies")
+    store.database.memos.forget_all()
+    assert store(Sys.STO_REMOVE, wire.StoPath("docs/a.txt"), again=True) == 0
+    refused(errno.ENOENT, lambda: store(Sys.STO_REMOVE, wire.StoPath("docs/a.txt")))
+    assert (store.found("first"), outside.read_text(), sorted(os.listdir(folder))) == ([], "secret", ["deep", "link"])
 
 
 def test_an_agent_mounts_only_what_a_person_has_named(tmp_path: Path, folder: Path) -> None:

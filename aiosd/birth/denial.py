@@ -59,7 +59,7 @@ def _network(err: OSError, box: Box) -> str:
     cause = inner if isinstance(inner, OSError) else err
     if box.net == hosts.ALL or not (isinstance(cause, socket.gaierror) or cause.errno in _NO_NETWORK):
         return ""
-    if hosts.are_named(box.net):
+    if hosts.grants(box.net):
         return f"(sandbox {box.level}: its network is the proxy of HTTPS_PROXY in its environment, to {box.net})"
     which = "HOST" if box.level == "cage" else "all"
     return f"(sandbox {box.level}: aios-run --net {which}, or net of [[group]] in aiosd.toml, would allow it)"

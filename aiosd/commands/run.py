@@ -119,7 +119,7 @@ def _complete_file(context: click.Context, parameter: click.Parameter, incomplet
 def _complete_net(context: click.Context, parameter: click.Parameter, incomplete: str) -> list[CompletionItem]:
     from click.shell_completion import CompletionItem
 
-    return [CompletionItem(word) for word in (hosts.NONE, hosts.ALL) if word.startswith(incomplete)]
+    return [CompletionItem(word) for word in (hosts.NONE, hosts.ALL, hosts.GATEWAY) if word.startswith(incomplete)]
 
 
 @edge.new(
@@ -165,9 +165,9 @@ def _complete_net(context: click.Context, parameter: click.Parameter, incomplete
     "--net",
     "net",
     multiple=True,
-    metavar="none|all|HOST,...",
+    metavar="none|all|gateway|HOST,...",
     help="Its network in a sandbox; else as the settings say. HOST: example.org, *.example.org (all below it), "
-    "example.org:8443 (else ports 80 and 443); in the cage only.",
+    "example.org:8443 (else ports 80 and 443). HOST, and the gateway alone: in the cage only.",
     shell_complete=_complete_net,
 )
 @click.option(

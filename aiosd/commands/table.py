@@ -45,6 +45,11 @@ def cpu_time(seconds: float) -> str:
     return f"{whole // 3600}:{whole // 60 % 60:02}:{whole % 60:02}"
 
 
+def lived_s(p: ProcInfo) -> float:
+    """How long it has lived, or did."""
+    return (p.ended or time.time()) - p.started
+
+
 def elapsed(seconds: float) -> str:
     """A length of time like etime of ps: [[D-]HH:]MM:SS."""
     whole = max(0, int(seconds))
@@ -163,7 +168,7 @@ COLUMNS: dict[str, Column] = {
     "time": Column("TIME", lambda p: p.cpu_s, lambda p: cpu_time(p.cpu_s)),
     "stime": Column("STIME", lambda p: p.started, lambda p: start_time(p.started)),
     "started": Column("STARTED", lambda p: p.started, lambda p: date(p.started)),
-    "etime": Column("ELAPSED", lambda p: -p.started, lambda p: elapsed(time.time() - p.started)),
+    "etime": Column("ELAPSED", lambda p: lived_s(p), lambda p: elapsed(lived_s(p))),
     "exit": Column("EXIT", _exit, lambda p: "-" if p.exit is None else str(p.exit)),
     "cost": Column("COST", lambda p: parse_money(p.cost), lambda p: p.cost),
     "budget": _word("BUDGET", lambda p: p.budget or "-"),
@@ -227,7 +232,7 @@ def objects(processes: Iterable[ProcInfo], words: Iterable[str]) -> list[dict[st
 def _datum(p: ProcInfo, name: str) -> Any:
     if name in p.__struct_fields__:
         return getattr(p, name)
-    return time.time() - p.started if name == "etime" else column(name).value(p)
+    return column(name).value(p)
 
 
 def sort_keys(arguments: Iterable[str]) -> list[tuple[Column, bool]]:

@@ -13,7 +13,7 @@ from __future__ import annotations
 import json
 import os
 import sys
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import click
 
@@ -21,13 +21,26 @@ from aiosd.commands import edge
 from libaios.tool import result_text
 from libaios.wire import CallTool, NoArgs, Sys, ToolInfo, TrustTool
 
+if TYPE_CHECKING:
+    from click.shell_completion import CompletionItem
+
 
 def register(group: click.Group) -> None:
     group.add_command(tools)
 
 
+def _complete(context: click.Context, parameter: click.Parameter, incomplete: str) -> list[CompletionItem]:
+    """Names of tools, for the shell's completion."""
+    try:
+        with edge.connect() as client:
+            there: list[ToolInfo] = client.call(Sys.TOOL_LIST, NoArgs(), list[ToolInfo])
+    except OSError:
+        return []
+    return edge.completions({tool.name: tool.description for tool in there}, incomplete)
+
+
 @click.command("tools", context_settings=edge.SETTINGS, short_help="List the tools of agents, or try one.")
-@click.argument("name", required=False)
+@click.argument("name", required=False, shell_complete=_complete)
 @click.argument("arguments", nargs=-1, metavar="[KEY=VALUE]…")
 @click.option("--schema", is_flag=True, help="The JSON Schema of the tool's arguments.")
 @click.option("--trust", is_flag=True, help="Offer NAME again though its MCP server describes it otherwise now.")

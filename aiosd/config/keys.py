@@ -139,7 +139,7 @@ KEYS = (
         "How agents are confined (none); strict: in the cage, or aiosd does not start.",
         "none",
     ),
-    Key("net", boxgroups.net, "all|none|HOST,…", "Which network confined agents have (all).", "all"),
+    Key("net", boxgroups.net, "all|none|gateway|HOST,…", "Which network confined agents have (all).", "all"),
     Key(
         "soft_limit",
         limits.read_percent,

@@ -85,4 +85,5 @@ def line(proc: Proc, calls: Sequence[Call], context: tuple[str, int] = ("", 0), 
         budget=proc.budget,
         reason=proc.reason,
         template=proc.template.name if proc.template is not None else "",
+        ended=proc.ended or None,
     )

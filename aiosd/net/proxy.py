@@ -39,7 +39,8 @@ GUESTS = 64  # connections of one agent that are passed on to the gateway, until
 PAUSE_S = 0.2  # for that, and after a descriptor was missing
 BUFFER = request.HEAD_BYTES  # of a read; twice that lies here in each direction
 DENIED_AGAIN_S = 60.0  # after which the same denial is told again
-DENIED_KNOWN = 256  # of one agent
+DENIED_KNOWN = 256  # of one agent,
+DENIED_PER_S = 20  # … and so many new ones are told in a second
 
 #: Agent, host, port, and why.
 Denied = Callable[[int, str, int, str], None]
@@ -58,6 +59,8 @@ class Gate:
     connections: set[asyncio.Task[None]] = field(default_factory=set)
     guests: int = 0  # passed on since the last pause
     denied: OrderedDict[tuple[str, int], float] = field(default_factory=OrderedDict)  # when that was told
+    told: int = 0  # denials in this second,
+    second: float = 0.0  # … which has begun then
 
 
 @dataclass(slots=True)
@@ -239,7 +242,10 @@ class Proxy:
     def _refusal(self, gate: Gate, wanted: Request, words: str) -> Bad:
         self.refused += 1
         key, now = (wanted.host, wanted.port), time.monotonic()
-        if now - gate.denied.get(key, -DENIED_AGAIN_S) >= DENIED_AGAIN_S:
+        if now - gate.second >= 1.0:
+            gate.second, gate.told = now, 0
+        if gate.told < DENIED_PER_S and now - gate.denied.get(key, -DENIED_AGAIN_S) >= DENIED_AGAIN_S:
+            gate.told += 1
             gate.denied[key] = now
             gate.denied.move_to_end(key)
             if len(gate.denied) > DENIED_KNOWN:

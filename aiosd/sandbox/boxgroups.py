@@ -3,7 +3,7 @@
     [[group]]
     name = "web"
     sandbox = "flat"                  none or flat
-    net = "none"                      none, all, or hosts: ["example.org", "*.example.net:8443"]
+    net = "none"                      none, all, gateway, or hosts: ["example.org", "*.example.net:8443"]
     read = ["~/data"]                 files and folders, as seen from the folder of aiosd.toml
     write = ["out"]
     env = ["OPENAI_API_KEY", "AWS_*"] variables that they get of the environment in which they are started

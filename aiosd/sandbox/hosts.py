@@ -2,8 +2,9 @@
 
 - `all`: the machine's network.
 - `none`: no network.
-- `example.org,*.example.net:8443`: a network of its own without a way out, but for a proxy (`aiosd.net`) that connects
-  to these. Without a port 80 and 443 are meant; `*.` is all below a name, not that itself.
+- `gateway`: a network of its own, in which there is the gateway of aiosd and nothing else.
+- `example.org,*.example.net:8443`: the same, and a proxy (`aiosd.net`) that connects to these.
+  Without a port 80 and 443 are meant; `*.` is all below a name, not that itself.
 """
 
 from __future__ import annotations
@@ -15,7 +16,7 @@ from typing import NamedTuple
 from aiosd.access.patterns import covers as _covers
 from aiosd.access.patterns import host_of, matches
 
-ALL, NONE = "all", "none"
+ALL, NONE, GATEWAY = "all", "none", "gateway"
 PORTS = (80, 443)  # of a host without a port
 MOST = 64  # hosts of one agent
 CHARACTERS = 8192  # of all of them
@@ -43,25 +44,30 @@ class Grant(NamedTuple):
 
 
 def are_named(net: str) -> bool:
-    """Whether this network is one of single hosts."""
+    """Whether this network is one of its own, of single hosts or of the gateway alone."""
     return net not in ("", ALL, NONE)
 
 
 def normal(words: Iterable[str]) -> str:
-    """One network from what a person wrote: `all`, `none`, or hosts, in one text or several. Raises ValueError."""
+    """One network from what a person wrote: `all`, `none`, `gateway`, or hosts, in one text or several. Raises
+    ValueError."""
     found = [word.strip() for text in words for word in text.split(",")]
     if found in ([ALL], [NONE]):
         return found[0]
     if ALL in found or NONE in found:
         raise ValueError("all and none stand alone")
+    if GATEWAY in found:  # it is there besides hosts, too
+        found = [word for word in found if word != GATEWAY]
+        if not found:
+            return GATEWAY
     net = ",".join(dict.fromkeys(str(_grant(word)) for word in found))
     grants(net)  # how many there are
     return net
 
 
 def grants(net: str) -> tuple[Grant, ...]:
-    """Of a network as `normal` writes it; none of `all` and `none`. Raises ValueError."""
-    if not are_named(net):
+    """Of a network as `normal` writes it; none of those that are a word. Raises ValueError."""
+    if not are_named(net) or net == GATEWAY:
         return ()
     if len(net) > CHARACTERS:
         raise ValueError(f"hosts of more than {CHARACTERS} characters")
@@ -81,10 +87,14 @@ def covers(wide: str, narrow: str) -> bool:
     if wide in (ALL, narrow) or narrow == NONE:
         return True
     mine = grants(wide)
-    return are_named(narrow) and all(
-        any(port in one.ports and _covers("host", one.host, other.host) for one in mine)
-        for other in grants(narrow)
-        for port in other.ports
+    return (
+        are_named(wide)
+        and are_named(narrow)
+        and all(
+            any(port in one.ports and _covers("host", one.host, other.host) for one in mine)
+            for other in grants(narrow)
+            for port in other.ports
+        )
     )
 
 

@@ -6,6 +6,7 @@ is quoted; the owner is a word of its own in the index, so no query leads to fil
 
 from __future__ import annotations
 
+import contextlib
 import re
 from collections.abc import Generator, Sequence
 from typing import TYPE_CHECKING, Any
@@ -60,7 +61,9 @@ class FileSearch:
             scores = with_meaning(self._meaning, FILES, among, k, vector, scores)
         found: list[wire.FoundFile] = []
         for file in sorted(scores, key=lambda file: (scores[file], file), reverse=True)[:k]:
-            row = self._files.by_id(file)
+            row = None
+            with contextlib.suppress(OSError):  # a damaged page costs what is on it, which reading and fsck name
+                row = self._files.by_id(file)
             if row is not None:
                 excerpt = self._excerpt(file, query) if len(found) < EXCERPTS else ""
                 of = shown(caller, spaces[row.owner].name)

@@ -56,6 +56,7 @@ class Chores:
     def __init__(self, memory: Memory, busy: Callable[[], bool]) -> None:
         self._memory, self._busy = memory, busy
         self._clean_at = self._next_at = 0.0
+        self._failed: dict[Callable[[], float], float] = {}  # what failed, and when it is tried again
 
     def __call__(self) -> float:
         """Returns for how many seconds there is nothing to do."""
@@ -63,17 +64,23 @@ class Chores:
         if now < self._next_at:
             return self._next_at - now
         memory = self._memory
-        try:
-            if now >= self._clean_at:
-                self._clean_at = now + memory.clean()
-            wait = min(memory.words.work(), memory.meaning.work())
-        except OSError as err:
-            logger.warning("%s", err.strerror)
-            self._next_at = now + FAILED_S
-            return FAILED_S
+        if now >= self._clean_at:
+            self._clean_at = now + self._tried(memory.clean, now)
+        wait = min(self._tried(memory.words.work, now), self._tried(memory.meaning.work, now))
         if self._busy() and memory.words.waiting < MOST_WORDLESS:
             self._next_at = now + (time.monotonic() - now) / SHARE
         return max(0.0, min(wait, self._clean_at - now))
+
+    def _tried(self, work: Callable[[], float], now: float) -> float:
+        """What cannot be done (a page is damaged, say) holds up nothing else."""
+        if now < (later := self._failed.get(work, 0.0)):
+            return later - now
+        try:
+            return work()
+        except OSError as err:
+            logger.warning("%s", err.strerror)
+            self._failed[work] = now + FAILED_S
+            return FAILED_S
 
 
 def main(channel: Channel, spec: StoreSpec, rounds: Rounds) -> int:

@@ -322,7 +322,14 @@ class Meaning:
         shelf = self._shelf(kind, owner)
         mine = "FROM vectors WHERE owner = ? AND kind = ? AND embedder = ?"
         of = (owner, kind, self._embedder_id)
-        rows = self._db.rows(f"SELECT id, item, vector {mine} AND id > ? ORDER BY id LIMIT ?", *of, shelf.read, SLICE)
+        next_ones = f"{mine} AND id > ? ORDER BY id LIMIT ?"
+        try:
+            rows = self._db.rows(f"SELECT id, item, vector {next_ones}", *of, shelf.read, SLICE)
+            last = rows[-1][0] if len(rows) == SLICE else None
+        except OSError:  # a damaged page costs what is on it, and no more
+            ids = [number for (number,) in self._db.rows(f"SELECT id {next_ones}", *of, shelf.read, SLICE)]
+            rows = [row for number in ids if (row := self._readable(number)) is not None]
+            last = ids[-1] if len(ids) == SLICE else None
         if rows:
             width = len(rows[0][2]) // 2
             if shelf.index is None:
@@ -331,10 +338,17 @@ class Meaning:
             blob = b"".join(row[2] for row in rows)
             vectors = np.frombuffer(blob, "<f2").reshape(len(rows), width).astype(np.float32)
             shelf.index.add([row[1] for row in rows], vectors)
-            shelf.read = rows[-1][0]
-        if len(rows) < SLICE:
+        if last is None:
             shelf.whole = True
             self._make_room((kind, owner))
+        else:
+            shelf.read = last
+
+    def _readable(self, number: int) -> tuple[Any, ...] | None:
+        try:
+            return self._db.row("SELECT id, item, vector FROM vectors WHERE id = ?", number)
+        except OSError:
+            return None
 
     def _new_index(self, width: int, expected: int) -> Index:
         from aiosd.store.index import Index

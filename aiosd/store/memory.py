@@ -12,6 +12,7 @@ what an owner stores; `ram` what is held in memory.
 
 from __future__ import annotations
 
+import contextlib
 import errno
 import time
 from collections.abc import Callable, Iterable
@@ -310,11 +311,19 @@ class Memory:
         again."""
         sql = "SELECT id FROM notes WHERE expires <= ? ORDER BY expires LIMIT ?"
         over = [row[0] for row in self._db.rows(sql, self._clock(), CLEAN_AT_ONCE)]
-        if over:
+        if not over:
+            return CLEAN_S
+        try:
             with self._db.lazily():
                 self._delete(over)
-            for note_id in over:
-                self.cache.remove(note_id)
+        except OSError as err:
+            if err.errno != errno.EIO:
+                raise
+            for note_id in over:  # a damaged page holds the notes on it, and no others
+                with contextlib.suppress(OSError), self._db.lazily():
+                    self._delete([note_id])
+        for note_id in over:
+            self.cache.remove(note_id)
         return 0.0 if len(over) == CLEAN_AT_ONCE else CLEAN_S
 
     def _end(self, name: str) -> None:

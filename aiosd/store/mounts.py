@@ -1,7 +1,9 @@
 """Real folders in the spaces of owners: their files are read, listed and found with the others.
 
 A person mounts any folder; an agent only those that a person has named for that (`--store-folders`), and for writing
-only where that says so. Writing replaces a whole file.
+only where that says so. Writing and appending replace a whole file; what is removed is gone for good. A call whose
+store dies is submitted again: it writes the same once more, finds that it has appended (see `realfolder`), or that the
+file is not there any more, which is what it wanted.
 
 What is known of the files (names, sizes, words) lies in rows, for lists and searches. It is kept up by looking:
 
@@ -187,16 +189,36 @@ class Mounts:
             self._update(mount, names, found)
         return self._files.require(mount.owner, path)
 
-    def write(self, mount: Mounted, path: str, args: wire.StoWrite) -> Row:
-        if not mount.writable:
-            raise wire.error(errno.EROFS, f"{path}: the folder at {mount.at} is mounted for reading only")
-        if args.append or args.if_version is not None:
-            raise wire.error(errno.EINVAL, f"{path}: lies in a mounted folder, where files are only replaced")
+    def write(self, mount: Mounted, path: str, args: wire.StoWrite, call: bytes) -> Row:
+        """`call` names it, for all times: one that appends is submitted again after a death, and appends once."""
+        self.require_writable(mount, path)
+        if args.if_version is not None:
+            raise wire.error(errno.EINVAL, f"{path}: lies in a mounted folder, and has no versions")
+        folder, names = self._folder(mount, path), self._names(mount, path)
         try:
-            self._folder(mount, path).write(self._names(mount, path), args.data)
+            if args.append:
+                folder.append(names, args.data, call)
+            else:
+                folder.write(names, args.data)
         except OSError as err:
             raise _as_seen(err, path) from None
         return self.fresh(mount, path)
+
+    def remove_file(self, mount: Mounted, path: str) -> None:
+        """For good."""
+        folder, names = self._folder(mount, path), self._names(mount, path)
+        try:
+            folder.remove(names)
+        except OSError as err:
+            raise _as_seen(err, path) from None
+        with self._db.transaction():
+            self._update(mount, names, None)
+
+    @staticmethod
+    def require_writable(mount: Mounted, path: str) -> None:
+        """Raises OSError (EROFS)."""
+        if not mount.writable:
+            raise wire.error(errno.EROFS, f"{path}: the folder at {mount.at} is mounted for reading only")
 
     def _folder(self, mount: Mounted, path: str) -> RealFolder:
         self._open(mount)

@@ -18,6 +18,9 @@ from dataclasses import dataclass
 _FOLDER = os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC | os.O_NONBLOCK
 _FILE = os.O_RDONLY | os.O_NOFOLLOW | os.O_CLOEXEC | os.O_NONBLOCK | os.O_NOCTTY
 TEMPORARY = b".aios-new"
+CALLS, CALL_BYTES, MOST_CALLS = b"user.aios.calls", 8, 256  # an attribute of files that were appended to
+MOST_APPENDED = 16 << 20  # bytes of a file that is copied for each append
+TRIES = 3
 
 
 @dataclass(frozen=True, slots=True)
@@ -93,26 +96,82 @@ class RealFolder:
 
     def write(self, names: tuple[bytes, ...], data: bytes) -> None:
         """Beside the file, and then in its place: a reader gets the old one or the new one."""
+        with self.folder(names[:-1], make=True) as folder, self._replacing(folder, names[-1], None) as fd:
+            _write_all(fd, data)
+
+    def append(self, names: tuple[bytes, ...], data: bytes, call: bytes) -> None:
+        """The same with what the file has, and `data` behind it. The new file names the calls (CALL_BYTES each) that
+        were last appended to it, and one of these is not done again. What others write between the copy and its
+        renaming is lost, as with every program that replaces a file; what they write before is not."""
         with self.folder(names[:-1], make=True) as folder:
-            mode = self._mode_of(folder, names[-1])
-            with contextlib.suppress(FileNotFoundError):
-                os.unlink(TEMPORARY, dir_fd=folder)
-            flags = os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW | os.O_CLOEXEC
-            fd = os.open(TEMPORARY, flags, 0o666 if mode is None else 0o600, dir_fd=folder)
-            try:
-                if mode is not None:
-                    os.fchmod(fd, mode)
-                view = memoryview(data)
-                while view:
-                    view = view[os.write(fd, view) :]
-                os.fsync(fd)
-                os.rename(TEMPORARY, names[-1], src_dir_fd=folder, dst_dir_fd=folder)
-            except BaseException:  # of any kind, an interrupt too: undo, and raise it again
-                os.unlink(TEMPORARY, dir_fd=folder)
-                raise
-            finally:
-                os.close(fd)
+            for _ in range(TRIES):
+                with contextlib.suppress(_ChangedError):
+                    return self._append(folder, names[-1], data, call)
+        raise OSError(errno.EAGAIN, "others change the file all the time")
+
+    def _append(self, folder: int, name: bytes, data: bytes, call: bytes) -> None:
+        try:
+            old = os.open(name, _FILE, dir_fd=folder)
+        except FileNotFoundError:
+            with self._replacing(folder, name, "") as fd:
+                _write_all(fd, data)
+                _set_calls(fd, call)
+            return
+        try:
+            found = real(os.fstat(old))
+            if found is None:
+                raise OSError(errno.EINVAL, "is no plain file there")
+            calls = _calls_of(old)
+            if call in calls:
+                return
+            if found.size + len(data) > MOST_APPENDED:
+                raise OSError(errno.EFBIG, f"more than {MOST_APPENDED} bytes: to append means to copy")
+            with self._replacing(folder, name, found.stamp) as fd:
+                while part := os.read(old, 1 << 20):
+                    _write_all(fd, part)
+                _write_all(fd, data)
+                _set_calls(fd, b"".join([*calls, call][-MOST_CALLS:]))
+        finally:
+            os.close(old)
+
+    @contextmanager
+    def _replacing(self, folder: int, name: bytes, stamp: str | None) -> Iterator[int]:
+        """A new file, which then has this name. `stamp`: of the file that has it until then ("": none has)."""
+        mode = self._mode_of(folder, name)
+        with contextlib.suppress(FileNotFoundError):
+            os.unlink(TEMPORARY, dir_fd=folder)
+        flags = os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW | os.O_CLOEXEC
+        fd = os.open(TEMPORARY, flags, 0o666 if mode is None else 0o600, dir_fd=folder)
+        try:
+            if mode is not None:
+                os.fchmod(fd, mode)
+            yield fd
+            os.fsync(fd)
+            if stamp is not None and stamp != self._stamp_of(folder, name):
+                raise _ChangedError
+            os.rename(TEMPORARY, name, src_dir_fd=folder, dst_dir_fd=folder)
+        except BaseException:  # of any kind, an interrupt too: undo, and raise it again
+            os.unlink(TEMPORARY, dir_fd=folder)
+            raise
+        finally:
+            os.close(fd)
+        os.fsync(folder)
+
+    def remove(self, names: tuple[bytes, ...]) -> None:
+        """For good."""
+        with self.folder(names[:-1]) as folder:
+            if not self._stamp_of(folder, names[-1]):
+                raise FileNotFoundError(errno.ENOENT, "it is no plain file")
+            os.unlink(names[-1], dir_fd=folder)  # the name, whatever it stands for now, and never what a link leads to
             os.fsync(folder)
+
+    @staticmethod
+    def _stamp_of(folder: int, name: bytes) -> str:
+        try:
+            found = real(os.stat(name, dir_fd=folder, follow_symlinks=False))
+        except FileNotFoundError:
+            return ""
+        return "" if found is None else found.stamp
 
     @staticmethod
     def _mode_of(folder: int, name: bytes) -> int | None:
@@ -130,6 +189,34 @@ class RealFolder:
         """The folder's descriptor, and what is in it. (Names as Python has them, see os.fsencode.)"""
         with self.folder(names) as fd, os.scandir(fd) as found:
             yield fd, found
+
+
+class _ChangedError(Exception):
+    """Another one has changed the file meanwhile."""
+
+
+def _write_all(fd: int, data: bytes) -> None:
+    view = memoryview(data)
+    while view:
+        view = view[os.write(fd, view) :]
+
+
+def _calls_of(fd: int) -> list[bytes]:
+    try:
+        found = os.getxattr(fd, CALLS)
+    except OSError:  # it has none
+        return []
+    return [found[begin : begin + CALL_BYTES] for begin in range(0, len(found), CALL_BYTES)]
+
+
+def _set_calls(fd: int, calls: bytes) -> None:
+    try:
+        os.setxattr(fd, CALLS, calls)
+    except OSError as err:
+        if err.errno != errno.EOPNOTSUPP:
+            raise
+        reason = "its file system keeps no attributes of files, and an append could happen twice"
+        raise OSError(errno.EOPNOTSUPP, reason) from None
 
 
 def may_be_mounted(path: bytes, hidden: tuple[int, int]) -> bytes:

@@ -11,6 +11,7 @@ and each is quoted; the owner is a token of its own in the index of words, so no
 
 from __future__ import annotations
 
+import contextlib
 import errno
 import re
 from collections.abc import Callable, Generator, Mapping, Sequence
@@ -23,6 +24,7 @@ from aiosd.store.meaning import Meaning
 from aiosd.store.noterows import COLUMNS, FROM, LIVE, filtered, ids_of, marks, note_of, passing, union, visible
 from aiosd.store.words import NOTES, NoteWords
 from libaios import wire
+from libaios.wire import Note
 
 if TYPE_CHECKING:
     from aiosd.store.meaning import Floats, Ints
@@ -50,8 +52,15 @@ class Notes:
         self._db = database
 
     def texts(self, items: Sequence[int]) -> list[tuple[int, str]]:
-        rows = self._db.rows(f"SELECT id, text FROM notes WHERE id IN ({marks(items)})", *items)
-        return [(row[0], row[1]) for row in rows]
+        """One that is damaged has none; else the queue would not get past it."""
+        return [(item, text) for item in items if (text := self._text(item))]
+
+    def _text(self, item: int) -> str:
+        try:
+            row = self._db.row("SELECT text FROM notes WHERE id = ?", item)
+        except OSError:
+            return ""
+        return "" if row is None else row[0]
 
 
 class NoteSearch:
@@ -125,12 +134,20 @@ class NoteSearch:
         return self._words.same(owners, args.query, where, values, args.k)
 
     def _fetch(self, notes: Sequence[int], scores: Mapping[int, float]) -> list[wire.Found]:
-        found: dict[int, tuple[Any, ...]] = {}
+        found: dict[int, Note] = {}
         for begin in range(0, len(notes), 500):
             some = notes[begin : begin + 500]
-            sql = f"SELECT {COLUMNS} {FROM} WHERE n.id IN ({marks(some)}) AND {LIVE}"
-            found |= {row[0]: row for row in self._db.rows(sql, *some, self._clock())}
-        return [wire.Found(note_of(found[note]), scores[note]) for note in notes if note in found]
+            try:
+                found |= self._live(some)
+            except OSError:  # a damaged page costs the notes on it, which `get` and fsck name, and not the answer
+                for note in some:
+                    with contextlib.suppress(OSError):
+                        found |= self._live([note])
+        return [wire.Found(found[note], scores[note]) for note in notes if note in found]
+
+    def _live(self, notes: Sequence[int]) -> dict[int, Note]:
+        sql = f"SELECT {COLUMNS} {FROM} WHERE n.id IN ({marks(notes)}) AND {LIVE}"
+        return {row[0]: note_of(row) for row in self._db.rows(sql, *notes, self._clock())}
 
 
 def _numbers(ids: str) -> Ints:

@@ -13,8 +13,10 @@ folders are `mounts`. This file is the calls, and says in which order these are 
 from __future__ import annotations
 
 import errno
+import hashlib
 import logging
 import time
+from collections import deque
 from collections.abc import Callable, Generator, Iterable
 from pathlib import Path
 from typing import Any
@@ -28,7 +30,8 @@ from aiosd.store.database import Database
 from aiosd.store.files import Files, Row
 from aiosd.store.filesearch import FileSearch
 from aiosd.store.meaning import Meaning
-from aiosd.store.mounts import Mounts
+from aiosd.store.mounts import Mounted, Mounts
+from aiosd.store.realfolder import CALL_BYTES
 from aiosd.store.spaces import Space, Spaces, clean_folder, clean_path
 from aiosd.store.uploads import Uploads
 from libaios import wire
@@ -62,6 +65,7 @@ class Storage:
         self._search = FileSearch(database, self.files, self.meaning)
         self.consent = Consent()
         self.mounts = Mounts(database, self.files, hidden=folder.parent, grants=grants)
+        self._removed: deque[link.Key] = deque(maxlen=1000)  # calls that have removed real files
         self._expire_at = 0.0
 
     def handlers(self) -> dict[int, Any]:
@@ -143,7 +147,7 @@ class Storage:
             mount = self.mounts.over(space.owner, path)
             if mount is not None:
                 self.consent.to(ask, "sto_write", space, path, content=args.data)
-                return self.mounts.write(mount, path, args).shown()
+                return self.mounts.write(mount, path, args, self._named(ask)).shown()
             owner = self.spaces.make(space)
             old = self.files.find(owner, path)
             require_version(path, old, args.if_version)
@@ -195,17 +199,38 @@ class Storage:
         return self._db.once(ask, effect)
 
     def remove(self, ask: link.Ask, args: wire.StoPath) -> Any:
-        """Into the trash. Returns its number there."""
+        """Into the trash. Returns its number there; a real file is removed for good, which is 0."""
 
         def effect() -> int:
             space, path = self._meant(ask, args, write=True)
-            self._require_kept(space, path, "is not removed from here")
+            mount = self.mounts.over(space.owner, path)
+            if mount is not None:
+                self._remove_real(ask, mount, space, path)
+                return 0
             row = self.files.require(space.owner, path)
             self.consent.to(ask, "sto_remove", space, path, row, "removed")
             self.files.remove(row, self._clock())
             return row.id
 
         return self._db.once(ask, effect, frees=True)
+
+    def _remove_real(self, ask: link.Ask, mount: Mounted, space: Space, path: str) -> None:
+        self.mounts.require_writable(mount, path)
+        try:
+            row = self.mounts.fresh(mount, path)
+        except FileNotFoundError:
+            if ask.again or ask.key in self._removed:
+                return  # it was removed, and what tells of that was lost
+            raise
+        seen = f"{row.size} bytes, changed at {row.updated!r}"
+        self.consent.to(ask, "sto_remove", space, path, row, "removed", more=[("there is", seen)], names=seen.encode())
+        self.mounts.remove_file(mount, path)
+        self._removed.append(ask.key)
+
+    def _named(self, ask: link.Ask) -> bytes:
+        """A name of this call that no other one has, of any system and any agent."""
+        name = f"{self._db.rows('SELECT boot FROM system')} {ask.key} {ask.life}"
+        return hashlib.blake2b(name.encode(), digest_size=CALL_BYTES).digest()
 
     def _require_kept(self, space: Space, path: str, reason: str) -> None:
         mount = self.mounts.over(space.owner, path)

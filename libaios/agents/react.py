@@ -508,7 +508,7 @@ def main(
     aios-run -m libaios.agents.react "What is 37 * 91?"
     aios-run --name bob -m libaios.agents.react "Remember that the rent is 850."
     aios-run --name bob -m libaios.agents.react "What is the rent?"
-    aios-run -m libaios.agents.react --folder . "Read a.txt, double the number in it and write it to b.txt"
+    aios-run -m libaios.agents.react --folder . "What does a.txt say?"
     """
     import libaios as aios  # here, since loop and tools can be used without a kernel
 
