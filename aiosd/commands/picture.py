@@ -95,7 +95,7 @@ def _agents(status: dict[str, Any]) -> str:
     if "max_agents" in status:
         text += f", at most {status['max_agents']} at once"
     calls = sum(model.get("open_calls", 0) for model in status.get("models", []))
-    return f"{text}; {calls} open calls"
+    return f"{text}; {calls} open call{'s' * (calls != 1)}"
 
 
 def _model(model: dict[str, Any], indent: int) -> list[str]:

@@ -109,7 +109,7 @@ def _model_in_a_line(model: dict[str, Any]) -> str:
         if stats.get("circuit") not in (None, "closed"):
             parts.append(f"it fails: {stats.get('last_failure', '?')}")
     if model.get("open_calls"):
-        parts.append(f"{model['open_calls']} open calls")
+        parts.append(f"{model['open_calls']} open call{'s' * (model['open_calls'] != 1)}")
     if stats.get("tokens_per_s"):
         parts.append(f"{stats['tokens_per_s']:,.1f} tokens/s")
     return ", ".join(parts)
