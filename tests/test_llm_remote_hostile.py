@@ -359,7 +359,7 @@ def test_a_trial_that_ends_otherwise_lets_others_go_on(make: Make, monkeypatch: 
     bench = make(cut("one "), answers("other"), answers("x"))
     key = bench.submit()
     for _ in range(4):
-        bench.remote._breaker.failed("x", time.monotonic())
+        bench.remote._pace.breaker.failed("x", time.monotonic())
     assert bench.end(key).errno == errno.EIO
     assert bench.text(bench.submit()) == "x"
 

@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+import asyncio
 import errno
+import functools
+import io
 import os
 import signal
 import threading
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
 import psutil
 import pytest
@@ -21,6 +25,10 @@ from tests.conftest import System, eventually
 from tests.test_store_system import kill, ospid
 
 MB = 1 << 20
+
+
+def aside(function: Callable[..., Any]) -> Callable[..., Any]:
+    return functools.partial(asyncio.to_thread, function)
 
 
 @pytest.fixture
@@ -138,8 +146,6 @@ def test_a_large_file_goes_through_little_memory_and_a_death(system: System, tmp
 
 
 def test_coroutines_have_the_same_names(system: System) -> None:
-    import asyncio
-
     async def main() -> None:
         await aios.aio.sto.write("a", "one\n")
         await aios.aio.sto.append("a", b"two\n")
@@ -148,6 +154,21 @@ def test_coroutines_have_the_same_names(system: System) -> None:
         assert [file.path for file in await aios.aio.sto.list()] == ["a"]
         with pytest.raises(FileNotFoundError):
             await aios.aio.sto.read("b")
+        large = b"".join(bytes([number]) * MB for number in range(6)) + b"end"
+        assert (await aios.aio.sto.write("large", large)).size == len(large)
+        assert await aios.aio.sto.read("large") == large
+
+        class Torn(io.BytesIO):
+            def read(self, size: int | None = -1) -> bytes:
+                if self.tell() > 2 * MB:
+                    raise ValueError("torn")
+                return super().read(size)
+
+        for upload in (aios.aio.sto.upload, aside(sto.upload)):
+            with pytest.raises(ValueError, match="torn"):
+                await upload("torn", Torn(large))
+        stats = await aios.aio.sto.stats()
+        assert (stats["files"], stats["bytes"] < 7 * MB) == (2, True)
 
     asyncio.run(main())
     public = {name for name in sto.__all__ if name[0].islower()}

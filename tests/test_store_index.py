@@ -10,7 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from aiosd.store import index
-from aiosd.store.index import Index
+from aiosd.store.index import BITS, Index
 
 WIDTH = 32
 
@@ -96,6 +96,21 @@ def test_a_large_index_finds_nearly_all() -> None:
         found = {number for number, _ in mine.search(query, 10, among)}
         hits += len(found & set(among[1 + np.argsort(-(many[among[1:]] @ query))[:10]].tolist()))
     assert hits >= 0.99 * 200
+
+
+def test_what_is_added_after_the_bits_of_rows_is_found(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Each search gives a part of the rows their bits; until all have them all are compared."""
+    monkeypatch.setattr(index, "AT_ONCE", 7_000)
+    many = vectors(20_000, width=BITS)
+    mine = Index(BITS, len(many))
+    mine.add(range(len(many)), many)
+    among = np.arange(1, 20_000, 2)
+    for place in (1, 7_001, 19_999, 13_001):
+        assert mine.search(many[place], 1, among)[0][0] == place
+    assert mine._bits.ntotal == len(many)
+    new = vectors(1, 5, BITS)
+    mine.add([10**6], new)
+    assert mine.search(new[0], 1, np.append(among, 10**6))[0][0] == 10**6
 
 
 def test_dead_rows_cannot_hide_a_live_one() -> None:

@@ -259,6 +259,16 @@ def test_what_is_removed_is_gone_once(store: Store, folder: Path) -> None:
     assert (store.found("first"), outside.read_text(), sorted(os.listdir(folder))) == ([], "secret", ["deep", "link"])
 
 
+def test_to_remove_what_a_group_has_mounted_asks(store: Store, folder: Path) -> None:
+    mount(store, folder, write=True, of="group:default")
+    deeds: list[Any] = []
+    store.storage.consent.require = lambda ask, deed: deeds.append(deed)
+    store.write("docs/a.txt", b"!", append=True, of="group")
+    assert [deed.default for deed in deeds] == []
+    store(Sys.STO_REMOVE, wire.StoPath("docs/a.txt", "group"))
+    assert ["removed" in deed.default for deed in deeds] == [True]
+
+
 def test_an_agent_mounts_only_what_a_person_has_named(tmp_path: Path, folder: Path) -> None:
     me = link.Caller(7, os.getuid(), "me", True, "default")
     (tmp_path / "other").mkdir()

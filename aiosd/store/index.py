@@ -3,8 +3,9 @@
 A vector is a row, in half precision, as it is in the database. Rows of up to LARGE vectors are all compared with the
 query. Above that a second copy, of one bit for each dimension (RaBitQ), finds RESCORED candidates, which are compared
 exactly. A third one of the same bits, row by row, does that among the rows that a filter lets pass, where these are
-many. What is removed or replaced leaves a dead row, a tombstone: it is found no more, and when a fifth of the rows
-is dead the owner of this object makes it anew (`worn`).
+many. It is made by the first searches that could use it, a part by each. What is removed or replaced leaves a dead
+row, a tombstone: it is found no more, and when a fifth of the rows is dead the owner of this object makes it anew
+(`worn`).
 
 A live vector is always found by itself. The estimates of RaBitQ are too good to miss it, and dead rows cannot hide
 it: candidates are asked for until RESCORED of them are live (a note that is changed a thousand times leaves a thousand
@@ -31,6 +32,7 @@ if TYPE_CHECKING:
 LARGE = 16_000  # rows; more get the copy in bits
 RESCORED = 500  # candidates of that copy, for BITS dimensions; more where fewer bits say less
 BITS = 384
+AT_ONCE = 4_000  # rows that the third copy gets by one search
 WORN = 0.2  # the share of dead rows at which it is time for a new index,
 WORN_LEAST = 64  # … if there are more than this
 LOOKED_UP = 20  # the part of all rows above which ids are not looked up one by one
@@ -83,22 +85,25 @@ class Index:
 
     # ── changing ──────────────────────────────────────────────────────────────────────────────────────────
 
-    def add(self, ids: Sequence[int], vectors: Floats) -> None:
-        """One row of `vectors` for each id; an id that is here already has this vector from now on."""
+    def add(self, ids: Sequence[int], vectors: Floats, halves: NDArray[np.uint8] | None = None) -> None:
+        """One row of `vectors` for each id; an id that is here already has this vector from now on. `halves`: the same
+        in half precision, as bytes, where they are at hand."""
         if not len(ids):
             return
         for number in ids:
             self.remove(number)
         first = self.rows
         self._make_room(first + len(ids))
-        self._exact.add(vectors)
+        if halves is None:
+            self._exact.add(vectors)
+        else:
+            self._exact.add_sa_codes(halves)
         for row, number in enumerate(ids, first):
             self.remove(number)  # of two with one id in `ids` the last one counts
             self._ids[row] = number
             self._rows[number] = row
         if self._rough is not None:
             self._rough.add(vectors)
-            self._bits.add(vectors)
         elif max(self.rows, self._expected) > LARGE:
             self._begin_rough()
 
@@ -121,7 +126,7 @@ class Index:
         self._bits = self._new_bits()
         for index in (self._rough, self._bits):
             index.train(vectors)
-            index.add(vectors)
+        self._rough.add(vectors)
 
     def _new_bits(self) -> Any:
         return self._faiss.IndexRaBitQ(self.width, self._faiss.METRIC_INNER_PRODUCT)
@@ -154,12 +159,20 @@ class Index:
 
     def _sifted(self, query: Floats, rows: Ints, wanted: int) -> Ints:
         """Those of these rows that may be the nearest: this number of them, where there are many more."""
-        if self._bits is None or len(rows) < 2 * wanted:
+        if self._bits is None or len(rows) < 2 * wanted or not self._all_bits():
             return rows
         chosen = self._new_bits()
         chosen.center, chosen.is_trained = self._bits.center, True
         chosen.add_sa_codes(self._np.take(self._codes(self._bits), rows, axis=0))
         return rows[chosen.search(query, wanted)[1][0]]  # type: ignore[no-any-return]
+
+    def _all_bits(self) -> bool:
+        """Whether `_bits` has all rows; if not it gets some more, in some milliseconds."""
+        begin = int(self._bits.ntotal)
+        count = min(self.rows - begin, AT_ONCE)
+        if count:
+            self._bits.add(self._exact.reconstruct_n(begin, count))
+        return begin + count == self.rows
 
     def _candidates(self, query: Floats, wanted: int) -> Ints:
         """Rows that may be the nearest: at least this number of live ones, or all."""

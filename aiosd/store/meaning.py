@@ -337,7 +337,8 @@ class Meaning:
                 shelf.index = self._new_index(width, count[0] if count else 0)
             blob = b"".join(row[2] for row in rows)
             vectors = np.frombuffer(blob, "<f2").reshape(len(rows), width).astype(np.float32)
-            shelf.index.add([row[1] for row in rows], vectors)
+            halves = np.frombuffer(blob, np.uint8).reshape(len(rows), 2 * width)
+            shelf.index.add([row[1] for row in rows], vectors, halves)
         if last is None:
             shelf.whole = True
             self._make_room((kind, owner))

@@ -8,6 +8,7 @@
     exchange.py   one request on a thread of its own
     call.py       one generation
     bill.py       what it has cost (pure)
+    past.py       those that have ended, for a new kernel (pure)
     backend.py    the backend: queue, policy, parking, retries, going on after a loss
 
 Nothing here imports llama.cpp. The key is read for every request, and is in no message, log or setting.

@@ -25,7 +25,6 @@ import queue
 import random
 import threading
 import time
-from collections import OrderedDict
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 from weakref import WeakSet
@@ -43,7 +42,8 @@ from aiosd.llm.remote.answer import Answer, Wrong, check_text, printable
 from aiosd.llm.remote.call import Call, Text
 from aiosd.llm.remote.connections import Connections, Endpoint
 from aiosd.llm.remote.exchange import Data, End, Event, Exchange, Lost, Refused
-from aiosd.llm.remote.limits import LONGEST_RETRY_AFTER_S, Breaker, Window, backoff
+from aiosd.llm.remote.limits import LONGEST_RETRY_AFTER_S, Pace, backoff
+from aiosd.llm.remote.past import Past
 from aiosd.llm.spec import ModelSpec
 from aiosd.price import FREE
 from libaios import wire
@@ -58,8 +58,6 @@ PARK_S = 20.0
 CLOSE_S = 1.0  # for threads to end
 OPEN_PATIENCE_S = 30.0  # how long a call waits for an endpoint that fails all the time
 SILENT_S = 300.0  # how long an attempt may bring nothing, whatever bytes come
-REMEMBER = 256  # finished calls, for a new kernel that asks again
-REMEMBER_CHARACTERS = 16 << 20  # … and no more of them than have this much text
 SPARE_THREADS = 32  # of requests that were given up and end in a moment
 EVENTS_AT_ONCE = 64  # of one call in one step
 
@@ -96,8 +94,7 @@ class Remote:
         self._policy: policy.Policy = policy.Fifo()
         self._schedule: link.Schedule | None = None
         self._calls: dict[link.Key, Call] = {}
-        self._past: OrderedDict[link.Key, tuple[link.Finished, str]] = OrderedDict()
-        self._past_characters = 0
+        self._past = Past()
         self._purses = Purses()
         self._parked: set[int] = set()
         self._arrivals = 0
@@ -108,9 +105,7 @@ class Remote:
         self._timer: threading.Timer | None = None
         self._wakes_at = 0.0
         self._exchanges: WeakSet[Exchange] = WeakSet()  # also those that were closed and end in a moment
-        self._requests, self._tokens = Window(spec.rpm), Window(spec.tpm)
-        self._breaker = Breaker()
-        self._pause_until, self._pause_why = 0.0, ""  # the endpoint has asked for it
+        self._pace = Pace(spec.rpm, spec.tpm)
         self._health = ""  # as the kernel knows it
         self._limit_name = "max_tokens"
         self._figures = {"requests": 0, "retries": 0, "calls_finished": 0, "calls_failed": 0, "tokens_generated": 0}
@@ -165,8 +160,8 @@ class Remote:
             "running": used,
             "waiting": len(self._calls) - used,
             "policy": self._policy.name,
-            "circuit": self._breaker.state,
-            "last_failure": self._breaker.why,
+            "circuit": self._pace.breaker.state,
+            "last_failure": self._pace.breaker.why,
             **self._figures,
         }
 
@@ -225,26 +220,15 @@ class Remote:
             waits = [self._wait_of(call, now) for call in self._waiting()]
         waits += [max(self._patience_until(call) - now, 0.0) for call in self._running.values()]
         if self._health:
-            waits.append(max(self._unwell_s(now), 0.01))
+            waits.append(max(self._pace.wait(1, now), 0.01))
         return min(waits, default=None)
-
-    def _unwell_s(self, now: float) -> float:
-        """For how long no request at all may be sent."""
-        return max(
-            self._pause_until - now, self._breaker.wait(now), self._requests.wait(1, now), self._tokens.wait(1, now)
-        )
 
     def _tell_health(self) -> None:
         """What a call of a route should know that might come here."""
         now = self._clock()
         why = ""
-        if self._unwell_s(now) > (0.0 if self._health else WAIT_BESIDE_OTHERS_S):
-            if self._breaker.wait(now):
-                why = f"it fails again and again: {self._breaker.why}"
-            elif self._pause_until > now:
-                why = self._pause_why
-            else:
-                why = "its rate is used up"
+        if self._pace.wait(1, now) > (0.0 if self._health else WAIT_BESIDE_OTHERS_S):
+            why = self._pace.trouble(now)
         if why != self._health:
             self._health = why
             self._line.send(link.Health(why))
@@ -255,14 +239,7 @@ class Remote:
 
     def _wait_of(self, call: Call, now: float) -> float:
         """Seconds for which its request may not be sent."""
-        return max(
-            self._pause_until - now,
-            call.not_before - now,
-            self._breaker.wait(now),
-            self._requests.wait(1, now),
-            self._tokens.wait(call.prompt_estimate, now),
-            0.0,
-        )
+        return max(call.not_before - now, self._pace.wait(call.prompt_estimate, now))
 
     def _admit(self) -> None:
         now = self._clock()
@@ -277,8 +254,8 @@ class Remote:
             if others and self._wait_of(call, now) > WAIT_BESIDE_OTHERS_S:
                 why = f"{self.endpoint.url}: a call would have to wait for long"
                 self._fail(call, errno.EAGAIN, why, elsewhere=True)
-            elif self._breaker.state == "open" and now - call.since > OPEN_PATIENCE_S:
-                why = f"{self.endpoint.url} fails again and again: {self._breaker.why}"
+            elif self._pace.breaker.state == "open" and now - call.since > OPEN_PATIENCE_S:
+                why = f"{self.endpoint.url} fails again and again: {self._pace.breaker.why}"
                 self._fail(call, errno.EIO, why, elsewhere=True)
 
     def _ask_endpoint(self, call: Call, now: float) -> None:
@@ -314,9 +291,7 @@ class Remote:
                 call.account.give_back(call.prompt_estimate + 1)
             self._again(call, str(error))
             return
-        self._requests.use(1, now)
-        self._tokens.use(call.prompt_estimate, now)
-        call.is_trial = self._breaker.sent()
+        call.is_trial = self._pace.sent(call.prompt_estimate, now)
         self._figures["requests"] += 1
         call.began = call.began or now
         self._running[call.exchange] = call
@@ -442,8 +417,8 @@ class Remote:
     def _finish(self, call: Call, reason: str, calls: list[wire.ToolCall], short: str = "") -> None:
         now = self._clock()
         usage = self._usage(call, now)
-        self._breaker.succeeded()
-        self._tokens.use(max(usage.prompt_tokens + usage.completion_tokens - call.prompt_estimate, 0), now)
+        self._pace.breaker.succeeded()
+        self._pace.used(usage.prompt_tokens + usage.completion_tokens - call.prompt_estimate, now)
         self._policy.charge_prompt(call, usage.prompt_tokens, now)
         self._figures["calls_finished"] += 1
         self._figures["tokens_generated"] += usage.completion_tokens
@@ -457,7 +432,7 @@ class Remote:
         call.counted, call.uncharged, call.cached = call.counted + charged, 0, call.cached + usage.cached_tokens
         whole = link.Spent(call.key, call.prompt_charged, call.cached)
         of_all = msgspec.structs.replace(finished, charged=usage.completion_tokens + call.wasted, spent=whole)
-        self._remember(of_all, call.text.whole())
+        self._past.add(of_all, call.text.whole())
         self._leave(call)
         self._line.send(finished)
 
@@ -474,16 +449,6 @@ class Remote:
             preemptions=call.failures,
         )
 
-    def _remember(self, finished: link.Finished, text: str) -> None:
-        self._past[finished.key] = finished, text
-        self._past_characters += len(text)
-        while len(self._past) > REMEMBER or (self._past_characters > REMEMBER_CHARACTERS and len(self._past) > 1):
-            self._forget(next(iter(self._past)))
-
-    def _forget(self, key: link.Key) -> None:
-        _, text = self._past.pop(key, (None, ""))
-        self._past_characters -= len(text)
-
     # ── what goes wrong ───────────────────────────────────────────────────────────────────────────────────
 
     def _refused(self, call: Call, refused: Refused) -> None:
@@ -491,19 +456,19 @@ class Remote:
         self._give_back(call)
         if status == 400 and "max_completion_tokens" in refused.why and self._limit_name == "max_tokens":
             self._limit_name = "max_completion_tokens"
-            self._breaker.succeeded()
+            self._pace.breaker.succeeded()
             self._let_go(call)  # asked again at once: newer models call it so
         elif status == 429 and refused.code == "insufficient_quota":
-            self._breaker.succeeded()
+            self._pace.breaker.succeeded()
             self._fail(call, errno.EDQUOT, f"{self.endpoint.url}: {refused.why}", elsewhere=True)
         elif status in _AGAIN:
             after = min(refused.retry_after, LONGEST_RETRY_AFTER_S)
             if after:
-                self._pause_until = max(self._pause_until, self._clock() + after)
-                self._pause_why = f"it asks for {after:g} s of rest: status {status}: {refused.why}"
+                why = f"it asks for {after:g} s of rest: status {status}: {refused.why}"
+                self._pace.rest(after, why, self._clock())
             self._again(call, f"status {status}: {refused.why}", errno.EAGAIN if status == 429 else errno.EIO)
         else:
-            self._breaker.succeeded()
+            self._pace.breaker.succeeded()
             code = errno.EMSGSIZE if refused.code == "context_length_exceeded" else _ERRNOS.get(status, errno.EINVAL)
             code = code if status < 500 else errno.EIO
             self._fail(call, code, f"{self.endpoint.url}: status {status}: {refused.why}", elsewhere=True)
@@ -513,7 +478,7 @@ class Remote:
         capacity) and EPROTO (its model does not keep to a form) say nothing against the endpoint."""
         now = self._clock()
         call.failures += 1
-        (self._breaker.failed(why, now) if code == errno.EIO else self._breaker.succeeded())
+        (self._pace.breaker.failed(why, now) if code == errno.EIO else self._pace.breaker.succeeded())
         self._report(call)
         self._settle(call)
         self._let_go(call)
@@ -563,7 +528,7 @@ class Remote:
             self._running.pop(exchange, None)
         if call.is_trial:
             call.is_trial = False
-            self._breaker.given_up()  # where it has said neither yet
+            self._pace.breaker.given_up()  # where it has said neither yet
         call.backlog.clear()
         call.since = self._clock()
 
@@ -587,8 +552,8 @@ class Remote:
     def _submit(self, message: link.Submit) -> None:
         key, given = message.key, message.request.given
         count = len(given) if isinstance(given, str) else 0
-        if key in self._past:
-            finished, text = self._past[key]
+        if (past := self._past.get(key)) is not None:
+            finished, text = past
             self._line.send(msgspec.structs.replace(finished, offset=count, text=text[count:]))
             return
         if key in self._calls:
@@ -624,7 +589,7 @@ class Remote:
             self._line.refuse(ask.key, wire.error(errno.ENOSYS, f"{name}: not for a model that is served elsewhere"))
 
     def _cancel(self, key: link.Key) -> None:
-        self._forget(key)
+        self._past.forget(key)
         call = self._calls.get(key)
         if call is not None:
             self._leave(call)

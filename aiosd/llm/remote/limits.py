@@ -2,6 +2,7 @@
 
 - `Window` keeps a rate (requests or tokens in a minute) on our side, so that the endpoint need not refuse us.
 - `backoff` says how long a call waits after its n-th failure, with jitter: calls that failed together come back apart.
+- `Pace` is all of this for one endpoint.
 - `Breaker` stops all requests to an endpoint that has failed `FAILURES` times in a row. After a pause one request is
   let through; if it fails, the pause doubles, and if it succeeds, all go on.
 """
@@ -93,3 +94,41 @@ class Breaker:
     def given_up(self) -> None:
         """The one that was let through was cancelled: it tells nothing."""
         self._trying = False
+
+
+class Pace:
+    """Whether a request may be sent now: rates, the circuit breaker, and the rest that the endpoint has asked for."""
+
+    def __init__(self, rpm: int, tpm: int) -> None:
+        self.breaker = Breaker()
+        self._requests, self._tokens = Window(rpm), Window(tpm)
+        self._rest_until, self._rest_why = 0.0, ""
+
+    def wait(self, tokens: int, now: float) -> float:
+        """Seconds for which no request with a prompt of so many tokens may be sent; of one token: none at all."""
+        return max(
+            self._rest_until - now,
+            self.breaker.wait(now),
+            self._requests.wait(1, now),
+            self._tokens.wait(tokens, now),
+            0.0,
+        )
+
+    def sent(self, tokens: int, now: float) -> bool:
+        """A request is. Returns whether it is the one that the breaker lets through."""
+        self._requests.use(1, now)
+        self._tokens.use(tokens, now)
+        return self.breaker.sent()
+
+    def used(self, tokens: int, now: float) -> None:
+        """It has used so many tokens more than were counted when it was sent."""
+        self._tokens.use(max(tokens, 0), now)
+
+    def rest(self, seconds: float, why: str, now: float) -> None:
+        self._rest_until, self._rest_why = max(self._rest_until, now + seconds), why
+
+    def trouble(self, now: float) -> str:
+        """Why no request may be sent, where that is so."""
+        if self.breaker.wait(now):
+            return f"it fails again and again: {self.breaker.why}"
+        return self._rest_why if self._rest_until > now else "its rate is used up"
