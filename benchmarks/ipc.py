@@ -74,7 +74,14 @@ def agent_throughput(calls: int, result: Path) -> None:
         if left > IN_FLIGHT:
             flying.append(conn.submit(Sys.GETPID, args))
     ended, used = time.monotonic(), time.process_time() - cpu
-    result.write_text(json.dumps([began, ended, used]))
+    report(result, [began, ended, used])
+    aios.msg.recv()  # how it ends is not measured
+
+
+def report(result: Path, figures: list[float]) -> None:
+    part = result.with_suffix(".part")
+    part.write_text(json.dumps(figures))
+    part.rename(result)
 
 
 def timed(call: Callable[[], object], calls: int) -> list[float]:
@@ -135,20 +142,29 @@ def many_through_aiosd(agents: int, calls: int, folder: Path) -> dict[str, float
 
     results = [folder / f"agent-{number}" for number in range(agents)]
     for result in results:
+        result.unlink(missing_ok=True)
         result.with_suffix(".ready").unlink(missing_ok=True)
     pids = [aios.proc.spawn(__file__, "--agent", "throughput", str(calls), str(result)) for result in results]
-    deadline = time.monotonic() + BOOT_S
-    while not all(result.with_suffix(".ready").exists() for result in results):
-        if time.monotonic() > deadline:
-            raise SystemExit("agents did not start")
-        time.sleep(0.05)
+    appear([result.with_suffix(".ready") for result in results])
     kernel = next(process.ospid for process in aios.proc.ps(all=True) if process.name == "kernel")
     before = cpu_seconds(kernel)
     for pid in pids:
         aios.msg.send(pid, "go")
+    appear(results)
+    figures = summary([json.loads(result.read_text()) for result in results], calls, cpu_seconds(kernel) - before)
+    for pid in pids:
+        aios.msg.send(pid, "end")
     for pid in pids:
         finished(pid)
-    return summary([json.loads(result.read_text()) for result in results], calls, cpu_seconds(kernel) - before)
+    return figures
+
+
+def appear(files: list[Path]) -> None:
+    deadline = time.monotonic() + BOOT_S
+    while not all(file.exists() for file in files):
+        if time.monotonic() > deadline:
+            raise SystemExit("agents have not come so far")
+        time.sleep(0.05)
 
 
 def summary(spans: list[list[float]], calls: int, server_cpu_s: float) -> dict[str, float]:
@@ -216,6 +232,8 @@ def many_through_pipes(clients: int, calls: int, in_flight: int) -> dict[str, fl
     got = [spans.get() for _ in workers]
     assert server.pid is not None
     server_cpu_s = cpu_seconds(server.pid)
+    for gate, _ in gates:
+        gate.send_bytes(b"end")
     for process in [*workers, server]:
         process.join()
     for pair in gates:
@@ -239,6 +257,7 @@ def _client(number: int, pipes: Any, gates: Any, spans: Any, calls: int, in_flig
         if left > in_flight:
             end.send_bytes(MESSAGE)
     spans.put([began, time.monotonic(), time.process_time() - cpu])
+    gate.recv_bytes()  # how it ends is not measured
     end.close()
 
 

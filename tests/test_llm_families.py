@@ -134,7 +134,7 @@ def test_a_conversation_with_a_system_message_alone(name: str) -> None:
 def test_roles_that_do_not_alternate_are_refused_in_the_templates_words(
     name: str, messages: list[dict[str, Any]], models: dict[str, llama.Model]
 ) -> None:
-    with pytest.raises(OSError, match=r"refuses the messages: .*roles must alternate") as caught:
+    with pytest.raises(OSError, match=r"refuses them: .*roles must alternate") as caught:
         sequence(models[name], messages=messages)
     assert caught.value.errno == errno.EINVAL
 

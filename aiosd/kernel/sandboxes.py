@@ -81,7 +81,8 @@ class Sandboxes:
         confined = (wish.level or rules.level) != "none"
         if confined and hosts.are_named(wish.net or rules.net) and self.offer.level != LEVELS[-1]:
             raise wire.error(errno.ENOTSUP, f"sandbox: --net HOST needs a cage, not possible here: {self.offer.reason}")
-        place = boxes.workspace(self._folder, group, wish.program or args.target, args.name or "")
+        program = wish.program or args.target
+        place = boxes.workspace(self._folder, group, program, args.name or "") if confined else ""
         return boxes.of_person(wish, rules, place)
 
     def environment(self, args: wire.Spawn, parent: Proc | None, box: Box | None) -> dict[str, str]:
