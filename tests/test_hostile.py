@@ -767,10 +767,10 @@ for _ in range(20):
     channel.post([spawn, request(6, wire.Sys.CANCEL, 5), spawn])
     found = {}
     while 5 not in found or not found[5]:
+        channel.more or channel.wait(1.0)
         for frame in channel.receive():
             reply = wire.decode_reply(frame)
             found[reply.id] = reply.errno == 0
-        channel.more or channel.wait(1.0)
 print("done")
 """
     pid = start(client, tmp_path, code)
