@@ -174,7 +174,8 @@ def test_cerebrums_queries_of_a_model(agent: Agent) -> None:
     assert answer["response_message"]
     assert (answer["finished"], answer["status_code"], answer["tool_calls"]) == (True, 200, None)
     form = {"type": "json_schema", "json_schema": {"name": "n", "schema": schema}}
-    answer = query(agent, "llm", **chat, action_type="chat_with_json_output", response_format=form)
+    whole = {**chat, "max_new_tokens": 400}  # of an answer that is cut off only the beginning is JSON
+    answer = query(agent, "llm", **whole, action_type="chat_with_json_output", response_format=form)
     assert list(json.loads(answer["response_message"])) == ["n"]
     tool = {"name": "demo_author/calc", "description": "d", "parameters": schema}
     chat["tools"] = [{"type": "function", "function": tool}]

@@ -282,9 +282,7 @@ class Kernel:
         if record.kind == PROXY:
             return self._make_proxy(process)
         if record.kind != LLM:
-            return Service(
-                record.name, record.kind, record.shown, self.calls, self.loading, record.awaited, process.pid
-            )
+            return Service(*self._of_all(process))
         core = Core(
             name=record.name,
             kind=record.kind,
@@ -303,31 +301,22 @@ class Kernel:
         self.cores.add(core)
         return core
 
-    def _make_proxy(self, process: Process) -> Service:
+    def _of_all(self, process: Process) -> tuple[str, str, str, Calls, Loading, bool, int]:
+        """What every service's side begins with."""
         record = process.service
+        return record.name, record.kind, record.shown, self.calls, self.loading, record.awaited, process.pid
+
+    def _make_proxy(self, process: Process) -> Service:
         return Proxy(
-            record.name,
-            record.kind,
-            record.shown,
-            self.calls,
-            self.loading,
-            record.awaited,
-            process.pid,
+            *self._of_all(process),
             gates=self.gates,
             audit=self.approvals.audit,
             agent=self.table.get,
         )
 
     def _make_toolbox(self, process: Process) -> Service:
-        record = process.service
         toolbox = Errander(
-            record.name,
-            record.kind,
-            record.shown,
-            self.calls,
-            self.loading,
-            record.awaited,
-            process.pid,
+            *self._of_all(process),
             dispatch=self.dispatcher.dispatch,
         )
         self.calls.peers.others.append(ErrandPeer(toolbox, None, toolbox.errands))
