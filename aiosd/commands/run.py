@@ -221,7 +221,7 @@ def command(
         raise edge.Failed("a name is not valid UTF-8", NOT_STARTED)
     for path in (*read, *write):
         if not os.path.exists(os.path.expanduser(path)):
-            hint = "" if path in read else "; make it first"  # nobody knows which of the two it is to be
+            hint = "" if path in read else "; make it first"  # for reading it may be a file or a folder
             raise edge.Failed(f"{path}: there is no such file or folder to grant{hint}", NOT_STARTED)
     kind, environment, cwd = context.meta["kind"], _environment(variables), _working_directory()
     names = [word.partition("=")[0] for word in variables]

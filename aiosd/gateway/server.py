@@ -139,7 +139,7 @@ class Guarded(HttpToolsProtocol):
         if not waiting:
             self._served = self.cycle
         elif waiting < PIPELINED:
-            self.flow.resume_reading()  # while nothing is read nobody notices that the program leaves
+            self.flow.resume_reading()  # only a read shows that the program has left
 
     def on_message_complete(self) -> None:
         if not self._silent:

@@ -1,4 +1,4 @@
-"""MCP servers, from the supervisor's side: forked when the toolbox wants one, ended with whoever wanted it.
+"""MCP servers, from the supervisor's side: forked for the toolbox, ended with the worker that uses it.
 
 The toolbox asks over a socket that all toolboxes of this system share (`theirs`). A request brings the server's
 settings, which are not read here, the pipes that become its stdin and stdout, and the end of a *lease*: a pipe whose

@@ -515,7 +515,7 @@ class Supervisor:
             number, reason = birth.refusal
             self._tell(link.ForkFailed(agent.spec.key, number, ""), (reason,))
         self.agents.pop(agent.pid, None)
-        agent.restarts = None  # it was never an agent: nobody knows its pid, and its letter is gone
+        agent.restarts = None  # its caller never got its pid, and its letter is closed
         _drop(agent)
         self.spawned.forget(agent.spec.key)
         if agent.log:

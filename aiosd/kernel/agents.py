@@ -471,7 +471,7 @@ class Agents:
 
     def _used(self, proc: Proc, cpu_s: float) -> None:
         """Count what its process had used at its end, once, whichever kernel counts it."""
-        proc.cpu_s = max(proc.cpu_s, cpu_s)  # it was looked at when somebody asked, if at all
+        proc.cpu_s = max(proc.cpu_s, cpu_s)  # the last sample may be older, or missing
         if not proc.row[ledger.ENDED]:
             self.process_over(proc, cpu_s)
             proc.row[ledger.ENDED] = 1

@@ -300,7 +300,7 @@ def purses(budgets: Sequence[Budget]) -> list[link.PurseShare]:
 
 
 def hold(budgets: Sequence[Budget], tokens: int) -> None:
-    """An open call holds so many more tokens, or fewer."""
+    """An open call holds this number of tokens more (or fewer, if negative)."""
     for budget in budgets:
         if budget.limits.context is not None:
             budget.levels["context"] = budget.levels.get("context", 0.0) + tokens

@@ -15,7 +15,7 @@ from aiosd.sandbox import addresses
 THREADS = 32  # that look names up,
 LOOKUPS = 2  # … and how many of them for one agent
 CONNECT_S = 8.0  # for one address of a host,
-ADDRESSES = 4  # … of which so many are tried
+ADDRESSES = 4  # of a host that are tried, at most
 
 Address = tuple[str, int] | tuple[str, int, int, int]
 Found = tuple[socket.AddressFamily, Address]

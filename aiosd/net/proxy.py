@@ -1,7 +1,7 @@
 """The proxy at agents' gates.
 
 A connection has one request (see `request`): its head is read, its host compared with what the agent was granted and
-dialled, and then bytes go both ways until one side ends. Each agent has so many connections; when it has them all, or
+dialled, and then bytes go both ways until one side ends. Each agent has a limit of connections; when it is reached, or
 when all agents together have too many, further ones wait at its own gate. None of them can be silent for ever, and no
 more of their bytes lies here than the buffers of a few reads.
 """
@@ -40,7 +40,7 @@ PAUSE_S = 0.2  # for that, and after a descriptor was missing
 BUFFER = request.HEAD_BYTES  # of a read; twice that lies here in each direction
 DENIED_AGAIN_S = 60.0  # after which the same denial is told again
 DENIED_KNOWN = 256  # of one agent,
-DENIED_PER_S = 20  # … and so many new ones are told in a second
+DENIED_PER_S = 20  # new denials of one agent that are reported in a second, at most
 
 #: Agent, host, port, and why.
 Denied = Callable[[int, str, int, str], None]

@@ -1,6 +1,6 @@
 """Which addresses lie in the public internet: the only ones that agents with a network of single hosts reach. Pure.
 
-What a name leads to is in the hands of whoever has it. So a granted name may lead to this machine, to one beside it, or
+The owner of a name decides to which address it leads. So a granted name may lead to this machine, to one beside it, or
 to a cloud's service that gives out keys; the address decides, not the name.
 """
 

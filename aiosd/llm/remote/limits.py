@@ -105,7 +105,7 @@ class Pace:
         self._rest_until, self._rest_why = 0.0, ""
 
     def wait(self, tokens: int, now: float) -> float:
-        """Seconds for which no request with a prompt of so many tokens may be sent; of one token: none at all."""
+        """Seconds for which no request with a prompt of this number of tokens may be sent; of one token: none."""
         return max(
             self._rest_until - now,
             self.breaker.wait(now),
@@ -121,7 +121,7 @@ class Pace:
         return self.breaker.sent()
 
     def used(self, tokens: int, now: float) -> None:
-        """It has used so many tokens more than were counted when it was sent."""
+        """It has used this number of tokens more than were counted when it was sent."""
         self._tokens.use(max(tokens, 0), now)
 
     def rest(self, seconds: float, why: str, now: float) -> None:
