@@ -11,11 +11,17 @@ from __future__ import annotations
 
 import array
 import socket
+from collections.abc import Callable
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 from msgspec import Struct, msgpack
 
+if TYPE_CHECKING:
+    import asyncio  # the kernel, which sends only, has none
+
 BYTES = 256 << 10  # of a message
+AT_ONCE = 64  # messages, before the loop does something else
 MOST_FDS = 16
 
 
@@ -84,3 +90,19 @@ def receive(sock: socket.socket) -> tuple[Message, list[int]]:
         raise EOFError
     fds = [fd for _, _, data in ancillary for fd in array.array("i", data[: len(data) // 4 * 4])]
     return _decode(payload), fds
+
+
+def watch(loop: asyncio.AbstractEventLoop, sock: socket.socket, handle: Callable[[Message, list[int]], None]) -> None:
+    """Call `handle` with each message until the supervisor, who keeps both ends, is gone: then there are no more."""
+
+    def take() -> None:
+        try:
+            for _ in range(AT_ONCE):
+                handle(*receive(sock))
+        except BlockingIOError:
+            pass
+        except (EOFError, ConnectionError):
+            # Its end is told by the channel too, perhaps later; an end of file can be read again and again.
+            loop.remove_reader(sock)
+
+    loop.add_reader(sock, take)

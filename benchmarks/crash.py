@@ -28,12 +28,14 @@ import errno
 import json
 import os
 import random
+import re
 import signal
 import statistics
 import subprocess
 import sys
 import tarfile
 import tempfile
+import textwrap
 import time
 import zlib
 from collections import Counter
@@ -290,7 +292,7 @@ def run(options: argparse.Namespace, folder: Path) -> dict[str, Any]:
     found = verify(folder, options.agents, *read_export(folder / "export.tar"))
     found["fsck"] = [] if checked.returncode == 0 else (checked.stdout + checked.stderr).splitlines()
     log = system.log.read_text(errors="replace")
-    found["tracebacks"] = log.count("Traceback (most recent call last)")
+    found["tracebacks"] = tracebacks(log)
     found["kills"] = {
         what: {
             "number": len(took := [seconds for kind, seconds in kills if kind == what]),
@@ -302,6 +304,11 @@ def run(options: argparse.Namespace, folder: Path) -> dict[str, Any]:
     if options.log:
         options.log.write_text(log)
     return found
+
+
+def tracebacks(log: str) -> list[str]:
+    """Each with the line of the log before it, which names the process, and its error."""
+    return re.findall(r"^.*\n?Traceback \(most recent call last\):\n(?:[ \t].*\n)*.*$", log, re.MULTILINE)
 
 
 def command(ospid: int) -> bytes:
@@ -317,13 +324,12 @@ def show(found: dict[str, Any]) -> int:
         print(f"{what:24}{row['number']:8}{row['p50_s']:28.2f}{row['max_s']:8.2f}")
     print(f"\nacknowledged writes {found['acknowledged']}, given up with EIO by design {found['given_up']}")
     bad = 0
-    for what in ("lost", "doubled", "torn", "still_there", "fsck"):
+    for what in ("lost", "doubled", "torn", "still_there", "fsck", "tracebacks"):
         print(f"{what.replace('_', ' '):20}{len(found[what]):8}")
         for line in found[what][:5]:
-            print(f"    {line}")
+            print(textwrap.indent(line, "    "))
         bad += len(found[what])
-    print(f"{'tracebacks':20}{found['tracebacks']:8}")
-    return bad + int(found["tracebacks"])
+    return bad
 
 
 def main() -> None:

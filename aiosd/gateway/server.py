@@ -7,7 +7,6 @@ time, and the oldest makes room for the next: so silent connections, however man
 from __future__ import annotations
 
 import asyncio
-import contextlib
 import functools
 import logging
 import selectors
@@ -38,7 +37,6 @@ KEEP_ALIVE_S = 75
 FRAMING = (b"content-length", b"transfer-encoding")
 PIPELINED = 8  # requests that wait behind another one of their connection; then no more is read
 GATHER_S = 0.0003
-GUESTS_AT_ONCE = 16
 
 
 class Strangers:
@@ -273,28 +271,25 @@ async def _serve(superior: Superior, spec: GatewaySpec, rounds: Rounds, counters
             connection.agent = agent
             return connection
 
-        loop.add_reader(guests, _take_guests, guests, connection_of)
+        passage.watch(loop, guests, functools.partial(_take_guest, connection_of))
     await ended.wait()
     server.close()
     return 0
 
 
-def _take_guests(guests: socket.socket, connection_of: Callable[[int], Guarded]) -> None:
-    """Connections that the proxy has accepted at gates of agents."""
+def _take_guest(connection_of: Callable[[int], Guarded], message: passage.Message, fds: list[int]) -> None:
+    """A connection that the proxy has accepted at a gate of an agent."""
     loop = asyncio.get_running_loop()
-    with contextlib.suppress(BlockingIOError):
-        for _ in range(GUESTS_AT_ONCE):
-            message, fds = passage.receive(guests)
-            for sock in [socket.socket(fileno=fd) for fd in fds]:
-                if not isinstance(message, passage.Guest):
-                    sock.close()
-                    continue
-                sock.setblocking(False)
-                connecting = loop.create_task(
-                    loop.connect_accepted_socket(functools.partial(connection_of, message.pid), sock)
-                )
-                _connecting.add(connecting)
-                connecting.add_done_callback(_guest_connected)
+    for sock in [socket.socket(fileno=fd) for fd in fds]:
+        if not isinstance(message, passage.Guest):
+            sock.close()
+            continue
+        sock.setblocking(False)
+        connecting = loop.create_task(
+            loop.connect_accepted_socket(functools.partial(connection_of, message.pid), sock)
+        )
+        _connecting.add(connecting)
+        connecting.add_done_callback(_guest_connected)
 
 
 def _guest_connected(task: asyncio.Task[Any]) -> None:

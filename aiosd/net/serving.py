@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-import contextlib
 import socket
 
 from aiosd import link, passage
@@ -13,7 +12,6 @@ from aiosd.net.proxy import Proxy
 from aiosd.net.spec import ProxySpec
 from aiosd.superior import Superior
 
-GATES_AT_ONCE = 64
 OUTBOX_BYTES = 1 << 20  # for the kernel, above which denials are told no more
 
 
@@ -44,13 +42,8 @@ async def _serve(superior: Superior, spec: ProxySpec, rounds: Rounds) -> int:
         if superior.over:
             ended.set()
 
-    def take() -> None:
-        with contextlib.suppress(BlockingIOError):
-            for _ in range(GATES_AT_ONCE):
-                proxy.handle(*passage.receive(gates))
-
     loop.add_reader(superior.channel.fileno(), look)
-    loop.add_reader(gates, take)
+    passage.watch(loop, gates, proxy.handle)
     look()
     _beat(loop, rounds)
     await ended.wait()
