@@ -1,9 +1,9 @@
 """Forking, and what happens in a child before its own code runs.
 
-Only the supervisor forks, its brooders (see `spares`), and the templates that it has started (see `template`). Every child leaves through `fork()`
-below, whose child branch ends in `os._exit`, so that neither `finally` blocks nor `atexit` handlers of the parent ever
-run in a child. A child keeps exactly the descriptors it is told to keep, and starts with default signal handlers and a
-parent-death signal. How such a child becomes an agent is in `agent`.
+Only the supervisor forks, its brooders (see `spares`), and the templates that it has started (see `template`). Every
+child leaves through `_run()` below, which ends in `os._exit`, so that neither `finally` blocks nor `atexit` handlers of
+the parent ever run in a child. A child keeps exactly the descriptors it is told to keep, and starts with default signal
+handlers and a parent-death signal. How such a child becomes an agent is in `agent`.
 """
 
 from __future__ import annotations
