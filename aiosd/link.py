@@ -155,6 +155,12 @@ class ErrandDone(Struct, array_like=True, frozen=True, tag=True):
     reply: bytes
 
 
+class Used(Struct, array_like=True, frozen=True, tag=True):
+    """By promise (`Answered.promise`): how often the kernel has given that answer again since it last told this."""
+
+    counts: dict[int, int]
+
+
 class GetStats(Struct, array_like=True, frozen=True, tag=True):
     req: int
 
@@ -275,11 +281,21 @@ class Finished(Struct, array_like=True, frozen=True, tag=True):
 
 
 class Answered(Struct, array_like=True, frozen=True, tag=True):
-    """Final word on an `Ask`: `body` is the reply's, already encoded. `prompt_tokens` are charged to the caller."""
+    """Final word on an `Ask`: `body` is the reply's, already encoded. `prompt_tokens` are charged to the caller.
+    `promise`: a number, not 0: until the service names it in `Stale` the caller would get this answer again for the
+    same call, so the kernel may give it from memory."""
 
     key: Key
     body: bytes
     prompt_tokens: int = 0
+    promise: int = 0
+
+
+class Stale(Struct, array_like=True, frozen=True, tag=True):
+    """These promises are taken back. Sent before the answer to the call that has changed what they were about; with a
+    `Loaded` all promises made before it are void."""
+
+    promises: list[int]
 
 
 class Part(Struct, array_like=True, frozen=True, tag=True):
@@ -341,7 +357,20 @@ class Stats(Struct, array_like=True, frozen=True, tag=True):
 
 
 ToService = (
-    Ask | Submit | CancelCall | Park | ParkCall | Keep | Gone | Schedule | Renice | Rules | ErrandDone | GetStats | Quit
+    Ask
+    | Submit
+    | CancelCall
+    | Park
+    | ParkCall
+    | Keep
+    | Gone
+    | Schedule
+    | Renice
+    | Rules
+    | ErrandDone
+    | Used
+    | GetStats
+    | Quit
 )
 FromService = (
     Progress
@@ -354,6 +383,7 @@ FromService = (
     | Step
     | Finished
     | Answered
+    | Stale
     | Part
     | Errand
     | Failed

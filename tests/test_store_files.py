@@ -16,6 +16,7 @@ from hypothesis import strategies as st
 from msgspec import Raw, msgpack
 
 from aiosd import link
+from aiosd.service import Lasting
 from aiosd.store import archive, contents, fsck, rebuild
 from aiosd.store.contents import hash_of
 from aiosd.store.database import Database
@@ -60,6 +61,8 @@ class Store:
         reply = self.handlers[sys](ask, wire.decode_args[sys](raw))
         if isinstance(reply, Generator):
             reply = drained(reply)
+        if isinstance(reply, Lasting):
+            reply = reply.body
         return msgpack.decode(wire.encode(reply), type=TABLE[sys].reply)
 
     def close(self) -> None:

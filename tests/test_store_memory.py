@@ -17,6 +17,7 @@ from msgspec import Raw, msgpack
 from aiosd import link
 from aiosd.access.deed import Deed
 from aiosd.errors import WorldError
+from aiosd.service import Lasting
 from aiosd.store.database import VERSION, Database
 from aiosd.store.memory import Memory
 from aiosd.store.room import Room
@@ -44,6 +45,8 @@ class Store:
         found = getattr(self.memory, name)(self.ask(caller, again), args)
         if isinstance(found, Generator):  # nothing to wait for: there is no embedder
             found = drain(found)
+        if isinstance(found, Lasting):
+            return found.body
         return msgpack.decode(found) if isinstance(found, Raw) else found
 
 

@@ -79,7 +79,7 @@ class Errander(Service):
         Service.cancel(self, call)
         self._drop(call.key)
 
-    def _take(self, key: link.Key) -> Call | None:
+    def _take(self, key: link.Key) -> Open | None:
         self._drop(key)
         return Service._take(self, key)
 

@@ -387,6 +387,8 @@ class Kernel:
 
     def _gone(self, peer: Peer) -> None:
         self.generations.left(peer)
+        for service in self.services:
+            service.copies.forget(peer)
         if isinstance(peer, ClientPeer):
             self.control.forget(peer)
             if peer.id:

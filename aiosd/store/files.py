@@ -20,6 +20,7 @@ from msgspec import Struct
 from aiosd.store.contents import Contents
 from aiosd.store.database import Database
 from aiosd.store.filewords import INDEXED, FileWords
+from aiosd.store.promises import Promises
 from aiosd.store.spaces import Space, below, no_file
 from libaios import wire
 from libaios.wire import PIECE, File
@@ -52,6 +53,7 @@ class Files:
         self._db, self.contents = database, contents
         self.quota, self.most_versions = quota, most_versions
         self.words = FileWords(database, self.beginning)
+        self.promises = Promises()
         self.read_mounted: Any = lambda row: b""  # the beginning of a file of a mounted folder
 
     # ── finding ───────────────────────────────────────────────────────────────────────────────────────────
@@ -155,6 +157,7 @@ class Files:
             file = self._db.db.last_insert_rowid()
         else:
             file = old.id
+            self.promises.broken(("file", file))
             sql = "UPDATE files SET version = ?, size = ?, updated = ?, author = ? WHERE id = ?"
             self._db.do(sql, number, size, now, by, file)
         self._db.do("INSERT INTO versions VALUES(?, ?, ?, ?, ?, ?)", file, number, size, now, by, packed(contents))
@@ -177,6 +180,7 @@ class Files:
 
     def remove(self, row: Row, now: float) -> None:
         """Into the trash."""
+        self.promises.broken(("file", row.id))
         self._db.do("UPDATE files SET removed = ? WHERE id = ?", now, row.id)
         self.words.drop(row.id, row.owner)
 
@@ -215,6 +219,7 @@ class Files:
     def destroy(self, owner: int | None, file: int) -> None:
         """With all its versions."""
         assert owner is not None
+        self.promises.broken(("file", file))
         for number, contents in self._db.rows("SELECT number, contents FROM versions WHERE file = ?", file):
             self._drop_version(owner, file, number, contents)
         self.words.drop(file, owner)

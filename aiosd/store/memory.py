@@ -21,12 +21,14 @@ from typing import Any
 import msgspec
 
 from aiosd import link
+from aiosd.service import Lasting
 from aiosd.store import owners
 from aiosd.store.consent import Consent
 from aiosd.store.database import Database
 from aiosd.store.lruk import LruK
 from aiosd.store.meaning import Meaning
 from aiosd.store.noterows import COLUMNS, FROM, LIVE, OVERHEAD, enter_labels, note_of, remove_labels, union, visible
+from aiosd.store.promises import Promises
 from aiosd.store.search import NoteSearch
 from aiosd.store.words import NoteWords
 from libaios import wire
@@ -46,6 +48,7 @@ class Memory:
         self._db, self.quota, self._clock = database, quota, clock
         self.meaning = meaning if meaning is not None else Meaning(database, None, 0)
         self.consent = Consent()
+        self.promises = Promises()
         self.words = NoteWords(database, self.meaning)
         self.finder = NoteSearch(database, self.words, self.meaning, clock)
         size = int(ram * FILL)
@@ -68,15 +71,27 @@ class Memory:
 
     # ── reading ───────────────────────────────────────────────────────────────────────────────────────────
 
-    def get(self, ask: link.Ask, args: wire.MemGet) -> Note:
+    def get(self, ask: link.Ask, args: wire.MemGet) -> Any:
         own = owners.own(ask.caller)
         wanted = args.note if isinstance(args.note, int) else self._ids.get((own, args.note))
         held = self.cache.get(wanted, own) if wanted is not None else None
         if held is not None and not self._over(held[1]):
             name, note = held
             if name in visible(ask.caller) if wanted == args.note else (name, note.key) == (own, args.note):
-                return note
-        return self._find(ask.caller, args.note)
+                return self._promised(note, args)
+        return self._promised(self._find(ask.caller, args.note), args)
+
+    def _promised(self, note: Note, args: wire.MemGet) -> Any:
+        """As long as the note does not change, the same caller gets it again. (By a key it may get its own one day in
+        place of the group's; and a time runs out by itself.)"""
+        if self._db.open or note.expires is not None or (note.shared and note.id != args.note):
+            return note
+        return Lasting(note, self.promises.make(note.id))
+
+    def used(self, counts: dict[int, int]) -> None:
+        """So often the kernel has given promised notes again, by promise."""
+        for note, times in self.promises.of(counts):
+            self.cache.again(note, times)
 
     def search(self, ask: link.Ask, args: wire.MemSearch) -> Any:
         return self.finder.search(ask.caller, args)
@@ -244,6 +259,7 @@ class Memory:
         owner_id = self._charge(name, size - (_size(old) if old is not None else 0))
         tags, metadata = (msgspec.json.encode(part).decode() for part in (note.tags, note.metadata))
         if old is not None:
+            self.promises.broken(old.id)
             remove_labels(self._db, old.id)
         how = "INSERT" if old is None else "REPLACE"
         self._db.do(
@@ -285,6 +301,7 @@ class Memory:
 
     def _delete(self, ids: Iterable[int]) -> None:
         for note_id in ids:
+            self.promises.broken(note_id)
             row = self._db.row("SELECT owner, text FROM notes WHERE id = ?", note_id)
             if row is not None:
                 self.words.gone(note_id, *row)

@@ -22,7 +22,7 @@ from pathlib import Path
 from typing import Any
 
 from aiosd import link
-from aiosd.service import Pause
+from aiosd.service import Lasting, Pause
 from aiosd.store import owners, spaces
 from aiosd.store.consent import Consent
 from aiosd.store.contents import Contents
@@ -96,7 +96,7 @@ class Storage:
 
     # ── reading ───────────────────────────────────────────────────────────────────────────────────────────
 
-    def read(self, ask: link.Ask, args: wire.StoRead) -> wire.FileData:
+    def read(self, ask: link.Ask, args: wire.StoRead) -> Any:
         space, path = self._meant(ask, args)
         self.consent.to(ask, "sto_read", space, path)
         mount = self.mounts.over(space.owner, path)
@@ -106,7 +106,10 @@ class Storage:
         row = self.files.require(space.owner, path)
         version = row.version if args.version is None else args.version
         data, size = self.files.piece(row, version, args.offset, args.size)
-        return wire.FileData(data, size, version)
+        found = wire.FileData(data, size, version)
+        if space.grants is not None or self._db.open:  # what is shared may be taken back without a change of the file
+            return found
+        return Lasting(found, self.files.promises.make(("file", row.id)))
 
     def stat(self, ask: link.Ask, args: wire.StoPath) -> wire.File:
         return self._find(*self._readable(ask, args, "sto_stat")).shown()
