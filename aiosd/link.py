@@ -302,6 +302,15 @@ class Errand(Struct, array_like=True, frozen=True, tag=True):
     again: bool = False
 
 
+class ToolUse(Struct, array_like=True, frozen=True, tag=True):
+    """From the toolbox: calls of this agent have used so many microseconds on processors since the last such message,
+    and hold so much memory now. Sent while they run, and before they are answered."""
+
+    pid: int
+    cpu_us: int
+    memory_bytes: int
+
+
 class Failed(Struct, array_like=True, frozen=True, tag=True):
     """Final word on any call that could not be served. `elsewhere`: another model may be able to. `short`: the kind of
     budget of which it would need more than is left."""
@@ -356,6 +365,7 @@ FromService = (
     | Answered
     | Part
     | Errand
+    | ToolUse
     | Failed
     | Health
     | Denied

@@ -318,6 +318,7 @@ class Kernel:
         toolbox = Errander(
             *self._of_all(process),
             dispatch=self.dispatcher.dispatch,
+            measure=self.measure,
         )
         self.calls.peers.others.append(ErrandPeer(toolbox, None, toolbox.errands))
         return toolbox
