@@ -801,7 +801,7 @@ class Supervisor:
         elif child is not None:
             child.cpu_s = cpu_s
             self._agent_ended(child, status)
-        else:
+        elif not self.spares.ended(ospid):
             self.orphans.ended()
 
     def _agent_ended(self, agent: Agent, status: int) -> None:

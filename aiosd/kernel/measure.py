@@ -30,8 +30,10 @@ from aiosd.timers import Timers
 from libaios.wire import Limits
 
 LOG_SAMPLE_S = 1.0
-MEMORY_SAMPLE_S = 0.5  # of agents without a budget
+MEMORY_SAMPLE_S = 0.5  # of agents without a budget, whose memory is only shown
 SAMPLE_FEW = 16  # of them that are measured in one sample
+SHOWN_PART = 100  # that takes at most one part in so many of the time
+OLD_S = 2.0  # what is older than this is measured again
 SHORTEST_S = 0.01  # Linux counts CPU time in steps of that
 PART = 4  # sampling takes at most one part in that many of the time
 DISK_LATE_S = 10.0  # a folder that takes longer to look through cannot be measured
@@ -243,10 +245,14 @@ class Measure:
 
     def _sample_memory(self) -> Iterator[None]:
         """PSS of agents, a few of them in turn."""
-        for proc in sorted(self._table.live(), key=lambda proc: proc.sampled)[:SAMPLE_FEW]:
+        took_s, until = 0.0, time.monotonic() - OLD_S
+        old = [proc for proc in self._table.live() if proc.sampled < until]
+        for proc in sorted(old, key=lambda proc: proc.sampled)[:SAMPLE_FEW]:
+            began = time.thread_time()
             self._sample(proc)
+            took_s += time.thread_time() - began
             yield
-        self._again(MEMORY_SAMPLE_S, self._sample_memory)
+        self._again(max(MEMORY_SAMPLE_S, SHOWN_PART * took_s), self._sample_memory)
 
     def _sample(self, proc: Proc) -> None:
         if proc.alive:
