@@ -576,6 +576,21 @@ class Templates(Struct, array_like=True, frozen=True, tag=True):
     shown: list[TemplateShown]
 
 
+class ServerShown(Struct, array_like=True, frozen=True):
+    """An MCP server that runs, for people."""
+
+    name: str
+    pid: int
+    ospid: int
+    started: float  # Unix time
+
+
+class McpServers(Struct, array_like=True, frozen=True, tag=True):
+    """All MCP servers that run now."""
+
+    shown: list[ServerShown]
+
+
 class Reread(Struct, array_like=True, frozen=True, tag=True):
     """The settings were read again: those that can change in a running system."""
 
@@ -602,6 +617,7 @@ FromSupervisor = (
     | ServiceForked
     | ServiceDied
     | Templates
+    | McpServers
     | Reread
     | Stop
 )

@@ -92,13 +92,16 @@ class Supervisor:
         self.spares = spares.Spares(self.timers)
         self.orphans = Orphans(self.timers, self._known_children, settings.stop_timeout_s, settings.orphans == "term")
         self.kernel = Process(KERNEL, 0)
+        self.guardian_pid = 0
         self.services: dict[str, Process] = {}
         self.link: FrameSocket | None = None  # to the kernel
         self.births = Births(self.epoll, self.timers, self._born)
         self.templates = Templates(
             self.epoll, self.timers, self.children, self.pids.next, self._tell_templates, settings.template_idle_s
         )
-        self.servers = Servers(self.epoll, self.children, self._house)
+        self.servers = Servers(
+            self.epoll, self.children, self._house, self.pids.next, lambda shown: self._tell(link.McpServers(shown))
+        )
         self.orders: dict[link.Key, int] = {}  # spawns that wait for a template, with the epoch of their kernel
         self.served_once = False  # the system has been ready
         self.epoch = 0
@@ -133,7 +136,7 @@ class Supervisor:
         self.epoll.register(self.signals, select.EPOLLIN)
         for service in services.of(self.settings, self.servers.theirs.fileno()):
             self.services[service.name] = Process(service, self.pids.next())
-        self.kernel.pid = self.pids.next()
+        self.kernel.pid, self.guardian_pid = self.pids.next(), self.pids.next()
         self.offer = confinement.prepare(gates.of(self.settings.door))
         if self.settings.strict and self.offer.level != LEVELS[-1]:
             return self._refuse(f"sandbox strict: {self.offer.reason}")
@@ -266,7 +269,7 @@ class Supervisor:
             link=theirs.fileno(),
             heartbeat=heart.write,
             epoch=self.epoch,
-            pids={"supervisor": 1, "kernel": self.kernel.pid},
+            pids={"guardian": self.guardian_pid, "supervisor": 1, "kernel": self.kernel.pid},
             guardian=self.guardian,
             started=self.started,
             since=self.since,
@@ -278,6 +281,7 @@ class Supervisor:
             agents=list(self.agents.values()),
             services=list(self.services.values()),
             templates=self.templates.shown(),
+            servers=self.servers.shown(),
         )
         keep = [self.listener.fileno(), theirs.fileno(), heart.write, *self.journal, self.ledger]
         keep += [fd for agent in self._live_agents() for fd in (agent.memfd, agent.bell)]

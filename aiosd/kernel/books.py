@@ -69,7 +69,10 @@ def processes(books: Books) -> Iterator[str]:
     for ospid, proc in live.items():
         if ospid not in children and proc.alive:
             yield f"agent {proc.pid}: the supervisor has no child {ospid}"
-    own = {ospid for _, ospid in books.system.processes().values()}
+    own = {process.ospid for process in books.system.processes()}
+    for server in books.system.servers:
+        if server.ospid not in children:
+            yield f"MCP server {server.name}: the supervisor has no child {server.ospid}"
     for ospid in children - set(live) - own:
         stat, name = procfs.read_stat(ospid), procfs.name(ospid)
         if stat is not None and stat.state != "Z" and stat.ppid == supervisor and name != "aios:spare":

@@ -442,6 +442,8 @@ class Kernel:
                 self._service_died(self.services.by_name[message.name], message.reason)
             case link.Templates():
                 self.system.templates = message.shown
+            case link.McpServers():
+                self.system.servers = message.shown
             case link.Reread():
                 self.live.reread(message)
             case link.Stop():
