@@ -84,13 +84,16 @@ class Supervisor:
         # processes
         self.children: dict[int, Agent | Process | Template | Server] = {}  # live ones, by Linux pid
         self.kernel = Process(KERNEL, 0)
+        self.guardian_pid = 0
         self.services: dict[str, Process] = {}
         self.link = KernelLink(self.epoll, self.kernel)
         self.orphans = Orphans(self.timers, self._known_children, settings.stop_timeout_s, settings.orphans == "term")
         self.templates = Templates(
             self.epoll, self.timers, self.children, self.pids.next, self._tell_templates, settings.template_idle_s
         )
-        self.servers = Servers(self.epoll, self.children, self._house)
+        self.servers = Servers(
+            self.epoll, self.children, self._house, self.pids.next, lambda shown: self.link.tell(link.McpServers(shown))
+        )
         self.spares = Spares(self.timers)
         self.agents = Agents(
             self.home,
@@ -140,7 +143,7 @@ class Supervisor:
         self.epoll.register(self.signals, select.EPOLLIN)
         for service in services.of(self.settings, self.servers.theirs.fileno()):
             self.services[service.name] = Process(service, self.pids.next())
-        self.kernel.pid = self.pids.next()
+        self.kernel.pid, self.guardian_pid = self.pids.next(), self.pids.next()
         self.offer = confinement.prepare(gates.of(self.settings.door))
         if self.settings.strict and self.offer.level != LEVELS[-1]:
             return self._refuse(f"sandbox strict: {self.offer.reason}")
@@ -273,7 +276,7 @@ class Supervisor:
             link=theirs.fileno(),
             heartbeat=heart.write,
             epoch=self.link.epoch,
-            pids={"supervisor": 1, "kernel": self.kernel.pid},
+            pids={"guardian": self.guardian_pid, "supervisor": 1, "kernel": self.kernel.pid},
             guardian=self.guardian,
             started=self.started,
             since=self.since,
@@ -285,6 +288,7 @@ class Supervisor:
             agents=list(self.agents.records.values()),
             services=list(self.services.values()),
             templates=self.templates.shown(),
+            servers=self.servers.shown(),
         )
         keep = [self.listener.fileno(), theirs.fileno(), heart.write, *self.journal, self.ledger]
         keep += [fd for agent in self.agents.live() for fd in (agent.memfd, agent.bell)]

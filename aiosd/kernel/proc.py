@@ -38,7 +38,7 @@ from dataclasses import dataclass, field
 
 from aiosd.errors import Bug
 from aiosd.kernel.budget import Budget
-from aiosd.kernel.ledger import Row, loose_row
+from aiosd.kernel.ledger import TOOLS_CPU_US, Row, loose_row
 from aiosd.sandbox.box import Box
 from libaios import wire
 
@@ -126,6 +126,7 @@ class Proc:
     ctx_tokens: int = 0
     mem_bytes: int = 0
     sampled: float = 0.0  # when mem_bytes was (monotonic)
+    tools_bytes: int = 0  # what its calls of tools hold
     cpu_s: float = 0.0
     os_state: str = "S"  # Linux's letter,
     looked: float = 0.0  # … and when that and cpu_s were read (monotonic)
@@ -133,6 +134,11 @@ class Proc:
     @property
     def alive(self) -> bool:
         return self.state in (State.RUNNING, State.STOPPED, State.WAITING)
+
+    @property
+    def tools_cpu_s(self) -> float:
+        """What its calls of tools have used."""
+        return float(self.row[TOOLS_CPU_US]) / 1e6
 
 
 class ProcTable:

@@ -20,6 +20,7 @@ import posixpath
 import shutil
 import signal
 import threading
+import time
 from collections.abc import Callable, Generator, Iterable
 from dataclasses import dataclass
 from functools import partial
@@ -38,6 +39,7 @@ from aiosd.tools import concerns, direct, held
 from aiosd.tools.admission import Admission, Needs
 from aiosd.tools.errands import Errands
 from aiosd.tools.messages import Described, Done, Run, Tool
+from aiosd.tools.meter import Bills
 from aiosd.tools.pins import Pins
 from aiosd.tools.pool import Job, Pool
 from aiosd.tools.servers import Servers
@@ -54,6 +56,7 @@ CHANGED = (
     "accepted that: aiosd tools --trust {0}"
 )
 ERRANDS = 256  # that are with the kernel at a time
+LEAST_S = 0.005  # of the toolbox's own time: less is charged to an agent when it has come to that
 PR_SET_CHILD_SUBREAPER = 36
 
 
@@ -109,6 +112,7 @@ class Toolbox:
         self._calls: dict[link.Key, _Call] = {}
         self._served = 0
         os.makedirs(spec.folder, mode=0o700, exist_ok=True)
+        self.bills = Bills(self._charge)
         self.pool = Pool(
             self.server.timers,
             self.server.watch,
@@ -116,6 +120,7 @@ class Toolbox:
             spec.folder,
             self._described,
             Servers(servers, spec.servers, self.server.watch),
+            self.bills,
         )
 
     def run(self, rounds: Rounds) -> int:
@@ -219,6 +224,17 @@ class Toolbox:
         if self._waits(args):
             self._early.append((ask, args))
             return LATER
+        began = time.thread_time()
+        try:
+            return self._call(ask, args)
+        finally:
+            if ask.caller.pid:
+                self.bills.add(ask.caller.pid, time.thread_time() - began, LEAST_S)
+
+    def _charge(self, pid: int, cpu_us: int, memory_bytes: int) -> None:
+        self.server.send(link.ToolUse(pid, cpu_us, memory_bytes))
+
+    def _call(self, ask: link.Ask, args: CallTool) -> Any:
         known = self._check(args, asks=bool(ask.caller.pid))
         tool = known.tool
         files, hosts = self._allowed(ask, known, args)
@@ -229,6 +245,7 @@ class Toolbox:
         job = Job(
             tool,
             Run(tool.name, args.arguments, folder, files, hosts),
+            ask.caller.pid,
             on_text=(lambda text: self.server.part(ask.key, text)) if args.stream else lambda text: None,
             on_done=lambda done: self._done(ask.key, done),
             on_over=lambda: self._over(ask.key),
@@ -356,9 +373,11 @@ class Toolbox:
         return folder
 
     def peer_gone(self, peer: int) -> None:
+        self.bills.forget(peer)
         self._remove([Path(self.spec.folder, f"agent-{peer}")])
 
     def only_alive(self, peers: list[int]) -> None:
+        self.bills.again()
         alive = {f"agent-{peer}" for peer in peers}
         self._remove(path for path in Path(self.spec.folder).glob("agent-*") if path.name not in alive)
 

@@ -5,8 +5,11 @@ died, ran out of time or memory, was cancelled, or sent what no worker sends is 
 call gets an error. The toolbox is a subreaper: what a dead worker leaves behind comes to it, and is killed here.
 
 Limits. Time: on the clock, synchronous. Memory: RLIMIT_DATA in the worker, which bounds each process by itself;
-processes and their memory together are looked at every SAMPLE_S, so a call may exceed these for that long. What it
-writes and returns: counted.
+processes and their memory together are looked at every SAMPLE_S (or later, where looking takes a quarter of the time),
+so a call may exceed these for that long. What it writes and returns: counted.
+
+What a call uses of processors and memory is charged to the agent that has called (`meter`): at each look, and at the
+end of the call, before it is answered.
 """
 
 from __future__ import annotations
@@ -15,19 +18,25 @@ import contextlib
 import errno
 import logging
 import os
+import select
 import signal
 import socket
 import subprocess
 import sys
+import time
+from collections import deque
 from collections.abc import Callable
 from dataclasses import dataclass, field
 
 import msgspec
 
 from aiosd import procfs
+from aiosd.limits import SAMPLE_S
+from aiosd.procfs import Stat
 from aiosd.sandbox import cage
 from aiosd.timers import Timer, Timers
 from aiosd.tools.messages import Described, Done, Run, Tool, Wrote, decode_from_worker, encode
+from aiosd.tools.meter import Bills, Meter
 from aiosd.tools.servers import Servers
 from aiosd.tools.spec import MCP
 from libaios.ring import ProtocolError
@@ -37,8 +46,9 @@ logger = logging.getLogger("toolbox")
 
 LOAD_S = 60.0  # for a source to be imported
 GRACE_S = 1.0  # between TERM and KILL
-SAMPLE_S = 0.2
+PART = 4  # sampling takes at most one part in that many of the time
 STRAYS_S = 0.2  # after which what a dead worker had started has ended, and is our child
+ENDED = 64  # workers that ended last, to which strays may belong
 MOST_PROCESSES = 64  # of one call
 IDLE_S = 60.0  # seconds for which a worker without a call is kept
 FRAME_BYTES = 16 << 20
@@ -48,11 +58,13 @@ KEPT_VARIABLES = ("PATH", "LANG", "LC_ALL", "LC_CTYPE", "TZ", "SSL_CERT_FILE", "
 
 @dataclass(slots=True)
 class Job:
-    """One call in a worker. `on_text` gets what it writes, `on_done` its result or error, once. Then `on_over`, once:
-    nothing of it runs any more, so that others may use what it held."""
+    """One call in a worker. `payer`: the agent that pays for it; 0: nobody. `on_text` gets what it writes, `on_done`
+    its result or error, once. Then `on_over`, once: nothing of it runs any more, so that others may use what it had.
+    """
 
     tool: Tool
     request: Run
+    payer: int
     on_text: Callable[[str], None]
     on_done: Callable[[Done], None]
     on_over: Callable[[], None]
@@ -72,6 +84,7 @@ class Worker:
     ending: Job | None = None  # … with this call, which has its answer
     idle: Timer | None = field(default=None)
     server: int = 0  # of one for an MCP server: as `Servers` knows that
+    meter: Meter = field(default_factory=Meter)
 
     @property
     def kind(self) -> tuple[str, bytes]:
@@ -80,7 +93,7 @@ class Worker:
 
 class Pool:
     """`watch` and `forget`: the loop's descriptors. `described` is called at each start of a worker, and when an MCP
-    server (`servers`) has other tools than before."""
+    server (`servers`) has other tools than before. `bills`: for what calls use."""
 
     def __init__(
         self,
@@ -90,6 +103,7 @@ class Pool:
         home: str,
         described: Callable[[str, Described], None],
         servers: Servers,
+        bills: Bills,
     ) -> None:
         self._timers = timers
         self._watch = watch
@@ -97,9 +111,11 @@ class Pool:
         self._home = home
         self._described = described
         self._servers = servers
+        self._bills = bills
         self._workers: list[Worker] = []
         # By source and box: admitted, and waiting for a worker that starts.
         self._queue: dict[tuple[str, bytes], list[Job]] = {}
+        self._ended: deque[Meter] = deque(maxlen=ENDED)
         self._sampler: Timer | None = None
         self.deaths = 0
 
@@ -192,6 +208,7 @@ class Pool:
             worker.idle = None
         limit = job.tool.time_s
         late = Done(None, errno.ETIMEDOUT, f"{job.tool.name} ran for {limit:g} s, which is its limit")
+        worker.meter.begin(job.payer, self._tree(worker))
         worker.deadline = self._timers.after(limit, lambda: self._end(worker, late))
         with contextlib.suppress(OSError):  # it is dead, which its socket reports in a moment
             worker.frames.send(encode(job.request))
@@ -242,11 +259,13 @@ class Pool:
         """A call has ended in order. What it left running below the worker must not outlive it."""
         job, worker.job = worker.job, None
         self._stop_clock(worker)
-        leftovers = not worker.source.startswith(MCP) and procfs.children(worker.process.pid)
+        tree = self._tree(worker)
+        leftovers = not worker.source.startswith(MCP) and len(tree) > 1
         if done.spent or leftovers:
             worker.verdict = done
             self._kill(worker)
         else:
+            self._close(worker, tree)
             self._next(worker)
         if job is not None:
             job.on_done(done)
@@ -274,6 +293,7 @@ class Pool:
             return
         worker.verdict = verdict
         self._stop_clock(worker)
+        self._charge(worker, self._tree(worker))
         self._answer(worker, verdict)
         if at_once:
             self._kill(worker)
@@ -291,9 +311,14 @@ class Pool:
             worker.idle.cancel()
         self._forget(worker.frames.fileno())
         worker.frames.close()
-        kill_tree(worker.process.pid)
-        worker.process.wait()
+        if worker.process.returncode is None:  # else its number may be another's
+            stop_tree(worker.process.pid)
+            worker.meter.look(self._tree(worker))  # what nobody would wait for is seen now
+            kill_tree(worker.process.pid)
+        self._ended.append(worker.meter)
+        self._reap(worker)
         self._kill_strays()
+        self._close(worker, {})
         self._timers.after(STRAYS_S, self._kill_strays)
         ending, worker.ending = worker.ending, None
         if ending is not None:
@@ -303,10 +328,8 @@ class Pool:
         """The worker's end of the socket is closed: it has ended, or something in it has closed it."""
         if worker.verdict is None:
             self.deaths += worker.job is not None or not worker.described
-            try:
-                status = worker.process.wait(0.5)
-            except subprocess.TimeoutExpired:
-                status = 0
+            status = self._reap(worker, 0.5) or 0
+            self._settle(worker.meter.payer)
             how = f"signal {signal.Signals(-status).name}" if status < 0 else f"exit code {status}"
             reason = f"the process of this call ended ({how}); it is not done again"
             if not worker.described:
@@ -349,40 +372,99 @@ class Pool:
         for ospid in set(procfs.children(os.getpid())) - ours:
             kill_tree(ospid)
             with contextlib.suppress(ChildProcessError):
-                os.waitpid(ospid, 0)
+                usage = os.wait4(ospid, 0)[2]
+                meter = next((one for one in self._ended if one.knows(ospid)), None)
+                if meter is None and self._ended:  # it was started between two looks
+                    meter = self._ended[-1]
+                if meter is not None:
+                    meter.reaped(usage.ru_utime + usage.ru_stime)
+                    self._settle(meter.payer)
+
+    @staticmethod
+    def _reap(worker: Worker, timeout: float | None = None) -> int | None:
+        """Its exit status; None: it has not ended within these seconds. Once, it is charged what Linux says that it
+        has used."""
+        process = worker.process
+        if process.returncode is None:
+            if timeout is not None and not _ends_within(process.pid, timeout):
+                return None
+            _, status, usage = os.wait4(process.pid, 0)
+            process.returncode = os.waitstatus_to_exitcode(status)
+            worker.meter.reaped(usage.ru_utime + usage.ru_stime)
+        return process.returncode
+
+    # ── what calls use ────────────────────────────────────────────────────────────────────────────────────
+
+    def _tree(self, worker: Worker) -> dict[int, Stat]:
+        """Its processes, and those of its server."""
+        found = procfs.tree(worker.process.pid) if worker.process.returncode is None else {}
+        if server := self._servers.ospid(worker.server):
+            found |= procfs.tree(server)
+        return found
+
+    def _charge(self, worker: Worker, tree: dict[int, Stat]) -> None:
+        worker.meter.look(tree)
+        self._settle(worker.meter.payer)
+
+    def _close(self, worker: Worker, tree: dict[int, Stat]) -> None:
+        """Nothing of its call runs any more."""
+        worker.meter.memory = 0
+        self._charge(worker, tree)
+        worker.meter.payer = 0 if tree else worker.meter.payer  # of a dead one strays may still be found
+
+    def _settle(self, payer: int) -> None:
+        self._bills.settle([*(worker.meter for worker in self._workers), *self._ended], payer)
 
     # ── what no rlimit bounds ─────────────────────────────────────────────────────────────────────────────
 
     def _sample(self) -> None:
-        busy = [worker for worker in self._workers if worker.job is not None]
-        self._sampler = self._timers.after(SAMPLE_S, self._sample) if busy else None
+        began = time.monotonic()
+        busy = [worker for worker in self._workers if worker.job is not None or worker.ending is not None]
         for worker in busy:
             self._look_at(worker)
+        wait_s = max(SAMPLE_S, (PART - 1) * (time.monotonic() - began))
+        self._sampler = self._timers.after(wait_s, self._sample) if busy else None
 
     def _look_at(self, worker: Worker) -> None:
-        assert worker.job is not None
+        tree = self._tree(worker)
+        memory = worker.meter.weigh(tree)
+        self._charge(worker, tree)
+        if worker.job is None:
+            return
         tool = worker.job.tool
-        below = procfs.descendants(worker.process.pid)
-        if server := self._servers.ospid(worker.server):
-            below += [server, *procfs.descendants(server)]
-        if len(below) > MOST_PROCESSES:
+        if len(tree) - 1 > MOST_PROCESSES:
             reason = f"{tool.name} started more than {MOST_PROCESSES} processes"
             self._end(worker, Done(None, errno.EAGAIN, reason), at_once=True)
-        elif below and sum(map(procfs.pss_bytes, (worker.process.pid, *below))) > tool.memory_bytes:
+        elif memory > tool.memory_bytes:
             reason = f"{tool.name} and its processes used more than {tool.memory_bytes >> 20} MB of memory"
             self._end(worker, Done(None, errno.ENOMEM, reason), at_once=True)
 
 
-def kill_tree(ospid: int) -> None:
-    """Kill a child of ours and all below it. Stopped first, parents before children, they cannot fork while we look."""
+def stop_tree(ospid: int) -> None:
+    """Stop a child of ours and all below it, parents before children: then they cannot fork while we look."""
     for _ in range(100):
         tree = [ospid, *procfs.descendants(ospid)]
         for one in tree:
             _signal(one, signal.SIGSTOP)
         if len(tree) == 1 + len(procfs.descendants(ospid)):
             break
+
+
+def kill_tree(ospid: int) -> None:
+    """Kill a child of ours and all below it."""
+    stop_tree(ospid)
     for one in reversed([ospid, *procfs.descendants(ospid)]):
         _signal(one, signal.SIGKILL)
+
+
+def _ends_within(ospid: int, seconds: float) -> bool:
+    fd = os.pidfd_open(ospid)
+    try:
+        poll = select.poll()
+        poll.register(fd, select.POLLIN)
+        return bool(poll.poll(seconds * 1000))
+    finally:
+        os.close(fd)
 
 
 def _signal(ospid: int, number: int) -> None:
