@@ -51,6 +51,7 @@ class Caller(Struct, array_like=True, frozen=True):
     program: bytes = b""  # which program it is, see `access.deed.Subject`,
     sha256: bytes = b""  # … and with which content
     shares: list[PurseShare] = []  # its budgets of tokens
+    network: tuple[int, int] = (0, 0)  # of one in a network of its own: Linux pid, and the inode of that network
 
 
 class Ask(Struct, array_like=True, frozen=True, tag=True):

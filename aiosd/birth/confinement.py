@@ -78,7 +78,7 @@ def apply(new: Box, doors: bool = False, outputs: Iterable[int] = ()) -> int:
     """Also for a process that is no agent. Its workspace must be there. Returns the listener of its door, if any."""
     if _native is None or _ground is None:
         raise OSError(1, f"sandbox: {new.level} is not possible here")
-    listener = _native.confine(plan.plan(_ground, new, doors, outputs))
+    listener = _native.confine(plan.plan(_ground, new, doors, outputs=outputs))
     if new.level == "cage":  # where Linux counts this agent's processes alone
         limit(resource.RLIMIT_NPROC, PROCESSES + PROCESSES_PER_CPU * (os.cpu_count() or 1))
     return listener

@@ -98,6 +98,7 @@ class Proc:
     token: bytes = b""  # the hash of its token for the gateway; b"": it has none
     outside: bool = False  # programs from outside are it: it has no process of ours, and its state is WAITING
     box: Box | None = None  # how it is confined
+    network: int = 0  # the inode of its own network; 0: it has none
     template: wire.Template | None = None  # from which its process is forked
     program: bytes = b""  # which one a person has started, see `access.deed.Subject`,
     sha256: bytes = b""  # … and with which content

@@ -41,7 +41,7 @@ from aiosd.tools.errands import Errands
 from aiosd.tools.messages import Described, Done, Run, Tool
 from aiosd.tools.meter import Bills
 from aiosd.tools.pins import Pins
-from aiosd.tools.pool import Job, Pool
+from aiosd.tools.pool import Cell, Job, Pool
 from aiosd.tools.servers import Servers
 from aiosd.tools.spec import MCP, ToolboxSpec
 from libaios import wire
@@ -79,7 +79,7 @@ class Known:
 class _Call:
     job: Job
     source: str
-    box: bytes
+    cell: Cell
 
 
 class Toolbox:
@@ -250,7 +250,7 @@ class Toolbox:
             on_done=lambda done: self._done(ask.key, done),
             on_over=lambda: self._over(ask.key),
         )
-        self._calls[ask.key] = _Call(job, known.source, ask.caller.box if known.source == BUILT_IN else b"")
+        self._calls[ask.key] = _Call(job, known.source, cell_of(ask.caller) if known.source == BUILT_IN else Cell())
         self.admission.submit(ask.key, ask.caller.pid, needs_of(tool, args.arguments, folder))
         self.server.timers.after(0.0, self._begin)  # once this call is known as one that is answered later
         return LATER
@@ -328,7 +328,7 @@ class Toolbox:
         for key in self.admission.begin():
             call = self._calls[key]
             self.server.begun(key)
-            self.pool.run(call.source, call.box, call.job)
+            self.pool.run(call.source, call.cell, call.job)
 
     def _done(self, key: link.Key, done: Done) -> None:
         if done.errno:
@@ -392,6 +392,11 @@ class Toolbox:
 def _remove(folders: list[Path]) -> None:
     for folder in folders:
         shutil.rmtree(folder, ignore_errors=True)
+
+
+def cell_of(caller: link.Caller) -> Cell:
+    """How a built-in tool is confined for this caller."""
+    return Cell(caller.box, caller.network if caller.network[1] else (0, 0))
 
 
 def needs_of(tool: Tool, arguments: dict[str, Any], folder: str) -> Needs:

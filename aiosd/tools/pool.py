@@ -27,13 +27,14 @@ import time
 from collections import deque
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from typing import NamedTuple
 
 import msgspec
 
 from aiosd import procfs
 from aiosd.limits import SAMPLE_S
 from aiosd.procfs import Stat
-from aiosd.sandbox import cage
+from aiosd.sandbox import cage, hosts
 from aiosd.timers import Timer, Timers
 from aiosd.tools.messages import Described, Done, Run, Tool, Wrote, decode_from_worker, encode
 from aiosd.tools.meter import Bills, Meter
@@ -70,10 +71,20 @@ class Job:
     on_over: Callable[[], None]
 
 
+class Cell(NamedTuple):
+    """How a worker is confined, as in `link.Caller`. b"": not at all."""
+
+    box: bytes = b""
+    network: tuple[int, int] = (0, 0)
+
+
+Kind = tuple[str, Cell]  # a source, and how its worker is confined
+
+
 @dataclass(slots=True, eq=False)
 class Worker:
     source: str
-    box: bytes  # as `link.Caller`: it has confined itself so, for good
+    cell: Cell  # it has confined itself so, for good
     process: subprocess.Popen[bytes]
     frames: FrameSocket
     job: Job | None = None
@@ -87,8 +98,8 @@ class Worker:
     meter: Meter = field(default_factory=Meter)
 
     @property
-    def kind(self) -> tuple[str, bytes]:
-        return self.source, self.box
+    def kind(self) -> Kind:
+        return self.source, self.cell
 
 
 class Pool:
@@ -113,8 +124,7 @@ class Pool:
         self._servers = servers
         self._bills = bills
         self._workers: list[Worker] = []
-        # By source and box: admitted, and waiting for a worker that starts.
-        self._queue: dict[tuple[str, bytes], list[Job]] = {}
+        self._queue: dict[Kind, list[Job]] = {}  # admitted, and waiting for a worker that starts
         self._ended: deque[Meter] = deque(maxlen=ENDED)
         self._sampler: Timer | None = None
         self.deaths = 0
@@ -123,11 +133,11 @@ class Pool:
 
     def load(self, source: str) -> None:
         """Start a first worker of a source, which describes it."""
-        self._start(source, b"")
+        self._start(source, Cell())
 
-    def run(self, source: str, box: bytes, job: Job) -> None:
-        """Run a call, in a worker that is idle or in a new one. `box`: how it must be confined."""
-        kind = source, box
+    def run(self, source: str, cell: Cell, job: Job) -> None:
+        """Run a call, in a worker that is idle or in a new one. `cell`: how it must be confined."""
+        kind = source, cell
         same = [worker for worker in self._workers if worker.kind == kind and worker.verdict is None]
         for worker in same:
             if worker.described and worker.job is None:
@@ -161,7 +171,7 @@ class Pool:
 
     # ── life of a worker ──────────────────────────────────────────────────────────────────────────────────
 
-    def _start(self, source: str, box: bytes) -> None:
+    def _start(self, source: str, cell: Cell) -> None:
         ours, theirs = socket.socketpair()
         name = source.removeprefix(MCP)
         server = self._servers.wanted.get(name) if source.startswith(MCP) else None
@@ -173,8 +183,14 @@ class Pool:
                 for fd in given:
                     ends.callback(os.close, fd)
                 words, passed = [",".join(map(str, given))], [*passed, *given]
-            if box:
-                words, passed = [",".join(["boxed", *map(str, cage.descriptors())])], [*passed, *cage.descriptors()]
+            environment = self._environment()
+            if cell.box:
+                fds = list(cage.descriptors())
+                if (network := _network(*cell.network)) is not None:
+                    ends.callback(os.close, network)
+                    fds.append(network)
+                    environment = hosts.proxied(environment)
+                words, passed = [",".join(["boxed", *map(str, fds)])], [*passed, *fds]
             process = subprocess.Popen(
                 [
                     *(sys.executable, "-m", f"aiosd.tools.{'worker' if server is None else 'bridge'}"),
@@ -183,16 +199,16 @@ class Pool:
                 stdin=subprocess.DEVNULL,
                 stdout=subprocess.DEVNULL,
                 stderr=subprocess.DEVNULL,
-                env={**self._environment(), "HOME": self._home, "PYTHONPATH": os.pathsep.join(filter(None, sys.path))},
+                env={**environment, "HOME": self._home, "PYTHONPATH": os.pathsep.join(filter(None, sys.path))},
                 pass_fds=passed,
                 start_new_session=True,
             )
-        worker = Worker(source, box, process, FrameSocket(ours, FRAME_BYTES), server=number)
+        worker = Worker(source, cell, process, FrameSocket(ours, FRAME_BYTES), server=number)
         self._workers.append(worker)
         if server is not None:
             worker.frames.send(encode(server))  # not as an argument: it may hold keys, and everyone can read those
-        if box:
-            worker.frames.send(box)
+        if cell.box:
+            worker.frames.send(cell.box)
         self._watch(worker.frames.fileno(), lambda: self._on_readable(worker))
         late = Done(None, errno.ETIMEDOUT, f"{source} was not loaded after {LOAD_S:.0f} s")
         worker.deadline = self._timers.after(LOAD_S, lambda: self._end(worker, late))
@@ -252,7 +268,7 @@ class Pool:
 
     def _report(self, worker: Worker, described: Described) -> None:
         """What a confined worker cannot load says nothing of its source."""
-        if not worker.box:
+        if not worker.cell.box:
             self._described(worker.source, described)
 
     def _over(self, worker: Worker, done: Done) -> None:
@@ -282,7 +298,7 @@ class Pool:
         """End a worker that was idle for long. The last one of a source stays, unless it is confined (there may be one
         for each agent), or one of an MCP server, which with its server takes a hundred megabytes."""
         same = [other for other in self._workers if other.kind == worker.kind and other.verdict is None]
-        if worker.job is None and (len(same) > 1 or worker.box or worker.source.startswith(MCP)):
+        if worker.job is None and (len(same) > 1 or worker.cell.box or worker.source.startswith(MCP)):
             self._kill(worker)
 
     # ── the end of a worker ───────────────────────────────────────────────────────────────────────────────
@@ -340,7 +356,7 @@ class Pool:
         self._kill(worker)
         self._replace(worker.kind)
 
-    def _replace(self, kind: tuple[str, bytes]) -> None:
+    def _replace(self, kind: Kind) -> None:
         """Calls that wait for a worker of this kind still get one."""
         starting = sum(worker.kind == kind and not worker.described for worker in self._workers)
         for _ in range(len(self._queue.get(kind, ())) - starting):
@@ -438,6 +454,20 @@ class Pool:
         elif memory > tool.memory_bytes:
             reason = f"{tool.name} and its processes used more than {tool.memory_bytes >> 20} MB of memory"
             self._end(worker, Done(None, errno.ENOMEM, reason), at_once=True)
+
+
+def _network(ospid: int, inode: int) -> int | None:
+    """A descriptor of the network of this inode, in which this process is; None: it is not, or has ended."""
+    if not inode:
+        return None
+    try:
+        fd = os.open(f"/proc/{ospid}/ns/net", os.O_RDONLY | os.O_CLOEXEC)
+    except OSError:
+        return None
+    if os.fstat(fd).st_ino == inode:
+        return fd
+    os.close(fd)  # another process has the number now
+    return None
 
 
 def stop_tree(ospid: int) -> None:
