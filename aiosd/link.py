@@ -51,6 +51,7 @@ class Caller(Struct, array_like=True, frozen=True):
     program: bytes = b""  # which program it is, see `access.deed.Subject`,
     sha256: bytes = b""  # … and with which content
     shares: list[PurseShare] = []  # its budgets of tokens
+    network: tuple[int, int] = (0, 0)  # of one in a network of its own: Linux pid, and the inode of that network
 
 
 class Ask(Struct, array_like=True, frozen=True, tag=True):
@@ -318,6 +319,15 @@ class Errand(Struct, array_like=True, frozen=True, tag=True):
     again: bool = False
 
 
+class ToolUse(Struct, array_like=True, frozen=True, tag=True):
+    """From the toolbox: calls of this agent have used so many microseconds on processors since the last such message,
+    and hold so much memory now. Sent while they run, and before they are answered."""
+
+    pid: int
+    cpu_us: int
+    memory_bytes: int
+
+
 class Failed(Struct, array_like=True, frozen=True, tag=True):
     """Final word on any call that could not be served. `elsewhere`: another model may be able to. `short`: the kind of
     budget of which it would need more than is left."""
@@ -386,6 +396,7 @@ FromService = (
     | Stale
     | Part
     | Errand
+    | ToolUse
     | Failed
     | Health
     | Denied
@@ -596,6 +607,21 @@ class Templates(Struct, array_like=True, frozen=True, tag=True):
     shown: list[TemplateShown]
 
 
+class ServerShown(Struct, array_like=True, frozen=True):
+    """An MCP server that runs, for people."""
+
+    name: str
+    pid: int
+    ospid: int
+    started: float  # Unix time
+
+
+class McpServers(Struct, array_like=True, frozen=True, tag=True):
+    """All MCP servers that run now."""
+
+    shown: list[ServerShown]
+
+
 class Reread(Struct, array_like=True, frozen=True, tag=True):
     """The settings were read again: those that can change in a running system."""
 
@@ -622,6 +648,7 @@ FromSupervisor = (
     | ServiceForked
     | ServiceDied
     | Templates
+    | McpServers
     | Reread
     | Stop
 )

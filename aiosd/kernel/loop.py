@@ -318,6 +318,7 @@ class Kernel:
         toolbox = Errander(
             *self._of_all(process),
             dispatch=self.dispatcher.dispatch,
+            measure=self.measure,
         )
         self.calls.peers.others.append(ErrandPeer(toolbox, None, toolbox.errands))
         return toolbox
@@ -443,6 +444,8 @@ class Kernel:
                 self._service_died(self.services.by_name[message.name], message.reason)
             case link.Templates():
                 self.system.templates = message.shown
+            case link.McpServers():
+                self.system.servers = message.shown
             case link.Reread():
                 self.live.reread(message)
             case link.Stop():
