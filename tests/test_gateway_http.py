@@ -74,7 +74,7 @@ async def _house(keep_alive_s: float = 30) -> AsyncIterator[House]:
     from uvicorn.server import ServerState
 
     from aiosd.gateway import web
-    from aiosd.gateway.server import Guarded, Strangers
+    from aiosd.gateway.connection import Guarded, Strangers
 
     account, made = Account(), list[House]()
 

@@ -33,7 +33,7 @@ PACE_OF_STREAM_S, PACE_S = 0.0015, 0.03  # between two parts of a stream: for ea
 
 
 class User(Protocol):
-    """A TCP connection (`server.Guarded`). `account`: the agent that it was shown to belong to."""
+    """A TCP connection (`connection.Guarded`). `account`: the agent that it was shown to belong to."""
 
     account: Account | None
     agent: int  # at whose own gate it was accepted; 0: at none
