@@ -52,10 +52,12 @@ COLUMNS = ("started", "answered", "tool called", "killed", "parked and resumed")
 
 @dataclass(frozen=True)
 class Framework:
-    """`packages[0]` is the framework; `overrides` are pins of its own that cannot be kept any more."""
+    """`packages[0]` is the framework; `overrides` are pins of its own that cannot be kept any more; `tool`: whether its
+    example has one."""
 
     packages: tuple[str, ...]
     overrides: tuple[str, ...] = ()
+    tool: bool = True
 
 
 FRAMEWORKS = {
@@ -68,7 +70,7 @@ FRAMEWORKS = {
     "litellm": Framework(("litellm==1.110.2",)),
     "crewai": Framework(("crewai==1.15.30",)),
     "interpreter": Framework(("open-interpreter==0.4.3", "litellm==1.83.0", "setuptools<81")),
-    "metagpt": Framework(("metagpt==0.8.2",), ("lancedb>=0.14", "typing-extensions>=4.9", "setuptools<81")),
+    "metagpt": Framework(("metagpt==0.8.2",), ("lancedb>=0.14", "typing-extensions>=4.9", "setuptools<81"), tool=False),
 }
 
 
@@ -193,7 +195,8 @@ def look(system: Aiosd, name: str) -> dict[str, str]:
         except (OSError, subprocess.CalledProcessError) as err:
             print(f"{name}: {column}: {err}", file=sys.stderr)
             found[column] = False
-    return {column: "yes" if found[column] else "no" for column in COLUMNS}
+    row = {column: "yes" if found[column] else "no" for column in COLUMNS}
+    return row if FRAMEWORKS[name].tool else {**row, "tool called": "has none"}
 
 
 def version(name: str) -> str:

@@ -14,6 +14,7 @@ kernel made for one agent, from a process that is, or descends from, that agent 
     places.py     which field an error is about, in each API's words
     identity.py   which process is at the other end of a connection
     accounts.py   the agents that are served, with a connection to the kernel for each
+    pacer.py      when what the kernel sends of streams is passed on
     calls.py      system calls for coroutines, and streams that end when their reader leaves
     openai/       the API of OpenAI
     ollama.py cerebrum.py filing.py submitted.py     those of Ollama and of AIOS, made from the same parts

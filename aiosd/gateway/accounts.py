@@ -13,7 +13,6 @@ import asyncio
 import contextlib
 import os
 import time
-from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from typing import Protocol
@@ -24,12 +23,12 @@ from libaios.client import ControlSocket
 from libaios.connection import Connection
 from libaios.greeting import Greeting
 from libaios.home import Home
+from libaios.pace import Pace
 
 CONNECTIONS = 256  # of one agent
 BODY_BYTES = 64 << 20  # of one agent's requests that are being received,
 BODY_BYTES_ALL = 512 << 20  # … and of all agents'
 SLOW_S = 10.0  # for one request, when these are full
-PACE_OF_STREAM_S, PACE_S = 0.0015, 0.03  # between two parts of a stream: for each that there is, and at most
 
 
 class User(Protocol):
@@ -98,11 +97,11 @@ class Account:
 
 
 class Accounts:
-    """`streams`: how many replies are being sent in parts."""
+    """`pace`: at which it reads what the kernel sends."""
 
-    def __init__(self, home: Home, streams: Callable[[], int]) -> None:
+    def __init__(self, home: Home, pace: Pace) -> None:
         self._home = home
-        self._streams = streams
+        self._pace = pace
         self._by_token: dict[str, asyncio.Task[Account]] = {}
         self.body_bytes = 0  # of all agents
         self.receiving: dict[User, float] = {}  # whose request is on its way, since when
@@ -137,13 +136,8 @@ class Accounts:
             raise
         assert greeting.frames is not None
         connection = Connection(ControlSocket(self._home, token, (greeting.frames, welcome)))
-        connection.attach_loop(asyncio.get_running_loop(), self._pace_s)
+        connection.attach_loop(asyncio.get_running_loop(), self._pace)
         return Account(welcome.pid, welcome.ospid, connection, self)
-
-    def _pace_s(self) -> float:
-        """A crowd's tokens are passed on some at a time: each part of a stream costs a program, the kernel and this
-        process more than the token in it."""
-        return min(PACE_S, self._streams() * PACE_OF_STREAM_S)
 
     async def is_of(self, account: Account, theirs: Address, ours: Address) -> bool:
         """Whether the TCP connection is one of this agent."""

@@ -17,6 +17,7 @@ from uvicorn.server import ServerState
 from aiosd import passage
 from aiosd.gateway.accounts import Accounts
 from aiosd.gateway.connection import Guarded, Strangers
+from aiosd.gateway.pacer import Pacer
 from aiosd.gateway.routes import ROUTES
 from aiosd.gateway.spec import GatewaySpec
 from aiosd.gateway.web import App, Counters
@@ -54,7 +55,7 @@ async def _serve(superior: Superior, spec: GatewaySpec, rounds: Rounds, counters
     loop = asyncio.get_running_loop()
     ended = asyncio.Event()
     strangers = Strangers()
-    accounts = Accounts(spec.home, lambda: counters.streams)
+    accounts = Accounts(spec.home, Pacer(lambda: counters.streams))
     superior.on_gone = accounts.gone
     superior.stats = lambda: {
         **counters.totals(),
