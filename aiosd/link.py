@@ -51,6 +51,7 @@ class Caller(Struct, array_like=True, frozen=True):
     program: bytes = b""  # which program it is, see `access.deed.Subject`,
     sha256: bytes = b""  # … and with which content
     shares: list[PurseShare] = []  # its budgets of tokens
+    network: tuple[int, int] = (0, 0)  # of one in a network of its own: Linux pid, and the inode of that network
 
 
 class Ask(Struct, array_like=True, frozen=True, tag=True):
@@ -153,6 +154,12 @@ class ErrandDone(Struct, array_like=True, frozen=True, tag=True):
 
     number: int
     reply: bytes
+
+
+class Used(Struct, array_like=True, frozen=True, tag=True):
+    """By promise (`Answered.promise`): how often the kernel has given that answer again since it last told this."""
+
+    counts: dict[int, int]
 
 
 class GetStats(Struct, array_like=True, frozen=True, tag=True):
@@ -275,11 +282,21 @@ class Finished(Struct, array_like=True, frozen=True, tag=True):
 
 
 class Answered(Struct, array_like=True, frozen=True, tag=True):
-    """Final word on an `Ask`: `body` is the reply's, already encoded. `prompt_tokens` are charged to the caller."""
+    """Final word on an `Ask`: `body` is the reply's, already encoded. `prompt_tokens` are charged to the caller.
+    `promise`: a number, not 0: until the service names it in `Stale` the caller would get this answer again for the
+    same call, so the kernel may give it from memory."""
 
     key: Key
     body: bytes
     prompt_tokens: int = 0
+    promise: int = 0
+
+
+class Stale(Struct, array_like=True, frozen=True, tag=True):
+    """These promises are taken back. Sent before the answer to the call that has changed what they were about; with a
+    `Loaded` all promises made before it are void."""
+
+    promises: list[int]
 
 
 class Part(Struct, array_like=True, frozen=True, tag=True):
@@ -300,6 +317,15 @@ class Errand(Struct, array_like=True, frozen=True, tag=True):
     sys: int
     args: Raw
     again: bool = False
+
+
+class ToolUse(Struct, array_like=True, frozen=True, tag=True):
+    """From the toolbox: calls of this agent have used so many microseconds on processors since the last such message,
+    and hold so much memory now. Sent while they run, and before they are answered."""
+
+    pid: int
+    cpu_us: int
+    memory_bytes: int
 
 
 class Failed(Struct, array_like=True, frozen=True, tag=True):
@@ -341,7 +367,20 @@ class Stats(Struct, array_like=True, frozen=True, tag=True):
 
 
 ToService = (
-    Ask | Submit | CancelCall | Park | ParkCall | Keep | Gone | Schedule | Renice | Rules | ErrandDone | GetStats | Quit
+    Ask
+    | Submit
+    | CancelCall
+    | Park
+    | ParkCall
+    | Keep
+    | Gone
+    | Schedule
+    | Renice
+    | Rules
+    | ErrandDone
+    | Used
+    | GetStats
+    | Quit
 )
 FromService = (
     Progress
@@ -354,8 +393,10 @@ FromService = (
     | Step
     | Finished
     | Answered
+    | Stale
     | Part
     | Errand
+    | ToolUse
     | Failed
     | Health
     | Denied
@@ -566,6 +607,21 @@ class Templates(Struct, array_like=True, frozen=True, tag=True):
     shown: list[TemplateShown]
 
 
+class ServerShown(Struct, array_like=True, frozen=True):
+    """An MCP server that runs, for people."""
+
+    name: str
+    pid: int
+    ospid: int
+    started: float  # Unix time
+
+
+class McpServers(Struct, array_like=True, frozen=True, tag=True):
+    """All MCP servers that run now."""
+
+    shown: list[ServerShown]
+
+
 class Reread(Struct, array_like=True, frozen=True, tag=True):
     """The settings were read again: those that can change in a running system."""
 
@@ -592,6 +648,7 @@ FromSupervisor = (
     | ServiceForked
     | ServiceDied
     | Templates
+    | McpServers
     | Reread
     | Stop
 )

@@ -100,6 +100,14 @@ class Service:
         return entry(channel, self.argument, rounds)
 
 
+class Lasting(NamedTuple):
+    """What a function returns whose caller would get the same body again for the same call, until `Server.take_back` is
+    called with this promise (a number, not 0)."""
+
+    body: Any
+    promise: int
+
+
 class Pause(NamedTuple):
     """What a call that cannot go on yields. It is called again when something has come, whatever that is, and at
     `until` (monotonic clock) at the latest; with 0 after all others have had their turn."""
@@ -140,6 +148,8 @@ class Server:
     info: Mapping[str, Any] = field(default_factory=dict)  # for `link.Loaded`
     others: Callable[[link.ToService], link.FromService | None] = lambda message: None  # any other message, its answer
     charge: Callable[[Any], int] = lambda body: 0  # tokens that the caller pays for this answer
+    on_used: Callable[[dict[int, int]], None] = lambda counts: None  # promised answers that the kernel has given again
+    on_begin: Callable[[], None] = lambda: None  # a kernel begins, for which no promise was made
     background: Callable[[], float] = lambda: SLEEP_S  # called in each round; for how many seconds it can wait then
     _answers: OrderedDict[link.Key, _Answer] = field(default_factory=OrderedDict)
     _bytes: int = 0
@@ -172,6 +182,7 @@ class Server:
                 channel.pump()
             if channel.reborn:  # a new kernel: it submits again what is open
                 channel.renew()
+                self.on_begin()
                 self.send(link.Loaded(dict(self.info)))
             wait = min(SLEEP_S, self.background())
             for key in list(self._under_way):
@@ -283,6 +294,8 @@ class Server:
                 self._quietly(lambda: self.on_gone(peer))
             case link.Rules(policy=policy):
                 self.policy = policy
+            case link.Used(counts=counts):
+                self.on_used(counts)
             case link.GetStats(req=req):
                 self.send(link.Stats(req, self.stats()))
             case link.Quit():
@@ -372,6 +385,10 @@ class Server:
         """A queued call begins now. From here on one that is made NEVER again is lost with this process."""
         self.channel.send_silently(link.encode(link.Begun(key)))  # read with what comes next, or at our death
 
+    def take_back(self, promises: list[int]) -> None:
+        """Of `Lasting` answers. To be called before the answer to the call that has changed what they said."""
+        self.send(link.Stale(promises))
+
     def part(self, key: link.Key, body: object) -> None:
         """A part of an answer that comes later."""
         if key in self._later:
@@ -391,11 +408,14 @@ class Server:
             self._failed(key, err)
 
     def _answered(self, key: link.Key, body: object) -> None:
+        promise = 0
+        if isinstance(body, Lasting):
+            body, promise = body
         encoded = wire.encode(body)
         if len(encoded) > wire.MAX_FRAME - 1024:
             self._failed(key, wire.error(errno.EMSGSIZE, f"an answer of {len(encoded)} bytes; ask for less at a time"))
         else:
-            self._finish(key, link.Answered(key, encoded, self.charge(body)), len(encoded))
+            self._finish(key, link.Answered(key, encoded, self.charge(body), promise), len(encoded))
 
     def _failed(self, key: link.Key, err: Exception) -> None:
         if isinstance(err, Unapproved):
@@ -422,6 +442,8 @@ class Server:
     def _out(self, message: link.Answered | link.Failed, size: int) -> None:
         key = message.key
         self.send(message)
+        if isinstance(message, link.Answered) and message.promise:  # not again: it may have been taken back by then
+            message = link.Answered(key, message.body, message.prompt_tokens)
         old = self._answers.pop(key, None)
         self._answers[key] = _Answer(message, size, self._lives.pop(key, 0))
         self._bytes += size - (old.size if old is not None else 0)

@@ -836,7 +836,8 @@ class RestoredContext(Struct, array_like=True, frozen=True):
 
 
 class Note(Struct, frozen=True):
-    """A note as it is kept. Times are Unix times; `version` grows by one with each change."""
+    """A note as it is kept. Times are Unix times; `version` grows by one with each change. `damaged`: the disk has lost
+    it, and only its id is known; with id 0 it stands for some of which not even that is known."""
 
     id: int
     text: str
@@ -848,6 +849,7 @@ class Note(Struct, frozen=True):
     expires: float | None
     version: int
     shared: bool  # it belongs to the caller's group
+    damaged: bool = False
 
 
 class Found(Struct, frozen=True):
@@ -858,7 +860,8 @@ class Found(Struct, frozen=True):
 
 
 class File(Struct, frozen=True):
-    """A file as it is. Times are Unix times. A file of a mounted folder has version 0, and no history."""
+    """A file as it is. Times are Unix times. A file of a mounted folder has version 0, and no history. `damaged`: the
+    disk has lost what is known of it, but its path."""
 
     path: str
     size: int
@@ -867,6 +870,7 @@ class File(Struct, frozen=True):
     updated: float
     by: str  # the agent that made this version
     mounted: bool = False
+    damaged: bool = False
 
 
 class Version(Struct, frozen=True):

@@ -99,6 +99,12 @@ def inspected(system: System, pid: int | str) -> dict[str, Any]:
             "for _ in range(5): subprocess.Popen(['sleep', '100'])\naios.msg.recv()",
             "process budget of 3 exceeded",
         ),
+        (("--cpu", "0.5"), "aios.tool.call('python', code='while True: pass')", "CPU budget of 0.5 s used up"),
+        (
+            ("--memory", "120M"),
+            "aios.tool.call('shell', command='head -c 200M /dev/zero | tail -n 1 | sleep 100')",
+            "memory budget of 120M exceeded",
+        ),
     ],
 )
 def test_what_is_sampled_is_ended(

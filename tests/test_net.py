@@ -159,6 +159,31 @@ def test_an_agent_reaches_what_it_was_granted_and_nothing_else(system: System, u
     assert denied["net upstream.test:443"].startswith("sandbox: port 443 of upstream.test is not granted")
 
 
+def test_built_in_tools_reach_what_their_agent_reaches(system: System, upstream: int, tmp_path: Path) -> None:
+    code = f"""
+        import libaios as aios
+        python = 'import urllib.request as u; print(u.urlopen(%r, timeout=20).read().decode())'
+        direct = 'import socket; socket.create_connection((%r, {upstream}), 5)'
+        def tool(name, **arguments): return tried(lambda: aios.tool.call(name, **arguments))
+        print(json.dumps({{
+            **{{host: tool("fetch", url=f"http://{{host}}.upstream.test:{upstream}/f") for host in ("api", "other")}},
+            "python": tool("python", code=python % "http://api.upstream.test:{upstream}/p")["output"],
+            "direct": tool("python", code=direct % sys.argv[1])["output"].strip(),
+        }}))
+    """
+    found = agent(system, tmp_path, f"api.upstream.test:{upstream}", code, UPSTREAM)
+    granted = f"api.upstream.test:{upstream} "
+    assert found["api"] == f"GET /f {granted}"
+    assert found["other"].startswith("PermissionError: sandbox: other.upstream.test is not granted")
+    assert found["python"] == f"GET /p {granted}\n"
+    assert "Connection refused" in found["direct"]
+    others = agent(system, tmp_path, f"other.upstream.test:{upstream}", code, UPSTREAM)
+    assert others["api"].startswith("PermissionError: ")  # a worker is shared with nobody who reaches something else
+    pid = max(entry["pid"] for entry in system.ps("--dead"))
+    noted = [json.loads(line) for line in (system.home / "data" / "audit.jsonl").read_text().splitlines()]
+    assert f"net {granted.strip()}" in [line["what"] for line in noted if line.get("pid") == pid]
+
+
 def test_the_gateway_is_found_at_its_own_and_at_fixed_addresses_without_a_token(system: System, tmp_path: Path) -> None:
     found = agent(
         system,

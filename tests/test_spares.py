@@ -5,13 +5,18 @@ from __future__ import annotations
 import contextlib
 import os
 import signal
+import socket
 import textwrap
+from collections.abc import Iterator
 from pathlib import Path
 
 import psutil
+import pytest
 
 from aiosd.birth.rehearsal import rehearse
+from aiosd.birth.spares import PID, Brooder, Spares, pair
 from aiosd.init.supervisor import _backoff
+from aiosd.timers import Timers
 from tests.conftest import System, descriptors, eventually, segments
 
 PARENT = """
@@ -79,6 +84,84 @@ def test_one_agent_makes_no_spares(aiosd: System) -> None:
     assert eventually(lambda: not spares(aiosd), 10)
     aiosd.run("aios-run", "--", "true", check=True)
     assert not spares(aiosd)
+
+
+# ── the brooder's end ─────────────────────────────────────────────────────────────────────────────────────
+
+BROODER = 1 << 22  # no process has this pid, nor the next ones
+
+
+@pytest.fixture
+def brooding() -> Iterator[tuple[Spares, list[socket.socket], int]]:
+    """Three spares are on their way: the spares' ends of their sockets, and the brooder's end of the pipe."""
+    spares, pairs = Spares(Timers(lambda: 0.0)), [pair() for _ in range(3)]
+    pipe, reports = os.pipe2(os.O_CLOEXEC | os.O_NONBLOCK)
+    spares._brooder = Brooder(BROODER, [ours for ours, _ in pairs], pipe)
+    spares._batch *= 2
+    yield spares, [theirs for _, theirs in pairs], reports
+    spares.dismiss()
+    os.close(reports)
+    for _, theirs in pairs:
+        theirs.close()
+
+
+def report(reports: int, *ospids: int) -> None:
+    os.write(reports, b"".join(map(PID.pack, ospids)))
+
+
+def dismissed(theirs: socket.socket) -> bool:
+    try:
+        return theirs.recv(1, socket.MSG_DONTWAIT) == b""
+    except BlockingIOError:
+        return False
+
+
+def test_spares_wait_once_their_brooder_has_ended(brooding: tuple[Spares, list[socket.socket], int]) -> None:
+    spares, ends, reports = brooding
+    report(reports, BROODER + 1, BROODER + 2, BROODER + 3)
+    assert spares.ospids() == {BROODER, BROODER + 1, BROODER + 2, BROODER + 3}  # none of them is an orphan
+    assert spares.ended(BROODER)
+    assert spares.ospids() == {BROODER + 1, BROODER + 2, BROODER + 3}
+    assert [dismissed(end) for end in ends] == [False, False, False]
+    assert spares.ended(BROODER + 2)  # killed while it waited
+    assert [dismissed(end) for end in ends] == [False, True, False]
+    assert not spares.ended(BROODER + 2)  # another process, that has its pid now
+    spares.dismiss()
+    assert spares.ospids() == {BROODER + 1, BROODER + 3}  # until they have ended
+    assert spares.ended(BROODER + 1)
+    assert spares.ended(BROODER + 3)
+    assert spares.ospids() == set()
+
+
+@pytest.mark.parametrize("born", [(), (BROODER + 1,)])
+def test_a_brooder_that_was_killed_or_could_not_fork(
+    brooding: tuple[Spares, list[socket.socket], int], born: tuple[int, ...]
+) -> None:
+    spares, ends, reports = brooding
+    report(reports, *born)
+    assert spares.ended(BROODER)
+    assert spares.ospids() == set(born)
+    assert [dismissed(end) for end in ends] == [number >= len(born) for number in range(3)]
+
+
+def test_a_spare_that_ended_before_its_brooder_is_not_used(
+    brooding: tuple[Spares, list[socket.socket], int],
+) -> None:
+    spares, ends, reports = brooding
+    report(reports, BROODER + 1, BROODER + 2)
+    assert spares.ended(BROODER + 1)
+    assert spares.ended(BROODER)
+    assert spares.ospids() == {BROODER + 2}
+    assert [dismissed(end) for end in ends] == [True, False, True]
+
+
+def test_spares_dismissed_before_they_are_born_leave(brooding: tuple[Spares, list[socket.socket], int]) -> None:
+    spares, ends, reports = brooding
+    spares.dismiss()
+    report(reports, BROODER + 1, BROODER + 2, BROODER + 3)
+    assert spares.ended(BROODER)
+    assert all(map(dismissed, ends))
+    assert spares.ospids() == {BROODER + 1, BROODER + 2, BROODER + 3}
 
 
 def test_the_rehearsal_leaves_nothing_behind() -> None:

@@ -80,6 +80,7 @@ DEEDS = st.one_of(
     st.tuples(st.just("get"), KEYS),
     st.tuples(st.just("put"), KEYS, st.integers(1, 30), OWNERS),
     st.tuples(st.just("remove"), KEYS),
+    st.tuples(st.just("again"), KEYS, st.integers(1, 5)),
 )
 
 
@@ -105,6 +106,9 @@ def compare(k: int, deeds: list[Any]) -> None:
     for deed, key, *rest in deeds:
         if deed == "get":
             assert (cache.get(key) is not None) == model.get(key)
+        elif deed == "again":
+            cache.again(key, *rest)
+            assert len({model.get(key) for _ in range(*rest)}) == 1
         elif deed == "put":
             assert cache.put(key, key, *rest) == model.put(key, *rest)
         else:

@@ -17,6 +17,7 @@ from msgspec import Raw, msgpack
 from aiosd import link
 from aiosd.access.deed import Deed
 from aiosd.errors import WorldError
+from aiosd.service import Lasting
 from aiosd.store.database import VERSION, Database
 from aiosd.store.memory import Memory
 from aiosd.store.room import Room
@@ -44,6 +45,8 @@ class Store:
         found = getattr(self.memory, name)(self.ask(caller, again), args)
         if isinstance(found, Generator):  # nothing to wait for: there is no embedder
             found = drain(found)
+        if isinstance(found, Lasting):
+            return found.body
         return msgpack.decode(found) if isinstance(found, Raw) else found
 
 
@@ -246,7 +249,11 @@ def test_the_file_belongs_to_one_process_and_pages_are_checked(tmp_path: Path) -
         raw[page + 2000] ^= 1
     path.write_bytes(raw)
     store = Store(tmp_path)
-    refused(errno.EIO, lambda: store("list", wire.MemList(limit=1000)))
+    listed = store("list", wire.MemList(limit=1000))
+    assert [note.id for note in listed] == list(range(200, 0, -1))
+    lost = [note.id for note in listed if note.damaged]
+    assert lost
+    refused(errno.EIO, lambda: store("get", wire.MemGet(lost[0])))
     store.database.close()
 
 

@@ -33,6 +33,15 @@ for act in (
     except OSError as err: print(err.errno, err.strerror.partition(":")[0])
 print(aios.mem.stats()["notes"])
 """
+#: Reads at each line, or changes what it reads to that.
+READ = """
+import sys, libaios as aios
+for line in sys.stdin:
+    if text := line.strip():
+        aios.mem.add(text, key="k")
+        aios.sto.write("f", text.encode())
+    print(aios.mem.get("k").text, aios.sto.read("f").decode(), flush=True)
+"""
 LIST = "import libaios as aios\nprint([note.text for note in aios.mem.list()])\n"
 
 
@@ -127,7 +136,7 @@ def test_inspect_shows_what_an_agent_keeps(fresh_aiosd: Callable[..., System], t
     system = fresh_aiosd()
     (script := tmp_path / "keep.py").write_text(
         "import json, os, subprocess, sys\nimport libaios as aios\n"
-        "note = aios.mem.add('one')\naios.mem.get(note)\n"
+        "note = aios.mem.add('one')\n[aios.mem.get(note) for _ in range(3)]\n"
         "shown = subprocess.run(['aios-inspect', str(aios.proc.getpid())], capture_output=True, text=True).stdout\n"
         "print(json.dumps([aios.proc.getpid(), json.loads(shown)[0]['memory']]), flush=True)\nsys.stdin.read()\n"
     )
@@ -135,7 +144,41 @@ def test_inspect_shows_what_an_agent_keeps(fresh_aiosd: Callable[..., System], t
     assert job.stdin is not None
     assert job.stdout is not None
     pid, own = json.loads(job.stdout.readline())
-    assert (own["notes"], own["hits"], own["faults"], own["evictions"]) == (1, 1, 0, 0)
+    assert (own["notes"], own["hits"], own["faults"], own["evictions"]) == (1, 3, 0, 0), "two of them without the store"
     shown = json.loads(system.run("aios-inspect", str(pid), check=True).stdout)[0]["memory"]
     assert shown == own
     job.communicate("")
+
+
+def test_what_was_read_once_needs_no_store_until_it_changes(fresh_aiosd: Callable[..., System], tmp_path: Path) -> None:
+    aiosd = fresh_aiosd()
+    (script := tmp_path / "read.py").write_text(READ)
+    agents = [aiosd.popen("aios-run", "--name", "reader", str(script)) for _ in range(2)]
+
+    def reads(number: int, text: str = "") -> str:
+        job = agents[number]
+        assert job.stdin is not None
+        assert job.stdout is not None
+        job.stdin.write(f"{text}\n")
+        job.stdin.flush()
+        return str(job.stdout.readline().strip())
+
+    assert reads(0, "one") == "one one"
+    assert reads(1) == "one one"
+    store = psutil.Process(ospid(aiosd))
+    store.suspend()
+    try:
+        assert [reads(number) for number in (0, 1)] == ["one one"] * 2
+    finally:
+        store.resume()
+    assert reads(1, "two") == "two two"
+    assert [reads(number) for number in (0, 1)] == ["two two"] * 2
+    kill(aiosd)
+    assert reads(0, "three") == "three three", "a promise of the dead store holds no more"
+    assert reads(1) == "three three"
+    kernel = next(entry["ospid"] for entry in aiosd.ps() if entry["name"] == "kernel")
+    os.kill(kernel, signal.SIGKILL)
+    assert reads(1, "four") == "four four"
+    assert reads(0) == "four four"
+    for job in agents:
+        job.communicate("")

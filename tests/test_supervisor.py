@@ -13,6 +13,8 @@ import pytest
 
 from aiosd import link
 from aiosd.init import signals
+from aiosd.init.agents import Agents
+from aiosd.init.kernellink import KernelLink
 from aiosd.init.records import Agent, Process
 from aiosd.init.supervisor import KERNEL, LAST_WAIT_S, Supervisor
 from aiosd.service import Service, Stopped
@@ -41,19 +43,20 @@ def test_what_a_dead_kernel_had_sent_counts_though_no_kernel_can_be_told_any_mor
     """Else an exit status that it gave out is given out again by the next one."""
     ours, theirs = socket.socketpair()
     supervisor = object.__new__(Supervisor)
-    supervisor.epoll = select.epoll()
-    supervisor.epoll.register(ours.fileno(), select.EPOLLIN)
-    supervisor.link, supervisor.kernel = FrameSocket(ours), Process(KERNEL, 3, os.getpid())
-    supervisor.agents = {pid: agent(pid) for pid in (7, 8)}
-    kernel = FrameSocket(theirs)
-    kernel.send(link.encode(link.Mark(7, reaped=True)))
-    kernel.send(link.encode(link.Mark(8, reaped=True)))
-    kernel.close()
-    supervisor._tell(link.ChildExited(9, 0))
-    while supervisor.link is not None:
-        supervisor._on_kernel(supervisor.link)
-    supervisor.epoll.close()
-    assert [one.reaped for one in supervisor.agents.values()] == [True, True]
+    with select.epoll() as epoll:
+        supervisor.link = KernelLink(epoll, Process(KERNEL, 3, os.getpid()))
+        supervisor.link.open(ours)
+        agents = object.__new__(Agents)
+        agents.records = {pid: agent(pid) for pid in (7, 8)}
+        supervisor._act = {link.Mark: agents.on_mark}
+        kernel = FrameSocket(theirs)
+        kernel.send(link.encode(link.Mark(7, reaped=True)))
+        kernel.send(link.encode(link.Mark(8, reaped=True)))
+        kernel.close()
+        supervisor.link.send(link.ChildExited(9, 0))
+        while supervisor.link.is_open:
+            supervisor._on_kernel()
+    assert [one.reaped for one in agents.records.values()] == [True, True]
 
 
 def test_a_bug_in_what_is_done_for_a_dead_child_is_not_swallowed() -> None:
@@ -89,14 +92,15 @@ def test_own_processes_are_told_to_end_in_the_order_of_their_records(monkeypatch
     now, done = 0.0, []
     supervisor = object.__new__(Supervisor)
     supervisor.timers = Timers(lambda: now)
-    supervisor.children, supervisor.stopping, supervisor.last_step, supervisor.exit_code = {}, "asked to", None, None
+    supervisor.stopping, supervisor.last_step, supervisor.exit_code = "asked to", None, None
+    supervisor.agents = SimpleNamespace(live=list)  # type: ignore[assignment]
+    supervisor.link = SimpleNamespace(send=lambda message: done.append((102, message.last)))  # type: ignore[assignment]
     supervisor.orphans = SimpleNamespace(any=lambda: False)  # type: ignore[assignment]
     supervisor.kernel = Process(KERNEL, 2, ospid=102)
     door = Process(Service("door", "door", "", stopped=Stopped.FIRST), 3, ospid=103)
     store = Process(Service("store", "store", ""), 4, ospid=104)
     supervisor.services = {"store": store, "door": door}
     monkeypatch.setattr(os, "kill", lambda ospid, number: done.append((ospid, number)))
-    monkeypatch.setattr(supervisor, "_tell", lambda message: done.append((102, message.last)))
     supervisor._continue_stop()
     supervisor._continue_stop()
     assert done == [(103, signal.SIGTERM)], "once"

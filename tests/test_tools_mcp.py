@@ -7,6 +7,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import psutil
 import pytest
 
 from aiosd.birth.server import House, box_of, level_of
@@ -83,6 +84,12 @@ def test_tools_of_a_server_and_what_it_does_wrong(system: System, tmp_path: Path
         assert call(client, "it__echo", "hi") == "hi its key"  # waits until the server has started
         longest = "it__a_name_with_signs_and_of_a_length_" + "x" * 26
         assert names(client) == sorted([longest, "it__echo", "it__ends", "it__fails", "it__hangs"])
+        (shown,) = system.ps("-C", "mcp:it")
+        assert (shown["system"], shown["stat"]) == (True, "S")
+        assert shown["mem_bytes"] > 1 << 20
+        assert "server.py" in " ".join(psutil.Process(shown["ospid"]).cmdline())
+        status = system.run("aiosd", "status", "--check", check=True).stdout
+        assert f"it (pid {shown['pid']})" in status
         with pytest.raises(OSError, match='"text" is a required property'):
             client.call(Sys.TOOL_CALL, CallTool("it__echo", {}), Any)
         with pytest.raises(OSError, match=r"^.{4000,4200}$"):

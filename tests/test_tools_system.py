@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+import json
 import os
 import signal
 from collections.abc import Callable, Iterator
@@ -48,6 +49,22 @@ def hold(gate: str) -> str:
 
 @define
 def ends() -> None: os._exit(3)
+
+@define
+def burns(how: str, seconds: float) -> str:
+    """Uses a processor in a child, and ends in one of many ways."""
+    pid = os.fork()
+    until = time.process_time() + seconds
+    if pid == 0:
+        if how == "detaches": os.setsid()
+        while time.process_time() < until: pass
+        while how == "leaves": time.sleep(1)
+        os._exit(0)
+    state = {"leaves": "S", "detaches": "Z"}.get(how, "")
+    while state and Path(f"/proc/{pid}/stat").read_text().split()[2] != state: time.sleep(0.005)
+    if not state: os.waitpid(pid, 0)
+    if how == "dies": os._exit(3)
+    return how
 
 @define
 def raises(kind: str) -> None: raise {"key": KeyError("k"), "os": FileNotFoundError(2, "no such thing"),
@@ -222,6 +239,27 @@ def test_what_goes_wrong_hurts_that_call_alone(
     assert call(client, "calc", expression="1") == "1"
     assert toolbox(system) == box
     assert eventually(lambda: not [p for p in below(system) if "tools.worker" not in " ".join(p.cmdline())])
+
+
+def test_what_a_call_uses_is_charged_to_its_agent_however_it_ends(system: System, tmp_path: Path) -> None:
+    """It takes less time than there is between two samples."""
+    (script := tmp_path / "agent.py").write_text(
+        "import libaios as aios\n"
+        "def used(): return next(one.cpu_s for one in aios.proc.ps() if one.pid == aios.proc.getpid())\n"
+        "for how in ('waits', 'leaves', 'dies', 'detaches'):\n"
+        "    before = used()\n"
+        "    try: aios.tool.call('burns', how=how, seconds=0.05)\n"
+        "    except OSError as err: assert how == 'dies' and err.errno == 5, err\n"
+        "    print(how, used() - before)\n"
+    )
+    done = system.run("aios-run", "--name", "burner", "--cpu", "100", script)
+    shown = [line.split() for line in done.stdout.splitlines()]
+    assert [how for how, _ in shown] == ["waits", "leaves", "dies", "detaches"], done.stderr
+    assert [how for how, used in shown if not 0.04 <= float(used) < 1.0] == []
+    agent = json.loads(system.run("aios-inspect", "burner", check=True).stdout)[0]
+    assert agent["cpu_s"] >= agent["tools"]["cpu_s"] >= 4 * 0.04
+    assert agent["tools"]["memory_bytes"] == 0
+    assert system.run("aiosd", "status", "--check").returncode == 0
 
 
 def test_endless_output_is_cut(client: Client) -> None:

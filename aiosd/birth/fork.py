@@ -1,9 +1,9 @@
 """Forking, and what happens in a child before its own code runs.
 
-Only the supervisor forks, and the templates that it has started (see `template`). Every child leaves through `fork()`
-below, whose child branch ends in `os._exit`, so that neither `finally` blocks nor `atexit` handlers of the parent ever
-run in a child. A child keeps exactly the descriptors it is told to keep, and starts with default signal handlers and a
-parent-death signal. How such a child becomes an agent is in `agent`.
+Only the supervisor forks, its brooders (see `spares`), and the templates that it has started (see `template`). Every
+child leaves through `_run()` below, which ends in `os._exit`, so that neither `finally` blocks nor `atexit` handlers of
+the parent ever run in a child. A child keeps exactly the descriptors it is told to keep, and starts with default signal
+handlers and a parent-death signal. How such a child becomes an agent is in `agent`.
 """
 
 from __future__ import annotations
@@ -84,9 +84,16 @@ def _nothing() -> None:
     pass
 
 
+def fork_again(child: Callable[[], int]) -> int:
+    """`fork` in a process that is such a child itself, and not tied: nothing of the parent is left to be reset."""
+    ospid = _fork()
+    if ospid == 0:
+        _run(child)
+    return ospid
+
+
 def _in_child(child: Callable[[], int], parent: int, exits: bool) -> NoReturn:
-    code = 70  # EX_SOFTWARE: the exit code when even the child's error handling fails
-    try:
+    def begin() -> int:
         gc.freeze()  # inherited objects must not be collected here
         if not exits:
             atexit._clear()
@@ -95,6 +102,14 @@ def _in_child(child: Callable[[], int], parent: int, exits: bool) -> NoReturn:
         if parent:
             die_with_parent(parent, signal.SIGKILL)
         _signal.pthread_sigmask(signal.SIG_SETMASK, ())
+        return child()
+
+    _run(begin)
+
+
+def _run(child: Callable[[], int]) -> NoReturn:
+    code = 70  # EX_SOFTWARE: the exit code when even the child's error handling fails
+    try:
         code = child()
     except BaseException:  # of any kind: the child of a fork must not return into its parent's code
         traceback.print_exc()

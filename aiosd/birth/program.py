@@ -144,6 +144,9 @@ def _what_is_missing(path: str | None) -> str:
 # ── Python ────────────────────────────────────────────────────────────────────────────────────────────────
 
 
+_OWN_FOLDER = os.path.dirname(os.path.realpath(sys.argv[0]))  # of aiosd's own script; looked up once, before any fork
+
+
 def _run_script(program: Program, report: Report) -> int:
     loader = SourceFileLoader("__main__", program.path)
     _set_up_main(program, program.folder, __file__=program.path, __cached__=None, __loader__=loader)
@@ -183,8 +186,8 @@ def _set_up_main(program: Program, first_path: str, **names: object) -> None:
     letter = program.letter
     sys.modules["__main__"] = ModuleType("__main__")
     _name_main(__builtins__=builtins, __spec__=None, __annotations__={}, **names)
-    if sys.path and sys.path[0] == os.path.dirname(os.path.realpath(sys.argv[0])):
-        del sys.path[0]  # the folder of aiosd's own script
+    if sys.path and sys.path[0] == _OWN_FOLDER:
+        del sys.path[0]
     sys.argv = [letter.target, *letter.args]
     sys.orig_argv = command_line(letter)
     entries = [os.path.abspath(entry) for entry in os.environ.get("PYTHONPATH", "").split(os.pathsep) if entry]

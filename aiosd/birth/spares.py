@@ -4,46 +4,71 @@ An agent shares its memory with the supervisor until one of them writes to it. B
 to about 0.8 MB of pages (mostly reference counts), which costs every agent a copy of these. The agents of a batch,
 forked with nothing done in between, share these pages; and the next spawns need not wait for a fork.
 
+A batch is forked by a brooder: a child of the supervisor that forks the spares, reports their pids, and ends, whereupon
+Linux makes them children of the supervisor. So the supervisor goes on meanwhile, and does not fork 64 times in a row.
+
+    supervisor ──fork──▶ brooder ──fork──▶ spare, spare, …     the pids come through a pipe
+               ◀──────── ends              spare becomes an agent
+
 A spare waits at a socket for the agent that it becomes, and holds no other descriptor but the cage's; through the same
-socket it then reports whether it can start (`report`). The first of many spawns is forked alone, the second forks a
-small batch, and each later batch is larger. Spares that are not used for a while exit.
+socket it then reports whether it can start (`report`). The first of many spawns is forked alone, the second has a
+small batch ordered, and each later batch is larger; the next is ordered when half of one is used. Spares that are not
+used for a while exit.
 """
 
 from __future__ import annotations
 
 import array
+import contextlib
 import errno
+import os
+import signal
 import socket
 import struct
 from collections import deque
+from dataclasses import dataclass
 
 from msgspec import msgpack
 
 from aiosd import link
 from aiosd.birth import heap, modules
 from aiosd.birth.agent import Descriptors, become_agent
-from aiosd.birth.fork import fork, keep_only, name_process
+from aiosd.birth.fork import die_with_parent, fork, fork_again, keep_only, name_process
 from aiosd.sandbox import cage
 from aiosd.timers import Timers
 
 BATCH = (4, 64)  # the first one and the largest; each is twice the one before
 HURRY_S = 0.1  # after two spawns within this time, more are likely to follow
 IDLE_S = 0.5
-PID = struct.Struct("=i")  # of a spare, as a template reports it
+PID = struct.Struct("=i")  # of a spare, as a brooder or a template reports it
 LARGEST = 64 << 10  # bytes of a message that a new socket always takes at once
 
 _decode = msgpack.Decoder(tuple[link.Fork, int, str]).decode
+
+
+@dataclass(slots=True)
+class Brooder:
+    ospid: int
+    socks: list[socket.socket]  # the supervisor's ends, one for each spare
+    pipe: int  # … through which the pids come
 
 
 class Spares:
     def __init__(self, timers: Timers) -> None:
         self._timers = timers
         self._waiting: deque[tuple[int, socket.socket]] = deque()
+        self._brooder: Brooder | None = None
+        self._born: list[int] = []  # its spares; 0 for one that has ended
+        self._leaving: set[int] = set()  # those that have been dismissed
         self._last = float("-inf")  # when an agent was started
         self._batch = BATCH[0]
 
-    def ospids(self) -> list[int]:
-        return [ospid for ospid, _ in self._waiting]
+    def ospids(self) -> set[int]:
+        """The Linux pids of the brooder, and of spares that are no agents yet, or will never be."""
+        found = {ospid for ospid, _ in self._waiting} | self._leaving
+        if self._brooder is not None:
+            found |= {self._brooder.ospid, *self._read(self._brooder)}
+        return found
 
     def start(
         self, spec: link.Fork, pid: int, home: str, stdio: tuple[int, int, int], memfd: int, bell: int, letter: int
@@ -53,17 +78,11 @@ class Spares:
         modules.hide()
         now = self._timers.clock()
         hurry, self._last = now - self._last < HURRY_S, now
-        payload = msgpack.encode((spec, pid, home))
-        if len(payload) <= LARGEST:
-            if hurry and not self._waiting:
-                self._fork_batch()
-            while self._waiting:
-                ospid, sock = self._waiting.popleft()
-                try:
-                    _send(sock, payload, (*stdio, memfd, bell, letter))
-                    return ospid, sock
-                except OSError:
-                    sock.close()  # it was killed, or no descriptor is left: the next attempt shows which
+        started = self._turn_spare(msgpack.encode((spec, pid, home)), (*stdio, memfd, bell, letter))
+        if hurry and self._brooder is None and len(self._waiting) <= self._batch // 2:
+            self._order()
+        if started is not None:
+            return started
         ours, theirs = pair()
         try:
             fds = Descriptors(stdio, memfd, bell, letter, theirs.fileno())
@@ -74,23 +93,77 @@ class Spares:
         finally:
             theirs.close()
 
-    def _fork_batch(self) -> None:
+    def _turn_spare(self, payload: bytes, fds: tuple[int, ...]) -> tuple[int, socket.socket] | None:
+        while self._waiting and len(payload) <= LARGEST:
+            ospid, sock = self._waiting.popleft()
+            try:
+                _send(sock, payload, fds)
+                return ospid, sock
+            except OSError:  # it was killed, or no descriptor is left: the next attempt shows which
+                self._leaving.add(ospid)
+                sock.close()
+        return None
+
+    def _order(self) -> None:
+        """Fork a brooder, if Linux can: else there are fewer spares."""
         if self._batch == BATCH[0]:
             self._timers.after(IDLE_S, self._look)
         size, self._batch = self._batch, min(2 * self._batch, BATCH[1])
-        pairs = []
-        heap.tidy()
-        try:
-            for _ in range(size):
-                pairs.append(pair())
-            for ours, theirs in pairs:
-                self._waiting.append((fork(lambda theirs=theirs: become(theirs)), ours))  # type: ignore[misc]
-        except OSError:  # fewer then, or none: the spawn raises the error
-            for ours, _ in pairs[len(self._waiting) :]:
-                ours.close()
-        finally:
-            for _, theirs in pairs:
-                theirs.close()
+        supervisor = os.getpid()
+        pairs: list[tuple[socket.socket, socket.socket]] = []
+        with contextlib.suppress(OSError), contextlib.ExitStack() as opened:
+            pipe, reports = os.pipe2(os.O_CLOEXEC | os.O_NONBLOCK)
+            opened.callback(os.close, pipe)
+            try:
+                for _ in range(size):
+                    pairs.append(pair())
+                    opened.enter_context(pairs[-1][0])
+                ospid = fork(lambda: _brood([theirs for _, theirs in pairs], reports, supervisor))
+            finally:
+                os.close(reports)
+                for _, theirs in pairs:
+                    theirs.close()
+            opened.pop_all()
+            self._brooder = Brooder(ospid, [ours for ours, _ in pairs], pipe)
+
+    def ended(self, ospid: int) -> bool:
+        """A child has ended; returns whether it was one of ours."""
+        if self._brooder is not None:
+            born = self._read(self._brooder)
+            if ospid == self._brooder.ospid:
+                self._take(self._brooder, born)
+                return True
+            if ospid in born:
+                born[born.index(ospid)] = 0
+                return True
+        for waiting in self._waiting:
+            if waiting[0] == ospid:
+                self._waiting.remove(waiting)
+                waiting[1].close()
+                return True
+        if ospid in self._leaving:
+            self._leaving.remove(ospid)
+            return True
+        return False
+
+    def _take(self, brooder: Brooder, born: list[int]) -> None:
+        """The brooder has ended, so its spares are children of the supervisor."""
+        for number, sock in enumerate(brooder.socks):
+            ospid = born[number] if number < len(born) else 0  # fewer: Linux had no more processes
+            if ospid:
+                self._waiting.append((ospid, sock))
+            else:
+                sock.close()
+        os.close(brooder.pipe)
+        self._brooder, self._born = None, []
+        if self._batch == BATCH[0]:
+            self.dismiss()  # the others have been dismissed since it was ordered
+
+    def _read(self, brooder: Brooder) -> list[int]:
+        with contextlib.suppress(BlockingIOError):
+            while report := os.read(brooder.pipe, BATCH[1] * PID.size):
+                self._born += [ospid for (ospid,) in PID.iter_unpack(report)]
+        return self._born
 
     def _look(self) -> None:
         left_s = self._last + IDLE_S - self._timers.clock()
@@ -103,7 +176,22 @@ class Spares:
         """Close their sockets; then the spares exit."""
         self._batch = BATCH[0]
         while self._waiting:
-            self._waiting.popleft()[1].close()
+            ospid, sock = self._waiting.popleft()
+            self._leaving.add(ospid)
+            sock.close()
+
+
+def _brood(ends: list[socket.socket], reports: int, supervisor: int) -> int:
+    """In the brooder. `ends`: one for each spare."""
+    keep_only((reports, *(end.fileno() for end in ends), *cage.descriptors()))
+    name_process("aios:spare")
+    heap.tidy()
+    born: list[int] = []
+    with contextlib.suppress(OSError):  # fewer then, or none
+        for end in ends:
+            born.append(fork_again(lambda end=end: become(end, supervisor)))  # type: ignore[misc]
+    os.write(reports, b"".join(map(PID.pack, born)))  # less than a page: all or nothing
+    return 0
 
 
 def pair() -> tuple[socket.socket, socket.socket]:
@@ -111,10 +199,10 @@ def pair() -> tuple[socket.socket, socket.socket]:
     return socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
 
 
-def tell(
+def assign(
     sock: socket.socket, spec: link.Fork, pid: int, home: str, stdio: tuple[int, int, int], channel: tuple[int, ...]
 ) -> None:
-    """Tell a process that waits in `become` which agent it is. `channel`: memfd, bell, letter. Raises OSError."""
+    """Send a process that waits in `become` which agent it is. `channel`: memfd, bell, letter. Raises OSError."""
     payload = msgpack.encode((spec, pid, home))
     if len(payload) > LARGEST:
         raise OSError(errno.E2BIG, "what is known of this agent is too long")
@@ -126,13 +214,15 @@ def _send(sock: socket.socket, payload: bytes, fds: tuple[int, ...]) -> None:
     sock.sendmsg([payload], [(socket.SOL_SOCKET, socket.SCM_RIGHTS, rights)], socket.MSG_DONTWAIT)
 
 
-def become(sock: socket.socket, keeps_library: bool = False) -> int:
-    """In the spare: wait for the agent that it becomes. `keeps_library`: see `become_agent`."""
+def become(sock: socket.socket, supervisor: int = 0, keeps_library: bool = False) -> int:
+    """In the spare: wait for the agent that it becomes. `supervisor`: its parent by then, with which it shall die.
+    `keeps_library`: see `become_agent`."""
     keep_only((sock.fileno(), *cage.descriptors()))
-    name_process("aios:spare")
     payload, ancillary, _, _ = sock.recvmsg(LARGEST, socket.CMSG_SPACE(6 * 4))
     if not payload:
         return 0
+    if supervisor:
+        die_with_parent(supervisor, signal.SIGKILL)
     stdin, stdout, stderr, memfd, bell, letter = array.array("i", ancillary[0][2])
     spec, pid, home = _decode(payload)
     fds = Descriptors((stdin, stdout, stderr), memfd, bell, letter, sock.detach())

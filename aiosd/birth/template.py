@@ -168,4 +168,5 @@ def _spare(sock: socket.socket, parent: int, supervisor: int) -> int:
     poll.poll()
     die_with_parent(supervisor, signal.SIGKILL)
     warmup.reseed()
+    name_process("aios:spare")
     return spares.become(sock, keeps_library=True)

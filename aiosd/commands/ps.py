@@ -66,7 +66,8 @@ def _complete_columns(context: click.Context, parameter: click.Parameter, incomp
     "STAT: R on the LLM or computing, Q waiting for the LLM, S sleeping, D waiting for tool or store, T stopped, "
     "Z dead and not yet waited for, X dead. TOKENS: prompt tokens computed and tokens generated. CTX: tokens of "
     "context that the model keeps for the agent, and where they lie: slot, ram or disk. MEM: memory, where several "
-    "share a page each its part (PSS), sampled. Exits with 1 when nothing was found for -p or -C.",
+    "share a page each its part (PSS), sampled, with what its calls of tools hold; TIME likewise. Lines of aiosd's own "
+    "processes count what these have started. Exits with 1 when nothing was found for -p or -C.",
     "[OPTIONS]",
     EXAMPLES,
 )

@@ -21,6 +21,7 @@ def brief(found: dict[str, Any], machine: str = "") -> list[str]:
     rows |= {str(service.get("name", "?")): str(service["state"]) for service in others}
     rows |= {str(service["name"]): text for service in found.get("services", []) if (text := _errors(service))}
     rows["templates"] = ", ".join(_template(one) for one in found.get("templates", []))
+    rows["MCP servers"] = _servers(found)
     rows |= {f"agent {name}": text for name, text in found.get("agent_problems", {}).items()}
     rows["sandbox"] = _sandbox(found.get("sandbox") or {})
     rows["access"] = _access(found.get("access") or {})
@@ -123,6 +124,10 @@ def _template(one: dict[str, Any]) -> str:
     return f"{name} (Python {one.get('version')}; {one.get('loaded')} modules; {one.get('agents')} forked)"
 
 
+def _servers(found: dict[str, Any]) -> str:
+    return ", ".join(f"{one.get('name', '?')} (pid {one.get('pid', '?')})" for one in found.get("mcp_servers", []))
+
+
 def _route_in_a_line(route: dict[str, Any]) -> str:
     return ", ".join(map(_model_of_route, route.get("models", [])))
 
@@ -179,6 +184,7 @@ def full(found: dict[str, Any], machine: str = "") -> list[str]:
     if machine:
         rows["machine"] = machine
     rows |= {f"route {route.get('name', '?')}": _route_in_a_line(route) for route in rest.pop("routes", [])}
+    rest["mcp_servers"] = _servers(found)
     known = ("version", "state", "uptime_s", "pid", "agents", "max_agents")
     rows |= {name: value for name, value in rest.items() if name not in known and value != ""}
     lines += [f"  {name.replace('_', ' '):18} {_value(name, value)}" for name, value in rows.items()]

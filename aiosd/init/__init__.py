@@ -1,9 +1,12 @@
 """Init: the processes that start and end everything. The guardian forks the supervisor, which forks all others.
 
 guardian.py    the process that the user started: lock, control socket, signals; waits, and sweeps up
-supervisor.py  forks, reaps, forks again; starts and signals agents for the kernel
+supervisor.py  forks, reaps, forks again: the kernel and the services; the order in which all ends
+kernellink.py  its link to the kernel
+agents.py      starts and signals agents for the kernel
 births.py      agents that are forked, and have not reported yet whether they can start
 templates.py   warm processes from which agents may be forked: started when wanted, ended when idle
+servers.py     MCP servers, forked for the toolbox
 orphans.py     processes that a dead agent has left behind
 signals.py     who has sent us a signal, and whether it is obeyed
 services.py    which services a system has

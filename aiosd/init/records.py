@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Generic, TypeVar
 
 from aiosd import link
 from aiosd.heartbeat import Heart
-from aiosd.link import Key, TemplateShown
+from aiosd.link import Key, ServerShown, TemplateShown
 from aiosd.restart import Restarts
 from aiosd.sandbox.probe import Offer
 from aiosd.service import Service
@@ -118,7 +118,7 @@ class Inheritance:
     link: int
     heartbeat: int
     epoch: int
-    pids: dict[str, int]  # of supervisor and kernel
+    pids: dict[str, int]  # of guardian, supervisor and kernel
     guardian: int
     started: float
     since: float
@@ -130,3 +130,4 @@ class Inheritance:
     agents: list[Agent] = field(default_factory=list)
     services: list[Process] = field(default_factory=list)
     templates: list[TemplateShown] = field(default_factory=list)
+    servers: list[ServerShown] = field(default_factory=list)

@@ -15,6 +15,7 @@ import os
 import select
 import signal
 import socket
+import time
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
@@ -39,13 +40,24 @@ class Server:
     name: str
     ospid: int
     lease: int
+    pid: int  # as people know it
+    started: float  # Unix time
 
 
 class Servers:
-    """`children`: the supervisor's map of live children. `house` is there when the first one is wanted."""
+    """`children`: the supervisor's map of live children. `house` is there when the first one is wanted. `new_pid` gives
+    each its number; `tell` is called when there are others than before."""
 
-    def __init__(self, epoll: select.epoll, children: dict[int, Any], house: Callable[[], House]) -> None:
+    def __init__(
+        self,
+        epoll: select.epoll,
+        children: dict[int, Any],
+        house: Callable[[], House],
+        new_pid: Callable[[], int],
+        tell: Callable[[list[link.ServerShown]], None],
+    ) -> None:
         self._epoll, self._children, self._house = epoll, children, house
+        self._new_pid, self._tell_kernel = new_pid, tell
         self._ours, self.theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
         self._ours.setblocking(False)
         self._by_lease: dict[int, Server] = {}
@@ -86,8 +98,10 @@ class Servers:
             raise OSError(f"there are {MOST} already")
         *given, lease = fds
         ospid = fork.fork(lambda: server.become(wanted.name, given, self._house()))
-        self._children[ospid] = self._by_lease[lease] = Server(wanted.number, wanted.name, ospid, lease)
+        one = Server(wanted.number, wanted.name, ospid, lease, self._new_pid(), time.time())
+        self._children[ospid] = self._by_lease[lease] = one
         self._epoll.register(lease, 0)  # a hang-up is always told
+        self._tell_kernel(self.shown())
         self._tell(link.ServerIs(wanted.number, ospid))
 
     def ended(self, one: Server, why: str) -> None:
@@ -96,6 +110,15 @@ class Servers:
             logger.debug("the MCP server %s ended: %s", one.name, why)
             self._drop_lease(one)
         self._tell(link.ServerIs(one.number, 0))
+        self._tell_kernel(self.shown())
+
+    def shown(self) -> list[link.ServerShown]:
+        """Those whose process has not ended."""
+        return [
+            link.ServerShown(one.name, one.pid, one.ospid, one.started)
+            for one in self._children.values()
+            if isinstance(one, Server)
+        ]
 
     def _drop_lease(self, one: Server) -> None:
         del self._by_lease[one.lease]

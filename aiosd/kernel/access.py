@@ -85,6 +85,10 @@ class Access:
             return Verdict.NOW
         return Verdict.LATER
 
+    def is_free(self, row: wire.Row) -> bool:
+        """Whether every agent may make this call now, whatever its arguments."""
+        return row.sys not in self._rules and not self._ruled(row)
+
     def _deed(self, proc: Proc, row: wire.Row, args: Any) -> Deed | None:
         """What has to be decided about; None: nothing, as about almost every call."""
         if row.sys == Sys.SPAWN:

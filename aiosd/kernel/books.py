@@ -22,8 +22,10 @@ from aiosd.kernel.peer import AgentPeer, Peer
 from aiosd.kernel.peers import Peers
 from aiosd.kernel.proc import Proc, ProcTable, State
 from aiosd.kernel.service import Services
+from aiosd.kernel.service import State as ServiceState
 from aiosd.kernel.system import System
 from aiosd.kernel.waiters import Waiters
+from aiosd.service import TOOLBOX
 
 
 @dataclass(slots=True)
@@ -47,7 +49,7 @@ class Books:
 
     def check(self, wrong: list[str]) -> Iterator[None]:
         """A job: adds one line to `wrong` for each discrepancy."""
-        for part in (families, calls, slots, mailboxes, tokens, rings, sizes):
+        for part in (families, calls, slots, mailboxes, tokens, processors, rings, sizes):
             wrong.extend(part(self))
             yield
         for line in processes(self):
@@ -67,7 +69,10 @@ def processes(books: Books) -> Iterator[str]:
     for ospid, proc in live.items():
         if ospid not in children and proc.alive:
             yield f"agent {proc.pid}: the supervisor has no child {ospid}"
-    own = {ospid for _, ospid in books.system.processes().values()}
+    own = {process.ospid for process in books.system.processes()}
+    for server in books.system.servers:
+        if server.ospid not in children:
+            yield f"MCP server {server.name}: the supervisor has no child {server.ospid}"
     for ospid in children - set(live) - own:
         stat, name = procfs.read_stat(ospid), procfs.name(ospid)
         if stat is not None and stat.state != "Z" and stat.ppid == supervisor and name != "aios:spare":
@@ -145,6 +150,21 @@ def tokens(books: Books) -> Iterator[str]:
         settled, under_way = budget.row[ledger.COST_CHARGED], sum(one.cost for one in open_ones)
         if budget.cost_used != settled + under_way:
             yield f"budget of {budget.owner}: {budget.cost_used} of money charged, {settled} + {under_way} spent"
+
+
+def processors(books: Books) -> Iterator[str]:
+    """What its live agents have used, and their calls of tools, has been charged to each budget; and no call that has
+    ended holds memory."""
+    for budget in books.budgets:
+        sharers = [one for pid in budget.sharers if (one := books.table.get(pid)) is not None]
+        used = sum(one.row[ledger.OWN_CPU_US] + one.row[ledger.TOOLS_CPU_US] for one in sharers)
+        if budget.row[ledger.CPU_US] < used:
+            yield f"budget of {budget.owner}: {budget.row[ledger.CPU_US]} µs on processors charged, {used} used"
+    toolbox = books.services.of_kind(TOOLBOX)
+    if toolbox is None or toolbox.state is not ServiceState.READY:
+        for proc in books.table:
+            if proc.tools_bytes:
+                yield f"agent {proc.pid}: its calls of tools hold {proc.tools_bytes} bytes, and none runs"
 
 
 def _generations(books: Books, proc: Proc) -> list[Generation]:

@@ -12,7 +12,7 @@ open (`enforce`). How each kind is counted:
     children              here, when an agent is forked; those that are being forked count
     disk                  here, when bytes go to the store; and its workspace, sampled
     time                  wall seconds since the spawn (a group's: since its first agent's)
-    cpu, memory, processes    sampled (`measure`)
+    cpu, memory, processes    sampled (`measure`); of cpu and memory what its calls of tools use counts, too
 """
 
 from __future__ import annotations
@@ -143,6 +143,10 @@ class Budgets:
 
     def __iter__(self) -> Iterator[Budget]:
         return iter(self._by_owner.values())
+
+    def lasts(self, budget: Budget) -> bool:
+        """Whether it still counts: an agent that shared it may be dead, and so may all others."""
+        return self._by_owner.get(budget.owner) is budget
 
     def owners(self) -> set[int]:
         return set(self._by_owner)

@@ -18,6 +18,7 @@ from msgspec import Raw
 
 from aiosd import link
 from aiosd.kernel.calls import failure
+from aiosd.kernel.measure import Measure
 from aiosd.kernel.peer import Call, Peer
 from aiosd.kernel.proc import Proc
 from aiosd.kernel.service import Open, Service
@@ -51,15 +52,18 @@ class ErrandPeer(Peer):
 
 @dataclass(slots=True, eq=False, kw_only=True)
 class Errander(Service):
-    """A service that may send errands. `dispatch`: makes a system call for a peer."""
+    """A service that may send errands, and tells what its calls use. `dispatch`: makes a system call for a peer."""
 
     dispatch: Callable[[Peer, bytes], None]
+    measure: Measure
     errands: dict[int, Call] = field(default_factory=dict)  # the open ones, by number
     of: dict[link.Key, set[int]] = field(default_factory=dict)  # by the call that they are for
 
     def handle(self, message: link.FromService) -> None:
         if isinstance(message, link.Errand):
             self._errand(message)
+        elif isinstance(message, link.ToolUse):
+            self.measure.tools_used(message)
         else:
             Service.handle(self, message)
 
@@ -75,11 +79,15 @@ class Errander(Service):
         request = wire.Request(message.number, message.sys, Raw(bytes(message.args)), message.again)
         self.dispatch(peer, wire.encode(request))
 
+    def died(self, reason: str) -> None:
+        Service.died(self, reason)
+        self.measure.tools_ended()
+
     def cancel(self, call: Call) -> None:
         Service.cancel(self, call)
         self._drop(call.key)
 
-    def _take(self, key: link.Key) -> Call | None:
+    def _take(self, key: link.Key) -> Open | None:
         self._drop(key)
         return Service._take(self, key)
 

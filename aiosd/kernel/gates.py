@@ -6,6 +6,8 @@ has the gates again from the supervisor, and sends all of them to every proxy th
 
 from __future__ import annotations
 
+import contextlib
+import fcntl
 import os
 import socket
 from collections import deque
@@ -20,6 +22,7 @@ from aiosd.passage import Closed, Gate, Kept
 from aiosd.timers import Timers
 
 AGAIN_S = 0.05  # after the passage was full
+_SIOCGSKNS = 0x894C  # a descriptor of the network that a socket belongs to
 
 
 class Gates:
@@ -40,11 +43,13 @@ class Gates:
         if not gates or proc.box is None:
             return
         self._used = True
+        proc.network = _network_of(gates[0])
         self._open[proc.pid] = Gate(proc.pid, proc.restarts, proc.box.net), gates
         self._send(self._open[proc.pid][0])
 
     def close(self, proc: Proc) -> None:
         """The agent's process has ended."""
+        proc.network = 0
         known = self._open.pop(proc.pid, None)
         if known is not None:
             for fd in known[1]:
@@ -86,6 +91,17 @@ class Gates:
                 self._timers.after(AGAIN_S, self._flush)
                 return
             self._waiting.popleft()
+
+
+def _network_of(sock: int) -> int:
+    """The inode of its network, which no other has as long as the socket is open; 0: Linux does not tell."""
+    with contextlib.suppress(OSError):
+        fd = fcntl.ioctl(sock, _SIOCGSKNS)
+        try:
+            return os.fstat(fd).st_ino
+        finally:
+            os.close(fd)
+    return 0
 
 
 @dataclass(slots=True, eq=False, kw_only=True)

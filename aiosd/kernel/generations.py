@@ -134,7 +134,7 @@ class Generations:
             return link.Caller(0, os.getuid(), "", False, "default")
         left = budgets.tokens_left(proc.budgets)
         box = b"" if proc.box is None else wire.encode(proc.box)
-        rest = (left, box, proc.program, proc.sha256, budgets.purses(proc.budgets))
+        rest = (left, box, proc.program, proc.sha256, budgets.purses(proc.budgets), (proc.ospid, proc.network))
         return link.Caller(proc.pid, proc.uid, proc.name, proc.named, proc.group, proc.nice, *rest)
 
     def call_budget(self, call: Call) -> tuple[int, str, int | None]:

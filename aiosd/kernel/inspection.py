@@ -9,7 +9,7 @@ from typing import Any
 from aiosd.kernel.budget import Budget
 from aiosd.kernel.peer import AgentPeer, ClientPeer, Peer
 from aiosd.kernel.proc import Proc, shown_exit
-from aiosd.limits import KINDS, Kind
+from aiosd.limits import KINDS, SAMPLE_S, Kind
 from aiosd.sandbox.box import Box
 from libaios import wire
 
@@ -31,6 +31,7 @@ def inspect(
         "reason": proc.reason,
         "children": children,
         "budgets": [_budget(budget) for budget in proc.budgets],
+        "tools": {"cpu_s": round(proc.tools_cpu_s, 3), "memory_bytes": proc.tools_bytes, "lag_s": SAMPLE_S},
         "restart": proc.restart,
         "restarts": proc.restarts,
         "template": None if proc.template is None else _template(proc.template),

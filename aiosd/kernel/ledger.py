@@ -4,7 +4,8 @@ A memfd of rows, one per agent, made by the supervisor and mapped by every kerne
 group's budget has a row of its own, under a number that no agent has.
 
     of an agent     pid; calls, prompt tokens, cached tokens, completion tokens, what they cost; microseconds on
-                    processors; whether it has been counted as a child, and its end as an end
+                    processors, its own and those of its calls of tools; whether it has been counted as a child, and
+                    its end as an end
     of the budget   that it owns: tokens and money charged, calls of tools, children, bytes written to the store,
                     microseconds on processors, since when its time runs (a group's), which kinds are known to be
                     nearly used up
@@ -26,6 +27,7 @@ ITEMS = 24
 PID, CALLS, PROMPT, CACHED, COMPLETION, CHARGED = range(6)
 TOOL_CALLS, CHILDREN, STORED, CPU_US, SINCE_US, TOLD, OWN_CPU_US, COUNTED, ENDED = range(6, 15)
 COST, COST_CHARGED = range(15, 17)
+TOOLS_CPU_US = 17
 NUMBERS_BYTES = ROWS * ITEMS * 8
 COMMAND_BYTES = 1024  # of a command line, with a NUL at its end
 BYTES = NUMBERS_BYTES + ROWS * COMMAND_BYTES

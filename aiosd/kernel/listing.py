@@ -55,7 +55,8 @@ def look(proc: Proc) -> None:
 
 
 def line(proc: Proc, calls: Sequence[Call], context: tuple[str, int] = ("", 0), parked: bool = True) -> wire.ProcInfo:
-    """One line of aios-ps; memory was sampled. `context`: where a core keeps the agent's context, and its tokens."""
+    """One line of aios-ps; memory was sampled. `context`: where a core keeps the agent's context, and its tokens. What
+    its calls of tools use is counted with it."""
     look(proc)
     return wire.ProcInfo(
         pid=proc.pid,
@@ -74,8 +75,8 @@ def line(proc: Proc, calls: Sequence[Call], context: tuple[str, int] = ("", 0), 
         completion_tokens=proc.completion_tokens,
         cost=format_money(proc.cost),
         ctx_tokens=proc.ctx_tokens,
-        mem_bytes=proc.mem_bytes,
-        cpu_s=round(proc.cpu_s, 3),
+        mem_bytes=proc.mem_bytes + proc.tools_bytes,
+        cpu_s=round(proc.cpu_s + proc.tools_cpu_s, 3),
         started=proc.started,
         exit=shown_exit(proc),
         ctx_kept=context[1],

@@ -318,6 +318,7 @@ class Kernel:
         toolbox = Errander(
             *self._of_all(process),
             dispatch=self.dispatcher.dispatch,
+            measure=self.measure,
         )
         self.calls.peers.others.append(ErrandPeer(toolbox, None, toolbox.errands))
         return toolbox
@@ -387,6 +388,8 @@ class Kernel:
 
     def _gone(self, peer: Peer) -> None:
         self.generations.left(peer)
+        for service in self.services:
+            service.copies.forget(peer)
         if isinstance(peer, ClientPeer):
             self.control.forget(peer)
             if peer.id:
@@ -441,6 +444,8 @@ class Kernel:
                 self._service_died(self.services.by_name[message.name], message.reason)
             case link.Templates():
                 self.system.templates = message.shown
+            case link.McpServers():
+                self.system.servers = message.shown
             case link.Reread():
                 self.live.reread(message)
             case link.Stop():

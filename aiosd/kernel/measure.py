@@ -3,7 +3,8 @@
 A few agents at a time (`jobs`): each takes long. Agents with a sampled budget are looked at every `SAMPLE_S`, or later
 where looking at all of them takes a quarter of the time; where a budget of CPU time is nearly used up, as soon as
 all processors together could have used the rest. Memory is first taken from /proc/PID/stat, where what is shared counts
-in full, and only if that is too much from smaps_rollup, which takes fifty times as long.
+in full, and only if that is too much from smaps_rollup, which takes fifty times as long. What calls of tools use is
+sampled where they run, and told by the toolbox.
 """
 
 from __future__ import annotations
@@ -14,11 +15,11 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 
 from aiosd import limits as kinds
-from aiosd import procfs
+from aiosd import link, procfs
+from aiosd.cputime import CpuMeter, Used
 from aiosd.kernel import budget as budgets
 from aiosd.kernel import ledger
 from aiosd.kernel.budget import Budget, Budgets
-from aiosd.kernel.cputime import CpuMeter, Used
 from aiosd.kernel.diskwatch import DiskWatch
 from aiosd.kernel.jobs import Jobs
 from aiosd.kernel.logkeeper import LogKeeper
@@ -29,8 +30,10 @@ from aiosd.timers import Timers
 from libaios.wire import Limits
 
 LOG_SAMPLE_S = 1.0
-MEMORY_SAMPLE_S = 0.5  # of agents without a budget
+MEMORY_SAMPLE_S = 0.5  # of agents without a budget, whose memory is only shown
 SAMPLE_FEW = 16  # of them that are measured in one sample
+SHOWN_PART = 100  # that takes at most one part in so many of the time
+OLD_S = 2.0  # what is older than this is measured again
 SHORTEST_S = 0.01  # Linux counts CPU time in steps of that
 PART = 4  # sampling takes at most one part in that many of the time
 DISK_LATE_S = 10.0  # a folder that takes longer to look through cannot be measured
@@ -139,6 +142,26 @@ class Measure:
             self._charge_cpu(proc, meter.end(cpu_s))
         proc.row[ledger.OWN_CPU_US] = 0  # started again, it begins anew
 
+    def tools_used(self, use: link.ToolUse) -> None:
+        """Calls of tools have used this much for an agent. It may have died in the meantime; what it shared with others
+        pays for it then."""
+        proc = self._table.find(use.pid)
+        if proc is None:
+            return
+        proc.tools_bytes = use.memory_bytes
+        proc.row[ledger.TOOLS_CPU_US] += use.cpu_us
+        for budget in filter(self._budgets.lasts, proc.budgets):
+            budget.row[ledger.CPU_US] += use.cpu_us
+            self._judge_kind(budget, "cpu")
+
+    def tools_ended(self) -> None:
+        """The toolbox has died, and all that ran in it."""
+        for proc in self._table:
+            proc.tools_bytes = 0
+
+    def _tools_bytes(self, budget: Budget) -> int:
+        return sum(proc.tools_bytes for pid in budget.sharers if (proc := self._table.get(pid)) is not None)
+
     def _judge(self, budget: Budget, sample: _Taken) -> Iterator[None]:
         if budget.limits.memory_bytes is not None:
             yield from self._take_memory(budget, sample)
@@ -148,14 +171,19 @@ class Measure:
             why = UNMEASURED.format("memory", f"process {sample.unreadable} cannot be read")
             self._exceeded(budget, "memory", why)
         for kind in ("cpu", "memory", "processes"):
-            left = budget.left(kind)
-            budgets.check_near(budget, kind)
-            if left is not None and (left < 0 or (kind == "cpu" and left == 0)):
-                self._exceeded(budget, kind, "")
+            self._judge_kind(budget, kind)
+
+    def _judge_kind(self, budget: Budget, kind: str) -> None:
+        left = budget.left(kind)
+        budgets.check_near(budget, kind)
+        if left is not None and (left < 0 or (kind == "cpu" and left == 0)):
+            self._exceeded(budget, kind, "")
 
     def _take_memory(self, budget: Budget, sample: _Taken) -> Iterator[None]:
-        """Resident memory if that is within the budget, else the proportional one; and what lies in memfds."""
-        limit = budget.limits.memory_bytes or 0
+        """Resident memory if that is within the budget, else the proportional one; what lies in memfds; and what calls
+        of tools hold."""
+        tools = self._tools_bytes(budget)
+        limit = (budget.limits.memory_bytes or 0) - tools
         for ospid in sample.ospids:
             held = procfs.memfds(ospid)
             if held is None:
@@ -170,7 +198,7 @@ class Measure:
                     sample.unreadable = sample.unreadable or str(ospid)
                 sample.memory += size or 0
                 yield
-        budget.levels["memory"] = sample.memory + sum(sample.memfds.values())
+        budget.levels["memory"] = tools + sample.memory + sum(sample.memfds.values())
 
     def _wait(self, budget: Budget) -> float:
         """Until the budget must be looked at again."""
@@ -217,10 +245,14 @@ class Measure:
 
     def _sample_memory(self) -> Iterator[None]:
         """PSS of agents, a few of them in turn."""
-        for proc in sorted(self._table.live(), key=lambda proc: proc.sampled)[:SAMPLE_FEW]:
+        took_s, until = 0.0, time.monotonic() - OLD_S
+        old = [proc for proc in self._table.live() if proc.sampled < until]
+        for proc in sorted(old, key=lambda proc: proc.sampled)[:SAMPLE_FEW]:
+            began = time.thread_time()
             self._sample(proc)
+            took_s += time.thread_time() - began
             yield
-        self._again(MEMORY_SAMPLE_S, self._sample_memory)
+        self._again(max(MEMORY_SAMPLE_S, SHOWN_PART * took_s), self._sample_memory)
 
     def _sample(self, proc: Proc) -> None:
         if proc.alive:

@@ -13,9 +13,10 @@ from __future__ import annotations
 import errno
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import msgspec
+from msgspec import Raw
 
 from aiosd.kernel.events import Source
 from aiosd.kernel.explain import explain
@@ -59,10 +60,35 @@ class Call:
         return (self.peer.id, self.id)
 
 
+#: The number of a system call, and its arguments as they were sent.
+CopyKey = tuple[int, bytes]
+
+
+class Copy(NamedTuple):
+    """The body of an answer which stays right while its service's promise stands, and whether it was used."""
+
+    body: Raw
+    promise: int
+    size: int
+    used: dict[int, int]  # by promise: how often
+
+
 class Peer:
     """Common part. `id`: an agent's pid, or a negative number for a client."""
 
-    __slots__ = ("assembling", "calls", "gone", "id", "open_bytes", "paused", "proc", "source", "strange")
+    __slots__ = (
+        "assembling",
+        "calls",
+        "copied_bytes",
+        "copies",
+        "gone",
+        "id",
+        "open_bytes",
+        "paused",
+        "proc",
+        "source",
+        "strange",
+    )
 
     def __init__(self, ident: int, proc: Proc | None) -> None:
         self.assembling = 0  # bytes of its unfinished frame, in the books of `Assembly`
@@ -74,6 +100,8 @@ class Peer:
         self.calls: dict[int, Call] = {}
         self.open_bytes = 0  # of their requests
         self.source: Source | None = None  # while the kernel listens to it
+        self.copies: dict[CopyKey, Copy] = {}  # of answers that it has got, see `copies`
+        self.copied_bytes = 0
 
     def send(self, payload: bytes) -> None:
         raise NotImplementedError

@@ -38,7 +38,7 @@ from dataclasses import dataclass, field
 
 from aiosd.errors import Bug
 from aiosd.kernel.budget import Budget
-from aiosd.kernel.ledger import Row, loose_row
+from aiosd.kernel.ledger import TOOLS_CPU_US, Row, loose_row
 from aiosd.sandbox.box import Box
 from libaios import wire
 
@@ -98,6 +98,7 @@ class Proc:
     token: bytes = b""  # the hash of its token for the gateway; b"": it has none
     outside: bool = False  # programs from outside are it: it has no process of ours, and its state is WAITING
     box: Box | None = None  # how it is confined
+    network: int = 0  # the inode of its own network; 0: it has none
     template: wire.Template | None = None  # from which its process is forked
     program: bytes = b""  # which one a person has started, see `access.deed.Subject`,
     sha256: bytes = b""  # … and with which content
@@ -126,6 +127,7 @@ class Proc:
     ctx_tokens: int = 0
     mem_bytes: int = 0
     sampled: float = 0.0  # when mem_bytes was (monotonic)
+    tools_bytes: int = 0  # what its calls of tools hold
     cpu_s: float = 0.0
     os_state: str = "S"  # Linux's letter,
     looked: float = 0.0  # … and when that and cpu_s were read (monotonic)
@@ -133,6 +135,11 @@ class Proc:
     @property
     def alive(self) -> bool:
         return self.state in (State.RUNNING, State.STOPPED, State.WAITING)
+
+    @property
+    def tools_cpu_s(self) -> float:
+        """What its calls of tools have used."""
+        return float(self.row[TOOLS_CPU_US]) / 1e6
 
 
 class ProcTable:

@@ -28,6 +28,7 @@ from msgspec import Raw
 from aiosd import link
 from aiosd.access.deed import Deed
 from aiosd.kernel.calls import Calls
+from aiosd.kernel.copies import Copies
 from aiosd.kernel.events import Source
 from aiosd.kernel.peer import AgentPeer, Call
 from libaios import wire
@@ -97,6 +98,7 @@ class Service:
     stats: dict[str, Any] = field(default_factory=dict)
     calls: dict[link.Key, Open] = field(default_factory=dict)
     working: link.Key | None = None  # the one call that it has announced to work on
+    copies: Copies = field(default_factory=Copies)  # of its answers
 
     @property
     def short_name(self) -> str:
@@ -124,6 +126,7 @@ class Service:
     def send(self, message: link.ToService) -> None:
         """Send if the service is ready; else the message is dropped, because `on_ready` sends all that matters."""
         if self.state is State.READY and self.channel is not None:
+            self._tell_used()
             self.channel.send(link.encode(message))
 
     def _ready(self) -> bool:
@@ -132,8 +135,16 @@ class Service:
     def _give(self, opened: Open, payload: bytes) -> None:
         assert self.channel is not None
         opened.given = True
+        self._tell_used()
         self.channel.send(payload)
         self.asked()
+
+    def _tell_used(self) -> None:
+        """Of copies that were given since it was last sent something."""
+        if self.copies.used:
+            assert self.channel is not None
+            self.channel.send_silently(link.encode(link.Used(self.copies.used)))
+            self.copies.used.clear()
 
     # ── what a kind of service adds ───────────────────────────────────────────────────────────────────────
 
@@ -178,6 +189,7 @@ class Service:
         else:
             suspects = [one for one in self.calls.values() if self.under_way(one)]
         self.state, self.last_death, self.ospid, self.working = State.DOWN, reason, 0, None
+        self.copies.clear()
         if self.channel is not None:
             self.channel.close()
             self.channel = None
@@ -233,10 +245,15 @@ class Service:
     def on_message(self, message: link.FromService) -> None:
         match message:
             case link.Answered(key=key):
-                if (call := self._take(key)) is not None:
+                if (opened := self._take(key)) is not None:
+                    call = opened.call
                     if message.prompt_tokens:
                         self.owner.charge(call, message.prompt_tokens)
+                    if message.promise:
+                        self._keep(opened, message)
                     self.calls_of_all.finish(call, Raw(message.body))
+            case link.Stale():
+                self.copies.stale(message.promises)
             case link.Part(key=key):
                 opened = self.calls.get(key)
                 if opened is not None and opened.call.generation is None:
@@ -260,6 +277,7 @@ class Service:
             case link.Loaded():
                 # A service sends this when it has loaded, and again to every new kernel.
                 self.state, self.working = State.READY, None
+                self.copies.clear()
                 self.loaded(message)
                 self.send(link.Keep(self.owner.live_peers()))
                 self.on_ready()
@@ -292,14 +310,20 @@ class Service:
     def loaded(self, message: link.Loaded) -> None:
         """Take what the service reports about itself."""
 
-    def _take(self, key: link.Key) -> Call | None:
+    def _keep(self, opened: Open, answer: link.Answered) -> None:
+        """For when an agent makes the same call again. (A person's calls come from a process each.)"""
+        if isinstance(opened.message, link.Ask) and isinstance(opened.call.peer, AgentPeer):
+            key = opened.message.sys, bytes(opened.message.args)
+            self.copies.keep(opened.call.peer, key, answer.promise, answer.body)
+
+    def _take(self, key: link.Key) -> Open | None:
         """The call that a reply is for. None: it was cancelled, and the service had not received that yet. (The agent
         may already have a generation with the same id.)"""
         opened = self.calls.get(key)
         if opened is None or opened.call.generation is not None:
             return None
         del self.calls[key]
-        return opened.call
+        return opened
 
 
 class Services:

@@ -159,6 +159,10 @@ class StatusRequests:
             "routes": [route.shown() for route in self._routes],
             "services": [_service(service) for service in self._services],
             "templates": [_template(one) for one in self._system.templates],
+            "mcp_servers": [
+                {"name": one.name, "pid": one.pid, "ospid": one.ospid, "started": one.started}
+                for one in self._system.servers
+            ],
         }
         if settings.reread:
             status["reread"] = dict(settings.reread)

@@ -149,7 +149,9 @@ class ProcessCalls:
         procs = self._chosen(call, args)
         yield from self.measure.sample_new(procs)
         pids = None if args.pids is None else set(args.pids)
-        lines = self.system.lines(pids, args.name) if args.all or pids is not None else []
+        lines: list[wire.ProcInfo] = []
+        if args.all or pids is not None:
+            yield from self.system.lines(pids, args.name, lines)
         for proc in procs:
             lines.append(self._line(proc))
             yield

@@ -5,11 +5,12 @@ from __future__ import annotations
 import os
 import resource
 import time
-from collections.abc import Callable
-from typing import TYPE_CHECKING
+from collections.abc import Callable, Iterator
+from typing import TYPE_CHECKING, NamedTuple
 
 from aiosd import procfs
 from aiosd.kernel.service import Services
+from aiosd.procfs import Stat
 from libaios import wire
 
 if TYPE_CHECKING:
@@ -21,64 +22,88 @@ FDS_SPARE = 64  # for itself, and
 FDS_CLIENTS = 32  # of these for clients
 
 
+class Process(NamedTuple):
+    """`whole`: with all that it has started."""
+
+    name: str
+    pid: int
+    ospid: int
+    started: float
+    whole: bool = True
+
+
 class System:
     def __init__(self, born: Inheritance, services: Services) -> None:
         self._born = born
         self._services = services
         self.templates = list(born.templates)
+        self.servers = list(born.servers)
         self._pss: dict[int, int] = {}  # by Linux pid, read since `_sampled`
         self._sampled = 0.0
 
-    def processes(self) -> dict[str, tuple[int, int]]:
-        """name → (pid, Linux pid)."""
-        pids = self._born.pids
-        found = {"supervisor": (pids["supervisor"], os.getppid()), "kernel": (pids["kernel"], os.getpid())}
-        found |= {service.title: (service.pid, service.ospid) for service in self._services}
-        return found | {one.name: (one.pid, one.ospid) for one in self.templates}
+    def processes(self) -> list[Process]:
+        """All that run now."""
+        born, pids = self._born, self._born.pids
+        found = [
+            Process("guardian", pids["guardian"], born.guardian, born.started, whole=False),
+            Process("supervisor", pids["supervisor"], os.getppid(), born.started, whole=False),
+            Process("kernel", pids["kernel"], os.getpid(), born.started),
+        ]
+        found += [Process(service.title, service.pid, service.ospid, born.started) for service in self._services]
+        found += [Process(one.name, one.pid, one.ospid, one.started) for one in self.templates]
+        return found + [Process(f"mcp:{one.name}", one.pid, one.ospid, one.started) for one in self.servers]
 
     def pids(self) -> set[int]:
-        return {pid for pid, _ in self.processes().values()}
+        return {process.pid for process in self.processes()}
 
-    def lines(self, pids: set[int] | None, wanted: str | None) -> list[wire.ProcInfo]:
-        """Those with one of these pids (None: all) and this name (None: any)."""
-        return [
-            self._line(name, pid, ospid)
-            for name, (pid, ospid) in self.processes().items()
-            if (pids is None or pid in pids) and (wanted is None or name == wanted)
-        ]
+    def lines(self, pids: set[int] | None, wanted: str | None, lines: list[wire.ProcInfo]) -> Iterator[None]:
+        """A job: adds those with one of these pids (None: all) and this name (None: any)."""
+        for process in self.processes():
+            if (pids is None or process.pid in pids) and (wanted is None or process.name == wanted):
+                tree = procfs.tree(process.ospid) if process.whole else _alone(process.ospid)
+                for ospid in tree:
+                    if self._look(ospid):
+                        yield
+                lines.append(self._line(process, tree))
 
-    def _line(self, name: str, pid: int, ospid: int) -> wire.ProcInfo:
-        stat = procfs.read_stat(ospid)
+    def _line(self, process: Process, tree: dict[int, Stat]) -> wire.ProcInfo:
+        computes = any(stat.state == "R" for stat in tree.values())
         return wire.ProcInfo(
-            pid=pid,
-            ppid=0 if pid == 1 else 1,
-            pgid=pid,
-            ospid=ospid,
+            pid=process.pid,
+            ppid=0 if process.ospid in (self._born.guardian, os.getppid()) else 1,
+            pgid=process.pid,
+            ospid=process.ospid,
             uid=os.getuid(),
-            stat="S" if stat is None or stat.state != "R" else "R",
+            stat="R" if computes else "S",
             nice=0,
-            name=name,
-            command=f"aiosd: {name}",
+            name=process.name,
+            command=f"aiosd: {process.name}",
             group="system",
             calls=0,
             prompt_tokens=0,
             cached_tokens=0,
             completion_tokens=0,
             ctx_tokens=0,
-            mem_bytes=self._pss_bytes(ospid),
-            cpu_s=stat.cpu_s if stat is not None else 0.0,
-            started=self._born.started,
+            mem_bytes=sum(self._pss.get(ospid, 0) for ospid in tree),
+            cpu_s=round(sum(stat.cpu_s + (stat.waited_s if process.whole else 0.0) for stat in tree.values()), 3),
+            started=process.started,
             system=True,
         )
 
-    def _pss_bytes(self, ospid: int) -> int:
-        """Not read anew within half a second, since it takes milliseconds."""
+    def _look(self, ospid: int) -> bool:
+        """At its memory; not anew within half a second, since it takes milliseconds. Whether it was read now."""
         now = time.monotonic()
         if now - self._sampled > SAMPLE_S:
             self._sampled, self._pss = now, {}
-        if ospid not in self._pss:
-            self._pss[ospid] = procfs.pss_bytes(ospid)
-        return self._pss[ospid]
+        if ospid in self._pss:
+            return False
+        self._pss[ospid] = procfs.pss_bytes(ospid)
+        return True
+
+
+def _alone(ospid: int) -> dict[int, Stat]:
+    stat = procfs.read_stat(ospid)
+    return {} if stat is None else {ospid: stat}
 
 
 class Descriptors:

@@ -78,10 +78,11 @@ def machine(common: Iterable[tuple[str, int]]) -> Machine:
     return cage.look((*(path for path in paths if path not in etc), "/etc"), etc)
 
 
-def plan(ground: Ground, box: Box, doors: bool) -> bytes:
-    """The whole plan for one agent. `doors`: its Unix sockets are asked of a listener (see `doors`)."""
+def plan(ground: Ground, box: Box, doors: bool, network_fd: int = -1) -> bytes:
+    """The whole plan for one agent. `doors`: its Unix sockets are asked of a listener (see `doors`). `network_fd`: of
+    the network to enter, in place of a new one, where the box names single hosts."""
     ruleset, network = ground.ruleset, box.net != hosts.NONE
-    entry, mounts = _cage(ground, box) if box.level == "cage" else (_NO_CAGE, b"")
+    entry, mounts = _cage(ground, box, network_fd) if box.level == "cage" else (_NO_CAGE, b"")
     own = [_rule(path, landlock.READ, strict=True) for path in box.read]
     own += [_rule(path, landlock.WRITE & ruleset.files, strict=True) for path in box.write]
     own.append(_rule(box.workspace, landlock.WRITE & ruleset.files, must=True))
@@ -103,7 +104,7 @@ def plan(ground: Ground, box: Box, doors: bool) -> bytes:
     return b"".join((head, program, mounts, ground.rules, *own))
 
 
-def _cage(ground: Ground, box: Box) -> tuple[tuple[int, ...], bytes]:
+def _cage(ground: Ground, box: Box, network_fd: int) -> tuple[tuple[int, ...], bytes]:
     """The cage's part of the head, and the records of its places. Raises OSError where there is no cage."""
     if ground.cage is None:
         raise OSError(errno.ENOTSUP, "sandbox: there is no cage here")
@@ -112,7 +113,8 @@ def _cage(ground: Ground, box: Box) -> tuple[tuple[int, ...], bytes]:
         fixed |= {os_text(path): writable for path, writable in protected.find(os_str(folder)).items()}
     found = places.of_agent(ground.machine, box.workspace, box.read, box.write, fixed)
     user, machine, root, ipc, none = ground.cage.fds()
-    net = {hosts.NONE: none, hosts.ALL: _KEEP_NETWORK}.get(box.net, _OWN_NETWORK)
+    own = network_fd if network_fd >= 0 else _OWN_NETWORK
+    net = {hosts.NONE: none, hosts.ALL: _KEEP_NETWORK}.get(box.net, own)
     return (user, machine, root, ipc, net, len(found)), places.packed(found)
 
 

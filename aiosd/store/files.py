@@ -17,9 +17,11 @@ from typing import Any
 
 from msgspec import Struct
 
+from aiosd.store import plainly
 from aiosd.store.contents import Contents
 from aiosd.store.database import Database
 from aiosd.store.filewords import INDEXED, FileWords
+from aiosd.store.promises import Promises
 from aiosd.store.spaces import Space, below, no_file
 from libaios import wire
 from libaios.wire import PIECE, File
@@ -42,9 +44,11 @@ class Row(Struct, frozen=True):
     updated: float
     author: str
     mount: int | None
+    damaged: bool = False  # only its path can be read
 
     def shown(self) -> File:
-        return File(self.path, self.size, self.version, self.created, self.updated, self.author, self.mount is not None)
+        about = (self.size, self.version, self.created, self.updated, self.author)
+        return File(self.path, *about, self.mount is not None, self.damaged)
 
 
 class Files:
@@ -52,6 +56,7 @@ class Files:
         self._db, self.contents = database, contents
         self.quota, self.most_versions = quota, most_versions
         self.words = FileWords(database, self.beginning)
+        self.promises = Promises()
         self.read_mounted: Any = lambda row: b""  # the beginning of a file of a mounted folder
 
     # ── finding ───────────────────────────────────────────────────────────────────────────────────────────
@@ -94,7 +99,29 @@ class Files:
             f"SELECT {_COLUMNS} FROM files f WHERE f.owner = ? AND f.path >= ? AND f.path < ? AND f.path > ? "
             f"AND f.removed IS NULL AND {visible} ORDER BY f.path LIMIT ?"
         )
-        return [Row(*row) for row in self._db.rows(sql, space.owner, first, end, after, *values, limit)]
+        which = (space.owner, first, end, after, *values, limit)
+        try:
+            return [Row(*row) for row in self._db.rows(sql, *which)]
+        except OSError as err:
+            if not plainly.is_damage(err):
+                raise
+        # From the index alone: ids and paths. Then each by itself.
+        paths = dict(self._db.rows(sql.replace(_COLUMNS, "f.id, f.path"), *which))
+        rows, lost = plainly.piecemeal(self._all_of, list(paths))
+        plainly.tell("files", [paths[file] for file in lost])
+        rows += [Row(file, space.owner or 0, paths[file], 0, 0, 0.0, 0.0, "", None, damaged=True) for file in lost]
+        return sorted(rows, key=lambda row: row.path.encode())
+
+    def _all_of(self, ids: Sequence[int]) -> list[Row]:
+        marks = ", ".join("?" for _ in ids)
+        return [Row(*row) for row in self._db.rows(f"SELECT {_COLUMNS} FROM files f WHERE f.id IN ({marks})", *ids)]
+
+    def counted(self, owner: int | None) -> tuple[int, int]:
+        """Files that are there, without those of mounted folders, and in the trash: from indexes alone."""
+        live = "SELECT count(*) FROM files WHERE owner = ?1 AND removed IS NULL"
+        mounted = "SELECT count(*) FROM mounted WHERE mount IN (SELECT id FROM mounts WHERE owner = ?1)"
+        trash = "SELECT count(*) FROM files WHERE owner = ?1 AND removed IS NOT NULL"
+        return self._db.rows(f"SELECT ({live}) - ({mounted}), ({trash})", owner)[0]
 
     # ── versions ──────────────────────────────────────────────────────────────────────────────────────────
 
@@ -155,6 +182,7 @@ class Files:
             file = self._db.db.last_insert_rowid()
         else:
             file = old.id
+            self.promises.broken(("file", file))
             sql = "UPDATE files SET version = ?, size = ?, updated = ?, author = ? WHERE id = ?"
             self._db.do(sql, number, size, now, by, file)
         self._db.do("INSERT INTO versions VALUES(?, ?, ?, ?, ?, ?)", file, number, size, now, by, packed(contents))
@@ -177,6 +205,7 @@ class Files:
 
     def remove(self, row: Row, now: float) -> None:
         """Into the trash."""
+        self.promises.broken(("file", row.id))
         self._db.do("UPDATE files SET removed = ? WHERE id = ?", now, row.id)
         self.words.drop(row.id, row.owner)
 
@@ -215,6 +244,7 @@ class Files:
     def destroy(self, owner: int | None, file: int) -> None:
         """With all its versions."""
         assert owner is not None
+        self.promises.broken(("file", file))
         for number, contents in self._db.rows("SELECT number, contents FROM versions WHERE file = ?", file):
             self._drop_version(owner, file, number, contents)
         self.words.drop(file, owner)

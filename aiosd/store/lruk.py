@@ -91,6 +91,16 @@ class LruK(Generic[Value]):
         self._touch(key, entry)
         return entry.value
 
+    def again(self, key: Hashable, times: int) -> None:
+        """As `get` so often, one right after the other: its value was used by those who had it from here before."""
+        entry = self._entries.get(key)
+        if entry is not None and times > 0:
+            self.hits += times
+            self._count(entry.owner, 0, times)
+            self._touch(key, entry)
+            self.clock += times - 1
+            entry.last = self.clock
+
     def put(self, key: Hashable, value: Value, size: int, owner: Hashable) -> list[Hashable]:
         """Keep a value, and return the keys that had to go for it. One that is larger than an owner may have is not
         kept. Counts as a reference."""
@@ -152,8 +162,8 @@ class LruK(Generic[Value]):
         hits, misses, evictions = self._counts.get(owner, (0, 0, 0))
         return {"ram_bytes": self.bytes_of(owner), "hits": hits, "faults": misses, "evictions": evictions}
 
-    def _count(self, owner: Hashable, which: int) -> None:
-        self._counts.setdefault(owner, [0, 0, 0])[which] += 1
+    def _count(self, owner: Hashable, which: int, times: int = 1) -> None:
+        self._counts.setdefault(owner, [0, 0, 0])[which] += times
 
     def _touch(self, key: Hashable, entry: _Entry[Value]) -> None:
         """A reference to a resident."""

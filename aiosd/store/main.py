@@ -143,6 +143,8 @@ def main(channel: Channel, spec: StoreSpec, rounds: Rounds) -> int:
     server = GroupServer(channel, handlers, stats, gone, keep, rest=rest, group=database, background=chores)
     consent = memory.consent = storage.consent
     consent.require, consent.ruled = server.require, lambda call: server.policy.concerns(call, False)
+    promises = memory.promises = storage.files.promises
+    promises.take_back, server.on_begin, server.on_used = server.take_back, promises.void, memory.used
     ticker = Ticker(server.timers, storage.background)
     for fd in storage.watched:
         server.watch(fd, ticker.now)

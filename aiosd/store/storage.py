@@ -22,7 +22,7 @@ from pathlib import Path
 from typing import Any
 
 from aiosd import link
-from aiosd.service import Pause
+from aiosd.service import Lasting, Pause
 from aiosd.store import owners, spaces
 from aiosd.store.consent import Consent
 from aiosd.store.contents import Contents
@@ -96,7 +96,7 @@ class Storage:
 
     # ── reading ───────────────────────────────────────────────────────────────────────────────────────────
 
-    def read(self, ask: link.Ask, args: wire.StoRead) -> wire.FileData:
+    def read(self, ask: link.Ask, args: wire.StoRead) -> Any:
         space, path = self._meant(ask, args)
         self.consent.to(ask, "sto_read", space, path)
         mount = self.mounts.over(space.owner, path)
@@ -106,7 +106,10 @@ class Storage:
         row = self.files.require(space.owner, path)
         version = row.version if args.version is None else args.version
         data, size = self.files.piece(row, version, args.offset, args.size)
-        return wire.FileData(data, size, version)
+        found = wire.FileData(data, size, version)
+        if space.grants is not None or self._db.open:  # what is shared may be taken back without a change of the file
+            return found
+        return Lasting(found, self.files.promises.make(("file", row.id)))
 
     def stat(self, ask: link.Ask, args: wire.StoPath) -> wire.File:
         return self._find(*self._readable(ask, args, "sto_stat")).shown()
@@ -120,7 +123,11 @@ class Storage:
 
     def search(self, ask: link.Ask, args: wire.StoSearch) -> Any:
         """With `of` None in all that the caller can read."""
-        seen = self.spaces.all_seen(ask.caller) if args.of is None else [self.spaces.find(ask.caller, args.of)]
+
+        def seen() -> list[Space]:
+            spaces = self.spaces
+            return spaces.all_seen(ask.caller) if args.of is None else [spaces.find(ask.caller, args.of)]
+
         return self._search.search(ask.caller, seen, args.query, clean_folder(args.folder), args.k)
 
     def _readable(self, ask: link.Ask, args: Any, call: str) -> tuple[Space, str]:
@@ -375,11 +382,10 @@ class Storage:
 
     def stats_of(self, ask: link.Ask, args: wire.StoSpace) -> dict[str, Any]:
         space = self._all_of(ask, args.of, "see these figures")
-        counts = "SELECT sum(removed IS NULL), sum(removed IS NOT NULL) FROM files WHERE owner = ? AND mount IS NULL"
-        live, removed = self._db.rows(counts, space.owner)[0]
+        live, removed = self.files.counted(space.owner)
         found: dict[str, Any] = {
-            "files": live or 0,
-            "trash": removed or 0,
+            "files": live,
+            "trash": removed,
             "bytes": self.contents.bytes_of(space.owner) if space.owner is not None else 0,
             "quota": self.files.quota,
             "versions": self.files.most_versions,

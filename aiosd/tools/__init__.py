@@ -3,7 +3,7 @@
     definition   what a tool is: from a Python function to name, description and JSON Schema
     admission    which call may begin: locks, instances, order, fairness (pure)
     worker       a process that has loaded one file of tools and runs their calls, one at a time
-    pool         the worker processes: start, limits, results, end
+    pool         the worker processes: start, limits, results, end; meter: what calls in them use
     main         the service: registry, checks of arguments, and the calls on their way through the other parts
     builtin      the tools that every system has (web: what fetches for them)
     direct       … those that need no worker; errands: calls that the kernel makes for them

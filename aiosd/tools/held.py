@@ -16,6 +16,8 @@ Identity = tuple[int, ...]
 #: By real path, and the hosts; None: nothing was decided about these.
 files: Mapping[str, Identity] | None = None
 hosts: Iterable[str] | None = None
+#: Whether this process has the network of an agent that reaches single hosts, through the proxy alone.
+proxied = False
 
 
 def identity(path: str | int) -> Identity:

@@ -20,6 +20,7 @@ import posixpath
 import shutil
 import signal
 import threading
+import time
 from collections.abc import Callable, Generator, Iterable
 from dataclasses import dataclass
 from functools import partial
@@ -38,8 +39,9 @@ from aiosd.tools import concerns, direct, held
 from aiosd.tools.admission import Admission, Needs
 from aiosd.tools.errands import Errands
 from aiosd.tools.messages import Described, Done, Run, Tool
+from aiosd.tools.meter import Bills
 from aiosd.tools.pins import Pins
-from aiosd.tools.pool import Job, Pool
+from aiosd.tools.pool import Cell, Job, Pool
 from aiosd.tools.servers import Servers
 from aiosd.tools.spec import MCP, ToolboxSpec
 from libaios import wire
@@ -54,6 +56,7 @@ CHANGED = (
     "accepted that: aiosd tools --trust {0}"
 )
 ERRANDS = 256  # that are with the kernel at a time
+LEAST_S = 0.005  # of the toolbox's own time: less is charged to an agent when it has come to that
 PR_SET_CHILD_SUBREAPER = 36
 
 
@@ -76,7 +79,7 @@ class Known:
 class _Call:
     job: Job
     source: str
-    box: bytes
+    cell: Cell
 
 
 class Toolbox:
@@ -109,6 +112,7 @@ class Toolbox:
         self._calls: dict[link.Key, _Call] = {}
         self._served = 0
         os.makedirs(spec.folder, mode=0o700, exist_ok=True)
+        self.bills = Bills(self._charge)
         self.pool = Pool(
             self.server.timers,
             self.server.watch,
@@ -116,6 +120,7 @@ class Toolbox:
             spec.folder,
             self._described,
             Servers(servers, spec.servers, self.server.watch),
+            self.bills,
         )
 
     def run(self, rounds: Rounds) -> int:
@@ -219,6 +224,17 @@ class Toolbox:
         if self._waits(args):
             self._early.append((ask, args))
             return LATER
+        began = time.thread_time()
+        try:
+            return self._call(ask, args)
+        finally:
+            if ask.caller.pid:
+                self.bills.add(ask.caller.pid, time.thread_time() - began, LEAST_S)
+
+    def _charge(self, pid: int, cpu_us: int, memory_bytes: int) -> None:
+        self.server.send(link.ToolUse(pid, cpu_us, memory_bytes))
+
+    def _call(self, ask: link.Ask, args: CallTool) -> Any:
         known = self._check(args, asks=bool(ask.caller.pid))
         tool = known.tool
         files, hosts = self._allowed(ask, known, args)
@@ -229,11 +245,12 @@ class Toolbox:
         job = Job(
             tool,
             Run(tool.name, args.arguments, folder, files, hosts),
+            ask.caller.pid,
             on_text=(lambda text: self.server.part(ask.key, text)) if args.stream else lambda text: None,
             on_done=lambda done: self._done(ask.key, done),
             on_over=lambda: self._over(ask.key),
         )
-        self._calls[ask.key] = _Call(job, known.source, ask.caller.box if known.source == BUILT_IN else b"")
+        self._calls[ask.key] = _Call(job, known.source, cell_of(ask.caller) if known.source == BUILT_IN else Cell())
         self.admission.submit(ask.key, ask.caller.pid, needs_of(tool, args.arguments, folder))
         self.server.timers.after(0.0, self._begin)  # once this call is known as one that is answered later
         return LATER
@@ -311,7 +328,7 @@ class Toolbox:
         for key in self.admission.begin():
             call = self._calls[key]
             self.server.begun(key)
-            self.pool.run(call.source, call.box, call.job)
+            self.pool.run(call.source, call.cell, call.job)
 
     def _done(self, key: link.Key, done: Done) -> None:
         if done.errno:
@@ -356,9 +373,11 @@ class Toolbox:
         return folder
 
     def peer_gone(self, peer: int) -> None:
+        self.bills.forget(peer)
         self._remove([Path(self.spec.folder, f"agent-{peer}")])
 
     def only_alive(self, peers: list[int]) -> None:
+        self.bills.again()
         alive = {f"agent-{peer}" for peer in peers}
         self._remove(path for path in Path(self.spec.folder).glob("agent-*") if path.name not in alive)
 
@@ -373,6 +392,11 @@ class Toolbox:
 def _remove(folders: list[Path]) -> None:
     for folder in folders:
         shutil.rmtree(folder, ignore_errors=True)
+
+
+def cell_of(caller: link.Caller) -> Cell:
+    """How a built-in tool is confined for this caller."""
+    return Cell(caller.box, caller.network if caller.network[1] else (0, 0))
 
 
 def needs_of(tool: Tool, arguments: dict[str, Any], folder: str) -> Needs:

@@ -5,8 +5,11 @@ died, ran out of time or memory, was cancelled, or sent what no worker sends is 
 call gets an error. The toolbox is a subreaper: what a dead worker leaves behind comes to it, and is killed here.
 
 Limits. Time: on the clock, synchronous. Memory: RLIMIT_DATA in the worker, which bounds each process by itself;
-processes and their memory together are looked at every SAMPLE_S, so a call may exceed these for that long. What it
-writes and returns: counted.
+processes and their memory together are looked at every SAMPLE_S (or later, where looking takes a quarter of the time),
+so a call may exceed these for that long. What it writes and returns: counted.
+
+What a call uses of processors and memory is charged to the agent that has called (`meter`): at each look, and at the
+end of the call, before it is answered.
 """
 
 from __future__ import annotations
@@ -15,19 +18,26 @@ import contextlib
 import errno
 import logging
 import os
+import select
 import signal
 import socket
 import subprocess
 import sys
+import time
+from collections import deque
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from typing import NamedTuple
 
 import msgspec
 
 from aiosd import procfs
-from aiosd.sandbox import cage
+from aiosd.limits import SAMPLE_S
+from aiosd.procfs import Stat
+from aiosd.sandbox import cage, hosts
 from aiosd.timers import Timer, Timers
 from aiosd.tools.messages import Described, Done, Run, Tool, Wrote, decode_from_worker, encode
+from aiosd.tools.meter import Bills, Meter
 from aiosd.tools.servers import Servers
 from aiosd.tools.spec import MCP
 from libaios.ring import ProtocolError
@@ -37,8 +47,9 @@ logger = logging.getLogger("toolbox")
 
 LOAD_S = 60.0  # for a source to be imported
 GRACE_S = 1.0  # between TERM and KILL
-SAMPLE_S = 0.2
+PART = 4  # sampling takes at most one part in that many of the time
 STRAYS_S = 0.2  # after which what a dead worker had started has ended, and is our child
+ENDED = 64  # workers that ended last, to which strays may belong
 MOST_PROCESSES = 64  # of one call
 IDLE_S = 60.0  # seconds for which a worker without a call is kept
 FRAME_BYTES = 16 << 20
@@ -48,20 +59,32 @@ KEPT_VARIABLES = ("PATH", "LANG", "LC_ALL", "LC_CTYPE", "TZ", "SSL_CERT_FILE", "
 
 @dataclass(slots=True)
 class Job:
-    """One call in a worker. `on_text` gets what it writes, `on_done` its result or error, once. Then `on_over`, once:
-    nothing of it runs any more, so that others may use what it held."""
+    """One call in a worker. `payer`: the agent that pays for it; 0: nobody. `on_text` gets what it writes, `on_done`
+    its result or error, once. Then `on_over`, once: nothing of it runs any more, so that others may use what it had.
+    """
 
     tool: Tool
     request: Run
+    payer: int
     on_text: Callable[[str], None]
     on_done: Callable[[Done], None]
     on_over: Callable[[], None]
 
 
+class Cell(NamedTuple):
+    """How a worker is confined, as in `link.Caller`. b"": not at all."""
+
+    box: bytes = b""
+    network: tuple[int, int] = (0, 0)
+
+
+Kind = tuple[str, Cell]  # a source, and how its worker is confined
+
+
 @dataclass(slots=True, eq=False)
 class Worker:
     source: str
-    box: bytes  # as `link.Caller`: it has confined itself so, for good
+    cell: Cell  # it has confined itself so, for good
     process: subprocess.Popen[bytes]
     frames: FrameSocket
     job: Job | None = None
@@ -72,15 +95,16 @@ class Worker:
     ending: Job | None = None  # … with this call, which has its answer
     idle: Timer | None = field(default=None)
     server: int = 0  # of one for an MCP server: as `Servers` knows that
+    meter: Meter = field(default_factory=Meter)
 
     @property
-    def kind(self) -> tuple[str, bytes]:
-        return self.source, self.box
+    def kind(self) -> Kind:
+        return self.source, self.cell
 
 
 class Pool:
     """`watch` and `forget`: the loop's descriptors. `described` is called at each start of a worker, and when an MCP
-    server (`servers`) has other tools than before."""
+    server (`servers`) has other tools than before. `bills`: for what calls use."""
 
     def __init__(
         self,
@@ -90,6 +114,7 @@ class Pool:
         home: str,
         described: Callable[[str, Described], None],
         servers: Servers,
+        bills: Bills,
     ) -> None:
         self._timers = timers
         self._watch = watch
@@ -97,9 +122,10 @@ class Pool:
         self._home = home
         self._described = described
         self._servers = servers
+        self._bills = bills
         self._workers: list[Worker] = []
-        # By source and box: admitted, and waiting for a worker that starts.
-        self._queue: dict[tuple[str, bytes], list[Job]] = {}
+        self._queue: dict[Kind, list[Job]] = {}  # admitted, and waiting for a worker that starts
+        self._ended: deque[Meter] = deque(maxlen=ENDED)
         self._sampler: Timer | None = None
         self.deaths = 0
 
@@ -107,11 +133,11 @@ class Pool:
 
     def load(self, source: str) -> None:
         """Start a first worker of a source, which describes it."""
-        self._start(source, b"")
+        self._start(source, Cell())
 
-    def run(self, source: str, box: bytes, job: Job) -> None:
-        """Run a call, in a worker that is idle or in a new one. `box`: how it must be confined."""
-        kind = source, box
+    def run(self, source: str, cell: Cell, job: Job) -> None:
+        """Run a call, in a worker that is idle or in a new one. `cell`: how it must be confined."""
+        kind = source, cell
         same = [worker for worker in self._workers if worker.kind == kind and worker.verdict is None]
         for worker in same:
             if worker.described and worker.job is None:
@@ -145,7 +171,7 @@ class Pool:
 
     # ── life of a worker ──────────────────────────────────────────────────────────────────────────────────
 
-    def _start(self, source: str, box: bytes) -> None:
+    def _start(self, source: str, cell: Cell) -> None:
         ours, theirs = socket.socketpair()
         name = source.removeprefix(MCP)
         server = self._servers.wanted.get(name) if source.startswith(MCP) else None
@@ -157,8 +183,14 @@ class Pool:
                 for fd in given:
                     ends.callback(os.close, fd)
                 words, passed = [",".join(map(str, given))], [*passed, *given]
-            if box:
-                words, passed = [",".join(["boxed", *map(str, cage.descriptors())])], [*passed, *cage.descriptors()]
+            environment = self._environment()
+            if cell.box:
+                fds = list(cage.descriptors())
+                if (network := _network(*cell.network)) is not None:
+                    ends.callback(os.close, network)
+                    fds.append(network)
+                    environment = hosts.proxied(environment)
+                words, passed = [",".join(["boxed", *map(str, fds)])], [*passed, *fds]
             process = subprocess.Popen(
                 [
                     *(sys.executable, "-m", f"aiosd.tools.{'worker' if server is None else 'bridge'}"),
@@ -167,16 +199,16 @@ class Pool:
                 stdin=subprocess.DEVNULL,
                 stdout=subprocess.DEVNULL,
                 stderr=subprocess.DEVNULL,
-                env={**self._environment(), "HOME": self._home, "PYTHONPATH": os.pathsep.join(filter(None, sys.path))},
+                env={**environment, "HOME": self._home, "PYTHONPATH": os.pathsep.join(filter(None, sys.path))},
                 pass_fds=passed,
                 start_new_session=True,
             )
-        worker = Worker(source, box, process, FrameSocket(ours, FRAME_BYTES), server=number)
+        worker = Worker(source, cell, process, FrameSocket(ours, FRAME_BYTES), server=number)
         self._workers.append(worker)
         if server is not None:
             worker.frames.send(encode(server))  # not as an argument: it may hold keys, and everyone can read those
-        if box:
-            worker.frames.send(box)
+        if cell.box:
+            worker.frames.send(cell.box)
         self._watch(worker.frames.fileno(), lambda: self._on_readable(worker))
         late = Done(None, errno.ETIMEDOUT, f"{source} was not loaded after {LOAD_S:.0f} s")
         worker.deadline = self._timers.after(LOAD_S, lambda: self._end(worker, late))
@@ -192,6 +224,7 @@ class Pool:
             worker.idle = None
         limit = job.tool.time_s
         late = Done(None, errno.ETIMEDOUT, f"{job.tool.name} ran for {limit:g} s, which is its limit")
+        worker.meter.begin(job.payer, self._tree(worker))
         worker.deadline = self._timers.after(limit, lambda: self._end(worker, late))
         with contextlib.suppress(OSError):  # it is dead, which its socket reports in a moment
             worker.frames.send(encode(job.request))
@@ -235,18 +268,20 @@ class Pool:
 
     def _report(self, worker: Worker, described: Described) -> None:
         """What a confined worker cannot load says nothing of its source."""
-        if not worker.box:
+        if not worker.cell.box:
             self._described(worker.source, described)
 
     def _over(self, worker: Worker, done: Done) -> None:
         """A call has ended in order. What it left running below the worker must not outlive it."""
         job, worker.job = worker.job, None
         self._stop_clock(worker)
-        leftovers = not worker.source.startswith(MCP) and procfs.children(worker.process.pid)
+        tree = self._tree(worker)
+        leftovers = not worker.source.startswith(MCP) and len(tree) > 1
         if done.spent or leftovers:
             worker.verdict = done
             self._kill(worker)
         else:
+            self._close(worker, tree)
             self._next(worker)
         if job is not None:
             job.on_done(done)
@@ -263,7 +298,7 @@ class Pool:
         """End a worker that was idle for long. The last one of a source stays, unless it is confined (there may be one
         for each agent), or one of an MCP server, which with its server takes a hundred megabytes."""
         same = [other for other in self._workers if other.kind == worker.kind and other.verdict is None]
-        if worker.job is None and (len(same) > 1 or worker.box or worker.source.startswith(MCP)):
+        if worker.job is None and (len(same) > 1 or worker.cell.box or worker.source.startswith(MCP)):
             self._kill(worker)
 
     # ── the end of a worker ───────────────────────────────────────────────────────────────────────────────
@@ -274,6 +309,7 @@ class Pool:
             return
         worker.verdict = verdict
         self._stop_clock(worker)
+        self._charge(worker, self._tree(worker))
         self._answer(worker, verdict)
         if at_once:
             self._kill(worker)
@@ -291,9 +327,14 @@ class Pool:
             worker.idle.cancel()
         self._forget(worker.frames.fileno())
         worker.frames.close()
-        kill_tree(worker.process.pid)
-        worker.process.wait()
+        if worker.process.returncode is None:  # else its number may be another's
+            stop_tree(worker.process.pid)
+            worker.meter.look(self._tree(worker))  # what nobody would wait for is seen now
+            kill_tree(worker.process.pid)
+        self._ended.append(worker.meter)
+        self._reap(worker)
         self._kill_strays()
+        self._close(worker, {})
         self._timers.after(STRAYS_S, self._kill_strays)
         ending, worker.ending = worker.ending, None
         if ending is not None:
@@ -303,10 +344,8 @@ class Pool:
         """The worker's end of the socket is closed: it has ended, or something in it has closed it."""
         if worker.verdict is None:
             self.deaths += worker.job is not None or not worker.described
-            try:
-                status = worker.process.wait(0.5)
-            except subprocess.TimeoutExpired:
-                status = 0
+            status = self._reap(worker, 0.5) or 0
+            self._settle(worker.meter.payer)
             how = f"signal {signal.Signals(-status).name}" if status < 0 else f"exit code {status}"
             reason = f"the process of this call ended ({how}); it is not done again"
             if not worker.described:
@@ -317,7 +356,7 @@ class Pool:
         self._kill(worker)
         self._replace(worker.kind)
 
-    def _replace(self, kind: tuple[str, bytes]) -> None:
+    def _replace(self, kind: Kind) -> None:
         """Calls that wait for a worker of this kind still get one."""
         starting = sum(worker.kind == kind and not worker.described for worker in self._workers)
         for _ in range(len(self._queue.get(kind, ())) - starting):
@@ -349,40 +388,113 @@ class Pool:
         for ospid in set(procfs.children(os.getpid())) - ours:
             kill_tree(ospid)
             with contextlib.suppress(ChildProcessError):
-                os.waitpid(ospid, 0)
+                usage = os.wait4(ospid, 0)[2]
+                meter = next((one for one in self._ended if one.knows(ospid)), None)
+                if meter is None and self._ended:  # it was started between two looks
+                    meter = self._ended[-1]
+                if meter is not None:
+                    meter.reaped(usage.ru_utime + usage.ru_stime)
+                    self._settle(meter.payer)
+
+    @staticmethod
+    def _reap(worker: Worker, timeout: float | None = None) -> int | None:
+        """Its exit status; None: it has not ended within these seconds. Once, it is charged what Linux says that it
+        has used."""
+        process = worker.process
+        if process.returncode is None:
+            if timeout is not None and not _ends_within(process.pid, timeout):
+                return None
+            _, status, usage = os.wait4(process.pid, 0)
+            process.returncode = os.waitstatus_to_exitcode(status)
+            worker.meter.reaped(usage.ru_utime + usage.ru_stime)
+        return process.returncode
+
+    # ── what calls use ────────────────────────────────────────────────────────────────────────────────────
+
+    def _tree(self, worker: Worker) -> dict[int, Stat]:
+        """Its processes, and those of its server."""
+        found = procfs.tree(worker.process.pid) if worker.process.returncode is None else {}
+        if server := self._servers.ospid(worker.server):
+            found |= procfs.tree(server)
+        return found
+
+    def _charge(self, worker: Worker, tree: dict[int, Stat]) -> None:
+        worker.meter.look(tree)
+        self._settle(worker.meter.payer)
+
+    def _close(self, worker: Worker, tree: dict[int, Stat]) -> None:
+        """Nothing of its call runs any more."""
+        worker.meter.memory = 0
+        self._charge(worker, tree)
+        worker.meter.payer = 0 if tree else worker.meter.payer  # of a dead one strays may still be found
+
+    def _settle(self, payer: int) -> None:
+        self._bills.settle([*(worker.meter for worker in self._workers), *self._ended], payer)
 
     # ── what no rlimit bounds ─────────────────────────────────────────────────────────────────────────────
 
     def _sample(self) -> None:
-        busy = [worker for worker in self._workers if worker.job is not None]
-        self._sampler = self._timers.after(SAMPLE_S, self._sample) if busy else None
+        began = time.monotonic()
+        busy = [worker for worker in self._workers if worker.job is not None or worker.ending is not None]
         for worker in busy:
             self._look_at(worker)
+        wait_s = max(SAMPLE_S, (PART - 1) * (time.monotonic() - began))
+        self._sampler = self._timers.after(wait_s, self._sample) if busy else None
 
     def _look_at(self, worker: Worker) -> None:
-        assert worker.job is not None
+        tree = self._tree(worker)
+        memory = worker.meter.weigh(tree)
+        self._charge(worker, tree)
+        if worker.job is None:
+            return
         tool = worker.job.tool
-        below = procfs.descendants(worker.process.pid)
-        if server := self._servers.ospid(worker.server):
-            below += [server, *procfs.descendants(server)]
-        if len(below) > MOST_PROCESSES:
+        if len(tree) - 1 > MOST_PROCESSES:
             reason = f"{tool.name} started more than {MOST_PROCESSES} processes"
             self._end(worker, Done(None, errno.EAGAIN, reason), at_once=True)
-        elif below and sum(map(procfs.pss_bytes, (worker.process.pid, *below))) > tool.memory_bytes:
+        elif memory > tool.memory_bytes:
             reason = f"{tool.name} and its processes used more than {tool.memory_bytes >> 20} MB of memory"
             self._end(worker, Done(None, errno.ENOMEM, reason), at_once=True)
 
 
-def kill_tree(ospid: int) -> None:
-    """Kill a child of ours and all below it. Stopped first, parents before children, they cannot fork while we look."""
+def _network(ospid: int, inode: int) -> int | None:
+    """A descriptor of the network of this inode, in which this process is; None: it is not, or has ended."""
+    if not inode:
+        return None
+    try:
+        fd = os.open(f"/proc/{ospid}/ns/net", os.O_RDONLY | os.O_CLOEXEC)
+    except OSError:
+        return None
+    if os.fstat(fd).st_ino == inode:
+        return fd
+    os.close(fd)  # another process has the number now
+    return None
+
+
+def stop_tree(ospid: int) -> None:
+    """Stop a child of ours and all below it, parents before children: then they cannot fork while we look."""
     for _ in range(100):
         tree = [ospid, *procfs.descendants(ospid)]
         for one in tree:
             _signal(one, signal.SIGSTOP)
         if len(tree) == 1 + len(procfs.descendants(ospid)):
             break
+
+
+def kill_tree(ospid: int) -> None:
+    """Kill a child of ours and all below it."""
+    stop_tree(ospid)
     for one in reversed([ospid, *procfs.descendants(ospid)]):
         _signal(one, signal.SIGKILL)
+
+
+def _ends_within(ospid: int, seconds: float) -> bool:
+    fd = os.pidfd_open(ospid)
+    try:
+        poll = select.poll()
+        poll.register(fd, select.POLLIN)
+        return bool(poll.poll(seconds * 1000))
+    finally:
+        os.close(fd)
 
 
 def _signal(ospid: int, number: int) -> None:

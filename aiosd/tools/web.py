@@ -2,6 +2,7 @@
 
 A name is resolved here, every address of it is checked, and the connection goes to the address that was checked; so a
 name that is resolved to another address a moment later (DNS rebinding) leads nowhere. Every redirect is checked alike.
+For an agent that reaches single hosts its proxy does all that.
 """
 
 from __future__ import annotations
@@ -14,6 +15,7 @@ import ssl
 from urllib.parse import SplitResult, urljoin, urlsplit
 
 from aiosd.access.patterns import host_of
+from aiosd.sandbox.hosts import PROXY_HOST, PROXY_PORT
 from aiosd.tools import held
 
 MAX_BYTES = 1 << 20
@@ -71,7 +73,10 @@ def _checked(url: str) -> SplitResult:
 def _get(parts: SplitResult) -> tuple[http.client.HTTPResponse, http.client.HTTPConnection]:
     assert parts.hostname is not None
     port = parts.port or (443 if parts.scheme == "https" else 80)
-    sock = socket.create_connection((public_address(parts.hostname, port), port), TIMEOUT_S)
+    if held.proxied:
+        sock = _tunnel(parts.hostname, port)
+    else:
+        sock = socket.create_connection((public_address(parts.hostname, port), port), TIMEOUT_S)
     if parts.scheme == "https":
         sock = ssl.create_default_context().wrap_socket(sock, server_hostname=parts.hostname)
     connection = http.client.HTTPConnection(parts.hostname, port, timeout=TIMEOUT_S)
@@ -88,6 +93,26 @@ def _get(parts: SplitResult) -> tuple[http.client.HTTPResponse, http.client.HTTP
     except http.client.HTTPException as err:
         connection.close()
         raise OSError(errno.EPROTO, f"{parts.hostname} sent no proper answer: {err!r}") from err
+
+
+def _tunnel(host: str, port: int) -> socket.socket:
+    """A connection through the proxy of the agent's own network. Raises PermissionError where it refuses, OSError."""
+    name = host_of(host)
+    shown = f"[{name}]:{port}" if ":" in name else f"{name}:{port}"
+    request = f"CONNECT {shown} HTTP/1.1\r\nHost: {shown}\r\n\r\n".encode("ascii")
+    tunnel = socket.create_connection((PROXY_HOST, PROXY_PORT), TIMEOUT_S)
+    tunnel.sendall(request)
+    answer = http.client.HTTPResponse(tunnel, method="CONNECT")
+    try:
+        answer.begin()
+    except (http.client.HTTPException, OSError) as err:
+        tunnel.close()
+        raise OSError(errno.EPROTO, f"the proxy sent no proper answer: {err!r}") from err
+    if answer.status == 200:
+        return tunnel
+    words = answer.read(2000).decode("utf-8", "replace").strip() or answer.reason
+    tunnel.close()
+    raise PermissionError(errno.EACCES, words) if answer.status == 403 else OSError(errno.EHOSTUNREACH, words)
 
 
 def _text(data: bytes, response: http.client.HTTPResponse) -> str:

@@ -3,9 +3,12 @@
     python -m aiosd.tools.worker FD SOURCE [boxed[,FD…]]    SOURCE: a module, or the path of a file
 
 A boxed one gets a box (`sandbox.box`) as its first frame, and confines itself to it for the rest of its life; FD… are
-the cage (`sandbox.cage`), if there is one. It sends `Described`, then serves `Run`s until its other end is closed. What
-a tool prints or yields is sent while it runs (`Wrote`); its return value comes with `Done`. The service trusts nothing
-that comes from here: a tool may do with this process what it likes.
+the cage (`sandbox.cage`), if there is one, and the network of an agent that reaches single hosts, if it is that one's:
+then it enters that network, and reaches what the agent reaches, by the same gates.
+
+It sends `Described`, then serves `Run`s until its other end is closed. What a tool prints or yields is sent while it
+runs (`Wrote`); its return value comes with `Done`. The service trusts nothing that comes from here: a tool may do with
+this process what it likes.
 """
 
 from __future__ import annotations
@@ -32,6 +35,7 @@ from aiosd.tools.messages import Described, Done, FromWorker, Run, Wrote, encode
 from libaios.stream import FrameSocket
 
 MESSAGE_BYTES = 4096  # of the text of an error
+CAGE = 5  # descriptors of the cage
 #: What every call has, besides what its tool is limited to.
 LIMITS = ((resource.RLIMIT_CORE, 0), (resource.RLIMIT_FSIZE, 1 << 30), (resource.RLIMIT_NOFILE, 1024))
 
@@ -84,7 +88,7 @@ def main(fd: str, source: str, boxed: str = "") -> int:
             return 0
 
 
-def _confine(box: bytes, cage_fds: list[int]) -> None:
+def _confine(box: bytes, fds: list[int]) -> None:
     """Raises OSError."""
     from aiosd.sandbox import confine, filter, plan
     from aiosd.sandbox.box import Box
@@ -93,9 +97,11 @@ def _confine(box: bytes, cage_fds: list[int]) -> None:
     native = confine.load()
     if native is None or not filter.known_here():
         raise OSError(errno.ENOTSUP, "a process cannot be confined here")
-    cage = Cage(*cage_fds) if cage_fds else None
-    native.confine(plan.plan(plan.ground(sys.path, cage), msgpack.decode(box, type=Box), doors=False))
-    for fd in cage_fds:
+    cage = Cage(*fds[:CAGE]) if fds else None
+    network = fds[CAGE] if len(fds) > CAGE else -1
+    native.confine(plan.plan(plan.ground(sys.path, cage), msgpack.decode(box, type=Box), False, network))
+    held.proxied = network >= 0
+    for fd in fds:
         os.close(fd)
 
 

@@ -1,4 +1,4 @@
-"""The processor time of one agent's processes, from samples of those that live.
+"""The processor time of some processes (an agent's, a worker's), from samples of those that live.
 
 Linux adds what a process has used to its parent's account when the parent waits for it. So the time of a process that
 lived between two samples is not lost, provided that its parent waited; what a sample has shown is never lost. Pure: no

@@ -1,0 +1,80 @@
+"""Copies of what a service has answered: a call that reads the same once more is answered without its service.
+
+On two cores a call that goes from an agent through the kernel to a service and back is four changes of process, and one
+that the kernel answers is none or two. So a service may *promise* that an answer stays right until it takes that back
+(`link.Answered.promise`, a number), and it takes it back (`link.Stale`) when what was read changes, before the answer
+to the call that has changed it. Both come through one ring, in order. From that follows what callers rely on: whoever
+knows that a change took effect, because the call that made it was answered, never gets what was there before. (Andrew
+File System has promises of this kind, named callbacks.)
+
+A copy is for the peer that has asked, and for the very same call: nobody gets by it what it was not given before. Calls
+of one peer keep their order, for no copy is given while the service has one of them. A promise is void when the
+service dies, and when the service or the kernel is a new one. How often a copy was given is reported to the service
+before the next call that it gets (`link.Used`), so that its books and its own cache are as if it had been asked.
+
+Memory is bounded for each peer and in all; what was kept first goes first, since the service can answer it again.
+"""
+
+from __future__ import annotations
+
+from msgspec import Raw
+
+from aiosd.kernel.peer import Copy, CopyKey, Peer
+
+LARGEST = 16 << 10  # bytes of an answer that is kept,
+OF_PEER = 64  # … how many of one peer,
+OF_PEER_BYTES = 128 << 10  # … with how many bytes together,
+OF_ALL_BYTES = 8 << 20  # … and of all peers
+
+
+class Copies:
+    """Those of one service."""
+
+    def __init__(self) -> None:
+        self.bytes = 0
+        self.used: dict[int, int] = {}  # by promise: how often it was given since the last report
+        self._kept: dict[tuple[Peer, CopyKey], Copy] = {}  # the oldest first
+        self._promised: dict[int, set[tuple[Peer, CopyKey]]] = {}
+
+    def keep(self, peer: Peer, key: CopyKey, promise: int, body: bytes) -> None:
+        size = len(body) + len(key[1])
+        if size > LARGEST or peer.gone:
+            return
+        self._drop(peer, key)
+        while len(peer.copies) >= OF_PEER or peer.copied_bytes + size > OF_PEER_BYTES:
+            self._drop(peer, next(iter(peer.copies)))
+        while self.bytes + size > OF_ALL_BYTES:
+            self._drop(*next(iter(self._kept)))
+        peer.copies[key] = self._kept[peer, key] = Copy(Raw(body), promise, size, self.used)
+        self._promised.setdefault(promise, set()).add((peer, key))
+        peer.copied_bytes += size
+        self.bytes += size
+
+    def stale(self, promises: list[int]) -> None:
+        """These promises are taken back."""
+        for promise in promises:
+            for place in list(self._promised.get(promise, ())):
+                self._drop(*place)
+
+    def forget(self, peer: Peer) -> None:
+        """It is gone."""
+        for key in list(peer.copies):
+            self._drop(peer, key)
+
+    def clear(self) -> None:
+        """Every promise is void."""
+        for place in list(self._kept):
+            self._drop(*place)
+        self.used.clear()
+
+    def _drop(self, peer: Peer, key: CopyKey) -> None:
+        copy = self._kept.pop((peer, key), None)
+        if copy is None:
+            return
+        del peer.copies[key]
+        peer.copied_bytes -= copy.size
+        self.bytes -= copy.size
+        places = self._promised[copy.promise]
+        places.remove((peer, key))
+        if not places:
+            del self._promised[copy.promise]

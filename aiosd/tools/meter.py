@@ -1,0 +1,114 @@
+"""What calls cost: processor time and memory of workers and of all that they have started.
+
+A worker may do what it likes with itself, so nothing that it sends is believed: Linux is asked from outside (/proc
+while it lives, `wait4` at its end). As a worker runs one call at a time, what it uses between the beginning and the end
+of a call is what the call uses. Of its memory only what it has grown by counts, since a call need not pay for the
+interpreter and the source that it finds there. A worker that is being ended costs its last call until nothing of it
+runs any more.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+
+from aiosd import procfs
+from aiosd.cputime import CpuMeter, Used
+from aiosd.procfs import Stat
+
+#: Agent, microseconds on processors since the last time, bytes that its calls hold now.
+Charge = Callable[[int, int, int], None]
+
+
+class Meter:
+    """Of one worker. `payer`: the agent for which it works, or has worked last; 0: nobody pays."""
+
+    def __init__(self) -> None:
+        self.payer = 0
+        self.memory = 0  # bytes, in the last sample
+        self.due = 0.0  # seconds that nobody was charged yet
+        self._cpu = CpuMeter()
+        self._base: dict[int, int] = {}  # bytes that its processes had before the call, by Linux pid
+        self._known: set[int] = set()  # processes that were seen
+        self._reaped_s = 0.0
+
+    def begin(self, payer: int, tree: Mapping[int, Stat]) -> None:
+        """A call begins."""
+        self.payer, self.memory, self.due, self._reaped_s = payer, 0, 0.0, 0.0
+        self._cpu, self._known = CpuMeter(), set(tree)
+        self._cpu.update(_used(tree))
+        self._base = {ospid: stat.rss_bytes for ospid, stat in tree.items()}
+
+    def look(self, tree: Mapping[int, Stat]) -> None:
+        self.due += self._cpu.update(_used(tree))
+        self._known |= tree.keys()
+
+    def weigh(self, tree: Mapping[int, Stat]) -> int:
+        """Memory of its processes: in proportion where it is shared, but of those that were there before the call what
+        they have grown by. What cannot be read counts in full."""
+        memory = 0
+        memfds: dict[tuple[int, int], int] = {}
+        for ospid, stat in tree.items():
+            memfds |= procfs.memfds(ospid) or {}
+            base = self._base.get(ospid)
+            pss = procfs.measured_pss_bytes(ospid) if base is None else max(0, stat.rss_bytes - base)
+            memory += stat.rss_bytes if pss is None else pss
+        self.memory = memory + sum(memfds.values())
+        return self.memory
+
+    def reaped(self, seconds: float) -> None:
+        """One of its processes has ended, and had used this much in its life, with the children it had waited for."""
+        self._reaped_s += seconds
+        self.due += self._cpu.end(self._reaped_s)
+
+    def knows(self, ospid: int) -> bool:
+        return ospid in self._known
+
+
+class Bills:
+    """Tells what agents have used, when there is something to tell."""
+
+    def __init__(self, charge: Charge) -> None:
+        self._charge = charge
+        self._told: dict[int, int] = {}  # bytes, by agent: of those that hold some
+        self._small: dict[int, float] = {}  # seconds that are too few to be told, by agent
+
+    def settle(self, meters: Sequence[Meter], payer: int) -> None:
+        """Of all workers, those of one agent: charge what it was not charged yet."""
+        if not payer:
+            return
+        memory, due = 0, 0.0
+        for meter in meters:
+            if meter.payer == payer:
+                memory += meter.memory
+                due, meter.due = due + meter.due, 0.0
+        self._tell(payer, due, memory)
+
+    def add(self, payer: int, seconds: float, least: float) -> None:
+        """Seconds of the toolbox itself; told when there are as many as `least`."""
+        seconds += self._small.pop(payer, 0.0)
+        if seconds < least:
+            self._small[payer] = seconds
+        else:
+            self._tell(payer, seconds, self._told.get(payer, 0))
+
+    def forget(self, payer: int) -> None:
+        """The agent has ended; what its workers still use is told."""
+        self._small.pop(payer, None)
+
+    def again(self) -> None:
+        """There is a new kernel, which has counted the time, but not what is held."""
+        for payer, memory in self._told.items():
+            self._charge(payer, 0, memory)
+
+    def _tell(self, payer: int, seconds: float, memory: int) -> None:
+        microseconds = round(seconds * 1e6)
+        if microseconds or memory != self._told.get(payer, 0):
+            self._charge(payer, microseconds, memory)
+        if memory:
+            self._told[payer] = memory
+        else:
+            self._told.pop(payer, None)
+
+
+def _used(tree: Mapping[int, Stat]) -> list[Used]:
+    return [Used((ospid, stat.started), stat.cpu_s, stat.waited_s) for ospid, stat in tree.items()]

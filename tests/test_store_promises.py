@@ -1,0 +1,236 @@
+"""Answers that the kernel gives again, because the store has promised that they are still right."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from tempfile import TemporaryDirectory
+from types import SimpleNamespace
+from typing import Any, cast
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from msgspec import Raw
+
+from aiosd import link
+from aiosd.kernel import copies
+from aiosd.kernel.access import Access
+from aiosd.kernel.calls import Calls
+from aiosd.kernel.copies import Copies
+from aiosd.kernel.dispatch import Dispatcher
+from aiosd.kernel.peer import Call, Peer
+from aiosd.kernel.service import Asker
+from aiosd.store.database import Database
+from aiosd.store.grouping import GroupServer
+from aiosd.store.memory import Memory
+from aiosd.store.promises import Promises
+from aiosd.store.room import Room
+from aiosd.store.storage import Storage
+from libaios import wire
+from libaios.channel import Channel
+from libaios.wire import Sys
+
+#: By pid: two agents that share a name, one of another name in their group, and one of another group.
+CALLERS = {
+    7: link.Caller(7, 1000, "me", True, "default"),
+    8: link.Caller(8, 1000, "me", True, "default"),
+    9: link.Caller(9, 1000, "other", True, "default"),
+    10: link.Caller(10, 1000, "me", True, "web"),
+}
+READING = (Sys.MEM_GET, Sys.STO_READ)
+
+
+class Kernel:
+    """The kernel's side of a channel: it keeps what it may. What it has must be right whenever it is told of a change,
+    and when all is quiet."""
+
+    def __init__(self, folder: Path) -> None:
+        self.database = database = Database(folder, Room(folder, wal=0, ballast=0, floor=0))
+        database.begin_system("one")
+        self.storage = Storage(database, folder, 1 << 20, 3)
+        self.memory = Memory(database, 1 << 20, 1 << 20)
+        database.undone += [self.memory.cache.clear, self.storage.undone]
+        promises = self.memory.promises = self.storage.files.promises
+        handlers = self.memory.handlers() | self.storage.handlers()
+        self.server = GroupServer(cast(Channel, self), handlers, group=database, on_used=self.memory.used)
+        promises.take_back = self.server.take_back
+        self.copies = Copies()
+        self.peers = {pid: Peer(pid, None) for pid in CALLERS}
+        self.asked: dict[link.Key, link.Ask] = {}
+        self.number = 0
+        self.given = 0
+        self.sent: list[link.FromService] = []
+
+    def ask(self, pid: int, sys: Sys, args: Any) -> link.Ask:
+        self.number += 1
+        made = link.Ask((pid, self.number), CALLERS[pid], sys, Raw(wire.encode(args)))
+        self.asked[made.key] = made
+        return made
+
+    def send(self, payload: bytes) -> None:
+        self.sent.append(link.decode_from_service(payload))
+
+    send_silently = send
+
+    def turn(self, *asks: link.Ask, told: bool = True) -> None:
+        self.server._turn(list(asks))
+        sent, self.sent = self.sent, []
+        for message in sent:
+            if isinstance(message, link.Stale):
+                self.copies.stale(message.promises)
+            elif isinstance(message, link.Answered):
+                ask = self.asked[message.key]
+                if message.promise:
+                    assert ask.sys in READING
+                    key = ask.sys, bytes(ask.args)
+                    self.copies.keep(self.peers[ask.key[0]], key, message.promise, message.body)
+                elif ask.sys not in READING and told:
+                    self.check()
+        self.check()
+
+    def check(self) -> None:
+        for pid, peer in self.peers.items():
+            for (sys, args), copy in peer.copies.items():
+                ask = link.Ask((pid, 0), CALLERS[pid], sys, Raw(args))
+                found = self.server.handlers[sys](ask, wire.decode_args[sys](args))
+                assert wire.encode(getattr(found, "body", found)) == bytes(copy.body)
+                self.given += 1
+
+    def close(self) -> None:
+        self.storage.mounts.close()
+        self.database.close()
+
+
+KEYS = st.sampled_from(("a", "b"))
+NOTES = st.one_of(KEYS, st.integers(1, 4))
+CALLS = st.one_of(
+    st.tuples(st.just(Sys.MEM_GET), st.builds(wire.MemGet, NOTES)),
+    st.tuples(st.just(Sys.MEM_GET), st.builds(wire.MemGet, NOTES)),
+    st.tuples(st.just(Sys.MEM_ADD), st.builds(wire.MemAdd, st.just("x"), KEYS, shared=st.booleans())),
+    st.tuples(st.just(Sys.MEM_UPDATE), st.builds(wire.MemUpdate, NOTES, st.sampled_from(("y", "z")))),
+    st.tuples(st.just(Sys.MEM_REMOVE), st.builds(wire.MemGet, NOTES)),
+    st.tuples(st.just(Sys.MEM_CLEAR), st.just(wire.NoArgs())),
+    st.tuples(st.just(Sys.STO_READ), st.builds(wire.StoRead, KEYS, version=st.sampled_from((None, 1)))),
+    st.tuples(st.just(Sys.STO_WRITE), st.builds(wire.StoWrite, KEYS, st.sampled_from((b"1", b"2")))),
+    st.tuples(st.just(Sys.STO_REMOVE), st.builds(wire.StoPath, KEYS)),
+    st.tuples(st.just(Sys.STO_ROLLBACK), st.builds(wire.StoRollback, KEYS, version=st.just(1))),
+    st.tuples(st.just("gone"), st.none()),
+)
+TURNS = st.lists(
+    st.tuples(st.booleans(), st.lists(st.tuples(st.sampled_from(list(CALLERS)), CALLS), max_size=6)), min_size=2
+)
+
+
+@settings(deadline=None, max_examples=20)
+@given(TURNS)
+def test_what_the_kernel_keeps_is_what_the_store_would_answer(turns: Any) -> None:
+    with TemporaryDirectory() as folder:
+        kernel = Kernel(Path(folder))
+        try:
+            for fails, calls in turns:
+                for pid, (sys, _) in calls:
+                    if sys == "gone":
+                        kernel.memory.owner_gone(pid)
+                write = kernel.database.memos.write
+                broken = iter([fails])
+
+                def written(broken: Any = broken, write: Any = write) -> None:
+                    if next(broken, False):
+                        raise wire.error(5, "the disk is gone")
+                    write()
+
+                kernel.database.memos.write = written  # type: ignore[method-assign]
+                asks = [kernel.ask(pid, sys, args) for pid, (sys, args) in calls if sys != "gone"]
+                kernel.turn(*asks, told=not fails)
+                kernel.database.memos.write = write  # type: ignore[method-assign]
+        finally:
+            kernel.close()
+
+
+@pytest.fixture
+def kernel(tmp_path: Path) -> Any:
+    made = Kernel(tmp_path)
+    yield made
+    made.close()
+
+
+def test_each_that_has_read_it_reads_it_anew_after_a_change(kernel: Kernel) -> None:
+    kernel.turn(
+        kernel.ask(7, Sys.MEM_ADD, wire.MemAdd("one", "k")),
+        kernel.ask(7, Sys.STO_WRITE, wire.StoWrite("f", b"1")),
+    )
+    read = (Sys.MEM_GET, wire.MemGet("k")), (Sys.MEM_GET, wire.MemGet(1)), (Sys.STO_READ, wire.StoRead("f"))
+    kernel.turn(*(kernel.ask(pid, *call) for pid in (7, 8) for call in read))
+    assert [len(kernel.peers[pid].copies) for pid in (7, 8)] == [3, 3]
+    kernel.turn(kernel.ask(8, Sys.MEM_UPDATE, wire.MemUpdate("k", "two")))
+    assert [len(kernel.peers[pid].copies) for pid in (7, 8)] == [1, 1]
+    kernel.turn(kernel.ask(8, Sys.STO_WRITE, wire.StoWrite("f", b"2")))
+    assert kernel.copies.bytes == 0
+    assert [peer.copied_bytes for peer in kernel.peers.values()] == [0] * 4
+
+
+def test_what_may_change_by_itself_is_not_promised(kernel: Kernel) -> None:
+    """A note with an end; a group's note by its key, in whose place an own one may come."""
+    kernel.turn(
+        kernel.ask(7, Sys.MEM_ADD, wire.MemAdd("ends", "e", ttl_s=1000.0)),
+        kernel.ask(9, Sys.MEM_ADD, wire.MemAdd("of all", "k", shared=True)),
+    )
+    kernel.turn(kernel.ask(7, Sys.MEM_GET, wire.MemGet("e")), kernel.ask(7, Sys.MEM_GET, wire.MemGet("k")))
+    assert not kernel.peers[7].copies
+    kernel.turn(kernel.ask(7, Sys.MEM_GET, wire.MemGet(2)))
+    assert len(kernel.peers[7].copies) == 1
+
+
+def test_what_has_no_room_goes_oldest_first(monkeypatch: pytest.MonkeyPatch) -> None:
+    kept, one, other = Copies(), Peer(1, None), Peer(2, None)
+    monkeypatch.setattr(copies, "OF_ALL_BYTES", 56_004)
+    for number in range(copies.OF_PEER + 2):
+        kept.keep(one, (81, b"%d" % number), number + 1, b"x")
+    assert next(iter(one.copies)) == (81, b"2")
+    assert len(one.copies) == copies.OF_PEER
+    kept.keep(one, (81, b"large"), 100, b"x" * copies.LARGEST)
+    assert (81, b"large") not in one.copies
+    for number in range(5):
+        kept.keep(other, (81, b"%d" % number), number + 1, b"x" * 14_000)
+    assert not one.copies
+    assert kept.bytes == one.copied_bytes + other.copied_bytes <= 56_004
+    kept.stale([3])
+    assert (81, b"2") not in other.copies
+    kept.forget(other)
+    assert (kept.bytes, kept._kept, kept._promised) == (0, {}, {})
+
+
+@pytest.mark.parametrize("why", ["", "a rule names the call", "the store has a call of this agent", "other arguments"])
+def test_a_copy_is_given_only_where_the_call_would_be_done_at_once(why: str) -> None:
+    asked = []
+    calls = Calls(cast(Any, None), cast(Any, None), cast(Any, None))
+    approvals = SimpleNamespace(concerns=lambda call: bool(why) and "rule" in why, judge=lambda *_: True)
+    rights = Access(cast(Any, None), set, cast(Any, approvals), cast(Any, None))
+    asker = SimpleNamespace(ask=lambda call, args, raw: asked.append(args.note))
+    dispatcher = Dispatcher(calls, rights, cast(Asker, asker), {}, lambda key: None)
+    peer = Peer(7, cast(Any, SimpleNamespace(row=[0] * 20, calls=0)))
+    kept = Copies()
+    kept.keep(peer, (Sys.MEM_GET, wire.encode(wire.MemGet(1))), 5, wire.encode("one"))
+    if "has a call" in why:
+        peer.calls[1] = Call(peer, 1, wire.TABLE[Sys.MEM_UPDATE])
+    answer = dispatcher.answer(peer, wire.encode((2, Sys.MEM_GET, wire.MemGet(2 if "arguments" in why else 1))))
+    if why:
+        assert (answer, len(asked), kept.used) == (None, 1, {})
+    else:
+        assert answer is not None
+        assert (bytes(wire.decode_reply(answer).body), asked, kept.used) == (wire.encode("one"), [], {5: 1})
+
+
+def test_promises_are_bounded_and_their_uses_counted(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("aiosd.store.promises.MOST", 2)
+    promises, taken = Promises(), list[int]()
+    promises.take_back = taken.extend
+    first, second = promises.make("a"), promises.make("b")
+    assert promises.make("a") == first
+    third = promises.make("c")
+    assert taken == [first]
+    promises.broken("b")
+    promises.broken("nothing")
+    assert taken == [first, second]
+    assert promises.of({first: 1, third: 5}) == [("c", 5)]
+    assert promises.make("b") not in (first, second, third)
