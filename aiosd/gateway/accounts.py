@@ -14,6 +14,7 @@ import contextlib
 import os
 import time
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
 from typing import Protocol
 
@@ -29,6 +30,7 @@ CONNECTIONS = 256  # of one agent
 BODY_BYTES = 64 << 20  # of one agent's requests that are being received,
 BODY_BYTES_ALL = 512 << 20  # … and of all agents'
 SLOW_S = 10.0  # for one request, when these are full
+GREETINGS = 64  # of the kernel at a time: of a crowd that begins at once each gets its answer in time
 
 
 class User(Protocol):
@@ -42,6 +44,9 @@ class User(Protocol):
         """The address of the other end, and ours."""
 
     def known(self, account: Account) -> None: ...
+
+    def looked_at(self) -> AbstractContextManager[None]:
+        """While it is found out whose request it is."""
 
     def abort(self) -> None: ...
 
@@ -106,6 +111,7 @@ class Accounts:
         self.body_bytes = 0  # of all agents
         self.receiving: dict[User, float] = {}  # whose request is on its way, since when
         self._threads = ThreadPoolExecutor(2, "identity")
+        self._greetings = asyncio.Semaphore(GREETINGS)
 
     async def of_gate(self, agent: int) -> Account:
         """The account of the agent at whose gate a connection was accepted. Raises NoKernel."""
@@ -127,13 +133,14 @@ class Accounts:
             del self._by_token[token]
 
     async def _connect(self, token: str) -> Account:
-        greeting = Greeting(self._home, token=token)
-        try:
-            while (welcome := greeting.step()) is None:
-                await _readable(greeting)
-        except BaseException:  # of any kind, an interrupt too: undo, and raise it again
-            greeting.close()
-            raise
+        async with self._greetings:
+            greeting = Greeting(self._home, token=token)
+            try:
+                while (welcome := greeting.step()) is None:
+                    await _readable(greeting)
+            except BaseException:  # of any kind, an interrupt too: undo, and raise it again
+                greeting.close()
+                raise
         assert greeting.frames is not None
         connection = Connection(ControlSocket(self._home, token, (greeting.frames, welcome)))
         connection.attach_loop(asyncio.get_running_loop(), self._pace)

@@ -1,12 +1,11 @@
-"""One TCP connection: uvicorn's protocol, with limits of our own.
-
-A connection is a *stranger* until a request of it was shown to be an agent's. There are few strangers, each has little
-time, and the oldest makes room for the next: so silent connections, however many, keep no agent out.
-"""
+"""One TCP connection: uvicorn's protocol, with limits of our own. It is a *stranger* until a request of it was shown to
+be an agent's."""
 
 from __future__ import annotations
 
 import asyncio
+import contextlib
+from collections.abc import Iterator
 from http import HTTPStatus
 from typing import Any
 
@@ -15,35 +14,12 @@ from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol, RequestResp
 
 from aiosd.gateway.accounts import Account
 from aiosd.gateway.identity import Address
+from aiosd.gateway.strangers import Strangers
 from aiosd.gateway.web import Problem, encode, openai_error
 
-STRANGERS = 128
-STRANGER_S = 20.0  # until its first request is shown to be an agent's
 HEAD_BYTES = 64 << 10  # of a request's line and headers
 FRAMING = (b"content-length", b"transfer-encoding")
 PIPELINED = 8  # requests that wait behind another one of their connection; then no more is read
-
-
-class Strangers:
-    """Connections of which it is not known yet whose they are, oldest first."""
-
-    def __init__(self) -> None:
-        self._all: dict[Guarded, asyncio.TimerHandle] = {}
-
-    def add(self, one: Guarded) -> None:
-        if len(self._all) >= STRANGERS:
-            oldest = next(iter(self._all))
-            self.forget(oldest)
-            oldest.abort()
-        self._all[one] = asyncio.get_running_loop().call_later(STRANGER_S, one.transport.abort)
-
-    def forget(self, one: Guarded) -> None:
-        timer = self._all.pop(one, None)
-        if timer is not None:
-            timer.cancel()
-
-    def __len__(self) -> int:
-        return len(self._all)
 
 
 class Guarded(HttpToolsProtocol):
@@ -80,6 +56,15 @@ class Guarded(HttpToolsProtocol):
         account.admit(self)
         self.account = account
         self.strangers.forget(self)
+
+    @contextlib.contextmanager
+    def looked_at(self) -> Iterator[None]:
+        """While it is found out whose request it is."""
+        self.strangers.asks(self)
+        try:
+            yield
+        finally:
+            self.strangers.answered(self)
 
     def abort(self) -> None:
         self.transport.abort()

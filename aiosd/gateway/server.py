@@ -15,11 +15,13 @@ from uvicorn import Config
 from uvicorn.server import ServerState
 
 from aiosd import passage
+from aiosd.endpoint import BACKLOG
 from aiosd.gateway.accounts import Accounts
-from aiosd.gateway.connection import Guarded, Strangers
+from aiosd.gateway.connection import Guarded
 from aiosd.gateway.pacer import Pacer
 from aiosd.gateway.routes import ROUTES
 from aiosd.gateway.spec import GatewaySpec
+from aiosd.gateway.strangers import Strangers
 from aiosd.gateway.web import App, Counters
 from aiosd.heartbeat import BEAT_S, Rounds
 from aiosd.superior import Superior
@@ -87,8 +89,9 @@ async def _serve(superior: Superior, spec: GatewaySpec, rounds: Rounds, counters
     config.load()
     kind = type("Connection", (Guarded,), {"strangers": strangers})
     state = ServerState()
+    door = socket.socket(fileno=spec.door.fd)
     server = await loop.create_server(
-        lambda: kind(config=config, server_state=state, app_state={}), sock=socket.socket(fileno=spec.door.fd)
+        lambda: kind(config=config, server_state=state, app_state={}), sock=door, backlog=BACKLOG
     )
     if spec.guests >= 0:
         guests = socket.socket(fileno=spec.guests)
