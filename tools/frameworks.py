@@ -222,8 +222,7 @@ def main() -> None:
     names = [name for name in options.names or FRAMEWORKS if install(name)]
     print(f"| framework | model | {' | '.join(COLUMNS)} |\n|{'---|' * (len(COLUMNS) + 2)}", flush=True)
     for model in options.model or models():
-        sandbox = ("--sandbox", options.sandbox) if options.sandbox else ()
-        with Aiosd(model_path(model), *sandbox) as system:
+        with Aiosd(model_path(model), sandbox=options.sandbox or "") as system:
             shutil.copytree(ROOT / "examples", system.home / "examples")
             os.environ["AIOS_HOME"] = str(system.home)
             for name in names:
