@@ -235,6 +235,7 @@ class Sandbox(Struct, array_like=True, frozen=True):
     program: Annotated[str, Meta(max_length=4096)] = ""  # by which its workspace is found again
     alone: bool = False  # `own` has its script, not the folder where that lies
     sha256: Annotated[bytes, Meta(max_length=32)] = b""  # of a script, as the person who starts it has it
+    script: Annotated[str, Meta(max_length=4096)] = ""  # that an interpreter runs: its workspace is found by this
 
 
 #: `a.b.c`, as in an import.

@@ -72,7 +72,7 @@ def become_agent(spec: link.Fork, pid: int, home: str, fds: Descriptors, keeps_l
     _lower_oom_protection()
     try:
         if content.box is not None:
-            confinement.enter(content.box, report)
+            confinement.enter(content.box, report, fds.stdio[1:])
         content = _enter_folder(content)
         found = program.find(content)
     except OSError as err:
