@@ -98,6 +98,7 @@ def read(values: Mapping[str, Any], folder: str) -> AgentSpec:
             words[0],
             cwd,
             os.environ,
+            args=(*words[1:], *values.get("args", ())),
             level=values.get("sandbox"),
             read=values.get("read", ()),
             write=values.get("write", ()),

@@ -102,7 +102,7 @@ def watch(loop: asyncio.AbstractEventLoop, sock: socket.socket, handle: Callable
         except BlockingIOError:
             pass
         except (EOFError, ConnectionError):
-            # Its end is told by the channel too, perhaps later; an end of file can be read again and again.
+            # The channel reports the end too, perhaps later, and an end of file can be read again and again.
             loop.remove_reader(sock)
 
     loop.add_reader(sock, take)

@@ -10,7 +10,8 @@
 Agents generate, stream, send messages and spawn, and check all that they get: texts against those of a time without
 faults (with --exact bit for bit; without it that a stream's text is the text of its tokens and none is missing),
 messages for their order, children for having run once and having ended with the right status. Others only call
-getpid, so that a pause shows. Beside them are victims, which exist to be killed, and attached `aios-run` commands.
+getpid, so that a pause shows. Beside them are victims, which exist to be killed, and attached `aios-run` commands. All
+run without a sandbox, because they write their books side by side.
 
 A fault is drawn from the seed: `kill -9` or SIGSTOP, of the kernel, the LLM core, a victim, an aios-run. After it the
 books are asked for (`aiosd status --check`), except that some faults follow another at once. What ends the whole
@@ -231,7 +232,8 @@ class System:
         self.stderr = Path(home) / "stderr"
         with open(self.stderr, "ab") as log:
             began = log.tell()
-            self.daemon = subprocess.Popen([sys.executable, str(ROOT / "bin" / "aiosd"), *options], stderr=log)
+            argv = [sys.executable, str(ROOT / "bin" / "aiosd"), "--sandbox", "none", *options]
+            self.daemon = subprocess.Popen(argv, stderr=log)
 
         def ready() -> bool:
             return b"aiosd: ready" in self.stderr.read_bytes()[began:] or self.daemon.poll() is not None

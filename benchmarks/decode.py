@@ -3,10 +3,10 @@
 
 Both sides run in this one call, interleaved (system, bare, bare, system), with the same model file, threads, context
 and prompts, greedy. The system: an aiosd in a temporary home, agents as real processes, all connected before the
-clock starts, each asking for one completion of N tokens. Bare: one process that does `llama_decode` and arg max and
-nothing else, the prompts in one batch. What counts is the median of the ratios of neighbouring runs. Beside it stands
-the same ratio in CPU seconds of the two processes that compute: it tells the core's own share of the difference,
-also on a machine that others use.
+clock starts, without a sandbox, each asking for one completion of N tokens. Bare: one process that does
+`llama_decode` and arg max and nothing else, the prompts in one batch. What counts is the median of the ratios of
+neighbouring runs. Beside it stands the same ratio in CPU seconds of the two processes that compute: it tells the
+core's own share of the difference, also on a machine that others use.
 
     $ python benchmarks/decode.py
     model   agents    bare tok/s   system tok/s   ratio    bar   cpu ratio
@@ -183,7 +183,7 @@ class System:
 
     def __init__(self, home: str, model: Path, threads: int | None) -> None:
         self.env = {**os.environ, "AIOS_HOME": home, "PYTHONPATH": str(ROOT)}
-        options = ["--slots", str(max(AGENTS)), "--ctx", str(CTX)]
+        options = ["--slots", str(max(AGENTS)), "--ctx", str(CTX), "--sandbox", "none"]
         if threads is not None:
             options += ["--threads", str(threads)]
         self.daemon = subprocess.Popen(

@@ -2,6 +2,9 @@
 
 A client speaks a line of JSON for a line of JSON. `race` hands every client its order first, waits until each says
 that it is armed, and only then lets all go at once, so neither starting a process nor reading an order is measured.
+
+Agents of a system that is started here run without a sandbox, as the programs do that they are compared with, unless a
+benchmark says otherwise. What a sandbox costs is measured by sandbox.py.
 """
 
 from __future__ import annotations
@@ -225,11 +228,13 @@ def command(name: str) -> list[str]:
 class Aiosd:
     """A system in a home of its own, with agents that are connected and wait. Close it."""
 
-    def __init__(self, model: Path | str, *options: str) -> None:
+    def __init__(self, model: Path | str, *options: str, sandbox: str = "none") -> None:
+        """`sandbox`: of its agents; "": as aiosd has it."""
         self._home = tempfile.TemporaryDirectory(prefix="aios-bench-")
         self.home = Path(self._home.name)
         self.env = {name: value for name, value in os.environ.items() if not name.startswith("AIOS")}
         self.env |= {"AIOS_HOME": str(self.home), "PYTHONPATH": str(ROOT)}
+        self.env |= {"AIOSD_SANDBOX": sandbox} if sandbox else {}
         self.agents: list[Client] = []
         self.log = self.home / "stderr"
         with open(self.log, "wb") as log:

@@ -13,7 +13,8 @@ multiprocessing.Pipe. Throughput: 64 agents with 8 calls in flight each; against
 64 Pipes, with one message in flight (as one uses a Pipe) and with 8. Both sides alternate, and every figure is the
 median of the rounds. Where uvicorn is installed, an HTTP echo over one kept connection is shown for scale.
 
-The system runs in a temporary home, on the embedded model, which sleeps meanwhile. Results go to
+The system runs in a temporary home, on the embedded model, which sleeps meanwhile. Agents run without a sandbox, as the
+processes do that they are compared with (sandbox.py has getpid in one). Results go to
 benchmarks/results/ipc.json.
 """
 
@@ -104,9 +105,8 @@ def system() -> Iterator[None]:
     """An aiosd in a home of its own; AIOS_HOME leads there meanwhile."""
     with tempfile.TemporaryDirectory(prefix="aios-") as home:
         os.environ["AIOS_HOME"] = home
-        daemon = subprocess.Popen(
-            [sys.executable, str(ROOT / "bin" / "aiosd")], stderr=subprocess.PIPE, text=True, env=os.environ
-        )
+        argv = [sys.executable, str(ROOT / "bin" / "aiosd"), "--sandbox", "none"]
+        daemon = subprocess.Popen(argv, stderr=subprocess.PIPE, text=True, env=os.environ)
         assert daemon.stderr is not None
         try:
             for line in daemon.stderr:

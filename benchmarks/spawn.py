@@ -11,7 +11,8 @@ Crowd: one agent spawns all the others through the SDK. Each of them makes three
 there, and waits for messages; then each gets one and answers it. With all alive: memory of the whole system (PSS of
 every process), `aios-ps -e`, one more message round. The crowd is ended with `aios-kill NAME`, its parent collects
 every exit status, and what is left of it is counted. A second crowd is ended by stopping aiosd itself. Against it:
-bare os.fork of as many processes that only sleep.
+bare os.fork of as many processes that only sleep. Agents run without a sandbox, as these do; what one costs is measured
+by sandbox.py.
 
 Soak: agents that make a call and end, spawned and waited for some at a time. Memory (private pages, not PSS: that
 falls as pages are shared) and descriptors of kernel and supervisor, once the history of the dead is full and at the
@@ -130,7 +131,8 @@ class System:
         os.environ["PATH"] = os.pathsep.join([str(ROOT / "bin"), str(Path(sys.executable).parent), os.environ["PATH"]])
         self.log = Path(home) / "stderr"
         with open(self.log, "wb") as log:
-            self.daemon = subprocess.Popen([sys.executable, str(ROOT / "bin" / "aiosd")], stderr=log)
+            argv = [sys.executable, str(ROOT / "bin" / "aiosd"), "--sandbox", "none"]
+            self.daemon = subprocess.Popen(argv, stderr=log)
         wait_for(lambda: "aiosd: ready" in self.log.read_text() or self.daemon.poll() is not None, "aiosd")
         if self.daemon.poll() is not None:
             raise SystemExit(f"aiosd did not start:\n{self.log.read_text()}")

@@ -2,7 +2,8 @@
 """How long the commands take, as multiples of a bare `python -c pass`.
 
 Commands and bare interpreter take turns, so that whatever else the machine does hits all of them alike; medians
-count. `aios-run` starts an empty agent and waits for its end. All run from compiled bytecode, as installed ones do.
+count. `aios-run` starts an empty agent, in the sandbox that is the default, and waits for its end. All run from
+compiled bytecode, as installed ones do.
 
     $ python benchmarks/startup.py
     command            median ms   × python -c pass   bar

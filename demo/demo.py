@@ -20,7 +20,8 @@ import time
 from pathlib import Path
 
 HERE = Path(__file__).resolve().parent
-CLERKS = ("adder", "keeper", "writer")
+#: What they are started with: an agent may change files of the folder where it is started only if that is granted.
+CLERKS = {"adder": "", "keeper": "", "writer": "--write . "}
 #: What guests may not do, for all of this system.
 RULES = """\
 [access]
@@ -74,11 +75,11 @@ class Terminal:
             print(f"{name}:\n{output.read_text()}", end="", flush=True)
 
     def sandbox(self) -> str:
-        """What this machine can do."""
+        """In which agents run."""
         done = subprocess.run(
             ["aiosd", "status", "--json"], env=self.env, stdout=subprocess.PIPE, check=True, timeout=20
         )
-        return str(json.loads(done.stdout)["sandbox"]["possible"])
+        return str(json.loads(done.stdout)["sandbox"]["default"])
 
     def live_agents(self) -> set[str]:
         done = subprocess.run(["aios-ps", "-e", "--json"], env=self.env, stdout=subprocess.PIPE, check=True, timeout=20)
@@ -129,8 +130,8 @@ def show(terminal: Terminal) -> int:
 
     terminal.say("three at once, each with its own list of questions, and one that never ends")
     endless = terminal.type_and_read("aios-run -d --name endless endless.py")
-    for name in CLERKS:
-        terminal.type_in_background(f"aios-run --name {name} clerk.py < {name}.txt")
+    for name, grant in CLERKS.items():
+        terminal.type_in_background(f"aios-run {grant}--name {name} clerk.py < {name}.txt")
     wait_for(terminal, {"endless", *CLERKS})
     terminal.type("aios-ps -e")
 
@@ -141,11 +142,10 @@ def show(terminal: Terminal) -> int:
     terminal.say("the others did not notice")
     terminal.wait()
 
-    terminal.say("a guest: a tool for its model; a rule and a sandbox against the rest, and why")
+    terminal.say("a guest: a tool for its model; a rule, and the sandbox in which all agents are, against the rest")
     terminal.type("tail -n 1 ../aiosd.toml")
-    level = terminal.sandbox()
-    terminal.type(f"aios-run -g guests --sandbox {level} --tool-calls 5 guests/guest.py {terminal.desk}/keys.txt")
-    if level != "none":
+    terminal.type("aios-run -g guests --tool-calls 5 guests/guest.py keys.txt")
+    if terminal.sandbox() != "none":
         terminal.type("aios-inspect guest --why keys.txt")
 
     terminal.say("shut down")

@@ -1,9 +1,9 @@
 """A guest: an agent of a group that may not do everything.
 
-    $ aios-run -g guests --sandbox flat guest.py keys.txt
+    $ aios-run -g guests guest.py ../keys.txt
 
 Its model calls a tool and has the answer from it. Then it tries what a rule of aiosd.toml denies, and what its sandbox
-hides.
+hides, in which all agents are where nobody says otherwise.
 """
 
 import sys

@@ -1,9 +1,9 @@
 """Open-Interpreter as an agent: its tool is running code, here without asking.
 
     pip install open-interpreter litellm==1.83.0 'setuptools<81'
-    aios-run --sandbox cage --read /path/to/venv -- /path/to/venv/bin/python examples/interpreter_agent.py
+    aios-run -- /path/to/venv/bin/python examples/interpreter_agent.py
 
-What a model writes is run as this user: a sandbox is what keeps it in.
+What a model writes is run as this user: the agent's sandbox is what keeps it in.
 """
 
 from __future__ import annotations

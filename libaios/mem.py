@@ -101,7 +101,9 @@ def list(
     limit: int = 100,
     offset: int = 0,
 ) -> Plan[builtins.list[Note]]:
-    """Notes, the newest first; filters as in `search`. At most 1,000 at a time."""
+    """Notes, the newest first; filters as in `search`. At most 1,000 at a time.
+
+    What a damaged disk has lost is in the list, as `Note.damaged`; `get` raises OSError (EIO) for it."""
     filters = NoteFilters(_tags(tags), _metadata(metadata), since, until)
     return Plan(Sys.MEM_LIST, wire.MemList(filters, limit, offset))
 

@@ -90,7 +90,7 @@ def spawn(
         umask=_umask(),
         detached=detached,
         restart=restart,
-        sandbox=_sandbox(kind, target, folder, environment, sandbox, net, forked_from),
+        sandbox=_sandbox(kind, target, folder, environment, [str(arg) for arg in args], sandbox, net, forked_from),
         template=forked_from,
     )
     with contextlib.suppress(AttributeError, ValueError, OSError):  # stdout is None, or closed, or has no reader
@@ -103,6 +103,7 @@ def _sandbox(
     target: str,
     folder: str,
     environment: Mapping[str, str],
+    args: Sequence[str],
     level: str | None,
     net: str | Sequence[str] | None,
     forked_from: wire.Template | None,
@@ -110,7 +111,8 @@ def _sandbox(
     """An agent's child has its parent's box, so nothing has to be looked up for it, unless it asks for one."""
     if level is None and net is None and is_agent():
         return wire.Sandbox()
-    return wish(kind, target, folder, environment, level=level, net=net, needed=template.folders(forked_from))
+    needed = template.folders(forked_from)
+    return wish(kind, target, folder, environment, args=args, level=level, net=net, needed=needed)
 
 
 def _umask() -> int:

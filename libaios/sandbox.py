@@ -7,10 +7,21 @@ paths are made absolute and free of symbolic links here, before the agent is the
 from __future__ import annotations
 
 import os
-from collections.abc import Iterable, Mapping
+import re
+from collections.abc import Iterable, Mapping, Sequence
 
 from libaios import digest, wire
 from libaios.home import Home
+
+#: Variables that name files with the certificates of those whom programs trust: such files may be read.
+CERTIFICATES = (
+    "SSL_CERT_FILE", "REQUESTS_CA_BUNDLE", "CURL_CA_BUNDLE", "NODE_EXTRA_CA_CERTS", "PIP_CERT", "GIT_SSL_CAINFO",
+    "NIX_SSL_CERT_FILE", "AWS_CA_BUNDLE",
+)  # fmt: skip
+#: Folders where things of many programs lie side by side.
+SHARED = ("/tmp", "/var/tmp", "/dev/shm", "/home", "/media", "/mnt", "/root", "/run", "/var", "/etc", "/dev")
+#: Programs whose first argument is the program that a person means.
+INTERPRETERS = re.compile(r"(python|pypy|node|nodejs|deno|bun|ruby|perl|php|lua|bash|dash|sh|zsh|ksh|Rscript)[\d.]*")
 
 
 def wish(
@@ -19,6 +30,7 @@ def wish(
     cwd: str,
     env: Mapping[str, str],
     *,
+    args: Sequence[str] = (),
     level: str | None = None,
     read: Iterable[str] = (),
     write: Iterable[str] = (),
@@ -26,12 +38,17 @@ def wish(
     net: str | Iterable[str] | None = None,
     needed: Iterable[str] = (),
 ) -> wire.Sandbox:
-    """What is sent with a spawn. `target` and so on as in `wire.Spawn`, but as Python has them. `needed`: what the
-    program needs besides its own folder."""
+    """What is sent with a spawn. `target`, `args` and so on as in `wire.Spawn`, but as Python has them. `needed`: what
+    the program needs besides its own folder."""
     program, own = _own(kind, target, cwd, env)
     of_agent = wire.ENV_PID in os.environ  # what agents start proves nothing to rules
     alone = own == [program]
+    script = _of_interpreter(program, args, cwd) if kind == "exec" else ""
+    if kind == "exec":
+        own += [_folder_of(script)] if script else []
+        own += _user_sites(env.get("PYTHONUSERBASE", ""))
     own += map(_real, needed)
+    own += filter(os.path.isfile, (_real(env.get(name, "")) for name in CERTIFICATES))
     own += [path for path in map(_real, env.get("PYTHONPATH", "").split(os.pathsep)) if path and not is_broad(path)]
     return wire.Sandbox(
         level=level or "",
@@ -41,6 +58,7 @@ def wish(
         own=[wire.os_text(path) for path in dict.fromkeys(own)],
         env=list(variables),
         program=wire.os_text(program),
+        script=wire.os_text(script),
         alone=alone,
         sha256=digest.of_file(program) if kind == "file" and program != "-" and not of_agent else b"",
     )
@@ -75,10 +93,48 @@ def _own(kind: str, target: str, cwd: str, env: Mapping[str, str]) -> tuple[str,
     return real, own
 
 
+def _of_interpreter(program: str, args: Sequence[str], cwd: str) -> str:
+    """The script that an interpreter is to run (`python -u DIR/app.py`), which counts as one that is named without it.
+    Other arguments grant nothing: they may be text that comes from somebody else."""
+    if not INTERPRETERS.fullmatch(os.path.basename(program)):
+        return ""
+    for arg in args:
+        if arg[:1] != "-":
+            path = _real(arg, cwd)
+            return path if os.path.isfile(path) else ""
+        if arg[:2] in ("-c", "-e", "-m", "-p") or arg == "-":  # the program is text, or a module
+            break
+    return ""
+
+
+def _folder_of(script: str) -> str:
+    folder = os.path.dirname(script)
+    return script if is_broad(folder) else folder
+
+
+def user_base(env: Mapping[str, str]) -> str:
+    """Where Python finds what `pip install --user` has installed, if that is anything; "": nothing is there, or the
+    environment names the place already. In a sandbox the home is another folder."""
+    base = os.path.expanduser("~/.local")
+    return base if "PYTHONUSERBASE" not in env and _user_sites(base) else ""
+
+
+def _user_sites(base: str) -> list[str]:
+    library = os.path.join(_real(base), "lib")
+    try:
+        versions = [name for name in os.listdir(library) if name.startswith("python3")] if base else []
+    except OSError:
+        return []
+    found = [os.path.join(library, name, "site-packages") for name in versions]
+    return [path for path in found if os.path.isdir(path)]
+
+
 def _environments(folder: str) -> list[str]:
-    """The roots of the environment of Python whose programs are in this folder; [] if it is none. That of a virtual
-    environment has its interpreter and its library elsewhere."""
+    """The roots of the environment of Python or Node whose programs are in this folder; [] if it is none. That of a
+    virtual environment has its interpreter and its library elsewhere; `shims` stand for programs of several."""
     root = os.path.dirname(folder)
+    if os.path.basename(folder) == "shims" or os.path.isdir(os.path.join(root, "lib", "node_modules")):
+        return [root] if root not in ("/", "/usr", "/usr/local") else []
     try:
         with open(os.path.join(root, "pyvenv.cfg"), encoding="utf-8", errors="replace") as file:
             settings = dict(line.partition("=")[::2] for line in file)
@@ -106,8 +162,12 @@ def _in_path(name: str, env: Mapping[str, str]) -> str | None:
 
 
 def is_broad(folder: str) -> bool:
-    """Whether it has the user's home in it, or the data of aiosd: too much to be granted without being asked for."""
-    places = (_real(os.path.expanduser("~")), _real(Home().texts["data"]))
+    """Whether it has the user's home in it, data or settings (with keys) of aiosd, or what belongs to many programs:
+    too much to be granted unasked."""
+    if folder in SHARED or folder == _real(os.environ.get("TMPDIR", "")):
+        return True
+    own = Home().texts
+    places = (_real(os.path.expanduser("~")), _real(own["data"]), _real(own["config"]))
     return any(place == folder or place.startswith(folder.rstrip("/") + "/") for place in places)
 
 

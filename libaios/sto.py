@@ -230,7 +230,8 @@ def stat(path: str, of: str = "") -> Plan[File]:
 
 @syscalls
 def list(folder: str = "", of: str = "") -> Steps[builtins.list[File]]:
-    """All files in a folder and below it, by path."""
+    """All files in a folder and below it, by path. What a damaged disk has lost is in the list, as `File.damaged`; to
+    read it raises OSError (EIO)."""
     found: builtins.list[File] = []
     while True:
         after = found[-1].path if found else ""

@@ -235,6 +235,7 @@ class Sandbox(Struct, array_like=True, frozen=True):
     program: Annotated[str, Meta(max_length=4096)] = ""  # by which its workspace is found again
     alone: bool = False  # `own` has its script, not the folder where that lies
     sha256: Annotated[bytes, Meta(max_length=32)] = b""  # of a script, as the person who starts it has it
+    script: Annotated[str, Meta(max_length=4096)] = ""  # that an interpreter runs: its workspace is found by this
 
 
 #: `a.b.c`, as in an import.
@@ -836,7 +837,8 @@ class RestoredContext(Struct, array_like=True, frozen=True):
 
 
 class Note(Struct, frozen=True):
-    """A note as it is kept. Times are Unix times; `version` grows by one with each change."""
+    """A note as it is kept. Times are Unix times; `version` grows by one with each change. `damaged`: the disk has lost
+    it, and only its id is known; with id 0 it stands for some of which not even that is known."""
 
     id: int
     text: str
@@ -848,6 +850,7 @@ class Note(Struct, frozen=True):
     expires: float | None
     version: int
     shared: bool  # it belongs to the caller's group
+    damaged: bool = False
 
 
 class Found(Struct, frozen=True):
@@ -858,7 +861,8 @@ class Found(Struct, frozen=True):
 
 
 class File(Struct, frozen=True):
-    """A file as it is. Times are Unix times. A file of a mounted folder has version 0, and no history."""
+    """A file as it is. Times are Unix times. A file of a mounted folder has version 0, and no history. `damaged`: the
+    disk has lost what is known of it, but its path."""
 
     path: str
     size: int
@@ -867,6 +871,7 @@ class File(Struct, frozen=True):
     updated: float
     by: str  # the agent that made this version
     mounted: bool = False
+    damaged: bool = False
 
 
 class Version(Struct, frozen=True):

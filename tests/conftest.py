@@ -161,14 +161,17 @@ class System:
         home: Path | None = None,
         env: dict[str, str] | None = None,
         program: Sequence[str] = ("aiosd",),
+        sandbox: str = "none",
     ) -> None:
+        """`sandbox`: of its agents, where no option says more. Most tests are about other things, and have agents look
+        at what lies outside. "": aiosd's own default."""
         self.options = options
         self.program = program
         self.own_home = home is None
         self.home = home or Path(tempfile.mkdtemp(prefix="aios-", dir="/tmp"))  # short: it holds a socket
         own = {name for name in os.environ if name.startswith(("AIOS_", "AIOSD_")) and name != MARK}
         self.env = {name: value for name, value in os.environ.items() if name not in own}
-        self.env |= {"AIOS_HOME": str(self.home), **(env or {})}
+        self.env |= {"AIOS_HOME": str(self.home), **({"AIOSD_SANDBOX": sandbox} if sandbox else {}), **(env or {})}
         self.env["PATH"] = os.pathsep.join([str(Path(sys.executable).parent), self.env.get("PATH", os.defpath)])
         self.daemon: subprocess.Popen[bytes] | None = None
         fd, path = tempfile.mkstemp(prefix="aios-", suffix=".log", dir="/tmp")

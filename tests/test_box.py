@@ -106,6 +106,8 @@ def test_of_the_environment_only_what_is_listed() -> None:
     env = {"PATH": "/bin", "LC_ALL": "C", "API_KEY": "x", "OPENAI_KEY": "y", "PYTHONPATH": "/p"}
     assert set(box.environment(env, [])) == {"PATH", "LC_ALL", "PYTHONPATH"}
     assert set(box.environment(env, ["OPENAI_*"])) == {"PATH", "LC_ALL", "PYTHONPATH", "OPENAI_KEY"}
+    proxies = {"HTTPS_PROXY": "http://proxy:3128", "http_proxy": "http://me:secret@proxy:3128", "no_proxy": "localhost"}
+    assert set(box.environment(proxies, [])) == {"HTTPS_PROXY", "no_proxy"}
 
 
 PROGRAMS = st.binary(min_size=1, max_size=40).map(lambda path: wire.os_text(os.fsdecode(path)))  # as they are sent
@@ -155,6 +157,67 @@ def test_a_program_brings_the_folder_that_it_starts_in(tmp_path: Path, monkeypat
     assert sandbox.wish("exec", "/bin/sh", str(project), {}).own[-1] == str(project)
     for broad in (tmp_path, tmp_path / "home"):
         assert str(broad) not in sandbox.wish("exec", "/bin/sh", str(broad), {}).own
+
+
+def test_a_script_of_an_interpreter_counts_as_the_program_does(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    home = tmp_path / "home"
+    (home / "project").mkdir(parents=True)
+    for script in (home / "project" / "a.py", home / "b.py"):
+        script.touch()
+    (home / "python3").touch(0o755)
+    monkeypatch.setenv("HOME", str(home))
+
+    def own(*args: str, program: str = str(home / "python3"), cwd: Path = home) -> set[str]:
+        found = sandbox.wish("exec", program, str(cwd), {}, args=args).own
+        return {os.path.relpath(path, home) for path in found if path.startswith(str(home))} - {"python3"}
+
+    script = sandbox.wish("exec", str(home / "python3"), str(home), {}, args=["-u", "project/a.py"]).script
+    assert script == str(home / "project" / "a.py"), "and has a workspace of its own"
+    assert own("-u", "project/a.py") == own("../home/project/a.py") == {"project"}
+    assert own("b.py", "project/a.py") == {"b.py"}, "at home alone; other arguments grant nothing"
+    assert own("-c", "b.py") == own("-m", "b.py") == own("-", "b.py") == own("print", "b.py") == set()
+    assert own("b.py", program="/bin/cat") == set(), "what it reads is granted by --read"
+    for program in (home / ".pyenv" / "shims" / "python3", home / ".nvm" / "v24" / "bin" / "node"):
+        program.parent.mkdir(parents=True)
+        program.touch(0o755)
+    (home / ".nvm" / "v24" / "lib" / "node_modules").mkdir(parents=True)
+    assert ".pyenv" in own(program=str(home / ".pyenv" / "shims" / "python3"), cwd=Path("/"))
+    assert ".nvm/v24" in own(program=str(home / ".nvm" / "v24" / "bin" / "node"), cwd=Path("/"))
+    monkeypatch.delenv("AIOS_HOME", raising=False)
+    monkeypatch.delenv("XDG_CONFIG_HOME", raising=False)
+    for shared in ("/tmp", "/", str(home), str(home / ".config" / "aios")):
+        assert sandbox.is_broad(shared)
+    assert not sandbox.is_broad(str(home / ".config" / "aios" / "agents"))
+
+
+def test_a_child_is_confined_as_its_parent_but_one_of_a_program_from_outside_as_a_persons(tmp_path: Path) -> None:
+    rooms = Sandboxes(Rules("cage"), {}, Offer("cage"), str(tmp_path / "workspaces"))
+    spawn = wire.Spawn("exec", "/bin/true", env={"PATH": "/bin", "KEY": "k"}, sandbox=wire.Sandbox(own=["/own"]))
+    mine = Box("cage", "all", "/w")
+
+    def child(parent: Any) -> tuple[Box | None, bool]:
+        found = rooms.decide(spawn, parent)
+        return found, "KEY" in rooms.environment(spawn, parent, found)
+
+    assert child(SimpleNamespace(box=mine, group="default", outside=False)) == (mine, True)
+    assert child(SimpleNamespace(box=None, group="default", outside=False)) == (None, True)
+    own, has_key = child(SimpleNamespace(box=mine, group="default", outside=True))
+    assert own is not None
+    assert (own.level, own.read, own.workspace != mine.workspace, has_key) == ("cage", ["/own"], True, False)
+
+
+def test_packages_of_the_user_and_certificates_are_found(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("HOME", str(tmp_path))
+    assert sandbox.user_base({}) == ""
+    packages = tmp_path / ".local" / "lib" / "python3.13" / "site-packages"
+    packages.mkdir(parents=True)
+    base = sandbox.user_base({})
+    assert base == str(tmp_path / ".local")
+    assert sandbox.wish("exec", "/bin/sh", "/", {"PYTHONUSERBASE": base}).own[-1] == str(packages)
+    assert sandbox.user_base({"PYTHONUSERBASE": "/x"}) == ""
+    (tmp_path / "ca.pem").touch()
+    trusted = {"SSL_CERT_FILE": str(tmp_path / "ca.pem"), "PIP_CERT": str(tmp_path / "gone.pem")}
+    assert sandbox.wish("file", "-", "/", trusted).own == [str(tmp_path / "ca.pem")]
 
 
 def test_a_program_of_an_environment_of_python_brings_all_of_it(
@@ -402,12 +465,16 @@ def test_what_is_not_possible_is_one_level_lower_and_said_in_one_line() -> None:
     assert rooms.of_group("web").env == ("K",)
     assert len(rooms.warnings()) == 2
     assert all(line.endswith(lacking.reason) for line in rooms.warnings())
+    assert rooms.notes() == rooms.warnings()
+    default = Sandboxes(Rules("cage"), {"web": Rules("cage"), "few": Rules("flat")}, lacking, "/w", chosen=False)
+    assert default.notes()[0] == f"agents run without a sandbox: {lacking.reason}"
+    assert (len(default.notes()), len(default.warnings())) == (2, 1), "what groups have by default is the same"
     assert rooms.shown()["why_no_more"] == lacking.reason
     spawn = wire.Spawn("exec", "true", sandbox=wire.Sandbox(level="flat"))
     with pytest.raises(OSError, match="Linux has no Landlock") as caught:
         rooms.decide(spawn, None)
     assert caught.value.errno == errno.ENOTSUP
-    assert rooms.decide(wire.Spawn("exec", "true"), None) is None
+    assert rooms.decide(wire.Spawn("exec", "true", sandbox=wire.Sandbox(read=["/r"])), None) is None
 
 
 def test_what_is_missing_is_found_by_trying(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -23,6 +23,7 @@ from aiosd.errors import UsageError
 from aiosd.llm import policy
 from libaios import wire
 from libaios.home import Home
+from libaios.sandbox import CERTIFICATES
 from tests.conftest import System, eventually
 
 Fresh = Callable[..., System]
@@ -180,7 +181,9 @@ def test_a_file_named_on_the_command_line_must_be_there(tmp_path: Path) -> None:
         config.load({}, Home(tmp_path), tmp_path / "mine.toml", {}, "/")
 
 
-def test_agents_of_the_file_become_spawns(load: Load, tmp_path: Path) -> None:
+def test_agents_of_the_file_become_spawns(load: Load, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in CERTIFICATES:
+        monkeypatch.delenv(name, raising=False)
     toml = """
 [[agent]]
 name = "planner"

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import errno
+import itertools
 import random
 from pathlib import Path
 from typing import Any
@@ -11,13 +12,15 @@ from typing import Any
 import pytest
 
 from aiosd.errors import WorldError
-from aiosd.store import fsck, rebuild, roots, tables
+from aiosd.store import fsck, plainly, rebuild, roots, tables
 from aiosd.store.database import FILE
 from aiosd.store.pages import PAGE, Pages
 from aiosd.store.salvage import Salvage, columns_of, problem_of
 from libaios import wire
 from libaios.wire import Sys
-from tests.test_store_commit import Store, add, ask, flip
+from tests.test_store_commit import Store, add, ask, flip, leaf_of, store
+
+__all__ = ["store"]  # a fixture
 
 NOTES = 140
 Row = tuple[Any, ...]
@@ -141,6 +144,80 @@ def test_the_running_store_gives_no_wrong_answer(tmp_path: Path, caplog: pytest.
             assert answer in (errno.EIO, errno.ENOENT) or answer["text"] == text, f"page {page}"
     assert hit >= 3, "its leaf and more pages"
     assert "cannot be served" not in caplog.text, "damage is no mistake of ours"
+
+
+numbers = itertools.count(7000)
+
+
+def answers_of(store: Store, pid: int, rows: dict[int, Row]) -> tuple[list[dict[str, Any]], dict[int, Row]]:
+    """What an agent's list gives, and the rows that are its own."""
+    (listed,) = store.turn(ask(next(numbers), Sys.MEM_LIST, wire.MemList(limit=1000), pid))
+    return listed, {note: row for note, row in rows.items() if 7 + note % 3 == pid}
+
+
+def test_a_damaged_page_of_notes_costs_the_notes_on_it(
+    filled: tuple[Path, dict[int, Row]], tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    """Lists say which they are; all else is served to everybody."""
+    path = copy(filled, tmp_path)
+    flip(path, leaf_of(path, "notes", 30))
+    gone = []
+    with contextlib.closing(Store(tmp_path, "two")) as store:
+        for pid in (7, 8, 9):
+            listed, wanted = answers_of(store, pid, filled[1])
+            assert [note["id"] for note in listed] == sorted(wanted, reverse=True)
+            assert all(note["text"] == wanted[note["id"]][3] for note in listed if not note["damaged"])
+            gone += [note["id"] for note in listed if note["damaged"]]
+            page = ask(next(numbers), Sys.MEM_LIST, wire.MemList(limit=7, offset=20), pid)
+            assert store.turn(page) == [listed[20:27]]
+            (stats,) = store.turn(ask(next(numbers), Sys.MEM_STATS, wire.MemStats(), pid))
+            assert stats["notes"] == len(wanted)
+        for note in gone:
+            assert store.turn(ask(next(numbers), Sys.MEM_GET, wire.MemGet(note), 7 + note % 3)) == [errno.EIO]
+    assert 30 in gone
+    assert len(gone) < 30
+    assert "notes cannot be read, and stand in no answer: " in caplog.text
+
+
+INDEXES = ("notes_of_owner", "note_ends", "note_words_config", "note_words_data", "note_words_idx", "note_sums")
+
+
+@pytest.mark.parametrize("name", INDEXES)
+def test_a_damaged_index_costs_time_and_no_note(filled: tuple[Path, dict[int, Row]], tmp_path: Path, name: str) -> None:
+    path = copy(filled, tmp_path)
+    flip(path, roots.read(path).roots[name])
+    with contextlib.closing(Store(tmp_path, "two")) as store:
+        for pid in (7, 8):
+            listed, wanted = answers_of(store, pid, filled[1])
+            assert {note["id"]: note["text"] for note in listed} == {note: row[3] for note, row in wanted.items()}
+            text = next(iter(wanted.values()))[3]
+            for query in (text, text.split()[0]):
+                (found,) = store.turn(ask(next(numbers), Sys.MEM_SEARCH, wire.MemSearch(query), pid))
+                assert found[0]["note"]["text"] == text, query[:10]
+            nothing = wire.MemList(wire.NoteFilters(since=0.0, until=1.0))
+            assert store.turn(ask(next(numbers), Sys.MEM_LIST, nothing, pid)) == [[]]
+
+
+def test_without_an_index_the_same_notes_pass(store: Store) -> None:
+    """What filters mean is said twice: in SQL, and for this."""
+    notes = [({"n": 1}, ["a"]), ({"n": True}, ["a", "b"]), ({"n": 1.0, "m": "x"}, ["b"]), ({}, []), ({"n": 2}, ["a"])]
+    for number, (metadata, tags) in enumerate(notes, 1):
+        store.turn(ask(number, Sys.MEM_ADD, wire.MemAdd(str(number), tags=tags, metadata=metadata)))
+    ((owner, name),) = store.database.rows("SELECT id, name FROM owners")
+    middle = store.database.rows("SELECT updated FROM notes WHERE id = 3")[0][0]
+    for filters in (
+        wire.NoteFilters(),
+        wire.NoteFilters(["a"]),
+        wire.NoteFilters(["a", "b"]),
+        wire.NoteFilters(metadata={"n": 1}),
+        wire.NoteFilters(metadata={"n": True}),
+        wire.NoteFilters(metadata={"n": 1.0, "m": "x"}),
+        wire.NoteFilters(since=middle),
+        wire.NoteFilters(until=middle),
+    ):
+        (listed,) = store.turn(ask(next(numbers), Sys.MEM_LIST, wire.MemList(filters)))
+        walked = [note for some in plainly.walk(store.database, {owner: name}, filters, 0.0) for note in some]
+        assert [note.id for note in walked] == [note["id"] for note in listed], filters
 
 
 def test_a_content_file_that_is_missing_or_changed_is_named(

@@ -3,10 +3,11 @@ test_store_files_system."""
 
 from __future__ import annotations
 
+import contextlib
 import errno
 import os
 import tempfile
-from collections.abc import Generator, Iterator
+from collections.abc import Callable, Generator, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +18,7 @@ from msgspec import Raw, msgpack
 
 from aiosd import link
 from aiosd.service import Lasting
-from aiosd.store import archive, contents, fsck, rebuild
+from aiosd.store import archive, contents, fsck, owners, rebuild, roots
 from aiosd.store.contents import hash_of
 from aiosd.store.database import Database
 from aiosd.store.meaning import Meaning
@@ -26,6 +27,7 @@ from aiosd.store.storage import SYNC_AT_ONCE, Storage
 from aiosd.store.tables import CONTENTS
 from libaios import wire
 from libaios.wire import PIECE, TABLE, Sys
+from tests.test_store_commit import flip, leaf_of
 from tests.test_store_meaning import Fake
 
 ME = link.Caller(7, 1000, "me", True, "default")
@@ -394,6 +396,72 @@ def test_files_are_found_by_what_they_mean(tmp_path: Path) -> None:
     store(Sys.STO_REMOVE, wire.StoPath("a"))
     assert "a" not in store.found("storm")
     store.close()
+
+
+TAKEN_BACK: dict[str, Callable[[Store], Any]] = {
+    "unshared": lambda store: store(Sys.STO_UNSHARE, wire.StoUnshare("b", "agent:other")),
+    "removed": lambda store: store(Sys.STO_REMOVE, wire.StoPath("b/c")),
+    "its owner ends": lambda store: store.storage._end(owners.own(ME)),
+}
+
+
+@pytest.mark.parametrize("what", TAKEN_BACK)
+def test_what_is_taken_back_while_a_search_waits_is_not_found(tmp_path: Path, what: str) -> None:
+    """It waits for the embedder, or for the index to be loaded."""
+    embedder = Fake()
+    with contextlib.closing(Store(tmp_path, embedder=embedder)) as store:
+        store.write("b/c", b"the kitten sleeps")
+        store.write("of the other", b"a kitten", OTHER)
+        store(Sys.STO_SHARE, wire.StoShare("b", "agent:other"))
+        assert set(store.found("kitten", OTHER)) == {"b/c", "of the other"}
+        embedder.late = True
+        args = wire.StoSearch("kitten")
+        call = store.handlers[Sys.STO_SEARCH](link.Ask((OTHER.pid, 999), OTHER, Sys.STO_SEARCH, Raw(b"")), args)
+        next(call)
+        TAKEN_BACK[what](store)
+        embedder.deliver()
+        assert [one.file.path for one in drained(call)] == ["of the other"]
+
+
+def test_a_damaged_page_of_files_costs_the_files_on_it(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    names = [f"d{number % 3}/{number:03} " + "n" * 90 for number in range(120)]
+    with contextlib.closing(Store(tmp_path)) as store:
+        for name in names:
+            store.write(name, b"word")
+        store.write("mine", b"word", OTHER)
+    path = store.database.path
+    flip(path, leaf_of(path, "files", 40))
+    with contextlib.closing(Store(tmp_path)) as store:
+        listed = store(Sys.STO_LIST, wire.StoList())
+        assert [file.path for file in listed] == sorted(names)
+        lost = [file.path for file in listed if file.damaged]
+        assert names[39] in lost
+        assert len(lost) < 60
+        assert store.paths(folder="d0") == sorted(name for name in names if name.startswith("d0"))
+        assert store.stats()["files"] == len(names)
+        for name in names:
+            if name in lost:
+                refused(errno.EIO, lambda name=name: store.read(name))
+            else:
+                assert store.read(name) == b"word"
+        assert set(store.found("word", k=200)) == set(names) - set(lost)
+        assert store.paths(OTHER) == store.found("word", OTHER) == ["mine"]
+    assert "files cannot be read, and stand in no answer: d" in caplog.text
+
+
+def test_a_damaged_index_of_words_costs_time_and_no_file(tmp_path: Path) -> None:
+    with contextlib.closing(Store(tmp_path)) as store:
+        for number in range(20):
+            store.write(f"a{number}", b"word")
+        store.write("secret", b"word", OTHER)
+        store(Sys.STO_SHARE, wire.StoShare("secret", "agent:me"), OTHER)
+        store.write("own", b"word", OTHER)
+    flip(store.database.path, roots.read(store.database.path).roots["file_words_data"])
+    with contextlib.closing(Store(tmp_path)) as store:
+        assert set(store.found("WÖRD", k=50)) == {f"a{number}" for number in range(20)} | {"secret"}
+        assert store.found("a7") == ["a7"]
+        assert set(store.found("word", OTHER)) == {"secret", "own"}
+        assert store.found("word", folder="a") == store.found("word", STRANGER) == []
 
 
 def test_a_follower_is_told_in_the_same_transaction(store: Store) -> None:

@@ -249,7 +249,11 @@ def test_the_file_belongs_to_one_process_and_pages_are_checked(tmp_path: Path) -
         raw[page + 2000] ^= 1
     path.write_bytes(raw)
     store = Store(tmp_path)
-    refused(errno.EIO, lambda: store("list", wire.MemList(limit=1000)))
+    listed = store("list", wire.MemList(limit=1000))
+    assert [note.id for note in listed] == list(range(200, 0, -1))
+    lost = [note.id for note in listed if note.damaged]
+    assert lost
+    refused(errno.EIO, lambda: store("get", wire.MemGet(lost[0])))
     store.database.close()
 
 

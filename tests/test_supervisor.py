@@ -53,7 +53,7 @@ def test_what_a_dead_kernel_had_sent_counts_though_no_kernel_can_be_told_any_mor
         kernel.send(link.encode(link.Mark(7, reaped=True)))
         kernel.send(link.encode(link.Mark(8, reaped=True)))
         kernel.close()
-        supervisor.link.tell(link.ChildExited(9, 0))
+        supervisor.link.send(link.ChildExited(9, 0))
         while supervisor.link.is_open:
             supervisor._on_kernel()
     assert [one.reaped for one in agents.records.values()] == [True, True]
@@ -94,7 +94,7 @@ def test_own_processes_are_told_to_end_in_the_order_of_their_records(monkeypatch
     supervisor.timers = Timers(lambda: now)
     supervisor.stopping, supervisor.last_step, supervisor.exit_code = "asked to", None, None
     supervisor.agents = SimpleNamespace(live=list)  # type: ignore[assignment]
-    supervisor.link = SimpleNamespace(tell=lambda message: done.append((102, message.last)))  # type: ignore[assignment]
+    supervisor.link = SimpleNamespace(send=lambda message: done.append((102, message.last)))  # type: ignore[assignment]
     supervisor.orphans = SimpleNamespace(any=lambda: False)  # type: ignore[assignment]
     supervisor.kernel = Process(KERNEL, 2, ospid=102)
     door = Process(Service("door", "door", "", stopped=Stopped.FIRST), 3, ospid=103)

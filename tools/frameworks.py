@@ -214,7 +214,7 @@ def main() -> None:
     names = [name for name in options.names or FRAMEWORKS if install(name)]
     print(f"| framework | model | {' | '.join(COLUMNS)} |\n|{'---|' * (len(COLUMNS) + 2)}", flush=True)
     for model in options.model or models():
-        with Aiosd(model_path(model)) as system:
+        with Aiosd(model_path(model), sandbox="") as system:
             os.environ["AIOS_HOME"] = str(system.home)
             for name in names:
                 row = look(system, name)

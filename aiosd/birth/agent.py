@@ -1,7 +1,7 @@
 """From a forked child to an agent.
 
 It is made in this order: session, subreaper → its letter read → what is written to /proc → confined (`sandbox`) →
-folder and program looked up, and the supervisor told (`report`) → descriptors → umask, limits, environment, streams →
+folder and program looked up, and that reported (`report`) → descriptors → umask, limits, environment, streams →
 the program (`program`). A confined agent's own program is looked up with no more rights than the agent has.
 
 An agent is a child subreaper, so that every process it starts, however often that forks, stays below it in the process
@@ -72,7 +72,7 @@ def become_agent(spec: link.Fork, pid: int, home: str, fds: Descriptors, keeps_l
     _lower_oom_protection()
     try:
         if content.box is not None:
-            confinement.enter(content.box, report)
+            confinement.enter(content.box, report, fds.stdio[1:])
         content = _enter_folder(content)
         found = program.find(content)
     except OSError as err:

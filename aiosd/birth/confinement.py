@@ -5,10 +5,12 @@ What is the same for all agents is made once in the supervisor (`prepare`), so t
 
 from __future__ import annotations
 
+import errno
 import os
 import pickle
 import resource
 import sys
+from collections.abc import Iterable
 
 import msgspec
 
@@ -59,24 +61,24 @@ def unpack(content: bytes) -> None:
     cage.current = _ground.cage if _ground is not None else None
 
 
-def enter(new: Box, report: Report) -> None:
-    """Confine this process, for good. Raises OSError with a sentence."""
+def enter(new: Box, report: Report, outputs: Iterable[int] = ()) -> None:
+    """Confine this process, for good. `outputs`: its stdout and stderr. Raises OSError with a sentence."""
     global box
     workspace = wire.os_str(new.workspace)
     for folder in (workspace, os.path.join(workspace, "tmp")):
         os.makedirs(folder, mode=0o700, exist_ok=True)
-    report.door(apply(new, doors=True))
+    report.door(apply(new, doors=True, outputs=outputs))
     if hosts.are_named(new.net):
         report.gates(gates.made(_gates))
     limit(resource.RLIMIT_NOFILE, FILES)
     box = new
 
 
-def apply(new: Box, doors: bool = False) -> int:
+def apply(new: Box, doors: bool = False, outputs: Iterable[int] = ()) -> int:
     """Also for a process that is no agent. Its workspace must be there. Returns the listener of its door, if any."""
     if _native is None or _ground is None:
         raise OSError(1, f"sandbox: {new.level} is not possible here")
-    listener = _native.confine(plan.plan(_ground, new, doors))
+    listener = _native.confine(plan.plan(_ground, new, doors, outputs=outputs))
     if new.level == "cage":  # where Linux counts this agent's processes alone
         limit(resource.RLIMIT_NPROC, PROCESSES + PROCESSES_PER_CPU * (os.cpu_count() or 1))
     return listener
@@ -90,15 +92,17 @@ def limit(which: int, most: int) -> None:
 
 
 def enter_folder(content: Letter) -> Letter:
-    """Enter the working directory; where that cannot be read, or seen, the workspace, and name the program in full."""
+    """Enter the working directory, where the agent sees that, or something in it; else the workspace, and name the
+    program in full."""
     assert content.box is not None
-    if _is_shown(content.cwd, content.box):
-        try:
-            os.chdir(content.cwd)
-            os.close(os.open(".", os.O_RDONLY | os.O_DIRECTORY))
-        except PermissionError:
-            pass
-        else:
+    try:
+        os.chdir(content.cwd)
+    except OSError as err:
+        hidden = errno.ENOENT if content.box.level == "cage" else errno.EACCES
+        if err.errno not in (hidden, errno.EACCES):
+            raise
+    else:
+        if _is_shown(os.getcwd(), content.box):
             return content
     workspace = wire.os_str(content.box.workspace)
     os.chdir(workspace)
@@ -109,15 +113,18 @@ def enter_folder(content: Letter) -> Letter:
 
 
 def _is_shown(path: str, box: Box) -> bool:
-    """Whether the agent sees that folder of the machine. In a cage there may be an empty one in its place."""
-    if box.level != "cage" or _ground is None:
+    """Whether the agent sees that folder of the machine, or something in it that it was granted: then a path that a
+    person has typed means the same to the agent. In a cage there may be an empty folder in its place."""
+    assert _ground is not None
+    folder, granted = wire.os_text(path), (*box.read, *box.write)
+    if places.inside(folder, (*_ground.machine.system, box.workspace, *granted)):
         return True
-    return places.inside(wire.os_text(path), (*_ground.machine.system, box.workspace, *box.read, *box.write))
+    return any(places.inside(one, (folder,)) for one in granted)
 
 
 def explain(err: BaseException) -> str:
-    """Words about a file that the sandbox has denied; "": it was something else."""
-    if box is None or _ground is None or not isinstance(err, OSError):
+    """Words about what the sandbox has denied; "": it was something else."""
+    if box is None or _ground is None:
         return ""
     from aiosd.birth import denial
 

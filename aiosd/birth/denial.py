@@ -1,5 +1,5 @@
-"""What to say when the sandbox has denied a confined agent a file, or a network: what was denied, and which setting
-would allow it.
+"""What to say when the sandbox has denied a confined agent a file, a network or a variable of its environment: what was
+denied, and which setting would allow it.
 
 The exception names the file, not what was to be done with it. That is read from the call that failed, in the source at
 the end of the traceback: the mode of an `open`, the name of the function.
@@ -11,12 +11,14 @@ import ast
 import errno
 import linecache
 import os
+import re
 import socket
 from itertools import islice
 from types import FrameType, TracebackType
 
 from aiosd.sandbox import hosts, places
 from aiosd.sandbox.box import Box
+from libaios import wire
 
 _CHANGES = {
     "mkdir", "makedirs", "remove", "unlink", "rmdir", "removedirs", "rename", "renames", "replace", "truncate",
@@ -25,13 +27,15 @@ _CHANGES = {
 }  # fmt: skip
 _NO_NETWORK = {errno.ENETUNREACH, errno.EAFNOSUPPORT}
 _READS = {"listdir", "scandir", "iterdir", "stat", "lstat", "chdir", "readlink", "read_text", "read_bytes", "walk"}
+#: How programs name the variable that should have brought them a key.
+_SECRET = re.compile(r"\b[A-Z][A-Z0-9_]*(?:KEY|TOKEN|SECRET|PASSWORD)\b")
 _PLAIN = (ast.Name, ast.Attribute, ast.BinOp, ast.BitOr, ast.Constant, ast.Load)  # may be evaluated once more
 
 
 def words(err: BaseException, box: Box, seen: tuple[str, ...]) -> str:
     """A sentence in parentheses; "": it was something else. `seen`: what of the machine is in the cage."""
     if not isinstance(err, OSError):
-        return ""
+        return _environment(err, box)
     if not isinstance(err.filename, str | bytes):
         return _network(err, box)
     path = os.path.abspath(os.fsdecode(err.filename))
@@ -50,7 +54,30 @@ def words(err: BaseException, box: Box, seen: tuple[str, ...]) -> str:
         return ""
     if grant == "write" and not os.path.lexists(path):
         path = os.path.dirname(path)  # what is to be made cannot be granted before it is there
+    if grant == "write":
+        end += f"; it may write in its home, {wire.os_shown(box.workspace)}"
     return f"(sandbox {box.level}: aios-run --{grant} {path}, or {grant} of [[group]] in aiosd.toml, {end})"
+
+
+def _environment(err: BaseException, box: Box) -> str:
+    """Of a program that misses a variable: os.environ["X"], or an error whose words name one that is a key."""
+    name = err.args[0] if isinstance(err, KeyError) and _is_of_environ(err) else _named(err)
+    if not isinstance(name, str) or not name or name in os.environ:
+        return ""
+    return f"(sandbox {box.level}: aios-run -e {name}, or env of [[group]] in aiosd.toml, passes it on where it is set)"
+
+
+def _is_of_environ(err: BaseException) -> bool:
+    last = _end_of(err)
+    return last is not None and last.tb_frame.f_globals.get("__name__") == "os"
+
+
+def _named(err: BaseException) -> str:
+    try:
+        found = _SECRET.search(str(err))
+    except Exception:  # of the agent's own class, whatever it raises
+        return ""
+    return found[0] if found is not None else ""
 
 
 def _network(err: OSError, box: Box) -> str:
@@ -67,9 +94,7 @@ def _network(err: OSError, box: Box) -> str:
 
 def _wants_to_change(err: BaseException) -> bool | None:
     """Whether the call that failed was to change the file; None: that cannot be told."""
-    last = err.__traceback__
-    while last is not None and last.tb_next is not None:
-        last = last.tb_next
+    last = _end_of(err)
     call = _call_of(last) if last is not None else None
     if last is None or call is None:
         return None
@@ -77,6 +102,13 @@ def _wants_to_change(err: BaseException) -> bool | None:
     if name == "open":
         return _opens_to_change(call, last.tb_frame)
     return True if name in _CHANGES else False if name in _READS else None
+
+
+def _end_of(err: BaseException) -> TracebackType | None:
+    last = err.__traceback__
+    while last is not None and last.tb_next is not None:
+        last = last.tb_next
+    return last
 
 
 def _call_of(last: TracebackType) -> ast.Call | None:

@@ -199,10 +199,10 @@ def pair() -> tuple[socket.socket, socket.socket]:
     return socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
 
 
-def tell(
+def assign(
     sock: socket.socket, spec: link.Fork, pid: int, home: str, stdio: tuple[int, int, int], channel: tuple[int, ...]
 ) -> None:
-    """Tell a process that waits in `become` which agent it is. `channel`: memfd, bell, letter. Raises OSError."""
+    """Send a process that waits in `become` which agent it is. `channel`: memfd, bell, letter. Raises OSError."""
     payload = msgpack.encode((spec, pid, home))
     if len(payload) > LARGEST:
         raise OSError(errno.E2BIG, "what is known of this agent is too long")

@@ -20,6 +20,7 @@ STORE_S = 2.0  # for what the store tells
 EXAMPLES = """
   aios-inspect 7                agent 7, dead or alive
   aios-inspect planner worker   the newest agent of each name
+  ls "$(aios-inspect -w agent)" what that agent has left in its workspace
   aios-inspect 7 --why ~/notes  whether agent 7 may use that file, and why
   aios-inspect 7 --why https://example.org   … reach that host
 """
@@ -35,8 +36,9 @@ EXAMPLES = """
 @click.option(
     "--why", "path", metavar="PATH|URL", help="Explain what its sandbox makes of a file, a folder or a host, in words."
 )
+@click.option("-w", "--workspace", is_flag=True, help="Print only where it keeps its files: its home in the sandbox.")
 @click.argument("words", nargs=-1, required=True, metavar="PID|NAME...", shell_complete=agents.complete)
-def command(words: tuple[str, ...], path: str | None) -> int:
+def command(words: tuple[str, ...], path: str | None, workspace: bool) -> int:
     from msgspec import json
 
     found: list[dict[str, Any]] = []
@@ -48,6 +50,9 @@ def command(words: tuple[str, ...], path: str | None) -> int:
                 if path is not None:
                     _explain(agent, path)
                     continue
+                if workspace:
+                    print(_workspace(agent))
+                    continue
                 found.append({**agent, "memory": _memory(client, agent)})
             except edge.Failed as err:
                 edge.complain("aios-inspect", str(err))
@@ -55,9 +60,15 @@ def command(words: tuple[str, ...], path: str | None) -> int:
             except (ProcessLookupError, PermissionError) as err:
                 edge.complain("aios-inspect", edge.reason_about(word, err))
                 failed = True
-    if path is None:
+    if path is None and not workspace:
         print(json.format(json.encode(found)).decode())
     return 1 if failed else 0
+
+
+def _workspace(agent: dict[str, Any]) -> str:
+    if agent["box"] is None:
+        raise edge.Failed(f"{agent['pid']}: it is in no sandbox, and has no workspace")
+    return str(agent["box"]["workspace"])
 
 
 def _explain(agent: dict[str, Any], named: str) -> None:

@@ -34,14 +34,14 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from aiosd import limits
-from aiosd.commands import asks, budgets, edge
+from aiosd.commands import asks, budgets, edge, unseen
 from aiosd.commands.wait import exit_code
 from aiosd.sandbox import hosts
 from libaios import template, wire
 from libaios.client import Client, NoKernel
 from libaios.connection import Pending, decode_body
-from libaios.sandbox import wish
-from libaios.wire import Kill, Spawn, Spawned, Sys, Wait, Waited, WatchAsks
+from libaios.sandbox import user_base, wish
+from libaios.wire import Kill, PidArgs, Spawn, Spawned, Sys, Wait, Waited, WatchAsks
 
 if TYPE_CHECKING:
     from click.shell_completion import CompletionItem
@@ -65,6 +65,7 @@ OWN = ("OPENAI_", "CEREBRUM_KERNEL_URL")
 EXAMPLES = """
   aios-run agent.py "some task"            a Python script, with its arguments
   aios-run -m libaios.agents.react -v "What is 37 * 91?"
+  aios-run --read ~/papers --write . -e HF_TOKEN agent.py
   aios-run -t -- bash                      any program; -t: on a terminal
   aios-run -d --name crawler crawl.py      in the background: prints the pid
   aios-run -dt --name sh -- bash           the same, for aios-attach sh
@@ -126,7 +127,9 @@ def _complete_net(context: click.Context, parameter: click.Parameter, incomplete
     RunCommand,
     "Start an agent and wait for it: a Python script, a Python module or any program (a FILE that is none of Python's, "
     "but executable, is one too; - is a Python script on stdin). It gets this command's "
-    "stdin, stdout and stderr, environment and working directory. Where stdin is a terminal, what is typed is "
+    "stdin, stdout and stderr, environment and working directory. By default it runs in a sandbox, where it reads the "
+    "folder of its script, writes in a workspace of its own (aios-inspect -w), and gets no secrets of the environment: "
+    "--read, --write and -e grant more, --sandbox none all. Where stdin is a terminal, what is typed is "
     "passed on through a pipe while in the foreground; what wants a terminal of its own gets one with -t.\n\n"
     "Exits with the agent's exit code; 128+n when signal n ended it; 124 when a budget did; 125 when there is no "
     "aiosd or it refused; 126 when the program cannot be executed; 127 when it was not found.",
@@ -157,7 +160,7 @@ def _complete_net(context: click.Context, parameter: click.Parameter, incomplete
 @click.option(
     "--sandbox",
     type=click.Choice(["none", "flat", "cage"]),
-    help="How it is confined; else as the settings say. An agent can only choose more for what it starts.",
+    help="How it is confined; else as the settings say (cage). An agent can only choose more for what it starts.",
 )
 @click.option("--read", "read", multiple=True, metavar="PATH", help="A file or folder that it may read in a sandbox.")
 @click.option("--write", "write", multiple=True, metavar="PATH", help="One that it may change.")
@@ -224,6 +227,8 @@ def command(
             hint = "" if path in read else "; make it first"  # for reading it may be a file or a folder
             raise edge.Failed(f"{path}: there is no such file or folder to grant{hint}", NOT_STARTED)
     kind, environment, cwd = context.meta["kind"], _environment(variables), _working_directory()
+    if kind == "exec" and (base := user_base(environment)):
+        environment["PYTHONUSERBASE"] = base
     names = [word.partition("=")[0] for word in variables]
     try:
         forked_from = _template(kind, preload, python)
@@ -232,6 +237,7 @@ def command(
             target[0],
             cwd,
             environment,
+            args=target[1:],
             level=sandbox,
             read=read,
             write=write,
@@ -265,7 +271,10 @@ def command(
         with edge.connect() as client:
             if detach:
                 spawned = client.call(Sys.SPAWN, spawn, Spawned)
-                _note_alone(spawn, spawned)
+                unseen.note_alone(spawn, spawned)
+                if named := unseen.named_outside(spawn, spawned):
+                    found = client.call(Sys.INSPECT, PidArgs(spawned.pid), dict[str, Any])
+                    unseen.note_files(named, spawned.pid, found)
                 return _print_pid(spawned.pid)
             return Attachment(client, spawn).run()
     except NoKernel as err:
@@ -310,16 +319,6 @@ def _environment(variables: Sequence[str]) -> dict[str, str]:
     environment.pop(wire.ENV_CHANNEL, None)
     environment.pop(wire.ENV_PID, None)
     return environment
-
-
-def _note_alone(spawn: Spawn, spawned: Spawned) -> None:
-    """A script in the home folder itself does not bring the whole home into its sandbox."""
-    if spawned.sandbox != "none" and spawn.sandbox.alone:
-        script = wire.os_shown(spawn.sandbox.own[0])
-        folder = os.path.dirname(script)
-        edge.complain(
-            "aios-run", f"agent {spawned.pid} can read {script}, nothing else in {folder} (--read grants more)"
-        )
 
 
 def _is_utf8(text: str) -> bool:
@@ -382,7 +381,10 @@ class Attachment:
             self.asked = asks.watch(self.client, WatchAsks(attached=True))  # before: it may ask at once
             spawned: Spawned = self._await(self.client.submit(Sys.SPAWN, self.spawn, self.given_fds), Spawned)
             self._agent_lives(spawned.pid)
-            _note_alone(self.spawn, spawned)
+            unseen.note_alone(self.spawn, spawned)
+            if named := unseen.named_outside(self.spawn, spawned):
+                shown = self._await(self.client.submit(Sys.INSPECT, PidArgs(self.pid)), dict[str, Any])
+                unseen.note_files(named, self.pid, shown)
             waited: Waited = self._await(self.client.submit(Sys.WAIT, Wait(self.pid)), Waited)
             self.ended = True
             for relay in self.outputs:
@@ -391,6 +393,8 @@ class Attachment:
             if self.raw is not None:
                 self.raw.leave()
         self._explain(waited)
+        if waited.status > 0 and not waited.budget and os.isatty(2):
+            unseen.note_variables(self.spawn, spawned)
         if self.interrupted and waited.status == -signal.SIGINT:
             raise KeyboardInterrupt
         return exit_code(waited)

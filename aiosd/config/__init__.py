@@ -118,6 +118,7 @@ class Settings:
     door: Endpoint | None = None  # … and where it listens
     passages: Passages | None = None  # between aiosd's own processes
     sandbox: Rules = field(default_factory=Rules)  # for agents of groups that `groups` does not name
+    sandbox_chosen: bool = False  # somebody has set its level; else it is the default
     groups: Mapping[str, Rules] = field(default_factory=dict)
     access: Policy = field(default_factory=Policy)  # what agents may do, …
     access_warnings: tuple[str, ...] = ()  # … and which rules never decide
@@ -156,7 +157,8 @@ def load(
     file = toml.read(path, must_exist=config is not None)
     file.values |= of_models.with_paths(file.values, str(path.parent))
     values = {key.name: key.default for key in KEYS}
-    values |= file.values | _from_environment(environ) | {name: flags[name] for name in BY_NAME if name in flags}
+    chosen = file.values | _from_environment(environ) | {name: flags[name] for name in BY_NAME if name in flags}
+    values |= chosen
     given = {name for name in PER_MODEL if name in flags or environ.get(BY_NAME[name].env)}
     words = flags.get("model") or of_models.models_of_environment(environ.get(ENV_PREFIX + "MODEL", ""))
     tables: list[tuple[str, Mapping[str, Any], str]]
@@ -201,6 +203,7 @@ def load(
         gateway=values["gateway"],
         agents=tuple(file.agents),
         sandbox=rules,
+        sandbox_chosen="sandbox" in chosen,
         groups=toml.groups_of(path, file.groups, rules, strict),
         strict=strict,
         access=policy,

@@ -136,8 +136,8 @@ KEYS = (
         "sandbox",
         one_of((*LEVELS, STRICT)),
         "|".join((*LEVELS, STRICT)),
-        "How agents are confined (none); strict: in the cage, or aiosd does not start.",
-        "none",
+        "How agents are confined (cage, or what this machine can do); strict: in the cage, or aiosd does not start.",
+        "cage",
     ),
     Key("net", boxgroups.net, "all|none|gateway|HOST,…", "Which network confined agents have (all).", "all"),
     Key(

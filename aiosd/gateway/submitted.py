@@ -6,6 +6,7 @@ environment. A number of AIOS (`execution_id`) is a pid here, and its result is 
 
 from __future__ import annotations
 
+import asyncio
 import errno
 import os
 import re
@@ -17,7 +18,7 @@ from aiosd.gateway.calls import ask
 from aiosd.gateway.filing import checked
 from aiosd.gateway.openai import fields
 from aiosd.gateway.web import Problem, Request
-from libaios import wire
+from libaios import sandbox, wire
 from libaios.wire import Sys
 
 RESULT_BYTES = 64 << 10
@@ -38,9 +39,12 @@ async def submit(request: Request) -> None:
         raise Problem(400, "agent_config.task: a text", param="agent_config.task")
     folder, env = await _surroundings(request)
     name = re.sub(r"[^\w.-]+", "_", asked.agent_id, flags=re.ASCII).strip("._-")[:64]
+    words = [*_which(asked.agent_id), "--task_input", task]
+    # What a program from outside starts is confined as what a person starts; an agent's child is as its parent.
+    box = await asyncio.to_thread(sandbox.wish, "exec", PROGRAM, wire.os_str(folder), env, args=words)
     args = wire.Spawn(
-        "exec", PROGRAM, [*_which(asked.agent_id), "--task_input", task], env, folder,
-        name=f"_{name}"[:64] if name.isdecimal() or not name else name, detached=True,
+        "exec", PROGRAM, words, env, folder,
+        name=f"_{name}"[:64] if name.isdecimal() or not name else name, detached=True, sandbox=box,
     )  # fmt: skip
     try:
         spawned = await ask(request.account.connection, Sys.SPAWN, checked(args), wire.Spawned)

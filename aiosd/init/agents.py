@@ -86,7 +86,7 @@ class Agents:
         if known is not None:
             if self._births.claim(known, self._link.epoch):
                 return  # the reply is sent when the birth is over
-            self._link.tell(_forked(message.key, known))
+            self._link.send(_forked(message.key, known))
             return
         if message.key in self._orders:
             self._orders[message.key] = self._link.epoch
@@ -104,7 +104,7 @@ class Agents:
             self._fork_failed(message.key, err.errno or 5, err.strerror or str(err))
 
     def _fork_failed(self, key: Key, number: int, words: str) -> None:
-        self._link.tell(link.ForkFailed(key, number, words))
+        self._link.send(link.ForkFailed(key, number, words))
 
     def _order(self, spec: link.Fork, fds: list[int]) -> None:
         """Have a template fork the agent's process, and spawn it then. Raises OSError."""
@@ -147,17 +147,17 @@ class Agents:
         doors = (agent.door, *agent.gates) if agent.door >= 0 else ()
         if agent.restarts is not None and agent.restarts.total:
             if birth.refusal is None:
-                self._link.tell(link.ChildRestarted(agent.pid, agent.ospid), (agent.memfd, agent.bell, *doors))
+                self._link.send(link.ChildRestarted(agent.pid, agent.ospid), (agent.memfd, agent.bell, *doors))
             return  # else it ends now, which is handled like any other end
         if birth.refusal is None:
             if birth.epoch == self._link.epoch:
-                self._link.tell(
+                self._link.send(
                     _forked(agent.spec.key, agent), () if birth.claimed else (agent.memfd, agent.bell, *doors)
                 )
             return
         if birth.epoch == self._link.epoch:
             number, reason = birth.refusal
-            self._link.tell(link.ForkFailed(agent.spec.key, number, ""), (reason,))
+            self._link.send(link.ForkFailed(agent.spec.key, number, ""), (reason,))
         self.records.pop(agent.pid, None)
         agent.restarts = None  # its caller never got its pid, and its letter is closed
         _drop(agent)
@@ -219,7 +219,7 @@ class Agents:
         )
         self.records[pid] = agent
         self._spawned.put(spec.key, pid)
-        self._link.tell(_forked(spec.key, agent))
+        self._link.send(_forked(spec.key, agent))
 
     def _start(
         self, spec: link.Fork, pid: int, fds: list[int], log_path: str, spare: Spare | None = None
@@ -237,7 +237,7 @@ class Agents:
                     ospid, report = self._spares.start(spec, pid, home, stdio, memfd, agent_bell, letter)
                 else:
                     ospid, report = spare
-                    spares.tell(report, spec, pid, home, stdio, (memfd, agent_bell, letter))
+                    spares.assign(report, spec, pid, home, stdio, (memfd, agent_bell, letter))
             except OSError:
                 opened += (memfd, bell)
                 raise
@@ -305,7 +305,7 @@ class Agents:
             agent.again = None
         agent.status = agent.last_status
         _drop(agent)
-        self._link.tell(link.ChildExited(agent.pid, agent.status))
+        self._link.send(link.ChildExited(agent.pid, agent.status))
 
     def _stdio(self, spec: link.Fork, fds: list[int], log_path: str) -> tuple[tuple[int, int, int], list[int]]:
         """stdin, stdout, stderr of a new agent, and those of them that we opened and must close."""
@@ -337,7 +337,7 @@ class Agents:
             return
         if served:
             if message.signal in (signal.SIGSTOP, signal.SIGCONT):  # a dead kernel may have received the result
-                self._link.tell(link.ChildStopped(agent.pid, agent.stopped))
+                self._link.send(link.ChildStopped(agent.pid, agent.stopped))
             return
         if message.key is not None:
             self._signalled.put((message.key, message.pid), None)
@@ -380,7 +380,7 @@ class Agents:
         """It has stopped or continued: do the same to all that it started, whatever caused it."""
         agent.stopped = stopped
         signal_tree(agent.ospid, signal.SIGSTOP if stopped else signal.SIGCONT)
-        self._link.tell(link.ChildStopped(agent.pid, stopped))
+        self._link.send(link.ChildStopped(agent.pid, stopped))
 
     # ── their ends ────────────────────────────────────────────────────────────────────────────────────────────
 
@@ -405,7 +405,7 @@ class Agents:
             self._wait_for_start(agent, wait_s)
             reason = restart.exit_in_words(status)
             logger.info("agent %d (%s) ended: %s; started again in %.1f s", agent.pid, agent.spec.name, reason, wait_s)
-        self._link.tell(link.ChildExited(agent.pid, status, again_s=wait_s, cpu_s=agent.cpu_s))
+        self._link.send(link.ChildExited(agent.pid, status, again_s=wait_s, cpu_s=agent.cpu_s))
 
     def _wait_before_restart(self, agent: Agent, status: int) -> float | None:
         """Seconds to wait; None: it is not started again."""

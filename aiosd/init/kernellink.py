@@ -34,7 +34,7 @@ class KernelLink:
         self._frames = FrameSocket(sock)
         self._epoll.register(sock.fileno(), select.EPOLLIN)
 
-    def tell(self, message: link.FromSupervisor, fds: tuple[int, ...] = ()) -> None:
+    def send(self, message: link.FromSupervisor, fds: tuple[int, ...] = ()) -> None:
         if self._frames is None or not self._kernel.ospid:
             return
         try:

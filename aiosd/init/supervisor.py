@@ -92,7 +92,7 @@ class Supervisor:
             self.epoll, self.timers, self.children, self.pids.next, self._tell_templates, settings.template_idle_s
         )
         self.servers = Servers(
-            self.epoll, self.children, self._house, self.pids.next, lambda shown: self.link.tell(link.McpServers(shown))
+            self.epoll, self.children, self._house, self.pids.next, lambda shown: self.link.send(link.McpServers(shown))
         )
         self.spares = Spares(self.timers)
         self.agents = Agents(
@@ -130,7 +130,7 @@ class Supervisor:
         return {*self.children, *self.spares.ospids()}
 
     def _tell_templates(self) -> None:
-        self.link.tell(link.Templates(self.templates.shown()))
+        self.link.send(link.Templates(self.templates.shown()))
 
     def _house(self) -> House:
         data = self.home.data
@@ -246,7 +246,7 @@ class Supervisor:
             waiting = ", ".join(report["after_restart"])
             logger.info("settings read again%s", f"; after a restart: {waiting}" if waiting else "")
         log.set_level(self.settings.log_level)
-        self.link.tell(
+        self.link.send(
             link.Reread(self.settings.log_level, self.settings.schedule(), self.settings.access, dict(report))
         )
 
@@ -350,7 +350,7 @@ class Supervisor:
             return
         self._forked(process, ospid, heart)
         forked = link.ServiceForked(process.service.name, process.pid, ospid, process.deaths)
-        self.link.tell(forked, (process.memfd, process.kernel_bell))
+        self.link.send(forked, (process.memfd, process.kernel_bell))
 
     def _fork_service_with(self, process: Process, heart: Heart) -> int:
         def child() -> int:
@@ -402,7 +402,7 @@ class Supervisor:
         if is_kernel:
             self.timers.after(process.backoff_s, self._refork_kernel)
         else:
-            self.link.tell(link.ServiceDied(process.service.name, reason))
+            self.link.send(link.ServiceDied(process.service.name, reason))
             self.timers.after(process.backoff_s, lambda: self._fork_service(process))
 
     # ── messages from the kernel ──────────────────────────────────────────────────────────────────────────
@@ -487,7 +487,7 @@ class Supervisor:
         self.templates.stop()
         logger.info("stopping (%s)", why)
         notify.stopping(self.settings)
-        self.link.tell(link.Stop(why))
+        self.link.send(link.Stop(why))
         self.agents.stop()
         self.timers.after(self.settings.stop_timeout_s, self._kill_agents)
         self._continue_stop()
@@ -530,7 +530,7 @@ class Supervisor:
     def _end_step(self, processes: list[Process]) -> None:
         for process in processes:
             if process is self.kernel:
-                self.link.tell(link.Stop(self.stopping, last=True))
+                self.link.send(link.Stop(self.stopping, last=True))
             else:
                 os.kill(process.ospid, signal.SIGTERM)
         self.timers.after(LAST_WAIT_S, lambda: self._step_over(processes))

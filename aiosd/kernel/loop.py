@@ -116,7 +116,9 @@ class Kernel:
         self.system = System(born, self.services)
         settings = born.settings
         places = sandboxes.folder(settings.home.data)
-        self.sandboxes = Sandboxes(settings.sandbox, settings.groups, born.offer, places, settings.strict)
+        self.sandboxes = Sandboxes(
+            settings.sandbox, settings.groups, born.offer, places, settings.strict, settings.sandbox_chosen
+        )
         for line in (*self.sandboxes.warnings(), *settings.access_warnings):
             logger.warning("%s", line)
         self.approvals = Approvals(
@@ -420,7 +422,7 @@ class Kernel:
 
     def _tell_ready(self) -> None:
         names = ", ".join(self.cores.by_model)
-        notes = self.sandboxes.warnings()
+        notes = self.sandboxes.notes()
         notes += [f"agent {name} {problem}" for name, problem in self.agents.listed.problems().items()]
         self.uplink.send(link.Ready(f"aiosd: ready ({names}; {self.live.settings.home.root})", notes))
 

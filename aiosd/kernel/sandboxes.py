@@ -23,10 +23,18 @@ from libaios import wire
 
 class Sandboxes:
     def __init__(
-        self, rules: Rules, groups: Mapping[str, Rules], offer: Offer, folder: str, strict: bool = False
+        self,
+        rules: Rules,
+        groups: Mapping[str, Rules],
+        offer: Offer,
+        folder: str,
+        strict: bool = False,
+        chosen: bool = True,
     ) -> None:
-        """`folder`: of the workspaces. `strict`: nobody chooses less than the rules say."""
+        """`folder`: of the workspaces. `strict`: nobody chooses less than the rules say. `chosen`: the level of `rules`
+        is what a person has set, not the default."""
         self.rules = rules
+        self._chosen = chosen
         self._strict = strict
         self._groups = groups
         self.offer = offer
@@ -65,7 +73,7 @@ class Sandboxes:
         return box
 
     def _decide(self, args: wire.Spawn, wish: wire.Sandbox, parent: Proc | None, allowed: bool) -> Box | None:
-        if parent is not None and parent.box is not None:
+        if parent is not None and parent.box is not None and not parent.outside:
             if not allowed:
                 return boxes.of_child(wish, parent.box)
             if not self._strict or wish.level in ("", *LEVELS[LEVELS.index(parent.box.level) :]):
@@ -73,23 +81,28 @@ class Sandboxes:
             raise wire.error(errno.EPERM, f"sandbox: {wish.level} is less than strict settings allow anyone")
         group = group_of_child(parent, args.group, allowed)
         rules = self.of_group(group)
+        if parent is not None and parent.box is None and parent.group == group and not self._strict:
+            rules = msgspec.structs.replace(rules, level="none")  # a person has chosen that for its parent
         fixed = (parent is not None and not allowed) or self._strict
         if fixed and wish.level and LEVELS.index(wish.level) < LEVELS.index(rules.level):
             raise wire.error(errno.EPERM, f"sandbox: agents of group {group!r} run in {rules.level!r} or more")
         if LEVELS.index(wish.level or "none") > LEVELS.index(self.offer.level):
             raise wire.error(errno.ENOTSUP, f"sandbox: {wish.level} is not possible here: {self.offer.reason}")
         confined = (wish.level or rules.level) != "none"
+        if not confined and not wish.level and self._wanted(group).level != "none":  # it can read and write all anyway
+            wish = msgspec.structs.replace(wish, read=[], write=[])
         if confined and hosts.are_named(wish.net or rules.net) and self.offer.level != LEVELS[-1]:
             raise wire.error(errno.ENOTSUP, f"sandbox: --net HOST needs a cage, not possible here: {self.offer.reason}")
-        program = wish.program or args.target
+        program = wish.script or wish.program or args.target
         place = boxes.workspace(self._folder, group, program, args.name or "") if confined else ""
         return boxes.of_person(wish, rules, place)
 
     def environment(self, args: wire.Spawn, parent: Proc | None, box: Box | None) -> dict[str, str]:
-        """What of its environment the agent gets. A confined agent has passed the list itself: its children get all."""
+        """What of its environment the agent gets. A confined agent has passed the list itself: its children get all. A
+        program from outside has not, and is none that is confined itself: its box is that of its tools."""
         if box is None:
             return args.env
-        if parent is not None and parent.box is not None:
+        if parent is not None and parent.box is not None and not parent.outside:
             return boxes.at_home(args.env, box)
         group = group_of_child(parent, args.group, allowed=True)  # `decide` has asked
         allowed = (*self.of_group(group).env, *args.sandbox.env)
@@ -97,9 +110,12 @@ class Sandboxes:
 
     def of_group(self, group: str) -> Rules:
         """In force here: a level that this machine cannot do is one lower, which the log says."""
-        rules = self._groups.get(group, self.rules)
+        rules = self._wanted(group)
         weakest = min(rules.level, self.offer.level, key=LEVELS.index)
         return Rules(weakest, rules.net, rules.read, rules.write, rules.env)
+
+    def _wanted(self, group: str) -> Rules:
+        return self._groups.get(group, self.rules)
 
     def shown(self) -> dict[str, object]:
         """For `aiosd status`."""
@@ -117,13 +133,24 @@ class Sandboxes:
 
     def warnings(self) -> list[str]:
         """One line for each setting that this machine cannot do."""
-        wanted = {"": self.rules.level} | {name: rules.level for name, rules in self._groups.items()}
+        wanted = {name: rules.level for name, rules in self._groups.items()}
+        if self._chosen:
+            wanted = {"": self.rules.level} | wanted
+        else:  # groups that say nothing have the default, too
+            wanted = {name: level for name, level in wanted.items() if level != self.rules.level}
         return [
             f"sandbox {level}{f' of group {name}' if name else ''} is not possible here, agents run in "
             f"{self.offer.level}: {self.offer.reason}"
             for name, level in wanted.items()
             if LEVELS.index(level) > LEVELS.index(self.offer.level)
         ]
+
+    def notes(self) -> list[str]:
+        """What the person who starts aiosd is told: the warnings, and where the default is not possible, what is."""
+        if self._chosen or self.of_group("").level == self.rules.level:
+            return self.warnings()
+        words = {"none": "agents run without a sandbox", "flat": "agents run in flat, not in a cage"}
+        return [f"{words[self.offer.level]}: {self.offer.reason}", *self.warnings()]
 
 
 def folder(data: os.PathLike[str]) -> str:

@@ -2,8 +2,8 @@
 
     a person's agent    what was asked for, else the rules of the group, else the settings; when these are `strict`,
                         the cage
-    an agent's child    the rules of the group or more. A confined agent's child has its parent's box: the same files,
-                        the same workspace. It may have less network, and it can never have more of anything
+    an agent's child    its parent's box: the same files, the same workspace. It may have less network, and it can never
+                        have more of anything. That of an agent that is not confined is not, unless it is asked for
 
 Single hosts (`hosts`) can only be granted in the cage, because only there an agent has a network of its own.
 
@@ -22,6 +22,7 @@ from msgspec import Struct
 
 from aiosd.sandbox import hosts
 from libaios import digest, wire
+from libaios.sandbox import CERTIFICATES
 
 LEVELS = ("none", "flat", "cage")  # from the weakest on
 STRICT = "strict"  # a setting: no agent is in less than the strongest level
@@ -30,7 +31,10 @@ STRICT = "strict"  # a setting: no agent is in less than the strongest level
 VARIABLES = (
     "PATH", "LANG", "LANGUAGE", "LC_*", "TZ", "TERM", "COLORTERM", "NO_COLOR", "LINES", "COLUMNS", "USER", "LOGNAME",
     "SHELL", "PAGER", "EDITOR", "PYTHON*", "VIRTUAL_ENV", "AIOS*", "OMP_*", "CC", "CXX", "CFLAGS", "LDFLAGS",
+    *CERTIFICATES,
 )  # fmt: skip
+#: In small letters. They pass as well, but for one that has a password in it.
+PROXIES = ("http_proxy", "https_proxy", "all_proxy", "no_proxy")
 
 
 class Box(Struct, array_like=True, frozen=True):
@@ -138,7 +142,11 @@ def refuse_data(box: Box, data: str, workspaces: str) -> None:
 def environment(env: Mapping[str, str], allowed: Iterable[str]) -> dict[str, str]:
     """Those variables that a confined agent gets; names may end in '*'."""
     patterns = (*VARIABLES, *allowed)
-    return {name: value for name, value in env.items() if any(fnmatchcase(name, pattern) for pattern in patterns)}
+    return {
+        name: value
+        for name, value in env.items()
+        if any(fnmatchcase(name, pattern) for pattern in patterns) or (name.lower() in PROXIES and "@" not in value)
+    }
 
 
 def at_home(env: Mapping[str, str], box: Box) -> dict[str, str]:

@@ -2,7 +2,7 @@
 
     [[group]]
     name = "web"
-    sandbox = "flat"                  none or flat
+    sandbox = "flat"                  none, flat or cage
     net = "none"                      none, all, gateway, or hosts: ["example.org", "*.example.net:8443"]
     read = ["~/data"]                 files and folders, as seen from the folder of aiosd.toml
     write = ["out"]

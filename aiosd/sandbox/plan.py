@@ -7,7 +7,9 @@ It is made once in the supervisor, before any agent is forked. The rest are the 
 from __future__ import annotations
 
 import errno
+import fcntl
 import os
+import stat
 import struct
 import sys
 from collections.abc import Iterable
@@ -38,6 +40,7 @@ _KERNEL = ("/proc", "/sys/devices/system/cpu", "/sys/fs/cgroup")
 #: What a cage has of its own.
 _PRIVATE = {"/tmp": landlock.WRITE, "/dev/shm": landlock.WRITE, "/dev/pts": landlock.DEVICE | landlock.READ_DIR}
 _PRIVATE |= {"/dev": landlock.READ_DIR}
+_OUTPUT = landlock.WRITE_FILE | landlock.TRUNCATE
 _KEEP_NETWORK, _OWN_NETWORK = -1, -2  # in `native/cage.h`
 _NO_CAGE = (-1, -1, -1, -1, _KEEP_NETWORK, 0)
 
@@ -78,13 +81,15 @@ def machine(common: Iterable[tuple[str, int]]) -> Machine:
     return cage.look((*(path for path in paths if path not in etc), "/etc"), etc)
 
 
-def plan(ground: Ground, box: Box, doors: bool, network_fd: int = -1) -> bytes:
+def plan(ground: Ground, box: Box, doors: bool, network_fd: int = -1, outputs: Iterable[int] = ()) -> bytes:
     """The whole plan for one agent. `doors`: its Unix sockets are asked of a listener (see `doors`). `network_fd`: of
-    the network to enter, in place of a new one, where the box names single hosts."""
+    the network to enter, in place of a new one, where the box names single hosts. `outputs`: descriptors that were
+    handed over open for writing, wherever their files lie: scripts open them anew, by the name /dev/stderr."""
     ruleset, network = ground.ruleset, box.net != hosts.NONE
     entry, mounts = _cage(ground, box, network_fd) if box.level == "cage" else (_NO_CAGE, b"")
     own = [_rule(path, landlock.READ, strict=True) for path in box.read]
     own += [_rule(path, landlock.WRITE & ruleset.files, strict=True) for path in box.write]
+    own += [_rule(f"/proc/self/fd/{fd}", _OUTPUT & ruleset.files) for fd in outputs if _is_file(fd)]
     own.append(_rule(box.workspace, landlock.WRITE & ruleset.files, must=True))
     if mounts:
         own += [_rule(path, rights & ruleset.files, must=True) for path, rights in _PRIVATE.items()]
@@ -116,6 +121,15 @@ def _cage(ground: Ground, box: Box, network_fd: int) -> tuple[tuple[int, ...], b
     own = network_fd if network_fd >= 0 else _OWN_NETWORK
     net = {hosts.NONE: none, hosts.ALL: _KEEP_NETWORK}.get(box.net, own)
     return (user, machine, root, ipc, net, len(found)), places.packed(found)
+
+
+def _is_file(fd: int) -> bool:
+    """Whether there can be a rule about it (about a pipe there can be none, and there need not) that grants no more
+    than is granted already by handing it over."""
+    mode = os.fstat(fd).st_mode
+    if not (stat.S_ISREG(mode) or stat.S_ISCHR(mode)):
+        return False
+    return fcntl.fcntl(fd, fcntl.F_GETFL) & os.O_ACCMODE != os.O_RDONLY
 
 
 def _rule(path: str, rights: int, strict: bool = False, must: bool = False) -> bytes:

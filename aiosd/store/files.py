@@ -17,6 +17,7 @@ from typing import Any
 
 from msgspec import Struct
 
+from aiosd.store import plainly
 from aiosd.store.contents import Contents
 from aiosd.store.database import Database
 from aiosd.store.filewords import INDEXED, FileWords
@@ -43,9 +44,11 @@ class Row(Struct, frozen=True):
     updated: float
     author: str
     mount: int | None
+    damaged: bool = False  # only its path can be read
 
     def shown(self) -> File:
-        return File(self.path, self.size, self.version, self.created, self.updated, self.author, self.mount is not None)
+        about = (self.size, self.version, self.created, self.updated, self.author)
+        return File(self.path, *about, self.mount is not None, self.damaged)
 
 
 class Files:
@@ -96,7 +99,29 @@ class Files:
             f"SELECT {_COLUMNS} FROM files f WHERE f.owner = ? AND f.path >= ? AND f.path < ? AND f.path > ? "
             f"AND f.removed IS NULL AND {visible} ORDER BY f.path LIMIT ?"
         )
-        return [Row(*row) for row in self._db.rows(sql, space.owner, first, end, after, *values, limit)]
+        which = (space.owner, first, end, after, *values, limit)
+        try:
+            return [Row(*row) for row in self._db.rows(sql, *which)]
+        except OSError as err:
+            if not plainly.is_damage(err):
+                raise
+        # From the index alone: ids and paths. Then each by itself.
+        paths = dict(self._db.rows(sql.replace(_COLUMNS, "f.id, f.path"), *which))
+        rows, lost = plainly.piecemeal(self._all_of, list(paths))
+        plainly.tell("files", [paths[file] for file in lost])
+        rows += [Row(file, space.owner or 0, paths[file], 0, 0, 0.0, 0.0, "", None, damaged=True) for file in lost]
+        return sorted(rows, key=lambda row: row.path.encode())
+
+    def _all_of(self, ids: Sequence[int]) -> list[Row]:
+        marks = ", ".join("?" for _ in ids)
+        return [Row(*row) for row in self._db.rows(f"SELECT {_COLUMNS} FROM files f WHERE f.id IN ({marks})", *ids)]
+
+    def counted(self, owner: int | None) -> tuple[int, int]:
+        """Files that are there, without those of mounted folders, and in the trash: from indexes alone."""
+        live = "SELECT count(*) FROM files WHERE owner = ?1 AND removed IS NULL"
+        mounted = "SELECT count(*) FROM mounted WHERE mount IN (SELECT id FROM mounts WHERE owner = ?1)"
+        trash = "SELECT count(*) FROM files WHERE owner = ?1 AND removed IS NOT NULL"
+        return self._db.rows(f"SELECT ({live}) - ({mounted}), ({trash})", owner)[0]
 
     # ── versions ──────────────────────────────────────────────────────────────────────────────────────────
 

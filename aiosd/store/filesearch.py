@@ -6,15 +6,16 @@ is quoted; the owner is a word of its own in the index, so no query leads to fil
 
 from __future__ import annotations
 
-import contextlib
+import logging
 import re
-from collections.abc import Generator, Sequence
+from collections.abc import Callable, Generator, Sequence
 from typing import TYPE_CHECKING, Any
 
 from aiosd import link
 from aiosd.service import Pause
+from aiosd.store import plainly
 from aiosd.store.database import Database
-from aiosd.store.files import Files
+from aiosd.store.files import Files, Row
 from aiosd.store.filewords import FILES, as_text
 from aiosd.store.meaning import Meaning
 from aiosd.store.search import AMONG, LEAST, MOST_WORDS, with_meaning
@@ -24,10 +25,18 @@ from libaios import wire
 if TYPE_CHECKING:
     from aiosd.store.meaning import Floats
 
+logger = logging.getLogger("store")
+
 EXCERPT = 160  # characters
 EXCERPTS = 10  # of one search
 SPACES_AT_ONCE = 100  # of which a part may be seen: SQLite has limits
+WALKED_AT_ONCE = 16  # files that are read between two pauses
+_ALL_OF = "SELECT f.id FROM files f WHERE f.owner = ? AND f.removed IS NULL"
 _WORD = re.compile(r"[^\W_]+")
+
+
+#: The spaces in which a caller searches, with what it may see there now.
+Seen = Callable[[], Sequence[Space]]
 
 
 class FileSearch:
@@ -35,22 +44,57 @@ class FileSearch:
         self._db, self._files, self._meaning = database, files, meaning
 
     def search(
-        self, caller: link.Caller, seen: Sequence[Space], query: str, folder: str, k: int
+        self, caller: link.Caller, seen: Seen, query: str, folder: str, k: int
     ) -> list[wire.FoundFile] | Generator[Pause, None, list[wire.FoundFile]]:
-        """Files of these spaces, the best first: at once, or what brings them after a while."""
-        spaces = {space.owner: space for space in seen if space.owner is not None}
-        if self._meaning.embedder is None or not spaces:
+        """Files of the spaces that `seen` gives, the best first: at once, or what brings them after a while. Meanwhile
+        somebody may have taken back what was shared, so `seen` is asked again after each pause."""
+        spaces = _by_owner(seen)
+        if self._meaning.embedder is not None and spaces:
+            return self._by_meaning(caller, seen, query, folder, k)
+        try:
             return self._ranked(caller, spaces, query, folder, k, None)
-        return self._by_meaning(caller, spaces, query, folder, k)
+        except OSError as err:
+            if not plainly.is_damage(err):
+                raise
+        return self._walked(caller, seen, query, folder, k)
 
     def _by_meaning(
-        self, caller: link.Caller, spaces: dict[int, Space], query: str, folder: str, k: int
+        self, caller: link.Caller, seen: Seen, query: str, folder: str, k: int
     ) -> Generator[Pause, None, list[wire.FoundFile]]:
         vector = yield from self._meaning.vector_of(query)
         if vector is not None:
-            yield from self._meaning.finish(spaces)
-            yield from self._meaning.load(FILES, spaces)
-        return self._ranked(caller, spaces, query, folder, k, vector)
+            yield from self._meaning.finish(_by_owner(seen))
+            yield from self._meaning.load(FILES, _by_owner(seen))
+        try:
+            return self._ranked(caller, _by_owner(seen), query, folder, k, vector)
+        except OSError as err:
+            if not plainly.is_damage(err):
+                raise
+        return (yield from self._walked(caller, seen, query, folder, k))
+
+    def _walked(
+        self, caller: link.Caller, seen: Seen, query: str, folder: str, k: int
+    ) -> Generator[Pause, None, list[wire.FoundFile]]:
+        """A page of an index is damaged: by words, from the files themselves."""
+        words, scores, lost = plainly.words_of(query), dict[int, float](), 0
+
+        def read(files: Sequence[int]) -> list[Row]:
+            return [row for file in files if (row := self._files.by_id(file)) is not None]
+
+        for space in _by_owner(seen).values():
+            select, values = _files_of(space, folder) or (_ALL_OF, [space.owner])
+            files = [file for (file,) in self._db.rows(select, *values)]
+            for begin in range(0, len(files), WALKED_AT_ONCE):
+                rows, gone = plainly.piecemeal(read, files[begin : begin + WALKED_AT_ONCE])
+                lost += len(gone)
+                for row in rows:
+                    text = f"{row.path} {as_text(self._files.words.read(row.id))}"
+                    if score := len(words & plainly.words_of(text)):
+                        scores[row.id] = float(score)
+                yield Pause(0.0)
+        if lost:
+            logger.warning("%d files cannot be searched (see `aiosd fsck`)", lost)
+        return self._found(caller, _by_owner(seen), query, k, scores)
 
     def _ranked(
         self, caller: link.Caller, spaces: dict[int, Space], query: str, folder: str, k: int, vector: Floats | None
@@ -59,14 +103,23 @@ class FileSearch:
         if vector is not None:
             among = {owner: self._visible(space, folder) for owner, space in spaces.items()}
             scores = with_meaning(self._meaning, FILES, among, k, vector, scores)
+        return self._found(caller, spaces, query, k, scores)
+
+    def _found(
+        self, caller: link.Caller, spaces: dict[int, Space], query: str, k: int, scores: dict[int, float]
+    ) -> list[wire.FoundFile]:
+        """The best of these that the caller may see now."""
         found: list[wire.FoundFile] = []
         for file in sorted(scores, key=lambda file: (scores[file], file), reverse=True)[:k]:
             row = None
-            with contextlib.suppress(OSError):  # a damaged page costs what is on it, which reading and fsck name
+            try:
                 row = self._files.by_id(file)
-            if row is not None:
+            except OSError as err:  # a damaged page costs what is on it
+                logger.warning("file %d cannot be read, and stands in no answer: %s", file, err.strerror)
+            space = None if row is None else spaces.get(row.owner)
+            if row is not None and space is not None and space.may_see(row.path):
                 excerpt = self._excerpt(file, query) if len(found) < EXCERPTS else ""
-                of = shown(caller, spaces[row.owner].name)
+                of = shown(caller, space.name)
                 found.append(wire.FoundFile(row.shown(), of, excerpt, scores[file]))
         return found
 
@@ -110,6 +163,10 @@ class FileSearch:
         found = re.search(rf"(?<!\w)(?:{'|'.join(words)})(?!\w)", text, re.IGNORECASE) if words else None
         begin = 0 if found is None else max(0, found.start() - EXCERPT // 3)
         return " ".join(text[begin : begin + EXCERPT].split())
+
+
+def _by_owner(seen: Seen) -> dict[int, Space]:
+    return {space.owner: space for space in seen() if space.owner is not None}
 
 
 def _files_of(space: Space, folder: str) -> tuple[str, list[Any]] | None:

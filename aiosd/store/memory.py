@@ -12,22 +12,34 @@ what an owner stores; `ram` what is held in memory.
 
 from __future__ import annotations
 
+import builtins
 import contextlib
 import errno
 import time
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Generator, Iterable, Mapping, Sequence
 from typing import Any
 
 import msgspec
 
 from aiosd import link
-from aiosd.service import Lasting
-from aiosd.store import owners
+from aiosd.service import Lasting, Pause
+from aiosd.store import owners, plainly
 from aiosd.store.consent import Consent
 from aiosd.store.database import Database
 from aiosd.store.lruk import LruK
 from aiosd.store.meaning import Meaning
-from aiosd.store.noterows import COLUMNS, FROM, LIVE, OVERHEAD, enter_labels, note_of, remove_labels, union, visible
+from aiosd.store.noterows import (
+    COLUMNS,
+    FROM,
+    LIVE,
+    OVERHEAD,
+    enter_labels,
+    marks,
+    note_of,
+    remove_labels,
+    union,
+    visible,
+)
 from aiosd.store.promises import Promises
 from aiosd.store.search import NoteSearch
 from aiosd.store.words import NoteWords
@@ -96,15 +108,45 @@ class Memory:
     def search(self, ask: link.Ask, args: wire.MemSearch) -> Any:
         return self.finder.search(ask.caller, args)
 
-    def list(self, ask: link.Ask, args: wire.MemList) -> list[Note]:
-        names, now = visible(ask.caller), self._clock()
-        owner_ids = [owner for name in names if (owner := self._known_owner(name)) is not None]
-        if not owner_ids:
+    def list(self, ask: link.Ask, args: wire.MemList) -> Any:
+        found = {owner: name for name in visible(ask.caller) if (owner := self._known_owner(name)) is not None}
+        if not found:
             return []
-        select, values = union(self._db, owner_ids, args.filters, now)
-        chosen = f"SELECT note FROM ({select}) ORDER BY note DESC LIMIT ? OFFSET ?"
+        try:
+            select, values = union(self._db, found, args.filters, self._clock())
+            chosen = f"SELECT note FROM ({select}) ORDER BY note DESC LIMIT ? OFFSET ?"
+            values += [args.limit, args.offset]
+            try:
+                return self._listed(chosen, values)
+            except OSError as err:
+                if not plainly.is_damage(err):
+                    raise
+            return self._listed_singly([row[0] for row in self._db.rows(chosen, *values)])
+        except OSError as err:
+            if not plainly.is_damage(err):
+                raise
+        return self._walked(found, args)
+
+    def _listed(self, chosen: str, values: Sequence[Any]) -> builtins.list[Note]:
+        """The notes of these ids, a SELECT or values."""
         sql = f"SELECT {COLUMNS} {FROM} WHERE n.id IN ({chosen}) ORDER BY n.id DESC"
-        return [note_of(row) for row in self._db.rows(sql, *values, args.limit, args.offset)]
+        return [note_of(row) for row in self._db.rows(sql, *values)]
+
+    def _listed_singly(self, ids: Sequence[int]) -> builtins.list[Note]:
+        """The same with those that cannot be read, as such."""
+        found, lost = plainly.piecemeal(lambda some: self._listed(marks(some), some), ids)
+        plainly.tell("notes", lost)
+        return sorted([*found, *map(plainly.lost_note, lost)], key=lambda note: note.id, reverse=True)
+
+    def _walked(self, names: Mapping[int, str], args: wire.MemList) -> Generator[Pause, None, builtins.list[Note]]:
+        """The same without any index."""
+        found: builtins.list[Note] = []
+        for notes in plainly.walk(self._db, names, args.filters, self._clock()):
+            found += notes
+            if len(found) >= args.offset + args.limit:
+                break
+            yield Pause(0.0)
+        return found[args.offset : args.offset + args.limit]
 
     def stats_of(self, ask: link.Ask, args: wire.MemStats) -> dict[str, Any]:
         name = owners.own(ask.caller)
@@ -355,8 +397,11 @@ class Memory:
         return 0 if row is None else int(row[0])
 
     def _count(self, name: str) -> int:
-        row = self._db.row(f"SELECT count(*) {FROM} WHERE o.name = ? AND {LIVE}", name, self._clock())
-        return 0 if row is None else int(row[0])
+        """From indexes alone: a damaged page of the table costs what is on it."""
+        counts = "SELECT count(*) FROM notes WHERE owner = ?"
+        owner = self._owner_id(name)
+        over = self._db.rows(f"{counts} AND expires <= ?", owner, self._clock())
+        return int(self._db.rows(counts, owner)[0][0] - over[0][0])
 
     def _undone(self) -> None:
         """A transaction was lost after it had ended: drop what was made in memory from it."""

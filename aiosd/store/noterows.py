@@ -16,6 +16,9 @@ from libaios.wire import Note
 
 OVERHEAD = 200  # bytes that a note takes besides its text
 COLUMNS = "n.id, n.key, n.text, n.tags, n.metadata, n.created, n.updated, n.expires, n.version, o.name, n.bytes"
+PLAIN_COLUMNS = (
+    "n.owner, n.id, n.key, n.text, n.tags, n.metadata, n.created, n.updated, n.expires, n.version, n.bytes"  # no join
+)
 FROM = "FROM notes n JOIN owners o ON o.id = n.owner"
 LIVE = "(n.expires IS NULL OR n.expires > ?)"
 EVERY = "SELECT id AS note FROM notes WHERE owner = ?"

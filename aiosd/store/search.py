@@ -11,7 +11,6 @@ and each is quoted; the owner is a token of its own in the index of words, so no
 
 from __future__ import annotations
 
-import contextlib
 import errno
 import re
 from collections.abc import Callable, Generator, Mapping, Sequence
@@ -19,6 +18,7 @@ from typing import TYPE_CHECKING, Any
 
 from aiosd import link
 from aiosd.service import Pause
+from aiosd.store import plainly
 from aiosd.store.database import Database
 from aiosd.store.meaning import Meaning
 from aiosd.store.noterows import COLUMNS, FROM, LIVE, filtered, ids_of, marks, note_of, passing, union, visible
@@ -79,7 +79,13 @@ class NoteSearch:
         words = self._words.finish(owners)
         by_words = args.by == "words" or not owners or self._meaning.embedder is None
         if words is None and by_words:
-            return self.ranked(owners, args, None)
+            try:
+                self._require_words(owners)
+                return self.ranked(owners, args, None)
+            except OSError as err:
+                if not plainly.is_damage(err):
+                    raise
+            return self._walked(owners, args)
         return self._later(owners, args, words, by_words)
 
     def _later(
@@ -88,14 +94,44 @@ class NoteSearch:
         if words is not None:
             yield from words
         if by_words:
-            return self.ranked(owners, args, None)
+            return (yield from self._ranked_or_walked(owners, args, None))
         vector = yield from self._meaning.vector_of(args.query)
         if args.by == "meaning" and self._meaning.away:
             raise wire.error(errno.EAGAIN, "the embedder does not answer")
         if vector is not None:
             yield from self._meaning.finish(owners)
             yield from self._meaning.load(NOTES, owners)
-        return self.ranked(owners, args, vector)
+        return (yield from self._ranked_or_walked(owners, args, vector))
+
+    def _ranked_or_walked(
+        self, owners: Sequence[int], args: wire.MemSearch, vector: Floats | None
+    ) -> Generator[Pause, None, list[wire.Found]]:
+        try:
+            self._require_words(owners)
+            return self.ranked(owners, args, vector)
+        except OSError as err:
+            if not plainly.is_damage(err):
+                raise
+        return (yield from self._walked(owners, args))
+
+    def _require_words(self, owners: Sequence[int]) -> None:
+        """Raises OSError (EIO)."""
+        if self._words.stuck and any(self._words.waiting_of(owner) for owner in owners):
+            raise wire.error(errno.EIO, "words cannot be entered into their index, which is damaged on the disk")
+
+    def _walked(self, owners: Sequence[int], args: wire.MemSearch) -> Generator[Pause, None, list[wire.Found]]:
+        """A page of an index is damaged: by words, from the notes themselves."""
+        rows = self._db.rows(f"SELECT id, name FROM owners WHERE id IN ({marks(owners)})", *owners)
+        words = plainly.words_of(args.query)
+        best: list[wire.Found] = []
+        for notes in plainly.walk(self._db, dict(rows), args.filters, self._clock()):
+            for note in [one for one in notes if not one.damaged]:
+                score = len(words & plainly.words_of(note.text)) + ITSELF * (note.text == args.query)
+                if score:
+                    best.append(wire.Found(note, float(score)))
+            best = sorted(best, key=lambda found: (found.score, found.note.id), reverse=True)[: args.k]
+            yield Pause(0.0)
+        return best
 
     def ranked(self, owners: Sequence[int], args: wire.MemSearch, vector: Floats | None) -> list[wire.Found]:
         """The answer, at once; without a vector by words alone."""
@@ -137,17 +173,14 @@ class NoteSearch:
         found: dict[int, Note] = {}
         for begin in range(0, len(notes), 500):
             some = notes[begin : begin + 500]
-            try:
-                found |= self._live(some)
-            except OSError:  # a damaged page costs the notes on it, which `get` and fsck name, and not the answer
-                for note in some:
-                    with contextlib.suppress(OSError):
-                        found |= self._live([note])
+            read, lost = plainly.piecemeal(self._live, some)
+            plainly.tell("notes", lost)
+            found |= {note.id: note for note in read}
         return [wire.Found(found[note], scores[note]) for note in notes if note in found]
 
-    def _live(self, notes: Sequence[int]) -> dict[int, Note]:
+    def _live(self, notes: Sequence[int]) -> list[Note]:
         sql = f"SELECT {COLUMNS} {FROM} WHERE n.id IN ({marks(notes)}) AND {LIVE}"
-        return {row[0]: note_of(row) for row in self._db.rows(sql, *notes, self._clock())}
+        return [note_of(row) for row in self._db.rows(sql, *notes, self._clock())]
 
 
 def _numbers(ids: str) -> Ints:

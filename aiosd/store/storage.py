@@ -123,7 +123,11 @@ class Storage:
 
     def search(self, ask: link.Ask, args: wire.StoSearch) -> Any:
         """With `of` None in all that the caller can read."""
-        seen = self.spaces.all_seen(ask.caller) if args.of is None else [self.spaces.find(ask.caller, args.of)]
+
+        def seen() -> list[Space]:
+            spaces = self.spaces
+            return spaces.all_seen(ask.caller) if args.of is None else [spaces.find(ask.caller, args.of)]
+
         return self._search.search(ask.caller, seen, args.query, clean_folder(args.folder), args.k)
 
     def _readable(self, ask: link.Ask, args: Any, call: str) -> tuple[Space, str]:
@@ -378,11 +382,10 @@ class Storage:
 
     def stats_of(self, ask: link.Ask, args: wire.StoSpace) -> dict[str, Any]:
         space = self._all_of(ask, args.of, "see these figures")
-        counts = "SELECT sum(removed IS NULL), sum(removed IS NOT NULL) FROM files WHERE owner = ? AND mount IS NULL"
-        live, removed = self._db.rows(counts, space.owner)[0]
+        live, removed = self.files.counted(space.owner)
         found: dict[str, Any] = {
-            "files": live or 0,
-            "trash": removed or 0,
+            "files": live,
+            "trash": removed,
             "bytes": self.contents.bytes_of(space.owner) if space.owner is not None else 0,
             "quota": self.files.quota,
             "versions": self.files.most_versions,

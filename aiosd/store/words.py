@@ -11,6 +11,7 @@ With its words a text goes into the queue of search by meaning, too.
 
 from __future__ import annotations
 
+import errno
 import logging
 import time
 import zlib
@@ -34,10 +35,13 @@ IDLE_S = 5.0
 class NoteWords:
     def __init__(self, database: Database, meaning: Meaning, clock: Callable[[], float] = time.monotonic) -> None:
         self._db, self._meaning, self._clock = database, meaning, clock
+        self.stuck = False  # what was entered last was lost with its transaction: a page of the indexes is damaged, say
+        self._entered = False  # … and before that something was entered, of which that is not known yet
         self.recount()
 
     def recount(self) -> None:
         """At the start, and when a transaction was lost after it had ended."""
+        self.stuck, self._entered = self.stuck or self._entered, False
         try:
             row = self._db.row("SELECT count(*) FROM wordless")
             self.waiting = row[0] if row else 0  # about
@@ -79,7 +83,8 @@ class NoteWords:
 
     def finish(self, owners: Sequence[int]) -> Generator[Pause, None, None] | None:
         """Have the texts of these owners entered first. None: they are; else this is to be iterated, and takes as long
-        as a search may wait. Where the disk is full or damaged the search finds what has its words."""
+        as a search may wait. Where the disk is full the search finds what has its words; where they
+        are `stuck`, words are to be looked for in the notes themselves."""
         return self._finish(owners) if self._enter_of(owners) else None
 
     def _finish(self, owners: Sequence[int]) -> Generator[Pause, None, None]:
@@ -107,10 +112,13 @@ class NoteWords:
             self._enter(places)
         except OSError as err:
             logger.debug("words wait: %s", err.strerror)
+            self.stuck = self.stuck or err.errno == errno.EIO
             return False
         return True
 
     def _enter(self, places: Sequence[tuple[int, ...]]) -> None:
+        if self._entered:  # and was not lost
+            self.stuck, self._entered = False, False
         read = self._texts(places)
         done = [(note, owner) for note, owner, _ in read]
         rows = [(note, owner, text) for note, owner, text in read if text is not None]
@@ -122,7 +130,7 @@ class NoteWords:
             self._db.many("INSERT INTO note_sums VALUES(?, ?, ?)", sums)
             self._db.many("DELETE FROM wordless WHERE note = ? AND owner = ?", done)
             self._meaning.enqueue(NOTES, done)
-        self.waiting = max(0, self.waiting - len(done))
+        self.waiting, self._entered = max(0, self.waiting - len(done)), True
 
     def _texts(self, places: Sequence[tuple[int, ...]]) -> list[tuple[int, int, str | None]]:
         """Of the first of these, as many as are entered at once. None: it is damaged, `aiosd fsck` names it."""

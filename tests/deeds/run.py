@@ -42,6 +42,7 @@ def main(path: str, *names: str) -> None:
         stage = json.load(file)
     stage["inside"] = "AIOS_PID" in os.environ
     if stage["inside"]:
+        os.chdir(os.path.expanduser("~"))  # where it can do most
         stage["beside"] = os.path.expanduser("~/beside")
     found = {name: outcome(name, stage) for name in names or DEEDS}
     print(json.dumps(found | ({"workspace": os.getcwd()} if stage["inside"] else {})))

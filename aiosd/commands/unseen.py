@@ -1,0 +1,88 @@
+"""What aios-run tells a person about the sandbox of its agent: which files that the person has named it cannot see, and
+which keys of the person's environment it has not got.
+"""
+
+from __future__ import annotations
+
+import os
+import re
+import shlex
+import sys
+from typing import Any
+
+from aiosd.commands import edge
+from libaios import wire
+from libaios.sandbox import is_broad
+from libaios.wire import Spawn, Spawned
+
+MOST_LOOKED_AT = 64  # arguments
+MOST_SHOWN = 3
+#: Variables that others give an agent, or that are of no use to it.
+NOT_MISSED = ("AIOS", "OPENAI_", "CEREBRUM_", "OLLAMA_")
+SECRET = re.compile(r"KEY|TOKEN|SECRET|PASSWORD|CREDENTIAL")
+
+
+def note_alone(spawn: Spawn, spawned: Spawned) -> None:
+    """A script in the home folder itself does not bring the whole home into its sandbox."""
+    if spawned.sandbox != "none" and spawn.sandbox.alone:
+        script = wire.os_shown(spawn.sandbox.own[0])
+        folder = os.path.dirname(script)
+        _say(f"agent {spawned.pid} can read {script}, nothing else in {folder} (--read grants more)")
+
+
+def named_outside(spawn: Spawn, spawned: Spawned) -> list[str]:
+    """Arguments that name files which a confined agent was not granted with this call; settings may grant them."""
+    if spawned.sandbox == "none" or wire.ENV_PID in os.environ:
+        return []
+    cwd, granted = wire.os_str(spawn.cwd), [wire.os_str(path) for path in _granted(spawn.sandbox)]
+    words = [wire.os_str(arg) for arg in spawn.args[:MOST_LOOKED_AT]]
+    return [word for word in words if _is_there(word, cwd) and not _is_inside(os.path.join(cwd, word), granted)]
+
+
+def note_files(named: list[str], pid: int, agent: dict[str, Any]) -> None:
+    """`agent`: as aios-inspect has it, and with it what settings grant."""
+    from aiosd.sandbox import plan
+
+    seen = plan.machine(plan.common_rules(sys.path)).system
+    confined = agent["box"]
+    granted = [*seen, confined["workspace"], *confined["read"], *confined["write"]]
+    hidden = [word for word in named if not _is_inside(word, granted) and not is_broad(os.path.realpath(word))]
+    if hidden:
+        words = " ".join(f"--read {shlex.quote(word)}" for word in hidden[:MOST_SHOWN])
+        more = " and more" if len(hidden) > MOST_SHOWN else ""
+        _say(f"agent {pid} cannot see {', '.join(hidden[:MOST_SHOWN])}{more} (aios-run {words} shows it)")
+
+
+def note_variables(spawn: Spawn, spawned: Spawned) -> None:
+    """After a program has failed: of a person's environment it may have missed a key."""
+    if spawned.sandbox == "none" or wire.ENV_PID in os.environ:
+        return
+    from aiosd.sandbox import box
+
+    passed = box.environment(spawn.env, spawn.sandbox.env)
+    kept = [name for name in sorted(spawn.env) if name not in passed and SECRET.search(name.upper())]
+    missed = [wire.os_shown(name) for name in kept if not name.startswith(NOT_MISSED)]
+    if missed:
+        words = ", ".join(missed[:MOST_SHOWN]) + (" and others" if len(missed) > MOST_SHOWN else "")
+        _say(f"agent {spawned.pid} did not get {words} of your environment (-e {missed[0]} passes it on)")
+
+
+def _granted(wish: wire.Sandbox) -> list[str]:
+    return [*wish.own, *wish.read, *wish.write]
+
+
+def _is_there(word: str, cwd: str) -> bool:
+    """Whether an argument names something that is there. Most are words, and options."""
+    try:
+        return bool(word) and not word.startswith("-") and os.path.lexists(os.path.join(cwd, word))
+    except (OSError, ValueError):
+        return False
+
+
+def _is_inside(path: str, folders: list[str]) -> bool:
+    real = os.path.realpath(path)
+    return any(real == folder or folder == "/" or real.startswith(folder + "/") for folder in folders)
+
+
+def _say(words: str) -> None:
+    edge.complain("aios-run", words)
