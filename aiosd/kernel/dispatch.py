@@ -190,8 +190,7 @@ class Dispatcher:
         handler = self._handlers.get(row.sys)
         if handler is not None:
             return handler(call, args)
-        self._asker.ask(call, args, Raw(bytes(raw)))
-        return PENDING
+        return self._asker.ask(call, args, Raw(bytes(raw)))
 
     @staticmethod
     def _note_unknown(peer: Peer, number: int) -> None:
