@@ -80,7 +80,7 @@ if len(sys.argv) < 2:
 done = []
 def call():
     try:
-        while True: done.append(aios.tool.call("calc", expression="sqrt(1764)"))
+        while True: done.append(aios.tool.call("calc", expression="6*7"))
     except OSError: pass
 threads = [threading.Thread(target=call) for _ in range(4)]
 for one in threads: one.start()

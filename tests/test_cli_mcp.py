@@ -85,7 +85,7 @@ def test_the_tools_of_agents_are_those_of_the_person(aiosd: System) -> None:
         assert ("length >= 1" in text, failed) == (True, True)
         assert await call(client, "nothing") == ("no such tool: nothing", True)
         slow = asyncio.create_task(call(client, "shell", command="sleep 30"))
-        assert await call(client, "calc", expression="sqrt(1)") == ("1", False)  # one call does not hold up another
+        assert await call(client, "calc", expression="1") == ("1", False)  # one call does not hold up another
         slow.cancel()
 
     with_client(aiosd, act)
@@ -94,7 +94,7 @@ def test_the_tools_of_agents_are_those_of_the_person(aiosd: System) -> None:
 def test_only_what_was_named_is_offered(aiosd: System) -> None:
     async def act(client: Client) -> None:
         assert [tool.name for tool in (await client.list_tools()).tools] == ["ps", "calc"]
-        assert await call(client, "calc", expression="sqrt(1)") == ("1", False)
+        assert await call(client, "calc", expression="1") == ("1", False)
         assert await call(client, "shell", command="id") == ("no such tool: shell", True)
 
     with_client(aiosd, act, "--only", "ps, calc")
@@ -104,7 +104,7 @@ def test_it_goes_on_when_aiosd_was_started_again(fresh_aiosd: Callable[..., Syst
     system = fresh_aiosd()
 
     async def act(client: Client) -> None:
-        assert await call(client, "calc", expression="sqrt(1)") == ("1", False)
+        assert await call(client, "calc", expression="1") == ("1", False)
         system.stop()
         text, failed = await call(client, "calc", expression="2")
         assert ("aiosd" in text, failed) == (True, True)

@@ -236,7 +236,7 @@ def test_what_goes_wrong_hurts_that_call_alone(
     box = toolbox(system)
     code, message = failure(client, name, **arguments)
     assert (code, expected[1] in message) == (expected[0], True), message
-    assert call(client, "calc", expression="sqrt(1)") == "1"
+    assert call(client, "calc", expression="1") == "1"
     assert toolbox(system) == box
     assert eventually(lambda: not [p for p in below(system) if "tools.worker" not in " ".join(p.cmdline())])
 
@@ -303,7 +303,7 @@ def test_a_slow_tool_does_not_hold_up_others(client: Client, tmp_path: Path) -> 
     slow = client.submit(Sys.TOOL_CALL, CallTool("hold", {"gate": str(gate)}))
     assert eventually(lambda: (tmp_path / "gate.log").exists())
     for _ in range(20):
-        assert call(client, "calc", expression="sqrt(1)") == "1"
+        assert call(client, "calc", expression="1") == "1"
     gate.touch()
     assert client.result(slow, str, timeout=20.0) == "done"
 
