@@ -8,9 +8,8 @@
 
 Four parts, each `--rounds` times; figures are medians over the rounds.
 
-latency  One agent: getpid, `calc` of a short sum (answered by the kernel itself) and of another expression (by the
-         toolbox itself), `list_files` (answered by a worker), and for comparison a note read from the store. The bound
-         is for calc.
+latency  One agent: getpid, `calc` (answered by the toolbox itself), `list_files` (answered by a worker), and for
+         comparison a note read from the store. The bound is for calc.
 crowd    64 agents with several calls in flight each, of one tool that runs once at a time. The tool writes down when it
          begins and ends: so it is seen whether two ran at once, whether each agent's calls came in order, whether any
          was lost or done twice, and how far agents' numbers of served calls were apart while all still waited.
@@ -89,7 +88,6 @@ aios.mem.add("x" * 100, key="note")
 acts = {
     "getpid": (aios.proc.getpid, calls),
     "calc": (lambda: aios.tool.call("calc", expression="(3 + 4) * 2.5"), calls),
-    "calc, longer": (lambda: aios.tool.call("calc", expression="sqrt(3 + 4) * 2.5"), calls // 5),
     "list_files": (lambda: aios.tool.call("list_files"), calls // 5),
     "mem.get": (lambda: aios.mem.get("note"), calls // 5),
 }
@@ -315,7 +313,7 @@ def show(rows: Sequence[dict[str, Any]]) -> None:
     parts = {row["part"] for row in rows}
     if "latency" in parts:
         print(f"{'one caller, µs':34}{'p50':>9}{'p99':>9}{'× getpid':>10}")
-        for name in ("getpid", "calc", "calc, longer", "list_files", "mem.get"):
+        for name in ("getpid", "calc", "list_files", "mem.get"):
             ratio = statistics.median(r[name]["p50"] / r["getpid"]["p50"] for r in rows if r["part"] == "latency")
             bound = f"  (≤ {CALC_BOUND:g}: {harness.verdict(ratio, CALC_BOUND)})" if name == "calc" else ""
             p50, p99 = (median(rows, "latency", name, key) for key in ("p50", "p99"))

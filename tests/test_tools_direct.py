@@ -18,7 +18,8 @@ from msgspec import Raw, msgpack
 from aiosd import link
 from aiosd.tools.direct import FUNCTIONS
 from aiosd.tools.errands import Errands
-from libaios import arithmetic, mem, wire
+from libaios import mem, wire
+from libaios.agents import react
 from libaios.client import Client
 from libaios.home import Home
 from libaios.plan import Steps, Window, plan_of
@@ -28,8 +29,6 @@ from tests.conftest import System, eventually
 # ── arithmetic ────────────────────────────────────────────────────────────────────────────────────────────
 
 BOUND_S = 0.1  # of processor time, for any expression
-
-SHORT_S = 0.002  # of what the kernel works out itself, in the time of one turn
 
 words = st.sampled_from((
     "9", "2", "0.5", "1e308", "9" * 40, "(", ")", "-", "+", "*", "**", "/", "//", "%", ",", " ", "^", "x", "×", "$",
@@ -45,10 +44,6 @@ words = st.sampled_from((
 @example("2**4095*2**4095//3**2000")
 @example("9**9**9**9")
 @example("-" * 490 + "1")
-@example("-" * 63 + "1")
-@example("(" * 31 + "1" + ")" * 31)
-@example("9*" * 31 + "9")
-@example("1/" * 31 + "7")
 @example("(" * 240 + "1" + ")" * 240)
 @example("1+" * 249 + "1")
 @example(" " * 499 + "=")
@@ -56,13 +51,13 @@ words = st.sampled_from((
 @example("max(" + "2**4000," * 60 + "1)")
 @example("2**4000%" * 60 + "7")
 def test_no_expression_costs_much(expression: str) -> None:
-    """It runs in the toolbox itself, or in the kernel, where it would hold up all others."""
+    """It runs in the toolbox itself, where it would hold up all others."""
     began = time.process_time()
     try:
-        text = arithmetic.calc(expression)
-    except ValueError:
+        text = react.calc(expression)
+    except react.ToolError:
         text = ""
-    assert time.process_time() - began < (SHORT_S if arithmetic.is_short(expression) else BOUND_S)
+    assert time.process_time() - began < BOUND_S
     assert len(text) < 2000
 
 

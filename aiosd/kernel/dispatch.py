@@ -190,7 +190,8 @@ class Dispatcher:
         handler = self._handlers.get(row.sys)
         if handler is not None:
             return handler(call, args)
-        return self._asker.ask(call, args, Raw(bytes(raw)))
+        self._asker.ask(call, args, Raw(bytes(raw)))
+        return PENDING
 
     @staticmethod
     def _note_unknown(peer: Peer, number: int) -> None:

@@ -15,8 +15,7 @@ import logging
 import signal
 import socket
 import sys
-from collections.abc import Callable
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from aiosd import link, log
 from aiosd.access.rules import Policy
@@ -58,7 +57,6 @@ from aiosd.kernel.routes import Routes
 from aiosd.kernel.sandboxes import Sandboxes
 from aiosd.kernel.service import Asker, Service, Services
 from aiosd.kernel.status import StatusRequests
-from aiosd.kernel.sums import Sums
 from aiosd.kernel.system import Descriptors, System
 from aiosd.kernel.tokens import Tokens
 from aiosd.kernel.turns import Turns
@@ -70,7 +68,6 @@ from aiosd.timers import Timers
 from libaios import wire
 from libaios.channel import Channel, Side
 from libaios.stream import FrameSocket
-from libaios.wire import Sys
 
 if TYPE_CHECKING:
     from aiosd.init.records import Inheritance, Process
@@ -148,8 +145,7 @@ class Kernel:
         self.handlers: dict[int, Handler] = {}
         charges = Charges(self.services, self.enforcer.refused)
         choose = {LLM: self.generations.choose, "toolbox": charges.tool, "store": charges.store}
-        known: dict[int, Callable[[Any], Any]] = {Sys.TOOL_CALL: Sums(lambda: self.approvals.policy).answer}
-        asker = Asker(self.services, self.calls, self.generations.caller_of, choose, known)
+        asker = Asker(self.services, self.calls, self.generations.caller_of, choose)
         self.dispatcher = Dispatcher(self.calls, self.rights, asker, self.handlers, born.memo.get)
         self.turns = Turns(self.calls, self.events, self.timers, self.dispatcher, self.generations.resume_streams)
         self.agents = Agents(

@@ -27,7 +27,7 @@ from msgspec import Raw
 
 from aiosd import link
 from aiosd.access.deed import Deed
-from aiosd.kernel.calls import PENDING, Calls
+from aiosd.kernel.calls import Calls
 from aiosd.kernel.copies import Copies
 from aiosd.kernel.events import Source
 from aiosd.kernel.peer import AgentPeer, Call
@@ -348,8 +348,7 @@ class Services:
 
 class Asker:
     """Forwards calls to the services that answer them. `caller_of`: the agent for which a call is made. `choose`, by
-    kind: picks one of several services of the same kind, and may refuse. `known`, by call: what the kernel answers in
-    place of a service (None: this one it does not)."""
+    kind: picks one of several services of the same kind, and may refuse."""
 
     def __init__(
         self,
@@ -357,32 +356,25 @@ class Asker:
         calls: Calls,
         caller_of: Callable[[Call], link.Caller],
         choose: Mapping[str, Callable[[Call, Any], Service]],
-        known: Mapping[int, Callable[[Any], Any]],
     ) -> None:
         self._services = services
         self._calls = calls
         self._caller_of = caller_of
         self._choose = choose
-        self._known = known
 
-    def ask(self, call: Call, args: Any, raw: Raw) -> Any:
-        """Send the call to its service; it stays open until the service replies: PENDING. Or the body of its reply,
-        where the kernel knows that itself. `args`: its checked arguments; `raw`: the same as received. Raises OSError:
-        ENOSYS, EMSGSIZE."""
+    def ask(self, call: Call, args: Any, raw: Raw) -> None:
+        """Send the call to its service; it stays open until the service replies. `args`: its checked arguments; `raw`:
+        the same as received. Raises OSError: ENOSYS, EMSGSIZE."""
         row = call.row
         choose = self._choose.get(row.by)
         service = choose(call, args) if choose is not None else self._services.of_kind(row.by)
         if service is None:
             raise wire.error(errno.ENOSYS, f"{row.name}: this system has no {row.by}")
-        known = self._known.get(row.sys)
-        if known is not None and (body := known(args)) is not None:
-            return body
         call.forget = lambda: service.cancel(call)
         self._calls.set_timeout(call, getattr(args, "timeout_s", None), "answer")
         settled = _settled(call, service) if row.again is Again.ONCE else 0
         life = call.peer.proc.restarts if isinstance(call.peer, AgentPeer) and call.peer.proc is not None else 0
         service.submit(call, link.Ask(call.key, self._caller_of(call), row.sys, raw, call.again, settled, life))
-        return PENDING
 
 
 def _settled(call: Call, service: Service) -> int:
