@@ -43,9 +43,10 @@ def wish(
     program, own = _own(kind, target, cwd, env)
     of_agent = wire.ENV_PID in os.environ  # what agents start proves nothing to rules
     alone = own == [program]
-    script = _of_interpreter(program, args, cwd) if kind == "exec" else ""
+    is_program = kind == "exec" or (kind == "file" and not target.endswith(".py"))
+    script = _of_interpreter(program, args, cwd) if is_program else ""
+    own += [_folder_of(script)] if script else []
     if kind == "exec":
-        own += [_folder_of(script)] if script else []
         own += _user_sites(env.get("PYTHONUSERBASE", ""))
     own += map(_real, needed)
     own += filter(os.path.isfile, (_real(env.get(name, "")) for name in CERTIFICATES))
@@ -74,10 +75,8 @@ def _own(kind: str, target: str, cwd: str, env: Mapping[str, str]) -> tuple[str,
     """The program by which agents of a kind know each other again, and what it needs to be read: the folder in which it
     lies, or where that is too broad the file alone. A program that is executed gets the folder in which it starts, too,
     because its arguments mostly name files there (`python app.py`), and an environment of Python in which it lies."""
-    if kind == "module":
+    if kind == "module" or target == "-":
         return target, [] if is_broad(_real(cwd)) else [_real(cwd)]
-    if kind == "file" and target == "-":
-        return "-", []
     named = os.path.join(cwd, target)
     if kind == "exec" and "/" not in target:
         named = _in_path(target, env) or named

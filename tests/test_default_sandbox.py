@@ -11,6 +11,8 @@ from pathlib import Path
 
 import pytest
 
+from aiosd.commands import unseen
+from libaios import wire
 from tests.conftest import System
 
 
@@ -153,3 +155,14 @@ def test_an_agent_that_a_person_has_let_out_has_children_outside(system: System,
 def test_the_ready_agent_works_in_it(system: System, project: Path) -> None:
     done = system.run("aios-run", "-m", "libaios.agents.react", "What is 37 * 91?", cwd=os.path.expanduser("~"))
     assert (done.returncode, "3367" in done.stdout) == (0, True), done.stderr
+
+
+def test_keys_that_a_program_may_have_missed_are_named(capsys: pytest.CaptureFixture[str]) -> None:
+    """Of any language; after it has failed."""
+    env = {"PATH": "/bin", "HF_TOKEN": "x", "MY_KEY": "y", "OPENAI_API_KEY": "z", "PAGE": "1"}
+    spawn = wire.Spawn("exec", "true", env=env, sandbox=wire.Sandbox(env=["MY_*"]))
+    unseen.note_variables(spawn, wire.Spawned(7, sandbox="cage"))
+    words = "agent 7 did not get HF_TOKEN of your environment (-e HF_TOKEN passes it on)"
+    assert capsys.readouterr().err == f"aios-run: {words}\n"
+    unseen.note_variables(spawn, wire.Spawned(7, sandbox="none"))
+    assert capsys.readouterr().err == ""

@@ -182,7 +182,9 @@ def test_only_the_gateway_may_act_for_an_agent(aiosd: System, agent: Agent) -> N
 def test_environment_is_left_alone_on_request(aiosd: System) -> None:
     show = ("--", "sh", "-c", "echo $OPENAI_BASE_URL $OPENAI_ORG_ID")
     given = {"OPENAI_BASE_URL": "http://elsewhere", "OPENAI_ORG_ID": "org"}
-    assert aiosd.run("aios-run", "--no-gateway-env", *show, env=given).stdout == "http://elsewhere org\n"
+    for level in ("none", aiosd.status()["sandbox"]["possible"]):
+        done = aiosd.run("aios-run", "--sandbox", level, "--no-gateway-env", *show, env=given)
+        assert done.stdout == "http://elsewhere org\n"
     assert aiosd.run("aios-run", *show, env=given).stdout.startswith("http://127.0.0.1:")
     by_hand = ("-e", "OPENAI_BASE_URL=http://mine", *show)
     assert aiosd.run("aios-run", *by_hand, env=given).stdout == "http://mine org\n"

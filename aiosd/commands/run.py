@@ -230,6 +230,9 @@ def command(
     if kind == "exec" and (base := user_base(environment)):
         environment["PYTHONUSERBASE"] = base
     names = [word.partition("=")[0] for word in variables]
+    gateway = False if own_env or any(name.startswith(OWN) for name in names) else None
+    if own_env:  # a sandbox passes them on as well
+        names += [f"{name}*" for name in OWN]
     try:
         forked_from = _template(kind, preload, python)
         grants = wish(
@@ -260,7 +263,7 @@ def command(
             attached=not detach,
             restart=restart,
             tty=terminal,
-            gateway=False if own_env or any(name.startswith(OWN) for name in names) else None,
+            gateway=gateway,
             sandbox=grants,
             template=forked_from,
         )

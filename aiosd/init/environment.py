@@ -16,7 +16,7 @@ from aiosd.birth.fork import LIBC
 from aiosd.sandbox.box import VARIABLES
 
 #: Besides those that any confined agent gets.
-_KEPT = (*VARIABLES, "HOME", "TMPDIR", "XDG_*", "NOTIFY_SOCKET", "LD_LIBRARY_PATH", "LD_PRELOAD", "SSL_CERT_*")
+_KEPT = (*VARIABLES, "HOME", "TMPDIR", "XDG_*", "NOTIFY_SOCKET", "LD_PRELOAD", "SSL_CERT_*")
 _LENGTH = 4  # bytes, before each name and value
 _BYTES_HEAD = bytes.__basicsize__ - 1  # of a bytes object, before its content
 

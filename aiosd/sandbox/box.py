@@ -31,6 +31,7 @@ STRICT = "strict"  # a setting: no agent is in less than the strongest level
 VARIABLES = (
     "PATH", "LANG", "LANGUAGE", "LC_*", "TZ", "TERM", "COLORTERM", "NO_COLOR", "LINES", "COLUMNS", "USER", "LOGNAME",
     "SHELL", "PAGER", "EDITOR", "PYTHON*", "VIRTUAL_ENV", "AIOS*", "OMP_*", "CC", "CXX", "CFLAGS", "LDFLAGS",
+    "LD_LIBRARY_PATH",
     *CERTIFICATES,
 )  # fmt: skip
 #: In small letters. They pass as well, but for one that has a password in it.
