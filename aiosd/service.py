@@ -8,7 +8,8 @@ A service that is no llm core serves with a `Server`: one function for each call
 key and caller) and the arguments, and returns the body of the reply; a generator yields parts of it before that, or a
 `Pause` when it has to wait for something. What it raises becomes the reply: an OSError as it is, anything else as EIO.
 The server keeps what `wire.Again` promises: a call that it has, or has answered, is not done again when it is submitted
-again. (A call that is to take effect ONCE also over a death of the service must keep its key with its effect.)
+again (unless it may be, and its answer is large). (A call that is to take effect ONCE also over a death of the service
+must keep its key with its effect.)
 
 A function that finds out that its call amounts to something which has to be allowed calls `require`; nothing must have
 been done by then, or it must be undone by the exception.
@@ -54,7 +55,8 @@ GATEWAY = "gateway"
 
 TURNED_BACK = 4096  # calls that were sent back to be allowed, and are no less new when they come again
 REMEMBERED = 4096  # answers, for calls that are submitted again,
-REMEMBERED_BYTES = 32 << 20  # … and no more than that of them
+REMEMBERED_BYTES = 32 << 20  # … and no more than that of them;
+SMALL = 64 << 10  # bytes: a larger answer is not remembered where its call may as well be done again
 MESSAGES_AT_ONCE = 64
 SLEEP_S = 5.0  # a back-stop: any message wakes the service at once
 LOOK_S = 0.002  # while messages come one after another: how often the watched descriptors are looked at
@@ -124,6 +126,16 @@ class _Answer:
     life: int  # of its peer, see `link.Ask`
 
 
+class _Begun(NamedTuple):
+    """A call that was begun."""
+
+    life: int  # of its peer, see `link.Ask`
+    repeats: bool  # it may be done again (`wire.Again`)
+
+
+_NOT_BEGUN = _Begun(0, False)
+
+
 class _Woken(Exception):
     """Ends a sleep. Python would begin it again after a signal handler that returns."""
 
@@ -158,7 +170,7 @@ class Server:
     policy: Policy = field(default_factory=Policy)
     _newcomers: Newcomers = field(default_factory=Newcomers)
     _turned_back: OrderedDict[link.Key, int] = field(default_factory=OrderedDict)  # with their lives
-    _lives: dict[link.Key, int] = field(default_factory=dict)  # of the calls that were begun and have no answer yet
+    _lives: dict[link.Key, _Begun] = field(default_factory=dict)  # the calls that were begun and have no answer yet
     _rested: bool = False  # since the last message
     _asleep: bool = False
     _looked_at: float = 0.0
@@ -330,7 +342,7 @@ class Server:
         else:
             if ask.sys not in self.queued:
                 self.channel.send_silently(link.encode(link.Working(ask.key)))  # read with the answer, or at a death
-            self._lives[ask.key] = ask.life
+            self._lives[ask.key] = _Begun(ask.life, row.again is Again.REPEAT)
             self._begin(ask)
 
     def _may_begin(self, ask: link.Ask) -> bool:
@@ -428,7 +440,7 @@ class Server:
 
     def _turn_back(self, key: link.Key, deed: Deed) -> None:
         """The kernel decides on it; here it was never begun."""
-        life = self._lives.pop(key, 0)
+        life = self._lives.pop(key, _NOT_BEGUN).life
         self._end(key)
         self._turned_back[key] = life
         if len(self._turned_back) > TURNED_BACK:
@@ -442,10 +454,13 @@ class Server:
     def _out(self, message: link.Answered | link.Failed, size: int) -> None:
         key = message.key
         self.send(message)
+        begun = self._lives.pop(key, _NOT_BEGUN)
+        if begun.repeats and size > SMALL:
+            return
         if isinstance(message, link.Answered) and message.promise:  # not again: it may have been taken back by then
             message = link.Answered(key, message.body, message.prompt_tokens)
         old = self._answers.pop(key, None)
-        self._answers[key] = _Answer(message, size, self._lives.pop(key, 0))
+        self._answers[key] = _Answer(message, size, begun.life)
         self._bytes += size - (old.size if old is not None else 0)
         while len(self._answers) > REMEMBERED or self._bytes > max(REMEMBERED_BYTES, size):
             dropped, answer = self._answers.popitem(last=False)

@@ -86,7 +86,7 @@ def search(
     Only notes that have all `tags` and `metadata` and were changed from `since` on and before `until` (Unix times).
     A note is found by its very text at once, by its words and its meaning when these have been indexed: a search has
     that done first for the caller's own notes, for a second or two at most. For "meaning" raises OSError(EOPNOTSUPP)
-    where there is no embedder, EAGAIN where it is away.
+    where there is no embedder, EAGAIN where it is away, or while the vectors of very many notes are read after a start.
     """
     filters = NoteFilters(_tags(tags), _metadata(metadata), since, until)
     return Plan(Sys.MEM_SEARCH, wire.MemSearch(query, k, filters, by))

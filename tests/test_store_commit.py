@@ -15,6 +15,7 @@ from aiosd import link
 from aiosd.kernel.calls import Calls
 from aiosd.kernel.peer import Call, Peer
 from aiosd.kernel.service import Open, Owner, Service, _settled
+from aiosd.service import SMALL
 from aiosd.store import memos, roots
 from aiosd.store.database import FILE, Database
 from aiosd.store.grouping import GroupServer
@@ -216,6 +217,17 @@ def test_the_server_itself_knows_lives_apart(store: Store) -> None:
     """It remembers the answers of reading calls, too."""
     store.turn(add(1, "one"), ask(2, Sys.MEM_STATS, wire.NoArgs()))
     assert store.turn(ask(2, Sys.MEM_GET, wire.MemGet(1), life=1, again=True))[0]["text"] == "one"
+
+
+def test_large_answers_of_calls_that_only_read_are_not_kept(store: Store) -> None:
+    """A gigabyte that is read leaves nothing of it behind; a call that is submitted again is done again."""
+    large = "x" * (SMALL + 1)
+    store.turn(add(1, large), add(2, "small"))
+    asks = [ask(3, Sys.MEM_GET, wire.MemGet(1)), ask(4, Sys.MEM_GET, wire.MemGet(2))]
+    assert [note["text"] for note in store.turn(*asks)] == [large, "small"]
+    assert [call for _, call in store.server._answers] == [1, 2, 4]
+    assert store.server._bytes < SMALL
+    assert store.turn(ask(3, Sys.MEM_GET, wire.MemGet(1), again=True))[0]["text"] == large
 
 
 def test_a_peer_that_settles_nothing_is_refused_at_last(store: Store, monkeypatch: pytest.MonkeyPatch) -> None:

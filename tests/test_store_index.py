@@ -74,15 +74,23 @@ def test_an_index_finds_what_a_plain_search_finds(large: int, operations: list[t
         assert mine.rows == len(mine) + mine.dead
 
 
+def refine(made: Index) -> None:
+    """Its copy in bits gets all rows."""
+    while not made.refine():
+        pass
+    assert made._rough is not None
+
+
 def test_a_large_index_finds_nearly_all() -> None:
     """Of texts that lie in groups, as real ones do."""
     width, middles = 384, vectors(200, 2, 384)
     many = middles[np.arange(20_000) % 200] + 0.7 * vectors(20_000, 3, width)
     many /= np.linalg.norm(many, axis=1, keepdims=True)
-    mine = Index(width, len(many))
+    mine = Index(width)
     for begin in range(0, len(many), 4000):
         mine.add(range(begin, begin + 4000), many[begin : begin + 4000])
     queries = middles[:20] + 0.7 * vectors(20, 1, width)
+    refine(mine)
     hits = 0
     for query in queries:
         found = {number for number, _ in mine.search(query, 10)}
@@ -102,7 +110,7 @@ def test_what_is_added_after_the_bits_of_rows_is_found(monkeypatch: pytest.Monke
     """Each search gives a part of the rows their bits; until all have them all are compared."""
     monkeypatch.setattr(index, "AT_ONCE", 7_000)
     many = vectors(20_000, width=BITS)
-    mine = Index(BITS, len(many))
+    mine = Index(BITS)
     mine.add(range(len(many)), many)
     among = np.arange(1, 20_000, 2)
     for place in (1, 7_001, 19_999, 13_001):
@@ -111,13 +119,16 @@ def test_what_is_added_after_the_bits_of_rows_is_found(monkeypatch: pytest.Monke
     new = vectors(1, 5, BITS)
     mine.add([10**6], new)
     assert mine.search(new[0], 1, np.append(among, 10**6))[0][0] == 10**6
+    assert mine.search(new[0], 1)[0][0] == 10**6
+    assert mine._rough.ntotal == len(many) + 1
 
 
 def test_dead_rows_cannot_hide_a_live_one() -> None:
     """A note that was changed thousands of times: its dead rows are nearer to the query than anything else."""
     many = vectors(20_000, width=64)
-    mine = Index(64, len(many))
+    mine = Index(64)
     mine.add(range(len(many)), many)
+    refine(mine)
     own = vectors(1, 5, 64)[0]
     for _ in range(4000):
         mine.add([7], own.reshape(1, -1))
@@ -133,7 +144,7 @@ def test_dead_rows_cannot_hide_a_live_one() -> None:
 def test_the_mean_is_of_all_that_came_first() -> None:
     """Whatever the dimensions, and with k beyond what there is."""
     for width in (1, 7, 100, 384):
-        mine = Index(width, index.LARGE + 1)
+        mine = Index(width)
         mine.add([3, 4], vectors(2, width, width))
         assert len(mine.search(vectors(1, 9, width)[0], 1000)) == 2
         assert mine.search(vectors(1, 9, width)[0], 5, []) == []

@@ -430,6 +430,35 @@ def test_a_change_while_an_index_is_read_is_not_lost(
     assert sorted(found) == ["kitten 2", "kitten 3", "kitten 4", "kitten 5", "kitten changed", "kitten new"]
 
 
+def test_a_search_does_not_wait_for_a_large_index_for_ever(
+    make: Callable[..., Store], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """After a restart. It is answered by words, which is said, and the index is read on."""
+    monkeypatch.setattr(meaning, "SLICE", 2)
+    make(Fake()).add("kitten", "feline", *(f"tea {number}" for number in range(20)))
+    store = make(Fake())
+    store.drain(store.meaning.finish([1]))
+
+    def begun(by: str) -> Generator[Pause, None, Any]:
+        """A search that has waited for two slices, and then too long."""
+        store.meaning._shelves.clear()
+        call = store.memory.search(link.Ask((7, 900), ME, 0, Raw(b"\x90")), wire.MemSearch("feline", 50, by=by))
+        for _ in range(2):
+            next(call)
+        store.ticks += meaning.LOAD_S
+        return call
+
+    with pytest.raises(OSError, match="vectors are being read") as caught:
+        store.drain(begun("meaning"))
+    assert caught.value.errno == errno.EAGAIN
+    assert [one.note.text for one in store.drain(begun(""))] == ["feline"]
+    assert "by words, vectors are being read (4 so far)" in store("stats_of", wire.MemStats())["search"]
+    while store.meaning.work() == 0.0:
+        pass
+    assert "being read" not in store("stats_of", wire.MemStats())["search"]
+    assert store.found("feline", 2) == ["feline", "kitten"]
+
+
 def test_a_worn_index_is_read_anew(make: Callable[..., Store], monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(index, "WORN_LEAST", 3)
     store = make(Fake())

@@ -64,7 +64,8 @@ class FileSearch:
         vector = yield from self._meaning.vector_of(query)
         if vector is not None:
             yield from self._meaning.finish(_by_owner(seen))
-            yield from self._meaning.load(FILES, _by_owner(seen))
+            if (yield from self._meaning.load(FILES, _by_owner(seen))):
+                vector = None  # later, when they are read
         try:
             return self._ranked(caller, _by_owner(seen), query, folder, k, vector)
         except OSError as err:

@@ -3,7 +3,8 @@
 A vector is a row, in half precision, as it is in the database. Rows of up to LARGE vectors are all compared with the
 query. Above that a second copy, of one bit for each dimension (RaBitQ), finds RESCORED candidates, which are compared
 exactly. A third one of the same bits, row by row, does that among the rows that a filter lets pass, where these are
-many. It is made by the first searches that could use it, a part by each. What is removed or replaced leaves a dead
+many. Both take as long to make as all else that is done when an index is read, and are made afterwards: by searches, a
+part by each, and (`refine`) between them. Until then all rows are compared. What is removed or replaced leaves a dead
 row, a tombstone: it is found no more, and when a fifth of the rows is dead the owner of this object makes it anew
 (`worn`).
 
@@ -32,7 +33,7 @@ if TYPE_CHECKING:
 LARGE = 16_000  # rows; more get the copy in bits
 RESCORED = 500  # candidates of that copy, for BITS dimensions; more where fewer bits say less
 BITS = 384
-AT_ONCE = 4_000  # rows that the third copy gets by one search
+AT_ONCE = 4_000  # rows that a copy in bits gets by one search
 WORN = 0.2  # the share of dead rows at which it is time for a new index,
 WORN_LEAST = 64  # … if there are more than this
 LOOKED_UP = 20  # the part of all rows above which ids are not looked up one by one
@@ -40,9 +41,9 @@ PER_ENTRY = 120  # bytes of memory for the numbers of one vector
 
 
 class Index:
-    """Of vectors with `width` dimensions and unit length; `expected`: how many will be added at first."""
+    """Of vectors with `width` dimensions and unit length."""
 
-    def __init__(self, width: int, expected: int = 0) -> None:
+    def __init__(self, width: int) -> None:
         logging.getLogger("faiss").setLevel(logging.WARNING)  # it tells which library it tries
         import faiss
         import numpy as np
@@ -54,7 +55,6 @@ class Index:
         self._exact: Any = self._new_exact()
         self._rough: Any = None
         self._bits: Any = None  # as `_rough`, but each row by itself
-        self._expected = expected
         self._rows: dict[int, int] = {}  # of the live ones, by id
         self._ids: Ints = np.zeros(0, np.int64)  # by row; -1: dead. Longer than there are rows
         self.dead = 0
@@ -85,27 +85,29 @@ class Index:
 
     # ── changing ──────────────────────────────────────────────────────────────────────────────────────────
 
-    def add(self, ids: Sequence[int], vectors: Floats, halves: NDArray[np.uint8] | None = None) -> None:
-        """One row of `vectors` for each id; an id that is here already has this vector from now on. `halves`: the same
-        in half precision, as bytes, where they are at hand."""
+    def add(self, ids: Sequence[int], vectors: Floats) -> None:
+        """One row of `vectors` for each id; an id that is here already has this vector from now on."""
         if not len(ids):
             return
-        for number in ids:
-            self.remove(number)
         first = self.rows
-        self._make_room(first + len(ids))
-        if halves is None:
-            self._exact.add(vectors)
-        else:
-            self._exact.add_sa_codes(halves)
+        self._exact.add(vectors)
+        self._enter(ids, first)
+        if self._rough is not None and self._rough.ntotal == first:
+            self._rough.add(vectors)
+
+    def add_halves(self, ids: Sequence[int], halves: NDArray[np.uint8]) -> None:
+        """The same in half precision, as bytes: many at once, when an index is made anew."""
+        first = self.rows
+        self._exact.add_sa_codes(halves)
+        self._enter(ids, first)
+
+    def _enter(self, ids: Sequence[int], first: int) -> None:
+        """These are the rows from `first` on."""
+        self._make_room(self.rows)
         for row, number in enumerate(ids, first):
             self.remove(number)  # of two with one id in `ids` the last one counts
             self._ids[row] = number
             self._rows[number] = row
-        if self._rough is not None:
-            self._rough.add(vectors)
-        elif max(self.rows, self._expected) > LARGE:
-            self._begin_rough()
 
     def remove(self, number: int) -> None:
         row = self._rows.pop(number, None)
@@ -119,14 +121,21 @@ class Index:
             longer[: len(self._ids)] = self._ids
             self._ids = longer
 
+    def refine(self) -> bool:
+        """Go on with the copy in bits, for some milliseconds. True: it has all rows, or is not needed."""
+        if self._rough is None:
+            if self.rows <= LARGE:
+                return True
+            self._begin_rough()
+        return self._catch_up(self._rough)
+
     def _begin_rough(self) -> None:
-        """The copies in bits, of all rows so far. Their mean is what the bits are relative to."""
-        vectors = self._exact.reconstruct_n(0, self.rows)
+        """The copies in bits, without any row yet. The mean of the rows is what the bits are relative to."""
+        vectors = self._exact.reconstruct_n(0, min(self.rows, LARGE))
         self._rough = self._faiss.IndexRaBitQFastScan(self.width, self._faiss.METRIC_INNER_PRODUCT)
         self._bits = self._new_bits()
         for index in (self._rough, self._bits):
             index.train(vectors)
-        self._rough.add(vectors)
 
     def _new_bits(self) -> Any:
         return self._faiss.IndexRaBitQ(self.width, self._faiss.METRIC_INNER_PRODUCT)
@@ -137,9 +146,10 @@ class Index:
         """(id, cosine) of the `k` nearest, the nearest first; of ids that are in `among` (each once), if that is
         given."""
         query = self._np.ascontiguousarray(vector, self._np.float32).reshape(1, self.width)
+        refined = self.refine()
         if among is not None:
             return self._compare(query, k, self._sifted(query, self._rows_of(among), self._wanted(k)))
-        if self._rough is None:
+        if self._rough is None or not refined:
             return self._compare_all(query, k)
         return self._compare(query, k, self._candidates(query, self._wanted(k)))
 
@@ -159,19 +169,19 @@ class Index:
 
     def _sifted(self, query: Floats, rows: Ints, wanted: int) -> Ints:
         """Those of these rows that may be the nearest: this number of them, where there are many more."""
-        if self._bits is None or len(rows) < 2 * wanted or not self._all_bits():
+        if self._bits is None or len(rows) < 2 * wanted or not self._catch_up(self._bits):
             return rows
         chosen = self._new_bits()
         chosen.center, chosen.is_trained = self._bits.center, True
         chosen.add_sa_codes(self._np.take(self._codes(self._bits), rows, axis=0))
         return rows[chosen.search(query, wanted)[1][0]]  # type: ignore[no-any-return]
 
-    def _all_bits(self) -> bool:
-        """Whether `_bits` has all rows; if not it gets some more, in some milliseconds."""
-        begin = int(self._bits.ntotal)
+    def _catch_up(self, copy: Any) -> bool:
+        """Whether this copy has all rows; if not it gets some more, in some milliseconds."""
+        begin = int(copy.ntotal)
         count = min(self.rows - begin, AT_ONCE)
         if count:
-            self._bits.add(self._exact.reconstruct_n(begin, count))
+            copy.add(self._exact.reconstruct_n(begin, count))
         return begin + count == self.rows
 
     def _candidates(self, query: Floats, wanted: int) -> Ints:

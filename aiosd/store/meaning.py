@@ -8,7 +8,8 @@ queue once more. While texts wait, they are found by their words.
 What can be found is `Searchable`: notes, and whatever else has an owner, a number and a text. Each kind has a number
 of its own. Vectors are kept in half precision. In memory they are one `Index` for each owner and kind, read from the
 database when it is first searched, in slices so that others are served meanwhile, and dropped, least lately used
-first, when all of them are larger than `ram`.
+first, when all of them are larger than `ram`. A search waits for that, too, but no longer than LOAD_S: then its answer
+is by words, `how` says so, and the index is read on in the background.
 
 An index follows the database, never the other way round: what a transaction has touched is looked up there before the
 index is used again, so one that was rolled back has changed nothing.
@@ -40,7 +41,8 @@ logger = logging.getLogger("store")
 BATCH = 32  # texts that an embedder gets at once
 SLICE = 4_000  # vectors that are read at once
 MOST_CHARS = 2_000  # of a text that its vector stands for: the beginning
-WAIT_S = 1.0  # a search waits no longer for vectors
+WAIT_S = 1.0  # a search waits no longer for vectors to be made,
+LOAD_S = 2.0  # … and no longer for those that there are to be read
 RETRY_S, RETRY_MAX_S = 1.0, 30.0  # after the embedder has failed; doubled each time, up to the second
 IDLE_S = 5.0
 
@@ -88,6 +90,7 @@ class Meaning:
         self._embedder_id = 0
         self._shelves: OrderedDict[tuple[int, int], _Shelf] = OrderedDict()
         self._evictions = 0
+        self._loading: dict[tuple[int, int], None] = {}  # shelves that are read, and then refined, in the background
         self._queue_may_have_more = True
         self._wanted: set[int] = set()  # owners that wait for their texts
         self._turn = -1  # the owner whose texts were embedded last
@@ -164,6 +167,8 @@ class Meaning:
         if self.embedder is None:
             return IDLE_S
         self.embedder.poll()
+        if self._load_some():
+            return 0.0
         now = self._clock()
         if self._under_way or not self._queue_may_have_more:
             return IDLE_S
@@ -253,7 +258,7 @@ class Meaning:
         shelf = self._shelves.get((kind, owner))
         if shelf is not None and shelf.whole:
             shelf.touched.discard(item)
-            shelf.index = shelf.index or self._new_index(len(vector), 0)
+            shelf.index = shelf.index or self._new_index(len(vector))
             shelf.index.add([item], vector.reshape(1, -1))
 
     def forget(self) -> None:
@@ -300,12 +305,36 @@ class Meaning:
             return False
         return any(self._db.row("SELECT 1 FROM pending WHERE owner = ? LIMIT 1", owner) for owner in owners)
 
-    def load(self, kind: int, owners: Iterable[int]) -> Generator[Pause, None, None]:
-        """Have the indexes of these owners in memory."""
+    def load(self, kind: int, owners: Iterable[int]) -> Generator[Pause, None, str]:
+        """Have the indexes of these owners in memory, for as long as a search may wait. Returns "", or a sentence about
+        one that is not there yet: reading it goes on in the background (`work`)."""
+        until = self._clock() + LOAD_S
         for owner in owners:
             while not self._shelf(kind, owner).whole:
+                if self._clock() >= until:
+                    self._loading[kind, owner] = None
+                    return self._loading_shown()
                 self._read_slice(kind, owner)
                 yield Pause(0.0)
+        return ""
+
+    def _load_some(self) -> bool:
+        """Go on with what searches did not wait for. True: there may be more."""
+        for key in list(self._loading):
+            shelf = self._shelves.get(key)
+            if shelf is not None and not shelf.whole:
+                self._read_slice(*key)
+                return True
+            if shelf is not None and shelf.index is not None and not shelf.index.refine():
+                return True
+            del self._loading[key]
+        return False
+
+    def _loading_shown(self) -> str:
+        """What is being read; "": nothing."""
+        shelves = [shelf for key in self._loading if (shelf := self._shelves.get(key)) and not shelf.whole]
+        rows = sum(shelf.index.rows for shelf in shelves if shelf.index is not None)
+        return f"vectors are being read ({rows:,} so far)" if shelves else ""
 
     def _shelf(self, kind: int, owner: int) -> _Shelf:
         shelf = self._shelves.get((kind, owner))
@@ -333,14 +362,12 @@ class Meaning:
         if rows:
             width = len(rows[0][2]) // 2
             if shelf.index is None:
-                count = self._db.row(f"SELECT count(*) {mine}", *of)
-                shelf.index = self._new_index(width, count[0] if count else 0)
-            blob = b"".join(row[2] for row in rows)
-            vectors = np.frombuffer(blob, "<f2").reshape(len(rows), width).astype(np.float32)
-            halves = np.frombuffer(blob, np.uint8).reshape(len(rows), 2 * width)
-            shelf.index.add([row[1] for row in rows], vectors, halves)
+                shelf.index = self._new_index(width)
+            halves = np.frombuffer(b"".join(row[2] for row in rows), np.uint8).reshape(len(rows), 2 * width)
+            shelf.index.add_halves([row[1] for row in rows], halves)
         if last is None:
             shelf.whole = True
+            self._loading[kind, owner] = None  # to be refined
             self._make_room((kind, owner))
         else:
             shelf.read = last
@@ -351,10 +378,10 @@ class Meaning:
         except OSError:
             return None
 
-    def _new_index(self, width: int, expected: int) -> Index:
+    def _new_index(self, width: int) -> Index:
         from aiosd.store.index import Index
 
-        return Index(width, expected)
+        return Index(width)
 
     def _make_room(self, keep: tuple[int, int]) -> None:
         held = self._bytes()
@@ -400,6 +427,8 @@ class Meaning:
             return "by words (no embedder: aiosd get-embedder)"
         if self.away:
             return f"by words; {self.embedder.shown} does not answer"
+        if loading := self._loading_shown():
+            return f"by words, {loading}; by meaning ({self.embedder.shown})"
         return f"by words and by meaning ({self.embedder.shown})"
 
     def waiting(self, owners: Iterable[int]) -> int:

@@ -100,7 +100,10 @@ class NoteSearch:
             raise wire.error(errno.EAGAIN, "the embedder does not answer")
         if vector is not None:
             yield from self._meaning.finish(owners)
-            yield from self._meaning.load(NOTES, owners)
+            loading = yield from self._meaning.load(NOTES, owners)
+            if loading and args.by == "meaning":
+                raise wire.error(errno.EAGAIN, f"{loading}; ask again, or by words")
+            vector = None if loading else vector
         return (yield from self._ranked_or_walked(owners, args, vector))
 
     def _ranked_or_walked(

@@ -1,8 +1,8 @@
 """Built-in tools that the toolbox answers itself, without a worker.
 
 A worker is there to keep what a tool does away from others. These have nothing to keep away: `calc` is arithmetic of
-bounded cost (`MAX_EXPRESSION`, `MAX_BITS`), and the others are system calls that the kernel makes in the name of the
-agent that called (`errands`), so they can do what that agent can do itself, and no more. A hop to another process and
+bounded cost (`libaios.arithmetic`), and the others are system calls that the kernel makes in the name of the agent
+that called (`errands`), so they can do what that agent can do itself, and no more. A hop to another process and
 back would be most of what they cost; and a confined agent would need a worker of its own for each of them.
 
 Each is a function of checked arguments, as any tool. One that needs system calls is a generator of plans, as in
@@ -18,8 +18,7 @@ from typing import Annotated, Any
 import msgspec
 from msgspec import Meta
 
-from libaios import mem, sto, wire
-from libaios.agents import react
+from libaios import arithmetic, mem, sto, wire
 from libaios.plan import Plan, Steps, plan_of, steps_of
 from libaios.tool import define
 from libaios.wire import Sys
@@ -34,16 +33,13 @@ Owner = Annotated[str, Meta(max_length=1024)]
 
 
 @define(instances=64, time=10)
-def calc(expression: Annotated[str, Meta(max_length=react.MAX_EXPRESSION)]) -> str:
+def calc(expression: Annotated[str, Meta(max_length=arithmetic.MAX_EXPRESSION)]) -> str:
     """Computes arithmetic.
 
     Args:
         expression: for example (3 + 4) * 2.5
     """
-    try:
-        return react.calc(expression)
-    except react.ToolError as err:
-        raise ValueError(str(err)) from None
+    return arithmetic.calc(expression)
 
 
 # ── notes ─────────────────────────────────────────────────────────────────────────────────────────────────
