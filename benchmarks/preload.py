@@ -11,7 +11,8 @@ All are started at once. "imported": every one of them has imported what it need
 Memory is PSS of all these agents, of the template too, divided by their number. One alone: the first has to wait for
 its template, the next has not.
 
-Frameworks are those of `make frameworks` (build/frameworks); those that are not there are left out.
+Frameworks are those of `make frameworks` (build/frameworks); those that are not there are left out. `--template-only`
+is for crowds that memory does not hold apart.
 Results go to benchmarks/results/preload.json.
 """
 
@@ -146,11 +147,17 @@ def measure(system: Aiosd, kind: str, warm: bool, agents: int) -> dict[str, Any]
     found["start_s"] = round(timed(lambda: ([crowd.start() for _ in range(agents)], crowd.wait("imported"))), 3)
     found["imported_mb"] = round(crowd.pss_mb(warm), 2)
     (crowd.folder / "go").touch()
-    crowd.wait("called")
+    found["called_s"] = round(crowd.wait("called"), 1)
     found["called_mb"] = round(crowd.pss_mb(warm), 2)
     crowd.end()
     shutil.rmtree(crowd.folder)
     return found
+
+
+def show_one(warm: dict[str, Any]) -> None:
+    memory = f"imported {warm['imported_mb']:.1f} MB each, called {warm['called_mb']:.1f}"
+    starts = f"all start in {warm['start_s']:.1f} s, one alone {warm['first_s']:.2f}, then {warm['one_s']:.2f}"
+    print(f"{warm['kind']:12} {memory}; {starts}; {warm['called_s']:.1f} s until all have made their call", flush=True)
 
 
 def show(apart: dict[str, Any], warm: dict[str, Any]) -> None:
@@ -169,6 +176,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("kinds", nargs="*", metavar="KIND", help=f"of {', '.join(KINDS)}")
     parser.add_argument("--agents", type=int, default=20)
+    parser.add_argument("--template-only", action="store_true")
     parser.add_argument("--out", type=Path)
     options = parser.parse_args()
     there = [
@@ -180,11 +188,13 @@ def main() -> None:
     rows: list[dict[str, Any]] = []
     with Aiosd(model_path("nano")) as system:
         os.environ["AIOS_HOME"] = str(system.home)
-        print(f"{options.agents} agents".ljust(22) + "  apart MB    warm MB   ratio   apart s    warm s")
+        if not options.template_only:
+            print(f"{options.agents} agents".ljust(22) + "  apart MB    warm MB   ratio   apart s    warm s")
         for kind in kinds:
-            pair = [measure(system, kind, warm, options.agents) for warm in (False, True)]
-            show(*pair)
-            rows += pair
+            ways = (True,) if options.template_only else (False, True)
+            found = [measure(system, kind, warm, options.agents) for warm in ways]
+            (show_one if options.template_only else show)(*found)
+            rows += found
     write("preload", rows, options.out)
 
 

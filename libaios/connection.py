@@ -54,6 +54,8 @@ from libaios.ring import ProtocolError
 if TYPE_CHECKING:
     import asyncio
 
+    from libaios.pace import Pace, PacedReader
+
 _RECV = int(wire.Sys.RECV)
 SLACK_S = 5.0  # a call with a time limit waits this much longer than the kernel, whose answer says more
 
@@ -182,6 +184,7 @@ class Connection:
         self._arrived: deque[bytes] = deque()
         self._followers: dict[int, Pending] = {}
         self._loops: dict[asyncio.AbstractEventLoop, int] = {}  # … and its own duplicate of the descriptor
+        self._paced: PacedReader | None = None  # … of one that looks at a pace of its own
         self._watched = False  # a loop polls the descriptor, so the bell must ring also while no thread waits here
         self._deaf = False  # the last read did not ask for the bell
 
@@ -402,15 +405,19 @@ class Connection:
             self.pump()  # announces sleep, so that the bell rings from now on
         return self.transport.fileno()
 
-    def pump(self) -> None:
-        """Hand out what has arrived, without waiting: for callers with a loop of their own."""
-        me = (threading.get_ident(), None)
+    def pump(self) -> bool:
+        """Hand out what has arrived, without waiting: for callers with a loop of their own. True: there was something,
+        and this thread has handed it out."""
+        me, found = (threading.get_ident(), None), False
         try:
             if self._leader.setdefault(0, me) is me:
-                while self._read() and not self._dead and not self.transport.tells:
-                    pass
+                while self._read():
+                    found = True
+                    if self._dead or self.transport.tells:
+                        break
         finally:
             self._leave(me)
+        return found
 
     def nudge(self) -> None:
         """Ring for what the kernel has not taken: for callers that sleep elsewhere than in here. While another thread
@@ -702,9 +709,9 @@ class Connection:
 
     # ── asyncio ───────────────────────────────────────────────────────────────────────────────────────────
 
-    def attach_loop(self, loop: asyncio.AbstractEventLoop, pace: Callable[[], float] | None = None) -> None:
-        """Let an event loop take part in leading, from its own thread, as long as it lives. `pace`: for how many
-        seconds it may leave pieces of streams lying that come faster than that, so that it gets several at once."""
+    def attach_loop(self, loop: asyncio.AbstractEventLoop, pace: Pace | None = None) -> None:
+        """Let an event loop take part in leading, from its own thread, as long as it lives. `pace`: when it reads
+        pieces of streams that come fast."""
         if loop in self._loops or self._dead:
             return
         for known in list(self._loops):
@@ -716,31 +723,17 @@ class Connection:
         if pace is None:
             loop.add_reader(fd, self.pump)
         else:
-            loop.add_reader(fd, self._look, loop, pace, 0.0)
+            from libaios.pace import PacedReader  # no agent needs it
+
+            self._paced = PacedReader(loop, fd, pace, self.pump, lambda: len(self._open))
         self._watched = True
         self.pump()  # announces sleep: from now on the bell rings
-
-    def _look(self, loop: asyncio.AbstractEventLoop, pace: Callable[[], float], last: float) -> None:
-        """Hand out what has arrived; the next look is later where only pieces come, and fast. `last`: of the looks."""
-        open_before, now = len(self._open), loop.time()
-        self.pump()
-        fd, wait_s = self._loops.get(loop), pace()
-        if fd is None:
-            return  # the connection has ended
-        if len(self._open) < open_before or now - last > 2 * wait_s:
-            loop.add_reader(fd, self._look, loop, pace, now)
-        else:
-            loop.remove_reader(fd)
-            loop.call_later(wait_s, self._look_again, loop, pace, now)
-
-    def _look_again(self, loop: asyncio.AbstractEventLoop, pace: Callable[[], float], last: float) -> None:
-        fd = self._loops.get(loop)
-        if fd is not None:
-            loop.add_reader(fd, self._look, loop, pace, last)
 
     def _detach_loops(self) -> None:
         """Remove the readers: the descriptor of a connection that has ended stays readable."""
         loops, self._loops = self._loops, {}
+        if self._paced is not None:
+            self._paced.closed = True
         for loop, fd in loops.items():
             try:
                 if loop.is_running() and not _runs_here(loop):

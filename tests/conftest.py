@@ -171,6 +171,7 @@ class System:
         self.home = home or Path(tempfile.mkdtemp(prefix="aios-", dir="/tmp"))  # short: it holds a socket
         own = {name for name in os.environ if name.startswith(("AIOS_", "AIOSD_")) and name != MARK}
         self.env = {name: value for name, value in os.environ.items() if name not in own}
+        self.env.pop("PYTHONUNBUFFERED", None)  # print would write in pieces, and those of several agents would mix
         self.env |= {"AIOS_HOME": str(self.home), **({"AIOSD_SANDBOX": sandbox} if sandbox else {}), **(env or {})}
         self.env["PATH"] = os.pathsep.join([str(Path(sys.executable).parent), self.env.get("PATH", os.defpath)])
         self.daemon: subprocess.Popen[bytes] | None = None

@@ -50,8 +50,8 @@ class Agent:
         return answer["stream"]
 
     def line(self, stream: int) -> str:
-        """The next line of it that is not empty; "" at the end."""
-        while (answer := self.do(next=stream)).get("line") == "\n":
+        """The next line of it that is neither empty nor a comment, which tells only that it waits; "" at the end."""
+        while (answer := self.do(next=stream)).get("line", "").startswith(("\n", ":")):
             pass
         return answer.get("line", "")
 

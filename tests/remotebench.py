@@ -36,10 +36,10 @@ class Deaf:
 
 
 class Bench:
-    def __init__(self, endpoint: Endpoint, **options: Any) -> None:
+    def __init__(self, endpoint: Endpoint, clock: Callable[[], float] = time.monotonic, **options: Any) -> None:
         self.channel: Any = Deaf()
         spec = ModelSpec("m", **{"url": endpoint.url, "model": "gpt", **options})
-        self.remote = Remote(spec, Line(self.channel, "m"), rng=random.Random(1))
+        self.remote = Remote(spec, Line(self.channel, "m"), clock, rng=random.Random(1))
         self.endpoint = endpoint
         self.number = 0
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import errno
 import os
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -410,23 +410,31 @@ def test_a_loop_that_runs_on_when_another_thread_closes_keeps_its_other_readers(
 
 
 class Clock:
-    """What a connection needs of a loop, with a time of its own."""
+    """What a connection needs of a loop, with a time of its own; and a pace."""
 
     def __init__(self) -> None:
-        self.now, self.watched, self.later = 0.0, True, [0.0]
+        self.now, self.watched = 0.0, True
+        self.looks: list[Callable[[], None]] = []
 
     def time(self) -> float:
         return self.now
 
-    def add_reader(self, fd: int, act: Any, *args: Any) -> None:
-        self.watched, self.look = True, lambda: act(*args)
+    def add_reader(self, fd: int, act: Any) -> None:
+        self.watched, self.look = True, act
 
     def remove_reader(self, fd: int) -> None:
         self.watched = False
 
-    def call_later(self, wait_s: float, act: Any, *args: Any) -> None:
-        self.later.append(wait_s)
-        self.again = lambda: act(*args)
+    def wait_s(self) -> float:
+        return 0.02
+
+    def later(self, look: Callable[[], None]) -> None:
+        self.looks.append(look)
+
+    def look_again(self) -> None:
+        (look,) = self.looks
+        self.looks.clear()
+        look()
 
     def is_closed(self) -> bool:
         return False
@@ -438,20 +446,38 @@ class Clock:
 def test_a_loop_looks_less_often_only_where_pieces_come_fast(kernel: ChannelKernel) -> None:
     clock: Any = Clock()
     connection = kernel.connection
-    connection.attach_loop(clock, lambda: 0.02)
+    connection.attach_loop(clock, clock)
+    stream = connection.prepare(Sys.GENERATE, wire.Generate(prompt="x", stream=True), stream=True)
+    connection.send(stream)
+    request = kernel.take(Sys.GENERATE)
+
+    def piece(number: int) -> None:
+        kernel.piece(request, number, "x", [1])
+
     clock.now = 1.0
+    piece(0)
     clock.look()
     assert clock.watched, "the first look after a pause of the stream"
     clock.now = 1.01
+    piece(1)
+    clock.look()
+    assert not clock.watched, "pieces come fast"
+    piece(2)
+    piece(3)
+    clock.look_again()
+    assert len(stream.pieces or ()) == 4
+    assert not clock.watched, "they still do"
+    clock.look_again()
+    assert clock.watched, "nothing has come"
+    assert not clock.looks
+    clock.now = 1.02
+    piece(4)
     clock.look()
     assert not clock.watched
-    assert clock.later[-1] == 0.02
-    clock.again()
-    assert clock.watched
     call = connection.prepare(Sys.GETPID, wire.NoArgs())
     connection.send(call)
     kernel.reply(kernel.take(Sys.GETPID), 5)
-    clock.look()
+    clock.look_again()
     assert call.final is not None
     assert clock.watched, "a final reply is no piece of a stream"
     connection.close()

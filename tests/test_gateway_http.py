@@ -74,7 +74,8 @@ async def _house(keep_alive_s: float = 30) -> AsyncIterator[House]:
     from uvicorn.server import ServerState
 
     from aiosd.gateway import web
-    from aiosd.gateway.server import Guarded, Strangers
+    from aiosd.gateway.connection import Guarded
+    from aiosd.gateway.strangers import Strangers
 
     account, made = Account(), list[House]()
 
@@ -294,6 +295,40 @@ def test_half_a_request_has_as_long_as_silence() -> None:
             assert (await house.post(b"{}"))[0] == 200
             house.send("POST /ec")
             assert await house.closed()
+
+    asyncio.run(run())
+
+
+def test_a_crowd_that_connects_at_once_loses_none(monkeypatch: pytest.MonkeyPatch) -> None:
+    from aiosd.gateway import strangers
+
+    class Connection:
+        aborted = False
+
+        def abort(self) -> None:
+            self.aborted = True
+
+    async def run() -> None:
+        known = strangers.Strangers()
+        crowd = [Connection() for _ in range(500)]
+        for one in crowd:
+            known.add(one)
+        assert not any(one.aborted for one in crowd)
+        for one in crowd[:100]:
+            known.asks(one)
+        monkeypatch.setattr(strangers, "YOUNG_S", -1.0)  # they are silent for long
+        known.add(crowd[0])
+        assert [one.aborted for one in crowd] == [False] * 100 + [True] * 273 + [False] * 127
+        for one in crowd[1:100]:
+            known.answered(one)
+        assert len(known) == strangers.SILENT
+        monkeypatch.setattr(strangers, "MOST", strangers.SILENT)
+        known.asks(crowd[99])
+        known.add(Connection())
+        assert not crowd[99].aborted
+        assert len(known) == strangers.MOST
+        for one in [*known._silent, *known._asking]:
+            known.forget(one)  # and their timers
 
     asyncio.run(run())
 

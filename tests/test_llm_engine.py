@@ -513,6 +513,23 @@ def test_call_of_a_stopped_agent_waits(bench: Bench) -> None:
     assert bench.end(key)
 
 
+def test_all_tokens_of_a_parked_agent_are_reported_by_then(bench: Bench) -> None:
+    """Of calls that do not stream, too, which report seldom: the kernel counts nothing more of a stopped agent."""
+    key = bench.submit([5, 6], peer=3)
+    bench.submit([7, 8], peer=4, max_tokens=60)
+    bench.run(8)
+    bench.engine.park(3, True)
+    reported = len(bench.whole(key)[0])
+    assert reported > 0
+    bench.run(20)
+    bench.clock.now += 1.0
+    bench.run(20)
+    assert len(bench.whole(key)[0]) == reported
+    bench.engine.park(3, False)
+    bench.run()
+    assert len(bench.whole(key)[0]) == 24
+
+
 def test_parked_twice_by_agent_and_reader_needs_both_to_go_on(bench: Bench) -> None:
     key = bench.submit([5, 6], peer=3)
     bench.engine.park(3, True)

@@ -24,8 +24,7 @@ from aiosd import config, link
 from aiosd.commands import models
 from aiosd.errors import UsageError
 from aiosd.llm.line import Line
-from aiosd.llm.remote import backend as backends
-from aiosd.llm.remote import keys, limits
+from aiosd.llm.remote import attempts, keys, limits
 from aiosd.llm.remote.backend import open_model
 from aiosd.llm.remote.connections import Endpoint as Address
 from aiosd.llm.remote.limits import MINUTE_S, Breaker, Window, backoff
@@ -305,7 +304,7 @@ def test_nothing_is_read_for_a_parked_call(make: Make) -> None:
 
 
 def test_a_call_that_is_parked_for_long_is_asked_again(make: Make, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(backends, "PARK_S", 0.05)
+    monkeypatch.setattr(attempts, "PARK_S", 0.05)
     bench = make(hangs("one "), answers("one ", "two"))
     key = bench.submit()
     bench.until(lambda: bench.deltas(key))
@@ -400,7 +399,7 @@ def test_calls_side_by_side_go_beyond_no_budget_together(make: Make) -> None:
     assert [type(end) for end in ends].count(link.Failed) == 1
     failed = next(end for end in ends if isinstance(end, link.Failed))
     assert (failed.errno, failed.short) == (errno.EDQUOT, "tokens")
-    (purse,) = bench.remote._purses._by_owner.values()
+    (purse,) = bench.remote._attempts.purses._by_owner.values()
     assert purse.left == left - used
 
     bench = make(answers(*"abcdefgh", usage=None))
@@ -487,8 +486,7 @@ def test_a_circuit_opens_lets_one_through_and_closes() -> None:
 
 def test_rates_are_kept_on_our_side(make: Make) -> None:
     now = [0.0]
-    bench = make(answers("x"), rpm=2)
-    bench.remote._clock = lambda: now[0]
+    bench = make(answers("x"), clock=lambda: now[0], rpm=2)
     keys = [bench.submit() for _ in range(3)]
     for key in keys[:2]:
         bench.end(key)

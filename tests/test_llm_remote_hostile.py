@@ -16,8 +16,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from aiosd import link
-from aiosd.llm.remote import backend as backends
-from aiosd.llm.remote import bill, exchange, limits
+from aiosd.llm.remote import attempts, bill, exchange, limits
 from aiosd.llm.remote.answer import Answer, Wrong, loosely, parsed, printable, sentence
 from tests.fakeendpoint import Deed, Handler, answers, cut, garbage, hangs, raw, status, whole
 from tests.remotebench import KEY, TOOL, USER, Make, make, short_pauses
@@ -93,7 +92,7 @@ NO_PROGRESS = {
 
 @pytest.mark.parametrize("deed", NO_PROGRESS.values(), ids=NO_PROGRESS)
 def test_bytes_that_bring_nothing_are_silence(make: Make, monkeypatch: pytest.MonkeyPatch, deed: Deed) -> None:
-    monkeypatch.setattr(backends, "SILENT_S", 0.1)
+    monkeypatch.setattr(attempts, "SILENT_S", 0.1)
     bench = make(deed, answers("x"))
     assert bench.text(bench.submit()) == "x"
 
@@ -114,7 +113,7 @@ def test_a_fast_endpoint_fills_no_memory(make: Make) -> None:
     key = bench.submit()
     bench.remote.step()
     assert not all_written.wait(0.5)
-    assert bench.remote._events.qsize() < 2 * exchange.MOST_UNREAD >> 16
+    assert bench.remote._attempts._events.qsize() < 2 * exchange.MOST_UNREAD >> 16
     assert bench.text(key) == "there"
 
 
@@ -332,7 +331,7 @@ def test_messages_that_are_no_json_end_their_call_alone(make: Make, content: Any
 
 
 def test_calls_that_are_cancelled_at_once_pile_up_no_threads(make: Make, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(backends, "SPARE_THREADS", 4)
+    monkeypatch.setattr(attempts, "SPARE_THREADS", 4)
     go = threading.Event()
     ask = exchange.Exchange._ask
 
@@ -387,7 +386,7 @@ def test_a_connection_serves_again(make: Make) -> None:
     texts = []
     for _ in range(3):
         texts.append(bench.text(bench.submit()))
-        bench.until(lambda: not bench.remote._exchanges)
+        bench.until(lambda: not bench.remote._attempts._exchanges)
     assert texts == ["x", "y", "x"]
     assert len(set(bench.endpoint.ports)) == 1
 
@@ -396,6 +395,6 @@ def test_a_connection_that_was_closed_meanwhile_is_no_failure(make: Make) -> Non
     bench = make(hangs_up_after, chunked)
     for _ in range(2):
         assert bench.text(bench.submit()) == "x"
-        bench.until(lambda: not bench.remote._exchanges)
+        bench.until(lambda: not bench.remote._attempts._exchanges)
     assert len(set(bench.endpoint.ports)) == 2
     assert bench.remote.stats()["retries"] == 0

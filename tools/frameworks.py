@@ -13,6 +13,9 @@ versions for some of these. Models are the embedded one and, where `make models`
     tool called         the model has called its tool (a small one does not always; MetaGPT's example has none)
     killed              `aios-kill` while a call is open: it is gone with all that it had started, and books balance
     parked and resumed  STOP while it works, so that nothing more is generated for it; CONT; and it answers
+
+They run in copies of examples/, so that nothing that they leave lies in the tree, and in a sandbox have what any agent
+has there: that folder, and the environment of their program.
 """
 
 from __future__ import annotations
@@ -20,6 +23,7 @@ from __future__ import annotations
 import argparse
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -48,10 +52,12 @@ COLUMNS = ("started", "answered", "tool called", "killed", "parked and resumed")
 
 @dataclass(frozen=True)
 class Framework:
-    """`packages[0]` is the framework; `overrides` are pins of its own that cannot be kept any more."""
+    """`packages[0]` is the framework; `overrides` are pins of its own that cannot be kept any more; `tool`: whether its
+    example has one."""
 
     packages: tuple[str, ...]
     overrides: tuple[str, ...] = ()
+    tool: bool = True
 
 
 FRAMEWORKS = {
@@ -64,7 +70,7 @@ FRAMEWORKS = {
     "litellm": Framework(("litellm==1.110.2",)),
     "crewai": Framework(("crewai==1.15.30",)),
     "interpreter": Framework(("open-interpreter==0.4.3", "litellm==1.83.0", "setuptools<81")),
-    "metagpt": Framework(("metagpt==0.8.2",), ("lancedb>=0.14", "typing-extensions>=4.9", "setuptools<81")),
+    "metagpt": Framework(("metagpt==0.8.2",), ("lancedb>=0.14", "typing-extensions>=4.9", "setuptools<81"), tool=False),
 }
 
 
@@ -109,11 +115,11 @@ def _uv() -> Path:
 class Program:
     """The example of a framework, in the background."""
 
-    def __init__(self, name: str) -> None:
-        script = str(ROOT / "examples" / f"{name}_agent.py")
+    def __init__(self, system: Aiosd, name: str) -> None:
         limits = aios.proc.Limits(time_s=TIME_S)
-        options: dict[str, Any] = {"kind": "exec", "detached": True, "limits": limits, "cwd": str(FOLDER)}
-        self.pid = aios.proc.spawn(str(python_of(name)), script, name=name, **options)
+        options: dict[str, Any] = {"kind": "exec", "detached": True, "limits": limits}
+        folder = str(system.home / "examples")
+        self.pid = aios.proc.spawn(str(python_of(name)), f"{name}_agent.py", name=name, cwd=folder, **options)
 
     def line(self) -> ProcInfo | None:
         return next((one for one in aios.proc.ps(all=True) if one.pid == self.pid and one.exit is None), None)
@@ -131,7 +137,7 @@ class Program:
 
 
 def try_run(system: Aiosd, name: str) -> dict[str, bool]:
-    program = Program(name)
+    program = Program(system, name)
     status = program.status()
     text = system.call("aios-logs", str(program.pid))
     lines = text.splitlines()
@@ -152,7 +158,7 @@ def _calls(system: Aiosd, pid: int) -> int:
 
 
 def try_kill(system: Aiosd, name: str) -> bool:
-    program = Program(name)
+    program = Program(system, name)
     if not program.works():
         return False
     aios.proc.kill(program.pid, signal.SIGTERM, timeout=10.0)
@@ -162,7 +168,7 @@ def try_kill(system: Aiosd, name: str) -> bool:
 
 
 def try_park(system: Aiosd, name: str) -> bool:
-    program = Program(name)
+    program = Program(system, name)
     if not program.works():
         return False
     aios.proc.kill(program.pid, signal.SIGSTOP)
@@ -189,7 +195,8 @@ def look(system: Aiosd, name: str) -> dict[str, str]:
         except (OSError, subprocess.CalledProcessError) as err:
             print(f"{name}: {column}: {err}", file=sys.stderr)
             found[column] = False
-    return {column: "yes" if found[column] else "no" for column in COLUMNS}
+    row = {column: "yes" if found[column] else "no" for column in COLUMNS}
+    return row if FRAMEWORKS[name].tool else {**row, "tool called": "has none"}
 
 
 def version(name: str) -> str:
@@ -207,6 +214,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("names", nargs="*", metavar="FRAMEWORK", help=f"of {', '.join(FRAMEWORKS)}; all by default")
     parser.add_argument("--model", action="append", help="nano, or one of `make models`")
+    parser.add_argument("--sandbox", choices=("none", "flat", "cage"), help="how they are confined; else as by default")
     options = parser.parse_args()
     unknown = [name for name in options.names if name not in FRAMEWORKS]
     if unknown:
@@ -214,7 +222,8 @@ def main() -> None:
     names = [name for name in options.names or FRAMEWORKS if install(name)]
     print(f"| framework | model | {' | '.join(COLUMNS)} |\n|{'---|' * (len(COLUMNS) + 2)}", flush=True)
     for model in options.model or models():
-        with Aiosd(model_path(model), sandbox="") as system:
+        with Aiosd(model_path(model), sandbox=options.sandbox or "") as system:
+            shutil.copytree(ROOT / "examples", system.home / "examples")
             os.environ["AIOS_HOME"] = str(system.home)
             for name in names:
                 row = look(system, name)

@@ -13,8 +13,8 @@ import asyncio
 import contextlib
 import os
 import time
-from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
 from typing import Protocol
 
@@ -24,16 +24,17 @@ from libaios.client import ControlSocket
 from libaios.connection import Connection
 from libaios.greeting import Greeting
 from libaios.home import Home
+from libaios.pace import Pace
 
 CONNECTIONS = 256  # of one agent
 BODY_BYTES = 64 << 20  # of one agent's requests that are being received,
 BODY_BYTES_ALL = 512 << 20  # … and of all agents'
 SLOW_S = 10.0  # for one request, when these are full
-PACE_OF_STREAM_S, PACE_S = 0.0015, 0.03  # between two parts of a stream: for each that there is, and at most
+GREETINGS = 64  # of the kernel at a time: of a crowd that begins at once each gets its answer in time
 
 
 class User(Protocol):
-    """A TCP connection (`server.Guarded`). `account`: the agent that it was shown to belong to."""
+    """A TCP connection (`connection.Guarded`). `account`: the agent that it was shown to belong to."""
 
     account: Account | None
     agent: int  # at whose own gate it was accepted; 0: at none
@@ -43,6 +44,9 @@ class User(Protocol):
         """The address of the other end, and ours."""
 
     def known(self, account: Account) -> None: ...
+
+    def looked_at(self) -> AbstractContextManager[None]:
+        """While it is found out whose request it is."""
 
     def abort(self) -> None: ...
 
@@ -98,15 +102,16 @@ class Account:
 
 
 class Accounts:
-    """`streams`: how many replies are being sent in parts."""
+    """`pace`: at which it reads what the kernel sends."""
 
-    def __init__(self, home: Home, streams: Callable[[], int]) -> None:
+    def __init__(self, home: Home, pace: Pace) -> None:
         self._home = home
-        self._streams = streams
+        self._pace = pace
         self._by_token: dict[str, asyncio.Task[Account]] = {}
         self.body_bytes = 0  # of all agents
         self.receiving: dict[User, float] = {}  # whose request is on its way, since when
         self._threads = ThreadPoolExecutor(2, "identity")
+        self._greetings = asyncio.Semaphore(GREETINGS)
 
     async def of_gate(self, agent: int) -> Account:
         """The account of the agent at whose gate a connection was accepted. Raises NoKernel."""
@@ -128,22 +133,18 @@ class Accounts:
             del self._by_token[token]
 
     async def _connect(self, token: str) -> Account:
-        greeting = Greeting(self._home, token=token)
-        try:
-            while (welcome := greeting.step()) is None:
-                await _readable(greeting)
-        except BaseException:  # of any kind, an interrupt too: undo, and raise it again
-            greeting.close()
-            raise
+        async with self._greetings:
+            greeting = Greeting(self._home, token=token)
+            try:
+                while (welcome := greeting.step()) is None:
+                    await _readable(greeting)
+            except BaseException:  # of any kind, an interrupt too: undo, and raise it again
+                greeting.close()
+                raise
         assert greeting.frames is not None
         connection = Connection(ControlSocket(self._home, token, (greeting.frames, welcome)))
-        connection.attach_loop(asyncio.get_running_loop(), self._pace_s)
+        connection.attach_loop(asyncio.get_running_loop(), self._pace)
         return Account(welcome.pid, welcome.ospid, connection, self)
-
-    def _pace_s(self) -> float:
-        """A crowd's tokens are passed on some at a time: each part of a stream costs a program, the kernel and this
-        process more than the token in it."""
-        return min(PACE_S, self._streams() * PACE_OF_STREAM_S)
 
     async def is_of(self, account: Account, theirs: Address, ours: Address) -> bool:
         """Whether the TCP connection is one of this agent."""

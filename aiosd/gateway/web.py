@@ -338,7 +338,8 @@ class App:
             return
         chosen = self._route(request)
         if not chosen.open:
-            await self._identify(request)
+            with request.connection.looked_at():
+                await self._identify(request)
         await chosen.handler(request)
 
     def _check_origin(self, request: Request) -> None:

@@ -185,13 +185,17 @@ class Engine:
         self._past.pop(key, None)
 
     def park(self, peer: int, parked: bool) -> None:
+        """What parked calls have is reported at once: nothing more of them is counted afterwards."""
         if parked:
             self._parked_peers.add(peer)
         else:
             self._parked_peers.discard(peer)
-        for sequence in self._calls.values():
-            if sequence.peer == peer:
-                self._park(sequence, parked, sequence.parked_call)
+        calls = [sequence for sequence in self._calls.values() if sequence.peer == peer]
+        for sequence in calls:
+            self._park(sequence, parked, sequence.parked_call)
+        deltas = [self._delta(sequence) for sequence in calls if sequence.parked and sequence.sent < len(sequence.out)]
+        if deltas:
+            self._emit(Step(deltas, *self._moves()))
 
     def park_call(self, key: Key, parked: bool) -> None:
         sequence = self._calls.get(key)

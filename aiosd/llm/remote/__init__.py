@@ -9,7 +9,10 @@
     call.py       one generation
     bill.py       what it has cost (pure)
     past.py       those that have ended, for a new kernel (pure)
-    backend.py    the backend: queue, policy, parking, retries, going on after a loss
+    queue.py      which calls there are, parking, policy
+    bell.py       what ends the sleep of the core's loop
+    attempts.py   requests of a call: what comes of them, retries, going on after a loss, what is charged
+    backend.py    the backend: the kernel's messages, rounds of the loop, who is asked next
 
 Nothing here imports llama.cpp. The key is read for every request, and is in no message, log or setting.
 """

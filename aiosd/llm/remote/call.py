@@ -47,12 +47,12 @@ class Text:
 @dataclass(eq=False)
 class Call:
     submit: link.Submit
-    order: int
     arrived: float
     nice: int
     text: Text  # all that came of it, what was given before included
     prompt_estimate: int  # tokens
     since: float  # when it began to wait
+    order: int = 0  # of arrival
     counted: int = 0  # tokens charged
     uncharged: int = 0  # … and to be charged with the next delta
     failures: int = 0
