@@ -62,8 +62,8 @@ def spawn(
 
     `sandbox` ("none", "flat", "cage") says how it is confined; without it an agent's child is as its parent, and what a
     program from outside starts as the settings say. An agent that is confined can start none with more rights, and its
-    children have its files and its workspace. `net` is its network then: "none", "all", or in the cage "gateway" alone or single
-    hosts, such as ["example.org", "*.example.net:8443"]. `preload` has it forked from a warm process that has
+    children have its files and its workspace. `net` is its network then: "none", "all", or in the cage "gateway" alone
+    or single hosts, such as ["example.org", "*.example.net:8443"]. `preload` has it forked from a warm process that has
     imported these modules, in the interpreter or virtual environment `python`; a confined agent may not name any
     (PermissionError).
 
