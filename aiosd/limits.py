@@ -9,6 +9,7 @@ bound that Linux itself keeps in each process (`bounds`).
 from __future__ import annotations
 
 import math
+import os
 import resource
 from collections.abc import Callable, Iterable, Mapping
 from typing import Any
@@ -23,6 +24,14 @@ DISK_S = 0.2  # the same for files
 #: One process may have twice the memory budget and this number of bytes of private memory: programs such as node
 #: reserve that much before they use any of it.
 DATA_BYTES = 256 << 20
+
+
+#: Processes and threads that an agent in a sandbox may have, if no budget says otherwise.
+PROCESSES, PROCESSES_PER_CPU = 256, 128
+
+
+def most_processes() -> int:
+    return PROCESSES + PROCESSES_PER_CPU * (os.cpu_count() or 1)
 
 
 class Kind(Struct, frozen=True):

@@ -104,6 +104,33 @@ def tree(ospid: int) -> dict[int, Stat]:
     return found
 
 
+def threads_below(ospid: int, most: int) -> int:
+    """Threads of a process and all its descendants; of no further ones when there are more than `most`."""
+    count, pids = 0, [ospid]
+    for pid in pids:  # grows while we walk it
+        if count > most:
+            break
+        count += _threads(pid)
+        pids.extend(children(pid))
+    return count
+
+
+def _threads(ospid: int) -> int:
+    try:
+        return max(0, os.stat(f"/proc/{ospid}/task").st_nlink - 2)
+    except OSError:
+        return 0
+
+
+def threads_of_machine() -> int:
+    """All that there are, whoever's."""
+    try:
+        with open("/proc/loadavg", "rb") as file:
+            return int(file.read().split()[3].partition(b"/")[2])
+    except OSError:
+        return 0
+
+
 def descends(ospid: int, ancestor: int) -> bool | None:
     """Whether a process is, or descends from, another. None: unknown, because one of them has ended."""
     while ospid != ancestor:

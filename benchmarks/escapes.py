@@ -36,7 +36,8 @@ LEVELS = {
 
 
 def inside(system: harness.Aiosd, stage: Stage, level: str, net: str) -> dict[str, str]:
-    argv = [*harness.command("aios-run"), "--sandbox", level, "--net", net, "--read", str(stage.path.parent)]
+    argv = [*harness.command("aios-run"), "--sandbox", level, "--net", net]
+    argv += ["--processes", "5000", "--read", str(stage.path.parent)]  # else it is ended for what it tries
     with stage.for_inside() as inherited:
         done = subprocess.run(
             [*argv, str(RUN), str(stage.path)],

@@ -112,5 +112,3 @@ def _written(value: int | float) -> str:
         return f"{value:.6g}"
     text = f"{value:.6f}".rstrip("0").rstrip(".")
     return "0" if text == "-0" else text
-
-

@@ -119,6 +119,22 @@ def test_what_is_sampled_is_ended(
     assert f"agent {found['pid']}: {words}" in system.log()
 
 
+def test_a_fork_bomb_in_a_sandbox_is_ended_and_nobody_else(system: System, write: Write) -> None:
+    """Linux counts no processes of root, and elsewhere those of the user: so the kernel does. A bomb that ends by
+    itself at 2048: where it is not stopped the test fails, and the machine lives on."""
+    beside = write("for _ in sys.stdin: print(aios.proc.getpid(), flush=True)", "beside.py")
+    neighbour = system.popen("aios-run", beside)
+    bomb = write("for _ in range(11): os.fork()\ntime.sleep(100)")
+    done = system.run("aios-run", "--name", "bomb", "--sandbox", "flat", bomb)
+    if "not possible here" in done.stderr:
+        pytest.skip(done.stderr)
+    assert done.returncode == 124, done.stderr
+    assert "processes and threads (--processes N allows more)" in done.stderr
+    assert inspected(system, "bomb")["budget"] == "processes"
+    assert neighbour.communicate("x\n", timeout=20)[0].strip().isdecimal()
+    assert eventually(lambda: not [one for one in system.processes() if "agent.py" in " ".join(one.cmdline())])
+
+
 def test_linux_refuses_what_is_far_beyond_a_memory_budget(system: System, write: Write) -> None:
     """No sample could be in time for that."""
     script = write("""

@@ -29,7 +29,7 @@ def inside(system: System, stage: Stage, *options: str) -> dict[str, str]:
     """What becomes of each deed in an agent."""
     with stage.for_inside() as inherited:
         done = system.run(
-            "aios-run", *options, "--read", stage.path.parent, RUN, stage.path,
+            "aios-run", *options, "--processes", "5000", "--read", stage.path.parent, RUN, stage.path,
             cwd=stage.folder, check=True, pass_fds=[inherited], timeout=100,
         )  # fmt: skip
     found = json.loads(done.stdout)

@@ -217,7 +217,6 @@ for name in {modules!r}:
 ARCHITECTURE = (ROOT / "docs/architecture.md").read_text()
 
 
-
 def test_every_file_is_described() -> None:
     """In the picture of the tree, or in its package's list of files. (Commands are named after their files.)"""
     tree = ARCHITECTURE.partition("\n## The tree\n")[2]

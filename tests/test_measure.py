@@ -99,6 +99,7 @@ class House:
             Timers(),
             everything,
             lambda budget, which, why: self.exceeded.append((which, why)),
+            SimpleNamespace(look=lambda: iter(())),  # type: ignore[arg-type]
             everything,
             "/none",
         )

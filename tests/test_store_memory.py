@@ -220,6 +220,11 @@ def test_memory_is_only_a_copy(tmp_path: Path) -> None:
     assert stats["bytes"] <= 1600
     assert stats["evictions"] > 0
     assert stats["faults"] > 0
+    assert store("stats_of", wire.MemStats())["ram_bytes"] <= 400, "one owner has a quarter of it"
+    store.memory = Memory(store.database, 2000, 1 << 20, owner_ram=1000)
+    for note in notes:
+        store("get", wire.MemGet(note))
+    assert 400 < store("stats_of", wire.MemStats())["ram_bytes"] <= 800
     store.database.close()
 
 

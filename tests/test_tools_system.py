@@ -343,3 +343,5 @@ def test_built_in_tools_of_a_confined_agent_are_confined_too(
     if "not possible here" in done.stderr:
         pytest.skip(done.stderr)
     assert done.stdout.splitlines() == [denied, "", "x", "", "True", "no network"], done.stderr
+    used = json.loads(system.run("aios-inspect", "agent", check=True).stdout)[0]["tools"]["cpu_s"]
+    assert used >= 0.05  # to start its own worker is its, too

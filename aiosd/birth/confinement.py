@@ -17,13 +17,13 @@ import msgspec
 from aiosd.birth import fork, gates
 from aiosd.birth.report import Report
 from aiosd.letter import Letter
+from aiosd.limits import most_processes
 from aiosd.sandbox import cage, confine, filter, hosts, places, plan, probe
 from aiosd.sandbox.box import Box
 from aiosd.sandbox.probe import Offer
 from libaios import wire
 
 FILES = 4096  # that a process in a sandbox may have open at most
-PROCESSES, PROCESSES_PER_CPU = 256, 128  # and threads, that an agent in a cage may have; root is not bound by this
 
 _native: confine.Native | None = None
 _ground: plan.Ground | None = None
@@ -79,8 +79,8 @@ def apply(new: Box, doors: bool = False, outputs: Iterable[int] = ()) -> int:
     if _native is None or _ground is None:
         raise OSError(1, f"sandbox: {new.level} is not possible here")
     listener = _native.confine(plan.plan(_ground, new, doors, outputs=outputs))
-    if new.level == "cage":  # where Linux counts this agent's processes alone
-        limit(resource.RLIMIT_NPROC, PROCESSES + PROCESSES_PER_CPU * (os.cpu_count() or 1))
+    if new.level == "cage":  # where Linux counts this agent's processes alone (elsewhere: kernel.forks)
+        limit(resource.RLIMIT_NPROC, most_processes())
     return listener
 
 

@@ -170,6 +170,7 @@ def _settings(names: tuple[str, ...], file: str | None, flags: dict[str, Any]) -
         given["model"] = list(names)
     path = None if file is None else Path(os.path.abspath(file))
     agents = os.memfd_create("aios-settings")
+
     def load() -> Settings:
         from aiosd.commands.models import locate
 

@@ -103,6 +103,7 @@ class Settings:
     reread: Mapping[str, Any] = field(default_factory=dict)
     orphans: str = "kill"  # or "term": the first signal to a process that outlives its agent
     store_ram: int = 32 << 20
+    owner_ram: int = 0  # 0: a quarter of that
     note_quota: int = 64 << 20
     file_quota: int = 4 << 30
     file_versions: int = 100
@@ -191,6 +192,7 @@ def load(
         template_idle_s=values["template_idle"],
         orphans=values["orphans"],
         store_ram=values["store_ram"],
+        owner_ram=values["owner_ram"],
         note_quota=values["note_quota"],
         file_quota=values["file_quota"],
         file_versions=values["file_versions"],

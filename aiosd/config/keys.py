@@ -157,6 +157,7 @@ KEYS = (
     ),
     Key("log_keep", whole(1, 1000), "N", "How many full files of a log are kept beside it (3).", 3),
     Key("store_ram", size, "SIZE", "Memory for copies of notes, such as 64M (32M).", 32 << 20),
+    Key("owner_ram", size_or_none(4096), "SIZE", "The same for each owner; 0: a quarter of all (0).", 0),
     Key("note_quota", size, "SIZE", "Notes that each owner may keep on the disk (64M).", 64 << 20),
     Key("file_quota", size, "SIZE", "Files that each owner may keep, with old versions and trash (4G).", 4 << 30),
     Key("file_versions", whole(1, 1_000_000), "N", "Versions kept of a file; the oldest goes first (100).", 100),

@@ -115,9 +115,7 @@ def _take_guest(connection_of: Callable[[int], Guarded], message: passage.Messag
             sock.close()
             continue
         sock.setblocking(False)
-        connecting = loop.create_task(
-            loop.connect_accepted_socket(functools.partial(connection_of, message.pid), sock)
-        )
+        connecting = loop.create_task(loop.connect_accepted_socket(functools.partial(connection_of, message.pid), sock))
         _connecting.add(connecting)
         connecting.add_done_callback(_guest_connected)
 

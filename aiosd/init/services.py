@@ -72,6 +72,7 @@ def _store(settings: Settings) -> StoreSpec:
         model.name if model is not None else "",
         model.path if model is not None else "",
         str(home.root) if home.explicit else None,
+        settings.owner_ram,
     )
 
 

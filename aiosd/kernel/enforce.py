@@ -99,6 +99,13 @@ class Enforcer:
             self.reached(budget, which, why)
             self.end(budget, Stage.KILL, why)
 
+    def crowded(self, proc: Proc, why: str) -> None:
+        """It has more processes than an agent may have that has no budget of them."""
+        if proc.alive and not proc.budget:
+            logger.warning("agent %d: %s", proc.pid, why)
+            self._mark(proc, "processes", why)
+            self._deliver(proc, signal.SIGKILL)
+
     def end(self, budget: Budget, stage: Stage, why: str = "") -> None:
         """End all that share the budget: TERM, and KILL after a grace."""
         budget.stage = max(budget.stage, stage)

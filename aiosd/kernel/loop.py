@@ -38,6 +38,7 @@ from aiosd.kernel.dispatch import Dispatcher, Handler
 from aiosd.kernel.enforce import Enforcer
 from aiosd.kernel.errands import Errander, ErrandPeer
 from aiosd.kernel.events import Events, Source, Turn
+from aiosd.kernel.forks import Forks
 from aiosd.kernel.gates import Gates, Proxy
 from aiosd.kernel.generations import Generations
 from aiosd.kernel.jobs import Jobs
@@ -139,6 +140,7 @@ class Kernel:
             self.timers,
             self.jobs,
             self.enforcer.exceeded,
+            Forks(self.table, self.enforcer.crowded),
             self.logs,
             sandboxes.folder(settings.home.data),
         )

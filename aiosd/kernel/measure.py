@@ -21,6 +21,7 @@ from aiosd.kernel import budget as budgets
 from aiosd.kernel import ledger
 from aiosd.kernel.budget import Budget, Budgets
 from aiosd.kernel.diskwatch import DiskWatch
+from aiosd.kernel.forks import Forks
 from aiosd.kernel.jobs import Jobs
 from aiosd.kernel.logkeeper import LogKeeper
 from aiosd.kernel.proc import Proc, ProcTable
@@ -67,6 +68,7 @@ class Measure:
         timers: Timers,
         jobs: Jobs,
         exceeded: Callable[[Budget, str, str], None],
+        forks: Forks,
         logs: LogKeeper,
         folder: str,
     ) -> None:
@@ -75,6 +77,7 @@ class Measure:
         self._timers = timers
         self._jobs = jobs
         self._exceeded = exceeded
+        self._forks = forks
         self._logs = logs
         self._folder = folder
         self._cores = len(os.sched_getaffinity(0))
@@ -106,6 +109,7 @@ class Measure:
         for budget, sample in taken.items():
             yield from self._judge(budget, sample)
         self._look_at_disks(taken)
+        yield from self._forks.look()
         waits = [self._wait(budget) for budget in limited]
         self._again(max(min(waits, default=SAMPLE_S), (PART - 1) * (time.monotonic() - began)), self._sample_limited)
 

@@ -6,7 +6,6 @@ is quoted; the owner is a word of its own in the index, so no query leads to fil
 
 from __future__ import annotations
 
-import logging
 import re
 from collections.abc import Callable, Generator, Sequence
 from typing import TYPE_CHECKING, Any
@@ -24,8 +23,6 @@ from libaios import wire
 
 if TYPE_CHECKING:
     from aiosd.store.meaning import Floats
-
-logger = logging.getLogger("store")
 
 EXCERPT = 160  # characters
 EXCERPTS = 10  # of one search
@@ -77,7 +74,7 @@ class FileSearch:
         self, caller: link.Caller, seen: Seen, query: str, folder: str, k: int
     ) -> Generator[Pause, None, list[wire.FoundFile]]:
         """A page of an index is damaged: by words, from the files themselves."""
-        words, scores, lost = plainly.words_of(query), dict[int, float](), 0
+        words, scores, lost = plainly.words_of(query), dict[int, float](), list[int]()
 
         def read(files: Sequence[int]) -> list[Row]:
             return [row for file in files if (row := self._files.by_id(file)) is not None]
@@ -87,14 +84,13 @@ class FileSearch:
             files = [file for (file,) in self._db.rows(select, *values)]
             for begin in range(0, len(files), WALKED_AT_ONCE):
                 rows, gone = plainly.piecemeal(read, files[begin : begin + WALKED_AT_ONCE])
-                lost += len(gone)
+                lost += gone
                 for row in rows:
                     text = f"{row.path} {as_text(self._files.words.read(row.id))}"
                     if score := len(words & plainly.words_of(text)):
                         scores[row.id] = float(score)
                 yield Pause(0.0)
-        if lost:
-            logger.warning("%d files cannot be searched (see `aiosd fsck`)", lost)
+        plainly.tell(self._db, "files with the numbers", lost)
         return self._found(caller, _by_owner(seen), query, k, scores)
 
     def _ranked(
@@ -116,7 +112,9 @@ class FileSearch:
             try:
                 row = self._files.by_id(file)
             except OSError as err:  # a damaged page costs what is on it
-                logger.warning("file %d cannot be read, and stands in no answer: %s", file, err.strerror)
+                if not plainly.is_damage(err):
+                    raise
+                plainly.tell(self._db, "files with the numbers", [file])
             space = None if row is None else spaces.get(row.owner)
             if row is not None and space is not None and space.may_see(row.path):
                 excerpt = self._excerpt(file, query) if len(found) < EXCERPTS else ""

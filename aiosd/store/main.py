@@ -46,6 +46,7 @@ class StoreSpec(Struct, frozen=True):
     model: str = ""
     model_path: str = ""
     home: str | None = None  # of the system, as in AIOS_HOME
+    owner_ram: int = 0  # of `ram`, for each owner; 0: a quarter
 
 
 class Chores:
@@ -105,7 +106,7 @@ def main(channel: Channel, spec: StoreSpec, rounds: Rounds) -> int:
     except (WorldError, OSError) as err:
         channel.send(link.encode(link.LoadFailed(f"the store cannot start: {err}")))
         return 1
-    memory = Memory(database, spec.ram, spec.quota, meaning=meaning)
+    memory = Memory(database, spec.ram, spec.quota, meaning=meaning, owner_ram=spec.owner_ram)
     database.undone += [meaning.forget, storage.undone]
     try:
         if database.begin_system(_boot()):

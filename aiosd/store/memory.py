@@ -7,7 +7,7 @@ by one with each change; `if_version` refuses a change (EAGAIN) when the note ha
 their owner change in one transaction. Other owners' notes are ENOENT, as those that are not there.
 
 Memory holds clean copies of notes that were read or written, under LRU-K: evicting one costs nothing. `quota` limits
-what an owner stores; `ram` what is held in memory.
+what an owner stores; `ram` what is held in memory, and `owner_ram` what of each (0: a quarter).
 """
 
 from __future__ import annotations
@@ -55,7 +55,13 @@ CLEAN_AT_ONCE = 100  # … of which at most this number are removed in one trans
 
 class Memory:
     def __init__(
-        self, database: Database, ram: int, quota: int, clock: Any = time.time, meaning: Meaning | None = None
+        self,
+        database: Database,
+        ram: int,
+        quota: int,
+        clock: Any = time.time,
+        meaning: Meaning | None = None,
+        owner_ram: int = 0,
     ) -> None:
         self._db, self.quota, self._clock = database, quota, clock
         self.meaning = meaning if meaning is not None else Meaning(database, None, 0)
@@ -63,8 +69,8 @@ class Memory:
         self.promises = Promises()
         self.words = NoteWords(database, self.meaning)
         self.finder = NoteSearch(database, self.words, self.meaning, clock)
-        size = int(ram * FILL)
-        self.cache: LruK[tuple[str, Note]] = LruK(size, size // 4)
+        size, of_owner = (int(one * FILL) for one in (ram, owner_ram or ram // 4))
+        self.cache: LruK[tuple[str, Note]] = LruK(size, of_owner)
         self._ids: dict[tuple[str, str], int] = {}  # by owner and key, of notes that may be in the cache
         self._owners: dict[str, int] = {}  # the numbers of owners
         database.undone.append(self._undone)
@@ -135,7 +141,7 @@ class Memory:
     def _listed_singly(self, ids: Sequence[int]) -> builtins.list[Note]:
         """The same with those that cannot be read, as such."""
         found, lost = plainly.piecemeal(lambda some: self._listed(marks(some), some), ids)
-        plainly.tell("notes", lost)
+        plainly.tell(self._db, "notes", lost)
         return sorted([*found, *map(plainly.lost_note, lost)], key=lambda note: note.id, reverse=True)
 
     def _walked(self, names: Mapping[int, str], args: wire.MemList) -> Generator[Pause, None, builtins.list[Note]]:

@@ -22,6 +22,7 @@ from libaios.wire import Note, NoteFilters
 logger = logging.getLogger("store")
 
 SLICE = 256  # row ids
+MOST_TOLD = 10_000  # of what is lost, in the log of one process
 _WORD = re.compile(r"[^\W_]+")
 
 Item = TypeVar("Item")
@@ -49,10 +50,12 @@ def piecemeal(read: Callable[[Sequence[Item]], list[Found]], items: Sequence[Ite
     return found + more, lost + also
 
 
-def tell(what: str, lost: Sequence[object]) -> None:
-    """In the log."""
-    if lost:
-        names = ", ".join(map(str, lost[:20])) + (", …" if len(lost) > 20 else "")
+def tell(db: Database, what: str, lost: Sequence[object]) -> None:
+    """In the log, of each once: an agent may ask again and again."""
+    new = [one for one in lost if (what, one) not in db.told]
+    if new and len(db.told) < MOST_TOLD:
+        db.told.update((what, one) for one in new)
+        names = ", ".join(map(str, new[:20])) + (", …" if len(new) > 20 else "")
         logger.warning("%s cannot be read, and stand in no answer: %s (see `aiosd fsck`)", what, names)
 
 
@@ -66,7 +69,7 @@ def walk(db: Database, owners: Mapping[int, str], filters: NoteFilters, now: flo
     Without any index. The last slice is `lost_note(0)` where some cannot be read, which may be these owners' or not."""
     sql = f"SELECT {PLAIN_COLUMNS} FROM notes n NOT INDEXED WHERE n.id BETWEEN ? AND ? ORDER BY n.id DESC"
     row = db.row("SELECT seq FROM sqlite_sequence WHERE name = 'notes'")
-    last, lost = 0 if row is None else int(row[0]), 0
+    last, lost = 0 if row is None else int(row[0]), list[int]()
 
     def read(ids: Sequence[int]) -> list[Note]:
         rows = db.rows(sql, ids[-1], ids[0])
@@ -74,10 +77,10 @@ def walk(db: Database, owners: Mapping[int, str], filters: NoteFilters, now: flo
 
     for end in range(last, 0, -SLICE):
         notes, gone = piecemeal(read, range(end, max(end - SLICE, 0), -1))
-        lost += len(gone)
+        lost += gone
         yield [note for note in notes if _passes(note, filters, now)]
     if lost:
-        logger.warning("notes with any of %d ids cannot be read (see `aiosd fsck`)", lost)
+        tell(db, "notes, as far as there are any,", lost)
         yield [lost_note(0)]
 
 

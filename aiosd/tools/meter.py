@@ -4,7 +4,7 @@ A worker may do what it likes with itself, so nothing that it sends is believed:
 while it lives, `wait4` at its end). As a worker runs one call at a time, what it uses between the beginning and the end
 of a call is what the call uses. Of its memory only what it has grown by counts, since a call need not pay for the
 interpreter and the source that it finds there. A worker that is being ended costs its last call until nothing of it
-runs any more.
+runs any more; one that was started for one agent alone costs that agent its start.
 """
 
 from __future__ import annotations
@@ -20,10 +20,11 @@ Charge = Callable[[int, int, int], None]
 
 
 class Meter:
-    """Of one worker. `payer`: the agent for which it works, or has worked last; 0: nobody pays."""
+    """Of one worker. `payer`: the agent for which it works, has worked last, or was started; 0: nobody pays."""
 
-    def __init__(self) -> None:
-        self.payer = 0
+    def __init__(self, payer: int = 0) -> None:
+        self.payer = payer
+        self._started_for = payer  # until its first call begins
         self.memory = 0  # bytes, in the last sample
         self.due = 0.0  # seconds that nobody was charged yet
         self._cpu = CpuMeter()
@@ -33,9 +34,11 @@ class Meter:
 
     def begin(self, payer: int, tree: Mapping[int, Stat]) -> None:
         """A call begins."""
-        self.payer, self.memory, self.due, self._reaped_s = payer, 0, 0.0, 0.0
-        self._cpu, self._known = CpuMeter(), set(tree)
-        self._cpu.update(_used(tree))
+        if not payer or self._started_for != payer:
+            self._cpu, self.due, self._reaped_s = CpuMeter(), 0.0, 0.0
+            self._cpu.update(_used(tree))
+        self.payer, self.memory, self._started_for = payer, 0, 0
+        self._known = set(tree)
         self._base = {ospid: stat.rss_bytes for ospid, stat in tree.items()}
 
     def look(self, tree: Mapping[int, Stat]) -> None:

@@ -203,7 +203,9 @@ class Pool:
                 pass_fds=passed,
                 start_new_session=True,
             )
-        worker = Worker(source, cell, process, FrameSocket(ours, FRAME_BYTES), server=number)
+        waiting = self._queue.get((source, cell), []) if cell.box else []
+        meter = Meter(waiting[0].payer if waiting else 0)
+        worker = Worker(source, cell, process, FrameSocket(ours, FRAME_BYTES), server=number, meter=meter)
         self._workers.append(worker)
         if server is not None:
             worker.frames.send(encode(server))  # not as an argument: it may hold keys, and everyone can read those

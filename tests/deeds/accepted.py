@@ -9,8 +9,8 @@ OWN = "modes and times of the user's own files: programs such as git, tar and pi
 PROC = "/proc shows which processes there are"
 PRIVATE = "it has one of its own, in its own memory, which no other process sees"
 AMOUNT = "what it may use of this is a matter of its budget, not of its sandbox"
-USERS = "Linux counts processes by user: a limit would be one on all of the user's"
-ROOT = "Linux limits no processes of uid 0"
+USERS = "Linux counts processes by user: an agent with too many is ended by the kernel, which takes samples"
+ROOT = "Linux limits no processes of uid 0: an agent with too many is ended by the kernel, which takes samples"
 NET = "the agent was given a network"
 ALONE = "it has a network of its own, in which no other process is, and no route leads out"
 

@@ -1,0 +1,50 @@
+"""Fork bombs where Linux keeps no limit: in level flat it counts processes by user, and those of root not at all.
+
+To count each agent's processes ten times a second would cost more than all else that an idle agent does. But Linux
+tells at once how many threads the whole machine has: only when these have become more by `MORE`, agents apart, are the
+agents looked at. One that has more than `limits.most_processes`, and no budget that says how many it may have, is
+ended. So a bomb gets as far as it can in the time between two looks (`limits.SAMPLE_S`, or four times as long as all
+samples take). A cgroup for each agent would stop it at once, but to enter one takes every agent 0.4 ms and more, in
+which no other process of the machine can fork.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Iterator
+
+from aiosd import procfs
+from aiosd.kernel.proc import Proc, ProcTable
+from aiosd.limits import most_processes
+
+MORE = 128
+
+
+class Forks:
+    """`ended` is called with an agent that has too many, and a sentence."""
+
+    def __init__(self, table: ProcTable, ended: Callable[[Proc, str], None]) -> None:
+        self._table = table
+        self._ended = ended
+        self._most = most_processes()
+        self._root = os.getuid() == 0
+        self._calm = 0  # threads of the machine, agents apart, when all was well
+
+    def look(self) -> Iterator[None]:
+        """A job."""
+        others = procfs.threads_of_machine() - len(self._table.procs)
+        if others <= self._calm + MORE:
+            self._calm = min(self._calm, others)
+            return
+        self._calm = others
+        for proc in self._table.live():
+            if self._is_unbound(proc):
+                if procfs.threads_below(proc.ospid, self._most) > self._most:
+                    self._ended(proc, f"more than {self._most} processes and threads (--processes N allows more)")
+                yield
+
+    def _is_unbound(self, proc: Proc) -> bool:
+        """Whether nothing else bounds how many it has."""
+        if proc.box is None or not proc.ospid or (proc.box.level == "cage" and not self._root):
+            return False
+        return all(budget.limits.processes is None for budget in proc.budgets)
