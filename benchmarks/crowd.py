@@ -84,8 +84,14 @@ connection.request("GET", "/v1/models", headers=headers)  # connected, as the se
 connection.getresponse().read()
 def complete(tokens, number):
     body = {"prompt": tokens, "max_tokens": number, "temperature": 0, "ignore_eos": True, "return_token_ids": True}
-    connection.request("POST", "/v1/completions", json.dumps(body), headers)
-    return json.loads(connection.getresponse().read())["choices"][0]["token_ids"]
+    for last in (False, True):  # connections that were idle for long are closed: then once more on a new one
+        try:
+            connection.request("POST", "/v1/completions", json.dumps(body), headers)
+            return json.loads(connection.getresponse().read())["choices"][0]["token_ids"]
+        except (ConnectionError, http.client.HTTPException):
+            if last:
+                raise
+            connection.close()
 """
     + TURNS_OF
 )

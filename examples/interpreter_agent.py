@@ -18,6 +18,8 @@ def main() -> None:
     interpreter.llm.temperature = 0
     interpreter.llm.context_window, interpreter.llm.max_tokens = 2048, 128
     interpreter.llm.supports_functions = True
+    # It waits for ever for a shell that its code has ended, as any code does in which bash finds a mistake.
+    interpreter.computer.languages = [one for one in interpreter.computer.languages if one.name == "Python"]
     interpreter.system_message = "Answer briefly. Run code where you need to compute something."
     for message in interpreter.chat(QUESTION, display=False):
         if message["type"] == "code":
