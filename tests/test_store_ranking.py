@@ -9,6 +9,8 @@ from typing import Any
 import numpy as np
 import pytest
 
+from aiosd.llm import llama  # its binding opens descriptors when it is imported
+from aiosd.llm.embed import Embedder
 from aiosd.models.places import ours
 from aiosd.store import static
 from tests.pairs import PAIRS
@@ -23,9 +25,6 @@ class OfModel:
     name = shown = NAME
 
     def __init__(self, path: Path) -> None:
-        from aiosd.llm import llama
-        from aiosd.llm.embed import Embedder
-
         llama.start()
         self._model = llama.Model(str(path), 0, lambda fraction: None)
         self._embedder = Embedder(self._model, 1)
