@@ -184,7 +184,3 @@ def memfds(ospid: int) -> dict[tuple[int, int], int] | None:
     except OSError:
         return {}
     return found
-
-
-def tree_pss_bytes(ospid: int) -> int:
-    return pss_bytes(ospid) + sum(map(pss_bytes, descendants(ospid)))

@@ -60,9 +60,10 @@ def spawn(
     prices, so 2_500_000_000_000 is 2.50. `restart` ("on-failure", "on-failure:3", "always") has a detached one started
     again when it ends.
 
-    `sandbox` ("flat", "cage") confines it; an agent that is confined can start none with more rights, and its children
-    have its files and its workspace. `net` is its network then: "none", "all", or in the cage "gateway" alone or single
-    hosts, such as ["example.org", "*.example.net:8443"]. `preload` has it forked from a warm process that has
+    `sandbox` ("none", "flat", "cage") says how it is confined; without it an agent's child is as its parent, and what a
+    program from outside starts as the settings say. An agent that is confined can start none with more rights, and its
+    children have its files and its workspace. `net` is its network then: "none", "all", or in the cage "gateway" alone
+    or single hosts, such as ["example.org", "*.example.net:8443"]. `preload` has it forked from a warm process that has
     imported these modules, in the interpreter or virtual environment `python`; a confined agent may not name any
     (PermissionError).
 

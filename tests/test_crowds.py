@@ -84,7 +84,8 @@ def reads(monkeypatch: pytest.MonkeyPatch) -> tuple[Clock, list[int]]:
         return Stat("S", 1, ospid, ospid, 0.0, 0)
 
     monkeypatch.setattr(listing.procfs, "read_stat", read_stat)
-    monkeypatch.setattr(listing.procfs, "tree_pss_bytes", lambda ospid: 1)
+    monkeypatch.setattr(listing.procfs, "pss_bytes", lambda ospid: 1)
+    monkeypatch.setattr(listing.procfs, "children", lambda ospid: [])
     for module in (listing, measure):
         monkeypatch.setattr(module, "time", SimpleNamespace(monotonic=clock))
     return clock, found
@@ -95,7 +96,7 @@ def lister(house: House, clock: Clock) -> tuple[ProcessCalls, Jobs]:
     nothing: Any = None
     agents: Any = SimpleNamespace(calls=house.calls, peers=house.calls.peers, is_parked=lambda proc: True)
     cores: Any = SimpleNamespace(context_of=lambda pid: ("", 0))
-    system: Any = SimpleNamespace(lines=lambda pids, name: [])
+    system: Any = SimpleNamespace(lines=lambda pids, name, lines: iter(()))
     made = ProcessCalls(
         house.table, agents, nothing, house.waiters, nothing, system, nothing, cores, Measure.__new__(Measure), jobs
     )

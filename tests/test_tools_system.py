@@ -70,6 +70,9 @@ def burns(how: str, seconds: float) -> str:
 def raises(kind: str) -> None: raise {"key": KeyError("k"), "os": FileNotFoundError(2, "no such thing"),
                                       "value": ValueError("bad")}[kind]
 
+@define
+def calc(expression: str) -> str: return "not the one that is built in"
+
 @define(memory=256 << 20)
 def eats() -> int: return len(bytearray(1 << 30))
 
@@ -154,7 +157,9 @@ def test_tools_are_functions_with_a_schema(system: System, client: Client) -> No
         "additionalProperties": False,
     }
     errors = next(s for s in system.status()["services"] if s["name"] == "toolbox")["stats"]["errors"]
-    assert "nothing_of_this_name" in next(iter(errors.values()))
+    assert any("nothing_of_this_name" in error for error in errors.values())
+    (taken,) = (error for place, error in errors.items() if place.endswith("mine.py: calc"))
+    assert "already (built in)" in taken
 
 
 def test_a_call_runs_in_the_folder_of_its_caller(client: Client) -> None:

@@ -253,21 +253,31 @@ class Measure:
         old = [proc for proc in self._table.live() if proc.sampled < until]
         for proc in sorted(old, key=lambda proc: proc.sampled)[:SAMPLE_FEW]:
             began = time.thread_time()
-            self._sample(proc)
-            took_s += time.thread_time() - began
-            yield
+            for _ in self._sample(proc):
+                took_s += time.thread_time() - began
+                yield
+                began = time.thread_time()
         self._again(max(MEMORY_SAMPLE_S, SHOWN_PART * took_s), self._sample_memory)
 
-    def _sample(self, proc: Proc) -> None:
-        if proc.alive:
-            proc.mem_bytes = procfs.tree_pss_bytes(proc.ospid)
-            proc.sampled = time.monotonic()
+    @staticmethod
+    def _sample(proc: Proc) -> Iterator[None]:
+        """One process after another, because it may have thousands."""
+        if not proc.alive:
+            return
+        memory, began = 0, proc.ospid
+        pids = [began]
+        for ospid in pids:  # grows while we walk it
+            memory += procfs.pss_bytes(ospid)
+            pids.extend(procfs.children(ospid))
+            yield
+        if proc.ospid == began:
+            proc.mem_bytes = memory
+        proc.sampled = time.monotonic()
 
     def sample_new(self, procs: Sequence[Proc]) -> Iterator[None]:
         """Agents too young to have been sampled, a few of them, so that a listing shows no zeros."""
         for proc in [proc for proc in procs if proc.alive and not proc.sampled][:SAMPLE_FEW]:
-            self._sample(proc)
-            yield
+            yield from self._sample(proc)
 
     def _sample_logs(self) -> Iterator[None]:
         for proc in self._table.live():

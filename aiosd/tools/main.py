@@ -43,7 +43,7 @@ from aiosd.tools.meter import Bills
 from aiosd.tools.pins import Pins
 from aiosd.tools.pool import Cell, Job, Pool
 from aiosd.tools.servers import Servers
-from aiosd.tools.spec import MCP, ToolboxSpec
+from aiosd.tools.spec import BUILT_IN_KINDS, MCP, ToolboxSpec
 from libaios import wire
 from libaios.channel import Channel
 from libaios.wire import CallTool, Sys, ToolInfo, TrustTool
@@ -185,9 +185,12 @@ class Toolbox:
         import jsonschema_rs  # 15 MB, in this process alone
 
         known = self.tools.get(tool.name)
-        if known is not None:
-            self.errors[f"{source}: {tool.name}"] = f"there is a tool of this name already ({known.info.source})"
-            logger.error("%s: there is a tool %s already (%s)", source, tool.name, known.info.source)
+        taken = known.info.source if known is not None else ""
+        if tool.name in BUILT_IN_KINDS and source != BUILT_IN:  # whichever was loaded first
+            taken = "built in"
+        if taken:
+            self.errors[f"{source}: {tool.name}"] = f"there is a tool of this name already ({taken})"
+            logger.error("%s: there is a tool %s already (%s)", source, tool.name, taken)
             return
         try:
             validator = jsonschema_rs.validator_for(tool.parameters, offline=True)  # nothing is fetched for it

@@ -445,12 +445,13 @@ class Pool:
 
     def _look_at(self, worker: Worker) -> None:
         tree = self._tree(worker)
-        memory = worker.meter.weigh(tree)
+        crowded = len(tree) - 1 > MOST_PROCESSES
+        memory = 0 if crowded else worker.meter.weigh(tree)  # it takes long where there are many
         self._charge(worker, tree)
         if worker.job is None:
             return
         tool = worker.job.tool
-        if len(tree) - 1 > MOST_PROCESSES:
+        if crowded:
             reason = f"{tool.name} started more than {MOST_PROCESSES} processes"
             self._end(worker, Done(None, errno.EAGAIN, reason), at_once=True)
         elif memory > tool.memory_bytes:
