@@ -12,7 +12,7 @@ import pytest
 
 from aiosd import procfs
 from aiosd.init import orphans
-from aiosd.init.orphans import COST_SHARE, Orphans
+from aiosd.init.orphans import COST_SHARE, FEW, Orphans
 from aiosd.timers import Timers
 from tests.conftest import System, eventually
 
@@ -64,6 +64,24 @@ def world(monkeypatch: pytest.MonkeyPatch) -> World:
 
 
 KILL, TERM = signal.SIGKILL, signal.SIGTERM
+
+
+def test_the_log_names_a_few_and_counts_many(monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture) -> None:
+    caplog.set_level("INFO", "supervisor")
+    world = World(monkeypatch)
+    world.children = {1000 + number: 99 for number in range(FEW)}
+    world.orphans.agent_ended(99, told_to_end=False)
+    world.until(101.0)
+    assert caplog.records[0].getMessage().startswith("process 1000 (1000) was left behind")
+    assert len(caplog.records) == FEW
+    caplog.clear()
+    monkeypatch.setattr(orphans.procfs, "name", lambda ospid: "bomb" if ospid % 100 else "sh")
+    world.children = {1000 + number: 99 for number in range(500)}
+    world.orphans.agent_ended(99, told_to_end=False)
+    world.until(102.0)
+    shown = [record.getMessage() for record in caplog.records]
+    assert shown == ["500 processes (495 bomb, 5 sh) were left behind by agents and are killed"]
+    assert world.children == {}
 
 
 def test_what_an_agent_leaves_behind_is_killed_at_once(world: World) -> None:

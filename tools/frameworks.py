@@ -215,22 +215,28 @@ def main() -> None:
     parser.add_argument("names", nargs="*", metavar="FRAMEWORK", help=f"of {', '.join(FRAMEWORKS)}; all by default")
     parser.add_argument("--model", action="append", help="nano, or one of `make models`")
     parser.add_argument("--sandbox", choices=("none", "flat", "cage"), help="how they are confined; else as by default")
+    parser.add_argument("--install", action="store_true", help="make their environments, and no more")
     options = parser.parse_args()
     unknown = [name for name in options.names if name not in FRAMEWORKS]
     if unknown:
         parser.error(f"{', '.join(unknown)}: of {', '.join(FRAMEWORKS)}")
     names = [name for name in options.names or FRAMEWORKS if install(name)]
+    if not options.install:
+        show(names, options.model or models(), options.sandbox or "")
+    if set(options.names or FRAMEWORKS) - set(names):
+        sys.exit("some could not be installed")
+
+
+def show(names: list[str], models: list[str], sandbox: str) -> None:
     print(f"| framework | model | {' | '.join(COLUMNS)} |\n|{'---|' * (len(COLUMNS) + 2)}", flush=True)
-    for model in options.model or models():
-        with Aiosd(model_path(model), sandbox=options.sandbox or "") as system:
+    for model in models:
+        with Aiosd(model_path(model), sandbox=sandbox) as system:
             shutil.copytree(ROOT / "examples", system.home / "examples")
             os.environ["AIOS_HOME"] = str(system.home)
             for name in names:
                 row = look(system, name)
                 print(f"| {version(name)} | {model} | {' | '.join(row.values())} |", flush=True)
             agent.reset()
-    if set(options.names or FRAMEWORKS) - set(names):
-        sys.exit("some could not be installed")
 
 
 if __name__ == "__main__":

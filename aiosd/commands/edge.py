@@ -54,7 +54,7 @@ def run(program: str, module: str, args: list[str]) -> int:
         complain(program, str(err))
         return err.code
     except BrokenPipeError:
-        _discard_output()
+        discard_output()
         return 141
     except OSError as err:
         complain(program, reason(err))
@@ -199,6 +199,6 @@ def _lower_first(text: str) -> str:
     return text[:1].lower() + text[1:] if text[1:2].islower() else text
 
 
-def _discard_output() -> None:
-    """Send what is still in stdout's buffer nowhere: it has no reader any more, and Python would report that."""
+def discard_output() -> None:
+    """Send what is still in stdout's buffer nowhere: it cannot be written, and Python would report that once more."""
     os.dup2(os.open(os.devnull, os.O_WRONLY), 1)

@@ -305,6 +305,7 @@ def _print_pid(pid: int) -> int:
     try:
         print(pid, flush=True)
     except OSError as err:  # the agent runs all the same: the user should know its pid
+        edge.discard_output()
         raise edge.Failed(f"agent {pid} runs, but stdout takes no pid: {err.strerror}") from None
     return 0
 

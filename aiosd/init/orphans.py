@@ -12,6 +12,7 @@ import contextlib
 import logging
 import os
 import signal
+from collections import Counter
 from collections.abc import Callable
 
 from aiosd import procfs
@@ -20,6 +21,7 @@ from aiosd.timers import Timer, Timers
 
 logger = logging.getLogger("supervisor")
 
+FEW = 5  # orphans that the log names one by one
 COST_SHARE = 0.05  # at most this part of the time is spent on looking for orphans
 
 
@@ -36,6 +38,7 @@ class Orphans:
         self._due: Timer | None = None  # the next look
         self._deadline: Timer | None = None  # when the time of the first of these is over
         self._cost_s = 0.0  # of the last look
+        self._left: list[tuple[int, str]] = []  # killed in this look: Linux pid and name
 
     def agent_ended(self, ospid: int, told_to_end: bool) -> None:
         """An agent has ended; the processes it left are our children now. Every agent has its own session."""
@@ -64,6 +67,7 @@ class Orphans:
         self._spared = {ospid: until for ospid, until in self._spared.items() if ospid in orphans}
         for ospid in sorted(orphans):
             self._deal_with(ospid, began)
+        self._log_left()
         if self._deadline is not None:
             self._deadline.cancel()
             self._deadline = None
@@ -96,8 +100,19 @@ class Orphans:
                 os.kill(ospid, signal.SIGTERM)
             signal_descendants(ospid, signal.SIGTERM)
             return now + self._grace_s
-        logger.info("process %d (%s) was left behind by its agent and is killed", ospid, procfs.name(ospid))
+        self._left.append((ospid, procfs.name(ospid)))
         return None
+
+    def _log_left(self) -> None:
+        """A line for each of a few; one for all that a fork bomb leaves."""
+        left, self._left = self._left, []
+        if len(left) > FEW:
+            names = Counter(name for _, name in left).most_common(FEW)
+            shown = ", ".join(f"{number} {name}" for name, number in names)
+            logger.info("%d processes (%s) were left behind by agents and are killed", len(left), shown)
+            return
+        for ospid, name in left:
+            logger.info("process %d (%s) was left behind by its agent and is killed", ospid, name)
 
 
 def _kill(ospid: int) -> None:
