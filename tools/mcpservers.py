@@ -13,12 +13,12 @@ ROOT = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
 FOLDER = os.path.join(ROOT, "build", "mcp-servers")
 #: name → registry, package, the program in there
 SERVERS = {
-    "time": ("pypi", "mcp-server-time", "bin/mcp-server-time"),
-    "git": ("pypi", "mcp-server-git", "bin/mcp-server-git"),
-    "fetch": ("pypi", "mcp-server-fetch", "bin/mcp-server-fetch"),
-    "filesystem": ("npm", "@modelcontextprotocol/server-filesystem", "node_modules/.bin/mcp-server-filesystem"),
-    "everything": ("npm", "@modelcontextprotocol/server-everything", "node_modules/.bin/mcp-server-everything"),
-    "memory": ("npm", "@modelcontextprotocol/server-memory", "node_modules/.bin/mcp-server-memory"),
+    "time": ("pypi", "mcp-server-time==2026.10.19", "bin/mcp-server-time"),
+    "git": ("pypi", "mcp-server-git==2026.10.19", "bin/mcp-server-git"),
+    "fetch": ("pypi", "mcp-server-fetch==2026.10.24", "bin/mcp-server-fetch"),
+    "filesystem": ("npm", "@modelcontextprotocol/server-filesystem@2026.8.31", "node_modules/.bin/mcp-server-filesystem"),
+    "everything": ("npm", "@modelcontextprotocol/server-everything@2026.8.31", "node_modules/.bin/mcp-server-everything"),
+    "memory": ("npm", "@modelcontextprotocol/server-memory@2026.8.31", "node_modules/.bin/mcp-server-memory"),
 }
 
 
@@ -53,6 +53,8 @@ def install(name):
             run(sys.executable, "-m", "venv", folder)
             python = os.path.join(folder, "bin", "python")
             run(python, "-m", "pip", "install", "-q", "--disable-pip-version-check", package)
+            if name == "fetch":  # what it installs at its first use: confined it could not
+                run(python, "-c", "import readabilipy.utils as utils; utils.run_npm_install()")
     except (OSError, subprocess.CalledProcessError) as error:
         print(f"  {name}: {error}", file=sys.stderr)
         shutil.rmtree(folder, ignore_errors=True)
