@@ -11,14 +11,15 @@ import sys
 
 ROOT = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
 FOLDER = os.path.join(ROOT, "build", "mcp-servers")
+OFFICIAL, NODE = "@modelcontextprotocol/server-{}@2026.8.31", "node_modules/.bin/mcp-server-{}"
 #: name → registry, package, the program in there
 SERVERS = {
     "time": ("pypi", "mcp-server-time==2026.10.19", "bin/mcp-server-time"),
     "git": ("pypi", "mcp-server-git==2026.10.19", "bin/mcp-server-git"),
     "fetch": ("pypi", "mcp-server-fetch==2026.10.24", "bin/mcp-server-fetch"),
-    "filesystem": ("npm", "@modelcontextprotocol/server-filesystem@2026.8.31", "node_modules/.bin/mcp-server-filesystem"),
-    "everything": ("npm", "@modelcontextprotocol/server-everything@2026.8.31", "node_modules/.bin/mcp-server-everything"),
-    "memory": ("npm", "@modelcontextprotocol/server-memory@2026.8.31", "node_modules/.bin/mcp-server-memory"),
+    "filesystem": ("npm", OFFICIAL.format("filesystem"), NODE.format("filesystem")),
+    "everything": ("npm", OFFICIAL.format("everything"), NODE.format("everything")),
+    "memory": ("npm", OFFICIAL.format("memory"), NODE.format("memory")),
 }
 
 
