@@ -157,7 +157,7 @@ class ErrandDone(Struct, array_like=True, frozen=True, tag=True):
 
 
 class Used(Struct, array_like=True, frozen=True, tag=True):
-    """By promise (`Answered.promise`): how often the kernel has given that answer again since it last told this."""
+    """By promise (`Answered.promise`): how often the kernel has given that answer again since the last such report."""
 
     counts: dict[int, int]
 

@@ -46,7 +46,7 @@ class Server:
 
 class Servers:
     """`children`: the supervisor's map of live children. `house` is there when the first one is wanted. `new_pid` gives
-    each its number; `tell` is called when there are others than before."""
+    each its number; `changed` is called when there are others than before."""
 
     def __init__(
         self,
@@ -54,10 +54,10 @@ class Servers:
         children: dict[int, Any],
         house: Callable[[], House],
         new_pid: Callable[[], int],
-        tell: Callable[[list[link.ServerShown]], None],
+        changed: Callable[[list[link.ServerShown]], None],
     ) -> None:
         self._epoll, self._children, self._house = epoll, children, house
-        self._new_pid, self._tell_kernel = new_pid, tell
+        self._new_pid, self._changed = new_pid, changed
         self._ours, self.theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
         self._ours.setblocking(False)
         self._by_lease: dict[int, Server] = {}
@@ -100,17 +100,17 @@ class Servers:
         ospid = fork.fork(lambda: server.become(wanted.name, given, self._house()))
         one = Server(wanted.number, wanted.name, ospid, lease, self._new_pid(), time.time())
         self._children[ospid] = self._by_lease[lease] = one
-        self._epoll.register(lease, 0)  # a hang-up is always told
-        self._tell_kernel(self.shown())
-        self._tell(link.ServerIs(wanted.number, ospid))
+        self._epoll.register(lease, 0)  # a hang-up is always reported
+        self._changed(self.shown())
+        self._answer(link.ServerIs(wanted.number, ospid))
 
     def ended(self, one: Server, why: str) -> None:
         """Its process has ended, and was reaped."""
         if self._by_lease.get(one.lease) is one:  # else it is closed, and its number may be another's
             logger.debug("the MCP server %s ended: %s", one.name, why)
             self._drop_lease(one)
-        self._tell(link.ServerIs(one.number, 0))
-        self._tell_kernel(self.shown())
+        self._answer(link.ServerIs(one.number, 0))
+        self._changed(self.shown())
 
     def shown(self) -> list[link.ServerShown]:
         """Those whose process has not ended."""
@@ -125,6 +125,6 @@ class Servers:
         self._epoll.unregister(one.lease)
         os.close(one.lease)
 
-    def _tell(self, message: link.ServerIs) -> None:
+    def _answer(self, message: link.ServerIs) -> None:
         with contextlib.suppress(OSError):  # no toolbox reads: it has just died, and its servers end
             self._ours.send(link.encode(message))

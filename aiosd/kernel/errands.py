@@ -52,7 +52,7 @@ class ErrandPeer(Peer):
 
 @dataclass(slots=True, eq=False, kw_only=True)
 class Errander(Service):
-    """A service that may send errands, and tells what its calls use. `dispatch`: makes a system call for a peer."""
+    """A service that may send errands, and reports what its calls use. `dispatch`: makes a system call for a peer."""
 
     dispatch: Callable[[Peer, bytes], None]
     measure: Measure

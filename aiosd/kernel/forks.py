@@ -1,7 +1,7 @@
 """Fork bombs where Linux keeps no limit: in level flat it counts processes by user, and those of root not at all.
 
 To count each agent's processes ten times a second would cost more than all else that an idle agent does. But Linux
-tells at once how many threads the whole machine has: only when these have become more by `MORE`, agents apart, are the
+shows at once how many threads the whole machine has: only when these have become more by `MORE`, agents apart, are the
 agents looked at. One that has more than `limits.most_processes`, and no budget that says how many it may have, is
 ended. So a bomb gets as far as it can in the time between two looks (`limits.SAMPLE_S`, or four times as long as all
 samples take). A cgroup for each agent would stop it at once, but to enter one takes every agent 0.4 ms and more, in

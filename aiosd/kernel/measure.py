@@ -4,7 +4,7 @@ A few agents at a time (`jobs`): each takes long. Agents with a sampled budget a
 where looking at all of them takes a quarter of the time; where a budget of CPU time is nearly used up, as soon as
 all processors together could have used the rest. Memory is first taken from /proc/PID/stat, where what is shared counts
 in full, and only if that is too much from smaps_rollup, which takes fifty times as long. What calls of tools use is
-sampled where they run, and told by the toolbox.
+sampled where they run, and reported by the toolbox.
 """
 
 from __future__ import annotations

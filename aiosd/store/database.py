@@ -123,7 +123,7 @@ class Database:
         self.path = folder / FILE
         folder.mkdir(parents=True, exist_ok=True, mode=0o700)
         self.undone: list[Callable[[], None]] = []  # called when a whole transaction was lost: drop what you made of it
-        self.told: set[tuple[str, object]] = set()  # what is lost, and was named in the log
+        self.reported: set[tuple[str, object]] = set()  # what is lost, and was named in the log
         self.counts = {"commits": 0, "lazy_commits": 0, "calls": 0, "undone": 0, "damaged": 0}
         self.memos = Memos(self.rows)
         self._part, self._bare = _Part(self, True), _Part(self, False)

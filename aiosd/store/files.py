@@ -108,7 +108,7 @@ class Files:
         # From the index alone: ids and paths. Then each by itself.
         paths = dict(self._db.rows(sql.replace(_COLUMNS, "f.id, f.path"), *which))
         rows, lost = plainly.piecemeal(self._all_of, list(paths))
-        plainly.tell(self._db, "files", [paths[file] for file in lost])
+        plainly.report(self._db, "files", [paths[file] for file in lost])
         rows += [Row(file, space.owner or 0, paths[file], 0, 0, 0.0, 0.0, "", None, damaged=True) for file in lost]
         return sorted(rows, key=lambda row: row.path.encode())
 

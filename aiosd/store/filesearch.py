@@ -90,7 +90,7 @@ class FileSearch:
                     if score := len(words & plainly.words_of(text)):
                         scores[row.id] = float(score)
                 yield Pause(0.0)
-        plainly.tell(self._db, "files with the numbers", lost)
+        plainly.report(self._db, "files with the numbers", lost)
         return self._found(caller, _by_owner(seen), query, k, scores)
 
     def _ranked(
@@ -114,7 +114,7 @@ class FileSearch:
             except OSError as err:  # a damaged page costs what is on it
                 if not plainly.is_damage(err):
                     raise
-                plainly.tell(self._db, "files with the numbers", [file])
+                plainly.report(self._db, "files with the numbers", [file])
             space = None if row is None else spaces.get(row.owner)
             if row is not None and space is not None and space.may_see(row.path):
                 excerpt = self._excerpt(file, query) if len(found) < EXCERPTS else ""

@@ -141,7 +141,7 @@ class Memory:
     def _listed_singly(self, ids: Sequence[int]) -> builtins.list[Note]:
         """The same with those that cannot be read, as such."""
         found, lost = plainly.piecemeal(lambda some: self._listed(marks(some), some), ids)
-        plainly.tell(self._db, "notes", lost)
+        plainly.report(self._db, "notes", lost)
         return sorted([*found, *map(plainly.lost_note, lost)], key=lambda note: note.id, reverse=True)
 
     def _walked(self, names: Mapping[int, str], args: wire.MemList) -> Generator[Pause, None, builtins.list[Note]]:

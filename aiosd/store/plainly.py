@@ -22,7 +22,7 @@ from libaios.wire import Note, NoteFilters
 logger = logging.getLogger("store")
 
 SLICE = 256  # row ids
-MOST_TOLD = 10_000  # of what is lost, in the log of one process
+MOST_REPORTED = 10_000  # of what is lost, in the log of one process
 _WORD = re.compile(r"[^\W_]+")
 
 Item = TypeVar("Item")
@@ -50,11 +50,11 @@ def piecemeal(read: Callable[[Sequence[Item]], list[Found]], items: Sequence[Ite
     return found + more, lost + also
 
 
-def tell(db: Database, what: str, lost: Sequence[object]) -> None:
+def report(db: Database, what: str, lost: Sequence[object]) -> None:
     """In the log, of each once: an agent may ask again and again."""
-    new = [one for one in lost if (what, one) not in db.told]
-    if new and len(db.told) < MOST_TOLD:
-        db.told.update((what, one) for one in new)
+    new = [one for one in lost if (what, one) not in db.reported]
+    if new and len(db.reported) < MOST_REPORTED:
+        db.reported.update((what, one) for one in new)
         names = ", ".join(map(str, new[:20])) + (", …" if len(new) > 20 else "")
         logger.warning("%s cannot be read, and stand in no answer: %s (see `aiosd fsck`)", what, names)
 
@@ -80,7 +80,7 @@ def walk(db: Database, owners: Mapping[int, str], filters: NoteFilters, now: flo
         lost += gone
         yield [note for note in notes if _passes(note, filters, now)]
     if lost:
-        tell(db, "notes, as far as there are any,", lost)
+        report(db, "notes, as far as there are any,", lost)
         yield [lost_note(0)]
 
 

@@ -177,7 +177,7 @@ class NoteSearch:
         for begin in range(0, len(notes), 500):
             some = notes[begin : begin + 500]
             read, lost = plainly.piecemeal(self._live, some)
-            plainly.tell(self._db, "notes", lost)
+            plainly.report(self._db, "notes", lost)
             found |= {note.id: note for note in read}
         return [wire.Found(found[note], scores[note]) for note in notes if note in found]
 

@@ -68,12 +68,12 @@ class Meter:
 
 
 class Bills:
-    """Tells what agents have used, when there is something to tell."""
+    """Charges what agents have used, when there is something to charge."""
 
     def __init__(self, charge: Charge) -> None:
         self._charge = charge
-        self._told: dict[int, int] = {}  # bytes, by agent: of those that hold some
-        self._small: dict[int, float] = {}  # seconds that are too few to be told, by agent
+        self._held: dict[int, int] = {}  # bytes, by agent: of those that hold some
+        self._small: dict[int, float] = {}  # seconds that are too few to be charged, by agent
 
     def settle(self, meters: Sequence[Meter], payer: int) -> None:
         """Of all workers, those of one agent: charge what it was not charged yet."""
@@ -84,33 +84,33 @@ class Bills:
             if meter.payer == payer:
                 memory += meter.memory
                 due, meter.due = due + meter.due, 0.0
-        self._tell(payer, due, memory)
+        self._send(payer, due, memory)
 
     def add(self, payer: int, seconds: float, least: float) -> None:
-        """Seconds of the toolbox itself; told when there are as many as `least`."""
+        """Seconds of the toolbox itself; charged when there are as many as `least`."""
         seconds += self._small.pop(payer, 0.0)
         if seconds < least:
             self._small[payer] = seconds
         else:
-            self._tell(payer, seconds, self._told.get(payer, 0))
+            self._send(payer, seconds, self._held.get(payer, 0))
 
     def forget(self, payer: int) -> None:
-        """The agent has ended; what its workers still use is told."""
+        """The agent has ended; what its workers still use is charged."""
         self._small.pop(payer, None)
 
     def again(self) -> None:
         """There is a new kernel, which has counted the time, but not what is held."""
-        for payer, memory in self._told.items():
+        for payer, memory in self._held.items():
             self._charge(payer, 0, memory)
 
-    def _tell(self, payer: int, seconds: float, memory: int) -> None:
+    def _send(self, payer: int, seconds: float, memory: int) -> None:
         microseconds = round(seconds * 1e6)
-        if microseconds or memory != self._told.get(payer, 0):
+        if microseconds or memory != self._held.get(payer, 0):
             self._charge(payer, microseconds, memory)
         if memory:
-            self._told[payer] = memory
+            self._held[payer] = memory
         else:
-            self._told.pop(payer, None)
+            self._held.pop(payer, None)
 
 
 def _used(tree: Mapping[int, Stat]) -> list[Used]:
