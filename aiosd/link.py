@@ -320,8 +320,8 @@ class Errand(Struct, array_like=True, frozen=True, tag=True):
 
 
 class ToolUse(Struct, array_like=True, frozen=True, tag=True):
-    """From the toolbox: calls of this agent have used so many microseconds on processors since the last such message,
-    and hold so much memory now. Sent while they run, and before they are answered."""
+    """From the toolbox: what calls of this agent have used since the last such message, in microseconds on processors,
+    and the memory that they hold now, in bytes. Sent while they run, and before they are answered."""
 
     pid: int
     cpu_us: int

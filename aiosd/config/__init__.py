@@ -119,7 +119,7 @@ class Settings:
     door: Endpoint | None = None  # … and where it listens
     passages: Passages | None = None  # between aiosd's own processes
     sandbox: Rules = field(default_factory=Rules)  # for agents of groups that `groups` does not name
-    sandbox_chosen: bool = False  # somebody has set its level; else it is the default
+    sandbox_chosen: bool = False  # its level was set by an option, a variable or a file
     groups: Mapping[str, Rules] = field(default_factory=dict)
     access: Policy = field(default_factory=Policy)  # what agents may do, …
     access_warnings: tuple[str, ...] = ()  # … and which rules never decide

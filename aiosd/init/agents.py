@@ -76,7 +76,7 @@ class Agents:
         return [child for child in self._children.values() if isinstance(child, Agent)]
 
     def look(self, fd: int) -> None:
-        """Something has happened at this descriptor; is it one of ours?"""
+        """Something has come through this descriptor; a new process may have reported."""
         self._births.look(fd)
 
     # ── births ────────────────────────────────────────────────────────────────────────────────────────────

@@ -3,12 +3,12 @@
 On two cores a call that goes from an agent through the kernel to a service and back is four changes of process, and one
 that the kernel answers is none or two. So a service may *promise* that an answer stays right until it takes that back
 (`link.Answered.promise`, a number), and it takes it back (`link.Stale`) when what was read changes, before the answer
-to the call that has changed it. Both come through one ring, in order. From that follows what callers rely on: whoever
-knows that a change took effect, because the call that made it was answered, never gets what was there before. (Andrew
-File System has promises of this kind, named callbacks.)
+to the call that has changed it. Both come through one ring, in order. From that follows what callers rely on: once the
+call that makes a change was answered, no agent gets what was there before. (Andrew File System has promises of this
+kind, named callbacks.)
 
-A copy is for the peer that has asked, and for the very same call: nobody gets by it what it was not given before. Calls
-of one peer keep their order, for no copy is given while the service has one of them. A promise is void when the
+A copy is for the peer that has asked, and for the very same call: no agent gets by it what it was not given before.
+Calls of one peer keep their order, for no copy is given while the service has one of them. A promise is void when the
 service dies, and when the service or the kernel is a new one. How often a copy was given is reported to the service
 before the next call that it gets (`link.Used`), so that its books and its own cache are as if it had been asked.
 

@@ -33,7 +33,7 @@ from libaios.wire import Limits
 LOG_SAMPLE_S = 1.0
 MEMORY_SAMPLE_S = 0.5  # of agents without a budget, whose memory is only shown
 SAMPLE_FEW = 16  # of them that are measured in one sample
-SHOWN_PART = 100  # that takes at most one part in so many of the time
+SHOWN_PART = 100  # at most a hundredth of the time goes into that
 OLD_S = 2.0  # what is older than this is measured again
 SHORTEST_S = 0.01  # Linux counts CPU time in steps of that
 PART = 4  # sampling takes at most one part in that many of the time

@@ -31,8 +31,8 @@ class Sandboxes:
         strict: bool = False,
         chosen: bool = True,
     ) -> None:
-        """`folder`: of the workspaces. `strict`: nobody chooses less than the rules say. `chosen`: the level of `rules`
-        is what a person has set, not the default."""
+        """`folder`: of the workspaces. `strict`: no less than the rules say may be chosen. `chosen`: the
+        level of `rules` is what a person has set, not the default."""
         self.rules = rules
         self._chosen = chosen
         self._strict = strict

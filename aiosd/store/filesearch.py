@@ -44,7 +44,7 @@ class FileSearch:
         self, caller: link.Caller, seen: Seen, query: str, folder: str, k: int
     ) -> list[wire.FoundFile] | Generator[Pause, None, list[wire.FoundFile]]:
         """Files of the spaces that `seen` gives, the best first: at once, or what brings them after a while. Meanwhile
-        somebody may have taken back what was shared, so `seen` is asked again after each pause."""
+        what was shared may have been taken back, so `seen` is asked again after each pause."""
         spaces = _by_owner(seen)
         if self._meaning.embedder is not None and spaces:
             return self._by_meaning(caller, seen, query, folder, k)

@@ -1,6 +1,6 @@
 """Which answers the kernel may give again, because nothing that they say has changed (see `aiosd.kernel.copies`).
 
-A promise is about a *subject*, a note say. Whoever changes a subject calls `broken`, before the answer to the call that
+A promise is about a *subject*, a note say. What changes a subject calls `broken`, before the answer to the call that
 does so, and whether or not its transaction will hold: a promise that was taken back for nothing costs one call. So that
 the reverse cannot happen, none is made while a transaction is open, whose changes others may already see here.
 """
@@ -41,7 +41,7 @@ class Promises:
             self.take_back([number])
 
     def void(self) -> None:
-        """There is nobody any more to whom they were made."""
+        """There is a new kernel, which has none of them."""
         self._numbers.clear()
         self._subjects.clear()
 

@@ -20,13 +20,13 @@ Charge = Callable[[int, int, int], None]
 
 
 class Meter:
-    """Of one worker. `payer`: the agent for which it works, has worked last, or was started; 0: nobody pays."""
+    """Of one worker. `payer`: the agent for which it works, has worked last, or was started; 0: no agent pays."""
 
     def __init__(self, payer: int = 0) -> None:
         self.payer = payer
         self._started_for = payer  # until its first call begins
         self.memory = 0  # bytes, in the last sample
-        self.due = 0.0  # seconds that nobody was charged yet
+        self.due = 0.0  # seconds of processor time that are not charged yet
         self._cpu = CpuMeter()
         self._base: dict[int, int] = {}  # bytes that its processes had before the call, by Linux pid
         self._known: set[int] = set()  # processes that were seen
