@@ -26,7 +26,7 @@ from libaios import sto as _sto
 from libaios import tool as _tool
 from libaios import wire
 from libaios.agent import connected, connection
-from libaios.channel import BACKSTOP_S
+from libaios.channel import BACKSTOP_S, LONGEST_S
 from libaios.connection import SLACK_S, Connection, Pending, decode_body
 from libaios.generate import Piece, Pieces, Result, generate_args, variants
 from libaios.loop import Finished, Think, observation, steps
@@ -66,11 +66,11 @@ def _turn(loop: asyncio.AbstractEventLoop) -> asyncio.Lock:
     return turn
 
 
-async def _submit(conn: Connection, sys: int, args: Any, stream: bool = False) -> tuple[Pending, asyncio.Event]:
+async def _submit(conn: Connection, sys: int, args: Any, stream: bool = False) -> tuple[Pending, Replied]:
     """Send a call; the event is set at every reply. While the ring is full the task waits, and the loop goes on."""
     loop = asyncio.get_running_loop()
     conn.attach_loop(loop)
-    replied = asyncio.Event()
+    replied = Replied()
 
     def notify() -> None:
         loop.call_soon_threadsafe(replied.set)
@@ -87,7 +87,7 @@ async def _submit(conn: Connection, sys: int, args: Any, stream: bool = False) -
     return call, replied
 
 
-async def _final(conn: Connection, call: Pending, replied: asyncio.Event, timeout: float | None) -> None:
+async def _final(conn: Connection, call: Pending, replied: Replied, timeout: float | None) -> None:
     try:
         async with asyncio.timeout(None if timeout is None else timeout + SLACK_S):
             while call.final is None:
@@ -99,14 +99,26 @@ async def _final(conn: Connection, call: Pending, replied: asyncio.Event, timeou
         raise
 
 
-async def _reply(conn: Connection, replied: asyncio.Event) -> None:
-    """Wait for the next reply. At the back-stop it looks by itself, since a ring may have been lost."""
+class Replied(asyncio.Event):
+    """Set at each reply to a call. `backstop_s`: of the next wait for one."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.backstop_s = BACKSTOP_S
+
+
+async def _reply(conn: Connection, replied: Replied, deadline: float | None = None) -> None:
+    """Wait for the next reply. At the back-stop it looks by itself, since a ring may have been lost; the next one lasts
+    twice as long, as in `Channel.wait`. It also ends at the deadline."""
+    seconds, replied.backstop_s = replied.backstop_s, BACKSTOP_S
+    left = seconds if deadline is None else max(0.0, deadline - time.monotonic())
     try:
-        async with asyncio.timeout(BACKSTOP_S):
+        async with asyncio.timeout(min(seconds, left)):
             await replied.wait()
     except TimeoutError:
         conn.pump()
         conn.nudge()
+        replied.backstop_s = min(2 * seconds, LONGEST_S)
     replied.clear()
 
 
@@ -249,7 +261,7 @@ class Generation(Coroutine[Any, Any, Any]):
                 elif deadline is not None and time.monotonic() > deadline:
                     raise TimeoutError(errno.ETIMEDOUT, "no answer in time")
                 else:
-                    await _reply(conn, replied)
+                    await _reply(conn, replied, deadline)
             yield pieces.piece(decode_body(call.final, wire.Generated))
         finally:
             conn.abandon(call)

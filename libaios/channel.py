@@ -12,7 +12,8 @@ bell that `receive` has read may have rung for room. So an owner pumps, receives
 
 `wait` sleeps on the bell, for no longer than the back-stop (BACKSTOP_S): the other side may have died just before it
 rang. At the back-stop it also rings again, if what it has sent still lies in the ring: its own ring may not have taken
-place, because a signal handler raised.
+place, because a signal handler raised. Each sleep that ends there makes the next one twice as long, up to LONGEST_S: of
+thousands of agents most wait for a long time, and nothing is lost while nothing is sent.
 
 An owner with many channels uses the parts of `receive`, and saves the other sides their rings: `take` reads, `filled`
 looks, and neither announces sleep. `wait` does that, or `restless` for many channels at once. In the same way `post`
@@ -54,6 +55,7 @@ __all__ = ["Channel", "ProtocolError", "Side", "make_channel", "raise_epoch"]
 
 _EPOCH = ring.EPOCH
 BACKSTOP_S = 1.0
+LONGEST_S = 64.0
 RINGS_LEFT = 32  # unread bytes in a bell at which it is read; it can hold about 270
 LOOKS = 1500  # looks before sleep, about 40 µs: a process on another core can be woken and reply in that time
 RESTS = 255  # sleeps that follow a failure without a look before, at most
@@ -146,11 +148,13 @@ class Channel:
 
     __slots__ = (
         "_agent",
+        "_backstop_s",
         "_bell",
         "_blocking",
         "_consumer",
         "_frames",
         "_items",
+        "_longest_read_s",
         "_memfd",
         "_outbox",
         "_patience",
@@ -169,6 +173,8 @@ class Channel:
     def __init__(self, memfd: int, bell: int, side: Side) -> None:
         self._memfd, self._bell = memfd, bell
         self._blocking = False  # reading the bell blocks: see `sleep_in_read`
+        self._backstop_s = BACKSTOP_S  # of the next sleep
+        self._longest_read_s = 0.0  # what Linux knows of it; 0: nothing
         self._rings = 0  # bytes that were noticed and left in the bell: see `heard`
         self._patience = Patience()
         self._outbox: deque[tuple[bytes, int]] = deque()  # frames, and the bytes of each that are in the ring
@@ -210,16 +216,22 @@ class Channel:
     def sleep_in_read(self) -> None:
         """Let `wait` sleep in a read of the bell: one system call instead of two. For an owner that waits for nothing
         else, since reading the bell may block from now on."""
+        self._limit_reads(BACKSTOP_S)
+        os.set_blocking(self._bell, True)
+        self._blocking = True
+
+    def _limit_reads(self, seconds: float) -> None:
+        """Let a read of the bell last no longer than this."""
+        self._longest_read_s = 0.0  # a signal handler may raise in here
         # `_socket`, since `socket` makes enums: an agent would write to pages that it shares with others.
         bell = _socket.socket(fileno=os.dup(self._bell))
         try:
-            bell.setsockopt(_socket.SOL_SOCKET, _socket.SO_RCVTIMEO, _timeval(BACKSTOP_S))
+            bell.setsockopt(_socket.SOL_SOCKET, _socket.SO_RCVTIMEO, _timeval(seconds))
             # Writing into a full bell must not block: the other side has been rung for already.
             bell.setsockopt(_socket.SOL_SOCKET, _socket.SO_SNDTIMEO, _timeval(1e-6))
         finally:
             bell.close()
-        os.set_blocking(self._bell, True)
-        self._blocking = True
+        self._longest_read_s = seconds
 
     def rouse(self) -> None:
         """For a signal handler that has interrupted `wait` and has received in its place. After the handler Python
@@ -457,6 +469,7 @@ class Channel:
         the sleep, too, when they can be read."""
         consumer, items = self._consumer, self._items
         written, read = consumer.written_item, consumer.read
+        seconds, self._backstop_s = self._backstop_s, BACKSTOP_S
         if items[written] != read or self._frames or self.hung_up:
             return True
         if self._patience.look(items, written, read, LOOKS):
@@ -467,10 +480,13 @@ class Channel:
             return True
         if items[consumer.waits]:
             self._ring(consumer.waits)
-        if self._blocking and not also and (timeout is None or timeout >= BACKSTOP_S):
+        if self._blocking and not also and (timeout is None or timeout >= seconds):
+            if seconds != self._longest_read_s:
+                self._limit_reads(seconds)
             if self._read_bell():
                 return True
             os.set_blocking(self._bell, True)  # after a `rouse`; a test for that could miss another handler
+            self._backstop_s = min(2 * seconds, LONGEST_S)
         elif found := _readable(
             self._bell, BACKSTOP_S if timeout is None else max(0.0, min(BACKSTOP_S, timeout)), also
         ):

@@ -515,7 +515,7 @@ def test_closing_while_a_task_looks_for_itself_does_no_harm(
     monkeypatch.setattr(aio, "BACKSTOP_S", 0.0, raising=False)
 
     async def main() -> None:
-        await aio._reply(connection, asyncio.Event())
+        await aio._reply(connection, aio.Replied())
 
     asyncio.run(main())
 

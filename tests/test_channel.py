@@ -282,6 +282,23 @@ def test_who_is_roused_wakes_once(ends: Ends, monkeypatch: pytest.MonkeyPatch) -
     assert ends.agent.receive() == [b"a frame"]
 
 
+def test_a_long_wait_sleeps_longer_each_time(ends: Ends, monkeypatch: pytest.MonkeyPatch) -> None:
+    """And the first sleep after a frame is short again."""
+    monkeypatch.setattr(channels, "BACKSTOP_S", 0.01)
+    ends.agent._backstop_s = 0.01
+    ends.agent.sleep_in_read()
+    for _ in range(2):
+        until, sleeps = time.monotonic() + 0.64, 0
+        while time.monotonic() < until:
+            assert not ends.agent.wait()
+            sleeps += 1
+        assert sleeps <= 8, "0.01 + 0.02 + 0.04 + …"
+        ends.kernel.send(b"a frame")
+        assert ends.agent.wait()
+        assert ends.agent.receive() == [b"a frame"]
+        assert ends.agent._backstop_s == 0.01
+
+
 def test_wait_ends_after_its_time(ends: Ends) -> None:
     before = time.monotonic()
     assert not ends.agent.wait(0.02)
