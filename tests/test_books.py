@@ -41,7 +41,7 @@ def kernel() -> Any:
     peer.calls[1] = call
     proc.row[ledger.PROMPT], proc.row[ledger.COMPLETION], proc.row[ledger.CHARGED] = 3, 1, 4
     proc.prompt_tokens, proc.cached_tokens, proc.completion_tokens = 7, 2, 4
-    box = Mailbox(deque([Message(1, 0, Raw(b"\xc0"))]), size=1)
+    box = Mailbox(deque([Message(1, 0, Raw(b"\xc0"), 1)]), size=1)
     core = SimpleNamespace(
         name="llm:nano", ospid=0, calls={call.key: call}, stats={"slots": {"free": 3, "used": 1, "total": 4}}
     )

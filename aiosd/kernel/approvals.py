@@ -73,16 +73,16 @@ class Approvals:
         self._table = table
         self._calls = calls
         self._boot = boot
-        self._ruled: dict[str, bool] = {}
+        self._ruled: dict[int, bool] = {}  # by the number of the call
         self._asks: dict[str, _Ask] = {}
         self._watchers: dict[Call, wire.WatchAsks] = {}
         self._born = calls.timers.clock() if reborn else -BACK_S
 
-    def concerns(self, call: str) -> bool:
+    def concerns(self, row: wire.Row) -> bool:
         """Whether any rule names this system call. Asked for almost every call."""
-        known = self._ruled.get(call)
+        known = self._ruled.get(row.sys)
         if known is None:
-            known = self._ruled[call] = self.policy.concerns(call, False)
+            known = self._ruled[row.sys] = self.policy.concerns(row.name, False)
         return known
 
     def change(self, policy: Policy) -> None:

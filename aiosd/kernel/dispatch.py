@@ -131,9 +131,13 @@ class Dispatcher:
         if peer.copies and (body := self._copied(peer, request)) is not None:
             return _encode((number, 0, False, 0, body))
         call = calls.open(peer, request, len(payload))
-        body = self._tried(call, lambda: self._execute(call, request))
+        try:
+            body = self._execute(call, request)
+        except Exception as err:
+            self._failed(call, err)
+            return None
         if body is not PENDING and calls.close(call):
-            return reply(call.id, body)
+            return reply(number, body)
         return None
 
     def _copied(self, peer: Peer, request: wire.Request) -> Raw | None:
@@ -148,16 +152,13 @@ class Dispatcher:
         copy.used[copy.promise] = copy.used.get(copy.promise, 0) + 1
         return copy.body
 
-    def _tried(self, call: Call, act: Callable[[], Any]) -> Any:
-        """What the act returns; PENDING, too, when it has failed, and the call with it."""
-        try:
-            return act()
-        except OSError as err:
+    def _failed(self, call: Call, err: Exception) -> None:
+        if isinstance(err, OSError):
             self._calls.fail(call, err.errno or errno.EIO, err.strerror or str(err))
-        except Exception:  # a bug of one handler: it costs this call, and no other
-            logger.exception("system call %s of %d: a bug of the kernel", call.row.name, call.peer.id)
+        else:  # a bug of one handler: it costs this call, and no other
+            name = call.row.name
+            logger.error("system call %s of %d: a bug of the kernel", name, call.peer.id, exc_info=err)
             self._calls.fail(call, errno.EIO, "the kernel made a mistake; its log has the details")
-        return PENDING
 
     def _execute(self, call: Call, request: wire.Request) -> Any:
         row = call.row
@@ -170,17 +171,27 @@ class Dispatcher:
             served = self._memo(call.key)
             if served is not None:
                 return Raw(served)
-        held = Held(call.peer)
-        if self._rights.check(call, args, lambda: self._resume(call, args, request.args, held)) is Verdict.LATER:
-            held.keep(call)
+        if not self._rights.is_at_once(call) and not self._is_allowed(call, args, request.args):
             return PENDING
         return self.proceed(call, args, request.args)
+
+    def _is_allowed(self, call: Call, args: Any, raw: Raw) -> bool:
+        """Now. Else a person decides, and then it goes on."""
+        held = Held(call.peer)
+        later = self._rights.check(call, args, lambda: self._resume(call, args, raw, held)) is Verdict.LATER
+        if later:
+            held.keep(call)
+        return not later
 
     def _resume(self, call: Call, args: Any, raw: Raw, held: Held) -> None:
         """A person has allowed it."""
         call.allowed = True
         with held:
-            body = self._tried(call, lambda: self.proceed(call, args, raw))
+            try:
+                body = self.proceed(call, args, raw)
+            except Exception as err:
+                self._failed(call, err)
+                return
             if body is not PENDING:
                 self._calls.finish(call, body)
 

@@ -16,6 +16,7 @@ journal of another version is refused.
 
 from __future__ import annotations
 
+import mmap
 import os
 import struct
 from collections import OrderedDict, deque
@@ -36,7 +37,7 @@ MAGIC = int.from_bytes(b"aiosjrnl", "little")
 VERSION = 1  # of the layout and of the records
 
 _HEADER = struct.Struct("=4Q")
-_EDITION, _SIZE = 16, 24  # offsets
+_EDITION, _BYTES = 2, 3  # which of them
 _LENGTH = struct.Struct("=I")
 
 
@@ -62,6 +63,11 @@ _decode = msgpack.Decoder(Sent | Taken).decode
 
 def _size(message: Sent) -> int:
     return len(memoryview(message.obj))
+
+
+def _map(fd: int) -> memoryview:
+    """The four numbers of a memfd's header, in shared memory: a number is set without a system call, and at once."""
+    return memoryview(mmap.mmap(fd, _HEADER.size)).cast("B").cast("Q")
 
 
 class Journal:
@@ -102,9 +108,10 @@ class Journal:
         self._keep_small()
 
     def _remember(self, message: Sent, key: Key) -> None:
+        size = _size(message)
         self._recent.append((message, key))
-        self._recent_bytes += _size(message)
-        while len(self._recent) > REMEMBER or self._recent_bytes > max(REMEMBER_BYTES, _size(message)):
+        self._recent_bytes += size
+        while len(self._recent) > REMEMBER or self._recent_bytes > max(REMEMBER_BYTES, size):
             self._recent_bytes -= _size(self._recent.popleft()[0])
 
     def _keep_small(self) -> None:
@@ -123,10 +130,17 @@ class Journal:
     def _append(self, record: Sent | Taken) -> None:
         payload = wire.encode(record)
         data = _LENGTH.pack(len(payload)) + payload
-        fd = self._fds[self._at]
-        os.pwrite(fd, data, _HEADER.size + self._size)
+        os.pwrite(self._fds[self._at], data, _HEADER.size + self._size)
         self._size += len(data)
-        os.pwrite(fd, struct.pack("=Q", self._size), _SIZE)
+        self._header[_BYTES] = self._size
+
+    def _begin(self, edition: int) -> None:
+        """An empty journal in the memfd that is used from now on."""
+        fd = self._fds[self._at]
+        os.ftruncate(fd, 0)
+        os.pwrite(fd, _HEADER.pack(MAGIC, VERSION, edition, 0), 0)
+        self._size = 0
+        self._header = _map(fd)
 
     # ── reading and compacting ────────────────────────────────────────────────────────────────────────────
 
@@ -148,10 +162,11 @@ class Journal:
     def _replay(self) -> None:
         fd = self._fds[self._at]
         if not self._edition_now:
-            os.pwrite(fd, _HEADER.pack(MAGIC, VERSION, 1, 0), 0)
             self._edition_now = 1
+            self._begin(edition=1)
             return
-        self._size = _HEADER.unpack(os.pread(fd, _HEADER.size, 0))[3]
+        self._header = _map(fd)
+        self._size = self._header[_BYTES]
         data = os.pread(fd, self._size, _HEADER.size)
         at = 0
         while at < len(data):
@@ -174,10 +189,7 @@ class Journal:
         """Write the records that are still needed to the other memfd, and use that one from now on."""
         self._waiting = OrderedDict((seq, m) for seq, m in self._waiting.items() if self._is_alive(m.to))
         self._at = 1 - self._at
-        fd = self._fds[self._at]
-        os.ftruncate(fd, 0)
-        self._size = 0
-        os.pwrite(fd, _HEADER.pack(MAGIC, VERSION, 0, 0), 0)
+        self._begin(edition=0)
         for message, key in self._recent:
             if self._is_alive(message.to) or self._is_alive(message.sender):
                 self._append(message)
@@ -185,5 +197,5 @@ class Journal:
         for message in self._waiting.values():
             self._append(message)
         self._edition_now += 1
-        os.pwrite(fd, struct.pack("=Q", self._edition_now), _EDITION)
+        self._header[_EDITION] = self._edition_now
         self._limit = max(self._compact_at, 2 * self._size)  # the records that are needed may already exceed the limit

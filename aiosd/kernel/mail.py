@@ -15,7 +15,7 @@ from typing import NamedTuple
 from msgspec import Raw
 
 from aiosd.kernel.calls import Calls
-from aiosd.kernel.journal import Journal
+from aiosd.kernel.journal import Journal, Sent
 from aiosd.kernel.peer import Call
 from aiosd.kernel.proc import INIT, Proc
 from aiosd.link import Key
@@ -28,15 +28,16 @@ ALL_BYTES = 128 << 20  # in all mailboxes
 
 
 class Message(NamedTuple):
-    """One message in a mailbox; `seq` is its number in the journal."""
+    """One message in a mailbox; `seq` is its number in the journal, `size` that of its bytes."""
 
     seq: int
     sender: int
     obj: Raw
+    size: int
 
-    @property
-    def size(self) -> int:
-        return len(memoryview(self.obj))
+    @classmethod
+    def of(cls, sent: Sent) -> Message:
+        return cls(sent.seq, sent.sender, sent.obj, len(memoryview(sent.obj)))
 
 
 @dataclass(slots=True, eq=False)
@@ -72,34 +73,33 @@ class Mail:
         """After a kernel's death: what was accepted and not taken goes back into mailboxes; the dead have none."""
         for sent in self.journal.waiting():
             if sent.to in is_alive:
-                self._put(sent.to, Message(sent.seq, sent.sender, sent.obj))
+                self._put(sent.to, Message.of(sent))
             else:
                 self.journal.forget(sent.to, [sent.seq])
 
     def send(self, call: Call, to: Proc, obj: Raw) -> None:
         """Accept a message. Raises OSError: EMSGSIZE, EAGAIN."""
         sender = call.peer.proc.pid if call.peer.proc is not None else 0
-        obj = Raw(bytes(obj))
-        self._check_room(to.pid, sender, len(memoryview(obj)))
-        self._accept(call.key, to, sender, obj)
+        self._accept(call.key, to, sender, bytes(obj))
 
-    def _accept(self, key: Key, to: Proc, sender: int, obj: Raw) -> None:
-        self._put(to.pid, Message(self.journal.sent(key, to.pid, sender, obj), sender, obj))
-        receivers = self._boxes[to.pid].receivers
+    def _accept(self, key: Key, to: Proc, sender: int, data: bytes) -> None:
+        size = len(data)
+        self._check_room(to.pid, sender, size)
+        obj = Raw(data)
+        receivers = self._put(to.pid, Message(self.journal.sent(key, to.pid, sender, obj), sender, obj, size)).receivers
         if receivers:
             receiver = receivers[0]
             self._calls.finish(receiver, self._take(receiver, to.pid))
 
     def post(self, to: Proc, obj: Raw) -> None:
         """A message from aiosd itself, to which nobody waits for a reply. Raises OSError: EAGAIN."""
-        self._check_room(to.pid, INIT, len(memoryview(obj)))
-        self._accept((INIT, 0), to, INIT, obj)
+        self._accept((INIT, 0), to, INIT, bytes(obj))
 
     def _check_room(self, to: int, sender: int, size: int) -> None:
-        box = self.box(to)
         if size > MAILBOX_BYTES:
             raise wire.error(errno.EMSGSIZE, f"a message of {size} bytes; at most {MAILBOX_BYTES} fit into a mailbox")
-        if len(box.messages) >= MAILBOX_MESSAGES or box.size + size > MAILBOX_BYTES:
+        box = self._boxes.get(to)
+        if box is not None and (len(box.messages) >= MAILBOX_MESSAGES or box.size + size > MAILBOX_BYTES):
             raise wire.error(errno.EAGAIN, f"{to}: mailbox is full ({len(box.messages)} messages)")
         if self._sent.get(sender, 0) + size > SENDER_BYTES:
             raise wire.error(errno.EAGAIN, f"more than {SENDER_BYTES} bytes of this sender have not been received yet")
@@ -108,7 +108,7 @@ class Mail:
 
     def receive(self, call: Call, me: Proc) -> wire.Received | None:
         """The oldest message; None: there is none, and the call waits for one."""
-        box = self._boxes.setdefault(me.pid, Mailbox())
+        box = self._own(me.pid)
         if box.messages:
             return self._take(call, me.pid)
         box.receivers.append(call)
@@ -119,12 +119,20 @@ class Mail:
         box.receivers.remove(call)
         self._drop_if_empty(pid, box)
 
-    def _put(self, pid: int, message: Message) -> None:
-        box = self._boxes.setdefault(pid, Mailbox())
+    def _own(self, pid: int) -> Mailbox:
+        """The agent's mailbox, a new one if it has none."""
+        box = self._boxes.get(pid)
+        if box is None:
+            box = self._boxes[pid] = Mailbox()
+        return box
+
+    def _put(self, pid: int, message: Message) -> Mailbox:
+        box = self._own(pid)
         box.messages.append(message)
         box.size += message.size
         self._total += message.size
         self._sent[message.sender] = self._sent.get(message.sender, 0) + message.size
+        return box
 
     def _take(self, call: Call, pid: int) -> wire.Received:
         box = self._boxes[pid]
