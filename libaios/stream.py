@@ -36,6 +36,7 @@ _CHUNK_MAX = 1 << 18  # … or this much of a large one
 _TURN = 1 << 20  # bytes read in one `receive`, so that a peer that writes as fast as we read cannot hold us
 _ANCILLARY = socket.CMSG_SPACE(MAX_FDS * 4)
 # As plain numbers: an enum costs as much as the rest of a read.
+_SEND_FLAGS = int(socket.MSG_NOSIGNAL | socket.MSG_DONTWAIT)
 _RECV_FLAGS = int(socket.MSG_CMSG_CLOEXEC | socket.MSG_DONTWAIT)
 _TRUNCATED = int(socket.MSG_CTRUNC)
 
@@ -84,6 +85,12 @@ class FrameSocket:
         if self.pending + len(payload) > self._max_outbox:
             raise BufferError(f"{self.pending} bytes wait to be sent already")
         data = memoryview(_LENGTH.pack(len(payload)) + payload)
+        if not self._out:
+            sent = self._offer(data, fds)
+            if sent == len(data):
+                return
+            if sent:
+                data, fds = data[sent:], ()
         copies: list[int] = []
         try:
             for fd in fds:
@@ -99,10 +106,8 @@ class FrameSocket:
         """Send as much as the socket takes. True: the outbox is empty."""
         while self._out:
             data, fds = self._out[0]
-            rights = [(socket.SOL_SOCKET, socket.SCM_RIGHTS, array.array("i", fds))] if fds else []
-            try:
-                sent = self._sock.sendmsg([data], rights, socket.MSG_NOSIGNAL | socket.MSG_DONTWAIT)
-            except (BlockingIOError, InterruptedError):
+            sent = self._offer(data, fds)
+            if not sent:
                 return False
             _close(fds)
             self.pending -= sent
@@ -111,6 +116,14 @@ class FrameSocket:
             else:
                 self._out[0] = (data[sent:], [])
         return True
+
+    def _offer(self, data: memoryview, fds: Sequence[int]) -> int:
+        """How many bytes of it the socket takes now; with the first of them it takes the descriptors."""
+        rights = [(socket.SOL_SOCKET, socket.SCM_RIGHTS, array.array("i", fds))] if fds else []
+        try:
+            return self._sock.sendmsg([data], rights, _SEND_FLAGS)
+        except (BlockingIOError, InterruptedError):
+            return 0
 
     # ── receiving ─────────────────────────────────────────────────────────────────────────────────────────
 

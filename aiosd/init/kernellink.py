@@ -20,6 +20,7 @@ class KernelLink:
         self._epoll = epoll
         self._kernel = kernel
         self._frames: FrameSocket | None = None
+        self._watches_output = False
         self.epoch = 0  # how many kernels there have been
 
     @property
@@ -33,6 +34,7 @@ class KernelLink:
         sock.setblocking(False)
         self._frames = FrameSocket(sock)
         self._epoll.register(sock.fileno(), select.EPOLLIN)
+        self._watches_output = False
 
     def send(self, message: link.FromSupervisor, fds: tuple[int, ...] = ()) -> None:
         if self._frames is None or not self._kernel.ospid:
@@ -61,9 +63,12 @@ class KernelLink:
         self._watch()
 
     def _watch(self) -> None:
-        if self._frames is not None:
-            events = select.EPOLLIN | (select.EPOLLOUT if self._frames.pending else 0)
-            self._epoll.modify(self._frames.fileno(), events)
+        if self._frames is None:
+            return
+        waits = bool(self._frames.pending)
+        if waits is not self._watches_output:
+            self._epoll.modify(self._frames.fileno(), select.EPOLLIN | (select.EPOLLOUT if waits else 0))
+            self._watches_output = waits
 
     def _close(self, frames: FrameSocket) -> None:
         self._epoll.unregister(frames.fileno())

@@ -106,6 +106,10 @@ class Mail:
         if self._total + size > ALL_BYTES:
             raise wire.error(errno.EAGAIN, f"all mailboxes hold more than {ALL_BYTES} bytes")
 
+    def has_message(self, pid: int) -> bool:
+        box = self._boxes.get(pid)
+        return box is not None and bool(box.messages)
+
     def receive(self, call: Call, me: Proc) -> wire.Received | None:
         """The oldest message; None: there is none, and the call waits for one."""
         box = self._own(me.pid)

@@ -227,6 +227,8 @@ class MessageCalls:
         served = self.mail.journal.served.get(call.key)
         if served is not None:
             return served
+        if args.timeout_s == 0 and not self.mail.has_message(me.pid):
+            raise wire.error(errno.ETIMEDOUT, "no message within 0 s")
         received = self.mail.receive(call, me)
         if received is not None:
             return received

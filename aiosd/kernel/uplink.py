@@ -22,6 +22,7 @@ class Uplink:
         self._events = events
         self._on_message = on_message
         self._source = events.watch(sock.fileno(), self._on_event)
+        self._watches_output = False
 
     @property
     def pending(self) -> int:
@@ -30,11 +31,13 @@ class Uplink:
 
     def send(self, message: link.ToSupervisor, fds: tuple[int, ...] = ()) -> None:
         self._frames.send(link.encode(message), fds)
-        if self._frames.pending:
-            self._watch_output()
+        self._watch()
 
-    def _watch_output(self) -> None:
-        self._events.modify(self._source, select.EPOLLIN | (select.EPOLLOUT if self._frames.pending else 0))
+    def _watch(self) -> None:
+        waits = bool(self._frames.pending)
+        if waits is not self._watches_output:
+            self._events.modify(self._source, select.EPOLLIN | (select.EPOLLOUT if waits else 0))
+            self._watches_output = waits
 
     def _on_event(self, mask: int) -> None:
         try:
@@ -44,4 +47,4 @@ class Uplink:
             os._exit(1)  # the supervisor is gone, and with it the system
         for payload, fds in frames:
             self._on_message(link.decode_from_supervisor(payload), fds)
-        self._watch_output()
+        self._watch()
