@@ -117,11 +117,16 @@ def _sandbox(
 
 
 def _umask() -> int:
-    with open("/proc/self/status", encoding="ascii", errors="replace") as file:
-        for line in file:
-            if line.startswith("Umask:"):
-                return int(line.split()[1], 8)
-    return 0o022
+    """From /proc, because to ask Linux is to set it, for all threads."""
+    try:
+        fd = os.open("/proc/self/status", os.O_RDONLY | os.O_CLOEXEC)
+    except OSError:
+        return 0o022
+    try:
+        _, _, rest = os.read(fd, 256).partition(b"\nUmask:")  # the second line
+    finally:
+        os.close(fd)
+    return int(rest.split(None, 1)[0], 8) if rest else 0o022
 
 
 @syscall

@@ -1203,6 +1203,8 @@ def os_text(value: str | bytes | os.PathLike[str]) -> str:
     """What Linux takes as bytes (an argument, a variable, a path) as text that a message can carry. Bytes that are no
     UTF-8 become a NUL, which no such text can hold, and behind it each byte as the character of that number."""
     plain = os.fspath(value)
+    if isinstance(plain, str) and plain.isascii() and plain[:1] != "\0":  # nearly all
+        return plain
     encoded = plain if isinstance(plain, bytes) else plain.encode("utf-8", "surrogateescape")
     try:
         text = encoded.decode()
