@@ -93,13 +93,14 @@ class House:
         self.exceeded: list[tuple[str, str]] = []
         self.tree = {70: Stat("S", 1, 70, 70, 0.0, 5, 0.0, 10 << 20)}
         everything: Any = SimpleNamespace()
+        self.timers = Timers(lambda: 0.0)
         self.measure = Measure(
             table,
             [self.budget],  # type: ignore[arg-type]
-            Timers(),
+            self.timers,
             everything,
             lambda budget, which, why: self.exceeded.append((which, why)),
-            SimpleNamespace(look=lambda: iter(())),  # type: ignore[arg-type]
+            SimpleNamespace(look=lambda: iter(()), watches=lambda proc: False),  # type: ignore[arg-type]
             everything,
             "/none",
         )
@@ -147,6 +148,19 @@ def test_what_an_agent_used_last_is_counted_at_its_end(monkeypatch: pytest.Monke
     house.sample()
     house.measure.ended(house.measure._table.procs[7], 0.75)
     assert house.budget.cpu_s == 0.75
+
+
+def test_where_nothing_has_to_be_sampled_the_kernel_looks_seldom(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Until an agent comes that has to be."""
+    house = House(Limits(tokens=5), monkeypatch)
+    house.sample()
+    assert house.timers.until_next() == measure.CALM_S
+    other = Proc(8, 80, 8, 0, "x", "x", "", "", 0.0, 0, budgets=[Budget(8, Limits(tokens=5))])
+    house.measure.begun(other)
+    assert house.timers.until_next() == measure.CALM_S
+    other.budgets.append(Budget(8, Limits(cpu_s=1.0)))
+    house.measure.begun(other)
+    assert house.timers.until_next() == measure.SAMPLE_S
 
 
 def test_the_nearer_the_end_of_its_time_the_sooner_it_is_looked_at_again(monkeypatch: pytest.MonkeyPatch) -> None:

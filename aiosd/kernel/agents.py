@@ -101,6 +101,7 @@ class Agents:
         self.listed = Listed(table, timers)
         tokens.agent = table.get
         self.stopping = False  # the system goes down
+        self.process_begun: Callable[[Proc], None]  # see `measure`
         self.process_over: Callable[[Proc, float], None]  # with the seconds that it has used, see `measure`
         self.outside_changed: Callable[[], None] = lambda: None  # an agent without a process has come, or ended
         self.open_door: Callable[[Proc, int], None]  # of a confined agent, see `control`
@@ -236,6 +237,7 @@ class Agents:
             else:
                 self._connect_all(proc, fds)
             self.enforcer.born(proc)
+            self.process_begun(proc)
             if parent is not None and parent.halted:  # it was told to stop, with all its children, while we forked
                 self.deliver(proc, signal.SIGSTOP)
         self.budgets.arrived(spec.shares)

@@ -38,13 +38,13 @@ class Forks:
             return
         self._calm = others
         for proc in self._table.live():
-            if self._is_unbound(proc):
+            if proc.ospid and self.watches(proc):
                 if procfs.threads_below(proc.ospid, self._most) > self._most:
                     self._ended(proc, f"more than {self._most} processes and threads (--processes N allows more)")
                 yield
 
-    def _is_unbound(self, proc: Proc) -> bool:
-        """Whether nothing else bounds how many it has."""
-        if proc.box is None or not proc.ospid or (proc.box.level == "cage" and not self._root):
+    def watches(self, proc: Proc) -> bool:
+        """Whether nothing else bounds how many processes it has."""
+        if proc.box is None or (proc.box.level == "cage" and not self._root):
             return False
         return all(budget.limits.processes is None for budget in proc.budgets)

@@ -172,7 +172,7 @@ class Kernel:
         self.generations.stood_still = self.agents.stood_still
         self.budgets.time_is_up = self.enforcer.time_is_up
         self.budgets.near = Notices(self.table, self.mail).near
-        self.agents.process_over = self.measure.ended
+        self.agents.process_begun, self.agents.process_over = self.measure.begun, self.measure.ended
         self.waiters.collect = self.agents.collect
         self.calls.offended, self.calls.gone = self._offended, self._gone
 

@@ -27,7 +27,7 @@ from aiosd.kernel.logkeeper import LogKeeper
 from aiosd.kernel.proc import Proc, ProcTable
 from aiosd.limits import DISK_S, SAMPLE_S
 from aiosd.procfs import Stat
-from aiosd.timers import Timers
+from aiosd.timers import Timer, Timers
 from libaios.wire import Limits
 
 LOG_SAMPLE_S = 1.0
@@ -36,6 +36,7 @@ SAMPLE_FEW = 16  # of them that are measured in one sample
 SHOWN_PART = 100  # at most a hundredth of the time goes into that
 OLD_S = 2.0  # what is older than this is measured again
 SHORTEST_S = 0.01  # Linux counts CPU time in steps of that
+CALM_S = 1.0  # between two looks for budgets and agents to sample, while there are none
 PART = 4  # sampling takes at most one part in that many of the time
 DISK_LATE_S = 10.0  # a folder that takes longer to look through cannot be measured
 
@@ -84,21 +85,32 @@ class Measure:
         self._meters: dict[int, CpuMeter] = {}  # by Linux pid
         self._disk = DiskWatch()
         self._disk_asked = 0.0
+        self._calm: Timer | None = None  # the next look, while there was nothing to sample
 
     def start(self) -> None:
         self._jobs.start(self._sample_logs())
         self._jobs.start(self._sample_memory())
         self._jobs.start(self._sample_limited())
 
-    def _again(self, after_s: float, job: Callable[[], Iterator[None]]) -> None:
+    def _again(self, after_s: float, job: Callable[[], Iterator[None]]) -> Timer:
         """When it is over: so that it does not pile up on a machine that is too slow for it."""
-        self._timers.after(after_s, lambda: self._jobs.start(job()))
+        return self._timers.after(after_s, lambda: self._jobs.start(job()))
+
+    def begun(self, proc: Proc) -> None:
+        """A new agent; it may be the first that has to be sampled."""
+        if self._calm is not None and self._is_sampled(proc):
+            self._calm.cancel()
+            self._calm = None
+            self._again(SAMPLE_S, self._sample_limited)
+
+    def _is_sampled(self, proc: Proc) -> bool:
+        return any(_sampled(budget.limits) for budget in proc.budgets) or self._forks.watches(proc)
 
     # ── budgets ───────────────────────────────────────────────────────────────────────────────────────────
 
     def _sample_limited(self) -> Iterator[None]:
         """Look at all agents that share a sampled budget, and judge the budgets."""
-        began = time.monotonic()
+        began, self._calm = time.monotonic(), None
         limited = [budget for budget in self._budgets if budget.sharers and _sampled(budget.limits)]
         taken: dict[Budget, _Taken] = {budget: _Taken() for budget in limited}
         for pid in sorted({pid for budget in limited for pid in budget.sharers}):
@@ -110,6 +122,9 @@ class Measure:
             yield from self._judge(budget, sample)
         self._look_at_disks(taken)
         yield from self._forks.look()
+        if not any(map(self._is_sampled, self._table.live())):
+            self._calm = self._again(CALM_S, self._sample_limited)
+            return
         waits = [self._wait(budget) for budget in limited]
         self._again(max(min(waits, default=SAMPLE_S), (PART - 1) * (time.monotonic() - began)), self._sample_limited)
 
