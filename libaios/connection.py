@@ -17,11 +17,12 @@ so it must not wait for the right to send either: it puts a cancel into a queue,
 what is in the queue.
 
 Signal handlers may make calls of their own, and they may raise (Ctrl-C raises KeyboardInterrupt). A reply that has
-arrived is not lost by that, except in two moments of some microseconds each: between taking a frame and giving its
-reply to a call, and between the final reply and the return to the caller. There an exception of a handler loses that
-one reply, which may be a message; if it was another thread's, that thread waits until its timeout, or for ever without
-one. A program that must not lose a reply lets its handlers only set a flag. A handler that interrupts its own thread
-in the middle of a send, or while it hands out replies, gets EDEADLK for a call that it makes.
+arrived is not lost by that. A frame stays in `_arrived` until its reply has been given to its call, and is handed out
+again if an exception came in between; `call` gives a message back unless its caller gets it. This relies on CPython: it
+runs signal handlers where a function begins, where a function of C returns and where a loop goes back, nowhere else.
+(Not covered: a second exception in the very moment in which a message that was given back goes to another call.) A
+handler that interrupts its own thread in the middle of a send, or while it hands out replies, gets EDEADLK for a call
+that it makes.
 
 A RECV takes a message out of the mailbox. When its caller gives up (an interrupt, a task cancelled) the message may be
 on its way already, and it must not be lost. So a RECV that was abandoned is remembered until its final reply is here.
@@ -151,6 +152,11 @@ def decode_body(reply: wire.Reply, result: Any) -> Any:
     return decoder(result)(reply.body)
 
 
+def _unreadable(err: BaseException) -> bool:
+    """Whether the reply itself is the reason: given back, it would be so for the next call, too."""
+    return isinstance(err, msgspec.MsgspecError) or (isinstance(err, OSError) and err.errno == errno.EBADMSG)
+
+
 def decoder(kind: Any) -> Callable[[Any], Any]:
     """What decodes the body of a reply as this type."""
     decode = _decoders.get(kind)
@@ -182,6 +188,7 @@ class Connection:
         self._leader: dict[int, tuple[int, object]] = {}
         self._polling = False  # the leader sleeps: a signal handler in its thread may lead in its place
         self._arrived: deque[bytes] = deque()
+        self._in_hand: Pending | None = None  # the call that a reply is being given to
         self._followers: dict[int, Pending] = {}
         self._loops: dict[asyncio.AbstractEventLoop, int] = {}  # … and its own duplicate of the descriptor
         self._paced: PacedReader | None = None  # … of one that looks at a pace of its own
@@ -190,12 +197,29 @@ class Connection:
 
     # ── for callers ───────────────────────────────────────────────────────────────────────────────────────
 
-    def call(self, sys: int, args: Any, result: Any, fds: Sequence[int] = (), timeout: float | None = None) -> Any:
-        """Make a call and wait for its result, decoded as `result`. Raises OSError as the kernel answered,
-        TimeoutError when no reply came within `timeout` seconds and SLACK_S (so that the kernel's own error, which says
-        more, comes first)."""
-        call = self.submit(sys, args, fds)
-        return self.result(call, result, timeout)
+    def call(
+        self,
+        sys: int,
+        args: Any,
+        result: Any,
+        fds: Sequence[int] = (),
+        timeout: float | None = None,
+        convert: Callable[[Any], Any] | None = None,
+    ) -> Any:
+        """Make a call and wait for its result, decoded as `result` and converted. Raises OSError as the kernel
+        answered, TimeoutError when no reply came within `timeout` seconds and SLACK_S (so that the kernel's own error,
+        which says more, comes first)."""
+        call = self.prepare(sys, args, fds) if fds else Pending(sys, args)
+        try:
+            self.send(call)
+            if self.transport.outbox_bytes:
+                self._wait_for_room(call)
+            body = self.result(call, result, timeout)
+            return body if convert is None else convert(body)
+        except BaseException as err:  # of any kind, a signal handler's too: what it has brought is for the next call
+            if not _unreadable(err):
+                self.abandon(call)
+            raise
 
     def submit(self, sys: int, args: Any, fds: Sequence[int] = (), stream: bool = False) -> Pending:
         """Send a call without waiting for its reply; when the ring is full, wait for room. The caller must take the
@@ -416,7 +440,11 @@ class Connection:
                     if self._dead or self.transport.tells:
                         break
         finally:
-            self._leave(me)
+            try:
+                self._leave(me)
+            except BaseException:  # of a signal handler: the lead must not stay with us
+                self._leave(me)
+                raise
         return found
 
     def nudge(self) -> None:
@@ -457,7 +485,11 @@ class Connection:
                 if ready():
                     break
         finally:
-            self._leave(me)
+            try:
+                self._leave(me)
+            except BaseException:  # of a signal handler: the lead must not stay with us
+                self._leave(me)
+                raise
 
     def _leave(self, me: tuple[int, object]) -> None:
         """Give up the lead, if it is ours, and see that another thread takes it."""
@@ -468,8 +500,8 @@ class Connection:
             self._pass_lead()
         if self._closing:
             self._close_transport()
-        elif led and self._watched and self._deaf:
-            self.pump()  # it has begun to poll after we read without asking for the bell
+        elif led and self._watched and (self._deaf or self._arrived):
+            self.pump()  # it has begun to poll after we read without asking for the bell, or we were interrupted
 
     def _lead(self, ready: Callable[[], bool], deadline: float | None) -> None:
         transport = self.transport
@@ -555,7 +587,8 @@ class Connection:
                     return True
                 return transport.reborn
             while arrived:
-                self._hand_out(wire.decode_reply(arrived.popleft()))
+                self._hand_out(wire.decode_reply(arrived[0]))
+                del arrived[0]  # not before: see `_hand_out`
             if reborn:
                 self._submit_again()
         except (ProtocolError, msgspec.MsgspecError) as err:
@@ -594,11 +627,20 @@ class Connection:
             self._busy = False
 
     def _hand_out(self, reply: wire.Reply) -> None:
+        """Give a reply to its call. A signal handler may end this anywhere by an exception: then the same reply is
+        handed out once more, and `_in_hand` is the call, which is perhaps no longer in `_open`."""
         if reply.more:
             self._hand_piece(reply)
             return
-        call = self._open.pop(reply.id, None)
+        call = self._open.get(reply.id)
+        if call is not None:
+            self._in_hand = call
+            if self._open.pop(reply.id, None) is None:
+                call = None  # another thread has just abandoned it
+        elif self._in_hand is not None and self._in_hand.id == reply.id and reply.id not in self._given_up:
+            call = self._in_hand
         if call is None:
+            self._in_hand = None
             self._came_late(reply)  # the call was abandoned, or this is the reply to a CANCEL
             return
         if call.fds:
@@ -608,6 +650,7 @@ class Connection:
             self._take_back(call)
         if call.gate is not None or call.notify is not None:
             self._signal(call)
+        self._in_hand = None
 
     def _hand_piece(self, reply: wire.Reply) -> None:
         call = self._open.get(reply.id)

@@ -40,7 +40,8 @@ class Plan(Struct, Generic[T]):
 
 
 def run(plan: Plan[T]) -> T:
-    return plan.finish(connection().call(plan.sys, plan.args, plan.body, timeout=plan.timeout))
+    call = connection().call
+    return call(plan.sys, plan.args, plan.body, timeout=plan.timeout, convert=plan.convert)  # type: ignore[no-any-return]
 
 
 def syscall(plan: Callable[P, Plan[T]]) -> Callable[P, T]:

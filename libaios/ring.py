@@ -399,23 +399,28 @@ class Consumer:
         at += HEAD_BYTES
         end = at + length
         piece = data[at:end] if end <= last else data[at:last] + data[start : start + end - last]
-        self.read += padded
         if epoch < self.born:
+            self.read += padded
             return None
         self._head = epoch << _EPOCH_SHIFT | _WHOLE  # the next ones will be of this epoch, too
         if head & FIRST:
             self._partial, self.assembling = [], 0  # the process that began an unfinished frame is dead
-        if self._partial is None:
+        partial = self._partial
+        if partial is None:
+            self.read += padded
             return None
-        self.assembling += length
-        if self.assembling > self.max_frame:
+        if self.assembling + length > self.max_frame:
             raise ProtocolError(f"a frame of more than {self.max_frame} bytes")
-        self._partial.append(piece)
-        if not head & LAST:
-            return None
-        frame = piece if head & FIRST else b"".join(self._partial)
-        self._partial, self.assembling = None, 0
-        return frame
+        # As in `gather`: from here on, a function is called only while nothing has been changed.
+        if head & LAST:
+            frame = b"".join((*partial, piece)) if partial else piece
+            self._partial, self.assembling = None, 0
+            self.read += padded
+            return frame
+        partial += (piece,)
+        self.assembling += length
+        self.read += padded
+        return None
 
     def empty(self) -> bool:
         return self._available() == 0

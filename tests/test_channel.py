@@ -8,11 +8,9 @@ import select
 import signal
 import socket
 import struct
-import sys
 import threading
 import time
 from collections.abc import Iterator
-from types import FrameType
 from typing import Any
 
 import pytest
@@ -22,6 +20,7 @@ from hypothesis import strategies as st
 from libaios import channel as channels
 from libaios import ring
 from libaios.channel import Channel, ProtocolError, Side, make_channel, raise_epoch
+from tests.interrupts import Interrupt, Interrupts
 
 SMALL = ring.MIN_RING
 LOST_S = 5.0  # a side that sleeps that long on a bell that should have rung was not woken
@@ -362,33 +361,6 @@ def test_a_frame_of_sixteen_megabytes(ends: Ends) -> None:
     assert got == [frame]
 
 
-class Interrupt(Exception):
-    pass
-
-
-class Interrupts:
-    """Raises once, at the n-th point at which a signal handler could: where a function of Python is entered or one of
-    C returns."""
-
-    def __init__(self, n: int) -> None:
-        self.left = n
-
-    def __enter__(self) -> None:
-        sys.setprofile(self._at)
-
-    def __exit__(self, *exc: object) -> None:
-        sys.setprofile(None)
-
-    def _at(self, frame: FrameType, event: str, arg: object) -> None:
-        if event in ("call", "c_return") and frame.f_code.co_filename in INTERRUPTED:
-            self.left -= 1
-            if self.left == 0:
-                raise Interrupt
-
-
-INTERRUPTED = {channels.__file__, ring.__file__}
-
-
 @pytest.mark.parametrize("sizes", [(1, 3, 2), (1, 3000, 1, 700), (5000, 5000, 1)])
 def test_a_signal_handler_that_raises_anywhere_tears_nothing(sizes: tuple[int, ...]) -> None:
     """What was being sent or received when it came may be lost, or not; all else arrives once, whole and in order, and
@@ -396,7 +368,7 @@ def test_a_signal_handler_that_raises_anywhere_tears_nothing(sizes: tuple[int, .
     frames = [struct.pack("<I", number) * size for number, size in enumerate(sizes, 1)]
     for n in range(1, 100_000):
         ends = Ends()
-        interrupts = Interrupts(n)
+        interrupts = Interrupts(n, channels, ring)
         sure: list[bytes] = []
         requests: list[bytes] = []
         replies: list[bytes] = []

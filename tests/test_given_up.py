@@ -3,23 +3,30 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import errno
 import os
 import signal
+import sys
 from collections.abc import Callable, Iterator
+from concurrent.futures import Future
 from pathlib import Path
+from typing import Any
 
 import psutil
 import pytest
 
 import libaios as aios
-from libaios import aio, wire
+from libaios import aio, channel, msg, plan, ring, wire
+from libaios import connection as connections
+from libaios.agent import AgentTransport
 from libaios.client import Client
 from libaios.connection import Connection, Pending
 from libaios.home import Home
 from libaios.wire import Sys
 from tests.conftest import System, eventually
 from tests.fakekernel import PATIENCE_S, ChannelKernel, args_of, as_process_connection, aside
+from tests.interrupts import Interrupt, Interrupts
 
 
 @pytest.fixture
@@ -75,6 +82,89 @@ def test_an_interrupt_at_the_last_moment(
         aios.msg.recv()
     monkeypatch.undo()
     assert aios.msg.recv() == (5, "kept")
+
+
+INTERRUPTED = (connections, channel, ring, plan, msg)
+SIZES = (10, 5000, 3000, 9000, 20)  # in a ring of 4096 bytes: whole, in pieces, around its end
+
+
+def test_an_interrupt_at_any_moment(monkeypatch: pytest.MonkeyPatch) -> None:
+    """At each point at which a signal handler may raise: every message is received once, in the order of sending."""
+    for n in range(1, 100_000):
+        mailbox = Mailbox(n)
+        monkeypatch.setattr(AgentTransport, "wait", mailbox.turn)
+        received = []
+        with as_process_connection(mailbox.kernel.connection):
+            while len(received) < len(SIZES):
+                try:
+                    with mailbox.interrupts:
+                        body = aios.msg.recv()[1]
+                    received.append(len(body))
+                except Interrupt:
+                    pass
+        mailbox.kernel.close()
+        assert received == list(SIZES), n
+        if mailbox.interrupts.left > 0:
+            assert n > 100
+            return
+
+
+class Mailbox:
+    """A kernel that gives messages to RECVs whenever the agent waits."""
+
+    def __init__(self, n: int) -> None:
+        self.kernel = ChannelKernel(ring.MIN_RING)
+        self.interrupts = Interrupts(n, *INTERRUPTED)
+        self._sizes = list(SIZES)
+        self._open: dict[int, wire.Request] = {}
+
+    def turn(self, timeout: float | None = None) -> bool:
+        sys.setprofile(None)
+        for request in self.kernel.poll(0.0):
+            if request.sys == Sys.RECV:
+                self._open[request.id] = request
+            elif (cancelled := self._open.pop(args_of(request).id, None)) is not None:
+                self.kernel.fail(cancelled, errno.ECANCELED, "canceled")
+        while self._open and self._sizes:
+            self.kernel.reply(self._open.pop(min(self._open)), message(bytes(self._sizes.pop(0))))
+        self.interrupts.__enter__()
+        return True
+
+
+def test_an_interrupt_while_the_reply_of_another_thread_is_handed_out(monkeypatch: pytest.MonkeyPatch) -> None:
+    for n in range(1, 100_000):
+        pair = TwoThreads(n)
+        monkeypatch.setattr(AgentTransport, "wait", pair.wait)
+        with as_process_connection(pair.kernel.connection):
+            with contextlib.suppress(Interrupt):
+                aios.msg.recv()
+            sys.setprofile(None)
+            assert pair.other is not None
+            assert pair.other.result(PATIENCE_S) == (5, "theirs"), n
+        pair.kernel.close()
+        if pair.interrupts.left > 0:
+            assert n > 30
+            return
+
+
+class TwoThreads:
+    """This thread leads, and another one follows. Then both have a reply, and this thread is interrupted."""
+
+    def __init__(self, n: int) -> None:
+        self.kernel = ChannelKernel()
+        self.interrupts = Interrupts(n, *INTERRUPTED)
+        self.other: Future[Any] | None = None
+
+    def wait(self, timeout: float | None = None) -> bool:
+        if self.other is None:
+            own = self.kernel.take(Sys.RECV)
+            self.other = aside(aios.msg.recv)
+            theirs = self.kernel.take(Sys.RECV)
+            assert eventually(lambda: bool(self.kernel.connection._followers))
+            self.kernel.reply(theirs, message("theirs"))
+            self.kernel.reply(own, message("own"))
+            self.interrupts.__enter__()
+        return True
 
 
 def test_a_reply_that_comes_later(kernel: ChannelKernel, connection: Connection) -> None:
