@@ -110,7 +110,8 @@ def list(
 
 @syscall
 def clear() -> Plan[int]:
-    """Remove all notes of the caller, and return how many they were. Those of its group stay."""
+    """Remove all notes of the caller, and return how many they were. Those of its group stay. OSError (EIO): what a
+    damaged disk has lost cannot be removed; all else is."""
     return Plan(Sys.MEM_CLEAR, wire.NoArgs())
 
 

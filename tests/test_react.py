@@ -254,13 +254,15 @@ def test_cut_off_answer_is_an_error(tmp_path: Path) -> None:
 
 def test_each_tool_is_one_of_the_toolbox(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     asked: list[str] = []
-    results = {"list_notes": [{"id": 1, "text": "the rent is 850"}], "read_stored": "850\n", "fetch": {"a": 1}}
+    notes = [{"id": 2, "text": "", "damaged": True}, {"id": 1, "text": "the rent is 850", "damaged": False}]
+    results = {"list_notes": notes, "read_stored": "850\n", "fetch": {"a": 1}}
     monkeypatch.setattr(libaios.tool, "call", lambda name, arguments: asked.append(name) or results.get(name, "42"))
     tools = Toolbox(tmp_path.parent, more=[wire.ToolInfo("fetch", "Fetches.", {}, "")])
     tools.files_stored, tools._space = True, ""
     given = [{"expression": "6*7"}, {"text": "a"}, {"query": "the rent"}, {"path": "a"}, {"path": "a", "content": "b"}]
     called = zip(agent.IN_TOOLBOX, given, strict=True)
     assert [tools.call(*one) for one in called] == ["42", "ok", "the rent is 850", "850", "ok"]
+    assert tools.notes == ["the rent is 850"]
     assert asked == ["calc", "remember", "list_notes", "read_stored", "write_stored"]
     assert tools.call("fetch", {"url": "x"}) == '{"a":1}'
     assert [tool["function"]["name"] for tool in tools.tools] == [*agent.IN_TOOLBOX, "fetch"]

@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 
 from aiosd.errors import WorldError
-from aiosd.store import fsck, plainly, rebuild, roots, tables
+from aiosd.store import fsck, owners, plainly, rebuild, roots, tables
 from aiosd.store.database import FILE
 from aiosd.store.pages import PAGE, Pages
 from aiosd.store.salvage import Salvage, columns_of, problem_of
@@ -266,3 +266,39 @@ def test_without_its_first_page_the_file_beside_it_helps(filled: tuple[Path, dic
         fsck.check(path)
     (tmp_path / "elsewhere").rename(path.with_name(roots.BESIDE))
     assert repaired(path) == filled[1]
+
+
+def test_what_a_damaged_page_does_not_hold_can_be_cleared(filled: tuple[Path, dict[int, Row]], tmp_path: Path) -> None:
+    """That it is not all is an error, and nobody else's call fails."""
+    path = copy(filled, tmp_path)
+    flip(path, leaf_of(path, "notes", 30))
+    with contextlib.closing(Store(tmp_path, "two")) as store:
+        clear = ask(next(numbers), Sys.MEM_CLEAR, wire.NoArgs(), 7)
+        added, cleared = store.turn(add(next(numbers), "of another", pid=8), clear)
+        assert cleared == errno.EIO
+        listed, wanted = answers_of(store, 7, filled[1])
+        lost = {note["id"] for note in listed if note["damaged"]}
+        assert lost
+        assert len(listed) < len(wanted) // 2, "what lies beside it may need its page, too"
+        (found,) = store.turn(ask(next(numbers), Sys.MEM_SEARCH, wire.MemSearch("x é", k=1000), 7))
+        assert {one["note"]["id"] for one in found} <= {note["id"] for note in listed}
+        assert len(answers_of(store, 8, filled[1])[0]) == len(answers_of(store, 8, filled[1])[1]) + 1
+        (new,) = store.turn(add(next(numbers), "new"))
+        assert store.turn(ask(next(numbers), Sys.MEM_CLEAR, wire.NoArgs(), 7)) == [errno.EIO]
+        assert store.turn(ask(next(numbers), Sys.MEM_GET, wire.MemGet(new), 7)) == [errno.ENOENT]
+        assert store.turn(ask(next(numbers), Sys.MEM_GET, wire.MemGet(added), 8))[0]["text"] == "of another"
+
+
+def test_what_an_ended_agent_has_left_is_no_later_ones(filled: tuple[Path, dict[int, Row]], tmp_path: Path) -> None:
+    """Agents of another system have the same numbers, and a damaged page keeps notes from being removed."""
+    path = copy(filled, tmp_path)
+    names = [owners.alone(pid) for pid in (7, 8, 9)]
+    flip(path, leaf_of(path, "notes", 30))
+    with contextlib.closing(Store(tmp_path, "two")) as store:
+        store.database.many("UPDATE owners SET name = ? WHERE id = ?", [(name, i) for i, name in enumerate(names, 1)])
+        store.memory.forget_system()
+        left = store.database.rows("SELECT owner FROM notes INDEXED BY notes_of_owner")
+        assert left
+        named = store.database.rows("SELECT name FROM owners")
+        assert named
+        assert all(name.startswith(owners.LOST) for (name,) in named)

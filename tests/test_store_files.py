@@ -17,6 +17,7 @@ from hypothesis import strategies as st
 from msgspec import Raw, msgpack
 
 from aiosd import link
+from aiosd.commands import sto
 from aiosd.service import Lasting
 from aiosd.store import archive, contents, fsck, owners, rebuild, roots
 from aiosd.store.contents import hash_of
@@ -435,6 +436,7 @@ def test_a_damaged_page_of_files_costs_the_files_on_it(tmp_path: Path, caplog: p
         listed = store(Sys.STO_LIST, wire.StoList())
         assert [file.path for file in listed] == sorted(names)
         lost = [file.path for file in listed if file.damaged]
+        assert {sto._row(file) for file in listed if file.damaged} == {("-", "-", "-", "damaged", one) for one in lost}
         assert names[39] in lost
         assert len(lost) < 60
         assert store.paths(folder="d0") == sorted(name for name in names if name.startswith("d0"))

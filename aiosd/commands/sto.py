@@ -71,6 +71,8 @@ def ls(folder: str, of: str) -> int:
 
 
 def _row(file: File) -> Cells:
+    if file.damaged:
+        return ("-", "-", "-", "damaged", file.path)
     by = "mounted" if file.mounted else file.by
     return (str(file.version or "-"), format_size(file.size), _when(file.updated), by, file.path)
 

@@ -110,8 +110,10 @@ def main(channel: Channel, spec: StoreSpec, rounds: Rounds) -> int:
     database.undone += [meaning.forget, storage.undone]
     try:
         if database.begin_system(_boot()):
-            storage.forget_system()
-            memory.only_alive(())
+            try:
+                storage.forget_system()
+            finally:
+                memory.forget_system()
         storage.mounts.open_all()
     except OSError as err:
         logger.warning("what an earlier system has left stays for now: %s", err.strerror)

@@ -15,6 +15,7 @@ from __future__ import annotations
 import builtins
 import contextlib
 import errno
+import logging
 import time
 from collections.abc import Callable, Generator, Iterable, Mapping, Sequence
 from typing import Any
@@ -45,6 +46,8 @@ from aiosd.store.search import NoteSearch
 from aiosd.store.words import NoteWords
 from libaios import wire
 from libaios.wire import Note, Sys
+
+logger = logging.getLogger("store")
 
 KEYS = 10_000  # whose notes are found without a query
 OWNERS = 10_000  # whose numbers are known without one
@@ -241,16 +244,52 @@ class Memory:
 
     def clear(self, ask: link.Ask, args: wire.NoArgs) -> Any:
         """All of the caller's own notes; those of its group stay."""
+        try:
+            return self._clear(ask)
+        except OSError as err:
+            if not plainly.is_damage(err):
+                raise
+        return self._cleared_piecemeal(ask)
+
+    def _clear(self, ask: link.Ask) -> Any:
         name = owners.own(ask.caller)
 
         def effect() -> int:
-            ids = [row[0] for row in self._db.rows(f"SELECT n.id {FROM} WHERE o.name = ?", name)]
+            ids = self._ids_of(name)
             self._delete(ids)
             return len(ids)
 
         reply = self._db.once(ask, effect, frees=True)
         self.cache.forget_owner(name)
         return reply
+
+    def _cleared_piecemeal(self, ask: link.Ask) -> Generator[Pause, None, Any]:
+        """A page is damaged. What can be removed goes, in transactions of its own; that it is not all is an error."""
+        yield Pause(0.0)  # from here on each step has a commit of its own, and what fails costs no other call
+        try:
+            return self._clear(ask)  # the damage was another call's
+        except OSError as err:
+            if not plainly.is_damage(err):
+                raise
+            damage = err
+        yield Pause(0.0)
+        name = owners.own(ask.caller)
+        ids = self._ids_of(name)
+        pieces, stay = [ids], 0
+        while pieces:
+            piece = pieces.pop()
+            try:
+                with self._db.transaction():
+                    self._delete(piece)
+            except OSError as err:
+                if not plainly.is_damage(err):
+                    raise
+                half = len(piece) // 2
+                stay += len(piece) == 1
+                pieces += [piece[half:], piece[:half]] if half else []
+            yield Pause(0.0)
+        self.cache.forget_owner(name)
+        raise wire.error(errno.EIO, f"{len(ids) - stay} notes are removed, {stay} are not: {damage.strerror}")
 
     def owner_gone(self, pid: int) -> None:
         """An agent has ended: what it kept without a name of its own ends, too."""
@@ -259,9 +298,26 @@ class Memory:
     def only_alive(self, pids: Iterable[int]) -> None:
         """The same for all agents but these."""
         alive = {owners.alone(pid) for pid in pids}
-        for (name,) in self._db.rows("SELECT name FROM owners WHERE name LIKE ?", owners.ALONE + "%"):
+        for name in self._all_alone():
             if name not in alive:
                 self._end(name)
+
+    def forget_system(self) -> None:
+        """Another system begins, whose agents have the numbers of the last one's again. What a damaged page keeps from
+        being removed belongs to nobody from now on. Not in a transaction."""
+        for name in self._all_alone():
+            try:
+                self._end(name)
+            except OSError as err:
+                if not plainly.is_damage(err):
+                    raise
+                logger.warning("what %s has left cannot be removed, and is nobody's: %s", name, err.strerror)
+                with self._db.transaction():
+                    self._db.do("UPDATE owners SET name = ? || id WHERE name = ?", owners.LOST, name)
+                self._owners.pop(name, None)
+
+    def _all_alone(self) -> builtins.list[str]:
+        return [row[0] for row in self._db.rows("SELECT name FROM owners WHERE name LIKE ?", owners.ALONE + "%")]
 
     # ── rows ──────────────────────────────────────────────────────────────────────────────────────────────
 
@@ -393,10 +449,13 @@ class Memory:
 
     def _end(self, name: str) -> None:
         with self._db.transaction():
-            self._delete([row[0] for row in self._db.rows(f"SELECT n.id {FROM} WHERE o.name = ?", name)])
+            self._delete(self._ids_of(name))
             self._db.do("DELETE FROM owners WHERE name = ?", name)
         self._owners.pop(name, None)
         self.cache.forget_owner(name)
+
+    def _ids_of(self, name: str) -> builtins.list[int]:
+        return [row[0] for row in self._db.rows(f"SELECT n.id {FROM} WHERE o.name = ?", name)]
 
     def _stored(self, name: str) -> int:
         row = self._db.row("SELECT note_bytes FROM owners WHERE name = ?", name)

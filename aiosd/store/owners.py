@@ -10,6 +10,7 @@ from __future__ import annotations
 from aiosd.link import Caller
 
 ALONE = "agent/"
+LOST = "lost/"  # of what is nobody's
 
 
 def own(caller: Caller) -> str:

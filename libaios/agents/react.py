@@ -236,7 +236,8 @@ class Toolbox(Toolkit):
             found = _done("list_notes", limit=MAX_NOTES)
             if len(found) == MAX_NOTES:
                 found += _done("search_notes", query=query, k=MAX_NOTES)
-            self.notes = [text for _, text in sorted({note["id"]: note["text"] for note in found}.items())]
+            texts = {note["id"]: note["text"] for note in found if not note.get("damaged")}
+            self.notes = [text for _, text in sorted(texts.items())]
         return super().recall(query)
 
     def read_file(self, path: str) -> str:

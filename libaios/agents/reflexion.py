@@ -101,7 +101,8 @@ class Notes:
         mem.add(answer or "(none)", tags=["reflexion", "verdict", self._tag], metadata=metadata)
 
     def _notes(self, kind: str) -> list[mem.Note]:
-        return mem.list(tags=["reflexion", kind, self._tag], limit=100)[::-1]
+        notes = mem.list(tags=["reflexion", kind, self._tag], limit=100)
+        return [note for note in reversed(notes) if not note.damaged]
 
 
 Evaluator = Callable[[Trial], Verdict]
