@@ -162,9 +162,11 @@ class System:
         env: dict[str, str] | None = None,
         program: Sequence[str] = ("aiosd",),
         sandbox: str = "none",
+        cwd: str | None = None,
     ) -> None:
         """`sandbox`: of its agents, where no option says more. Most tests are about other things, and have agents look
         at what lies outside. "": aiosd's own default."""
+        self.cwd = cwd
         self.options = options
         self.program = program
         self.own_home = home is None
@@ -195,6 +197,7 @@ class System:
                 stdout=log,
                 stderr=log,
                 start_new_session=True,
+                cwd=self.cwd,
             )
         eventually(lambda: "aiosd: ready" in self.log()[began:] or self.daemon.poll() is not None, timeout)
         if "aiosd: ready" not in self.log()[began:]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import errno
 import os
+import pwd
 import struct
 import sys
 from collections.abc import Callable
@@ -475,6 +476,17 @@ def test_what_is_not_possible_is_one_level_lower_and_said_in_one_line() -> None:
         rooms.decide(spawn, None)
     assert caught.value.errno == errno.ENOTSUP
     assert rooms.decide(wire.Spawn("exec", "true", sandbox=wire.Sandbox(read=["/r"])), None) is None
+
+
+def test_modules_that_lie_in_a_home_grant_no_home(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """Of a folder of sys.path that is the root, a home or above one, aiosd is all that an agent gets."""
+    (home := tmp_path / "me").mkdir()
+    monkeypatch.setenv("HOME", str(home))
+    account = os.path.realpath(pwd.getpwuid(os.getuid()).pw_dir)
+    broad = {"/", str(home), os.path.dirname(home), account}
+    granted = {path for path, _ in plan.common_rules([*broad, str(home / "lib")])}
+    assert not granted & broad
+    assert {f"{home}/lib", f"{home}/aiosd", f"{home}/libaios", f"{account}/libaios"} <= granted
 
 
 def test_what_is_missing_is_found_by_trying(monkeypatch: pytest.MonkeyPatch) -> None:

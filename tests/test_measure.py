@@ -10,13 +10,16 @@ from typing import Any
 import pytest
 
 from aiosd import procfs
-from aiosd.kernel import diskwatch, measure
+from aiosd.kernel import diskwatch, forks, measure
 from aiosd.kernel.budget import Budget
 from aiosd.kernel.diskwatch import DiskWatch, held, size_of
+from aiosd.kernel.forks import MORE, Forks
 from aiosd.kernel.ledger import CPU_US
 from aiosd.kernel.measure import Measure
 from aiosd.kernel.proc import Proc, ProcTable
+from aiosd.limits import most_processes
 from aiosd.procfs import Stat
+from aiosd.sandbox.box import Box
 from aiosd.timers import Timers
 from libaios.wire import Limits
 
@@ -171,3 +174,40 @@ def test_the_nearer_the_end_of_its_time_the_sooner_it_is_looked_at_again(monkeyp
         house.budget.row[CPU_US] = int(used * 1e6)
         waits.append(round(house.measure._wait(house.budget), 3))
     assert waits == [0.1, 0.05, 0.01]
+
+
+# ── fork bombs ────────────────────────────────────────────────────────────────────────────────────────────
+
+
+@pytest.mark.parametrize(
+    ("uid", "level", "limits", "ended"),
+    [
+        (1000, "flat", None, True),
+        (0, "flat", None, True),
+        (0, "cage", None, True),
+        (1000, "cage", None, False),  # Linux counts there
+        (0, "", None, False),
+        (0, "flat", Limits(processes=5000), False),
+        (0, "flat", Limits(tokens=5), True),
+    ],
+)
+def test_who_has_too_many_processes_and_is_bound_by_nothing_else_is_ended(
+    monkeypatch: pytest.MonkeyPatch, uid: int, level: str, limits: Limits | None, ended: bool
+) -> None:
+    monkeypatch.setattr(forks.os, "getuid", lambda: uid)
+    below = {70: 1, 80: 1}
+    monkeypatch.setattr(forks.procfs, "threads_of_machine", lambda: 300 + sum(below.values()))
+    monkeypatch.setattr(forks.procfs, "threads_below", lambda ospid, most: below[ospid])
+    table = ProcTable(10)
+    for pid in (7, 8):
+        box = Box(level, "all", "/w") if level else None
+        budgets = [Budget(pid, limits, sharers={pid})] if limits else []
+        table.add(Proc(pid, pid * 10, pid, 0, "x", "x", "", "", 0.0, 0, box=box, budgets=budgets))
+    found: list[int] = []
+    watch = Forks(table, lambda proc, why: found.append(proc.pid))
+    most = most_processes()
+    for more in (0, most - 1, MORE // 2, MORE):  # calm, as many as it may have, too many
+        assert found == []
+        below[70] += more
+        list(watch.look())
+    assert found == ([7] if ended else [])

@@ -111,7 +111,8 @@ def system(tmp_path_factory: pytest.TempPathFactory) -> Iterator[System]:
     folder = tmp_path_factory.mktemp("tools")
     (folder / "mine.py").write_text(TOOLS)
     (folder / "bad.py").write_text("import nothing_of_this_name\n")
-    system = System("--tools", f"{folder / 'mine.py'}:{folder / 'bad.py'}", "--threads", "1").start()
+    files = f"{folder / 'mine.py'}:{folder / 'bad.py'}"
+    system = System("--tools", files, "--threads", "1", cwd="/").start()  # where `aiosd -d` runs: no grant of it
     yield system
     assert system.destroy() == []
 

@@ -6,13 +6,15 @@ It is made once in the supervisor, before any agent is forked. The rest are the 
 
 from __future__ import annotations
 
+import contextlib
 import errno
 import fcntl
 import os
+import pwd
 import stat
 import struct
 import sys
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 
 from aiosd.sandbox import cage, filter, hosts, landlock, places, protected
@@ -68,10 +70,23 @@ def ground(python_path: Iterable[str], built: Cage | None = None) -> Ground:
 
 def common_rules(python_path: Iterable[str]) -> list[tuple[str, int]]:
     """What all confined agents may do below which path, or with which file."""
-    python = {sys.prefix, sys.base_prefix, sys.exec_prefix, *(os.path.realpath(path) for path in python_path)}
+    python = {sys.prefix, sys.base_prefix, sys.exec_prefix, *_modules(python_path)}
     rules = [(path, landlock.READ) for path in (*_PROGRAMS, *sorted(python), *(f"/etc/{name}" for name in _ETC))]
     rules += [(path, landlock.READ_FILE | landlock.READ_DIR) for path in _KERNEL]
     return rules + [(path, landlock.DEVICE) for path in places.DEVICES]
+
+
+def _modules(python_path: Iterable[str]) -> Iterator[str]:
+    """Folders of modules. Where that is the root, the user's home or a folder above it, which is chance (an empty word
+    in PYTHONPATH stands for the folder in which aiosd was started), it is aiosd alone."""
+    homes = [os.path.realpath(os.path.expanduser("~"))]
+    with contextlib.suppress(KeyError):  # a user without an entry
+        homes.append(os.path.realpath(pwd.getpwuid(os.getuid()).pw_dir))
+    for folder in map(os.path.realpath, python_path):
+        if any(places.inside(home, (folder,)) for home in homes):
+            yield from (os.path.join(folder, name) for name in ("aiosd", "libaios"))
+        else:
+            yield folder
 
 
 def machine(common: Iterable[tuple[str, int]]) -> Machine:

@@ -193,7 +193,8 @@ class Pool:
                 words, passed = [",".join(["boxed", *map(str, fds)])], [*passed, *fds]
             process = subprocess.Popen(
                 [
-                    *(sys.executable, "-m", f"aiosd.tools.{'worker' if server is None else 'bridge'}"),
+                    # -P: no modules of the folder in which aiosd happens to run, for which it would be readable, too
+                    *(sys.executable, "-P", "-m", f"aiosd.tools.{'worker' if server is None else 'bridge'}"),
                     *(str(theirs.fileno()), name, *words),
                 ],
                 stdin=subprocess.DEVNULL,
