@@ -32,7 +32,7 @@ class Bug(AiosdError):
 
 
 def as_oserror(error: Exception) -> OSError:
-    """What the caller hears. Anything but an OSError is a mistake of ours, which the same call would find in every
+    """What the caller gets. Anything but an OSError is a mistake of ours, which the same call would find in every
     successor of this core as well: it must not end it."""
     if isinstance(error, OSError):
         return error

@@ -7,9 +7,9 @@ same record. The calls that it answers are the rows of `wire.TABLE` whose `by` i
 A service that is no llm core serves with a `Server`: one function for each call. A function gets the `link.Ask` (with
 key and caller) and the arguments, and returns the body of the reply; a generator yields parts of it before that, or a
 `Pause` when it has to wait for something. What it raises becomes the reply: an OSError as it is, anything else as EIO.
-The server keeps what `wire.Again` promises: a call that it has, or has answered, is not done again when it is submitted
-again (unless it may be, and its answer is large). (A call that is to take effect ONCE also over a death of the service
-must keep its key with its effect.)
+The server keeps what `wire.Again` promises: it keeps its answers, and sends the one that it has when a call is
+submitted again. Large answers of calls that may be repeated are not kept; these calls are done again. A call that must
+take effect ONCE even if the service dies has to keep its key together with its effect.
 
 A function that finds out that its call amounts to something which has to be allowed calls `require`; nothing must have
 been done by then, or it must be undone by the exception.

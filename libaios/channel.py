@@ -15,9 +15,9 @@ rang. At the back-stop it also rings again, if what it has sent still lies in th
 place, because a signal handler raised. Each sleep that ends there makes the next one twice as long, up to LONGEST_S: of
 thousands of agents most wait for a long time, and nothing is lost while nothing is sent.
 
-An owner with many channels uses the parts of `receive`, and saves the other sides their rings: `take` reads, `filled`
-looks, and neither announces sleep. `wait` does that, or `restless` for many channels at once. In the same way `post`
-rings once for many frames.
+An owner with many channels uses the parts of `receive`: `take` reads the ring and `filled` looks at it, and neither
+announces sleep, so the other sides need not ring. `wait` announces it, or `restless` for many channels at once. In the
+same way `post` rings once for many frames.
 
 Before it sleeps, `wait` looks at the ring for some microseconds (`Patience`): two sides that reply to each other at
 once then need no bell. Correctness does not depend on it: sleep is announced after the last of these looks, and then
@@ -444,7 +444,7 @@ class Channel:
 
     @property
     def tells(self) -> bool:
-        """Of `connection.Transport`: what lies in the ring does not show in `fileno` once the bell was heard."""
+        """Of `connection.Transport`: what lies in the ring does not show in `fileno` once the bell was read."""
         return False
 
     @property

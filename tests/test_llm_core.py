@@ -181,6 +181,18 @@ def test_life_of_a_core(kernel: Kernel) -> None:
     assert kernel.process.wait(10) == 0
 
 
+def test_vectors_of_one_agent_do_not_wait_for_all_those_of_another(kernel: Kernel) -> None:
+    kernel.send(link.Schedule("fair", 64, 10.0, {}))
+    kernel.send(ask(1, Sys.EMBED, Embed(["many words " * 20] * 60)))
+    small = link.Caller(2, 0, "y", False, "")
+    kernel.send(link.Ask((2, 1), small, Sys.EMBED, Raw(msgspec.msgpack.encode(Embed(["few"])))))
+    assert kernel.of(link.Answered).key == (2, 1)
+    kernel.send(link.Park(1, True, 7))
+    assert kernel.of(link.Parked).number == 7
+    kernel.send(link.Park(1, False))
+    assert kernel.of(link.Answered).key == (1, 1)
+
+
 def test_errors_have_errno_and_sentence(kernel: Kernel) -> None:
     kernel.send(ask(1, Sys.DETOKENIZE, Detokenize([1 << 30])))
     failed = kernel.of(link.Failed)

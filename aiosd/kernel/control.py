@@ -43,7 +43,7 @@ logger = logging.getLogger("kernel.control")
 ACCEPT_S = 0.001  # of a turn, for new clients
 PAUSE_S = 0.2  # before new clients are accepted again when there was no descriptor for one
 ACCEPT_PER_TURN = 16
-SETTLE_S, SETTLE_TRIES = 0.05, 40  # an agent is forked, and its child connects, before the kernel hears of it
+SETTLE_S, SETTLE_TRIES = 0.05, 40  # an agent is forked, and its child connects, before the kernel knows of it
 MAX_UNSETTLED = 16
 MAX_STRANGERS = 64
 HELLO_S = 10.0  # how long a stranger has to send its Hello,
@@ -259,7 +259,7 @@ class Control:
             if sum(self._fds_held.values()) > FDS_ON_THEIR_WAY:
                 raise ProtocolError("descriptors with a frame and no end, when there was no room for more")
         if not peer.gone and len(frames) == FRAMES_PER_TURN and peer.source is not None:
-            self._events.move(peer.source, Turn.HUNGRY)  # the socket will not tell of those read already
+            self._events.move(peer.source, Turn.HUNGRY)  # the socket gives no event for those read already
 
     def _handle(self, peer: ClientPeer, frames: list[tuple[bytes, list[int]]]) -> None:
         try:

@@ -156,7 +156,7 @@ class Core(Service):
                 Service.handle(self, message)
 
     def generation(self, key: link.Key) -> Call | None:
-        """The generation that a message is about. None: it was cancelled, and the core had not heard of that; an agent
+        """The generation that a message is about. None: it was cancelled, before the core knew of that; an agent
         that uses an id again may have a call of another kind under it by now."""
         opened = self.calls.get(key)
         return opened.call if opened is not None and opened.call.generation is not None else None

@@ -60,7 +60,7 @@ class Gates:
         return sum(len(fds) for _, fds in self._open.values())
 
     def begin(self) -> None:
-        """There is a new proxy, or it has a new kernel. As long as there was no gate it hears nothing, and has loaded
+        """There is a new proxy, or it has a new kernel. As long as there was no gate it gets no message, and has loaded
         nothing."""
         if not self._used:
             return

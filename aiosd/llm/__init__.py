@@ -39,6 +39,7 @@ Files, from the bottom up:
     purse.py       what calls may still use of budgets, before tokens are computed
     adapters.py    LoRA adapters: which call has which, and whose turn it is
     embed.py       vectors and scores, in a context of their own
+    embedqueue.py  whose turn it is there
     embedcore.py   the process of a model that does nothing else (`--embed-model`)
     pairs.py       a query and a document as one text
     saved.py       contexts by name, as files

@@ -1,11 +1,15 @@
-"""Where every context lies, and every movement between the places: slots, memory, disk.
+"""Moves contexts between slots, memory and disk. It owns none of them: each fact about a context has one owner.
+
+    tokens      0 ···················· 511 | 512 ·········· 599 | 600 ····
+    lie in      the store: a base, pinned  | cells of the slot  | nothing: to be computed
+    known to    Bases, Store               | Slots              | Sequence
 
 The engine decides which sequence gets a slot and which gives one up. The cache fills the slot with the longest prefix
 of the sequence's tokens whose state is kept anywhere, and loses nothing useful when a slot goes to another sequence:
 
 - what a free slot still holds is used in place when it is the caller's own context, or no other call would miss it;
 - else the longest prefix in the store, or in any slot (of a running or a finished call), is copied; the part that other
-  sequences need too stays where it is, if it can be read there (`bases.py`);
+  sequences need too stays in the store, as a base, if it can be read there (`bases.py`);
 - before a slot is taken, its content goes to the store.
 
 Copying the state of a few hundred tokens takes as long as decoding one token; computing them again takes a hundred

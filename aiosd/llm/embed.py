@@ -37,6 +37,7 @@ class Embedder:
         own = model.meta("general.architecture")
         self._pooling = model.meta(f"{own}.pooling_type") or "0"
         self._ranks = self._pooling == str(llama.POOLING_RANK)
+        self.computed = 0  # tokens, of all calls
 
     def embed(self, texts: list[str]) -> Embedded:
         """OSError EINVAL for an empty text, EMSGSIZE for one that is too long."""
@@ -101,6 +102,7 @@ class Embedder:
 
     def _pooled(self, texts: list[list[int]]) -> list[llama.Floats]:
         lengths = [len(tokens) for tokens in texts]
+        self.computed += sum(lengths)
         context = self._opened(sum(lengths))
         batch = llama.Batch(sum(lengths))
         batch.size = sum(lengths)

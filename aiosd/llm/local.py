@@ -9,7 +9,7 @@ from __future__ import annotations
 import logging
 import os
 import time
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
 from msgspec import msgpack
@@ -60,6 +60,7 @@ class Local:
 
     def __init__(self, spec: ModelSpec, line: Line, loaded: Any) -> None:
         from aiosd.llm.embed import Embedder
+        from aiosd.llm.embedqueue import EmbedQueue
         from aiosd.llm.engine import Engine
         from aiosd.llm.library import Library
 
@@ -80,8 +81,7 @@ class Local:
             cancelled=line.cancelled,
         )
         self._embedder = Embedder(loaded.model, loaded.threads.number)
-        # Vectors and scores that are being computed, the oldest first.
-        self._embeds: dict[link.Key, Iterator[wire.Embedded | wire.Ranked | None]] = {}
+        self._embeds = EmbedQueue()
         template = self.engine.requests.template
         self.info: dict[str, Any] = loaded.info(chat=template.given, tools=template.takes_tools)
         self._library = Library(spec, self.engine.cache, line.answer, line.refuse, exact=spec.exact, rope=spec.rope)
@@ -109,21 +109,21 @@ class Local:
             link.ParkCall: lambda message: self.engine.park_call(message.key, message.parked),
             link.Keep: self._keep,
             link.Schedule: self._reschedule,
-            link.Renice: lambda message: self.engine.renice(message.peer, message.nice),
-            link.Gone: lambda message: self.engine.gone(message.peer),
+            link.Renice: self._renice,
+            link.Gone: self._gone,
         }
 
     # ── one round of the loop ─────────────────────────────────────────────────────────────────────────────
 
     @property
     def has_work(self) -> bool:
-        return self.engine.has_work or bool(self._embeds)
+        return self.engine.has_work or self._embeds.has_work
 
     def step(self) -> None:
         now = time.monotonic()
         if self._library.busy:
             self._library.poll()
-        if self._embeds:
+        if self._embeds.has_work:
             self._embed_one()
         if self._front.busy:
             self._front.poll()
@@ -132,7 +132,7 @@ class Local:
             self._quiet_since = now
             if now > self._places_due:
                 self._tell_places()
-        elif not self._embeds:
+        elif not self._embeds.has_work:
             self._tell_places()
             if now - self._quiet_since > QUIET_S:
                 self._quiet_since = now
@@ -174,20 +174,30 @@ class Local:
             self._schedule = message
             quantum = policy.Quantum(message.tokens, message.seconds)
             self.engine.set_policy(policy.make(message.policy, quantum, message.shares))
+            self._embeds.set_policy(policy.make(message.policy, quantum, message.shares))
+
+    def _renice(self, message: link.Renice) -> None:
+        self.engine.renice(message.peer, message.nice)
+        self._embeds.renice(message.peer, message.nice)
+
+    def _gone(self, message: link.Gone) -> None:
+        self.engine.gone(message.peer)
+        self._embeds.gone(message.peer)
 
     def _park(self, message: link.Park) -> None:
         self.engine.park(message.peer, message.parked)
+        self._embeds.park(message.peer, message.parked)
         if message.number:
             self._line.send(link.Parked(message.number))
 
     def _cancel(self, message: link.CancelCall) -> None:
-        self._embeds.pop(message.key, None)
+        self._embeds.remove(message.key)
         self._front.cancel(lambda key: key == message.key)
         self.engine.cancel(message.key)
 
     def _keep(self, message: link.Keep) -> None:
         kept = set(message.peers)
-        self._embeds = {key: steps for key, steps in self._embeds.items() if key[0] in kept}
+        self._embeds.keep(kept)
         self._front.cancel(lambda key: key[0] not in kept)
         self.engine.keep(kept)
 
@@ -268,7 +278,8 @@ class Local:
 
     def _embed(self, ask: link.Ask, request: wire.Embed) -> None:
         def begin(tokens: list[list[int]] | None) -> None:
-            self._embeds[ask.key] = self._embedder.in_steps(request.texts, tokens, self._payer(ask))
+            steps = self._embedder.in_steps(request.texts, tokens, self._payer(ask))
+            self._embeds.add(ask.key, ask.caller, steps)
 
         if ask.key in self._embeds:
             return
@@ -281,7 +292,7 @@ class Local:
         from aiosd.llm.pairs import tokens_of_pairs
 
         def begin(pairs: Iterable[list[int]]) -> None:
-            self._embeds[ask.key] = self._embedder.ranked_in_steps(pairs, self._payer(ask))
+            self._embeds.add(ask.key, ask.caller, self._embedder.ranked_in_steps(pairs, self._payer(ask)))
 
         if ask.key in self._embeds:
             return
@@ -297,16 +308,20 @@ class Local:
         return lambda tokens: self.engine.purses.spend(ask.key, ask.caller.shares, tokens, time.monotonic())
 
     def _embed_one(self) -> None:
-        key, steps = next(iter(self._embeds.items()))
-        try:
-            embedded = next(steps)
-        except Exception as error:  # a bug in one of these: it costs this call, and no other
-            del self._embeds[key]
-            self._line.refuse(key, as_oserror(error))
+        job = self._embeds.next()
+        if job is None:
             return
+        before = self._embedder.computed
+        try:
+            embedded = next(job.steps)
+        except Exception as error:  # a bug in one of these: it costs this call, and no other
+            self._embeds.remove(job.key)
+            self._line.refuse(job.key, as_oserror(error))
+            return
+        self._embeds.charge(job, self._embedder.computed - before)
         if embedded is not None:
-            del self._embeds[key]
-            self._line.answer(key, embedded, embedded.prompt_tokens)
+            self._embeds.remove(job.key)
+            self._line.answer(job.key, embedded, embedded.prompt_tokens)
 
     # ── figures for `aiosd status` ────────────────────────────────────────────────────────────────────────
 

@@ -40,7 +40,7 @@ class Account:
     held: int = 0
 
     def pay(self, tokens: int, held: int) -> str:
-        """Pay for these, and hold so many more; or nothing of that: then the kind is returned that is short."""
+        """Pay for `tokens` and hold `held` more, or do neither and return the kind of budget that is too small."""
         for purse in self.purses:
             if purse.left is not None and purse.left < tokens:
                 return "tokens"

@@ -38,7 +38,7 @@ LINGER_S = 2.0  # for a client to read why it was refused
 GUESTS = 64  # connections of one agent that are passed on to the gateway, until there is a pause
 PAUSE_S = 0.2  # for that, and after a descriptor was missing
 BUFFER = request.HEAD_BYTES  # of a read; twice that lies here in each direction
-DENIED_AGAIN_S = 60.0  # after which the same denial is told again
+DENIED_AGAIN_S = 60.0  # after which the same denial is reported again
 DENIED_KNOWN = 256  # of one agent,
 DENIED_PER_S = 20  # new denials of one agent that are reported in a second, at most
 
@@ -58,7 +58,7 @@ class Gate:
     lookups: asyncio.Semaphore
     connections: set[asyncio.Task[None]] = field(default_factory=set)
     guests: int = 0  # passed on since the last pause
-    denied: OrderedDict[tuple[str, int], float] = field(default_factory=OrderedDict)  # when that was told
+    denied: OrderedDict[tuple[str, int], float] = field(default_factory=OrderedDict)  # when that was reported
     told: int = 0  # denials in this second,
     second: float = 0.0  # … which has begun then
 

@@ -12,7 +12,7 @@ from aiosd.net.proxy import Proxy
 from aiosd.net.spec import ProxySpec
 from aiosd.superior import Superior
 
-OUTBOX_BYTES = 1 << 20  # for the kernel, above which denials are told no more
+OUTBOX_BYTES = 1 << 20  # for the kernel, above which denials are not reported
 
 
 def serve(superior: Superior, spec: ProxySpec, rounds: Rounds) -> int:

@@ -280,7 +280,7 @@ class Database:
         try:
             self._commit()
         except OSError as err:
-            self._begun, self._lost = True, err  # `commit` tells, and all are done again
+            self._begun, self._lost = True, err  # `commit` raises it, and all are done again
             raise
 
     def begin(self) -> None:

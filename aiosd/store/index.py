@@ -44,7 +44,7 @@ class Index:
     """Of vectors with `width` dimensions and unit length."""
 
     def __init__(self, width: int) -> None:
-        logging.getLogger("faiss").setLevel(logging.WARNING)  # it tells which library it tries
+        logging.getLogger("faiss").setLevel(logging.WARNING)  # it logs which library it tries
         import faiss
         import numpy as np
 

@@ -10,8 +10,8 @@ What is known of the files (names, sizes, words) lies in rows, for lists and sea
 - A new mount, and every mount at the start, is looked through folder by folder, a little between any two calls.
 - Events of inotify are hints. What one names is looked at (lstat) after a moment, once for all hints of that time. When
   the queue of events has overflowed everything is looked through again.
-- Who reads a file or its figures gets what is there now; only lists and searches may be late by that moment. (A change
-  through a mapping of the file gives no event: that is seen at the next look.)
+- A call that reads a file, or its figures, gets what is there now; lists and searches may be late by that moment. (A
+  change through a mapping of the file gives no event: that is seen at the next look.)
 
 A folder that is gone, or cannot be opened, keeps its mount; `note` says what is missing.
 """

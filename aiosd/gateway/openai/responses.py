@@ -1,5 +1,5 @@
 """POST /v1/responses: the newer form of a chat. Input items become messages, and what was generated becomes items.
-What `previous_response_id` names is in `kept`."""
+Earlier responses, which `previous_response_id` names, are in `kept`."""
 
 from __future__ import annotations
 
