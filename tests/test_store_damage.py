@@ -15,6 +15,7 @@ from aiosd.errors import WorldError
 from aiosd.store import fsck, owners, plainly, rebuild, roots, tables
 from aiosd.store.database import FILE
 from aiosd.store.pages import PAGE, Pages
+from aiosd.store.remake import Mender, remake
 from aiosd.store.salvage import Salvage, columns_of, problem_of
 from libaios import wire
 from libaios.wire import Sys
@@ -302,3 +303,71 @@ def test_what_an_ended_agent_has_left_is_no_later_ones(filled: tuple[Path, dict[
         named = store.database.rows("SELECT name FROM owners")
         assert named
         assert all(name.startswith(owners.LOST) for (name,) in named)
+
+
+MADE_ANEW = (
+    *("note_keys", "notes_of_owner", "note_ends", "sqlite_autoindex_owners_1", "note_fields", "note_tags"),
+    *("note_words_data", "note_words_config", "note_sums", "wordless"),
+)
+
+
+@pytest.mark.parametrize("name", MADE_ANEW)
+def test_what_is_made_from_other_rows_is_made_anew(
+    filled: tuple[Path, dict[int, Row]], tmp_path: Path, name: str
+) -> None:
+    path = copy(filled, tmp_path)
+    flip(path, roots.read(path).roots[name])
+    mine = {row[2]: row for note, row in filled[1].items() if 7 + note % 3 == 7 and row[2] is not None}
+    with contextlib.closing(Store(tmp_path, "two")) as store:
+        store.database.counts["damaged"] = 1  # as a call has found
+        store.memory.mender.work()
+        for key, row in mine.items():
+            assert store.turn(ask(next(numbers), Sys.MEM_GET, wire.MemGet(key), 7))[0]["text"] == row[3]
+        store.turn(add(next(numbers), "again", key=(first := min(mine))))
+        assert store.turn(ask(next(numbers), Sys.MEM_UPDATE, wire.MemUpdate(first, text="changed"), 7)) == [
+            mine[first][9] + 2
+        ]
+        assert store.turn(ask(next(numbers), Sys.MEM_REMOVE, wire.MemGet(max(mine)), 7)) == [None]
+        for text in ("changed", mine[sorted(mine)[1]][3]):
+            (found,) = store.turn(ask(next(numbers), Sys.MEM_SEARCH, wire.MemSearch(text), 7))
+            assert found[0]["note"]["text"] == text
+        problems = [line for (line,) in store.database.rows("PRAGMA integrity_check") for line in line.splitlines()]
+        assert all(line.endswith(": never used") for line in problems[1:]), problems
+        (cleared,) = store.turn(ask(next(numbers), Sys.MEM_CLEAR, wire.NoArgs(), 7))
+        assert cleared == len(answers_of(store, 7, filled[1])[1]) - 1
+    assert all(line.endswith("nothing that is kept was on it") for line in fsck.check(path))
+
+
+def test_an_index_of_rows_that_are_lost_stays(filled: tuple[Path, dict[int, Row]], tmp_path: Path) -> None:
+    """And is not looked for again at once."""
+    path = copy(filled, tmp_path)
+    flip(path, leaf_of(path, "notes", 30))
+    flip(path, roots.read(path).roots["notes_of_owner"])
+    now = [0.0]
+    with contextlib.closing(Store(tmp_path, "two")) as store:
+        made: list[str] = []
+        mender = Mender(store.database, lambda: made.append("anything"), lambda: now[0])
+        schema = store.database.rows("SELECT * FROM sqlite_schema")
+        for _ in range(2):
+            store.turn(ask(next(numbers), Sys.MEM_CLEAR, wire.NoArgs(), 7))
+            mender.work()
+            assert store.database.rows("SELECT * FROM sqlite_schema") == schema
+            found = store.database.counts["damaged"]
+            mender.work()
+            assert store.database.counts["damaged"] == found
+            now[0] += 1000.0
+        assert not made
+        listed, wanted = answers_of(store, 7, filled[1])
+        assert len(listed) > len(wanted) // 2
+
+
+def test_pages_of_what_was_made_anew_are_no_lost_rows(filled: tuple[Path, dict[int, Row]], tmp_path: Path) -> None:
+    """Nothing leads to them, and what is in them looks like an author."""
+    path = copy(filled, tmp_path)
+    flip(path, roots.read(path).roots["note_words_idx"])
+    with contextlib.closing(Store(tmp_path, "two")) as store:
+        assert remake(store.database) == ["wordless"]
+    flip(path, roots.read(path).roots["note_authors"])
+    copied, _ = rebuild.repair(path)
+    assert copied.get("note_authors", 0) == 0
+    assert copied["notes"] == len(filled[1])

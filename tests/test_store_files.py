@@ -23,6 +23,7 @@ from aiosd.store import archive, contents, fsck, owners, rebuild, roots
 from aiosd.store.contents import hash_of
 from aiosd.store.database import Database
 from aiosd.store.meaning import Meaning
+from aiosd.store.remake import remake
 from aiosd.store.room import Room
 from aiosd.store.storage import SYNC_AT_ONCE, Storage
 from aiosd.store.tables import CONTENTS
@@ -464,6 +465,27 @@ def test_a_damaged_index_of_words_costs_time_and_no_file(tmp_path: Path) -> None
         assert store.found("a7") == ["a7"]
         assert set(store.found("word", OTHER)) == {"secret", "own"}
         assert store.found("word", folder="a") == store.found("word", STRANGER) == []
+
+
+@pytest.mark.parametrize(
+    "name", ["live_files", "sqlite_autoindex_versions_1", "content_users", "doomed", "file_words_data", "unindexed"]
+)
+def test_what_is_made_from_rows_of_files_is_made_anew(tmp_path: Path, name: str) -> None:
+    names = [f"d/{number}" for number in range(20)]
+    with contextlib.closing(Store(tmp_path)) as store:
+        for one in names:
+            store.write(one, b"word")
+    flip(store.database.path, roots.read(store.database.path).roots[name])
+    with contextlib.closing(Store(tmp_path)) as store:
+        assert len(remake(store.database)) == 1
+        while store.storage.files.index_some():
+            pass
+        assert store.write(names[0], b"other").version == 2
+        store(Sys.STO_REMOVE, wire.StoPath(names[1]))
+        assert store.read(names[0], version=1) == b"word"
+        assert store.paths() == sorted(names[:1] + names[2:])
+        assert set(store.found("word", k=50)) == set(names[2:])
+        assert store.found("other") == names[:1]
 
 
 def test_a_follower_is_told_in_the_same_transaction(store: Store) -> None:

@@ -50,9 +50,9 @@ class StoreSpec(Struct, frozen=True):
 
 
 class Chores:
-    """What the store does between calls: words and vectors for texts that wait for theirs, and the removal of notes
-    whose time is over. While calls keep coming (`busy`) a part of the time goes to that, unless too many texts wait.
-    What fails is tried again later."""
+    """What the store does between calls: words and vectors for texts that wait for theirs, the removal of notes whose
+    time is over, and new indexes in place of damaged ones. While calls keep coming (`busy`) a part of the time goes to
+    that, unless too many texts wait. What fails is tried again later."""
 
     def __init__(self, memory: Memory, busy: Callable[[], bool]) -> None:
         self._memory, self._busy = memory, busy
@@ -67,7 +67,7 @@ class Chores:
         memory = self._memory
         if now >= self._clean_at:
             self._clean_at = now + self._tried(memory.clean, now)
-        wait = min(self._tried(memory.words.work, now), self._tried(memory.meaning.work, now))
+        wait = min(self._tried(work, now) for work in (memory.mender.work, memory.words.work, memory.meaning.work))
         if self._busy() and memory.words.waiting < MOST_WORDLESS:
             self._next_at = now + (time.monotonic() - now) / SHARE
         return max(0.0, min(wait, self._clean_at - now))

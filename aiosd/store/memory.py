@@ -42,6 +42,7 @@ from aiosd.store.noterows import (
     visible,
 )
 from aiosd.store.promises import Promises
+from aiosd.store.remake import Mender
 from aiosd.store.search import NoteSearch
 from aiosd.store.words import NoteWords
 from libaios import wire
@@ -76,6 +77,7 @@ class Memory:
         self.cache: LruK[tuple[str, Note]] = LruK(size, of_owner)
         self._ids: dict[tuple[str, str], int] = {}  # by owner and key, of notes that may be in the cache
         self._owners: dict[str, int] = {}  # the numbers of owners
+        self.mender = Mender(database, self.words.remade)
         database.undone.append(self._undone)
 
     def handlers(self) -> dict[int, Any]:

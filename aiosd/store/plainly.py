@@ -3,7 +3,7 @@
 SQLite reads many rows with one statement, and the statement fails at the first page that cannot be read. Then they are
 read `piecemeal`: in halves, and halves of these, until what cannot be read is single rows. And where the page is one of
 an index, which only leads to the rows, notes are read from their table itself (`walk`): all of them, in slices between
-which others are served. That takes long, and only until `aiosd fsck --repair` has made the index anew.
+which others are served. That takes long, and only until the index is made anew (`remake`, `aiosd fsck --repair`).
 """
 
 from __future__ import annotations

@@ -106,6 +106,10 @@ class Column:
     default: Any
     required: bool
     is_rowid: bool
+    kind: tuple[type, ...]
+
+
+_KINDS: dict[str, tuple[type, ...]] = {"INTEGER": (int,), "REAL": (int, float), "TEXT": (str,), "BLOB": (bytes,)}
 
 
 def columns_of(db: apsw.Connection) -> Callable[[str], list[Column]]:
@@ -116,8 +120,8 @@ def columns_of(db: apsw.Connection) -> Callable[[str], list[Column]]:
         keys = [row for row in found if row[5]]
         alias = keys[0][1] if len(keys) == 1 and keys[0][2].upper() == "INTEGER" else None
         return [
-            Column(name, _literal(db, default), bool(required), name == alias)
-            for _, name, _, required, default, _ in found
+            Column(name, _literal(db, default), bool(required), name == alias, _KINDS[kind])
+            for _, name, kind, required, default, _ in found
         ]
 
     return columns
@@ -145,4 +149,7 @@ class _Maker:
         if len(row[1]) != len(self._columns):
             return False
         made = self(row)
-        return all(made[column.name] is not None for column in self._columns if column.required)
+        return all(
+            not column.required if made[column.name] is None else isinstance(made[column.name], column.kind)
+            for column in self._columns
+        )

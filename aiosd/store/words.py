@@ -49,6 +49,11 @@ class NoteWords:
             logger.warning("the queue of notes without words: %s", err.strerror)
             self.waiting = 0
 
+    def remade(self) -> None:
+        """What was damaged may be whole again."""
+        self.stuck = self._entered = False
+        self.recount()
+
     # ── within the transaction that changes a text ────────────────────────────────────────────────────────
 
     def added(self, note: int, owner: int) -> None:
