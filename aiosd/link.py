@@ -354,6 +354,13 @@ class Denied(Struct, array_like=True, frozen=True, tag=True):
     why: str
 
 
+class ProxyUse(Struct, array_like=True, frozen=True, tag=True):
+    """From the proxy: what it has used for this agent since the last such message, in microseconds on processors."""
+
+    pid: int
+    cpu_us: int
+
+
 class Contexts(Struct, array_like=True, frozen=True, tag=True):
     """Where the contexts of peers lie that have one: "slot", "ram" or "disk", and how many tokens they have.
     Sent now and then while calls run."""
@@ -400,6 +407,7 @@ FromService = (
     | Failed
     | Health
     | Denied
+    | ProxyUse
     | Contexts
     | Stats
 )

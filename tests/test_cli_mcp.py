@@ -14,6 +14,7 @@ from typing import Any
 
 import pytest
 
+from aiosd.sandbox.box import LEVELS
 from tests.conftest import System
 
 pytest.importorskip("mcp")
@@ -56,6 +57,8 @@ def test_agents_are_started_listed_and_ended(aiosd: System, tmp_path: Path) -> N
         assert tools["ps"].annotations.read_only_hint
         assert not tools["kill"].annotations.read_only_hint
         assert tools["spawn"].input_schema["required"] == ["program"]
+        levels = tools["spawn"].input_schema["properties"]["sandbox"]["anyOf"]
+        assert {level for one in levels for level in one.get("enum", ())} == set(LEVELS)
         pid = int(
             (await call(client, "spawn", program="agent.py", args=["you"], folder=str(tmp_path)))[0].split(":")[1][:-1]
         )

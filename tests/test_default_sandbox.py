@@ -117,8 +117,10 @@ def test_what_a_person_types_goes_in_and_comes_out(system: System, project: Path
     typed, cwd, home, again = (project / "out.txt").read_text().splitlines()
     assert (typed, cwd, again, done.stderr) == ("typed", str(project), "again", "")
     assert home.startswith(str(system.home / "data" / "workspaces"))
-    terminal = system.run("aios-run", "-t", "--", "sh", "-c", "tty; test -t 0 && test -t 1 && echo yes")
-    assert terminal.stdout.splitlines()[-1] == "yes", terminal.stdout
+    code = "tty; test -t 0 && test -t 1 && echo yes; echo again > $(tty)"
+    terminal = system.run("aios-run", "-t", "--", "sh", "-c", code)
+    named, *more = terminal.stdout.splitlines()
+    assert (named[:5], more) == ("/dev/", ["yes", "again"]), terminal.stdout
     (project / "mine.py").write_text("import os; print(os.path.exists('data.csv'))")
     assert system.run("aios-run", "--", "python3", "mine.py", cwd=project, check=True).stdout == "True\n"
     done = system.run("aios-run", "--", "python3", "project/mine.py", cwd=project.parent, check=True)

@@ -157,6 +157,10 @@ def test_an_agent_reaches_what_it_was_granted_and_nothing_else(system: System, u
         f"net api.{granted}", "net upstream.test:443", "net inside.test:80", "net mapped.test:80",
     }  # fmt: skip
     assert denied["net upstream.test:443"].startswith("sandbox: port 443 of upstream.test is not granted")
+    pid = str(max(entry["pid"] for entry in system.ps("--dead")))
+    assert eventually(lambda: json.loads(system.run("aios-inspect", pid).stdout)[0]["tools"]["cpu_s"] > 0), (
+        "the proxy's"
+    )
 
 
 def test_built_in_tools_reach_what_their_agent_reaches(system: System, upstream: int, tmp_path: Path) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import ipaddress
 import re
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -16,6 +17,7 @@ from aiosd.birth import denial
 from aiosd.net import request
 from aiosd.net.dialing import Dialer, Private, Unreachable
 from aiosd.net.request import Bad, Request
+from aiosd.net.shares import PIECE, Shares
 from aiosd.sandbox import addresses, box, hosts, why
 from aiosd.sandbox.box import Box, Rules
 from libaios import wire
@@ -283,3 +285,24 @@ def test_a_name_of_this_machine_leads_nowhere() -> None:
         dial("localhost", 80)
     with pytest.raises(Unreachable, match="is not known"):
         dial("nonesuch.invalid", 80)
+
+
+def test_the_time_of_the_proxy_is_shared_by_work() -> None:
+    """What it uses while it serves nobody is nobody's, and nothing is charged twice."""
+    looks: list[Callable[[], None]] = []
+    charged: list[tuple[int, int]] = []
+    used = 5.0
+    shares = Shares(lambda seconds, look: looks.append(look), lambda *one: charged.append(one), lambda: used)
+    for begin in (5.0, 9.0):
+        used = begin
+        shares.connected(7)
+        shares.read(8, 0)
+        shares.read(8, 14 * PIECE)
+        shares.connected(8)
+        used = begin + 0.03
+        (look,) = looks
+        looks.clear()
+        look()
+        assert charged == [(7, 10_000), (8, 20_000)]
+        charged.clear()
+    assert looks == []

@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 import errno
+import http.server
+import json
 import os
 import sys
-from collections.abc import Callable
+import threading
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -98,8 +101,49 @@ server.run()
 """
 
 
+class Web(http.server.BaseHTTPRequestHandler):
+    """A server that is reached by HTTP, and asks for a header. Its tool `drops` has no answer."""
+
+    def do_POST(self) -> None:
+        message = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
+        method = message["method"]
+        if method == "tools/call" and message["params"]["name"] == "drops":
+            return
+        tools = [{"name": name, "inputSchema": {"type": "object"}} for name in ("key", "drops")]
+        results: dict[str, Any] = {
+            "initialize": {"protocolVersion": "2025-06-18", "capabilities": {"tools": {}},
+                           "serverInfo": {"name": "t", "version": "1"}},
+            "tools/list": {"tools": tools},
+            "tools/call": {"content": [{"type": "text", "text": self.headers.get("Authorization", "none")}]},
+        }  # fmt: skip
+        reply: dict[str, Any] = {"jsonrpc": "2.0", "id": message.get("id")}
+        reply |= {"result": results[method]} if method in results else {"error": {"code": -32601, "message": "no"}}
+        body = json.dumps(reply).encode() if "id" in message else b""
+        self.send_response(200 if body else 202)
+        self.send_header("Content-Type", "application/json")
+        self.send_header("Content-Length", str(len(body)))
+        self.end_headers()
+        self.wfile.write(body)
+
+    def do_GET(self) -> None:
+        self.send_error(405)
+
+    def log_message(self, *_: Any) -> None:
+        pass
+
+
 @pytest.fixture
-def system(fresh_aiosd: Callable[..., System], tmp_path: Path) -> System:
+def web() -> Iterator[str]:
+    with http.server.ThreadingHTTPServer(("127.0.0.1", 0), Web) as server:
+        thread = threading.Thread(target=server.serve_forever)
+        thread.start()
+        yield f"http://127.0.0.1:{server.server_address[1]}/mcp"
+        server.shutdown()
+        thread.join()
+
+
+@pytest.fixture
+def system(fresh_aiosd: Callable[..., System], tmp_path: Path, web: str) -> System:
     (tmp_path / "odd.py").write_text(SERVER)
     (tmp_path / "modern.py").write_text(MODERN)
     (tmp_path / "written").mkdir()
@@ -108,6 +152,7 @@ def system(fresh_aiosd: Callable[..., System], tmp_path: Path) -> System:
         f'env = {{ MARK = "{tmp_path / "written" / "mark"}" }}\nwrite = ["written"]\n'
         f'[mcpServers.modern]\ncommand = "{sys.executable}"\nargs = ["{tmp_path / "modern.py"}"]\n'
         'sandbox = "flat"\nnet = "none"\n'
+        f'[mcpServers.web]\nurl = "{web}"\nheaders = {{ Authorization = "its key" }}\n'
     )
     return fresh_aiosd("--config", str(tmp_path / "aiosd.toml"), "--threads", "1", env={"SECRET_TOKEN": "hush"})
 
@@ -123,6 +168,7 @@ def names(client: Client) -> set[str]:
 def test_what_a_server_does_wrong_costs_its_call_alone(system: System, tmp_path: Path) -> None:
     with Client(Home(str(system.home))) as client:
         both_ways_of_the_protocol_are_spoken(client)
+        servers_are_reached_by_http_and_lost_in_words(client)
         malformed_tools_cost_no_other(client)
         a_server_has_its_own_environment_alone(client)
         noise_and_strange_messages_are_passed_over(client)
@@ -136,6 +182,14 @@ def test_what_a_server_does_wrong_costs_its_call_alone(system: System, tmp_path:
 def both_ways_of_the_protocol_are_spoken(client: Client) -> None:
     assert call(client, "modern__add", a=2) == "3"
     assert call(client, "odd__refs", at={"x": 1}) == "refs"
+
+
+def servers_are_reached_by_http_and_lost_in_words(client: Client) -> None:
+    for _ in range(2):
+        assert call(client, "web__key") == "its key"
+        with pytest.raises(OSError, match="disconnected") as caught:
+            call(client, "web__drops")
+        assert caught.value.errno == errno.EIO
 
 
 def malformed_tools_cost_no_other(client: Client) -> None:

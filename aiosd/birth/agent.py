@@ -72,7 +72,7 @@ def become_agent(spec: link.Fork, pid: int, home: str, fds: Descriptors, keeps_l
     _lower_oom_protection()
     try:
         if content.box is not None:
-            confinement.enter(content.box, report, fds.stdio[1:])
+            confinement.enter(content.box, report, fds.stdio[1:], _terminal(fds.stdio[0]) if spec.tty else "")
         content = _enter_folder(content)
         found = program.find(content)
     except OSError as err:
@@ -132,6 +132,13 @@ def _take_descriptors(fds: Descriptors) -> None:
     keep_only((fds.memfd, fds.bell, fds.report))
     for fd in (fds.memfd, fds.bell):
         os.set_inheritable(fd, True)  # they survive exec; ENV_CHANNEL names their owner
+
+
+def _terminal(fd: int) -> str:
+    """The path of a terminal of the agent's own; "": it is none."""
+    with contextlib.suppress(OSError):
+        return os.ttyname(fd)
+    return ""
 
 
 def _take_terminal() -> None:

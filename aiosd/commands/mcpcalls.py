@@ -30,7 +30,7 @@ async def spawn(
     args: Sequence[str] = (),
     name: str | None = None,
     folder: str | None = None,
-    sandbox: Literal["none", "flat"] | None = None,
+    sandbox: Literal["none", "flat", "cage"] | None = None,
     tokens: Annotated[int, Meta(ge=0)] | None = None,
     seconds: Annotated[float, Meta(gt=0)] | None = None,
 ) -> dict[str, int]:

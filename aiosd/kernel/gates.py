@@ -16,6 +16,7 @@ from dataclasses import dataclass
 
 from aiosd import link, passage
 from aiosd.kernel.audit import Audit
+from aiosd.kernel.measure import Measure
 from aiosd.kernel.proc import Proc
 from aiosd.kernel.service import Service
 from aiosd.passage import Closed, Gate, Kept
@@ -111,12 +112,16 @@ class Proxy(Service):
     gates: Gates
     audit: Audit
     agent: Callable[[int], Proc | None]
+    measure: Measure
 
     def on_ready(self) -> None:
         Service.on_ready(self)
         self.gates.begin()
 
     def handle(self, message: link.FromService) -> None:
+        if isinstance(message, link.ProxyUse):
+            self.measure.proxy_used(message)
+            return
         if not isinstance(message, link.Denied):
             Service.handle(self, message)
             return

@@ -316,6 +316,7 @@ class Kernel:
             gates=self.gates,
             audit=self.approvals.audit,
             agent=self.table.get,
+            measure=self.measure,
         )
 
     def _make_toolbox(self, process: Process) -> Service:

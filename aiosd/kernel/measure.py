@@ -168,9 +168,18 @@ class Measure:
         if proc is None:
             return
         proc.tools_bytes = use.memory_bytes
-        proc.row[ledger.TOOLS_CPU_US] += use.cpu_us
+        self._charge_used(proc, use.cpu_us)
+
+    def proxy_used(self, use: link.ProxyUse) -> None:
+        """The same of connections to its hosts."""
+        proc = self._table.find(use.pid)
+        if proc is not None:
+            self._charge_used(proc, use.cpu_us)
+
+    def _charge_used(self, proc: Proc, cpu_us: int) -> None:
+        proc.row[ledger.TOOLS_CPU_US] += cpu_us
         for budget in filter(self._budgets.lasts, proc.budgets):
-            budget.row[ledger.CPU_US] += use.cpu_us
+            budget.row[ledger.CPU_US] += cpu_us
             self._judge_kind(budget, "cpu")
 
     def tools_ended(self) -> None:

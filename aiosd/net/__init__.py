@@ -7,6 +7,7 @@ here: a proxy for HTTP, which resolves names itself and connects only to what th
     main.py       the process; it has loaded nothing until the first agent needs it
     serving.py    its loop: gates from the kernel, the channel, heartbeats
     proxy.py      gates, their connections, and the limits of each agent
+    shares.py     whose the time is that the proxy uses
     request.py    what a client sends, taken apart (pure)
     dialing.py    from a granted host to a connection with a public address
 

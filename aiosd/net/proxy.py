@@ -22,6 +22,7 @@ from aiosd import passage
 from aiosd.net import request
 from aiosd.net.dialing import LOOKUPS, Dialer, Private, Unreachable
 from aiosd.net.request import Bad, Request
+from aiosd.net.shares import Shares
 from aiosd.sandbox import hosts
 
 logger = logging.getLogger("proxy")
@@ -65,15 +66,25 @@ class Gate:
 
 @dataclass(slots=True)
 class _Traffic:
+    """Of one connection."""
+
+    pid: int
+    shares: Shares
     at: float = field(default_factory=time.monotonic)
+
+    def read(self, count: int) -> None:
+        self.at = time.monotonic()
+        self.shares.read(self.pid, count)
 
 
 class Proxy:
-    """`denied` is told what was refused; `guests`: the passage to the gateway, None: there is none."""
+    """`denied` is told what was refused, `shares` what is done for whom; `guests`: the passage to the gateway, None:
+    there is none."""
 
-    def __init__(self, dialer: Dialer, denied: Denied, guests: socket.socket | None = None) -> None:
+    def __init__(self, dialer: Dialer, denied: Denied, shares: Shares, guests: socket.socket | None = None) -> None:
         self._dialer = dialer
         self._denied = denied
+        self._shares = shares
         self._guests = guests
         self._loop = asyncio.get_running_loop()
         self.gates: dict[int, Gate] = {}
@@ -176,6 +187,7 @@ class Proxy:
 
     def _pass_on(self, gate: Gate, sock: socket.socket) -> None:
         gate.guests += 1
+        self._shares.connected(gate.pid)
         if gate.guests == 1:
             self._loop.call_later(PAUSE_S, self._rested, gate)
         with sock, contextlib.suppress(OSError):  # it does not keep up: the connection is refused
@@ -184,6 +196,7 @@ class Proxy:
 
     def _begin(self, gate: Gate, sock: socket.socket) -> None:
         sock.setblocking(False)
+        self._shares.connected(gate.pid)
         task = self._loop.create_task(self._serve(gate, sock))
         self.connections += 1
         gate.connections.add(task)
@@ -216,7 +229,8 @@ class Proxy:
         self.served += 1
         far_reader, far_writer = await _streams(server)
         try:
-            await _relay(wanted, reader, writer, far_reader, far_writer)
+            traffic = _Traffic(gate.pid, self._shares)
+            await _relay(wanted, reader, writer, far_reader, far_writer, traffic)
         except Bad as bad:
             await _refuse(reader, writer, bad.status, str(bad))
         finally:
@@ -293,9 +307,9 @@ async def _relay(
     writer: asyncio.StreamWriter,
     far_reader: asyncio.StreamReader,
     far_writer: asyncio.StreamWriter,
+    traffic: _Traffic,
 ) -> None:
     """Until both directions are through, or nothing comes any more. Raises Bad for a body that is none."""
-    traffic = _Traffic()
     if wanted.head:
         far_writer.write(wanted.head)
         there = _copy_body(wanted.body, reader, far_writer, traffic)
@@ -329,7 +343,7 @@ async def _flushed(writer: asyncio.StreamWriter) -> None:
 
 async def _copy(reader: asyncio.StreamReader, writer: asyncio.StreamWriter, traffic: _Traffic) -> None:
     while data := await reader.read(BUFFER):
-        traffic.at = time.monotonic()
+        traffic.read(len(data))
         writer.write(data)
         await writer.drain()
         traffic.at = time.monotonic()
@@ -343,7 +357,7 @@ async def _copy_bytes(
         data = await reader.read(min(count, BUFFER))
         if not data:
             raise asyncio.IncompleteReadError(b"", count)
-        traffic.at = time.monotonic()
+        traffic.read(len(data))
         count -= len(data)
         writer.write(data)
         await writer.drain()

@@ -9,6 +9,7 @@ from aiosd import link, passage
 from aiosd.heartbeat import BEAT_S, Rounds
 from aiosd.net.dialing import Dialer
 from aiosd.net.proxy import Proxy
+from aiosd.net.shares import Shares
 from aiosd.net.spec import ProxySpec
 from aiosd.superior import Superior
 
@@ -29,7 +30,11 @@ async def _serve(superior: Superior, spec: ProxySpec, rounds: Rounds) -> int:
         if superior.channel.outbox_bytes < OUTBOX_BYTES:
             superior.send(link.Denied(pid, host, port, why))
 
-    proxy = Proxy(Dialer(), denied, guests)
+    def charge(pid: int, cpu_us: int) -> None:
+        if cpu_us and superior.channel.outbox_bytes < OUTBOX_BYTES:
+            superior.send(link.ProxyUse(pid, cpu_us))
+
+    proxy = Proxy(Dialer(), denied, Shares(loop.call_later, charge), guests)
     superior.stats = lambda: {
         "agents": len(proxy.gates),
         "connections": proxy.connections,

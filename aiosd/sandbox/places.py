@@ -10,6 +10,7 @@ else that lies directly below the machine's root, an empty folder. A path that a
 
 from __future__ import annotations
 
+import os
 import struct
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -24,6 +25,8 @@ _SHARED = "size=64m,mode=1777"  # of /tmp and of /dev/shm; what needs more uses 
 _COVER = "size=1m,mode=755"
 _TERMINALS = "mode=600,ptmxmode=666"
 
+#: Where an agent finds its own terminal (`aios-run -t`), which lies in the machine's /dev/pts; others find /dev/null.
+CONSOLE = "/dev/console"
 DEVICES = ("/dev/null", "/dev/zero", "/dev/full", "/dev/random", "/dev/urandom", "/dev/tty")
 _DEVICE_LINKS = {
     "/dev/ptmx": "pts/ptmx", "/dev/fd": "/proc/self/fd", "/dev/stdin": "/proc/self/fd/0",
@@ -69,7 +72,7 @@ def of_cage(machine: Machine) -> list[Place]:
     places = [Place(LINK, link, source) for link, source in machine.links.items()]
     places += [Place(FOLDER, folder) for folder in (*machine.folders, "/dev/shm", "/dev/pts", "/tmp")]
     places += [Place(LINK, link, source) for link, source in _DEVICE_LINKS.items()]
-    return places + [_system(path) for path in machine.system]
+    return places + [_system(path) for path in machine.system] + [_no_console()]
 
 
 def of_agent(
@@ -78,8 +81,10 @@ def of_agent(
     read: Iterable[str],
     write: Iterable[str],
     protected: Mapping[str, bool] | None = None,
+    terminal: str = "",
 ) -> list[Place]:
-    """The steps of one agent, when it has entered the cage. `protected`: see `sandbox.protected`."""
+    """The steps of one agent, when it has entered the cage. `protected`: see `sandbox.protected`; `terminal`: its own,
+    "": it has none."""
     granted = dict.fromkeys(_below_root(machine, read), False)
     granted |= dict.fromkeys(_below_root(machine, write), True)
     granted[workspace] = True
@@ -110,8 +115,9 @@ def of_agent(
         for path, writable in (protected or {}).items()
         if inside(path, write)
     ]
+    console = [Place(ATTACH, CONSOLE, terminal, NO_SUID)] if terminal else []
     in_tmp = [_system(path) for path in machine.system if _top(path) == "/tmp"]
-    return [*covers, *private, *in_tmp, *grants, *fixed, *seals]
+    return [*covers, *private, *in_tmp, *grants, *fixed, *console, *seals]
 
 
 def packed(places: Sequence[Place]) -> bytes:
@@ -131,12 +137,17 @@ def _system(path: str) -> Place:
     return Place(ATTACH, path, path, NO_SUID if _top(path) == "/dev" else NO_SUID | READ_ONLY)
 
 
+def _no_console() -> Place:
+    return Place(ATTACH, CONSOLE, os.devnull, NO_SUID)
+
+
 def _covering(machine: Machine, top: str) -> list[Place]:
     """Memory over a folder below the root, and into it again what of the system lies there."""
     again: list[Place] = []
     if top == "/dev":
         again = [Place(FOLDER, "/dev/shm"), Place(FOLDER, "/dev/pts")]
         again += [Place(LINK, link, source) for link, source in _DEVICE_LINKS.items()]
+        again.append(_no_console())
     again += [_system(path) for path in machine.system if _top(path) == top]
     return [Place(MEMORY, top, _COVER, NO_SUID), *again]
 

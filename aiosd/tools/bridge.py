@@ -48,19 +48,21 @@ def main(fd: str, name: str, ends: str = "") -> int:
         os.set_inheritable(one, False)
     sys.stdin = open(os.devnull)  # noqa: SIM115 - for the whole life of the process
     sys.stdout = sys.stderr = open(os.devnull, "w")  # noqa: SIM115 - the server's noise
+    running: list[Run] = []  # the call, if there is one
     try:
         payload, _ = frames.recv_blocking()
-        asyncio.run(_serve(frames, name, msgpack.decode(payload, type=McpServer), pipes))
+        asyncio.run(_serve(frames, name, msgpack.decode(payload, type=McpServer), pipes, running))
     except (EOFError, ConnectionError):
         return 0
     except ModuleNotFoundError as err:
         send(frames, Described([], f"{err}: MCP servers need `pip install 'aiosd[mcp]'`"))
     except BaseException as err:  # a server may do anything
-        send(frames, Described([], _reason(err)))
+        lost = Done(None, errno.EIO, _reason(err), spent=True)
+        send(frames, lost if running else Described([], lost.message))
     return 1
 
 
-async def _serve(frames: FrameSocket, name: str, server: McpServer, pipes: list[int]) -> None:
+async def _serve(frames: FrameSocket, name: str, server: McpServer, pipes: list[int], running: list[Run]) -> None:
     from mcp import Client
 
     from aiosd.tools.mcpstreams import Streams
@@ -79,7 +81,9 @@ async def _serve(frames: FrameSocket, name: str, server: McpServer, pipes: list[
             payload = await _next(frames, relist)
             if payload is not None:
                 request = msgpack.decode(payload, type=Run)
+                running.append(request)
                 done = await _call(frames, client, names[request.tool], request.arguments)
+                running.clear()
                 if done.spent:  # the server is gone: another process starts another one
                     send(frames, replace(done, message=streams.fault or done.message))
                     return

@@ -1,0 +1,49 @@
+"""Whose the proxy's processor time is: what it has used since the last look is shared out among agents by what it has
+done for them meanwhile. To take the time of each step would cost more than the step.
+
+A connection or a refusal counts as `CONNECTION` reads, a read as one and one more for each `PIECE` bytes.
+"""
+
+from __future__ import annotations
+
+import time
+from collections import Counter
+from collections.abc import Callable
+
+CONNECTION = 16
+PIECE = 1 << 14
+LOOK_S = 0.1
+
+#: Calls a function after so many seconds.
+After = Callable[[float, Callable[[], None]], object]
+
+
+class Shares:
+    """`charge` is called with agents and microseconds. `used`: seconds of this process on processors."""
+
+    def __init__(
+        self, after: After, charge: Callable[[int, int], None], used: Callable[[], float] = time.process_time
+    ) -> None:
+        self._after = after
+        self._charge = charge
+        self._used = used
+        self._work: Counter[int] = Counter()  # by agent, since the last look
+        self._since = 0.0
+
+    def connected(self, pid: int) -> None:
+        self._note(pid, CONNECTION)
+
+    def read(self, pid: int, count: int) -> None:
+        self._note(pid, 1 + count // PIECE)
+
+    def _note(self, pid: int, work: int) -> None:
+        if not self._work:  # what was used while nobody was served is nobody's
+            self._since = self._used()
+            self._after(LOOK_S, self._look)
+        self._work[pid] += work
+
+    def _look(self) -> None:
+        spent = self._used() - self._since
+        work, self._work = self._work, Counter()
+        for pid, part in work.items():
+            self._charge(pid, round(spent * 1e6 * part / work.total()))
