@@ -132,6 +132,8 @@ def test_tool_calls_go_as_the_api_wants_them(make: Make) -> None:
         {"given": [1]},
         {"messages": None, "prompt": "x", "schema": {}},
         {"template_args": {"enable_thinking": True}},
+        {"template_args": {"reasoning_effort": "low", "enable_thinking": False}},
+        {"messages": None, "prompt": "x", "template_args": {"reasoning_effort": "low"}},
     ],
 )
 def test_what_cannot_be_passed_on_is_refused_by_name(make: Make, args: dict[str, Any]) -> None:
@@ -239,6 +241,29 @@ def test_newer_models_name_their_limit_otherwise(make: Make) -> None:
     bench = make(status(400, "use max_completion_tokens instead"), answers("x"))
     assert bench.text(bench.submit(sampling=Sampling(max_tokens=7))) == "x"
     assert bench.endpoint.asked[1][1]["max_completion_tokens"] == 7
+
+
+def test_what_nobody_asked_for_is_left_out_where_it_is_refused(make: Make) -> None:
+    refusals = [
+        status(400, f"Unsupported value: '{name}' does not support this.", param=name, code="unsupported_value")
+        for name in ("temperature", "top_p")
+    ]
+    bench = make(*refusals, answers("x"), answers("y"), refusals[0])
+    assert bench.text(bench.submit()) == "x"
+    assert not {"temperature", "top_p"} & set(bench.endpoint.asked[2][1])
+    assert bench.text(bench.submit()) == "y"
+    asked = bench.endpoint.asked
+    assert (len(asked), "temperature" in asked[3][1]) == (4, False)
+    assert bench.end(bench.submit(sampling=Sampling(temperature=0.0))).errno == errno.EINVAL
+    assert (len(asked), asked[4][1]["temperature"]) == (5, 0.0)
+
+
+@pytest.mark.parametrize("effort", ["none", "low"])
+def test_an_effort_is_passed_on(make: Make, effort: str) -> None:
+    bench = make(answers("x"))
+    args = {"reasoning_effort": effort, "enable_thinking": effort != "none"}  # as the gateway says it
+    assert bench.text(bench.submit(template_args=args)) == "x"
+    assert bench.endpoint.asked[0][1]["reasoning_effort"] == effort
 
 
 # ── parking, cancel, budget, a new kernel ─────────────────────────────────────────────────────────────────
