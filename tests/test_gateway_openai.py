@@ -293,6 +293,8 @@ WRONG: list[tuple[str, dict[str, Any], str]] = [
     (RESPONSE, {"input": "x", "text": {"format": {"type": "xml"}}}, "text.format"),
     (RESPONSE, {"input": "x", "text": {"format": {"type": "json_schema", "schema": IMPOSSIBLE}}}, "text.format.schema"),
     (RESPONSE, {"input": "x", "top_logprobs": 99}, "top_logprobs"),
+    (RESPONSE, {"input": "x", "text": {"verbosity": "low"}}, "text.verbosity"),
+    (RESPONSE, {"input": "x", "moderation": {"model": "x"}}, "moderation"),
     ("/v1/embeddings", {"input": ["x", ""]}, "input[1]"),
     ("/v1/embeddings", {"input": [[1, 2]]}, "input"),
     ("/v1/detokenize", {"tokens": [1, 1 << 20]}, "tokens[1]"),
