@@ -208,8 +208,10 @@ def test_ollamas_options_are_honoured_refused_or_named(agent: Agent) -> None:
 
 
 def query(agent: Agent, kind: str, **data: Any) -> dict[str, Any]:
-    status, found = agent.post("/query", {"query_type": kind, "agent_name": "x", "query_data": data})
-    assert status == 200, found
+    body = {"query_type": kind, "agent_name": "x", "query_data": {"query_class": kind, **data}}
+    answer = agent.do(path="/query", body=body)
+    found = json.loads(answer["body"])
+    assert (answer["status"], answer["headers"].get("x-aios-ignored")) == (200, None), found
     assert found["response"]["response_class"] == kind
     assert len(found["turnaround_times"]) == 1
     return found["response"]
@@ -267,7 +269,7 @@ def test_cerebrums_files_are_kept_with_their_versions(agent: Agent) -> None:
 
     assert do("mount", root_dir="/tmp/r")[0] == 200
     assert do("create_file", file_path="/r/plan.txt")[0] == 200
-    assert do("create_file", file_path="r/plan.txt")[0] != 200  # it is there
+    assert do("create_file", file_path="r/plan.txt") == (409, "r/plan.txt is there already")
     assert [do("write", file_path="r/plan.txt", content=text)[0] for text in ("blue sky", "green sea")] == [200, 200]
     assert json.loads(do("retrieve", query_text="green", n=3, keywords=None)[1])[0]["file_path"] == "r/plan.txt"
     assert do("rollback", file_path="r/plan.txt", n=1)[0] == 200
