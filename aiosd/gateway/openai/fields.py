@@ -389,6 +389,9 @@ def _template(fields: Chat) -> dict[str, Any]:
 
 def _messages(given: list[dict[str, Any]]) -> list[dict[str, Any]]:
     """As the kernel takes them; what is wrong with one is told there, where its template is known."""
+    for i, message in enumerate(given):
+        if message.get("audio") is not None:  # of an earlier answer, which is nowhere here
+            raise Problem(400, f"messages[{i}].audio: this server cannot do that", param=f"messages[{i}].audio")
     return [_message(message) for message in given]
 
 
@@ -405,4 +408,13 @@ def _message(message: dict[str, Any]) -> dict[str, Any]:
         known["tool_calls"] = [old]
     if known.get("content") is None and not known.get("tool_calls") and isinstance(message.get("refusal"), str):
         known["content"] = message["refusal"]
+    if isinstance(known.get("content"), list):
+        known["content"] = [_part(part) for part in known["content"]]
     return {name: value for name, value in known.items() if value is not None or name == "content"}
+
+
+def _part(part: Any) -> Any:
+    """What an assistant has refused with is its text."""
+    if isinstance(part, dict) and part.get("type") == "refusal" and isinstance(part.get("refusal"), str):
+        return {"type": "text", "text": part["refusal"]}
+    return part
