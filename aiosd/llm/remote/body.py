@@ -23,7 +23,6 @@ _LOCAL = (
     "min_p",
     "repeat_penalty",
     "ignore_eos",
-    "logit_bias",
     "min_tokens",
     "stop_tokens",
     "logprobs",
@@ -85,6 +84,8 @@ def body(request: Generate, model: str, budget: int | None, given: str, dialect:
     for name in ("presence_penalty", "frequency_penalty"):
         if getattr(sampling, name):
             made[name] = getattr(sampling, name)
+    if sampling.logit_bias:  # its caller knows the endpoint's tokens
+        made["logit_bias"] = {str(token): bias for token, bias in sampling.logit_bias.items()}
     if request.messages is None:
         return made | {"prompt": f"{request.prompt}{given}"}
     made["messages"] = [_message(message) for message in request.messages]
