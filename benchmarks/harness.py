@@ -32,6 +32,17 @@ sys.path[:] = [str(ROOT), *(path for path in sys.path if Path(path).resolve() !=
 
 from tools.models import MODELS  # noqa: E402  the checkout comes first
 
+
+def end_tidily() -> None:
+    """A benchmark that is ended by a signal removes its folders and ends its systems, as after Ctrl-C."""
+    for number in (signal.SIGTERM, signal.SIGHUP):
+        if signal.getsignal(number) is signal.SIG_DFL:  # under nohup it goes on
+            signal.signal(number, lambda number, _: sys.exit(128 + number))
+
+
+if Path(sys.argv[0]).resolve().parent == ROOT / "benchmarks":
+    end_tidily()
+
 RESULTS = ROOT / "benchmarks" / "results"
 PEERS = ROOT / "build" / "peers" / "bin"
 

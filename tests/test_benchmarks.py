@@ -4,8 +4,10 @@ nothing but aiosd."""
 import argparse
 import json
 import random
+import signal
 import subprocess
 import sys
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -36,6 +38,23 @@ ONE = ["--threads", "1"]
 
 
 # ── workloads ─────────────────────────────────────────────────────────────────────────────────────────────
+
+
+def test_a_benchmark_that_is_ended_leaves_no_folder():
+    script = f"""
+import signal, sys, tempfile
+sys.argv[0] = {str(harness.ROOT / "benchmarks" / "crowd.py")!r}
+from benchmarks import harness
+folder = tempfile.TemporaryDirectory(prefix="aios-bench-")
+print(folder.name, flush=True)
+signal.pause()
+"""
+    with subprocess.Popen([sys.executable, "-c", script], cwd=harness.ROOT, stdout=subprocess.PIPE, text=True) as ended:
+        folder = Path(ended.stdout.readline().strip())
+        assert folder.is_dir()
+        ended.terminate()
+        assert ended.wait(20) == 128 + signal.SIGTERM
+    assert not folder.exists()
 
 
 def test_the_prefix_is_shared_and_nothing_else():

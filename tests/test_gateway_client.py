@@ -13,6 +13,7 @@ from typing import Any, cast
 import pytest
 
 from aiosd import endpoint
+from aiosd.gateway.openai import completions, embeddings, fields, responses
 from aiosd.gateway.web import Problem
 from tests.conftest import System, eventually
 from tests.gatewayagent import HELLO, Agent
@@ -110,6 +111,25 @@ def test_the_example_runs(aiosd: System) -> None:
     assert {"stream", "answer", "response"} <= set(lines)
 
 
+#: What this API has, and where we say what it means here.
+DOCUMENTED = {
+    "chat.completion_create_params": ("CompletionCreateParamsBase", fields.Chat),
+    "completion_create_params": ("CompletionCreateParamsBase", completions.Completion),
+    "embedding_create_params": ("EmbeddingCreateParams", embeddings.Embedding),
+    "responses.response_create_params": ("ResponseCreateParamsBase", responses.Responses),
+}
+
+
+@official
+@pytest.mark.parametrize("module", DOCUMENTED)
+def test_every_documented_field_is_known(module: str) -> None:
+    name, ours = DOCUMENTED[module]
+    theirs = getattr(importlib.import_module(f"openai.types.{module}"), name)
+    documented = theirs.__required_keys__ | theirs.__optional_keys__
+    assert documented
+    assert documented <= set(ours.__struct_fields__)
+
+
 # ── Ollama ────────────────────────────────────────────────────────────────────────────────────────────────
 
 
@@ -156,12 +176,42 @@ def test_ollamas_tools_forms_and_models(agent: Agent) -> None:
     assert agent.post("/api/chat", {**body, "messages": image})[0] == 400
 
 
+def test_ollamas_ways_to_ask_for_nothing(aiosd: System, agent: Agent) -> None:
+    """Programs load a model like that, and look whether there is a server."""
+    for path, body in (("/api/generate", {"prompt": "", "keep_alive": 0}), ("/api/chat", {"messages": []})):
+        status, found = agent.post(path, {"model": "nano:latest", **body})
+        assert (status, found["done"], found["done_reason"], found["model"]) == (200, True, "load", "nano")
+        assert found.get("response", "") == found.get("message", {"content": ""})["content"] == ""
+    assert [one["prompt_tokens"] for one in aiosd.agents()] == [0]
+    answer = agent.do(path="/", method="GET", headers={"Authorization": None})
+    assert (answer["status"], "Ollama is running" in answer["body"]) == (200, True)
+
+
+def test_ollamas_options_are_honoured_refused_or_named(agent: Agent) -> None:
+    form = {"type": "object", "properties": {"n": {"type": "integer", "maximum": 9, "minimum": 0}}, "required": ["n"]}
+    raw = {"prompt": "Once", "raw": True, "stream": False}
+    assert list(json.loads(agent.post("/api/generate", {**raw, "format": form})[1]["response"])) == ["n"]
+    few = {**raw, "logprobs": True, "top_logprobs": 2, "options": {"num_predict": 3}}
+    whole = agent.post("/api/generate", few)[1]["logprobs"]
+    assert [len(one["top_logprobs"]) for one in whole] == [2, 2, 2]
+    parts = lines(agent, "/api/chat", {"messages": HELLO, "logprobs": True, "options": {"num_predict": 3}})
+    chances = [one for part in parts for one in part.get("logprobs", [])]
+    assert "".join(one["token"] for one in chances) == "".join(part["message"]["content"] for part in parts)
+    odd = {"messages": HELLO, "options": {"num_predict": 1, "num_ctx": 64, "repeat_last_n": 9}, "stream": False}
+    answer = agent.do(path="/api/chat", body=odd)
+    assert answer["headers"]["x-aios-ignored"] == "options.repeat_last_n"
+    odd["options"] = {"typical_p": 0.5}
+    assert agent.post("/api/chat", odd) == (400, {"error": "options.typical_p: this server cannot do that"})
+
+
 # ── Cerebrum ──────────────────────────────────────────────────────────────────────────────────────────────
 
 
 def query(agent: Agent, kind: str, **data: Any) -> dict[str, Any]:
-    status, found = agent.post("/query", {"query_type": kind, "agent_name": "x", "query_data": data})
-    assert status == 200, found
+    body = {"query_type": kind, "agent_name": "x", "query_data": {"query_class": kind, **data}}
+    answer = agent.do(path="/query", body=body)
+    found = json.loads(answer["body"])
+    assert (answer["status"], answer["headers"].get("x-aios-ignored")) == (200, None), found
     assert found["response"]["response_class"] == kind
     assert len(found["turnaround_times"]) == 1
     return found["response"]
@@ -219,7 +269,7 @@ def test_cerebrums_files_are_kept_with_their_versions(agent: Agent) -> None:
 
     assert do("mount", root_dir="/tmp/r")[0] == 200
     assert do("create_file", file_path="/r/plan.txt")[0] == 200
-    assert do("create_file", file_path="r/plan.txt")[0] != 200  # it is there
+    assert do("create_file", file_path="r/plan.txt") == (409, "r/plan.txt is there already")
     assert [do("write", file_path="r/plan.txt", content=text)[0] for text in ("blue sky", "green sea")] == [200, 200]
     assert json.loads(do("retrieve", query_text="green", n=3, keywords=None)[1])[0]["file_path"] == "r/plan.txt"
     assert do("rollback", file_path="r/plan.txt", n=1)[0] == 200

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import errno
 import gzip
 import json
 import zlib
@@ -97,12 +98,17 @@ async def _house(keep_alive_s: float = 30) -> AsyncIterator[House]:
         leaving.cancel()
         await request.reply({"waited": True})
 
+    async def breaks(request: web.Request) -> None:
+        await request.stream(b"begun\n\n", b"text/event-stream" if request.words["kind"] == "events" else b"lines")
+        raise OSError(errno.EDQUOT, "used up")
+
     async def show(request: web.Request) -> None:
         await request.reply(request.words)
 
     routes = [
         web.route("POST", "/echo", echo, open=True),
         web.route("POST", "/wait", wait, open=True),
+        web.route("POST", "/break/{kind}", breaks, open=True),
         web.route("GET", "/models/{model:path}", show, open=True, before="(?:/v1)?"),
     ]
     app = web.App(None, web.Counters(), Endpoint("127.0.0.1", 1), routes)  # type: ignore[arg-type]
@@ -165,7 +171,9 @@ async def test_options_tells_what_is_allowed(house: House) -> None:
 async def test_what_there_is_stands_in_a_404(house: House) -> None:
     status, _, found = await house.ask("GET /v1/nothing HTTP/1.1\r\nHost: localhost\r\n\r\n")
     assert (status, found["error"]["code"]) == (404, "unknown_url")
-    assert found["error"]["message"].endswith("there are: POST /echo, POST /wait, GET /models/{model}")
+    assert found["error"]["message"].endswith(
+        "there are: POST /echo, POST /wait, POST /break/{kind}, GET /models/{model}"
+    )
 
 
 @in_house
@@ -260,6 +268,18 @@ async def test_who_leaves_is_noticed_with_a_request_behind_the_open_one_too(hous
     house.send(ECHO)
     house.writer.close()
     await house.left.wait()
+
+
+@in_house
+async def test_what_goes_wrong_within_a_stream_is_told_in_it(house: House) -> None:
+    for kind, mark in (("events", b"data: "), ("lines", b"")):
+        house.send(f"POST /break/{kind} HTTP/1.1\r\nHost: localhost\r\nContent-Length: 0\r\n\r\n")
+        head, _, body = (await house.reader.readuntil(b"\r\n0\r\n\r\n")).partition(b"\r\n\r\n")
+        assert head.startswith(b"HTTP/1.1 200 ")
+        _, begun, _, error, *_ = body.split(b"\r\n")  # chunks, with their lengths
+        assert (begun, error[: len(mark)]) == (b"begun\n\n", mark)
+        assert json.loads(error.removeprefix(mark))["error"]["code"] == "insufficient_quota"
+        assert error.endswith(b"}\n\n" if mark else b"}\n")
 
 
 @in_house

@@ -85,6 +85,7 @@ def test_messages_may_have_any_form_that_programs_send(agent: Agent) -> None:
         {"role": "assistant", "content": None, "tool_calls": [{"id": "c", "type": "function", "function": {
             "name": "add", "arguments": '{"a": 1, "b": 2}'}}]},
         {"role": "tool", "tool_call_id": "c", "content": [{"type": "text", "text": "3"}]},
+        {"role": "assistant", "content": [{"type": "refusal", "refusal": "No."}], "audio": None, "refusal": None},
         {"role": "system", "content": "And polite."},
         {"role": "assistant", "content": "The"},
     ]  # fmt: skip
@@ -275,6 +276,8 @@ WRONG: list[tuple[str, dict[str, Any], str]] = [
     (CHAT, {"messages": [SAY], "guided_grammar": "x"}, "guided_grammar"),
     (CHAT, {"messages": [SAY], "top_p": 7}, "top_p"),
     (CHAT, {"messages": [SAY], "stop": ["a", 5]}, "stop[1]"),
+    (CHAT, {"messages": [SAY, {"role": "assistant", "content": "x", "audio": {"id": "x"}}]}, "messages[1].audio"),
+    (CHAT, {"messages": [SAY], "logit_bias": {"99999": 1}}, "logit_bias"),
     (CHAT, {"messages": [SAY], "stop_token_ids": [-1]}, "stop_token_ids[0]"),
     (CHAT, {"messages": [SAY], "max_completion_tokens": 0, "ignore_eos": 5}, "ignore_eos"),
     (CHAT, {"messages": [SAY], "stream_options": {"include_usage": "x"}}, "stream_options.include_usage"),
@@ -293,6 +296,8 @@ WRONG: list[tuple[str, dict[str, Any], str]] = [
     (RESPONSE, {"input": "x", "text": {"format": {"type": "xml"}}}, "text.format"),
     (RESPONSE, {"input": "x", "text": {"format": {"type": "json_schema", "schema": IMPOSSIBLE}}}, "text.format.schema"),
     (RESPONSE, {"input": "x", "top_logprobs": 99}, "top_logprobs"),
+    (RESPONSE, {"input": "x", "text": {"verbosity": "low"}}, "text.verbosity"),
+    (RESPONSE, {"input": "x", "moderation": {"model": "x"}}, "moderation"),
     ("/v1/embeddings", {"input": ["x", ""]}, "input[1]"),
     ("/v1/embeddings", {"input": [[1, 2]]}, "input"),
     ("/v1/detokenize", {"tokens": [1, 1 << 20]}, "tokens[1]"),
@@ -338,7 +343,9 @@ def test_reasoning_effort_reaches_the_template() -> None:
 
 
 def test_completions_take_texts_and_ids_one_or_many(agent: Agent) -> None:
-    ids = agent.post("/tokenize", {"content": "Once"})[1]["tokens"]
+    answer = agent.do(path="/tokenize", body={"content": "Once", "add_special": True})
+    ids = json.loads(answer["body"])["tokens"]  # this model expects no token first
+    assert "x-aios-ignored" not in answer["headers"]
     assert agent.post("/detokenize", {"tokens": ids})[1]["content"] == "Once"
     for prompt, count in (("Once", 1), (["Once", "Twice"], 2), (ids, 1), ([ids, ids], 2)):
         _, found = agent.post(COMPLETION, {"prompt": prompt, "max_tokens": 4, "n": 2, "temperature": 0, "logprobs": 1})
@@ -349,6 +356,10 @@ def test_completions_take_texts_and_ids_one_or_many(agent: Agent) -> None:
     whole = agent.post("/v1/engines/davinci/completions", body)[1]["choices"][0]["text"]
     assert whole.startswith("Once")
     assert "".join(part["choices"][0]["text"] for part in chunks(agent, COMPLETION, body)) == whole
+    body = {"prompt": "Once", "max_tokens": 6, "temperature": 0, "logprobs": 0}
+    found = agent.post(COMPLETION, body)[1]["choices"][0]["logprobs"]
+    parts = [part["choices"][0]["logprobs"] or {} for part in chunks(agent, COMPLETION, body)]
+    assert [at for part in parts for at in part.get("text_offset", [])] == found["text_offset"]
     assert agent.error(COMPLETION, {"prompt": "Once", "suffix": "end"})[:2] == (400, "suffix")
     assert agent.error(COMPLETION, {"prompt": ["Once", 5]})[:2] == (400, "prompt")
 

@@ -21,6 +21,7 @@ from hypothesis import strategies as st
 from msgspec import Raw
 
 from aiosd import config, link
+from aiosd import endpoint as gateways
 from aiosd.commands import models
 from aiosd.errors import UsageError
 from aiosd.llm.line import Line
@@ -132,6 +133,8 @@ def test_tool_calls_go_as_the_api_wants_them(make: Make) -> None:
         {"given": [1]},
         {"messages": None, "prompt": "x", "schema": {}},
         {"template_args": {"enable_thinking": True}},
+        {"template_args": {"reasoning_effort": "low", "enable_thinking": False}},
+        {"messages": None, "prompt": "x", "template_args": {"reasoning_effort": "low"}},
     ],
 )
 def test_what_cannot_be_passed_on_is_refused_by_name(make: Make, args: dict[str, Any]) -> None:
@@ -239,6 +242,35 @@ def test_newer_models_name_their_limit_otherwise(make: Make) -> None:
     bench = make(status(400, "use max_completion_tokens instead"), answers("x"))
     assert bench.text(bench.submit(sampling=Sampling(max_tokens=7))) == "x"
     assert bench.endpoint.asked[1][1]["max_completion_tokens"] == 7
+
+
+def test_what_nobody_asked_for_is_left_out_where_it_is_refused(make: Make) -> None:
+    refusals = [
+        status(400, f"Unsupported value: '{name}' does not support this.", param=name, code="unsupported_value")
+        for name in ("temperature", "top_p")
+    ]
+    bench = make(*refusals, answers("x"), answers("y"), refusals[0])
+    assert bench.text(bench.submit()) == "x"
+    assert not {"temperature", "top_p"} & set(bench.endpoint.asked[2][1])
+    assert bench.text(bench.submit()) == "y"
+    asked = bench.endpoint.asked
+    assert (len(asked), "temperature" in asked[3][1]) == (4, False)
+    assert bench.end(bench.submit(sampling=Sampling(temperature=0.0))).errno == errno.EINVAL
+    assert (len(asked), asked[4][1]["temperature"]) == (5, 0.0)
+
+
+def test_a_bias_is_passed_on(make: Make) -> None:
+    bench = make(answers("x"))
+    assert bench.text(bench.submit(sampling=Sampling(logit_bias={7: -100.0}))) == "x"
+    assert bench.endpoint.asked[0][1]["logit_bias"] == {"7": -100}
+
+
+@pytest.mark.parametrize("effort", ["none", "low"])
+def test_an_effort_is_passed_on(make: Make, effort: str) -> None:
+    bench = make(answers("x"))
+    args = {"reasoning_effort": effort, "enable_thinking": effort != "none"}  # as the gateway says it
+    assert bench.text(bench.submit(template_args=args)) == "x"
+    assert bench.endpoint.asked[0][1]["reasoning_effort"] == effort
 
 
 # ── parking, cancel, budget, a new kernel ─────────────────────────────────────────────────────────────────
@@ -613,3 +645,38 @@ def test_an_agent_talks_to_a_model_elsewhere(fresh_aiosd: Callable[..., System],
         system.calm_down()
     finally:
         endpoint.close()
+
+
+NEIGHBOUR = """
+import json
+import libaios as aios
+say = [{"role": "user", "content": "Hello!"}]
+digit = {"type": "object", "properties": {"n": {"type": "integer", "minimum": 0, "maximum": 9}}, "required": ["n"]}
+print("".join(piece.text for piece in aios.llm.chat(say, stream=True, temperature=0)))
+print(list(json.loads(aios.llm.chat(say, schema=digit).text)))
+tool = {"type": "function", "function": {"name": "pick", "parameters": digit}}
+call = aios.llm.chat(say, tools=[tool], tool_choice="required").tool_calls[0]
+print(call.name, list(call.arguments))
+try:
+    aios.llm.chat([{"role": "user", "content": "word " * 3000}])
+except OSError as err:
+    print(err.errno)
+print(aios.llm.complete("Once", max_tokens=5, temperature=0).usage.completion_tokens)
+"""
+
+
+@pytest.mark.skipif(not gateways.installed(), reason="the extra `gateway` is not installed")
+def test_another_aiosd_is_an_endpoint(aiosd: System, fresh_aiosd: Callable[..., System], tmp_path: Path) -> None:
+    made = aiosd.run("aiosd", "token", "neighbour", check=True)
+    url = made.stderr.partition(";")[0].partition(": neighbour: ")[2]
+    script, key = tmp_path / "agent.py", tmp_path / "key"
+    script.write_text(NEIGHBOUR)
+    key.write_text(made.stdout)
+    key.chmod(0o600)
+    system = fresh_aiosd("--model", f"far={url}#nano", "--key-file", str(key))
+    there = system.run("aios-run", script, check=True).stdout.splitlines()
+    assert there == aiosd.run("aios-run", script, check=True).stdout.splitlines()
+    assert there[1:] == ["['n']", "pick ['n']", str(errno.EMSGSIZE), "5"]
+    (spent,) = (one["completion_tokens"] for one in aiosd.agents() if one["name"] == "neighbour")
+    assert spent > 5
+    aiosd.run("aiosd", "token", "neighbour", "--revoke", check=True)

@@ -38,6 +38,7 @@ class Query(Struct, kw_only=True):
 
 
 class LlmQuery(Struct, kw_only=True):
+    query_class: Any = None  # the same as query_type
     messages: list[dict[str, Any]]
     llms: list[dict[str, Any]] | None = None
     tools: list[dict[str, Any]] | None = None
@@ -51,11 +52,13 @@ class LlmQuery(Struct, kw_only=True):
 
 
 class MemoryQuery(Struct, kw_only=True):
+    query_class: Any = None
     operation_type: str
     params: dict[str, Any] = {}
 
 
 class ToolQuery(Struct, kw_only=True):
+    query_class: Any = None
     tool_calls: list[dict[str, Any]] = []
 
 

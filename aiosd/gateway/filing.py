@@ -25,6 +25,7 @@ A = TypeVar("A", bound=Struct)
 
 
 class StorageQuery(Struct, kw_only=True):
+    query_class: Any = None
     operation_type: str
     params: dict[str, Any] = {}
 
@@ -78,8 +79,12 @@ async def _create_folder(request: Request, params: dict[str, Any]) -> str:
 
 
 async def _create(request: Request, params: dict[str, Any]) -> str:
-    args = checked(wire.StoWrite(_path(params), b"", if_version=0))
-    await ask(request.account.connection, Sys.STO_WRITE, args, wire.File)
+    connection, args = request.account.connection, checked(wire.StoWrite(_path(params), b"", if_version=0))
+    try:
+        await ask(connection, Sys.STO_WRITE, args, wire.File)
+    except BlockingIOError:  # not worth another try, as this means elsewhere, if the file is there
+        await ask(connection, Sys.STO_HISTORY, wire.StoHistory(args.path, limit=1), list[wire.Version])
+        raise Problem(409, f"{args.path} is there already") from None
     return f"{args.path} is created"
 
 

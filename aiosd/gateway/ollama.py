@@ -6,6 +6,7 @@ unless `stream` is false.
 
 from __future__ import annotations
 
+import os
 import struct
 import time
 from collections.abc import Sequence
@@ -16,7 +17,7 @@ from msgspec import Struct
 
 from aiosd.gateway.calls import ask
 from aiosd.gateway.openai import fields, generation, named
-from aiosd.gateway.openai.chat import FINISH
+from aiosd.gateway.openai.chat import FINISH, logprobs
 from aiosd.gateway.places import split
 from aiosd.gateway.web import Problem, Request, encode, renaming
 from libaios import wire
@@ -41,6 +42,19 @@ class Options(Struct, kw_only=True):
     mirostat: int | None = None
     mirostat_tau: float | None = None
     mirostat_eta: float | None = None
+    # how the model is loaded, which is the system's to say
+    num_ctx: Any = None
+    num_batch: Any = None
+    num_gpu: Any = None
+    main_gpu: Any = None
+    num_thread: Any = None
+    num_keep: Any = None
+    numa: Any = None
+    use_mmap: Any = None
+    use_mlock: Any = None
+    low_vram: Any = None
+    # would change the answer
+    typical_p: Any = None
 
 
 class Common(Struct, kw_only=True):
@@ -49,7 +63,11 @@ class Common(Struct, kw_only=True):
     format: str | dict[str, Any] | None = None
     stream: bool | None = None
     think: bool | str | None = None
+    logprobs: bool | None = None
+    top_logprobs: int | None = None
     keep_alive: Any = None
+    truncate: Any = None  # nothing is cut here: what is too long is an error
+    shift: Any = None
 
 
 class Chat(Common, kw_only=True):
@@ -93,7 +111,10 @@ def error(problem: Problem) -> dict[str, Any]:
 async def chat(request: Request) -> None:
     asked = fields.read(request, await request.json(), Chat)
     request.names = lambda place: "messages" if place == "prompt" else _names(place)
-    model = await fields.model_for(request, asked.model)
+    model = await _model(request, asked.model)
+    if not asked.messages:
+        await _loaded(request, model, "message")
+        return
     await _answer(request, asked, model, _chat(asked, [_message(one) for one in asked.messages], asked.tools, model))
 
 
@@ -103,14 +124,33 @@ async def generate(request: Request) -> None:
     for name in ("suffix", "images", "context", "template"):
         if getattr(asked, name):
             raise Problem(400, f"{name}: this server cannot do that", param=name)
-    model = await fields.model_for(request, asked.model)
+    model = await _model(request, asked.model)
+    if not asked.prompt:
+        await _loaded(request, model, "response")
+        return
     if asked.raw:
-        args = generate_args(None, asked.prompt, model=model.name, **fields.options(_sampling(asked)))
+        given = fields.options(_sampling(asked, json_schema=_schema(asked)))
+        if asked.logprobs:
+            given["logprobs"], given["top_logprobs"] = True, asked.top_logprobs or 0
+        args = generate_args(None, asked.prompt, model=model.name, **given)
         await _answer(request, asked, model, fields.Asked([args]), "response")
         return
     messages = [{"role": "system", "content": asked.system}] if asked.system else []
     messages.append({"role": "user", "content": asked.prompt})
     await _answer(request, asked, model, _chat(asked, messages, None, model), "response")
+
+
+async def _model(request: Request, name: str | None) -> ModelInfo:
+    """Programs add `:latest` to a name without a version."""
+    if name is not None and all(known.name != name for known in await fields.models(request)):
+        name = name.removesuffix(":latest")
+    return await fields.model_for(request, name)
+
+
+async def _loaded(request: Request, model: ModelInfo, part: str) -> None:
+    """Who asks for nothing wants the model to be loaded, and it is."""
+    body = LinesForm(model.name, fields.Asked([]), part).shown("", "", [])
+    await request.reply({**body, "done": True, "done_reason": "load"})
 
 
 #: What OpenAI's API and the kernel call otherwise.
@@ -136,14 +176,10 @@ def _message(message: dict[str, Any]) -> dict[str, Any]:
 def _chat(
     asked: Common, messages: list[dict[str, Any]], tools: list[dict[str, Any]] | None, model: ModelInfo
 ) -> fields.Asked:
-    form: dict[str, Any] | None = None
-    if isinstance(asked.format, dict):
-        form = {"type": "json_schema", "json_schema": {"schema": asked.format}}
-    elif asked.format == "json":
-        form = {"type": "json_object"}
-    elif asked.format:
-        raise Problem(400, "format: json, or a schema", param="format")
-    chat = _sampling(asked, fields.Chat, messages=messages, tools=tools, response_format=form)
+    schema = _schema(asked)
+    form = None if schema is None else {"type": "json_schema", "json_schema": {"schema": schema}}
+    chances = {"logprobs": asked.logprobs, "top_logprobs": asked.top_logprobs}
+    chat = _sampling(asked, fields.Chat, messages=messages, tools=tools, response_format=form, **chances)
     assert isinstance(chat, fields.Chat)
     if asked.think is not None:
         chat.chat_template_kwargs = {"enable_thinking": bool(asked.think)}
@@ -151,10 +187,18 @@ def _chat(
         return fields.chat(chat, model)
 
 
+def _schema(asked: Common) -> dict[str, Any] | None:
+    if isinstance(asked.format, str) and asked.format not in ("", "json"):
+        raise Problem(400, "format: json, or a schema", param="format")
+    if isinstance(asked.format, str):
+        return {"type": "object"} if asked.format else None
+    return asked.format
+
+
 def _sampling(asked: Common, kind: type[fields.Sampling] = fields.Sampling, **more: Any) -> fields.Sampling:
     given = asked.options or Options()
-    same = {name: getattr(given, name) for name in given.__struct_fields__}
-    return kind(stream=asked.stream is not False, n_predict=same.pop("num_predict"), **same, **more)
+    same = {name: getattr(given, name) for name in given.__struct_fields__ if name in kind.__struct_fields__}
+    return kind(stream=asked.stream is not False, n_predict=given.num_predict, **same, **more)
 
 
 async def _answer(request: Request, asked: Common, model: ModelInfo, chat: fields.Asked, part: str = "message") -> None:
@@ -164,7 +208,7 @@ async def _answer(request: Request, asked: Common, model: ModelInfo, chat: field
         return
     (result,) = await generation.results(request, chat.args)
     form.begin(result.model)
-    body = form.shown(result.text, result.reasoning, result.tool_calls)
+    body = form.shown(result.text, result.reasoning, result.tool_calls, result.logprobs)
     await request.reply({**body, **form.last(result.finish_reason, result.usage)})
 
 
@@ -185,8 +229,9 @@ class LinesForm:
 
     def piece(self, index: int, piece: Piece) -> bytes:
         made = b""
-        if piece.text or piece.reasoning or piece.tool_calls:
-            made = encode({**self.shown(piece.text, piece.reasoning, piece.tool_calls), "done": False}) + b"\n"
+        if piece.text or piece.reasoning or piece.tool_calls or piece.logprobs:
+            shown = self.shown(piece.text, piece.reasoning, piece.tool_calls, piece.logprobs)
+            made = encode({**shown, "done": False}) + b"\n"
         if piece.finish_reason is not None:
             self._reason = piece.finish_reason
         return made
@@ -194,8 +239,12 @@ class LinesForm:
     def end(self, usages: Sequence[wire.Usage]) -> bytes:
         return encode({**self.shown("", "", []), **self.last(self._reason, usages[0])}) + b"\n"
 
-    def shown(self, text: str, thoughts: str, calls: Sequence[ToolCall]) -> dict[str, Any]:
+    def shown(
+        self, text: str, thoughts: str, calls: Sequence[ToolCall], chances: wire.Logprobs | None = None
+    ) -> dict[str, Any]:
         body: dict[str, Any] = {"model": self._model, "created_at": _now()}
+        if chances:
+            body["logprobs"] = logprobs(chances)
         answers = [call for call in calls if call.name == self._chat.answer_tool]
         text += "".join(encode(call.arguments).decode() for call in answers)
         if self._part == "response":
@@ -226,7 +275,11 @@ class LinesForm:
 
 
 def _now() -> str:
-    return datetime.now(UTC).isoformat().replace("+00:00", "Z")
+    return _written(datetime.now(UTC))
+
+
+def _written(when: datetime) -> str:
+    return when.isoformat().replace("+00:00", "Z")
 
 
 # ── vectors ───────────────────────────────────────────────────────────────────────────────────────────────
@@ -254,7 +307,7 @@ async def _vectors(request: Request, asked: Embed) -> tuple[ModelInfo, list[list
     texts = [given] if isinstance(given, str) else given
     if not texts:
         raise Problem(400, "input: it is missing", param="input")
-    model = await fields.model_for(request, asked.model)
+    model = await _model(request, asked.model)
     found: wire.Embedded = await ask(
         request.account.connection, Sys.EMBED, wire.Embed(texts, model.name), wire.Embedded
     )
@@ -277,7 +330,7 @@ async def running(request: Request) -> None:
 
 async def show(request: Request) -> None:
     asked = fields.read(request, await request.json(), Named)
-    model = await fields.model_for(request, asked.model or asked.name)
+    model = await _model(request, asked.model or asked.name)
     known = {
         "general.parameter_count": model.n_params,
         "llama.context_length": model.n_ctx,
@@ -297,6 +350,11 @@ async def show(request: Request) -> None:
     )
 
 
+async def here(request: Request) -> None:
+    """What programs look for before they ask anything."""
+    await request.reply_bytes(b"aiosd: Ollama is running", b"text/plain")
+
+
 async def version(request: Request) -> None:
     await request.reply({"version": VERSION})
 
@@ -309,4 +367,10 @@ def _listed(model: ModelInfo) -> dict[str, Any]:
         "parameter_size": f"{model.n_params / 1e6:.0f}M",
         "quantization_level": "",
     }
-    return {"name": model.name, "model": model.name, "modified_at": _now(), "size": 0, "digest": "", "details": details}
+    try:
+        about = os.stat(model.path)
+        size, since = about.st_size, datetime.fromtimestamp(about.st_mtime, UTC)
+    except OSError:
+        size, since = 0, datetime.fromtimestamp(0, UTC)
+    head = {"name": model.name, "model": model.name, "modified_at": _written(since)}
+    return {**head, "size": size, "digest": "", "details": details}

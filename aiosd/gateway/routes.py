@@ -43,6 +43,7 @@ ROUTES = [
     route("POST", "/agents/submit", submitted.submit),
     route("GET", "/agents/ps", submitted.ps),
     route("GET", "/agents/{pid}/status", submitted.status),
+    replace(route("GET", "", ollama.here, open=True), name="/"),
     _ollama("POST", "/chat", ollama.chat),
     _ollama("POST", "/generate", ollama.generate),
     _ollama("POST", "/embed", ollama.embed),

@@ -88,19 +88,20 @@ def _is_ids(value: list[Any]) -> bool:
 
 
 def choice(
-    index: int, text: str, found: wire.Logprobs | None, reason: str | None, ids: list[int] | None = None
+    index: int, text: str, found: wire.Logprobs | None, reason: str | None, ids: list[int] | None = None, at: int = 0
 ) -> dict[str, Any]:
-    made = {"index": index, "text": text, "logprobs": _logprobs(found), "finish_reason": reason}
+    """`at`: where in the whole answer the text of these tokens begins."""
+    made = {"index": index, "text": text, "logprobs": _logprobs(found, at), "finish_reason": reason}
     return made if ids is None else {**made, "token_ids": ids}
 
 
-def _logprobs(found: wire.Logprobs | None) -> dict[str, Any] | None:
+def _logprobs(found: wire.Logprobs | None, at: int) -> dict[str, Any] | None:
     """In the form of this API: lists, one entry for each token."""
     if found is None:
         return None
     known = [one for one in found if one is not None]
     texts = [_text(one.piece) for one in known]
-    offsets, at = [], 0
+    offsets = []
     for text in texts:
         offsets.append(at)
         at += len(text)
@@ -128,6 +129,7 @@ class CompletionForm:
         self._back = b'],"usage":null}\n\n' if with_usage else b"]}\n\n"
         self._with_usage = with_usage
         self._echoes, self._count = echoes, count
+        self._at = [0] * count  # of each choice, how long the text of its tokens is so far
 
     def begin(self, model: str) -> bytes:
         head = {**self._head, "model": model or self._head["model"]}
@@ -142,7 +144,9 @@ class CompletionForm:
         made = b""
         ids = piece.tokens if self._with_ids else None
         if piece.text or piece.logprobs or ids:
-            made += self._front + encode(choice(index, piece.text, piece.logprobs, None, ids)) + self._back
+            part = choice(index, piece.text, piece.logprobs, None, ids, self._at[index])
+            self._at[index] += sum(len(_text(one.piece)) for one in piece.logprobs or () if one is not None)
+            made += self._front + encode(part) + self._back
         if piece.finish_reason is not None:
             reason = FINISH.get(piece.finish_reason, "stop")
             made += self._front + encode(choice(index, "", None, reason)) + self._back

@@ -8,6 +8,7 @@ field that is not documented is accepted too, and named in the reply's `x-aios-i
 from __future__ import annotations
 
 import re
+from collections.abc import Iterator
 from typing import Any, TypeVar
 
 import msgspec
@@ -27,6 +28,7 @@ SEEDS = (1 << 63) - 1
 
 class StreamOptions(Struct):
     include_usage: bool | None = None
+    include_obfuscation: Any = None  # bytes that say nothing
 
 
 class Sampling(Struct, kw_only=True):
@@ -88,7 +90,9 @@ NEUTRAL: dict[str, tuple[Any, ...]] = {
     "web_search_options": (None,),
     "modalities": (None, ["text"]),
     "verbosity": (None, "medium"),
+    "text.verbosity": (None, "medium"),
     "typical_p": (None, 1, 1.0),
+    "options.typical_p": (None, 1, 1.0),
     "dynatemp_range": (None, 0, 0.0),
     "logit_bias_text": (None,),
     "moderation": (None,),
@@ -105,14 +109,26 @@ def read(request: Request, value: dict[str, Any], kind: type[F]) -> F:
     except msgspec.ValidationError as err:
         place, said = places.of_error(str(err))
         raise Problem(400, f"{place}: {said}" if place else said, param=place or None) from None
-    for name, allowed in NEUTRAL.items():
-        if name in value and name in kind.__struct_fields__ and value[name] not in allowed:
+    unknown = []
+    for name, given, known in _given(value, fields):
+        if not known:
+            unknown.append(name)
+        elif name in NEUTRAL and given not in NEUTRAL[name]:
             raise Problem(400, f"{name}: this server cannot do that", param=name, code="unsupported_parameter")
-    unknown = sorted(name for name in value if name not in kind.__struct_fields__)
     if unknown:
-        listed = re.sub(r"[^\w,.-]", "?", ",".join(unknown)[:200], flags=re.ASCII)
+        listed = re.sub(r"[^\w,.-]", "?", ",".join(sorted(unknown))[:200], flags=re.ASCII)
         request.extra.append((b"x-aios-ignored", listed.encode()))
     return fields
+
+
+def _given(value: dict[str, Any], fields: Struct, before: str = "") -> Iterator[tuple[str, Any, bool]]:
+    """All names in a request, those within others as `text.format`, with their values, and whether we know them."""
+    for name, given in value.items():
+        known = name in fields.__struct_fields__
+        yield before + name, given, known
+        inner = getattr(fields, name) if known else None
+        if isinstance(inner, Struct) and isinstance(given, dict):
+            yield from _given(given, inner, f"{before}{name}.")
 
 
 def _whole(value: Any) -> Any:
@@ -373,6 +389,9 @@ def _template(fields: Chat) -> dict[str, Any]:
 
 def _messages(given: list[dict[str, Any]]) -> list[dict[str, Any]]:
     """As the kernel takes them; what is wrong with one is told there, where its template is known."""
+    for i, message in enumerate(given):
+        if message.get("audio") is not None:  # of an earlier answer, which is nowhere here
+            raise Problem(400, f"messages[{i}].audio: this server cannot do that", param=f"messages[{i}].audio")
     return [_message(message) for message in given]
 
 
@@ -389,4 +408,13 @@ def _message(message: dict[str, Any]) -> dict[str, Any]:
         known["tool_calls"] = [old]
     if known.get("content") is None and not known.get("tool_calls") and isinstance(message.get("refusal"), str):
         known["content"] = message["refusal"]
+    if isinstance(known.get("content"), list):
+        known["content"] = [_part(part) for part in known["content"]]
     return {name: value for name, value in known.items() if value is not None or name == "content"}
+
+
+def _part(part: Any) -> Any:
+    """What an assistant has refused with is its text."""
+    if isinstance(part, dict) and part.get("type") == "refusal" and isinstance(part.get("refusal"), str):
+        return {"type": "text", "text": part["refusal"]}
+    return part

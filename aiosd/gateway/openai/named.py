@@ -42,7 +42,8 @@ def of(asked: Struct) -> Names:
     def names(place: str) -> str:
         root, rest = split(place)
         field = source(asked, root)
-        whole = isinstance(getattr(asked, field, None), str)  # one text where there may be several
+        # One text where there may be several; pairs, which the kernel numbers and a program does not.
+        whole = field == "logit_bias" or isinstance(getattr(asked, field, None), str)
         return field if whole else field + rest
 
     return names

@@ -65,9 +65,13 @@ class Responses(Struct, kw_only=True):
     prompt_cache_retention: Any = None
     max_tool_calls: Any = None  # of tools that a server runs; there are none
     context_management: Any = None
+    access_programs: Any = None
+    background_options: Any = None  # without `background` they are about nothing
+    image: Any = None  # there are none
     # would change it
     background: Any = None
     conversation: Any = None
+    moderation: Any = None
     prompt: Any = None
 
 

@@ -77,7 +77,7 @@ class Attempts:
         self.pace = Pace(spec.rpm, spec.tpm)
         self.past = Past()  # the calls that have ended well
         self.purses = Purses()
-        self._limit_name = "max_tokens"
+        self._dialect = bodies.Dialect()
         self.figures = {"requests": 0, "retries": 0, "calls_finished": 0, "calls_failed": 0, "tokens_generated": 0}
 
     @property
@@ -122,7 +122,7 @@ class Attempts:
 
     def size_of(self, request: wire.Generate) -> int:
         """Bytes of its body. Raises OSError where it cannot be passed on."""
-        return len(bodies.encoded(request, self._spec.model, None, "", self._limit_name))
+        return len(bodies.encoded(request, self._spec.model, None, "", self._dialect))
 
     def begin(self, call: Call, now: float) -> None:
         request = call.submit.request
@@ -172,7 +172,7 @@ class Attempts:
         """Raises OSError."""
         most = call.submit.request.sampling.max_tokens
         call.limited = allowed is not None and (most is None or allowed < most)
-        return bodies.encoded(call.submit.request, self._spec.model, allowed, kept, self._limit_name)
+        return bodies.encoded(call.submit.request, self._spec.model, allowed, kept, self._dialect)
 
     # ── what comes ────────────────────────────────────────────────────────────────────────────────────────
 
@@ -320,10 +320,10 @@ class Attempts:
     def _refused(self, call: Call, refused: Refused) -> None:
         status = refused.status
         self._give_back(call)
-        if status == 400 and "max_completion_tokens" in refused.why and self._limit_name == "max_tokens":
-            self._limit_name = "max_completion_tokens"
+        if status == 400 and (dialect := self._dialect.after(refused.why, refused.code)) is not None:
+            self._dialect = dialect
             self.pace.breaker.succeeded()
-            self._let_go(call)  # asked again at once: newer models call it so
+            self._let_go(call)  # asked again at once, as this endpoint wants it
         elif status == 429 and refused.code == "insufficient_quota":
             self.pace.breaker.succeeded()
             self.fail(call, errno.EDQUOT, f"{self.endpoint.url}: {refused.why}", elsewhere=True)

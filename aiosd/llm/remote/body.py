@@ -1,13 +1,14 @@
 """A call as the JSON that an endpoint takes.
 
 What cannot be passed on and would change the answer is refused with its name. `top_k`, `min_p` and `repeat_penalty` are
-no part of OpenAI's API: their defaults are left out, other values are refused.
+no part of OpenAI's API: their defaults are left out, other values are refused. Where endpoints differ is in `Dialect`.
 """
 
 from __future__ import annotations
 
 import errno
 import json
+from dataclasses import dataclass, replace
 from typing import Any
 
 import msgspec
@@ -22,7 +23,6 @@ _LOCAL = (
     "min_p",
     "repeat_penalty",
     "ignore_eos",
-    "logit_bias",
     "min_tokens",
     "stop_tokens",
     "logprobs",
@@ -30,6 +30,27 @@ _LOCAL = (
     "xtc_probability",
     "mirostat",
 )
+
+
+#: What some models take only as it is by itself.
+_FIXED = ("temperature", "top_p")
+_UNSUPPORTED = ("unsupported_value", "unsupported_parameter")
+
+
+@dataclass(frozen=True, slots=True)
+class Dialect:
+    """How one endpoint wants its calls, as far as its refusals have told. `limit`: its name for the limit of tokens;
+    `without`: what is sent only where the caller asks for another value than ours."""
+
+    limit: str = "max_tokens"
+    without: frozenset[str] = frozenset()
+
+    def after(self, why: str, code: str) -> Dialect | None:
+        """What a refusal teaches; None: nothing new."""
+        if "max_completion_tokens" in why and self.limit == "max_tokens":
+            return replace(self, limit="max_completion_tokens")
+        named = {name for name in _FIXED if code in _UNSUPPORTED and f"'{name}'" in why}
+        return replace(self, without=self.without | named) if named - self.without else None
 
 
 def refuse(text: str) -> OSError:
@@ -40,9 +61,8 @@ def path(request: Generate) -> str:
     return "chat/completions" if request.messages is not None else "completions"
 
 
-def body(request: Generate, model: str, budget: int | None, given: str, limit_name: str) -> dict[str, Any]:
-    """`budget`: tokens that the call may still use; `given`: what a completion goes on from; `limit_name`: how this
-    endpoint calls the limit of tokens. Raises OSError EINVAL."""
+def body(request: Generate, model: str, budget: int | None, given: str, dialect: Dialect) -> dict[str, Any]:
+    """`budget`: tokens that the call may still use; `given`: what a completion goes on from. Raises OSError EINVAL."""
     check(request)
     sampling = request.sampling
     made: dict[str, Any] = {
@@ -53,17 +73,24 @@ def body(request: Generate, model: str, budget: int | None, given: str, limit_na
         "top_p": sampling.top_p,
         "seed": sampling.seed % (1 << 31),
     }
+    for name in dialect.without:
+        if getattr(sampling, name) == getattr(_DEFAULTS, name):
+            del made[name]
     limits = [limit for limit in (sampling.max_tokens, budget) if limit is not None]
     if limits:
-        made[limit_name] = min(limits)
+        made[dialect.limit] = min(limits)
     if sampling.stop:
         made["stop"] = sampling.stop
     for name in ("presence_penalty", "frequency_penalty"):
         if getattr(sampling, name):
             made[name] = getattr(sampling, name)
+    if sampling.logit_bias:  # its caller knows the endpoint's tokens
+        made["logit_bias"] = {str(token): bias for token, bias in sampling.logit_bias.items()}
     if request.messages is None:
         return made | {"prompt": f"{request.prompt}{given}"}
     made["messages"] = [_message(message) for message in request.messages]
+    if request.template_args:
+        made["reasoning_effort"] = request.template_args["reasoning_effort"]
     if request.tools:
         made |= {"tools": [_tool(tool) for tool in request.tools], "tool_choice": _choice(request.tool_choice)}
         if not request.parallel_tool_calls:
@@ -74,10 +101,10 @@ def body(request: Generate, model: str, budget: int | None, given: str, limit_na
     return made
 
 
-def encoded(request: Generate, model: str, budget: int | None, given: str, limit_name: str) -> bytes:
+def encoded(request: Generate, model: str, budget: int | None, given: str, dialect: Dialect) -> bytes:
     """The same as JSON. Raises OSError EINVAL also for what is no JSON: msgpack has more."""
     try:
-        return msgspec.json.encode(body(request, model, budget, given, limit_name))
+        return msgspec.json.encode(body(request, model, budget, given, dialect))
     except (TypeError, ValueError, OverflowError, RecursionError) as error:
         raise refuse(f"messages: not to be written as JSON: {error}") from None
 
@@ -86,7 +113,8 @@ def check(request: Generate) -> None:
     changed = [name for name in _LOCAL if getattr(request.sampling, name) != getattr(_DEFAULTS, name)]
     if changed:
         raise refuse(f"{changed[0]}: a model that is served elsewhere does not take it")
-    given = [name for name in ("grammar", "template_args", "lora") if getattr(request, name)]
+    given = [name for name in ("grammar", "lora") if getattr(request, name)]
+    given += ["template_args"] if request.template_args and not _is_effort(request) else []
     if given:
         raise refuse(f"{given[0]}: a model that is served elsewhere does not take it")
     if not isinstance(request.prompt, str) and request.messages is None:
@@ -99,6 +127,15 @@ def check(request: Generate) -> None:
         raise refuse("schema: a model that is served elsewhere keeps to one in a chat only")
     if request.tools and (request.messages is None or request.schema is not None):
         raise refuse("tools: they need a chat, and no schema beside them")
+
+
+def _is_effort(request: Generate) -> bool:
+    """Whether nothing but an effort is asked of the template (the gateway says both), which this API has, too."""
+    args = dict(request.template_args)
+    effort = args.pop("reasoning_effort", None)
+    return (
+        request.messages is not None and isinstance(effort, str) and args in ({}, {"enable_thinking": effort != "none"})
+    )
 
 
 def _message(message: dict[str, Any]) -> dict[str, Any]:
