@@ -113,9 +113,9 @@ def test_a_refusal_comes_back_as_one(front: Front) -> None:
 
 
 def test_a_text_begins_as_the_model_expects_where_that_is_asked_for(tmp_path: Path) -> None:
-    path = tinymodels.write(tmp_path / "bos.gguf", d=8, layers=1, heads=1, kv_heads=1, ff=8, add_bos=True)
-    model = llama.Model(str(path), 0, lambda fraction: None)
-    front = Front(str(path), 1 << 17)
+    file = tinymodels.write(tmp_path / "bos.gguf", d=8, layers=1, heads=1, kv_heads=1, ff=8, add_bos=True)
+    model = llama.Model(str(file), 0, lambda fraction: None)
+    front = Front(str(file), 1 << 17)
     answers = Answers(front)
     for number, bos in enumerate((False, True)):
         answers.ask(number, TOKENIZE, Tokenize("ab", bos=bos))
