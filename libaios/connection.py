@@ -729,6 +729,9 @@ class Connection:
         self._dead = why
         self._given_up.clear()
         reply = wire.Reply(0, errno.ENOTCONN, body=wire.raw(wire.Failure(why)))
+        in_hand, self._in_hand = self._in_hand, None
+        if in_hand is not None and in_hand.final is None:  # an exception came while its reply was handed out
+            self._open[in_hand.id] = in_hand
         for call in list(self._open.values()):
             if self._open.pop(call.id, None) is not None:
                 call.release()

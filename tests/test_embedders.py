@@ -5,18 +5,24 @@ from __future__ import annotations
 import os
 import shutil
 import signal
+from collections.abc import Iterator
 from pathlib import Path
 from types import SimpleNamespace
+from typing import Any
 
 import gguf
 import numpy as np
 import psutil
 import pytest
 
+from aiosd import link
 from aiosd.errors import UsageError, WorldError
 from aiosd.llm import llama
 from aiosd.llm.embed import Embedder
+from aiosd.llm.embedcore import Calls
+from aiosd.llm.spec import ModelSpec
 from aiosd.models import bert
+from aiosd.service import Pause
 from aiosd.store import static
 from aiosd.store.embedders import OfCore, fingerprint
 from libaios import wire
@@ -122,6 +128,34 @@ def test_a_vector_that_is_no_number_is_none(tmp_path: Path) -> None:
     found = embedder._call(["a", "b", "c"])
     os.close(embedder.fileno())
     assert [one is None for one in found] == [False, True, True]
+
+
+def test_a_call_of_a_stopped_agent_waits() -> None:
+    class Batches:
+        computed = 0
+
+        def in_steps(self, texts: list[str], pay: object = None) -> Iterator[wire.Embedded | None]:
+            for _ in texts:
+                self.computed += 1
+                yield None
+            yield wire.Embedded(len(texts), 0, b"")
+
+    batches: Any = Batches()
+    model: Any = None
+    calls = Calls(model, batches, ModelSpec("m", "/nowhere"), 1, 4)
+    ask = link.Ask((7, 1), link.Caller(7, 0, "x", False, ""), wire.Sys.EMBED, wire.raw(None))
+    steps = calls.handlers()[wire.Sys.EMBED](ask, wire.Embed(["a", "b"]))
+    assert next(steps) == Pause()
+    assert calls.others(link.Park(7, True, 3)) == link.Parked(3)
+    assert [next(steps).until > 0 for _ in range(3)] == [True] * 3
+    assert batches.computed == 1
+    calls.others(link.Park(7, False))
+    assert next(steps) == Pause()
+    calls.others(link.Park(7, True, 4))
+    calls.keep([7])
+    with pytest.raises(StopIteration) as end:
+        next(steps)
+    assert end.value.value.n == batches.computed == 2
 
 
 def test_a_fingerprint_is_of_the_whole_file(tmp_path: Path) -> None:

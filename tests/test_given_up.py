@@ -147,6 +147,29 @@ def test_an_interrupt_while_the_reply_of_another_thread_is_handed_out(monkeypatc
             return
 
 
+def test_the_connection_ends_after_an_interrupt_in_the_middle_of_a_hand_out(
+    kernel: ChannelKernel, connection: Connection, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The reply was not given to its call, and it will not be: the call ends as all others do."""
+    call = ask(connection)
+    kernel.reply(kernel.take(Sys.RECV), message("lost"))
+
+    def interrupted(self: Pending) -> None:
+        raise Interrupt
+
+    call.fds = [os.dup(0)]
+    with monkeypatch.context() as patch:
+        patch.setattr(Pending, "release", interrupted)
+        with pytest.raises(Interrupt):
+            connection.pump()
+    assert call.final is None
+    connection.close()
+    assert call.final is not None  # else its thread would wait for ever
+    with pytest.raises(OSError, match="closed") as raised:
+        connection.result(call, wire.Received)
+    assert raised.value.errno == errno.ENOTCONN
+
+
 class TwoThreads:
     """This thread leads, and another one follows. Then both have a reply, and this thread is interrupted."""
 

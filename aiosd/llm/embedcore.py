@@ -1,8 +1,8 @@
 """The process of a model that only makes vectors (`--embed-model`): EMBED and TOKENIZE, no generations.
 
 Encoders such as BERT cannot generate, and what can generate makes poor vectors, so an embedding model is a core of its
-own kind. It is a `service.Server` that the kernel takes for one more llm core: what a core is told about generations it
-refuses, and a `Park` it confirms at once, since nothing is decoded here.
+own kind. It is a `service.Server` that the kernel takes for one more llm core, and refuses generations. A call of an
+agent that is stopped waits after the batch that is being computed.
 """
 
 from __future__ import annotations
@@ -30,6 +30,9 @@ from libaios.wire import Sys
 if TYPE_CHECKING:
     from aiosd.llm.embed import Embedder
     from aiosd.llm.llama import Model
+
+#: A call of a stopped agent is looked at again when a message comes, and at the latest after this time.
+STOPPED_S = 60.0
 
 _THREADS = 2  # more bring little for texts of a few dozen tokens, and agents share the machine
 
@@ -64,7 +67,9 @@ def main(channel: Channel, spec: ModelSpec, rounds: Rounds) -> int:
         calls.handlers(),
         calls.stats,
         info=calls.info(),
-        others=others,
+        others=calls.others,
+        on_keep=calls.keep,
+        on_gone=calls.gone,
         charge=lambda body: body.prompt_tokens if isinstance(body, wire.Embedded) else 0,
     )
     return server.run(rounds)
@@ -74,22 +79,30 @@ def _tell(channel: Channel, message: link.FromService) -> None:
     channel.send(link.encode(message))
 
 
-def others(message: link.ToService) -> link.FromService | None:
-    """What the kernel tells cores of generations, of which there are none here."""
-    match message:
-        case link.Submit(key=key):
-            return link.Failed(key, errno.EINVAL, "model: this one makes vectors; it does not generate")
-        case link.Park(number=number) if number:
-            return link.Parked(number)
-    return None
-
-
 class Calls:
     def __init__(self, model: Model, embedder: Embedder, spec: ModelSpec, threads: int, width: int) -> None:
         self._model, self._embedder, self._spec = model, embedder, spec
         self._threads, self._width = threads, width
         self._texts = 0
         self._purses = Purses()
+        self._stopped: set[int] = set()  # peers whose agents are stopped
+
+    def others(self, message: link.ToService) -> link.FromService | None:
+        """Messages that cores get and services do not."""
+        match message:
+            case link.Submit(key=key):
+                return link.Failed(key, errno.EINVAL, "model: this one makes vectors; it does not generate")
+            case link.Park(peer=peer, parked=parked, number=number):
+                (self._stopped.add if parked else self._stopped.discard)(peer)
+                return link.Parked(number) if number else None
+        return None
+
+    def keep(self, peers: list[int]) -> None:
+        """There is a new kernel: it sends again which agents are stopped."""
+        self._stopped.clear()
+
+    def gone(self, peer: int) -> None:
+        self._stopped.discard(peer)
 
     def handlers(self) -> dict[int, Any]:
         contexts = (Sys.CTX_SAVE, Sys.CTX_RESTORE, Sys.CTX_CLOSE, Sys.CTX_LIST, Sys.CTX_REMOVE)
@@ -104,12 +117,18 @@ class Calls:
         def pay(tokens: int) -> None:
             self._purses.spend(ask.key, ask.caller.shares, tokens, time.monotonic())
 
+        yield from self._while_stopped(ask)
         for embedded in self._embedder.in_steps(args.texts, pay=pay if ask.caller.shares else None):
             if embedded is None:
                 yield Pause()
+                yield from self._while_stopped(ask)
         assert embedded is not None
         self._texts += embedded.n
         return embedded
+
+    def _while_stopped(self, ask: link.Ask) -> Generator[Pause, None, None]:
+        while ask.key[0] in self._stopped:
+            yield Pause(time.monotonic() + STOPPED_S)
 
     def _tokenize(self, ask: link.Ask, args: wire.Tokenize) -> list[int]:
         return self._model.tokenize(args.text, bos=args.bos, special=args.special)
