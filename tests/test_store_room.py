@@ -9,6 +9,7 @@ import subprocess
 from collections.abc import Iterator
 from pathlib import Path
 
+import apsw
 import pytest
 
 from aiosd.store.database import FILE, Database
@@ -105,3 +106,23 @@ def meet_a_full_disk(store: Store, disk: Path) -> None:
     assert (disk / "ballast").exists()
     assert isinstance(store.turn(add(4000, "there is room again"))[0], int)
     assert len(store.texts()) > 50
+
+
+def test_on_a_full_disk_all_notes_can_be_cleared(disk: Path) -> None:
+    """All of them at once are more than there is room for in the WAL."""
+    with contextlib.closing(Store(disk, room=(room := room_in(disk, wal=1 << 18, ballast=0)))) as store:
+        for begin in range(0, 4000, 200):
+            store.turn(
+                *(add(begin + one, f"{begin + one} of many", key=f"{one}", settled=begin) for one in range(1, 201))
+            )
+            store.turn(*(add(begin + one, f"{begin + one} of many", pid=8, settled=begin) for one in range(1, 201)))
+        store.database.db.wal_checkpoint(mode=apsw.SQLITE_CHECKPOINT_TRUNCATE)
+        store.database.db.wal_autocheckpoint(32)  # the half of it, as otherwise
+        room.prepare(store.database.path)
+        with open(disk / "filler", "wb", buffering=0) as filler:
+            while room.free():
+                filler.write(bytes(4096))
+        assert store.turn(ask(10_000, Sys.MEM_CLEAR, wire.NoArgs(), 8)) == [4000]
+        assert store.database.counts["undone"] > 0, "all at once did not work"
+        assert store.turn(ask(10_000, Sys.MEM_CLEAR, wire.NoArgs(), 8, again=True)) == [4000]
+        assert len(store.texts()) == 200

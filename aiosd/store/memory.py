@@ -55,6 +55,7 @@ OWNERS = 10_000  # whose numbers are known without one
 FILL = 0.8  # of `ram`
 CLEAN_S = 10.0  # between two looks for notes whose time is over,
 CLEAN_AT_ONCE = 100  # … of which at most this number are removed in one transaction
+PIECEMEAL = (errno.EIO, errno.ENOSPC)  # then many notes are removed a few at a time
 
 
 class Memory:
@@ -246,10 +247,12 @@ class Memory:
 
     def clear(self, ask: link.Ask, args: wire.NoArgs) -> Any:
         """All of the caller's own notes; those of its group stay."""
+        if self._db.room.full:  # it may be more than there is room for
+            return self._cleared_piecemeal(ask)
         try:
             return self._clear(ask)
         except OSError as err:
-            if not plainly.is_damage(err):
+            if err.errno not in PIECEMEAL:
                 raise
         return self._cleared_piecemeal(ask)
 
@@ -266,32 +269,33 @@ class Memory:
         return reply
 
     def _cleared_piecemeal(self, ask: link.Ask) -> Generator[Pause, None, Any]:
-        """A page is damaged. What can be removed goes, in transactions of its own; that it is not all is an error."""
+        """All at once is more than a full disk has room for, or a page is damaged. So the notes go in transactions of
+        their own, as far as they can; that it is not all is an error."""
         yield Pause(0.0)  # from here on each step has a commit of its own, and what fails costs no other call
-        try:
-            return self._clear(ask)  # the damage was another call's
-        except OSError as err:
-            if not plainly.is_damage(err):
-                raise
-            damage = err
-        yield Pause(0.0)
-        name = owners.own(ask.caller)
-        ids = self._ids_of(name)
-        pieces, stay = [ids], 0
-        while pieces:
-            piece = pieces.pop()
+        if ask.again and (known := self._db.memos.find(ask)) is not None:
+            return msgspec.Raw(known)
+        reason: str | None = "the disk of the store is full"
+        if not self._db.room.full:
             try:
-                with self._db.transaction():
-                    self._delete(piece)
+                return self._clear(ask)  # it was another call that failed
             except OSError as err:
-                if not plainly.is_damage(err):
+                if err.errno not in PIECEMEAL:
                     raise
-                half = len(piece) // 2
-                stay += len(piece) == 1
-                pieces += [piece[half:], piece[:half]] if half else []
+                reason = err.strerror
             yield Pause(0.0)
+        name = owners.own(ask.caller)
+        left = ids = self._ids_of(name)
+        for size in (CLEAN_AT_ONCE, 10, 1):
+            for begin in range(0, len(left), size):
+                with contextlib.suppress(OSError), self._db.transaction():
+                    self._delete(left[begin : begin + size])
+                yield Pause(0.0)  # the commit, which may fail, too
+            there = set(self._ids_of(name))
+            left = [note for note in left if note in there]
         self.cache.forget_owner(name)
-        raise wire.error(errno.EIO, f"{len(ids) - stay} notes are removed, {stay} are not: {damage.strerror}")
+        if left:
+            raise wire.error(errno.EIO, f"{len(ids) - len(left)} notes are removed, {len(left)} are not: {reason}")
+        return self._db.once(ask, lambda: len(ids), frees=True)
 
     def owner_gone(self, pid: int) -> None:
         """An agent has ended: what it kept without a name of its own ends, too."""
@@ -305,14 +309,12 @@ class Memory:
                 self._end(name)
 
     def forget_system(self) -> None:
-        """Another system begins, whose agents have the numbers of the last one's again. What a damaged page keeps from
-        being removed belongs to nobody from now on. Not in a transaction."""
+        """Another system begins, whose agents have the numbers of the last one's again. What a damaged page, or a full
+        disk, keeps from being removed belongs to nobody from now on. Not in a transaction."""
         for name in self._all_alone():
             try:
                 self._end(name)
             except OSError as err:
-                if not plainly.is_damage(err):
-                    raise
                 logger.warning("what %s has left cannot be removed, and is nobody's: %s", name, err.strerror)
                 with self._db.transaction():
                     self._db.do("UPDATE owners SET name = ? || id WHERE name = ?", owners.LOST, name)
