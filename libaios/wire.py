@@ -411,6 +411,7 @@ class Tokenize(Struct, array_like=True, frozen=True):
     text: str
     model: str | None = None
     special: bool = False  # read special tokens such as <|im_end|> as such
+    bos: bool = False  # with the token that the model expects first, if it does
 
 
 class Detokenize(Struct, array_like=True, frozen=True):

@@ -154,6 +154,17 @@ def generate(kernel: Kernel, key: link.Key, **sampling: Any) -> None:
     kernel.send(link.Submit(key, Generate(prompt="hello", sampling=options)))
 
 
+def test_tokens_begin_as_the_model_expects_where_that_is_asked_for(tmp_path: Path) -> None:
+    kernel = Kernel(tinymodels.write(tmp_path / "bos.gguf", d=8, layers=1, heads=1, kv_heads=1, ff=8, add_bos=True))
+    kernel.of(link.Loaded)
+    found = []
+    for number, bos in enumerate((False, True)):
+        kernel.send(ask(number, Sys.TOKENIZE, Tokenize("ab", bos=bos)))
+        found.append(msgspec.msgpack.decode(kernel.of(link.Answered).body))
+    assert found[1][1:] == found[0] != found[1]
+    assert kernel.close() == 0
+
+
 def test_life_of_a_core(kernel: Kernel) -> None:
     loaded = kernel.of(link.Loaded)
     assert any(isinstance(message, link.Progress) for message in kernel.seen)

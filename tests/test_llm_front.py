@@ -112,6 +112,19 @@ def test_a_refusal_comes_back_as_one(front: Front) -> None:
     assert msgspec.msgpack.decode(tokens)
 
 
+def test_a_text_begins_as_the_model_expects_where_that_is_asked_for(tmp_path: Path) -> None:
+    begins = tinymodels.write(tmp_path / "bos.gguf", d=8, layers=1, heads=1, kv_heads=1, ff=8, add_bos=True)
+    model = llama.Model(str(begins), 0, lambda fraction: None)
+    front = Front(str(begins), 1 << 17)
+    answers = Answers(front)
+    for number, bos in enumerate((False, True)):
+        answers.ask(number, TOKENIZE, Tokenize("ab", bos=bos))
+    plain, begun = (msgspec.msgpack.decode(tokens) for _, tokens in answers.wait(2))
+    assert begun == [model.bos, *plain]
+    front.close()
+    model.close()
+
+
 def test_one_that_hangs_is_killed_and_the_next_job_is_done(gguf: Path) -> None:
     now = [0.0]
     front = Front(str(gguf), 4096, clock=lambda: now[0], command=HANGS)

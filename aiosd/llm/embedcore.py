@@ -112,7 +112,7 @@ class Calls:
         return embedded
 
     def _tokenize(self, ask: link.Ask, args: wire.Tokenize) -> list[int]:
-        return self._model.tokenize(args.text, bos=False, special=args.special)
+        return self._model.tokenize(args.text, bos=args.bos, special=args.special)
 
     def _detokenize(self, ask: link.Ask, args: wire.Detokenize) -> str:
         if any(token >= self._model.n_vocab for token in args.tokens):

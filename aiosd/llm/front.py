@@ -218,7 +218,7 @@ def main(path: str, ctx: str, fd: str) -> int:
 
 
 def _tokenized(model: Any, request: Any) -> list[int]:
-    tokens: list[int] = model.tokenize(request.text, bos=False, special=request.special)
+    tokens: list[int] = model.tokenize(request.text, bos=request.bos, special=request.special)
     return tokens
 
 

@@ -244,7 +244,7 @@ class Local:
         if len(request.text) > LONG_TEXT:
             self._aside(ask.key, TOKENIZE, request, list[int], answer)
         else:
-            answer(self._loaded.model.tokenize(request.text, bos=False, special=request.special))
+            answer(self._loaded.model.tokenize(request.text, bos=request.bos, special=request.special))
 
     def _detokenize(self, ask: link.Ask, request: wire.Detokenize) -> None:
         self.engine.requests.check_ids(request.tokens, "tokens")

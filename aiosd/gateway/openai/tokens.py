@@ -19,6 +19,7 @@ class Text(Struct, kw_only=True):
     content: str = ""
     prompt: str | None = None  # as vLLM names it
     model: str | None = None
+    add_special: bool = False
     parse_special: bool = True
     with_pieces: bool = False
 
@@ -33,7 +34,8 @@ async def tokenize(request: Request) -> None:
     request.names = named.of(asked)
     model = await fields.model_for(request, asked.model)
     connection, text = request.account.connection, asked.content if asked.prompt is None else asked.prompt
-    ids = await ask(connection, Sys.TOKENIZE, wire.Tokenize(text, model.name, asked.parse_special), list[int])
+    args = wire.Tokenize(text, model.name, asked.parse_special, asked.add_special)
+    ids = await ask(connection, Sys.TOKENIZE, args, list[int])
     tokens: list[Any] = ids
     if asked.with_pieces:
         if len(ids) > MOST_PIECES:
