@@ -272,12 +272,14 @@ def test_cerebrums_files_are_kept_with_their_versions(agent: Agent) -> None:
     assert do("create_file", file_path="r/plan.txt") == (409, "r/plan.txt is there already")
     assert [do("write", file_path="r/plan.txt", content=text)[0] for text in ("blue sky", "green sea")] == [200, 200]
     assert json.loads(do("retrieve", query_text="green", n=3, keywords=None)[1])[0]["file_path"] == "r/plan.txt"
-    assert do("rollback", file_path="r/plan.txt", n=1)[0] == 200
+    assert json.loads(do("retrieve", query_text="nothing", n=3, keywords=["green"])[1])[0]["content"] == "green sea"
+    assert do("rollback", file_path="r/plan.txt", n=1, time=None)[0] == 200
     assert json.loads(do("retrieve", query_text="blue", n=3)[1])[0]["content"]
     assert do("share", file_path="r/plan.txt")[0] == 200
     wrong: list[tuple[str, dict[str, Any]]] = [
         ("rollback", {"file_path": "r/plan.txt", "n": 50}),
         ("rollback", {"file_path": "r/plan.txt", "n": "x"}),
+        ("rollback", {"file_path": "r/plan.txt", "n": 1, "time": "2026-01-01"}),
         ("write", {"file_path": "../escape", "content": "x"}),
         ("write", {"file_path": 5, "content": "x"}),
         ("write", {"file_path": "x", "content": "x" * (2 << 20)}),

@@ -233,6 +233,7 @@ def read(**body: Any) -> Any:
         ("n", 0),
         ("top_logprobs", 3),
         ("logit_bias", {"word": 5}),
+        ("tool_choice", {"type": "custom", "custom": {"name": "f"}}),
         ("tool_choice", {"type": "allowed_tools", "allowed_tools": {"tools": [{"name": "x"}]}}),
     ],
 )

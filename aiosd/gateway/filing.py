@@ -96,8 +96,9 @@ async def _write(request: Request, params: dict[str, Any]) -> str:
 
 async def _retrieve(request: Request, params: dict[str, Any]) -> str:
     """The files that were found, as JSON."""
-    k = params.get("n", 5)
-    args = checked(wire.StoSearch(_text(params, "query_text"), k if isinstance(k, int) else 5, of=""))
+    k, more = params.get("n", 5), params.get("keywords")
+    words = [_text(params, "query_text"), *(str(word) for word in (more if isinstance(more, list) else [more or ""]))]
+    args = checked(wire.StoSearch(" ".join(words).strip(), k if isinstance(k, int) else 5, of=""))
     found = await ask(request.account.connection, Sys.STO_SEARCH, args, list[wire.FoundFile])
     return encode([{"file_path": one.file.path, "content": one.excerpt, "score": one.score} for one in found]).decode()
 
@@ -105,6 +106,8 @@ async def _retrieve(request: Request, params: dict[str, Any]) -> str:
 async def _rollback(request: Request, params: dict[str, Any]) -> str:
     """`n` versions back."""
     path, n = _path(params), params.get("n", 1)
+    if params.get("time") is not None:
+        raise Problem(400, "time: only by a number of versions, n", param="time")
     if not isinstance(n, int) or not 1 <= n < 1000:
         raise Problem(400, "n: how many versions to go back, from 1 to 999", param="n")
     connection = request.account.connection

@@ -321,6 +321,8 @@ def _tools(fields: Chat) -> tuple[list[dict[str, Any]], str | dict[str, Any]]:
     tools = [_not_strict(tool) for tool in tools]
     if isinstance(choice, dict) and choice.get("type") == "allowed_tools":
         return _allowed(tools, choice.get("allowed_tools", choice))
+    if isinstance(choice, dict) and choice.get("type", "function") != "function":
+        raise Problem(400, f"tool_choice: only functions, not {choice['type']!r:.60}", param="tool_choice")
     return tools, choice
 
 
