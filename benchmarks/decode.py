@@ -115,7 +115,7 @@ class Bare:
         return count * tokens / (time.perf_counter() - began)
 
     def _engine(self, count: int, tokens: int, salt: int) -> float:
-        from aiosd.link import Submit
+        from aiosd.ipc.link import Submit
         from libaios.wire import Generate, Sampling
 
         sampling = Sampling(temperature=0.0, max_tokens=tokens, ignore_eos=True)

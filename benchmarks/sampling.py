@@ -52,7 +52,7 @@ class Side:
         self.calls = 0
 
     def run(self, temperature: float, tokens: int, salt: int) -> float:
-        from aiosd.link import Submit
+        from aiosd.ipc.link import Submit
         from libaios.wire import Generate, Sampling
 
         for row in range(self.rows):

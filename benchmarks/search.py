@@ -38,7 +38,7 @@ import numpy as np
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 
-from aiosd import link  # noqa: E402  the checkout comes first
+from aiosd.ipc import link  # noqa: E402  the checkout comes first
 from aiosd.store.database import Database  # noqa: E402
 from aiosd.store.meaning import BATCH, Meaning  # noqa: E402
 from aiosd.store.memory import Memory  # noqa: E402

@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 
-from aiosd import link
+from aiosd.ipc import link
 from aiosd.llm.line import Line
 from aiosd.llm.remote import limits
 from aiosd.llm.remote.backend import Remote

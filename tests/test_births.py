@@ -15,11 +15,11 @@ from pathlib import Path
 import psutil
 import pytest
 
-from aiosd import letter, link
 from aiosd.birth.report import Report
 from aiosd.init import births
 from aiosd.init.births import Birth, Births
 from aiosd.init.records import Agent
+from aiosd.ipc import letter, link
 from aiosd.timers import Timers
 from libaios import digest
 from tests.conftest import System, eventually

@@ -15,7 +15,7 @@ import numpy as np
 import pytest
 from msgspec import Raw
 
-from aiosd import link
+from aiosd.ipc import link
 from aiosd.llm.blob import Piece
 from aiosd.llm.library import Library
 from aiosd.llm.saved import MAGIC, Saved, file_sha256

@@ -294,7 +294,7 @@ def core_with(parked: Callable[[int], None]) -> Core:
 
 
 def test_a_core_that_confirms_tells_of_that_peer_alone() -> None:
-    from aiosd import link
+    from aiosd.ipc import link
 
     told: list[int] = []
     core = core_with(told.append)

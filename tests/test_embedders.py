@@ -15,14 +15,14 @@ import numpy as np
 import psutil
 import pytest
 
-from aiosd import link
 from aiosd.errors import UsageError, WorldError
+from aiosd.ipc import link
+from aiosd.ipc.service import Pause
 from aiosd.llm import llama
 from aiosd.llm.embed import Embedder
 from aiosd.llm.embedcore import Calls
 from aiosd.llm.spec import ModelSpec
 from aiosd.models import bert
-from aiosd.service import Pause
 from aiosd.store import static
 from aiosd.store.embedders import OfCore, fingerprint
 from libaios import wire

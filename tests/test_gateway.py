@@ -14,11 +14,11 @@ from typing import Any
 import psutil
 import pytest
 
-from aiosd import endpoint
-from aiosd.endpoint import Endpoint
 from aiosd.errors import UsageError
 from aiosd.gateway import identity
 from aiosd.gateway.identity import Address
+from aiosd.ipc import endpoint
+from aiosd.ipc.endpoint import Endpoint
 from libaios import wire
 from libaios.client import Client, ControlSocket
 from libaios.greeting import NoKernel

@@ -12,9 +12,9 @@ from typing import Any, cast
 
 import pytest
 
-from aiosd import endpoint
 from aiosd.gateway.openai import completions, embeddings, fields, responses
 from aiosd.gateway.web import Problem
+from aiosd.ipc import endpoint
 from tests.conftest import System, eventually
 from tests.gatewayagent import HELLO, Agent
 

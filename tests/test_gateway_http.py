@@ -14,8 +14,8 @@ from typing import Any
 
 import pytest
 
-from aiosd import endpoint
-from aiosd.endpoint import Endpoint
+from aiosd.ipc import endpoint
+from aiosd.ipc.endpoint import Endpoint
 
 pytestmark = pytest.mark.skipif(not endpoint.installed(), reason="the extra `gateway` is not installed")
 

@@ -12,8 +12,8 @@ from typing import Any
 
 import pytest
 
-from aiosd import endpoint
 from aiosd.gateway import web
+from aiosd.ipc import endpoint
 from libaios import wire
 from libaios.connection import Pending
 from libaios.wire import ModelInfo

@@ -15,9 +15,9 @@ from typing import Any
 import psutil
 import pytest
 
-from aiosd import endpoint
 from aiosd.gateway import identity
 from aiosd.gateway.identity import Address
+from aiosd.ipc import endpoint
 from aiosd.kernel.outside import Outside
 from aiosd.kernel.proc import ProcTable
 from aiosd.timers import Timers

@@ -9,7 +9,7 @@ from collections.abc import Iterator
 
 import pytest
 
-from aiosd.heartbeat import BEAT_S, HANG_S, Heart, Rounds, beat, beat_in_background
+from aiosd.ipc.heartbeat import BEAT_S, HANG_S, Heart, Rounds, beat, beat_in_background
 
 
 @pytest.fixture

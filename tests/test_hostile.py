@@ -29,7 +29,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from msgspec import MsgspecError, Raw, msgpack
 
-from aiosd import link
+from aiosd.ipc import link
 from aiosd.kernel import control
 from aiosd.kernel.calls import OPEN_BYTES, OPEN_BYTES_ALL, Calls
 from aiosd.kernel.cores import Core

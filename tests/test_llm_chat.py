@@ -13,7 +13,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from aiosd.link import Submit
+from aiosd.ipc.link import Submit
 from aiosd.llm import llama
 from aiosd.llm.chat import ChatTemplate, normal_messages, normal_tools
 from aiosd.llm.dialects import (

@@ -17,7 +17,7 @@ import numpy as np
 import pytest
 from msgspec import Raw
 
-from aiosd import link
+from aiosd.ipc import link
 from aiosd.llm import llama, loading, threads
 from aiosd.llm.line import Line
 from aiosd.llm.local import Local
@@ -29,7 +29,7 @@ from tests import tinymodels
 
 MAIN = """
 import sys
-from aiosd.heartbeat import Rounds
+from aiosd.ipc.heartbeat import Rounds
 from aiosd.llm.core import main
 from aiosd.llm.spec import ModelSpec
 from libaios.channel import Channel, Side
@@ -108,7 +108,7 @@ def test_threads_of_llama_cpp_do_not_spin_beside_agents(path: Path) -> None:
     """OpenMP reads this when it is loaded, so it must be there before; a value that the user has set stays."""
     code = """
 import os, sys
-from aiosd.heartbeat import Rounds
+from aiosd.ipc.heartbeat import Rounds
 from aiosd.llm import core
 from aiosd.llm.spec import ModelSpec
 class Deaf:

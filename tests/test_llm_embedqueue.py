@@ -8,7 +8,7 @@ from collections.abc import Iterator
 
 import pytest
 
-from aiosd.link import Caller
+from aiosd.ipc.link import Caller
 from aiosd.llm import policy
 from aiosd.llm.embedqueue import EmbedQueue, Job
 

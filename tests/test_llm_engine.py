@@ -17,7 +17,7 @@ import numpy as np
 import pytest
 
 from aiosd.errors import Bug
-from aiosd.link import Failed, Finished, Step, Submit
+from aiosd.ipc.link import Failed, Finished, Step, Submit
 from aiosd.llm import engine as engine_module
 from aiosd.llm import llama, loading, schedule
 from aiosd.llm.dialects import call_id

@@ -18,7 +18,7 @@ import pytest
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
-from aiosd.link import Submit
+from aiosd.ipc.link import Submit
 from aiosd.llm import llama
 from aiosd.llm.chat import ChatTemplate, normal_messages, normal_tools
 from aiosd.llm.dialects import nine_characters

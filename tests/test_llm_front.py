@@ -14,7 +14,7 @@ from typing import Any
 import msgspec
 import pytest
 
-from aiosd import link
+from aiosd.ipc import link
 from aiosd.llm import front as fronts
 from aiosd.llm import llama
 from aiosd.llm.chat import ChatTemplate

@@ -15,11 +15,11 @@ import numpy as np
 import pytest
 from msgspec.structs import replace
 
+from aiosd.ipc.link import Delta, Finished, Step, Submit
 from aiosd.kernel.cores import Core
 from aiosd.kernel.generation import Generation
 from aiosd.kernel.generations import Generations
 from aiosd.kernel.service import Open
-from aiosd.link import Delta, Finished, Step, Submit
 from aiosd.llm import llama, loading
 from aiosd.llm.gbnf import check
 from aiosd.llm.picking import Picker

@@ -6,7 +6,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from aiosd.link import PurseShare
+from aiosd.ipc.link import PurseShare
 from aiosd.llm.purse import KEEP_S, Purses
 
 

@@ -20,10 +20,11 @@ from hypothesis import given
 from hypothesis import strategies as st
 from msgspec import Raw
 
-from aiosd import config, link
-from aiosd import endpoint as gateways
+from aiosd import config
 from aiosd.commands import models
 from aiosd.errors import UsageError
+from aiosd.ipc import endpoint as gateways
+from aiosd.ipc import link
 from aiosd.llm.line import Line
 from aiosd.llm.remote import attempts, keys, limits
 from aiosd.llm.remote.backend import open_model

@@ -15,7 +15,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from aiosd import link
+from aiosd.ipc import link
 from aiosd.llm.remote import attempts, bill, exchange, limits
 from aiosd.llm.remote.answer import Answer, Wrong, loosely, parsed, printable, sentence
 from tests.fakeendpoint import Deed, Handler, answers, cut, garbage, hangs, raw, status, whole

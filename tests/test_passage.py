@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from aiosd import passage
+from aiosd.ipc import passage
 
 
 @pytest.mark.parametrize("unread", [False, True])

@@ -14,9 +14,9 @@ from typing import Any
 import pytest
 
 from aiosd import config
-from aiosd import endpoint as gateway
 from aiosd.config import keys
 from aiosd.errors import UsageError
+from aiosd.ipc import endpoint as gateway
 from aiosd.kernel.routes import Route
 from libaios.home import Home
 from libaios.wire import Generate, ModelInfo

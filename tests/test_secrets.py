@@ -15,8 +15,8 @@ from pathlib import Path
 
 import pytest
 
-from aiosd import letter
 from aiosd.birth import report
+from aiosd.ipc import letter
 from tests.conftest import System, eventually
 from tests.fakeendpoint import Endpoint, answers
 

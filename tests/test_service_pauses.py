@@ -11,9 +11,9 @@ from typing import Any
 
 import pytest
 
-from aiosd import link, service
-from aiosd.heartbeat import Rounds
-from aiosd.service import Pause, Server
+from aiosd.ipc import link, service
+from aiosd.ipc.heartbeat import Rounds
+from aiosd.ipc.service import Pause, Server
 from libaios import wire
 from libaios.channel import Channel, Side, make_channel
 from tests import toy

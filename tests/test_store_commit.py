@@ -11,11 +11,11 @@ from typing import Any, cast
 import pytest
 from msgspec import Raw, msgpack
 
-from aiosd import link
+from aiosd.ipc import link
+from aiosd.ipc.service import SMALL
 from aiosd.kernel.calls import Calls
 from aiosd.kernel.peer import Call, Peer
 from aiosd.kernel.service import Open, Owner, Service, _settled
-from aiosd.service import SMALL
 from aiosd.store import memos, roots
 from aiosd.store.database import FILE, Database
 from aiosd.store.grouping import GroupServer

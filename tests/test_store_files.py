@@ -16,9 +16,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from msgspec import Raw, msgpack
 
-from aiosd import link
 from aiosd.commands import sto
-from aiosd.service import Lasting
+from aiosd.ipc import link
+from aiosd.ipc.service import Lasting
 from aiosd.store import archive, contents, fsck, owners, rebuild, roots
 from aiosd.store.contents import hash_of
 from aiosd.store.database import Database

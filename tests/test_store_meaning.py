@@ -13,8 +13,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from msgspec import Raw, msgpack
 
-from aiosd import link
-from aiosd.service import Pause
+from aiosd.ipc import link
+from aiosd.ipc.service import Pause
 from aiosd.store import index, meaning
 from aiosd.store.database import Database
 from aiosd.store.main import Chores

@@ -14,10 +14,10 @@ from hypothesis import given
 from hypothesis import strategies as st
 from msgspec import Raw, msgpack
 
-from aiosd import link
 from aiosd.access.deed import Deed
 from aiosd.errors import WorldError
-from aiosd.service import Lasting
+from aiosd.ipc import link
+from aiosd.ipc.service import Lasting
 from aiosd.store.database import VERSION, Database
 from aiosd.store.memory import Memory
 from aiosd.store.room import Room

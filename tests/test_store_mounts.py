@@ -12,7 +12,7 @@ from typing import Any
 
 import pytest
 
-from aiosd import link
+from aiosd.ipc import link
 from aiosd.store import inotify, mounts, realfolder
 from aiosd.store.realfolder import RealFolder
 from libaios import wire

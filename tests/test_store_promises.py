@@ -12,7 +12,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from msgspec import Raw
 
-from aiosd import link
+from aiosd.ipc import link
 from aiosd.kernel import copies
 from aiosd.kernel.access import Access
 from aiosd.kernel.calls import Calls

@@ -11,13 +11,13 @@ from types import SimpleNamespace
 
 import pytest
 
-from aiosd import link
 from aiosd.init import signals
 from aiosd.init.agents import Agents
 from aiosd.init.kernellink import KernelLink
 from aiosd.init.records import Agent, Process
 from aiosd.init.supervisor import KERNEL, LAST_WAIT_S, Supervisor
-from aiosd.service import Service, Stopped
+from aiosd.ipc import link
+from aiosd.ipc.service import Service, Stopped
 from aiosd.timers import Timers
 from libaios.stream import FrameSocket
 

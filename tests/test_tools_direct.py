@@ -15,7 +15,7 @@ from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from msgspec import Raw, msgpack
 
-from aiosd import link
+from aiosd.ipc import link
 from aiosd.tools.direct import FUNCTIONS
 from aiosd.tools.errands import Errands
 from libaios import arithmetic, mem, wire

@@ -14,10 +14,11 @@ from typing import Any
 
 from msgspec import Struct
 
-from aiosd import config, link
-from aiosd.heartbeat import Rounds
+from aiosd import config
 from aiosd.init import guardian
-from aiosd.service import Server, Service
+from aiosd.ipc import link
+from aiosd.ipc.heartbeat import Rounds
+from aiosd.ipc.service import Server, Service
 from libaios import wire
 from libaios.channel import Channel
 from libaios.home import Home

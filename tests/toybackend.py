@@ -14,8 +14,9 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from aiosd import config, link
+from aiosd import config
 from aiosd.init import guardian
+from aiosd.ipc import link
 from aiosd.llm.line import Line
 from aiosd.llm.spec import ModelSpec
 from libaios import wire

@@ -32,7 +32,6 @@ from typing import Any
 
 import msgspec
 
-from aiosd import letter, link
 from aiosd.birth import confinement, program, title
 from aiosd.birth.fork import (
     LIBC,
@@ -44,7 +43,8 @@ from aiosd.birth.fork import (
     write_proc,
 )
 from aiosd.birth.report import Report
-from aiosd.letter import Letter
+from aiosd.ipc import letter, link
+from aiosd.ipc.letter import Letter
 from aiosd.limits import bounds
 from libaios import wire
 

@@ -16,7 +16,7 @@ import msgspec
 
 from aiosd.birth import fork, gates
 from aiosd.birth.report import Report
-from aiosd.letter import Letter
+from aiosd.ipc.letter import Letter
 from aiosd.limits import most_processes
 from aiosd.sandbox import cage, confine, filter, hosts, places, plan, probe
 from aiosd.sandbox.box import Box

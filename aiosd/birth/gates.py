@@ -15,7 +15,7 @@ from __future__ import annotations
 import contextlib
 import socket
 
-from aiosd.endpoint import Endpoint
+from aiosd.ipc.endpoint import Endpoint
 from aiosd.sandbox import hosts
 
 Address = tuple[str, int]

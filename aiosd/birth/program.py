@@ -21,7 +21,7 @@ from types import CodeType, ModuleType
 
 from aiosd.birth import confinement, end, frames
 from aiosd.birth.report import NOT_FOUND, Report
-from aiosd.letter import Letter
+from aiosd.ipc.letter import Letter
 from libaios import digest, wire
 
 STDIN = "-"  # name of a script that is read from stdin

@@ -17,11 +17,11 @@ from typing import Any
 from msgspec import msgpack
 
 import libaios as aios
-from aiosd import letter
 from aiosd.birth import agent as birth
 from aiosd.birth import confinement, end, fork, frames, heap, layout, modules, program, report, title
 from aiosd.birth.agent import environment_of, with_bytes
-from aiosd.letter import Letter
+from aiosd.ipc import letter
+from aiosd.ipc.letter import Letter
 from libaios import agent, wire
 from libaios.channel import Channel, Side, make_channel
 from libaios.connection import Connection

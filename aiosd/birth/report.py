@@ -6,7 +6,7 @@ program itself can fail any more, it closes that end (or Linux does, when anothe
 sends its door before that (see `sandbox.doors`), and what listens in its own network, if it has one (see
 `birth.gates`). If it cannot start, it sends an errno and a descriptor, and exits. In
 the descriptor is a sentence, which may name the agent's files: the supervisor passes it on to the kernel and does not
-read it (see `aiosd.letter`).
+read it (see `aiosd.ipc.letter`).
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ import os
 import socket
 import struct
 
-from aiosd import letter
+from aiosd.ipc import letter
 
 #: Exit codes of an agent that could not be started, as in a shell.
 CANNOT_EXECUTE = 126

@@ -30,10 +30,10 @@ from dataclasses import dataclass
 
 from msgspec import msgpack
 
-from aiosd import link
 from aiosd.birth import heap, modules
 from aiosd.birth.agent import Descriptors, become_agent
 from aiosd.birth.fork import die_with_parent, fork, fork_again, keep_only, name_process
+from aiosd.ipc import link
 from aiosd.sandbox import cage
 from aiosd.timers import Timers
 

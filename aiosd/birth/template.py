@@ -36,7 +36,7 @@ import msgspec
 
 from aiosd.birth import confinement, modules, rehearsal, spares, warmup
 from aiosd.birth.fork import die_with_parent, fork, name_process
-from aiosd.link import TemplateSaid
+from aiosd.ipc.link import TemplateSaid
 from aiosd.sandbox import cage
 
 FD_BYTES = 4

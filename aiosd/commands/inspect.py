@@ -100,7 +100,7 @@ def _explain(agent: dict[str, Any], named: str) -> None:
 def _memory(client: Client, agent: dict[str, Any]) -> dict[str, Any] | None:
     """What its notes take, and how often they were found in memory. None: the store does not answer, or this caller may
     not ask."""
-    from aiosd.link import Caller
+    from aiosd.ipc.link import Caller
     from aiosd.store import owners
 
     owner = owners.own(Caller(*(agent[field] for field in ("pid", "uid", "name", "named", "group"))))

@@ -91,7 +91,7 @@ def _make(client: Client, wanted: NewToken, as_export: bool) -> None:
     client.call(Sys.TOKEN_NEW, replace(wanted, hash=digest), Spawned)
     url = client.call(Sys.TOKEN_LIST, NoArgs(), TokenList).url
     if as_export:
-        from aiosd import endpoint
+        from aiosd.ipc import endpoint
 
         for variable, value in endpoint.variables(url, secret).items():
             print(f"export {variable}={shlex.quote(value)}")

@@ -55,25 +55,26 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from aiosd import limits, sealed
+from aiosd import limits
 from aiosd.access.rules import Policy
 from aiosd.autostart import AgentSpec
 from aiosd.config.keys import BY_NAME, ENV_PREFIX, KEYS, LIVE, PER_MODEL
 from aiosd.config.values import DEFAULT_QUANTUM
-from aiosd.endpoint import Endpoint
 from aiosd.errors import AiosdError, UsageError
+from aiosd.ipc import sealed
+from aiosd.ipc.endpoint import Endpoint
+from aiosd.ipc.link import Schedule
+from aiosd.ipc.passage import Passages
 from aiosd.limits import GroupLimits
-from aiosd.link import Schedule
 from aiosd.llm.spec import ModelSpec
-from aiosd.passage import Passages
 from aiosd.sandbox.box import LEVELS, STRICT, Rules
 from aiosd.tools.spec import McpServer
 from libaios import digest
 from libaios.home import Home
 
 if TYPE_CHECKING:
+    from aiosd.ipc.service import Service
     from aiosd.models.found import Locate
-    from aiosd.service import Service
 
 
 @dataclass(frozen=True, slots=True)
@@ -93,7 +94,7 @@ class Settings:
     log_size: int = 64 << 20  # bytes of an agent's log before a new file begins; 0: no limit
     log_keep: int = 3  # full files of a log beside the one that is being written
     agents: tuple[AgentSpec, ...] = ()  # those that start with the system;
-    sealed: int = -1  # … or a descriptor with them and the MCP servers, see `aiosd.sealed`,
+    sealed: int = -1  # … or a descriptor with them and the MCP servers, see `aiosd.ipc.sealed`,
     sealed_digest: str = ""  # … and what tells whether these have changed
     ready_fd: int | None = None  # where to write one line, `ready …` or `error …`, for a starter that waits
     flags: Mapping[str, Any] = field(default_factory=dict)  # the values from the command line, for `reload`

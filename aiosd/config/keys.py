@@ -6,7 +6,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
-from aiosd import endpoint, limits, price
+from aiosd import limits, price
 from aiosd.config.values import (
     DEFAULT_QUANTUM,
     any_text,
@@ -26,7 +26,8 @@ from aiosd.config.values import (
     text,
     whole,
 )
-from aiosd.endpoint import Endpoint
+from aiosd.ipc import endpoint
+from aiosd.ipc.endpoint import Endpoint
 from aiosd.llm.spec import MAX_SLOTS, ROPE_SCALING
 from aiosd.sandbox import boxgroups
 from aiosd.sandbox.box import LEVELS, STRICT

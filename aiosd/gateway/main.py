@@ -6,8 +6,8 @@ from __future__ import annotations
 import select
 
 from aiosd.gateway.spec import GatewaySpec
-from aiosd.heartbeat import Rounds
-from aiosd.superior import Superior
+from aiosd.ipc.heartbeat import Rounds
+from aiosd.ipc.superior import Superior
 from libaios.channel import Channel
 
 

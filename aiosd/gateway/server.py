@@ -14,8 +14,6 @@ from typing import Any
 from uvicorn import Config
 from uvicorn.server import ServerState
 
-from aiosd import passage
-from aiosd.endpoint import BACKLOG
 from aiosd.gateway.accounts import Accounts
 from aiosd.gateway.connection import Guarded
 from aiosd.gateway.pacer import Pacer
@@ -23,8 +21,10 @@ from aiosd.gateway.routes import ROUTES
 from aiosd.gateway.spec import GatewaySpec
 from aiosd.gateway.strangers import Strangers
 from aiosd.gateway.web import App, Counters
-from aiosd.heartbeat import BEAT_S, Rounds
-from aiosd.superior import Superior
+from aiosd.ipc import passage
+from aiosd.ipc.endpoint import BACKLOG
+from aiosd.ipc.heartbeat import BEAT_S, Rounds
+from aiosd.ipc.superior import Superior
 
 KEEP_ALIVE_S = 75
 GATHER_S = 0.0003

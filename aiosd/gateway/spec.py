@@ -4,14 +4,14 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from aiosd.endpoint import Endpoint
+from aiosd.ipc.endpoint import Endpoint
 from libaios.home import Home
 
 
 @dataclass(frozen=True, slots=True)
 class GatewaySpec:
     """Where the kernel is found, where to listen, and where connections come from that were accepted elsewhere: a
-    descriptor of `aiosd.passage`, -1: there is none."""
+    descriptor of `aiosd.ipc.passage`, -1: there is none."""
 
     home: Home
     door: Endpoint

@@ -22,9 +22,9 @@ from urllib.parse import urlsplit
 
 import msgspec
 
-from aiosd.endpoint import Endpoint
 from aiosd.gateway import places
 from aiosd.gateway.accounts import Account, Accounts, Full, User
+from aiosd.ipc.endpoint import Endpoint
 from libaios import wire
 from libaios.greeting import NoKernel, Refused
 from libaios.wire import ModelInfo

@@ -17,7 +17,7 @@ import time
 from collections.abc import MutableMapping
 from typing import Any
 
-from aiosd import link, restart
+from aiosd import restart
 from aiosd.birth import fork, spares
 from aiosd.errors import Bug
 from aiosd.init.births import Birth, Births
@@ -27,7 +27,8 @@ from aiosd.init.pids import PidCounter
 from aiosd.init.records import BACKOFF_S, Agent, Memo
 from aiosd.init.signals import signal_tree
 from aiosd.init.templates import Order, Templates
-from aiosd.link import Key
+from aiosd.ipc import link
+from aiosd.ipc.link import Key
 from aiosd.timers import Timers
 from libaios import wire
 from libaios.channel import make_channel

@@ -16,10 +16,10 @@ import socket
 from collections.abc import Callable
 from dataclasses import dataclass
 
-from aiosd import letter
 from aiosd.birth import report
 from aiosd.birth.report import Refusal
 from aiosd.init.records import Agent
+from aiosd.ipc import letter
 from aiosd.timers import Timer, Timers
 
 PATIENCE_S = 30.0

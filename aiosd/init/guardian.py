@@ -20,12 +20,13 @@ import stat
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from aiosd import endpoint, log, passage, procfs, restart
+from aiosd import log, procfs, restart
 from aiosd.birth import fork
 from aiosd.errors import UsageError, WorldError
-from aiosd.heartbeat import BEAT_S, HANG_S, Heart
 from aiosd.init import signals
 from aiosd.init.sweep import sweep
+from aiosd.ipc import endpoint, passage
+from aiosd.ipc.heartbeat import BEAT_S, HANG_S, Heart
 
 if TYPE_CHECKING:
     from aiosd.config import Settings

@@ -7,8 +7,8 @@ import select
 import socket
 from collections.abc import Iterator
 
-from aiosd import link
 from aiosd.init.records import Process
+from aiosd.ipc import link
 from libaios.stream import FrameSocket
 
 

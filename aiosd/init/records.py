@@ -11,12 +11,12 @@ from collections.abc import Hashable
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Generic, TypeVar
 
-from aiosd import link
-from aiosd.heartbeat import Heart
-from aiosd.link import Key, ServerShown, TemplateShown
+from aiosd.ipc import link
+from aiosd.ipc.heartbeat import Heart
+from aiosd.ipc.link import Key, ServerShown, TemplateShown
+from aiosd.ipc.service import Service
 from aiosd.restart import Restarts
 from aiosd.sandbox.probe import Offer
-from aiosd.service import Service
 from aiosd.timers import Cancellable
 
 if TYPE_CHECKING:

@@ -22,10 +22,10 @@ from typing import Any
 
 import msgspec
 
-from aiosd import link
 from aiosd.birth import fork, server
 from aiosd.birth.server import House
 from aiosd.init.signals import signal_tree
+from aiosd.ipc import link
 
 logger = logging.getLogger("supervisor")
 

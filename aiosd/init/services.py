@@ -5,8 +5,8 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 from aiosd.gateway.spec import GatewaySpec
+from aiosd.ipc.service import GATEWAY, LLM, PROXY, TOOLBOX, Service, Stopped
 from aiosd.net.spec import ProxySpec
-from aiosd.service import GATEWAY, LLM, PROXY, TOOLBOX, Service, Stopped
 from aiosd.store.main import StoreSpec
 from aiosd.tools.spec import ToolboxSpec
 

@@ -2,7 +2,7 @@
 
 One thread, few imports, no rings mapped, no model: so a fork is cheap, and this process is unlikely to die. It never
 waits for another process, nor for a disk, and what belongs to one agent it passes on without reading it
-(`aiosd.letter`). All that must survive the kernel is in its records: `Agent` and `Process` (the kernel, and one for
+(`aiosd.ipc.letter`). All that must survive the kernel is in its records: `Agent` and `Process` (the kernel, and one for
 each service). A new kernel is forked with copies of them and needs no other source. `children` has the record of every
 live child; the end of every child is handled in one place (`_child_ended`). What it does for agents is in `agents`.
 
@@ -29,11 +29,10 @@ import time
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
-from aiosd import apart, link, log, procfs, restart
+from aiosd import apart, log, procfs, restart
 from aiosd.birth import confinement, fork, gates, modules
 from aiosd.birth.server import House
 from aiosd.birth.spares import Spares
-from aiosd.heartbeat import BEAT_S, Heart, Rounds, beat, beat_in_background
 from aiosd.init import environment, notify, services
 from aiosd.init.agents import Agents
 from aiosd.init.kernellink import KernelLink
@@ -45,10 +44,12 @@ from aiosd.init.signals import Received, describe_sender, open_signals, read_sig
 from aiosd.init.signals import name as signal_name
 from aiosd.init.sweep import sweep
 from aiosd.init.templates import Template, Templates
+from aiosd.ipc import link
+from aiosd.ipc.heartbeat import BEAT_S, Heart, Rounds, beat, beat_in_background
+from aiosd.ipc.service import Service, Stopped
 from aiosd.sandbox import cage
 from aiosd.sandbox.box import LEVELS
 from aiosd.sandbox.probe import Offer
-from aiosd.service import Service, Stopped
 from aiosd.timers import Timers
 from libaios.channel import Channel, Side, make_channel, raise_epoch
 

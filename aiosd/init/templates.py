@@ -32,10 +32,11 @@ from typing import Any
 
 import msgspec
 
-from aiosd import endpoint, link, procfs
+from aiosd import procfs
 from aiosd.birth import confinement, fork, spares
 from aiosd.birth.spares import PID
-from aiosd.link import TemplateSaid
+from aiosd.ipc import endpoint, link
+from aiosd.ipc.link import TemplateSaid
 from aiosd.sandbox import cage
 from aiosd.timers import Timer, Timers
 from libaios import wire

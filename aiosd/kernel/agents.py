@@ -14,7 +14,9 @@ from collections.abc import Callable, Container, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-from aiosd import autostart, letter, link, procfs
+from aiosd import autostart, procfs
+from aiosd.ipc import letter, link
+from aiosd.ipc.letter import Letter
 from aiosd.kernel import ledger, spawning
 from aiosd.kernel.budget import Budgets, Stage, sentence
 from aiosd.kernel.calls import Calls
@@ -31,7 +33,6 @@ from aiosd.kernel.tokens import Tokens
 from aiosd.kernel.turns import Turns
 from aiosd.kernel.uplink import Uplink
 from aiosd.kernel.waiters import Waiters
-from aiosd.letter import Letter
 from aiosd.sandbox.box import Box
 from aiosd.timers import Timers
 from libaios import wire

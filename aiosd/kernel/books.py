@@ -12,6 +12,7 @@ from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 
 from aiosd import procfs
+from aiosd.ipc.service import TOOLBOX
 from aiosd.kernel import ledger
 from aiosd.kernel.budget import Budgets
 from aiosd.kernel.calls import Calls
@@ -25,7 +26,6 @@ from aiosd.kernel.service import Services
 from aiosd.kernel.service import State as ServiceState
 from aiosd.kernel.system import System
 from aiosd.kernel.waiters import Waiters
-from aiosd.service import TOOLBOX
 
 
 @dataclass(slots=True)

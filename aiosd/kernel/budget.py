@@ -22,7 +22,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 
 from aiosd import limits as kinds
-from aiosd import link
+from aiosd.ipc import link
 from aiosd.kernel.ledger import (
     CHARGED,
     CHILDREN,

@@ -18,7 +18,7 @@ from typing import Protocol
 
 import msgspec
 
-from aiosd import link
+from aiosd.ipc import link
 from aiosd.kernel.budget import purses
 from aiosd.kernel.peer import Call
 from aiosd.kernel.service import POISON_DEATHS, POISON_OTHERS, Open, Service, State

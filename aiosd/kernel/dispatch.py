@@ -15,12 +15,12 @@ from typing import Any
 
 from msgspec import MsgspecError, Raw
 
+from aiosd.ipc.link import Key
 from aiosd.kernel import ledger
 from aiosd.kernel.access import Access, Verdict
 from aiosd.kernel.calls import PENDING, Calls, reply
 from aiosd.kernel.peer import UNKNOWN, Call, ClientPeer, Peer, no_request, read_args
 from aiosd.kernel.service import Asker
-from aiosd.link import Key
 from libaios import wire
 from libaios.wire import Again, Sys
 

@@ -15,7 +15,7 @@ import logging
 import signal
 from collections.abc import Callable
 
-from aiosd import link
+from aiosd.ipc import link
 from aiosd.kernel import budget as budgets
 from aiosd.kernel.budget import GRACE_S, Budget, Stage
 from aiosd.kernel.proc import Proc, ProcTable

@@ -16,7 +16,7 @@ from dataclasses import dataclass, field
 
 from msgspec import Raw
 
-from aiosd import link
+from aiosd.ipc import link
 from aiosd.kernel.calls import failure
 from aiosd.kernel.measure import Measure
 from aiosd.kernel.peer import Call, Peer

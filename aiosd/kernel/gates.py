@@ -14,12 +14,12 @@ from collections import deque
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
-from aiosd import link, passage
+from aiosd.ipc import link, passage
+from aiosd.ipc.passage import Closed, Gate, Kept
 from aiosd.kernel.audit import Audit
 from aiosd.kernel.measure import Measure
 from aiosd.kernel.proc import Proc
 from aiosd.kernel.service import Service
-from aiosd.passage import Closed, Gate, Kept
 from aiosd.timers import Timers
 
 AGAIN_S = 0.05  # after the passage was full

@@ -15,7 +15,7 @@ import os
 from collections.abc import Callable
 from typing import Any
 
-from aiosd import link
+from aiosd.ipc import link
 from aiosd.kernel import budget as budgets
 from aiosd.kernel import ledger
 from aiosd.kernel.budget import Budget

@@ -25,7 +25,7 @@ from collections.abc import Callable, Iterable
 from msgspec import Raw, Struct, msgpack
 
 from aiosd.errors import WorldError
-from aiosd.link import Key
+from aiosd.ipc.link import Key
 from libaios import wire
 
 COMPACT_BYTES = 2 << 20  # a new kernel reads that in about 0.1 s

@@ -9,8 +9,8 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING
 
+from aiosd.ipc.link import Key
 from aiosd.kernel.proc import Proc, ProcTable, State
-from aiosd.link import Key
 from aiosd.restart import exit_in_words
 from aiosd.timers import Timer, Timers
 

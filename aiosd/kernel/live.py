@@ -11,8 +11,9 @@ import errno
 from collections.abc import Callable
 from typing import TYPE_CHECKING
 
-from aiosd import config, link, log
+from aiosd import config, log
 from aiosd.access.rules import Policy
+from aiosd.ipc import link
 from aiosd.kernel.cores import Cores
 from aiosd.kernel.uplink import Uplink
 from libaios import wire

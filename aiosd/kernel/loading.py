@@ -7,13 +7,13 @@ import logging
 import sys
 from collections.abc import Callable
 
-from aiosd import link
 from aiosd.access.deed import Deed
+from aiosd.ipc import link
+from aiosd.ipc.service import LLM
 from aiosd.kernel.approvals import Approvals
 from aiosd.kernel.calls import Calls
 from aiosd.kernel.peer import Call
 from aiosd.kernel.service import Service, Services
-from aiosd.service import LLM
 from aiosd.timers import Timers
 
 logger = logging.getLogger("kernel.services")

@@ -17,11 +17,13 @@ import socket
 import sys
 from typing import TYPE_CHECKING
 
-from aiosd import link, log
+from aiosd import log
 from aiosd.access.rules import Policy
 from aiosd.config import agents_of
 from aiosd.errors import WorldError
-from aiosd.heartbeat import BEAT_S, beat
+from aiosd.ipc import link
+from aiosd.ipc.heartbeat import BEAT_S, beat
+from aiosd.ipc.service import LLM, PROXY, TOOLBOX
 from aiosd.kernel import sandboxes, spawning, syscalls
 from aiosd.kernel.access import Access
 from aiosd.kernel.agents import REATTACH_S, Agents
@@ -64,7 +66,6 @@ from aiosd.kernel.turns import Turns
 from aiosd.kernel.uplink import Uplink
 from aiosd.kernel.waiters import Waiters
 from aiosd.price import FREE
-from aiosd.service import LLM, PROXY, TOOLBOX
 from aiosd.timers import Timers
 from libaios import wire
 from libaios.channel import Channel, Side

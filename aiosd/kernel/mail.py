@@ -14,11 +14,11 @@ from typing import NamedTuple
 
 from msgspec import Raw
 
+from aiosd.ipc.link import Key
 from aiosd.kernel.calls import Calls
 from aiosd.kernel.journal import Journal, Sent
 from aiosd.kernel.peer import Call
 from aiosd.kernel.proc import INIT, Proc
-from aiosd.link import Key
 from libaios import wire
 
 MAILBOX_MESSAGES = 1000

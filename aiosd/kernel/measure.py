@@ -15,8 +15,9 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 
 from aiosd import limits as kinds
-from aiosd import link, procfs
+from aiosd import procfs
 from aiosd.cputime import CpuMeter, Used
+from aiosd.ipc import link
 from aiosd.kernel import budget as budgets
 from aiosd.kernel import ledger
 from aiosd.kernel.budget import Budget, Budgets

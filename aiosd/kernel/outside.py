@@ -26,7 +26,7 @@ import msgspec
 from msgspec import Struct
 
 from aiosd import limits as kinds
-from aiosd import link
+from aiosd.ipc import link
 from aiosd.kernel import inspection, ledger, spawning
 from aiosd.kernel.agents import Agents
 from aiosd.kernel.peer import Call

@@ -18,12 +18,12 @@ from typing import Any, NamedTuple
 import msgspec
 from msgspec import Raw
 
+from aiosd.ipc.link import Key
+from aiosd.ipc.service import GATEWAY
 from aiosd.kernel.events import Source
 from aiosd.kernel.explain import explain
 from aiosd.kernel.generation import Generation
 from aiosd.kernel.proc import Proc
-from aiosd.link import Key
-from aiosd.service import GATEWAY
 from aiosd.timers import Timer
 from libaios import wire
 from libaios.channel import Channel

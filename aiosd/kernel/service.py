@@ -25,8 +25,8 @@ from typing import Any, Protocol
 import msgspec
 from msgspec import Raw
 
-from aiosd import link
 from aiosd.access.deed import Deed
+from aiosd.ipc import link
 from aiosd.kernel.calls import Calls
 from aiosd.kernel.copies import Copies
 from aiosd.kernel.events import Source

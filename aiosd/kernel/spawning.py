@@ -9,10 +9,11 @@ import re
 from collections.abc import Container, Sequence
 from pathlib import PurePath
 
-from aiosd import link, procfs, restart
+from aiosd import procfs, restart
 from aiosd.access.deed import program_key
+from aiosd.ipc import link
+from aiosd.ipc.letter import Letter
 from aiosd.kernel.proc import INIT, Proc
-from aiosd.letter import Letter
 from aiosd.sandbox.box import Box
 from libaios import wire
 

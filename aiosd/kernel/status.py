@@ -13,7 +13,8 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-from aiosd import __version__, endpoint, link
+from aiosd import __version__
+from aiosd.ipc import endpoint, link
 from aiosd.kernel import listing
 from aiosd.kernel.approvals import Approvals
 from aiosd.kernel.books import Books

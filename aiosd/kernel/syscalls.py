@@ -15,8 +15,8 @@ import signal
 from collections.abc import Callable, Iterator
 from typing import Any, ClassVar
 
-from aiosd import link
 from aiosd.errors import Bug
+from aiosd.ipc import link
 from aiosd.kernel import access, listing, spawning
 from aiosd.kernel.access import Access
 from aiosd.kernel.agents import Agents

@@ -1,6 +1,6 @@
 """Which agent a token of the gateway belongs to.
 
-Each agent that shall find the gateway gets 256 random bits in its environment, in its letter (`aiosd.letter`). The
+Each agent that shall find the gateway gets 256 random bits in its environment, in its letter (`aiosd.ipc.letter`). The
 kernel alone makes them, and keeps their hashes only; these are in the agents' records, so that a successor of this
 kernel knows them too. So the supervisor, from which all agents are forked, has never more than that. A token is good as
 long as its agent lives. Those of a person's own programs are made by the person's command (`outside`).
@@ -14,10 +14,10 @@ from collections.abc import Callable
 
 import msgspec
 
-from aiosd import endpoint, link
-from aiosd.endpoint import Endpoint
+from aiosd.ipc import endpoint, link
+from aiosd.ipc.endpoint import Endpoint
+from aiosd.ipc.letter import Letter
 from aiosd.kernel.proc import Proc
-from aiosd.letter import Letter
 from aiosd.sandbox import hosts
 from libaios import wire
 

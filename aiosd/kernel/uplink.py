@@ -7,7 +7,7 @@ import select
 import socket
 from collections.abc import Callable
 
-from aiosd import link
+from aiosd.ipc import link
 from aiosd.kernel.events import Events
 from libaios.stream import FrameSocket
 

@@ -10,7 +10,7 @@ import errno
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 
-from aiosd import link
+from aiosd.ipc import link
 from aiosd.kernel import access
 from aiosd.kernel.access import Access
 from aiosd.kernel.calls import Calls

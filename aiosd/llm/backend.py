@@ -30,8 +30,8 @@ import importlib
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, Protocol
 
-from aiosd import link
 from aiosd.errors import Bug
+from aiosd.ipc import link
 from aiosd.llm.line import Line
 from aiosd.llm.spec import ModelSpec
 

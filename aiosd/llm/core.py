@@ -17,9 +17,9 @@ import time
 from collections.abc import Callable
 from typing import Any
 
-from aiosd import link
 from aiosd.errors import AiosdError
-from aiosd.heartbeat import Rounds
+from aiosd.ipc import link
+from aiosd.ipc.heartbeat import Rounds
 from aiosd.llm.backend import Backend, opened
 from aiosd.llm.line import Channel, Line
 from aiosd.llm.spec import ModelSpec

@@ -27,7 +27,7 @@ from collections.abc import Collection, Iterable
 from dataclasses import dataclass, replace
 from typing import Any
 
-from aiosd.link import Key
+from aiosd.ipc.link import Key
 from aiosd.llm.document import Document
 from aiosd.llm.schema import Converter, literal, written_raw
 from aiosd.llm.text import Head

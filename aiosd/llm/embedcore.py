@@ -16,13 +16,13 @@ import time
 from collections.abc import Generator
 from typing import TYPE_CHECKING, Any
 
-from aiosd import link
 from aiosd.errors import UsageError, WorldError
-from aiosd.heartbeat import Rounds
+from aiosd.ipc import link
+from aiosd.ipc.heartbeat import Rounds
+from aiosd.ipc.service import Pause, Server
 from aiosd.llm import modelfile
 from aiosd.llm.purse import Purses
 from aiosd.llm.spec import ModelSpec
-from aiosd.service import Pause, Server
 from libaios import wire
 from libaios.channel import Channel
 from libaios.wire import Sys

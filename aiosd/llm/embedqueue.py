@@ -11,7 +11,7 @@ import time
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 
-from aiosd import link
+from aiosd.ipc import link
 from aiosd.llm import policy
 from aiosd.llm.policy.contract import ANY_TURN, PROMPT_WEIGHT, Quantum
 from libaios.wire import Embedded, Ranked

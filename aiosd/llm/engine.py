@@ -35,7 +35,7 @@ from itertools import pairwise
 import numpy as np
 
 from aiosd.errors import Bug
-from aiosd.link import Delta, Failed, Finished, Key, Started, Step, Submit
+from aiosd.ipc.link import Delta, Failed, Finished, Key, Started, Step, Submit
 from aiosd.llm import adapters, llama
 from aiosd.llm.cache import Cache
 from aiosd.llm.picking import Picker, Rows

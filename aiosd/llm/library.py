@@ -16,8 +16,8 @@ from typing import Any
 
 import numpy as np
 
-from aiosd import link
 from aiosd.errors import as_oserror
+from aiosd.ipc import link
 from aiosd.llm import adapters, ggml, modelfile
 from aiosd.llm.cache import Cache
 from aiosd.llm.prefix import Tokens

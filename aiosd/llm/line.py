@@ -8,7 +8,7 @@ import time
 from collections.abc import Iterator, Sequence
 from typing import Protocol
 
-from aiosd import link
+from aiosd.ipc import link
 from libaios import wire
 
 #: If more bytes than this wait for the kernel, it reads slowly: then tokens are collected and reported later.

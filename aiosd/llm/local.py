@@ -14,8 +14,8 @@ from typing import Any
 
 from msgspec import msgpack
 
-from aiosd import link
 from aiosd.errors import as_oserror
+from aiosd.ipc import link
 from aiosd.llm import policy
 from aiosd.llm.document import Later
 from aiosd.llm.front import CONVERSATION, PAIRS, PREPARE, TEXTS, TOKENIZE, Front

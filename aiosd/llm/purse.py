@@ -14,7 +14,7 @@ import errno
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 
-from aiosd.link import Key, PurseShare
+from aiosd.ipc.link import Key, PurseShare
 
 #: An unused purse is kept that long (s): the kernel may not have read yet what was used last.
 KEEP_S = 5.0

@@ -14,7 +14,7 @@ from typing import Any
 import numpy as np
 from msgspec import Struct, msgpack
 
-from aiosd.link import Submit
+from aiosd.ipc.link import Submit
 from aiosd.llm import adapters, llama
 from aiosd.llm.chat import PLAIN_STOPS, ChatTemplate, Message, loose_tools, normal_messages, normal_tools, refuse
 from aiosd.llm.dialects import CallStream, Reader, Tool

@@ -15,7 +15,7 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any, Protocol
 
-from aiosd.link import Key
+from aiosd.ipc.link import Key
 from aiosd.llm.policy import Policy
 from aiosd.llm.sequence import Phase, Sequence
 from aiosd.llm.slots import Slots

@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import numpy.typing as npt
 
-from aiosd.link import Key
+from aiosd.ipc.link import Key
 from aiosd.llm.policy.contract import ANY_TURN, Quantum
 from aiosd.price import FREE, Price
 

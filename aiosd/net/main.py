@@ -5,9 +5,9 @@ from __future__ import annotations
 
 import select
 
-from aiosd.heartbeat import Rounds
+from aiosd.ipc.heartbeat import Rounds
+from aiosd.ipc.superior import Superior
 from aiosd.net.spec import ProxySpec
-from aiosd.superior import Superior
 from libaios.channel import Channel
 
 

@@ -18,7 +18,7 @@ from collections import OrderedDict
 from collections.abc import Callable
 from dataclasses import dataclass, field
 
-from aiosd import passage
+from aiosd.ipc import passage
 from aiosd.net import request
 from aiosd.net.dialing import LOOKUPS, Dialer, Private, Unreachable
 from aiosd.net.request import Bad, Request

@@ -5,13 +5,13 @@ from __future__ import annotations
 import asyncio
 import socket
 
-from aiosd import link, passage
-from aiosd.heartbeat import BEAT_S, Rounds
+from aiosd.ipc import link, passage
+from aiosd.ipc.heartbeat import BEAT_S, Rounds
+from aiosd.ipc.superior import Superior
 from aiosd.net.dialing import Dialer
 from aiosd.net.proxy import Proxy
 from aiosd.net.shares import Shares
 from aiosd.net.spec import ProxySpec
-from aiosd.superior import Superior
 
 OUTBOX_BYTES = 1 << 20  # for the kernel, above which denials are not reported
 

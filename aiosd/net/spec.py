@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 @dataclass(frozen=True, slots=True)
 class ProxySpec:
-    """Descriptors of `aiosd.passage`: where gates come from, and where connections to the gateway go; -1: there is no
+    """Descriptors of `aiosd.ipc.passage`: where gates come from, and where connections to the gateway go; -1: no
     gateway."""
 
     gates: int

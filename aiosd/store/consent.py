@@ -18,8 +18,8 @@ from collections.abc import Callable, Sequence
 
 import msgspec
 
-from aiosd import link
 from aiosd.access.deed import Deed, detail
+from aiosd.ipc import link
 from aiosd.store import owners, spaces
 from aiosd.store.files import Row
 from aiosd.store.spaces import Space

@@ -30,8 +30,8 @@ import apsw
 import apsw.sqlite_extra
 from msgspec import Raw
 
-from aiosd import link
 from aiosd.errors import WorldError
+from aiosd.ipc import link
 from aiosd.store import roots
 from aiosd.store.fileschema import FILES
 from aiosd.store.memos import Memos

@@ -10,8 +10,8 @@ import re
 from collections.abc import Callable, Generator, Sequence
 from typing import TYPE_CHECKING, Any
 
-from aiosd import link
-from aiosd.service import Pause
+from aiosd.ipc import link
+from aiosd.ipc.service import Pause
 from aiosd.store import plainly
 from aiosd.store.database import Database
 from aiosd.store.files import Files, Row

@@ -13,8 +13,8 @@ from dataclasses import dataclass, field
 from functools import partial
 from typing import Protocol
 
-from aiosd import link
-from aiosd.service import Server, failure
+from aiosd.ipc import link
+from aiosd.ipc.service import Server, failure
 
 logger = logging.getLogger("store")
 

@@ -10,9 +10,10 @@ from typing import TYPE_CHECKING, Any
 
 from msgspec import Struct
 
-from aiosd import link, procfs
+from aiosd import procfs
 from aiosd.errors import WorldError
-from aiosd.heartbeat import Rounds
+from aiosd.ipc import link
+from aiosd.ipc.heartbeat import Rounds
 from libaios.channel import Channel
 from libaios.wire import Sys
 

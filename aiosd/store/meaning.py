@@ -24,7 +24,7 @@ from collections.abc import Callable, Generator, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, Protocol
 
-from aiosd.service import Pause
+from aiosd.ipc.service import Pause
 from aiosd.store.database import Database
 
 if TYPE_CHECKING:

@@ -22,8 +22,8 @@ from typing import Any
 
 import msgspec
 
-from aiosd import link
-from aiosd.service import Lasting, Pause
+from aiosd.ipc import link
+from aiosd.ipc.service import Lasting, Pause
 from aiosd.store import owners, plainly
 from aiosd.store.consent import Consent
 from aiosd.store.database import Database

@@ -19,7 +19,7 @@ from typing import Any
 
 from msgspec import Struct, msgpack
 
-from aiosd import link
+from aiosd.ipc import link
 from libaios import wire
 
 MEMOS = 4096  # of one peer

@@ -30,7 +30,7 @@ from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from aiosd import link
+from aiosd.ipc import link
 from aiosd.store import inotify
 from aiosd.store.database import Database
 from aiosd.store.files import Files, Row

@@ -8,7 +8,7 @@ from typing import Any
 
 import msgspec
 
-from aiosd import link
+from aiosd.ipc import link
 from aiosd.store import owners
 from aiosd.store.database import Database
 from libaios import wire

@@ -7,7 +7,7 @@ about who runs it. A person at the terminal is an owner, too. What is shared bel
 
 from __future__ import annotations
 
-from aiosd.link import Caller
+from aiosd.ipc.link import Caller
 
 ALONE = "agent/"
 LOST = "lost/"  # of what is nobody's

@@ -16,8 +16,8 @@ import re
 from collections.abc import Callable, Generator, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
-from aiosd import link
-from aiosd.service import Pause
+from aiosd.ipc import link
+from aiosd.ipc.service import Pause
 from aiosd.store import plainly
 from aiosd.store.database import Database
 from aiosd.store.meaning import Meaning

@@ -17,7 +17,7 @@ import unicodedata
 from dataclasses import dataclass
 from typing import Any
 
-from aiosd import link
+from aiosd.ipc import link
 from aiosd.store import owners
 from aiosd.store.database import Database
 from libaios import wire

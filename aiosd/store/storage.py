@@ -21,8 +21,8 @@ from collections.abc import Callable, Generator, Iterable
 from pathlib import Path
 from typing import Any
 
-from aiosd import link
-from aiosd.service import Lasting, Pause
+from aiosd.ipc import link
+from aiosd.ipc.service import Lasting, Pause
 from aiosd.store import owners, spaces
 from aiosd.store.consent import Consent
 from aiosd.store.contents import Contents

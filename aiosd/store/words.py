@@ -18,7 +18,7 @@ import zlib
 from collections.abc import Callable, Generator, Sequence
 from typing import Any
 
-from aiosd.service import Pause
+from aiosd.ipc.service import Pause
 from aiosd.store.database import Database
 from aiosd.store.meaning import Meaning
 from aiosd.store.noterows import marks

@@ -20,7 +20,7 @@ from typing import Any
 import msgspec
 from msgspec import Raw
 
-from aiosd import link
+from aiosd.ipc import link
 from libaios import wire
 from libaios.plan import Plan, Steps, one_by_one
 

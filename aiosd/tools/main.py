@@ -29,12 +29,12 @@ from typing import Any
 
 import msgspec
 
-from aiosd import link, sealed
 from aiosd.access.deed import Unapproved
 from aiosd.access.rules import matcher
-from aiosd.heartbeat import Rounds
+from aiosd.ipc import link, sealed
+from aiosd.ipc.heartbeat import Rounds
+from aiosd.ipc.service import LATER, Server
 from aiosd.sandbox.box import Box
-from aiosd.service import LATER, Server
 from aiosd.tools import concerns, direct, held
 from aiosd.tools.admission import Admission, Needs
 from aiosd.tools.errands import Errands

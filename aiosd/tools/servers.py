@@ -15,7 +15,7 @@ from random import SystemRandom
 import msgspec
 from msgspec.structs import replace
 
-from aiosd import link
+from aiosd.ipc import link
 from aiosd.tools.spec import McpServer
 
 ANSWER_BYTES = 4096

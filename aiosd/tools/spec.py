@@ -64,7 +64,7 @@ class McpServer(Struct, frozen=True, forbid_unknown_fields=True):
 
 class ToolboxSpec(Struct, frozen=True):
     """Settings of the toolbox: the folder for its callers' folders, files of tools, calls that run at a time, and the
-    descriptor in which the MCP servers are (`aiosd.sealed`; -1: there are none), and the socket over which the
+    descriptor in which the MCP servers are (`aiosd.ipc.sealed`; -1: there are none), and the socket over which the
     supervisor is asked to fork them."""
 
     folder: str

@@ -23,7 +23,7 @@ from weakref import WeakSet
 
 import msgspec
 
-from aiosd import link
+from aiosd.ipc import link
 from aiosd.llm.line import Line
 from aiosd.llm.purse import Purses
 from aiosd.llm.remote import bill

@@ -16,8 +16,8 @@ from typing import Any
 
 import msgspec
 
-from aiosd import link
 from aiosd.errors import UsageError
+from aiosd.ipc import link
 from aiosd.llm.line import Line
 from aiosd.llm.remote import bill, keys
 from aiosd.llm.remote.attempts import Attempts

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections import deque
 from dataclasses import dataclass, field
 
-from aiosd import link
+from aiosd.ipc import link
 from aiosd.llm import policy
 from aiosd.llm.policy.contract import ANY_TURN
 from aiosd.llm.purse import Account

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections import OrderedDict
 from collections.abc import Iterator
 
-from aiosd import link
+from aiosd.ipc import link
 
 MOST = 256
 MOST_CHARACTERS = 16 << 20  # … and no more of them than have this much text

@@ -5,7 +5,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 
-from aiosd import link
+from aiosd.ipc import link
 from aiosd.llm import policy
 from aiosd.llm.remote.call import Call
 

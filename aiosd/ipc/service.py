@@ -32,11 +32,11 @@ from collections.abc import Callable, Generator, Mapping
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
-from aiosd import link
 from aiosd.access.deed import Deed, Subject, Unapproved
 from aiosd.access.rules import Act, Policy
-from aiosd.heartbeat import HANG_S, Rounds
-from aiosd.newcomers import Newcomers
+from aiosd.ipc import link
+from aiosd.ipc.heartbeat import HANG_S, Rounds
+from aiosd.ipc.newcomers import Newcomers
 from aiosd.timers import Timers
 from libaios import wire
 from libaios.channel import Channel

@@ -13,7 +13,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 
-from aiosd import link
+from aiosd.ipc import link
 
 
 @dataclass(slots=True)

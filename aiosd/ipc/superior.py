@@ -5,7 +5,7 @@ from __future__ import annotations
 import errno
 from collections.abc import Callable
 
-from aiosd import link
+from aiosd.ipc import link
 from libaios.channel import Channel
 
 

@@ -427,7 +427,7 @@ class Share(Struct, array_like=True, frozen=True):
 
 class Fork(Struct, array_like=True, frozen=True, tag=True):
     """Fork an agent, or (`outside`) only remember one. The same `key` again names the same agent. What it runs, its
-    arguments, environment and folder are in its letter (see `aiosd.letter`), which the supervisor does not read.
+    arguments, environment and folder are in its letter (see `aiosd.ipc.letter`), which the supervisor does not read.
     Descriptors with the frame: the letter, and then stdin, stdout, stderr; without these the agent inherits those of
     agent `ppid`, or gets /dev/null and its log.
     """
