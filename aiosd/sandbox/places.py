@@ -52,6 +52,7 @@ class Machine:
     system: tuple[str, ...]  # folders and files, resolved, none of them inside of another
     folders: tuple[str, ...] = ()  # directly below the root, without links
     links: dict[str, str] = field(default_factory=dict)  # … and the links there
+    ways: dict[str, str] = field(default_factory=dict)  # links further down, over which programs come to `system`
 
 
 def outermost(paths: Iterable[str]) -> list[str]:
@@ -72,6 +73,8 @@ def of_cage(machine: Machine) -> list[Place]:
     places = [Place(LINK, link, source) for link, source in machine.links.items()]
     places += [Place(FOLDER, folder) for folder in (*machine.folders, "/dev/shm", "/dev/pts", "/tmp")]
     places += [Place(LINK, link, source) for link, source in _DEVICE_LINKS.items()]
+    for top in dict.fromkeys(map(_top, machine.ways)):
+        places += _ways(machine, top)
     return places + [_system(path) for path in machine.system] + [_no_console()]
 
 
@@ -116,7 +119,7 @@ def of_agent(
         if inside(path, write)
     ]
     console = [Place(ATTACH, CONSOLE, terminal, NO_SUID)] if terminal else []
-    in_tmp = [_system(path) for path in machine.system if _top(path) == "/tmp"]
+    in_tmp = [*_ways(machine, "/tmp"), *(_system(path) for path in machine.system if _top(path) == "/tmp")]
     return [*covers, *private, *in_tmp, *grants, *fixed, *console, *seals]
 
 
@@ -137,6 +140,14 @@ def _system(path: str) -> Place:
     return Place(ATTACH, path, path, NO_SUID if _top(path) == "/dev" else NO_SUID | READ_ONLY)
 
 
+def _ways(machine: Machine, top: str) -> list[Place]:
+    found: list[Place] = []
+    for link, source in machine.ways.items():
+        if _top(link) == top:
+            found += [Place(FOLDER, link.rpartition("/")[0]), Place(LINK, link, source)]
+    return found
+
+
 def _no_console() -> Place:
     return Place(ATTACH, CONSOLE, os.devnull, NO_SUID)
 
@@ -148,7 +159,7 @@ def _covering(machine: Machine, top: str) -> list[Place]:
         again = [Place(FOLDER, "/dev/shm"), Place(FOLDER, "/dev/pts")]
         again += [Place(LINK, link, source) for link, source in _DEVICE_LINKS.items()]
         again.append(_no_console())
-    again += [_system(path) for path in machine.system if _top(path) == top]
+    again += [*_ways(machine, top), *(_system(path) for path in machine.system if _top(path) == top)]
     return [Place(MEMORY, top, _COVER, NO_SUID), *again]
 
 

@@ -82,8 +82,8 @@ def _modules(python_path: Iterable[str]) -> Iterator[str]:
     homes = [os.path.realpath(os.path.expanduser("~"))]
     with contextlib.suppress(KeyError):  # a user without an entry
         homes.append(os.path.realpath(pwd.getpwuid(os.getuid()).pw_dir))
-    for folder in map(os.path.realpath, python_path):
-        if any(places.inside(home, (folder,)) for home in homes):
+    for folder in map(os.path.abspath, python_path):
+        if any(places.inside(home, (os.path.realpath(folder),)) for home in homes):
             yield from (os.path.join(folder, name) for name in ("aiosd", "libaios"))
         else:
             yield folder
