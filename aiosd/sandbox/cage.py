@@ -57,16 +57,18 @@ def look(system: Iterable[str], needed: Iterable[str]) -> Machine:
             folders.append(entry.path)
     ways: dict[str, str] = {}
     for path in system:
-        ways |= {link: source for link, source in _links_to(path) if not places.inside(link, kept)}
+        ways |= {link: source for link, source in links_to(path) if not places.inside(link, kept)}
     return Machine(tuple(path for path in kept if path != "/"), tuple(sorted(folders)), links, ways)
 
 
-def _links_to(path: str) -> Iterator[tuple[str, str]]:
+def links_to(path: str) -> Iterator[tuple[str, str]]:
     """The links on the way to a path, but for those directly below the root, each with the real path of its folder; and
     where they lead."""
     at = ""
     for name in path.split("/")[1:]:
         folder, at = os.path.realpath(at or "/"), f"{at}/{name}"
+        if not os.path.lexists(at):
+            return
         if folder != "/" and os.path.islink(at):
             yield os.path.join(folder, name), os.path.realpath(at)
 

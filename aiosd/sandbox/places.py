@@ -85,9 +85,10 @@ def of_agent(
     write: Iterable[str],
     protected: Mapping[str, bool] | None = None,
     terminal: str = "",
+    ways: Mapping[str, str] | None = None,
 ) -> list[Place]:
     """The steps of one agent, when it has entered the cage. `protected`: see `sandbox.protected`; `terminal`: its own,
-    "": it has none."""
+    "": it has none; `ways`: links over which it was told what it is to find, see `needed`."""
     granted = dict.fromkeys(_below_root(machine, read), False)
     granted |= dict.fromkeys(_below_root(machine, write), True)
     granted[workspace] = True
@@ -118,9 +119,30 @@ def of_agent(
         for path, writable in (protected or {}).items()
         if inside(path, write)
     ]
+    made: list[Place] = []
+    for link, source in (ways or {}).items():
+        if (top := _top(link)) not in covered:
+            covered.add(top)
+            covers += _covering(machine, top)
+            seals.append(Place(SEAL, top))
+        made += [Place(FOLDER, link.rpartition("/")[0]), Place(LINK, link, source)]
     console = [Place(ATTACH, CONSOLE, terminal, NO_SUID)] if terminal else []
     in_tmp = [*_ways(machine, "/tmp"), *(_system(path) for path in machine.system if _top(path) == "/tmp")]
-    return [*covers, *private, *in_tmp, *grants, *fixed, *console, *seals]
+    return [*covers, *private, *in_tmp, *made, *grants, *fixed, *console, *seals]
+
+
+def needed(machine: Machine, links: Iterable[Iterable[str]], granted: Sequence[str]) -> dict[str, str]:
+    """Of links on the way to what an agent was told (its program, its arguments) those that lead to something that it
+    can see, and that are not there anyway."""
+    seen = (*machine.system, *granted)
+    return {
+        link: source
+        for link, source in links
+        if link not in machine.ways
+        and _top(link) != "/dev"  # these are in every cage
+        and not inside(link, seen)
+        and (inside(source, seen) or any(inside(path, (source,)) for path in granted))
+    }
 
 
 def packed(places: Sequence[Place]) -> bytes:
