@@ -17,7 +17,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from aiosd.kernel.sandboxes import Sandboxes
-from aiosd.sandbox import box, boxgroups, filter, landlock, places, plan, probe
+from aiosd.sandbox import box, boxgroups, cage, filter, landlock, places, plan, probe
 from aiosd.sandbox.box import Box, Rules
 from aiosd.sandbox.confine import load
 from aiosd.sandbox.places import Machine
@@ -404,6 +404,27 @@ def test_a_workspace_is_attached_where_it_lies_and_the_system_beside_it() -> Non
     kinds = [(step.kind, step.target) for step in places.of_agent(MACHINE, "/home/u/w", [], [])]
     assert kinds[0] == (places.MEMORY, "/home")
     assert kinds[-1] == (places.SEAL, "/home")
+
+
+def test_programs_are_found_over_the_links_that_lead_to_them(tmp_path: Path) -> None:
+    """/home/me may be a link to another disk, and an environment knows itself by that name."""
+    (tmp_path / "disk" / "me" / "venv" / "bin").mkdir(parents=True)
+    (tmp_path / "me").symlink_to("disk/me")
+    (tmp_path / "me" / "venv" / "lib").symlink_to("bin")
+    (tmp_path / "disk" / "me" / "other").symlink_to(tmp_path / "me" / "venv")
+    found = cage.look([f"{tmp_path}/me/venv", f"{tmp_path}/me/venv/lib", f"{tmp_path}/me/other"], ["/etc/passwd"])
+    venv = f"{tmp_path}/disk/me/venv"
+    assert venv in found.system
+    assert found.ways == {f"{tmp_path}/me": f"{tmp_path}/disk/me", f"{tmp_path}/disk/me/other": venv}
+    top = "/" + str(tmp_path).split("/")[1]
+    for steps, begin in (
+        (places.of_cage(found), (places.FOLDER, top)),
+        (places.of_agent(found, f"{tmp_path}/w", [], []), (places.MEMORY, top)),
+    ):
+        order = [(step.kind, step.target) for step in steps]
+        way = order.index((places.LINK, f"{tmp_path}/me"))
+        assert order.index(begin) < order.index((places.FOLDER, str(tmp_path))) < way
+        assert way < order.index((places.ATTACH, venv))
 
 
 def test_what_can_be_seen_anyway_is_not_attached_again() -> None:

@@ -121,6 +121,10 @@ def test_what_a_person_types_goes_in_and_comes_out(system: System, project: Path
     terminal = system.run("aios-run", "-t", "--", "sh", "-c", code)
     named, *more = terminal.stdout.splitlines()
     assert (named[:5], more) == ("/dev/", ["yes", "again"]), terminal.stdout
+    (way := project.parent / "way").symlink_to(project)
+    words = ("cat", "/dev/stdin", f"{way}/data.csv")
+    linked = system.run("aios-run", "--", *words, input="typed\n", cwd=project)
+    assert linked.stdout == "typed\n1,2", linked.stderr
     (project / "mine.py").write_text("import os; print(os.path.exists('data.csv'))")
     assert system.run("aios-run", "--", "python3", "mine.py", cwd=project, check=True).stdout == "True\n"
     done = system.run("aios-run", "--", "python3", "project/mine.py", cwd=project.parent, check=True)

@@ -48,6 +48,8 @@ from aiosd.ipc.letter import Letter
 from aiosd.limits import bounds
 from libaios import wire
 
+NAMES = 64  # arguments of which a path over a link is found in the cage
+
 
 @dataclass(slots=True)
 class Descriptors:
@@ -72,7 +74,9 @@ def become_agent(spec: link.Fork, pid: int, home: str, fds: Descriptors, keeps_l
     _lower_oom_protection()
     try:
         if content.box is not None:
-            confinement.enter(content.box, report, fds.stdio[1:], _terminal(fds.stdio[0]) if spec.tty else "")
+            terminal = _terminal(fds.stdio[0]) if spec.tty else ""
+            names = (content.target, *content.args[:NAMES])
+            confinement.enter(content.box, report, fds.stdio[1:], terminal, names)
         content = _enter_folder(content)
         found = program.find(content)
     except OSError as err:

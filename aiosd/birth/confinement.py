@@ -61,25 +61,27 @@ def unpack(content: bytes) -> None:
     cage.current = _ground.cage if _ground is not None else None
 
 
-def enter(new: Box, report: Report, outputs: Iterable[int] = (), terminal: str = "") -> None:
-    """Confine this process, for good. `outputs`: its stdout and stderr; `terminal`: see `plan.plan`. Raises OSError
-    with a sentence."""
+def enter(new: Box, report: Report, outputs: Iterable[int] = (), terminal: str = "", names: Iterable[str] = ()) -> None:
+    """Confine this process, for good. `outputs`: its stdout and stderr; `terminal`, `names`: see `plan.plan`. Raises
+    OSError with a sentence."""
     global box
     workspace = wire.os_str(new.workspace)
     for folder in (workspace, os.path.join(workspace, "tmp")):
         os.makedirs(folder, mode=0o700, exist_ok=True)
-    report.door(apply(new, doors=True, outputs=outputs, terminal=terminal))
+    report.door(apply(new, doors=True, outputs=outputs, terminal=terminal, names=names))
     if hosts.are_named(new.net):
         report.gates(gates.made(_gates))
     limit(resource.RLIMIT_NOFILE, FILES)
     box = new
 
 
-def apply(new: Box, doors: bool = False, outputs: Iterable[int] = (), terminal: str = "") -> int:
+def apply(
+    new: Box, doors: bool = False, outputs: Iterable[int] = (), terminal: str = "", names: Iterable[str] = ()
+) -> int:
     """Also for a process that is no agent. Its workspace must be there. Returns the listener of its door, if any."""
     if _native is None or _ground is None:
         raise OSError(1, f"sandbox: {new.level} is not possible here")
-    listener = _native.confine(plan.plan(_ground, new, doors, outputs=outputs, terminal=terminal))
+    listener = _native.confine(plan.plan(_ground, new, doors, outputs=outputs, terminal=terminal, names=names))
     if new.level == "cage":  # where Linux counts this agent's processes alone (elsewhere: kernel.forks)
         limit(resource.RLIMIT_NPROC, most_processes())
     return listener

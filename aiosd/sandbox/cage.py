@@ -9,7 +9,7 @@ from __future__ import annotations
 import array
 import os
 import socket
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 
 from aiosd.sandbox import places
@@ -43,6 +43,7 @@ def descriptors() -> tuple[int, ...]:
 def look(system: Iterable[str], needed: Iterable[str]) -> Machine:
     """What of the machine belongs into a cage: folders of the system, and files that are `needed` wherever they lie
     (/etc/resolv.conf leads to /run in many a machine)."""
+    system = tuple(system)
     real = [os.path.realpath(path) for path in (*system, *places.DEVICES) if os.path.exists(path)]
     kept = places.outermost(real)
     more = [os.path.realpath(path) for path in needed if os.path.exists(path)]
@@ -54,7 +55,22 @@ def look(system: Iterable[str], needed: Iterable[str]) -> Machine:
             links[entry.path] = os.readlink(entry.path)
         elif entry.is_dir():
             folders.append(entry.path)
-    return Machine(tuple(path for path in kept if path != "/"), tuple(sorted(folders)), links)
+    ways: dict[str, str] = {}
+    for path in system:
+        ways |= {link: source for link, source in links_to(path) if not places.inside(link, kept)}
+    return Machine(tuple(path for path in kept if path != "/"), tuple(sorted(folders)), links, ways)
+
+
+def links_to(path: str) -> Iterator[tuple[str, str]]:
+    """The links on the way to a path, but for those directly below the root, each with the real path of its folder; and
+    where they lead."""
+    at = ""
+    for name in path.split("/")[1:]:
+        folder, at = os.path.realpath(at or "/"), f"{at}/{name}"
+        if not os.path.lexists(at):
+            return
+        if folder != "/" and os.path.islink(at):
+            yield os.path.join(folder, name), os.path.realpath(at)
 
 
 def build(native: Native, machine: Machine, fork: Callable[[Callable[[], int]], int]) -> Cage:

@@ -52,6 +52,7 @@ class Machine:
     system: tuple[str, ...]  # folders and files, resolved, none of them inside of another
     folders: tuple[str, ...] = ()  # directly below the root, without links
     links: dict[str, str] = field(default_factory=dict)  # … and the links there
+    ways: dict[str, str] = field(default_factory=dict)  # links further down, over which programs come to `system`
 
 
 def outermost(paths: Iterable[str]) -> list[str]:
@@ -72,6 +73,8 @@ def of_cage(machine: Machine) -> list[Place]:
     places = [Place(LINK, link, source) for link, source in machine.links.items()]
     places += [Place(FOLDER, folder) for folder in (*machine.folders, "/dev/shm", "/dev/pts", "/tmp")]
     places += [Place(LINK, link, source) for link, source in _DEVICE_LINKS.items()]
+    for top in dict.fromkeys(map(_top, machine.ways)):
+        places += _ways(machine, top)
     return places + [_system(path) for path in machine.system] + [_no_console()]
 
 
@@ -82,9 +85,10 @@ def of_agent(
     write: Iterable[str],
     protected: Mapping[str, bool] | None = None,
     terminal: str = "",
+    ways: Mapping[str, str] | None = None,
 ) -> list[Place]:
     """The steps of one agent, when it has entered the cage. `protected`: see `sandbox.protected`; `terminal`: its own,
-    "": it has none."""
+    "": it has none; `ways`: links over which it was told what it is to find, see `needed`."""
     granted = dict.fromkeys(_below_root(machine, read), False)
     granted |= dict.fromkeys(_below_root(machine, write), True)
     granted[workspace] = True
@@ -115,9 +119,30 @@ def of_agent(
         for path, writable in (protected or {}).items()
         if inside(path, write)
     ]
+    made: list[Place] = []
+    for link, source in (ways or {}).items():
+        if (top := _top(link)) not in covered:
+            covered.add(top)
+            covers += _covering(machine, top)
+            seals.append(Place(SEAL, top))
+        made += [Place(FOLDER, link.rpartition("/")[0]), Place(LINK, link, source)]
     console = [Place(ATTACH, CONSOLE, terminal, NO_SUID)] if terminal else []
-    in_tmp = [_system(path) for path in machine.system if _top(path) == "/tmp"]
-    return [*covers, *private, *in_tmp, *grants, *fixed, *console, *seals]
+    in_tmp = [*_ways(machine, "/tmp"), *(_system(path) for path in machine.system if _top(path) == "/tmp")]
+    return [*covers, *private, *in_tmp, *made, *grants, *fixed, *console, *seals]
+
+
+def needed(machine: Machine, links: Iterable[Iterable[str]], granted: Sequence[str]) -> dict[str, str]:
+    """Of links on the way to what an agent was told (its program, its arguments) those that lead to something that it
+    can see, and that are not there anyway."""
+    seen = (*machine.system, *granted)
+    return {
+        link: source
+        for link, source in links
+        if link not in machine.ways
+        and _top(link) != "/dev"  # these are in every cage
+        and not inside(link, seen)
+        and (inside(source, seen) or any(inside(path, (source,)) for path in granted))
+    }
 
 
 def packed(places: Sequence[Place]) -> bytes:
@@ -137,6 +162,14 @@ def _system(path: str) -> Place:
     return Place(ATTACH, path, path, NO_SUID if _top(path) == "/dev" else NO_SUID | READ_ONLY)
 
 
+def _ways(machine: Machine, top: str) -> list[Place]:
+    found: list[Place] = []
+    for link, source in machine.ways.items():
+        if _top(link) == top:
+            found += [Place(FOLDER, link.rpartition("/")[0]), Place(LINK, link, source)]
+    return found
+
+
 def _no_console() -> Place:
     return Place(ATTACH, CONSOLE, os.devnull, NO_SUID)
 
@@ -148,7 +181,7 @@ def _covering(machine: Machine, top: str) -> list[Place]:
         again = [Place(FOLDER, "/dev/shm"), Place(FOLDER, "/dev/pts")]
         again += [Place(LINK, link, source) for link, source in _DEVICE_LINKS.items()]
         again.append(_no_console())
-    again += [_system(path) for path in machine.system if _top(path) == top]
+    again += [*_ways(machine, top), *(_system(path) for path in machine.system if _top(path) == top)]
     return [Place(MEMORY, top, _COVER, NO_SUID), *again]
 
 

@@ -82,8 +82,8 @@ def _modules(python_path: Iterable[str]) -> Iterator[str]:
     homes = [os.path.realpath(os.path.expanduser("~"))]
     with contextlib.suppress(KeyError):  # a user without an entry
         homes.append(os.path.realpath(pwd.getpwuid(os.getuid()).pw_dir))
-    for folder in map(os.path.realpath, python_path):
-        if any(places.inside(home, (folder,)) for home in homes):
+    for folder in map(os.path.abspath, python_path):
+        if any(places.inside(home, (os.path.realpath(folder),)) for home in homes):
             yield from (os.path.join(folder, name) for name in ("aiosd", "libaios"))
         else:
             yield folder
@@ -97,14 +97,20 @@ def machine(common: Iterable[tuple[str, int]]) -> Machine:
 
 
 def plan(
-    ground: Ground, box: Box, doors: bool, network_fd: int = -1, outputs: Iterable[int] = (), terminal: str = ""
+    ground: Ground,
+    box: Box,
+    doors: bool,
+    network_fd: int = -1,
+    outputs: Iterable[int] = (),
+    terminal: str = "",
+    names: Iterable[str] = (),
 ) -> bytes:
     """The whole plan for one agent. `doors`: its Unix sockets are asked of a listener (see `doors`). `network_fd`: of
     the network to enter, in place of a new one, where the box names single hosts. `outputs`: descriptors that were
     handed over open for writing, wherever their files lie: scripts open them anew, by the name /dev/stderr.
-    `terminal`: the path of its own, "": it has none."""
+    `terminal`: the path of its own, "": it has none. `names`: paths as it was told them, over links perhaps."""
     ruleset, network = ground.ruleset, box.net != hosts.NONE
-    entry, mounts = _cage(ground, box, network_fd, terminal) if box.level == "cage" else (_NO_CAGE, b"")
+    entry, mounts = _cage(ground, box, network_fd, terminal, names) if box.level == "cage" else (_NO_CAGE, b"")
     own = [_rule(path, landlock.READ, strict=True) for path in box.read]
     own += [_rule(path, landlock.WRITE & ruleset.files, strict=True) for path in box.write]
     own += [_rule(f"/proc/self/fd/{fd}", _OUTPUT & ruleset.files) for fd in outputs if _is_file(fd)]
@@ -129,14 +135,20 @@ def plan(
     return b"".join((head, program, mounts, ground.rules, *own))
 
 
-def _cage(ground: Ground, box: Box, network_fd: int, terminal: str) -> tuple[tuple[int, ...], bytes]:
+def _cage(
+    ground: Ground, box: Box, network_fd: int, terminal: str, names: Iterable[str]
+) -> tuple[tuple[int, ...], bytes]:
     """The cage's part of the head, and the records of its places. Raises OSError where there is no cage."""
     if ground.cage is None:
         raise OSError(errno.ENOTSUP, "sandbox: there is no cage here")
     fixed: dict[str, bool] = {}
     for folder in box.write:
         fixed |= {os_text(path): writable for path, writable in protected.find(os_str(folder)).items()}
-    found = places.of_agent(ground.machine, box.workspace, box.read, box.write, fixed, terminal)
+    links = (
+        map(os_text, link) for name in names if name[:1] == "/" and "\0" not in name for link in cage.links_to(name)
+    )
+    ways = places.needed(ground.machine, links, (*box.read, *box.write, box.workspace))
+    found = places.of_agent(ground.machine, box.workspace, box.read, box.write, fixed, terminal, ways)
     user, machine, root, ipc, none = ground.cage.fds()
     own = network_fd if network_fd >= 0 else _OWN_NETWORK
     net = {hosts.NONE: none, hosts.ALL: _KEEP_NETWORK}.get(box.net, own)
