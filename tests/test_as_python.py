@@ -304,7 +304,8 @@ def test_an_interrupt_shows_the_scripts_lines_only(aiosd: System, tmp_path: Path
     assert run.returncode == -signal.SIGINT
     lines = words.splitlines()
     assert lines[0] == "Traceback (most recent call last):"
-    assert [line for line in lines if line.startswith("  File")] == [f'  File "{tmp_path}/a.py", line 3, in <module>']
+    (place,) = [line for line in lines if line.startswith("  File")]
+    assert place in [f'  File "{tmp_path}/a.py", line {number}, in <module>' for number in (2, 3)]  # 2: still in print
     assert lines[-1] == "KeyboardInterrupt"
 
 

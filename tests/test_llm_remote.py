@@ -29,7 +29,7 @@ from aiosd.llm.line import Line
 from aiosd.llm.remote import attempts, keys, limits
 from aiosd.llm.remote.backend import open_model
 from aiosd.llm.remote.connections import Endpoint as Address
-from aiosd.llm.remote.limits import MINUTE_S, Breaker, Window, backoff
+from aiosd.llm.remote.limits import MINUTE_S, Breaker, Circuit, Window, backoff
 from aiosd.llm.spec import ModelSpec
 from libaios import parts, wire
 from libaios.home import Home
@@ -514,7 +514,7 @@ def test_a_circuit_opens_lets_one_through_and_closes() -> None:
     assert breaker.wait(10.0) == 2 * limits.PAUSE_S
     breaker.sent()
     breaker.succeeded()
-    assert (breaker.wait(10.0), breaker.state) == (0.0, "closed")
+    assert (breaker.wait(10.0), breaker.circuit) == (0.0, Circuit.CLOSED)
 
 
 def test_rates_are_kept_on_our_side(make: Make) -> None:

@@ -19,7 +19,7 @@ from libaios import wire
 logger = logging.getLogger("kernel.routes")
 
 
-class Core(Protocol):
+class Member(Protocol):
     """The part of `cores.Core` that a route looks at."""
 
     @property
@@ -35,7 +35,7 @@ class Core(Protocol):
 @dataclass(slots=True, eq=False)
 class Route:
     name: str
-    cores: Sequence[Core]
+    cores: Sequence[Member]
     served: Counter[str] = field(default_factory=Counter)  # calls, by model
     passed_over: Counter[str] = field(default_factory=Counter)
     reasons: dict[str, str] = field(default_factory=dict)  # why each was, the last time
@@ -59,7 +59,7 @@ class Route:
         self.passed_over[model] += 1
         self.reasons[model] = why
 
-    def _take(self, core: Core) -> str:
+    def _take(self, core: Member) -> str:
         self.served[core.model] += 1
         if core.model != self._last and (self._last or core is not self.cores[0]):
             over = ", ".join(f"{model}: {why}" for model, why in self.reasons.items() if model != core.model)
@@ -97,7 +97,7 @@ class Route:
         }
 
 
-def _trouble(core: Core, request: wire.Generate, money: int | None) -> str:
+def _trouble(core: Member, request: wire.Generate, money: int | None) -> str:
     """Why this model is not the one for the call; "": it is."""
     if core.trouble:
         return core.trouble
@@ -113,7 +113,7 @@ def _trouble(core: Core, request: wire.Generate, money: int | None) -> str:
 class Routes:
     """Those of the settings. `find`: a core by the name of its model; cores may come later."""
 
-    def __init__(self, find: Callable[[str], Core | None], names: Mapping[str, Sequence[str]]) -> None:
+    def __init__(self, find: Callable[[str], Member | None], names: Mapping[str, Sequence[str]]) -> None:
         self._find = find
         self._names = names
         self._routes: dict[str, Route] = {}

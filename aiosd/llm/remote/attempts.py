@@ -30,7 +30,7 @@ from aiosd.llm.remote import bill
 from aiosd.llm.remote import body as bodies
 from aiosd.llm.remote.answer import Answer, Wrong, check_text, printable
 from aiosd.llm.remote.bell import Bell
-from aiosd.llm.remote.call import Call, Text
+from aiosd.llm.remote.call import RemoteCall, Text
 from aiosd.llm.remote.connections import Connections, Endpoint
 from aiosd.llm.remote.exchange import Data, End, Event, Exchange, Lost, Refused
 from aiosd.llm.remote.limits import LONGEST_RETRY_AFTER_S, Pace, backoff
@@ -72,7 +72,7 @@ class Attempts:
         self.endpoint = Endpoint.of(spec.url, spec.key_file)
         self._connections = Connections(self.endpoint)
         self._events: SimpleQueue[tuple[Exchange, Event]] = SimpleQueue()
-        self.running: dict[Exchange, Call] = {}
+        self.running: dict[Exchange, RemoteCall] = {}
         self._exchanges: WeakSet[Exchange] = WeakSet()  # also those that were closed and end in a moment
         self.pace = Pace(spec.rpm, spec.tpm)
         self.past = Past()  # the calls that have ended well
@@ -91,7 +91,7 @@ class Attempts:
         """Is there something to be looked at?"""
         return not self._events.empty() or any(call.backlog and not call.parked for call in self.running.values())
 
-    def patience_until(self, call: Call) -> float:
+    def patience_until(self, call: RemoteCall) -> float:
         """When its request is given up, if nothing happens."""
         return call.parked_since + PARK_S if call.parked else call.moved + SILENT_S
 
@@ -124,7 +124,7 @@ class Attempts:
         """Bytes of its body. Raises OSError where it cannot be passed on."""
         return len(bodies.encoded(request, self._spec.model, None, "", self._dialect))
 
-    def begin(self, call: Call, now: float) -> None:
+    def begin(self, call: RemoteCall, now: float) -> None:
         request = call.submit.request
         if not request.stream:
             call.text = Text(call.kept)
@@ -168,7 +168,7 @@ class Attempts:
         call.started = True
         self._line.send(link.Step([], started, spent=[link.Spent(call.key, call.on_account)]))
 
-    def _body(self, call: Call, kept: str, allowed: int | None) -> bytes:
+    def _body(self, call: RemoteCall, kept: str, allowed: int | None) -> bytes:
         """Raises OSError."""
         most = call.submit.request.sampling.max_tokens
         call.limited = allowed is not None and (most is None or allowed < most)
@@ -176,7 +176,7 @@ class Attempts:
 
     # ── what comes ────────────────────────────────────────────────────────────────────────────────────────
 
-    def _go_on(self, call: Call) -> None:
+    def _go_on(self, call: RemoteCall) -> None:
         """Take what has come for a call, and send it. No more at a time than keeps the loop going."""
         for _ in range(EVENTS_AT_ONCE):
             if call.parked or call.exchange is None or not call.backlog:
@@ -196,7 +196,7 @@ class Attempts:
             else:
                 self._again(call, f"nothing came for {SILENT_S:g} s")
 
-    def _event(self, call: Call, event: Event) -> None:
+    def _event(self, call: RemoteCall, event: Event) -> None:
         try:
             match event:
                 case Data(data=data):
@@ -213,7 +213,7 @@ class Attempts:
             logger.exception("call %d of %d: an answer that was not understood", call.key[1], call.key[0])
             self.fail(call, errno.EPROTO, f"{self.endpoint.url}: an answer that was not understood")
 
-    def _take(self, call: Call, data: bytes) -> None:
+    def _take(self, call: RemoteCall, data: bytes) -> None:
         chunks, call.heard = call.answer.chunks, True
         added = call.answer.take(data)
         if added or call.answer.chunks > chunks:
@@ -235,7 +235,7 @@ class Attempts:
             if short or bill.is_spent(call):
                 self._finish(call, "limit", [], short)
 
-    def _end(self, call: Call, done: bool) -> None:
+    def _end(self, call: RemoteCall, done: bool) -> None:
         answer = call.answer
         if done and answer.length:
             answer.reason = answer.reason or "stop"  # some never say why
@@ -256,7 +256,7 @@ class Attempts:
             reason = "limit"
         self._finish(call, reason, calls)
 
-    def _checked(self, call: Call) -> list[wire.ToolCall]:
+    def _checked(self, call: RemoteCall) -> list[wire.ToolCall]:
         """The tool calls of the answer. Raises Wrong where it is not what was asked for."""
         answer, request = call.answer, call.submit.request
         if not answer.has_calls and request.schema is None:
@@ -270,7 +270,7 @@ class Attempts:
             self._line.send(link.Working(None))
         return calls
 
-    def _report(self, call: Call) -> None:
+    def _report(self, call: RemoteCall) -> None:
         if self._line.congested():
             return  # what is there goes with a later report
         offset = call.text.num_sent
@@ -280,7 +280,7 @@ class Attempts:
             call.counted, call.uncharged = call.counted + call.uncharged, 0
             self._line.send(link.Step([delta]))
 
-    def _finish(self, call: Call, reason: str, calls: list[wire.ToolCall], short: str = "") -> None:
+    def _finish(self, call: RemoteCall, reason: str, calls: list[wire.ToolCall], short: str = "") -> None:
         now = self._clock()
         usage = self._usage(call, now)
         self.pace.breaker.succeeded()
@@ -302,7 +302,7 @@ class Attempts:
         self.leave(call)
         self._line.send(finished)
 
-    def _usage(self, call: Call, now: float) -> Usage:
+    def _usage(self, call: RemoteCall, now: float) -> Usage:
         """What the endpoint tells, where it is possible; else what was counted here."""
         prompt, cached = bill.of_prompt(call.answer, call.prompt_estimate, self.endpoint.url)
         return Usage(
@@ -317,7 +317,7 @@ class Attempts:
 
     # ── what goes wrong ───────────────────────────────────────────────────────────────────────────────────
 
-    def _refused(self, call: Call, refused: Refused) -> None:
+    def _refused(self, call: RemoteCall, refused: Refused) -> None:
         status = refused.status
         self._give_back(call)
         if status == 400 and (dialect := self._dialect.after(refused.why, refused.code)) is not None:
@@ -339,7 +339,7 @@ class Attempts:
             code = code if status < 500 else errno.EIO
             self.fail(call, code, f"{self.endpoint.url}: status {status}: {refused.why}", elsewhere=True)
 
-    def _again(self, call: Call, why: str, code: int = errno.EIO) -> None:
+    def _again(self, call: RemoteCall, why: str, code: int = errno.EIO) -> None:
         """Try it once more after a pause, unless it has failed too often. `code`: what that is then; EAGAIN (it has no
         capacity) and EPROTO (its model does not keep to a form) say nothing against the endpoint."""
         now = self._clock()
@@ -356,7 +356,7 @@ class Attempts:
         call.not_before = now + backoff(call.failures, self._rng)
         logger.info("call %d of %d: %s; it is tried again", call.key[1], call.key[0], why)
 
-    def _give_back(self, call: Call) -> None:
+    def _give_back(self, call: RemoteCall) -> None:
         """The attempt under way cost nothing."""
         if call.on_account:
             self._line.send(link.Step(spent=[link.Spent(call.key, -call.on_account)]))
@@ -365,7 +365,7 @@ class Attempts:
             call.prompt_charged -= call.on_account
             call.on_account = 0
 
-    def _settle(self, call: Call) -> None:
+    def _settle(self, call: RemoteCall) -> None:
         """The attempt under way leads to nothing. What came of it is paid for, and no more."""
         if not call.heard:
             self._give_back(call)
@@ -382,7 +382,7 @@ class Attempts:
         call.counted, call.uncharged, call.heard = call.wasted, 0, False
         call.cached += cached
 
-    def _let_go(self, call: Call) -> None:
+    def _let_go(self, call: RemoteCall) -> None:
         """End its request; the call waits again."""
         exchange, call.exchange = call.exchange, None
         call.on_account = 0
@@ -398,14 +398,14 @@ class Attempts:
         call.backlog.clear()
         call.since = self._clock()
 
-    def fail(self, call: Call, code: int, why: str, elsewhere: bool = False, short: str = "") -> None:
+    def fail(self, call: RemoteCall, code: int, why: str, elsewhere: bool = False, short: str = "") -> None:
         self.figures["calls_failed"] += 1
         if call.heard:
             self._settle(call)
         self.leave(call)
         self._line.refuse(call.key, OSError(code, why), elsewhere, short)
 
-    def leave(self, call: Call) -> None:
+    def leave(self, call: RemoteCall) -> None:
         self._let_go(call)
         if call.account is not None:
             used = call.prompt_charged - call.cached + call.num_generated

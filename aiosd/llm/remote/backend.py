@@ -22,8 +22,9 @@ from aiosd.llm.line import Line
 from aiosd.llm.remote import bill, keys
 from aiosd.llm.remote.attempts import Attempts
 from aiosd.llm.remote.bell import Bell
-from aiosd.llm.remote.call import Call, Text
+from aiosd.llm.remote.call import RemoteCall, Text
 from aiosd.llm.remote.connections import Endpoint
+from aiosd.llm.remote.limits import Circuit
 from aiosd.llm.remote.queue import Queue
 from aiosd.llm.spec import ModelSpec
 from libaios import wire
@@ -108,7 +109,7 @@ class Remote:
             "running": used,
             "waiting": len(self._queue.calls) - used,
             "policy": self._queue.policy.name,
-            "circuit": self._pace.breaker.state,
+            "circuit": self._pace.breaker.circuit,
             "last_failure": self._pace.breaker.why,
             **self._attempts.figures,
         }
@@ -141,7 +142,7 @@ class Remote:
             self._health = why
             self._line.send(link.Health(why))
 
-    def _wait_of(self, call: Call, now: float) -> float:
+    def _wait_of(self, call: RemoteCall, now: float) -> float:
         """Seconds for which its request may not be sent."""
         return max(call.not_before - now, self._pace.wait(call.prompt_estimate, now))
 
@@ -158,7 +159,7 @@ class Remote:
             if others and self._wait_of(call, now) > WAIT_BESIDE_OTHERS_S:
                 why = f"{self._url}: a call would have to wait for long"
                 attempts.fail(call, errno.EAGAIN, why, elsewhere=True)
-            elif self._pace.breaker.state == "open" and now - call.since > OPEN_PATIENCE_S:
+            elif self._pace.breaker.circuit is Circuit.OPEN and now - call.since > OPEN_PATIENCE_S:
                 why = f"{self._url} fails again and again: {self._pace.breaker.why}"
                 attempts.fail(call, errno.EIO, why, elsewhere=True)
 
@@ -181,11 +182,11 @@ class Remote:
             return
         now = self._clock()
         come = Text(given if isinstance(given, str) else "")
-        call = Call(message, now, message.nice, come, bill.estimate(size), now)
+        call = RemoteCall(message, now, message.nice, come, bill.estimate(size), now)
         call.account = self._attempts.purses.open(key, message.shares, now)
         self._queue.add(call, now)
 
-    def _go_on_from(self, call: Call, count: int) -> None:
+    def _go_on_from(self, call: RemoteCall, count: int) -> None:
         """For a new kernel, which has this many characters of it, and knows of nothing that was charged."""
         call.text.send_from(count)
         call.uncharged, call.counted = call.num_generated, 0

@@ -18,7 +18,7 @@ from aiosd.price import Price
 from libaios.wire import Usage
 
 if TYPE_CHECKING:
-    from aiosd.llm.remote.call import Call
+    from aiosd.llm.remote.call import RemoteCall
 
 logger = logging.getLogger("llm.remote")
 
@@ -49,7 +49,7 @@ def of_prompt(answer: Answer, estimated: int, endpoint: str) -> tuple[int, int]:
     return prompt, min(told.cached_tokens, prompt)
 
 
-def allowed(call: Call, price: Price) -> tuple[int | None, str]:
+def allowed(call: RemoteCall, price: Price) -> tuple[int | None, str]:
     """How many tokens of an answer the budgets allow to an attempt that is about to begin, and which kind of budget
     allows none. Before that one nothing is under way: what its call has cost is all in `wasted` and
     `prompt_charged`."""
@@ -68,12 +68,12 @@ def allowed(call: Call, price: Price) -> tuple[int | None, str]:
     return tokens, kind if tokens is not None and tokens < 1 else ""
 
 
-def pay(call: Call, tokens: int) -> str:
+def pay(call: RemoteCall, tokens: int) -> str:
     """Pay for these before they come, or for nothing: then the kind is returned that is short."""
     return "" if call.account is None else call.account.pay(tokens, tokens)
 
 
-def is_spent(call: Call) -> bool:
+def is_spent(call: RemoteCall) -> bool:
     """Whether the pieces that have come are all that its budget allows. An endpoint that is told how many tokens it may
     give out ends by itself before; some are not to be relied on."""
     budget = call.submit.budget

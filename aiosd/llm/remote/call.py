@@ -45,7 +45,7 @@ class Text:
 
 
 @dataclass(eq=False)
-class Call:
+class RemoteCall:
     submit: link.Submit
     arrived: float
     nice: int

@@ -9,6 +9,7 @@
 
 from __future__ import annotations
 
+import enum
 import random
 from collections import deque
 
@@ -55,6 +56,14 @@ def backoff(failures: int, rng: random.Random) -> float:
     return min(FIRST_S * 2.0 ** (failures - 1), MOST_S) * rng.uniform(0.5, 1.0)
 
 
+class Circuit(enum.StrEnum):
+    """Of an endpoint: requests are sent; none are; one is, to see whether it answers again."""
+
+    CLOSED = "closed"
+    OPEN = "open"
+    TRYING = "trying"
+
+
 class Breaker:
     def __init__(self) -> None:
         self._failures = 0
@@ -64,10 +73,10 @@ class Breaker:
         self.why = ""
 
     @property
-    def state(self) -> str:
+    def circuit(self) -> Circuit:
         if self._failures < FAILURES:
-            return "closed"
-        return "trying" if self._trying else "open"
+            return Circuit.CLOSED
+        return Circuit.TRYING if self._trying else Circuit.OPEN
 
     def wait(self, now: float) -> float:
         """Seconds until a request may be sent; 0: now. While one is being tried, no other may."""

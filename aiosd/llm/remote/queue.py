@@ -7,29 +7,31 @@ from collections.abc import Callable, Sequence
 
 from aiosd.ipc import link
 from aiosd.llm import policy
-from aiosd.llm.remote.call import Call
+from aiosd.llm.remote.call import RemoteCall
 
 
 class Queue:
     """`clock`: in seconds."""
 
     def __init__(self, clock: Callable[[], float]) -> None:
-        self.calls: dict[link.Key, Call] = {}  # waiting, parked and running
+        self.calls: dict[link.Key, RemoteCall] = {}  # waiting, parked and running
         self.policy: policy.Policy = policy.Fifo()
         self._clock = clock
         self._schedule: link.Schedule | None = None
         self._parked: set[int] = set()  # peers
         self._arrivals = 0
 
-    def waiting(self) -> list[Call]:
+    def waiting(self) -> list[RemoteCall]:
         return [call for call in self.calls.values() if call.exchange is None and not call.parked]
 
-    def next(self, ready: Sequence[Call], running: Sequence[Call], free: int, now: float) -> Call | None:
+    def next(
+        self, ready: Sequence[RemoteCall], running: Sequence[RemoteCall], free: int, now: float
+    ) -> RemoteCall | None:
         """Of those that may begin. `free`: how many may."""
         admitted = self.policy.admit(ready, running, free, now) if ready else []
         return admitted[0] if admitted else None
 
-    def add(self, call: Call, now: float) -> None:
+    def add(self, call: RemoteCall, now: float) -> None:
         self._arrivals += 1
         call.order = self._arrivals
         self.calls[call.key] = call
@@ -38,7 +40,7 @@ class Queue:
         else:
             self.policy.arrive(call, now)
 
-    def remove(self, call: Call, now: float) -> None:
+    def remove(self, call: RemoteCall, now: float) -> None:
         del self.calls[call.key]
         self.policy.leave(call, now)
 
@@ -50,7 +52,7 @@ class Queue:
             if call.peer == peer:
                 self._set_parked(call, parked, call.parked_call)
 
-    def park_call(self, call: Call, parked: bool) -> None:
+    def park_call(self, call: RemoteCall, parked: bool) -> None:
         self._set_parked(call, call.parked_peer, parked)
 
     def unpark_peers(self) -> None:
@@ -58,7 +60,7 @@ class Queue:
             self._set_parked(call, False, call.parked_call)
         self._parked.clear()
 
-    def _set_parked(self, call: Call, by_peer: bool, by_call: bool) -> None:
+    def _set_parked(self, call: RemoteCall, by_peer: bool, by_call: bool) -> None:
         """For the policy a parked call is gone. Its answer is not read on."""
         before = call.parked
         call.parked_peer, call.parked_call = by_peer, by_call
