@@ -64,11 +64,11 @@ def test_the_unit_is_one_that_systemd_reads(fresh_aiosd: Callable[..., System], 
     assert os.access(service["ExecStart"], os.X_OK)
     assert service["ExecReload"] == f"{service['ExecStart']} reload"
     if shutil.which("systemd-analyze"):
-        (tmp_path / "aiosd.ipc.service").write_text(text)
+        (tmp_path / "aiosd.service").write_text(text)
         done = subprocess.run(
-            ["systemd-analyze", "--user", "verify", tmp_path / "aiosd.ipc.service"],
+            ["systemd-analyze", "--user", "verify", tmp_path / "aiosd.service"],
             capture_output=True,
             text=True,
             timeout=60,
         )
-        assert "aiosd.ipc.service" not in done.stderr
+        assert "aiosd.service" not in done.stderr

@@ -449,7 +449,7 @@ def systemd_unit() -> int:
     """Print a unit for systemd --user that runs this aiosd, in AIOS_HOME where that is set.
 
     \b
-      aiosd systemd-unit > ~/.config/systemd/user/aiosd.ipc.service
+      aiosd systemd-unit > ~/.config/systemd/user/aiosd.service
       systemctl --user daemon-reload
       systemctl --user enable --now aiosd
       loginctl enable-linger           it runs while you are logged out, too

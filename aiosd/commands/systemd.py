@@ -1,6 +1,6 @@
 """The unit with which systemd runs aiosd for one user: what `aiosd systemd-unit` prints.
 
-    $ aiosd systemd-unit > ~/.config/systemd/user/aiosd.ipc.service
+    $ aiosd systemd-unit > ~/.config/systemd/user/aiosd.service
     $ systemctl --user daemon-reload
     $ systemctl --user enable --now aiosd
     $ loginctl enable-linger             to have it run while you are logged out, too
