@@ -442,7 +442,7 @@ class Connection:
         finally:
             try:
                 self._leave(me)
-            except BaseException:  # of a signal handler: the lead must not stay with us
+            except BaseException:  # of a signal handler, before it did anything: the lead must not stay with us
                 self._leave(me)
                 raise
         return found
@@ -487,7 +487,7 @@ class Connection:
         finally:
             try:
                 self._leave(me)
-            except BaseException:  # of a signal handler: the lead must not stay with us
+            except BaseException:  # of a signal handler, before it did anything: the lead must not stay with us
                 self._leave(me)
                 raise
 

@@ -288,7 +288,7 @@ def test_a_name_of_this_machine_leads_nowhere() -> None:
 
 
 def test_the_time_of_the_proxy_is_shared_by_work() -> None:
-    """What it uses while it serves nobody is nobody's, and nothing is charged twice."""
+    """What it uses while it serves no agent is charged to none, and nothing is charged twice."""
     looks: list[Callable[[], None]] = []
     charged: list[tuple[int, int]] = []
     used = 5.0

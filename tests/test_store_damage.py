@@ -270,7 +270,7 @@ def test_without_its_first_page_the_file_beside_it_helps(filled: tuple[Path, dic
 
 
 def test_what_a_damaged_page_does_not_hold_can_be_cleared(filled: tuple[Path, dict[int, Row]], tmp_path: Path) -> None:
-    """That it is not all is an error, and nobody else's call fails."""
+    """That it is not all is an error, and no other call fails."""
     path = copy(filled, tmp_path)
     flip(path, leaf_of(path, "notes", 30))
     with contextlib.closing(Store(tmp_path, "two")) as store:

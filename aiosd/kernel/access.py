@@ -67,7 +67,8 @@ class Access:
             Sys.ALWAYS_LIST: lambda peer, args: require_person(peer, "see what is allowed for all times"),
             Sys.ALWAYS_REVOKE: lambda peer, args: require_person(peer, "revoke what is allowed"),
         }
-        self._looked_at = {*self._rules, Sys.SPAWN} - {Sys.RECV}  # an agent's rights depend on the arguments of these
+        # Calls whose arguments an agent's rights depend on. (The rule about RECV is for others: each agent may.)
+        self._looked_at = {*self._rules, Sys.SPAWN} - {Sys.RECV}
 
     def check(self, call: Call, args: Any, go_on: Callable[[], None]) -> Verdict:
         """`go_on` is called when a call that was told LATER is allowed."""

@@ -14,7 +14,7 @@ CONNECTION = 16
 PIECE = 1 << 14
 LOOK_S = 0.1
 
-#: Calls a function after so many seconds.
+#: Calls a function after a time in seconds.
 After = Callable[[float, Callable[[], None]], object]
 
 
@@ -37,7 +37,7 @@ class Shares:
         self._note(pid, 1 + count // PIECE)
 
     def _note(self, pid: int, work: int) -> None:
-        if not self._work:  # what was used while nobody was served is nobody's
+        if not self._work:  # what was used while no agent was served is charged to none
             self._since = self._used()
             self._after(LOOK_S, self._look)
         self._work[pid] += work

@@ -310,12 +310,12 @@ class Memory:
 
     def forget_system(self) -> None:
         """Another system begins, whose agents have the numbers of the last one's again. What a damaged page, or a full
-        disk, keeps from being removed belongs to nobody from now on. Not in a transaction."""
+        disk, keeps from being removed has no owner from now on. Not in a transaction."""
         for name in self._all_alone():
             try:
                 self._end(name)
             except OSError as err:
-                logger.warning("what %s has left cannot be removed, and is nobody's: %s", name, err.strerror)
+                logger.warning("what %s has left cannot be removed, and has no owner now: %s", name, err.strerror)
                 with self._db.transaction():
                     self._db.do("UPDATE owners SET name = ? || id WHERE name = ?", owners.LOST, name)
                 self._owners.pop(name, None)

@@ -10,7 +10,7 @@ from __future__ import annotations
 from aiosd.ipc.link import Caller
 
 ALONE = "agent/"
-LOST = "lost/"  # of what is nobody's
+LOST = "lost/"  # of what has no owner any more
 
 
 def own(caller: Caller) -> str:

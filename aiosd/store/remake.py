@@ -3,7 +3,7 @@
 Nothing is lost with such a page. But SQLite can neither read past it nor drop it: a look by key, and each change that
 passes by it, would be EIO until a repair. So a new tree takes the place of the damaged one, whose pages belong to
 nothing from then on; `aiosd fsck` goes on to name the damaged page. Where rows that the new one would be made from are
-damaged themselves, all stays as it is: an index that leaves out a row is none. Everybody waits meanwhile, so that is
+damaged themselves, all stays as it is: an index that leaves out a row is none. All callers wait meanwhile, so that is
 not done to a large file: it is left to `aiosd fsck --repair`.
 """
 
