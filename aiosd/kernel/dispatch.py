@@ -1,7 +1,7 @@
 """From a request to its reply: decode, check, call the handler or the service.
 
 An agent can make no exception travel beyond this file: what it sends is decoded against its row of `wire.TABLE` at one
-place, rights are asked for at one place, and the `except` here turns a bug of ours into EIO for the caller and a
+place, rights are asked for at one place, and `_failed` turns a bug of ours into EIO for the caller and a
 traceback in the log.
 """
 
