@@ -15,6 +15,7 @@ import os
 from collections.abc import Callable
 from typing import Any
 
+from aiosd.budgets.price import FREE, Price
 from aiosd.ipc import link
 from aiosd.kernel import budget as budgets
 from aiosd.kernel import ledger
@@ -26,7 +27,6 @@ from aiosd.kernel.generation import Generation
 from aiosd.kernel.peer import OUTBOX_PAUSE, OUTBOX_RESUME, Call, Peer
 from aiosd.kernel.proc import Proc, ProcTable
 from aiosd.kernel.routes import Routes
-from aiosd.price import FREE, Price
 from libaios import wire
 from libaios.wire import Sys
 
