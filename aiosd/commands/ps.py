@@ -30,7 +30,7 @@ EXAMPLES = """
   aios-ps -C planner -o pid=    the pids of the agents named planner
   aios-ps -e --sort -tokens     the one that used most tokens first
   aios-ps --dead --sort -pid    the dead as well, the last one first
-  aios-ps -e --watch            live, every 2 seconds, until Ctrl-C
+  aios-ps -e --watch            live, every 2 seconds, until q or Ctrl-C
   aios-ps --json                for programs
 """
 
