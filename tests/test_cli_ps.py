@@ -258,6 +258,8 @@ def test_the_dead_that_are_remembered(aiosd: System) -> None:
     for options in (["--dead"], ["--dead", "-p", pid], ["--dead", "-C", "gone"], ["--dead", "-e"]):
         lines = aiosd.run("aios-ps", *options, *columns, check=True).stdout.splitlines()
         assert [pid, "X", "3", "gone"] in [line.split() for line in lines]
+    head, line = aiosd.run("aios-ps", "--dead", "-p", pid, check=True).stdout.splitlines()
+    assert (head.split()[2:4], line.split()[2:4]) == (["STAT", "EXIT"], ["X", "3"])
 
 
 def test_of_the_dead_all_their_time_is_known_and_grows_no_more(aiosd: System) -> None:
