@@ -15,7 +15,7 @@ import numpy as np
 import pytest
 
 from aiosd.errors import UsageError
-from aiosd.ipc.link import Finished
+from aiosd.ipc.link import Step
 from aiosd.llm import calibrate, kvlayout, llama, loading, modelfile, room
 from aiosd.llm.cells import Cells
 from aiosd.llm.engine import Engine
@@ -225,6 +225,26 @@ def test_what_was_taken_off_goes_on_with_the_same_tokens(bench: Bench) -> None:
     assert sum(same) >= 3  # see test_tokens_are_those_of_the_other_layout
 
 
+def test_no_cell_is_promised_twice(bench: Bench) -> None:
+    """Four slots are free when the calls come, but cells for two of them; nobody who has begun is interrupted."""
+    keys = [bench.submit(numbers(300, i), peer=1 + i, max_tokens=40) for i in range(4)]
+    bench.run(1)
+    assert bench.engine.num_waiting == 2
+    bench.run()
+    assert [len(bench.whole(key)[0]) for key in keys] == [40] * 4
+    assert [bench.end(key).usage.preemptions for key in keys] == [0] * 4
+
+
+def test_what_is_about_to_be_shared_is_not_wiped(bench: Bench) -> None:
+    bench.submit(numbers(200), max_tokens=1)
+    bench.run()
+    cache, (held,) = bench.engine.cache, [one for one in bench.engine.slots.free_slots() if len(one.tokens)]
+    assert not cache._make_room(TOTAL, spare=held.slot)
+    assert cache.slots.holds(held.slot)
+    assert cache._make_room(TOTAL)
+    assert not cache.slots.holds(held.slot)
+
+
 def test_a_miscount_is_found_and_costs_no_call(
     loaded: loading.Loaded, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
@@ -272,8 +292,8 @@ def test_a_long_prompt_is_not_passed_by_short_ones_for_ever(loaded: loading.Load
     long = bench.submit(numbers(480, 2), peer=2, max_tokens=4)
     short = [bench.submit(numbers(60, 3 + i), peer=3 + i, max_tokens=40) for i in range(6)]
     bench.run()
-    order = [message.key for message in bench.said if isinstance(message, Finished)]
-    assert order.index(running) < order.index(long) < min(map(order.index, short))
+    began = [started.key for message in bench.said if isinstance(message, Step) for started in message.started]
+    assert began == [running, long, *short]
 
 
 # ── which layout, how many cells ──────────────────────────────────────────────────────────────────────────
