@@ -244,8 +244,8 @@ def added(found: Sequence[dict[str, Any]]) -> list[str]:
 
 
 def table(found: Sequence[dict[str, Any]]) -> list[str]:
-    """CPU is that of aiosd's kernel and core, and of the endpoint, for a call; computed are tokens of a prompt, directly
-    and through aiosd."""
+    """CPU is that of aiosd's kernel and core, and of the endpoint, for a call; computed are tokens of a prompt, for
+    either side."""
     lines = ["endpoint      n tokens  direct ms  aiosd ms  ratio  CPU ms  endpoint's  computed"]
     for cell in found:
         verdict = ""
