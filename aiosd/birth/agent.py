@@ -82,7 +82,7 @@ def become_agent(spec: link.Fork, pid: int, home: str, fds: Descriptors, keeps_l
     except OSError as err:
         return report.refuse(err, err.strerror or str(err))
     if found.is_python:
-        report.ready()  # before the rest, because the parent waits for it
+        report.ready(fds.bell)  # before the rest, because the parent waits for it
     _take_descriptors(fds)
     if spec.tty:
         _take_terminal()
