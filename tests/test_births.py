@@ -285,6 +285,7 @@ class Nursery:
         assert newborn is not None
         assert isinstance(newborn.channel, Channel)
         newborn.channel.close()
+        self.events._epoll.close()
         with contextlib.suppress(OSError):
             os.close(self.bell)
 
