@@ -71,7 +71,7 @@ def prepare() -> None:
 
 def become_agent(spec: link.Fork, pid: int, home: str, fds: Descriptors, keeps_library: bool = False) -> int:
     """In the prepared child: turn into the agent, run its code, return its exit code. `keeps_library`: what the
-    standard library has stored before the fork is the agent's, too, because modules that it would import have stored it."""
+    standard library has stored before the fork is the agent's, too: modules that it would import have stored it."""
     _above_stdio(fds)
     content = with_bytes(letter.read(fds.letter))
     report = Report(fds.report)
