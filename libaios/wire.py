@@ -462,7 +462,8 @@ class ToolCall(Struct, frozen=True):
 
 
 class Alternative(Struct, array_like=True, frozen=True):
-    """A token that could have come, with the natural logarithm of its probability and its bytes (`piece`)."""
+    """A token that could have come, with the natural logarithm of its probability and its bytes (`piece`). `token` is
+    -1 where a model that is elsewhere does not tell its numbers."""
 
     token: int
     logprob: float

@@ -127,7 +127,6 @@ def test_tool_calls_go_as_the_api_wants_them(make: Make) -> None:
 @pytest.mark.parametrize(
     "args",
     [
-        {"sampling": Sampling(logprobs=True)},
         {"sampling": Sampling(top_k=3)},
         {"grammar": "root ::= x"},
         {"messages": None, "prompt": [1, 2]},
@@ -142,6 +141,86 @@ def test_what_cannot_be_passed_on_is_refused_by_name(make: Make, args: dict[str,
     bench = make(answers("x"))
     assert bench.end(bench.submit(**args)).errno == errno.EINVAL
     assert not bench.endpoint.asked
+
+
+def chances(text: str, log: float = -0.5, **more: Any) -> dict[str, Any]:
+    return {"token": text, "logprob": log, "bytes": list(text.encode()), "top_logprobs": [], **more}
+
+
+def likely(*words: str, form: str = "content", log: float = -0.5) -> Deed:
+    """A chat or a completion with the log probabilities of its words."""
+
+    def deed(handler: Handler) -> None:
+        handler.stream()
+        for word in words:
+            top = [chances(word, log, id=7), chances("else", -9999.0)]
+            found: dict[str, Any] = {"content": [chances(word, log, id=7, top_logprobs=top)]}
+            if form == "tokens":
+                found = {"tokens": [word], "token_logprobs": [log], "top_logprobs": [{word: log, "else": -9999.0}]}
+            body = {"delta": {"content": word}} if handler.path.endswith("chat/completions") else {"text": word}
+            handler.event(json.dumps({"choices": [{"index": 0, **body, "logprobs": found}]}))
+        handler.chunk("stop")
+        handler.event("[DONE]")
+
+    return deed
+
+
+@pytest.mark.parametrize("stream", [True, False])
+@pytest.mark.parametrize("form", ["content", "tokens"])
+def test_log_probabilities(make: Make, form: str, stream: bool) -> None:
+    bench = make(likely("grüß", " dich", form=form))
+    asked = {"messages": None, "prompt": "x"} if form == "tokens" else {}
+    key = bench.submit(stream=stream, sampling=Sampling(logprobs=True, top_logprobs=1), **asked)
+    assert bench.end(key).finish_reason == "stop"
+    number = 7 if form == "content" else -1
+    found = bench.logprobs(key)
+    assert [(one.piece.decode(), one.logprob, one.token) for one in found] == [
+        ("grüß", -0.5, number),
+        (" dich", -0.5, number),
+    ]
+    assert [[other.piece.decode() for other in one.top] for one in found] == [["grüß"], [" dich"]]
+    body = bench.endpoint.asked[0][1]
+    assert (body["logprobs"], body.get("top_logprobs")) == ((True, 1) if form == "content" else (1, None))
+
+
+def test_log_probabilities_that_were_not_asked_for_are_not_looked_at(make: Make) -> None:
+    bench = make(likely("x", log=7.0))
+    key = bench.submit()
+    assert bench.text(key) == "x"
+    assert not bench.logprobs(key)
+    assert "logprobs" not in bench.endpoint.asked[0][1]
+
+
+def test_an_endpoint_without_log_probabilities_is_named(make: Make) -> None:
+    bench = make(answers("x"))
+    failed = bench.end(bench.submit(stream=False, sampling=Sampling(logprobs=True)))
+    assert (failed.errno, failed.elsewhere) == (errno.EINVAL, True)
+    assert failed.message.startswith("logprobs: ")
+    assert len(bench.endpoint.asked) == 1
+
+
+def test_a_log_probability_above_0_is_none(make: Make) -> None:
+    bench = make(likely("x", log=0.5), likely("y", log=1e-9))
+    key = bench.submit(stream=False, sampling=Sampling(logprobs=True))
+    assert bench.text(key) == "y"
+    assert [(one.logprob, one.top) for one in bench.logprobs(key)] == [(0.0, [])]
+
+
+def test_log_probabilities_come_once_after_a_loss_and_again_for_a_new_kernel(make: Make) -> None:
+    def breaks(handler: Handler) -> None:
+        handler.stream()
+        found = {"content": [chances("one")]}
+        handler.event(json.dumps({"choices": [{"delta": {"content": "one"}, "logprobs": found}]}))
+
+    bench = make(breaks, likely("one", " two"))
+    asked = {"sampling": Sampling(logprobs=True)}
+    key = bench.submit(**asked)
+    bench.end(key)
+    assert [one.piece for one in bench.logprobs(key)] == [b"one", b" two"]
+    bench.channel.sent.clear()
+    bench.again(key, given="one", **asked)
+    assert [one.piece for one in bench.logprobs(key)] == [b" two"]
+    assert len(bench.endpoint.asked) == 2
 
 
 def test_other_calls_are_refused_and_closing_a_context_is_nothing(make: Make) -> None:

@@ -3,6 +3,7 @@
     limits.py     how often and when to try: rates, back-off, circuit breaker (pure)
     body.py       a call as the endpoint's JSON; what cannot be passed on is refused by name
     answer.py     the endpoint's chunks as pieces of text, tool calls and usage; checked against tools and schema
+    chances.py    log probabilities in a chunk (pure)
     keys.py       the key to the endpoint
     connections.py   where it is, and connections that are kept
     exchange.py   one request on a thread of its own

@@ -133,7 +133,9 @@ class Attempts:
             how = "goes on from them" if request.messages is None else "is asked for all of it again"
             why = "its caller has %d characters already, and the model %s: not exactly the same"
             logger.info(f"call %d of %d: {why}", call.key[1], call.key[0], len(kept), how)
-        call.answer, call.heard, call.moved = Answer(), False, now
+        sampling = request.sampling
+        call.answer = Answer(sampling.top_logprobs if sampling.logprobs else None)
+        call.heard, call.moved = False, now
         call.backlog.clear()
         call.expected = kept if request.messages is not None else ""
         allowed, short = bill.allowed(call, self._spec.price or FREE)
@@ -219,6 +221,7 @@ class Attempts:
         if added or call.answer.chunks > chunks:
             call.moved = self._clock()
             call.first = call.first or call.moved
+        chances = call.answer.chances if not call.expected else []  # … of what was given out already are there, too
         if call.expected and added:
             count = min(len(call.expected), len(added))
             if call.expected[:count] != added[:count]:
@@ -226,7 +229,7 @@ class Attempts:
                 self.fail(call, errno.EIO, why)
                 return
             call.expected, added = call.expected[count:], added[count:]
-        call.text.add(added)
+        call.text.add(added, chances)
         if not call.expected and call.answer.chunks > chunks:
             call.uncharged += 1
             self._queue.policy.charge([call], 1, self._clock())
@@ -251,6 +254,10 @@ class Attempts:
             else:
                 self._again(call, why, errno.EPROTO)
             return
+        if answer.num_top is not None and not answer.num_chances and answer.spoken():
+            why = f"logprobs: {self.endpoint.url} gives no log probabilities with its answers"
+            self.fail(call, errno.EINVAL, why, elsewhere=True)
+            return
         reason = "tool_calls" if calls else answer.reason
         if reason == "length" and call.limited:
             reason = "limit"
@@ -274,9 +281,10 @@ class Attempts:
         if self._line.congested():
             return  # what is there goes with a later report
         offset = call.text.num_sent
-        text = call.text.send() if call.submit.request.stream else ""
-        if text or call.uncharged:
-            delta = link.Delta(call.key, offset, [], text, charged=call.uncharged)
+        streams = call.submit.request.stream
+        text, chances = (call.text.send(), call.text.send_chances()) if streams else ("", None)
+        if text or chances or call.uncharged:
+            delta = link.Delta(call.key, offset, [], text, chances, charged=call.uncharged)
             call.counted, call.uncharged = call.counted + call.uncharged, 0
             self._line.send(link.Step([delta]))
 
@@ -288,17 +296,17 @@ class Attempts:
         self._queue.policy.charge_prompt(call, usage.prompt_tokens, now)
         self.figures["calls_finished"] += 1
         self.figures["tokens_generated"] += usage.completion_tokens
-        offset, rest = call.text.num_sent, call.text.send()
+        offset, rest, chances = call.text.num_sent, call.text.send(), call.text.send_chances()
         spent = link.Spent(call.key, usage.prompt_tokens - call.on_account, usage.cached_tokens)
         charged = usage.completion_tokens + call.wasted - call.counted
         finished = link.Finished(
-            call.key, offset, [], rest, reason, usage, calls, charged=charged, spent=spent, short=short
+            call.key, offset, [], rest, reason, usage, calls, chances, charged, short, spent
         )
         call.prompt_charged, call.on_account = call.prompt_charged + spent.prompt_tokens, 0
         call.counted, call.uncharged, call.cached = call.counted + charged, 0, call.cached + usage.cached_tokens
         whole = link.Spent(call.key, call.prompt_charged, call.cached)
         of_all = msgspec.structs.replace(finished, charged=usage.completion_tokens + call.wasted, spent=whole)
-        self.past.add(of_all, call.text.whole())
+        self.past.add(of_all, call.text)
         self.leave(call)
         self._line.send(finished)
 

@@ -168,9 +168,8 @@ class Remote:
     def _submit(self, message: link.Submit) -> None:
         key, given = message.key, message.request.given
         count = len(given) if isinstance(given, str) else 0
-        if (past := self._attempts.past.get(key)) is not None:
-            finished, text = past
-            self._line.send(msgspec.structs.replace(finished, offset=count, text=text[count:]))
+        if (past := self._attempts.past.get(key, count)) is not None:
+            self._line.send(past)
             return
         if key in self._queue.calls:
             self._go_on_from(self._queue.calls[key], count)
