@@ -37,6 +37,7 @@ from aiosd.llm.remote.exchange import Data, End, Event, Exchange, Lost, Refused
 from aiosd.llm.remote.limits import LONGEST_RETRY_AFTER_S, Pace, backoff
 from aiosd.llm.remote.past import Past
 from aiosd.llm.remote.queue import Queue
+from aiosd.llm.remote.vectors import Vectors
 from aiosd.llm.spec import ModelSpec
 from libaios import wire
 from libaios.wire import Usage
@@ -52,6 +53,7 @@ SPARE_THREADS = 32  # of requests that were given up and end in a moment
 EVENTS_AT_ONCE = 64  # of one call in one step
 
 _AGAIN = {408, 409, 425, 429, 500, 502, 503, 504, 529}
+_NOT_THERE = {404, 405, 501}
 _ERRNOS = {401: errno.EACCES, 403: errno.EACCES, 404: errno.ENOENT, 413: errno.EMSGSIZE}
 
 
@@ -148,9 +150,12 @@ class Attempts:
             why = f"a prompt of about {call.prompt_estimate} tokens is more than its budget has room for"
             self.fail(call, errno.EDQUOT, why, short=short)
             return
+        if call.vectors is not None:
+            call.vectors.begin()
         try:
             body = self._body(call, kept, allowed)
-            call.exchange = Exchange(self._connections, bodies.path(request), body, self._post)
+            path = bodies.path(request) if call.vectors is None else "embeddings"
+            call.exchange = Exchange(self._connections, path, body, self._post)
         except OSError as error:
             self.fail(call, error.errno or errno.EINVAL, error.strerror or str(error))
             return
@@ -168,10 +173,17 @@ class Attempts:
         call.prompt_charged += call.on_account
         started = [] if call.started else [link.Started(call.key, 0, 0)]
         call.started = True
-        self._line.send(link.Step([], started, spent=[link.Spent(call.key, call.on_account)]))
+        self._tell(call, link.Step([], started, spent=[link.Spent(call.key, call.on_account)]))
+
+    def _tell(self, call: RemoteCall, step: link.Step) -> None:
+        """How far a generation is, and what it has cost. Of vectors the kernel learns that with the answer."""
+        if call.vectors is None:
+            self._line.send(step)
 
     def _body(self, call: RemoteCall, kept: str, allowed: int | None) -> bytes:
         """Raises OSError."""
+        if call.vectors is not None:
+            return call.vectors.body(self._spec.model)
         most = call.submit.request.sampling.max_tokens
         call.limited = allowed is not None and (most is None or allowed < most)
         return bodies.encoded(call.submit.request, self._spec.model, allowed, kept, self._dialect)
@@ -216,6 +228,10 @@ class Attempts:
             self.fail(call, errno.EPROTO, f"{self.endpoint.url}: an answer that was not understood")
 
     def _take(self, call: RemoteCall, data: bytes) -> None:
+        if call.vectors is not None:
+            call.moved = self._clock()
+            call.told = call.vectors.take(data)
+            return
         chunks, call.heard = call.answer.chunks, True
         added = call.answer.take(data)
         if added or call.answer.chunks > chunks:
@@ -239,6 +255,9 @@ class Attempts:
                 self._finish(call, "limit", [], short)
 
     def _end(self, call: RemoteCall, done: bool) -> None:
+        if call.vectors is not None:
+            self._end_of_vectors(call, call.vectors)
+            return
         answer = call.answer
         if done and answer.length:
             answer.reason = answer.reason or "stop"  # some never say why
@@ -263,6 +282,27 @@ class Attempts:
             reason = "limit"
         self._finish(call, reason, calls)
 
+    def _end_of_vectors(self, call: RemoteCall, vectors: Vectors) -> None:
+        """Of one request for some of them."""
+        now, tokens = self._clock(), bill.of_texts(call.told, call.prompt_estimate)
+        if not vectors.keep(tokens):
+            self._again(call, "the answer was cut off")
+            return
+        self.pace.breaker.succeeded()
+        self.pace.used(tokens - call.prompt_estimate, now)
+        self._queue.policy.charge_prompt(call, tokens, now)
+        call.prompt_charged, call.failures = vectors.prompt_tokens, 0
+        self._let_go(call)
+        if vectors.too_many:
+            self.fail(call, errno.EMSGSIZE, "texts: their vectors are too long for one reply; ask for fewer at a time")
+        elif vectors.complete:
+            self.figures["calls_finished"] += 1
+            self.leave(call)
+            self._line.answer(call.key, vectors.embedded(), vectors.prompt_tokens)
+        else:  # as a new call of its agent would: others have their turn
+            call.prompt_estimate = bill.estimate(sum(map(len, vectors.batch())))
+            self._bell.ring()
+
     def _checked(self, call: RemoteCall) -> list[wire.ToolCall]:
         """The tool calls of the answer. Raises Wrong where it is not what was asked for."""
         answer, request = call.answer, call.submit.request
@@ -278,7 +318,7 @@ class Attempts:
         return calls
 
     def _report(self, call: RemoteCall) -> None:
-        if self._line.congested():
+        if call.vectors is not None or self._line.congested():
             return  # what is there goes with a later report
         offset = call.text.num_sent
         streams = call.submit.request.stream
@@ -299,9 +339,7 @@ class Attempts:
         offset, rest, chances = call.text.num_sent, call.text.send(), call.text.send_chances()
         spent = link.Spent(call.key, usage.prompt_tokens - call.on_account, usage.cached_tokens)
         charged = usage.completion_tokens + call.wasted - call.counted
-        finished = link.Finished(
-            call.key, offset, [], rest, reason, usage, calls, chances, charged, short, spent
-        )
+        finished = link.Finished(call.key, offset, [], rest, reason, usage, calls, chances, charged, short, spent)
         call.prompt_charged, call.on_account = call.prompt_charged + spent.prompt_tokens, 0
         call.counted, call.uncharged, call.cached = call.counted + charged, 0, call.cached + usage.cached_tokens
         whole = link.Spent(call.key, call.prompt_charged, call.cached)
@@ -345,7 +383,10 @@ class Attempts:
             self.pace.breaker.succeeded()
             code = errno.EMSGSIZE if refused.code == "context_length_exceeded" else _ERRNOS.get(status, errno.EINVAL)
             code = code if status < 500 else errno.EIO
-            self.fail(call, code, f"{self.endpoint.url}: status {status}: {refused.why}", elsewhere=True)
+            why = f"{self.endpoint.url}: status {status}: {refused.why}"
+            if call.vectors is not None and status in _NOT_THERE:
+                code, why = errno.ENOSYS, f"EMBED: it makes no vectors: {why}"
+            self.fail(call, code, why, elsewhere=True)
 
     def _again(self, call: RemoteCall, why: str, code: int = errno.EIO) -> None:
         """Try it once more after a pause, unless it has failed too often. `code`: what that is then; EAGAIN (it has no
@@ -367,7 +408,7 @@ class Attempts:
     def _give_back(self, call: RemoteCall) -> None:
         """The attempt under way cost nothing."""
         if call.on_account:
-            self._line.send(link.Step(spent=[link.Spent(call.key, -call.on_account)]))
+            self._tell(call, link.Step(spent=[link.Spent(call.key, -call.on_account)]))
             if call.account is not None:
                 call.account.give_back(call.on_account + 1)
             call.prompt_charged -= call.on_account

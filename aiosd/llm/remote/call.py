@@ -1,4 +1,4 @@
-"""One generation of a model that is elsewhere, as the backend and its policy see it."""
+"""One call for a model that is elsewhere, as the backend and its policy see it: a generation, or vectors."""
 
 from __future__ import annotations
 
@@ -14,6 +14,7 @@ from aiosd.llm.purse import Account
 from aiosd.llm.remote import chances as probabilities
 from aiosd.llm.remote.answer import Answer
 from aiosd.llm.remote.exchange import Event, Exchange
+from aiosd.llm.remote.vectors import Vectors
 from libaios.wire import Logprob, Logprobs
 
 
@@ -68,12 +69,14 @@ class RemoteCall:
     text: Text  # all that came of it, what was given before included
     prompt_estimate: int  # tokens
     since: float  # when it began to wait
+    vectors: Vectors | None = None  # it is no generation: it wants these
     order: int = 0  # of arrival
     counted: int = 0  # tokens charged
     uncharged: int = 0  # … and to be charged with the next delta
     failures: int = 0
     not_before: float = 0.0
     exchange: Exchange | None = None
+    told: int = 0  # tokens of the texts of the request under way, as its answer says
     is_trial: bool = False  # of the circuit breaker
     answer: Answer = field(default_factory=Answer)
     heard: bool = False  # the attempt under way has got an answer, so it is to be paid for
