@@ -451,6 +451,7 @@ class Usage(Struct, frozen=True):
     decode_s: float = 0.0
     preemptions: int = 0
     context_left: float = 0.0  # the fraction of the context that is still free at the end
+    reasoning_tokens: int = 0  # of the completion: thoughts, with their marks
 
 
 class ToolCall(Struct, frozen=True):

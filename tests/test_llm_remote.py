@@ -52,6 +52,7 @@ def test_a_chat(make: Make, stream: bool) -> None:
     assert (end.finish_reason, end.usage.prompt_tokens, end.usage.cached_tokens) == ("stop", 11, 4)
     assert bench.text(key) == "Hello"
     assert bench.charged(key) == end.usage.completion_tokens == 3
+    assert end.usage.reasoning_tokens == 2
     assert bench.prompts(key) == end.usage.prompt_tokens
     path, body, _ = bench.endpoint.asked[0]
     assert path == "/v1/chat/completions"

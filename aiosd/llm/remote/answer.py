@@ -71,12 +71,14 @@ class _Chunk(Struct):
 
 class _Details(Struct):
     cached_tokens: Any = 0
+    reasoning_tokens: Any = 0
 
 
 class _UsageFields(Struct):
     prompt_tokens: Any = 0
     completion_tokens: Any = 0
     prompt_tokens_details: _Details | None = None
+    completion_tokens_details: _Details | None = None
 
 
 _decode = msgspec.json.Decoder(_Chunk).decode
@@ -262,9 +264,10 @@ def _usage(given: Raw) -> Usage | None:
         fields = msgspec.json.decode(given, type=_UsageFields)
     except _UNBUILT:
         return None
-    cached = _count(fields.prompt_tokens_details.cached_tokens) if fields.prompt_tokens_details is not None else 0
-    prompt = _count(fields.prompt_tokens)
-    return Usage(prompt, min(cached, prompt), _count(fields.completion_tokens))
+    prompt, completion = _count(fields.prompt_tokens), _count(fields.completion_tokens)
+    cached = _count((fields.prompt_tokens_details or _Details()).cached_tokens)
+    thoughts = _count((fields.completion_tokens_details or _Details()).reasoning_tokens)
+    return Usage(prompt, min(cached, prompt), completion, reasoning_tokens=min(thoughts, completion))
 
 
 def _count(value: object) -> int:

@@ -359,6 +359,7 @@ class Attempts:
             prefill_s=max(call.first - call.began, 0.0) if call.first else 0.0,
             decode_s=max(now - call.first, 0.0) if call.first else 0.0,
             preemptions=call.failures,
+            reasoning_tokens=call.answer.usage.reasoning_tokens if call.answer.usage is not None else 0,
         )
 
     # ── what goes wrong ───────────────────────────────────────────────────────────────────────────────────
