@@ -521,6 +521,18 @@ def test_no_line_of_a_short_status_is_wider_than_a_terminal() -> None:
         assert words in " ".join("\n".join(lines).split()).replace("busy, ", "6 ")
 
 
+def test_a_long_name_does_not_push_the_figures_of_others_aside() -> None:
+    name = "a-model-whose-name-is-as-long-as-some-are-Q4_K_M"
+    models = [{"name": name, "state": "ready", "default": True}]
+    lines = summary.brief({"agents": {}, "max_agents": 6645, "models": models, "policy": "fair"})
+    assert lines[1:] == [
+        "  policy  fair",
+        "  agents  0, at most 6645 at once (limit on open files)",
+        f"  model {name}",
+        "          ready, the default",
+    ]
+
+
 def test_status_shows_what_it_does_not_know() -> None:
     lines = summary.full(
         {
