@@ -657,6 +657,7 @@ class Engine:
             decode_s=now - first,
             preemptions=sequence.preemptions,
             context_left=1 - (len(sequence.prompt) + len(sequence.out)) / self._ctx,
+            reasoning_tokens=sequence.text.num_inside,
         )
         past = _Past(sequence, reason, usage, calls, now)
         self.meter.calls += 1
@@ -726,9 +727,13 @@ class Engine:
 
     def _feed(self, sequence: Sequence) -> None:
         """Turn the tokens of which no text was made yet into text."""
-        if sequence.fed < len(sequence.out):
-            sequence.text.feed(self.model.detokenize(sequence.out[sequence.fed :]))
-            sequence.fed = len(sequence.out)
+        new, text = sequence.out[sequence.fed :], sequence.text
+        sequence.fed = len(sequence.out)
+        if new and text.can_think:
+            for token in new:
+                text.feed(self._pieces[token])
+        elif new:
+            text.feed(self.model.detokenize(new))
 
     def _report(self) -> None:
         now = self.clock()
