@@ -16,9 +16,9 @@ import click
 import msgspec
 import pytest
 
-from aiosd import autostart, config
+from aiosd import config
 from aiosd.commands import MODULES, cli, edge, summary
-from aiosd.config import keys
+from aiosd.config import autostart, keys
 from aiosd.errors import UsageError
 from aiosd.llm import policy
 from libaios import wire
@@ -519,6 +519,18 @@ def test_no_line_of_a_short_status_is_wider_than_a_terminal() -> None:
     assert max(map(len, lines)) <= 80
     for words in ("6 load", "memory 13.2G of 15.6G", "6645 at once (limit on open files)"):
         assert words in " ".join("\n".join(lines).split()).replace("busy, ", "6 ")
+
+
+def test_a_long_name_does_not_push_the_figures_of_others_aside() -> None:
+    name = "a-model-whose-name-is-as-long-as-some-are-Q4_K_M"
+    models = [{"name": name, "state": "ready", "default": True}]
+    lines = summary.brief({"agents": {}, "max_agents": 6645, "models": models, "policy": "fair"})
+    assert lines[1:] == [
+        "  policy  fair",
+        "  agents  0, at most 6645 at once (limit on open files)",
+        f"  model {name}",
+        "          ready, the default",
+    ]
 
 
 def test_status_shows_what_it_does_not_know() -> None:

@@ -37,6 +37,7 @@ NOW = 1_800_000_000.0
         ("2026-11-23T14:05:00Z", 1795442700.0),
         ("2026-11-23T16:05:00.25+02:00", 1795442700.25),
         ("2026-11-23t14:05:00z", 1795442700.0),
+        ("14:05:00", datetime.fromtimestamp(NOW).replace(hour=14, minute=5, second=0).timestamp()),
     ],
 )
 def test_moments_as_people_write_them(text: str, moment: float) -> None:
@@ -44,7 +45,7 @@ def test_moments_as_people_write_them(text: str, moment: float) -> None:
 
 
 @pytest.mark.parametrize(
-    "text", ["", "yesterday", "-5", "@", "1e9", "inf", "nan", "10x", "2026-13-01", "@99999999999999"]
+    "text", ["", "yesterday", "-5", "@", "1e9", "inf", "nan", "10x", "2026-13-01", "25:00", "1:2", "@99999999999999"]
 )
 def test_what_is_no_moment(text: str) -> None:
     with pytest.raises(ValueError, match="is neither a date"):

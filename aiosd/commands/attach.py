@@ -28,9 +28,9 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from aiosd import agentlog
 from aiosd.commands import agents, asks, detachkeys, edge
 from aiosd.commands.wait import UNKNOWN, exit_code
+from aiosd.logs import agentlog
 from libaios.client import Client, NoKernel
 from libaios.connection import Pending, decode_body
 from libaios.wire import Kill, PidArgs, Sys, Wait, Waited, WatchAsks
@@ -274,6 +274,8 @@ class View:
 
             self.holder = holder.connect(self.client.socket.home, self.pid)
             self.raw = RawMode(0) if self.holder is not None else None
+            if self.raw is None and self.pass_signals and self.end.final is None:
+                edge.complain("aios-attach", f"agent {self.pid} has no terminal; it gets Ctrl-C (--no-signals: not)")
 
     def _lines(self) -> int:
         return LINES if self.holder is None else max(os.get_terminal_size(0).lines, LINES)

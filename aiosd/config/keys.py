@@ -6,7 +6,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
-from aiosd import limits, price
+from aiosd.budgets import limits, price
 from aiosd.config.values import (
     DEFAULT_QUANTUM,
     any_text,
@@ -84,6 +84,14 @@ KEYS = (
         per_model=True,
     ),
     Key("kv_type", one_of(("f16", "q8_0")), "f16|q8_0", "How keys and values are kept (f16).", "f16", per_model=True),
+    Key(
+        "kv_layout",
+        one_of(("auto", "streams", "unified")),
+        "auto|streams|unified",
+        "Has each slot its own cells, or all common ones (auto: on a GPU).",
+        "auto",
+        per_model=True,
+    ),
     Key("exact", switch, "", "Same output bit for bit, whatever else runs. CPU only, slower.", False, per_model=True),
     Key("kv_memory", size, "SIZE", "Memory for slots, such as 2G (a quarter of what is free).", per_model=True),
     Key("context_ram", size, "SIZE", "Memory for contexts without a slot (1/8 of what is free).", per_model=True),

@@ -19,7 +19,7 @@ from msgspec import Raw, Struct, msgpack
 
 from aiosd.access.deed import Deed
 from aiosd.access.rules import Policy
-from aiosd.price import Price
+from aiosd.budgets.price import Price
 from libaios.wire import Generate, Limits, Logprobs, Template, ToolCall, Usage
 
 Key = tuple[int, int]  # (peer: agent pid, or -client id; call id)
@@ -446,7 +446,7 @@ class Fork(Struct, array_like=True, frozen=True, tag=True):
     named: bool = False  # the name was given, not made from the program's
     shares: list[Share] = []
     client: tuple[int, int] = (0, 0)  # the process that it is attached to: Linux pid and start time
-    restart: str = "no"  # see aiosd.restart
+    restart: str = "no"  # see aiosd.init.restart
     token: bytes = b""  # the hash of its token for the gateway, see kernel.tokens
     sandbox: str = "none"  # its level; the rest of its box is in the letter
     program: bytes = b""  # the hash of its path, if a person has started it,
@@ -523,9 +523,8 @@ class Set(Struct, array_like=True, frozen=True, tag=True):
 
 
 class Forked(Struct, array_like=True, frozen=True, tag=True):
-    """Descriptors with the frame: the agent's memfd, the kernel's end of its doorbell, of a confined agent its door,
-    and of one in a network of its own its gates (none when the key was known and the kernel has them already, or it has
-    no process)."""
+    """It runs, or it has no process. Not sent when it has rung for itself and nothing comes with it. Descriptors with
+    the frame: of a confined agent its door, and of one in a network of its own its gates."""
 
     key: Key
     pid: int
@@ -534,6 +533,14 @@ class Forked(Struct, array_like=True, frozen=True, tag=True):
     started: float  # Unix time, for people
     since: float  # monotonic, for deadlines; the same clock in all processes of one machine
     log: str
+
+
+class Forking(Struct, array_like=True, frozen=True, tag=True):
+    """A process was forked that looks up its program. Descriptors with the frame: the agent's memfd, and the kernel's
+    end of its doorbell. The kernel prepares what it can; then the agent rings as soon as it runs, if it can, or
+    `Forked` or `ForkFailed` comes."""
+
+    forked: Forked
 
 
 class ForkFailed(Struct, array_like=True, frozen=True, tag=True):
@@ -649,6 +656,7 @@ class Stop(Struct, array_like=True, frozen=True, tag=True):
 ToSupervisor = Fork | SendSignal | Mark | Forget | Ready | Shutdown | Set
 FromSupervisor = (
     Forked
+    | Forking
     | ForkFailed
     | ChildStopped
     | ChildExited

@@ -54,6 +54,9 @@ class State(enum.Enum):
     REAPED = "reaped"
 
 
+_ALIVE = (State.RUNNING, State.STOPPED, State.WAITING)  # a tuple: members are compared by identity, and not hashed
+
+
 class Event(enum.Enum):
     STOP = "stop"
     CONT = "cont"
@@ -111,7 +114,7 @@ class Proc:
     state: State = State.RUNNING
     halted: bool = False  # told to stand still: it is stopped, or about to be
     continued: int = 0  # how many times it was told to go on
-    restart: str = "no"  # when it is started again, see aiosd.restart,
+    restart: str = "no"  # when it is started again, see aiosd.init.restart,
     restarts: int = 0  # … and how often it was
     status: int | None = None  # exit code or -signal
     budget: str = ""  # which budget ended it
@@ -134,7 +137,7 @@ class Proc:
 
     @property
     def alive(self) -> bool:
-        return self.state in (State.RUNNING, State.STOPPED, State.WAITING)
+        return self.state in _ALIVE
 
     @property
     def tools_cpu_s(self) -> float:
