@@ -19,9 +19,11 @@ from aiosd.ipc.link import Step
 from aiosd.llm import calibrate, kvlayout, llama, loading, modelfile, room
 from aiosd.llm.cells import Cells
 from aiosd.llm.engine import Engine
-from aiosd.llm.policy import Fifo
+from aiosd.llm.policy import Fifo, Quantum
+from aiosd.llm.policy.fair import Fair
 from aiosd.llm.spec import ModelSpec
 from tests import tinymodels
+from tests.test_llm_contexts import Restless
 from tests.test_llm_engine import Bench, load
 
 SLOTS, CTX, TOTAL = 4, 512, 768
@@ -134,7 +136,7 @@ def check(bench: Bench) -> None:
     """Our count is llama.cpp's."""
     context, free = bench.loaded.context, cells_of(bench).free
     assert not free or tokens_fit(context, free, 0)
-    assert free == TOTAL or not tokens_fit(context, free + 1, 0)
+    assert free == TOTAL or not tokens_fit(context, free + 1, 0)  # a batch of more than all would end the process
 
 
 def numbers(count: int, seed: int = 0) -> list[int]:
@@ -294,6 +296,32 @@ def test_a_long_prompt_is_not_passed_by_short_ones_for_ever(loaded: loading.Load
     bench.run()
     began = [started.key for message in bench.said if isinstance(message, Step) for started in message.started]
     assert began == [running, long, *short]
+
+
+@pytest.mark.parametrize(("policy", "ram"), [(Restless(3), 60_000), (Fair(Quantum(8, 10.0), {}), 1 << 24)])
+def test_whatever_comes_and_goes_the_count_is_llama_cpps(loaded: loading.Loaded, policy: Any, ram: int) -> None:
+    rng, bench = random.Random(5), engine(loaded, policy=policy, ram=ram)
+    systems, live, parked = [numbers(rng.randrange(20, 300), 100 + i) for i in range(3)], {}, set()
+    for step in range(90):
+        if rng.random() < 0.2:
+            prompt = rng.choice(systems)[: rng.randrange(5, 300)] + numbers(rng.randrange(1, 150), step)
+            live[bench.submit(prompt, peer=step % 7, max_tokens=rng.randrange(1, 60))] = None
+        if rng.random() < 0.04 and live:
+            bench.engine.cancel(live.popitem()[0])
+        if rng.random() < 0.05:
+            parked ^= {step % 7}
+            bench.engine.park(step % 7, step % 7 in parked)
+        bench.run(1)
+        if step % 15 == 0:
+            check(bench)
+    for peer in parked:
+        bench.engine.park(peer, False)
+    bench.run()
+    assert all(bench.end(key).finish_reason == "length" for key in live)
+    check(bench)
+    for held in bench.engine.slots.free_slots():
+        bench.engine.cache.wipe(held.slot)
+    assert cells_of(bench).used == 0
 
 
 # ── which layout, how many cells ──────────────────────────────────────────────────────────────────────────

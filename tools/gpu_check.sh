@@ -56,7 +56,7 @@ uses_gpu() {
 
 # How the KV cache is laid out there, how large batches are, and why: slots must share their cells.
 shows_layout() {
-    "$PYTHON" - "$1" <<'END'
+    timeout 120 "$PYTHON" - "$1" <<'END'
 import sys
 
 from benchmarks import harness
