@@ -12,6 +12,9 @@ are. `TABLE` has one row for each call: its number, the struct of its arguments,
 process answers it, and what happens when it is submitted again after a death. All else follows from that row. The
 kernel decodes arguments against the struct named there, and this is the one place where types and ranges of what an
 agent sent are checked.
+
+By subject, in the order of `Sys`, arguments and replies of its calls stand side by side; the table is behind them. A
+struct for arguments or replies, and a row, make a new call.
 """
 
 from __future__ import annotations
@@ -26,36 +29,23 @@ from msgspec import Meta, Raw, Struct, msgpack
 
 #: Version of ring layout and messages together; both sides refuse a peer with another one.
 VERSION = 1
-
 #: Largest frame that one process may send to another (bytes).
 MAX_FRAME = 16 << 20
-
 #: Environment of an agent: `memfd:doorbell:ospid` (two descriptor numbers and the process they belong to: in
 #: any other process, a child that inherited them say, the channel must not be touched), its pid, its system.
 ENV_CHANNEL = "AIOS_CHANNEL"
 ENV_PID = "AIOS_PID"
 ENV_HOME = "AIOS_HOME"
-
 Uint = Annotated[int, Meta(ge=0, le=(1 << 63) - 1)]
 Amount = Annotated[int, Meta(ge=1, le=(1 << 63) - 1)]
 Pid = Annotated[int, Meta(ge=1, lt=1 << 53)]
 Seconds = Annotated[float, Meta(ge=0, le=1e9)]
+Finite = Annotated[float, Meta(ge=-1.7e308, le=1.7e308)]  # neither NaN nor infinite
 Nice = Annotated[int, Meta(ge=-20, le=19)]
 Signal = Annotated[int, Meta(ge=0, le=64)]
 #: No blank, no control character, no slash, and neither "." nor "..": a name or group may become a file's name.
 NAME_PATTERN = r"\A(?!\.{1,2}\Z)[^\x00-\x20\x7f/]+\Z"
 Name = Annotated[str, Meta(min_length=1, max_length=64, pattern=NAME_PATTERN)]
-#: As the APIs of models allow it, because a model writes this name.
-TOOL_NAME_PATTERN = r"[A-Za-z0-9_-]{1,64}\Z"
-TokenId = Annotated[int, Meta(ge=0, lt=1 << 31)]
-TokenIds = Annotated[list[TokenId], Meta(max_length=1 << 20)]
-Penalty = Annotated[float, Meta(ge=-2, le=2)]
-
-#: What a generation has given out so far: its tokens, or its text where a model is elsewhere and no tokens come.
-Given = TokenIds | Annotated[str, Meta(max_length=1 << 22)]
-
-#: What ends a repetition for DRY where `dry_breakers` is None.
-BREAKERS = ("\n", ":", '"', "*")
 
 
 class Sys(enum.IntEnum):
@@ -168,7 +158,6 @@ class Failure(Struct, array_like=True, frozen=True):
 
 # ── control socket ────────────────────────────────────────────────────────────────────────────────────────
 
-
 #: Before the pid of an agent in place of a token: a program has connected at that agent's own gate.
 GATE = "gate:"
 
@@ -195,7 +184,7 @@ class Welcome(Struct, array_like=True, frozen=True):
     ospid: int = 0
 
 
-# ── arguments, one struct per system call ─────────────────────────────────────────────────────────────────
+# ── processes ─────────────────────────────────────────────────────────────────────────────────────────────
 
 
 class NoArgs(Struct, array_like=True, frozen=True):
@@ -284,14 +273,10 @@ class Spawn(Struct, array_like=True, frozen=True):
     template: Template | None = None  # forked from there; for "file" and "module" only
 
 
-class NewToken(Struct, array_like=True, frozen=True):
-    """Make an agent without a process: programs from outside that have its token are it. The kernel gets the SHA-256
-    of the token and never the token itself."""
-
-    name: Name
-    hash: Annotated[bytes, Meta(min_length=32, max_length=32)]
-    group: Name | None = None
-    limits: Limits = Limits()  # of kinds that need no process
+class Spawned(Struct, array_like=True, frozen=True):
+    pid: int
+    log: str = ""  # path of the agent's log when detached
+    sandbox: str = "none"  # the level in which it is confined
 
 
 class Wait(Struct, array_like=True, frozen=True):
@@ -300,6 +285,15 @@ class Wait(Struct, array_like=True, frozen=True):
     pid: Uint = 0
     block: bool = True
     timeout_s: Seconds | None = None
+
+
+class Waited(Struct, array_like=True, frozen=True):
+    """`status` as from os.waitstatus_to_exitcode: the exit code, or -n for signal n. pid 0: none yet."""
+
+    pid: int
+    status: int
+    budget: str = ""  # which budget ended it, by its name in aiosd.toml; "": none
+    reason: str = ""  # why it ended, in a sentence of the kernel or the supervisor; "" when it ended by itself
 
 
 class Kill(Struct, array_like=True, frozen=True):
@@ -320,6 +314,41 @@ class Ps(Struct, array_like=True, frozen=True):
     dead: bool = False
 
 
+class ProcInfo(Struct, frozen=True):
+    """One line of aios-ps. `exit` is None while alive, else as in a shell: 0–255, 128+n for signal n; 124 when a budget
+    ended it."""
+
+    pid: int
+    ppid: int
+    pgid: int
+    ospid: int
+    uid: int
+    stat: str
+    nice: int
+    name: str
+    command: str
+    group: str
+    calls: int
+    prompt_tokens: int
+    cached_tokens: int
+    completion_tokens: int
+    ctx_tokens: int
+    mem_bytes: int
+    cpu_s: float
+    started: float  # Unix time
+    exit: int | None = None
+    system: bool = False
+    ctx_kept: int = 0  # tokens of the context that the core keeps for it …
+    ctx_place: str = ""  # … and where: "slot", "ram" or "disk"
+    restarts: int = 0  # how often it was started again
+    sandbox: str = "none"  # how it is confined
+    cost: str = "0.00"  # what its generations cost, exactly
+    budget: str = ""  # which budget ended it, by its name in aiosd.toml
+    reason: str = ""  # why it ended, where kernel or supervisor know
+    template: str = ""  # the name of the template that it was forked from; "": of none
+    ended: float | None = None  # Unix time
+
+
 class NiceArgs(Struct, array_like=True, frozen=True):
     pid: Uint = 0  # 0: the caller
     value: Nice | None = None  # None: read only
@@ -330,6 +359,9 @@ class PidArgs(Struct, array_like=True, frozen=True):
     pid: Uint
 
 
+# ── messages ──────────────────────────────────────────────────────────────────────────────────────────────
+
+
 class Send(Struct, array_like=True, frozen=True):
     pid: Pid
     obj: Raw
@@ -337,6 +369,22 @@ class Send(Struct, array_like=True, frozen=True):
 
 class Recv(Struct, array_like=True, frozen=True):
     timeout_s: Seconds | None = None
+
+
+class Received(Struct, array_like=True, frozen=True):
+    sender: int
+    obj: Raw
+
+
+# ── language model ────────────────────────────────────────────────────────────────────────────────────────
+
+TokenId = Annotated[int, Meta(ge=0, lt=1 << 31)]
+TokenIds = Annotated[list[TokenId], Meta(max_length=1 << 20)]
+Penalty = Annotated[float, Meta(ge=-2, le=2)]
+#: What a generation has given out so far: its tokens, or its text where a model is elsewhere and no tokens come.
+Given = TokenIds | Annotated[str, Meta(max_length=1 << 22)]
+#: What ends a repetition for DRY where `dry_breakers` is None.
+BREAKERS = ("\n", ":", '"', "*")
 
 
 class Sampling(Struct, array_like=True, frozen=True):
@@ -392,10 +440,110 @@ class Generate(Struct, array_like=True, frozen=True):
     lora: Name | None = None  # the adapter to compute it with
 
 
+class Usage(Struct, frozen=True):
+    """What one generation cost. Times in seconds."""
+
+    prompt_tokens: int = 0
+    cached_tokens: int = 0
+    completion_tokens: int = 0
+    queue_s: float = 0.0
+    prefill_s: float = 0.0
+    decode_s: float = 0.0
+    preemptions: int = 0
+    context_left: float = 0.0  # the fraction of the context that is still free at the end
+
+
+class ToolCall(Struct, frozen=True):
+    """A call of a tool that the model asks for; `arguments` is valid against the tool's schema."""
+
+    id: str
+    name: str
+    arguments: dict[str, Any]
+
+
+class Alternative(Struct, array_like=True, frozen=True):
+    """A token that could have come, with the natural logarithm of its probability and its bytes (`piece`)."""
+
+    token: int
+    logprob: float
+    piece: bytes
+
+
+class Logprob(Struct, array_like=True, frozen=True):
+    """A generated token; `logprob` and the likeliest tokens (`top`) as the model has them: before temperature, filters
+    and penalties."""
+
+    token: int
+    logprob: float
+    piece: bytes
+    top: list[Alternative] = []
+
+
+#: One for each token; None for those of which it is not known any more, because the model's process died since.
+Logprobs = list[Logprob | None]
+
+
+class Piece(Struct, array_like=True, frozen=True):
+    """Body of a partial reply of a stream: whole characters only, and the tokens they came from. In `text` are marks
+    that say which part of the answer follows (`libaios.parts`). `model`: with the first piece of a call that named a
+    route, the model that writes it; no other can go on from there."""
+
+    text: str
+    tokens: list[int]
+    logprobs: Logprobs | None = None
+    model: str = ""
+
+
+class Progress:
+    """What one generation has given out, counted as its core counts: in tokens, or in characters of text where a core
+    has no tokens. A piece without tokens counts by its text."""
+
+    __slots__ = ("length", "texts", "tokens")
+
+    def __init__(self, given: list[int] | str = "") -> None:
+        self.tokens: list[int] = [] if isinstance(given, str) else list(given)
+        self.texts: list[str] = [given] if given and isinstance(given, str) else []
+        self.length = len(given)
+
+    def add(self, tokens: list[int], text: str) -> None:
+        if tokens:
+            self.tokens += tokens
+            self.length += len(tokens)
+        elif text:
+            self.texts.append(text)
+            self.length += len(text)
+
+    def given(self) -> list[int] | str:
+        """For `Generate.given`."""
+        return "".join(self.texts) if self.texts else list(self.tokens)
+
+
+class Generated(Struct, array_like=True, frozen=True):
+    """Body of the final reply to GENERATE. In a stream `text` and `tokens` are what comes after the last piece. For
+    `text` see `Piece`."""
+
+    text: str
+    tokens: list[int]
+    finish_reason: str  # "stop" | "length" | "tool_calls" | "limit"
+    usage: Usage
+    tool_calls: list[ToolCall] = []
+    logprobs: Logprobs | None = None
+    model: str = ""  # whose answer it is
+
+
 class Embed(Struct, array_like=True, frozen=True):
     texts: Annotated[list[str], Meta(max_length=65536)]
     model: str | None = None
     timeout_s: Seconds | None = None
+
+
+class Embedded(Struct, array_like=True, frozen=True):
+    """n vectors of d float32 each, unit length, row after row."""
+
+    n: int
+    d: int
+    data: bytes
+    prompt_tokens: int = 0
 
 
 class Rerank(Struct, array_like=True, frozen=True):
@@ -405,6 +553,13 @@ class Rerank(Struct, array_like=True, frozen=True):
     documents: Annotated[list[str], Meta(max_length=65536)]
     model: str | None = None
     timeout_s: Seconds | None = None
+
+
+class Ranked(Struct, array_like=True, frozen=True):
+    """One score for each document, in their order."""
+
+    scores: list[float]
+    prompt_tokens: int = 0
 
 
 class Tokenize(Struct, array_like=True, frozen=True):
@@ -419,6 +574,26 @@ class Detokenize(Struct, array_like=True, frozen=True):
     model: str | None = None
 
 
+class ModelInfo(Struct, frozen=True):
+    """A figure of 0 is not known: of a model that another server runs, little is."""
+
+    name: str
+    path: str = ""  # its file; "": it has none on this machine
+    default: bool = False
+    description: str = ""
+    n_params: int = 0
+    n_ctx: int = 0  # tokens per slot
+    n_slots: int = 0
+    n_vocab: int = 0
+    n_embd: int = 0
+    gpu_layers: int = 0
+    chat: bool = False  # has a chat template
+    tools: bool = False  # whose template takes tools
+    loras: list[str] = []  # adapters that a call can name
+    url: str = ""  # where it is served, if it is not on this machine
+    route: list[str] = []  # it is a route: the first of these models that can answers
+
+
 class SaveContext(Struct, array_like=True, frozen=True):
     """Keep a conversation under a name, with what the model has computed of it."""
 
@@ -429,9 +604,28 @@ class SaveContext(Struct, array_like=True, frozen=True):
     lora: Name | None = None
 
 
+class SavedContext(Struct, frozen=True):
+    """A context that lies on disk under a name."""
+
+    name: str
+    tokens: int
+    bytes: int
+    created: float  # Unix time
+
+
 class NamedContext(Struct, array_like=True, frozen=True):
     name: Name
     model: str | None = None
+
+
+class RestoredContext(Struct, array_like=True, frozen=True):
+    """`cached`: tokens whose state came back; `refused`: why that is not all, ''."""
+
+    messages: list[dict[str, Any]]
+    tokens: int
+    cached: int
+    refused: str = ""
+    lora: str = ""  # the adapter that it was saved with
 
 
 class CloseContext(Struct, array_like=True, frozen=True):
@@ -445,6 +639,9 @@ class CloseContext(Struct, array_like=True, frozen=True):
 
 class ListContexts(Struct, array_like=True, frozen=True):
     model: str | None = None
+
+
+# ── calls about calls and about the system ────────────────────────────────────────────────────────────────
 
 
 class Cancel(Struct, array_like=True, frozen=True):
@@ -462,7 +659,8 @@ class Set(Struct, array_like=True, frozen=True):
     value: str
 
 
-Finite = Annotated[float, Meta(ge=-1.7e308, le=1.7e308)]  # neither NaN nor infinite
+# ── notes ─────────────────────────────────────────────────────────────────────────────────────────────────
+
 NoteText = Annotated[str, Meta(max_length=1 << 20)]
 NoteKey = Annotated[str, Meta(min_length=1, max_length=1024)]
 Tags = Annotated[list[Annotated[str, Meta(min_length=1, max_length=256)]], Meta(max_length=64)]
@@ -522,6 +720,38 @@ class MemList(Struct, array_like=True, frozen=True):
     limit: Annotated[int, Meta(ge=1, le=1000)] = 100
     offset: Uint = 0
 
+
+class MemStats(Struct, array_like=True, frozen=True):
+    """Of the caller; a person may ask about any `owner`, as aiosd names it."""
+
+    owner: Annotated[str, Meta(max_length=512)] = ""
+
+
+class Note(Struct, frozen=True):
+    """A note as it is kept. Times are Unix times; `version` grows by one with each change. `damaged`: the disk has lost
+    it, and only its id is known; with id 0 it stands for some of which not even that is known."""
+
+    id: int
+    text: str
+    key: str | None
+    tags: list[str]
+    metadata: dict[str, Any]
+    created: float
+    updated: float
+    expires: float | None
+    version: int
+    shared: bool  # it belongs to the caller's group
+    damaged: bool = False
+
+
+class Found(Struct, frozen=True):
+    """What a search found, with how well it fits: more is better, and says nothing across searches."""
+
+    note: Note
+    score: float
+
+
+# ── files ─────────────────────────────────────────────────────────────────────────────────────────────────
 
 #: Names with a slash between them. The store checks each name, and takes NFC for what is written in another way.
 FilePath = Annotated[str, Meta(min_length=1, max_length=1024)]
@@ -664,203 +894,6 @@ class StoAbort(Struct, array_like=True, frozen=True):
     upload: Uint
 
 
-class CallTool(Struct, array_like=True, frozen=True):
-    """Call a tool. `arguments` are checked against the tool's schema by the toolbox."""
-
-    name: Annotated[str, Meta(max_length=64)]
-    arguments: Annotated[dict[str, Any], Meta(max_length=1024)] = {}
-    timeout_s: Seconds | None = None
-    stream: bool = False  # send what it writes while it runs
-
-
-class TrustTool(Struct, array_like=True, frozen=True):
-    """Offer a tool again whose description has changed. Only a person may."""
-
-    name: Annotated[str, Meta(max_length=64)]
-
-
-class WatchAsks(Struct, array_like=True, frozen=True):
-    """Be told of all asks, or of those of agent `pid`, or of agents `attached` to this very connection, and their
-    descendants. As long as this call is open there is a person who can answer, and they wait."""
-
-    pid: Uint = 0
-    attached: bool = False
-
-
-class AnswerAsk(Struct, array_like=True, frozen=True):
-    """`digest`: of what was shown (`Asked`), so that nothing else can be allowed by it. `always`: and never ask for the
-    like again. `reason`: for the agent that is denied."""
-
-    id: Annotated[str, Meta(max_length=64)]
-    digest: Annotated[str, Meta(max_length=64)]
-    allow: bool
-    always: bool = False
-    reason: Annotated[str, Meta(max_length=500)] = ""
-
-
-class RevokeAlways(Struct, array_like=True, frozen=True):
-    number: Uint
-
-
-class MemStats(Struct, array_like=True, frozen=True):
-    """Of the caller; a person may ask about any `owner`, as aiosd names it."""
-
-    owner: Annotated[str, Meta(max_length=512)] = ""
-
-
-# ── bodies of replies ─────────────────────────────────────────────────────────────────────────────────────
-
-
-class Usage(Struct, frozen=True):
-    """What one generation cost. Times in seconds."""
-
-    prompt_tokens: int = 0
-    cached_tokens: int = 0
-    completion_tokens: int = 0
-    queue_s: float = 0.0
-    prefill_s: float = 0.0
-    decode_s: float = 0.0
-    preemptions: int = 0
-    context_left: float = 0.0  # the fraction of the context that is still free at the end
-
-
-class ToolCall(Struct, frozen=True):
-    """A call of a tool that the model asks for; `arguments` is valid against the tool's schema."""
-
-    id: str
-    name: str
-    arguments: dict[str, Any]
-
-
-class Alternative(Struct, array_like=True, frozen=True):
-    """A token that could have come, with the natural logarithm of its probability and its bytes (`piece`)."""
-
-    token: int
-    logprob: float
-    piece: bytes
-
-
-class Logprob(Struct, array_like=True, frozen=True):
-    """A generated token; `logprob` and the likeliest tokens (`top`) as the model has them: before temperature, filters
-    and penalties."""
-
-    token: int
-    logprob: float
-    piece: bytes
-    top: list[Alternative] = []
-
-
-#: One for each token; None for those of which it is not known any more, because the model's process died since.
-Logprobs = list[Logprob | None]
-
-
-class Piece(Struct, array_like=True, frozen=True):
-    """Body of a partial reply of a stream: whole characters only, and the tokens they came from. In `text` are marks
-    that say which part of the answer follows (`libaios.parts`). `model`: with the first piece of a call that named a
-    route, the model that writes it; no other can go on from there."""
-
-    text: str
-    tokens: list[int]
-    logprobs: Logprobs | None = None
-    model: str = ""
-
-
-class Progress:
-    """What one generation has given out, counted as its core counts: in tokens, or in characters of text where a core
-    has no tokens. A piece without tokens counts by its text."""
-
-    __slots__ = ("length", "texts", "tokens")
-
-    def __init__(self, given: list[int] | str = "") -> None:
-        self.tokens: list[int] = [] if isinstance(given, str) else list(given)
-        self.texts: list[str] = [given] if given and isinstance(given, str) else []
-        self.length = len(given)
-
-    def add(self, tokens: list[int], text: str) -> None:
-        if tokens:
-            self.tokens += tokens
-            self.length += len(tokens)
-        elif text:
-            self.texts.append(text)
-            self.length += len(text)
-
-    def given(self) -> list[int] | str:
-        """For `Generate.given`."""
-        return "".join(self.texts) if self.texts else list(self.tokens)
-
-
-class Generated(Struct, array_like=True, frozen=True):
-    """Body of the final reply to GENERATE. In a stream `text` and `tokens` are what comes after the last piece. For
-    `text` see `Piece`."""
-
-    text: str
-    tokens: list[int]
-    finish_reason: str  # "stop" | "length" | "tool_calls" | "limit"
-    usage: Usage
-    tool_calls: list[ToolCall] = []
-    logprobs: Logprobs | None = None
-    model: str = ""  # whose answer it is
-
-
-class Embedded(Struct, array_like=True, frozen=True):
-    """n vectors of d float32 each, unit length, row after row."""
-
-    n: int
-    d: int
-    data: bytes
-    prompt_tokens: int = 0
-
-
-class Ranked(Struct, array_like=True, frozen=True):
-    """One score for each document, in their order."""
-
-    scores: list[float]
-    prompt_tokens: int = 0
-
-
-class SavedContext(Struct, frozen=True):
-    """A context that lies on disk under a name."""
-
-    name: str
-    tokens: int
-    bytes: int
-    created: float  # Unix time
-
-
-class RestoredContext(Struct, array_like=True, frozen=True):
-    """`cached`: tokens whose state came back; `refused`: why that is not all, ''."""
-
-    messages: list[dict[str, Any]]
-    tokens: int
-    cached: int
-    refused: str = ""
-    lora: str = ""  # the adapter that it was saved with
-
-
-class Note(Struct, frozen=True):
-    """A note as it is kept. Times are Unix times; `version` grows by one with each change. `damaged`: the disk has lost
-    it, and only its id is known; with id 0 it stands for some of which not even that is known."""
-
-    id: int
-    text: str
-    key: str | None
-    tags: list[str]
-    metadata: dict[str, Any]
-    created: float
-    updated: float
-    expires: float | None
-    version: int
-    shared: bool  # it belongs to the caller's group
-    damaged: bool = False
-
-
-class Found(Struct, frozen=True):
-    """What a search found, with how well it fits: more is better, and says nothing across searches."""
-
-    note: Note
-    score: float
-
-
 class File(Struct, frozen=True):
     """A file as it is. Times are Unix times. A file of a mounted folder has version 0, and no history. `damaged`: the
     disk has lost what is known of it, but its path."""
@@ -930,6 +963,27 @@ class FoundFile(Struct, frozen=True):
     score: float
 
 
+# ── tools ─────────────────────────────────────────────────────────────────────────────────────────────────
+
+#: As the APIs of models allow it, because a model writes this name.
+TOOL_NAME_PATTERN = r"[A-Za-z0-9_-]{1,64}\Z"
+
+
+class CallTool(Struct, array_like=True, frozen=True):
+    """Call a tool. `arguments` are checked against the tool's schema by the toolbox."""
+
+    name: Annotated[str, Meta(max_length=64)]
+    arguments: Annotated[dict[str, Any], Meta(max_length=1024)] = {}
+    timeout_s: Seconds | None = None
+    stream: bool = False  # send what it writes while it runs
+
+
+class TrustTool(Struct, array_like=True, frozen=True):
+    """Offer a tool again whose description has changed. Only a person may."""
+
+    name: Annotated[str, Meta(max_length=64)]
+
+
 class ToolInfo(Struct, frozen=True):
     """A tool. `parameters`: the JSON Schema of its arguments; `source`: "built in", or the file it comes from."""
 
@@ -939,10 +993,43 @@ class ToolInfo(Struct, frozen=True):
     source: str = ""
 
 
+# ── what a person allows ──────────────────────────────────────────────────────────────────────────────────
+
+
+class WatchAsks(Struct, array_like=True, frozen=True):
+    """Be told of all asks, or of those of agent `pid`, or of agents `attached` to this very connection, and their
+    descendants. As long as this call is open there is a person who can answer, and they wait."""
+
+    pid: Uint = 0
+    attached: bool = False
+
+
+class AnswerAsk(Struct, array_like=True, frozen=True):
+    """`digest`: of what was shown (`Asked`), so that nothing else can be allowed by it. `always`: and never ask for the
+    like again. `reason`: for the agent that is denied."""
+
+    id: Annotated[str, Meta(max_length=64)]
+    digest: Annotated[str, Meta(max_length=64)]
+    allow: bool
+    always: bool = False
+    reason: Annotated[str, Meta(max_length=500)] = ""
+
+
+class RevokeAlways(Struct, array_like=True, frozen=True):
+    number: Uint
+
+
+class AskState(enum.StrEnum):
+    OPEN = "open"
+    ALLOWED = "allowed"
+    DENIED = "denied"
+    GONE = "gone"  # the call ended before a person had answered
+
+
 class Asked(Struct, frozen=True):
     """Something that an agent may do only when a person allows it. `details`: what exactly, as labels and texts, and
     nothing of it is made safe for a terminal; `rule`: why it is asked; `always`: what an answer for all times would
-    allow, "": there is none. `state`: "open", or how it ended: "allowed", "denied", "gone"."""
+    allow, "": there is none."""
 
     id: str
     digest: str
@@ -957,7 +1044,7 @@ class Asked(Struct, frozen=True):
     always: str
     since: float  # Unix time
     folder: str = ""  # where it is done
-    state: str = "open"
+    state: AskState = AskState.OPEN
 
 
 class RulesInForce(Struct, frozen=True):
@@ -979,74 +1066,17 @@ class Always(Struct, frozen=True):
     given: float  # Unix time
 
 
-class ModelInfo(Struct, frozen=True):
-    """A figure of 0 is not known: of a model that another server runs, little is."""
-
-    name: str
-    path: str = ""  # its file; "": it has none on this machine
-    default: bool = False
-    description: str = ""
-    n_params: int = 0
-    n_ctx: int = 0  # tokens per slot
-    n_slots: int = 0
-    n_vocab: int = 0
-    n_embd: int = 0
-    gpu_layers: int = 0
-    chat: bool = False  # has a chat template
-    tools: bool = False  # whose template takes tools
-    loras: list[str] = []  # adapters that a call can name
-    url: str = ""  # where it is served, if it is not on this machine
-    route: list[str] = []  # it is a route: the first of these models that can answers
+# ── tokens of the gateway ─────────────────────────────────────────────────────────────────────────────────
 
 
-class ProcInfo(Struct, frozen=True):
-    """One line of aios-ps. `exit` is None while alive, else as in a shell: 0–255, 128+n for signal n; 124 when a budget
-    ended it."""
+class NewToken(Struct, array_like=True, frozen=True):
+    """Make an agent without a process: programs from outside that have its token are it. The kernel gets the SHA-256
+    of the token and never the token itself."""
 
-    pid: int
-    ppid: int
-    pgid: int
-    ospid: int
-    uid: int
-    stat: str
-    nice: int
-    name: str
-    command: str
-    group: str
-    calls: int
-    prompt_tokens: int
-    cached_tokens: int
-    completion_tokens: int
-    ctx_tokens: int
-    mem_bytes: int
-    cpu_s: float
-    started: float  # Unix time
-    exit: int | None = None
-    system: bool = False
-    ctx_kept: int = 0  # tokens of the context that the core keeps for it …
-    ctx_place: str = ""  # … and where: "slot", "ram" or "disk"
-    restarts: int = 0  # how often it was started again
-    sandbox: str = "none"  # how it is confined
-    cost: str = "0.00"  # what its generations cost, exactly
-    budget: str = ""  # which budget ended it, by its name in aiosd.toml
-    reason: str = ""  # why it ended, where kernel or supervisor know
-    template: str = ""  # the name of the template that it was forked from; "": of none
-    ended: float | None = None  # Unix time
-
-
-class Waited(Struct, array_like=True, frozen=True):
-    """`status` as from os.waitstatus_to_exitcode: the exit code, or -n for signal n. pid 0: none yet."""
-
-    pid: int
-    status: int
-    budget: str = ""  # which budget ended it, by its name in aiosd.toml; "": none
-    reason: str = ""  # why it ended, in a sentence of the kernel or the supervisor; "" when it ended by itself
-
-
-class Spawned(Struct, array_like=True, frozen=True):
-    pid: int
-    log: str = ""  # path of the agent's log when detached
-    sandbox: str = "none"  # the level in which it is confined
+    name: Name
+    hash: Annotated[bytes, Meta(min_length=32, max_length=32)]
+    group: Name | None = None
+    limits: Limits = Limits()  # of kinds that need no process
 
 
 class TokenInfo(Struct, frozen=True):
@@ -1068,9 +1098,18 @@ class TokenList(Struct, frozen=True):
     tokens: list[TokenInfo]
 
 
-class Received(Struct, array_like=True, frozen=True):
-    sender: int
-    obj: Raw
+# ── codec ─────────────────────────────────────────────────────────────────────────────────────────────────
+
+_encoder = msgpack.Encoder()
+encode = _encoder.encode
+decode_request = msgpack.Decoder(Request).decode
+decode_reply = msgpack.Decoder(Reply).decode
+decode_args: dict[int, Callable[[Any], Any]] = {}  # by number: what decodes the arguments of that call
+
+
+def raw(obj: Any) -> Raw:
+    """Encode `obj` to be embedded in a Request or a Reply."""
+    return Raw(_encoder.encode(obj))
 
 
 # ── the table ─────────────────────────────────────────────────────────────────────────────────────────────
@@ -1118,14 +1157,6 @@ def add(*rows: Row) -> None:
 def call_name(number: int) -> str:
     return Sys(number).name.lower() if number in Sys._value2member_map_ else str(number)
 
-
-# ── codec ─────────────────────────────────────────────────────────────────────────────────────────────────
-
-_encoder = msgpack.Encoder()
-encode = _encoder.encode
-decode_request = msgpack.Decoder(Request).decode
-decode_reply = msgpack.Decoder(Reply).decode
-decode_args: dict[int, Callable[[Any], Any]] = {}  # by number: what decodes the arguments of that call
 
 _ONCE, _NEVER = Again.ONCE, Again.NEVER
 add(
@@ -1200,6 +1231,21 @@ add(
 )
 
 
+# ── errors ────────────────────────────────────────────────────────────────────────────────────────────────
+
+
+def error(code: int, message: str) -> OSError:
+    """An OSError that prints as `[Errno N] message`; Python picks the subclass by the number."""
+    return OSError(code, message)
+
+
+def errno_name(code: int) -> str:
+    return errno.errorcode.get(code, str(code))
+
+
+# ── texts as Linux has them ───────────────────────────────────────────────────────────────────────────────
+
+
 def os_text(value: str | bytes | os.PathLike[str]) -> str:
     """What Linux takes as bytes (an argument, a variable, a path) as text that a message can carry. Bytes that are no
     UTF-8 become a NUL, which no such text can hold, and behind it each byte as the character of that number."""
@@ -1227,17 +1273,3 @@ def os_str(text: str) -> str:
 def os_shown(text: str) -> str:
     """The same for people: what is no UTF-8 as `\\xff`."""
     return os_bytes(text).decode("utf-8", "backslashreplace") if text[:1] == "\0" else text
-
-
-def raw(obj: Any) -> Raw:
-    """Encode `obj` to be embedded in a Request or a Reply."""
-    return Raw(_encoder.encode(obj))
-
-
-def error(code: int, message: str) -> OSError:
-    """An OSError that prints as `[Errno N] message`; Python picks the subclass by the number."""
-    return OSError(code, message)
-
-
-def errno_name(code: int) -> str:
-    return errno.errorcode.get(code, str(code))

@@ -13,7 +13,7 @@ from msgspec import Raw
 
 from aiosd.kernel import books, ledger
 from aiosd.kernel.budget import Budget
-from aiosd.kernel.generation import Generation
+from aiosd.kernel.generation import OpenGeneration
 from aiosd.kernel.mail import Mailbox, Message
 from aiosd.kernel.peer import Call, ClientPeer
 from aiosd.kernel.peers import Peers
@@ -35,7 +35,7 @@ def kernel() -> Any:
     peer.id = -1
     peers = Peers()
     peers.add(peer)
-    generation = Generation(wire.Generate(prompt="x"), "nano", wire.Progress([1, 2, 3]), used=5, prompt_tokens=4)
+    generation = OpenGeneration(wire.Generate(prompt="x"), "nano", wire.Progress([1, 2, 3]), used=5, prompt_tokens=4)
     generation.cached_tokens, generation.completion_tokens = 2, 3
     call = Call(peer, 1, wire.TABLE[wire.Sys.GENERATE], size=10, generation=generation)
     peer.calls[1] = call

@@ -11,13 +11,13 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from aiosd.budgets.limits import GroupLimits
 from aiosd.ipc.link import Share
 from aiosd.kernel.budget import FIRST_GROUP, Budget, Budgets, Stage, charge, sentence, settle, take, tokens_left
 from aiosd.kernel.charges import check_open
 from aiosd.kernel.enforce import Enforcer
 from aiosd.kernel.ledger import COUNTED, Ledger
 from aiosd.kernel.proc import Proc, ProcTable
-from aiosd.limits import GroupLimits
 from aiosd.timers import Timers
 from libaios.wire import Limits
 

@@ -16,9 +16,9 @@ import click
 import msgspec
 import pytest
 
-from aiosd import autostart, config
+from aiosd import config
 from aiosd.commands import MODULES, cli, edge, summary
-from aiosd.config import keys
+from aiosd.config import autostart, keys
 from aiosd.errors import UsageError
 from aiosd.llm import policy
 from libaios import wire

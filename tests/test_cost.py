@@ -16,10 +16,11 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from aiosd import config, price
+from aiosd import config
+from aiosd.budgets import price
+from aiosd.budgets.price import Price
 from aiosd.errors import UsageError
 from aiosd.ipc import link
-from aiosd.price import Price
 from aiosd.units import MONEY, format_money, parse_money
 from libaios.home import Home
 from libaios.wire import Sampling

@@ -9,7 +9,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from aiosd.cputime import CpuMeter, Used
+from aiosd.budgets.cputime import CpuMeter, Used
 
 
 @dataclass(eq=False)

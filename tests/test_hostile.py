@@ -34,7 +34,7 @@ from aiosd.kernel import control
 from aiosd.kernel.calls import OPEN_BYTES, OPEN_BYTES_ALL, Calls
 from aiosd.kernel.cores import Core
 from aiosd.kernel.events import TURN_S, Events, Turn
-from aiosd.kernel.generation import Generation
+from aiosd.kernel.generation import OpenGeneration
 from aiosd.kernel.journal import COMPACT_BYTES, REMEMBER_BYTES, Journal
 from aiosd.kernel.peer import (
     ASSEMBLY_MAX,
@@ -424,7 +424,7 @@ def core_of(heard: Any) -> Core:
     )
 
 
-def call_of(number: int, sys: int, generation: Generation | None = None) -> Call:
+def call_of(number: int, sys: int, generation: OpenGeneration | None = None) -> Call:
     return Call(Peer(7, None), number, wire.TABLE[sys], generation=generation)
 
 
@@ -444,7 +444,7 @@ def test_what_a_core_sends_of_an_id_that_is_in_use_again_is_for_calls_of_its_kin
         return list(heard.names)
 
     assert sent(call_of(1, Sys.TOKENIZE), step, finished, answered) == ["finish tokenize"]
-    generate = call_of(1, Sys.GENERATE, Generation(wire.Generate(), "nano", wire.Progress()))
+    generate = call_of(1, Sys.GENERATE, OpenGeneration(wire.Generate(), "nano", wire.Progress()))
     assert sent(generate, answered, finished) == ["on_finished generate"]
     assert (7, 1) not in core.calls
     core.on_message(step)
@@ -465,8 +465,8 @@ def test_a_call_that_costs_core_after_core_is_given_up() -> None:
     """A generation that was running twice; another call, which may not have begun, a few times more."""
     failed: list[int] = []
     core = core_of(failing(failed))
-    running = call_of(1, Sys.GENERATE, Generation(wire.Generate(), "nano", wire.Progress(), started=True))
-    waiting = call_of(2, Sys.GENERATE, Generation(wire.Generate(), "nano", wire.Progress()))
+    running = call_of(1, Sys.GENERATE, OpenGeneration(wire.Generate(), "nano", wire.Progress(), started=True))
+    waiting = call_of(2, Sys.GENERATE, OpenGeneration(wire.Generate(), "nano", wire.Progress()))
     embed = call_of(3, Sys.EMBED)
     for call in (running, waiting, embed):
         core.calls[call.key] = Open(call, link.CancelCall(call.key))
@@ -487,8 +487,8 @@ def test_the_call_that_a_core_works_on_alone_is_blamed_alone() -> None:
     """Its template, its schema or its text ends the core before it has a slot: its neighbours go on."""
     failed: list[int] = []
     core = core_of(failing(failed))
-    neighbour = call_of(1, Sys.GENERATE, Generation(wire.Generate(), "nano", wire.Progress()))
-    guilty = call_of(2, Sys.GENERATE, Generation(wire.Generate(), "nano", wire.Progress()))
+    neighbour = call_of(1, Sys.GENERATE, OpenGeneration(wire.Generate(), "nano", wire.Progress()))
+    guilty = call_of(2, Sys.GENERATE, OpenGeneration(wire.Generate(), "nano", wire.Progress()))
     for call in (neighbour, guilty):
         core.calls[call.key] = Open(call, link.CancelCall(call.key))
     for _ in range(4):

@@ -22,11 +22,12 @@ FLOORS: list[list[str]] = [
     ["aiosd.init"],
     ["aiosd.birth"],
     ["aiosd.kernel", "aiosd.llm", "aiosd.store", "aiosd.tools", "aiosd.gateway", "aiosd.net"],
-    ["aiosd"],  # config, link, errors and the other small things that any part may use
+    ["aiosd"],  # config, ipc, logs and the other small things that any part may use
+    ["aiosd.init.restart"],  # a policy that settings, kernel and supervisor share
     ["aiosd.models"],  # which models there are: settings name them
     ["aiosd.llm.modelfile"],
     ["aiosd.llm.spec", "aiosd.tools.spec", "aiosd.errors", "aiosd.nano"],  # what a model is described by
-    ["aiosd.price"],
+    ["aiosd.budgets.price"],
     ["aiosd.units"],
     ["libaios"],
 ]
@@ -102,6 +103,12 @@ def test_imports_run_downwards_only() -> None:
         if its_floor < floor or (its_floor == floor and its_room != room):
             wrong.append(f"{importer} imports {imported}")
     assert wrong == []
+
+
+def test_the_listing_draws_the_picture() -> None:
+    """What lies in no room is what any of them may use."""
+    loose = {path.name for path in (ROOT / "aiosd").iterdir() if path.is_file()} - {"__init__.py", "py.typed"}
+    assert loose == {"errors.py", "procfs.py", "timers.py", "units.py"}
 
 
 def circles(package: str) -> list[list[str]]:

@@ -7,7 +7,7 @@ from collections.abc import Callable
 
 import pytest
 
-from aiosd import limits
+from aiosd.budgets import limits
 from aiosd.config import Settings
 from aiosd.errors import UsageError
 from libaios.wire import Limits

@@ -16,6 +16,7 @@ import msgspec
 import numpy as np
 import pytest
 
+from aiosd.budgets.price import FREE, Price
 from aiosd.errors import Bug
 from aiosd.ipc.link import Failed, Finished, Step, Submit
 from aiosd.llm import engine as engine_module
@@ -26,7 +27,6 @@ from aiosd.llm.sampling import Drawer
 from aiosd.llm.sequence import Phase
 from aiosd.llm.spec import ModelSpec
 from aiosd.llm.text import TextStream
-from aiosd.price import FREE, Price
 from libaios.parts import Splitter
 from libaios.wire import Generate, Sampling
 from tests import tinymodels

@@ -17,7 +17,7 @@ from msgspec.structs import replace
 
 from aiosd.ipc.link import Delta, Finished, Step, Submit
 from aiosd.kernel.cores import Core
-from aiosd.kernel.generation import Generation
+from aiosd.kernel.generation import OpenGeneration
 from aiosd.kernel.generations import Generations
 from aiosd.kernel.service import Open
 from aiosd.llm import llama, loading
@@ -114,7 +114,7 @@ def test_mirostat_goes_on_after_a_death_as_if_there_had_been_none(bench: Bench, 
 def test_the_kernel_gives_a_new_core_mirostats_state() -> None:
     request = Generate(prompt=[1], sampling=Sampling(mirostat=2))
     peer = SimpleNamespace(proc=None)
-    call: Any = SimpleNamespace(key=(1, 1), peer=peer, generation=Generation(request, "m", Progress()))
+    call: Any = SimpleNamespace(key=(1, 1), peer=peer, generation=OpenGeneration(request, "m", Progress()))
     kernel: Any = SimpleNamespace(_count_completion=lambda *_: None)
     Generations.on_delta(kernel, call, Delta((1, 1), 0, [5, 6], "ab", mu=3.5))
     kernel.call_budget, kernel.money_left = lambda call: (0, "g", None), lambda call: None

@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 
 from aiosd import procfs
+from aiosd.budgets.limits import most_processes
 from aiosd.kernel import diskwatch, forks, measure
 from aiosd.kernel.budget import Budget
 from aiosd.kernel.diskwatch import DiskWatch, held, size_of
@@ -17,7 +18,6 @@ from aiosd.kernel.forks import MORE, Forks
 from aiosd.kernel.ledger import CPU_US
 from aiosd.kernel.measure import Measure
 from aiosd.kernel.proc import Proc, ProcTable
-from aiosd.limits import most_processes
 from aiosd.procfs import Stat
 from aiosd.sandbox.box import Box
 from aiosd.timers import Timers

@@ -8,7 +8,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from aiosd.restart import HEALTHY_S, LONGEST_WAIT_S, Policy, Restarts, When, parse
+from aiosd.init.restart import HEALTHY_S, LONGEST_WAIT_S, Policy, Restarts, When, parse
 
 
 @pytest.mark.parametrize(

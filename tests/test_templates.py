@@ -16,7 +16,7 @@ from typing import Any
 import psutil
 import pytest
 
-from aiosd import autostart
+from aiosd.config import autostart
 from aiosd.sandbox.box import LEVELS
 from libaios import wire
 from libaios.client import Client

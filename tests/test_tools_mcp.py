@@ -170,7 +170,7 @@ def test_how_a_server_is_confined(tmp_path: Path) -> None:
     given = box(write=[str(tmp_path)[:-1] + "/../" + tmp_path.name + "/out"], net="none")
     assert given.read == [str(tmp_path / "env"), str(script)], "of the home a file alone, of aiosd's data nothing"
     assert (given.net, given.workspace) == ("none", str(data / "servers" / "it"))
-    for path in (data, home, data / "work"):
+    for path in (data, home, data / "tools"):
         with pytest.raises(OSError, match="aiosd's own data"):
             box(read=[str(path)])
     weak, strict = House("flat", False, "", ""), House("cage", True, "", "")

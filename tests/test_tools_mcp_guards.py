@@ -230,7 +230,7 @@ def what_is_too_much_costs_its_call(client: Client) -> None:
 
 
 def a_server_reaches_what_it_was_given(client: Client, home: Path) -> None:
-    (work := home / "data" / "work" / "agent-7").mkdir(parents=True)
+    (work := home / "data" / "tools" / "agent-7").mkdir(parents=True)
     secrets = [str(work), str(home / "data" / "store"), os.path.expanduser("~/.cache")]
     found = call(client, "odd__reach", paths=[*secrets, os.path.dirname(os.__file__)]).split(";")
     assert set(found[:3]) <= {"PermissionError", "FileNotFoundError"}

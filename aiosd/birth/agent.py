@@ -43,9 +43,9 @@ from aiosd.birth.fork import (
     write_proc,
 )
 from aiosd.birth.report import Report
+from aiosd.budgets.limits import bounds
 from aiosd.ipc import letter, link
 from aiosd.ipc.letter import Letter
-from aiosd.limits import bounds
 from libaios import wire
 
 NAMES = 64  # arguments of which a path over a link is found in the cage

@@ -16,8 +16,8 @@ import msgspec
 
 from aiosd.birth import fork, gates
 from aiosd.birth.report import Report
+from aiosd.budgets.limits import most_processes
 from aiosd.ipc.letter import Letter
-from aiosd.limits import most_processes
 from aiosd.sandbox import cage, confine, filter, hosts, places, plan, probe
 from aiosd.sandbox.box import Box
 from aiosd.sandbox.probe import Offer

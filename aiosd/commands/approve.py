@@ -18,7 +18,7 @@ import click
 from aiosd.commands import asks, edge
 from libaios.client import Client
 from libaios.connection import Pending, decode_body
-from libaios.wire import Always, AnswerAsk, Asked, NoArgs, RevokeAlways, RulesInForce, Sys, WatchAsks
+from libaios.wire import Always, AnswerAsk, Asked, AskState, NoArgs, RevokeAlways, RulesInForce, Sys, WatchAsks
 
 EXAMPLES = """
   aios-approve                  what is asked now
@@ -203,15 +203,15 @@ class _Follow:
 
     def _came(self, asked: Asked) -> None:
         known = self._open.pop(asked.id, None)
-        if asked.state == "open":
+        if asked.state is AskState.OPEN:
             self._open[asked.id] = asked
-        if known is not None and asked.state == "open":
+        if known is not None and asked.state is AskState.OPEN:
             return  # a new kernel sends it once more
         if self._as_json:
             _print_json(asked, in_a_line=True)
         elif not self._interactive:
-            print("\n".join(asks.lines(asked, self._full)) if asked.state == "open" else _end(asked), flush=True)
-        elif asked.state != "open" and self._current == asked.id:
+            print("\n".join(asks.lines(asked, self._full)) if asked.state is AskState.OPEN else _end(asked), flush=True)
+        elif asked.state is not AskState.OPEN and self._current == asked.id:
             self._current = ""
             print(f"\n{_end(asked)}", flush=True)
 
@@ -251,7 +251,7 @@ class _Follow:
 
 
 def _end(asked: Asked) -> str:
-    return edge.printable(f"{asked.id}  {'not asked any more' if asked.state == 'gone' else asked.state}")
+    return edge.printable(f"{asked.id}  {'not asked any more' if asked.state is AskState.GONE else asked.state}")
 
 
 # ── tables ────────────────────────────────────────────────────────────────────────────────────────────────

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 
 from aiosd.commands.edge import printable
 from aiosd.units import format_duration
-from libaios.wire import Asked, Sys, WatchAsks
+from libaios.wire import Asked, AskState, Sys, WatchAsks
 
 if TYPE_CHECKING:
     from libaios.client import Client
@@ -79,7 +79,7 @@ def notices(call: Pending | None) -> list[str]:
     found = []
     while call is not None and call.pieces:
         asked = call.pieces.popleft()
-        if isinstance(asked, Asked) and asked.state == "open":
+        if isinstance(asked, Asked) and asked.state is AskState.OPEN:
             words = printable(f"agent {asked.pid} ({asked.name}) needs your approval: {in_short(asked)}")
             found.append(f"{words}; answer it in another terminal: aios-approve {asked.id}")
     return found

@@ -28,9 +28,9 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from aiosd import agentlog
 from aiosd.commands import agents, asks, detachkeys, edge
 from aiosd.commands.wait import UNKNOWN, exit_code
+from aiosd.logs import agentlog
 from libaios.client import Client, NoKernel
 from libaios.connection import Pending, decode_body
 from libaios.wire import Kill, PidArgs, Sys, Wait, Waited, WatchAsks

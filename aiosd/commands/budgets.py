@@ -8,7 +8,7 @@ from typing import Any
 
 import click
 
-from aiosd import limits
+from aiosd.budgets import limits
 from aiosd.commands import edge
 from aiosd.units import parse_duration
 from libaios.wire import Limits

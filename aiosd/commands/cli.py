@@ -24,10 +24,11 @@ from typing import TYPE_CHECKING, Any, ClassVar, NoReturn
 
 import click
 
-from aiosd import apart, config
+from aiosd import config
 from aiosd.commands import edge
 from aiosd.config import keys
 from aiosd.errors import AiosdError, WorldError
+from aiosd.init import apart
 from libaios.client import Home, NoKernel
 from libaios.wire import ENV_HOME, NoArgs, Set, Status, Sys
 

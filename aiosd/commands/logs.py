@@ -8,7 +8,7 @@
     planner[7] | step 4 of 4
     worker[8]  | waiting
 
-`aiosd.agentlog` knows of which files a log consists, and how to read it while the kernel shortens it. Of agents of
+`aiosd.logs.agentlog` knows of which files a log consists, and how to read it while the kernel shortens it. Of agents of
 earlier boots only these files are left; where no aiosd runs, that is true of all agents.
 """
 
@@ -25,8 +25,8 @@ from typing import Any
 
 import click
 
-from aiosd import agentlog
 from aiosd.commands import agents, edge
+from aiosd.logs import agentlog
 from aiosd.units import parse_duration
 from libaios.client import Client, NoKernel
 from libaios.home import Home

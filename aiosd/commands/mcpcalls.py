@@ -11,8 +11,8 @@ from typing import Annotated, Any, Literal
 import msgspec
 from msgspec import Meta
 
-from aiosd import agentlog
-from aiosd.agentlog import BLOCK
+from aiosd.logs import agentlog
+from aiosd.logs.agentlog import BLOCK
 from libaios import aio, wire
 from libaios.agent import connection
 from libaios.tool import define

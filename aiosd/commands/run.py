@@ -33,7 +33,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from aiosd import limits
+from aiosd.budgets import limits
 from aiosd.commands import asks, budgets, edge, unseen
 from aiosd.commands.wait import exit_code
 from aiosd.sandbox import hosts

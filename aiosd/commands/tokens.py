@@ -20,7 +20,7 @@ import sys
 import click
 from msgspec.structs import replace
 
-from aiosd import limits
+from aiosd.budgets import limits
 from aiosd.commands import budgets, edge
 from libaios.client import Client
 from libaios.wire import Kill, NewToken, NoArgs, Spawned, Sys, TokenInfo, TokenList

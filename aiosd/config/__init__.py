@@ -29,21 +29,22 @@
     [mcpServers.git]                        tools of an MCP server, as other programs configure them
     command = "mcp-server-git"
 
-    [[agent]]                               starts with the system; see aiosd.autostart
+    [[agent]]                               starts with the system; see aiosd.config.autostart
     file = "agents/planner.py"
 
     [[group]]                               how its agents are confined; see aiosd.sandbox.boxgroups
     name = "web"
     sandbox = "flat"
-    tokens = 1000000                        what they may use together, see aiosd.limits,
+    tokens = 1000000                        what they may use together, see aiosd.budgets.limits,
     each = { time = "10m" }                 … and what each may that a person starts
 
 An unknown key is an error with its place, not silently ignored.
 
-keys.py     the only list of settings; file, environment and command line are all read with it
-values.py   readers of single settings
-file.py     aiosd.toml, table by table
-models.py   which models there are, and with which options
+keys.py       the only list of settings; file, environment and command line are all read with it
+values.py     readers of single settings
+file.py       aiosd.toml, table by table
+models.py     which models there are, and with which options
+autostart.py  agents that start with the system
 """
 
 from __future__ import annotations
@@ -55,9 +56,10 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from aiosd import limits
 from aiosd.access.rules import Policy
-from aiosd.autostart import AgentSpec
+from aiosd.budgets import limits
+from aiosd.budgets.limits import GroupLimits
+from aiosd.config.autostart import AgentSpec
 from aiosd.config.keys import BY_NAME, ENV_PREFIX, KEYS, LIVE, PER_MODEL
 from aiosd.config.values import DEFAULT_QUANTUM
 from aiosd.errors import AiosdError, UsageError
@@ -65,7 +67,6 @@ from aiosd.ipc import sealed
 from aiosd.ipc.endpoint import Endpoint
 from aiosd.ipc.link import Schedule
 from aiosd.ipc.passage import Passages
-from aiosd.limits import GroupLimits
 from aiosd.llm.spec import ModelSpec
 from aiosd.sandbox.box import LEVELS, STRICT, Rules
 from aiosd.tools.spec import McpServer

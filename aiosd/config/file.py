@@ -8,10 +8,11 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from aiosd import autostart, limits
 from aiosd.access import table as access_table
 from aiosd.access.rules import Policy
-from aiosd.autostart import AgentSpec
+from aiosd.budgets import limits
+from aiosd.config import autostart
+from aiosd.config.autostart import AgentSpec
 from aiosd.config.keys import KEYS
 from aiosd.config.values import text as any_name
 from aiosd.errors import UsageError, WorldError

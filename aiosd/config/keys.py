@@ -6,7 +6,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
-from aiosd import limits, price
+from aiosd.budgets import limits, price
 from aiosd.config.values import (
     DEFAULT_QUANTUM,
     any_text,

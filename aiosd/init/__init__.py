@@ -11,6 +11,8 @@ orphans.py     processes that a dead agent has left behind
 signals.py     who has sent us a signal, and whether it is obeyed
 services.py    which services a system has
 environment.py the environment in which aiosd was started, out of the agents' sight
+restart.py     when an agent that has ended is started again (pure; kernel and settings use it too)
+apart.py       reading the settings in a process of its own, of which nothing stays in the supervisor
 records.py     what the supervisor remembers, and a new kernel inherits
 pids.py        pids that are never used twice
 notify.py      readiness and stopping, for systemd and for the process that started us in the background

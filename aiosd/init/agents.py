@@ -17,9 +17,9 @@ import time
 from collections.abc import MutableMapping
 from typing import Any
 
-from aiosd import restart
 from aiosd.birth import fork, spares
 from aiosd.errors import Bug
+from aiosd.init import restart
 from aiosd.init.births import Birth, Births
 from aiosd.init.kernellink import KernelLink
 from aiosd.init.orphans import Orphans

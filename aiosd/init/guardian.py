@@ -20,13 +20,14 @@ import stat
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from aiosd import log, procfs, restart
+from aiosd import procfs
 from aiosd.birth import fork
 from aiosd.errors import UsageError, WorldError
-from aiosd.init import signals
+from aiosd.init import restart, signals
 from aiosd.init.sweep import sweep
 from aiosd.ipc import endpoint, passage
 from aiosd.ipc.heartbeat import BEAT_S, HANG_S, Heart
+from aiosd.logs import processlog
 
 if TYPE_CHECKING:
     from aiosd.config import Settings
@@ -46,7 +47,7 @@ def main(settings: Settings) -> int:
     settings = dataclasses.replace(settings, door=endpoint.listen(settings.gateway), passages=passage.make())
     _raise_nofile()
     fork.prctl(fork.PR_SET_CHILD_SUBREAPER, 1)
-    log.setup("guardian", settings.log_level)
+    processlog.setup("guardian", settings.log_level)
     signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGCHLD, *FORWARDED})
     heart = Heart()
     supervisor = _fork_supervisor(settings, listener, heart.write)

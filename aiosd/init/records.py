@@ -11,11 +11,11 @@ from collections.abc import Hashable
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Generic, TypeVar
 
+from aiosd.init.restart import Restarts
 from aiosd.ipc import link
 from aiosd.ipc.heartbeat import Heart
 from aiosd.ipc.link import Key, ServerShown, TemplateShown
 from aiosd.ipc.service import Service
-from aiosd.restart import Restarts
 from aiosd.sandbox.probe import Offer
 from aiosd.timers import Cancellable
 

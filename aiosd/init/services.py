@@ -51,7 +51,7 @@ def of(settings: Settings, servers: int) -> list[Service]:
         entry="aiosd.tools.main:main",
         confines=True,
         argument=ToolboxSpec(
-            str(settings.home.data / "work"), settings.tools, settings.tool_workers, settings.sealed, servers
+            str(settings.home.data / "tools"), settings.tools, settings.tool_workers, settings.sealed, servers
         ),
         keep=(settings.sealed, servers),
     )

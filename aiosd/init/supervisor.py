@@ -29,11 +29,11 @@ import time
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
-from aiosd import apart, log, procfs, restart
+from aiosd import procfs
 from aiosd.birth import confinement, fork, gates, modules
 from aiosd.birth.server import House
 from aiosd.birth.spares import Spares
-from aiosd.init import environment, notify, services
+from aiosd.init import apart, environment, notify, restart, services
 from aiosd.init.agents import Agents
 from aiosd.init.kernellink import KernelLink
 from aiosd.init.orphans import Orphans
@@ -47,6 +47,7 @@ from aiosd.init.templates import Template, Templates
 from aiosd.ipc import link
 from aiosd.ipc.heartbeat import BEAT_S, Heart, Rounds, beat, beat_in_background
 from aiosd.ipc.service import Service, Stopped
+from aiosd.logs import processlog
 from aiosd.sandbox import cage
 from aiosd.sandbox.box import LEVELS
 from aiosd.sandbox.probe import Offer
@@ -246,7 +247,7 @@ class Supervisor:
         else:
             waiting = ", ".join(report["after_restart"])
             logger.info("settings read again%s", f"; after a restart: {waiting}" if waiting else "")
-        log.set_level(self.settings.log_level)
+        processlog.set_level(self.settings.log_level)
         self.link.send(
             link.Reread(self.settings.log_level, self.settings.schedule(), self.settings.access, dict(report))
         )
@@ -363,7 +364,7 @@ class Supervisor:
             fork.keep_only((process.memfd, process.own_bell, heart.write, *process.service.keep, *cage_fds))
             rounds = Rounds()
             beat_in_background(heart.write, rounds)
-            log.setup(_title(process), self.settings.log_level)
+            processlog.setup(_title(process), self.settings.log_level)
             return process.service.main(Channel(process.memfd, process.own_bell, Side.KERNEL), rounds)
 
         return fork.fork(child)
@@ -437,7 +438,7 @@ class Supervisor:
         from aiosd.config import change
 
         self.settings = change(self.settings, message.name, message.value)
-        log.set_level(self.settings.log_level)
+        processlog.set_level(self.settings.log_level)
 
     # ── children ──────────────────────────────────────────────────────────────────────────────────────────
 
@@ -582,7 +583,7 @@ def main(settings: Settings, listener: socket.socket, guardian: int, heartbeat: 
     os.setsid()  # so that the terminal's signals go to the guardian alone
     fork.name_process("aios:supervisor")
     fork.prctl(fork.PR_SET_CHILD_SUBREAPER, 1)
-    log.setup("supervisor", settings.log_level)
+    processlog.setup("supervisor", settings.log_level)
     supervisor = Supervisor(settings, listener, guardian, heartbeat)
     fork.die_with_parent(guardian, GUARDIAN_DIED)
     return supervisor.run()

@@ -19,7 +19,7 @@ from msgspec import Raw, Struct, msgpack
 
 from aiosd.access.deed import Deed
 from aiosd.access.rules import Policy
-from aiosd.price import Price
+from aiosd.budgets.price import Price
 from libaios.wire import Generate, Limits, Logprobs, Template, ToolCall, Usage
 
 Key = tuple[int, int]  # (peer: agent pid, or -client id; call id)
@@ -447,7 +447,7 @@ class Fork(Struct, array_like=True, frozen=True, tag=True):
     named: bool = False  # the name was given, not made from the program's
     shares: list[Share] = []
     client: tuple[int, int] = (0, 0)  # the process that it is attached to: Linux pid and start time
-    restart: str = "no"  # see aiosd.restart
+    restart: str = "no"  # see aiosd.init.restart
     token: bytes = b""  # the hash of its token for the gateway, see kernel.tokens
     sandbox: str = "none"  # its level; the rest of its box is in the letter
     program: bytes = b""  # the hash of its path, if a person has started it,

@@ -14,7 +14,7 @@ from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from aiosd.autostart import AgentSpec
+    from aiosd.config.autostart import AgentSpec
     from aiosd.tools.spec import McpServer
 
 

@@ -14,7 +14,8 @@ from collections.abc import Callable, Container, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-from aiosd import autostart, procfs
+from aiosd import procfs
+from aiosd.config import autostart
 from aiosd.ipc import letter, link
 from aiosd.ipc.letter import Letter
 from aiosd.kernel import ledger, spawning
@@ -40,7 +41,7 @@ from libaios.channel import Channel, Side
 from libaios.ring import ProtocolError
 
 if TYPE_CHECKING:
-    from aiosd.autostart import AgentSpec
+    from aiosd.config.autostart import AgentSpec
     from aiosd.init.records import Agent
 
 logger = logging.getLogger("kernel")

@@ -125,7 +125,7 @@ class Approvals:
             raise wire.error(errno.EPERM, self._unheard(ask))
         if self._asks.setdefault(ask.shown.id, ask) is not ask:
             raise wire.error(errno.EAGAIN, f"{deed.shown}: another ask has its name")
-        call.forget = lambda: self._over(ask, "gone")
+        call.forget = lambda: self._over(ask, wire.AskState.GONE)
         self._note("asked", proc, deed, rule=rule, ask=ask.shown.id)
         self._set_clock(ask, wait_s)
         self._tell(ask)
@@ -193,7 +193,7 @@ class Approvals:
 
     def _unheard_of(self, ask: _Ask) -> None:
         self.denied(ask.proc, ask.deed, ask.shown.rule, why="nobody listens", ask=ask.shown.id)
-        self._close(ask, "denied")
+        self._close(ask, wire.AskState.DENIED)
         self._calls.fail(ask.call, errno.EPERM, self._unheard(ask))
 
     @staticmethod
@@ -217,8 +217,9 @@ class Approvals:
             proc = ask.proc
             entry = self.always.add(subject_of(proc), ask.deed, f"{proc.name}({proc.pid})", time.time())
             by["always"] = str(entry.number)
-        self._note("allowed" if args.allow else "denied", ask.proc, ask.deed, **by)
-        self._close(ask, "allowed" if args.allow else "denied")
+        state = wire.AskState.ALLOWED if args.allow else wire.AskState.DENIED
+        self._note(state, ask.proc, ask.deed, **by)
+        self._close(ask, state)
         if args.allow:
             ask.go_on()
         else:
@@ -234,17 +235,17 @@ class Approvals:
 
     # ── the end of an ask ─────────────────────────────────────────────────────────────────────────────────
 
-    def _close(self, ask: _Ask, state: str) -> None:
+    def _close(self, ask: _Ask, state: wire.AskState) -> None:
         """It was answered; its call goes on, or is failed by the caller."""
         ask.call.forget = None
         self._over(ask, state)
 
-    def _over(self, ask: _Ask, state: str) -> None:
+    def _over(self, ask: _Ask, state: wire.AskState) -> None:
         self._set_clock(ask, None)
         self._asks.pop(ask.shown.id, None)
         ask.shown = msgspec.structs.replace(ask.shown, state=state)
-        if state == "gone":
-            self._note("gone", ask.proc, ask.deed, ask=ask.shown.id)
+        if state is wire.AskState.GONE:
+            self._note(state, ask.proc, ask.deed, ask=ask.shown.id)
         self._tell(ask)
 
     # ── what is shown ─────────────────────────────────────────────────────────────────────────────────────

@@ -16,7 +16,7 @@ from aiosd.ipc.service import TOOLBOX
 from aiosd.kernel import ledger
 from aiosd.kernel.budget import Budgets
 from aiosd.kernel.calls import Calls
-from aiosd.kernel.generation import Generation
+from aiosd.kernel.generation import OpenGeneration
 from aiosd.kernel.ledger import Ledger
 from aiosd.kernel.mail import Mail
 from aiosd.kernel.peer import AgentPeer, Peer
@@ -167,7 +167,7 @@ def processors(books: Books) -> Iterator[str]:
                 yield f"agent {proc.pid}: its calls of tools hold {proc.tools_bytes} bytes, and none runs"
 
 
-def _generations(books: Books, proc: Proc) -> list[Generation]:
+def _generations(books: Books, proc: Proc) -> list[OpenGeneration]:
     return [call.generation for call in books.peers.calls_of(proc) if call.generation is not None]
 
 

@@ -1,4 +1,4 @@
-"""Budgets: what an agent may use, all that it starts included (`aiosd.limits` has the kinds).
+"""Budgets: what an agent may use, all that it starts included (`aiosd.budgets.limits` has the kinds).
 
 A budget belongs to the agent that it was given to (its owner), or to a group, and is shared by all that the owner
 starts, directly or not, or by all agents of the group. It lasts as long as any agent that shares it, whether or not the
@@ -21,7 +21,8 @@ import enum
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 
-from aiosd import limits as kinds
+from aiosd.budgets import limits as kinds
+from aiosd.budgets.limits import GroupLimits
 from aiosd.ipc import link
 from aiosd.kernel.ledger import (
     CHARGED,
@@ -37,7 +38,6 @@ from aiosd.kernel.ledger import (
     Row,
     loose_row,
 )
-from aiosd.limits import GroupLimits
 from aiosd.timers import Timer, Timers
 from libaios.wire import Limits
 

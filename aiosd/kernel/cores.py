@@ -18,11 +18,11 @@ from typing import Protocol
 
 import msgspec
 
+from aiosd.budgets.price import Price
 from aiosd.ipc import link
 from aiosd.kernel.budget import purses
 from aiosd.kernel.peer import Call
 from aiosd.kernel.service import POISON_DEATHS, POISON_OTHERS, Open, Service, State
-from aiosd.price import Price
 from libaios import wire
 
 

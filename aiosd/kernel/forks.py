@@ -14,8 +14,8 @@ import os
 from collections.abc import Callable, Iterator
 
 from aiosd import procfs
+from aiosd.budgets.limits import most_processes
 from aiosd.kernel.proc import Proc, ProcTable
-from aiosd.limits import most_processes
 
 MORE = 128
 

@@ -9,7 +9,7 @@ from libaios import wire
 
 
 @dataclass(slots=True, eq=False)
-class Generation:
+class OpenGeneration:
     request: wire.Generate
     model: str
     progress: wire.Progress  # all that was given out, `request.given` included

@@ -15,6 +15,7 @@ import os
 from collections.abc import Callable
 from typing import Any
 
+from aiosd.budgets.price import FREE, Price
 from aiosd.ipc import link
 from aiosd.kernel import budget as budgets
 from aiosd.kernel import ledger
@@ -22,11 +23,10 @@ from aiosd.kernel.budget import Budget
 from aiosd.kernel.calls import Calls
 from aiosd.kernel.charges import check_open
 from aiosd.kernel.cores import Core, Cores
-from aiosd.kernel.generation import Generation
+from aiosd.kernel.generation import OpenGeneration
 from aiosd.kernel.peer import OUTBOX_PAUSE, OUTBOX_RESUME, Call, Peer
 from aiosd.kernel.proc import Proc, ProcTable
 from aiosd.kernel.routes import Routes
-from aiosd.price import FREE, Price
 from libaios import wire
 from libaios.wire import Sys
 
@@ -77,7 +77,7 @@ class Generations:
         if money is not None:
             self._check_money(call, core, money)
         progress = wire.Progress(args.given)
-        generation = Generation(args, core.model, progress, new_from=len(args.given), route=route)
+        generation = OpenGeneration(args, core.model, progress, new_from=len(args.given), route=route)
         generation.tried.add(core.model)
         generation.others = route is not None and len(route.cores) > 1
         call.generation = generation
@@ -353,7 +353,7 @@ class Generations:
             call.peer.proc.completion_tokens += tokens
         self._count(call, tokens, tokens, self._price(generation).of_completion(tokens))
 
-    def _price(self, generation: Generation) -> Price:
+    def _price(self, generation: OpenGeneration) -> Price:
         return self.cores.by_model[generation.model].price or FREE
 
     def _count(self, call: Call, charged: int, context: int, cost: int) -> None:
@@ -396,7 +396,7 @@ class Generations:
 
     # ── pausing and parking ───────────────────────────────────────────────────────────────────────────────
 
-    def _pause_if_slow(self, call: Call, generation: Generation) -> None:
+    def _pause_if_slow(self, call: Call, generation: OpenGeneration) -> None:
         if call.peer.outbox_bytes > OUTBOX_PAUSE and not generation.paused:
             generation.paused = call.peer.paused = True
             self.cores.by_model[generation.model].pause(call, True)

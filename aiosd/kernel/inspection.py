@@ -6,10 +6,10 @@ import time
 from collections.abc import Sequence
 from typing import Any
 
+from aiosd.budgets.limits import KINDS, SAMPLE_S, Kind
 from aiosd.kernel.budget import Budget
 from aiosd.kernel.peer import AgentPeer, ClientPeer, Peer
 from aiosd.kernel.proc import Proc, shown_exit
-from aiosd.limits import KINDS, SAMPLE_S, Kind
 from aiosd.sandbox.box import Box
 from libaios import wire
 

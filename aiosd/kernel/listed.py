@@ -9,13 +9,13 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING
 
+from aiosd.init.restart import exit_in_words
 from aiosd.ipc.link import Key
 from aiosd.kernel.proc import Proc, ProcTable, State
-from aiosd.restart import exit_in_words
 from aiosd.timers import Timer, Timers
 
 if TYPE_CHECKING:
-    from aiosd.autostart import AgentSpec
+    from aiosd.config.autostart import AgentSpec
 
 OWNER = 0  # of the keys of their spawns, which the system makes itself; no agent and no client has this number
 PATIENCE_S = 1.0  # how long "ready" waits for them

@@ -11,11 +11,12 @@ import errno
 from collections.abc import Callable
 from typing import TYPE_CHECKING
 
-from aiosd import config, log
+from aiosd import config
 from aiosd.access.rules import Policy
 from aiosd.ipc import link
 from aiosd.kernel.cores import Cores
 from aiosd.kernel.uplink import Uplink
+from aiosd.logs import processlog
 from libaios import wire
 
 if TYPE_CHECKING:
@@ -62,6 +63,6 @@ class Live:
 
     def _apply(self, settings: Settings) -> None:
         self.settings = settings
-        log.set_level(settings.log_level)
+        processlog.set_level(settings.log_level)
         for core in self._cores:
             core.send(settings.schedule())

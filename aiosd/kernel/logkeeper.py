@@ -28,7 +28,7 @@ from collections.abc import Callable, Container, Iterable, Iterator
 from functools import partial
 from pathlib import Path
 
-from aiosd.agentlog import RECORD, Index, Record, index_path, read_index, remove, rotated_path
+from aiosd.logs.agentlog import RECORD, Index, Record, index_path, read_index, remove, rotated_path
 
 logger = logging.getLogger("kernel")
 

@@ -18,8 +18,8 @@ import socket
 import sys
 from typing import TYPE_CHECKING
 
-from aiosd import log
 from aiosd.access.rules import Policy
+from aiosd.budgets.price import FREE
 from aiosd.config import agents_of
 from aiosd.errors import WorldError
 from aiosd.ipc import link
@@ -66,7 +66,7 @@ from aiosd.kernel.tokens import Tokens
 from aiosd.kernel.turns import HUNG_UP, Turns
 from aiosd.kernel.uplink import Uplink
 from aiosd.kernel.waiters import Waiters
-from aiosd.price import FREE
+from aiosd.logs import processlog
 from aiosd.timers import Timers
 from libaios import wire
 from libaios.channel import Channel, Side
@@ -490,7 +490,7 @@ def _socket_of(fd: int) -> socket.socket:
 
 def main(born: Inheritance) -> int:
     """Entry of the kernel process, forked by the supervisor."""
-    log.setup("kernel", born.settings.log_level)
+    processlog.setup("kernel", born.settings.log_level)
     for number in (signal.SIGINT, signal.SIGTERM):  # it ends when the supervisor tells it to, or is gone
         signal.signal(number, signal.SIG_IGN)
     try:

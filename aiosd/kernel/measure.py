@@ -14,9 +14,10 @@ import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 
-from aiosd import limits as kinds
 from aiosd import procfs
-from aiosd.cputime import CpuMeter, Used
+from aiosd.budgets import limits as kinds
+from aiosd.budgets.cputime import CpuMeter, Used
+from aiosd.budgets.limits import DISK_S, SAMPLE_S
 from aiosd.ipc import link
 from aiosd.kernel import budget as budgets
 from aiosd.kernel import ledger
@@ -26,7 +27,6 @@ from aiosd.kernel.forks import Forks
 from aiosd.kernel.jobs import Jobs
 from aiosd.kernel.logkeeper import LogKeeper
 from aiosd.kernel.proc import Proc, ProcTable
-from aiosd.limits import DISK_S, SAMPLE_S
 from aiosd.procfs import Stat
 from aiosd.timers import Timer, Timers
 from libaios.wire import Limits

@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 import time
 
-from aiosd import limits
+from aiosd.budgets import limits
 from aiosd.kernel.budget import Budget
 from aiosd.kernel.mail import Mail
 from aiosd.kernel.proc import Proc, ProcTable

@@ -25,14 +25,14 @@ from pathlib import Path
 import msgspec
 from msgspec import Struct
 
-from aiosd import limits as kinds
+from aiosd.budgets import limits as kinds
+from aiosd.budgets.limits import KINDS, WITHOUT_PROCESS, limits_of
 from aiosd.ipc import link
 from aiosd.kernel import inspection, ledger, spawning
 from aiosd.kernel.agents import Agents
 from aiosd.kernel.peer import Call
 from aiosd.kernel.proc import Proc
 from aiosd.kernel.sandboxes import Sandboxes
-from aiosd.limits import KINDS, WITHOUT_PROCESS, limits_of
 from libaios import wire
 
 logger = logging.getLogger("kernel")

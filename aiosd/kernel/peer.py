@@ -22,7 +22,7 @@ from aiosd.ipc.link import Key
 from aiosd.ipc.service import GATEWAY
 from aiosd.kernel.events import Source
 from aiosd.kernel.explain import explain
-from aiosd.kernel.generation import Generation
+from aiosd.kernel.generation import OpenGeneration
 from aiosd.kernel.proc import Proc
 from aiosd.timers import Timer
 from libaios import wire
@@ -50,7 +50,7 @@ class Call:
     row: wire.Row
     size: int = 0  # bytes of its request
     again: bool = False  # it was sent before, to a kernel that has died since
-    generation: Generation | None = None
+    generation: OpenGeneration | None = None
     timer: Timer | None = None
     forget: Callable[[], None] | None = None  # takes the call off the list that it waits on
     allowed: bool = False  # it was decided that it may do what it does, though it raises rights

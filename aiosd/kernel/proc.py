@@ -113,7 +113,7 @@ class Proc:
     state: State = State.RUNNING
     halted: bool = False  # told to stand still: it is stopped, or about to be
     continued: int = 0  # how many times it was told to go on
-    restart: str = "no"  # when it is started again, see aiosd.restart,
+    restart: str = "no"  # when it is started again, see aiosd.init.restart,
     restarts: int = 0  # … and how often it was
     status: int | None = None  # exit code or -signal
     budget: str = ""  # which budget ended it

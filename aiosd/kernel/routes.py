@@ -13,7 +13,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Protocol
 
-from aiosd.price import Price
+from aiosd.budgets.price import Price
 from libaios import wire
 
 logger = logging.getLogger("kernel.routes")

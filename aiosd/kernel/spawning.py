@@ -9,8 +9,9 @@ import re
 from collections.abc import Container, Sequence
 from pathlib import PurePath
 
-from aiosd import procfs, restart
+from aiosd import procfs
 from aiosd.access.deed import program_key
+from aiosd.init import restart
 from aiosd.ipc import link
 from aiosd.ipc.letter import Letter
 from aiosd.kernel.proc import INIT, Proc

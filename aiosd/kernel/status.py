@@ -14,6 +14,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from aiosd import __version__
+from aiosd.budgets.limits import SAMPLE_S
 from aiosd.ipc import endpoint, link
 from aiosd.kernel import listing
 from aiosd.kernel.approvals import Approvals
@@ -27,7 +28,6 @@ from aiosd.kernel.routes import Routes
 from aiosd.kernel.sandboxes import Sandboxes
 from aiosd.kernel.service import Service, Services, State
 from aiosd.kernel.system import Descriptors, System
-from aiosd.limits import SAMPLE_S
 from libaios import wire
 
 if TYPE_CHECKING:

@@ -14,6 +14,7 @@ from typing import Any
 import numpy as np
 from msgspec import Struct, msgpack
 
+from aiosd.budgets.price import FREE
 from aiosd.ipc.link import Submit
 from aiosd.llm import adapters, llama
 from aiosd.llm.chat import PLAIN_STOPS, ChatTemplate, Message, loose_tools, normal_messages, normal_tools, refuse
@@ -31,7 +32,6 @@ from aiosd.llm.structured import (
 )
 from aiosd.llm.text import TextStream
 from aiosd.llm.tokens import QUOTED, Tokens
-from aiosd.price import FREE
 from libaios import parts
 from libaios.wire import Generate
 

@@ -17,9 +17,9 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import numpy.typing as npt
 
+from aiosd.budgets.price import FREE, Price
 from aiosd.ipc.link import Key
 from aiosd.llm.policy.contract import ANY_TURN, Quantum
-from aiosd.price import FREE, Price
 
 if TYPE_CHECKING:
     from collections.abc import Callable

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from aiosd.price import Price
+from aiosd.budgets.price import Price
 
 #: Tokens per slot at least, where the user says nothing and the model was trained for them (see `room.py`).
 DEFAULT_CTX = 2048

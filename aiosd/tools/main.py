@@ -7,8 +7,9 @@ never done again.
 A built-in tool of a confined agent runs in a worker that is confined like that agent. Tools of a person's files run
 with the person's rights: that is what the person gives agents by them. An MCP server is confined as its settings say.
 
-Where a tool works: in a folder that belongs to the caller. Agents with a name of their own find it again; that of an
-agent without one goes with the agent.
+Where a tool works: in the workspace of a confined agent, as the agent itself does. Callers without a sandbox have a
+folder each in `data/tools`. Agents with a name of their own find it again; that of an agent without one goes with the
+agent.
 """
 
 from __future__ import annotations

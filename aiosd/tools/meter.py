@@ -12,7 +12,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 
 from aiosd import procfs
-from aiosd.cputime import CpuMeter, Used
+from aiosd.budgets.cputime import CpuMeter, Used
 from aiosd.procfs import Stat
 
 #: Agent, microseconds on processors since the last time, bytes that its calls hold now.

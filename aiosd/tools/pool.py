@@ -32,7 +32,7 @@ from typing import NamedTuple
 import msgspec
 
 from aiosd import procfs
-from aiosd.limits import SAMPLE_S
+from aiosd.budgets.limits import SAMPLE_S
 from aiosd.procfs import Stat
 from aiosd.sandbox import cage, hosts
 from aiosd.timers import Timer, Timers

@@ -23,6 +23,7 @@ from weakref import WeakSet
 
 import msgspec
 
+from aiosd.budgets.price import FREE
 from aiosd.ipc import link
 from aiosd.llm.line import Line
 from aiosd.llm.purse import Purses
@@ -37,7 +38,6 @@ from aiosd.llm.remote.limits import LONGEST_RETRY_AFTER_S, Pace, backoff
 from aiosd.llm.remote.past import Past
 from aiosd.llm.remote.queue import Queue
 from aiosd.llm.spec import ModelSpec
-from aiosd.price import FREE
 from libaios import wire
 from libaios.wire import Usage
 

@@ -13,8 +13,8 @@ from __future__ import annotations
 import logging
 from typing import TYPE_CHECKING
 
+from aiosd.budgets.price import Price
 from aiosd.llm.remote.answer import Answer
-from aiosd.price import Price
 from libaios.wire import Usage
 
 if TYPE_CHECKING:

@@ -7,8 +7,8 @@
     cwd = "agents"                    as seen from the folder of aiosd.toml, which is also what it is without
     nice = 5
     group = "web"
-    tokens = 100000                   budgets: tokens, time (60, "10m"), memory ("512M"), … see aiosd.limits
-    restart = "on-failure:3"          see aiosd.restart
+    tokens = 100000                   budgets: tokens, time (60, "10m"), memory ("512M"), … see aiosd.budgets.limits
+    restart = "on-failure:3"          see aiosd.init.restart
     env = { PLAN = "day" }            beside the environment that aiosd has
     sandbox = "flat"                  also net, read, write: see aiosd.sandbox.boxgroups
     preload = "openai,my.tools"       forked from a process that has imported these, of the interpreter or environment
@@ -27,7 +27,8 @@ from typing import Any
 
 import msgspec
 
-from aiosd import limits, restart
+from aiosd.budgets import limits
+from aiosd.init import restart
 from aiosd.sandbox import boxgroups
 from libaios import sandbox, template, wire
 
