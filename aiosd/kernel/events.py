@@ -173,10 +173,7 @@ class Events:
         awake, quiet, hungry = self._lines[AWAKE], self._lines[QUIET], self._lines[HUNGRY]
         if len(awake) <= FEW and not quiet and not hungry:
             few = list(awake)
-            found = self._wait_for_few(few)
-            for source in found:
-                self.move(source, FOUND)
-            if found:
+            if self._wait_for_few(few):
                 return
             if not any(source.channel is not None and source.channel.filled() for source in few):
                 for source in few:
@@ -195,17 +192,23 @@ class Events:
             self.move(source, ASLEEP)
         self._tell_to_ring(tell)
 
-    def _wait_for_few(self, few: list[Source]) -> list[Source]:
-        """Few are active: where it has paid off before, waiting briefly saves all sides their bells. Returns those that
-        have sent something meanwhile."""
+    def _wait_for_few(self, few: list[Source]) -> bool:
+        """Few are active: where it has paid off before, waiting briefly saves all sides their bells. True: one has sent
+        something meanwhile, and is FOUND."""
         if len(few) == 1:
-            channel = few[0].channel
-            return few if channel is not None and channel.look(LOOKS) else []
+            (source,) = few
+            if source.channel is None or not source.channel.look(LOOKS):
+                return False
+            self.move(source, FOUND)
+            return True
         if not any(source.answers for source in few):
-            return []
+            return False
         if not look([source.channel for source in few if source.channel is not None], LOOKS_AT_TWO):
-            return []
-        return [source for source in few if source.channel is not None and source.channel.filled()]
+            return False
+        for source in few:
+            if source.channel is not None and source.channel.filled():
+                self.move(source, FOUND)
+        return True
 
     def _tell_to_ring(self, sources: list[Source]) -> None:
         unsettled = restless([source.channel for source in sources if source.channel is not None])
