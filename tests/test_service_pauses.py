@@ -110,6 +110,7 @@ def test_a_call_that_waits_holds_up_no_other(running: Running) -> None:
     os.eventfd_write(running.bell, 1)
     running.answer(1)
     assert running.turns < 20, "it sleeps while there is nothing for it"
+    assert set(running.server._answers) == {(7, 1), (7, 2)}, "what took more than one step is not done again"
 
 
 def test_a_pause_ends_at_its_time(running: Running) -> None:

@@ -8,8 +8,9 @@ A service that is no llm core serves with a `Server`: one function for each call
 key and caller) and the arguments, and returns the body of the reply; a generator yields parts of it before that, or a
 `Pause` when it has to wait for something. What it raises becomes the reply: an OSError as it is, anything else as EIO.
 The server keeps what `wire.Again` promises: it keeps its answers, and sends the one that it has when a call is
-submitted again. Answers of calls that may be repeated are not kept; these calls are done again. A call that must
-take effect ONCE even if the service dies has to keep its key together with its effect.
+submitted again. Of calls that may be repeated it keeps only what took more than one step, and no large answers; the
+others are done again. A call that must take effect ONCE even if the service dies has to keep its key together with its
+effect.
 
 A function that finds out that its call amounts to something which has to be allowed calls `require`; nothing must have
 been done by then, or it must be undone by the exception.
@@ -56,7 +57,8 @@ GATEWAY = "gateway"
 
 TURNED_BACK = 4096  # calls that were sent back to be allowed, and are no less new when they come again
 REMEMBERED = 4096  # answers, for calls that are submitted again,
-REMEMBERED_BYTES = 32 << 20  # … and no more than that of them
+REMEMBERED_BYTES = 32 << 20  # … and no more than that of them;
+SMALL = 64 << 10  # bytes: a larger answer is not remembered where its call may as well be done again
 MESSAGES_AT_ONCE = 64
 SLEEP_S = 5.0  # a back-stop: any message wakes the service at once
 LOOK_S = 0.002  # while messages come one after another: how often the watched descriptors are looked at
@@ -133,7 +135,9 @@ class _Begun(NamedTuple):
     repeats: bool  # it may be done again (`wire.Again`)
 
 
-_NOT_BEGUN, _REPEATED = _Begun(0, False), _Begun(0, True)
+_NOT_BEGUN = _Begun(0, False)
+#: A call that may be done again, and has not been put off: it takes no longer than to remember its answer.
+_SHORT = _Begun(0, True)
 
 
 class _Woken(Exception):
@@ -346,7 +350,7 @@ class Server:
                 self.channel.work.begin(*ask.key)
                 if row.again is Again.NEVER:
                     self.begun(ask.key)
-            self._lives[ask.key] = _REPEATED if row.again is Again.REPEAT else _Begun(ask.life, False)
+            self._lives[ask.key] = _SHORT if row.again is Again.REPEAT else _Begun(ask.life, False)
             self._begin(ask)
 
     def _may_begin(self, ask: link.Ask) -> bool:
@@ -372,12 +376,17 @@ class Server:
         self._turned_back.pop(ask.key, None)
         if isinstance(result, GeneratorType):
             self._under_way[ask.key] = result
-            self._offsets[ask.key] = 0
+            self._put_off(ask)
         elif result is LATER:
             self._later.add(ask.key)
-            self._offsets[ask.key] = 0
+            self._put_off(ask)
         else:
             self._answered(ask.key, result)
+
+    def _put_off(self, ask: link.Ask) -> None:
+        self._offsets[ask.key] = 0
+        if self._lives.get(ask.key) is _SHORT:
+            self._lives[ask.key] = _Begun(ask.life, True)
 
     def _go_on(self, key: link.Key) -> None:
         """One more part of a long answer, so that no call waits for all of another's."""
@@ -460,7 +469,7 @@ class Server:
         key = message.key
         self.send(message)
         begun = self._lives.pop(key, _NOT_BEGUN)
-        if begun.repeats:
+        if begun is _SHORT or (begun.repeats and size > SMALL):
             return
         if isinstance(message, link.Answered) and message.promise:  # not again: it may have been taken back by then
             message = link.Answered(key, message.body, message.prompt_tokens)
