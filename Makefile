@@ -3,6 +3,7 @@
 #
 #   make demo PYTHON=python3.12      another interpreter (3.11 or later)
 #   make test ARGS="-k ring -x"      arguments for pytest
+#   make test ARGS="-n 0"            one test after another
 
 PYTHON ?= python3
 VENV   := .venv
@@ -20,15 +21,19 @@ help: ## this list
 demo: $(VENV)/.base ## boots the system, runs three agents, shows and kills one, shuts down
 	@$(BIN)/python demo/demo.py
 
+#: How many tests run at a time: one for each processor, four at most. Those of a file stay together and share its
+#: systems; the order of files is that of tests/conftest.py.
+JOBS := -n logical --maxprocesses 4 --dist loadfile --no-loadscope-reorder
+
 test: $(VENV)/.dev ## all tests
-	$(BIN)/python -m pytest $(ARGS)
+	$(BIN)/python -m pytest $(JOBS) $(ARGS)
 
 #: What finds most mistakes in the least time: the pure parts, and one real system.
 CHECK := house packaging explain books budget proc pids ledger journal ring channel stream timers heartbeat supervisor \
          agentlog restart service hostile aio llm_policy llm_prefix llm_text llm_sampling llm_core processes
 
 check: $(VENV)/.dev ## a slice of the tests, for while you work
-	$(BIN)/python -m pytest -q $(CHECK:%=tests/test_%.py) $(ARGS)
+	$(BIN)/python -m pytest -q $(JOBS) $(CHECK:%=tests/test_%.py) $(ARGS)
 
 lint: $(VENV)/.dev ## ruff and mypy --strict
 	$(BIN)/python -m ruff check . $(wildcard bin/*)

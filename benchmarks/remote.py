@@ -4,14 +4,15 @@ endpoint.
 
 n clients, each a process of its own, make calls one after the other: a chat, G greedy tokens, streamed. Directly is a
 plain client on a connection that it keeps; through aiosd the same calls are an agent's on the SDK. The sides alternate
-(A B B A), with new prompts every time; neighbours make a pair, and the median of the pairs' ratios counts. G = 1 shows
-what a call costs, many tokens what a token costs.
+(A B B A); neighbours make a pair, and the median of the pairs' ratios counts. No prompt is ever sent twice: the second
+time the endpoint would have it in its cache. What each side's prompts have cost the endpoint is shown, so that it can
+be seen that both had the same work. G = 1 shows what a call costs, many tokens what a token costs.
 
 The endpoint is llama-server (`make peers`), for the ratios that count, and a fake one that answers at once, where
 nothing is to be waited for: what is between the two sides there is aiosd's own time, for each call and each token.
 
     $ python benchmarks/remote.py --model smollm2
-    endpoint      n tokens  direct ms  aiosd ms  ratio  CPU ms  endpoint's
+    endpoint      n tokens  direct ms  aiosd ms  ratio  CPU ms  endpoint's  computed
     …
 """
 
@@ -40,13 +41,14 @@ THROUGH = (
     AGENT
     + """
 def run(order):
-    count = 0
+    count = computed = 0
     for prompt in order["prompts"]:
         for piece in aios.llm.chat([{"role": "user", "content": prompt}], max_tokens=order["generate"], seed=1,
                                    temperature=0.0, stream=True):
             pass
         count += piece.usage.completion_tokens
-    return {"tokens": count}
+        computed += piece.usage.prompt_tokens - piece.usage.cached_tokens
+    return {"tokens": count, "computed": computed}
 serve(run)
 """
 )
@@ -67,7 +69,7 @@ def ask(body):
                 raise
             connection.close()
 def run(order):
-    count = 0
+    count = computed = 0
     for prompt in order["prompts"]:
         body = {"model": "m", "messages": [{"role": "user", "content": prompt}], "max_tokens": order["generate"],
                 "seed": 1, "temperature": 0, "top_p": 0.95, "stream": True, "stream_options": {"include_usage": True}}
@@ -79,7 +81,8 @@ def run(order):
                 for choice in chunk["choices"]:
                     text += choice["delta"].get("content") or ""
         count += usage["completion_tokens"]
-    return {"tokens": count}
+        computed += usage["prompt_tokens"] - usage.get("prompt_tokens_details", {}).get("cached_tokens", 0)
+    return {"tokens": count, "computed": computed}
 serve(run)
 """
 )
@@ -117,9 +120,8 @@ while True:
 WORDS = ["river", "stone", "lamp", "green", "quiet", "winter", "paper", "cloud", "garden", "silver", "road", "music"]
 
 
-def orders(count: int, calls: int, generate: int, seed: int) -> list[dict[str, Any]]:
-    """One for each client; no two prompts begin alike."""
-    rng = random.Random(seed)
+def orders(count: int, calls: int, generate: int, rng: random.Random) -> list[dict[str, Any]]:
+    """One for each client; no two prompts begin alike, neither here nor in what the same `rng` has given before."""
     return [
         {"prompts": [" ".join(rng.choices(WORDS, k=24)) for _ in range(calls)], "generate": generate}
         for _ in range(count)
@@ -162,6 +164,7 @@ def measure(
     return {
         "calls": calls,
         "tokens": sum(one["tokens"] for one in told),
+        "computed": sum(one["computed"] for one in told) / calls,  # tokens of a prompt, without those in a cache
         "ms": makespan(told) / len(given[0]["prompts"]) * 1e3,  # of a call, with n of them at a time
         "endpoint_ms": (cpu_seconds(endpoint) - its) / calls * 1e3,
         "cpu_ms": (sum(map(cpu_seconds, processes)) - before) / calls * 1e3,  # of kernel and core
@@ -169,7 +172,8 @@ def measure(
 
 
 def run_cells(name: str, port: int, endpoint: int, options: argparse.Namespace) -> list[dict[str, Any]]:
-    rows = []
+    rows: list[dict[str, Any]] = []
+    rng = random.Random(options.seed)
     with Aiosd(f"http://127.0.0.1:{port}/v1#m", "--concurrency", str(max(options.n))) as system:
         own = [int(one["ospid"]) for one in system.processes() if one["name"] in ("llm", "kernel")]
         for n in options.n:
@@ -180,12 +184,10 @@ def run_cells(name: str, port: int, endpoint: int, options: argparse.Namespace) 
             for generate in options.generate:
                 calls = max(1, options.tokens // (generate + 8) // n)
                 for clients in sides.values():  # warm
-                    measure(clients, orders(n, 2, generate, options.seed), own, endpoint)
+                    measure(clients, orders(n, 2, generate, rng), own, endpoint)
                 for turn in range(2 * options.pairs):
-                    given = orders(n, calls, generate, options.seed + 1 + turn * 1000)
                     for side in ("direct", "aiosd") if turn % 2 == 0 else ("aiosd", "direct"):
-                        if side == "aiosd":
-                            given = orders(n, calls, generate, options.seed + 500 + turn * 1000)
+                        given = orders(n, calls, generate, rng)
                         cell = {"endpoint": name, "n": n, "generate": generate, "side": side, "turn": turn}
                         rows.append({**cell, **measure(sides[side], given, own, endpoint)})
             for client in direct:
@@ -219,6 +221,7 @@ def summary(rows: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
                 "aiosd_ms": statistics.median(row["ms"] for row in ours),
                 "cpu_ms": statistics.median(row["cpu_ms"] for row in ours),
                 "endpoint_ms": statistics.median(row["endpoint_ms"] for row in direct),
+                "computed": [statistics.median(row["computed"] for row in side) for side in (direct, ours)],
                 # Greedy texts end where they end, so a side may have more tokens: time is compared for as many.
                 "ratio": harness.median_ratio([(a["ms"] / a["tokens"], b["ms"] / b["tokens"]) for a, b in pairs]),
             }
@@ -241,15 +244,17 @@ def added(found: Sequence[dict[str, Any]]) -> list[str]:
 
 
 def table(found: Sequence[dict[str, Any]]) -> list[str]:
-    """CPU is that of aiosd's kernel and core, and of the endpoint, for a call."""
-    lines = ["endpoint      n tokens  direct ms  aiosd ms  ratio  CPU ms  endpoint's"]
+    """CPU is that of aiosd's kernel and core, and of the endpoint, for a call; computed are tokens of a prompt, for
+    either side."""
+    lines = ["endpoint      n tokens  direct ms  aiosd ms  ratio  CPU ms  endpoint's  computed"]
     for cell in found:
         verdict = ""
         if cell["endpoint"] != "fake":
             verdict = f" (bar {BAR:.2f} {harness.verdict(cell['ratio'], BAR)})"
         lines.append(
             f"{cell['endpoint']:12} {cell['n']:2} {cell['generate']:6} {cell['direct_ms']:10.2f} "
-            f"{cell['aiosd_ms']:9.2f} {cell['ratio']:6.3f} {cell['cpu_ms']:7.2f} {cell['endpoint_ms']:11.2f}{verdict}"
+            f"{cell['aiosd_ms']:9.2f} {cell['ratio']:6.3f} {cell['cpu_ms']:7.2f} {cell['endpoint_ms']:11.2f}  "
+            f"{cell['computed'][0]:.1f}/{cell['computed'][1]:.1f}{verdict}"
         )
     return lines + added(found)
 
@@ -259,8 +264,8 @@ def parse(argv: Sequence[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--model", default="smollm2")
     parser.add_argument("-n", type=int, nargs="+", default=[1, 4], help="clients at a time (1 4)")
     parser.add_argument("--generate", type=int, nargs="+", default=[1, 64], help="tokens of an answer (1 64)")
-    parser.add_argument("--tokens", type=int, default=600, help="about as many in all, for each measurement (600)")
-    parser.add_argument("--pairs", type=int, default=4, help="times A B B A (4)")
+    parser.add_argument("--tokens", type=int, default=200, help="about as many in all, for each measurement (200)")
+    parser.add_argument("--pairs", type=int, default=6, help="times A B B A (6)")
     parser.add_argument("--threads", type=int, default=2, help="of llama-server (2)")
     parser.add_argument("--only-fake", action="store_true")
     parser.add_argument("--seed", type=int, default=random.randrange(1 << 30))

@@ -54,7 +54,7 @@ if TYPE_CHECKING:
 __all__ = ["Channel", "ProtocolError", "Side", "make_channel", "raise_epoch"]
 
 _EPOCH = ring.EPOCH
-BACKSTOP_S = 1.0
+BACKSTOP_S = 4.0
 LONGEST_S = 64.0
 RINGS_LEFT = 32  # unread bytes in a bell at which it is read; it can hold about 270
 LOOKS = 1500  # looks before sleep, about 40 µs: a process on another core can be woken and reply in that time

@@ -44,6 +44,7 @@ class Finished:
             "prefill_s",
             "decode_s",
             "preemptions",
+            "reasoning_tokens",
         )
         sums: dict[str, Any] = {name: sum(getattr(usage, name) for usage in usages) for name in names}
         self.usage = wire.Usage(**sums, context_left=usages[-1].context_left)

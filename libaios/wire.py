@@ -451,6 +451,7 @@ class Usage(Struct, frozen=True):
     decode_s: float = 0.0
     preemptions: int = 0
     context_left: float = 0.0  # the fraction of the context that is still free at the end
+    reasoning_tokens: int = 0  # of the completion: thoughts, with their marks
 
 
 class ToolCall(Struct, frozen=True):
@@ -462,7 +463,8 @@ class ToolCall(Struct, frozen=True):
 
 
 class Alternative(Struct, array_like=True, frozen=True):
-    """A token that could have come, with the natural logarithm of its probability and its bytes (`piece`)."""
+    """A token that could have come, with the natural logarithm of its probability and its bytes (`piece`). `token` is
+    -1 where a model that is elsewhere does not tell its numbers."""
 
     token: int
     logprob: float

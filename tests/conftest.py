@@ -30,6 +30,7 @@ import hypothesis
 import psutil
 import pytest
 
+from aiosd import procfs
 from libaios import wire
 from libaios.client import Client
 from libaios.home import Home
@@ -54,6 +55,15 @@ signal.signal(signal.SIGHUP, signal.SIG_DFL)  # and nohup this one
 #: In the environment of all that a test starts, so that it is found wherever it went.
 MARK = "AIOSD_TESTS"
 os.environ[MARK] = str(os.getpid())
+
+
+#: They take longest, so they begin first: else several processes that share the tests end with one at work alone.
+LONGEST = ("faults", "real_smollm2", "cli_aiosd", "as_python", "hostile", "gateway", "llm_attention", "boot", "machine")
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    places = {f"test_{name}.py": place for place, name in enumerate(LONGEST)}
+    items.sort(key=lambda item: places.get(item.path.name, len(places)))
 
 
 # ── deadlines ─────────────────────────────────────────────────────────────────────────────────────────────
@@ -88,13 +98,36 @@ def eventually(holds: Callable[[], Any], timeout: float = PATIENCE_S, every: flo
 
 def offspring() -> set[psutil.Process]:
     """Every process that comes from this test run: what descends from it, and what bears its mark."""
-    mark = f"{MARK}={os.getpid()}".encode()
     found = set(psutil.Process().children(recursive=True))
     for pid in psutil.pids():
         with contextlib.suppress(OSError, psutil.Error):
-            if pid != os.getpid() and mark in Path(f"/proc/{pid}/environ").read_bytes().split(b"\0"):
+            if pid != os.getpid() and bears_mark(pid):
                 found.add(psutil.Process(pid))
     return found
+
+
+def born_since(before: set[int]) -> set[psutil.Process]:
+    """Those of `offspring` whose numbers are not in `before`.
+
+    It looks at new processes alone: to look at all that the machine runs, around each of thousands of tests, takes
+    minutes.
+    """
+    found = set()
+    for pid in set(psutil.pids()) - before:
+        with contextlib.suppress(OSError, psutil.Error):
+            if descends_from_here(pid) or bears_mark(pid):
+                found.add(psutil.Process(pid))
+    return found
+
+
+def descends_from_here(pid: int) -> bool:
+    while (stat := procfs.read_stat(pid)) and stat.ppid != os.getpid():
+        pid = stat.ppid
+    return stat is not None
+
+
+def bears_mark(pid: int) -> bool:
+    return f"{MARK}={os.getpid()}".encode() in Path(f"/proc/{pid}/environ").read_bytes().split(b"\0")
 
 
 def descriptors() -> set[str]:
@@ -127,18 +160,19 @@ def is_helper(process: psutil.Process, before: set[int]) -> bool:
 
 @pytest.fixture(autouse=True)
 def nothing_left_behind(request: pytest.FixtureRequest) -> Iterator[None]:
-    processes, held = offspring(), descriptors() | segments()
-    before = {process.pid for process in processes}
+    before, held = set(psutil.pids()), descriptors() | segments()
     yield
 
     def left() -> tuple[set[psutil.Process], set[str]]:
         if drift := (descriptors() | segments()) - held:
             gc.collect()  # what is only waiting for the collector is not lost
             drift = (descriptors() | segments()) - held
-        return {process for process in offspring() - processes if not is_helper(process, before)}, drift
+        return {process for process in born_since(before) if not is_helper(process, before)}, drift
 
-    eventually(lambda: left() == (set(), set()))
-    alive, drift = left()
+    end = time.monotonic() + PATIENCE_S
+    while any(found := left()) and time.monotonic() < end:
+        time.sleep(0.02)
+    alive, drift = found
     complaints = sorted(map(in_words, alive)) + sorted(drift)
     for process in alive:
         with contextlib.suppress(psutil.Error):
@@ -148,6 +182,14 @@ def nothing_left_behind(request: pytest.FixtureRequest) -> Iterator[None]:
 
 
 # ── a real system ─────────────────────────────────────────────────────────────────────────────────────────
+
+#: What the environment of a test run may have and a system's is not to have.
+STRANGE = {
+    "PYTHONUNBUFFERED",  # print would write in pieces, and those of several agents would mix
+    "PYTHONDONTWRITEBYTECODE",  # each of hundreds of systems would compile the code again
+    "COLUMNS",  # a terminal's width counts, where a test has one; processes of pytest-xdist have it set
+    "LINES",
+}
 
 SYSTEMS: list[System] = []  # running ones, whose logs are shown when a test fails
 
@@ -172,8 +214,7 @@ class System:
         self.own_home = home is None
         self.home = home or Path(tempfile.mkdtemp(prefix="aios-", dir="/tmp"))  # short: it holds a socket
         own = {name for name in os.environ if name.startswith(("AIOS_", "AIOSD_")) and name != MARK}
-        self.env = {name: value for name, value in os.environ.items() if name not in own}
-        self.env.pop("PYTHONUNBUFFERED", None)  # print would write in pieces, and those of several agents would mix
+        self.env = {name: value for name, value in os.environ.items() if name not in own | STRANGE}
         self.env |= {"AIOS_HOME": str(self.home), **({"AIOSD_SANDBOX": sandbox} if sandbox else {}), **(env or {})}
         self.env["PATH"] = os.pathsep.join([str(Path(sys.executable).parent), self.env.get("PATH", os.defpath)])
         self.daemon: subprocess.Popen[bytes] | None = None
@@ -328,8 +369,10 @@ class System:
     def calm_down(self) -> list[str]:
         """Wait for the system to be idle; what is still there after a while is killed, and named."""
         self._end_clients()
-        eventually(lambda: not self.unrest(), every=0.1)
-        if left := self.unrest():
+        end = time.monotonic() + PATIENCE_S
+        while (left := self.unrest()) and time.monotonic() < end:
+            time.sleep(0.02)
+        if left:
             for agent in self.agents():
                 self.run("aios-kill", "-KILL", str(agent["pid"]))
         return left

@@ -11,7 +11,12 @@ from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from typing import Any
 
 Deed = Callable[["Handler"], None]
-USAGE = {"prompt_tokens": 11, "completion_tokens": 3, "prompt_tokens_details": {"cached_tokens": 4}}
+USAGE = {
+    "prompt_tokens": 11,
+    "completion_tokens": 3,
+    "prompt_tokens_details": {"cached_tokens": 4},
+    "completion_tokens_details": {"reasoning_tokens": 2},
+}
 
 
 class Handler(BaseHTTPRequestHandler):
@@ -33,6 +38,14 @@ class Handler(BaseHTTPRequestHandler):
 
     def log_message(self, format: str, *args: Any) -> None:
         pass
+
+    def reply(self, found: Any) -> None:
+        data = json.dumps(found).encode()
+        self.send_response(200)
+        self.send_header("Content-Type", "application/json")
+        self.send_header("Content-Length", str(len(data)))
+        self.end_headers()
+        self.wfile.write(data)
 
     def stream(self) -> None:
         self.send_response(200)
@@ -133,13 +146,18 @@ def whole(message: dict[str, Any], reason: str = "stop", usage: dict[str, Any] |
     """It does not stream."""
 
     def deed(handler: Handler) -> None:
-        found = {"choices": [{"message": message, "finish_reason": reason}], "usage": usage}
-        data = json.dumps(found).encode()
-        handler.send_response(200)
-        handler.send_header("Content-Type", "application/json")
-        handler.send_header("Content-Length", str(len(data)))
-        handler.end_headers()
-        handler.wfile.write(data)
+        handler.reply({"choices": [{"message": message, "finish_reason": reason}], "usage": usage})
+
+    return deed
+
+
+def vectors(*found: Any, tokens: int = 5) -> Deed:
+    """Rows of numbers, or whole items; without any, one for each text."""
+
+    def deed(handler: Handler) -> None:
+        rows = found or [[3.0, 4.0] for _ in handler.body["input"]]
+        data = [row if isinstance(row, dict) else {"index": at, "embedding": row} for at, row in enumerate(rows)]
+        handler.reply({"data": data, "usage": {"prompt_tokens": tokens}})
 
     return deed
 

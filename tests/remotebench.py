@@ -82,6 +82,10 @@ class Bench:
                 text += message.text
         return text
 
+    def logprobs(self, key: link.Key) -> list[Any]:
+        ends = [*self.deltas(key), self.end(key)]
+        return [one for message in ends for one in message.logprobs or ()]
+
     def charged(self, key: link.Key) -> int:
         """Tokens of answers."""
         end = self.end(key)

@@ -322,11 +322,19 @@ def test_gateways_ratios_are_those_of_neighbours():
     assert "MISSED" in gateway.table(rows, found | {"rate_ratio": 0.8})[-1]
 
 
-def test_a_model_elsewhere_is_measured_against_its_endpoint():
+def test_a_model_elsewhere_is_measured_against_its_endpoint(monkeypatch):
+    sent = []
+
+    def race(clients, orders):
+        sent.extend(prompt for order in orders for prompt in order["prompts"])
+        return harness.race(clients, orders)
+
+    monkeypatch.setattr(remote, "race", race)
     options = remote.parse(["--only-fake", "-n", "1", "--generate", "1", "8", "--tokens", "30", "--pairs", "1"])
     rows = remote.run(options)
     assert [row["side"] for row in rows[:4]] == ["direct", "aiosd", "aiosd", "direct"]
     assert {row["tokens"] / row["calls"] for row in rows} == {1, 8}
+    assert len(set(sent)) == len(sent), "a prompt that the endpoint has in its cache costs its side less"
     short, long = remote.summary(rows)
     assert short["aiosd_ms"] > short["direct_ms"] > 0
     assert short["cpu_ms"] >= 0 <= short["endpoint_ms"]

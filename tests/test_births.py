@@ -5,12 +5,15 @@ A file system that hangs is played by a FIFO: who opens it waits for a writer.
 
 from __future__ import annotations
 
+import contextlib
 import os
 import select
 import signal
 import socket
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
 import psutil
 import pytest
@@ -20,8 +23,13 @@ from aiosd.init import births
 from aiosd.init.births import Birth, Births
 from aiosd.init.records import Agent
 from aiosd.ipc import letter, link
+from aiosd.kernel.agents import Agents, UnderWay
+from aiosd.kernel.events import Events
+from aiosd.kernel.proc import ProcTable
+from aiosd.kernel.turns import Turns
 from aiosd.timers import Timers
 from libaios import digest
+from libaios.channel import Channel, make_channel
 from tests.conftest import System, eventually
 
 Fresh = Callable[..., System]
@@ -128,6 +136,15 @@ def test_a_long_path_is_searched_by_the_child(aiosd: System, tmp_path: Path) -> 
     assert after.user + after.system - before.user - before.system < 0.1
 
 
+def test_an_agent_that_stops_itself_at_once_is_shown_so(aiosd: System, tmp_path: Path) -> None:
+    (tmp_path / "a.py").write_text("import os; os.kill(os.getpid(), 19); print('went on')")
+    pid = aiosd.run("aios-run", "-d", tmp_path / "a.py", check=True).stdout.strip()
+    assert eventually(lambda: aiosd.agents()[0]["stat"] == "T")
+    aiosd.run("aios-kill", "-CONT", pid, check=True)
+    aiosd.run("aios-wait", pid, check=True)
+    assert aiosd.run("aios-logs", pid, check=True).stdout == "went on\n"
+
+
 # ── alone ─────────────────────────────────────────────────────────────────────────────────────────────────
 
 
@@ -183,6 +200,18 @@ def test_a_closed_report_means_that_it_runs(ward: Ward) -> None:
     ward.close()
 
 
+def test_one_that_has_rung_reports_that(ward: Ward) -> None:
+    birth = ward.expect()
+    ours, bell = socket.socketpair()
+    Report(ward.theirs[0].detach()).ready(bell.fileno())
+    assert ours.recv(10) == b"\0"
+    ward.turn()
+    assert (ward.over, birth.refusal, birth.rung) == ([birth], None, True)
+    ward.close()
+    ours.close()
+    bell.close()
+
+
 def test_a_report_says_why_it_cannot(ward: Ward) -> None:
     birth = ward.expect()
     Report(ward.theirs[0].detach()).refuse(FileNotFoundError(2, ""), "x.py: not found")
@@ -216,3 +245,93 @@ def test_a_successor_of_the_kernel_is_answered_when_it_has_asked(ward: Ward) -> 
     assert (birth.claimed, birth.epoch) == (True, 2)
     ward.close()
     assert not ward.births.claim(birth.agent, 2)
+
+
+# ── in the kernel ─────────────────────────────────────────────────────────────────────────────────────────
+
+KEY = (1, 1)
+FORKED = link.Forked(KEY, pid=7, ospid=70, pgid=7, started=0.0, since=0.0, log="")
+
+
+class Nursery:
+    """The kernel's side of one birth, with a real bell."""
+
+    def __init__(self) -> None:
+        self.events = Events(Timers())
+        nothing = SimpleNamespace(answer=None, count=None)
+        self.begun: list[int] = []
+        self.agents: Any = object.__new__(Agents)
+        self.agents.turns = Turns(Any, self.events, Timers(), nothing, nothing)  # type: ignore[arg-type]
+        self.agents.table = ProcTable(10)
+        self.agents.budgets = SimpleNamespace(arrived=lambda shares: None)
+        self.agents.listed = SimpleNamespace(refused=lambda key, words: None)
+        self.agents._begin = self._begin
+        spec = link.Fork(KEY, 1, 0, 0, "x", 0, "g", 0, False, False, False)
+        self.under_way = UnderWay(None, spec, "", None, {})
+        self.agents.forks = {KEY: self.under_way}
+        memfd, self.kernels, self.bell = make_channel()
+        self.agents.forking(link.Forking(FORKED), [memfd, self.kernels])
+
+    def _begin(self, under_way: UnderWay, message: link.Forked) -> None:
+        del self.agents.forks[message.key]
+        self.begun.append(message.pid)
+
+    def turn(self) -> list[int]:
+        self.events.round(idle=False)
+        return self.begun
+
+    def close(self) -> None:
+        newborn = self.under_way.newborn
+        assert newborn is not None
+        assert isinstance(newborn.channel, Channel)
+        newborn.channel.close()
+        self.events._epoll.close()
+        with contextlib.suppress(OSError):
+            os.close(self.bell)
+
+
+@pytest.fixture
+def nursery() -> Iterator[Nursery]:
+    nursery = Nursery()
+    yield nursery
+    nursery.close()
+
+
+def test_it_begins_when_it_rings(nursery: Nursery) -> None:
+    assert nursery.turn() == []
+    os.write(nursery.bell, b"\0")
+    assert nursery.turn() == [7]
+
+
+def test_it_has_begun_if_it_has_rung_before_its_end(nursery: Nursery) -> None:
+    os.write(nursery.bell, b"\0")
+    os.close(nursery.bell)
+    assert nursery.turn() == [7]
+
+
+def test_one_that_ends_without_a_ring_is_left_to_the_supervisor(nursery: Nursery) -> None:
+    os.close(nursery.bell)
+    assert nursery.turn() == []
+    nursery.agents.forked(FORKED, [])
+    assert nursery.begun == [7]
+
+
+def test_an_end_may_overtake_the_ring(nursery: Nursery) -> None:
+    nursery.agents.exited(link.ChildExited(7, 0))
+    assert nursery.begun == [7]
+
+
+def test_a_stop_may_overtake_the_ring(nursery: Nursery) -> None:
+    nursery.agents.stopped(link.ChildStopped(7, True))
+    assert nursery.under_way.newborn is not None
+    assert nursery.under_way.newborn.stopped
+    assert nursery.begun == []
+
+
+def test_nothing_is_left_of_one_that_cannot_run(nursery: Nursery) -> None:
+    nursery.agents.fork_failed(link.ForkFailed(KEY, 2, "not found"), [])
+    assert nursery.agents.forks == {}
+    with pytest.raises(OSError, match="descriptor"):
+        os.fstat(nursery.kernels)
+    with pytest.raises(BrokenPipeError):
+        os.write(nursery.bell, b"\0")

@@ -53,6 +53,7 @@ def test_status_tells_where_what_runs(aiosd: System) -> None:
     assert model["default"] is True
     assert model["info"]["gpu_layers"] == 0
     assert model["info"]["n_ctx"] >= 2048
+    assert model["stats"]["kv_layout"] == "streams (all layers run on the CPU)"
     text = aiosd.run("aiosd", "status", check=True).stdout
     assert model["name"] in text
     assert str(aiosd.home) in text

@@ -22,6 +22,7 @@ from aiosd.config import autostart, keys
 from aiosd.errors import UsageError
 from aiosd.llm import policy
 from libaios import wire
+from libaios.client import NoKernel
 from libaios.home import Home
 from libaios.sandbox import CERTIFICATES
 from tests.conftest import System, eventually
@@ -521,6 +522,18 @@ def test_no_line_of_a_short_status_is_wider_than_a_terminal() -> None:
         assert words in " ".join("\n".join(lines).split()).replace("busy, ", "6 ")
 
 
+def test_a_long_name_does_not_push_the_figures_of_others_aside() -> None:
+    name = "a-model-whose-name-is-as-long-as-some-are-Q4_K_M"
+    models = [{"name": name, "state": "ready", "default": True}]
+    lines = summary.brief({"agents": {}, "max_agents": 6645, "models": models, "policy": "fair"})
+    assert lines[1:] == [
+        "  policy  fair",
+        "  agents  0, at most 6645 at once (limit on open files)",
+        f"  model {name}",
+        "          ready, the default",
+    ]
+
+
 def test_status_shows_what_it_does_not_know() -> None:
     lines = summary.full(
         {
@@ -685,3 +698,15 @@ def test_version(fresh_aiosd: Fresh, program: str) -> None:
 
 def test_commands_of_bin_are_those_of_the_package() -> None:
     assert {path.name for path in (Path(__file__).parent.parent / "bin").iterdir()} == set(MODULES)
+
+
+def test_a_system_that_ends_by_itself_before_it_is_told_to_is_restarted(monkeypatch: pytest.MonkeyPatch) -> None:
+    def gone(timeout: float) -> None:
+        raise NoKernel("the peer hung up")
+
+    monkeypatch.setattr(cli, "_stop", gone)
+    monkeypatch.setattr(cli, "_pid_of_lock", lambda: 0)
+    cli._stop_or_ended(1.0)
+    monkeypatch.setattr(cli, "_pid_of_lock", lambda: 7)
+    with pytest.raises(NoKernel):
+        cli._stop_or_ended(1.0)

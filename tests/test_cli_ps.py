@@ -258,6 +258,8 @@ def test_the_dead_that_are_remembered(aiosd: System) -> None:
     for options in (["--dead"], ["--dead", "-p", pid], ["--dead", "-C", "gone"], ["--dead", "-e"]):
         lines = aiosd.run("aios-ps", *options, *columns, check=True).stdout.splitlines()
         assert [pid, "X", "3", "gone"] in [line.split() for line in lines]
+    head, line = aiosd.run("aios-ps", "--dead", "-p", pid, check=True).stdout.splitlines()
+    assert (head.split()[2:4], line.split()[2:4]) == (["STAT", "EXIT"], ["X", "3"])
 
 
 def test_of_the_dead_all_their_time_is_known_and_grows_no_more(aiosd: System) -> None:
@@ -341,12 +343,18 @@ def test_watch_redraws_in_place_and_gives_the_terminal_back(aiosd: System, sleep
         terminal.expect("READY> $")
         before = terminal.modes()
         terminal.command("TERM=xterm aios-ps --watch 0.1 -o name=")
-        terminal.expect(r"\x1b\[\?1049h.*every 0.1 s   [\d:]+\x1b\[K\n+(twin|single)")
+        terminal.expect(r"\x1b\[\?1049h.*every 0.1 s   [\d:]+   q quits\x1b\[K\r?\n+(twin|single)")
         aiosd.run("aios-kill", "-KILL", sleepers[2], check=True)
         terminal.expect(r"\x1b\[H[^\x1b]+\x1b\[K\r?\ntwin\x1b\[K\r?\ntwin\x1b\[K\x1b\[J")
         terminal.type("\x03")
         terminal.expect(r"\x1b\[\?25h\x1b\[\?1049l")
         assert terminal.exit_code() == 130
+        assert terminal.modes() == before
+        terminal.command("TERM=xterm aios-ps --watch 60")
+        terminal.expect(r"q quits")
+        terminal.type("q")
+        terminal.expect(r"\x1b\[\?25h\x1b\[\?1049l")
+        assert terminal.exit_code() == 0
         assert terminal.modes() == before
         terminal.command("TERM=xterm sh -c 'aios-ps --watch & sleep 1; kill $!; wait $!'")
         terminal.expect(r"\x1b\[\?1049h")

@@ -6,6 +6,8 @@ import subprocess
 import sys
 from pathlib import Path
 
+from tests.conftest import LONGEST
+
 CONFTEST = Path(__file__).with_name("conftest.py")
 
 LEAKS = """
@@ -66,3 +68,7 @@ def test_leaks_and_hangs_fail_a_test(tmp_path: Path) -> None:
     assert "FAILED test_leaks.py::test_never_ends" in text, text
     assert "not done after 0 s" in text, text
     assert "/memfd:aios-test" in text, text
+
+
+def test_files_that_begin_first_are_there() -> None:
+    assert [name for name in LONGEST if not CONFTEST.with_name(f"test_{name}.py").exists()] == []

@@ -6,6 +6,7 @@ import errno
 import json
 import os
 import signal
+import sys
 import threading
 from collections.abc import Callable
 from decimal import Decimal
@@ -25,7 +26,7 @@ from aiosd.units import MONEY, format_money, parse_money
 from libaios.home import Home
 from libaios.wire import Sampling
 from tests.conftest import System
-from tests.fakeendpoint import Endpoint, Handler, answers, hangs, status
+from tests.fakeendpoint import Endpoint, Handler, answers, hangs, status, vectors
 from tests.remotebench import Make, make, short_pauses
 
 __all__ = ["make", "short_pauses"]  # fixtures
@@ -147,7 +148,8 @@ while True:
 
 @pytest.fixture
 def endpoint() -> Any:
-    made = Endpoint(answers("a", usage={"prompt_tokens": 1000, "completion_tokens": 100}))
+    answer, rows = answers("a", usage={"prompt_tokens": 1000, "completion_tokens": 100}), vectors(tokens=1000)
+    made = Endpoint(lambda handler: (rows if handler.path.endswith("embeddings") else answer)(handler))
     yield made
     made.close()
 
@@ -171,6 +173,10 @@ def test_a_budget_of_money_ends_an_agent(
     assert done.stdout.split() == ["stop", "far"] * 2 + ["stop", "far"]
     shown = system.run("aios-ps", "-e", "--dead", "-C", "spender", "-o", "cost=,budget=").stdout.split()
     assert shown == ["0.06", "cost"], "the endpoint alone knows at the end how long a prompt was"
+    embeds = "import libaios as aios\nwhile True: print(aios.llm.embed('x', 'far').shape, flush=True)"
+    vectored = system.run("aios-run", "--cost", "0.025", "--", sys.executable, "-c", embeds)
+    assert (vectored.returncode, vectored.stdout.splitlines()[:2]) == (124, ["(1, 2)"] * 2), vectored.stderr
+    assert "cost budget of 0.025 used up" in vectored.stderr
     first = system.run("aios-run", "-g", "g", "--cost", "0.03", script, "far")
     rest = system.run("aios-run", "-g", "g", script, "far")  # has what the group has left
     assert (first.returncode, len(first.stdout.splitlines())) == (124, 2)

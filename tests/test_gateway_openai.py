@@ -13,6 +13,7 @@ from typing import Any
 import pytest
 
 from aiosd.gateway import web
+from aiosd.gateway.openai import chat, generation, responses
 from aiosd.ipc import endpoint
 from libaios import wire
 from libaios.connection import Pending
@@ -333,6 +334,12 @@ def test_limits_and_seeds_are_clamped() -> None:
     assert read(max_tokens=1 << 40).args[0].sampling.max_tokens == 1 << 24
     assert read(max_tokens=-1).args[0].sampling.max_tokens is None
     assert all(0 <= one.sampling.seed < 1 << 63 for one in asked.args)
+
+
+def test_thoughts_are_counted_apart() -> None:
+    used = generation.total([wire.Usage(7, 0, 5, reasoning_tokens=3), wire.Usage(7, 0, 2, reasoning_tokens=1)])
+    assert chat.usage(used)["completion_tokens_details"] == {"reasoning_tokens": 4}
+    assert responses._usage(used)["output_tokens_details"] == {"reasoning_tokens": 4}
 
 
 def test_reasoning_effort_reaches_the_template() -> None:

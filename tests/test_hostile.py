@@ -692,7 +692,7 @@ for number in range(1, 50):
 
 
 def test_large_calls_that_stay_open_do_not_fill_the_kernel(fresh_aiosd: Any, tmp_path: Path) -> None:
-    """A core that does nothing, and an agent that sends it thirty texts of 7 MB: most are refused."""
+    """A core that does nothing, and an agent that sends it twenty texts of 7 MB: most are refused."""
     system = fresh_aiosd("--threads", "1")
     (kernel, core) = (
         psutil.Process(next(entry["ospid"] for entry in system.ps() if entry["name"] == name))
@@ -701,12 +701,12 @@ def test_large_calls_that_stay_open_do_not_fill_the_kernel(fresh_aiosd: Any, tmp
     code = """
 from libaios.wire import Sys, Tokenize
 args = wire.raw(Tokenize("x" * 7_000_000))
-for number in range(1, 31):
+for number in range(1, 21):
     channel.send(wire.encode(wire.Request(number, Sys.TOKENIZE, args)))
     while channel.outbox_bytes:
         channel.pump()
         channel.wait(0.1)
-print([reply.errno for reply in replies(20).values()])
+print([reply.errno for reply in replies(10).values()])
 """
     core.suspend()
     try:
@@ -716,10 +716,11 @@ print([reply.errno for reply in replies(20).values()])
             assert end(client, pid) == (0, "")
             refused = json.loads(output(client, pid))
             assert refused == [errno.EAGAIN] * len(refused)
-            assert len(refused) >= 20
-        assert kernel.memory_info().rss - before < 400 << 20
+            assert len(refused) >= 10
+        assert kernel.memory_info().rss - before < 128 << 20
     finally:
-        core.kill()
+        with contextlib.suppress(psutil.NoSuchProcess):  # it may have been taken for one that hangs
+            core.kill()
 
 
 def test_a_request_and_the_end_of_its_sender_at_once(system: System, client: Client, tmp_path: Path) -> None:

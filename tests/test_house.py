@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import functools
 import re
 import subprocess
 import sys
@@ -41,8 +42,10 @@ def module_of(path: Path) -> str:
     return ".".join(parts[:-1] if parts[-1] == "__init__" else parts)
 
 
-def imports(path: Path) -> Iterator[tuple[str, bool]]:
-    """Every module that a file imports, and whether only for the type checker."""
+@functools.cache
+def imports(path: Path) -> list[tuple[str, bool]]:
+    """Every module that a file imports, and whether only for the type checker. Several tests ask for all files."""
+    found = []
     tree = ast.parse(path.read_text())
     typing_only = {
         id(inner)
@@ -54,12 +57,13 @@ def imports(path: Path) -> Iterator[tuple[str, bool]]:
     for node in ast.walk(tree):
         if isinstance(node, ast.Import):
             for alias in node.names:
-                yield alias.name, id(node) in typing_only
+                found.append((alias.name, id(node) in typing_only))
         elif isinstance(node, ast.ImportFrom):
             base = absolute(node, path)
             for alias in node.names:
                 full = f"{base}.{alias.name}"
-                yield (full if exists(full) else base), id(node) in typing_only
+                found.append((full if exists(full) else base, id(node) in typing_only))
+    return found
 
 
 def absolute(node: ast.ImportFrom, path: Path) -> str:

@@ -330,12 +330,12 @@ def test_grammars_of_the_dialects_take_their_own_calls_and_no_others(model: llam
     ids=lambda source: source[:40],
 )
 def test_every_failure_of_a_template_is_one_sentence_and_soon(source: str) -> None:
-    began = time.monotonic()
+    began = time.process_time()
     with pytest.raises(OSError, match="the model's chat template") as caught:
         ChatTemplate(source, "", "").render(normal_messages(user("x")), None)
     assert caught.value.errno == errno.EINVAL
     assert "\n" not in str(caught.value)
-    assert time.monotonic() - began < 8
+    assert time.process_time() - began < 8
 
 
 def test_a_template_that_does_not_compile_is_known_at_load() -> None:

@@ -284,6 +284,7 @@ KINDS: dict[str, dict[str, Any]] = {
     "plain": {"flash_attention": "off"},
     "flash": {"flash_attention": "on"},
     "own": {},
+    "unified": {"kv_layout": "unified"},
 }
 
 
@@ -494,7 +495,7 @@ def test_only_what_is_new_of_a_context_is_read_from_its_slot(any_loaded: loading
     assert cache.store is not None
     assert preemptions > 2 * SLOTS
     whole, own = cache.store.layout.size(300), cache.store.layout.size(10)
-    if cache.bases.possible:  # the prompt is read where it lies
+    if cache.bases.possible or cache.cells is not None:  # the prompt is read where it lies
         assert preemptions * cache.store.layout.size(1) < cache.copied["restored"] < 2 * whole + preemptions * own
     else:
         assert cache.copied["restored"] > preemptions * whole
@@ -621,17 +622,20 @@ def test_a_build_of_llama_cpp_is_known_by_its_files(tmp_path: Path, monkeypatch:
     assert one == again != build()
 
 
-@pytest.mark.parametrize("flash", [("on", "off"), ("off", "on")])
+@pytest.mark.parametrize("kinds", [("flash", "plain"), ("unified", "flash"), ("plain", "unified")])
 def test_a_state_saved_with_flash_attention_is_of_use_without_and_the_other_way_round(
-    model_path: Path, tmp_path: Path, flash: tuple[str, str]
+    model_path: Path, tmp_path: Path, kinds: tuple[str, str]
 ) -> None:
+    """And so is one of a slot with cells of its own where all share them, in cells between others'."""
     tokens = np.arange(5, 205, dtype=np.int32)
     texts = []
-    for step, choice in enumerate(flash):
-        loaded = load(model_path, flash_attention=choice)
+    for step, kind in enumerate(kinds):
+        loaded = load(model_path, **KINDS[kind])
         bench = engine(loaded, tmp_path, ram=1 << 24)
         cache = bench.engine.cache
         assert cache.store is not None
+        other = bench.submit(list(range(5, 60)), peer=2, max_tokens=30)
+        bench.run(3)
         saved = Saved(str(tmp_path), {"layout": cache.store.layout.description}, cache.store.layout)
         if step == 1:
             opened = saved.read("g", "n")
@@ -640,7 +644,8 @@ def test_a_state_saved_with_flash_attention_is_of_use_without_and_the_other_way_
             assert cache.take_in("", tokens, opened.piece, 1) == len(tokens)
         key = bench.submit([*tokens.tolist(), 7, 8], peer=1, max_tokens=12)
         bench.run()
-        assert bench.end(key).usage.cached_tokens == step * len(tokens)
+        assert bench.end(key).usage.cached_tokens == (len(tokens) if step else 55)
+        assert len(bench.whole(other)[0]) == 30
         texts.append(bench.whole(key)[0])
         if step == 0:
             saved.write("g", "n", [], tokens, cache.export("", tokens, 1))

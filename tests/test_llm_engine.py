@@ -788,6 +788,7 @@ def test_a_stream_of_thoughts_goes_on_after_the_kernels_death(tmp_path: Path, mo
     bench.run()
     thoughts, _, answer = said.partition("</think>")
     assert Splitter().split(text + bench.whole(key, len(tokens))[1]) == (answer, thoughts, [])
+    assert bench.end(key).usage.reasoning_tokens == len(call_text(bench, f"{thoughts}</think>"))
     loaded.close()
 
 

@@ -162,10 +162,10 @@ MANY = [{"role": "user", "content": "hello"}] * 20_000
 def test_no_loop_of_a_template_holds_up_the_core(loop: str) -> None:
     template = ChatTemplate(LOOPS[loop] + "ok", "", "")
     template.quick = True
-    began = time.monotonic()
+    began = time.process_time()
     with pytest.raises(Later):
         template.render(MANY, [])
-    assert time.monotonic() - began < 5, "it does not end by itself in minutes"
+    assert time.process_time() - began < 5, "it does not end by itself in minutes"
     template.quick = False
     assert template.render(MANY[:10], []) == "ok"
 

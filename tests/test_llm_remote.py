@@ -35,7 +35,7 @@ from libaios import parts, wire
 from libaios.home import Home
 from libaios.wire import Sampling, Sys
 from tests.conftest import System
-from tests.fakeendpoint import Deed, Endpoint, Handler, answers, bytewise, cut, garbage, hangs, status, whole
+from tests.fakeendpoint import Deed, Endpoint, Handler, answers, bytewise, cut, garbage, hangs, status, vectors, whole
 from tests.remotebench import KEY, TOOL, USER, Bench, Deaf, Make, make, short_pauses
 
 __all__ = ["make", "short_pauses"]  # fixtures
@@ -52,6 +52,7 @@ def test_a_chat(make: Make, stream: bool) -> None:
     assert (end.finish_reason, end.usage.prompt_tokens, end.usage.cached_tokens) == ("stop", 11, 4)
     assert bench.text(key) == "Hello"
     assert bench.charged(key) == end.usage.completion_tokens == 3
+    assert end.usage.reasoning_tokens == 2
     assert bench.prompts(key) == end.usage.prompt_tokens
     path, body, _ = bench.endpoint.asked[0]
     assert path == "/v1/chat/completions"
@@ -127,7 +128,6 @@ def test_tool_calls_go_as_the_api_wants_them(make: Make) -> None:
 @pytest.mark.parametrize(
     "args",
     [
-        {"sampling": Sampling(logprobs=True)},
         {"sampling": Sampling(top_k=3)},
         {"grammar": "root ::= x"},
         {"messages": None, "prompt": [1, 2]},
@@ -144,12 +144,167 @@ def test_what_cannot_be_passed_on_is_refused_by_name(make: Make, args: dict[str,
     assert not bench.endpoint.asked
 
 
+def chances(text: str, log: float = -0.5, **more: Any) -> dict[str, Any]:
+    return {"token": text, "logprob": log, "bytes": list(text.encode()), "top_logprobs": [], **more}
+
+
+def likely(*words: str, form: str = "content", log: float = -0.5) -> Deed:
+    """A chat or a completion with the log probabilities of its words."""
+
+    def deed(handler: Handler) -> None:
+        handler.stream()
+        for word in words:
+            top = [chances(word, log, id=7), chances("else", -9999.0)]
+            found: dict[str, Any] = {"content": [chances(word, log, id=7, top_logprobs=top)]}
+            if form == "tokens":
+                found = {"tokens": [word], "token_logprobs": [log], "top_logprobs": [{word: log, "else": -9999.0}]}
+            body = {"delta": {"content": word}} if handler.path.endswith("chat/completions") else {"text": word}
+            handler.event(json.dumps({"choices": [{"index": 0, **body, "logprobs": found}]}))
+        handler.chunk("stop")
+        handler.event("[DONE]")
+
+    return deed
+
+
+@pytest.mark.parametrize("stream", [True, False])
+@pytest.mark.parametrize("form", ["content", "tokens"])
+def test_log_probabilities(make: Make, form: str, stream: bool) -> None:
+    bench = make(likely("grüß", " dich", form=form))
+    asked = {"messages": None, "prompt": "x"} if form == "tokens" else {}
+    key = bench.submit(stream=stream, sampling=Sampling(logprobs=True, top_logprobs=1), **asked)
+    assert bench.end(key).finish_reason == "stop"
+    number = 7 if form == "content" else -1
+    found = bench.logprobs(key)
+    assert [(one.piece.decode(), one.logprob, one.token) for one in found] == [
+        ("grüß", -0.5, number),
+        (" dich", -0.5, number),
+    ]
+    assert [[other.piece.decode() for other in one.top] for one in found] == [["grüß"], [" dich"]]
+    body = bench.endpoint.asked[0][1]
+    assert (body["logprobs"], body.get("top_logprobs")) == ((True, 1) if form == "content" else (1, None))
+
+
+def test_log_probabilities_that_were_not_asked_for_are_not_looked_at(make: Make) -> None:
+    bench = make(likely("x", log=7.0))
+    key = bench.submit()
+    assert bench.text(key) == "x"
+    assert not bench.logprobs(key)
+    assert "logprobs" not in bench.endpoint.asked[0][1]
+
+
+def test_an_endpoint_without_log_probabilities_is_named(make: Make) -> None:
+    bench = make(answers("x"))
+    failed = bench.end(bench.submit(stream=False, sampling=Sampling(logprobs=True)))
+    assert (failed.errno, failed.elsewhere) == (errno.EINVAL, True)
+    assert failed.message.startswith("logprobs: ")
+    assert len(bench.endpoint.asked) == 1
+
+
+def test_a_log_probability_above_0_is_none(make: Make) -> None:
+    bench = make(likely("x", log=0.5), likely("y", log=1e-9))
+    key = bench.submit(stream=False, sampling=Sampling(logprobs=True))
+    assert bench.text(key) == "y"
+    assert [(one.logprob, one.top) for one in bench.logprobs(key)] == [(0.0, [])]
+
+
+def test_log_probabilities_come_once_after_a_loss_and_again_for_a_new_kernel(make: Make) -> None:
+    def breaks(handler: Handler) -> None:
+        handler.stream()
+        found = {"content": [chances("one")]}
+        handler.event(json.dumps({"choices": [{"delta": {"content": "one"}, "logprobs": found}]}))
+
+    bench = make(breaks, likely("one", " two"))
+    asked = {"sampling": Sampling(logprobs=True)}
+    key = bench.submit(**asked)
+    bench.end(key)
+    assert [one.piece for one in bench.logprobs(key)] == [b"one", b" two"]
+    bench.channel.sent.clear()
+    bench.again(key, given="one", **asked)
+    assert [one.piece for one in bench.logprobs(key)] == [b" two"]
+    assert len(bench.endpoint.asked) == 2
+
+
 def test_other_calls_are_refused_and_closing_a_context_is_nothing(make: Make) -> None:
     bench = make(answers("x"))
-    for number, sys in enumerate((Sys.TOKENIZE, Sys.EMBED, Sys.CTX_CLOSE, Sys.CTX_LIST)):
+    for number, sys in enumerate((Sys.TOKENIZE, Sys.RERANK, Sys.CTX_CLOSE, Sys.CTX_LIST)):
         bench.tell(link.Ask((1, number), link.Caller(1, 0, "x", False, ""), sys, Raw(msgspec.msgpack.encode([]))))
     kinds = [type(message).__name__ for message in bench.channel.sent]
     assert kinds == ["Failed", "Failed", "Answered", "Answered"]
+
+
+# ── vectors ───────────────────────────────────────────────────────────────────────────────────────────────
+
+
+def embed(bench: Bench, *texts: str) -> link.Key:
+    bench.number += 1
+    args = Raw(msgspec.msgpack.encode(wire.Embed(list(texts))))
+    bench.tell(link.Ask((1, bench.number), link.Caller(1, 0, "x", False, ""), Sys.EMBED, args))
+    return 1, bench.number
+
+
+def answered(bench: Bench, key: link.Key) -> Any:
+    kinds = (link.Answered, link.Failed)
+    return bench.until(lambda: next((m for m in bench.channel.sent if isinstance(m, kinds) and m.key == key), None))
+
+
+def test_vectors_have_unit_length_and_the_order_of_their_texts(make: Make) -> None:
+    first, second = {"index": 1, "embedding": [0.0, 2.0]}, {"index": 0, "embedding": "AABAQAAAgEA="}  # 3, 4
+    bench = make(vectors(first, second))
+    reply = answered(bench, embed(bench, "a", "b"))
+    found = msgspec.msgpack.decode(reply.body, type=wire.Embedded)
+    assert (found.n, found.d, found.prompt_tokens, reply.prompt_tokens) == (2, 2, 5, 5)
+    assert list(memoryview(found.data).cast("f")) == pytest.approx([0.6, 0.8, 0.0, 1.0])
+    path, body, _ = bench.endpoint.asked[0]
+    assert (path, body) == ("/v1/embeddings", {"model": "gpt", "input": ["a", "b"]})
+    assert [type(message).__name__ for message in bench.channel.sent] == ["Answered"]
+    assert bench.remote.stats()["running"] == bench.remote.stats()["waiting"] == 0
+
+
+def test_many_texts_go_in_several_requests_and_each_is_tried_again(make: Make) -> None:
+    bench = make(status(503), vectors(), cut(), vectors(tokens=7), concurrency=1)
+    reply = answered(bench, embed(bench, *map(str, range(70))))
+    found = msgspec.msgpack.decode(reply.body, type=wire.Embedded)
+    assert (found.n, found.prompt_tokens) == (70, 12)
+    assert [len(body["input"]) for _, body, _ in bench.endpoint.asked] == [64, 64, 6, 6]
+
+
+@pytest.mark.parametrize(
+    "wrong",
+    [
+        vectors([1.0]),
+        vectors([1.0], [1.0, 2.0]),
+        vectors([0.0], [1.0]),
+        vectors([], []),
+        vectors("AAA=", "AAA="),
+        vectors({"index": 0, "embedding": [1.0]}, {"index": 0, "embedding": [1.0]}),
+        vectors({"index": 0}, {"index": 1}),
+        whole({"content": "no vectors"}),
+        garbage("{"),
+    ],
+)
+def test_vectors_that_are_none_are_asked_for_again(make: Make, wrong: Deed) -> None:
+    bench = make(wrong, vectors())
+    reply = answered(bench, embed(bench, "a", "b"))
+    assert msgspec.msgpack.decode(reply.body, type=wire.Embedded).n == 2
+    assert len(bench.endpoint.asked) == 2
+
+
+def test_an_endpoint_without_vectors_is_named(make: Make) -> None:
+    bench = make(status(501, "start it with --embeddings"))
+    failed = answered(bench, embed(bench, "a"))
+    assert failed.errno == errno.ENOSYS
+    assert failed.message.startswith("EMBED: it makes no vectors: ")
+    assert failed.message.endswith("start it with --embeddings")
+
+
+def test_a_cancel_ends_a_request_for_vectors(make: Make) -> None:
+    bench = make(hangs())
+    key = embed(bench, "a")
+    bench.until(lambda: bench.endpoint.asked)
+    bench.tell(link.CancelCall(key))
+    bench.until(lambda: bench.remote.stats()["slots"]["used"] == 0)
+    assert bench.endpoint.hung_up.wait(5)
+    assert not bench.channel.sent
 
 
 # ── faults ────────────────────────────────────────────────────────────────────────────────────────────────
@@ -663,6 +818,10 @@ try:
 except OSError as err:
     print(err.errno)
 print(aios.llm.complete("Once", max_tokens=5, temperature=0).usage.completion_tokens)
+likely = aios.llm.chat(say, logprobs=True, top_logprobs=2, max_tokens=3, temperature=0).logprobs
+print([(one.piece, round(one.logprob, 2), len(one.top)) for one in likely])
+found = aios.llm.embed(["one", "two"])
+print(found.shape, [round(float(value), 3) for value in found[1][:5]])
 """
 
 
@@ -677,7 +836,8 @@ def test_another_aiosd_is_an_endpoint(aiosd: System, fresh_aiosd: Callable[..., 
     system = fresh_aiosd("--model", f"far={url}#nano", "--key-file", str(key))
     there = system.run("aios-run", script, check=True).stdout.splitlines()
     assert there == aiosd.run("aios-run", script, check=True).stdout.splitlines()
-    assert there[1:] == ["['n']", "pick ['n']", str(errno.EMSGSIZE), "5"]
+    assert there[1:5] == ["['n']", "pick ['n']", str(errno.EMSGSIZE), "5"]
+    assert there[6].startswith("(2, ")
     (spent,) = (one["completion_tokens"] for one in aiosd.agents() if one["name"] == "neighbour")
     assert spent > 5
     aiosd.run("aiosd", "token", "neighbour", "--revoke", check=True)

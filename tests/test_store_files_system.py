@@ -231,10 +231,12 @@ def test_the_command(system: System, tmp_path: Path) -> None:
         assert done.returncode == code, done.stderr
         return done.stdout if code == 0 else done.stderr
 
+    (tmp_path / "here").mkdir()
     (tmp_path / "file").write_text("one\n")
     of = ("--of", "agent:planner")
     assert run("put", str(tmp_path / "file"), "notes/plan", *of) == "notes/plan: version 1, 4\n"
     run("put", "-", "notes/plan", *of, input="two\n")
+    assert "needs a PATH" in run("put", "-", *of, input="two\n", code=2)
     assert run("cat", "notes/plan", *of) == "two\n"
     assert run("cat", "-v", "1", "notes/plan", *of) == "one\n"
     assert "-one\n+two\n" in run("diff", "notes/plan", "1", *of)
@@ -247,13 +249,17 @@ def test_the_command(system: System, tmp_path: Path) -> None:
     assert run("search", "one", *of) == "notes/plan: one\n"
     run("get", "notes/plan", str(tmp_path / "copy"), *of)
     assert (tmp_path / "copy").read_text() == "one\n"
+    assert run("put", str(tmp_path / "copy"), "--of", "agent:short") == "copy: version 1, 4\n"
+    run("get", "copy", "--of", "agent:short", cwd=str(tmp_path / "here"))
+    assert (tmp_path / "here" / "copy").read_text() == "one\n"
+    assert "exists already" in run("get", "copy", "--of", "agent:short", cwd=str(tmp_path / "here"), code=2)
     assert "agent:planner" in run("spaces")
     run("share", "notes", "agent:critic", *of)
     run("unshare", "notes", "agent:critic", *of)
     assert run("unshare", "notes", "agent:critic", *of, code=1) == "aios-sto: notes: is not shared with agent:critic\n"
     run("mount", str(tmp_path), "real", *of)
     assert eventually(lambda: "real/copy" in run("ls", *of))
-    assert run("mounts", *of).splitlines()[1].split()[:3] == ["real", "read", "2"]
+    assert run("mounts", *of).splitlines()[1].split()[:3] == ["real", "read", "3"]
     run("unmount", "real", *of)
     run("rm", "notes/plan", *of)
     number = run("trash", *of).splitlines()[1].split()[0]

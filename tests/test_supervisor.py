@@ -7,16 +7,20 @@ import select
 import signal
 import socket
 import subprocess
+import time
+from collections.abc import Callable
 from types import SimpleNamespace
 
 import pytest
 
-from aiosd.init import signals
+from aiosd.init import guardian, signals
+from aiosd.init import supervisor as module
 from aiosd.init.agents import Agents
 from aiosd.init.kernellink import KernelLink
 from aiosd.init.records import Agent, Process
 from aiosd.init.supervisor import KERNEL, LAST_WAIT_S, Supervisor
 from aiosd.ipc import link
+from aiosd.ipc.heartbeat import HANG_S, START_S, Heart, Rounds, beat
 from aiosd.ipc.service import Service, Stopped
 from aiosd.timers import Timers
 from libaios.stream import FrameSocket
@@ -113,3 +117,35 @@ def test_own_processes_are_told_to_end_in_the_order_of_their_records(monkeypatch
     supervisor.kernel.ospid = store.ospid = 0
     supervisor._continue_stop()
     assert supervisor.exit_code == 0
+
+
+def test_a_heart_beats_while_the_last_numbers_wait_for_the_disk(monkeypatch: pytest.MonkeyPatch) -> None:
+    done: list[object] = []
+    supervisor = object.__new__(Supervisor)
+    supervisor.heartbeat = 7
+    supervisor.pids = SimpleNamespace(release=lambda: done.append("released"))  # type: ignore[assignment]
+
+    def begin(write: int, rounds: Rounds) -> None:
+        done.append((write, rounds.stuck(), rounds._since is not None))  # not for ever: a dead disk is a hang
+
+    monkeypatch.setattr(module, "beat_in_background", begin)
+    supervisor._release_pids()
+    assert done == [(7, False, True), "released"]
+
+
+def test_the_guardian_gives_the_supervisor_time_until_its_first_beat(monkeypatch: pytest.MonkeyPatch) -> None:
+    class Silent(Heart):
+        def hangs(self, clock: Callable[[], float] = time.monotonic, silent_s: float = HANG_S) -> bool:
+            asked.append(silent_s)
+            if len(asked) == 1:
+                beat(self.write)
+                assert not super().hangs()
+            return False
+
+    asked: list[float] = []
+    heart = Silent()
+    monkeypatch.setattr(signal, "sigtimedwait", lambda numbers, seconds: None)
+    monkeypatch.setattr(guardian, "_reap", lambda supervisor: 0 if len(asked) == 2 else None)
+    assert guardian._watch(1, heart) == 0
+    assert asked == [START_S, HANG_S]
+    heart.close()

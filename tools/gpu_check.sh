@@ -25,8 +25,12 @@ main() {
     step check uses_gpu || stop "llama.cpp does not find the card"
     local ours="--gpu-layers -1" theirs="-ngl 99" few
     few="$(($(nproc) < 8 ? $(nproc) : 8))"
+    step layout shows_layout "$ours"
     step crowd "$PYTHON" benchmarks/crowd.py --model small --n 16 --n 64 --prefix 512 --flash on --no-lock \
         --threads "$few" --aiosd-options="$ours" --server-options="$theirs" --out "$OUT/crowd.json"
+    step crowd-streams "$PYTHON" benchmarks/crowd.py --model small --n 16 --prefix 512 --flash on --no-lock \
+        --threads "$few" --aiosd-options="$ours --kv-layout streams" --server-options="$theirs" \
+        --out "$OUT/crowd-streams.json"
     step floor "$PYTHON" benchmarks/floor.py --model small --n 64 --prefix 512 \
         --threads "$few" --aiosd-options="$ours" --server-options="$theirs" --out "$OUT/floor.json"
     step switch "$PYTHON" benchmarks/switch.py --model small --only system --tokens 512 --tokens 2048 --rounds 3 \
@@ -48,6 +52,21 @@ build() {
 
 uses_gpu() {
     "$PYTHON" -c 'import sys, llama_cpp; sys.exit(not llama_cpp.llama_supports_gpu_offload())'
+}
+
+# How the KV cache is laid out there, how large batches are, and why: slots must share their cells.
+shows_layout() {
+    timeout 120 "$PYTHON" - "$1" <<'END'
+import sys
+
+from benchmarks import harness
+
+with harness.Aiosd(harness.model_path("small"), *sys.argv[1].split()) as aiosd:
+    stats = aiosd.stats()
+    for name in ("device", "kv_layout", "cells", "prompt_batch", "prompt_batch_why", "attention", "threads_why"):
+        print(f"{name}: {stats[name]}")
+sys.exit(not stats["kv_layout"].startswith("unified"))
+END
 }
 
 # step NAME COMMAND…: with its output on the terminal and in a file, within the time that is left.

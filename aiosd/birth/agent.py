@@ -1,6 +1,6 @@
 """From a forked child to an agent.
 
-It is made in this order: session, subreaper → its letter read → what is written to /proc → confined (`sandbox`) →
+It is made in this order: prepared (session, subreaper) → its letter read → named → confined (`sandbox`) →
 folder and program looked up, and that reported (`report`) → descriptors → umask, limits, environment, streams →
 the program (`program`). A confined agent's own program is looked up with no more rights than the agent has.
 
@@ -62,16 +62,20 @@ class Descriptors:
     report: int
 
 
-def become_agent(spec: link.Fork, pid: int, home: str, fds: Descriptors, keeps_library: bool = False) -> int:
-    """In the forked child: turn into the agent, run its code, return its exit code. `keeps_library`: what the standard
-    library has stored before the fork is the agent's, too, because modules that it would import have stored it."""
+def prepare() -> None:
+    """What any agent needs; a spare does it before it is known which agent it becomes."""
     os.setsid()
     prctl(PR_SET_CHILD_SUBREAPER, 1)
+    _lower_oom_protection()
+
+
+def become_agent(spec: link.Fork, pid: int, home: str, fds: Descriptors, keeps_library: bool = False) -> int:
+    """In the prepared child: turn into the agent, run its code, return its exit code. `keeps_library`: what the
+    standard library has stored before the fork is the agent's, too: modules that it would import have stored it."""
     _above_stdio(fds)
     content = with_bytes(letter.read(fds.letter))
     report = Report(fds.report)
     name_process(spec.name)
-    _lower_oom_protection()
     try:
         if content.box is not None:
             terminal = _terminal(fds.stdio[0]) if spec.tty else ""
@@ -82,7 +86,7 @@ def become_agent(spec: link.Fork, pid: int, home: str, fds: Descriptors, keeps_l
     except OSError as err:
         return report.refuse(err, err.strerror or str(err))
     if found.is_python:
-        report.ready()  # before the rest, because the parent waits for it
+        report.ready(fds.bell)  # before the rest, because the parent waits for it
     _take_descriptors(fds)
     if spec.tty:
         _take_terminal()

@@ -2,7 +2,8 @@
 
 Folder and program of an agent are looked up in the agent's own process, because a name may lead to a file system that
 never replies, and the supervisor must not wait for that. The child has one end of a socket pair. When nothing but the
-program itself can fail any more, it closes that end (or Linux does, when another program is executed). A confined agent
+program itself can fail any more, it rings for the kernel, which answers the spawn, reports that, and closes that end.
+(Another program is executed without this: Linux closes the end.) A confined agent
 sends its door before that (see `sandbox.doors`), and what listens in its own network, if it has one (see
 `birth.gates`). If it cannot start, it sends an errno and a descriptor, and exits. In
 the descriptor is a sentence, which may name the agent's files: the supervisor passes it on to the kernel and does not
@@ -12,6 +13,7 @@ read it (see `aiosd.ipc.letter`).
 from __future__ import annotations
 
 import array
+import contextlib
 import errno
 import os
 import socket
@@ -29,6 +31,8 @@ _ERRNO = struct.Struct("=i")
 Refusal = tuple[int, int]  # errno, and a descriptor with the reason
 #: In place of the errno: the descriptors are the agent's door, or its gates.
 DOOR, GATES = 0, -1
+#: In place of it, without a descriptor: it has rung.
+RUNG = -2
 MOST = 8  # descriptors of a report
 
 
@@ -38,7 +42,11 @@ class Report:
     def __init__(self, fd: int) -> None:
         self.fd = fd
 
-    def ready(self) -> None:
+    def ready(self, bell: int) -> None:
+        """`bell`: the agent's. The kernel gets this at once, and the supervisor when it has time."""
+        with contextlib.suppress(OSError):  # else the supervisor answers for it
+            os.write(bell, b"\0")
+            os.write(self.fd, _ERRNO.pack(RUNG))
         os.close(self.fd)
 
     def door(self, fd: int) -> None:
@@ -69,13 +77,18 @@ class Report:
 
 
 def read(sock: socket.socket) -> tuple[int, list[int]] | None:
-    """In the supervisor: why a child cannot start, or its door, or its gates, with descriptors that the caller closes;
-    None: it runs, or has died. Raises BlockingIOError when there is no report yet."""
+    """In the supervisor: why a child cannot start, or its door, or its gates, with descriptors that the caller closes,
+    or that it has rung; None: it runs, or has died. Raises BlockingIOError when there is no report yet."""
     flags = socket.MSG_DONTWAIT | socket.MSG_CMSG_CLOEXEC
     try:
         payload, ancillary, _, _ = sock.recvmsg(_ERRNO.size, socket.CMSG_SPACE(MOST * 4), flags)
     except ConnectionError:
         return None
-    if not payload or not ancillary:  # without a descriptor: this process has none left
+    if not payload:
         return None
-    return _ERRNO.unpack(payload)[0], list(array.array("i", ancillary[0][2]))
+    what: int = _ERRNO.unpack(payload)[0]
+    if what == RUNG:
+        return RUNG, []
+    if not ancillary:  # this process has no descriptor left
+        return None
+    return what, list(array.array("i", ancillary[0][2]))

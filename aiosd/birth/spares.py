@@ -31,7 +31,7 @@ from dataclasses import dataclass
 from msgspec import msgpack
 
 from aiosd.birth import heap, modules
-from aiosd.birth.agent import Descriptors, become_agent
+from aiosd.birth.agent import Descriptors, become_agent, prepare
 from aiosd.birth.fork import die_with_parent, fork, fork_again, keep_only, name_process
 from aiosd.ipc import link
 from aiosd.sandbox import cage
@@ -86,7 +86,7 @@ class Spares:
         ours, theirs = pair()
         try:
             fds = Descriptors(stdio, memfd, bell, letter, theirs.fileno())
-            return fork(lambda: become_agent(spec, pid, home, fds)), ours
+            return fork(lambda: _begin(spec, pid, home, fds)), ours
         except OSError:
             ours.close()
             raise
@@ -194,6 +194,11 @@ def _brood(ends: list[socket.socket], reports: int, supervisor: int) -> int:
     return 0
 
 
+def _begin(spec: link.Fork, pid: int, home: str, fds: Descriptors) -> int:
+    prepare()
+    return become_agent(spec, pid, home, fds)
+
+
 def pair() -> tuple[socket.socket, socket.socket]:
     """The supervisor's end, and that of the process that becomes an agent."""
     return socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
@@ -218,6 +223,7 @@ def become(sock: socket.socket, supervisor: int = 0, keeps_library: bool = False
     """In the spare: wait for the agent that it becomes. `supervisor`: its parent by then, with which it shall die.
     `keeps_library`: see `become_agent`."""
     keep_only((sock.fileno(), *cage.descriptors()))
+    prepare()
     payload, ancillary, _, _ = sock.recvmsg(LARGEST, socket.CMSG_SPACE(6 * 4))
     if not payload:
         return 0

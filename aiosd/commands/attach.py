@@ -274,6 +274,8 @@ class View:
 
             self.holder = holder.connect(self.client.socket.home, self.pid)
             self.raw = RawMode(0) if self.holder is not None else None
+            if self.raw is None and self.pass_signals and self.end.final is None:
+                edge.complain("aios-attach", f"agent {self.pid} has no terminal; it gets Ctrl-C (--no-signals: not)")
 
     def _lines(self) -> int:
         return LINES if self.holder is None else max(os.get_terminal_size(0).lines, LINES)

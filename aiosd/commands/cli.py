@@ -348,7 +348,8 @@ def _stop(timeout: float) -> None:
             guardian = _pidfd_of_lock() if guardian < 0 else guardian
             if guardian < 0:
                 raise err from None
-            signal.pidfd_send_signal(guardian, signal.SIGTERM)  # it runs, but its kernel does not reply
+            with contextlib.suppress(ProcessLookupError):  # it has ended meanwhile
+                signal.pidfd_send_signal(guardian, signal.SIGTERM)  # it runs, but its kernel does not reply
         except ConnectionError:
             pass  # it ended before it replied
         if guardian >= 0 and not _ended(guardian, end - time.monotonic()):
@@ -356,6 +357,15 @@ def _stop(timeout: float) -> None:
     finally:
         if guardian >= 0:
             os.close(guardian)
+
+
+def _stop_or_ended(timeout: float) -> None:
+    """The same, where it was seen to run and may have ended by itself before it was told to."""
+    try:
+        _stop(timeout)
+    except NoKernel:
+        if _pid_of_lock():
+            raise
 
 
 @command.command("restart", context_settings=edge.SETTINGS, short_help="Stop the system and start it as it was.")
@@ -383,7 +393,7 @@ def restart(timeout: float) -> int:
             names, file = params.pop("names"), params.pop("file")
             settings = _settings(names, file, params)
             if running:
-                _stop(timeout)
+                _stop_or_ended(timeout)
             return _to_background(settings, start.words)
     except AiosdError as err:
         raise edge.Failed(str(err)) from None

@@ -58,8 +58,9 @@ class Moment(click.ParamType[float]):
 
 
 def parse_moment(text: str, now: float) -> float:
-    """Returns a Unix time. `text`: a date such as `2026-11-23T14:05:00Z` (RFC 3339; without a zone: local time), a Unix
-    time (`@1700000000`, `1700000000.5`), or how long ago (`10m`, `2h30m`). Raises ValueError with a sentence."""
+    """Returns a Unix time. `text`: a date such as `2026-11-23T14:05:00Z` (RFC 3339; without a zone: local time), a time
+    of today (`14:05`), a Unix time (`@1700000000`, `1700000000.5`), or how long ago (`10m`, `2h30m`). Raises ValueError
+    with a sentence."""
     if re.fullmatch(r"@?[0-9]{1,12}(\.[0-9]*)?", text):
         return float(text.removeprefix("@"))
     try:
@@ -67,10 +68,12 @@ def parse_moment(text: str, now: float) -> float:
     except ValueError:
         from datetime import datetime
 
+        today = f"{datetime.fromtimestamp(now):%Y-%m-%dT}" if re.match("[0-9]{2}:", text) else ""
         try:
-            return datetime.fromisoformat(text.upper()).timestamp()
+            return datetime.fromisoformat(today + text.upper()).timestamp()
         except (ValueError, OverflowError):
-            known = "a date (2026-11-23T14:05:00Z), a Unix time (@1700000000) nor a length of time (10m, 2h30m)"
+            known = "a date (2026-11-23T14:05:00Z), a time of today (14:05), a Unix time (@1700000000) nor a length of "
+            known += "time (10m, 2h30m)"
             raise ValueError(f"{text!r} is neither {known}") from None
 
 
@@ -79,8 +82,9 @@ def parse_moment(text: str, now: float) -> float:
     "Print the output of agents that were started with aios-run -d: live ones, the last dead, and those of earlier "
     "boots whose logs are still kept (keep_dead). A NAME stands for the newest agent of that name. Of several agents "
     "each line has the agent before it, and without -f one agent comes after the other.\n\n"
-    "T is a date (2026-11-23T14:05:00Z; without a zone: local time), a Unix time (@1700000000), or how long ago (42s, "
-    "10m, 2h30m, 1d). aiosd looks at logs once a second, so up to a second more is printed than was asked for.",
+    "T is a date (2026-11-23T14:05:00Z; without a zone: local time), a time of today (14:05), a Unix time "
+    "(@1700000000), or how long ago (42s, 10m, 2h30m, 1d). aiosd looks at logs once a second, so up to a second more "
+    "is printed than was asked for.",
     "[-f] [--tail N] [--since T] [--until T]",
     EXAMPLES,
 )

@@ -30,7 +30,7 @@ EXAMPLES = """
   aios-ps -C planner -o pid=    the pids of the agents named planner
   aios-ps -e --sort -tokens     the one that used most tokens first
   aios-ps --dead --sort -pid    the dead as well, the last one first
-  aios-ps -e --watch            live, every 2 seconds, until Ctrl-C
+  aios-ps -e --watch            live, every 2 seconds, until q or Ctrl-C
   aios-ps --json                for programs
 """
 
@@ -72,7 +72,7 @@ def _complete_columns(context: click.Context, parameter: click.Parameter, incomp
     EXAMPLES,
 )
 @click.option("-e", "-A", "--all", "everything", is_flag=True, help="All agents, zombies and aiosd's own processes.")
-@click.option("--dead", is_flag=True, help="The last dead too, as many as aiosd remembers.")
+@click.option("--dead", is_flag=True, help="The last dead too, as many as aiosd remembers, and exit codes.")
 @click.option("-f", "--full", is_flag=True, help="More columns.")
 @click.option(
     "-p",
@@ -137,7 +137,8 @@ def command(
 ) -> int:
     wanted = _pids(pids)
     try:
-        chosen = table.layout(columns or [table.FULL if full else table.SHORT])
+        usual = table.FULL if full else table.SHORT
+        chosen = table.layout(columns or [usual.replace(" stat ", " stat exit ") if dead else usual])
         order = table.sort_keys(keys)
     except ValueError as err:
         raise click.UsageError(str(err)) from None

@@ -132,9 +132,12 @@ def spaces(of: str) -> int:
 
 @_command("put", "Keep a file.")
 @click.argument("file", type=click.Path())
-@click.argument("path")
-def put(file: str, path: str, of: str) -> int:
-    """Keep the real FILE (- is stdin) under PATH, as a new version of what is there."""
+@click.argument("path", required=False)
+def put(file: str, path: str | None, of: str) -> int:
+    """Keep the real FILE (- is stdin) under PATH, else under its own name, as a new version of what is there."""
+    if path is None and file == "-":
+        raise click.UsageError("what comes from stdin needs a PATH")
+    path = path or Path(file).name
     kept = sto.upload(path, sys.stdin.buffer if file == "-" else Path(file), of)
     print(edge.printable(f"{kept.path}: version {kept.version}, {format_size(kept.size)}"))
     return 0
@@ -142,11 +145,15 @@ def put(file: str, path: str, of: str) -> int:
 
 @_command("get", "Copy a file out of the store.")
 @click.argument("path")
-@click.argument("file", type=click.Path())
+@click.argument("file", type=click.Path(), required=False)
 @click.option("-v", "--version", type=edge.Whole(1), metavar="N", help="This version; else the newest.")
-def get(path: str, file: str, version: int | None, of: str) -> int:
-    """Copy what is kept under PATH to the real FILE, which is replaced when all of it is there."""
-    sto.download(path, Path(file), version, of)
+def get(path: str, file: str | None, version: int | None, of: str) -> int:
+    """Copy what is kept under PATH to the real FILE, which is replaced when all of it is there; without FILE to a new
+    one of its name in this folder."""
+    target = Path(file or Path(path).name)
+    if file is None and target.exists():
+        raise click.UsageError(f"{target} exists already; name a FILE to replace it")
+    sto.download(path, target, version, of)
     return 0
 
 

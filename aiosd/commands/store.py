@@ -1,12 +1,13 @@
 """aiosd fsck, backup, export, import: the store as a whole.
 
-$ aiosd backup notes.tar
+$ aiosd export notes.tar
 notes.tar: 2 owners, 1392 notes
 """
 
 from __future__ import annotations
 
 import contextlib
+import errno
 import fcntl
 import os
 from collections.abc import Callable, Iterator
@@ -25,6 +26,7 @@ if TYPE_CHECKING:
     from aiosd.store.lost import Lost
 
 T = TypeVar("T")
+FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)  # of a write; it names no file
 
 
 @click.command("fsck", context_settings=edge.SETTINGS, short_help="Check what agents keep; --repair saves it.")
@@ -195,8 +197,10 @@ def _write(file: Path, fill: Callable[[IO[bytes]], T]) -> T:
             target.flush()
             os.fsync(target.fileno())
         os.rename(part, file)
-    except BaseException:  # of any kind, an interrupt too: undo, and raise it again
+    except BaseException as err:  # of any kind, an interrupt too: undo, and raise it again
         part.unlink(missing_ok=True)
+        if isinstance(err, OSError) and err.errno in FULL and err.filename is None:
+            raise OSError(err.errno, err.strerror, str(file)) from None
         raise
     return result
 

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import re
 from typing import Any
 
 from aiosd.commands.edge import printable
 from aiosd.units import format_duration, format_size
 
 LINE = 80  # characters in a line of the short form
+LABEL = 16  # at most in the column of names; a longer name has a line of its own
 
 
 def brief(found: dict[str, Any], machine: str = "") -> list[str]:
@@ -26,19 +28,20 @@ def brief(found: dict[str, Any], machine: str = "") -> list[str]:
     rows["sandbox"] = _sandbox(found.get("sandbox") or {})
     rows["access"] = _access(found.get("access") or {})
     rows["machine"] = machine
-    width = max(map(len, rows))
+    shown = {printable(name): printable(text) for name, text in rows.items() if text}
+    width = max((len(name) for name in shown if len(name) <= LABEL), default=0)
     lines = [_head(found)]
-    for name, text in rows.items():
-        if text:
-            first, *more = _wrapped(printable(text), LINE - width - 4)
-            lines += [f"  {printable(name):{width}}  {first}", *(" " * (width + 4) + line for line in more)]
+    for name, text in shown.items():
+        first, *more = _wrapped(text, LINE - width - 4)
+        head = [f"  {name:{width}}  {first}"] if len(name) <= width else [f"  {name}", " " * (width + 4) + first]
+        lines += [*head, *(" " * (width + 4) + line for line in more)]
     return lines + _checked(found.get("check"))
 
 
 def _wrapped(text: str, width: int) -> list[str]:
-    """The text in lines, broken only where it has a comma: figures and paths stay whole."""
+    """The text in lines, broken only where it has a comma outside of brackets: figures and paths stay whole."""
     lines = [""]
-    for part in text.split(", "):
+    for part in re.split(r", (?![^(]*\))", text):
         if lines[-1] and len(lines[-1]) + len(part) + 3 > width:
             lines[-1] += ","
             lines.append(part)

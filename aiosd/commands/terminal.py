@@ -131,10 +131,12 @@ def in_foreground(fd: int) -> bool:
 
 
 class RawMode:
-    """Lets a terminal pass every key on unchanged, from `enter` to `leave`. A second `enter` does nothing."""
+    """Lets a terminal pass every key on unchanged, from `enter` to `leave`. A second `enter` does nothing. With
+    `tty.setcbreak` as mode keys come at once, too, and Ctrl-C and Ctrl-Z are still signals."""
 
-    def __init__(self, fd: int) -> None:
+    def __init__(self, fd: int, mode: Callable[[int, int], object] = tty.setraw) -> None:
         self.fd = fd
+        self._mode = mode
         self._saved: list[object] | None = None
 
     @property
@@ -144,7 +146,7 @@ class RawMode:
     def enter(self) -> None:
         if self._saved is None:
             saved = termios.tcgetattr(self.fd)
-            _retry(lambda: tty.setraw(self.fd, termios.TCSADRAIN))
+            _retry(lambda: self._mode(self.fd, termios.TCSADRAIN))
             self._saved = saved
 
     def leave(self) -> None:

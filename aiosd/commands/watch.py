@@ -3,10 +3,14 @@
 from __future__ import annotations
 
 import os
+import select
 import signal
 import sys
 import time
+import tty
 from collections.abc import Callable
+
+from aiosd.commands.terminal import RawMode, in_foreground
 
 ENTER = "\x1b[?1049h\x1b[?25l"  # the second screen of the terminal, without a cursor
 LEAVE = "\x1b[?25h\x1b[?1049l"
@@ -18,20 +22,23 @@ class _Ended(Exception):
 
 
 def run(picture: Callable[[], list[str]], title: str, seconds: float) -> int:
-    """Show it until a signal ends this process; returns the exit code. Ctrl-C raises KeyboardInterrupt. The terminal is
+    """Show it until the key q or a signal; returns the exit code. Ctrl-C raises KeyboardInterrupt. The terminal is
     restored in each case."""
     if not sys.stdout.isatty() or os.environ.get("TERM", "dumb") == "dumb":
         return _one_after_another(picture, seconds)
+    keys = RawMode(0, tty.setcbreak)
     old = {number: signal.signal(number, _end) for number in (signal.SIGTERM, signal.SIGHUP)}
-    old[signal.SIGTSTP] = signal.signal(signal.SIGTSTP, _stop)
+    old[signal.SIGTSTP] = signal.signal(signal.SIGTSTP, lambda number, frame: _stop(keys))
     _write(ENTER)
     try:
         while True:
-            _write(_screen(picture(), f"{title}   every {seconds:g} s   {time.strftime('%H:%M:%S')}"))
-            time.sleep(seconds)
+            _write(_screen(picture(), f"{title}   every {seconds:g} s   {time.strftime('%H:%M:%S')}   q quits"))
+            if _quits(keys, time.monotonic() + seconds):
+                return 0
     except _Ended as end:
         return 128 + int(end.args[0])
     finally:
+        keys.leave()
         _write(LEAVE)
         for number, handler in old.items():
             signal.signal(number, handler)
@@ -41,6 +48,21 @@ def _one_after_another(picture: Callable[[], list[str]], seconds: float) -> int:
     while True:
         print("\n".join(picture()), end="\n\n", flush=True)
         time.sleep(seconds)
+
+
+def _quits(keys: RawMode, until: float) -> bool:
+    """Wait for the time of the next picture; True: somebody has typed q. Keys that are typed for other programs, while
+    this one is in the background, are left to them."""
+    while (left := until - time.monotonic()) > 0:
+        if not os.isatty(0) or not in_foreground(0):
+            time.sleep(left)
+        else:
+            keys.enter()
+            if select.select([0], [], [], left)[0] and in_foreground(0):
+                typed = os.read(0, 4096)
+                if b"q" in typed or not typed:  # nothing: the terminal is gone
+                    return True
+    return False
 
 
 def _screen(lines: list[str], title: str) -> str:
@@ -62,10 +84,11 @@ def _end(number: int, frame: object) -> None:
     raise _Ended(number)
 
 
-def _stop(number: int, frame: object) -> None:
+def _stop(keys: RawMode) -> None:
     """Ctrl-Z: restore the terminal, stop as a shell expects it, and take the terminal again after CONT."""
+    keys.leave()
     _write(LEAVE)
-    signal.signal(signal.SIGTSTP, signal.SIG_DFL)
+    handler = signal.signal(signal.SIGTSTP, signal.SIG_DFL)
     os.kill(os.getpid(), signal.SIGTSTP)
-    signal.signal(signal.SIGTSTP, _stop)
+    signal.signal(signal.SIGTSTP, handler)
     _write(ENTER)

@@ -142,8 +142,8 @@ class Agents:
             raise
 
     def _born(self, birth: Birth) -> None:
-        """An agent runs, or cannot start: only now the kernel gets its reply. A kernel that was forked during the birth
-        has inherited the agent, and asks again."""
+        """An agent runs, or cannot start: the kernel gets its reply, unless the agent has rung for it. A kernel that
+        was forked during the birth has inherited the agent, and asks again."""
         agent = birth.agent
         doors = (agent.door, *agent.gates) if agent.door >= 0 else ()
         if agent.restarts is not None and agent.restarts.total:
@@ -151,10 +151,9 @@ class Agents:
                 self._link.send(link.ChildRestarted(agent.pid, agent.ospid), (agent.memfd, agent.bell, *doors))
             return  # else it ends now, which is handled like any other end
         if birth.refusal is None:
-            if birth.epoch == self._link.epoch:
-                self._link.send(
-                    _forked(agent.spec.key, agent), () if birth.claimed else (agent.memfd, agent.bell, *doors)
-                )
+            waits = birth.epoch == self._link.epoch and (birth.claimed or not birth.rung)
+            if waits or doors:
+                self._link.send(_forked(agent.spec.key, agent), doors)
             return
         if birth.epoch == self._link.epoch:
             number, reason = birth.refusal
@@ -200,6 +199,7 @@ class Agents:
         self.records[pid] = self._children[ospid] = agent
         self._spawned.put(spec.key, pid)
         self._births.expect(Birth(agent, report, self._link.epoch))
+        self._link.send(link.Forking(_forked(spec.key, agent)), (memfd, bell))
 
     def _enrol(self, spec: link.Fork, fds: list[int]) -> None:
         """An agent without a process: a record, for the next kernel."""

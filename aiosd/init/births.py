@@ -31,6 +31,7 @@ class Birth:
     report: socket.socket
     epoch: int  # of the kernel that requested it
     claimed: bool = False  # by a kernel that was forked later, and has inherited the agent
+    rung: bool = False  # the agent runs, and has rung for the kernel that requested it
     refusal: Refusal | None = None  # if the agent cannot start; its descriptor is open during `over`
     timer: Timer | None = None
 
@@ -65,7 +66,9 @@ class Births:
         with contextlib.suppress(BlockingIOError):
             while (found := report.read(birth.report)) is not None:
                 what, fds = found
-                if what == report.DOOR:
+                if what == report.RUNG:
+                    birth.rung = True
+                elif what == report.DOOR:
                     birth.agent.door = fds[0]
                 elif what == report.GATES:
                     birth.agent.gates = tuple(fds)

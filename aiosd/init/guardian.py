@@ -26,7 +26,7 @@ from aiosd.errors import UsageError, WorldError
 from aiosd.init import restart, signals
 from aiosd.init.sweep import sweep
 from aiosd.ipc import endpoint, passage
-from aiosd.ipc.heartbeat import BEAT_S, HANG_S, Heart
+from aiosd.ipc.heartbeat import BEAT_S, HANG_S, START_S, Heart
 from aiosd.logs import processlog
 
 if TYPE_CHECKING:
@@ -155,8 +155,9 @@ def _watch(supervisor: int, heart: Heart) -> int:
         code = _reap(supervisor)
         if code is not None:
             return code
-        if heart.hangs():
-            logger.critical("the supervisor hangs (no heartbeat for %.0f s); ending everything", HANG_S)
+        silent_s = HANG_S if heart.beaten else START_S
+        if heart.hangs(silent_s=silent_s):
+            logger.critical("the supervisor hangs (no heartbeat for %.0f s); ending everything", silent_s)
             os.kill(supervisor, signal.SIGKILL)
 
 

@@ -157,11 +157,18 @@ class Supervisor:
         while self.exit_code is None:
             self._turn()
         sweep(meanwhile=lambda: beat(self.heartbeat))
+        self._release_pids()
+        return self.exit_code
+
+    def _release_pids(self) -> None:
+        """The last act, which waits for the disk. Nothing is forked any more, so a thread may beat meanwhile."""
+        rounds = Rounds()
+        rounds.begin()
+        beat_in_background(self.heartbeat, rounds)
         try:
             self.pids.release()
         except OSError as err:  # a full disk: numbers are wasted, but none is repeated
             logger.warning("pids: %s", err)
-        return self.exit_code
 
     def _refuse(self, error: str) -> int:
         """Do not start; returns the exit code."""

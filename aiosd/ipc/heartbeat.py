@@ -5,7 +5,9 @@
 The supervisor and the kernel beat in their loops, so a loop that hangs falls silent. A core beats from a thread of
 its own, because one step of a big model may take long and is no hang: a core falls silent when it is stopped, or stuck
 with the interpreter's lock held; and its thread stops beating when the loop has not come round for too long (`Rounds`
-has how long that is). A process that has been silent for `HANG_S` is killed by its watcher, and replaced.
+has how long that is). A process that has been silent for `HANG_S` is killed by its watcher, and replaced. The
+supervisor waits for the disk twice, at its start and at its end: until its first beat it has `START_S`, and at its end
+a thread beats for it.
 """
 
 from __future__ import annotations
@@ -20,16 +22,18 @@ from collections.abc import Callable
 
 BEAT_S = 1.0
 HANG_S = 5.0
+START_S = 60.0
 
 
 class Heart:
     """The watcher's side. The writing end is `write`, for the child that is about to be forked."""
 
-    __slots__ = ("_heard", "_looked", "read", "write")
+    __slots__ = ("_heard", "_looked", "beaten", "read", "write")
 
     def __init__(self) -> None:
         self.read, self.write = os.pipe2(os.O_NONBLOCK | os.O_CLOEXEC)
         self._heard = self._looked = time.monotonic()
+        self.beaten = False  # at least once
 
     def forked(self) -> None:
         """The child has its end; ours would keep the pipe open."""
@@ -50,6 +54,7 @@ class Heart:
         heard = False
         with contextlib.suppress(BlockingIOError):
             heard = bool(os.read(self.read, 4096))
+        self.beaten = self.beaten or heard
         if heard or late:
             self._heard = now
         return now - self._heard > silent_s

@@ -524,9 +524,8 @@ class Set(Struct, array_like=True, frozen=True, tag=True):
 
 
 class Forked(Struct, array_like=True, frozen=True, tag=True):
-    """Descriptors with the frame: the agent's memfd, the kernel's end of its doorbell, of a confined agent its door,
-    and of one in a network of its own its gates (none when the key was known and the kernel has them already, or it has
-    no process)."""
+    """It runs, or it has no process. Not sent when it has rung for itself and nothing comes with it. Descriptors with
+    the frame: of a confined agent its door, and of one in a network of its own its gates."""
 
     key: Key
     pid: int
@@ -535,6 +534,14 @@ class Forked(Struct, array_like=True, frozen=True, tag=True):
     started: float  # Unix time, for people
     since: float  # monotonic, for deadlines; the same clock in all processes of one machine
     log: str
+
+
+class Forking(Struct, array_like=True, frozen=True, tag=True):
+    """A process was forked that looks up its program. Descriptors with the frame: the agent's memfd, and the kernel's
+    end of its doorbell. The kernel prepares what it can; then the agent rings as soon as it runs, if it can, or
+    `Forked` or `ForkFailed` comes."""
+
+    forked: Forked
 
 
 class ForkFailed(Struct, array_like=True, frozen=True, tag=True):
@@ -650,6 +657,7 @@ class Stop(Struct, array_like=True, frozen=True, tag=True):
 ToSupervisor = Fork | SendSignal | Mark | Forget | Ready | Shutdown | Set
 FromSupervisor = (
     Forked
+    | Forking
     | ForkFailed
     | ChildStopped
     | ChildExited

@@ -22,6 +22,7 @@ from aiosd.kernel import ledger, spawning
 from aiosd.kernel.budget import Budgets, Stage, sentence
 from aiosd.kernel.calls import Calls
 from aiosd.kernel.enforce import Enforcer
+from aiosd.kernel.events import Source
 from aiosd.kernel.generations import Generations
 from aiosd.kernel.ledger import Ledger
 from aiosd.kernel.listed import Listed, key_of
@@ -61,6 +62,17 @@ class UnderWay:
     command: str
     box: Box | None
     used: Mapping[int, int]  # what its row in the ledger begins with, from an earlier life of the system
+    newborn: Newborn | None = None  # its process, once it was forked
+
+
+@dataclass(slots=True)
+class Newborn:
+    """A process that looks up its agent's program."""
+
+    forked: link.Forked
+    channel: Channel | str  # or what is wrong with it
+    bell: Source | None
+    stopped: bool = False
 
 
 class Agents:
@@ -140,7 +152,7 @@ class Agents:
             self.generations.park(proc, agent.stopped)
             return
         if agent.status is None:
-            self.connect(proc, agent.memfd, agent.bell)
+            self._connect(proc, _open(agent.memfd, agent.bell))
             if agent.door >= 0:
                 self.open_door(proc, agent.door)
             self.open_gates(proc, agent.gates)
@@ -209,46 +221,95 @@ class Agents:
             os.close(sealed)
         self.forks[spec.key] = UnderWay(call, spec, letter.command(content)[:COMMAND_SHOWN], content.box, used or {})
 
+    def forking(self, message: link.Forking, fds: list[int]) -> None:
+        """Its process looks up its program; its channel is opened meanwhile. It rings when it runs."""
+        under_way = self.forks[message.forked.key]
+        channel = _open(*fds)
+        bell = None
+        if isinstance(channel, Channel):
+            bell = self.turns.listen(channel, lambda: self._begin(under_way, message.forked))
+        under_way.newborn = Newborn(message.forked, channel, bell)
+
     def forked(self, message: link.Forked, fds: list[int]) -> None:
-        under_way = self.forks.pop(message.key)
+        under_way = self.forks.get(message.key)
+        if under_way is not None:
+            self._begin(under_way, message)
+        proc = self.table.get(message.pid)
+        if fds and proc is not None and proc.alive:
+            self._open_doors(proc, fds)
+            return
+        for fd in fds:
+            os.close(fd)
+
+    def _begin(self, under_way: UnderWay, message: link.Forked) -> None:
+        """An agent begins, or is known already; its spawn is answered."""
+        del self.forks[message.key]
         self.listed.started(message.key, message.pid)
         call, spec = under_way.call, under_way.spec
         proc = self.table.find(message.pid)
-        if proc is None and not fds and not spec.outside:  # an old one, forgotten since
+        if proc is None and under_way.newborn is None and not spec.outside:  # an old one, forgotten since
             self.budgets.arrived(spec.shares)
             self._answer_spawn(call, wire.Spawned(message.pid, message.log, spec.sandbox))
             return
         if proc is None:
-            started = (message.started, message.since)
-            command = under_way.command
-            row = self.ledger.row(message.pid)
-            for column, amount in under_way.used.items():
-                row[column] = amount
-            proc = self._make(spec, command, message.pid, message.ospid, message.pgid, started, message.log)
-            proc.box = under_way.box
-            self.ledger.keep_command(proc.pid, command)
-            parent = self.table.get(proc.ppid)
-            if proc.ppid != INIT and (parent is None or not parent.alive):  # it died while we forked
-                proc.ppid = INIT
-                self.uplink.send(link.Mark(proc.pid, ppid=INIT))
-            self.table.add(proc)
-            self.budgets.born(proc.pid, proc.row, proc.budgets)
-            if spec.outside:
-                self._enrolled(proc)
-                self.outside_changed()
-            else:
-                self._connect_all(proc, fds)
-            self.enforcer.born(proc)
-            self.process_begun(proc)
-            if parent is not None and parent.halted:  # it was told to stop, with all its children, while we forked
-                self.deliver(proc, signal.SIGSTOP)
+            proc = self._make_new(under_way, message)
         self.budgets.arrived(spec.shares)
         self._answer_spawn(call, wire.Spawned(proc.pid, proc.log, spec.sandbox))
         if proc.attached_to and proc.attached_to not in self.peers.clients:
             self.deliver(proc, signal.SIGHUP)  # the client went while we forked
 
+    def _make_new(self, under_way: UnderWay, message: link.Forked) -> Proc:
+        started = (message.started, message.since)
+        row = self.ledger.row(message.pid)
+        for column, amount in under_way.used.items():
+            row[column] = amount
+        proc = self._make(
+            under_way.spec, under_way.command, message.pid, message.ospid, message.pgid, started, message.log
+        )
+        proc.box = under_way.box
+        self.ledger.keep_command(proc.pid, under_way.command)
+        parent = self.table.get(proc.ppid)
+        if proc.ppid != INIT and (parent is None or not parent.alive):  # it died while we forked
+            proc.ppid = INIT
+            self.uplink.send(link.Mark(proc.pid, ppid=INIT))
+        self.table.add(proc)
+        self.budgets.born(proc.pid, proc.row, proc.budgets)
+        if under_way.newborn is None:
+            self._enrolled(proc)
+            self.outside_changed()
+        else:
+            self._connect(proc, self._grown(under_way.newborn))
+        self.enforcer.born(proc)
+        self.process_begun(proc)
+        if under_way.newborn is not None and under_way.newborn.stopped:
+            self.stopped(link.ChildStopped(proc.pid, True))
+        if parent is not None and parent.halted:  # it was told to stop, with all its children, while we forked
+            self.deliver(proc, signal.SIGSTOP)
+        return proc
+
+    def _grown(self, newborn: Newborn) -> Channel | str:
+        """Its channel, to which nothing listens any more."""
+        if newborn.bell is not None:
+            self.turns.leave(newborn.bell)
+        return newborn.channel
+
+    def _known(self, pid: int) -> Proc | None:
+        """The agent of which the supervisor reports. It has rung, though that may not have been noticed yet."""
+        if pid not in self.table.procs and (under_way := self._newborn(pid)) is not None:
+            assert under_way.newborn is not None
+            self._begin(under_way, under_way.newborn.forked)
+        return self.table.get(pid)
+
+    def _newborn(self, pid: int) -> UnderWay | None:
+        for under_way in self.forks.values():
+            if under_way.newborn is not None and under_way.newborn.forked.pid == pid:
+                return under_way
+        return None
+
     def fork_failed(self, message: link.ForkFailed, fds: list[int]) -> None:
         under_way = self.forks.pop(message.key)
+        if under_way.newborn is not None and isinstance(channel := self._grown(under_way.newborn), Channel):
+            channel.close()
         self.budgets.arrived(under_way.spec.shares)
         words = letter.read_text(fds[0]) if fds else message.message
         for fd in fds:
@@ -298,20 +359,21 @@ class Agents:
     def _connect_all(self, proc: Proc, fds: list[int]) -> None:
         """Its channel, of a confined agent its door, and then its gates."""
         memfd, bell, *doors = fds
-        self.connect(proc, memfd, bell)
-        for door in doors[:1]:
-            self.open_door(proc, door)
-        self.open_gates(proc, doors[1:])
+        self._connect(proc, _open(memfd, bell))
+        self._open_doors(proc, doors)
 
-    def connect(self, proc: Proc, memfd: int, bell: int) -> None:
+    def _open_doors(self, proc: Proc, fds: Sequence[int]) -> None:
+        for door in fds[:1]:
+            self.open_door(proc, door)
+        self.open_gates(proc, fds[1:])
+
+    def _connect(self, proc: Proc, channel: Channel | str) -> None:
         """Serve an agent's channel; one whose header it has ruined already ends it here."""
         self.by_ospid[proc.ospid] = proc
         self.tokens.add(proc)
-        try:
-            channel = Channel(memfd, bell, Side.KERNEL)
-        except ProtocolError as err:
+        if isinstance(channel, str):
             self.calls.counters["offenders"] += 1
-            self.offended(proc, str(err))
+            self.offended(proc, channel)
             return
         peer = AgentPeer(proc, channel)
         self.peers.add(peer)
@@ -408,6 +470,9 @@ class Agents:
 
     def stopped(self, message: link.ChildStopped) -> None:
         proc = self.table.get(message.pid)
+        if proc is None and (under_way := self._newborn(message.pid)) is not None:
+            assert under_way.newborn is not None
+            under_way.newborn.stopped = message.stopped  # it counts when it has begun
         if proc is None or not proc.alive:
             return
         self.table.advance(proc, Event.STOP if message.stopped else Event.CONT)
@@ -437,7 +502,7 @@ class Agents:
     # ── death ─────────────────────────────────────────────────────────────────────────────────────────────
 
     def exited(self, message: link.ChildExited) -> None:
-        proc = self.table.get(message.pid)
+        proc = self._known(message.pid)
         if proc is None or not proc.alive:
             return
         self._process_ended(proc, message.cpu_s)
@@ -482,7 +547,8 @@ class Agents:
 
     def restarted(self, message: link.ChildRestarted, fds: list[int]) -> None:
         """It goes on under its pid, with its mailbox, its budgets and its children."""
-        proc = self.table.procs[message.pid]
+        proc = self._known(message.pid)
+        assert proc is not None
         self.table.advance(proc, Event.START)
         proc.halted = False
         proc.row[ledger.ENDED] = 0
@@ -509,3 +575,11 @@ class Agents:
         """The parent gets the exit status with this call."""
         if proc.state is State.ZOMBIE:
             self._reap(proc, by, wire.encode(result))
+
+
+def _open(memfd: int, bell: int) -> Channel | str:
+    """The channel of an agent, or what is wrong with it: it may have ruined its header already."""
+    try:
+        return Channel(memfd, bell, Side.KERNEL)
+    except ProtocolError as err:
+        return str(err)

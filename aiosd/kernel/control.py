@@ -187,7 +187,10 @@ class Control:
     # ── doors of confined agents ──────────────────────────────────────────────────────────────────────────
 
     def open_door(self, proc: Proc, door: int) -> None:
-        """Serve the door of a confined agent; it is ours from now on."""
+        """Serve the door of a confined agent; it is ours from now on. A second one is another name of the first."""
+        if proc.pid in self._doors:
+            os.close(door)
+            return
         self._doors[proc.pid] = self._events.watch(door, lambda mask: self._at_door(proc, door, mask), of_clients=True)
 
     def close_door(self, proc: Proc) -> None:

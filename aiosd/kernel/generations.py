@@ -124,8 +124,10 @@ class Generations:
             raise wire.error(errno.EDQUOT, "disk budget: what a saved context takes cannot be measured")
         if call.row.sys in (Sys.EMBED, Sys.RERANK):
             self.check_budget(call)
-            if args.model is None:
-                return self.cores.for_vectors()
+            core = self.cores.for_vectors() if args.model is None else self.core_for(args.model)
+            if (money := self.money_left(call)) is not None:
+                self._check_money(call, core, money)
+            return core
         return self.core_for(args.model)
 
     def caller_of(self, call: Call) -> link.Caller:
@@ -296,16 +298,22 @@ class Generations:
         if budget is not None:
             self.refused(budget, "context", proc)
 
-    def charge(self, call: Call, tokens: int) -> None:
+    def charge(self, call: Call, tokens: int, price: Price) -> None:
         """A call that is no generation has used this number of tokens (an embedding)."""
         proc = call.peer.proc
         if proc is not None:
+            cost = price.of_prompt(tokens, 0)
             proc.prompt_tokens += tokens
+            proc.cost += cost
             proc.row[ledger.PROMPT] += tokens
+            proc.row[ledger.COST] += cost
+            poor = budgets.pay(proc.budgets, cost) if cost else None
             empty = budgets.charge(proc.budgets, tokens)
-            budgets.settle(proc.budgets, tokens)
+            budgets.settle(proc.budgets, tokens, cost)
             if empty is not None:
                 self._cut(empty, "tokens")
+            if poor is not None:
+                self._cut(poor, "cost")
 
     def on_parked(self, peer: int) -> None:
         found = self.peers.find(peer)

@@ -8,10 +8,12 @@ import sys
 from collections.abc import Callable
 
 from aiosd.access.deed import Deed
+from aiosd.budgets.price import FREE, Price
 from aiosd.ipc import link
 from aiosd.ipc.service import LLM
 from aiosd.kernel.approvals import Approvals
 from aiosd.kernel.calls import Calls
+from aiosd.kernel.cores import Core
 from aiosd.kernel.peer import Call
 from aiosd.kernel.service import Service, Services
 from aiosd.timers import Timers
@@ -32,7 +34,7 @@ class Loading:
         on_ready: Callable[[], None],
         stats: Callable[[int], None],
         peers: Callable[[], list[int]],
-        charge: Callable[[Call, int], None],
+        charge: Callable[[Call, int, Price], None],
         calls: Calls,
         approvals: Approvals,
     ) -> None:
@@ -88,8 +90,8 @@ class Loading:
     def live_peers(self) -> list[int]:
         return self._peers()
 
-    def charge(self, call: Call, tokens: int) -> None:
-        self._charge(call, tokens)
+    def charge(self, service: Service, call: Call, tokens: int) -> None:
+        self._charge(call, tokens, (service.price if isinstance(service, Core) else None) or FREE)
 
     def rules(self) -> link.Rules:
         return link.Rules(self._approvals.policy)

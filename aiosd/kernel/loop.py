@@ -438,6 +438,8 @@ class Kernel:
         match message:
             case link.Forked():
                 self.agents.forked(message, fds)
+            case link.Forking():
+                self.agents.forking(message, fds)
             case link.ForkFailed():
                 self.agents.fork_failed(message, fds)
             case link.ChildStopped():

@@ -34,6 +34,7 @@ from libaios.wire import Limits
 LOG_SAMPLE_S = 1.0
 MEMORY_SAMPLE_S = 0.5  # of agents without a budget, whose memory is only shown
 SAMPLE_FEW = 16  # of them that are measured in one sample
+LOOKED_AT = 128  # … and that are looked at for that
 SHOWN_PART = 100  # at most a hundredth of the time goes into that
 OLD_S = 2.0  # what is older than this is measured again
 SHORTEST_S = 0.01  # Linux counts CPU time in steps of that
@@ -87,6 +88,7 @@ class Measure:
         self._disk = DiskWatch()
         self._disk_asked = 0.0
         self._calm: Timer | None = None  # the next look, while there was nothing to sample
+        self._in_turn: Iterator[Proc] = iter(())  # all agents, one after another
 
     def start(self) -> None:
         self._jobs.start(self._sample_logs())
@@ -274,15 +276,30 @@ class Measure:
 
     def _sample_memory(self) -> Iterator[None]:
         """PSS of agents, a few of them in turn."""
-        took_s, until = 0.0, time.monotonic() - OLD_S
-        old = [proc for proc in self._table.live() if proc.sampled < until]
-        for proc in sorted(old, key=lambda proc: proc.sampled)[:SAMPLE_FEW]:
+        took_s = 0.0
+        for proc in self._next_old(time.monotonic() - OLD_S):
             began = time.thread_time()
             for _ in self._sample(proc):
                 took_s += time.thread_time() - began
                 yield
                 began = time.thread_time()
         self._again(max(MEMORY_SAMPLE_S, SHOWN_PART * took_s), self._sample_memory)
+
+    def _next_old(self, until: float) -> list[Proc]:
+        """The next few in turn that were sampled before `until`. Few are looked at, because there may be thousands."""
+        found: list[Proc] = []
+        begun = False
+        for _ in range(LOOKED_AT):
+            proc = next(self._in_turn, None)
+            if proc is None:
+                if found or begun:
+                    break
+                self._in_turn, begun = iter(self._table), True
+            elif proc.alive and proc.sampled < until:
+                found.append(proc)
+                if len(found) == SAMPLE_FEW:
+                    break
+        return found
 
     @staticmethod
     def _sample(proc: Proc) -> Iterator[None]:
@@ -305,7 +322,7 @@ class Measure:
             yield from self._sample(proc)
 
     def _sample_logs(self) -> Iterator[None]:
-        for proc in self._table.live():
+        for proc in self._table:
             if proc.log and proc.alive:
                 self._logs.sample(proc.log)
                 yield

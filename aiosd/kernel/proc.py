@@ -55,6 +55,9 @@ class State(enum.Enum):
     REAPED = "reaped"
 
 
+_ALIVE = (State.RUNNING, State.STOPPED, State.WAITING)  # a tuple: members are compared by identity, and not hashed
+
+
 class Event(enum.Enum):
     STOP = "stop"
     CONT = "cont"
@@ -136,7 +139,7 @@ class Proc:
 
     @property
     def alive(self) -> bool:
-        return self.state in (State.RUNNING, State.STOPPED, State.WAITING)
+        return self.state in _ALIVE
 
     @property
     def tools_cpu_s(self) -> float:

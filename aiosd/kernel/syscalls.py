@@ -185,6 +185,8 @@ class ProcessCalls:
         new = access.new_nice(proc, args)
         if new < proc.nice and call.peer.proc is not None and not call.allowed:
             raise wire.error(errno.EACCES, f"nice: an agent may not lower it (from {proc.nice} to {new})")
+        if new == proc.nice:  # `nice(0)` only asks
+            return new
         self.agents.renice(proc, new, call.key, wire.encode(new))
         return new
 

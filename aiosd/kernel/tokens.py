@@ -8,8 +8,9 @@ long as its agent lives. Those of a person's own programs are made by the person
 
 from __future__ import annotations
 
+import base64
 import hashlib
-import secrets
+import os
 from collections.abc import Callable
 
 import msgspec
@@ -39,7 +40,7 @@ class Tokens:
             wanted = parent is None or bool(parent.token)
         if self._door is None or not wanted:
             return spec, letter
-        token = f"aios-{secrets.token_urlsafe(32)}"
+        token = f"aios-{base64.urlsafe_b64encode(os.urandom(32)).rstrip(b'=').decode()}"
         env = endpoint.environment(letter.env, self._door, token)
         replace = msgspec.structs.replace
         return replace(spec, token=_hash(token)), replace(letter, env=env)

@@ -13,9 +13,10 @@ from functools import partial
 
 from aiosd.kernel.calls import Calls
 from aiosd.kernel.dispatch import Dispatcher
-from aiosd.kernel.events import AWAKE, HUNGRY, TURN_S, Events
+from aiosd.kernel.events import AWAKE, HUNGRY, TURN_S, Events, Source
 from aiosd.kernel.peer import FRAMES_PER_TURN, OUTBOX_PAUSE, AgentPeer, Peer
 from aiosd.timers import Timers
+from libaios.channel import Channel
 from libaios.ring import ProtocolError
 
 REPLIES_PER_RING = 16  # ring after this number of replies in a turn: the first need not wait for the last
@@ -40,6 +41,21 @@ class Turns:
         self._count = dispatcher.count
         self._caught_up = caught_up
         self._rung: list[AgentPeer] = []  # peers whose bells have rung since the last beat
+
+    def listen(self, channel: Channel, rung: Callable[[], None]) -> Source:
+        """Of an agent that is being started: `rung` is called when it rings. What it has sent is not looked at yet."""
+
+        def on_bell(mask: int) -> None:
+            if mask & HUNG_UP:
+                channel.drain_bell()  # it may have rung before its end
+            if not channel.hung_up:
+                rung()
+
+        return self._events.watch(channel.fileno(), on_bell, select.EPOLLIN | select.EPOLLRDHUP | select.EPOLLET)
+
+    def leave(self, source: Source) -> None:
+        """Listen no longer."""
+        self._events.unwatch(source)
 
     def serve(self, peer: AgentPeer) -> None:
         """Serve an agent from now on; it may already have rung."""

@@ -32,6 +32,7 @@ Files, from the bottom up:
     blob.py        the state of a sequence as llama.cpp writes it, cut by tokens and joined
     contexts.py    states that have no slot: in memory, on disk, in a tree over tokens
     bases.py       beginnings that slots read where the store keeps them
+    cells.py       beginnings that slots share, where all lie in one cache; counts its cells (pure)
     cache.py       every movement of a context between slot, memory and disk
     stats.py       counts and times
     schedule.py    who computes what in a step, as one function
@@ -46,8 +47,10 @@ Files, from the bottom up:
     library.py     the calls about those
     rope.py        positions beyond those of the training
     placement.py   on which device tensors lie
-    room.py        how many tokens a slot holds, and how many slots there are
+    kvlayout.py    has each slot cells of its own, or do all share them?
+    room.py        how many tokens a slot holds, and how many slots or cells there are
     threads.py     how many compute a step, measured
+    calibrate.py   how many tokens of prompts a batch holds, measured
     exact.py       does a row depend on the others in its batch?
     trial.py       is our attention right for this model?
     loading.py     from a ModelSpec to a calibrated engine, or one line that says why not

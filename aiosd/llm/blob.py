@@ -13,6 +13,8 @@
             for each layer  V: the same, or, transposed: type i32, element bytes u32, elements u32, and for each
                             element N values
 
+A sequence's stream has its number; where all sequences share one stream, it is 0.
+
 So the bytes of tokens [a, b) can be cut out, kept alone, and joined with others to a block that is bit for bit one that
 llama.cpp would write. A piece is one array: the parts (K of layer 0, …, V of the last) one after the other, each as
 in the block. The stream header is not kept: a piece fits a context with any number of slots.
@@ -151,17 +153,19 @@ class Layout:
         data = np.empty((stop - start) * self.bytes_per_token, np.uint8)
         at, to = _HEAD.size, 0
         for section in self._sections:
-            to += self._cut_section(section, block[at:], sequence, (length, start, stop, first), data[to:])
+            where = length, start, stop, first
+            to += self._cut_section(section, block[at:], self._stream(sequence), where, data[to:])
             at += section.size(self._streams, length)
         return Piece(data, stop - start)
 
+    def _stream(self, sequence: int) -> int:
+        return sequence if self._streams > 1 else 0
+
     @staticmethod
-    def _cut_section(
-        section: Section, block: Bytes, sequence: int, where: tuple[int, int, int, int], data: Bytes
-    ) -> int:
+    def _cut_section(section: Section, block: Bytes, stream: int, where: tuple[int, int, int, int], data: Bytes) -> int:
         """Write one section into `data`; returns how many bytes of it are filled."""
         length, start, stop, first = where
-        at = 4 + 4 * (sequence + 1)
+        at = 4 + 4 * (stream + 1)
         if int(block[at - 4 : at].view(np.uint32)[0]) != length:
             raise LookupError(f"a cache does not hold all of {length} tokens")
         cells = block[at : at + length * _CELL.itemsize].view(_CELL)
@@ -271,9 +275,8 @@ class Layout:
     def _write_head(self, section: Section, block: Bytes, at: int, where: tuple[int, int, int]) -> int:
         """Write what precedes the parts; returns where the parts begin."""
         sequence, length, start = where
-        counts = [0] * (sequence + 1)
-        counts[sequence] = length
-        head = struct.pack(f"<{sequence + 2}I", self._streams, *counts)
+        counts = [*[0] * self._stream(sequence), length]
+        head = struct.pack(f"<{len(counts) + 1}I", self._streams, *counts)
         block[at : at + len(head)] = np.frombuffer(head, np.uint8)
         at += len(head)
         cells = block[at : at + length * _CELL.itemsize].view(_CELL)

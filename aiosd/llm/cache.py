@@ -12,6 +12,9 @@ of the sequence's tokens whose state is kept anywhere, and loses nothing useful 
   sequences need too stays in the store, as a base, if it can be read there (`bases.py`);
 - before a slot is taken, its content goes to the store.
 
+Where all slots lie in one cache (`cells.py`), what another slot has is not copied but shared, and a call needs not only
+a slot but also cells: free slots give up theirs when they are needed (`make_room`).
+
 Copying the state of a few hundred tokens takes as long as decoding one token; computing them again takes a hundred
 times as long. In exact mode only prefilled tokens are shared (see `engine.py`).
 """
@@ -19,6 +22,7 @@ times as long. In exact mode only prefilled tokens are shared (see `engine.py`).
 from __future__ import annotations
 
 import contextlib
+import logging
 import time
 from collections.abc import Callable, Iterator
 from typing import Any
@@ -26,14 +30,20 @@ from typing import Any
 from aiosd.llm import llama
 from aiosd.llm.bases import Bases
 from aiosd.llm.blob import Bytes, Layout, Piece
+from aiosd.llm.cells import Cells
 from aiosd.llm.contexts import Store, Swap
 from aiosd.llm.prefix import Node, Tokens, common_prefix, most_shared
 from aiosd.llm.sequence import Phase, Sequence
 from aiosd.llm.slots import Held, Slots
 
+logger = logging.getLogger("llm.cache")
+
 #: State is moved only if that saves at least WORTH tokens from being computed again. (WORTH_NOTHING: any gain counts.)
 WORTH = 16
 WORTH_NOTHING = 1
+
+#: A call is admitted if there are cells for its prompt and for so many tokens more of every call.
+AHEAD = 64
 
 #: How many bytes of states are moved in a second: assumed, until MEASURED bytes have been moved.
 COPIED_PER_S, MEASURED = 1 << 30, 64 << 20
@@ -71,6 +81,8 @@ class Cache:
         self._exact = exact
         self._budgets = (ram, disk, folder)
         self._clock = clock
+        self.cells = Cells(context.cells, slots.total, self._tokens_in_cells) if context.cells else None
+        self._refused: Sequence | None = None  # the last call for which there were no cells
         self._open_store()
 
     def _open_store(self) -> None:
@@ -107,7 +119,7 @@ class Cache:
         move = here.length and not self._may_use_up(held, here.length, sequence) and not len(target.tokens)
         length, source = self._elsewhere(sequence.scope, tokens, most)
         if length >= here.length + WORTH or (move and length >= here.length):
-            if source is not None:
+            if source is not None and self.cells is None:
                 self._keep(source, tokens, length, sequence.scope)
             if self._copy(sequence, target, tokens, length):
                 return
@@ -123,7 +135,7 @@ class Cache:
 
     def leader(self, sequence: Sequence) -> tuple[Sequence, int] | None:
         """The running prefill whose result this sequence should wait for, and up to which token."""
-        if sequence.snapshot is not None or self.store is None:
+        if sequence.snapshot is not None or (self.store is None and self.cells is None):
             return None
         tokens, most = self._wanted(sequence)
         best: tuple[int, int, Sequence] | None = None
@@ -151,9 +163,9 @@ class Cache:
 
     def _elsewhere(self, scope: str, tokens: Tokens, most: int, worth: int = WORTH) -> tuple[int, int | None]:
         """The longest beginning that can be copied, and the slot it must be taken from (None: the store has it)."""
-        if self.store is None:
+        if self.store is None and self.cells is None:
             return 0, None
-        length, source = self.store.length(scope, tokens, most), None
+        length, source = self.store.length(scope, tokens, most) if self.store is not None else 0, None
         least = length + worth  # what a slot must offer to be worth reading
         for slot, content, available in self._contents(scope):
             if min(available, most) > max(length, least - 1):
@@ -186,14 +198,19 @@ class Cache:
             self._context.cut(slot, 0)
             length = 0
         self.bases.cut(slot, length)
+        if self.cells is not None:
+            self.cells.cut(slot, length)
         sequence.length = sequence.prefilled = length
 
     def _copy(self, sequence: Sequence, target: Held, tokens: Tokens, length: int) -> bool:
-        """From the store into a slot. False: it is not in the store any more, and no slot is taken."""
-        if self.store is None:
-            return False
+        """From the store, or from slots that share their cells, into a slot. False: it is not there any more, and no
+        slot is taken."""
         with self._copying():
-            pieces, length = self.store.find(sequence.scope, tokens, length, sequence.peer)
+            pieces: list[Piece] = []
+            there = self._in_slots(sequence.scope, tokens[:length], target.slot)[0]
+            if there < length:
+                pieces, kept = self.store.find(sequence.scope, tokens, length, sequence.peer) if self.store else ([], 0)
+                length = max(kept, there)
             if not length:
                 return False
             self._clear(target)
@@ -203,21 +220,46 @@ class Cache:
             return True
 
     def _fill(self, sequence: Sequence, tokens: Tokens, pieces: list[Piece], length: int, public: int) -> None:
-        """Fill the slot. Of the first `public` tokens, those that others use too are not copied but read as a base."""
-        assert self.store is not None
-        layout, slot = self.store.layout, sequence.slot
+        """Fill the slot. What other slots have is shared with them, or, of the first `public` tokens, what others use
+        too is read as a base. The rest is copied from the pieces."""
+        slot = sequence.slot
         self._empty(slot)
+        if self.cells is not None:
+            start, source = self._in_slots(sequence.scope, tokens[:length], slot)
+            copied = start < length and self._make_room(length - start, spare=source)
+            copied = copied and self._restore(slot, pieces, start, length)
+            if source is not None:
+                self._context.share(source, slot, start)
+                self.cells.share(source, slot, start)
+            sequence.length = length if copied else start
+            return
         start = 0
         if self.bases.possible:
             start = self.bases.take(slot, sequence.scope, tokens, self._in_common(sequence, tokens[:public]))
         sequence.length = length
-        if start == length:
-            return
-        block = layout.join(pieces, slot, length, self._context.buffer(layout.size(length - start)), start)
-        if not self._context.restore(slot, block):
+        if start < length and not self._restore(slot, pieces, start, length):
             self._empty(slot)
             sequence.length = 0
+
+    def _restore(self, slot: int, pieces: list[Piece], start: int, length: int) -> bool:
+        """Copy the tokens [start, length) of the pieces into a slot. False: llama.cpp refuses that, and it is empty."""
+        if not pieces:
+            return False
+        assert self.store is not None
+        layout = self.store.layout
+        block = layout.join(pieces, slot, length, self._context.buffer(layout.size(length - start)), start)
         self.copied["restored"] += block.nbytes
+        if self.cells is not None:
+            self.cells.take(length - start)
+        return self._context.restore(slot, block)
+
+    def _in_slots(self, scope: str, tokens: Tokens, slot: int) -> tuple[int, int | None]:
+        """How many leading tokens this slot can share with another one, and with which."""
+        if self.cells is None:
+            return 0, None
+        there = ((min(common_prefix(tokens, held), most), other) for other, held, most in self._contents(scope))
+        length, source = max((found for found in there if found[1] != slot), default=(0, None))
+        return length, source if length else None
 
     def _in_common(self, sequence: Sequence, tokens: Tokens) -> int:
         """How many leading tokens to read as a base: the number that saves most, judged by the tokens in the other
@@ -242,6 +284,8 @@ class Cache:
     def _empty(self, slot: int) -> None:
         self._context.cut(slot, 0)
         self.bases.drop(slot)
+        if self.cells is not None:
+            self.cells.cut(slot, 0)
 
     def wipe(self, slot: int) -> None:
         """Forget what a free slot holds."""
@@ -285,7 +329,10 @@ class Cache:
                 self._forget_block(snapshot)
                 self.slots.take(target.slot, sequence)
                 self._empty(target.slot)
-                if not self._context.restore(target.slot, snapshot):
+                room = self._make_room(sequence.length)
+                if self.cells is not None:
+                    self.cells.take(sequence.length)
+                if not room or not self._context.restore(target.slot, snapshot):
                     sequence.length = sequence.prefilled = 0
                 return True
             assert self.store is not None
@@ -301,6 +348,65 @@ class Cache:
             if snapshot.private:
                 self.store.drop(snapshot)
             return True
+
+    # ── cells, where all slots lie in one cache ───────────────────────────────────────────────────────────
+
+    def fits(self, sequence: Sequence) -> bool:
+        """Are there cells for this waiting call, if all free slots gave up theirs? No cell is promised twice: what is
+        still to be computed of running calls' prompts counts, and so do some tokens more of each call. A call alone
+        always fits, because a slot never holds more tokens than there are cells."""
+        if self.cells is None:
+            return True
+        owners = list(self.slots.owners())
+        if not owners:
+            return True
+        promised = sum(max(owner.num_pending, 0) + _ahead(owner) for owner in owners)
+        used = self.cells.used_by(owner.slot for owner in owners)
+        tokens, _ = self._wanted(sequence)
+        running = [owner for owner in owners if owner.scope == sequence.scope]
+        shared = max((min(common_prefix(tokens, one.prompt), self._shareable(one)) for one in running), default=0)
+        needed = sequence.target + _ahead(sequence) - shared
+        fits = used + promised + needed <= self.cells.total
+        self._refused = None if fits else sequence
+        return fits
+
+    def crowded(self, waiting: list[Sequence]) -> bool:
+        """Are there still no cells for the call that was refused last?"""
+        return self._refused is not None and self._refused in waiting and not self.fits(self._refused)
+
+    def make_room(self, count: int) -> bool:
+        """Have so many cells free: free slots are wiped, those unused for longest first. What they hold goes to the
+        store. False: that is not enough."""
+        if self.cells is None or self.cells.has(count):
+            return True
+        with self._copying():
+            return self._make_room(count)
+
+    def _make_room(self, count: int, spare: int | None = None) -> bool:
+        while self.cells is not None and not self.cells.has(count):
+            idle = self._idle(spare)
+            if not idle:
+                return False
+            oldest = min(idle, key=lambda held: held.used)
+            self._clear(oldest)
+            self.wipe(oldest.slot)
+        return True
+
+    def has_fewer_cells(self, count: int) -> bool:
+        """llama.cpp has no room for so many tokens, though by our count there is: believe it, so that the next step
+        makes room. False: that would not help, because one call has everything."""
+        if self.cells is None or (self.slots.num_free >= self.slots.total - 1 and not self._idle()):
+            return False
+        logger.warning("llama.cpp has no room for %d tokens: %s", count, self.stats()["cells"])
+        self.cells.total = min(self.cells.total, self.cells.used + count - 1)
+        return True
+
+    def _idle(self, spare: int | None = None) -> list[Held]:
+        """The free slots that hold something."""
+        return [held for held in self.slots.free_slots() if len(held.tokens) and held.slot != spare]
+
+    def _tokens_in_cells(self, slot: int) -> int:
+        return self._context.last_position(slot) + 1
 
     # ── out of a slot ─────────────────────────────────────────────────────────────────────────────────────
 
@@ -478,6 +584,9 @@ class Cache:
         held = [held for held in slots.free_slots() if len(held.tokens)]
         resident = sum(owner.length for owner in slots.owners()) + sum(len(held.tokens) for held in held)
         elsewhere = sum(self.bases.length(slot) for slot in range(slots.total))
+        cells = self.cells.stats(owner.slot for owner in slots.owners()) if self.cells is not None else None
+        if cells is not None:
+            elsewhere = cells["saved_by_sharing"]
         below: dict[str, Any] = self.store.stats() if self.store else {}
         ram, disk, folder = self._budgets
         per_token = self.store.layout.bytes_per_token if self.store else 0
@@ -503,6 +612,7 @@ class Cache:
                 "sharing": self.why_not or "on",
                 "in_place": self.bases.stats() if self.bases.possible else None,
             },
+            "cells": cells,
             "evictions": below.get("evictions", {"disk": 0, "dropped": 0}),
             "copy_s": round(self.copy_s, 4),
             "copied_bytes": dict(self.copied),
@@ -521,3 +631,8 @@ class Cache:
     def close(self) -> None:
         if self.store is not None:
             self.store.close()
+
+
+def _ahead(sequence: Sequence) -> int:
+    """How many tokens a call may generate soon."""
+    return max(min(AHEAD, sequence.limit - len(sequence.out)), 1)

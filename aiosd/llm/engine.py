@@ -2,7 +2,8 @@
 
 - *plan*: waiting calls get slots; the policy chooses which. Parked calls lose their slots if other calls need them.
 - *decode*: first the prompts, in batches of their own. A batch holds only calls that have the same number of tokens
-  left, because llama.cpp splits a batch at the length of its shortest sequence. Prompts have a token budget in each
+  left, because llama.cpp splits a batch at the length of its shortest sequence (it does not where all slots lie in one
+  cache, see `cells.py`). Prompts have a token budget in each
   step, so that the other calls do not wait long for their next token. Then one batch, in ascending order of slots,
   with one token of every call whose prompt is complete.
 - *settle*: choose a token from each row of logits, end the calls that are complete, make text, report to the kernel.
@@ -30,7 +31,7 @@ from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
-from itertools import pairwise
+from itertools import accumulate, pairwise
 
 import numpy as np
 
@@ -108,6 +109,7 @@ class Engine:
         self.meter = Meter(clock)
         self.cache = Cache(context, self.slots, exact=exact, ram=ram, disk=disk, folder=folder, clock=clock)
         self.ubatch = context.ubatch
+        self.mixed = context.cells > 0  # all slots lie in one cache: batches and slots may be of any kind, see cells.py
         self._context = context
         self._ctx = ctx
         self.exact = exact
@@ -256,8 +258,8 @@ class Engine:
         self.meter.begin()
         for batch in schedule(self):
             self._say_started()  # first: if a call ends this process, the kernel must know which ones ran
-            if batch.tokens:
-                self._prefill(batch.calls, batch.tokens)
+            if batch.sizes:
+                self._prefill(batch.calls, batch.sizes)
             else:
                 self._arrange(self._paid(batch.calls))
                 self._decode()
@@ -325,6 +327,24 @@ class Engine:
         self.waiting[sequence.key] = sequence
         self._stale = True
 
+    def make_room(self, least: int, most: int) -> int:
+        """For how many tokens there are cells, up to `most`. Free slots give up theirs for these; for `least` calls
+        lose their slots, too: parked ones first, then the least urgent, but never the last, which has cells enough."""
+        if self.cache.make_room(most) or self.cache.cells is None:
+            return most
+        while not self.cache.make_room(least) and self.slots.num_free < self.slots.total - 1:
+            self._take_one_off()
+        return max(min(most, self.cache.cells.free), 1)
+
+    def _take_one_off(self) -> None:
+        owners = list(self.slots.owners())
+        urgent = [call for call in owners if not call.parked]
+        ranked = self.policy.order(urgent, self.clock())
+        rank = {call.key: i for i, call in enumerate(ranked)}
+        # A call that gets back what it has lost keeps its slot if it can, or it might lose that again and again.
+        victim = max(owners, key=lambda call: (call.parked, len(call.out) >= call.least, rank.get(call.key, len(rank))))
+        self.take_off(victim)
+
     def _limit(self, sequence: Sequence, computed: int) -> None:
         """Set how many tokens `out` may hold at most, and the finish reason when it is full. `computed`: how many
         tokens of the prompt must be computed; these, too, are charged to the call's budget."""
@@ -376,13 +396,13 @@ class Engine:
 
     # ── prompts ───────────────────────────────────────────────────────────────────────────────────────────
 
-    def _prefill(self, group: list[Sequence], size: int) -> None:
+    def _prefill(self, group: list[Sequence], sizes: list[int]) -> None:
         batch = self._prompts
-        batch.size = total = size * len(group)
+        batch.size = total = sum(sizes)
         batch.wanted[:total] = 0
         last: list[Sequence] = []  # calls whose prompt ends in this batch and that need their first token drawn
-        for i, sequence in enumerate(group):
-            part = slice(i * size, (i + 1) * size)
+        for sequence, size, stop in zip(group, sizes, accumulate(sizes), strict=True):
+            part = slice(stop - size, stop)
             start = sequence.length
             batch.tokens[part] = self._tokens(sequence, start, start + size)
             batch.positions[part] = np.arange(start, start + size)
@@ -403,7 +423,7 @@ class Engine:
         now = self.clock()
         self.meter.prefilled(total, now - began)
         logits = self._context.logits(len(last)) if last else None
-        for sequence in group:
+        for sequence, size in zip(group, sizes, strict=True):
             sequence.length += size
             sequence.computed += size
             sequence.prefilled = sequence.length
@@ -464,7 +484,7 @@ class Engine:
         self._rows = rows
         self._stale = False
         slots = [sequence.slot for sequence in rows]
-        self._num_pieces = sum(b != a + 1 for a, b in pairwise(slots)) + 1
+        self._num_pieces = 1 if self.mixed else sum(b != a + 1 for a, b in pairwise(slots)) + 1
         if self._num_pieces == 1:
             self._pieces_for = 0
         self._drawn = Rows(rows)
@@ -592,10 +612,14 @@ class Engine:
         ended already."""
         self._context.use(sequences[0].lora)
         result = self._context.decode(batch)
+        if self.cache.cells is not None:
+            self.cache.cells.take(batch.size)
         if result == llama.OK:
             return True
         self._stale = True
         self._dummies = []
+        if result == llama.NO_ROOM and self.cache.has_fewer_cells(batch.size):
+            return False
         if result == llama.ABORTED:  # what was computed before that stays in the cache
             for sequence in sequences:
                 sequence.length = self.cache.tokens_in(sequence.slot)
@@ -633,6 +657,7 @@ class Engine:
             decode_s=now - first,
             preemptions=sequence.preemptions,
             context_left=1 - (len(sequence.prompt) + len(sequence.out)) / self._ctx,
+            reasoning_tokens=sequence.text.num_inside,
         )
         past = _Past(sequence, reason, usage, calls, now)
         self.meter.calls += 1
@@ -702,9 +727,13 @@ class Engine:
 
     def _feed(self, sequence: Sequence) -> None:
         """Turn the tokens of which no text was made yet into text."""
-        if sequence.fed < len(sequence.out):
-            sequence.text.feed(self.model.detokenize(sequence.out[sequence.fed :]))
-            sequence.fed = len(sequence.out)
+        new, text = sequence.out[sequence.fed :], sequence.text
+        sequence.fed = len(sequence.out)
+        if new and text.can_think:
+            for token in new:
+                text.feed(self._pieces[token])
+        elif new:
+            text.feed(self.model.detokenize(new))
 
     def _report(self) -> None:
         now = self.clock()

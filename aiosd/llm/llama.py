@@ -243,6 +243,16 @@ def buffer_types() -> dict[str, int]:
     return found
 
 
+def gpu_memory() -> int:
+    """Bytes that are free on all GPUs together."""
+    free, total, found = ctypes.c_size_t(), ctypes.c_size_t(), 0
+    for device in range(int(_dev_count())):
+        if int(_dev_type(_dev_get(device))) == _GPU:
+            _dev_memory(_dev_get(device), ctypes.byref(free), ctypes.byref(total))
+            found += free.value
+    return found
+
+
 def _overrides(places: Sequence[tuple[str, str]]) -> Any:
     """The array that llama.cpp reads while it loads a model. None: nothing is overridden."""
     if not places:
@@ -313,6 +323,11 @@ _state_seq_get_ext = ctypes.CFUNCTYPE(
 )(("llama_state_seq_get_data_ext", C._lib))
 _dev_count = ctypes.CFUNCTYPE(ctypes.c_size_t)(("ggml_backend_dev_count", C._lib))
 _dev_get = ctypes.CFUNCTYPE(ctypes.c_void_p, ctypes.c_size_t)(("ggml_backend_dev_get", C._lib))
+_dev_type = ctypes.CFUNCTYPE(ctypes.c_int, ctypes.c_void_p)(("ggml_backend_dev_type", C._lib))
+_dev_memory = ctypes.CFUNCTYPE(None, ctypes.c_void_p, ctypes.c_void_p, ctypes.c_void_p)(
+    ("ggml_backend_dev_memory", C._lib)
+)
+_GPU = 1  # GGML_BACKEND_DEVICE_TYPE_GPU: one with memory of its own
 _dev_buffer_type = ctypes.CFUNCTYPE(ctypes.c_void_p, ctypes.c_void_p)(("ggml_backend_dev_buffer_type", C._lib))
 _buffer_type_name = ctypes.CFUNCTYPE(ctypes.c_char_p, ctypes.c_void_p)(("ggml_backend_buft_name", C._lib))
 _KV_TYPES = {"f16": 1, "q8_0": 8}  # ggml's numbers
@@ -320,8 +335,9 @@ _WINDOW_ONLY = 1  # LLAMA_STATE_SEQ_FLAGS_SWA_ONLY
 
 
 class Context:
-    """The KV cache of one model: `slots` streams of `ctx` tokens each (rounded up to 256 by llama.cpp). With
-    `embeddings` one stream of `ctx` tokens for all: only then sequences of several lengths stay in one batch."""
+    """The KV cache of one model: `slots` streams of `ctx` tokens each (rounded up to 256 by llama.cpp). With `cells` it
+    is one stream of so many cells for all sequences, which can share cells (see `cells.py`). With `embeddings` one
+    stream of `ctx` tokens for all: only then sequences of several lengths stay in one batch."""
 
     def __init__(
         self,
@@ -332,6 +348,7 @@ class Context:
         ubatch: int,
         threads: int,
         flash_attention: bool | None,
+        cells: int = 0,
         kv_type: str = "f16",
         embeddings: bool = False,
         pooling: int | None = None,
@@ -342,14 +359,14 @@ class Context:
         for name, value in (rope or {}).items():
             setattr(params, name, value)
         padded = -(-ctx // 256) * 256
-        params.n_ctx = padded if embeddings else padded * slots
+        params.n_ctx = padded if embeddings else cells or padded * slots
         params.n_seq_max = slots
         params.n_batch = params.n_ubatch = ubatch
         outputs = min(slots, ubatch)
         params.n_outputs_max = 0 if embeddings else outputs
         params.n_threads = params.n_threads_batch = threads
         params.flash_attn_type = -1 if flash_attention is None else int(flash_attention)  # -1: llama.cpp decides
-        params.kv_unified = embeddings
+        params.kv_unified = embeddings or cells > 0
         params.type_k = params.type_v = _KV_TYPES[kv_type]
         params.embeddings = embeddings
         params.swa_full = True  # layers with a window keep all cells: a state may be cut anywhere, see `blob.py`
@@ -369,7 +386,8 @@ class Context:
         self.n_vocab = model.n_vocab
         self.n_layer = model.n_layer
         self._window = model.n_swa  # tokens that some layers look back at most; 0: all look at everything
-        self.ubatch = int(C.llama_n_ubatch(self._ctx))
+        self.cells = int(C.llama_n_ctx(self._ctx)) if cells else 0  # that all sequences share; 0: each has its own
+        self.ubatch = int(C.llama_n_ubatch(self._ctx))  # tokens of a batch; `calibrate.py` may choose fewer
         self.pooling = int(C.llama_pooling_type(self._ctx))
         self._pooled = model.n_cls_out if self.pooling == POOLING_RANK else model.n_embd_out
         self.outputs = outputs
@@ -436,6 +454,10 @@ class Context:
     def copy(self, source: int, target: int) -> None:
         """Make `target` hold all that `source` holds; it must be empty. (A part of a stream aborts the process.)"""
         C.llama_memory_seq_cp(self._memory, source, target, -1, -1)
+
+    def share(self, source: int, target: int, length: int) -> None:
+        """Let `target` begin with the first `length` cells of `source`: nothing is copied. Only with `cells`."""
+        C.llama_memory_seq_cp(self._memory, source, target, 0, length)
 
     def read(self, sequence: int, start: int = 0) -> npt.NDArray[np.uint8]:
         """The state of one sequence, for `restore` into any slot of a context of this model with as many slots: a

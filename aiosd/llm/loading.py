@@ -15,9 +15,11 @@ from pathlib import Path
 from typing import Any
 
 from aiosd.errors import UsageError, WorldError
-from aiosd.llm import adapters, exact, llama, modelfile, placement, room, rope, threads, trial
+from aiosd.llm import adapters, calibrate, exact, kvlayout, llama, modelfile, placement, room, rope, threads, trial
 from aiosd.llm.attention import Attention, Unavailable
+from aiosd.llm.calibrate import PromptBatch
 from aiosd.llm.chat import ChatTemplate
+from aiosd.llm.kvlayout import KvLayout
 from aiosd.llm.room import Room
 from aiosd.llm.spec import MAX_SLOTS, ModelSpec
 from aiosd.llm.threads import Threads
@@ -25,8 +27,8 @@ from aiosd.models.fit import available_memory
 
 logger = logging.getLogger("llm")
 
-#: Largest batch that llama.cpp computes at once.
-UBATCH = 512
+#: Largest batch that llama.cpp computes at once; where all slots share their cells it is measured, up to MOST_UBATCH.
+UBATCH, MOST_UBATCH = 512, 2048
 
 #: Bytes per number in the cache; with q8_0, 32 numbers share a scale of 2 bytes.
 KV_BYTES = {"f16": 2.0, "q8_0": 34 / 32}
@@ -52,6 +54,8 @@ class Loaded:
     context: llama.Context
     room: Room
     threads: Threads
+    layout: KvLayout
+    prompt_batch: PromptBatch
     gpu_layers: int
     kv_bytes: int
     flash_attention: bool | None  # None: llama.cpp decides
@@ -97,6 +101,12 @@ class Loaded:
         return f"llama.cpp ({self.why_not_own})" if self.why_not_own else "aiosd"
 
     @property
+    def kv_layout(self) -> str:
+        """How the KV cache is divided among slots, and why, for people."""
+        how = f"unified, {self.room.cells} cells" if self.layout.unified else "streams"
+        return f"{how} ({self.layout.why})"
+
+    @property
     def device(self) -> str:
         """Which part of the model runs on which device, for people."""
         if not self.gpu_layers:
@@ -115,10 +125,15 @@ def load(spec: ModelSpec, report: Report) -> Loaded:
     rope.check(spec, file)
     template = _own_template(spec.chat_template_file)
     _check_options(spec, file)
-    free = available_memory()
-    chosen = room.choose(spec, file, free)
-    weights = (0 if spec.gpu_layers and llama.supports_gpu() else file.size) + adapters.size(spec)
-    kv_bytes = chosen.slots * file.kv_bytes_per_slot(chosen.ctx)
+    on_gpu = bool(spec.gpu_layers and llama.supports_gpu())
+    layout = kvlayout.choose(spec, file, on_gpu)
+    all_on_gpu = on_gpu and spec.gpu_layers < 0 and not placement.places(spec)
+    free = (llama.gpu_memory() if all_on_gpu else 0) or available_memory()
+    chosen = room.choose(spec, file, free, layout.unified)
+    weights = (0 if on_gpu and not all_on_gpu else file.size) + adapters.size(spec)
+    kv_bytes = (
+        chosen.cells * file.kv_bytes_per_token() if chosen.cells else chosen.slots * file.kv_bytes_per_slot(chosen.ctx)
+    )
     room.check_memory(spec.path, weights, kv_bytes, chosen, free)
     model = _weights(spec, report)
     try:
@@ -131,21 +146,26 @@ def load(spec: ModelSpec, report: Report) -> Loaded:
             _check_exact(context, model, chosen.slots + 1)
         logger.info("%d slots of %d tokens: %s", chosen.slots, chosen.ctx, chosen.why)  # not before it is known to load
         number = _threads(spec, context, chosen.slots, report)
+        prompt_batch = _prompt_batch(context)
     except BaseException:  # of any kind: llama.cpp's memory is freed by us alone
         model.close()
         raise
-    return Loaded(
+    loaded = Loaded(
         spec,
         model,
         context,
         chosen,
         number,
+        layout,
+        prompt_batch,
         gpu_layers=_offloaded(spec, model),
         kv_bytes=kv_bytes,
         flash_attention=flash_attention,
         why_not_own=why,
         path=os.path.abspath(spec.path),
     )
+    logger.info("KV cache: %s", loaded.kv_layout)
+    return loaded
 
 
 def _own_template(path: str) -> str:
@@ -250,7 +270,8 @@ def _context(
                 model,
                 slots=slots + spec.exact,  # one more for the dummy tokens, see engine.py
                 ctx=ctx + spec.exact,
-                ubatch=UBATCH,
+                cells=chosen.cells,
+                ubatch=MOST_UBATCH if chosen.cells else UBATCH,
                 threads=spec.threads or 1,
                 flash_attention=flash_attention,
                 kv_type=spec.kv_type,
@@ -260,7 +281,7 @@ def _context(
         except WorldError as error:
             raise UsageError(f"{spec.path}: {slots} slots of {ctx} tokens: {error}") from error
 
-    why = _not_own(spec, model)
+    why = _not_own(spec, model, chosen)
     if not why:
         try:
             context = make(True, Attention.load(slots))
@@ -275,7 +296,7 @@ def _context(
     return make(flash_attention), flash_attention, why
 
 
-def _not_own(spec: ModelSpec, model: llama.Model) -> str:
+def _not_own(spec: ModelSpec, model: llama.Model, chosen: Room) -> str:
     """Why our own attention is not even tried, '' if it is."""
     if spec.flash_attention != "auto":
         return f"--flash-attention {spec.flash_attention}"
@@ -285,14 +306,27 @@ def _not_own(spec: ModelSpec, model: llama.Model) -> str:
         return "--exact: the order of its sums depends on the others in a batch"
     if model.recurrent:
         return "the model keeps a recurrent state"
+    if chosen.cells:
+        return "--kv-layout unified: ours reads slots that have their own cells"
     return "llama.cpp was built for a GPU" if llama.supports_gpu() else ""
 
 
 def _threads(spec: ModelSpec, context: llama.Context, slots: int, report: Report) -> Threads:
     if spec.threads is not None:
         return Threads(spec.threads, "asked for")
-    rows = list(range(min(slots, MEASURED_ROWS)))
+    most = context.cells // threads.MOST_STEPS or slots
+    rows = list(range(min(slots, MEASURED_ROWS, most)))
     found = threads.measure(context, rows, lambda fraction: report("measuring threads", fraction))
     context.set_threads(found.number)
     logger.info("%d threads: %s", found.number, found.why)
+    return found
+
+
+def _prompt_batch(context: llama.Context) -> PromptBatch:
+    """How many tokens of prompts a batch holds; set in the context."""
+    if not context.cells:
+        return PromptBatch(context.ubatch, 0.0, "not measured: slots have their own cells")
+    found = calibrate.measure(context)
+    context.ubatch = found.tokens
+    logger.info("batches of %d tokens of prompts: %s", found.tokens, found.why)
     return found

@@ -80,6 +80,7 @@ class Local:
             folder=spec.folder,
             cancelled=line.cancelled,
         )
+        self.engine.meter.expect(loaded.prompt_batch.rate)
         self._embedder = Embedder(loaded.model, loaded.threads.number)
         self._embeds = EmbedQueue()
         template = self.engine.requests.template
@@ -149,11 +150,11 @@ class Local:
         """If the number of threads was measured beside other busy processes, and the machine is quiet now, measure it
         again."""
         from aiosd.llm.loading import MEASURED_ROWS
-        from aiosd.llm.threads import machine_is_quiet
+        from aiosd.llm.threads import MOST_STEPS, machine_is_quiet
 
         if self._loaded.threads.again and not self.engine.num_calls and machine_is_quiet():
             empty = self.engine.slots.empty()[:MEASURED_ROWS]
-            if empty:
+            if empty and self.engine.cache.make_room(len(empty) * MOST_STEPS):
                 self._loaded.measure_again(empty)
 
     def _tell_places(self) -> None:
@@ -339,6 +340,9 @@ class Local:
             "device": loaded.device,
             "flash_attention": "auto" if loaded.flash_attention is None else loaded.flash_attention,
             "attention": loaded.attention,
+            "kv_layout": loaded.kv_layout,
+            "prompt_batch": loaded.prompt_batch.tokens,
+            "prompt_batch_why": loaded.prompt_batch.why,
             "exact": self._spec.exact,
             "chat_template": self._template(),
             "ctx_why": loaded.room.why,

@@ -5,6 +5,9 @@ what is free (PART) or `--kv-memory`, and is written once at the start, so it is
 first, up to AUTO_SLOTS, because a step for many costs little more than a step for one; but each slot shall hold at
 least GOOD_CTX tokens, the conversation of an agent with its tools, even where that leaves only FEW slots: calls without
 a slot wait for their turn, but a prompt that is too long for a slot cannot run at all.
+
+Where all slots share their cells (`kvlayout.py`), the memory is for cells, and nothing has to be divided: a slot may
+hold as many tokens as the model allows, and calls wait for cells.
 """
 
 from __future__ import annotations
@@ -25,6 +28,9 @@ GOOD_CTX, FEW = 8192, 2
 #: The most tokens per slot without `--ctx`. Few agents ever use more, and all would wait at the start.
 MOST_CTX = 32768
 
+#: llama.cpp counts cells in steps of this size.
+CELLS = 256
+
 #: Slots get 1/PART of the free memory; without `--ctx` never more than MOST_BYTES, which take ten seconds to write.
 PART, MOST_BYTES = 4, 16 << 30
 
@@ -34,11 +40,15 @@ class Room:
     ctx: int  # tokens per slot
     slots: int
     why: str  # why this number of tokens, for people
+    cells: int = 0  # that all slots share; 0: each slot has its own
 
 
-def choose(spec: ModelSpec, file: ModelFile, free: int) -> Room:
-    """`free`: bytes of memory. Raises UsageError where what was asked for is not possible."""
+def choose(spec: ModelSpec, file: ModelFile, free: int, unified: bool = False) -> Room:
+    """`free`: bytes of memory. `unified`: all slots share their cells. Raises UsageError where what was asked for is
+    not possible."""
     budget = spec.kv_memory if spec.kv_memory is not None else max(free - file.size, 0) // PART
+    if unified:
+        return _common(spec, file, budget)
     if spec.ctx is None:
         budget = budget if spec.kv_memory is not None else min(budget, MOST_BYTES)
         ctx, why = _largest(spec, file, budget)
@@ -79,6 +89,36 @@ def _largest(spec: ModelSpec, file: ModelFile, budget: int) -> tuple[int, str]:
     if not _trained(spec, file):
         return ctx, "it is not known for how many the model was trained"
     return ctx, "all that the model was trained for" if ctx == limit else f"the most without --ctx; trained for {limit}"
+
+
+def _common(spec: ModelSpec, file: ModelFile, budget: int) -> Room:
+    """One set of cells for all slots: as many as all of them can use, or as the memory holds."""
+    slots = spec.slots or AUTO_SLOTS
+    if spec.ctx is not None:
+        _check_asked(spec, file)
+    limit = _trained(spec, file) or GOOD_CTX
+    ctx = spec.ctx or min(limit, MOST_CTX)
+    wanted = slots * padded(ctx)
+    if spec.kv_memory is None and spec.ctx and spec.slots:
+        return Room(ctx, slots, "asked for", wanted)
+    if spec.ctx is None and spec.kv_memory is None:
+        budget = min(budget, MOST_BYTES)
+    fit = budget // max(file.kv_bytes_per_token(), 1) // CELLS * CELLS
+    least = padded(spec.ctx or min(limit, DEFAULT_CTX))
+    if fit < least and spec.kv_memory is not None:
+        need = least * file.kv_bytes_per_token()
+        raise UsageError(f"{least} tokens need {size_of(need)} of KV cache, more than the {size_of(budget)} allowed")
+    cells = max(min(wanted, fit), least)
+    if spec.ctx:
+        return Room(ctx, slots, "asked for", cells)
+    if ctx > cells:
+        return Room(cells, slots, f"one may have all {cells} cells", cells)
+    return Room(ctx, slots, "all that the model was trained for" if ctx == limit else "the most without --ctx", cells)
+
+
+def padded(ctx: int) -> int:
+    """llama.cpp rounds up."""
+    return -(-ctx // CELLS) * CELLS
 
 
 def _slots(spec: ModelSpec, file: ModelFile, ctx: int, budget: int) -> int:

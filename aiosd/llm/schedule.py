@@ -1,7 +1,9 @@
 """Who computes what in one step. `schedule` is the whole decision; read it from top to bottom.
 
 A step has three parts. Calls get slots and lose them. Prompts are computed, in batches of their own. Then every call
-whose prompt is complete gets its next token, all in one batch. Which calls come first is in each part the policy's
+whose prompt is complete gets its next token, all in one batch. Where all slots lie in one cache, each part needs free
+cells of it, too: a call gets a slot only if there are cells for its prompt, and if running calls need more than there
+are, the least urgent ones lose their slots. Which calls come first is in each part the policy's
 decision (`policy/`); what a slot holds, and where a context lies meanwhile, is the cache's (`cache.py`).
 
     waiting ──admit──▶ slot: PREFILL ──prompt complete──▶ slot: DECODE ──▶ done
@@ -12,7 +14,7 @@ decision (`policy/`); what a slot holds, and where a context lies meanwhile, is 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, Protocol
 
 from aiosd.ipc.link import Key
@@ -31,11 +33,11 @@ LEAST_PROMPT = 16
 
 @dataclass(slots=True)
 class Batch:
-    """What is computed at once: `tokens` of the prompt of each of `calls`; 0: the next token of each (of none, if there
-    are no calls)."""
+    """What is computed at once: so many tokens of the prompt of each of `calls` (`sizes`); without `sizes` the next
+    token of each (of none, if there are no calls)."""
 
     calls: list[Sequence]
-    tokens: int = 0
+    sizes: list[int] = field(default_factory=list)
 
 
 class Desk(Protocol):
@@ -47,6 +49,7 @@ class Desk(Protocol):
     clock: Callable[[], float]
     exact: bool
     ubatch: int  # tokens that one batch holds at most
+    mixed: bool  # may a batch hold prompts of several lengths?
 
     @property
     def cache(self) -> Any: ...
@@ -58,6 +61,7 @@ class Desk(Protocol):
     def give_turns(self, running: list[Sequence]) -> None: ...  # set how long each should keep its slot at least
     def put_on(self, call: Sequence, now: float) -> None: ...  # give it a slot, with what is stored of its tokens
     def take_off(self, call: Sequence) -> None: ...  # take its slot away, and store its state
+    def make_room(self, least: int, most: int) -> int: ...  # cells to use; for `least` calls are taken off, if need be
     def ready(self) -> list[Sequence]: ...  # calls in slots whose prompt is complete, except parked ones
     def cancelled(self) -> set[Key]: ...  # since the step began
 
@@ -70,11 +74,12 @@ def schedule(desk: Desk) -> Iterator[Batch]:
     waiting = [call for call in desk.waiting.values() if not call.parked and not _follows(call)]
     if waiting:
         parked = [call for call in slots.owners() if call.parked]
-        for call in parked[: max(len(waiting) - slots.num_free, 0)]:
+        free = 0 if desk.cache.crowded(waiting) else slots.num_free
+        for call in parked[: max(len(waiting) - free, 0)]:
             desk.take_off(call)
         running = [call for call in slots.owners() if not call.parked and len(call.out) >= call.least]
         desk.give_turns(running)
-        for call in policy.evict(waiting, running, slots.num_free, now):
+        for call in policy.evict(waiting, running, free, now):
             desk.take_off(call)
     while waiting and slots.num_free:
         running = [call for call in slots.owners() if not call.parked]
@@ -83,8 +88,11 @@ def schedule(desk: Desk) -> Iterator[Batch]:
         for call in admitted:  # one by one: the first may compute what the next begins with
             if _leader_found(desk, call):
                 late = True
-            else:
+            elif desk.cache.fits(call):
                 desk.put_on(call, now)
+            else:  # nor does a later call get these cells: a long prompt would wait for ever
+                late = False
+                break
         if not late:
             break
         waiting = [call for call in waiting if call not in admitted]  # a slot is still free for one of these
@@ -98,13 +106,19 @@ def schedule(desk: Desk) -> Iterator[Batch]:
         budget = desk.meter.tokens_in(seconds, least=2 * LEAST_PROMPT)
         pending = policy.order(pending, desk.clock())
         while pending and budget >= LEAST_PROMPT:
-            batch = _prompts(desk, pending, min(budget, desk.ubatch))
-            budget -= batch.tokens * len(batch.calls)
-            yield batch
+            most = min(budget, desk.ubatch)
+            most = desk.make_room(min(most, _due(pending[0], desk.exact)), most)
+            pending = [call for call in pending if call.slot >= 0]
+            if pending:
+                batch = _prompts(desk, pending, most)
+                budget -= sum(batch.sizes)
+                yield batch
             gone = desk.cancelled()
             pending = [s for s in pending if s.phase is Phase.PREFILL and s.slot >= 0 and s.key not in gone]
 
     # One token for each call that decodes.
+    rows = len(desk.ready())
+    desk.make_room(rows, rows)
     ready = desk.ready()
     yield Batch(policy.select(ready, desk.clock()) if ready else ready)
 
@@ -136,14 +150,27 @@ def _prompts(desk: Desk, pending: list[Sequence], most: int) -> Batch:
     """The first call, and those with the same number of tokens left and the same adapter, as many as fit. Where the
     first one alone does not fit, a part of it, which never leaves a single token for later (see the opening of
     engine.py)."""
+    if desk.mixed:
+        return _mixed(pending, most)
     first = _due(pending[0], desk.exact)
     if first > most:
-        return Batch(pending[:1], most - 1 if first - most == 1 else most)
+        return Batch(pending[:1], [most - 1 if first - most == 1 else most])
     if first == 1 and desk.exact:
-        return Batch(pending[:1], 1)
+        return Batch(pending[:1], [1])
     same = [call for call in pending if _due(call, desk.exact) == first and call.lora == pending[0].lora]
     same = same[: most // first]
-    return Batch(sorted(same, key=lambda call: call.slot), first)
+    return Batch(sorted(same, key=lambda call: call.slot), [first] * len(same))
+
+
+def _mixed(pending: list[Sequence], most: int) -> Batch:
+    """All prompts with the adapter of the first one, as far as they fit; of the last one perhaps a part."""
+    batch = Batch([])
+    for call in pending:
+        size = min(_due(call, False), most - sum(batch.sizes))
+        if call.lora == pending[0].lora and size:
+            batch.calls.append(call)
+            batch.sizes.append(size)
+    return batch
 
 
 def _due(call: Sequence, exact: bool) -> int:

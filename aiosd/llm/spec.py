@@ -44,11 +44,12 @@ class ModelSpec:
     path: str = ""  # its file; "": it has none on this machine
     backend: str = LOCAL  # what runs it, see backend.py
     ctx: int | None = None  # tokens per slot; None: as many as model and memory allow
-    slots: int | None = None  # None: as many as fit into kv_memory, at most 32
+    slots: int | None = None  # None: as many as fit into kv_memory, at most 32; unified: 32
     threads: int | None = None  # None: measured at the start
     gpu_layers: int = 0  # -1: all
     flash_attention: str = "auto"  # on, off; auto: our own on a CPU, llama.cpp's choice on a GPU
     kv_type: str = "f16"  # or q8_0: how keys and values are kept
+    kv_layout: str = "auto"  # streams: each slot has its own cells; unified: all share them; auto: that on a GPU
     exact: bool = False  # same logits bit for bit whatever else is in the batch; CPU only
     kv_memory: int | None = None  # bytes for the KV cache; None: a quarter of the memory that is free
     context_ram: int | None = None  # bytes for contexts that have no slot; None: an eighth of the free memory

@@ -54,6 +54,10 @@ class Meter:
             rate = tokens / seconds
             self._prefill_rate += (0.3 if self._prefill_rate else 1.0) * (rate - self._prefill_rate)
 
+    def expect(self, rate: float) -> None:
+        """Tokens of prompts per second, as measured before the first one."""
+        self._prefill_rate = rate
+
     def tokens_in(self, seconds: float, least: int, unknown: int = 128) -> int:
         """How many prompt tokens are computed in `seconds`, by the rate so far."""
         return max(least, int(self._prefill_rate * seconds)) if self._prefill_rate else unknown

@@ -81,7 +81,8 @@ class TextStream:
 
     __slots__ = (
         "_begins", "_calls", "_channel", "_control", "_decoder", "_fresh", "_head", "_held", "_parts", "_shown_as",
-        "_solid", "_stops", "_switches", "_taken", "_thought", "_white", "rest", "stopped", "trigger", "triggered",
+        "_solid", "_stops", "_switches", "_taken", "_thought", "_white", "num_inside", "rest", "stopped", "trigger",
+        "triggered",
     )  # fmt: skip
 
     def __init__(
@@ -109,6 +110,7 @@ class TextStream:
         self._channel = HIDDEN if switches else REASONING if inside and aside else TEXT
         self._calls = calls
         self._thought = False
+        self.num_inside = 0  # pieces of which a part belongs to the thoughts, or to a mark around them
         self._control = False  # inside a control token, where stop strings do not match
         needles = (trigger, *stops, *(switch.matcher.needle for switch in self._switches))
         begins = {needle[0] for needle in needles if needle}
@@ -131,6 +133,11 @@ class TextStream:
         return self._channel == REASONING
 
     @property
+    def can_think(self) -> bool:
+        """Are there thoughts to be told from the answer? Then `feed` wants tokens one by one, to count them."""
+        return self.inside or any(switch.to == REASONING for switch in self._switches)
+
+    @property
     def thought(self) -> bool:
         """Have thoughts ended?"""
         return self._thought
@@ -141,7 +148,9 @@ class TextStream:
         return not self._solid
 
     def feed(self, piece: bytes) -> None:
+        inside = self.inside
         self._add(self._decoder.decode(piece))
+        self.num_inside += inside or self.inside
 
     def finish(self) -> None:
         """The end: half a character becomes U+FFFD, and what was held back for a needle is shown."""

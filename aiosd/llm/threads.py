@@ -27,6 +27,9 @@ LONG_STEP = 1 / 4
 #: too, and threads that wait for each other waste them.
 GAIN = 0.8
 
+#: The most steps of a measurement, on a machine with 512 cores, and so the most tokens in a slot.
+MOST_STEPS = 128
+
 #: If other processes used more cores than this, the measurement is repeated later.
 QUIET = 0.3
 

@@ -51,6 +51,7 @@ def total(usages: Sequence[wire.Usage], per_prompt: int = 0) -> wire.Usage:
         prompt_tokens=sum(usage.prompt_tokens for usage in firsts),
         cached_tokens=sum(usage.cached_tokens for usage in firsts),
         completion_tokens=sum(usage.completion_tokens for usage in usages),
+        reasoning_tokens=sum(usage.reasoning_tokens for usage in usages),
     )
 
 

@@ -13,13 +13,15 @@ from typing import Any
 import msgspec
 from msgspec import Raw, Struct
 
+from aiosd.llm.remote import chances
 from libaios import parts
-from libaios.wire import ToolCall, Usage
+from libaios.wire import Logprob, ToolCall, Usage
 
 _REASONS = {"stop": "stop", "length": "length", "tool_calls": "tool_calls", "function_call": "tool_calls"}
 MOST_CHARACTERS = 2 << 20
 MOST_CALLS = 128
 MOST_NAME = 256  # characters of a tool's name, or of a call's id
+MOST_CHANCES = 6 << 20  # bytes of log probabilities: they go into one message with the text
 MOST_DEPTH = 64  # of the values in arguments: what travels on must be decoded elsewhere, too
 _UNBUILT = (msgspec.DecodeError, RecursionError)
 
@@ -57,6 +59,7 @@ class _Choice(Struct):
     delta: _Message | None = None
     message: _Message | None = None  # where it does not stream
     text: str | None = None  # of a completion
+    logprobs: Raw = Raw()
     finish_reason: str | None = None
 
 
@@ -68,12 +71,14 @@ class _Chunk(Struct):
 
 class _Details(Struct):
     cached_tokens: Any = 0
+    reasoning_tokens: Any = 0
 
 
 class _UsageFields(Struct):
     prompt_tokens: Any = 0
     completion_tokens: Any = 0
     prompt_tokens_details: _Details | None = None
+    completion_tokens_details: _Details | None = None
 
 
 _decode = msgspec.json.Decoder(_Chunk).decode
@@ -91,13 +96,18 @@ class _Call:
 
 @dataclass
 class Answer:
-    """What has come of one attempt."""
+    """What has come of one attempt. `num_top`: how many alternatives to each token were asked for; None: no log
+    probabilities were, and those that come are not looked at."""
 
+    num_top: int | None = None
     text: list[str] = field(default_factory=list)  # pieces, with marks
     usage: Usage | None = None
     reason: str = ""
     length: int = 0  # characters of all of it
     chunks: int = 0  # those with something in them: about as many as there are tokens
+    chances: list[Logprob] = field(default_factory=list)  # of the last event
+    num_chances: int = 0
+    _size_of_chances: int = 0
     _part: str = parts.TEXT
     _calls: list[_Call] = field(default_factory=list)
     _by_index: dict[int | None, _Call] = field(default_factory=dict)
@@ -113,6 +123,7 @@ class Answer:
         if bytes(chunk.error) not in (b"", b"null"):
             raise Wrong(f"an error in the stream: {sentence(loosely(chunk.error))}")
         self.usage = _usage(chunk.usage) or self.usage
+        self.chances = []
         added = "".join(self._choice(choice) for choice in (chunk.choices or ())[:1])
         if added:
             self.text.append(added)
@@ -124,6 +135,8 @@ class Answer:
     def _choice(self, choice: _Choice) -> str:
         if choice.finish_reason:
             self.reason = _REASONS.get(choice.finish_reason, "stop")
+        if self.num_top is not None:
+            self._take_chances(choice.logprobs, self.num_top)
         message = choice.delta or choice.message or _Message(content=choice.text)
         thoughts = self._written(parts.REASONING, message.reasoning_content or message.reasoning)
         added = thoughts + self._written(parts.TEXT, _content(message.content))
@@ -133,6 +146,16 @@ class Answer:
         for place, piece in enumerate(calls):
             self._call(piece, place)
         return added
+
+    def _take_chances(self, given: Raw, num_top: int) -> None:
+        try:
+            self.chances = chances.of_chunk(given, num_top)
+        except ValueError as error:
+            raise Wrong(str(error)) from None
+        self.num_chances += len(self.chances)
+        self._size_of_chances += chances.size(self.chances)
+        if self._size_of_chances > MOST_CHANCES:
+            raise Wrong(f"more than {MOST_CHANCES} bytes of log probabilities")
 
     def _written(self, part: str, text: str | None) -> str:
         if not text:
@@ -241,9 +264,10 @@ def _usage(given: Raw) -> Usage | None:
         fields = msgspec.json.decode(given, type=_UsageFields)
     except _UNBUILT:
         return None
-    cached = _count(fields.prompt_tokens_details.cached_tokens) if fields.prompt_tokens_details is not None else 0
-    prompt = _count(fields.prompt_tokens)
-    return Usage(prompt, min(cached, prompt), _count(fields.completion_tokens))
+    prompt, completion = _count(fields.prompt_tokens), _count(fields.completion_tokens)
+    cached = _count((fields.prompt_tokens_details or _Details()).cached_tokens)
+    thoughts = _count((fields.completion_tokens_details or _Details()).reasoning_tokens)
+    return Usage(prompt, min(cached, prompt), completion, reasoning_tokens=min(thoughts, completion))
 
 
 def _count(value: object) -> int:

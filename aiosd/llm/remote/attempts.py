@@ -37,6 +37,7 @@ from aiosd.llm.remote.exchange import Data, End, Event, Exchange, Lost, Refused
 from aiosd.llm.remote.limits import LONGEST_RETRY_AFTER_S, Pace, backoff
 from aiosd.llm.remote.past import Past
 from aiosd.llm.remote.queue import Queue
+from aiosd.llm.remote.vectors import Vectors
 from aiosd.llm.spec import ModelSpec
 from libaios import wire
 from libaios.wire import Usage
@@ -52,6 +53,7 @@ SPARE_THREADS = 32  # of requests that were given up and end in a moment
 EVENTS_AT_ONCE = 64  # of one call in one step
 
 _AGAIN = {408, 409, 425, 429, 500, 502, 503, 504, 529}
+_NOT_THERE = {404, 405, 501}
 _ERRNOS = {401: errno.EACCES, 403: errno.EACCES, 404: errno.ENOENT, 413: errno.EMSGSIZE}
 
 
@@ -133,7 +135,9 @@ class Attempts:
             how = "goes on from them" if request.messages is None else "is asked for all of it again"
             why = "its caller has %d characters already, and the model %s: not exactly the same"
             logger.info(f"call %d of %d: {why}", call.key[1], call.key[0], len(kept), how)
-        call.answer, call.heard, call.moved = Answer(), False, now
+        sampling = request.sampling
+        call.answer = Answer(sampling.top_logprobs if sampling.logprobs else None)
+        call.heard, call.moved = False, now
         call.backlog.clear()
         call.expected = kept if request.messages is not None else ""
         allowed, short = bill.allowed(call, self._spec.price or FREE)
@@ -146,9 +150,12 @@ class Attempts:
             why = f"a prompt of about {call.prompt_estimate} tokens is more than its budget has room for"
             self.fail(call, errno.EDQUOT, why, short=short)
             return
+        if call.vectors is not None:
+            call.vectors.begin()
         try:
             body = self._body(call, kept, allowed)
-            call.exchange = Exchange(self._connections, bodies.path(request), body, self._post)
+            path = bodies.path(request) if call.vectors is None else "embeddings"
+            call.exchange = Exchange(self._connections, path, body, self._post)
         except OSError as error:
             self.fail(call, error.errno or errno.EINVAL, error.strerror or str(error))
             return
@@ -166,10 +173,17 @@ class Attempts:
         call.prompt_charged += call.on_account
         started = [] if call.started else [link.Started(call.key, 0, 0)]
         call.started = True
-        self._line.send(link.Step([], started, spent=[link.Spent(call.key, call.on_account)]))
+        self._tell(call, link.Step([], started, spent=[link.Spent(call.key, call.on_account)]))
+
+    def _tell(self, call: RemoteCall, step: link.Step) -> None:
+        """How far a generation is, and what it has cost. Of vectors the kernel learns that with the answer."""
+        if call.vectors is None:
+            self._line.send(step)
 
     def _body(self, call: RemoteCall, kept: str, allowed: int | None) -> bytes:
         """Raises OSError."""
+        if call.vectors is not None:
+            return call.vectors.body(self._spec.model)
         most = call.submit.request.sampling.max_tokens
         call.limited = allowed is not None and (most is None or allowed < most)
         return bodies.encoded(call.submit.request, self._spec.model, allowed, kept, self._dialect)
@@ -214,11 +228,16 @@ class Attempts:
             self.fail(call, errno.EPROTO, f"{self.endpoint.url}: an answer that was not understood")
 
     def _take(self, call: RemoteCall, data: bytes) -> None:
+        if call.vectors is not None:
+            call.moved = self._clock()
+            call.told = call.vectors.take(data)
+            return
         chunks, call.heard = call.answer.chunks, True
         added = call.answer.take(data)
         if added or call.answer.chunks > chunks:
             call.moved = self._clock()
             call.first = call.first or call.moved
+        chances = call.answer.chances if not call.expected else []  # … of what was given out already are there, too
         if call.expected and added:
             count = min(len(call.expected), len(added))
             if call.expected[:count] != added[:count]:
@@ -226,7 +245,7 @@ class Attempts:
                 self.fail(call, errno.EIO, why)
                 return
             call.expected, added = call.expected[count:], added[count:]
-        call.text.add(added)
+        call.text.add(added, chances)
         if not call.expected and call.answer.chunks > chunks:
             call.uncharged += 1
             self._queue.policy.charge([call], 1, self._clock())
@@ -236,6 +255,9 @@ class Attempts:
                 self._finish(call, "limit", [], short)
 
     def _end(self, call: RemoteCall, done: bool) -> None:
+        if call.vectors is not None:
+            self._end_of_vectors(call, call.vectors)
+            return
         answer = call.answer
         if done and answer.length:
             answer.reason = answer.reason or "stop"  # some never say why
@@ -251,10 +273,35 @@ class Attempts:
             else:
                 self._again(call, why, errno.EPROTO)
             return
+        if answer.num_top is not None and not answer.num_chances and answer.spoken():
+            why = f"logprobs: {self.endpoint.url} gives no log probabilities with its answers"
+            self.fail(call, errno.EINVAL, why, elsewhere=True)
+            return
         reason = "tool_calls" if calls else answer.reason
         if reason == "length" and call.limited:
             reason = "limit"
         self._finish(call, reason, calls)
+
+    def _end_of_vectors(self, call: RemoteCall, vectors: Vectors) -> None:
+        """Of one request for some of them."""
+        now, tokens = self._clock(), bill.of_texts(call.told, call.prompt_estimate)
+        if not vectors.keep(tokens):
+            self._again(call, "the answer was cut off")
+            return
+        self.pace.breaker.succeeded()
+        self.pace.used(tokens - call.prompt_estimate, now)
+        self._queue.policy.charge_prompt(call, tokens, now)
+        call.prompt_charged, call.failures = vectors.prompt_tokens, 0
+        self._let_go(call)
+        if vectors.too_many:
+            self.fail(call, errno.EMSGSIZE, "texts: their vectors are too long for one reply; ask for fewer at a time")
+        elif vectors.complete:
+            self.figures["calls_finished"] += 1
+            self.leave(call)
+            self._line.answer(call.key, vectors.embedded(), vectors.prompt_tokens)
+        else:  # as a new call of its agent would: others have their turn
+            call.prompt_estimate = bill.estimate(sum(map(len, vectors.batch())))
+            self._bell.ring()
 
     def _checked(self, call: RemoteCall) -> list[wire.ToolCall]:
         """The tool calls of the answer. Raises Wrong where it is not what was asked for."""
@@ -271,12 +318,13 @@ class Attempts:
         return calls
 
     def _report(self, call: RemoteCall) -> None:
-        if self._line.congested():
+        if call.vectors is not None or self._line.congested():
             return  # what is there goes with a later report
         offset = call.text.num_sent
-        text = call.text.send() if call.submit.request.stream else ""
-        if text or call.uncharged:
-            delta = link.Delta(call.key, offset, [], text, charged=call.uncharged)
+        streams = call.submit.request.stream
+        text, chances = (call.text.send(), call.text.send_chances()) if streams else ("", None)
+        if text or chances or call.uncharged:
+            delta = link.Delta(call.key, offset, [], text, chances, charged=call.uncharged)
             call.counted, call.uncharged = call.counted + call.uncharged, 0
             self._line.send(link.Step([delta]))
 
@@ -288,17 +336,15 @@ class Attempts:
         self._queue.policy.charge_prompt(call, usage.prompt_tokens, now)
         self.figures["calls_finished"] += 1
         self.figures["tokens_generated"] += usage.completion_tokens
-        offset, rest = call.text.num_sent, call.text.send()
+        offset, rest, chances = call.text.num_sent, call.text.send(), call.text.send_chances()
         spent = link.Spent(call.key, usage.prompt_tokens - call.on_account, usage.cached_tokens)
         charged = usage.completion_tokens + call.wasted - call.counted
-        finished = link.Finished(
-            call.key, offset, [], rest, reason, usage, calls, charged=charged, spent=spent, short=short
-        )
+        finished = link.Finished(call.key, offset, [], rest, reason, usage, calls, chances, charged, short, spent)
         call.prompt_charged, call.on_account = call.prompt_charged + spent.prompt_tokens, 0
         call.counted, call.uncharged, call.cached = call.counted + charged, 0, call.cached + usage.cached_tokens
         whole = link.Spent(call.key, call.prompt_charged, call.cached)
         of_all = msgspec.structs.replace(finished, charged=usage.completion_tokens + call.wasted, spent=whole)
-        self.past.add(of_all, call.text.whole())
+        self.past.add(of_all, call.text)
         self.leave(call)
         self._line.send(finished)
 
@@ -313,6 +359,7 @@ class Attempts:
             prefill_s=max(call.first - call.began, 0.0) if call.first else 0.0,
             decode_s=max(now - call.first, 0.0) if call.first else 0.0,
             preemptions=call.failures,
+            reasoning_tokens=call.answer.usage.reasoning_tokens if call.answer.usage is not None else 0,
         )
 
     # ── what goes wrong ───────────────────────────────────────────────────────────────────────────────────
@@ -337,7 +384,10 @@ class Attempts:
             self.pace.breaker.succeeded()
             code = errno.EMSGSIZE if refused.code == "context_length_exceeded" else _ERRNOS.get(status, errno.EINVAL)
             code = code if status < 500 else errno.EIO
-            self.fail(call, code, f"{self.endpoint.url}: status {status}: {refused.why}", elsewhere=True)
+            why = f"{self.endpoint.url}: status {status}: {refused.why}"
+            if call.vectors is not None and status in _NOT_THERE:
+                code, why = errno.ENOSYS, f"EMBED: it makes no vectors: {why}"
+            self.fail(call, code, why, elsewhere=True)
 
     def _again(self, call: RemoteCall, why: str, code: int = errno.EIO) -> None:
         """Try it once more after a pause, unless it has failed too often. `code`: what that is then; EAGAIN (it has no
@@ -359,7 +409,7 @@ class Attempts:
     def _give_back(self, call: RemoteCall) -> None:
         """The attempt under way cost nothing."""
         if call.on_account:
-            self._line.send(link.Step(spent=[link.Spent(call.key, -call.on_account)]))
+            self._tell(call, link.Step(spent=[link.Spent(call.key, -call.on_account)]))
             if call.account is not None:
                 call.account.give_back(call.on_account + 1)
             call.prompt_charged -= call.on_account

@@ -14,8 +14,6 @@ import time
 from collections.abc import Callable, Sequence
 from typing import Any
 
-import msgspec
-
 from aiosd.errors import UsageError
 from aiosd.ipc import link
 from aiosd.llm.line import Line
@@ -26,6 +24,7 @@ from aiosd.llm.remote.call import RemoteCall, Text
 from aiosd.llm.remote.connections import Endpoint
 from aiosd.llm.remote.limits import Circuit
 from aiosd.llm.remote.queue import Queue
+from aiosd.llm.remote.vectors import Vectors
 from aiosd.llm.spec import ModelSpec
 from libaios import wire
 from libaios.wire import Sys
@@ -168,9 +167,8 @@ class Remote:
     def _submit(self, message: link.Submit) -> None:
         key, given = message.key, message.request.given
         count = len(given) if isinstance(given, str) else 0
-        if (past := self._attempts.past.get(key)) is not None:
-            finished, text = past
-            self._line.send(msgspec.structs.replace(finished, offset=count, text=text[count:]))
+        if (past := self._attempts.past.get(key, count)) is not None:
+            self._line.send(past)
             return
         if key in self._queue.calls:
             self._go_on_from(self._queue.calls[key], count)
@@ -195,13 +193,29 @@ class Remote:
         self._bell.ring()
 
     def _ask(self, ask: link.Ask) -> None:
-        if ask.sys == Sys.CTX_CLOSE:  # there is nothing to close
+        if ask.sys == Sys.EMBED:
+            self._embed(ask, wire.decode_args[ask.sys](ask.args))
+        elif ask.sys == Sys.CTX_CLOSE:  # there is nothing to close
             self._line.answer(ask.key, None)
         elif ask.sys == Sys.CTX_LIST:
             self._line.answer(ask.key, [])
         else:
             name = wire.TABLE[ask.sys].name
             self._line.refuse(ask.key, wire.error(errno.ENOSYS, f"{name}: not for a model that is served elsewhere"))
+
+    def _embed(self, ask: link.Ask, request: wire.Embed) -> None:
+        if ask.key in self._queue.calls:  # sent again by a new kernel
+            return
+        if not request.texts:
+            self._line.answer(ask.key, wire.Embedded(0, 0, b""))
+            return
+        now, caller, vectors = self._clock(), ask.caller, Vectors(request.texts)
+        none = wire.Generate(stream=False)
+        submit = link.Submit(ask.key, none, caller.nice, caller.group, caller.budget, shares=caller.shares)
+        size = bill.estimate(sum(map(len, vectors.batch())))
+        call = RemoteCall(submit, now, caller.nice, Text(""), size, now, vectors)
+        call.account = self._attempts.purses.open(ask.key, caller.shares, now)
+        self._queue.add(call, now)
 
     def _cancel(self, key: link.Key) -> None:
         self._attempts.past.forget(key)

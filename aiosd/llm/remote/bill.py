@@ -49,6 +49,11 @@ def of_prompt(answer: Answer, estimated: int, endpoint: str) -> tuple[int, int]:
     return prompt, min(told.cached_tokens, prompt)
 
 
+def of_texts(told: int, estimated: int) -> int:
+    """Tokens of texts whose vectors have come; `told` 0: the endpoint does not say."""
+    return min(told or estimated, estimated * BYTES_PER_TOKEN + MOST_TEMPLATE)
+
+
 def allowed(call: RemoteCall, price: Price) -> tuple[int | None, str]:
     """How many tokens of an answer the budgets allow to an attempt that is about to begin, and which kind of budget
     allows none. Before that one nothing is under way: what its call has cost is all in `wasted` and

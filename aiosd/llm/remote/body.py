@@ -25,7 +25,6 @@ _LOCAL = (
     "ignore_eos",
     "min_tokens",
     "stop_tokens",
-    "logprobs",
     "dry_multiplier",
     "xtc_probability",
     "mirostat",
@@ -87,7 +86,13 @@ def body(request: Generate, model: str, budget: int | None, given: str, dialect:
     if sampling.logit_bias:  # its caller knows the endpoint's tokens
         made["logit_bias"] = {str(token): bias for token, bias in sampling.logit_bias.items()}
     if request.messages is None:
+        if sampling.logprobs:
+            made["logprobs"] = sampling.top_logprobs
         return made | {"prompt": f"{request.prompt}{given}"}
+    if sampling.logprobs:
+        made["logprobs"] = True
+        if sampling.top_logprobs:
+            made["top_logprobs"] = sampling.top_logprobs
     made["messages"] = [_message(message) for message in request.messages]
     if request.template_args:
         made["reasoning_effort"] = request.template_args["reasoning_effort"]

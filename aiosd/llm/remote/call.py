@@ -1,28 +1,38 @@
-"""One generation of a model that is elsewhere, as the backend and its policy see it."""
+"""One call for a model that is elsewhere, as the backend and its policy see it: a generation, or vectors."""
 
 from __future__ import annotations
 
+from bisect import bisect_left
 from collections import deque
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 
 from aiosd.ipc import link
 from aiosd.llm import policy
 from aiosd.llm.policy.contract import ANY_TURN
 from aiosd.llm.purse import Account
+from aiosd.llm.remote import chances as probabilities
 from aiosd.llm.remote.answer import Answer
 from aiosd.llm.remote.exchange import Event, Exchange
+from aiosd.llm.remote.vectors import Vectors
+from libaios.wire import Logprob, Logprobs
 
 
 class Text:
     """What has come of a call, and how much of it was sent to the kernel. Costs the same for each piece, however long
-    the text is."""
+    the text is. Log probabilities stand where the piece begins with which they came."""
 
     def __init__(self, given: str) -> None:
         self._sent, self._new = [given], list[str]()
-        self.num_sent = len(given)
+        self.num_sent = self.length = self.size = len(given)  # `size`: about as much memory as all of it takes
+        self._chances: list[tuple[int, Logprob]] = []
+        self._num_chances_sent = 0
 
-    def add(self, text: str) -> None:
+    def add(self, text: str, chances: Sequence[Logprob] = ()) -> None:
+        self._chances += [(self.length, one) for one in chances]
         self._new.append(text)
+        self.length += len(text)
+        self.size += len(text) + probabilities.size(chances)
 
     def send(self) -> str:
         """What was not sent yet; it counts as sent from now on."""
@@ -34,11 +44,18 @@ class Text:
         self.num_sent += len(new)
         return new
 
+    def send_chances(self) -> Logprobs | None:
+        """The same of log probabilities; None: there are none."""
+        new: Logprobs = [one for _, one in self._chances[self._num_chances_sent :]]
+        self._num_chances_sent = len(self._chances)
+        return new or None
+
     def send_from(self, offset: int) -> None:
         """The kernel has this much: all that follows is to be sent again."""
         text = self.whole()
         offset = min(offset, len(text))
         self._sent, self._new, self.num_sent = [text[:offset]], [text[offset:]], offset
+        self._num_chances_sent = bisect_left(self._chances, offset, key=lambda one: one[0])
 
     def whole(self) -> str:
         return "".join(self._sent) + "".join(self._new)
@@ -52,12 +69,14 @@ class RemoteCall:
     text: Text  # all that came of it, what was given before included
     prompt_estimate: int  # tokens
     since: float  # when it began to wait
+    vectors: Vectors | None = None  # it is no generation: it wants these
     order: int = 0  # of arrival
     counted: int = 0  # tokens charged
     uncharged: int = 0  # … and to be charged with the next delta
     failures: int = 0
     not_before: float = 0.0
     exchange: Exchange | None = None
+    told: int = 0  # tokens of the texts of the request under way, as its answer says
     is_trial: bool = False  # of the circuit breaker
     answer: Answer = field(default_factory=Answer)
     heard: bool = False  # the attempt under way has got an answer, so it is to be paid for

@@ -5,30 +5,40 @@ from __future__ import annotations
 from collections import OrderedDict
 from collections.abc import Iterator
 
+import msgspec
+
 from aiosd.ipc import link
+from aiosd.llm.remote.call import Text
 
 MOST = 256
-MOST_CHARACTERS = 16 << 20  # … and no more of them than have this much text
+MOST_SIZE = 16 << 20  # … and no more of them than are this large
 
 
 class Past:
     def __init__(self) -> None:
-        self._ends: OrderedDict[link.Key, tuple[link.Finished, str]] = OrderedDict()
-        self._characters = 0
+        self._ends: OrderedDict[link.Key, tuple[link.Finished, Text]] = OrderedDict()
+        self._size = 0
 
     def __iter__(self) -> Iterator[link.Key]:
         return iter(self._ends)
 
-    def add(self, finished: link.Finished, text: str) -> None:
-        """`text`: all of it."""
+    def add(self, finished: link.Finished, text: Text) -> None:
+        """`text`: all of it, in one piece from now on."""
+        text.send_from(text.length)
         self._ends[finished.key] = finished, text
-        self._characters += len(text)
-        while len(self._ends) > MOST or (self._characters > MOST_CHARACTERS and len(self._ends) > 1):
+        self._size += text.size
+        while len(self._ends) > MOST or (self._size > MOST_SIZE and len(self._ends) > 1):
             self.forget(next(iter(self._ends)))
 
-    def get(self, key: link.Key) -> tuple[link.Finished, str] | None:
-        return self._ends.get(key)
+    def get(self, key: link.Key, count: int) -> link.Finished | None:
+        """For a new kernel, which has this many characters."""
+        if key not in self._ends:
+            return None
+        finished, text = self._ends[key]
+        text.send_from(count)
+        rest, chances = text.send(), text.send_chances()
+        return msgspec.structs.replace(finished, offset=count, text=rest, logprobs=chances)
 
     def forget(self, key: link.Key) -> None:
-        _, text = self._ends.pop(key, (None, ""))
-        self._characters -= len(text)
+        _, text = self._ends.pop(key, (None, None))
+        self._size -= text.size if text is not None else 0

@@ -1,0 +1,127 @@
+"""Texts whose vectors an endpoint makes (`/embeddings`), some in each request, and what came of them so far. What the
+endpoint sends is not trusted: `Wrong` says what does not fit. Pure."""
+
+from __future__ import annotations
+
+import base64
+import binascii
+import math
+from array import array
+from collections.abc import Sequence
+from typing import Annotated, Any
+
+import msgspec
+from msgspec import Meta, Struct
+
+from aiosd.llm.line import MAX_ANSWER
+from aiosd.llm.remote.answer import Wrong, loosely, sentence
+from libaios.wire import Embedded
+
+MOST_TEXTS = 64  # in a request: the answer is read whole,
+MOST_CHARACTERS = 200_000  # … and endpoints bound what they compute at once
+MOST_WIDTH = 1 << 16
+
+
+class _Vector(Struct):
+    embedding: str | list[float]  # base64 of float32, or numbers
+    index: Annotated[int, Meta(ge=0)] | None = None
+
+
+class _Usage(Struct):
+    prompt_tokens: Any = 0
+
+
+class _Answer(Struct):
+    data: list[_Vector]
+    usage: _Usage | None = None
+
+
+class Vectors:
+    def __init__(self, texts: Sequence[str]) -> None:
+        self._texts = texts
+        self._rows: list[bytes] = []  # of the first texts
+        self._width = 0
+        self._come: list[bytes] | None = None  # of the request under way
+        self.prompt_tokens = 0  # of what is there, as the endpoint tells or by an estimate
+
+    @property
+    def complete(self) -> bool:
+        return len(self._rows) == len(self._texts)
+
+    def batch(self) -> list[str]:
+        """The texts of the next request."""
+        begin = len(self._rows)
+        count, characters = 0, 0
+        for text in self._texts[begin : begin + MOST_TEXTS]:
+            characters += len(text)
+            if count and characters > MOST_CHARACTERS:
+                break
+            count += 1
+        return list(self._texts[begin : begin + count])
+
+    def body(self, model: str) -> bytes:
+        return msgspec.json.encode({"model": model, "input": self.batch()})
+
+    def begin(self) -> None:
+        self._come = None
+
+    def take(self, data: bytes) -> int:
+        """The answer to a request; how many tokens the endpoint says that it had, 0: it does not say. Raises Wrong."""
+        try:
+            answer = msgspec.json.decode(data, type=_Answer)
+        except (msgspec.DecodeError, RecursionError):
+            raise Wrong(f"an answer without vectors: {sentence(loosely(data))}") from None
+        count = len(self.batch())
+        places = [one.index if one.index is not None else at for at, one in enumerate(answer.data)]
+        if len(places) != count:
+            raise Wrong(f"{len(places)} vectors for {count} texts")
+        if sorted(places) != list(range(count)):
+            raise Wrong("vectors of other texts")
+        rows = [_unit(_floats(one.embedding)) for _, one in sorted(zip(places, answer.data, strict=True), key=_place)]
+        width = self._width or len(rows[0])
+        if any(len(row) != width for row in rows):
+            raise Wrong("vectors of different lengths")
+        self._width = width
+        self._come = [row.tobytes() for row in rows]
+        told = answer.usage.prompt_tokens if answer.usage is not None else 0
+        return told if isinstance(told, int) and not isinstance(told, bool) and 0 < told < 1 << 40 else 0
+
+    def keep(self, tokens: int) -> bool:
+        """What has come is the answer, and was computed from this number of tokens. False: nothing has."""
+        if self._come is None:
+            return False
+        self._rows += self._come
+        self._come = None
+        self.prompt_tokens += tokens
+        return True
+
+    @property
+    def too_many(self) -> bool:
+        """Will all of them not fit into one reply?"""
+        return 4 * self._width * len(self._texts) + 64 > MAX_ANSWER
+
+    def embedded(self) -> Embedded:
+        return Embedded(len(self._rows), self._width, b"".join(self._rows), self.prompt_tokens)
+
+
+def _place(pair: tuple[int, _Vector]) -> int:
+    return pair[0]
+
+
+def _floats(found: str | list[float]) -> Sequence[float]:
+    if isinstance(found, list):
+        return found
+    try:
+        values = array("f")
+        values.frombytes(base64.b64decode(found, validate=True))
+        return values
+    except (ValueError, binascii.Error):
+        raise Wrong("a vector that is no base64 of float32") from None
+
+
+def _unit(values: Sequence[float]) -> array[float]:
+    """Of length 1."""
+    length = math.hypot(*values) if 0 < len(values) <= MOST_WIDTH else 0.0
+    if not 0.0 < length < math.inf:
+        raise Wrong("a vector without a direction")
+    return array("f", [value / length for value in values])
