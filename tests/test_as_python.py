@@ -249,6 +249,14 @@ def test_a_module_of_the_scripts_own_wins_where_python_has_it_win(
     assert agent == python
 
 
+@pytest.mark.parametrize("never", ["", "1"])
+def test_compiled_modules_are_kept_as_the_environment_says(aiosd: System, tmp_path: Path, never: str) -> None:
+    lay = {"script.py": "import neighbour", "neighbour.py": NEIGHBOUR}
+    python, agent = both_ways(aiosd, tmp_path, lay, "script.py", PYTHONDONTWRITEBYTECODE=never)
+    assert set(agent[3]) == set(python[3])
+    assert any(name.endswith(".pyc") for name in agent[3]) == (not never)
+
+
 def test_a_folder_of_data_does_not_hide_a_module(aiosd: System, tmp_path: Path) -> None:
     lay = {"uuid/notes": "", "script.py": "import uuid; print(uuid.NAMESPACE_DNS)"}
     python, agent = both_ways(aiosd, tmp_path, lay, "script.py")

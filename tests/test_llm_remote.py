@@ -26,7 +26,7 @@ from aiosd.errors import UsageError
 from aiosd.ipc import endpoint as gateways
 from aiosd.ipc import link
 from aiosd.llm.line import Line
-from aiosd.llm.remote import attempts, keys, limits
+from aiosd.llm.remote import answer, attempts, keys, limits
 from aiosd.llm.remote.backend import open_model
 from aiosd.llm.remote.connections import Endpoint as Address
 from aiosd.llm.remote.limits import MINUTE_S, Breaker, Circuit, Window, backoff
@@ -170,7 +170,7 @@ def likely(*words: str, form: str = "content", log: float = -0.5) -> Deed:
 @pytest.mark.parametrize("form", ["content", "tokens"])
 def test_log_probabilities(make: Make, form: str, stream: bool) -> None:
     bench = make(likely("grüß", " dich", form=form))
-    asked = {"messages": None, "prompt": "x"} if form == "tokens" else {}
+    asked: dict[str, Any] = {"messages": None, "prompt": "x"} if form == "tokens" else {}
     key = bench.submit(stream=stream, sampling=Sampling(logprobs=True, top_logprobs=1), **asked)
     assert bench.end(key).finish_reason == "stop"
     number = 7 if form == "content" else -1
@@ -207,6 +207,14 @@ def test_a_log_probability_above_0_is_none(make: Make) -> None:
     assert [(one.logprob, one.top) for one in bench.logprobs(key)] == [(0.0, [])]
 
 
+def test_log_probabilities_without_end_end_their_call(make: Make, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(answer, "MOST_CHANCES", 1000)
+    monkeypatch.setattr(attempts, "MOST_TRIES", 1)
+    bench = make(likely(*"x" * 100))
+    failed = bench.end(bench.submit(sampling=Sampling(logprobs=True)))
+    assert "more than 1000 bytes of log probabilities" in failed.message
+
+
 def test_log_probabilities_come_once_after_a_loss_and_again_for_a_new_kernel(make: Make) -> None:
     def breaks(handler: Handler) -> None:
         handler.stream()
@@ -214,7 +222,7 @@ def test_log_probabilities_come_once_after_a_loss_and_again_for_a_new_kernel(mak
         handler.event(json.dumps({"choices": [{"delta": {"content": "one"}, "logprobs": found}]}))
 
     bench = make(breaks, likely("one", " two"))
-    asked = {"sampling": Sampling(logprobs=True)}
+    asked: dict[str, Any] = {"sampling": Sampling(logprobs=True)}
     key = bench.submit(**asked)
     bench.end(key)
     assert [one.piece for one in bench.logprobs(key)] == [b"one", b" two"]

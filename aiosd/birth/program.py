@@ -193,6 +193,7 @@ def _set_up_main(program: Program, first_path: str, **names: object) -> None:
     entries = [os.path.abspath(entry) for entry in os.environ.get("PYTHONPATH", "").split(os.pathsep) if entry]
     sys.path[:0] = [entry for entry in entries if entry not in sys.path]
     sys.path.insert(0, first_path)
+    sys.dont_write_bytecode = bool(os.environ.get("PYTHONDONTWRITEBYTECODE"))  # the agent's word, not aiosd's
 
 
 def _name_main(**names: object) -> None:
