@@ -91,6 +91,8 @@ class ControlSocket:
         self._search: Search | None = None  # not None: the kernel that `_frames` led to is dead
         self._ended = False
         self._epoll = select.epoll()
+        self._wake = -1  # an eventfd, once a signal handler has received
+        self._roused = False
         self._watch(self._frames)
 
     # ── the face of a channel ─────────────────────────────────────────────────────────────────────────────
@@ -137,6 +139,10 @@ class ControlSocket:
             self._epoll.modify(self._frames.fileno(), events)
 
     def receive(self) -> list[bytes]:
+        if self._roused:
+            self._roused = False
+            with contextlib.suppress(BlockingIOError):
+                os.eventfd_read(self._wake)
         if self._search is None:
             try:
                 frames = self._frames.receive()
@@ -163,7 +169,14 @@ class ControlSocket:
         """A socket loses nothing."""
 
     def rouse(self) -> None:
-        """Nor does its `wait` begin anew: it ends at the back-stop."""
+        """The next `wait` ends at once, or the one that goes on when the handler is over."""
+        with contextlib.suppress(OSError):  # no descriptor left: it ends at the back-stop
+            if self._wake < 0:
+                self._wake = os.eventfd(0, os.EFD_NONBLOCK | os.EFD_CLOEXEC)
+                self._epoll.register(self._wake, select.EPOLLIN)
+            if not self._roused:
+                os.eventfd_write(self._wake, 1)
+                self._roused = True
 
     def renew(self) -> None:
         """From now on what is sent is for the new kernel; what the dead one has not taken is dropped."""
@@ -190,6 +203,9 @@ class ControlSocket:
             if self._search.frames is not None:
                 self._search.frames.close()
             self._search.close()
+        if self._wake >= 0:
+            os.close(self._wake)
+            self._wake = -1
         self._epoll.close()
 
     # ── a kernel that died, and the next ──────────────────────────────────────────────────────────────────

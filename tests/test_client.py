@@ -441,3 +441,15 @@ def test_without_aios_home_the_xdg_folders(monkeypatch: pytest.MonkeyPatch, tmp_
     monkeypatch.delenv("XDG_RUNTIME_DIR")
     monkeypatch.setenv("TMPDIR", str(tmp_path))
     assert Home().socket == tmp_path / f"aios-{os.getuid()}" / "aiosd.sock"
+
+
+def test_the_wait_that_a_signal_handler_interrupted_ends_after_it(client: Client) -> None:
+    """The handler may have received what that waits for; once is enough, and the next one sleeps."""
+    transport = client.transport
+    assert not transport.wait(0)
+    for _ in range(2):
+        transport.rouse()
+        transport.rouse()
+        assert transport.wait(0)
+        assert transport.receive() == []
+        assert not transport.wait(0)
