@@ -53,7 +53,7 @@ REASONS = [
     ("llama.cpp", r"Expected|assert \d+ == |assert (False|None)|Unexpected output",
      "the test wants the words or tokens of a model that it fetches from a hub"),
     ("openai", r"404 - there is nothing at|405 - ",
-     "a path that is not served (stored chats, compaction, token counts, deletion of models)"),
+     "a path that is not served (stored chats, compaction, deletion of models)"),
     ("openai", r"404 - '|404 - there is no model|not known \(any more\)",
      "an id of the test's that names nothing here"),
     ("openai", r"400 - (stream: what is over|limit: )", "what is over is not sent again in parts; a list of 0 items"),
