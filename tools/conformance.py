@@ -58,7 +58,7 @@ REASONS = [
      "an id of the test's that names nothing here"),
     ("openai", r"400 - (stream: what is over|limit: )", "what is over is not sent again in parts; a list of 0 items"),
     ("openai", r"400 - input: it is missing", "a response to nothing: refused"),
-    ("openai", r"400 - (suffix|background|audio|dimensions|conversation|prompt|moderation): ",
+    ("openai", r"400 - (suffix|background|audio|dimensions|conversation|prompt|moderation|text\.verbosity): ",
      "all parameters at once, among them one that cannot be honoured: 400 with its name"),
     ("openai", r"test_embeddings.*APIResponseValidationError",
      "the client asks for base64, and checks that it got floats"),
