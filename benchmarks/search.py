@@ -28,7 +28,7 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Generator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -122,12 +122,22 @@ class Store:
         return int(row[0])
 
     def load(self, *owners: int) -> None:
-        for _ in self.meaning.load(NOTES, owners):
+        """All of it: what is not read in the time that a search waits, on a busy machine, a search does without."""
+        while drained(self.meaning.load(NOTES, owners)):
             pass
 
     def search(self, owner: int, query: str, vector: Any, **more: Any) -> list[int]:
         found = self.finder.ranked([owner], wire.MemSearch(query, K, **more), vector)
         return [one.note.id for one in found]
+
+
+def drained(loading: Generator[Any, None, str]) -> str:
+    """What it returns in the end."""
+    while True:
+        try:
+            next(loading)
+        except StopIteration as end:
+            return str(end.value)
 
 
 def text_of(rng: random.Random) -> str:

@@ -8,8 +8,8 @@
     …
 
 Reading: one agent calls getpid, reads a note of 1 KB by id and by key, and a file of 1 KB, again and again: what it has
-read before, and nobody has changed, the kernel answers itself. And it reads 100 notes in turn, which are more than
-the kernel keeps: each comes from the store's memory. The calls alternate in rounds, and a ratio is the median of the
+read before, and nobody has changed, the kernel answers itself. And it reads 100 notes in turn, and 100 files, which are
+more than the kernel keeps: each comes from the store. The calls alternate in rounds, and a ratio is the median of the
 rounds'.
 
 Writing: 32 agents add notes of 1 KB, one call in flight each; a call returns when the note is on the disk, found by its
@@ -73,6 +73,7 @@ def run(order):
             "key": lambda text: aios.mem.get("key"),
             "file": lambda text: aios.sto.read("file"),
             "other": lambda text: aios.mem.get(next(many)),
+            "others": lambda text: aios.sto.read(next(files)),
             "add": lambda text: aios.mem.add(text, tags=["t7"]),
             "search": lambda text: aios.mem.search(text, k=10),
             "filtered": lambda text: aios.mem.search(text, k=10, tags=["t7"])}[what]
@@ -86,6 +87,7 @@ def run(order):
 note = aios.mem.add(text_of(0), key="key")
 aios.sto.write("file", text_of(0).encode())
 many = itertools.cycle([aios.mem.add(text_of(number)) for number in range(100)])
+files = itertools.cycle([aios.sto.write(f"file{number}", text_of(number).encode()).path for number in range(100)])
 serve(run)
 """
 )
@@ -203,7 +205,7 @@ def sqlite_together(folder: Path, processes: int, writes: int) -> float:
 def reading(system: Aiosd, rounds: int, calls: int) -> dict[str, dict[str, float]]:
     """Microseconds, and how many times a getpid that is."""
     (agent,) = system.start(1, SCRIPT, options=("--name", "reader"))
-    took: dict[str, list[list[float]]] = {"getpid": [], "get": [], "key": [], "file": [], "other": []}
+    took: dict[str, list[list[float]]] = {"getpid": [], "get": [], "key": [], "file": [], "other": [], "others": []}
     for what in took:
         race([agent], [{"what": what, "calls": 300}])
     for number in range(rounds):
@@ -358,6 +360,7 @@ def show(reads: dict[str, Any], writes: dict[str, list[float]], peers: dict[str,
         "key": "mem.get of 1 KB by key",
         "file": "sto.read of 1 KB",
         "other": "mem.get of 1 KB, of 100 notes in turn",
+        "others": "sto.read of 1 KB, of 100 files in turn",
     }
     missed = []
     print(f"{'one agent, µs':40}{'p50':>8}{'p99':>9}{'× getpid':>11}")

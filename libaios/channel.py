@@ -168,6 +168,7 @@ class Channel:
         "more",
         "outbox_bytes",
         "unread",
+        "work",
     )
 
     def __init__(self, memfd: int, bell: int, side: Side) -> None:
@@ -192,6 +193,7 @@ class Channel:
             self._producer = ring.Producer(self._segment, agent, self.epoch)
             self._consumer = ring.Consumer(self._segment, not agent, self.epoch)
             self.ids = ring.CallIds(self._segment)
+            self.work = ring.Work(self._segment)
         except BaseException:  # of any kind, an interrupt too: undo, and raise it again
             os.close(memfd)
             os.close(bell)
@@ -210,7 +212,7 @@ class Channel:
             return
         os.close(bell)
         os.close(self._memfd)
-        del self._producer, self._consumer, self.ids
+        del self._producer, self._consumer, self.ids, self.work
         self._segment.close()
 
     def sleep_in_read(self) -> None:

@@ -16,6 +16,8 @@ one page, and two data areas follow. Every number in it is a native, aligned 8-b
        320     consumer sleeps          consumer sets; the side that rings the bell clears
        384     producer waits           producer sets, consumer clears and rings
        448   completions: the same four, producer kernel, consumer agent
+       704   work: peer                 a service: the call that it works on alone,
+       712     call                     … and 0: none
       4096   data of submissions, then data of completions
 
 The counters `written` and `read` only grow, and `0 <= written - read <= size` always. Byte number n of a ring lies at n
@@ -73,9 +75,11 @@ _MAGIC, _VERSION, _SUB_SIZE, _COMP_SIZE = 0, 1, 2, 3
 EPOCH = 64 // 8
 _NEXT_ID, _LOWEST_OPEN = 128 // 8, 136 // 8
 _SUB, _COMP = 192 // 8, 448 // 8
+_WORK_PEER, _WORK_CALL = 704 // 8, 712 // 8
 _WRITTEN, _READ, _SLEEPS, _WAITS = 0, 8, 16, 24  # relative to a ring's first item
 
 _MAX_COUNT = 1 << 62  # no honest counter gets there
+_WORD = (1 << 64) - 1
 
 _SEALS = fcntl.F_SEAL_SHRINK | fcntl.F_SEAL_GROW | fcntl.F_SEAL_SEAL
 
@@ -185,6 +189,31 @@ class CallIds:
 
     def note_lowest(self, number: int) -> None:
         self._items[_LOWEST_OPEN] = number
+
+
+class Work:
+    """The call on which a service works alone, in the header, where it is still found when the service is dead. To
+    write it costs the other side nothing."""
+
+    __slots__ = ("_items",)
+
+    def __init__(self, segment: Segment) -> None:
+        self._items = segment.items
+
+    def begin(self, peer: int, call: int) -> None:
+        items = self._items
+        items[_WORK_CALL] = 0  # killed in between, it had announced nothing
+        items[_WORK_PEER] = peer & _WORD
+        items[_WORK_CALL] = call
+
+    def end(self) -> None:
+        self._items[_WORK_CALL] = 0
+
+    @property
+    def call(self) -> tuple[int, int] | None:
+        """Peer and call id."""
+        peer, call = self._items[_WORK_PEER], self._items[_WORK_CALL]
+        return (peer - (peer >> 63 << 64), call) if call else None
 
 
 class Producer:

@@ -1223,7 +1223,7 @@ add(
     Row(Sys.TOKEN_LIST, NoArgs, TokenList),
     Row(Sys.TOOL_LIST, NoArgs, list[ToolInfo], by="toolbox"),
     Row(Sys.TOOL_CALL, CallTool, Any, by="toolbox", again=_NEVER, piece=str),
-    Row(Sys.TOOL_TRUST, TrustTool, by="toolbox"),
+    Row(Sys.TOOL_TRUST, TrustTool, by="toolbox", again=_ONCE),
     Row(Sys.ASK_LIST, NoArgs, list[Asked]),
     Row(Sys.ASK_WATCH, WatchAsks, piece=Asked),
     Row(Sys.ASK_ANSWER, AnswerAsk),

@@ -58,7 +58,18 @@ os.environ[MARK] = str(os.getpid())
 
 
 #: They take longest, so they begin first: else several processes that share the tests end with one at work alone.
-LONGEST = ("faults", "real_smollm2", "cli_aiosd", "as_python", "hostile", "gateway", "llm_attention", "boot", "machine")
+LONGEST = (
+    "faults",
+    "real_smollm2",
+    "cli_aiosd",
+    "as_python",
+    "scheduling",
+    "hostile",
+    "gateway",
+    "llm_attention",
+    "boot",
+    "machine",
+)
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:

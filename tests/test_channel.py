@@ -200,6 +200,17 @@ def test_the_bell_of_one_that_never_listens_does_not_block(ends: Ends) -> None:
     assert not ends.kernel.hung_up
 
 
+def test_what_a_service_works_on_is_found_when_it_is_dead(ends: Ends) -> None:
+    assert ends.agent.work.call is None
+    ends.kernel.work.begin(7, 3)
+    assert ends.agent.work.call == (7, 3)
+    ends.kernel.work.end()
+    assert ends.agent.work.call is None
+    ends.kernel.work.begin(-2, 1 << 40)  # of a client
+    ends.kernel.close()
+    assert ends.agent.work.call == (-2, 1 << 40)
+
+
 def test_what_is_sent_silently_comes_with_the_next_frame_or_at_the_end(ends: Ends) -> None:
     ends.agent.receive()  # asleep: a frame rings
     ends.kernel.send_silently(b"one")

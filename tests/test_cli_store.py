@@ -78,6 +78,12 @@ def test_a_damaged_store_is_named_and_repaired(fresh_aiosd: Callable[..., System
             client.call(wire.Sys.MEM_ADD, wire.MemAdd(f"note {number}", key=f"k{number}"), int)
     system.stop()
     path = system.home / "data" / "store" / FILE
+    zero(path, roots.read(path).roots["owners"])
+    assert "lost/1: 20 notes of an owner that is not known" in system.run("aiosd", "fsck", "--repair").stdout
+    assert system.run("aiosd", "fsck", "--give", "lost/1", "me", check=True).stdout == "lost/1: 20 notes of me now\n"
+    twice = system.run("aiosd", "fsck", "--give", "lost/1", "me")
+    assert (twice.returncode, "nothing that has lost its owner" in twice.stderr) == (1, True)
+
     zero(path, roots.read(path).roots["notes"])
     damaged = system.run("aiosd", "fsck")
     assert damaged.returncode == 1

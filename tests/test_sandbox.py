@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import signal
+import sys
 import textwrap
 from collections.abc import Callable
 from pathlib import Path
@@ -308,6 +310,12 @@ def test_settings_groups_and_status(fresh_aiosd: Fresh, tmp_path: Path) -> None:
     system.start()
     assert system.status()["sandbox"]["groups"] == {"web": "flat"}
     assert "none, web flat" in system.run("aiosd", "status").stdout
+    everything = system.run("aiosd", "status", "-v").stdout
+    read = re.search(r"^  agents' read +(.*)$", everything, re.MULTILINE)
+    assert read
+    assert {"/usr", "/etc/passwd", sys.prefix} <= set(read[1].split(", "))
+    assert not {"/", os.path.expanduser("~"), "/etc/shadow"} & set(read[1].split(", "))
+    assert "LC_*, TZ" in everything
     (own,) = [entry for entry in system.ps() if entry["name"] == "own"]
     (shown,) = json.loads(system.run("aios-inspect", str(own["pid"])).stdout)
     assert shown["box"]["write"] == [str(tmp_path / "data")]

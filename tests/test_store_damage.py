@@ -5,14 +5,17 @@ from __future__ import annotations
 import contextlib
 import errno
 import itertools
+import os
 import random
 from pathlib import Path
 from typing import Any
 
+import msgspec
 import pytest
 
-from aiosd.errors import WorldError
-from aiosd.store import fsck, owners, plainly, rebuild, roots, tables
+from aiosd.errors import UsageError, WorldError
+from aiosd.ipc import link
+from aiosd.store import fsck, lost, owners, plainly, rebuild, roots, tables
 from aiosd.store.database import FILE
 from aiosd.store.pages import PAGE, Pages
 from aiosd.store.remake import Mender, remake
@@ -127,6 +130,32 @@ def test_a_repaired_store_serves(filled: tuple[Path, dict[int, Row]], tmp_path: 
         (stats,) = store.turn(ask(2, Sys.MEM_STATS, wire.NoArgs(), pid=7))
         assert stats["bytes"] == sum(row[10] for row in filled[1].values() if row[1] == filled[1][15][1])
         assert store.turn(add(3, "new"))[0] > max(filled[1])
+
+
+def test_what_has_lost_its_owner_is_given_to_a_name(filled: tuple[Path, dict[int, Row]], tmp_path: Path) -> None:
+    path = copy(filled, tmp_path)
+    assert lost.found(path) == []
+    zero(path, roots.read(path).roots["owners"])
+    assert lost.found(path) == [], "it has to be repaired first"
+    repaired(path)
+    for one in lost.found(path):
+        assert one.notes == sum(row[1] == int(one.name.removeprefix("lost/")) for row in filled[1].values())
+    before = {one.name: one.notes for one in lost.found(path)}
+    assert sum(before.values()) == len(filled[1])
+    mine = f"lost/{filled[1][15][1]}"
+    for name, to, why in ((mine, "a/b/c", "neither"), ("lost/x", "me", "nothing"), ("group/1/a", "me", "nothing")):
+        with pytest.raises(UsageError, match=why):
+            lost.give(tmp_path, name, to)
+    assert lost.give(tmp_path, mine, "staff/me").notes == before.pop(mine)
+    other = next(iter(before))
+    with pytest.raises(UsageError, match="already"):
+        lost.give(tmp_path, other, "staff/me")
+    assert [one.name for one in lost.found(path)] == list(before)
+    with contextlib.closing(Store(tmp_path, "two")) as store:
+        me = link.Caller(7, os.getuid(), "me", True, "staff")
+        search = msgspec.structs.replace(ask(1, Sys.MEM_SEARCH, wire.MemSearch("15")), caller=me)
+        assert [one["note"]["id"] for one in store.turn(search)[0]] == [15], "with words, and whatever else is its own"
+        assert store.turn(ask(2, Sys.MEM_GET, wire.MemGet(15))) == [errno.ENOENT], "it is nobody else's"
 
 
 def test_the_running_store_gives_no_wrong_answer(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:

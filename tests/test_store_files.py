@@ -11,6 +11,7 @@ from collections.abc import Callable, Generator, Iterator
 from pathlib import Path
 from typing import Any
 
+import apsw
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -153,6 +154,18 @@ def test_a_part_is_read(store: Store) -> None:
     assert store(Sys.STO_READ, wire.StoRead("x", offset=3, size=4)) == wire.FileData(b"3456", 10, 1)
     for offset in (10, 11, 1 << 62):
         assert store(Sys.STO_READ, wire.StoRead("x", offset=offset)).data == b""
+
+
+def test_a_small_file_of_ones_own_is_read_by_one_statement(store: Store) -> None:
+    store.write("x", b"one")
+    store.write("x", b"two")
+    db, seen = store.database.db, []
+    db.exec_trace = lambda cursor, sql, values: seen.append(sql) is None
+    assert (store.read("x"), store.read("x", version=1)) == (b"two", b"one")
+    assert len(seen) == 2
+    db.exec_trace = None
+    assert db.config(apsw.SQLITE_DBCONFIG_ENABLE_QPSG, -1), "and that is not planned anew each time"
+    assert "no version 3" in refused(errno.ENOENT, lambda: store.read("x", version=3))
 
 
 def test_appending_shares_what_is_alike(store: Store) -> None:

@@ -29,6 +29,7 @@ from aiosd.store.storage import Storage
 from libaios import wire
 from libaios.channel import Channel
 from libaios.wire import Sys
+from tests.test_store_commit import FakeChannel
 
 #: By pid: two agents that share a name, one of another name in their group, and one of another group.
 CALLERS = {
@@ -59,6 +60,7 @@ class Kernel:
         self.asked: dict[link.Key, link.Ask] = {}
         self.number = 0
         self.given = 0
+        self.work = FakeChannel().work
         self.sent: list[link.FromService] = []
 
     def ask(self, pid: int, sys: Sys, args: Any) -> link.Ask:

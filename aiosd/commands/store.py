@@ -12,7 +12,7 @@ import fcntl
 import os
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import IO, TypeVar
+from typing import IO, TYPE_CHECKING, TypeVar
 
 import click
 
@@ -22,32 +22,42 @@ from libaios.client import NoKernel
 from libaios.home import Home
 from libaios.wire import NoArgs, Sys
 
+if TYPE_CHECKING:
+    from aiosd.store.lost import Lost
+
 T = TypeVar("T")
 FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)  # of a write; it names no file
 
 
 @click.command("fsck", context_settings=edge.SETTINGS, short_help="Check what agents keep; --repair saves it.")
 @click.option("--repair", is_flag=True, help="Copy what is readable into a new file. The old one is kept.")
-def fsck(repair: bool) -> int:
+@click.option("--give", nargs=2, metavar="LOST NAME", help="What has lost its owner is from now on of agents named so.")
+def fsck(repair: bool, give: tuple[str, str] | None) -> int:
     """Check the store: each page of its database, each large content. What is damaged is named, and nothing changed;
-    the exit code is 1 then. aiosd must not be running.
+    the exit code is 1 then. What has lost its owner by damage is listed, too. aiosd must not be running.
 
     \b
       aiosd fsck
-      aiosd fsck --repair       the old file stays beside the new one
+      aiosd fsck --repair               the old file stays beside the new one
+      aiosd fsck --give lost/3 planner  the notes and files of lost/3: aios-run --name planner finds them
     """
-    from aiosd.store import fsck, rebuild
+    from aiosd.store import fsck, lost, rebuild
     from aiosd.store.database import FILE
 
     with _failing(), _closed() as folder:
+        if give is not None:
+            given = lost.give(folder, *give)
+            print(f"{give[0]}: {_held(given)} of {give[1]} now")
+            return 0
         found = fsck.check(folder / FILE)
         print("\n".join(found) or f"{folder / FILE}: nothing is damaged")
-        if not found or not repair:
-            return 1 if found else 0
-        copied, old = rebuild.repair(folder / FILE)
-        print(f"copied into a new file: {_counted(copied)}")
-        print(f"the old one is {old}")
-    return 0
+        if found and repair:
+            copied, old = rebuild.repair(folder / FILE)
+            print(f"copied into a new file: {_counted(copied)}")
+            print(f"the old one is {old}")
+        for one in lost.found(folder / FILE):
+            print(f"{one.name}: {_held(one)} of an owner that is not known; aiosd fsck --give {one.name} NAME")
+    return 1 if found and not repair else 0
 
 
 @click.command("backup", context_settings=edge.SETTINGS, short_help="Copy what agents keep into one file.")
@@ -193,6 +203,10 @@ def _write(file: Path, fill: Callable[[IO[bytes]], T]) -> T:
             raise OSError(err.errno, err.strerror, str(file)) from None
         raise
     return result
+
+
+def _held(one: Lost) -> str:
+    return _counted({name: number for name, number in (("notes", one.notes), ("files", one.files)) if number})
 
 
 def _counted(counts: dict[str, int]) -> str:

@@ -79,6 +79,13 @@ def _sandbox(found: dict[str, Any]) -> str:
     return ", ".join(parts)
 
 
+def _granted(rest: dict[str, Any]) -> dict[str, Any]:
+    """How agents are confined, and what all of them may use nevertheless, in a row each."""
+    sandbox = dict(rest.get("sandbox") or {})
+    granted = sandbox.pop("every_agent", {})
+    return {"sandbox": sandbox or ""} | {f"agents' {name}": paths for name, paths in granted.items()}
+
+
 def _access(found: dict[str, Any]) -> str:
     """The rules, and what waits for a person."""
     parts = [f"{found.get(name)} {name}" for name in ("rules",) if found.get(name)]
@@ -188,6 +195,7 @@ def full(found: dict[str, Any], machine: str = "") -> list[str]:
         rows["machine"] = machine
     rows |= {f"route {route.get('name', '?')}": _route_in_a_line(route) for route in rest.pop("routes", [])}
     rest["mcp_servers"] = _servers(found)
+    rest |= _granted(rest)
     known = ("version", "state", "uptime_s", "pid", "agents", "max_agents")
     rows |= {name: value for name, value in rest.items() if name not in known and value != ""}
     lines += [f"  {name.replace('_', ' '):18} {_value(name, value)}" for name, value in rows.items()]

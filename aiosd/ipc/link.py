@@ -194,7 +194,8 @@ class LoadFailed(Struct, array_like=True, frozen=True, tag=True):
 
 
 class Working(Struct, array_like=True, frozen=True, tag=True):
-    """From now on the service works on this call alone; None: not any more. A death in between is this call's fault."""
+    """From now on a core works on this call alone; None: not any more. A death in between is this call's fault. (Other
+    services, whose calls are shorter than this message takes, write it into their channel.)"""
 
     key: Key | None
 

@@ -8,8 +8,9 @@ A service that is no llm core serves with a `Server`: one function for each call
 key and caller) and the arguments, and returns the body of the reply; a generator yields parts of it before that, or a
 `Pause` when it has to wait for something. What it raises becomes the reply: an OSError as it is, anything else as EIO.
 The server keeps what `wire.Again` promises: it keeps its answers, and sends the one that it has when a call is
-submitted again. Large answers of calls that may be repeated are not kept; these calls are done again. A call that must
-take effect ONCE even if the service dies has to keep its key together with its effect.
+submitted again. Of calls that may be repeated it keeps only what took more than one step, and no large answers; the
+others are done again. A call that must take effect ONCE even if the service dies has to keep its key together with its
+effect.
 
 A function that finds out that its call amounts to something which has to be allowed calls `require`; nothing must have
 been done by then, or it must be undone by the exception.
@@ -30,6 +31,7 @@ import time
 from collections import OrderedDict
 from collections.abc import Callable, Generator, Mapping
 from dataclasses import dataclass, field
+from types import GeneratorType
 from typing import Any, NamedTuple
 
 from aiosd.access.deed import Deed, Subject, Unapproved
@@ -129,11 +131,13 @@ class _Answer:
 class _Begun(NamedTuple):
     """A call that was begun."""
 
-    life: int  # of its peer, see `link.Ask`
+    life: int  # of its peer, see `link.Ask`; 0 where it does not matter
     repeats: bool  # it may be done again (`wire.Again`)
 
 
 _NOT_BEGUN = _Begun(0, False)
+#: A call that may be done again, and has not been put off: it takes no longer than to remember its answer.
+_SHORT = _Begun(0, True)
 
 
 class _Woken(Exception):
@@ -194,11 +198,13 @@ class Server:
                 channel.pump()
             if channel.reborn:  # a new kernel: it submits again what is open
                 channel.renew()
+                channel.work.end()  # it was for the kernel that has died
                 self.on_begin()
                 self.send(link.Loaded(dict(self.info)))
             wait = min(SLEEP_S, self.background())
-            for key in list(self._under_way):
-                self._step(key)
+            if self._under_way:
+                for key in list(self._under_way):
+                    self._step(key)
             self.timers.run_due()
             if self._under_way:
                 wait = min(wait, self._next_turn())
@@ -341,8 +347,10 @@ class Server:
             self.send(link.Failed(ask.key, errno.EIO, reason))
         else:
             if ask.sys not in self.queued:
-                self.channel.send_silently(link.encode(link.Working(ask.key)))  # read with the answer, or at a death
-            self._lives[ask.key] = _Begun(ask.life, row.again is Again.REPEAT)
+                self.channel.work.begin(*ask.key)
+                if row.again is Again.NEVER:
+                    self.begun(ask.key)
+            self._lives[ask.key] = _SHORT if row.again is Again.REPEAT else _Begun(ask.life, False)
             self._begin(ask)
 
     def _may_begin(self, ask: link.Ask) -> bool:
@@ -366,18 +374,23 @@ class Server:
             self._failed(ask.key, err)
             return
         self._turned_back.pop(ask.key, None)
-        if isinstance(result, Generator):
+        if isinstance(result, GeneratorType):
             self._under_way[ask.key] = result
-            self._offsets[ask.key] = 0
+            self._put_off(ask)
         elif result is LATER:
             self._later.add(ask.key)
-            self._offsets[ask.key] = 0
+            self._put_off(ask)
         else:
             self._answered(ask.key, result)
 
+    def _put_off(self, ask: link.Ask) -> None:
+        self._offsets[ask.key] = 0
+        if self._lives.get(ask.key) is _SHORT:
+            self._lives[ask.key] = _Begun(ask.life, True)
+
     def _go_on(self, key: link.Key) -> None:
         """One more part of a long answer, so that no call waits for all of another's."""
-        self.send(link.Working(key))
+        self.channel.work.begin(*key)
         try:
             part = next(self._under_way[key])
         except StopIteration as end:
@@ -388,7 +401,7 @@ class Server:
             self._paused.pop(key, None)
             if isinstance(part, Pause):
                 self._paused[key] = part.until
-                self.send(link.Working(None))  # a death while it waits is not its fault
+                self.channel.work.end()  # a death while it waits is not its fault
             else:
                 self.send(link.Part(key, self._offsets[key], wire.encode(part)))
                 self._offsets[key] += 1
@@ -448,14 +461,15 @@ class Server:
         self.send(link.Needs(key, deed))
 
     def _finish(self, key: link.Key, message: link.Answered | link.Failed, size: int) -> None:
-        self._end(key)
+        if key in self._offsets:  # it was to come later
+            self._end(key)
         self._out(message, size)
 
     def _out(self, message: link.Answered | link.Failed, size: int) -> None:
         key = message.key
         self.send(message)
         begun = self._lives.pop(key, _NOT_BEGUN)
-        if begun.repeats and size > SMALL:
+        if begun is _SHORT or (begun.repeats and size > SMALL):
             return
         if isinstance(message, link.Answered) and message.promise:  # not again: it may have been taken back by then
             message = link.Answered(key, message.body, message.prompt_tokens)

@@ -123,7 +123,10 @@ class Events:
         lines = self._lines
         if lines[AWAKE] or lines[QUIET]:
             self._look()
-        timeout = 0.0 if lines[HUNGRY] or lines[FOUND] or not idle else self._timers.until_next()
+        found = bool(lines[FOUND])
+        if found:  # before a system call: the answer of a service that was looked for has its caller waiting
+            self._serve_found()
+        timeout = 0.0 if found or lines[HUNGRY] or not idle else self._timers.until_next()
         clients = []
         for fd, mask in self._epoll.poll(timeout, EVENTS_PER_ROUND):
             source = self._sources.get(fd)
@@ -133,8 +136,6 @@ class Events:
                 clients.append((source, mask))
             else:
                 source.act(mask)
-        if lines[FOUND]:
-            self._serve_found()
         if lines[HUNGRY] or clients:
             until = self._timers.clock() + TURN_S
             self._serve_hungry(until)
@@ -171,17 +172,13 @@ class Events:
         kernel sleeps, all of them are asked to ring; otherwise only those whose rings were found empty twice."""
         awake, quiet, hungry = self._lines[AWAKE], self._lines[QUIET], self._lines[HUNGRY]
         if len(awake) <= FEW and not quiet and not hungry:
-            # Few are active: where it has paid off before, waiting briefly saves all sides their bells.
-            if len(awake) == 1:
-                (source,) = awake
-                if source.channel is not None and source.channel.look(LOOKS):
-                    self.move(source, FOUND)
-                    return
-            elif any(source.answers for source in awake) and look(
-                [source.channel for source in awake if source.channel is not None], LOOKS_AT_TWO
-            ):
-                for source in [one for one in awake if one.channel is not None and one.channel.filled()]:
-                    self.move(source, FOUND)
+            few = list(awake)
+            if self._wait_for_few(few):
+                return
+            if not any(source.channel is not None and source.channel.filled() for source in few):
+                for source in few:
+                    self.move(source, ASLEEP)
+                self._tell_to_ring(few)
                 return
         for line in (quiet, awake):
             for source in [one for one in line if one.channel is not None and one.channel.filled()]:
@@ -195,7 +192,27 @@ class Events:
             self.move(source, ASLEEP)
         self._tell_to_ring(tell)
 
+    def _wait_for_few(self, few: list[Source]) -> bool:
+        """Few are active: where it has paid off before, waiting briefly saves all sides their bells. True: one has sent
+        something meanwhile, and is FOUND."""
+        if len(few) == 1:
+            (source,) = few
+            if source.channel is None or not source.channel.look(LOOKS):
+                return False
+            self.move(source, FOUND)
+            return True
+        if not any(source.answers for source in few):
+            return False
+        if not look([source.channel for source in few if source.channel is not None], LOOKS_AT_TWO):
+            return False
+        for source in few:
+            if source.channel is not None and source.channel.filled():
+                self.move(source, FOUND)
+        return True
+
     def _tell_to_ring(self, sources: list[Source]) -> None:
-        by_channel = {source.channel: source for source in sources if source.channel is not None}
-        for channel in restless(list(by_channel)):
-            self.move(by_channel[channel], FOUND)
+        unsettled = restless([source.channel for source in sources if source.channel is not None])
+        if unsettled:
+            for source in sources:
+                if source.channel in unsettled:
+                    self.move(source, FOUND)

@@ -134,10 +134,17 @@ class Generations:
         proc = call.peer.proc
         if proc is None:
             return link.Caller(0, os.getuid(), "", False, "default")
+        network = (proc.ospid, proc.network)
+        if proc.caller is not None and not proc.budgets:
+            known, box_then = proc.caller
+            if known.nice == proc.nice and known.network == network and box_then is proc.box:
+                return known
         left = budgets.tokens_left(proc.budgets)
         box = b"" if proc.box is None else wire.encode(proc.box)
-        rest = (left, box, proc.program, proc.sha256, budgets.purses(proc.budgets), (proc.ospid, proc.network))
-        return link.Caller(proc.pid, proc.uid, proc.name, proc.named, proc.group, proc.nice, *rest)
+        rest = (left, box, proc.program, proc.sha256, budgets.purses(proc.budgets), network)
+        caller = link.Caller(proc.pid, proc.uid, proc.name, proc.named, proc.group, proc.nice, *rest)
+        proc.caller = None if proc.budgets else (caller, proc.box)
+        return caller
 
     def call_budget(self, call: Call) -> tuple[int, str, int | None]:
         """nice, group and tokens left of the agent that made the call."""

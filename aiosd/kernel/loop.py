@@ -12,6 +12,7 @@ This file only puts the parts together; each is given what it uses, and nothing 
 from __future__ import annotations
 
 import logging
+import select
 import signal
 import socket
 import sys
@@ -62,7 +63,7 @@ from aiosd.kernel.service import Asker, Service, Services
 from aiosd.kernel.status import StatusRequests
 from aiosd.kernel.system import Descriptors, System
 from aiosd.kernel.tokens import Tokens
-from aiosd.kernel.turns import Turns
+from aiosd.kernel.turns import HUNG_UP, Turns
 from aiosd.kernel.uplink import Uplink
 from aiosd.kernel.waiters import Waiters
 from aiosd.logs import processlog
@@ -339,14 +340,19 @@ class Kernel:
                 self.events.move(source, Turn.HUNGRY if service.receive() else Turn.AWAKE)
 
         def on_bell(mask: int) -> None:
-            channel.drain_bell()
+            if mask & HUNG_UP:
+                channel.drain_bell()
+            else:
+                channel.heard()
             serve()
 
         def asked() -> None:
             if source.turn is Turn.ASLEEP:
                 self.events.move(source, Turn.AWAKE)
 
-        source = self.events.watch(channel.fileno(), on_bell, serve=serve, channel=channel, answers=True)
+        # Each ring is an event. It rings once for each time that we have announced sleep, so its bell is never full.
+        events = select.EPOLLIN | select.EPOLLRDHUP | select.EPOLLET
+        source = self.events.watch(channel.fileno(), on_bell, events, serve=serve, channel=channel, answers=True)
         service.source = source
         service.asked = asked
         self.events.move(source, Turn.HUNGRY)

@@ -37,6 +37,7 @@ from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
 
 from aiosd.errors import Bug
+from aiosd.ipc import link
 from aiosd.kernel.budget import Budget
 from aiosd.kernel.ledger import TOOLS_CPU_US, Row, loose_row
 from aiosd.sandbox.box import Box
@@ -107,6 +108,7 @@ class Proc:
     sha256: bytes = b""  # … and with which content
     row: Row = field(default_factory=loose_row)  # in the ledger
     budgets: list[Budget] = field(default_factory=list)  # those it shares: of its ancestors, and its own
+    caller: tuple[link.Caller, Box | None] | None = None  # as services know it, while it has no budgets; its box
 
     # life
     ppid: int = INIT

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import errno
 import os
+import sys
 from collections.abc import Mapping
 
 import msgspec
@@ -15,7 +16,7 @@ import msgspec
 from aiosd.kernel.proc import Proc
 from aiosd.kernel.spawning import group_of_child
 from aiosd.sandbox import box as boxes
-from aiosd.sandbox import hosts
+from aiosd.sandbox import hosts, plan
 from aiosd.sandbox.box import LEVELS, Box, Rules
 from aiosd.sandbox.probe import Offer
 from libaios import wire
@@ -129,7 +130,7 @@ class Sandboxes:
             shown["why_no_more"] = self.offer.reason
         if self.offer.open:
             shown["left_open"] = list(self.offer.open)
-        return shown
+        return shown | {"every_agent": plan.granted(sys.path)}
 
     def warnings(self) -> list[str]:
         """One line for each setting that this machine cannot do."""

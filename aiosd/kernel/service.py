@@ -8,7 +8,8 @@ its final reply. When the service dies the row of the call (`wire.Row.again`) de
     NEVER          its caller gets EIO if the call had begun in the service that died
 
 A call that kills its service would also kill every successor. So deaths are counted: against the one call that the
-service had announced with `Working`, else against all that were under way. A call with too many deaths ends with EIO.
+service had announced (in the channel, see `ring.Work`; an llm core with `Working`), else against all that were under
+way. A call with too many deaths ends with EIO.
 
 This module moves messages. What an llm core adds to that is in `cores`.
 """
@@ -97,7 +98,7 @@ class Service:
     asked: Callable[[], None] = lambda: None  # it was given a call, whose answer may come soon
     stats: dict[str, Any] = field(default_factory=dict)
     calls: dict[link.Key, Open] = field(default_factory=dict)
-    working: link.Key | None = None  # the one call that it has announced to work on
+    working: link.Key | None = None  # the one call that a core has announced to work on
     copies: Copies = field(default_factory=Copies)  # of its answers
 
     @property
@@ -183,8 +184,11 @@ class Service:
     def died(self, reason: str) -> None:
         """Keep its calls for the successor, except those that must not be repeated, and those that seem to kill it."""
         self._receive_last()
-        guilty = self.calls.get(self.working) if self.working is not None else None  # may be cancelled
-        if self.working is not None:
+        working = self.working
+        if working is None and self.channel is not None:
+            working = self.channel.work.call
+        guilty = self.calls.get(working) if working is not None else None  # may be cancelled
+        if working is not None:
             suspects = [guilty] if guilty is not None else []
         else:
             suspects = [one for one in self.calls.values() if self.under_way(one)]
@@ -249,9 +253,9 @@ class Service:
                     call = opened.call
                     if message.prompt_tokens:
                         self.owner.charge(self, call, message.prompt_tokens)
-                    if message.promise:
-                        self._keep(opened, message)
                     self.calls_of_all.finish(call, Raw(message.body))
+                    if message.promise:  # now that its caller has it
+                        self._keep(opened, message)
             case link.Stale():
                 self.copies.stale(message.promises)
             case link.Part(key=key):
@@ -331,16 +335,18 @@ class Services:
 
     def __init__(self) -> None:
         self.by_name: dict[str, Service] = {}
+        self._by_kind: dict[str, Service] = {}
 
     def __iter__(self) -> Iterator[Service]:
         return iter(self.by_name.values())
 
     def add(self, service: Service) -> None:
         self.by_name[service.name] = service
+        self._by_kind.setdefault(service.kind, service)
 
     def of_kind(self, kind: str) -> Service | None:
         """The service that answers the calls of a kind; the first if there are several."""
-        return next((service for service in self if service.kind == kind), None)
+        return self._by_kind.get(kind)
 
     def ready(self) -> bool:
         return all(service.state is State.READY for service in self if service.awaited)

@@ -18,7 +18,7 @@ from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 
 from aiosd.sandbox import cage, filter, hosts, landlock, places, protected
-from aiosd.sandbox.box import Box
+from aiosd.sandbox.box import PROXIES, VARIABLES, Box
 from aiosd.sandbox.cage import Cage
 from aiosd.sandbox.places import Machine
 from libaios.wire import os_bytes, os_str, os_text
@@ -74,6 +74,17 @@ def common_rules(python_path: Iterable[str]) -> list[tuple[str, int]]:
     rules = [(path, landlock.READ) for path in (*_PROGRAMS, *sorted(python), *(f"/etc/{name}" for name in _ETC))]
     rules += [(path, landlock.READ_FILE | landlock.READ_DIR) for path in _KERNEL]
     return rules + [(path, landlock.DEVICE) for path in places.DEVICES]
+
+
+def granted(python_path: Iterable[str]) -> dict[str, list[str]]:
+    """For people: what of the machine every confined agent may use besides what is its own, and which variables of the
+    environment in which it was started it gets."""
+    there = [(path, rights) for path, rights in common_rules(python_path) if os.path.exists(path)]
+    return {
+        "read": [path for path, rights in there if rights != landlock.DEVICE],
+        "devices": [path for path, rights in there if rights == landlock.DEVICE],
+        "environment": [*VARIABLES, *PROXIES],
+    }
 
 
 def _modules(python_path: Iterable[str]) -> Iterator[str]:

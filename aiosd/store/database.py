@@ -452,6 +452,9 @@ def connect(path: Path) -> apsw.Connection:
         name, _, value = setting.partition("=")
         db.pragma(name, value)
     db.pragma("journal_size_limit", WAL_BYTES)
+    # A plan does not depend on the values of its parameters. Else SQLite plans many statements anew each time that they
+    # are executed, if a table has an index with a condition: it might be met by these values.
+    db.config(apsw.SQLITE_DBCONFIG_ENABLE_QPSG, 1)
     db.wal_autocheckpoint(CHECKPOINT_PAGES)
     db.execute("BEGIN IMMEDIATE; COMMIT")  # takes the lock that EXCLUSIVE then keeps
     return db

@@ -61,7 +61,7 @@ class GroupServer(Server):
         for message in messages:
             self._handle(message)
         if group.open and len(messages) > 1:
-            self.send(link.Working(None))  # a death from here on is no single call's fault
+            self.channel.work.end()  # a death from here on is no single call's fault
         try:
             group.commit()
         except OSError as err:

@@ -163,7 +163,10 @@ class LruK(Generic[Value]):
         return {"ram_bytes": self.bytes_of(owner), "hits": hits, "faults": misses, "evictions": evictions}
 
     def _count(self, owner: Hashable, which: int, times: int = 1) -> None:
-        self._counts.setdefault(owner, [0, 0, 0])[which] += times
+        counts = self._counts.get(owner)
+        if counts is None:
+            counts = self._counts[owner] = [0, 0, 0]
+        counts[which] += times
 
     def _touch(self, key: Hashable, entry: _Entry[Value]) -> None:
         """A reference to a resident."""
@@ -176,7 +179,7 @@ class LruK(Generic[Value]):
         if not entry.times or self.clock - entry.last > self.correlated:
             # The time between two uncorrelated references counts from the end of the first burst to the begin of this.
             burst = entry.last - entry.times[0] if entry.times else 0
-            entry.times = (self.clock, *(time + burst for time in entry.times))[: self.k]
+            entry.times = (self.clock, *[time + burst for time in entry.times[: self.k - 1]])
         entry.last = self.clock
 
     def _add(self, key: Hashable, entry: _Entry[Value]) -> None:

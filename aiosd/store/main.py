@@ -26,7 +26,8 @@ if TYPE_CHECKING:
 logger = logging.getLogger("store")
 
 FAILED_S = 5.0  # after a chore that failed
-SHARE = 0.1  # of the time, for chores while calls keep coming
+SHARE = 0.1  # of the time, for chores while calls keep coming,
+LOOK_S = 0.002  # … which are looked at no more often than this
 MOST_WORDLESS = 8192  # texts that may wait for their words with that
 
 
@@ -70,7 +71,7 @@ class Chores:
             self._clean_at = now + self._tried(memory.clean, now)
         wait = min(self._tried(work, now) for work in (memory.mender.work, memory.words.work, memory.meaning.work))
         if self._busy() and memory.words.waiting < MOST_WORDLESS:
-            self._next_at = now + (time.monotonic() - now) / SHARE
+            self._next_at = now + max(LOOK_S, (time.monotonic() - now) / SHARE)
         return max(0.0, min(wait, self._clean_at - now))
 
     def _tried(self, work: Callable[[], float], now: float) -> float:

@@ -101,7 +101,11 @@ class Memory:
         held = self.cache.get(wanted, own) if wanted is not None else None
         if held is not None and not self._over(held[1]):
             name, note = held
-            if name in visible(ask.caller) if wanted == args.note else (name, note.key) == (own, args.note):
+            if wanted != args.note:
+                seen = name == own and note.key == args.note
+            else:
+                seen = name == own or name == owners.group(ask.caller)
+            if seen:
                 return self._promised(note, args)
         return self._promised(self._find(ask.caller, args.note), args)
 

@@ -28,6 +28,11 @@ _CONTROL = re.compile(r"[\x00-\x1f\x7f-\x9f\u2028\u2029]")
 _NAME = re.compile(wire.NAME_PATTERN)
 
 
+def is_name(name: str) -> bool:
+    """Whether an agent or a group can be called so."""
+    return len(name) <= 64 and _NAME.match(name) is not None
+
+
 def clean_path(path: str) -> str:
     """The path as it is kept. Raises OSError (EINVAL, ENAMETOOLONG)."""
     path = unicodedata.normalize("NFC", path)
