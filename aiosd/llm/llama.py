@@ -340,7 +340,7 @@ _WINDOW_ONLY = 1  # LLAMA_STATE_SEQ_FLAGS_SWA_ONLY
 
 class Context:
     """The KV cache of one model: `slots` streams of `ctx` tokens each (rounded up to 256 by llama.cpp). With `cells` it
-    is one stream of so many cells for all sequences, which can share cells (see `cells.py`). With `embeddings` one
+    is one stream of `cells` cells for all sequences, which can share cells (see `cells.py`). With `embeddings` one
     stream of `ctx` tokens for all: only then sequences of several lengths stay in one batch."""
 
     def __init__(

@@ -202,8 +202,8 @@ class Local:
         self._front.cancel(lambda key: key[0] not in kept)
         self.engine.keep(kept)
 
-    # ── calls. Templates, schemas and tokenising may hang or end this process, so the kernel is told which call is
-    #    being worked on (`Working`), and blames only that ──
+    # ── calls. Templates, schemas and tokenising may hang or end this process, so the core reports which call is
+    #    being worked on (`Working`), and the kernel blames only that ──
 
     def _submit(self, message: link.Submit) -> None:
         self._line.send(link.Working(message.key))
