@@ -172,3 +172,15 @@ def test_keys_that_a_program_may_have_missed_are_named(capsys: pytest.CaptureFix
     assert capsys.readouterr().err == f"aios-run: {words}\n"
     unseen.note_variables(spawn, wire.Spawned(7, sandbox="none"))
     assert capsys.readouterr().err == ""
+
+
+def test_that_files_beside_a_script_in_tmp_do_not_stay_is_told(capsys: pytest.CaptureFixture[str]) -> None:
+    """Everywhere else writing beside the script fails. There it succeeds, in memory of the agent's own."""
+
+    def told(script: str, sandbox: str) -> list[str]:
+        own = wire.Sandbox(own=[script], alone=True)
+        unseen.note_alone(wire.Spawn("file", script, sandbox=own), wire.Spawned(7, sandbox=sandbox))
+        return [line for line in capsys.readouterr().err.splitlines() if "is gone when it ends" in line]
+
+    assert len(told("/tmp/a.py", "cage")) == len(told("/dev/shm/a.py", "cage")) == 1
+    assert told("/home/me/a.py", "cage") == told("/tmp/a.py", "flat") == told("/tmp/a.py", "none") == []

@@ -478,6 +478,9 @@ def test_a_refusal_names_its_place(schema: Schema, place: str) -> None:
     "schema",
     [
         {"type": "string", "pattern": "((a{0,24}){0,24}){0,24}"},
+        {"type": "string", "pattern": "^((a{0,24}){0,24}){0,24}$"},
+        {"type": "string", "pattern": "^((a{0,24}b?){0,24}c?){0,24}$"},
+        {"type": "string", "pattern": "^(?!((a{0,24}){0,24}){0,24}$).*$"},
         {"type": "string", "pattern": "(((a*b?)*c?)*){0,300}", "maxLength": 500},
         {"oneOf": [{"enum": [f"a{i}" for i in range(9000)]}, {"enum": [f"b{i}" for i in range(9000)]}]},
         {"allOf": [{"anyOf": [{"const": i} for i in range(300)]}, {"anyOf": [{"const": i} for i in range(300)]}]},

@@ -17,6 +17,8 @@ from libaios.wire import Spawn, Spawned
 
 MOST_LOOKED_AT = 64  # arguments
 MOST_SHOWN = 3
+#: In the cage these are an agent's own: writing there succeeds, and nothing of it is left.
+PRIVATE = ("/tmp", "/dev/shm")
 #: Variables that others give an agent, or that are of no use to it.
 NOT_MISSED = ("AIOS", "OPENAI_", "CEREBRUM_", "OLLAMA_")
 SECRET = re.compile(r"KEY|TOKEN|SECRET|PASSWORD|CREDENTIAL")
@@ -28,6 +30,8 @@ def note_alone(spawn: Spawn, spawned: Spawned) -> None:
         script = wire.os_shown(spawn.sandbox.own[0])
         folder = os.path.dirname(script)
         _say(f"agent {spawned.pid} can read {script}, nothing else in {folder} (--read grants more)")
+        if spawned.sandbox == "cage" and _is_inside(folder, list(PRIVATE)):
+            _say(f"what agent {spawned.pid} writes in {folder} is gone when it ends (its home and --write DIR stay)")
 
 
 def named_outside(spawn: Spawn, spawned: Spawned) -> list[str]:

@@ -161,7 +161,7 @@ class Accounts:
         return await asyncio.get_running_loop().run_in_executor(self._threads, holder, *user.ends)
 
     def drop_slow(self) -> None:
-        """All requests that are on their way hold too much: who has not sent all of one for long makes room."""
+        """All requests that are on their way hold too much: those that have been incomplete for long are closed."""
         for user, since in list(self.receiving.items()):
             if time.monotonic() - since > SLOW_S:
                 del self.receiving[user]
@@ -176,7 +176,7 @@ class Accounts:
 
     def sweep(self) -> None:
         """Close the accounts whose connection the kernel has ended: their agents have died, perhaps while there was no
-        kernel to tell it."""
+        kernel to report it."""
         for token, task in list(self._by_token.items()):
             if task.done() and not task.cancelled() and task.exception() is None and task.result().over:
                 del self._by_token[token]

@@ -8,7 +8,7 @@ births.py      agents that are forked, and have not reported yet whether they ca
 templates.py   warm processes from which agents may be forked: started when wanted, ended when idle
 servers.py     MCP servers, forked for the toolbox
 orphans.py     processes that a dead agent has left behind
-signals.py     who has sent us a signal, and whether it is obeyed
+signals.py     which process has sent us a signal, and whether it is obeyed
 services.py    which services a system has
 environment.py the environment in which aiosd was started, out of the agents' sight
 restart.py     when an agent that has ended is started again (pure; kernel and settings use it too)

@@ -37,7 +37,7 @@ from libaios.home import Home
 logger = logging.getLogger("supervisor")
 
 RING_BYTES = 1 << 16  # of each direction between an agent and the kernel
-ENDING = (signal.SIGTERM, signal.SIGHUP, signal.SIGINT, signal.SIGQUIT)  # signals that tell an agent to end
+ENDING = (signal.SIGTERM, signal.SIGHUP, signal.SIGINT, signal.SIGQUIT)  # signals that ask an agent to end
 Spare = tuple[int, socket.socket]
 
 

@@ -7,7 +7,7 @@
 The first restart comes after 0.1 s, each further one after twice the wait of the one before, up to 30 s. An agent that
 has lived for 10 s is taken for healthy: waits and tries count from the beginning again.
 
-There is no clock in here: who keeps the agent says how long it lived, and waits as long as it is told to.
+There is no clock in here: the caller passes how long the agent lived, and waits for the time that it gets.
 """
 
 from __future__ import annotations

@@ -120,7 +120,7 @@ class Supervisor:
         }
         # the end
         self.stopping = ""
-        self.last_step: Stopped | None = None  # which of our own processes have been told to end
+        self.last_step: Stopped | None = None  # which of our own processes have been ordered to end
         self.exit_code: int | None = None
         self.signals = open_signals(SIGNALS)
         self.journal = (os.memfd_create("aios-journal"), os.memfd_create("aios-journal"))

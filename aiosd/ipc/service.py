@@ -80,7 +80,7 @@ class Stopped(enum.IntEnum):
 @dataclass(frozen=True, slots=True)
 class Service:
     """One system process below the supervisor. `entry` is `module:function`, called in the forked process with its
-    channel, `argument`, and `Rounds` to be told how its loop goes on; it returns the exit code."""
+    channel, `argument`, and `Rounds`, to which its loop reports that it goes on; it returns the exit code."""
 
     name: str  # unique in this system: "store", "llm:NAME"
     kind: str  # whose calls of the table it answers

@@ -198,7 +198,7 @@ class Agents:
     def fork(self, call: Call, spec: link.Fork, content: Letter, fds: tuple[int, ...]) -> None:
         """Have the supervisor fork an agent; the call is finished when it has."""
         under_way = self.forks.get(call.key)
-        if under_way is not None:  # asked for once more, under the same id: one process, and this call is told of it
+        if under_way is not None:  # asked for once more, under the same id: one process, whose pid this call gets
             under_way.call = call
             return
         if self.uplink.pending > FORKS_BYTES:
@@ -283,7 +283,7 @@ class Agents:
         self.process_begun(proc)
         if under_way.newborn is not None and under_way.newborn.stopped:
             self.stopped(link.ChildStopped(proc.pid, True))
-        if parent is not None and parent.halted:  # it was told to stop, with all its children, while we forked
+        if parent is not None and parent.halted:  # it was stopped, with all its children, while we forked
             self.deliver(proc, signal.SIGSTOP)
         return proc
 

@@ -80,7 +80,7 @@ class Budget:
     levels: dict[str, float] = field(default_factory=dict)  # what was sampled last, by kind,
     sampled: float = 0.0  # … and when
     soft: float = 0.0  # at this part of each kind its agent gets a message; 0: never
-    tokens_near: int = NEVER  # from here on it is told that tokens run short
+    tokens_near: int = NEVER  # from here on it gets a message that tokens run short
     near: Callable[[Budget, str], None] = _nobody  # called then
 
     @property

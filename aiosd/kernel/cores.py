@@ -105,7 +105,7 @@ class Core(Service):
     @property
     def trouble(self) -> str:
         """Why a call that comes now would have to wait long; "": it would not. A core that this kernel has not seen
-        dying loads for the first time, or has not told a new kernel yet that it has."""
+        dying loads for the first time, or has not reported to a new kernel yet that it has."""
         if self.state is State.DOWN or (self.state is not State.READY and self.last_death):
             return f"it is down: {self.last_death}"
         return self.unwell

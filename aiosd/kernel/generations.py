@@ -33,8 +33,8 @@ from libaios.wire import Sys
 
 class Generations:
     """`spent` is called with a budget that has no tokens or no money left; `refused` with one of which an agent asked
-    for more; `stood_still` when a core has taken the generations of a stopped agent out of decoding; `schedule` tells
-    what policy is in force."""
+    for more; `stood_still` when a core has taken the generations of a stopped agent out of decoding; `schedule` is
+    the policy in force."""
 
     def __init__(
         self,

@@ -493,7 +493,7 @@ def _socket_of(fd: int) -> socket.socket:
 def main(born: Inheritance) -> int:
     """Entry of the kernel process, forked by the supervisor."""
     processlog.setup("kernel", born.settings.log_level)
-    for number in (signal.SIGINT, signal.SIGTERM):  # it ends when the supervisor tells it to, or is gone
+    for number in (signal.SIGINT, signal.SIGTERM):  # it ends at the supervisor's order, or when that is gone
         signal.signal(number, signal.SIG_IGN)
     try:
         kernel = Kernel(born)

@@ -32,7 +32,7 @@ class Notices:
             try:
                 self._mail.post(proc, wire.raw(message))
             except OSError as err:
-                logger.warning("agent %d is not told that its %s budget runs short: %s", proc.pid, which, err.strerror)
+                logger.warning("agent %d gets no notice of its %s budget: %s", proc.pid, which, err.strerror)
 
     def _receivers(self, budget: Budget) -> list[Proc]:
         owner = self._table.get(budget.owner)

@@ -114,8 +114,8 @@ class Proc:
     ppid: int = INIT
     nice: int = 0
     state: State = State.RUNNING
-    halted: bool = False  # told to stand still: it is stopped, or about to be
-    continued: int = 0  # how many times it was told to go on
+    halted: bool = False  # ordered to stand still: it is stopped, or about to be
+    continued: int = 0  # how many times it was continued
     restart: str = "no"  # when it is started again, see aiosd.init.restart,
     restarts: int = 0  # … and how often it was
     status: int | None = None  # exit code or -signal

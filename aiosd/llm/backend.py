@@ -20,7 +20,7 @@ What a backend owes the kernel, message by message (`link` has their fields):
 
 The kernel does not look into what a generation has given out: it sends it back as `request.given`, tokens or text as
 the deltas were, when the call must go on in a new core. It charges what the deltas name as `charged`, and at the end
-what `usage` and the last `charged` say. A backend whose calls would wait long for a reason of its own tells that
+what `usage` and the last `charged` say. A backend whose calls would wait long for a reason of its own reports that
 (`Health`), and when it is over: routes pass it over meanwhile.
 """
 

@@ -42,7 +42,7 @@ logger = logging.getLogger("llm.cache")
 WORTH = 16
 WORTH_NOTHING = 1
 
-#: A call is admitted if there are cells for its prompt and for so many tokens more of every call.
+#: A call is admitted if there are cells for its prompt and for this many tokens more of every call.
 AHEAD = 64
 
 #: How many bytes of states are moved in a second: assumed, until MEASURED bytes have been moved.
@@ -375,7 +375,7 @@ class Cache:
         return self._refused is not None and self._refused in waiting and not self.fits(self._refused)
 
     def make_room(self, count: int) -> bool:
-        """Have so many cells free: free slots are wiped, those unused for longest first. What they hold goes to the
+        """Have `count` cells free: free slots are wiped, those unused for longest first. What they hold goes to the
         store. False: that is not enough."""
         if self.cells is None or self.cells.has(count):
             return True
@@ -393,7 +393,7 @@ class Cache:
         return True
 
     def has_fewer_cells(self, count: int) -> bool:
-        """llama.cpp has no room for so many tokens, though by our count there is: believe it, so that the next step
+        """llama.cpp has no room for `count` tokens, though by our count there is: believe it, so that the next step
         makes room. False: that would not help, because one call has everything."""
         if self.cells is None or (self.slots.num_free >= self.slots.total - 1 and not self._idle()):
             return False

@@ -30,7 +30,7 @@ class Cells:
         self.total = total
         self._length = length
         self._paths: list[list[Run]] = [[Run(0)] for _ in range(slots)]
-        self._surely_free = 0  # at least so many are free: those that were, less those taken since
+        self._surely_free = 0  # this number at least is free: what was free, less what was taken since
 
     def share(self, source: int, target: int, length: int) -> None:
         """The empty slot `target` holds the first `length` cells of `source` now, too."""
@@ -59,7 +59,7 @@ class Cells:
         return self.used_by(range(len(self._paths)))
 
     def has(self, count: int) -> bool:
-        """Are so many cells free? (Counted only where the last count does not tell: this is asked in every step.)"""
+        """Are at least `count` cells free? (Counted only where the last count is not enough: every step asks this.)"""
         if count > self._surely_free:
             self._surely_free = self.total - self.used
         return count <= self._surely_free
@@ -69,7 +69,7 @@ class Cells:
         return self.total - self.used
 
     def take(self, count: int) -> None:
-        """So many are used from now on."""
+        """`count` cells more are used from now on."""
         self._surely_free -= count
 
     def stats(self, owned: Iterable[int]) -> dict[str, int]:

@@ -197,6 +197,10 @@ class Model:
                 return buffer.raw[:n].decode(errors="replace")
             room = -n
 
+    def apart(self, tokens: list[int]) -> list[bytes]:
+        """The bytes of each token, with the text of control tokens. Those of one alone need not be UTF-8."""
+        return [self.pieces[token] or self._piece(token, True) for token in tokens]
+
     def meta(self, key: str) -> str | None:
         """A string of the GGUF's metadata; numbers come as text."""
         size = C.llama_model_meta_val_str(self._model, key.encode(), None, 0)
@@ -336,7 +340,7 @@ _WINDOW_ONLY = 1  # LLAMA_STATE_SEQ_FLAGS_SWA_ONLY
 
 class Context:
     """The KV cache of one model: `slots` streams of `ctx` tokens each (rounded up to 256 by llama.cpp). With `cells` it
-    is one stream of so many cells for all sequences, which can share cells (see `cells.py`). With `embeddings` one
+    is one stream of `cells` cells for all sequences, which can share cells (see `cells.py`). With `embeddings` one
     stream of `ctx` tokens for all: only then sequences of several lengths stay in one batch."""
 
     def __init__(

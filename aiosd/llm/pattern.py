@@ -5,8 +5,9 @@ language becomes an automaton by derivatives (what may follow after this charact
 and complement, and so also lookahead. Each state becomes one rule, so that llama.cpp never follows two ways at once. A
 pattern matches anywhere in a text, as JSON Schema defines it, unless it begins with ^ or ends with $.
 
-An automaton that would have more than MAX_STATES states is not built. If there is only one pattern, with many
-repetitions ("(a{50}){50}"), it is translated directly; anything else is refused, as are back references and lookbehind.
+An automaton that would have more than MAX_STATES states, or take long (MAX_PARTS), is not built. If there is only one
+pattern, with many repetitions ("(a{50}){50}"), it is translated directly; anything else is refused, as are back
+references and lookbehind.
 
 Implementations of regular expressions differ in what \\w, \\s, \\d match in full Unicode: only characters on which all
 agree are written here, both inside and outside of such a class.
@@ -30,6 +31,7 @@ MAX_LENGTH = 2000  # characters of a pattern
 MAX_REPETITIONS = 1_000_000
 MAX_WAYS = 64  # ways in which nested repetitions can match one text
 MAX_NODES = 40_000
+MAX_PARTS = 500_000  # looked at while an automaton is built: one state can be a choice of thousands. About 0.3 s
 _TOP = 0x10FFFF
 _ANY: Ranges = ((0, _TOP),)
 
@@ -161,6 +163,10 @@ FORMATS = {
 NONE, EMPTY, ALL = 0, 1, 2
 
 
+class _TooMuch(Exception):
+    """The automaton takes too long to build."""
+
+
 class Languages:
     """Regular languages as nodes (a node is a number); equal nodes are the same number. The operations simplify, so
     that a language has few different derivatives."""
@@ -171,6 +177,7 @@ class Languages:
         self.nullable: list[bool] = []  # is the empty text in it?
         self._derived: dict[tuple[int, int], int] = {}
         self._edges: dict[int, frozenset[int]] = {}
+        self._parts = 0  # looked at so far, of choices and of what is to be satisfied together
         # NONE, EMPTY, ALL, and any one character, from which ALL is built
         for node in (("none",), ("empty",), ("repeat", 3, 0, None), ("set", _ANY)):
             self._make(node, node[0] in ("empty", "repeat"))
@@ -224,10 +231,15 @@ class Languages:
         return self._make(("both", frozenset(flat)), nullable)
 
     def _flat(self, kind: str, parts: Iterable[int]) -> set[int]:
+        """Raises _TooMuch."""
         flat: set[int] = set()
         for part in parts:
             node = self._nodes[part]
-            flat |= node[1] if node[0] == kind else {part}
+            inner = node[1] if node[0] == kind else {part}
+            self._parts += 1 + len(inner) // 16  # a union is quick
+            if self._parts > MAX_PARTS:
+                raise _TooMuch
+            flat |= inner
         return flat
 
     def others(self, a: int) -> int:
@@ -426,7 +438,7 @@ _State = tuple[bool, dict[int, str]]  # may the text end here? What may follow: 
 def automaton(
     patterns: tuple[str, ...], low: int, high: int | None, spell: Spell, without: str
 ) -> dict[int, _State] | None:
-    """All states, the start state first; None when there are too many."""
+    """All states, the start state first; None when there are too many, or they take too long to find."""
     languages = Languages()
     try:
         wanted = [_Reader(languages).search(parsed(pattern)) for pattern in patterns]
@@ -438,6 +450,8 @@ def automaton(
                 end = languages.cat(languages.chars(((ord(char), ord(char)),)), end)
             wanted.append(languages.others(languages.cat(ALL, end)))
         return _explored(languages, languages.both(wanted), spell)
+    except _TooMuch:
+        return None
     except RecursionError:
         raise refuse("pattern: nested too deep") from None
 

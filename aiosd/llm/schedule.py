@@ -33,8 +33,8 @@ LEAST_PROMPT = 16
 
 @dataclass(slots=True)
 class Batch:
-    """What is computed at once: so many tokens of the prompt of each of `calls` (`sizes`); without `sizes` the next
-    token of each (of none, if there are no calls)."""
+    """What is computed at once: of the prompt of each of `calls` as many tokens as `sizes` has for it; without `sizes`
+    the next token of each (of none, if there are no calls)."""
 
     calls: list[Sequence]
     sizes: list[int] = field(default_factory=list)

@@ -1,4 +1,4 @@
-"""What a core is told at its start. Imports nothing heavy: supervisor, configuration and CLI use it too."""
+"""What a core gets at its start. Imports nothing heavy: supervisor, configuration and CLI use it too."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ from dataclasses import dataclass
 
 from aiosd.budgets.price import Price
 
-#: Tokens per slot at least, where the user says nothing and the model was trained for them (see `room.py`).
+#: Tokens per slot at least, where no setting names them and the model was trained for them (see `room.py`).
 DEFAULT_CTX = 2048
 
 #: The backend that runs a model in the core's own process, with llama.cpp.

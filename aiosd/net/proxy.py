@@ -78,8 +78,8 @@ class _Traffic:
 
 
 class Proxy:
-    """`denied` is told what was refused, `shares` what is done for whom; `guests`: the passage to the gateway, None:
-    there is none."""
+    """`denied` gets what was refused, `shares` what is done and for which agent; `guests`: the passage to the gateway,
+    None: there is none."""
 
     def __init__(self, dialer: Dialer, denied: Denied, shares: Shares, guests: socket.socket | None = None) -> None:
         self._dialer = dialer
@@ -110,7 +110,7 @@ class Proxy:
 
     def _open(self, message: passage.Gate, listeners: list[socket.socket]) -> None:
         known = self.gates.get(message.pid)
-        if known is not None and known.life == message.life:  # told once more by a new kernel
+        if known is not None and known.life == message.life:  # a new kernel has sent it again
             for one in listeners:
                 one.close()
             return

@@ -3,7 +3,7 @@
 What a file has changes with its words in one transaction. The index has the beginning (INDEXED bytes) of what is
 UTF-8; of other files only the path. It keeps no copy of the texts. The owner is a word of its own in the index.
 
-Others that index texts (search by meaning) follow along: `followers` are told within the same transaction. To them
+Others that index texts (search by meaning) follow along: `followers` are called within the same transaction. To them
 this class is the source of the texts of files (`kind`, `everything`, `texts`).
 """
 
