@@ -569,11 +569,13 @@ class Tokenize(Struct, array_like=True, frozen=True):
     model: str | None = None
     special: bool = False  # read special tokens such as <|im_end|> as such
     bos: bool = False  # with the token that the model expects first, if it does
+    call: Generate | None = None  # the prompt of this call, in place of a text
 
 
 class Detokenize(Struct, array_like=True, frozen=True):
     tokens: TokenIds
     model: str | None = None
+    apart: bool = False  # the bytes of each token, which may be a part of a character, and not the text of all
 
 
 class ModelInfo(Struct, frozen=True):
@@ -1177,7 +1179,7 @@ add(
     Row(Sys.EMBED, Embed, Embedded, by="llm"),
     Row(Sys.RERANK, Rerank, Ranked, by="llm"),
     Row(Sys.TOKENIZE, Tokenize, list[int], by="llm"),
-    Row(Sys.DETOKENIZE, Detokenize, str, by="llm"),
+    Row(Sys.DETOKENIZE, Detokenize, str | list[bytes], by="llm"),
     Row(Sys.MODELS, NoArgs, list[ModelInfo]),
     Row(Sys.CTX_SAVE, SaveContext, SavedContext, by="llm"),
     Row(Sys.CTX_RESTORE, NamedContext, RestoredContext, by="llm"),

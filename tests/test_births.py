@@ -10,6 +10,7 @@ import os
 import select
 import signal
 import socket
+import subprocess
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from types import SimpleNamespace
@@ -19,6 +20,7 @@ import psutil
 import pytest
 
 from aiosd.birth.report import Report
+from aiosd.init import agents as supervised
 from aiosd.init import births
 from aiosd.init.births import Birth, Births
 from aiosd.init.records import Agent
@@ -237,14 +239,65 @@ def test_one_that_takes_too_long_is_killed(ward: Ward) -> None:
     ward.close()
 
 
-def test_a_successor_of_the_kernel_is_answered_when_it_has_asked(ward: Ward) -> None:
+def test_one_that_is_stopped_has_more_time(ward: Ward) -> None:
+    """It may have been stopped between its ring and its report: its spawner knows it by then."""
+    with subprocess.Popen(("sleep", "100")) as child:
+        birth = ward.expect(child.pid)
+        birth.agent.stopped = True
+        ward.now = births.PATIENCE_S
+        ward.timers.run_due()
+        assert (ward.over, child.poll()) == ([], None)
+        ward.close()
+        assert (ward.over, birth.refusal) == ([birth], None)
+        child.kill()
+
+
+def test_a_kernel_that_asks_again_is_answered(ward: Ward) -> None:
     birth = ward.expect()
-    assert ward.births.claim(birth.agent, 1)
-    assert not birth.claimed  # the same kernel, once more
-    assert ward.births.claim(birth.agent, 2)
-    assert (birth.claimed, birth.epoch) == (True, 2)
+    for epoch in (1, 2):
+        assert ward.births.claim(birth.agent, epoch)
+        assert (birth.claimed, birth.epoch) == (epoch, 1)
     ward.close()
     assert not ward.births.claim(birth.agent, 2)
+
+
+class Sent:
+    """A link to a kernel of this epoch, which notes the names of messages."""
+
+    def __init__(self, epoch: int, names: list[str]) -> None:
+        self.epoch = epoch
+        self.names = names
+
+    def send(self, message: Any, fds: tuple[int, ...] = ()) -> None:
+        self.names.append(type(message).__name__)
+
+
+@pytest.mark.parametrize(
+    ("restarts", "claimed", "rung", "sent"),
+    [
+        (0, 0, True, {1: []}),
+        (0, 0, False, {1: ["Forked"]}),
+        (0, 1, True, {1: ["Forked"]}),
+        (0, 2, True, {2: ["Forked"]}),
+        (1, 0, True, {1: ["ChildRestarted"], 2: []}),
+        (1, 1, True, {1: ["ChildRestarted", "Forked"]}),
+        (1, 2, True, {2: ["Forked"]}),
+    ],
+)
+def test_a_kernel_is_told_what_it_does_not_know(
+    ward: Ward, restarts: int, claimed: int, rung: bool, sent: dict[int, list[str]]
+) -> None:
+    """By its epoch: one that was forked during the birth, which began in epoch 1, has inherited the process."""
+    birth = ward.expect()
+    birth.claimed, birth.rung = claimed, rung
+    birth.agent.restarts = SimpleNamespace(total=restarts)  # type: ignore[assignment]
+    for epoch, expected in sent.items():
+        found: list[str] = []
+        agents: Any = object.__new__(supervised.Agents)
+        agents._link = Sent(epoch, found)
+        agents._born(birth)
+        assert found == expected
+    ward.close()
 
 
 # ── in the kernel ─────────────────────────────────────────────────────────────────────────────────────────
@@ -335,3 +388,10 @@ def test_nothing_is_left_of_one_that_cannot_run(nursery: Nursery) -> None:
         os.fstat(nursery.kernels)
     with pytest.raises(BrokenPipeError):
         os.write(nursery.bell, b"\0")
+
+
+def test_one_that_has_rung_and_cannot_run_is_left_to_its_end(nursery: Nursery) -> None:
+    os.write(nursery.bell, b"\0")
+    assert nursery.turn() == [7]
+    nursery.agents.fork_failed(link.ForkFailed(KEY, 110, "too late"), [])
+    assert nursery.agents.forks == {}

@@ -355,6 +355,9 @@ def test_completions_take_texts_and_ids_one_or_many(agent: Agent) -> None:
     ids = json.loads(answer["body"])["tokens"]  # this model expects no token first
     assert "x-aios-ignored" not in answer["headers"]
     assert agent.post("/detokenize", {"tokens": ids})[1]["content"] == "Once"
+    pieces = [one["piece"] for one in agent.post("/tokenize", {"content": "a€", "with_pieces": True})[1]["tokens"]]
+    assert pieces[0] == "a"
+    assert [byte for piece in pieces[1:] for byte in piece] == list("€".encode())  # parts of a character, as bytes
     for prompt, count in (("Once", 1), (["Once", "Twice"], 2), (ids, 1), ([ids, ids], 2)):
         _, found = agent.post(COMPLETION, {"prompt": prompt, "max_tokens": 4, "n": 2, "temperature": 0, "logprobs": 1})
         assert [choice["index"] for choice in found["choices"]] == list(range(2 * count))
@@ -428,6 +431,8 @@ def test_responses_are_written_item_by_item(agent: Agent) -> None:
     _, whole = agent.post("/v1/responses", body)
     assert whole["output"][0]["content"][0]["text"] == text
     assert whole["usage"]["output_tokens"] == last["usage"]["output_tokens"]
+    counted = agent.post("/v1/responses/input_tokens", body)[1]
+    assert counted == {"object": "response.input_tokens", "input_tokens": whole["usage"]["input_tokens"]}
 
 
 def test_responses_go_on_from_an_earlier_one(agent: Agent) -> None:

@@ -780,6 +780,27 @@ print("done")
     assert client.call(Sys.STATUS, wire.Status(), dict)["kernel"]["epoch"] == before
 
 
+def test_a_spawn_that_is_answered_and_asked_for_again_is_answered_again(client: Client, tmp_path: Path) -> None:
+    """The agent has rung, and the supervisor may not know yet that its birth is over."""
+    (tmp_path / "child.py").write_text("")
+    code = """
+for number in range(5, 35):
+    spawn = request(number, wire.Sys.SPAWN, "file", sys.argv[1], [], dict(os.environ), "/")
+    pids = []
+    channel.post([spawn])
+    while len(pids) < 3:
+        channel.more or channel.wait(1.0)
+        for frame in channel.receive():
+            pids.append(msgpack.decode(wire.decode_reply(frame).body)[0])
+            channel.post([spawn] if len(pids) < 3 else [])
+    assert len(set(pids)) == 1, pids
+print("done")
+"""
+    pid = start(client, tmp_path, code, str(tmp_path / "child.py"))
+    assert end(client, pid)[0] == 0, output(client, pid)
+    assert output(client, pid) == "done\n"
+
+
 def test_wrong_arguments_get_an_errno(client: Client, tmp_path: Path) -> None:
     code = """
 channel.send(b"\\x93\\x01" + bytes([wire.Sys.TOKENIZE]) + b"\\x91\\xa2\\xff\\xfe")

@@ -332,6 +332,7 @@ async def show(request: Request) -> None:
     asked = fields.read(request, await request.json(), Named)
     model = await _model(request, asked.model or asked.name)
     known = {
+        "general.name": model.name,  # a name that is no model's means the default one
         "general.parameter_count": model.n_params,
         "llama.context_length": model.n_ctx,
         "llama.embedding_length": model.n_embd,

@@ -27,6 +27,7 @@ ROUTES = [
     _openai("POST", "/chat/completions", chat.complete),
     _openai("POST", "/completions", completions.complete),
     _openai("POST", "/responses", responses.create),
+    _openai("POST", "/responses/input_tokens", responses.count),
     _openai("GET", "/responses/{response}", kept.get),
     _openai("DELETE", "/responses/{response}", kept.delete),
     _openai("POST", "/responses/{response}/cancel", kept.cancel),

@@ -144,18 +144,16 @@ class Agents:
     def _born(self, birth: Birth) -> None:
         """An agent runs, or cannot start: the kernel gets its reply, unless the agent has rung for it. A kernel that
         was forked during the birth has inherited the agent, and asks again."""
-        agent = birth.agent
+        agent, epoch = birth.agent, self._link.epoch
         doors = (agent.door, *agent.gates) if agent.door >= 0 else ()
         if agent.restarts is not None and agent.restarts.total:
-            if birth.refusal is None:
-                self._link.send(link.ChildRestarted(agent.pid, agent.ospid), (agent.memfd, agent.bell, *doors))
-            return  # else it ends now, which is handled like any other end
+            self._born_again(birth, doors)
+            return
         if birth.refusal is None:
-            waits = birth.epoch == self._link.epoch and (birth.claimed or not birth.rung)
-            if waits or doors:
+            if epoch == birth.claimed or (epoch == birth.epoch and not birth.rung) or doors:
                 self._link.send(_forked(agent.spec.key, agent), doors)
             return
-        if birth.epoch == self._link.epoch:
+        if epoch in (birth.epoch, birth.claimed):
             number, reason = birth.refusal
             self._link.send(link.ForkFailed(agent.spec.key, number, ""), (reason,))
         self.records.pop(agent.pid, None)
@@ -165,6 +163,17 @@ class Agents:
         if agent.log:
             with contextlib.suppress(OSError):
                 os.unlink(agent.log)
+
+    def _born_again(self, birth: Birth, doors: tuple[int, ...]) -> None:
+        """The same when it was started again. If it cannot start, it ends now, which is handled like any other end."""
+        agent, epoch = birth.agent, self._link.epoch
+        if birth.refusal is not None:
+            doors = ()
+        elif epoch == birth.epoch:
+            self._link.send(link.ChildRestarted(agent.pid, agent.ospid), (agent.memfd, agent.bell, *doors))
+            doors = ()
+        if epoch == birth.claimed or doors:
+            self._link.send(_forked(agent.spec.key, agent), doors)
 
     def _spawn(self, spec: link.Fork, fds: list[int], spare: Spare | None = None) -> None:
         """`spare`: the process that becomes the agent, with the socket at which it waits; None: one is forked."""

@@ -2,7 +2,8 @@
 
 A child looks up its folder and its program itself (see `birth.report` for the reason), which takes as long as the file
 system needs. The supervisor does not wait; the report is an event of its loop like any other. A child that has not
-reported after `PATIENCE_S` is killed, and its spawn fails.
+reported after `PATIENCE_S` is killed, and its spawn fails. One that is stopped has more time: it may have been stopped
+between its ring, after which anyone can signal it, and its report.
 """
 
 from __future__ import annotations
@@ -29,9 +30,9 @@ PATIENCE_S = 30.0
 class Birth:
     agent: Agent
     report: socket.socket
-    epoch: int  # of the kernel that requested it
-    claimed: bool = False  # by a kernel that was forked later, and has inherited the agent
-    rung: bool = False  # the agent runs, and has rung for the kernel that requested it
+    epoch: int  # of the kernel of its beginning; a later one has inherited the agent
+    claimed: int = 0  # the epoch of the kernel that has asked once more, and waits for a reply
+    rung: bool = False  # the agent runs, and has rung for the kernel of its beginning
     refusal: Refusal | None = None  # if the agent cannot start; its descriptor is open during `over`
     timer: Timer | None = None
 
@@ -47,14 +48,13 @@ class Births:
         fd = birth.report.fileno()
         self._by_fd[fd] = birth
         self._epoll.register(fd, select.EPOLLIN)
-        birth.timer = self._timers.after(PATIENCE_S, lambda: self._give_up(birth))
+        self._be_patient(birth)
 
     def claim(self, agent: Agent, epoch: int) -> bool:
         """Whether the birth is still under way; if so, the reply goes to the kernel of this epoch."""
         for birth in self._by_fd.values():
             if birth.agent is agent:
-                birth.claimed = birth.claimed or birth.epoch != epoch
-                birth.epoch = epoch
+                birth.claimed = epoch
                 return True
         return False
 
@@ -86,7 +86,13 @@ class Births:
                 if self._by_fd.get(fd) is birth:
                     self._end(birth, None)
 
+    def _be_patient(self, birth: Birth) -> None:
+        birth.timer = self._timers.after(PATIENCE_S, lambda: self._give_up(birth))
+
     def _give_up(self, birth: Birth) -> None:
+        if birth.agent.stopped:
+            self._be_patient(birth)
+            return
         with contextlib.suppress(PermissionError):  # it now belongs to another user
             os.kill(birth.agent.ospid, signal.SIGKILL)
         words = f"{birth.agent.spec.name}: its folder or program could not be looked up in {PATIENCE_S:.0f} s"

@@ -307,7 +307,11 @@ class Agents:
         return None
 
     def fork_failed(self, message: link.ForkFailed, fds: list[int]) -> None:
-        under_way = self.forks.pop(message.key)
+        under_way = self.forks.pop(message.key, None)
+        if under_way is None:  # it has rung though it cannot run, and ends now: modules of its template may do that
+            for fd in fds:
+                os.close(fd)
+            return
         if under_way.newborn is not None and isinstance(channel := self._grown(under_way.newborn), Channel):
             channel.close()
         self.budgets.arrived(under_way.spec.shares)

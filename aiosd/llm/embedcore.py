@@ -131,12 +131,14 @@ class Calls:
             yield Pause(time.monotonic() + STOPPED_S)
 
     def _tokenize(self, ask: link.Ask, args: wire.Tokenize) -> list[int]:
+        if args.call is not None:
+            raise wire.error(errno.EINVAL, "model: this one makes vectors; it has no calls")
         return self._model.tokenize(args.text, bos=args.bos, special=args.special)
 
-    def _detokenize(self, ask: link.Ask, args: wire.Detokenize) -> str:
+    def _detokenize(self, ask: link.Ask, args: wire.Detokenize) -> str | list[bytes]:
         if any(token >= self._model.n_vocab for token in args.tokens):
             raise wire.error(errno.EINVAL, f"tokens: the model has {self._model.n_vocab}")
-        return self._model.text(args.tokens)
+        return self._model.apart(args.tokens) if args.apart else self._model.text(args.tokens)
 
     def _no_context(self, ask: link.Ask, args: Any) -> None:
         raise wire.error(errno.EINVAL, "model: this one makes vectors; it keeps no contexts")

@@ -197,6 +197,10 @@ class Model:
                 return buffer.raw[:n].decode(errors="replace")
             room = -n
 
+    def apart(self, tokens: list[int]) -> list[bytes]:
+        """The bytes of each token, with the text of control tokens. Those of one alone need not be UTF-8."""
+        return [self.pieces[token] or self._piece(token, True) for token in tokens]
+
     def meta(self, key: str) -> str | None:
         """A string of the GGUF's metadata; numbers come as text."""
         size = C.llama_model_meta_val_str(self._model, key.encode(), None, 0)

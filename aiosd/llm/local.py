@@ -252,14 +252,28 @@ class Local:
         def answer(tokens: list[int]) -> None:
             self._line.answer(ask.key, tokens)
 
-        if len(request.text) > LONG_TEXT:
+        if request.call is not None:
+            self._tokens_of_call(ask.key, request.call, answer)
+        elif len(request.text) > LONG_TEXT:
             self._aside(ask.key, TOKENIZE, request, list[int], answer)
         else:
             answer(self._loaded.model.tokenize(request.text, bos=request.bos, special=request.special))
 
+    def _tokens_of_call(self, key: link.Key, call: wire.Generate, answer: Callable[[list[int]], None]) -> None:
+        from aiosd.llm.request import Prepared
+
+        try:
+            prepared = self.engine.requests.prepare(call, quick=True)
+        except Later:
+            self._aside(key, PREPARE, call, Prepared, lambda prepared: answer(prepared.prompt))
+        else:
+            answer(prepared.prompt)
+
     def _detokenize(self, ask: link.Ask, request: wire.Detokenize) -> None:
         self.engine.requests.check_ids(request.tokens, "tokens")
-        self._line.answer(ask.key, self._loaded.model.text(request.tokens))
+        model = self._loaded.model
+        found = model.apart(request.tokens) if request.apart else model.text(request.tokens)
+        self._line.answer(ask.key, found)
 
     def _about_conversation(self, ask: link.Ask, args: wire.SaveContext | wire.CloseContext) -> None:
         """The library gets the tokens of the conversation so far, as the prompt of a call that continues it begins."""

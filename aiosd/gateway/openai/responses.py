@@ -10,6 +10,7 @@ from typing import Any
 
 from msgspec import UNSET, Struct, UnsetType
 
+from aiosd.gateway.calls import ask
 from aiosd.gateway.openai import chat as chats
 from aiosd.gateway.openai import fields, generation, kept
 from aiosd.gateway.openai.chat import arguments, logprobs
@@ -17,7 +18,7 @@ from aiosd.gateway.places import split
 from aiosd.gateway.web import Problem, Request, encode, renaming
 from libaios import wire
 from libaios.generate import Piece, Result
-from libaios.wire import ToolCall
+from libaios.wire import Sys, ToolCall
 
 CUT = ("length", "limit")  # reasons of a generation's end by which something of it may be missing
 
@@ -79,18 +80,10 @@ NEUTRAL = {"background": (None, False), "conversation": (None,), "prompt": (None
 
 
 async def create(request: Request) -> None:
-    given = await request.json()
-    asked = fields.read(request, given, Responses)
-    for name, allowed in NEUTRAL.items():
-        if getattr(asked, name) not in allowed:
-            raise Problem(400, f"{name}: this server cannot do that", param=name, code="unsupported_parameter")
+    asked = await _read(request)
     model = await fields.model_for(request, asked.model)
     items = _items(asked)
-    conversation = _conversation(request, asked, items)
-    messages = conversation.messages
-    request.names = lambda place: _name(conversation, asked, place)
-    with renaming(request.names):
-        chat = fields.chat(_as_chat(asked, messages), model)
+    messages, chat = _chat(request, asked, items, model)
     answer = Answer(asked, model.name, chat)
     if asked.stream:
         await generation.stream(request, chat.args, ResponseForm(answer))
@@ -102,7 +95,35 @@ async def create(request: Request) -> None:
         kept.keep(request, answer.id, [*messages, answer.message()], [_shown(item) for item in items], answer.shown())
 
 
+async def count(request: Request) -> None:
+    """POST /v1/responses/input_tokens: how long the prompt of such a response would be. Nothing is computed."""
+    asked = await _read(request)
+    model = await fields.model_for(request, asked.model)
+    _, chat = _chat(request, asked, _items(asked), model)
+    args = wire.Tokenize("", model.name, call=chat.args[0])
+    ids = await ask(request.account.connection, Sys.TOKENIZE, args, list[int])
+    await request.reply({"object": "response.input_tokens", "input_tokens": len(ids)})
+
+
 # ── what is asked for ─────────────────────────────────────────────────────────────────────────────────────
+
+
+async def _read(request: Request) -> Responses:
+    asked = fields.read(request, await request.json(), Responses)
+    for name, allowed in NEUTRAL.items():
+        if getattr(asked, name) not in allowed:
+            raise Problem(400, f"{name}: this server cannot do that", param=name, code="unsupported_parameter")
+    return asked
+
+
+def _chat(
+    request: Request, asked: Responses, items: list[Item], model: wire.ModelInfo
+) -> tuple[list[Item], fields.Asked]:
+    """The messages without the instructions, and the call."""
+    conversation = _conversation(request, asked, items)
+    request.names = lambda place: _name(conversation, asked, place)
+    with renaming(request.names):
+        return conversation.messages, fields.chat(_as_chat(asked, conversation.messages), model)
 
 
 def _as_chat(asked: Responses, messages: list[Item]) -> fields.Chat:

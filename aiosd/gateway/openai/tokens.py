@@ -8,11 +8,9 @@ from msgspec import Struct
 
 from aiosd.gateway.calls import ask
 from aiosd.gateway.openai import fields, named
-from aiosd.gateway.web import Problem, Request
+from aiosd.gateway.web import Request
 from libaios import wire
 from libaios.wire import Sys
-
-MOST_PIECES = 4096
 
 
 class Text(Struct, kw_only=True):
@@ -38,11 +36,18 @@ async def tokenize(request: Request) -> None:
     ids = await ask(connection, Sys.TOKENIZE, args, list[int])
     tokens: list[Any] = ids
     if asked.with_pieces:
-        if len(ids) > MOST_PIECES:
-            raise Problem(400, f"with_pieces: only for texts of up to {MOST_PIECES} tokens", param="with_pieces")
-        pieces = [await ask(connection, Sys.DETOKENIZE, wire.Detokenize([one], model.name), str) for one in ids]
-        tokens = [{"id": one, "piece": piece} for one, piece in zip(ids, pieces, strict=True)]
+        apart = wire.Detokenize(ids, model.name, apart=True)
+        pieces = await ask(connection, Sys.DETOKENIZE, apart, list[bytes])
+        tokens = [{"id": one, "piece": _piece(data)} for one, data in zip(ids, pieces, strict=True)]
     await request.reply({"tokens": tokens, "count": len(ids), "max_model_len": model.n_ctx})
+
+
+def _piece(data: bytes) -> str | list[int]:
+    """Its text, or its bytes where these are a part of a character."""
+    try:
+        return data.decode()
+    except UnicodeDecodeError:
+        return list(data)
 
 
 async def detokenize(request: Request) -> None:

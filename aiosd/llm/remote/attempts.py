@@ -17,6 +17,7 @@ from __future__ import annotations
 import errno
 import logging
 import random
+import re
 from collections.abc import Callable
 from queue import SimpleQueue
 from weakref import WeakSet
@@ -54,6 +55,9 @@ EVENTS_AT_ONCE = 64  # of one call in one step
 
 _AGAIN = {408, 409, 425, 429, 500, 502, 503, 504, 529}
 _NOT_THERE = {404, 405, 501}
+#: How endpoints call a prompt that is too long: OpenAI and aiosd, llama-server; vLLM and SGLang have only a sentence.
+_TOO_LONG = ("context_length_exceeded", "exceed_context_size_error")
+_TOO_LONG_SENTENCE = re.compile(r"\b(?:maximum|model's) context length\b")
 _ERRNOS = {401: errno.EACCES, 403: errno.EACCES, 404: errno.ENOENT, 413: errno.EMSGSIZE}
 
 
@@ -382,7 +386,7 @@ class Attempts:
             self._again(call, f"status {status}: {refused.why}", errno.EAGAIN if status == 429 else errno.EIO)
         else:
             self.pace.breaker.succeeded()
-            code = errno.EMSGSIZE if refused.code == "context_length_exceeded" else _ERRNOS.get(status, errno.EINVAL)
+            code = errno.EMSGSIZE if _too_long(refused) else _ERRNOS.get(status, errno.EINVAL)
             code = code if status < 500 else errno.EIO
             why = f"{self.endpoint.url}: status {status}: {refused.why}"
             if call.vectors is not None and status in _NOT_THERE:
@@ -461,3 +465,7 @@ class Attempts:
             used = call.prompt_charged - call.cached + call.num_generated
             self.purses.close(call.account, used, self._clock())
         self._queue.remove(call, self._clock())
+
+
+def _too_long(refused: Refused) -> bool:
+    return refused.status == 400 and (refused.code in _TOO_LONG or _TOO_LONG_SENTENCE.search(refused.why) is not None)

@@ -233,7 +233,8 @@ class Exchange:
 def _refusal(response: http.client.HTTPResponse, key: str) -> Refused:
     found = loosely(_without(key, response.read(_MOST_REFUSAL)))
     error = found.get("error") if isinstance(found, dict) else None
-    code = str(error.get("code") or error.get("type") or "")[:100] if isinstance(error, dict) else ""
+    words = [error.get("code"), error.get("type")] if isinstance(error, dict) else []
+    code = next((word[:100] for word in words if word and isinstance(word, str)), "")  # some give the status as code
     why = sentence(found) or printable(_without(key, response.reason))
     return Refused(response.status, why, printable(code), seconds(response.headers.get("Retry-After", "")))
 
