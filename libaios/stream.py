@@ -54,7 +54,7 @@ class FrameSocket:
         # Descriptors, each list with the position in the stream of the byte that it came with.
         self._in_fds: deque[tuple[int, list[int]]] = deque()
         self._out: deque[tuple[memoryview, list[int]]] = deque()
-        self._emptied = False  # the last read left room, so there was no more: whoever polls the socket is told of more
+        self._emptied = False  # the last read left room, so there was no more: a poll of the socket reports more
         self._eof = False
         self._broken = ""  # how the peer broke the protocol
         self.pending = 0  # bytes in the outbox

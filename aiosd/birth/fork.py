@@ -2,7 +2,7 @@
 
 Only the supervisor forks, its brooders (see `spares`), and the templates that it has started (see `template`). Every
 child leaves through `_run()` below, which ends in `os._exit`, so that neither `finally` blocks nor `atexit` handlers of
-the parent ever run in a child. A child keeps exactly the descriptors it is told to keep, and starts with default signal
+the parent ever run in a child. A child keeps exactly the descriptors that it should, and starts with default signal
 handlers and a parent-death signal. How such a child becomes an agent is in `agent`.
 """
 

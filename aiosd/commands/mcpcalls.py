@@ -1,4 +1,4 @@
-"""The calls of `aiosd mcp` that are about processes. The other program is told their type hints and docstrings."""
+"""The calls of `aiosd mcp` that are about processes. The other program gets their type hints and docstrings."""
 
 from __future__ import annotations
 

@@ -6,7 +6,7 @@ It is a service with a process of its own, and keeps nothing that matters: it di
 comes back, and a program sees at most a connection that broke. Who calls is proved, never believed: a token that the
 kernel made for one agent, from a process that is, or descends from, that agent (`identity`, `accounts`).
 
-    spec.py       what it is told at its start
+    spec.py       what it gets at its start
     main.py       the process: idle until the first connection, then `server`
     server.py     its loop: accepts connections, waits for what comes
     connection.py one of these (uvicorn's protocol)

@@ -427,7 +427,7 @@ class Agents:
     # ── all of them ───────────────────────────────────────────────────────────────────────────────────────────
 
     def stop(self) -> None:
-        """The system stops: none is started any more, and those that live are told to end."""
+        """The system stops: none is started any more, and those that live get TERM."""
         self.stopping = True
         self._spares.dismiss()
         for agent in [agent for agent in self.records.values() if agent.status is None and not agent.ospid]:

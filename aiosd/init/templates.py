@@ -212,7 +212,7 @@ class Templates:
         if _is_from(ospid, template.ospid):
             self._served(order, ospid)
             return
-        self._hear(template)  # why: it says so before it ends
+        self._hear(template)  # its reason: it sends that before it ends
         if order.template is template and not template.over:
             self._drop(order)
             sock.close()

@@ -71,7 +71,7 @@ Handler = Callable[[link.Ask, Any], Any]
 
 
 class Stopped(enum.IntEnum):
-    """The order in which the system's own processes are told to end, after all agents; those of one step together."""
+    """The order in which the system's own processes end, after all agents; those of one step together."""
 
     FIRST = 0  # before the kernel, which still serves: what lets calls in from outside
     LAST = 1  # together with the kernel

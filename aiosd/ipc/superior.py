@@ -1,4 +1,4 @@
-"""What a service that answers no system calls (gateway, proxy) is told by its kernel, on its channel."""
+"""What a service that answers no system calls (gateway, proxy) gets from its kernel, on its channel."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from libaios.channel import Channel
 
 
 class Superior:
-    """The service's channel to the kernel: it tells its figures, and is told which agents are dead."""
+    """The service's channel to the kernel: it sends its figures, and receives which agents are dead."""
 
     def __init__(self, channel: Channel) -> None:
         self.channel = channel

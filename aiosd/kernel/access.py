@@ -71,7 +71,7 @@ class Access:
         self._looked_at = {*self._rules, Sys.SPAWN} - {Sys.RECV}
 
     def check(self, call: Call, args: Any, go_on: Callable[[], None]) -> Verdict:
-        """`go_on` is called when a call that was told LATER is allowed."""
+        """`go_on` is called when a call for which LATER was returned is allowed."""
         peer, row = call.peer, call.row
         try:
             self._check_identity(peer, row, args)

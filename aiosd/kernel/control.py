@@ -104,7 +104,7 @@ class Control:
         return len(self._peers.clients) + len(self.strangers) + self._unsettled + sum(self._fds_held.values())
 
     def forget(self, peer: ClientPeer) -> None:
-        """The connection is gone; agents that were attached to it are told."""
+        """The connection is gone; agents that were attached to it get HUP, if it does not come back."""
         self._fds_held.pop(peer, None)
         timer = self.strangers.pop(peer, None)
         if timer is not None:

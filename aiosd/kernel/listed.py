@@ -40,7 +40,7 @@ class Listed:
         self._names = {number: spec.name or spec.target for number, spec in enumerate(specs, 1)}
 
     def started(self, key: Key, pid: int) -> None:
-        """To be told of every agent; those of other owners are not listed."""
+        """To be called with every agent; those of other owners are not listed."""
         if key[0] == OWNER:
             self._pids[key[1]] = pid
             self._look()

@@ -30,7 +30,7 @@ class Live:
         self.settings = settings
         self._uplink = uplink
         self._cores = cores
-        self._rules = rules  # told what agents may do from now on
+        self._rules = rules  # gets what agents may do from now on
 
     def change(self, name: str, text: str) -> tuple[str, str]:
         """Set one; its old value and its new one, as on the command line. Raises OSError (EINVAL)."""

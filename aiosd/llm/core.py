@@ -29,7 +29,7 @@ _LOOK_EVERY = 0.05  # seconds between two checks for a hang-up while busy
 
 
 def main(channel: Channel, spec: ModelSpec, rounds: Rounds) -> int:
-    """Load the model, serve, return the exit code. `rounds` is told when a round of the loop begins and ends."""
+    """Load the model, serve, return the exit code. `rounds` is called when a round of the loop begins and ends."""
     faulthandler.enable(sys.stderr)
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     line = Line(channel, spec.name)

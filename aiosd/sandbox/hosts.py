@@ -1,4 +1,4 @@
-"""Networks of single hosts: which there are, what of them covers what, and what an agent is told. Pure.
+"""Networks of single hosts: which there are, what of them covers what, and what of it an agent gets to know. Pure.
 
 - `all`: the machine's network.
 - `none`: no network.

@@ -88,7 +88,7 @@ def of_agent(
     ways: Mapping[str, str] | None = None,
 ) -> list[Place]:
     """The steps of one agent, when it has entered the cage. `protected`: see `sandbox.protected`; `terminal`: its own,
-    "": it has none; `ways`: links over which it was told what it is to find, see `needed`."""
+    "": it has none; `ways`: links in the paths that it got, see `needed`."""
     granted = dict.fromkeys(_below_root(machine, read), False)
     granted |= dict.fromkeys(_below_root(machine, write), True)
     granted[workspace] = True
@@ -132,7 +132,7 @@ def of_agent(
 
 
 def needed(machine: Machine, links: Iterable[Iterable[str]], granted: Sequence[str]) -> dict[str, str]:
-    """Of links on the way to what an agent was told (its program, its arguments) those that lead to something that it
+    """Of links in the paths that an agent got (its program, its arguments) those that lead to something that it
     can see, and that are not there anyway."""
     seen = (*machine.system, *granted)
     return {

@@ -119,7 +119,7 @@ def plan(
     """The whole plan for one agent. `doors`: its Unix sockets are asked of a listener (see `doors`). `network_fd`: of
     the network to enter, in place of a new one, where the box names single hosts. `outputs`: descriptors that were
     handed over open for writing, wherever their files lie: scripts open them anew, by the name /dev/stderr.
-    `terminal`: the path of its own, "": it has none. `names`: paths as it was told them, over links perhaps."""
+    `terminal`: the path of its own, "": it has none. `names`: paths as it got them, over links perhaps."""
     ruleset, network = ground.ruleset, box.net != hosts.NONE
     entry, mounts = _cage(ground, box, network_fd, terminal, names) if box.level == "cage" else (_NO_CAGE, b"")
     own = [_rule(path, landlock.READ, strict=True) for path in box.read]

@@ -1,6 +1,6 @@
 """What the engine asks, and what a policy may know when it answers.
 
-The engine tells a policy of every call: `arrive` when it can begin to wait, `leave` when it cannot go on any more:
+The engine reports every call to a policy: `arrive` when it can begin to wait, `leave` when it cannot go on any more:
 finished, cancelled, or **parked** (a parked call arrives again when it is let go on; else the counters of an agent
 that was stopped for an hour would entitle it to an hour's service at once). `charge` and `charge_prompt` count what
 the model did for each call. Then, in every step, it asks:
