@@ -43,6 +43,20 @@ def slow(tmp_path: Path) -> Path:
     return tmp_path / "slow.py"
 
 
+def answer(slow: Path, text: str) -> None:
+    """What hung goes on, with this text. Whoever reads it must be there in time."""
+
+    def written() -> bool:
+        with contextlib.suppress(OSError):  # ENXIO: nobody has opened it yet
+            fd = os.open(slow, os.O_WRONLY | os.O_NONBLOCK)
+            os.write(fd, text.encode())
+            os.close(fd)
+            return True
+        return False
+
+    assert eventually(written)
+
+
 def test_a_birth_is_over_with_its_process_though_another_holds_its_socket() -> None:
     """A spare that was forked beside it, and has not run yet, has a copy: the end of the socket comes late."""
     over: list[Birth] = []
@@ -62,7 +76,7 @@ def test_a_program_that_cannot_be_looked_up_holds_up_no_other_agent(fresh_aiosd:
     run = system.popen("aios-run", slow)
     assert eventually(lambda: system.run("aios-run", "--", "echo", "others", check=True).stdout == "others\n")
     assert run.poll() is None
-    slow.write_text("print('found'); raise SystemExit(3)")
+    answer(slow, "print('found'); raise SystemExit(3)")
     assert (run.wait(20), run.stdout.read()) == (3, "found\n")
 
 
@@ -94,7 +108,7 @@ def test_the_kernel_dies_while_a_program_is_looked_up(fresh_aiosd: Fresh, slow: 
         os.kill(pid, signal.SIGKILL)
         assert eventually(lambda dead=pid: [e for e in system.ps() if e["name"] == "kernel" and e["ospid"] != dead], 20)
         pid = next(entry["ospid"] for entry in system.ps() if entry["name"] == "kernel")
-    slow.write_text("print('found'); raise SystemExit(3)")
+    answer(slow, "print('found'); raise SystemExit(3)")
     assert (run.wait(20), run.stdout.read()) == (3, "found\n")
 
 

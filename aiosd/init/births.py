@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import contextlib
 import errno
+import logging
 import os
 import select
 import signal
@@ -22,6 +23,8 @@ from aiosd.birth.report import Refusal
 from aiosd.init.records import Agent
 from aiosd.ipc import letter
 from aiosd.timers import Timer, Timers
+
+logger = logging.getLogger("supervisor")
 
 PATIENCE_S = 30.0
 
@@ -96,6 +99,7 @@ class Births:
         with contextlib.suppress(PermissionError):  # it now belongs to another user
             os.kill(birth.agent.ospid, signal.SIGKILL)
         words = f"{birth.agent.spec.name}: its folder or program could not be looked up in {PATIENCE_S:.0f} s"
+        logger.warning("agent %d killed: %s", birth.agent.pid, words)
         self._end(birth, (errno.ETIMEDOUT, letter.write_text(words)))
 
     def _end(self, birth: Birth, refusal: Refusal | None) -> None:
