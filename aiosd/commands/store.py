@@ -39,7 +39,7 @@ def fsck(repair: bool, give: tuple[str, str] | None) -> int:
     \b
       aiosd fsck
       aiosd fsck --repair               the old file stays beside the new one
-      aiosd fsck --give lost/3 planner  the notes and files of lost/3: aios-run --name planner finds them
+      aiosd fsck --give lost/3 planner  to the agents that are named planner
     """
     from aiosd.store import fsck, lost, rebuild
     from aiosd.store.database import FILE
