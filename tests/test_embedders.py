@@ -25,6 +25,7 @@ from aiosd.llm.spec import ModelSpec
 from aiosd.models import bert
 from aiosd.store import static
 from aiosd.store.embedders import OfCore, fingerprint
+from aiosd.store.main import StoreSpec, _embedder
 from libaios import wire
 from libaios.client import Client
 from libaios.home import Home
@@ -266,3 +267,9 @@ def test_what_makes_no_vectors_is_told_at_the_start(models: Path) -> None:
         assert "damaged" in done.stderr
     finally:
         system.destroy()
+
+
+def test_the_store_says_the_same_of_a_model_that_is_not_there() -> None:
+    """It or the model's core looks first."""
+    with pytest.raises(UsageError, match=r"^nothing: /nothing.gguf: no such file \(aiosd models lists"):
+        _embedder(StoreSpec("/", 0, 0, 0, 0, model="nothing", model_path="/nothing.gguf"))

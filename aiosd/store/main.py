@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 from msgspec import Struct
 
 from aiosd import procfs
-from aiosd.errors import WorldError
+from aiosd.errors import UsageError, WorldError
 from aiosd.ipc import link
 from aiosd.ipc.heartbeat import Rounds
 from libaios.channel import Channel
@@ -105,6 +105,9 @@ def main(channel: Channel, spec: StoreSpec, rounds: Rounds) -> int:
         meaning = Meaning(database, embedder, spec.index_ram)
         storage = Storage(database, Path(spec.folder), spec.file_quota, spec.versions, spec.folders, meaning=meaning)
         meaning.begin(Notes(database), storage.files.words)
+    except UsageError as err:
+        channel.send(link.encode(link.LoadFailed(str(err))))
+        return 1
     except (WorldError, OSError) as err:
         channel.send(link.encode(link.LoadFailed(f"the store cannot start: {err}")))
         return 1
@@ -164,7 +167,7 @@ def main(channel: Channel, spec: StoreSpec, rounds: Rounds) -> int:
 
 
 def _embedder(spec: StoreSpec) -> Embedder | None:
-    """Raises WorldError, OSError."""
+    """Raises UsageError, WorldError, OSError."""
     from pathlib import Path
 
     if spec.table:
@@ -174,7 +177,11 @@ def _embedder(spec: StoreSpec) -> Embedder | None:
     if spec.model:
         from aiosd.store.embedders import OfCore
 
-        return OfCore(spec.home, spec.model, spec.model_path)
+        try:
+            return OfCore(spec.home, spec.model, spec.model_path)
+        except FileNotFoundError:  # the model's core says the same, and one of the two is first
+            why = "no such file (aiosd models lists what is on this machine)"
+            raise UsageError(f"{spec.model}: {spec.model_path}: {why}") from None
     return None
 
 
