@@ -8,7 +8,7 @@
     …
 
 Reading: one agent calls getpid, reads a note of 1 KB by id and by key, and a file of 1 KB, again and again: what it has
-read before, and nobody has changed, the kernel answers itself. And it reads 100 notes in turn, and 100 files, which are
+read before, and has not changed, the kernel answers itself. And it reads 100 notes in turn, and 100 files, which are
 more than the kernel keeps: each comes from the store. The calls alternate in rounds, and a ratio is the median of the
 rounds'.
 

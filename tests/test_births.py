@@ -44,10 +44,10 @@ def slow(tmp_path: Path) -> Path:
 
 
 def answer(slow: Path, text: str) -> None:
-    """What hung goes on, with this text. Whoever reads it must be there in time."""
+    """What hung goes on, with this text. Its reader must have opened it in time."""
 
     def written() -> bool:
-        with contextlib.suppress(OSError):  # ENXIO: nobody has opened it yet
+        with contextlib.suppress(OSError):  # ENXIO: it is not open for reading yet
             fd = os.open(slow, os.O_WRONLY | os.O_NONBLOCK)
             os.write(fd, text.encode())
             os.close(fd)

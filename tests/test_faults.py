@@ -359,6 +359,7 @@ def test_what_was_parked_when_the_kernel_died_goes_on_at_cont(fresh_aiosd: Fresh
 
 
 def test_a_killed_agent_frees_its_slot(aiosd: System, stream: Path) -> None:
+    stream.write_text(STREAM.replace("400", "1900"))  # it must not be over before the kill
     job = aiosd.popen("aios-run", "--name", "victim", stream)
     assert job.stdout is not None
     job.stdout.read(10)

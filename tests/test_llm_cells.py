@@ -120,7 +120,7 @@ def cells_of(bench: Bench) -> Cells:
 
 
 def tokens_fit(context: llama.Context, count: int, slot: int) -> bool:
-    """Has llama.cpp room for so many tokens? Nothing of them stays."""
+    """Has llama.cpp room for this number of tokens? Nothing of them stays."""
     start = context.last_position(slot) + 1
     batch = llama.Batch(count)
     batch.size = count
@@ -228,7 +228,7 @@ def test_what_was_taken_off_goes_on_with_the_same_tokens(bench: Bench) -> None:
 
 
 def test_no_cell_is_promised_twice(bench: Bench) -> None:
-    """Four slots are free when the calls come, but cells for two of them; nobody who has begun is interrupted."""
+    """Four slots are free when the calls come, but cells for two of them; no call that has begun is interrupted."""
     keys = [bench.submit(numbers(300, i), peer=1 + i, max_tokens=40) for i in range(4)]
     bench.run(1)
     assert bench.engine.num_waiting == 2

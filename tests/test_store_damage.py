@@ -155,7 +155,7 @@ def test_what_has_lost_its_owner_is_given_to_a_name(filled: tuple[Path, dict[int
         me = link.Caller(7, os.getuid(), "me", True, "staff")
         search = msgspec.structs.replace(ask(1, Sys.MEM_SEARCH, wire.MemSearch("15")), caller=me)
         assert [one["note"]["id"] for one in store.turn(search)[0]] == [15], "with words, and whatever else is its own"
-        assert store.turn(ask(2, Sys.MEM_GET, wire.MemGet(15))) == [errno.ENOENT], "it is nobody else's"
+        assert store.turn(ask(2, Sys.MEM_GET, wire.MemGet(15))) == [errno.ENOENT], "no other owner has it"
 
 
 def test_the_running_store_gives_no_wrong_answer(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
