@@ -72,6 +72,11 @@ LONGEST = (
 )
 
 
+def pytest_configure(config: pytest.Config) -> None:
+    if hasattr(config, "workerinput"):  # of pytest-xdist, which has a thread that waits for messages
+        config.addinivalue_line("filterwarnings", "ignore:This process .* is multi-threaded:DeprecationWarning")
+
+
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     places = {f"test_{name}.py": place for place, name in enumerate(LONGEST)}
     items.sort(key=lambda item: places.get(item.path.name, len(places)))
@@ -102,6 +107,19 @@ def eventually(holds: Callable[[], Any], timeout: float = PATIENCE_S, every: flo
     while not (value := holds()) and time.monotonic() < end:
         time.sleep(every)
     return value
+
+
+def emptied(look: Callable[[], Any]) -> Any:
+    """What `look` finds: nothing, as soon as that is so, or what is still there when the time is up."""
+    found: Any = ()
+
+    def nothing() -> bool:
+        nonlocal found
+        found = look()
+        return not any(found)
+
+    eventually(nothing)
+    return found
 
 
 # ── leaks ─────────────────────────────────────────────────────────────────────────────────────────────────
@@ -180,10 +198,7 @@ def nothing_left_behind(request: pytest.FixtureRequest) -> Iterator[None]:
             drift = (descriptors() | segments()) - held
         return {process for process in born_since(before) if not is_helper(process, before)}, drift
 
-    end = time.monotonic() + PATIENCE_S
-    while any(found := left()) and time.monotonic() < end:
-        time.sleep(0.02)
-    alive, drift = found
+    alive, drift = emptied(left)
     complaints = sorted(map(in_words, alive)) + sorted(drift)
     for process in alive:
         with contextlib.suppress(psutil.Error):
@@ -380,9 +395,7 @@ class System:
     def calm_down(self) -> list[str]:
         """Wait for the system to be idle; what is still there after a while is killed, and named."""
         self._end_clients()
-        end = time.monotonic() + PATIENCE_S
-        while (left := self.unrest()) and time.monotonic() < end:
-            time.sleep(0.02)
+        left: list[str] = emptied(self.unrest)
         if left:
             for agent in self.agents():
                 self.run("aios-kill", "-KILL", str(agent["pid"]))
