@@ -6,9 +6,9 @@
     pid = aios.proc.spawn("agent.py", "argument")
     aios.msg.send(pid, {"any": "object"})
 
-Families: `llm` (the model), `proc` (processes), `msg` (messages), `mem` (notes), `sto` (files), `tool` (later); `aio`
-has the same names as coroutines. Errors are OSErrors with POSIX numbers and a sentence. Outside an agent the same
-calls go through the control socket of the system that AIOS_HOME names.
+Families: `llm` (the model), `proc` (processes), `msg` (messages), `mem` (notes), `sto` (files), `tool` (the toolbox);
+`aio` has the same names as coroutines. A call that fails raises an OSError with a POSIX error number and a sentence.
+Outside an agent the same calls go through the control socket of the system that the variable AIOS_HOME names.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ __all__ = ["aio", "llm", "mem", "msg", "proc", "sto", "tool"]
 
 
 def __getattr__(name: str) -> object:
-    """Families are imported when they are first used: a command that needs one does not pay for all."""
+    """Import a family when it is first used: a command that needs one family does not wait for the import of all."""
     if name in __all__:
         return importlib.import_module(f"libaios.{name}")
     raise AttributeError(f"module 'libaios' has no attribute {name!r}")

@@ -1,4 +1,4 @@
-"""This process's one connection to the kernel: an agent's channel, else the control socket.
+"""The one connection of this process to the kernel: over the channel if it is an agent, else over the control socket.
 
 An agent finds its channel in its environment (`wire.ENV_CHANNEL`). A forked child of an agent has no connection: each
 ring may have one writer only, and that is the parent. Calls raise ENOTCONN in the child. A process that is no agent
@@ -82,7 +82,7 @@ def _connect() -> Connection:
 
 
 def is_agent() -> bool:
-    """Whether this process is an agent: it has a channel, and is not the child of one that has."""
+    """Whether this process is an agent: it has a channel, and is not a forked child of such a process."""
     return _channel_used or own_channel() is not None
 
 

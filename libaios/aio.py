@@ -55,8 +55,8 @@ _turns: dict[asyncio.AbstractEventLoop, asyncio.Lock] = {}
 
 
 def _turn(loop: asyncio.AbstractEventLoop) -> asyncio.Lock:
-    """Held by the task that sends: so the tasks of a loop send in the order in which they called, also when the ring
-    is full."""
+    """A lock that a task holds while it sends: so the tasks of a loop send in the order in which they called, also when
+    the ring is full."""
     turn = _turns.get(loop)
     if turn is None:
         for known in list(_turns):
@@ -100,7 +100,7 @@ async def _final(conn: Connection, call: Pending, replied: Replied, timeout: flo
 
 
 class Replied(asyncio.Event):
-    """Set at each reply to a call. `backstop_s`: of the next wait for one."""
+    """Set at each reply to a call. `backstop_s`: how long the next wait for a reply lasts at most, in seconds."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -108,8 +108,8 @@ class Replied(asyncio.Event):
 
 
 async def _reply(conn: Connection, replied: Replied, deadline: float | None = None) -> None:
-    """Wait for the next reply. At the back-stop it looks by itself, since a ring may have been lost; the next one lasts
-    twice as long, as in `Channel.wait`. It also ends at the deadline."""
+    """Wait for the next reply, until the deadline at most. When the back-stop passes without one, read the connection
+    anyway, since the bell's byte may have been lost; the next back-stop is twice as long, as in `Channel.wait`."""
     seconds, replied.backstop_s = replied.backstop_s, BACKSTOP_S
     left = seconds if deadline is None else max(0.0, deadline - time.monotonic())
     try:

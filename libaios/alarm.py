@@ -27,7 +27,7 @@ class Alarm:
         return self._fd
 
     def ring_in(self, seconds: float) -> None:
-        """Become readable after this time, and stay so until this is called again. So an owner that is interrupted
+        """Become readable after this time, and stay readable until the next call. So an owner that is interrupted
         before it has done what was due finds the alarm still readable."""
         nanoseconds = max(1, int(seconds * 1e9))  # 0 would turn the alarm off
         setting = struct.pack("@4l", 0, 0, nanoseconds // 10**9, nanoseconds % 10**9)

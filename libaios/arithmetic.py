@@ -1,6 +1,7 @@
 """Arithmetic as people and models write it: numbers, operators and a few functions. Never by `eval`.
 
-What is asked is untrusted, so what it may cost is bounded: by its length, and by the size of any number on the way.
+The expression is untrusted input, so its cost is bounded: by its length, and by the size of every number that occurs in
+the calculation.
 """
 
 from __future__ import annotations
@@ -44,7 +45,7 @@ _SPELLINGS = [
     (re.compile(r"(?<=[\d)])\s*[xX]\s*(?=[\d(])"), " * "),
     (re.compile(r"(\d)\s*(?:%|percent)\s*of\b"), r"\1 / 100 *"),
 ]
-#: What none of these changes.
+#: Expressions in which none of these occurs.
 _PLAIN = re.compile(r"[\d .+*/()-]*\Z", re.ASCII)
 
 

@@ -6,8 +6,9 @@ room. So two busy sides exchange frames without a system call.
 
 `send` never blocks. What finds no room waits in an outbox here, and the owner watches its size (`outbox_bytes`).
 
-`receive` never blocks, either; it returns whole frames. Then sleep has been announced, unless `more` is true: the bell
-(`fileno`) becomes readable with the next frame, and when there is room for the outbox. `more` is true, too, when the
+`receive` never blocks, either; it returns whole frames. After that the channel has announced sleep, unless `more` is
+true: the bell (`fileno`) becomes readable with the next frame, and when there is room for the outbox. `more` is true,
+too, when the
 bell that `receive` has read may have rung for room. So an owner pumps, receives, looks at `more`, and sleeps.
 
 `wait` sleeps on the bell, for no longer than the back-stop (BACKSTOP_S): the other side may have died just before it
@@ -57,12 +58,12 @@ _EPOCH = ring.EPOCH
 BACKSTOP_S = 4.0
 LONGEST_S = 64.0
 RINGS_LEFT = 32  # unread bytes in a bell at which it is read; it can hold about 270
-LOOKS = 1500  # looks before sleep, about 40 µs: a process on another core can be woken and reply in that time
-RESTS = 255  # sleeps that follow a failure without a look before, at most
+LOOKS = 1500  # looks at the ring before sleep, about 40 µs: enough for a process on another core to wake and reply
+RESTS = 255  # at most this many sleeps begin without a look after failures
 BELL_BYTES = 448  # more than a bell can hold; small enough for Python's allocator of small objects
 
 
-#: `multiprocessing`'s, once it is imported.
+#: `multiprocessing.connection.Pipe`, once it is imported.
 _pipe: Callable[[bool], tuple[Connection[Any, Any], Connection[Any, Any]]] | None = None
 
 
@@ -117,7 +118,7 @@ class Patience:
         self._failed = 0  # what `_rest` was after the last failure, halved by each success
 
     def look(self, items: Items, item: int, value: int, looks: int) -> bool:
-        """True when the item differs from `value` within `looks` looks; False at once while looking does not pay."""
+        """True when the item differs from `value` within `looks` looks. False at once while looks do not pay."""
         if self._rest:
             self._rest -= 1
             return False
@@ -129,7 +130,7 @@ class Patience:
         return False
 
     def willing(self) -> bool:
-        """Ask once before each sleep."""
+        """Whether to look before this sleep. To be called once before each sleep."""
         if self._rest:
             self._rest -= 1
             return False
@@ -175,8 +176,8 @@ class Channel:
         self._memfd, self._bell = memfd, bell
         self._blocking = False  # reading the bell blocks: see `sleep_in_read`
         self._backstop_s = BACKSTOP_S  # of the next sleep
-        self._longest_read_s = 0.0  # what Linux knows of it; 0: nothing
-        self._rings = 0  # bytes that were noticed and left in the bell: see `heard`
+        self._longest_read_s = 0.0  # the limit of a read that was set with Linux; 0: none
+        self._rings = 0  # bytes that were noticed and left in the bell: see `count_ring`
         self._patience = Patience()
         self._outbox: deque[tuple[bytes, int]] = deque()  # frames, and the bytes of each that are in the ring
         self._frames: list[bytes] = []  # received by a `receive` that was interrupted
@@ -225,11 +226,11 @@ class Channel:
     def _limit_reads(self, seconds: float) -> None:
         """Let a read of the bell last no longer than this."""
         self._longest_read_s = 0.0  # a signal handler may raise in here
-        # `_socket`, since `socket` makes enums: an agent would write to pages that it shares with others.
+        # `_socket`, since importing `socket` makes enums: an agent would write to pages that it shares with others.
         bell = _socket.socket(fileno=os.dup(self._bell))
         try:
             bell.setsockopt(_socket.SOL_SOCKET, _socket.SO_RCVTIMEO, _timeval(seconds))
-            # Writing into a full bell must not block: the other side has been rung for already.
+            # Writing into a full bell must not block: then the other side will wake anyhow.
             bell.setsockopt(_socket.SOL_SOCKET, _socket.SO_SNDTIMEO, _timeval(1e-6))
         finally:
             bell.close()
@@ -237,9 +238,9 @@ class Channel:
 
     def rouse(self) -> None:
         """For a signal handler that has interrupted `wait` and has received in its place. After the handler Python
-        begins the read of the bell again, for the whole back-stop, though what it waits for has been taken. This makes
-        the bell non-blocking, so that the read ends at once and `wait` returns. (Where `wait` polls instead, Python
-        goes on for the time that is left.)"""
+        resumes the read of the bell, for the whole back-stop, although the frame for which `wait` sleeps has been
+        received. This makes the bell non-blocking, so that the read ends at once and `wait` returns. (Where `wait`
+        polls instead, Python resumes the poll with the time that is left.)"""
         if self._blocking:
             with contextlib.suppress(OSError):
                 os.set_blocking(self._bell, False)
@@ -263,7 +264,8 @@ class Channel:
             self._queue(payload)
 
     def send_silently(self, payload: bytes) -> None:
-        """As `send`, but without a ring: for what the other side need not know before the next frame."""
+        """As `send`, but without ringing the bell: for a frame that the other side need not read before the next
+        one."""
         if self._outbox or not self._producer.put_whole((payload,)):
             self._queue(payload)
 
@@ -329,8 +331,8 @@ class Channel:
         return self._consumer.assembling
 
     def _ring(self, flag: int) -> None:
-        """Ring once, if the other side has set this flag. Between clearing it and ringing no function is called: a
-        signal handler that raised there would leave the flag cleared, and nothing would ring ever again."""
+        """Ring once, if the other side has set this flag. Between clearing the flag and ringing no function is called:
+        a signal handler that raised there would leave the flag cleared, and the bell would never ring again."""
         items = self._items
         if items[flag]:
             try:
@@ -350,9 +352,10 @@ class Channel:
             self._on_bell_error()
 
     def _on_bell_error(self) -> None:
-        """The other side is gone, or has damaged its bell, which is treated alike. But in an agent a signal handler may
-        have raised that OSError: then poll reports no error of the bell, and the OSError is raised. (In aiosd's own
-        processes no handler raises, and what an agent does to its bell must not raise there.)"""
+        """Handle an OSError of the bell: the other side is gone, or has damaged its end, which is treated alike. But in
+        an agent a signal handler may have raised that OSError: then poll reports no error of the bell, and the OSError
+        is raised again. (In aiosd's own processes no handler raises, and what an agent does to its bell must not raise
+        there.)"""
         if self._agent and self._bell >= 0:
             poll = select.poll()
             poll.register(self._bell, 0)  # POLLHUP, POLLERR and POLLNVAL are always reported
@@ -368,9 +371,9 @@ class Channel:
     # ── receiving ─────────────────────────────────────────────────────────────────────────────────────────
 
     def receive(self, limit: int = 64) -> list[bytes]:
-        """Up to `limit` whole frames, and about as many bytes as the ring has at most: a peer that writes as fast as we
-        read must not hold us here. Afterwards look at `more`. Raises ProtocolError when the other side wrote
-        nonsense."""
+        """Up to `limit` whole frames, and about as many bytes as the ring can hold: a peer that writes as fast as this
+        side reads must not keep it here. Afterwards look at `more`. Raises ProtocolError when the other side broke the
+        protocol."""
         self.drain_bell()
         consumer, frames, items = self._consumer, self._frames, self._items
         stop = consumer.read + consumer.size
@@ -424,10 +427,10 @@ class Channel:
             return
         self._read_bell()
 
-    def heard(self) -> bool:
-        """As `drain_bell`, for an owner that gets an event for each ring, even if older ones are still in the bell
-        (EPOLLET). It reads the bell only at every RINGS_LEFT-th ring, long before the bell is full. True for the first
-        ring that it leaves there."""
+    def count_ring(self) -> bool:
+        """As `drain_bell`, for an owner that polls edge-triggered (EPOLLET): it gets an event for each ring, even if
+        the bytes of older ones are still in the bell. So the bell is read only at every RINGS_LEFT-th ring, long before
+        it is full. True for the first ring whose byte is left in the bell."""
         self._rings = rings = self._rings + 1
         if rings >= RINGS_LEFT:
             self.drain_bell()
@@ -445,8 +448,8 @@ class Channel:
         return True
 
     @property
-    def tells(self) -> bool:
-        """Of `connection.Transport`: what lies in the ring does not show in `fileno` once the bell was read."""
+    def level_triggered(self) -> bool:
+        """Of `connection.Transport`. False: once the bell was read, `fileno` does not show what lies in the ring."""
         return False
 
     @property
@@ -466,9 +469,9 @@ class Channel:
         return not self._consumer.empty() or self.reborn or bool(self._frames)
 
     def wait(self, timeout: float | None = None, also: Sequence[int] = ()) -> bool:
-        """Sleep until there may be something to receive or to pump, or the other side is gone: then True. False after
-        `timeout` seconds, or after the back-stop, whichever is less; so call it in a loop. `also`: descriptors that end
-        the sleep, too, when they can be read."""
+        """Sleep until there may be something to receive or to pump, or the other side is gone; then return True. False
+        after `timeout` seconds, or after the back-stop, whichever comes first; so call it in a loop. `also`:
+        descriptors that end the sleep, too, when they can be read."""
         consumer, items = self._consumer, self._items
         written, read = consumer.written_item, consumer.read
         seconds, self._backstop_s = self._backstop_s, BACKSTOP_S
@@ -524,8 +527,8 @@ def restless(channels: Sequence[Channel]) -> list[Channel]:
 
 
 def _readable(fd: int, seconds: float, also: Sequence[int] = ()) -> list[int]:
-    """Which of these can be read, or are hung up, as soon as one can."""
-    poll = select.poll()  # a new one each time: a signal handler may come here while this thread polls, further up
+    """Wait until one of these can be read or is hung up; return all for which that is so."""
+    poll = select.poll()  # a new one each time: a signal handler may call this while its thread polls, further up
     for each in (fd, *also):
         poll.register(each, select.POLLIN)
     return [ready for ready, _ in poll.poll(seconds * 1000)]

@@ -4,7 +4,8 @@
 is closed at its other end. The client then connects again, under the identity that it had, and `reborn` becomes true
 when the new kernel has answered; the connection submits its open calls again under their ids.
 
-Nothing in here waits but `wait`. Connecting again is a row of steps (`greeting`), and `receive` takes the next one. The
+Of these methods only `wait` blocks. Connecting again is a series of steps (`greeting`), and each `receive` takes the
+next one. The
 descriptor (`fileno`) is an epoll over the socket and an alarm: it becomes readable when there is a step to take. So an
 event loop goes on with its other work while there is no kernel, and threads sleep in `wait`.
 """
@@ -29,9 +30,9 @@ from libaios.home import Home
 from libaios.ring import ProtocolError
 from libaios.stream import FrameSocket
 
-RECONNECT_S = 15.0  # for how long the successor of a kernel that died is waited for
+RECONNECT_S = 15.0  # how long to wait for the successor of a kernel that died
 RETRY_S, RETRY_MAX_S = 0.01, 0.5  # pause after the first attempt that failed; doubled after each, up to the second
-_GONE = (errno.EPIPE, errno.ECONNRESET, errno.EBADF, errno.ENOTCONN)  # what sending to a dead kernel brings
+_GONE = (errno.EPIPE, errno.ECONNRESET, errno.EBADF, errno.ENOTCONN)  # the errors of sending to a dead kernel
 
 
 class Search:
@@ -104,7 +105,7 @@ class ControlSocket:
         return self._epoll.fileno()
 
     @property
-    def tells(self) -> bool:
+    def level_triggered(self) -> bool:
         return self._search is None and not self.reborn
 
     @property
@@ -166,10 +167,10 @@ class ControlSocket:
         return bool(self._epoll.poll(BACKSTOP_S if timeout is None else min(BACKSTOP_S, timeout)))
 
     def nudge(self) -> None:
-        """A socket loses nothing."""
+        """Nothing to do: a socket loses no wake-up."""
 
     def rouse(self) -> None:
-        """The next `wait` ends at once, or the one that goes on when the handler is over."""
+        """End the `wait` that a signal handler has interrupted, or else the next one, at once."""
         with contextlib.suppress(OSError):  # no descriptor left: it ends at the back-stop
             if self._wake < 0:
                 self._wake = os.eventfd(0, os.EFD_NONBLOCK | os.EFD_CLOEXEC)
@@ -179,7 +180,7 @@ class ControlSocket:
                 self._roused = True
 
     def renew(self) -> None:
-        """From now on what is sent is for the new kernel; what the dead one has not taken is dropped."""
+        """Send to the new kernel from now on; drop what the dead one has not taken."""
         search, old = self._search, self._frames
         if search is not None and search.frames is not None:
             self._frames = search.frames
@@ -219,7 +220,7 @@ class ControlSocket:
         self._search = search
 
     def _seek(self) -> None:
-        """The next step on the way to the new kernel."""
+        """Take the next step on the way to the new kernel."""
         search = self._search
         assert search is not None
         self._watch(search.alarm)

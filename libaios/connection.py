@@ -22,8 +22,8 @@ again if an exception came in between; `call` gives a message back unless its ca
 runs signal handlers where a function begins, where a function of C returns and where a loop goes back, nowhere else.
 (Not covered: a second exception in the very moment in which a message that was given back goes to another call.) A
 handler that interrupts its own thread in the middle of a send, or while it hands out replies, gets EDEADLK for a call
+handler that interrupts its own thread in the middle of a send, or while it hands out replies, gets EDEADLK for a call
 that it makes.
-
 A RECV takes a message out of the mailbox. When its caller gives up (an interrupt, a task cancelled) the message may be
 on its way already, and it must not be lost. So a RECV that was abandoned is remembered until its final reply is here.
 That is ECANCELED, or a message, which goes to another call that waits for one, or to the next. A new kernel gets an
@@ -69,7 +69,7 @@ class Transport(Protocol):
     @property
     def reborn(self) -> bool: ...
     @property
-    def tells(self) -> bool: ...  # `fileno` is readable as long as there is more: a second look for it is not needed
+    def level_triggered(self) -> bool: ...  # `fileno` is readable as long as there is more: no second look is needed
     @property
     def outbox_bytes(self) -> int: ...  # bytes of frames that were passed to `send` and have not left this process
     @property
@@ -113,7 +113,7 @@ class Pending(Struct, eq=False):
             os.close(fd)
 
     def payload(self) -> bytes:
-        """As it is sent to a new kernel."""
+        """The request as it is sent to a new kernel."""
         args = self.args
         if self.progress is not None and self.progress.length:
             args = msgspec.structs.replace(args, given=self.progress.given())
@@ -153,12 +153,12 @@ def decode_body(reply: wire.Reply, result: Any) -> Any:
 
 
 def _unreadable(err: BaseException) -> bool:
-    """Whether the reply itself is the reason: given back, it would be so for the next call, too."""
+    """Whether the reply itself is what failed: if it were given back, the next call would fail on it, too."""
     return isinstance(err, msgspec.MsgspecError) or (isinstance(err, OSError) and err.errno == errno.EBADMSG)
 
 
 def decoder(kind: Any) -> Callable[[Any], Any]:
-    """What decodes the body of a reply as this type."""
+    """The function that decodes the body of a reply as this type."""
     decode = _decoders.get(kind)
     if decode is None:
         decode = _decoders[kind] = msgpack.Decoder(kind).decode
@@ -186,14 +186,14 @@ class Connection:
         # receiving. `_leader[0]` is the leader: (thread, …). A dict, because `setdefault` takes the lead in one step
         # that no signal handler can interrupt, and a thread can see afterwards whether it has the lead.
         self._leader: dict[int, tuple[int, object]] = {}
-        self._polling = False  # the leader sleeps: a signal handler in its thread may lead in its place
+        self._polling = False  # the leader sleeps: a signal handler that interrupts its thread may lead in its place
         self._arrived: deque[bytes] = deque()
         self._in_hand: Pending | None = None  # the call that a reply is being given to
         self._followers: dict[int, Pending] = {}
         self._loops: dict[asyncio.AbstractEventLoop, int] = {}  # … and its own duplicate of the descriptor
         self._paced: PacedReader | None = None  # … of one that looks at a pace of its own
         self._watched = False  # a loop polls the descriptor, so the bell must ring also while no thread waits here
-        self._deaf = False  # the last read did not ask for the bell
+        self._took_only = False  # the last read was a `take`: the bell does not ring for what comes next
 
     # ── for callers ───────────────────────────────────────────────────────────────────────────────────────
 
@@ -207,8 +207,8 @@ class Connection:
         convert: Callable[[Any], Any] | None = None,
     ) -> Any:
         """Make a call and wait for its result, decoded as `result` and converted. Raises OSError as the kernel
-        answered, TimeoutError when no reply came within `timeout` seconds and SLACK_S (so that the kernel's own error,
-        which says more, comes first)."""
+        answered, or TimeoutError when no reply came within `timeout` seconds plus SLACK_S (so that the kernel's own
+        error, which says more, comes first)."""
         call = self.prepare(sys, args, fds) if fds else Pending(sys, args)
         try:
             self.send(call)
@@ -238,7 +238,7 @@ class Connection:
         stream: bool = False,
         notify: Callable[[], None] | None = None,
     ) -> Pending:
-        """A call to be sent later, or abandoned."""
+        """Make a call that is not sent yet: the caller sends it later, or abandons it."""
         call = Pending(sys, args, notify)
         if fds:
             call.fds = _duplicates(fds)
@@ -255,8 +255,8 @@ class Connection:
         return not self.transport.outbox_bytes or bool(self._dead)
 
     def send(self, call: Pending) -> None:
-        """Send a call that was prepared, without waiting: what finds no room is kept in memory. So a caller asks
-        `may_send` before, or waits afterwards."""
+        """Send a call that was prepared, without waiting; a frame that finds no room is kept in memory. So a caller
+        checks `may_send` before, or waits afterwards."""
         if self._blocked:
             self._blocked.discard(call)
         if call.sys == _RECV and self._serve(call):
@@ -298,14 +298,14 @@ class Connection:
             self._busy = False
 
     def _after_sending(self) -> None:
-        """The right to send is free again: do what other threads, which found it taken, have left to this one."""
+        """Called when the right to send is free again: do what other threads could not do because this one held it."""
         if self._pump_wanted:
             self._pump_out()
         if self._cancels:
             self._send_cancels()
 
     def _wait_for_room(self, call: Pending) -> None:
-        """Until what was sent has left. Others may send meanwhile."""
+        """Wait until all that was sent has left the outbox. Other threads may send meanwhile."""
         transport = self.transport
         try:
             self._blocked.add(call)
@@ -366,14 +366,14 @@ class Connection:
     # ── messages for calls that were given up ──────────────────────────────────────────────────────────────
 
     def _take_back(self, call: Pending) -> None:
-        """The call was abandoned, and has its reply. Both may happen at once, in two threads: each of them calls this,
-        and the second one finds both done."""
+        """Take the message of a call that was abandoned and has its reply. Both may happen at once, in two threads:
+        then each of them calls this, and the second call finds nothing to do."""
         final = call.final
         if final is not None and self._given_up.pop(call.id, None) is not None:
             self._return(final)
 
     def _came_late(self, reply: wire.Reply) -> None:
-        """A final reply for a call that is not open."""
+        """Handle a final reply for a call that is not open."""
         if not reply.more and self._given_up.pop(reply.id, None) is not None:
             self._return(reply)
 
@@ -392,7 +392,8 @@ class Connection:
         return True
 
     def _give(self, call: Pending, reply: wire.Reply) -> None:
-        """The call takes the id of the one whose reply it gets. When it is given up, too, it is found under that id."""
+        """Give the call a reply that came for another one. The call takes the other's id, and is found under it if it
+        is given up, too."""
         call.id, call.final = reply.id, reply
         call.release()
         self._signal(call)
@@ -437,7 +438,7 @@ class Connection:
             if self._leader.setdefault(0, me) is me:
                 while self._read():
                     found = True
-                    if self._dead or self.transport.tells:
+                    if self._dead or self.transport.level_triggered:
                         break
         finally:
             try:
@@ -492,7 +493,7 @@ class Connection:
                 raise
 
     def _leave(self, me: tuple[int, object]) -> None:
-        """Give up the lead, if it is ours, and see that another thread takes it."""
+        """Give up the lead, if this thread has it, and make another thread take it."""
         led = self._leader.get(0) is me
         if led:
             del self._leader[0]
@@ -500,7 +501,7 @@ class Connection:
             self._pass_lead()
         if self._closing:
             self._close_transport()
-        elif led and self._watched and (self._deaf or self._arrived):
+        elif led and self._watched and (self._took_only or self._arrived):
             self.pump()  # it has begun to poll after we read without asking for the bell, or we were interrupted
 
     def _lead(self, ready: Callable[[], bool], deadline: float | None) -> None:
@@ -523,7 +524,7 @@ class Connection:
         if not self._polling:
             raise wire.error(errno.EDEADLK, "a signal handler made a call while replies were handed out")
         try:
-            self._polling = False  # but for our own sleep: another handler must not interrupt our handing out
+            self._polling = False  # another handler may lead only while this one sleeps, not while it hands out
             self._lead(ready, deadline)
         finally:
             self._polling = True
@@ -548,8 +549,8 @@ class Connection:
             call.gate = None
 
     def _pass_lead(self) -> None:
-        """Wake one follower that has no reply yet. If there is none, wake all: those were woken for their replies, and
-        that costs nothing."""
+        """Wake one follower that has no reply yet. If there is none, wake all: those have been woken for their replies
+        already, so a second wake-up costs nothing."""
         followers = list(self._followers.values())
         if not any(call.final is None and self._wake(call) for call in followers):
             for call in followers:
@@ -574,8 +575,8 @@ class Connection:
             return True
         try:
             reborn = transport.reborn or self._renewing  # before reading: so all that the dead kernel has sent is read
-            self._deaf = not self._watched
-            if self._deaf:
+            self._took_only = not self._watched
+            if self._took_only:
                 transport.take(arrived)
             else:
                 arrived.extend(transport.receive())
@@ -596,8 +597,8 @@ class Connection:
         return True
 
     def _pump_out(self) -> None:
-        """There may be room now for what waits in the outbox. When another thread, or this one further up the stack, is
-        sending, it only notes that (`_pump_wanted`), for that thread to do."""
+        """Send from the outbox, since there may be room now. When another thread, or this one further up the stack, is
+        sending, only note that (`_pump_wanted`), and the thread that sends will do it."""
         self._pump_wanted = True
         while self._pump_wanted and self._sending.acquire(blocking=False):
             try:
@@ -618,8 +619,8 @@ class Connection:
                 self._signal(call)
 
     def _pump(self) -> None:
-        """With the right to send. Busy meanwhile: a finalizer that sent a cancel in the middle of this would send a
-        frame twice."""
+        """With the right to send. `_busy` meanwhile, because a finalizer that sent a cancel in the middle of this would
+        send a frame twice."""
         try:
             self._busy = True
             self.transport.pump()
@@ -628,7 +629,7 @@ class Connection:
 
     def _hand_out(self, reply: wire.Reply) -> None:
         """Give a reply to its call. A signal handler may end this anywhere by an exception: then the same reply is
-        handed out once more, and `_in_hand` is the call, which is perhaps no longer in `_open`."""
+        handed out once more, and `_in_hand` is the call, which may no longer be in `_open`."""
         if reply.more:
             self._hand_piece(reply)
             return
@@ -678,7 +679,7 @@ class Connection:
                 pass
 
     def _submit_again(self) -> None:
-        """Send all open calls to a new kernel, which knows of them only what they have done."""
+        """Send all open calls to a new kernel, which has no list of them: only their effects are recorded."""
         with self._sending:
             if self._busy:
                 raise wire.error(errno.EDEADLK, "a signal handler waits for a call in the middle of another one's send")
@@ -725,7 +726,7 @@ class Connection:
             self._pump_out()
 
     def _fail_all(self, why: str) -> None:
-        """The connection is over: end every call."""
+        """End every call, because the connection is over."""
         self._dead = why
         self._given_up.clear()
         reply = wire.Reply(0, errno.ENOTCONN, body=wire.raw(wire.Failure(why)))
@@ -790,7 +791,7 @@ class Connection:
                 os.close(fd)
 
     def disconnect_after_fork(self) -> None:
-        """In a forked child: the connection is the parent's."""
+        """End the connection in a forked child, since it is the parent's."""
         self._dead = self.transport.forked
         # Another thread of the parent may have been sending or leading at the fork. It does not exist in the child, and
         # would hold the right to send, or the lead, for ever.
@@ -813,7 +814,7 @@ class Connection:
 
 
 def _leave(loop: asyncio.AbstractEventLoop, fd: int) -> None:
-    """In the loop's thread."""
+    """Remove the loop's reader and close its descriptor; runs in the loop's thread."""
     if not loop.is_closed():
         loop.remove_reader(fd)
     os.close(fd)

@@ -6,8 +6,9 @@
     ctx.save("research")                        # survives a restart of aiosd
     ctx = aios.llm.restore("research")
 
-A context is its messages. What the model has computed for them lies in its cache, in memory or on disk, and is found
-again by the tokens. If that state is lost, because the model's process died for instance, only time is lost.
+A context is its messages. The state that the model has computed for them lies in the model's cache, in memory or on
+disk, and is found again by the tokens. If that state is lost, because the model's process died for instance, only time
+is lost.
 """
 
 from __future__ import annotations

@@ -15,7 +15,7 @@ MOST_BYTES = 16 << 20  # of a file whose content is looked at
 
 
 def of(content: bytes) -> bytes:
-    """32 bytes."""
+    """The SHA-256 of these bytes: 32 bytes."""
     digest: bytes = _sha256(content).digest()
     return digest
 
@@ -27,9 +27,10 @@ def short(content: bytes, size: int, purpose: bytes = b"") -> bytes:
 
 
 def of_file(path: str) -> bytes:
-    """Of what is in the file now; b"" if that cannot be read, is more than a program is, or can be read only once."""
+    """The SHA-256 of a file's content now. b"" if the file cannot be read, is larger than MOST_BYTES, or can be read
+    only once (a pipe)."""
     try:
-        if not stat.S_ISREG(os.stat(path).st_mode):  # looked at before it is opened: a pipe's writer would notice
+        if not stat.S_ISREG(os.stat(path).st_mode):  # checked before opening: a pipe's writer would notice
             return b""
         fd = os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC)
     except OSError:

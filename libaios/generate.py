@@ -24,10 +24,10 @@ MOST_CHOICES = 128
 
 
 class Result:
-    """A finished generation. `tokens` are the ids of the generated tokens, without the stop token; `logprobs` belong to
-    them one by one where they were asked for, else None. `reasoning`: what a thinking model thought before its answer.
-    `model`: whose answer it is (of a route one cannot know before). `choices`: with `n` > 1 all results, this one
-    first."""
+    """A finished generation. `tokens` are the ids of the generated tokens, without the stop token; `logprobs` has one
+    entry for each token if log probabilities were requested, else it is None. `reasoning`: what a thinking model wrote
+    before its answer. `model`: the name of the model that answered (the caller may have named a route). `choices`: with
+    `n` > 1 all results, this one first."""
 
     __slots__ = ("_others", "finish_reason", "logprobs", "model", "reasoning", "text", "tokens", "tool_calls", "usage")
 
@@ -47,7 +47,7 @@ class Result:
 
     @classmethod
     def of(cls, bodies: Sequence[wire.Generated]) -> Result:
-        """The first, with all in `choices`."""
+        """The first result, with all results in `choices`."""
         first, *others = map(cls, bodies)
         first._others = others
         return first
@@ -58,9 +58,9 @@ class Result:
 
 class Piece:
     """Part of a stream: whole characters of the answer or of the thoughts before it (`reasoning`), parts of tool calls
-    (`calls`, where the model's way of writing them allows it), and the tokens that they are made of, with their
-    `logprobs` where they were asked for. Only the last piece has `finish_reason`, `usage` and `tool_calls`, which are
-    complete, and `model`; where the call named a route, the first one has that, too."""
+    (`calls`, where the model writes them in a way that allows it), and the tokens that they are made of, with their
+    `logprobs` if these were requested. Only the last piece has `finish_reason`, `usage`, the complete `tool_calls`, and
+    `model`; if the call named a route, the first piece has `model`, too."""
 
     __slots__ = ("calls", "finish_reason", "logprobs", "model", "reasoning", "text", "tokens", "tool_calls", "usage")
 
@@ -95,7 +95,8 @@ class Stream:
     def __init__(self, connection: Connection, args: wire.Generate) -> None:
         self._connection = connection
         self._call: Pending = connection.submit(Sys.GENERATE, args, stream=True)
-        # A function, not a method: the generator must hold no reference to the stream, or that would live for ever.
+        # A function, not a method: the generator must hold no reference to the stream, or the stream would live for
+        # ever.
         self._pieces = _pieces(connection, self._call, args.timeout_s)
 
     def __iter__(self) -> Stream:
@@ -181,7 +182,7 @@ def generate_args(
     mirostat_tau: float = 5.0,
     mirostat_eta: float = 0.1,
 ) -> wire.Generate:
-    """The arguments as they are sent. The kernel checks types and ranges."""
+    """The arguments of the call as they are sent. The kernel checks types and ranges."""
     sampling = wire.Sampling(
         max_tokens=max_tokens,
         temperature=temperature,
@@ -229,7 +230,7 @@ def generate_args(
     )
 
 
-#: What Python calls it when an option is not known: a caller has used one of these.
+#: How Python's TypeError for an unknown option begins, if a caller used one of these names.
 generate_args.__qualname__ = "chat/complete"
 
 
@@ -249,8 +250,8 @@ def _list(value: Any, what: str, of: str) -> list[Any]:
 
 
 def variants(args: wire.Generate, n: Any) -> list[wire.Generate]:
-    """The same call `n` times, with seeds one after the other. Its prompt is computed once: the first to get a slot
-    computes it, the others wait for that."""
+    """The same call `n` times, with seeds one after the other. The prompt is computed once: by the first of them that
+    gets a slot; the others wait for that."""
     if not isinstance(n, int) or not 1 <= n <= MOST_CHOICES:
         raise wire.error(errno.EINVAL, f"n: from 1 to {MOST_CHOICES}, not {n!r:.60}")
     if n == 1:

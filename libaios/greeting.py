@@ -1,7 +1,7 @@
 """How a process becomes a client of the kernel: connect to the control socket, send Hello, receive Welcome.
 
-A `Greeting` is one attempt, in steps that never wait. `greet` makes one and waits for its end; a client that has lost
-its kernel takes the steps when its event loop, or whatever else waits for it, finds that there is one to take.
+A `Greeting` is one attempt, in steps that never wait. `greet` makes one and waits for its end. A client that has lost
+its kernel takes the steps itself, each when its event loop (or whatever waits for it) reports that the next is due.
 
 The supervisor holds the listening socket over the death of a kernel. So a connection can be made while there is no
 kernel: it waits in the socket's queue, and its Welcome comes when the new kernel runs. When connecting is refused there
@@ -29,15 +29,15 @@ FULL_QUEUE_S = 0.01  # before the next try to connect when the socket's queue is
 
 
 class NoKernel(ConnectionError):
-    """No aiosd answers (any more); the message says where it was looked for. Its errno is ECONNREFUSED."""
+    """No aiosd answers (any more); the message names the socket that was tried. Its errno is ECONNREFUSED."""
 
 
 class Gone(NoKernel):
-    """… and none will: another attempt is useless."""
+    """No aiosd will answer any more: another attempt is useless."""
 
 
 class Refused(NoKernel):
-    """It answers, and does not want this client: another attempt is useless."""
+    """The kernel answers, and refuses this client: another attempt is useless."""
 
 
 def _no_kernel(message: str, kind: type[NoKernel] = NoKernel) -> NoKernel:
@@ -74,7 +74,8 @@ def connect(home: Home) -> socket.socket | None:
 
 
 def _is_connected(sock: socket.socket) -> bool:
-    """In a sandbox it was made connected to aiosd, whose socket may not be seen there."""
+    """Whether the socket is connected already. In a sandbox it is made connected, since aiosd's path may be hidden
+    there."""
     try:
         sock.getpeername()
     except OSError:
@@ -83,8 +84,8 @@ def _is_connected(sock: socket.socket) -> bool:
 
 
 def _socket_path(home: Home) -> str:
-    """A cron job, or a login by su, may have another runtime folder than the aiosd of its user, which leaves a link
-    to its socket where its data lie."""
+    """The path of the control socket. A cron job, or a login by su, may have another runtime folder than the aiosd
+    of the same user; so aiosd leaves a link to its socket in its data folder."""
     path = home.texts["socket"]
     if not home.explicit and not os.path.exists(path):
         with contextlib.suppress(OSError):
@@ -119,7 +120,7 @@ class Greeting:
         return welcome
 
     def wait_s(self) -> float:
-        """For how long `step` has nothing to do, unless `frames` becomes readable."""
+        """Seconds until `step` has something to do, unless `frames` becomes readable before."""
         left = self._deadline - time.monotonic()
         return left if self.frames is not None else min(left, FULL_QUEUE_S)
 

@@ -17,8 +17,8 @@ if TYPE_CHECKING:
 
 
 class Home:
-    """Paths of one system. Nothing is created here. Paths are texts until they are asked for as such: pathlib takes a
-    twentieth of the start of a command that only looks for the socket (`texts`)."""
+    """Paths of one system. Nothing is created here. Paths are kept as texts (`texts`) and become `Path`s on demand:
+    pathlib takes a twentieth of the start of a command that only looks for the socket."""
 
     __slots__ = ("explicit", "texts")
 

@@ -23,8 +23,9 @@ as the model has them: before temperature, filters and penalties. `presence_pena
 has been generated. `logit_bias` is added to what the model gives for a token. `stop_tokens` end the text as the
 model's own end does; neither comes before `min_tokens` tokens (a grammar may still end). A `grammar` (GBNF, the
 notation of llama.cpp) describes the whole text. DRY (`dry_multiplier` > 0), XTC (`xtc_probability` > 0) and `mirostat`
-(1 or 2) work as in llama.cpp, with the same parameters. `n` results of one prompt, with seeds seed, seed + 1, …: they
-are in `.choices`, the first of them is what is returned. `lora` names an adapter that the model was loaded with.
+(1 or 2) work as in llama.cpp, with the same parameters. `n`: the number of results for one prompt, with seeds seed,
+seed + 1, …; the first of them is returned, and all are in its `.choices`. `lora` names an adapter that the model was
+loaded with.
 
 `finish_reason`: "stop" (the model or a stop string ended it), "length" (max_tokens or the context), "tool_calls"
 (also if max_tokens was reached at the very end of a call), "limit" (the agent's token budget). Errors are OSErrors:
@@ -102,12 +103,13 @@ def run(
     max_steps: int = 16,
     **options: Any,
 ) -> Finished:
-    """The whole loop of an agent with tools: the model is asked, its calls are made, it gets their results, until it
-    answers without a call, or for `max_steps` turns.
+    """The whole loop of an agent with tools: send the conversation to the model, make the tool calls of its answer, add
+    the results to the conversation, and repeat this until an answer has no call, or for `max_steps` turns.
 
     `messages` may be the text of a user's message. `tools`: names of the toolbox, or functions as `chat` takes them;
-    the latter are called in this process, as `functions[name](**arguments)`. Other options as for `chat`. An error of
-    a tool is told to the model; what concerns the agent itself (a budget, a lost connection) is raised.
+    the latter are called in this process, as `functions[name](**arguments)`. Other options as for `chat`. The model
+    gets the error of a tool as its result; an error that concerns the agent itself (a budget, a lost connection) is
+    raised.
     """
     own = functions or {}
     asked = [{"role": "user", "content": messages}] if isinstance(messages, str) else messages
@@ -162,8 +164,8 @@ def _vectors(body: wire.Embedded) -> npt.NDArray[np.float32]:
 def rerank(
     query: str, documents: Sequence[str], model: str | None = None, timeout: float | None = None
 ) -> Plan[list[float]]:
-    """How well each document answers the query: one score each, in the order of the documents. More is better; what a
-    score of 1 means depends on the model, which must be one that ranks. Raises OSError: EINVAL for another model."""
+    """How well each document answers the query: one score each, in the order of the documents. More is better; the
+    meaning of a score of 1 depends on the model. Raises OSError: EINVAL for a model that does not rank."""
     args = wire.Rerank(query, list(documents), model, timeout)
     return Plan(Sys.RERANK, args, _scores, timeout)
 

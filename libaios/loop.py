@@ -1,7 +1,7 @@
-"""The loop of an agent with tools: ask the model, make the calls that it wants, tell it the results, until it answers.
+"""The loop of an agent with tools: call the model, make its tool calls, add their results, until it answers.
 
-`steps` is the loop itself, without any call: it yields what is to be done, and gets the results. `libaios.llm.run` and
-`libaios.aio.llm.run` drive it.
+`steps` is the loop itself, and makes no call: it yields each call that is to be made, and its driver sends the result
+back into it. The drivers are `libaios.llm.run` and `libaios.aio.llm.run`.
 """
 
 from __future__ import annotations
@@ -54,13 +54,13 @@ class Finished:
 
 
 class Think(Struct, frozen=True):
-    """Ask the model; the loop wants the `Result`."""
+    """Call the model; the driver sends back the `Result`."""
 
     messages: list[dict[str, Any]]
 
 
 def steps(messages: Sequence[Mapping[str, Any]], max_steps: int) -> Generator[Think | ToolCall, Any, Finished]:
-    """Yields what is to be done: a `Think`, or a `ToolCall` for whose result it wants a text."""
+    """Yields what is to be done: a `Think`, or a `ToolCall`, whose result the driver sends back as a text."""
     if max_steps < 1:
         raise wire.error(errno.EINVAL, "max_steps: at least 1")
     conversation = objects(messages, "messages")
@@ -86,7 +86,7 @@ def local(functions: Mapping[str, Callable[..., Any]], call: ToolCall) -> str:
 
 
 def observation(err: OSError) -> str:
-    """What the model is told of a call that failed. Raises the error again if it concerns the agent itself."""
+    """The text that the model gets for a call that failed. Raises the error again if it concerns the agent itself."""
     if err.errno in FATAL:
         raise err
     return f"error: {err.strerror or err}"

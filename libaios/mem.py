@@ -3,7 +3,7 @@
 An agent that was started under a name of its own (`aios-run --name`) finds its notes again when it is started under
 that name again, in the same group; without such a name they end with it. Notes that are `shared` belong to the group.
 
-A note is meant by its id or by its key. Notes of others are not found, as if they were not there. All calls raise
+A note is named by its id or by its key. Notes of other owners are not found, as if they did not exist. All calls raise
 OSError: FileNotFoundError, EAGAIN, EDQUOT, ENOSPC, EINVAL with a sentence.
 """
 
@@ -29,11 +29,12 @@ def add(
     ttl: float | None = None,
     shared: bool = False,
 ) -> Plan[int]:
-    """Keep a note and return its id. One with the same key is replaced, and keeps its id.
+    """Keep a note and return its id. A note with the same key is replaced, and keeps its id.
 
     `metadata` is flat: texts, numbers, truth values. `ttl`: seconds after which the note is not found any more.
-    `shared`: for all agents of the group. Raises OSError(EDQUOT) when the quota of the owner is used up,
-    PermissionError where a note of the group would be overwritten that another agent wrote last, and nobody allows it.
+    `shared`: for all agents of the group. Raises OSError(EDQUOT) when the quota of the owner is used up, and
+    PermissionError if the call would overwrite a note of the group that another agent wrote last, and it was not
+    allowed.
     """
     return Plan(Sys.MEM_ADD, wire.MemAdd(text, key, _tags(tags), _metadata(metadata), ttl, shared))
 
@@ -53,7 +54,7 @@ def update(
     ttl: float | None = None,
     if_version: int | None = None,
 ) -> Plan[int]:
-    """Change what is given, and return the new version.
+    """Change the given fields of a note, and return its new version number.
 
     With `if_version` the note must still have that version, else BlockingIOError (EAGAIN) and nothing is changed.
     Raises FileNotFoundError, OSError(EDQUOT), and PermissionError as `add`.
@@ -79,14 +80,15 @@ def search(
     until: float | None = None,
     by: str = "",
 ) -> Plan[builtins.list[Found]]:
-    """At most `k` notes that fit `query`, the best first: that have words of it, or (where aiosd has an embedder) mean
-    about the same. `by`: "words" or "meaning" alone. The query is words and nothing else. `stats` tells how the search
-    works here.
+    """At most `k` notes that fit `query`, the best first: notes that contain words of it, or (if aiosd has an embedder)
+    that mean about the same. `by`: "words" or "meaning" alone. The query has no operators, only words. `stats` reports
+    how search works in this system.
 
-    Only notes that have all `tags` and `metadata` and were changed from `since` on and before `until` (Unix times).
-    A note is found by its very text at once, by its words and its meaning when these have been indexed: a search has
-    that done first for the caller's own notes, for a second or two at most. For "meaning" raises OSError(EOPNOTSUPP)
-    where there is no embedder, EAGAIN where it is away, or while the vectors of very many notes are read after a start.
+    The filters: only notes that have all `tags` and `metadata`, and were changed from `since` on and before `until`
+    (Unix times). A note is found by its exact text at once, and by its words and its meaning when these have been
+    indexed: a search first indexes the caller's own new notes, for a second or two at most. For "meaning" raises
+    OSError(EOPNOTSUPP) if there is no embedder, EAGAIN while it is not running, or while the vectors of very many notes
+    are read after a start.
     """
     filters = NoteFilters(_tags(tags), _metadata(metadata), since, until)
     return Plan(Sys.MEM_SEARCH, wire.MemSearch(query, k, filters, by))
@@ -103,15 +105,15 @@ def list(
 ) -> Plan[builtins.list[Note]]:
     """Notes, the newest first; filters as in `search`. At most 1,000 at a time.
 
-    What a damaged disk has lost is in the list, as `Note.damaged`; `get` raises OSError (EIO) for it."""
+    A note that a damaged disk has lost is in the list, as `Note.damaged`; `get` raises OSError (EIO) for it."""
     filters = NoteFilters(_tags(tags), _metadata(metadata), since, until)
     return Plan(Sys.MEM_LIST, wire.MemList(filters, limit, offset))
 
 
 @syscall
 def clear() -> Plan[int]:
-    """Remove all notes of the caller, and return how many they were. Those of its group stay. OSError (EIO): what a
-    damaged disk has lost cannot be removed; all else is."""
+    """Remove all notes of the caller, and return the number of them. Those of its group stay. OSError (EIO): notes that
+    a damaged disk has lost cannot be removed; all others are."""
     return Plan(Sys.MEM_CLEAR, wire.NoArgs())
 
 
@@ -122,11 +124,11 @@ def stats() -> Plan[dict[str, Any]]:
     return Plan(Sys.MEM_STATS, wire.MemStats())
 
 
-# What is of another kind is sent as it is: the kernel's refusal names the argument.
+# A value of another type is sent as it is: the kernel refuses it, and its error names the argument.
 
 
 def _tags(tags: Any) -> Any:
-    """(A text is a sequence, too, and its letters are no tags.)"""
+    """Tags as they are sent. A text is no list of tags, although it is a sequence."""
     return builtins.list(tags) if isinstance(tags, Sequence | Set) and not isinstance(tags, str | bytes) else tags
 
 

@@ -1,4 +1,5 @@
-"""How an event loop reads a connection on which pieces of streams come fast: some at a time, not each by itself."""
+"""How an event loop reads a connection on which pieces of streams come fast: several at a time instead of each at
+once."""
 
 from __future__ import annotations
 
@@ -11,17 +12,18 @@ if TYPE_CHECKING:
 
 class Pace(Protocol):
     def wait_s(self) -> float:
-        """How long pieces may lie; those that come less often are handed out at once."""
+        """How many seconds pieces may wait in the connection. Pieces that come less often than that are handed out at
+        once."""
 
     def later(self, look: Callable[[], None]) -> None:
-        """Call this after about that time."""
+        """Have `look` called after about `wait_s` seconds."""
 
 
 class PacedReader:
-    """Of one connection. Its descriptor is polled until something comes less than `wait_s` after what came before; then
-    the pace says when to look, until a look finds nothing, or the end of a call. So pieces that come fast cost neither
-    an event nor a change of what is polled. `pump` hands out what has come, and returns whether there was something;
-    `num_open`: calls that have no final reply."""
+    """Reads one connection for an event loop. The loop polls the descriptor until something comes less than `wait_s`
+    after the last time; from then on the pace decides when to look, until a look finds nothing or a call ends. So
+    pieces that come fast cost neither an event nor a change of the set of polled descriptors. `pump` hands out what has
+    come, and returns whether there was something; `num_open`: the number of calls that have no final reply."""
 
     def __init__(
         self,
@@ -33,7 +35,7 @@ class PacedReader:
     ) -> None:
         self._loop, self._fd, self._pace = loop, fd, pace
         self._pump, self._num_open = pump, num_open
-        self._last = 0.0  # when something has come
+        self._last = 0.0  # when something came last
         self.closed = False  # the connection has ended
         loop.add_reader(fd, self._readable)
 

@@ -8,7 +8,7 @@ model writes one it is replaced, so no text can pretend to be another part.
     TEXT             the answer follows, or goes on
     CALL             a tool call follows: [index, id, name] as JSON, then ARGUMENTS and the arguments as JSON text
 
-A control token of the model's that matters for this stands in its bytes between CONTROL and CONTROL_END; it is not
+A control token of the model that matters for this is kept in the stream between CONTROL and CONTROL_END; it is not
 shown.
 """
 
@@ -37,12 +37,12 @@ class CallPiece(Struct, frozen=True):
 
 
 def control(text: str) -> str:
-    """How a control token that is written `text` stands in a stream."""
+    """A control token, written `text`, in its form in a stream."""
     return f"{CONTROL}{text}{CONTROL_END}"
 
 
 def cleaned(text: str) -> str:
-    """What a model wrote, without control tokens and marks."""
+    """The text of a model without control tokens and marks."""
     if not _RESERVED.search(text):
         return text
     return _RESERVED.sub("\ufffd", _CONTROLS.sub("", text))

@@ -22,8 +22,9 @@ T = TypeVar("T")
 
 
 class Plan(Struct, Generic[T]):
-    """A system call that has not been made: number, arguments, and what turns the body of the reply into what the
-    caller gets. `timeout` in seconds guards the wait for the answer; the kernel's own comes first."""
+    """A system call that has not been made yet: its number, its arguments, and the function that converts the body of
+    the reply into the result for the caller. `timeout` in seconds limits the wait for the reply; the kernel's own limit
+    comes first."""
 
     sys: int
     args: Any
@@ -58,14 +59,14 @@ AT_ONCE = 4  # calls of a window that are under way: each may hold a megabyte in
 
 
 class Window(Struct):
-    """Calls that do not wait for each other: some are under way at the same time. `take` gets what each gives, in the
-    order of the plans. When one fails, what is under way is given up."""
+    """Calls that do not wait for each other: up to AT_ONCE of them are open at the same time. `take` gets each result,
+    in the order of the plans. When one fails, the open ones are abandoned."""
 
     plans: Iterator[Plan[Any]]
     take: Callable[[Any], Any]
 
 
-#: Several calls as one: yields plans, gets what they give (None of a window), and returns the result.
+#: Several calls as one: yields plans, gets their results (None for a window), and returns the whole result.
 Steps = Generator[Plan[Any] | Window, Any, T]
 
 
@@ -112,7 +113,7 @@ def run_all(steps: Steps[T]) -> T:
 
 
 def one_by_one(steps: Steps[T]) -> Generator[Plan[Any], Any, T]:
-    """The same steps for one who makes one call at a time."""
+    """The same steps for a driver that makes one call at a time: the calls of a window one after the other."""
     advance: Callable[[Any], Plan[Any] | Window] = steps.send
     value: Any = None
     while True:

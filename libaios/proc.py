@@ -1,4 +1,4 @@
-"""Processes: one's own pid; start other agents, wait for them, send them signals, list them.
+"""Processes: the caller's pid; start other agents, wait for them, send them signals, list them.
 
 Pids are aiosd's own, not Linux's. Signals are numbers or `signal.Signals`. An agent may act on itself and on its
 descendants; a notebook or script outside any agent acts for its user.
@@ -60,12 +60,12 @@ def spawn(
     prices, so 2_500_000_000_000 is 2.50. `restart` ("on-failure", "on-failure:3", "always") has a detached one started
     again when it ends.
 
-    `sandbox` ("none", "flat", "cage") says how it is confined; without it an agent's child is as its parent, and what a
-    program from outside starts as the settings say. An agent that is confined can start none with more rights, and its
-    children have its files and its workspace. `net` is its network then: "none", "all", or in the cage "gateway" alone
-    or single hosts, such as ["example.org", "*.example.net:8443"]. `preload` has it forked from a warm process that has
-    imported these modules, in the interpreter or virtual environment `python`; a confined agent may not name any
-    (PermissionError).
+    `sandbox` ("none", "flat", "cage") says how it is confined. Without it, an agent's child is confined as its parent,
+    and an agent that is started from outside as the settings say. A confined agent can start no agent with more rights,
+    and its children have its files and its workspace. `net` is the network of a confined agent: "none", "all", or in
+    the cage "gateway" alone or single hosts, such as ["example.org", "*.example.net:8443"]. `preload` has it forked
+    from a warm process (a template) that has imported these modules, in the interpreter or virtual environment
+    `python`; a confined agent may not name any (PermissionError).
 
     Raises FileNotFoundError, PermissionError (not executable; a nice value below the caller's; a weaker sandbox),
     OSError(EAGAIN).
@@ -109,7 +109,8 @@ def _sandbox(
     net: str | Sequence[str] | None,
     forked_from: wire.Template | None,
 ) -> wire.Sandbox:
-    """An agent's child has its parent's box, so nothing has to be looked up for it, unless it asks for one."""
+    """The sandbox to send. An agent's child has its parent's, so there is nothing to look up unless the caller names
+    one."""
     if level is None and net is None and is_agent():
         return wire.Sandbox()
     needed = template.folders(forked_from)
@@ -117,7 +118,7 @@ def _sandbox(
 
 
 def _umask() -> int:
-    """From /proc, because to ask Linux is to set it, for all threads."""
+    """The umask, read from /proc: the system call `umask` would also set it, for all threads."""
     try:
         fd = os.open("/proc/self/status", os.O_RDONLY | os.O_CLOEXEC)
     except OSError:

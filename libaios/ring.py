@@ -39,10 +39,10 @@ attached, and a frame of which it has not seen the first fragment. So a new kern
 in which the dead one left a ring: the agent submits its open calls again in the new epoch, and what it had submitted in
 the old one is skipped.
 
-The other side may be hostile. Each counter and length is read once, checked, and then used. That goes for our own
-counter, too, when we attach, since the peer may have overwritten it. Nonsense raises ProtocolError. A peer cannot
-disturb this side in any other way, because the size is sealed. Only the last fragment of a frame may be short (less
-than a quarter of the ring), so that a peer cannot make us keep a million tiny ones.
+The other side may be hostile. Each counter and length is read once, checked, and then used. The same goes for this
+side's own counter when it attaches, since the peer may have overwritten it. A value that breaks these rules raises
+ProtocolError. A peer cannot disturb this side in any other way, because the size is sealed. Only the last fragment of a
+frame may be short (less than a quarter of the ring), so that a peer cannot make the consumer keep a million tiny ones.
 """
 
 from __future__ import annotations
@@ -61,7 +61,7 @@ MAGIC = int.from_bytes(b"aiosring", "little")
 HEADER = 4096
 MIN_RING, MAX_RING = 1 << 12, 1 << 26
 
-#: Looked at by a consumer in one go. An honest peer puts no more than five into a ring at a time.
+#: How many fragments a consumer takes in one call. An honest peer puts no more than five into a ring at a time.
 FRAGMENTS = 32
 
 HEAD_BYTES = 8
@@ -91,7 +91,7 @@ class ProtocolError(Exception):
 def fence() -> None:
     """A full memory barrier: other processes see what was written before it, before anything after it is read.
 
-    Without a barrier the processor may read the other side's flag before it publishes our counter, and a wake-up is
+    Without a barrier the processor may read the other side's flag before it publishes its own counter, and a wake-up is
     lost. Python has no barrier of its own, but taking a lock is one. Each call takes a new lock: a common one would
     stay locked for ever if a signal handler raised, or a finalizer sent a frame, between acquire and release.
     """
@@ -192,8 +192,8 @@ class CallIds:
 
 
 class Work:
-    """The call on which a service works alone, in the header, where it is still found when the service is dead. To
-    write it costs the other side nothing."""
+    """The call on which a service works alone. It is stored in the header, so that it can still be read when the
+    service is dead; writing it costs the other side nothing."""
 
     __slots__ = ("_items",)
 
@@ -202,7 +202,7 @@ class Work:
 
     def begin(self, peer: int, call: int) -> None:
         items = self._items
-        items[_WORK_CALL] = 0  # killed in between, it had announced nothing
+        items[_WORK_CALL] = 0  # a service that is killed in between has announced nothing
         items[_WORK_PEER] = peer & _WORD
         items[_WORK_CALL] = call
 
@@ -211,7 +211,7 @@ class Work:
 
     @property
     def call(self) -> tuple[int, int] | None:
-        """Peer and call id."""
+        """Peer and call id; None: no call is announced."""
         peer, call = self._items[_WORK_PEER], self._items[_WORK_CALL]
         return (peer - (peer >> 63 << 64), call) if call else None
 
@@ -258,8 +258,8 @@ class Producer:
 
     def put_whole(self, payloads: Sequence[bytes]) -> int:
         """Write one fragment for each of `payloads`, and publish them together. Stops at the first for which there is
-        no room now, or that is larger than `small`; returns how many were written. Nearly all frames go this way, so
-        it calls no other function."""
+        no room now, or that is larger than `small`; returns the number of fragments written. Nearly all frames go this
+        way, so it calls no other function."""
         items, data, size = self._items, self._map, self.size
         start, last, small = self._start, self._end, self.small
         mask, head = size - 1, self._head | _WHOLE
@@ -382,9 +382,9 @@ class Consumer:
         return frames[0] if frames else None
 
     def gather(self, frames: MutableSequence[bytes], limit: int) -> bool:
-        """Append the whole frames that are here now to `frames`, until that has `limit`. If a signal handler raises
-        meanwhile, each frame is either in `frames` or still in the ring. True: it has met `FRAGMENTS` fragments, which
-        are work though they make no frame, and has stopped there."""
+        """Append the whole frames that are here now to `frames`, until it has `limit` of them. If a signal handler
+        raises meanwhile, each frame is either in `frames` or still in the ring. True: it stopped after `FRAGMENTS`
+        fragments, since fragments cost time even when they complete no frame."""
         items, data, head = self._items, self._map, self._head
         start, last = self._start, self._end
         mask, longest = self.size - 1, self.max_frame
@@ -462,13 +462,13 @@ class Consumer:
 
 
 def _own_counter(value: int) -> int:
-    """Check our own counter, as it is found when we attach."""
+    """Check this side's own counter as the header has it when this side attaches."""
     if value & 7 or value > _MAX_COUNT:
         raise ProtocolError(f"a counter of {value}")
     return value
 
 
 def _place(segment: Segment, submissions: bool) -> tuple[int, int, int]:
-    """Of one ring: the first item of its counters, the offset of its data, its size."""
+    """The place of one ring: the first item of its counters, the offset of its data, its size in bytes."""
     sub, comp = segment.sizes
     return (_SUB, HEADER, sub) if submissions else (_COMP, HEADER + sub, comp)

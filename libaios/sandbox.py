@@ -1,7 +1,8 @@
-"""What a person who starts an agent grants it: the paths of its program, looked up here, by the person's process.
+"""The files that a person grants to an agent by starting it: those of its program, and those named in options.
 
-The kernel looks up no path that it is given, and a confined agent's own process cannot see more than it was granted. So
-paths are made absolute and free of symbolic links here, before the agent is there.
+Paths are looked up here, in the person's process, before the agent exists, and are made absolute and free of symbolic
+links. The kernel looks up no path that comes from an agent, and a confined agent's own process sees no more than it was
+granted.
 """
 
 from __future__ import annotations
@@ -13,7 +14,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from libaios import digest, wire
 from libaios.home import Home
 
-#: Variables that name files with the certificates of those whom programs trust: such files may be read.
+#: Variables that name files with the certificates that programs trust: such files may be read.
 CERTIFICATES = (
     "SSL_CERT_FILE", "REQUESTS_CA_BUNDLE", "CURL_CA_BUNDLE", "NODE_EXTRA_CA_CERTS", "PIP_CERT", "GIT_SSL_CAINFO",
     "NIX_SSL_CERT_FILE", "AWS_CA_BUNDLE",
@@ -38,8 +39,8 @@ def wish(
     net: str | Iterable[str] | None = None,
     needed: Iterable[str] = (),
 ) -> wire.Sandbox:
-    """What is sent with a spawn. `target`, `args` and so on as in `wire.Spawn`, but as Python has them. `needed`: what
-    the program needs besides its own folder."""
+    """The sandbox that is sent with a spawn. `target`, `args` and so on are as in `wire.Spawn`, but as Python has them.
+    `needed`: paths that the program needs besides its own folder."""
     program, own = _own(kind, target, cwd, env)
     of_agent = wire.ENV_PID in os.environ  # what agents start proves nothing to rules
     alone = own == [program]
@@ -66,15 +67,16 @@ def wish(
 
 
 def _net(net: str | Iterable[str] | None) -> str:
-    """As it is sent: without blanks, in small letters, each host once. The kernel checks it."""
+    """The network as it is sent: without blanks, in small letters, each host once. The kernel checks it."""
     words = [net] if isinstance(net, str) else net or ()
     return ",".join(dict.fromkeys(word.strip().lower() for text in words for word in text.split(",")))
 
 
 def _own(kind: str, target: str, cwd: str, env: Mapping[str, str]) -> tuple[str, list[str]]:
-    """The program by which agents of a kind know each other again, and what it needs to be read: the folder in which it
-    lies, or where that is too broad the file alone. A program that is executed gets the folder in which it starts, too,
-    because its arguments mostly name files there (`python app.py`), and an environment of Python in which it lies."""
+    """The path by which later agents of this program are recognised, and the paths that it must be able to read: the
+    folder in which it lies, or the file alone if that folder is too broad. A program that is executed also gets its
+    working folder, because its arguments mostly name files there (`python app.py`), and the environment of Python in
+    which it lies."""
     if kind == "module" or target == "-":
         return target, [] if is_broad(_real(cwd)) else [_real(cwd)]
     named = os.path.join(cwd, target)
@@ -94,7 +96,7 @@ def _own(kind: str, target: str, cwd: str, env: Mapping[str, str]) -> tuple[str,
 
 def _of_interpreter(program: str, args: Sequence[str], cwd: str) -> str:
     """The script that an interpreter is to run (`python -u DIR/app.py`), which counts as one that is named without it.
-    Other arguments grant nothing: they may be text that comes from somebody else."""
+    Other arguments grant nothing: they may be text from another person."""
     if not INTERPRETERS.fullmatch(os.path.basename(program)):
         return ""
     for arg in args:
@@ -112,8 +114,8 @@ def _folder_of(script: str) -> str:
 
 
 def user_base(env: Mapping[str, str]) -> str:
-    """Where Python finds what `pip install --user` has installed, if that is anything; "": nothing is there, or the
-    environment names the place already. In a sandbox the home is another folder."""
+    """The folder in which Python finds what `pip install --user` has installed. "": there is none, or the environment
+    names it already. (In a sandbox the home is another folder, so Python would not find it.)"""
     base = os.path.expanduser("~/.local")
     return base if "PYTHONUSERBASE" not in env and _user_sites(base) else ""
 
@@ -129,8 +131,9 @@ def _user_sites(base: str) -> list[str]:
 
 
 def _environments(folder: str) -> list[str]:
-    """The roots of the environment of Python or Node whose programs are in this folder; [] if it is none. That of a
-    virtual environment has its interpreter and its library elsewhere; `shims` stand for programs of several."""
+    """The roots of the environment of Python or Node whose programs are in this folder; [] if the folder belongs to
+    none. A virtual environment has its interpreter and its library elsewhere; `shims` stand for programs of several
+    environments."""
     root = os.path.dirname(folder)
     if os.path.basename(folder) == "shims" or os.path.isdir(os.path.join(root, "lib", "node_modules")):
         return [root] if root not in ("/", "/usr", "/usr/local") else []
@@ -138,7 +141,7 @@ def _environments(folder: str) -> list[str]:
         with open(os.path.join(root, "pyvenv.cfg"), encoding="utf-8", errors="replace") as file:
             settings = dict(line.partition("=")[::2] for line in file)
     except OSError:
-        own = root not in ("/", "/usr")  # these all agents may read
+        own = root not in ("/", "/usr")  # all agents may read these
         return [root] if own and _has_library(os.path.join(root, "lib")) else []
     home = next((value.strip() for name, value in settings.items() if name.strip() == "home"), "")
     return [root, *([os.path.dirname(_real(home))] if os.path.isabs(home) else [])]
@@ -161,8 +164,8 @@ def _in_path(name: str, env: Mapping[str, str]) -> str | None:
 
 
 def is_broad(folder: str) -> bool:
-    """Whether it has the user's home in it, data or settings (with keys) of aiosd, or what belongs to many programs:
-    too much to be granted unasked."""
+    """Whether a folder contains the user's home, data or settings (with keys) of aiosd, or files of many programs: too
+    much to be granted without an option that names it."""
     if folder in SHARED or folder == _real(os.environ.get("TMPDIR", "")):
         return True
     own = Home().texts

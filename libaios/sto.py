@@ -3,13 +3,13 @@
 An agent that was started under a name of its own (`aios-run --name`) finds its files again under that name, in the
 same group; without such a name they end with it. A path is names with a slash between them, `notes/plan.txt`. `of` says
 whose file is meant: "" the caller's own; "group" those of its group; "agent:NAME", "agent:GROUP/NAME" or "group:NAME"
-those of others, of which it sees what they have shared with it.
+those of another owner, if they are shared with the caller.
 
-Each write makes a new version. What is removed lies in the trash, until a person empties that. A file of a mounted
-folder is a real one: it has version 0 and no history.
+Each write makes a new version. A removed file lies in the trash until a person empties that. A file of a mounted folder
+is a real one: it has version 0 and no history.
 
-All calls raise OSError: FileNotFoundError, PermissionError, EAGAIN, EDQUOT, ENOSPC, EINVAL, EIO with a sentence. What
-the caller may not see is not found, as if it were not there.
+All calls raise OSError: FileNotFoundError, PermissionError, EAGAIN, EDQUOT, ENOSPC, EINVAL, EIO with a sentence. A file
+that the caller may not see is not found, as if it did not exist.
 """
 
 from __future__ import annotations
@@ -80,10 +80,10 @@ def write(path: str, data: bytes | str, of: str = "", if_version: int | None = N
 
 @syscalls
 def append(path: str, data: bytes | str, of: str = "") -> Steps[File]:
-    """Make a new version with `data` (at most 1 MB) behind what there is. It shares with the old one what is alike.
+    """Make a new version with `data` (at most 1 MB) after the bytes of the newest one. Equal content is stored once.
 
-    A file of a folder that is mounted for writing is copied, and may have 16 MB (EFBIG); EAGAIN where others change it
-    all the time.
+    A file of a folder that is mounted for writing is copied, so it may have at most 16 MB (EFBIG); EAGAIN if other
+    processes keep changing it meanwhile.
     """
     raw = _bytes(data)
     if len(raw) > PIECE:
@@ -121,7 +121,7 @@ def _sent(upload: int, source: BinaryIO, sizes: builtins.list[int]) -> Iterator[
 
 
 def _full_piece(source: BinaryIO) -> bytes:
-    """PIECE bytes, or what is left; a pipe gives less at a time."""
+    """PIECE bytes, or the rest; several reads, since a pipe returns less at a time."""
     parts = []
     missing = PIECE
     while missing and (part := source.read(missing)):
@@ -161,7 +161,7 @@ def download(
 
 
 def _pieces(path: str, version: int | None, of: str, take: Callable[[bytes], Any]) -> Steps[int]:
-    """All pieces of one version, whatever is written meanwhile."""
+    """Read all pieces of one version, even if new versions are written meanwhile."""
     first: wire.FileData = yield Plan(Sys.STO_READ, wire.StoRead(path, of, version))
     offset = 0
 
@@ -217,7 +217,7 @@ def _lines(data: bytes, what: str) -> builtins.list[str]:
 
 
 def _marked(lines: Any) -> Any:
-    """A last line without its end has a mark, as in diff."""
+    """The lines, with a mark after a last line that has no newline, as in diff."""
     for line in lines:
         yield line if line.endswith("\n") else f"{line}\n\\ No newline at end of file\n"
 
@@ -273,7 +273,7 @@ def remove(path: str, of: str = "") -> Plan[int]:
 
 @syscall
 def trash(of: str = "", limit: int = 1000, after: int = 0) -> Plan[builtins.list[Trashed]]:
-    """What was removed; with `after` only what comes behind that number."""
+    """The removed files; with `after` only those with higher numbers."""
     return Plan(Sys.STO_TRASH, wire.StoTrash(_text(of), limit, after))
 
 
@@ -285,8 +285,8 @@ def restore(number: int, of: str = "") -> Plan[File]:
 
 @syscalls
 def empty_trash(of: str = "", numbers: builtins.list[int] | None = None) -> Steps[int]:
-    """Remove these files, or all that lie in the trash, for good. Only a person may do that, an agent gets
-    PermissionError. Returns how many they were."""
+    """Remove these files, or all that lie in the trash, for good, and return their number. Only a person may do that:
+    an agent gets PermissionError."""
     total: int = yield Plan(Sys.STO_EMPTY, wire.StoEmpty(_text(of), numbers))
     while numbers is None and (more := (yield Plan(Sys.STO_EMPTY, wire.StoEmpty(_text(of))))):
         total += more
@@ -298,8 +298,8 @@ def empty_trash(of: str = "", numbers: builtins.list[int] | None = None) -> Step
 
 @syscall
 def share(path: str, to: str, write: bool = False, of: str = "") -> Plan[None]:
-    """Let an agent ("agent:NAME") or a group ("group", "group:NAME") read a file, or all files of a folder, those to
-    come included; with `write` change them, too. They find them with `of`. Raises FileNotFoundError."""
+    """Let an agent ("agent:NAME") or a group ("group", "group:NAME") read a file, or all files of a folder, later ones
+    included; with `write` change them, too. They find the files with `of`. Raises FileNotFoundError."""
     return Plan(Sys.STO_SHARE, wire.StoShare(_text(path), _text(to), write, _text(of)))
 
 
@@ -327,7 +327,7 @@ def mount(folder: str | os.PathLike[str], at: str, write: bool = False, of: str 
 
 @syscall
 def unmount(at: str, of: str = "") -> Plan[bool]:
-    """The real folder stays as it is. False: none is mounted there."""
+    """End a mount; the real folder stays as it is. False: none is mounted there."""
     return Plan(Sys.STO_UNMOUNT, wire.StoPath(_text(at), _text(of)))
 
 
@@ -339,8 +339,8 @@ def mounts(of: str = "") -> Plan[builtins.list[Mount]]:
 
 @syscall
 def stats(of: str = "") -> Plan[dict[str, Any]]:
-    """`files`, `trash` (files), `bytes` that are kept of the `quota`, `versions` that are kept of each file; `lasting`:
-    they outlast the agent."""
+    """`files` and `trash`: numbers of files; `bytes`: what they take of the `quota`; `versions`: how many are kept of
+    each file; `lasting`: whether they outlast the agent."""
     return Plan(Sys.STO_STATS, wire.StoSpace(_text(of)))
 
 
@@ -348,13 +348,13 @@ def stats(of: str = "") -> Plan[dict[str, Any]]:
 
 
 def _call(plan: Plan[T]) -> Steps[T]:
-    """One call of several: what a plan gives has no type where it is yielded."""
+    """One call as steps: gives the result its type, which a `yield` does not."""
     result: T = yield plan
     return result
 
 
 def _text(value: str) -> str:
-    """Raises OSError (EINVAL) for what no message can carry."""
+    """Check a text. Raises OSError (EINVAL) if no message can carry it."""
     try:
         value.encode()
     except UnicodeEncodeError:

@@ -118,7 +118,7 @@ class FrameSocket:
         return True
 
     def _offer(self, data: memoryview, fds: Sequence[int]) -> int:
-        """How many bytes of it the socket takes now; with the first of them it takes the descriptors."""
+        """Send without blocking; return how many bytes the socket took. The descriptors go with the first byte."""
         rights = [(socket.SOL_SOCKET, socket.SCM_RIGHTS, array.array("i", fds))] if fds else []
         try:
             return self._sock.sendmsg([data], rights, _SEND_FLAGS)

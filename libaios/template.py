@@ -1,6 +1,6 @@
 """Templates: warm processes from which agents are forked, named by an interpreter and the modules that it has imported.
 
-Paths are looked up here, by the person's process, because neither kernel nor supervisor looks any up.
+Paths are looked up here, by the person's process, because neither kernel nor supervisor looks up paths.
 """
 
 from __future__ import annotations
@@ -21,8 +21,8 @@ def wish(modules: Iterable[str], python: str = "") -> wire.Template:
 
 
 def folders(template: wire.Template | None) -> list[str]:
-    """What a confined agent must be able to read to import more: its environment, and the one that this is made of.
-    aiosd's own is readable in every sandbox."""
+    """The folders that a confined agent must be able to read to import more: the environment of the interpreter, and
+    the one from which that was made. aiosd's own is readable in every sandbox."""
     if template is None or not template.python:
         return []
     prefix = os.path.dirname(os.path.dirname(wire.os_str(template.python)))
@@ -36,8 +36,8 @@ def folders(template: wire.Template | None) -> list[str]:
 
 
 def _interpreter(named: str) -> str:
-    """The python of an environment is a link, which is kept: its place tells which environment it is. Links above it
-    are resolved, since a sandbox has none."""
+    """The absolute path of an interpreter. The last link of it is kept: in a virtual environment `python` is a link,
+    and its place tells which environment it is. Links above are resolved, since a sandbox has none."""
     path = os.path.abspath(os.path.expanduser(named))
     if os.path.isdir(path):
         path = os.path.join(path, "bin", "python")

@@ -1,4 +1,5 @@
-"""Tools: what there is, and calling it. The toolbox runs the tools, each call in a process apart from the agent.
+"""Tools: list them, call them, define new ones. The toolbox runs the tools, each call in a process apart from the
+agent.
 
     aios.tool.list()                                   # every tool, with the JSON Schema of its arguments
     aios.tool.call("calc", expression="2*21")          # -> "42"
@@ -7,7 +8,7 @@
     aios.llm.run(messages, tools=["calc"])             # … or the whole loop: they are made, until there is an answer
 
 A call is made at most once: when the process that runs it dies, its caller gets EIO. Arguments are checked against the
-tool's schema before anything runs. A call waits for its turn while others hold what it needs (`define`).
+tool's schema before anything runs. A call waits for its turn while other calls use what it needs (see `define`).
 
 A person adds tools by `aiosd --tools FILE.py`:
 
@@ -70,15 +71,15 @@ def call(
     timeout: float | None = None,
     **more: Any,
 ) -> Plan[Any]:
-    """Call a tool and return its result: what JSON can hold.
+    """Call a tool and return its result: a value of JSON.
 
     Arguments by keyword, or as one mapping (which is needed for an argument named `timeout`). `timeout` in seconds
     includes the time in which the call waits for its turn; the tool's own limit does not.
 
-    Raises FileNotFoundError (no such tool), PermissionError (a rule denies it, a person did, or nobody was there to be
-    asked: the message names the rule), EINVAL (arguments that do not fit the schema, or that the tool refuses),
-    TimeoutError, ENOMEM, EIO (its process died; it is not done again), EREMOTEIO (the tool failed: the message has its
-    exception).
+    Raises FileNotFoundError (no such tool), PermissionError (denied by a rule, by a person, or because no person could
+    be asked: the message names the rule), EINVAL (arguments that do not fit the schema, or that the tool refuses),
+    TimeoutError, ENOMEM, EIO (the process of the call died; it is not made again), EREMOTEIO (the tool failed: the
+    message has its exception).
     """
     return Plan(Sys.TOOL_CALL, call_args(name, arguments, more, timeout), timeout=timeout)
 
@@ -109,7 +110,7 @@ def stream(name: str, arguments: Mapping[str, Any] | None = None, /, **more: Any
 
 
 def known(names: Sequence[str]) -> builtins.list[ToolInfo]:
-    """The tools of these names. Raises FileNotFoundError that names what there is."""
+    """The tools of these names. Raises FileNotFoundError, whose message lists the tools that exist."""
     there = {tool.name: tool for tool in list()}
     return chosen(there, names)
 
@@ -123,21 +124,21 @@ def chosen(there: Mapping[str, ToolInfo], names: Sequence[str]) -> builtins.list
 
 
 def names_in(tools: object) -> builtins.list[str]:
-    """Of the `tools` of a chat, those that are given by name."""
+    """Those of the `tools` of a chat that are given by name."""
     if isinstance(tools, str | bytes | Mapping) or not isinstance(tools, Iterable):
         return []
     return [tool for tool in tools if isinstance(tool, str)]
 
 
 def resolved(tools: Sequence[Any], there: Sequence[ToolInfo]) -> builtins.list[dict[str, Any]]:
-    """The `tools` of a chat with all names replaced. `there`: the tools of these names, in this order."""
+    """The `tools` of a chat with all names replaced. `there`: the tools with these names, in this order."""
     found = iter(there)
     return [function_of(next(found)) if isinstance(tool, str) else tool for tool in tools]
 
 
 def function_of(tool: ToolInfo) -> dict[str, Any]:
-    """The tool as a chat takes it. Its arguments are checked by the toolbox before it is called, so what no grammar can
-    express need not keep the model from being offered it."""
+    """The tool as a chat takes it. The toolbox checks arguments before a call, so a tool is offered to the model even
+    if a grammar cannot express its whole schema."""
     inner = {"name": tool.name, "description": tool.description, "parameters": tool.parameters, "strict": False}
     return {"type": "function", "function": inner}
 
@@ -146,7 +147,7 @@ def function_of(tool: ToolInfo) -> dict[str, Any]:
 
 
 class Definition(Struct, frozen=True):
-    """What `define` was given."""
+    """The arguments of `define`."""
 
     name: str = ""
     instances: int = 1
@@ -188,7 +189,7 @@ def define(
     """Make a function a tool. Its type hints become the JSON Schema, its docstring the descriptions.
 
     name       of the tool (the function's): 1 to 64 of A-Z a-z 0-9 _ -
-    instances  how many calls may run at a time (1: a tool that says nothing else is never run twice at once)
+    instances  how many calls may run at a time (default 1: one at a time)
     time       seconds that a call may run
     memory     bytes for the process of a call
     output     bytes of what a call writes and returns
@@ -218,7 +219,7 @@ def define(
 
 
 def definition_of(value: object) -> Definition | None:
-    """What a function was defined with; None: it is no tool."""
+    """The definition of a function; None: it is no tool."""
     found = getattr(value, _MARK, None) if callable(value) else None
     return found if isinstance(found, Definition) else None
 

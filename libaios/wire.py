@@ -7,14 +7,14 @@ A *frame* is one msgpack-encoded `Request` (agent → kernel) or `Reply` (kernel
 id, unique within its process for as long as the system runs, and gets exactly one final reply; a stream gets
 any number of partial replies before it. Replies come in any order.
 
-The arguments and the body stay undecoded (`msgspec.Raw`) until the number of the system call says what they
-are. `TABLE` has one row for each call: its number, the struct of its arguments, the type of its reply, which
-process answers it, and what happens when it is submitted again after a death. All else follows from that row. The
-kernel decodes arguments against the struct named there, and this is the one place where types and ranges of what an
-agent sent are checked.
+Arguments and bodies stay undecoded (`msgspec.Raw`) until the number of the system call determines their type.
+`TABLE` has one row for each call: its number, the struct of its arguments, the type of its reply, which process answers
+it, and what happens when it is submitted again after a death. All else follows from that row. The kernel decodes
+arguments against the struct named there, and this is the one place where types and ranges of what an agent sent are
+checked.
 
-By subject, in the order of `Sys`, arguments and replies of its calls stand side by side; the table is behind them. A
-struct for arguments or replies, and a row, make a new call.
+Arguments and replies of the calls are grouped by subject, in the order of `Sys`; the table follows them. To add a call,
+add a struct for its arguments, perhaps one for its reply, and a row.
 """
 
 from __future__ import annotations
@@ -31,8 +31,8 @@ from msgspec import Meta, Raw, Struct, msgpack
 VERSION = 1
 #: Largest frame that one process may send to another (bytes).
 MAX_FRAME = 16 << 20
-#: Environment of an agent: `memfd:doorbell:ospid` (two descriptor numbers and the process they belong to: in
-#: any other process, a child that inherited them say, the channel must not be touched), its pid, its system.
+#: Environment of an agent: `memfd:doorbell:ospid` (two descriptor numbers and the process that owns them: in
+#: any other process, such as a child that inherited them, the channel must not be used), its pid, its system.
 ENV_CHANNEL = "AIOS_CHANNEL"
 ENV_PID = "AIOS_PID"
 ENV_HOME = "AIOS_HOME"
@@ -158,13 +158,13 @@ class Failure(Struct, array_like=True, frozen=True):
 
 # ── control socket ────────────────────────────────────────────────────────────────────────────────────────
 
-#: Before the pid of an agent in place of a token: a program has connected at that agent's own gate.
+#: A token that is GATE and the pid of an agent: a program has connected through that agent's own gate.
 GATE = "gate:"
 
 
 class Hello(Struct, array_like=True, frozen=True):
-    """First frame of a client on the control socket. `client` 0 asks for a new identity. `token`: of the agent that the
-    client acts for, or GATE and its pid, which only aiosd's own gateway may."""
+    """First frame of a client on the control socket. `client` 0 asks for a new identity. `token`: the secret of the
+    agent that the client acts for, or GATE and its pid, which only aiosd's own gateway may."""
 
     version: int
     client: Uint = 0
@@ -192,12 +192,12 @@ class NoArgs(Struct, array_like=True, frozen=True):
 
 
 class Limits(Struct, array_like=True, frozen=True):
-    """Budgets of one agent, which all that it starts shares; None: unlimited."""
+    """Budgets of one agent, shared with all agents that it starts; None: unlimited."""
 
     tokens: Uint | None = None  # prompt tokens computed + completion tokens
     time_s: Seconds | None = None  # wall seconds since the spawn
     memory_bytes: Amount | None = None  # PSS of its processes, and what they hold in memfds
-    cpu_s: Seconds | None = None  # on processors, of its processes
+    cpu_s: Seconds | None = None  # processor seconds of its processes
     context: Amount | None = None  # tokens that its open calls hold at a time, prompts and answers
     tool_calls: Uint | None = None
     children: Uint | None = None  # agents that it starts, and that these start
@@ -211,7 +211,7 @@ Paths = Annotated[list[Annotated[str, Meta(min_length=1, max_length=4096)]], Met
 
 
 class Sandbox(Struct, array_like=True, frozen=True):
-    """How an agent is to be confined; "" is what the settings say for its group. Paths are `os_text`, absolute, without
+    """How an agent is to be confined; "": as the settings say for its group. Paths are `os_text`, absolute, without
     symbolic links: the kernel looks up none (`libaios.sandbox` makes this). A confined agent's child gets its parent's
     files, and never more."""
 
@@ -219,12 +219,12 @@ class Sandbox(Struct, array_like=True, frozen=True):
     net: Annotated[str, Meta(max_length=8192)] = ""  # none, all, gateway, or hosts: "example.org,*.example.net:8443"
     read: Paths = []
     write: Paths = []
-    own: Paths = []  # what its program needs to be read
+    own: Paths = []  # paths that its program must be able to read
     env: Annotated[list[Annotated[str, Meta(min_length=1, max_length=256)]], Meta(max_length=1024)] = []
-    program: Annotated[str, Meta(max_length=4096)] = ""  # by which its workspace is found again
-    alone: bool = False  # `own` has its script, not the folder where that lies
-    sha256: Annotated[bytes, Meta(max_length=32)] = b""  # of a script, as the person who starts it has it
-    script: Annotated[str, Meta(max_length=4096)] = ""  # that an interpreter runs: its workspace is found by this
+    program: Annotated[str, Meta(max_length=4096)] = ""  # the path by which its workspace is found again
+    alone: bool = False  # `own` has the script alone, not its folder
+    sha256: Annotated[bytes, Meta(max_length=32)] = b""  # of the script when its person started it
+    script: Annotated[str, Meta(max_length=4096)] = ""  # the script that an interpreter runs: for its workspace
 
 
 #: `a.b.c`, as in an import.
@@ -240,7 +240,7 @@ class Template(Struct, array_like=True, frozen=True):
 
     @property
     def name(self) -> str:
-        """What its process is called. Where there are several of this name, all but the first have a number, too."""
+        """The name of its process. If there are several of this name, all but the first have a number, too."""
         return f"template:{self.modules[0] if self.modules else os.path.basename(os_shown(self.python))}"
 
 
@@ -293,7 +293,7 @@ class Waited(Struct, array_like=True, frozen=True):
     pid: int
     status: int
     budget: str = ""  # which budget ended it, by its name in aiosd.toml; "": none
-    reason: str = ""  # why it ended, in a sentence of the kernel or the supervisor; "" when it ended by itself
+    reason: str = ""  # why it ended, a sentence from the kernel or the supervisor; "" when it ended by itself
 
 
 class Kill(Struct, array_like=True, frozen=True):
@@ -301,12 +301,12 @@ class Kill(Struct, array_like=True, frozen=True):
 
     pid: int
     signal: Signal = 15
-    timeout_s: Seconds | None = None  # KILL when the agent is still alive after that long; then reply
+    timeout_s: Seconds | None = None  # send KILL if the agent is still alive after this time; then reply
 
 
 class Ps(Struct, array_like=True, frozen=True):
     """List agents: the caller's live ones, or `all` (zombies and aiosd's own processes too); `dead`: zombies
-    and those that are remembered as well."""
+    and those of which aiosd still has a record as well."""
 
     all: bool = False
     pids: list[Uint] | None = None
@@ -344,7 +344,7 @@ class ProcInfo(Struct, frozen=True):
     sandbox: str = "none"  # how it is confined
     cost: str = "0.00"  # what its generations cost, exactly
     budget: str = ""  # which budget ended it, by its name in aiosd.toml
-    reason: str = ""  # why it ended, where kernel or supervisor know
+    reason: str = ""  # why it ended, if the kernel or the supervisor knows
     template: str = ""  # the name of the template that it was forked from; "": of none
     ended: float | None = None  # Unix time
 
@@ -381,9 +381,9 @@ class Received(Struct, array_like=True, frozen=True):
 TokenId = Annotated[int, Meta(ge=0, lt=1 << 31)]
 TokenIds = Annotated[list[TokenId], Meta(max_length=1 << 20)]
 Penalty = Annotated[float, Meta(ge=-2, le=2)]
-#: What a generation has given out so far: its tokens, or its text where a model is elsewhere and no tokens come.
+#: What a generation has given out so far: its tokens, or its text if a remote model sends no tokens.
 Given = TokenIds | Annotated[str, Meta(max_length=1 << 22)]
-#: What ends a repetition for DRY where `dry_breakers` is None.
+#: The strings that end a repetition for DRY if `dry_breakers` is None.
 BREAKERS = ("\n", ":", '"', "*")
 
 
@@ -394,7 +394,7 @@ class Sampling(Struct, array_like=True, frozen=True):
     top_k: Annotated[int, Meta(ge=0, le=1 << 24)] = 40  # 0: off
     min_p: Annotated[float, Meta(ge=0, le=1)] = 0.05
     repeat_penalty: Annotated[float, Meta(gt=0, le=10)] = 1.0
-    seed: Annotated[int, Meta(ge=0, le=(1 << 63) - 1)] = 0  # the SDK draws one where the caller gave none
+    seed: Annotated[int, Meta(ge=0, le=(1 << 63) - 1)] = 0  # the SDK draws one if the caller gave none
     ignore_eos: bool = False
     stop: Annotated[list[Annotated[str, Meta(min_length=1, max_length=1024)]], Meta(max_length=64)] = []
     presence_penalty: Penalty = 0.0
@@ -419,8 +419,8 @@ class Sampling(Struct, array_like=True, frozen=True):
 class Generate(Struct, array_like=True, frozen=True):
     """One generation: a chat (`messages`) or a completion (`prompt`: text, or token ids taken verbatim).
 
-    `given` is what this very call has been given already, before its kernel or core died (see `Progress`). It is never
-    made again: tokens are forced, a text is continued, and replies start after it.
+    `given` is what this very call has given out already, before its kernel or core died (see `Progress`). It is not
+    generated again: tokens are forced, a text is continued, and replies start after it.
     """
 
     messages: Annotated[list[dict[str, Any]], Meta(max_length=1 << 16)] | None = None
@@ -464,7 +464,7 @@ class ToolCall(Struct, frozen=True):
 
 class Alternative(Struct, array_like=True, frozen=True):
     """A token that could have come, with the natural logarithm of its probability and its bytes (`piece`). `token` is
-    -1 where a model that is elsewhere does not tell its numbers."""
+    -1 if a remote model does not send token numbers."""
 
     token: int
     logprob: float
@@ -481,14 +481,14 @@ class Logprob(Struct, array_like=True, frozen=True):
     top: list[Alternative] = []
 
 
-#: One for each token; None for those of which it is not known any more, because the model's process died since.
+#: One for each token; None if it is not known any more, because the model's process has died since.
 Logprobs = list[Logprob | None]
 
 
 class Piece(Struct, array_like=True, frozen=True):
-    """Body of a partial reply of a stream: whole characters only, and the tokens they came from. In `text` are marks
-    that say which part of the answer follows (`libaios.parts`). `model`: with the first piece of a call that named a
-    route, the model that writes it; no other can go on from there."""
+    """Body of a partial reply of a stream: whole characters only, and the tokens they came from. `text` contains marks
+    that say which part of the answer follows (`libaios.parts`). `model`: in the first piece of a call that named a
+    route, the model that writes it; no other model can go on from there."""
 
     text: str
     tokens: list[int]
@@ -498,7 +498,7 @@ class Piece(Struct, array_like=True, frozen=True):
 
 class Progress:
     """What one generation has given out, counted as its core counts: in tokens, or in characters of text where a core
-    has no tokens. A piece without tokens counts by its text."""
+    has no tokens. For a piece without tokens its text counts."""
 
     __slots__ = ("length", "texts", "tokens")
 
@@ -516,7 +516,7 @@ class Progress:
             self.length += len(text)
 
     def given(self) -> list[int] | str:
-        """For `Generate.given`."""
+        """The value for `Generate.given`."""
         return "".join(self.texts) if self.texts else list(self.tokens)
 
 
@@ -530,7 +530,7 @@ class Generated(Struct, array_like=True, frozen=True):
     usage: Usage
     tool_calls: list[ToolCall] = []
     logprobs: Logprobs | None = None
-    model: str = ""  # whose answer it is
+    model: str = ""  # the name of the model that answered
 
 
 class Embed(Struct, array_like=True, frozen=True):
@@ -549,7 +549,7 @@ class Embedded(Struct, array_like=True, frozen=True):
 
 
 class Rerank(Struct, array_like=True, frozen=True):
-    """How well does each document answer the query?"""
+    """Ask a model for a score for each document: how well it answers the query."""
 
     query: str
     documents: Annotated[list[str], Meta(max_length=65536)]
@@ -579,7 +579,7 @@ class Detokenize(Struct, array_like=True, frozen=True):
 
 
 class ModelInfo(Struct, frozen=True):
-    """A figure of 0 is not known: of a model that another server runs, little is."""
+    """A loaded model. A figure of 0 is not known; of a model on another server most are not known."""
 
     name: str
     path: str = ""  # its file; "": it has none on this machine
@@ -594,7 +594,7 @@ class ModelInfo(Struct, frozen=True):
     chat: bool = False  # has a chat template
     tools: bool = False  # whose template takes tools
     loras: list[str] = []  # adapters that a call can name
-    url: str = ""  # where it is served, if it is not on this machine
+    url: str = ""  # the server that runs it, if it is not on this machine
     route: list[str] = []  # it is a route: the first of these models that can answers
 
 
@@ -623,7 +623,7 @@ class NamedContext(Struct, array_like=True, frozen=True):
 
 
 class RestoredContext(Struct, array_like=True, frozen=True):
-    """`cached`: tokens whose state came back; `refused`: why that is not all, ''."""
+    """`cached`: tokens whose state came back; `refused`: why these are not all of them, or ''."""
 
     messages: list[dict[str, Any]]
     tokens: int
@@ -633,7 +633,7 @@ class RestoredContext(Struct, array_like=True, frozen=True):
 
 
 class CloseContext(Struct, array_like=True, frozen=True):
-    """The caller will not go on with this conversation: what is kept of it can go first."""
+    """The caller will not continue this conversation: the state kept for it may be dropped first."""
 
     messages: Annotated[list[dict[str, Any]], Meta(max_length=1 << 16)]
     tools: Annotated[list[dict[str, Any]], Meta(max_length=1024)] | None = None
@@ -657,7 +657,8 @@ class Status(Struct, array_like=True, frozen=True):
 
 
 class Set(Struct, array_like=True, frozen=True):
-    """Change a setting of the running system; both as on the command line. The reply is the old and the new value."""
+    """Change a setting of the running system; name and value as on the command line. The reply is the old and the new
+    value."""
 
     name: str
     value: str
@@ -700,7 +701,7 @@ class MemGet(Struct, array_like=True, frozen=True):
 
 
 class MemUpdate(Struct, array_like=True, frozen=True):
-    """What is None stays as it is."""
+    """Fields that are None stay as they are."""
 
     note: NoteRef
     text: NoteText | None = None
@@ -711,7 +712,7 @@ class MemUpdate(Struct, array_like=True, frozen=True):
 
 
 class MemSearch(Struct, array_like=True, frozen=True):
-    """`by` "words" or "meaning"; "": by both, as far as there is an embedder."""
+    """`by`: "words" or "meaning"; "": both, if there is an embedder."""
 
     query: Annotated[str, Meta(max_length=1 << 16)]
     k: Annotated[int, Meta(ge=1, le=1000)] = 5
@@ -726,14 +727,14 @@ class MemList(Struct, array_like=True, frozen=True):
 
 
 class MemStats(Struct, array_like=True, frozen=True):
-    """Of the caller; a person may ask about any `owner`, as aiosd names it."""
+    """Figures of the caller's notes; a person may name any `owner`, as aiosd writes it."""
 
     owner: Annotated[str, Meta(max_length=512)] = ""
 
 
 class Note(Struct, frozen=True):
     """A note as it is kept. Times are Unix times; `version` grows by one with each change. `damaged`: the disk has lost
-    it, and only its id is known; with id 0 it stands for some of which not even that is known."""
+    its content, and only its id is known; with id 0 it stands for an unknown number of notes without a known id."""
 
     id: int
     text: str
@@ -749,7 +750,7 @@ class Note(Struct, frozen=True):
 
 
 class Found(Struct, frozen=True):
-    """What a search found, with how well it fits: more is better, and says nothing across searches."""
+    """A note that a search found. `score`: more is better; scores of different searches cannot be compared."""
 
     note: Note
     score: float
@@ -757,7 +758,7 @@ class Found(Struct, frozen=True):
 
 # ── files ─────────────────────────────────────────────────────────────────────────────────────────────────
 
-#: Names with a slash between them. The store checks each name, and takes NFC for what is written in another way.
+#: Names with a slash between them. The store checks each name, and converts it to Unicode's normal form NFC.
 FilePath = Annotated[str, Meta(min_length=1, max_length=1024)]
 Folder = Annotated[str, Meta(max_length=1024)]
 #: Whose files are meant: "" the caller's own; "group", "group:NAME"; "agent:NAME" (of the caller's group),
@@ -774,7 +775,8 @@ class StoPath(Struct, array_like=True, frozen=True):
 
 
 class StoWrite(Struct, array_like=True, frozen=True):
-    """`append`: to what the file has. `if_version`: the file has this version, and 0: there is none."""
+    """`append`: add to the file's content. `if_version`: only if the file has this version; 0: only if there is no
+    file."""
 
     path: FilePath
     data: PieceData
@@ -792,7 +794,7 @@ class StoRead(Struct, array_like=True, frozen=True):
 
 
 class StoList(Struct, array_like=True, frozen=True):
-    """Files in this folder and below it whose path comes behind `after`."""
+    """Files in this folder and below it whose path comes after `after`."""
 
     folder: Folder = ""
     of: Space = ""
@@ -810,7 +812,7 @@ class StoHistory(Struct, array_like=True, frozen=True):
 
 
 class StoRollback(Struct, array_like=True, frozen=True):
-    """Exactly one of the two. `time`: to the newest version that is not later (Unix time)."""
+    """Exactly one of the two fields. `time`: to the newest version that is not later (Unix time)."""
 
     path: FilePath
     of: Space = ""
@@ -888,7 +890,7 @@ class StoPiece(Struct, array_like=True, frozen=True):
 
 
 class StoFinish(Struct, array_like=True, frozen=True):
-    """`size`: of the whole."""
+    """`size`: of the whole file, in bytes."""
 
     upload: Uint
     size: Uint
@@ -899,8 +901,8 @@ class StoAbort(Struct, array_like=True, frozen=True):
 
 
 class File(Struct, frozen=True):
-    """A file as it is. Times are Unix times. A file of a mounted folder has version 0, and no history. `damaged`: the
-    disk has lost what is known of it, but its path."""
+    """A file in its newest version. Times are Unix times. A file of a mounted folder has version 0, and no history.
+    `damaged`: the disk has lost all that is known of it but its path."""
 
     path: str
     size: int
@@ -920,7 +922,8 @@ class Version(Struct, frozen=True):
 
 
 class FileData(Struct, array_like=True, frozen=True):
-    """A part of a version, which may be less than was asked for; empty: behind the end. `size`: of the whole."""
+    """A part of a version, which may be shorter than requested; empty: past the end. `size`: bytes of the whole
+    version."""
 
     data: bytes
     size: int
@@ -938,7 +941,7 @@ class Trashed(Struct, frozen=True):
 
 
 class Share(Struct, frozen=True):
-    """`of` and `to` as in calls: whose it is, and with which agent or group it is shared."""
+    """`of` and `to` as in calls: the owner, and the agent or group with which it is shared."""
 
     path: str
     of: str
@@ -947,19 +950,20 @@ class Share(Struct, frozen=True):
 
 
 class Mount(Struct, frozen=True):
-    """A real folder and the path under which its files are found. `files`: that are known; `note`: what is missing."""
+    """A real folder and the path under which its files are found. `files`: the number of known ones; `note`: what is
+    missing."""
 
     at: str
     folder: str
     write: bool
     files: int
-    complete: bool  # the folder has been looked through
+    complete: bool  # the whole folder has been read
     note: str = ""
 
 
 class FoundFile(Struct, frozen=True):
-    """`excerpt`: some of the text around the words, or its beginning where none of them is in it; "" for what is no
-    text. `score`: more is better, and means nothing across searches."""
+    """`excerpt`: some of the text around the words, or its beginning if none of them is in it; "" for a file that is no
+    text. `score`: more is better; scores of different searches cannot be compared."""
 
     file: File
     of: str
@@ -983,7 +987,7 @@ class CallTool(Struct, array_like=True, frozen=True):
 
 
 class TrustTool(Struct, array_like=True, frozen=True):
-    """Offer a tool again whose description has changed. Only a person may."""
+    """Offer a tool again whose description has changed. Only a person may do that."""
 
     name: Annotated[str, Meta(max_length=64)]
 
@@ -1001,16 +1005,16 @@ class ToolInfo(Struct, frozen=True):
 
 
 class WatchAsks(Struct, array_like=True, frozen=True):
-    """Be told of all asks, or of those of agent `pid`, or of agents `attached` to this very connection, and their
-    descendants. As long as this call is open there is a person who can answer, and they wait."""
+    """Get a message for each ask: for all agents, or agent `pid`, or agents `attached` to this very connection, and
+    their descendants. As long as this call is open there is a person who can answer, and asks wait for the answer."""
 
     pid: Uint = 0
     attached: bool = False
 
 
 class AnswerAsk(Struct, array_like=True, frozen=True):
-    """`digest`: of what was shown (`Asked`), so that nothing else can be allowed by it. `always`: and never ask for the
-    like again. `reason`: for the agent that is denied."""
+    """`digest`: of the ask as it was shown (`Asked`), so that the answer can allow nothing else. `always`: never ask
+    for the like again. `reason`: for the agent that is denied."""
 
     id: Annotated[str, Meta(max_length=64)]
     digest: Annotated[str, Meta(max_length=64)]
@@ -1031,9 +1035,9 @@ class AskState(enum.StrEnum):
 
 
 class Asked(Struct, frozen=True):
-    """Something that an agent may do only when a person allows it. `details`: what exactly, as labels and texts, and
-    nothing of it is made safe for a terminal; `rule`: why it is asked; `always`: what an answer for all times would
-    allow, "": there is none."""
+    """An action that an agent may do only if a person allows it (an *ask*). `details`: the action exactly, as labels
+    and texts, which are not made safe for a terminal; `rule`: why a person has to decide; `always`: what an answer for
+    all times would allow, "": there is no such answer."""
 
     id: str
     digest: str
@@ -1047,13 +1051,13 @@ class Asked(Struct, frozen=True):
     rule: str
     always: str
     since: float  # Unix time
-    folder: str = ""  # where it is done
+    folder: str = ""  # in which the action is done
     state: AskState = AskState.OPEN
 
 
 class RulesInForce(Struct, frozen=True):
-    """The rules of [access] in the order in which they decide, in words; how long an ask waits while nobody is there to
-    answer; how many could answer now; and where decisions are written down."""
+    """The rules of [access] in the order in which they decide, in words; how long an ask waits while no person can
+    answer; how many clients could answer now; and the file in which decisions are recorded."""
 
     rules: list[str]
     ask_timeout_s: float
@@ -1062,7 +1066,7 @@ class RulesInForce(Struct, frozen=True):
 
 
 class Always(Struct, frozen=True):
-    """What is allowed for all times. `text`: in words; `agent`: which one it was asked for first."""
+    """What is allowed for all times. `text`: in words; `agent`: the one whose ask was answered first."""
 
     number: int
     text: str
@@ -1074,8 +1078,8 @@ class Always(Struct, frozen=True):
 
 
 class NewToken(Struct, array_like=True, frozen=True):
-    """Make an agent without a process: programs from outside that have its token are it. The kernel gets the SHA-256
-    of the token and never the token itself."""
+    """Make an agent without a process: programs from outside that send its token act as this agent. The kernel gets the
+    SHA-256 of the token and never the token itself."""
 
     name: Name
     hash: Annotated[bytes, Meta(min_length=32, max_length=32)]
@@ -1084,7 +1088,7 @@ class NewToken(Struct, array_like=True, frozen=True):
 
 
 class TokenInfo(Struct, frozen=True):
-    """An agent without a process. `used`: tokens that it was charged with, in all; `limit` None: no budget of tokens.
+    """An agent without a process. `used`: all tokens that it was charged with; `limit` None: no budget of tokens.
     `budgets`: for each kind that is limited the "limit" and what is "used", as `aios-inspect` has them."""
 
     pid: int
@@ -1108,7 +1112,7 @@ _encoder = msgpack.Encoder()
 encode = _encoder.encode
 decode_request = msgpack.Decoder(Request).decode
 decode_reply = msgpack.Decoder(Reply).decode
-decode_args: dict[int, Callable[[Any], Any]] = {}  # by number: what decodes the arguments of that call
+decode_args: dict[int, Callable[[Any], Any]] = {}  # by number: the function that decodes the arguments of that call
 
 
 def raw(obj: Any) -> Raw:
@@ -1120,9 +1124,9 @@ def raw(obj: Any) -> Raw:
 
 
 class Again(enum.Enum):
-    """What becomes of a call that is submitted again because the process that had it died."""
+    """What happens to a call that is submitted again because the process that answers it died."""
 
-    REPEAT = "repeat"  # it is done again: it only reads, or doing it twice is the same as doing it once
+    REPEAT = "repeat"  # it is done again: it only reads, or doing it twice has the same effect as doing it once
     ONCE = "once"  # it takes effect once: the process that answers it remembers its key
     NEVER = "never"  # once begun it is not done again: its caller gets EIO
 
@@ -1140,7 +1144,7 @@ class Row(Struct, frozen=True):
 
     @property
     def name(self) -> str:
-        """As in aios-inspect and in the log."""
+        """Its name as in aios-inspect and in the log."""
         return _names.get(self.sys) or call_name(self.sys)
 
 
@@ -1251,8 +1255,8 @@ def errno_name(code: int) -> str:
 
 
 def os_text(value: str | bytes | os.PathLike[str]) -> str:
-    """What Linux takes as bytes (an argument, a variable, a path) as text that a message can carry. Bytes that are no
-    UTF-8 become a NUL, which no such text can hold, and behind it each byte as the character of that number."""
+    """A value that is bytes for Linux (an argument, a variable, a path) as a text that a message can carry. Bytes that
+    are no UTF-8 become a NUL, which no such value contains, followed by one character for each byte."""
     plain = os.fspath(value)
     if isinstance(plain, str) and plain.isascii() and plain[:1] != "\0":  # nearly all
         return plain
@@ -1261,7 +1265,7 @@ def os_text(value: str | bytes | os.PathLike[str]) -> str:
         text = encoded.decode()
     except UnicodeDecodeError:
         return "\0" + encoded.decode("latin-1")
-    return text if text[:1] != "\0" else "\0" + text  # not to be taken for bytes: the kernel refuses it
+    return text if text[:1] != "\0" else "\0" + text  # must not be taken for bytes: the kernel refuses it
 
 
 def os_bytes(text: str) -> bytes:
@@ -1270,10 +1274,10 @@ def os_bytes(text: str) -> bytes:
 
 
 def os_str(text: str) -> str:
-    """The same as Python has it in os.environ and sys.argv."""
+    """The same value as Python has it in os.environ and sys.argv."""
     return os_bytes(text).decode("utf-8", "surrogateescape") if text[:1] == "\0" else text
 
 
 def os_shown(text: str) -> str:
-    """The same for people: what is no UTF-8 as `\\xff`."""
+    """The same value for people: bytes that are no UTF-8 as `\\xff`."""
     return os_bytes(text).decode("utf-8", "backslashreplace") if text[:1] == "\0" else text

@@ -375,7 +375,7 @@ def test_a_frame_of_sixteen_megabytes(ends: Ends) -> None:
 @pytest.mark.parametrize("sizes", [(1, 3, 2), (1, 3000, 1, 700), (5000, 5000, 1)])
 def test_a_signal_handler_that_raises_anywhere_tears_nothing(sizes: tuple[int, ...]) -> None:
     """What was being sent or received when it came may be lost, or not; all else arrives once, whole and in order, and
-    the next ring is heard."""
+    the owner notices the next ring."""
     frames = [struct.pack("<I", number) * size for number, size in enumerate(sizes, 1)]
     for n in range(1, 100_000):
         ends = Ends()

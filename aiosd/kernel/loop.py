@@ -343,7 +343,7 @@ class Kernel:
             if mask & HUNG_UP:
                 channel.drain_bell()
             else:
-                channel.heard()
+                channel.count_ring()
             serve()
 
         def asked() -> None:

@@ -83,7 +83,7 @@ class Turns:
         channel = peer.channel
         if mask & HUNG_UP:
             channel.hung_up = True
-        elif channel.heard() and not peer.rung:
+        elif channel.count_ring() and not peer.rung:
             peer.rung = True
             self._rung.append(peer)
         if peer.source is not None and peer.source.turn is HUNGRY:

@@ -4,13 +4,17 @@
     The answer is 3367.
 
 `react()` is the whole loop. It takes a `chat` callable (`aios.llm.chat`, or a script in a test) and a `Toolkit`, and
-works with any chat model that can call tools. The tools are arithmetic, notes and files. Those of `Toolbox`, which the
-command uses, are tools of aiosd's toolbox (`aios.tool`, which one is in `IN_TOOLBOX`): so limits, access rules and
-denials hold for them as for any agent, and an agent that is started again under its name has its notes and files again.
-Those of `Toolkit` are plain functions inside this process, over a list and a folder. What a model sends to either is
-untrusted: arithmetic is bounded in size and never done by `eval`, and no path leads out of the folder. When a tool
-fails or is denied the model gets the reason as an observation and decides what to do. The loop itself ends with an
-answer or with an `AgentError`.
+works with any chat model that can call tools. The tools are arithmetic, notes and files, and there are two sets of
+them:
+
+    Toolbox    used by the command. Each tool is done by a tool of aiosd's toolbox (`aios.tool`; `IN_TOOLBOX` lists
+               which). So limits, access rules and denials hold as for any agent, and an agent that is started again
+               under its name has its notes and files again
+    Toolkit    plain functions inside this process, over a list of notes and a folder of files
+
+Input from the model is untrusted: arithmetic is bounded in size and never done by `eval`, and no path leads out of the
+folder. When a tool fails or is denied, the model gets the reason as an observation and decides what to do. The loop
+itself ends with an answer or with an `AgentError`.
 """
 
 import errno
@@ -72,8 +76,8 @@ def _alike(a: str, b: str) -> bool:
 
 
 def search(notes: Sequence[str], query: str) -> list[str]:
-    """The note that has most of the query's telling words, and at least half of them; a word that few notes have counts
-    more. Of equal notes the newest is taken. A query without telling words, such as "everything", finds all notes."""
+    """The note that has most of the query's keywords, and at least half of them; a word that few notes have counts
+    more. Of equal notes the newest is taken. A query without keywords, such as "everything", finds all notes."""
     words = [w for w in _words(query) if w not in _SMALL_WORDS]
     telling = [w for w in words if w not in _VAGUE_WORDS] or [w for w in words if w.startswith("name")]
     if not telling:
@@ -95,7 +99,7 @@ MAX_NOTES = 50  # that one call of the toolbox lists or finds
 
 class Toolkit:
     """The tools over one folder and one list of notes. Every tool takes and returns text or raises ToolError. `tools`:
-    what the model is offered."""
+    the descriptions that the model gets."""
 
     @property
     def tools(self) -> list[dict[str, Any]]:
@@ -181,8 +185,9 @@ class Toolkit:
         return target
 
 
-#: By which tools of the toolbox each of the agent's is done. The embedded model has learnt these five names, their
-#: arguments (`TOOLS`) and how their observations are worded, and knows no others; so calls and results are translated.
+#: For each tool of the agent, the tools of the toolbox that do it. The embedded model has learnt these five names,
+#: their arguments (`TOOLS`) and how their observations are worded, and knows no others; so calls and results are
+#: translated.
 IN_TOOLBOX = {
     "calc": ("calc",),
     "remember": ("remember",),
@@ -193,10 +198,12 @@ IN_TOOLBOX = {
 
 
 class Toolbox(Toolkit):
-    """The same tools, done by the toolbox, and `more` of its tools, which the model is offered as they are. Files of an
-    agent without a name of its own would end with it: those are the group's. A file that is not stored is read from the
-    working folder, as this process may read it. With `folder` the files, with `notes_file` the notes are real ones
-    instead, as in `Toolkit`. What concerns the agent and not the tool (a budget, a lost connection) is raised."""
+    """The same tools, done by the toolbox, and `more` of its tools, which the model is offered as they are.
+
+    Files belong to the agent's name; those of an agent without a name would end with it, so they belong to its group. A
+    file that is not stored is read from the working folder, as this process may read it. With `folder` the files, with
+    `notes_file` the notes are real files instead, as in `Toolkit`. Errors that concern the agent and not the tool (a
+    budget, a lost connection) are raised."""
 
     def __init__(
         self, folder: Path | None = None, notes_file: Path | None = None, more: Sequence[tool.ToolInfo] = ()
@@ -231,7 +238,7 @@ class Toolbox(Toolkit):
         return "ok"
 
     def recall(self, query: str) -> str:
-        """From the newest notes, and of many those that fit the query, the one that tells most of it."""
+        """From the newest notes, and of many those that fit the query, the one with most of its keywords."""
         if self.notes_stored:
             found = _done("list_notes", limit=MAX_NOTES)
             if len(found) == MAX_NOTES:
@@ -283,7 +290,7 @@ def _called(name: str, **arguments: Any) -> Any:
 
 
 def _done(name: str, **arguments: Any) -> Any:
-    """The same, where the model gets the error in the toolbox's words."""
+    """The same, but an error is a ToolError with the toolbox's message, for the model."""
     try:
         return _called(name, **arguments)
     except OSError as err:
@@ -291,7 +298,7 @@ def _done(name: str, **arguments: Any) -> Any:
 
 
 def _file_error(path: str, error: OSError) -> ToolError:
-    """For the model. A denial has its own words, which name the rule; raises again what concerns the agent itself."""
+    """The error as the model gets it (a denial names its rule). Raises the error itself if it concerns the agent."""
     words = observation(error).removeprefix("error: ")
     if isinstance(error, PermissionError) and error.filename is None:
         return ToolError(words)
@@ -331,7 +338,7 @@ class ToolCall(Protocol):
 
 
 class Reply(Protocol):
-    """What `chat` returns; `aios.llm.chat` does."""
+    """The part of a chat's result that the loop reads; the result of `aios.llm.chat` has it."""
 
     text: str
     tool_calls: Sequence[Any]  # of ToolCall

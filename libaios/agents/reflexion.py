@@ -9,12 +9,12 @@ judges the answer, *self-reflection* makes of trial and verdict a lesson in word
 
     trajectory    what the actor thought, called and observed in this trial; forgotten with it (short-term memory)
     lessons       what self-reflection wrote; the last `MOST_LESSONS` go into the next trial's prompt (long-term memory)
-    verdicts      how each trial was judged, and what its answer was: an answer that was wrong once is wrong again
+    verdicts      the answer of each trial and how it was judged: an answer that was wrong once is wrong again
                   without being judged, and self-reflection is shown how earlier trials went
 
 The paper has the first two; the third is the evaluator's record, which it keeps in its training loop. Lessons and
-verdicts are notes (`aios.mem`) of this question. So an agent with a name that is killed in its second trial and started
-again has the lesson of its first. The prompt of a trial never contains a verdict, or what was expected.
+verdicts are notes (`aios.mem`) of this question. So an agent with a name that is killed in its second trial, and
+started again has the lesson of its first. The prompt of a trial never contains a verdict, or what was expected.
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ from libaios import mem
 from libaios.agents.react import IN_TOOLBOX, AgentError, Chat, Message, Toolbox, Toolkit, react
 
 MOST_LESSONS = 3  # the paper's Ω: more do not fit into a prompt, and help little
-TRAJECTORY_CHARS = 4000  # of a trial that self-reflection is shown: its end
+TRAJECTORY_CHARS = 4000  # the end of a trajectory, which self-reflection gets
 LESSON_CHARS = 400
 
 REFLECT = (
@@ -172,7 +172,7 @@ def _try(
     max_tokens: int,
     watch: Callable[[str], None],
 ) -> Trial:
-    """The actor, with what it has learnt."""
+    """Run the actor with the lessons so far."""
     trajectory: list[str] = []
 
     def note(line: str) -> None:
@@ -187,7 +187,8 @@ def _try(
 
 
 def _judge(trial: Trial, memory: Memory, evaluate: Evaluator) -> Verdict:
-    """Its verdict, which is kept. What was judged wrong before is wrong, and costs no judge."""
+    """Judge the trial and keep the verdict. An answer that was judged wrong before is wrong: the evaluator is not
+    called."""
     before = next((old for answer, old in memory.verdicts() if answer == trial.answer and not old.correct), None)
     if not trial.answered:
         verdict = Verdict(False, f"there was no answer: {trial.answer}")
