@@ -335,19 +335,19 @@ def test_a_crowd_that_connects_at_once_loses_none(monkeypatch: pytest.MonkeyPatc
             known.add(one)
         assert not any(one.aborted for one in crowd)
         for one in crowd[:100]:
-            known.asks(one)
+            known.identifying(one)
         monkeypatch.setattr(strangers, "YOUNG_S", -1.0)  # they are silent for long
         known.add(crowd[0])
         assert [one.aborted for one in crowd] == [False] * 100 + [True] * 273 + [False] * 127
         for one in crowd[1:100]:
-            known.answered(one)
+            known.refused(one)
         assert len(known) == strangers.SILENT
         monkeypatch.setattr(strangers, "MOST", strangers.SILENT)
-        known.asks(crowd[99])
+        known.identifying(crowd[99])
         known.add(Connection())
         assert not crowd[99].aborted
         assert len(known) == strangers.MOST
-        for one in [*known._silent, *known._asking]:
+        for one in [*known._silent, *known._pending]:
             known.forget(one)  # and their timers
 
     asyncio.run(run())

@@ -1,10 +1,10 @@
-"""The agents that are served: for each a connection to the kernel, and proof of who may use it.
+"""The agents that the gateway serves: for each a connection to the kernel, and the proof that a program may use it.
 
-A token leads to an account; the kernel alone knows whose it is. A connection that was accepted at an agent's own gate
-(`birth.gates`) needs none: only this agent's processes can connect there. Any other TCP connection may use the account
-of an agent if the process at its other end is that agent or descends from it: that is looked up once for each
-connection, in a thread, because there may be many processes to look at. So a token that another agent has read
-somewhere is of no use to it; nor is the token of a person's own programs, which no process of the system may use.
+A token leads to an account; only the kernel knows which agent it belongs to. A connection that was accepted at an
+agent's own gate (`birth.gates`) needs no token: only this agent's processes can connect there. Any other TCP connection
+may use the account of an agent if the process at its other end is that agent or descends from it. That is looked up
+once for each connection, in a thread, because there may be many processes to check. So a token that another agent has
+read somewhere is of no use to it; nor is the token of a person's own programs, which no process of the system may use.
 """
 
 from __future__ import annotations
@@ -27,32 +27,32 @@ from libaios.home import Home
 from libaios.pace import Pace
 
 CONNECTIONS = 256  # of one agent
-BODY_BYTES = 64 << 20  # of one agent's requests that are being received,
-BODY_BYTES_ALL = 512 << 20  # … and of all agents'
-SLOW_S = 10.0  # for one request, when these are full
-GREETINGS = 64  # of the kernel at a time: of a crowd that begins at once each gets its answer in time
+BODY_BYTES = 64 << 20  # in requests of one agent that are being received,
+BODY_BYTES_ALL = 512 << 20  # … and in those of all agents
+SLOW_S = 10.0  # the most time for one request, when these limits are reached
+GREETINGS = 64  # with the kernel at a time: when many agents begin at once, each gets its answer in time
 
 
 class User(Protocol):
     """A TCP connection (`connection.Guarded`). `account`: the agent that it was shown to belong to."""
 
     account: Account | None
-    agent: int  # at whose own gate it was accepted; 0: at none
+    agent: int  # the agent at whose own gate it was accepted; 0: none
 
     @property
     def ends(self) -> tuple[Address, Address]:
-        """The address of the other end, and ours."""
+        """The address of the other end, and that of this end."""
 
     def known(self, account: Account) -> None: ...
 
-    def looked_at(self) -> AbstractContextManager[None]:
-        """While it is found out whose request it is."""
+    def identifying(self) -> AbstractContextManager[None]:
+        """Entered while the agent of a request is being identified."""
 
     def abort(self) -> None: ...
 
 
 class Full(Exception):
-    """The agent has too much open; the message tells what."""
+    """The agent has too much open; the message names the limit."""
 
 
 @dataclass(slots=True, eq=False)
@@ -60,7 +60,7 @@ class Account:
     """One agent."""
 
     pid: int
-    ospid: int  # 0: it has no process, programs from outside are it
+    ospid: int  # 0: it has no process, and programs from outside act as it
     connection: Connection
     all: Accounts
     users: set[User] = field(default_factory=set)  # TCP connections that were shown to be its own
@@ -72,19 +72,19 @@ class Account:
         return self.connection.transport.hung_up
 
     def close(self) -> None:
-        """The agent is dead, or its kernel."""
+        """Called when the agent or its kernel is dead."""
         self.connection.close("the agent of this token has ended")
         for user in list(self.users):
             user.abort()
 
     def admit(self, user: User) -> None:
-        """Raises Full."""
+        """Count a TCP connection of this agent. Raises Full."""
         if len(self.users) >= CONNECTIONS:
             raise Full(f"more than {CONNECTIONS} connections of one agent")
         self.users.add(user)
 
     def take_body(self, user: User, size: int) -> None:
-        """So much more of a request has come. Raises Full."""
+        """Count `size` more bytes of a request. Raises Full."""
         if self.body_bytes + size > BODY_BYTES:
             raise Full(f"the requests of this agent that are on their way hold more than {BODY_BYTES} bytes")
         if self.all.body_bytes + size > BODY_BYTES_ALL:
@@ -95,21 +95,21 @@ class Account:
         self.all.receiving.setdefault(user, time.monotonic())
 
     def drop_body(self, user: User, size: int) -> None:
-        """It was read, or will not be."""
+        """The request was handled, or will not be: count its bytes no more."""
         self.all.receiving.pop(user, None)
         self.body_bytes -= size
         self.all.body_bytes -= size
 
 
 class Accounts:
-    """`pace`: at which it reads what the kernel sends."""
+    """All accounts. `pace`: when pieces of streams from the kernel are read."""
 
     def __init__(self, home: Home, pace: Pace) -> None:
         self._home = home
         self._pace = pace
         self._by_token: dict[str, asyncio.Task[Account]] = {}
         self.body_bytes = 0  # of all agents
-        self.receiving: dict[User, float] = {}  # whose request is on its way, since when
+        self.receiving: dict[User, float] = {}  # connections with an incomplete request: since when
         self._threads = ThreadPoolExecutor(2, "identity")
         self._greetings = asyncio.Semaphore(GREETINGS)
 
@@ -118,7 +118,7 @@ class Accounts:
         return await self.of(f"{wire.GATE}{agent}")
 
     async def of(self, token: str) -> Account:
-        """The account of a token, connected. Raises NoKernel: `Refused` where it is no agent's that lives."""
+        """The account of a token, connected. Raises NoKernel: `Refused` if the token belongs to no live agent."""
         task = self._by_token.get(token)
         if task is not None and task.done() and (task.cancelled() or task.exception() or task.result().over):
             self.sweep()
@@ -154,21 +154,21 @@ class Accounts:
         return await loop.run_in_executor(self._threads, is_outside, theirs, ours, os.getppid())
 
     async def process_of(self, user: User) -> int:
-        """The process at the other end of a TCP connection that is known; 0: it is not found. Of a network that is an
-        agent's own Linux tells nothing: there it is the agent itself."""
+        """The process at the other end of a TCP connection that is identified; 0: none is found. Linux shows nothing
+        of connections in an agent's own network: for these the result is the agent itself."""
         if user.agent and user.account is not None:
             return user.account.ospid
         return await asyncio.get_running_loop().run_in_executor(self._threads, holder, *user.ends)
 
     def drop_slow(self) -> None:
-        """All requests that are on their way hold too much: those that have been incomplete for long are closed."""
+        """The incomplete requests hold too much memory: close those that have been incomplete for SLOW_S."""
         for user, since in list(self.receiving.items()):
             if time.monotonic() - since > SLOW_S:
                 del self.receiving[user]
                 user.abort()
 
     def gone(self, pid: int) -> None:
-        """The agent is dead."""
+        """Close the account of an agent that is dead."""
         for token, task in list(self._by_token.items()):
             if task.done() and not task.cancelled() and task.exception() is None and task.result().pid == pid:
                 del self._by_token[token]
@@ -187,7 +187,7 @@ class Accounts:
 
 
 async def _readable(greeting: Greeting) -> None:
-    """Until there is a step to take, or its time is up."""
+    """Wait until the greeting has a step to take, or its time is over."""
     frames, loop = greeting.frames, asyncio.get_running_loop()
     if frames is None:
         await asyncio.sleep(greeting.wait_s())

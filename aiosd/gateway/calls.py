@@ -1,7 +1,7 @@
 """System calls for coroutines, over the connection of one agent.
 
-All runs in one thread, so a reply only has to wake its task. Several calls can share one `Bell`: the choices of one
-request do.
+The event loop has one thread, so a reply only has to wake the task that waits. Several calls can share one `Bell`, for
+example the choices of one request.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ Bell = asyncio.Event
 
 
 class Calls:
-    """Open calls of one request. Leaving the `async with` ends those that are still open, wherever they are: in the
+    """Open calls of one request. Leaving the `async with` ends calls that are still open, in whatever state: in the
     queue, in the prompt, or in the middle of the text."""
 
     def __init__(self, connection: Connection) -> None:
@@ -32,7 +32,7 @@ class Calls:
             self._connection.abandon(call)
 
     async def submit(self, sys: int, args: Any, stream: bool = False) -> Pending:
-        """Raises OSError."""
+        """Send one more call. Raises OSError."""
         call = self._connection.prepare(sys, args, stream=stream, notify=self.bell.set)
         self._open.append(call)
         while not self._connection.may_send(call):
@@ -41,13 +41,13 @@ class Calls:
         return call
 
     async def rung(self) -> None:
-        """Wait for the next reply to any of them."""
+        """Wait for the next reply to any of the calls."""
         await self.bell.wait()
         self.bell.clear()
 
 
 async def ask(connection: Connection, sys: int, args: Any, result: Any) -> Any:
-    """One call, and its result. Raises OSError."""
+    """Make one call and wait for its result. Raises OSError."""
     async with Calls(connection) as calls:
         call = await calls.submit(sys, args)
         while call.final is None:

@@ -1,8 +1,8 @@
 """The API of AIOS's kernel, as Cerebrum's SDK speaks it: POST /query, GET /core/llms/list, GET /status.
 
-A query names an agent; that is a label here: whose the call is follows from the token in CEREBRUM_KERNEL_URL. What goes
-wrong in a query is told in its reply (`error`, `status_code`), as the SDK expects; HTTP's own errors are for requests
-that are none.
+A query names an agent, which is only a label here: the caller's identity comes from the token in CEREBRUM_KERNEL_URL.
+An error in a query is reported in its reply (`error`, `status_code`), as the SDK expects; HTTP's own errors are for
+requests that are not valid queries.
 """
 
 from __future__ import annotations
@@ -25,9 +25,9 @@ from libaios import wire
 from libaios.generate import Result
 from libaios.wire import Sys
 
-#: Under this name lie, as JSON, the metadata of a memory: ours are flat, Cerebrum's are not.
+#: Under this name a note has the whole metadata of a memory as JSON: a note's metadata are flat, Cerebrum's are not.
 METADATA = "cerebrum"
-#: Names of Cerebrum's tools are `author/name`; a slash has no place in names of functions.
+#: Names of Cerebrum's tools are `author/name`; function names cannot contain a slash.
 SLASH = "__"
 
 
@@ -110,8 +110,8 @@ async def _llm(request: Request, data: dict[str, Any]) -> dict[str, Any]:
 
 
 async def _operate(request: Request, asked: LlmQuery) -> dict[str, Any]:
-    """The model says what is to be done with files, and that is done. The answer is what came of it, operation by
-    operation, in the words of the store: another model's summary could say that it was done when it was not."""
+    """Let the model choose file operations, and carry them out. The answer is the result of each operation in the words
+    of the store: a summary by another model could claim that an operation was done when it was not."""
     messages = [{"role": "system", "content": filing.PARSER}, *asked.messages]
     result = await _generate(request, replace(asked, messages=messages, tools=filing.TOOLS, action_type="call_tool"))
     if not result.tool_calls:
@@ -158,7 +158,7 @@ async def _tools(request: Request, data: dict[str, Any]) -> dict[str, Any]:
 
 
 async def _run_tools(request: Request, calls: list[dict[str, Any]]) -> str:
-    """One after the other, as they may depend on each other. Raises OSError."""
+    """Make the calls one after the other, as they may depend on each other. Raises OSError."""
     results = []
     for call in calls:
         name, given = call.get("name"), call.get("parameters") or {}
@@ -205,7 +205,7 @@ def _metadata(note: wire.Note) -> dict[str, Any]:
 
 
 def _kept(metadata: Any) -> tuple[list[str], dict[str, Any]]:
-    """Its tags, by which notes can be found, and all of it."""
+    """The tags, by which notes can be found, and all of the metadata."""
     if metadata is None:
         return [], {}
     if not isinstance(metadata, dict):
@@ -306,6 +306,7 @@ async def status(request: Request) -> None:
 
 
 async def setup(request: Request) -> None:
-    """The older SDK sets parts up before it uses them. They are: the system has been started with its settings."""
+    """The older SDK sets up each part before it uses it. Here nothing is to be done: all parts started with the
+    system."""
     await request.body()
     await request.reply({"status": "success", "message": f"{request.words['part'][:40]} is ready"})

@@ -1,5 +1,5 @@
-"""One TCP connection: uvicorn's protocol, with limits of our own. It is a *stranger* until a request of it was shown to
-be an agent's."""
+"""One TCP connection: uvicorn's protocol, with the gateway's own limits. A connection is a *stranger* until one of its
+requests was shown to come from an agent."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ PIPELINED = 8  # requests that wait behind another one of their connection; then
 
 class Guarded(HttpToolsProtocol):
     """One TCP connection. `account`: the agent that it was shown to belong to; `agent`: the one at whose own gate it
-    was accepted (`birth.gates`), 0: it came in at the door of all."""
+    was accepted (`birth.gates`), 0: it was accepted at the public address."""
 
     strangers: Strangers  # of the server; set on a subclass
 
@@ -33,9 +33,9 @@ class Guarded(HttpToolsProtocol):
         self.account: Account | None = None
         self.agent = 0
         self._head_bytes = 0
-        self._served: RequestResponseCycle | None = None  # the request that is answered; `cycle` is the last one
-        self._deaf = False  # what comes is not read any more
-        self._silent = False  # what the parser reads has been read before
+        self._served: RequestResponseCycle | None = None  # the one being answered; `cycle` is the last one
+        self._discards = False  # what comes is no longer parsed
+        self._silent = False  # the parser is reading a head that was handled before
 
     def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
         super().connection_made(transport)
@@ -52,26 +52,26 @@ class Guarded(HttpToolsProtocol):
         super().connection_lost(exc)
 
     def known(self, account: Account) -> None:
-        """Raises Full."""
+        """The connection was shown to belong to an agent. Raises Full."""
         account.admit(self)
         self.account = account
         self.strangers.forget(self)
 
     @contextlib.contextmanager
-    def looked_at(self) -> Iterator[None]:
-        """While it is found out whose request it is."""
-        self.strangers.asks(self)
+    def identifying(self) -> Iterator[None]:
+        """Entered while the agent of a request is being identified."""
+        self.strangers.identifying(self)
         try:
             yield
         finally:
-            self.strangers.answered(self)
+            self.strangers.refused(self)
 
     def abort(self) -> None:
         self.transport.abort()
 
     @property
     def ends(self) -> tuple[Address, Address]:
-        """The address of the other end, and ours."""
+        """The address of the other end, and that of this end."""
         theirs, ours = self.transport.get_extra_info("peername"), self.transport.get_extra_info("sockname")
         return Address(*theirs[:2]), Address(*ours[:2])
 
@@ -97,7 +97,7 @@ class Guarded(HttpToolsProtocol):
     def _count(self, size: int) -> None:
         self._head_bytes += size
         if self._head_bytes > HEAD_BYTES:
-            raise ValueError("too long")  # the parser makes an invalid request of that
+            raise ValueError("too long")  # the parser treats it as an invalid request
 
     def on_headers_complete(self) -> None:
         if self._silent:
@@ -119,7 +119,7 @@ class Guarded(HttpToolsProtocol):
         super().on_response_complete()
 
     def data_received(self, data: bytes) -> None:
-        if self._deaf:
+        if self._discards:
             return
         self._unset_keepalive_if_required()
         try:
@@ -130,15 +130,15 @@ class Guarded(HttpToolsProtocol):
             self.send_400_response("")
         if self.parser is None or self.transport.is_closing():
             return
-        if self.cycle is None or self.cycle.response_complete:  # half a request is none: it has as long as silence
+        if self.cycle is None or self.cycle.response_complete:  # half a request has no more time than no request
             self._unset_keepalive_if_required()
             self.timeout_keep_alive_task = self.loop.call_later(
                 self.timeout_keep_alive, self.timeout_keep_alive_handler
             )
 
     def _stay(self, rest: bytes) -> None:
-        """A request that wants to change the protocol is answered as if it did not (RFC 9110, 7.8): programs in Java
-        ask for HTTP/2 like that. The parser has ended with its head; another one takes the body and what follows."""
+        """Continue with HTTP/1.1 after a request to change the protocol, as RFC 9110, 7.8, allows: programs in Java
+        request HTTP/2 that way. The parser stopped after the head; a new one takes the body and what follows."""
         framing = [name + b": " + value for name, value in self.headers if name in FRAMING]
         self.parser = httptools.HttpRequestParser(self)
         self._silent = True
@@ -152,10 +152,10 @@ class Guarded(HttpToolsProtocol):
             self.data_received(rest)
 
     def send_400_response(self, msg: str) -> None:
-        """Of what cannot be read. It is told unless that would go into the middle of another reply."""
+        """Answer a request that cannot be parsed with a 400, unless another reply is half sent."""
         served, last = self._served, self.cycle
         if served is not None and not served.response_complete and (served is not last or not served.more_body):
-            self._deaf = True
+            self._discards = True
             self.pipeline.clear()
             served.keep_alive = False
             return

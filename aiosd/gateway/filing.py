@@ -1,7 +1,7 @@
 """Cerebrum's queries of a storage: files in the agent's own space of `aios.sto`.
 
-A root folder of the real file system is a name here, not a place: what an agent may mount is the person's to say
-(`--store-folders`). Folders need not be made, they are there with their files.
+A root folder of the real file system is only a name here: which real folders an agent may mount is set by the person
+(`--store-folders`). Folders need not be created: they exist as long as they contain files.
 """
 
 from __future__ import annotations
@@ -31,14 +31,14 @@ class StorageQuery(Struct, kw_only=True):
 
 
 def checked(args: A) -> A:
-    """What the gateway has put together, before the kernel gets it. Raises Problem."""
+    """Check arguments that the gateway made, before they are sent to the kernel. Raises Problem."""
     try:
         return msgspec.msgpack.decode(wire.encode(args), type=type(args))
     except (msgspec.ValidationError, OverflowError) as err:
-        place, said = places.of_error(str(err))
+        place, text = places.of_error(str(err))
         position = re.match(r"\[(\d+)\]", place)  # arguments travel as arrays
         name = args.__struct_fields__[int(position[1])] if position is not None else ""
-        raise Problem(400, f"{name}: {said}" if name else said, param=name or None) from None
+        raise Problem(400, f"{name}: {text}" if name else text, param=name or None) from None
 
 
 async def storage(request: Request, data: dict[str, Any]) -> dict[str, Any]:
@@ -48,7 +48,7 @@ async def storage(request: Request, data: dict[str, Any]) -> dict[str, Any]:
 
 
 async def do(request: Request, operation: str, params: dict[str, Any]) -> str:
-    """Returns a sentence that says what was done, or what was found. Raises Problem, OSError."""
+    """Carry out one operation. Returns a sentence with its result. Raises Problem, OSError."""
     function = _OPERATIONS.get(operation)
     if function is None:
         raise Problem(
@@ -65,7 +65,7 @@ def _text(params: dict[str, Any], name: str) -> str:
 
 
 def _path(params: dict[str, Any], name: str = "file_path") -> str:
-    """Within the agent's own space, whatever folder it seems to lie in."""
+    """The path as one in the agent's own space, whatever real folder it names."""
     return _text(params, name).strip("/")
 
 
@@ -82,7 +82,7 @@ async def _create(request: Request, params: dict[str, Any]) -> str:
     connection, args = request.account.connection, checked(wire.StoWrite(_path(params), b"", if_version=0))
     try:
         await ask(connection, Sys.STO_WRITE, args, wire.File)
-    except BlockingIOError:  # not worth another try, as this means elsewhere, if the file is there
+    except BlockingIOError:  # elsewhere EAGAIN means "try again"; here it means that the file exists
         await ask(connection, Sys.STO_HISTORY, wire.StoHistory(args.path, limit=1), list[wire.Version])
         raise Problem(409, f"{args.path} is there already") from None
     return f"{args.path} is created"
@@ -95,7 +95,7 @@ async def _write(request: Request, params: dict[str, Any]) -> str:
 
 
 async def _retrieve(request: Request, params: dict[str, Any]) -> str:
-    """The files that were found, as JSON."""
+    """Search files; the result is a list of them as JSON."""
     k, more = params.get("n", 5), params.get("keywords")
     words = [_text(params, "query_text"), *(str(word) for word in (more if isinstance(more, list) else [more or ""]))]
     args = checked(wire.StoSearch(" ".join(words).strip(), k if isinstance(k, int) else 5, of=""))
@@ -104,7 +104,7 @@ async def _retrieve(request: Request, params: dict[str, Any]) -> str:
 
 
 async def _rollback(request: Request, params: dict[str, Any]) -> str:
-    """`n` versions back."""
+    """Go back by `n` versions."""
     path, n = _path(params), params.get("n", 1)
     if params.get("time") is not None:
         raise Problem(400, "time: only by a number of versions, n", param="time")
@@ -136,7 +136,7 @@ _OPERATIONS: dict[str, Callable[[Request, dict[str, Any]], Awaitable[str]]] = {
 }
 
 
-# ── for a model that is to work on files ──────────────────────────────────────────────────────────────────
+# ── for a model that chooses file operations ──────────────────────────────────────────────────────────────────
 
 PARSER = "You turn instructions about files into calls of the tools that you have, and do nothing else."
 _PATH = {"file_path": {"type": "string", "description": "path of the file"}}

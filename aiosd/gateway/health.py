@@ -1,4 +1,4 @@
-"""GET /health and /metrics: open to all programs of this machine, and without a word about any agent."""
+"""GET /health and /metrics: open to all programs of this machine; they contain nothing about any single agent."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ async def health(request: Request) -> None:
 
 
 async def metrics(request: Request) -> None:
-    """In the text format of Prometheus."""
+    """Counters in the text format of Prometheus."""
     counters = request.app.counters
     lines = ["# TYPE aios_gateway_requests_total counter"]
     for status, count in sorted(counters.requests.items()):

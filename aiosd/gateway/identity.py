@@ -1,9 +1,9 @@
-"""Which process is at the other end of a TCP connection on this machine?
+"""Finds the process at the other end of a TCP connection on this machine.
 
-A Unix socket tells that by itself, a TCP socket does not. But Linux tells the number (inode) of the socket at the other
-end, by NETLINK_SOCK_DIAG, and in /proc each process's sockets are listed by number. So it can be shown that a
-connection belongs to an agent or to what descends from it: one of these processes has the socket. In the same way it
-can be shown that it comes from outside: a process of aiosd's own user has it, and none of the system's.
+A Unix socket has its peer's pid, a TCP socket does not. But Linux reports the number (inode) of the socket at the other
+end, by NETLINK_SOCK_DIAG, and lists each process's sockets by inode in /proc. So the gateway can show that a connection
+belongs to an agent or one of its descendants: one of these processes has the socket. In the same way it can show that a
+connection comes from outside: a process of aiosd's own user has the socket, and no process of the system has it.
 """
 
 from __future__ import annotations
@@ -15,8 +15,8 @@ from typing import NamedTuple
 
 from aiosd import procfs
 
-MOST_DESCRIPTORS = 100_000  # that are looked at for one connection
-LOOKS = 3  # at a tree that changes meanwhile
+MOST_DESCRIPTORS = 100_000  # descriptors read in /proc for one connection at most
+LOOKS = 3  # how often the process tree is read if it changes meanwhile
 
 _NETLINK_SOCK_DIAG = 4  # Python has no name for it
 _SOCK_DIAG_BY_FAMILY = 20
@@ -27,7 +27,7 @@ _REQUEST = struct.Struct("=BBBBI")  # family, protocol, extensions, padding, sta
 _PORTS = struct.Struct(">HH")
 _INTERFACE = struct.Struct("=III")  # interface, and a cookie: any
 _ANY_COOKIE = (0, 0xFFFFFFFF, 0xFFFFFFFF)
-_UID_AT = 16 + 64  # in the answer: behind its header, the last but one field of inet_diag_msg; the last is the inode
+_UID_AT = 16 + 64  # in the answer, after its header: the last but one field of inet_diag_msg; the last is the inode
 
 
 class Address(NamedTuple):
@@ -57,7 +57,7 @@ def other_end(theirs: Address, ours: Address) -> Socket:
 
 
 def holder(theirs: Address, ours: Address) -> int:
-    """A process that has the other end of this connection; 0: none is found."""
+    """A process that has the other end of this connection; 0: none was found."""
     inode = other_end(theirs, ours).inode
     if not inode:
         return 0
@@ -81,8 +81,8 @@ def belongs(theirs: Address, ours: Address, ospid: int) -> bool:
 
 
 def is_outside(theirs: Address, ours: Address, supervisor: int) -> bool:
-    """Whether a process of aiosd's own user (or root) has the other end of this connection, and none below the
-    supervisor has. A process that does not let its descriptors be looked at counts as none."""
+    """Whether a process of aiosd's own user (or root) has the other end of this connection, and no process below the
+    supervisor has it. A process whose descriptors cannot be read counts as one that does not have it."""
     inode, uid = other_end(theirs, ours)
     if not inode or uid not in (os.getuid(), 0):
         return False
@@ -96,7 +96,7 @@ def _processes() -> list[int]:
 
 
 def _has(pid: int, wanted: str, most: int) -> tuple[bool, int]:
-    """Whether the process has that open, and how many of its descriptors were looked at."""
+    """Whether the process has this socket open, and how many of its descriptors were read."""
     looked = 0
     try:
         with os.scandir(f"/proc/{pid}/fd") as entries:

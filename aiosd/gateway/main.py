@@ -1,5 +1,5 @@
-"""The gateway's process. Until the first program connects it waits and has loaded nothing, so it costs no more than an
-agent that sleeps."""
+"""The gateway's process. It waits, and has loaded nothing, until the first program connects: till then it takes no more
+memory than an idle agent."""
 
 from __future__ import annotations
 

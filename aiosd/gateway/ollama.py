@@ -1,7 +1,7 @@
 """The API of Ollama: /api/chat, /api/generate, /api/embed, /api/tags, /api/show, /api/ps, /api/version.
 
-What is asked for is put in the words of OpenAI's API, and the rest is shared with that. Replies come as lines of JSON
-unless `stream` is false.
+A request is translated into the fields of OpenAI's API, and the rest of the work is shared with that. Replies are lines
+of JSON unless `stream` is false.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ from libaios import wire
 from libaios.generate import Piece, generate_args
 from libaios.wire import ModelInfo, Sys, ToolCall
 
-VERSION = "0.12.0"  # of the API that programs may count on
+VERSION = "0.12.0"  # the version of Ollama whose API this is
 LINES = b"application/x-ndjson"
 
 
@@ -42,7 +42,7 @@ class Options(Struct, kw_only=True):
     mirostat: int | None = None
     mirostat_tau: float | None = None
     mirostat_eta: float | None = None
-    # how the model is loaded, which is the system's to say
+    # how the model is loaded: decided by the system's settings
     num_ctx: Any = None
     num_batch: Any = None
     num_gpu: Any = None
@@ -66,7 +66,7 @@ class Common(Struct, kw_only=True):
     logprobs: bool | None = None
     top_logprobs: int | None = None
     keep_alive: Any = None
-    truncate: Any = None  # nothing is cut here: what is too long is an error
+    truncate: Any = None  # nothing is truncated here: a text that is too long is an error
     shift: Any = None
 
 
@@ -88,7 +88,7 @@ class Generate(Common, kw_only=True):
 class Embed(Struct, kw_only=True):
     model: str | None = None
     input: str | list[str] = []
-    prompt: str | None = None  # of the older /api/embeddings
+    prompt: str | None = None  # the text of the older /api/embeddings
     truncate: bool | None = None
     dimensions: int | None = None
     options: Any = None
@@ -148,12 +148,12 @@ async def _model(request: Request, name: str | None) -> ModelInfo:
 
 
 async def _loaded(request: Request, model: ModelInfo, part: str) -> None:
-    """Who asks for nothing wants the model to be loaded, and it is."""
+    """Answer a request without a prompt, which only wants the model to be loaded: it is loaded always."""
     body = LinesForm(model.name, fields.Asked([]), part).shown("", "", [])
     await request.reply({**body, "done": True, "done_reason": "load"})
 
 
-#: What OpenAI's API and the kernel call otherwise.
+#: Names that differ from those of OpenAI's API and of the kernel.
 NAMES = {"max_tokens": "options.num_predict", "n_predict": "options.num_predict", "template_args": "think"}
 NAMES |= {"response_format": "format", "schema": "format"}
 
@@ -213,10 +213,10 @@ async def _answer(request: Request, asked: Common, model: ModelInfo, chat: field
 
 
 class LinesForm:
-    """One JSON object a line. `part`: where the text stands, "message" or "response"."""
+    """One JSON object a line. `part`: the field that has the text, "message" or "response"."""
 
     kind = LINES
-    comment = b""  # every line is taken for a part of the answer
+    comment = b""  # there is none: every line would be taken for a part of the answer
 
     def __init__(self, model: str, chat: fields.Asked, part: str) -> None:
         self._model, self._chat, self._part = model, chat, part
@@ -332,7 +332,7 @@ async def show(request: Request) -> None:
     asked = fields.read(request, await request.json(), Named)
     model = await _model(request, asked.model or asked.name)
     known = {
-        "general.name": model.name,  # a name that is no model's means the default one
+        "general.name": model.name,  # a name that no model has stands for the default one
         "general.parameter_count": model.n_params,
         "llama.context_length": model.n_ctx,
         "llama.embedding_length": model.n_embd,
@@ -352,7 +352,7 @@ async def show(request: Request) -> None:
 
 
 async def here(request: Request) -> None:
-    """What programs look for before they ask anything."""
+    """The reply that programs check before their first request."""
     await request.reply_bytes(b"aiosd: Ollama is running", b"text/plain")
 
 

@@ -1,12 +1,13 @@
-"""When pieces of streams are passed on: those of a crowd some at a time, and all agents' in one round of the loop. Each
-part of a stream costs a program, the kernel and this process more than the token in it."""
+"""When pieces of streams are passed on: with many streams several pieces at a time, and those of all agents in one
+round of the loop. Each part that is sent costs a program, the kernel and this process more time than the token in
+it."""
 
 from __future__ import annotations
 
 import asyncio
 from collections.abc import Callable
 
-STREAM_S, MOST_S = 0.0015, 0.03  # between two parts of a stream: for each that there is, and at most
+STREAM_S, MOST_S = 0.0015, 0.03  # seconds between two parts of a stream: for each open stream, and at most
 
 
 class Pacer:

@@ -1,8 +1,8 @@
 """Which field of a request an error is about: `param`, in the form of OpenAI's API (`messages[1].content`).
 
-The kernel and its models name a place in the words of their own arguments, at the beginning of the sentence:
-`tools[0].parameters must be …`, `schema: …`. Each API has other names for some of them, so each handler says how its
-own are found (`Request.names`).
+The kernel and its models name a place with the names of their own arguments, at the beginning of the sentence:
+`tools[0].parameters must be …`, `schema: …`. Each API has other names for some of them, so each handler provides its
+own translation (`Request.names`).
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ from typing import Any
 
 from libaios import wire
 
-#: From a place in the kernel's words to the API's.
+#: Translates a place from the kernel's names to the API's.
 Names = Callable[[str], str]
 
 _ROOTS = {
@@ -26,7 +26,7 @@ _STEP = re.compile(r"([a-z_]+)(.*)", re.DOTALL)
 
 
 def found(message: str) -> str | None:
-    """The place that a sentence of the kernel's begins with."""
+    """The place with which a sentence from the kernel begins."""
     match = _PLACE.match(message)
     if match is None or match[2] not in _ROOTS:
         return None
@@ -34,7 +34,7 @@ def found(message: str) -> str | None:
 
 
 def renamed(message: str, place: str, new: str) -> str:
-    """The sentence with the place as the API calls it."""
+    """The sentence with the API's name for the place."""
     if place == new:
         return message
     for old in (place, place.rpartition(".")[0]):  # `tools[0] has no name` is about tools[0].name
@@ -48,7 +48,7 @@ def same(place: str) -> str:
 
 
 def by_root(roots: Mapping[str, str]) -> Names:
-    """Where only the argument itself has another name."""
+    """A translation for APIs in which only the argument itself has another name."""
 
     def names(place: str) -> str:
         root, rest = split(place)
@@ -58,19 +58,19 @@ def by_root(roots: Mapping[str, str]) -> Names:
 
 
 def split(place: str) -> tuple[str, str]:
-    """`messages`, `[1].content`."""
+    """The argument and the rest: `messages`, `[1].content`."""
     match = _STEP.match(place)
     return (match[1], match[2]) if match is not None else (place, "")
 
 
-def of_error(said: str) -> tuple[str, str]:
-    """Of a message of msgspec about a value of JSON: the place, "" where it is all of it; and what is wrong."""
-    said, _, rest = said.partition(" - at `$")
+def of_error(text: str) -> tuple[str, str]:
+    """Split msgspec's message about a JSON value: the place ("" is the whole value), and what is wrong."""
+    text, _, rest = text.partition(" - at `$")
     place = rest.removesuffix("`").replace("[...]", "").lstrip(".")
-    missing = re.search(r"required field `(\w+)`", said)
+    missing = re.search(r"required field `(\w+)`", text)
     if missing is not None:
         return f"{place}.{missing[1]}".lstrip("."), "it is missing"
-    return place, f"{said[:1].lower()}{said[1:]}"
+    return place, f"{text[:1].lower()}{text[1:]}"
 
 
 # ── the parts of a chat ───────────────────────────────────────────────────────────────────────────────────

@@ -8,7 +8,7 @@ from aiosd.gateway import cerebrum, health, ollama, submitted
 from aiosd.gateway.openai import chat, completions, embeddings, kept, listing, responses, tokens
 from aiosd.gateway.web import Handler, Route, route
 
-#: Before the paths of OpenAI's API: nothing, a version, or an engine as older clients have it.
+#: What may precede a path of OpenAI's API: nothing, a version, or an engine (older clients send that).
 PREFIX = r"(?:/v1)?(?:/(?:engines|openai/deployments)/{engine})?"
 VERSION = r"(?:/v1)?"
 

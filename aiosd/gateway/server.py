@@ -1,4 +1,5 @@
-"""The loop of the gateway: HTTP on the socket that the guardian has made, and on what the proxy has accepted."""
+"""The loop of the gateway: HTTP on the socket that the guardian has made, and on connections that the proxy has
+accepted."""
 
 from __future__ import annotations
 
@@ -37,9 +38,9 @@ def serve(superior: Superior, spec: GatewaySpec, rounds: Rounds) -> int:
 
 
 class Gathering(selectors.EpollSelector):
-    """Waits a moment longer when there is something, while there are several streams. A model gives out the tokens of
-    all of them at once, and the kernel sends them on one by one: without that each would wake this process, and the
-    process of the model would have to wait for the processor as often."""
+    """An event loop's selector that waits a moment longer after an event, while there are several streams. A model
+    gives out the tokens of all of them at once, and the kernel sends them on one by one. Without the wait each would
+    wake this process, and the model's process would have to wait for the processor as often."""
 
     def __init__(self, counters: Counters) -> None:
         super().__init__()
@@ -75,7 +76,7 @@ async def _serve(superior: Superior, spec: GatewaySpec, rounds: Rounds, counters
     look()
     _beat(loop, rounds, accounts)
     for name in ("uvicorn.error", "uvicorn.access"):
-        logging.getLogger(name).setLevel(logging.ERROR)  # not a line for each broken request
+        logging.getLogger(name).setLevel(logging.ERROR)  # uvicorn would write a line for each broken request
     app = App(accounts, counters, spec.door, ROUTES)
     config = Config(
         app,
@@ -108,7 +109,7 @@ async def _serve(superior: Superior, spec: GatewaySpec, rounds: Rounds, counters
 
 
 def _take_guest(connection_of: Callable[[int], Guarded], message: passage.Message, fds: list[int]) -> None:
-    """A connection that the proxy has accepted at a gate of an agent."""
+    """Serve a connection that the proxy has accepted at the gate of an agent."""
     loop = asyncio.get_running_loop()
     for sock in [socket.socket(fileno=fd) for fd in fds]:
         if not isinstance(message, passage.Guest):
@@ -123,14 +124,14 @@ def _take_guest(connection_of: Callable[[int], Guarded], message: passage.Messag
 def _guest_connected(task: asyncio.Task[Any]) -> None:
     _connecting.discard(task)
     if not task.cancelled():
-        task.exception()  # it has gone again; asked for, or asyncio complains
+        task.exception()  # the connection is gone again; read the error, or asyncio reports it
 
 
 _connecting: set[asyncio.Task[Any]] = set()  # asyncio keeps no task alive by itself
 
 
 def _beat(loop: asyncio.AbstractEventLoop, rounds: Rounds, accounts: Accounts) -> None:
-    """The loop comes round."""
+    """Send a heartbeat at each round of the loop."""
     rounds.begin()
     accounts.sweep()
     loop.call_later(BEAT_S, _beat, loop, rounds, accounts)

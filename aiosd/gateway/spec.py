@@ -1,4 +1,5 @@
-"""What the supervisor gives the gateway. Apart, so that the supervisor imports nothing else of it."""
+"""The settings that the supervisor passes to the gateway. In a file of their own: the supervisor imports nothing
+else."""
 
 from __future__ import annotations
 
@@ -10,8 +11,8 @@ from libaios.home import Home
 
 @dataclass(frozen=True, slots=True)
 class GatewaySpec:
-    """Where the kernel is found, where to listen, and where connections come from that were accepted elsewhere: a
-    descriptor of `aiosd.ipc.passage`, -1: there is none."""
+    """Where the kernel's socket is, where to listen, and the descriptor over which the proxy passes accepted
+    connections (`aiosd.ipc.passage`; -1: none)."""
 
     home: Home
     door: Endpoint

@@ -1,7 +1,7 @@
-"""AIOS's /agents/…: agents that a program has others start for it. They are its children, with its rights and budgets.
+"""AIOS's /agents/…: agents that the gateway starts for a program. They are its children, with its rights and budgets.
 
-What is started is the `run-agent` of Cerebrum's SDK, as the program itself would start it: in its folder, with its
-environment. A number of AIOS (`execution_id`) is a pid here, and its result is the end of the agent's log.
+The started program is `run-agent` of Cerebrum's SDK, as the program itself would start it: in its folder, with its
+environment. A number in AIOS's API (`execution_id`) is a pid here, and its result is the end of the agent's log.
 """
 
 from __future__ import annotations
@@ -40,7 +40,7 @@ async def submit(request: Request) -> None:
     folder, env = await _surroundings(request)
     name = re.sub(r"[^\w.-]+", "_", asked.agent_id, flags=re.ASCII).strip("._-")[:64]
     words = [*_which(asked.agent_id), "--task_input", task]
-    # What a program from outside starts is confined as what a person starts; an agent's child is as its parent.
+    # An agent started by a program from outside is confined as one started by a person; an agent's child as its parent.
     box = await asyncio.to_thread(sandbox.wish, "exec", PROGRAM, wire.os_str(folder), env, args=words)
     args = wire.Spawn(
         "exec", PROGRAM, words, env, folder,
@@ -56,7 +56,7 @@ async def submit(request: Request) -> None:
 
 
 def _which(ident: str) -> list[str]:
-    """A folder with an agent in it, or one of the hub's, author/name or author/name/version."""
+    """Arguments that name a folder with an agent in it, or an agent of the hub: author/name or author/name/version."""
     author, slash, name = ident.partition("/")
     if not slash or not author or author.startswith("."):
         return ["--mode", "local", "--agent_path", ident]
@@ -66,7 +66,7 @@ def _which(ident: str) -> list[str]:
 
 
 async def _surroundings(request: Request) -> tuple[str, dict[str, str]]:
-    """Folder and environment of the program that asks. Raises Problem."""
+    """Folder and environment of the program that sent the request. Raises Problem."""
     process = await request.app.accounts.process_of(request.connection)
     try:
         folder = os.readlink(f"/proc/{process}/cwd")
@@ -80,7 +80,7 @@ async def _surroundings(request: Request) -> tuple[str, dict[str, str]]:
 
 
 async def ps(request: Request) -> None:
-    """The agents that it has started."""
+    """The agents that the program has started."""
     lines = await _children(request, wire.Ps(dead=True))
     processes = [_shown(line) for line in sorted(lines, key=lambda line: line.pid)]
     await request.reply({"status": "success", "count": len(processes), "processes": processes})

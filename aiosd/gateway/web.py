@@ -1,8 +1,8 @@
 """One request and its reply, whatever the API.
 
-Before a request's body is read it is known whose it is. What a handler raises becomes the reply: a `Problem` as it is,
-an OSError as the kernel's errno says, anything else as 500. After the first part of a stream it becomes a part of that
-stream.
+The agent of a request is identified before its body is read. An exception of a handler becomes the reply: a `Problem`
+as it is, an OSError as the kernel's errno says, any other as 500. After the first part of a stream it becomes a part of
+that stream.
 """
 
 from __future__ import annotations
@@ -35,13 +35,13 @@ BODY_BYTES = 16 << 20  # of one request
 COMMENT_S = 5.0  # between two signs of life in a stream in which nothing else is sent
 
 BOM = b"\xef\xbb\xbf"  # some editors put it before a text
-TOKEN_CHARS = 128  # the kernel reads no long ones
+TOKEN_CHARS = 128  # the kernel refuses longer ones
 
 encode = msgspec.json.Encoder().encode
 
 
 class Problem(Exception):
-    """The reply is an error."""
+    """An error that becomes the reply."""
 
     def __init__(
         self,
@@ -57,7 +57,7 @@ class Problem(Exception):
         self.headers = dict(headers or {})
 
     def renamed(self, names: places.Names) -> Problem:
-        """The same with the names of another API."""
+        """The same error with the names of another API."""
         new = self.param and names(self.param)
         if self.param and new:
             self.message, self.param = places.renamed(self.message, self.param, new), new
@@ -66,7 +66,7 @@ class Problem(Exception):
 
 @contextlib.contextmanager
 def renaming(names: places.Names) -> Iterator[None]:
-    """Around what is shared with another API, and says the names of that one."""
+    """Around code shared with another API: translates the names in its errors."""
     try:
         yield
     except Problem as problem:
@@ -74,7 +74,7 @@ def renaming(names: places.Names) -> Iterator[None]:
 
 
 class Left(Exception):
-    """The program does not wait for the reply any more."""
+    """The program has closed the connection and does not wait for the reply any more."""
 
 
 NO_RETRY = {"x-should-retry": "false"}
@@ -82,7 +82,7 @@ _SOON = {"retry-after": "1"}
 
 
 def problem_of(err: OSError, names: places.Names = places.same) -> Problem:
-    """What an answer of the kernel is in HTTP. `names`: how this API calls what the kernel has named."""
+    """The HTTP error for an error from the kernel. `names`: translates places in it into this API's names."""
     message = err.strerror or str(err)
     match err.errno:
         case errno.EINVAL | errno.EMSGSIZE:
@@ -111,7 +111,7 @@ def openai_error(problem: Problem) -> dict[str, Any]:
 
 @dataclass(slots=True)
 class Counters:
-    """What /metrics tells."""
+    """The counters that /metrics reports."""
 
     requests: dict[int, int] = field(default_factory=dict)  # by status
     prompt_tokens: int = 0
@@ -131,7 +131,7 @@ class Counters:
 
 
 class Request:
-    """`account` is set before a handler gets it, unless the route is open to all."""
+    """A request. `account` is set before a handler gets it, unless the route needs no token."""
 
     def __init__(self, app: App, scope: dict[str, Any], receive: Any, send: Any) -> None:
         self.app = app
@@ -143,17 +143,17 @@ class Request:
         self.account: Account
         self.words: dict[str, str] = {}  # parts of the path
         self.error_form: Callable[[Problem], dict[str, Any]] = openai_error
-        self.names: places.Names = places.same  # how the handler's API calls what the kernel names
+        self.names: places.Names = places.same  # translates places into the names of the handler's API
         self.extra: list[tuple[bytes, bytes]] = []  # headers of the reply
         self.begun = False  # the head of the reply is sent
-        self._heard = False  # its whole body has come
-        self._events = False  # it is a stream of events, not of lines
+        self._received = False  # its whole body has come
+        self._events = False  # the reply is a stream of events, not of lines
         self._receive, self._send = receive, send
 
     # ── from the program ──────────────────────────────────────────────────────────────────────────────────
 
     def token(self) -> str:
-        """As a bearer token, as x-api-key, or as the password of Basic. Empty: none."""
+        """The token: a bearer token, x-api-key, or the password of Basic. Empty: none."""
         given = self.headers.get(b"authorization", b"").decode("latin-1")
         kind, _, value = given.partition(" ")
         if kind.lower() == "bearer":
@@ -166,7 +166,7 @@ class Request:
         return self.headers.get(b"x-api-key", b"").decode("latin-1").strip()
 
     async def body(self) -> bytes:
-        """Raises Problem (413), Full, Left."""
+        """The whole body. Raises Problem (413), Full, Left."""
         try:
             announced = int(self.headers.get(b"content-length", b"0"))
         except ValueError:
@@ -180,24 +180,24 @@ class Request:
                 message = await self._receive()
                 if message["type"] != "http.request":
                     raise Left
-                self._heard = not message["more_body"]
+                self._received = not message["more_body"]
                 self.account.take_body(self.connection, len(message["body"]))
                 taken += len(message["body"])
                 parts += message["body"]
-                if self._heard:
+                if self._received:
                     return self._decoded(bytes(parts))
         finally:
             self.account.drop_body(self.connection, taken)
 
     def _decoded(self, body: bytes) -> bytes:
-        """Programs may send it compressed. Raises Problem (400, 413, 415)."""
+        """The body, decompressed if it was sent compressed. Raises Problem (400, 413, 415)."""
         coding = self.headers.get(b"content-encoding", b"identity").decode("latin-1").strip().lower()
         if coding in ("", "identity"):
             return body
         if coding not in ("gzip", "x-gzip", "deflate"):
             self.extra.append((b"accept-encoding", b"gzip, deflate, identity"))
             raise Problem(415, f"content-encoding: gzip or deflate, not {coding:.40}")
-        unpacker = zlib.decompressobj(zlib.MAX_WBITS | 32)  # it finds out by itself which of the two it is
+        unpacker = zlib.decompressobj(zlib.MAX_WBITS | 32)  # zlib recognises which of the two formats it is
         try:
             found = unpacker.decompress(body, BODY_BYTES + 1)
         except zlib.error:
@@ -209,7 +209,7 @@ class Request:
         return found
 
     async def json(self) -> dict[str, Any]:
-        """Raises Problem as `body`, and 400."""
+        """The body, which must be a JSON object. Raises Problem as `body`, and 400."""
         body = await self.body()
         try:
             value = msgspec.json.decode(body.removeprefix(BOM))
@@ -224,7 +224,7 @@ class Request:
         return value
 
     async def left(self) -> None:
-        """Until the program has closed the connection."""
+        """Wait until the program has closed the connection."""
         while (await self._receive())["type"] != "http.disconnect":
             pass
 
@@ -238,7 +238,7 @@ class Request:
         await self._send({"type": "http.response.body", "body": body})
 
     async def stream(self, part: bytes, kind: bytes, last: bool = False) -> None:
-        """A part of a reply that comes in parts."""
+        """Send a part of a reply that is sent in parts."""
         if not self.begun:
             self._events = kind.startswith(b"text/event-stream")
             self.extra.append((b"cache-control", b"no-cache"))
@@ -251,15 +251,15 @@ class Request:
         headers = [*self.extra]
         if kind:
             headers.append((b"content-type", kind))
-        if not self._heard and self._waits_or_is_long():
+        if not self._received and self._waits_or_is_long():
             headers.append((b"connection", b"close"))
         if size is not None:
             headers.append((b"content-length", str(size).encode()))
         await self._send({"type": "http.response.start", "status": status, "headers": headers})
 
     def _waits_or_is_long(self) -> bool:
-        """Its body was not asked for, and may never come, or is not worth being read to its end: the next request
-        cannot be told from it."""
+        """Whether to close the connection because the rest of the body will not be read: it may never come, or it is
+        too long; and the next request cannot be found without reading it."""
         size = self.headers.get(b"content-length", b"0")
         if b"expect" in self.headers or b"transfer-encoding" in self.headers:
             return True
@@ -279,7 +279,7 @@ Handler = Callable[[Request], Awaitable[None]]
 
 @dataclass(frozen=True, slots=True)
 class Route:
-    """`path`: a pattern for all of the path; `name`: the path as people write it. `open`: without a token."""
+    """`path`: a pattern for the whole path; `name`: the path as people write it. `open`: it needs no token."""
 
     method: str
     name: str
@@ -309,7 +309,7 @@ class App:
     def __init__(self, accounts: Accounts, counters: Counters, door: Endpoint, routes: list[Route]) -> None:
         self.accounts = accounts
         self.counters = counters
-        self.models: list[ModelInfo] = []  # as last seen
+        self.models: list[ModelInfo] = []  # as last reported by the kernel
         self._routes = routes
         self._hosts = {door.host, "localhost", "127.0.0.1", "::1"}
 
@@ -327,18 +327,18 @@ class App:
             await request.fail(problem_of(err, request.names))
         except asyncio.CancelledError:
             raise
-        except Exception:  # a bug: it costs this request, and no other
+        except Exception:  # a bug: it ends this request, and no other
             logger.exception("%s %s: a bug of the gateway", request.method, request.path[:80])
             await request.fail(Problem(500, "the gateway made a mistake; aiosd's log has the details", "server_error"))
 
     async def _serve(self, request: Request) -> None:
         self._check_origin(request)
         if request.method == "OPTIONS":
-            await self._tell_methods(request)
+            await self._reply_methods(request)
             return
         chosen = self._route(request)
         if not chosen.open:
-            with request.connection.looked_at():
+            with request.connection.identifying():
                 await self._identify(request)
         await chosen.handler(request)
 
@@ -355,8 +355,8 @@ class App:
         # A page of this machine may read the replies; it needs a token as any other program.
         request.extra += [(b"access-control-allow-origin", origin.encode("latin-1")), (b"vary", b"origin")]
 
-    async def _tell_methods(self, request: Request) -> None:
-        """OPTIONS: what is allowed here. A browser asks that, without a token, before a page's request."""
+    async def _reply_methods(self, request: Request) -> None:
+        """Answer OPTIONS with the allowed methods. A browser sends it, without a token, before a page's request."""
         methods = self._methods(request.path) if request.path != "*" else sorted({one.method for one in self._routes})
         if not methods:
             raise self._nothing_at(request)
@@ -386,13 +386,13 @@ class App:
         raise Problem(405, f"{request.method} is not allowed here; {' and '.join(methods)} is")
 
     def _nothing_at(self, request: Request) -> Problem:
-        """The reply says what there is."""
+        """A 404 that lists the paths that exist."""
         there = ", ".join(dict.fromkeys(f"{one.method} {one.name}" for one in self._routes))
         path = request.path[:200]
         return Problem(404, f"there is nothing at {request.method} {path}; there are: {there}", code="unknown_url")
 
     async def _identify(self, request: Request) -> None:
-        """Whose request is it? Raises Problem: 401, 403, 503."""
+        """Find the agent that sent the request. Raises Problem: 401, 403, 503."""
         token, connection = request.token(), request.connection
         if connection.agent:
             await self._identify_guest(request)
@@ -411,12 +411,12 @@ class App:
         if connection.account is not account:
             if connection.account is not None or not await self.accounts.is_of(account, *connection.ends):
                 raise Problem(403, "this token belongs to another agent", "permission_error", code="wrong_agent")
-            if connection.account is None:  # it was not shown meanwhile, by a request in front of this one
+            if connection.account is None:  # no earlier request of this connection identified it meanwhile
                 connection.known(account)
         request.account = account
 
     async def _identify_guest(self, request: Request) -> None:
-        """The gate tells whose request it is, whatever token a program sends. Raises Problem: 403, 503."""
+        """The gate determines the agent, whatever token a program sends. Raises Problem: 403, 503."""
         connection = request.connection
         try:
             account = await self.accounts.of_gate(connection.agent)
@@ -432,7 +432,7 @@ class App:
 
 
 def _matched(one: Route, path: str) -> re.Match[str] | None:
-    """A slash at the end, or two of them where one is meant, make no other path."""
+    """Match a path against a route. A slash at the end, or two slashes for one, make no difference."""
     return one.path.fullmatch(path.rstrip("/")) or one.path.fullmatch(re.sub("/+", "/", path).rstrip("/"))
 
 

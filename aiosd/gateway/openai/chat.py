@@ -38,7 +38,7 @@ async def complete(request: Request) -> None:
     await request.reply(
         {
             **head,
-            "model": found[0].model or model.name,  # of a route, the one that answered
+            "model": found[0].model or model.name,  # of a route, the model that answered
             "object": "chat.completion",
             "system_fingerprint": FINGERPRINT,
             "choices": [_choice(i, result, asked) for i, result in enumerate(found)],
@@ -103,7 +103,7 @@ def _logprob(one: wire.Logprob | wire.Alternative) -> dict[str, Any]:
 
 
 class ChatForm:
-    """Parts of a streamed chat. Nearly all of them are a text between two that are always the same."""
+    """Parts of a streamed chat. Nearly every part is a text with the same bytes before and after it."""
 
     kind, comment = generation.EVENTS, generation.COMMENT
 
@@ -150,15 +150,15 @@ class ChatForm:
 
 
 class Written:
-    """The tool calls of one streamed choice: id and name once, then the arguments in pieces. Where a model's way of
-    writing calls cannot be followed, they come whole at the end."""
+    """The tool calls of one streamed choice: id and name once, then the arguments in pieces. If the model writes calls
+    in a form that cannot be parsed piece by piece, each call comes whole at the end."""
 
     def __init__(self, asked: fields.Asked) -> None:
         self.any = False  # a call of one of the program's own tools
         self._asked = asked
         self._seen: set[int] = set()
         self._answers: set[int] = set()  # numbers of calls that are the answer
-        self._numbers: dict[int, int] = {}  # what those of the others become
+        self._numbers: dict[int, int] = {}  # the new numbers of the other calls
 
     def deltas(self, pieces: Sequence[CallPiece]) -> list[dict[str, Any]]:
         return [self._delta(piece.index, piece.id, piece.name, piece.arguments) for piece in pieces]

@@ -1,4 +1,4 @@
-"""POST /v1/completions: text that goes on, of one prompt or of several."""
+"""POST /v1/completions: the continuation of one prompt or several."""
 
 from __future__ import annotations
 
@@ -51,12 +51,12 @@ async def complete(request: Request) -> None:
         for i, result in enumerate(found)
     ]
     used = usage(generation.total([result.usage for result in found], per_prompt))
-    answered = {"model": found[0].model or model.name}  # of a route, the one that did
+    answered = {"model": found[0].model or model.name}  # of a route, the model that answered
     await request.reply({**head, **answered, "system_fingerprint": FINGERPRINT, "choices": choices, "usage": used})
 
 
 def _arguments(asked: Completion, model: ModelInfo) -> tuple[list[wire.Generate], list[str]]:
-    """What to generate, and for each prompt the text that is to stand before the answer. Raises Problem (400)."""
+    """What to generate, and for each prompt the text to put before its answer. Raises Problem (400)."""
     prompts = _prompts(asked.prompt)
     if asked.best_of is not None and asked.best_of > (asked.n or 1):
         raise Problem(400, "best_of: more than n is not supported", param="best_of", code="unsupported_parameter")
@@ -90,13 +90,13 @@ def _is_ids(value: list[Any]) -> bool:
 def choice(
     index: int, text: str, found: wire.Logprobs | None, reason: str | None, ids: list[int] | None = None, at: int = 0
 ) -> dict[str, Any]:
-    """`at`: where in the whole answer the text of these tokens begins."""
+    """One choice. `at`: the place in the whole answer at which the text of these tokens begins."""
     made = {"index": index, "text": text, "logprobs": _logprobs(found, at), "finish_reason": reason}
     return made if ids is None else {**made, "token_ids": ids}
 
 
 def _logprobs(found: wire.Logprobs | None, at: int) -> dict[str, Any] | None:
-    """In the form of this API: lists, one entry for each token."""
+    """Log probabilities in the form of this API: lists with one entry for each token."""
     if found is None:
         return None
     known = [one for one in found if one is not None]
@@ -129,7 +129,7 @@ class CompletionForm:
         self._back = b'],"usage":null}\n\n' if with_usage else b"]}\n\n"
         self._with_usage = with_usage
         self._echoes, self._count = echoes, count
-        self._at = [0] * count  # of each choice, how long the text of its tokens is so far
+        self._at = [0] * count  # the length of each choice's text so far
 
     def begin(self, model: str) -> bytes:
         head = {**self._head, "model": model or self._head["model"]}

@@ -54,7 +54,7 @@ def _texts(value: str | list[str | int | list[int]] | UnsetType) -> list[str]:
         raise Problem(400, "input: it is missing", param="input")
     texts = [value] if isinstance(value, str) else value
     if not all(isinstance(text, str) for text in texts):
-        # Programs take these from a tokenizer of OpenAI's: here they would mean other words, without any error.
+        # Programs make token ids with a tokenizer of OpenAI's: here they would be other words, without any error.
         message = "input: give texts; token ids are another model's (LangChain: check_embedding_ctx_length=False)"
         raise Problem(400, message, param="input")
     return [text for text in texts if isinstance(text, str)]

@@ -1,4 +1,4 @@
-"""What a request asks for.
+"""The fields of a request.
 
 Every field that OpenAI documents is known here, and those of llama-server and vLLM that programs use. A field that
 cannot be honoured, and that would change the answer, is a 400 with its name; one that changes nothing is accepted. A
@@ -28,7 +28,7 @@ SEEDS = (1 << 63) - 1
 
 class StreamOptions(Struct):
     include_usage: bool | None = None
-    include_obfuscation: Any = None  # bytes that say nothing
+    include_obfuscation: Any = None  # random padding, which has no effect here
 
 
 class Sampling(Struct, kw_only=True):
@@ -68,7 +68,7 @@ class Sampling(Struct, kw_only=True):
     mirostat: int | None = None
     mirostat_tau: float | None = None
     mirostat_eta: float | None = None
-    # change no answer
+    # these change no answer
     user: Any = None
     metadata: Any = None
     store: Any = None
@@ -78,13 +78,13 @@ class Sampling(Struct, kw_only=True):
     prompt_cache_options: Any = None
     prompt_cache_retention: Any = None
     cache_prompt: Any = None
-    # would change it
+    # these would change it
     typical_p: Any = None
     dynatemp_range: Any = None
     logit_bias_text: Any = None
 
 
-#: Values of fields that cannot be honoured which ask for nothing.
+#: Fields that cannot be honoured: the values that have no effect and are therefore accepted.
 NEUTRAL: dict[str, tuple[Any, ...]] = {
     "audio": (None,),
     "web_search_options": (None,),
@@ -103,12 +103,12 @@ F = TypeVar("F", bound=Struct)
 
 
 def read(request: Request, value: dict[str, Any], kind: type[F]) -> F:
-    """Raises Problem (400) with the name of the field that is wrong."""
+    """Convert a request into a struct. Raises Problem (400) with the name of the field that is wrong."""
     try:
         fields = msgspec.convert({name: _whole(given) for name, given in value.items()}, kind)
     except msgspec.ValidationError as err:
-        place, said = places.of_error(str(err))
-        raise Problem(400, f"{place}: {said}" if place else said, param=place or None) from None
+        place, text = places.of_error(str(err))
+        raise Problem(400, f"{place}: {text}" if place else text, param=place or None) from None
     unknown = []
     for name, given, known in _given(value, fields):
         if not known:
@@ -122,7 +122,7 @@ def read(request: Request, value: dict[str, Any], kind: type[F]) -> F:
 
 
 def _given(value: dict[str, Any], fields: Struct, before: str = "") -> Iterator[tuple[str, Any, bool]]:
-    """All names in a request, those within others as `text.format`, with their values, and whether we know them."""
+    """All fields of a request, inner ones as `text.format`, with their values, and whether they are known here."""
     for name, given in value.items():
         known = name in fields.__struct_fields__
         yield before + name, given, known
@@ -140,14 +140,14 @@ def _whole(value: Any) -> Any:
 
 
 async def models(request: Request) -> list[ModelInfo]:
-    """Those of the system, the default one first. What models there are does not change while it runs."""
+    """The models of the system, the default one first. The list does not change while the system runs."""
     if not request.app.models:
         request.app.models = await ask(request.account.connection, Sys.MODELS, wire.NoArgs(), list[ModelInfo])
     return request.app.models
 
 
 async def model_for(request: Request, asked: str | None) -> ModelInfo:
-    """The model of that name, else the default one: programs name models that exist elsewhere. The reply says which."""
+    """The model of that name, else the default one: programs name models that exist elsewhere. The reply names it."""
     known = await models(request)
     asked = request.words.get("engine", asked)
     found = next((model for model in known if model.name == asked), None) or next(iter(known), None)
@@ -160,7 +160,8 @@ async def model_for(request: Request, asked: str | None) -> ModelInfo:
 
 
 def options(fields: Sampling) -> dict[str, Any]:
-    """As `libaios.llm` names them; what was not asked for is left to it."""
+    """The options with their names in `libaios.llm`; options that the request does not have keep their defaults
+    there."""
     tokens = fields.max_tokens if fields.max_tokens is not None else fields.n_predict
     given: dict[str, Any] = {
         "max_tokens": None if tokens is None or tokens < 0 else min(tokens, MOST_TOKENS),
@@ -239,7 +240,7 @@ class Chat(Sampling, kw_only=True):
     response_format: dict[str, Any] | None = None
     reasoning_effort: str | None = None
     chat_template_kwargs: dict[str, Any] | None = None
-    prediction: Any = None  # makes an answer quicker, and no other
+    prediction: Any = None  # makes an answer faster, and does not change it
     audio: Any = None
     modalities: Any = None
     moderation: Any = None
@@ -248,8 +249,8 @@ class Chat(Sampling, kw_only=True):
 
 
 class Asked(Struct):
-    """A chat as it is to be generated. `answer_tool`: the name of a tool that was added, whose arguments are the answer
-    in the form that was asked for. `functions`: asked for in the old way, and answered so."""
+    """A chat as it is to be generated. `answer_tool`: the name of a tool that was added; its arguments are the answer
+    in the requested form. `functions`: the request used the older fields (`functions`), and so does the reply."""
 
     args: list[wire.Generate]
     answer_tool: str = ""
@@ -260,7 +261,7 @@ ANSWER_TOOL = "final_answer"
 
 
 def chat(fields: Chat, model: ModelInfo) -> Asked:
-    """Raises Problem (400)."""
+    """Convert a chat request. Raises Problem (400)."""
     if isinstance(fields.messages, UnsetType):
         raise Problem(400, "messages: they are missing", param="messages")
     given = options(fields)
@@ -327,8 +328,8 @@ def _tools(fields: Chat) -> tuple[list[dict[str, Any]], str | dict[str, Any]]:
 
 
 def _not_strict(tool: dict[str, Any]) -> dict[str, Any]:
-    """In this API arguments need not fit the schema, unless the tool is `strict`: what no grammar can keep is left to
-    the program, which checks them, instead of refusing the whole request."""
+    """The tool without the parts of its schema that no grammar can express. In this API arguments need not fit the
+    schema unless the tool is `strict`, so checking them is left to the program; the request is not refused."""
     function = tool.get("function", tool)
     if not isinstance(function, dict) or function.get("strict"):
         return tool
@@ -348,13 +349,13 @@ def _allowed(tools: list[dict[str, Any]], allowed: Any) -> tuple[list[dict[str, 
 
 
 def _which(tools: list[dict[str, Any]], allowed: Any) -> list[int]:
-    """The numbers of those that are allowed. Raises AttributeError, KeyError, TypeError where that is not said."""
+    """The numbers of the allowed tools. Raises AttributeError, KeyError, TypeError if `allowed` has another form."""
     names = {entry.get("function", entry)["name"] for entry in allowed["tools"]}
     return [i for i, tool in enumerate(tools) if tool.get("function", tool)["name"] in names]
 
 
 def order_of_tools(fields: Chat) -> list[int]:
-    """Of each tool that goes to the kernel, its number in the request."""
+    """For each tool that is sent to the kernel, its number in the request."""
     tools, choice = _first(fields.tools or None, fields.functions, []), fields.tool_choice
     if isinstance(choice, dict) and choice.get("type") == "allowed_tools":
         return _which(tools, choice.get("allowed_tools", choice))
@@ -364,8 +365,8 @@ def order_of_tools(fields: Chat) -> list[int]:
 def _both(
     tools: list[dict[str, Any]], choice: str | dict[str, Any], given: dict[str, Any]
 ) -> tuple[list[dict[str, Any]], str | dict[str, Any], str]:
-    """Tools, and a form for the answer. If the model may choose, the answer becomes a tool of its own, and one of all
-    of these must be called; the program gets that tool's arguments as the answer."""
+    """Tools together with a schema for the answer. If the model may choose, the answer becomes a tool of its own, and
+    one of all these tools must be called; the program gets that tool's arguments as the answer."""
     if choice == "none":
         return [], "none", ""
     schema = given.pop("schema")
@@ -390,9 +391,9 @@ def _template(fields: Chat) -> dict[str, Any]:
 
 
 def _messages(given: list[dict[str, Any]]) -> list[dict[str, Any]]:
-    """As the kernel takes them; what is wrong with one is told there, where its template is known."""
+    """The messages as the kernel takes them. Errors in one are found there, where the model's template is known."""
     for i, message in enumerate(given):
-        if message.get("audio") is not None:  # of an earlier answer, which is nowhere here
+        if message.get("audio") is not None:  # refers to an earlier answer in audio, which does not exist here
             raise Problem(400, f"messages[{i}].audio: this server cannot do that", param=f"messages[{i}].audio")
     return [_message(message) for message in given]
 
@@ -416,7 +417,7 @@ def _message(message: dict[str, Any]) -> dict[str, Any]:
 
 
 def _part(part: Any) -> Any:
-    """What an assistant has refused with is its text."""
+    """A part of a message; an assistant's refusal becomes plain text."""
     if isinstance(part, dict) and part.get("type") == "refusal" and isinstance(part.get("refusal"), str):
         return {"type": "text", "text": part["refusal"]}
     return part

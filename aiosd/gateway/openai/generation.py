@@ -1,8 +1,8 @@
 """From generations to a reply: whole, or in parts as they come.
 
-A `Form` knows what the parts look like; this file knows when they are sent. The head of a stream is sent with its first
-part, so what goes wrong before that has a status of its own. While nothing comes (the agent is parked, or waits in the
-queue), a comment every few seconds keeps the program from giving up.
+A `Form` defines how the parts look; this file decides when they are sent. The head of a stream is sent with its first
+part, so an error before that still has an HTTP status of its own. While nothing comes (the agent is parked, or waits in
+the queue), a comment every few seconds keeps the program from giving up.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ COMMENT = b": waiting\n\n"
 
 
 class Form(Protocol):
-    """How the parts of a stream are written. `comment`: what readers skip; b"": there is nothing like that."""
+    """How the parts of a stream are written. `comment`: bytes that readers skip; b"": the form has no comments."""
 
     @property
     def kind(self) -> bytes:
@@ -34,18 +34,18 @@ class Form(Protocol):
     def comment(self) -> bytes: ...
 
     def begin(self, model: str) -> bytes:
-        """Before all others. `model`: the one that answers, which of a route is known only now; "": as it was asked
-        for."""
+        """The bytes before all parts. `model`: the model that answers (of a route it is known only now); "": as
+        requested."""
 
     def piece(self, index: int, piece: Piece) -> bytes:
-        """Of the choice with this number; the last one of a choice has its `finish_reason`."""
+        """A piece of the choice with this number; the last piece of a choice has its `finish_reason`."""
 
     def end(self, usages: Sequence[wire.Usage]) -> bytes:
-        """After all others, with what each choice has cost."""
+        """The bytes after all parts, with the usage of each choice."""
 
 
 def total(usages: Sequence[wire.Usage], per_prompt: int = 0) -> wire.Usage:
-    """Of all choices. A prompt counts once, however many choices it has (0: they are all of one)."""
+    """The usage of all choices together. A prompt counts once for its `per_prompt` choices (0: all have one prompt)."""
     firsts = usages[:: per_prompt or len(usages)]
     return wire.Usage(
         prompt_tokens=sum(usage.prompt_tokens for usage in firsts),
@@ -56,7 +56,7 @@ def total(usages: Sequence[wire.Usage], per_prompt: int = 0) -> wire.Usage:
 
 
 async def results(request: Request, args: Sequence[wire.Generate]) -> list[Result]:
-    """Generate all of these. Raises OSError, Left."""
+    """Generate all of these and return the results. Raises OSError, Left."""
     async with Calls(request.account.connection) as calls:
         pending = [await calls.submit(Sys.GENERATE, one) for one in args]
         async with Leaving(request, calls.bell.set) as leaving:
@@ -69,7 +69,7 @@ async def results(request: Request, args: Sequence[wire.Generate]) -> list[Resul
 
 
 async def stream(request: Request, args: Sequence[wire.Generate], form: Form) -> None:
-    """Generate all of these, and send what comes. Raises OSError, Left."""
+    """Generate all of these, and send each piece as it comes. Raises OSError, Left."""
     async with Calls(request.account.connection) as calls, _counted(request.app.counters):
         pending = [await calls.submit(Sys.GENERATE, one, stream=True) for one in args]
         begun = False
@@ -103,7 +103,7 @@ class Reader:
         self._pieces = Pieces()
 
     def pieces(self) -> list[Piece]:
-        """What has come since. Raises OSError."""
+        """The pieces that have come since the last call. Raises OSError."""
         call, come = self._call, []
         if call.pieces:
             come.append(self._pieces.piece(_joined(call.pieces)))
@@ -117,7 +117,7 @@ class Reader:
 
 @asynccontextmanager
 async def _counted(counters: Counters) -> AsyncIterator[None]:
-    """While it is one of the streams."""
+    """Counts a stream while it is open."""
     counters.streams += 1
     try:
         yield
@@ -126,12 +126,12 @@ async def _counted(counters: Counters) -> AsyncIterator[None]:
 
 
 def _joined(pieces: Sequence[wire.Piece]) -> wire.Piece:
-    """Those that have come since the last look, as one."""
+    """Several pieces as one."""
     if len(pieces) == 1:
         return pieces[0]
     chances = [one for piece in pieces for one in piece.logprobs or ()]
     tokens = [token for piece in pieces for token in piece.tokens]
-    model = next((piece.model for piece in pieces if piece.model), "")  # the first of a stream names it
+    model = next((piece.model for piece in pieces if piece.model), "")  # the first piece of a stream names it
     return wire.Piece("".join([piece.text for piece in pieces]), tokens, chances or None, model)
 
 
@@ -147,7 +147,7 @@ def _count(request: Request, usages: Sequence[wire.Usage]) -> None:
 
 
 class Leaving:
-    """Notices that the program has closed the connection, and rings."""
+    """Rings the bell when the program has closed the connection."""
 
     def __init__(self, request: Request, ring: Callable[[], None]) -> None:
         self._request, self._ring = request, ring
@@ -167,12 +167,12 @@ class Leaving:
 
 
 class Comments:
-    """Rings when a stream has been silent for too long."""
+    """Rings the bell when a stream has been silent for too long."""
 
     def __init__(self, ring: Callable[[], None]) -> None:
         self.due = False
         self._ring = ring
-        self._sent = False  # something, since the last look
+        self._sent = False  # something was sent since the last check
         self._timer: asyncio.TimerHandle
 
     async def __aenter__(self) -> Comments:

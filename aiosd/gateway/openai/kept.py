@@ -1,7 +1,7 @@
-"""Responses that may be gone on from: GET and DELETE /v1/responses/{id}, and its input items.
+"""Responses that a later request can continue: GET and DELETE /v1/responses/{id}, and its input items.
 
-They are kept in this process, for their own agent, the newest ones and no more than `KEPT_BYTES`; when the gateway has
-died in between, the program gets a 404 and sends the whole conversation.
+They are kept in this process, each for its own agent: the newest ones, and no more than `KEPT_BYTES`. When the gateway
+has died in between, the program gets a 404 and sends the whole conversation.
 """
 
 from __future__ import annotations
@@ -40,7 +40,7 @@ def encode_raw(value: Any) -> Raw:
 
 
 def find(request: Request, ident: str, param: str | None = None, code: str | None = None) -> Kept:
-    """Raises Problem (404)."""
+    """The kept response of this id. Raises Problem (404)."""
     kept = request.account.responses.get(ident)
     if kept is None:
         named = f"{param}: " if param else ""
@@ -51,7 +51,7 @@ def find(request: Request, ident: str, param: str | None = None, code: str | Non
 
 
 def messages_of(request: Request, ident: str) -> list[Item]:
-    """The conversation that goes on. Raises Problem (404)."""
+    """The messages of the conversation to continue. Raises Problem (404)."""
     kept = find(request, ident, "previous_response_id", "previous_response_not_found")
     messages: list[Item] = msgspec.json.decode(kept.messages)
     return messages
@@ -79,7 +79,7 @@ async def cancel(request: Request) -> None:
 
 
 async def input_items(request: Request) -> None:
-    """The newest first unless `order` is asc; `limit` of them, behind the one that `after` names."""
+    """List input items, the newest first unless `order` is asc: `limit` of them, after the one that `after` names."""
     query = _query(request)
     order, limit, after = query.get("order", "desc"), query.get("limit", "20"), query.get("after")
     if order not in ("asc", "desc"):

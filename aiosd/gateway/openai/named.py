@@ -1,4 +1,4 @@
-"""How chats and completions name what the kernel's arguments are made from (see `places`)."""
+"""The fields of chats and completions from which the kernel's arguments were made, for errors (see `places`)."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from msgspec import UNSET, Struct
 from aiosd.gateway.openai import fields
 from aiosd.gateway.places import Names, in_function, split
 
-#: For an argument of the kernel's the fields that it may come from.
+#: For each argument of a kernel call, the fields that it may come from.
 SOURCES = {
     "prompt": ("prompt", "messages"),
     "max_tokens": ("max_completion_tokens", "max_tokens", "n_predict"),
@@ -30,19 +30,19 @@ _ITEM = re.compile(r"\[(\d+)\](.*)\Z", re.DOTALL)
 
 
 def source(asked: Struct, argument: str) -> str:
-    """The field of this request."""
+    """The field of this request that the argument came from."""
     there = [name for name in SOURCES.get(argument, (argument,)) if name in asked.__struct_fields__]
     given = [name for name in there if getattr(asked, name) is not None and getattr(asked, name) is not UNSET]
     return next(iter(given or there), argument)
 
 
 def of(asked: Struct) -> Names:
-    """Of a request whose fields are plain."""
+    """The names of a request's fields."""
 
     def names(place: str) -> str:
         root, rest = split(place)
         field = source(asked, root)
-        # One text where there may be several; pairs, which the kernel numbers and a program does not.
+        # One text although a list is possible; pairs, which have numbers in the kernel's arguments only.
         whole = field == "logit_bias" or isinstance(getattr(asked, field, None), str)
         return field if whole else field + rest
 
@@ -73,7 +73,7 @@ def _tool(asked: fields.Chat, rest: str) -> str:
 
 
 def _message(messages: list[dict[str, Any]], rest: str) -> str:
-    """What is behind `messages`."""
+    """The rest of a place after `messages`."""
     match = _CALLS.match(rest)
     if match is None or int(match[1]) >= len(messages):
         return rest

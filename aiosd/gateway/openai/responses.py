@@ -1,4 +1,4 @@
-"""POST /v1/responses: the newer form of a chat. Input items become messages, and what was generated becomes items.
+"""POST /v1/responses: the newer form of a chat. Input items become messages, and the result becomes output items.
 Earlier responses, which `previous_response_id` names, are in `kept`."""
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from libaios import wire
 from libaios.generate import Piece, Result
 from libaios.wire import Sys, ToolCall
 
-CUT = ("length", "limit")  # reasons of a generation's end by which something of it may be missing
+CUT = ("length", "limit")  # finish reasons after which the answer may be incomplete
 
 Item = dict[str, Any]
 
@@ -56,20 +56,20 @@ class Responses(Struct, kw_only=True):
     include: list[str] | None = None
     metadata: dict[str, Any] | None = None
     seed: int | None = None
-    # change no answer
+    # these change no answer
     user: Any = None
-    truncation: Any = None  # nothing is cut here: what is too long is an error
+    truncation: Any = None  # nothing is truncated here: a prompt that is too long is an error
     service_tier: Any = None
     safety_identifier: Any = None
     prompt_cache_key: Any = None
     prompt_cache_options: Any = None
     prompt_cache_retention: Any = None
-    max_tool_calls: Any = None  # of tools that a server runs; there are none
+    max_tool_calls: Any = None  # counts tools that a server runs; there are none
     context_management: Any = None
     access_programs: Any = None
-    background_options: Any = None  # without `background` they are about nothing
+    background_options: Any = None  # without `background` they have no effect
     image: Any = None  # there are none
-    # would change it
+    # these would change it
     background: Any = None
     conversation: Any = None
     moderation: Any = None
@@ -105,7 +105,7 @@ async def count(request: Request) -> None:
     await request.reply({"object": "response.input_tokens", "input_tokens": len(ids)})
 
 
-# ── what is asked for ─────────────────────────────────────────────────────────────────────────────────────
+# ── the request ─────────────────────────────────────────────────────────────────────────────────────
 
 
 async def _read(request: Request) -> Responses:
@@ -151,7 +151,7 @@ def _as_chat(asked: Responses, messages: list[Item]) -> fields.Chat:
 
 
 def _items(asked: Responses) -> list[Item]:
-    """What is sent now; behind an earlier response that may be nothing."""
+    """The items of this request; after an earlier response there may be none."""
     if isinstance(asked.input, UnsetType) or asked.input == []:
         if asked.previous_response_id is None:
             raise Problem(400, "input: it is missing, and there is no previous_response_id", param="input")
@@ -160,7 +160,7 @@ def _items(asked: Responses) -> list[Item]:
 
 
 def _shown(item: Item) -> Item:
-    """As it is listed later."""
+    """The item as a later listing shows it."""
     kind = item.get("type", "message")
     prefix = {"message": "msg", "function_call": "fc", "function_call_output": "fco"}.get(kind, "item")
     shown: Item = {"id": new_id(prefix), "type": kind, "status": "completed", **item}
@@ -171,7 +171,7 @@ def _shown(item: Item) -> Item:
 
 
 def _conversation(request: Request, asked: Responses, items: list[Item]) -> Conversation:
-    """Without the instructions, which are of one call only."""
+    """The conversation without the instructions, which belong to one call only."""
     before = asked.previous_response_id
     conversation = Conversation(kept.messages_of(request, before) if before is not None else [])
     for i, item in enumerate(items):
@@ -180,7 +180,7 @@ def _conversation(request: Request, asked: Responses, items: list[Item]) -> Conv
 
 
 class Conversation:
-    """Messages made of items. `places` and `calls`: of which item a message, and a tool call of it, was made."""
+    """Messages made of items. `places` and `calls`: the item from which a message, or a tool call of it, was made."""
 
     def __init__(self, messages: list[Item]) -> None:
         self.messages = messages
@@ -191,7 +191,7 @@ class Conversation:
         """Put an item at its end."""
         match item.get("type", "message"):
             case "message":
-                self._say(item.get("role"), _content(item.get("content"), where), where)
+                self._message(item.get("role"), _content(item.get("content"), where), where)
             case "function_call":
                 function = {"name": item.get("name"), "arguments": item.get("arguments", "{}")}
                 call = {"id": str(item.get("call_id", "")), "type": "function", "function": function}
@@ -210,8 +210,8 @@ class Conversation:
         self.messages.append(message)
         self.places.append(where)
 
-    def _say(self, role: Any, content: Any, where: str) -> None:
-        """A message; one of the assistant's belongs to the thoughts before it."""
+    def _message(self, role: Any, content: Any, where: str) -> None:
+        """Add a message; an assistant's message is joined with the reasoning before it."""
         last = self.messages[-1] if self.messages else {}
         if role == "assistant" == last.get("role") and not last["content"] and "tool_calls" not in last:
             last["content"] = content
@@ -220,7 +220,7 @@ class Conversation:
             self._append({"role": role, "content": content}, where)
 
     def _call(self, call: Item, where: str) -> None:
-        """It belongs to the message of the assistant's before it."""
+        """Add a tool call to the assistant's message before it."""
         if not self.messages or self.messages[-1].get("role") != "assistant":
             self._append({"role": "assistant", "content": ""}, where)
         calls = self.messages[-1].setdefault("tool_calls", [])
@@ -265,7 +265,7 @@ _TEXTS = ("input_text", "output_text", "text", "refusal")
 
 
 def _content(content: Any, where: str) -> Any:
-    """With the names that parts have in a chat. What is no text is refused by the kernel."""
+    """The content with the names that parts have in a chat. The kernel refuses parts that are no text."""
     if not isinstance(content, list):
         return content
     parts = []
@@ -278,11 +278,11 @@ def _content(content: Any, where: str) -> Any:
     return parts
 
 
-# ── what is answered ──────────────────────────────────────────────────────────────────────────────────────
+# ── the reply ──────────────────────────────────────────────────────────────────────────────────────
 
 
 def new_id(kind: str) -> str:
-    """As this API writes them."""
+    """A new id in the form of this API."""
     return chats.new_id(kind).replace("-", "_")
 
 
@@ -300,8 +300,8 @@ class Answer:
         self._created = int(time.time())
 
     def take(self, result: Result) -> None:
-        """All at once."""
-        self.model = result.model or self.model  # of a route, the one that answered
+        """Take the whole result at once."""
+        self.model = result.model or self.model  # of a route, the model that answered
         if result.reasoning:
             self.items.append(reasoning_item(result.reasoning))
         mine = [call for call in result.tool_calls if call.name != self.chat.answer_tool]
@@ -319,7 +319,7 @@ class Answer:
         self.usage = usage
 
     def message(self) -> Item:
-        """As the conversation goes on with it."""
+        """The answer as a message, for continuing the conversation."""
         message: Item = {"role": "assistant", "content": ""}
         for item in self.items:
             if item["type"] == "message":
@@ -406,7 +406,7 @@ NAMES = {"message": "output_text", "reasoning": "reasoning_text", "function_call
 
 
 class Open:
-    """The item that is being written: its kind, what it is so far, and the events around its text."""
+    """The item that is being written: its kind, its content so far, and the events around its text."""
 
     def __init__(self, key: str | int, item: Item) -> None:
         self.key = key  # "message", "reasoning", or the number of a call

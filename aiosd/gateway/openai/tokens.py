@@ -43,7 +43,7 @@ async def tokenize(request: Request) -> None:
 
 
 def _piece(data: bytes) -> str | list[int]:
-    """Its text, or its bytes where these are a part of a character."""
+    """The text of a token, or its bytes if these are a part of a character."""
     try:
         return data.decode()
     except UnicodeDecodeError:
