@@ -307,7 +307,7 @@ def test_a_kernel_is_told_what_it_does_not_know(
     birth.agent.restarts = SimpleNamespace(total=restarts)  # type: ignore[assignment]
     for epoch, expected in sent.items():
         found: list[str] = []
-        agents: Any = object.__new__(supervised.Agents)
+        agents: Any = object.__new__(supervised.AgentSupervisor)
         agents._link = Sent(epoch, found)
         agents._born(birth)
         assert found == expected

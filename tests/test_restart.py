@@ -8,20 +8,20 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from aiosd.init.restart import HEALTHY_S, LONGEST_WAIT_S, Policy, Restarts, When, parse
+from aiosd.init.restart import HEALTHY_S, LONGEST_WAIT_S, RestartPolicy, Restarts, When, parse
 
 
 @pytest.mark.parametrize(
     ("text", "policy"),
     [
-        ("no", Policy()),
-        ("always", Policy(When.ALWAYS)),
-        ("on-failure", Policy(When.ON_FAILURE)),
-        ("On-Failure:3", Policy(When.ON_FAILURE, 3)),
-        ("always:1", Policy(When.ALWAYS, 1)),
+        ("no", RestartPolicy()),
+        ("always", RestartPolicy(When.ALWAYS)),
+        ("on-failure", RestartPolicy(When.ON_FAILURE)),
+        ("On-Failure:3", RestartPolicy(When.ON_FAILURE, 3)),
+        ("always:1", RestartPolicy(When.ALWAYS, 1)),
     ],
 )
-def test_reads_what_people_write(text: str, policy: Policy) -> None:
+def test_reads_what_people_write(text: str, policy: RestartPolicy) -> None:
     assert parse(text) == policy
     assert parse(str(policy)) == policy
 
@@ -78,7 +78,7 @@ def test_a_healthy_life_begins_anew() -> None:
 
 @given(st.lists(st.tuples(st.integers(-64, 255), st.floats(0, 100), st.booleans())), st.integers(1, 5))
 def test_never_more_in_a_row_than_allowed(ends: list[tuple[int, float, bool]], tries: int) -> None:
-    restarts = Restarts(Policy(When.ON_FAILURE, tries))
+    restarts = Restarts(RestartPolicy(When.ON_FAILURE, tries))
     for status, lived_s, meant in ends:
         wait_s = restarts.after(status, lived_s, meant)
         assert restarts.in_row <= tries

@@ -22,7 +22,7 @@ from hypothesis import strategies as st
 from aiosd import procfs
 from aiosd.errors import UsageError
 from aiosd.init import guardian
-from aiosd.init.signals import Received
+from aiosd.init.signals import SignalInfo
 from aiosd.init.supervisor import Supervisor
 from aiosd.kernel import ancestry
 from aiosd.kernel.access import Access, Verdict
@@ -401,14 +401,14 @@ def test_signals_are_read_with_their_senders() -> None:
     """In a process of its own: in this one another thread could take the signals, and die of them."""
     script = """
 import os, signal, subprocess, sys
-from aiosd.init.signals import Received, open_signals, read_signals
+from aiosd.init.signals import SignalInfo, open_signals, read_signals
 fd = open_signals([signal.SIGUSR1, signal.SIGUSR2])
 assert read_signals(fd) == []
 os.kill(os.getpid(), signal.SIGUSR1)
-assert read_signals(fd) == [Received(signal.SIGUSR1, os.getpid())]
+assert read_signals(fd) == [SignalInfo(signal.SIGUSR1, os.getpid())]
 with subprocess.Popen(["sh", "-c", f"kill -USR2 {os.getpid()}"]) as child:
     child.wait()
-assert read_signals(fd) == [Received(signal.SIGUSR2, child.pid)]
+assert read_signals(fd) == [SignalInfo(signal.SIGUSR2, child.pid)]
 """
     subprocess.run([sys.executable, "-c", script], check=True, timeout=30, cwd=Path(__file__).parent.parent)
 
@@ -446,10 +446,10 @@ def test_an_agent_does_not_stop_the_system(aiosd: System, how: str, target: str,
 def test_orders_come_from_the_guardian_or_from_linux() -> None:
     supervisor = object.__new__(Supervisor)
     supervisor.children, supervisor.guardian = {}, 77
-    assert not supervisor._is_refused(Received(signal.SIGTERM, 77))
-    assert not supervisor._is_refused(Received(signal.SIGTERM, 0))
-    assert supervisor._is_refused(Received(signal.SIGTERM, os.getpid()))
-    assert supervisor._is_refused(Received(signal.SIGTERM, 1 << 30))
+    assert not supervisor._is_refused(SignalInfo(signal.SIGTERM, 77))
+    assert not supervisor._is_refused(SignalInfo(signal.SIGTERM, 0))
+    assert supervisor._is_refused(SignalInfo(signal.SIGTERM, os.getpid()))
+    assert supervisor._is_refused(SignalInfo(signal.SIGTERM, 1 << 30))
 
 
 def test_the_person_stops_it_and_the_log_names_the_sender(fresh_aiosd: Fresh) -> None:

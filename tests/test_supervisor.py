@@ -15,13 +15,13 @@ import pytest
 
 from aiosd.init import guardian, signals
 from aiosd.init import supervisor as module
-from aiosd.init.agents import Agents
+from aiosd.init.agents import AgentSupervisor
 from aiosd.init.kernellink import KernelLink
-from aiosd.init.records import Agent, Process
+from aiosd.init.records import Agent, SystemProcess
 from aiosd.init.supervisor import KERNEL, LAST_WAIT_S, Supervisor
 from aiosd.ipc import link
 from aiosd.ipc.heartbeat import HANG_S, START_S, Heart, Rounds, beat
-from aiosd.ipc.service import Service, Stopped
+from aiosd.ipc.service import ServiceSpec, Stopped
 from aiosd.timers import Timers
 from libaios.stream import FrameSocket
 
@@ -48,9 +48,9 @@ def test_what_a_dead_kernel_had_sent_counts_though_no_kernel_can_be_told_any_mor
     ours, theirs = socket.socketpair()
     supervisor = object.__new__(Supervisor)
     with select.epoll() as epoll:
-        supervisor.link = KernelLink(epoll, Process(KERNEL, 3, os.getpid()))
+        supervisor.link = KernelLink(epoll, SystemProcess(KERNEL, 3, os.getpid()))
         supervisor.link.open(ours)
-        agents = object.__new__(Agents)
+        agents = object.__new__(AgentSupervisor)
         agents.records = {pid: agent(pid) for pid in (7, 8)}
         supervisor._act = {link.Mark: agents.on_mark}
         kernel = FrameSocket(theirs)
@@ -100,9 +100,9 @@ def test_own_processes_are_told_to_end_in_the_order_of_their_records(monkeypatch
     supervisor.agents = SimpleNamespace(live=list)  # type: ignore[assignment]
     supervisor.link = SimpleNamespace(send=lambda message: done.append((102, message.last)))  # type: ignore[assignment]
     supervisor.orphans = SimpleNamespace(any=lambda: False)  # type: ignore[assignment]
-    supervisor.kernel = Process(KERNEL, 2, ospid=102)
-    door = Process(Service("door", "door", "", stopped=Stopped.FIRST), 3, ospid=103)
-    store = Process(Service("store", "store", ""), 4, ospid=104)
+    supervisor.kernel = SystemProcess(KERNEL, 2, ospid=102)
+    door = SystemProcess(ServiceSpec("door", "door", "", stopped=Stopped.FIRST), 3, ospid=103)
+    store = SystemProcess(ServiceSpec("store", "store", ""), 4, ospid=104)
     supervisor.services = {"store": store, "door": door}
     monkeypatch.setattr(os, "kill", lambda ospid, number: done.append((ospid, number)))
     supervisor._continue_stop()

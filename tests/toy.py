@@ -18,7 +18,7 @@ from aiosd import config
 from aiosd.init import guardian
 from aiosd.ipc import link
 from aiosd.ipc.heartbeat import Rounds
-from aiosd.ipc.service import Server, Service
+from aiosd.ipc.service import Server, ServiceSpec
 from libaios import wire
 from libaios.channel import Channel
 from libaios.home import Home
@@ -43,7 +43,7 @@ ROWS = (
     Row(CRASH, Text, by="toy"),
     Row(NOWHERE, Text, by="storeroom"),
 )
-TOY = Service("toy", kind="toy", entry="tests.toy:main")
+TOY = ServiceSpec("toy", kind="toy", entry="tests.toy:main")
 
 
 def work(ask: link.Ask, args: Work) -> Iterator[str]:

@@ -18,7 +18,7 @@ from importlib.machinery import ModuleSpec, PathFinder
 OLDEST = (3, 11)
 
 
-class Finder:
+class PackageFinder:
     """Finds single packages in folders that are not in sys.path."""
 
     def __init__(self) -> None:
@@ -29,7 +29,7 @@ class Finder:
         return None if folder is None else PathFinder.find_spec(name, [folder])
 
 
-def why_not(finder: Finder, msgspec_folder: str) -> str:
+def why_not(finder: PackageFinder, msgspec_folder: str) -> str:
     """What keeps this interpreter from running aiosd's code; "": nothing."""
     version = "{}.{}".format(*sys.version_info)
     if sys.version_info < OLDEST:
@@ -50,7 +50,7 @@ def main() -> None:
     del sys.path[0]  # the folder of this file
     number, supervisor, ground = map(int, sys.argv[1:4])
     ours, msgspec_folder, *modules = sys.argv[4:]
-    finder = Finder()
+    finder = PackageFinder()
     finder.folders.update({"aiosd": ours, "libaios": ours})
     sys.meta_path.insert(0, finder)
     words = why_not(finder, msgspec_folder)

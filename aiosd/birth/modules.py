@@ -99,7 +99,7 @@ def _folder_of(module: ModuleType) -> str | None:
     return folder if folder in sys.path else None
 
 
-class Finder:
+class HiddenFinder:
     """Returns hidden modules when they are imported."""
 
     def find_spec(self, name: str, path: Sequence[str] | None = None, target: object = None) -> ModuleSpec | None:
@@ -121,7 +121,7 @@ class Finder:
         _reveal(module.__name__)
 
 
-_finder = Finder()
+_finder = HiddenFinder()
 
 
 def _is_import(frame: object) -> bool:

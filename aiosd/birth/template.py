@@ -43,7 +43,7 @@ FD_BYTES = 4
 LOOK_S = 1.0  # at most that often it is looked whether files have changed
 
 
-class Refused(Exception):
+class TemplateRefused(Exception):
     def __init__(self, number: int, words: str) -> None:
         super().__init__(words)
         self.errno = number
@@ -60,11 +60,11 @@ def main(number: int, supervisor: int, ground: int, names: list[str]) -> None:
         name_process("aios:template")
         sys.stdout.reconfigure(line_buffering=True)  # type: ignore[union-attr] # a module may keep it
         _load(names)
-        files = Files()
+        files = ImportedFiles()
         sock.send(msgspec.json.encode(TemplateSaid(True, version=platform.python_version(), loaded=len(sys.modules))))
         _serve(sock, supervisor, files)
         code = 0
-    except Refused as err:
+    except TemplateRefused as err:
         sock.send(msgspec.json.encode(TemplateSaid(errno=err.errno, words=str(err))))
     finally:
         os._exit(code)
@@ -88,10 +88,10 @@ def _import(name: str) -> None:
         importlib.import_module(name)
     except ModuleNotFoundError as err:
         missing = "" if err.name == name else f" (which {name} imports)"
-        raise Refused(errno.ENOENT, f"template: no module {err.name!r}{missing} in {sys.prefix}") from None
+        raise TemplateRefused(errno.ENOENT, f"template: no module {err.name!r}{missing} in {sys.prefix}") from None
     except BaseException as err:  # whatever a module raises, SystemExit too
         why = traceback.format_exception_only(err)[-1].strip()
-        raise Refused(errno.EIO, f"template: the import of {name} failed: {why}") from None
+        raise TemplateRefused(errno.EIO, f"template: the import of {name} failed: {why}") from None
 
 
 def _refuse_threads() -> None:
@@ -101,10 +101,10 @@ def _refuse_threads() -> None:
         return
     known = [one.name for one in threading.enumerate() if one is not threading.main_thread()]
     found = ", ".join(known) or f"{len(tasks) - 1} of a library in C"
-    raise Refused(errno.EINVAL, f"template: a module has started threads, which agents would not have: {found}")
+    raise TemplateRefused(errno.EINVAL, f"template: a module has started threads, which agents would not have: {found}")
 
 
-class Files:
+class ImportedFiles:
     """The files of all imported modules, as they were at the import."""
 
     def __init__(self) -> None:
@@ -135,7 +135,7 @@ def _stamp(path: str) -> tuple[int, int, int] | None:
 # ── forks ─────────────────────────────────────────────────────────────────────────────────────────────────
 
 
-def _serve(sock: socket.socket, supervisor: int, files: Files) -> None:
+def _serve(sock: socket.socket, supervisor: int, files: ImportedFiles) -> None:
     """Fork an agent for each socket that comes, until the supervisor closes ours."""
     while True:
         payload, ancillary, _, _ = sock.recvmsg(1, socket.CMSG_SPACE(FD_BYTES), socket.MSG_CMSG_CLOEXEC)

@@ -74,7 +74,7 @@ from libaios import digest
 from libaios.home import Home
 
 if TYPE_CHECKING:
-    from aiosd.ipc.service import Service
+    from aiosd.ipc.service import ServiceSpec
     from aiosd.models.found import Locate
 
 
@@ -116,7 +116,7 @@ class Settings:
     index_ram: int = 256 << 20
     embedder: ModelSpec | None = None  # the model that makes vectors of notes,
     embed_table: str = ""  # … or the file of a table that does
-    services: tuple[Service, ...] = ()  # besides the cores
+    services: tuple[ServiceSpec, ...] = ()  # besides the cores
     gateway: Endpoint = field(default_factory=Endpoint)  # as it was asked for, …
     door: Endpoint | None = None  # … and where it listens
     passages: Passages | None = None  # between aiosd's own processes

@@ -47,7 +47,7 @@ class AgentSpec:
     nice: int | None = None
     group: str | None = None
     limits: wire.Limits = field(default_factory=wire.Limits)
-    restart: restart.Policy = field(default_factory=restart.Policy)
+    restart: restart.RestartPolicy = field(default_factory=restart.RestartPolicy)
     env: Mapping[str, str] = field(default_factory=dict)
     sandbox: wire.Sandbox = field(default_factory=wire.Sandbox)
     template: wire.Template | None = None
@@ -92,7 +92,7 @@ def read(values: Mapping[str, Any], folder: str) -> AgentSpec:
         nice=values.get("nice"),
         group=values.get("group"),
         limits=limits.limits_of(values),
-        restart=values.get("restart", restart.Policy()),
+        restart=values.get("restart", restart.RestartPolicy()),
         env=values.get("env", {}),
         sandbox=sandbox.wish(
             kind,
@@ -199,7 +199,7 @@ def _env(value: Any) -> dict[str, str]:
     return value
 
 
-def _restart(value: Any) -> restart.Policy:
+def _restart(value: Any) -> restart.RestartPolicy:
     if not isinstance(value, str):
         raise ValueError(f"{value!r} is no restart policy (no, on-failure[:N] or always[:N])")
     return restart.parse(value)

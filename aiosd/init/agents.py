@@ -26,7 +26,7 @@ from aiosd.init.orphans import Orphans
 from aiosd.init.pids import PidCounter
 from aiosd.init.records import BACKOFF_S, Agent, Memo
 from aiosd.init.signals import signal_tree
-from aiosd.init.templates import Order, Templates
+from aiosd.init.templates import Order, TemplatePool
 from aiosd.ipc import link
 from aiosd.ipc.link import Key
 from aiosd.timers import Timers
@@ -41,7 +41,7 @@ ENDING = (signal.SIGTERM, signal.SIGHUP, signal.SIGINT, signal.SIGQUIT)  # signa
 Spare = tuple[int, socket.socket]
 
 
-class Agents:
+class AgentSupervisor:
     """`children`: the records of all live children of the supervisor, by Linux pid."""
 
     def __init__(
@@ -53,7 +53,7 @@ class Agents:
         pids: PidCounter,
         kernel: KernelLink,
         orphans: Orphans,
-        templates: Templates,
+        templates: TemplatePool,
         reserve: spares.Spares,
     ) -> None:
         self._home = home

@@ -7,7 +7,7 @@ import select
 import socket
 from collections.abc import Iterator
 
-from aiosd.init.records import Process
+from aiosd.init.records import SystemProcess
 from aiosd.ipc import link
 from libaios.stream import FrameSocket
 
@@ -16,7 +16,7 @@ class KernelLink:
     """Without a kernel nothing that is sent is lost: the next one inherits the records. A kernel that has just died may
     have left messages, so the link stays open until all of them are read."""
 
-    def __init__(self, epoll: select.epoll, kernel: Process) -> None:
+    def __init__(self, epoll: select.epoll, kernel: SystemProcess) -> None:
         self._epoll = epoll
         self._kernel = kernel
         self._frames: FrameSocket | None = None

@@ -15,7 +15,7 @@ from aiosd.init.restart import Restarts
 from aiosd.ipc import link
 from aiosd.ipc.heartbeat import Heart
 from aiosd.ipc.link import Key, ServerShown, TemplateShown
-from aiosd.ipc.service import Service
+from aiosd.ipc.service import ServiceSpec
 from aiosd.sandbox.probe import Offer
 from aiosd.timers import Cancellable
 
@@ -92,11 +92,11 @@ class Agent:
 
 
 @dataclass(slots=True, eq=False)
-class Process:
+class SystemProcess:
     """One of aiosd's own processes: the kernel, or a service. When it is forked again it gets a new channel, which
     contains nothing from the dead one."""
 
-    service: Service
+    service: ServiceSpec
     pid: int
     ospid: int = 0  # 0: not running; then it has no channel either
     memfd: int = -1
@@ -128,6 +128,6 @@ class Inheritance:
     ready: bool = False  # the system has been ready before
     offer: Offer = field(default_factory=lambda: Offer("none"))  # which sandbox this machine can do
     agents: list[Agent] = field(default_factory=list)
-    services: list[Process] = field(default_factory=list)
+    services: list[SystemProcess] = field(default_factory=list)
     templates: list[TemplateShown] = field(default_factory=list)
     servers: list[ServerShown] = field(default_factory=list)

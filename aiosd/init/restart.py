@@ -29,7 +29,7 @@ class When(enum.Enum):
 
 
 @dataclass(frozen=True, slots=True)
-class Policy:
+class RestartPolicy:
     """What was asked for. `tries`: restarts in a row; None: without end."""
 
     when: When = When.NO
@@ -39,7 +39,7 @@ class Policy:
         return self.when.value if self.tries is None else f"{self.when.value}:{self.tries}"
 
 
-def parse(text: str) -> Policy:
+def parse(text: str) -> RestartPolicy:
     """`no`, `on-failure`, `on-failure:3`, `always`; ValueError with a sentence for anything else."""
     word, colon, count = text.partition(":")
     try:
@@ -47,19 +47,19 @@ def parse(text: str) -> Policy:
     except ValueError:
         raise ValueError(f"{text!r} is no restart policy (no, on-failure[:N] or always[:N])") from None
     if not colon:
-        return Policy(when)
+        return RestartPolicy(when)
     if when is When.NO or not (count.isascii() and count.isdigit() and 1 <= int(count) <= MOST_TRIES):
         raise ValueError(
             f"{text!r} is no restart policy (after on-failure: or always: a number from 1 to {MOST_TRIES})"
         )
-    return Policy(when, int(count))
+    return RestartPolicy(when, int(count))
 
 
 @dataclass(slots=True)
 class Restarts:
     """The restarts of one agent. Plain data, so that a record which survives its keeper can hold it."""
 
-    policy: Policy
+    policy: RestartPolicy
     in_row: int = 0  # restarts since the agent was last healthy
     total: int = 0
 

@@ -35,7 +35,7 @@ REQUEST_BYTES = 4096
 
 
 @dataclass(slots=True, eq=False)
-class Server:
+class ServerProcess:
     number: int  # as the toolbox knows it
     name: str
     ospid: int
@@ -44,7 +44,7 @@ class Server:
     started: float  # Unix time
 
 
-class Servers:
+class McpServerPool:
     """`children`: the supervisor's map of live children. `house` is there when the first one is wanted. `new_pid` gives
     each its number; `changed` is called when there are others than before."""
 
@@ -60,7 +60,7 @@ class Servers:
         self._new_pid, self._changed = new_pid, changed
         self._ours, self.theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
         self._ours.setblocking(False)
-        self._by_lease: dict[int, Server] = {}
+        self._by_lease: dict[int, ServerProcess] = {}
         epoll.register(self._ours.fileno(), select.EPOLLIN)
 
     def look(self, fd: int) -> bool:
@@ -98,13 +98,13 @@ class Servers:
             raise OSError(f"there are {MOST} already")
         *given, lease = fds
         ospid = fork.fork(lambda: server.become(wanted.name, given, self._house()))
-        one = Server(wanted.number, wanted.name, ospid, lease, self._new_pid(), time.time())
+        one = ServerProcess(wanted.number, wanted.name, ospid, lease, self._new_pid(), time.time())
         self._children[ospid] = self._by_lease[lease] = one
         self._epoll.register(lease, 0)  # a hang-up is always reported
         self._changed(self.shown())
         self._answer(link.ServerIs(wanted.number, ospid))
 
-    def ended(self, one: Server, why: str) -> None:
+    def ended(self, one: ServerProcess, why: str) -> None:
         """Its process has ended, and was reaped."""
         if self._by_lease.get(one.lease) is one:  # else it is closed, and its number may be another's
             logger.debug("the MCP server %s ended: %s", one.name, why)
@@ -117,10 +117,10 @@ class Servers:
         return [
             link.ServerShown(one.name, one.pid, one.ospid, one.started)
             for one in self._children.values()
-            if isinstance(one, Server)
+            if isinstance(one, ServerProcess)
         ]
 
-    def _drop_lease(self, one: Server) -> None:
+    def _drop_lease(self, one: ServerProcess) -> None:
         del self._by_lease[one.lease]
         self._epoll.unregister(one.lease)
         os.close(one.lease)

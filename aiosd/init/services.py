@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 from aiosd.gateway.spec import GatewaySpec
-from aiosd.ipc.service import GATEWAY, LLM, PROXY, TOOLBOX, Service, Stopped
+from aiosd.ipc.service import GATEWAY, LLM, PROXY, TOOLBOX, ServiceSpec, Stopped
 from aiosd.net.spec import ProxySpec
 from aiosd.store.main import StoreSpec
 from aiosd.tools.spec import ToolboxSpec
@@ -14,12 +14,12 @@ if TYPE_CHECKING:
     from aiosd.config import Settings
 
 
-def of(settings: Settings, servers: int) -> list[Service]:
+def of(settings: Settings, servers: int) -> list[ServiceSpec]:
     """In the order in which they are started. The first core is the default one. `servers`: the socket over which the
     toolbox has MCP servers forked."""
     alone = len(settings.models) == 1
     cores = [
-        Service(
+        ServiceSpec(
             name=f"{LLM}:{model.name}",
             kind=LLM,
             entry="aiosd.llm.core:main",
@@ -29,7 +29,7 @@ def of(settings: Settings, servers: int) -> list[Service]:
         for model in settings.models
     ]
     vectors = [
-        Service(
+        ServiceSpec(
             name=f"{LLM}:{model.name}",
             kind=LLM,
             entry="aiosd.llm.embedcore:main",
@@ -39,13 +39,13 @@ def of(settings: Settings, servers: int) -> list[Service]:
         for model in [settings.embedder]
         if model is not None
     ]
-    store = Service(
+    store = ServiceSpec(
         name="store",
         kind="store",
         entry="aiosd.store.main:main",
         argument=_store(settings),
     )
-    toolbox = Service(
+    toolbox = ServiceSpec(
         name=TOOLBOX,
         kind=TOOLBOX,
         entry="aiosd.tools.main:main",
@@ -76,13 +76,13 @@ def _store(settings: Settings) -> StoreSpec:
     )
 
 
-def _proxy(settings: Settings) -> list[Service]:
+def _proxy(settings: Settings) -> list[ServiceSpec]:
     ends = settings.passages
     if ends is None:
         return []
     guests = ends.proxy if settings.door is not None else -1
     return [
-        Service(
+        ServiceSpec(
             name=PROXY,
             kind=PROXY,
             entry="aiosd.net.main:main",
@@ -94,14 +94,14 @@ def _proxy(settings: Settings) -> list[Service]:
     ]
 
 
-def _gateway(settings: Settings) -> list[Service]:
+def _gateway(settings: Settings) -> list[ServiceSpec]:
     """None where its packages are not installed, or it was not wanted."""
     door, ends = settings.door, settings.passages
     if door is None:
         return []
     guests = ends.guests if ends is not None else -1
     return [
-        Service(
+        ServiceSpec(
             name=GATEWAY,
             kind=GATEWAY,
             entry="aiosd.gateway.main:main",

@@ -25,7 +25,7 @@ _CLOEXEC, _NONBLOCK = os.O_CLOEXEC, os.O_NONBLOCK
 SI_KERNEL = 0x80
 
 
-class Received(NamedTuple):
+class SignalInfo(NamedTuple):
     number: int
     sender: int  # Linux pid; 0: Linux itself
 
@@ -42,14 +42,14 @@ def open_signals(numbers: Iterable[int]) -> int:
     return int(fd)
 
 
-def read_signals(fd: int) -> list[Received]:
+def read_signals(fd: int) -> list[SignalInfo]:
     """All signals received, oldest first."""
     received = []
     with contextlib.suppress(BlockingIOError):
         while data := os.read(fd, 64 * _RECORD):
             for at in range(0, len(data), _RECORD):
                 number, _, code, sender, _ = _FIELDS.unpack_from(data, at)
-                received.append(Received(number, 0 if code == SI_KERNEL else sender))
+                received.append(SignalInfo(number, 0 if code == SI_KERNEL else sender))
     return received
 
 

@@ -2,9 +2,10 @@
 
 One thread, few imports, no rings mapped, no model: so a fork is cheap, and this process is unlikely to die. It never
 waits for another process, nor for a disk, and what belongs to one agent it passes on without reading it
-(`aiosd.ipc.letter`). All that must survive the kernel is in its records: `Agent` and `Process` (the kernel, and one for
-each service). A new kernel is forked with copies of them and needs no other source. `children` has the record of every
-live child; the end of every child is handled in one place (`_child_ended`). What it does for agents is in `agents`.
+(`aiosd.ipc.letter`). All that must survive the kernel is in its records: `Agent` and `SystemProcess` (the kernel, and
+one for each service). A new kernel is forked with copies of them and needs no other source. `children` has the record
+of every live child; the end of every child is handled in one place (`_child_ended`). What it does for agents is in
+`agents`.
 
 It answers two kinds of events: messages from the kernel (`link.ToSupervisor`) and signals.
 
@@ -34,19 +35,19 @@ from aiosd.birth import confinement, fork, gates, modules
 from aiosd.birth.server import House
 from aiosd.birth.spares import Spares
 from aiosd.init import apart, environment, notify, restart, services
-from aiosd.init.agents import Agents
+from aiosd.init.agents import AgentSupervisor
 from aiosd.init.kernellink import KernelLink
 from aiosd.init.orphans import Orphans
 from aiosd.init.pids import PidCounter
-from aiosd.init.records import BACKOFF_S, Agent, Inheritance, Process
-from aiosd.init.servers import Server, Servers
-from aiosd.init.signals import Received, describe_sender, open_signals, read_signals
+from aiosd.init.records import BACKOFF_S, Agent, Inheritance, SystemProcess
+from aiosd.init.servers import McpServerPool, ServerProcess
+from aiosd.init.signals import SignalInfo, describe_sender, open_signals, read_signals
 from aiosd.init.signals import name as signal_name
 from aiosd.init.sweep import sweep
-from aiosd.init.templates import Template, Templates
+from aiosd.init.templates import TemplatePool, TemplateProcess
 from aiosd.ipc import link
 from aiosd.ipc.heartbeat import BEAT_S, Heart, Rounds, beat, beat_in_background
-from aiosd.ipc.service import Service, Stopped
+from aiosd.ipc.service import ServiceSpec, Stopped
 from aiosd.logs import processlog
 from aiosd.sandbox import cage
 from aiosd.sandbox.box import LEVELS
@@ -67,7 +68,8 @@ ORPHANS_LOOK_S = 0.05  # at the end, between two looks for orphans
 GUARDIAN_DIED = signal.SIGUSR1
 ORDERS = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP)
 SIGNALS = (signal.SIGCHLD, *ORDERS, GUARDIAN_DIED)
-KERNEL = Service("kernel", kind="", entry="")  # forked by `_fork_kernel`
+Child = Agent | SystemProcess | TemplateProcess | ServerProcess
+KERNEL = ServiceSpec("kernel", kind="", entry="")  # forked by `_fork_kernel`
 
 
 class Supervisor:
@@ -84,20 +86,20 @@ class Supervisor:
         self.epoll = select.epoll()
         self.pids = PidCounter(self.home.data / "last-pid", self.home.logs)
         # processes
-        self.children: dict[int, Agent | Process | Template | Server] = {}  # live ones, by Linux pid
-        self.kernel = Process(KERNEL, 0)
+        self.children: dict[int, Child] = {}  # live ones, by Linux pid
+        self.kernel = SystemProcess(KERNEL, 0)
         self.guardian_pid = 0
-        self.services: dict[str, Process] = {}
+        self.services: dict[str, SystemProcess] = {}
         self.link = KernelLink(self.epoll, self.kernel)
         self.orphans = Orphans(self.timers, self._known_children, settings.stop_timeout_s, settings.orphans == "term")
-        self.templates = Templates(
+        self.templates = TemplatePool(
             self.epoll, self.timers, self.children, self.pids.next, self._tell_templates, settings.template_idle_s
         )
-        self.servers = Servers(
+        self.servers = McpServerPool(
             self.epoll, self.children, self._house, self.pids.next, lambda shown: self.link.send(link.McpServers(shown))
         )
         self.spares = Spares(self.timers)
-        self.agents = Agents(
+        self.agents = AgentSupervisor(
             self.home,
             self.epoll,
             self.timers,
@@ -144,7 +146,7 @@ class Supervisor:
         """Boot, serve until told to stop, leave nothing behind. Returns aiosd's exit code."""
         self.epoll.register(self.signals, select.EPOLLIN)
         for service in services.of(self.settings, self.servers.theirs.fileno()):
-            self.services[service.name] = Process(service, self.pids.next())
+            self.services[service.name] = SystemProcess(service, self.pids.next())
         self.kernel.pid, self.guardian_pid = self.pids.next(), self.pids.next()
         self.offer = confinement.prepare(gates.of(self.settings.door))
         if self.settings.strict and self.offer.level != LEVELS[-1]:
@@ -196,7 +198,7 @@ class Supervisor:
                 logger.error("%s hangs (no heartbeat for %g s); killed", _title(process), silent_s)
                 os.kill(process.ospid, signal.SIGKILL)
 
-    def _on_signals(self, received: list[Received]) -> None:
+    def _on_signals(self, received: list[SignalInfo]) -> None:
         numbers = {one.number for one in received}
         if GUARDIAN_DIED in numbers and os.getppid() != self.guardian:  # an agent can also send that signal
             logger.critical("the guardian died; ending everything")
@@ -212,7 +214,7 @@ class Supervisor:
             else:
                 self.stop(f"{signal_name(one.number)} {describe_sender(one.sender)}")
 
-    def _is_refused(self, one: Received) -> bool:
+    def _is_refused(self, one: SignalInfo) -> bool:
         """Signals are obeyed from the guardian, or from Linux itself, and from no other process: most others come from
         agents (`kill $PPID`). A user has the guardian's number, and `aiosd stop`."""
         if one.sender in (0, self.guardian):
@@ -338,7 +340,7 @@ class Supervisor:
 
     # ── services ──────────────────────────────────────────────────────────────────────────────────────────
 
-    def _fork_service(self, process: Process) -> None:
+    def _fork_service(self, process: SystemProcess) -> None:
         if self.stopping or process.ospid:
             return
         try:
@@ -361,7 +363,7 @@ class Supervisor:
         forked = link.ServiceForked(process.service.name, process.pid, ospid, process.deaths)
         self.link.send(forked, (process.memfd, process.kernel_bell))
 
-    def _fork_service_with(self, process: Process, heart: Heart) -> int:
+    def _fork_service_with(self, process: SystemProcess, heart: Heart) -> int:
         def child() -> int:
             os.setsid()
             environment.restore(self.environment)
@@ -378,12 +380,12 @@ class Supervisor:
 
     # ── life and death of our own processes ───────────────────────────────────────────────────────────────
 
-    def _forked(self, process: Process, ospid: int, heart: Heart) -> None:
+    def _forked(self, process: SystemProcess, ospid: int, heart: Heart) -> None:
         process.ospid, process.heart, process.forked_at = ospid, heart, time.monotonic()
         heart.forked()
         self.children[ospid] = process
 
-    def _process_ended(self, process: Process, status: int) -> None:
+    def _process_ended(self, process: SystemProcess, status: int) -> None:
         process.ospid = 0
         process.deaths += 1
         if process.heart is not None:
@@ -399,7 +401,7 @@ class Supervisor:
         if not self.stopping and self.exit_code is None:
             self._replace(process, restart.exit_in_words(status))
 
-    def _replace(self, process: Process, reason: str) -> None:
+    def _replace(self, process: SystemProcess, reason: str) -> None:
         is_kernel = process is self.kernel
         if is_kernel and not self.served_once and process.deaths >= BOOT_TRIES:
             self._on_shutdown(link.Shutdown(error="the kernel does not start; its log above says why"), [])
@@ -472,11 +474,11 @@ class Supervisor:
     def _child_ended(self, ospid: int, status: int, cpu_s: float) -> None:
         """Handles the end of every child. A child without a record was an orphan."""
         child = self.children.pop(ospid, None)
-        if isinstance(child, Process):
+        if isinstance(child, SystemProcess):
             self._process_ended(child, status)
-        elif isinstance(child, Template):
+        elif isinstance(child, TemplateProcess):
             self.templates.ended(child, restart.exit_in_words(status))
-        elif isinstance(child, Server):
+        elif isinstance(child, ServerProcess):
             self.servers.ended(child, restart.exit_in_words(status))
             self.orphans.ended()  # what it had started is ours now
         elif child is not None:
@@ -536,7 +538,7 @@ class Supervisor:
             self.last_step = step
             self._end_step([process for process in own if process.service.stopped is step])
 
-    def _end_step(self, processes: list[Process]) -> None:
+    def _end_step(self, processes: list[SystemProcess]) -> None:
         for process in processes:
             if process is self.kernel:
                 self.link.send(link.Stop(self.stopping, last=True))
@@ -544,7 +546,7 @@ class Supervisor:
                 os.kill(process.ospid, signal.SIGTERM)
         self.timers.after(LAST_WAIT_S, lambda: self._step_over(processes))
 
-    def _step_over(self, processes: list[Process]) -> None:
+    def _step_over(self, processes: list[SystemProcess]) -> None:
         """Whether or not all of them have ended: the next step follows."""
         if self.kernel in processes:
             self._give_up()
@@ -558,7 +560,7 @@ class Supervisor:
         self.exit_code = 0
 
 
-def _title(process: Process) -> str:
+def _title(process: SystemProcess) -> str:
     return process.service.shown
 
 

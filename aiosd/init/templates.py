@@ -1,9 +1,9 @@
 """Templates, from the supervisor's side: started when an agent asks for one, ended when none has for a while.
 
 A template (`birth.template`) is executed, not forked: it may be the interpreter of another environment, and it has
-nothing of the supervisor's memory. `Templates.order` wants one agent's process from it; when the template has loaded it
-is sent one end of a socket pair, and reports the process over that. Orders never fail silently: each ends in `done` or
-`failed`, unless it is cancelled.
+nothing of the supervisor's memory. `TemplatePool.order` wants one agent's process from it; when the template has loaded
+it is sent one end of a socket pair, and reports the process over that. Orders never fail silently: each ends in `done`
+or `failed`, unless it is cancelled.
 
     LOADING ──ready──▶ READY ──its files have changed──▶ it ends, and what it has not served goes to a new one
        │                 │──no order for `idle_s`──────▶ it ends
@@ -64,7 +64,7 @@ class Order:
     done: Done
     failed: Failed
     tries: int = 0
-    template: Template | None = None
+    template: TemplateProcess | None = None
     sock: socket.socket | None = None  # our end, once the template has been sent the other
     timer: Timer | None = None
     cancelled: bool = False
@@ -75,7 +75,7 @@ class Order:
 
 
 @dataclass(slots=True, eq=False)
-class Template:
+class TemplateProcess:
     of: wire.Template
     name: str
     pid: int
@@ -93,7 +93,7 @@ class Template:
         return self.said is not None and self.said.ready
 
 
-class Templates:
+class TemplatePool:
     """`children`: the supervisor's map of live children. `changed`: called after each change that people may see."""
 
     def __init__(
@@ -111,8 +111,8 @@ class Templates:
         self._next_pid = next_pid
         self._changed = changed
         self._idle_s = idle_s
-        self._all: list[Template] = []
-        self._by_fd: dict[int, Template | Order] = {}
+        self._all: list[TemplateProcess] = []
+        self._by_fd: dict[int, TemplateProcess | Order] = {}
 
     def shown(self) -> list[link.TemplateShown]:
         return [_shown(one) for one in self._all]
@@ -137,7 +137,7 @@ class Templates:
                 template.timer.cancel()
             self._send(template, order)
 
-    def _send(self, template: Template, order: Order) -> None:
+    def _send(self, template: TemplateProcess, order: Order) -> None:
         ours, theirs = spares.pair()
         with theirs:
             try:
@@ -154,7 +154,7 @@ class Templates:
         order.timer = self._timers.after(FORK_S, lambda: self._too_slow(template))
         self._watch(ours, order)
 
-    def _send_again(self, template: Template, order: Order) -> None:
+    def _send_again(self, template: TemplateProcess, order: Order) -> None:
         if order in template.orders and order.sock is None:
             self._send(template, order)
 
@@ -184,7 +184,7 @@ class Templates:
             order.timer.cancel()
         order.template = order.sock = order.timer = None
 
-    def _too_slow(self, template: Template) -> None:
+    def _too_slow(self, template: TemplateProcess) -> None:
         self._end(template, errno.ETIMEDOUT, f"{template.name} does not fork agents; killed")
 
     # ── what happens ──────────────────────────────────────────────────────────────────────────────────────
@@ -192,7 +192,7 @@ class Templates:
     def look(self, fd: int) -> bool:
         """Handle an event of this descriptor; whether it is one of ours."""
         source = self._by_fd.get(fd)
-        if isinstance(source, Template):
+        if isinstance(source, TemplateProcess):
             self._hear(source)
         elif isinstance(source, Order):
             self._look_at(source)
@@ -221,7 +221,7 @@ class Templates:
         elif order.sock is sock:
             self._unwatch(sock)
 
-    def _hear(self, template: Template) -> None:
+    def _hear(self, template: TemplateProcess) -> None:
         """What a template reports. One that reports nonsense is ended."""
         try:
             payload = template.sock.recv(SAID_BYTES, socket.MSG_DONTWAIT)
@@ -243,13 +243,13 @@ class Templates:
         else:
             self._end(template, said.errno or errno.EIO, said.words or f"{template.name} reports nonsense")
 
-    def _close(self, template: Template) -> None:
+    def _close(self, template: TemplateProcess) -> None:
         """It is dying, or may as well: what becomes of its orders is decided when it is reaped."""
         template.over = True
         self._unwatch(template.sock)
         self._kill(template)
 
-    def _loaded(self, template: Template, said: TemplateSaid) -> None:
+    def _loaded(self, template: TemplateProcess, said: TemplateSaid) -> None:
         template.said = said
         if template.timer is not None:
             template.timer.cancel()
@@ -259,14 +259,14 @@ class Templates:
         self._rest(template)
         self._changed()
 
-    def _rest(self, template: Template) -> None:
+    def _rest(self, template: TemplateProcess) -> None:
         """Without orders it ends after a while."""
         if not template.orders and template in self._all:
             if template.timer is not None:
                 template.timer.cancel()
             template.timer = self._timers.after(self._idle_s, lambda: self._end(template, 0, "idle"))
 
-    def _renew(self, template: Template, why: str) -> None:
+    def _renew(self, template: TemplateProcess, why: str) -> None:
         """It is of no more use; what it has not served goes to another."""
         logger.info("%s ended: %s", template.name, why)
         orders = self._remove(template)
@@ -280,14 +280,14 @@ class Templates:
             except OSError as err:
                 order.failed(err.errno or errno.EIO, err.strerror or str(err))
 
-    def _end(self, template: Template, number: int, words: str) -> None:
+    def _end(self, template: TemplateProcess, number: int, words: str) -> None:
         """Kill it, and tell those that wait for it."""
         orders = self._remove(template)
         logger.info("%s ended: %s", template.name, words)
         for order in orders:
             _fail(order, number, words)
 
-    def _remove(self, template: Template) -> list[Order]:
+    def _remove(self, template: TemplateProcess) -> list[Order]:
         """Forget it; returns its orders."""
         orders = list(template.orders)
         for order in orders:
@@ -304,12 +304,12 @@ class Templates:
         self._changed()
         return orders
 
-    def _kill(self, template: Template) -> None:
+    def _kill(self, template: TemplateProcess) -> None:
         if self._children.get(template.ospid) is template:
             with contextlib.suppress(ProcessLookupError, PermissionError):
                 os.kill(template.ospid, signal.SIGKILL)
 
-    def ended(self, template: Template, why: str) -> None:
+    def ended(self, template: TemplateProcess, why: str) -> None:
         """Its process has ended. What it has reported before still counts."""
         while template in self._all and not template.over:
             self._hear(template)
@@ -325,7 +325,7 @@ class Templates:
 
     # ── the process ───────────────────────────────────────────────────────────────────────────────────────
 
-    def _start(self, of: wire.Template) -> Template:
+    def _start(self, of: wire.Template) -> TemplateProcess:
         if len(self._all) >= MOST and not self._make_room():
             raise OSError(errno.EAGAIN, f"there are {MOST} templates already, and all of them are in use")
         ours, theirs = spares.pair()
@@ -335,7 +335,7 @@ class Templates:
             except OSError:
                 ours.close()
                 raise
-        template = Template(of, self._name(of), self._next_pid(), ospid, ours, time.time())
+        template = TemplateProcess(of, self._name(of), self._next_pid(), ospid, ours, time.time())
         self._children[ospid] = template
         self._all.append(template)
         self._watch(ours, template)
@@ -356,7 +356,7 @@ class Templates:
         taken = Counter(one.name.partition("#")[0] for one in self._all)[of.name]
         return f"{of.name}#{taken + 1}" if taken else of.name
 
-    def _watch(self, sock: socket.socket, source: Template | Order) -> None:
+    def _watch(self, sock: socket.socket, source: TemplateProcess | Order) -> None:
         self._by_fd[sock.fileno()] = source
         self._epoll.register(sock.fileno(), select.EPOLLIN)
 
@@ -377,7 +377,7 @@ def _is_from(ospid: int, template: int) -> bool:
     return middle is not None and middle.ppid == template
 
 
-def _shown(one: Template) -> link.TemplateShown:
+def _shown(one: TemplateProcess) -> link.TemplateShown:
     said = one.said or TemplateSaid()
     state = "ready" if one.ready else "loading"
     return link.TemplateShown(

@@ -1,6 +1,6 @@
 """Services: the processes that answer system calls for the kernel. What one is, and how it serves.
 
-A service is data (`Service`): its name, where its code is, whether the system waits for it. The supervisor forks it
+A service is data (`ServiceSpec`): its name, where its code is, whether the system waits for it. The supervisor forks it
 from that record, and forks it again when it dies; the kernel, `aios-ps -e`, `aiosd status` and the logs know it by the
 same record. The calls that it answers are the rows of `wire.TABLE` whose `by` is its kind.
 
@@ -78,7 +78,7 @@ class Stopped(enum.IntEnum):
 
 
 @dataclass(frozen=True, slots=True)
-class Service:
+class ServiceSpec:
     """One system process below the supervisor. `entry` is `module:function`, called in the forked process with its
     channel, `argument`, and `Rounds`, to which its loop reports that it goes on; it returns the exit code."""
 

@@ -73,7 +73,7 @@ from libaios.channel import Channel, Side
 from libaios.stream import FrameSocket
 
 if TYPE_CHECKING:
-    from aiosd.init.records import Inheritance, Process
+    from aiosd.init.records import Inheritance, SystemProcess
 
 logger = logging.getLogger("kernel")
 
@@ -281,7 +281,7 @@ class Kernel:
         if self.born.epoch > 1:
             self.timers.after(REATTACH_S, self.agents.hang_up_unclaimed)
 
-    def _make_service(self, process: Process) -> Service:
+    def _make_service(self, process: SystemProcess) -> Service:
         record = process.service
         if record.kind == TOOLBOX:
             return self._make_toolbox(process)
@@ -307,12 +307,12 @@ class Kernel:
         self.cores.add(core)
         return core
 
-    def _of_all(self, process: Process) -> tuple[str, str, str, Calls, Loading, bool, int]:
+    def _of_all(self, process: SystemProcess) -> tuple[str, str, str, Calls, Loading, bool, int]:
         """What every service's side begins with."""
         record = process.service
         return record.name, record.kind, record.shown, self.calls, self.loading, record.awaited, process.pid
 
-    def _make_proxy(self, process: Process) -> Service:
+    def _make_proxy(self, process: SystemProcess) -> Service:
         return Proxy(
             *self._of_all(process),
             gates=self.gates,
@@ -321,7 +321,7 @@ class Kernel:
             measure=self.measure,
         )
 
-    def _make_toolbox(self, process: Process) -> Service:
+    def _make_toolbox(self, process: SystemProcess) -> Service:
         toolbox = Errander(
             *self._of_all(process),
             dispatch=self.dispatcher.dispatch,

@@ -18,7 +18,7 @@ class Uplink:
     def __init__(
         self, sock: socket.socket, events: Events, on_message: Callable[[link.FromSupervisor, list[int]], None]
     ) -> None:
-        self._frames = FrameSocket(sock, max_outbox=1 << 62)  # `Agents.fork` keeps it small
+        self._frames = FrameSocket(sock, max_outbox=1 << 62)  # `Lifecycle.fork` keeps it small
         self._events = events
         self._on_message = on_message
         self._source = events.watch(sock.fileno(), self._on_event)
