@@ -16,7 +16,7 @@ from aiosd.access.rules import Act, Policy, Rule
 from aiosd.kernel.always import LastingApprovals
 from aiosd.kernel.approvals import BACK_S, OPEN_OF_AGENT, Approvals
 from aiosd.kernel.audit import LINES_PER_S, Audit
-from aiosd.kernel.calls import Calls
+from aiosd.kernel.calls import CallTable
 from aiosd.kernel.peer import Call, Peer
 from aiosd.kernel.peers import Peers
 from aiosd.kernel.proc import ProcTable
@@ -109,7 +109,7 @@ class World:
         self.now = 1000.0
         self.timers = Timers(lambda: self.now)
         events: Any = None
-        self.calls = Calls(Peers(), events, self.timers)
+        self.calls = CallTable(Peers(), events, self.timers)
         always, audit = LastingApprovals(tmp_path / "always.json"), Audit(tmp_path / "audit.jsonl")
         self.table = ProcTable(10)
         self.approvals = Approvals(Policy([ASK], timeout), self.table, self.calls, always, audit, "boot", reborn)

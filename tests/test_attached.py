@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 
 from aiosd import procfs
-from aiosd.kernel.agents import ATTACHED_LOOK_S, REATTACH_S, Agents
+from aiosd.kernel.agents import ATTACHED_LOOK_S, REATTACH_S, Lifecycle
 from aiosd.timers import Timers
 from tests.conftest import eventually
 
@@ -24,7 +24,7 @@ class House:
         self.now = 100.0
         self.hung_up: list[int] = []
         self.proc = SimpleNamespace(pid=7, attached_to=5, client=client)
-        self.agents: Any = object.__new__(Agents)
+        self.agents: Any = object.__new__(Lifecycle)
         self.agents.timers = Timers(lambda: self.now)
         self.agents.table = SimpleNamespace(live=lambda: [self.proc])
         self.agents.peers = SimpleNamespace(clients={})

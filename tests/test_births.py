@@ -25,10 +25,10 @@ from aiosd.init import births
 from aiosd.init.births import Birth, Births
 from aiosd.init.records import Agent
 from aiosd.ipc import letter, link
-from aiosd.kernel.agents import Agents, UnderWay
+from aiosd.kernel.agents import Lifecycle, UnderWay
 from aiosd.kernel.events import Events
 from aiosd.kernel.proc import ProcTable
-from aiosd.kernel.turns import Turns
+from aiosd.kernel.turns import AgentTurns
 from aiosd.timers import Timers
 from libaios import digest
 from libaios.channel import Channel, make_channel
@@ -327,8 +327,8 @@ class Nursery:
         self.events = Events(Timers())
         nothing = SimpleNamespace(answer=None, count=None)
         self.begun: list[int] = []
-        self.agents: Any = object.__new__(Agents)
-        self.agents.turns = Turns(Any, self.events, Timers(), nothing, nothing)  # type: ignore[arg-type]
+        self.agents: Any = object.__new__(Lifecycle)
+        self.agents.turns = AgentTurns(Any, self.events, Timers(), nothing, nothing)  # type: ignore[arg-type]
         self.agents.table = ProcTable(10)
         self.agents.budgets = SimpleNamespace(arrived=lambda shares: None)
         self.agents.listed = SimpleNamespace(refused=lambda key, words: None)

@@ -10,14 +10,14 @@ import pytest
 
 from aiosd.kernel import listing, measure
 from aiosd.kernel.access import Access
-from aiosd.kernel.calls import Calls
+from aiosd.kernel.calls import CallTable
 from aiosd.kernel.cores import Core
 from aiosd.kernel.jobs import SLICE_S, Jobs
 from aiosd.kernel.measure import SAMPLE_FEW, Measure
 from aiosd.kernel.peer import Call, Peer
 from aiosd.kernel.peers import Peers
-from aiosd.kernel.proc import INIT, Event, Proc, ProcTable, State
-from aiosd.kernel.service import State as ServiceState
+from aiosd.kernel.proc import INIT, Proc, ProcEvent, ProcState, ProcTable
+from aiosd.kernel.service import ServiceState as ServiceState
 from aiosd.kernel.status import StatusRequests
 from aiosd.kernel.syscalls import ProcessCalls
 from aiosd.kernel.waiters import Waiters
@@ -61,7 +61,7 @@ class House:
         self.table, self.clock = table, Clock()
         events: Any = None
         self.timers = Timers(self.clock)
-        self.calls = Calls(Peers(), events, self.timers)
+        self.calls = CallTable(Peers(), events, self.timers)
         self.calls.send = lambda peer, payload: self.sent.append(payload)  # type: ignore[method-assign]
         self.sent: list[bytes] = []
         self.waiters = Waiters(table, self.calls, access_to(table))
@@ -221,13 +221,13 @@ def test_a_stop_of_thousands_asks_each_once_or_twice() -> None:
 
     def done(proc: Proc) -> bool:
         asked.append(proc.pid)
-        return proc.state is State.STOPPED
+        return proc.state is ProcState.STOPPED
 
     call = house.call(Peer(-1, None), 1, Sys.KILL)
     assert not house.waiters.until(call, list(table), done)
     for proc in table:
         assert house.sent == []
-        table.advance(proc, Event.STOP)
+        table.advance(proc, ProcEvent.STOP)
         house.waiters.on_change(proc)
         house.waiters.on_change(proc)  # such as a core's word that it stands still
     assert len(house.sent) == 1
@@ -239,8 +239,8 @@ def test_a_stop_that_is_given_up_leaves_nothing() -> None:
     table = table_of(make(pid) for pid in range(2, 10))
     house = House(table)
     call = house.call(Peer(-1, None), 1, Sys.KILL)
-    assert not house.waiters.until(call, list(table), lambda proc: proc.state is State.STOPPED)
-    table.advance(table.procs[5], Event.STOP)
+    assert not house.waiters.until(call, list(table), lambda proc: proc.state is ProcState.STOPPED)
+    table.advance(table.procs[5], ProcEvent.STOP)
     house.waiters.on_change(table.procs[5])
     house.calls.fail(call, 1, "cancelled")
     assert house.waiters._conditions == {}

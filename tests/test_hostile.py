@@ -31,7 +31,7 @@ from msgspec import MsgspecError, Raw, msgpack
 
 from aiosd.ipc import link
 from aiosd.kernel import control
-from aiosd.kernel.calls import OPEN_BYTES, OPEN_BYTES_ALL, Calls
+from aiosd.kernel.calls import OPEN_BYTES, OPEN_BYTES_ALL, CallTable
 from aiosd.kernel.cores import Core
 from aiosd.kernel.events import TURN_S, Events, Turn
 from aiosd.kernel.generation import OpenGeneration
@@ -47,8 +47,8 @@ from aiosd.kernel.peer import (
     read_args,
 )
 from aiosd.kernel.peers import Peers
-from aiosd.kernel.service import Open, State
-from aiosd.kernel.turns import Turns
+from aiosd.kernel.service import ServiceCall, ServiceState
+from aiosd.kernel.turns import AgentTurns
 from benchmarks import fuzz
 from libaios import msg, ring, wire
 from libaios.channel import Channel, ProtocolError, Side, make_channel
@@ -291,7 +291,7 @@ def test_who_began_first_is_in_the_way() -> None:
     assert assembly.note(slow, 42) is slow
 
 
-def opened(calls: Calls, peer: Peer, number: int, size: int) -> int:
+def opened(calls: CallTable, peer: Peer, number: int, size: int) -> int:
     """Open a call as the dispatcher does; the errno with which it is refused, or 0."""
     call = calls.open(peer, wire.Request(number, Sys.TOKENIZE), size)
     try:
@@ -302,9 +302,9 @@ def opened(calls: Calls, peer: Peer, number: int, size: int) -> int:
     return 0
 
 
-def room() -> Calls:
+def room() -> CallTable:
     nothing: Any = None
-    return Calls(Peers(), nothing, nothing)
+    return CallTable(Peers(), nothing, nothing)
 
 
 def test_what_one_agents_open_calls_hold_has_a_bound() -> None:
@@ -419,8 +419,9 @@ class Heard:
 
 
 def core_of(heard: Any) -> Core:
+    ready = ServiceState.READY
     return Core(
-        "llm:nano", "llm", "llm", heard, heard, state=State.READY, model="nano", path="", default=True, listener=heard
+        "llm:nano", "llm", "llm", heard, heard, state=ready, model="nano", path="", default=True, listener=heard
     )
 
 
@@ -438,7 +439,7 @@ def test_what_a_core_sends_of_an_id_that_is_in_use_again_is_for_calls_of_its_kin
 
     def sent(call: Call, *messages: Any) -> list[str]:
         heard.names.clear()
-        core.calls[7, 1] = Open(call, link.CancelCall((7, 1)))  # what was submitted does not matter here
+        core.calls[7, 1] = ServiceCall(call, link.CancelCall((7, 1)))  # what was submitted does not matter here
         for message in messages:
             core.on_message(message)
         return list(heard.names)
@@ -469,7 +470,7 @@ def test_a_call_that_costs_core_after_core_is_given_up() -> None:
     waiting = call_of(2, Sys.GENERATE, OpenGeneration(wire.Generate(), "nano", wire.Progress()))
     embed = call_of(3, Sys.EMBED)
     for call in (running, waiting, embed):
-        core.calls[call.key] = Open(call, link.CancelCall(call.key))
+        core.calls[call.key] = ServiceCall(call, link.CancelCall(call.key))
     gone = []
     for _ in range(6):
         assert running.generation is not None
@@ -490,7 +491,7 @@ def test_the_call_that_a_core_works_on_alone_is_blamed_alone() -> None:
     neighbour = call_of(1, Sys.GENERATE, OpenGeneration(wire.Generate(), "nano", wire.Progress()))
     guilty = call_of(2, Sys.GENERATE, OpenGeneration(wire.Generate(), "nano", wire.Progress()))
     for call in (neighbour, guilty):
-        core.calls[call.key] = Open(call, link.CancelCall(call.key))
+        core.calls[call.key] = ServiceCall(call, link.CancelCall(call.key))
     for _ in range(4):
         assert neighbour.generation is not None
         neighbour.generation.started = True
@@ -507,11 +508,11 @@ def test_the_call_that_a_core_works_on_alone_is_blamed_alone() -> None:
 # ── streams that stand still ──────────────────────────────────────────────────────────────────────────────
 
 
-def turns_with(now: Any, resumed: list[Any], answer: Any = None) -> Turns:
+def turns_with(now: Any, resumed: list[Any], answer: Any = None) -> AgentTurns:
     timers: Any = SimpleNamespace(clock=now)
     events: Any = SimpleNamespace(move=lambda source, turn: None)
     dispatcher: Any = SimpleNamespace(answer=answer, count=lambda peer, requests: None)
-    return Turns(Calls(Peers(), events, timers), events, timers, dispatcher, resumed.append)
+    return AgentTurns(CallTable(Peers(), events, timers), events, timers, dispatcher, resumed.append)
 
 
 def test_a_paused_stream_goes_on_though_another_reply_emptied_the_outbox() -> None:

@@ -19,7 +19,7 @@ from aiosd.ipc.link import Delta, Finished, Step, Submit
 from aiosd.kernel.cores import Core
 from aiosd.kernel.generation import OpenGeneration
 from aiosd.kernel.generations import Generations
-from aiosd.kernel.service import Open
+from aiosd.kernel.service import ServiceCall
 from aiosd.llm import llama, loading
 from aiosd.llm.gbnf import check
 from aiosd.llm.picking import Picker
@@ -119,7 +119,7 @@ def test_the_kernel_gives_a_new_core_mirostats_state() -> None:
     Generations.on_delta(kernel, call, Delta((1, 1), 0, [5, 6], "ab", mu=3.5))
     kernel.call_budget, kernel.money_left = lambda call: (0, "g", None), lambda call: None
     core: Any = SimpleNamespace(listener=kernel)
-    again = Core.fresh(core, Open(call, Submit((1, 1), request)))
+    again = Core.fresh(core, ServiceCall(call, Submit((1, 1), request)))
     assert isinstance(again, Submit)
     assert (again.request.given, again.mu) == ([5, 6], 3.5)
 

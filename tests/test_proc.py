@@ -9,7 +9,7 @@ from hypothesis.stateful import Bundle, RuleBasedStateMachine, consumes, invaria
 
 from aiosd.errors import Bug
 from aiosd.kernel.listing import line, stat_letter
-from aiosd.kernel.proc import INIT, TRANSITIONS, Event, Proc, ProcTable, State, shell_status
+from aiosd.kernel.proc import INIT, TRANSITIONS, Proc, ProcEvent, ProcState, ProcTable, shell_status
 
 
 def make(pid: int, ppid: int = INIT) -> Proc:
@@ -28,8 +28,8 @@ def make(pid: int, ppid: int = INIT) -> Proc:
     )
 
 
-@given(st.sampled_from(State), st.sampled_from(Event))
-def test_a_move_that_is_not_in_the_table_is_refused_and_changes_nothing(state: State, event: Event) -> None:
+@given(st.sampled_from(ProcState), st.sampled_from(ProcEvent))
+def test_a_move_that_is_not_in_the_table_is_refused_and_changes_nothing(state: ProcState, event: ProcEvent) -> None:
     proc = make(2)
     proc.state = state
     table = ProcTable(10)
@@ -43,9 +43,9 @@ def test_a_move_that_is_not_in_the_table_is_refused_and_changes_nothing(state: S
 
 
 def test_the_dead_do_not_come_back() -> None:
-    alive = (State.RUNNING, State.STOPPED, State.WAITING)
+    alive = (ProcState.RUNNING, ProcState.STOPPED, ProcState.WAITING)
     assert not any(new in alive for (old, _), new in TRANSITIONS.items() if old not in alive)
-    assert not any(old is State.REAPED for old, _ in TRANSITIONS)
+    assert not any(old is ProcState.REAPED for old, _ in TRANSITIONS)
 
 
 @pytest.mark.parametrize(("status", "shown"), [(0, 0), (3, 3), (255, 255), (-9, 137), (-15, 143)])
@@ -57,10 +57,10 @@ def test_stat_letters() -> None:
     proc = make(2)
     assert stat_letter(proc, [], "S") == "S"
     assert stat_letter(proc, [], "R") == "R"
-    proc.state = State.STOPPED
+    proc.state = ProcState.STOPPED
     assert stat_letter(proc, [], "S") == "T"
     assert stat_letter(proc, [], "S", parked=False) == "S", "a core may still generate for it"
-    proc.state = State.ZOMBIE
+    proc.state = ProcState.ZOMBIE
     assert stat_letter(proc, [], "S") == "Z"
 
 
@@ -118,8 +118,8 @@ class Families(RuleBasedStateMachine):
     def spawn(self, parent: Proc) -> Proc:
         return self.born(parent.pid if parent.alive else INIT)
 
-    @rule(proc=alive, event=st.sampled_from([Event.STOP, Event.CONT]))
-    def park(self, proc: Proc, event: Event) -> None:
+    @rule(proc=alive, event=st.sampled_from([ProcEvent.STOP, ProcEvent.CONT]))
+    def park(self, proc: Proc, event: ProcEvent) -> None:
         if proc.alive:
             self.table.advance(proc, event)
 
@@ -132,7 +132,7 @@ class Families(RuleBasedStateMachine):
 
     @rule(proc=consumes(zombies))
     def reap(self, proc: Proc) -> None:
-        if proc.state is State.ZOMBIE:
+        if proc.state is ProcState.ZOMBIE:
             self.table.reap(proc)
 
     @invariant()

@@ -25,7 +25,7 @@ from aiosd.init import guardian
 from aiosd.init.signals import SignalInfo
 from aiosd.init.supervisor import Supervisor
 from aiosd.kernel import ancestry
-from aiosd.kernel.access import Access, Verdict
+from aiosd.kernel.access import Access, Clearance
 from aiosd.kernel.ancestry import TRIES, Origin, Unproven, Unsettled, agent_above, is_child, peer_of
 from aiosd.kernel.peer import Call
 from aiosd.kernel.proc import ProcTable
@@ -224,7 +224,7 @@ def test_a_service_may_have_vectors_made_and_nothing_else() -> None:
     for row in wire.TABLE.values():
         call = Call(peer, 1, row)
         if row.sys == wire.Sys.EMBED:
-            assert access.check(call, wire.Embed(["x"]), lambda: None) is Verdict.NOW
+            assert access.check(call, wire.Embed(["x"]), lambda: None) is Clearance.NOW
         else:
             with pytest.raises(PermissionError, match="store: a service may not call"):
                 access.check(call, None, lambda: None)

@@ -17,7 +17,7 @@ from aiosd import config
 from aiosd.config import keys
 from aiosd.errors import UsageError
 from aiosd.ipc import endpoint as gateway
-from aiosd.kernel.routes import Route
+from aiosd.kernel.routes import ModelRoute
 from libaios.home import Home
 from libaios.wire import Generate, ModelInfo
 from tests.conftest import System
@@ -31,11 +31,11 @@ class Core:
     info: ModelInfo | None = None
 
 
-def route(*cores: Any) -> Route:
-    return Route("fast", cores)
+def route(*cores: Any) -> ModelRoute:
+    return ModelRoute("fast", cores)
 
 
-def chosen(found: Route, request: Generate | None = None, tried: Collection[str] = ()) -> str:
+def chosen(found: ModelRoute, request: Generate | None = None, tried: Collection[str] = ()) -> str:
     return found.choose(request or Generate(), set(tried)) or ""
 
 

@@ -12,9 +12,9 @@ import pytest
 from msgspec import Raw, msgpack
 
 from aiosd.ipc import link
-from aiosd.kernel.calls import Calls
+from aiosd.kernel.calls import CallTable
 from aiosd.kernel.peer import Call, Peer
-from aiosd.kernel.service import Open, Owner, Service, _settled
+from aiosd.kernel.service import Owner, Service, ServiceCall, _settled
 from aiosd.store import memos, roots
 from aiosd.store.database import FILE, Database
 from aiosd.store.grouping import GroupServer
@@ -261,13 +261,13 @@ def test_another_system_begins_without_memos_even_if_theirs_are_damaged(tmp_path
 
 
 def test_settled_is_what_has_its_reply() -> None:
-    service = Service("store", "store", "store", cast(Calls, None), cast(Owner, None))
+    service = Service("store", "store", "store", cast(CallTable, None), cast(Owner, None))
     peer = SimpleNamespace(id=7, outbox_bytes=0, calls={})
 
     def opened(call: int, sys: int, given: bool = True) -> Call:
         made = peer.calls[call] = Call(cast(Peer, peer), call, wire.TABLE[sys])
         if given:
-            service.calls[made.key] = Open(made, ask(call, sys, wire.NoArgs()))
+            service.calls[made.key] = ServiceCall(made, ask(call, sys, wire.NoArgs()))
         return made
 
     opened(3, Sys.RECV, given=False)  # another service's

@@ -15,7 +15,7 @@ from msgspec import Raw
 from aiosd.ipc import link
 from aiosd.kernel import copies
 from aiosd.kernel.access import Access
-from aiosd.kernel.calls import Calls
+from aiosd.kernel.calls import CallTable
 from aiosd.kernel.copies import Copies
 from aiosd.kernel.dispatch import Dispatcher
 from aiosd.kernel.peer import Call, Peer
@@ -205,7 +205,7 @@ def test_what_has_no_room_goes_oldest_first(monkeypatch: pytest.MonkeyPatch) -> 
 @pytest.mark.parametrize("why", ["", "a rule names the call", "the store has a call of this agent", "other arguments"])
 def test_a_copy_is_given_only_where_the_call_would_be_done_at_once(why: str) -> None:
     asked = []
-    calls = Calls(cast(Any, None), cast(Any, None), cast(Any, None))
+    calls = CallTable(cast(Any, None), cast(Any, None), cast(Any, None))
     approvals = SimpleNamespace(concerns=lambda call: bool(why) and "rule" in why, judge=lambda *_: True)
     rights = Access(cast(Any, None), set, cast(Any, approvals), cast(Any, None))
     asker = SimpleNamespace(ask=lambda call, args, raw: asked.append(args.note))

@@ -29,7 +29,7 @@ from libaios.wire import Sys
 _OF_SERVICES = (Sys.EMBED,)
 
 
-class Verdict(enum.Enum):
+class Clearance(enum.Enum):
     NOW = "now"
     LATER = "later"  # the call stays open, and is taken up again when a person has decided
 
@@ -70,7 +70,7 @@ class Access:
         # Calls whose arguments an agent's rights depend on. (The rule about RECV is for others: each agent may.)
         self._looked_at = {*self._rules, Sys.SPAWN} - {Sys.RECV}
 
-    def check(self, call: Call, args: Any, go_on: Callable[[], None]) -> Verdict:
+    def check(self, call: Call, args: Any, go_on: Callable[[], None]) -> Clearance:
         """`go_on` is called when a call for which LATER was returned is allowed."""
         peer, row = call.peer, call.row
         try:
@@ -80,12 +80,12 @@ class Access:
                 self._approvals.denied(peer.proc, Deed(row.name), err.strerror or "not its own")
             raise
         if peer.proc is None or row.sys in deeds.OF_SERVICES or row.sys in deeds.FREE:
-            return Verdict.NOW
+            return Clearance.NOW
         deed = self._deed(peer.proc, row, args)
         if deed is None or self._approvals.judge(call, deed, go_on):
             call.allowed = deed is not None
-            return Verdict.NOW
-        return Verdict.LATER
+            return Clearance.NOW
+        return Clearance.LATER
 
     def is_free(self, row: wire.Row) -> bool:
         """Whether every agent may make this call now, whatever its arguments."""

@@ -20,19 +20,19 @@ from aiosd.ipc import letter, link
 from aiosd.ipc.letter import Letter
 from aiosd.kernel import ledger, spawning
 from aiosd.kernel.budget import Budgets, Stage, sentence
-from aiosd.kernel.calls import Calls
+from aiosd.kernel.calls import CallTable
 from aiosd.kernel.enforce import Enforcer
-from aiosd.kernel.events import Source
+from aiosd.kernel.events import EventSource
 from aiosd.kernel.generations import Generations
 from aiosd.kernel.ledger import Ledger
 from aiosd.kernel.listed import Listed, key_of
 from aiosd.kernel.logkeeper import LogKeeper
 from aiosd.kernel.mail import Mail
 from aiosd.kernel.peer import AgentPeer, Call
-from aiosd.kernel.proc import INIT, Event, Proc, ProcTable, State
+from aiosd.kernel.proc import INIT, Proc, ProcEvent, ProcState, ProcTable
 from aiosd.kernel.sandboxes import Sandboxes
-from aiosd.kernel.tokens import Tokens
-from aiosd.kernel.turns import Turns
+from aiosd.kernel.tokens import BearerTokens
+from aiosd.kernel.turns import AgentTurns
 from aiosd.kernel.uplink import Uplink
 from aiosd.kernel.waiters import Waiters
 from aiosd.sandbox.box import Box
@@ -71,16 +71,16 @@ class Newborn:
 
     forked: link.Forked
     channel: Channel | str  # or what is wrong with it
-    bell: Source | None
+    bell: EventSource | None
     stopped: bool = False
 
 
-class Agents:
+class Lifecycle:
     def __init__(
         self,
         table: ProcTable,
-        calls: Calls,
-        turns: Turns,
+        calls: CallTable,
+        turns: AgentTurns,
         uplink: Uplink,
         timers: Timers,
         ledger: Ledger,
@@ -90,7 +90,7 @@ class Agents:
         waiters: Waiters,
         mail: Mail,
         logs: LogKeeper,
-        tokens: Tokens,
+        tokens: BearerTokens,
         sandboxes: Sandboxes,
     ) -> None:
         self.tokens = tokens
@@ -157,12 +157,12 @@ class Agents:
                 self.open_door(proc, agent.door)
             self.open_gates(proc, agent.gates)
             if agent.stopped:
-                self.table.advance(proc, Event.STOP)
+                self.table.advance(proc, ProcEvent.STOP)
                 self.generations.park(proc, True)
             self.enforcer.adopted(proc)
             return
         self.budgets.leave(proc.pid, proc.budgets)
-        self.table.advance(proc, Event.EXIT)
+        self.table.advance(proc, ProcEvent.EXIT)
         proc.status, proc.ended = agent.status, agent.ended
         if agent.reaped:
             self._reap(proc)
@@ -174,7 +174,7 @@ class Agents:
             if proc.ppid != INIT and (parent is None or not parent.alive):
                 self._orphaned(proc)
         for proc in list(self.table):
-            if proc.ppid == INIT and proc.state is State.ZOMBIE:
+            if proc.ppid == INIT and proc.state is ProcState.ZOMBIE:
                 self._reap(proc)
 
     def shares(self, args: wire.Spawn, parent: Proc | None, key: link.Key, allowed: bool = False) -> list[link.Share]:
@@ -356,7 +356,7 @@ class Agents:
 
     def _enrolled(self, proc: Proc) -> None:
         """It has no process: it never had one, or is between two."""
-        self.table.advance(proc, Event.FAIL)
+        self.table.advance(proc, ProcEvent.FAIL)
         if proc.outside:
             self.tokens.add(proc)
 
@@ -479,7 +479,7 @@ class Agents:
             under_way.newborn.stopped = message.stopped  # it counts when it has begun
         if proc is None or not proc.alive:
             return
-        self.table.advance(proc, Event.STOP if message.stopped else Event.CONT)
+        self.table.advance(proc, ProcEvent.STOP if message.stopped else ProcEvent.CONT)
         if message.stopped:
             self.generations.park(proc, True)
             self.waiters.on_change(proc)
@@ -495,12 +495,12 @@ class Agents:
 
     def stood_still(self, proc: Proc) -> None:
         """A core has taken generations of this agent out of decoding: if it has stopped, its STOP may be done."""
-        if proc.state is State.STOPPED or proc.outside:
+        if proc.state is ProcState.STOPPED or proc.outside:
             self.waiters.on_change(proc)
 
     def is_parked(self, proc: Proc) -> bool:
         """Stopped, and nothing of it is generated any more."""
-        stopped = proc.halted if proc.outside else proc.state is State.STOPPED
+        stopped = proc.halted if proc.outside else proc.state is ProcState.STOPPED
         return stopped and self.generations.stands_still(proc)
 
     # ── death ─────────────────────────────────────────────────────────────────────────────────────────────
@@ -511,7 +511,7 @@ class Agents:
             return
         self._process_ended(proc, message.cpu_s)
         if message.again_s is not None:
-            self.table.advance(proc, Event.FAIL)
+            self.table.advance(proc, ProcEvent.FAIL)
             self.waiters.on_change(proc)
             return
         self.mail.forget(proc.pid)
@@ -528,7 +528,7 @@ class Agents:
             self.outside_changed()
         ppid = proc.ppid
         self.waiters.on_exit(proc, ppid)
-        if ppid == INIT and proc.state is State.ZOMBIE:
+        if ppid == INIT and proc.state is ProcState.ZOMBIE:
             self._reap(proc)
 
     def _process_ended(self, proc: Proc, cpu_s: float) -> None:
@@ -553,7 +553,7 @@ class Agents:
         """It goes on under its pid, with its mailbox, its budgets and its children."""
         proc = self._known(message.pid)
         assert proc is not None
-        self.table.advance(proc, Event.START)
+        self.table.advance(proc, ProcEvent.START)
         proc.halted = False
         proc.row[ledger.ENDED] = 0
         proc.ospid, proc.restarts, proc.looked, proc.sampled = message.ospid, proc.restarts + 1, 0.0, 0.0
@@ -564,7 +564,7 @@ class Agents:
         if child.ppid != INIT:
             self.table.adopt_orphan(child)
         self.uplink.send(link.Mark(child.pid, ppid=INIT))
-        if child.state is State.ZOMBIE:
+        if child.state is ProcState.ZOMBIE:
             self._reap(child)
 
     def _reap(self, proc: Proc, by: link.Key | None = None, answer: bytes = b"") -> None:
@@ -577,7 +577,7 @@ class Agents:
 
     def collect(self, proc: Proc, by: link.Key, result: wire.Waited) -> None:
         """The parent gets the exit status with this call."""
-        if proc.state is State.ZOMBIE:
+        if proc.state is ProcState.ZOMBIE:
             self._reap(proc, by, wire.encode(result))
 
 

@@ -32,7 +32,7 @@ from aiosd.access.deed import Deed, Subject
 from aiosd.access.rules import Act, Policy, lasting
 from aiosd.kernel.always import LastingApprovals
 from aiosd.kernel.audit import Audit
-from aiosd.kernel.calls import Calls
+from aiosd.kernel.calls import CallTable
 from aiosd.kernel.peer import Call, ClientPeer, Peer
 from aiosd.kernel.proc import Proc, ProcTable
 from aiosd.timers import Timer
@@ -61,7 +61,7 @@ class Approvals:
         self,
         policy: Policy,
         table: ProcTable,
-        calls: Calls,
+        calls: CallTable,
         always: LastingApprovals,
         audit: Audit,
         boot: str,

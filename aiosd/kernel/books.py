@@ -15,15 +15,14 @@ from aiosd import procfs
 from aiosd.ipc.service import TOOLBOX
 from aiosd.kernel import ledger
 from aiosd.kernel.budget import Budgets
-from aiosd.kernel.calls import Calls
+from aiosd.kernel.calls import CallTable
 from aiosd.kernel.generation import OpenGeneration
 from aiosd.kernel.ledger import Ledger
 from aiosd.kernel.mail import Mail
 from aiosd.kernel.peer import AgentPeer, Peer
 from aiosd.kernel.peers import Peers
-from aiosd.kernel.proc import Proc, ProcTable, State
-from aiosd.kernel.service import Services
-from aiosd.kernel.service import State as ServiceState
+from aiosd.kernel.proc import Proc, ProcState, ProcTable
+from aiosd.kernel.service import Services, ServiceState
 from aiosd.kernel.system import System
 from aiosd.kernel.waiters import Waiters
 
@@ -33,7 +32,7 @@ class Books:
     """What is compared. `by_ospid`: live agents by Linux pid. `strangers`: clients that have sent no Hello yet."""
 
     table: ProcTable
-    calls: Calls
+    calls: CallTable
     services: Services
     waiters: Waiters
     mail: Mail
@@ -63,7 +62,7 @@ def processes(books: Books) -> Iterator[str]:
     is well: reading about thousands takes long."""
     supervisor = os.getppid()
     children = set(procfs.children(supervisor))
-    live = {proc.ospid: proc for proc in books.table.live() if proc.state is not State.WAITING}
+    live = {proc.ospid: proc for proc in books.table.live() if proc.state is not ProcState.WAITING}
     if set(books.by_ospid) != set(live):
         yield f"agents by Linux pid: {len(books.by_ospid)}, live in the table: {len(live)}"
     for ospid, proc in live.items():

@@ -41,7 +41,7 @@ def failure(call_id: int, errno: int, message: str) -> bytes:
     return wire.encode(wire.Reply(call_id, errno, body=wire.raw(wire.Failure(message))))
 
 
-class Calls:
+class CallTable:
     """`offended` and `gone` are called with an agent that broke the protocol, and with any peer that was dropped."""
 
     def __init__(self, peers: Peers, events: Events, timers: Timers) -> None:

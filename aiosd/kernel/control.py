@@ -26,12 +26,12 @@ import msgspec
 
 from aiosd import __version__
 from aiosd.kernel.ancestry import Unproven, Unsettled, agent_above, is_child, peer_of
-from aiosd.kernel.calls import Calls, failure
+from aiosd.kernel.calls import CallTable, failure
 from aiosd.kernel.dispatch import Dispatcher
-from aiosd.kernel.events import Events, Source, Turn
+from aiosd.kernel.events import Events, EventSource, Turn
 from aiosd.kernel.peer import OUTBOX_PAUSE, ClientPeer, Peer
 from aiosd.kernel.proc import Proc
-from aiosd.kernel.system import Descriptors
+from aiosd.kernel.system import FdLimit
 from aiosd.sandbox.doors import Question
 from aiosd.timers import Timer, Timers
 from libaios import wire
@@ -62,12 +62,12 @@ class Control:
         self,
         listener: socket.socket,
         boot: str,
-        calls: Calls,
+        calls: CallTable,
         events: Events,
         timers: Timers,
         dispatcher: Dispatcher,
         agents: Mapping[int, Proc],
-        descriptors: Callable[[], Descriptors],
+        descriptors: Callable[[], FdLimit],
         services: Callable[[], Mapping[int, str]],
         caught_up: Callable[[Peer], None],
         joined: Callable[[Peer], None],
@@ -90,10 +90,10 @@ class Control:
         self._bearer = bearer  # the agent of a token
         self.strangers: dict[ClientPeer, Timer] = {}  # before their Hello, oldest first
         self._fds_held: dict[ClientPeer, int] = {}  # descriptors that came with unfinished frames
-        self._doors: dict[int, Source] = {}  # of confined agents, by pid
+        self._doors: dict[int, EventSource] = {}  # of confined agents, by pid
         self._unsettled = 0  # connections that are looked at again
         self._refused = 0  # … and refused since the last line in the log about that
-        self._source: Source
+        self._source: EventSource
         self._listen()
 
     def _listen(self) -> None:

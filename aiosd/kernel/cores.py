@@ -22,7 +22,7 @@ from aiosd.budgets.price import Price
 from aiosd.ipc import link
 from aiosd.kernel.budget import purses
 from aiosd.kernel.peer import Call
-from aiosd.kernel.service import POISON_DEATHS, POISON_OTHERS, Open, Service, State
+from aiosd.kernel.service import POISON_DEATHS, POISON_OTHERS, Service, ServiceCall, ServiceState
 from libaios import wire
 
 
@@ -63,7 +63,7 @@ class Core(Service):
 
     # ── what a core adds to a service ─────────────────────────────────────────────────────────────────────
 
-    def fresh(self, opened: Open) -> link.ToService:
+    def fresh(self, opened: ServiceCall) -> link.ToService:
         """A generation goes with the tokens given out so far and what is left of the budget."""
         call, generation = opened.call, opened.call.generation
         if generation is None:
@@ -74,11 +74,11 @@ class Core(Service):
         money = self.listener.money_left(call)
         return link.Submit(call.key, request, nice, group, budget, generation.mu, generation.others, shares, money)
 
-    def under_way(self, opened: Open) -> bool:
+    def under_way(self, opened: ServiceCall) -> bool:
         generation = opened.call.generation
         return opened.given if generation is None else generation.started
 
-    def patience(self, opened: Open) -> int:
+    def patience(self, opened: ServiceCall) -> int:
         return POISON_OTHERS if opened.call.generation is None else POISON_DEATHS
 
     def died(self, reason: str) -> None:
@@ -106,7 +106,7 @@ class Core(Service):
     def trouble(self) -> str:
         """Why a call that comes now would have to wait long; "": it would not. A core that this kernel has not seen
         dying loads for the first time, or has not reported to a new kernel yet that it has."""
-        if self.state is State.DOWN or (self.state is not State.READY and self.last_death):
+        if self.state is ServiceState.DOWN or (self.state is not ServiceState.READY and self.last_death):
             return f"it is down: {self.last_death}"
         return self.unwell
 
@@ -118,7 +118,7 @@ class Core(Service):
         for peer in self.parked:
             self._send_park(peer)
 
-    def submit_again(self, opened: Open) -> None:
+    def submit_again(self, opened: ServiceCall) -> None:
         Service.submit_again(self, opened)
         if opened.call.generation is not None and opened.call.generation.paused:
             self.pause(opened.call, True)
@@ -172,7 +172,7 @@ class Core(Service):
             self.send(link.Park(peer, False))
 
     def _send_park(self, peer: int) -> None:
-        if self.state is State.READY:
+        if self.state is ServiceState.READY:
             number = next(self.numbers)
             self.unconfirmed[number] = peer
             self.latest[peer] = number
@@ -191,7 +191,7 @@ class Core(Service):
         if generation is not None and not generation.resyncing:
             generation.resyncing = True
             fresh = link.Submit(call.key, generation.request)
-            self.submit_again(self.calls.setdefault(call.key, Open(call, fresh)))
+            self.submit_again(self.calls.setdefault(call.key, ServiceCall(call, fresh)))
 
 
 class Cores:

@@ -17,8 +17,8 @@ from msgspec import MsgspecError, Raw
 
 from aiosd.ipc.link import Key
 from aiosd.kernel import ledger
-from aiosd.kernel.access import Access, Verdict
-from aiosd.kernel.calls import PENDING, Calls, reply
+from aiosd.kernel.access import Access, Clearance
+from aiosd.kernel.calls import PENDING, CallTable, reply
 from aiosd.kernel.peer import UNKNOWN, Call, ClientPeer, Peer, no_request, read_args
 from aiosd.kernel.service import Asker
 from libaios import wire
@@ -47,7 +47,7 @@ KNOWN: dict[int, Callable[[Peer], int]] = {
 }
 
 
-class Held:
+class HeldFds:
     """The descriptors of a request that waits to be allowed. As a context: they are the peer's again."""
 
     def __init__(self, peer: Peer) -> None:
@@ -88,7 +88,7 @@ class Dispatcher:
 
     def __init__(
         self,
-        calls: Calls,
+        calls: CallTable,
         rights: Access,
         asker: Asker,
         handlers: Mapping[int, Handler],
@@ -177,13 +177,13 @@ class Dispatcher:
 
     def _is_allowed(self, call: Call, args: Any, raw: Raw) -> bool:
         """Now. Else a person decides, and then it goes on."""
-        held = Held(call.peer)
-        later = self._rights.check(call, args, lambda: self._resume(call, args, raw, held)) is Verdict.LATER
+        held = HeldFds(call.peer)
+        later = self._rights.check(call, args, lambda: self._resume(call, args, raw, held)) is Clearance.LATER
         if later:
             held.keep(call)
         return not later
 
-    def _resume(self, call: Call, args: Any, raw: Raw, held: Held) -> None:
+    def _resume(self, call: Call, args: Any, raw: Raw, held: HeldFds) -> None:
         """A person has allowed it."""
         call.allowed = True
         with held:

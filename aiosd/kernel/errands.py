@@ -21,7 +21,7 @@ from aiosd.kernel.calls import failure
 from aiosd.kernel.measure import Measure
 from aiosd.kernel.peer import Call, Peer
 from aiosd.kernel.proc import Proc
-from aiosd.kernel.service import Open, Service
+from aiosd.kernel.service import Service, ServiceCall
 from libaios import wire
 
 ALLOWED = frozenset(row.sys for row in wire.TABLE.values() if row.by == "store")
@@ -87,11 +87,11 @@ class Errander(Service):
         Service.cancel(self, call)
         self._drop(call.key)
 
-    def _take(self, key: link.Key) -> Open | None:
+    def _take(self, key: link.Key) -> ServiceCall | None:
         self._drop(key)
         return Service._take(self, key)
 
-    def _lost(self, opened: Open, message: str) -> None:
+    def _lost(self, opened: ServiceCall, message: str) -> None:
         self._drop(opened.call.key)
         Service._lost(self, opened, message)
 

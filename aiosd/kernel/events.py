@@ -41,7 +41,7 @@ class Turn(enum.IntEnum):
 ASLEEP, AWAKE, QUIET, FOUND, HUNGRY = Turn
 
 
-class Source:
+class EventSource:
     """One descriptor. `act` is called with the events that epoll reported; `serve` does a turn without an event."""
 
     __slots__ = ("act", "answers", "channel", "fd", "of_clients", "serve", "turn")
@@ -68,8 +68,8 @@ class Events:
     def __init__(self, timers: Timers) -> None:
         self._timers = timers
         self._epoll = select.epoll()
-        self._sources: dict[int, Source] = {}
-        self._lines: list[dict[Source, None]] = [{} for _ in Turn]  # by turn; that of ASLEEP stays empty
+        self._sources: dict[int, EventSource] = {}
+        self._lines: list[dict[EventSource, None]] = [{} for _ in Turn]  # by turn; that of ASLEEP stays empty
 
     # ── who takes part ────────────────────────────────────────────────────────────────────────────────────
 
@@ -82,28 +82,28 @@ class Events:
         channel: Channel | None = None,
         of_clients: bool = False,
         answers: bool = False,
-    ) -> Source:
+    ) -> EventSource:
         """Watch a descriptor. Without `serve` a turn is `act` with EPOLLIN."""
         turn = serve if serve is not None else lambda: act(select.EPOLLIN)
-        source = self._sources[fd] = Source(fd, act, turn, channel, of_clients, answers)
+        source = self._sources[fd] = EventSource(fd, act, turn, channel, of_clients, answers)
         self._epoll.register(fd, events)
         return source
 
-    def unwatch(self, source: Source) -> None:
+    def unwatch(self, source: EventSource) -> None:
         """May be called twice."""
         if self._sources.get(source.fd) is source:
             del self._sources[source.fd]
             self._epoll.unregister(source.fd)
         self.move(source, ASLEEP)
 
-    def modify(self, source: Source, events: int) -> None:
+    def modify(self, source: EventSource, events: int) -> None:
         if self._sources.get(source.fd) is source:
             self._epoll.modify(source.fd, events)
 
-    def watches(self, source: Source) -> bool:
+    def watches(self, source: EventSource) -> bool:
         return self._sources.get(source.fd) is source
 
-    def move(self, source: Source, turn: Turn) -> None:
+    def move(self, source: EventSource, turn: Turn) -> None:
         """The only place where a source changes its turn. A source that is not watched stays ASLEEP."""
         old = source.turn
         if old is not turn:
@@ -158,7 +158,7 @@ class Events:
                 if self._timers.clock() >= until:
                     break
 
-    def _serve_clients(self, events: Iterable[tuple[Source, int]], until: float) -> None:
+    def _serve_clients(self, events: Iterable[tuple[EventSource, int]], until: float) -> None:
         """Serve clients and new connections while there is time; at least one. Epoll reports the rest again, before
         those that had their turn."""
         for source, mask in events:
@@ -192,7 +192,7 @@ class Events:
             self.move(source, ASLEEP)
         self._tell_to_ring(tell)
 
-    def _wait_for_few(self, few: list[Source]) -> bool:
+    def _wait_for_few(self, few: list[EventSource]) -> bool:
         """Few are active: where it has paid off before, waiting briefly saves all sides their bells. True: one has sent
         something meanwhile, and is FOUND."""
         if len(few) == 1:
@@ -210,7 +210,7 @@ class Events:
                 self.move(source, FOUND)
         return True
 
-    def _tell_to_ring(self, sources: list[Source]) -> None:
+    def _tell_to_ring(self, sources: list[EventSource]) -> None:
         unsettled = restless([source.channel for source in sources if source.channel is not None])
         if unsettled:
             for source in sources:

@@ -106,7 +106,7 @@ def _network_of(sock: int) -> int:
 
 
 @dataclass(slots=True, eq=False, kw_only=True)
-class Proxy(Service):
+class ProxyService(Service):
     """As the kernel sees it."""
 
     gates: Gates

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 
-from aiosd.kernel.routes import Route
+from aiosd.kernel.routes import ModelRoute
 from libaios import wire
 
 
@@ -21,7 +21,7 @@ class OpenGeneration:
     used: int = 0
     started: bool = False  # it has a slot
     prompt_counted: bool = False  # by the core that has it
-    route: Route | None = None  # that its caller has named
+    route: ModelRoute | None = None  # that its caller has named
     tried: set[str] = field(default_factory=set)  # the models of it that had the call
     others: bool = False  # … and there are more
     ending: bool = False  # its final word is here

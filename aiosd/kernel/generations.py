@@ -20,7 +20,7 @@ from aiosd.ipc import link
 from aiosd.kernel import budget as budgets
 from aiosd.kernel import ledger
 from aiosd.kernel.budget import Budget
-from aiosd.kernel.calls import Calls
+from aiosd.kernel.calls import CallTable
 from aiosd.kernel.charges import check_open
 from aiosd.kernel.cores import Core, Cores
 from aiosd.kernel.generation import OpenGeneration
@@ -38,7 +38,7 @@ class Generations:
 
     def __init__(
         self,
-        calls: Calls,
+        calls: CallTable,
         table: ProcTable,
         cores: Cores,
         routes: Routes,

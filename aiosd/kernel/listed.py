@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING
 
 from aiosd.init.restart import exit_in_words
 from aiosd.ipc.link import Key
-from aiosd.kernel.proc import Proc, ProcTable, State
+from aiosd.kernel.proc import Proc, ProcState, ProcTable
 from aiosd.timers import Timer, Timers
 
 if TYPE_CHECKING:
@@ -79,7 +79,7 @@ class Listed:
 
 
 def _words(proc: Proc) -> str:
-    if proc.state is State.WAITING:
+    if proc.state is ProcState.WAITING:
         return f"waits to be started again (agent {proc.pid}, {proc.restarts} restarts)"
     if proc.alive or not proc.status:
         return ""

@@ -11,7 +11,7 @@ from collections.abc import Sequence
 
 from aiosd import procfs
 from aiosd.kernel.peer import Call
-from aiosd.kernel.proc import Proc, State, shown_exit
+from aiosd.kernel.proc import Proc, ProcState, shown_exit
 from aiosd.units import format_money
 from libaios import wire
 
@@ -26,12 +26,12 @@ def stat_letter(proc: Proc, calls: Sequence[Call], os_state: str, parked: bool =
     has not taken its generations out of decoding yet; it shows T when nothing more can happen.
     """
     if not proc.alive:
-        return "Z" if proc.state is State.ZOMBIE else "X"
-    if proc.state is State.STOPPED and parked:
+        return "Z" if proc.state is ProcState.ZOMBIE else "X"
+    if proc.state is ProcState.STOPPED and parked:
         return "T"
     if proc.outside and proc.halted and parked:
         return "T"
-    if proc.state is State.WAITING and not proc.outside:
+    if proc.state is ProcState.WAITING and not proc.outside:
         return "W"
     generations = [call.generation for call in calls if call.generation is not None]
     if any(generation.started for generation in generations):

@@ -12,7 +12,7 @@ from aiosd.budgets.price import FREE, Price
 from aiosd.ipc import link
 from aiosd.ipc.service import LLM
 from aiosd.kernel.approvals import Approvals
-from aiosd.kernel.calls import Calls
+from aiosd.kernel.calls import CallTable
 from aiosd.kernel.cores import Core
 from aiosd.kernel.peer import Call
 from aiosd.kernel.service import Service, Services
@@ -35,7 +35,7 @@ class Loading:
         stats: Callable[[int], None],
         peers: Callable[[], list[int]],
         charge: Callable[[Call, int, Price], None],
-        calls: Calls,
+        calls: CallTable,
         approvals: Approvals,
     ) -> None:
         self._services = services

@@ -27,22 +27,22 @@ from aiosd.ipc.heartbeat import BEAT_S, beat
 from aiosd.ipc.service import LLM, PROXY, TOOLBOX
 from aiosd.kernel import sandboxes, spawning, syscalls
 from aiosd.kernel.access import Access
-from aiosd.kernel.agents import REATTACH_S, Agents
+from aiosd.kernel.agents import REATTACH_S, Lifecycle
 from aiosd.kernel.always import LastingApprovals
 from aiosd.kernel.approvals import Approvals
 from aiosd.kernel.audit import Audit
 from aiosd.kernel.books import Books
 from aiosd.kernel.budget import Budgets
-from aiosd.kernel.calls import Calls
+from aiosd.kernel.calls import CallTable
 from aiosd.kernel.charges import Charges
 from aiosd.kernel.control import Control
 from aiosd.kernel.cores import Core, Cores
 from aiosd.kernel.dispatch import Dispatcher, Handler
 from aiosd.kernel.enforce import Enforcer
 from aiosd.kernel.errands import Errander, ErrandPeer
-from aiosd.kernel.events import Events, Source, Turn
+from aiosd.kernel.events import Events, EventSource, Turn
 from aiosd.kernel.forks import Forks
-from aiosd.kernel.gates import Gates, Proxy
+from aiosd.kernel.gates import Gates, ProxyService
 from aiosd.kernel.generations import Generations
 from aiosd.kernel.jobs import Jobs
 from aiosd.kernel.journal import Journal
@@ -61,9 +61,9 @@ from aiosd.kernel.routes import Routes
 from aiosd.kernel.sandboxes import Sandboxes
 from aiosd.kernel.service import Asker, Service, Services
 from aiosd.kernel.status import StatusRequests
-from aiosd.kernel.system import Descriptors, System
-from aiosd.kernel.tokens import Tokens
-from aiosd.kernel.turns import HUNG_UP, Turns
+from aiosd.kernel.system import FdLimit, System
+from aiosd.kernel.tokens import BearerTokens
+from aiosd.kernel.turns import HUNG_UP, AgentTurns
 from aiosd.kernel.uplink import Uplink
 from aiosd.kernel.waiters import Waiters
 from aiosd.logs import processlog
@@ -99,7 +99,7 @@ class Kernel:
         self.events = Events(self.timers)
         self.jobs = Jobs(self.timers.clock)
         self.table = ProcTable(born.settings.keep_dead)
-        self.calls = Calls(Peers(), self.events, self.timers)
+        self.calls = CallTable(Peers(), self.events, self.timers)
         self.uplink = Uplink(_socket_of(born.link), self.events, self._on_supervisor)
         self.ledger = Ledger(born.ledger)
         self.budgets = Budgets(self.ledger, self.timers, born.settings.budgets, born.settings.soft_limit / 100)
@@ -151,8 +151,8 @@ class Kernel:
         choose = {LLM: self.generations.choose, "toolbox": charges.tool, "store": charges.store}
         asker = Asker(self.services, self.calls, self.generations.caller_of, choose)
         self.dispatcher = Dispatcher(self.calls, self.rights, asker, self.handlers, born.memo.get)
-        self.turns = Turns(self.calls, self.events, self.timers, self.dispatcher, self.generations.resume_streams)
-        self.agents = Agents(
+        self.turns = AgentTurns(self.calls, self.events, self.timers, self.dispatcher, self.generations.resume_streams)
+        self.agents = Lifecycle(
             self.table,
             self.calls,
             self.turns,
@@ -165,7 +165,7 @@ class Kernel:
             self.waiters,
             self.mail,
             self.logs,
-            Tokens(settings.door),
+            BearerTokens(settings.door),
             self.sandboxes,
         )
         self.outside = Outside(settings.home.data / "tokens.json", self.agents, self.sandboxes)
@@ -196,7 +196,7 @@ class Kernel:
             self.agents.hang_up,
             self.agents.tokens.bearer,
         )
-        self.descriptors = Descriptors(
+        self.descriptors = FdLimit(
             lambda: len(self.agents.by_ospid) + len(self.agents.forks),
             lambda: self.control.descriptors() + self.gates.descriptors(),
         )
@@ -307,13 +307,13 @@ class Kernel:
         self.cores.add(core)
         return core
 
-    def _of_all(self, process: SystemProcess) -> tuple[str, str, str, Calls, Loading, bool, int]:
+    def _of_all(self, process: SystemProcess) -> tuple[str, str, str, CallTable, Loading, bool, int]:
         """What every service's side begins with."""
         record = process.service
         return record.name, record.kind, record.shown, self.calls, self.loading, record.awaited, process.pid
 
     def _make_proxy(self, process: SystemProcess) -> Service:
-        return Proxy(
+        return ProxyService(
             *self._of_all(process),
             gates=self.gates,
             audit=self.approvals.audit,
@@ -333,7 +333,7 @@ class Kernel:
     def _connect(self, service: Service, ospid: int, deaths: int, memfd: int, bell: int) -> None:
         channel = Channel(memfd, bell, Side.AGENT)
         service.forked(ospid, deaths, channel)
-        source: Source
+        source: EventSource
 
         def serve() -> None:
             if service.channel is channel:

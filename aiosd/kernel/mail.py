@@ -15,7 +15,7 @@ from typing import NamedTuple
 from msgspec import Raw
 
 from aiosd.ipc.link import Key
-from aiosd.kernel.calls import Calls
+from aiosd.kernel.calls import CallTable
 from aiosd.kernel.journal import Journal, Sent
 from aiosd.kernel.peer import Call
 from aiosd.kernel.proc import INIT, Proc
@@ -50,7 +50,7 @@ class Mailbox:
 class Mail:
     """All mailboxes, by pid; an agent has one as soon as something is in it, or waits at it."""
 
-    def __init__(self, journal: Journal, calls: Calls) -> None:
+    def __init__(self, journal: Journal, calls: CallTable) -> None:
         self.journal = journal
         self._calls = calls
         self._boxes: dict[int, Mailbox] = {}

@@ -29,7 +29,7 @@ from aiosd.budgets import limits as kinds
 from aiosd.budgets.limits import KINDS, WITHOUT_PROCESS, limits_of
 from aiosd.ipc import link
 from aiosd.kernel import inspection, ledger, spawning
-from aiosd.kernel.agents import Agents
+from aiosd.kernel.agents import Lifecycle
 from aiosd.kernel.peer import Call
 from aiosd.kernel.proc import Proc
 from aiosd.kernel.sandboxes import Sandboxes
@@ -50,7 +50,7 @@ COUNTED = {
 }
 
 
-class Kept(Struct):
+class OutsideRecord(Struct):
     """One of them, in the file."""
 
     name: str
@@ -71,12 +71,12 @@ class Kept(Struct):
 class Outside:
     """`path`: the file."""
 
-    def __init__(self, path: Path, agents: Agents, sandboxes: Sandboxes) -> None:
+    def __init__(self, path: Path, agents: Lifecycle, sandboxes: Sandboxes) -> None:
         self._path = path
         self._agents = agents
         self._sandboxes = sandboxes
-        self._written: list[Kept] = []
-        self._known: dict[bytes, Kept] = {}  # by hash, as they were made or read
+        self._written: list[OutsideRecord] = []
+        self._known: dict[bytes, OutsideRecord] = {}  # by hash, as they were made or read
         agents.outside_changed = self.save
 
     # ── what a person asks for ────────────────────────────────────────────────────────────────────────────
@@ -95,7 +95,7 @@ class Outside:
                 raise wire.error(errno.EINVAL, f"{kind.what} budget: cannot be measured of an agent without a process")
         tokens = amounts.pop("tokens", None)
         limit = None if tokens is None else int(tokens)
-        kept = Kept(args.name, args.group or "default", args.hash, limit, limits=amounts, made=time.time())
+        kept = OutsideRecord(args.name, args.group or "default", args.hash, limit, limits=amounts, made=time.time())
         self._enrol(call, call.key, kept)
 
     def listed(self) -> wire.TokenList:
@@ -106,7 +106,7 @@ class Outside:
             tokens.append(wire.TokenInfo(proc.pid, proc.name, proc.group, own.tokens_used, own.limits.tokens, shown))
         return wire.TokenList(self._agents.tokens.url, tokens)
 
-    def _enrol(self, call: Call | None, key: link.Key, kept: Kept) -> None:
+    def _enrol(self, call: Call | None, key: link.Key, kept: OutsideRecord) -> None:
         spawn = wire.Spawn("exec", kept.name, name=kept.name, group=kept.group, nice=kept.nice)
         box = self._sandboxes.decide(spawn, None)
         if box is not None:  # its tools work there; no process of its own makes the folder
@@ -142,15 +142,15 @@ class Outside:
                     self._restore(kept)
         self._save_later()
 
-    def _restore(self, kept: Kept) -> None:
+    def _restore(self, kept: OutsideRecord) -> None:
         try:
             self._enrol(None, (OWNER, int.from_bytes(kept.hash[:6])), kept)
         except OSError as err:
             logger.error("token of %s: %s", kept.name, err.strerror)
 
-    def _read(self) -> list[Kept]:
+    def _read(self) -> list[OutsideRecord]:
         try:
-            return msgspec.json.decode(self._path.read_bytes(), type=list[Kept])
+            return msgspec.json.decode(self._path.read_bytes(), type=list[OutsideRecord])
         except FileNotFoundError:
             return []
         except (OSError, msgspec.MsgspecError, UnicodeDecodeError) as err:
@@ -182,13 +182,15 @@ class Outside:
         except OSError as err:
             logger.error("%s cannot be written: %s", self._path, err.strerror)
 
-    def _now(self, proc: Proc) -> Kept:
+    def _now(self, proc: Proc) -> OutsideRecord:
         """As it is kept."""
         own, known = proc.budgets[0], self._known.get(proc.token)
         if known is None:  # the kernel died before it was written
             amounts = {kind.name: amount for kind in WITHOUT_PROCESS if (amount := kind.of(own.limits)) is not None}
             amounts.pop("tokens", None)
-            known = Kept(proc.name, proc.group, proc.token, own.limits.tokens, limits=amounts, made=proc.started)
+            known = OutsideRecord(
+                proc.name, proc.group, proc.token, own.limits.tokens, limits=amounts, made=proc.started
+            )
         counted = {name: int(own.used(name)) for name in known.limits if name in COUNTED}
         return msgspec.structs.replace(known, group=proc.group, used=own.tokens_used, nice=proc.nice, counted=counted)
 

@@ -4,8 +4,8 @@ A *peer* is an agent on its channel (`AgentPeer`) or a client on the control soc
 aios-ps, a notebook). Both send `wire.Request` frames and get `wire.Reply` frames; the rest of the kernel does
 not know which it serves. The identity of a peer follows from the descriptor it talks through, never from what it sends.
 
-A *call* is open from the moment its request was accepted until its one final reply was sent. `calls.Calls` alone
-opens and closes calls.
+A *call* is open from the moment its request was accepted until its one final reply was sent. `calls.CallTable`
+alone opens and closes calls.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from msgspec import Raw
 
 from aiosd.ipc.link import Key
 from aiosd.ipc.service import GATEWAY
-from aiosd.kernel.events import Source
+from aiosd.kernel.events import EventSource
 from aiosd.kernel.explain import explain
 from aiosd.kernel.generation import OpenGeneration
 from aiosd.kernel.proc import Proc
@@ -99,7 +99,7 @@ class Peer:
         self.proc = proc  # whose rights it has; None: a client of aiosd's own user
         self.calls: dict[int, Call] = {}
         self.open_bytes = 0  # of their requests
-        self.source: Source | None = None  # while the kernel listens to it
+        self.source: EventSource | None = None  # while the kernel listens to it
         self.copies: dict[CopyKey, Copy] = {}  # of answers that it has got, see `copies`
         self.copied_bytes = 0
 

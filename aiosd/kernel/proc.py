@@ -47,7 +47,7 @@ INIT = 1  # the pid of aiosd itself
 BUDGET_ENDED = 124
 
 
-class State(enum.Enum):
+class ProcState(enum.Enum):
     RUNNING = "running"
     STOPPED = "stopped"
     WAITING = "waiting"
@@ -55,10 +55,11 @@ class State(enum.Enum):
     REAPED = "reaped"
 
 
-_ALIVE = (State.RUNNING, State.STOPPED, State.WAITING)  # a tuple: members are compared by identity, and not hashed
+# A tuple: members are compared by identity, and not hashed.
+_ALIVE = (ProcState.RUNNING, ProcState.STOPPED, ProcState.WAITING)
 
 
-class Event(enum.Enum):
+class ProcEvent(enum.Enum):
     STOP = "stop"
     CONT = "cont"
     FAIL = "fail"
@@ -67,18 +68,18 @@ class Event(enum.Enum):
     REAP = "reap"
 
 
-TRANSITIONS: dict[tuple[State, Event], State] = {
-    (State.RUNNING, Event.STOP): State.STOPPED,
-    (State.STOPPED, Event.STOP): State.STOPPED,
-    (State.STOPPED, Event.CONT): State.RUNNING,
-    (State.RUNNING, Event.CONT): State.RUNNING,
-    (State.RUNNING, Event.FAIL): State.WAITING,
-    (State.STOPPED, Event.FAIL): State.WAITING,
-    (State.WAITING, Event.START): State.RUNNING,
-    (State.WAITING, Event.EXIT): State.ZOMBIE,
-    (State.RUNNING, Event.EXIT): State.ZOMBIE,
-    (State.STOPPED, Event.EXIT): State.ZOMBIE,
-    (State.ZOMBIE, Event.REAP): State.REAPED,
+TRANSITIONS: dict[tuple[ProcState, ProcEvent], ProcState] = {
+    (ProcState.RUNNING, ProcEvent.STOP): ProcState.STOPPED,
+    (ProcState.STOPPED, ProcEvent.STOP): ProcState.STOPPED,
+    (ProcState.STOPPED, ProcEvent.CONT): ProcState.RUNNING,
+    (ProcState.RUNNING, ProcEvent.CONT): ProcState.RUNNING,
+    (ProcState.RUNNING, ProcEvent.FAIL): ProcState.WAITING,
+    (ProcState.STOPPED, ProcEvent.FAIL): ProcState.WAITING,
+    (ProcState.WAITING, ProcEvent.START): ProcState.RUNNING,
+    (ProcState.WAITING, ProcEvent.EXIT): ProcState.ZOMBIE,
+    (ProcState.RUNNING, ProcEvent.EXIT): ProcState.ZOMBIE,
+    (ProcState.STOPPED, ProcEvent.EXIT): ProcState.ZOMBIE,
+    (ProcState.ZOMBIE, ProcEvent.REAP): ProcState.REAPED,
 }
 
 
@@ -113,7 +114,7 @@ class Proc:
     # life
     ppid: int = INIT
     nice: int = 0
-    state: State = State.RUNNING
+    state: ProcState = ProcState.RUNNING
     halted: bool = False  # ordered to stand still: it is stopped, or about to be
     continued: int = 0  # how many times it was continued
     restart: str = "no"  # when it is started again, see aiosd.init.restart,
@@ -205,7 +206,7 @@ class ProcTable:
             one = self.procs.get(one.ppid)
         return False
 
-    def advance(self, proc: Proc, event: Event) -> None:
+    def advance(self, proc: Proc, event: ProcEvent) -> None:
         """The one place where a process changes its state; an illegal move raises Bug and moves nothing."""
         new = TRANSITIONS.get((proc.state, event))
         if new is None:
@@ -223,7 +224,7 @@ class ProcTable:
 
     def exit(self, proc: Proc, status: int) -> list[Proc]:
         """Record an end. Returns the children, which are pid 1's from now on."""
-        self.advance(proc, Event.EXIT)
+        self.advance(proc, ProcEvent.EXIT)
         proc.status = status
         proc.ended = time.time()
         orphans = self.children_of(proc.pid)
@@ -233,7 +234,7 @@ class ProcTable:
 
     def reap(self, proc: Proc) -> list[int]:
         """Move a zombie to the history. Returns the pids that fell out of it."""
-        self.advance(proc, Event.REAP)
+        self.advance(proc, ProcEvent.REAP)
         siblings = self.children[proc.ppid]
         del siblings[proc.pid]
         if not siblings:

@@ -33,7 +33,7 @@ class Member(Protocol):
 
 
 @dataclass(slots=True, eq=False)
-class Route:
+class ModelRoute:
     name: str
     cores: Sequence[Member]
     served: Counter[str] = field(default_factory=Counter)  # calls, by model
@@ -116,16 +116,16 @@ class Routes:
     def __init__(self, find: Callable[[str], Member | None], names: Mapping[str, Sequence[str]]) -> None:
         self._find = find
         self._names = names
-        self._routes: dict[str, Route] = {}
+        self._routes: dict[str, ModelRoute] = {}
 
-    def __iter__(self) -> Iterator[Route]:
+    def __iter__(self) -> Iterator[ModelRoute]:
         return iter([route for name in self._names if (route := self.find(name)) is not None])
 
-    def find(self, name: str | None) -> Route | None:
+    def find(self, name: str | None) -> ModelRoute | None:
         if name is None or name not in self._names:
             return None
         route = self._routes.get(name)
         if route is None:
             found = [self._find(model) for model in self._names[name]]
-            route = self._routes[name] = Route(name, [core for core in found if core is not None])
+            route = self._routes[name] = ModelRoute(name, [core for core in found if core is not None])
         return route

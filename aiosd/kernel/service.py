@@ -28,9 +28,9 @@ from msgspec import Raw
 
 from aiosd.access.deed import Deed
 from aiosd.ipc import link
-from aiosd.kernel.calls import Calls
+from aiosd.kernel.calls import CallTable
 from aiosd.kernel.copies import Copies
-from aiosd.kernel.events import Source
+from aiosd.kernel.events import EventSource
 from aiosd.kernel.peer import AgentPeer, Call
 from libaios import wire
 from libaios.channel import Channel
@@ -45,7 +45,7 @@ MAX_ASK = 8 << 20  # bytes of a message to a service: when submitted again it ma
 MESSAGES_PER_TURN = 64
 
 
-class State(enum.Enum):
+class ServiceState(enum.Enum):
     STARTING = "starting"  # not forked yet
     LOADING = "loading"
     READY = "ready"
@@ -53,7 +53,7 @@ class State(enum.Enum):
 
 
 @dataclass(slots=True, eq=False)
-class Open:
+class ServiceCall:
     """An open call of a service."""
 
     call: Call
@@ -85,19 +85,19 @@ class Service:
     name: str  # unique in this system
     kind: str  # it answers the table's calls of this kind
     title: str  # in aios-ps
-    calls_of_all: Calls
+    calls_of_all: CallTable
     owner: Owner
     awaited: bool = True  # the system is not ready before this service is
     pid: int = 0
     ospid: int = 0
-    state: State = State.STARTING
+    state: ServiceState = ServiceState.STARTING
     deaths: int = 0
     last_death: str = ""
     channel: Channel | None = None
-    source: Source | None = None  # while the kernel listens to its channel
+    source: EventSource | None = None  # while the kernel listens to its channel
     asked: Callable[[], None] = lambda: None  # it was given a call, whose answer may come soon
     stats: dict[str, Any] = field(default_factory=dict)
-    calls: dict[link.Key, Open] = field(default_factory=dict)
+    calls: dict[link.Key, ServiceCall] = field(default_factory=dict)
     working: link.Key | None = None  # the one call that a core has announced to work on
     copies: Copies = field(default_factory=Copies)  # of its answers
 
@@ -113,7 +113,7 @@ class Service:
         payload = link.encode(message)
         if len(payload) > MAX_ASK:
             raise wire.error(errno.EMSGSIZE, f"{len(payload)} bytes for {self.title}; the limit is {MAX_ASK}")
-        opened = self.calls[call.key] = Open(call, message)
+        opened = self.calls[call.key] = ServiceCall(call, message)
         if self._ready():
             self._give(opened, payload)
 
@@ -126,14 +126,14 @@ class Service:
 
     def send(self, message: link.ToService) -> None:
         """Send if the service is ready; else the message is dropped, because `on_ready` sends all that matters."""
-        if self.state is State.READY and self.channel is not None:
+        if self.state is ServiceState.READY and self.channel is not None:
             self._tell_used()
             self.channel.send(link.encode(message))
 
     def _ready(self) -> bool:
-        return self.state is State.READY and self.channel is not None
+        return self.state is ServiceState.READY and self.channel is not None
 
-    def _give(self, opened: Open, payload: bytes) -> None:
+    def _give(self, opened: ServiceCall, payload: bytes) -> None:
         assert self.channel is not None
         opened.given = True
         self._tell_used()
@@ -149,18 +149,18 @@ class Service:
 
     # ── what a kind of service adds ───────────────────────────────────────────────────────────────────────
 
-    def fresh(self, opened: Open) -> link.ToService:
+    def fresh(self, opened: ServiceCall) -> link.ToService:
         """The message for submitting the call again, to a successor or to the same service."""
         message = opened.message
         if isinstance(message, link.Ask):
             return msgspec.structs.replace(message, again=message.again or opened.again, moved=opened.moved)
         return message
 
-    def under_way(self, opened: Open) -> bool:
+    def under_way(self, opened: ServiceCall) -> bool:
         """Whether the service may have worked on it when it died."""
         return opened.given
 
-    def patience(self, opened: Open) -> int:
+    def patience(self, opened: ServiceCall) -> int:
         """At how many deaths the call may be under way before it ends with EIO."""
         return POISON_OTHERS
 
@@ -179,7 +179,7 @@ class Service:
     # ── life and death ────────────────────────────────────────────────────────────────────────────────────
 
     def forked(self, ospid: int, deaths: int, channel: Channel) -> None:
-        self.ospid, self.deaths, self.channel, self.state = ospid, deaths, channel, State.LOADING
+        self.ospid, self.deaths, self.channel, self.state = ospid, deaths, channel, ServiceState.LOADING
 
     def died(self, reason: str) -> None:
         """Keep its calls for the successor, except those that must not be repeated, and those that seem to kill it."""
@@ -192,7 +192,7 @@ class Service:
             suspects = [guilty] if guilty is not None else []
         else:
             suspects = [one for one in self.calls.values() if self.under_way(one)]
-        self.state, self.last_death, self.ospid, self.working = State.DOWN, reason, 0, None
+        self.state, self.last_death, self.ospid, self.working = ServiceState.DOWN, reason, 0, None
         self.copies.clear()
         if self.channel is not None:
             self.channel.close()
@@ -218,7 +218,7 @@ class Service:
         except ProtocolError as err:
             logger.error("%s died and left a damaged channel: %s", self.title, err)
 
-    def _lost(self, opened: Open, message: str) -> None:
+    def _lost(self, opened: ServiceCall, message: str) -> None:
         self.calls.pop(opened.call.key, None)
         self.failed(opened.call, link.Failed(opened.call.key, errno.EIO, message, elsewhere=True))
 
@@ -226,7 +226,7 @@ class Service:
         for opened in list(self.calls.values()):
             self.submit_again(opened)
 
-    def submit_again(self, opened: Open) -> None:
+    def submit_again(self, opened: ServiceCall) -> None:
         opened.message = self.fresh(opened)
         if self._ready():
             self._give(opened, link.encode(opened.message))
@@ -280,7 +280,7 @@ class Service:
                 self.owner.on_loading(self, message)
             case link.Loaded():
                 # A service sends this when it has loaded, and again to every new kernel.
-                self.state, self.working = State.READY, None
+                self.state, self.working = ServiceState.READY, None
                 self.copies.clear()
                 self.loaded(message)
                 self.send(link.Keep(self.owner.live_peers()))
@@ -314,13 +314,13 @@ class Service:
     def loaded(self, message: link.Loaded) -> None:
         """Take what the service reports about itself."""
 
-    def _keep(self, opened: Open, answer: link.Answered) -> None:
+    def _keep(self, opened: ServiceCall, answer: link.Answered) -> None:
         """For when an agent makes the same call again. (A person's calls come from a process each.)"""
         if isinstance(opened.message, link.Ask) and isinstance(opened.call.peer, AgentPeer):
             key = opened.message.sys, bytes(opened.message.args)
             self.copies.keep(opened.call.peer, key, answer.promise, answer.body)
 
-    def _take(self, key: link.Key) -> Open | None:
+    def _take(self, key: link.Key) -> ServiceCall | None:
         """The call that a reply is for. None: it was cancelled, and the service had not received that yet. (The agent
         may already have a generation with the same id.)"""
         opened = self.calls.get(key)
@@ -349,7 +349,7 @@ class Services:
         return self._by_kind.get(kind)
 
     def ready(self) -> bool:
-        return all(service.state is State.READY for service in self if service.awaited)
+        return all(service.state is ServiceState.READY for service in self if service.awaited)
 
 
 class Asker:
@@ -359,7 +359,7 @@ class Asker:
     def __init__(
         self,
         services: Services,
-        calls: Calls,
+        calls: CallTable,
         caller_of: Callable[[Call], link.Caller],
         choose: Mapping[str, Callable[[Call, Any], Service]],
     ) -> None:

@@ -19,15 +19,15 @@ from aiosd.ipc import endpoint, link
 from aiosd.kernel import listing
 from aiosd.kernel.approvals import Approvals
 from aiosd.kernel.books import Books
-from aiosd.kernel.calls import Calls
+from aiosd.kernel.calls import CallTable
 from aiosd.kernel.cores import Core
 from aiosd.kernel.jobs import Jobs
 from aiosd.kernel.peer import Call
 from aiosd.kernel.proc import Proc, ProcTable
 from aiosd.kernel.routes import Routes
 from aiosd.kernel.sandboxes import Sandboxes
-from aiosd.kernel.service import Service, Services, State
-from aiosd.kernel.system import Descriptors, System
+from aiosd.kernel.service import Service, Services, ServiceState
+from aiosd.kernel.system import FdLimit, System
 from libaios import wire
 
 if TYPE_CHECKING:
@@ -51,12 +51,12 @@ class StatusRequests:
     def __init__(
         self,
         born: Inheritance,
-        calls: Calls,
+        calls: CallTable,
         table: ProcTable,
         services: Services,
         books: Books,
         jobs: Jobs,
-        descriptors: Descriptors,
+        descriptors: FdLimit,
         settings: Callable[[], Settings],
         phase: Callable[[], str],
         is_parked: Callable[[Proc], bool],
@@ -86,7 +86,7 @@ class StatusRequests:
 
     def ask(self, call: Call, check: bool) -> None:
         number = next(self._numbers)
-        asked = [service for service in self._services if service.state is State.READY]
+        asked = [service for service in self._services if service.state is ServiceState.READY]
         self._open[number] = _Request(call, check, len(asked))
         for service in asked:
             service.send(link.GetStats(number))

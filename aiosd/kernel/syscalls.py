@@ -1,8 +1,8 @@
 """The handlers of the system calls that the kernel answers itself, in families.
 
 A handler gets the open call and its decoded arguments; `access` has allowed it. It checks what types cannot tell, calls
-one part of the kernel and returns the body of the reply, or PENDING, when `Calls.finish` or `Calls.fail` will close the
-call later. An OSError that it raises becomes the reply.
+one part of the kernel and returns the body of the reply, or PENDING, when `CallTable.finish` or `CallTable.fail` will
+close the call later. An OSError that it raises becomes the reply.
 
 What a call looks like, and which process answers it, is in its row of `wire.TABLE`. At the end of this file the two are
 compared: at import, so that neither can be without the other.
@@ -19,9 +19,9 @@ from aiosd.errors import Bug
 from aiosd.ipc import link
 from aiosd.kernel import access, listing, spawning
 from aiosd.kernel.access import Access
-from aiosd.kernel.agents import Agents
+from aiosd.kernel.agents import Lifecycle
 from aiosd.kernel.approvals import Approvals
-from aiosd.kernel.calls import PENDING, Calls
+from aiosd.kernel.calls import PENDING, CallTable
 from aiosd.kernel.cores import Cores
 from aiosd.kernel.dispatch import KNOWN, Handler
 from aiosd.kernel.generations import Generations
@@ -31,11 +31,11 @@ from aiosd.kernel.mail import Mail
 from aiosd.kernel.measure import Measure
 from aiosd.kernel.outside import Outside
 from aiosd.kernel.peer import Call, ClientPeer
-from aiosd.kernel.proc import Proc, ProcTable, State
+from aiosd.kernel.proc import Proc, ProcState, ProcTable
 from aiosd.kernel.sandboxes import Sandboxes
 from aiosd.kernel.service import Services
 from aiosd.kernel.status import StatusRequests
-from aiosd.kernel.system import Descriptors, System
+from aiosd.kernel.system import FdLimit, System
 from aiosd.kernel.waiters import Waiters
 from libaios import wire
 from libaios.wire import Sys
@@ -48,12 +48,12 @@ class ProcessCalls:
     def __init__(
         self,
         table: ProcTable,
-        agents: Agents,
+        agents: Lifecycle,
         sandboxes: Sandboxes,
         waiters: Waiters,
         rights: Access,
         system: System,
-        descriptors: Descriptors,
+        descriptors: FdLimit,
         cores: Cores,
         measure: Measure,
         jobs: Jobs,
@@ -114,14 +114,14 @@ class ProcessCalls:
         if args.signal == signal.SIGSTOP:
             return self._until(call, alive, lambda proc: self._stopped(proc, before[proc.pid]))
         if args.signal == signal.SIGCONT:
-            return self._until(call, alive, lambda proc: proc.state is not State.STOPPED)
+            return self._until(call, alive, lambda proc: proc.state is not ProcState.STOPPED)
         if args.timeout_s is not None:
             return self._until_dead(call, alive, args.timeout_s)
         return None
 
     def _stopped(self, proc: Proc, continued: int) -> bool:
         """Or will not stop any more. Nothing is generated for it then, and nothing counted."""
-        if not proc.alive or (proc.state is State.WAITING and not proc.outside):
+        if not proc.alive or (proc.state is ProcState.WAITING and not proc.outside):
             return True
         return proc.continued != continued or self.agents.is_parked(proc)
 
@@ -210,7 +210,7 @@ class ProcessCalls:
 
 
 class MessageCalls:
-    def __init__(self, table: ProcTable, mail: Mail, calls: Calls, services: Services) -> None:
+    def __init__(self, table: ProcTable, mail: Mail, calls: CallTable, services: Services) -> None:
         self.table = table
         self.mail = mail
         self.calls = calls
@@ -329,7 +329,7 @@ class AccessCalls:
 class TokenCalls:
     """Agents without a process."""
 
-    def __init__(self, agents: Agents, outside: Outside) -> None:
+    def __init__(self, agents: Lifecycle, outside: Outside) -> None:
         self._agents = agents
         self._outside = outside
 

@@ -22,7 +22,7 @@ FDS_SPARE = 64  # for itself, and
 FDS_CLIENTS = 32  # of these for clients
 
 
-class Process(NamedTuple):
+class ListedProcess(NamedTuple):
     """`whole`: with all that it has started."""
 
     name: str
@@ -41,17 +41,17 @@ class System:
         self._pss: dict[int, int] = {}  # by Linux pid, read since `_sampled`
         self._sampled = 0.0
 
-    def processes(self) -> list[Process]:
+    def processes(self) -> list[ListedProcess]:
         """All that run now."""
         born, pids = self._born, self._born.pids
         found = [
-            Process("guardian", pids["guardian"], born.guardian, born.started, whole=False),
-            Process("supervisor", pids["supervisor"], os.getppid(), born.started, whole=False),
-            Process("kernel", pids["kernel"], os.getpid(), born.started),
+            ListedProcess("guardian", pids["guardian"], born.guardian, born.started, whole=False),
+            ListedProcess("supervisor", pids["supervisor"], os.getppid(), born.started, whole=False),
+            ListedProcess("kernel", pids["kernel"], os.getpid(), born.started),
         ]
-        found += [Process(service.title, service.pid, service.ospid, born.started) for service in self._services]
-        found += [Process(one.name, one.pid, one.ospid, one.started) for one in self.templates]
-        return found + [Process(f"mcp:{one.name}", one.pid, one.ospid, one.started) for one in self.servers]
+        found += [ListedProcess(service.title, service.pid, service.ospid, born.started) for service in self._services]
+        found += [ListedProcess(one.name, one.pid, one.ospid, one.started) for one in self.templates]
+        return found + [ListedProcess(f"mcp:{one.name}", one.pid, one.ospid, one.started) for one in self.servers]
 
     def pids(self) -> set[int]:
         return {process.pid for process in self.processes()}
@@ -66,7 +66,7 @@ class System:
                         yield
                 lines.append(self._line(process, tree))
 
-    def _line(self, process: Process, tree: dict[int, Stat]) -> wire.ProcInfo:
+    def _line(self, process: ListedProcess, tree: dict[int, Stat]) -> wire.ProcInfo:
         computes = any(stat.state == "R" for stat in tree.values())
         return wire.ProcInfo(
             pid=process.pid,
@@ -106,7 +106,7 @@ def _alone(ospid: int) -> dict[int, Stat]:
     return {} if stat is None else {ospid: stat}
 
 
-class Descriptors:
+class FdLimit:
     """How many the kernel may still open. `agents` counts those that live or are being forked; `clients` descriptors
     that are open for clients."""
 

@@ -23,7 +23,7 @@ from aiosd.sandbox import hosts
 from libaios import wire
 
 
-class Tokens:
+class BearerTokens:
     """`door`: where the gateway listens; None: there is none, and no agent gets a token."""
 
     def __init__(self, door: Endpoint | None) -> None:

@@ -11,9 +11,9 @@ import select
 from collections.abc import Callable
 from functools import partial
 
-from aiosd.kernel.calls import Calls
+from aiosd.kernel.calls import CallTable
 from aiosd.kernel.dispatch import Dispatcher
-from aiosd.kernel.events import AWAKE, HUNGRY, TURN_S, Events, Source
+from aiosd.kernel.events import AWAKE, HUNGRY, TURN_S, Events, EventSource
 from aiosd.kernel.peer import FRAMES_PER_TURN, OUTBOX_PAUSE, AgentPeer, Peer
 from aiosd.timers import Timers
 from libaios.channel import Channel
@@ -23,12 +23,12 @@ REPLIES_PER_RING = 16  # ring after this number of replies in a turn: the first 
 HUNG_UP = select.EPOLLRDHUP | select.EPOLLHUP | select.EPOLLERR
 
 
-class Turns:
+class AgentTurns:
     """`caught_up` is called with a peer that has read its replies."""
 
     def __init__(
         self,
-        calls: Calls,
+        calls: CallTable,
         events: Events,
         timers: Timers,
         dispatcher: Dispatcher,
@@ -42,7 +42,7 @@ class Turns:
         self._caught_up = caught_up
         self._rung: list[AgentPeer] = []  # peers whose bells have rung since the last beat
 
-    def listen(self, channel: Channel, rung: Callable[[], None]) -> Source:
+    def listen(self, channel: Channel, rung: Callable[[], None]) -> EventSource:
         """Of an agent that is being started: `rung` is called when it rings. What it has sent is not looked at yet."""
 
         def on_bell(mask: int) -> None:
@@ -53,7 +53,7 @@ class Turns:
 
         return self._events.watch(channel.fileno(), on_bell, select.EPOLLIN | select.EPOLLRDHUP | select.EPOLLET)
 
-    def leave(self, source: Source) -> None:
+    def leave(self, source: EventSource) -> None:
         """Listen no longer."""
         self._events.unwatch(source)
 

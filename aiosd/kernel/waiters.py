@@ -13,9 +13,9 @@ from dataclasses import dataclass
 from aiosd.ipc import link
 from aiosd.kernel import access
 from aiosd.kernel.access import Access
-from aiosd.kernel.calls import Calls
+from aiosd.kernel.calls import CallTable
 from aiosd.kernel.peer import Call
-from aiosd.kernel.proc import Proc, ProcTable, State
+from aiosd.kernel.proc import Proc, ProcState, ProcTable
 from libaios import wire
 
 
@@ -37,7 +37,7 @@ class Waiters:
     """`collect` is called with a zombie whose parent has its exit status now, the key of the call that got it, and the
     body of the reply."""
 
-    def __init__(self, table: ProcTable, calls: Calls, rights: Access) -> None:
+    def __init__(self, table: ProcTable, calls: CallTable, rights: Access) -> None:
         self._table = table
         self._calls = calls
         self._rights = rights
@@ -73,7 +73,7 @@ class Waiters:
             proc = self._table.find(pid)
             if proc is None:
                 raise wire.error(errno.ECHILD, str(self._rights.no_agent(pid).strerror))
-            if not access.may_wait(peer, proc) or (peer.proc is not None and proc.state is State.REAPED):
+            if not access.may_wait(peer, proc) or (peer.proc is not None and proc.state is ProcState.REAPED):
                 raise wire.error(errno.ECHILD, f"{pid}: not a child of the caller")
             return None if proc.alive else proc
         parent = access.require_agent(peer, "can wait for any child; a pid is needed")
@@ -91,7 +91,7 @@ class Waiters:
     @staticmethod
     def _is_gone(call: Call, proc: Proc) -> bool:
         """Whether the call would have collected the status, and another has."""
-        return access.reaps(call.peer, proc) and proc.state is State.REAPED
+        return access.reaps(call.peer, proc) and proc.state is ProcState.REAPED
 
     def on_exit(self, proc: Proc, ppid: int) -> None:
         """Give the status to every call that may have it; the parent's first waiter collects it. `ppid`: its parent's,
