@@ -39,22 +39,22 @@ class Side:
     def __init__(self, model: Any, kind: str, n: int, prefix: int, threads: int) -> None:
         from aiosd.llm import llama
         from aiosd.llm.attention import Attention, Unavailable
-        from aiosd.llm.blob import Layout
+        from aiosd.llm.blob import StateLayout
 
         self.llama, self.model, self.kind, self.n, self.prefix = llama, model, kind, n, prefix
         try:
             self.own = Attention.load(n) if kind in ("ours", "base") else None
         except Unavailable as why:
             sys.exit(f"no attention of our own here: {why}")
-        self.context = llama.Context(
+        self.context = llama.LlamaContext(
             model, slots=n, ctx=prefix + 256, ubatch=UBATCH, threads=threads, flash_attention=kind != "plain",
             attention=self.own,
         )  # fmt: skip
-        self.batch = llama.Batch(UBATCH)
+        self.batch = llama.BatchBuffer(UBATCH)
         self.first = self.beginning()
         if kind == "base":
             assert self.own is not None
-            layout = Layout.of(self.context.read(0))
+            layout = StateLayout.of(self.context.read(0))
             assert layout is not None
             self.piece = layout.cut(self.context.read(0), 0, prefix, 0, prefix)
             self.context.clear()

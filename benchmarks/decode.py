@@ -77,10 +77,10 @@ class Bare:
         llama.start()
         self.llama = llama
         self.model = llama.Model(path, 0, lambda fraction: None)
-        self.context = llama.Context(
+        self.context = llama.LlamaContext(
             self.model, slots=max(AGENTS), ctx=CTX, ubatch=512, threads=threads, flash_attention=False
         )
-        self.prefill, self.batch = llama.Batch(512), llama.Batch(max(AGENTS))
+        self.prefill, self.batch = llama.BatchBuffer(512), llama.BatchBuffer(max(AGENTS))
         said: list[Any] = []
         self.engine = Engine(self.model, self.context, ctx=CTX, slots=max(AGENTS), emit=said.append)
         self.run = self._engine if engine else self._bare

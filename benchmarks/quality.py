@@ -56,14 +56,14 @@ class Tally:
 class Reader:
     """One context of a model, and what it has made of the text so far."""
 
-    context: llama.Context
+    context: llama.LlamaContext
     attention: Attention | None
     tally: Tally = field(default_factory=Tally)
 
     def read(self, tokens: Sequence[int], at: int) -> Any:
         """Logits after each token, as float64 log-probabilities."""
         count = len(tokens)
-        batch = llama.Batch(count)
+        batch = llama.BatchBuffer(count)
         batch.size = count
         batch.tokens[:] = tokens
         batch.positions[:] = np.arange(at, at + count)
@@ -82,7 +82,7 @@ def readers(model: llama.Model, ctx: int, options: argparse.Namespace) -> dict[s
     for kind in KINDS:
         own = Attention.load(slots) if kind == "ours" else None
         flash = kind != "plain"
-        context = llama.Context(
+        context = llama.LlamaContext(
             model, slots=slots, ctx=ctx, ubatch=512, threads=options.threads, flash_attention=flash, attention=own
         )
         made[kind] = Reader(context, own)

@@ -45,7 +45,7 @@ class Side:
         llama.start()
         self.rows = rows
         self.model = llama.Model(str(path), 0, lambda fraction: None)
-        self.context = llama.Context(
+        self.context = llama.LlamaContext(
             self.model, slots=rows, ctx=CTX, ubatch=512, threads=threads, flash_attention=False
         )  # fmt: skip
         self.engine = Engine(self.model, self.context, ctx=CTX, slots=rows, emit=lambda message: None)

@@ -45,16 +45,16 @@ class Core:
 
     def __init__(self, model: Path, ctx: int, threads: int) -> None:
         from aiosd.llm import llama
-        from aiosd.llm.blob import Layout
+        from aiosd.llm.blob import StateLayout
 
         llama.start()
         self.llama = llama
         self.model = llama.Model(str(model), 0, lambda fraction: None)
-        self.context = llama.Context(
+        self.context = llama.LlamaContext(
             self.model, slots=2, ctx=ctx, ubatch=512, threads=threads, flash_attention=False
         )  # fmt: skip
-        self.batch = llama.Batch(512)
-        layout = Layout.of(self.context.sample())
+        self.batch = llama.BatchBuffer(512)
+        layout = StateLayout.of(self.context.sample())
         if layout is None:
             sys.exit("the contexts of this kind of model cannot be cut")
         self.layout = layout

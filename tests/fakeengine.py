@@ -10,7 +10,7 @@ from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
 from heapq import heappop, heappush
 
-from aiosd.llm.policy import Policy, Quantum
+from aiosd.llm.policy import Quantum, SchedulingPolicy
 from aiosd.llm.policy.contract import ANY_TURN
 
 STEP_S, ROW_S, PROMPT_S, SWITCH_S = 0.003, 0.0012, 0.0005, 0.005
@@ -56,7 +56,7 @@ class Agent:
 
 
 class FakeEngine:
-    def __init__(self, policy: Policy, slots: int) -> None:
+    def __init__(self, policy: SchedulingPolicy, slots: int) -> None:
         self.policy, self.slots = policy, slots
         self.now = 0.0
         self.waiting: list[Call] = []

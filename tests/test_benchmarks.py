@@ -273,8 +273,8 @@ def test_random_weights_of_four_bits_are_a_model(tmp_path):
     """The shape of Llama 3.1 8B is made like this, for the check of a GPU."""
     shape = {"d": 64, "layers": 1, "heads": 2, "kv_heads": 1, "ff": 64, "vocab": 320}
     model = llama.Model(str(models.write_llama(tmp_path / "m.gguf", q4_0=True, **shape)), 0, lambda fraction: None)
-    context = llama.Context(model, slots=1, ctx=64, ubatch=32, threads=1, flash_attention=False)
-    batch = llama.Batch(4)
+    context = llama.LlamaContext(model, slots=1, ctx=64, ubatch=32, threads=1, flash_attention=False)
+    batch = llama.BatchBuffer(4)
     batch.size, batch.tokens[:], batch.positions[:], batch.wanted[:] = 4, range(4), range(4), (0, 0, 0, 1)
     assert context.decode(batch) == llama.OK
     logits = context.logits(1)

@@ -16,7 +16,7 @@ import pytest
 from msgspec import Raw
 
 from aiosd.ipc import link
-from aiosd.llm.blob import Piece
+from aiosd.llm.blob import StatePiece
 from aiosd.llm.library import Library
 from aiosd.llm.saved import MAGIC, Saved, file_sha256
 from aiosd.llm.spec import ModelSpec
@@ -196,8 +196,8 @@ MESSAGES = [{"role": "user", "content": "hi"}]
 TOKENS = np.arange(10, dtype=np.int32)
 
 
-def piece() -> Piece:
-    return Piece(np.arange(80, dtype=np.uint8), 10)
+def piece() -> StatePiece:
+    return StatePiece(np.arange(80, dtype=np.uint8), 10)
 
 
 def test_what_is_written_is_read(tmp_path: Path) -> None:

@@ -20,7 +20,7 @@ from aiosd.ipc import link
 from aiosd.ipc.service import Pause
 from aiosd.llm import llama
 from aiosd.llm.embed import Embedder
-from aiosd.llm.embedcore import Calls
+from aiosd.llm.embedcore import EmbedService
 from aiosd.llm.spec import ModelSpec
 from aiosd.models import bert
 from aiosd.store import static
@@ -143,7 +143,7 @@ def test_a_call_of_a_stopped_agent_waits() -> None:
 
     batches: Any = Batches()
     model: Any = None
-    calls = Calls(model, batches, ModelSpec("m", "/nowhere"), 1, 4)
+    calls = EmbedService(model, batches, ModelSpec("m", "/nowhere"), 1, 4)
     ask = link.Ask((7, 1), link.Caller(7, 0, "x", False, ""), wire.Sys.EMBED, wire.raw(None))
     steps = calls.handlers()[wire.Sys.EMBED](ask, wire.Embed(["a", "b"]))
     assert next(steps) == Pause()

@@ -13,7 +13,7 @@ import pytest
 
 from aiosd.errors import AiosdError
 from aiosd.llm import adapters, llama, loading
-from aiosd.llm.adapters import STEPS, Turns
+from aiosd.llm.adapters import STEPS, AdapterTurns
 from aiosd.llm.saved import Saved
 from aiosd.llm.spec import Lora, ModelSpec
 from tests import tinymodels
@@ -32,7 +32,7 @@ def files(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
     return {"model": model, **loras}
 
 
-def load(files: dict[str, Path], *loras: Lora, **options: Any) -> loading.Loaded:
+def load(files: dict[str, Path], *loras: Lora, **options: Any) -> loading.LoadedModel:
     spec = ModelSpec("m", str(files["model"]), lora=loras, **{"threads": 1, "slots": 4, "ctx": 512, **options})
     return loading.load(spec, lambda what, fraction: None)
 
@@ -68,7 +68,7 @@ def test_no_batch_holds_two_adapters(bench: Bench, monkeypatch: pytest.MonkeyPat
     by_slot: set[tuple[str, str]] = set()
     decode = bench.loaded.context.decode
 
-    def watched(batch: llama.Batch) -> int:
+    def watched(batch: llama.BatchBuffer) -> int:
         owners = [bench.engine.slots.owner(int(slot)) for slot in set(batch.sequences[: batch.size])]
         by_slot.update((bench.loaded.context._adapter, owner.lora) for owner in owners if owner is not None)
         return decode(batch)
@@ -149,7 +149,7 @@ def test_a_bad_file_is_refused_with_one_line(files: dict[str, Path], tmp_path: P
 
 def test_adapters_take_turns() -> None:
     calls: list[Any] = [SimpleNamespace(lora=lora) for lora in ("", "", "a", "b")]
-    turns = Turns()
+    turns = AdapterTurns()
     taken = [[call.lora for call in turns.of(calls)] for _ in range(6 * STEPS)]
     assert all(taken.count(names) == 2 * STEPS for names in (["", ""], ["a"], ["b"]))
     assert sum(a != b for a, b in pairwise(taken)) == 5

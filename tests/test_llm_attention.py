@@ -18,7 +18,7 @@ from hypothesis import strategies as st
 from aiosd.llm import llama
 from aiosd.llm.attention import Attention, Unavailable
 from aiosd.llm.bases import Bases
-from aiosd.llm.blob import Layout, Piece
+from aiosd.llm.blob import StateLayout, StatePiece
 from aiosd.llm.contexts import Store, Swap
 from aiosd.llm.prefix import Tokens, most_shared
 from tests import tinymodels
@@ -50,8 +50,8 @@ def model(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFacto
     model.close()
 
 
-def context(model: llama.Model, attention: Attention | None, threads: int = 1) -> llama.Context:
-    return llama.Context(
+def context(model: llama.Model, attention: Attention | None, threads: int = 1) -> llama.LlamaContext:
+    return llama.LlamaContext(
         model,
         slots=SLOTS,
         ctx=CTX,
@@ -62,10 +62,12 @@ def context(model: llama.Model, attention: Attention | None, threads: int = 1) -
     )
 
 
-def decode(context: llama.Context, slots: list[int], starts: list[int], tokens: np.ndarray[Any, Any]) -> llama.Floats:
+def decode(
+    context: llama.LlamaContext, slots: list[int], starts: list[int], tokens: np.ndarray[Any, Any]
+) -> llama.Floats:
     """The logits after the last of each slot's tokens (one row each)."""
     rows, size = tokens.shape
-    batch = llama.Batch(rows * size)
+    batch = llama.BatchBuffer(rows * size)
     batch.size = rows * size
     batch.sequences[:] = np.repeat(slots, size)
     batch.positions[:] = np.concatenate([np.arange(start, start + size) for start in starts])
@@ -153,7 +155,7 @@ def test_what_lies_outside_of_the_cache_counts_as_if_it_lay_in_it(
     monkeypatch.setenv("AIOS_VECTOR_WIDTH", width)
     attention = Attention.load(SLOTS)
     ours = context(model, attention)
-    layout = Layout.of(ours.sample())
+    layout = StateLayout.of(ours.sample())
     assert layout is not None
     rng = np.random.default_rng(3)
     prompts = [rng.integers(5, model.n_vocab, (1, length)) for length in (150, 70)]
@@ -248,7 +250,7 @@ def test_a_row_is_not_spoilt_by_what_it_must_not_see(
     tokens = np.arange(length) % 100 + 20
     alone = decode(ours, [0], [0], tokens[None])
     ours.clear()
-    batch = llama.Batch(length + 1)
+    batch = llama.BatchBuffer(length + 1)
     batch.size = length + 1
     batch.positions[:] = np.arange(length + 1)
     batch.tokens[:] = [*tokens, bad]
@@ -288,7 +290,7 @@ def test_threads_that_come_and_go_leave_nothing(model: llama.Model) -> None:
 
 def test_a_state_in_another_order_is_found_out(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """K and V of the layers are read where the state of a sequence has them; should they ever lie elsewhere …"""
-    monkeypatch.setattr(Layout, "sizes", property(lambda self: [0] * len(self._parts)))
+    monkeypatch.setattr(StateLayout, "sizes", property(lambda self: [0] * len(self._parts)))
     loaded = load(tinymodels.write(tmp_path / "m.gguf", **SHAPES["32x6/2"]))
     assert loaded.context.attention is None
     loaded.close()
@@ -320,8 +322,8 @@ class Rows:
 
     by_rows, bytes_per_token, sizes = True, 4, [2, 2]
 
-    def part_of(self, piece: Piece, start: int, stop: int) -> Piece:
-        return Piece(piece.data[4 * start : 4 * stop].copy(), stop - start)
+    def part_of(self, piece: StatePiece, start: int, stop: int) -> StatePiece:
+        return StatePiece(piece.data[4 * start : 4 * stop].copy(), stop - start)
 
 
 def new_store(ram: int = 100_000) -> Store:
@@ -329,7 +331,7 @@ def new_store(ram: int = 100_000) -> Store:
 
 
 def keep(store: Store, tokens: Tokens, stop: int) -> None:
-    store.add("", tokens, stop, lambda a, b: Piece(tokens[a:b].view(np.uint8).copy(), b - a))
+    store.add("", tokens, stop, lambda a, b: StatePiece(tokens[a:b].view(np.uint8).copy(), b - a))
 
 
 @settings(max_examples=60, deadline=None)

@@ -77,20 +77,20 @@ def model_path(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return tinymodels.write(tmp_path_factory.mktemp("gguf") / "tiny.gguf", f16=True)
 
 
-def small(path: Path, **changes: Any) -> loading.Loaded:
+def small(path: Path, **changes: Any) -> loading.LoadedModel:
     """Four slots of 512 tokens, but cells for one and a half of them."""
     memory = TOTAL * modelfile.read(str(path)).kv_bytes_per_token()
     return load(path, **{"ctx": CTX, "slots": SLOTS, "kv_layout": "unified", "kv_memory": memory, **changes})
 
 
 @pytest.fixture(scope="module")
-def loaded(model_path: Path) -> Iterator[loading.Loaded]:
+def loaded(model_path: Path) -> Iterator[loading.LoadedModel]:
     loaded = small(model_path)
     yield loaded
     loaded.close()
 
 
-def engine(loaded: loading.Loaded, **more: Any) -> Bench:
+def engine(loaded: loading.LoadedModel, **more: Any) -> Bench:
     loaded.context.clear()
     bench = Bench(loaded)
     bench.engine = Engine(
@@ -106,7 +106,7 @@ def engine(loaded: loading.Loaded, **more: Any) -> Bench:
 
 
 @pytest.fixture
-def bench(loaded: loading.Loaded) -> Iterator[Bench]:
+def bench(loaded: loading.LoadedModel) -> Iterator[Bench]:
     bench = engine(loaded)
     yield bench
     bench.run()
@@ -119,10 +119,10 @@ def cells_of(bench: Bench) -> Cells:
     return cells
 
 
-def tokens_fit(context: llama.Context, count: int, slot: int) -> bool:
+def tokens_fit(context: llama.LlamaContext, count: int, slot: int) -> bool:
     """Has llama.cpp room for this number of tokens? Nothing of them stays."""
     start = context.last_position(slot) + 1
-    batch = llama.Batch(count)
+    batch = llama.BatchBuffer(count)
     batch.size = count
     batch.positions[:] = np.arange(start, start + count)
     batch.sequences[:] = slot
@@ -195,7 +195,7 @@ class Never:
         self.results: list[int] = []
         decode = bench.loaded.context.decode
 
-        def noted(batch: llama.Batch) -> int:
+        def noted(batch: llama.BatchBuffer) -> int:
             self.results.append(decode(batch))
             return self.results[-1]
 
@@ -204,7 +204,7 @@ class Never:
 
 @pytest.mark.parametrize("ram", [1 << 24, 0])
 def test_in_a_full_cache_calls_give_way_and_all_end(
-    loaded: loading.Loaded, monkeypatch: pytest.MonkeyPatch, ram: int
+    loaded: loading.LoadedModel, monkeypatch: pytest.MonkeyPatch, ram: int
 ) -> None:
     bench = engine(loaded, ram=ram)
     asked = Never(bench, monkeypatch)
@@ -248,7 +248,7 @@ def test_what_is_about_to_be_shared_is_not_wiped(bench: Bench) -> None:
 
 
 def test_a_miscount_is_found_and_costs_no_call(
-    loaded: loading.Loaded, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+    loaded: loading.LoadedModel, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     bench = engine(loaded)
     cells_of(bench).total += 300
@@ -287,7 +287,7 @@ def test_a_parked_call_gives_up_its_cells_and_goes_on_later(bench: Bench) -> Non
     assert bench.whole(first)[0] == expected
 
 
-def test_a_long_prompt_is_not_passed_by_short_ones_for_ever(loaded: loading.Loaded) -> None:
+def test_a_long_prompt_is_not_passed_by_short_ones_for_ever(loaded: loading.LoadedModel) -> None:
     bench = engine(loaded, policy=Fifo())
     running = bench.submit(numbers(300, 1), max_tokens=30)
     bench.run(2)
@@ -299,7 +299,7 @@ def test_a_long_prompt_is_not_passed_by_short_ones_for_ever(loaded: loading.Load
 
 
 @pytest.mark.parametrize(("policy", "ram"), [(Restless(3), 60_000), (Fair(Quantum(8, 10.0), {}), 1 << 24)])
-def test_whatever_comes_and_goes_the_count_is_llama_cpps(loaded: loading.Loaded, policy: Any, ram: int) -> None:
+def test_whatever_comes_and_goes_the_count_is_llama_cpps(loaded: loading.LoadedModel, policy: Any, ram: int) -> None:
     rng, bench = random.Random(5), engine(loaded, policy=policy, ram=ram)
     systems, live, parked = [numbers(rng.randrange(20, 300), 100 + i) for i in range(3)], {}, set()
     for step in range(90):
@@ -381,7 +381,7 @@ def test_memory_is_for_cells_and_a_slot_may_have_them_all() -> None:
         choose(ctx=2048, kv_memory=1000 * per_token)
 
 
-def test_the_layout_is_told(loaded: loading.Loaded, bench: Bench) -> None:
+def test_the_layout_is_told(loaded: loading.LoadedModel, bench: Bench) -> None:
     assert loaded.kv_layout == f"unified, {TOTAL} cells (asked for)"
     assert loaded.kv_bytes == TOTAL * modelfile.read(loaded.path).kv_bytes_per_token()
     assert loaded.attention.startswith("llama.cpp (--kv-layout unified")
@@ -408,7 +408,7 @@ def test_the_batch_is_the_smallest_that_is_nearly_the_fastest(
 ) -> None:
     now, tried = 0.0, []
 
-    def decode(batch: llama.Batch) -> int:
+    def decode(batch: llama.BatchBuffer) -> int:
         nonlocal now
         tried.append(batch.size)
         now += seconds_of(batch.size)
@@ -431,10 +431,10 @@ TEXT = (
 )
 
 
-def surprise(context: llama.Context, tokens: list[int], slot: int) -> tuple[float, list[int]]:
+def surprise(context: llama.LlamaContext, tokens: list[int], slot: int) -> tuple[float, list[int]]:
     """Of a text of which a slot has the beginning already: mean negative log likelihood, and the likeliest tokens."""
     start = context.last_position(slot) + 1
-    batch = llama.Batch(len(tokens) - start)
+    batch = llama.BatchBuffer(len(tokens) - start)
     batch.size = len(tokens) - start
     batch.tokens[:], batch.positions[:] = tokens[start:], np.arange(start, len(tokens))
     batch.sequences[:], batch.wanted[:] = slot, 1

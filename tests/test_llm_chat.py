@@ -29,7 +29,7 @@ from aiosd.llm.dialects import (
 )
 from aiosd.llm.request import Requests
 from aiosd.llm.schema import Converter
-from aiosd.llm.tokens import Tokens
+from aiosd.llm.tokens import CachingTokenizer
 from libaios.wire import Generate
 from tests import tinymodels
 
@@ -209,7 +209,7 @@ def test_bos_is_not_doubled(tmp_path: Path) -> None:
 @given(st.text(max_size=30), st.lists(st.sampled_from(["<|im_end|>", "<|im_start|>", " ", "\n", "<tool_call>", "the"])))
 def test_tokens_from_segments_are_those_of_the_whole(model: llama.Model, text: str, parts: list[str]) -> None:
     whole = text.join(parts) + text
-    tokens = Tokens(model)
+    tokens = CachingTokenizer(model)
     expected = model.tokenize(whole, bos=False, special=True)
     assert tokens.of(whole) == expected
     assert tokens.of(whole) == expected, "the second time from memory"
@@ -474,7 +474,7 @@ def test_no_blanks_come_into_what_a_message_quotes(content: str, tmp_path: Path)
 
 def test_what_the_tokenizer_remembers_is_counted_in_bytes(model: llama.Model, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("aiosd.llm.tokens._MOST_BYTES", 200_000)
-    tokens = Tokens(model)
+    tokens = CachingTokenizer(model)
     for i in range(200):
         text = f"{i} " + "some words " * 300
         assert tokens.of(text) == model.tokenize(text, bos=False, special=True)

@@ -20,7 +20,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from aiosd.llm import ggml, llama, loading
-from aiosd.llm.blob import Layout, Part, Piece, Section
+from aiosd.llm.blob import LayerPart, Section, StateLayout, StatePiece
 from aiosd.llm.cache import Cache
 from aiosd.llm.contexts import GONE, Extent, Store, Swap
 from aiosd.llm.engine import Engine
@@ -33,15 +33,15 @@ from tests.test_llm_engine import SLOTS, Bench, Clock, load
 # ── pieces ────────────────────────────────────────────────────────────────────────────────────────────────
 
 #: K as rows and V transposed; both hold the tokens themselves.
-TOY = Layout(1, 4, [Section(1, 1, [Part(b"k" * 12, 4, 0), Part(b"v" * 12, 4, 1)])])
+TOY = StateLayout(1, 4, [Section(1, 1, [LayerPart(b"k" * 12, 4, 0), LayerPart(b"v" * 12, 4, 1)])])
 
 
-def toy(tokens: Sequence[int]) -> Piece:
+def toy(tokens: Sequence[int]) -> StatePiece:
     row = np.asarray(tokens, np.int32).view(np.uint8)
-    return Piece(np.concatenate([row, row]), len(tokens))
+    return StatePiece(np.concatenate([row, row]), len(tokens))
 
 
-def read(pieces: list[Piece], length: int) -> list[int]:
+def read(pieces: list[StatePiece], length: int) -> list[int]:
     """The tokens that a block of these pieces is the state of."""
     block = TOY.join(pieces, 2, length, np.empty(TOY.size(length), np.uint8))
     whole = TOY.cut(block, 2, length, 0, length).data.view(np.int32).tolist()
@@ -289,7 +289,7 @@ KINDS: dict[str, dict[str, Any]] = {
 
 
 @pytest.fixture(scope="module", params=KINDS)
-def any_loaded(request: pytest.FixtureRequest, model_path: Path) -> Iterator[loading.Loaded]:
+def any_loaded(request: pytest.FixtureRequest, model_path: Path) -> Iterator[loading.LoadedModel]:
     if request.param == "own" and not tinymodels.OWN_ATTENTION:
         pytest.skip("not for this processor")
     loaded = load(model_path, **KINDS[request.param])
@@ -299,7 +299,7 @@ def any_loaded(request: pytest.FixtureRequest, model_path: Path) -> Iterator[loa
     loaded.close()
 
 
-def engine(loaded: loading.Loaded, folder: Path, *, ram: int, disk: int = 0, policy: Any = None) -> Bench:
+def engine(loaded: loading.LoadedModel, folder: Path, *, ram: int, disk: int = 0, policy: Any = None) -> Bench:
     loaded.context.clear()
     bench = Bench(loaded)
     bench.engine = Engine(
@@ -340,7 +340,7 @@ def crowd(n: int) -> list[list[int]]:
 
 @pytest.mark.parametrize(("ram", "disk"), [(1 << 24, 0), (60_000, 1 << 22), (60_000, 0), (0, 0)])
 def test_calls_that_lose_their_slot_again_and_again_end_as_if_they_had_not(
-    any_loaded: loading.Loaded, tmp_path: Path, ram: int, disk: int
+    any_loaded: loading.LoadedModel, tmp_path: Path, ram: int, disk: int
 ) -> None:
     prompts = crowd(12)
     options: dict[str, Any] = {"max_tokens": 25, "temperature": 1.0, "seed": 4, "top_k": 0}
@@ -359,7 +359,7 @@ def test_calls_that_lose_their_slot_again_and_again_end_as_if_they_had_not(
 
 @pytest.mark.parametrize("more", [{"max_tokens": 0}, {"budget": 20}])
 def test_a_prompt_that_is_not_computed_is_not_charged(
-    any_loaded: loading.Loaded, tmp_path: Path, more: dict[str, int]
+    any_loaded: loading.LoadedModel, tmp_path: Path, more: dict[str, int]
 ) -> None:
     bench = engine(any_loaded, tmp_path, ram=1 << 24)
     key = bench.submit([5] * 50, **more)
@@ -372,7 +372,7 @@ def test_a_prompt_that_is_not_computed_is_not_charged(
 
 @pytest.mark.parametrize("budget", [0, 100_000])
 def test_states_that_cannot_be_cut_stay_within_their_budget(
-    any_loaded: loading.Loaded, tmp_path: Path, budget: int
+    any_loaded: loading.LoadedModel, tmp_path: Path, budget: int
 ) -> None:
     bench = engine(any_loaded, tmp_path, ram=0, policy=Turns())
     cache = bench.engine.cache
@@ -391,7 +391,7 @@ def test_states_that_cannot_be_cut_stay_within_their_budget(
 
 @pytest.mark.parametrize("ram", [1 << 24, 200_000, 60_000, 0])
 def test_what_states_are_moved_through_is_in_the_budget_too(
-    any_loaded: loading.Loaded, tmp_path: Path, ram: int
+    any_loaded: loading.LoadedModel, tmp_path: Path, ram: int
 ) -> None:
     any_loaded.context.drop_buffers()
     bench = engine(any_loaded, tmp_path, ram=ram, policy=Restless(1))
@@ -412,7 +412,7 @@ def test_what_states_are_moved_through_is_in_the_budget_too(
 
 @pytest.mark.parametrize("name", ["fair", "rr"])
 def test_where_contexts_find_no_room_calls_come_to_their_end(
-    any_loaded: loading.Loaded, tmp_path: Path, name: str
+    any_loaded: loading.LoadedModel, tmp_path: Path, name: str
 ) -> None:
     bench = engine(any_loaded, tmp_path, ram=20_000, policy=make(name, Quantum(8, 100.0), {}))
     keys = [bench.submit([5 + i] * 50, peer=1 + i, max_tokens=60) for i in range(3 * SLOTS)]
@@ -421,7 +421,7 @@ def test_where_contexts_find_no_room_calls_come_to_their_end(
     check(bench)
 
 
-def test_a_crowd_with_one_prompt_computes_it_once(any_loaded: loading.Loaded, tmp_path: Path) -> None:
+def test_a_crowd_with_one_prompt_computes_it_once(any_loaded: loading.LoadedModel, tmp_path: Path) -> None:
     bench = engine(any_loaded, tmp_path, ram=1 << 24)
     system = list(range(5, 205))
     keys = [bench.submit([*system, 230 + i, 7, 8], peer=1 + i) for i in range(12)]
@@ -433,7 +433,7 @@ def test_a_crowd_with_one_prompt_computes_it_once(any_loaded: loading.Loaded, tm
     check(bench)
 
 
-def test_the_prompt_of_a_running_call_is_shared_before_it_ends(any_loaded: loading.Loaded, tmp_path: Path) -> None:
+def test_the_prompt_of_a_running_call_is_shared_before_it_ends(any_loaded: loading.LoadedModel, tmp_path: Path) -> None:
     bench = engine(any_loaded, tmp_path, ram=1 << 24)
     system = list(range(5, 105))
     long = bench.submit([*system, 1, 2], peer=1, max_tokens=200)
@@ -446,7 +446,7 @@ def test_the_prompt_of_a_running_call_is_shared_before_it_ends(any_loaded: loadi
     check(bench)
 
 
-def test_nothing_is_shared_between_groups_but_what_is_public(any_loaded: loading.Loaded, tmp_path: Path) -> None:
+def test_nothing_is_shared_between_groups_but_what_is_public(any_loaded: loading.LoadedModel, tmp_path: Path) -> None:
     bench = engine(any_loaded, tmp_path, ram=1 << 24)
     prompt = list(range(5, 105))
     cached = []
@@ -460,7 +460,7 @@ def test_nothing_is_shared_between_groups_but_what_is_public(any_loaded: loading
 
 
 def test_a_conversation_finds_its_context_though_others_had_its_slot(
-    any_loaded: loading.Loaded, tmp_path: Path
+    any_loaded: loading.LoadedModel, tmp_path: Path
 ) -> None:
     bench = engine(any_loaded, tmp_path, ram=1 << 24)
     talks: list[list[int]] = [[5 + i, *range(20, 80), 6, 5 + i] for i in range(3 * SLOTS)]
@@ -486,7 +486,7 @@ class Turns(Fifo):
         return [call for call in running if call.num_generated % 3 == 2] if len(waiting) > free else []
 
 
-def test_only_what_is_new_of_a_context_is_read_from_its_slot(any_loaded: loading.Loaded, tmp_path: Path) -> None:
+def test_only_what_is_new_of_a_context_is_read_from_its_slot(any_loaded: loading.LoadedModel, tmp_path: Path) -> None:
     bench = engine(any_loaded, tmp_path, ram=1 << 24, policy=Turns())
     system = [5 + i % 200 for i in range(300)]
     keys = [bench.submit([*system, 210 + i, 7, 8], peer=1 + i, max_tokens=6) for i in range(3 * SLOTS)]
@@ -504,7 +504,7 @@ def test_only_what_is_new_of_a_context_is_read_from_its_slot(any_loaded: loading
 
 
 def test_a_call_whose_given_tokens_others_have_too_gives_its_slot_up(
-    any_loaded: loading.Loaded, tmp_path: Path
+    any_loaded: loading.LoadedModel, tmp_path: Path
 ) -> None:
     """As after a core's death: what was given is looked for like a prompt, and so may be read in place."""
     bench = engine(any_loaded, tmp_path, ram=1 << 24, policy=Turns())
@@ -519,9 +519,9 @@ def test_a_call_whose_given_tokens_others_have_too_gives_its_slot_up(
     check(bench)
 
 
-def test_free_slots_keep_no_memory_that_is_needed(any_loaded: loading.Loaded, tmp_path: Path) -> None:
+def test_free_slots_keep_no_memory_that_is_needed(any_loaded: loading.LoadedModel, tmp_path: Path) -> None:
     bench = engine(any_loaded, tmp_path, ram=1 << 24)
-    per_token = Layout.of(any_loaded.context.sample()).bytes_per_token  # type: ignore[union-attr]
+    per_token = StateLayout.of(any_loaded.context.sample()).bytes_per_token  # type: ignore[union-attr]
     bench = engine(any_loaded, tmp_path, ram=300 * per_token)
     prompt = [5 + i % 200 for i in range(99)]
     for i in range(SLOTS):
@@ -531,13 +531,13 @@ def test_free_slots_keep_no_memory_that_is_needed(any_loaded: loading.Loaded, tm
     assert bool(cache.bases.used) == cache.bases.possible
     # of 300, a quarter of which states on their way may take
     tokens = np.arange(220, dtype=np.int32)
-    piece = Piece(np.zeros(220 * per_token, np.uint8), 220)
+    piece = StatePiece(np.zeros(220 * per_token, np.uint8), 220)
     assert cache.take_in("other", tokens, piece, 9) == 220
     check(bench)
 
 
 def test_time_spent_copying_is_counted_once(
-    any_loaded: loading.Loaded, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    any_loaded: loading.LoadedModel, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     bench = engine(any_loaded, tmp_path, ram=1 << 24, policy=Turns())
     cache, context, now = bench.engine.cache, any_loaded.context, [0.0]
@@ -562,7 +562,9 @@ def test_time_spent_copying_is_counted_once(
     check(bench)
 
 
-def test_a_leader_that_is_cancelled_leaves_its_followers_running(any_loaded: loading.Loaded, tmp_path: Path) -> None:
+def test_a_leader_that_is_cancelled_leaves_its_followers_running(
+    any_loaded: loading.LoadedModel, tmp_path: Path
+) -> None:
     bench = engine(any_loaded, tmp_path, ram=1 << 24)
     system = [5 + i % 200 for i in range(400)]
     first = bench.submit([*system, 1], peer=1)
@@ -574,7 +576,7 @@ def test_a_leader_that_is_cancelled_leaves_its_followers_running(any_loaded: loa
     check(bench)
 
 
-def test_a_parked_leader_does_not_hold_up_others(any_loaded: loading.Loaded, tmp_path: Path) -> None:
+def test_a_parked_leader_does_not_hold_up_others(any_loaded: loading.LoadedModel, tmp_path: Path) -> None:
     bench = engine(any_loaded, tmp_path, ram=1 << 24)
     system = [5 + i % 200 for i in range(400)]
     bench.submit([*system, 1], peer=1, max_tokens=2)
@@ -588,16 +590,16 @@ def test_a_parked_leader_does_not_hold_up_others(any_loaded: loading.Loaded, tmp
     check(bench)
 
 
-def test_a_layout_is_learnt_from_llama_and_joins_to_the_same_bytes(any_loaded: loading.Loaded) -> None:
+def test_a_layout_is_learnt_from_llama_and_joins_to_the_same_bytes(any_loaded: loading.LoadedModel) -> None:
     context = any_loaded.context
     context.clear()
-    batch = llama.Batch(64)
+    batch = llama.BatchBuffer(64)
     batch.size = n = 40
     batch.tokens[:n], batch.positions[:n], batch.sequences[:n], batch.wanted[:n] = range(5, 45), range(n), 1, 0
     batch.wanted[n - 1] = 1
     assert context.decode(batch) == llama.OK
     block = context.read(1).copy()
-    layout = Layout.of(block)
+    layout = StateLayout.of(block)
     assert layout is not None
     pieces = [layout.cut(block, 1, n, a, b) for a, b in ((0, 7), (7, 30), (30, 40))]
     assert (layout.join(pieces, 1, n, np.empty(layout.size(n), np.uint8)) == block).all()
@@ -605,7 +607,7 @@ def test_a_layout_is_learnt_from_llama_and_joins_to_the_same_bytes(any_loaded: l
     assert (layout.own(plain).data == pieces[1].data).all()
     assert (plain.data == pieces[1].data).all() == bool(any_loaded.flash_attention), "values are transposed without it"
     context.clear()
-    assert Layout.of(context.read(0)) is None
+    assert StateLayout.of(context.read(0)) is None
 
 
 def test_a_build_of_llama_cpp_is_known_by_its_files(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -10,7 +10,7 @@ import pytest
 
 from aiosd.ipc.link import Caller
 from aiosd.llm import policy
-from aiosd.llm.embedqueue import EmbedQueue, Job
+from aiosd.llm.embedqueue import EmbedJob, EmbedQueue
 
 BATCH = 512
 BATCH_S = 0.05
@@ -32,7 +32,7 @@ class Embedder:
         self.left[peer, number] = batches
         self.queue.add((peer, number), Caller(peer, 0, "a", False, "", nice), steps)
 
-    def step(self) -> Job | None:
+    def step(self) -> EmbedJob | None:
         job = self.queue.next()
         if job is None:
             return None

@@ -68,7 +68,7 @@ NO_NUMBER = "the model gave no number for any token at this place"
 class Bench:
     """An engine, and what it says: final words by key, and the streams put together."""
 
-    def __init__(self, loaded: loading.Loaded, slots: int = SLOTS, ram: int = 0) -> None:
+    def __init__(self, loaded: loading.LoadedModel, slots: int = SLOTS, ram: int = 0) -> None:
         self.loaded = loaded
         self.clock = Clock()
         self.said: list[Step | Finished | Failed] = []
@@ -138,7 +138,7 @@ class Bench:
             self.engine.slots.forget(slot)
 
 
-def load(path: Path, **changes: Any) -> loading.Loaded:
+def load(path: Path, **changes: Any) -> loading.LoadedModel:
     spec = ModelSpec("tiny", str(path), **{"ctx": CTX, "slots": SLOTS, "threads": 1, **changes})
     return loading.load(spec, lambda what, fraction: None)
 
@@ -172,21 +172,21 @@ def test_a_row_without_a_number_ends_its_own_call(
 
 
 @pytest.fixture(scope="module")
-def loaded(model_path: Path) -> Iterator[loading.Loaded]:
+def loaded(model_path: Path) -> Iterator[loading.LoadedModel]:
     loaded = load(model_path)
     yield loaded
     loaded.close()
 
 
 @pytest.fixture(scope="module")
-def exact_loaded(model_path: Path) -> Iterator[loading.Loaded]:
+def exact_loaded(model_path: Path) -> Iterator[loading.LoadedModel]:
     loaded = load(model_path, exact=True)
     yield loaded
     loaded.close()
 
 
 @pytest.fixture
-def bench(loaded: loading.Loaded) -> Iterator[Bench]:
+def bench(loaded: loading.LoadedModel) -> Iterator[Bench]:
     loaded.context.clear()
     bench = Bench(loaded)
     yield bench
@@ -197,7 +197,7 @@ def bench(loaded: loading.Loaded) -> Iterator[Bench]:
 
 
 @pytest.fixture
-def exact(exact_loaded: loading.Loaded) -> Iterator[Bench]:
+def exact(exact_loaded: loading.LoadedModel) -> Iterator[Bench]:
     exact_loaded.context.clear()
     bench = Bench(exact_loaded)
     yield bench
@@ -217,7 +217,7 @@ def play(monkeypatch: pytest.MonkeyPatch, script: list[int]) -> None:
 def test_greedy_text_is_that_of_a_bare_loop(bench: Bench) -> None:
     model, context = bench.loaded.model, bench.loaded.context
     prompt = model.tokenize("hello there", bos=True, special=True)
-    batch = llama.Batch(64)
+    batch = llama.BatchBuffer(64)
     batch.size = n = len(prompt)
     batch.tokens[:n], batch.positions[:n], batch.sequences[:n], batch.wanted[:n] = prompt, range(n), 0, 0
     batch.wanted[n - 1] = 1
@@ -813,13 +813,13 @@ def test_without_a_call_tools_do_not_touch_the_text(bench: Bench) -> None:
 class Broken:
     """A context whose next decode gives this result instead."""
 
-    def __init__(self, context: llama.Context, result: int) -> None:
+    def __init__(self, context: llama.LlamaContext, result: int) -> None:
         self._context, self._result = context, result
 
     def __getattr__(self, name: str) -> Any:
         return getattr(self._context, name)
 
-    def decode(self, batch: llama.Batch) -> int:
+    def decode(self, batch: llama.BatchBuffer) -> int:
         result, self._result = self._result, llama.OK
         return result or self._context.decode(batch)
 
@@ -851,7 +851,7 @@ def test_aborted_decode_goes_on_from_what_is_there(bench: Bench, steps: int) -> 
     assert bench.whole(key)[0] == expected
 
 
-def test_leaked_slot_is_a_bug_that_shows_when_idle(loaded: loading.Loaded) -> None:
+def test_leaked_slot_is_a_bug_that_shows_when_idle(loaded: loading.LoadedModel) -> None:
     bench = Bench(loaded)
     key = bench.submit([5, 6], max_tokens=3)
     bench.engine.step()
@@ -884,7 +884,7 @@ def test_sequence_phases_are_what_the_engine_says(bench: Bench) -> None:
     assert sequence.phase is Phase.DONE
 
 
-def test_a_long_prompt_is_given_up_in_the_middle_of_its_batch(loaded: loading.Loaded) -> None:
+def test_a_long_prompt_is_given_up_in_the_middle_of_its_batch(loaded: loading.LoadedModel) -> None:
     """Told while llama.cpp computes; the slot is free before the next step, and no other call notices."""
     loaded.context.clear()
     bench = Bench(loaded)

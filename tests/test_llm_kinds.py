@@ -11,7 +11,7 @@ import pytest
 
 from aiosd.errors import UsageError
 from aiosd.llm import llama, loading, policy
-from aiosd.llm.blob import Layout
+from aiosd.llm.blob import StateLayout
 from aiosd.llm.engine import Engine
 from aiosd.llm.policy.contract import Quantum
 from tests.test_llm_engine import Bench, load
@@ -22,7 +22,7 @@ WINDOW = 32
 
 
 @pytest.fixture(scope="module", params=KINDS)
-def loaded(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Iterator[loading.Loaded]:
+def loaded(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Iterator[loading.LoadedModel]:
     llama.start()
     kind = request.param.partition(",")[0]
     path = write_like(tmp_path_factory.mktemp("gguf") / "m.gguf", kind, window=WINDOW, layers=KINDS[request.param])
@@ -32,7 +32,7 @@ def loaded(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFact
 
 
 @pytest.fixture
-def bench(loaded: loading.Loaded) -> Iterator[Bench]:
+def bench(loaded: loading.LoadedModel) -> Iterator[Bench]:
     loaded.context.clear()
     bench = Bench(loaded)
     bench.engine = Engine(
@@ -55,7 +55,7 @@ def alone(bench: Bench, prompt: list[int], count: int, most: int = 512) -> list[
     """Greedy tokens from a bare loop: one sequence, an empty cache, `most` tokens of the prompt at a time."""
     context = bench.loaded.context
     context.clear()
-    batch = llama.Batch(most)
+    batch = llama.BatchBuffer(most)
     tokens: list[int] = []
     for start in range(0, len(prompt), most):
         part = prompt[start : start + most]
@@ -170,14 +170,14 @@ def test_a_window_does_not_keep_beginnings_from_being_shared(bench: Bench) -> No
     store.check()
 
 
-def test_a_token_that_a_cache_has_lost_is_found_out(loaded: loading.Loaded) -> None:
+def test_a_token_that_a_cache_has_lost_is_found_out(loaded: loading.LoadedModel) -> None:
     """A block whose caches do not hold the same tokens is not cut as if they did."""
     context = loaded.context
     context.clear()
-    layout = Layout.of(context.sample())
+    layout = StateLayout.of(context.sample())
     if layout is None:
         pytest.skip("its state cannot be cut at all")
-    batch = llama.Batch(20)
+    batch = llama.BatchBuffer(20)
     batch.size = 20
     batch.tokens[:], batch.positions[:] = words(1, 20), range(20)
     assert context.decode(batch) == llama.OK
@@ -192,13 +192,13 @@ def test_a_token_that_a_cache_has_lost_is_found_out(loaded: loading.Loaded) -> N
         layout.cut(block, 0, 20, 5, 15)
 
 
-def test_slots_that_change_places_keep_what_lies_before_the_window(loaded: loading.Loaded) -> None:
+def test_slots_that_change_places_keep_what_lies_before_the_window(loaded: loading.LoadedModel) -> None:
     context = loaded.context
     if loaded.model.recurrent:
         pytest.skip("it has none")
 
     def decode(slot: int, start: int, tokens: list[int]) -> llama.Floats:
-        batch = llama.Batch(len(tokens))
+        batch = llama.BatchBuffer(len(tokens))
         batch.size = len(tokens)
         batch.tokens[:], batch.sequences[:] = tokens, slot
         batch.positions[:] = np.arange(start, start + len(tokens))
@@ -218,13 +218,13 @@ def test_slots_that_change_places_keep_what_lies_before_the_window(loaded: loadi
     assert context.last_position(0) == 89
 
 
-def test_what_the_window_has_lost_is_not_taken_for_there(loaded: loading.Loaded) -> None:
+def test_what_the_window_has_lost_is_not_taken_for_there(loaded: loading.LoadedModel) -> None:
     """A state as llama.cpp itself gives it goes on at its end, and nowhere else."""
     context = loaded.context
     if loaded.model.recurrent:
         pytest.skip("it has no window")
     context.clear()
-    batch = llama.Batch(200)
+    batch = llama.BatchBuffer(200)
     batch.size = 200
     batch.tokens[:], batch.positions[:] = words(1, 200), range(200)
     assert context.decode(batch) == llama.OK
@@ -250,10 +250,10 @@ def test_a_recurrent_state_is_not_estimated_as_a_cache(tmp_path: Path) -> None:
     assert loaded.kv_bytes == pytest.approx(4 * constant, rel=0.15)
 
 
-def growth(loaded: loading.Loaded) -> tuple[float, float]:
+def growth(loaded: loading.LoadedModel) -> tuple[float, float]:
     """Bytes of state per token, and besides, as the blocks have them that llama.cpp writes."""
     sizes = []
-    batch = llama.Batch(256)
+    batch = llama.BatchBuffer(256)
     for count in (128, 256):
         loaded.context.clear()
         batch.size = count

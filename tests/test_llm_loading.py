@@ -16,7 +16,7 @@ from hypothesis import strategies as st
 from aiosd.errors import AiosdError, UsageError
 from aiosd.llm import llama, loading, modelfile
 from aiosd.llm.attention import Attention, Unavailable
-from aiosd.llm.blob import Layout
+from aiosd.llm.blob import StateLayout
 from aiosd.llm.embed import Embedder
 from aiosd.llm.spec import ModelSpec
 from tests import tinymodels
@@ -32,7 +32,7 @@ def spec(path: Path, **options: Any) -> ModelSpec:
     return ModelSpec("m", str(path), **{"threads": 1, "slots": 2, "ctx": 256, **options})
 
 
-def load(path: Path, **options: Any) -> loading.Loaded:
+def load(path: Path, **options: Any) -> loading.LoadedModel:
     return loading.load(spec(path, **options), lambda what, fraction: None)
 
 
@@ -199,7 +199,7 @@ def test_slots_follow_from_the_memory(path: Path) -> None:
 def test_kv_estimate_is_what_llama_cpp_takes(path: Path) -> None:
     file = modelfile.read(str(path))
     loaded = load(path)
-    batch = llama.Batch(65)
+    batch = llama.BatchBuffer(65)
     batch.size = 1
     batch.positions[:65] = np.arange(65)
     loaded.context.decode(batch)
@@ -228,7 +228,7 @@ def test_keys_and_values_of_8_bits_take_half_the_memory(tmp_path: Path, flash_at
     path = tinymodels.write(tmp_path / "m.gguf", d=64, heads=2, kv_heads=2)
     plain, small = load(path), load(path, kv_type="q8_0", flash_attention=flash_attention)
     assert small.kv_bytes == pytest.approx(plain.kv_bytes * 17 / 32, abs=64)
-    layouts = [Layout.of(loaded.context.sample()) for loaded in (plain, small)]
+    layouts = [StateLayout.of(loaded.context.sample()) for loaded in (plain, small)]
     assert all(layout is not None for layout in layouts)
     per_token = [layout.bytes_per_token for layout in layouts if layout is not None]
     assert per_token[1] / per_token[0] == pytest.approx(17 / 32)
@@ -335,8 +335,10 @@ def test_many_texts_of_all_lengths_are_as_each_alone(embedder: Embedder, monkeyp
     texts = [letter * length for letter, length in zip("abcdefghij" * 7, [1, 5, 300, 40, 3, 1500, 2] * 10, strict=True)]
     alone = np.concatenate([vectors(embedder, [text]) for text in texts[:10]])
     batches: list[int] = []
-    decode = llama.Context.decode
-    monkeypatch.setattr(llama.Context, "decode", lambda self, batch: batches.append(batch.size) or decode(self, batch))
+    decode = llama.LlamaContext.decode
+    monkeypatch.setattr(
+        llama.LlamaContext, "decode", lambda self, batch: batches.append(batch.size) or decode(self, batch)
+    )
     together = vectors(embedder, texts)
     np.testing.assert_allclose(together[:10], alone, atol=1e-5)
     assert len(batches) < len(texts)
@@ -351,7 +353,7 @@ def test_scores_are_as_many_as_the_model_has(tmp_path: Path) -> None:
     with pytest.raises(OSError, match="scores pairs of texts"):
         embedder.embed(["hello"])
     context = embedder._opened(4)
-    batch = llama.Batch(3)
+    batch = llama.BatchBuffer(3)
     batch.size = 3
     batch.positions[:], batch.wanted[:] = (0, 1, 2), 1
     assert context.decode(batch) == llama.OK

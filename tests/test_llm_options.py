@@ -33,7 +33,7 @@ OPEN = {"temperature": 1.0, "top_k": 0, "top_p": 1.0, "min_p": 0.0, "seed": 11}
 
 
 @pytest.fixture(scope="module")
-def loaded(tmp_path_factory: pytest.TempPathFactory) -> Iterator[loading.Loaded]:
+def loaded(tmp_path_factory: pytest.TempPathFactory) -> Iterator[loading.LoadedModel]:
     llama.start()
     loaded = load(tinymodels.write(tmp_path_factory.mktemp("gguf") / "tiny.gguf", f16=True))
     yield loaded
@@ -41,7 +41,7 @@ def loaded(tmp_path_factory: pytest.TempPathFactory) -> Iterator[loading.Loaded]
 
 
 @pytest.fixture
-def bench(loaded: loading.Loaded) -> Iterator[Bench]:
+def bench(loaded: loading.LoadedModel) -> Iterator[Bench]:
     loaded.context.clear()
     bench = Bench(loaded)
     yield bench
@@ -133,29 +133,29 @@ def test_a_row_without_numbers_fails_its_call_alone(
     ill, healthy = bench.submit("ill", **more), bench.submit("healthy")
     bench.run(3)
     place = [sequence.key for sequence in bench.engine._rows].index(ill)
-    original = llama.Context.logits
+    original = llama.LlamaContext.logits
 
-    def spoilt(self: llama.Context, rows: int) -> llama.Floats:
+    def spoilt(self: llama.LlamaContext, rows: int) -> llama.Floats:
         logits = original(self, rows)
         if rows == 2:
             logits[place] = np.nan
         return logits
 
-    monkeypatch.setattr(llama.Context, "logits", spoilt)
+    monkeypatch.setattr(llama.LlamaContext, "logits", spoilt)
     bench.run()
     assert bench.failure(ill).errno == errno.EIO
     assert bench.whole(healthy)[0] == expected
 
 
 def test_a_prompt_without_numbers_fails_and_leaves_nothing(bench: Bench, monkeypatch: pytest.MonkeyPatch) -> None:
-    original = llama.Context.logits
+    original = llama.LlamaContext.logits
 
-    def spoilt(self: llama.Context, rows: int) -> llama.Floats:
+    def spoilt(self: llama.LlamaContext, rows: int) -> llama.Floats:
         logits = original(self, rows)
         logits[:] = np.nan
         return logits
 
-    monkeypatch.setattr(llama.Context, "logits", spoilt)
+    monkeypatch.setattr(llama.LlamaContext, "logits", spoilt)
     ill = bench.submit("ill")
     bench.run()
     assert bench.failure(ill).errno == errno.EIO
@@ -171,7 +171,7 @@ def test_a_prompt_without_numbers_fails_and_leaves_nothing(bench: Bench, monkeyp
 def test_log_probabilities_are_those_of_the_model(bench: Bench) -> None:
     model, context = bench.loaded.model, bench.loaded.context
     prompt = model.tokenize("hello", bos=True, special=True)
-    batch = llama.Batch(64)
+    batch = llama.BatchBuffer(64)
     batch.size = n = len(prompt)
     batch.tokens[:n], batch.positions[:n], batch.sequences[:n], batch.wanted[:n] = prompt, range(n), 0, 0
     batch.wanted[n - 1] = 1

@@ -32,7 +32,7 @@ def path(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return tinymodels.write(tmp_path_factory.mktemp("gguf") / "m.gguf", d=64, heads=2, ctx=512)
 
 
-def load(path: Path, **options: Any) -> loading.Loaded:
+def load(path: Path, **options: Any) -> loading.LoadedModel:
     spec = ModelSpec("m", str(path), **{"threads": 1, "slots": 2, "ctx": 256, **options})
     return loading.load(spec, lambda what, fraction: None)
 
@@ -50,7 +50,7 @@ def refusal(path: Path, **options: Any) -> str:
 def logits(path: Path, **options: Any) -> Any:
     """Of the last of some tokens that lie far behind each other."""
     loaded = load(path, **options)
-    batch = llama.Batch(24)
+    batch = llama.BatchBuffer(24)
     batch.size = 24
     batch.tokens[:] = np.arange(24) * 11 + 5
     batch.positions[:] = np.arange(24)

@@ -9,7 +9,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from aiosd.llm.prefix import common_prefix
-from aiosd.llm.slots import Held, Slots, best_slot
+from aiosd.llm.slots import SlotContent, Slots, best_slot
 
 ids = st.lists(st.integers(0, 3), max_size=12)
 
@@ -18,8 +18,8 @@ def array(tokens: list[int]) -> np.ndarray:
     return np.asarray(tokens, np.int32)
 
 
-def held(slot: int, tokens: list[int], group: str = "", reusable: int | None = None, used: float = 0.0) -> Held:
-    return Held(slot, group, array(tokens), len(tokens) if reusable is None else reusable, used)
+def held(slot: int, tokens: list[int], group: str = "", reusable: int | None = None, used: float = 0.0) -> SlotContent:
+    return SlotContent(slot, group, array(tokens), len(tokens) if reusable is None else reusable, used)
 
 
 @given(ids, ids)

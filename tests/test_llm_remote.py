@@ -28,8 +28,8 @@ from aiosd.ipc import link
 from aiosd.llm.line import Line
 from aiosd.llm.remote import answer, attempts, keys, limits
 from aiosd.llm.remote.backend import open_model
-from aiosd.llm.remote.connections import Endpoint as Address
-from aiosd.llm.remote.limits import MINUTE_S, Breaker, Circuit, Window, backoff
+from aiosd.llm.remote.connections import RemoteEndpoint as Address
+from aiosd.llm.remote.limits import MINUTE_S, Breaker, Circuit, RateWindow, backoff
 from aiosd.llm.spec import ModelSpec
 from benchmarks import harness
 from libaios import parts, wire
@@ -647,7 +647,7 @@ def test_calls_wait_for_a_place(make: Make) -> None:
 
 @given(st.integers(1, 20), st.lists(st.tuples(st.floats(0, 30), st.integers(1, 20)), max_size=60))
 def test_a_rate_holds_in_every_minute(limit: int, uses: list[tuple[float, int]]) -> None:
-    window, now, used = Window(limit), 0.0, []
+    window, now, used = RateWindow(limit), 0.0, []
     for pause, units in uses:
         now += pause
         wait = window.wait(units, now)
@@ -658,7 +658,7 @@ def test_a_rate_holds_in_every_minute(limit: int, uses: list[tuple[float, int]])
         used.append((now, units))
         last = [amount for at, amount in used if now - at < MINUTE_S]
         assert sum(last) <= limit or last == [units], "one that is larger than the limit goes alone"
-    assert Window(0).wait(10**9, 0.0) == 0.0
+    assert RateWindow(0).wait(10**9, 0.0) == 0.0
 
 
 def test_pauses_grow_and_differ() -> None:

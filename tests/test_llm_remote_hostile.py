@@ -17,7 +17,7 @@ from hypothesis import strategies as st
 
 from aiosd.ipc import link
 from aiosd.llm.remote import attempts, bill, exchange, limits
-from aiosd.llm.remote.answer import Answer, Wrong, loosely, parsed, printable, sentence
+from aiosd.llm.remote.answer import BadAnswer, StreamedAnswer, loosely, parsed, printable, sentence
 from tests.fakeendpoint import Deed, Handler, answers, cut, garbage, hangs, raw, status, whole
 from tests.remotebench import KEY, TOOL, USER, Make, make, short_pauses
 
@@ -134,8 +134,8 @@ JUNK = st.recursive(
 @settings(max_examples=300, deadline=None)
 @given(st.dictionaries(st.sampled_from(FIELDS), JUNK, max_size=5).map(lambda value: json.dumps(value).encode()))
 def test_a_chunk_of_any_kind_is_taken_or_wrong(data: bytes) -> None:
-    answer = Answer()
-    with contextlib.suppress(Wrong):
+    answer = StreamedAnswer()
+    with contextlib.suppress(BadAnswer):
         assert isinstance(answer.take(data), str)
         answer.calls({"f": {}}, "x")
     usage = answer.usage
@@ -145,8 +145,8 @@ def test_a_chunk_of_any_kind_is_taken_or_wrong(data: bytes) -> None:
 @settings(max_examples=200, deadline=None)
 @given(st.binary(max_size=60))
 def test_bytes_of_any_kind_are_taken_or_wrong(data: bytes) -> None:
-    with contextlib.suppress(Wrong):
-        Answer().take(data)
+    with contextlib.suppress(BadAnswer):
+        StreamedAnswer().take(data)
     assert isinstance(sentence(loosely(data)), str)
 
 
@@ -167,7 +167,7 @@ def test_a_pause_that_is_no_number_holds_up_nothing(make: Make) -> None:
     "text", ["{" * 5000, '{"x": ' + "9" * 30 + "}", '{"x": NaN}', '{"x": "\\ud800"}', '{"x": ' * 70 + "1" + "}" * 70]
 )
 def test_arguments_that_cannot_travel(text: str) -> None:
-    with pytest.raises(Wrong):
+    with pytest.raises(BadAnswer):
         parsed(text, "arguments")
     assert parsed('{"x": [1, {"y": 18446744073709551615}]}', "arguments") == {"x": [1, {"y": (1 << 64) - 1}]}
 

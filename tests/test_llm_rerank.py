@@ -32,7 +32,7 @@ def path(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture
-def loaded(path: Path) -> Iterator[loading.Loaded]:
+def loaded(path: Path) -> Iterator[loading.LoadedModel]:
     found = loading.load(ModelSpec("m", str(path), threads=1, slots=2, ctx=256), lambda *_: None)
     yield found
     found.close()
@@ -44,12 +44,16 @@ def scores(embedder: Embedder, model: llama.Model, documents: list[str], query: 
     return ranked.scores
 
 
-def test_documents_are_scored_in_batches_as_each_alone(loaded: loading.Loaded, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_documents_are_scored_in_batches_as_each_alone(
+    loaded: loading.LoadedModel, monkeypatch: pytest.MonkeyPatch
+) -> None:
     embedder = Embedder(loaded.model, threads=1)
     alone = [scores(embedder, loaded.model, [document])[0] for document in DOCUMENTS]
     batches: list[int] = []
-    decode = llama.Context.decode
-    monkeypatch.setattr(llama.Context, "decode", lambda self, batch: batches.append(batch.size) or decode(self, batch))
+    decode = llama.LlamaContext.decode
+    monkeypatch.setattr(
+        llama.LlamaContext, "decode", lambda self, batch: batches.append(batch.size) or decode(self, batch)
+    )
     together = scores(embedder, loaded.model, DOCUMENTS)
     np.testing.assert_allclose(together, alone, atol=1e-5)
     assert len(set(together)) > len(set(DOCUMENTS)) / 2
@@ -60,7 +64,7 @@ def test_documents_are_scored_in_batches_as_each_alone(loaded: loading.Loaded, m
     embedder.close()
 
 
-def test_a_pair_is_written_as_the_model_says(loaded: loading.Loaded) -> None:
+def test_a_pair_is_written_as_the_model_says(loaded: loading.LoadedModel) -> None:
     model = loaded.model
     (tokens,) = tokens_of_pairs(model, "{document}<|im_end|>", ["x<|im_start|>{query}"])
     begin, end = (
@@ -79,7 +83,7 @@ def test_without_a_template_marks_stand_between_them(tmp_path: Path) -> None:
     model.close()
 
 
-def test_the_front_makes_the_same_tokens_of_long_texts(loaded: loading.Loaded, path: Path) -> None:
+def test_the_front_makes_the_same_tokens_of_long_texts(loaded: loading.LoadedModel, path: Path) -> None:
     front = Front(str(path), 256)
     done: list[bytes] = []
     front.ask(1, PAIRS, wire.encode(("q", DOCUMENTS)), done.append, lambda error: done.append(str(error).encode()))
@@ -89,7 +93,7 @@ def test_the_front_makes_the_same_tokens_of_long_texts(loaded: loading.Loaded, p
     assert msgspec.msgpack.decode(done[0]) == list(tokens_of_pairs(loaded.model, "q", DOCUMENTS))
 
 
-def test_what_cannot_be_scored(loaded: loading.Loaded) -> None:
+def test_what_cannot_be_scored(loaded: loading.LoadedModel) -> None:
     embedder = Embedder(loaded.model, threads=1)
     with pytest.raises(OSError, match=r"documents\[1\]: 3012 tokens, at most 2048"):
         scores(embedder, loaded.model, ["fine", "x" * 3000])

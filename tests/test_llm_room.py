@@ -25,7 +25,7 @@ def file(trained: int = 131_072, per_token: int = 23_040, size: int = 100 << 20)
     return ModelFile("m.gguf", size, {key: value for key, value in meta.items() if value})
 
 
-def choose(found: ModelFile, free: int, **options: Any) -> room.Room:
+def choose(found: ModelFile, free: int, **options: Any) -> room.CacheSize:
     return room.choose(ModelSpec("m", "m.gguf", **options), found, free)
 
 
@@ -51,7 +51,7 @@ def test_as_many_tokens_as_model_and_memory_allow(found: ModelFile, free: int, c
 
 
 def test_what_is_given_is_kept() -> None:
-    assert choose(file(), 20 * GIB, ctx=3000) == room.Room(3000, 32, "asked for")
+    assert choose(file(), 20 * GIB, ctx=3000) == room.CacheSize(3000, 32, "asked for")
     assert choose(file(), 20 * GIB, slots=4).ctx == MOST_CTX, "fewer slots hold more each"
     assert choose(file(), 20 * GIB, slots=200).slots == 200
     assert choose(file(), 20 * GIB, kv_memory=400 << 20).ctx == GOOD_CTX

@@ -16,7 +16,7 @@ from hypothesis import strategies as st
 
 from aiosd.llm import llama
 from aiosd.llm.mirostat import Mirostat
-from aiosd.llm.options import Options
+from aiosd.llm.options import SamplerFactory
 from aiosd.llm.penalties import Dry, Edits, penalise, repeats
 from aiosd.llm.sampling import NOTHING, Drawer, Row, Sampler, draws, exponential, uniform
 from libaios.wire import Sampling
@@ -298,7 +298,7 @@ class Theirs:
 def dry_of(model: llama.Model, breakers: list[str], **changes: Any) -> tuple[Dry, Any]:
     """Ours and llama.cpp's."""
     sampling = Sampling(**{"dry_multiplier": 0.8, "dry_breakers": breakers, **changes})
-    edits = Options(model).choice(sampling, constrained=False).edits
+    edits = SamplerFactory(model).choice(sampling, constrained=False).edits
     assert edits is not None
     assert edits.dry is not None
     texts = (ctypes.c_char_p * len(breakers))(*[text.encode() for text in breakers])
@@ -380,5 +380,5 @@ def test_mirostat_takes_nothing_from_a_row_without_numbers() -> None:
 
 
 def test_breakers_are_looked_up_once(model: llama.Model, tmp_path: Path) -> None:
-    options = Options(model)
+    options = SamplerFactory(model)
     assert options._breakers_of((":",)) is options._breakers_of((":",))

@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-from aiosd.llm.stats import WINDOW, Meter
+from aiosd.llm.stats import WINDOW, EngineMeter
 
 
 def test_tokens_per_second_are_those_of_the_window_and_none_after_it() -> None:
     now = 100.0
-    meter = Meter(lambda: now)
+    meter = EngineMeter(lambda: now)
     for _ in range(50):  # five seconds of work, 20 tokens a second
         meter.begin()
         now += 0.1

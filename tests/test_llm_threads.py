@@ -22,7 +22,7 @@ class Fake:
     def set_threads(self, number: int) -> None:
         self.threads = number
 
-    def decode(self, batch: llama.Batch) -> int:
+    def decode(self, batch: llama.BatchBuffer) -> int:
         self.now += self._seconds(self.threads, self.steps)
         self.steps += 1
         return llama.OK

@@ -8,7 +8,7 @@ import pytest
 
 from aiosd.errors import UsageError
 from aiosd.llm import llama, loading
-from aiosd.llm.blob import Layout
+from aiosd.llm.blob import StateLayout
 from aiosd.llm.spec import ModelSpec
 from tests import tinymodels
 from tests.test_llm_engine import load
@@ -29,7 +29,7 @@ def test_a_real_model_is_served_with_our_attention(path: Path) -> None:
 
 def test_its_state_can_be_cut(path: Path) -> None:
     loaded = load(path)
-    assert Layout.of(loaded.context.sample()) is not None
+    assert StateLayout.of(loaded.context.sample()) is not None
     loaded.close()
 
 

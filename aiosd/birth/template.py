@@ -74,7 +74,8 @@ def main(number: int, supervisor: int, ground: int, names: list[str]) -> None:
 
 
 def _load(names: list[str]) -> None:
-    """Import everything, and prepare the memory that all agents will share. Raises Refused."""
+    """Import everything, and prepare the memory that all agents will share. Raises
+    TemplateRefused."""
     for name in names:
         _import(name)
     warmup.use_modules()

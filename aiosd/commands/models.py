@@ -24,7 +24,7 @@ from aiosd.errors import AiosdError
 from aiosd.units import format_size
 
 if TYPE_CHECKING:
-    from aiosd.models.found import Found
+    from aiosd.models.found import FoundModel
 
 HEADERS = ("NAME", "SIZE", "CTX", "FAMILY", "QUANT", "FITS")
 _FIGURES = {1, 2}  # columns that are aligned to the right
@@ -35,7 +35,7 @@ def register(group: click.Group) -> None:
     group.add_command(pull)
 
 
-def locate(word: str, folder: str) -> Found:
+def locate(word: str, folder: str) -> FoundModel:
     """The model that `--model` or aiosd.toml names. One of a hub is fetched if it is not on this machine."""
     from aiosd.models.hub import find_or_pull
 

@@ -1,8 +1,8 @@
 """LoRA adapters: small changes to a model's weights, chosen by each call.
 
 llama.cpp applies one adapter to a whole batch. So calls with different adapters are never in one batch: in decode steps
-adapters take turns (`Turns`). What the model computes for a prompt depends on the adapter, so nothing that is kept of
-it is shared between adapters (`scope`).
+adapters take turns (`AdapterTurns`). What the model computes for a prompt depends on the adapter, so nothing that is
+kept of it is shared between adapters (`scope`).
 """
 
 from __future__ import annotations
@@ -66,7 +66,7 @@ def fingerprints(spec: ModelSpec) -> dict[str, str]:
     return found
 
 
-class Turns:
+class AdapterTurns:
     """Which adapter's calls are decoded in a step. Promise: while calls with n adapters are ready, each adapter has
     STEPS of any n × STEPS steps in a row (the calls without one count as an adapter)."""
 

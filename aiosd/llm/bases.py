@@ -14,7 +14,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from aiosd.llm.attention import Attention
-from aiosd.llm.blob import Piece
+from aiosd.llm.blob import StatePiece
 from aiosd.llm.contexts import Store
 from aiosd.llm.prefix import Node, Tokens, path_to
 
@@ -30,7 +30,7 @@ class Base:
     key: tuple[str, bytes]  # scope and tokens
     node: Node[Any]  # where it ends; pinned, so that no piece from the root to it is moved out of memory
     length: int
-    pieces: list[Piece] = field(default_factory=list)
+    pieces: list[StatePiece] = field(default_factory=list)
     slots: set[int] = field(default_factory=set)
     run: int = 0  # index of its first piece in the runs
 
@@ -186,6 +186,6 @@ class Bases:
             assert under is None or slot in under.slots
 
 
-def _pieces(node: Node[Any]) -> list[Piece | None]:
+def _pieces(node: Node[Any]) -> list[StatePiece | None]:
     """The pieces from the first token to the end of a node; None for each that is not in memory."""
-    return [on_way.payload if isinstance(on_way.payload, Piece) else None for on_way in path_to(node)]
+    return [on_way.payload if isinstance(on_way.payload, StatePiece) else None for on_way in path_to(node)]

@@ -23,7 +23,7 @@ The cache of layers with a window is made as large as the other, so that it keep
 cells that a next token would look at. Earlier cells are read in separate blocks and put in (`completed`), so that the
 state may be cut anywhere.
 
-Pure numpy. Caches of another kind (recurrent) have another layout: `Layout.of` returns None.
+Pure numpy. Caches of another kind (recurrent) have another layout: `StateLayout.of` returns None.
 """
 
 from __future__ import annotations
@@ -42,7 +42,7 @@ _CELL = np.dtype([("position", "<i4"), ("owners", "<u4"), ("sequence", "<i4")])
 
 
 @dataclass(frozen=True, slots=True)
-class Part:
+class LayerPart:
     """K or V of one layer: a header, then a row per token (`rows` 0), or `rows` rows with an item per token."""
 
     header: bytes
@@ -55,7 +55,7 @@ class Part:
 
 
 @dataclass(frozen=True, slots=True)
-class Piece:
+class StatePiece:
     """The state of `length` tokens."""
 
     data: Bytes
@@ -72,7 +72,7 @@ class Section:
 
     transposed: int
     layers: int
-    parts: list[Part]  # K of each layer, then V of each
+    parts: list[LayerPart]  # K of each layer, then V of each
 
     @property
     def middle(self) -> bytes:
@@ -84,7 +84,7 @@ class Section:
         return fixed + length * (_CELL.itemsize + sum(part.per_token for part in self.parts))
 
 
-class Layout:
+class StateLayout:
     """Where each part lies in a block, for one context."""
 
     def __init__(self, magic: int, streams: int, sections: list[Section]) -> None:
@@ -114,7 +114,7 @@ class Layout:
         return [[part.header[:4].hex(), part.per_token] for part in self._parts]
 
     @classmethod
-    def of(cls, block: Bytes) -> Layout | None:
+    def of(cls, block: Bytes) -> StateLayout | None:
         """The layout, learned from a block of at least one token. None: this is no plain KV cache."""
         try:
             return cls._read(bytes(block))
@@ -122,7 +122,7 @@ class Layout:
             return None
 
     @classmethod
-    def _read(cls, block: bytes) -> Layout:
+    def _read(cls, block: bytes) -> StateLayout:
         magic, _ = _HEAD.unpack_from(block, 0)
         at = _HEAD.size
         sections: list[Section] = []
@@ -144,7 +144,7 @@ class Layout:
         """Bytes of a block of `length` tokens."""
         return _HEAD.size + sum(section.size(self._streams, length) for section in self._sections)
 
-    def cut(self, block: Bytes, sequence: int, length: int, start: int, stop: int, first: int = 0) -> Piece:
+    def cut(self, block: Bytes, sequence: int, length: int, start: int, stop: int, first: int = 0) -> StatePiece:
         """The piece of the tokens [start, stop), from a block that was read from `sequence` and holds the tokens
         [first, length). Raises LookupError when the block lacks some of them."""
         if start < first:
@@ -156,7 +156,7 @@ class Layout:
             where = length, start, stop, first
             to += self._cut_section(section, block[at:], self._stream(sequence), where, data[to:])
             at += section.size(self._streams, length)
-        return Piece(data, stop - start)
+        return StatePiece(data, stop - start)
 
     def _stream(self, sequence: int) -> int:
         return sequence if self._streams > 1 else 0
@@ -184,7 +184,7 @@ class Layout:
             to += kept
         return to
 
-    def part_of(self, piece: Piece, start: int, stop: int) -> Piece:
+    def part_of(self, piece: StatePiece, start: int, stop: int) -> StatePiece:
         """The tokens [start, stop) of a piece, as a piece of their own."""
         count = stop - start
         data = np.empty(count * self.bytes_per_token, np.uint8)
@@ -198,17 +198,17 @@ class Layout:
                 target[:] = source[start * part.item : stop * part.item]
             at += size
             to += kept
-        return Piece(data, count)
+        return StatePiece(data, count)
 
-    def plain(self, piece: Piece) -> Piece:
+    def plain(self, piece: StatePiece) -> StatePiece:
         """The same state with a row per token in every part, even if this context keeps values transposed."""
         return self._turned(piece, plain=True)
 
-    def own(self, piece: Piece) -> Piece:
+    def own(self, piece: StatePiece) -> StatePiece:
         """A plain piece in the layout of this context: the inverse of `plain`."""
         return self._turned(piece, plain=False)
 
-    def _turned(self, piece: Piece, plain: bool) -> Piece:
+    def _turned(self, piece: StatePiece, plain: bool) -> StatePiece:
         if self.by_rows:
             return piece
         data = np.empty_like(piece.data)
@@ -223,9 +223,9 @@ class Layout:
             else:
                 _items(target, part, length)[:] = _items(source, part, part.rows, length).T
             at = here.stop
-        return Piece(data, length)
+        return StatePiece(data, length)
 
-    def merge(self, pieces: Sequence[Piece], length: int) -> Piece:
+    def merge(self, pieces: Sequence[StatePiece], length: int) -> StatePiece:
         """One piece of the first `length` tokens of several."""
         data = np.empty(length * self.bytes_per_token, np.uint8)
         to = offset = 0
@@ -234,9 +234,9 @@ class Layout:
             self._gather(part, offset, _takes(pieces, length), data[to : to + size], length)
             to += size
             offset += part.per_token
-        return Piece(data, length)
+        return StatePiece(data, length)
 
-    def join(self, pieces: Sequence[Piece], sequence: int, length: int, out: Bytes, start: int = 0) -> Bytes:
+    def join(self, pieces: Sequence[StatePiece], sequence: int, length: int, out: Bytes, start: int = 0) -> Bytes:
         """A block of the tokens [start, length) of the pieces, for `sequence`, written into `out` (at least
         `size(length - start)` bytes); the part of `out` that it fills."""
         takes = _takes(pieces, length, start)
@@ -260,7 +260,7 @@ class Layout:
         return block
 
     @staticmethod
-    def _gather(part: Part, offset: int, takes: list[_Take], target: Bytes, length: int) -> None:
+    def _gather(part: LayerPart, offset: int, takes: list[_Take], target: Bytes, length: int) -> None:
         """One part of `length` tokens from several pieces; `offset`: where it lies in them, in bytes per token."""
         for piece, skip, position, count in takes:
             begin = piece.length * offset
@@ -332,13 +332,13 @@ def _read_section(block: memoryview | bytes, at: int) -> _Read:
     if transposed > 1 or layers > 4096:
         raise ValueError("no plain KV cache")
     at += 8
-    parts: list[Part] = []
+    parts: list[LayerPart] = []
     for i in range(2 * layers):
         if transposed and i >= layers:
             item, rows = struct.unpack_from("<II", block, at + 4)
         else:
             item, rows = struct.unpack_from("<Q", block, at + 4)[0], 0
-        parts.append(Part(bytes(block[at : at + 12]), item, rows))
+        parts.append(LayerPart(bytes(block[at : at + 12]), item, rows))
         at += 12 + cells * parts[-1].per_token
     return _Read(Section(transposed, layers, parts), streams, seen - 1, cells, begin, at + 4 * (streams - seen))
 
@@ -397,10 +397,10 @@ def _in_order(positions: npt.NDArray[np.int32], start: int, stop: int) -> slice 
 
 
 #: A piece, how many of its tokens to skip, where the next ones go, and how many of them.
-_Take = tuple[Piece, int, int, int]
+_Take = tuple[StatePiece, int, int, int]
 
 
-def _takes(pieces: Sequence[Piece], length: int, start: int = 0) -> list[_Take]:
+def _takes(pieces: Sequence[StatePiece], length: int, start: int = 0) -> list[_Take]:
     """The tokens [start, length) of the pieces."""
     takes, at = [], 0
     for piece in pieces:
@@ -416,7 +416,7 @@ def _takes(pieces: Sequence[Piece], length: int, start: int = 0) -> list[_Take]:
     return takes
 
 
-def _items(data: Bytes, part: Part, count: int, rows: int | None = None) -> npt.NDArray[np.generic]:
+def _items(data: Bytes, part: LayerPart, count: int, rows: int | None = None) -> npt.NDArray[np.generic]:
     """A transposed part as a matrix of `count` items per row; `rows` None: all rows of the part."""
     items = data.view(f"V{part.item}" if part.item not in (1, 2, 4, 8) else f"u{part.item}")
     return items.reshape(part.rows if rows is None else rows, count)

@@ -29,12 +29,12 @@ from typing import Any
 
 from aiosd.llm import llama
 from aiosd.llm.bases import Bases
-from aiosd.llm.blob import Bytes, Layout, Piece
+from aiosd.llm.blob import Bytes, StateLayout, StatePiece
 from aiosd.llm.cells import Cells
 from aiosd.llm.contexts import Store, Swap
 from aiosd.llm.prefix import Node, Tokens, common_prefix, most_shared
 from aiosd.llm.sequence import Phase, Sequence
-from aiosd.llm.slots import Held, Slots
+from aiosd.llm.slots import SlotContent, Slots
 
 logger = logging.getLogger("llm.cache")
 
@@ -60,7 +60,7 @@ class Cache:
 
     def __init__(
         self,
-        context: llama.Context,
+        context: llama.LlamaContext,
         slots: Slots,
         *,
         exact: bool = False,
@@ -88,7 +88,7 @@ class Cache:
     def _open_store(self) -> None:
         """Read a sample block to learn how blocks are laid out, or that they cannot be cut."""
         ram, disk, folder = self._budgets
-        layout = Layout.of(self._context.sample()) if ram else None
+        layout = StateLayout.of(self._context.sample()) if ram else None
         if layout is not None:
             self.store = Store(layout, ram, Swap(folder, disk) if disk and folder else None, self._clock)
         elif ram:
@@ -157,7 +157,7 @@ class Cache:
             return sequence.tokens(), sequence.target
         return sequence.prompt, max(len(sequence.prompt) - (2 if self._exact else 1), 0)
 
-    def _may_use_up(self, held: Held, length: int, sequence: Sequence) -> bool:
+    def _may_use_up(self, held: SlotContent, length: int, sequence: Sequence) -> bool:
         """May the tokens after the first `length` of a free slot be overwritten: no other call needs them from here?"""
         return held.kept or held.peer == sequence.peer or held.reusable - length < WORTH
 
@@ -202,11 +202,11 @@ class Cache:
             self.cells.cut(slot, length)
         sequence.length = sequence.prefilled = length
 
-    def _copy(self, sequence: Sequence, target: Held, tokens: Tokens, length: int) -> bool:
+    def _copy(self, sequence: Sequence, target: SlotContent, tokens: Tokens, length: int) -> bool:
         """From the store, or from slots that share their cells, into a slot. False: it is not there any more, and no
         slot is taken."""
         with self._copying():
-            pieces: list[Piece] = []
+            pieces: list[StatePiece] = []
             there = self._in_slots(sequence.scope, tokens[:length], target.slot)[0]
             if there < length:
                 pieces, kept = self.store.find(sequence.scope, tokens, length, sequence.peer) if self.store else ([], 0)
@@ -219,7 +219,7 @@ class Cache:
             sequence.prefilled = sequence.length
             return True
 
-    def _fill(self, sequence: Sequence, tokens: Tokens, pieces: list[Piece], length: int, public: int) -> None:
+    def _fill(self, sequence: Sequence, tokens: Tokens, pieces: list[StatePiece], length: int, public: int) -> None:
         """Fill the slot. What other slots have is shared with them, or, of the first `public` tokens, what others use
         too is read as a base. The rest is copied from the pieces."""
         slot = sequence.slot
@@ -241,7 +241,7 @@ class Cache:
             self._empty(slot)
             sequence.length = 0
 
-    def _restore(self, slot: int, pieces: list[Piece], start: int, length: int) -> bool:
+    def _restore(self, slot: int, pieces: list[StatePiece], start: int, length: int) -> bool:
         """Copy the tokens [start, length) of the pieces into a slot. False: llama.cpp refuses that, and it is empty."""
         if not pieces:
             return False
@@ -401,7 +401,7 @@ class Cache:
         self.cells.total = min(self.cells.total, self.cells.used + count - 1)
         return True
 
-    def _idle(self, spare: int | None = None) -> list[Held]:
+    def _idle(self, spare: int | None = None) -> list[SlotContent]:
         """The free slots that hold something."""
         return [held for held in self.slots.free_slots() if len(held.tokens) and held.slot != spare]
 
@@ -496,7 +496,7 @@ class Cache:
         if node is not None and owner is None and stop >= self.slots.held(slot).reusable:
             self.slots.mark_kept(slot)
 
-    def _clear(self, held: Held) -> None:
+    def _clear(self, held: SlotContent) -> None:
         """Before a free slot goes to another call: what is kept nowhere else goes to the store."""
         store, slot, stop = self.store, held.slot, held.reusable
         if store is None or held.kept or stop < WORTH:
@@ -533,7 +533,7 @@ class Cache:
 
     # ── contexts by name ──────────────────────────────────────────────────────────────────────────────────
 
-    def export(self, scope: str, tokens: Tokens, peer: int) -> Piece | None:
+    def export(self, scope: str, tokens: Tokens, peer: int) -> StatePiece | None:
         """The state of the longest kept prefix of these tokens, as one piece."""
         if self.store is None:
             return None
@@ -543,7 +543,7 @@ class Cache:
         pieces, length = self.store.find(scope, tokens, length, peer)
         return self.store.layout.merge(pieces, length) if length else None
 
-    def take_in(self, scope: str, tokens: Tokens, piece: Piece, peer: int) -> int:
+    def take_in(self, scope: str, tokens: Tokens, piece: StatePiece, peer: int) -> int:
         """Keep a state read from a file; returns how many of its tokens are in the store now."""
         store = self.store
         if store is None:

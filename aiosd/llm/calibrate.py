@@ -34,7 +34,7 @@ class PromptBatch:
 
 
 def measure(
-    context: llama.Context, seconds: float = MEASURE_S, clock: Callable[[], float] = time.perf_counter
+    context: llama.LlamaContext, seconds: float = MEASURE_S, clock: Callable[[], float] = time.perf_counter
 ) -> PromptBatch:
     """Compute prompts in the context, which must be empty and is left empty."""
     most = min(context.ubatch, context.cells)
@@ -54,9 +54,9 @@ def measure(
     return PromptBatch(chosen, rates[chosen], f"measured ({tried} tokens/s)")
 
 
-def _compute(context: llama.Context, size: int, clock: Callable[[], float]) -> float:
+def _compute(context: llama.LlamaContext, size: int, clock: Callable[[], float]) -> float:
     """Seconds for a batch of `size` tokens of one prompt."""
-    batch = llama.Batch(size)
+    batch = llama.BatchBuffer(size)
     batch.size = size
     batch.tokens[:] = (np.arange(size) * 37 + 11) % context.n_vocab
     batch.positions[:] = np.arange(size)

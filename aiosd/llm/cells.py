@@ -19,7 +19,7 @@ from dataclasses import dataclass
 
 
 @dataclass(frozen=True, slots=True, eq=False)
-class Run:
+class CellRun:
     begin: int  # tokens before it, in each slot that holds it
 
 
@@ -29,12 +29,12 @@ class Cells:
     def __init__(self, total: int, slots: int, length: Callable[[int], int]) -> None:
         self.total = total
         self._length = length
-        self._paths: list[list[Run]] = [[Run(0)] for _ in range(slots)]
+        self._paths: list[list[CellRun]] = [[CellRun(0)] for _ in range(slots)]
         self._surely_free = 0  # this number at least is free: what was free, less what was taken since
 
     def share(self, source: int, target: int, length: int) -> None:
         """The empty slot `target` holds the first `length` cells of `source` now, too."""
-        self._paths[target] = [*_before(self._paths[source], length), Run(length)]
+        self._paths[target] = [*_before(self._paths[source], length), CellRun(length)]
 
     def cut(self, slot: int, length: int) -> None:
         """The slot has kept its first `length` tokens only. What it gets next is a new run if others hold the last one:
@@ -42,12 +42,12 @@ class Cells:
         kept = _before(self._paths[slot], length)
         others = (path for other, path in enumerate(self._paths) if other != slot)
         if not kept or any(kept[-1] in path for path in others):
-            kept.append(Run(length))
+            kept.append(CellRun(length))
         self._paths[slot] = kept
 
     def used_by(self, slots: Iterable[int]) -> int:
         """Cells that these slots hold together; one that several hold counts once."""
-        ends: dict[Run, int] = {}
+        ends: dict[CellRun, int] = {}
         for slot in slots:
             length, path = self._length(slot), self._paths[slot]
             for run, begin in zip(path, [*(after.begin for after in path[1:]), length], strict=True):
@@ -79,5 +79,5 @@ class Cells:
         return {"total": self.total, "used": used, "idle": idle, "saved_by_sharing": held - used}
 
 
-def _before(path: list[Run], length: int) -> list[Run]:
+def _before(path: list[CellRun], length: int) -> list[CellRun]:
     return [run for run in path if run.begin < length]

@@ -26,7 +26,7 @@ from typing import Any
 import numpy as np
 
 from aiosd.errors import Bug
-from aiosd.llm.blob import Bytes, Layout, Piece
+from aiosd.llm.blob import Bytes, StateLayout, StatePiece
 from aiosd.llm.prefix import K, Node, Tokens, Tree, path_to
 
 #: A piece with fewer than K uses counts as if its K-th last use were this many seconds before its oldest one.
@@ -58,7 +58,7 @@ class Extent:
     checksum: int
 
 
-Payload = Piece | Extent
+Payload = StatePiece | Extent
 
 
 class Swap:
@@ -72,7 +72,7 @@ class Swap:
         self._file: Any = None
         self._free: list[tuple[int, int]] = [(0, budget)]  # (offset, size), ascending, never touching
 
-    def put(self, piece: Piece) -> Extent | None:
+    def put(self, piece: StatePiece) -> Extent | None:
         """Write a piece. None: no room in the budget or on the disk."""
         place = next((i for i, (_, size) in enumerate(self._free) if size >= piece.size), None)
         if place is None or not piece.size:
@@ -92,7 +92,7 @@ class Swap:
         self.used += piece.size
         return Extent(offset, piece.size, piece.length, zlib.crc32(piece.data.data))
 
-    def get(self, extent: Extent) -> Piece | None:
+    def get(self, extent: Extent) -> StatePiece | None:
         """Read a piece. None: it is damaged, or cannot be read."""
         data = np.empty(extent.size, np.uint8)
         try:
@@ -101,7 +101,7 @@ class Swap:
             return None
         if done != extent.size or zlib.crc32(data.data) != extent.checksum:
             return None
-        return Piece(data, extent.length)
+        return StatePiece(data, extent.length)
 
     def free(self, extent: Extent) -> None:
         self.used -= extent.size
@@ -143,7 +143,7 @@ class Store:
     """The tree of pieces. `ram` and `swap.budget`: bytes."""
 
     def __init__(
-        self, layout: Layout, ram: int, swap: Swap | None = None, clock: Callable[[], float] = time.monotonic
+        self, layout: StateLayout, ram: int, swap: Swap | None = None, clock: Callable[[], float] = time.monotonic
     ) -> None:
         self.layout = layout
         self.ram_budget = ram
@@ -166,7 +166,7 @@ class Store:
         """How many leading tokens of `tokens[:most]` are kept."""
         return self._tree.walk(scope, tokens, most)[1]
 
-    def find(self, scope: str, tokens: Tokens, most: int, peer: int = 0) -> tuple[list[Piece], int]:
+    def find(self, scope: str, tokens: Tokens, most: int, peer: int = 0) -> tuple[list[StatePiece], int]:
         """The pieces of the longest kept prefix of `tokens[:most]`, all in memory, and its length."""
         path, length = self._tree.walk(scope, tokens, most)
         pieces = self._gather(path, peer)
@@ -183,7 +183,7 @@ class Store:
     def ending(self, scope: str, tokens: Tokens, stop: int) -> Node[Payload] | None:
         """The node that ends after `tokens[:stop]`; an edge is split there if needed. None: not all is in memory."""
         path, length = self._tree.walk(scope, tokens, stop)
-        if length < stop or not all(isinstance(node.payload, Piece) for node in path):
+        if length < stop or not all(isinstance(node.payload, StatePiece) for node in path):
             return None
         return self._tree.add(scope, tokens, stop, self._nothing, self._clock())
 
@@ -191,7 +191,7 @@ class Store:
     def _nothing(start: int) -> Payload:
         raise Bug(f"tokens from {start} on are missing, but were all there")
 
-    def whole(self, node: Node[Payload], peer: int = 0) -> list[Piece] | None:
+    def whole(self, node: Node[Payload], peer: int = 0) -> list[StatePiece] | None:
         """The pieces from the start up to the end of a node. None: a piece is gone."""
         if node.parent is None:
             return None
@@ -199,7 +199,7 @@ class Store:
         pieces = self._gather(path, peer)
         return pieces if len(pieces) == len(path) else None
 
-    def _gather(self, path: list[Node[Payload]], peer: int) -> list[Piece]:
+    def _gather(self, path: list[Node[Payload]], peer: int) -> list[StatePiece]:
         now, pieces = self._clock(), []
         with _pinned(path):  # reading one piece into memory must not push out another
             for node in path:
@@ -211,9 +211,9 @@ class Store:
                 pieces.append(piece)
         return pieces
 
-    def _fetch(self, node: Node[Payload]) -> Piece | None:
+    def _fetch(self, node: Node[Payload]) -> StatePiece | None:
         payload = node.payload
-        if isinstance(payload, Piece) or payload is None:
+        if isinstance(payload, StatePiece) or payload is None:
             return payload
         assert self.swap is not None
         piece = self.swap.get(payload)
@@ -228,7 +228,7 @@ class Store:
     # ── adding ────────────────────────────────────────────────────────────────────────────────────────────
 
     def add(
-        self, scope: str, tokens: Tokens, stop: int, cut: Callable[[int, int], Piece], peer: int = 0
+        self, scope: str, tokens: Tokens, stop: int, cut: Callable[[int, int], StatePiece], peer: int = 0
     ) -> Node[Payload] | None:
         """Keep the state of `tokens[:stop]`: `cut(a, b)` gives the piece of the tokens [a, b) that is missing.
         None: there is no room."""
@@ -243,7 +243,7 @@ class Store:
         scope: str,
         tokens: Tokens,
         stop: int,
-        cut: Callable[[int, int], Piece],
+        cut: Callable[[int, int], StatePiece],
         peer: int,
     ) -> Node[Payload] | None:
         last = path[-1] if path else None
@@ -257,7 +257,9 @@ class Store:
         node.peer = peer
         return node if node.parent is not None else None
 
-    def add_private(self, parent: Node[Payload], tokens: Tokens, piece: Piece, peer: int = 0) -> Node[Payload] | None:
+    def add_private(
+        self, parent: Node[Payload], tokens: Tokens, piece: StatePiece, peer: int = 0
+    ) -> Node[Payload] | None:
         """Keep the state after `parent` for one call alone, until `drop`."""
         if not self._room_beside(parent, piece.size) or parent.parent is None:
             return None
@@ -270,12 +272,12 @@ class Store:
         with _pinned(path_to(node) if node is not None else []):
             return self._make_room(need)
 
-    def _counted(self, piece: Piece) -> Piece:
+    def _counted(self, piece: StatePiece) -> StatePiece:
         self.ram += piece.size
         return piece
 
     def _split(self, payload: Payload, count: int) -> tuple[Payload, Payload]:
-        assert isinstance(payload, Piece)
+        assert isinstance(payload, StatePiece)
         self.divided += 1
         return self.layout.part_of(payload, 0, count), self.layout.part_of(payload, count, payload.length)
 
@@ -354,9 +356,9 @@ class Store:
     @staticmethod
     def _may_go(node: Node[Payload]) -> bool:
         """Is it in memory and not pinned, with nothing in memory below it?"""
-        if not isinstance(node.payload, Piece) or node.pins:
+        if not isinstance(node.payload, StatePiece) or node.pins:
             return False
-        return node.leaf or not any(isinstance(below.payload, Piece) for below in node.below())
+        return node.leaf or not any(isinstance(below.payload, StatePiece) for below in node.below())
 
     def _worth(self, node: Node[Payload], now: float) -> float:
         """Relative computing time saved per byte and second: a token costs more, the more tokens are before it."""
@@ -365,7 +367,7 @@ class Store:
 
     def _move_down(self, node: Node[Payload]) -> None:
         piece = node.payload
-        if not isinstance(piece, Piece):
+        if not isinstance(piece, StatePiece):
             return
         extent = self._to_disk(node, piece)
         if extent is None:
@@ -376,7 +378,7 @@ class Store:
         node.payload = extent
         self.ram -= piece.size
 
-    def _to_disk(self, node: Node[Payload], piece: Piece) -> Extent | None:
+    def _to_disk(self, node: Node[Payload], piece: StatePiece) -> Extent | None:
         swap = self.swap
         if swap is None or piece.size > swap.budget:
             return None
@@ -413,7 +415,7 @@ class Store:
         for node in self._tree.nodes():
             entries += 1
             if node.leaf:
-                ram += isinstance(node.payload, Piece)
+                ram += isinstance(node.payload, StatePiece)
                 disk += isinstance(node.payload, Extent)
         swap = self.swap
         return {
@@ -433,7 +435,7 @@ class Store:
         found: dict[int, tuple[str, int]] = {}
         for node in self._tree.nodes():
             if node.leaf and node.stop > found.get(node.peer, ("", 0))[1]:
-                found[node.peer] = ("ram" if isinstance(node.payload, Piece) else "disk", node.stop)
+                found[node.peer] = ("ram" if isinstance(node.payload, StatePiece) else "disk", node.stop)
         return found
 
     def check(self) -> None:
@@ -443,7 +445,7 @@ class Store:
             payload = node.payload
             assert payload is not None
             assert payload.length == len(node.tokens), "a node without the state of all its tokens"
-            if isinstance(payload, Piece):
+            if isinstance(payload, StatePiece):
                 ram += payload.size
             else:
                 disk += payload.size

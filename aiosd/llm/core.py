@@ -21,14 +21,14 @@ from aiosd.errors import AiosdError
 from aiosd.ipc import link
 from aiosd.ipc.heartbeat import Rounds
 from aiosd.llm.backend import Backend, opened
-from aiosd.llm.line import Channel, Line
+from aiosd.llm.line import KernelChannel, Line
 from aiosd.llm.spec import ModelSpec
 
 _SLEEP = 5.0  # seconds of sleep without work; any message wakes the core at once
 _LOOK_EVERY = 0.05  # seconds between two checks for a hang-up while busy
 
 
-def main(channel: Channel, spec: ModelSpec, rounds: Rounds) -> int:
+def main(channel: KernelChannel, spec: ModelSpec, rounds: Rounds) -> int:
     """Load the model, serve, return the exit code. `rounds` is called when a round of the loop begins and ends."""
     faulthandler.enable(sys.stderr)
     signal.signal(signal.SIGINT, signal.SIG_IGN)

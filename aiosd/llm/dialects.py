@@ -72,11 +72,11 @@ class ToolDialect:
 
     def read(self, text: str, key: Key) -> list[ToolCall]:
         """The calls in the text after the trigger; an incomplete call is none."""
-        return Reader(self, []).read(text, key)
+        return ToolCallReader(self, []).read(text, key)
 
 
 @dataclass(frozen=True)
-class Reader:
+class ToolCallReader:
     """A dialect and the tools of one generation: finds the calls in its text."""
 
     dialect: ToolDialect

@@ -32,7 +32,7 @@ class Embedder:
     def __init__(self, model: llama.Model, threads: int) -> None:
         self._model = model
         self._threads = threads
-        self._context: llama.Context | None = None
+        self._context: llama.LlamaContext | None = None
         self._limit = min(MOST_TOKENS, model.n_ctx_train or MOST_TOKENS)
         own = model.meta("general.architecture")
         self._pooling = model.meta(f"{own}.pooling_type") or "0"
@@ -104,7 +104,7 @@ class Embedder:
         lengths = [len(tokens) for tokens in texts]
         self.computed += sum(lengths)
         context = self._opened(sum(lengths))
-        batch = llama.Batch(sum(lengths))
+        batch = llama.BatchBuffer(sum(lengths))
         batch.size = sum(lengths)
         batch.tokens[:] = np.concatenate(texts)
         batch.positions[:] = np.concatenate([np.arange(length) for length in lengths])
@@ -116,7 +116,7 @@ class Embedder:
             raise OSError(errno.EIO, f"llama.cpp could not compute an embedding (result {result})")
         return [context.embedding(sequence) for sequence in range(len(texts))]
 
-    def _opened(self, tokens: int) -> llama.Context:
+    def _opened(self, tokens: int) -> llama.LlamaContext:
         """A context whose batch takes `tokens` tokens. It grows only when a long text needs it, as its buffers have a
         number for each token and each word of the vocabulary."""
         if self._context is None or self._context.ubatch < tokens:
@@ -124,8 +124,8 @@ class Embedder:
             self._context = self._open(BATCH if tokens <= BATCH else self._limit)
         return self._context
 
-    def _open(self, tokens: int) -> llama.Context:
-        return llama.Context(
+    def _open(self, tokens: int) -> llama.LlamaContext:
+        return llama.LlamaContext(
             self._model,
             slots=TEXTS,
             ctx=tokens,

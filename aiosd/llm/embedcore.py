@@ -61,7 +61,7 @@ def main(channel: Channel, spec: ModelSpec, rounds: Rounds) -> int:
         _tell(channel, link.LoadFailed(f"{spec.name}: {spec.path}: makes no vectors: {err}".replace("\n", " ")))
         channel.pump()
         return 1
-    calls = Calls(model, embedder, spec, threads, width)
+    calls = EmbedService(model, embedder, spec, threads, width)
     server = Server(
         channel,
         calls.handlers(),
@@ -79,7 +79,7 @@ def _tell(channel: Channel, message: link.FromService) -> None:
     channel.send(link.encode(message))
 
 
-class Calls:
+class EmbedService:
     def __init__(self, model: Model, embedder: Embedder, spec: ModelSpec, threads: int, width: int) -> None:
         self._model, self._embedder, self._spec = model, embedder, spec
         self._threads, self._width = threads, width

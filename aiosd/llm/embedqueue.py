@@ -20,7 +20,7 @@ Steps = Iterator[Embedded | Ranked | None]
 
 
 @dataclass(slots=True, eq=False)
-class Job:
+class EmbedJob:
     """One call; for the policy an `Entry`."""
 
     key: link.Key
@@ -42,10 +42,10 @@ class Job:
 class EmbedQueue:
     def __init__(self, clock: Callable[[], float] = time.monotonic) -> None:
         self._clock = clock
-        self._policy: policy.Policy = policy.Fifo()
-        self._jobs: dict[link.Key, Job] = {}
+        self._policy: policy.SchedulingPolicy = policy.Fifo()
+        self._jobs: dict[link.Key, EmbedJob] = {}
         self._parked: set[int] = set()  # peers
-        self._running: Job | None = None
+        self._running: EmbedJob | None = None
         self._arrivals = 0
 
     def __contains__(self, key: link.Key) -> bool:
@@ -58,7 +58,7 @@ class EmbedQueue:
     def add(self, key: link.Key, caller: link.Caller, steps: Steps) -> None:
         self._arrivals += 1
         now = self._clock()
-        job = self._jobs[key] = Job(key, steps, key[0], caller.nice, caller.group, self._arrivals, now)
+        job = self._jobs[key] = EmbedJob(key, steps, key[0], caller.nice, caller.group, self._arrivals, now)
         if job.peer not in self._parked:
             self._policy.arrive(job, now)
 
@@ -96,13 +96,13 @@ class EmbedQueue:
                 job.nice = nice
                 self._policy.renice(job, self._clock())
 
-    def set_policy(self, new: policy.Policy) -> None:
+    def set_policy(self, new: policy.SchedulingPolicy) -> None:
         self._policy = new
         for job in self._jobs.values():
             if job.peer not in self._parked:
                 new.arrive(job, self._clock())
 
-    def next(self) -> Job | None:
+    def next(self) -> EmbedJob | None:
         """The call of which a batch is to be computed now."""
         now = self._clock()
         waiting = [job for job in self._jobs.values() if job is not self._running and job.peer not in self._parked]
@@ -113,13 +113,13 @@ class EmbedQueue:
             self._running = admitted[0] if admitted else None
         return self._running
 
-    def charge(self, job: Job, tokens: int) -> None:
+    def charge(self, job: EmbedJob, tokens: int) -> None:
         """A batch with this number of tokens was computed for the call."""
         job.computed += tokens
         if job.key in self._jobs:
             self._policy.charge_prompt(job, tokens, self._clock())
 
-    def _leave(self, job: Job) -> None:
+    def _leave(self, job: EmbedJob) -> None:
         self._policy.leave(job, self._clock())
         if self._running is job:
             self._running = None

@@ -40,14 +40,14 @@ from aiosd.ipc.link import Delta, Failed, Finished, Key, Started, Step, Submit
 from aiosd.llm import adapters, llama
 from aiosd.llm.cache import Cache
 from aiosd.llm.picking import Picker, Rows
-from aiosd.llm.policy import Fifo, Policy, Quantum
+from aiosd.llm.policy import Fifo, Quantum, SchedulingPolicy
 from aiosd.llm.purse import Purses
 from aiosd.llm.request import Prepared, Requests
 from aiosd.llm.sampling import NOTHING, Drawer
 from aiosd.llm.schedule import prompt_left, schedule
 from aiosd.llm.sequence import Phase, Sequence
 from aiosd.llm.slots import Slots
-from aiosd.llm.stats import Meter
+from aiosd.llm.stats import EngineMeter
 from aiosd.llm.structured import END
 from libaios.wire import ToolCall, Usage
 
@@ -88,14 +88,14 @@ class Engine:
     def __init__(
         self,
         model: llama.Model,
-        context: llama.Context,
+        context: llama.LlamaContext,
         *,
         ctx: int,
         slots: int,
         exact: bool = False,
         emit: Callable[[Step | Finished | Failed], None],
         congested: Callable[[], bool] = lambda: False,
-        policy: Policy | None = None,
+        policy: SchedulingPolicy | None = None,
         clock: Callable[[], float] = time.monotonic,
         ram: int = 0,
         disk: int = 0,
@@ -105,8 +105,8 @@ class Engine:
         self.model = model
         self.requests = Requests(model, ctx)
         self.slots = Slots(slots)
-        self.policy: Policy = policy or Fifo()
-        self.meter = Meter(clock)
+        self.policy: SchedulingPolicy = policy or Fifo()
+        self.meter = EngineMeter(clock)
         self.cache = Cache(context, self.slots, exact=exact, ram=ram, disk=disk, folder=folder, clock=clock)
         self.ubatch = context.ubatch
         self.mixed = context.cells > 0  # all slots lie in one cache: batches and slots may be of any kind, see cells.py
@@ -128,12 +128,12 @@ class Engine:
         self._parked_peers: set[int] = set()
         self._arrivals = 0
 
-        self._prompts = llama.Batch(context.ubatch)
-        self._batch = llama.Batch(2 * slots + 1)
+        self._prompts = llama.BatchBuffer(context.ubatch)
+        self._batch = llama.BatchBuffer(2 * slots + 1)
         self._ready: list[Sequence] = []  # calls that can decode, ascending by slot
         self._rows: list[Sequence] = []  # the calls of the decode batch, row by row
         self._drawn = Rows([])  # the same for the sampler
-        self._turns = adapters.Turns()
+        self._turns = adapters.AdapterTurns()
         self._chosen: list[Sequence] = self._rows  # the calls of `_ready` that the policy has chosen
         self._dummies: list[tuple[int, int]] = []  # (slot, position) to remove after the step
         self._stale = False  # the rows must be made again: calls came, left or changed
@@ -238,7 +238,7 @@ class Engine:
     def num_waiting(self) -> int:
         return len(self.waiting)
 
-    def set_policy(self, policy: Policy) -> None:
+    def set_policy(self, policy: SchedulingPolicy) -> None:
         """Use this policy from the next step on. For it, all calls that are here arrive now."""
         self.policy, now = policy, self.clock()
         for sequence in self._calls.values():
@@ -607,7 +607,7 @@ class Engine:
 
     # ── llama_decode and its results ──────────────────────────────────────────────────────────────────────
 
-    def _decoded(self, batch: llama.Batch, sequences: list[Sequence]) -> bool:
+    def _decoded(self, batch: llama.BatchBuffer, sequences: list[Sequence]) -> bool:
         """Compute a batch, of calls with one adapter. False: it was broken off or failed; its calls are set back or
         ended already."""
         self._context.use(sequences[0].lora)

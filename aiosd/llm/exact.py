@@ -24,7 +24,7 @@ CUTS = ((20,), (2,) * 10, (3, 5, 12), (8, 7, 5))
 ROWS = 16
 
 
-def holds(context: llama.Context, slots: int) -> bool:
+def holds(context: llama.LlamaContext, slots: int) -> bool:
     """Is the promise kept? Leaves the context empty."""
     prompts = [_prompt(context, cut) for cut in CUTS]
     most = min(slots, ROWS)
@@ -37,7 +37,7 @@ def _all_equal(states: list[Bytes]) -> bool:
     return all(np.array_equal(state, states[0]) for state in states[1:])
 
 
-def _prompt(context: llama.Context, sizes: Iterable[int]) -> Bytes:
+def _prompt(context: llama.LlamaContext, sizes: Iterable[int]) -> Bytes:
     """The state after a prompt that is computed in batches of these sizes."""
     context.clear()
     at = 0
@@ -47,7 +47,7 @@ def _prompt(context: llama.Context, sizes: Iterable[int]) -> Bytes:
     return context.read(0).copy()
 
 
-def _step(context: llama.Context, rows: int) -> Bytes:
+def _step(context: llama.LlamaContext, rows: int) -> Bytes:
     """`rows` sequences with a prompt of two tokens each and one more token: the state of the first of them."""
     context.clear()
     for row in range(rows):
@@ -56,8 +56,8 @@ def _step(context: llama.Context, rows: int) -> Bytes:
     return context.read(0).copy()
 
 
-def _decode(context: llama.Context, entries: list[tuple[int, int]]) -> None:
-    batch = llama.Batch(len(entries))
+def _decode(context: llama.LlamaContext, entries: list[tuple[int, int]]) -> None:
+    batch = llama.BatchBuffer(len(entries))
     batch.size = len(entries)
     batch.sequences[:], batch.positions[:] = np.array(entries).T
     batch.tokens[:] = (batch.positions * 37 + batch.sequences + 11) % context.n_vocab

@@ -43,7 +43,7 @@ PREPARE, TOKENIZE, TEXTS, CONVERSATION, PAIRS = "prepare", "tokenize", "texts", 
 TEMPLATE = "template"  # no job: there is no answer
 
 
-class Reply(Struct, array_like=True):
+class FrontReply(Struct, array_like=True):
     errno: int
     sentence: str
     result: bytes
@@ -117,7 +117,7 @@ class Front:
         job, reply = self._waiting[0], None
         try:
             if self._connection.poll(timeout):
-                reply = msgpack.decode(self._connection.recv_bytes(), type=Reply)
+                reply = msgpack.decode(self._connection.recv_bytes(), type=FrontReply)
         except (EOFError, OSError):
             self._give_up(job, "it died while it worked on this text")
             return
@@ -210,10 +210,10 @@ def main(path: str, ctx: str, fd: str) -> int:
             requests = Requests(model, int(ctx))
             continue
         try:
-            reply = Reply(0, "", msgpack.encode(work[kind](payload)))
+            reply = FrontReply(0, "", msgpack.encode(work[kind](payload)))
         except Exception as error:  # whatever goes wrong with one job, the next one is served
             refused = as_oserror(error)
-            reply = Reply(refused.errno or errno.EINVAL, refused.strerror or str(refused), b"")
+            reply = FrontReply(refused.errno or errno.EINVAL, refused.strerror or str(refused), b"")
         connection.send_bytes(msgpack.encode(reply))
 
 

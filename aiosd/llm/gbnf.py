@@ -57,13 +57,13 @@ class _Choices:
 
 def check(text: str) -> None:
     """Raises OSError EINVAL with a sentence that says what is wrong and at which place."""
-    rules = _Reader(text).rules()
+    rules = _GrammarParser(text).rules()
     if "root" not in rules:
         raise refuse("grammar: it has no rule named root")
     _Judge(text, rules).judge()
 
 
-class _Reader:
+class _GrammarParser:
     def __init__(self, text: str) -> None:
         self._text = text
         self._at = 0

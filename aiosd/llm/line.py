@@ -21,7 +21,7 @@ _MESSAGES_AT_ONCE = 64
 _DRAIN_S = 2.0
 
 
-class Channel(Protocol):
+class KernelChannel(Protocol):
     """The part of `libaios.channel.Channel` that a core uses."""
 
     outbox_bytes: int
@@ -41,7 +41,7 @@ class Channel(Protocol):
 class Line:
     """`name`: the model's, for sentences."""
 
-    def __init__(self, channel: Channel, name: str) -> None:
+    def __init__(self, channel: KernelChannel, name: str) -> None:
         self.channel = channel
         self._name = name
         self._early: list[link.ToService] = []  # messages that `cancelled` took

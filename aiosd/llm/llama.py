@@ -1,6 +1,6 @@
 """Thin, typed owners of llama.cpp's objects.
 
-A `Model` holds weights and vocabulary, a `Context` the KV cache of one model, a `Batch` the arrays that a
+A `Model` holds weights and vocabulary, a `LlamaContext` the KV cache of one model, a `BatchBuffer` the arrays that a
 decode step reads, a `Grammar` the state of one constrained generation. Each frees what it owns in `close`;
 a context is closed before its model. Nothing here is thread-safe: one thread decodes.
 
@@ -29,12 +29,12 @@ __all__ = [
     "OK",
     "POOLING_MEAN",
     "POOLING_RANK",
-    "Batch",
+    "BatchBuffer",
     "C",
-    "Context",
     "Floats",
     "Grammar",
     "Ints",
+    "LlamaContext",
     "Model",
     "on_abort",
     "start",
@@ -45,7 +45,7 @@ __all__ = [
 
 POOLING_NONE, POOLING_MEAN, POOLING_RANK = 0, 1, 4
 
-OK, NO_ROOM, ABORTED = 0, 1, 2  # what Context.decode returns; below 0: an error
+OK, NO_ROOM, ABORTED = 0, 1, 2  # what LlamaContext.decode returns; below 0: an error
 
 
 # ── weights and vocabulary ────────────────────────────────────────────────────────────────────────────────
@@ -275,8 +275,8 @@ def _reasons(errors: list[str]) -> list[str]:
 # ── batch ─────────────────────────────────────────────────────────────────────────────────────────────────
 
 
-class Batch:
-    """The arrays that `Context.decode` reads, as numpy views that are written in place: nothing is allocated
+class BatchBuffer:
+    """The arrays that `LlamaContext.decode` reads, as numpy views that are written in place: nothing is allocated
     and no ctypes object made in a step. Each token belongs to one sequence. Set `size`, fill the first `size`
     places of `tokens`, `positions`, `sequences`, `wanted` (1: the logits of this token are wanted)."""
 
@@ -338,7 +338,7 @@ _KV_TYPES = {"f16": 1, "q8_0": 8}  # ggml's numbers
 _WINDOW_ONLY = 1  # LLAMA_STATE_SEQ_FLAGS_SWA_ONLY
 
 
-class Context:
+class LlamaContext:
     """The KV cache of one model: `slots` streams of `ctx` tokens each (rounded up to 256 by llama.cpp). With `cells` it
     is one stream of `cells` cells for all sequences, which can share cells (see `cells.py`). With `embeddings` one
     stream of `ctx` tokens for all: only then sequences of several lengths stay in one batch."""
@@ -416,7 +416,7 @@ class Context:
         C.llama_set_adapters_lora(self._ctx, array, n, (ctypes.c_float * n)(*scales))
         self._adapter = adapter
 
-    def decode(self, batch: Batch) -> int:
+    def decode(self, batch: BatchBuffer) -> int:
         """OK; NO_ROOM: nothing changed; ABORTED: a part stays, see `last_position`; below 0: an error (-1:
         nothing changed). At most `ubatch` tokens, and logits of at most `outputs` of them."""
         return self._decode(self._ctx, batch.struct)
@@ -499,7 +499,7 @@ class Context:
 
     def sample(self) -> npt.NDArray[np.uint8]:
         """The state of two tokens in an empty context, which shows the layout of states; empty when there is none."""
-        batch = Batch(2)
+        batch = BatchBuffer(2)
         batch.size = 2
         batch.positions[:] = (0, 1)
         if self._memory is None or self.decode(batch) != OK:

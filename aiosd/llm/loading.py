@@ -20,7 +20,7 @@ from aiosd.llm.attention import Attention, Unavailable
 from aiosd.llm.calibrate import PromptBatch
 from aiosd.llm.chat import ChatTemplate
 from aiosd.llm.kvlayout import KvLayout
-from aiosd.llm.room import Room
+from aiosd.llm.room import CacheSize
 from aiosd.llm.spec import MAX_SLOTS, ModelSpec
 from aiosd.llm.threads import Threads
 from aiosd.models.fit import available_memory
@@ -46,13 +46,13 @@ Report = Callable[[str, float], None]
 
 
 @dataclass
-class Loaded:
+class LoadedModel:
     """A model with its KV cache, ready to decode."""
 
     spec: ModelSpec
     model: llama.Model
-    context: llama.Context
-    room: Room
+    context: llama.LlamaContext
+    room: CacheSize
     threads: Threads
     layout: KvLayout
     prompt_batch: PromptBatch
@@ -118,7 +118,7 @@ class Loaded:
         self.model.close()
 
 
-def load(spec: ModelSpec, report: Report) -> Loaded:
+def load(spec: ModelSpec, report: Report) -> LoadedModel:
     """Raises UsageError (not possible as asked) or WorldError (the machine refuses), each with one line."""
     file = modelfile.read(spec.path)
     file.kv_bytes = KV_BYTES[spec.kv_type]
@@ -150,7 +150,7 @@ def load(spec: ModelSpec, report: Report) -> Loaded:
     except BaseException:  # of any kind: llama.cpp's memory is freed by us alone
         model.close()
         raise
-    loaded = Loaded(
+    loaded = LoadedModel(
         spec,
         model,
         context,
@@ -185,7 +185,7 @@ def _own_template(path: str) -> str:
     return text
 
 
-def _check_exact(context: llama.Context, model: llama.Model, slots: int) -> None:
+def _check_exact(context: llama.LlamaContext, model: llama.Model, slots: int) -> None:
     """Raises UsageError where a row depends on the others of its batch, with any of the adapters or without."""
     for adapter in ("", *model.adapters):
         context.use(adapter)
@@ -258,15 +258,15 @@ def _weights(spec: ModelSpec, report: Report) -> llama.Model:
 
 
 def _context(
-    spec: ModelSpec, model: llama.Model, chosen: Room, key_width: int
-) -> tuple[llama.Context, bool | None, str]:
+    spec: ModelSpec, model: llama.Model, chosen: CacheSize, key_width: int
+) -> tuple[llama.LlamaContext, bool | None, str]:
     """The context, whether llama.cpp uses flash attention (None: it decides), and why our own attention is not used
     (see `attention.py`)."""
     ctx, slots = chosen.ctx, chosen.slots
 
-    def make(flash_attention: bool | None, attention: Attention | None = None) -> llama.Context:
+    def make(flash_attention: bool | None, attention: Attention | None = None) -> llama.LlamaContext:
         try:
-            return llama.Context(
+            return llama.LlamaContext(
                 model,
                 slots=slots + spec.exact,  # one more for the dummy tokens, see engine.py
                 ctx=ctx + spec.exact,
@@ -296,7 +296,7 @@ def _context(
     return make(flash_attention), flash_attention, why
 
 
-def _not_own(spec: ModelSpec, model: llama.Model, chosen: Room) -> str:
+def _not_own(spec: ModelSpec, model: llama.Model, chosen: CacheSize) -> str:
     """Why our own attention is not even tried, '' if it is."""
     if spec.flash_attention != "auto":
         return f"--flash-attention {spec.flash_attention}"
@@ -311,7 +311,7 @@ def _not_own(spec: ModelSpec, model: llama.Model, chosen: Room) -> str:
     return "llama.cpp was built for a GPU" if llama.supports_gpu() else ""
 
 
-def _threads(spec: ModelSpec, context: llama.Context, slots: int, report: Report) -> Threads:
+def _threads(spec: ModelSpec, context: llama.LlamaContext, slots: int, report: Report) -> Threads:
     if spec.threads is not None:
         return Threads(spec.threads, "asked for")
     most = context.cells // threads.MOST_STEPS or slots
@@ -322,7 +322,7 @@ def _threads(spec: ModelSpec, context: llama.Context, slots: int, report: Report
     return found
 
 
-def _prompt_batch(context: llama.Context) -> PromptBatch:
+def _prompt_batch(context: llama.LlamaContext) -> PromptBatch:
     """How many tokens of prompts a batch holds; set in the context."""
     if not context.cells:
         return PromptBatch(context.ubatch, 0.0, "not measured: slots have their own cells")

@@ -101,7 +101,7 @@ class ModelFile:
         return -(-ctx // 256) * 256 * self.kv_bytes_per_token() + self.state_bytes()
 
 
-class _Reader:
+class _GgufReader:
     def __init__(self, data: mmap.mmap, path: str) -> None:
         self._data, self._path, self.at = data, path, 0
 
@@ -183,7 +183,7 @@ def read(path: str) -> ModelFile:
 
 
 def _read(data: mmap.mmap, path: str) -> ModelFile:
-    reader = _Reader(data, path)
+    reader = _GgufReader(data, path)
     if reader.raw(4) != b"GGUF":
         raise UsageError(f"{path}: not a GGUF model")
     version = reader.take("<I")

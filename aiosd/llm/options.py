@@ -18,7 +18,7 @@ _LONGEST_TAIL = 20  # how many tokens are compared, at most, after the one in wh
 
 
 @dataclass(frozen=True, slots=True)
-class Choice:
+class SamplerChain:
     """How the tokens of one call are chosen."""
 
     sampler: Sampler
@@ -28,18 +28,18 @@ class Choice:
     top_logprobs: int | None  # how many alternatives come with each log probability; None: no log probabilities
 
 
-class Options:
-    """Makes `Choice`s for one model."""
+class SamplerFactory:
+    """Makes a `SamplerChain` for each call of one model."""
 
     def __init__(self, model: llama.Model) -> None:
         self._model = model
         self._breakers: OrderedDict[tuple[str, ...], Breakers] = OrderedDict()
 
-    def choice(self, sampling: Sampling, constrained: bool) -> Choice:
+    def choice(self, sampling: Sampling, constrained: bool) -> SamplerChain:
         ends = frozenset() if sampling.ignore_eos and not constrained else self._model.end_tokens
         stops = ends | frozenset(sampling.stop_tokens)
         edits = self._edits(sampling, stops)
-        return Choice(
+        return SamplerChain(
             sampler=_sampler(sampling),
             edits=None if edits.none else edits,
             mirostat=_mirostat(sampling),

@@ -330,7 +330,7 @@ def parsed(pattern: Any) -> list[Any]:
     return list(tree)
 
 
-class _Reader:
+class _PatternCompiler:
     """Builds the language of a parsed pattern from its end: for each item the language of what follows it is known, so
     lookahead is an intersection with that."""
 
@@ -441,7 +441,7 @@ def automaton(
     """All states, the start state first; None when there are too many, or they take too long to find."""
     languages = Languages()
     try:
-        wanted = [_Reader(languages).search(parsed(pattern)) for pattern in patterns]
+        wanted = [_PatternCompiler(languages).search(parsed(pattern)) for pattern in patterns]
         if low or high is not None:
             wanted.append(languages.repeat(languages.chars(_ANY), low, high))
         if without:

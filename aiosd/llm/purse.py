@@ -31,7 +31,7 @@ class Purse:
 
 
 @dataclass(slots=True, eq=False)
-class Account:
+class CallAccount:
     """What one call has paid, and what it holds."""
 
     key: Key
@@ -75,14 +75,14 @@ class Purses:
     def __init__(self) -> None:
         self._by_owner: dict[int, Purse] = {}
 
-    def open(self, key: Key, shares: Iterable[PurseShare], now: float) -> Account | None:
+    def open(self, key: Key, shares: Iterable[PurseShare], now: float) -> CallAccount | None:
         """For a call that has a part in these budgets; None: in none."""
         found = [self._purse(share, now) for share in shares]
         for purse in found:
             purse.users.add(key)
-        return Account(key, found) if found else None
+        return CallAccount(key, found) if found else None
 
-    def close(self, account: Account, used: int, now: float) -> None:
+    def close(self, account: CallAccount, used: int, now: float) -> None:
         account.close(used)
         for purse in account.purses:
             purse.users.discard(account.key)

@@ -18,9 +18,9 @@ from aiosd.budgets.price import FREE
 from aiosd.ipc.link import Submit
 from aiosd.llm import adapters, llama
 from aiosd.llm.chat import PLAIN_STOPS, ChatTemplate, Message, loose_tools, normal_messages, normal_tools, refuse
-from aiosd.llm.dialects import CallStream, Reader, Tool
+from aiosd.llm.dialects import CallStream, Tool, ToolCallReader
 from aiosd.llm.gbnf import GrammarConstraint, check
-from aiosd.llm.options import Options
+from aiosd.llm.options import SamplerFactory
 from aiosd.llm.sequence import Sequence
 from aiosd.llm.structured import (
     AfterThoughts,
@@ -31,7 +31,7 @@ from aiosd.llm.structured import (
     tools_grammar,
 )
 from aiosd.llm.text import TextStream
-from aiosd.llm.tokens import QUOTED, Tokens
+from aiosd.llm.tokens import QUOTED, CachingTokenizer
 from libaios import parts
 from libaios.wire import Generate
 
@@ -66,11 +66,11 @@ class Requests:
     def __init__(self, model: llama.Model, ctx: int) -> None:
         self._model = model
         self._ctx = ctx
-        self._tokenizer = Tokens(model)
+        self._tokenizer = CachingTokenizer(model)
         self._quick = False
         self._grammars: dict[bytes, str] = {}  # those of recent tools and schemas, the oldest first
         self._grammar_bytes = 0
-        self._options = Options(model)
+        self._options = SamplerFactory(model)
         template, for_tools = model.chat_templates
         self.template = ChatTemplate(
             template, model.token_text(model.bos), model.token_text(model.eos), self._tokenizer.controls, for_tools
@@ -156,7 +156,7 @@ class Requests:
         request = submit.request
         prepared = prepared or self.prepare(request)
         template = self.template.suited([{}]) if prepared.second else self.template
-        reader = Reader(template.dialect, prepared.tools) if prepared.tools else None
+        reader = ToolCallReader(template.dialect, prepared.tools) if prepared.tools else None
         sampling = request.sampling
         self.check_lora(request.lora)
         self.check_ids(list(sampling.logit_bias), "logit_bias")
@@ -192,7 +192,7 @@ class Requests:
             raise
         return sequence
 
-    def _text(self, submit: Submit, prepared: Prepared, reader: Reader | None) -> TextStream:
+    def _text(self, submit: Submit, prepared: Prepared, reader: ToolCallReader | None) -> TextStream:
         """The text stream of a generation, as it is before the first token."""
         shown = reader is not None and submit.request.stream and reader.dialect.streams
         return TextStream(
@@ -325,7 +325,7 @@ class Requests:
             there = ", ".join(self._model.adapters) or "none (aiosd --lora NAME=PATH)"
             raise refuse(f"lora: this model has no adapter {name!r}; there are: {there}")
 
-    def _constraint(self, request: Generate, prepared: Prepared, reader: Reader | None) -> Constraint | None:
+    def _constraint(self, request: Generate, prepared: Prepared, reader: ToolCallReader | None) -> Constraint | None:
         constraint: Constraint
         if request.grammar is not None:
             return GrammarConstraint(self._model, request.grammar)

@@ -36,14 +36,14 @@ PART, MOST_BYTES = 4, 16 << 30
 
 
 @dataclass(frozen=True, slots=True)
-class Room:
+class CacheSize:
     ctx: int  # tokens per slot
     slots: int
     why: str  # why this number of tokens, for people
     cells: int = 0  # that all slots share; 0: each slot has its own
 
 
-def choose(spec: ModelSpec, file: ModelFile, free: int, unified: bool = False) -> Room:
+def choose(spec: ModelSpec, file: ModelFile, free: int, unified: bool = False) -> CacheSize:
     """`free`: bytes of memory. `unified`: all slots share their cells. Raises UsageError where what was asked for is
     not possible."""
     budget = spec.kv_memory if spec.kv_memory is not None else max(free - file.size, 0) // PART
@@ -55,7 +55,7 @@ def choose(spec: ModelSpec, file: ModelFile, free: int, unified: bool = False) -
     else:
         ctx, why = spec.ctx, "asked for"
         _check_asked(spec, file)
-    return Room(ctx, _slots(spec, file, ctx, budget), why)
+    return CacheSize(ctx, _slots(spec, file, ctx, budget), why)
 
 
 def _trained(spec: ModelSpec, file: ModelFile) -> int:
@@ -91,7 +91,7 @@ def _largest(spec: ModelSpec, file: ModelFile, budget: int) -> tuple[int, str]:
     return ctx, "all that the model was trained for" if ctx == limit else f"the most without --ctx; trained for {limit}"
 
 
-def _common(spec: ModelSpec, file: ModelFile, budget: int) -> Room:
+def _common(spec: ModelSpec, file: ModelFile, budget: int) -> CacheSize:
     """One set of cells for all slots: as many as all of them can use, or as the memory holds."""
     slots = spec.slots or AUTO_SLOTS
     if spec.ctx is not None:
@@ -100,7 +100,7 @@ def _common(spec: ModelSpec, file: ModelFile, budget: int) -> Room:
     ctx = spec.ctx or min(limit, MOST_CTX)
     wanted = slots * padded(ctx)
     if spec.kv_memory is None and spec.ctx and spec.slots:
-        return Room(ctx, slots, "asked for", wanted)
+        return CacheSize(ctx, slots, "asked for", wanted)
     if spec.ctx is None and spec.kv_memory is None:
         budget = min(budget, MOST_BYTES)
     fit = budget // max(file.kv_bytes_per_token(), 1) // CELLS * CELLS
@@ -110,10 +110,12 @@ def _common(spec: ModelSpec, file: ModelFile, budget: int) -> Room:
         raise UsageError(f"{least} tokens need {size_of(need)} of KV cache, more than the {size_of(budget)} allowed")
     cells = max(min(wanted, fit), least)
     if spec.ctx:
-        return Room(ctx, slots, "asked for", cells)
+        return CacheSize(ctx, slots, "asked for", cells)
     if ctx > cells:
-        return Room(cells, slots, f"one may have all {cells} cells", cells)
-    return Room(ctx, slots, "all that the model was trained for" if ctx == limit else "the most without --ctx", cells)
+        return CacheSize(cells, slots, f"one may have all {cells} cells", cells)
+    return CacheSize(
+        ctx, slots, "all that the model was trained for" if ctx == limit else "the most without --ctx", cells
+    )
 
 
 def padded(ctx: int) -> int:
@@ -137,7 +139,7 @@ def _slots(spec: ModelSpec, file: ModelFile, ctx: int, budget: int) -> int:
     return max(1, min(AUTO_SLOTS, budget // per_slot))
 
 
-def check_memory(path: str, weights: int, kv: int, room: Room, free: int) -> None:
+def check_memory(path: str, weights: int, kv: int, room: CacheSize, free: int) -> None:
     """Refuse a model for which memory would run out later. Weights are mapped, not copied, but need memory in use."""
     if weights > free:
         raise UsageError(f"{path}: too large for the memory: {size_of(weights)}, but {size_of(free)} are free")

@@ -28,7 +28,7 @@ import msgspec
 import numpy as np
 
 from aiosd.llm import modelfile
-from aiosd.llm.blob import Layout, Piece
+from aiosd.llm.blob import StateLayout, StatePiece
 from aiosd.llm.prefix import Tokens
 from libaios import wire
 
@@ -56,14 +56,18 @@ class Opened:
 
     messages: list[dict[str, Any]]
     tokens: Tokens
-    piece: Piece | None
+    piece: StatePiece | None
     refused: str  # why the state is not used, '' if it is
     lora: str = ""
 
 
 class Saved:
     def __init__(
-        self, folder: str, fits: dict[str, Any], layout: Layout | None = None, adapters: Mapping[str, str] | None = None
+        self,
+        folder: str,
+        fits: dict[str, Any],
+        layout: StateLayout | None = None,
+        adapters: Mapping[str, str] | None = None,
     ) -> None:
         """`layout`: of the context whose pieces are written and read; None: pieces are kept unchanged. `adapters`:
         by name, what must be equal for a state that was computed with the adapter."""
@@ -81,7 +85,7 @@ class Saved:
         name: str,
         messages: list[dict[str, Any]],
         tokens: Tokens,
-        piece: Piece | None,
+        piece: StatePiece | None,
         lora: str = "",
     ) -> wire.SavedContext:
         """Raises OSError (ENOSPC, EDQUOT, …), and then leaves no part of a file behind."""
@@ -136,7 +140,7 @@ class Saved:
         except FileNotFoundError:
             raise wire.error(errno.ENOENT, f"{name}: no such saved context") from None
 
-    def _state(self, file: Any, header: Header) -> tuple[Piece | None, str]:
+    def _state(self, file: Any, header: Header) -> tuple[StatePiece | None, str]:
         if header.lora and header.lora not in self._adapters:
             return None, f"the adapter {header.lora!r} is not loaded"
         for what, mine in (self._fits | self._adapter(header.lora)).items():
@@ -147,7 +151,7 @@ class Saved:
         data = np.empty(header.state_size, np.uint8)
         if file.readinto(data.data) != header.state_size or zlib.crc32(data.data) != header.state_crc:
             return None, "its state is damaged"
-        piece = Piece(data, header.state)
+        piece = StatePiece(data, header.state)
         return (self._layout.own(piece) if self._layout is not None else piece), ""
 
     def _adapter(self, lora: str) -> dict[str, Any]:

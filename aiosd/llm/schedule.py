@@ -18,10 +18,10 @@ from dataclasses import dataclass, field
 from typing import Any, Protocol
 
 from aiosd.ipc.link import Key
-from aiosd.llm.policy import Policy
+from aiosd.llm.policy import SchedulingPolicy
 from aiosd.llm.sequence import Phase, Sequence
 from aiosd.llm.slots import Slots
-from aiosd.llm.stats import Meter
+from aiosd.llm.stats import EngineMeter
 
 #: How many seconds of a step prompts may use: while other calls decode, and while none does. The second is limited too,
 #: because a cancel or a new call waits for the end of the step.
@@ -43,9 +43,9 @@ class Batch:
 class Desk(Protocol):
     """What the decision needs of the engine."""
 
-    policy: Policy
+    policy: SchedulingPolicy
     slots: Slots
-    meter: Meter
+    meter: EngineMeter
     clock: Callable[[], float]
     exact: bool
     ubatch: int  # tokens that one batch holds at most

@@ -24,11 +24,11 @@ from aiosd.llm.policy.contract import ANY_TURN, Quantum
 if TYPE_CHECKING:
     from collections.abc import Callable
 
-    from aiosd.llm.dialects import Reader
+    from aiosd.llm.dialects import ToolCallReader
     from aiosd.llm.logprobs import Raw
-    from aiosd.llm.options import Choice
+    from aiosd.llm.options import SamplerChain
     from aiosd.llm.prefix import Node
-    from aiosd.llm.purse import Account
+    from aiosd.llm.purse import CallAccount
     from aiosd.llm.structured import Constraint
     from aiosd.llm.text import TextStream
     from libaios.wire import Logprobs
@@ -52,15 +52,15 @@ class Sequence:
     arrived: float
     prompt: npt.NDArray[np.int32]
     max_tokens: int  # of the whole generation; tokens that came with the call (`given`) count
-    choice: Choice  # how its tokens are chosen
+    choice: SamplerChain  # how its tokens are chosen
     stream: bool
     new_text: Callable[[], TextStream]  # makes the text as it is before the first token
     constraint: Constraint | None = None
-    dialect: Reader | None = None
+    dialect: ToolCallReader | None = None
     budget: int | None = None  # how many tokens it may still use, those of the prompt included
     money: int | None = None  # how much more it may cost,
     price: Price = FREE  # … at these prices
-    account: Account | None = None  # what it pays out of budgets that it shares
+    account: CallAccount | None = None  # what it pays out of budgets that it shares
     watched: bool = False  # the text of each token must be looked at when it is generated
     lora: str = ""  # the adapter that it is computed with
 

@@ -1,7 +1,7 @@
 """Which sequence is in which slot of the KV cache, and what the free slots still hold.
 
 Invariants: a slot is free or owned by exactly one sequence; free + owned = total. A free slot may still hold
-the tokens of its last owner (`Held`), which a later prompt of the same scope can reuse. Slots in use are kept
+the tokens of its last owner (`SlotContent`), which a later prompt of the same scope can reuse. Slots in use are kept
 low and close together by always giving out the lowest (see `best_slot`), because a step over scattered ids is
 split into several passes over the weights.
 """
@@ -22,7 +22,7 @@ _NOTHING = np.zeros(0, np.int32)
 
 
 @dataclass(frozen=True, slots=True)
-class Held:
+class SlotContent:
     """What a free slot still holds. `reusable`: how many of its tokens may serve another call (in exact mode
     only those that were prefilled: the same tokens decoded one by one differ in their last bits)."""
 
@@ -41,14 +41,14 @@ class Match:
     length: int
 
 
-def best_slot(prompt: Tokens, scope: str, held: Iterable[Held], most: int) -> Match | None:
+def best_slot(prompt: Tokens, scope: str, held: Iterable[SlotContent], most: int) -> Match | None:
     """The free slot that saves the most prompt tokens, never more than `most`; None when there is no free slot.
 
     If no slot saves any, an empty slot is preferred, then the one unused for longest, then the lowest number, because
     slots in use should lie close together.
     """
 
-    def saved(slot: Held) -> int:
+    def saved(slot: SlotContent) -> int:
         if slot.scope != scope or not slot.reusable:
             return 0
         return min(common_prefix(prompt, slot.tokens), slot.reusable, most)
@@ -65,7 +65,7 @@ class Slots:
         self.total = total
         self.num_free = total
         self._owner: list[Sequence | None] = [None] * total
-        self._held = [Held(i) for i in range(total)]
+        self._held = [SlotContent(i) for i in range(total)]
 
     def owners(self) -> Iterator[Sequence]:
         """In ascending order of slots."""
@@ -74,11 +74,11 @@ class Slots:
     def owner(self, slot: int) -> Sequence | None:
         return self._owner[slot]
 
-    def held(self, slot: int) -> Held:
+    def held(self, slot: int) -> SlotContent:
         """What lies in a free slot."""
         return self._held[slot]
 
-    def free_slots(self) -> list[Held]:
+    def free_slots(self) -> list[SlotContent]:
         return [held for held in self._held if self._owner[held.slot] is None]
 
     def empty(self) -> list[int]:
@@ -89,7 +89,7 @@ class Slots:
         """The best free slot for this sequence, and how many of its tokens can be reused there."""
         return best_slot(tokens, sequence.scope, self.free_slots(), most)
 
-    def cheapest(self) -> Held:
+    def cheapest(self) -> SlotContent:
         """The free slot with the least to lose: an empty one, else one kept in the store, else the least recent."""
         free = self.free_slots()
         return min(free, key=lambda held: (len(held.tokens) > 0, not held.kept, held.used, held.slot))
@@ -98,7 +98,7 @@ class Slots:
         if self._owner[slot] is not None or sequence.slot >= 0:
             raise Bug(f"slot {slot} given to {sequence.key}, which has {sequence.slot}")
         self._owner[slot] = sequence
-        self._held[slot] = Held(slot)
+        self._held[slot] = SlotContent(slot)
         self.num_free -= 1
         sequence.slot = slot
 
@@ -114,7 +114,7 @@ class Slots:
         if keep:
             tokens = sequence.tokens()[: sequence.length]
             reusable = sequence.prefilled if exact else len(tokens)
-            self._held[slot] = Held(slot, sequence.scope, tokens, reusable, now, sequence.peer)
+            self._held[slot] = SlotContent(slot, sequence.scope, tokens, reusable, now, sequence.peer)
         return slot
 
     def mark_kept(self, slot: int) -> None:
@@ -132,7 +132,7 @@ class Slots:
             raise Bug(f"cannot move {sequence.key} from {old} to {slot}")
         self._owner[old], self._owner[slot] = None, sequence
         self._held[old] = replace(self._held[slot], slot=old)
-        self._held[slot] = Held(slot)
+        self._held[slot] = SlotContent(slot)
         sequence.slot = slot
 
     def closing_move(self, rows: list[Sequence]) -> tuple[Sequence, int] | None:
@@ -158,7 +158,7 @@ class Slots:
 
     def forget(self, slot: int) -> None:
         """The content of a free slot must not be used any more."""
-        self._held[slot] = Held(slot)
+        self._held[slot] = SlotContent(slot)
 
     def check(self) -> None:
         """Check the invariants: every owner knows its slot, no sequence owns two."""

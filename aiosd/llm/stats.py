@@ -16,7 +16,7 @@ WINDOW = 10.0
 _SMOOTH = 0.1
 
 
-class Meter:
+class EngineMeter:
     def __init__(self, clock: Callable[[], float]) -> None:
         self._clock = clock
         self.busy_since = 0.0

@@ -42,7 +42,7 @@ class Threads:
 
 
 def measure(
-    context: llama.Context,
+    context: llama.LlamaContext,
     slots: list[int],
     report: Callable[[float], None] = lambda fraction: None,
     *,
@@ -75,8 +75,8 @@ def _candidates(cores: int) -> list[int]:
     return sorted({1, *(2**i for i in range(1, 9) if 2**i < cores), cores}, reverse=True)
 
 
-def _batch(slots: list[int]) -> llama.Batch:
-    batch = llama.Batch(len(slots))
+def _batch(slots: list[int]) -> llama.BatchBuffer:
+    batch = llama.BatchBuffer(len(slots))
     batch.size = len(slots)
     batch.sequences[:] = slots
     batch.wanted[:] = 1
@@ -84,8 +84,8 @@ def _batch(slots: list[int]) -> llama.Batch:
 
 
 def _take_turns(
-    context: llama.Context,
-    batch: llama.Batch,
+    context: llama.LlamaContext,
+    batch: llama.BatchBuffer,
     candidates: list[int],
     report: Callable[[float], None],
     seconds: float,
@@ -117,7 +117,7 @@ def _take_turns(
     return best
 
 
-def _step(context: llama.Context, batch: llama.Batch, clock: Callable[[], float]) -> float:
+def _step(context: llama.LlamaContext, batch: llama.BatchBuffer, clock: Callable[[], float]) -> float:
     began = clock()
     if context.decode(batch) != llama.OK:
         raise WorldError("llama.cpp could not decode a first step")

@@ -28,7 +28,7 @@ _LONGEST = 1 << 14  # characters; longer ones are not worth their memory
 QUICK_CHARACTERS = 1 << 15  # become tokens between two steps of decoding
 
 
-class Tokens:
+class CachingTokenizer:
     def __init__(self, model: llama.Model) -> None:
         self._model = model
         #: Control tokens by their text.

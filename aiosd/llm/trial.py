@@ -14,7 +14,7 @@ from __future__ import annotations
 import numpy as np
 
 from aiosd.llm import llama
-from aiosd.llm.blob import Layout
+from aiosd.llm.blob import StateLayout
 
 #: Tokens of the prompt (the smallest context has room for more); (first, count) of each batch: the prompt, then more.
 SAMPLE = 12
@@ -25,7 +25,7 @@ _PARTS = ((0, SAMPLE), (SAMPLE, 2), (SAMPLE + 2, 1))
 OURS, THEIRS = 0.002, 0.15
 
 
-def held_against(context: llama.Context) -> str:
+def held_against(context: llama.LlamaContext) -> str:
     """Why this context must not be used with our attention, '' if it may. Leaves the context empty."""
     own = context.attention
     assert own is not None
@@ -57,11 +57,11 @@ def _verdict(theirs: float, ours: float, based: float) -> str:
     return ""
 
 
-def _from_a_base(context: llama.Context) -> bool:
+def _from_a_base(context: llama.LlamaContext) -> bool:
     """Compute one more token, by llama.cpp, and by us with the prompt read from a base. False: llama.cpp cannot."""
     own, state = context.attention, context.read(0)
     assert own is not None
-    layout = Layout.of(state)
+    layout = StateLayout.of(state)
     if layout is None or not (layout.by_rows and layout.in_one) or len(layout.sizes) != 2 * context.n_layer:
         return True  # nothing will be read from a base, see `Cache`
     piece = layout.cut(state, 0, context.last_position(0) + 1, 0, SAMPLE)
@@ -75,14 +75,14 @@ def _from_a_base(context: llama.Context) -> bool:
     return decoded
 
 
-def _decode_sample(context: llama.Context) -> bool:
+def _decode_sample(context: llama.LlamaContext) -> bool:
     """Compute a prompt in two parts and one more token, in an empty context. False: llama.cpp cannot."""
     context.clear()
     return all(_decode(context, at, size) for at, size in _PARTS)
 
 
-def _decode(context: llama.Context, at: int, size: int) -> bool:
-    batch = llama.Batch(size)
+def _decode(context: llama.LlamaContext, at: int, size: int) -> bool:
+    batch = llama.BatchBuffer(size)
     batch.size = size
     batch.tokens[:] = (np.arange(at, at + size) * 37 + 11) % context.n_vocab
     batch.positions[:] = np.arange(at, at + size)

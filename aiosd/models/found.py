@@ -37,7 +37,7 @@ _MOST_FILES = 10_000  # most files looked at in one folder: a wrong AIOSD_MODELS
 
 
 @dataclass(frozen=True, slots=True)
-class Found:
+class FoundModel:
     """A model on this machine."""
 
     name: str  # what `--model` takes
@@ -58,7 +58,7 @@ class NotHere(UsageError):
 # ── one of them ───────────────────────────────────────────────────────────────────────────────────────────
 
 
-def find(word: str, folder: str = "/") -> Found:
+def find(word: str, folder: str = "/") -> FoundModel:
     """The model that `word` means, a name or a path as seen from `folder`. A path is taken as it is: what is wrong with
     the file is told when it is loaded. Raises UsageError, NotHere if it could be fetched from a hub."""
     if word == NANO:
@@ -72,10 +72,10 @@ def find(word: str, folder: str = "/") -> Found:
         if word.startswith(PREFIXES):
             raise UsageError(f"{word}: not on this machine (aiosd models lists what is)")
     first = modelfile.first_part(path)
-    return Found(word, "path", first, quants.stem_of(first))
+    return FoundModel(word, "path", first, quants.stem_of(first))
 
 
-def _named(word: str) -> Found | None:
+def _named(word: str) -> FoundModel | None:
     wanted = word.lower()
     models = listing()
     exact = [model for model in models if model.name.lower() == wanted]
@@ -85,16 +85,16 @@ def _named(word: str) -> Found | None:
     return fitting[0] if fitting else None
 
 
-def nano() -> Found:
-    return Found(NANO, "nano", str(model_path()), NANO)
+def nano() -> FoundModel:
+    return FoundModel(NANO, "nano", str(model_path()), NANO)
 
 
-def listing() -> list[Found]:
+def listing() -> list[FoundModel]:
     """All of them, the embedded one first."""
     return [nano(), *_ours(), *_hub(), *_ollama(), *_lmstudio()]
 
 
-def row(model: Found, room: int) -> dict[str, Any]:
+def row(model: FoundModel, room: int) -> dict[str, Any]:
     """What its file tells, for a listing; `problem` if it cannot be read. `room`: bytes of memory that are free."""
     row: dict[str, Any] = {"name": model.name, "source": model.source, "path": model.path}
     try:
@@ -116,10 +116,10 @@ def row(model: Found, room: int) -> dict[str, Any]:
 # ── our own folder ────────────────────────────────────────────────────────────────────────────────────────
 
 
-def _ours() -> list[Found]:
+def _ours() -> list[FoundModel]:
     files = [path for path in _ggufs(places.ours()) if not any(".parts" in part for part in path.parts[:-1])]
     stems = [(path, quants.stem_of(path.name)) for path in files]
-    return [Found(stem, "aiosd", str(path), stem, _beginnings(stem)) for path, stem in stems]
+    return [FoundModel(stem, "aiosd", str(path), stem, _beginnings(stem)) for path, stem in stems]
 
 
 def _beginnings(stem: str) -> frozenset[str]:
@@ -159,7 +159,7 @@ def hub_name(repo: str, quant: str) -> str:
     return f"{HUB}{repo}:{quant}" if quant else f"{HUB}{repo}"
 
 
-def in_hub_cache(repo: str, quant: str) -> Found:
+def in_hub_cache(repo: str, quant: str) -> FoundModel:
     """Raises NotHere."""
     for snapshot in _snapshots(places.hub() / f"models--{repo.replace('/', '--')}"):
         files = [path.relative_to(snapshot).as_posix() for path in _walk(snapshot) if path.exists()]
@@ -170,13 +170,13 @@ def in_hub_cache(repo: str, quant: str) -> Found:
     raise NotHere(repo, quant)
 
 
-def hub_found(repo: str, choice: quants.Choice, snapshot: Path) -> Found:
+def hub_found(repo: str, choice: quants.QuantChoice, snapshot: Path) -> FoundModel:
     name = hub_name(repo, choice.quant or choice.files[0])
-    return Found(name, "hub", str(snapshot / choice.files[0]), choice.stem, _shorter(HUB, name, choice.stem))
+    return FoundModel(name, "hub", str(snapshot / choice.files[0]), choice.stem, _shorter(HUB, name, choice.stem))
 
 
-def _hub() -> list[Found]:
-    found: dict[str, Found] = {}
+def _hub() -> list[FoundModel]:
+    found: dict[str, FoundModel] = {}
     for folder in sorted(_folders(places.hub())):
         if not folder.name.startswith("models--"):
             continue
@@ -216,8 +216,8 @@ def _shorter(prefix: str, name: str, stem: str) -> frozenset[str]:
 # ── Ollama ────────────────────────────────────────────────────────────────────────────────────────────────
 
 
-def _ollama() -> list[Found]:
-    found: dict[str, Found] = {}
+def _ollama() -> list[FoundModel]:
+    found: dict[str, FoundModel] = {}
     for folder in places.ollama():
         for manifest in sorted(_walk(folder / "manifests")):
             parts = manifest.relative_to(folder / "manifests").parts
@@ -228,13 +228,13 @@ def _ollama() -> list[Found]:
     return list(found.values())
 
 
-def _ollama_found(host: str, owner: str, model: str, tag: str, blob: Path) -> Found:
+def _ollama_found(host: str, owner: str, model: str, tag: str, blob: Path) -> FoundModel:
     where = [] if host == _OLLAMA_HOST else [host]
     base = "/".join([*where, *([] if not where and owner == _OLLAMA_FOLDER else [owner]), model])
     name = base if tag == _LATEST else f"{base}:{tag}"
     words = {base, f"{base}:{tag}", f"{model}:{tag}", model}
     shorter = words | {OLLAMA + word for word in words}
-    return Found(OLLAMA + name, "ollama", str(blob), name.replace("/", "_"), frozenset(map(str.lower, shorter)))
+    return FoundModel(OLLAMA + name, "ollama", str(blob), name.replace("/", "_"), frozenset(map(str.lower, shorter)))
 
 
 def _weights(manifest: Path, folder: Path) -> Path | None:
@@ -251,16 +251,16 @@ def _weights(manifest: Path, folder: Path) -> Path | None:
 # ── LM Studio ─────────────────────────────────────────────────────────────────────────────────────────────
 
 
-def _lmstudio() -> list[Found]:
-    found: dict[str, Found] = {}
+def _lmstudio() -> list[FoundModel]:
+    found: dict[str, FoundModel] = {}
     for folder in places.lmstudio():
         for path in _ggufs(folder):
             parts = path.relative_to(folder).parts
             stem = quants.stem_of(path.name)
             quant = quants.of_name(path.name) or stem
             name = f"{LMSTUDIO}{'/'.join(parts[:-1]) or stem}:{quant}"
-            found.setdefault(name, Found(name, "lmstudio", str(path), stem, _shorter(LMSTUDIO, name, stem)))
+            found.setdefault(name, FoundModel(name, "lmstudio", str(path), stem, _shorter(LMSTUDIO, name, stem)))
     return list(found.values())
 
 
-Locate = Callable[[str, str], Found]
+Locate = Callable[[str, str], FoundModel]

@@ -22,7 +22,7 @@ from typing import TYPE_CHECKING, Any
 
 from aiosd.errors import UsageError, WorldError
 from aiosd.models import found, places, quants
-from aiosd.models.found import Found, NotHere
+from aiosd.models.found import FoundModel, NotHere
 from aiosd.units import format_size
 
 if TYPE_CHECKING:
@@ -36,7 +36,7 @@ _SHA256 = re.compile(r"[0-9a-f]{64}")
 _MOST_BY_HTTP = 50 * 10**9
 
 
-def find_or_pull(word: str, folder: str, tell: Tell) -> Found:
+def find_or_pull(word: str, folder: str, tell: Tell) -> FoundModel:
     """As `found.find`, but a model of a hub that is not here is fetched."""
     try:
         return found.find(word, folder)
@@ -44,7 +44,7 @@ def find_or_pull(word: str, folder: str, tell: Tell) -> Found:
         return pull(missing.repo, missing.quant, tell)
 
 
-def pull(repo: str, quant: str, tell: Tell) -> Found:
+def pull(repo: str, quant: str, tell: Tell) -> FoundModel:
     """Fetch a model, if the newest state of it is not here. Raises UsageError when there is none as asked for,
     WorldError when it cannot be fetched. `tell` gets lines about what is being done."""
     library = _library()
@@ -84,7 +84,7 @@ def _library() -> ModuleType:
     return library
 
 
-def _cached(repo: str, quant: str, why: str) -> Found:
+def _cached(repo: str, quant: str, why: str) -> FoundModel:
     try:
         return found.in_hub_cache(repo, quant)
     except NotHere:

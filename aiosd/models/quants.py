@@ -43,7 +43,7 @@ _NO_MODEL = re.compile(r"mmproj|imatrix|(?:^|[-_.])(?:vocab|lora|adapter)(?:[-_.
 
 
 @dataclass(frozen=True, slots=True)
-class Choice:
+class QuantChoice:
     """One model of a repository: its quantisation ("" if its name tells none) and its files, the first one first."""
 
     quant: str
@@ -77,14 +77,14 @@ def is_model(path: str) -> bool:
     return part is None or int(part[1]) == 1
 
 
-def choices(files: Iterable[str]) -> list[Choice]:
+def choices(files: Iterable[str]) -> list[QuantChoice]:
     """The models among the files of a repository, the smallest quantisation first."""
     have = sorted(files)
-    found = [Choice(of_name(file), _all_parts(file)) for file in have if is_model(file)]
+    found = [QuantChoice(of_name(file), _all_parts(file)) for file in have if is_model(file)]
     return sorted(found, key=lambda choice: (_bits(choice.quant), choice.files))
 
 
-def choose(files: Iterable[str], wanted: str, where: str) -> Choice:
+def choose(files: Iterable[str], wanted: str, where: str) -> QuantChoice:
     """The model that `wanted` names: a quantisation, a file, or "" for the default. Raises UsageError, which tells what
     there is. `where`: what to call the repository."""
     have = list(files)
@@ -109,16 +109,16 @@ def _all_parts(first: str) -> tuple[str, ...]:
     return tuple(f"{first[: part.start()]}-{i:05d}-of-{part[2]}{first[-5:]}" for i in range(1, int(part[2]) + 1))
 
 
-def _fits(choice: Choice, wanted: str) -> bool:
+def _fits(choice: QuantChoice, wanted: str) -> bool:
     if wanted.lower().endswith(".gguf"):
         return wanted in (choice.files[0], posixpath.basename(choice.files[0]))
     return choice.quant == wanted.upper() or choice.stem.lower() == wanted.lower()
 
 
-def _nearest(found: list[Choice]) -> list[Choice]:
+def _nearest(found: list[QuantChoice]) -> list[QuantChoice]:
     """Those nearest to the default; of two equally near the larger, of two of one size the plain one."""
 
-    def distance(choice: Choice) -> tuple[float, bool, bool]:
+    def distance(choice: QuantChoice) -> tuple[float, bool, bool]:
         off = math.log2(_bits(choice.quant) / BITS[DEFAULT])
         return (round(abs(off), 6), off < 0, choice.quant.startswith("UD-"))
 
@@ -130,5 +130,5 @@ def _bits(quant: str) -> float:
     return BITS.get(quant.removeprefix("UD-"), 64.0)
 
 
-def _call(choice: Choice) -> str:
+def _call(choice: QuantChoice) -> str:
     return choice.quant or posixpath.basename(choice.files[0])

@@ -14,7 +14,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 
-from aiosd.llm.policy.contract import PROMPT_WEIGHT, E, Entry, Policy, Quantum
+from aiosd.llm.policy.contract import PROMPT_WEIGHT, E, Entry, Quantum, SchedulingPolicy
 from aiosd.llm.policy.fair import Fair
 from aiosd.llm.policy.fifo import Fifo
 from aiosd.llm.policy.mlfq import Mlfq
@@ -29,17 +29,17 @@ __all__ = [
     "Fair",
     "Fifo",
     "Mlfq",
-    "Policy",
     "Priority",
     "Quantum",
     "RoundRobin",
+    "SchedulingPolicy",
     "make",
 ]
 
 NAMES = (Fifo.name, RoundRobin.name, Priority.name, Mlfq.name, Fair.name)
 
 
-def make(name: str, quantum: Quantum | None = None, shares: Mapping[str, float] | None = None) -> Policy:
+def make(name: str, quantum: Quantum | None = None, shares: Mapping[str, float] | None = None) -> SchedulingPolicy:
     """The policy of that name, fresh. `shares`: what a group as a whole gets, in agents of nice 0 (`fair` alone
     knows groups). Raises ValueError for a name that is none of NAMES."""
     quantum = quantum or Quantum()

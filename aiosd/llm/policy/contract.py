@@ -82,7 +82,7 @@ class Entry(Protocol):
 E = TypeVar("E", bound=Entry)
 
 
-class Policy(Protocol):
+class SchedulingPolicy(Protocol):
     """See the head of the file. Calls in the lists are in no particular order."""
 
     name: str
@@ -125,7 +125,7 @@ class Policy(Protocol):
         ...
 
 
-class Base:
+class BasePolicy:
     """Answers that most policies give. They decode all that is ready: the larger the batch, the more tokens per
     second, and a call that waits for nothing but its turn in a batch helps no other much by waiting."""
 
@@ -148,7 +148,7 @@ class Base:
         return decoding
 
 
-class Turns:
+class SlotTurns:
     """Since when, and since which of its tokens, each call has had its slot."""
 
     def __init__(self, quantum: Quantum) -> None:

@@ -34,7 +34,7 @@ from collections import OrderedDict
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 
-from aiosd.llm.policy.contract import PROMPT_WEIGHT, Base, E, Entry, Quantum
+from aiosd.llm.policy.contract import PROMPT_WEIGHT, BasePolicy, E, Entry, Quantum
 
 # fmt: off
 #: Linux's sched_prio_to_weight, from nice -20 to 19: a step changes the share by a quarter.
@@ -69,7 +69,7 @@ REMEMBER, REMEMBER_S = 4096, 3600.0
 
 
 @dataclass(slots=True, eq=False)
-class _Agent:
+class _FairAgent:
     peer: int
     weight: int = NICE_0
     group: _Group | None = None
@@ -89,7 +89,7 @@ class _Group:
     """The active agents of a group with a share."""
 
     share: float
-    members: dict[int, _Agent] = field(default_factory=dict)
+    members: dict[int, _FairAgent] = field(default_factory=dict)
 
 
 @dataclass(frozen=True, slots=True)
@@ -101,7 +101,7 @@ class _Quiet:
     gifts: bool  # is one on allowance among them?
 
 
-class Fair(Base):
+class Fair(BasePolicy):
     """Promise: of two agents that have calls open all the time, neither is ever ahead of the other by more than
     `reach` of the one ahead; so in any stretch of time their service, in tokens by weight, differs by no more than
     the two reaches together. And no agent is kept waiting by those on allowance for more than RATION_S at a
@@ -114,11 +114,11 @@ class Fair(Base):
         self._tokens = float(quantum.tokens)
         self._groups = {name: _Group(share) for name, share in (shares or {}).items()}
         self._stale: set[str] = set()  # groups whose members must be weighed again
-        self._of: dict[int, _Agent] = {}  # open call → its agent
-        self._active: dict[int, _Agent] = {}  # agents with open calls
-        self._idle: OrderedDict[int, _Agent] = OrderedDict()  # others, the longest idle first
-        self._sleepers: set[_Agent] = set()  # active ones that slept before, and have not had much since
-        self._gifted: set[_Agent] = set()  # active ones that came with an allowance
+        self._of: dict[int, _FairAgent] = {}  # open call → its agent
+        self._active: dict[int, _FairAgent] = {}  # agents with open calls
+        self._idle: OrderedDict[int, _FairAgent] = OrderedDict()  # others, the longest idle first
+        self._sleepers: set[_FairAgent] = set()  # active ones that slept before, and have not had much since
+        self._gifted: set[_FairAgent] = set()  # active ones that came with an allowance
         self._line = 0.0
         self._given = 0.0  # virtual tokens, to all, since the line last moved
         self._seated: dict[int, float] = {}  # call → when it got its slot
@@ -145,12 +145,12 @@ class Fair(Base):
         self._of[call.order] = agent
         self.renice(call, now)
 
-    def _wake(self, call: Entry, now: float) -> _Agent:
+    def _wake(self, call: Entry, now: float) -> _FairAgent:
         """An agent becomes active: at the line, or where it was, less its allowance."""
         agent = self._idle.pop(call.peer, None)
         self._advance()
         if agent is None:
-            agent = _Agent(call.peer, group=self._groups.get(call.group), line=self._line, active_since=now)
+            agent = _FairAgent(call.peer, group=self._groups.get(call.group), line=self._line, active_since=now)
             agent.rank = agent.line - WELCOME
         elif agent.slept(now):
             earned = max(agent.line - agent.rank, 0.0) + (now - agent.idle_since) * ALLOWANCE_RATE
@@ -309,7 +309,7 @@ class Fair(Base):
             return own > rank + min(patience, self._tokens)
         return own > max(rank, line) + patience
 
-    def _is_long(self, agent: _Agent) -> bool:
+    def _is_long(self, agent: _FairAgent) -> bool:
         """Has it had more than a quantum since it came?"""
         return agent.rank > agent.line + self._tokens
 
@@ -331,7 +331,7 @@ class Fair(Base):
         if ahead is None:
             return ordered
 
-        def may(agent: _Agent) -> bool:
+        def may(agent: _FairAgent) -> bool:
             return not self._is_long(agent) or agent.rank <= ahead + self._tokens
 
         return [call for call in ordered if may(self._of[call.order])]
@@ -356,7 +356,7 @@ class Fair(Base):
         self._ahead = least if gift and len(kept) < len(decoding) else None
         return kept
 
-    def _behind(self, agents: list[_Agent], ranks: list[float], least: float, decoding: list[E]) -> list[E]:
+    def _behind(self, agents: list[_FairAgent], ranks: list[float], least: float, decoding: list[E]) -> list[E]:
         """Calls as far behind as the one on an allowance, and those whose agents have had little."""
         most = least + self._tokens
         return [
@@ -365,7 +365,7 @@ class Fair(Base):
             if rank <= most or not self._is_long(agent)
         ]
 
-    def _near(self, agents: list[_Agent], decoding: list[E]) -> list[E]:
+    def _near(self, agents: list[_FairAgent], decoding: list[E]) -> list[E]:
         """Those not ahead by more than a quantum, if they are at most half; else those not ahead by FAR quanta: in
         tokens of their own, allowances aside."""
         ranks = [max(agent.rank, agent.line) for agent in agents]

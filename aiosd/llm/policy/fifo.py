@@ -4,10 +4,10 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from aiosd.llm.policy.contract import Base, E
+from aiosd.llm.policy.contract import BasePolicy, E
 
 
-class Fifo(Base):
+class Fifo(BasePolicy):
     """Promise: calls get slots in the order of arrival, without exception, and keep them to their end. So no call
     waits for one that came after it, and the longest wait is that for the slots of those before it: a crowd of long
     calls keeps a short one waiting for as long as they like."""

@@ -12,7 +12,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import count
 
-from aiosd.llm.policy.contract import PROMPT_WEIGHT, Base, E, Entry, Quantum, Turns
+from aiosd.llm.policy.contract import PROMPT_WEIGHT, BasePolicy, E, Entry, Quantum, SlotTurns
 
 #: Levels. The last one has no end: with 64 tokens a quantum it begins at 1,984.
 LEVELS = 6
@@ -25,13 +25,13 @@ HALF_LIFE_S = 10.0
 
 
 @dataclass(slots=True)
-class _Agent:
+class _MlfqAgent:
     attained: float = 0.0  # tokens, since the last boost
     calls: int = 0  # open
     idle_since: float = 0.0
 
 
-class Mlfq(Base):
+class Mlfq(BasePolicy):
     """Promise: a slot goes to the agent on the highest level, at once if the agent that has it stands lower; on one
     level calls take turns of a quantum × 2^level. Every BOOST_S all begin at the top again, in the order in which they
     have waited; so a call waits at most BOOST_S, one turn of level 0 for each round of the calls that stand before it,
@@ -41,8 +41,8 @@ class Mlfq(Base):
 
     def __init__(self, quantum: Quantum) -> None:
         self._quantum = quantum
-        self._turns = Turns(quantum)
-        self._agents: dict[int, _Agent] = {}
+        self._turns = SlotTurns(quantum)
+        self._agents: dict[int, _MlfqAgent] = {}
         self._places: dict[int, int] = {}  # call → its place among those of its level
         self._end = count()
         self._boosted: float | None = None
@@ -52,7 +52,7 @@ class Mlfq(Base):
             return
         self._boost(now)
         self._places[call.order] = next(self._end)
-        agent = self._agents.setdefault(call.peer, _Agent())
+        agent = self._agents.setdefault(call.peer, _MlfqAgent())
         if not agent.calls:
             agent.attained *= 0.5 ** ((now - agent.idle_since) / HALF_LIFE_S)
         agent.calls += 1

@@ -7,14 +7,14 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from aiosd.llm.policy.contract import Base, E, Entry, Quantum, Turns
+from aiosd.llm.policy.contract import BasePolicy, E, Entry, Quantum, SlotTurns
 
 #: Seconds in which a call that waits becomes more urgent by one step of nice: the least urgent agent overtakes the
 #: most urgent one after 80 s.
 AGEING_S = 2.0
 
 
-class Priority(Base):
+class Priority(BasePolicy):
     """Promise: the most urgent call gets the slot; at once, if the call that has it is less urgent by a step. A call
     that waits gains one step of nice per AGEING_S, so a call of nice n is overtaken only by calls of nice m < n that
     began to wait less than (n - m) × AGEING_S after it: its wait is bounded, whatever the others do. What it has gained
@@ -24,7 +24,7 @@ class Priority(Base):
     name = "priority"
 
     def __init__(self, quantum: Quantum) -> None:
-        self._turns = Turns(quantum)
+        self._turns = SlotTurns(quantum)
         self._since: dict[int, float] = {}  # call → when it began to wait
         self._gained: dict[int, float] = {}  # running call → seconds waited, which count in its first quantum
 

@@ -11,10 +11,10 @@ from collections import Counter
 from collections.abc import Sequence
 from itertools import count
 
-from aiosd.llm.policy.contract import Base, E, Entry, Quantum, Turns
+from aiosd.llm.policy.contract import BasePolicy, E, Entry, Quantum, SlotTurns
 
 
-class RoundRobin(Base):
+class RoundRobin(BasePolicy):
     """Promise: while agents have one call each, they get their turns in an order that repeats: between two turns of
     a call, every other call that waited all the time has one. A turn lasts a quantum, and longer only while no call
     waits that would get the slot. With n calls on k slots the longest wait is that for ceil(n/k) turns."""
@@ -22,7 +22,7 @@ class RoundRobin(Base):
     name = "rr"
 
     def __init__(self, quantum: Quantum) -> None:
-        self._turns = Turns(quantum)
+        self._turns = SlotTurns(quantum)
         self._places: dict[int, int] = {}  # call → its place in the queue
         self._end = count()
 

@@ -1,5 +1,5 @@
 """The chunks of a streamed answer, as what a core sends: text with marks between its parts (`libaios.parts`), tool
-calls, usage, and why it ended. What an endpoint sends is not trusted: `Wrong` says what does not fit.
+calls, usage, and why it ended. What an endpoint sends is not trusted: `BadAnswer` says what does not fit.
 
 Only the fields that are named here are looked at; what else a chunk holds is skipped without being built.
 """
@@ -26,7 +26,7 @@ MOST_DEPTH = 64  # of the values in arguments: what travels on must be decoded e
 _UNBUILT = (msgspec.DecodeError, RecursionError)
 
 
-class Wrong(Exception):
+class BadAnswer(Exception):
     """The endpoint's answer is not one."""
 
 
@@ -88,14 +88,14 @@ _decode = msgspec.json.Decoder(_Chunk).decode
 
 
 @dataclass
-class _Call:
+class _CallParts:
     id: str = ""
     name: str = ""
     arguments: list[str] = field(default_factory=list)
 
 
 @dataclass
-class Answer:
+class StreamedAnswer:
     """What has come of one attempt. `num_top`: how many alternatives to each token were asked for; None: no log
     probabilities were, and those that come are not looked at."""
 
@@ -109,19 +109,19 @@ class Answer:
     num_chances: int = 0
     _size_of_chances: int = 0
     _part: str = parts.TEXT
-    _calls: list[_Call] = field(default_factory=list)
-    _by_index: dict[int | None, _Call] = field(default_factory=dict)
+    _calls: list[_CallParts] = field(default_factory=list)
+    _by_index: dict[int | None, _CallParts] = field(default_factory=dict)
 
     def take(self, data: bytes) -> str:
-        """One event of the stream; the text that it adds. Raises Wrong."""
+        """One event of the stream; the text that it adds. Raises BadAnswer."""
         try:
             chunk = _decode(data)
         except msgspec.ValidationError as error:
-            raise Wrong(f"a chunk that is none: {error}") from None
+            raise BadAnswer(f"a chunk that is none: {error}") from None
         except _UNBUILT:
-            raise Wrong(f"a chunk that is no JSON: {data[:80]!r}") from None
+            raise BadAnswer(f"a chunk that is no JSON: {data[:80]!r}") from None
         if bytes(chunk.error) not in (b"", b"null"):
-            raise Wrong(f"an error in the stream: {sentence(loosely(chunk.error))}")
+            raise BadAnswer(f"an error in the stream: {sentence(loosely(chunk.error))}")
         self.usage = _usage(chunk.usage) or self.usage
         self.chances = []
         added = "".join(self._choice(choice) for choice in (chunk.choices or ())[:1])
@@ -129,7 +129,7 @@ class Answer:
             self.text.append(added)
             self.length += len(added)
         if self.length > MOST_CHARACTERS:
-            raise Wrong(f"more than {MOST_CHARACTERS} characters")
+            raise BadAnswer(f"more than {MOST_CHARACTERS} characters")
         return added
 
     def _choice(self, choice: _Choice) -> str:
@@ -151,11 +151,11 @@ class Answer:
         try:
             self.chances = chances.of_chunk(given, num_top)
         except ValueError as error:
-            raise Wrong(str(error)) from None
+            raise BadAnswer(str(error)) from None
         self.num_chances += len(self.chances)
         self._size_of_chances += chances.size(self.chances)
         if self._size_of_chances > MOST_CHANCES:
-            raise Wrong(f"more than {MOST_CHANCES} bytes of log probabilities")
+            raise BadAnswer(f"more than {MOST_CHANCES} bytes of log probabilities")
 
     def _written(self, part: str, text: str | None) -> str:
         if not text:
@@ -173,8 +173,8 @@ class Answer:
         call = self._by_index.get(index)
         if call is None or (name and call.name and ((id_ and id_ != call.id) or (piece.index is None and not id_))):
             if len(self._calls) >= MOST_CALLS:
-                raise Wrong(f"more than {MOST_CALLS} tool calls")
-            call = self._by_index[index] = _Call()
+                raise BadAnswer(f"more than {MOST_CALLS} tool calls")
+            call = self._by_index[index] = _CallParts()
             self._calls.append(call)
         call.id = call.id or id_[:MOST_NAME]
         call.name = call.name or name[:MOST_NAME]
@@ -188,14 +188,14 @@ class Answer:
         return bool(self._calls)
 
     def calls(self, tools: Mapping[str, dict[str, Any]], default_id: str) -> list[ToolCall]:
-        """The tool calls, each checked against its tool. Raises Wrong."""
+        """The tool calls, each checked against its tool. Raises BadAnswer."""
         found = []
         for number, call in enumerate(self._calls):
             if call.name not in tools:
-                raise Wrong(f"a call of {call.name!r:.80}, which is none of the tools")
+                raise BadAnswer(f"a call of {call.name!r:.80}, which is none of the tools")
             arguments = parsed("".join(call.arguments) or "{}", f"arguments of {call.name}")
             if not isinstance(arguments, dict):
-                raise Wrong(f"arguments of {call.name} that are no object")
+                raise BadAnswer(f"arguments of {call.name} that are no object")
             check(arguments, tools[call.name], f"arguments of {call.name}")
             found.append(ToolCall(call.id or f"{default_id}{number}", call.name, arguments))
         return found
@@ -215,19 +215,19 @@ def _content(content: str | list[_ContentPart] | None) -> str | None:
 
 
 def parsed(text: str, what: str) -> Any:
-    """JSON whose value every process on the way to the agent can carry. Raises Wrong."""
+    """JSON whose value every process on the way to the agent can carry. Raises BadAnswer."""
     try:
         value = msgspec.json.decode(text)
     except _UNBUILT:
-        raise Wrong(f"{what} that are no JSON" if what.startswith("arg") else f"{what} that is no JSON") from None
+        raise BadAnswer(f"{what} that are no JSON" if what.startswith("arg") else f"{what} that is no JSON") from None
     level = [value]
     for _ in range(MOST_DEPTH):
         if any(isinstance(one, int) and not -(1 << 63) <= one < 1 << 64 for one in level):
-            raise Wrong(f"{what} with a number of more than 64 bits")
+            raise BadAnswer(f"{what} with a number of more than 64 bits")
         level = [inner for one in level if isinstance(one, dict | list) for inner in _inside(one)]
         if not level:
             return value
-    raise Wrong(f"{what} of more than {MOST_DEPTH} levels")
+    raise BadAnswer(f"{what} of more than {MOST_DEPTH} levels")
 
 
 def _inside(value: dict[str, Any] | list[Any]) -> Any:
@@ -235,8 +235,8 @@ def _inside(value: dict[str, Any] | list[Any]) -> Any:
 
 
 def check(value: Any, schema: dict[str, Any] | bool, what: str) -> None:
-    """Raises Wrong with the place. A schema that cannot be used checks nothing: the endpoint has taken it. `offline`:
-    an agent's schema must not make this process fetch what its references name."""
+    """Raises BadAnswer with the place. A schema that cannot be used checks nothing: the endpoint has taken it.
+    `offline`: an agent's schema must not make this process fetch what its references name."""
     import jsonschema_rs  # only where there is a schema: 15 MB
 
     try:
@@ -246,10 +246,10 @@ def check(value: Any, schema: dict[str, Any] | bool, what: str) -> None:
     try:
         error = next(iter(validator.iter_errors(value)), None)
     except Exception as found:  # of any kind: an answer that cannot be looked through
-        raise Wrong(f"{what} that cannot be checked: {found!s:.200}") from None
+        raise BadAnswer(f"{what} that cannot be checked: {found!s:.200}") from None
     if error is not None:
         place = "".join(f"[{each!r}]" for each in error.instance_path)
-        raise Wrong(f"{what}{place}: {error.message:.200}")
+        raise BadAnswer(f"{what}{place}: {error.message:.200}")
 
 
 def check_text(text: str, schema: dict[str, Any] | bool) -> None:

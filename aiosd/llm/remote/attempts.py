@@ -30,12 +30,12 @@ from aiosd.llm.line import Line
 from aiosd.llm.purse import Purses
 from aiosd.llm.remote import bill
 from aiosd.llm.remote import body as bodies
-from aiosd.llm.remote.answer import Answer, Wrong, check_text, printable
+from aiosd.llm.remote.answer import BadAnswer, StreamedAnswer, check_text, printable
 from aiosd.llm.remote.bell import Bell
-from aiosd.llm.remote.call import RemoteCall, Text
-from aiosd.llm.remote.connections import Connections, Endpoint
-from aiosd.llm.remote.exchange import Data, End, Event, Exchange, Lost, Refused
-from aiosd.llm.remote.limits import LONGEST_RETRY_AFTER_S, Pace, backoff
+from aiosd.llm.remote.call import OutputText, RemoteCall
+from aiosd.llm.remote.connections import Connections, RemoteEndpoint
+from aiosd.llm.remote.exchange import BadStatus, ConnectionLost, Data, End, Exchange, ExchangeEvent
+from aiosd.llm.remote.limits import LONGEST_RETRY_AFTER_S, RateLimiter, backoff
 from aiosd.llm.remote.past import Past
 from aiosd.llm.remote.queue import Queue
 from aiosd.llm.remote.vectors import Vectors
@@ -75,12 +75,12 @@ class Attempts:
     ) -> None:
         self._spec, self._line, self._queue, self._bell = spec, line, queue, bell
         self._clock, self._rng = clock, rng
-        self.endpoint = Endpoint.of(spec.url, spec.key_file)
+        self.endpoint = RemoteEndpoint.of(spec.url, spec.key_file)
         self._connections = Connections(self.endpoint)
-        self._events: SimpleQueue[tuple[Exchange, Event]] = SimpleQueue()
+        self._events: SimpleQueue[tuple[Exchange, ExchangeEvent]] = SimpleQueue()
         self.running: dict[Exchange, RemoteCall] = {}
         self._exchanges: WeakSet[Exchange] = WeakSet()  # also those that were closed and end in a moment
-        self.pace = Pace(spec.rpm, spec.tpm)
+        self.pace = RateLimiter(spec.rpm, spec.tpm)
         self.past = Past()  # the calls that have ended well
         self.purses = Purses()
         self._dialect = bodies.Dialect()
@@ -118,7 +118,7 @@ class Attempts:
         for exchange in self._exchanges:
             exchange.join(CLOSE_S)
 
-    def _post(self, exchange: Exchange, event: Event | None) -> None:
+    def _post(self, exchange: Exchange, event: ExchangeEvent | None) -> None:
         """Called by an exchange's thread."""
         if event is not None and not exchange.closed:
             self._events.put((exchange, event))
@@ -133,14 +133,14 @@ class Attempts:
     def begin(self, call: RemoteCall, now: float) -> None:
         request = call.submit.request
         if not request.stream:
-            call.text = Text(call.kept)
+            call.text = OutputText(call.kept)
         kept = call.kept
         if kept:
             how = "goes on from them" if request.messages is None else "is asked for all of it again"
             why = "its caller has %d characters already, and the model %s: not exactly the same"
             logger.info(f"call %d of %d: {why}", call.key[1], call.key[0], len(kept), how)
         sampling = request.sampling
-        call.answer = Answer(sampling.top_logprobs if sampling.logprobs else None)
+        call.answer = StreamedAnswer(sampling.top_logprobs if sampling.logprobs else None)
         call.heard, call.moved = False, now
         call.backlog.clear()
         call.expected = kept if request.messages is not None else ""
@@ -214,18 +214,18 @@ class Attempts:
             else:
                 self._again(call, f"nothing came for {SILENT_S:g} s")
 
-    def _event(self, call: RemoteCall, event: Event) -> None:
+    def _event(self, call: RemoteCall, event: ExchangeEvent) -> None:
         try:
             match event:
                 case Data(data=data):
                     self._take(call, data)
                 case End(done=done):
                     self._end(call, done)
-                case Lost(why=why):
+                case ConnectionLost(why=why):
                     self._again(call, why)
-                case Refused():
+                case BadStatus():
                     self._refused(call, event)
-        except Wrong as wrong:
+        except BadAnswer as wrong:
             self._again(call, printable(str(wrong)))
         except Exception:  # whatever an endpoint sends, it ends one call and not this process
             logger.exception("call %d of %d: an answer that was not understood", call.key[1], call.key[0])
@@ -270,7 +270,7 @@ class Attempts:
             return
         try:
             calls = self._checked(call)
-        except Wrong as wrong:
+        except BadAnswer as wrong:
             why = printable(str(wrong))
             if call.kept:  # another attempt would have to begin with it
                 self.fail(call, errno.EPROTO, f"the model's answer does not keep to what was asked: {why}")
@@ -308,7 +308,7 @@ class Attempts:
             self._bell.ring()
 
     def _checked(self, call: RemoteCall) -> list[wire.ToolCall]:
-        """The tool calls of the answer. Raises Wrong where it is not what was asked for."""
+        """The tool calls of the answer. Raises BadAnswer where it is not what was asked for."""
         answer, request = call.answer, call.submit.request
         if not answer.has_calls and request.schema is None:
             return []
@@ -368,7 +368,7 @@ class Attempts:
 
     # ── what goes wrong ───────────────────────────────────────────────────────────────────────────────────
 
-    def _refused(self, call: RemoteCall, refused: Refused) -> None:
+    def _refused(self, call: RemoteCall, refused: BadStatus) -> None:
         status = refused.status
         self._give_back(call)
         if status == 400 and (dialect := self._dialect.after(refused.why, refused.code)) is not None:
@@ -467,5 +467,5 @@ class Attempts:
         self._queue.remove(call, self._clock())
 
 
-def _too_long(refused: Refused) -> bool:
+def _too_long(refused: BadStatus) -> bool:
     return refused.status == 400 and (refused.code in _TOO_LONG or _TOO_LONG_SENTENCE.search(refused.why) is not None)

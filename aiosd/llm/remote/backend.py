@@ -20,8 +20,8 @@ from aiosd.llm.line import Line
 from aiosd.llm.remote import bill, keys
 from aiosd.llm.remote.attempts import Attempts
 from aiosd.llm.remote.bell import Bell
-from aiosd.llm.remote.call import RemoteCall, Text
-from aiosd.llm.remote.connections import Endpoint
+from aiosd.llm.remote.call import OutputText, RemoteCall
+from aiosd.llm.remote.connections import RemoteEndpoint
 from aiosd.llm.remote.limits import Circuit
 from aiosd.llm.remote.queue import Queue
 from aiosd.llm.remote.vectors import Vectors
@@ -38,7 +38,7 @@ OPEN_PATIENCE_S = 30.0  # how long a call waits for an endpoint that fails all t
 def open_model(spec: ModelSpec, line: Line) -> Remote:
     """Raises UsageError. The endpoint is not asked: a system starts without its network."""
     try:
-        Endpoint.of(spec.url, spec.key_file).key()
+        RemoteEndpoint.of(spec.url, spec.key_file).key()
     except (OSError, ValueError) as error:
         reason = error.strerror if isinstance(error, OSError) else error
         raise UsageError(f"key_file {spec.key_file}: {reason}") from None
@@ -179,7 +179,7 @@ class Remote:
             self._line.refuse(key, error, elsewhere=True)
             return
         now = self._clock()
-        come = Text(given if isinstance(given, str) else "")
+        come = OutputText(given if isinstance(given, str) else "")
         call = RemoteCall(message, now, message.nice, come, bill.estimate(size), now)
         call.account = self._attempts.purses.open(key, message.shares, now)
         self._queue.add(call, now)
@@ -213,7 +213,7 @@ class Remote:
         none = wire.Generate(stream=False)
         submit = link.Submit(ask.key, none, caller.nice, caller.group, caller.budget, shares=caller.shares)
         size = bill.estimate(sum(map(len, vectors.batch())))
-        call = RemoteCall(submit, now, caller.nice, Text(""), size, now, vectors)
+        call = RemoteCall(submit, now, caller.nice, OutputText(""), size, now, vectors)
         call.account = self._attempts.purses.open(ask.key, caller.shares, now)
         self._queue.add(call, now)
 

@@ -14,7 +14,7 @@ import logging
 from typing import TYPE_CHECKING
 
 from aiosd.budgets.price import Price
-from aiosd.llm.remote.answer import Answer
+from aiosd.llm.remote.answer import StreamedAnswer
 from libaios.wire import Usage
 
 if TYPE_CHECKING:
@@ -32,13 +32,13 @@ def estimate(size: int) -> int:
     return size // BYTES_PER_TOKEN + 1
 
 
-def of_answer(answer: Answer) -> int:
+def of_answer(answer: StreamedAnswer) -> int:
     """Tokens of it."""
     told = answer.usage.completion_tokens if answer.usage is not None else 0
     return told or max(answer.chunks, answer.length // CHARACTERS_PER_TOKEN)
 
 
-def of_prompt(answer: Answer, estimated: int, endpoint: str) -> tuple[int, int]:
+def of_prompt(answer: StreamedAnswer, estimated: int, endpoint: str) -> tuple[int, int]:
     """Tokens of the prompt of this attempt, and how many of them the endpoint had in its cache."""
     told = answer.usage or Usage()
     prompt = told.prompt_tokens or estimated

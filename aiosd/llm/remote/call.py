@@ -10,15 +10,15 @@ from dataclasses import dataclass, field
 from aiosd.ipc import link
 from aiosd.llm import policy
 from aiosd.llm.policy.contract import ANY_TURN
-from aiosd.llm.purse import Account
+from aiosd.llm.purse import CallAccount
 from aiosd.llm.remote import chances as probabilities
-from aiosd.llm.remote.answer import Answer
-from aiosd.llm.remote.exchange import Event, Exchange
+from aiosd.llm.remote.answer import StreamedAnswer
+from aiosd.llm.remote.exchange import Exchange, ExchangeEvent
 from aiosd.llm.remote.vectors import Vectors
 from libaios.wire import Logprob, Logprobs
 
 
-class Text:
+class OutputText:
     """What has come of a call, and how much of it was sent to the kernel. Costs the same for each piece, however long
     the text is. Log probabilities stand where the piece begins with which they came."""
 
@@ -66,7 +66,7 @@ class RemoteCall:
     submit: link.Submit
     arrived: float
     nice: int
-    text: Text  # all that came of it, what was given before included
+    text: OutputText  # all that came of it, what was given before included
     prompt_estimate: int  # tokens
     since: float  # when it began to wait
     vectors: Vectors | None = None  # it is no generation: it wants these
@@ -78,20 +78,20 @@ class RemoteCall:
     exchange: Exchange | None = None
     told: int = 0  # tokens of the texts of the request under way, as its answer says
     is_trial: bool = False  # of the circuit breaker
-    answer: Answer = field(default_factory=Answer)
+    answer: StreamedAnswer = field(default_factory=StreamedAnswer)
     heard: bool = False  # the attempt under way has got an answer, so it is to be paid for
     prompt_charged: int = 0  # tokens of prompts charged, of all attempts that are to be paid for,
     cached: int = 0  # … of these in the endpoint's cache
     on_account: int = 0  # … of these for the attempt under way
     wasted: int = 0  # tokens of answers that came to nothing
-    account: Account | None = None  # what it pays out of budgets that it shares with others
+    account: CallAccount | None = None  # what it pays out of budgets that it shares with others
     limited: bool = False  # the attempt's limit of tokens comes from a budget
     expected: str = ""  # the beginning that the attempt under way must repeat
     least_turn: policy.Quantum = ANY_TURN  # for policies: it keeps its place to its end in any case
     parked_peer: bool = False
     parked_call: bool = False
     parked_since: float = 0.0
-    backlog: deque[Event] = field(default_factory=deque)  # what came and was not looked at yet
+    backlog: deque[ExchangeEvent] = field(default_factory=deque)  # what came and was not looked at yet
     moved: float = 0.0  # when the attempt under way has brought something
     started: bool = False
     began: float = 0.0

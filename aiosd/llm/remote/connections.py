@@ -20,7 +20,7 @@ MOST_KEPT = 32
 
 
 @dataclass(frozen=True)
-class Endpoint:
+class RemoteEndpoint:
     url: str  # as it is shown: without user, password and query
     https: bool
     host: str
@@ -29,7 +29,7 @@ class Endpoint:
     key_file: str = ""  # or a name in the keyring, see `keys`
 
     @classmethod
-    def of(cls, url: str, key_file: str = "") -> Endpoint:
+    def of(cls, url: str, key_file: str = "") -> RemoteEndpoint:
         """Raises UsageError."""
         try:
             parts = urlsplit(url)
@@ -53,7 +53,7 @@ class Endpoint:
 class Connections:
     """To one endpoint. Used by the threads of many exchanges."""
 
-    def __init__(self, endpoint: Endpoint) -> None:
+    def __init__(self, endpoint: RemoteEndpoint) -> None:
         self.endpoint = endpoint
         self._lock = threading.Lock()
         self._idle: list[tuple[float, http.client.HTTPConnection]] = []

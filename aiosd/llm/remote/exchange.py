@@ -18,7 +18,7 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import AnyStr
 
-from aiosd.llm.remote.answer import Wrong, loosely, printable, sentence
+from aiosd.llm.remote.answer import BadAnswer, loosely, printable, sentence
 from aiosd.llm.remote.connections import Connections
 
 FIRST_S = 300.0  # without a byte before the first event: endpoints have queues, and long prompts
@@ -47,14 +47,14 @@ class End:
 
 
 @dataclass(frozen=True)
-class Lost:
+class ConnectionLost:
     """There is no answer, or no more of it."""
 
     why: str
 
 
 @dataclass(frozen=True)
-class Refused:
+class BadStatus:
     """A status other than 200."""
 
     status: int
@@ -63,8 +63,8 @@ class Refused:
     retry_after: float = 0.0  # seconds
 
 
-Event = Data | End | Lost | Refused
-Post = Callable[["Exchange", Event | None], None]
+ExchangeEvent = Data | End | ConnectionLost | BadStatus
+Post = Callable[["Exchange", ExchangeEvent | None], None]
 
 
 class Exchange:
@@ -92,7 +92,7 @@ class Exchange:
             self._held = held
             self._changed.notify()
 
-    def taken(self, event: Event) -> None:
+    def taken(self, event: ExchangeEvent) -> None:
         """The core has done with it."""
         if isinstance(event, Data):
             with self._changed:
@@ -124,7 +124,7 @@ class Exchange:
                 connection = None
         except Exception as error:  # of any kind: a call whose thread has ended in silence would wait for ever
             why = str(error) or type(error).__name__
-            self._post(self, Lost(printable(_without(key, why))))
+            self._post(self, ConnectionLost(printable(_without(key, why))))
         finally:
             if connection is not None:
                 connection.close()
@@ -159,27 +159,27 @@ class Exchange:
         connection.request("POST", self._path, self._body, headers)
         return connection.getresponse()
 
-    def _events(self, response: http.client.HTTPResponse, key: str) -> Iterator[Event]:
+    def _events(self, response: http.client.HTTPResponse, key: str) -> Iterator[ExchangeEvent]:
         kind = response.headers.get_content_type()
         if response.status != http.client.OK:
             yield _refusal(response, key)
         elif response.headers.get("Content-Encoding", "identity") != "identity":
-            raise Wrong("an answer that is compressed, though none was asked for")
+            raise BadAnswer("an answer that is compressed, though none was asked for")
         elif "json" in kind:  # it does not stream
             yield Data(_without(key, self._all(response)))
             yield End()
         elif kind != "text/event-stream" and response.headers.get("Content-Type"):
-            raise Wrong(f"an answer of the type {kind}, which is neither text/event-stream nor JSON")
+            raise BadAnswer(f"an answer of the type {kind}, which is neither text/event-stream nor JSON")
         else:
             yield from self._stream(response, key)
 
     def _all(self, response: http.client.HTTPResponse) -> bytes:
         data = response.read(MOST_WHOLE)
         if response.read(1):
-            raise Wrong(f"an answer of more than {MOST_WHOLE} bytes")
+            raise BadAnswer(f"an answer of more than {MOST_WHOLE} bytes")
         return data
 
-    def _stream(self, response: http.client.HTTPResponse, key: str) -> Iterator[Event]:
+    def _stream(self, response: http.client.HTTPResponse, key: str) -> Iterator[ExchangeEvent]:
         begun, total = bytearray(), 0  # of a line
         while self._may_read():
             read = response.read1(1 << 16)
@@ -199,9 +199,9 @@ class Exchange:
                 yield End()  # whether it is complete, its finish_reason tells
                 return
             if len(begun) > MOST_LINE or total > MOST_STREAM:
-                raise Wrong("a line without end" if len(begun) > MOST_LINE else "a stream without end")
+                raise BadAnswer("a line without end" if len(begun) > MOST_LINE else "a stream without end")
 
-    def _counted(self, event: Event) -> Event:
+    def _counted(self, event: ExchangeEvent) -> ExchangeEvent:
         if isinstance(event, End):
             self.ended = True
         if isinstance(event, Data):
@@ -230,13 +230,13 @@ class Exchange:
             return response.isclosed() and connection.sock is not None and not self.closed
 
 
-def _refusal(response: http.client.HTTPResponse, key: str) -> Refused:
+def _refusal(response: http.client.HTTPResponse, key: str) -> BadStatus:
     found = loosely(_without(key, response.read(_MOST_REFUSAL)))
     error = found.get("error") if isinstance(found, dict) else None
     words = [error.get("code"), error.get("type")] if isinstance(error, dict) else []
     code = next((word[:100] for word in words if word and isinstance(word, str)), "")  # some give the status as code
     why = sentence(found) or printable(_without(key, response.reason))
-    return Refused(response.status, why, printable(code), seconds(response.headers.get("Retry-After", "")))
+    return BadStatus(response.status, why, printable(code), seconds(response.headers.get("Retry-After", "")))
 
 
 def seconds(text: str) -> float:

@@ -1,8 +1,8 @@
 """When a request may be sent to an endpoint, and what follows from one that failed. Pure: all times come as `now`.
 
-- `Window` keeps a rate (requests or tokens in a minute) on our side, so that the endpoint need not refuse us.
+- `RateWindow` keeps a rate (requests or tokens in a minute) on our side, so that the endpoint need not refuse us.
 - `backoff` says how long a call waits after its n-th failure, with jitter: calls that failed together come back apart.
-- `Pace` is all of this for one endpoint.
+- `RateLimiter` is all of this for one endpoint.
 - `Breaker` stops all requests to an endpoint that has failed `FAILURES` times in a row. After a pause one request is
   let through; if it fails, the pause doubles, and if it succeeds, all go on.
 """
@@ -20,7 +20,7 @@ FAILURES = 5
 PAUSE_S, LONGEST_PAUSE_S = 5.0, 120.0
 
 
-class Window:
+class RateWindow:
     """At most `limit` units in any minute; 0: no limit. One use may be larger than that: it then goes alone."""
 
     def __init__(self, limit: int) -> None:
@@ -105,12 +105,12 @@ class Breaker:
         self._trying = False
 
 
-class Pace:
+class RateLimiter:
     """Whether a request may be sent now: rates, the circuit breaker, and the rest that the endpoint has asked for."""
 
     def __init__(self, rpm: int, tpm: int) -> None:
         self.breaker = Breaker()
-        self._requests, self._tokens = Window(rpm), Window(tpm)
+        self._requests, self._tokens = RateWindow(rpm), RateWindow(tpm)
         self._rest_until, self._rest_why = 0.0, ""
 
     def wait(self, tokens: int, now: float) -> float:

@@ -8,7 +8,7 @@ from collections.abc import Iterator
 import msgspec
 
 from aiosd.ipc import link
-from aiosd.llm.remote.call import Text
+from aiosd.llm.remote.call import OutputText
 
 MOST = 256
 MOST_SIZE = 16 << 20  # … and no more of them than are this large
@@ -16,13 +16,13 @@ MOST_SIZE = 16 << 20  # … and no more of them than are this large
 
 class Past:
     def __init__(self) -> None:
-        self._ends: OrderedDict[link.Key, tuple[link.Finished, Text]] = OrderedDict()
+        self._ends: OrderedDict[link.Key, tuple[link.Finished, OutputText]] = OrderedDict()
         self._size = 0
 
     def __iter__(self) -> Iterator[link.Key]:
         return iter(self._ends)
 
-    def add(self, finished: link.Finished, text: Text) -> None:
+    def add(self, finished: link.Finished, text: OutputText) -> None:
         """`text`: all of it, in one piece from now on."""
         text.send_from(text.length)
         self._ends[finished.key] = finished, text

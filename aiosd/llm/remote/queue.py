@@ -15,7 +15,7 @@ class Queue:
 
     def __init__(self, clock: Callable[[], float]) -> None:
         self.calls: dict[link.Key, RemoteCall] = {}  # waiting, parked and running
-        self.policy: policy.Policy = policy.Fifo()
+        self.policy: policy.SchedulingPolicy = policy.Fifo()
         self._clock = clock
         self._schedule: link.Schedule | None = None
         self._parked: set[int] = set()  # peers

@@ -1,5 +1,5 @@
 """Texts whose vectors an endpoint makes (`/embeddings`), some in each request, and what came of them so far. What the
-endpoint sends is not trusted: `Wrong` says what does not fit. Pure."""
+endpoint sends is not trusted: `BadAnswer` says what does not fit. Pure."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ import msgspec
 from msgspec import Meta, Struct
 
 from aiosd.llm.line import MAX_ANSWER
-from aiosd.llm.remote.answer import Wrong, loosely, sentence
+from aiosd.llm.remote.answer import BadAnswer, loosely, sentence
 from libaios.wire import Embedded
 
 MOST_TEXTS = 64  # in a request: the answer is read whole,
@@ -31,7 +31,7 @@ class _Usage(Struct):
     prompt_tokens: Any = 0
 
 
-class _Answer(Struct):
+class _EmbeddingsBody(Struct):
     data: list[_Vector]
     usage: _Usage | None = None
 
@@ -66,21 +66,22 @@ class Vectors:
         self._come = None
 
     def take(self, data: bytes) -> int:
-        """The answer to a request; how many tokens the endpoint says that it had, 0: it does not say. Raises Wrong."""
+        """The answer to a request; how many tokens the endpoint says that it had, 0: it does not say. Raises
+        BadAnswer."""
         try:
-            answer = msgspec.json.decode(data, type=_Answer)
+            answer = msgspec.json.decode(data, type=_EmbeddingsBody)
         except (msgspec.DecodeError, RecursionError):
-            raise Wrong(f"an answer without vectors: {sentence(loosely(data))}") from None
+            raise BadAnswer(f"an answer without vectors: {sentence(loosely(data))}") from None
         count = len(self.batch())
         places = [one.index if one.index is not None else at for at, one in enumerate(answer.data)]
         if len(places) != count:
-            raise Wrong(f"{len(places)} vectors for {count} texts")
+            raise BadAnswer(f"{len(places)} vectors for {count} texts")
         if sorted(places) != list(range(count)):
-            raise Wrong("vectors of other texts")
+            raise BadAnswer("vectors of other texts")
         rows = [_unit(_floats(one.embedding)) for _, one in sorted(zip(places, answer.data, strict=True), key=_place)]
         width = self._width or len(rows[0])
         if any(len(row) != width for row in rows):
-            raise Wrong("vectors of different lengths")
+            raise BadAnswer("vectors of different lengths")
         self._width = width
         self._come = [row.tobytes() for row in rows]
         told = answer.usage.prompt_tokens if answer.usage is not None else 0
@@ -116,12 +117,12 @@ def _floats(found: str | list[float]) -> Sequence[float]:
         values.frombytes(base64.b64decode(found, validate=True))
         return values
     except (ValueError, binascii.Error):
-        raise Wrong("a vector that is no base64 of float32") from None
+        raise BadAnswer("a vector that is no base64 of float32") from None
 
 
 def _unit(values: Sequence[float]) -> array[float]:
     """Of length 1."""
     length = math.hypot(*values) if 0 < len(values) <= MOST_WIDTH else 0.0
     if not 0.0 < length < math.inf:
-        raise Wrong("a vector without a direction")
+        raise BadAnswer("a vector without a direction")
     return array("f", [value / length for value in values])
