@@ -16,7 +16,7 @@ import pytest
 
 from aiosd.errors import UsageError
 from aiosd.gateway import identity
-from aiosd.gateway.identity import Address
+from aiosd.gateway.identity import SocketAddress
 from aiosd.ipc import endpoint
 from aiosd.ipc.endpoint import Endpoint
 from libaios import wire
@@ -110,7 +110,7 @@ def test_the_process_at_the_other_end_is_found(family: socket.AddressFamily) -> 
     with socket.create_server((host, 0), family=family) as server:
         address = server.getsockname()[:2]
         with socket.create_connection(address) as client, server.accept()[0]:
-            theirs, ours = Address(*client.getsockname()[:2]), Address(*address)
+            theirs, ours = SocketAddress(*client.getsockname()[:2]), SocketAddress(*address)
             assert identity.belongs(theirs, ours, os.getpid())
             sleeper = psutil.Popen(["sleep", "60"])
             assert not identity.belongs(theirs, ours, sleeper.pid)

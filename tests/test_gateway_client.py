@@ -113,7 +113,7 @@ def test_the_example_runs(aiosd: System) -> None:
 
 #: What this API has, and where we say what it means here.
 DOCUMENTED = {
-    "chat.completion_create_params": ("CompletionCreateParamsBase", fields.Chat),
+    "chat.completion_create_params": ("CompletionCreateParamsBase", fields.ChatRequest),
     "completion_create_params": ("CompletionCreateParamsBase", completions.Completion),
     "embedding_create_params": ("EmbeddingCreateParams", embeddings.Embedding),
     "responses.response_create_params": ("ResponseCreateParamsBase", responses.Responses),

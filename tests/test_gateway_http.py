@@ -80,11 +80,11 @@ async def _house(keep_alive_s: float = 30) -> AsyncIterator[House]:
 
     account, made = Account(), list[House]()
 
-    async def echo(request: web.Request) -> None:
+    async def echo(request: web.HttpRequest) -> None:
         request.account = account  # type: ignore[assignment]
         await request.reply({"got": await request.json()})
 
-    async def wait(request: web.Request) -> None:
+    async def wait(request: web.HttpRequest) -> None:
         request.account = account  # type: ignore[assignment]
         (house,) = made
         await request.body()
@@ -98,11 +98,11 @@ async def _house(keep_alive_s: float = 30) -> AsyncIterator[House]:
         leaving.cancel()
         await request.reply({"waited": True})
 
-    async def breaks(request: web.Request) -> None:
+    async def breaks(request: web.HttpRequest) -> None:
         await request.stream(b"begun\n\n", b"text/event-stream" if request.words["kind"] == "events" else b"lines")
         raise OSError(errno.EDQUOT, "used up")
 
-    async def show(request: web.Request) -> None:
+    async def show(request: web.HttpRequest) -> None:
         await request.reply(request.words)
 
     routes = [

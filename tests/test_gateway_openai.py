@@ -218,7 +218,7 @@ def read(**body: Any) -> Any:
         extra: list[Any] = []  # noqa: RUF012
 
     try:
-        return fields.chat(fields.read(Request(), {"messages": USER, **body}, fields.Chat), MODEL)  # type: ignore[arg-type]
+        return fields.chat(fields.read(Request(), {"messages": USER, **body}, fields.ChatRequest), MODEL)  # type: ignore[arg-type]
     except web.Problem as problem:
         return problem.status, problem.param
 
@@ -522,7 +522,7 @@ def test_a_stream_that_waits_shows_signs_of_life(monkeypatch: pytest.MonkeyPatch
 
     async def run() -> None:
         request = Asker()
-        asked = fields.Asked([wire.Generate()])
+        asked = fields.ChatGeneration([wire.Generate()])
         task = asyncio.create_task(
             generation.stream(request, asked.args, chat.ChatForm({"id": "x", "model": "m"}, asked, False))  # type: ignore[arg-type]
         )

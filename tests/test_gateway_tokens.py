@@ -16,7 +16,7 @@ import psutil
 import pytest
 
 from aiosd.gateway import identity
-from aiosd.gateway.identity import Address
+from aiosd.gateway.identity import SocketAddress
 from aiosd.ipc import endpoint
 from aiosd.kernel.outside import Outside
 from aiosd.kernel.proc import ProcTable
@@ -97,7 +97,7 @@ def test_no_agent_can_use_it(aiosd: System, program: Program) -> None:
 def test_where_a_connection_comes_from_is_found() -> None:
     with socket.create_server(("127.0.0.1", 0)) as server:
         with socket.create_connection(server.getsockname()) as client, server.accept()[0]:
-            theirs, ours = Address(*client.getsockname()), Address(*server.getsockname())
+            theirs, ours = SocketAddress(*client.getsockname()), SocketAddress(*server.getsockname())
             sleeper = psutil.Popen(["sleep", "60"])
             assert identity.is_outside(theirs, ours, sleeper.pid)
             assert not identity.is_outside(theirs, ours, os.getpid())  # we have it, and are the system ourselves

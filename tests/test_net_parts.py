@@ -16,7 +16,7 @@ from aiosd import config
 from aiosd.birth import denial
 from aiosd.net import request
 from aiosd.net.dialing import Dialer, Private, Unreachable
-from aiosd.net.request import Bad, Request
+from aiosd.net.request import Bad, ProxyRequest
 from aiosd.net.shares import PIECE, Shares
 from aiosd.sandbox import addresses, box, hosts, why
 from aiosd.sandbox.box import Box, Rules
@@ -197,8 +197,8 @@ def test_an_address_within_ipv6_is_as_public_as_itself(number: int) -> None:
 
 
 def test_a_tunnel() -> None:
-    assert request.parse(b"CONNECT A.org:443 HTTP/1.1\r\nHost: b.org\r\n\r\n") == Request("a.org", 443)
-    assert request.parse(b"CONNECT [2606:4700::1111]:443 HTTP/1.1\r\n\r\n") == Request("2606:4700::1111", 443)
+    assert request.parse(b"CONNECT A.org:443 HTTP/1.1\r\nHost: b.org\r\n\r\n") == ProxyRequest("a.org", 443)
+    assert request.parse(b"CONNECT [2606:4700::1111]:443 HTTP/1.1\r\n\r\n") == ProxyRequest("2606:4700::1111", 443)
 
 
 def test_a_plain_request_is_made_anew() -> None:
@@ -206,7 +206,7 @@ def test_a_plain_request_is_made_anew() -> None:
         b"POST http://A.org:8080/x?y#z HTTP/1.1\r\nHost: b.org\r\nConnection: keep-alive, X-Hop\r\nX-Hop: 1\r\n"
         b"Proxy-Authorization: secret\r\nContent-Length: 12\r\naccept:  */* \r\n\r\n"
     )
-    assert found == Request(
+    assert found == ProxyRequest(
         "a.org",
         8080,
         b"POST /x?y HTTP/1.1\r\nHost: a.org:8080\r\ncontent-length: 12\r\naccept: */*\r\nConnection: close\r\n\r\n",

@@ -18,7 +18,7 @@ from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
 from typing import Protocol
 
-from aiosd.gateway.identity import Address, belongs, holder, is_outside
+from aiosd.gateway.identity import SocketAddress, belongs, holder, is_outside
 from libaios import wire
 from libaios.client import ControlSocket
 from libaios.connection import Connection
@@ -40,7 +40,7 @@ class User(Protocol):
     agent: int  # the agent at whose own gate it was accepted; 0: none
 
     @property
-    def ends(self) -> tuple[Address, Address]:
+    def ends(self) -> tuple[SocketAddress, SocketAddress]:
         """The address of the other end, and that of this end."""
 
     def known(self, account: Account) -> None: ...
@@ -146,7 +146,7 @@ class Accounts:
         connection.attach_loop(asyncio.get_running_loop(), self._pace)
         return Account(welcome.pid, welcome.ospid, connection, self)
 
-    async def is_of(self, account: Account, theirs: Address, ours: Address) -> bool:
+    async def is_of(self, account: Account, theirs: SocketAddress, ours: SocketAddress) -> bool:
         """Whether the TCP connection is one of this agent."""
         loop = asyncio.get_running_loop()
         if account.ospid:

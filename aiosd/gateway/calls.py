@@ -15,7 +15,7 @@ from libaios.connection import Connection, Pending, decode_body
 Bell = asyncio.Event
 
 
-class Calls:
+class RequestCalls:
     """Open calls of one request. Leaving the `async with` ends calls that are still open, in whatever state: in the
     queue, in the prompt, or in the middle of the text."""
 
@@ -24,7 +24,7 @@ class Calls:
         self.bell = Bell()  # rings at every reply
         self._open: list[Pending] = []
 
-    async def __aenter__(self) -> Calls:
+    async def __aenter__(self) -> RequestCalls:
         return self
 
     async def __aexit__(self, *exc: object) -> None:
@@ -48,7 +48,7 @@ class Calls:
 
 async def ask(connection: Connection, sys: int, args: Any, result: Any) -> Any:
     """Make one call and wait for its result. Raises OSError."""
-    async with Calls(connection) as calls:
+    async with RequestCalls(connection) as calls:
         call = await calls.submit(sys, args)
         while call.final is None:
             await calls.rung()

@@ -20,7 +20,7 @@ from aiosd.gateway import filing
 from aiosd.gateway.calls import ask
 from aiosd.gateway.filing import checked, storage
 from aiosd.gateway.openai import fields, generation
-from aiosd.gateway.web import Problem, Request, encode, problem_of
+from aiosd.gateway.web import Problem, HttpRequest, encode, problem_of
 from libaios import wire
 from libaios.generate import Result
 from libaios.wire import Sys
@@ -62,7 +62,7 @@ class ToolQuery(Struct, kw_only=True):
     tool_calls: list[dict[str, Any]] = []
 
 
-async def query(request: Request) -> None:
+async def query(request: HttpRequest) -> None:
     asked = fields.read(request, await request.json(), Query)
     kind: str = asked.query_type
     began = time.time()
@@ -94,7 +94,7 @@ def _failed(kind: str, problem: Problem) -> dict[str, Any]:
 # ── llm ───────────────────────────────────────────────────────────────────────────────────────────────────
 
 
-async def _llm(request: Request, data: dict[str, Any]) -> dict[str, Any]:
+async def _llm(request: HttpRequest, data: dict[str, Any]) -> dict[str, Any]:
     asked = fields.read(request, data, LlmQuery)
     if asked.action_type == "operate_file":
         return await _operate(request, asked)
@@ -109,7 +109,7 @@ async def _llm(request: Request, data: dict[str, Any]) -> dict[str, Any]:
     return {"response_message": text, "tool_calls": calls or None, "finished": True, "error": None, "status_code": 200}
 
 
-async def _operate(request: Request, asked: LlmQuery) -> dict[str, Any]:
+async def _operate(request: HttpRequest, asked: LlmQuery) -> dict[str, Any]:
     """Let the model choose file operations, and carry them out. The answer is the result of each operation in the words
     of the store: a summary by another model could claim that an operation was done when it was not."""
     messages = [{"role": "system", "content": filing.PARSER}, *asked.messages]
@@ -121,7 +121,7 @@ async def _operate(request: Request, asked: LlmQuery) -> dict[str, Any]:
     return {"response_message": message, "tool_calls": None, "finished": True, "error": None, "status_code": 200}
 
 
-async def _generate(request: Request, asked: LlmQuery) -> Result:
+async def _generate(request: HttpRequest, asked: LlmQuery) -> Result:
     named = next(iter(asked.llms or ()), {})
     form = asked.response_format
     if form is None and asked.action_type == "chat_with_json_output":
@@ -129,7 +129,7 @@ async def _generate(request: Request, asked: LlmQuery) -> Result:
     with_tools = asked.action_type in ("chat_with_tool_call_output", "call_tool")
     tools = [_tool(tool) for tool in asked.tools or ()] if with_tools else []
     model = await fields.model_for(request, named.get("name") if isinstance(named, dict) else None)
-    chat = fields.Chat(
+    chat = fields.ChatRequest(
         messages=asked.messages,
         max_tokens=asked.max_new_tokens,
         temperature=asked.temperature,
@@ -151,13 +151,13 @@ def _tool(tool: dict[str, Any]) -> dict[str, Any]:
 # ── tools ─────────────────────────────────────────────────────────────────────────────────────────────────
 
 
-async def _tools(request: Request, data: dict[str, Any]) -> dict[str, Any]:
+async def _tools(request: HttpRequest, data: dict[str, Any]) -> dict[str, Any]:
     asked = fields.read(request, data, ToolQuery)
     text = await _run_tools(request, asked.tool_calls)
     return {"response_message": text, "finished": True, "error": None, "status_code": 200}
 
 
-async def _run_tools(request: Request, calls: list[dict[str, Any]]) -> str:
+async def _run_tools(request: HttpRequest, calls: list[dict[str, Any]]) -> str:
     """Make the calls one after the other, as they may depend on each other. Raises OSError."""
     results = []
     for call in calls:
@@ -173,7 +173,7 @@ async def _run_tools(request: Request, calls: list[dict[str, Any]]) -> str:
 # ── memory ────────────────────────────────────────────────────────────────────────────────────────────────
 
 
-async def _memories(request: Request, data: dict[str, Any]) -> dict[str, Any]:
+async def _memories(request: HttpRequest, data: dict[str, Any]) -> dict[str, Any]:
     asked = fields.read(request, data, MemoryQuery)
     operation = _OPERATIONS.get(asked.operation_type)
     if operation is None:
@@ -228,18 +228,18 @@ def _ident(params: dict[str, Any]) -> int:
         raise wire.error(errno.ENOENT, f"{params.get('memory_id')!r:.60}: no such memory") from None
 
 
-async def _add(request: Request, params: dict[str, Any]) -> dict[str, Any]:
+async def _add(request: HttpRequest, params: dict[str, Any]) -> dict[str, Any]:
     tags, metadata = _kept(params.get("metadata"))
     args = checked(wire.MemAdd(_text(params), tags=tags, metadata=metadata))
     ident = await ask(request.account.connection, Sys.MEM_ADD, args, int)
     return _memory(ident=str(ident))
 
 
-async def _get(request: Request, params: dict[str, Any]) -> dict[str, Any]:
+async def _get(request: HttpRequest, params: dict[str, Any]) -> dict[str, Any]:
     return _memory(await ask(request.account.connection, Sys.MEM_GET, wire.MemGet(_ident(params)), wire.Note))
 
 
-async def _update(request: Request, params: dict[str, Any]) -> dict[str, Any]:
+async def _update(request: HttpRequest, params: dict[str, Any]) -> dict[str, Any]:
     given = params.get("metadata")
     tags, metadata = _kept(given)
     text = _text(params) if params.get("content") is not None else None
@@ -249,12 +249,12 @@ async def _update(request: Request, params: dict[str, Any]) -> dict[str, Any]:
     return _memory(ident=str(_ident(params)))
 
 
-async def _remove(request: Request, params: dict[str, Any]) -> dict[str, Any]:
+async def _remove(request: HttpRequest, params: dict[str, Any]) -> dict[str, Any]:
     await ask(request.account.connection, Sys.MEM_REMOVE, wire.MemGet(_ident(params)), None)
     return _memory(ident=str(_ident(params)))
 
 
-async def _search(request: Request, params: dict[str, Any]) -> dict[str, Any]:
+async def _search(request: HttpRequest, params: dict[str, Any]) -> dict[str, Any]:
     k = params.get("k", 5)
     args = checked(wire.MemSearch(_text(params), k if isinstance(k, int) else 5))
     found = await ask(request.account.connection, Sys.MEM_SEARCH, args, list[wire.Found])
@@ -275,7 +275,7 @@ def _found(one: wire.Found) -> dict[str, Any]:
     }
 
 
-Operation = Callable[[Request, dict[str, Any]], Awaitable[dict[str, Any]]]
+Operation = Callable[[HttpRequest, dict[str, Any]], Awaitable[dict[str, Any]]]
 
 _OPERATIONS: dict[str, Operation] = {
     "add_memory": _add,
@@ -295,17 +295,17 @@ _KINDS: dict[str, Operation] = {"llm": _llm, "memory": _memories, "storage": sto
 # ── about the system ──────────────────────────────────────────────────────────────────────────────────────
 
 
-async def llms(request: Request) -> None:
+async def llms(request: HttpRequest) -> None:
     listed = [{"name": model.name, "backend": "aiosd"} for model in await fields.models(request)]
     await request.reply({"status": "success", "llms": listed})
 
 
-async def status(request: Request) -> None:
+async def status(request: HttpRequest) -> None:
     parts = dict.fromkeys(("llm", "memory", "storage", "tool", "factory"), "active")
     await request.reply({**parts, "status": "ok", "message": "All components active", "components": parts})
 
 
-async def setup(request: Request) -> None:
+async def setup(request: HttpRequest) -> None:
     """The older SDK sets up each part before it uses it. Here nothing is to be done: all parts started with the
     system."""
     await request.body()

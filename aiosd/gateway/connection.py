@@ -13,7 +13,7 @@ import httptools
 from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol, RequestResponseCycle
 
 from aiosd.gateway.accounts import Account
-from aiosd.gateway.identity import Address
+from aiosd.gateway.identity import SocketAddress
 from aiosd.gateway.strangers import Strangers
 from aiosd.gateway.web import Problem, encode, openai_error
 
@@ -70,10 +70,10 @@ class Guarded(HttpToolsProtocol):
         self.transport.abort()
 
     @property
-    def ends(self) -> tuple[Address, Address]:
+    def ends(self) -> tuple[SocketAddress, SocketAddress]:
         """The address of the other end, and that of this end."""
         theirs, ours = self.transport.get_extra_info("peername"), self.transport.get_extra_info("sockname")
-        return Address(*theirs[:2]), Address(*ours[:2])
+        return SocketAddress(*theirs[:2]), SocketAddress(*ours[:2])
 
     def on_message_begin(self) -> None:
         if self._silent:

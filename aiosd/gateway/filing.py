@@ -17,7 +17,7 @@ from msgspec import Struct
 from aiosd.gateway import places
 from aiosd.gateway.calls import ask
 from aiosd.gateway.openai import fields
-from aiosd.gateway.web import Problem, Request, encode
+from aiosd.gateway.web import Problem, HttpRequest, encode
 from libaios import wire
 from libaios.wire import Sys
 
@@ -41,13 +41,13 @@ def checked(args: A) -> A:
         raise Problem(400, f"{name}: {text}" if name else text, param=name or None) from None
 
 
-async def storage(request: Request, data: dict[str, Any]) -> dict[str, Any]:
+async def storage(request: HttpRequest, data: dict[str, Any]) -> dict[str, Any]:
     asked = fields.read(request, data, StorageQuery)
     message = await do(request, asked.operation_type, asked.params)
     return {"response_message": message, "finished": True, "error": None, "status_code": 200}
 
 
-async def do(request: Request, operation: str, params: dict[str, Any]) -> str:
+async def do(request: HttpRequest, operation: str, params: dict[str, Any]) -> str:
     """Carry out one operation. Returns a sentence with its result. Raises Problem, OSError."""
     function = _OPERATIONS.get(operation)
     if function is None:
@@ -69,16 +69,16 @@ def _path(params: dict[str, Any], name: str = "file_path") -> str:
     return _text(params, name).strip("/")
 
 
-async def _mount(request: Request, params: dict[str, Any]) -> str:
+async def _mount(request: HttpRequest, params: dict[str, Any]) -> str:
     _text(params, "root_dir")
     return "files are kept in the agent's own space"
 
 
-async def _create_folder(request: Request, params: dict[str, Any]) -> str:
+async def _create_folder(request: HttpRequest, params: dict[str, Any]) -> str:
     return f"{_path(params, 'dir_path')}: a folder is there with its first file"
 
 
-async def _create(request: Request, params: dict[str, Any]) -> str:
+async def _create(request: HttpRequest, params: dict[str, Any]) -> str:
     connection, args = request.account.connection, checked(wire.StoWrite(_path(params), b"", if_version=0))
     try:
         await ask(connection, Sys.STO_WRITE, args, wire.File)
@@ -88,13 +88,13 @@ async def _create(request: Request, params: dict[str, Any]) -> str:
     return f"{args.path} is created"
 
 
-async def _write(request: Request, params: dict[str, Any]) -> str:
+async def _write(request: HttpRequest, params: dict[str, Any]) -> str:
     args = checked(wire.StoWrite(_path(params), _text(params, "content").encode()))
     file = await ask(request.account.connection, Sys.STO_WRITE, args, wire.File)
     return f"{args.path} has version {file.version}"
 
 
-async def _retrieve(request: Request, params: dict[str, Any]) -> str:
+async def _retrieve(request: HttpRequest, params: dict[str, Any]) -> str:
     """Search files; the result is a list of them as JSON."""
     k, more = params.get("n", 5), params.get("keywords")
     words = [_text(params, "query_text"), *(str(word) for word in (more if isinstance(more, list) else [more or ""]))]
@@ -103,7 +103,7 @@ async def _retrieve(request: Request, params: dict[str, Any]) -> str:
     return encode([{"file_path": one.file.path, "content": one.excerpt, "score": one.score} for one in found]).decode()
 
 
-async def _rollback(request: Request, params: dict[str, Any]) -> str:
+async def _rollback(request: HttpRequest, params: dict[str, Any]) -> str:
     """Go back by `n` versions."""
     path, n = _path(params), params.get("n", 1)
     if params.get("time") is not None:
@@ -119,13 +119,13 @@ async def _rollback(request: Request, params: dict[str, Any]) -> str:
     return f"{path} is as it was in version {args.version}; that is version {file.version}"
 
 
-async def _share(request: Request, params: dict[str, Any]) -> str:
+async def _share(request: HttpRequest, params: dict[str, Any]) -> str:
     args = checked(wire.StoShare(_path(params), "group"))
     await ask(request.account.connection, Sys.STO_SHARE, args, None)
     return f"{args.path} can be read by the agent's group"
 
 
-_OPERATIONS: dict[str, Callable[[Request, dict[str, Any]], Awaitable[str]]] = {
+_OPERATIONS: dict[str, Callable[[HttpRequest, dict[str, Any]], Awaitable[str]]] = {
     "mount": _mount,
     "create_file": _create,
     "create_dir": _create_folder,

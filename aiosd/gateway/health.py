@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-from aiosd.gateway.web import Request
+from aiosd.gateway.web import HttpRequest
 
 
-async def health(request: Request) -> None:
+async def health(request: HttpRequest) -> None:
     await request.reply({"status": "ok"})
 
 
-async def metrics(request: Request) -> None:
+async def metrics(request: HttpRequest) -> None:
     """Counters in the text format of Prometheus."""
     counters = request.app.counters
     lines = ["# TYPE aios_gateway_requests_total counter"]

@@ -30,7 +30,7 @@ _ANY_COOKIE = (0, 0xFFFFFFFF, 0xFFFFFFFF)
 _UID_AT = 16 + 64  # in the answer, after its header: the last but one field of inet_diag_msg; the last is the inode
 
 
-class Address(NamedTuple):
+class SocketAddress(NamedTuple):
     host: str
     port: int
 
@@ -40,7 +40,7 @@ class Socket(NamedTuple):
     uid: int
 
 
-def other_end(theirs: Address, ours: Address) -> Socket:
+def other_end(theirs: SocketAddress, ours: SocketAddress) -> Socket:
     """The socket that is connected from `theirs` to `ours`."""
     family = socket.AF_INET6 if ":" in theirs.host else socket.AF_INET
     addresses = (socket.inet_pton(family, host).ljust(16, b"\0") for host in (theirs.host, ours.host))
@@ -56,7 +56,7 @@ def other_end(theirs: Address, ours: Address) -> Socket:
     return Socket(inode, uid)
 
 
-def holder(theirs: Address, ours: Address) -> int:
+def holder(theirs: SocketAddress, ours: SocketAddress) -> int:
     """A process that has the other end of this connection; 0: none was found."""
     inode = other_end(theirs, ours).inode
     if not inode:
@@ -65,7 +65,7 @@ def holder(theirs: Address, ours: Address) -> int:
     return next((pid for pid in reversed(_processes()) if _has(pid, wanted, MOST_DESCRIPTORS)[0]), 0)
 
 
-def belongs(theirs: Address, ours: Address, ospid: int) -> bool:
+def belongs(theirs: SocketAddress, ours: SocketAddress, ospid: int) -> bool:
     """Whether the process of this number, or one that descends from it, has the other end of this connection."""
     inode = other_end(theirs, ours).inode
     if not inode:
@@ -80,7 +80,7 @@ def belongs(theirs: Address, ours: Address, ospid: int) -> bool:
     return False
 
 
-def is_outside(theirs: Address, ours: Address, supervisor: int) -> bool:
+def is_outside(theirs: SocketAddress, ours: SocketAddress, supervisor: int) -> bool:
     """Whether a process of aiosd's own user (or root) has the other end of this connection, and no process below the
     supervisor has it. A process whose descriptors cannot be read counts as one that does not have it."""
     inode, uid = other_end(theirs, ours)

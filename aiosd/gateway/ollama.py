@@ -19,7 +19,7 @@ from aiosd.gateway.calls import ask
 from aiosd.gateway.openai import fields, generation, named
 from aiosd.gateway.openai.chat import FINISH, logprobs
 from aiosd.gateway.places import split
-from aiosd.gateway.web import Problem, Request, encode, renaming
+from aiosd.gateway.web import Problem, HttpRequest, encode, renaming
 from libaios import wire
 from libaios.generate import Piece, generate_args
 from libaios.wire import ModelInfo, Sys, ToolCall
@@ -70,12 +70,12 @@ class Common(Struct, kw_only=True):
     shift: Any = None
 
 
-class Chat(Common, kw_only=True):
+class OllamaChat(Common, kw_only=True):
     messages: list[dict[str, Any]] = []
     tools: list[dict[str, Any]] | None = None
 
 
-class Generate(Common, kw_only=True):
+class OllamaGenerate(Common, kw_only=True):
     prompt: str = ""
     system: str | None = None
     raw: bool = False
@@ -85,7 +85,7 @@ class Generate(Common, kw_only=True):
     template: str | None = None
 
 
-class Embed(Struct, kw_only=True):
+class OllamaEmbed(Struct, kw_only=True):
     model: str | None = None
     input: str | list[str] = []
     prompt: str | None = None  # the text of the older /api/embeddings
@@ -108,8 +108,8 @@ def error(problem: Problem) -> dict[str, Any]:
 # ── texts ─────────────────────────────────────────────────────────────────────────────────────────────────
 
 
-async def chat(request: Request) -> None:
-    asked = fields.read(request, await request.json(), Chat)
+async def chat(request: HttpRequest) -> None:
+    asked = fields.read(request, await request.json(), OllamaChat)
     request.names = lambda place: "messages" if place == "prompt" else _names(place)
     model = await _model(request, asked.model)
     if not asked.messages:
@@ -118,8 +118,8 @@ async def chat(request: Request) -> None:
     await _answer(request, asked, model, _chat(asked, [_message(one) for one in asked.messages], asked.tools, model))
 
 
-async def generate(request: Request) -> None:
-    asked = fields.read(request, await request.json(), Generate)
+async def generate(request: HttpRequest) -> None:
+    asked = fields.read(request, await request.json(), OllamaGenerate)
     request.names = lambda place: "prompt" if place.startswith("messages") else _names(place)
     for name in ("suffix", "images", "context", "template"):
         if getattr(asked, name):
@@ -133,23 +133,23 @@ async def generate(request: Request) -> None:
         if asked.logprobs:
             given["logprobs"], given["top_logprobs"] = True, asked.top_logprobs or 0
         args = generate_args(None, asked.prompt, model=model.name, **given)
-        await _answer(request, asked, model, fields.Asked([args]), "response")
+        await _answer(request, asked, model, fields.ChatGeneration([args]), "response")
         return
     messages = [{"role": "system", "content": asked.system}] if asked.system else []
     messages.append({"role": "user", "content": asked.prompt})
     await _answer(request, asked, model, _chat(asked, messages, None, model), "response")
 
 
-async def _model(request: Request, name: str | None) -> ModelInfo:
+async def _model(request: HttpRequest, name: str | None) -> ModelInfo:
     """Programs add `:latest` to a name without a version."""
     if name is not None and all(known.name != name for known in await fields.models(request)):
         name = name.removesuffix(":latest")
     return await fields.model_for(request, name)
 
 
-async def _loaded(request: Request, model: ModelInfo, part: str) -> None:
+async def _loaded(request: HttpRequest, model: ModelInfo, part: str) -> None:
     """Answer a request without a prompt, which only wants the model to be loaded: it is loaded always."""
-    body = LinesForm(model.name, fields.Asked([]), part).shown("", "", [])
+    body = LinesForm(model.name, fields.ChatGeneration([]), part).shown("", "", [])
     await request.reply({**body, "done": True, "done_reason": "load"})
 
 
@@ -175,12 +175,12 @@ def _message(message: dict[str, Any]) -> dict[str, Any]:
 
 def _chat(
     asked: Common, messages: list[dict[str, Any]], tools: list[dict[str, Any]] | None, model: ModelInfo
-) -> fields.Asked:
+) -> fields.ChatGeneration:
     schema = _schema(asked)
     form = None if schema is None else {"type": "json_schema", "json_schema": {"schema": schema}}
     chances = {"logprobs": asked.logprobs, "top_logprobs": asked.top_logprobs}
-    chat = _sampling(asked, fields.Chat, messages=messages, tools=tools, response_format=form, **chances)
-    assert isinstance(chat, fields.Chat)
+    chat = _sampling(asked, fields.ChatRequest, messages=messages, tools=tools, response_format=form, **chances)
+    assert isinstance(chat, fields.ChatRequest)
     if asked.think is not None:
         chat.chat_template_kwargs = {"enable_thinking": bool(asked.think)}
     with renaming(_names):
@@ -195,13 +195,17 @@ def _schema(asked: Common) -> dict[str, Any] | None:
     return asked.format
 
 
-def _sampling(asked: Common, kind: type[fields.Sampling] = fields.Sampling, **more: Any) -> fields.Sampling:
+def _sampling(
+    asked: Common, kind: type[fields.SamplingFields] = fields.SamplingFields, **more: Any
+) -> fields.SamplingFields:
     given = asked.options or Options()
     same = {name: getattr(given, name) for name in given.__struct_fields__ if name in kind.__struct_fields__}
     return kind(stream=asked.stream is not False, n_predict=given.num_predict, **same, **more)
 
 
-async def _answer(request: Request, asked: Common, model: ModelInfo, chat: fields.Asked, part: str = "message") -> None:
+async def _answer(
+    request: HttpRequest, asked: Common, model: ModelInfo, chat: fields.ChatGeneration, part: str = "message"
+) -> None:
     form = LinesForm(model.name, chat, part)
     if asked.stream is not False:
         await generation.stream(request, chat.args, form)
@@ -218,7 +222,7 @@ class LinesForm:
     kind = LINES
     comment = b""  # there is none: every line would be taken for a part of the answer
 
-    def __init__(self, model: str, chat: fields.Asked, part: str) -> None:
+    def __init__(self, model: str, chat: fields.ChatGeneration, part: str) -> None:
         self._model, self._chat, self._part = model, chat, part
         self._since = time.monotonic()
         self._reason = ""
@@ -285,8 +289,8 @@ def _written(when: datetime) -> str:
 # ── vectors ───────────────────────────────────────────────────────────────────────────────────────────────
 
 
-async def embed(request: Request) -> None:
-    asked = fields.read(request, await request.json(), Embed)
+async def embed(request: HttpRequest) -> None:
+    asked = fields.read(request, await request.json(), OllamaEmbed)
     model, vectors, tokens = await _vectors(request, asked)
     if asked.dimensions not in (None, model.n_embd):
         raise Problem(400, f"dimensions: this model's vectors have {model.n_embd}", param="dimensions")
@@ -294,14 +298,14 @@ async def embed(request: Request) -> None:
     await request.reply({"model": model.name, "embeddings": vectors, **durations, "prompt_eval_count": tokens})
 
 
-async def embeddings(request: Request) -> None:
+async def embeddings(request: HttpRequest) -> None:
     """The older form, for one text."""
-    asked = fields.read(request, await request.json(), Embed)
+    asked = fields.read(request, await request.json(), OllamaEmbed)
     _, vectors, _ = await _vectors(request, asked)
     await request.reply({"embedding": vectors[0]})
 
 
-async def _vectors(request: Request, asked: Embed) -> tuple[ModelInfo, list[list[float]], int]:
+async def _vectors(request: HttpRequest, asked: OllamaEmbed) -> tuple[ModelInfo, list[list[float]], int]:
     request.names = named.of(asked)
     given = asked.input or asked.prompt
     texts = [given] if isinstance(given, str) else given
@@ -318,17 +322,17 @@ async def _vectors(request: Request, asked: Embed) -> tuple[ModelInfo, list[list
 # ── models ────────────────────────────────────────────────────────────────────────────────────────────────
 
 
-async def tags(request: Request) -> None:
+async def tags(request: HttpRequest) -> None:
     await request.reply({"models": [_listed(model) for model in await fields.models(request)]})
 
 
-async def running(request: Request) -> None:
+async def running(request: HttpRequest) -> None:
     forever = "9999-12-31T23:59:59Z"
     listed = [{**_listed(model), "expires_at": forever, "size_vram": 0} for model in await fields.models(request)]
     await request.reply({"models": listed})
 
 
-async def show(request: Request) -> None:
+async def show(request: HttpRequest) -> None:
     asked = fields.read(request, await request.json(), Named)
     model = await _model(request, asked.model or asked.name)
     known = {
@@ -351,12 +355,12 @@ async def show(request: Request) -> None:
     )
 
 
-async def here(request: Request) -> None:
+async def here(request: HttpRequest) -> None:
     """The reply that programs check before their first request."""
     await request.reply_bytes(b"aiosd: Ollama is running", b"text/plain")
 
 
-async def version(request: Request) -> None:
+async def version(request: HttpRequest) -> None:
     await request.reply({"version": VERSION})
 
 

@@ -17,7 +17,7 @@ from msgspec import Struct
 from aiosd.gateway.calls import ask
 from aiosd.gateway.filing import checked
 from aiosd.gateway.openai import fields
-from aiosd.gateway.web import Problem, Request
+from aiosd.gateway.web import Problem, HttpRequest
 from libaios import sandbox, wire
 from libaios.wire import Sys
 
@@ -27,13 +27,13 @@ HIDDEN = ("AIOS_CHANNEL", "AIOS_PID")  # the program's own
 LOGS = "log"  # under this name an agent's line of INSPECT has the path of its log
 
 
-class Submit(Struct, kw_only=True):
+class SubmitRequest(Struct, kw_only=True):
     agent_id: str
     agent_config: dict[str, Any] = {}
 
 
-async def submit(request: Request) -> None:
-    asked = fields.read(request, await request.json(), Submit)
+async def submit(request: HttpRequest) -> None:
+    asked = fields.read(request, await request.json(), SubmitRequest)
     task = asked.agent_config.get("task")
     if not isinstance(task, str):
         raise Problem(400, "agent_config.task: a text", param="agent_config.task")
@@ -65,7 +65,7 @@ def _which(ident: str) -> list[str]:
     return [*found, "--agent_version", version] if version else found
 
 
-async def _surroundings(request: Request) -> tuple[str, dict[str, str]]:
+async def _surroundings(request: HttpRequest) -> tuple[str, dict[str, str]]:
     """Folder and environment of the program that sent the request. Raises Problem."""
     process = await request.app.accounts.process_of(request.connection)
     try:
@@ -79,14 +79,14 @@ async def _surroundings(request: Request) -> tuple[str, dict[str, str]]:
     return wire.os_text(folder), {name: value for name, value in env.items() if name not in HIDDEN}
 
 
-async def ps(request: Request) -> None:
+async def ps(request: HttpRequest) -> None:
     """The agents that the program has started."""
     lines = await _children(request, wire.Ps(dead=True))
     processes = [_shown(line) for line in sorted(lines, key=lambda line: line.pid)]
     await request.reply({"status": "success", "count": len(processes), "processes": processes})
 
 
-async def _children(request: Request, args: wire.Ps) -> list[wire.ProcInfo]:
+async def _children(request: HttpRequest, args: wire.Ps) -> list[wire.ProcInfo]:
     lines = await ask(request.account.connection, Sys.PS, args, list[wire.ProcInfo])
     return [line for line in lines if line.ppid == request.account.pid]
 
@@ -96,7 +96,7 @@ def _shown(line: wire.ProcInfo) -> dict[str, Any]:
     return {"id": line.pid, "agent_id": line.name, "status": status, "start_time": line.started}
 
 
-async def status(request: Request) -> None:
+async def status(request: HttpRequest) -> None:
     pid = request.words["pid"]
     lines = await _children(request, wire.Ps(pids=[int(pid)], dead=True)) if pid.isdecimal() and len(pid) < 16 else []
     if not lines:

@@ -130,7 +130,7 @@ class Counters:
         }
 
 
-class Request:
+class HttpRequest:
     """A request. `account` is set before a handler gets it, unless the route needs no token."""
 
     def __init__(self, app: App, scope: dict[str, Any], receive: Any, send: Any) -> None:
@@ -274,7 +274,7 @@ class Request:
         await self.reply(self.error_form(problem), problem.status)
 
 
-Handler = Callable[[Request], Awaitable[None]]
+Handler = Callable[[HttpRequest], Awaitable[None]]
 
 
 @dataclass(frozen=True, slots=True)
@@ -314,7 +314,7 @@ class App:
         self._hosts = {door.host, "localhost", "127.0.0.1", "::1"}
 
     async def __call__(self, scope: dict[str, Any], receive: Any, send: Any) -> None:
-        request = Request(self, scope, receive, send)
+        request = HttpRequest(self, scope, receive, send)
         try:
             await self._serve(request)
         except Left:
@@ -331,7 +331,7 @@ class App:
             logger.exception("%s %s: a bug of the gateway", request.method, request.path[:80])
             await request.fail(Problem(500, "the gateway made a mistake; aiosd's log has the details", "server_error"))
 
-    async def _serve(self, request: Request) -> None:
+    async def _serve(self, request: HttpRequest) -> None:
         self._check_origin(request)
         if request.method == "OPTIONS":
             await self._reply_methods(request)
@@ -342,7 +342,7 @@ class App:
                 await self._identify(request)
         await chosen.handler(request)
 
-    def _check_origin(self, request: Request) -> None:
+    def _check_origin(self, request: HttpRequest) -> None:
         """A page in a browser must not reach an agent's model, whatever name it has given this machine."""
         host = request.headers.get(b"host", b"").decode("latin-1")
         origin = request.headers.get(b"origin", b"").decode("latin-1")
@@ -355,7 +355,7 @@ class App:
         # A page of this machine may read the replies; it needs a token as any other program.
         request.extra += [(b"access-control-allow-origin", origin.encode("latin-1")), (b"vary", b"origin")]
 
-    async def _reply_methods(self, request: Request) -> None:
+    async def _reply_methods(self, request: HttpRequest) -> None:
         """Answer OPTIONS with the allowed methods. A browser sends it, without a token, before a page's request."""
         methods = self._methods(request.path) if request.path != "*" else sorted({one.method for one in self._routes})
         if not methods:
@@ -372,7 +372,7 @@ class App:
     def _methods(self, path: str) -> list[str]:
         return [one.method for one in self._routes if _matched(one, path) is not None]
 
-    def _route(self, request: Request) -> Route:
+    def _route(self, request: HttpRequest) -> Route:
         for one in self._routes:
             match = _matched(one, request.path)
             if match is not None and one.method == ("GET" if request.method == "HEAD" else request.method):
@@ -385,13 +385,13 @@ class App:
         request.extra.append((b"allow", ", ".join(_with_head(methods)).encode()))
         raise Problem(405, f"{request.method} is not allowed here; {' and '.join(methods)} is")
 
-    def _nothing_at(self, request: Request) -> Problem:
+    def _nothing_at(self, request: HttpRequest) -> Problem:
         """A 404 that lists the paths that exist."""
         there = ", ".join(dict.fromkeys(f"{one.method} {one.name}" for one in self._routes))
         path = request.path[:200]
         return Problem(404, f"there is nothing at {request.method} {path}; there are: {there}", code="unknown_url")
 
-    async def _identify(self, request: Request) -> None:
+    async def _identify(self, request: HttpRequest) -> None:
         """Find the agent that sent the request. Raises Problem: 401, 403, 503."""
         token, connection = request.token(), request.connection
         if connection.agent:
@@ -415,7 +415,7 @@ class App:
                 connection.known(account)
         request.account = account
 
-    async def _identify_guest(self, request: Request) -> None:
+    async def _identify_guest(self, request: HttpRequest) -> None:
         """The gate determines the agent, whatever token a program sends. Raises Problem: 403, 503."""
         connection = request.connection
         try:

@@ -21,7 +21,7 @@ from dataclasses import dataclass, field
 from aiosd.ipc import passage
 from aiosd.net import request
 from aiosd.net.dialing import LOOKUPS, Dialer, Private, Unreachable
-from aiosd.net.request import Bad, Request
+from aiosd.net.request import Bad, ProxyRequest
 from aiosd.net.shares import Shares
 from aiosd.sandbox import hosts
 
@@ -49,7 +49,7 @@ _PHRASES = {400: "Bad Request", 408: "Request Timeout", 431: "Request Header Fie
 
 
 @dataclass(slots=True, eq=False)
-class Gate:
+class AgentGate:
     """One agent."""
 
     pid: int
@@ -87,8 +87,8 @@ class Proxy:
         self._shares = shares
         self._guests = guests
         self._loop = asyncio.get_running_loop()
-        self.gates: dict[int, Gate] = {}
-        self._full: set[Gate] = set()  # whose further connections wait
+        self.gates: dict[int, AgentGate] = {}
+        self._full: set[AgentGate] = set()  # whose further connections wait
         self.connections = 0
         self.served = 0
         self.refused = 0
@@ -116,7 +116,7 @@ class Proxy:
             return
         self._close(message.pid)
         lookups = asyncio.Semaphore(LOOKUPS)
-        gate = Gate(message.pid, message.life, hosts.grants(message.net), listeners, lookups)
+        gate = AgentGate(message.pid, message.life, hosts.grants(message.net), listeners, lookups)
         self.gates[gate.pid] = gate
         self._listen(gate)
 
@@ -136,12 +136,12 @@ class Proxy:
         for pid in list(self.gates):
             self._close(pid)
 
-    def _listen(self, gate: Gate) -> None:
+    def _listen(self, gate: AgentGate) -> None:
         self._full.discard(gate)
         for number, listener in enumerate(gate.listeners):
             self._loop.add_reader(listener, self._accept, gate, listener, number > 0)
 
-    def _pause(self, gate: Gate) -> None:
+    def _pause(self, gate: AgentGate) -> None:
         """At the proxy. (Connections of the gateway are counted there.)"""
         self._full.add(gate)
         self._loop.remove_reader(gate.listeners[0])
@@ -151,10 +151,10 @@ class Proxy:
         for gate in [gate for gate in self._full if self._room(gate)]:
             self._listen(gate)
 
-    def _room(self, gate: Gate) -> bool:
+    def _room(self, gate: AgentGate) -> bool:
         return len(gate.connections) < (CONNECTIONS if self.connections < self._most else FEW)
 
-    def _accept(self, gate: Gate, listener: socket.socket, to_gateway: bool) -> None:
+    def _accept(self, gate: AgentGate, listener: socket.socket, to_gateway: bool) -> None:
         for _ in range(ACCEPTED_AT_ONCE):
             if to_gateway and gate.guests >= GUESTS:
                 self._rest(gate, gate.listeners[1:])
@@ -175,17 +175,17 @@ class Proxy:
             else:
                 self._begin(gate, sock)
 
-    def _rest(self, gate: Gate, listeners: list[socket.socket]) -> None:
+    def _rest(self, gate: AgentGate, listeners: list[socket.socket]) -> None:
         for one in listeners:
             self._loop.remove_reader(one)
         self._loop.call_later(PAUSE_S, self._rested, gate)
 
-    def _rested(self, gate: Gate) -> None:
+    def _rested(self, gate: AgentGate) -> None:
         gate.guests = 0
         if self.gates.get(gate.pid) is gate:
             self._listen(gate)
 
-    def _pass_on(self, gate: Gate, sock: socket.socket) -> None:
+    def _pass_on(self, gate: AgentGate, sock: socket.socket) -> None:
         gate.guests += 1
         self._shares.connected(gate.pid)
         if gate.guests == 1:
@@ -194,7 +194,7 @@ class Proxy:
             if self._guests is not None:
                 passage.send(self._guests, passage.Guest(gate.pid), [sock.fileno()])
 
-    def _begin(self, gate: Gate, sock: socket.socket) -> None:
+    def _begin(self, gate: AgentGate, sock: socket.socket) -> None:
         sock.setblocking(False)
         self._shares.connected(gate.pid)
         task = self._loop.create_task(self._serve(gate, sock))
@@ -202,7 +202,7 @@ class Proxy:
         gate.connections.add(task)
         task.add_done_callback(lambda done: self._end(gate, done))
 
-    def _end(self, gate: Gate, done: asyncio.Task[None]) -> None:
+    def _end(self, gate: AgentGate, done: asyncio.Task[None]) -> None:
         self.connections -= 1
         gate.connections.discard(done)
         if not done.cancelled() and (err := done.exception()) is not None:  # a bug: it costs this connection
@@ -211,7 +211,7 @@ class Proxy:
 
     # ── a connection ──────────────────────────────────────────────────────────────────────────────────────
 
-    async def _serve(self, gate: Gate, sock: socket.socket) -> None:
+    async def _serve(self, gate: AgentGate, sock: socket.socket) -> None:
         reader, writer = await _streams(sock)
         try:
             with contextlib.suppress(ConnectionError, asyncio.IncompleteReadError):
@@ -219,7 +219,7 @@ class Proxy:
         finally:
             writer.transport.abort()
 
-    async def _serve_streams(self, gate: Gate, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+    async def _serve_streams(self, gate: AgentGate, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
         try:
             wanted = await _head(reader)
             server = await self._dial(gate, wanted)
@@ -236,7 +236,7 @@ class Proxy:
         finally:
             far_writer.transport.abort()
 
-    async def _dial(self, gate: Gate, wanted: Request) -> socket.socket:
+    async def _dial(self, gate: AgentGate, wanted: ProxyRequest) -> socket.socket:
         """Raises Bad."""
         host, port = wanted.host, wanted.port
         granted = hosts.rule(gate.grants, host, port)
@@ -253,7 +253,7 @@ class Proxy:
         except TimeoutError:
             raise Bad(f"{host}:{port} was not reached within {DIAL_S:.0f} s", 504) from None
 
-    def _refusal(self, gate: Gate, wanted: Request, words: str) -> Bad:
+    def _refusal(self, gate: AgentGate, wanted: ProxyRequest, words: str) -> Bad:
         self.refused += 1
         key, now = (wanted.host, wanted.port), time.monotonic()
         if now - gate.second >= 1.0:
@@ -274,7 +274,7 @@ async def _streams(sock: socket.socket) -> tuple[asyncio.StreamReader, asyncio.S
     return reader, writer
 
 
-async def _head(reader: asyncio.StreamReader) -> Request:
+async def _head(reader: asyncio.StreamReader) -> ProxyRequest:
     """Raises Bad, IncompleteReadError."""
     try:
         async with asyncio.timeout(HEAD_S):
@@ -302,7 +302,7 @@ async def _refuse(reader: asyncio.StreamReader, writer: asyncio.StreamWriter, st
 
 
 async def _relay(
-    wanted: Request,
+    wanted: ProxyRequest,
     reader: asyncio.StreamReader,
     writer: asyncio.StreamWriter,
     far_reader: asyncio.StreamReader,

@@ -37,14 +37,14 @@ class Bad(Exception):
 
 
 @dataclass(frozen=True, slots=True)
-class Request:
+class ProxyRequest:
     host: str  # as `hosts.address` writes it
     port: int
     head: bytes = b""  # for the server; b"": it was CONNECT
     body: int = 0  # bytes that follow, or CHUNKED
 
 
-def parse(data: bytes) -> Request:
+def parse(data: bytes) -> ProxyRequest:
     """`data`: a head with the empty line behind it. Raises Bad."""
     first, *lines = data.removesuffix(b"\r\n\r\n").split(b"\r\n")
     words = first.split(b" ")
@@ -55,7 +55,7 @@ def parse(data: bytes) -> Request:
         raise Bad("this is no request of HTTP/1.1")
     headers = _headers(lines)
     if method == b"CONNECT":
-        return Request(*_authority(target.decode("ascii"), 0))
+        return ProxyRequest(*_authority(target.decode("ascii"), 0))
     scheme, colon, rest = target.partition(b"://")
     if not colon:
         raise Bad("this is a proxy: it serves CONNECT, and requests with a whole URL")
@@ -74,7 +74,7 @@ def parse(data: bytes) -> Request:
     }
     dropped -= {b"content-length", b"transfer-encoding"}
     made += [b"%b: %b" % (name, value) for name, value in headers if name not in dropped]
-    return Request(host, port, b"\r\n".join([*made, b"Connection: close", b"\r\n"]), body)
+    return ProxyRequest(host, port, b"\r\n".join([*made, b"Connection: close", b"\r\n"]), body)
 
 
 def chunk(line: bytes) -> int:

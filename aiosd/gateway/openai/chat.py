@@ -9,7 +9,7 @@ from typing import Any
 
 from aiosd import __version__
 from aiosd.gateway.openai import fields, generation, named
-from aiosd.gateway.web import Request, encode
+from aiosd.gateway.web import HttpRequest, encode
 from libaios import wire
 from libaios.generate import CallPiece, Piece, Result
 from libaios.wire import ToolCall
@@ -23,8 +23,8 @@ def new_id(kind: str) -> str:
     return f"{kind}-{os.urandom(12).hex()}"
 
 
-async def complete(request: Request) -> None:
-    asked_for = fields.read(request, await request.json(), fields.Chat)
+async def complete(request: HttpRequest) -> None:
+    asked_for = fields.read(request, await request.json(), fields.ChatRequest)
     request.names = named.of_chat(asked_for)
     model = await fields.model_for(request, asked_for.model)
     asked = fields.chat(asked_for, model)
@@ -57,7 +57,7 @@ def usage(used: wire.Usage) -> dict[str, Any]:
     }
 
 
-def _choice(index: int, result: Result, asked: fields.Asked) -> dict[str, Any]:
+def _choice(index: int, result: Result, asked: fields.ChatGeneration) -> dict[str, Any]:
     calls = [call for call in result.tool_calls if call.name != asked.answer_tool]
     answers = [arguments(call) for call in result.tool_calls if call.name == asked.answer_tool]
     text = result.text + "".join(answers)
@@ -76,7 +76,7 @@ def _choice(index: int, result: Result, asked: fields.Asked) -> dict[str, Any]:
     }
 
 
-def finish_reason(reason: str, calls: bool, asked: fields.Asked) -> str:
+def finish_reason(reason: str, calls: bool, asked: fields.ChatGeneration) -> str:
     if reason != "tool_calls":
         return FINISH.get(reason, "stop")
     if not calls:
@@ -107,7 +107,7 @@ class ChatForm:
 
     kind, comment = generation.EVENTS, generation.COMMENT
 
-    def __init__(self, head: dict[str, Any], asked: fields.Asked, with_usage: bool) -> None:
+    def __init__(self, head: dict[str, Any], asked: fields.ChatGeneration, with_usage: bool) -> None:
         self._head = {**head, "object": "chat.completion.chunk", "system_fingerprint": FINGERPRINT}
         self._front = b""
         self._back = b'],"usage":null}\n\n' if with_usage else b"]}\n\n"
@@ -153,7 +153,7 @@ class Written:
     """The tool calls of one streamed choice: id and name once, then the arguments in pieces. If the model writes calls
     in a form that cannot be parsed piece by piece, each call comes whole at the end."""
 
-    def __init__(self, asked: fields.Asked) -> None:
+    def __init__(self, asked: fields.ChatGeneration) -> None:
         self.any = False  # a call of one of the program's own tools
         self._asked = asked
         self._seen: set[int] = set()

@@ -10,7 +10,7 @@ from msgspec import UNSET, UnsetType
 
 from aiosd.gateway.openai import fields, generation, named
 from aiosd.gateway.openai.chat import DONE, FINGERPRINT, FINISH, new_id, usage
-from aiosd.gateway.web import Problem, Request, encode
+from aiosd.gateway.web import HttpRequest, Problem, encode
 from libaios import wire
 from libaios.generate import Piece, generate_args
 from libaios.wire import ModelInfo
@@ -18,7 +18,7 @@ from libaios.wire import ModelInfo
 MOST_PROMPTS = 128
 
 
-class Completion(fields.Sampling, kw_only=True):
+class Completion(fields.SamplingFields, kw_only=True):
     prompt: str | list[str | int | list[int]] | UnsetType = UNSET
     logprobs: int | bool | None = None
     echo: bool | None = None
@@ -27,7 +27,7 @@ class Completion(fields.Sampling, kw_only=True):
     return_token_ids: bool | None = None  # as vLLM has it
 
 
-async def complete(request: Request) -> None:
+async def complete(request: HttpRequest) -> None:
     asked = fields.read(request, await request.json(), Completion)
     request.names = named.of(asked)
     model = await fields.model_for(request, asked.model)

@@ -10,7 +10,7 @@ from msgspec import UNSET, Struct, UnsetType
 
 from aiosd.gateway.calls import ask
 from aiosd.gateway.openai import fields, named
-from aiosd.gateway.web import Problem, Request
+from aiosd.gateway.web import HttpRequest, Problem
 from libaios import wire
 from libaios.wire import Sys
 
@@ -23,7 +23,7 @@ class Embedding(Struct, kw_only=True):
     user: Any = None
 
 
-async def embed(request: Request) -> None:
+async def embed(request: HttpRequest) -> None:
     asked = fields.read(request, await request.json(), Embedding)
     request.names = named.of(asked)
     texts = _texts(asked.input)

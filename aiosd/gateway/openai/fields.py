@@ -16,7 +16,7 @@ from msgspec import UNSET, Struct, UnsetType
 
 from aiosd.gateway import places
 from aiosd.gateway.calls import ask
-from aiosd.gateway.web import Problem, Request
+from aiosd.gateway.web import Problem, HttpRequest
 from libaios import wire
 from libaios.generate import generate_args
 from libaios.wire import ModelInfo, Sys
@@ -31,7 +31,7 @@ class StreamOptions(Struct):
     include_obfuscation: Any = None  # random padding, which has no effect here
 
 
-class Sampling(Struct, kw_only=True):
+class SamplingFields(Struct, kw_only=True):
     """What chats and completions have in common."""
 
     model: str | None = None
@@ -102,7 +102,7 @@ NEUTRAL: dict[str, tuple[Any, ...]] = {
 F = TypeVar("F", bound=Struct)
 
 
-def read(request: Request, value: dict[str, Any], kind: type[F]) -> F:
+def read(request: HttpRequest, value: dict[str, Any], kind: type[F]) -> F:
     """Convert a request into a struct. Raises Problem (400) with the name of the field that is wrong."""
     try:
         fields = msgspec.convert({name: _whole(given) for name, given in value.items()}, kind)
@@ -139,14 +139,14 @@ def _whole(value: Any) -> Any:
 # ── models ────────────────────────────────────────────────────────────────────────────────────────────────
 
 
-async def models(request: Request) -> list[ModelInfo]:
+async def models(request: HttpRequest) -> list[ModelInfo]:
     """The models of the system, the default one first. The list does not change while the system runs."""
     if not request.app.models:
         request.app.models = await ask(request.account.connection, Sys.MODELS, wire.NoArgs(), list[ModelInfo])
     return request.app.models
 
 
-async def model_for(request: Request, asked: str | None) -> ModelInfo:
+async def model_for(request: HttpRequest, asked: str | None) -> ModelInfo:
     """The model of that name, else the default one: programs name models that exist elsewhere. The reply names it."""
     known = await models(request)
     asked = request.words.get("engine", asked)
@@ -159,7 +159,7 @@ async def model_for(request: Request, asked: str | None) -> ModelInfo:
 # ── sampling ──────────────────────────────────────────────────────────────────────────────────────────────
 
 
-def options(fields: Sampling) -> dict[str, Any]:
+def options(fields: SamplingFields) -> dict[str, Any]:
     """The options with their names in `libaios.llm`; options that the request does not have keep their defaults
     there."""
     tokens = fields.max_tokens if fields.max_tokens is not None else fields.n_predict
@@ -205,7 +205,7 @@ def _token_ids(bias: dict[str, float] | None) -> dict[int, float] | None:
         raise Problem(400, "logit_bias: its keys must be token ids", param="logit_bias") from None
 
 
-def choices(fields: Sampling, args: wire.Generate, most: int = MOST_CHOICES) -> list[wire.Generate]:
+def choices(fields: SamplingFields, args: wire.Generate, most: int = MOST_CHOICES) -> list[wire.Generate]:
     """The same `n` times, with seeds one after the other. The prompt is computed once."""
     n = 1 if fields.n is None else fields.n
     if not 1 <= n <= most:
@@ -216,7 +216,7 @@ def choices(fields: Sampling, args: wire.Generate, most: int = MOST_CHOICES) -> 
     return [args if not i else replace(args, sampling=replace(first, seed=seed)) for i, seed in enumerate(seeds)]
 
 
-def wants_usage(fields: Sampling) -> bool:
+def wants_usage(fields: SamplingFields) -> bool:
     if fields.stream_options is None:
         return False
     if not fields.stream:
@@ -227,7 +227,7 @@ def wants_usage(fields: Sampling) -> bool:
 # ── chats ─────────────────────────────────────────────────────────────────────────────────────────────────
 
 
-class Chat(Sampling, kw_only=True):
+class ChatRequest(SamplingFields, kw_only=True):
     messages: list[dict[str, Any]] | UnsetType = UNSET
     max_completion_tokens: int | None = None
     logprobs: bool | None = None
@@ -248,7 +248,7 @@ class Chat(Sampling, kw_only=True):
     web_search_options: Any = None
 
 
-class Asked(Struct):
+class ChatGeneration(Struct):
     """A chat as it is to be generated. `answer_tool`: the name of a tool that was added; its arguments are the answer
     in the requested form. `functions`: the request used the older fields (`functions`), and so does the reply."""
 
@@ -260,7 +260,7 @@ class Asked(Struct):
 ANSWER_TOOL = "final_answer"
 
 
-def chat(fields: Chat, model: ModelInfo) -> Asked:
+def chat(fields: ChatRequest, model: ModelInfo) -> ChatGeneration:
     """Convert a chat request. Raises Problem (400)."""
     if isinstance(fields.messages, UnsetType):
         raise Problem(400, "messages: they are missing", param="messages")
@@ -284,7 +284,7 @@ def chat(fields: Chat, model: ModelInfo) -> Asked:
     if fields.logprobs:
         given["logprobs"], given["top_logprobs"] = True, fields.top_logprobs or 0
     args = generate_args(_messages(fields.messages), None, model=model.name, template_args=_template(fields), **given)
-    return Asked(choices(fields, args), answer_tool, fields.functions is not None)
+    return ChatGeneration(choices(fields, args), answer_tool, fields.functions is not None)
 
 
 def _schema(form: dict[str, Any] | None) -> dict[str, Any] | bool | None:
@@ -308,7 +308,7 @@ def _schema(form: dict[str, Any] | None) -> dict[str, Any] | bool | None:
     return schema
 
 
-def _tools(fields: Chat) -> tuple[list[dict[str, Any]], str | dict[str, Any]]:
+def _tools(fields: ChatRequest) -> tuple[list[dict[str, Any]], str | dict[str, Any]]:
     """The tools, and which of them is to be called."""
     tools, choice = fields.tools or [], _first(fields.tool_choice, "auto")
     if fields.functions is not None:
@@ -354,7 +354,7 @@ def _which(tools: list[dict[str, Any]], allowed: Any) -> list[int]:
     return [i for i, tool in enumerate(tools) if tool.get("function", tool)["name"] in names]
 
 
-def order_of_tools(fields: Chat) -> list[int]:
+def order_of_tools(fields: ChatRequest) -> list[int]:
     """For each tool that is sent to the kernel, its number in the request."""
     tools, choice = _first(fields.tools or None, fields.functions, []), fields.tool_choice
     if isinstance(choice, dict) and choice.get("type") == "allowed_tools":
@@ -382,7 +382,7 @@ def _both(
     return [*tools, {"type": "function", "function": function}], "required", name
 
 
-def _template(fields: Chat) -> dict[str, Any]:
+def _template(fields: ChatRequest) -> dict[str, Any]:
     args = dict(fields.chat_template_kwargs or {})
     if fields.reasoning_effort is not None:
         args.setdefault("reasoning_effort", fields.reasoning_effort)

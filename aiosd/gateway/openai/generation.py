@@ -12,8 +12,8 @@ from collections.abc import AsyncIterator, Callable, Sequence
 from contextlib import asynccontextmanager
 from typing import Protocol
 
-from aiosd.gateway.calls import Calls, all_over
-from aiosd.gateway.web import COMMENT_S, Counters, Left, Request
+from aiosd.gateway.calls import RequestCalls, all_over
+from aiosd.gateway.web import COMMENT_S, Counters, Left, HttpRequest
 from libaios import wire
 from libaios.connection import Pending, decode_body
 from libaios.generate import Piece, Pieces, Result
@@ -55,9 +55,9 @@ def total(usages: Sequence[wire.Usage], per_prompt: int = 0) -> wire.Usage:
     )
 
 
-async def results(request: Request, args: Sequence[wire.Generate]) -> list[Result]:
+async def results(request: HttpRequest, args: Sequence[wire.Generate]) -> list[Result]:
     """Generate all of these and return the results. Raises OSError, Left."""
-    async with Calls(request.account.connection) as calls:
+    async with RequestCalls(request.account.connection) as calls:
         pending = [await calls.submit(Sys.GENERATE, one) for one in args]
         async with Leaving(request, calls.bell.set) as leaving:
             while not all_over(pending):
@@ -68,12 +68,12 @@ async def results(request: Request, args: Sequence[wire.Generate]) -> list[Resul
         return found
 
 
-async def stream(request: Request, args: Sequence[wire.Generate], form: Form) -> None:
+async def stream(request: HttpRequest, args: Sequence[wire.Generate], form: Form) -> None:
     """Generate all of these, and send each piece as it comes. Raises OSError, Left."""
-    async with Calls(request.account.connection) as calls, _counted(request.app.counters):
+    async with RequestCalls(request.account.connection) as calls, _counted(request.app.counters):
         pending = [await calls.submit(Sys.GENERATE, one, stream=True) for one in args]
         begun = False
-        readers = [Reader(index, call) for index, call in enumerate(pending)]
+        readers = [ChoiceStream(index, call) for index, call in enumerate(pending)]
         async with Leaving(request, calls.bell.set) as leaving, Comments(calls.bell.set) as comments:
             while not all(reader.usage is not None for reader in readers):
                 await calls.rung()
@@ -94,7 +94,7 @@ async def stream(request: Request, args: Sequence[wire.Generate], form: Form) ->
         await request.stream(form.end(usages), form.kind, last=True)
 
 
-class Reader:
+class ChoiceStream:
     """One choice of a stream. `usage` is set when it is over."""
 
     def __init__(self, index: int, call: Pending) -> None:
@@ -141,7 +141,7 @@ def _body(call: Pending) -> wire.Generated:
     return generated
 
 
-def _count(request: Request, usages: Sequence[wire.Usage]) -> None:
+def _count(request: HttpRequest, usages: Sequence[wire.Usage]) -> None:
     request.app.counters.prompt_tokens += sum(usage.prompt_tokens for usage in usages)
     request.app.counters.completion_tokens += sum(usage.completion_tokens for usage in usages)
 
@@ -149,7 +149,7 @@ def _count(request: Request, usages: Sequence[wire.Usage]) -> None:
 class Leaving:
     """Rings the bell when the program has closed the connection."""
 
-    def __init__(self, request: Request, ring: Callable[[], None]) -> None:
+    def __init__(self, request: HttpRequest, ring: Callable[[], None]) -> None:
         self._request, self._ring = request, ring
         self._task: asyncio.Task[None]
 

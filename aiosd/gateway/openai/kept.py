@@ -12,7 +12,7 @@ from urllib.parse import parse_qsl
 import msgspec
 from msgspec import Raw, Struct
 
-from aiosd.gateway.web import Problem, Request, encode
+from aiosd.gateway.web import Problem, HttpRequest, encode
 
 KEPT, KEPT_BYTES = 256, 8 << 20  # responses, for one agent
 MOST_LISTED = 100
@@ -20,7 +20,7 @@ MOST_LISTED = 100
 Item = dict[str, Any]
 
 
-class Kept(Struct):
+class StoredResponse(Struct):
     """`messages`: the conversation with the answer; `items`: what was sent with this request; `shown`: the response."""
 
     messages: Raw
@@ -28,7 +28,7 @@ class Kept(Struct):
     shown: Raw
 
 
-def keep(request: Request, ident: str, messages: list[Item], items: list[Item], shown: Item) -> None:
+def keep(request: HttpRequest, ident: str, messages: list[Item], items: list[Item], shown: Item) -> None:
     kept = request.account.responses
     kept[ident] = encode([encode_raw(one) for one in (messages, items, shown)])
     while len(kept) > KEPT or (len(kept) > 1 and sum(map(len, kept.values())) > KEPT_BYTES):
@@ -39,7 +39,7 @@ def encode_raw(value: Any) -> Raw:
     return Raw(encode(value))
 
 
-def find(request: Request, ident: str, param: str | None = None, code: str | None = None) -> Kept:
+def find(request: HttpRequest, ident: str, param: str | None = None, code: str | None = None) -> StoredResponse:
     """The kept response of this id. Raises Problem (404)."""
     kept = request.account.responses.get(ident)
     if kept is None:
@@ -47,10 +47,10 @@ def find(request: Request, ident: str, param: str | None = None, code: str | Non
         message = f"{named}{ident[:80]!r} is not known (any more); send the whole conversation"
         raise Problem(404, message, param=param, code=code)
     messages, items, shown = msgspec.json.decode(kept, type=tuple[Raw, Raw, Raw])
-    return Kept(messages, items, shown)
+    return StoredResponse(messages, items, shown)
 
 
-def messages_of(request: Request, ident: str) -> list[Item]:
+def messages_of(request: HttpRequest, ident: str) -> list[Item]:
     """The messages of the conversation to continue. Raises Problem (404)."""
     kept = find(request, ident, "previous_response_id", "previous_response_not_found")
     messages: list[Item] = msgspec.json.decode(kept.messages)
@@ -60,25 +60,25 @@ def messages_of(request: Request, ident: str) -> list[Item]:
 # ── routes ────────────────────────────────────────────────────────────────────────────────────────────────
 
 
-async def get(request: Request) -> None:
+async def get(request: HttpRequest) -> None:
     if _query(request).get("stream") == "true":
         raise Problem(400, "stream: what is over is not sent again in parts", param="stream")
     await request.reply_bytes(bytes(find(request, request.words["response"]).shown), b"application/json")
 
 
-async def delete(request: Request) -> None:
+async def delete(request: HttpRequest) -> None:
     ident = request.words["response"]
     find(request, ident)
     del request.account.responses[ident]
     await request.reply({"id": ident, "object": "response", "deleted": True})
 
 
-async def cancel(request: Request) -> None:
+async def cancel(request: HttpRequest) -> None:
     find(request, request.words["response"])
     raise Problem(400, "only a response in the background can be cancelled; close the connection of any other")
 
 
-async def input_items(request: Request) -> None:
+async def input_items(request: HttpRequest) -> None:
     """List input items, the newest first unless `order` is asc: `limit` of them, after the one that `after` names."""
     query = _query(request)
     order, limit, after = query.get("order", "desc"), query.get("limit", "20"), query.get("after")
@@ -102,5 +102,5 @@ async def input_items(request: Request) -> None:
     )
 
 
-def _query(request: Request) -> dict[str, str]:
+def _query(request: HttpRequest) -> dict[str, str]:
     return dict(parse_qsl(request.query.decode("latin-1")))

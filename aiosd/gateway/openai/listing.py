@@ -6,15 +6,15 @@ import os
 from typing import Any
 
 from aiosd.gateway.openai import fields
-from aiosd.gateway.web import Problem, Request
+from aiosd.gateway.web import HttpRequest, Problem
 from libaios.wire import ModelInfo
 
 
-async def models(request: Request) -> None:
+async def models(request: HttpRequest) -> None:
     await request.reply({"object": "list", "data": [_shown(model) for model in await fields.models(request)]})
 
 
-async def model(request: Request) -> None:
+async def model(request: HttpRequest) -> None:
     name = request.words["model"]
     for known in await fields.models(request):
         if known.name == name:

@@ -49,7 +49,7 @@ def of(asked: Struct) -> Names:
     return names
 
 
-def of_chat(asked: fields.Chat) -> Names:
+def of_chat(asked: fields.ChatRequest) -> Names:
     plain = of(asked)
 
     def names(place: str) -> str:
@@ -63,7 +63,7 @@ def of_chat(asked: fields.Chat) -> Names:
     return names
 
 
-def _tool(asked: fields.Chat, rest: str) -> str:
+def _tool(asked: fields.ChatRequest, rest: str) -> str:
     match = _ITEM.match(rest)
     order = fields.order_of_tools(asked)
     if match is None or int(match[1]) >= len(order):

@@ -15,7 +15,7 @@ from aiosd.gateway.openai import chat as chats
 from aiosd.gateway.openai import fields, generation, kept
 from aiosd.gateway.openai.chat import arguments, logprobs
 from aiosd.gateway.places import split
-from aiosd.gateway.web import Problem, Request, encode, renaming
+from aiosd.gateway.web import Problem, HttpRequest, encode, renaming
 from libaios import wire
 from libaios.generate import Piece, Result
 from libaios.wire import Sys, ToolCall
@@ -25,7 +25,7 @@ CUT = ("length", "limit")  # finish reasons after which the answer may be incomp
 Item = dict[str, Any]
 
 
-class Text(Struct):
+class TextOptions(Struct):
     format: dict[str, Any] | None = None
     verbosity: Any = None
 
@@ -49,7 +49,7 @@ class Responses(Struct, kw_only=True):
     tools: list[Item] | None = None
     tool_choice: str | Item | None = None
     parallel_tool_calls: bool | None = None
-    text: Text | None = None
+    text: TextOptions | None = None
     reasoning: Reasoning | None = None
     previous_response_id: str | None = None
     store: bool | None = None
@@ -79,12 +79,12 @@ class Responses(Struct, kw_only=True):
 NEUTRAL = {"background": (None, False), "conversation": (None,), "prompt": (None,)}
 
 
-async def create(request: Request) -> None:
+async def create(request: HttpRequest) -> None:
     asked = await _read(request)
     model = await fields.model_for(request, asked.model)
     items = _items(asked)
     messages, chat = _chat(request, asked, items, model)
-    answer = Answer(asked, model.name, chat)
+    answer = ResponseBuilder(asked, model.name, chat)
     if asked.stream:
         await generation.stream(request, chat.args, ResponseForm(answer))
     else:
@@ -95,7 +95,7 @@ async def create(request: Request) -> None:
         kept.keep(request, answer.id, [*messages, answer.message()], [_shown(item) for item in items], answer.shown())
 
 
-async def count(request: Request) -> None:
+async def count(request: HttpRequest) -> None:
     """POST /v1/responses/input_tokens: how long the prompt of such a response would be. Nothing is computed."""
     asked = await _read(request)
     model = await fields.model_for(request, asked.model)
@@ -108,7 +108,7 @@ async def count(request: Request) -> None:
 # ── the request ─────────────────────────────────────────────────────────────────────────────────────
 
 
-async def _read(request: Request) -> Responses:
+async def _read(request: HttpRequest) -> Responses:
     asked = fields.read(request, await request.json(), Responses)
     for name, allowed in NEUTRAL.items():
         if getattr(asked, name) not in allowed:
@@ -117,8 +117,8 @@ async def _read(request: Request) -> Responses:
 
 
 def _chat(
-    request: Request, asked: Responses, items: list[Item], model: wire.ModelInfo
-) -> tuple[list[Item], fields.Asked]:
+    request: HttpRequest, asked: Responses, items: list[Item], model: wire.ModelInfo
+) -> tuple[list[Item], fields.ChatGeneration]:
     """The messages without the instructions, and the call."""
     conversation = _conversation(request, asked, items)
     request.names = lambda place: _name(conversation, asked, place)
@@ -126,14 +126,14 @@ def _chat(
         return conversation.messages, fields.chat(_as_chat(asked, conversation.messages), model)
 
 
-def _as_chat(asked: Responses, messages: list[Item]) -> fields.Chat:
+def _as_chat(asked: Responses, messages: list[Item]) -> fields.ChatRequest:
     for i, tool in enumerate(asked.tools or []):
         if tool.get("type") != "function":
             message = f"tools[{i}].type: only functions, not {tool.get('type')!r:.60}"
             raise Problem(400, message, param=f"tools[{i}].type", code="unsupported_parameter")
     wants = "message.output_text.logprobs" in (asked.include or []) or bool(asked.top_logprobs)
     instructions = [{"role": "system", "content": asked.instructions}] if asked.instructions else []
-    return fields.Chat(
+    return fields.ChatRequest(
         messages=[*instructions, *messages],
         max_tokens=asked.max_output_tokens,
         temperature=asked.temperature,
@@ -170,16 +170,16 @@ def _shown(item: Item) -> Item:
     return shown
 
 
-def _conversation(request: Request, asked: Responses, items: list[Item]) -> Conversation:
+def _conversation(request: HttpRequest, asked: Responses, items: list[Item]) -> ItemMessages:
     """The conversation without the instructions, which belong to one call only."""
     before = asked.previous_response_id
-    conversation = Conversation(kept.messages_of(request, before) if before is not None else [])
+    conversation = ItemMessages(kept.messages_of(request, before) if before is not None else [])
     for i, item in enumerate(items):
         conversation.add(item, "input" if isinstance(asked.input, str) else f"input[{i}]")
     return conversation
 
 
-class Conversation:
+class ItemMessages:
     """Messages made of items. `places` and `calls`: the item from which a message, or a tool call of it, was made."""
 
     def __init__(self, messages: list[Item]) -> None:
@@ -242,7 +242,7 @@ _NAMES = {
 _MESSAGE = re.compile(r"\[(\d+)\](?:\.tool_calls\[(\d+)\])?(.*)\Z", re.DOTALL)
 
 
-def _name(conversation: Conversation, asked: Responses, place: str) -> str:
+def _name(conversation: ItemMessages, asked: Responses, place: str) -> str:
     root, rest = split(place)
     if root != "messages":
         return _NAMES.get(root, root) + (rest if root not in _NAMES else "")
@@ -286,10 +286,10 @@ def new_id(kind: str) -> str:
     return chats.new_id(kind).replace("-", "_")
 
 
-class Answer:
+class ResponseBuilder:
     """A response as it grows."""
 
-    def __init__(self, asked: Responses, model: str, chat: fields.Asked) -> None:
+    def __init__(self, asked: Responses, model: str, chat: fields.ChatGeneration) -> None:
         self.id = new_id("resp")
         self.chat = chat
         self.items: list[Item] = []
@@ -405,7 +405,7 @@ def _call_item(ident: str, name: str, text: str) -> Item:
 NAMES = {"message": "output_text", "reasoning": "reasoning_text", "function_call": "function_call_arguments"}
 
 
-class Open:
+class OpenItem:
     """The item that is being written: its kind, its content so far, and the events around its text."""
 
     def __init__(self, key: str | int, item: Item) -> None:
@@ -425,10 +425,10 @@ class ResponseForm:
 
     kind, comment = generation.EVENTS, generation.COMMENT
 
-    def __init__(self, answer: Answer) -> None:
+    def __init__(self, answer: ResponseBuilder) -> None:
         self._answer = answer
         self._number = 0
-        self._open: Open | None = None
+        self._open: OpenItem | None = None
         self._seen: set[int] = set()  # calls that have been written piece by piece
         self._answers: set[int] = set()
 
@@ -474,7 +474,7 @@ class ResponseForm:
         """Add to the open item, or open this one."""
         if self._open is None or self._open.key != key:
             yield from self._close()
-            self._open = Open(key, item)
+            self._open = OpenItem(key, item)
             yield from self._added(self._open)
         one = self._open
         one.text += text
@@ -483,7 +483,7 @@ class ResponseForm:
             extra = {"logprobs": logprobs(chances or [])} if one.name == "output_text" else {}
             yield self._event(f"response.{one.name}.delta", **self._place(one), delta=text, **extra)
 
-    def _added(self, one: Open) -> Iterator[bytes]:
+    def _added(self, one: OpenItem) -> Iterator[bytes]:
         bare = {**one.item, "status": "in_progress"}
         if "content" in bare:
             bare["content"] = []
@@ -514,7 +514,7 @@ class ResponseForm:
     def _index(self) -> int:
         return len(self._answer.items)
 
-    def _place(self, one: Open) -> dict[str, Any]:
+    def _place(self, one: OpenItem) -> dict[str, Any]:
         place = {"item_id": one.item["id"], "output_index": self._index}
         return place | {"content_index": 0} if "content" in one.item else place
 

@@ -8,12 +8,12 @@ from msgspec import Struct
 
 from aiosd.gateway.calls import ask
 from aiosd.gateway.openai import fields, named
-from aiosd.gateway.web import Request
+from aiosd.gateway.web import HttpRequest
 from libaios import wire
 from libaios.wire import Sys
 
 
-class Text(Struct, kw_only=True):
+class TokenizeRequest(Struct, kw_only=True):
     content: str = ""
     prompt: str | None = None  # as vLLM names it
     model: str | None = None
@@ -22,13 +22,13 @@ class Text(Struct, kw_only=True):
     with_pieces: bool = False
 
 
-class Ids(Struct, kw_only=True):
+class DetokenizeRequest(Struct, kw_only=True):
     tokens: list[int] = []
     model: str | None = None
 
 
-async def tokenize(request: Request) -> None:
-    asked = fields.read(request, await request.json(), Text)
+async def tokenize(request: HttpRequest) -> None:
+    asked = fields.read(request, await request.json(), TokenizeRequest)
     request.names = named.of(asked)
     model = await fields.model_for(request, asked.model)
     connection, text = request.account.connection, asked.content if asked.prompt is None else asked.prompt
@@ -50,8 +50,8 @@ def _piece(data: bytes) -> str | list[int]:
         return list(data)
 
 
-async def detokenize(request: Request) -> None:
-    asked = fields.read(request, await request.json(), Ids)
+async def detokenize(request: HttpRequest) -> None:
+    asked = fields.read(request, await request.json(), DetokenizeRequest)
     model = await fields.model_for(request, asked.model)
     text = await ask(request.account.connection, Sys.DETOKENIZE, wire.Detokenize(asked.tokens, model.name), str)
     await request.reply({"content": text, "prompt": text})
