@@ -41,8 +41,8 @@ sys.path.insert(0, str(ROOT))
 from aiosd.ipc import link  # noqa: E402  the checkout comes first
 from aiosd.store.database import Database  # noqa: E402
 from aiosd.store.meaning import BATCH, Meaning  # noqa: E402
-from aiosd.store.memory import Memory  # noqa: E402
-from aiosd.store.search import Notes  # noqa: E402
+from aiosd.store.memory import NoteStore  # noqa: E402
+from aiosd.store.search import NoteTexts  # noqa: E402
 from aiosd.store.storage import Storage  # noqa: E402
 from aiosd.store.words import NOTES  # noqa: E402
 from benchmarks import harness  # noqa: E402
@@ -92,8 +92,8 @@ class Store:
         self.database = Database(folder)
         self.database.begin_system("bench")
         self.meaning = Meaning(self.database, Given(), 1 << 30)
-        self.memory = Memory(self.database, 32 << 20, 1 << 40, meaning=self.meaning)
-        self.meaning.begin(Notes(self.database))
+        self.memory = NoteStore(self.database, 32 << 20, 1 << 40, meaning=self.meaning)
+        self.meaning.begin(NoteTexts(self.database))
         self.finder = self.memory.finder
         self.calls = 0
 

@@ -19,7 +19,7 @@ from aiosd.errors import UsageError, WorldError
 from aiosd.ipc import link
 from aiosd.ipc.service import Pause
 from aiosd.llm import llama
-from aiosd.llm.embed import Embedder
+from aiosd.llm.embed import EmbeddingEngine
 from aiosd.llm.embedcore import EmbedService
 from aiosd.llm.spec import ModelSpec
 from aiosd.models import bert
@@ -86,7 +86,7 @@ def test_a_converted_model_gives_what_the_original_gives(tmp_path: Path) -> None
     assert len(gguf.GGUFReader(tmp_path / "tiny.gguf").tensors) == len(original.tensors)
     llama.start()
     model = llama.Model(str(tmp_path / "tiny.gguf"), 0, lambda fraction: None)
-    embedder = Embedder(model, 1)
+    embedder = EmbeddingEngine(model, 1)
     got = np.frombuffer(embedder.embed(["cat", "tea"]).data, "<f4").reshape(2, -1)
     expected = bert.embed(original, np.array([original.words.index("cat"), original.words.index("tea")]))
     expected /= np.linalg.norm(expected, axis=1, keepdims=True)

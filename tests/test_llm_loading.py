@@ -17,7 +17,7 @@ from aiosd.errors import AiosdError, UsageError
 from aiosd.llm import llama, loading, modelfile
 from aiosd.llm.attention import Attention, Unavailable
 from aiosd.llm.blob import StateLayout
-from aiosd.llm.embed import Embedder
+from aiosd.llm.embed import EmbeddingEngine
 from aiosd.llm.spec import ModelSpec
 from tests import tinymodels
 
@@ -308,20 +308,20 @@ def test_flipped_bytes_in_the_head_never_break_the_reader(
 
 
 @pytest.fixture(scope="module")
-def embedder(path: Path) -> Iterator[Embedder]:
+def embedder(path: Path) -> Iterator[EmbeddingEngine]:
     loaded = load(path)
-    embedder = Embedder(loaded.model, threads=1)
+    embedder = EmbeddingEngine(loaded.model, threads=1)
     yield embedder
     embedder.close()
     loaded.close()
 
 
-def vectors(embedder: Embedder, texts: list[str]) -> np.ndarray:
+def vectors(embedder: EmbeddingEngine, texts: list[str]) -> np.ndarray:
     embedded = embedder.embed(texts)
     return np.frombuffer(embedded.data, "<f4").reshape(embedded.n, embedded.d)
 
 
-def test_vectors_have_unit_length_and_do_not_depend_on_company(embedder: Embedder) -> None:
+def test_vectors_have_unit_length_and_do_not_depend_on_company(embedder: EmbeddingEngine) -> None:
     together = vectors(embedder, ["hello", "another text", "hello"])
     assert together.shape == (3, 32)
     assert np.allclose(np.linalg.norm(together, axis=1), 1, atol=1e-6)
@@ -330,7 +330,9 @@ def test_vectors_have_unit_length_and_do_not_depend_on_company(embedder: Embedde
     np.testing.assert_allclose(vectors(embedder, ["hello"])[0], together[0], atol=1e-5)
 
 
-def test_many_texts_of_all_lengths_are_as_each_alone(embedder: Embedder, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_many_texts_of_all_lengths_are_as_each_alone(
+    embedder: EmbeddingEngine, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """In few batches; one that is longer than a batch takes one of its own."""
     texts = [letter * length for letter, length in zip("abcdefghij" * 7, [1, 5, 300, 40, 3, 1500, 2] * 10, strict=True)]
     alone = np.concatenate([vectors(embedder, [text]) for text in texts[:10]])
@@ -349,7 +351,7 @@ def test_scores_are_as_many_as_the_model_has(tmp_path: Path) -> None:
     """A model that ranks gives a number for a text, not a vector."""
     path = tinymodels.write(tmp_path / "rank.gguf", d=32, layers=1, heads=2, kv_heads=1, ff=32, pooling=4)
     loaded = load(path)
-    embedder = Embedder(loaded.model, threads=1)
+    embedder = EmbeddingEngine(loaded.model, threads=1)
     with pytest.raises(OSError, match="scores pairs of texts"):
         embedder.embed(["hello"])
     context = embedder._opened(4)
@@ -362,12 +364,12 @@ def test_scores_are_as_many_as_the_model_has(tmp_path: Path) -> None:
     loaded.close()
 
 
-def test_no_texts_no_vectors(embedder: Embedder) -> None:
+def test_no_texts_no_vectors(embedder: EmbeddingEngine) -> None:
     assert vectors(embedder, []).shape == (0, 32)
 
 
 @pytest.mark.parametrize(("text", "why"), [("", "empty"), ("x" * 3000, "3000 tokens, at most 2048")])
-def test_texts_that_cannot_be_embedded(embedder: Embedder, text: str, why: str) -> None:
+def test_texts_that_cannot_be_embedded(embedder: EmbeddingEngine, text: str, why: str) -> None:
     with pytest.raises(OSError, match=why):
         embedder.embed(["fine", text])
 

@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 
 from aiosd.llm import llama, loading
-from aiosd.llm.embed import Embedder
+from aiosd.llm.embed import EmbeddingEngine
 from aiosd.llm.front import PAIRS, Front
 from aiosd.llm.pairs import tokens_of_pairs
 from aiosd.llm.spec import ModelSpec
@@ -38,7 +38,7 @@ def loaded(path: Path) -> Iterator[loading.LoadedModel]:
     found.close()
 
 
-def scores(embedder: Embedder, model: llama.Model, documents: list[str], query: str = "why?") -> list[float]:
+def scores(embedder: EmbeddingEngine, model: llama.Model, documents: list[str], query: str = "why?") -> list[float]:
     *_, ranked = embedder.ranked_in_steps(tokens_of_pairs(model, query, documents))
     assert isinstance(ranked, wire.Ranked)
     return ranked.scores
@@ -47,7 +47,7 @@ def scores(embedder: Embedder, model: llama.Model, documents: list[str], query: 
 def test_documents_are_scored_in_batches_as_each_alone(
     loaded: loading.LoadedModel, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    embedder = Embedder(loaded.model, threads=1)
+    embedder = EmbeddingEngine(loaded.model, threads=1)
     alone = [scores(embedder, loaded.model, [document])[0] for document in DOCUMENTS]
     batches: list[int] = []
     decode = llama.LlamaContext.decode
@@ -94,7 +94,7 @@ def test_the_front_makes_the_same_tokens_of_long_texts(loaded: loading.LoadedMod
 
 
 def test_what_cannot_be_scored(loaded: loading.LoadedModel) -> None:
-    embedder = Embedder(loaded.model, threads=1)
+    embedder = EmbeddingEngine(loaded.model, threads=1)
     with pytest.raises(OSError, match=r"documents\[1\]: 3012 tokens, at most 2048"):
         scores(embedder, loaded.model, ["fine", "x" * 3000])
     with pytest.raises(OSError, match="it makes no vectors"):

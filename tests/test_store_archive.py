@@ -132,7 +132,7 @@ def test_what_is_no_export_changes_nothing(tmp_path: Path, source: io.BytesIO, c
 
 def test_large_contents_come_along(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Notes have no contents; here their keys stand for names of such files."""
-    kept = (tables.Kept("owners"), tables.Kept("notes", contents="key"))
+    kept = (tables.KeptTable("owners"), tables.KeptTable("notes", contents="key"))
     for module in ("salvage", "archive", "rebuild"):
         monkeypatch.setattr(f"aiosd.store.{module}.KEPT", kept)
     (tmp_path / "old" / tables.CONTENTS).mkdir(parents=True)

@@ -18,9 +18,9 @@ from aiosd.kernel.service import Owner, Service, ServiceCall, _settled
 from aiosd.store import memos, roots
 from aiosd.store.database import FILE, Database
 from aiosd.store.grouping import GroupServer
-from aiosd.store.memory import Memory
+from aiosd.store.memory import NoteStore
 from aiosd.store.pages import PAGE, Pages
-from aiosd.store.room import Room
+from aiosd.store.room import DiskReserve
 from libaios import wire
 from libaios.channel import Channel
 from libaios.connection import Connection
@@ -46,10 +46,10 @@ class FakeChannel:
 class Store:
     """Database, memory manager and server; `turn` gives the server what is at hand, and returns its answers."""
 
-    def __init__(self, folder: Path, boot: str = "one", room: Room | None = None) -> None:
-        self.database = Database(folder, room or Room(folder, wal=0, ballast=0))
+    def __init__(self, folder: Path, boot: str = "one", room: DiskReserve | None = None) -> None:
+        self.database = Database(folder, room or DiskReserve(folder, wal=0, ballast=0))
         self.database.begin_system(boot)
-        self.memory = Memory(self.database, 1 << 20, 1 << 30)
+        self.memory = NoteStore(self.database, 1 << 20, 1 << 30)
         self.database.undone.append(self.memory.cache.clear)
         self.channel = FakeChannel()
         self.server = GroupServer(cast(Channel, self.channel), self.memory.handlers(), group=self.database)

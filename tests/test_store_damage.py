@@ -255,7 +255,9 @@ def test_a_content_file_that_is_missing_or_changed_is_named(
 ) -> None:
     """Notes have no contents; here their keys stand for names of such files."""
     path = copy(filled, tmp_path)
-    monkeypatch.setattr("aiosd.store.salvage.KEPT", (tables.Kept("owners"), tables.Kept("notes", contents="key")))
+    monkeypatch.setattr(
+        "aiosd.store.salvage.KEPT", (tables.KeptTable("owners"), tables.KeptTable("notes", contents="key"))
+    )
     (tmp_path / tables.CONTENTS).mkdir()
     found = fsck.check(path)
     named = sum(row[2] is not None for row in filled[1].values())

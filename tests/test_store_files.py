@@ -25,7 +25,7 @@ from aiosd.store.contents import hash_of
 from aiosd.store.database import Database
 from aiosd.store.meaning import Meaning
 from aiosd.store.remake import remake
-from aiosd.store.room import Room
+from aiosd.store.room import DiskReserve
 from aiosd.store.storage import SYNC_AT_ONCE, Storage
 from aiosd.store.tables import CONTENTS
 from libaios import wire
@@ -47,7 +47,7 @@ class Store:
         self.calls = 0
         self.folder = folder / "data" / "store"
         self.folder.mkdir(parents=True, exist_ok=True)
-        self.database = Database(self.folder, Room(self.folder, wal=0, ballast=0, floor=0))
+        self.database = Database(self.folder, DiskReserve(self.folder, wal=0, ballast=0, floor=0))
         meaning = Meaning(self.database, embedder, 1 << 20)
         self.storage = Storage(self.database, self.folder, quota, versions, clock=lambda: self.now, meaning=meaning)
         meaning.begin(self.storage.files.words)

@@ -10,7 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from aiosd.store import index
-from aiosd.store.index import BITS, Index
+from aiosd.store.index import BITS, VectorIndex
 
 WIDTH = 32
 
@@ -21,7 +21,7 @@ def vectors(count: int, seed: int = 0, width: int = WIDTH) -> Any:
 
 
 class Naive:
-    """What an `Index` must give."""
+    """What a `VectorIndex` must give."""
 
     def __init__(self) -> None:
         self.vectors: dict[int, Any] = {}
@@ -54,7 +54,7 @@ def test_an_index_finds_what_a_plain_search_finds(large: int, operations: list[t
     """Also when it is large: so few rows are all candidates."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(index, "LARGE", large)
-        mine, naive = Index(WIDTH), Naive()
+        mine, naive = VectorIndex(WIDTH), Naive()
         for operation, number in operations:
             one = number % 20
             if operation == "add" or (operation == "replace" and one in naive.vectors):
@@ -74,7 +74,7 @@ def test_an_index_finds_what_a_plain_search_finds(large: int, operations: list[t
         assert mine.rows == len(mine) + mine.dead
 
 
-def refine(made: Index) -> None:
+def refine(made: VectorIndex) -> None:
     """Its copy in bits gets all rows."""
     while not made.refine():
         pass
@@ -86,7 +86,7 @@ def test_a_large_index_finds_nearly_all() -> None:
     width, middles = 384, vectors(200, 2, 384)
     many = middles[np.arange(20_000) % 200] + 0.7 * vectors(20_000, 3, width)
     many /= np.linalg.norm(many, axis=1, keepdims=True)
-    mine = Index(width)
+    mine = VectorIndex(width)
     for begin in range(0, len(many), 4000):
         mine.add(range(begin, begin + 4000), many[begin : begin + 4000])
     queries = middles[:20] + 0.7 * vectors(20, 1, width)
@@ -110,7 +110,7 @@ def test_what_is_added_after_the_bits_of_rows_is_found(monkeypatch: pytest.Monke
     """Each search gives a part of the rows their bits; until all have them all are compared."""
     monkeypatch.setattr(index, "AT_ONCE", 7_000)
     many = vectors(20_000, width=BITS)
-    mine = Index(BITS)
+    mine = VectorIndex(BITS)
     mine.add(range(len(many)), many)
     among = np.arange(1, 20_000, 2)
     for place in (1, 7_001, 19_999, 13_001):
@@ -126,7 +126,7 @@ def test_what_is_added_after_the_bits_of_rows_is_found(monkeypatch: pytest.Monke
 def test_dead_rows_cannot_hide_a_live_one() -> None:
     """A note that was changed thousands of times: its dead rows are nearer to the query than anything else."""
     many = vectors(20_000, width=64)
-    mine = Index(64)
+    mine = VectorIndex(64)
     mine.add(range(len(many)), many)
     refine(mine)
     own = vectors(1, 5, 64)[0]
@@ -144,8 +144,8 @@ def test_dead_rows_cannot_hide_a_live_one() -> None:
 def test_the_mean_is_of_all_that_came_first() -> None:
     """Whatever the dimensions, and with k beyond what there is."""
     for width in (1, 7, 100, 384):
-        mine = Index(width)
+        mine = VectorIndex(width)
         mine.add([3, 4], vectors(2, width, width))
         assert len(mine.search(vectors(1, 9, width)[0], 1000)) == 2
         assert mine.search(vectors(1, 9, width)[0], 5, []) == []
-    assert Index(8).search(vectors(1, 1, 8)[0], 5) == []
+    assert VectorIndex(8).search(vectors(1, 1, 8)[0], 5) == []

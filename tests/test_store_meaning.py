@@ -19,8 +19,8 @@ from aiosd.store import index, meaning
 from aiosd.store.database import Database
 from aiosd.store.main import Chores
 from aiosd.store.meaning import Meaning
-from aiosd.store.memory import Memory
-from aiosd.store.search import Notes
+from aiosd.store.memory import NoteStore
+from aiosd.store.search import NoteTexts
 from aiosd.store.words import NOTES
 from libaios import wire
 from tests.test_store_commit import flip, leaf_of
@@ -77,8 +77,8 @@ class Store:
         self.database.begin_system("one")
         self.embedder = embedder
         self.meaning = Meaning(self.database, embedder, ram, lambda: self.ticks)
-        self.memory = Memory(self.database, 1 << 20, 1 << 30, lambda: self.now, self.meaning)
-        self.meaning.begin(Notes(self.database))
+        self.memory = NoteStore(self.database, 1 << 20, 1 << 30, lambda: self.now, self.meaning)
+        self.meaning.begin(NoteTexts(self.database))
 
     def __call__(self, name: str, args: Any, caller: link.Caller = ME) -> Any:
         self.calls += 1
@@ -494,7 +494,7 @@ def test_another_kind_of_texts_can_be_searched(make: Callable[..., Store]) -> No
             return [(item, ["kitten", "tea"][item]) for item in items]
 
     store = make(Fake())
-    store.meaning.begin(Notes(store.database), Files())
+    store.meaning.begin(NoteTexts(store.database), Files())
     with store.database.transaction():
         store.meaning.changed(Files.kind, 0, 5)
         store.meaning.changed(Files.kind, 1, 5)

@@ -19,8 +19,8 @@ from aiosd.errors import WorldError
 from aiosd.ipc import link
 from aiosd.ipc.service import Lasting
 from aiosd.store.database import VERSION, Database
-from aiosd.store.memory import Memory
-from aiosd.store.room import Room
+from aiosd.store.memory import NoteStore
+from aiosd.store.room import DiskReserve
 from libaios import wire
 
 ME = link.Caller(7, 1000, "me", True, "default")
@@ -33,9 +33,9 @@ class Store:
     def __init__(self, folder: Path, ram: int = 1 << 20, quota: int = 1 << 20) -> None:
         self.now = 1000.0
         self.calls = 0
-        self.database = Database(folder, Room(folder, wal=0, ballast=0))
+        self.database = Database(folder, DiskReserve(folder, wal=0, ballast=0))
         self.database.begin_system("one")
-        self.memory = Memory(self.database, ram, quota, lambda: self.now)
+        self.memory = NoteStore(self.database, ram, quota, lambda: self.now)
 
     def ask(self, caller: link.Caller, again: bool = False) -> link.Ask:
         self.calls += 0 if again else 1
@@ -221,7 +221,7 @@ def test_memory_is_only_a_copy(tmp_path: Path) -> None:
     assert stats["evictions"] > 0
     assert stats["faults"] > 0
     assert store("stats_of", wire.MemStats())["ram_bytes"] <= 400, "one owner has a quarter of it"
-    store.memory = Memory(store.database, 2000, 1 << 20, owner_ram=1000)
+    store.memory = NoteStore(store.database, 2000, 1 << 20, owner_ram=1000)
     for note in notes:
         store("get", wire.MemGet(note))
     assert 400 < store("stats_of", wire.MemStats())["ram_bytes"] <= 800

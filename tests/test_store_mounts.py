@@ -122,11 +122,11 @@ def test_an_overflow_of_events_leads_to_a_new_look(store: Store, folder: Path, m
     (folder / "deep" / "new").mkdir()
     (folder / "deep" / "new" / "c.txt").write_text("third")
     watcher.read()  # they are lost
-    lost = [inotify.Event(-1, inotify.Q_OVERFLOW, b"")]
+    lost = [inotify.InotifyEvent(-1, inotify.Q_OVERFLOW, b"")]
     monkeypatch.setattr(
         inotify.Inotify,
         "read",
-        lambda self: lost.pop() and [inotify.Event(-1, inotify.Q_OVERFLOW, b"")] if lost else [],
+        lambda self: lost.pop() and [inotify.InotifyEvent(-1, inotify.Q_OVERFLOW, b"")] if lost else [],
     )
     settle(store)
     assert store.paths() == ["docs/deep/er/b.txt", "docs/deep/new/c.txt"]

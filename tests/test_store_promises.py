@@ -22,9 +22,9 @@ from aiosd.kernel.peer import Call, Peer
 from aiosd.kernel.service import Asker
 from aiosd.store.database import Database
 from aiosd.store.grouping import GroupServer
-from aiosd.store.memory import Memory
+from aiosd.store.memory import NoteStore
 from aiosd.store.promises import Promises
-from aiosd.store.room import Room
+from aiosd.store.room import DiskReserve
 from aiosd.store.storage import Storage
 from libaios import wire
 from libaios.channel import Channel
@@ -46,10 +46,10 @@ class Kernel:
     and when all is quiet."""
 
     def __init__(self, folder: Path) -> None:
-        self.database = database = Database(folder, Room(folder, wal=0, ballast=0, floor=0))
+        self.database = database = Database(folder, DiskReserve(folder, wal=0, ballast=0, floor=0))
         database.begin_system("one")
         self.storage = Storage(database, folder, 1 << 20, 3)
-        self.memory = Memory(database, 1 << 20, 1 << 20)
+        self.memory = NoteStore(database, 1 << 20, 1 << 20)
         database.undone += [self.memory.cache.clear, self.storage.undone]
         promises = self.memory.promises = self.storage.files.promises
         handlers = self.memory.handlers() | self.storage.handlers()

@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 
 from aiosd.llm import llama  # its binding opens descriptors when it is imported
-from aiosd.llm.embed import Embedder
+from aiosd.llm.embed import EmbeddingEngine
 from aiosd.models.places import ours
 from aiosd.store import static
 from tests.pairs import PAIRS
@@ -27,7 +27,7 @@ class OfModel:
     def __init__(self, path: Path) -> None:
         llama.start()
         self._model = llama.Model(str(path), 0, lambda fraction: None)
-        self._embedder = Embedder(self._model, 1)
+        self._embedder = EmbeddingEngine(self._model, 1)
         self._known: dict[str, Any] = {}
 
     def ask(self, texts: list[str], done: Callable[..., None], urgent: bool = False) -> None:

@@ -13,18 +13,18 @@ import apsw
 import pytest
 
 from aiosd.store.database import FILE, Database
-from aiosd.store.room import WAL_BYTES, Room
+from aiosd.store.room import WAL_BYTES, DiskReserve
 from libaios import wire
 from libaios.wire import Sys
 from tests.test_store_commit import Store, add, ask
 
 
-def room_in(folder: Path, **sizes: int) -> Room:
-    return Room(folder, **({"wal": 1 << 20, "ballast": 1 << 20, "floor": 0} | sizes))
+def room_in(folder: Path, **sizes: int) -> DiskReserve:
+    return DiskReserve(folder, **({"wal": 1 << 20, "ballast": 1 << 20, "floor": 0} | sizes))
 
 
 def test_the_wal_has_its_full_size_from_the_start_and_keeps_it(tmp_path: Path) -> None:
-    store = Store(tmp_path, room=Room(tmp_path))
+    store = Store(tmp_path, room=DiskReserve(tmp_path))
     wal = tmp_path / f"{FILE}-wal"
     assert wal.stat().st_size == WAL_BYTES
     for number in range(30):

@@ -15,7 +15,7 @@ from hypothesis import strategies as st
 from aiosd.store import words
 from aiosd.store.database import FILE, MIGRATIONS, Database, connect
 from aiosd.store.main import MOST_WORDLESS, SHARE, Chores
-from aiosd.store.room import Room
+from aiosd.store.room import DiskReserve
 from aiosd.store.storage import Storage
 from libaios import wire
 from libaios.wire import Sys
@@ -117,7 +117,7 @@ def test_a_search_waits_for_words_and_not_for_long(store: Store, monkeypatch: py
 
 
 def test_where_nothing_may_grow_search_goes_on(tmp_path: Path) -> None:
-    room = Room(tmp_path, wal=0, ballast=0)
+    room = DiskReserve(tmp_path, wal=0, ballast=0)
     store = Store(tmp_path)
     store.database.room = room
     store("add", wire.MemAdd("first tea"))
@@ -261,7 +261,7 @@ def test_a_long_text_is_a_slice_of_its_own(store: Store) -> None:
 
 
 def test_the_file_of_an_index_has_no_copy_of_the_texts(tmp_path: Path) -> None:
-    database = Database(tmp_path, Room(tmp_path, wal=0, ballast=0))
+    database = Database(tmp_path, DiskReserve(tmp_path, wal=0, ballast=0))
     database.do("INSERT INTO note_words(rowid, owner, text) VALUES(1, 'own1', 'unmistakable')")
     assert database.row("SELECT text FROM note_words") == (None,)
     database.close()

@@ -23,7 +23,7 @@ from libaios.home import Home
 from libaios.wire import NoArgs, Sys
 
 if TYPE_CHECKING:
-    from aiosd.store.lost import Lost
+    from aiosd.store.lost import LostOwner
 
 T = TypeVar("T")
 FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)  # of a write; it names no file
@@ -205,7 +205,7 @@ def _write(file: Path, fill: Callable[[IO[bytes]], T]) -> T:
     return result
 
 
-def _held(one: Lost) -> str:
+def _held(one: LostOwner) -> str:
     return _counted({name: number for name, number in (("notes", one.notes), ("files", one.files)) if number})
 
 

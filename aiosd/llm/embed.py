@@ -28,7 +28,7 @@ MOST_TOKENS = 2048
 Pay = Callable[[int], None] | None
 
 
-class Embedder:
+class EmbeddingEngine:
     def __init__(self, model: llama.Model, threads: int) -> None:
         self._model = model
         self._threads = threads

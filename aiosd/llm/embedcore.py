@@ -28,7 +28,7 @@ from libaios.channel import Channel
 from libaios.wire import Sys
 
 if TYPE_CHECKING:
-    from aiosd.llm.embed import Embedder
+    from aiosd.llm.embed import EmbeddingEngine
     from aiosd.llm.llama import Model
 
 #: A call of a stopped agent is looked at again when a message comes, and at the latest after this time.
@@ -43,7 +43,7 @@ def main(channel: Channel, spec: ModelSpec, rounds: Rounds) -> int:
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     os.environ.setdefault("GOMP_SPINCOUNT", "1000")  # see core.THREADS_WAIT
     from aiosd.llm import llama
-    from aiosd.llm.embed import Embedder
+    from aiosd.llm.embed import EmbeddingEngine
 
     llama.start(spec.verbose)
     threads = spec.threads or min(_THREADS, len(os.sched_getaffinity(0)))
@@ -51,7 +51,7 @@ def main(channel: Channel, spec: ModelSpec, rounds: Rounds) -> int:
     try:
         modelfile.read(spec.path)  # says better what is wrong with a file than llama.cpp does
         model = llama.Model(spec.path, layers, lambda fraction: _tell(channel, link.Progress("loading", fraction)))
-        embedder = Embedder(model, threads)
+        embedder = EmbeddingEngine(model, threads)
         width = len(embedder.embed(["vectors"]).data) // 4
     except UsageError as err:
         _tell(channel, link.LoadFailed(f"{spec.name}: {err}"))
@@ -80,7 +80,7 @@ def _tell(channel: Channel, message: link.FromService) -> None:
 
 
 class EmbedService:
-    def __init__(self, model: Model, embedder: Embedder, spec: ModelSpec, threads: int, width: int) -> None:
+    def __init__(self, model: Model, embedder: EmbeddingEngine, spec: ModelSpec, threads: int, width: int) -> None:
         self._model, self._embedder, self._spec = model, embedder, spec
         self._threads, self._width = threads, width
         self._texts = 0

@@ -59,7 +59,7 @@ class Local:
     """One engine and what stands beside it."""
 
     def __init__(self, spec: ModelSpec, line: Line, loaded: Any) -> None:
-        from aiosd.llm.embed import Embedder
+        from aiosd.llm.embed import EmbeddingEngine
         from aiosd.llm.embedqueue import EmbedQueue
         from aiosd.llm.engine import Engine
         from aiosd.llm.library import Library
@@ -81,7 +81,7 @@ class Local:
             cancelled=line.cancelled,
         )
         self.engine.meter.expect(loaded.prompt_batch.rate)
-        self._embedder = Embedder(loaded.model, loaded.threads.number)
+        self._embedder = EmbeddingEngine(loaded.model, loaded.threads.number)
         self._embeds = EmbedQueue()
         template = self.engine.requests.template
         self.info: dict[str, Any] = loaded.info(chat=template.given, tools=template.takes_tools)

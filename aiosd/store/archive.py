@@ -154,7 +154,7 @@ def counted(folder: Path) -> dict[str, int]:
     return {name: number for name, number in _count(path, roots.read(path)).items() if number}
 
 
-def _count(path: Path, plan: roots.Plan) -> dict[str, int]:
+def _count(path: Path, plan: roots.RootPages) -> dict[str, int]:
     pages, names = Pages(path), [kept.name for kept in KEPT if kept.name in plan.roots]
     try:
         return {name: sum(1 for _ in pages.rows(plan.roots[name], [])) for name in names}

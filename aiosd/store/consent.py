@@ -21,7 +21,7 @@ import msgspec
 from aiosd.access.deed import Deed, detail
 from aiosd.ipc import link
 from aiosd.store import owners, spaces
-from aiosd.store.files import Row
+from aiosd.store.files import FileRow
 from aiosd.store.spaces import Space
 from libaios import wire
 from libaios.wire import Note
@@ -42,7 +42,7 @@ class Consent:
         call: str,
         space: Space,
         path: str,
-        old: Row | None = None,
+        old: FileRow | None = None,
         done: str = "",
         content: bytes | None = None,
         more: Sequence[tuple[str, object]] = (),
@@ -98,7 +98,7 @@ class Consent:
         self.require(ask, Deed(call, False, groups, details, bound, default))
 
     @staticmethod
-    def _of_others(caller: link.Caller, space: Space, old: Row, call: str) -> bool:
+    def _of_others(caller: link.Caller, space: Space, old: FileRow, call: str) -> bool:
         if space.name == owners.own(caller) or old.author.endswith(f"({caller.pid})"):
             return False
         return call != "sto_write" or space.grants is None

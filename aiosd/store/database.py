@@ -35,7 +35,7 @@ from aiosd.ipc import link
 from aiosd.store import roots
 from aiosd.store.fileschema import FILES
 from aiosd.store.memos import Memos
-from aiosd.store.room import WAL_BYTES, Room
+from aiosd.store.room import WAL_BYTES, DiskReserve
 from libaios import wire
 
 logger = logging.getLogger("store")
@@ -119,7 +119,7 @@ class _Part:
 class Database:
     """Raises WorldError, with a sentence, when the file cannot be used."""
 
-    def __init__(self, folder: Path, room: Room | None = None) -> None:
+    def __init__(self, folder: Path, room: DiskReserve | None = None) -> None:
         self.path = folder / FILE
         folder.mkdir(parents=True, exist_ok=True, mode=0o700)
         self.undone: list[Callable[[], None]] = []  # called when a whole transaction was lost: drop what you made of it
@@ -149,7 +149,7 @@ class Database:
             raise WorldError(f"{self.path}: damaged ({err}); `aiosd fsck --repair` saves what is readable") from err
         except apsw.Error as err:
             raise WorldError(f"{self.path}: {err}") from err
-        self.room = room if room is not None else Room(folder)
+        self.room = room if room is not None else DiskReserve(folder)
         self.room.prepare(self.path)
 
     def _migrate(self) -> None:

@@ -41,7 +41,7 @@ _AT_ONCE = """
 """
 
 
-class Row(Struct, frozen=True):
+class FileRow(Struct, frozen=True):
     """A live file."""
 
     id: int
@@ -70,12 +70,12 @@ class Files:
 
     # ── finding ───────────────────────────────────────────────────────────────────────────────────────────
 
-    def find(self, owner: int | None, path: str) -> Row | None:
+    def find(self, owner: int | None, path: str) -> FileRow | None:
         sql = f"SELECT {_COLUMNS} FROM files f WHERE owner = ? AND path = ? AND removed IS NULL"
         row = self._db.row(sql, owner, path)
-        return None if row is None else Row(*row)
+        return None if row is None else FileRow(*row)
 
-    def require(self, owner: int | None, path: str) -> Row:
+    def require(self, owner: int | None, path: str) -> FileRow:
         """Raises OSError: ENOENT, EISDIR."""
         row = self.find(owner, path)
         if row is None:
@@ -84,9 +84,9 @@ class Files:
             raise no_file(path)
         return row
 
-    def by_id(self, file: int) -> Row | None:
+    def by_id(self, file: int) -> FileRow | None:
         row = self._db.row(f"SELECT {_COLUMNS} FROM files f WHERE id = ? AND removed IS NULL", file)
-        return None if row is None else Row(*row)
+        return None if row is None else FileRow(*row)
 
     def is_folder(self, owner: int | None, path: str) -> bool:
         sql = "SELECT 1 FROM files WHERE owner = ? AND path >= ? AND path < ? AND removed IS NULL LIMIT 1"
@@ -101,7 +101,7 @@ class Files:
             if self.find(owner, "/".join(names[:end])) is not None:
                 raise wire.error(errno.ENOTDIR, f"{'/'.join(names[:end])}: is a file, not a folder")
 
-    def listed(self, space: Space, folder: str, after: str, limit: int) -> list[Row]:
+    def listed(self, space: Space, folder: str, after: str, limit: int) -> list[FileRow]:
         visible, values = space.where()
         first, end = below(folder)
         sql = (
@@ -110,7 +110,7 @@ class Files:
         )
         which = (space.owner, first, end, after, *values, limit)
         try:
-            return [Row(*row) for row in self._db.rows(sql, *which)]
+            return [FileRow(*row) for row in self._db.rows(sql, *which)]
         except OSError as err:
             if not plainly.is_damage(err):
                 raise
@@ -118,12 +118,12 @@ class Files:
         paths = dict(self._db.rows(sql.replace(_COLUMNS, "f.id, f.path"), *which))
         rows, lost = plainly.piecemeal(self._all_of, list(paths))
         plainly.report(self._db, "files", [paths[file] for file in lost])
-        rows += [Row(file, space.owner or 0, paths[file], 0, 0, 0.0, 0.0, "", None, damaged=True) for file in lost]
+        rows += [FileRow(file, space.owner or 0, paths[file], 0, 0, 0.0, 0.0, "", None, damaged=True) for file in lost]
         return sorted(rows, key=lambda row: row.path.encode())
 
-    def _all_of(self, ids: Sequence[int]) -> list[Row]:
+    def _all_of(self, ids: Sequence[int]) -> list[FileRow]:
         marks = ", ".join("?" for _ in ids)
-        return [Row(*row) for row in self._db.rows(f"SELECT {_COLUMNS} FROM files f WHERE f.id IN ({marks})", *ids)]
+        return [FileRow(*row) for row in self._db.rows(f"SELECT {_COLUMNS} FROM files f WHERE f.id IN ({marks})", *ids)]
 
     def counted(self, owner: int | None) -> tuple[int, int]:
         """Files that are there, without those of mounted folders, and in the trash: from indexes alone."""
@@ -134,7 +134,7 @@ class Files:
 
     # ── versions ──────────────────────────────────────────────────────────────────────────────────────────
 
-    def version(self, row: Row, number: int | None) -> tuple[int, list[int]]:
+    def version(self, row: FileRow, number: int | None) -> tuple[int, list[int]]:
         """Size and contents. Raises OSError (ENOENT)."""
         number = row.version if number is None else number
         found = self._db.row("SELECT size, contents FROM versions WHERE file = ? AND number = ?", row.id, number)
@@ -142,7 +142,7 @@ class Files:
             raise wire.error(errno.ENOENT, f"{row.path}: there is no version {number}")
         return found[0], unpacked(found[1])
 
-    def version_at(self, row: Row, time: float) -> int:
+    def version_at(self, row: FileRow, time: float) -> int:
         """The newest version that is not later. Raises OSError (ENOENT)."""
         sql = "SELECT number FROM versions WHERE file = ? AND time <= ? ORDER BY number DESC LIMIT 1"
         found = self._db.row(sql, row.id, time)
@@ -150,14 +150,14 @@ class Files:
             raise wire.error(errno.ENOENT, f"{row.path}: there is no version that old")
         return int(found[0])
 
-    def history(self, row: Row, before: int, limit: int) -> list[wire.Version]:
+    def history(self, row: FileRow, before: int, limit: int) -> list[wire.Version]:
         sql = (
             "SELECT number, size, time, author FROM versions WHERE file = ? AND (?2 = 0 OR number < ?2) "
             "ORDER BY number DESC LIMIT ?"
         )
         return [wire.Version(*found) for found in self._db.rows(sql, row.id, before, limit)]
 
-    def piece(self, row: Row, number: int | None, offset: int, size: int) -> tuple[bytes, int]:
+    def piece(self, row: FileRow, number: int | None, offset: int, size: int) -> tuple[bytes, int]:
         """Some bytes from `offset` on, of one content, and the size of the whole."""
         whole, contents = self.version(row, number)
         if offset >= whole or not size:
@@ -188,8 +188,8 @@ class Files:
     # ── changing, in the transaction of a call ────────────────────────────────────────────────────────────
 
     def add(
-        self, owner: int, path: str, old: Row | None, size: int, contents: Sequence[int], now: float, by: str
-    ) -> Row:
+        self, owner: int, path: str, old: FileRow | None, size: int, contents: Sequence[int], now: float, by: str
+    ) -> FileRow:
         """A new version of what lies at the path. The uses of its contents have been counted."""
         number = 1 if old is None else old.version + 1
         created = now if old is None else old.created
@@ -208,9 +208,9 @@ class Files:
         if old is None or list(contents[:1]) != self._first(old):  # else the index has it
             self.words.enter(file, owner, path, self.beginning(file))
         self._prune(owner, file)
-        return Row(file, owner, path, size, number, created, now, by, None)
+        return FileRow(file, owner, path, size, number, created, now, by, None)
 
-    def _first(self, row: Row) -> list[int]:
+    def _first(self, row: FileRow) -> list[int]:
         return self.version(row, None)[1][:1]
 
     def require_quota(self, owner: int, before: int) -> None:
@@ -221,19 +221,19 @@ class Files:
             hint = f"; {trash[0]} files lie in the trash, which a person empties" if trash and trash[0] else ""
             raise wire.error(errno.EDQUOT, f"the quota of {self.quota} bytes of files is used up{hint}")
 
-    def remove(self, row: Row, now: float) -> None:
+    def remove(self, row: FileRow, now: float) -> None:
         """Into the trash."""
         self.promises.broken(("file", row.id))
         self._db.do("UPDATE files SET removed = ? WHERE id = ?", now, row.id)
         self.words.drop(row.id, row.owner)
 
-    def restore(self, owner: int, file: int) -> Row:
+    def restore(self, owner: int, file: int) -> FileRow:
         """Out of the trash. Raises OSError: ENOENT, EEXIST."""
         sql = f"SELECT {_COLUMNS} FROM files f WHERE id = ? AND owner = ? AND removed IS NOT NULL"
         found = self._db.row(sql, file, owner)
         if found is None:
             raise wire.error(errno.ENOENT, f"there is no {file} in the trash")
-        row = Row(*found)
+        row = FileRow(*found)
         if self.find(owner, row.path) is not None:
             raise wire.error(errno.EEXIST, f"{row.path}: there is a file again")
         self.require_free(owner, row.path)

@@ -14,7 +14,7 @@ from aiosd.ipc import link
 from aiosd.ipc.service import Pause
 from aiosd.store import plainly
 from aiosd.store.database import Database
-from aiosd.store.files import Files, Row
+from aiosd.store.files import FileRow, Files
 from aiosd.store.filewords import FILES, as_text
 from aiosd.store.meaning import Meaning
 from aiosd.store.search import AMONG, LEAST, MOST_WORDS, with_meaning
@@ -76,7 +76,7 @@ class FileSearch:
         """A page of an index is damaged: by words, from the files themselves."""
         words, scores, lost = plainly.words_of(query), dict[int, float](), list[int]()
 
-        def read(files: Sequence[int]) -> list[Row]:
+        def read(files: Sequence[int]) -> list[FileRow]:
             return [row for file in files if (row := self._files.by_id(file)) is not None]
 
         for space in _by_owner(seen).values():

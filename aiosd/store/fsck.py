@@ -7,7 +7,7 @@ from pathlib import Path
 import apsw
 
 from aiosd.store import roots
-from aiosd.store.pages import Lost
+from aiosd.store.pages import LostRows
 from aiosd.store.rebuild import new_database
 from aiosd.store.salvage import Salvage, columns_of
 
@@ -32,7 +32,7 @@ def check(path: Path) -> list[str]:
         salvage.close()
 
 
-def _sentence(name: str, lost: Lost, kept: bool) -> str:
+def _sentence(name: str, lost: LostRows, kept: bool) -> str:
     if not kept:
         return f"page {lost.page}: of {name}, which a repair makes anew"
     if not lost.page:

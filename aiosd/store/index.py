@@ -40,7 +40,7 @@ LOOKED_UP = 20  # the part of all rows above which ids are not looked up one by 
 PER_ENTRY = 120  # bytes of memory for the numbers of one vector
 
 
-class Index:
+class VectorIndex:
     """Of vectors with `width` dimensions and unit length."""
 
     def __init__(self, width: int) -> None:

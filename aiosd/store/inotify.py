@@ -19,7 +19,7 @@ _BUFFER = 64 << 10
 
 
 @dataclass(frozen=True, slots=True)
-class Event:
+class InotifyEvent:
     watch: int
     mask: int
     name: bytes
@@ -46,7 +46,7 @@ class Inotify:
     def forget(self, watch: int) -> None:
         self._libc.inotify_rm_watch(self.fd, watch)  # EINVAL: the folder is gone, and the watch with it
 
-    def read(self) -> list[Event]:
+    def read(self) -> list[InotifyEvent]:
         """What has come; [] when nothing has."""
         try:
             data = os.read(self.fd, _BUFFER)
@@ -57,7 +57,7 @@ class Inotify:
         while at < len(data):
             watch, mask, _, length = _HEAD.unpack_from(data, at)
             at += _HEAD.size
-            events.append(Event(watch, mask, data[at : at + length].rstrip(b"\0")))
+            events.append(InotifyEvent(watch, mask, data[at : at + length].rstrip(b"\0")))
             at += length
         return events
 

@@ -26,23 +26,23 @@ _COUNTED = """
 """
 
 
-class Lost(NamedTuple):
+class LostOwner(NamedTuple):
     name: str
     notes: int
     files: int  # those in the trash included
 
 
-def found(path: Path) -> list[Lost]:
+def found(path: Path) -> list[LostOwner]:
     """Of a damaged store nothing: it has to be repaired first."""
     try:
         with contextlib.closing(roots.open_closed(path)) as db:
             rows = db.execute(_COUNTED, (owners.LOST, owners.LOST[:-1] + "0"))  # "0" follows "/"
-            return [one for one in (Lost(*row) for row in rows) if one.notes or one.files]
+            return [one for one in (LostOwner(*row) for row in rows) if one.notes or one.files]
     except apsw.Error:
         return []
 
 
-def give(folder: Path, lost: str, to: str) -> Lost:
+def give(folder: Path, lost: str, to: str) -> LostOwner:
     """To the agents of this user with the name `to`: `NAME`, or `GROUP/NAME`. Raises UsageError."""
     group, slash, name = to.rpartition("/")
     if not is_name(name) or (slash and not is_name(group)):
@@ -57,6 +57,6 @@ def give(folder: Path, lost: str, to: str) -> Lost:
                 raise UsageError(f"agents named {to} have kept something already; give them to a new name")
             database.do("UPDATE owners SET name = ? WHERE name = ?", owner, lost)
         counts = database.rows(_COUNTED, owner, owner + "\0")
-        return Lost(*counts[0])
+        return LostOwner(*counts[0])
     finally:
         database.close()

@@ -21,7 +21,7 @@ if TYPE_CHECKING:
     from collections.abc import Callable
 
     from aiosd.store.meaning import Embedder
-    from aiosd.store.memory import Memory
+    from aiosd.store.memory import NoteStore
 
 logger = logging.getLogger("store")
 
@@ -56,7 +56,7 @@ class Chores:
     time is over, and new indexes in place of damaged ones. While calls keep coming (`busy`) a part of the time goes to
     that, unless too many texts wait. What fails is tried again later."""
 
-    def __init__(self, memory: Memory, busy: Callable[[], bool]) -> None:
+    def __init__(self, memory: NoteStore, busy: Callable[[], bool]) -> None:
         self._memory, self._busy = memory, busy
         self._clean_at = self._next_at = 0.0
         self._failed: dict[Callable[[], float], float] = {}  # what failed, and when it is tried again
@@ -94,8 +94,8 @@ def main(channel: Channel, spec: StoreSpec, rounds: Rounds) -> int:
     from aiosd.store.embedders import OfCore
     from aiosd.store.grouping import GroupServer
     from aiosd.store.meaning import Meaning
-    from aiosd.store.memory import Memory
-    from aiosd.store.search import Notes
+    from aiosd.store.memory import NoteStore
+    from aiosd.store.search import NoteTexts
     from aiosd.store.storage import Storage
     from aiosd.store.ticker import Ticker
 
@@ -104,14 +104,14 @@ def main(channel: Channel, spec: StoreSpec, rounds: Rounds) -> int:
         embedder = _embedder(spec)
         meaning = Meaning(database, embedder, spec.index_ram)
         storage = Storage(database, Path(spec.folder), spec.file_quota, spec.versions, spec.folders, meaning=meaning)
-        meaning.begin(Notes(database), storage.files.words)
+        meaning.begin(NoteTexts(database), storage.files.words)
     except UsageError as err:
         channel.send(link.encode(link.LoadFailed(str(err))))
         return 1
     except (WorldError, OSError) as err:
         channel.send(link.encode(link.LoadFailed(f"the store cannot start: {err}")))
         return 1
-    memory = Memory(database, spec.ram, spec.quota, meaning=meaning, owner_ram=spec.owner_ram)
+    memory = NoteStore(database, spec.ram, spec.quota, meaning=meaning, owner_ram=spec.owner_ram)
     database.undone += [meaning.forget, storage.undone]
     try:
         if database.begin_system(_boot()):

@@ -5,11 +5,11 @@ forgotten and no vector outlives its text. The embedder works on the queue after
 vector names its embedder; those of another one count for nothing, and when the embedder changes all texts go into the
 queue once more. While texts wait, they are found by their words.
 
-What can be found is `Searchable`: notes, and whatever else has an owner, a number and a text. Each kind has a number
-of its own. Vectors are kept in half precision. In memory they are one `Index` for each owner and kind, read from the
-database when it is first searched, in slices so that others are served meanwhile, and dropped, least lately used
-first, when all of them are larger than `ram`. A search waits for that, too, but no longer than LOAD_S: then its answer
-is by words, `how` says so, and the index is read on in the background.
+What can be found is `Searchable`: notes, and whatever else has an owner, a number and a text. Each kind has a number of
+its own. Vectors are kept in half precision. In memory they are one `VectorIndex` for each owner and kind, read from the
+database when it is first searched, in slices so that others are served meanwhile, and dropped, least lately used first,
+when all of them are larger than `ram`. A search waits for that, too, but no longer than LOAD_S: then its answer is by
+words, `how` says so, and the index is read on in the background.
 
 An index follows the database, never the other way round: what a transaction has touched is looked up there before the
 index is used again, so one that was rolled back has changed nothing.
@@ -31,7 +31,7 @@ if TYPE_CHECKING:
     import numpy as np
     from numpy.typing import NDArray
 
-    from aiosd.store.index import Index
+    from aiosd.store.index import VectorIndex
 
     Floats = NDArray[np.float32]
     Ints = NDArray[np.int64]
@@ -75,7 +75,7 @@ class Embedder(Protocol):
 class _Shelf:
     """The index of one owner and kind."""
 
-    index: Index | None = None  # None: no vector yet
+    index: VectorIndex | None = None  # None: no vector yet
     read: int = 0  # the last row of the database that is in it,
     whole: bool = False  # … and whether that was the last of all
     touched: set[int] = field(default_factory=set)  # may have been changed or removed
@@ -378,10 +378,10 @@ class Meaning:
         except OSError:
             return None
 
-    def _new_index(self, width: int) -> Index:
-        from aiosd.store.index import Index
+    def _new_index(self, width: int) -> VectorIndex:
+        from aiosd.store.index import VectorIndex
 
-        return Index(width)
+        return VectorIndex(width)
 
     def _make_room(self, keep: tuple[int, int]) -> None:
         held = self._bytes()
@@ -411,7 +411,7 @@ class Meaning:
                 found += shelf.index.search(vector, k, items)
         return sorted(found, key=lambda pair: -pair[1])[:k]
 
-    def _catch_up(self, kind: int, shelf: _Shelf, index: Index) -> None:
+    def _catch_up(self, kind: int, shelf: _Shelf, index: VectorIndex) -> None:
         """With what transactions have changed."""
         touched, shelf.touched = shelf.touched, set()
         for item in touched:

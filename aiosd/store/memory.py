@@ -58,7 +58,7 @@ CLEAN_AT_ONCE = 100  # … of which at most this number are removed in one trans
 PIECEMEAL = (errno.EIO, errno.ENOSPC)  # then many notes are removed a few at a time
 
 
-class Memory:
+class NoteStore:
     def __init__(
         self,
         database: Database,

@@ -33,7 +33,7 @@ from pathlib import Path
 from aiosd.ipc import link
 from aiosd.store import inotify
 from aiosd.store.database import Database
-from aiosd.store.files import Files, Row
+from aiosd.store.files import FileRow, Files
 from aiosd.store.filewords import INDEXED
 from aiosd.store.realfolder import TEMPORARY, Real, RealFolder, may_be_mounted, real
 from aiosd.store.spaces import clean_path, no_file
@@ -177,7 +177,7 @@ class Mounts:
             raise _as_seen(err, path) from None
         return data, found.size
 
-    def fresh(self, mount: Mounted, path: str) -> Row:
+    def fresh(self, mount: Mounted, path: str) -> FileRow:
         """The row of a file, after a look at it. Raises OSError: ENOENT, EISDIR."""
         names = self._names(mount, path)
         folder = self._folder(mount, path)
@@ -189,7 +189,7 @@ class Mounts:
             self._update(mount, names, found)
         return self._files.require(mount.owner, path)
 
-    def write(self, mount: Mounted, path: str, args: wire.StoWrite, call: bytes) -> Row:
+    def write(self, mount: Mounted, path: str, args: wire.StoWrite, call: bytes) -> FileRow:
         """`call` names it, for all times: one that appends is submitted again after a death, and appends once."""
         self.require_writable(mount, path)
         if args.if_version is not None:
@@ -234,7 +234,7 @@ class Mounts:
             return (*_parts(row[0]), row[1])
         return tuple(os.fsencode(name) for name in path[len(mount.at) + 1 :].split("/"))
 
-    def _beginning(self, row: Row) -> bytes:
+    def _beginning(self, row: FileRow) -> bytes:
         mount = self._get(row.mount) if row.mount is not None else None
         return self.read(mount, row.path, 0, INDEXED)[0] if mount is not None else b""
 

@@ -3,7 +3,7 @@
 SQLite reads a table from its root downwards and gives up at the first page that is damaged. This reader goes on beside
 it, and names what is lost by the row ids that the page had. A page is damaged when its checksum is wrong (see cksumvfs:
 8 bytes at its end) or it is no page of a tree. A page of zeros has the right checksum, but is no page of a tree. Where
-it was the end of a large row, only that row can show it (`tables.Kept.whole`).
+it was the end of a large row, only that row can show it (`tables.KeptTable.whole`).
 
 When a page in the middle of a tree is lost, the pages below it are still in the file, but nothing leads to them. They
 are found as pages to which nothing else leads, and that are not free; their rows must lie within what is missing.
@@ -37,7 +37,7 @@ class DamagedPage(Exception):
 
 
 @dataclass(frozen=True, slots=True)
-class Lost:
+class LostRows:
     """Rows that a damaged page had: the ids from `first` to `last`, as far as there were any."""
 
     page: int
@@ -90,19 +90,19 @@ class Pages:
 
     # ── trees ─────────────────────────────────────────────────────────────────────────────────────────────
 
-    def rows(self, root: int, lost: list[Lost]) -> Iterator[Row]:
+    def rows(self, root: int, lost: list[LostRows]) -> Iterator[Row]:
         """All rows of a table that can be read, in the order of their ids; `lost` gets what cannot. (Of an index only
         the latter.)"""
         for number, first, last in self._leaves(root, lost):
             yield from self._read_leaf(number, first, last, lost)
 
-    def _leaves(self, root: int, lost: list[Lost]) -> Iterator[tuple[int, int, int]]:
+    def _leaves(self, root: int, lost: list[LostRows]) -> Iterator[tuple[int, int, int]]:
         """Pages at the bottom of a tree, with the row ids that they may have."""
         todo = [(root, FIRST, LAST)]
         while todo:
             number, first, last = todo.pop()
             if number in self.reached:  # a circle, which only damage can make
-                lost.append(Lost(number, first, last))
+                lost.append(LostRows(number, first, last))
                 continue
             self.reached.add(number)
             try:
@@ -114,9 +114,9 @@ class Pages:
                 else:
                     raise DamagedPage(number)
             except (DamagedPage, IndexError, struct.error):
-                lost.append(Lost(number, first, last))
+                lost.append(LostRows(number, first, last))
 
-    def _read_leaf(self, number: int, first: int, last: int, lost: list[Lost]) -> Iterator[Row]:
+    def _read_leaf(self, number: int, first: int, last: int, lost: list[LostRows]) -> Iterator[Row]:
         page = self.page(number)
         start = _head(number)
         if page[start] != _TABLE_LEAF:
@@ -128,9 +128,9 @@ class Pages:
                 rowid, at = _varint(page, at)
                 yield rowid, _record(self._payload(page, at, size))
             except DamagedPage as err:
-                lost.append(Lost(err.number, rowid, rowid))
+                lost.append(LostRows(err.number, rowid, rowid))
             except (IndexError, struct.error, UnicodeDecodeError, KeyError):
-                lost.append(Lost(number, *((rowid, rowid) if rowid != LAST else (first, last))))
+                lost.append(LostRows(number, *((rowid, rowid) if rowid != LAST else (first, last))))
 
     def _payload(self, page: bytes, at: int, size: int) -> bytes:
         """The bytes of a row, the overflow pages included. Raises DamagedPage."""

@@ -41,7 +41,7 @@ def put(db: apsw.Connection, table: str, row: dict[str, Any]) -> bool:
     return db.changes() > 0
 
 
-def sequences(path: Path, plan: roots.Plan) -> dict[str, int]:
+def sequences(path: Path, plan: roots.RootPages) -> dict[str, int]:
     """The highest id that each table has ever given out: none is given out twice."""
     pages = Pages(path)
     try:

@@ -25,7 +25,7 @@ FLOOR_BYTES = 16 << 20
 _ZEROS = bytes(1 << 20)
 
 
-class Room:
+class DiskReserve:
     """`wal`, `ballast`, `floor`: bytes."""
 
     def __init__(

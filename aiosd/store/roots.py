@@ -22,7 +22,7 @@ _TREES = "SELECT name, rootpage FROM sqlite_schema WHERE rootpage > 0 ORDER BY r
 
 
 @dataclass(frozen=True, slots=True)
-class Plan:
+class RootPages:
     """Of a file: its schema, and the first page of each table and index."""
 
     schema: int
@@ -41,18 +41,18 @@ def note(path: Path, db: apsw.Connection) -> None:
         os.replace(new, beside)
 
 
-def read(path: Path) -> Plan:
+def read(path: Path) -> RootPages:
     """Raises WorldError when neither the file nor what lies beside it has it."""
     try:
         db = open_closed(path)
         try:
-            return Plan(int(db.pragma("user_version")), dict(db.execute(_TREES)))
+            return RootPages(int(db.pragma("user_version")), dict(db.execute(_TREES)))
         finally:
             db.close()
     except apsw.Error as err:
         try:
             found = json.loads(path.with_name(BESIDE).read_text())
-            return Plan(int(found["schema"]), dict(found["roots"]), first_page=False)
+            return RootPages(int(found["schema"]), dict(found["roots"]), first_page=False)
         except (OSError, ValueError, KeyError):
             raise WorldError(f"{path}: its first page is damaged ({err}), and {BESIDE} is not there") from err
 

@@ -16,8 +16,8 @@ import apsw
 from aiosd.errors import UsageError
 from aiosd.store import roots
 from aiosd.store.database import VERSION
-from aiosd.store.pages import Lost, Pages, Row
-from aiosd.store.tables import KEPT, Kept, content_path, hash_of
+from aiosd.store.pages import LostRows, Pages, Row
+from aiosd.store.tables import KEPT, KeptTable, content_path, hash_of
 
 
 @dataclass(slots=True)
@@ -25,9 +25,9 @@ class Salvage:
     """Reads what is kept out of the file of a store that is closed. After `rows` of all tables, `lost` is complete."""
 
     path: Path
-    plan: roots.Plan
+    plan: roots.RootPages
     pages: Pages
-    lost: dict[str, list[Lost]] = field(default_factory=dict)
+    lost: dict[str, list[LostRows]] = field(default_factory=dict)
     missing: list[str] = field(default_factory=list)  # sentences about content files
 
     @classmethod
@@ -40,10 +40,10 @@ class Salvage:
     def close(self) -> None:
         self.pages.close()
 
-    def tables(self) -> list[Kept]:
+    def tables(self) -> list[KeptTable]:
         return [kept for kept in KEPT if kept.name in self.plan.roots]
 
-    def rows(self, columns: Callable[[str], list[Column]]) -> Iterator[tuple[Kept, dict[str, Any]]]:
+    def rows(self, columns: Callable[[str], list[SqlColumn]]) -> Iterator[tuple[KeptTable, dict[str, Any]]]:
         """All rows of all tables. What nothing leads to any more is looked for at the end, in the tables that miss
         something."""
         for kept in self.tables():
@@ -54,7 +54,7 @@ class Salvage:
                 if kept.whole(values):
                     yield kept, values
                 else:
-                    lost.append(Lost(0, row[0], row[0]))
+                    lost.append(LostRows(0, row[0], row[0]))
         self._reach_the_rest()
         damaged = [kept for kept in self.tables() if self.lost[kept.name]]
         if damaged:
@@ -67,7 +67,7 @@ class Salvage:
                             yield kept, values
                         break
 
-    def _misses(self, kept: Kept, rowid: int) -> bool:
+    def _misses(self, kept: KeptTable, rowid: int) -> bool:
         return any(one.first <= rowid <= one.last for one in self.lost[kept.name])
 
     def _reach_the_rest(self) -> None:
@@ -79,7 +79,7 @@ class Salvage:
                 for _ in self.pages.rows(root, lost):
                     pass
 
-    def check_contents(self, kept: Kept, row: dict[str, Any]) -> None:
+    def check_contents(self, kept: KeptTable, row: dict[str, Any]) -> None:
         """Note a content file that is not there, or is not what its name says."""
         name = row.get(kept.contents) if kept.contents else None
         if isinstance(name, str | bytes):
@@ -101,7 +101,7 @@ def problem_of(folder: Path, name: str) -> str:
 
 
 @dataclass(frozen=True, slots=True)
-class Column:
+class SqlColumn:
     name: str
     default: Any
     required: bool
@@ -112,15 +112,15 @@ class Column:
 _KINDS: dict[str, tuple[type, ...]] = {"INTEGER": (int,), "REAL": (int, float), "TEXT": (str,), "BLOB": (bytes,)}
 
 
-def columns_of(db: apsw.Connection) -> Callable[[str], list[Column]]:
+def columns_of(db: apsw.Connection) -> Callable[[str], list[SqlColumn]]:
     """By table, from a database with the same schema."""
 
-    def columns(table: str) -> list[Column]:
+    def columns(table: str) -> list[SqlColumn]:
         found = list(db.execute(f"PRAGMA table_info({table})"))
         keys = [row for row in found if row[5]]
         alias = keys[0][1] if len(keys) == 1 and keys[0][2].upper() == "INTEGER" else None
         return [
-            Column(name, _literal(db, default), bool(required), name == alias, _KINDS[kind])
+            SqlColumn(name, _literal(db, default), bool(required), name == alias, _KINDS[kind])
             for _, name, kind, required, default, _ in found
         ]
 
@@ -134,7 +134,7 @@ def _literal(db: apsw.Connection, default: str | None) -> Any:
 class _Maker:
     """Makes a row of a table from the values in the file."""
 
-    def __init__(self, columns: list[Column]) -> None:
+    def __init__(self, columns: list[SqlColumn]) -> None:
         self._columns = columns
 
     def __call__(self, row: Row) -> dict[str, Any]:

@@ -42,7 +42,7 @@ _BM25 = "(-bm25(note_words, 0.0, 1.0))"
 AMONG = "+w.rowid IN ({})"
 
 
-class Notes:
+class NoteTexts:
     """The texts of notes, as `meaning.Searchable`."""
 
     kind = NOTES

@@ -60,7 +60,7 @@ def below(folder: str) -> tuple[str, str]:
 
 
 @dataclass(frozen=True, slots=True)
-class Grant:
+class PathGrant:
     path: str
     write: bool
 
@@ -74,7 +74,7 @@ class Space:
 
     name: str
     owner: int | None
-    grants: tuple[Grant, ...] | None
+    grants: tuple[PathGrant, ...] | None
 
     def may_see(self, path: str) -> bool:
         return self.grants is None or any(grant.covers(path) for grant in self.grants)
@@ -135,7 +135,7 @@ class Spaces:
             return Space(name, owner, None)
         sql = "SELECT path, write FROM grants WHERE owner = ? AND grantee IN (?, ?)"
         rows = self._db.rows(sql, owner, *identities(caller)) if owner is not None else []
-        return Space(name, owner, tuple(Grant(path, bool(write)) for path, write in rows))
+        return Space(name, owner, tuple(PathGrant(path, bool(write)) for path, write in rows))
 
     def make(self, space: Space) -> int:
         """The number of its owner, which exists from now on. In the transaction of a call."""

@@ -27,7 +27,7 @@ from aiosd.store import owners, spaces
 from aiosd.store.consent import Consent
 from aiosd.store.contents import Contents
 from aiosd.store.database import Database
-from aiosd.store.files import Files, Row
+from aiosd.store.files import FileRow, Files
 from aiosd.store.filesearch import FileSearch
 from aiosd.store.meaning import Meaning
 from aiosd.store.mounts import Mounted, Mounts
@@ -158,7 +158,7 @@ class Storage:
         space.require(path, write)
         return space, path
 
-    def _find(self, space: Space, path: str) -> Row:
+    def _find(self, space: Space, path: str) -> FileRow:
         mount = self.mounts.over(space.owner, path)
         return self.mounts.fresh(mount, path) if mount is not None else self.files.require(space.owner, path)
 
@@ -184,7 +184,7 @@ class Storage:
     def _whole(self, owner: int, data: bytes) -> tuple[int, list[int]]:
         return len(data), [self.contents.put(owner, data)] if data else []
 
-    def _appended(self, owner: int, old: Row | None, data: bytes) -> tuple[int, list[int]]:
+    def _appended(self, owner: int, old: FileRow | None, data: bytes) -> tuple[int, list[int]]:
         """What there is, shared as far as whole pieces go, and `data` behind it."""
         if old is None:
             return self._whole(owner, data)
@@ -196,7 +196,7 @@ class Storage:
         return len(parts) * PIECE + len(data), [*parts, *new]
 
     def _add(
-        self, ask: link.Ask, owner: int, path: str, old: Row | None, size: int, parts: list[int], before: int
+        self, ask: link.Ask, owner: int, path: str, old: FileRow | None, size: int, parts: list[int], before: int
     ) -> wire.File:
         row = self.files.add(owner, path, old, size, parts, self._clock(), author(ask.caller))
         self.files.require_quota(owner, before)
@@ -382,7 +382,13 @@ class Storage:
         return self._db.once(ask, effect)
 
     def _consent_to_pieces(
-        self, ask: link.Ask, space: Space, path: str, old: Row | None, parts: list[int], shown: list[tuple[str, str]]
+        self,
+        ask: link.Ask,
+        space: Space,
+        path: str,
+        old: FileRow | None,
+        parts: list[int],
+        shown: list[tuple[str, str]],
     ) -> None:
         names = self.contents.names(parts)
         self.consent.to(ask, "sto_write", space, path, old, "overwritten", more=shown, names=names)
@@ -495,7 +501,7 @@ def author(caller: link.Caller) -> str:
     return f"{caller.name}({caller.pid})" if caller.pid else "person"
 
 
-def require_version(path: str, old: Row | None, wanted: int | None) -> None:
+def require_version(path: str, old: FileRow | None, wanted: int | None) -> None:
     """Raises OSError (EAGAIN)."""
     version = 0 if old is None else old.version
     if wanted is not None and wanted != version:

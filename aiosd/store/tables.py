@@ -19,7 +19,7 @@ CONTENTS = "contents"  # the folder of such files, in that of the store
 
 
 @dataclass(frozen=True, slots=True)
-class Kept:
+class KeptTable:
     """A table whose rows are the truth. `contents`: the column that names a file by its hash; NULL: it has none.
     `whole`: False for a row whose end has become zeros, which no checksum of a page shows."""
 
@@ -29,15 +29,15 @@ class Kept:
 
 
 #: In the order in which rows may refer to each other.
-KEPT: tuple[Kept, ...] = (
-    Kept("owners"),
-    Kept("notes", whole=lambda row: row["bytes"] > 0),
-    Kept("note_authors", whole=lambda row: bool(row["author"])),
-    Kept("contents", contents="file", whole=lambda row: row["data"] is None or _blake(row["data"]) == row["hash"]),
-    Kept("files", whole=lambda row: bool(row["path"]) and bool(row["updated"])),
-    Kept("versions", whole=lambda row: row["contents"][-1:] == "]"),
-    Kept("grants", whole=lambda row: bool(row["grantee"])),
-    Kept("mounts", whole=lambda row: bool(row["folder"])),
+KEPT: tuple[KeptTable, ...] = (
+    KeptTable("owners"),
+    KeptTable("notes", whole=lambda row: row["bytes"] > 0),
+    KeptTable("note_authors", whole=lambda row: bool(row["author"])),
+    KeptTable("contents", contents="file", whole=lambda row: row["data"] is None or _blake(row["data"]) == row["hash"]),
+    KeptTable("files", whole=lambda row: bool(row["path"]) and bool(row["updated"])),
+    KeptTable("versions", whole=lambda row: row["contents"][-1:] == "]"),
+    KeptTable("grants", whole=lambda row: bool(row["grantee"])),
+    KeptTable("mounts", whole=lambda row: bool(row["folder"])),
 )
 
 #: What is made from them, where rows have been put in: the table that has to exist, and the statements.
