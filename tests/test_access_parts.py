@@ -12,7 +12,7 @@ import msgspec
 import pytest
 
 from aiosd.access.deed import Deed, Subject
-from aiosd.access.rules import Act, Policy, Rule
+from aiosd.access.rules import AccessPolicy, Act, Rule
 from aiosd.kernel.always import LastingApprovals
 from aiosd.kernel.approvals import BACK_S, OPEN_OF_AGENT, Approvals
 from aiosd.kernel.audit import LINES_PER_S, Audit
@@ -112,7 +112,7 @@ class World:
         self.calls = CallTable(Peers(), events, self.timers)
         always, audit = LastingApprovals(tmp_path / "always.json"), Audit(tmp_path / "audit.jsonl")
         self.table = ProcTable(10)
-        self.approvals = Approvals(Policy([ASK], timeout), self.table, self.calls, always, audit, "boot", reborn)
+        self.approvals = Approvals(AccessPolicy([ASK], timeout), self.table, self.calls, always, audit, "boot", reborn)
         proc: Any = SimpleNamespace(
             pid=7, ppid=1, name="a", group="web", program=b"", sha256=b"", restarts=0, attached_to=-5
         )

@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 
 from aiosd.access import patterns, table
 from aiosd.access.deed import ALL_CHARS, DETAIL_CHARS, KINDS, Deed, Subject, detail, details_of, program_key
-from aiosd.access.rules import Act, Policy, Rule, lasting
+from aiosd.access.rules import AccessPolicy, Act, Rule, lasting
 from aiosd.config import load, reload
 from aiosd.errors import UsageError
 from aiosd.tools import builtin, held
@@ -141,12 +141,12 @@ rules = st.builds(
     text=st.just("rule"),
     line=st.integers(1, 99),
 )
-policies = st.lists(rules, max_size=6).map(Policy)
+policies = st.lists(rules, max_size=6).map(AccessPolicy)
 
 
 @settings(max_examples=60)
 @given(policies, subjects, deeds)
-def test_denials_come_first_then_asks_then_what_is_allowed(policy: Policy, who: Subject, deed: Deed) -> None:
+def test_denials_come_first_then_asks_then_what_is_allowed(policy: AccessPolicy, who: Subject, deed: Deed) -> None:
     found = {rule.act for rule in policy.rules if rule.matches(who, deed)}
     first = next((act for act in (Act.DENY, Act.ASK, Act.ALLOW) if act in found), None)
     decision = policy.decide(who, deed)
@@ -156,16 +156,18 @@ def test_denials_come_first_then_asks_then_what_is_allowed(policy: Policy, who: 
 
 @settings(max_examples=60)
 @given(policies, subjects, deeds, st.permutations(range(6)))
-def test_the_order_in_the_file_does_not_matter(policy: Policy, who: Subject, deed: Deed, order: list[int]) -> None:
-    shuffled = Policy([policy.rules[at] for at in order if at < len(policy.rules)])
+def test_the_order_in_the_file_does_not_matter(
+    policy: AccessPolicy, who: Subject, deed: Deed, order: list[int]
+) -> None:
+    shuffled = AccessPolicy([policy.rules[at] for at in order if at < len(policy.rules)])
     assert shuffled.decide(who, deed).act is policy.decide(who, deed).act
 
 
 @settings(max_examples=60)
 @given(policies, rules, subjects, deeds)
-def test_another_denial_never_allows_more(policy: Policy, rule: Rule, who: Subject, deed: Deed) -> None:
+def test_another_denial_never_allows_more(policy: AccessPolicy, rule: Rule, who: Subject, deed: Deed) -> None:
     rank = [Act.DENY, Act.ASK, Act.ALLOW]
-    more = Policy([*policy.rules, msgspec.structs.replace(rule, act=Act.DENY)])
+    more = AccessPolicy([*policy.rules, msgspec.structs.replace(rule, act=Act.DENY)])
     assert rank.index(more.decide(who, deed).act) <= rank.index(policy.decide(who, deed).act)
 
 
@@ -187,8 +189,8 @@ def test_a_rule_that_covers_another_matches_all_that_it_matches(
 
 @settings(max_examples=60)
 @given(policies, subjects, deeds)
-def test_a_rule_that_is_warned_of_never_decides(policy: Policy, who: Subject, deed: Deed) -> None:
-    numbered = Policy([msgspec.structs.replace(rule, line=at) for at, rule in enumerate(policy.rules)])
+def test_a_rule_that_is_warned_of_never_decides(policy: AccessPolicy, who: Subject, deed: Deed) -> None:
+    numbered = AccessPolicy([msgspec.structs.replace(rule, line=at) for at, rule in enumerate(policy.rules)])
     assert numbered.decide(who, deed).rule not in {rule.shown for rule, _ in numbered.shadowed()}
 
 
@@ -273,7 +275,7 @@ def test_however_much_a_call_says_what_is_kept_of_it_is_bounded() -> None:
 NAMES_THERE = table.Names({"shell": (), "fetch": ("host",), "read_file": ("path",)}, servers=("git",))
 
 
-def read(text: str) -> tuple[Policy, list[str]]:
+def read(text: str) -> tuple[AccessPolicy, list[str]]:
     return table.read(tomllib.loads(text)["access"], text, "/etc/aios", NAMES_THERE)
 
 
@@ -318,7 +320,7 @@ def test_a_table_as_people_write_it() -> None:
 )  # fmt: skip
 def test_what_is_wrong_is_refused_with_its_line(lines: list[str], number: int, words: str, tmp_path: Path) -> None:
     text = "\n".join(["[access]", *lines])
-    with pytest.raises(table.Wrong) as caught:
+    with pytest.raises(table.RuleError) as caught:
         read(text)
     assert (caught.value.line, words in str(caught.value)) == (number, True), str(caught.value)
     config = tmp_path / "aiosd.toml"

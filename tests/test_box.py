@@ -18,7 +18,7 @@ from hypothesis import strategies as st
 
 from aiosd.kernel.sandboxes import Sandboxes
 from aiosd.sandbox import box, boxgroups, cage, filter, landlock, places, plan, probe
-from aiosd.sandbox.box import Box, Rules
+from aiosd.sandbox.box import Box, SandboxSettings
 from aiosd.sandbox.confine import load
 from aiosd.sandbox.places import Machine
 from aiosd.sandbox.probe import Offer
@@ -30,7 +30,7 @@ PARENT = Box("flat", "none", "/w/mine", ["/r"], ["/rw"])
 
 
 def test_what_is_not_asked_for_is_as_the_rules_say() -> None:
-    rules = Rules("flat", "none", read=("/data",), write=("/out",))
+    rules = SandboxSettings("flat", "none", read=("/data",), write=("/out",))
     assert box.of_person(wire.Sandbox(own=["/app"]), rules, "/w") == Box(
         "flat", "none", "/w", ["/data", "/app"], ["/out"]
     )
@@ -42,7 +42,7 @@ def test_what_is_not_asked_for_is_as_the_rules_say() -> None:
 def test_grants_without_a_sandbox_are_a_mistake() -> None:
     for wish in (wire.Sandbox(read=["/x"]), wire.Sandbox(write=["/x"]), wire.Sandbox(net="none")):
         with pytest.raises(OSError, match="need a sandbox"):
-            box.of_person(wish, Rules(), "/w")
+            box.of_person(wish, SandboxSettings(), "/w")
 
 
 def test_a_child_has_its_parents_box() -> None:
@@ -69,7 +69,7 @@ def test_a_child_has_no_more_than_its_parent(wish: wire.Sandbox) -> None:
 
 
 def sandboxes(tmp_path: Path) -> Sandboxes:
-    return Sandboxes(Rules("flat"), {}, Offer("flat"), str(tmp_path / "home/data/workspaces"))
+    return Sandboxes(SandboxSettings("flat"), {}, Offer("flat"), str(tmp_path / "home/data/workspaces"))
 
 
 @pytest.mark.parametrize("path", ["home/data", "home/data/store", "home", "."])
@@ -192,7 +192,7 @@ def test_a_script_of_an_interpreter_counts_as_the_program_does(tmp_path: Path, m
 
 
 def test_a_child_is_confined_as_its_parent_but_one_of_a_program_from_outside_as_a_persons(tmp_path: Path) -> None:
-    rooms = Sandboxes(Rules("cage"), {}, Offer("cage"), str(tmp_path / "workspaces"))
+    rooms = Sandboxes(SandboxSettings("cage"), {}, Offer("cage"), str(tmp_path / "workspaces"))
     spawn = wire.Spawn("exec", "/bin/true", env={"PATH": "/bin", "KEY": "k"}, sandbox=wire.Sandbox(own=["/own"]))
     mine = Box("cage", "all", "/w")
 
@@ -466,10 +466,10 @@ def test_no_memory_covers_what_was_attached(read: list[str], write: list[str]) -
 
 
 def test_a_group_says_what_it_wants_and_has_the_rest(tmp_path: Path) -> None:
-    general = Rules("flat", "none")
+    general = SandboxSettings("flat", "none")
     values = {"name": "web", "net": "all", "read": ["data"], "env": ["KEY"]}
     name, rules = boxgroups.read(values, str(tmp_path), general)
-    assert (name, rules) == ("web", Rules("flat", "all", read=(str(tmp_path / "data"),), env=("KEY",)))
+    assert (name, rules) == ("web", SandboxSettings("flat", "all", read=(str(tmp_path / "data"),), env=("KEY",)))
     with pytest.raises(ValueError, match="without name"):
         boxgroups.read({}, "/", general)
     for key, value in (("sandbox", "cave"), ("net", "hosts"), ("read", "x"), ("env", [1]), ("name", "a/b")):
@@ -482,13 +482,21 @@ def test_a_group_says_what_it_wants_and_has_the_rest(tmp_path: Path) -> None:
 
 def test_what_is_not_possible_is_one_level_lower_and_said_in_one_line() -> None:
     lacking = Offer("none", "Linux has no Landlock; boot with it")
-    rooms = Sandboxes(Rules("flat"), {"web": Rules("flat", env=("K",)), "free": Rules()}, lacking, "/w")
+    rooms = Sandboxes(
+        SandboxSettings("flat"), {"web": SandboxSettings("flat", env=("K",)), "free": SandboxSettings()}, lacking, "/w"
+    )
     assert [rooms.of_group(name).level for name in ("", "web", "free")] == ["none"] * 3
     assert rooms.of_group("web").env == ("K",)
     assert len(rooms.warnings()) == 2
     assert all(line.endswith(lacking.reason) for line in rooms.warnings())
     assert rooms.notes() == rooms.warnings()
-    default = Sandboxes(Rules("cage"), {"web": Rules("cage"), "few": Rules("flat")}, lacking, "/w", chosen=False)
+    default = Sandboxes(
+        SandboxSettings("cage"),
+        {"web": SandboxSettings("cage"), "few": SandboxSettings("flat")},
+        lacking,
+        "/w",
+        chosen=False,
+    )
     assert default.notes()[0] == f"agents run without a sandbox: {lacking.reason}"
     assert (len(default.notes()), len(default.warnings())) == (2, 1), "what groups have by default is the same"
     assert rooms.shown()["why_no_more"] == lacking.reason

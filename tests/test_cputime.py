@@ -9,7 +9,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from aiosd.budgets.cputime import CpuMeter, Used
+from aiosd.budgets.cputime import CpuMeter, ProcessSample
 
 
 @dataclass(eq=False)
@@ -21,8 +21,8 @@ class Process:
     ended: bool = False
     children: list[Process] = field(default_factory=list)
 
-    def used(self) -> Used:
-        return Used((self.number, 0), self.own, self.waited)
+    def used(self) -> ProcessSample:
+        return ProcessSample((self.number, 0), self.own, self.waited)
 
 
 class Linux:
@@ -68,7 +68,7 @@ class Linux:
         process.parent.children.remove(process)
         self.all.remove(process)
 
-    def sample(self, between: Process | None = None) -> Iterator[Used]:
+    def sample(self, between: Process | None = None) -> Iterator[ProcessSample]:
         """Parents first. `between`: is waited for after its parent was looked at, and before it is."""
         seen = []
         todo = [self.root]
@@ -147,14 +147,14 @@ def test_a_wait_between_two_looks_counts_nothing_twice() -> None:
 
 
 def test_a_successor_goes_on_where_the_dead_one_was() -> None:
-    assert CpuMeter(2.0).update([Used((1, 0), 2.5, 0.25)]) == 0.75
-    assert CpuMeter(2.0).update([Used((1, 0), 1.5, 0.25)]) == 0.0
+    assert CpuMeter(2.0).update([ProcessSample((1, 0), 2.5, 0.25)]) == 0.75
+    assert CpuMeter(2.0).update([ProcessSample((1, 0), 1.5, 0.25)]) == 0.0
 
 
 def test_the_end_tells_what_no_sample_has_shown() -> None:
     meter = CpuMeter()
     assert meter.end(0.7) == 0.7
     meter = CpuMeter()
-    meter.update([Used((1, 0), 0.5, 0.0)])
+    meter.update([ProcessSample((1, 0), 0.5, 0.0)])
     assert meter.end(0.7) == pytest.approx(0.2)
     assert meter.end(0.7) == 0.0

@@ -19,7 +19,7 @@ from aiosd.net.dialing import Dialer, Private, Unreachable
 from aiosd.net.request import Bad, ProxyRequest
 from aiosd.net.shares import PIECE, Shares
 from aiosd.sandbox import addresses, box, hosts, why
-from aiosd.sandbox.box import Box, Rules
+from aiosd.sandbox.box import Box, SandboxSettings
 from libaios import wire
 from libaios.home import Home
 from libaios.sandbox import wish
@@ -27,7 +27,7 @@ from libaios.sandbox import wish
 NAMES = st.sampled_from(["a.org", "b.a.org", "c.b.a.org", "aa.org", "x.net", "93.184.216.34", "2606:4700::1111"])
 PORTS = st.sampled_from([0, 80, 443, 8443])
 WORDS = st.builds(
-    lambda star, host, port: str(hosts.Grant("*." + host if star and host[0].isalpha() else host, port)),
+    lambda star, host, port: str(hosts.HostGrant("*." + host if star and host[0].isalpha() else host, port)),
     st.booleans(),
     NAMES,
     PORTS,
@@ -108,13 +108,13 @@ def test_the_environment_leads_to_the_proxy() -> None:
 
 def test_single_hosts_need_the_cage() -> None:
     asked = wire.Sandbox(net="a.org")
-    assert box.of_person(asked, Rules("cage"), "/w") == Box("cage", "a.org", "/w")
+    assert box.of_person(asked, SandboxSettings("cage"), "/w") == Box("cage", "a.org", "/w")
     for level in ("flat", "none"):
         with pytest.raises(OSError, match=r"--net a\.org needs --sandbox cage") as caught:
-            box.of_person(asked, Rules(level), "/w")
+            box.of_person(asked, SandboxSettings(level), "/w")
         assert caught.value.errno == 95
     with pytest.raises(OSError, match="needs --sandbox cage"):
-        box.of_person(wire.Sandbox(), Rules("flat", "a.org"), "/w")
+        box.of_person(wire.Sandbox(), SandboxSettings("flat", "a.org"), "/w")
     with pytest.raises(OSError, match="needs --sandbox cage"):
         box.of_child(asked, Box("flat", "all", "/w"))
     with pytest.raises(OSError, match="is no host"):

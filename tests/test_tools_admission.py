@@ -9,12 +9,12 @@ from typing import Any
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from aiosd.tools.admission import OVERTAKES, Admission, Needs
+from aiosd.tools.admission import OVERTAKES, Admission, Requirements
 
 KEYS = ("a", "b", "c")
 
 needs = st.builds(
-    Needs,
+    Requirements,
     tool=st.sampled_from(("t", "u", "v")),
     limit=st.just(2),
     reads=st.frozensets(st.sampled_from(KEYS), max_size=2),
@@ -29,11 +29,11 @@ class Crowd:
     def __init__(self, workers: int) -> None:
         self.admission: Admission[int] = Admission(workers)
         self.workers = workers
-        self.running: dict[int, Needs] = {}
+        self.running: dict[int, Requirements] = {}
         self.begun: list[int] = []
-        self.all: dict[int, tuple[int, Needs]] = {}
+        self.all: dict[int, tuple[int, Requirements]] = {}
 
-    def submit(self, agent: int, wanted: Needs) -> None:
+    def submit(self, agent: int, wanted: Requirements) -> None:
         number = len(self.all)
         self.all[number] = agent, wanted
         self.admission.submit(number, agent, wanted)
@@ -63,7 +63,7 @@ class Crowd:
 @settings(max_examples=200, deadline=None)
 @given(calls, st.integers(1, 5), st.randoms(use_true_random=False))
 def test_every_call_begins_once_and_holds_its_locks_alone(
-    calls: list[tuple[int, Needs]], workers: int, rng: random.Random
+    calls: list[tuple[int, Requirements]], workers: int, rng: random.Random
 ) -> None:
     crowd = Crowd(workers)
     for agent, wanted in calls:
@@ -81,7 +81,7 @@ def test_every_call_begins_once_and_holds_its_locks_alone(
 
 def test_agents_take_turns() -> None:
     admission: Admission[tuple[int, int]] = Admission(workers=1)
-    one = Needs("t", limit=1)
+    one = Requirements("t", limit=1)
     for agent, number in ((1, 10), (2, 3), (3, 1)):
         for i in range(number):
             admission.submit((agent, i), agent, one)
@@ -97,7 +97,7 @@ def test_calls_that_came_in_a_heap_do_not_go_before_those_of_others() -> None:
     admission: Admission[tuple[int, int]] = Admission(workers=8)
     for agent in range(64):
         for number in range(6):
-            admission.submit((agent, number), agent, Needs("t"))
+            admission.submit((agent, number), agent, Requirements("t"))
     served: Counter[int] = Counter(dict.fromkeys(range(64), 0))
     while begun := admission.begin():
         served[begun[0][0]] += 1
@@ -109,12 +109,12 @@ def test_calls_that_came_in_a_heap_do_not_go_before_those_of_others() -> None:
 def test_an_agent_that_calls_much_else_is_not_passed_over() -> None:
     """Agent 1 streams calls of a tool of its own; its one call of the shared tool has its turn all the same."""
     admission: Admission[Any] = Admission(workers=2)
-    admission.submit("shared-0", 2, Needs("shared"))
-    admission.submit("mine", 1, Needs("shared"))
+    admission.submit("shared-0", 2, Requirements("shared"))
+    admission.submit("mine", 1, Requirements("shared"))
     begun, late = admission.begin(), []
     for step in range(1, 60):
         for agent, tool in ((1, "own"), (2, "shared")):
-            admission.submit(f"{tool}-{step}", agent, Needs(tool))
+            admission.submit(f"{tool}-{step}", agent, Requirements(tool))
         for key in begun:
             admission.end(key)
         begun = admission.begin()
@@ -126,10 +126,10 @@ def test_an_agent_that_calls_much_else_is_not_passed_over() -> None:
 
 def test_a_call_that_is_given_up_costs_no_turn() -> None:
     admission: Admission[Any] = Admission(workers=1)
-    admission.submit("running", 9, Needs("t"))
+    admission.submit("running", 9, Requirements("t"))
     admission.begin()
     for key, agent in (("a1", 1), ("a2", 1), ("b1", 2)):
-        admission.submit(key, agent, Needs("t"))
+        admission.submit(key, agent, Requirements("t"))
     admission.end("a1")
     admission.end("running")
     assert admission.begin() == ["a2"]
@@ -138,11 +138,11 @@ def test_a_call_that_is_given_up_costs_no_turn() -> None:
 def test_a_call_of_many_locks_is_overtaken_so_often_and_no_more() -> None:
     """A stream of small calls, of which at least one always runs, cannot keep a call that needs both keys waiting."""
     admission: Admission[Any] = Admission(workers=4)
-    small = [Needs("s", 100, writes=frozenset(key)) for key in "ab"]
+    small = [Requirements("s", 100, writes=frozenset(key)) for key in "ab"]
     for i in range(2):
         admission.submit(("small", i), i, small[i])
     assert len(admission.begin()) == 2
-    admission.submit("both", 9, Needs("b", 1, writes=frozenset("ab")))
+    admission.submit("both", 9, Requirements("b", 1, writes=frozenset("ab")))
     for i in range(2, 200):
         admission.submit(("small", i), i, small[i % 2])
         admission.end(("small", i - 2))
@@ -154,11 +154,11 @@ def test_a_call_of_many_locks_is_overtaken_so_often_and_no_more() -> None:
 
 def test_a_call_is_overtaken_only_by_those_that_use_the_same() -> None:
     admission: Admission[Any] = Admission(workers=4)
-    admission.submit("a1", 1, Needs("t", 9, writes=frozenset("a")))
+    admission.submit("a1", 1, Requirements("t", 9, writes=frozenset("a")))
     admission.begin()
-    admission.submit("a2", 2, Needs("t", 9, writes=frozenset("a")))
+    admission.submit("a2", 2, Requirements("t", 9, writes=frozenset("a")))
     for i in range(100):
-        admission.submit(i, 3, Needs("other", 9))
+        admission.submit(i, 3, Requirements("other", 9))
         assert admission.begin() == [i]
         admission.end(i)
     assert admission.position("a2") == {"before": 0, "overtaken": 0}
@@ -167,7 +167,7 @@ def test_a_call_is_overtaken_only_by_those_that_use_the_same() -> None:
 def test_a_call_that_is_given_up_holds_nothing() -> None:
     admission: Admission[Any] = Admission(workers=4)
     for key in ("x", "y", "z"):
-        admission.submit(key, 1, Needs("t"))
+        admission.submit(key, 1, Requirements("t"))
     assert admission.begin() == ["x"]
     admission.end("y")
     admission.end("y")

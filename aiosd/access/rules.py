@@ -5,7 +5,7 @@
 * Where none matches, the deed's own default decides: it asks if it has one, else it is allowed.
 * A rule for a resource denies or asks when one of the deed's resources of that type matches, and allows when all
   do. What is not known of a deed (`Deed.unknown`) may be anything: such a rule denies it or asks, and never allows it.
-* What is kept as "always" (`Lasting`) answers an ask, and never a denial.
+* What is kept as "always" (`LastingApproval`) answers an ask, and never a denial.
 """
 
 from __future__ import annotations
@@ -81,7 +81,7 @@ class Decision(Struct, frozen=True):
     rule: str = ""
 
 
-class Policy(Struct, frozen=True, array_like=True):
+class AccessPolicy(Struct, frozen=True, array_like=True):
     """The rules in force, and for how many seconds what is asked for waits while nobody is there to answer."""
 
     rules: list[Rule] = []
@@ -120,7 +120,7 @@ class Policy(Struct, frozen=True, array_like=True):
         return found
 
 
-class Lasting(Struct, frozen=True):
+class LastingApproval(Struct, frozen=True):
     """An approval for all times: for agents of one group (and of one program, where that was proved), of one tool or
     call, and of these very resources; where there are none, of these very arguments. `schema`: of the tool."""
 
@@ -152,8 +152,8 @@ class Lasting(Struct, frozen=True):
         return f"{self.what} {things}, by agents of group {self.group}{program}"
 
 
-def lasting(number: int, subject: Subject, deed: Deed, agent: str, now: float) -> Lasting:
-    return Lasting(
+def lasting(number: int, subject: Subject, deed: Deed, agent: str, now: float) -> LastingApproval:
+    return LastingApproval(
         number,
         subject.group,
         subject.program.hex(),
@@ -188,4 +188,4 @@ def _covers_resource(kind: str, wanted: Iterable[str], other: Rule) -> bool:
     return narrow is not None and all(any(patterns.covers(kind, wide, one) for wide in wanted) for one in narrow)
 
 
-__all__ = ["KINDS", "Act", "Decision", "Lasting", "Policy", "Rule"]
+__all__ = ["KINDS", "AccessPolicy", "Act", "Decision", "LastingApproval", "Rule"]

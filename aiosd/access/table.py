@@ -30,7 +30,7 @@ import msgspec
 
 from aiosd.access import patterns
 from aiosd.access.deed import KINDS, program_key
-from aiosd.access.rules import Act, Policy, Rule
+from aiosd.access.rules import AccessPolicy, Act, Rule
 from libaios import wire
 
 #: Calls that no rule can name: they cannot fail, or are steps of another one, which is named instead.
@@ -67,7 +67,7 @@ class Names:
     open: bool = False
 
 
-class Wrong(ValueError):
+class RuleError(ValueError):
     """What is wrong, and in which line."""
 
     def __init__(self, line: int, message: str) -> None:
@@ -75,36 +75,36 @@ class Wrong(ValueError):
         self.line = line
 
 
-def read(table: Any, text: str, folder: str, names: Names) -> tuple[Policy, list[str]]:
+def read(table: Any, text: str, folder: str, names: Names) -> tuple[AccessPolicy, list[str]]:
     """The rules, and warnings about rules that never decide. `text`: of the file, in which places are looked for;
-    `folder`: where it lies. Raises Wrong."""
+    `folder`: where it lies. Raises RuleError."""
     first = _line_of(text, r"\[\s*access\s*\]", 1)
     if not isinstance(table, Mapping):
-        raise Wrong(first, "access is a table: [access]")
+        raise RuleError(first, "access is a table: [access]")
     rules: list[Rule] = []
     for key, value in table.items():
         line = _line_of(text, rf"{key}\s*=", first)
         if key == "ask_timeout":
             continue
         if key not in {act.value for act in Act}:
-            raise Wrong(line, f"access: unknown key {key!r}; there are: ask_timeout, deny, ask, allow")
+            raise RuleError(line, f"access: unknown key {key!r}; there are: ask_timeout, deny, ask, allow")
         if not isinstance(value, list) or not all(isinstance(rule, dict) for rule in value):
-            raise Wrong(line, f'access.{key} is a list of rules: [ {{ tool = "shell", by = "web" }}, … ]')
+            raise RuleError(line, f'access.{key} is a list of rules: [ {{ tool = "shell", by = "web" }}, … ]')
         lines = [*_lines_of_rules(text, line), *[line] * len(value)]
         for rule, place in zip(value, lines, strict=False):
             try:
                 rules.append(_rule(Act(key), rule, place, folder, names))
             except ValueError as err:
-                raise Wrong(place, f"access.{key}: {err}") from None
+                raise RuleError(place, f"access.{key}: {err}") from None
     timeout = _seconds(table.get("ask_timeout", 0), _line_of(text, r"ask_timeout\s*=", first))
-    policy = Policy(rules, timeout)
+    policy = AccessPolicy(rules, timeout)
     shadows = [f"{rule.shown} never decides: {other.shown} comes before it" for rule, other in policy.shadowed()]
     return policy, shadows
 
 
 def _seconds(value: Any, line: int) -> float:
     if isinstance(value, bool) or not isinstance(value, int | float) or not 0 <= value <= 1e9:
-        raise Wrong(line, f"access.ask_timeout: {value!r} is no number of seconds")
+        raise RuleError(line, f"access.ask_timeout: {value!r} is no number of seconds")
     return float(value)
 
 

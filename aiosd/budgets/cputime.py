@@ -13,7 +13,7 @@ from collections.abc import Iterable
 from typing import NamedTuple
 
 
-class Used(NamedTuple):
+class ProcessSample(NamedTuple):
     """One process in a sample. `process`: what names it for ever. `waited_s`: of children that it has waited for."""
 
     process: tuple[int, int]
@@ -27,10 +27,10 @@ class CpuMeter:
     def __init__(self, counted_s: float = 0.0) -> None:
         self.total_s = counted_s
         self._first = True
-        self._seen: dict[tuple[int, int], Used] = {}
-        self._ended: dict[tuple[int, int], Used] = {}  # those of the sample before that have ended since
+        self._seen: dict[tuple[int, int], ProcessSample] = {}
+        self._ended: dict[tuple[int, int], ProcessSample] = {}  # those of the sample before that have ended since
 
-    def update(self, sample: Iterable[Used]) -> float:
+    def update(self, sample: Iterable[ProcessSample]) -> float:
         """Seconds that have come since the last sample."""
         now = {used.process: used for used in sample}
         if self._first:
@@ -53,8 +53,8 @@ class CpuMeter:
 
     @staticmethod
     def _left(
-        ended: dict[tuple[int, int], Used], late: dict[tuple[int, int], Used], excess: float
-    ) -> dict[tuple[int, int], Used]:
+        ended: dict[tuple[int, int], ProcessSample], late: dict[tuple[int, int], ProcessSample], excess: float
+    ) -> dict[tuple[int, int], ProcessSample]:
         """Those whose time no parent has been given yet; what is late for a second time comes no more."""
         for used in late.values():
             excess -= used.own_s + used.waited_s

@@ -86,7 +86,7 @@ def _explain(agent: dict[str, Any], named: str) -> None:
     common = plan.common_rules(sys.path)
     try:
         box = Box(**confined)
-        found = [why.of_host(path, box)] if is_url else why.verdicts(path, box, plan.machine(common), common)
+        found = [why.of_host(path, box)] if is_url else why.findings(path, box, plan.machine(common), common)
     except ValueError as err:
         raise edge.Failed(f"--why: {err}") from None
     for one in found:

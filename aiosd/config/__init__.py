@@ -56,7 +56,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from aiosd.access.rules import Policy
+from aiosd.access.rules import AccessPolicy
 from aiosd.budgets import limits
 from aiosd.budgets.limits import GroupLimits
 from aiosd.config.autostart import AgentSpec
@@ -68,7 +68,7 @@ from aiosd.ipc.endpoint import Endpoint
 from aiosd.ipc.link import Schedule
 from aiosd.ipc.passage import Passages
 from aiosd.llm.spec import ModelSpec
-from aiosd.sandbox.box import LEVELS, STRICT, Rules
+from aiosd.sandbox.box import LEVELS, STRICT, SandboxSettings
 from aiosd.tools.spec import McpServer
 from libaios import digest
 from libaios.home import Home
@@ -120,10 +120,12 @@ class Settings:
     gateway: Endpoint = field(default_factory=Endpoint)  # as it was asked for, …
     door: Endpoint | None = None  # … and where it listens
     passages: Passages | None = None  # between aiosd's own processes
-    sandbox: Rules = field(default_factory=Rules)  # for agents of groups that `groups` does not name
+    sandbox: SandboxSettings = field(
+        default_factory=SandboxSettings
+    )  # for agents of groups that `groups` does not name
     sandbox_chosen: bool = False  # its level was set by an option, a variable or a file
-    groups: Mapping[str, Rules] = field(default_factory=dict)
-    access: Policy = field(default_factory=Policy)  # what agents may do, …
+    groups: Mapping[str, SandboxSettings] = field(default_factory=dict)
+    access: AccessPolicy = field(default_factory=AccessPolicy)  # what agents may do, …
     access_warnings: tuple[str, ...] = ()  # … and which rules never decide
     budgets: Mapping[str, GroupLimits] = field(default_factory=dict)  # of groups
     soft_limit: int = 0  # percent of a budget at which its agent gets a message
@@ -179,7 +181,7 @@ def load(
     table, embedder = of_models.embedder(values["embed_model"], values, given, locate, place, home)
     of_models.refuse_doubles([*models, *([embedder] if embedder is not None else [])])
     strict = values["sandbox"] == STRICT
-    rules = Rules(LEVELS[-1] if strict else values["sandbox"], values["net"])
+    rules = SandboxSettings(LEVELS[-1] if strict else values["sandbox"], values["net"])
     policy, warnings = toml.access_of(path, file, bool(tools))
     return Settings(
         home=home,

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from aiosd.access import table as access_table
-from aiosd.access.rules import Policy
+from aiosd.access.rules import AccessPolicy
 from aiosd.budgets import limits
 from aiosd.config import autostart
 from aiosd.config.autostart import AgentSpec
@@ -17,7 +17,7 @@ from aiosd.config.keys import KEYS
 from aiosd.config.values import text as any_name
 from aiosd.errors import UsageError, WorldError
 from aiosd.sandbox import boxgroups
-from aiosd.sandbox.box import Rules
+from aiosd.sandbox.box import SandboxSettings
 from aiosd.tools.spec import BUILT_IN_KINDS, McpServer, read_servers
 
 
@@ -76,22 +76,22 @@ def read(path: Path, must_exist: bool) -> File:
     return file
 
 
-def access_of(path: Path, file: File, more_tools: bool) -> tuple[Policy, tuple[str, ...]]:
+def access_of(path: Path, file: File, more_tools: bool) -> tuple[AccessPolicy, tuple[str, ...]]:
     """What agents may do. `more_tools`: there are tools whose names are not known yet."""
     if file.access is None:
-        return Policy(), ()
+        return AccessPolicy(), ()
     names = access_table.Names(BUILT_IN_KINDS, file.servers, more_tools)
     try:
         policy, warnings = access_table.read(file.access, file.text, str(path.parent.absolute()), names)
-    except access_table.Wrong as err:
+    except access_table.RuleError as err:
         raise UsageError(f"{path}, line {err.line}: {err}") from None
     return policy, tuple(warnings)
 
 
 def groups_of(
-    path: Path, tables: Sequence[tuple[int, Mapping[str, Any]]], general: Rules, strict: bool
-) -> dict[str, Rules]:
-    found: dict[str, Rules] = {}
+    path: Path, tables: Sequence[tuple[int, Mapping[str, Any]]], general: SandboxSettings, strict: bool
+) -> dict[str, SandboxSettings]:
+    found: dict[str, SandboxSettings] = {}
     for first, values in tables:
         try:
             name, rules = boxgroups.read(values, str(path.parent.absolute()), general)

@@ -18,7 +18,7 @@ from typing import Any
 from msgspec import Raw, Struct, msgpack
 
 from aiosd.access.deed import Deed
-from aiosd.access.rules import Policy
+from aiosd.access.rules import AccessPolicy
 from aiosd.budgets.price import Price
 from libaios.wire import Generate, Limits, Logprobs, Template, ToolCall, Usage
 
@@ -146,7 +146,7 @@ class Rules(Struct, array_like=True, frozen=True, tag=True):
     """What agents may do. Sent to every service that has loaded, and when it changes. A service may know from it that
     a deed needs nobody's leave; whatever else is to be decided it leaves to the kernel (`Needs`)."""
 
-    policy: Policy
+    policy: AccessPolicy
 
 
 class ErrandDone(Struct, array_like=True, frozen=True, tag=True):
@@ -643,7 +643,7 @@ class Reread(Struct, array_like=True, frozen=True, tag=True):
 
     log_level: str
     schedule: Schedule
-    access: Policy
+    access: AccessPolicy
     report: dict[str, Any]  # what came of it, see config.Settings
 
 

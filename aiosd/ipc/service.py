@@ -35,7 +35,7 @@ from types import GeneratorType
 from typing import Any, NamedTuple
 
 from aiosd.access.deed import Deed, Subject, Unapproved
-from aiosd.access.rules import Act, Policy
+from aiosd.access.rules import AccessPolicy, Act
 from aiosd.ipc import link
 from aiosd.ipc.heartbeat import HANG_S, Rounds
 from aiosd.ipc.newcomers import Newcomers
@@ -171,7 +171,7 @@ class Server:
     _bytes: int = 0
     _under_way: dict[link.Key, Generator[Any, None, Any]] = field(default_factory=dict)
     _offsets: dict[link.Key, int] = field(default_factory=dict)
-    policy: Policy = field(default_factory=Policy)
+    policy: AccessPolicy = field(default_factory=AccessPolicy)
     _newcomers: Newcomers = field(default_factory=Newcomers)
     _turned_back: OrderedDict[link.Key, int] = field(default_factory=OrderedDict)  # with their lives
     _lives: dict[link.Key, _Begun] = field(default_factory=dict)  # the calls that were begun and have no answer yet

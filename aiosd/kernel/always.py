@@ -12,7 +12,7 @@ from pathlib import Path
 import msgspec
 
 from aiosd.access.deed import Deed, Subject
-from aiosd.access.rules import Lasting, lasting
+from aiosd.access.rules import LastingApproval, lasting
 from libaios import wire
 
 logger = logging.getLogger("kernel")
@@ -23,19 +23,19 @@ MOST = 10_000
 class LastingApprovals:
     def __init__(self, path: Path) -> None:
         self._path = path
-        self._entries: dict[int, Lasting] = {}
+        self._entries: dict[int, LastingApproval] = {}
         try:
-            found = msgspec.json.decode(path.read_bytes(), type=list[Lasting])
+            found = msgspec.json.decode(path.read_bytes(), type=list[LastingApproval])
             self._entries = {entry.number: entry for entry in found}
         except FileNotFoundError:
             pass
         except (OSError, msgspec.MsgspecError) as err:
             logger.error("%s cannot be read, so nothing is allowed for all times: %s", path, err)
 
-    def covering(self, subject: Subject, deed: Deed) -> Lasting | None:
+    def covering(self, subject: Subject, deed: Deed) -> LastingApproval | None:
         return next((entry for entry in self._entries.values() if entry.covers(subject, deed)), None)
 
-    def add(self, subject: Subject, deed: Deed, agent: str, now: float) -> Lasting:
+    def add(self, subject: Subject, deed: Deed, agent: str, now: float) -> LastingApproval:
         """Raises OSError: it could not be written, and is not in force."""
         entry = lasting(max(self._entries, default=0) + 1, subject, deed, agent, now)
         if len(self._entries) >= MOST:
@@ -43,7 +43,7 @@ class LastingApprovals:
         self._save({**self._entries, entry.number: entry})
         return entry
 
-    def revoke(self, number: int) -> Lasting | None:
+    def revoke(self, number: int) -> LastingApproval | None:
         """None: there is none of this number. Raises OSError."""
         entry = self._entries.get(number)
         if entry is not None:
@@ -53,7 +53,7 @@ class LastingApprovals:
     def listed(self) -> list[wire.Always]:
         return [wire.Always(entry.number, entry.shown, entry.agent, entry.given) for entry in self._entries.values()]
 
-    def _save(self, entries: dict[int, Lasting]) -> None:
+    def _save(self, entries: dict[int, LastingApproval]) -> None:
         new = self._path.with_suffix(".new")
         with open(os.open(new, os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_NOFOLLOW, 0o600), "wb") as file:
             file.write(msgspec.json.format(msgspec.json.encode(list(entries.values()))) + b"\n")

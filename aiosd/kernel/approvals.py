@@ -29,7 +29,7 @@ import msgspec
 from msgspec import Raw
 
 from aiosd.access.deed import Deed, Subject
-from aiosd.access.rules import Act, Policy, lasting
+from aiosd.access.rules import AccessPolicy, Act, lasting
 from aiosd.kernel.always import LastingApprovals
 from aiosd.kernel.audit import Audit
 from aiosd.kernel.calls import CallTable
@@ -59,7 +59,7 @@ class Approvals:
 
     def __init__(
         self,
-        policy: Policy,
+        policy: AccessPolicy,
         table: ProcTable,
         calls: CallTable,
         always: LastingApprovals,
@@ -85,7 +85,7 @@ class Approvals:
             known = self._ruled[row.sys] = self.policy.concerns(row.name, False)
         return known
 
-    def change(self, policy: Policy) -> None:
+    def change(self, policy: AccessPolicy) -> None:
         self.policy = policy
         self._ruled.clear()
 

@@ -12,7 +12,7 @@ from collections.abc import Callable
 from typing import TYPE_CHECKING
 
 from aiosd import config
-from aiosd.access.rules import Policy
+from aiosd.access.rules import AccessPolicy
 from aiosd.ipc import link
 from aiosd.kernel.cores import Cores
 from aiosd.kernel.uplink import Uplink
@@ -26,7 +26,7 @@ if TYPE_CHECKING:
 class Live:
     """`settings` are those in force."""
 
-    def __init__(self, settings: Settings, uplink: Uplink, cores: Cores, rules: Callable[[Policy], None]) -> None:
+    def __init__(self, settings: Settings, uplink: Uplink, cores: Cores, rules: Callable[[AccessPolicy], None]) -> None:
         self.settings = settings
         self._uplink = uplink
         self._cores = cores

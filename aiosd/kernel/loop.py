@@ -18,7 +18,7 @@ import socket
 import sys
 from typing import TYPE_CHECKING
 
-from aiosd.access.rules import Policy
+from aiosd.access.rules import AccessPolicy
 from aiosd.budgets.price import FREE
 from aiosd.config import agents_of
 from aiosd.errors import WorldError
@@ -357,7 +357,7 @@ class Kernel:
         service.asked = asked
         self.events.move(source, Turn.HUNGRY)
 
-    def _rule(self, policy: Policy) -> None:
+    def _rule(self, policy: AccessPolicy) -> None:
         """These rules are in force from now on."""
         self.approvals.change(policy)
         self._tell_services(link.Rules(policy))

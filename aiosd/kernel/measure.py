@@ -16,7 +16,7 @@ from dataclasses import dataclass, field
 
 from aiosd import procfs
 from aiosd.budgets import limits as kinds
-from aiosd.budgets.cputime import CpuMeter, Used
+from aiosd.budgets.cputime import CpuMeter, ProcessSample
 from aiosd.budgets.limits import DISK_S, SAMPLE_S
 from aiosd.ipc import link
 from aiosd.kernel import budget as budgets
@@ -147,7 +147,7 @@ class Measure:
         meter = self._meters.get(proc.ospid)
         if meter is None:
             meter = self._meters[proc.ospid] = CpuMeter(proc.row[ledger.OWN_CPU_US] / 1e6)
-        used = [Used((ospid, stat.started), stat.cpu_s, stat.waited_s) for ospid, stat in tree.items()]
+        used = [ProcessSample((ospid, stat.started), stat.cpu_s, stat.waited_s) for ospid, stat in tree.items()]
         self._charge_cpu(proc, meter.update(used))
 
     @staticmethod

@@ -17,7 +17,7 @@ from aiosd.kernel.proc import Proc
 from aiosd.kernel.spawning import group_of_child
 from aiosd.sandbox import box as boxes
 from aiosd.sandbox import hosts, plan
-from aiosd.sandbox.box import LEVELS, Box, Rules
+from aiosd.sandbox.box import LEVELS, Box, SandboxSettings
 from aiosd.sandbox.probe import Offer
 from libaios import wire
 
@@ -25,8 +25,8 @@ from libaios import wire
 class Sandboxes:
     def __init__(
         self,
-        rules: Rules,
-        groups: Mapping[str, Rules],
+        rules: SandboxSettings,
+        groups: Mapping[str, SandboxSettings],
         offer: Offer,
         folder: str,
         strict: bool = False,
@@ -109,13 +109,13 @@ class Sandboxes:
         allowed = (*self.of_group(group).env, *args.sandbox.env)
         return boxes.at_home(boxes.environment(args.env, allowed), box)
 
-    def of_group(self, group: str) -> Rules:
+    def of_group(self, group: str) -> SandboxSettings:
         """In force here: a level that this machine cannot do is one lower, which the log says."""
         rules = self._wanted(group)
         weakest = min(rules.level, self.offer.level, key=LEVELS.index)
-        return Rules(weakest, rules.net, rules.read, rules.write, rules.env)
+        return SandboxSettings(weakest, rules.net, rules.read, rules.write, rules.env)
 
-    def _wanted(self, group: str) -> Rules:
+    def _wanted(self, group: str) -> SandboxSettings:
         return self._groups.get(group, self.rules)
 
     def shown(self) -> dict[str, object]:

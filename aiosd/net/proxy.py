@@ -54,7 +54,7 @@ class AgentGate:
 
     pid: int
     life: int
-    grants: tuple[hosts.Grant, ...]
+    grants: tuple[hosts.HostGrant, ...]
     listeners: list[socket.socket]
     lookups: asyncio.Semaphore
     connections: set[asyncio.Task[None]] = field(default_factory=set)

@@ -48,7 +48,7 @@ class Box(Struct, array_like=True, frozen=True):
     write: list[str] = []
 
 
-class Rules(Struct, frozen=True):
+class SandboxSettings(Struct, frozen=True):
     """The settings for agents, or what a [[group]] of aiosd.toml says for its own."""
 
     level: str = "none"
@@ -58,7 +58,7 @@ class Rules(Struct, frozen=True):
     env: tuple[str, ...] = ()
 
 
-def of_person(wish: wire.Sandbox, rules: Rules, workspace: str) -> Box | None:
+def of_person(wish: wire.Sandbox, rules: SandboxSettings, workspace: str) -> Box | None:
     """The box of an agent that a person starts, or an agent that is not confined; None: it is not confined."""
     level = wish.level or rules.level
     if level == "none":

@@ -20,15 +20,15 @@ from typing import Any
 import msgspec
 
 from aiosd.sandbox import hosts
-from aiosd.sandbox.box import LEVELS, Rules
+from aiosd.sandbox.box import LEVELS, SandboxSettings
 from libaios import wire
 
 
-def read(values: Mapping[str, Any], folder: str, general: Rules) -> tuple[str, Rules]:
+def read(values: Mapping[str, Any], folder: str, general: SandboxSettings) -> tuple[str, SandboxSettings]:
     """A group's name and its rules, of keys that their readers have read. ValueError with a sentence."""
     if "name" not in values:
         raise ValueError("a group without name")
-    rules = Rules(
+    rules = SandboxSettings(
         values.get("sandbox", general.level),
         values.get("net", general.net),
         _paths(values.get("read", ()), folder),

@@ -30,7 +30,7 @@ _NUMBER = re.compile(r"[0-9]+|0x[0-9a-f]*")  # as the last part of a name it mak
 _CONTROL = re.compile(r"[\x00-\x20\x7f]")
 
 
-class Grant(NamedTuple):
+class HostGrant(NamedTuple):
     host: str  # a name, *.NAME, or an address
     port: int = 0  # 0: any of PORTS
 
@@ -65,7 +65,7 @@ def normal(words: Iterable[str]) -> str:
     return net
 
 
-def grants(net: str) -> tuple[Grant, ...]:
+def grants(net: str) -> tuple[HostGrant, ...]:
     """Of a network as `normal` writes it; none of those that are a word. Raises ValueError."""
     if not are_named(net) or net == GATEWAY:
         return ()
@@ -77,7 +77,7 @@ def grants(net: str) -> tuple[Grant, ...]:
     return tuple(map(_grant, words))
 
 
-def rule(granted: Iterable[Grant], host: str, port: int) -> Grant | None:
+def rule(granted: Iterable[HostGrant], host: str, port: int) -> HostGrant | None:
     """By which grant a host (as `host_of` writes it) may be reached at a port; None: by none."""
     return next((one for one in granted if port in one.ports and matches("host", one.host, host)), None)
 
@@ -98,7 +98,7 @@ def covers(wide: str, narrow: str) -> bool:
     )
 
 
-def refusal(granted: Iterable[Grant], host: str, port: int) -> str:
+def refusal(granted: Iterable[HostGrant], host: str, port: int) -> str:
     """Why a host that no grant names is not reached, with what would allow it."""
     shown = f"[{host}]" if ":" in host else host
     found = [str(one) for one in granted if matches("host", one.host, host)]
@@ -131,12 +131,12 @@ def proxied(env: Mapping[str, str]) -> dict[str, str]:
     return kept | own | {name.upper(): value for name, value in own.items()}
 
 
-def _grant(word: str) -> Grant:
+def _grant(word: str) -> HostGrant:
     if word.startswith("*."):
         host, port = address(word[2:])
         if ":" in host or _is_address(host):
             raise ValueError(f"{word[:80]!r}: '*.' stands before a name")
-        return Grant("*." + host, port)
+        return HostGrant("*." + host, port)
     if "*" in word:
         raise ValueError(f"{word[:80]!r} is no host (such as example.org, *.example.org or example.org:8443)")
     host, port = address(word)
@@ -144,7 +144,7 @@ def _grant(word: str) -> Grant:
         _refuse_private(host)
     elif "." not in host:  # none has a public address: it is another word that was meant to be understood
         raise ValueError(f"{word[:80]!r} is no host (such as example.org), and neither all nor none")
-    return Grant(host, port)
+    return HostGrant(host, port)
 
 
 def _port(number: str, text: str) -> int:

@@ -22,7 +22,7 @@ _PRIVATE = ("/tmp", "/dev/shm", "/dev/pts")
 
 
 @dataclass(frozen=True, slots=True)
-class Verdict:
+class Finding:
     """Of one deed."""
 
     deed: str  # read, write or run, or reach
@@ -31,12 +31,12 @@ class Verdict:
     remedy: str = ""  # an option of aios-run, with its argument
 
 
-def verdicts(path: str, box: Box, machine: Machine, common: Sequence[tuple[str, int]]) -> list[Verdict]:
+def findings(path: str, box: Box, machine: Machine, common: Sequence[tuple[str, int]]) -> list[Finding]:
     """`path`: absolute, without links. `common`: what all agents are granted, by path."""
-    return [_verdict(deed, path, box, machine, common) for deed in _DEEDS]
+    return [_finding(deed, path, box, machine, common) for deed in _DEEDS]
 
 
-def of_host(url: str, box: Box) -> Verdict:
+def of_host(url: str, box: Box) -> Finding:
     """`url`: SCHEME://HOST[:PORT][/…]. Raises ValueError."""
     scheme, _, rest = url.partition("://")
     host, port = hosts.address(rest.partition("/")[0])
@@ -44,38 +44,38 @@ def of_host(url: str, box: Box) -> Verdict:
     if not port:
         raise ValueError(f"{url}: which port is meant? ({scheme}://{host}:PORT)")
     if box.net == hosts.ALL:
-        return Verdict("reach", True, "it has the machine's network")
+        return Finding("reach", True, "it has the machine's network")
     shown = f"[{host}]" if ":" in host else host
     remedy = f"--net {shown if port in hosts.PORTS else f'{shown}:{port}'}" if box.level == "cage" else "--net all"
     if box.net == hosts.NONE:
-        return Verdict("reach", False, "it has no network (EAFNOSUPPORT)", remedy)
+        return Finding("reach", False, "it has no network (EAFNOSUPPORT)", remedy)
     found = hosts.rule(hosts.grants(box.net), host, port)
     if found is None:
-        return Verdict("reach", False, f"no rule of net names it, only {box.net} (403 of the proxy)", remedy)
-    return Verdict("reach", True, f"granted by net: {found}, through the proxy, where its addresses are public")
+        return Finding("reach", False, f"no rule of net names it, only {box.net} (403 of the proxy)", remedy)
+    return Finding("reach", True, f"granted by net: {found}, through the proxy, where its addresses are public")
 
 
-def _verdict(deed: str, path: str, box: Box, machine: Machine, common: Sequence[tuple[str, int]]) -> Verdict:
+def _finding(deed: str, path: str, box: Box, machine: Machine, common: Sequence[tuple[str, int]]) -> Finding:
     caged = box.level == "cage"
     granted = _granted(box)
     mine = next((folder for folder in _PRIVATE if caged and inside(path, (folder,))), "")
     if mine and not inside(path, (folder for folder, _, _ in granted)):
         if path == mine or not os.path.lexists(path):
-            return Verdict(deed, True, f"in the cage {mine} is the agent's own")
-        return Verdict(
+            return Finding(deed, True, f"in the cage {mine} is the agent's own")
+        return Finding(
             deed, False, f"in the cage {mine} is the agent's own: no such file (ENOENT)", _remedy(deed, path)
         )
     shared = [(os.path.realpath(folder), rights, f"all agents may: {folder}") for folder, rights in common]
     found = _rule(deed, path, [*granted, *shared])
     remedy = _remedy(deed, path)
     if caged and not inside(path, (*machine.system, *(folder for folder, _, _ in granted))):
-        return Verdict(deed, False, "not in the cage: no such file (ENOENT)", remedy)
+        return Finding(deed, False, "not in the cage: no such file (ENOENT)", remedy)
     if not found:
         writable = [folder for folder, rights, _ in granted if rights & landlock.WRITE_FILE]
         first = "mounted read-only (EROFS), and " if caged and deed == "write" and not inside(path, writable) else ""
-        return Verdict(deed, False, f"{first}no rule of Landlock grants it (EACCES)", remedy)
+        return Finding(deed, False, f"{first}no rule of Landlock grants it (EACCES)", remedy)
     mode = _mode(deed, path)
-    return Verdict(deed, not mode, f"{mode}, although {found}" if mode else found)
+    return Finding(deed, not mode, f"{mode}, although {found}" if mode else found)
 
 
 def _remedy(deed: str, path: str) -> str:

@@ -27,7 +27,7 @@ OVERTAKES = 16
 
 
 @dataclass(frozen=True, slots=True)
-class Needs:
+class Requirements:
     """What a call uses while it runs. `limit`: how many calls of the tool may run at a time."""
 
     tool: str
@@ -35,7 +35,7 @@ class Needs:
     reads: frozenset[str] = frozenset()
     writes: frozenset[str] = frozenset()
 
-    def conflicts(self, other: Needs) -> bool:
+    def conflicts(self, other: Requirements) -> bool:
         """Whether they share something that one of them may have to wait for."""
         if self.tool == other.tool and self.limit < 1 << 30:
             return True
@@ -46,7 +46,7 @@ class Needs:
 class _Waiting(Generic[K]):
     key: K
     agent: int
-    needs: Needs
+    needs: Requirements
     number: int  # when it came
     since: int = 0  # when it became the first of its agent's calls to this tool
     overtaken: int = 0
@@ -64,14 +64,14 @@ class _Held:
     readers: Counter[str] = field(default_factory=Counter)
     writers: Counter[str] = field(default_factory=Counter)
 
-    def fits(self, needs: Needs) -> bool:
+    def fits(self, needs: Requirements) -> bool:
         return (
             self.tools[needs.tool] < needs.limit
             and not any(self.readers[key] or self.writers[key] for key in needs.writes)
             and not any(self.writers[key] for key in needs.reads)
         )
 
-    def change(self, needs: Needs, by: int) -> None:
+    def change(self, needs: Requirements, by: int) -> None:
         for counter, keys in ((self.tools, (needs.tool,)), (self.readers, needs.reads), (self.writers, needs.writes)):
             for key in keys:
                 counter[key] += by
@@ -90,7 +90,7 @@ class Admission(Generic[K]):
         self.workers = workers
         self._waiting: dict[K, _Waiting[K]] = {}  # in order of arrival
         self._lines: dict[tuple[int, str], deque[_Waiting[K]]] = {}  # the same by agent and tool; none is empty
-        self._running: dict[K, Needs] = {}
+        self._running: dict[K, Requirements] = {}
         self._held = _Held()
         self._turns: dict[int, int] = {}  # when each agent with waiting calls began one last
         self._clock = count(1)  # ticks with each arrival and each beginning
@@ -111,7 +111,7 @@ class Admission(Generic[K]):
         before = sum(other.number < call.number for other in self._waiting.values())
         return {"before": before, "overtaken": call.overtaken}
 
-    def submit(self, key: K, agent: int, needs: Needs) -> None:
+    def submit(self, key: K, agent: int, needs: Requirements) -> None:
         now = next(self._clock)
         call = self._waiting[key] = _Waiting(key, agent, needs, now)
         line = self._lines.setdefault(call.line, deque())

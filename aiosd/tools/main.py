@@ -37,13 +37,13 @@ from aiosd.ipc.heartbeat import Rounds
 from aiosd.ipc.service import LATER, Server
 from aiosd.sandbox.box import Box
 from aiosd.tools import concerns, direct, held
-from aiosd.tools.admission import Admission, Needs
+from aiosd.tools.admission import Admission, Requirements
 from aiosd.tools.errands import Errands
 from aiosd.tools.messages import Described, Done, Run, Tool
 from aiosd.tools.meter import Bills
 from aiosd.tools.pins import Pins
 from aiosd.tools.pool import Cell, Job, Pool
-from aiosd.tools.servers import Servers
+from aiosd.tools.servers import McpLauncher
 from aiosd.tools.spec import BUILT_IN_KINDS, MCP, ToolboxSpec
 from libaios import wire
 from libaios.channel import Channel
@@ -83,7 +83,7 @@ class _Call:
     cell: Cell
 
 
-class Toolbox:
+class ToolboxService:
     def __init__(self, channel: Channel, spec: ToolboxSpec) -> None:
         self.spec = spec
         self.tools: dict[str, Known] = {}
@@ -120,7 +120,7 @@ class Toolbox:
             self.server.forget,
             spec.folder,
             self._described,
-            Servers(servers, spec.servers, self.server.watch),
+            McpLauncher(servers, spec.servers, self.server.watch),
             self.bills,
         )
 
@@ -286,7 +286,7 @@ class Toolbox:
         if not isinstance(result, Generator):
             return result
         self._direct[key] = lambda: self.errands.begin(key, result, partial(self._errand_done, key))
-        self.direct.submit(key, ask.caller.pid, Needs(tool.name, tool.instances))
+        self.direct.submit(key, ask.caller.pid, Requirements(tool.name, tool.instances))
         self.server.timers.after(0.0, self._begin_direct)  # once this call is known as one that is answered later
         return LATER
 
@@ -403,9 +403,9 @@ def cell_of(caller: link.Caller) -> Cell:
     return Cell(caller.box, caller.network if caller.network[1] else (0, 0))
 
 
-def needs_of(tool: Tool, arguments: dict[str, Any], folder: str) -> Needs:
+def needs_of(tool: Tool, arguments: dict[str, Any], folder: str) -> Requirements:
     """What a call of this tool with these arguments uses."""
-    return Needs(
+    return Requirements(
         tool.name,
         tool.instances,
         frozenset(_key(template, arguments, folder) for template in tool.reads),
@@ -429,4 +429,4 @@ def main(channel: Channel, spec: ToolboxSpec, rounds: Rounds) -> int:
     ctypes.CDLL(None).prctl(
         PR_SET_CHILD_SUBREAPER, 1
     )  # what a dead worker leaves comes to us, and not to the supervisor
-    return Toolbox(channel, spec).run(rounds)
+    return ToolboxService(channel, spec).run(rounds)

@@ -12,14 +12,14 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 
 from aiosd import procfs
-from aiosd.budgets.cputime import CpuMeter, Used
+from aiosd.budgets.cputime import CpuMeter, ProcessSample
 from aiosd.procfs import Stat
 
 #: Agent, microseconds on processors since the last time, bytes that its calls hold now.
 Charge = Callable[[int, int, int], None]
 
 
-class Meter:
+class WorkerMeter:
     """Of one worker. `payer`: the agent for which it works, has worked last, or was started; 0: no agent pays."""
 
     def __init__(self, payer: int = 0) -> None:
@@ -75,7 +75,7 @@ class Bills:
         self._held: dict[int, int] = {}  # bytes, by agent: of those that hold some
         self._small: dict[int, float] = {}  # seconds that are too few to be charged, by agent
 
-    def settle(self, meters: Sequence[Meter], payer: int) -> None:
+    def settle(self, meters: Sequence[WorkerMeter], payer: int) -> None:
         """Of all workers, those of one agent: charge what it was not charged yet."""
         if not payer:
             return
@@ -113,5 +113,5 @@ class Bills:
             self._held.pop(payer, None)
 
 
-def _used(tree: Mapping[int, Stat]) -> list[Used]:
-    return [Used((ospid, stat.started), stat.cpu_s, stat.waited_s) for ospid, stat in tree.items()]
+def _used(tree: Mapping[int, Stat]) -> list[ProcessSample]:
+    return [ProcessSample((ospid, stat.started), stat.cpu_s, stat.waited_s) for ospid, stat in tree.items()]

@@ -37,8 +37,8 @@ from aiosd.procfs import Stat
 from aiosd.sandbox import cage, hosts
 from aiosd.timers import Timer, Timers
 from aiosd.tools.messages import Described, Done, Run, Tool, Wrote, decode_from_worker, encode
-from aiosd.tools.meter import Bills, Meter
-from aiosd.tools.servers import Servers
+from aiosd.tools.meter import Bills, WorkerMeter
+from aiosd.tools.servers import McpLauncher
 from aiosd.tools.spec import MCP
 from libaios.ring import ProtocolError
 from libaios.stream import FrameSocket
@@ -94,8 +94,8 @@ class Worker:
     verdict: Done | None = None  # why it is being ended
     ending: Job | None = None  # … with this call, which has its answer
     idle: Timer | None = field(default=None)
-    server: int = 0  # of one for an MCP server: as `Servers` knows that
-    meter: Meter = field(default_factory=Meter)
+    server: int = 0  # of one for an MCP server: as `McpLauncher` knows that
+    meter: WorkerMeter = field(default_factory=WorkerMeter)
 
     @property
     def kind(self) -> Kind:
@@ -113,7 +113,7 @@ class Pool:
         forget: Callable[[int], None],
         home: str,
         described: Callable[[str, Described], None],
-        servers: Servers,
+        servers: McpLauncher,
         bills: Bills,
     ) -> None:
         self._timers = timers
@@ -125,7 +125,7 @@ class Pool:
         self._bills = bills
         self._workers: list[Worker] = []
         self._queue: dict[Kind, list[Job]] = {}  # admitted, and waiting for a worker that starts
-        self._ended: deque[Meter] = deque(maxlen=ENDED)
+        self._ended: deque[WorkerMeter] = deque(maxlen=ENDED)
         self._sampler: Timer | None = None
         self.deaths = 0
 
@@ -205,7 +205,7 @@ class Pool:
                 start_new_session=True,
             )
         waiting = self._queue.get((source, cell), []) if cell.box else []
-        meter = Meter(waiting[0].payer if waiting else 0)
+        meter = WorkerMeter(waiting[0].payer if waiting else 0)
         worker = Worker(source, cell, process, FrameSocket(ours, FRAME_BYTES), server=number, meter=meter)
         self._workers.append(worker)
         if server is not None:

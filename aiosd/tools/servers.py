@@ -21,7 +21,7 @@ from aiosd.tools.spec import McpServer
 ANSWER_BYTES = 4096
 
 
-class Servers:
+class McpLauncher:
     """`wanted`: their settings by name. `sock`: the socket to the supervisor (-1: there is none, and none starts). It
     has been that of toolboxes that have died, so numbers are random."""
 
