@@ -17,7 +17,7 @@ from hypothesis import strategies as st
 from aiosd.kernel import logkeeper
 from aiosd.kernel.logkeeper import LogKeeper, cut_index, rotate
 from aiosd.logs import agentlog
-from aiosd.logs.agentlog import Index, Part, Reader, start_of_tail, written_before, written_until
+from aiosd.logs.agentlog import LogIndex, LogPart, LogReader, start_of_tail, written_before, written_until
 
 BLOCK = 4096
 
@@ -44,14 +44,14 @@ def numbered(first: int, last: int) -> bytes:
     return b"".join(b"line %06d\n" % n for n in range(first, last))
 
 
-def read_all(reader: Reader, size: int = 1000) -> bytes:
+def read_all(reader: LogReader, size: int = 1000) -> bytes:
     return b"".join(iter(lambda: reader.read(size), b""))
 
 
 @pytest.fixture
-def reader(log: str) -> Iterator[Reader]:
+def reader(log: str) -> Iterator[LogReader]:
     write(log, b"")
-    made = Reader(log)
+    made = LogReader(log)
     yield made
     made.close()
 
@@ -77,7 +77,7 @@ def test_a_truncated_log_has_nothing_of_what_was_before() -> None:
 
 
 def test_index_is_cut_with_its_log() -> None:
-    index = Index(50, [(1.0, 100), (2.0, 250), (3.0, 400)])
+    index = LogIndex(50, [(1.0, 100), (2.0, 250), (3.0, 400)])
     assert cut_index(index, 0, 200) == (50, [(1.0, 100), (2.0, 200)])
     assert cut_index(index, 200, 300) == (250, [(2.0, 50), (3.0, 100)])
     assert cut_index(index, 300, 1000) == (350, [(3.0, 100)])
@@ -86,7 +86,7 @@ def test_index_is_cut_with_its_log() -> None:
 
 def test_a_long_index_becomes_coarser_not_longer(log: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(logkeeper, "INDEX_RECORDS", 16)
-    logkeeper.write_index(agentlog.index_path(log), Index(5, []))
+    logkeeper.write_index(agentlog.index_path(log), LogIndex(5, []))
     for size in range(1, 200):
         logkeeper.note(log, size)
     cut, records = agentlog.read_index(agentlog.index_path(log))
@@ -117,7 +117,7 @@ def test_tail_is_the_last_lines(
     for number, lines in enumerate(files):
         data = b"\n".join(lines) + (b"\n" if newline and lines else b"")
         (folder / str(number)).write_bytes(data)
-        parts.append(Part(str(folder / str(number)), len(text), len(text) + len(data)))
+        parts.append(LogPart(str(folder / str(number)), len(text), len(text) + len(data)))
         text += data
     start = start_of_tail(parts, wanted, 0, len(text))
     kept = text.split(b"\n")
@@ -127,7 +127,7 @@ def test_tail_is_the_last_lines(
 
 def test_tail_goes_not_back_beyond_the_start(tmp_path: Path) -> None:
     (tmp_path / "a").write_bytes(b"one\ntwo\nthree\n")
-    whole = [Part(str(tmp_path / "a"), 0, 14)]
+    whole = [LogPart(str(tmp_path / "a"), 0, 14)]
     assert start_of_tail(whole, 10, 4, 14) == 4
     assert start_of_tail(whole, 1, 4, 14) == 8
     assert start_of_tail(whole, 1, 0, 8) == 4
@@ -143,7 +143,7 @@ def test_what_is_cut_off_is_kept_in_order(log: str, way: str) -> None:
         write(log, data)
         text += data
         rotate(log, 2 * BLOCK, 50)
-    reader = Reader(log)
+    reader = LogReader(log)
     assert read_all(reader) == text
     reader.close()
     assert max(path.stat().st_size for path in Path(log).parent.iterdir()) <= 3 * BLOCK
@@ -161,7 +161,7 @@ def test_only_so_many_are_kept(log: str, way: str) -> None:
 def test_more_than_fits_leaves_the_newest(log: str, way: str) -> None:
     write(log, numbered(0, 10000))
     rotate(log, 2 * BLOCK, 2)
-    reader = Reader(log)
+    reader = LogReader(log)
     text = read_all(reader)
     reader.close()
     assert text == numbered(0, 10000)[-len(text) :]
@@ -175,7 +175,7 @@ def test_the_agent_loses_nothing_while_its_log_is_cut(log: str) -> None:
         if not logkeeper._collapse(file.fileno(), BLOCK):
             pytest.skip("this file system cannot cut off the beginning of a file")
     os.truncate(log, 0)
-    reader, over, got = Reader(log), threading.Event(), bytearray()
+    reader, over, got = LogReader(log), threading.Event(), bytearray()
 
     def agent() -> None:
         fd = os.open(log, os.O_WRONLY | os.O_APPEND)
@@ -217,7 +217,7 @@ def test_no_room_for_the_copy_leaves_the_log_as_it_is(log: str, monkeypatch: pyt
 def test_a_reader_that_was_stopped_in_the_middle_holds_nothing_up(log: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(logkeeper, "LOCK_PATIENCE_S", 0.05)
     write(log, b"x" * 3 * BLOCK)
-    reader = Reader(log)
+    reader = LogReader(log)
     with reader._locked():
         rotate(log, BLOCK, 5)
     reader.close()
@@ -227,7 +227,7 @@ def test_a_reader_that_was_stopped_in_the_middle_holds_nothing_up(log: str, monk
 # ── readers ───────────────────────────────────────────────────────────────────────────────────────────────
 
 
-def test_a_reader_keeps_its_place(log: str, reader: Reader, way: str) -> None:
+def test_a_reader_keeps_its_place(log: str, reader: LogReader, way: str) -> None:
     seen = b""
     for round_ in range(12):
         write(log, numbered(round_ * 500, round_ * 500 + 500))
@@ -239,7 +239,7 @@ def test_a_reader_keeps_its_place(log: str, reader: Reader, way: str) -> None:
     assert seen + read_all(reader) == numbered(0, 6000)
 
 
-def test_a_reader_that_was_left_behind_goes_on_with_the_oldest(log: str, reader: Reader, way: str) -> None:
+def test_a_reader_that_was_left_behind_goes_on_with_the_oldest(log: str, reader: LogReader, way: str) -> None:
     write(log, numbered(0, 1000))
     rotate(log, BLOCK, 2)
     begun = reader.read(1200)
@@ -253,7 +253,7 @@ def test_a_reader_that_was_left_behind_goes_on_with_the_oldest(log: str, reader:
     assert len(rest) >= 2 * BLOCK
 
 
-def test_a_log_truncated_by_other_hands_is_read_from_its_new_beginning(log: str, reader: Reader) -> None:
+def test_a_log_truncated_by_other_hands_is_read_from_its_new_beginning(log: str, reader: LogReader) -> None:
     write(log, b"old old old\n")
     assert read_all(reader) == b"old old old\n"
     os.truncate(log, 0)
@@ -273,13 +273,13 @@ def test_times_are_found_across_files(log: str, way: str, monkeypatch: pytest.Mo
             rotate(log, 2 * BLOCK, 100)
     for since in (0.5, 9.5, 10.5, 25.5, 38.5):
         for until in (None, 1030.0):
-            reader = Reader(log)
+            reader = LogReader(log)
             reader.seek(1000 + since, until)
             first = (int(since) + 1) * 100
             last = 4000 if until is None else 3100
             assert read_all(reader) == (numbered(first, last) if first < last else b"")
             reader.close()
-    reader = Reader(log)
+    reader = LogReader(log)
     reader.seek(since=1020.5, until=1030.0, tail=3)
     assert read_all(reader) == numbered(3097, 3100)
     reader.close()

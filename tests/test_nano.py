@@ -17,7 +17,7 @@ from aiosd.nano.tasks import (
     HELD,
     HELD_RANGES,
     TRAIN,
-    Source,
+    PhraseSource,
     Task,
     check,
     conversation,
@@ -89,7 +89,7 @@ def test_phrases_that_are_kept_back_are_never_used_but_in_fresh_tasks() -> None:
         assert not set(taught) & set(kept)
         assert set(taught) | set(kept) == set(phrase_list)
         for split, among in ((TRAIN, taught), (HELD, taught), (FRESH, kept)):
-            source = Source(random.Random(1), split)
+            source = PhraseSource(random.Random(1), split)
             assert {source.choose(phrase_list) for _ in range(300)} <= set(among)
     for phrase_list in (phrases.PROBLEMS, phrases.WORDED):  # what a kept phrase means is taught by another
         taught, kept = kept_back(phrase_list)

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from aiosd.commands.edge import Failed, completions
+from aiosd.commands.edge import CommandFailed, completions
 from libaios.client import Client, NoKernel
 from libaios.wire import ProcInfo, Ps, Sys
 
@@ -38,7 +38,7 @@ def newest(client: Client, word: str) -> int:
         return int(word)
     found = named(client, word, dead=True)
     if not found:
-        raise Failed(f"{word}: no such agent")
+        raise CommandFailed(f"{word}: no such agent")
     return max(found, key=lambda p: (p.exit is None, p.pid)).pid
 
 

@@ -110,7 +110,7 @@ def _answer_all(
             else:
                 print("\n".join(asks.lines(asked, full)), flush=True)
             answer(client, asked, verdict or _prompt(asked), reason)
-        except edge.Failed as err:
+        except edge.CommandFailed as err:
             edge.complain("aios-approve", str(err))
             code = 1
         except OSError as err:
@@ -122,9 +122,9 @@ def _answer_all(
 def _one_of(there: list[Asked], word: str) -> Asked:
     found = [asked for asked in there if asked.id.startswith(word)] if word else []
     if not found:
-        raise edge.Failed(f"{word}: nothing with this ID is asked (any more)")
+        raise edge.CommandFailed(f"{word}: nothing with this ID is asked (any more)")
     if len(found) > 1:
-        raise edge.Failed(f"{word}: may be {', '.join(asked.id for asked in found)}")
+        raise edge.CommandFailed(f"{word}: may be {', '.join(asked.id for asked in found)}")
     return found[0]
 
 

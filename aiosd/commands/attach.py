@@ -107,35 +107,35 @@ def command(tail: int | None, no_signals: bool, detach_keys: bytes, word: str) -
             view.keys = detachkeys.DetachKeys(detach_keys)
             return view.run(tail)
     except NoKernel as err:
-        raise edge.Failed(edge.reason(err), FAILED) from None
+        raise edge.CommandFailed(edge.reason(err), FAILED) from None
     except OSError as err:
         if err.errno != errno.ENOTCONN:
             raise
-        raise edge.Failed(edge.reason(err), FAILED) from None
+        raise edge.CommandFailed(edge.reason(err), FAILED) from None
 
 
-def _open(client: Client, word: str) -> View:
+def _open(client: Client, word: str) -> AttachedView:
     try:
         pid = agents.newest(client, word)
         found: dict[str, Any] = client.call(Sys.INSPECT, PidArgs(pid), dict[str, Any])
     except ProcessLookupError as err:
-        raise edge.Failed(edge.reason_about(word, err), UNKNOWN) from None
+        raise edge.CommandFailed(edge.reason_about(word, err), UNKNOWN) from None
     except PermissionError as err:
-        raise edge.Failed(edge.reason_about(word, err), FAILED) from None
-    except edge.Failed as err:
-        raise edge.Failed(str(err), UNKNOWN) from None
+        raise edge.CommandFailed(edge.reason_about(word, err), FAILED) from None
+    except edge.CommandFailed as err:
+        raise edge.CommandFailed(str(err), UNKNOWN) from None
     if not found["log"]:
-        raise edge.Failed(f"{word}: not detached; its output goes where aios-run was started", FAILED)
+        raise edge.CommandFailed(f"{word}: not detached; its output goes where aios-run was started", FAILED)
     try:
-        return View(client, pid, agentlog.Reader(found["log"]))
+        return AttachedView(client, pid, agentlog.LogReader(found["log"]))
     except FileNotFoundError:
-        raise edge.Failed(f"{word}: its log is gone ({found['log']})", FAILED) from None
+        raise edge.CommandFailed(f"{word}: its log is gone ({found['log']})", FAILED) from None
 
 
-class View:
+class AttachedView:
     """One agent, shown by this command."""
 
-    def __init__(self, client: Client, pid: int, log: agentlog.Reader) -> None:
+    def __init__(self, client: Client, pid: int, log: agentlog.LogReader) -> None:
         self.client, self.pid, self.log = client, pid, log
         self.readable = client.fileno()
         self.pass_signals = True

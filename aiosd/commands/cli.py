@@ -161,7 +161,7 @@ def command(
         settings = _settings(names, file, flags)
         return _to_background(settings, sys.argv[1:]) if daemon else _serve(settings)
     except AiosdError as err:
-        raise edge.Failed(str(err)) from None
+        raise edge.CommandFailed(str(err)) from None
 
 
 def _settings(names: tuple[str, ...], file: str | None, flags: dict[str, Any]) -> Settings:
@@ -234,7 +234,7 @@ def _to_background(settings: Settings, words: list[str]) -> int:
 
         started.remember(settings.home, pid, words, settings.cwd)
         return 0
-    raise edge.Failed(line if state == "error" else f"ended before it could serve; see {log}")
+    raise edge.CommandFailed(line if state == "error" else f"ended before it could serve; see {log}")
 
 
 def _be_daemon(settings: Settings, log: Path) -> NoReturn:
@@ -353,7 +353,7 @@ def _stop(timeout: float) -> None:
         except ConnectionError:
             pass  # it ended before it replied
         if guardian >= 0 and not _ended(guardian, end - time.monotonic()):
-            raise edge.Failed(f"has not ended within {timeout:g} s")
+            raise edge.CommandFailed(f"has not ended within {timeout:g} s")
     finally:
         if guardian >= 0:
             os.close(guardian)
@@ -383,9 +383,9 @@ def restart(timeout: float) -> int:
 
     start, running = started.recall(home), _pid_of_lock()
     if running and (start is None or start.pid != running):
-        raise edge.Failed(f"runs in the foreground (pid {running}); restart it where it was started")
+        raise edge.CommandFailed(f"runs in the foreground (pid {running}); restart it where it was started")
     if start is None:
-        raise edge.Failed(f"nothing is known of an earlier start in {home.root}; start one with: aiosd -d")
+        raise edge.CommandFailed(f"nothing is known of an earlier start in {home.root}; start one with: aiosd -d")
     try:
         started.apply(start)
         with command.make_context("aiosd", list(start.words)) as context:
@@ -396,7 +396,7 @@ def restart(timeout: float) -> int:
                 _stop_or_ended(timeout)
             return _to_background(settings, start.words)
     except AiosdError as err:
-        raise edge.Failed(str(err)) from None
+        raise edge.CommandFailed(str(err)) from None
 
 
 @command.command("reload", context_settings=edge.SETTINGS, short_help="Read the settings again.")
@@ -414,11 +414,11 @@ def reload(timeout: float) -> int:
         os.kill(found["pid"], signal.SIGHUP)
         while (report := found.get("reread", {})).get("number", 0) == before:
             if time.monotonic() > end:
-                raise edge.Failed(f"the settings have not been read within {timeout:g} s")
+                raise edge.CommandFailed(f"the settings have not been read within {timeout:g} s")
             time.sleep(0.05)
             found = client.call(Sys.STATUS, Status(), dict[str, Any])
     if report["error"]:
-        raise edge.Failed(f"nothing changed: {report['error']}")
+        raise edge.CommandFailed(f"nothing changed: {report['error']}")
     print("\n".join(report["changed"]) or "nothing changed")
     if report["after_restart"]:
         print(f"after a restart: {', '.join(report['after_restart'])}")

@@ -25,7 +25,7 @@ if TYPE_CHECKING:
 SETTINGS: dict[str, Any] = {"help_option_names": ["-h", "--help"], "max_content_width": 100}
 
 
-class Failed(Exception):
+class CommandFailed(Exception):
     """The command has failed: the message is its error line, `code` its exit code."""
 
     def __init__(self, message: str, code: int = 1) -> None:
@@ -50,7 +50,7 @@ def run(program: str, module: str, args: list[str]) -> int:
     except click.ClickException as err:
         complain(program, _one_line(err.format_message()) + _where_to_look(program, err))
         return err.exit_code
-    except Failed as err:
+    except CommandFailed as err:
         complain(program, str(err))
         return err.code
     except BrokenPipeError:

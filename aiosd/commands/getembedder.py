@@ -58,9 +58,9 @@ def get_embedder(static: bool, source: str | None) -> int:
         with _original(source) as folder:
             path = _make(folder, static)
     except AiosdError as err:
-        raise edge.Failed(str(err)) from None
+        raise edge.CommandFailed(str(err)) from None
     except OSError as err:
-        raise edge.Failed(f"{err.filename or 'cannot be made'}: {err.strerror}") from None
+        raise edge.CommandFailed(f"{err.filename or 'cannot be made'}: {err.strerror}") from None
     print(path)
     return 0
 

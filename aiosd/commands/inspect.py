@@ -54,7 +54,7 @@ def command(words: tuple[str, ...], path: str | None, workspace: bool) -> int:
                     print(_workspace(agent))
                     continue
                 found.append({**agent, "memory": _memory(client, agent)})
-            except edge.Failed as err:
+            except edge.CommandFailed as err:
                 edge.complain("aios-inspect", str(err))
                 failed = True
             except (ProcessLookupError, PermissionError) as err:
@@ -67,7 +67,7 @@ def command(words: tuple[str, ...], path: str | None, workspace: bool) -> int:
 
 def _workspace(agent: dict[str, Any]) -> str:
     if agent["box"] is None:
-        raise edge.Failed(f"{agent['pid']}: it is in no sandbox, and has no workspace")
+        raise edge.CommandFailed(f"{agent['pid']}: it is in no sandbox, and has no workspace")
     return str(agent["box"]["workspace"])
 
 
@@ -88,7 +88,7 @@ def _explain(agent: dict[str, Any], named: str) -> None:
         box = Box(**confined)
         found = [why.of_host(path, box)] if is_url else why.findings(path, box, plan.machine(common), common)
     except ValueError as err:
-        raise edge.Failed(f"--why: {err}") from None
+        raise edge.CommandFailed(f"--why: {err}") from None
     for one in found:
         print(f"  {one.deed:6}{'yes' if one.allowed else 'no':5}{edge.printable(one.why)}")
     group = f'[[group]] "{agent["group"]}"'

@@ -128,7 +128,7 @@ class _Log:
 
     pid: int
     label: str
-    reader: agentlog.Reader
+    reader: agentlog.LogReader
     ended: bool  # the agent writes no more
     prefix: bytes = b""
     _line: bytes = b""  # the part of a line whose end has not been read yet
@@ -191,13 +191,13 @@ def _left_behind(word: str) -> str:
 
 
 def _open_all(client: Client | None, words: tuple[str, ...]) -> tuple[list[_Log], bool]:
-    """The logs, and whether one is missing. Raises Failed if it is the only one."""
+    """The logs, and whether one is missing. Raises CommandFailed if it is the only one."""
     logs: list[_Log] = []
     failed = False
     for word in words:
         try:
             logs.append(_open(client, word))
-        except edge.Failed as err:
+        except edge.CommandFailed as err:
             if len(words) == 1:
                 raise
             edge.complain("aios-logs", str(err))
@@ -208,11 +208,11 @@ def _open_all(client: Client | None, words: tuple[str, ...]) -> tuple[list[_Log]
 def _open(client: Client | None, word: str) -> _Log:
     pid, name, path, ended = _find(client, word)
     if not path:
-        raise edge.Failed(f"{word}: no log; its output went where aios-run was started")
+        raise edge.CommandFailed(f"{word}: no log; its output went where aios-run was started")
     try:
-        reader = agentlog.Reader(path)
+        reader = agentlog.LogReader(path)
     except FileNotFoundError:
-        raise edge.Failed(f"{word}: its log is gone ({path})") from None
+        raise edge.CommandFailed(f"{word}: its log is gone ({path})") from None
     return _Log(pid, f"{edge.printable(name)}[{pid}]" if name else str(pid), reader, ended)
 
 
@@ -221,7 +221,7 @@ def _find(client: Client | None, word: str) -> tuple[int, str, str, bool]:
     left = _left_behind(word)
     if client is None:
         if not left:
-            raise edge.Failed(f"{word}: no aiosd is running, and there is no such log")
+            raise edge.CommandFailed(f"{word}: no aiosd is running, and there is no such log")
         return int(word), "", left, True
     try:
         pid = agents.newest(client, word)
@@ -229,7 +229,7 @@ def _find(client: Client | None, word: str) -> tuple[int, str, str, bool]:
     except (ProcessLookupError, PermissionError) as err:
         if left and isinstance(err, ProcessLookupError):
             return int(word), "", left, True
-        raise edge.Failed(edge.reason_about(word, err)) from None
+        raise edge.CommandFailed(edge.reason_about(word, err)) from None
     return pid, found["name"], found["log"], found["exit"] is not None
 
 

@@ -32,7 +32,7 @@ def mcp(only: str | None) -> int:
     except ModuleNotFoundError as err:
         if not (err.name or "").startswith("mcp"):
             raise
-        raise edge.Failed("this needs packages that are not installed: pip install 'aiosd[mcp]'") from None
+        raise edge.CommandFailed("this needs packages that are not installed: pip install 'aiosd[mcp]'") from None
     with edge.connect():
         pass  # a system that does not run is reported where people see it
     names = None if only is None else frozenset(name.strip() for name in only.split(",") if name.strip())

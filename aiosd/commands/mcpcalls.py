@@ -110,7 +110,7 @@ def _tail(pid: int, lines: int) -> str:
     if not found["log"]:
         return "(its output went where it was started)"
     try:
-        reader = agentlog.Reader(found["log"])
+        reader = agentlog.LogReader(found["log"])
     except FileNotFoundError:
         return "(its log is gone)"
     try:

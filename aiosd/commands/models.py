@@ -61,7 +61,7 @@ def pull(model: str) -> int:
     try:
         print(hub.pull(*found.hub_words(model), _tell).name)
     except AiosdError as err:
-        raise edge.Failed(str(err)) from None
+        raise edge.CommandFailed(str(err)) from None
     return 0
 
 

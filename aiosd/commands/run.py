@@ -220,13 +220,13 @@ def command(
     if restart != "no" and (terminal or not detach):
         raise click.UsageError("--restart goes with -d, and not with -t: the terminal ends with the agent")
     if detach and terminal and wire.ENV_PID in os.environ:
-        raise edge.Failed("-d -t: only a person can start an agent on a terminal that is held, not an agent")
+        raise edge.CommandFailed("-d -t: only a person can start an agent on a terminal that is held, not an agent")
     if not all(map(_is_utf8, (name or "", group or ""))):
-        raise edge.Failed("a name is not valid UTF-8", NOT_STARTED)
+        raise edge.CommandFailed("a name is not valid UTF-8", NOT_STARTED)
     for path in (*read, *write):
         if not os.path.exists(os.path.expanduser(path)):
             hint = "" if path in read else "; make it first"  # for reading it may be a file or a folder
-            raise edge.Failed(f"{path}: there is no such file or folder to grant{hint}", NOT_STARTED)
+            raise edge.CommandFailed(f"{path}: there is no such file or folder to grant{hint}", NOT_STARTED)
     kind, environment, cwd = context.meta["kind"], _environment(variables), _working_directory()
     if kind == "exec" and (base := user_base(environment)):
         environment["PYTHONUSERBASE"] = base
@@ -282,7 +282,7 @@ def command(
                 return _print_pid(spawned.pid)
             return Attachment(client, spawn).run()
     except NoKernel as err:
-        raise edge.Failed(edge.reason(err), NOT_STARTED) from None
+        raise edge.CommandFailed(edge.reason(err), NOT_STARTED) from None
     except OSError as err:
         raise _failure(err) from None
 
@@ -307,7 +307,7 @@ def _print_pid(pid: int) -> int:
         print(pid, flush=True)
     except OSError as err:  # the agent runs all the same: the user should know its pid
         edge.discard_output()
-        raise edge.Failed(f"agent {pid} runs, but stdout takes no pid: {err.strerror}") from None
+        raise edge.CommandFailed(f"agent {pid} runs, but stdout takes no pid: {err.strerror}") from None
     return 0
 
 
@@ -334,7 +334,7 @@ def _working_directory() -> str:
     try:
         return os.getcwd()
     except FileNotFoundError:
-        raise edge.Failed("the working directory is gone", NOT_STARTED) from None
+        raise edge.CommandFailed("the working directory is gone", NOT_STARTED) from None
 
 
 def _umask() -> int:
@@ -343,7 +343,7 @@ def _umask() -> int:
     return old
 
 
-def _failure(err: OSError) -> edge.Failed:
+def _failure(err: OSError) -> edge.CommandFailed:
     """An error of the spawn, with the exit code that a shell has for it."""
     codes = {
         errno.ENOENT: NOT_FOUND,
@@ -352,7 +352,7 @@ def _failure(err: OSError) -> edge.Failed:
         errno.ENOEXEC: CANNOT_EXECUTE,
         errno.EISDIR: CANNOT_EXECUTE,
     }
-    return edge.Failed(edge.reason(err), codes.get(err.errno or 0, NOT_STARTED))
+    return edge.CommandFailed(edge.reason(err), codes.get(err.errno or 0, NOT_STARTED))
 
 
 # ── an attached agent ─────────────────────────────────────────────────────────────────────────────────────
@@ -565,7 +565,7 @@ class Attachment:
         if number in ENDING and any(known in ENDING for known in self.early):
             if number == signal.SIGINT:
                 raise KeyboardInterrupt
-            raise edge.Failed("interrupted before the agent was started", 128 + number)
+            raise edge.CommandFailed("interrupted before the agent was started", 128 + number)
         self.early.append(number)
         return None
 

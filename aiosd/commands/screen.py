@@ -19,6 +19,7 @@ from typing import Any
 
 from aiosd.commands import edge, machine, picture, signals, table
 from aiosd.commands.picture import Sample, View
+from aiosd.commands.terminal import Ended
 from libaios.client import Client
 from libaios.connection import Pending
 from libaios.wire import Kill, NiceArgs, ProcInfo, Ps, Status, Sys
@@ -40,21 +41,21 @@ FOOT = "q quit  h help  k signal  r renice  < > sort"
 
 
 def run(client: Client, view: View, delay: float, iterations: int | None) -> int:
-    """Show pictures until the user, a signal or `iterations` ends it; returns the exit code. Raises Failed if the
-    terminal cannot show them."""
+    """Show pictures until the user, a signal or `iterations` ends it; returns the exit code. Raises CommandFailed if
+    the terminal cannot show them."""
     try:
         curses.setupterm()
     except curses.error as err:
-        raise edge.Failed(f"{os.environ.get('TERM', 'this terminal')}: {err}; for plain pictures use -b") from None
+        raise edge.CommandFailed(
+            f"{os.environ.get('TERM', 'this terminal')}: {err}; for plain pictures use -b"
+        ) from None
     if curses.tigetstr("cup") is None:
-        raise edge.Failed(f"terminal {os.environ.get('TERM')!r} cannot move its cursor; for plain pictures use -b")
+        raise edge.CommandFailed(
+            f"terminal {os.environ.get('TERM')!r} cannot move its cursor; for plain pictures use -b"
+        )
     os.environ.setdefault("ESCDELAY", "25")
     with _signals() as caught:
         return curses.wrapper(lambda window: _Screen(window, client, view, delay, caught).loop(iterations))
-
-
-class _Ended(Exception):
-    """Raised by the signals that end the program."""
 
 
 class _Caught:
@@ -73,7 +74,7 @@ def _signals() -> Iterator[_Caught]:
     caught = _Caught(reading)
 
     def end(number: int, frame: object) -> None:
-        raise _Ended(number)
+        raise Ended(number)
 
     old = {number: signal.signal(number, end) for number in (signal.SIGTERM, signal.SIGHUP)}
     for number in (signal.SIGWINCH, signal.SIGTSTP):
@@ -134,7 +135,7 @@ class _Screen:
                     self._on_signals()
                 if 0 in ready and not self._keys(ready[0]):
                     return 1
-        except _Ended as end:
+        except Ended as end:
             return 128 + int(end.args[0])
         return 0
 

@@ -226,7 +226,7 @@ def share(path: str, to: str, write: bool, of: str) -> int:
 def unshare(path: str, to: str, of: str) -> int:
     """End a share of PATH with WITH."""
     if not sto.unshare(path, to, of):
-        raise edge.Failed(f"{path}: is not shared with {to}")
+        raise edge.CommandFailed(f"{path}: is not shared with {to}")
     return 0
 
 
@@ -245,7 +245,7 @@ def mount(folder: str, at: str, write: bool, of: str) -> int:
 def unmount(at: str, of: str) -> int:
     """End a mount; the real folder stays as it is."""
     if not sto.unmount(at, of):
-        raise edge.Failed(f"{at}: no folder is mounted there")
+        raise edge.CommandFailed(f"{at}: no folder is mounted there")
     return 0
 
 

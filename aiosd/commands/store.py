@@ -112,12 +112,12 @@ def load(file: Path, replace: bool) -> int:
     guardian.prepare(Home())
     with _failing(), _closed(must_exist=False) as folder:
         if not replace and (kept := archive.counted(folder)):
-            raise edge.Failed(f"the store has {_counted(kept)}; --replace keeps them beside what is imported")
+            raise edge.CommandFailed(f"the store has {_counted(kept)}; --replace keeps them beside what is imported")
         with open(file, "rb") as source:
             try:
                 counts, old = archive.load(source, folder)
             except UsageError as err:
-                raise edge.Failed(f"{file}: {err}") from None
+                raise edge.CommandFailed(f"{file}: {err}") from None
     print(f"{file}: {_counted(counts)}")
     if old is not None:
         print(f"what was there is {old}")
@@ -140,7 +140,7 @@ def _failing() -> Iterator[None]:
     try:
         yield
     except AiosdError as err:
-        raise edge.Failed(str(err)) from None
+        raise edge.CommandFailed(str(err)) from None
 
 
 @contextlib.contextmanager
@@ -151,13 +151,13 @@ def _closed(must_exist: bool = True) -> Iterator[Path]:
     home = Home()
     folder = home.data / "store"
     if must_exist and not (folder / FILE).exists():
-        raise edge.Failed(f"there is no store in {folder}")
+        raise edge.CommandFailed(f"there is no store in {folder}")
     lock = os.open(home.data / "lock", os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
     try:
         try:
             fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
-            raise edge.Failed(f"aiosd is running in {home.root}; end it first with: aiosd stop") from None
+            raise edge.CommandFailed(f"aiosd is running in {home.root}; end it first with: aiosd stop") from None
         if (folder / FILE).exists():
             settle(folder / FILE)
         yield folder
@@ -187,9 +187,9 @@ def _readable() -> Iterator[Path]:
 def _write(file: Path, fill: Callable[[IO[bytes]], T]) -> T:
     """The file is there when all of it is on the disk, and not before. One that exists is left alone."""
     if file.exists():
-        raise edge.Failed(f"{file}: exists already")
+        raise edge.CommandFailed(f"{file}: exists already")
     if not file.parent.is_dir():
-        raise edge.Failed(f"{file.parent}: there is no such folder")
+        raise edge.CommandFailed(f"{file.parent}: there is no such folder")
     part = file.with_name(file.name + ".part")
     try:
         with open(os.open(part, os.O_RDWR | os.O_CREAT | os.O_TRUNC | os.O_CLOEXEC, 0o600), "w+b") as target:

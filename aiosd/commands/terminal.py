@@ -23,6 +23,10 @@ LAST_BYTES = 1 << 20  # more than a pseudo-terminal holds
 EOT = b"\x04"
 
 
+class Ended(Exception):
+    """Raised by the signals that end a program which shows pictures on the terminal."""
+
+
 class Relay:
     """Bytes from one descriptor to another, as fast as the slower one goes.
 

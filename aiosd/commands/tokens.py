@@ -106,7 +106,7 @@ def _revoke(client: Client, name: str) -> None:
         if one.name == name:
             client.call(Sys.KILL, Kill(one.pid, signal.SIGTERM, timeout_s=5.0), None)
             return
-    raise edge.Failed(f"{name}: no token of this name")
+    raise edge.CommandFailed(f"{name}: no token of this name")
 
 
 def _as_json(tokens: list[TokenInfo]) -> str:

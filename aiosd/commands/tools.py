@@ -67,7 +67,7 @@ def tools(name: str | None, arguments: tuple[str, ...], schema: bool, trust: boo
             print(_as_json(list(there.values())) if as_json else "\n".join(_lines(list(there.values()))))
             return 0
         if name not in there:
-            raise edge.Failed(f"{name}: no such tool (there are: {', '.join(there)})")
+            raise edge.CommandFailed(f"{name}: no such tool (there are: {', '.join(there)})")
         if schema:
             print(json.dumps(there[name].parameters, indent=2))
             return 0

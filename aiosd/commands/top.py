@@ -61,7 +61,7 @@ def command(batch: bool, iterations: int | None, delay: float, system: bool, sor
             _batch(client, view, iterations or 1, delay)
         return 0
     if not (sys.stdin.isatty() and sys.stdout.isatty()):
-        raise edge.Failed("stdin or stdout is no terminal; for plain pictures use -b")
+        raise edge.CommandFailed("stdin or stdout is no terminal; for plain pictures use -b")
     from aiosd.commands import screen  # curses, only when it is needed
 
     with edge.connect() as client:
@@ -71,7 +71,7 @@ def command(batch: bool, iterations: int | None, delay: float, system: bool, sor
 
 def _require_one(client: Client, names: list[str]) -> None:
     if names and not any(agents.named(client, name) for name in names):
-        raise edge.Failed(f"{', '.join(names)}: no such agent")
+        raise edge.CommandFailed(f"{', '.join(names)}: no such agent")
 
 
 def _batch(client: Client, view: View, iterations: int, delay: float) -> None:

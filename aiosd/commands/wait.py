@@ -51,11 +51,11 @@ def command(timeout: float | None, words: tuple[str, ...]) -> int:
         with edge.connect() as client:
             return _wait(client, timeout, words)
     except ConnectionError as err:
-        raise edge.Failed(edge.reason(err), NO_SYSTEM) from None
+        raise edge.CommandFailed(edge.reason(err), NO_SYSTEM) from None
     except OSError as err:
         if err.errno != errno.ENOTCONN:
             raise
-        raise edge.Failed(edge.reason(err), NO_SYSTEM) from None
+        raise edge.CommandFailed(edge.reason(err), NO_SYSTEM) from None
 
 
 def _wait(client: Client, timeout: float | None, words: tuple[str, ...]) -> int:
@@ -64,7 +64,7 @@ def _wait(client: Client, timeout: float | None, words: tuple[str, ...]) -> int:
     for word in words:
         try:
             pids.append(agents.newest(client, word))
-        except edge.Failed:
+        except edge.CommandFailed:
             pids.append(None)
     calls = [None if pid is None else client.submit(Sys.WAIT, Wait(pid, True, timeout)) for pid in pids]
     for word, call in zip(words, calls, strict=True):

@@ -10,15 +10,11 @@ import time
 import tty
 from collections.abc import Callable
 
-from aiosd.commands.terminal import RawMode, in_foreground
+from aiosd.commands.terminal import Ended, RawMode, in_foreground
 
 ENTER = "\x1b[?1049h\x1b[?25l"  # the second screen of the terminal, without a cursor
 LEAVE = "\x1b[?25h\x1b[?1049l"
 HOME, END_OF_LINE, END_OF_SCREEN = "\x1b[H", "\x1b[K", "\x1b[J"
-
-
-class _Ended(Exception):
-    """Raised by the signals that end the program."""
 
 
 def run(picture: Callable[[], list[str]], title: str, seconds: float) -> int:
@@ -35,7 +31,7 @@ def run(picture: Callable[[], list[str]], title: str, seconds: float) -> int:
             _write(_screen(picture(), f"{title}   every {seconds:g} s   {time.strftime('%H:%M:%S')}   q quits"))
             if _quits(keys, time.monotonic() + seconds):
                 return 0
-    except _Ended as end:
+    except Ended as end:
         return 128 + int(end.args[0])
     finally:
         keys.leave()
@@ -81,7 +77,7 @@ def _write(text: str) -> None:
 
 
 def _end(number: int, frame: object) -> None:
-    raise _Ended(number)
+    raise Ended(number)
 
 
 def _stop(keys: RawMode) -> None:

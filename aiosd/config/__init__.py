@@ -120,9 +120,7 @@ class Settings:
     gateway: Endpoint = field(default_factory=Endpoint)  # as it was asked for, …
     door: Endpoint | None = None  # … and where it listens
     passages: Passages | None = None  # between aiosd's own processes
-    sandbox: SandboxSettings = field(
-        default_factory=SandboxSettings
-    )  # for agents of groups that `groups` does not name
+    sandbox: SandboxSettings = field(default_factory=SandboxSettings)  # of groups that `groups` does not name
     sandbox_chosen: bool = False  # its level was set by an option, a variable or a file
     groups: Mapping[str, SandboxSettings] = field(default_factory=dict)
     access: AccessPolicy = field(default_factory=AccessPolicy)  # what agents may do, …

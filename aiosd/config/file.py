@@ -22,7 +22,7 @@ from aiosd.tools.spec import BUILT_IN_KINDS, McpServer, read_servers
 
 
 @dataclass(slots=True)
-class File:
+class ConfigFile:
     values: dict[str, Any] = field(default_factory=dict)
     models: list[dict[str, Any]] = field(default_factory=list)
     agents: list[AgentSpec] = field(default_factory=list)
@@ -32,7 +32,7 @@ class File:
     text: str = ""
 
 
-def read(path: Path, must_exist: bool) -> File:
+def read(path: Path, must_exist: bool) -> ConfigFile:
     import tomllib
 
     try:
@@ -40,11 +40,11 @@ def read(path: Path, must_exist: bool) -> File:
     except FileNotFoundError:
         if must_exist:
             raise UsageError(f"{path}: there is no such file") from None
-        return File()
+        return ConfigFile()
     except UnicodeDecodeError:
         raise UsageError(f"{path}: is not UTF-8") from None
     except NotADirectoryError:
-        return File()  # the home is a file; creating its folders reports that
+        return ConfigFile()  # the home is a file; creating its folders reports that
     except OSError as err:
         raise WorldError(f"{path}: {err.strerror}") from err
     try:
@@ -57,7 +57,7 @@ def read(path: Path, must_exist: bool) -> File:
     except ValueError as err:
         raise UsageError(f"{path}, line {_line(text, 'mcpServers')}: {err}") from None
     access = data.pop("access", None)
-    file = File(_read_table(path, text, data, _SETTINGS, 0), servers=servers, access=access, text=text)
+    file = ConfigFile(_read_table(path, text, data, _SETTINGS, 0), servers=servers, access=access, text=text)
     for first, table in models:
         model = _read_table(path, text, table, _OF_MODEL, first)
         if ("path" in model) == ("url" in model):
@@ -76,7 +76,7 @@ def read(path: Path, must_exist: bool) -> File:
     return file
 
 
-def access_of(path: Path, file: File, more_tools: bool) -> tuple[AccessPolicy, tuple[str, ...]]:
+def access_of(path: Path, file: ConfigFile, more_tools: bool) -> tuple[AccessPolicy, tuple[str, ...]]:
     """What agents may do. `more_tools`: there are tools whose names are not known yet."""
     if file.access is None:
         return AccessPolicy(), ()

@@ -28,7 +28,7 @@ from collections.abc import Callable, Container, Iterable, Iterator
 from functools import partial
 from pathlib import Path
 
-from aiosd.logs.agentlog import RECORD, Index, Record, index_path, read_index, remove, rotated_path
+from aiosd.logs.agentlog import RECORD, LogIndex, Record, index_path, read_index, remove, rotated_path
 
 logger = logging.getLogger("kernel")
 
@@ -159,17 +159,17 @@ def note(log: str, size: int) -> None:
     if full:
         cut, records = read_index(path)
         half = len(records) // 2
-        write_index(path, Index(cut, [*records[:half:2], *records[half:]]))
+        write_index(path, LogIndex(cut, [*records[:half:2], *records[half:]]))
 
 
-def write_index(path: str, index: Index) -> None:
+def write_index(path: str, index: LogIndex) -> None:
     head = [(0.0, index.cut)] if index.cut else []
     with open(path + NEW, "wb") as file:
         file.write(b"".join(RECORD.pack(*record) for record in [*head, *index.records]))
     os.replace(path + NEW, path)
 
 
-def cut_index(index: Index, start: int, end: int) -> Index:
+def cut_index(index: LogIndex, start: int, end: int) -> LogIndex:
     """The part of an index for the bytes from `start` to `end`, as the index of a log with only these bytes."""
     records: list[Record] = []
     for moment, size in index.records:
@@ -177,7 +177,7 @@ def cut_index(index: Index, start: int, end: int) -> Index:
             records.append((moment, min(size, end) - start))
             if size >= end:
                 break
-    return Index(index.cut + start, records)
+    return LogIndex(index.cut + start, records)
 
 
 # ── making room ───────────────────────────────────────────────────────────────────────────────────────────

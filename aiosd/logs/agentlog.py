@@ -59,24 +59,24 @@ def _unlink(path: str) -> bool:
 # ── the index ─────────────────────────────────────────────────────────────────────────────────────────────
 
 
-class Index(NamedTuple):
+class LogIndex(NamedTuple):
     """One index, read."""
 
     cut: int = 0  # bytes that were written before the log begins
     records: list[Record] = []  # noqa: RUF012 # never changed
 
 
-def read_index(path: str) -> Index:
+def read_index(path: str) -> LogIndex:
     """All whole records; none where there is no index."""
     try:
         with open(path, "rb") as file:
             data = file.read()
     except FileNotFoundError:
-        return Index()
+        return LogIndex()
     records = list(RECORD.iter_unpack(data[: len(data) - len(data) % RECORD.size]))
     if records and records[0][0] == 0.0:
-        return Index(records[0][1], records[1:])
-    return Index(0, records)
+        return LogIndex(records[0][1], records[1:])
+    return LogIndex(0, records)
 
 
 def _read_cut(path: str) -> int:
@@ -111,7 +111,7 @@ def written_until(records: list[Record], when: float, size: int) -> int:
 # ── reading ───────────────────────────────────────────────────────────────────────────────────────────────
 
 
-class Part(NamedTuple):
+class LogPart(NamedTuple):
     """One file of a log, which holds the bytes from number `start` to `end`."""
 
     path: str
@@ -119,7 +119,7 @@ class Part(NamedTuple):
     end: int
 
 
-class Reader:
+class LogReader:
     """Reads a log from a place on, across its files, while they change. `read` brings what is there, b"" at the end."""
 
     def __init__(self, log: str) -> None:
@@ -157,15 +157,15 @@ class Reader:
         self._at += len(data)
         return data
 
-    def _parts(self) -> list[Part]:
+    def _parts(self) -> list[LogPart]:
         """All files of the log, the oldest first, the one that is written to last."""
         start = _read_cut(index_path(self.log))
-        found = [Part(self.log, start, start + os.fstat(self._file.fileno()).st_size)]
+        found = [LogPart(self.log, start, start + os.fstat(self._file.fileno()).st_size)]
         with contextlib.suppress(FileNotFoundError):
             while True:
                 path = rotated_path(self.log, len(found))
                 start = found[-1].start
-                found.append(Part(path, start - os.stat(path).st_size, start))
+                found.append(LogPart(path, start - os.stat(path).st_size, start))
         return found[::-1]
 
     @contextlib.contextmanager
@@ -177,7 +177,7 @@ class Reader:
             fcntl.flock(self._file, fcntl.LOCK_UN)
 
 
-def pread(parts: list[Part], size: int, start: int) -> bytes:
+def pread(parts: list[LogPart], size: int, start: int) -> bytes:
     """Up to `size` bytes from number `start` on, as long as the files do not change; fewer at the end."""
     found = b""
     for part in parts:
@@ -189,7 +189,7 @@ def pread(parts: list[Part], size: int, start: int) -> bytes:
     return found
 
 
-def _start(parts: list[Part], since: float) -> int:
+def _start(parts: list[LogPart], since: float) -> int:
     """Where that begins which was written since then: behind what the newest index that goes back so far has."""
     for part in reversed(parts):
         size = part.end - part.start
@@ -199,7 +199,7 @@ def _start(parts: list[Part], since: float) -> int:
     return parts[0].start
 
 
-def _written_by(parts: list[Part], until: float) -> int:
+def _written_by(parts: list[LogPart], until: float) -> int:
     """Where that ends which was written by then: in the first file whose index has something later."""
     for part in parts:
         size = part.end - part.start
@@ -209,7 +209,7 @@ def _written_by(parts: list[Part], until: float) -> int:
     return parts[-1].end
 
 
-def start_of_tail(parts: list[Part], lines: int, start: int, end: int) -> int:
+def start_of_tail(parts: list[LogPart], lines: int, start: int, end: int) -> int:
     """Where the last `lines` lines before `end` begin, at `start` or after it. A last line without newline counts as
     one."""
     if lines == 0:

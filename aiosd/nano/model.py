@@ -40,7 +40,7 @@ class Block(nn.Module):
         self.ffn_up = nn.Linear(s.width, s.hidden, bias=False)
         self.ffn_down = nn.Linear(s.hidden, s.width, bias=False)
 
-    def forward(self, x: Tensor, layout: "Layout", wanted: Tensor | None = None) -> Tensor:
+    def forward(self, x: Tensor, layout: "BatchLayout", wanted: Tensor | None = None) -> Tensor:
         """x: (tokens, width), a beginning that all conversations share and then the rest of each. Of `wanted` tokens
         alone the whole block is computed, if they are given."""
         s = self.s
@@ -56,7 +56,7 @@ class Block(nn.Module):
         return x + self.ffn_down(F.silu(gate) * up)
 
 
-class Layout:
+class BatchLayout:
     """Where the tokens of a batch stand: `shared` ones at the beginning of every conversation, kept once, and `rows`
     conversations with `length` more. What is shared is computed once, which is a third of all work."""
 
@@ -159,7 +159,7 @@ class Nano(nn.Module):
     def forward(self, shared: Tensor, ids: Tensor, wanted: Tensor) -> Tensor:
         """Logits of the token after each place where `wanted` is true. shared: (time), the beginning of all
         conversations; ids, wanted: (batch, time), what comes then."""
-        layout = Layout(len(shared), len(ids), ids.shape[1], self._frequencies())
+        layout = BatchLayout(len(shared), len(ids), ids.shape[1], self._frequencies())
         embedding = self.embedding()
         x = F.embedding(torch.cat([shared, ids.flatten()]), embedding)
         said = len(shared) + wanted.flatten().nonzero()[:, 0]

@@ -74,7 +74,7 @@ class World(Toolkit):
         return normal
 
 
-class Failed(Exception):
+class ToolFailed(Exception):
     """A tool said no; the solution ends with an apology."""
 
 
@@ -103,14 +103,14 @@ class Task:
             observation = world.call(tool, arguments)
             dialogue.append({"role": "tool", "content": observation})
             if observation.startswith("error: "):
-                raise Failed(observation.removeprefix("error: "))
+                raise ToolFailed(observation.removeprefix("error: "))
             if tool == "recall" and observation == "nothing found":
                 raise LookupError
             return observation
 
         try:
             answer, musts = self.solution(do)
-        except Failed as e:
+        except ToolFailed as e:
             answer, musts = f"Sorry, that failed: {e}.", [str(e).split(":")[0]]
         except LookupError:
             answer, musts = "I have no note about that.", ["no note"]
@@ -163,7 +163,7 @@ def _plain(text: str) -> str:
 
 def make(seed: int, split: str = TRAIN, family: str | None = None) -> Task:
     """One task. Families come up by weight unless one is named."""
-    source = Source(random.Random(f"nano {split} {seed}"), split)
+    source = PhraseSource(random.Random(f"nano {split} {seed}"), split)
     name = family or source.rng.choices(list(FAMILIES), [w for _, w in FAMILIES.values()])[0]
     return FAMILIES[name][0](source)
 
@@ -192,7 +192,7 @@ def conversation(seed: int, split: str = TRAIN) -> tuple[list[Message], list[dic
     return messages, tools
 
 
-class Source:
+class PhraseSource:
     """Random words, numbers and phrases of one split."""
 
     def __init__(self, rng: random.Random, split: str) -> None:
@@ -617,7 +617,7 @@ def result(value: str) -> tuple[str, list[str]]:
     return f"The answer is {value}.", [value]
 
 
-def calc(s: Source) -> Task:
+def calc(s: PhraseSource) -> Task:
     if s.chance(0.45):
         said, formula = s.problem()
         return Task("calc", said, lambda do: result(do("calc", expression=formula)))
@@ -627,7 +627,7 @@ def calc(s: Source) -> Task:
     return Task("calc", prompt, lambda do: result(do("calc", expression=formula)))
 
 
-def remember(s: Source) -> Task:
+def remember(s: PhraseSource) -> Task:
     note = s.fact()[0] if s.chance(0.8) else s.valued_fact()[0]
     if s.chance(0.07):
         note += s.rng.choice([" and ", ", "]) + s.fact()[0]
@@ -640,7 +640,7 @@ def remember(s: Source) -> Task:
     return Task("remember", prompt, solution)
 
 
-def question(s: Source, note: str, begin: str, topic: str) -> tuple[str, str]:
+def question(s: PhraseSource, note: str, begin: str, topic: str) -> tuple[str, str]:
     """A question about a note, and the query for it."""
     template = s.choose(ph.RECALL)
     if (
@@ -661,7 +661,7 @@ def question(s: Source, note: str, begin: str, topic: str) -> tuple[str, str]:
     return s.say(template, wh=ask, wi=indirect, q=topic, Q=topic, tail=tail), topic
 
 
-def recall(s: Source) -> Task:
+def recall(s: PhraseSource) -> Task:
     style = s.rng.random()
     if style < 0.08:
         notes = [s.fact()[0] for _ in range(s.rng.randint(0, 4))]
@@ -690,7 +690,7 @@ def recall(s: Source) -> Task:
     return Task("recall", prompt, solution, notes=notes)
 
 
-def read(s: Source) -> Task:
+def read(s: PhraseSource) -> Task:
     path = s.file()
     prompt = s.say(s.choose(ph.READ), f=s.quoted(path))
     if s.chance(0.08):
@@ -705,7 +705,7 @@ def read(s: Source) -> Task:
     return Task("read", prompt, solution, {path: s.contents() + "\n"})
 
 
-def write_request(s: Source) -> tuple[str, str, str]:
+def write_request(s: PhraseSource) -> tuple[str, str, str]:
     text, path = s.text(), s.file()
     style = s.rng.random()
     said = text
@@ -719,7 +719,7 @@ def write_request(s: Source) -> tuple[str, str, str]:
     return template.replace("{x}", said).replace("{f}", s.quoted(path)), path, text
 
 
-def write(s: Source) -> Task:
+def write(s: PhraseSource) -> Task:
     said, path, text = write_request(s)
     prompt = _wrapped(s, said)
 
@@ -730,14 +730,14 @@ def write(s: Source) -> Task:
     return Task("write", prompt, solution)
 
 
-def _wrapped(s: Source, said: str) -> str:
+def _wrapped(s: PhraseSource, said: str) -> str:
     """A request whose words are filled in already, made polite and sloppy around them."""
     if said[:1].islower():
         return s.say("x{e}", e=said).replace("x" + said, said).replace("X" + said, said[0].upper() + said[1:])
     return s.say("X{e}", e=said).replace("x" + said, said).replace("X" + said, said)
 
 
-def talk(s: Source) -> Task:
+def talk(s: PhraseSource) -> Task:
     answer = s.rng.choices(list(ph.SMALL_TALK), [3, 2, 2, 2, 4])[0]
     said = s.choose(ph.SMALL_TALK[answer])
     if not s.held and "I am" not in answer and s.chance(0.25):  # "hello", and words that do not matter
@@ -747,7 +747,7 @@ def talk(s: Source) -> Task:
     return Task("talk", prompt, lambda do: (answer, musts))
 
 
-def cannot(s: Source) -> Task:
+def cannot(s: PhraseSource) -> Task:
     slots = {"n": s.name(), "c": s.city(), "w": s.word(), "t": s.time(), "d": s.number(99)}
     slots |= {"day": s.rng.choice(ph.DAYS)}
     slots |= {"f": s.file(), "g": s.file(), "x": s.words(2, 4), "m": s.rng.choice(ph.CURRENCY)}
@@ -758,7 +758,7 @@ def cannot(s: Source) -> Task:
 # Chains. What comes first says how the value is had; what comes second what is done with the result.
 
 
-def value_step(s: Source, kinds: str) -> tuple[str, str, Callable[[Do], str], dict[str, str], list[str]]:
+def value_step(s: PhraseSource, kinds: str) -> tuple[str, str, Callable[[Do], str], dict[str, str], list[str]]:
     """A request that ends in a number: how it is said, its kind, the program that gets it, files and notes."""
     files: dict[str, str] = {}
     notes: list[str] = []
@@ -859,7 +859,7 @@ def value_step(s: Source, kinds: str) -> tuple[str, str, Callable[[Do], str], di
     return said, kind, two, files, notes
 
 
-def follow_up(s: Source, kinds: str) -> tuple[str, Callable[[Do, str], str]]:
+def follow_up(s: PhraseSource, kinds: str) -> tuple[str, Callable[[Do, str], str]]:
     """What to do with a result, and the program for it, which returns what the answer says of it."""
     if s.rng.choice(kinds.split()) == "save":
         path = s.file()
@@ -881,7 +881,7 @@ def follow_up(s: Source, kinds: str) -> tuple[str, Callable[[Do, str], str]]:
     return s.say(template, polite=False, l=label), keep
 
 
-def _join(s: Source, parts: list[str]) -> str:
+def _join(s: PhraseSource, parts: list[str]) -> str:
     """Clauses in a row: "work out 3 * 4, then save it to a.txt"."""
     said = parts[0]
     for part in parts[1:]:
@@ -894,10 +894,10 @@ def _join(s: Source, parts: list[str]) -> str:
     return said
 
 
-def chain(name: str, kinds: str, follow: list[str]) -> Callable[[Source], Task]:
+def chain(name: str, kinds: str, follow: list[str]) -> Callable[[PhraseSource], Task]:
     """A family: get a number in one of the ways of `kinds`, then do what `follow` says."""
 
-    def family(s: Source) -> Task:
+    def family(s: PhraseSource) -> Task:
         said, _, get, files, notes = value_step(s, kinds)
         follows = [follow_up(s, f) for f in follow]
         if s.chance(0.05):  # nothing to fetch
@@ -914,11 +914,11 @@ def chain(name: str, kinds: str, follow: list[str]) -> Callable[[Source], Task]:
     return family
 
 
-def keep_and_save(s: Source) -> Task:
+def keep_and_save(s: PhraseSource) -> Task:
     return chain("calc, keep, save", "calc", s.rng.choice([["keep", "save"], ["save", "keep"]]))(s)
 
 
-def move(s: Source) -> Task:
+def move(s: PhraseSource) -> Task:
     """Text from one place to another, unchanged: two calls."""
     kind = s.rng.choice(["copy", "copy", "read_keep", "recall_save", "keep_save", "write_read"])
     f, g, contents = s.file(), s.file(), s.contents() if s.chance(0.3) else s.text()
@@ -977,7 +977,7 @@ def move(s: Source) -> Task:
     return Task("move", prompt, write_read)
 
 
-def twice(s: Source) -> Task:
+def twice(s: PhraseSource) -> Task:
     """The same tool two times."""
     kind = s.rng.choice(["reads", "recalls", "calcs"])
     if kind == "reads":
@@ -1011,7 +1011,7 @@ def twice(s: Source) -> Task:
     return Task("twice", prompt, calcs)
 
 
-FAMILIES: dict[str, tuple[Callable[[Source], Task], float]] = {
+FAMILIES: dict[str, tuple[Callable[[PhraseSource], Task], float]] = {
     "calc": (calc, 16),
     "remember": (remember, 6),
     "recall": (recall, 7),
